@@ -1,0 +1,396 @@
+"""`fused_attention` and `fused_attention_varlen`: check, normalise, choose, run."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_attn import checks, dispatch, dropout, masks, ops, transforms
+from fused_attn.autograd import FusedAttention
+from fused_attn.backends import reference
+from fused_attn.checks import Meta
+from fused_attn.layout import Layout
+from fused_attn.masks import NO_MASK, MaskSpec
+from fused_attn.problem import AttentionProblem
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    window_size: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    relative_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled-dot-product attention, ``softmax(scale * query @ key^T + masks) @ value``, in one fused kernel.
+
+    The first eight arguments are those of `torch.nn.functional.scaled_dot_product_attention`, with the same meaning.
+
+    Args:
+        query: (B, H, L, D). Any batch rank: (L, D), (H, L, D) and (..., H, L, D) work too.
+        key: (B, H, S, D), or (B, Hkv, S, D) with ``enable_gqa``.
+        value: (B, H, S, Dv), or (B, Hkv, S, Dv) with ``enable_gqa``.
+        attn_mask: broadcastable to (B, H, L, S). Bool: True = attend. Floating point: added to the scores, and
+            differentiable. A ``torch.nn.attention.bias`` causal bias is accepted and costs no memory.
+        dropout_p: probability, in [0, 1], of dropping a weight after the softmax. Applied whenever positive.
+        is_causal: query i sees the keys j <= i (upper-left alignment). Combines with every other mask by AND.
+        scale: factor of the scores; default ``1 / sqrt(D)``.
+        enable_gqa: query head h reads key/value head ``h // (H / Hkv)``.
+        key_padding_mask: (B, S). Bool: True = IGNORE the key (as in `torch.nn.MultiheadAttention`). Floating point:
+            added to the scores; -inf ignores the key. Ignored keys and values may hold NaN.
+        window_size: (left, right), how many keys before and after its diagonal a query sees; -1 = unbounded.
+        softcap: scores become ``softcap * tanh(score / softcap)`` before masks and bias; 0 = off.
+        relative_bias: (H, L + S - 1) or (L + S - 1,). Column ``j - i + L - 1`` is added to score (i, j). Differentiable;
+            `t5_relative_bias` and `alibi_bias` build it.
+        sinks: (H,), a logit per head that joins the softmax denominator only. Differentiable.
+        dropout_seed: int or 0-d int64 tensor that fixes the dropout pattern on every backend; default: drawn from
+            torch's default generator.
+        return_lse: also return the log-sum-exp of the scores.
+        backend: ``"cpu"`` or ``"reference"``; default: the fastest that can run. A named one runs or raises.
+
+    Returns:
+        out (B, H, L, Dv), whose memory order follows the query; with ``return_lse`` also lse (B, H, L), float32 (float64
+        for float64 inputs), natural logarithm, differentiable. A row that sees no key has out 0, lse -inf, gradients 0.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
+    """
+    query, key, value = _autocast(query, key, value)
+    problem, layout = _plan_of_call(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        key_padding_mask, window_size, softcap, relative_bias, sinks,
+    )  # fmt: skip
+    if layout is not None:
+        query, key, value = layout.flatten(query, key, value)
+    if problem.is_plain:
+        seed, mask = None, NO_MASK
+    else:
+        seed = _seed(problem, dropout_seed)
+        mask = masks.mask_spec(problem, attn_mask, key_padding_mask, relative_bias, layout)
+    out, lse = _run(problem, backend, query, key, value, sinks, seed, mask, return_lse)
+    if layout is not None:
+        out, lse = layout.unflatten(out), layout.unflatten_lse(lse)
+    return (out, lse) if return_lse else out
+
+
+def fused_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window_size: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    relative_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over packed sequences: no padding is stored and no sequence sees another.
+
+    Arguments that `fused_attention` also has mean the same, per sequence: positions, the causal diagonal (upper-left), the
+    window, relative distances and dropout positions count from each sequence's own first row.
+
+    Args:
+        query: (total_q, H, D), the rows of all sequences one after the other.
+        key: (total_k, H, D), or (total_k, Hkv, D) with ``enable_gqa``.
+        value: (total_k, H, Dv), or (total_k, Hkv, Dv) with ``enable_gqa``.
+        cu_seqlens_q: (num_sequences + 1,) int32; sequence n holds the query rows cu_seqlens_q[n] : cu_seqlens_q[n + 1].
+        cu_seqlens_k: (num_sequences + 1,) int32, likewise for keys and values.
+        max_seqlen_q: at least the longest query sequence.
+        max_seqlen_k: at least the longest key sequence.
+        relative_bias: (H, max_seqlen_q + max_seqlen_k - 1) or that without H; column ``j - i + max_seqlen_q - 1``.
+
+    Returns:
+        out (total_q, H, Dv); with ``return_lse`` also lse (H, total_q).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit. The contents of cu_seqlens are checked on the CPU only, because
+            reading them from a GPU would stall it.
+    """
+    query, key, value = _autocast(query, key, value)
+    plan = _varlen_plan if torch.compiler.is_compiling() else _cached_varlen_plan
+    problem = plan(
+        checks.meta("query", query),
+        checks.meta("key", key),
+        checks.meta("value", value),
+        checks.meta("cu_seqlens_q", cu_seqlens_q),
+        checks.meta("cu_seqlens_k", cu_seqlens_k),
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        _hashable(window_size),
+        softcap,
+        checks.optional_meta("relative_bias", relative_bias),
+        checks.optional_meta("sinks", sinks),
+    )
+    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+        checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, query.shape[0], max_seqlen_q)
+        checks.check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, key.shape[0], max_seqlen_k)
+    mask = MaskSpec(
+        relative_bias=masks.with_head_dim(relative_bias),
+        cu_seqlens_q=cu_seqlens_q.contiguous(),
+        cu_seqlens_k=cu_seqlens_k.contiguous(),
+    )
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, total, D)
+    seed = _seed(problem, dropout_seed)
+    out, lse = _run(problem, backend, query, key, value, sinks, seed, mask, return_lse)
+    out = out.squeeze(0).transpose(0, 1)
+    return (out, lse.squeeze(0)) if return_lse else out
+
+
+def explain(*args, backend: str | None = None, **kwargs) -> dispatch.Explanation:
+    """Which backend `fused_attention` would choose for these arguments, and why not the others. Computes nothing.
+
+    >>> print(explain(query, key, value, is_causal=True))
+    """
+    call = inspect.signature(fused_attention).bind(*args, **kwargs)
+    call.apply_defaults()
+    arguments = call.arguments
+    for name in ("dropout_seed", "return_lse", "backend"):
+        del arguments[name]
+    arguments["query"], arguments["key"], arguments["value"] = _autocast(*call.args[:3])
+    return dispatch.explain(_plan_of_call(**arguments).problem, backend)
+
+
+class Plan(NamedTuple):
+    """What a call's metadata determines. layout: None when the tensors already are (B, heads, rows, columns)."""
+
+    problem: AttentionProblem
+    layout: Layout | None
+
+
+def _plan_of_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    key_padding_mask: Tensor | None,
+    window_size: tuple[int, int] | None,
+    softcap: float,
+    relative_bias: Tensor | None,
+    sinks: Tensor | None,
+) -> Plan:
+    diagonal_offset = None if attn_mask is None else masks.causal_bias_offset(attn_mask)
+    # Sizes under compilation are symbolic: not hashable, and traced once anyway.
+    plan = _plan if torch.compiler.is_compiling() else _cached_plan
+    return plan(
+        checks.meta("query", query),
+        checks.meta("key", key),
+        checks.meta("value", value),
+        None if attn_mask is None or diagonal_offset is not None else checks.meta("attn_mask", attn_mask),
+        diagonal_offset,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        checks.optional_meta("key_padding_mask", key_padding_mask),
+        _hashable(window_size),
+        softcap,
+        checks.optional_meta("relative_bias", relative_bias),
+        checks.optional_meta("sinks", sinks),
+    )
+
+
+def _plan(
+    query: Meta,
+    key: Meta,
+    value: Meta,
+    attn_mask: Meta | None,
+    diagonal_offset: int | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    key_padding_mask: Meta | None,
+    window_size: tuple[int, int] | None,
+    softcap: float,
+    relative_bias: Meta | None,
+    sinks: Meta | None,
+) -> Plan:
+    checks.check_query_key_value(query, key, value, min_dim=2)
+    checks.check_scalars(dropout_p, is_causal, scale, softcap)
+    window_size = checks.check_window(window_size)
+    if diagonal_offset is not None:
+        if is_causal and diagonal_offset != 0:
+            raise checks.fail("is_causal", "False with a lower-right causal bias as attn_mask", is_causal)
+        is_causal = True
+    if value.shape[-2] != key.shape[-2]:
+        raise checks.fail("value", f"the length of key, {key.shape[-2]}", f"shape {tuple(value.shape)}")
+
+    layout = Layout.of(query.shape, key.shape, value.shape, enable_gqa)
+    (seqlen_q, head_dim), (seqlen_k, value_dim) = query.shape[-2:], value.shape[-2:]
+    if attn_mask is not None:
+        checks.check_attn_mask(attn_mask, query, (*layout.batch_shape, layout.num_heads, seqlen_q, seqlen_k))
+    if key_padding_mask is not None:
+        checks.check_padding(key_padding_mask, query, layout.batch_shape, seqlen_k)
+    if relative_bias is not None:
+        checks.check_relative_bias(relative_bias, query, layout.num_heads, max(seqlen_q + seqlen_k - 1, 0))
+    if sinks is not None:
+        checks.check_sinks(sinks, query, layout.num_heads)
+    is_additive = attn_mask is not None and attn_mask.dtype != torch.bool
+    problem = AttentionProblem(
+        batch=layout.batch,
+        num_heads=layout.num_heads,
+        num_kv_heads=layout.num_kv_heads,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=query.dtype,
+        device=query.device,
+        scale=1.0 / math.sqrt(head_dim) if scale is None else float(scale),
+        softcap=float(softcap),
+        dropout_p=float(dropout_p),
+        band=masks.band_of(is_causal, window_size, diagonal_offset or 0),
+        has_mask=attn_mask is not None and not is_additive,
+        has_key_padding=key_padding_mask is not None,
+        has_bias=is_additive,
+        has_relative_bias=relative_bias is not None,
+        has_sinks=sinks is not None,
+    )
+    return Plan(problem, None if layout.fits(query.shape, key.shape, value.shape) else layout)
+
+
+def _varlen_plan(
+    query: Meta,
+    key: Meta,
+    value: Meta,
+    cu_seqlens_q: Meta,
+    cu_seqlens_k: Meta,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    window_size: tuple[int, int] | None,
+    softcap: float,
+    relative_bias: Meta | None,
+    sinks: Meta | None,
+) -> AttentionProblem:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if len(x.shape) != 3:
+            raise checks.fail(name, "shape (total, heads, head dim)", f"shape {tuple(x.shape)}")
+    checks.check_query_key_value(query, key, value, min_dim=3)
+    checks.check_scalars(dropout_p, is_causal, scale, softcap)
+    window_size = checks.check_window(window_size)
+    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
+    checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query)
+    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise checks.fail("cu_seqlens_k", f"the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}", tuple(cu_seqlens_k.shape))
+    if value.shape[:2] != key.shape[:2]:
+        raise checks.fail("value", f"the rows and heads of key, {tuple(key.shape[:2])}", f"shape {tuple(value.shape)}")
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    checks.check_heads(num_heads, num_kv_heads, num_kv_heads, enable_gqa)
+    if relative_bias is not None:
+        checks.check_relative_bias(relative_bias, query, num_heads, max(max_seqlen_q + max_seqlen_k - 1, 0))
+    if sinks is not None:
+        checks.check_sinks(sinks, query, num_heads)
+    return AttentionProblem(
+        batch=cu_seqlens_q.shape[0] - 1,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        seqlen_q=max_seqlen_q,
+        seqlen_k=max_seqlen_k,
+        head_dim=query.shape[2],
+        value_dim=value.shape[2],
+        dtype=query.dtype,
+        device=query.device,
+        scale=1.0 / math.sqrt(query.shape[2]) if scale is None else float(scale),
+        softcap=float(softcap),
+        dropout_p=float(dropout_p),
+        band=masks.band_of(is_causal, window_size),
+        is_packed=True,
+        has_relative_bias=relative_bias is not None,
+        has_sinks=sinks is not None,
+    )
+
+
+# Padded batches bring many lengths; a plan is a few hundred bytes.
+_cached_plan = functools.lru_cache(maxsize=4096)(_plan)
+_cached_varlen_plan = functools.lru_cache(maxsize=4096)(_varlen_plan)
+
+
+def _run(
+    problem: AttentionProblem,
+    backend_name: str | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    mask: MaskSpec,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse); lse may be None where it was not asked for."""
+    if torch.compiler.is_compiling():
+        return ops.call(problem, backend_name, query, key, value, sinks, seed, mask)
+    backend = dispatch.choose(problem, backend_name)
+    if backend.is_composite or transforms.are_active():
+        return reference.forward(problem, query, key, value, sinks, seed, mask)
+    if torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (mask is not NO_MASK and any(x is not None and x.requires_grad for x in (*mask[:2], sinks)))
+    ):
+        result = FusedAttention.apply(backend, problem, return_lse, query, key, value, sinks, seed, *mask)
+        return result if return_lse else (result, None)
+    return backend.forward(problem, query, key, value, sinks, seed, mask)
+
+
+def _seed(problem: AttentionProblem, dropout_seed: int | Tensor | None) -> Tensor | None:
+    if not problem.dropout_p:
+        return None
+    if dropout_seed is None:
+        return dropout.draw_seed(problem.device)
+    return checks.check_dropout_seed(dropout_seed, problem.device)
+
+
+def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, what autocast does to the inputs of SDPA: floats but float64 take its dtype."""
+    if not (isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type)):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in (query, key, value)
+    )
+
+
+def _hashable(window_size):
+    return tuple(window_size) if isinstance(window_size, list) else window_size

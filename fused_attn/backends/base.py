@@ -1,0 +1,85 @@
+"""What every backend offers. Backends are siblings: none imports another."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from fused_attn.masks import MaskSpec
+from fused_attn.problem import AttentionProblem
+
+
+class Gradients(NamedTuple):
+    """One entry per differentiable input; None where it was not wanted. Shapes are those of the inputs."""
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    bias: Tensor | None = None
+    relative_bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward call is to compute, in the order of `Gradients`."""
+
+    query: bool
+    key: bool
+    value: bool
+    bias: bool
+    relative_bias: bool
+    sinks: bool
+
+
+class Backend(Protocol):
+    """query (B, H, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv) with any strides; packed problems have B = 1.
+
+    ``seed`` is a 0-d int64 tensor when ``problem.dropout_p > 0``, else None.
+    """
+
+    name: str
+    #: True when `forward` is itself differentiable PyTorch code; such a backend has no `backward`.
+    is_composite: bool
+
+    def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:
+        """Why this backend cannot run the problem; empty when it can."""
+
+    def forward(
+        self,
+        problem: AttentionProblem,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        seed: Tensor | None,
+        mask: MaskSpec,
+    ) -> tuple[Tensor, Tensor]:
+        """(out (B, H, L, Dv) of the query's dtype, lse (B, H, L) of the accumulate dtype)."""
+
+    def backward(
+        self,
+        problem: AttentionProblem,
+        wanted: Wanted,
+        dout: Tensor,
+        dlse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        sinks: Tensor | None,
+        seed: Tensor | None,
+        mask: MaskSpec,
+    ) -> Gradients: ...
+
+
+def empty_like_layout(like: Tensor, columns: int) -> Tensor:
+    """Uninitialised (B, H, rows, columns) whose memory order follows `like`.
+
+    A transposed (B, L, H, D) tensor gives a transposed result, so that merging the heads afterwards is a view.
+    """
+    batch, heads, rows, _ = like.shape
+    if heads > 1 and rows > 1 and like.stride(1) < like.stride(2):
+        return like.new_empty((batch, rows, heads, columns)).transpose(1, 2)
+    return like.new_empty((batch, heads, rows, columns))

@@ -1,0 +1,174 @@
+"""The C++ kernels for CPUs (csrc/cpu): fills in buffers and pointers, computes nothing itself."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fused_attn.backends.base import Gradients, Wanted, empty_like_layout
+from fused_attn.masks import MaskSpec
+from fused_attn.problem import UNBOUNDED, AttentionProblem
+
+try:
+    import fused_attn._C as _C
+except ImportError as error:
+    # Installed without a compiler: everything else still works, and `info` shows this text.
+    _C = None
+    import_error = str(error)
+else:
+    import_error = ""
+
+name = "cpu"
+is_composite = False
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+
+
+def unsupported_reasons(problem: AttentionProblem) -> list[str]:
+    reasons = []
+    if _C is None:
+        reasons.append(f"the native extension is not built ({import_error})")
+    if problem.device.type != "cpu":
+        reasons.append(f"the tensors are on {problem.device}, expected cpu")
+    if problem.dtype not in DTYPES:
+        reasons.append(f"dtype {problem.dtype} is none of {', '.join(map(str, DTYPES))}")
+    if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
+        reasons.append(f"head dim {max(problem.head_dim, problem.value_dim)} is above {MAX_HEAD_DIM}")
+    return reasons
+
+
+def forward(
+    problem: AttentionProblem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    mask: MaskSpec,
+) -> tuple[Tensor, Tensor]:
+    query, key, value = _with_unit_stride(query), _with_unit_stride(key), _with_unit_stride(value)
+    out = empty_like_layout(query, problem.value_dim)
+    lse = query.new_empty(query.shape[:3], dtype=problem.accumulate_dtype)
+    _C.forward(
+        query,
+        key,
+        value,
+        out,
+        lse,
+        _config(problem),
+        *_kernel_masks(problem, sinks, seed, mask),
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def backward(
+    problem: AttentionProblem,
+    wanted: Wanted,
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    mask: MaskSpec,
+) -> Gradients:
+    query, key, value = _with_unit_stride(query), _with_unit_stride(key), _with_unit_stride(value)
+    dquery = empty_like_layout(query, problem.head_dim) if wanted.query else None
+    dkey = empty_like_layout(key, problem.head_dim) if wanted.key else None
+    dvalue = empty_like_layout(value, problem.value_dim) if wanted.value else None
+    dbias = drelative_bias = dsinks = None
+    accumulate = {"dtype": problem.accumulate_dtype, "device": query.device}
+    if wanted.bias:
+        dbias = torch.empty(mask.bias.shape, **accumulate)
+    if wanted.relative_bias:
+        drelative_bias = torch.empty(mask.relative_bias.shape, **accumulate)
+    if wanted.sinks:
+        dsinks = torch.empty(sinks.shape, **accumulate)
+    _C.backward(
+        _with_unit_stride(dout),
+        dlse,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        dquery,
+        dkey,
+        dvalue,
+        None if dbias is None else dbias.expand(_scores_shape(problem)),
+        None if drelative_bias is None else drelative_bias.expand(problem.num_heads, -1),
+        dsinks,
+        _config(problem),
+        *_kernel_masks(problem, sinks, seed, mask),
+        torch.get_num_threads(),
+    )
+    return Gradients(
+        dquery,
+        dkey,
+        dvalue,
+        None if dbias is None else dbias.to(mask.bias.dtype),
+        None if drelative_bias is None else drelative_bias.to(mask.relative_bias.dtype),
+        None if dsinks is None else dsinks.to(sinks.dtype),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(problem: AttentionProblem):
+    """What the kernels need of a problem besides tensors, converted once."""
+    left, right, offset = problem.band
+    return _C.Config(
+        scale=problem.scale,
+        softcap=problem.softcap,
+        window_left=None if left == UNBOUNDED else left,
+        window_right=None if right == UNBOUNDED else right,
+        diagonal_offset=offset,
+        dropout_p=problem.dropout_p,
+        max_seqlen_q=problem.seqlen_q,
+        max_seqlen_k=problem.seqlen_k,
+    )
+
+
+_NO_KERNEL_MASKS = (None,) * 8
+
+
+def _kernel_masks(
+    problem: AttentionProblem, sinks: Tensor | None, seed: Tensor | None, mask: MaskSpec
+) -> tuple[Tensor | None, ...]:
+    """The mask arguments of `_C`: masks expanded to the scores' shape without a copy, small ones in the accumulate dtype."""
+    if problem.is_plain:
+        return _NO_KERNEL_MASKS
+    accumulate = problem.accumulate_dtype
+    bias = mask.bias
+    if bias is not None:
+        if bias.dtype not in (problem.dtype, accumulate):
+            bias = bias.to(accumulate)
+        bias = bias.expand(_scores_shape(problem))
+    relative_bias = mask.relative_bias
+    if relative_bias is not None:
+        relative_bias = relative_bias.to(accumulate).contiguous().expand(problem.num_heads, -1)
+    return (
+        mask.key_padding,
+        None if mask.mask is None else mask.mask.expand(_scores_shape(problem)),
+        bias,
+        relative_bias,
+        None if sinks is None else sinks.to(accumulate).contiguous(),
+        seed,
+        mask.cu_seqlens_q,
+        mask.cu_seqlens_k,
+    )
+
+
+def _scores_shape(problem: AttentionProblem) -> tuple[int, int, int, int]:
+    return problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    """The kernels take any strides but the last; only such tensors are copied."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,190 @@
+"""Argument checks. They look at metadata only, so that their result can be cached with the plan of a call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_attn.problem import UNBOUNDED
+
+
+class Meta(NamedTuple):
+    """What the checks need of a tensor: hashable, unlike the tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def meta(name: str, tensor: Tensor) -> Meta:
+    """The tensor's metadata.
+
+    Raises:
+        TypeError: it is no tensor.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {_describe(tensor)}")
+    return Meta(tensor.shape, tensor.dtype, tensor.device)
+
+
+def optional_meta(name: str, tensor: Tensor | None) -> Meta | None:
+    return None if tensor is None else meta(name, tensor)
+
+
+def fail(name: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_query_key_value(query: Meta, key: Meta, value: Meta, min_dim: int) -> None:
+    """Equal floating-point dtype and device; sizes that every batch layout shares."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if len(x.shape) < min_dim:
+            raise fail(name, f"at least {min_dim} dimensions", _shape(x))
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {x.dtype}")
+        check_device(name, x, query)
+    if key.shape[-1] != query.shape[-1]:
+        raise fail("key", f"the head dim of query, {query.shape[-1]}", _shape(key))
+    if query.shape[-1] == 0:
+        raise fail("query", "a head dim of at least 1", _shape(query))
+
+
+def check_device(name: str, x: Meta, query: Meta) -> None:
+    if x.device != query.device:
+        raise fail(name, f"the device of query, {query.device}", x.device)
+
+
+def check_heads(query: int, key: int, value: int, enable_gqa: bool) -> int:
+    """The number of query heads, after broadcasting where GQA is off."""
+    if enable_gqa:
+        if value != key:
+            raise fail("value", f"as many heads as key, {key}", f"{value} heads")
+        if query % max(key, 1) or key == 0:
+            raise fail("key", f"a number of heads that divides the {query} of query (enable_gqa=True)", f"{key} heads")
+        return query
+    num_heads = max(query, key, value)
+    for name, heads in (("query", query), ("key", key), ("value", value)):
+        if heads not in (1, num_heads):
+            hint = "; enable_gqa=True shares key heads among query heads" if name != "query" else ""
+            raise fail(name, f"{num_heads} heads{hint}", f"{heads} heads")
+    return num_heads
+
+
+def check_max_seqlen(name: str, max_seqlen: int) -> None:
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {_describe(max_seqlen)}")
+    if max_seqlen < 0:
+        raise fail(name, "a number of rows >= 0", max_seqlen)
+
+
+def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, softcap: float) -> None:
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal: expected a bool, got {_describe(is_causal)}")
+    _check_number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise fail("dropout_p", "a probability in [0, 1]", dropout_p)
+    _check_number("softcap", softcap)
+    if not (softcap >= 0.0 and math.isfinite(softcap)):
+        raise fail("softcap", "a finite number >= 0 (0 = off)", softcap)
+    if scale is not None:
+        _check_number("scale", scale)
+
+
+def check_window(window_size: Sequence[int] | None) -> tuple[int, int]:
+    """(left, right), each -1 for unbounded."""
+    if window_size is None:
+        return UNBOUNDED, UNBOUNDED
+    if len(window_size) != 2 or not all(isinstance(x, int) and x >= UNBOUNDED for x in window_size):
+        raise fail("window_size", "(left, right), two ints >= -1 (-1 = unbounded)", window_size)
+    return tuple(window_size)
+
+
+def check_attn_mask(mask: Meta, query: Meta, scores: tuple[int, ...]) -> None:
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise TypeError(f"attn_mask: expected bool (True = attend) or floating point (added), got {mask.dtype}")
+    check_device("attn_mask", mask, query)
+    fits = len(mask.shape) <= len(scores) and all(
+        m in (1, n) for m, n in zip(reversed(mask.shape), reversed(scores), strict=False)
+    )
+    if not fits:
+        raise fail("attn_mask", f"a shape broadcastable to (..., H, L, S) = {scores}", _shape(mask))
+
+
+def check_padding(mask: Meta, query: Meta, batch_shape: tuple[int, ...], seqlen_k: int) -> None:
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise TypeError(f"key_padding_mask: expected bool (True = ignore) or floating point (added), got {mask.dtype}")
+    check_device("key_padding_mask", mask, query)
+    expected = (*batch_shape, seqlen_k)
+    if tuple(mask.shape) != expected:
+        raise fail("key_padding_mask", f"shape (B, S) = {expected}", _shape(mask))
+
+
+def check_relative_bias(bias: Meta, query: Meta, num_heads: int, columns: int) -> None:
+    _check_learned("relative_bias", bias, query)
+    if tuple(bias.shape) not in ((num_heads, columns), (columns,)):
+        raise fail(
+            "relative_bias", f"shape (H, L + S - 1) = {(num_heads, columns)} or (L + S - 1,) = {(columns,)}", _shape(bias)
+        )
+
+
+def check_sinks(sinks: Meta, query: Meta, num_heads: int) -> None:
+    _check_learned("sinks", sinks, query)
+    if tuple(sinks.shape) != (num_heads,):
+        raise fail("sinks", f"shape (H,) = {(num_heads,)}", _shape(sinks))
+
+
+def check_dropout_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The seed as a 0-d int64 tensor on the device."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            raise fail("dropout_seed", "an int or a 0-d int64 tensor", f"{seed.dtype} of shape {tuple(seed.shape)}")
+        return seed.to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"dropout_seed: expected an int or a 0-d int64 tensor, got {_describe(seed)}")
+    if not 0 <= seed < 2**63:
+        raise fail("dropout_seed", "0 <= seed < 2**63", seed)
+    return torch.tensor(seed, dtype=torch.int64, device=device)
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Meta, query: Meta) -> None:
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name}: expected dtype torch.int32, got {cu_seqlens.dtype}")
+    check_device(name, cu_seqlens, query)
+    if len(cu_seqlens.shape) != 1 or cu_seqlens.shape[0] < 1:
+        raise fail(name, "shape (num_sequences + 1,)", _shape(cu_seqlens))
+
+
+def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
+    """Contents, where reading them needs no synchronisation."""
+    offsets = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    if offsets[0] != 0 or offsets[-1] != total or min(lengths, default=0) < 0:
+        raise fail(name, f"offsets that rise from 0 to the number of rows, {total}", offsets)
+    if max(lengths, default=0) > max_seqlen:
+        raise fail(f"max_seqlen_{name[-1]}", f"at least the longest sequence, {max(lengths)}", max_seqlen)
+
+
+def _check_number(name: str, x: object) -> None:
+    if isinstance(x, (bool, Tensor)) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: expected a number, got {_describe(x)}")
+
+
+def _check_learned(name: str, x: Meta, query: Meta) -> None:
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+    check_device(name, x, query)
+
+
+def _shape(x: Meta) -> str:
+    return f"shape {tuple(x.shape)}"
+
+
+def _describe(x: object) -> str:
+    return f"{type(x).__name__} {x!r}" if isinstance(x, (int, float, str, bool, type(None))) else type(x).__name__

@@ -1,0 +1,56 @@
+"""Which backend runs a problem, and why the others cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fused_attn.backends import cpu, reference
+from fused_attn.backends.base import Backend
+from fused_attn.problem import AttentionProblem
+
+#: In order of preference; the first without unsupported reasons runs.
+BACKENDS: tuple[Backend, ...] = (cpu, reference)
+
+BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """``print(explain(...))``: the problem, the backend that runs it, and why each other one does not."""
+
+    problem: AttentionProblem
+    chosen: str
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [str(self.problem)]
+        for backend, reasons in self.reasons.items():
+            verdict = "runs" if backend == self.chosen else "; ".join(reasons) or f"not needed, {self.chosen} runs"
+            lines.append(f"  {backend:<10} {verdict}")
+        return "\n".join(lines)
+
+
+def choose(problem: AttentionProblem, backend: str | None) -> Backend:
+    """The named backend, or the first that can run the problem.
+
+    Raises:
+        ValueError: the name is unknown, or the named backend cannot run the problem (with all its reasons).
+    """
+    if backend is None:
+        return next(candidate for candidate in BACKENDS if not candidate.unsupported_reasons(problem))
+    for candidate in BACKENDS:
+        if candidate.name == backend:
+            if reasons := candidate.unsupported_reasons(problem):
+                raise ValueError(
+                    f"backend={backend!r} cannot run {problem}:\n" + "\n".join(f"  - {reason}" for reason in reasons)
+                )
+            return candidate
+    raise ValueError(f"backend: expected None or one of {BACKEND_NAMES}, got {backend!r}")
+
+
+def explain(problem: AttentionProblem, backend: str | None) -> Explanation:
+    return Explanation(
+        problem,
+        choose(problem, backend).name,
+        {candidate.name: candidate.unsupported_reasons(problem) for candidate in BACKENDS},
+    )

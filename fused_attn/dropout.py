@@ -1,0 +1,64 @@
+"""Position-keyed dropout: the bit of (batch, head, query, key) depends on the seed and the position alone.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
+``key = (seed & 0xffffffff, seed >> 32)`` and ``counter = (key_position >> 2, query_position, head, batch)``; word
+``key_position & 3`` decides. An entry is kept iff its word is at least ``threshold(dropout_p)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_attn.masks import Positions
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def threshold(dropout_p: float) -> int:
+    """Words below it are dropped."""
+    return min(round(dropout_p * 2**32), _WORD)
+
+
+def inverse_keep(dropout_p: float) -> float:
+    """Factor for what is kept. With ``dropout_p == 1`` it is 0, which drops even the words equal to the threshold."""
+    return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A fresh seed from torch's default generator, as a 0-d int64 tensor: no synchronisation with the device."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def keep_mask(seed: Tensor, dropout_p: float, batch: int, num_heads: int, rows: Positions, columns: Positions) -> Tensor:
+    """(B, H, L, S) bool. Packed problems (batch 1) key the batch by each row's own sequence."""
+    device = seed.device
+    last_column = int(columns.index.max()) if columns.index.numel() else 0
+    group = torch.arange(last_column // 4 + 1, device=device)[None, None, None, :]
+    query = rows.index[None, None, :, None]
+    head = torch.arange(num_heads, device=device)[None, :, None, None]
+    sequence = torch.arange(batch, device=device)[:, None, None, None] + rows.sequence[None, None, :, None]
+    words = torch.stack(philox((group, query, head, sequence), seed), dim=-1)  # (B, H, L, groups, 4)
+    return words.flatten(-2)[..., columns.index] >= threshold(dropout_p)
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:
+    """Four 32-bit words, as int64 tensors of the counters' broadcast shape (int64 because torch's uint32 is thin)."""
+    words = list(torch.broadcast_tensors(*counter))
+    keys = [seed & _WORD, (seed >> 32) & _WORD]
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply(words[0], _MULTIPLIERS[0])
+        high1, low1 = _multiply(words[2], _MULTIPLIERS[1])
+        words = [high1 ^ words[1] ^ keys[0], low1, high0 ^ words[3] ^ keys[1], low0]
+        keys = [(key + step) & _WORD for key, step in zip(keys, _KEY_STEPS, strict=True)]
+    return words
+
+
+def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32 x 32-bit product; in halves, since the whole would overflow int64."""
+    low_part = word * (multiplier & 0xFFFF)
+    high_part = word * (multiplier >> 16) + (low_part >> 16)
+    return high_part >> 16, ((high_part << 16) | (low_part & 0xFFFF)) & _WORD

@@ -1,0 +1,156 @@
+"""Every mask argument becomes one `MaskSpec`; polarities are inverted here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_attn.problem import UNBOUNDED, AttentionProblem, Band
+
+if TYPE_CHECKING:
+    from fused_attn.layout import Layout
+
+
+class MaskSpec(NamedTuple):
+    """The tensors that mask or bias the scores (the band is in `AttentionProblem.band`).
+
+    bias:          (B|1, H|1, L|1, S|1) floating point, added to the scores; may require grad
+    relative_bias: (H|1, L + S - 1) floating point; column ``j - i + L - 1`` is added to score (i, j); may require grad
+    mask:          (B|1, H|1, L|1, S|1) bool, True = attend
+    key_padding:   (B, S) bool, True = KEEP; dropped keys may hold NaN
+    cu_seqlens_q:  (num_sequences + 1,) int32, row offsets of packed queries
+    cu_seqlens_k:  (num_sequences + 1,) int32, row offsets of packed keys
+    """
+
+    bias: Tensor | None = None
+    relative_bias: Tensor | None = None
+    mask: Tensor | None = None
+    key_padding: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+    def to_dense(self, problem: AttentionProblem, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """(visible, bias), each broadcastable to (B, H, L, S) or None: the whole specification as dense tensors."""
+        rows, columns = self.positions(problem, device)
+        distance = columns.index[None, :] - rows.index[:, None]  # (L, S)
+        conditions = []
+        band = problem.band
+        if band.left != UNBOUNDED:
+            conditions.append(distance - band.offset >= -band.left)
+        if band.right != UNBOUNDED:
+            conditions.append(distance - band.offset <= band.right)
+        if problem.is_packed:
+            conditions.append(columns.sequence[None, :] == rows.sequence[:, None])
+        if self.key_padding is not None:
+            conditions.append(self.key_padding[:, None, None, :])
+        if self.mask is not None:
+            conditions.append(self.mask)
+        visible = None
+        for condition in conditions:
+            visible = condition if visible is None else visible & condition
+
+        bias = self.bias
+        if self.relative_bias is not None:
+            # Pairs of different packed sequences can lie outside the table; they are invisible, so any entry will do.
+            column = (distance + (problem.seqlen_q - 1)).clamp(0, self.relative_bias.shape[-1] - 1)
+            toeplitz = self.relative_bias[:, column]  # (H|1, L, S)
+            bias = toeplitz[None] if bias is None else bias + toeplitz[None]
+        return visible, bias
+
+    def positions(self, problem: AttentionProblem, device: torch.device) -> tuple[Positions, Positions]:
+        """Where each row and column of the score matrix lies in its own sequence."""
+        if not problem.is_packed:
+            return tuple(
+                Positions(torch.arange(n, device=device), torch.zeros(n, dtype=torch.long, device=device))
+                for n in (problem.seqlen_q, problem.seqlen_k)
+            )
+        return Positions.of_packed(self.cu_seqlens_q), Positions.of_packed(self.cu_seqlens_k)
+
+
+class Positions(NamedTuple):
+    """index: (rows,) position within the sequence; sequence: (rows,) which sequence a row belongs to."""
+
+    index: Tensor
+    sequence: Tensor
+
+    @classmethod
+    def of_packed(cls, cu_seqlens: Tensor) -> Positions:
+        offsets = cu_seqlens.long()
+        lengths = offsets.diff()
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
+        index = torch.arange(sequence.shape[0], device=offsets.device) - offsets[:-1][sequence]
+        return cls(index, sequence)
+
+
+NO_MASK = MaskSpec()
+
+
+def band_of(is_causal: bool, window_size: tuple[int, int], diagonal_offset: int = 0) -> Band:
+    """Causal and window as one band: causal is a right edge at the diagonal, and AND takes the nearer edge."""
+    left, right = window_size
+    if is_causal:
+        right = 0
+    if left == UNBOUNDED and right == UNBOUNDED:
+        return Band()
+    return Band(left, right, diagonal_offset)
+
+
+def causal_bias_offset(attn_mask: Tensor) -> int | None:
+    """The diagonal offset of a `torch.nn.attention.bias` causal bias; None for any other tensor."""
+    if type(attn_mask) is Tensor:
+        return None
+    # Imported here: only a caller who has built such an object has paid for the module already.
+    from torch.nn.attention.bias import CausalBias, CausalVariant
+
+    if not isinstance(attn_mask, CausalBias):
+        return None
+    return attn_mask.seq_len_kv - attn_mask.seq_len_q if attn_mask.variant == CausalVariant.LOWER_RIGHT else 0
+
+
+def mask_spec(
+    problem: AttentionProblem,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    relative_bias: Tensor | None,
+    layout: Layout | None,
+) -> MaskSpec:
+    """The tensors of a call, each in the shape and polarity of `MaskSpec`."""
+    mask = bias = key_padding = None
+    if problem.has_mask:
+        mask = _to_rank_4(attn_mask, layout)
+    elif problem.has_bias:
+        bias = _to_rank_4(attn_mask, layout)
+    if problem.has_key_padding:
+        key_padding, padding_bias = _normalise_padding(key_padding_mask.reshape(problem.batch, problem.seqlen_k))
+        if padding_bias is not None:
+            bias = padding_bias if bias is None else bias + padding_bias
+    return MaskSpec(bias, with_head_dim(relative_bias), mask, key_padding)
+
+
+def with_head_dim(relative_bias: Tensor | None) -> Tensor | None:
+    """(L + S - 1,) -> (1, L + S - 1)."""
+    return relative_bias[None] if relative_bias is not None and relative_bias.dim() == 1 else relative_bias
+
+
+def _to_rank_4(mask: Tensor, layout: Layout | None) -> Tensor:
+    """(..., L, S) -> (B|1, H|1, L|1, S|1), without expanding what broadcasts."""
+    if layout is None:
+        return mask[(None,) * (4 - mask.dim())]
+    mask = mask[(None,) * (len(layout.batch_shape) + 3 - mask.dim())]
+    if all(size == 1 for size in mask.shape[:-3]):
+        return mask.reshape(1, *mask.shape[-3:])
+    return mask.expand(*layout.batch_shape, *mask.shape[-3:]).reshape(layout.batch, *mask.shape[-3:])
+
+
+def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(keep (B, S) bool, bias (B, 1, 1, S) or None) of a (B, S) mask whose True / -inf entries are to be IGNORED."""
+    if mask.dtype == torch.bool:
+        return mask.logical_not(), None
+    keep = mask != float("-inf")
+    bias = mask.masked_fill(~keep, 0.0)
+    if not (mask.requires_grad or mask.is_cuda or torch.compiler.is_compiling()) and not bias.any():
+        # nn.Transformer turns bool padding into 0 / -inf; reading it back here costs nothing on a CPU.
+        return keep, None
+    return keep, bias[:, None, None, :]

@@ -1,0 +1,91 @@
+"""What is to be computed, as one immutable description that dispatch, backends and error messages share."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+
+UNBOUNDED = -1
+
+
+class Band(NamedTuple):
+    """Visible diagonals: query ``i`` sees key ``j`` iff ``-left <= j - (i + offset) <= right``; -1 = unbounded side.
+
+    Causal is ``right=0``; ``offset=0`` aligns the diagonal to the upper left, ``offset=S - L`` to the lower right.
+    """
+
+    left: int = UNBOUNDED
+    right: int = UNBOUNDED
+    offset: int = 0
+
+    @property
+    def is_unbounded(self) -> bool:
+        return self.left == UNBOUNDED and self.right == UNBOUNDED
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionProblem:
+    """Everything about one attention call that is not a tensor's contents.
+
+    Compared and hashed by identity, so that a backend can cache what it prepares for a problem at no cost.
+    ``is_packed``: ``batch`` counts sequences and ``seqlen_q``/``seqlen_k`` are the longest ones; the tensors have
+    one batch entry that holds all rows.
+    """
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    scale: float
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    band: Band = Band()
+    is_packed: bool = False
+    has_mask: bool = False
+    has_key_padding: bool = False
+    has_bias: bool = False
+    has_relative_bias: bool = False
+    has_sinks: bool = False
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        """Scores, the LSE and bias gradients are float32, or float64 for float64 inputs."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @functools.cached_property
+    def is_plain(self) -> bool:
+        """No tensor but query, key and value takes part."""
+        return not (
+            self.is_packed
+            or self.has_mask
+            or self.has_key_padding
+            or self.has_bias
+            or self.has_relative_bias
+            or self.has_sinks
+            or self.dropout_p
+        )
+
+    def __str__(self) -> str:
+        sizes = (
+            f"B={self.batch} H={self.num_heads}"
+            + (f" Hkv={self.num_kv_heads}" if self.num_kv_heads != self.num_heads else "")
+            + f" L={self.seqlen_q} S={self.seqlen_k} D={self.head_dim}"
+            + (f" Dv={self.value_dim}" if self.value_dim != self.head_dim else "")
+        )
+        flags = [f.name.removeprefix("has_").removeprefix("is_") for f in fields(self) if getattr(self, f.name) is True]
+        if not self.band.is_unbounded:
+            flags.append(f"band(left={self.band.left}, right={self.band.right}, offset={self.band.offset})")
+        if self.softcap:
+            flags.append(f"softcap={self.softcap}")
+        if self.dropout_p:
+            flags.append(f"dropout_p={self.dropout_p}")
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{sizes} {dtype} on {self.device}" + (f" with {', '.join(flags)}" if flags else "")

@@ -1,0 +1,64 @@
+"""Biases that depend on the distance between query and key alone, as (H, L + S - 1) vectors for ``relative_bias``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def t5_relative_bias(
+    table: Tensor, seqlen_q: int, seqlen_k: int, bidirectional: bool = True, max_distance: int = 128
+) -> Tensor:
+    """T5's bucketed relative position bias (Raffel et al., 2020, section 2.1), differentiable in the table.
+
+    Half of the buckets hold one distance each, the other half grow logarithmically up to ``max_distance``.
+
+    Args:
+        table: (num_buckets, H), the weight of T5's ``relative_attention_bias`` embedding.
+        seqlen_q: L.
+        seqlen_k: S.
+        bidirectional: keys after the query have buckets of their own (encoders); otherwise they share bucket 0.
+
+    Returns:
+        (H, L + S - 1) of the table's dtype.
+    """
+    if table.dim() != 2:
+        raise ValueError(f"table: expected shape (num_buckets, H), got {tuple(table.shape)}")
+    distance = _distances(seqlen_q, seqlen_k, table.device)
+    num_buckets = table.shape[0]
+    if bidirectional:
+        num_buckets //= 2
+        first_bucket = num_buckets * (distance > 0)
+        distance = distance.abs()
+    else:
+        first_bucket = 0
+        distance = (-distance).clamp(min=0)
+    num_exact = num_buckets // 2
+    # In the order of T5's own code: another rounding would move distances at the edges of buckets.
+    octaves = torch.log(distance.clamp(min=1) / num_exact) / math.log(max_distance / num_exact)
+    logarithmic = num_exact + (octaves * (num_buckets - num_exact)).long()
+    bucket = torch.where(distance < num_exact, distance, logarithmic.clamp(max=num_buckets - 1))
+    return table[first_bucket + bucket].t()
+
+
+def alibi_bias(slopes: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
+    """ALiBi's linear penalty ``-slope * |i - j|`` (Press et al., 2022), differentiable in the slopes.
+
+    Args:
+        slopes: (H,).
+        seqlen_q: L.
+        seqlen_k: S.
+
+    Returns:
+        (H, L + S - 1) of the slopes' dtype.
+    """
+    if slopes.dim() != 1:
+        raise ValueError(f"slopes: expected shape (H,), got {tuple(slopes.shape)}")
+    return -slopes[:, None] * _distances(seqlen_q, seqlen_k, slopes.device).abs()
+
+
+def _distances(seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
+    """j - i of every column: -(L - 1) ... S - 1."""
+    return torch.arange(-(seqlen_q - 1), seqlen_k, device=device)
