@@ -45,8 +45,10 @@ class FusedAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad
         # Order of the inputs: backend, problem, return_lse, query, key, value, sinks, seed, bias, relative_bias, ...
         wanted = Wanted(needs[3], needs[4], needs[5], needs[8], needs[9], needs[6])
-        grads = attention_backward(
-            ctx.backend, ctx.problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed,
+        # Grad mode is on here only under create_graph, which needs gradients that are themselves differentiable.
+        backend = reference if torch.is_grad_enabled() else ctx.backend
+        grads = gradients(
+            backend, ctx.problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed,
             _mask_spec(ctx.problem, mask),
         )  # fmt: skip
         return (
@@ -55,62 +57,16 @@ class FusedAttention(torch.autograd.Function):
         )  # fmt: skip
 
 
-def attention_backward(
-    backend: Backend,
-    problem: AttentionProblem,
-    wanted: Wanted,
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    mask: MaskSpec,
+def gradients(
+    backend: Backend, problem: AttentionProblem, wanted: Wanted, dout: Tensor | None, dlse: Tensor | None, *inputs
 ) -> Gradients:
-    """The backend's gradients, or, where a graph of them is wanted (double backward), the reference formula's."""
+    """The backend's gradients, where either output may have none."""
     if dout is None and dlse is None:
         return Gradients()
-    if torch.is_grad_enabled() or backend.is_composite:
-        return reference_gradients(problem, wanted, dout, dlse, query, key, value, sinks, seed, mask)
     if dout is None:
+        out = inputs[3]
         dout = torch.zeros_like(out)
-    return backend.backward(problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, mask)
-
-
-def reference_gradients(
-    problem: AttentionProblem,
-    wanted: Wanted,
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    mask: MaskSpec,
-) -> Gradients:
-    """Gradients of the reference formula; differentiable again where grad mode is on."""
-    create_graph = torch.is_grad_enabled()
-    inputs = Gradients(query, key, value, mask.bias, mask.relative_bias, sinks)
-    if not create_graph:
-        inputs = Gradients(*(None if x is None else x.detach().requires_grad_(w) for x, w in zip(inputs, wanted)))  # noqa: B905
-    with torch.enable_grad():
-        outputs = reference.forward(
-            problem, inputs.query, inputs.key, inputs.value, inputs.sinks, seed,
-            mask._replace(bias=inputs.bias, relative_bias=inputs.relative_bias),
-        )  # fmt: skip
-        pairs = [(y, dy) for y, dy in zip(outputs, (dout, dlse), strict=True) if dy is not None and y.requires_grad]
-        differentiated = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
-        grads = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs], differentiated, [dy for _, dy in pairs],
-                create_graph=create_graph, allow_unused=True,
-            )  # fmt: skip
-        )
-    return Gradients(*(next(grads) if is_wanted else None for is_wanted in wanted))
+    return backend.backward(problem, wanted, dout, dlse, *inputs)
 
 
 def _mask_spec(problem: AttentionProblem, fields: tuple[Tensor | None, ...]) -> MaskSpec:

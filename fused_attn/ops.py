@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_attn import dispatch
-from fused_attn.autograd import attention_backward, reference_gradients
+from fused_attn.autograd import gradients
+from fused_attn.backends import reference
 from fused_attn.backends.base import Gradients, Wanted, empty_like_layout
 from fused_attn.masks import NO_MASK, MaskSpec
 from fused_attn.problem import AttentionProblem, Band
@@ -65,11 +66,10 @@ def _attention_fake(query, key, value, sinks, seed, *rest):
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 def _attention_backward(wanted, dout, dlse, out, lse, query, key, value, sinks, seed, *rest):
     mask, problem, backend = _unpack(query, key, value, sinks, rest)
-    with torch.no_grad():
-        grads = attention_backward(
-            dispatch.choose(problem, backend), problem, Wanted(*wanted), dout, dlse,
-            query, key, value, out, lse, sinks, seed, mask,
-        )  # fmt: skip
+    grads = gradients(
+        dispatch.choose(problem, backend), problem, Wanted(*wanted), dout, dlse,
+        query, key, value, out, lse, sinks, seed, mask,
+    )  # fmt: skip
     # An operator returns tensors, all of its own: absent gradients are empty ones.
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -112,8 +112,8 @@ torch.library.register_autograd("fused_attn::attention", _attention_grads, setup
 
 
 def _setup_double_backward(ctx, inputs, output):
-    wanted, dout, dlse, _, _, *tensors_and_scalars = inputs
-    ctx.save_for_backward(dout, dlse, *tensors_and_scalars[:11])
+    wanted, dout, dlse, out, _, *tensors_and_scalars = inputs
+    ctx.save_for_backward(torch.zeros_like(out) if dout is None else dout, dlse, *tensors_and_scalars[:11])
     ctx.wanted, ctx.scalars = wanted, tensors_and_scalars[11:]
 
 
@@ -131,8 +131,8 @@ def _double_backward(ctx, *ddgrads):
         ]
         dout, dlse, query, key, value, sinks, bias, relative_bias = leaves
         mask, problem, _ = _unpack(query, key, value, sinks, (bias, relative_bias, *mask_tensors[2:], *ctx.scalars))
-        grads = reference_gradients(
-            problem, Wanted(*ctx.wanted), dout, dlse, query, key, value, sinks, seed, mask
+        grads = gradients(
+            reference, problem, Wanted(*ctx.wanted), dout, dlse, query, key, value, None, None, sinks, seed, mask
         )
         pairs = [(g, dg) for g, dg in zip(grads, ddgrads, strict=True) if g is not None and dg is not None and g.requires_grad]
         inputs = [x for x in leaves if x is not None]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -54,24 +53,25 @@ class AttentionProblem:
     has_bias: bool = False
     has_relative_bias: bool = False
     has_sinks: bool = False
+    #: No tensor but query, key and value takes part.
+    is_plain: bool = field(init=False, default=False)
 
     @property
     def accumulate_dtype(self) -> torch.dtype:
         """Scores, the LSE and bias gradients are float32, or float64 for float64 inputs."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    @functools.cached_property
-    def is_plain(self) -> bool:
-        """No tensor but query, key and value takes part."""
-        return not (
+    def __post_init__(self):
+        takes_no_other_tensor = not (
             self.is_packed
             or self.has_mask
             or self.has_key_padding
             or self.has_bias
             or self.has_relative_bias
             or self.has_sinks
-            or self.dropout_p
+            or self.dropout_p > 0.0
         )
+        object.__setattr__(self, "is_plain", takes_no_other_tensor)
 
     def __str__(self) -> str:
         sizes = (
@@ -80,7 +80,7 @@ class AttentionProblem:
             + f" L={self.seqlen_q} S={self.seqlen_k} D={self.head_dim}"
             + (f" Dv={self.value_dim}" if self.value_dim != self.head_dim else "")
         )
-        flags = [f.name.removeprefix("has_").removeprefix("is_") for f in fields(self) if getattr(self, f.name) is True]
+        flags = [f.name.removeprefix("has_").removeprefix("is_") for f in fields(self) if getattr(self, f.name) is True and f.name != "is_plain"]
         if not self.band.is_unbounded:
             flags.append(f"band(left={self.band.left}, right={self.band.right}, offset={self.band.offset})")
         if self.softcap:

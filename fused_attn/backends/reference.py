@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fused_attn import dropout
+from fused_attn.backends.base import Gradients, Wanted
 from fused_attn.masks import MaskSpec
 from fused_attn.problem import AttentionProblem
 
@@ -26,19 +29,79 @@ def forward(
     seed: Tensor | None,
     mask: MaskSpec,
 ) -> tuple[Tensor, Tensor]:
-    compute = problem.accumulate_dtype
-    if mask.key_padding is not None:
-        # Zeroed before any product, because 0 * NaN is NaN.
-        dropped = ~mask.key_padding[:, None, :, None]
-        key, value = key.masked_fill(dropped, 0.0), value.masked_fill(dropped, 0.0)
-    key, value = (_repeat_heads(x.to(compute), problem.num_heads) for x in (key, value))
+    query, key, value, sink = _to_compute(problem, query, key, value, sinks, mask)
+    softmax = _softmax(problem, query, key, sink, mask)
+    weights = softmax.weights
+    if problem.dropout_p:
+        weights = weights * _dropout_factors(problem, seed, mask, query)
+    return (weights @ value).to(problem.dtype), softmax.lse
 
-    scores = (query.to(compute) * problem.scale) @ key.transpose(-2, -1)  # (B, H, L, S)
+
+def backward(
+    problem: AttentionProblem,
+    wanted: Wanted,
+    dout: Tensor,  # (B, H, L, Dv)
+    dlse: Tensor | None,  # (B, H, L)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    mask: MaskSpec,
+) -> Gradients:
+    """The gradients as plain PyTorch code, so that they can be differentiated again.
+
+    Everything is recomputed: ``out`` and ``lse`` may come without their history.
+    """
+    query, key, value, sink = _to_compute(problem, query, key, value, sinks, mask)
+    weights, lse, dcap = _softmax(problem, query, key, sink, mask)
+    dout = dout.to(problem.accumulate_dtype)
+
+    dweights = dout @ value.transpose(-2, -1)  # (B, H, L, S)
+    dropped_weights = weights
+    if problem.dropout_p:
+        factors = _dropout_factors(problem, seed, mask, query)
+        dropped_weights, dweights = weights * factors, dweights * factors
+    delta = (weights * dweights).sum(-1, keepdim=True)  # (B, H, L, 1)
+    if dlse is not None:
+        delta = delta - dlse.unsqueeze(-1)
+    dbiased = weights * (dweights - delta)  # the gradient of the scores after softcap and bias
+    dscores = (dbiased if dcap is None else dbiased * dcap) * problem.scale
+
+    dsinks = dbias = drelative_bias = None
+    if wanted.sinks:
+        # exp(sink - lse) is the weight of the sink; an empty row has none.
+        sink_weight = torch.exp(sink.squeeze(-1) - lse).masked_fill(lse == float("-inf"), 0.0)
+        dsinks = -(sink_weight * delta.squeeze(-1)).sum((0, 2)).to(sinks.dtype)
+    if wanted.bias:
+        dbias = dbiased.sum_to_size(mask.bias.shape).to(mask.bias.dtype)
+    if wanted.relative_bias:
+        drelative_bias = _sum_diagonals(problem, dbiased, mask).to(mask.relative_bias.dtype)
+    dquery = (dscores @ key).to(problem.dtype) if wanted.query else None
+    dkey = _sum_groups(problem, dscores.transpose(-2, -1) @ query) if wanted.key else None
+    dvalue = _sum_groups(problem, dropped_weights.transpose(-2, -1) @ dout) if wanted.value else None
+    return Gradients(dquery, dkey, dvalue, dbias, drelative_bias, dsinks)
+
+
+class Softmax(NamedTuple):
+    """weights: (B, H, L, S); lse: (B, H, L); dcap: d softcap(x) / dx of every score, None without softcap."""
+
+    weights: Tensor
+    lse: Tensor
+    dcap: Tensor | None
+
+
+def _softmax(problem: AttentionProblem, query: Tensor, key: Tensor, sink: Tensor | None, mask: MaskSpec) -> Softmax:
+    scores = (query * problem.scale) @ key.transpose(-2, -1)  # (B, H, L, S)
+    dcap = None
     if problem.softcap:
-        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+        capped = torch.tanh(scores / problem.softcap)
+        scores, dcap = problem.softcap * capped, 1.0 - capped * capped
     visible, bias = mask.to_dense(problem, query.device)
     if bias is not None:
-        scores = scores + bias.to(compute)
+        scores = scores + bias.to(scores.dtype)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
 
@@ -49,25 +112,52 @@ def forward(
         else scores.new_full((*scores.shape[:-1], 1), float("-inf"))
     )
     is_empty = row_max == float("-inf")
-    if sinks is not None:
-        sink = sinks.to(compute)[None, :, None, None]
+    if sink is not None:
         row_max = torch.maximum(row_max, sink.detach())
     row_max = row_max.masked_fill(is_empty, 0.0)
     weights = torch.exp(scores - row_max)
     row_sum = weights.sum(-1, keepdim=True)
-    if sinks is not None:
+    if sink is not None:
         row_sum = row_sum + torch.exp(sink - row_max)
     row_sum = row_sum.masked_fill(is_empty, 1.0)
-    lse = (row_max + row_sum.log()).masked_fill(is_empty, float("-inf")).squeeze(-1)  # (B, H, L)
-
-    weights = weights / row_sum
-    if problem.dropout_p:
-        rows, columns = mask.positions(problem, query.device)
-        keep = dropout.keep_mask(seed, problem.dropout_p, query.shape[0], problem.num_heads, rows, columns)
-        weights = weights * keep * dropout.inverse_keep(problem.dropout_p)
-    return (weights @ value).to(query.dtype), lse
+    lse = (row_max + row_sum.log()).masked_fill(is_empty, float("-inf")).squeeze(-1)
+    return Softmax(weights / row_sum, lse, dcap)
 
 
-def _repeat_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, Hkv, S, D) -> (B, H, S, D): key head h serves the query heads h * group ... (h + 1) * group - 1."""
-    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
+def _to_compute(
+    problem: AttentionProblem, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, mask: MaskSpec
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """All inputs in the accumulate dtype, keys and values with the query's heads, ignored ones zeroed; sink (1, H, 1, 1)."""
+    if mask.key_padding is not None:
+        # Before any product, because 0 * NaN is NaN.
+        ignored = ~mask.key_padding[:, None, :, None]
+        key, value = key.masked_fill(ignored, 0.0), value.masked_fill(ignored, 0.0)
+    # Key head h serves the query heads h * group ... (h + 1) * group - 1.
+    group = problem.num_heads // max(problem.num_kv_heads, 1)
+    compute = problem.accumulate_dtype
+    key, value = (x.to(compute).repeat_interleave(group, dim=1) if group > 1 else x.to(compute) for x in (key, value))
+    return query.to(compute), key, value, None if sinks is None else sinks.to(compute)[None, :, None, None]
+
+
+def _dropout_factors(problem: AttentionProblem, seed: Tensor, mask: MaskSpec, query: Tensor) -> Tensor:
+    """(B, H, L, S): 0 where dropped, 1 / (1 - p) where kept."""
+    rows, columns = mask.positions(problem, query.device)
+    keep = dropout.keep_mask(seed, problem.dropout_p, query.shape[0], problem.num_heads, rows, columns)
+    return keep.to(problem.accumulate_dtype) * dropout.inverse_keep(problem.dropout_p)
+
+
+def _sum_groups(problem: AttentionProblem, dx: Tensor) -> Tensor:
+    """(B, H, S, D) -> (B, Hkv, S, D): a shared key head collects the gradients of all the query heads that it serves."""
+    batch, _, rows, columns = dx.shape
+    group = problem.num_heads // max(problem.num_kv_heads, 1)
+    return dx.reshape(batch, problem.num_kv_heads, group, rows, columns).sum(2).to(problem.dtype)
+
+
+def _sum_diagonals(problem: AttentionProblem, dbiased: Tensor, mask: MaskSpec) -> Tensor:
+    """(B, H, L, S) -> (H|1, L + S - 1): the gradient of a Toeplitz bias is the sum along each diagonal."""
+    rows, columns = mask.positions(problem, dbiased.device)
+    heads, num_columns = mask.relative_bias.shape
+    column = (columns.index[None, :] - rows.index[:, None] + (problem.seqlen_q - 1)).clamp(0, max(num_columns - 1, 0))
+    per_head = dbiased.sum(0).flatten(1)  # (H, L * S)
+    diagonals = per_head.new_zeros(per_head.shape[0], num_columns).index_add(1, column.flatten(), per_head)
+    return diagonals.sum_to_size(heads, num_columns)
