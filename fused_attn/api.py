@@ -71,7 +71,8 @@ def fused_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
-    query, key, value = _autocast(query, key, value)
+    if transforms.is_autocasting():
+        query, key, value = _autocast(query, key, value)
     problem, layout = _plan_of_call(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         key_padding_mask, window_size, softcap, relative_bias, sinks,
@@ -85,7 +86,7 @@ def fused_attention(
         mask = masks.mask_spec(problem, attn_mask, key_padding_mask, relative_bias, layout)
     out, lse = _run(problem, backend, query, key, value, sinks, seed, mask, return_lse)
     if layout is not None:
-        out, lse = layout.unflatten(out), layout.unflatten_lse(lse)
+        out, lse = layout.unflatten(out), None if lse is None else layout.unflatten_lse(lse)
     return (out, lse) if return_lse else out
 
 
@@ -132,7 +133,8 @@ def fused_attention_varlen(
         TypeError, ValueError: an argument does not fit. The contents of cu_seqlens are checked on the CPU only, because
             reading them from a GPU would stall it.
     """
-    query, key, value = _autocast(query, key, value)
+    if transforms.is_autocasting():
+        query, key, value = _autocast(query, key, value)
     plan = _varlen_plan if torch.compiler.is_compiling() else _cached_varlen_plan
     problem = plan(
         checks.meta("query", query),
@@ -146,7 +148,7 @@ def fused_attention_varlen(
         is_causal,
         scale,
         enable_gqa,
-        _hashable(window_size),
+        tuple(window_size) if isinstance(window_size, list) else window_size,
         softcap,
         checks.optional_meta("relative_bias", relative_bias),
         checks.optional_meta("sinks", sinks),
@@ -205,28 +207,34 @@ def _plan_of_call(
     diagonal_offset = None if attn_mask is None else masks.causal_bias_offset(attn_mask)
     # Sizes under compilation are symbolic: not hashable, and traced once anyway.
     plan = _plan if torch.compiler.is_compiling() else _cached_plan
-    return plan(
-        checks.meta("query", query),
-        checks.meta("key", key),
-        checks.meta("value", value),
-        None if attn_mask is None or diagonal_offset is not None else checks.meta("attn_mask", attn_mask),
-        diagonal_offset,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
-        checks.optional_meta("key_padding_mask", key_padding_mask),
-        _hashable(window_size),
-        softcap,
-        checks.optional_meta("relative_bias", relative_bias),
-        checks.optional_meta("sinks", sinks),
-    )
+    try:
+        return plan(
+            (query.shape, query.dtype, query.device),
+            (key.shape, key.dtype, key.device),
+            (value.shape, value.dtype, value.device),
+            None if attn_mask is None or diagonal_offset is not None else checks.meta("attn_mask", attn_mask),
+            diagonal_offset,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            None if key_padding_mask is None else checks.meta("key_padding_mask", key_padding_mask),
+            tuple(window_size) if isinstance(window_size, list) else window_size,
+            softcap,
+            None if relative_bias is None else checks.meta("relative_bias", relative_bias),
+            None if sinks is None else checks.meta("sinks", sinks),
+        )
+    except AttributeError:
+        # Only now, because asking every time would cost as much as finding the plan.
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            checks.meta(name, x)
+        raise
 
 
 def _plan(
-    query: Meta,
-    key: Meta,
-    value: Meta,
+    query: tuple,
+    key: tuple,
+    value: tuple,
     attn_mask: Meta | None,
     diagonal_offset: int | None,
     dropout_p: float,
@@ -239,6 +247,7 @@ def _plan(
     relative_bias: Meta | None,
     sinks: Meta | None,
 ) -> Plan:
+    query, key, value = Meta(*query), Meta(*key), Meta(*value)
     checks.check_query_key_value(query, key, value, min_dim=2)
     checks.check_scalars(dropout_p, is_causal, scale, softcap)
     window_size = checks.check_window(window_size)
@@ -361,16 +370,18 @@ def _run(
         return ops.call(problem, backend_name, query, key, value, sinks, seed, mask)
     backend = dispatch.choose(problem, backend_name)
     if backend.is_composite or transforms.are_active():
-        return reference.forward(problem, query, key, value, sinks, seed, mask)
+        return reference.forward(problem, query, key, value, sinks, seed, mask, True)
+    others = () if problem.is_plain else (sinks, seed, *mask)
     if torch.is_grad_enabled() and (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or (mask is not NO_MASK and any(x is not None and x.requires_grad for x in (*mask[:2], sinks)))
+        query.requires_grad or key.requires_grad or value.requires_grad or _any_requires_grad(others)
     ):
-        result = FusedAttention.apply(backend, problem, return_lse, query, key, value, sinks, seed, *mask)
+        result = FusedAttention.apply(backend, problem, return_lse, query, key, value, *others)
         return result if return_lse else (result, None)
-    return backend.forward(problem, query, key, value, sinks, seed, mask)
+    return backend.forward(problem, query, key, value, sinks, seed, mask, return_lse)
+
+
+def _any_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def _seed(problem: AttentionProblem, dropout_seed: int | Tensor | None) -> Tensor | None:
@@ -390,7 +401,3 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
         for x in (query, key, value)
     )
-
-
-def _hashable(window_size):
-    return tuple(window_size) if isinstance(window_size, list) else window_size

@@ -18,7 +18,11 @@ from fused_attn.problem import AttentionProblem
 
 
 class FusedAttention(torch.autograd.Function):
-    """(out, lse) of a backend with its own backward; only ``bias``, ``relative_bias`` of the mask are differentiable."""
+    """``apply(backend, problem, return_lse, query, key, value, *others)`` -> out, or (out, lse).
+
+    others: () for a plain problem, else (sinks, seed, *mask). Every argument of a Function costs time, and the plain problem is
+    the one where time per call is felt.
+    """
 
     @staticmethod
     def forward(
@@ -29,32 +33,33 @@ class FusedAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        sinks: Tensor | None,
-        seed: Tensor | None,
-        *mask: Tensor | None,
+        *others: Tensor | None,
     ):
-        out, lse = backend.forward(problem, query, key, value, sinks, seed, _mask_spec(problem, mask))
+        sinks, seed, mask = _unpack(others)
+        out, lse = backend.forward(problem, query, key, value, sinks, seed, mask, True)
+        ctx.save_for_backward(query, key, value, out, lse, *others)
         ctx.backend, ctx.problem = backend, problem
-        ctx.save_for_backward(query, key, value, out, lse, sinks, seed, *mask)
+        if not return_lse:
+            return out
         ctx.set_materialize_grads(False)
-        return (out, lse) if return_lse else out
+        return out, lse
 
     @staticmethod
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None = None):
-        query, key, value, out, lse, sinks, seed, *mask = ctx.saved_tensors
+        query, key, value, out, lse, *others = ctx.saved_tensors
+        sinks, seed, mask = _unpack(others)
+        # needs: of backend, problem, return_lse, query, key, value, sinks, seed, bias, relative_bias, ...
         needs = ctx.needs_input_grad
-        # Order of the inputs: backend, problem, return_lse, query, key, value, sinks, seed, bias, relative_bias, ...
-        wanted = Wanted(needs[3], needs[4], needs[5], needs[8], needs[9], needs[6])
+        wanted = Wanted(*needs[3:6], needs[8], needs[9], needs[6]) if others else Wanted(*needs[3:6], False, False, False)
         # Grad mode is on here only under create_graph, which needs gradients that are themselves differentiable.
         backend = reference if torch.is_grad_enabled() else ctx.backend
         grads = gradients(
-            backend, ctx.problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed,
-            _mask_spec(ctx.problem, mask),
-        )  # fmt: skip
-        return (
-            None, None, None, grads.query, grads.key, grads.value, grads.sinks, None,
-            grads.bias, grads.relative_bias, None, None, None, None,
-        )  # fmt: skip
+            backend, ctx.problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, mask
+        )
+        dinputs = (None, None, None, grads.query, grads.key, grads.value)
+        if not others:
+            return dinputs
+        return *dinputs, grads.sinks, None, grads.bias, grads.relative_bias, None, None, None, None
 
 
 def gradients(
@@ -69,5 +74,6 @@ def gradients(
     return backend.backward(problem, wanted, dout, dlse, *inputs)
 
 
-def _mask_spec(problem: AttentionProblem, fields: tuple[Tensor | None, ...]) -> MaskSpec:
-    return NO_MASK if problem.is_plain else MaskSpec(*fields)
+def _unpack(others: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None, MaskSpec]:
+    """(sinks, seed, mask)"""
+    return (others[0], others[1], MaskSpec(*others[2:])) if others else (None, None, NO_MASK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from fused_attn.backends import cpu, reference
@@ -30,6 +31,7 @@ class Explanation:
         return "\n".join(lines)
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(problem: AttentionProblem, backend: str | None) -> Backend:
     """The named backend, or the first that can run the problem.
 

@@ -54,7 +54,7 @@ def call(
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
 def _attention(query, key, value, sinks, seed, *rest):
     mask, problem, backend = _unpack(query, key, value, sinks, rest)
-    return dispatch.choose(problem, backend).forward(problem, query, key, value, sinks, seed, mask)
+    return dispatch.choose(problem, backend).forward(problem, query, key, value, sinks, seed, mask, True)
 
 
 @torch.library.register_fake("fused_attn::attention", lib=_library)

@@ -28,6 +28,7 @@ def forward(
     sinks: Tensor | None,  # (H,)
     seed: Tensor | None,
     mask: MaskSpec,
+    needs_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     query, key, value, sink = _to_compute(problem, query, key, value, sinks, mask)
     softmax = _softmax(problem, query, key, sink, mask)

@@ -1,0 +1,111 @@
+"""What this installation can run: versions, compiled code, hardware, and each backend with its reasons."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from fused_attn import dispatch
+from fused_attn.backends import cpu
+from fused_attn.problem import AttentionProblem
+
+
+@dataclass(frozen=True)
+class Info:
+    """``print(info())`` shows it as text; the fields are for programs.
+
+    backends maps "cpu float32", "cuda:0 bfloat16", ... to {backend name: reasons why it cannot run; empty = it can}.
+    """
+
+    versions: dict[str, str]
+    native: dict[str, str]
+    devices: dict[str, str]
+    backends: dict[str, dict[str, list[str]]]
+
+    def __str__(self) -> str:
+        lines = []
+        for title, entries in (("versions", self.versions), ("native code", self.native), ("devices", self.devices)):
+            lines.append(title)
+            lines += [f"  {name:<18} {value}" for name, value in entries.items()]
+        lines.append("backends (the first that can run is used)")
+        for place, backends in self.backends.items():
+            lines.append(f"  {place}")
+            lines += [f"    {name:<16} {'; '.join(reasons) or 'runs'}" for name, reasons in backends.items()]
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Describe this installation and machine. Loads nothing on a GPU."""
+    return Info(_versions(), _native(), _devices(), _backends())
+
+
+def _versions() -> dict[str, str]:
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    return {
+        "fused_attn": version("fused_attn"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "CUDA of torch": torch.version.cuda or "none (CPU build)",
+        "triton": version("triton"),
+    }
+
+
+def _native() -> dict[str, str]:
+    if cpu._C is None:
+        return {
+            "CPU kernels": f"not built: {cpu.import_error}. Reinstall where a C++ compiler is on the PATH; "
+            "until then attention on the CPU runs on the slower reference backend."
+        }
+    build = cpu._C.build_info()
+    return {
+        "compiler": f"{build['compiler']} {build['compiler_version']}",
+        "OpenMP": "yes" if build["openmp"] else "no: the kernels run on one thread",
+        "CPU kernels": ", ".join(build["isas"]),
+        "in use": cpu._C.cpu_isa(),
+    }
+
+
+def _devices() -> dict[str, str]:
+    devices = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = (
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        )
+    return devices
+
+
+def _backends() -> dict[str, dict[str, list[str]]]:
+    places = [torch.device("cpu")] + [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return {
+        f"{device} {str(dtype).removeprefix('torch.')}": {
+            backend.name: backend.unsupported_reasons(_typical_problem(device, dtype)) for backend in dispatch.BACKENDS
+        }
+        for device in places
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+
+
+def _typical_problem(device: torch.device, dtype: torch.dtype) -> AttentionProblem:
+    return AttentionProblem(
+        batch=8,
+        num_heads=16,
+        num_kv_heads=16,
+        seqlen_q=1024,
+        seqlen_k=1024,
+        head_dim=64,
+        value_dim=64,
+        dtype=dtype,
+        device=device,
+        scale=0.125,
+        has_key_padding=True,
+    )

@@ -1,0 +1,143 @@
+"""Numerical self-check of every backend that can run here: ``python -m fused_attn check``.
+
+The rule is that of the test suite: against a float64 evaluation of the reference formula, the error may be at most 1.5 times
+that of PyTorch's eager attention in the same dtype, plus two units in the last place of the largest value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fused_attn import dispatch
+from fused_attn.api import fused_attention
+from fused_attn.backends import cpu, reference
+
+SLACK = 1.5
+FLOOR_ULPS = 2.0
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kwargs: Callable[[torch.device], dict] = field(default=lambda device: {})
+    num_kv_heads: int = 4
+    seqlen_q: int = 93
+    seqlen_k: int = 130
+    head_dim: int = 64
+
+
+def _padding(device: torch.device) -> Tensor:
+    """(2, 130) True = ignore: a tail in one row, holes in the other."""
+    position = torch.arange(130, device=device)
+    return torch.stack([position >= 57, position % 3 == 0])
+
+
+CASES = (
+    Case("plain"),
+    Case("causal", lambda device: {"is_causal": True}),
+    Case("padding", lambda device: {"key_padding_mask": _padding(device)}),
+    Case("causal + padding", lambda device: {"is_causal": True, "key_padding_mask": _padding(device)}),
+    Case("empty rows", lambda device: {"key_padding_mask": _padding(device) | (torch.arange(2, device=device) == 0)[:, None]}),
+    Case("window", lambda device: {"window_size": (17, 5)}),
+    Case("bool mask", lambda device: {"attn_mask": _random(2, 1, 93, 130, device=device) > 0}),
+    Case("bias", lambda device: {"attn_mask": _random(1, 4, 93, 130, device=device)}),
+    Case("relative bias", lambda device: {"relative_bias": _random(4, 222, device=device)}),
+    Case("softcap + sinks", lambda device: {"softcap": 5.0, "sinks": _random(4, device=device)}),
+    Case("dropout", lambda device: {"dropout_p": 0.2, "dropout_seed": 7}),
+    Case("GQA", lambda device: {"enable_gqa": True, "is_causal": True}, num_kv_heads=2),
+    Case("head dim 40", head_dim=40),
+    Case("head dim 256", head_dim=256),
+    Case("one query", lambda device: {"key_padding_mask": _padding(device)}, seqlen_q=1),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    backend: str
+    dtype: torch.dtype
+    case: str
+    error: float
+    allowed: float
+
+    @property
+    def is_right(self) -> bool:
+        # A NaN error is wrong, so the comparison stands this way round.
+        return self.error <= self.allowed
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.is_right else "WRONG"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.backend:<18} {dtype:<9} {self.case:<18} error {self.error:8.1e}  allowed {self.allowed:8.1e}  {verdict}"
+
+
+def run() -> Iterator[Result]:
+    """One result for every case, dtype and backend (and every CPU instruction set) that can run on this machine."""
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    for device in devices:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for case in CASES:
+                inputs = _inputs(case, device, dtype)
+                exact = _evaluate(case, [x.double() for x in inputs], reference.name, torch.float64)
+                eager = _evaluate(case, inputs, reference.name, dtype)
+                for label, backend in _variants(device):
+                    ours = _evaluate(case, inputs, backend, dtype)
+                    yield _judge(label, dtype, case.name, ours, eager, exact)
+
+
+def _variants(device: torch.device) -> Iterator[tuple[str, str]]:
+    """(label, backend name); selects each CPU instruction set in turn while the consumer holds it."""
+    for backend in dispatch.BACKENDS:
+        if backend is cpu and cpu._C is not None and device.type == "cpu":
+            in_use = cpu._C.cpu_isa()
+            for isa in cpu._C.cpu_isas():
+                cpu._C.select_cpu_isa(isa)
+                try:
+                    yield f"cpu {isa}", cpu.name
+                finally:
+                    cpu._C.select_cpu_isa(in_use)
+        elif backend is not reference and backend is not cpu:
+            yield backend.name, backend.name
+
+
+def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    shapes = (
+        (2, 4, case.seqlen_q, case.head_dim),
+        (2, case.num_kv_heads, case.seqlen_k, case.head_dim),
+        (2, case.num_kv_heads, case.seqlen_k, case.head_dim),
+    )
+    return [_random(*shape, device=device, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
+
+
+def _evaluate(case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype) -> list[Tensor]:
+    """[out, lse, dquery, dkey, dvalue, gradients of the learned masks] in float64."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    kwargs = case.kwargs(inputs[0].device)
+    for name, x in kwargs.items():
+        if isinstance(x, Tensor) and x.is_floating_point():
+            # The masks' values are those of the dtype under test, whatever the precision of this evaluation.
+            kwargs[name] = x.to(inputs[0].dtype).requires_grad_()
+            leaves.append(kwargs[name])
+    out, lse = fused_attention(*leaves[:3], **kwargs, return_lse=True, backend=backend)
+    dout = _random(*out.shape, device=out.device, seed=3).to(out.dtype)
+    grads = torch.autograd.grad(out, leaves, dout)
+    return [x.detach().double() for x in (out, lse.nan_to_num(neginf=0.0), *grads)]
+
+
+def _judge(
+    label: str, dtype: torch.dtype, case: str, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor]
+) -> Result:
+    """The worst of all outputs, by how much of its allowance it uses."""
+    results = []
+    for x, plain, truth in zip(ours, eager, exact, strict=True):
+        floor = FLOOR_ULPS * torch.finfo(dtype).eps * truth.abs().max().item()
+        allowed = SLACK * (plain - truth).abs().max().item() + floor
+        results.append(Result(label, dtype, case, (x - truth).abs().max().item(), allowed))
+    return max(results, key=lambda r: r.error / r.allowed if r.error == r.error else float("inf"))
+
+
+def _random(*shape: int, device: torch.device, seed: int = 11) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
