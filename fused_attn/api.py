@@ -369,8 +369,10 @@ def _run(
     if torch.compiler.is_compiling():
         return ops.call(problem, backend_name, query, key, value, sinks, seed, mask)
     backend = dispatch.choose(problem, backend_name)
-    if backend.is_composite or transforms.are_active():
+    if backend.is_composite or transforms.in_forward_mode():
         return reference.forward(problem, query, key, value, sinks, seed, mask, True)
+    if transforms.in_functorch():
+        return transforms.TransformableAttention.apply(backend, problem, query, key, value, sinks, seed, *mask)
     others = () if problem.is_plain else (sinks, seed, *mask)
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or _any_requires_grad(others)
