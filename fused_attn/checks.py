@@ -101,7 +101,8 @@ def check_window(window_size: Sequence[int] | None) -> tuple[int, int]:
     """(left, right), each -1 for unbounded."""
     if window_size is None:
         return UNBOUNDED, UNBOUNDED
-    if len(window_size) != 2 or not all(isinstance(x, int) and x >= UNBOUNDED for x in window_size):
+    is_pair = isinstance(window_size, Sequence) and len(window_size) == 2
+    if not is_pair or not all(isinstance(x, int) and x >= UNBOUNDED for x in window_size):
         raise fail("window_size", "(left, right), two ints >= -1 (-1 = unbounded)", window_size)
     return tuple(window_size)
 

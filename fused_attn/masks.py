@@ -32,7 +32,7 @@ class MaskSpec(NamedTuple):
     cu_seqlens_k: Tensor | None = None
 
     def to_dense(self, problem: AttentionProblem, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """(visible, bias), each broadcastable to (B, H, L, S) or None: the whole specification as dense tensors."""
+        """(visible, bias), each broadcastable to (B, H, L, S) or None: the whole specification, the bias in the accumulate dtype."""
         rows, columns = self.positions(problem, device)
         distance = columns.index[None, :] - rows.index[:, None]  # (L, S)
         conditions = []
@@ -51,11 +51,13 @@ class MaskSpec(NamedTuple):
         for condition in conditions:
             visible = condition if visible is None else visible & condition
 
-        bias = self.bias
+        # Converted before anything is added or, in the gradient, summed: half precision would lose digits there.
+        compute = problem.accumulate_dtype
+        bias = None if self.bias is None else self.bias.to(compute)
         if self.relative_bias is not None:
             # Pairs of different packed sequences can lie outside the table; they are invisible, so any entry will do.
             column = (distance + (problem.seqlen_q - 1)).clamp(0, self.relative_bias.shape[-1] - 1)
-            toeplitz = self.relative_bias[:, column]  # (H|1, L, S)
+            toeplitz = self.relative_bias.to(compute)[:, column]  # (H|1, L, S)
             bias = toeplitz[None] if bias is None else bias + toeplitz[None]
         return visible, bias
 

@@ -77,13 +77,22 @@ class Backend(Protocol):
 
 
 def empty_like_layout(like: Tensor, columns: int) -> Tensor:
-    """Uninitialised (B, H, rows, columns) whose memory order follows `like`.
+    """Uninitialised (B, heads, rows, columns) whose memory order follows `like`.
 
     A transposed (B, L, H, D) tensor gives a transposed result, so that merging the heads afterwards is a view.
     """
     batch, heads, rows, like_columns = like.shape
     if columns == like_columns and like.is_contiguous():
-        return torch.empty_like(like)  # what the next line but two would give, in a third of the time
-    if heads > 1 and rows > 1 and like.stride(1) < like.stride(2):
+        return torch.empty_like(like)  # the same as the last line, in a third of the time
+    if _has_rows_outside(like):
         return like.new_empty((batch, rows, heads, columns)).transpose(1, 2)
     return like.new_empty((batch, heads, rows, columns))
+
+
+def follow_layout(x: Tensor, like: Tensor) -> Tensor:
+    """x (B, heads, rows, columns) in the memory order that `empty_like_layout` would give it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if _has_rows_outside(like) else x.contiguous()
+
+
+def _has_rows_outside(x: Tensor) -> bool:
+    return x.shape[1] > 1 and x.shape[2] > 1 and x.stride(1) < x.stride(2)

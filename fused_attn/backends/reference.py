@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import dropout
-from fused_attn.backends.base import Gradients, Wanted
+from fused_attn.backends.base import Gradients, Wanted, follow_layout
 from fused_attn.masks import MaskSpec
 from fused_attn.problem import AttentionProblem
 
@@ -30,12 +30,14 @@ def forward(
     mask: MaskSpec,
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    query, key, value, sink = _to_compute(problem, query, key, value, sinks, mask)
-    softmax = _softmax(problem, query, key, sink, mask)
-    weights = softmax.weights
-    if problem.dropout_p:
-        weights = weights * _dropout_factors(problem, seed, mask, query)
-    return (weights @ value).to(problem.dtype), softmax.lse
+    layout_of_query = query
+    # Autocast has had its say on the inputs; the formula itself computes in the accumulate dtype.
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, value, sink = _to_compute(problem, query, key, value, sinks, mask)
+        weights, lse, _ = _softmax(problem, query, key, sink, mask)
+        if problem.dropout_p:
+            weights = weights * _dropout_factors(problem, seed, mask, query)
+        return follow_layout((weights @ value).to(problem.dtype), layout_of_query), lse
 
 
 def backward(
@@ -56,34 +58,39 @@ def backward(
 
     Everything is recomputed: ``out`` and ``lse`` may come without their history.
     """
-    query, key, value, sink = _to_compute(problem, query, key, value, sinks, mask)
-    weights, lse, dcap = _softmax(problem, query, key, sink, mask)
-    dout = dout.to(problem.accumulate_dtype)
+    layouts = query, key, value
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, value, sink = _to_compute(problem, query, key, value, sinks, mask)
+        weights, lse, dcap = _softmax(problem, query, key, sink, mask)
+        dout = dout.to(problem.accumulate_dtype)
 
-    dweights = dout @ value.transpose(-2, -1)  # (B, H, L, S)
-    dropped_weights = weights
-    if problem.dropout_p:
-        factors = _dropout_factors(problem, seed, mask, query)
-        dropped_weights, dweights = weights * factors, dweights * factors
-    delta = (weights * dweights).sum(-1, keepdim=True)  # (B, H, L, 1)
-    if dlse is not None:
-        delta = delta - dlse.unsqueeze(-1)
-    dbiased = weights * (dweights - delta)  # the gradient of the scores after softcap and bias
-    dscores = (dbiased if dcap is None else dbiased * dcap) * problem.scale
+        dweights = dout @ value.transpose(-2, -1)  # (B, H, L, S)
+        dropped_weights = weights
+        if problem.dropout_p:
+            factors = _dropout_factors(problem, seed, mask, query)
+            dropped_weights, dweights = weights * factors, dweights * factors
+        delta = (weights * dweights).sum(-1, keepdim=True)  # (B, H, L, 1)
+        if dlse is not None:
+            delta = delta - dlse.unsqueeze(-1)
+        dbiased = weights * (dweights - delta)  # the gradient of the scores after softcap and bias
+        dscores = (dbiased if dcap is None else dbiased * dcap) * problem.scale
 
-    dsinks = dbias = drelative_bias = None
-    if wanted.sinks:
-        # exp(sink - lse) is the weight of the sink; an empty row has none.
-        sink_weight = torch.exp(sink.squeeze(-1) - lse).masked_fill(lse == float("-inf"), 0.0)
-        dsinks = -(sink_weight * delta.squeeze(-1)).sum((0, 2)).to(sinks.dtype)
-    if wanted.bias:
-        dbias = dbiased.sum_to_size(mask.bias.shape).to(mask.bias.dtype)
-    if wanted.relative_bias:
-        drelative_bias = _sum_diagonals(problem, dbiased, mask).to(mask.relative_bias.dtype)
-    dquery = (dscores @ key).to(problem.dtype) if wanted.query else None
-    dkey = _sum_groups(problem, dscores.transpose(-2, -1) @ query) if wanted.key else None
-    dvalue = _sum_groups(problem, dropped_weights.transpose(-2, -1) @ dout) if wanted.value else None
-    return Gradients(dquery, dkey, dvalue, dbias, drelative_bias, dsinks)
+        dsinks = dbias = drelative_bias = None
+        if wanted.sinks:
+            # exp(sink - lse) is the weight of the sink; an empty row has none.
+            sink_weight = torch.exp(sink.squeeze(-1) - lse).masked_fill(lse == float("-inf"), 0.0)
+            dsinks = -(sink_weight * delta.squeeze(-1)).sum((0, 2)).to(sinks.dtype)
+        if wanted.bias:
+            dbias = dbiased.sum_to_size(mask.bias.shape).to(mask.bias.dtype)
+        if wanted.relative_bias:
+            drelative_bias = _sum_diagonals(problem, dbiased, mask).to(mask.relative_bias.dtype)
+        dquery = (dscores @ key).to(problem.dtype) if wanted.query else None
+        dkey = _sum_groups(problem, dscores.transpose(-2, -1) @ query) if wanted.key else None
+        dvalue = _sum_groups(problem, dropped_weights.transpose(-2, -1) @ dout) if wanted.value else None
+        dinputs = (
+            None if x is None else follow_layout(x, like) for x, like in zip((dquery, dkey, dvalue), layouts, strict=True)
+        )
+        return Gradients(*dinputs, dbias, drelative_bias, dsinks)
 
 
 class Softmax(NamedTuple):
@@ -102,7 +109,7 @@ def _softmax(problem: AttentionProblem, query: Tensor, key: Tensor, sink: Tensor
         scores, dcap = problem.softcap * capped, 1.0 - capped * capped
     visible, bias = mask.to_dense(problem, query.device)
     if bias is not None:
-        scores = scores + bias.to(scores.dtype)
+        scores = scores + bias
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
 
