@@ -67,15 +67,19 @@ def _native() -> dict[str, str]:
         }
     build = cpu._C.build_info()
     return {
-        "compiler": f"{build['compiler']} {build['compiler_version']}",
+        "version": build["version"],
+        "compiler": build["compiler"],
         "OpenMP": "yes" if build["openmp"] else "no: the kernels run on one thread",
-        "CPU kernels": ", ".join(build["isas"]),
-        "in use": cpu._C.cpu_isa(),
+        "CPU kernels": ", ".join(build["cpu_isas"]),
+        "in use here": cpu._C.cpu_isa(),
     }
 
 
 def _devices() -> dict[str, str]:
-    devices = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
+    devices = {
+        "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()} as torch sees it, "
+        f"{torch.get_num_threads()} threads"
+    }
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = (

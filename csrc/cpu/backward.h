@@ -1,0 +1,783 @@
+// The backward kernel. A work item is a group of (batch, kv head) pairs and a chunk of keys; it visits the query blocks of
+// its heads one after another and, for each, its blocks of live keys:
+//
+//   P^T[key][query]   = exp(S - lse)                      S as in forward (scores.h)
+//   dS^T[key][query]  = P * (V[key] . dO^T - delta + dlse)    delta = rowsum(dO * out)
+//   dV[key][:]       += P^T[key] . dO                     lanes = value dim
+//   dK[key][:]       += dS^T[key] . Q                     lanes = head dim
+//   dQ^T[d][query]   += K^T[d] . dS^T                     (outer_block)
+//
+// dK and dV are summed in the item's scratch. Nothing is shared between items but dq, of which each chunk writes its own
+// partial sum: the results do not depend on the order of the items, and no atomics are needed.
+#pragma once
+#include "forward.h"
+#include "kernels.h"
+#include "scores.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+// How the work is cut. Heads whose bias gradient is summed into the same slice form one group, which one thread visits in
+// order; when there are too few groups to occupy the threads, the keys are cut into chunks as well.
+struct BackwardPlan {
+  bool join_batches;  // a group holds all batch entries
+  bool join_heads;    // a group holds all kv heads
+  int64_t groups;
+  int64_t chunks;
+  int64_t chunk_keys;
+};
+
+FA_INLINE BackwardPlan plan_backward(const AttentionParams& p) {
+  BackwardPlan plan;
+  const bool has_dbias = p.dbias.data != nullptr;
+  plan.join_batches = has_dbias && p.dbias.stride_batch == 0 && p.batch > 1;
+  plan.join_heads = has_dbias && p.dbias.stride_head == 0 && p.num_heads > 1;
+  plan.groups = (plan.join_batches ? 1 : p.batch) * (plan.join_heads ? 1 : p.num_kv_heads);
+  // Twice as many items as threads, so that the uneven chunks of a causal problem balance; at least 128 keys a chunk.
+  const int64_t wanted = plan.groups > 0 ? (2 * p.num_threads + plan.groups - 1) / plan.groups : 1;
+  const int64_t possible = (p.seqlen_k + 127) / 128;
+  plan.chunks = wanted < possible ? wanted : possible;
+  if (plan.chunks < 1 || (has_dbias && p.dbias.stride_col == 0)) plan.chunks = 1;
+  plan.chunk_keys = round_up((p.seqlen_k + plan.chunks - 1) / plan.chunks, 64);
+  if (plan.chunk_keys > 0) plan.chunks = (p.seqlen_k + plan.chunk_keys - 1) / plan.chunk_keys;
+  return plan;
+}
+
+// Partial sums that more than one item adds to; a second pass sums them in a fixed order.
+template <class Lane>
+struct BackwardPartials {
+  Lane* dquery = nullptr;         // [chunk][batch][head][seqlen_q][row_dquery], when there is more than one chunk
+  Lane* drelative_bias = nullptr;  // [chunk][batch][head][relative_row], reversed like RelativeBias
+  int64_t row_dquery = 0;
+  int64_t row_relative = 0;
+
+  void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
+    const int64_t heads = plan.chunks * p.batch * p.num_heads;
+    row_dquery = round_up(p.head_dim, kLanes<Lane>);
+    row_relative = relative_row(p);
+    if (plan.chunks > 1 && p.dquery.data != nullptr) dquery = arena.take<Lane>(heads * p.seqlen_q * row_dquery);
+    if (p.drelative_bias.data != nullptr) drelative_bias = arena.take<Lane>(heads * row_relative);
+  }
+};
+
+FA_INLINE int64_t head_index(const AttentionParams& p, int64_t chunk, int64_t b, int64_t h) {
+  return (chunk * p.batch + b) * p.num_heads + h;
+}
+
+template <class P>
+struct BackwardScratch {
+  using Lane = typename P::Lane;
+  // What a product over queries broadcasts: whole lanes, or bfloat16 whose neighbours form a lane.
+  struct Weight {
+    char bytes[sizeof(Lane) / P::kPerLane];
+  };
+
+  KeyScratch<P> key;
+  const char** value_rows;
+  const char** summed_key_rows;
+  Lane* value_lanes;
+  Lane* summed_key_lanes;
+  Lane* query;         // columns [head lanes][kBlockQ]
+  Lane* dout;          // columns [value lanes][kBlockQ]
+  Lane* query_rows;    // [query (pair)][head_dim, padded]; unused where memory already holds such rows
+  Lane* dout_rows;     // [query (pair)][value_dim, padded]
+  Weight* weights;     // P^T [key of the block][kBlockQ], after dropout
+  Weight* dscores;     // dS^T [key of the block][kBlockQ], of the scores before softcap
+  Lane* dscore_pairs;  // dS^T in pairs of keys [pair][kBlockQ]; dscores itself when lanes hold single elements
+  Lane* dbias;         // dS^T [key of the block][kBlockQ], of the scores after softcap
+  Lane* dquery;        // dQ^T [head_dim, padded][kBlockQ]
+  Lane* dkey;          // [key of the chunk, and one row that absorbs the padding of a tile][head_dim, padded]
+  Lane* dvalue;        // [key of the chunk + 1][value_dim, padded]
+  Lane* out;           // columns [value lanes][kBlockQ]
+  Lane* scores;        // [key of the block][kBlockQ], where the sum of a row is measured again
+  // Of the queries of the block, [kBlockQ]:
+  Lane* lse;         // +inf makes P zero
+  Lane* correction;  // -log2 of the sum that exp(S - lse) really gives
+  Lane* delta;       // rowsum(dO * out)
+  Lane* dlse;        // not taken from delta: that difference would round what the sum of both keeps
+
+  void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
+    constexpr int n = kLanes<Lane>;
+    const int head_dim = static_cast<int>(p.head_dim);
+    const int value_dim = static_cast<int>(p.value_dim);
+    const int64_t head_row = round_up(head_dim, n);
+    const int64_t value_row = round_up(value_dim, n);
+    const int64_t rows = KeyScratch<P>::kRows;
+    const int64_t tile = round_up(rows, n) * kBlockQ;
+    const bool pairs = P::kPerLane == 2;
+    key.layout(arena, p);
+    value_rows = arena.take<const char*>(rows);
+    summed_key_rows = pairs ? arena.take<const char*>(rows) : key.key_rows;
+    value_lanes = arena.take<Lane>(P::kConverts || value_dim % P::kPerLane != 0 ? rows * value_row : 0);
+    summed_key_lanes = arena.take<Lane>(pairs ? rows * head_row : 0);
+    query = arena.take<Lane>(round_up(P::lanes_for(head_dim), n) * kBlockQ);
+    dout = arena.take<Lane>(round_up(P::lanes_for(value_dim), n) * kBlockQ);
+    query_rows = arena.take<Lane>(kBlockQ * head_row);
+    dout_rows = arena.take<Lane>(kBlockQ * value_row);
+    weights = arena.take<Weight>(tile);
+    dscores = arena.take<Weight>(tile);
+    dscore_pairs = pairs ? arena.take<Lane>(tile / 2) : reinterpret_cast<Lane*>(dscores);
+    dbias = nullptr;
+    if (p.dbias.data != nullptr || p.drelative_bias.data != nullptr) {
+      dbias = pairs || p.softcap > 0 ? arena.take<Lane>(tile) : reinterpret_cast<Lane*>(dscores);
+    }
+    dquery = arena.take<Lane>(head_row * kBlockQ);
+    dkey = arena.take<Lane>((plan.chunk_keys + 1) * head_row);
+    dvalue = arena.take<Lane>((plan.chunk_keys + 1) * value_row);
+    out = arena.take<Lane>(round_up(P::lanes_for(value_dim), n) * kBlockQ);
+    scores = arena.take<Lane>(tile);
+    lse = arena.take<Lane>(kBlockQ);
+    correction = arena.take<Lane>(kBlockQ);
+    delta = arena.take<Lane>(kBlockQ);
+    dlse = arena.take<Lane>(kBlockQ);
+  }
+};
+
+// Rows of `dim` elements for a product over queries: Lane rows `stride` lanes apart, or rows of query pairs.
+template <class Lane>
+struct QueryRows {
+  const Lane* data;
+  int64_t stride;
+};
+
+template <class P>
+FA_NOINLINE QueryRows<typename P::Lane> find_query_rows(const typename P::Storage* base, int64_t stride_row, int nq,
+                                                        int dim, typename P::Lane* scratch) {
+  using Lane = typename P::Lane;
+  constexpr int n = kLanes<Lane>;
+  const int64_t row = round_up(dim, n);
+  if constexpr (P::kPerLane == 2) {
+    const auto source = [&](int q) { return reinterpret_cast<const uint16_t*>(base + q * stride_row); };
+    for (int q = 0; q < nq; q += 2) {
+      float* pairs = scratch + q / 2 * row;
+      interleave_rows(source(q), q + 1 < nq ? source(q + 1) : nullptr, dim, pairs);
+      for (int64_t d = dim; d < row; ++d) pairs[d] = 0;
+    }
+    return {scratch, row};
+  } else {
+    if constexpr (!P::kConverts) {
+      if (dim % n == 0) return {base, stride_row};
+    }
+    for (int q = 0; q < nq; ++q) {
+      for (int d = 0; d < dim; d += n) {
+        store<Lane>(scratch + q * row + d, load_lanes<P>(base + q * stride_row, d, dim));
+      }
+    }
+    return {scratch, row};
+  }
+}
+
+// Loads the row statistics of a block; s.dout holds its columns. Rows that see nothing, and rows that do not exist, get
+// lse = +inf, so P = 0. Returns whether some lse is too large to be exact enough for P.
+template <class P>
+FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h,
+                                     int64_t q_begin, int nq, const BackwardScratch<P>& s) {
+  using Lane = typename P::Lane;
+  using Storage = typename P::Storage;
+  constexpr int n = kLanes<Lane>;
+  // An lse of 16 is rounded by half of 2e-6, and P with it; half types have no use for that accuracy.
+  const Lane exact_lse = kSame<Storage, Lane> ? Lane(16) : Lane(1024);
+  const Lane infinity = FloatTraits<Lane>::kInfinity;
+  const int64_t row = seq.q_offset + q_begin;
+  const int value_dim = static_cast<int>(p.value_dim);
+  const Lane* lse_rows = row_of<const Lane>(p.lse, b, h, row);
+  const Lane* dlse_rows = p.dlse.data != nullptr ? row_of<const Lane>(p.dlse, b, h, row) : nullptr;
+
+  // delta is summed in the order of V . dO^T: where a row sees one key, the two must cancel exactly.
+  pack_columns<P, kBlockQ>(row_of<const Storage>(p.out, b, h, row), p.out.stride_row, nq, value_dim, s.out);
+  for (int q = 0; q < nq; q += n) {
+    Vec<Lane> delta = {};
+    for (int d = 0; d < P::lanes_for(value_dim); ++d) {
+      delta = multiply_add<P>(load<Lane>(s.out + d * kBlockQ + q), load<Lane>(s.dout + d * kBlockQ + q), delta);
+    }
+    store<Lane>(s.delta + q, delta);
+  }
+  bool inexact = false;
+  for (int q = 0; q < kBlockQ; ++q) {
+    const Lane lse = q < nq ? lse_rows[q * p.lse.stride_row] : -infinity;
+    const bool empty = lse == -infinity;
+    s.lse[q] = empty ? infinity : lse;
+    s.correction[q] = 0;
+    s.dlse[q] = empty || dlse_rows == nullptr ? 0 : dlse_rows[q * p.dlse.stride_row];
+    if (empty) s.delta[q] = 0;
+    inexact |= !empty && (lse > exact_lse || lse < -exact_lse);
+  }
+  return inexact;
+}
+
+// P and dS of one tile of keys.
+template <class P, int kColumns, bool kPlain>
+FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool partial, bool dropout,
+                               const BackwardScratch<P>& s, int value_depth, typename P::Lane dropout_scale) {
+  using Lane = typename P::Lane;
+  constexpr int n = kLanes<Lane>;
+  const int64_t offset = k * kBlockQ + v * n;
+  alignas(kVectorBytes) Lane derivative[kPlain ? 1 : kTileKeys * kColumns * n];
+  alignas(kVectorBytes) Lane probabilities[kTileKeys * kColumns * n];
+  const auto kept = [&](int r, int c, Vec<Lane> x) {
+    if (kPlain || !dropout) return x;
+    return keep_where<Lane>(*reinterpret_cast<const IntVec<Lane>*>(s.key.keep + offset + r * kBlockQ + c * n), x);
+  };
+
+  Vec<Lane> acc[kTileKeys][kColumns];
+  compute_scores<P, kColumns, kPlain>(in, k, v, partial, derivative, acc);
+  const Lane to_logits = in.to_logits();
+  FA_UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    const Vec<Lane> lse = load<Lane>(s.lse + (v + c) * n);
+    const Vec<Lane> correction = load<Lane>(s.correction + (v + c) * n);
+    FA_UNROLL
+    for (int r = 0; r < kTileKeys; ++r) {
+      Vec<Lane> x = exp2<Lane>((acc[r][c] * to_logits - lse) * Lane(kLog2E) + correction);
+      // Where the lse is NaN, a hidden key must still get none of it.
+      if (!kPlain) x = select<Lane>(acc[r][c] == -FloatTraits<Lane>::kInfinity, Vec<Lane>{}, x);
+      store<Lane>(probabilities + (r * kColumns + c) * n, x);
+      if constexpr (P::kPerLane == 1) {
+        store<Lane>(reinterpret_cast<Lane*>(s.weights) + offset + r * kBlockQ + c * n, kept(r, c, x));
+      } else {
+#if defined(__AVX512BF16__)
+        store_bfloat16(reinterpret_cast<uint16_t*>(s.weights) + offset + r * kBlockQ + c * n, kept(r, c, x));
+#endif
+      }
+    }
+  }
+
+  dot_tile<P, kTileKeys, kColumns>(s.value_rows + k, s.dout + v * n, kBlockQ, value_depth, acc);
+  FA_UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    const Vec<Lane> delta = load<Lane>(s.delta + (v + c) * n);
+    const Vec<Lane> dlse = load<Lane>(s.dlse + (v + c) * n);
+    FA_UNROLL
+    for (int r = 0; r < kTileKeys; ++r) {
+      const Vec<Lane> probability = load<Lane>(probabilities + (r * kColumns + c) * n);
+      Vec<Lane> x = acc[r][c];
+      if (!kPlain && dropout) x = kept(r, c, x * dropout_scale);
+      x = probability * (x - delta + dlse);
+      if constexpr (!kPlain) {
+        x = select<Lane>(probability == 0, Vec<Lane>{}, x);  // 0 * NaN of a row that the query does not see
+        if (s.dbias != nullptr) store<Lane>(s.dbias + offset + r * kBlockQ + c * n, x);
+        if (in.softcap > 0) x *= load<Lane>(derivative + (r * kColumns + c) * n);
+      }
+      acc[r][c] = x;
+      if constexpr (P::kPerLane == 1) store<Lane>(s.dscore_pairs + offset + r * kBlockQ + c * n, x);
+    }
+#if defined(__AVX512BF16__)
+    if constexpr (P::kPerLane == 2) {
+      FA_UNROLL
+      for (int r = 0; r < kTileKeys; r += 2) {
+        uint16_t* dscores = reinterpret_cast<uint16_t*>(s.dscores) + offset + r * kBlockQ + c * n;
+        store_bfloat16(dscores, acc[r][c]);
+        store_bfloat16(dscores + kBlockQ, acc[r + 1][c]);
+        store<Lane>(s.dscore_pairs + (k + r) / 2 * kBlockQ + (v + c) * n, round_to_pairs(acc[r][c], acc[r + 1][c]));
+      }
+    }
+#endif
+  }
+}
+
+// targets[r][d] += sum over queries of weights[r][q] * rows[q][d], for the kTileKeys rows of a tile.
+template <class P, int kColumns>
+FA_NOINLINE void query_product(const char* const* weights, const typename P::Lane* rows, int64_t stride, int depth,
+                               typename P::Lane* const* targets, int d) {
+  using Lane = typename P::Lane;
+  constexpr int n = kLanes<Lane>;
+  Vec<Lane> acc[kTileKeys][kColumns];
+  dot_tile<P, kTileKeys, kColumns>(weights, rows + d, stride, depth, acc);
+  FA_UNROLL
+  for (int r = 0; r < kTileKeys; ++r) {
+    FA_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      Lane* p = targets[r] + d + c * n;
+      store<Lane>(p, load<Lane>(p) + acc[r][c]);
+    }
+  }
+}
+
+// The products over the queries [range.begin, range.end) of one tile: the rows of dK or dV of its keys.
+template <class P>
+FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t chunk_begin, int64_t absorbing_row,
+                               VectorRange range, int nq, const typename BackwardScratch<P>::Weight* weights,
+                               QueryRows<typename P::Lane> rows, int dim, typename P::Lane* target) {
+  using Lane = typename P::Lane;
+  constexpr int n = kLanes<Lane>;
+  const int q_begin = range.begin * n;
+  const int q_end = range.end * n < nq ? range.end * n : nq;
+  const int depth = P::lanes_for(q_end - q_begin);
+  const int64_t row = round_up(dim, n);
+  const char* weight_rows[kTileKeys];
+  Lane* targets[kTileKeys];
+  for (int r = 0; r < kTileKeys; ++r) {
+    weight_rows[r] = reinterpret_cast<const char*>(weights + (k + r) * kBlockQ + q_begin);
+    targets[r] = target + (k + r < keys.count ? keys.index[k + r] - chunk_begin : absorbing_row) * row;
+  }
+  const Lane* source = rows.data + q_begin / P::kPerLane * rows.stride;
+  for (int d = 0; d < row; d += kTileVectors * n) {
+    const int columns = static_cast<int>((row - d) / n);
+    with_columns(columns < kTileVectors ? columns : kTileVectors, [&](auto count) {
+      query_product<P, decltype(count)::value>(weight_rows, source, rows.stride, depth, targets, d);
+    });
+  }
+}
+
+// Adds the block's dS (tile[key][query]) to the gradient of the bias, which is summed over the dimensions of stride 0.
+template <class Lane>
+FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
+                                  const KeyBlock& keys, const Lane* tile) {
+  constexpr int n = kLanes<Lane>;
+  Lane* base = row_of<Lane>(view, b, h, q_begin);
+  if (view.stride_col == 0) {
+    Vec<Lane> total = {};
+    for (int q = 0; q < nq; q += n) {
+      Vec<Lane> sum = {};
+      for (int k = 0; k < keys.count; ++k) sum += load<Lane>(tile + k * kBlockQ + q);
+      total += sum;  // lanes beyond nq hold zeros
+      for (int i = 0; view.stride_row != 0 && i < n && q + i < nq; ++i) base[(q + i) * view.stride_row] += sum[i];
+    }
+    if (view.stride_row == 0) *base += sum_lanes<Lane>(total);
+  } else if (view.stride_row == 0) {
+    for (int k = 0; k < keys.count; ++k) {
+      Vec<Lane> sum = {};
+      for (int q = 0; q < nq; q += n) sum += load<Lane>(tile + k * kBlockQ + q);
+      base[keys.index[k] * view.stride_col] += sum_lanes<Lane>(sum);
+    }
+  } else if (view.stride_col == 1 && keys.contiguous) {
+    base += keys.index[0];
+    for (int q = 0; q < nq; q += n) {
+      for (int k = 0; k < keys.count; k += n) {
+        Vec<Lane> block[n];
+        FA_UNROLL
+        for (int i = 0; i < n; ++i) block[i] = load<Lane>(tile + (k + i) * kBlockQ + q);
+        transpose<Lane>(block);
+        const int count = keys.count - k;
+        if (q + n <= nq && count >= n) {
+          FA_UNROLL
+          for (int i = 0; i < n; ++i) {
+            Lane* p = base + (q + i) * view.stride_row + k;
+            store<Lane>(p, load<Lane>(p) + block[i]);
+          }
+        } else {
+          FA_UNROLL
+          for (int i = 0; i < n; ++i) {
+            Lane* p = base + (q + i) * view.stride_row + k;
+            if (q + i < nq) store_as<Lane>(p, load_as<Lane>(p, count) + block[i], count);
+          }
+        }
+      }
+    }
+  } else {
+    for (int k = 0; k < keys.count; ++k) {
+      Lane* column = base + keys.index[k] * view.stride_col;
+      for (int q = 0; q < nq; ++q) column[q * view.stride_row] += tile[k * kBlockQ + q];
+    }
+  }
+}
+
+// Adds the block's dS to the gradient of the reversed relative bias: key j meets 64 neighbouring entries.
+template <class Lane>
+FA_NOINLINE void accumulate_drelative(const KeyBlock& keys, int vectors, const Lane* tile, Lane* relative) {
+  constexpr int n = kLanes<Lane>;
+  for (int k = 0; k < keys.count; ++k) {
+    for (int v = 0; v < vectors; ++v) {
+      Lane* p = relative - keys.index[k] + v * n;
+      store<Lane>(p, load<Lane>(p) + load<Lane>(tile + k * kBlockQ + v * n));
+    }
+  }
+}
+
+// Zeros what no tile range covers, where whole rows of the tile will be read.
+template <class Lane>
+FA_INLINE void clear_outside(Lane* tile, int k, VectorRange range, int vectors) {
+  constexpr int n = kLanes<Lane>;
+  for (int v = 0; v < vectors; ++v) {
+    if (v >= range.begin && v < range.end) continue;
+    for (int r = 0; r < kTileKeys; ++r) store<Lane>(tile + (k + r) * kBlockQ + v * n, Vec<Lane>{});
+  }
+}
+
+// rows[q][d] = factor * columns[d][q], as elements of type Out.
+template <class Out, class Lane>
+FA_NOINLINE void write_transposed(const Lane* columns, int nq, int dim, Lane factor, Out* rows, int64_t stride_row) {
+  constexpr int n = kLanes<Lane>;
+  for (int q = 0; q < nq; q += n) {
+    for (int d = 0; d < dim; d += n) {
+      Vec<Lane> block[n];
+      FA_UNROLL
+      for (int i = 0; i < n; ++i) block[i] = load<Lane>(columns + (d + i) * kBlockQ + q) * factor;
+      transpose<Lane>(block);
+      FA_UNROLL
+      for (int i = 0; i < n; ++i) {
+        if (q + i < nq) store_as<Lane>(rows + (q + i) * stride_row + d, block[i], dim - d);
+      }
+    }
+  }
+}
+
+// rows[j][d] = factor * source[j][d], as elements of type Out; source rows are padded to whole vectors.
+template <class Out, class Lane>
+FA_NOINLINE void write_rows(const Lane* source, int64_t count, int dim, Lane factor, Out* rows, int64_t stride_row) {
+  constexpr int n = kLanes<Lane>;
+  const int64_t row = round_up(dim, n);
+  for (int64_t j = 0; j < count; ++j) {
+    for (int d = 0; d < dim; d += n) {
+      store_as<Lane>(rows + j * stride_row + d, load<Lane>(source + j * row + d) * factor, dim - d);
+    }
+  }
+}
+
+// What an item of the backward pass works on.
+template <class P>
+struct BackwardItem {
+  const AttentionParams& p;
+  const BackwardPlan& plan;
+  const RelativeBias<typename P::Lane>& relative;
+  const LiveKeys* live;
+  const BackwardPartials<typename P::Lane>& partials;
+  const BackwardScratch<P>& scratch;
+  int64_t chunk;
+
+  int64_t key_begin() const { return chunk * plan.chunk_keys; }
+};
+
+// A large lse is a coarse number: at 1e3 its rounding moves P by 6e-5, at -1e9 (a row under an additive mask) by a factor.
+// Such rows are summed once more, over all their keys, and P is corrected by what the sum should have been: 1.
+template <class P>
+FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq, const LiveKeys* live, int64_t b, int64_t h,
+                             int64_t q_begin, int nq, const BackwardScratch<P>& s, ScoreInputs<P> in) {
+  using Lane = typename P::Lane;
+  constexpr int n = kLanes<Lane>;
+  const int vectors = (nq + n - 1) / n;
+  Vec<Lane> row_sum[kBlockVectors<Lane>], unused_max[kBlockVectors<Lane>];
+  for (int v = 0; v < vectors; ++v) row_sum[v] = unused_max[v] = Vec<Lane>{};
+
+  KeyBlock& keys = *s.key.keys;
+  KeyStream stream(p, seq, live, b, h, q_begin, nq, 0, seq.seqlen_k);
+  while (stream.next(keys)) {
+    prepare_keys<P>(p, seq, b, h, q_begin, nq, s.key, in);
+    for (int k = 0; k < keys.count; k += kTileKeys) {
+      bool partial;
+      const VectorRange range = tile_range<Lane>(keys, k, stream.valid(), vectors, partial);
+      for (int panel = 0; panel * kTileVectors < vectors; ++panel) {
+        const VectorRange part = clip_to_panel(range, panel);
+        if (part.begin >= part.end) continue;
+        with_columns(part.end - part.begin, [&](auto columns) {
+          forward_tile<P, decltype(columns)::value, false>(in, k, part.begin, partial, s.scores, unused_max);
+        });
+      }
+      for (int v = range.begin; v < range.end; ++v) {
+        for (int r = 0; r < kTileKeys; ++r) {
+          const Vec<Lane> logit = load<Lane>(s.scores + (k + r) * kBlockQ + v * n) * in.to_logits();
+          row_sum[v] += exp2<Lane>((logit - load<Lane>(s.lse + v * n)) * Lane(kLog2E));
+        }
+      }
+    }
+  }
+  for (int q = 0; q < nq; ++q) {
+    Lane sum = row_sum[q / n][q % n];
+    if (p.sinks.data != nullptr) sum += natural_exp(*row_of<const Lane>(p.sinks, 0, h, 0) - s.lse[q]);
+    if (sum > 0) s.correction[q] = -natural_log(sum) * Lane(kLog2E);
+  }
+}
+
+// One query block of one head against the keys of the chunk. dK and dV are added to the scratch, dQ is written.
+template <class P>
+void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin) {
+  using Lane = typename P::Lane;
+  using Storage = typename P::Storage;
+  const AttentionParams& p = item.p;
+  const BackwardScratch<P>& s = item.scratch;
+  const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
+  const int vectors = (nq + kLanes<Lane> - 1) / kLanes<Lane>;
+  const int panels = (vectors + kTileVectors - 1) / kTileVectors;
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int value_dim = static_cast<int>(p.value_dim);
+  const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
+  const int64_t row = seq.q_offset + q_begin;
+  const int64_t key_begin = item.key_begin();
+  const int64_t key_stop = key_begin + item.plan.chunk_keys;
+  const int64_t key_end = key_stop < seq.seqlen_k ? key_stop : seq.seqlen_k;
+  const Lane dropout_scale = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
+  const Storage* query = row_of<const Storage>(p.query, b, h, row);
+  const Storage* dout = row_of<const Storage>(p.dout, b, h, row);
+  const Storage* keys_base = row_of<const Storage>(p.key, b, kv_head, seq.k_offset);
+  const Storage* values_base = row_of<const Storage>(p.value, b, kv_head, seq.k_offset);
+
+  const bool wants_dquery = p.dquery.data != nullptr;
+  if (wants_dquery) memset(s.dquery, 0, round_up(head_dim, kLanes<Lane>) * kBlockQ * sizeof(Lane));
+
+  KeyBlock& keys = *s.key.keys;
+  KeyStream stream(p, seq, item.live, b, h, q_begin, nq, key_begin, key_end);
+  if (stream.next(keys)) {
+    pack_columns<P, kBlockQ>(query, p.query.stride_row, nq, head_dim, s.query);
+    pack_columns<P, kBlockQ>(dout, p.dout.stride_row, nq, value_dim, s.dout);
+    const bool inexact = load_row_statistics<P>(p, seq, b, h, q_begin, nq, s);
+    const QueryRows<Lane> query_rows = find_query_rows<P>(query, p.query.stride_row, nq, head_dim, s.query_rows);
+    const QueryRows<Lane> dout_rows = find_query_rows<P>(dout, p.dout.stride_row, nq, value_dim, s.dout_rows);
+    ScoreInputs<P> in = score_inputs<P>(p, item.relative, h, q_begin);
+    in.query = s.query;
+    if (inexact) {
+      correct_lse<P>(p, seq, item.live, b, h, q_begin, nq, s, in);
+      stream.restart();
+      stream.next(keys);
+    }
+    Vec<Lane> ones[kBlockVectors<Lane>];
+    for (int v = 0; v < vectors; ++v) ones[v] = broadcast<Lane>(1);
+
+    do {
+      prepare_keys<P>(p, seq, b, h, q_begin, nq, s.key, in);
+      find_rows<P>(values_base, p.value.stride_row, keys, value_dim, s.value_lanes, s.value_rows);
+      if (P::kPerLane == 2 && wants_dquery) {
+        find_summed_rows<P>(keys_base, p.key.stride_row, keys, head_dim, s.summed_key_lanes, s.summed_key_rows);
+      }
+      const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
+      for (int t = 0; t < tiles; ++t) {
+        const int k = t * kTileKeys;
+        bool partial;
+        const VectorRange range = tile_range<Lane>(keys, k, stream.valid(), vectors, partial);
+        const bool plain = !partial && in.raw && !p.has_dropout;
+        s.key.ranges[t] = range;
+        for (int panel = 0; panel < panels; ++panel) {
+          const VectorRange part = clip_to_panel(range, panel);
+          if (part.begin >= part.end) continue;
+          with_columns(part.end - part.begin, [&](auto columns) {
+            constexpr int kColumns = decltype(columns)::value;
+            const int value_depth = P::lanes_for(value_dim);
+            if (plain) {
+              backward_tile<P, kColumns, true>(in, k, part.begin, false, false, s, value_depth, dropout_scale);
+            } else {
+              backward_tile<P, kColumns, false>(in, k, part.begin, partial, p.has_dropout, s, value_depth,
+                                                dropout_scale);
+            }
+          });
+        }
+        if (s.dbias != nullptr) clear_outside(s.dbias, k, range, vectors);
+        if (p.dvalue.data != nullptr) {
+          accumulate_keys<P>(keys, k, key_begin, item.plan.chunk_keys, range, nq, s.weights, dout_rows, value_dim,
+                             s.dvalue);
+        }
+        if (p.dkey.data != nullptr) {
+          accumulate_keys<P>(keys, k, key_begin, item.plan.chunk_keys, range, nq, s.dscores, query_rows, head_dim,
+                             s.dkey);
+        }
+      }
+      if (wants_dquery) {
+        outer_block<P>(s.summed_key_rows, head_dim, s.dscore_pairs, ones, s.key.ranges, tiles, keys.count, vectors,
+                       s.dquery);
+      }
+      if (p.dbias.data != nullptr) accumulate_dbias<Lane>(p.dbias, b, h, q_begin, nq, keys, s.dbias);
+      if (p.drelative_bias.data != nullptr) {
+        Lane* partial = item.partials.drelative_bias + head_index(p, item.chunk, b, h) * item.partials.row_relative;
+        accumulate_drelative<Lane>(keys, vectors, s.dbias, partial + q_begin + p.seqlen_k - 1);
+      }
+    } while (stream.next(keys));
+  }
+
+  if (!wants_dquery) return;
+  if (item.plan.chunks == 1) {
+    write_transposed<Storage, Lane>(s.dquery, nq, head_dim, static_cast<Lane>(p.scale),
+                                    row_of<Storage>(p.dquery, b, h, row), p.dquery.stride_row);
+  } else {
+    const int64_t first = head_index(p, item.chunk, b, h) * p.seqlen_q + q_begin;
+    write_transposed<Lane, Lane>(s.dquery, nq, head_dim, static_cast<Lane>(p.scale),
+                                 item.partials.dquery + first * item.partials.row_dquery, item.partials.row_dquery);
+  }
+}
+
+// All query heads of one kv head.
+template <class P>
+void backward_kv_head(const BackwardItem<P>& item, int64_t b, int64_t kv_head) {
+  using Lane = typename P::Lane;
+  using Storage = typename P::Storage;
+  const AttentionParams& p = item.p;
+  const BackwardScratch<P>& s = item.scratch;
+  const Sequence seq = sequence_of(p, b);
+  const int64_t key_begin = item.key_begin();
+  int64_t count = seq.seqlen_k - key_begin;
+  count = count < 0 ? 0 : count > item.plan.chunk_keys ? item.plan.chunk_keys : count;
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int value_dim = static_cast<int>(p.value_dim);
+  memset(s.dkey, 0, count * round_up(head_dim, kLanes<Lane>) * sizeof(Lane));
+  memset(s.dvalue, 0, count * round_up(value_dim, kLanes<Lane>) * sizeof(Lane));
+
+  const int64_t heads = p.num_heads / p.num_kv_heads;
+  for (int64_t h = kv_head * heads; h < (kv_head + 1) * heads; ++h) {
+    for (int64_t q_begin = 0; q_begin < seq.seqlen_q; q_begin += kBlockQ) {
+      backward_block<P>(item, seq, b, h, q_begin);
+    }
+  }
+
+  const int64_t row = seq.k_offset + key_begin;
+  if (p.dkey.data != nullptr) {
+    write_rows<Storage, Lane>(s.dkey, count, head_dim, static_cast<Lane>(p.scale),
+                              row_of<Storage>(p.dkey, b, kv_head, row), p.dkey.stride_row);
+  }
+  if (p.dvalue.data != nullptr) {
+    const Lane factor = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
+    write_rows<Storage, Lane>(s.dvalue, count, value_dim, factor, row_of<Storage>(p.dvalue, b, kv_head, row),
+                              p.dvalue.stride_row);
+  }
+}
+
+// Zeros the columns of the chunk in the bias gradients of (b, h).
+template <class Lane>
+FA_NOINLINE void clear_dbias(const AttentionParams& p, int64_t b, int64_t h, int64_t key_begin, int64_t key_end) {
+  const int64_t rows = p.dbias.stride_row == 0 ? 1 : p.seqlen_q;
+  for (int64_t i = 0; i < rows; ++i) {
+    Lane* row = row_of<Lane>(p.dbias, b, h, i);
+    if (p.dbias.stride_col == 1) {
+      memset(row + key_begin, 0, (key_end - key_begin) * sizeof(Lane));
+    } else {
+      for (int64_t j = key_begin; j < key_end; ++j) row[j * p.dbias.stride_col] = 0;
+    }
+  }
+}
+
+template <class P>
+void backward_item(const BackwardItem<P>& item, int64_t group) {
+  using Lane = typename P::Lane;
+  const AttentionParams& p = item.p;
+  const BackwardPlan& plan = item.plan;
+  const int64_t head_groups = plan.join_heads ? 1 : p.num_kv_heads;
+  const int64_t b_begin = plan.join_batches ? 0 : group / head_groups;
+  const int64_t b_end = plan.join_batches ? p.batch : b_begin + 1;
+  const int64_t kv_begin = plan.join_heads ? 0 : group % head_groups;
+  const int64_t kv_end = plan.join_heads ? p.num_kv_heads : kv_begin + 1;
+  const int64_t heads = p.num_heads / p.num_kv_heads;
+
+  if (p.dbias.data != nullptr) {
+    const int64_t key_stop = item.key_begin() + plan.chunk_keys;
+    const int64_t key_end = key_stop < p.seqlen_k ? key_stop : p.seqlen_k;
+    for (int64_t b = b_begin; b < (plan.join_batches ? 1 : b_end); ++b) {
+      for (int64_t h = kv_begin * heads; h < (plan.join_heads ? 1 : kv_end * heads); ++h) {
+        clear_dbias<Lane>(p, b, h, item.key_begin(), key_end);
+      }
+    }
+  }
+  for (int64_t b = b_begin; b < b_end; ++b) {
+    for (int64_t h = kv_begin * heads; p.drelative_bias.data != nullptr && h < kv_end * heads; ++h) {
+      memset(item.partials.drelative_bias + head_index(p, item.chunk, b, h) * item.partials.row_relative, 0,
+             item.partials.row_relative * sizeof(Lane));
+    }
+    for (int64_t kv_head = kv_begin; kv_head < kv_end; ++kv_head) backward_kv_head<P>(item, b, kv_head);
+  }
+}
+
+// Sums the chunks' partial dq of one head, in the order of the chunks.
+template <class P>
+void reduce_dquery(const AttentionParams& p, const BackwardPlan& plan,
+                   const BackwardPartials<typename P::Lane>& partials, int64_t b, int64_t h) {
+  using Lane = typename P::Lane;
+  using Storage = typename P::Storage;
+  const Sequence seq = sequence_of(p, b);
+  const int dim = static_cast<int>(p.head_dim);
+  for (int64_t i = 0; i < seq.seqlen_q; ++i) {
+    Storage* target = row_of<Storage>(p.dquery, b, h, seq.q_offset + i);
+    for (int d = 0; d < dim; d += kLanes<Lane>) {
+      Vec<Lane> sum = {};
+      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+        const int64_t row = head_index(p, chunk, b, h) * p.seqlen_q + i;
+        sum += load_as<Lane>(partials.dquery + row * partials.row_dquery + d, dim - d);
+      }
+      store_as<Lane>(target + d, sum, dim - d);
+    }
+  }
+}
+
+// Sums the partial gradients of the relative bias over chunks and batch entries (and heads, if they share it), in order.
+template <class Lane>
+void reduce_drelative(const AttentionParams& p, const BackwardPlan& plan, const BackwardPartials<Lane>& partials) {
+  const int64_t columns = p.seqlen_q + p.seqlen_k - 1;
+  const TensorView& view = p.drelative_bias;
+  for (int64_t h = 0; h < p.num_heads; ++h) {
+    Lane* target = row_of<Lane>(view, 0, h, 0);
+    if (h == 0 || view.stride_head != 0) {
+      for (int64_t c = 0; c < columns; ++c) target[c * view.stride_col] = 0;
+    }
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      for (int64_t b = 0; b < p.batch; ++b) {
+        const Lane* source = partials.drelative_bias + head_index(p, chunk, b, h) * partials.row_relative;
+        for (int64_t c = 0; c < columns; ++c) target[(columns - 1 - c) * view.stride_col] += source[c];
+      }
+    }
+  }
+}
+
+// dsinks[h] = -sum over rows of exp(sink - lse) * (delta - dlse): what the sink takes from the row.
+template <class P>
+void compute_dsinks(const AttentionParams& p, int64_t h, const BackwardScratch<P>& s) {
+  using Lane = typename P::Lane;
+  using Storage = typename P::Storage;
+  constexpr int n = kLanes<Lane>;
+  const Vec<Lane> sink = broadcast<Lane>(*row_of<const Lane>(p.sinks, 0, h, 0));
+  Vec<Lane> total = {};
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const Sequence seq = sequence_of(p, b);
+    for (int64_t q_begin = 0; q_begin < seq.seqlen_q; q_begin += kBlockQ) {
+      const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
+      pack_columns<P, kBlockQ>(row_of<const Storage>(p.dout, b, h, seq.q_offset + q_begin), p.dout.stride_row, nq,
+                               static_cast<int>(p.value_dim), s.dout);
+      load_row_statistics<P>(p, seq, b, h, q_begin, nq, s);
+      for (int q = 0; q < kBlockQ; q += n) {
+        const Vec<Lane> share = exp2<Lane>((sink - load<Lane>(s.lse + q)) * Lane(kLog2E));
+        total += share * (load<Lane>(s.dlse + q) - load<Lane>(s.delta + q));
+      }
+    }
+  }
+  *row_of<Lane>(p.dsinks, 0, h, 0) += sum_lanes<Lane>(total);
+}
+
+template <class P>
+void backward_with_policy(const AttentionParams& p) {
+  using Lane = typename P::Lane;
+  const BackwardPlan plan = plan_backward(p);
+  const double flops = 4.0 * static_cast<double>(p.batch * p.num_heads) * static_cast<double>(p.seqlen_q) *
+                       static_cast<double>(p.seqlen_k) * static_cast<double>(p.head_dim + p.value_dim);
+  // Without keys there is still dq to write.
+  const int64_t chunks = plan.chunks < 1 ? 1 : plan.chunks;
+  const int64_t items = plan.groups * chunks;
+  const int threads = choose_threads(p.num_threads, items, flops);
+
+  const Buffer live_memory(live_keys_bytes(p));
+  const Buffer relative_memory(relative_bias_bytes<Lane>(p));
+  Arena measure_partials(nullptr);
+  BackwardPartials<Lane> partials;
+  partials.layout(measure_partials, p, plan);
+  const Buffer partials_memory(measure_partials.used());
+  Arena partials_arena(partials_memory.data());
+  partials.layout(partials_arena, p, plan);
+  Arena measure(nullptr);
+  BackwardScratch<P> scratch;
+  scratch.layout(measure, p, plan);
+  const Buffer memory(measure.used() * threads);
+
+  const LiveKeys* live = make_live_keys(p, live_memory.data());
+  const RelativeBias<Lane> relative = make_relative_bias<Lane>(p, relative_memory.data());
+
+  // Early chunks of a causal problem hold the most work: they go first.
+  parallel_for(threads, items, [&](int64_t index, int thread) {
+    Arena arena(memory.data() + measure.used() * thread);
+    BackwardScratch<P> own;
+    own.layout(arena, p, plan);
+    backward_item<P>({p, plan, relative, live, partials, own, index / plan.groups}, index % plan.groups);
+  });
+
+  const int64_t heads = p.batch * p.num_heads;
+  if (plan.chunks > 1 && p.dquery.data != nullptr) {
+    parallel_for(threads, heads, [&](int64_t index, int) {
+      reduce_dquery<P>(p, plan, partials, index / p.num_heads, index % p.num_heads);
+    });
+  }
+  if (p.drelative_bias.data != nullptr) reduce_drelative<Lane>(p, plan, partials);
+  if (p.dsinks.data != nullptr) {
+    for (int64_t h = 0; h < p.num_heads; ++h) *row_of<Lane>(p.dsinks, 0, h, 0) = 0;
+    // A shared sink (stride 0) is summed over the heads, so its heads stay in order.
+    parallel_for(p.dsinks.stride_head == 0 ? 1 : threads, p.num_heads, [&](int64_t h, int thread) {
+      Arena arena(memory.data() + measure.used() * thread);
+      BackwardScratch<P> own;
+      own.layout(arena, p, plan);
+      compute_dsinks<P>(p, h, own);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace fused_attn::cpu

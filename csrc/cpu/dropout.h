@@ -1,0 +1,53 @@
+// Dropout decisions for a block of keys, 64 queries at a time.
+#pragma once
+#include "../philox.h"
+#include "key_blocks.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+// The four words of one Philox call for 64 queries: those of keys 4 * group .. 4 * group + 3. Plain loops: the compiler
+// vectorises the widening multiplications well, the vector extensions have no way to say them.
+FA_NOINLINE void philox_rows(uint64_t seed, uint32_t batch, uint32_t head, uint32_t q_begin, uint32_t group,
+                             uint32_t (&words)[4][kBlockQ]) {
+  uint32_t k0 = static_cast<uint32_t>(seed);
+  uint32_t k1 = static_cast<uint32_t>(seed >> 32);
+  for (int q = 0; q < kBlockQ; ++q) {
+    words[0][q] = group;
+    words[1][q] = q_begin + static_cast<uint32_t>(q);
+    words[2][q] = head;
+    words[3][q] = batch;
+  }
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (int q = 0; q < kBlockQ; ++q) {
+      const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiplier0) * words[0][q];
+      const uint64_t product1 = static_cast<uint64_t>(kPhiloxMultiplier1) * words[2][q];
+      words[0][q] = static_cast<uint32_t>(product1 >> 32) ^ words[1][q] ^ k0;
+      words[1][q] = static_cast<uint32_t>(product1);
+      words[2][q] = static_cast<uint32_t>(product0 >> 32) ^ words[3][q] ^ k1;
+      words[3][q] = static_cast<uint32_t>(product0);
+    }
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+  }
+}
+
+// keep[key][query] = -1 or 0 for the live keys of a block.
+template <class Int>
+FA_NOINLINE void make_keep_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin, const KeyBlock& keys,
+                                Int* keep) {
+  uint32_t words[4][kBlockQ];
+  int32_t group = -1;
+  for (int k = 0; k < keys.count; ++k) {
+    if (keys.index[k] >> 2 != group) {
+      group = keys.index[k] >> 2;
+      philox_rows(p.dropout_seed, static_cast<uint32_t>(b), static_cast<uint32_t>(h), static_cast<uint32_t>(q_begin),
+                  static_cast<uint32_t>(group), words);
+    }
+    const uint32_t* word = words[keys.index[k] & 3];
+    for (int q = 0; q < kBlockQ; ++q) keep[k * kBlockQ + q] = -static_cast<Int>(word[q] >= p.dropout_threshold);
+  }
+}
+
+}  // namespace
+}  // namespace fused_attn::cpu

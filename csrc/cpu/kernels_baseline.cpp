@@ -1,0 +1,3 @@
+// The instructions that every x86-64 (SSE2) or arm64 (NEON) processor has.
+#define FUSED_ATTN_ISA baseline
+#include "kernels_body.h"

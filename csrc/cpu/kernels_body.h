@@ -1,0 +1,43 @@
+// The kernel table of one instruction set. A file that includes this defines FUSED_ATTN_ISA, the table's suffix, and is
+// compiled with the flags of that instruction set.
+#include "backward.h"
+#include "forward.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+#if defined(__AVX512BF16__)
+using BFloat16Policy = Policy<BFloat16, float, 2>;
+#else
+using BFloat16Policy = Policy<BFloat16, float, 1>;
+#endif
+
+void forward(const AttentionParams& p) {
+  switch (p.dtype) {
+    case DType::kFloat32: return forward_with_policy<Policy<float, float, 1>>(p);
+    case DType::kFloat64: return forward_with_policy<Policy<double, double, 1>>(p);
+    case DType::kFloat16: return forward_with_policy<Policy<Float16, float, 1>>(p);
+    case DType::kBFloat16: return forward_with_policy<BFloat16Policy>(p);
+  }
+}
+
+void backward(const AttentionParams& p) {
+  switch (p.dtype) {
+    case DType::kFloat32: return backward_with_policy<Policy<float, float, 1>>(p);
+    case DType::kFloat64: return backward_with_policy<Policy<double, double, 1>>(p);
+    case DType::kFloat16: return backward_with_policy<Policy<Float16, float, 1>>(p);
+    case DType::kBFloat16: return backward_with_policy<BFloat16Policy>(p);
+  }
+}
+
+#define FUSED_ATTN_JOIN_(a, b) a##b
+#define FUSED_ATTN_JOIN(a, b) FUSED_ATTN_JOIN_(a, b)
+#define FUSED_ATTN_TEXT_(a) #a
+#define FUSED_ATTN_TEXT(a) FUSED_ATTN_TEXT_(a)
+
+}  // namespace
+
+extern const Kernels FUSED_ATTN_JOIN(kernels_, FUSED_ATTN_ISA);
+const Kernels FUSED_ATTN_JOIN(kernels_, FUSED_ATTN_ISA) = {FUSED_ATTN_TEXT(FUSED_ATTN_ISA), forward, backward};
+
+}  // namespace fused_attn::cpu

@@ -1,0 +1,258 @@
+// Element types in memory, their conversion to lanes, and the layouts that the kernels read.
+#pragma once
+#include "exp2.h"
+#include "vec.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+struct Float16 {
+  uint16_t bits;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+// As many 16-bit elements as there are float lanes.
+typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
+
+FA_INLINE Vec<float> widen(HalfVec h, BFloat16*) {
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(h, WordVec) << 16);
+}
+
+FA_INLINE Vec<float> widen(HalfVec h, Float16*) {
+  // The masked intrinsics with a full mask: GCC 12 warns about an undefined operand inside the plain ones.
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(h)));
+#elif defined(__F16C__)
+  return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(h)));
+#else
+  const WordVec w = __builtin_convertvector(h, WordVec);
+  // Read as a float the magnitude is 2^-112 of its value, denormals included; infinity and NaN need their exponent back.
+  const WordVec magnitude = (w & 0x7fffu) << 13;
+  const WordVec scaled = reinterpret_cast<WordVec>(reinterpret_cast<Vec<float>>(magnitude) * 0x1p112f);
+  const WordVec special = reinterpret_cast<WordVec>(magnitude >= 0x0f800000u);
+  return reinterpret_cast<Vec<float>>((special & (magnitude | 0x7f800000u)) | (~special & scaled) | ((w & 0x8000u) << 16));
+#endif
+}
+
+FA_INLINE HalfVec narrow(Vec<float> v, BFloat16*) {
+  const WordVec w = reinterpret_cast<WordVec>(v);
+  const WordVec rounded = w + 0x7fffu + ((w >> 16) & 1u);  // to nearest, ties to even
+  const WordVec is_nan = reinterpret_cast<WordVec>(v != v);
+  return __builtin_convertvector(((is_nan & (w | 0x00400000u)) | (~is_nan & rounded)) >> 16, HalfVec);
+}
+
+FA_INLINE HalfVec narrow(Vec<float> v, Float16*) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<HalfVec>(
+      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  return reinterpret_cast<HalfVec>(_mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const WordVec w = reinterpret_cast<WordVec>(v);
+  const WordVec sign = (w >> 16) & 0x8000u;
+  const WordVec magnitude = w & 0x7fffffffu;
+  // The two products overflow to infinity what float16 cannot hold. Adding a power of two 2^13 float units above the
+  // value (at least the smallest that float16's denormals need) then rounds to the 10 bits that stay.
+  const Vec<float> scaled = (reinterpret_cast<Vec<float>>(magnitude) * 0x1p112f) * 0x1p-110f;
+  WordVec exponent = (w + w) & 0xff000000u;
+  exponent = (exponent < 0x71000000u) ? exponent - exponent + 0x71000000u : exponent;
+  const WordVec sum =
+      reinterpret_cast<WordVec>(reinterpret_cast<Vec<float>>((exponent >> 1) + 0x07800000u) + scaled);
+  const WordVec rounded = ((sum >> 13) & 0x7c00u) + (sum & 0xfffu);
+  const WordVec is_nan = reinterpret_cast<WordVec>(magnitude > 0x7f800000u);
+  return __builtin_convertvector(sign | (is_nan & 0x7e00u) | (~is_nan & rounded), HalfVec);
+#endif
+}
+
+// `n` elements at p as lanes, the rest zero; n may be kLanes<Lane> or more.
+template <class Lane, class Storage>
+FA_INLINE Vec<Lane> load_as(const Storage* p, int n = kLanes<Lane>) {
+  constexpr int kFull = kLanes<Lane>;
+  if constexpr (kSame<Lane, Storage>) {
+    if (n >= kFull) return load<Lane>(p);
+    Lane buffer[kFull] = {};
+    memcpy(buffer, p, n * sizeof(Lane));
+    return load<Lane>(buffer);
+  } else {
+    HalfVec h = {};
+    if (n >= kFull) {
+      memcpy(&h, p, sizeof(h));
+    } else {
+      uint16_t buffer[kFull] = {};
+      memcpy(buffer, p, n * sizeof(uint16_t));
+      memcpy(&h, buffer, sizeof(h));
+    }
+    return widen(h, static_cast<Storage*>(nullptr));
+  }
+}
+
+template <class Lane, class Storage>
+FA_INLINE void store_as(Storage* p, Vec<Lane> v, int n = kLanes<Lane>) {
+  constexpr int kFull = kLanes<Lane>;
+  if constexpr (kSame<Lane, Storage>) {
+    if (n >= kFull) {
+      store<Lane>(p, v);
+    } else {
+      memcpy(p, &v, n * sizeof(Lane));
+    }
+  } else {
+    const HalfVec h = narrow(v, static_cast<Storage*>(nullptr));
+    memcpy(p, &h, (n >= kFull ? kFull : n) * sizeof(uint16_t));
+  }
+}
+
+template <class Lane, class Storage>
+FA_INLINE Lane load_scalar(const Storage* p) {
+  if constexpr (kSame<Lane, Storage>) {
+    return *p;
+  } else {
+    return load_as<Lane>(p, 1)[0];
+  }
+}
+
+// Two rows of `n` 16-bit elements as one row of n pairs: the first row in the low halves. A null row counts as zeros.
+FA_INLINE void interleave_rows(const uint16_t* low, const uint16_t* high, int n, float* pairs) {
+  constexpr int kFull = kLanes<float>;
+  for (int d = 0; d < n; d += kFull) {
+    const int count = n - d < kFull ? n - d : kFull;
+    HalfVec a = {}, b = {};
+    if (count == kFull) {
+      memcpy(&a, low + d, sizeof(a));
+      if (high != nullptr) memcpy(&b, high + d, sizeof(b));
+    } else {
+      uint16_t buffer[2][kFull] = {};
+      memcpy(buffer[0], low + d, count * sizeof(uint16_t));
+      if (high != nullptr) memcpy(buffer[1], high + d, count * sizeof(uint16_t));
+      memcpy(&a, buffer[0], sizeof(a));
+      memcpy(&b, buffer[1], sizeof(b));
+    }
+    const WordVec pair = __builtin_convertvector(a, WordVec) | (__builtin_convertvector(b, WordVec) << 16);
+    memcpy(pairs + d, &pair, count * sizeof(uint32_t));
+  }
+}
+
+// How the elements of one dtype meet the multiply-add units.
+// kPerLane = 1: a lane holds one number. kPerLane = 2: a 32-bit lane holds two bfloat16 neighbours of the dimension that is
+// summed over, and one instruction multiplies and adds both.
+template <class StorageType, class LaneType, int kElementsPerLane>
+struct Policy {
+  using Storage = StorageType;
+  using Lane = LaneType;
+  static constexpr int kPerLane = kElementsPerLane;
+  static constexpr bool kConverts = !kSame<StorageType, LaneType> && kElementsPerLane == 1;
+
+  // Lanes that hold n elements.
+  static constexpr int lanes_for(int n) { return (n + kPerLane - 1) / kPerLane; }
+};
+
+template <class P>
+FA_INLINE Vec<typename P::Lane> multiply_add(Vec<typename P::Lane> a, Vec<typename P::Lane> b,
+                                             Vec<typename P::Lane> acc) {
+#if defined(__AVX512BF16__)
+  if constexpr (P::kPerLane == 2) {
+    return reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), reinterpret_cast<__m512bh>(a),
+                                                         reinterpret_cast<__m512bh>(b)));
+  }
+#endif
+  return a * b + acc;
+}
+
+// One lane of a row at any address, in every lane. Pairs go through integers: as a float their bits are no number.
+template <class P>
+FA_INLINE Vec<typename P::Lane> broadcast_lane(const char* row, int64_t lane) {
+  using Lane = typename P::Lane;
+  if constexpr (P::kPerLane == 2) {
+    int32_t bits;
+    memcpy(&bits, row + lane * 4, 4);
+    return reinterpret_cast<Vec<Lane>>(broadcast_int<Lane>(bits));
+  } else {
+    Lane x;
+    memcpy(&x, row + lane * static_cast<int64_t>(sizeof(Lane)), sizeof(Lane));
+    return broadcast<Lane>(x);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// Rounds two vectors to bfloat16 and pairs them: `low` in the low half of each lane.
+FA_INLINE Vec<float> round_to_pairs(Vec<float> low, Vec<float> high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512bh halves = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
+  return reinterpret_cast<Vec<float>>(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves)));
+}
+
+FA_INLINE Vec<float> low_of_pairs(Vec<float> pairs) {
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<WordVec>(pairs) << 16);
+}
+
+FA_INLINE Vec<float> high_of_pairs(Vec<float> pairs) {
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<WordVec>(pairs) & 0xffff0000u);
+}
+
+FA_INLINE void store_bfloat16(uint16_t* p, Vec<float> v) {
+  const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+  memcpy(p, &halves, sizeof(halves));
+}
+#endif
+
+// Loads kLanes lanes of a row from lane `first` on; zero beyond `dim` elements.
+template <class P>
+FA_INLINE Vec<typename P::Lane> load_lanes(const typename P::Storage* row, int first, int dim) {
+  using Lane = typename P::Lane;
+  if constexpr (P::kPerLane == 2) {
+    Vec<Lane> v = {};
+    const int elements = dim - 2 * first;
+    if (elements >= 2 * kLanes<Lane>) {
+      memcpy(&v, row + 2 * first, sizeof(v));
+    } else {
+      uint16_t buffer[2 * kLanes<Lane>] = {};
+      memcpy(buffer, row + 2 * first, elements * sizeof(uint16_t));
+      memcpy(&v, buffer, sizeof(v));
+    }
+    return v;
+  } else {
+    return load_as<Lane>(row + first, dim - first);
+  }
+}
+
+// Transposes `count` <= kBlock rows of `dim` elements into columns[lane][kBlock].
+// Rows from `count` up to the next full vector are zero.
+template <class P, int kBlock>
+FA_NOINLINE void pack_columns(const typename P::Storage* rows, int64_t stride_row, int count, int dim,
+                              typename P::Lane* columns) {
+  using Lane = typename P::Lane;
+  constexpr int n = kLanes<Lane>;
+  const int depth = P::lanes_for(dim);
+  for (int q = 0; q < count; q += n) {
+    for (int d = 0; d < depth; d += n) {
+      Vec<Lane> block[n];
+      if (q + n <= count) {
+        FA_UNROLL
+        for (int i = 0; i < n; ++i) block[i] = load_lanes<P>(rows + (q + i) * stride_row, d, dim);
+      } else {
+        FA_UNROLL
+        for (int i = 0; i < n; ++i) {
+          block[i] = q + i < count ? load_lanes<P>(rows + (q + i) * stride_row, d, dim) : Vec<Lane>{};
+        }
+      }
+      transpose<Lane>(block);
+      Lane* target = columns + static_cast<int64_t>(d) * kBlock + q;
+      FA_UNROLL
+      for (int i = 0; i < n; ++i) {
+        if (d + i < depth) store<Lane>(target + i * kBlock, block[i]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fused_attn::cpu

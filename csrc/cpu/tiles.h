@@ -1,0 +1,184 @@
+// Tile sizes, and the two register tiles that all matrix products of attention are made of.
+//
+// "Lanes are queries": a vector holds consecutive queries of a block, so the softmax is purely vertical, and keys and
+// values are scalars that are broadcast from where they lie: a key is only a pointer, and a key that nobody sees is left
+// out of the pointer list at no cost.
+#pragma once
+#include "pack.h"
+#include "vec.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+constexpr int kBlockQ = 64;  // queries of a work item; 32 is 13-25 % slower (half the reuse of keys and values)
+
+// Accumulators: kTileKeys x kTileVectors vectors. 16 hide the latency of the multiply-add and leave room in 32 registers;
+// with 16 registers 6 x 2 is up to 10 % faster than 4 x 2.
+constexpr int kTileKeys = kVectorRegisters == 32 ? 4 : 6;
+constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
+
+// Live keys of a block, a multiple of kTileKeys and of the lanes. The speed is flat from 32 to 256.
+constexpr int kBlockK = kTileKeys == 4 ? 64 : 72;
+
+template <class T>
+constexpr int kBlockVectors = kBlockQ / kLanes<T>;
+static_assert(kBlockVectors<double> % kTileVectors == 0 && kBlockVectors<float> % kTileVectors == 0);
+static_assert(kBlockK % kTileKeys == 0 && kBlockK % kLanes<float> % 8 == 0 && kTileKeys % 2 == 0);
+
+// Compile-time integer as a function argument.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Calls f(Constant<n>) for 1 <= n <= kTileVectors.
+template <class F>
+FA_INLINE void with_columns(int n, const F& f) {
+  if constexpr (kTileVectors == 4) {
+    if (n == 4) return f(Constant<4>{});
+    if (n == 3) return f(Constant<3>{});
+  }
+  if (n == 2) return f(Constant<2>{});
+  f(Constant<1>{});
+}
+
+// acc[r][c] = sum over k < depth of rows[r][k] * columns[k][c]; columns[k] are `stride` lanes apart.
+template <class P, int kRows, int kColumns>
+FA_INLINE void dot_tile(const char* const* rows, const typename P::Lane* columns, int64_t stride, int depth,
+                        Vec<typename P::Lane> (&acc)[kRows][kColumns]) {
+  using Lane = typename P::Lane;
+  const char* row[kRows];
+  FA_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    row[r] = rows[r];
+    FA_UNROLL
+    for (int c = 0; c < kColumns; ++c) acc[r][c] = Vec<Lane>{};
+  }
+  FA_UNROLL_TWICE
+  for (int k = 0; k < depth; ++k) {
+    Vec<Lane> column[kColumns];
+    FA_UNROLL
+    for (int c = 0; c < kColumns; ++c) column[c] = load<Lane>(columns + c * kLanes<Lane>);
+    columns += stride;
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<Lane> x = broadcast_lane<P>(row[r], k);
+      FA_UNROLL
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = multiply_add<P>(x, column[c], acc[r][c]);
+    }
+  }
+}
+
+// target[r][c] = target[r][c] * alpha[c] + sum over j < count of rows[j][first + r] * weights[j][c].
+template <class P, int kRows, int kColumns>
+FA_INLINE void outer_tile(const char* const* rows, int first, const typename P::Lane* weights,
+                          const Vec<typename P::Lane>* alpha, int count, typename P::Lane* target) {
+  using Lane = typename P::Lane;
+  constexpr int n = kLanes<Lane>;
+  Vec<Lane> acc[kRows][kColumns];
+  FA_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FA_UNROLL
+    for (int c = 0; c < kColumns; ++c) acc[r][c] = Vec<Lane>{};
+  }
+  FA_UNROLL_TWICE
+  for (int j = 0; j < count; ++j) {
+    const char* row = rows[j] + first * static_cast<int64_t>(sizeof(Lane));
+    Vec<Lane> weight[kColumns];
+    FA_UNROLL
+    for (int c = 0; c < kColumns; ++c) weight[c] = load<Lane>(weights + j * kBlockQ + c * n);
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<Lane> x = broadcast_lane<P>(row, r);
+      FA_UNROLL
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = multiply_add<P>(x, weight[c], acc[r][c]);
+    }
+  }
+  FA_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FA_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      // Added at the end: a sum of block sums rounds far less than one long sum.
+      Lane* p = target + r * kBlockQ + c * n;
+      store<Lane>(p, load<Lane>(p) * alpha[c] + acc[r][c]);
+    }
+  }
+}
+
+// outer_tile for all `dim` rows of the target.
+template <class P, int kColumns>
+FA_NOINLINE void outer_columns(const char* const* rows, int dim, const typename P::Lane* weights,
+                               const Vec<typename P::Lane>* alpha, int count, typename P::Lane* target) {
+  int d = 0;
+  for (; d + kTileKeys <= dim; d += kTileKeys) {
+    outer_tile<P, kTileKeys, kColumns>(rows, d, weights, alpha, count, target + d * kBlockQ);
+  }
+  if (kTileKeys > 4 && d + 4 <= dim) {
+    outer_tile<P, 4, kColumns>(rows, d, weights, alpha, count, target + d * kBlockQ);
+    d += 4;
+  }
+  for (; d < dim; ++d) outer_tile<P, 1, kColumns>(rows, d, weights, alpha, count, target + d * kBlockQ);
+}
+
+// The vectors of a query block [begin, end) that see at least one key of a tile.
+struct VectorRange {
+  int begin;
+  int end;
+
+  bool operator==(const VectorRange& other) const { return begin == other.begin && end == other.end; }
+};
+
+FA_INLINE VectorRange clip_to_panel(VectorRange range, int panel) {
+  const int first = panel * kTileVectors;
+  const int last = first + kTileVectors;
+  return {range.begin < first ? first : range.begin, range.end > last ? last : range.end};
+}
+
+// target[d][q] = target[d][q] * alpha[q] + sum over keys j of rows[j][d] * weights[j][q], for a block of keys whose tile t
+// reaches only the queries ranges[t]. Runs of tiles with equal ranges are one product, and the first run that reaches a
+// vector does its rescaling. A vector that no tile reaches is left alone: its alpha is 1.
+template <class P>
+FA_INLINE void outer_block(const char* const* rows, int dim, const typename P::Lane* weights,
+                           const Vec<typename P::Lane>* alpha, const VectorRange* ranges, int tiles, int key_count,
+                           int vectors, typename P::Lane* target) {
+  using Lane = typename P::Lane;
+  constexpr int n = kLanes<Lane>;
+  Vec<Lane> ones[kTileVectors];
+  FA_UNROLL
+  for (int c = 0; c < kTileVectors; ++c) ones[c] = broadcast<Lane>(1);
+
+  for (int panel = 0; panel * kTileVectors < vectors; ++panel) {
+    uint64_t rescaled = 0;  // bit v: vector v of the block has been multiplied by its alpha
+    int stop;
+    for (int t = 0; t < tiles; t = stop) {
+      const VectorRange run = clip_to_panel(ranges[t], panel);
+      for (stop = t + 1; stop < tiles && clip_to_panel(ranges[stop], panel) == run; ++stop) {
+      }
+      if (run.begin >= run.end) continue;
+      const uint64_t reached = ((uint64_t{1} << run.end) - 1) & ~((uint64_t{1} << run.begin) - 1);
+      const Vec<Lane>* scales = alpha + run.begin;
+      if ((rescaled & reached) != 0) {
+        for (int v = run.begin; v < run.end; ++v) {
+          if ((rescaled >> v & 1) != 0) continue;
+          for (int d = 0; d < dim; ++d) {
+            Lane* p = target + d * kBlockQ + v * n;
+            store<Lane>(p, load<Lane>(p) * alpha[v]);
+          }
+        }
+        scales = ones;
+      }
+      rescaled |= reached;
+      const int first = t * kTileKeys;
+      const int last = stop * kTileKeys < key_count ? stop * kTileKeys : key_count;
+      const int64_t row = first / P::kPerLane;
+      const int count = P::lanes_for(last - first);
+      with_columns(run.end - run.begin, [&](auto columns) {
+        outer_columns<P, decltype(columns)::value>(rows + row, dim, weights + row * kBlockQ + run.begin * n, scales,
+                                                   count, target + run.begin * n);
+      });
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fused_attn::cpu

@@ -1,0 +1,158 @@
+// A small vector layer on the vector extensions that GCC and Clang share.
+//
+// The vector width is the native one of the translation unit: a wider vector, lowered by the compiler, is ten times slower.
+// Everything is in an anonymous namespace: this header is compiled once per instruction set, and an inline function shared
+// by name could put AVX-512 code into the baseline path.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define FA_INLINE static inline __attribute__((always_inline))
+#define FA_NOINLINE __attribute__((noinline))
+#if defined(__clang__)
+#define FA_UNROLL _Pragma("clang loop unroll(full)")
+#define FA_UNROLL_TWICE _Pragma("clang loop unroll_count(2)")
+#else
+// Every loop over an accumulator array must be unrolled: one access by a runtime index puts all of them in memory.
+#define FA_UNROLL _Pragma("GCC unroll 64")
+#define FA_UNROLL_TWICE _Pragma("GCC unroll 2")
+#endif
+
+namespace fused_attn::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kVectorRegisters = 16;
+#else
+constexpr int kVectorBytes = 16;
+#if defined(__aarch64__)
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = 16;
+#endif
+#endif
+
+// Vector types of one lane type. UnalignedVec may be loaded from any address and may alias anything.
+template <class T>
+struct VecOf;
+
+template <>
+struct VecOf<float> {
+  using Int = int32_t;
+  typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
+  typedef float UnalignedVec __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
+};
+
+template <>
+struct VecOf<double> {
+  using Int = int64_t;
+  typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t IntVec __attribute__((vector_size(kVectorBytes)));
+  typedef double UnalignedVec __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
+};
+
+template <class T>
+using Vec = typename VecOf<T>::Vec;
+template <class T>
+using IntVec = typename VecOf<T>::IntVec;
+template <class T>
+using LaneInt = typename VecOf<T>::Int;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+// T cannot be deduced from Vec<T>, so it is named in every call.
+template <class T>
+FA_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VecOf<T>::UnalignedVec*>(p);
+}
+
+template <class T>
+FA_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VecOf<T>::UnalignedVec*>(p) = v;
+}
+
+template <class T>
+FA_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // x - 0 is x for every x, and compiles to one broadcast
+}
+
+template <class T>
+FA_INLINE IntVec<T> broadcast_int(LaneInt<T> x) {
+  return x - IntVec<T>{};
+}
+
+// Both return b when a or b is NaN: a NaN in a is dropped, a NaN in b is kept.
+template <class T>
+FA_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+template <class T>
+FA_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
+  return a < b ? a : b;
+}
+
+template <class T>
+FA_INLINE Vec<T> select(IntVec<T> condition, Vec<T> yes, Vec<T> no) {
+  return condition ? yes : no;
+}
+
+// `yes` where the condition is -1, zero where it is 0.
+template <class T>
+FA_INLINE Vec<T> keep_where(IntVec<T> condition, Vec<T> yes) {
+  return reinterpret_cast<Vec<T>>(reinterpret_cast<IntVec<T>>(yes) & condition);
+}
+
+template <class T>
+FA_INLINE T sum_lanes(Vec<T> v) {
+  T total = 0;
+  FA_UNROLL
+  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
+  return total;
+}
+
+// Lane i is -1 where bit (first + i) of the word is set.
+template <class T>
+FA_INLINE IntVec<T> lanes_of_bits(uint64_t word, int first) {
+  IntVec<T> bit;
+  FA_UNROLL
+  for (int i = 0; i < kLanes<T>; ++i) bit[i] = LaneInt<T>{1} << i;
+  return (broadcast_int<T>(static_cast<LaneInt<T>>(word >> first)) & bit) != 0;
+}
+
+// One round of the transpose network: exchanges the blocks of kStep lanes of rows i and i + kStep.
+template <class T, int kStep, int... kLane>
+FA_INLINE void exchange_blocks(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kLane...>) {
+  constexpr int n = kLanes<T>;
+  const Vec<T> low = __builtin_shufflevector(a, b, ((kLane & kStep) ? n + kLane - kStep : kLane)...);
+  const Vec<T> high = __builtin_shufflevector(a, b, ((kLane & kStep) ? n + kLane : kLane + kStep)...);
+  a = low;
+  b = high;
+}
+
+template <class T, int kStep = 1>
+FA_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  if constexpr (kStep < kLanes<T>) {
+    FA_UNROLL
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if ((i & kStep) == 0) {
+        exchange_blocks<T, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes<T>>{});
+      }
+    }
+    transpose<T, kStep * 2>(rows);
+  }
+}
+
+}  // namespace
+}  // namespace fused_attn::cpu
