@@ -1,14 +1,36 @@
 """Fused attention for PyTorch that stays fast when there is a mask."""
 
 from fused_attn.api import explain, fused_attention, fused_attention_varlen
+from fused_attn.installation import info
+from fused_attn.nn import (
+    FusedMultiheadAttention,
+    KVCache,
+    Seq2SeqTransformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    Transformer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+    convert_attention,
+)
 from fused_attn.relative_bias import alibi_bias, t5_relative_bias
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FusedMultiheadAttention",
+    "KVCache",
+    "Seq2SeqTransformer",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "alibi_bias",
+    "convert_attention",
     "explain",
     "fused_attention",
     "fused_attention_varlen",
+    "info",
     "t5_relative_bias",
 ]

@@ -50,7 +50,7 @@ class FusedAttention(torch.autograd.Function):
         sinks, seed, mask = _unpack(others)
         # needs: of backend, problem, return_lse, query, key, value, sinks, seed, bias, relative_bias, ...
         needs = ctx.needs_input_grad
-        wanted = Wanted(*needs[3:6], needs[8], needs[9], needs[6]) if others else Wanted(*needs[3:6], False, False, False)
+        wanted = Wanted(*needs[3:6], *((needs[8], needs[9], needs[6]) if others else (False, False, False)))
         # Grad mode is on here only under create_graph, which needs gradients that are themselves differentiable.
         backend = reference if torch.is_grad_enabled() else ctx.backend
         grads = gradients(

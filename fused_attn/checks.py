@@ -91,7 +91,7 @@ def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, softca
     if not 0.0 <= dropout_p <= 1.0:
         raise fail("dropout_p", "a probability in [0, 1]", dropout_p)
     _check_number("softcap", softcap)
-    if not (softcap >= 0.0 and math.isfinite(softcap)):
+    if not 0.0 <= softcap < math.inf:
         raise fail("softcap", "a finite number >= 0 (0 = off)", softcap)
     if scale is not None:
         _check_number("scale", scale)

@@ -79,20 +79,21 @@ class Backend(Protocol):
 def empty_like_layout(like: Tensor, columns: int) -> Tensor:
     """Uninitialised (B, heads, rows, columns) whose memory order follows `like`.
 
-    A transposed (B, L, H, D) tensor gives a transposed result, so that merging the heads afterwards is a view.
+    So the result for a transposed (B, L, H, D) or (L, B, H, D) tensor lets the heads be merged without a copy.
     """
-    batch, heads, rows, like_columns = like.shape
-    if columns == like_columns and like.is_contiguous():
-        return torch.empty_like(like)  # the same as the last line, in a third of the time
-    if _has_rows_outside(like):
-        return like.new_empty((batch, rows, heads, columns)).transpose(1, 2)
-    return like.new_empty((batch, heads, rows, columns))
+    if columns == like.shape[3] and like.is_contiguous():
+        return torch.empty_like(like)  # the same as below, in a third of the time
+    order = _memory_order(like)
+    shape = [like.shape[dim] for dim in order]
+    return like.new_empty((*shape, columns)).permute(*map(order.index, range(3)), 3)
 
 
 def follow_layout(x: Tensor, like: Tensor) -> Tensor:
     """x (B, heads, rows, columns) in the memory order that `empty_like_layout` would give it."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2) if _has_rows_outside(like) else x.contiguous()
+    order = _memory_order(like)
+    return x.permute(*order, 3).contiguous().permute(*map(order.index, range(3)), 3)
 
 
-def _has_rows_outside(x: Tensor) -> bool:
-    return x.shape[1] > 1 and x.shape[2] > 1 and x.stride(1) < x.stride(2)
+def _memory_order(x: Tensor) -> list[int]:
+    """The dimensions before the last, outermost first; broadcast ones count as outermost."""
+    return sorted(range(3), key=lambda dim: x.stride(dim) or float("inf"), reverse=True)

@@ -50,23 +50,15 @@ def forward(
     mask: MaskSpec,
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    query, key, value = _with_unit_stride(query), _with_unit_stride(key), _with_unit_stride(value)
     out = empty_like_layout(query, problem.value_dim)
-    lse = None
-    if needs_lse:
-        rows = query.shape[:3]
-        is_same = problem.accumulate_dtype == problem.dtype  # naming the dtype costs 3 us, so only where it differs
-        lse = query.new_empty(rows) if is_same else query.new_empty(rows, dtype=problem.accumulate_dtype)
-    _C.forward(
-        query,
-        key,
-        value,
-        out,
-        lse,
-        _config(problem),
-        *_kernel_masks(problem, sinks, seed, mask),
-        torch.get_num_threads(),
-    )
+    batch, heads, rows, _ = query.shape
+    lse = torch.empty(batch, heads, rows, dtype=problem.accumulate_dtype) if needs_lse else None
+    others = (out, lse, _config(problem), *_kernel_masks(problem, sinks, seed, mask), torch.get_num_threads())
+    try:
+        _C.forward(query, key, value, *others)
+    except ValueError as error:
+        # Forgiveness instead of permission: asking three tensors for a stride costs as much as the whole kernel call.
+        _C.forward(*_with_unit_strides(error, query, key, value), *others)
     return out, lse
 
 
@@ -84,24 +76,18 @@ def backward(
     seed: Tensor | None,
     mask: MaskSpec,
 ) -> Gradients:
-    query, key, value = _with_unit_stride(query), _with_unit_stride(key), _with_unit_stride(value)
-    dquery = empty_like_layout(query, problem.head_dim) if wanted.query else None
-    dkey = empty_like_layout(key, problem.head_dim) if wanted.key else None
-    dvalue = empty_like_layout(value, problem.value_dim) if wanted.value else None
+    wants_query, wants_key, wants_value, wants_bias, wants_relative_bias, wants_sinks = wanted
+    dquery = empty_like_layout(query, problem.head_dim) if wants_query else None
+    dkey = empty_like_layout(key, problem.head_dim) if wants_key else None
+    dvalue = empty_like_layout(value, problem.value_dim) if wants_value else None
     dbias = drelative_bias = dsinks = None
-    accumulate = {"dtype": problem.accumulate_dtype, "device": query.device}
-    if wanted.bias:
-        dbias = torch.empty(mask.bias.shape, **accumulate)
-    if wanted.relative_bias:
-        drelative_bias = torch.empty(mask.relative_bias.shape, **accumulate)
-    if wanted.sinks:
-        dsinks = torch.empty(sinks.shape, **accumulate)
-    _C.backward(
-        _with_unit_stride(dout),
-        dlse,
-        query,
-        key,
-        value,
+    if wants_bias:
+        dbias = torch.empty(mask.bias.shape, dtype=problem.accumulate_dtype)
+    if wants_relative_bias:
+        drelative_bias = torch.empty(mask.relative_bias.shape, dtype=problem.accumulate_dtype)
+    if wants_sinks:
+        dsinks = torch.empty(sinks.shape, dtype=problem.accumulate_dtype)
+    others = (
         out,
         lse,
         dquery,
@@ -114,6 +100,11 @@ def backward(
         *_kernel_masks(problem, sinks, seed, mask),
         torch.get_num_threads(),
     )
+    try:
+        _C.backward(dout, dlse, query, key, value, *others)
+    except ValueError as error:
+        dout, query, key, value = _with_unit_strides(error, dout, query, key, value)
+        _C.backward(dout, dlse, query, key, value, *others)
     return Gradients(
         dquery,
         dkey,
@@ -174,6 +165,8 @@ def _scores_shape(problem: AttentionProblem) -> tuple[int, int, int, int]:
     return problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k
 
 
-def _with_unit_stride(x: Tensor) -> Tensor:
-    """The kernels take any strides but the last; only such tensors are copied."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _with_unit_strides(error: ValueError, *tensors: Tensor) -> list[Tensor]:
+    """The kernels take any strides but the last; only such tensors are copied. If there is none, the error is raised."""
+    if all(x.stride(-1) == 1 for x in tensors):
+        raise error
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

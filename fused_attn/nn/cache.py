@@ -42,8 +42,8 @@ class SelfAttentionCache:
             value: (B, Hkv, L, Dv).
 
         Returns:
-            keys (B, Hkv, length, D) and values (B, Hkv, length, Dv), where length counts the new rows. They are views of
-            the buffers; a later update leaves their contents as they are.
+            keys (B, Hkv, length, D) and values (B, Hkv, length, Dv), the new rows included. They are views of the
+            buffers; a later update leaves their contents as they are.
 
         Raises:
             ValueError: the shapes do not belong together or to the rows in the cache, or max_length would be exceeded.

@@ -1,0 +1,28 @@
+"""Modules: `torch.nn.MultiheadAttention`, `torch.nn.Transformer*` and what is built of them, on the fused kernel."""
+
+from fused_attn.nn.attention import FusedMultiheadAttention
+from fused_attn.nn.cache import KVCache
+from fused_attn.nn.convert import convert_attention
+from fused_attn.nn.positions import RotaryEmbedding, T5RelativeBias
+from fused_attn.nn.seq2seq import Seq2SeqTransformer
+from fused_attn.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
+
+__all__ = [
+    "FusedMultiheadAttention",
+    "KVCache",
+    "RotaryEmbedding",
+    "Seq2SeqTransformer",
+    "T5RelativeBias",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "convert_attention",
+]

@@ -1,0 +1,427 @@
+"""`FusedMultiheadAttention`: `torch.nn.MultiheadAttention` on the fused kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_attn.api import fused_attention
+from fused_attn.dropout import draw_seed
+from fused_attn.masks import causal_bias_offset
+from fused_attn.nn.positions import RotaryEmbedding
+from fused_attn.nn.weights import attention_weights
+
+
+class AttentionCache(Protocol):
+    """What `FusedMultiheadAttention` asks of a cache; `fused_attn.nn.cache` has the implementations.
+
+    A static cache (``is_static``) is filled once, with a memory that does not grow, and also has
+    ``get() -> (keys, values) or None``.
+    """
+
+    is_static: bool
+
+    @property
+    def length(self) -> int:
+        """Rows stored so far."""
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append key (B, Hkv, L, D) and value (B, Hkv, L, D); all rows (B, Hkv, length, D) so far."""
+
+
+class FusedMultiheadAttention(nn.MultiheadAttention):
+    """Drop-in `torch.nn.MultiheadAttention` whose output always comes from the fused kernel, weights wanted or not.
+
+    Constructor, forward contract and state-dict keys are those of the parent class; what follows `dtype` is new.
+    State dicts load both ways as long as the new options are off. For a query that may attend to nothing, where the
+    parent can return NaN, the weights are zero, the output is the bias of ``out_proj`` and the gradients are zero.
+
+    Args:
+        embed_dim: E.
+        num_heads: H; the head dim D is E / H.
+        dropout: probability of dropping an attention weight in training mode.
+        bias: biases for the input and output projections.
+        add_bias_kv: append a learnable row to keys and to values.
+        add_zero_attn: append a row of zeros to keys and to values.
+        kdim: features of the keys; default E.
+        vdim: features of the values; default E.
+        batch_first: tensors are (N, L, E) instead of (L, N, E).
+        num_kv_heads: heads of keys and values, a divisor of H (grouped-query attention); default H. The projections of
+            keys and values then have ``num_kv_heads * D`` rows.
+        rotary: True, or the base of the angles (True = 10000.0): rotate queries and keys by position, see
+            `RotaryEmbedding`.
+        relative_bias: a callable, often a module such as `T5RelativeBias`, from ``(seqlen_q, seqlen_k)`` to a bias
+            (H, L + S - 1) for each distance between query and key; see `fused_attention`.
+        backend: see `fused_attention`.
+
+    Raises:
+        ValueError, TypeError: an option does not fit.
+        AssertionError: num_heads does not divide embed_dim (as in the parent class).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        num_kv_heads: int | None = None,
+        rotary: bool | float | None = None,
+        relative_bias: Callable[[int, int], Tensor] | None = None,
+        backend: str | None = None,
+    ):
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {num_kv_heads}")
+        if relative_bias is not None and not callable(relative_bias):
+            raise TypeError(
+                f"relative_bias: expected a callable (seqlen_q, seqlen_k) -> (H, L + S - 1), "
+                f"got {type(relative_bias).__name__}"
+            )
+        if relative_bias is not None and (add_bias_kv or add_zero_attn):
+            raise ValueError(
+                "relative_bias: expected None with add_bias_kv or add_zero_attn, whose rows are at no distance from "
+                f"a query, got {type(relative_bias).__name__}"
+            )
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.rotary = _rotary(rotary, self.head_dim)
+        self.relative_bias = relative_bias
+        self.backend = backend
+        if self.num_kv_heads != num_heads:
+            self._drop_kv_rows()
+            self._reset_parameters()
+
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention, backend: str | None = None) -> FusedMultiheadAttention:
+        """A fused module that shares everything with a `torch.nn.MultiheadAttention`: parameters, hooks, mode.
+
+        Raises:
+            TypeError: module is something else.
+        """
+        if not isinstance(module, nn.MultiheadAttention) or isinstance(module, FusedMultiheadAttention):
+            raise TypeError(f"module: expected a torch.nn.MultiheadAttention, got {type(module).__name__}")
+        fused = cls.__new__(cls)
+        # The same dicts of parameters and hooks, so that optimizers and the handles of hooks stay valid.
+        fused.__dict__.update(module.__dict__)
+        fused.num_kv_heads = module.num_heads
+        fused.rotary = fused.relative_bias = None
+        fused.backend = backend
+        return fused
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        cache: AttentionCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of `query` over `key` and `value`.
+
+        Args:
+            query: (L, N, E), or (N, L, E) with batch_first, or (L, E).
+            key: (S, N, kdim), or (N, S, kdim) with batch_first, or (S, kdim).
+            value: (S, N, vdim), or (N, S, vdim) with batch_first, or (S, vdim).
+            key_padding_mask: (N, S), or (S,) without a batch. Bool: True = ignore the key; blocks of such keys are
+                skipped. Floating point: added to the scores.
+            need_weights: also return the weights. They cost O(L * S) memory; the output does not depend on them.
+            attn_mask: (L, S) or (N * H, L, S). Bool: True = may NOT attend. Floating point: added to the scores. A
+                ``torch.nn.attention.bias`` causal bias is taken as it is and costs no memory.
+            average_attn_weights: the mean of the weights over the heads.
+            is_causal: a hint that attn_mask is the causal mask. As in the parent class it is believed, and attn_mask
+                not read, unless weights are wanted or a key_padding_mask is given.
+            cache: keys and values of earlier calls. A self-attention cache makes the call causal: query i, at position
+                ``cache.length + i``, sees the rows up to its own; key_padding_mask then covers all rows so far. A
+                static one (``cache.is_static``) keeps the projections of the first `key` and `value` it meets.
+
+        Returns:
+            The output, laid out as query, and with need_weights the weights, after dropout: (N, L, S), or
+            (N, H, L, S) without averaging, N missing where query has none. S counts the rows that add_bias_kv and
+            add_zero_attn append.
+
+        Raises:
+            AssertionError, RuntimeError: the inputs do not fit, where the parent class raises them.
+            ValueError: the cache does not fit the call.
+        """
+        self._check_inputs(query, key, value, key_padding_mask, attn_mask)
+        is_batched, is_self, shares_kv = query.dim() == 3, query is key and key is value, key is value
+        if not is_batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        seq_dim = 1 if self.batch_first or not is_batched else 0
+        seqlen_q, batch = query.shape[seq_dim], query.shape[1 - seq_dim]
+
+        is_growing = cache is not None and not cache.is_static
+        position = cache.length if is_growing else 0
+        self._check_cache(cache)
+        q, k, v = self._query_key_value(query, key, value, is_self, shares_kv, seq_dim, position, cache)
+        if k.shape[0] != batch:
+            raise RuntimeError(f"key: expected the batch size of query, {batch}, got {k.shape[0]}")
+
+        if is_growing:
+            mask = _cached_mask(attn_mask, is_causal, position, seqlen_q)
+        else:
+            mask = _believed_mask(attn_mask, is_causal, key_padding_mask is None and not need_weights)
+        mask = self._checked_mask(mask, key_padding_mask, batch, seqlen_q, k.shape[2])
+        k, v = self._append_rows(k, self.bias_k), self._append_rows(v, self.bias_v)
+        arguments = {
+            "key_padding_mask": self._padded(key_padding_mask),
+            "relative_bias": self._relative_bias(position, seqlen_q, k.shape[2]),
+            "dropout_p": self.dropout if self.training else 0.0,
+            "scale": 1.0 / math.sqrt(self.head_dim),
+        }
+        if need_weights and arguments["dropout_p"]:
+            arguments["dropout_seed"] = draw_seed(q.device)
+        out = fused_attention(
+            q, k, v, mask.attn_mask, is_causal=mask.attn_mask is None and mask.diagonal is not None,
+            enable_gqa=self.num_kv_heads != self.num_heads, return_lse=need_weights, backend=self.backend, **arguments,
+        )  # fmt: skip
+        weights = None
+        if need_weights:
+            out, lse = out
+            attn_mask = mask.attn_mask if mask.diagonal is None else None
+            weights = attention_weights(q, k, lse, attn_mask=attn_mask, diagonal=mask.diagonal, **arguments)
+            weights = (weights.mean(dim=1) if average_attn_weights else weights).to(out.dtype)
+
+        out = out.transpose(1, 2) if seq_dim == 1 else out.permute(2, 0, 1, 3)
+        out = self.out_proj(out.flatten(-2))  # a view (N, L, E) or (L, N, E), since the memory order follows q
+        if not is_batched:
+            out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return out, weights
+
+    def _check_inputs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> None:
+        """Raises AssertionError, as the parent does, where the inputs do not belong together."""
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise AssertionError(
+                "query, key, value: expected padded tensors with a key_padding_mask, got a nested tensor"
+            )
+        rank = query.dim()
+        if rank not in (2, 3):
+            raise AssertionError(f"query: expected 2 (unbatched) or 3 dimensions, got shape {tuple(query.shape)}")
+        for name, x in (("key", key), ("value", value)):
+            if x.dim() != rank:
+                raise AssertionError(f"{name}: expected {rank} dimensions, as query has, got shape {tuple(x.shape)}")
+        if query.shape[-1] != self.embed_dim:
+            raise AssertionError(f"query: expected embed_dim={self.embed_dim} features, got {query.shape[-1]}")
+        same = slice(None) if self._qkv_same_embed_dim else slice(-1)
+        if key.shape[same] != value.shape[same]:
+            raise AssertionError(f"value: expected the sizes of key, {tuple(key.shape)}, got {tuple(value.shape)}")
+        if key_padding_mask is not None:
+            _check_mask_dtype("key_padding_mask", key_padding_mask)
+            if key_padding_mask.dim() != rank - 1:
+                raise AssertionError(
+                    f"key_padding_mask: expected {rank - 1} dimensions for a query with {rank}, "
+                    f"got shape {tuple(key_padding_mask.shape)}"
+                )
+        if attn_mask is not None and causal_bias_offset(attn_mask) is None:
+            _check_mask_dtype("attn_mask", attn_mask)
+            if attn_mask.dim() not in (2, 3):
+                raise AssertionError(
+                    f"attn_mask: expected shape (L, S) or (N * num_heads, L, S), got {tuple(attn_mask.shape)}"
+                )
+
+    def _check_cache(self, cache: AttentionCache | None) -> None:
+        if cache is not None and self._num_appended:
+            raise ValueError("cache: expected None in a module with add_bias_kv or add_zero_attn, got a cache")
+        if cache is not None and cache.is_static and (self.rotary is not None or self.relative_bias is not None):
+            raise ValueError("cache: expected none that is static in a module with rotary or relative_bias, got one")
+
+    def _query_key_value(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_self: bool,
+        shares_kv: bool,
+        seq_dim: int,
+        position: int,
+        cache: AttentionCache | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q (N, H, L, D), k and v (N, Hkv, S, D), where S counts the rows of the cache."""
+        stored = cache.get() if cache is not None and cache.is_static else None
+        if stored is not None:
+            return self._split_heads(self._project_query(query), seq_dim), *stored
+        q, k, v = self._project(query, key, value, is_self, shares_kv)
+        q, k = self._split_heads(q, seq_dim, position), self._split_heads(k, seq_dim, position)
+        v = self._split_heads(v, seq_dim)
+        return (q, k, v) if cache is None else (q, *cache.update(k, v))
+
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., E) and twice (..., Hkv * D): one matrix product for self-attention, two where value is key."""
+        kv_dim = self.num_kv_heads * self.head_dim
+        sizes = (self.embed_dim, kv_dim, kv_dim)
+        bias = self.in_proj_bias
+        if self.in_proj_weight is None:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        elif is_self:
+            return F.linear(query, self.in_proj_weight, bias).split(sizes, dim=-1)
+        elif shares_kv:
+            sizes = (self.embed_dim, 2 * kv_dim)
+            weights = self.in_proj_weight.split(sizes)
+            biases = (None, None) if bias is None else bias.split(sizes)
+            keys_values = F.linear(key, weights[1], biases[1])
+            return F.linear(query, weights[0], biases[0]), *keys_values.chunk(2, dim=-1)
+        else:
+            weights = self.in_proj_weight.split(sizes)
+        biases = (None, None, None) if bias is None else bias.split(sizes)
+        return tuple(F.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
+
+    def _project_query(self, query: Tensor) -> Tensor:
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[: self.embed_dim]
+        return F.linear(query, weight, None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim])
+
+    def _split_heads(self, x: Tensor, seq_dim: int, position: int | None = None) -> Tensor:
+        """(N, L, heads * D) or (L, N, heads * D) -> (N, heads, L, D) without a copy; rotated if given a position."""
+        x = x.view(*x.shape[:2], x.shape[2] // self.head_dim, self.head_dim)
+        if self.rotary is not None and position is not None:
+            x = self.rotary(x, seq_dim, position)
+        return x.transpose(1, 2) if seq_dim == 1 else x.permute(1, 2, 0, 3)
+
+    def _relative_bias(self, position: int, seqlen_q: int, seqlen_k: int) -> Tensor | None:
+        """(H, L + S - 1) or (L + S - 1,) for queries at `position` and after."""
+        if self.relative_bias is None:
+            return None
+        bias = self.relative_bias(position + seqlen_q, seqlen_k)
+        # The last L rows of a longer matrix lie on its first L + S - 1 diagonals.
+        return bias[..., : seqlen_q + seqlen_k - 1] if position else bias
+
+    def _append_rows(self, x: Tensor, row: Tensor | None) -> Tensor:
+        """x (N, Hkv, S, D) with bias_k or bias_v (1, 1, Hkv * D) and a row of zeros after it, where the options ask."""
+        rows = [x]
+        if row is not None:
+            row = row.to(x.dtype).view(1, self.num_kv_heads, 1, self.head_dim)
+            rows.append(row.expand(x.shape[0], -1, -1, -1))
+        if self.add_zero_attn:
+            rows.append(x.new_zeros(*x.shape[:2], 1, self.head_dim))
+        return torch.cat(rows, dim=2) if len(rows) > 1 else x
+
+    @property
+    def _num_appended(self) -> int:
+        return (self.bias_k is not None) + self.add_zero_attn
+
+    def _checked_mask(
+        self, mask: _Mask, key_padding_mask: Tensor | None, batch: int, seqlen_q: int, seqlen_k: int
+    ) -> _Mask:
+        """The mask with the polarity and the (N, H, L, S) dimensions of `fused_attention`."""
+        if key_padding_mask is not None and key_padding_mask.shape != (batch, seqlen_k):
+            raise AssertionError(
+                f"key_padding_mask: expected shape (N, S) = {(batch, seqlen_k)}, got {tuple(key_padding_mask.shape)}"
+            )
+        attn_mask, diagonal = mask
+        if attn_mask is None:
+            return mask
+        sizes = (seqlen_q, seqlen_k)
+        if diagonal is not None:
+            got = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
+            if got != sizes:
+                raise RuntimeError(f"attn_mask: expected a causal bias for (L, S) = {sizes}, got one for {got}")
+            if not self._num_appended:
+                return mask
+            # Appended rows are visible to every query, which no diagonal can express.
+            device = self.out_proj.weight.device
+            attn_mask = torch.ones(sizes, dtype=torch.bool, device=device).triu(diagonal + 1)
+        expected = sizes if attn_mask.dim() == 2 else (batch * self.num_heads, *sizes)
+        if attn_mask.shape != expected:
+            raise RuntimeError(f"attn_mask: expected shape {expected}, got {tuple(attn_mask.shape)}")
+        if attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
+        attn_mask = self._padded(attn_mask)
+        return _Mask(attn_mask.logical_not() if attn_mask.dtype == torch.bool else attn_mask, None)
+
+    def _padded(self, mask: Tensor | None) -> Tensor | None:
+        """The mask (..., S) with columns for the appended rows: False or 0.0, hence visible in either kind of mask."""
+        return F.pad(mask, (0, self._num_appended)) if mask is not None and self._num_appended else mask
+
+    def _drop_kv_rows(self) -> None:
+        """Shrinks the parameters of the parent class to num_kv_heads heads of keys and values."""
+        kv_dim = self.num_kv_heads * self.head_dim
+        packed = self.embed_dim + 2 * kv_dim
+        for name, size in (
+            ("in_proj_weight", packed), ("in_proj_bias", packed), ("k_proj_weight", kv_dim), ("v_proj_weight", kv_dim),
+        ):  # fmt: skip
+            parameter = getattr(self, name)
+            if parameter is not None:
+                setattr(self, name, nn.Parameter(parameter.detach()[:size].clone()))
+        for name in ("bias_k", "bias_v"):
+            parameter = getattr(self, name)
+            if parameter is not None:
+                setattr(self, name, nn.Parameter(parameter.detach()[..., :kv_dim].clone()))
+
+
+class _Mask(NamedTuple):
+    """The attn_mask of one call. With a diagonal, query i sees the keys j <= i + diagonal.
+
+    attn_mask: None, (L, S) or (N, H, L, S); with a diagonal the causal bias that says the same, or None if it is 0
+    """
+
+    attn_mask: Tensor | None
+    diagonal: int | None
+
+
+def _believed_mask(attn_mask: Tensor | None, is_causal: bool, is_believed: bool) -> _Mask:
+    """What a mask and a hint come to, where the hint is believed and where it is not."""
+    diagonal = None if attn_mask is None else causal_bias_offset(attn_mask)
+    if is_causal and attn_mask is None:
+        raise RuntimeError("attn_mask: expected the causal mask of which is_causal=True is a hint, got None")
+    if is_causal and is_believed and diagonal is None:
+        # As in the parent class, this hides the appended rows too.
+        return _Mask(None, 0)
+    return _Mask(attn_mask, diagonal)
+
+
+def _cached_mask(attn_mask: Tensor | None, is_causal: bool, position: int, seqlen_q: int) -> _Mask:
+    """What makes L new rows from `position` on causal among themselves and let them see all earlier ones."""
+    if attn_mask is not None and not is_causal and causal_bias_offset(attn_mask) is None:
+        raise ValueError("attn_mask: expected None, or is_causal=True, with a self-attention cache, got a tensor")
+    if seqlen_q == 1:
+        return _Mask(None, None)
+    if position == 0:
+        return _Mask(None, 0)
+    # Imported here: the module takes a second to import, and only prefilling in chunks comes this way.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return _Mask(causal_lower_right(seqlen_q, position + seqlen_q), position)
+
+
+def _check_mask_dtype(name: str, mask: Tensor) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise AssertionError(f"{name}: expected bool or floating point, got {mask.dtype}")
+
+
+def _rotary(rotary: bool | float | None, head_dim: int) -> RotaryEmbedding | None:
+    if rotary is None or rotary is False:
+        return None
+    if rotary is True:
+        return RotaryEmbedding(head_dim)
+    if not isinstance(rotary, (int, float)):
+        raise TypeError(f"rotary: expected None, True or the base of the angles, got {type(rotary).__name__}")
+    return RotaryEmbedding(head_dim, float(rotary))

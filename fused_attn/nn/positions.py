@@ -1,0 +1,87 @@
+"""Positions for `FusedMultiheadAttention`: rotary embedding and T5's learnable relative bias."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fused_attn.relative_bias import t5_relative_bias
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding (Su et al., 2021) in the half-split order of GPT-NeoX and Llama.
+
+    Columns i and i + D/2 of a row at position p turn by the angle ``p * base ** (-2 i / D)``. It has no parameters and
+    no buffers: the angles are computed in float32 at least, whatever dtype the model is cast to.
+
+    Args:
+        head_dim: D, even.
+        base: larger = slower rotation.
+
+    Raises:
+        ValueError: head_dim is odd, or base is not positive.
+    """
+
+    def __init__(self, head_dim: int, base: float = 10000.0):
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number of columns to rotate in pairs, got {head_dim}")
+        if not base > 0:
+            raise ValueError(f"base: expected a positive number, got {base}")
+        self.head_dim = head_dim
+        self.base = base
+
+    def forward(self, x: Tensor, seq_dim: int = -2, offset: int = 0) -> Tensor:
+        """x (..., D) with row n of dimension seq_dim turned to position ``offset + n``."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        seq_dim %= x.dim()
+        exponent = torch.arange(0, self.head_dim, 2, device=x.device, dtype=dtype) / self.head_dim
+        position = torch.arange(offset, offset + x.shape[seq_dim], device=x.device, dtype=dtype)
+        angle = position[:, None] * self.base**-exponent  # (L, D/2)
+        angle = angle.view(*(x.shape[d] if d == seq_dim else 1 for d in range(x.dim() - 1)), -1)
+        cos, sin = angle.cos(), angle.sin()
+        first, second = x.to(dtype).chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, base={self.base}"
+
+
+class T5RelativeBias(nn.Module):
+    """T5's learnable bucketed relative position bias, for ``FusedMultiheadAttention(relative_bias=...)``.
+
+    Its weight starts at zero, which is attention without positions, and takes the rows of T5's own
+    ``relative_attention_bias`` embedding. One instance may serve all layers, as in T5. (T5 itself does not scale its
+    scores by ``1 / sqrt(head_dim)``; where its weights are to be reused, fold that factor into the query projection.)
+
+    Args:
+        num_buckets: rows of the table; half of them for keys after the query when bidirectional.
+        num_heads: H.
+        bidirectional: True for encoders, False for causal decoders.
+        max_distance: all distances from here on share a bucket.
+    """
+
+    def __init__(
+        self,
+        num_buckets: int = 32,
+        num_heads: int = 8,
+        bidirectional: bool = True,
+        max_distance: int = 128,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.bidirectional = bidirectional
+        self.max_distance = max_distance
+        self.weight = nn.Parameter(torch.zeros(num_buckets, num_heads, device=device, dtype=dtype))
+
+    def forward(self, seqlen_q: int, seqlen_k: int) -> Tensor:
+        """(H, L + S - 1), as `fused_attention` takes it."""
+        return t5_relative_bias(self.weight, seqlen_q, seqlen_k, self.bidirectional, self.max_distance)
+
+    def extra_repr(self) -> str:
+        num_buckets, num_heads = self.weight.shape
+        return (
+            f"num_buckets={num_buckets}, num_heads={num_heads}, bidirectional={self.bidirectional}, "
+            f"max_distance={self.max_distance}"
+        )

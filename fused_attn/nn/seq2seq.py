@@ -1,0 +1,451 @@
+"""`Seq2SeqTransformer`: tokens to tokens, for training with padded batches and for generation with a KV cache."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fused_attn.nn.attention import FusedMultiheadAttention
+from fused_attn.nn.cache import KVCache
+from fused_attn.nn.transformer import (
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
+
+POSITIONAL = ("sinusoidal", "learned", "rotary")
+
+MINUS_INF = float("-inf")
+
+
+class Seq2SeqTransformer(nn.Module):
+    """Encoder-decoder Transformer over tokens ("Attention is all you need"), with embeddings and generator.
+
+    Every batch is batch-first and padded with ``pad_id`` on the right. Masks are built from the tokens: padding as
+    (B, S) masks and the causal mask as a flag, so that no (L, S) mask is ever stored.
+
+    Args:
+        src_vocab_size: source tokens are in [0, src_vocab_size).
+        tgt_vocab_size: target tokens are in [0, tgt_vocab_size).
+        d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation, norm_first: as in
+            `torch.nn.Transformer`. ``dropout`` also applies to the embeddings.
+        max_len: the longest source or target.
+        positional: "sinusoidal" or "learned" position embedding, or "rotary": queries and keys of self-attention are
+            rotated by their positions.
+        pad_id, sos_id, eos_id: three different tokens: padding, which is ignored wherever it stands; the start of every
+            target; the end of a target.
+        share_embeddings: one token embedding for source and target; the two vocabularies must have one size.
+        tie_generator: the generator uses the weight of the target embedding.
+        num_kv_heads: key/value heads of every attention; fewer than ``nhead`` make the KV cache smaller (GQA).
+        backend: attention backend, as in `fused_attention`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        src_vocab_size: int,
+        tgt_vocab_size: int,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = "relu",
+        norm_first: bool = False,
+        max_len: int = 1024,
+        positional: str = "sinusoidal",
+        pad_id: int = 0,
+        sos_id: int = 1,
+        eos_id: int = 2,
+        share_embeddings: bool = False,
+        tie_generator: bool = False,
+        *,
+        num_kv_heads: int | None = None,
+        backend: str | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _check_vocabularies(src_vocab_size, tgt_vocab_size, pad_id, sos_id, eos_id, share_embeddings)
+        if max_len < 1:
+            raise ValueError(f"max_len: expected at least 1, got {max_len}")
+        if positional not in POSITIONAL:
+            raise ValueError(f"positional: expected one of {POSITIONAL}, got {positional!r}")
+        self.d_model, self.max_len = d_model, max_len
+        self.pad_id, self.sos_id, self.eos_id = pad_id, sos_id, eos_id
+        factory = {"device": device, "dtype": dtype}
+
+        self.src_embedding = nn.Embedding(src_vocab_size, d_model, padding_idx=pad_id, **factory)
+        self.tgt_embedding = (
+            self.src_embedding
+            if share_embeddings
+            else nn.Embedding(tgt_vocab_size, d_model, padding_idx=pad_id, **factory)
+        )
+        for name in ("src_positions", "tgt_positions"):
+            if positional == "learned":
+                self.register_parameter(name, nn.Parameter(torch.empty(max_len, d_model, **factory)))
+            else:
+                # Not in the state dict, so that max_len can change between saving and loading.
+                table = sinusoidal_positions(max_len, d_model, **factory) if positional == "sinusoidal" else None
+                self.register_buffer(name, table, persistent=False)
+        self.embedding_dropout = nn.Dropout(dropout)
+
+        def attention(rotary: bool) -> FusedMultiheadAttention:
+            return FusedMultiheadAttention(
+                d_model,
+                nhead,
+                dropout,
+                batch_first=True,
+                num_kv_heads=num_kv_heads,
+                rotary=rotary,
+                backend=backend,
+                **factory,
+            )
+
+        layer_arguments = {
+            "d_model": d_model,
+            "nhead": nhead,
+            "dim_feedforward": dim_feedforward,
+            "dropout": dropout,
+            "activation": activation,
+            "batch_first": True,
+            "norm_first": norm_first,
+            **factory,
+        }
+        encoder_layer = TransformerEncoderLayer(**layer_arguments)
+        decoder_layer = TransformerDecoderLayer(**layer_arguments)
+        encoder_layer.self_attn = attention(rotary=positional == "rotary")
+        decoder_layer.self_attn = attention(rotary=positional == "rotary")
+        decoder_layer.multihead_attn = attention(rotary=False)
+        # Pre-norm layers leave their sum unnormalised; post-norm ones end in a norm already.
+        norms = [nn.LayerNorm(d_model, **factory) if norm_first else None for _ in range(2)]
+        self.encoder = TransformerEncoder(encoder_layer, num_encoder_layers, norms[0])
+        self.decoder = TransformerDecoder(decoder_layer, num_decoder_layers, norms[1])
+        self.generator = nn.Linear(d_model, tgt_vocab_size, **factory)
+        self.reset_parameters()
+        if tie_generator:
+            self.generator.weight = self.tgt_embedding.weight
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform matrices as in `torch.nn.Transformer`; embeddings of unit variance once scaled."""
+        for stack in (self.encoder, self.decoder):
+            for parameter in stack.parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+        for embedding in (self.src_embedding, self.tgt_embedding):
+            nn.init.normal_(embedding.weight, std=self.d_model**-0.5)
+            with torch.no_grad():
+                embedding.weight[self.pad_id].zero_()
+        for positions in (self.src_positions, self.tgt_positions):
+            if isinstance(positions, nn.Parameter):
+                nn.init.normal_(positions, std=0.02)
+        self.generator.reset_parameters()
+
+    def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
+        """Logits of the token that follows each target token.
+
+        Args:
+            src: (B, S) int64 or int32, padded with ``pad_id``.
+            tgt: (B, T), beginning with ``sos_id``, padded with ``pad_id``.
+
+        Returns:
+            logits (B, T, tgt_vocab_size); ``logits[:, t]`` depends on ``tgt[:, : t + 1]`` alone.
+
+        Raises:
+            TypeError, ValueError: tokens of the wrong dtype, shape or range.
+        """
+        if src.shape[:1] != tgt.shape[:1]:
+            raise ValueError(f"tgt: expected the batch size of src, {src.shape[0]}, got shape {tuple(tgt.shape)}")
+        return self.decode(tgt, *self.encode(src))
+
+    def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
+        """(memory (B, S, E), memory_key_padding_mask (B, S), True = ignore) of the source tokens (B, S)."""
+        x = self._embed("src", src, self.src_embedding, self.src_positions)
+        padding = src == self.pad_id
+        return self.encoder(x, src_key_padding_mask=padding), padding
+
+    def decode(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        memory_key_padding_mask: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, tgt_vocab_size) of the token that follows each of the target tokens (B, T).
+
+        Args:
+            tgt: (B, T). With a cache, only the tokens that are new since the last call; padding among them is then no
+                longer ignored, which matters only to tokens that follow padding.
+            memory: (B, S, E), from `encode`.
+            memory_key_padding_mask: (B, S), from `encode`.
+            cache: a new ``KVCache(num_decoder_layers)`` at the first call of a generation, the same one at the others.
+        """
+        start = 0 if cache is None else cache.length
+        x = self._embed("tgt", tgt, self.tgt_embedding, self.tgt_positions, start)
+        causal = padding = None
+        if cache is None:  # with one, self-attention is causal by itself
+            causal, padding = _causal_mask(tgt.shape[1]), tgt == self.pad_id
+        x = self.decoder(
+            x,
+            memory,
+            tgt_mask=causal,
+            tgt_key_padding_mask=padding,
+            memory_key_padding_mask=memory_key_padding_mask,
+            cache=cache,
+        )
+        return self.generator(x)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        src: Tensor,
+        max_new_tokens: int,
+        *,
+        num_beams: int = 1,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        length_penalty: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Targets for the sources: the likeliest token each time, or sampled tokens, or the best of a beam search.
+
+        Dropout is off meanwhile. What a source gets does not depend on the others in its batch (except when sampling).
+        ``pad_id`` and ``sos_id`` are never generated.
+
+        Args:
+            src: (B, S), padded with ``pad_id``.
+            max_new_tokens: the most tokens of a target, ``eos_id`` included; at most ``max_len``.
+            num_beams: hypotheses kept for each source; 1 = no beam search. A search ends when ``num_beams`` hypotheses
+                have ended and no other one scores better so far. Ended hypotheses win over unfinished ones.
+            do_sample: draw each token from its distribution instead of taking the likeliest.
+            temperature: divides the logits before sampling.
+            top_k: sample among the k likeliest tokens.
+            top_p: sample among the fewest likeliest tokens whose probabilities add up to at least top_p.
+            length_penalty: a hypothesis of n tokens scores ``log-probability / n ** length_penalty``; beam search only.
+            generator: source of the random numbers; default: torch's.
+
+        Returns:
+            tokens (B, N), N <= max_new_tokens: without ``sos_id``, with ``eos_id``, and ``pad_id`` after it.
+
+        Raises:
+            TypeError, ValueError: an argument is out of range or does not go with the others.
+        """
+        self._check_generate(max_new_tokens, num_beams, do_sample, temperature, top_k, top_p)
+        with _evaluating(self):
+            memory, padding = self.encode(src)
+            if num_beams > 1:
+                return self._beam_search(memory, padding, max_new_tokens, num_beams, length_penalty)
+
+            def choose(logits: Tensor) -> Tensor:  # (B, V) -> (B,)
+                if not do_sample:
+                    return logits.argmax(dim=-1)
+                probabilities = sampling_probabilities(logits, temperature, top_k, top_p)
+                return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+            return self._extend(memory, padding, max_new_tokens, choose)
+
+    def _extend(
+        self, memory: Tensor, padding: Tensor, max_new_tokens: int, choose: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Append one chosen token at a time to every target; (B, N)."""
+        batch = memory.shape[0]
+        cache = KVCache(self.decoder.num_layers)
+        tokens = torch.full((batch, max_new_tokens), self.pad_id, device=memory.device)
+        newest = torch.full((batch,), self.sos_id, device=memory.device)
+        has_ended = torch.zeros(batch, dtype=torch.bool, device=memory.device)
+        for step in range(max_new_tokens):
+            newest = choose(self._next_logits(newest, memory, padding, cache)).masked_fill(has_ended, self.pad_id)
+            tokens[:, step] = newest
+            has_ended |= newest == self.eos_id
+            if has_ended.all():
+                return tokens[:, : step + 1]
+        return tokens
+
+    def _beam_search(
+        self, memory: Tensor, padding: Tensor, max_new_tokens: int, num_beams: int, length_penalty: float
+    ) -> Tensor:
+        """The best hypothesis of each source; (B, N).
+
+        live:  (B, K, max_new_tokens) the likeliest unfinished hypotheses, best first; log-probabilities (B, K)
+        ended: (B, K, max_new_tokens) the best finished ones, best first; scores (B, K), -inf where there is none yet
+        """
+        batch, device = memory.shape[0], memory.device
+        memory, padding = (x.repeat_interleave(num_beams, dim=0) for x in (memory, padding))
+        cache = KVCache(self.decoder.num_layers)
+        live = torch.full((batch, num_beams, max_new_tokens), self.pad_id, device=device)
+        ended = live
+        # All beams begin as the same hypothesis, so only one of them may count.
+        live_log_p = torch.full((batch, num_beams), MINUS_INF, device=device, dtype=_float_dtype(memory))
+        live_log_p[:, :1] = 0.0
+        ended_scores = torch.full_like(live_log_p, MINUS_INF)
+        is_done = torch.zeros(batch, 1, dtype=torch.bool, device=device)
+        first_row = torch.arange(batch, device=device)[:, None] * num_beams  # of each source, in the rows of memory
+        newest = torch.full((batch * num_beams,), self.sos_id, device=device)
+
+        for step in range(max_new_tokens):
+            log_p = self._next_logits(newest, memory, padding, cache).log_softmax(dim=-1)  # (B * K, V)
+            log_p = live_log_p[:, :, None] + log_p.view(batch, num_beams, log_p.shape[1])  # (B, K, V)
+            # At most K of these end, so that at least K go on.
+            log_p, index = log_p.flatten(1).topk(2 * num_beams)  # (B, 2K)
+            beam, token = index // self.generator.out_features, index % self.generator.out_features
+            hypotheses = _select(live, beam)
+            hypotheses[:, :, step] = token
+            ends = token == self.eos_id
+
+            scores = log_p / (step + 1) ** length_penalty
+            scores = scores.masked_fill(~ends | is_done, MINUS_INF)
+            ended_scores, best = torch.cat((ended_scores, scores), dim=1).topk(num_beams)
+            ended = _select(torch.cat((ended, hypotheses), dim=1), best)
+
+            live_log_p, best = log_p.masked_fill(ends, MINUS_INF).topk(num_beams)
+            live = _select(hypotheses, best)
+            is_done |= ended_scores[:, -1:] >= live_log_p[:, :1] / (step + 1) ** length_penalty
+            if is_done.all():
+                break
+            newest = token.gather(1, best).flatten()
+            cache.reorder((first_row + beam.gather(1, best)).flatten(), include_cross_attention=False)
+
+        tokens = torch.where(ended_scores[:, :1] > MINUS_INF, ended[:, 0], live[:, 0])
+        longest = int((tokens != self.pad_id).sum(dim=1).amax()) if batch else 0
+        return tokens[:, :longest]
+
+    def _next_logits(self, newest: Tensor, memory: Tensor, padding: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, V), at least float32, of what follows the newest tokens (B,)."""
+        logits = self.decode(newest[:, None], memory, padding, cache=cache)[:, -1]
+        logits = logits.to(_float_dtype(logits))
+        logits[:, [self.pad_id, self.sos_id]] = MINUS_INF
+        return logits
+
+    def _embed(
+        self, name: str, tokens: Tensor, embedding: nn.Embedding, positions: Tensor | None, start: int = 0
+    ) -> Tensor:
+        """(B, L) tokens at positions start, start + 1, ... to (B, L, E)."""
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name}: expected int64 or int32 tokens, got {tokens.dtype}")
+        if tokens.dim() != 2:
+            raise ValueError(f"{name}: expected shape (B, L), got {tuple(tokens.shape)}")
+        end = start + tokens.shape[1]
+        if end > self.max_len:
+            raise ValueError(f"{name}: expected at most max_len={self.max_len} tokens, got {end}")
+        try:
+            x = embedding(tokens)
+        except IndexError:
+            bounds = tokens.min().item(), tokens.max().item()
+            raise ValueError(
+                f"{name}: expected tokens in [0, {embedding.num_embeddings}), got {bounds[0]} to {bounds[1]}"
+            ) from None
+        x = x * math.sqrt(self.d_model)
+        return self.embedding_dropout(x if positions is None else x + positions[start:end])
+
+    def _check_generate(
+        self,
+        max_new_tokens: int,
+        num_beams: int,
+        do_sample: bool,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+    ) -> None:
+        if not 1 <= max_new_tokens <= self.max_len:
+            raise ValueError(f"max_new_tokens: expected 1 to max_len={self.max_len}, got {max_new_tokens}")
+        if num_beams < 1:
+            raise ValueError(f"num_beams: expected at least 1, got {num_beams}")
+        if do_sample and num_beams > 1:
+            raise ValueError(f"num_beams: expected 1 with do_sample=True, got {num_beams}")
+        if not do_sample:
+            settings = (("temperature", temperature, 1.0), ("top_k", top_k, None), ("top_p", top_p, None))
+            for name, value, default in settings:
+                if value != default:
+                    raise ValueError(f"{name}: expected {default} with do_sample=False, got {value}")
+        if not temperature > 0.0:
+            raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k: expected None or at least 1, got {top_k}")
+        if top_p is not None and not 0.0 < top_p <= 1.0:
+            raise ValueError(f"top_p: expected None or a number in (0, 1], got {top_p}")
+
+
+def _causal_mask(length: int) -> Tensor:
+    """(length, length), O(1) memory."""
+    # Imported here: the module takes a second to import.
+    from torch.nn.attention.bias import causal_upper_left
+
+    return causal_upper_left(length, length)
+
+
+def sinusoidal_positions(length: int, d_model: int, *, device=None, dtype=None) -> Tensor:
+    """(length, d_model): sines of geometrically spaced wavelengths in the even columns, cosines in the odd ones."""
+    # float64 until the end: the angles grow with the position, and a rounded angle is a shifted position.
+    position = torch.arange(length, device=device, dtype=torch.float64)[:, None]
+    rate = torch.exp(torch.arange(0, d_model, 2, device=device, dtype=torch.float64) * (-math.log(10000.0) / d_model))
+    table = torch.stack(((position * rate).sin(), (position * rate).cos()), dim=-1).flatten(1)
+    return table[:, :d_model].to(dtype or torch.get_default_dtype())
+
+
+def sampling_probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """(B, V) probabilities to draw from, 0 for what top_k and then top_p exclude; the likeliest token always stays."""
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, MINUS_INF)
+    probabilities = logits.softmax(dim=-1)
+    if top_p is None:
+        return probabilities
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered  # of the likelier tokens
+    kept = ordered.masked_fill(before >= top_p, 0.0)
+    return torch.zeros_like(probabilities).scatter(-1, order, kept / kept.sum(dim=-1, keepdim=True))
+
+
+def _select(hypotheses: Tensor, index: Tensor) -> Tensor:
+    """(B, N, length) and (B, K) to (B, K, length)."""
+    return hypotheses.gather(1, index[:, :, None].expand(-1, -1, hypotheses.shape[2]))
+
+
+def _float_dtype(x: Tensor) -> torch.dtype:
+    """Probabilities of many tokens are added up in at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode; afterwards each one as it was."""
+    training = [submodule for submodule in module.modules() if submodule.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule in training:
+            submodule.training = True
+
+
+def _check_vocabularies(
+    src_vocab_size: int, tgt_vocab_size: int, pad_id: int, sos_id: int, eos_id: int, share_embeddings: bool
+) -> None:
+    for name, size in (("src_vocab_size", src_vocab_size), ("tgt_vocab_size", tgt_vocab_size)):
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+    for name, token, size in (
+        ("pad_id", pad_id, min(src_vocab_size, tgt_vocab_size)),
+        ("sos_id", sos_id, tgt_vocab_size),
+        ("eos_id", eos_id, tgt_vocab_size),
+    ):
+        if not 0 <= token < size:
+            raise ValueError(f"{name}: expected a token in [0, {size}), got {token}")
+    if len({pad_id, sos_id, eos_id}) < 3:
+        raise ValueError(f"pad_id, sos_id, eos_id: expected three different tokens, got {(pad_id, sos_id, eos_id)}")
+    if share_embeddings and src_vocab_size != tgt_vocab_size:
+        raise ValueError(
+            f"share_embeddings: expected vocabularies of one size, got {src_vocab_size} and {tgt_vocab_size}"
+        )

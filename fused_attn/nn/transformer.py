@@ -1,0 +1,395 @@
+"""`torch.nn.Transformer` and its parts on `FusedMultiheadAttention`.
+
+Thin subclasses: parameters, feed-forward blocks and initialisation are the parents'. What differs: attention is always
+the fused kernel (no inference fast path, no nested tensors), boolean masks stay boolean, so that the kernel can skip
+padding, and decoders take a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_attn.masks import causal_bias_offset
+from fused_attn.nn.attention import AttentionCache, FusedMultiheadAttention
+
+if TYPE_CHECKING:
+    from fused_attn.nn.cache import KVCache, LayerCache
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """`torch.nn.TransformerEncoderLayer` on the fused kernel, in training and inference alike.
+
+    Constructor, forward contract and state-dict keys are the parent's; ``backend`` is that of `fused_attention`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        backend: str | None = None,
+    ):
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+            device, dtype,
+        )  # fmt: skip
+        self.self_attn = FusedMultiheadAttention.from_torch(self.self_attn, backend)
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """The layer's output, laid out as src: (S, N, E), or (N, S, E) with batch_first, or (S, E).
+
+        Args:
+            src: the sequences.
+            src_mask: (S, S) or (N * nhead, S, S); bool (True = may NOT attend) or floating point.
+            src_key_padding_mask: (N, S) or (S,); bool (True = ignore) or floating point.
+            is_causal: a hint that src_mask is the causal mask, see `FusedMultiheadAttention`.
+        """
+        x = src
+        if self.norm_first:
+            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
+        return self.norm2(x + self._ff_block(x))
+
+
+class TransformerEncoder(nn.TransformerEncoder):
+    """`torch.nn.TransformerEncoder` without nested tensors: padded positions hold what they hold in training mode.
+
+    Constructor, forward contract and state-dict keys are the parent's. The attention of the layers is converted with
+    `convert_attention`, so torch's own layers may be passed too.
+
+    Args:
+        encoder_layer: copied num_layers times.
+        num_layers: how often.
+        norm: applied to the output of the last layer.
+        enable_nested_tensor: accepted for compatibility, without effect.
+        mask_check: likewise.
+        backend: see `fused_attention`; None leaves that of encoder_layer as it is.
+    """
+
+    def __init__(
+        self,
+        encoder_layer: nn.TransformerEncoderLayer,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        enable_nested_tensor: bool = True,
+        mask_check: bool = True,
+        *,
+        backend: str | None = None,
+    ):
+        # False, or the parent warns about layers that its fast path cannot take.
+        super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
+        self.enable_nested_tensor = enable_nested_tensor
+        _fuse(self.layers, backend)
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """The output of the last layer, laid out as src: (S, N, E), or (N, S, E) with batch_first, or (S, E).
+
+        Args:
+            src: the sequences.
+            mask: (S, S) or (N * nhead, S, S); bool (True = may NOT attend) or floating point.
+            src_key_padding_mask: (N, S) or (S,); bool (True = ignore) or floating point.
+            is_causal: a hint that mask is the causal mask; None = look.
+        """
+        if not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers):
+            # Layers of other classes get the masks in the form in which the parent class passes them.
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        mask, is_causal = _causal_mask(mask, is_causal, src_key_padding_mask, _seqlen(src, self.layers))
+        for layer in self.layers:
+            src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal)
+        return src if self.norm is None else self.norm(src)
+
+
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """`torch.nn.TransformerDecoderLayer` on the fused kernel, with a cache for decoding step by step.
+
+    Constructor, forward contract and state-dict keys are the parent's; ``backend`` is that of `fused_attention`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        backend: str | None = None,
+    ):
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+            device, dtype,
+        )  # fmt: skip
+        self.self_attn = FusedMultiheadAttention.from_torch(self.self_attn, backend)
+        self.multihead_attn = FusedMultiheadAttention.from_torch(self.multihead_attn, backend)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+        *,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """The layer's output, laid out as tgt: (T, N, E), or (N, T, E) with batch_first, or (T, E).
+
+        Args:
+            tgt: the target sequences; with a cache their new rows.
+            memory: the encoder's output, (S, N, E), or (N, S, E) with batch_first, or (S, E).
+            tgt_mask: (T, T) or (N * nhead, T, T); bool (True = may NOT attend) or floating point.
+            memory_mask: (T, S) or (N * nhead, T, S), likewise.
+            tgt_key_padding_mask: (N, T) or (T,); bool (True = ignore) or floating point. With a cache it covers all
+                rows so far.
+            memory_key_padding_mask: (N, S) or (S,), likewise.
+            tgt_is_causal: a hint that tgt_mask is the causal mask, see `FusedMultiheadAttention`.
+            memory_is_causal: likewise for memory_mask.
+            cache: what earlier calls have computed, with ``.self_attention`` and ``.cross_attention``. Self-attention
+                is then causal without a tgt_mask, and keys and values of the memory are computed once.
+        """
+        own, cross = (None, None) if cache is None else (cache.self_attention, cache.cross_attention)
+        own_masks = tgt_mask, tgt_key_padding_mask, tgt_is_causal
+        cross_masks = memory_mask, memory_key_padding_mask, memory_is_causal
+        x = tgt
+        if self.norm_first:
+            x = x + self._sa_block(self.norm1(x), *own_masks, cache=own)
+            x = x + self._mha_block(self.norm2(x), memory, *cross_masks, cache=cross)
+            return x + self._ff_block(self.norm3(x))
+        x = self.norm1(x + self._sa_block(x, *own_masks, cache=own))
+        x = self.norm2(x + self._mha_block(x, memory, *cross_masks, cache=cross))
+        return self.norm3(x + self._ff_block(x))
+
+    def _sa_block(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+        *,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
+        return self.dropout1(self.self_attn(x, x, x, need_weights=False, cache=cache, **masks)[0])
+
+    def _mha_block(
+        self,
+        x: Tensor,
+        mem: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+        *,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
+        return self.dropout2(self.multihead_attn(x, mem, mem, need_weights=False, cache=cache, **masks)[0])
+
+
+class TransformerDecoder(nn.TransformerDecoder):
+    """`torch.nn.TransformerDecoder` with a cache for decoding step by step.
+
+    Constructor, forward contract and state-dict keys are the parent's. The attention of the layers is converted with
+    `convert_attention`, so torch's own layers may be passed too.
+
+    Args:
+        decoder_layer: copied num_layers times.
+        num_layers: how often.
+        norm: applied to the output of the last layer.
+        backend: see `fused_attention`; None leaves that of decoder_layer as it is.
+    """
+
+    def __init__(
+        self,
+        decoder_layer: nn.TransformerDecoderLayer,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        *,
+        backend: str | None = None,
+    ):
+        super().__init__(decoder_layer, num_layers, norm)
+        _fuse(self.layers, backend)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The output of the last layer, laid out as tgt. The arguments are those of `TransformerDecoderLayer`.
+
+        Args:
+            tgt_is_causal: a hint that tgt_mask is the causal mask; None = look.
+            cache: a `KVCache` with one entry per layer.
+
+        Raises:
+            ValueError: the cache does not fit the layers.
+        """
+        if not all(isinstance(layer, TransformerDecoderLayer) for layer in self.layers):
+            if cache is not None:
+                raise ValueError("cache: expected None with layers that are no fused_attn.TransformerDecoderLayer")
+            return super().forward(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
+                tgt_is_causal, memory_is_causal,
+            )  # fmt: skip
+        if cache is None:
+            layer_caches = [None] * len(self.layers)
+        elif len(cache.layers) == len(self.layers):
+            layer_caches = cache.layers
+        else:
+            raise ValueError(f"cache: expected one for {len(self.layers)} layers, got one for {len(cache.layers)}")
+        seqlen = _seqlen(tgt, self.layers)
+        tgt_mask, tgt_is_causal = _causal_mask(tgt_mask, tgt_is_causal, tgt_key_padding_mask, seqlen)
+        for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
+            tgt = layer(
+                tgt,
+                memory,
+                tgt_mask=tgt_mask,
+                memory_mask=memory_mask,
+                tgt_key_padding_mask=tgt_key_padding_mask,
+                memory_key_padding_mask=memory_key_padding_mask,
+                tgt_is_causal=tgt_is_causal,
+                memory_is_causal=memory_is_causal,
+                cache=layer_cache,
+            )
+        return tgt if self.norm is None else self.norm(tgt)
+
+
+class Transformer(nn.Transformer):
+    """`torch.nn.Transformer` on the fused kernel.
+
+    Constructor, forward contract and state-dict keys are the parent's; ``backend`` is that of `fused_attention`. Custom
+    encoders and decoders are used as they are.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        custom_encoder: nn.Module | None = None,
+        custom_decoder: nn.Module | None = None,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        backend: str | None = None,
+    ):
+        def stack(stack_class: type, layer_class: type, num_layers: int) -> nn.Module:
+            layer = layer_class(
+                d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+                device, dtype, backend=backend,
+            )  # fmt: skip
+            norm = nn.LayerNorm(d_model, eps=layer_norm_eps, bias=bias, device=device, dtype=dtype)
+            return stack_class(layer, num_layers, norm)
+
+        # In the parent's order, so that one seed gives the same weights.
+        if custom_encoder is None:
+            custom_encoder = stack(TransformerEncoder, TransformerEncoderLayer, num_encoder_layers)
+        if custom_decoder is None:
+            custom_decoder = stack(TransformerDecoder, TransformerDecoderLayer, num_decoder_layers)
+        super().__init__(
+            d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first
+        )
+
+
+def _fuse(layers: nn.ModuleList, backend: str | None) -> None:
+    # Imported here: that module needs the classes of this one.
+    from fused_attn.nn.convert import convert_attention
+
+    convert_attention(layers, backend)
+    if backend is not None:
+        for module in layers.modules():
+            if isinstance(module, FusedMultiheadAttention):
+                module.backend = backend
+
+
+def _seqlen(x: Tensor, layers: nn.ModuleList) -> int:
+    return x.shape[1 if x.dim() == 3 and layers[0].self_attn.batch_first else 0]
+
+
+def _causal_mask(
+    mask: Tensor | None, is_causal: bool | None, key_padding_mask: Tensor | None, seqlen: int
+) -> tuple[Tensor | None, bool]:
+    """(mask, is_causal) for the layers of a stack, with a mask that proves causal replaced by what costs no memory.
+
+    Without padding the layers believe the hint. With padding they would read the mask; comparing it once here saves
+    every layer that. On a GPU this waits for the device, as `torch.nn.Transformer` does whenever it gets no hint; a
+    ``torch.nn.attention.bias.causal_upper_left(L, L)`` as mask needs no look.
+    """
+    if mask is None or causal_bias_offset(mask) is not None or (is_causal is not None and key_padding_mask is None):
+        return mask, bool(is_causal)
+    if is_causal is False or not _can_look_at(mask) or not _is_causal(mask, seqlen):
+        return mask, bool(is_causal)
+    if key_padding_mask is None:
+        return mask, True
+    # Imported here: the module takes a second to import.
+    from torch.nn.attention.bias import causal_upper_left
+
+    return causal_upper_left(seqlen, seqlen), False
+
+
+def _can_look_at(mask: Tensor) -> bool:
+    """Values can be read neither in a traced graph nor in a captured one, and a learnable mask must be used itself."""
+    if torch.compiler.is_compiling() or mask.requires_grad:
+        return False
+    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _is_causal(mask: Tensor, seqlen: int) -> bool:
+    """The mask is (L, L) and hides, as bool or as -inf, what lies above the diagonal, and nothing else."""
+    if mask.shape != (seqlen, seqlen):
+        return False
+    hidden = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
+    if mask.dtype == torch.bool:
+        return torch.equal(mask, hidden)
+    return torch.equal(mask, torch.zeros_like(mask).masked_fill(hidden, float("-inf")))

@@ -1,0 +1,74 @@
+"""The attention weights, which the fused kernel never forms: from queries, keys and the log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_attn import dropout
+from fused_attn.masks import Positions
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    diagonal: int | None = None,
+    relative_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> Tensor:
+    """The weights with which `fused_attention` has summed the values, dropout included. Differentiable.
+
+    Args:
+        query: (B, H, L, D).
+        key: (B, Hkv, S, D).
+        lse: (B, H, L), from ``fused_attention(..., return_lse=True)`` on the same arguments.
+        scale: as given to `fused_attention`; so are the four arguments that have the names of its own.
+        diagonal: None, or query i sees the keys j <= i + diagonal.
+        dropout_seed: the 0-d int64 tensor that the fused call got, where dropout_p is positive.
+
+    Returns:
+        (B, H, L, S) of lse's dtype; a row that sees no key is zero.
+    """
+    batch, num_heads, seqlen_q, _ = query.shape
+    seqlen_k, device = key.shape[2], query.device
+    is_ignored = None
+    if key_padding_mask is not None:
+        is_ignored = key_padding_mask
+        if key_padding_mask.is_floating_point():
+            is_ignored = key_padding_mask == float("-inf")
+        # Ignored keys may hold NaN, and 0 * NaN is NaN.
+        key = key.masked_fill(is_ignored[:, None, :, None], 0.0)
+    if key.shape[1] != num_heads:
+        key = key.repeat_interleave(num_heads // key.shape[1], dim=1)
+
+    rows, columns = (torch.arange(n, device=device) for n in (seqlen_q, seqlen_k))
+    distance = columns - rows[:, None]  # (L, S)
+    # Autocast would run this product in the low precision that the kernel's own scores do not have.
+    with torch.autocast(device.type, enabled=False):
+        scores = (query.to(lse.dtype) * scale) @ key.to(lse.dtype).transpose(-2, -1)
+    if relative_bias is not None:
+        scores = scores + relative_bias[..., distance + (seqlen_q - 1)]
+    if key_padding_mask is not None and key_padding_mask.is_floating_point():
+        scores = scores + key_padding_mask[:, None, None, :]
+    if attn_mask is not None and attn_mask.is_floating_point():
+        scores = scores + attn_mask
+    elif attn_mask is not None:
+        scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
+    if diagonal is not None:
+        scores = scores.masked_fill(distance > diagonal, float("-inf"))
+    if is_ignored is not None:
+        scores = scores.masked_fill(is_ignored[:, None, None, :], float("-inf"))
+
+    # An empty row has lse -inf, and -inf - -inf is NaN; with 0 in its place the row is exp(-inf) = 0.
+    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    if dropout_p:
+        positions = (Positions(index, torch.zeros_like(index)) for index in (rows, columns))
+        keep = dropout.keep_mask(dropout_seed, dropout_p, batch, num_heads, *positions)
+        weights = weights * keep * dropout.inverse_keep(dropout_p)
+    return weights

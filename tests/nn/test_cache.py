@@ -1,0 +1,152 @@
+"""KVCache: what a decoder reads back is what it wrote, without copying all of it at every step."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fused_attn.nn.cache import CrossAttentionCache, KVCache, SelfAttentionCache
+
+
+def rows(length: int, batch: int = 2, heads: int = 3, columns: int = 4) -> torch.Tensor:
+    return torch.randn(batch, heads, length, columns)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("max_length", [None, 64], ids=["growing", "preallocated"])
+@pytest.mark.parametrize("lengths", [(1,) * 40, (5, 1, 1, 30, 2), (17, 0, 3)], ids=["ones", "mixed", "empty-step"])
+def test_update_returns_all_rows_so_far(lengths, max_length):
+    torch.manual_seed(0)
+    cache = SelfAttentionCache(max_length)
+    keys, values = [], []
+    for length in lengths:
+        keys.append(rows(length))
+        values.append(rows(length, columns=5))
+        all_keys, all_values = cache.update(keys[-1], values[-1])
+        assert torch.equal(all_keys, torch.cat(keys, dim=2))
+        assert torch.equal(all_values, torch.cat(values, dim=2))
+        assert cache.length == all_keys.shape[2]
+
+
+def test_steps_do_not_copy_the_cache():
+    cache = SelfAttentionCache()
+    buffers = [cache.update(rows(1), rows(1))[0].untyped_storage().data_ptr() for _ in range(1000)]
+    assert sum(a != b for a, b in itertools.pairwise(buffers)) <= 10
+
+
+def test_preallocated_buffer_never_moves():
+    cache = SelfAttentionCache(max_length=100)
+    assert len({cache.update(rows(1), rows(1))[0].data_ptr() for _ in range(100)}) == 1
+
+
+def test_earlier_views_keep_their_contents():
+    cache = SelfAttentionCache()
+    first, _ = cache.update(rows(3), rows(3))
+    expected = first.clone()
+    cache.update(rows(1), rows(1))
+    cache.reorder(torch.tensor([1, 1]))
+    cache.update(rows(30), rows(30))
+    assert torch.equal(first, expected)
+
+
+def test_gradients_reach_every_step():
+    cache = SelfAttentionCache()
+    steps = [rows(n).requires_grad_() for n in (2, 1, 3)]
+    total = sum((cache.update(step, step)[0] ** 2).sum() for step in steps)
+    total.backward()
+    for n, step in enumerate(steps):  # a row is seen by its own step and by all later ones
+        torch.testing.assert_close(step.grad, 2.0 * (len(steps) - n) * step)
+
+
+def test_steps_with_and_without_gradients_mix():
+    cache = SelfAttentionCache()
+    steps = [rows(2) for _ in range(4)]
+    for n, step in enumerate(steps):
+        keys, _ = cache.update(step.requires_grad_(n % 2 == 0), step)
+    assert torch.equal(keys, torch.cat(steps, dim=2))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("indices", [[1, 0], [0, 0], [1], [0, 1, 1, 0]], ids=["swap", "twice", "fewer", "more"])
+def test_reorder(indices):
+    cache = KVCache(2)
+    self_rows, cross_rows = [rows(3), rows(3)], [rows(5), rows(5)]
+    for n, layer in enumerate(cache.layers):
+        layer.self_attention.update(self_rows[n], -self_rows[n])
+        layer.cross_attention.update(cross_rows[n], -cross_rows[n])
+    cache.reorder(torch.tensor(indices))
+    new = [rows(1, batch=len(indices)) for _ in cache.layers]
+    for n, layer in enumerate(cache.layers):
+        keys, values = layer.self_attention.update(new[n], -new[n])
+        assert torch.equal(keys, torch.cat((self_rows[n][indices], new[n]), dim=2))
+        assert torch.equal(values, -keys)
+        keys, values = layer.cross_attention.get()
+        assert torch.equal(keys, cross_rows[n][indices])
+        assert torch.equal(values, -keys)
+    assert cache.length == 4
+
+
+def test_reorder_can_leave_the_memory_alone():
+    cache = KVCache(1)
+    memory, _ = cache.layers[0].cross_attention.update(rows(5), rows(5))
+    cache.reorder(torch.tensor([1, 0]), include_cross_attention=False)
+    assert cache.layers[0].cross_attention.get()[0] is memory
+
+
+def test_reorder_of_an_empty_cache():
+    cache = KVCache(1)
+    cache.reorder(torch.tensor([1, 0]))
+    assert cache.length == 0
+    assert cache.layers[0].cross_attention.get() is None
+
+
+def test_cross_attention_is_filled_once():
+    cache = CrossAttentionCache()
+    assert cache.is_static and cache.get() is None and cache.length == 0
+    key, value = cache.update(rows(5), rows(5, columns=7))
+    assert cache.get() == (key, value) and cache.length == 5
+    with pytest.raises(RuntimeError, match="filled already"):
+        cache.update(rows(5), rows(5))
+
+
+def test_len_counts_layers():
+    assert len(KVCache(4)) == 4 == len(KVCache(4).layers)
+    assert not KVCache(4).layers[0].self_attention.is_static
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (rows(1)[0], rows(1)[0], r"key: expected shape \(B, Hkv, L, D\), got \(3, 1, 4\)"),
+        (rows(1), rows(2), r"value: expected shape \(2, 3, 1, 'Dv'\), got \(2, 3, 2, 4\)"),
+        (
+            rows(1, batch=3),
+            rows(1, batch=3),
+            r"key: expected shape \(2, 3, 'L', 4\), as in the cache, got \(3, 3, 1, 4\)",
+        ),
+        (rows(1), rows(1, columns=5), r"value: expected shape \(2, 3, 'L', 4\), as in the cache"),
+        (rows(1).double(), rows(1), r"key: expected torch.float32 on cpu, as in the cache, got torch.float64"),
+        (rows(8), rows(8), r"key: expected at most max_length=8 rows in the cache, got 9"),
+    ],
+    ids=["rank", "lengths", "batch", "columns", "dtype", "max-length"],
+)
+def test_errors_of_update_leave_the_cache_as_it_was(key, value, message):
+    cache = SelfAttentionCache(max_length=8)
+    first = rows(1)
+    cache.update(first, first)
+    with pytest.raises(ValueError, match=message):
+        cache.update(key, value)
+    new = rows(1)
+    assert torch.equal(cache.update(new, new)[0], torch.cat((first, new), dim=2))
+
+
+def test_errors_of_arguments():
+    with pytest.raises(ValueError, match="num_layers: expected at least 1, got 0"):
+        KVCache(0)
+    with pytest.raises(ValueError, match="max_length: expected None or at least 1, got 0"):
+        KVCache(1, max_length=0)
+    for indices in (torch.zeros(2), torch.zeros(1, 1, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"indices: expected integers of shape \(B,\)"):
+            KVCache(1).reorder(indices)

@@ -1,0 +1,228 @@
+"""convert_attention: the fused kernel under models that torch.nn has built."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import TIGHT, added, assert_same, causal, padding, randn
+from torch import Tensor, nn
+
+from fused_attn import nn as fused
+from fused_attn.nn import FusedMultiheadAttention, convert_attention
+from fused_attn.nn import attention as attention_module
+
+N, S, E, H = 3, 5, 8, 2
+SIZES = {"d_model": E, "nhead": H, "dim_feedforward": 12, "dropout": 0.0, "batch_first": True}
+PADDING = padding(5, 2, 3, longest=S)
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:Support for mismatched")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """One entry per call of the fused kernel, with its keyword arguments."""
+    seen, run = [], attention_module.fused_attention
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(attention_module, "fused_attention", counting)
+    return seen
+
+
+def encoder(num_layers: int = 2, **options: Any) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(**SIZES, dtype=torch.float64, **options)
+    return nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=not options)
+
+
+class Model(nn.Module):
+    """Attention in every place where a module can be registered."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64)
+        self.blocks = nn.ModuleList(nn.MultiheadAttention(E, H, kdim=3, vdim=7) for _ in range(2))
+        self.by_name = nn.ModuleDict({"a": nn.Sequential(nn.MultiheadAttention(E, H, add_bias_kv=True))})
+        self.alias = self.attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0] + self.alias(x, x, x, attn_mask=causal(S))[0]
+
+
+@pytest.mark.quick
+def test_every_attention_is_replaced_and_nothing_else() -> None:
+    model = Model()
+    before = {name: type(module) for name, module in model.named_modules()}
+    assert convert_attention(model, backend="reference") is model
+    after = dict(model.named_modules())
+    assert after.keys() == before.keys()
+    for name, cls in before.items():
+        expected = FusedMultiheadAttention if cls is nn.MultiheadAttention else cls
+        assert type(after[name]) is expected, name
+    assert model.alias is model.attention
+    assert model.attention.backend == "reference"
+
+
+@pytest.mark.quick
+def test_parameters_stay_the_same_objects() -> None:
+    model = Model()
+    before = dict(model.named_parameters())
+    state = copy.deepcopy(model.state_dict())
+    model.attention.in_proj_bias.requires_grad_(False)
+    model.eval()
+    model.blocks.train()
+    convert_attention(model)
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    model.load_state_dict(state, strict=True)
+    assert not model.attention.in_proj_bias.requires_grad
+    assert not model.attention.training and model.blocks[0].training
+
+
+def test_results_and_gradients_stay_the_same() -> None:
+    model = Model()
+    converted = convert_attention(copy.deepcopy(model))
+    assert_same(converted, model, randn(N, S, E))
+
+
+def test_an_optimizer_made_before_still_trains() -> None:
+    model = Model()
+    optimizer = torch.optim.SGD(model.attention.parameters(), lr=0.1)
+    convert_attention(model)
+    before = model.attention.in_proj_weight.detach().clone()
+    model(randn(N, S, E)).cos().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.attention.in_proj_weight, before)
+
+
+def test_hooks_and_their_handles_survive() -> None:
+    model, seen = Model(), []
+    handle = model.attention.register_forward_hook(lambda *_: seen.append("hook"))
+    convert_attention(model)
+    x = randn(N, S, E)
+    model(x)
+    assert seen == ["hook", "hook"]
+    handle.remove()
+    model(x)
+    assert len(seen) == 2
+
+
+def test_the_model_may_be_an_attention_itself() -> None:
+    module = nn.MultiheadAttention(E, H, bias=False, dtype=torch.float64).eval()
+    converted = convert_attention(module)
+    assert type(converted) is FusedMultiheadAttention and not converted.training
+    assert converted.in_proj_weight is module.in_proj_weight
+    assert_same(converted, module, *(randn(S, N, E),) * 3)
+    assert convert_attention(converted) is converted, "a second conversion is no change"
+    with pytest.raises(TypeError, match="module"):
+        FusedMultiheadAttention.from_torch(nn.Linear(2, 2))
+
+
+class OwnForward(nn.MultiheadAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class OwnName(nn.MultiheadAttention):
+    pass
+
+
+def test_attention_with_a_forward_of_its_own_is_left_alone() -> None:
+    model = nn.ModuleDict({"own": OwnForward(E, H), "named": OwnName(E, H), "plain": nn.MultiheadAttention(E, H)})
+    parametrised = nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(E, H), "in_proj_weight")
+    model["parametrised"] = parametrised
+    with pytest.warns(UserWarning, match=r"own \(OwnForward\), parametrised \(Parametrized") as record:
+        convert_attention(model)
+    assert record[0].filename == __file__
+    assert type(model["own"]) is OwnForward and model["parametrised"] is parametrised
+    assert type(model["named"]) is type(model["plain"]) is FusedMultiheadAttention
+
+
+# ---- torch's encoder and decoder layers
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "masks", [{}, {"src_key_padding_mask": PADDING}, {"mask": causal(S)}], ids=["no mask", "padding", "mask"]
+)
+@pytest.mark.parametrize("mode", ["train", "eval", "eval, no_grad", "eval, inference_mode"])
+def test_encoder_reaches_the_fused_kernel_in_every_mode(mode: str, masks: Any, calls: list[dict[str, Any]]) -> None:
+    model = encoder()
+    src = randn(N, S, E, requires_grad=False)
+    expected = model(src, **masks)  # training mode: torch computes the rows of padding, too
+    convert_attention(model)
+    model.train(mode == "train")
+    with torch.inference_mode("inference_mode" in mode), torch.set_grad_enabled("no_grad" not in mode):
+        out = model(src, **masks)
+    assert len(calls) == 2
+    torch.testing.assert_close(out, expected, **TIGHT)
+    if "src_key_padding_mask" in masks:
+        assert all(call["key_padding_mask"].dtype == torch.bool for call in calls), "padding: expected no float mask"
+
+
+def test_a_single_layer_reaches_the_fused_kernel_without_gradients(calls: list[dict[str, Any]]) -> None:
+    layer = convert_attention(nn.TransformerEncoderLayer(**SIZES)).eval()
+    with torch.no_grad():
+        layer(torch.randn(N, S, E))
+    assert len(calls) == 1
+    assert torch.backends.mha.get_fastpath_enabled(), "the global switch is the user's"
+
+
+class OwnLayer(nn.TransformerEncoderLayer):
+    """A subclass that inherits torch's forward, inference path included."""
+
+
+class OwnEncoder(nn.TransformerEncoder):
+    pass
+
+
+@pytest.mark.parametrize("activation", [F.relu, "gelu"])
+def test_inference_path_of_subclasses_is_off(activation: Any, calls: list[dict[str, Any]]) -> None:
+    layer = OwnLayer(**SIZES, activation=activation, dtype=torch.float64)
+    model = OwnEncoder(layer, 2, enable_nested_tensor=True)
+    src = randn(N, S, E, requires_grad=False)
+    expected = model(src, src_key_padding_mask=PADDING)
+    convert_attention(model).eval()
+    assert type(model) is OwnEncoder and type(model.layers[0]) is OwnLayer
+    with torch.no_grad():
+        out = model(src, src_key_padding_mask=PADDING)
+    assert len(calls) == 2
+    torch.testing.assert_close(out, expected, **TIGHT)
+
+
+def test_layers_whose_attention_is_left_alone_stay_as_they_are() -> None:
+    model = encoder(1)
+    model.layers[0].self_attn = OwnForward(E, H, batch_first=True)
+    with pytest.warns(UserWarning, match="layers.0.self_attn"):
+        convert_attention(model)
+    assert type(model) is nn.TransformerEncoder and type(model.layers[0]) is nn.TransformerEncoderLayer
+    assert model.use_nested_tensor and model.layers[0].activation_relu_or_gelu == 1
+
+
+def test_a_whole_transformer_equals_torch(calls: list[dict[str, Any]]) -> None:
+    model = nn.Transformer(**SIZES, num_encoder_layers=1, num_decoder_layers=2, dtype=torch.float64)
+    converted = convert_attention(copy.deepcopy(model))
+    assert type(converted.encoder) is fused.TransformerEncoder
+    assert type(converted.decoder.layers[1]) is fused.TransformerDecoderLayer
+    masks = {
+        "src_key_padding_mask": PADDING,
+        "memory_key_padding_mask": PADDING,
+        "tgt_key_padding_mask": PADDING,
+        "tgt_mask": added(causal(S)),
+    }
+    assert_same(converted, model, randn(N, S, E), randn(N, S, E), **masks)
+    assert len(calls) == 1 + 2 * 2
+    model.load_state_dict(converted.state_dict(), strict=True)
+
+
+def test_converted_models_can_be_copied_and_pickled() -> None:
+    model = convert_attention(encoder()).eval()
+    src = randn(N, S, E)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(src), model(src))
