@@ -266,7 +266,7 @@ void set_tensors(Problem& problem, const TensorObjects& objects, const MaskObjec
   const Argument key = read(objects.key, "key");
   const Argument value = read(objects.value, "value");
   const Argument out = read(objects.out, "out");
-  const Argument lse = read(objects.lse, "lse");
+  const Argument lse = read_optional(objects.lse, "lse");
   for (const Argument* argument : {&query, &key, &value}) {
     if (argument->tensor.ndim != 4) argument->fail("4 dimensions", std::to_string(argument->tensor.ndim));
   }
@@ -277,7 +277,6 @@ void set_tensors(Problem& problem, const TensorObjects& objects, const MaskObjec
   key.check_type(problem.type);
   value.check_type(problem.type);
   out.check_type(problem.type);
-  lse.check_type(problem.accumulate_type);
   params.dtype = kernel_dtype(query.type);
 
   problem.batch_entries = query.size(0);
@@ -293,14 +292,17 @@ void set_tensors(Problem& problem, const TensorObjects& objects, const MaskObjec
   key.check_shape({batch, kv_heads, problem.rows_k, params.head_dim});
   value.check_shape({batch, kv_heads, problem.rows_k, params.value_dim});
   out.check_shape({batch, heads, problem.rows_q, params.value_dim});
-  lse.check_shape({batch, heads, problem.rows_q});
-  lse.check_unit_stride(2);
 
   params.query = query.rows_view();
   params.key = key.rows_view();
   params.value = value.rows_view();
   params.out = out.rows_view();
-  params.lse = {lse.data(), lse.stride(0), lse.stride(1), 1, 1};
+  if (lse.given) {
+    lse.check_type(problem.accumulate_type);
+    lse.check_shape({batch, heads, problem.rows_q});
+    lse.check_unit_stride(2);
+    params.lse = {lse.data(), lse.stride(0), lse.stride(1), 1, 1};
+  }
 
   const Argument cu_seqlens_q = read_optional(masks.cu_seqlens_q, "cu_seqlens_q");
   const Argument cu_seqlens_k = read_optional(masks.cu_seqlens_k, "cu_seqlens_k");
@@ -414,7 +416,7 @@ void run(void (*kernel)(const AttentionParams&), const Problem& problem) {
 const char kForwardDoc[] =
     "forward(query, key, value, out, lse, config, key_padding, mask, bias, relative_bias, sinks, seed,\n"
     "        cu_seqlens_q, cu_seqlens_k, num_threads)\n\n"
-    "Writes out and lse. See the module's docstring for the arguments.";
+    "Writes out, and lse unless it is None. See the module's docstring for the arguments.";
 
 void forward(PyObject* const* args) {
   const Problem problem =
@@ -433,6 +435,7 @@ void backward(PyObject* const* args) {
       read_problem({args[2], args[3], args[4], args[5], args[6]}, args[13],
                    {args[14], args[15], args[16], args[17], args[18], args[19], args[20], args[21]}, args[22]);
   AttentionParams& params = problem.params;
+  if (params.lse.data == nullptr) read(args[6], "lse");  // raises: here it is an input
   const int64_t batch = problem.batch_entries, heads = params.num_heads, kv_heads = params.num_kv_heads;
   const auto rows_view = [&](const Argument& argument, int64_t num_heads, int64_t rows, int64_t columns) {
     if (!argument.given) return TensorView{};

@@ -56,8 +56,8 @@ def fused_attention(
             added to the scores; -inf ignores the key. Ignored keys and values may hold NaN.
         window_size: (left, right), how many keys before and after its diagonal a query sees; -1 = unbounded.
         softcap: scores become ``softcap * tanh(score / softcap)`` before masks and bias; 0 = off.
-        relative_bias: (H, L + S - 1) or (L + S - 1,). Column ``j - i + L - 1`` is added to score (i, j). Differentiable;
-            `t5_relative_bias` and `alibi_bias` build it.
+        relative_bias: (H, L + S - 1) or (L + S - 1,). Column ``j - i + L - 1`` is added to score (i, j).
+            Differentiable; `t5_relative_bias` and `alibi_bias` build it.
         sinks: (H,), a logit per head that joins the softmax denominator only. Differentiable.
         dropout_seed: int or 0-d int64 tensor that fixes the dropout pattern on every backend; default: drawn from
             torch's default generator.
@@ -65,8 +65,9 @@ def fused_attention(
         backend: ``"cpu"`` or ``"reference"``; default: the fastest that can run. A named one runs or raises.
 
     Returns:
-        out (B, H, L, Dv), whose memory order follows the query; with ``return_lse`` also lse (B, H, L), float32 (float64
-        for float64 inputs), natural logarithm, differentiable. A row that sees no key has out 0, lse -inf, gradients 0.
+        out (B, H, L, Dv), whose memory order follows the query; with ``return_lse`` also lse (B, H, L), natural
+        logarithm, float32 (float64 for float64 inputs), differentiable. A row that sees no key has out 0, lse -inf and
+        gradients 0.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
@@ -113,8 +114,8 @@ def fused_attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over packed sequences: no padding is stored and no sequence sees another.
 
-    Arguments that `fused_attention` also has mean the same, per sequence: positions, the causal diagonal (upper-left), the
-    window, relative distances and dropout positions count from each sequence's own first row.
+    Arguments that `fused_attention` also has mean the same, per sequence: positions, the causal diagonal (upper-left),
+    the window, relative distances and dropout positions count from each sequence's own first row.
 
     Args:
         query: (total_q, H, D), the rows of all sequences one after the other.
@@ -320,7 +321,9 @@ def _varlen_plan(
     checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
     checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
-        raise checks.fail("cu_seqlens_k", f"the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}", tuple(cu_seqlens_k.shape))
+        raise checks.fail(
+            "cu_seqlens_k", f"the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}", tuple(cu_seqlens_k.shape)
+        )
     if value.shape[:2] != key.shape[:2]:
         raise checks.fail("value", f"the rows and heads of key, {tuple(key.shape[:2])}", f"shape {tuple(value.shape)}")
     num_heads, num_kv_heads = query.shape[1], key.shape[1]

@@ -20,8 +20,8 @@ from fused_attn.problem import AttentionProblem
 class FusedAttention(torch.autograd.Function):
     """``apply(backend, problem, return_lse, query, key, value, *others)`` -> out, or (out, lse).
 
-    others: () for a plain problem, else (sinks, seed, *mask). Every argument of a Function costs time, and the plain problem is
-    the one where time per call is felt.
+    others: () for a plain problem, else (sinks, seed, *mask). Every argument of a Function costs time, and the plain
+    problem is the one where time per call is felt.
     """
 
     @staticmethod
@@ -53,9 +53,7 @@ class FusedAttention(torch.autograd.Function):
         wanted = Wanted(*needs[3:6], *((needs[8], needs[9], needs[6]) if others else (False, False, False)))
         # Grad mode is on here only under create_graph, which needs gradients that are themselves differentiable.
         backend = reference if torch.is_grad_enabled() else ctx.backend
-        grads = gradients(
-            backend, ctx.problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, mask
-        )
+        grads = gradients(backend, ctx.problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, mask)
         dinputs = (None, None, None, grads.query, grads.key, grads.value)
         if not others:
             return dinputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -131,7 +132,9 @@ def check_relative_bias(bias: Meta, query: Meta, num_heads: int, columns: int) -
     _check_learned("relative_bias", bias, query)
     if tuple(bias.shape) not in ((num_heads, columns), (columns,)):
         raise fail(
-            "relative_bias", f"shape (H, L + S - 1) = {(num_heads, columns)} or (L + S - 1,) = {(columns,)}", _shape(bias)
+            "relative_bias",
+            f"shape (H, L + S - 1) = {(num_heads, columns)} or (L + S - 1,) = {(columns,)}",
+            _shape(bias),
         )
 
 
@@ -165,7 +168,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Meta, query: Meta) -> None:
 def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
     """Contents, where reading them needs no synchronisation."""
     offsets = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    lengths = [end - start for start, end in itertools.pairwise(offsets)]
     if offsets[0] != 0 or offsets[-1] != total or min(lengths, default=0) < 0:
         raise fail(name, f"offsets that rise from 0 to the number of rows, {total}", offsets)
     if max(lengths, default=0) > max_seqlen:

@@ -33,7 +33,9 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def keep_mask(seed: Tensor, dropout_p: float, batch: int, num_heads: int, rows: Positions, columns: Positions) -> Tensor:
+def keep_mask(
+    seed: Tensor, dropout_p: float, batch: int, num_heads: int, rows: Positions, columns: Positions
+) -> Tensor:
     """(B, H, L, S) bool. Packed problems (batch 1) key the batch by each row's own sequence."""
     device = seed.device
     last_column = int(columns.index.max()) if columns.index.numel() else 0

@@ -32,7 +32,10 @@ class MaskSpec(NamedTuple):
     cu_seqlens_k: Tensor | None = None
 
     def to_dense(self, problem: AttentionProblem, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """(visible, bias), each broadcastable to (B, H, L, S) or None: the whole specification, the bias in the accumulate dtype."""
+        """The whole specification: (visible, bias), each broadcastable to (B, H, L, S) or None.
+
+        The bias is in the accumulate dtype.
+        """
         rows, columns = self.positions(problem, device)
         distance = columns.index[None, :] - rows.index[:, None]  # (L, S)
         conditions = []

@@ -47,7 +47,8 @@ def call(
 ) -> tuple[Tensor, Tensor]:
     return torch.ops.fused_attn.attention(
         query, key, value, sinks, seed, *mask,
-        problem.seqlen_q, problem.seqlen_k, problem.scale, problem.softcap, problem.dropout_p, *problem.band, backend or "",
+        problem.seqlen_q, problem.seqlen_k, problem.scale, problem.softcap, problem.dropout_p, *problem.band,
+        backend or "",
     )  # fmt: skip
 
 
@@ -126,19 +127,22 @@ def _double_backward(ctx, *ddgrads):
     tensors = (dout, dlse, query, key, value, sinks, *mask_tensors[:2])
     with torch.enable_grad():
         # Fresh leaves: the graph of this recomputation must not reach back into the caller's.
-        leaves = [
-            None if x is None else x.detach().requires_grad_(x.is_floating_point()) for x in tensors
-        ]
+        leaves = [None if x is None else x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
         dout, dlse, query, key, value, sinks, bias, relative_bias = leaves
         mask, problem, _ = _unpack(query, key, value, sinks, (bias, relative_bias, *mask_tensors[2:], *ctx.scalars))
         grads = gradients(
             reference, problem, Wanted(*ctx.wanted), dout, dlse, query, key, value, None, None, sinks, seed, mask
         )
-        pairs = [(g, dg) for g, dg in zip(grads, ddgrads, strict=True) if g is not None and dg is not None and g.requires_grad]
+        pairs = [
+            (g, dg)
+            for g, dg in zip(grads, ddgrads, strict=True)
+            if g is not None and dg is not None and g.requires_grad
+        ]
         inputs = [x for x in leaves if x is not None]
         second = iter(
             torch.autograd.grad([g for g, _ in pairs], inputs, [dg for _, dg in pairs], allow_unused=True)
-            if pairs else [None] * len(inputs)
+            if pairs
+            else [None] * len(inputs)
         )
     d_dout, d_dlse, dquery, dkey, dvalue, dsinks, dbias, drelative_bias = (
         None if x is None else next(second) for x in leaves

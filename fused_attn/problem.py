@@ -25,6 +25,9 @@ class Band(NamedTuple):
         return self.left == UNBOUNDED and self.right == UNBOUNDED
 
 
+UNBOUNDED_BAND = Band()
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionProblem:
     """Everything about one attention call that is not a tensor's contents.
@@ -46,7 +49,7 @@ class AttentionProblem:
     scale: float
     softcap: float = 0.0
     dropout_p: float = 0.0
-    band: Band = Band()
+    band: Band = UNBOUNDED_BAND
     is_packed: bool = False
     has_mask: bool = False
     has_key_padding: bool = False
@@ -80,7 +83,11 @@ class AttentionProblem:
             + f" L={self.seqlen_q} S={self.seqlen_k} D={self.head_dim}"
             + (f" Dv={self.value_dim}" if self.value_dim != self.head_dim else "")
         )
-        flags = [f.name.removeprefix("has_").removeprefix("is_") for f in fields(self) if getattr(self, f.name) is True and f.name != "is_plain"]
+        flags = [
+            f.name.removeprefix("has_").removeprefix("is_")
+            for f in fields(self)
+            if getattr(self, f.name) is True and f.name != "is_plain"
+        ]
         if not self.band.is_unbounded:
             flags.append(f"band(left={self.band.left}, right={self.band.right}, offset={self.band.offset})")
         if self.softcap:

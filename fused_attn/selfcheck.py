@@ -1,7 +1,7 @@
 """Numerical self-check of every backend that can run here: ``python -m fused_attn check``.
 
-The rule is that of the test suite: against a float64 evaluation of the reference formula, the error may be at most 1.5 times
-that of PyTorch's eager attention in the same dtype, plus two units in the last place of the largest value.
+The rule is that of the test suite: against a float64 evaluation of the reference formula, the error may be at most
+1.5 times that of PyTorch's eager attention in the same dtype, plus two units in the last place of the largest value.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ CASES = (
     Case("causal", lambda device: {"is_causal": True}),
     Case("padding", lambda device: {"key_padding_mask": _padding(device)}),
     Case("causal + padding", lambda device: {"is_causal": True, "key_padding_mask": _padding(device)}),
-    Case("empty rows", lambda device: {"key_padding_mask": _padding(device) | (torch.arange(2, device=device) == 0)[:, None]}),
+    Case(
+        "empty rows",
+        lambda device: {"key_padding_mask": _padding(device) | (torch.arange(2, device=device) == 0)[:, None]},
+    ),
     Case("window", lambda device: {"window_size": (17, 5)}),
     Case("bool mask", lambda device: {"attn_mask": _random(2, 1, 93, 130, device=device) > 0}),
     Case("bias", lambda device: {"attn_mask": _random(1, 4, 93, 130, device=device)}),
@@ -71,7 +74,8 @@ class Result:
     def __str__(self) -> str:
         verdict = "ok" if self.is_right else "WRONG"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.backend:<18} {dtype:<9} {self.case:<18} error {self.error:8.1e}  allowed {self.allowed:8.1e}  {verdict}"
+        figures = f"error {self.error:8.1e}  allowed {self.allowed:8.1e}"
+        return f"{self.backend:<18} {dtype:<9} {self.case:<18} {figures}  {verdict}"
 
 
 def run() -> Iterator[Result]:

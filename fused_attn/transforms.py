@@ -1,7 +1,7 @@
 """torch's modes around a call, and the differentiable step inside `torch.func` transforms.
 
-The Functions here carry ``setup_context`` and ``vmap``, which `torch.func` needs and which cost 20 us a call; eager calls
-therefore use `fused_attn.autograd.FusedAttention`.
+The Functions here carry ``setup_context`` and ``vmap``, which `torch.func` needs and which cost 20 us a call;
+eager calls therefore use `fused_attn.autograd.FusedAttention`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,18 @@ class TransformableAttention(torch.autograd.Function):
         grads = iter(_TransformableGradients.apply(ctx.backend, ctx.problem, wanted, dout, dlse, out, lse, *tensors))
         grads = Gradients(*(next(grads) if is_wanted else None for is_wanted in wanted))
         none = (None,) * 4
-        return None, None, grads.query, grads.key, grads.value, grads.sinks, None, grads.bias, grads.relative_bias, *none
+        return (
+            None,
+            None,
+            grads.query,
+            grads.key,
+            grads.value,
+            grads.sinks,
+            None,
+            grads.bias,
+            grads.relative_bias,
+            *none,
+        )
 
     @staticmethod
     def vmap(info, in_dims, backend, problem, *tensors):
@@ -93,7 +104,9 @@ class _TransformableGradients(torch.autograd.Function):
 
         def formula(*present):
             tensors = iter(present)
-            dout, dlse, query, key, value, sinks, bias, relative_bias = (next(tensors) if p else None for p in is_present)
+            dout, dlse, query, key, value, sinks, bias, relative_bias = (
+                next(tensors) if p else None for p in is_present
+            )
             mask = MaskSpec(bias, relative_bias, *others)
             grads = reference.backward(
                 ctx.problem, ctx.wanted, dout, dlse, query, key, value, None, None, sinks, seed, mask
@@ -116,7 +129,9 @@ class _TransformableGradients(torch.autograd.Function):
         def apply(problem, *tensors):
             return _TransformableGradients.apply(backend, problem, wanted, *tensors)
 
-        return _vmap(apply, info.batch_size, problem, in_dims[3:], tensors, are_gradients_shared=wanted[3:] != (False,) * 3)
+        return _vmap(
+            apply, info.batch_size, problem, in_dims[3:], tensors, are_gradients_shared=wanted[3:] != (False,) * 3
+        )
 
 
 def _vmap(
@@ -127,7 +142,7 @@ def _vmap(
     tensors: tuple[Tensor | None, ...],
     are_gradients_shared: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The vmapped dimension joins the batch where every tensor has a batch dimension; otherwise one call for each entry.
+    """The vmapped dimension joins the batch where every tensor has a batch dimension; otherwise one call an entry.
 
     One call each also serves dropout, whose bits depend on the place in the batch, and gradients summed over the batch.
     """

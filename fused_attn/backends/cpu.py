@@ -14,7 +14,7 @@ from fused_attn.problem import UNBOUNDED, AttentionProblem
 try:
     import fused_attn._C as _C
 except ImportError as error:
-    # Installed without a compiler: everything else still works, and `info` shows this text.
+    # Installed without a C++ compiler: everything else still works, and `info` shows this text.
     _C = None
     import_error = str(error)
 else:
@@ -30,7 +30,7 @@ MAX_HEAD_DIM = 256
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     reasons = []
     if _C is None:
-        reasons.append(f"the native extension is not built ({import_error})")
+        reasons.append(f"installed without the native kernels, which need a C++ compiler ({import_error})")
     if problem.device.type != "cpu":
         reasons.append(f"the tensors are on {problem.device}, expected cpu")
     if problem.dtype not in DTYPES:
@@ -82,7 +82,9 @@ def backward(
     dvalue = empty_like_layout(value, problem.value_dim) if wants_value else None
     dbias = drelative_bias = dsinks = None
     if wants_bias:
-        dbias = torch.empty(mask.bias.shape, dtype=problem.accumulate_dtype)
+        # Expanded to no score at all, it would show the kernel nothing to write to.
+        allocate = torch.empty if all(_scores_shape(problem)) else torch.zeros
+        dbias = allocate(mask.bias.shape, dtype=problem.accumulate_dtype)
     if wants_relative_bias:
         drelative_bias = torch.empty(mask.relative_bias.shape, dtype=problem.accumulate_dtype)
     if wants_sinks:
@@ -137,7 +139,7 @@ _NO_KERNEL_MASKS = (None,) * 8
 def _kernel_masks(
     problem: AttentionProblem, sinks: Tensor | None, seed: Tensor | None, mask: MaskSpec
 ) -> tuple[Tensor | None, ...]:
-    """The mask arguments of `_C`: masks expanded to the scores' shape without a copy, small ones in the accumulate dtype."""
+    """The mask arguments of `_C`: masks as views of the scores' shape, small ones in the accumulate dtype."""
     if problem.is_plain:
         return _NO_KERNEL_MASKS
     accumulate = problem.accumulate_dtype
@@ -166,7 +168,7 @@ def _scores_shape(problem: AttentionProblem) -> tuple[int, int, int, int]:
 
 
 def _with_unit_strides(error: ValueError, *tensors: Tensor) -> list[Tensor]:
-    """The kernels take any strides but the last; only such tensors are copied. If there is none, the error is raised."""
+    """The kernels take any strides but the last; only such tensors are copied. Without any, the error is raised."""
     if all(x.stride(-1) == 1 for x in tensors):
         raise error
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

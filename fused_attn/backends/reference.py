@@ -88,7 +88,8 @@ def backward(
         dkey = _sum_groups(problem, dscores.transpose(-2, -1) @ query) if wanted.key else None
         dvalue = _sum_groups(problem, dropped_weights.transpose(-2, -1) @ dout) if wanted.value else None
         dinputs = (
-            None if x is None else follow_layout(x, like) for x, like in zip((dquery, dkey, dvalue), layouts, strict=True)
+            None if x is None else follow_layout(x, like)
+            for x, like in zip((dquery, dkey, dvalue), layouts, strict=True)
         )
         return Gradients(*dinputs, dbias, drelative_bias, dsinks)
 
@@ -135,7 +136,7 @@ def _softmax(problem: AttentionProblem, query: Tensor, key: Tensor, sink: Tensor
 def _to_compute(
     problem: AttentionProblem, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, mask: MaskSpec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """All inputs in the accumulate dtype, keys and values with the query's heads, ignored ones zeroed; sink (1, H, 1, 1)."""
+    """The inputs in the accumulate dtype, keys and values with the query's heads, ignored ones zeroed; (1, H, 1, 1)."""
     if mask.key_padding is not None:
         # Before any product, because 0 * NaN is NaN.
         ignored = ~mask.key_padding[:, None, :, None]
@@ -155,7 +156,7 @@ def _dropout_factors(problem: AttentionProblem, seed: Tensor, mask: MaskSpec, qu
 
 
 def _sum_groups(problem: AttentionProblem, dx: Tensor) -> Tensor:
-    """(B, H, S, D) -> (B, Hkv, S, D): a shared key head collects the gradients of all the query heads that it serves."""
+    """(B, H, S, D) -> (B, Hkv, S, D): a shared key head collects the gradients of the query heads that it serves."""
     batch, _, rows, columns = dx.shape
     group = problem.num_heads // max(problem.num_kv_heads, 1)
     return dx.reshape(batch, problem.num_kv_heads, group, rows, columns).sum(2).to(problem.dtype)
