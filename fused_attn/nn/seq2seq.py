@@ -193,7 +193,7 @@ class Seq2SeqTransformer(nn.Module):
         x = self._embed("tgt", tgt, self.tgt_embedding, self.tgt_positions, start)
         causal = padding = None
         if cache is None:  # with one, self-attention is causal by itself
-            causal, padding = _causal_mask(tgt.shape[1]), tgt == self.pad_id
+            causal, padding = _causal_mask(tgt.shape[1], tgt.device), tgt == self.pad_id
         x = self.decoder(
             x,
             memory,
@@ -376,8 +376,10 @@ class Seq2SeqTransformer(nn.Module):
             raise ValueError(f"top_p: expected None or a number in (0, 1], got {top_p}")
 
 
-def _causal_mask(length: int) -> Tensor:
-    """(length, length), O(1) memory."""
+def _causal_mask(length: int, device: torch.device) -> Tensor:
+    """(length, length) mask, which takes no memory unless it is traced: torch.compile cannot make a causal bias."""
+    if torch.compiler.is_compiling():
+        return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
     # Imported here: the module takes a second to import.
     from torch.nn.attention.bias import causal_upper_left
 

