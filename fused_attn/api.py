@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fused_attn import checks, dispatch, dropout, masks, ops, transforms
-from fused_attn.autograd import FusedAttention
+from fused_attn.autograd import apply_fused_attention
 from fused_attn.backends import reference
+from fused_attn.backends.base import Backend
 from fused_attn.checks import Meta
 from fused_attn.layout import Layout
 from fused_attn.masks import NO_MASK, MaskSpec
@@ -72,11 +73,12 @@ def fused_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
-    if transforms.is_autocasting():
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling or transforms.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
-    problem, layout = _plan_of_call(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        key_padding_mask, window_size, softcap, relative_bias, sinks,
+    problem, layout, chosen = _plan_of_call(
+        is_compiling, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        key_padding_mask, window_size, softcap, relative_bias, sinks, backend,
     )  # fmt: skip
     if layout is not None:
         query, key, value = layout.flatten(query, key, value)
@@ -85,7 +87,10 @@ def fused_attention(
     else:
         seed = _seed(problem, dropout_seed)
         mask = masks.mask_spec(problem, attn_mask, key_padding_mask, relative_bias, layout)
-    out, lse = _run(problem, backend, query, key, value, sinks, seed, mask, return_lse)
+    if is_compiling:
+        out, lse = ops.call(problem, backend, query, key, value, sinks, seed, mask)
+    else:
+        out, lse = _run(problem, chosen, query, key, value, sinks, seed, mask, return_lse)
     if layout is not None:
         out, lse = layout.unflatten(out), None if lse is None else layout.unflatten_lse(lse)
     return (out, lse) if return_lse else out
@@ -134,9 +139,10 @@ def fused_attention_varlen(
         TypeError, ValueError: an argument does not fit. The contents of cu_seqlens are checked on the CPU only, because
             reading them from a GPU would stall it.
     """
-    if transforms.is_autocasting():
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling or transforms.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
-    plan = _varlen_plan if torch.compiler.is_compiling() else _cached_varlen_plan
+    plan = _varlen_plan if is_compiling else _cached_varlen_plan
     problem = plan(
         checks.meta("query", query),
         checks.meta("key", key),
@@ -154,7 +160,7 @@ def fused_attention_varlen(
         checks.optional_meta("relative_bias", relative_bias),
         checks.optional_meta("sinks", sinks),
     )
-    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+    if query.device.type == "cpu" and not is_compiling:
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, query.shape[0], max_seqlen_q)
         checks.check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, key.shape[0], max_seqlen_k)
     mask = MaskSpec(
@@ -164,7 +170,11 @@ def fused_attention_varlen(
     )
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, total, D)
     seed = _seed(problem, dropout_seed)
-    out, lse = _run(problem, backend, query, key, value, sinks, seed, mask, return_lse)
+    if is_compiling:
+        out, lse = ops.call(problem, backend, query, key, value, sinks, seed, mask)
+    else:
+        chosen = dispatch.choose(problem, backend)
+        out, lse = _run(problem, chosen, query, key, value, sinks, seed, mask, return_lse)
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
 
@@ -180,17 +190,23 @@ def explain(*args, backend: str | None = None, **kwargs) -> dispatch.Explanation
     for name in ("dropout_seed", "return_lse", "backend"):
         del arguments[name]
     arguments["query"], arguments["key"], arguments["value"] = _autocast(*call.args[:3])
-    return dispatch.explain(_plan_of_call(**arguments).problem, backend)
+    return dispatch.explain(_plan_of_call(False, **arguments, backend=None).problem, backend)
 
 
 class Plan(NamedTuple):
-    """What a call's metadata determines. layout: None when the tensors already are (B, heads, rows, columns)."""
+    """What a call's metadata determines.
+
+    layout: None when the tensors already are (B, heads, rows, columns)
+    backend: None under compilation, where the operator chooses when it runs
+    """
 
     problem: AttentionProblem
     layout: Layout | None
+    backend: Backend | None
 
 
 def _plan_of_call(
+    is_compiling: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -204,12 +220,14 @@ def _plan_of_call(
     softcap: float,
     relative_bias: Tensor | None,
     sinks: Tensor | None,
+    backend: str | None,
 ) -> Plan:
     diagonal_offset = None if attn_mask is None else masks.causal_bias_offset(attn_mask)
     # Sizes under compilation are symbolic: not hashable, and traced once anyway.
-    plan = _plan if torch.compiler.is_compiling() else _cached_plan
+    plan = _plan if is_compiling else _cached_plan
     try:
         return plan(
+            backend,
             (query.shape, query.dtype, query.device),
             (key.shape, key.dtype, key.device),
             (value.shape, value.dtype, value.device),
@@ -233,6 +251,7 @@ def _plan_of_call(
 
 
 def _plan(
+    backend: str | None,
     query: tuple,
     key: tuple,
     value: tuple,
@@ -290,7 +309,7 @@ def _plan(
         has_relative_bias=relative_bias is not None,
         has_sinks=sinks is not None,
     )
-    return Plan(problem, None if layout.fits(query.shape, key.shape, value.shape) else layout)
+    return Plan(problem, None if layout.fits(query.shape, key.shape, value.shape) else layout, None)
 
 
 def _varlen_plan(
@@ -353,13 +372,18 @@ def _varlen_plan(
 
 
 # Padded batches bring many lengths; a plan is a few hundred bytes.
-_cached_plan = functools.lru_cache(maxsize=4096)(_plan)
 _cached_varlen_plan = functools.lru_cache(maxsize=4096)(_varlen_plan)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_plan(backend: str | None, *arguments) -> Plan:
+    plan = _plan(backend, *arguments)
+    return plan._replace(backend=dispatch.choose(plan.problem, backend))
 
 
 def _run(
     problem: AttentionProblem,
-    backend_name: str | None,
+    backend: Backend,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -369,18 +393,15 @@ def _run(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse); lse may be None where it was not asked for."""
-    if torch.compiler.is_compiling():
-        return ops.call(problem, backend_name, query, key, value, sinks, seed, mask)
-    backend = dispatch.choose(problem, backend_name)
-    if backend.is_composite or transforms.in_forward_mode():
-        return reference.forward(problem, query, key, value, sinks, seed, mask, True)
-    if transforms.in_functorch():
+    if backend.is_composite or transforms.are_active():
+        if backend.is_composite or transforms.in_forward_mode():
+            return reference.forward(problem, query, key, value, sinks, seed, mask, True)
         return transforms.TransformableAttention.apply(backend, problem, query, key, value, sinks, seed, *mask)
     others = () if problem.is_plain else (sinks, seed, *mask)
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or _any_requires_grad(others)
     ):
-        result = FusedAttention.apply(backend, problem, return_lse, query, key, value, *others)
+        result = apply_fused_attention(backend, problem, return_lse, query, key, value, *others)
         return result if return_lse else (result, None)
     return backend.forward(problem, query, key, value, sinks, seed, mask, return_lse)
 

@@ -60,6 +60,10 @@ class FusedAttention(torch.autograd.Function):
         return *dinputs, grads.sinks, None, grads.bias, grads.relative_bias, None, None, None, None
 
 
+#: `FusedAttention.apply` without its preparations for `torch.func`, which `api` rules out before; they cost 4 us a call.
+apply_fused_attention = super(torch.autograd.Function, FusedAttention).apply
+
+
 def gradients(
     backend: Backend, problem: AttentionProblem, wanted: Wanted, dout: Tensor | None, dlse: Tensor | None, *inputs
 ) -> Gradients:

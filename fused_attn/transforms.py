@@ -21,22 +21,18 @@ from fused_attn.problem import AttentionProblem
 
 # Private names, the only ones that answer in 50 ns. Their absence must not break an import, nor a result.
 _are_functorch_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-_is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+#: Whether autocast may be on for some device.
+is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
-def is_autocasting() -> bool:
-    """True when autocast may be on for some device; under compilation always, since the trace must ask precisely."""
-    return torch.compiler.is_compiling() or _is_any_autocast_enabled()
+def are_active() -> bool:
+    """True inside `torch.func` transforms and forward-mode AD."""
+    return _are_functorch_transforms_active() or in_forward_mode()
 
 
 def in_forward_mode() -> bool:
     """True inside forward-mode AD, which sees through PyTorch code but not into kernels."""
     return getattr(forward_ad, "_current_level", -1) >= 0
-
-
-def in_functorch() -> bool:
-    """True inside `torch.func` transforms."""
-    return _are_functorch_transforms_active()
 
 
 class TransformableAttention(torch.autograd.Function):

@@ -46,7 +46,7 @@ FA_INLINE BackwardPlan plan_backward(const AttentionParams& p) {
 // Partial sums that more than one item adds to; a second pass sums them in a fixed order.
 template <class Lane>
 struct BackwardPartials {
-  Lane* dquery = nullptr;         // [chunk][batch][head][seqlen_q][row_dquery], when there is more than one chunk
+  Lane* dquery = nullptr;          // [chunk][batch][head][seqlen_q][row_dquery], when there is more than one chunk
   Lane* drelative_bias = nullptr;  // [chunk][batch][head][relative_row], reversed like RelativeBias
   int64_t row_dquery = 0;
   int64_t row_relative = 0;
@@ -147,12 +147,14 @@ FA_NOINLINE QueryRows<typename P::Lane> find_query_rows(const typename P::Storag
   constexpr int n = kLanes<Lane>;
   const int64_t row = round_up(dim, n);
   if constexpr (P::kPerLane == 2) {
+#if defined(__AVX512BF16__)
     const auto source = [&](int q) { return reinterpret_cast<const uint16_t*>(base + q * stride_row); };
     for (int q = 0; q < nq; q += 2) {
       float* pairs = scratch + q / 2 * row;
       interleave_rows(source(q), q + 1 < nq ? source(q + 1) : nullptr, dim, pairs);
       for (int64_t d = dim; d < row; ++d) pairs[d] = 0;
     }
+#endif
     return {scratch, row};
   } else {
     if constexpr (!P::kConverts) {
@@ -228,7 +230,7 @@ FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool part
     const Vec<Lane> correction = load<Lane>(s.correction + (v + c) * n);
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
-      Vec<Lane> x = exp2<Lane>((acc[r][c] * to_logits - lse) * Lane(kLog2E) + correction);
+      Vec<Lane> x = exp2<Lane, P::kCoarseExp>((acc[r][c] * to_logits - lse) * Lane(kLog2E) + correction);
       // Where the lse is NaN, a hidden key must still get none of it.
       if (!kPlain) x = select<Lane>(acc[r][c] == -FloatTraits<Lane>::kInfinity, Vec<Lane>{}, x);
       store<Lane>(probabilities + (r * kColumns + c) * n, x);
@@ -466,7 +468,7 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq, cons
       for (int v = range.begin; v < range.end; ++v) {
         for (int r = 0; r < kTileKeys; ++r) {
           const Vec<Lane> logit = load<Lane>(s.scores + (k + r) * kBlockQ + v * n) * in.to_logits();
-          row_sum[v] += exp2<Lane>((logit - load<Lane>(s.lse + v * n)) * Lane(kLog2E));
+          row_sum[v] += exp2<Lane, P::kCoarseExp>((logit - load<Lane>(s.lse + v * n)) * Lane(kLog2E));
         }
       }
     }

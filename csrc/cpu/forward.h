@@ -71,7 +71,7 @@ FA_INLINE void exponentiate_tile(const ForwardScratch<P>& s, int k, VectorRange 
     Vec<Lane> weight[kTileKeys];
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
-      weight[r] = exp2<Lane>((load<Lane>(s.scores + offset + r * kBlockQ) - m) * to_log2);
+      weight[r] = exp2<Lane, P::kCoarseExp>((load<Lane>(s.scores + offset + r * kBlockQ) - m) * to_log2);
     }
     const auto dropped = [&](int r) {
       if (!dropout) return weight[r];
@@ -89,7 +89,7 @@ FA_INLINE void exponentiate_tile(const ForwardScratch<P>& s, int k, VectorRange 
       for (int r = 0; r < kTileKeys; r += 2) {
         // The sum is taken of what is multiplied: otherwise rows that one key dominates lose twice the accuracy.
         Vec<Lane> pairs = round_to_pairs(weight[r], weight[r + 1]);
-        sum += low_of_pairs(pairs) + high_of_pairs(pairs);
+        sum = add_pairs(sum, pairs);
         if (dropout) pairs = round_to_pairs(dropped(r), dropped(r + 1));
         store<Lane>(s.weights + (k + r) / 2 * kBlockQ + v * n, pairs);
       }

@@ -169,6 +169,7 @@ FA_NOINLINE void find_summed_rows(const typename P::Storage* base, int64_t strid
   if constexpr (P::kPerLane == 1) {
     find_rows<P>(base, stride_row, keys, dim, scratch, rows);
   } else {
+#if defined(__AVX512BF16__)
     const int64_t row = round_up(dim, kLanes<float>);
     const auto source = [&](int k) { return reinterpret_cast<const uint16_t*>(base + keys.index[k] * stride_row); };
     for (int k = 0; k < keys.count; k += 2) {
@@ -176,6 +177,7 @@ FA_NOINLINE void find_summed_rows(const typename P::Storage* base, int64_t strid
       interleave_rows(source(k), k + 1 < keys.count ? source(k + 1) : nullptr, dim, pairs);
       rows[k / 2] = reinterpret_cast<const char*>(pairs);
     }
+#endif
   }
 }
 
@@ -229,10 +231,10 @@ struct KeyScratch {
 
   KeyBlock* keys;
   const char** key_rows;
-  Lane* key_lanes;       // converted keys, if they must be converted
-  Lane* bias;            // [kBlockK + kTileKeys][kBlockQ]
-  LaneInt<Lane>* keep;   // [kBlockK + kTileKeys][kBlockQ]
-  VectorRange* ranges;   // per tile
+  Lane* key_lanes;      // converted keys, if they must be converted
+  Lane* bias;           // [kBlockK + kTileKeys][kBlockQ]
+  LaneInt<Lane>* keep;  // [kBlockK + kTileKeys][kBlockQ]
+  VectorRange* ranges;  // per tile
 
   static constexpr int64_t kRows = kBlockK + kTileKeys;
 
@@ -240,7 +242,8 @@ struct KeyScratch {
     keys = arena.take<KeyBlock>(1);
     key_rows = arena.take<const char*>(kRows);
     const bool converts = P::kConverts || p.head_dim % P::kPerLane != 0;
-    key_lanes = arena.take<Lane>(converts ? kRows * round_up(P::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>) : 0);
+    key_lanes =
+        arena.take<Lane>(converts ? kRows * round_up(P::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>) : 0);
     const int64_t tile = round_up(kRows, kLanes<Lane>) * kBlockQ;
     bias = arena.take<Lane>(p.bias.data != nullptr ? tile : 0);
     keep = arena.take<LaneInt<Lane>>(p.has_dropout ? tile : 0);

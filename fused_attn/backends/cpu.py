@@ -50,7 +50,8 @@ def forward(
     mask: MaskSpec,
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    out = empty_like_layout(query, problem.value_dim)
+    is_simple = problem.head_dim == problem.value_dim and query.is_contiguous()
+    out = torch.empty_like(query) if is_simple else empty_like_layout(query, problem.value_dim)
     batch, heads, rows, _ = query.shape
     lse = torch.empty(batch, heads, rows, dtype=problem.accumulate_dtype) if needs_lse else None
     others = (out, lse, _config(problem), *_kernel_masks(problem, sinks, seed, mask), torch.get_num_threads())

@@ -1,0 +1,1021 @@
+"""The curated cases that every backend must get right. Each is there for a reason; ids say which.
+
+A `Case` is sizes, memory layouts and builders of the optional tensors; `Case.make` turns it into tensors of a dtype,
+the same ones every time.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import oracle
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+import fused_attn
+
+INF = float("inf")
+
+Builder = Callable[["Case", torch.dtype, torch.Generator], Tensor]
+
+# Taken before a fixture poisons it: a poisoned tensor of 4 GiB would be written in full.
+_empty = torch.empty
+
+
+class Inputs(NamedTuple):
+    """One call. ``tensors`` and ``options`` are keyword arguments of `function` and of `reference`."""
+
+    function: Callable[..., tuple[Tensor, Tensor]]
+    reference: Callable[..., tuple[Tensor, Tensor]]
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+    differentiated: tuple[str, ...]
+    dout: Tensor
+    dlse: Tensor | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """B, H, L, S, D as in the documentation; ``lengths_q``/``lengths_k`` make it a packed call instead.
+
+    ``edit`` changes the tensors by name before the call; ``differentiated`` None = everything that can be.
+    """
+
+    id: str
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int | None = None
+    seqlen_q: int = 19
+    seqlen_k: int = 23
+    head_dim: int = 16
+    value_dim: int | None = None
+    query_layout: str = "contiguous"
+    kv_layout: str = "contiguous"
+    dout_layout: str = "contiguous"
+    attn_mask: Builder | None = None
+    key_padding_mask: Builder | None = None
+    relative_bias: Builder | None = None
+    sinks: Builder | None = None
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    lengths_q: tuple[int, ...] | None = None
+    lengths_k: tuple[int, ...] | None = None
+    shapes: tuple[tuple[int, ...], ...] | None = None
+    edit: Callable[[dict[str, Tensor]], None] | None = None
+    differentiated: tuple[str, ...] | None = None
+    has_dlse: bool = False
+    is_quick: bool = False
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+    def make(self, dtype: torch.dtype) -> Inputs:
+        generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
+        options = dict(self.options)
+        if self.lengths_q is not None:
+            function, reference = fused_attn.fused_attention_varlen, oracle.attention_varlen
+            tensors, out_shape, lse_shape = self._packed(dtype, generator)
+            options |= {"max_seqlen_q": max(self.lengths_q), "max_seqlen_k": max(self.lengths_k)} | self.options
+        else:
+            function, reference = fused_attn.fused_attention, oracle.attention
+            tensors, out_shape, lse_shape = self._padded(dtype, generator)
+        if self.kv_heads is not None:
+            options["enable_gqa"] = True
+        for name in ("attn_mask", "key_padding_mask", "relative_bias", "sinks"):
+            if (build := getattr(self, name)) is not None:
+                made = build(self, dtype, generator)
+                # A CausalBias is a description, not data: nothing to copy, convert or differentiate.
+                (tensors if type(made) is Tensor else options)[name] = made
+        dout = LAYOUTS[self.dout_layout](randn(out_shape, dtype, generator))
+        dlse = randn(lse_shape, torch.float32, generator) if self.has_dlse else None
+        if self.edit is not None:
+            self.edit(tensors)
+        differentiated = self.differentiated
+        if differentiated is None:
+            differentiated = tuple(name for name, x in tensors.items() if x.is_floating_point())
+        return Inputs(function, reference, tensors, options, differentiated, dout, dlse)
+
+    def _padded(self, dtype, generator):
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        if self.shapes is None:
+            query = (self.batch, self.heads, self.seqlen_q, self.head_dim)
+            key = (self.batch, kv_heads, self.seqlen_k, self.head_dim)
+            value = (*key[:-1], value_dim)
+        else:
+            query, key, value = self.shapes
+        tensors = {
+            "query": LAYOUTS[self.query_layout](randn(query, dtype, generator)),
+            "key": LAYOUTS[self.kv_layout](randn(key, dtype, generator)),
+            "value": LAYOUTS[self.kv_layout](randn(value, dtype, generator)),
+        }
+        lead = query[:-1]
+        if self.kv_heads is None:
+            lead = torch.broadcast_shapes(query[:-2], key[:-2], value[:-2]) + query[-2:-1]
+        return tensors, (*lead, value[-1]), tuple(lead)
+
+    def _packed(self, dtype, generator):
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        total_q, total_k = sum(self.lengths_q), sum(self.lengths_k)
+        tensors = {
+            "query": randn((total_q, self.heads, self.head_dim), dtype, generator),
+            "key": randn((total_k, kv_heads, self.head_dim), dtype, generator),
+            "value": randn((total_k, kv_heads, value_dim), dtype, generator),
+            "cu_seqlens_q": _offsets(self.lengths_q),
+            "cu_seqlens_k": _offsets(self.lengths_k),
+        }
+        return tensors, (total_q, self.heads, value_dim), (self.heads, total_q)
+
+
+@functools.lru_cache(maxsize=8)
+def expected(case: Case, dtype: torch.dtype) -> oracle.Expected:
+    """What the oracle says; the tests of one case run next to one another, one for each backend."""
+    inputs = case.make(dtype)
+    return oracle.expected(
+        inputs.reference, inputs.tensors, inputs.options, inputs.differentiated, inputs.dout, inputs.dlse
+    )
+
+
+def run(inputs: Inputs, backend: str | None) -> oracle.Result:
+    function = functools.partial(inputs.function, backend=backend, return_lse=True)
+    return oracle.evaluate(function, inputs.tensors, inputs.options, inputs.differentiated, inputs.dout, inputs.dlse)
+
+
+def check(case: Case, dtype: torch.dtype, backend: str) -> oracle.Result:
+    result = run(case.make(dtype), backend)
+    oracle.assert_close(result, expected(case, dtype))
+    return result
+
+
+def randn(shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Drawn in float32, so that all dtypes see the same numbers, rounded."""
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def _offsets(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+# ---- Memory layouts: the same values in another place
+
+
+def _sliced(x: Tensor) -> Tensor:
+    """Surrounded by NaN on every side: an overrun shows."""
+    room = torch.full([n + 3 for n in x.shape], float("nan"), dtype=x.dtype)
+    view = room[tuple(slice(1, 1 + n) for n in x.shape)]
+    view.copy_(x)
+    return view
+
+
+def _every_second_column(x: Tensor) -> Tensor:
+    room = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype)
+    room[..., ::2] = x
+    return room[..., ::2]
+
+
+def _huge_head_stride(x: Tensor) -> Tensor:
+    """Heads 2^31 elements apart; the pages between are never touched, so they cost no memory."""
+    stride = 2**31 + 64
+    room = _empty((x.shape[1] - 1) * stride + x[0, 0].numel(), dtype=x.dtype)
+    view = room.as_strided(x.shape, (0, stride, x.shape[3], 1))  # batch 1
+    view.copy_(x)
+    return view
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "blhd": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "lbhd": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "bhdl": lambda x: x.mT.contiguous().mT,
+    "sliced": _sliced,
+    "every_second_column": _every_second_column,
+    "huge_head_stride": _huge_head_stride,
+    "one_batch_expanded": lambda x: x[:1].contiguous().expand(x.shape),
+    "one_head_expanded": lambda x: x[:, :1].contiguous().expand(x.shape),
+    "one_row_expanded": lambda x: x[:, :, :1].contiguous().expand(x.shape),
+    "one_number_expanded": lambda x: x.flatten()[:1].view((1,) * x.dim()).expand(x.shape),
+}
+
+
+# ---- Builders of the optional tensors
+
+
+def _size(case: Case, shape: str) -> tuple[int, ...]:
+    """ "B1LS" -> (batch, 1, seqlen_q, seqlen_k)."""
+    sizes = {"B": case.batch, "H": case.heads, "L": case.seqlen_q, "S": case.seqlen_k, "1": 1}
+    return tuple(sizes[letter] for letter in shape)
+
+
+def bool_mask(shape: str, visible: float = 0.7) -> Builder:
+    return lambda case, dtype, generator: torch.rand(_size(case, shape), generator=generator) < visible
+
+
+def float_mask(shape: str, mask_dtype: torch.dtype | None = None, offset: float = 0.0) -> Builder:
+    return lambda case, dtype, generator: randn(_size(case, shape), mask_dtype or dtype, generator) + offset
+
+
+def float_mask_with(fill: Callable[[torch.dtype], float], shape: str = "B1LS", dropped: float = 0.4) -> Builder:
+    """0 or ``fill(dtype)``, as models write masks; the first row is dropped altogether."""
+
+    def build(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        mask = torch.zeros(_size(case, shape), dtype=dtype)
+        is_dropped = torch.rand(mask.shape, generator=generator) < dropped
+        is_dropped[..., 0, :] = True
+        return mask.masked_fill_(is_dropped, fill(dtype))
+
+    return build
+
+
+def t5_strided_mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """(1, H, L, S) with the head stride 1, as T5's embedding lookup leaves it."""
+    return randn((case.seqlen_q, case.seqlen_k, case.heads), dtype, generator).permute(2, 0, 1)[None]
+
+
+def transposed_mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return randn((case.batch, case.heads, case.seqlen_k, case.seqlen_q), dtype, generator).mT
+
+
+def sliced_mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return _sliced(randn((case.batch, 1, case.seqlen_q, case.seqlen_k), dtype, generator))
+
+
+def empty_rows_mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    mask = torch.rand(_size(case, "B1LS"), generator=generator) < 0.5
+    mask[0, :, ::3] = False
+    mask[-1] = False
+    return mask
+
+
+def minus_inf_rows_mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    keep = empty_rows_mask(case, dtype, generator)
+    return randn(keep.shape, dtype, generator).masked_fill(~keep, -INF)
+
+
+def checkerboard(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Visible and invisible blocks of 64 x 64: kernels skip, run plainly and mask within one row of blocks."""
+    row, column = torch.arange(case.seqlen_q) // 64, torch.arange(case.seqlen_k) // 64
+    return (row[:, None] + column[None, :]) % 2 == 0
+
+
+def upper_left(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return causal_upper_left(case.seqlen_q, case.seqlen_k)
+
+
+def lower_right(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    with warnings.catch_warnings():
+        # torch's own result would hold NaN where L > S; ours is 0 there.
+        warnings.simplefilter("ignore")
+        return causal_lower_right(case.seqlen_q, case.seqlen_k)
+
+
+def padding(*lengths: int) -> Builder:
+    """Bool, True = ignore, the first ``lengths[b]`` keys of batch entry b kept."""
+
+    def build(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        return torch.arange(case.seqlen_k)[None, :] >= torch.tensor(lengths)[:, None]
+
+    return build
+
+
+def scattered_padding(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.rand((case.batch, case.seqlen_k), generator=generator) < 0.5
+
+
+def float_padding(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """-inf ignores, everything else is added."""
+    mask = randn((case.batch, case.seqlen_k), dtype, generator)
+    return mask.masked_fill(torch.rand(mask.shape, generator=generator) < 0.3, -INF)
+
+
+def zero_or_minus_inf_padding(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    mask = torch.zeros((case.batch, case.seqlen_k), dtype=dtype)
+    return mask.masked_fill(torch.rand(mask.shape, generator=generator) < 0.3, -INF)
+
+
+def per_head_bias(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return randn((case.heads, _columns(case)), dtype, generator)
+
+
+def shared_bias(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return randn((_columns(case),), dtype, generator)
+
+
+def float32_bias(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Parameters stay float32 under mixed precision."""
+    return randn((case.heads, _columns(case)), torch.promote_types(dtype, torch.float32), generator)
+
+
+def t5_bias(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return fused_attn.t5_relative_bias(randn((32, case.heads), dtype, generator), case.seqlen_q, case.seqlen_k)
+
+
+def alibi(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    slopes = 2.0 ** -torch.arange(1, case.heads + 1)
+    return fused_attn.alibi_bias(slopes.to(dtype), case.seqlen_q, case.seqlen_k)
+
+
+def _columns(case: Case) -> int:
+    if case.lengths_q is not None:
+        return case.options.get("max_seqlen_q", max(case.lengths_q)) + max(case.lengths_k) - 1
+    return max(case.seqlen_q + case.seqlen_k - 1, 0)
+
+
+def sink(offset: float = 0.0, sink_dtype: torch.dtype | None = None) -> Builder:
+    return lambda case, dtype, generator: randn((case.heads,), sink_dtype or dtype, generator) + offset
+
+
+# ---- Edits
+
+
+def _scale_query(factor: float) -> Callable[[dict[str, Tensor]], None]:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["query"] = tensors["query"] * factor
+
+    return edit
+
+
+def _scores_near(score: float) -> Callable[[dict[str, Tensor]], None]:
+    """Every score near ``score`` (for the default scale), by the data alone: no mask takes part."""
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        head_dim = tensors["query"].shape[-1]
+        size = (abs(score) / head_dim**0.5) ** 0.5
+        tensors["query"] = tensors["query"] * 0.1 + size
+        tensors["key"] = tensors["key"] * 0.1 + (size if score > 0 else -size)
+
+    return edit
+
+
+def _nan_in_padding(tensors: dict[str, Tensor]) -> None:
+    mask = tensors["key_padding_mask"]
+    ignored = mask if mask.dtype == torch.bool else mask == -INF
+    for name, poison in (("key", float("nan")), ("value", INF)):
+        x = tensors[name].masked_fill(ignored[:, None, :, None], poison)
+        x[..., ::2] = x[..., ::2].masked_fill(ignored[:, None, :, None], float("nan"))
+        tensors[name] = x
+
+
+def _equal_keys(tensors: dict[str, Tensor]) -> None:
+    tensors["key"] = tensors["key"][..., :1, :].expand(tensors["key"].shape).clone()
+
+
+# ---- The list
+
+FLOATS = (torch.float32, torch.float64)
+COMMON = (torch.float32, torch.bfloat16)
+
+LENGTHS = [
+    Case(
+        f"length-{length_q}-{length_k}{'-causal' if causal else ''}",
+        batch=1,
+        seqlen_q=length_q,
+        seqlen_k=length_k,
+        head_dim=head_dim,
+        options={"is_causal": causal},
+        has_dlse=True,
+        dtypes=dtypes,
+        is_quick=is_quick,
+    )
+    for length_q, length_k, head_dim, causal, dtypes, is_quick in (
+        (1, 1, 64, False, Case.dtypes, True),
+        (1, 1, 64, True, Case.dtypes, False),
+        (113, 203, 64, False, Case.dtypes, False),
+        (113, 203, 64, True, Case.dtypes, False),
+        (108, 256, 32, True, Case.dtypes, False),
+        (239, 1, 64, False, Case.dtypes, False),
+        (239, 1, 64, True, Case.dtypes, False),
+        (799, 3, 16, False, Case.dtypes, False),
+        (799, 3, 16, True, Case.dtypes, False),
+        (64, 64, 64, True, Case.dtypes, False),
+        (65, 63, 64, True, Case.dtypes, False),
+        (128, 65, 64, False, Case.dtypes, False),
+        (1023, 1024, 64, True, COMMON, False),
+        (1024, 1023, 64, False, COMMON, False),
+        (1, 1024, 64, False, COMMON, False),
+        (1, 300, 64, True, COMMON, False),
+        (2, 300, 128, False, COMMON, False),
+        (1, 97, 40, False, COMMON, True),  # S % 32 == 1
+        (33, 161, 64, False, COMMON, False),
+    )
+]
+
+EMPTY = [
+    Case("empty-S", seqlen_k=0, has_dlse=True, is_quick=True),
+    Case(
+        "empty-S-with-everything",
+        seqlen_k=0,
+        attn_mask=bool_mask("LS"),
+        key_padding_mask=padding(0, 0),
+        relative_bias=per_head_bias,
+        sinks=sink(),
+        options={"is_causal": True},
+        dtypes=FLOATS,
+    ),
+    Case("empty-L", seqlen_q=0, relative_bias=per_head_bias, sinks=sink(), attn_mask=float_mask("HLS"), dtypes=FLOATS),
+    Case("empty-L-and-S", seqlen_q=0, seqlen_k=0, dtypes=FLOATS),
+    Case(
+        "empty-batch", batch=0, sinks=sink(), relative_bias=per_head_bias, attn_mask=float_mask("1HLS"), dtypes=FLOATS
+    ),
+]
+
+HEAD_DIMS = [
+    Case(
+        f"head-dim-{head_dim}-{value_dim}",
+        seqlen_q=70,
+        seqlen_k=67,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        options={"is_causal": True},
+        is_quick=(head_dim, value_dim) == (64, 64),
+    )
+    for head_dim, value_dim in (
+        (1, 1),
+        (8, 8),
+        (17, 17),
+        (40, 40),
+        (64, 64),
+        (96, 96),
+        (128, 128),
+        (256, 256),
+        (64, 32),
+        (32, 64),
+        (192, 128),
+        (40, 1),
+        (1, 40),
+        (72, 80),
+        (33, 100),
+        (256, 8),
+        (63, 65),
+    )
+]
+
+GROUPS = [
+    Case("gqa-4-2", heads=4, kv_heads=2, has_dlse=True, is_quick=True),
+    Case(
+        "gqa-6-2-causal-padded",
+        heads=6,
+        kv_heads=2,
+        seqlen_q=70,
+        seqlen_k=70,
+        key_padding_mask=padding(40, 70),
+        options={"is_causal": True},
+    ),
+    Case("mqa-8-1", heads=8, kv_heads=1, seqlen_q=5, seqlen_k=130),
+    Case("mqa-8-1-decode", heads=8, kv_heads=1, seqlen_q=1, seqlen_k=130, head_dim=64),
+    Case(
+        "gqa-blhd-bias-per-query-head",
+        heads=4,
+        kv_heads=2,
+        query_layout="blhd",
+        kv_layout="blhd",
+        attn_mask=float_mask("BHLS"),
+        relative_bias=per_head_bias,
+        sinks=sink(),
+    ),
+    Case("gqa-same-heads", heads=2, kv_heads=2),
+    Case("gqa-dropout", heads=4, kv_heads=2, options={"dropout_p": 0.3, "dropout_seed": 9}),
+]
+
+BANDS = [
+    Case(
+        f"band-{length_q}-{length_k}-{'causal-' if causal else ''}{left}-{right}",
+        batch=1,
+        seqlen_q=length_q,
+        seqlen_k=length_k,
+        options={"is_causal": causal, "window_size": (left, right)},
+        has_dlse=True,
+        dtypes=COMMON,
+        is_quick=(left, right) == (7, 3),
+    )
+    for length_q, length_k, causal, left, right in (
+        (70, 70, False, 7, 3),
+        (70, 70, False, 0, 0),
+        (70, 70, False, -1, 5),
+        (70, 70, False, 5, -1),
+        (70, 70, True, 7, 3),
+        (70, 70, True, 0, 0),
+        (70, 70, True, -1, 0),
+        (70, 70, False, -1, -1),
+        (70, 200, False, 3, 64),
+        (200, 70, False, 3, 64),
+        (200, 70, True, 33, -1),
+        (300, 300, False, 64, 64),
+        (300, 310, True, 127, 0),
+        (1, 90, False, 10, 10),
+        (90, 1, False, 10, 10),
+        (70, 70, False, 1000, 1000),
+    )
+]
+BANDS += [
+    Case("causal-bias-upper-left", seqlen_q=70, seqlen_k=90, attn_mask=upper_left, is_quick=True),
+    Case("causal-bias-lower-right", seqlen_q=70, seqlen_k=90, attn_mask=lower_right, has_dlse=True),
+    Case("causal-bias-lower-right-decode", seqlen_q=1, seqlen_k=90, attn_mask=lower_right),
+    Case(
+        "causal-bias-lower-right-window",
+        seqlen_q=70,
+        seqlen_k=190,
+        attn_mask=lower_right,
+        options={"window_size": (20, -1)},
+    ),
+    Case(
+        "causal-bias-lower-right-padded",
+        seqlen_q=70,
+        seqlen_k=90,
+        attn_mask=lower_right,
+        key_padding_mask=padding(80, 3),
+    ),
+    Case("causal-bias-upper-left-is-causal-too", attn_mask=upper_left, options={"is_causal": True}, dtypes=COMMON),
+    Case(
+        "causal-bias-lower-right-relative-bias",
+        seqlen_q=10,
+        seqlen_k=30,
+        attn_mask=lower_right,
+        relative_bias=per_head_bias,
+        dtypes=COMMON,
+    ),
+]
+
+EMPTY_ROWS = [
+    Case("empty-rows-padding", key_padding_mask=padding(0, 23), has_dlse=True, is_quick=True),
+    Case("empty-rows-all-padded", key_padding_mask=padding(0, 0), has_dlse=True),
+    Case("empty-rows-bool-mask", seqlen_q=70, seqlen_k=67, attn_mask=empty_rows_mask, has_dlse=True),
+    Case("empty-rows-minus-inf-mask", seqlen_q=70, seqlen_k=67, attn_mask=minus_inf_rows_mask, has_dlse=True),
+    Case("empty-rows-window", seqlen_q=90, seqlen_k=20, options={"window_size": (2, 2)}, has_dlse=True),
+    Case("empty-rows-causal-lower-right", seqlen_q=90, seqlen_k=20, attn_mask=lower_right, has_dlse=True),
+    Case(
+        "empty-rows-causal-left-padded",
+        key_padding_mask=lambda case, dtype, generator: torch.arange(23)[None] < 9 + torch.zeros(2, 1),
+        options={"is_causal": True},
+        has_dlse=True,
+    ),
+    Case("empty-rows-sinks", key_padding_mask=padding(0, 23), sinks=sink(), has_dlse=True),
+    Case("empty-rows-huge-sinks", attn_mask=empty_rows_mask, sinks=sink(50.0), has_dlse=True),
+    Case("empty-rows-sinks-lower-right", seqlen_q=90, seqlen_k=20, attn_mask=lower_right, sinks=sink(), has_dlse=True),
+    Case("empty-rows-dropout", attn_mask=empty_rows_mask, options={"dropout_p": 0.4, "dropout_seed": 3}, has_dlse=True),
+    Case("empty-rows-relative-bias", attn_mask=empty_rows_mask, relative_bias=per_head_bias, has_dlse=True),
+]
+
+MASKS = [
+    Case(
+        f"{kind}-mask-{shape}",
+        seqlen_q=70,
+        seqlen_k=67,
+        heads=3,
+        attn_mask=builder(shape),
+        dtypes=Case.dtypes if shape == "BHLS" else COMMON,
+        is_quick=shape == "B1LS",
+    )
+    for kind, builder in (("bool", bool_mask), ("float", float_mask))
+    for shape in (
+        "LS",
+        "1S",
+        "L1",
+        "11",
+        "S",
+        "HLS",
+        "1LS",
+        "H1S",
+        "B1LS",
+        "BHLS",
+        "1HLS",
+        "11LS",
+        "B11S",
+        "B1L1",
+        "1H1S",
+        "BH11",
+        "1111",
+    )
+]
+MASKS += [
+    Case("float-mask-t5-strides", seqlen_q=70, seqlen_k=67, heads=4, attn_mask=t5_strided_mask),
+    Case(
+        "float-mask-t5-strides-causal",
+        seqlen_q=70,
+        seqlen_k=67,
+        heads=4,
+        attn_mask=t5_strided_mask,
+        options={"is_causal": True},
+    ),
+    Case("float-mask-transposed", seqlen_q=70, seqlen_k=67, attn_mask=transposed_mask),
+    Case("float-mask-sliced", seqlen_q=70, seqlen_k=67, attn_mask=sliced_mask),
+    Case(
+        "float-mask-expanded",
+        seqlen_q=70,
+        seqlen_k=67,
+        attn_mask=lambda case, dtype, generator: randn((70, 67), dtype, generator).expand(2, 2, 70, 67),
+    ),
+    Case("float-mask-causal", seqlen_q=70, seqlen_k=90, attn_mask=float_mask("BHLS"), options={"is_causal": True}),
+    Case(
+        "float-mask-window",
+        seqlen_q=200,
+        seqlen_k=210,
+        attn_mask=float_mask("1HLS"),
+        options={"window_size": (30, 10)},
+        dtypes=COMMON,
+    ),
+    Case("float-mask-float32", attn_mask=float_mask("BHLS", torch.float32), dtypes=(torch.bfloat16, torch.float16)),
+    Case("float-mask-bfloat16", attn_mask=float_mask("B1LS", torch.bfloat16), dtypes=(torch.float16, torch.float32)),
+    Case(
+        "float-mask-only-requires-grad",
+        seqlen_q=70,
+        seqlen_k=67,
+        attn_mask=float_mask("BHLS"),
+        differentiated=("attn_mask",),
+        is_quick=True,
+    ),
+    Case("float-mask-broadcast-only-requires-grad", attn_mask=float_mask("1H1S"), differentiated=("attn_mask",)),
+    Case(
+        "float-mask-finfo-min",
+        seqlen_q=70,
+        seqlen_k=67,
+        attn_mask=float_mask_with(lambda dtype: torch.finfo(dtype).min),
+    ),
+    Case("float-mask-minus-1e4", attn_mask=float_mask_with(lambda dtype: -1e4)),
+    Case(
+        "float-mask-minus-inf", seqlen_q=70, seqlen_k=67, attn_mask=float_mask_with(lambda dtype: -INF), has_dlse=True
+    ),
+    Case("float-mask-finfo-min-padding", attn_mask=float_mask_with(lambda dtype: torch.finfo(dtype).min, "B11S")),
+    Case("float-mask-nothing-else-requires-grad-but-query", attn_mask=float_mask("BHLS"), differentiated=("query",)),
+    Case("bool-mask-causal", seqlen_q=70, seqlen_k=90, attn_mask=bool_mask("BHLS"), options={"is_causal": True}),
+    Case(
+        "bool-mask-window-sinks",
+        seqlen_q=90,
+        seqlen_k=90,
+        attn_mask=bool_mask("B1LS"),
+        sinks=sink(),
+        options={"window_size": (40, 3)},
+    ),
+    Case("bool-mask-blocks", batch=1, seqlen_q=300, seqlen_k=290, head_dim=64, attn_mask=checkerboard, dtypes=COMMON),
+    Case("bool-mask-sparse", batch=1, seqlen_q=200, seqlen_k=300, attn_mask=bool_mask("HLS", 0.01), dtypes=COMMON),
+    Case(
+        "bool-mask-transposed",
+        seqlen_q=70,
+        seqlen_k=67,
+        attn_mask=lambda case, dtype, generator: (torch.rand((67, 70), generator=generator) < 0.6).mT,
+    ),
+]
+
+PADDING = [
+    Case("padding-bool", seqlen_q=70, seqlen_k=67, key_padding_mask=padding(67, 30), has_dlse=True, is_quick=True),
+    Case("padding-bool-one-key", seqlen_q=70, seqlen_k=67, key_padding_mask=padding(1, 66)),
+    Case("padding-bool-scattered", seqlen_q=70, seqlen_k=300, key_padding_mask=scattered_padding),
+    Case("padding-bool-long", seqlen_q=40, seqlen_k=400, head_dim=64, key_padding_mask=padding(130, 64), dtypes=COMMON),
+    Case("padding-float", seqlen_q=70, seqlen_k=67, key_padding_mask=float_padding, has_dlse=True),
+    Case(
+        "padding-float-0-or-minus-inf",
+        key_padding_mask=zero_or_minus_inf_padding,
+        differentiated=("query", "key", "value"),
+    ),
+    Case("padding-causal", seqlen_q=130, seqlen_k=130, key_padding_mask=padding(100, 64), options={"is_causal": True}),
+    Case("padding-bool-mask", seqlen_q=70, seqlen_k=67, key_padding_mask=padding(60, 30), attn_mask=bool_mask("BHLS")),
+    Case("padding-float-mask", seqlen_q=70, seqlen_k=67, key_padding_mask=padding(60, 30), attn_mask=float_mask("HLS")),
+    Case("padding-float-and-float-mask", key_padding_mask=float_padding, attn_mask=float_mask("LS")),
+    Case(
+        "padding-float-and-bool-mask-causal",
+        key_padding_mask=float_padding,
+        attn_mask=bool_mask("B1LS", 0.9),
+        options={"is_causal": True},
+    ),
+    Case(
+        "padding-nan",
+        seqlen_q=70,
+        seqlen_k=67,
+        key_padding_mask=padding(64, 13),
+        edit=_nan_in_padding,
+        has_dlse=True,
+        is_quick=True,
+    ),
+    Case(
+        "padding-nan-scattered",
+        seqlen_q=70,
+        seqlen_k=200,
+        head_dim=64,
+        key_padding_mask=scattered_padding,
+        edit=_nan_in_padding,
+    ),
+    Case("padding-nan-float", key_padding_mask=float_padding, edit=_nan_in_padding),
+    Case("padding-nan-all", key_padding_mask=padding(0, 5), edit=_nan_in_padding, has_dlse=True),
+    Case(
+        "padding-nan-causal-gqa-bias-dropout",
+        heads=4,
+        kv_heads=2,
+        seqlen_q=66,
+        seqlen_k=66,
+        key_padding_mask=padding(64, 1),
+        attn_mask=float_mask("BHLS"),
+        edit=_nan_in_padding,
+        options={"is_causal": True, "dropout_p": 0.2, "dropout_seed": 1},
+    ),
+    Case("padding-nan-softcap", key_padding_mask=scattered_padding, edit=_nan_in_padding, options={"softcap": 5.0}),
+    Case(
+        "padding-nan-decode",
+        seqlen_q=1,
+        seqlen_k=133,
+        head_dim=64,
+        key_padding_mask=padding(64, 130),
+        edit=_nan_in_padding,
+    ),
+]
+
+NUMERICS = [
+    Case(
+        "lse-below-minus-88-mask",
+        batch=1,
+        seqlen_q=192,
+        seqlen_k=192,
+        attn_mask=float_mask("11LS", offset=-200.0),
+        has_dlse=True,
+    ),
+    Case(
+        "lse-below-minus-88-data",
+        batch=1,
+        seqlen_q=192,
+        seqlen_k=192,
+        head_dim=64,
+        edit=_scores_near(-200.0),
+        has_dlse=True,
+        is_quick=True,
+    ),
+    Case(
+        "lse-below-minus-88-causal",
+        batch=1,
+        seqlen_q=64,
+        seqlen_k=192,
+        head_dim=64,
+        edit=_scores_near(-150.0),
+        options={"is_causal": True},
+    ),
+    Case("lse-below-minus-88-decode", seqlen_q=1, seqlen_k=65, head_dim=128, edit=_scores_near(-300.0), has_dlse=True),
+    Case("lse-above-88", seqlen_q=66, seqlen_k=66, head_dim=64, edit=_scores_near(300.0), has_dlse=True),
+    Case("logits-huge", seqlen_q=70, seqlen_k=67, head_dim=64, edit=_scale_query(200.0), has_dlse=True),
+    Case(
+        "logits-huge-causal-padded",
+        seqlen_q=70,
+        seqlen_k=70,
+        edit=_scale_query(500.0),
+        key_padding_mask=padding(70, 33),
+        options={"is_causal": True},
+    ),
+    Case("logits-tiny", edit=_scale_query(1e-3)),
+    Case("logits-equal", seqlen_q=70, seqlen_k=67, edit=_equal_keys),
+    Case("scale-zero", options={"scale": 0.0}),
+    Case("scale-negative", seqlen_q=70, seqlen_k=67, options={"scale": -0.3}, has_dlse=True),
+    Case("scale-one", options={"scale": 1.0}, is_quick=True),
+    Case("softcap", seqlen_q=70, seqlen_k=67, options={"softcap": 2.0}, has_dlse=True, is_quick=True),
+    Case("softcap-saturated", options={"softcap": 20.0}, edit=_scale_query(100.0)),
+    Case(
+        "softcap-with-everything",
+        heads=4,
+        kv_heads=2,
+        seqlen_q=70,
+        seqlen_k=67,
+        key_padding_mask=padding(60, 30),
+        attn_mask=float_mask("BHLS"),
+        relative_bias=per_head_bias,
+        sinks=sink(),
+        has_dlse=True,
+        options={"softcap": 3.0, "is_causal": True, "window_size": (50, 0), "dropout_p": 0.1, "dropout_seed": 4},
+    ),
+    Case("sinks", seqlen_q=70, seqlen_k=67, sinks=sink(), has_dlse=True, is_quick=True),
+    Case("sinks-huge", sinks=sink(200.0), has_dlse=True),
+    Case("sinks-very-negative", sinks=sink(-200.0), has_dlse=True),
+    Case("sinks-float32", sinks=sink(0.0, torch.float32), dtypes=(torch.bfloat16,)),
+    Case("sinks-only-requires-grad", sinks=sink(), differentiated=("sinks",)),
+    Case(
+        "sinks-causal-padded",
+        seqlen_q=130,
+        seqlen_k=130,
+        sinks=sink(),
+        key_padding_mask=padding(100, 64),
+        options={"is_causal": True},
+    ),
+]
+
+RELATIVE = [
+    Case("relative-bias-per-head", seqlen_q=70, seqlen_k=67, relative_bias=per_head_bias, has_dlse=True, is_quick=True),
+    Case("relative-bias-shared", seqlen_q=70, seqlen_k=67, relative_bias=shared_bias),
+    Case("relative-bias-float32", relative_bias=float32_bias, dtypes=(torch.bfloat16, torch.float16)),
+    Case("relative-bias-t5", seqlen_q=200, seqlen_k=190, relative_bias=t5_bias, dtypes=COMMON),
+    Case(
+        "relative-bias-alibi-causal",
+        heads=4,
+        seqlen_q=70,
+        seqlen_k=70,
+        relative_bias=alibi,
+        options={"is_causal": True},
+    ),
+    Case("relative-bias-and-float-mask", relative_bias=per_head_bias, attn_mask=float_mask("BHLS")),
+    Case(
+        "relative-bias-and-bool-mask-padded",
+        relative_bias=shared_bias,
+        attn_mask=bool_mask("B1LS", 0.9),
+        key_padding_mask=padding(20, 11),
+    ),
+    Case(
+        "relative-bias-window",
+        seqlen_q=150,
+        seqlen_k=170,
+        relative_bias=per_head_bias,
+        options={"window_size": (20, 20)},
+    ),
+    Case("relative-bias-decode", seqlen_q=1, seqlen_k=100, relative_bias=per_head_bias),
+    Case("relative-bias-only-requires-grad", relative_bias=shared_bias, differentiated=("relative_bias",)),
+    Case(
+        "relative-bias-strided",
+        heads=3,
+        relative_bias=lambda case, dtype, generator: randn((41, 3), dtype, generator).t(),
+    ),
+]
+
+STRIDES = [
+    Case(
+        "strides-blhd",
+        seqlen_q=70,
+        seqlen_k=67,
+        query_layout="blhd",
+        kv_layout="blhd",
+        dout_layout="blhd",
+        is_quick=True,
+    ),
+    Case("strides-lbhd", seqlen_q=70, seqlen_k=67, query_layout="lbhd", kv_layout="lbhd", dout_layout="lbhd"),
+    Case(
+        "strides-sliced",
+        seqlen_q=70,
+        seqlen_k=67,
+        head_dim=17,
+        query_layout="sliced",
+        kv_layout="sliced",
+        dout_layout="sliced",
+    ),
+    Case(
+        "strides-last-dim-2",
+        query_layout="every_second_column",
+        kv_layout="every_second_column",
+        dout_layout="every_second_column",
+    ),
+    Case("strides-bhdl", query_layout="bhdl", kv_layout="bhdl", dout_layout="bhdl"),
+    Case("strides-0-kv-heads", seqlen_q=70, seqlen_k=97, heads=4, kv_layout="one_head_expanded", is_quick=True),
+    Case("strides-0-kv-batch", seqlen_q=70, seqlen_k=65, kv_layout="one_batch_expanded"),
+    Case("strides-0-kv-rows", seqlen_k=33, kv_layout="one_row_expanded"),
+    Case("strides-0-everything", seqlen_k=33, query_layout="one_number_expanded", kv_layout="one_number_expanded"),
+    Case("strides-0-query-batch-dout", seqlen_k=33, query_layout="one_batch_expanded", dout_layout="one_head_expanded"),
+    Case("strides-0-dout", seqlen_q=70, seqlen_k=67, dout_layout="one_number_expanded"),
+    Case("strides-mixed", seqlen_q=70, seqlen_k=67, query_layout="blhd", kv_layout="contiguous", dout_layout="bhdl"),
+    Case(
+        "strides-past-2-31",
+        batch=1,
+        query_layout="huge_head_stride",
+        kv_layout="huge_head_stride",
+        dout_layout="huge_head_stride",
+        dtypes=(torch.bfloat16,),
+    ),
+    Case(
+        "strides-past-2-31-mask",
+        batch=1,
+        seqlen_q=9,
+        seqlen_k=11,
+        dtypes=(torch.bfloat16,),
+        attn_mask=lambda case, dtype, generator: _huge_head_stride(randn((1, 2, 9, 11), dtype, generator)),
+        differentiated=("query", "key", "value"),
+    ),
+]
+
+RANKS = [
+    Case("rank-2", shapes=((19, 16), (23, 16), (23, 8)), has_dlse=True, is_quick=True),
+    Case(
+        "rank-2-everything",
+        batch=1,
+        heads=1,
+        shapes=((19, 16), (23, 16), (23, 8)),
+        attn_mask=float_mask("LS"),
+        relative_bias=per_head_bias,
+        sinks=sink(),
+        options={"is_causal": True},
+        dtypes=COMMON,
+    ),
+    Case("rank-3", shapes=((2, 19, 16), (2, 23, 16), (2, 23, 8)), attn_mask=float_mask("HLS"), has_dlse=True),
+    Case("rank-3-gqa", heads=4, kv_heads=2, shapes=((4, 19, 16), (2, 23, 16), (2, 23, 16)), dtypes=COMMON),
+    Case("rank-5", shapes=((3, 2, 2, 19, 16), (3, 2, 2, 23, 16), (3, 2, 2, 23, 8)), has_dlse=True),
+    Case(
+        "rank-5-masks",
+        shapes=((3, 2, 2, 19, 16), (3, 2, 2, 23, 16), (3, 2, 2, 23, 8)),
+        dtypes=COMMON,
+        attn_mask=lambda case, dtype, generator: randn((3, 1, 1, 19, 23), dtype, generator),
+        key_padding_mask=lambda case, dtype, generator: torch.rand((3, 2, 23), generator=generator) < 0.3,
+        options={"dropout_p": 0.2, "dropout_seed": 8},
+    ),
+    Case("rank-broadcast-batch", shapes=((3, 2, 19, 16), (1, 2, 23, 16), (3, 2, 23, 8))),
+    Case("rank-broadcast-query", shapes=((1, 2, 19, 16), (3, 2, 23, 16), (3, 2, 23, 8)), dtypes=COMMON),
+    Case("rank-broadcast-heads", shapes=((2, 3, 19, 16), (2, 1, 23, 16), (2, 1, 23, 8)), dtypes=COMMON),
+    Case("rank-broadcast-missing-dims", shapes=((2, 3, 19, 16), (3, 23, 16), (2, 3, 23, 8)), dtypes=COMMON),
+    Case(
+        "rank-5-gqa",
+        heads=4,
+        kv_heads=2,
+        shapes=((2, 2, 4, 19, 16), (2, 2, 2, 23, 16), (2, 2, 2, 23, 16)),
+        dtypes=COMMON,
+    ),
+]
+
+DROPOUT = [
+    Case(
+        f"dropout-{p}",
+        seqlen_q=70,
+        seqlen_k=67,
+        options={"dropout_p": p, "dropout_seed": seed},
+        has_dlse=True,
+        is_quick=p == 0.5,
+    )
+    for p, seed in ((0.1, 0), (0.5, 2**40 + 12345), (1.0, 7))
+] + [
+    Case(
+        "dropout-masks",
+        heads=3,
+        seqlen_q=70,
+        seqlen_k=67,
+        attn_mask=float_mask("BHLS"),
+        key_padding_mask=padding(60, 9),
+        relative_bias=per_head_bias,
+        options={"dropout_p": 0.3, "dropout_seed": 11, "is_causal": True},
+    ),
+    Case("dropout-sinks", sinks=sink(), options={"dropout_p": 0.3, "dropout_seed": 2**63 - 1}, has_dlse=True),
+    Case(
+        "dropout-window",
+        seqlen_q=200,
+        seqlen_k=200,
+        options={"dropout_p": 0.2, "dropout_seed": 5, "window_size": (30, 10)},
+        dtypes=COMMON,
+    ),
+    Case("dropout-decode", seqlen_q=1, seqlen_k=131, options={"dropout_p": 0.2, "dropout_seed": 5}, dtypes=COMMON),
+]
+
+PACKED = [
+    Case("varlen", lengths_q=(5, 70, 1), lengths_k=(9, 67, 3), has_dlse=True, is_quick=True),
+    Case("varlen-causal", lengths_q=(70, 5, 130), lengths_k=(70, 5, 130), options={"is_causal": True}, has_dlse=True),
+    Case("varlen-causal-unequal", lengths_q=(70, 5, 30), lengths_k=(30, 50, 130), options={"is_causal": True}),
+    Case("varlen-empty-sequences", lengths_q=(0, 7, 0, 5, 4, 0), lengths_k=(0, 0, 6, 5, 9, 0), has_dlse=True),
+    Case("varlen-nothing", lengths_q=(0, 0), lengths_k=(0, 0), dtypes=FLOATS),
+    Case(
+        "varlen-gqa-window",
+        heads=4,
+        kv_heads=2,
+        lengths_q=(40, 33),
+        lengths_k=(35, 70),
+        value_dim=8,
+        options={"window_size": (9, 4)},
+    ),
+    Case(
+        "varlen-relative-bias-sinks",
+        lengths_q=(5, 30, 8),
+        lengths_k=(9, 20, 33),
+        relative_bias=per_head_bias,
+        sinks=sink(),
+        has_dlse=True,
+    ),
+    Case(
+        "varlen-relative-bias-larger-max",
+        lengths_q=(5, 30),
+        lengths_k=(9, 20),
+        relative_bias=shared_bias,
+        options={"max_seqlen_q": 64},
+        dtypes=COMMON,
+    ),
+    Case("varlen-dropout", lengths_q=(5, 70, 1), lengths_k=(9, 67, 3), options={"dropout_p": 0.3, "dropout_seed": 21}),
+    Case(
+        "varlen-softcap-huge-logits",
+        lengths_q=(5, 70),
+        lengths_k=(70, 9),
+        options={"softcap": 30.0},
+        edit=_scale_query(50.0),
+        dtypes=COMMON,
+    ),
+    Case(
+        "varlen-many",
+        lengths_q=(1, 2, 3, 4, 5, 6, 7, 8),
+        lengths_k=(8, 7, 6, 5, 4, 3, 2, 1),
+        head_dim=40,
+        dtypes=COMMON,
+    ),
+]
+
+CASES: tuple[Case, ...] = (
+    *LENGTHS,
+    *EMPTY,
+    *HEAD_DIMS,
+    *GROUPS,
+    *BANDS,
+    *EMPTY_ROWS,
+    *MASKS,
+    *PADDING,
+    *NUMERICS,
+    *RELATIVE,
+    *STRIDES,
+    *RANKS,
+    *DROPOUT,
+    *PACKED,
+)
+assert len({case.id for case in CASES}) == len(CASES), "two cases of one id"

@@ -1,0 +1,64 @@
+"""Fixtures of all tests: the backends that can run here, and allocations that show what a kernel forgot to write."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch starts OpenMP: threads that wait by spinning make many small operations slow on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import hypothesis
+import pytest
+import torch
+
+from fused_attn import dispatch
+from fused_attn.problem import AttentionProblem
+
+# The same examples on every run: a red pipeline must be red again when it is looked at.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60, database=None)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile("ci")
+
+
+def runnable_backends() -> list[str]:
+    """Names of the backends that run a plain float32 problem on this machine's CPU."""
+    problem = AttentionProblem(1, 1, 1, 1, 1, 8, 8, torch.float32, torch.device("cpu"), 1.0)
+    return [backend.name for backend in dispatch.BACKENDS if not backend.unsupported_reasons(problem)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        # The last parameter varies fastest, so that the backends of one case follow one another.
+        metafunc.parametrize("backend", runnable_backends())
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory holds NaN (True, the lowest integer), so that an entry never written cannot pass."""
+
+    def poisoning(allocate):
+        def poisoned_allocate(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            if x.is_floating_point():
+                x.detach().fill_(float("nan"))
+            elif x.dtype == torch.bool:
+                x.fill_(True)
+            else:
+                x.fill_(torch.iinfo(x.dtype).min)
+            return x
+
+        return poisoned_allocate
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,365 @@
+"""What is right: a dense formula of our own, and the rule that says how far a kernel may be from it.
+
+Nothing here uses `fused_attn`: masks are built from the documented meaning of the arguments, and Philox is written
+from its paper. `attention` computes in the dtype of its query, so one formula gives both the truth (float64 inputs)
+and the yardstick (what eager PyTorch attains in the dtype under test).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+MINUS_INF = float("-inf")
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    window_size: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    relative_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_seed: int | None = None,
+    first_sequence: int = 0,
+    watch: dict[str, float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of `fused_attn.fused_attention`.
+
+    ``first_sequence`` is the dropout number of batch entry 0. ``watch`` receives the largest score, and, when the
+    backward runs, the largest gradient of any weight.
+    """
+    if query.dim() == 2:  # no head dimension: one head
+        out, lse = attention(
+            query[None],
+            key[None],
+            value[None],
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            key_padding_mask=key_padding_mask,
+            window_size=window_size,
+            softcap=softcap,
+            relative_bias=relative_bias,
+            sinks=sinks,
+            dropout_seed=dropout_seed,
+            first_sequence=first_sequence,
+            watch=watch,
+        )
+        return out[0], lse[0]
+
+    seqlen_q, seqlen_k = query.shape[-2], key.shape[-2]
+    offset = 0
+    if isinstance(attn_mask, CausalBias):
+        is_causal = True
+        if attn_mask.variant == CausalVariant.LOWER_RIGHT:
+            offset = seqlen_k - seqlen_q
+        attn_mask = None
+    if enable_gqa:
+        group = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(group, dim=-3) for x in (key, value))
+
+    row, column = np.arange(seqlen_q)[:, None], np.arange(seqlen_k)[None, :]
+    visible = np.ones((seqlen_q, seqlen_k), dtype=bool)
+    if is_causal:
+        visible &= column <= row + offset
+    if window_size is not None:
+        left, right = window_size
+        if left != -1:
+            visible &= column >= row + offset - left
+        if right != -1:
+            visible &= column <= row + offset + right
+    visible = torch.from_numpy(visible)
+
+    padding_bias = None
+    if key_padding_mask is not None:
+        ignored = key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == MINUS_INF
+        visible = visible & ~ignored[..., None, None, :]
+        # Ignored rows may hold NaN, and 0 * NaN is NaN.
+        key, value = (torch.where(ignored[..., None, :, None], torch.zeros((), dtype=x.dtype), x) for x in (key, value))
+        if key_padding_mask.dtype != torch.bool:
+            padding_bias = torch.where(ignored, 0.0, key_padding_mask)[..., None, None, :]
+
+    scores = (query @ key.mT) * (query_scale(query) if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask.to(scores.dtype)
+    if padding_bias is not None:
+        scores = scores + padding_bias.to(scores.dtype)
+    if relative_bias is not None:
+        scores = scores + relative_bias[..., torch.from_numpy(column - row + seqlen_q - 1)].to(scores.dtype)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        visible = visible & attn_mask
+    scores = torch.where(visible, scores, MINUS_INF)
+
+    # The sink is one more column of logits; without sinks that column is invisible.
+    sink = torch.full((1, 1, 1), MINUS_INF, dtype=scores.dtype)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype)[:, None, None]
+    logits = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], dim=-1)
+    is_empty = ~(scores > MINUS_INF).any(-1, keepdim=True)
+    logits = torch.where(is_empty, 0.0, logits)
+    weights = torch.where(is_empty, 0.0, torch.softmax(logits, dim=-1)[..., :-1])
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    lse = torch.where(is_empty[..., 0], MINUS_INF, torch.logsumexp(wide, dim=-1))
+    if watch is not None:
+        # Scores that a mask like finfo.min has made huge take part in nothing.
+        note = scores.detach()
+        watch["score"] = max(watch["score"], _largest(note[note.abs() < 1e5]))
+        if weights.requires_grad:
+            weights.register_hook(lambda grad: watch.update(weight_grad=max(watch["weight_grad"], _largest(grad))))
+    if dropout_p:
+        heads = weights.shape[-3]
+        batch = math.prod(weights.shape[:-3])
+        keep = dropout_keep(dropout_seed, dropout_p, first_sequence, batch, heads, seqlen_q, seqlen_k)
+        factor = 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
+        weights = weights * torch.from_numpy(keep).reshape(weights.shape) * factor
+    return weights @ value, lse
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    relative_bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """(out (total_q, H, Dv), lse (H, total_q)) of `fused_attn.fused_attention_varlen`: one call per sequence."""
+    outs, lses = [], []
+    rows, columns = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for n in range(len(rows) - 1):
+        q = query[rows[n] : rows[n + 1]].transpose(0, 1)
+        k, v = (x[columns[n] : columns[n + 1]].transpose(0, 1) for x in (key, value))
+        bias = None
+        if relative_bias is not None and q.shape[1] and k.shape[1]:
+            # Column of distance d is d + max_seqlen_q - 1 in the table, d + L - 1 for this sequence.
+            first = max_seqlen_q - q.shape[1]
+            bias = relative_bias[..., first : first + q.shape[1] + k.shape[1] - 1]
+        out, lse = attention(
+            q, k, v, None, dropout_p, is_causal, scale, enable_gqa, relative_bias=bias, first_sequence=n, **options
+        )
+        outs.append(out.transpose(0, 1))
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses, dim=-1)
+
+
+# ---- Dropout
+
+
+def philox4x32_10(counter: np.ndarray, seed: int) -> np.ndarray:
+    """counter (..., 4) uint32 -> (..., 4) uint32; Salmon et al., SC 2011, section 3.2."""
+    x = counter.astype(np.uint64)
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        p0 = x[..., 0] * np.uint64(0xD2511F53)
+        p1 = x[..., 2] * np.uint64(0xCD9E8D57)
+        x = np.stack(
+            [
+                (p1 >> np.uint64(32)) ^ x[..., 1] ^ np.uint64(k0),
+                p1 & low,
+                (p0 >> np.uint64(32)) ^ x[..., 3] ^ np.uint64(k1),
+                p0 & low,
+            ],
+            axis=-1,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return x.astype(np.uint32)
+
+
+def dropout_keep(
+    seed: int, p: float, first_sequence: int, batch: int, heads: int, rows: int, columns: int
+) -> np.ndarray:
+    """(batch, heads, rows, columns) bool: which weights survive."""
+    groups = (columns + 3) // 4
+    counter = np.zeros((batch, heads, rows, groups, 4), dtype=np.uint32)
+    counter[..., 0] = np.arange(groups)
+    counter[..., 1] = np.arange(rows)[:, None]
+    counter[..., 2] = np.arange(heads)[:, None, None]
+    counter[..., 3] = (first_sequence + np.arange(batch))[:, None, None, None]
+    words = philox4x32_10(counter, seed).reshape(batch, heads, rows, 4 * groups)[..., :columns]
+    return words >= min(round(p * 2**32), 2**32 - 1)
+
+
+# ---- The rule
+
+
+class Result(NamedTuple):
+    """out, lse and one gradient per differentiated input, by name."""
+
+    out: Tensor
+    lse: Tensor
+    grads: dict[str, Tensor]
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        return [("out", self.out), ("lse", self.lse), *((f"d{name}", grad) for name, grad in self.grads.items())]
+
+
+class Expected(NamedTuple):
+    """``noise``: rounding errors that every algorithm has on these inputs, per quantity; see `_noise`."""
+
+    truth: Result
+    eager: Result
+    dtype: torch.dtype
+    noise: dict[str, float]
+
+
+def evaluate(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    differentiated: tuple[str, ...],
+    dout: Tensor,
+    dlse: Tensor | None,
+) -> Result:
+    """Forward and the gradients of <out, dout> + <lse, dlse>; no gradient reaches -inf entries of the lse."""
+    leaves = {name: x.detach().requires_grad_(name in differentiated) for name, x in tensors.items()}
+    out, lse = function(**leaves, **options)
+    if not differentiated:
+        return Result(out, lse, {})
+    outputs, cotangents = [out], [dout]
+    if dlse is not None:
+        outputs.append(lse)
+        cotangents.append(dlse.to(lse.dtype))
+    grads = torch.autograd.grad(outputs, [leaves[name] for name in differentiated], cotangents)
+    return Result(out.detach(), lse.detach(), dict(zip(differentiated, grads, strict=True)))
+
+
+def expected(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    differentiated: tuple[str, ...],
+    dout: Tensor,
+    dlse: Tensor | None,
+) -> Expected:
+    """Truth in float64 and the eager result in the dtype under test, on the same inputs."""
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
+    watch = {"score": 0.0, "weight_grad": 0.0}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small operations: their threads would only wait for one another
+    try:
+        truth = evaluate(function, wide, options | {"watch": watch}, differentiated, dout.double(), dlse)
+        eager = evaluate(function, tensors, options, differentiated, dout, dlse)
+    finally:
+        torch.set_num_threads(threads)
+    return Expected(
+        truth, eager, tensors["query"].dtype, _noise(truth, wide, options, watch, dout, dlse, eager.out.dtype)
+    )
+
+
+def _noise(truth, wide, options, watch, dout, dlse, dtype) -> dict[str, float]:
+    """Floors for results that cancel, where "an ulp of the largest entry" would ask for more than numbers can give.
+
+    A weight has the relative error that its score has absolutely, eps * |score|. A score's gradient is
+    P * (dP - delta), a difference of numbers that may be far larger than it; and delta = <dout, out> is read
+    from an ``out`` that was rounded to the dtype.
+    """
+    accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    relative = accumulate * max(1.0, watch["score"] / 4)
+    factor = 1.0 / (1.0 - options["dropout_p"]) if 0.0 < options.get("dropout_p", 0.0) < 1.0 else 1.0
+    weight_grad = watch["weight_grad"] + (0.0 if dlse is None else _largest(dlse))
+    delta = _largest((truth.out * dout.double()).square().sum(-1).sqrt())
+    score_grad = 8 * relative * weight_grad + torch.finfo(dtype).eps / 2 * delta
+    scale = options.get("scale")
+    scale = abs(query_scale(wide["query"]) if scale is None else scale)
+    noise = {
+        "out": relative * factor * _largest(wide["value"]),
+        # In low precision the weights are rounded before they are summed.
+        "lse": 2 * relative + (0.0 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps / 4),
+        "dquery": score_grad * scale * _largest(wide["key"]),
+        "dkey": score_grad * scale * _largest(wide["query"]),
+        "dvalue": 4 * relative * factor * _largest(dout),
+    }
+    return {name: noise.get(name, score_grad) for name, _ in truth.items()}
+
+
+def query_scale(query: Tensor) -> float:
+    return 1.0 / math.sqrt(query.shape[-1])
+
+
+def assert_close(actual: Result, expected: Expected) -> None:
+    """error(ours) <= 1.5 * error(eager in the same dtype) + a floor of one ulp, for out, lse and every gradient.
+
+    Both the largest and the root mean square error obey it: the first finds single wrong entries, the second a
+    systematic loss of precision that hides below the worst entry.
+    """
+    problems = []
+    truth = dict(expected.truth.items())
+    eager = dict(expected.eager.items())
+    assert [name for name, _ in actual.items()] == list(truth)
+    is_float64 = expected.dtype == torch.float64
+    for name, ours in actual.items():
+        ref = truth[name]
+        if ours.shape != ref.shape:
+            problems.append(f"{name}: shape {tuple(ours.shape)}, expected {tuple(ref.shape)}")
+            continue
+        wanted_dtype = _dtype_of(name, expected)
+        if ours.dtype != wanted_dtype:
+            problems.append(f"{name}: {ours.dtype}, expected {wanted_dtype}")
+        ours = ours.double()
+        finite = ref.isfinite()
+        if not torch.equal(ours[~finite], ref[~finite]):
+            problems.append(f"{name}: not -inf where it should be")
+        if not ours[finite].isfinite().all():
+            bad = (~ours.isfinite() & finite).nonzero()
+            problems.append(f"{name}: {len(bad)} of {ours.numel()} entries are not finite, first at {bad[0].tolist()}")
+            continue
+        error = torch.where(finite, ours - ref, 0.0).abs()
+        yardstick = torch.where(finite, eager[name].double() - ref, 0.0).abs().nan_to_num(posinf=0.0)
+        stored = torch.finfo(wanted_dtype).eps
+        floor = stored * _largest(ref) + expected.noise[name]
+        if is_float64:
+            # Eager and truth are one and the same here: all is noise.
+            floor = 32 * stored * _largest(ref) * (1 + _largest(expected.truth.lse)) + 8 * expected.noise[name]
+        for measure, amount in (("max", _largest), ("rms", _rms)):
+            allowed = 1.5 * amount(yardstick) + floor
+            if not amount(error) <= allowed:
+                where = np.unravel_index(int(error.argmax()), error.shape)
+                problems.append(
+                    f"{name}: {measure} error {amount(error):.3e} > {allowed:.3e} (eager {amount(yardstick):.3e}); "
+                    f"worst at {tuple(map(int, where))}: {ours[where]:.6g}, expected {ref[where]:.6g}"
+                )
+                break
+    assert not problems, "\n" + "\n".join(problems)
+
+
+def _dtype_of(name: str, expected: Expected) -> torch.dtype:
+    if name == "lse":
+        return torch.float64 if expected.dtype == torch.float64 else torch.float32
+    return dict(expected.eager.items())[name].dtype
+
+
+def _largest(x: Tensor) -> float:
+    x = x[x.isfinite()]
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0

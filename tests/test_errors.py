@@ -1,0 +1,303 @@
+"""Wrong arguments: the exception, and a message that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused_attn
+from fused_attn import dispatch
+
+pytestmark = pytest.mark.quick
+
+Q = torch.zeros(2, 4, 5, 8)
+KV = torch.zeros(2, 4, 7, 8)
+META = torch.device("meta")
+
+
+def call(query=Q, key=KV, value=KV, *args, **options):
+    return lambda: fused_attn.fused_attention(query, key, value, *args, **options)
+
+
+TABLE = {
+    "query-no-tensor": (call(query=[1.0]), TypeError, r"query: expected a torch\.Tensor, got list"),
+    "key-none": (call(key=None), TypeError, r"key: expected a torch\.Tensor, got NoneType None"),
+    "value-float": (call(value=1.5), TypeError, r"value: expected a torch\.Tensor, got float 1\.5"),
+    "query-int": (call(query=Q.int()), TypeError, r"query: expected a floating-point dtype, got torch\.int32"),
+    "query-complex": (
+        call(query=Q.cfloat()),
+        TypeError,
+        r"query: expected a floating-point dtype, got torch\.complex64",
+    ),
+    "key-dtype": (
+        call(key=KV.half()),
+        TypeError,
+        r"key: expected the dtype of query, torch\.float32, got torch\.float16",
+    ),
+    "value-dtype": (
+        call(value=KV.double()),
+        TypeError,
+        r"value: expected the dtype of query, torch\.float32, got torch\.float64",
+    ),
+    "key-device": (call(key=KV.to(META)), ValueError, r"key: expected the device of query, cpu, got meta"),
+    "query-1d": (call(query=Q[0, 0, 0]), ValueError, r"query: expected at least 2 dimensions, got shape \(8,\)"),
+    "key-head-dim": (
+        call(key=KV[..., :5]),
+        ValueError,
+        r"key: expected the head dim of query, 8, got shape \(2, 4, 7, 5\)",
+    ),
+    "head-dim-0": (call(query=Q[..., :0], key=KV[..., :0]), ValueError, r"query: expected a head dim of at least 1"),
+    "value-length": (
+        call(value=KV[:, :, :6]),
+        ValueError,
+        r"value: expected the length of key, 7, got shape \(2, 4, 6, 8\)",
+    ),
+    "batch": (
+        call(key=torch.zeros(3, 4, 7, 8), value=torch.zeros(3, 4, 7, 8)),
+        ValueError,
+        r"query, key, value: expected batch dimensions that broadcast, got shapes \(2, 4, 5, 8\), \(3, 4, 7, 8\)",
+    ),
+    "heads": (
+        call(key=KV[:, :2], value=KV[:, :2]),
+        ValueError,
+        r"key: expected 4 heads; enable_gqa=True .* got 2 heads",
+    ),
+    "gqa-heads": (
+        call(key=KV[:, :3], value=KV[:, :3], enable_gqa=True),
+        ValueError,
+        r"key: expected a number of heads that divides the 4 of query .* got 3 heads",
+    ),
+    "gqa-value-heads": (
+        call(key=KV[:, :2], enable_gqa=True),
+        ValueError,
+        r"value: expected as many heads as key, 2, got 4",
+    ),
+    "mask-dtype": (
+        call(attn_mask=torch.zeros(5, 7, dtype=torch.long)),
+        TypeError,
+        r"attn_mask: expected bool \(True = attend\) or floating point \(added\), got torch\.int64",
+    ),
+    "mask-shape": (
+        call(attn_mask=torch.zeros(5, 6)),
+        ValueError,
+        r"attn_mask: expected a shape broadcastable to \(\.\.\., H, L, S\) = \(2, 4, 5, 7\), got shape \(5, 6\)",
+    ),
+    "mask-rank": (call(attn_mask=torch.zeros(1, 2, 4, 5, 7)), ValueError, r"attn_mask: expected a shape broadcastable"),
+    "mask-device": (
+        call(attn_mask=torch.zeros(5, 7, device=META)),
+        ValueError,
+        r"attn_mask: expected the device of query",
+    ),
+    "mask-no-tensor": (call(attn_mask="causal"), TypeError, r"attn_mask: expected a torch\.Tensor, got str 'causal'"),
+    "padding-shape": (
+        call(key_padding_mask=torch.zeros(7, dtype=torch.bool)),
+        ValueError,
+        r"key_padding_mask: expected shape \(B, S\) = \(2, 7\), got shape \(7,\)",
+    ),
+    "padding-dtype": (
+        call(key_padding_mask=torch.zeros(2, 7, dtype=torch.uint8)),
+        TypeError,
+        r"key_padding_mask: expected bool \(True = ignore\) or floating point \(added\), got torch\.uint8",
+    ),
+    "padding-no-tensor": (
+        call(key_padding_mask=[[True] * 7] * 2),
+        TypeError,
+        r"key_padding_mask: expected a torch\.Tensor",
+    ),
+    "dropout-range": (call(dropout_p=1.5), ValueError, r"dropout_p: expected a probability in \[0, 1\], got 1\.5"),
+    "dropout-negative": (call(dropout_p=-0.1), ValueError, r"dropout_p: expected a probability"),
+    "dropout-nan": (
+        call(dropout_p=float("nan")),
+        ValueError,
+        r"dropout_p: expected a probability in \[0, 1\], got nan",
+    ),
+    "dropout-type": (call(dropout_p="0.1"), TypeError, r"dropout_p: expected a number, got str '0\.1'"),
+    "causal-type": (call(is_causal=1), TypeError, r"is_causal: expected a bool, got int 1"),
+    "scale-type": (call(scale="auto"), TypeError, r"scale: expected a number, got str 'auto'"),
+    "scale-tensor": (call(scale=torch.tensor(1.0)), TypeError, r"scale: expected a number, got Tensor"),
+    "softcap-negative": (
+        call(softcap=-1.0),
+        ValueError,
+        r"softcap: expected a finite number >= 0 \(0 = off\), got -1\.0",
+    ),
+    "softcap-infinite": (call(softcap=float("inf")), ValueError, r"softcap: expected a finite number >= 0"),
+    "window-length": (
+        call(window_size=(1, 2, 3)),
+        ValueError,
+        r"window_size: expected \(left, right\), two ints >= -1 .* got \(1, 2, 3\)",
+    ),
+    "window-negative": (call(window_size=(-2, 0)), ValueError, r"window_size: expected \(left, right\)"),
+    "window-float": (call(window_size=(1.5, 0)), ValueError, r"window_size: expected \(left, right\)"),
+    "window-int": (call(window_size=4), (TypeError, ValueError), r"window_size: expected \(left, right\).* got .*4"),
+    "relative-shape": (
+        call(relative_bias=torch.zeros(4, 12)),
+        ValueError,
+        r"relative_bias: expected shape \(H, L \+ S - 1\) = \(4, 11\) or \(L \+ S - 1,\) = \(11,\), got shape",
+    ),
+    "relative-dtype": (
+        call(relative_bias=torch.zeros(11, dtype=torch.long)),
+        TypeError,
+        r"relative_bias: expected a floating-point",
+    ),
+    "sinks-shape": (call(sinks=torch.zeros(3)), ValueError, r"sinks: expected shape \(H,\) = \(4,\), got shape \(3,\)"),
+    "sinks-no-tensor": (call(sinks=0.0), TypeError, r"sinks: expected a torch\.Tensor, got float 0\.0"),
+    "seed-negative": (
+        call(dropout_p=0.5, dropout_seed=-1),
+        ValueError,
+        r"dropout_seed: expected 0 <= seed < 2\*\*63, got -1",
+    ),
+    "seed-huge": (call(dropout_p=0.5, dropout_seed=2**63), ValueError, r"dropout_seed: expected 0 <= seed < 2\*\*63"),
+    "seed-float": (
+        call(dropout_p=0.5, dropout_seed=1.0),
+        TypeError,
+        r"dropout_seed: expected an int or a 0-d int64 tensor, got float 1\.0",
+    ),
+    "seed-tensor": (
+        call(dropout_p=0.5, dropout_seed=torch.zeros(2)),
+        ValueError,
+        r"dropout_seed: expected an int or a 0-d int64 tensor, got torch\.float32 of shape \(2,\)",
+    ),
+    "backend-unknown": (
+        call(backend="cudnn"),
+        ValueError,
+        r"backend: expected None or one of \('cpu', .*'reference'\), got 'cudnn'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_fused_attention(name: str) -> None:
+    function, exception, message = TABLE[name]
+    with pytest.raises(exception, match=message):
+        function()
+
+
+def test_lower_right_bias_and_is_causal_contradict() -> None:
+    mask = torch.nn.attention.bias.causal_lower_right(5, 7)
+    with pytest.raises(
+        ValueError, match="is_causal: expected False with a lower-right causal bias as attn_mask, got True"
+    ):
+        fused_attn.fused_attention(Q, KV, KV, mask, is_causal=True)
+
+
+def varlen(**changes):
+    x = torch.zeros(9, 2, 8)
+    offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
+    arguments = {
+        "query": x,
+        "key": x,
+        "value": x,
+        "cu_seqlens_q": offsets,
+        "cu_seqlens_k": offsets,
+        "max_seqlen_q": 5,
+        "max_seqlen_k": 5,
+    }
+    return lambda: fused_attn.fused_attention_varlen(**(arguments | changes))
+
+
+def int32(*offsets: int) -> torch.Tensor:
+    return torch.tensor(offsets, dtype=torch.int32)
+
+
+VARLEN = {
+    "rank": (
+        varlen(query=torch.zeros(1, 9, 2, 8)),
+        ValueError,
+        r"query: expected shape \(total, heads, head dim\), got shape \(1, 9, 2, 8\)",
+    ),
+    "offsets-dtype": (
+        varlen(cu_seqlens_q=torch.tensor([0, 4, 9])),
+        TypeError,
+        r"cu_seqlens_q: expected dtype torch\.int32, got torch\.int64",
+    ),
+    "offsets-rank": (
+        varlen(cu_seqlens_k=int32(0, 9)[None]),
+        ValueError,
+        r"cu_seqlens_k: expected shape \(num_sequences \+ 1,\)",
+    ),
+    "offsets-empty": (
+        varlen(cu_seqlens_q=int32()),
+        ValueError,
+        r"cu_seqlens_q: expected shape \(num_sequences \+ 1,\), got shape \(0,\)",
+    ),
+    "offsets-count": (
+        varlen(cu_seqlens_k=int32(0, 9)),
+        ValueError,
+        r"cu_seqlens_k: expected the shape of cu_seqlens_q, \(3,\), got \(2,\)",
+    ),
+    "offsets-first": (
+        varlen(cu_seqlens_q=int32(1, 4, 9)),
+        ValueError,
+        r"cu_seqlens_q: expected offsets that rise from 0 .*, 9, got \[1, 4, 9\]",
+    ),
+    "offsets-last": (
+        varlen(cu_seqlens_k=int32(0, 4, 10)),
+        ValueError,
+        r"cu_seqlens_k: expected offsets that rise from 0",
+    ),
+    "offsets-fall": (
+        varlen(cu_seqlens_k=int32(0, 10, 9)),
+        ValueError,
+        r"cu_seqlens_k: expected offsets that rise from 0",
+    ),
+    "max-too-small": (
+        varlen(max_seqlen_q=4),
+        ValueError,
+        r"max_seqlen_q: expected at least the longest sequence, 5, got 4",
+    ),
+    "max-k-too-small": (
+        varlen(max_seqlen_k=3),
+        ValueError,
+        r"max_seqlen_k: expected at least the longest sequence, 5, got 3",
+    ),
+    "max-type": (varlen(max_seqlen_q=torch.tensor(5)), TypeError, r"max_seqlen_q: expected an int, got Tensor"),
+    "max-negative": (varlen(max_seqlen_k=-1), ValueError, r"max_seqlen_k: expected a number of rows >= 0, got -1"),
+    "value-rows": (
+        varlen(value=torch.zeros(8, 2, 8)),
+        ValueError,
+        r"value: expected the rows and heads of key, \(9, 2\), got shape \(8, 2, 8\)",
+    ),
+    "heads": (varlen(query=torch.zeros(9, 4, 8)), ValueError, r"key: expected 4 heads; enable_gqa=True .* got 2 heads"),
+    "relative-shape": (
+        varlen(relative_bias=torch.zeros(2, 11)),
+        ValueError,
+        r"relative_bias: expected shape .* \(2, 9\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARLEN)
+def test_fused_attention_varlen(name: str) -> None:
+    function, exception, message = VARLEN[name]
+    with pytest.raises(exception, match=message):
+        function()
+
+
+def test_sinks_of_packed_sequences_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"sinks: expected shape \(H,\) = \(2,\), got shape \(5,\)"):
+        varlen(sinks=torch.zeros(5))()
+
+
+def test_named_backend_never_falls_back() -> None:
+    """A head dim that only the reference takes: alone it runs, "cpu" says why it cannot."""
+    wide = torch.zeros(1, 1, 3, 300)
+    assert fused_attn.fused_attention(wide, wide, wide).shape == (1, 1, 3, 300)
+    assert fused_attn.explain(wide, wide, wide).chosen == "reference"
+    with pytest.raises(ValueError, match=r"(?s)backend='cpu' cannot run .*D=300.*- head dim 300 is above 256"):
+        fused_attn.fused_attention(wide, wide, wide, backend="cpu")
+
+
+def test_named_backend_never_falls_back_when_compiled() -> None:
+    wide = torch.zeros(1, 1, 3, 300)
+    compiled = torch.compile(fused_attn.fused_attention, backend="eager")
+    with pytest.raises(Exception, match=r"head dim 300 is above 256"):
+        compiled(wide, wide, wide, backend="cpu")
+
+
+def test_explain_names_every_backend_and_its_reasons() -> None:
+    wide = torch.zeros(1, 1, 3, 300)
+    explanation = fused_attn.explain(wide, wide, wide, is_causal=True)
+    assert set(explanation.reasons) == set(dispatch.BACKEND_NAMES)
+    assert "head dim 300 is above 256" in str(explanation)
+    with pytest.raises(ValueError, match="dropout_p"):
+        fused_attn.explain(wide, wide, wide, dropout_p=2.0)

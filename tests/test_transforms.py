@@ -1,0 +1,431 @@
+"""`fused_attention` under what PyTorch does to functions: compile, export, functorch, autocast, checkpoint, copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+
+import cases
+import pytest
+import torch
+from cases import CASES, Case
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fused_attn
+
+CASE = {case.id: case for case in CASES}
+
+
+def tensors(generator, *shapes, dtype=torch.float32, requires_grad=True) -> list[Tensor]:
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(requires_grad) for shape in shapes]
+
+
+def qkv(generator, dtype=torch.float32, length=13) -> list[Tensor]:
+    return tensors(generator, *((2, 2, length, 8),) * 3, dtype=dtype)
+
+
+# ---- torch.compile and torch.export
+
+COMPILED = [
+    "padding-causal",
+    "float-mask-causal",
+    "relative-bias-per-head",
+    "sinks",
+    "dropout-0.5",
+    "gqa-4-2",
+    "strides-blhd",
+    "softcap-with-everything",
+    "rank-3",
+    "rank-2",
+    "rank-broadcast-batch",
+    "varlen-causal",
+    "padding-float",
+    "bool-mask-B1LS",
+    "causal-bias-lower-right",
+    "empty-S",
+    "float-mask-only-requires-grad",
+    "padding-nan",
+    "empty-rows-bool-mask",
+    "float-mask-t5-strides",
+    "band-70-70-7-3",
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile(name: str, compiler: str, backend: str) -> None:
+    case = CASE[name]
+    inputs = case.make(torch.float32)
+    compiled = torch.compile(inputs.function, fullgraph=True, backend=compiler)
+    result = cases.run(inputs._replace(function=compiled), backend)
+    expected = cases.run(inputs, backend)
+    for (what, ours), (_, eager) in zip(result.items(), expected.items(), strict=True):
+        assert ours.stride() == eager.stride() or what.startswith("d"), f"strides of {what}"
+        # The same kernels on the same inputs; the reference formula may be ordered in another way by autograd.
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5, msg=lambda text, what=what: f"{what}: {text}")
+
+
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.quick)])
+def test_compile_inductor(backend: str, dynamic: bool, generator: torch.Generator) -> None:
+    def model(query, key, value, ignored, bias):
+        out = fused_attn.fused_attention(
+            query * 2, key, value, bias, is_causal=True, key_padding_mask=ignored, backend=backend
+        )
+        return out.sin()
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    for length in (13, 17, 20) if dynamic else (13,):
+        args = qkv(generator, length=length)
+        ignored = torch.arange(length).expand(2, -1) >= torch.tensor([[length], [5]])
+        bias = torch.randn(2, length, length, generator=generator, requires_grad=True)
+        inputs = (*args, bias)
+        ours, expected = compiled(*args, ignored, bias), model(*args, ignored, bias)
+        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_compile_does_not_recompile_for_each_length(backend: str, generator: torch.Generator) -> None:
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(fused_attn.fused_attention, fullgraph=True, dynamic=True, backend=counter)
+    for length in (11, 12, 13, 14, 25):
+        compiled(*qkv(generator, length=length), is_causal=True, backend=backend)
+    assert counter.frame_count == 1
+
+
+def test_compile_draws_new_dropout_each_call(backend: str, generator: torch.Generator) -> None:
+    query, key, value = qkv(generator)
+    compiled = torch.compile(fused_attn.fused_attention, fullgraph=True, backend="aot_eager")
+    first = compiled(query, key, value, dropout_p=0.5, backend=backend)
+    second = compiled(query, key, value, dropout_p=0.5, backend=backend)
+    assert not torch.equal(first, second)
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, ignored: Tensor) -> Tensor:
+        return fused_attn.fused_attention(
+            query, key, value, is_causal=True, key_padding_mask=ignored, backend=self.backend
+        )
+
+
+@pytest.mark.quick
+def test_export_save_load(backend: str, generator: torch.Generator) -> None:
+    length = torch.export.Dim("length", min=2, max=4096)
+    module = _Module(backend)
+    example = (*tensors(generator, *((2, 2, 13, 8),) * 3, requires_grad=False), torch.zeros(2, 13, dtype=torch.bool))
+    program = torch.export.export(module, example, dynamic_shapes=({2: length},) * 3 + ({1: length},))
+    assert "fused_attn.attention" in program.graph_module.code
+    stream = io.BytesIO()
+    torch.export.save(program, stream)
+    stream.seek(0)
+    loaded = torch.export.load(stream).module()
+    for n in (13, 29):
+        args = (*tensors(generator, *((2, 2, n, 8),) * 3, requires_grad=False), torch.arange(n).expand(2, n) > 9)
+        torch.testing.assert_close(loaded(*args), module(*args))
+
+
+# ---- The registered operators
+
+
+def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]:
+    """Arguments of ``torch.ops.fused_attn.attention``."""
+    query, key, value = tensors(generator, (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6))
+    seed = torch.tensor(3)
+    sinks, bias, relative = tensors(generator, (4,), (1, 4, 1, 7), (4, 11))
+    mask = torch.rand(2, 1, 5, 7, generator=generator) < 0.7
+    padding = torch.arange(7).expand(2, 7) < torch.tensor([[7], [4]])
+    packed_q, packed_k, packed_v = tensors(generator, (1, 2, 9, 8), (1, 2, 8, 8), (1, 2, 8, 8))
+    offsets_q, offsets_k = torch.tensor([0, 4, 9]).int(), torch.tensor([0, 5, 8]).int()
+    none = (None,) * 8
+    blhd = tuple(x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (query, key, value))
+    return {
+        "plain": (query, key, value, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, backend),
+        "blhd": (*blhd, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, backend),
+        "no-grad": (query.detach(), key.detach(), value.detach(), *none, 5, 7, 0.3, 0.0, 0.0, -1, 0, 0, backend),
+        "everything": (
+            query,
+            key,
+            value,
+            sinks,
+            seed,
+            bias,
+            relative,
+            mask,
+            padding,
+            None,
+            None,
+            5,
+            7,
+            0.3,
+            2.0,
+            0.3,
+            4,
+            3,
+            0,
+            backend,
+        ),
+        "bias-only": (
+            query.detach(),
+            key.detach(),
+            value.detach(),
+            None,
+            None,
+            bias,
+            *(None,) * 5,
+            5,
+            7,
+            0.3,
+            0.0,
+            0.0,
+            -1,
+            -1,
+            0,
+            backend,
+        ),
+        "packed": (
+            packed_q,
+            packed_k,
+            packed_v,
+            *(None,) * 6,
+            offsets_q,
+            offsets_k,
+            5,
+            5,
+            0.3,
+            0.0,
+            0.0,
+            -1,
+            0,
+            0,
+            backend,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["plain", "blhd", "no-grad", "everything", "bias-only", "packed"])
+def test_opcheck_forward(name: str, backend: str, generator: torch.Generator) -> None:
+    args = operator_calls(backend, generator)[name]
+    outcome = torch.library.opcheck(torch.ops.fused_attn.attention, args)
+    assert set(outcome.values()) == {"SUCCESS"} and len(outcome) >= 4
+
+
+@pytest.mark.parametrize("name", ["plain", "blhd", "everything", "packed"])
+@pytest.mark.parametrize("has_dlse", [False, True])
+def test_opcheck_backward(name: str, has_dlse: bool, backend: str, generator: torch.Generator) -> None:
+    args = operator_calls(backend, generator)[name]
+    with torch.no_grad():
+        out, lse = torch.ops.fused_attn.attention(*args)
+    dout = torch.randn(out.shape, generator=generator)
+    dlse = torch.randn(lse.shape, generator=generator) if has_dlse else None
+    wanted = [True, True, True, args[5] is not None, args[6] is not None, args[3] is not None]
+    # Autograd of the backward operator is the reference formula's: checked as double backward below.
+    outcome = torch.library.opcheck(
+        torch.ops.fused_attn.attention_backward,
+        (wanted, dout, dlse, out, lse, *(x.detach() if isinstance(x, Tensor) else x for x in args)),
+    )
+    assert set(outcome.values()) == {"SUCCESS"} and len(outcome) >= 4
+
+
+# ---- functorch, forward mode, double backward
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Textbook causal attention, for derivatives of every kind."""
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    return torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1) @ value
+
+
+def ours(backend: str):
+    return lambda query, key, value: fused_attn.fused_attention(query, key, value, is_causal=True, backend=backend)
+
+
+@pytest.mark.quick
+def test_func_grad(backend: str, generator: torch.Generator) -> None:
+    args = [x.detach() for x in qkv(generator, torch.float64)]
+    for function in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+        results = [
+            function(lambda *a, f=f: f(*a).square().sum(), argnums=(0, 1, 2))(*args) for f in (ours(backend), plain)
+        ]
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (1, 0, 2), (None, 3, 0)])
+def test_vmap(backend: str, in_dims, generator: torch.Generator) -> None:
+    args = [x.detach() for x in tensors(generator, *((2, 2, 5, 8),) * 3, dtype=torch.float64)]
+    args = [x if d is None else torch.stack([x, 2 * x, -x]).movedim(0, d) for x, d in zip(args, in_dims, strict=True)]
+    torch.testing.assert_close(*(torch.func.vmap(f, in_dims)(*args) for f in (ours(backend), plain)))
+    grads = [
+        torch.func.vmap(torch.func.grad(lambda *a, f=f: f(*a).square().sum(), argnums=(0, 1, 2)), in_dims)(*args)
+        for f in (ours(backend), plain)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.quick
+def test_jvp_is_exact(backend: str, generator: torch.Generator) -> None:
+    primals = [x.detach() for x in qkv(generator, torch.float64)]
+    tangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in primals]
+    out, tangent = torch.func.jvp(ours(backend), tuple(primals), tuple(tangents))
+    expected_out, expected = torch.func.jvp(plain, tuple(primals), tuple(tangents))
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(tangent, expected)
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(*pair) for pair in zip(primals, tangents, strict=True)]
+        dual = torch.autograd.forward_ad.unpack_dual(ours(backend)(*duals)).tangent
+    torch.testing.assert_close(dual, expected)
+
+
+@pytest.mark.quick
+def test_double_backward(backend: str, generator: torch.Generator) -> None:
+    args = qkv(generator, torch.float64)
+    results = []
+    for f in (ours(backend), plain):
+        grads = torch.autograd.grad(f(*args).square().sum(), args, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), args))
+    torch.testing.assert_close(*results)
+
+
+def test_double_backward_compiled(backend: str, generator: torch.Generator) -> None:
+    """torch.compile itself refuses double backward: what may not happen is a silent wrong answer."""
+    args = qkv(generator, torch.float64)
+    compiled = torch.compile(ours(backend), fullgraph=True, backend="aot_eager")
+    grads = torch.autograd.grad(compiled(*args).square().sum(), args, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(sum(g.square().sum() for g in grads), args)
+
+
+# ---- Autocast, checkpoint, modes, copies
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    args = qkv(generator)
+    mask = torch.randn(13, 13, generator=generator, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        out = fused_attn.fused_attention(*args, attn_mask=mask, backend=backend)
+        theirs = torch.nn.functional.scaled_dot_product_attention(*args, attn_mask=mask)
+    assert out.dtype == theirs.dtype == dtype
+    explicit = fused_attn.fused_attention(*(x.to(dtype) for x in args), attn_mask=mask, backend=backend)
+    assert torch.equal(out, explicit)
+    leaves = (*args, mask)
+    grads, expected = (torch.autograd.grad(x.float().sum(), leaves) for x in (out, explicit))
+    assert [g.dtype for g in grads] == [torch.float32] * 4
+    for ours_, theirs_ in zip(grads, expected, strict=True):
+        assert torch.equal(ours_, theirs_)
+
+
+@pytest.mark.quick
+def test_autocast_leaves_float64_alone(backend: str, generator: torch.Generator) -> None:
+    args = qkv(generator, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_attn.fused_attention(*args, backend=backend).dtype == torch.float64
+
+
+def test_autocast_compiled(backend: str, generator: torch.Generator) -> None:
+    args = qkv(generator)
+    compiled = torch.compile(ours(backend), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = compiled(*args), ours(backend)(*args)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    grads = torch.autograd.grad(out.float().sum(), args)
+    assert [g.dtype for g in grads] == [torch.float32] * 3
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(backend: str, use_reentrant: bool, generator: torch.Generator) -> None:
+    """Dropout too: the recomputation must draw the seed of the first run."""
+    args = qkv(generator)
+
+    def block(query, key, value):
+        return fused_attn.fused_attention(query, key, value, dropout_p=0.5, is_causal=True, backend=backend).sin()
+
+    results = []
+    for call in (block, lambda *a: checkpoint(block, *a, use_reentrant=use_reentrant)):
+        torch.manual_seed(1)
+        loss = call(*args).square().sum()
+        for x in args:
+            x.grad = None
+        loss.backward()
+        results.append((loss, *(x.grad for x in args)))
+    for plain_, checkpointed in zip(*results, strict=True):
+        assert torch.equal(plain_, checkpointed)
+
+
+@pytest.mark.quick
+def test_inference_mode(backend: str, generator: torch.Generator) -> None:
+    args = qkv(generator)
+    expected = ours(backend)(*args)
+    with torch.inference_mode():
+        assert torch.equal(ours(backend)(*args), expected)
+
+
+def test_saved_tensors_hooks_and_in_place_changes(backend: str, generator: torch.Generator) -> None:
+    """Inputs overwritten between forward and backward are an error of the caller, which autograd must see."""
+    query, key, value = qkv(generator)
+    with torch.autograd.graph.save_on_cpu():
+        out = ours(backend)(query, key, value)
+    torch.autograd.grad(out.sum(), (query, key, value))
+    changed = key * 1.0
+    out = ours(backend)(query, changed, value)
+    changed.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_every_set_of_inputs_that_require_grad(backend: str, generator: torch.Generator) -> None:
+    """A gradient is the same whether or not the others are wanted, and no other is computed."""
+    case = Case(
+        "subset",
+        heads=2,
+        seqlen_q=9,
+        attn_mask=cases.float_mask("1HLS"),
+        relative_bias=cases.per_head_bias,
+        sinks=cases.sink(),
+    )
+    full = cases.run(case.make(torch.float64), backend)
+    names = tuple(full.grads)
+    for size in (1, 2):
+        for subset in itertools.combinations(names, size):
+            result = cases.run(case.make(torch.float64)._replace(differentiated=subset), backend)
+            for name in subset:
+                torch.testing.assert_close(result.grads[name], full.grads[name], rtol=1e-12, atol=1e-12)
+
+
+def test_deepcopy_and_pickle(backend: str) -> None:
+    """Nothing that a call leaves behind keeps a module that uses it from being copied."""
+    module = _Module(backend)
+    x = torch.randn(1, 1, 4, 8)
+    module(x, x, x, torch.zeros(1, 4, dtype=torch.bool))
+    copied = copy.deepcopy(module)
+    torch.save(copied, io.BytesIO())
+    ignored = torch.zeros(1, 4, dtype=torch.bool)
+    assert torch.equal(copied(x, x, x, ignored), module(x, x, x, ignored))
+
+
+@pytest.mark.quick
+def test_gradient_accumulates_into_grad(backend: str, generator: torch.Generator) -> None:
+    args = qkv(generator)
+    for _ in range(2):
+        ours(backend)(*args).sum().backward()
+    once = torch.autograd.grad(ours(backend)(*args).sum(), args)
+    for x, grad in zip(args, once, strict=True):
+        torch.testing.assert_close(x.grad, 2 * grad)
