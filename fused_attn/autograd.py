@@ -60,7 +60,7 @@ class FusedAttention(torch.autograd.Function):
         return *dinputs, grads.sinks, None, grads.bias, grads.relative_bias, None, None, None, None
 
 
-#: `FusedAttention.apply` without its preparations for `torch.func`, which `api` rules out before; they cost 4 us a call.
+#: `FusedAttention.apply` without its preparations for `torch.func`, which `api` has ruled out; they cost 4 us a call.
 apply_fused_attention = super(torch.autograd.Function, FusedAttention).apply
 
 
