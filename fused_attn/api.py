@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn import checks, dispatch, dropout, masks, ops, transforms
+from fused_attn import checks, dispatch, dropout, masks, modes, ops, transforms
 from fused_attn.autograd import apply_fused_attention
 from fused_attn.backends import reference
 from fused_attn.backends.base import Backend
 from fused_attn.checks import Meta
 from fused_attn.layout import Layout
-from fused_attn.masks import NO_MASK, MaskSpec
+from fused_attn.masks import NO_MASK, CausalBiasMeta, MaskSpec
 from fused_attn.problem import AttentionProblem
 
 
@@ -74,7 +74,7 @@ def fused_attention(
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
     is_compiling = torch.compiler.is_compiling()
-    if is_compiling or transforms.is_any_autocast_enabled():
+    if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     problem, layout, chosen = _plan_of_call(
         is_compiling, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
@@ -140,7 +140,7 @@ def fused_attention_varlen(
             reading them from a GPU would stall it.
     """
     is_compiling = torch.compiler.is_compiling()
-    if is_compiling or transforms.is_any_autocast_enabled():
+    if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     plan = _varlen_plan if is_compiling else _cached_varlen_plan
     problem = plan(
@@ -222,17 +222,15 @@ def _plan_of_call(
     sinks: Tensor | None,
     backend: str | None,
 ) -> Plan:
-    diagonal_offset = None if attn_mask is None else masks.causal_bias_offset(attn_mask)
-    # Sizes under compilation are symbolic: not hashable, and traced once anyway.
-    plan = _plan if is_compiling else _cached_plan
+    causal_bias = None if attn_mask is None else masks.causal_bias(attn_mask)
     try:
-        return plan(
+        arguments = (
             backend,
             (query.shape, query.dtype, query.device),
             (key.shape, key.dtype, key.device),
             (value.shape, value.dtype, value.device),
-            None if attn_mask is None or diagonal_offset is not None else checks.meta("attn_mask", attn_mask),
-            diagonal_offset,
+            None if attn_mask is None or causal_bias is not None else checks.meta("attn_mask", attn_mask),
+            causal_bias,
             dropout_p,
             is_causal,
             scale,
@@ -243,10 +241,15 @@ def _plan_of_call(
             None if relative_bias is None else checks.meta("relative_bias", relative_bias),
             None if sinks is None else checks.meta("sinks", sinks),
         )
-    except AttributeError:
+        # Sizes under compilation are symbolic: not hashable, and traced once anyway.
+        return _plan(*arguments) if is_compiling else _cached_plan(*arguments)
+    except (AttributeError, RuntimeError, TypeError) as error:
         # Only now, because asking every time would cost as much as finding the plan.
         for name, x in (("query", query), ("key", key), ("value", value)):
             checks.meta(name, x)
+        if "unhashable" not in str(error):
+            raise
+        _plan(*arguments)  # says which argument it is
         raise
 
 
@@ -256,7 +259,7 @@ def _plan(
     key: tuple,
     value: tuple,
     attn_mask: Meta | None,
-    diagonal_offset: int | None,
+    causal_bias: CausalBiasMeta | None,
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
@@ -267,19 +270,21 @@ def _plan(
     relative_bias: Meta | None,
     sinks: Meta | None,
 ) -> Plan:
+    if backend is not None and backend not in dispatch.BACKEND_NAMES:
+        raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
     query, key, value = Meta(*query), Meta(*key), Meta(*value)
     checks.check_query_key_value(query, key, value, min_dim=2)
-    checks.check_scalars(dropout_p, is_causal, scale, softcap)
+    checks.check_scalars(dropout_p, is_causal, scale, enable_gqa, softcap)
     window_size = checks.check_window(window_size)
-    if diagonal_offset is not None:
-        if is_causal and diagonal_offset != 0:
-            raise checks.fail("is_causal", "False with a lower-right causal bias as attn_mask", is_causal)
-        is_causal = True
     if value.shape[-2] != key.shape[-2]:
         raise checks.fail("value", f"the length of key, {key.shape[-2]}", f"shape {tuple(value.shape)}")
 
     layout = Layout.of(query.shape, key.shape, value.shape, enable_gqa)
     (seqlen_q, head_dim), (seqlen_k, value_dim) = query.shape[-2:], value.shape[-2:]
+    diagonal_offset = 0
+    if causal_bias is not None:
+        checks.check_causal_bias(causal_bias, is_causal, seqlen_q, seqlen_k)
+        is_causal, diagonal_offset = True, causal_bias.offset
     if attn_mask is not None:
         checks.check_attn_mask(attn_mask, query, (*layout.batch_shape, layout.num_heads, seqlen_q, seqlen_k))
     if key_padding_mask is not None:
@@ -302,7 +307,7 @@ def _plan(
         scale=1.0 / math.sqrt(head_dim) if scale is None else float(scale),
         softcap=float(softcap),
         dropout_p=float(dropout_p),
-        band=masks.band_of(is_causal, window_size, diagonal_offset or 0),
+        band=masks.band_of(is_causal, window_size, diagonal_offset),
         has_mask=attn_mask is not None and not is_additive,
         has_key_padding=key_padding_mask is not None,
         has_bias=is_additive,
@@ -333,7 +338,7 @@ def _varlen_plan(
         if len(x.shape) != 3:
             raise checks.fail(name, "shape (total, heads, head dim)", f"shape {tuple(x.shape)}")
     checks.check_query_key_value(query, key, value, min_dim=3)
-    checks.check_scalars(dropout_p, is_causal, scale, softcap)
+    checks.check_scalars(dropout_p, is_causal, scale, enable_gqa, softcap)
     window_size = checks.check_window(window_size)
     checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
     checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query)
@@ -372,10 +377,11 @@ def _varlen_plan(
 
 
 # Padded batches bring many lengths; a plan is a few hundred bytes.
-_cached_varlen_plan = functools.lru_cache(maxsize=4096)(_varlen_plan)
+_cached_varlen_plan = functools.lru_cache(maxsize=4096, typed=True)(_varlen_plan)
 
 
-@functools.lru_cache(maxsize=4096)
+# Typed, or is_causal=1 would pass as the True that has been checked before.
+@functools.lru_cache(maxsize=4096, typed=True)
 def _cached_plan(backend: str | None, *arguments) -> Plan:
     plan = _plan(backend, *arguments)
     return plan._replace(backend=dispatch.choose(plan.problem, backend))
@@ -393,10 +399,12 @@ def _run(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse); lse may be None where it was not asked for."""
-    if backend.is_composite or transforms.are_active():
-        if backend.is_composite or transforms.in_forward_mode():
-            return reference.forward(problem, query, key, value, sinks, seed, mask, True)
+    if backend.is_composite or modes.in_forward_mode():
+        return reference.forward(problem, query, key, value, sinks, seed, mask, True)
+    if modes.in_functorch():
         return transforms.TransformableAttention.apply(backend, problem, query, key, value, sinks, seed, *mask)
+    if modes.is_observed(query, key, value):
+        return ops.call(problem, backend.name, query, key, value, sinks, seed, mask)
     others = () if problem.is_plain else (sinks, seed, *mask)
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or _any_requires_grad(others)

@@ -16,6 +16,9 @@ from fused_attn.backends.base import Backend, Gradients, Wanted
 from fused_attn.masks import NO_MASK, MaskSpec
 from fused_attn.problem import AttentionProblem
 
+_NO_OTHERS = (None, None, NO_MASK)
+_NONE_WANTED = (False, False, False)
+
 
 class FusedAttention(torch.autograd.Function):
     """``apply(backend, problem, return_lse, query, key, value, *others)`` -> out, or (out, lse).
@@ -35,7 +38,7 @@ class FusedAttention(torch.autograd.Function):
         value: Tensor,
         *others: Tensor | None,
     ):
-        sinks, seed, mask = _unpack(others)
+        sinks, seed, mask = _unpack(others) if others else _NO_OTHERS
         out, lse = backend.forward(problem, query, key, value, sinks, seed, mask, True)
         ctx.save_for_backward(query, key, value, out, lse, *others)
         ctx.backend, ctx.problem = backend, problem
@@ -47,10 +50,10 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None = None):
         query, key, value, out, lse, *others = ctx.saved_tensors
-        sinks, seed, mask = _unpack(others)
+        sinks, seed, mask = _unpack(others) if others else _NO_OTHERS
         # needs: of backend, problem, return_lse, query, key, value, sinks, seed, bias, relative_bias, ...
         needs = ctx.needs_input_grad
-        wanted = Wanted(*needs[3:6], *((needs[8], needs[9], needs[6]) if others else (False, False, False)))
+        wanted = Wanted(*needs[3:6], *((needs[8], needs[9], needs[6]) if others else _NONE_WANTED))
         # Grad mode is on here only under create_graph, which needs gradients that are themselves differentiable.
         backend = reference if torch.is_grad_enabled() else ctx.backend
         grads = gradients(backend, ctx.problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, mask)
@@ -78,4 +81,4 @@ def gradients(
 
 def _unpack(others: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None, MaskSpec]:
     """(sinks, seed, mask)"""
-    return (others[0], others[1], MaskSpec(*others[2:])) if others else (None, None, NO_MASK)
+    return others[0], others[1], MaskSpec(*others[2:])

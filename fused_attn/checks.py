@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_attn.problem import UNBOUNDED
+
+if TYPE_CHECKING:
+    from fused_attn.masks import CausalBiasMeta
 
 
 class Meta(NamedTuple):
@@ -29,6 +32,9 @@ def meta(name: str, tensor: Tensor) -> Meta:
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {_describe(tensor)}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
     return Meta(tensor.shape, tensor.dtype, tensor.device)
 
 
@@ -85,9 +91,10 @@ def check_max_seqlen(name: str, max_seqlen: int) -> None:
         raise fail(name, "a number of rows >= 0", max_seqlen)
 
 
-def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, softcap: float) -> None:
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal: expected a bool, got {_describe(is_causal)}")
+def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, softcap: float) -> None:
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {_describe(flag)}")
     _check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise fail("dropout_p", "a probability in [0, 1]", dropout_p)
@@ -96,6 +103,8 @@ def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, softca
         raise fail("softcap", "a finite number >= 0 (0 = off)", softcap)
     if scale is not None:
         _check_number("scale", scale)
+        if not -math.inf < scale < math.inf:
+            raise fail("scale", "a finite number", scale)
 
 
 def check_window(window_size: Sequence[int] | None) -> tuple[int, int]:
@@ -103,9 +112,16 @@ def check_window(window_size: Sequence[int] | None) -> tuple[int, int]:
     if window_size is None:
         return UNBOUNDED, UNBOUNDED
     is_pair = isinstance(window_size, Sequence) and len(window_size) == 2
-    if not is_pair or not all(isinstance(x, int) and x >= UNBOUNDED for x in window_size):
+    if not is_pair or not all(isinstance(x, int) and not isinstance(x, bool) and x >= UNBOUNDED for x in window_size):
         raise fail("window_size", "(left, right), two ints >= -1 (-1 = unbounded)", window_size)
     return tuple(window_size)
+
+
+def check_causal_bias(bias: CausalBiasMeta, is_causal: bool, seqlen_q: int, seqlen_k: int) -> None:
+    if (bias.seqlen_q, bias.seqlen_k) != (seqlen_q, seqlen_k):
+        raise fail("attn_mask", f"a causal bias for (L, S) = {(seqlen_q, seqlen_k)}", f"one for {tuple(bias[:2])}")
+    if is_causal and bias.offset != 0:
+        raise fail("is_causal", "False with a lower-right causal bias as attn_mask", is_causal)
 
 
 def check_attn_mask(mask: Meta, query: Meta, scores: tuple[int, ...]) -> None:
@@ -191,4 +207,7 @@ def _shape(x: Meta) -> str:
 
 
 def _describe(x: object) -> str:
-    return f"{type(x).__name__} {x!r}" if isinstance(x, (int, float, str, bool, type(None))) else type(x).__name__
+    if isinstance(x, (int, float, str, bool, type(None))):
+        return f"{type(x).__name__} {x!r}"
+    module = type(x).__module__
+    return type(x).__qualname__ if module == "builtins" else f"{module}.{type(x).__qualname__}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_attn import modes
 from fused_attn.problem import UNBOUNDED, AttentionProblem, Band
 
 if TYPE_CHECKING:
@@ -102,8 +103,16 @@ def band_of(is_causal: bool, window_size: tuple[int, int], diagonal_offset: int 
     return Band(left, right, diagonal_offset)
 
 
-def causal_bias_offset(attn_mask: Tensor) -> int | None:
-    """The diagonal offset of a `torch.nn.attention.bias` causal bias; None for any other tensor."""
+class CausalBiasMeta(NamedTuple):
+    """A `torch.nn.attention.bias` causal bias; offset is that of `Band`."""
+
+    seqlen_q: int
+    seqlen_k: int
+    offset: int
+
+
+def causal_bias(attn_mask: Tensor) -> CausalBiasMeta | None:
+    """What a `torch.nn.attention.bias` causal bias says; None for any other tensor."""
     if type(attn_mask) is Tensor:
         return None
     # Imported here: only a caller who has built such an object has paid for the module already.
@@ -111,7 +120,16 @@ def causal_bias_offset(attn_mask: Tensor) -> int | None:
 
     if not isinstance(attn_mask, CausalBias):
         return None
-    return attn_mask.seq_len_kv - attn_mask.seq_len_q if attn_mask.variant == CausalVariant.LOWER_RIGHT else 0
+    seqlen_q, seqlen_k = attn_mask.seq_len_q, attn_mask.seq_len_kv
+    return CausalBiasMeta(
+        seqlen_q, seqlen_k, seqlen_k - seqlen_q if attn_mask.variant == CausalVariant.LOWER_RIGHT else 0
+    )
+
+
+def causal_bias_offset(attn_mask: Tensor) -> int | None:
+    """The offset of a causal bias; None for any other tensor."""
+    bias = causal_bias(attn_mask)
+    return None if bias is None else bias.offset
 
 
 def mask_spec(
@@ -130,7 +148,9 @@ def mask_spec(
     if problem.has_key_padding:
         key_padding, padding_bias = _normalise_padding(key_padding_mask.reshape(problem.batch, problem.seqlen_k))
         if padding_bias is not None:
-            bias = padding_bias if bias is None else bias + padding_bias
+            # Converted first: two large negative numbers of half precision add up to -inf.
+            compute = problem.accumulate_dtype
+            bias = padding_bias if bias is None else bias.to(compute) + padding_bias.to(compute)
     return MaskSpec(bias, with_head_dim(relative_bias), mask, key_padding)
 
 
@@ -155,7 +175,8 @@ def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
         return mask.logical_not(), None
     keep = mask != float("-inf")
     bias = mask.masked_fill(~keep, 0.0)
-    if not (mask.requires_grad or mask.is_cuda or torch.compiler.is_compiling()) and not bias.any():
+    is_readable = not (mask.requires_grad or mask.is_cuda or torch.compiler.is_compiling() or modes.in_functorch())
+    if is_readable and not bias.any():
         # nn.Transformer turns bool padding into 0 / -inf; reading it back here costs nothing on a CPU.
         return keep, None
     return keep, bias[:, None, None, :]

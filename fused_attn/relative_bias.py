@@ -22,10 +22,17 @@ def t5_relative_bias(
         bidirectional: keys after the query have buckets of their own (encoders); otherwise they share bucket 0.
 
     Returns:
-        (H, L + S - 1) of the table's dtype.
+        (H, L + S - 1) of the table's dtype; (H, 0) for L = S = 0.
+
+    Raises:
+        TypeError: table is no tensor.
+        ValueError: table has another shape or too few buckets, or max_distance is too small for its buckets.
     """
+    if not isinstance(table, Tensor):
+        raise TypeError(f"table: expected a tensor, got {type(table).__name__}")
     if table.dim() != 2:
         raise ValueError(f"table: expected shape (num_buckets, H), got {tuple(table.shape)}")
+    check_buckets("table", table.shape[0], bidirectional, max_distance)
     distance = _distances(seqlen_q, seqlen_k, table.device)
     num_buckets = table.shape[0]
     if bidirectional:
@@ -43,6 +50,19 @@ def t5_relative_bias(
     return table[first_bucket + bucket].t()
 
 
+def check_buckets(name: str, num_buckets: int, bidirectional: bool, max_distance: int) -> None:
+    """Raises ValueError unless T5's formula has a bucket for every distance; `name` is what holds the buckets."""
+    least = 4 if bidirectional else 2
+    if num_buckets < least:
+        raise ValueError(f"{name}: expected at least {least} buckets with {bidirectional=}, got {num_buckets}")
+    num_exact = num_buckets // least
+    if not max_distance > num_exact:
+        raise ValueError(
+            f"max_distance: expected more than {num_exact}, the distances with buckets of their own among "
+            f"{num_buckets} with {bidirectional=}, got {max_distance}"
+        )
+
+
 def alibi_bias(slopes: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
     """ALiBi's linear penalty ``-slope * |i - j|`` (Press et al., 2022), differentiable in the slopes.
 
@@ -52,8 +72,14 @@ def alibi_bias(slopes: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
         seqlen_k: S.
 
     Returns:
-        (H, L + S - 1) of the slopes' dtype.
+        (H, L + S - 1) of the slopes' dtype; (H, 0) for L = S = 0.
+
+    Raises:
+        TypeError: slopes is no tensor.
+        ValueError: slopes has another shape.
     """
+    if not isinstance(slopes, Tensor):
+        raise TypeError(f"slopes: expected a tensor, got {type(slopes).__name__}")
     if slopes.dim() != 1:
         raise ValueError(f"slopes: expected shape (H,), got {tuple(slopes.shape)}")
     return -slopes[:, None] * _distances(seqlen_q, seqlen_k, slopes.device).abs()
@@ -61,4 +87,5 @@ def alibi_bias(slopes: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
 
 def _distances(seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
     """j - i of every column: -(L - 1) ... S - 1."""
-    return torch.arange(-(seqlen_q - 1), seqlen_k, device=device)
+    first = 1 - seqlen_q
+    return torch.arange(first, max(first, seqlen_k), device=device)  # L = S = 0: none

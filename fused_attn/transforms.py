@@ -1,4 +1,4 @@
-"""torch's modes around a call, and the differentiable step inside `torch.func` transforms.
+"""The differentiable step inside `torch.func` transforms.
 
 The Functions here carry ``setup_context`` and ``vmap``, which `torch.func` needs and which cost 20 us a call;
 eager calls therefore use `fused_attn.autograd.FusedAttention`.
@@ -11,28 +11,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fused_attn.autograd import gradients
 from fused_attn.backends import reference
 from fused_attn.backends.base import Backend, Gradients, Wanted
 from fused_attn.masks import MaskSpec
 from fused_attn.problem import AttentionProblem
-
-# Private names, the only ones that answer in 50 ns. Their absence must not break an import, nor a result.
-_are_functorch_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-#: Whether autocast may be on for some device.
-is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-
-
-def are_active() -> bool:
-    """True inside `torch.func` transforms and forward-mode AD."""
-    return _are_functorch_transforms_active() or in_forward_mode()
-
-
-def in_forward_mode() -> bool:
-    """True inside forward-mode AD, which sees through PyTorch code but not into kernels."""
-    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 class TransformableAttention(torch.autograd.Function):

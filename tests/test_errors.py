@@ -114,7 +114,7 @@ TABLE = {
     "dropout-type": (call(dropout_p="0.1"), TypeError, r"dropout_p: expected a number, got str '0\.1'"),
     "causal-type": (call(is_causal=1), TypeError, r"is_causal: expected a bool, got int 1"),
     "scale-type": (call(scale="auto"), TypeError, r"scale: expected a number, got str 'auto'"),
-    "scale-tensor": (call(scale=torch.tensor(1.0)), TypeError, r"scale: expected a number, got Tensor"),
+    "scale-tensor": (call(scale=torch.tensor(1.0)), TypeError, r"scale: expected a number, got torch.Tensor"),
     "softcap-negative": (
         call(softcap=-1.0),
         ValueError,
@@ -250,7 +250,7 @@ VARLEN = {
         ValueError,
         r"max_seqlen_k: expected at least the longest sequence, 5, got 3",
     ),
-    "max-type": (varlen(max_seqlen_q=torch.tensor(5)), TypeError, r"max_seqlen_q: expected an int, got Tensor"),
+    "max-type": (varlen(max_seqlen_q=torch.tensor(5)), TypeError, r"max_seqlen_q: expected an int, got torch.Tensor"),
     "max-negative": (varlen(max_seqlen_k=-1), ValueError, r"max_seqlen_k: expected a number of rows >= 0, got -1"),
     "value-rows": (
         varlen(value=torch.zeros(8, 2, 8)),

@@ -50,16 +50,26 @@ def forward(
     mask: MaskSpec,
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    is_simple = problem.head_dim == problem.value_dim and query.is_contiguous()
-    out = torch.empty_like(query) if is_simple else empty_like_layout(query, problem.value_dim)
+    is_same = problem.value_dim == problem.head_dim
+    out = torch.empty_like(query) if is_same else empty_like_layout(query, problem.value_dim)
     batch, heads, rows, _ = query.shape
-    lse = torch.empty(batch, heads, rows, dtype=problem.accumulate_dtype) if needs_lse else None
-    others = (out, lse, _config(problem), *_kernel_masks(problem, sinks, seed, mask), torch.get_num_threads())
+    lse = None
+    if needs_lse:
+        lse = torch.empty(batch, heads, rows, dtype=problem.accumulate_dtype, device=query.device)
     try:
-        _C.forward(query, key, value, *others)
+        _C.forward(
+            query,
+            key,
+            value,
+            out,
+            lse,
+            _config(problem),
+            *(_NO_KERNEL_MASKS if problem.is_plain else _kernel_masks(problem, sinks, seed, mask)),
+            torch.get_num_threads(),
+        )
     except ValueError as error:
         # Forgiveness instead of permission: asking three tensors for a stride costs as much as the whole kernel call.
-        _C.forward(*_with_unit_strides(error, query, key, value), *others)
+        return forward(problem, *_with_unit_strides(error, query, key, value), sinks, seed, mask, needs_lse)
     return out, lse
 
 
@@ -78,36 +88,41 @@ def backward(
     mask: MaskSpec,
 ) -> Gradients:
     wants_query, wants_key, wants_value, wants_bias, wants_relative_bias, wants_sinks = wanted
-    dquery = empty_like_layout(query, problem.head_dim) if wants_query else None
-    dkey = empty_like_layout(key, problem.head_dim) if wants_key else None
-    dvalue = empty_like_layout(value, problem.value_dim) if wants_value else None
+    dquery = torch.empty_like(query) if wants_query else None
+    dkey = torch.empty_like(key) if wants_key else None
+    dvalue = torch.empty_like(value) if wants_value else None
     dbias = drelative_bias = dsinks = None
+    accumulate = {"dtype": problem.accumulate_dtype, "device": query.device}
     if wants_bias:
         # Expanded to no score at all, it would show the kernel nothing to write to.
         allocate = torch.empty if all(_scores_shape(problem)) else torch.zeros
-        dbias = allocate(mask.bias.shape, dtype=problem.accumulate_dtype)
+        dbias = allocate(mask.bias.shape, **accumulate)
     if wants_relative_bias:
-        drelative_bias = torch.empty(mask.relative_bias.shape, dtype=problem.accumulate_dtype)
+        drelative_bias = torch.empty(mask.relative_bias.shape, **accumulate)
     if wants_sinks:
-        dsinks = torch.empty(sinks.shape, dtype=problem.accumulate_dtype)
-    others = (
-        out,
-        lse,
-        dquery,
-        dkey,
-        dvalue,
-        None if dbias is None else dbias.expand(_scores_shape(problem)),
-        None if drelative_bias is None else drelative_bias.expand(problem.num_heads, -1),
-        dsinks,
-        _config(problem),
-        *_kernel_masks(problem, sinks, seed, mask),
-        torch.get_num_threads(),
-    )
+        dsinks = torch.empty(sinks.shape, **accumulate)
     try:
-        _C.backward(dout, dlse, query, key, value, *others)
+        _C.backward(
+            dout,
+            dlse,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            dquery,
+            dkey,
+            dvalue,
+            None if dbias is None else dbias.expand(_scores_shape(problem)),
+            None if drelative_bias is None else drelative_bias.expand(problem.num_heads, -1),
+            dsinks,
+            _config(problem),
+            *(_NO_KERNEL_MASKS if problem.is_plain else _kernel_masks(problem, sinks, seed, mask)),
+            torch.get_num_threads(),
+        )
     except ValueError as error:
         dout, query, key, value = _with_unit_strides(error, dout, query, key, value)
-        _C.backward(dout, dlse, query, key, value, *others)
+        return backward(problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, mask)
     return Gradients(
         dquery,
         dkey,
@@ -141,8 +156,6 @@ def _kernel_masks(
     problem: AttentionProblem, sinks: Tensor | None, seed: Tensor | None, mask: MaskSpec
 ) -> tuple[Tensor | None, ...]:
     """The mask arguments of `_C`: masks as views of the scores' shape, small ones in the accumulate dtype."""
-    if problem.is_plain:
-        return _NO_KERNEL_MASKS
     accumulate = problem.accumulate_dtype
     bias = mask.bias
     if bias is not None:
@@ -172,4 +185,5 @@ def _with_unit_strides(error: ValueError, *tensors: Tensor) -> list[Tensor]:
     """The kernels take any strides but the last; only such tensors are copied. Without any, the error is raised."""
     if all(x.stride(-1) == 1 for x in tensors):
         raise error
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    # Not .contiguous(), which leaves empty tensors and last dimensions of size 1 as they are.
+    return [x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format) for x in tensors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     layout_of_query = query
     # Autocast has had its say on the inputs; the formula itself computes in the accumulate dtype.
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query.device):
         query, key, value, sink = _to_compute(problem, query, key, value, sinks, mask)
         weights, lse, _ = _softmax(problem, query, key, sink, mask)
         if problem.dropout_p:
@@ -59,7 +60,7 @@ def backward(
     Everything is recomputed: ``out`` and ``lse`` may come without their history.
     """
     layouts = query, key, value
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query.device):
         query, key, value, sink = _to_compute(problem, query, key, value, sinks, mask)
         weights, lse, dcap = _softmax(problem, query, key, sink, mask)
         dout = dout.to(problem.accumulate_dtype)
@@ -92,6 +93,12 @@ def backward(
             for x, like in zip((dquery, dkey, dvalue), layouts, strict=True)
         )
         return Gradients(*dinputs, dbias, drelative_bias, dsinks)
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class Softmax(NamedTuple):

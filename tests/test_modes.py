@@ -1,0 +1,108 @@
+"""Whoever watches operators must see attention, and modes around a call must not change its result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention.bias import causal_lower_right
+
+from fused_attn import fused_attention
+
+pytestmark = pytest.mark.quick
+
+
+def inputs(*shape: int, **options) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).requires_grad_(**options) for _ in range(3)]
+
+
+def test_jit_trace_records_attention():
+    first, second = inputs(1, 2, 5, 8, requires_grad=False), inputs(1, 2, 5, 8, requires_grad=False)
+    second = [x + 1 for x in second]
+    traced = torch.jit.trace(fused_attention, first, check_trace=False)
+    assert torch.equal(traced(*second), fused_attention(*second))
+
+
+def test_make_fx_records_attention():
+    first = inputs(1, 2, 5, 8, requires_grad=False)
+    graph = make_fx(lambda q, k, v: fused_attention(q, k, v, is_causal=True))(*first)
+    second = [x + 1 for x in first]
+    assert torch.equal(graph(*second), fused_attention(*second, is_causal=True))
+
+
+def test_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        query, key, value = (mode.from_tensor(x) for x in inputs(1, 2, 5, 8, requires_grad=False))
+        assert fused_attention(query, key, value).shape == (1, 2, 5, 8)
+
+
+def test_parameters_are_plain_enough():
+    query, key, value = (torch.nn.Parameter(x.detach()) for x in inputs(1, 2, 5, 8))
+    grads = torch.autograd.grad(fused_attention(query, key, value).sum(), (query, key, value))
+    expected = torch.autograd.grad(fused_attention(query, key, value, backend="reference").sum(), (query, key, value))
+    for grad, right in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, right)
+
+
+def test_default_device_is_not_the_tensors_device():
+    query, key, value = inputs(1, 2, 5, 8)
+    bias = torch.zeros(5, 5, requires_grad=True)
+    expected = torch.autograd.grad(fused_attention(query, key, value, bias).sum(), (query, bias))
+    torch.set_default_device("meta")
+    try:
+        actual = torch.autograd.grad(fused_attention(query, key, value, bias).sum(), (query, bias))
+    finally:
+        torch.set_default_device(None)
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_meta_tensors_have_shapes():
+    query, key, value = (x.to("meta") for x in inputs(1, 2, 5, 8))
+    assert fused_attention(query, key, value).shape == (1, 2, 5, 8)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 8), (2, 0, 5, 8), (2, 4, 0, 8)], ids=str)
+def test_backward_of_nothing(shape):
+    leaves = inputs(*shape)
+    fused_attention(*leaves).sum().backward()
+    assert all(x.grad.shape == x.shape for x in leaves)
+
+
+def test_forward_of_nothing_transposed():
+    empty = torch.randn(0, 4, 8, 5).transpose(-1, -2)
+    assert fused_attention(empty, empty, empty).shape == (0, 4, 5, 8)
+
+
+def test_causal_bias_of_another_size_is_refused():
+    query, key, value = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8)
+    with pytest.raises(ValueError, match=r"attn_mask: expected a causal bias for .*\(1, 6\), got one for \(1, 5\)"):
+        fused_attention(query, key, value, causal_lower_right(1, 5))
+
+
+def test_half_precision_masks_are_not_added_in_half_precision():
+    query, key, value = (x.half() for x in inputs(1, 1, 4, 16, requires_grad=False))
+    large = torch.full((4, 4), 60000.0).half()
+    out = fused_attention(query, key, value, large, key_padding_mask=torch.full((1, 4), 60000.0).half())
+    assert out.isfinite().all()
+
+
+def test_vmap_over_float_padding():
+    x, padding = torch.randn(3, 2, 4, 8, 16), torch.zeros(3, 2, 8)
+    padding[:, :, 5:] = float("-inf")
+
+    def attention(x, padding):
+        return fused_attention(x, x, x, key_padding_mask=padding)
+
+    batched = torch.func.vmap(attention)(x, padding)
+    torch.testing.assert_close(batched, torch.stack([attention(*pair) for pair in zip(x, padding, strict=True)]))
+
+
+def test_checks_do_not_depend_on_earlier_calls():
+    query, key, value = inputs(1, 2, 5, 8, requires_grad=False)
+    fused_attention(query, key, value, is_causal=True)
+    with pytest.raises(TypeError, match="is_causal: expected a bool, got int 1"):
+        fused_attention(query, key, value, is_causal=1)
