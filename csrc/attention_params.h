@@ -47,12 +47,13 @@ struct AttentionParams {
   int64_t window_right = kUnbounded;
   int64_t diagonal_offset = 0;
 
-  TensorView key_padding;    // (B, 1, 1, S) bytes, nonzero = KEEP, any column stride; a dropped key is never loaded
-  TensorView mask;           // (B, H, L, S) bytes, nonzero = attend, any stride
-  TensorView bias;           // (B, H, L, S) of bias_dtype, any stride
+  TensorView key_padding;  // (B, 1, 1, S) bytes, nonzero = KEEP, any column stride; a dropped key is never loaded
+  TensorView mask;         // (B, H, L, S) bytes, nonzero = attend, any stride
+  TensorView bias;         // (B, H, L, S) of bias_dtype, any stride
   DType bias_dtype = DType::kFloat32;  // dtype, or the accumulate type
-  TensorView relative_bias;  // (1, H, 1, L + S - 1), accumulate type: bias of (i, j) is column j - i + L - 1; stride_head may be 0
-  TensorView sinks;          // (1, H, 1, 1), accumulate type: a logit that joins the denominator only
+  TensorView
+      relative_bias;  // (1, H, 1, L + S - 1), accumulate type: bias of (i, j) is column j - i + L - 1; stride_head may be 0
+  TensorView sinks;  // (1, H, 1, 1), accumulate type: a logit that joins the denominator only
 
   // Dropout keeps (b, h, i, j) iff its Philox word >= dropout_threshold, and multiplies what it keeps by dropout_scale.
   bool has_dropout = false;

@@ -468,6 +468,14 @@ void backward(PyObject* const* args) {
   check_sinks(dsinks, problem);
   params.dsinks = per_head_view(dsinks);
 
+  const auto check_input = [](const TensorView& gradient, const TensorView& input, const char* name) {
+    if (gradient.data != nullptr && input.data == nullptr)
+      throw py::value_error(std::string("d") + name + ": expected None, as " + name + " is None");
+  };
+  check_input(params.dbias, params.bias, "bias");
+  check_input(params.drelative_bias, params.relative_bias, "relative_bias");
+  check_input(params.dsinks, params.sinks, "sinks");
+
   run(cpu::kernels().backward, problem);
 }
 

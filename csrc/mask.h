@@ -28,18 +28,9 @@ struct Band {
   FUSED_ATTN_HOST_DEVICE int64_t first_query(int64_t j) const { return j - offset - right; }
   FUSED_ATTN_HOST_DEVICE int64_t last_query(int64_t j) const { return j - offset + left; }
 
-  FUSED_ATTN_HOST_DEVICE bool visible(int64_t i, int64_t j) const {
-    return first_key(i) <= j && j <= last_key(i);
-  }
-
   // Whether every query of [i_first, i_last] sees every key of [j_first, j_last].
   FUSED_ATTN_HOST_DEVICE bool all_visible(int64_t i_first, int64_t i_last, int64_t j_first, int64_t j_last) const {
     return first_key(i_last) <= j_first && j_last <= last_key(i_first);
-  }
-
-  // Whether some query of [i_first, i_last] sees some key of [j_first, j_last].
-  FUSED_ATTN_HOST_DEVICE bool any_visible(int64_t i_first, int64_t i_last, int64_t j_first, int64_t j_last) const {
-    return left + right >= 0 && first_key(i_first) <= j_last && j_first <= last_key(i_last);
   }
 };
 

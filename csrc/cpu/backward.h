@@ -36,14 +36,20 @@ FA_INLINE BackwardPlan plan_backward(const AttentionParams& p) {
   // Twice as many items as threads, so that the uneven chunks of a causal problem balance; at least 128 keys a chunk.
   const int64_t wanted = plan.groups > 0 ? (2 * p.num_threads + plan.groups - 1) / plan.groups : 1;
   const int64_t possible = (p.seqlen_k + 127) / 128;
+  // Every chunk has a dq of its own, so that without a bound a large problem would need several times its own memory.
+  constexpr int64_t kPartialBytes = int64_t{256} << 20;
+  const int64_t dquery_bytes = p.batch * p.num_heads * p.seqlen_q * p.head_dim * static_cast<int64_t>(sizeof(double));
+  const int64_t affordable = dquery_bytes > 0 ? kPartialBytes / dquery_bytes : possible;
   plan.chunks = wanted < possible ? wanted : possible;
+  if (plan.chunks > affordable) plan.chunks = affordable;
   if (plan.chunks < 1 || (has_dbias && p.dbias.stride_col == 0)) plan.chunks = 1;
   plan.chunk_keys = round_up((p.seqlen_k + plan.chunks - 1) / plan.chunks, 64);
   if (plan.chunk_keys > 0) plan.chunks = (p.seqlen_k + plan.chunk_keys - 1) / plan.chunk_keys;
   return plan;
 }
 
-// Partial sums that more than one item adds to; a second pass sums them in a fixed order.
+// Partial sums that more than one item adds to; a second pass sums them in a fixed order. Results depend on the number of
+// threads through the number of chunks, but never on which thread did what.
 template <class Lane>
 struct BackwardPartials {
   Lane* dquery = nullptr;          // [chunk][batch][head][seqlen_q][row_dquery], when there is more than one chunk
@@ -185,7 +191,7 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   const Lane* lse_rows = row_of<const Lane>(p.lse, b, h, row);
   const Lane* dlse_rows = p.dlse.data != nullptr ? row_of<const Lane>(p.dlse, b, h, row) : nullptr;
 
-  // delta is summed in the order of V . dO^T: where a row sees one key, the two must cancel exactly.
+  // delta is summed in the order of V . dO^T: where a row sees one key and nothing is dropped, the two must cancel exactly.
   pack_columns<P, kBlockQ>(row_of<const Storage>(p.out, b, h, row), p.out.stride_row, nq, value_dim, s.out);
   for (int q = 0; q < nq; q += n) {
     Vec<Lane> delta = {};
@@ -396,6 +402,16 @@ FA_INLINE void clear_outside(Lane* tile, int k, VectorRange range, int vectors) 
   }
 }
 
+// Zeros the lanes of queries that do not exist: an infinite key makes them NaN, and sums over queries read whole vectors.
+template <class Lane>
+FA_INLINE void clear_beyond(Lane* tile, int keys, int nq) {
+  const int end = static_cast<int>(round_up(nq, kLanes<Lane>));
+  if (nq == end) return;
+  for (int k = 0; k < keys; ++k) {
+    for (int q = nq; q < end; ++q) tile[k * kBlockQ + q] = 0;
+  }
+}
+
 // rows[q][d] = factor * columns[d][q], as elements of type Out.
 template <class Out, class Lane>
 FA_NOINLINE void write_transposed(const Lane* columns, int nq, int dim, Lane factor, Out* rows, int64_t stride_row) {
@@ -565,6 +581,7 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
         outer_block<P>(s.summed_key_rows, head_dim, s.dscore_pairs, ones, s.key.ranges, tiles, keys.count, vectors,
                        s.dquery);
       }
+      if (s.dbias != nullptr) clear_beyond<Lane>(s.dbias, keys.count, nq);
       if (p.dbias.data != nullptr) accumulate_dbias<Lane>(p.dbias, b, h, q_begin, nq, keys, s.dbias);
       if (p.drelative_bias.data != nullptr) {
         Lane* partial = item.partials.drelative_bias + head_index(p, item.chunk, b, h) * item.partials.row_relative;
@@ -687,7 +704,7 @@ void reduce_dquery(const AttentionParams& p, const BackwardPlan& plan,
 // Sums the partial gradients of the relative bias over chunks and batch entries (and heads, if they share it), in order.
 template <class Lane>
 void reduce_drelative(const AttentionParams& p, const BackwardPlan& plan, const BackwardPartials<Lane>& partials) {
-  const int64_t columns = p.seqlen_q + p.seqlen_k - 1;
+  const int64_t columns = relative_columns(p);
   const TensorView& view = p.drelative_bias;
   for (int64_t h = 0; h < p.num_heads; ++h) {
     Lane* target = row_of<Lane>(view, 0, h, 0);

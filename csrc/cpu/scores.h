@@ -15,10 +15,14 @@ struct RelativeBias {
   int64_t stride_head = 0;
 };
 
-// One vector block of queries may reach past seqlen_q.
-FA_INLINE int64_t relative_row(const AttentionParams& p) {
-  return round_up(p.seqlen_q + p.seqlen_k - 1 + kBlockQ, kCacheLine);
+// No pair of positions, no bias.
+FA_INLINE int64_t relative_columns(const AttentionParams& p) {
+  const int64_t columns = p.seqlen_q + p.seqlen_k - 1;
+  return columns < 0 ? 0 : columns;
 }
+
+// One vector block of queries may reach past seqlen_q.
+FA_INLINE int64_t relative_row(const AttentionParams& p) { return round_up(relative_columns(p) + kBlockQ, kCacheLine); }
 
 FA_INLINE int64_t relative_heads(const AttentionParams& p, const TensorView& view) {
   return view.stride_head == 0 ? 1 : p.num_heads;
@@ -35,7 +39,7 @@ RelativeBias<Lane> make_relative_bias(const AttentionParams& p, char* memory) {
   RelativeBias<Lane> result;
   if (p.relative_bias.data == nullptr) return result;
   Lane* data = reinterpret_cast<Lane*>(memory);
-  const int64_t columns = p.seqlen_q + p.seqlen_k - 1;
+  const int64_t columns = relative_columns(p);
   const int64_t row = relative_row(p);
   const int64_t heads = relative_heads(p, p.relative_bias);
   for (int64_t h = 0; h < heads; ++h) {
@@ -266,7 +270,8 @@ ScoreInputs<P> score_inputs(const AttentionParams& p, const RelativeBias<typenam
   if (relative.data != nullptr) {
     in.relative_bias = relative.data + h * relative.stride_head + q_begin + p.seqlen_k - 1;
   }
-  in.raw = p.scale > 0 && !(p.softcap > 0) && p.bias.data == nullptr && p.relative_bias.data == nullptr;
+  // Not a scale so small that it, as a lane, is zero or denormal: a hidden score would become -inf * 0.
+  in.raw = p.scale > 1e-30 && !(p.softcap > 0) && p.bias.data == nullptr && p.relative_bias.data == nullptr;
   return in;
 }
 

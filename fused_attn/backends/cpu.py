@@ -50,6 +50,8 @@ def forward(
     mask: MaskSpec,
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if query.is_neg() or key.is_neg() or value.is_neg():
+        query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
     is_same = problem.value_dim == problem.head_dim
     out = torch.empty_like(query) if is_same else empty_like_layout(query, problem.value_dim)
     batch, heads, rows, _ = query.shape
@@ -87,6 +89,9 @@ def backward(
     seed: Tensor | None,
     mask: MaskSpec,
 ) -> Gradients:
+    # Views such as x.conj().imag keep their sign apart from their data, which is all that a kernel sees.
+    dout, query, key, value = dout.resolve_neg(), query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
+    dlse = None if dlse is None else dlse.resolve_neg()
     wants_query, wants_key, wants_value, wants_bias, wants_relative_bias, wants_sinks = wanted
     dquery = torch.empty_like(query) if wants_query else None
     dkey = torch.empty_like(key) if wants_key else None
@@ -159,18 +164,19 @@ def _kernel_masks(
     accumulate = problem.accumulate_dtype
     bias = mask.bias
     if bias is not None:
+        bias = bias.resolve_neg()
         if bias.dtype not in (problem.dtype, accumulate):
             bias = bias.to(accumulate)
         bias = bias.expand(_scores_shape(problem))
     relative_bias = mask.relative_bias
     if relative_bias is not None:
-        relative_bias = relative_bias.to(accumulate).contiguous().expand(problem.num_heads, -1)
+        relative_bias = relative_bias.resolve_neg().to(accumulate).contiguous().expand(problem.num_heads, -1)
     return (
         mask.key_padding,
         None if mask.mask is None else mask.mask.expand(_scores_shape(problem)),
         bias,
         relative_bias,
-        None if sinks is None else sinks.to(accumulate).contiguous(),
+        None if sinks is None else sinks.resolve_neg().to(accumulate).contiguous(),
         seed,
         mask.cu_seqlens_q,
         mask.cu_seqlens_k,

@@ -1,7 +1,7 @@
 """Modules: `torch.nn.MultiheadAttention`, `torch.nn.Transformer*` and what is built of them, on the fused kernel."""
 
 from fused_attn.nn.attention import FusedMultiheadAttention
-from fused_attn.nn.cache import KVCache
+from fused_attn.nn.cache import CrossAttentionCache, KVCache, LayerCache, SelfAttentionCache
 from fused_attn.nn.convert import convert_attention
 from fused_attn.nn.positions import RotaryEmbedding, T5RelativeBias
 from fused_attn.nn.seq2seq import Seq2SeqTransformer
@@ -14,9 +14,12 @@ from fused_attn.nn.transformer import (
 )
 
 __all__ = [
+    "CrossAttentionCache",
     "FusedMultiheadAttention",
     "KVCache",
+    "LayerCache",
     "RotaryEmbedding",
+    "SelfAttentionCache",
     "Seq2SeqTransformer",
     "T5RelativeBias",
     "Transformer",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_attn.api import fused_attention
+from fused_attn.dispatch import BACKEND_NAMES
 from fused_attn.dropout import draw_seed
 from fused_attn.masks import causal_bias_offset
 from fused_attn.nn.positions import RotaryEmbedding
@@ -20,8 +21,9 @@ from fused_attn.nn.weights import attention_weights
 class AttentionCache(Protocol):
     """What `FusedMultiheadAttention` asks of a cache; `fused_attn.nn.cache` has the implementations.
 
-    A static cache (``is_static``) is filled once, with a memory that does not grow, and also has
-    ``get() -> (keys, values) or None``.
+    A static cache (``is_static``) is filled once, with a memory that does not grow: it also has
+    ``get(memory) -> (keys, values) or None``, which raises ValueError for another memory than the one it was filled
+    with, and is filled with ``update(key, value, memory)``.
     """
 
     is_static: bool
@@ -40,6 +42,16 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     Constructor, forward contract and state-dict keys are those of the parent class; what follows `dtype` is new.
     State dicts load both ways as long as the new options are off. For a query that may attend to nothing, where the
     parent can return NaN, the weights are zero, the output is the bias of ``out_proj`` and the gradients are zero.
+
+    Padded keys and values may hold anything, NaN included, as far as the output goes. The projections, however, see
+    every row of the inputs: NaN in a padded row still reaches the gradients of ``in_proj_weight``, as zero times NaN.
+
+    With a cache each call takes only the tokens that are new:
+
+    >>> cache = SelfAttentionCache()
+    >>> with torch.no_grad():
+    ...     for x in tokens:  # (1, N, E), or (N, 1, E) with batch_first
+    ...         out, _ = attention(x, x, x, need_weights=False, cache=cache)  # attends to all tokens so far
 
     Args:
         embed_dim: E.
@@ -86,6 +98,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
+        if num_kv_heads is not None and not isinstance(num_kv_heads, int):
+            raise TypeError(f"num_kv_heads: expected None or an int, got {type(num_kv_heads).__name__}")
         if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {num_kv_heads}")
         if relative_bias is not None and not callable(relative_bias):
@@ -101,7 +115,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         self.num_kv_heads = num_kv_heads or num_heads
         self.rotary = _rotary(rotary, self.head_dim)
         self.relative_bias = relative_bias
+        check_backend(backend)
         self.backend = backend
+        self._keep_off_fast_paths()
         if self.num_kv_heads != num_heads:
             self._drop_kv_rows()
             self._reset_parameters()
@@ -112,15 +128,20 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
         Raises:
             TypeError: module is something else.
+            ValueError: backend is no name of one.
         """
         if not isinstance(module, nn.MultiheadAttention) or isinstance(module, FusedMultiheadAttention):
             raise TypeError(f"module: expected a torch.nn.MultiheadAttention, got {type(module).__name__}")
+        check_backend(backend)
         fused = cls.__new__(cls)
         # The same dicts of parameters and hooks, so that optimizers and the handles of hooks stay valid.
         fused.__dict__.update(module.__dict__)
+        # What module.compile() has made calls the old module.
+        fused.__dict__.pop("_compiled_call_impl", None)
         fused.num_kv_heads = module.num_heads
         fused.rotary = fused.relative_bias = None
         fused.backend = backend
+        fused._keep_off_fast_paths()
         return fused
 
     def forward(
@@ -150,9 +171,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             average_attn_weights: the mean of the weights over the heads.
             is_causal: a hint that attn_mask is the causal mask. As in the parent class it is believed, and attn_mask
                 not read, unless weights are wanted or a key_padding_mask is given.
-            cache: keys and values of earlier calls. A self-attention cache makes the call causal: query i, at position
-                ``cache.length + i``, sees the rows up to its own; key_padding_mask then covers all rows so far. A
-                static one (``cache.is_static``) keeps the projections of the first `key` and `value` it meets.
+            cache: keys and values of earlier calls: a `SelfAttentionCache`, a `CrossAttentionCache` or the like. A
+                self-attention cache makes the call causal: query i, at position ``cache.length + i``, sees the rows up
+                to its own; key_padding_mask then covers all rows so far. A static one (``cache.is_static``) keeps the
+                projections of the first `key` and `value` it meets, and later calls must bring the same `key`.
 
         Returns:
             The output, laid out as query, and with need_weights the weights, after dropout: (N, L, S), or
@@ -161,10 +183,14 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
         Raises:
             AssertionError, RuntimeError: the inputs do not fit, where the parent class raises them.
-            ValueError: the cache does not fit the call.
+            TypeError: query, key or value is no tensor, or the cache is none of an attention module.
+            ValueError: the cache does not fit the call, or key is not what a static one was filled with.
         """
         self._check_inputs(query, key, value, key_padding_mask, attn_mask)
-        is_batched, is_self, shares_kv = query.dim() == 3, query is key and key is value, key is value
+        self._check_cache(cache)
+        stored = cache.get(key) if cache is not None and cache.is_static else None
+        memory, is_batched = key, query.dim() == 3
+        is_self, shares_kv = query is key and key is value, key is value
         if not is_batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
@@ -173,8 +199,14 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
         is_growing = cache is not None and not cache.is_static
         position = cache.length if is_growing else 0
-        self._check_cache(cache)
-        q, k, v = self._query_key_value(query, key, value, is_self, shares_kv, seq_dim, position, cache)
+        if stored is not None:
+            q, k, v = self._split_heads(self._project_query(query), seq_dim), *stored
+        else:
+            q, k, v = self._project(query, key, value, is_self, shares_kv)
+            q, k = self._split_heads(q, seq_dim, position), self._split_heads(k, seq_dim, position)
+            v = self._split_heads(v, seq_dim)
+            if cache is not None:
+                k, v = cache.update(k, v) if is_growing else cache.update(k, v, memory)
         if k.shape[0] != batch:
             raise RuntimeError(f"key: expected the batch size of query, {batch}, got {k.shape[0]}")
 
@@ -218,6 +250,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
     ) -> None:
         """Raises AssertionError, as the parent does, where the inputs do not belong together."""
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
         if query.is_nested or key.is_nested or value.is_nested:
             raise AssertionError(
                 "query, key, value: expected padded tensors with a key_padding_mask, got a nested tensor"
@@ -230,7 +265,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 raise AssertionError(f"{name}: expected {rank} dimensions, as query has, got shape {tuple(x.shape)}")
         if query.shape[-1] != self.embed_dim:
             raise AssertionError(f"query: expected embed_dim={self.embed_dim} features, got {query.shape[-1]}")
-        same = slice(None) if self._qkv_same_embed_dim else slice(-1)
+        same = slice(None) if self.in_proj_weight is not None else slice(-1)
         if key.shape[same] != value.shape[same]:
             raise AssertionError(f"value: expected the sizes of key, {tuple(key.shape)}, got {tuple(value.shape)}")
         if key_padding_mask is not None:
@@ -248,30 +283,14 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 )
 
     def _check_cache(self, cache: AttentionCache | None) -> None:
+        if cache is not None and not hasattr(cache, "is_static"):
+            raise TypeError(
+                f"cache: expected a layer's cache such as cache.layers[i].self_attention, got {type(cache).__name__}"
+            )
         if cache is not None and self._num_appended:
             raise ValueError("cache: expected None in a module with add_bias_kv or add_zero_attn, got a cache")
         if cache is not None and cache.is_static and (self.rotary is not None or self.relative_bias is not None):
             raise ValueError("cache: expected none that is static in a module with rotary or relative_bias, got one")
-
-    def _query_key_value(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        is_self: bool,
-        shares_kv: bool,
-        seq_dim: int,
-        position: int,
-        cache: AttentionCache | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q (N, H, L, D), k and v (N, Hkv, S, D), where S counts the rows of the cache."""
-        stored = cache.get() if cache is not None and cache.is_static else None
-        if stored is not None:
-            return self._split_heads(self._project_query(query), seq_dim), *stored
-        q, k, v = self._project(query, key, value, is_self, shares_kv)
-        q, k = self._split_heads(q, seq_dim, position), self._split_heads(k, seq_dim, position)
-        v = self._split_heads(v, seq_dim)
-        return (q, k, v) if cache is None else (q, *cache.update(k, v))
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool
@@ -361,6 +380,25 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         """The mask (..., S) with columns for the appended rows: False or 0.0, hence visible in either kind of mask."""
         return F.pad(mask, (0, self._num_appended)) if mask is not None and self._num_appended else mask
 
+    def _keep_off_fast_paths(self) -> None:
+        # `nn.TransformerEncoderLayer` and `nn.TransformerEncoder` have inference paths that compute plain attention
+        # from the parameters, without a call of this module; they leave alone a module with this flag unset. Whether
+        # the projections are packed is in_proj_weight's to say.
+        self._qkv_same_embed_dim = False
+
+    def _reset_parameters(self) -> None:
+        # The parent's, which reads the flag.
+        packed = self.in_proj_weight
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if packed is None else (packed,)
+        for weight in weights:
+            nn.init.xavier_uniform_(weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        for row in (self.bias_k, self.bias_v):
+            if row is not None:
+                nn.init.xavier_normal_(row)
+
     def _drop_kv_rows(self) -> None:
         """Shrinks the parameters of the parent class to num_kv_heads heads of keys and values."""
         kv_dim = self.num_kv_heads * self.head_dim
@@ -410,6 +448,12 @@ def _cached_mask(attn_mask: Tensor | None, is_causal: bool, position: int, seqle
     from torch.nn.attention.bias import causal_lower_right
 
     return _Mask(causal_lower_right(seqlen_q, position + seqlen_q), position)
+
+
+def check_backend(backend: str | None) -> None:
+    """Raises ValueError if there is no such backend. Whether it can run a call depends on the call."""
+    if backend is not None and backend not in BACKEND_NAMES:
+        raise ValueError(f"backend: expected None or one of {BACKEND_NAMES}, got {backend!r}")
 
 
 def _check_mask_dtype(name: str, mask: Tensor) -> None:

@@ -20,15 +20,15 @@ class SelfAttentionCache:
     Rows are written into a buffer that doubles when it is full (or that has max_length rows from the start), so that a
     step copies its own rows and, on average, no more than one older row for each of them.
 
-    With gradients enabled and inputs that require them, every step concatenates instead: autograd needs the tensors
-    of earlier steps unchanged.
+    With gradients enabled every step concatenates instead, which copies all rows: autograd needs the tensors of earlier
+    steps unchanged, be it only for the gradient of a query. So decode under ``torch.no_grad()`` where none is wanted.
     """
 
     is_static = False
 
     def __init__(self, max_length: int | None = None):
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length: expected None or at least 1, got {max_length}")
+        if max_length is not None:
+            _check_count("max_length", max_length)
         self.length = 0
         self._max_length = max_length
         self._keys: Tensor | None = None  # (B, Hkv, capacity, D)
@@ -55,7 +55,7 @@ class SelfAttentionCache:
         length = self.length + key.shape[2]
         if self._max_length is not None and length > self._max_length:
             raise ValueError(f"key: expected at most max_length={self._max_length} rows in the cache, got {length}")
-        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+        if torch.is_grad_enabled():
             self._keys, self._values = self._concatenated(self._keys, key), self._concatenated(self._values, value)
         else:
             self._keys, self._values = self._appended(self._keys, key), self._appended(self._values, value)
@@ -96,18 +96,34 @@ class CrossAttentionCache:
 
     def __init__(self):
         self._pair: tuple[Tensor, Tensor] | None = None
+        self._memory: Tensor | None = None
 
     @property
     def length(self) -> int:
         """Rows of the memory; 0 before the first step."""
         return 0 if self._pair is None else self._pair[0].shape[2]
 
-    def get(self) -> tuple[Tensor, Tensor] | None:
-        """(keys (B, Hkv, S, D), values (B, Hkv, S, Dv)), or None before the first step."""
+    def get(self, memory: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """(keys (B, Hkv, S, D), values (B, Hkv, S, Dv)), or None before the first step.
+
+        Args:
+            memory: what this step would compute them from. If it is another tensor than that of the step before, its
+                values are compared, for which a GPU is waited for; after `reorder` or in a traced graph only sizes are.
+
+        Raises:
+            ValueError: it is not the memory that the cache was filled with.
+        """
+        if self._pair is not None and memory is not None:
+            self._check_memory(memory)
         return self._pair
 
-    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fill the cache with the keys (B, Hkv, S, D) and values (B, Hkv, S, Dv) of the memory, and return them.
+
+        Args:
+            key: (B, Hkv, S, D).
+            value: (B, Hkv, S, Dv).
+            memory: what they were computed from, kept for `get` to compare.
 
         Raises:
             ValueError: the shapes do not belong together.
@@ -116,13 +132,31 @@ class CrossAttentionCache:
         _check_pair(key, value)
         if self._pair is not None:
             raise RuntimeError("cross_attention cache: filled already; use a new KVCache for another memory")
-        self._pair = key, value
+        self._pair, self._memory = (key, value), memory
         return self._pair
 
     def reorder(self, indices: Tensor) -> None:
         """Batch entry n becomes what entry ``indices[n]`` was; see `KVCache.reorder`."""
         if self._pair is not None:
             self._pair = tuple(x.index_select(0, indices) for x in self._pair)
+            self._memory = None  # the next step brings the one in the new order
+
+    def _check_memory(self, memory: Tensor) -> None:
+        if memory is self._memory:
+            return
+        batch, length = self._pair[0].shape[0], self.length
+        sizes = tuple(memory.shape[:-1])
+        if sizes not in ((batch, length), (length, batch)) and not (batch == 1 and sizes == (length,)):
+            raise ValueError(
+                f"memory: expected batch size {batch} and length {length}, as in the cache, got shape "
+                f"{tuple(memory.shape)}; use a new cache for another memory"
+            )
+        if self._memory is not None and not torch.compiler.is_compiling() and not _is_equal(memory, self._memory):
+            raise ValueError(
+                f"memory: expected the one that the cache was filled with, got another of shape {tuple(memory.shape)}; "
+                "use a new cache for another memory"
+            )
+        self._memory = memory
 
 
 class LayerCache:
@@ -145,12 +179,11 @@ class KVCache:
         max_length: the longest target. The buffers then have this size from the start; by default they grow.
 
     Raises:
-        ValueError: a number below 1.
+        TypeError, ValueError: a number that is no int, or below 1.
     """
 
     def __init__(self, num_layers: int, max_length: int | None = None):
-        if num_layers < 1:
-            raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
+        _check_count("num_layers", num_layers)
         self.layers = [LayerCache(max_length) for _ in range(num_layers)]
 
     def __len__(self) -> int:
@@ -171,8 +204,11 @@ class KVCache:
                 hypotheses change places among the beams of one source.
 
         Raises:
+            TypeError: indices is no tensor.
             ValueError: indices has another shape or dtype.
         """
+        if not isinstance(indices, Tensor):
+            raise TypeError(f"indices: expected a tensor of shape (B,), got {type(indices).__name__}")
         if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"indices: expected integers of shape (B,), got {indices.dtype} of shape {tuple(indices.shape)}"
@@ -181,6 +217,20 @@ class KVCache:
             layer.self_attention.reorder(indices)
             if include_cross_attention:
                 layer.cross_attention.reorder(indices)
+
+
+def _check_count(name: str, count: int) -> None:
+    if not isinstance(count, int):
+        raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
+    if count < 1:
+        raise ValueError(f"{name}: expected at least 1, got {count}")
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    """Of one dtype, device and shape, with the same values; NaN, which padding may hold, equals NaN."""
+    if (a.dtype, a.device, a.shape) != (b.dtype, b.device, b.shape):
+        return False
+    return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _check_pair(key: Tensor, value: Tensor) -> None:

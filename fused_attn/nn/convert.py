@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 
 from torch import nn
-from torch.nn.utils import parametrize
 
-from fused_attn.nn.attention import FusedMultiheadAttention
+from fused_attn.nn.attention import FusedMultiheadAttention, check_backend
 from fused_attn.nn.transformer import (
     TransformerDecoder,
     TransformerDecoderLayer,
@@ -25,10 +24,11 @@ def convert_attention(model: nn.Module, backend: str | None = None) -> nn.Module
     Torch's encoder layers have an inference path that computes attention without calling their attention module. An
     `nn.TransformerEncoderLayer`, `nn.TransformerEncoder`, `nn.TransformerDecoderLayer` or `nn.TransformerDecoder`
     whose attention has been replaced therefore becomes an instance of the subclass of that name in `fused_attn`, with
-    all its attributes. In instances of other subclasses only the inference path is switched off.
+    all its attributes. Instances of other subclasses keep their class; they, too, call the new attention.
 
-    Subclasses of `nn.MultiheadAttention` with a forward of their own and parametrised modules are left alone, with a
-    warning that names them.
+    Instances of subclasses of `nn.MultiheadAttention`, which parametrised modules are, too, and those with a forward of
+    their own are left alone, with a warning that names them. A replaced module on which ``compile()`` was called is no
+    longer compiled.
 
     Args:
         model: any module.
@@ -36,43 +36,47 @@ def convert_attention(model: nn.Module, backend: str | None = None) -> nn.Module
 
     Returns:
         The model; a new module if the model itself is an `nn.MultiheadAttention`.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: backend is no name of one.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_backend(backend)
     fused: dict[nn.Module, FusedMultiheadAttention] = {}  # one module may be registered in several places
     left_alone = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.MultiheadAttention) or isinstance(module, FusedMultiheadAttention):
             continue
-        if type(module).forward is not nn.MultiheadAttention.forward or parametrize.is_parametrized(module):
+        if type(module) is not nn.MultiheadAttention or "forward" in vars(module):
             left_alone.append(f"{name or 'the model'} ({type(module).__name__})")
         else:
             fused[module] = FusedMultiheadAttention.from_torch(module, backend)
     if left_alone:
         warnings.warn(
-            "convert_attention: left alone, because they are parametrised or have a forward of their own: "
-            + ", ".join(left_alone),
+            "convert_attention: left alone, because they are of a subclass, parametrised or with a forward of their "
+            "own: " + ", ".join(left_alone),
             stacklevel=2,
         )
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in fused:
                 parent._modules[name] = fused[child]
-    _switch_off_fast_paths(model)
+    _convert_layers(model)
     return fused.get(model, model)
 
 
-def _switch_off_fast_paths(model: nn.Module) -> None:
+def _convert_layers(model: nn.Module) -> None:
     # Layers before stacks: what a stack becomes depends on its layers.
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and _is_fused(getattr(module, "self_attn", None)):
-            if type(module) is nn.TransformerEncoderLayer:
-                module.__class__ = TransformerEncoderLayer
-            elif not isinstance(module, TransformerEncoderLayer):
-                # The flag says whether the inference path knows the activation; the activation itself stays.
-                module.activation_relu_or_gelu = 0
+        if type(module) is nn.TransformerEncoderLayer and _is_fused(module.self_attn):
+            module.__class__ = TransformerEncoderLayer
         elif type(module) is nn.TransformerDecoderLayer and _is_fused(module.self_attn, module.multihead_attn):
             module.__class__ = TransformerDecoderLayer
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(map(_has_fused_attention, module.layers)):
+            # It was decided at construction, from the attention that was there.
             module.use_nested_tensor = False
             if type(module) is nn.TransformerEncoder:
                 module.__class__ = TransformerEncoder
@@ -80,7 +84,7 @@ def _switch_off_fast_paths(model: nn.Module) -> None:
             module.__class__ = TransformerDecoder
 
 
-def _is_fused(*attention: nn.Module | None) -> bool:
+def _is_fused(*attention: nn.Module) -> bool:
     return all(isinstance(module, FusedMultiheadAttention) for module in attention)
 
 

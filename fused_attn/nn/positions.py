@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fused_attn.relative_bias import t5_relative_bias
+from fused_attn.relative_bias import check_buckets, t5_relative_bias
 
 
 class RotaryEmbedding(nn.Module):
@@ -59,6 +59,9 @@ class T5RelativeBias(nn.Module):
         num_heads: H.
         bidirectional: True for encoders, False for causal decoders.
         max_distance: all distances from here on share a bucket.
+
+    Raises:
+        ValueError: num_heads is below 1, there are too few buckets, or max_distance is too small for them.
     """
 
     def __init__(
@@ -71,6 +74,9 @@ class T5RelativeBias(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_buckets("num_buckets", num_buckets, bidirectional, max_distance)
+        if num_heads < 1:
+            raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
         self.bidirectional = bidirectional
         self.max_distance = max_distance
         self.weight = nn.Parameter(torch.zeros(num_buckets, num_heads, device=device, dtype=dtype))

@@ -75,8 +75,13 @@ class Seq2SeqTransformer(nn.Module):
     ):
         super().__init__()
         _check_vocabularies(src_vocab_size, tgt_vocab_size, pad_id, sos_id, eos_id, share_embeddings)
-        if max_len < 1:
-            raise ValueError(f"max_len: expected at least 1, got {max_len}")
+        for name, count in (
+            ("max_len", max_len),
+            ("num_encoder_layers", num_encoder_layers),
+            ("num_decoder_layers", num_decoder_layers),
+        ):
+            if count < 1:
+                raise ValueError(f"{name}: expected at least 1, got {count}")
         if positional not in POSITIONAL:
             raise ValueError(f"positional: expected one of {POSITIONAL}, got {positional!r}")
         self.d_model, self.max_len = d_model, max_len
@@ -130,12 +135,27 @@ class Seq2SeqTransformer(nn.Module):
         self.encoder = TransformerEncoder(encoder_layer, num_encoder_layers, norms[0])
         self.decoder = TransformerDecoder(decoder_layer, num_decoder_layers, norms[1])
         self.generator = nn.Linear(d_model, tgt_vocab_size, **factory)
-        self.reset_parameters()
-        if tie_generator:
-            self.generator.weight = self.tgt_embedding.weight
+        self._tie_generator = tie_generator
+        self._init_weights()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform matrices as in `torch.nn.Transformer`; embeddings of unit variance once scaled."""
+        """Xavier-uniform matrices as in `torch.nn.Transformer`; embeddings of unit variance once scaled.
+
+        Everything is filled, positions included, so that a model made with ``device="meta"`` can be used after
+        ``to_empty(device=...)`` and this.
+        """
+        modules = [*self.encoder.modules(), *self.decoder.modules()]
+        for module in modules:
+            if isinstance(module, (nn.Linear, nn.LayerNorm)):
+                module.reset_parameters()
+        # After their out_proj, whose bias starts at zero.
+        for module in modules:
+            if isinstance(module, FusedMultiheadAttention):
+                module._reset_parameters()
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """What the constructors of the layers have not done."""
         for stack in (self.encoder, self.decoder):
             for parameter in stack.parameters():
                 if parameter.dim() > 1:
@@ -147,7 +167,15 @@ class Seq2SeqTransformer(nn.Module):
         for positions in (self.src_positions, self.tgt_positions):
             if isinstance(positions, nn.Parameter):
                 nn.init.normal_(positions, std=0.02)
-        self.generator.reset_parameters()
+            elif positions is not None:
+                factory = {"device": positions.device, "dtype": positions.dtype}
+                positions.copy_(sinusoidal_positions(self.max_len, self.d_model, **factory))
+        if self._tie_generator:
+            self.generator.weight = self.tgt_embedding.weight  # again, since to_empty unties them
+            bound = self.d_model**-0.5  # as in nn.Linear
+            nn.init.uniform_(self.generator.bias, -bound, bound)
+        else:
+            self.generator.reset_parameters()
 
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
         """Logits of the token that follows each target token.
@@ -236,14 +264,17 @@ class Seq2SeqTransformer(nn.Module):
             generator: source of the random numbers; default: torch's.
 
         Returns:
-            tokens (B, N), N <= max_new_tokens: without ``sos_id``, with ``eos_id``, and ``pad_id`` after it.
+            tokens (B, N), N <= max_new_tokens: without ``sos_id``, with ``eos_id``, and ``pad_id`` after it. For an
+            empty batch N is 0.
 
         Raises:
             TypeError, ValueError: an argument is out of range or does not go with the others.
         """
-        self._check_generate(max_new_tokens, num_beams, do_sample, temperature, top_k, top_p)
+        self._check_generate(max_new_tokens, num_beams, do_sample, temperature, top_k, top_p, length_penalty)
         with _evaluating(self):
             memory, padding = self.encode(src)
+            if not src.shape[0]:
+                return torch.empty(0, 0, dtype=torch.int64, device=memory.device)
             if num_beams > 1:
                 return self._beam_search(memory, padding, max_new_tokens, num_beams, length_penalty)
 
@@ -317,8 +348,7 @@ class Seq2SeqTransformer(nn.Module):
             cache.reorder((first_row + beam.gather(1, best)).flatten(), include_cross_attention=False)
 
         tokens = torch.where(ended_scores[:, :1] > MINUS_INF, ended[:, 0], live[:, 0])
-        longest = int((tokens != self.pad_id).sum(dim=1).amax()) if batch else 0
-        return tokens[:, :longest]
+        return tokens[:, : int((tokens != self.pad_id).sum(dim=1).amax())]
 
     def _next_logits(self, newest: Tensor, memory: Tensor, padding: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V), at least float32, of what follows the newest tokens (B,)."""
@@ -356,7 +386,11 @@ class Seq2SeqTransformer(nn.Module):
         temperature: float,
         top_k: int | None,
         top_p: float | None,
+        length_penalty: float,
     ) -> None:
+        for name, count in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams), ("top_k", top_k)):
+            if not isinstance(count, int) and not (name == "top_k" and count is None):
+                raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
         if not 1 <= max_new_tokens <= self.max_len:
             raise ValueError(f"max_new_tokens: expected 1 to max_len={self.max_len}, got {max_new_tokens}")
         if num_beams < 1:
@@ -374,6 +408,8 @@ class Seq2SeqTransformer(nn.Module):
             raise ValueError(f"top_k: expected None or at least 1, got {top_k}")
         if top_p is not None and not 0.0 < top_p <= 1.0:
             raise ValueError(f"top_p: expected None or a number in (0, 1], got {top_p}")
+        if not math.isfinite(length_penalty):
+            raise ValueError(f"length_penalty: expected a finite number, got {length_penalty}")
 
 
 def _causal_mask(length: int, device: torch.device) -> Tensor:

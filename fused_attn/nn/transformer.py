@@ -117,6 +117,8 @@ class TransformerEncoder(nn.TransformerEncoder):
             src_key_padding_mask: (N, S) or (S,); bool (True = ignore) or floating point.
             is_causal: a hint that mask is the causal mask; None = look.
         """
+        if src.is_nested:
+            raise AssertionError("src: expected a padded tensor with a src_key_padding_mask, got a nested tensor")
         if not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers):
             # Layers of other classes get the masks in the form in which the parent class passes them.
             return super().forward(src, mask, src_key_padding_mask, is_causal)
@@ -183,6 +185,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             cache: what earlier calls have computed, with ``.self_attention`` and ``.cross_attention``. Self-attention
                 is then causal without a tgt_mask, and keys and values of the memory are computed once.
         """
+        if cache is not None and not hasattr(cache, "self_attention"):
+            raise TypeError(f"cache: expected a layer's cache such as cache.layers[i], got {type(cache).__name__}")
         own, cross = (None, None) if cache is None else (cache.self_attention, cache.cross_attention)
         own_masks = tgt_mask, tgt_key_padding_mask, tgt_is_causal
         cross_masks = memory_mask, memory_key_padding_mask, memory_is_causal
@@ -262,10 +266,11 @@ class TransformerDecoder(nn.TransformerDecoder):
 
         Args:
             tgt_is_causal: a hint that tgt_mask is the causal mask; None = look.
-            cache: a `KVCache` with one entry per layer.
+            cache: a `KVCache` with one entry per layer, for this memory alone.
 
         Raises:
-            ValueError: the cache does not fit the layers.
+            TypeError: the cache is no `KVCache`.
+            ValueError: the cache does not fit the layers, or memory is not the one of the cache's first step.
         """
         if not all(isinstance(layer, TransformerDecoderLayer) for layer in self.layers):
             if cache is not None:
@@ -276,8 +281,11 @@ class TransformerDecoder(nn.TransformerDecoder):
             )  # fmt: skip
         if cache is None:
             layer_caches = [None] * len(self.layers)
+        elif not hasattr(cache, "layers"):
+            raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}")
         elif len(cache.layers) == len(self.layers):
             layer_caches = cache.layers
+            self._check_memory(tgt, memory, memory_key_padding_mask, cache)
         else:
             raise ValueError(f"cache: expected one for {len(self.layers)} layers, got one for {len(cache.layers)}")
         seqlen = _seqlen(tgt, self.layers)
@@ -295,6 +303,25 @@ class TransformerDecoder(nn.TransformerDecoder):
                 cache=layer_cache,
             )
         return tgt if self.norm is None else self.norm(tgt)
+
+    def _check_memory(self, tgt: Tensor, memory: Tensor, key_padding_mask: Tensor | None, cache: KVCache) -> None:
+        """Raises what cross-attention would: after self-attention has added its rows, the cache would be of no use."""
+        if memory.dim() != tgt.dim():
+            raise AssertionError(f"memory: expected {tgt.dim()} dimensions, as tgt has, got {tuple(memory.shape)}")
+        if memory.dim() == 3:
+            batch_dim = 0 if self.layers[0].self_attn.batch_first else 1
+            batch, length = memory.shape[batch_dim], memory.shape[1 - batch_dim]
+            if batch != tgt.shape[batch_dim]:
+                raise RuntimeError(f"memory: expected the batch size of tgt, {tgt.shape[batch_dim]}, got {batch}")
+            expected = (batch, length)
+        else:
+            expected = memory.shape[:1]
+        if key_padding_mask is not None and key_padding_mask.shape != expected:
+            raise AssertionError(
+                f"memory_key_padding_mask: expected shape {tuple(expected)}, got {tuple(key_padding_mask.shape)}"
+            )
+        if type(self.layers[0]) is TransformerDecoderLayer:  # another class may hand something else to its attention
+            cache.layers[0].cross_attention.get(memory)
 
 
 class Transformer(nn.Transformer):

@@ -46,9 +46,7 @@ def outcome(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor | 
     inputs = {f"dinput {n}": x for n, x in enumerate(leaves.values())}
     inputs |= parameters
     # Unequal weights, since a plain sum would hide gradients that cancel along a softmax row.
-    loss = sum(
-        (x * torch.arange(x.numel(), dtype=x.dtype).cos().view_as(x)).sum() for x in outputs if x is not None
-    )
+    loss = sum((x * torch.arange(x.numel(), dtype=x.dtype).cos().view_as(x)).sum() for x in outputs if x is not None)
     grads = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
     for (name, x), grad in zip(inputs.items(), grads, strict=True):
         results[name] = torch.zeros_like(x) if grad is None else grad

@@ -17,7 +17,8 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from fused_attn.backends.base import empty_like_layout
 from fused_attn.nn import FusedMultiheadAttention, RotaryEmbedding, T5RelativeBias
 from fused_attn.nn import attention as attention_module
-from fused_attn.nn.cache import CrossAttentionCache, SelfAttentionCache
+from fused_attn.nn.cache import CrossAttentionCache, KVCache, SelfAttentionCache
+from fused_attn.relative_bias import alibi_bias, t5_relative_bias
 
 N, L, S, E, H = 3, 4, 5, 8, 2
 
@@ -409,6 +410,8 @@ def test_bad_inputs_raise_as_torch_does(shapes: Any, arguments: Any, error: Any,
     [
         ({"num_kv_heads": 3}, ValueError, "num_kv_heads"),
         ({"num_kv_heads": 0}, ValueError, "num_kv_heads"),
+        ({"num_kv_heads": 2.0}, TypeError, "num_kv_heads: expected None or an int, got float"),
+        ({"backend": "nope"}, ValueError, "backend: expected None or one of .*, got 'nope'"),
         ({"rotary": "yes"}, TypeError, "rotary"),
         ({"rotary": -1.0}, ValueError, "base"),
         ({"rotary": True, "num_heads": 8}, ValueError, "head_dim"),
@@ -421,6 +424,13 @@ def test_bad_inputs_raise_as_torch_does(shapes: Any, arguments: Any, error: Any,
 def test_bad_options_raise(options: Any, error: Any, name: str) -> None:
     with pytest.raises(error, match=name):
         FusedMultiheadAttention(**{"embed_dim": E, "num_heads": H, **options})
+
+
+def test_arguments_that_are_no_tensors_raise() -> None:
+    x = torch.randn(L, N, E)
+    for name in ("query", "key", "value"):
+        with pytest.raises(TypeError, match=f"{name}: expected a tensor, got NoneType"):
+            FusedMultiheadAttention(E, H)(**{"query": x, "key": x, "value": x, name: None})
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
@@ -522,13 +532,42 @@ def test_relative_bias_equals_a_dense_mask(bidirectional: bool) -> None:
     distance = torch.arange(S) - torch.arange(L)[:, None]
     dense = bias(L, S)[:, distance + L - 1]  # (H, L, S)
     results = ours(*x, key_padding_mask=PADDING, average_attn_weights=False)
-    expected = theirs(
-        *x, attn_mask=dense.repeat(N, 1, 1), key_padding_mask=added(PADDING), average_attn_weights=False
-    )
+    expected = theirs(*x, attn_mask=dense.repeat(N, 1, 1), key_padding_mask=added(PADDING), average_attn_weights=False)
     for mine, reference in zip(results, expected, strict=True):
         torch.testing.assert_close(mine, reference, **TIGHT)
     grads = [torch.autograd.grad(y[0].cos().sum() + y[1].sin().sum(), bias.weight)[0] for y in (results, expected)]
     torch.testing.assert_close(*grads, **TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "error", "message"),
+    [
+        (torch.zeros(1, H), {}, ValueError, "table: expected at least 4 buckets with bidirectional=True, got 1"),
+        (torch.zeros(3, H), {}, ValueError, "table: expected at least 4 buckets with bidirectional=True, got 3"),
+        (torch.zeros(1, H), {"bidirectional": False}, ValueError, "at least 2 buckets with bidirectional=False, got 1"),
+        (torch.zeros(32, H), {"max_distance": 8}, ValueError, "max_distance: expected more than 8, .*, got 8"),
+        ([[0.0]], {}, TypeError, "table: expected a tensor, got list"),
+    ],
+)
+def test_bad_tables_of_t5_raise(table: Any, options: dict[str, Any], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        t5_relative_bias(table, 5, 6, **options)
+    if isinstance(table, Tensor):
+        with pytest.raises(error, match=message.replace("table", "num_buckets")):
+            T5RelativeBias(*table.shape, **options)
+
+
+def test_the_smallest_tables_of_t5_and_empty_biases() -> None:
+    for num_buckets, bidirectional in ((4, True), (5, True), (2, False), (3, False)):
+        bias = t5_relative_bias(torch.randn(num_buckets, H), 9, 7, bidirectional, max_distance=2)
+        assert bias.shape == (H, 15)
+    assert t5_relative_bias(torch.randn(32, H), 0, 0).shape == alibi_bias(torch.ones(H), 0, 0).shape == (H, 0)
+    with pytest.raises(TypeError, match="slopes: expected a tensor, got float"):
+        alibi_bias(0.5, 2, 2)
+    with pytest.raises(ValueError, match="num_heads: expected at least 1, got 0"):
+        T5RelativeBias(32, 0)
+    with pytest.raises(ValueError, match="num_buckets: expected at least 4"):
+        T5RelativeBias(0, H)
 
 
 def test_relative_bias_is_a_submodule_and_any_callable() -> None:
@@ -583,13 +622,20 @@ def test_static_cache_projects_the_memory_once(monkeypatch: pytest.MonkeyPatch) 
         cache = CrossAttentionCache()
         torch.testing.assert_close(ours(queries[0], key, value, PADDING, cache=cache)[0], expected[0], **TIGHT)
         stored = cache.get()
-        out, _ = ours(queries[1], torch.full_like(key, float("nan")), torch.full_like(value, 0), PADDING, cache=cache)
+        with torch.no_grad():
+            for weight in (ours.k_proj_weight, ours.v_proj_weight) if options else (ours.in_proj_weight[E:],):
+                weight.fill_(float("nan"))
+        out, _ = ours(queries[1], key, value, PADDING, cache=cache)
         torch.testing.assert_close(out, expected[1], **TIGHT)
         assert cache.get() is stored
+        with pytest.raises(ValueError, match="memory: expected the one"):
+            ours(queries[1], key + 1, value, PADDING, cache=cache)
 
 
 def test_caches_that_do_not_fit_raise() -> None:
     x = torch.randn(N, L, E)
+    with pytest.raises(TypeError, match=r"cache: expected a layer's cache such as .*, got KVCache"):
+        FusedMultiheadAttention(E, H, batch_first=True)(x, x, x, cache=KVCache(1))
     with pytest.raises(ValueError, match="cache"):
         FusedMultiheadAttention(E, H, batch_first=True, add_zero_attn=True)(x, x, x, cache=SelfAttentionCache())
     with pytest.raises(ValueError, match="cache"):
@@ -646,8 +692,10 @@ def test_copies_and_pickles() -> None:
 
 def test_backend_is_passed_on() -> None:
     x = torch.randn(L, N, E)
+    ours = FusedMultiheadAttention(E, H)
+    ours.backend = "no such backend"
     with pytest.raises((ValueError, RuntimeError), match="no such backend"):
-        FusedMultiheadAttention(E, H, backend="no such backend")(x, x, x)
+        ours(x, x, x)
 
 
 def test_hooks_run() -> None:

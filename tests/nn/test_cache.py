@@ -30,12 +30,14 @@ def test_update_returns_all_rows_so_far(lengths, max_length):
         assert cache.length == all_keys.shape[2]
 
 
+@torch.no_grad()
 def test_steps_do_not_copy_the_cache():
     cache = SelfAttentionCache()
     buffers = [cache.update(rows(1), rows(1))[0].untyped_storage().data_ptr() for _ in range(1000)]
     assert sum(a != b for a, b in itertools.pairwise(buffers)) <= 10
 
 
+@torch.no_grad()
 def test_preallocated_buffer_never_moves():
     cache = SelfAttentionCache(max_length=100)
     assert len({cache.update(rows(1), rows(1))[0].data_ptr() for _ in range(100)}) == 1
@@ -64,8 +66,16 @@ def test_steps_with_and_without_gradients_mix():
     cache = SelfAttentionCache()
     steps = [rows(2) for _ in range(4)]
     for n, step in enumerate(steps):
-        keys, _ = cache.update(step.requires_grad_(n % 2 == 0), step)
+        with torch.set_grad_enabled(n % 2 == 0):
+            keys, _ = cache.update(step, step)
     assert torch.equal(keys, torch.cat(steps, dim=2))
+
+
+def test_gradients_of_queries_over_frozen_keys():
+    cache, query = SelfAttentionCache(), torch.ones((), requires_grad=True)
+    steps = [rows(n) for n in (2, 1, 3)]
+    sum((query * cache.update(step, step)[0]).sum() for step in steps).backward()
+    torch.testing.assert_close(query.grad, 3 * steps[0].sum() + 2 * steps[1].sum() + steps[2].sum())
 
 
 @pytest.mark.quick
@@ -111,6 +121,24 @@ def test_cross_attention_is_filled_once():
         cache.update(rows(5), rows(5))
 
 
+def test_another_memory_raises():
+    cache, memory = CrossAttentionCache(), torch.randn(2, 5, 8)
+    memory[0, 4] = float("nan")  # as padding may be
+    pair = cache.update(rows(5), rows(5), memory)
+    for same in (memory, memory.clone(), memory.view(2, 5, 8)):
+        assert cache.get(same) == pair
+    for other in (memory + 1, memory[:1], memory.double()):
+        with pytest.raises(ValueError, match=r"memory: expected .* got "):
+            cache.get(other)
+    cache.reorder(torch.tensor([1, 1, 0]))
+    with pytest.raises(ValueError, match=r"memory: expected batch size 3 and length 5, .*, got shape \(2, 5, 8\)"):
+        cache.get(memory)
+    reordered = memory[[1, 1, 0]]
+    assert cache.get(reordered) is not None
+    with pytest.raises(ValueError, match="memory: expected the one"):
+        cache.get(reordered + 1)
+
+
 def test_len_counts_layers():
     assert len(KVCache(4)) == 4 == len(KVCache(4).layers)
     assert not KVCache(4).layers[0].self_attention.is_static
@@ -145,8 +173,12 @@ def test_errors_of_update_leave_the_cache_as_it_was(key, value, message):
 def test_errors_of_arguments():
     with pytest.raises(ValueError, match="num_layers: expected at least 1, got 0"):
         KVCache(0)
-    with pytest.raises(ValueError, match="max_length: expected None or at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_length: expected at least 1, got 0"):
         KVCache(1, max_length=0)
+    with pytest.raises(TypeError, match="num_layers: expected an int, got float"):
+        KVCache(1.5)
+    with pytest.raises(TypeError, match=r"indices: expected a tensor of shape \(B,\), got list"):
+        KVCache(1).reorder([0, 1])
     for indices in (torch.zeros(2), torch.zeros(1, 1, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"indices: expected integers of shape \(B,\)"):
             KVCache(1).reorder(indices)

@@ -133,15 +133,35 @@ class OwnName(nn.MultiheadAttention):
     pass
 
 
-def test_attention_with_a_forward_of_its_own_is_left_alone() -> None:
+def test_attention_of_other_classes_and_with_a_forward_of_its_own_is_left_alone() -> None:
     model = nn.ModuleDict({"own": OwnForward(E, H), "named": OwnName(E, H), "plain": nn.MultiheadAttention(E, H)})
+    model["patched"] = nn.MultiheadAttention(E, H)
+    model["patched"].forward = lambda *args, **kwargs: "patched"
     parametrised = nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(E, H), "in_proj_weight")
     model["parametrised"] = parametrised
-    with pytest.warns(UserWarning, match=r"own \(OwnForward\), parametrised \(Parametrized") as record:
+    message = r"own \(OwnForward\), named \(OwnName\), patched \(MultiheadAttention\), parametrised \(Parametrized"
+    with pytest.warns(UserWarning, match=message) as record:
         convert_attention(model)
     assert record[0].filename == __file__
     assert type(model["own"]) is OwnForward and model["parametrised"] is parametrised
-    assert type(model["named"]) is type(model["plain"]) is FusedMultiheadAttention
+    assert type(model["named"]) is OwnName and model["patched"]() == "patched"
+    assert type(model["plain"]) is FusedMultiheadAttention
+
+
+def test_a_module_that_was_compiled_calls_the_fused_kernel(calls: list[dict[str, Any]]) -> None:
+    model = nn.Sequential(nn.MultiheadAttention(E, H))
+    model[0].compile(backend="eager")
+    x = torch.randn(S, N, E)
+    convert_attention(model)[0](x, x, x)
+    assert len(calls) == 1
+
+
+def test_bad_arguments_raise() -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
+        convert_attention(3)
+    for convert in (convert_attention, FusedMultiheadAttention.from_torch):
+        with pytest.raises(ValueError, match=r"backend: expected None or one of .*, got 'nope'"):
+            convert(nn.MultiheadAttention(E, H), backend="nope")
 
 
 # ---- torch's encoder and decoder layers
@@ -194,6 +214,42 @@ def test_inference_path_of_subclasses_is_off(activation: Any, calls: list[dict[s
         out = model(src, src_key_padding_mask=PADDING)
     assert len(calls) == 2
     torch.testing.assert_close(out, expected, **TIGHT)
+
+
+@pytest.mark.parametrize("options", [{}, {"rotary": True}, {"num_kv_heads": 1}], ids=["plain", "rotary", "gqa"])
+def test_layers_of_torch_call_a_fused_attention_in_every_mode(options: Any, calls: list[dict[str, Any]]) -> None:
+    layer = nn.TransformerEncoderLayer(**SIZES, dtype=torch.float64)
+    layer.self_attn = FusedMultiheadAttention(E, H, batch_first=True, dtype=torch.float64, **options)
+    src = randn(N, S, E, requires_grad=False)
+    with pytest.warns(UserWarning, match="use_nested_tensor is False"):
+        model = nn.TransformerEncoder(layer, 2)
+    for module in (layer, model):
+        expected = module.train()(src, src_key_padding_mask=PADDING)
+        calls.clear()
+        with torch.no_grad():
+            out = module.eval()(src, src_key_padding_mask=PADDING)
+        assert len(calls) == len(getattr(module, "layers", [module]))
+        torch.testing.assert_close(out, expected, **TIGHT)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_a_stack_of_torch_takes_our_layers() -> None:
+    model = nn.TransformerEncoder(fused.TransformerEncoderLayer(**SIZES, dtype=torch.float64), 2)
+    src = randn(N, S, E, requires_grad=False)
+    expected = model(src, src_key_padding_mask=PADDING)
+    with torch.no_grad():
+        out = model.eval()(src, src_key_padding_mask=PADDING)
+    torch.testing.assert_close(out, expected, **TIGHT)
+
+
+def test_the_flag_that_keeps_fast_paths_off_stays_with_the_fused_module() -> None:
+    module = nn.MultiheadAttention(E, H)
+    converted = FusedMultiheadAttention.from_torch(module)
+    for twin in (converted, copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        assert not twin._qkv_same_embed_dim
+    assert module._qkv_same_embed_dim, "the module that was converted is as it was"
+    converted._reset_parameters()
+    assert converted.in_proj_weight.std() > 0.1
 
 
 def test_layers_whose_attention_is_left_alone_stay_as_they_are() -> None:

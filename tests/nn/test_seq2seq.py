@@ -363,7 +363,7 @@ def test_an_empty_source_and_an_empty_batch():
     assert model(src, TGT)[TGT != PAD].isfinite().all()
     assert torch.equal(model.generate(src, 6)[[0, 1]], model.generate(SRC, 6)[[0, 1]])
     for num_beams in (1, 2):
-        assert model.generate(SRC[:0], 6, num_beams=num_beams).shape[0] == 0
+        assert model.generate(SRC[:0], 6, num_beams=num_beams).shape == (0, 0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=str)
@@ -384,8 +384,28 @@ def test_shared_and_tied_weights_stay_one_tensor():
     model = make_model(**VARIANTS["shared"])
     assert model.src_embedding.weight is model.tgt_embedding.weight is model.generator.weight
     other = make_model(seed=1, **VARIANTS["shared"])
+    other.reset_parameters()
+    assert not other.tgt_embedding.weight[PAD].any(), "the generator has not overwritten it"
+    assert other.src_embedding.weight is other.tgt_embedding.weight is other.generator.weight
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(SRC.clamp(max=8), TGT), model(SRC.clamp(max=8), TGT))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_generator": True}, {"positional": "learned"}, {"num_kv_heads": 1}], ids=str
+)
+def test_a_model_made_on_the_meta_device_can_be_filled(changes):
+    model = make_model(**changes)
+    empty = make_model(device="meta", **changes).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*empty.parameters(), *empty.buffers()):
+            tensor.fill_(float("nan"))
+    torch.manual_seed(1)
+    model.reset_parameters()
+    torch.manual_seed(1)
+    empty.reset_parameters()
+    assert torch.equal(empty.eval()(SRC, TGT), model.eval()(SRC, TGT))
+    assert (empty.generator.weight is empty.tgt_embedding.weight) == ("tie_generator" in changes)
 
 
 def test_state_dict_is_independent_of_max_len():
@@ -431,6 +451,8 @@ def test_it_learns_to_reverse():
         ({"share_embeddings": True}, "share_embeddings: expected vocabularies of one size, got 11 and 9"),
         ({"positional": "alibi"}, "positional: expected one of .*, got 'alibi'"),
         ({"max_len": 0}, "max_len: expected at least 1, got 0"),
+        ({"num_encoder_layers": 0}, "num_encoder_layers: expected at least 1, got 0"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers: expected at least 1, got 0"),
         ({"num_kv_heads": 3}, "num_kv_heads"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -452,6 +474,7 @@ def test_errors_of_the_constructor(arguments, message):
         ({"top_p": 0.5}, "top_p: expected None with do_sample=False, got 0.5"),
         ({"do_sample": True, "temperature": 0.0}, "temperature: expected a number > 0, got 0.0"),
         ({"do_sample": True, "top_k": 0}, "top_k: expected None or at least 1, got 0"),
+        ({"num_beams": 2, "length_penalty": math.nan}, "length_penalty: expected a finite number, got nan"),
         ({"do_sample": True, "top_p": 1.5}, r"top_p: expected None or a number in \(0, 1\], got 1.5"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
@@ -459,6 +482,12 @@ def test_errors_of_the_constructor(arguments, message):
 def test_errors_of_generate(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_model().generate(SRC, **{"max_new_tokens": 4, **arguments})
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "num_beams", "top_k"])
+def test_counts_that_are_no_ints_raise(name):
+    with pytest.raises(TypeError, match=f"{name}: expected an int, got float"):
+        make_model().generate(SRC, **{"max_new_tokens": 4, "do_sample": True, name: 2.5})
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,43 @@ def test_a_layer_alone_takes_the_cache_of_a_layer() -> None:
     torch.testing.assert_close(torch.cat(out, dim=1), expected, **TIGHT)
 
 
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+def test_a_cache_serves_one_memory_and_survives_errors(norm_first: bool) -> None:
+    layer = fused.TransformerDecoderLayer(**SIZES, batch_first=True, norm_first=norm_first, dtype=torch.float64)
+    decoder = fused.TransformerDecoder(layer, 2)
+    tgt, memory = randn(N, T, E), randn(N, S, E)
+    cache = KVCache(2)
+    first = decoder(tgt[:, :1], memory, cache=cache)
+    for arguments, error, message in (
+        ({"memory": memory + 1.0}, ValueError, "memory: expected the one that the cache was filled with"),
+        ({"memory": memory[:, 1:]}, ValueError, "memory: expected batch size 3 and length 5"),
+        ({"memory": memory[1:]}, RuntimeError, "memory: expected the batch size of tgt, 3, got 2"),
+        ({"memory": memory[0]}, AssertionError, "memory: expected 3 dimensions"),
+        ({"memory_key_padding_mask": SRC_PADDING[:, 1:]}, AssertionError, "memory_key_padding_mask: expected shape"),
+    ):
+        with pytest.raises(error, match=message):
+            decoder(tgt[:, 1:], **{"memory": memory, **arguments}, cache=cache)
+        assert [layer.self_attention.length for layer in cache.layers] == [1, 1]
+    rest = decoder(tgt[:, 1:], memory.clone(), cache=cache)
+    torch.testing.assert_close(torch.cat((first, rest), 1), decoder(tgt, memory, tgt_mask=CAUSAL), **TIGHT)
+
+
+def test_caches_of_another_kind_raise() -> None:
+    layer = fused.TransformerDecoderLayer(**SIZES)
+    x = torch.randn(1, N, E)
+    with pytest.raises(TypeError, match="cache: expected a KVCache, got LayerCache"):
+        fused.TransformerDecoder(layer, 2)(x, x, cache=LayerCache())
+    with pytest.raises(TypeError, match=r"cache: expected a layer's cache such as .*, got KVCache"):
+        layer(x, x, cache=KVCache(1))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_an_encoder_names_a_nested_input() -> None:
+    src = torch.nested.nested_tensor([torch.randn(2, E), torch.randn(3, E)])
+    with pytest.raises(AssertionError, match="src: expected a padded tensor"):
+        fused.TransformerEncoder(fused.TransformerEncoderLayer(**SIZES, batch_first=True), 1)(src)
+
+
 def test_a_cache_for_another_number_of_layers_raises() -> None:
     decoder = fused.TransformerDecoder(fused.TransformerDecoderLayer(**SIZES), 2)
     with pytest.raises(ValueError, match="cache: expected one for 2 layers, got one for 3"):
