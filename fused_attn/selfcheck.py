@@ -1,7 +1,8 @@
 """Numerical self-check of every backend that can run here: ``python -m fused_attn check``.
 
-The rule is that of the test suite: against a float64 evaluation of the reference formula, the error may be at most
-1.5 times that of PyTorch's eager attention in the same dtype, plus two units in the last place of the largest value.
+Against a float64 evaluation of the reference formula, the error may be at most 1.5 times that of PyTorch's eager
+attention in the same dtype, plus one unit in the last place of the result and eight of the float32 that sums are taken
+in (a gradient of sinks is a sum over all rows and batches, in another order than eager's).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fused_attn.api import fused_attention
 from fused_attn.backends import cpu, reference
 
 SLACK = 1.5
-FLOOR_ULPS = 2.0
+SUM_ULPS = 8.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _judge(
     """The worst of all outputs, by how much of its allowance it uses."""
     results = []
     for x, plain, truth in zip(ours, eager, exact, strict=True):
-        floor = FLOOR_ULPS * torch.finfo(dtype).eps * truth.abs().max().item()
+        floor = (torch.finfo(dtype).eps + SUM_ULPS * torch.finfo(torch.float32).eps) * truth.abs().max().item()
         allowed = SLACK * (plain - truth).abs().max().item() + floor
         results.append(Result(label, dtype, case, (x - truth).abs().max().item(), allowed))
     return max(results, key=lambda r: r.error / r.allowed if r.error == r.error else float("inf"))
