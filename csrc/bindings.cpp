@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <iterator>
 #include <new>
 #include <optional>
 #include <string>
@@ -158,10 +159,14 @@ struct Argument {
     return {data(), stride(0), stride(1), stride(2), 1};
   }
 
-  // (batch, head, row, column), any strides.
-  TensorView scores_view() const {
-    if (!given) return {};
-    return {data(), stride(0), stride(1), stride(2), stride(3)};
+  // (batch, head, row, column), any strides; a dimension of size 1 stands for `expected` equal entries.
+  TensorView scores_view(const int64_t (&expected)[4]) const {
+    bool fits = tensor.ndim == 4;
+    for (int dim = 0; fits && dim < 4; ++dim) fits = size(dim) == 1 || size(dim) == expected[dim];
+    if (!fits)
+      fail("a shape that broadcasts to " + shape_text(expected, 4), "shape " + shape_text(tensor.shape, tensor.ndim));
+    const auto step = [&](int dim) { return size(dim) == expected[dim] ? stride(dim) : 0; };
+    return {data(), step(0), step(1), step(2), step(3)};
   }
 };
 
@@ -349,22 +354,20 @@ void check_sinks(const Argument& argument, const Problem& problem) {
 
 void set_masks(Problem& problem, const MaskObjects& objects) {
   AttentionParams& params = problem.params;
-  const int64_t batch = params.batch, heads = params.num_heads, seqlen_q = params.seqlen_q, seqlen_k = params.seqlen_k;
+  const int64_t scores[] = {params.batch, params.num_heads, params.seqlen_q, params.seqlen_k};
 
   if (const Argument padding = read_optional(objects.key_padding, "key_padding"); padding.given) {
     padding.check_type(ElementType::kBool);
-    padding.check_shape({batch, seqlen_k});
+    padding.check_shape({params.batch, params.seqlen_k});
     params.key_padding = {padding.data(), padding.stride(0), 0, 0, padding.stride(1)};
   }
   if (const Argument mask = read_optional(objects.mask, "mask"); mask.given) {
     mask.check_type(ElementType::kBool);
-    mask.check_shape({batch, heads, seqlen_q, seqlen_k});
-    params.mask = mask.scores_view();
+    params.mask = mask.scores_view(scores);
   }
   if (const Argument bias = read_optional(objects.bias, "bias"); bias.given) {
     if (bias.type != problem.type) bias.check_type(problem.accumulate_type);
-    bias.check_shape({batch, heads, seqlen_q, seqlen_k});
-    params.bias = bias.scores_view();
+    params.bias = bias.scores_view(scores);
     params.bias_dtype = kernel_dtype(bias.type);
   }
   const Argument relative_bias = read_optional(objects.relative_bias, "relative_bias");
@@ -383,7 +386,16 @@ void set_masks(Problem& problem, const MaskObjects& objects) {
   }
 }
 
-Problem read_problem(const TensorObjects& tensors, PyObject* config, const MaskObjects& masks, PyObject* num_threads) {
+MaskObjects unpack_masks(PyObject* masks) {
+  if (masks == Py_None) return {Py_None, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None};
+  if (!PyTuple_CheckExact(masks) || PyTuple_GET_SIZE(masks) != 8)
+    throw py::type_error(std::string("masks: expected None or a tuple of 8, got ") + Py_TYPE(masks)->tp_name);
+  const auto item = [masks](Py_ssize_t i) { return PyTuple_GET_ITEM(masks, i); };
+  return {item(0), item(1), item(2), item(3), item(4), item(5), item(6), item(7)};
+}
+
+Problem read_problem(const TensorObjects& tensors, PyObject* config, PyObject* mask_tuple, PyObject* num_threads) {
+  const MaskObjects masks = unpack_masks(mask_tuple);
   Problem problem;
   set_config(problem.params, config);
   set_tensors(problem, tensors, masks);
@@ -410,30 +422,71 @@ void run(void (*kernel)(const AttentionParams&), const Problem& problem) {
   }
 }
 
-// ---- forward and backward are plain functions of the C API: pybind11 takes 0.1 us longer to pass fifteen arguments,
-// where reading and checking five tensors takes 0.5 us in all.
+// ---- What Python calls at every step: plain functions of the C API, because pybind11 takes 0.1 us longer to pass fifteen
+// arguments, where reading and checking five tensors takes 0.5 us in all. The masks are one argument for the same reason:
+// passing eight times None takes 0.4 us.
+
+const char kSignatureDoc[] =
+    "signature(query, key, value, *others)\n\n"
+    "Shapes and dtypes of plain CPU tensors as hashable bytes. They are int64 words: for each tensor the index of its\n"
+    "dtype in signature_dtypes, the number of its dimensions and its sizes; -1 for one of others that is None.\n"
+    "None if a tensor is anything else, such as of a subclass, whose methods may tell another shape than its memory.";
+
+constexpr ElementType kSignatureTypes[] = {ElementType::kFloat32, ElementType::kFloat64, ElementType::kFloat16,
+                                           ElementType::kBFloat16, ElementType::kBool};
+
+PyObject* signature(PyObject* const* args, Py_ssize_t count) {
+  constexpr int kMaxTensors = 8, kMaxDims = 8;
+  int64_t words[kMaxTensors * (2 + kMaxDims)];
+  int64_t* end = words;
+  const TorchTensors& torch = torch_tensors();
+  if (count > kMaxTensors) Py_RETURN_NONE;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (args[i] == Py_None && i >= 3) {
+      *end++ = -1;
+      continue;
+    }
+    if (Py_TYPE(args[i]) != torch.type && Py_TYPE(args[i]) != torch.parameter_type) Py_RETURN_NONE;
+    ExchangeTensor tensor;
+    if (torch.api->read_tensor(args[i], &tensor) != 0) {
+      PyErr_Clear();  // for instance a sparse tensor
+      Py_RETURN_NONE;
+    }
+    const auto* type = std::find(std::begin(kSignatureTypes), std::end(kSignatureTypes), element_type(tensor));
+    if (type == std::end(kSignatureTypes) || tensor.device != ExchangeDevice::kCpu || tensor.ndim > kMaxDims)
+      Py_RETURN_NONE;
+    *end++ = type - kSignatureTypes;
+    *end++ = tensor.ndim;
+    end = std::copy_n(tensor.shape, tensor.ndim, end);
+  }
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(words), (end - words) * sizeof(int64_t));
+}
+
+void check_count(Py_ssize_t count, Py_ssize_t expected, const char* doc) {
+  if (count != expected)
+    throw py::type_error("expected " + std::to_string(expected) + " arguments, got " + std::to_string(count) + ": " +
+                         doc);
+}
 
 const char kForwardDoc[] =
-    "forward(query, key, value, out, lse, config, key_padding, mask, bias, relative_bias, sinks, seed,\n"
-    "        cu_seqlens_q, cu_seqlens_k, num_threads)\n\n"
+    "forward(query, key, value, out, lse, config, masks, num_threads)\n\n"
     "Writes out, and lse unless it is None. See the module's docstring for the arguments.";
 
-void forward(PyObject* const* args) {
-  const Problem problem =
-      read_problem({args[0], args[1], args[2], args[3], args[4]}, args[5],
-                   {args[6], args[7], args[8], args[9], args[10], args[11], args[12], args[13]}, args[14]);
+PyObject* forward(PyObject* const* args, Py_ssize_t count) {
+  check_count(count, 8, kForwardDoc);
+  const Problem problem = read_problem({args[0], args[1], args[2], args[3], args[4]}, args[5], args[6], args[7]);
   run(cpu::kernels().forward, problem);
+  Py_RETURN_NONE;
 }
 
 const char kBackwardDoc[] =
     "backward(dout, dlse, query, key, value, out, lse, dquery, dkey, dvalue, dbias, drelative_bias, dsinks, config,\n"
-    "         key_padding, mask, bias, relative_bias, sinks, seed, cu_seqlens_q, cu_seqlens_k, num_threads)\n\n"
+    "         masks, num_threads)\n\n"
     "Overwrites those of dquery ... dsinks that are not None. See the module's docstring for the arguments.";
 
-void backward(PyObject* const* args) {
-  Problem problem =
-      read_problem({args[2], args[3], args[4], args[5], args[6]}, args[13],
-                   {args[14], args[15], args[16], args[17], args[18], args[19], args[20], args[21]}, args[22]);
+PyObject* backward(PyObject* const* args, Py_ssize_t count) {
+  check_count(count, 16, kBackwardDoc);
+  Problem problem = read_problem({args[2], args[3], args[4], args[5], args[6]}, args[13], args[14], args[15]);
   AttentionParams& params = problem.params;
   if (params.lse.data == nullptr) read(args[6], "lse");  // raises: here it is an input
   const int64_t batch = problem.batch_entries, heads = params.num_heads, kv_heads = params.num_kv_heads;
@@ -458,8 +511,7 @@ void backward(PyObject* const* args) {
   }
   if (const Argument dbias = read_optional(args[10], "dbias"); dbias.given) {
     dbias.check_type(problem.accumulate_type);
-    dbias.check_shape({params.batch, heads, params.seqlen_q, params.seqlen_k});
-    params.dbias = dbias.scores_view();
+    params.dbias = dbias.scores_view({params.batch, heads, params.seqlen_q, params.seqlen_k});
   }
   const Argument drelative_bias = read_optional(args[11], "drelative_bias");
   check_relative_bias(drelative_bias, problem);
@@ -477,17 +529,14 @@ void backward(PyObject* const* args) {
   check_input(params.dsinks, params.sinks, "sinks");
 
   run(cpu::kernels().backward, problem);
+  Py_RETURN_NONE;
 }
 
-// The C API's side of `implementation`: counts the arguments, turns C++ exceptions into Python's.
-template <void (*implementation)(PyObject* const*), const char* doc, Py_ssize_t expected>
+// The C API's side of `implementation`: turns C++ exceptions into Python's.
+template <PyObject* (*implementation)(PyObject* const*, Py_ssize_t)>
 PyObject* entry_point(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
-    if (count != expected)
-      throw py::type_error("expected " + std::to_string(expected) + " arguments, got " + std::to_string(count) + ": " +
-                           doc);
-    implementation(args);
-    Py_RETURN_NONE;
+    return implementation(args, count);
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const py::builtin_exception& error) {
@@ -506,8 +555,9 @@ PyCFunction as_c_function(Function* function) {
 }
 
 PyMethodDef kMethods[] = {
-    {"forward", as_c_function(entry_point<forward, kForwardDoc, 15>), METH_FASTCALL, kForwardDoc},
-    {"backward", as_c_function(entry_point<backward, kBackwardDoc, 23>), METH_FASTCALL, kBackwardDoc},
+    {"signature", as_c_function(entry_point<signature>), METH_FASTCALL, kSignatureDoc},
+    {"forward", as_c_function(entry_point<forward>), METH_FASTCALL, kForwardDoc},
+    {"backward", as_c_function(entry_point<backward>), METH_FASTCALL, kBackwardDoc},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -541,8 +591,8 @@ query (B, H, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv), out (B, H, L, Dv)
 lse (B, H, L)                  accumulate, last stride 1
 config                         a Config
 key_padding (B, S)             bool, True = keep
-mask (B, H, L, S)              bool, True = attend; any strides
-bias (B, H, L, S)              the dtype or accumulate; any strides
+mask (B, H, L, S)              bool, True = attend; any strides; 1 in place of any size broadcasts
+bias (B, H, L, S)              the dtype or accumulate; any strides; 1 in place of any size broadcasts
 relative_bias (H or 1, L+S-1)  accumulate, last stride 1
 sinks (H,)                     accumulate
 seed ()                        int64; needed when dropout_p > 0
@@ -550,8 +600,9 @@ cu_seqlens_q, _k (N + 1,)      int32. Both given: a packed problem of N sequence
                                after another, and the masks above have B = N, L = max_seqlen_q, S = max_seqlen_k.
 num_threads                    at most so many threads work
 
-Gradients have the shapes of what they belong to; dbias, drelative_bias and dsinks are accumulate, and stride 0 in
-dbias or drelative_bias sums over that dimension. dlse may have any strides.)";
+Masks are None or the tuple (key_padding, mask, bias, relative_bias, sinks, seed, cu_seqlens_q, cu_seqlens_k), each None
+or a tensor. Gradients have the shapes of what they belong to; dbias, drelative_bias and dsinks are accumulate, and what
+broadcasts in dbias or drelative_bias is summed over. dlse may have any strides.)";
 
 }  // namespace
 }  // namespace fused_attn
@@ -567,6 +618,10 @@ PYBIND11_MODULE(_C, module) {
            "A window of None or -1 is unbounded. max_seqlen_* are read for packed problems only.");
 
   if (PyModule_AddFunctions(module.ptr(), kMethods) != 0) throw py::error_already_set();
+
+  py::tuple signature_dtypes(std::size(kSignatureTypes));
+  for (size_t i = 0; i < std::size(kSignatureTypes); ++i) signature_dtypes[i] = name_of(kSignatureTypes[i]);
+  module.attr("signature_dtypes") = signature_dtypes;
 
   module.def("cpu_isas", &cpu::runnable_isas, "The instruction sets that this machine can run, best last.");
   module.def("cpu_isa", [] { return cpu::kernels().isa; }, "The instruction set in use.");

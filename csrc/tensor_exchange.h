@@ -38,17 +38,20 @@ struct ExchangeApi {
 
 struct TorchTensors {
   PyTypeObject* type;  // torch.Tensor: read_tensor must not be given anything else
+  PyTypeObject* parameter_type;
   const ExchangeApi* api;
 };
 
 // The GIL must be held. Not a function-local static: importing torch may release the GIL, and a second thread would then
 // wait for the static's lock while holding the GIL that the first one needs.
 inline const TorchTensors& torch_tensors() {
-  static TorchTensors cached{nullptr, nullptr};
+  static TorchTensors cached{nullptr, nullptr, nullptr};
   if (cached.api != nullptr) return cached;
 
   namespace py = pybind11;
-  py::object type = py::module_::import("torch").attr("Tensor");
+  const py::module_ torch = py::module_::import("torch");
+  py::object type = torch.attr("Tensor");
+  py::object parameter_type = torch.attr("nn").attr("Parameter");
   if (!py::hasattr(type, "__dlpack_c_exchange_api__"))
     throw py::import_error("fused_attn needs torch >= 2.11: torch.Tensor has no __dlpack_c_exchange_api__");
   const py::object capsule = type.attr("__dlpack_c_exchange_api__");
@@ -58,7 +61,8 @@ inline const TorchTensors& torch_tensors() {
   if (api == nullptr || api->read_tensor == nullptr)
     throw py::import_error("this version of torch offers no DLPack 1.x exchange table, which fused_attn needs");
   // Kept for the life of the process, like torch itself.
-  cached = {reinterpret_cast<PyTypeObject*>(type.release().ptr()), api};
+  cached = {reinterpret_cast<PyTypeObject*>(type.release().ptr()),
+            reinterpret_cast<PyTypeObject*>(parameter_type.release().ptr()), api};
   return cached;
 }
 

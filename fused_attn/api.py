@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn import checks, dispatch, dropout, masks, modes, ops, transforms
+from fused_attn import checks, dispatch, dropout, masks, modes, ops, signature, transforms
 from fused_attn.autograd import apply_fused_attention
 from fused_attn.backends import reference
 from fused_attn.backends.base import Backend
@@ -76,8 +76,11 @@ def fused_attention(
     is_compiling = torch.compiler.is_compiling()
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
+    metadata = None
+    if not is_compiling and modes.is_direct():
+        metadata = signature.read(query, key, value, attn_mask, key_padding_mask, relative_bias, sinks)
     problem, layout, chosen = _plan_of_call(
-        is_compiling, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        is_compiling, metadata, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         key_padding_mask, window_size, softcap, relative_bias, sinks, backend,
     )  # fmt: skip
     if layout is not None:
@@ -90,7 +93,7 @@ def fused_attention(
     if is_compiling:
         out, lse = ops.call(problem, backend, query, key, value, sinks, seed, mask)
     else:
-        out, lse = _run(problem, chosen, query, key, value, sinks, seed, mask, return_lse)
+        out, lse = _run(problem, chosen, metadata is not None, query, key, value, sinks, seed, mask, return_lse)
     if layout is not None:
         out, lse = layout.unflatten(out), None if lse is None else layout.unflatten_lse(lse)
     return (out, lse) if return_lse else out
@@ -174,7 +177,7 @@ def fused_attention_varlen(
         out, lse = ops.call(problem, backend, query, key, value, sinks, seed, mask)
     else:
         chosen = dispatch.choose(problem, backend)
-        out, lse = _run(problem, chosen, query, key, value, sinks, seed, mask, return_lse)
+        out, lse = _run(problem, chosen, False, query, key, value, sinks, seed, mask, return_lse)
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
 
@@ -190,7 +193,7 @@ def explain(*args, backend: str | None = None, **kwargs) -> dispatch.Explanation
     for name in ("dropout_seed", "return_lse", "backend"):
         del arguments[name]
     arguments["query"], arguments["key"], arguments["value"] = _autocast(*call.args[:3])
-    return dispatch.explain(_plan_of_call(False, **arguments, backend=None).problem, backend)
+    return dispatch.explain(_plan_of_call(False, None, **arguments, backend=None).problem, backend)
 
 
 class Plan(NamedTuple):
@@ -207,6 +210,7 @@ class Plan(NamedTuple):
 
 def _plan_of_call(
     is_compiling: bool,
+    metadata: bytes | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -222,25 +226,22 @@ def _plan_of_call(
     sinks: Tensor | None,
     backend: str | None,
 ) -> Plan:
-    causal_bias = None if attn_mask is None else masks.causal_bias(attn_mask)
+    """metadata: the `signature` of the tensors, where it could be read."""
     try:
-        arguments = (
-            backend,
-            (query.shape, query.dtype, query.device),
-            (key.shape, key.dtype, key.device),
-            (value.shape, value.dtype, value.device),
-            None if attn_mask is None or causal_bias is not None else checks.meta("attn_mask", attn_mask),
-            causal_bias,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            None if key_padding_mask is None else checks.meta("key_padding_mask", key_padding_mask),
-            tuple(window_size) if isinstance(window_size, list) else window_size,
-            softcap,
-            None if relative_bias is None else checks.meta("relative_bias", relative_bias),
-            None if sinks is None else checks.meta("sinks", sinks),
-        )
+        causal_bias = None
+        if metadata is None:
+            causal_bias = None if attn_mask is None else masks.causal_bias(attn_mask)
+            metadata = (
+                (query.shape, query.dtype, query.device),
+                (key.shape, key.dtype, key.device),
+                (value.shape, value.dtype, value.device),
+                None if attn_mask is None or causal_bias is not None else checks.meta("attn_mask", attn_mask),
+                None if key_padding_mask is None else checks.meta("key_padding_mask", key_padding_mask),
+                None if relative_bias is None else checks.meta("relative_bias", relative_bias),
+                None if sinks is None else checks.meta("sinks", sinks),
+            )
+        window_size = tuple(window_size) if isinstance(window_size, list) else window_size
+        arguments = (backend, metadata, causal_bias, dropout_p, is_causal, scale, enable_gqa, window_size, softcap)
         # Sizes under compilation are symbolic: not hashable, and traced once anyway.
         return _plan(*arguments) if is_compiling else _cached_plan(*arguments)
     except (AttributeError, RuntimeError, TypeError) as error:
@@ -255,24 +256,22 @@ def _plan_of_call(
 
 def _plan(
     backend: str | None,
-    query: tuple,
-    key: tuple,
-    value: tuple,
-    attn_mask: Meta | None,
+    tensors: bytes | tuple[tuple | None, ...],
     causal_bias: CausalBiasMeta | None,
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    key_padding_mask: Meta | None,
     window_size: tuple[int, int] | None,
     softcap: float,
-    relative_bias: Meta | None,
-    sinks: Meta | None,
 ) -> Plan:
+    """tensors: query, key, value, attn_mask, key_padding_mask, relative_bias, sinks, as `Meta` or as `signature`."""
     if backend is not None and backend not in dispatch.BACKEND_NAMES:
         raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
-    query, key, value = Meta(*query), Meta(*key), Meta(*value)
+    if isinstance(tensors, bytes):
+        tensors = signature.metas(tensors)
+    query, key, value = (Meta(*x) for x in tensors[:3])
+    attn_mask, key_padding_mask, relative_bias, sinks = tensors[3:]
     checks.check_query_key_value(query, key, value, min_dim=2)
     checks.check_scalars(dropout_p, is_causal, scale, enable_gqa, softcap)
     window_size = checks.check_window(window_size)
@@ -390,6 +389,7 @@ def _cached_plan(backend: str | None, *arguments) -> Plan:
 def _run(
     problem: AttentionProblem,
     backend: Backend,
+    is_direct: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -398,24 +398,37 @@ def _run(
     mask: MaskSpec,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, lse); lse may be None where it was not asked for."""
-    if backend.is_composite or modes.in_forward_mode():
+    """(out, lse); lse may be None where it was not asked for.
+
+    is_direct: the tensors are plain ones and `modes.is_direct`.
+    """
+    if backend.is_composite:
         return reference.forward(problem, query, key, value, sinks, seed, mask, True)
-    if modes.in_functorch():
-        return transforms.TransformableAttention.apply(backend, problem, query, key, value, sinks, seed, *mask)
-    if modes.is_observed(query, key, value):
-        return ops.call(problem, backend.name, query, key, value, sinks, seed, mask)
-    others = () if problem.is_plain else (sinks, seed, *mask)
+    if not is_direct:
+        if modes.in_forward_mode():
+            return reference.forward(problem, query, key, value, sinks, seed, mask, True)
+        if modes.in_functorch():
+            return transforms.TransformableAttention.apply(backend, problem, query, key, value, sinks, seed, *mask)
+        if modes.is_observed(query, key, value):
+            return ops.call(problem, backend.name, query, key, value, sinks, seed, mask)
     if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad or _any_requires_grad(others)
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (not problem.is_plain and _requires_grad(mask.bias, mask.relative_bias, sinks))
     ):
-        result = apply_fused_attention(backend, problem, return_lse, query, key, value, *others)
+        others = () if problem.is_plain else (sinks, seed, *mask)
+        result = apply_fused_attention((backend, problem, return_lse), query, key, value, *others)
         return result if return_lse else (result, None)
     return backend.forward(problem, query, key, value, sinks, seed, mask, return_lse)
 
 
-def _any_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
-    return any(x is not None and x.requires_grad for x in tensors)
+def _requires_grad(bias: Tensor | None, relative_bias: Tensor | None, sinks: Tensor | None) -> bool:
+    return (
+        (bias is not None and bias.requires_grad)
+        or (relative_bias is not None and relative_bias.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
+    )
 
 
 def _seed(problem: AttentionProblem, dropout_seed: int | Tensor | None) -> Tensor | None:

@@ -8,6 +8,8 @@ of the reference formula, which is plain PyTorch.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -17,31 +19,28 @@ from fused_attn.masks import NO_MASK, MaskSpec
 from fused_attn.problem import AttentionProblem
 
 _NO_OTHERS = (None, None, NO_MASK)
-_NONE_WANTED = (False, False, False)
 
 
 class FusedAttention(torch.autograd.Function):
-    """``apply(backend, problem, return_lse, query, key, value, *others)`` -> out, or (out, lse).
+    """``apply((backend, problem, return_lse), query, key, value, *others)`` -> out, or (out, lse).
 
-    others: () for a plain problem, else (sinks, seed, *mask). Every argument of a Function costs time, and the plain
-    problem is the one where time per call is felt.
+    others: () for a plain problem, else (sinks, seed, *mask). Every argument of a Function costs time, one that is no
+    tensor 0.5 us, and the plain problem is the one where time per call is felt.
     """
 
     @staticmethod
     def forward(
         ctx,
-        backend: Backend,
-        problem: AttentionProblem,
-        return_lse: bool,
+        call: tuple[Backend, AttentionProblem, bool],
         query: Tensor,
         key: Tensor,
         value: Tensor,
         *others: Tensor | None,
     ):
+        backend, problem, return_lse = ctx.call = call
         sinks, seed, mask = _unpack(others) if others else _NO_OTHERS
         out, lse = backend.forward(problem, query, key, value, sinks, seed, mask, True)
         ctx.save_for_backward(query, key, value, out, lse, *others)
-        ctx.backend, ctx.problem = backend, problem
         if not return_lse:
             return out
         ctx.set_materialize_grads(False)
@@ -51,20 +50,27 @@ class FusedAttention(torch.autograd.Function):
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None = None):
         query, key, value, out, lse, *others = ctx.saved_tensors
         sinks, seed, mask = _unpack(others) if others else _NO_OTHERS
-        # needs: of backend, problem, return_lse, query, key, value, sinks, seed, bias, relative_bias, ...
-        needs = ctx.needs_input_grad
-        wanted = Wanted(*needs[3:6], *((needs[8], needs[9], needs[6]) if others else _NONE_WANTED))
+        wanted = _wanted(ctx.needs_input_grad)
+        backend, problem, _ = ctx.call
         # Grad mode is on here only under create_graph, which needs gradients that are themselves differentiable.
-        backend = reference if torch.is_grad_enabled() else ctx.backend
-        grads = gradients(backend, ctx.problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, mask)
-        dinputs = (None, None, None, grads.query, grads.key, grads.value)
+        if torch.is_grad_enabled():
+            backend = reference
+        grads = gradients(backend, problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, mask)
+        dquery, dkey, dvalue, dbias, drelative_bias, dsinks = grads
         if not others:
-            return dinputs
-        return *dinputs, grads.sinks, None, grads.bias, grads.relative_bias, None, None, None, None
+            return None, dquery, dkey, dvalue
+        return None, dquery, dkey, dvalue, dsinks, None, dbias, drelative_bias, None, None, None, None
 
 
 #: `FusedAttention.apply` without its preparations for `torch.func`, which `api` has ruled out; they cost 4 us a call.
 apply_fused_attention = super(torch.autograd.Function, FusedAttention).apply
+
+
+@functools.cache
+def _wanted(needs: tuple[bool, ...]) -> Wanted:
+    """needs: of the call, query, key, value and perhaps sinks, seed, bias, relative_bias, ..."""
+    sinks, _, bias, relative_bias = needs[4:8] or (False,) * 4
+    return Wanted(*needs[1:4], bias, relative_bias, sinks)
 
 
 def gradients(

@@ -146,7 +146,9 @@ def mask_spec(
     elif problem.has_bias:
         bias = _to_rank_4(attn_mask, layout)
     if problem.has_key_padding:
-        key_padding, padding_bias = _normalise_padding(key_padding_mask.reshape(problem.batch, problem.seqlen_k))
+        if layout is not None:
+            key_padding_mask = key_padding_mask.reshape(problem.batch, problem.seqlen_k)
+        key_padding, padding_bias = _normalise_padding(key_padding_mask)
         if padding_bias is not None:
             # Converted first: two large negative numbers of half precision add up to -inf.
             compute = problem.accumulate_dtype
@@ -162,7 +164,7 @@ def with_head_dim(relative_bias: Tensor | None) -> Tensor | None:
 def _to_rank_4(mask: Tensor, layout: Layout | None) -> Tensor:
     """(..., L, S) -> (B|1, H|1, L|1, S|1), without expanding what broadcasts."""
     if layout is None:
-        return mask[(None,) * (4 - mask.dim())]
+        return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
     mask = mask[(None,) * (len(layout.batch_shape) + 3 - mask.dim())]
     if all(size == 1 for size in mask.shape[:-3]):
         return mask.reshape(1, *mask.shape[-3:])

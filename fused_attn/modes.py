@@ -8,12 +8,22 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch.autograd import forward_ad
 
-__all__ = ["in_forward_mode", "in_functorch", "is_any_autocast_enabled", "is_observed"]
+__all__ = ["in_forward_mode", "in_functorch", "is_any_autocast_enabled", "is_direct", "is_observed"]
 
 
 def in_forward_mode() -> bool:
     """True inside forward-mode AD, which sees through PyTorch code but not into kernels."""
     return forward_ad._current_level >= 0
+
+
+def is_direct() -> bool:
+    """True where nothing surrounds a call on plain tensors: none of the others here, autocast aside, would be true."""
+    return (
+        forward_ad._current_level < 0
+        and not in_functorch()
+        and _len_torch_dispatch_stack() == 0
+        and _get_tracing_state() is None
+    )
 
 
 def is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -54,10 +54,10 @@ def forward(
         query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
     is_same = problem.value_dim == problem.head_dim
     out = torch.empty_like(query) if is_same else empty_like_layout(query, problem.value_dim)
-    batch, heads, rows, _ = query.shape
     lse = None
     if needs_lse:
-        lse = torch.empty(batch, heads, rows, dtype=problem.accumulate_dtype, device=query.device)
+        batch, heads, rows, _ = query.shape
+        lse = torch.empty(batch, heads, rows, dtype=problem.accumulate_dtype, device=problem.device)
     try:
         _C.forward(
             query,
@@ -66,7 +66,7 @@ def forward(
             out,
             lse,
             _config(problem),
-            *(_NO_KERNEL_MASKS if problem.is_plain else _kernel_masks(problem, sinks, seed, mask)),
+            None if problem.is_plain else _kernel_masks(problem, sinks, seed, mask),
             torch.get_num_threads(),
         )
     except ValueError as error:
@@ -90,17 +90,20 @@ def backward(
     mask: MaskSpec,
 ) -> Gradients:
     # Views such as x.conj().imag keep their sign apart from their data, which is all that a kernel sees.
-    dout, query, key, value = dout.resolve_neg(), query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
+    if dout.is_neg() or query.is_neg() or key.is_neg() or value.is_neg():
+        dout, query, key, value = dout.resolve_neg(), query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
     dlse = None if dlse is None else dlse.resolve_neg()
     wants_query, wants_key, wants_value, wants_bias, wants_relative_bias, wants_sinks = wanted
     dquery = torch.empty_like(query) if wants_query else None
     dkey = torch.empty_like(key) if wants_key else None
     dvalue = torch.empty_like(value) if wants_value else None
     dbias = drelative_bias = dsinks = None
-    accumulate = {"dtype": problem.accumulate_dtype, "device": query.device}
+    if wants_bias or wants_relative_bias or wants_sinks:
+        accumulate = {"dtype": problem.accumulate_dtype, "device": problem.device}
     if wants_bias:
         # Expanded to no score at all, it would show the kernel nothing to write to.
-        allocate = torch.empty if all(_scores_shape(problem)) else torch.zeros
+        has_scores = problem.batch and problem.num_heads and problem.seqlen_q and problem.seqlen_k
+        allocate = torch.empty if has_scores else torch.zeros
         dbias = allocate(mask.bias.shape, **accumulate)
     if wants_relative_bias:
         drelative_bias = torch.empty(mask.relative_bias.shape, **accumulate)
@@ -118,11 +121,11 @@ def backward(
             dquery,
             dkey,
             dvalue,
-            None if dbias is None else dbias.expand(_scores_shape(problem)),
-            None if drelative_bias is None else drelative_bias.expand(problem.num_heads, -1),
+            dbias,
+            drelative_bias,
             dsinks,
             _config(problem),
-            *(_NO_KERNEL_MASKS if problem.is_plain else _kernel_masks(problem, sinks, seed, mask)),
+            None if problem.is_plain else _kernel_masks(problem, sinks, seed, mask),
             torch.get_num_threads(),
         )
     except ValueError as error:
@@ -154,26 +157,22 @@ def _config(problem: AttentionProblem):
     )
 
 
-_NO_KERNEL_MASKS = (None,) * 8
-
-
 def _kernel_masks(
     problem: AttentionProblem, sinks: Tensor | None, seed: Tensor | None, mask: MaskSpec
 ) -> tuple[Tensor | None, ...]:
-    """The mask arguments of `_C`: masks as views of the scores' shape, small ones in the accumulate dtype."""
+    """The masks of `_C`; small ones in the accumulate dtype."""
     accumulate = problem.accumulate_dtype
     bias = mask.bias
     if bias is not None:
         bias = bias.resolve_neg()
-        if bias.dtype not in (problem.dtype, accumulate):
+        if bias.dtype != problem.dtype:
             bias = bias.to(accumulate)
-        bias = bias.expand(_scores_shape(problem))
     relative_bias = mask.relative_bias
     if relative_bias is not None:
-        relative_bias = relative_bias.resolve_neg().to(accumulate).contiguous().expand(problem.num_heads, -1)
+        relative_bias = relative_bias.resolve_neg().to(accumulate).contiguous()
     return (
         mask.key_padding,
-        None if mask.mask is None else mask.mask.expand(_scores_shape(problem)),
+        mask.mask,
         bias,
         relative_bias,
         None if sinks is None else sinks.resolve_neg().to(accumulate).contiguous(),
@@ -181,10 +180,6 @@ def _kernel_masks(
         mask.cu_seqlens_q,
         mask.cu_seqlens_k,
     )
-
-
-def _scores_shape(problem: AttentionProblem) -> tuple[int, int, int, int]:
-    return problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k
 
 
 def _with_unit_strides(error: ValueError, *tensors: Tensor) -> list[Tensor]:
