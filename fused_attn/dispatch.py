@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from fused_attn.backends import cpu, reference
 from fused_attn.backends.base import Backend
+from fused_attn.backends.triton import backend as triton
 from fused_attn.problem import AttentionProblem
 
 #: In order of preference; the first without unsupported reasons runs.
-BACKENDS: tuple[Backend, ...] = (cpu, reference)
+BACKENDS: tuple[Backend, ...] = (cpu, triton, reference)
 
 BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
 

@@ -34,7 +34,8 @@ class AttentionProblem:
 
     Compared and hashed by identity, so that a backend can cache what it prepares for a problem at no cost.
     ``is_packed``: ``batch`` counts sequences and ``seqlen_q``/``seqlen_k`` are the longest ones; the tensors have
-    one batch entry that holds all rows.
+    one batch entry that holds all rows. ``capability``: compute capability of a CUDA device, asked from it unless given;
+    None elsewhere.
     """
 
     batch: int
@@ -56,6 +57,7 @@ class AttentionProblem:
     has_bias: bool = False
     has_relative_bias: bool = False
     has_sinks: bool = False
+    capability: tuple[int, int] | None = None
     #: No tensor but query, key and value takes part.
     is_plain: bool = field(init=False, default=False)
 
@@ -75,6 +77,8 @@ class AttentionProblem:
             or self.dropout_p > 0.0
         )
         object.__setattr__(self, "is_plain", takes_no_other_tensor)
+        if self.capability is None and self.device.type == "cuda":
+            object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
 
     def __str__(self) -> str:
         sizes = (

@@ -1,0 +1,131 @@
+"""What crosses from the host to a kernel: tuples that a kernel reads by field name, built from tensors.
+
+A field that is None compiles the feature out, so a kernel needs no flag beside it. Triton specialises integers inside
+a tuple (divisible by 16, equal to 1), which is wanted for strides; lengths, which change from batch to batch, are
+plain kernel arguments that it is told not to specialise.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fused_attn import dropout
+from fused_attn.masks import MaskSpec
+from fused_attn.problem import UNBOUNDED, AttentionProblem
+
+#: Kernel arguments whose value must not cause another compilation.
+UNSPECIALIZED = ("seqlen_q", "seqlen_k", "lse_stride", "band_offset", "units_per_section")
+
+
+class Rows(NamedTuple):
+    """A (B, heads, rows, columns) tensor with contiguous columns. Packed: (1, heads, total, columns), stride_b 0."""
+
+    ptr: Tensor | None
+    stride_b: int = 0
+    stride_h: int = 0
+    stride_row: int = 0
+
+    @classmethod
+    def of(cls, x: Tensor | None, is_packed: bool = False) -> Rows:
+        if x is None:
+            return cls(None)
+        stride_b, stride_h, stride_row, _ = x.stride()
+        return cls(x, 0 if is_packed else stride_b, stride_h, stride_row)
+
+
+class Scores(NamedTuple):
+    """A tensor that broadcasts to (B, H, L, S): the stride of a broadcast dimension is 0."""
+
+    ptr: Tensor | None
+    stride_b: int = 0
+    stride_h: int = 0
+    stride_row: int = 0
+    stride_col: int = 0
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> Scores:
+        if x is None:
+            return cls(None)
+        return cls(x, *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)))
+
+
+class Masks(NamedTuple):
+    """Pointers to everything that hides, biases or drops scores; None where the problem has none.
+
+    padding: (B, S) bytes, nonzero = keep
+    relative_bias: (H|1, L + S - 1)
+    sinks: (H,)
+    seed: 0-d int64
+    cu_seqlens_q, cu_seqlens_k: (num_sequences + 1,) int32
+    """
+
+    padding: Tensor | None
+    mask: Scores
+    bias: Scores
+    relative_bias: Tensor | None
+    relative_bias_stride_h: int
+    sinks: Tensor | None
+    seed: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+
+    @classmethod
+    def of(cls, sinks: Tensor | None, seed: Tensor | None, mask: MaskSpec) -> Masks:
+        table = mask.relative_bias
+        if table is not None:
+            table = table.resolve_neg().contiguous()
+        return cls(
+            None if mask.key_padding is None else mask.key_padding.contiguous(),
+            Scores.of(mask.mask),
+            NO_SCORES if mask.bias is None else Scores.of(mask.bias.resolve_neg()),
+            table,
+            0 if table is None or table.shape[0] == 1 else table.shape[1],
+            None if sinks is None else sinks.resolve_neg().contiguous(),
+            seed,
+            mask.cu_seqlens_q,
+            mask.cu_seqlens_k,
+        )
+
+
+NO_SCORES = Scores(None)
+NO_MASKS = Masks(None, NO_SCORES, NO_SCORES, None, 0, None, None, None, None)
+
+
+class Settings(NamedTuple):
+    """Numbers of a problem that a model rarely changes.
+
+    band_left, band_right: how far a query sees before and after its diagonal; None = without end
+    is_scale_folded: 1 if the scale may be multiplied in after the row maximum is taken, which it must not be if it is
+        negative (the maximum would be the minimum) or 0 (0 * -inf is NaN); else None
+    softcap: None = off
+    dropout_threshold: a random word, read as a signed number after its top bit is flipped, is kept from here on
+    """
+
+    num_heads: int
+    group_size: int
+    scale: float
+    is_scale_folded: int | None
+    softcap: float | None
+    band_left: int | None
+    band_right: int | None
+    dropout_threshold: int
+    inverse_keep: float
+
+    @classmethod
+    def of(cls, problem: AttentionProblem) -> Settings:
+        band = problem.band
+        # A window wider than all distances is none. This also keeps sums of positions within 32 bits.
+        reach = problem.seqlen_q + problem.seqlen_k + abs(band.offset)
+        return cls(
+            problem.num_heads,
+            problem.num_heads // max(problem.num_kv_heads, 1),
+            problem.scale,
+            1 if problem.scale > 0.0 else None,
+            problem.softcap or None,
+            None if band.left == UNBOUNDED or band.left >= reach else band.left,
+            None if band.right == UNBOUNDED or band.right >= reach else band.right,
+            dropout.threshold(problem.dropout_p) - 2**31,
+            dropout.inverse_keep(problem.dropout_p),
+        )

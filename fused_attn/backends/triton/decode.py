@@ -1,0 +1,75 @@
+"""Split keys: few queries against many keys fill a GPU only if several programs share the keys of one head."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_attn.backends.triton.scores import LN_2, LOG2_E
+from fused_attn.backends.triton.tiles import store_rows
+
+#: Fewer keys than this are not worth a program of their own.
+MIN_KEYS_PER_SPLIT = 512
+
+
+def num_splits(num_programs: int, seqlen_k: int, multiprocessors: int) -> int:
+    """How many programs share the keys of one head, so that about two per multiprocessor run."""
+    if num_programs >= multiprocessors:
+        return 1
+    return max(1, min(2 * multiprocessors // num_programs, seqlen_k // MIN_KEYS_PER_SPLIT))
+
+
+@triton.jit(do_not_specialize=("num_splits", "rows_per_head", "num_rows"))
+def merge_splits_kernel(
+    partial_out,  # (num_splits, B, H, L, Dv) float32
+    partial_lse,  # (num_splits, B, H, L) float32
+    out,  # Rows (B, H, L, Dv)
+    lse,  # (B, H, L) float32, or None
+    sinks,  # (H,) or None
+    num_heads,
+    num_splits,
+    rows_per_head,
+    num_rows,  # B * H * L
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Outputs of the splits, weighted by exp(their LSE)."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = row < num_rows
+    column = tl.arange(0, BLOCK_DV)
+    head_and_batch = row // rows_per_head
+    head = head_and_batch % num_heads
+
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for split in range(0, num_splits):
+        split_row = tl.cast(split, tl.int64) * num_rows + row
+        scores = tl.load(partial_lse + split_row, mask=is_row, other=float("-inf")) * LOG2_E
+        tile = tl.load(
+            partial_out + split_row[:, None] * VALUE_DIM + column[None, :],
+            mask=is_row[:, None] & (column[None, :] < VALUE_DIM),
+            other=0.0,
+        )
+        new_max = tl.maximum(row_max, scores)
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale = tl.exp2(row_max - finite_max)
+        weight = tl.exp2(scores - finite_max)
+        acc = acc * rescale[:, None] + tile * weight[:, None]
+        row_sum = row_sum * rescale + weight
+        row_max = new_max
+    is_empty = row_max == float("-inf")
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        with_sink = tl.maximum(row_max, sink)
+        rescale = tl.exp2(row_max - with_sink)
+        acc *= rescale[:, None]
+        row_sum = tl.where(is_empty, 0.0, row_sum * rescale + tl.exp2(sink - with_sink))
+        row_max = with_sink
+
+    out_base = out.ptr + (head_and_batch // num_heads).to(tl.int64) * out.stride_b + head.to(tl.int64) * out.stride_h
+    out_tile = acc / tl.where(is_empty, 1.0, row_sum)[:, None]
+    store_rows(out_base[:, None], out.stride_row, row % rows_per_head, is_row, out_tile, VALUE_DIM, BLOCK_DV)
+    if lse is not None:
+        tl.store(lse + row, tl.where(is_empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2), mask=is_row)

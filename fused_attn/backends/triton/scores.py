@@ -1,0 +1,119 @@
+"""What happens to a score between the two matrix products: scale, soft cap, biases, masks and dropout.
+
+Scores are kept in base 2, score * log2(e), because the hardware's exponential is exp2. All functions take positions
+that broadcast against each other, so they serve tiles of (queries, keys) as well as of (keys, queries).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def log2_scores(qk, query, key, place, masks, settings, IS_FULL: tl.constexpr):
+    """(scores, unit, dcap) of the products `qk` of queries and keys.
+
+    unit: scores * unit is in base 2; left to the caller, who can fold it into the argument of exp2
+    dcap: derivative of the soft cap
+    """
+    unit = 1.0
+    dcap = 1.0
+    if settings.softcap is not None:
+        capped = _tanh(qk * (settings.scale / settings.softcap))
+        scores = capped * (settings.softcap * LOG2_E)
+        dcap = 1.0 - capped * capped
+    elif settings.is_scale_folded is not None and masks.bias.ptr is None and masks.relative_bias is None:
+        scores = qk
+        unit = settings.scale * LOG2_E
+    else:
+        scores = qk * (settings.scale * LOG2_E)
+    if masks.bias.ptr is not None:
+        scores += _load_scores(masks.bias, query, key, place, IS_FULL).to(tl.float32) * LOG2_E
+    if masks.relative_bias is not None:
+        table = masks.relative_bias + place.head.to(tl.int64) * masks.relative_bias_stride_h
+        column = key - query + place.table_offset
+        bias = tl.load(table + column, mask=_exists(query, key, place, IS_FULL), other=0.0)
+        scores += bias.to(tl.float32) * LOG2_E
+    return scores, unit, dcap
+
+
+@triton.jit
+def hide(scores, hidden, query, key, keep, place, masks, settings, IS_FULL: tl.constexpr):
+    """`scores` with the value `hidden` where a query does not see a key.
+
+    keep: which keys exist and are not padding, of the shape of `key`; not looked at in a full block
+    """
+    if not IS_FULL:
+        visible = keep
+        distance = key - query - place.band_offset
+        if settings.band_left is not None:
+            visible = visible & (distance >= -settings.band_left)
+        if settings.band_right is not None:
+            visible = visible & (distance <= settings.band_right)
+        scores = tl.where(visible, scores, hidden)
+    if masks.mask.ptr is not None:
+        scores = tl.where(_load_scores(masks.mask, query, key, place, IS_FULL) != 0, scores, hidden)
+    return scores
+
+
+@triton.jit
+def dropout_keep(query, first_key, place, masks, settings, BLOCK_N: tl.constexpr):
+    """(queries, BLOCK_N) bool: which weights of the keys first_key ... survive; see `fused_attn.dropout`.
+
+    query: (M, 1). One call of Philox gives the words of four neighbouring keys.
+    """
+    group = first_key // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+    zero = (query + group) * 0
+    word0, word1, word2, word3 = tl.philox(
+        tl.load(masks.seed),
+        (zero + group).to(tl.uint32),
+        (zero + query).to(tl.uint32),
+        (zero + place.head).to(tl.uint32),
+        (zero + place.batch).to(tl.uint32),
+    )
+    keep02 = tl.interleave(_survives(word0, settings), _survives(word2, settings))
+    keep13 = tl.interleave(_survives(word1, settings), _survives(word3, settings))
+    return tl.interleave(keep02, keep13) != 0
+
+
+@triton.jit
+def _survives(word, settings):
+    # With the top bit flipped, unsigned order becomes signed order.
+    signed = (word ^ 0x80000000).to(tl.int32, bitcast=True)
+    return (signed >= settings.dropout_threshold).to(tl.int8)
+
+
+@triton.jit
+def _exists(query, key, place, IS_FULL: tl.constexpr):
+    # A full block has all of its keys; rows beyond the last query occur everywhere.
+    if IS_FULL:
+        return (query < place.len_q) & (key >= 0)
+    else:
+        return (query < place.len_q) & (key < place.len_k)
+
+
+@triton.jit
+def _load_scores(x, query, key, place, IS_FULL: tl.constexpr):
+    base = x.ptr + place.batch.to(tl.int64) * x.stride_b + place.head.to(tl.int64) * x.stride_h
+    pointer = base + query.to(tl.int64) * x.stride_row + key.to(tl.int64) * x.stride_col
+    return tl.load(pointer, mask=_exists(query, key, place, IS_FULL), other=0)
+
+
+@triton.jit
+def _tanh(x):
+    """Relative error below 4 units of 2^-24: exp2 away from 0, the odd Taylor polynomial near 0, where exp2 cancels."""
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
+    far = (1.0 - e) / (1.0 + e)
+    y = x * x
+    near = -1382.0 / 155925.0
+    near = near * y + 62.0 / 2835.0
+    near = near * y - 17.0 / 315.0
+    near = near * y + 2.0 / 15.0
+    near = near * y - 1.0 / 3.0
+    near = tl.abs(x) * (near * y + 1.0)
+    size = tl.where(y < 0.1225, near, far)
+    return tl.where(x < 0, -size, size)
