@@ -34,8 +34,8 @@ class AttentionProblem:
 
     Compared and hashed by identity, so that a backend can cache what it prepares for a problem at no cost.
     ``is_packed``: ``batch`` counts sequences and ``seqlen_q``/``seqlen_k`` are the longest ones; the tensors have
-    one batch entry that holds all rows. ``capability``: compute capability of a CUDA device, asked from it unless given;
-    None elsewhere.
+    one batch entry that holds all rows. ``capability``: compute capability of a CUDA device, which is asked for it
+    unless it is given; None elsewhere.
     """
 
     batch: int

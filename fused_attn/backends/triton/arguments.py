@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton.language as tl
 from torch import Tensor
 
 from fused_attn import dropout
+from fused_attn.backends.triton.configs import Config, padded_head_dim
 from fused_attn.masks import MaskSpec
 from fused_attn.problem import UNBOUNDED, AttentionProblem
 
@@ -94,12 +96,12 @@ NO_MASKS = Masks(None, NO_SCORES, NO_SCORES, None, 0, None, None, None, None)
 
 
 class Settings(NamedTuple):
-    """Numbers of a problem that a model rarely changes.
+    """All that is fixed for a problem and a kernel. Numbers that a model rarely changes, then compile-time constants.
 
-    band_left, band_right: how far a query sees before and after its diagonal; None = without end
-    is_scale_folded: 1 if the scale may be multiplied in after the row maximum is taken, which it must not be if it is
-        negative (the maximum would be the minimum) or 0 (0 * -inf is NaN); else None
+    is_scale_folded: 1 if the scale can be multiplied in where the exponential is taken, else None. Nothing may come
+        between; and the scale must be positive, or a row's maximum would become its minimum (or 0 * -inf, NaN)
     softcap: None = off
+    band_left, band_right: how far a query sees before and after its diagonal; None = without end
     dropout_threshold: a random word, read as a signed number after its top bit is flipped, is kept from here on
     """
 
@@ -112,20 +114,44 @@ class Settings(NamedTuple):
     band_right: int | None
     dropout_threshold: int
     inverse_keep: float
+    HEAD_DIM: tl.constexpr
+    VALUE_DIM: tl.constexpr
+    BLOCK_D: tl.constexpr
+    BLOCK_DV: tl.constexpr
+    BLOCK_M: tl.constexpr
+    BLOCK_N: tl.constexpr
+    PRECISION: tl.constexpr
+
+    def for_bias(self, bias: Tensor | None) -> Settings:
+        """With what a bias changes. The problem does not tell: a floating-point padding mask can turn out to be one."""
+        return self if bias is None else self._replace(is_scale_folded=None)
 
     @classmethod
-    def of(cls, problem: AttentionProblem) -> Settings:
+    def of(cls, problem: AttentionProblem, config: Config) -> Settings:
         band = problem.band
         # A window wider than all distances is none. This also keeps sums of positions within 32 bits.
         reach = problem.seqlen_q + problem.seqlen_k + abs(band.offset)
+        is_changed = problem.softcap or problem.has_relative_bias
         return cls(
             problem.num_heads,
             problem.num_heads // max(problem.num_kv_heads, 1),
             problem.scale,
-            1 if problem.scale > 0.0 else None,
+            1 if problem.scale > 0.0 and not is_changed else None,
             problem.softcap or None,
             None if band.left == UNBOUNDED or band.left >= reach else band.left,
             None if band.right == UNBOUNDED or band.right >= reach else band.right,
             dropout.threshold(problem.dropout_p) - 2**31,
             dropout.inverse_keep(problem.dropout_p),
+            *map(
+                tl.constexpr,
+                (
+                    problem.head_dim,
+                    problem.value_dim,
+                    padded_head_dim(problem.head_dim),
+                    padded_head_dim(problem.value_dim),
+                    config.block_m,
+                    config.block_n,
+                    "ieee",
+                ),
+            ),
         )

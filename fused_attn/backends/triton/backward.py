@@ -10,20 +10,31 @@ import triton
 import triton.language as tl
 
 from fused_attn.backends.triton.arguments import UNSPECIALIZED
-from fused_attn.backends.triton.forward import lse_row
-from fused_attn.backends.triton.scores import LOG2_E, dropout_keep, hide, log2_scores
+from fused_attn.backends.triton.scores import (
+    LOG2_E,
+    biased_scores,
+    dropout_keep,
+    exp_difference,
+    hide,
+    score_unit,
+)
 from fused_attn.backends.triton.tiles import (
     block_and_unit,
-    first_row_of,
     is_kept,
     key_blocks,
-    load_rows,
+    key_pointer,
+    load_key_rows,
+    load_query_rows,
     num_partial_blocks,
     partial_block,
     place_of,
     query_blocks,
-    store_rows,
+    query_pointer,
+    store_tile,
 )
+
+#: Up to here an LSE in float32 is exact enough for the weights: its rounding moves them by 3e-5.
+EXACT_LSE = tl.constexpr(512.0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -37,6 +48,7 @@ def attention_bwd_dq_kernel(
     lse,  # (B, H, L) float32
     dlse,  # (B, H, L) float32 or None
     delta,  # (B, H, L) float32, written: rowsum(dout * out) - dlse
+    factor,  # (B, H, L) float32 or None, written: what exp(score - LSE) has to be multiplied by
     dsinks,  # (B, H, blocks of queries) float32 or None, written: each program's share
     masks,
     settings,
@@ -45,20 +57,14 @@ def attention_bwd_dq_kernel(
     lse_stride,
     band_offset,
     units_per_section,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
     # Which rows.
-    num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    num_blocks = tl.cdiv(seqlen_q, settings.BLOCK_M)
     block, head, batch = block_and_unit(num_blocks, settings.num_heads, units_per_section, LAST_FIRST=True)
-    first_row = block * BLOCK_M
-    query = first_row + tl.arange(0, BLOCK_M)
-    place = place_of(batch, head, masks, seqlen_q, seqlen_k, band_offset)
+    first_row = block * settings.BLOCK_M
+    query = first_row + tl.arange(0, settings.BLOCK_M)
+    kv_head = head // settings.group_size
+    place = place_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
     dsinks_entry = (batch * settings.num_heads + head) * num_blocks + block
     if first_row >= place.len_q:
         if dsinks is not None:
@@ -67,48 +73,67 @@ def attention_bwd_dq_kernel(
     is_row = query < place.len_q
 
     # Load, and delta.
-    dout_tile = load_rows(
-        first_row_of(dout, batch, head, place.first_q), dout.stride_row, query, is_row, VALUE_DIM, BLOCK_DV
-    )
-    out_tile = load_rows(
-        first_row_of(out, batch, head, place.first_q), out.stride_row, query, is_row, VALUE_DIM, BLOCK_DV
-    )
-    row_lse, row_offset = load_lse(lse, batch, head, query, is_row, place, masks, settings, lse_stride)
+    dout_tile = load_query_rows(dout, place, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
+    out_tile = load_query_rows(out, place, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
+    row_offset = place.lse_offset + query
+    row_lse = tl.load(lse + row_offset, mask=is_row, other=0.0)
     row_delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     if dlse is not None:
-        row_delta -= tl.load(dlse + row_offset + query, mask=is_row, other=0.0)
-    tl.store(delta + row_offset + query, row_delta, mask=is_row)
+        row_delta -= tl.load(dlse + row_offset, mask=is_row, other=0.0)
+    tl.store(delta + row_offset, row_delta, mask=is_row)
     if dsinks is not None:
-        sink = tl.load(masks.sinks + head).to(tl.float32) * LOG2_E
+        sink = tl.load(masks.sinks + head).to(tl.float32)
         # Rows that saw nothing have an LSE of -inf, and their sink no weight.
-        weight = tl.where(row_lse == float("-inf"), 0.0, tl.exp2(sink - row_lse))
+        weight = tl.where(row_lse == float("-inf"), 0.0, tl.exp2((sink - row_lse) * LOG2_E))
         tl.store(dsinks + dsinks_entry, -tl.sum(tl.where(is_row, weight * row_delta, 0.0), 0))
+    q_tile = load_query_rows(q, place, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
 
     # Loop.
+    last_row = tl.minimum(first_row + settings.BLOCK_M, place.len_q) - 1
+    blocks = key_blocks(first_row, last_row, place, masks, settings)
+    row_lse = finite_lse(row_lse, settings)
+    row_factor = None
+    if factor is not None:
+        row_factor = tl.zeros([settings.BLOCK_M], tl.float32) + 1.0
+        if tl.max(tl.abs(row_lse), 0) > EXACT_LSE:
+            row_factor = _exact_factor(q_tile, row_lse, query, blocks, k, place, masks, settings)
+        tl.store(factor + row_offset, row_factor, mask=is_row)
     if dq.ptr is not None:
-        q_tile = load_rows(first_row_of(q, batch, head, place.first_q), q.stride_row, query, is_row, HEAD_DIM, BLOCK_D)
-        kv_head = head // settings.group_size
-        k_base = first_row_of(k, batch, kv_head, place.first_k)
-        v_base = first_row_of(v, batch, kv_head, place.first_k)
-        row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
-        last_row = tl.minimum(first_row + BLOCK_M, place.len_q) - 1
-        blocks = key_blocks(first_row, last_row, place, masks, settings, seqlen_k, BLOCK_N)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for first_key in tl.range(blocks.full_start, blocks.full_end, BLOCK_N):
+        acc = tl.zeros([settings.BLOCK_M, settings.BLOCK_D], tl.float32)
+        for first_key in tl.range(blocks.full_start, blocks.full_end, settings.BLOCK_N):
             acc = _add_dq(
-                acc, q_tile, dout_tile, row_lse, row_delta, query, first_key, k, k_base, v, v_base,
-                place, masks, settings, seqlen_k, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
-                IS_FULL=True,
+                acc, q_tile, dout_tile, row_lse, row_factor, row_delta, query, first_key, k, v,
+                place, masks, settings, IS_FULL=True,
             )  # fmt: skip
-        for index in tl.range(0, num_partial_blocks(blocks, BLOCK_N)):
+        for index in tl.range(0, num_partial_blocks(blocks, settings.BLOCK_N)):
+            first_key = partial_block(blocks, index, settings.BLOCK_N)
             acc = _add_dq(
-                acc, q_tile, dout_tile, row_lse, row_delta, query, partial_block(blocks, index, BLOCK_N),
-                k, k_base, v, v_base,
-                place, masks, settings, seqlen_k, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
-                IS_FULL=False,
+                acc, q_tile, dout_tile, row_lse, row_factor, row_delta, query, first_key, k, v,
+                place, masks, settings, IS_FULL=False,
             )  # fmt: skip
-        dq_base = first_row_of(dq, batch, head, place.first_q)
-        store_rows(dq_base, dq.stride_row, query, is_row, acc * settings.scale, HEAD_DIM, BLOCK_D)
+        dq_pointer = query_pointer(dq, place, query, settings.BLOCK_D)
+        store_tile(dq_pointer, acc * settings.scale, is_row, settings.HEAD_DIM, settings.BLOCK_D)
+
+
+@triton.jit
+def _exact_factor(q_tile, row_lse, query, blocks, k, place, masks, settings):
+    """One over the sum of exp(score - LSE), which would be 1 if the LSE were exact.
+
+    A large LSE is a coarse number: where all keys of a row carry a bias of -1e9, it cannot tell one key from many.
+    """
+    total = tl.zeros([settings.BLOCK_M], tl.float32)
+    for first_key in range(blocks.start, blocks.end, settings.BLOCK_N):
+        key = first_key + tl.arange(0, settings.BLOCK_N)
+        keep = is_kept(key, place, masks)
+        k_tile = load_key_rows(k, place, key, keep, settings.HEAD_DIM, settings.BLOCK_D)
+        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
+        scores, _ = biased_scores(qk, query[:, None], key[None, :], place, masks, settings, IS_FULL=False)
+        weights = exp_difference(scores, row_lse[:, None], settings)
+        weights = hide(weights, 0.0, query[:, None], key[None, :], keep[None, :], place, masks, settings, IS_FULL=False)
+        total += tl.sum(weights, 1)
+    if masks.sinks is not None:
+        total += tl.exp2((tl.load(masks.sinks + place.head).to(tl.float32) - row_lse) * LOG2_E)
+    return tl.where(total > 0.0, 1.0 / total, 1.0)
 
 
 @triton.jit
@@ -117,39 +142,29 @@ def _add_dq(
     q_tile,
     dout_tile,
     row_lse,
+    row_factor,
     row_delta,
     query,
     first_key,
     k,
-    k_base,
     v,
-    v_base,
     place,
     masks,
     settings,
-    seqlen_k,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
     IS_FULL: tl.constexpr,
 ):
-    key = first_key + tl.arange(0, BLOCK_N)
-    if IS_FULL:
-        keep = None
-    else:
-        keep = is_kept(key, place, masks, seqlen_k)
-    k_tile = load_rows(k_base, k.stride_row, key, keep, HEAD_DIM, BLOCK_D)
-    v_tile = load_rows(v_base, v.stride_row, key, keep, VALUE_DIM, BLOCK_DV)
-    qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-    dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
+    key = first_key + tl.arange(0, settings.BLOCK_N)
+    keep = None if IS_FULL else is_kept(key, place, masks)
+    k_tile = load_key_rows(k, place, key, keep, settings.HEAD_DIM, settings.BLOCK_D)
+    v_tile = load_key_rows(v, place, key, keep, settings.VALUE_DIM, settings.BLOCK_DV)
+    qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
+    dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=settings.PRECISION)
     _, _, dscores = weights_and_gradients(
         qk, dweights, query[:, None], key[None, :], first_key, None if IS_FULL else keep[None, :],
-        row_lse[:, None], row_delta[:, None], place, masks, settings, BLOCK_N, IS_FULL, IS_TRANSPOSED=False,
+        row_lse[:, None], None if row_factor is None else row_factor[:, None], row_delta[:, None],
+        place, masks, settings, IS_FULL, IS_TRANSPOSED=False,
     )  # fmt: skip
-    return tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+    return tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision=settings.PRECISION)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -158,10 +173,11 @@ def attention_bwd_dkdv_kernel(
     k,  # Rows (B, Hkv, S, D)
     v,  # Rows (B, Hkv, S, Dv)
     dout,  # Rows (B, H, L, Dv)
-    dk,  # Rows (B, Hkv, S, D)
-    dv,  # Rows (B, Hkv, S, Dv)
+    dk,  # Rows (B, Hkv, S, D); its ptr may be None
+    dv,  # Rows (B, Hkv, S, Dv); its ptr may be None
     lse,  # (B, H, L) float32
     delta,  # (B, H, L) float32
+    factor,  # (B, H, L) float32 or None
     masks,
     settings,
     seqlen_q,
@@ -169,64 +185,53 @@ def attention_bwd_dkdv_kernel(
     lse_stride,
     band_offset,
     units_per_section,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
     """A program owns a block of keys of one key head and visits all queries of all heads that share it."""
     # Which rows.
-    num_blocks = tl.cdiv(seqlen_k, BLOCK_N)
+    num_blocks = tl.cdiv(seqlen_k, settings.BLOCK_N)
     num_kv_heads = settings.num_heads // settings.group_size
     block, kv_head, batch = block_and_unit(num_blocks, num_kv_heads, units_per_section, LAST_FIRST=False)
-    first_key = block * BLOCK_N
-    key = first_key + tl.arange(0, BLOCK_N)
-    place = place_of(batch, kv_head, masks, seqlen_q, seqlen_k, band_offset)
+    first_key = block * settings.BLOCK_N
+    key = first_key + tl.arange(0, settings.BLOCK_N)
+    first_head = kv_head * settings.group_size
+    place = place_of(batch, first_head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
     if first_key >= place.len_k:
         return
 
     # Load.
-    keep = is_kept(key, place, masks, seqlen_k)
+    keep = is_kept(key, place, masks)
     num_kept = tl.sum(keep.to(tl.int32), 0)
-    k_tile = load_rows(first_row_of(k, batch, kv_head, place.first_k), k.stride_row, key, keep, HEAD_DIM, BLOCK_D)
-    v_tile = load_rows(first_row_of(v, batch, kv_head, place.first_k), v.stride_row, key, keep, VALUE_DIM, BLOCK_DV)
+    k_tile = load_key_rows(k, place, key, keep, settings.HEAD_DIM, settings.BLOCK_D)
+    v_tile = load_key_rows(v, place, key, keep, settings.VALUE_DIM, settings.BLOCK_DV)
 
     # Loop.
-    last_key = tl.minimum(first_key + BLOCK_N, place.len_k) - 1
-    blocks = query_blocks(first_key, last_key, num_kept == BLOCK_N, place, settings, BLOCK_M)
-    num_heads_to_visit = tl.where(num_kept == 0, 0, settings.group_size)
-    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for member in range(0, num_heads_to_visit):
-        head = kv_head * settings.group_size + member
-        place = place_of(batch, head, masks, seqlen_q, seqlen_k, band_offset)
-        q_base = first_row_of(q, batch, head, place.first_q)
-        dout_base = first_row_of(dout, batch, head, place.first_q)
-        for first_row in tl.range(blocks.full_start, blocks.full_end, BLOCK_M):
+    last_key = tl.minimum(first_key + settings.BLOCK_N, place.len_k) - 1
+    blocks = query_blocks(first_key, last_key, num_kept == settings.BLOCK_N, place, settings)
+    dk_acc = tl.zeros([settings.BLOCK_N, settings.BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([settings.BLOCK_N, settings.BLOCK_DV], tl.float32)
+    for member in range(tl.where(num_kept == 0, 0, settings.group_size)):
+        head = first_head + member
+        place = place_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
+        for first_row in tl.range(blocks.full_start, blocks.full_end, settings.BLOCK_M):
             dk_acc, dv_acc = _add_dkdv(
-                dk_acc, dv_acc, k_tile, v_tile, key, keep, first_key, first_row, q, q_base, dout, dout_base, lse, delta,
-                place, masks, settings, lse_stride, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION,
-                IS_FULL=True,
+                dk_acc, dv_acc, k_tile, v_tile, key, keep, first_key, first_row, q, dout, lse, delta, factor,
+                place, masks, settings, IS_FULL=True,
             )  # fmt: skip
-        for index in tl.range(0, num_partial_blocks(blocks, BLOCK_M)):
+        for index in tl.range(0, num_partial_blocks(blocks, settings.BLOCK_M)):
+            first_row = partial_block(blocks, index, settings.BLOCK_M)
             dk_acc, dv_acc = _add_dkdv(
-                dk_acc, dv_acc, k_tile, v_tile, key, keep, first_key, partial_block(blocks, index, BLOCK_M),
-                q, q_base, dout, dout_base, lse, delta,
-                place, masks, settings, lse_stride, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION,
-                IS_FULL=False,
+                dk_acc, dv_acc, k_tile, v_tile, key, keep, first_key, first_row, q, dout, lse, delta, factor,
+                place, masks, settings, IS_FULL=False,
             )  # fmt: skip
 
     # Epilogue.
     is_row = key < place.len_k
     if dk.ptr is not None:
-        dk_base = first_row_of(dk, batch, kv_head, place.first_k)
-        store_rows(dk_base, dk.stride_row, key, is_row, dk_acc * settings.scale, HEAD_DIM, BLOCK_D)
+        dk_pointer = key_pointer(dk, place, key, settings.BLOCK_D)
+        store_tile(dk_pointer, dk_acc * settings.scale, is_row, settings.HEAD_DIM, settings.BLOCK_D)
     if dv.ptr is not None:
-        dv_base = first_row_of(dv, batch, kv_head, place.first_k)
-        store_rows(dv_base, dv.stride_row, key, is_row, dv_acc, VALUE_DIM, BLOCK_DV)
+        dv_pointer = key_pointer(dv, place, key, settings.BLOCK_DV)
+        store_tile(dv_pointer, dv_acc, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
 
 
 @triton.jit
@@ -240,48 +245,49 @@ def _add_dkdv(
     first_key,
     first_row,
     q,
-    q_base,
     dout,
-    dout_base,
     lse,
     delta,
+    factor,
     place,
     masks,
     settings,
-    lse_stride,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
     IS_FULL: tl.constexpr,
 ):
     """Tiles here are (keys, queries), so that they are left factors of the products that follow."""
-    query = first_row + tl.arange(0, BLOCK_M)
+    query = first_row + tl.arange(0, settings.BLOCK_M)
     is_row = query < place.len_q
-    q_tile = load_rows(q_base, q.stride_row, query, is_row, HEAD_DIM, BLOCK_D)
-    dout_tile = load_rows(dout_base, dout.stride_row, query, is_row, VALUE_DIM, BLOCK_DV)
-    row_lse, row_offset = load_lse(lse, place.batch, place.head, query, is_row, place, masks, settings, lse_stride)
-    row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
-    row_delta = tl.load(delta + row_offset + query, mask=is_row, other=0.0)
-    qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-    dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)
+    q_tile = load_query_rows(q, place, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
+    dout_tile = load_query_rows(dout, place, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
+    row_lse, row_delta, row_factor = load_row_sums(lse, delta, factor, place, query, is_row, settings)
+    qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=settings.PRECISION)
+    dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=settings.PRECISION)
     weights, _, dscores = weights_and_gradients(
         qk, dweights, query[None, :], key[:, None], first_key, keep[:, None],
-        row_lse[None, :], row_delta[None, :], place, masks, settings, BLOCK_N, IS_FULL, IS_TRANSPOSED=True,
+        row_lse[None, :], None if factor is None else row_factor[None, :], row_delta[None, :],
+        place, masks, settings, IS_FULL, IS_TRANSPOSED=True,
     )  # fmt: skip
-    dv_acc = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=PRECISION)
-    dk_acc = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
+    dv_acc = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=settings.PRECISION)
+    dk_acc = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_acc, input_precision=settings.PRECISION)
     return dk_acc, dv_acc
 
 
 @triton.jit
-def load_lse(lse, batch, head, query, is_row, place, masks, settings, lse_stride):
-    """(LSE of the rows in base 2, offset of the head's first row in tensors shaped like the LSE)."""
-    offset = lse_row(batch, head, place.first_q, masks, settings, lse_stride)
-    return tl.load(lse + offset + query, mask=is_row, other=0.0) * LOG2_E, offset
+def load_row_sums(lse, delta, factor, place, query, is_row, settings):
+    """(LSE, delta, factor) of the rows `query`; the factor is 1.0 if there is none."""
+    offset = place.lse_offset + query
+    row_lse = finite_lse(tl.load(lse + offset, mask=is_row, other=0.0), settings)
+    row_delta = tl.load(delta + offset, mask=is_row, other=0.0)
+    row_factor = 1.0
+    if factor is not None:
+        row_factor = tl.load(factor + offset, mask=is_row, other=0.0)
+    return row_lse, row_delta, row_factor
+
+
+@triton.jit
+def finite_lse(row_lse, settings):
+    """In units of the scores; 0 for a row that saw nothing, whose weights `hide` makes 0."""
+    return tl.where(row_lse == float("-inf"), 0.0, row_lse) / score_unit(settings)
 
 
 @triton.jit
@@ -292,12 +298,12 @@ def weights_and_gradients(
     key,
     first_key,
     keep,
-    row_lse,  # base 2, finite
+    row_lse,  # finite, in units of the scores
+    row_factor,  # or None
     row_delta,
     place,
     masks,
     settings,
-    BLOCK_N: tl.constexpr,
     IS_FULL: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
 ):
@@ -305,15 +311,17 @@ def weights_and_gradients(
 
     Tiles are (queries, keys), or (keys, queries) if IS_TRANSPOSED; the row vectors lie along the queries.
     """
-    scores, unit, dcap = log2_scores(qk, query, key, place, masks, settings, IS_FULL)
-    weights = tl.exp2(scores * unit - row_lse)
+    scores, dcap = biased_scores(qk, query, key, place, masks, settings, IS_FULL)
+    weights = exp_difference(scores, row_lse, settings)
+    if row_factor is not None:
+        weights *= row_factor
     weights = hide(weights, 0.0, query, key, keep, place, masks, settings, IS_FULL)
     dropped = weights
     if masks.seed is not None:
         if IS_TRANSPOSED:
-            survives = tl.trans(dropout_keep(tl.trans(query), first_key, place, masks, settings, BLOCK_N))
+            survives = tl.trans(dropout_keep(tl.trans(query), first_key, place, masks, settings))
         else:
-            survives = dropout_keep(query, first_key, place, masks, settings, BLOCK_N)
+            survives = dropout_keep(query, first_key, place, masks, settings)
         dropped = tl.where(survives, weights * settings.inverse_keep, 0.0)
         dweights = tl.where(survives, dweights * settings.inverse_keep, 0.0)
     dbiased = weights * (dweights - row_delta)

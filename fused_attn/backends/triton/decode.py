@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_attn.backends.triton.scores import LN_2, LOG2_E
-from fused_attn.backends.triton.tiles import store_rows
+from fused_attn.backends.triton.scores import LN_2, LOG2_E, add_sink
+from fused_attn.backends.triton.tiles import store_tile
 
 #: Fewer keys than this are not worth a program of their own.
 MIN_KEYS_PER_SPLIT = 512
@@ -44,9 +44,9 @@ def merge_splits_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for split in range(0, num_splits):
+    for split in range(num_splits):
         split_row = tl.cast(split, tl.int64) * num_rows + row
-        scores = tl.load(partial_lse + split_row, mask=is_row, other=float("-inf")) * LOG2_E
+        scores = tl.load(partial_lse + split_row, mask=is_row, other=float("-inf"))
         tile = tl.load(
             partial_out + split_row[:, None] * VALUE_DIM + column[None, :],
             mask=is_row[:, None] & (column[None, :] < VALUE_DIM),
@@ -54,22 +54,17 @@ def merge_splits_kernel(
         )
         new_max = tl.maximum(row_max, scores)
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        rescale = tl.exp2(row_max - finite_max)
-        weight = tl.exp2(scores - finite_max)
+        rescale = tl.exp2((row_max - finite_max) * LOG2_E)
+        weight = tl.exp2((scores - finite_max) * LOG2_E)
         acc = acc * rescale[:, None] + tile * weight[:, None]
         row_sum = row_sum * rescale + weight
         row_max = new_max
-    is_empty = row_max == float("-inf")
     if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
-        with_sink = tl.maximum(row_max, sink)
-        rescale = tl.exp2(row_max - with_sink)
-        acc *= rescale[:, None]
-        row_sum = tl.where(is_empty, 0.0, row_sum * rescale + tl.exp2(sink - with_sink))
-        row_max = with_sink
+        acc, row_max, row_sum = add_sink(acc, row_max, row_sum, tl.load(sinks + head).to(tl.float32))
+    row_sum = tl.where(row_max == float("-inf"), 1.0, row_sum)
 
     out_base = out.ptr + (head_and_batch // num_heads).to(tl.int64) * out.stride_b + head.to(tl.int64) * out.stride_h
-    out_tile = acc / tl.where(is_empty, 1.0, row_sum)[:, None]
-    store_rows(out_base[:, None], out.stride_row, row % rows_per_head, is_row, out_tile, VALUE_DIM, BLOCK_DV)
+    out_row = (row % rows_per_head).to(tl.int64) * out.stride_row
+    store_tile((out_base + out_row)[:, None] + column[None, :], acc / row_sum[:, None], is_row, VALUE_DIM, BLOCK_DV)
     if lse is not None:
-        tl.store(lse + row, tl.where(is_empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2), mask=is_row)
+        tl.store(lse + row, row_max + tl.log2(row_sum) * LN_2, mask=is_row)

@@ -1,4 +1,4 @@
-"""Allocates, chooses grids and launches. One launch for forward (two where keys are split), at least two for backward."""
+"""Allocates, chooses grids, launches: one kernel for forward (two where keys are split), two or more for backward."""
 
 from __future__ import annotations
 
@@ -31,21 +31,22 @@ class Launch(NamedTuple):
     """What a kernel needs besides tensors, worked out once per problem.
 
     grid: number of programs along each axis
-    options: compile-time arguments, with Triton's own
+    options: Triton's own, and compile-time arguments
     """
 
     grid: tuple[int, int, int]
+    settings: Settings
     options: dict[str, object]
 
 
 class Plan(NamedTuple):
-    settings: Settings
     units_per_section: int
-    forward: Launch
     num_splits: int
+    forward: Launch
     dq: Launch
     dkdv: Launch
-    bias: Config
+    dbias: Launch
+    dtable: Launch
 
 
 def forward(
@@ -79,7 +80,7 @@ def forward(
             Rows.of(kernel_out, problem.is_packed),
             kernel_lse,
             masks,
-            plan.settings,
+            plan.forward.settings.for_bias(mask.bias),
             problem.seqlen_q,
             problem.seqlen_k,
             rows,
@@ -134,6 +135,8 @@ def backward(
         return _empty_gradients(wanted, dquery, dkey, dvalue, mask, sinks)
 
     delta = torch.empty(lse.shape, **accumulate)
+    is_biased = mask.bias is not None or mask.relative_bias is not None
+    factor = torch.empty(lse.shape, **accumulate) if is_biased else None
     dsinks = None
     if wants_sinks:
         dsinks = torch.empty((problem.batch, problem.num_heads, _num_blocks(plan.dq, problem)), **accumulate)
@@ -150,9 +153,10 @@ def backward(
             lse,
             None if dlse is None else dlse.resolve_neg().contiguous(),
             delta,
+            factor,
             dsinks,
             masks,
-            plan.settings,
+            plan.dq.settings.for_bias(mask.bias),
             *sizes,
             plan.units_per_section,
             **plan.dq.options,
@@ -167,64 +171,59 @@ def backward(
                 Rows.of(dvalue, problem.is_packed),
                 lse,
                 delta,
+                factor,
                 masks,
-                plan.settings,
+                plan.dkdv.settings.for_bias(mask.bias),
                 *sizes,
                 plan.units_per_section,
                 **plan.dkdv.options,
             )
-        shared = (q, k, v, grad, lse, delta)
-        dbias = _dense_bias_gradient(problem, plan, mask.bias, shared, masks, sizes) if wants_bias else None
-        dtable = (
-            _table_gradient(problem, plan, mask.relative_bias, shared, masks, sizes) if wants_relative_bias else None
-        )
+        tensors = (q, k, v, grad, lse, delta, factor)
+        dbias = drelative_bias = None
+        if wants_bias:
+            dbias = _dense_bias_gradient(problem, plan.dbias, mask, tensors, masks, sizes)
+        if wants_relative_bias:
+            drelative_bias = _relative_bias_gradient(problem, plan.dtable, mask, tensors, masks, sizes)
     return Gradients(
-        dquery, dkey, dvalue, dbias, dtable, None if dsinks is None else dsinks.sum((0, 2)).to(sinks.dtype)
+        dquery, dkey, dvalue, dbias, drelative_bias, None if dsinks is None else dsinks.sum((0, 2)).to(sinks.dtype)
     )
 
 
-def _dense_bias_gradient(problem, plan, bias, shared, masks, sizes) -> Tensor:
+def _dense_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Tensor:
     """(B|1, H|1, L|1, S|1), of the bias's dtype."""
+    bias = mask.bias
     batch, heads, rows, columns = bias.shape
-    config = plan.bias
-    row_blocks, column_blocks = (
-        triton.cdiv(problem.seqlen_q, config.block_m),
-        triton.cdiv(problem.seqlen_k, config.block_n),
-    )
+    row_blocks, column_blocks, _ = launch.grid
     sums_rows, sums_columns = rows == 1 < problem.seqlen_q, columns == 1 < problem.seqlen_k
-    dbias = torch.empty(
-        (batch, heads, row_blocks if sums_rows else rows, column_blocks if sums_columns else columns),
-        dtype=torch.float32,
-        device=bias.device,
-    )
+    shape = (batch, heads, row_blocks if sums_rows else rows, column_blocks if sums_columns else columns)
+    dbias = torch.empty(shape, dtype=torch.float32, device=bias.device)
     attention_bwd_dbias_kernel[(row_blocks * column_blocks, heads, batch)](
-        *shared,
+        *tensors,
         dbias,
         masks,
-        plan.settings,
+        launch.settings.for_bias(bias),
         *sizes,
         problem.batch,
         SUMS_BATCHES=batch < problem.batch,
         SUMS_HEADS=heads < problem.num_heads,
         SUMS_ROWS=sums_rows,
         SUMS_COLUMNS=sums_columns,
-        **_options(problem, config),
+        **launch.options,
     )
     return dbias.sum_to_size(bias.shape).to(bias.dtype)
 
 
-def _table_gradient(problem, plan, table, shared, masks, sizes) -> Tensor:
+def _relative_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Tensor:
     """(H|1, L + S - 1), of the table's dtype."""
-    block = plan.bias.block_n
-    row_blocks, column_blocks = triton.cdiv(problem.seqlen_q, block), triton.cdiv(problem.seqlen_k, block)
-    diagonals = row_blocks + column_blocks - 1
-    planes = torch.zeros((2, problem.num_heads, (diagonals + 1) * block), dtype=torch.float32, device=table.device)
-    options = _options(problem, plan.bias)
-    del options["BLOCK_M"], options["BLOCK_N"]
-    attention_bwd_dtable_kernel[(diagonals, problem.num_heads, 1)](
-        *shared, planes, masks, plan.settings, *sizes, problem.batch, BLOCK=block, **options
+    table = mask.relative_bias
+    block = launch.settings.BLOCK_N.value
+    diagonals, heads, _ = launch.grid
+    planes = torch.zeros((2, heads, (diagonals + 1) * block), dtype=torch.float32, device=table.device)
+    attention_bwd_dtable_kernel[launch.grid](
+        *tensors, planes, masks, launch.settings.for_bias(mask.bias), *sizes, problem.batch, **launch.options
     )
-    first = row_blocks * block - (problem.seqlen_q - 1)
+    # Entry x of the planes stands for the distance x - (row blocks) * block, column y of the table for y - (L - 1).
+    first = triton.cdiv(problem.seqlen_q, block) * block - (problem.seqlen_q - 1)
     dtable = planes.sum(0)[:, first : first + table.shape[1]]
     return dtable.sum_to_size(table.shape).to(table.dtype)
 
@@ -245,47 +244,41 @@ def _empty_gradients(wanted, dquery, dkey, dvalue, mask, sinks) -> Gradients:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(problem: AttentionProblem) -> Plan:
-    settings = Settings.of(problem)
-    kv_bytes = problem.seqlen_k * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
-    units_per_section = max(1, L2_BYTES * settings.group_size // max(kv_bytes, 1))
+    seqlen_q, seqlen_k, heads, kv_heads = problem.seqlen_q, problem.seqlen_k, problem.num_heads, problem.num_kv_heads
+    group_size = heads // max(kv_heads, 1)
+    kv_bytes = seqlen_k * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
     fwd, dq, dkdv, bias = (configs.choose(kernel, problem) for kernel in configs.KERNELS)
 
     # Few queries: all heads of a group share a tile, and several programs the keys of a head.
-    packs = settings.group_size > 1 and problem.seqlen_q < fwd.block_m
-    rows, units = problem.seqlen_q, problem.num_heads
-    if packs:
-        rows, units = rows * settings.group_size, problem.num_kv_heads
+    packs = group_size > 1 and seqlen_q < fwd.block_m
+    rows, units = (seqlen_q * group_size, kv_heads) if packs else (seqlen_q, heads)
     programs = triton.cdiv(rows, fwd.block_m) * units * problem.batch
     num_splits = 1
-    if not problem.is_packed and rows <= fwd.block_m:
-        num_splits = decode.num_splits(max(programs, 1), problem.seqlen_k, _multiprocessors(problem.device))
-    dq_programs = triton.cdiv(problem.seqlen_q, dq.block_m) * problem.num_heads * problem.batch
-    dkdv_programs = triton.cdiv(problem.seqlen_k, dkdv.block_n) * problem.num_kv_heads * problem.batch
+    if not problem.is_packed and 0 < rows <= fwd.block_m:
+        num_splits = decode.num_splits(programs, seqlen_k, _multiprocessors(problem.device))
+
+    square = bias._replace(block_m=bias.block_n)
+    diagonals = triton.cdiv(seqlen_q, square.block_m) + triton.cdiv(seqlen_k, square.block_n) - 1
     return Plan(
-        settings,
-        units_per_section,
-        Launch((programs, num_splits, 1), {**_options(problem, fwd), "PACK_HEADS": packs, "IS_SPLIT": num_splits > 1}),
+        max(1, L2_BYTES * group_size // max(kv_bytes, 1)),
         num_splits,
-        Launch((dq_programs, 1, 1), _options(problem, dq)),
-        Launch((dkdv_programs, 1, 1), _options(problem, dkdv)),
-        bias,
+        _launch(problem, fwd, (programs, num_splits, 1), PACK_HEADS=packs, IS_SPLIT=num_splits > 1),
+        _launch(problem, dq, (triton.cdiv(seqlen_q, dq.block_m) * heads * problem.batch, 1, 1)),
+        _launch(problem, dkdv, (triton.cdiv(seqlen_k, dkdv.block_n) * kv_heads * problem.batch, 1, 1)),
+        _launch(problem, bias, (triton.cdiv(seqlen_q, bias.block_m), triton.cdiv(seqlen_k, bias.block_n), 1)),
+        _launch(problem, square, (diagonals, heads, 1)),
     )
 
 
-def _options(problem: AttentionProblem, config: Config) -> dict[str, object]:
-    return {
-        "HEAD_DIM": problem.head_dim,
-        "VALUE_DIM": problem.value_dim,
-        "BLOCK_D": configs.padded_head_dim(problem.head_dim),
-        "BLOCK_DV": configs.padded_head_dim(problem.value_dim),
-        "PRECISION": "ieee",
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
+def _launch(problem: AttentionProblem, config: Config, grid: tuple[int, int, int], **constants: bool) -> Launch:
+    options = {
+        **constants,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         # exp2(score * unit - maximum) is meant to be one multiply-add.
         "enable_fp_fusion": True,
     }
+    return Launch(grid, Settings.of(problem, config), options)
 
 
 def _num_blocks(launch: Launch, problem: AttentionProblem) -> int:
@@ -299,12 +292,13 @@ def _readable(*tensors: Tensor) -> list[Tensor]:
 
 
 def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the interpreter has none; enough to split the keys of small cases
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    if is_interpreting():
+        return 4  # there are none; enough to split the keys of small cases
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["multiprocessor_count"]
 
 
 def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    if is_interpreting() or x.device.index == torch.cuda.current_device():
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)

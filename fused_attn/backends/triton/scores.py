@@ -1,7 +1,7 @@
 """What happens to a score between the two matrix products: scale, soft cap, biases, masks and dropout.
 
-Scores are kept in base 2, score * log2(e), because the hardware's exponential is exp2. All functions take positions
-that broadcast against each other, so they serve tiles of (queries, keys) as well as of (keys, queries).
+All functions take positions that broadcast against each other, so they serve tiles of (queries, keys) as well as of
+(keys, queries).
 """
 
 from __future__ import annotations
@@ -14,31 +14,63 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def log2_scores(qk, query, key, place, masks, settings, IS_FULL: tl.constexpr):
-    """(scores, unit, dcap) of the products `qk` of queries and keys.
+def biased_scores(qk, query, key, place, masks, settings, IS_FULL: tl.constexpr):
+    """(scores, dcap) of the products `qk` of queries and keys.
 
-    unit: scores * unit is in base 2; left to the caller, who can fold it into the argument of exp2
+    scores: in units of `score_unit`. Without softcap and bias they are `qk` itself, and `exp_difference` multiplies
+        the scale in for nothing.
     dcap: derivative of the soft cap
     """
-    unit = 1.0
     dcap = 1.0
     if settings.softcap is not None:
         capped = _tanh(qk * (settings.scale / settings.softcap))
-        scores = capped * (settings.softcap * LOG2_E)
+        scores = capped * settings.softcap
         dcap = 1.0 - capped * capped
-    elif settings.is_scale_folded is not None and masks.bias.ptr is None and masks.relative_bias is None:
+    elif settings.is_scale_folded is not None:
         scores = qk
-        unit = settings.scale * LOG2_E
     else:
-        scores = qk * (settings.scale * LOG2_E)
+        scores = qk * settings.scale
     if masks.bias.ptr is not None:
-        scores += _load_scores(masks.bias, query, key, place, IS_FULL).to(tl.float32) * LOG2_E
+        scores += _load_scores(masks.bias, query, key, place, IS_FULL).to(tl.float32)
     if masks.relative_bias is not None:
         table = masks.relative_bias + place.head.to(tl.int64) * masks.relative_bias_stride_h
         column = key - query + place.table_offset
-        bias = tl.load(table + column, mask=_exists(query, key, place, IS_FULL), other=0.0)
-        scores += bias.to(tl.float32) * LOG2_E
-    return scores, unit, dcap
+        scores += tl.load(table + column, mask=_exists(query, key, place, IS_FULL), other=0.0).to(tl.float32)
+    return scores, dcap
+
+
+@triton.jit
+def score_unit(settings):
+    """scores * unit are the logits of the softmax."""
+    if settings.is_scale_folded is not None:
+        return settings.scale
+    else:
+        return 1.0
+
+
+@triton.jit
+def exp_difference(scores, row, settings):
+    """exp((scores - row) * unit), by the hardware's exp2; both in units of `score_unit`."""
+    if settings.is_scale_folded is not None:
+        # One multiply-add.
+        unit = settings.scale * LOG2_E
+        return tl.exp2(scores * unit - row * unit)
+    else:
+        # A bias of finfo.min would overflow if it were multiplied before the row's value is taken off.
+        return tl.exp2((scores - row) * LOG2_E)
+
+
+@triton.jit
+def add_sink(acc, row_max, row_sum, sink):
+    """(acc, row_max, row_sum) of an online softmax, in natural units, with one more logit that has no value.
+
+    A row that has seen no key stays as it is.
+    """
+    is_empty = row_max == float("-inf")
+    new_max = tl.where(is_empty, 0.0, tl.maximum(row_max, sink))
+    rescale = tl.exp2((row_max - new_max) * LOG2_E)
+    new_sum = row_sum * rescale + tl.exp2((sink - new_max) * LOG2_E)
+    return acc * rescale[:, None], tl.where(is_empty, row_max, new_max), tl.where(is_empty, row_sum, new_sum)
 
 
 @triton.jit
@@ -61,12 +93,12 @@ def hide(scores, hidden, query, key, keep, place, masks, settings, IS_FULL: tl.c
 
 
 @triton.jit
-def dropout_keep(query, first_key, place, masks, settings, BLOCK_N: tl.constexpr):
+def dropout_keep(query, first_key, place, masks, settings):
     """(queries, BLOCK_N) bool: which weights of the keys first_key ... survive; see `fused_attn.dropout`.
 
     query: (M, 1). One call of Philox gives the words of four neighbouring keys.
     """
-    group = first_key // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+    group = first_key // 4 + tl.arange(0, settings.BLOCK_N // 4)[None, :]
     zero = (query + group) * 0
     word0, word1, word2, word3 = tl.philox(
         tl.load(masks.seed),

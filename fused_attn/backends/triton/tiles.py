@@ -9,19 +9,24 @@ import triton.language as tl
 
 
 class Place(NamedTuple):
-    """One sequence (or batch entry) and head. Scalars; in a tile that packs several heads, head is a column (M, 1).
+    """One sequence (or batch entry) and head. Scalars; where a tile packs several heads, head is a column (M, 1).
 
     first_q, first_k: first row of the sequence in packed tensors, else 0
     len_q, len_k: its lengths
+    padding_stride: keys in a row of the padding mask
+    lse_offset: of the head's first entry in tensors shaped like the LSE
     band_offset, table_offset: constants of the diagonals of the band and of the relative bias
     """
 
     batch: tl.tensor
     head: tl.tensor
+    kv_head: tl.tensor
     first_q: tl.tensor
     first_k: tl.tensor
     len_q: tl.tensor
     len_k: tl.tensor
+    padding_stride: tl.tensor
+    lse_offset: tl.tensor
     band_offset: tl.tensor
     table_offset: tl.tensor
 
@@ -71,14 +76,21 @@ def sequence_rows(cu_seqlens, batch, seqlen):
 
 
 @triton.jit
-def place_of(batch, head, masks, seqlen_q, seqlen_k, band_offset):
+def place_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset):
     first_q, len_q = sequence_rows(masks.cu_seqlens_q, batch, seqlen_q)
     first_k, len_k = sequence_rows(masks.cu_seqlens_k, batch, seqlen_k)
-    return Place(batch, head, first_q, first_k, len_q, len_k, band_offset, seqlen_q - 1)
+    # (B, H, L), or packed (1, H, total).
+    if masks.cu_seqlens_q is not None:
+        lse_offset = head.to(tl.int64) * lse_stride + first_q
+    else:
+        lse_offset = (batch.to(tl.int64) * settings.num_heads + head) * lse_stride
+    return Place(
+        batch, head, kv_head, first_q, first_k, len_q, len_k, seqlen_k, lse_offset, band_offset, seqlen_q - 1
+    )  # fmt: skip
 
 
 @triton.jit
-def key_blocks(first_row, last_row, place, masks, settings, seqlen_k, BLOCK_N: tl.constexpr):
+def key_blocks(first_row, last_row, place, masks, settings):
     """The `Blocks` of keys that the queries first_row ... last_row have to visit."""
     start = place.len_k * 0
     full_start = start
@@ -91,16 +103,16 @@ def key_blocks(first_row, last_row, place, masks, settings, seqlen_k, BLOCK_N: t
         end = tl.minimum(end, last_row + place.band_offset + settings.band_right + 1)
         full_end = tl.minimum(full_end, first_row + place.band_offset + settings.band_right + 1)
     if masks.padding is not None:
-        first_kept, end_kept, has_holes = kept_keys(masks.padding + place.batch.to(tl.int64) * seqlen_k, seqlen_k)
+        first_kept, end_kept, has_holes = kept_keys(place, masks)
         start = tl.maximum(start, first_kept)
         full_start = tl.maximum(full_start, first_kept)
         end = tl.minimum(end, end_kept)
         full_end = tl.where(has_holes, 0, tl.minimum(full_end, end_kept))
-    return _align(start, full_start, full_end, end, BLOCK_N)
+    return _align(start, full_start, full_end, end, settings.BLOCK_N)
 
 
 @triton.jit
-def query_blocks(first_key, last_key, is_full, place, settings, BLOCK_M: tl.constexpr):
+def query_blocks(first_key, last_key, is_full, place, settings):
     """The `Blocks` of queries that see any of the keys first_key ... last_key.
 
     is_full: all of these keys exist and are kept
@@ -115,7 +127,7 @@ def query_blocks(first_key, last_key, is_full, place, settings, BLOCK_M: tl.cons
     if settings.band_left is not None:
         end = tl.minimum(end, last_key - place.band_offset + settings.band_left + 1)
         full_end = tl.minimum(full_end, first_key - place.band_offset + settings.band_left + 1)
-    return _align(start, full_start, full_end, end, BLOCK_M)
+    return _align(start, full_start, full_end, end, settings.BLOCK_M)
 
 
 @triton.jit
@@ -153,7 +165,7 @@ def partial_block(blocks, index, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def kept_keys(padding, seqlen_k):
+def kept_keys(place, masks):
     """(first kept key, end of the last one, whether any between them is dropped) of one batch entry's byte mask.
 
     Every program reads the whole row, which is cheaper than a launch of its own: a byte a key, against at least
@@ -161,6 +173,8 @@ def kept_keys(padding, seqlen_k):
     """
     CHUNK: tl.constexpr = 1024
     offs = tl.arange(0, CHUNK)
+    seqlen_k = place.padding_stride
+    padding = masks.padding + place.batch.to(tl.int64) * seqlen_k
     first = tl.zeros([CHUNK], tl.int32) + seqlen_k
     end = tl.zeros([CHUNK], tl.int32)
     count = tl.zeros([CHUNK], tl.int32)
@@ -176,43 +190,57 @@ def kept_keys(padding, seqlen_k):
 
 
 @triton.jit
-def is_kept(key, place, masks, seqlen_k):
+def is_kept(key, place, masks):
     """Which keys exist and are not dropped by padding: bool, of the shape of `key`."""
     keep = key < place.len_k
     if masks.padding is not None:
-        padding = masks.padding + place.batch.to(tl.int64) * seqlen_k
+        padding = masks.padding + place.batch.to(tl.int64) * place.padding_stride
         keep = tl.load(padding + key, mask=keep, other=0) != 0
     return keep
 
 
 @triton.jit
-def first_row_of(x, batch, head, row):
-    """Pointer to row `row` of one head. 64-bit throughout: large tensors pass 2^31 elements."""
-    return x.ptr + batch.to(tl.int64) * x.stride_b + head.to(tl.int64) * x.stride_h + row.to(tl.int64) * x.stride_row
+def query_pointer(x, place, query, BLOCK: tl.constexpr):
+    """(M, BLOCK) pointers into the rows `query` of the place's head. 64-bit: large tensors pass 2^31 elements."""
+    base = x.ptr + place.batch.to(tl.int64) * x.stride_b + place.head.to(tl.int64) * x.stride_h
+    row = place.first_q + query
+    return base + row.to(tl.int64)[:, None] * x.stride_row + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit
-def load_rows(base, stride_row, row, keep, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Tile (rows, BLOCK) of the rows `row` (64-bit); zeros beyond COLUMNS and where `keep` (bool or None) is false.
+def key_pointer(x, place, key, BLOCK: tl.constexpr):
+    """(N, BLOCK) pointers into the rows `key` of the place's key head."""
+    base = x.ptr + place.batch.to(tl.int64) * x.stride_b + place.kv_head.to(tl.int64) * x.stride_h
+    row = place.first_k + key
+    return base + row.to(tl.int64)[:, None] * x.stride_row + tl.arange(0, BLOCK)[None, :]
 
-    Dropped keys and values may hold NaN, which not even a weight of 0 would stop: they must not be read.
-    """
-    column = tl.arange(0, BLOCK)
-    pointer = base + row.to(tl.int64)[:, None] * stride_row + column[None, :]
-    if keep is None:
-        if COLUMNS == BLOCK:
-            return tl.load(pointer)
-        else:
-            return tl.load(pointer, mask=column[None, :] < COLUMNS, other=0.0)
+
+@triton.jit
+def load_query_rows(x, place, query, is_row, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    return _load_tile(query_pointer(x, place, query, BLOCK), is_row, COLUMNS, BLOCK)
+
+
+@triton.jit
+def load_key_rows(x, place, key, keep, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Dropped keys and values may hold NaN, which not even a weight of 0 would stop: they must not be read."""
+    return _load_tile(key_pointer(x, place, key, BLOCK), keep, COLUMNS, BLOCK)
+
+
+@triton.jit
+def _load_tile(pointer, keep, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """(rows, BLOCK) tile; zeros beyond COLUMNS and in the rows where `keep` (bool, or None = everywhere) is false."""
+    column = tl.arange(0, BLOCK)[None, :]
+    if keep is None and COLUMNS == BLOCK:
+        return tl.load(pointer)
+    elif keep is None:
+        return tl.load(pointer, mask=column < COLUMNS, other=0.0)
+    elif COLUMNS == BLOCK:
+        return tl.load(pointer, mask=keep[:, None], other=0.0)
     else:
-        if COLUMNS == BLOCK:
-            return tl.load(pointer, mask=keep[:, None], other=0.0)
-        else:
-            return tl.load(pointer, mask=keep[:, None] & (column[None, :] < COLUMNS), other=0.0)
+        return tl.load(pointer, mask=keep[:, None] & (column < COLUMNS), other=0.0)
 
 
 @triton.jit
-def store_rows(base, stride_row, row, keep, tile, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
-    pointer = base + row.to(tl.int64)[:, None] * stride_row + column[None, :]
-    tl.store(pointer, tile.to(base.dtype.element_ty), mask=keep[:, None] & (column[None, :] < COLUMNS))
+def store_tile(pointer, tile, keep, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)[None, :]
+    tl.store(pointer, tile.to(pointer.dtype.element_ty), mask=keep[:, None] & (column < COLUMNS))
