@@ -590,7 +590,7 @@ csrc/attention_params.h; "accumulate" is float64 for float64 problems and float3
 query (B, H, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv), out (B, H, L, Dv): one dtype, last stride 1
 lse (B, H, L)                  accumulate, last stride 1
 config                         a Config
-key_padding (B, S)             bool, True = keep
+key_padding (B, S)             bool, True = ignore
 mask (B, H, L, S)              bool, True = attend; any strides; 1 in place of any size broadcasts
 bias (B, H, L, S)              the dtype or accumulate; any strides; 1 in place of any size broadcasts
 relative_bias (H or 1, L+S-1)  accumulate, last stride 1

@@ -182,10 +182,16 @@ def fused_attention_varlen(
     return (out, lse.squeeze(0)) if return_lse else out
 
 
-def explain(*args, backend: str | None = None, **kwargs) -> dispatch.Explanation:
+def explain(
+    *args, backend: str | None = None, device: torch.device | str | None = None, **kwargs
+) -> dispatch.Explanation:
     """Which backend `fused_attention` would choose for these arguments, and why not the others. Computes nothing.
 
-    >>> print(explain(query, key, value, is_causal=True))
+    Args:
+        device: as if the tensors were there; also an NVIDIA architecture such as ``"sm_90"``, for a GPU that this
+            machine does not have.
+
+    >>> print(explain(query, key, value, is_causal=True, device="sm_90"))
     """
     call = inspect.signature(fused_attention).bind(*args, **kwargs)
     call.apply_defaults()
@@ -193,7 +199,8 @@ def explain(*args, backend: str | None = None, **kwargs) -> dispatch.Explanation
     for name in ("dropout_seed", "return_lse", "backend"):
         del arguments[name]
     arguments["query"], arguments["key"], arguments["value"] = _autocast(*call.args[:3])
-    return dispatch.explain(_plan_of_call(False, None, **arguments, backend=None).problem, backend)
+    problem = _plan_of_call(False, None, **arguments, backend=None).problem
+    return dispatch.explain(problem if device is None else problem.on(device), backend)
 
 
 class Plan(NamedTuple):

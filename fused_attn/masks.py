@@ -1,4 +1,4 @@
-"""Every mask argument becomes one `MaskSpec`; polarities are inverted here and nowhere else."""
+"""Every mask argument becomes one `MaskSpec`. Polarities are those of the arguments, so that no mask is copied."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MaskSpec(NamedTuple):
     bias:          (B|1, H|1, L|1, S|1) floating point, added to the scores; may require grad
     relative_bias: (H|1, L + S - 1) floating point; column ``j - i + L - 1`` is added to score (i, j); may require grad
     mask:          (B|1, H|1, L|1, S|1) bool, True = attend
-    key_padding:   (B, S) bool, True = KEEP; dropped keys may hold NaN
+    key_padding:   (B, S) bool, True = IGNORE; ignored keys may hold NaN
     cu_seqlens_q:  (num_sequences + 1,) int32, row offsets of packed queries
     cu_seqlens_k:  (num_sequences + 1,) int32, row offsets of packed keys
     """
@@ -48,7 +48,7 @@ class MaskSpec(NamedTuple):
         if problem.is_packed:
             conditions.append(columns.sequence[None, :] == rows.sequence[:, None])
         if self.key_padding is not None:
-            conditions.append(self.key_padding[:, None, None, :])
+            conditions.append(~self.key_padding[:, None, None, :])
         if self.mask is not None:
             conditions.append(self.mask)
         visible = None
@@ -172,13 +172,13 @@ def _to_rank_4(mask: Tensor, layout: Layout | None) -> Tensor:
 
 
 def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(keep (B, S) bool, bias (B, 1, 1, S) or None) of a (B, S) mask whose True / -inf entries are to be IGNORED."""
+    """(ignored (B, S) bool, bias (B, 1, 1, S) or None) of a (B, S) mask whose True / -inf entries are to be ignored."""
     if mask.dtype == torch.bool:
-        return mask.logical_not(), None
-    keep = mask != float("-inf")
-    bias = mask.masked_fill(~keep, 0.0)
+        return mask, None
+    ignored = mask == float("-inf")
+    bias = mask.masked_fill(ignored, 0.0)
     is_readable = not (mask.requires_grad or mask.is_cuda or torch.compiler.is_compiling() or modes.in_functorch())
     if is_readable and not bias.any():
         # nn.Transformer turns bool padding into 0 / -inf; reading it back here costs nothing on a CPU.
-        return keep, None
-    return keep, bias[:, None, None, :]
+        return ignored, None
+    return ignored, bias[:, None, None, :]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import re
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class AttentionProblem:
     Compared and hashed by identity, so that a backend can cache what it prepares for a problem at no cost.
     ``is_packed``: ``batch`` counts sequences and ``seqlen_q``/``seqlen_k`` are the longest ones; the tensors have
     one batch entry that holds all rows. ``capability``: compute capability of a CUDA device, which is asked for it
-    unless it is given; None elsewhere.
+    unless it is given; None where there is none.
     """
 
     batch: int
@@ -77,8 +78,15 @@ class AttentionProblem:
             or self.dropout_p > 0.0
         )
         object.__setattr__(self, "is_plain", takes_no_other_tensor)
-        if self.capability is None and self.device.type == "cuda":
+        if self.capability is None and self.device.type == "cuda" and torch.cuda.is_available():
             object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
+
+    def on(self, device: torch.device | str) -> AttentionProblem:
+        """The same problem on another device, or on an NVIDIA architecture such as ``"sm_90"``."""
+        capability = None
+        if isinstance(device, str) and (architecture := re.fullmatch(r"sm_(\d+)(\d)[af]?", device)):
+            device, capability = "cuda", tuple(map(int, architecture.groups()))
+        return replace(self, device=torch.device(device), capability=capability)
 
     def __str__(self) -> str:
         sizes = (
@@ -99,4 +107,7 @@ class AttentionProblem:
         if self.dropout_p:
             flags.append(f"dropout_p={self.dropout_p}")
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{sizes} {dtype} on {self.device}" + (f" with {', '.join(flags)}" if flags else "")
+        where = (
+            str(self.device) if self.capability is None else f"{self.device} sm_{''.join(map(str, self.capability))}"
+        )
+        return f"{sizes} {dtype} on {where}" + (f" with {', '.join(flags)}" if flags else "")

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fused_attn import dispatch
-from fused_attn.api import fused_attention
+from fused_attn.api import explain, fused_attention
 from fused_attn.backends import cpu, reference
 
 SLACK = 1.5
@@ -88,15 +87,16 @@ def run() -> Iterator[Result]:
                 inputs = _inputs(case, device, dtype)
                 exact = _evaluate(case, [x.double() for x in inputs], reference.name, torch.float64)
                 eager = _evaluate(case, inputs, reference.name, dtype)
-                for label, backend in _variants(device):
+                reasons = explain(*inputs, **case.kwargs(device)).reasons
+                for label, backend in _variants([name for name, why_not in reasons.items() if not why_not]):
                     ours = _evaluate(case, inputs, backend, dtype)
                     yield _judge(label, dtype, case.name, ours, eager, exact)
 
 
-def _variants(device: torch.device) -> Iterator[tuple[str, str]]:
+def _variants(runnable: list[str]) -> Iterator[tuple[str, str]]:
     """(label, backend name); selects each CPU instruction set in turn while the consumer holds it."""
-    for backend in dispatch.BACKENDS:
-        if backend is cpu and cpu._C is not None and device.type == "cpu":
+    for backend in runnable:
+        if backend == cpu.name:
             in_use = cpu._C.cpu_isa()
             for isa in cpu._C.cpu_isas():
                 cpu._C.select_cpu_isa(isa)
@@ -104,8 +104,8 @@ def _variants(device: torch.device) -> Iterator[tuple[str, str]]:
                     yield f"cpu {isa}", cpu.name
                 finally:
                     cpu._C.select_cpu_isa(in_use)
-        elif backend is not reference and backend is not cpu:
-            yield backend.name, backend.name
+        elif backend != reference.name:
+            yield backend, backend
 
 
 def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> list[Tensor]:

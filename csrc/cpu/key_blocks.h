@@ -65,11 +65,11 @@ inline const LiveKeys* make_live_keys(const AttentionParams& p, char* memory) {
   int32_t* index = arena.take<int32_t>(p.batch * p.seqlen_k);
   for (int64_t b = 0; b < p.batch; ++b, index += p.seqlen_k) {
     const int64_t length = sequence_of(p, b).seqlen_k;
-    const uint8_t* keep = row_of<const uint8_t>(p.key_padding, b, 0, 0);
+    const uint8_t* ignored = row_of<const uint8_t>(p.key_padding, b, 0, 0);
     int64_t count = 0;
     for (int64_t j = 0; j < length; ++j) {
       index[count] = static_cast<int32_t>(j);
-      count += keep[j * p.key_padding.stride_col] != 0;
+      count += ignored[j * p.key_padding.stride_col] == 0;
     }
     live[b].index = index;
     live[b].count = count;

@@ -146,7 +146,7 @@ def _to_compute(
     """The inputs in the accumulate dtype, keys and values with the query's heads, ignored ones zeroed; (1, H, 1, 1)."""
     if mask.key_padding is not None:
         # Before any product, because 0 * NaN is NaN.
-        ignored = ~mask.key_padding[:, None, :, None]
+        ignored = mask.key_padding[:, None, :, None]
         key, value = key.masked_fill(ignored, 0.0), value.masked_fill(ignored, 0.0)
     # Key head h serves the query heads h * group ... (h + 1) * group - 1.
     group = problem.num_heads // max(problem.num_kv_heads, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -56,7 +57,7 @@ class Scores(NamedTuple):
 class Masks(NamedTuple):
     """Pointers to everything that hides, biases or drops scores; None where the problem has none.
 
-    padding: (B, S) bytes, nonzero = keep
+    padding: (B, S) bytes, nonzero = ignore
     relative_bias: (H|1, L + S - 1)
     sinks: (H,)
     seed: 0-d int64
@@ -95,6 +96,9 @@ NO_SCORES = Scores(None)
 NO_MASKS = Masks(None, NO_SCORES, NO_SCORES, None, 0, None, None, None, None)
 
 
+_TF32 = tl.constexpr("tf32")
+
+
 class Settings(NamedTuple):
     """All that is fixed for a problem and a kernel. Numbers that a model rarely changes, then compile-time constants.
 
@@ -122,9 +126,12 @@ class Settings(NamedTuple):
     BLOCK_N: tl.constexpr
     PRECISION: tl.constexpr
 
-    def for_bias(self, bias: Tensor | None) -> Settings:
-        """With what a bias changes. The problem does not tell: a floating-point padding mask can turn out to be one."""
-        return self if bias is None else self._replace(is_scale_folded=None)
+    def for_call(self, bias: Tensor | None, dtype: torch.dtype) -> Settings:
+        """With what the problem does not tell: that a floating-point padding mask is a bias, that torch allows TF32."""
+        settings = self if bias is None else self._replace(is_scale_folded=None)
+        if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            settings = settings._replace(PRECISION=_TF32)
+        return settings
 
     @classmethod
     def of(cls, problem: AttentionProblem, config: Config) -> Settings:

@@ -80,7 +80,7 @@ def forward(
             Rows.of(kernel_out, problem.is_packed),
             kernel_lse,
             masks,
-            plan.forward.settings.for_bias(mask.bias),
+            plan.forward.settings.for_call(mask.bias, problem.dtype),
             problem.seqlen_q,
             problem.seqlen_k,
             rows,
@@ -156,7 +156,7 @@ def backward(
             factor,
             dsinks,
             masks,
-            plan.dq.settings.for_bias(mask.bias),
+            plan.dq.settings.for_call(mask.bias, problem.dtype),
             *sizes,
             plan.units_per_section,
             **plan.dq.options,
@@ -173,7 +173,7 @@ def backward(
                 delta,
                 factor,
                 masks,
-                plan.dkdv.settings.for_bias(mask.bias),
+                plan.dkdv.settings.for_call(mask.bias, problem.dtype),
                 *sizes,
                 plan.units_per_section,
                 **plan.dkdv.options,
@@ -201,7 +201,7 @@ def _dense_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Tensor
         *tensors,
         dbias,
         masks,
-        launch.settings.for_bias(bias),
+        launch.settings.for_call(bias, problem.dtype),
         *sizes,
         problem.batch,
         SUMS_BATCHES=batch < problem.batch,
@@ -220,7 +220,13 @@ def _relative_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Ten
     diagonals, heads, _ = launch.grid
     planes = torch.zeros((2, heads, (diagonals + 1) * block), dtype=torch.float32, device=table.device)
     attention_bwd_dtable_kernel[launch.grid](
-        *tensors, planes, masks, launch.settings.for_bias(mask.bias), *sizes, problem.batch, **launch.options
+        *tensors,
+        planes,
+        masks,
+        launch.settings.for_call(mask.bias, problem.dtype),
+        *sizes,
+        problem.batch,
+        **launch.options,
     )
     # Entry x of the planes stands for the distance x - (row blocks) * block, column y of the table for y - (L - 1).
     first = triton.cdiv(problem.seqlen_q, block) * block - (problem.seqlen_q - 1)

@@ -180,7 +180,7 @@ def kept_keys(place, masks):
     count = tl.zeros([CHUNK], tl.int32)
     for start in range(0, seqlen_k, CHUNK):
         key = start + offs
-        keep = tl.load(padding + key, mask=key < seqlen_k, other=0) != 0
+        keep = tl.load(padding + key, mask=key < seqlen_k, other=1) == 0
         first = tl.minimum(first, tl.where(keep, key, seqlen_k))
         end = tl.maximum(end, tl.where(keep, key + 1, 0))
         count += keep.to(tl.int32)
@@ -195,7 +195,7 @@ def is_kept(key, place, masks):
     keep = key < place.len_k
     if masks.padding is not None:
         padding = masks.padding + place.batch.to(tl.int64) * place.padding_stride
-        keep = tl.load(padding + key, mask=keep, other=0) != 0
+        keep = tl.load(padding + key, mask=keep, other=1) == 0
     return keep
 
 
