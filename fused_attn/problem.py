@@ -82,11 +82,22 @@ class AttentionProblem:
             object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
 
     def on(self, device: torch.device | str) -> AttentionProblem:
-        """The same problem on another device, or on an NVIDIA architecture such as ``"sm_90"``."""
+        """The same problem on another device, or on an NVIDIA architecture such as ``"sm_90"``.
+
+        Raises:
+            ValueError: device is neither.
+        """
         capability = None
-        if isinstance(device, str) and (architecture := re.fullmatch(r"sm_(\d+)(\d)[af]?", device)):
-            device, capability = "cuda", tuple(map(int, architecture.groups()))
-        return replace(self, device=torch.device(device), capability=capability)
+        named = device
+        if isinstance(named, str) and (architecture := re.fullmatch(r"sm_(\d+)(\d)[af]?", named)):
+            named, capability = "cuda", tuple(map(int, architecture.groups()))
+        try:
+            return replace(self, device=torch.device(named), capability=capability)
+        # torch's words for a name that it does not know, and for a number beyond this machine's last GPU.
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"device: expected a torch.device, its name, or an NVIDIA architecture such as 'sm_90', got {device!r}"
+            ) from error
 
     def __str__(self) -> str:
         sizes = (

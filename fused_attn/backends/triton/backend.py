@@ -1,10 +1,11 @@
-"""The Triton backend as `dispatch` sees it. Triton is imported by the first call that runs here, not before."""
+"""The Triton backend as `dispatch` sees it. Triton is imported by the first call that could run here, not before."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+import re
 
 import torch
 from torch import Tensor
@@ -19,19 +20,21 @@ is_composite = False
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 MIN_CAPABILITY = (8, 0)
+MIN_TRITON = (3, 6)
 
 
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     reasons = []
-    if not _is_installed():
-        reasons.append("triton is not installed (pip install triton)")
+    is_on_cpu = problem.device.type == "cpu" and is_interpreting()
+    if (problem.device.type == "cuda" or is_on_cpu) and (reason := installation_problem()) is not None:
+        reasons.append(reason)
     if problem.device.type == "cuda":
         if torch.version.hip is not None:
             reasons.append("the kernels have been written for NVIDIA GPUs only")
         elif problem.capability is not None and problem.capability < MIN_CAPABILITY:
             have, need = (".".join(map(str, capability)) for capability in (problem.capability, MIN_CAPABILITY))
             reasons.append(f"the GPU has compute capability {have}, expected {need} or higher")
-    elif not (problem.device.type == "cpu" and is_interpreting()):
+    elif not is_on_cpu:
         reasons.append(f"the tensors are on {problem.device}, expected cuda")
     elif problem.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter does not multiply bfloat16 correctly")
@@ -82,5 +85,15 @@ def backward(
 
 
 @functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def installation_problem() -> str | None:
+    """Why Triton itself is of no use here, or None. Imports it, so is asked only where a problem could run."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton is installed but cannot be imported: {error}"
+    numbers = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
+    if numbers < MIN_TRITON:
+        return f"triton {triton.__version__} is installed, expected {'.'.join(map(str, MIN_TRITON))} or newer"
+    return None
