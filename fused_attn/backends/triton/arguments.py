@@ -96,6 +96,7 @@ NO_SCORES = Scores(None)
 NO_MASKS = Masks(None, NO_SCORES, NO_SCORES, None, 0, None, None, None, None)
 
 
+_FOLDED_SCALES = (2.0**-20, 2.0**20)
 _TF32 = tl.constexpr("tf32")
 
 
@@ -103,7 +104,8 @@ class Settings(NamedTuple):
     """All that is fixed for a problem and a kernel. Numbers that a model rarely changes, then compile-time constants.
 
     is_scale_folded: 1 if the scale can be multiplied in where the exponential is taken, else None. Nothing may come
-        between; and the scale must be positive, or a row's maximum would become its minimum (or 0 * -inf, NaN)
+        between; and the scale must be positive, or a row's maximum would become its minimum (or 0 * -inf, NaN), and
+        of a usual size, because the LSE is divided by it
     softcap: None = off
     band_left, band_right: how far a query sees before and after its diagonal; None = without end
     dropout_threshold: a random word, read as a signed number after its top bit is flipped, is kept from here on
@@ -143,7 +145,7 @@ class Settings(NamedTuple):
             problem.num_heads,
             problem.num_heads // max(problem.num_kv_heads, 1),
             problem.scale,
-            1 if problem.scale > 0.0 and not is_changed else None,
+            1 if _FOLDED_SCALES[0] <= problem.scale <= _FOLDED_SCALES[1] and not is_changed else None,
             problem.softcap or None,
             None if band.left == UNBOUNDED or band.left >= reach else band.left,
             None if band.right == UNBOUNDED or band.right >= reach else band.right,

@@ -53,6 +53,7 @@ def block_and_unit(num_blocks, num_units, units_per_section, LAST_FIRST: tl.cons
     """
     program = tl.program_id(0)
     total_units = tl.num_programs(0) // num_blocks
+    units_per_section = tl.minimum(units_per_section, total_units)  # or the product below could pass 2^31
     section = program // (units_per_section * num_blocks)
     first_unit = section * units_per_section
     units_here = tl.minimum(units_per_section, total_units - first_unit)
