@@ -39,6 +39,14 @@ class Inputs(NamedTuple):
     dout: Tensor
     dlse: Tensor | None
 
+    def on(self, device: str) -> Inputs:
+        """The same call on another device."""
+        return self._replace(
+            tensors={name: on_device(x, device) for name, x in self.tensors.items()},
+            dout=on_device(self.dout, device),
+            dlse=None if self.dlse is None else self.dlse.to(device),
+        )
+
 
 @dataclass(frozen=True)
 class Case:
@@ -145,9 +153,20 @@ def run(inputs: Inputs, backend: str | None) -> oracle.Result:
     return oracle.evaluate(function, inputs.tensors, inputs.options, inputs.differentiated, inputs.dout, inputs.dlse)
 
 
-def check(case: Case, dtype: torch.dtype, backend: str) -> oracle.Result:
-    result = run(case.make(dtype), backend)
+def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> oracle.Result:
+    """The result, on the CPU, after it has been found right."""
+    inputs = case.make(dtype)
+    result = run(inputs if device == "cpu" else inputs.on(device), backend).cpu()
     oracle.assert_close(result, expected(case, dtype))
+    # Rows that see nothing are exactly 0, not merely small.
+    is_empty = expected(case, dtype).truth.lse == -INF
+    rows = result.out if case.lengths_q is None else result.out.transpose(0, 1)
+    assert not rows[is_empty].any()
+    if case.key_padding_mask is not None and "key" in result.grads:
+        mask = inputs.tensors["key_padding_mask"]
+        ignored = mask if mask.dtype == torch.bool else mask == -INF
+        for name in ("key", "value"):
+            assert not result.grads[name].movedim(-3, 0)[:, ignored].any(), f"d{name} of ignored keys"
     return result
 
 
@@ -161,6 +180,17 @@ def _offsets(lengths: tuple[int, ...]) -> Tensor:
 
 
 # ---- Memory layouts: the same values in another place
+
+
+def on_device(x: Tensor, device: str) -> Tensor:
+    """x on the device, with its strides and alignment and surrounded by NaN; `.to` would make it dense."""
+    if not x.numel():
+        return x.to(device)
+    extent = x.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    room = torch.full((extent,), float("nan") if x.is_floating_point() else 1, dtype=x.dtype, device=device)
+    distinct = x[tuple(slice(None) if stride else slice(1) for stride in x.stride())]
+    room.as_strided(distinct.shape, distinct.stride(), x.storage_offset()).copy_(distinct)
+    return room.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def _sliced(x: Tensor) -> Tensor:

@@ -6,13 +6,22 @@ import os
 
 # Before torch starts OpenMP: threads that wait by spinning make many small operations slow on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Triton's interpreter multiplies small matrices with numpy, whose threads would only wait for one another.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
 import torch
 
 from fused_attn import dispatch
+from fused_attn.backends.triton import backend as triton_backend
 from fused_attn.problem import AttentionProblem
+
+#: Where the Triton kernels are tested. Without a GPU in Triton's interpreter, which has to be chosen before any import
+#: of Triton.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The same examples on every run: a red pipeline must be red again when it is looked at.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60, database=None)
@@ -21,9 +30,16 @@ hypothesis.settings.load_profile("ci")
 
 
 def runnable_backends() -> list[str]:
-    """Names of the backends that run a plain float32 problem on this machine's CPU."""
+    """Names of the backends that run a plain float32 problem on this machine's CPU.
+
+    Not Triton's interpreter, a thousand times slower than the others: tests/triton is for it.
+    """
     problem = AttentionProblem(1, 1, 1, 1, 1, 8, 8, torch.float32, torch.device("cpu"), 1.0)
-    return [backend.name for backend in dispatch.BACKENDS if not backend.unsupported_reasons(problem)]
+    return [
+        backend.name
+        for backend in dispatch.BACKENDS
+        if backend is not triton_backend and not backend.unsupported_reasons(problem)
+    ]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -13,18 +13,25 @@ from fused_attn import dropout
 B, H, L, S = 2, 3, 70, 67
 
 
-def kept(backend: str, p: float, seed: int | None, shape: tuple[int, ...] = (B, H, L, S), **options) -> torch.Tensor:
+def kept(
+    backend: str,
+    p: float,
+    seed: int | torch.Tensor | None,
+    shape: tuple[int, ...] = (B, H, L, S),
+    device: str = "cpu",
+    **options,
+) -> torch.Tensor:
     """(B, H, L, S) bool: which weights a backend kept, read off the output for one-hot values."""
     batch, heads, rows, columns = shape
-    query, key = torch.zeros(batch, heads, rows, 8), torch.zeros(batch, heads, columns, 8)
+    query, key = (torch.zeros(batch, heads, length, 8, device=device) for length in (rows, columns))
     # 256 columns at a time is what the kernels take as a head dim.
     parts = [
         fused_attn.fused_attention(
             query, key, part.expand(batch, heads, -1, -1), dropout_p=p, dropout_seed=seed, backend=backend, **options
         )
-        for part in torch.eye(columns).split(256, dim=1)
+        for part in torch.eye(columns, device=device).split(256, dim=1)
     ]
-    return torch.cat(parts, dim=-1) != 0
+    return torch.cat(parts, dim=-1).cpu() != 0
 
 
 @pytest.mark.quick

@@ -125,8 +125,6 @@ def backward(
 ) -> Gradients:
     dout, query, key, value = _readable(dout, query, key, value)
     wants_query, wants_key, wants_value, wants_bias, wants_relative_bias, wants_sinks = wanted
-    plan = _plan(problem)
-    masks = NO_MASKS if problem.is_plain else Masks.of(sinks, seed, mask)
     accumulate = {"dtype": torch.float32, "device": query.device}
     dquery = empty_like_layout(query, problem.head_dim) if wants_query else None
     dkey = empty_like_layout(key, problem.head_dim) if wants_key else None
@@ -134,6 +132,8 @@ def backward(
     if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
         return _empty_gradients(wanted, dquery, dkey, dvalue, mask, sinks)
 
+    plan = _plan(problem)
+    masks = NO_MASKS if problem.is_plain else Masks.of(sinks, seed, mask)
     delta = torch.empty(lse.shape, **accumulate)
     is_biased = mask.bias is not None or mask.relative_bias is not None
     factor = torch.empty(lse.shape, **accumulate) if is_biased else None
