@@ -1,36 +1,57 @@
-"""The Triton kernels: every case on the GPU, or without one in Triton's interpreter on the CPU."""
+"""The Triton kernels: on the GPU, or without one in Triton's interpreter on the CPU.
+
+On a machine with a GPU everything here is marked `gpu`, so that `pytest -m gpu` is the whole proof there.
+"""
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable, Iterator
+
 import cases
+import oracle
 import pytest
 import torch
 from cases import CASES, Case
-from conftest import DEVICE
+from conftest import DEVICE, runnable_backends
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_dropout import kept
+from test_fuzz import attention_cases, fuzz, packed_cases
+from torch import Tensor
 
-triton = pytest.importorskip("triton")
+import fused_attn
 
-pytestmark = [pytest.mark.usefixtures("poisoned", "patched_language")]
-if DEVICE == "cuda":
-    pytestmark.append(pytest.mark.gpu)
+pytest.importorskip("triton.language")
 
+from fused_attn.backends.triton import decode, launcher
+
+IS_GPU = DEVICE == "cuda"
 # The interpreter does not multiply bfloat16.
-DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
+DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if IS_GPU else []))
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+#: 4 GiB each for query, key, value and the gradient in two bytes, so not in four.
 HUGE = ("strides-past-2-31", "strides-past-2-31-mask")
+QUICK = ("gqa-4-2", "padding-nan-decode", "relative-bias-decode", "empty-rows-huge-sinks", "varlen-dropout", "rank-2")
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned", "patched_language"),
+    # numpy, of infinities that are wanted or thrown away.
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+    *([pytest.mark.gpu] if IS_GPU else []),
+]
 
 
 @pytest.fixture(scope="module")
-def patched_language():
-    """`triton.language` as the interpreter wants it, once for all.
+def patched_language() -> Iterator[None]:
+    """`triton.language` as the interpreter wants it, during all tests.
 
-    It does so itself in every call of one kernel function by another, for a third of its time.
+    It does so itself whenever one kernel function calls another, which is a third of its time.
     """
-    if DEVICE == "cuda":
+    if IS_GPU:
         yield
         return
-    import types
-
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -42,14 +63,190 @@ def patched_language():
     scope.restore()
 
 
+def case_of(case_id: str) -> Case:
+    return next(case for case in CASES if case.id == case_id)
+
+
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        pytest.param(case, dtype, id=f"{case.id}-{NAMES[dtype]}")
+        pytest.param(
+            case,
+            dtype,
+            id=f"{case.id}-{NAMES[dtype]}",
+            marks=[pytest.mark.quick] if case.id in QUICK and dtype == torch.float16 else [],
+        )
         for case in CASES
         for dtype in DTYPES
         if not (case.id in HUGE and dtype == torch.float32)
     ],
 )
 def test_case(case: Case, dtype: torch.dtype) -> None:
+    if IS_GPU and case.id in HUGE and torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB on the GPU")
     cases.check(case, dtype, "triton", DEVICE)
+
+
+@pytest.mark.quick
+def test_layouts_survive_the_way_to_the_device() -> None:
+    """A test of the test: strides, alignment and contents are what the case says."""
+    for case in CASES:
+        if case.id in HUGE:
+            continue
+        inputs = case.make(torch.float16)
+        moved = inputs.on(DEVICE)
+        for there, here in zip(
+            (*moved.tensors.values(), moved.dout), (*inputs.tensors.values(), inputs.dout), strict=True
+        ):
+            assert there.device.type == DEVICE
+            assert there.stride() == here.stride() and there.storage_offset() == here.storage_offset(), case.id
+            torch.testing.assert_close(there.cpu(), here, rtol=0, atol=0, equal_nan=True)
+
+
+@settings(fuzz, max_examples=100 if IS_GPU else 12)
+@given(case=attention_cases(), dtype=st.sampled_from(DTYPES))
+def test_fuzz(case: Case, dtype: torch.dtype) -> None:
+    cases.check(case, dtype, "triton", DEVICE)
+
+
+@settings(fuzz, max_examples=60 if IS_GPU else 6)
+@given(case=packed_cases(), dtype=st.sampled_from(DTYPES))
+def test_fuzz_packed(case: Case, dtype: torch.dtype) -> None:
+    cases.check(case, dtype, "triton", DEVICE)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("p", "seed"), [(0.1, 0), (0.5, 2**32), (0.999, 2**63 - 1)])
+def test_dropout_bits(p: float, seed: int) -> None:
+    bits = kept("triton", p, seed, device=DEVICE)
+    assert torch.equal(bits, torch.from_numpy(oracle.dropout_keep(seed, p, 0, *bits.shape)))
+    assert torch.equal(bits, kept(runnable_backends()[0], p, seed))
+
+
+def test_dropout_bits_of_long_rows() -> None:
+    shape = (1, 1, 200, 700)
+    bits = kept("triton", 0.3, 77, shape, DEVICE)
+    assert torch.equal(bits, torch.from_numpy(oracle.dropout_keep(77, 0.3, 0, *shape)))
+
+
+@pytest.mark.quick
+def test_dropout_bits_of_the_backward_kernels() -> None:
+    """With all scores equal, each gradient below tells kept weights from dropped ones, if unit vectors come in."""
+    p, seed, batch, heads, rows, columns = 0.4, 5, 2, 3, 70, 67
+
+    def gradient(query: Tensor, key: Tensor, value: Tensor, dout: Tensor, wanted: int) -> Tensor:
+        leaves = [x.expand(batch, heads, -1, -1).to(DEVICE) for x in (query, key, value)]
+        leaves[wanted].requires_grad_()
+        out = fused_attn.fused_attention(*leaves, dropout_p=p, dropout_seed=seed, backend="triton")
+        return torch.autograd.grad(out, leaves[wanted], dout.expand(batch, heads, -1, -1).to(DEVICE))[0].cpu()
+
+    # dv[j, i] is the weight (i, j) itself.
+    of_value = gradient(torch.zeros(rows, 8), torch.zeros(columns, 8), torch.zeros(columns, rows), torch.eye(rows), 2)
+    # All kept weights of a row gain by a longer value, and all dropped ones lose.
+    one = torch.ones(columns, 1), torch.ones(rows, 1)
+    of_query = gradient(torch.zeros(rows, columns), torch.eye(columns), *one, 0)
+    of_key = gradient(torch.eye(rows), torch.zeros(columns, rows), *one, 1)
+    expected = torch.from_numpy(oracle.dropout_keep(seed, p, 0, batch, heads, rows, columns))
+    assert torch.equal(of_value.mT > 0, expected)
+    assert torch.equal(of_query > 0, expected)
+    assert torch.equal(of_key.mT > 0, expected)
+
+
+def _second_half(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return (torch.arange(case.seqlen_k) > case.seqlen_k // 2).expand(1, 1, 1, -1)
+
+
+SPLIT = [
+    Case("split", batch=1, heads=1, seqlen_q=1, seqlen_k=1200, has_dlse=True),
+    Case(
+        "split-group-padding-sinks",
+        batch=1,
+        heads=4,
+        kv_heads=1,
+        seqlen_q=3,
+        seqlen_k=1100,
+        key_padding_mask=cases.padding(700),
+        edit=cases._nan_in_padding,
+        sinks=cases.sink(),
+        has_dlse=True,
+    ),
+    Case(
+        "split-lower-right-relative-bias-dropout",
+        batch=1,
+        seqlen_q=2,
+        seqlen_k=1537,
+        attn_mask=cases.lower_right,
+        relative_bias=cases.per_head_bias,
+        options={"dropout_p": 0.2, "dropout_seed": 3},
+    ),
+    Case("split-blind", batch=1, heads=1, seqlen_q=2, seqlen_k=1100, attn_mask=_second_half, has_dlse=True),
+    Case(
+        "split-all-blind",
+        batch=1,
+        heads=1,
+        seqlen_q=2,
+        seqlen_k=1100,
+        key_padding_mask=cases.padding(0),
+        sinks=cases.sink(),
+    ),
+]
+
+
+@pytest.fixture
+def decide_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., int]], None]]:
+    """Replaces `decode.num_splits`."""
+
+    def decide(rule: Callable[..., int]) -> None:
+        launcher._plan.cache_clear()
+        monkeypatch.setattr(decode, "num_splits", rule)
+
+    yield decide
+    launcher._plan.cache_clear()
+
+
+@pytest.mark.parametrize("case", SPLIT, ids=lambda case: case.id)
+def test_split_keys(case: Case, decide_splits) -> None:
+    """Several programs share the keys of a head, and that changes nothing."""
+    decided = []
+    rule = decode.num_splits
+
+    def spy(*args) -> int:
+        decided.append(rule(*args))
+        return decided[-1]
+
+    decide_splits(spy)
+    split = cases.check(case, torch.float32, "triton", DEVICE)
+    assert decided and min(decided) >= 2
+    decide_splits(lambda *args: 1)
+    whole = cases.check(case, torch.float32, "triton", DEVICE)
+    torch.testing.assert_close(dict(split.items()), dict(whole.items()))
+
+
+@pytest.mark.parametrize("case_id", ["softcap-with-everything", "gqa-6-2-causal-padded"])
+def test_deterministic(case_id: str) -> None:
+    """Bit for bit: no sum depends on the order in which programs happen to run."""
+    inputs = case_of(case_id).make(torch.float16).on(DEVICE)
+    first = cases.run(inputs, "triton")
+    for _ in range(50 if IS_GPU else 1):
+        again = cases.run(inputs, "triton")
+        for (name, x), (_, y) in zip(first.items(), again.items(), strict=True):
+            assert torch.equal(x, y), name
+
+
+@pytest.mark.skipif(IS_GPU, reason="of the interpreter")
+@pytest.mark.quick
+def test_interpreter_refuses_bfloat16() -> None:
+    x = torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="interpreter does not multiply bfloat16"):
+        fused_attn.fused_attention(x, x, x, backend="triton")
+    assert fused_attn.explain(x, x, x).chosen != "triton"
+
+
+@pytest.mark.quick
+def test_what_triton_cannot_run_is_refused_with_all_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.zeros(1, 1, 4, 264, dtype=torch.float64)
+    with pytest.raises(ValueError) as error:
+        fused_attn.fused_attention(x, x, x, backend="triton")
+    for reason in ("are on cpu, expected cuda", "dtype torch.float64 is none of", "head dim 264 is above 256"):
+        assert reason in str(error.value)
