@@ -11,6 +11,7 @@ import torch
 
 from fused_attn import dispatch
 from fused_attn.backends import cpu
+from fused_attn.backends.triton import backend as triton
 from fused_attn.problem import AttentionProblem
 
 
@@ -23,12 +24,19 @@ class Info:
 
     versions: dict[str, str]
     native: dict[str, str]
+    triton: dict[str, str]
     devices: dict[str, str]
     backends: dict[str, dict[str, list[str]]]
 
     def __str__(self) -> str:
         lines = []
-        for title, entries in (("versions", self.versions), ("native code", self.native), ("devices", self.devices)):
+        sections = {
+            "versions": self.versions,
+            "native code": self.native,
+            "Triton kernels": self.triton,
+            "devices": self.devices,
+        }
+        for title, entries in sections.items():
             lines.append(title)
             lines += [f"  {name:<18} {value}" for name, value in entries.items()]
         lines.append("backends (the first that can run is used)")
@@ -40,7 +48,7 @@ class Info:
 
 def info() -> Info:
     """Describe this installation and machine. Loads nothing on a GPU."""
-    return Info(_versions(), _native(), _devices(), _backends())
+    return Info(_versions(), _native(), _triton(), _devices(), _backends())
 
 
 def _versions() -> dict[str, str]:
@@ -75,6 +83,32 @@ def _native() -> dict[str, str]:
     }
 
 
+def _triton() -> dict[str, str]:
+    """What the Triton kernels need, and where each GPU's tile sizes come from."""
+    needed = f"an NVIDIA GPU of compute capability {'.'.join(map(str, triton.MIN_CAPABILITY))} or higher"
+    if not torch.cuda.is_available():
+        if triton.is_interpreting():
+            return {"run here": "in Triton's interpreter on the CPU (TRITON_INTERPRET=1), slowly, for debugging"}
+        why = "torch sees none" if torch.version.cuda else "this torch is a CPU build"
+        return {"run here": f"no: they need {needed}, and {why}"}
+    if (reason := triton.installation_problem()) is not None:
+        return {"run here": f"no: {reason}"}
+    return {"run here": f"on {needed}"} | {
+        f"tiles of cuda:{index}": _tiles(index) for index in range(torch.cuda.device_count())
+    }
+
+
+def _tiles(index: int) -> str:
+    # Imported here: it imports Triton, which is worth half a second only where there is a GPU.
+    from fused_attn.backends.triton import tuned
+
+    table = tuned.table_of(index)
+    if table is None:
+        return "the package's own; `python -m fused_attn tune` looks for faster ones"
+    path = tuned.path_of(torch.cuda.get_device_name(index))
+    return f"{len(table.rows)} of the package's replaced by those tuned on {table.about.get('date')}, {path}"
+
+
 def _devices() -> dict[str, str]:
     devices = {
         "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()} as torch sees it, "
@@ -83,7 +117,8 @@ def _devices() -> dict[str, str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = (
-            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+            f"{properties.name}, compute capability {properties.major}.{properties.minor} "
+            f"(sm_{properties.major}{properties.minor}), {properties.total_memory / 2**30:.0f} GiB"
         )
     return devices
 

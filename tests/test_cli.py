@@ -9,6 +9,7 @@ import fused_attn
 from fused_attn import dispatch, selfcheck
 from fused_attn.__main__ import main
 from fused_attn.backends import cpu
+from fused_attn.backends.triton import backend as triton_backend
 
 needs_kernels = pytest.mark.skipif(cpu._C is None, reason="the native kernels are not built")
 
@@ -84,3 +85,79 @@ def test_explain_describes_the_call():
     assert "key_padding" in text and "right=0" in text
     for backend in dispatch.BACKENDS:
         assert backend.name in text
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("device", "dtype", "chosen", "reason"),
+    [
+        ("sm_100", torch.bfloat16, "triton", None),
+        ("sm_90", torch.bfloat16, "triton", None),
+        ("sm_90a", torch.float32, "triton", None),
+        ("sm_80", torch.float16, "triton", None),
+        ("sm_75", torch.float16, "reference", "compute capability 7.5, expected 8.0 or higher"),
+        ("sm_90", torch.float64, "reference", "dtype torch.float64 is none of"),
+        ("cpu", torch.float32, "cpu" if cpu._C is not None else "reference", "the tensors are on cpu, expected cuda"),
+        ("meta", torch.float32, "reference", "the tensors are on meta, expected cuda"),
+    ],
+)
+def test_explain_answers_for_a_device_that_is_not_there(monkeypatch, device, dtype, chosen, reason):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    query = torch.randn(2, 4, 8, 16, dtype=dtype)
+    explanation = fused_attn.explain(query, query, query, is_causal=True, device=device)
+    assert explanation.chosen == chosen
+    assert (explanation.reasons["triton"] == []) == (reason is None)
+    if reason is not None:
+        assert reason in str(explanation)
+    if device.startswith("sm_"):
+        assert f"on cuda {device.rstrip('a')}" in str(explanation)
+
+
+@pytest.mark.quick
+def test_explain_names_a_backend_s_reasons_on_a_device_that_is_not_there():
+    query = torch.randn(2, 4, 8, 16)
+    with pytest.raises(ValueError, match=r"(?s)backend='triton' cannot run .* on cuda sm_75.*compute capability 7\.5"):
+        fused_attn.explain(query, query, query, backend="triton", device="sm_75")
+
+
+@pytest.mark.quick
+def test_explain_of_cuda_needs_no_gpu():
+    pytest.importorskip("triton", reason="triton is not installed")
+    query = torch.randn(2, 4, 8, 16)
+    for device in ("cuda", torch.device("cuda")):
+        assert fused_attn.explain(query, query, query, device=device).problem.device.type == "cuda"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("device", ["sm_9", "sm_abc", "sm_", "SM_90", "gpu", "cuda:x", 3.5])
+def test_explain_names_a_device_that_is_none(device):
+    query = torch.randn(2, 4, 8, 16)
+    with pytest.raises(ValueError, match=rf"device: expected .* such as 'sm_90', got {device!r}"):
+        fused_attn.explain(query, query, query, device=device)
+
+
+@pytest.mark.quick
+def test_info_says_what_the_triton_kernels_need(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["info"]) == 0
+    assert "no: they need an NVIDIA GPU of compute capability 8.0 or higher, and" in capsys.readouterr().out
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "interpreter" in fused_attn.info().triton["run here"]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("version", "reason"), [("3.2.0", "triton 3.2.0 is installed, expected 3.6 or newer"), ("3.10.0+git1a2b", None)]
+)
+def test_an_old_triton_is_a_reason(monkeypatch, version, reason):
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(triton, "__version__", version)
+    triton_backend.installation_problem.cache_clear()
+    try:
+        assert triton_backend.installation_problem() == reason
+        query = torch.randn(2, 4, 8, 16)
+        assert (fused_attn.explain(query, query, query, device="sm_90").chosen == "triton") == (reason is None)
+    finally:
+        triton_backend.installation_problem.cache_clear()

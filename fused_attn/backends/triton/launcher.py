@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from fused_attn.backends.base import Gradients, Wanted, empty_like_layout
-from fused_attn.backends.triton import configs, decode
+from fused_attn.backends.triton import configs, decode, tuned
 from fused_attn.backends.triton.arguments import NO_MASKS, Masks, Rows, Settings
 from fused_attn.backends.triton.backend import is_interpreting
 from fused_attn.backends.triton.backward import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
@@ -253,7 +253,7 @@ def _plan(problem: AttentionProblem) -> Plan:
     seqlen_q, seqlen_k, heads, kv_heads = problem.seqlen_q, problem.seqlen_k, problem.num_heads, problem.num_kv_heads
     group_size = heads // max(kv_heads, 1)
     kv_bytes = seqlen_k * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
-    fwd, dq, dkdv, bias = (configs.choose(kernel, problem) for kernel in configs.KERNELS)
+    fwd, dq, dkdv, bias = (tuned.choose(kernel, problem) for kernel in configs.KERNELS)
 
     # Few queries: all heads of a group share a tile, and several programs the keys of a head.
     packs = group_size > 1 and seqlen_q < fwd.block_m

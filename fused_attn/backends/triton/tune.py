@@ -1,0 +1,522 @@
+"""``python -m fused_attn tune``: measures tile sizes on this machine's GPU and stores those that beat the table.
+
+Each candidate first has to compile, run and give the results of the table's own configuration. Those that do are timed
+in turns, in reverse order every second round, each after the L2 cache has been overwritten; the median counts. One that
+is not at least 2 % faster than the table's is not worth a row: that is within what a GPU's clock does by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import itertools
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fused_attn.backends.base import Wanted
+from fused_attn.backends.triton import backend, configs, tuned
+from fused_attn.backends.triton.configs import Config
+from fused_attn.masks import MaskSpec
+from fused_attn.problem import AttentionProblem, Band
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEFAULT_DTYPES = ("bfloat16",)
+DEFAULT_HEAD_DIMS = (64, 128)
+PLAIN = "plain"
+#: What training runs most, first: the time may not suffice for all.
+DEFAULT_FEATURES = ("causal", "padding", "causal+padding", PLAIN, "bias", "relative_bias", "dropout")
+
+#: Enough programs for the largest GPU, and little enough memory for a small one: 256 MiB for a bias of float32.
+BATCH, HEADS, LENGTH = 4, 16, 2048
+WINDOW = 256
+
+#: Rounds of one measurement for each candidate; after the first ones, only those near the fastest go on.
+ROUNDS, SCREENING_ROUNDS = 21, 3
+NEAR = 1.15
+#: How often memory larger than the L2 cache is overwritten before each launch. Once leaves none of a kernel's inputs in
+#: the cache; the others are for the host to get ahead of the GPU, so that launching is not timed.
+FLUSHES = 4
+#: The winner's time must be below this part of the table's.
+WORTH_A_ROW = 0.98
+
+
+class Workload(NamedTuple):
+    """One row of the table to be: a kernel, and the problem that it is measured on."""
+
+    kernel: str
+    dtype: torch.dtype
+    head_dim: int
+    features: tuple[str, ...]
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.kernel} {dtype} head dim {self.head_dim} {'+'.join(self.features) or PLAIN}"
+
+    def problem(self, device: torch.device | str) -> AttentionProblem:
+        """A new one each time: what is planned for one configuration does not serve another."""
+        band = Band()
+        if "causal" in self.features:
+            band = Band(right=0)
+        elif "window" in self.features:
+            band = Band(left=WINDOW, right=0)
+        on_cpu = AttentionProblem(
+            batch=BATCH,
+            num_heads=HEADS,
+            num_kv_heads=HEADS,
+            seqlen_q=LENGTH,
+            seqlen_k=LENGTH,
+            head_dim=self.head_dim,
+            value_dim=self.head_dim,
+            dtype=self.dtype,
+            device=torch.device("cpu"),
+            scale=self.head_dim**-0.5,
+            softcap=30.0 if "softcap" in self.features else 0.0,
+            dropout_p=0.1 if "dropout" in self.features else 0.0,
+            band=band,
+            is_packed="varlen" in self.features,
+            has_mask="mask" in self.features,
+            has_key_padding="padding" in self.features,
+            has_bias="bias" in self.features,
+            has_relative_bias="relative_bias" in self.features,
+        )
+        return on_cpu.on(device)
+
+
+class Outcome(NamedTuple):
+    """What came of a workload. best: the table's configuration itself where none was worth a row.
+
+    dropped: reason by configuration
+    """
+
+    workload: Workload
+    table: Config
+    best: Config
+    ms: float
+    baseline_ms: float
+    dropped: dict[Config, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.workload}: {describe(self.table)} takes {self.baseline_ms:.3f} ms"]
+        if self.best == self.table:
+            lines[0] += ", nothing is worth replacing it"
+        else:
+            lines[0] += f", {describe(self.best)} {self.ms:.3f} ms ({self.ms / self.baseline_ms - 1.0:+.1%})"
+        lines += [f"  dropped {describe(config)}: {reason}" for config, reason in self.dropped.items()]
+        return "\n".join(lines)
+
+
+class Failure(NamedTuple):
+    """A workload whose configuration of the table does not run, so that there is nothing to compare with."""
+
+    workload: Workload
+    table: Config
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.workload}: the package's own {describe(self.table)} FAILS, please report it: {self.reason}"
+
+
+class Runner(Protocol):
+    """What touches the GPU."""
+
+    def results(self, workload: Workload, config: Config) -> list[Tensor]:
+        """What the kernel computes. Raises whatever compiling or launching it raises."""
+
+    def times(self, workload: Workload, order: Sequence[Config]) -> list[float]:
+        """Milliseconds of one launch each, in this order; only of configurations whose results were asked for."""
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """The command, with the options of `fused_attn.__main__`; its exit code.
+
+    Raises:
+        ValueError: an option's value is none; the message names the option.
+    """
+    if arguments.clear:
+        return _clear()
+    chosen = {
+        "kernels": arguments.kernel,
+        "dtypes": arguments.dtype,
+        "head_dims": arguments.head_dim,
+        "features": arguments.features,
+    }
+    selected = workloads(**{name: values for name, values in chosen.items() if values is not None})
+    has_gpu = torch.cuda.is_available()
+    device = arguments.device or ("cuda" if has_gpu or not arguments.dry_run else "sm_90")
+    if not arguments.dry_run:
+        if not has_gpu:
+            print("torch sees no GPU on this machine; --dry-run lists what would be measured on one", file=sys.stderr)
+            return 1
+        device = _gpu(device)
+    for workload in selected:
+        if reasons := backend.unsupported_reasons(workload.problem(device)):
+            print(f"{workload} cannot run: {'; '.join(reasons)}", file=sys.stderr)
+            return 1
+    to_try = {workload: candidates(workload, device) for workload in selected}
+    if arguments.dry_run:
+        print(listing(to_try))
+        return 0
+    path = tuned.path_of(torch.cuda.get_device_name(device))
+    try:
+        return run(to_try, GpuRunner(device), path, about(device), arguments.minutes)
+    except KeyboardInterrupt:
+        print(f"stopped; what had been measured is in {path}", file=sys.stderr)
+        return 130
+
+
+def _gpu(device: str) -> torch.device:
+    """The GPU of this machine that is meant, with its number."""
+    match = re.fullmatch(r"cuda(?::(\d+))?", device)
+    index = torch.cuda.current_device() if match is None or match[1] is None else int(match[1])
+    if match is None or index >= torch.cuda.device_count():
+        raise ValueError(f"--device: expected a GPU of this machine, such as cuda:0, got {device}")
+    return torch.device("cuda", index)
+
+
+def _clear() -> int:
+    for path in tuned.stored(torch.cuda.get_device_name() if torch.cuda.is_available() else None):
+        path.unlink()
+        print(f"deleted {path}")
+    return 0
+
+
+def workloads(
+    kernels: Iterable[str] | None = None,
+    dtypes: Iterable[str] = DEFAULT_DTYPES,
+    head_dims: Iterable[int] = DEFAULT_HEAD_DIMS,
+    features: Iterable[str] = DEFAULT_FEATURES,
+) -> list[Workload]:
+    """All combinations that exist, those of the first features first.
+
+    Raises:
+        ValueError: a name or number that is none; the message names the command line's option.
+    """
+    kernels = configs.KERNELS if kernels is None else tuple(kernels)
+    for kernel in kernels:
+        if kernel not in configs.KERNELS:
+            raise ValueError(f"--kernel: expected some of {', '.join(configs.KERNELS)}, got {kernel}")
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"--dtype: expected some of {', '.join(DTYPES)}, got {dtype}")
+    for head_dim in head_dims:
+        if not 1 <= head_dim <= 256:
+            raise ValueError(f"--head-dim: expected a number from 1 to 256, got {head_dim}")
+    selected = [
+        Workload(kernel, DTYPES[dtype], head_dim, names)
+        for names, dtype, head_dim, kernel in itertools.product(map(_parse, features), dtypes, head_dims, kernels)
+        if kernel != "bias" or "bias" in names or "relative_bias" in names
+    ]
+    if not selected:
+        raise ValueError("--kernel, --features: kernel bias is for features with bias or relative_bias only")
+    return selected
+
+
+def _parse(features: str) -> tuple[str, ...]:
+    """ "causal+padding" -> ("causal", "padding")"""
+    names = [] if features == PLAIN else features.split("+")
+    for name in names:
+        if name not in tuned.FEATURES:
+            expected = ", ".join((PLAIN, *tuned.FEATURES))
+            raise ValueError(f"--features: expected some of {expected}, joined by +, got {features}")
+    for one, other in (("causal", "window"), ("varlen", "padding"), ("varlen", "mask"), ("varlen", "bias")):
+        if one in names and other in names:
+            raise ValueError(f"--features: {one} and {other} do not occur together, got {features}")
+    return tuple(name for name in tuned.FEATURES if name in names)
+
+
+def candidates(workload: Workload, device: torch.device | str) -> list[Config]:
+    """The table's configuration, then the others to be tried."""
+    problem = workload.problem(device)
+    table = configs.choose(workload.kernel, problem)
+    return [table, *(config for config in configs.candidates(workload.kernel, problem) if config != table)]
+
+
+def measure(
+    workload: Workload,
+    to_try: Sequence[Config],
+    runner: Runner,
+    is_time_up: Callable[[], bool] = lambda: False,
+    advance: Callable[[], None] = lambda: None,
+) -> Outcome | Failure | None:
+    """Compare the configurations, of which the first is the table's; None if the time was up before the end."""
+    table = to_try[0]
+    try:
+        truth = runner.results(workload, table)
+    except Exception as error:
+        return Failure(workload, table, _reason(error))
+    advance()
+    dropped = {}
+    for config in to_try[1:]:
+        if is_time_up():
+            return None
+        # Compilers and drivers raise what they like; KeyboardInterrupt is no Exception.
+        try:
+            found = runner.results(workload, config)
+        except Exception as error:
+            dropped[config] = _reason(error)
+        else:
+            if (difference := _difference(found, truth, workload.dtype)) is not None:
+                dropped[config] = difference
+        advance()
+
+    running = [config for config in to_try if config not in dropped]
+    times = {config: [] for config in running}
+    for index in range(ROUNDS):
+        if is_time_up():
+            return None
+        if index == SCREENING_ROUNDS:
+            limit = NEAR * min(map(statistics.median, times.values()))
+            running = [c for c in running if c == table or statistics.median(times[c]) <= limit]
+        order = running if index % 2 == 0 else running[::-1]
+        for config, ms in zip(order, runner.times(workload, order), strict=True):
+            times[config].append(ms)
+    medians = {config: statistics.median(times[config]) for config in running}
+    best = min(medians, key=medians.__getitem__)
+    if not medians[best] < WORTH_A_ROW * medians[table]:
+        best = table
+    return Outcome(workload, table, best, medians[best], medians[table], dropped)
+
+
+def _difference(found: list[Tensor], truth: list[Tensor], dtype: torch.dtype) -> str | None:
+    """What is wrong, or None. Tiles change the order of sums: some units of the result's dtype and of the sums'."""
+    allowed = 4.0 * torch.finfo(dtype).eps + 256.0 * torch.finfo(torch.float32).eps
+    for ours, theirs in zip(found, truth, strict=True):
+        # The LSE of a row that sees nothing is -inf in both.
+        size = theirs[theirs.isfinite()].abs().max().item()
+        error = torch.where(ours == theirs, 0.0, (ours - theirs).abs()).max().item()
+        # A NaN error is wrong, so the comparison stands this way round.
+        if not error <= allowed * size:
+            return f"wrong result, off by {error:.1e} where {allowed * size:.1e} is allowed"
+    return None
+
+
+def with_outcome(table: tuned.Table, outcome: Outcome) -> tuned.Table:
+    """The table with the outcome's row in place of the one there was for the same problems."""
+    workload = outcome.workload
+    key = tuned.Key(
+        workload.kernel,
+        workload.dtype.itemsize,
+        configs.padded_head_dim(workload.head_dim),
+        workload.features,
+        outcome.table,
+    )
+    rows = {other: row for other, row in table.rows.items() if other != key}
+    if outcome.best != outcome.table:
+        rows[key] = tuned.Row(outcome.best, outcome.ms, outcome.baseline_ms)
+    return tuned.Table(table.about, rows)
+
+
+def describe(config: Config) -> str:
+    return " ".join(f"{name}={value}" for name, value in config._asdict().items())
+
+
+def _reason(error: Exception) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}"
+
+
+def run(
+    to_try: dict[Workload, list[Config]],
+    runner: Runner,
+    path: Path,
+    about: dict[str, object],
+    minutes: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Measure all workloads, storing after each, so that nothing is lost if the user stops it; the exit code."""
+    end = clock() + 60.0 * minutes
+    table = tuned.Table(about, _stored_rows(path))
+    measured = failed = 0
+    with progress(sum(map(len, to_try.values()))) as bar:
+        for workload, configurations in to_try.items():
+            outcome = measure(workload, configurations, runner, lambda: clock() >= end, bar.advance)
+            if outcome is None:
+                bar.say(f"{minutes:g} minutes are over; --minutes gives more")
+                break
+            bar.say(str(outcome))
+            measured += 1
+            if isinstance(outcome, Failure):
+                failed += 1
+            else:
+                table = with_outcome(table, outcome)
+                tuned.save(path, table)
+    print(f"{measured} of {len(to_try)} measured, {len(table.rows)} faster configurations stored in {path}")
+    return 1 if failed else 0
+
+
+def _stored_rows(path: Path) -> dict[tuned.Key, tuned.Row]:
+    try:
+        return tuned.load(path).rows
+    except (OSError, ValueError):
+        return {}  # there is none, or none that could be used: all is measured anew
+
+
+def listing(to_try: dict[Workload, list[Config]]) -> str:
+    lines = [f"{workload}: {describe(tries[0])}, {len(tries) - 1} others" for workload, tries in to_try.items()]
+    return "\n".join([*lines, f"{len(to_try)} to measure, {sum(map(len, to_try.values()))} configurations in all"])
+
+
+class GpuRunner:
+    """Launches on a real GPU and times with CUDA events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        cache_bytes = 4 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._cache = torch.empty(max(cache_bytes, 2**28), dtype=torch.int8, device=device)
+        self._workload: Workload | None = None
+        self._inputs: _Inputs | None = None
+        self._calls: dict[Config, Callable[[], list[Tensor]]] = {}
+
+    def results(self, workload: Workload, config: Config) -> list[Tensor]:
+        if workload != self._workload:
+            self._inputs, self._calls = None, {}  # frees the memory before it is needed again
+            self._workload, self._inputs = workload, _Inputs(workload, self._device)
+        # A first call makes the plan and compiles. What is loaded differs with what a mask holds: a floating-point
+        # padding mask is a bias as well, and a configuration has to have the resources for that too.
+        call = self._inputs.call(config)
+        found = []
+        for mask in self._inputs.masks:
+            found += call(mask)
+        torch.cuda.synchronize(self._device)
+        self._calls[config] = lambda: call(self._inputs.masks[0])
+        return [x.float() for x in found]
+
+    def times(self, workload: Workload, order: Sequence[Config]) -> list[float]:
+        events = []
+        for config in order:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(FLUSHES):
+                self._cache.zero_()
+            start.record()
+            self._calls[config]()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize(self._device)
+        return [start.elapsed_time(end) for start, end in events]
+
+
+class _Inputs:
+    """The tensors of a workload, and what its kernel needs of the ones before it.
+
+    masks: the one that is timed, then others that the same configuration has to be able to run
+    """
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        from fused_attn.backends.triton import launcher
+
+        self._workload, self._device, self._launcher = workload, device, launcher
+        self._generator = torch.Generator(device).manual_seed(0)
+        problem = workload.problem(device)
+        #: Half of the rows where lengths vary, so that skipping shows.
+        lengths = torch.tensor([LENGTH * (batch + 1) // (BATCH + 1) for batch in range(BATCH)], device=device)
+        shape = (BATCH, HEADS, LENGTH, workload.head_dim)
+        cu_seqlens = None
+        if problem.is_packed:
+            shape = (1, HEADS, int(lengths.sum()), workload.head_dim)
+            cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        self._query, self._key, self._value, self._dout = (self._randn(*shape).to(workload.dtype) for _ in range(4))
+        mask = MaskSpec(
+            # float32, the widest that there is: parameters are, under mixed precision.
+            bias=self._randn(1, HEADS, LENGTH, LENGTH) if problem.has_bias else None,
+            relative_bias=self._randn(HEADS, 2 * LENGTH - 1) if problem.has_relative_bias else None,
+            mask=self._randn(BATCH, 1, LENGTH, LENGTH) < 1.0 if problem.has_mask else None,
+            key_padding=torch.arange(LENGTH, device=device) >= lengths[:, None] if problem.has_key_padding else None,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+        )
+        self.masks = [mask]
+        if problem.has_key_padding and not problem.has_bias:
+            self.masks.append(mask._replace(bias=self._randn(BATCH, 1, 1, LENGTH)))
+        self._seed = torch.zeros((), dtype=torch.int64, device=device) if problem.dropout_p else None
+        self._outputs = {id(mask): self._forward(problem, mask) for mask in self.masks}
+
+    def call(self, config: Config) -> Callable[[MaskSpec], list[Tensor]]:
+        """Runs the workload's kernel with `config`, and those that it depends on with the table's."""
+        problem = self._workload.problem(self._device)
+        kernel, features = self._workload.kernel, self._workload.features
+        wanted = Wanted(
+            query=kernel == "dq",
+            key=kernel == "dkdv",
+            value=kernel == "dkdv",
+            bias=kernel == "bias" and "bias" in features,
+            relative_bias=kernel == "bias" and "relative_bias" in features,
+            sinks=False,
+        )
+
+        def run(mask: MaskSpec) -> list[Tensor]:
+            with tuned.forced(kernel, config):
+                if kernel == "forward":
+                    return list(self._forward(problem, mask))
+                out, lse = self._outputs[id(mask)]
+                grads = self._launcher.backward(
+                    problem, wanted, self._dout, None, self._query, self._key, self._value, out, lse,
+                    None, self._seed, mask,
+                )  # fmt: skip
+                return [x for x in grads if x is not None]
+
+        return run
+
+    def _forward(self, problem: AttentionProblem, mask: MaskSpec) -> tuple[Tensor, Tensor]:
+        return self._launcher.forward(problem, self._query, self._key, self._value, None, self._seed, mask, True)
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, device=self._device)
+
+
+def about(device: torch.device) -> dict[str, object]:
+    """Where and when a table was measured."""
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "capability": torch.cuda.get_device_capability(device),
+        "driver": _driver(),
+        "versions": {**tuned.versions(), "torch": torch.__version__, "CUDA of torch": torch.version.cuda},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _driver() -> str:
+    # torch knows the version of CUDA that a driver offers, not the driver's own.
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+class Progress(NamedTuple):
+    """advance: one more configuration is done; say: prints lines, above the bar where there is one."""
+
+    advance: Callable[[], None]
+    say: Callable[[str], None]
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Progress]:
+    """A bar where rich is installed and the output is a terminal; otherwise plain lines."""
+
+    def plain(text: str) -> None:
+        print(text, flush=True)
+
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+    except ImportError:
+        yield Progress(lambda: None, plain)
+        return
+    if not sys.stdout.isatty():
+        yield Progress(lambda: None, plain)
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("configurations"), TimeElapsedColumn())
+    with Bar(*columns, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield Progress(lambda: bar.advance(task), lambda text: bar.console.print(text, markup=False, highlight=False))
