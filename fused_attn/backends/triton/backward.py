@@ -21,15 +21,15 @@ from fused_attn.backends.triton.scores import (
 from fused_attn.backends.triton.tiles import (
     block_and_unit,
     is_kept,
-    key_block_pointer,
     key_blocks,
-    load_key_block,
-    load_query_block,
+    key_pointer,
+    load_key_rows,
+    load_query_rows,
     num_partial_blocks,
     partial_block,
     place_of,
-    query_block_pointer,
     query_blocks,
+    query_pointer,
     store_tile,
 )
 
@@ -73,8 +73,8 @@ def attention_bwd_dq_kernel(
     is_row = query < place.len_q
 
     # Load, and delta.
-    dout_tile = load_query_block(dout, place, first_row, is_row, settings, settings.VALUE_DIM, settings.BLOCK_DV)
-    out_tile = load_query_block(out, place, first_row, is_row, settings, settings.VALUE_DIM, settings.BLOCK_DV)
+    dout_tile = load_query_rows(dout, place, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
+    out_tile = load_query_rows(out, place, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
     row_offset = place.lse_offset + query
     row_lse = tl.load(lse + row_offset, mask=is_row, other=0.0)
     row_delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
@@ -86,7 +86,7 @@ def attention_bwd_dq_kernel(
         # Rows that saw nothing have an LSE of -inf, and their sink no weight.
         weight = tl.where(row_lse == float("-inf"), 0.0, tl.exp2((sink - row_lse) * LOG2_E))
         tl.store(dsinks + dsinks_entry, -tl.sum(tl.where(is_row, weight * row_delta, 0.0), 0))
-    q_tile = load_query_block(q, place, first_row, is_row, settings, settings.HEAD_DIM, settings.BLOCK_D)
+    q_tile = load_query_rows(q, place, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
 
     # Loop.
     last_row = tl.minimum(first_row + settings.BLOCK_M, place.len_q) - 1
@@ -111,7 +111,7 @@ def attention_bwd_dq_kernel(
                 acc, q_tile, dout_tile, row_lse, row_factor, row_delta, query, first_key, k, v,
                 place, masks, settings, IS_FULL=False,
             )  # fmt: skip
-        dq_pointer = query_block_pointer(dq, place, first_row, settings, settings.BLOCK_D)
+        dq_pointer = query_pointer(dq, place, query, settings.BLOCK_D)
         store_tile(dq_pointer, acc * settings.scale, is_row, settings.HEAD_DIM, settings.BLOCK_D)
 
 
@@ -125,7 +125,7 @@ def _exact_factor(q_tile, row_lse, query, blocks, k, place, masks, settings):
     for first_key in range(blocks.start, blocks.end, settings.BLOCK_N):
         key = first_key + tl.arange(0, settings.BLOCK_N)
         keep = is_kept(key, place, masks)
-        k_tile = load_key_block(k, place, first_key, keep, settings, settings.HEAD_DIM, settings.BLOCK_D)
+        k_tile = load_key_rows(k, place, key, keep, settings.HEAD_DIM, settings.BLOCK_D)
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
         scores, _ = biased_scores(qk, query[:, None], key[None, :], place, masks, settings, IS_FULL=False)
         weights = exp_difference(scores, row_lse[:, None], settings)
@@ -155,8 +155,8 @@ def _add_dq(
 ):
     key = first_key + tl.arange(0, settings.BLOCK_N)
     keep = None if IS_FULL else is_kept(key, place, masks)
-    k_tile = load_key_block(k, place, first_key, keep, settings, settings.HEAD_DIM, settings.BLOCK_D)
-    v_tile = load_key_block(v, place, first_key, keep, settings, settings.VALUE_DIM, settings.BLOCK_DV)
+    k_tile = load_key_rows(k, place, key, keep, settings.HEAD_DIM, settings.BLOCK_D)
+    v_tile = load_key_rows(v, place, key, keep, settings.VALUE_DIM, settings.BLOCK_DV)
     qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
     dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=settings.PRECISION)
     _, _, dscores = weights_and_gradients(
@@ -201,10 +201,10 @@ def attention_bwd_dkdv_kernel(
     # Load.
     keep = is_kept(key, place, masks)
     num_kept = tl.sum(keep.to(tl.int32), 0)
-    k_tile = load_key_block(k, place, first_key, keep, settings, settings.HEAD_DIM, settings.BLOCK_D)
-    v_tile = load_key_block(v, place, first_key, keep, settings, settings.VALUE_DIM, settings.BLOCK_DV)
+    k_tile = load_key_rows(k, place, key, keep, settings.HEAD_DIM, settings.BLOCK_D)
+    v_tile = load_key_rows(v, place, key, keep, settings.VALUE_DIM, settings.BLOCK_DV)
 
-    # Loop.
+    # Loop, over the blocks of all heads at once: a loop within a loop keeps the addresses of both in registers.
     last_key = tl.minimum(first_key + settings.BLOCK_N, place.len_k) - 1
     blocks = query_blocks(first_key, last_key, num_kept == settings.BLOCK_N, place, settings)
     dk_acc = tl.zeros([settings.BLOCK_N, settings.BLOCK_D], tl.float32)
@@ -232,10 +232,10 @@ def attention_bwd_dkdv_kernel(
     # Epilogue.
     is_row = key < place.len_k
     if dk.ptr is not None:
-        dk_pointer = key_block_pointer(dk, place, first_key, settings, settings.BLOCK_D)
+        dk_pointer = key_pointer(dk, place, key, settings.BLOCK_D)
         store_tile(dk_pointer, dk_acc * settings.scale, is_row, settings.HEAD_DIM, settings.BLOCK_D)
     if dv.ptr is not None:
-        dv_pointer = key_block_pointer(dv, place, first_key, settings, settings.BLOCK_DV)
+        dv_pointer = key_pointer(dv, place, key, settings.BLOCK_DV)
         store_tile(dv_pointer, dv_acc, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
 
 
@@ -262,9 +262,9 @@ def _add_dkdv(
     """Tiles here are (keys, queries), so that they are left factors of the products that follow."""
     query = first_row + tl.arange(0, settings.BLOCK_M)
     is_row = None if IS_FULL else query < place.len_q
-    q_tile = load_query_block(q, place, first_row, is_row, settings, settings.HEAD_DIM, settings.BLOCK_D)
-    dout_tile = load_query_block(dout, place, first_row, is_row, settings, settings.VALUE_DIM, settings.BLOCK_DV)
-    row_lse, row_delta, row_factor = load_row_sums(lse, delta, factor, place, first_row, is_row, settings)
+    q_tile = load_query_rows(q, place, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
+    dout_tile = load_query_rows(dout, place, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
+    row_lse, row_delta, row_factor = load_row_sums(lse, delta, factor, place, query, is_row, settings)
     qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=settings.PRECISION)
     dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=settings.PRECISION)
     weights, _, dscores = weights_and_gradients(
@@ -278,19 +278,19 @@ def _add_dkdv(
 
 
 @triton.jit
-def load_row_sums(lse, delta, factor, place, first_row, is_row, settings):
-    """(LSE, delta, factor) of the block of rows; the factor is 1.0 if there is none."""
-    row_lse = finite_lse(_load_rows(lse, place, first_row, is_row, settings), settings)
-    row_delta = _load_rows(delta, place, first_row, is_row, settings)
+def load_row_sums(lse, delta, factor, place, query, is_row, settings):
+    """(LSE, delta, factor) of the rows `query`; the factor is 1.0 if there is none."""
+    offset = place.lse_offset + query
+    row_lse = finite_lse(_load_vector(lse + offset, is_row), settings)
+    row_delta = _load_vector(delta + offset, is_row)
     row_factor = 1.0
     if factor is not None:
-        row_factor = _load_rows(factor, place, first_row, is_row, settings)
+        row_factor = _load_vector(factor + offset, is_row)
     return row_lse, row_delta, row_factor
 
 
 @triton.jit
-def _load_rows(x, place, first_row, is_row, settings):
-    pointer = x + (place.lse_offset + first_row) + tl.arange(0, settings.BLOCK_M)
+def _load_vector(pointer, is_row):
     if is_row is None:
         return tl.load(pointer)
     else:

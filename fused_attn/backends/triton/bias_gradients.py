@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fused_attn.backends.triton.arguments import UNSPECIALIZED
 from fused_attn.backends.triton.backward import load_row_sums, weights_and_gradients
-from fused_attn.backends.triton.tiles import is_kept, load_key_block, load_query_block, place_of
+from fused_attn.backends.triton.tiles import is_kept, load_key_rows, load_query_rows, place_of
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "num_batches"))
@@ -45,8 +45,7 @@ def attention_bwd_dbias_kernel(
     column_blocks = tl.cdiv(seqlen_k, settings.BLOCK_N)
     row_block = tl.program_id(0) // column_blocks
     column_block = tl.program_id(0) % column_blocks
-    first_row = row_block * settings.BLOCK_M
-    query = first_row + tl.arange(0, settings.BLOCK_M)
+    query = row_block * settings.BLOCK_M + tl.arange(0, settings.BLOCK_M)
     first_key = column_block * settings.BLOCK_N
     key = first_key + tl.arange(0, settings.BLOCK_N)
     first_head = tl.program_id(1)
@@ -55,8 +54,8 @@ def attention_bwd_dbias_kernel(
     batches_here = num_batches if SUMS_BATCHES else 1
 
     # Loop.
-    nearest = first_key - (first_row + settings.BLOCK_M - 1)
-    farthest = first_key + settings.BLOCK_N - 1 - first_row
+    nearest = first_key - (row_block * settings.BLOCK_M + settings.BLOCK_M - 1)
+    farthest = first_key + settings.BLOCK_N - 1 - row_block * settings.BLOCK_M
     terms = heads_here * batches_here * _is_in_band(nearest - band_offset, farthest - band_offset, settings)
     acc = tl.zeros([settings.BLOCK_M, settings.BLOCK_N], tl.float32)
     for term in range(terms):
@@ -65,7 +64,7 @@ def attention_bwd_dbias_kernel(
         place = place_of(
             batch, head, head // settings.group_size, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset
         )
-        acc += _score_gradient(q, k, v, dout, lse, delta, factor, first_row, first_key, place, masks, settings)
+        acc += _score_gradient(q, k, v, dout, lse, delta, factor, query, key, first_key, place, masks, settings)
 
     # Store the tile, or its sum along the axes on which the bias broadcasts.
     num_rows = row_blocks if SUMS_ROWS else seqlen_q
@@ -125,9 +124,11 @@ def attention_bwd_dtable_kernel(
         last_block = tl.cdiv(place.len_k, settings.BLOCK_N) - shift
         last_block = tl.minimum(tl.cdiv(place.len_q, settings.BLOCK_N), last_block)
         for row_block in range(tl.maximum(0, -shift), last_block):
-            first_row = row_block * settings.BLOCK_N
+            query = row_block * settings.BLOCK_N + index
             first_key = (row_block + shift) * settings.BLOCK_N
-            tile = _score_gradient(q, k, v, dout, lse, delta, factor, first_row, first_key, place, masks, settings)
+            tile = _score_gradient(
+                q, k, v, dout, lse, delta, factor, query, first_key + index, first_key, place, masks, settings
+            )
             skewed = tl.gather(tile, unwrapped % settings.BLOCK_N, 1)
             above += tl.sum(tl.where(unwrapped < settings.BLOCK_N, skewed, 0.0), 0)
             below += tl.sum(tl.where(unwrapped < settings.BLOCK_N, 0.0, skewed), 0)
@@ -151,17 +152,15 @@ def _is_in_band(nearest, farthest, settings):
 
 
 @triton.jit
-def _score_gradient(q, k, v, dout, lse, delta, factor, first_row, first_key, place, masks, settings):
+def _score_gradient(q, k, v, dout, lse, delta, factor, query, key, first_key, place, masks, settings):
     """Tile (queries, keys) of the gradient of the scores after softcap and bias; 0 outside the sequence."""
-    query = first_row + tl.arange(0, settings.BLOCK_M)
-    key = first_key + tl.arange(0, settings.BLOCK_N)
     is_row = query < place.len_q
     keep = is_kept(key, place, masks)
-    q_tile = load_query_block(q, place, first_row, is_row, settings, settings.HEAD_DIM, settings.BLOCK_D)
-    dout_tile = load_query_block(dout, place, first_row, is_row, settings, settings.VALUE_DIM, settings.BLOCK_DV)
-    k_tile = load_key_block(k, place, first_key, keep, settings, settings.HEAD_DIM, settings.BLOCK_D)
-    v_tile = load_key_block(v, place, first_key, keep, settings, settings.VALUE_DIM, settings.BLOCK_DV)
-    row_lse, row_delta, row_factor = load_row_sums(lse, delta, factor, place, first_row, is_row, settings)
+    q_tile = load_query_rows(q, place, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
+    dout_tile = load_query_rows(dout, place, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
+    k_tile = load_key_rows(k, place, key, keep, settings.HEAD_DIM, settings.BLOCK_D)
+    v_tile = load_key_rows(v, place, key, keep, settings.VALUE_DIM, settings.BLOCK_DV)
+    row_lse, row_delta, row_factor = load_row_sums(lse, delta, factor, place, query, is_row, settings)
     qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
     dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=settings.PRECISION)
     _, dbiased, _ = weights_and_gradients(

@@ -19,13 +19,11 @@ from fused_attn.backends.triton.tiles import (
     block_and_unit,
     is_kept,
     key_blocks,
-    load_key_block,
-    load_query_block,
+    load_key_rows,
     load_query_rows,
     num_partial_blocks,
     partial_block,
     place_of,
-    query_block_pointer,
     query_pointer,
     split_blocks,
     store_tile,
@@ -76,10 +74,7 @@ def attention_fwd_kernel(
 
     # Load.
     is_row = row < num_rows
-    if PACK_HEADS:
-        q_tile = load_query_rows(q, place, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
-    else:
-        q_tile = load_query_block(q, place, first_row, is_row, settings, settings.HEAD_DIM, settings.BLOCK_D)
+    q_tile = load_query_rows(q, place, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
 
     # Loop: full blocks without tests, then the partial ones.
     last_row = tl.minimum(first_row + settings.BLOCK_M, num_rows) - 1
@@ -107,10 +102,7 @@ def attention_fwd_kernel(
     row_sum = tl.where(row_max == float("-inf"), 1.0, row_sum)
     out_tile = acc * (settings.inverse_keep / row_sum)[:, None]
     row_lse = row_max + tl.log2(row_sum) * LN_2
-    if PACK_HEADS:
-        out_pointer = query_pointer(out, place, query, settings.BLOCK_DV)
-    else:
-        out_pointer = query_block_pointer(out, place, first_row, settings, settings.BLOCK_DV)
+    out_pointer = query_pointer(out, place, query, settings.BLOCK_DV)
     lse_offset = place.lse_offset + query[:, None]
     if IS_SPLIT:
         split_offset = tl.program_id(1).to(tl.int64) * split_rows
@@ -139,7 +131,7 @@ def _attend(
     """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867): (acc, row_max, row_sum)."""
     key = first_key + tl.arange(0, settings.BLOCK_N)
     keep = None if IS_FULL else is_kept(key, place, masks)
-    k_tile = load_key_block(k, place, first_key, keep, settings, settings.HEAD_DIM, settings.BLOCK_D)
+    k_tile = load_key_rows(k, place, key, keep, settings.HEAD_DIM, settings.BLOCK_D)
     qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
     scores, _ = biased_scores(qk, query[:, None], key[None, :], place, masks, settings, IS_FULL)
     keep_column = None if IS_FULL else keep[None, :]
@@ -153,6 +145,6 @@ def _attend(
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     if masks.seed is not None:
         weights = tl.where(dropout_keep(query[:, None], first_key, place, masks, settings), weights, 0.0)
-    v_tile = load_key_block(v, place, first_key, keep, settings, settings.VALUE_DIM, settings.BLOCK_DV)
+    v_tile = load_key_rows(v, place, key, keep, settings.VALUE_DIM, settings.BLOCK_DV)
     acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=settings.PRECISION)
     return acc, new_max, row_sum

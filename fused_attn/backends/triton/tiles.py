@@ -209,24 +209,11 @@ def query_pointer(x, place, query, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def query_block_pointer(x, place, first_row, settings, BLOCK: tl.constexpr):
-    """(BLOCK_M, BLOCK) pointers into the rows first_row ... of the place's head."""
-    base = x.ptr + place.batch.to(tl.int64) * x.stride_b + place.head.to(tl.int64) * x.stride_h
-    return _block_pointer(base, place.first_q + first_row, x.stride_row, settings.BLOCK_M, BLOCK)
-
-
-@triton.jit
-def key_block_pointer(x, place, first_key, settings, BLOCK: tl.constexpr):
-    """(BLOCK_N, BLOCK) pointers into the rows first_key ... of the place's key head."""
+def key_pointer(x, place, key, BLOCK: tl.constexpr):
+    """(N, BLOCK) pointers into the rows `key` of the place's key head."""
     base = x.ptr + place.batch.to(tl.int64) * x.stride_b + place.kv_head.to(tl.int64) * x.stride_h
-    return _block_pointer(base, place.first_k + first_key, x.stride_row, settings.BLOCK_N, BLOCK)
-
-
-@triton.jit
-def _block_pointer(base, first, stride_row, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    # One scalar moves from block to block; what is added to it per element does not, and needs few registers.
-    base += first.to(tl.int64) * stride_row
-    return base + tl.arange(0, ROWS).to(tl.int64)[:, None] * stride_row + tl.arange(0, BLOCK)[None, :]
+    row = place.first_k + key
+    return base + row.to(tl.int64)[:, None] * x.stride_row + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit
@@ -235,14 +222,9 @@ def load_query_rows(x, place, query, is_row, COLUMNS: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def load_query_block(x, place, first_row, is_row, settings, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    return _load_tile(query_block_pointer(x, place, first_row, settings, BLOCK), is_row, COLUMNS, BLOCK)
-
-
-@triton.jit
-def load_key_block(x, place, first_key, keep, settings, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def load_key_rows(x, place, key, keep, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """Dropped keys and values may hold NaN, which not even a weight of 0 would stop: they must not be read."""
-    return _load_tile(key_block_pointer(x, place, first_key, settings, BLOCK), keep, COLUMNS, BLOCK)
+    return _load_tile(key_pointer(x, place, key, BLOCK), keep, COLUMNS, BLOCK)
 
 
 @triton.jit
