@@ -63,7 +63,8 @@ def fused_attention(
         dropout_seed: int or 0-d int64 tensor that fixes the dropout pattern on every backend; default: drawn from
             torch's default generator.
         return_lse: also return the log-sum-exp of the scores.
-        backend: ``"cpu"`` or ``"reference"``; default: the fastest that can run. A named one runs or raises.
+        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; default: the first of these that can run. A named one runs
+            or raises with its reasons; `explain` tells them all.
 
     Returns:
         out (B, H, L, Dv), whose memory order follows the query; with ``return_lse`` also lse (B, H, L), natural

@@ -170,7 +170,8 @@ def check_dropout_seed(seed: int | Tensor, device: torch.device) -> Tensor:
         raise TypeError(f"dropout_seed: expected an int or a 0-d int64 tensor, got {_describe(seed)}")
     if not 0 <= seed < 2**63:
         raise fail("dropout_seed", "0 <= seed < 2**63", seed)
-    return torch.tensor(seed, dtype=torch.int64, device=device)
+    # Not torch.tensor: its copy from host memory would make the host wait for a GPU, and cannot be captured in a graph.
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Meta, query: Meta) -> None:

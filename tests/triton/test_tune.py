@@ -15,6 +15,9 @@ import torch
 
 import fused_attn
 from fused_attn.__main__ import main
+
+pytest.importorskip("triton.language")
+
 from fused_attn.backends.triton import configs, launcher, tune, tuned
 from fused_attn.backends.triton.configs import Config
 
