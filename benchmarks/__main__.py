@@ -1,0 +1,24 @@
+"""``python -m benchmarks cpu | attention | modules | memory | report``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from benchmarks import attention, cpu, memory, modules
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed, memory and error.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in {"cpu": cpu, "attention": attention, "modules": modules, "memory": memory}.items():
+        summary = module.__doc__.splitlines()[0].partition(": ``")[0]
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.main)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

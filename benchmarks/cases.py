@@ -1,0 +1,179 @@
+"""The case list: what is computed, and how many operations that takes."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+DIRECTIONS = ("forward", "backward", "forward+backward")
+#: Matrix products: two forward, five backward (the scores are computed again).
+PRODUCTS = {"forward": 2, "backward": 5, "forward+backward": 7}
+
+#: In order of worth: a run that is cut short has measured what training does most.
+MASKS = {
+    "causal": "query i sees the keys up to i",
+    "padded-random": "padding; lengths drawn uniformly from [1, L]",
+    "causal+padded-random": "causal, and padding with lengths drawn uniformly from [1, L]",
+    "none": "every query sees every key",
+    "padded": "padding; the second half of every sequence",
+    "causal+padded": "causal, and the second half of every sequence is padding",
+    "relative-bias": "T5's relative position bias, with its gradient",
+    "bias": "a dense bias (1, H, L, S), with its gradient",
+    "window": "causal, and at most WINDOW keys back",
+    "gqa": "causal; four query heads share one key/value head",
+    "varlen": "causal, packed sequences; lengths drawn uniformly from [1, L]",
+    "decode": "one query for each sequence against L cached keys",
+}
+CAUSAL_MASKS = ("causal", "causal+padded", "causal+padded-random", "window", "gqa", "varlen")
+BIASES = ("bias", "relative-bias")
+WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """length: of the keys, and of the queries except in decoding; of the longest sequence where they differ."""
+
+    batch: int
+    heads: int
+    length: int
+    head_dim: int
+    mask: str
+    dtype: str
+    direction: str
+
+    def __post_init__(self) -> None:
+        if self.mask not in MASKS:
+            raise ValueError(f"mask: expected one of {', '.join(MASKS)}, got {self.mask!r}")
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {self.direction!r}")
+        if self.mask == "gqa" and self.heads % 4:
+            raise ValueError(f"heads: expected a multiple of 4 with mask gqa, got {self.heads}")
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {self.dtype} {self.mask} {self.direction}"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.heads, self.length, self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads // 4 if self.mask == "gqa" else self.heads
+
+    @property
+    def seqlen_q(self) -> int:
+        return 1 if self.mask == "decode" else self.length
+
+    @property
+    def is_causal(self) -> bool:
+        return self.mask in CAUSAL_MASKS
+
+    @property
+    def is_padded(self) -> bool:
+        return "padded" in self.mask
+
+    @property
+    def is_packed(self) -> bool:
+        return self.mask == "varlen"
+
+    @property
+    def window(self) -> int | None:
+        """Most keys that a query sees, its own position included."""
+        return WINDOW if self.mask == "window" else None
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Keys of each sequence that are no padding."""
+        if self.mask in ("padded", "causal+padded"):
+            return (max(1, self.length // 2),) * self.batch
+        if self.is_packed or self.is_padded:
+            return uniform_lengths(self.batch, self.length)
+        return (self.length,) * self.batch
+
+    @property
+    def query_lengths(self) -> tuple[int, ...]:
+        """Rows that are computed for each sequence: padding of the keys leaves the queries as they are."""
+        return self.lengths if self.is_packed else (self.seqlen_q,) * self.batch
+
+    @property
+    def visible_scores(self) -> int:
+        """Pairs of a query and a key that it sees, over the whole batch and all heads."""
+        pairs = (
+            _visible(rows, keys, self.is_causal, self.window)
+            for rows, keys in zip(self.query_lengths, self.lengths, strict=True)
+        )
+        return self.heads * sum(pairs)
+
+    @property
+    def effective_flops(self) -> int:
+        """Operations on visible scores: what the result needs."""
+        return 2 * PRODUCTS[self.direction] * self.head_dim * self.visible_scores
+
+    @property
+    def flops(self) -> float:
+        """By the usual formula, which knows no mask but the causal one and counts half of the square for that."""
+        if self.is_packed:
+            scores = sum(length * length for length in self.lengths)
+        else:
+            scores = self.batch * self.seqlen_q * self.length
+        return 2 * PRODUCTS[self.direction] * self.head_dim * self.heads * scores * (0.5 if self.is_causal else 1.0)
+
+
+def uniform_lengths(batch: int, length: int) -> tuple[int, ...]:
+    """One from each of `batch` equal parts of [1, length], so that their mean hardly depends on the draw; shuffled."""
+    generator = random.Random(1000003 * batch + length)
+    lengths = [1 + int((part + generator.random()) / batch * length) for part in range(batch)]
+    generator.shuffle(lengths)
+    return tuple(lengths)
+
+
+@functools.lru_cache(maxsize=4096)
+def _visible(rows: int, keys: int, is_causal: bool, window: int | None) -> int:
+    if not is_causal:
+        return rows * keys
+    seen = (min(row + 1, keys) - max(0, row + 1 - (window or rows)) for row in range(rows))
+    return sum(max(0, count) for count in seen)
+
+
+class Scale(NamedTuple):
+    """How large the cases of a table are.
+
+    tokens: in a batch, so that batch = tokens / length
+    width: heads * head_dim
+    gqa_heads: of the queries, for every head_dim
+    """
+
+    tokens: int
+    width: int
+    lengths: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    gqa_heads: int
+
+
+#: The convention of the FlashAttention papers.
+GPU = Scale(16384, 2048, (512, 1024, 2048, 4096, 8192, 16384), (128, 64, 256), ("bfloat16", "float16"), 32)
+GPU_QUICK = GPU._replace(lengths=(512, 2048, 8192), head_dims=(128, 64), dtypes=("bfloat16",))
+CPU = Scale(2048, 512, (128, 512, 2048), (64, 128), ("float32", "bfloat16"), 8)
+CPU_QUICK = CPU._replace(tokens=256, width=128, lengths=(64, 256), head_dims=(64,), dtypes=("float32",), gqa_heads=4)
+
+
+def table(
+    scale: Scale, masks: Iterable[str] = tuple(MASKS), directions: Iterable[str] = ("forward", "backward")
+) -> Iterator[Case]:
+    """All cases of the masks, in order of worth: mask, dtype, head dim, length, direction."""
+    directions = tuple(directions)
+    for mask in masks:
+        for dtype in scale.dtypes:
+            for head_dim in scale.head_dims:
+                heads = scale.gqa_heads if mask == "gqa" else scale.width // head_dim
+                for length in scale.lengths:
+                    # Within the window everything is causal; a dense bias beyond this takes more than it shows.
+                    if (mask == "window" and length <= WINDOW) or (mask == "bias" and length > 4096):
+                        continue
+                    for direction in directions if mask != "decode" else ("forward",):
+                        batch = max(1, scale.tokens // length)
+                        yield Case(batch, heads, length, head_dim, mask, dtype, direction)

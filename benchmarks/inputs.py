@@ -1,0 +1,85 @@
+"""The tensors of a case."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import BIASES, Case
+
+DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+
+
+class Inputs:
+    """Random tensors; those of packed sequences are (total, H, D), the others (B, H, L, D).
+
+    query, key, value, dout
+    bias: (1, H, L, S), or the table (H, L + S - 1) of a relative bias, or None
+    padding: (B, S), True = ignore, or None
+    cu_seqlens: (B + 1,) int32 of packed sequences, or None
+    """
+
+    def __init__(self, case: Case, device: torch.device | str = "cpu", rows_first: bool = False) -> None:
+        """rows_first: (B, L, H, D) in memory, as the projections of a model leave it, seen as (B, H, L, D)."""
+        self.case, self.device = case, torch.device(device)
+        self._generator = torch.Generator(self.device).manual_seed(0)
+        self._dtype = DTYPES[case.dtype]
+        rows, keys = case.seqlen_q, case.length
+
+        def heads_of(heads: int, length: int) -> Tensor:
+            if case.is_packed:
+                return self._randn(sum(case.lengths), heads, case.head_dim)
+            if rows_first:
+                return self._randn(case.batch, length, heads, case.head_dim).transpose(1, 2)
+            return self._randn(case.batch, heads, length, case.head_dim)
+
+        self.query, self.dout = heads_of(case.heads, rows), heads_of(case.heads, rows)
+        self.key, self.value = heads_of(case.kv_heads, keys), heads_of(case.kv_heads, keys)
+        self.bias = None
+        if case.mask == "bias":
+            self.bias = self._randn(1, case.heads, rows, keys)
+        elif case.mask == "relative-bias":
+            self.bias = self._randn(case.heads, rows + keys - 1)
+        self.lengths = torch.tensor(case.lengths, device=self.device)
+        self.padding = None
+        if case.is_padded:
+            self.padding = torch.arange(keys, device=self.device) >= self.lengths[:, None]
+        self.cu_seqlens = None
+        if case.is_packed:
+            self.cu_seqlens = torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
+        if case.direction != "forward":
+            for x in self.leaves.values():
+                x.requires_grad_()
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What there is a gradient for."""
+        leaves = {"query": self.query, "key": self.key, "value": self.value}
+        return leaves if self.bias is None else leaves | {"bias": self.bias}
+
+    def visible(self) -> Tensor:
+        """(B|1, 1, L, S) bool, True = attend: what a rival that knows no better is given."""
+        case = self.case
+        row = torch.arange(case.seqlen_q, device=self.device)[:, None]
+        column = torch.arange(case.length, device=self.device)
+        visible = torch.ones(case.seqlen_q, case.length, dtype=torch.bool, device=self.device)
+        if case.is_causal:
+            visible = column <= row
+        if case.window is not None:
+            visible = visible & (column > row - case.window)
+        visible = visible[None, None]
+        return visible if self.padding is None else visible & ~self.padding[:, None, None, :]
+
+    def dense_bias(self) -> Tensor:
+        """(1, H, L, S) from the table of a relative bias; a leaf of its own."""
+        rows, keys = self.case.seqlen_q, self.case.length
+        # Column j - i + L - 1 of row i: windows of the table, the last one first.
+        windows = self.bias.detach().unfold(1, keys, 1)[:, :rows]
+        return windows.flip(1)[None].contiguous().requires_grad_(self.bias.requires_grad)
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, dtype=self._dtype, device=self.device)
+
+
+def has_bias(case: Case) -> bool:
+    return case.mask in BIASES

@@ -1,0 +1,101 @@
+"""What a reader must know to judge a figure, and the rates that the device reaches."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_attn
+from benchmarks import timing
+from benchmarks.inputs import DTYPES
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def about(device: torch.device | str = "cpu", commit: str | None = None) -> dict[str, Any]:
+    """The fields that all rows of a run share. commit: where the tree has no history to ask."""
+    device = torch.device(device)
+    versions = {
+        "torch": torch.__version__,
+        "fused_attn": fused_attn.__version__,
+        "python": platform.python_version(),
+        "commit": commit or _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    return (_gpu(device) if device.type == "cuda" else _cpu()) | versions
+
+
+def _cpu() -> dict[str, Any]:
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    try:
+        from fused_attn import _C
+
+        isa = _C.cpu_isa()
+    except ImportError:
+        isa = "none"
+    return {"device": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "isa": isa}
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = None
+    return {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "triton": triton,
+    }
+
+
+def _driver() -> str | None:
+    # torch knows the version of CUDA that a driver offers, not the driver's own.
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found[0] if found else None
+
+
+def _commit() -> str:
+    """Short hash; ``-dirty`` marks changes that are not in it."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    if head.returncode:
+        return "unknown"
+    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+def matmul_tflops(device: torch.device, dtype: str, seconds: float = 0.5) -> float:
+    """Rate of a large square product of random matrices (zeros can run faster): the practical ceiling."""
+    size = 8192 if device.type == "cuda" else 1024
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator, device=device).to(DTYPES[dtype]) for _ in range(2))
+    measured = timing.measure({"matmul": lambda: a @ b}, timing.timer_for(device), 30, seconds)
+    return 2 * size**3 / timing.quantiles(measured.times["matmul"])[1] / 1e12
+
+
+def copy_gb_per_s(device: torch.device, seconds: float = 0.5) -> float:
+    """Bytes read plus bytes written by a large copy."""
+    count = 2**31 if device.type == "cuda" else 2**28
+    source = torch.ones(count, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    measured = timing.measure({"copy": lambda: target.copy_(source)}, timing.timer_for(device), 30, seconds)
+    return 2 * count / timing.quantiles(measured.times["copy"])[1] / 1e9
