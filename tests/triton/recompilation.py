@@ -1,0 +1,58 @@
+"""Fails if calls that differ in batch size and lengths alone make Triton compile a kernel again."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import aot
+import stub_driver
+import torch
+
+from fused_attn.masks import MaskSpec
+from fused_attn.problem import AttentionProblem, Band
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
+
+PADDED = AttentionProblem(
+    1, HEADS, KV_HEADS, 1, 1, HEAD_DIM, HEAD_DIM, torch.float16, torch.device("cuda", 90), HEAD_DIM**-0.5,
+    band=Band(right=0), has_key_padding=True, capability=(9, 0),
+)  # fmt: skip
+PACKED = replace(PADDED, has_key_padding=False, is_packed=True)
+
+
+def call_padded(batch: int, seqlen_q: int, seqlen_k: int) -> None:
+    problem = replace(PADDED, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    query = torch.empty(batch, HEADS, seqlen_q, HEAD_DIM, dtype=problem.dtype)
+    key, value = (torch.empty(batch, KV_HEADS, seqlen_k, HEAD_DIM, dtype=problem.dtype) for _ in range(2))
+    mask = MaskSpec(key_padding=torch.empty(batch, seqlen_k, dtype=torch.bool))
+    aot.launch(problem, query, key, value, None, None, mask)
+
+
+def call_packed(batch: int, seqlen_q: int, seqlen_k: int) -> None:
+    problem = replace(PACKED, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    query = torch.empty(1, HEADS, batch * seqlen_q, HEAD_DIM, dtype=problem.dtype)
+    key, value = (torch.empty(1, KV_HEADS, batch * seqlen_k, HEAD_DIM, dtype=problem.dtype) for _ in range(2))
+    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
+    aot.launch(problem, query, key, value, None, None, MaskSpec(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens))
+
+
+def main() -> int:
+    stub_driver.install(90)
+    failed = False
+    for call in (call_padded, call_packed):
+        for kernel in aot.KERNELS.values():
+            stub_driver.forget(kernel)
+        # Divisible by 16 and not, one sequence and several, more keys than queries and fewer.
+        for sizes in ((2, 512, 512), (1, 513, 511), (7, 1000, 336), (16, 129, 2049)):
+            call(*sizes)
+        for name, kernel in aot.KERNELS.items():
+            count = len(stub_driver.compiled(kernel))
+            if count > 1:
+                print(f"{call.__name__}: the {name} kernel was compiled {count} times")
+                failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Kernels compiled for GPUs that this machine does not have; see `aot.py` for the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+FOLDER = Path(__file__).parent
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """In a process of its own: this one may have imported the kernels for Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, FOLDER / script, *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 86, 90, 100])
+def test_every_row_of_the_table(architecture, tmp_path):
+    """No spilled registers, no more shared memory than there is, and products by the fastest matrix instructions."""
+    table = tmp_path / "table.json"
+    process = run("aot.py", "--arch", str(architecture), "--jobs", "2", "--json", str(table))
+    print(process.stdout)
+    assert table.exists(), process.stderr
+    rows = json.loads(table.read_text())
+    assert not [(row["cell"], row["kernel"], row["faults"]) for row in rows if row["faults"]]
+
+
+def test_batches_of_other_lengths_compile_nothing_new():
+    process = run("recompilation.py")
+    assert process.returncode == 0, process.stdout + process.stderr
