@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 
 import fused_attn
 from fused_attn import dispatch, selfcheck
@@ -59,6 +60,16 @@ def test_check_passes(capsys, monkeypatch):
     variants = len(cpu._C.cpu_isas())
     assert len(lines) == 3 * len(selfcheck.CASES) * variants + 1
     assert all(line.endswith("ok") for line in lines[:-1])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of Triton's interpreter")
+@pytest.mark.quick
+def test_check_includes_the_interpreter_where_it_is_switched_on(monkeypatch, capsys):
+    pytest.importorskip("triton.language")
+    monkeypatch.setattr(selfcheck, "CASES", selfcheck.CASES[-1:])
+    assert main(["check"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("triton")]
+    assert len(lines) == 2 and "float32" in lines[0] and "float16" in lines[1]
 
 
 @needs_kernels

@@ -39,6 +39,8 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned", "patched_language"),
     # numpy, of infinities that are wanted or thrown away.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+    # Triton 3.6, of every loop bound.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
     *([pytest.mark.gpu] if IS_GPU else []),
 ]
 

@@ -1,0 +1,76 @@
+"""Prints what a call of the launcher costs on the host, in microseconds: all of it but the driver's own launch.
+
+As a program of its own, because a process that interprets kernels cannot compile them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import stub_driver
+import torch
+
+from fused_attn.backends.base import Wanted
+from fused_attn.backends.triton import launcher
+from fused_attn.masks import NO_MASK, MaskSpec
+from fused_attn.problem import AttentionProblem, Band
+
+BATCH, HEADS, LENGTH, HEAD_DIM = 2, 4, 16, 64
+
+
+def best_of(call: Callable[[], object], rounds: int = 300, calls: int = 40) -> float:
+    """Whatever else the machine does only adds time, and not to every round."""
+    call()  # compiles
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.perf_counter() - start) / calls)
+    return best * 1e6
+
+
+def main() -> None:
+    stub_driver.install(90)
+
+    def problem(**features) -> AttentionProblem:
+        return AttentionProblem(
+            BATCH, HEADS, HEADS, LENGTH, LENGTH, HEAD_DIM, HEAD_DIM, torch.float16, torch.device("cuda", 90), 0.125,
+            band=Band(right=0), capability=(9, 0), **features,
+        )  # fmt: skip
+
+    query, key, value, dout = torch.randn(4, BATCH, HEADS, LENGTH, HEAD_DIM).half()
+    padding = MaskSpec(key_padding=torch.zeros(BATCH, LENGTH, dtype=torch.bool))
+    everything = padding._replace(
+        bias=torch.zeros(BATCH, HEADS, LENGTH, LENGTH).half(), relative_bias=torch.zeros(HEADS, 2 * LENGTH - 1)
+    )
+    sinks, seed = torch.zeros(HEADS), torch.tensor(3)
+    calls = {
+        "plain": (problem(), query, key, value, None, None, NO_MASK),
+        "padding": (problem(has_key_padding=True), query, key, value, None, None, padding),
+        "everything": (
+            problem(
+                has_key_padding=True, has_bias=True, has_relative_bias=True, has_sinks=True, softcap=5.0, dropout_p=0.1
+            ),
+            query, key, value, sinks, seed, everything,
+        ),
+    }  # fmt: skip
+    costs = {
+        f"forward {name}": best_of(lambda call=call: launcher.forward(*call, True)) for name, call in calls.items()
+    }
+    out, lse = launcher.forward(*calls["plain"], True)
+    wanted = Wanted(True, True, True, False, False, False)
+    plain = calls["plain"][0]
+    costs["backward plain"] = best_of(
+        lambda: launcher.backward(plain, wanted, dout, None, query, key, value, out, lse, None, None, NO_MASK)
+    )
+    print(json.dumps(costs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""What the Triton backend does on the host: what it launches, that it never waits for the GPU, what a call costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, Case, Inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_attn
+from fused_attn import api, checks, dispatch, modes
+from fused_attn.backends.base import Wanted
+from fused_attn.problem import AttentionProblem
+
+pytest.importorskip("triton.language")
+
+from fused_attn.backends.triton import arguments, configs, launcher
+from fused_attn.backends.triton import backend as triton_backend
+
+EVERY_CASE = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.id, marks=[pytest.mark.quick] if case.is_quick else []) for case in CASES]
+)
+KERNELS = (
+    "attention_fwd_kernel",
+    "merge_splits_kernel",
+    "attention_bwd_dq_kernel",
+    "attention_bwd_dkdv_kernel",
+    "attention_bwd_dbias_kernel",
+    "attention_bwd_dtable_kernel",
+)
+# Every further launch costs as much as a small call, so these are all there may be.
+ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided"}
+VIEWS = {"aten::permute", "aten::slice", "aten::view", "aten::_unsafe_view", "aten::expand", "aten::detach"}
+COPIES = {"aten::clone"}  # of tensors whose columns are not next to each other
+SUMS = {"aten::sum", "aten::_to_copy", "aten::zeros", "aten::zeros_like", "aten::zero_"}
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that torch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func._schema.name.startswith("prim::"):
+            self.names.add(func._schema.name)
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name == "aten::_to_copy":
+            assert result.device == args[0].device, "a copy to another device would wait for it"
+        return result
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """How often each kernel has been launched; none runs."""
+    counter = Counter()
+
+    class Kernel:
+        def __init__(self, name: str):
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+            assert len(grid) == 3 and all(
+                0 < size < limit for size, limit in zip(grid, (2**31, 2**16, 2**16), strict=True)
+            )
+            return lambda *args, **kwargs: counter.update([self.name])
+
+    for name in KERNELS:
+        monkeypatch.setattr(launcher, name, Kernel(name))
+    return counter
+
+
+def arguments_of_backend(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> tuple:
+    """(problem, query, key, value, sinks, seed, mask) of a call, which computes nothing."""
+    received = []
+
+    def run(problem, backend, is_direct, *tensors):
+        received.append((problem, *tensors[:-1]))
+        query, value = tensors[0], tensors[2]
+        return query.new_empty((*query.shape[:3], value.shape[3])), query.new_empty(query.shape[:3])
+
+    monkeypatch.setattr(api, "_run", run)
+    inputs.function(**inputs.tensors, **inputs.options, return_lse=True)
+    return received[0]
+
+
+@EVERY_CASE
+def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors have no contents: whoever asks for some raises."""
+    inputs = case.make(torch.float16)
+    # Two things are read on a CPU, and only there: floating-point padding, and that only outside of transforms.
+    monkeypatch.setattr(modes, "in_functorch", lambda: True)
+    monkeypatch.setattr(checks, "check_cu_seqlens_values", lambda *args: None)
+    with FakeTensorMode() as fake:
+        inputs = inputs._replace(tensors={name: fake.from_tensor(x) for name, x in inputs.tensors.items()})
+        problem, query, key, value, sinks, seed, mask = arguments_of_backend(inputs, monkeypatch)
+        problem = problem.on("sm_90")
+        with Recorder() as recorder:
+            out, lse = launcher.forward(problem, query, key, value, sinks, seed, mask, True)
+        assert recorder.names <= ALLOCATIONS | VIEWS | COPIES
+        splits = launcher._plan(problem).num_splits > 1 if out.numel() else False
+        assert launches == (
+            {"attention_fwd_kernel": 1} | ({"merge_splits_kernel": 1} if splits else {}) if out.numel() else {}
+        )
+
+        launches.clear()
+        wanted = Wanted(True, True, True, mask.bias is not None, mask.relative_bias is not None, sinks is not None)
+        dout, dlse = torch.empty_like(out), torch.empty_like(lse)
+        with Recorder() as recorder:
+            gradients = launcher.backward(problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, mask)
+        assert recorder.names <= ALLOCATIONS | VIEWS | COPIES | SUMS
+        assert max(launches.values(), default=1) == 1
+        inputs = (query, key, value, mask.bias, mask.relative_bias, sinks)
+        for is_wanted, gradient, x in zip(wanted, gradients, inputs, strict=True):
+            assert (gradient is not None) == is_wanted
+            assert gradient is None or (gradient.shape, gradient.dtype) == (x.shape, x.dtype)
+
+
+@pytest.mark.slow
+def test_cost_of_a_call() -> None:
+    """40 us where this was written, with half as much again for a slower machine."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("overhead.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    costs = json.loads(done.stdout)
+    print("".join(f"\n{name:<20} {cost:5.1f} us" for name, cost in costs.items()))
+    assert all(cost < 60.0 for name, cost in costs.items() if name.startswith("forward"))
+
+
+@pytest.mark.quick
+def test_tf32_only_where_torch_allows_it() -> None:
+    problem = AttentionProblem(1, 1, 1, 8, 8, 16, 16, torch.float32, torch.device("cpu"), 1.0)
+    settings = arguments.Settings.of(problem, configs.Config(16, 16))
+
+    def precision(dtype: torch.dtype) -> str:
+        return settings.for_call(None, dtype).PRECISION.value
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert precision(torch.float32) == "ieee"
+        torch.set_float32_matmul_precision("high")
+        assert precision(torch.float32) == "tf32"
+        assert precision(torch.float16) == "ieee"
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert precision(torch.float32) == "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert precision(torch.float32) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@EVERY_CASE
+def test_explain_every_case_on_gpus_that_are_not_there(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explain(inputs: Inputs, architecture: str) -> dispatch.Explanation:
+        if inputs.function is fused_attn.fused_attention:
+            return fused_attn.explain(**inputs.tensors, **inputs.options, device=architecture)
+        problem, *_ = arguments_of_backend(inputs, monkeypatch)
+        return dispatch.explain(problem.on(architecture), None)
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        inputs = case.make(dtype)
+        for architecture in ("sm_80", "sm_90", "sm_100"):
+            explanation = explain(inputs, architecture)
+            assert explanation.chosen == triton_backend.name, str(explanation)
+            assert explanation.reasons[triton_backend.name] == []
+            assert architecture in str(explanation)
+        old = explain(inputs, "sm_75")
+        assert old.chosen == "reference"
+        assert "compute capability 7.5, expected 8.0" in str(old)
