@@ -22,6 +22,9 @@ from benchmarks.progress import progress
 from benchmarks.rivals import OURS, RIVALS, Prepared
 from benchmarks.rows import Row, Writer, read
 
+#: Rivals that are compiled anew for every shape, a quarter of a minute each, are asked at these lengths only.
+COMPILED_RIVALS, COMPILED_LENGTHS = ("flex",), (2048, 8192)
+
 #: Exit code: the device no longer answers, and a new process has to go on with ``--resume``.
 DEVICE_LOST = 70
 
@@ -173,6 +176,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append one row per case and implementation")
 
 
+def rivals_of(case: Case, arguments: argparse.Namespace) -> list[str]:
+    """Those that were named; by default those whose time on the case is worth its cost."""
+    if arguments.rivals:
+        return arguments.rivals
+    if torch.device(arguments.device).type == "cpu":
+        # The packages have no CPU kernels, and torch itself chooses its only fast one.
+        return [OURS, "torch"]
+    skipped = () if case.length in COMPILED_LENGTHS else COMPILED_RIVALS
+    return [name for name in RIVALS if name not in skipped and (case.is_packed or name != "torch-varlen")]
+
+
 def scale_of(arguments: argparse.Namespace) -> cases.Scale:
     if torch.device(arguments.device).type == "cuda":
         scale = cases.GPU_QUICK if arguments.quick else cases.GPU
@@ -182,17 +196,10 @@ def scale_of(arguments: argparse.Namespace) -> cases.Scale:
     return scale._replace(**{name: tuple(values) for name, values in chosen.items() if values})
 
 
-def default_rivals(device: torch.device) -> list[str]:
-    # The packages have no CPU kernels, compiling FlexAttention for a CPU takes longer than the rest together, and
-    # there torch chooses its own flash kernel.
-    return list(RIVALS) if device.type == "cuda" else [OURS, "torch", "torch-varlen"]
-
-
 def main(arguments: argparse.Namespace) -> int:
     device = torch.device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    names = arguments.rivals or default_rivals(device)
     todo = list(cases.table(scale_of(arguments), arguments.only, arguments.directions))
     if arguments.resume and arguments.out is not None and arguments.out.exists():
         done = {_key(row) for row in read(arguments.out) if row["benchmark"] == "attention"}
@@ -212,7 +219,7 @@ def main(arguments: argparse.Namespace) -> int:
                 print(f"time is up: {len(todo) - number} of {len(todo)} cases not run", flush=True)
                 break
             try:
-                rows = _rows_of(case, device, names, timer, arguments)
+                rows = _rows_of(case, device, timer, arguments)
             except DeviceLostError as lost:
                 writer.record(lost.args[0])
                 print(f"{case} | the device no longer answers", flush=True)
@@ -231,9 +238,8 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _rows_of(
-    case: Case, device: torch.device, names: list[str], timer: timing.Timer | None, arguments: argparse.Namespace
-) -> list[Row]:
+def _rows_of(case: Case, device: torch.device, timer: timing.Timer | None, arguments: argparse.Namespace) -> list[Row]:
+    names = rivals_of(case, arguments)
     rounds = arguments.rounds or (5 if arguments.quick else 30)
     seconds = arguments.seconds or (0.2 if arguments.quick else 1.0)
     try:

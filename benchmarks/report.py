@@ -1,15 +1,22 @@
-"""Writes the result tables of README.md from the rows in benchmarks/results: ``python benchmarks/report.py``."""
+"""Writes the result tables and plots of README.md from benchmarks/results: ``python -m benchmarks report``."""
 
 from __future__ import annotations
 
-import json
+import argparse
 import statistics
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import plots, summary  # noqa: E402
+from benchmarks.rows import Row, read, select  # noqa: E402
+
 README = ROOT / "README.md"
-CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
-BEGIN, END = "<!-- results:cpu -->", "<!-- /results:cpu -->"
+RESULTS = ROOT / "benchmarks" / "results"
+PLOTS = ROOT / "benchmarks" / "plots"
+CPU_RESULTS = RESULTS / "cpu.jsonl"
 
 MASKS = {
     "none": "no mask",
@@ -20,22 +27,100 @@ MASKS = {
 }
 
 
-def main() -> None:
-    README.write_text(with_results(README.read_text(), rows_of(CPU_RESULTS)))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-plots", action="store_true", help="tables only; needs no matplotlib")
 
 
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def main(arguments: argparse.Namespace) -> int:
+    README.write_text(with_all_results(README.read_text(), RESULTS))
+    if not arguments.no_plots:
+        try:
+            written = plots.draw_all(all_rows(RESULTS), PLOTS)
+        except ImportError as error:
+            print(f"no plots: {error} (pip install -e '.[benchmarks]')", file=sys.stderr)
+            return 1
+        print(*(path.relative_to(ROOT) for path in written), sep="\n")
+    return 0
 
 
-def with_results(readme: str, rows: list[dict]) -> str:
-    """The README with the tables of these rows in place of the ones it has."""
-    head, rest = readme.split(BEGIN)
-    _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{cpu_tables(rows)}\n{END}{tail}"
+def rows_of(path: Path) -> list[Row]:
+    return read(path)
 
 
-def cpu_tables(rows: list[dict]) -> str:
+def all_rows(results: Path) -> list[Row]:
+    return [row for path in sorted(results.glob("*.jsonl")) for row in read(path)]
+
+
+def with_all_results(readme: str, results: Path) -> str:
+    """The README with every generated block made from these rows."""
+    rows = all_rows(results)
+    readme = with_results(readme, select(rows, benchmark="cpu") + select(rows, benchmark="cpu-overhead"))
+    readme = with_block(readme, "gpu", gpu_tables(rows))
+    return with_block(readme, "plots", plot_links(rows))
+
+
+def with_results(readme: str, rows: list[Row]) -> str:
+    """The README with the CPU tables of these rows in place of the ones it has."""
+    return with_block(readme, "cpu", cpu_tables(rows))
+
+
+def with_block(readme: str, name: str, content: str) -> str:
+    begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+    head, rest = readme.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n{content}{content and chr(10)}{end}{tail}"
+
+
+def plot_links(rows: list[Row]) -> str:
+    folder = PLOTS.relative_to(ROOT).as_posix()
+    return "\n\n".join(f"![{title}]({folder}/{name}.png)" for name, title in plots.names_of(rows).items())
+
+
+def gpu_tables(rows: list[Row]) -> str:
+    """One table for each GPU, dtype, head dim and direction; nothing without rows of a GPU."""
+    rows = [row for row in rows if row["benchmark"] == "attention" and "driver" in row]
+    lines = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        own = select(rows, device=device)
+        for group in summary.groups(own, ("dtype", "direction"), by_head_dim=True):
+            lines += ["", *_gpu_table(group)]
+    return "\n".join(lines[1:])
+
+
+def _gpu_table(rows: list[Row]) -> list[str]:
+    about = rows[0]
+    peaks = sorted({row["matmul_tflops"] for row in rows if "matmul_tflops" in row})
+    peak = f"; matmul reaches {peaks[0]:.0f} to {peaks[-1]:.0f} TFLOP/s" if peaks else ""
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    dates = " to ".join(sorted({row["date"][:10] for row in rows}))
+    lengths = sorted({row["shape"][2] for row in rows})
+    lines = [
+        f"{about['device']}, {about['dtype']}, head dim {about['shape'][3]}, {about['direction']}: effective TFLOP/s "
+        f"(visible scores only) and, in brackets, the fastest other implementation and our lead over it{peak}. "
+        f"Driver {about['driver']}, torch {about['torch']}, Triton {about['triton']}; commit {commits}, {dates}.",
+        "",
+        "| L | " + " | ".join(map(str, lengths)) + " |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
+    for mask in dict.fromkeys(row["mask"] for row in rows):
+        cells = [_gpu_cell([row for row in select(rows, mask=mask) if row["shape"][2] == n]) for n in lengths]
+        lines.append(f"| {plots.TITLES[mask]} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _gpu_cell(rows: list[Row]) -> str:
+    timed = {row["implementation"]: row for row in rows if "median_ms" in row}
+    ours = timed.pop(summary.OURS, None)
+    if ours is None:
+        return "-"
+    text = f"{ours['effective_tflops']:.0f}"
+    if not timed:
+        return f"{text} (alone)"
+    best = min(timed.values(), key=lambda row: row["median_ms"])
+    return f"{text} ({best['implementation']} {best['median_ms'] / ours['median_ms']:.2f}x)"
+
+
+def cpu_tables(rows: list[Row]) -> str:
     about = rows[0]
     shapes = sorted({tuple(row["shape"]) for row in rows if row["benchmark"] == "cpu"}, key=lambda s: (s[2], s[3]))
     dates = sorted({row["date"][:10] for row in rows})
@@ -79,24 +164,22 @@ def cpu_tables(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _select(rows: list[dict], **wanted) -> list[dict]:
-    return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
-
-
-def _ratio_cell(rows: list[dict], dtype: str, direction: str, mask: str) -> str:
-    chosen = _select(rows, benchmark="cpu", dtype=dtype, direction=direction, mask=mask, implementation="fused_attn")
+def _ratio_cell(rows: list[Row], dtype: str, direction: str, mask: str) -> str:
+    chosen = select(rows, benchmark="cpu", dtype=dtype, direction=direction, mask=mask, implementation="fused_attn")
     ratios = [row["ratio"] for row in chosen]
     return f"{statistics.geometric_mean(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
 
 
-def _memory_cell(rows: list[dict], dtype: str, direction: str, mask: str) -> str:
+def _memory_cell(rows: list[Row], dtype: str, direction: str, mask: str) -> str:
     case = {"benchmark": "cpu", "shape": [1, 4, 8192, 64], "dtype": dtype, "direction": direction, "mask": mask}
     ours, theirs = (
-        _select(rows, **case, implementation=implementation)[0]["extra_mib"]
+        select(rows, **case, implementation=implementation)[0]["extra_mib"]
         for implementation in ("fused_attn", "torch")
     )
     return f"{ours:.0f} / {theirs:.0f}"
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    sys.exit(main(parser.parse_args()))

@@ -1,0 +1,382 @@
+"""Turns minutes of a GPU into evidence: ``python benchmarks/gpu_suite.py --out DIR [--minutes N]``.
+
+Runs its stages in order of worth, each in a process of its own, stops cleanly at the time limit, and ends with a short
+summary. Everything is written to DIR as it comes, and a run into the same DIR goes on where the last one stopped:
+
+log.txt       all output            rows.jsonl    benchmark rows
+tests.xml     results of the tests  tuned-*.json  tile sizes that beat the table
+summary.txt   the end of the output
+
+``--only bench:causal tests`` runs some stages. ``--device cpu`` is a dry run: every stage, at sizes that a CPU can do.
+Needs no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# Nothing here imports torch: the GPU belongs to the stages.
+from benchmarks import rows, summary  # noqa: E402
+from benchmarks.cases import MASKS  # noqa: E402
+
+#: See `benchmarks.attention`; importing that would import torch.
+DEVICE_LOST = 70
+#: A stage that would have less is not begun.
+LEAST_SECONDS = 5.0
+#: A stage that has not stopped by itself this long after its time is killed.
+GRACE_SECONDS = 30.0
+MAX_RESTARTS = 5
+
+
+class Outcome(NamedTuple):
+    stage: str
+    verdict: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.stage:28} {self.verdict:44} {self.seconds:6.0f} s"
+
+
+class Skip(Exception):
+    """A stage that has nothing to do here; says why."""
+
+
+class Stage(NamedTuple):
+    """run returns a verdict that begins with "ok" or says what went wrong; share: the most that it takes of the time
+    that is left."""
+
+    name: str
+    run: Callable[[Suite], str]
+    share: float
+
+
+class Suite:
+    """deadline: when the stage at hand is to stop by itself; kill_at: when it is stopped."""
+
+    def __init__(self, arguments: argparse.Namespace, log: TextIO) -> None:
+        self.out, self.device, self.is_quick = arguments.out, arguments.device, arguments.quick
+        self.commit = arguments.commit
+        self.deadline = self.kill_at = float("inf")
+        self._log = log
+        self._end = float("inf") if arguments.minutes is None else time.monotonic() + 60.0 * arguments.minutes
+
+    @property
+    def is_dry(self) -> bool:
+        return self.device == "cpu"
+
+    @property
+    def seconds_left(self) -> float:
+        return self._end - time.monotonic()
+
+    def begin(self, share: float) -> None:
+        """Give the next stage its time: it stops early enough for the suite to keep its own limit."""
+        now, left = time.monotonic(), self.seconds_left
+        self.deadline = now + min(share * left, max(0.6 * left, left - GRACE_SECONDS))
+        self.kill_at = min(self.deadline + GRACE_SECONDS, self._end)
+
+    @property
+    def minutes(self) -> list[str]:
+        """The option that tells a command when to stop; none without a limit."""
+        left = self.deadline - time.monotonic()
+        return [] if left == float("inf") else ["--minutes", f"{max(0.0, left) / 60.0:.3f}"]
+
+    def say(self, text: str = "") -> None:
+        print(text, flush=True)
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def run(self, *command: str, environment: dict[str, str] | None = None) -> int | None:
+        """Exit code of a command whose output is shown and logged; None if it was stopped at the stage's limit."""
+        self.say(f"$ {' '.join(command)}")
+        variables = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _python_path()} | (environment or {})
+        if self.is_dry:
+            variables["OMP_NUM_THREADS"] = "1"  # threads that wait for each other only cost time here
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
+        reader = threading.Thread(target=self._copy, args=(process.stdout,), daemon=True)
+        reader.start()
+        try:
+            left = self.kill_at - time.monotonic()
+            code = process.wait(None if left == float("inf") else max(0.0, left))
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            # Also what the command has started, and also when the user interrupts.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        reader.join(5.0)
+        return code
+
+    def python(self, *arguments: str, environment: dict[str, str] | None = None) -> str:
+        return verdict_of(self.run(sys.executable, *arguments, environment=environment))
+
+    def benchmark(self, *arguments: str) -> str:
+        """A command of ``python -m benchmarks`` that appends to the suite's rows."""
+        command = [sys.executable, "-m", "benchmarks", *arguments, "--device", self.device, "--commit", self.commit]
+        command += ["--out", str(self.out / "rows.jsonl")]
+        if self.is_quick or self.is_dry:
+            command.append("--quick")
+        return verdict_of(self.run(*command, *self.minutes))
+
+    def _copy(self, stream: TextIO) -> None:
+        for line in stream:
+            self.say(line.rstrip("\n"))
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def verdict_of(code: int | None) -> str:
+    if code is None:
+        return "stopped at its time limit"
+    return "ok" if code == 0 else f"FAILED, exit code {code}"
+
+
+# ---- Stages
+
+
+def environment(suite: Suite) -> str:
+    for tool in (("nvidia-smi",), ("nvcc", "--version")):
+        if shutil.which(tool[0]):
+            suite.run(*tool)
+        else:
+            suite.say(f"{tool[0]}: not on the PATH")
+    return suite.python("-m", "fused_attn", "info")
+
+
+def build(suite: Suite) -> str:
+    if suite.is_dry and suite.python("-c", "from fused_attn import _C; print(_C.build_info())") == "ok":
+        return "ok: already built"
+    # What the build needs has to be there: there may be no network.
+    return suite.python(
+        "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-v", "-e", str(ROOT)
+    )
+
+
+def check(suite: Suite) -> str:
+    return suite.python("-m", "fused_attn", "check")
+
+
+def gpu_tests(suite: Suite) -> str:
+    report = suite.out / "tests.xml"
+    return _tests(suite, report, "-m", "gpu")
+
+
+def kernel_tests(suite: Suite) -> str:
+    """The tests that run in Triton's interpreter where there is no GPU, here on the real one."""
+    # In the interpreter they take minutes, and the ordinary tests run them.
+    dry = ("--collect-only",) if suite.is_dry else ()
+    return _tests(suite, suite.out / "kernel-tests.xml", "tests/triton", "-m", "not gpu", *dry)
+
+
+def _tests(suite: Suite, report: Path, *arguments: str) -> str:
+    command = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    code = suite.run(sys.executable, *command, f"--junitxml={report}", *arguments)
+    if code == 5:
+        return "ok: no such tests"
+    return f"{verdict_of(code)}: {_counts(report)}" if report.exists() else verdict_of(code)
+
+
+def _counts(report: Path) -> str:
+    suites = ElementTree.parse(report).getroot().iter("testsuite")
+    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    for one in suites:
+        for name in counts:
+            counts[name] += int(one.get(name, 0))
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _failures(report: Path) -> list[str]:
+    lines = []
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        for kind in ("failure", "error"):
+            for found in case.findall(kind):
+                message = " ".join((found.get("message") or "").split())[:160]
+                lines.append(f"{case.get('classname')}::{case.get('name')}: {message}")
+    return lines
+
+
+def sanitizer(suite: Suite) -> str:
+    tool = shutil.which("compute-sanitizer")
+    # Without caching, every tensor is an allocation of its own and an access beyond it is seen.
+    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [
+        sys.executable, "-m", "benchmarks", "attention", "--device", suite.device, "--check-only", "--quick",
+        "--rivals", "fused_attn", "--lengths", "200", "--head-dim", "64", "--directions", "forward+backward",
+    ]  # fmt: skip
+    if tool is None and not suite.is_dry:
+        raise Skip("compute-sanitizer is not on the PATH")
+    checker = [] if tool is None else [tool, "--tool", "memcheck", "--error-exitcode", "9"]
+    return verdict_of(suite.run(*checker, *command, environment=variables))
+
+
+def bench(*options: str) -> Callable[[Suite], str]:
+    def run(suite: Suite) -> str:
+        for _ in range(MAX_RESTARTS):
+            verdict = suite.benchmark("attention", *options, "--resume")
+            if verdict != verdict_of(DEVICE_LOST) or time.monotonic() > suite.deadline:
+                break
+            suite.say("the device was lost: the cases that are left run in a new process")
+        return verdict
+
+    return run
+
+
+def modules(suite: Suite) -> str:
+    return suite.benchmark("modules")
+
+
+def memory(suite: Suite) -> str:
+    return suite.benchmark("memory")
+
+
+def tune(suite: Suite) -> str:
+    """Tile candidates of the Triton kernels."""
+    if suite.is_dry:
+        return suite.python("-m", "fused_attn", "tune", "--dry-run", "--device", "sm_90")
+    # A cache folder of its own: what is found here comes back with the other results and changes no later run.
+    folder = suite.out / "cache"
+    verdict = suite.python("-m", "fused_attn", "tune", *suite.minutes, environment={"XDG_CACHE_HOME": str(folder)})
+    for found in (folder / "fused_attn").glob("*.json"):
+        shutil.copy(found, suite.out / f"tuned-{found.name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    return verdict
+
+
+#: Of every mask before the rest of the table.
+FIRST = ("--dtype", "bfloat16", "--head-dim", "128", "64")
+
+STAGES = (
+    Stage("environment", environment, 0.2),
+    Stage("build", build, 0.5),
+    Stage("check", check, 0.4),
+    Stage("tests", gpu_tests, 0.4),
+    Stage("sanitizer", sanitizer, 0.3),
+    Stage("kernel-tests", kernel_tests, 0.3),
+    *(Stage(f"bench:{mask}", bench("--only", mask, *FIRST), 0.2) for mask in MASKS),
+    Stage("modules", modules, 0.4),
+    Stage("memory", memory, 0.4),
+    Stage("tune", tune, 0.6),
+    Stage("bench:rest", bench(), 1.0),
+)
+
+
+def selected(only: list[str] | None) -> list[Stage]:
+    """Stages by name; "bench" is all of bench:*."""
+    if only is None:
+        return list(STAGES)
+    names = [stage.name for stage in STAGES]
+    for name in only:
+        if name != "bench" and name not in names:
+            raise ValueError(f"--only: expected some of bench, {', '.join(names)}, got {name}")
+    return [stage for stage in STAGES if stage.name in only or ("bench" in only and stage.name.startswith("bench:"))]
+
+
+def run_stages(suite: Suite, stages: list[Stage]) -> list[Outcome]:
+    outcomes = []
+    for stage in stages:
+        if suite.seconds_left < LEAST_SECONDS:
+            outcomes.append(Outcome(stage.name, "not run: the time is up", 0.0))
+            continue
+        suite.begin(stage.share)
+        start = time.monotonic()
+        suite.say(f"\n==== {stage.name}, {suite.deadline - start:.0f} s of {suite.seconds_left:.0f} s")
+        try:
+            verdict = stage.run(suite)
+        except Skip as why:
+            verdict = f"skipped: {why}"
+        except Exception as error:  # one stage's mistake must not cost the others their minutes
+            verdict = f"FAILED: {type(error).__name__}: {error}"
+        outcomes.append(Outcome(stage.name, verdict, time.monotonic() - start))
+        suite.say(f"==== {outcomes[-1]}")
+    return outcomes
+
+
+def summarise(suite: Suite, outcomes: list[Outcome]) -> list[str]:
+    """What has to be known, short enough for the end of a terminal."""
+    path = suite.out / "rows.jsonl"
+    found = rows.read(path) if path.exists() else []
+    lines = ["", "==== summary", *map(str, outcomes)]
+    for name in ("tests.xml", "kernel-tests.xml"):
+        report = suite.out / name
+        if report.exists():
+            failures = _failures(report)
+            lines += failures[:12] + ([f"... {len(failures) - 12} more in {name}"] if len(failures) > 12 else [])
+    if found:
+        about = ("device", "driver", "cuda", "torch", "triton", "python", "commit", "date")
+        lines.append(", ".join(f"{name} {found[0][name]}" for name in about if name in found[0]))
+        peaks = {row["dtype"]: row["matmul_tflops"] for row in found if "matmul_tflops" in row}
+        lines += [f"{dtype} matmul {peak:.3g} TFLOP/s" for dtype, peak in peaks.items()]
+        for title, make in (
+            (
+                "attention by length: effective TFLOP/s, part of matmul, fastest other, our lead",
+                summary.attention_lines,
+            ),
+            ("modules", summary.module_lines),
+            ("memory beyond inputs and results", summary.memory_lines),
+            ("problems", summary.problem_lines),
+        ):
+            if made := make(found):
+                lines += [f"-- {title}", *made]
+    lines.append(
+        f"written: {', '.join(sorted(one.name for one in suite.out.iterdir() if one.is_file()))} in {suite.out}"
+    )
+    return lines
+
+
+def _commit() -> str:
+    """Before DIR is made, which may be a change of the tree."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "") if head.returncode == 0 else "unknown"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--minutes", type=float, help="for everything; default: no limit")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help=f"bench, {', '.join(s.name for s in STAGES)}")
+    parser.add_argument("--device", default="cuda", help="cpu: dry run")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes in the benchmarks")
+    parser.add_argument("--commit", help="what rows say where the tree has no history")
+    arguments = parser.parse_args(argv)
+    try:
+        stages = selected(arguments.only)
+    except ValueError as error:
+        parser.error(str(error))
+    arguments.commit = arguments.commit or _commit()
+    arguments.out = arguments.out.resolve()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with (arguments.out / "log.txt").open("a") as log:
+        suite = Suite(arguments, log)
+        outcomes = run_stages(suite, stages)
+        lines = summarise(suite, outcomes)
+        suite.say("\n".join(lines))
+    (arguments.out / "summary.txt").write_text("\n".join(lines) + "\n")
+    return 1 if any(outcome.verdict.startswith(("FAILED", "stopped")) for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Rows in a few lines of text: what a run of the suite ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from benchmarks.rows import Row, select
+
+OURS = "fused_attn"
+SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "both", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def attention_lines(rows: Iterable[Row]) -> list[str]:
+    """One line for each mask, dtype, head dim and direction: at each length ours and the fastest other one."""
+    rows = select(rows, benchmark="attention")
+    lines = []
+    for group in groups(rows, ("mask", "dtype", "direction"), by_head_dim=True):
+        first = group[0]
+        cells = []
+        for length in sorted({row["shape"][2] for row in group}):
+            cells.append(f"{length}: {_cell([row for row in group if row['shape'][2] == length])}")
+        label = f"{first['mask']} {_short(first['dtype'])} D{first['shape'][3]} {_short(first['direction'])}"
+        lines.append(f"{label} | {' | '.join(cells)}")
+    return lines
+
+
+def _cell(rows: list[Row]) -> str:
+    """ "412 52% torch 1.08x": effective TFLOP/s, part of the matmul rate, the fastest rival, our lead over it."""
+    timed = {row["implementation"]: row for row in rows if "median_ms" in row}
+    if OURS not in timed:
+        ours = select(rows, implementation=OURS)
+        return "wrong" if ours and ours[0].get("is_right") is False else "no time"
+    ours = timed.pop(OURS)
+    text = f"{ours['effective_tflops']:.3g} {100 * ours['matmul_fraction']:.0f}%"
+    if not timed:
+        return text
+    best = min(timed.values(), key=lambda row: row["median_ms"])
+    return f"{text} {best['implementation']} {best['median_ms'] / ours['median_ms']:.2f}x"
+
+
+def problem_lines(rows: Iterable[Row]) -> list[str]:
+    """What was wrong, and what ours could not do; what rivals could not, in one line each."""
+    lines = []
+    cannot: dict[tuple[str, str], int] = {}
+    for row in rows:
+        place = " ".join(
+            str(row[name]) for name in ("benchmark", "module", "shape", "mask", "dtype", "direction") if name in row
+        )
+        if row.get("is_right") is False:
+            lines.append(f"WRONG: {row['implementation']} {place}: error {row['error']:.1e} > {row['allowed']:.1e}")
+        elif "cannot" in row and row["implementation"] == OURS:
+            lines.append(f"OURS CANNOT: {place}: {row['cannot']}")
+        elif "cannot" in row:
+            key = row["implementation"], row["cannot"][:90]
+            cannot[key] = cannot.get(key, 0) + 1
+    return lines + [f"cannot: {name} in {count} cases: {why}" for (name, why), count in cannot.items()]
+
+
+def module_lines(rows: Iterable[Row]) -> list[str]:
+    lines = []
+    for group in groups(select(rows, benchmark="modules"), ("module", "dtype")):
+        cells = [
+            f"{row['implementation']} {row['tokens_per_s']:.0f}"
+            + (f" ({row['peak_mib']:.0f} MiB)" if "peak_mib" in row else "")
+            for row in group
+            if "tokens_per_s" in row
+        ]
+        lines.append(f"{group[0]['module']} {_short(group[0]['dtype'])} tokens/s | {' | '.join(cells) or 'no time'}")
+    return lines
+
+
+def memory_lines(rows: Iterable[Row]) -> list[str]:
+    rows = [row for row in rows if row["benchmark"] in ("memory", "memory-largest")]
+    lines = []
+    for group in groups(rows, ("mask", "dtype", "direction")):
+        cells = []
+        for name in dict.fromkeys(row["implementation"] for row in group):
+            own = select(group, implementation=name)
+            sizes = [row for row in own if "extra_mib" in row]
+            largest = [row["largest_length"] for row in own if "largest_length" in row]
+            if sizes:
+                cell = f"{name} {sizes[-1]['extra_mib']:.1f} at {sizes[-1]['shape'][2]}"
+                cells.append(cell + (f", fits {largest[0]}" if largest else ""))
+        first = group[0]
+        lines.append(
+            f"{first['mask']} {_short(first['dtype'])} {_short(first['direction'])} MiB | {' | '.join(cells) or 'none'}"
+        )
+    return lines
+
+
+def groups(rows: list[Row], names: tuple[str, ...], by_head_dim: bool = False) -> list[list[Row]]:
+    """Rows that agree in these fields, in the order of their first ones."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in names) + ((row["shape"][3],) if by_head_dim else ())
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def _short(word: str) -> str:
+    return SHORT.get(word, word)
