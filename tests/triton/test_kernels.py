@@ -235,6 +235,17 @@ def test_deterministic(case_id: str) -> None:
             assert torch.equal(x, y), name
 
 
+def test_compiled() -> None:
+    """`torch.compile` without a graph break, forward and backward."""
+    inputs = case_of("padding-causal").make(torch.float16).on(DEVICE)
+    expected = cases.run(inputs, "triton")
+    # What differs between the compilers is how they fuse operators, and there is but one here.
+    compiled = torch.compile(inputs.function, fullgraph=True, backend="inductor" if IS_GPU else "aot_eager")
+    actual = cases.run(inputs._replace(function=compiled), "triton")
+    for (name, x), (_, y) in zip(expected.items(), actual.items(), strict=True):
+        assert torch.equal(x, y), name
+
+
 @pytest.mark.skipif(IS_GPU, reason="of the interpreter")
 @pytest.mark.quick
 def test_interpreter_refuses_bfloat16() -> None:
