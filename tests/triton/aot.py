@@ -90,6 +90,12 @@ class Resources(NamedTuple):
         )
 
     @property
+    def rows(self) -> int:
+        """Of the left factors of the matrix products."""
+        block_m, block_n = map(int, self.tile.split("x"))
+        return block_n if self.kernel == "dkdv" else block_m
+
+    @property
     def faults(self) -> list[str]:
         faults = []
         if self.spills_in_loops or self.spills > SPILLS_OUTSIDE_LOOPS:
@@ -99,6 +105,8 @@ class Resources(NamedTuple):
             faults.append(f"{self.shared} bytes of shared memory, there are {limit}")
         if self.cell.dtype_bytes == 2:
             wanted = {8: "mma.sync", 9: "wgmma", 10: "tcgen05"}[self.cell.architecture // 10]
+            if self.rows < 64:
+                wanted = "mma.sync"  # the others multiply 64 rows at once
             if any(count > 0 if kind != wanted else count == 0 for kind, count in self.mma.items()):
                 faults.append(f"matrix products by {self.mma}, expected {wanted} alone")
         return faults
