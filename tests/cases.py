@@ -447,6 +447,8 @@ EMPTY = [
     ),
     Case("empty-L", seqlen_q=0, relative_bias=per_head_bias, sinks=sink(), attn_mask=float_mask("HLS"), dtypes=FLOATS),
     Case("empty-L-and-S", seqlen_q=0, seqlen_k=0, dtypes=FLOATS),
+    # No output, but an LSE that has gradients.
+    Case("empty-value-dim", value_dim=0, sinks=sink(), has_dlse=True, dtypes=FLOATS),
     Case(
         "empty-batch", batch=0, sinks=sink(), relative_bias=per_head_bias, attn_mask=float_mask("1HLS"), dtypes=FLOATS
     ),
@@ -538,6 +540,7 @@ BANDS = [
         (1, 90, False, 10, 10),
         (90, 1, False, 10, 10),
         (70, 70, False, 1000, 1000),
+        (70, 70, False, 3, 2**62),
     )
 ]
 BANDS += [

@@ -40,16 +40,18 @@ def attention_bwd_dbias_kernel(
 
     Where the bias has one row (column) for all, each program stores the sum over its own rows (columns).
     """
-    # Which tile.
+    # Which tile. All programs are numbered along the first axis: the others hold 65535, fewer than a batch of windows.
     row_blocks = tl.cdiv(seqlen_q, settings.BLOCK_M)
     column_blocks = tl.cdiv(seqlen_k, settings.BLOCK_N)
-    row_block = tl.program_id(0) // column_blocks
     column_block = tl.program_id(0) % column_blocks
+    row_block = tl.program_id(0) // column_blocks % row_blocks
+    matrix = tl.program_id(0) // column_blocks // row_blocks
+    num_heads = 1 if SUMS_HEADS else settings.num_heads
     query = row_block * settings.BLOCK_M + tl.arange(0, settings.BLOCK_M)
     first_key = column_block * settings.BLOCK_N
     key = first_key + tl.arange(0, settings.BLOCK_N)
-    first_head = tl.program_id(1)
-    first_batch = tl.program_id(2)
+    first_head = matrix % num_heads
+    first_batch = matrix // num_heads
     heads_here = settings.num_heads if SUMS_HEADS else 1
     batches_here = num_batches if SUMS_BATCHES else 1
 
@@ -69,8 +71,7 @@ def attention_bwd_dbias_kernel(
     # Store the tile, or its sum along the axes on which the bias broadcasts.
     num_rows = row_blocks if SUMS_ROWS else seqlen_q
     num_columns = column_blocks if SUMS_COLUMNS else seqlen_k
-    matrix = first_batch.to(tl.int64) * tl.num_programs(1) + first_head
-    base = dbias + matrix * num_rows * num_columns
+    base = dbias + matrix.to(tl.int64) * num_rows * num_columns
     if SUMS_ROWS and SUMS_COLUMNS:
         tl.store(base + row_block * num_columns + column_block, tl.sum(tl.sum(acc, 1), 0))
     elif SUMS_ROWS:
@@ -106,8 +107,11 @@ def attention_bwd_dtable_kernel(
     diagonals share the latter with the former, hence two planes, which the caller adds.
     """
     # Which block diagonal: column block - row block = shift.
-    head = tl.program_id(1)
-    shift = tl.program_id(0) - (tl.cdiv(seqlen_q, settings.BLOCK_N) - 1)
+    row_blocks = tl.cdiv(seqlen_q, settings.BLOCK_N)
+    num_diagonals = row_blocks + tl.cdiv(seqlen_k, settings.BLOCK_N) - 1
+    head = tl.program_id(0) // num_diagonals
+    diagonal = tl.program_id(0) % num_diagonals
+    shift = diagonal - (row_blocks - 1)
 
     # Loop. Gathering column (c + r) % BLOCK_N in row r puts the diagonal c, wrapped around, into one column.
     index = tl.arange(0, settings.BLOCK_N)
@@ -117,7 +121,7 @@ def attention_bwd_dtable_kernel(
     distance = shift * settings.BLOCK_N - band_offset
     is_visible = _is_in_band(distance - (settings.BLOCK_N - 1), distance + settings.BLOCK_N - 1, settings)
     for sequence in range(num_batches * is_visible):
-        batch = tl.program_id(1) * 0 + sequence
+        batch = head * 0 + sequence
         place = place_of(
             batch, head, head // settings.group_size, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset
         )
@@ -134,10 +138,11 @@ def attention_bwd_dtable_kernel(
             below += tl.sum(tl.where(unwrapped < settings.BLOCK_N, 0.0, skewed), 0)
 
     # Store: entry x stands for the distance x - (row blocks) * BLOCK_N between key and query.
-    columns = (tl.num_programs(0) + 1) * settings.BLOCK_N
-    base = dtable + head.to(tl.int64) * columns + tl.program_id(0) * settings.BLOCK_N + index
+    columns = (num_diagonals + 1) * settings.BLOCK_N
+    base = dtable + head.to(tl.int64) * columns + diagonal * settings.BLOCK_N + index
+    next_plane = (head * 0 + settings.num_heads).to(tl.int64) * columns
     tl.store(base, below)
-    tl.store(base + tl.num_programs(1).to(tl.int64) * columns + settings.BLOCK_N, above)
+    tl.store(base + next_plane + settings.BLOCK_N, above)
 
 
 @triton.jit

@@ -129,7 +129,7 @@ def backward(
     dquery = empty_like_layout(query, problem.head_dim) if wants_query else None
     dkey = empty_like_layout(key, problem.head_dim) if wants_key else None
     dvalue = empty_like_layout(value, problem.value_dim) if wants_value else None
-    if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
+    if query.numel() == 0 or key.numel() == 0:
         return _empty_gradients(wanted, dquery, dkey, dvalue, mask, sinks)
 
     plan = _plan(problem)
@@ -197,7 +197,7 @@ def _dense_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Tensor
     sums_rows, sums_columns = rows == 1 < problem.seqlen_q, columns == 1 < problem.seqlen_k
     shape = (batch, heads, row_blocks if sums_rows else rows, column_blocks if sums_columns else columns)
     dbias = torch.empty(shape, dtype=torch.float32, device=bias.device)
-    attention_bwd_dbias_kernel[(row_blocks * column_blocks, heads, batch)](
+    attention_bwd_dbias_kernel[(row_blocks * column_blocks * heads * batch, 1, 1)](
         *tensors,
         dbias,
         masks,
@@ -217,7 +217,8 @@ def _relative_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Ten
     """(H|1, L + S - 1), of the table's dtype."""
     table = mask.relative_bias
     block = launch.settings.BLOCK_N.value
-    diagonals, heads, _ = launch.grid
+    heads = problem.num_heads
+    diagonals = launch.grid[0] // heads
     planes = torch.zeros((2, heads, (diagonals + 1) * block), dtype=torch.float32, device=table.device)
     attention_bwd_dtable_kernel[launch.grid](
         *tensors,
@@ -235,7 +236,7 @@ def _relative_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Ten
 
 
 def _empty_gradients(wanted, dquery, dkey, dvalue, mask, sinks) -> Gradients:
-    """Without any score, or any column to score, every gradient is 0."""
+    """Without any score every gradient is 0."""
 
     def zeros(is_wanted, like):
         return torch.zeros_like(like) if is_wanted else None
@@ -272,7 +273,7 @@ def _plan(problem: AttentionProblem) -> Plan:
         _launch(problem, dq, (triton.cdiv(seqlen_q, dq.block_m) * heads * problem.batch, 1, 1)),
         _launch(problem, dkdv, (triton.cdiv(seqlen_k, dkdv.block_n) * kv_heads * problem.batch, 1, 1)),
         _launch(problem, bias, (triton.cdiv(seqlen_q, bias.block_m), triton.cdiv(seqlen_k, bias.block_n), 1)),
-        _launch(problem, square, (diagonals, heads, 1)),
+        _launch(problem, square, (diagonals * heads, 1, 1)),
     )
 
 

@@ -105,18 +105,23 @@ def forced(kernel: str, config: Config) -> Iterator[None]:
         _forced.clear()
 
 
-def table_of(device: torch.device | int) -> Table | None:
-    """The stored table for a GPU of this machine, or None. Warns, once in a process, where one cannot be used."""
+def table_of(device: int | None) -> Table | None:
+    """The stored table for a GPU of this machine (None = the current one), or None.
+
+    Warns, once in a process, where there is one that cannot be used.
+    """
     return _read_table(torch.cuda.get_device_name(device))
 
 
 def _table_for(problem: AttentionProblem) -> Table | None:
     if problem.device.type != "cuda" or not torch.cuda.is_available():
         return None
-    # The problem may be about another GPU than this machine's, see `explain`.
-    if problem.capability != torch.cuda.get_device_capability(problem.device):
+    # The problem may be about a GPU that is not in this machine: kernels are compiled ahead of time for others too.
+    index = problem.device.index
+    is_here = index is None or index < torch.cuda.device_count()
+    if not is_here or problem.capability != torch.cuda.get_device_capability(index):
         return None
-    return table_of(problem.device)
+    return table_of(index)
 
 
 @functools.cache
