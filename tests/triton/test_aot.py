@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-pytest.importorskip("triton")
+from fused_attn.problem import AttentionProblem
+
+configs = pytest.importorskip("fused_attn.backends.triton.configs", exc_type=ImportError)
 
 FOLDER = Path(__file__).parent
 
@@ -38,3 +41,30 @@ def test_every_row_of_the_table(architecture, tmp_path):
 def test_batches_of_other_lengths_compile_nothing_new():
     process = run("recompilation.py")
     assert process.returncode == 0, process.stdout + process.stderr
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "capability, expected",
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "small"),
+        ((8, 7), "sm_80"),
+        ((8, 9), "small"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_100"),
+        ((11, 0), "sm_100"),
+        ((12, 1), "small"),
+    ],
+)
+def test_every_architecture_has_rows(capability, expected):
+    assert configs.architecture_class(capability) == expected
+    for kernel in configs.KERNELS:
+        for dtype in (torch.float16, torch.float32):
+            for head_dim in (8, 64, 80, 256):
+                problem = AttentionProblem(
+                    1, 1, 1, 64, 64, 8, head_dim, dtype, torch.device("cuda", 0), 1.0, capability=capability
+                )
+                tried = configs.candidates(kernel, problem)
+                assert tried[0] == configs.choose(kernel, problem)
+                assert len(set(tried)) == len(tried)

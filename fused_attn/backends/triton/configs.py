@@ -69,9 +69,9 @@ C = Config
 TABLE = {
     # 4 warps at head dim 64: two blocks share a multiprocessor, one multiplies while the other takes exponentials.
     ("forward", 2, PLAIN): {
-        64: Row(C(128, 64, 4, 3), C(128, 64, 4, 3), C(128, 64, 4, 3), C(128, 64, 8, 2)),
+        64: Row(C(128, 64, 4, 3), C(128, 64, 4, 2), C(128, 64, 4, 3), C(128, 64, 8, 2)),
         128: Row(C(128, 64, 8, 3), C(128, 64, 8, 2), C(128, 128, 8, 2), C(128, 64, 8, 2)),
-        256: Row(C(64, 32, 8, 2), C(64, 32, 8, 2), C(128, 64, 8, 2), C(128, 32, 8, 2)),
+        256: Row(C(64, 32, 8, 2), C(64, 32, 8, 1), C(128, 64, 8, 2), C(128, 32, 8, 2)),
     },
     ("forward", 2, RICH): {
         64: Row(C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
@@ -80,8 +80,8 @@ TABLE = {
     },
     ("dq", 2, PLAIN): {
         64: Row(C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
-        128: Row(C(64, 64, 8, 2), C(64, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
-        256: Row(C(64, 32, 8, 1), C(32, 32, 8, 1), C(128, 32, 8, 1), C(64, 32, 8, 1)),
+        128: Row(C(64, 64, 8, 2), C(64, 64, 8, 1), C(128, 64, 8, 2), C(128, 64, 8, 2)),
+        256: Row(C(64, 32, 8, 1), C(16, 32, 4, 1), C(128, 32, 8, 1), C(64, 32, 8, 1)),
     },
     ("dq", 2, RICH): {
         64: Row(C(64, 32, 4, 1), C(64, 32, 4, 1), C(64, 32, 4, 1), C(64, 32, 4, 1)),
@@ -107,12 +107,12 @@ TABLE = {
     # Exact float32 has no matrix instructions: every architecture multiplies alike, and registers hold the operands.
     ("forward", 4, RICH): {
         64: everywhere(C(32, 32, 8, 1)),
-        128: everywhere(C(16, 32, 8, 1)),
+        128: everywhere(C(16, 16, 8, 1)),
         256: everywhere(C(16, 16, 8, 1)),
     },
     ("dq", 4, RICH): {
         64: everywhere(C(32, 32, 8, 1)),
-        128: everywhere(C(16, 32, 8, 1)),
+        128: everywhere(C(16, 16, 8, 1)),
         256: everywhere(C(16, 16, 8, 1)),
     },
     ("dkdv", 4, RICH): {
