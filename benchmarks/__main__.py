@@ -11,13 +11,8 @@ from benchmarks import attention, cpu, memory, modules, report
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed, memory and error.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in {
-        "cpu": cpu,
-        "attention": attention,
-        "modules": modules,
-        "memory": memory,
-        "report": report,
-    }.items():
+    for module in (cpu, attention, modules, memory, report):
+        name = module.__name__.rpartition(".")[2]
         summary = module.__doc__.splitlines()[0].partition(": ``")[0]
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(command)

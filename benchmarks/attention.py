@@ -17,16 +17,14 @@ import fused_attn
 from benchmarks import cases, machine, rivals, timing
 from benchmarks.accuracy import Reference
 from benchmarks.cases import Case
+from benchmarks.conventions import DEVICE_LOST, OURS
 from benchmarks.inputs import DTYPES, Inputs
 from benchmarks.progress import progress
-from benchmarks.rivals import OURS, RIVALS, Prepared
+from benchmarks.rivals import RIVALS, Prepared
 from benchmarks.rows import Row, Writer, read
 
 #: Rivals that are compiled anew for every shape, a quarter of a minute each, are asked at these lengths only.
 COMPILED_RIVALS, COMPILED_LENGTHS = ("flex",), (2048, 8192)
-
-#: Exit code: the device no longer answers, and a new process has to go on with ``--resume``.
-DEVICE_LOST = 70
 
 
 class DeviceLostError(Exception):
@@ -71,9 +69,9 @@ def run_case(
             rows[name]["cannot"] = rivals.reason(problem)
             _check_device(device, rows)
             calls.pop(name, None)
-    measured = timing.measure(calls, timer, rounds, seconds)
+    measured = _measure(calls, timer, rounds, seconds, rows)
     if device.type == "cuda" and min(map(_median, measured.times.values())) < timing.WORTH_A_GRAPH:
-        graphs = _graphs(calls, right, inputs)
+        graphs = _graphs(calls, right, inputs, rows)
         if len(graphs) == len(calls):  # all or none: the two ways are not comparable
             measured, kind = timing.measure(graphs, timer, rounds, seconds), "graph"
     for name, times in measured.times.items():
@@ -84,6 +82,21 @@ def run_case(
             low, ratio, high = timing.quartiles(ratios)
             rows[name] |= {"over_ours": ratio, "over_ours_q1": low, "over_ours_q3": high}
     return list(rows.values())
+
+
+def _measure(
+    calls: dict[str, timing.Call], timer: timing.Timer, rounds: int, seconds: float, rows: dict[str, Row]
+) -> timing.Measured:
+    """Without the last ones, should the memory not suffice for all at once: those of `RIVALS` that need most."""
+    while True:
+        try:
+            return timing.measure(calls, timer, rounds, seconds)
+        except torch.OutOfMemoryError:
+            if len(calls) == 1:
+                raise
+            last, _ = calls.popitem()
+            rows[last]["cannot"] = "out of memory beside the others"
+            torch.cuda.empty_cache()
 
 
 def _row_of(case: Case, name: str) -> Row:
@@ -116,13 +129,16 @@ def _backend(inputs: Inputs) -> str | None:
     return fused_attn.explain(inputs.query, inputs.key, inputs.value, **options).chosen
 
 
-def _graphs(calls: dict[str, timing.Call], right: dict[str, Prepared], inputs: Inputs) -> dict[str, timing.Call]:
+def _graphs(
+    calls: dict[str, timing.Call], right: dict[str, Prepared], inputs: Inputs, rows: dict[str, Row]
+) -> dict[str, timing.Call]:
+    """Fewer than there are calls if one cannot be captured."""
     graphs = {}
     for name in calls:
         try:
             graphs[name] = timing.graph_of(lambda name=name: rivals.call_of(right[name], inputs), inputs.device)
         except Exception:
-            _check_device(inputs.device, {})
+            _check_device(inputs.device, rows)
             break
     return graphs
 
@@ -212,6 +228,9 @@ def main(arguments: argparse.Namespace) -> int:
         for dtype in dict.fromkeys(case.dtype for case in todo):
             peaks[dtype] = machine.matmul_tflops(device, dtype, 0.1 if arguments.quick else 0.5)
             print(f"{dtype} matmul {peaks[dtype]:.3g} TFLOP/s", flush=True)
+        if any(case.mask == "decode" for case in todo):
+            copy_rate = machine.copy_gb_per_s(device, 0.1 if arguments.quick else 0.5)
+            print(f"copy {copy_rate:.4g} GB/s", flush=True)
     end = float("inf") if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     with progress(len(todo)) as advance:
         for number, case in enumerate(todo):
@@ -228,6 +247,9 @@ def main(arguments: argparse.Namespace) -> int:
                 if "effective_tflops" in row:
                     row["matmul_tflops"] = peaks[case.dtype]
                     row["matmul_fraction"] = row["effective_tflops"] / peaks[case.dtype]
+                if "median_ms" in row and case.mask == "decode":
+                    row["gb_per_s"] = case.fewest_bytes(DTYPES[case.dtype].itemsize) / row["median_ms"] / 1e6
+                    row["copy_gb_per_s"] = copy_rate
             writer.record(rows)
             print(f"{case} | {describe(rows)}", flush=True)
             advance(str(case))

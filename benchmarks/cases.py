@@ -28,7 +28,6 @@ MASKS = {
     "decode": "one query for each sequence against L cached keys",
 }
 CAUSAL_MASKS = ("causal", "causal+padded", "causal+padded-random", "window", "gqa", "varlen")
-BIASES = ("bias", "relative-bias")
 WINDOW = 1024
 
 
@@ -111,6 +110,11 @@ class Case:
     def effective_flops(self) -> int:
         """Operations on visible scores: what the result needs."""
         return 2 * PRODUCTS[self.direction] * self.head_dim * self.visible_scores
+
+    def fewest_bytes(self, itemsize: int) -> int:
+        """Of a forward: queries, keys and values that somebody sees read once, the output written once."""
+        rows, keys = sum(self.query_lengths), sum(self.lengths)
+        return 2 * itemsize * self.head_dim * (self.heads * rows + self.kv_heads * keys)
 
     @property
     def flops(self) -> float:

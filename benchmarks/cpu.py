@@ -25,9 +25,10 @@ import fused_attn  # noqa: E402
 from benchmarks import machine, memory, rivals, timing  # noqa: E402
 from benchmarks.accuracy import Reference  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
+from benchmarks.conventions import OURS  # noqa: E402
 from benchmarks.inputs import Inputs  # noqa: E402
 from benchmarks.progress import progress  # noqa: E402
-from benchmarks.rivals import OURS, RIVALS  # noqa: E402
+from benchmarks.rivals import RIVALS  # noqa: E402
 from benchmarks.rows import Row, Writer  # noqa: E402
 from benchmarks.timing import Call  # noqa: E402
 

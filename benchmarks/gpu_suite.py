@@ -31,11 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Nothing here imports torch: the GPU belongs to the stages.
-from benchmarks import rows, summary  # noqa: E402
+from benchmarks import conventions, rows, summary  # noqa: E402
 from benchmarks.cases import MASKS  # noqa: E402
 
-#: See `benchmarks.attention`; importing that would import torch.
-DEVICE_LOST = 70
 #: A stage that would have less is not begun.
 LEAST_SECONDS = 5.0
 #: A stage that has not stopped by itself this long after its time is killed.
@@ -233,7 +231,7 @@ def bench(*options: str) -> Callable[[Suite], str]:
     def run(suite: Suite) -> str:
         for _ in range(MAX_RESTARTS):
             verdict = suite.benchmark("attention", *options, "--resume")
-            if verdict != verdict_of(DEVICE_LOST) or time.monotonic() > suite.deadline:
+            if verdict != verdict_of(conventions.DEVICE_LOST) or time.monotonic() > suite.deadline:
                 break
             suite.say("the device was lost: the cases that are left run in a new process")
         return verdict
@@ -343,16 +341,6 @@ def summarise(suite: Suite, outcomes: list[Outcome]) -> list[str]:
     return lines
 
 
-def _commit() -> str:
-    """Before DIR is made, which may be a change of the tree."""
-    try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "") if head.returncode == 0 else "unknown"
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -366,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
         stages = selected(arguments.only)
     except ValueError as error:
         parser.error(str(error))
-    arguments.commit = arguments.commit or _commit()
+    arguments.commit = arguments.commit or conventions.commit()  # before DIR changes the tree
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "log.txt").open("a") as log:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.cases import BIASES, Case
+from benchmarks.cases import Case
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
@@ -79,7 +79,3 @@ class Inputs:
 
     def _randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator, dtype=self._dtype, device=self.device)
-
-
-def has_bias(case: Case) -> bool:
-    return case.mask in BIASES

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 import fused_attn
-from benchmarks import timing
+from benchmarks import conventions, timing
 from benchmarks.inputs import DTYPES
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def about(device: torch.device | str = "cpu", commit: str | None = None) -> dict[str, Any]:
@@ -25,7 +23,7 @@ def about(device: torch.device | str = "cpu", commit: str | None = None) -> dict
         "torch": torch.__version__,
         "fused_attn": fused_attn.__version__,
         "python": platform.python_version(),
-        "commit": commit or _commit(),
+        "commit": commit or conventions.commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     return (_gpu(device) if device.type == "cuda" else _cpu()) | versions
@@ -69,18 +67,6 @@ def _driver() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found[0] if found else None
-
-
-def _commit() -> str:
-    """Short hash; ``-dirty`` marks changes that are not in it."""
-    try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    if head.returncode:
-        return "unknown"
-    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
 
 
 def matmul_tflops(device: torch.device, dtype: str, seconds: float = 0.5) -> float:

@@ -7,7 +7,6 @@ peak resident memory of a process that does nothing else.
 from __future__ import annotations
 
 import argparse
-import math
 import multiprocessing
 import sys
 import time
@@ -19,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import cases, machine, rivals
+from benchmarks import cases, machine, rivals, summary
 from benchmarks.cases import Case
+from benchmarks.conventions import OURS
 from benchmarks.inputs import DTYPES, Inputs
 from benchmarks.progress import progress
-from benchmarks.rivals import OURS, RIVALS
+from benchmarks.rivals import RIVALS
 from benchmarks.rows import Row, Writer
 
 MASKS = ("none", "causal", "padded", "causal+padded", "relative-bias", "bias")
@@ -33,8 +33,6 @@ ON_GPU = [name for name in RIVALS if name not in ("flex", "torch-varlen")]
 ON_CPU = [OURS, "torch", "torch-math"]
 LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (2048, 4096, 8192, 16384, 32768)}
 QUICK_LENGTHS = (256, 512, 1024)
-#: Below this, what a process needs anyway hides what the call adds.
-VISIBLE_MIB = 1.0
 #: The search for the largest length stops where the next call would take longer than this.
 LONGEST_CALL = 2.0
 MIB = 2**20
@@ -100,15 +98,6 @@ def _bytes_of(results: Any) -> int:
 
 def _with_length(case: Case, length: int) -> Case:
     return Case(case.batch, case.heads, length, case.head_dim, case.mask, case.dtype, case.direction)
-
-
-def growth_exponent(lengths: list[int], extra: list[float]) -> float | None:
-    """Slope of log(memory) over log(length), by least squares; None unless two lengths have memory to speak of."""
-    points = [(math.log(n), math.log(m)) for n, m in zip(lengths, extra, strict=True) if m >= VISIBLE_MIB]
-    if len(points) < 2:
-        return None
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
 
 
 class Largest(NamedTuple):
@@ -242,7 +231,7 @@ def _sweep(
 def describe(rows: list[Row]) -> str:
     sizes = [row for row in rows if "extra_mib" in row]
     cells = [f"{row['shape'][2]}: {row['extra_mib']:.1f} MiB" for row in sizes]
-    exponent = growth_exponent([row["shape"][2] for row in sizes], [row["extra_mib"] for row in sizes])
+    exponent = summary.growth_exponent([row["shape"][2] for row in sizes], [row["extra_mib"] for row in sizes])
     if exponent is not None:
         cells.append(f"~ L^{exponent:.2f}")
     cells += [f"largest L {row['largest_length']} ({row['stopped_by']})" for row in rows if "largest_length" in row]

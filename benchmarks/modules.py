@@ -21,9 +21,10 @@ from torch import Tensor, nn
 import fused_attn
 from benchmarks import machine, memory, timing
 from benchmarks.cases import uniform_lengths
+from benchmarks.conventions import OURS
 from benchmarks.inputs import DTYPES
 from benchmarks.progress import progress
-from benchmarks.rivals import OURS, reason
+from benchmarks.rivals import reason
 from benchmarks.rows import Row, Writer
 
 KINDS = ("seq2seq", "encoder-layer", "attention", "decoder-layer", "generation")
@@ -342,10 +343,10 @@ def describe(rows: list[Row]) -> str:
         if "median_ms" in row:
             cell = f"{row['implementation']} {row['median_ms']:.2f} ms {row['tokens_per_s']:.0f} tokens/s"
             cells.append(cell + (f" {row['peak_mib']:.0f} MiB" if "peak_mib" in row else ""))
-        elif not row["is_right"]:
-            cells.append(f"{row['implementation']} WRONG: {row['error']:.1e}, allowed {row['allowed']:.1e}")
-        else:
+        elif "cannot" in row:
             cells.append(f"{row['implementation']} cannot: {row['cannot']}")
+        else:
+            cells.append(f"{row['implementation']} WRONG: {row['error']:.1e}, allowed {row['allowed']:.1e}")
     return " | ".join(cells)
 
 
@@ -381,8 +382,12 @@ def main(arguments: argparse.Namespace) -> int:
             if time.monotonic() >= end:
                 print(f"time is up: {len(todo) - number} of {len(todo)} modules not run", flush=True)
                 break
-            rows = run_kind(kind, size, device, dtype, compiles, rounds, seconds)
+            # Packages raise what they like; KeyboardInterrupt is no Exception.
+            try:
+                rows = run_kind(kind, size, device, dtype, compiles, rounds, seconds)
+            except Exception as error:
+                rows = [_row(kind, size, dtype, OURS) | {"cannot": reason(error)}]
             writer.record(rows)
             print(f"{kind} {dtype} | {describe(rows)}", flush=True)
             advance(kind)
-    return 0 if all(row["is_right"] for row in writer.rows if row["implementation"] == OURS) else 1
+    return 0 if all(row.get("is_right") for row in writer.rows if row["implementation"] == OURS) else 1

@@ -120,9 +120,9 @@ def _memory(rows: list[Row], device: str):
     directions = {row["direction"] for row in rows}
     direction = "forward+backward" if "forward+backward" in directions else next(iter(directions))
     rows = [row for row in rows if row["direction"] == direction and "extra_mib" in row]
-    return _by_implementation(
-        rows, "extra_mib", "MiB beyond inputs and results", f"Memory of one call, {direction}\n{device}", LEAST_MIB
-    )
+    batch, heads, _, head_dim = rows[0]["shape"]
+    title = f"Memory of one call, {direction}, ({batch}, {heads}, L, {head_dim}), {rows[0]['dtype']}\n{device}"
+    return _by_implementation(rows, "extra_mib", "MiB beyond inputs and results", title, LEAST_MIB)
 
 
 def _speed(rows: list[Row], title: str):
@@ -177,7 +177,6 @@ def _finish(figure, axes: list[Axes], used: int, title: str):
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), fontsize=9)
-    figure.supxlabel("sequence length L", fontsize=10)
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -187,6 +186,7 @@ def _lengths_on_x(axis: Axes, rows: list[Row]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [str(length) for length in lengths])
     axis.minorticks_off()
+    axis.set_xlabel("sequence length L", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import plots, summary  # noqa: E402
+from benchmarks.conventions import OURS  # noqa: E402
 from benchmarks.rows import Row, read, select  # noqa: E402
 
 README = ROOT / "README.md"
@@ -56,6 +57,7 @@ def with_all_results(readme: str, results: Path) -> str:
     rows = all_rows(results)
     readme = with_results(readme, select(rows, benchmark="cpu") + select(rows, benchmark="cpu-overhead"))
     readme = with_block(readme, "gpu", gpu_tables(rows))
+    readme = with_block(readme, "memory", memory_tables(rows))
     return with_block(readme, "plots", plot_links(rows))
 
 
@@ -76,6 +78,47 @@ def plot_links(rows: list[Row]) -> str:
     return "\n\n".join(f"![{title}]({folder}/{name}.png)" for name, title in plots.names_of(rows).items())
 
 
+def memory_tables(rows: list[Row]) -> str:
+    """For each device: memory of a training step at the longest L, how it grows, and the largest L if known."""
+    rows = [row for row in rows if row["benchmark"].startswith("memory") and row["direction"] == "forward+backward"]
+    tables = [_memory_table(group) for group in summary.groups(rows, ("device", "dtype"))]
+    return "\n\n".join("\n".join(table) for table in tables)
+
+
+def _memory_table(rows: list[Row]) -> list[str]:
+    about = rows[0]
+    batch, heads, _, head_dim = about["shape"]
+    longest = max(row["shape"][2] for row in rows)
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    lines = [
+        f"Memory beyond inputs and results of forward + backward at (B, H, L, D) = ({batch}, {heads}, {longest}, "
+        f"{head_dim}), {about['dtype']}, on {about['device']}, in MiB, and how it grows; torch {about['torch']}, "
+        f"commit {commits}, {about['date'][:10]}.",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for mask in dict.fromkeys(row["mask"] for row in rows):
+        cells = [_growth_cell(select(rows, mask=mask, implementation=name), longest) for name in names]
+        lines.append(f"| {plots.TITLES[mask]} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _growth_cell(rows: list[Row], longest: int) -> str:
+    sizes = [row for row in rows if "extra_mib" in row]
+    at_longest = [row["extra_mib"] for row in sizes if row["shape"][2] == longest]
+    if not at_longest:
+        return "-"
+    exponent = summary.growth_exponent([row["shape"][2] for row in sizes], [row["extra_mib"] for row in sizes])
+    cell = f"{at_longest[0]:.0f}" + ("" if exponent is None else f", L^{exponent:.1f}")
+    for row in rows:
+        if "largest_length" in row:
+            more = "or more " if row["stopped_by"] == "time" else ""
+            cell += f", fits {row['largest_length']} {more}".rstrip()
+    return cell
+
+
 def gpu_tables(rows: list[Row]) -> str:
     """One table for each GPU, dtype, head dim and direction; nothing without rows of a GPU."""
     rows = [row for row in rows if row["benchmark"] == "attention" and "driver" in row]
@@ -90,7 +133,7 @@ def gpu_tables(rows: list[Row]) -> str:
 def _gpu_table(rows: list[Row]) -> list[str]:
     about = rows[0]
     peaks = sorted({row["matmul_tflops"] for row in rows if "matmul_tflops" in row})
-    peak = f"; matmul reaches {peaks[0]:.0f} to {peaks[-1]:.0f} TFLOP/s" if peaks else ""
+    peak = f"; matmul reaches {peaks[0]:.0f} TFLOP/s" if peaks else ""
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     dates = " to ".join(sorted({row["date"][:10] for row in rows}))
     lengths = sorted({row["shape"][2] for row in rows})
@@ -110,7 +153,7 @@ def _gpu_table(rows: list[Row]) -> list[str]:
 
 def _gpu_cell(rows: list[Row]) -> str:
     timed = {row["implementation"]: row for row in rows if "median_ms" in row}
-    ours = timed.pop(summary.OURS, None)
+    ours = timed.pop(OURS, None)
     if ours is None:
         return "-"
     text = f"{ours['effective_tflops']:.0f}"

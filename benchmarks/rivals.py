@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import fused_attn
+from benchmarks.conventions import OURS
 from benchmarks.inputs import Inputs
 
 
@@ -336,20 +337,20 @@ def _first(returned: Any) -> Tensor:
     return returned[0] if isinstance(returned, tuple) else returned
 
 
-OURS = "fused_attn"
 RIVALS: dict[str, Rival] = {
     OURS: Rival(_ours, "fused_attn"),
     "torch": Rival(_torch, "torch"),
     "torch-flash": Rival(lambda inputs: _torch(inputs, "FLASH_ATTENTION"), "torch"),
     "torch-efficient": Rival(lambda inputs: _torch(inputs, "EFFICIENT_ATTENTION"), "torch"),
     "torch-cudnn": Rival(lambda inputs: _torch(inputs, "CUDNN_ATTENTION"), "torch"),
-    "torch-math": Rival(lambda inputs: _torch(inputs, "MATH"), "torch"),
     "torch-varlen": Rival(_torch_varlen, "torch"),
     "flex": Rival(_flex, "torch"),
     "flash_attn2": Rival(lambda inputs: _flash(inputs, "flash_attn"), "flash_attn"),
     "flash_attn3": Rival(lambda inputs: _flash(inputs, "flash_attn_interface"), "flash_attn_3"),
     "flash_attn4": Rival(lambda inputs: _flash(inputs, "flash_attn.cute"), "flash-attn-4"),
     "xformers": Rival(_xformers, "xformers"),
+    # Last, because it needs most memory.
+    "torch-math": Rival(lambda inputs: _torch(inputs, "MATH"), "torch"),
 }
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
+from benchmarks.conventions import OURS
 from benchmarks.rows import Row, select
 
-OURS = "fused_attn"
+#: Below this, what a process needs anyway hides what the call adds.
+VISIBLE_MIB = 1.0
 SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "both", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -31,7 +34,10 @@ def _cell(rows: list[Row]) -> str:
         ours = select(rows, implementation=OURS)
         return "wrong" if ours and ours[0].get("is_right") is False else "no time"
     ours = timed.pop(OURS)
-    text = f"{ours['effective_tflops']:.3g} {100 * ours['matmul_fraction']:.0f}%"
+    if "gb_per_s" in ours:
+        text = f"{ours['gb_per_s']:.4g} GB/s {100 * ours['gb_per_s'] / ours['copy_gb_per_s']:.0f}%"
+    else:
+        text = f"{ours['effective_tflops']:.3g} {100 * ours['matmul_fraction']:.0f}%"
     if not timed:
         return text
     best = min(timed.values(), key=lambda row: row["median_ms"])
@@ -86,6 +92,15 @@ def memory_lines(rows: Iterable[Row]) -> list[str]:
             f"{first['mask']} {_short(first['dtype'])} {_short(first['direction'])} MiB | {' | '.join(cells) or 'none'}"
         )
     return lines
+
+
+def growth_exponent(lengths: list[int], extra: list[float]) -> float | None:
+    """Slope of log(memory) over log(length), by least squares; None unless two lengths have memory to speak of."""
+    points = [(math.log(n), math.log(m)) for n, m in zip(lengths, extra, strict=True) if m >= VISIBLE_MIB]
+    if len(points) < 2:
+        return None
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
 
 
 def groups(rows: list[Row], names: tuple[str, ...], by_head_dim: bool = False) -> list[list[Row]]:

@@ -1,0 +1,465 @@
+"""The benchmarks measure what they say: counts, errors, clocks, rows, and the tables and plots that rows become."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import (  # noqa: E402
+    __main__,
+    attention,
+    cases,
+    gpu_suite,
+    machine,
+    memory,
+    plots,
+    report,
+    rivals,
+    rows,
+    summary,
+    timing,
+)
+from benchmarks.accuracy import Reference  # noqa: E402
+from benchmarks.cases import Case  # noqa: E402
+from benchmarks.conventions import OURS  # noqa: E402
+from benchmarks.inputs import Inputs  # noqa: E402
+
+
+def small(mask: str, direction: str = "forward+backward", dtype: str = "float32") -> Case:
+    return Case(3, 4, 40, 8, mask, dtype, direction)
+
+
+# ---- Cases
+
+
+@pytest.mark.parametrize("mask", cases.MASKS)
+def test_visible_scores_are_those_of_the_mask(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "WINDOW", 7)
+    case = small(mask, "forward")
+    inputs = Inputs(case)
+    visible = inputs.visible().expand(case.batch, 1, -1, -1)
+    if case.is_packed:
+        visible = torch.stack([(torch.arange(40) < n) & (torch.arange(40)[:, None] < n) for n in case.lengths])
+        visible = visible & torch.ones(40, 40).tril().bool()
+    assert case.visible_scores == case.heads * visible.sum().item()
+    assert case.effective_flops == 4 * case.head_dim * case.visible_scores
+
+
+def test_flops_follow_the_usual_formula() -> None:
+    full = Case(2, 16, 1024, 64, "none", "bfloat16", "forward")
+    assert full.flops == full.effective_flops == 4 * 2 * 16 * 1024 * 1024 * 64
+    assert Case(2, 16, 1024, 64, "causal", "bfloat16", "forward").flops == full.flops / 2
+    assert Case(2, 16, 1024, 64, "none", "bfloat16", "backward").flops == 2.5 * full.flops
+    assert Case(2, 16, 1024, 64, "none", "bfloat16", "forward+backward").flops == 3.5 * full.flops
+    assert Case(2, 16, 1024, 64, "decode", "bfloat16", "forward").flops == full.flops / 1024
+
+
+def test_table_covers_every_mask_at_equal_tokens() -> None:
+    table = list(cases.table(cases.GPU))
+    assert len(set(table)) == len(table)
+    assert {case.mask for case in table} == set(cases.MASKS)
+    assert {case.head_dim for case in table} == {64, 128, 256}
+    assert {case.length for case in table} == {512, 1024, 2048, 4096, 8192, 16384}
+    assert all(case.batch * case.length == 16384 for case in table)
+    assert all(case.heads * case.head_dim == 2048 for case in table if case.mask != "gqa")
+    assert {(case.heads, case.kv_heads) for case in table if case.mask == "gqa"} == {(32, 8)}
+
+
+def test_lengths_are_drawn_from_the_whole_range() -> None:
+    lengths = Case(32, 1, 512, 64, "padded-random", "float32", "forward").lengths
+    assert min(lengths) >= 1 and max(lengths) <= 512
+    assert 0.4 * 512 < sum(lengths) / 32 < 0.6 * 512
+    assert lengths != tuple(sorted(lengths))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [({"mask": "diagonal"}, "mask"), ({"direction": "sideways"}, "direction"), ({"mask": "gqa", "heads": 3}, "heads")],
+)
+def test_a_case_that_is_none_names_the_field(change: dict, name: str) -> None:
+    fields = {"batch": 1, "heads": 4, "length": 8, "head_dim": 8, "mask": "none", "dtype": "float32"}
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        Case(**(fields | {"direction": "forward"} | change))
+
+
+# ---- Errors
+
+
+@pytest.mark.parametrize("mask", cases.MASKS)
+@pytest.mark.parametrize("name", [OURS, "torch"])
+def test_ours_and_torch_compute_the_same_cases(mask: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "WINDOW", 7)
+    inputs = Inputs(small(mask, "forward" if mask == "decode" else "forward+backward"), rows_first=True)
+    reference = Reference(inputs)
+    if mask == "varlen" and name == "torch":
+        with pytest.raises(rivals.Cannot, match="packed"):
+            rivals.RIVALS[name].prepare(inputs)
+        return
+    results = rivals.results_of(rivals.RIVALS[name].prepare(inputs), inputs)
+    assert set(results) == {"out"} | (set(inputs.leaves) if mask != "decode" else set())
+    assert reference.is_right(reference.error(results))
+
+
+def test_a_sample_of_heads_finds_what_is_wrong_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.accuracy.ALL_HEADS", 1)
+    inputs = Inputs(Case(2, 16, 24, 8, "gqa", "float32", "forward+backward"))
+    reference = Reference(inputs)
+    results = rivals.results_of(rivals.RIVALS[OURS].prepare(inputs), inputs)
+    assert reference.is_right(reference.error(results))
+    results["key"][1, 3, 5, 2] += 0.01
+    assert not reference.is_right(reference.error(results))
+
+
+def test_nan_is_wrong() -> None:
+    inputs = Inputs(small("none", "forward"))
+    reference = Reference(inputs)
+    results = rivals.results_of(rivals.RIVALS[OURS].prepare(inputs), inputs)
+    results["out"][0, 0, 0, 0] = float("nan")
+    assert not reference.is_right(reference.error(results))
+
+
+# ---- Rivals
+
+
+def run(case: Case, names: list[str]) -> dict[str, rows.Row]:
+    reference = Reference(Inputs(case, rows_first=True))
+    found = attention.run_case(case, torch.device("cpu"), names, reference, timing.CpuTimer(), 3, 0.01)
+    return {row["implementation"]: row for row in found}
+
+
+def test_what_a_rival_cannot_do_is_recorded() -> None:
+    found = run(small("causal"), [OURS, "flash_attn2", "flash_attn3", "flash_attn4", "xformers", "torch-cudnn"])
+    assert found[OURS]["median_ms"] > 0 and found[OURS]["is_right"]
+    for name in ("flash_attn2", "flash_attn3", "flash_attn4", "xformers"):
+        assert "ModuleNotFoundError: No module named" in found[name]["cannot"]
+        assert "median_ms" not in found[name]
+    assert found["torch-cudnn"]["cannot"]
+
+
+def test_a_wrong_result_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(inputs: Inputs) -> rivals.Prepared:
+        return rivals.Prepared(lambda: 1.5 * inputs.query, {"query": inputs.query})
+
+    monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(wrong, "torch"))
+    found = run(small("none", "forward"), [OURS, "torch"])
+    assert found["torch"]["is_right"] is False and "median_ms" not in found["torch"]
+    assert "median_ms" in found[OURS]
+    assert "WRONG: torch" in attention.describe(list(found.values()))
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "padded", "gqa", "varlen", "decode", "causal+padded", "bias"])
+def test_flash_attn_is_asked_by_its_own_conventions(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of its name whose functions do what its documentation says."""
+
+    def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1)):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        bottom_right = torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2]).bool()
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=bottom_right if causal else None, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False):
+        queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        parts = [
+            flash_attn_func(q[None, a:b], k[None, c:d], v[None, c:d], causal)[0]
+            for (a, b), (c, d) in zip(itertools.pairwise(queries), itertools.pairwise(keys), strict=True)
+        ]
+        return torch.cat(parts), None  # some generations return the log-sum-exp too
+
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func, package.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    inputs = Inputs(small(mask, "forward" if mask == "decode" else "forward+backward"), rows_first=True)
+    if mask in ("causal+padded", "bias"):
+        with pytest.raises(rivals.Cannot):
+            rivals.RIVALS["flash_attn2"].prepare(inputs)
+        return
+    reference = Reference(inputs)
+    results = rivals.results_of(rivals.RIVALS["flash_attn2"].prepare(inputs), inputs)
+    assert reference.is_right(reference.error(results))
+
+
+# ---- Clocks
+
+
+def test_rounds_are_interleaved_and_budgeted() -> None:
+    now, calls_made = [0.0], []
+
+    def call(name: str, seconds: float):
+        def run() -> None:
+            calls_made.append(name)
+            now[0] += seconds
+
+        return run
+
+    calls = {"a": call("a", 1.0), "b": call("b", 2.0)}
+    measured = timing.measure(calls, timing.CpuTimer(lambda: now[0]), rounds=10, seconds=15.5)
+    assert measured.times == {"a": [1.0] * 5, "b": [2.0] * 5}  # 3 seconds a round
+    assert calls_made[2:8] == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_short_calls_are_repeated_within_a_round() -> None:
+    now, count = [0.0], [0]
+
+    def call() -> None:
+        count[0] += 1
+        now[0] += 1e-4
+
+    measured = timing.measure({"a": call}, timing.CpuTimer(lambda: now[0]), rounds=4, seconds=1.0)
+    assert measured.times["a"] == pytest.approx([1e-4] * 4)
+    assert count[0] == 1 + 4 * 20
+
+
+def test_rounds_of_a_busy_machine_are_repeated() -> None:
+    now = [0.0]
+
+    def call() -> None:
+        now[0] += 1.0
+
+    answers = iter([True, False] + [True] * 20)
+    measured = timing.measure({"a": call}, timing.CpuTimer(lambda: now[0]), 3, 10.0, lambda: next(answers))
+    assert measured.rejected == 1 and len(measured.times["a"]) == 3
+
+
+class FakeEvent:
+    """Reads the same clock as the calls."""
+
+    clock = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = FakeEvent.clock
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return (end.time - self.time) * 1e3
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device without a GPU on which the code for one runs: events and allocator statistics are made up."""
+    properties = types.SimpleNamespace(L2_cache_size=2**20, name="Fake", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 100_000)
+    return torch.device("cpu")
+
+
+def test_gpu_time_is_that_between_events(fake_gpu: torch.device) -> None:
+    def call() -> None:
+        FakeEvent.clock += 1.0
+
+    measured = timing.measure({"a": call, "b": call}, timing.GpuTimer(fake_gpu), rounds=4, seconds=10.0)
+    assert measured.times == {"a": [1.0] * 4, "b": [1.0] * 4}
+
+
+def test_gpu_memory_is_beyond_what_was_there_and_results(fake_gpu: torch.device) -> None:
+    case = Case(1, 1, 128, 8, "none", "float32", "forward")
+    assert memory._peak_on_gpu(case, "torch", fake_gpu) == memory.Peak(99_000 - 128 * 8 * 4, 128 * 8 * 4)
+
+
+def test_gpu_rows_name_driver_and_capability(fake_gpu: torch.device) -> None:
+    about = machine._gpu(fake_gpu)
+    assert about["device"] == "Fake" and about["capability"] == "9.0" and "driver" in about
+
+
+def test_quantiles() -> None:
+    assert timing.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, 3.5, 5.0)
+    assert timing.quantiles([3.0]) == (3.0, 3.0, 3.0)
+    assert timing.times_of([1e-3, 3e-3])["median_ms"] == pytest.approx(2.0)
+
+
+# ---- Memory
+
+
+def test_growth_exponent() -> None:
+    lengths = [1024, 2048, 4096]
+    assert summary.growth_exponent(lengths, [n * n / 1e5 for n in lengths]) == pytest.approx(2.0)
+    assert summary.growth_exponent(lengths, [n / 500 for n in lengths]) == pytest.approx(1.0)
+    assert summary.growth_exponent(lengths, [0.0, 0.0, 5.0]) is None
+
+
+@pytest.mark.parametrize("capacity", [500, 1024, 5000, 100_000])
+def test_largest_length_to_an_eighth(capacity: int) -> None:
+    def fits(length: int) -> float:
+        if length > capacity:
+            raise MemoryError
+        return 0.0
+
+    found = memory.largest_length(fits)
+    assert found.stopped_by == "memory"
+    assert found.length <= capacity < 1.13 * found.length + 2
+
+
+def test_largest_length_stops_where_calls_get_long() -> None:
+    assert memory.largest_length(lambda length: length / 1e4, longest=2.0) == memory.Largest(8192, "time")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_memory_of_a_call_in_a_process_of_its_own() -> None:
+    case = Case(1, 1, 1024, 8, "none", "float32", "forward")
+    peak = memory.peak_of(case, "torch-math", torch.device("cpu"), threads=1)
+    assert peak.results == 1024 * 8 * 4
+    assert peak.extra > 1024 * 1024 * 4  # a matrix of scores
+
+
+# ---- Commands
+
+
+def test_quick_attention_writes_rows_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = ["attention", "--device", "cpu", "--quick", "--lengths", "32", "--only", "causal", "--commit", "abc"]
+    command += ["--out", str(out), "--rounds", "2", "--seconds", "0.01"]
+    assert __main__.main(command) == 0
+    found = rows.read(out)
+    assert {row["implementation"] for row in found} == {OURS, "torch"}
+    for row in found:
+        assert {"device", "torch", "commit", "date", "shape", "mask", "error", "median_ms", "p20_ms", "p80_ms"} <= set(
+            row
+        )
+        assert row["commit"] == "abc" and row["matmul_fraction"] > 0
+    assert __main__.main([*command, "--resume"]) == 0
+    assert len(rows.read(out)) == len(found)
+    assert "fused_attn" in capsys.readouterr().out
+
+
+def test_quick_cpu_modules_and_report_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "rows.jsonl"
+    shape = ["--shapes", "1,2,32,8", "--rounds", "2", "--seconds", "0.01", "--no-memory", "--no-overhead"]
+    assert __main__.main(["cpu", *shape, "--dtype", "float32", "--out", str(out)]) == 0
+    assert [row["benchmark"] for row in rows.read(out)] == ["cpu"] * 20
+    quick = ["--quick", "--device", "cpu", "--rounds", "1", "--seconds", "0.01", "--out", str(out)]
+    assert __main__.main(["modules", *quick]) == 0
+    modules = rows.select(rows.read(out), benchmark="modules")
+    assert {row["module"] for row in modules} == {
+        "seq2seq", "encoder-layer", "attention", "decoder-layer", "generation"
+    }  # fmt: skip
+    assert all(row["is_right"] and row["tokens_per_s"] > 0 for row in modules)
+    assert len(summary.module_lines(modules)) == 5
+
+
+def test_the_script_of_old_still_runs() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "cpu.py"), "--help"]
+    assert "--probe" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# ---- Rows to tables and plots
+
+
+def gpu_rows() -> list[rows.Row]:
+    about = {
+        "device": "NVIDIA Test", "driver": "1.2", "torch": "2.11", "triton": "3.6", "commit": "abc", "date": "2026-11"
+    }  # fmt: skip
+    found = []
+    for mask, length, (name, ms) in itertools.product(
+        ("causal", "padded"), (512, 1024), ((OURS, 1.0), ("torch", 2.0), ("torch-flash", 1.5))
+    ):
+        case = Case(16384 // length, 16, length, 128, mask, "bfloat16", "forward")
+        row = about | attention._row_of(case, name)
+        if (mask, name) == ("padded", "torch-flash"):
+            found.append(row | {"cannot": "no mask"})
+            continue
+        rate = case.effective_flops / ms / 1e9
+        times = {"median_ms": ms, "effective_tflops": rate, "matmul_tflops": 700.0, "matmul_fraction": rate / 700}
+        found.append(row | times | {"is_right": True})
+    return found
+
+
+def test_the_readme_is_what_the_committed_rows_give() -> None:
+    readme = report.README.read_text()
+    assert report.with_all_results(readme, report.RESULTS) == readme
+    for name in plots.names_of(report.all_rows(report.RESULTS)):
+        assert (report.PLOTS / f"{name}.png").exists()
+
+
+def test_gpu_rows_become_a_table_and_a_summary() -> None:
+    table = report.gpu_tables(gpu_rows())
+    assert "NVIDIA Test, bfloat16, head dim 128, forward" in table
+    assert "| causal | 34 (torch-flash 1.50x) | 69 (torch-flash 1.50x) |" in table
+    assert "(torch 2.00x)" in table.splitlines()[-1]
+    assert report.gpu_tables([]) == ""
+    assert len(summary.attention_lines(gpu_rows())) == 2
+    assert summary.problem_lines(gpu_rows()) == ["cannot: torch-flash in 2 cases: no mask"]
+
+
+def test_rows_become_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    about = {"device": "Test CPU", "benchmark": "memory", "mask": "none", "dtype": "float32"}
+    sizes = [
+        about | {"direction": "forward", "implementation": OURS, "shape": [1, 4, n, 64], "extra_mib": n / 1e3}
+        for n in (512, 1024)
+    ]
+    written = plots.draw_all([*gpu_rows(), *sizes], tmp_path)
+    assert [path.name for path in written] == ["speed-nvidia-test-forward.png", "memory-test-cpu.png"]
+    assert all(path.stat().st_size > 5000 for path in written)
+
+
+# ---- The suite
+
+
+def suite(tmp_path: Path, *arguments: str) -> tuple[int, str]:
+    code = gpu_suite.main(["--device", "cpu", "--commit", "abc", "--out", str(tmp_path / "out"), *arguments])
+    return code, (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_dry_run_of_a_stage_writes_rows_and_a_summary(tmp_path: Path) -> None:
+    code, text = suite(tmp_path, "--minutes", "2", "--only", "bench:decode")
+    assert code == 0
+    assert "bench:decode                 ok" in text
+    assert "decode bf16 D128 fwd | 64: " in text
+    assert rows.read(tmp_path / "out" / "rows.jsonl")[0]["commit"] == "abc"
+
+
+def test_the_suite_keeps_its_time_limit_and_goes_on_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = "import time; print('began', flush=True); time.sleep(60)"
+    stages = (
+        gpu_suite.Stage("broken", lambda suite: 1 / 0, 1.0),
+        gpu_suite.Stage("absent", lambda suite: (_ for _ in ()).throw(gpu_suite.Skip("no tool")), 1.0),
+        gpu_suite.Stage("fails", lambda suite: suite.python("-c", "raise SystemExit(3)"), 1.0),
+        gpu_suite.Stage("long", lambda suite: suite.python("-c", sleep), 1.0),
+        gpu_suite.Stage("never", lambda suite: "ok", 1.0),
+    )
+    monkeypatch.setattr(gpu_suite, "STAGES", stages)
+    monkeypatch.setattr(gpu_suite, "LEAST_SECONDS", 0.5)
+    code, text = suite(tmp_path, "--minutes", str(2 / 60))
+    assert code == 1
+    verdicts = [line.split(maxsplit=1)[1].rsplit(maxsplit=2)[0].strip() for line in text.splitlines()[2:7]]
+    assert verdicts == [
+        "FAILED: ZeroDivisionError: division by zero",
+        "skipped: no tool",
+        "FAILED, exit code 3",
+        "stopped at its time limit",
+        "not run: the time is up",
+    ]
+    assert "began" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_stage_that_does_not_exist_is_an_error_that_lists_them(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["--out", "unused", "--only", "bench:everything"])
+    assert "--only: expected some of bench, environment, build" in capsys.readouterr().err
+    assert [stage.name for stage in gpu_suite.selected(["bench", "tests"])][:2] == ["tests", "bench:causal"]
+
+
+def test_rows_say_where_they_were_measured() -> None:
+    about = machine.about("cpu", commit="abc")
+    assert {"device", "cores", "threads", "isa", "torch", "fused_attn", "python", "commit", "date"} == set(about)
+    assert json.loads(json.dumps(about)) == about
+    assert machine.matmul_tflops(torch.device("cpu"), "float32", 0.01) > 0
