@@ -5,6 +5,7 @@ On a machine with a GPU everything here is marked `gpu`, so that `pytest -m gpu`
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Callable, Iterator
 
@@ -36,7 +37,7 @@ HUGE = ("strides-past-2-31", "strides-past-2-31-mask")
 QUICK = ("gqa-4-2", "padding-nan-decode", "relative-bias-decode", "empty-rows-huge-sinks", "varlen-dropout", "rank-2")
 
 pytestmark = [
-    pytest.mark.usefixtures("poisoned", "patched_language"),
+    pytest.mark.usefixtures("poisoned", "quick_interpreter"),
     # numpy, of infinities that are wanted or thrown away.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
     # Triton 3.6, of every loop bound.
@@ -46,10 +47,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def patched_language() -> Iterator[None]:
-    """`triton.language` as the interpreter wants it, during all tests.
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter, in less than half of its time.
 
-    It does so itself whenever one kernel function calls another, which is a third of its time.
+    It patches `triton.language` whenever one kernel function calls another, where once for all tests is enough, and
+    computes whether integers overflow without telling anybody, unless it is to debug.
     """
     if IS_GPU:
         yield
@@ -60,7 +62,10 @@ def patched_language() -> Iterator[None]:
     patch = interpreter._patch_lang
     scope = patch(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     yield
+    interpreter.interpreter_builder.options = options
     interpreter._patch_lang = patch
     scope.restore()
 
@@ -233,6 +238,25 @@ def test_deterministic(case_id: str) -> None:
         again = cases.run(inputs, "triton")
         for (name, x), (_, y) in zip(first.items(), again.items(), strict=True):
             assert torch.equal(x, y), name
+
+
+WIDE = [
+    Case("wide-window", seqlen_q=70, seqlen_k=67, options={"window_size": (2**40, 2**31 - 1)}),
+    Case("wide-window-causal", seqlen_q=70, seqlen_k=67, options={"window_size": (2**31 - 1, 0), "is_causal": True}),
+    *(case_of(case_id) for case_id in ("softcap-with-everything", "causal-bias-lower-right-window", "varlen-dropout")),
+    *(case_of(case_id) for case_id in HUGE),
+    SPLIT[2],
+]
+
+
+@pytest.mark.skipif(IS_GPU, reason="of the interpreter")
+@pytest.mark.parametrize("case", WIDE, ids=lambda case: case.id)
+def test_integers_do_not_overflow(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import interpreter_builder
+
+    options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=True, debug=True)
+    monkeypatch.setattr(interpreter_builder, "options", options)
+    cases.check(case, torch.float16, "triton")
 
 
 def test_compiled() -> None:
