@@ -10,11 +10,14 @@ from benchmarks.rows import Row, select
 
 #: Below this, what a process needs anyway hides what the call adds.
 VISIBLE_MIB = 1.0
+#: Of problems: the end of an output must hold everything.
+MOST_LINES = 24
 SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "both", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def attention_lines(rows: Iterable[Row]) -> list[str]:
-    """One line for each mask, dtype, head dim and direction: at each length ours and the fastest other one."""
+    """One line for each mask, dtype, head dim and direction: at each length ours, the fastest other one and our lead;
+    at the end the largest part of the device's rate that ours reached."""
     rows = select(rows, benchmark="attention")
     lines = []
     for group in groups(rows, ("mask", "dtype", "direction"), by_head_dim=True):
@@ -22,26 +25,29 @@ def attention_lines(rows: Iterable[Row]) -> list[str]:
         cells = []
         for length in sorted({row["shape"][2] for row in group}):
             cells.append(f"{length}: {_cell([row for row in group if row['shape'][2] == length])}")
+        if parts := [_part(row) for row in select(group, implementation=OURS) if "median_ms" in row]:
+            cells.append(f"{100 * max(parts):.0f}%")
         label = f"{first['mask']} {_short(first['dtype'])} D{first['shape'][3]} {_short(first['direction'])}"
         lines.append(f"{label} | {' | '.join(cells)}")
     return lines
 
 
 def _cell(rows: list[Row]) -> str:
-    """ "412 52% torch 1.08x": effective TFLOP/s, part of the matmul rate, the fastest rival, our lead over it."""
+    """ "412 torch 1.08x": effective TFLOP/s, or GB/s of decoding."""
     timed = {row["implementation"]: row for row in rows if "median_ms" in row}
     if OURS not in timed:
         ours = select(rows, implementation=OURS)
         return "wrong" if ours and ours[0].get("is_right") is False else "no time"
     ours = timed.pop(OURS)
-    if "gb_per_s" in ours:
-        text = f"{ours['gb_per_s']:.4g} GB/s {100 * ours['gb_per_s'] / ours['copy_gb_per_s']:.0f}%"
-    else:
-        text = f"{ours['effective_tflops']:.3g} {100 * ours['matmul_fraction']:.0f}%"
+    text = f"{ours['gb_per_s']:.0f}GB/s" if "gb_per_s" in ours else f"{ours['effective_tflops']:.3g}"
     if not timed:
         return text
     best = min(timed.values(), key=lambda row: row["median_ms"])
     return f"{text} {best['implementation']} {best['median_ms'] / ours['median_ms']:.2f}x"
+
+
+def _part(row: Row) -> float:
+    return row["gb_per_s"] / row["copy_gb_per_s"] if "gb_per_s" in row else row["matmul_fraction"]
 
 
 def problem_lines(rows: Iterable[Row]) -> list[str]:
@@ -59,7 +65,8 @@ def problem_lines(rows: Iterable[Row]) -> list[str]:
         elif "cannot" in row:
             key = row["implementation"], row["cannot"][:90]
             cannot[key] = cannot.get(key, 0) + 1
-    return lines + [f"cannot: {name} in {count} cases: {why}" for (name, why), count in cannot.items()]
+    lines += [f"cannot: {name} in {count} cases: {why}" for (name, why), count in cannot.items()]
+    return lines if len(lines) <= MOST_LINES else [*lines[:MOST_LINES], f"... {len(lines) - MOST_LINES} more"]
 
 
 def module_lines(rows: Iterable[Row]) -> list[str]:
