@@ -85,7 +85,8 @@ def empty_like_layout(like: Tensor, columns: int) -> Tensor:
     if like.stride(3) != 1:
         return torch.empty((*like.shape[:3], columns), dtype=like.dtype, device=like.device)
     if like.shape[3] == columns:
-        return torch.empty_like(like)  # keeps the order of the dimensions
+        x = torch.empty_like(like)  # keeps the order of the dimensions, or of overlapping ones makes up another
+        return x if x.stride(3) == 1 or columns == 1 else x.new_empty(like.shape)
     order = _memory_order(like.stride())
     return like.new_empty((*(like.shape[dim] for dim in order), columns)).permute(*map(order.index, range(3)), 3)
 

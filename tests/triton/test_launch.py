@@ -108,7 +108,7 @@ def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkey
         with Recorder() as recorder:
             out, lse = launcher.forward(problem, query, key, value, sinks, seed, mask, True)
         assert recorder.names <= ALLOCATIONS | VIEWS | COPIES
-        splits = launcher._plan(problem).num_splits > 1 if lse.numel() else False
+        splits = launcher._plan(problem, problem.has_bias).num_splits > 1 if lse.numel() else False
         assert launches == (
             {"attention_fwd_kernel": 1} | ({"merge_splits_kernel": 1} if splits else {}) if lse.numel() else {}
         )

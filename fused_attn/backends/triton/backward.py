@@ -212,17 +212,20 @@ def attention_bwd_dkdv_kernel(
     num_full = (blocks.full_end - blocks.full_start) // settings.BLOCK_M
     num_partial = num_partial_blocks(blocks, settings.BLOCK_M)
     num_heads = tl.where(num_kept == 0, 0, settings.group_size)
+    # A pipeline computes its first addresses before it knows whether there is any step.
+    full_divisor = tl.maximum(num_full, 1)
+    partial_divisor = tl.maximum(num_partial, 1)
     for step in tl.range(0, num_full * num_heads):
-        head = first_head + step // num_full
-        first_row = blocks.full_start + step % num_full * settings.BLOCK_M
+        head = first_head + step // full_divisor
+        first_row = blocks.full_start + step % full_divisor * settings.BLOCK_M
         place = place_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
         dk_acc, dv_acc = _add_dkdv(
             dk_acc, dv_acc, k_tile, v_tile, key, keep, first_key, first_row, q, dout, lse, delta, factor,
             place, masks, settings, IS_FULL=True,
         )  # fmt: skip
     for step in tl.range(0, num_partial * num_heads):
-        head = first_head + step // num_partial
-        first_row = partial_block(blocks, step % num_partial, settings.BLOCK_M)
+        head = first_head + step // partial_divisor
+        first_row = partial_block(blocks, step % partial_divisor, settings.BLOCK_M)
         place = place_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
         dk_acc, dv_acc = _add_dkdv(
             dk_acc, dv_acc, k_tile, v_tile, key, keep, first_key, first_row, q, dout, lse, delta, factor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def forward(
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device) if needs_lse else None
     if out.numel() == 0 and (lse is None or lse.numel() == 0):
         return out, lse
-    plan = _plan(problem)
+    plan = _plan(problem, mask.bias is not None)
     masks = NO_MASKS if problem.is_plain else Masks.of(sinks, seed, mask)
     kernel_out, kernel_lse, num_rows = out, lse, batch * heads * rows
     if plan.num_splits > 1:
@@ -132,8 +133,9 @@ def backward(
     if query.numel() == 0 or key.numel() == 0:
         return _empty_gradients(wanted, dquery, dkey, dvalue, mask, sinks)
 
-    plan = _plan(problem)
+    plan = _plan(problem, mask.bias is not None)
     masks = NO_MASKS if problem.is_plain else Masks.of(sinks, seed, mask)
+    lse = lse.contiguous()  # under vmap it can be an expanded view
     delta = torch.empty(lse.shape, **accumulate)
     is_biased = mask.bias is not None or mask.relative_bias is not None
     factor = torch.empty(lse.shape, **accumulate) if is_biased else None
@@ -250,7 +252,9 @@ def _empty_gradients(wanted, dquery, dkey, dvalue, mask, sinks) -> Gradients:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: AttentionProblem) -> Plan:
+def _plan(problem: AttentionProblem, has_bias: bool) -> Plan:
+    """has_bias: what the problem cannot tell, because a floating-point padding mask becomes a bias."""
+    problem = replace(problem, has_bias=has_bias)
     seqlen_q, seqlen_k, heads, kv_heads = problem.seqlen_q, problem.seqlen_k, problem.num_heads, problem.num_kv_heads
     group_size = heads // max(kv_heads, 1)
     kv_bytes = seqlen_k * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
