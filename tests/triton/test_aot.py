@@ -29,7 +29,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 86, 90, 100])
 def test_every_row_of_the_table(architecture, tmp_path):
-    """No spilled registers, no more shared memory than there is, and products by the fastest matrix instructions."""
+    """No spills beyond `aot.TOLERATED`, no more shared memory than there is, the fastest matrix instructions."""
     table = tmp_path / "table.json"
     process = run("aot.py", "--arch", str(architecture), "--jobs", "2", "--json", str(table))
     print(process.stdout)
