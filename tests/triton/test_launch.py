@@ -128,14 +128,14 @@ def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkey
 
 @pytest.mark.slow
 def test_cost_of_a_call() -> None:
-    """40 us where this was written, with half as much again for a slower machine."""
+    """Best of many, so that a busy machine passes too; small batches feel every microsecond."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("overhead.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     costs = json.loads(done.stdout)
     print("".join(f"\n{name:<20} {cost:5.1f} us" for name, cost in costs.items()))
-    assert all(cost < 60.0 for name, cost in costs.items() if name.startswith("forward"))
+    assert all(cost < 40.0 for name, cost in costs.items() if name.startswith("forward"))
 
 
 @pytest.mark.quick

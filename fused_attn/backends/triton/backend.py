@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fused_attn.backends.base import Gradients, Wanted
-from fused_attn.masks import MaskSpec
 from fused_attn.problem import AttentionProblem
 
 name = "triton"
@@ -50,38 +49,16 @@ def is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def forward(
-    problem: AttentionProblem,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    mask: MaskSpec,
-    needs_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+def forward(problem: AttentionProblem, *inputs) -> tuple[Tensor, Tensor | None]:
     from fused_attn.backends.triton import launcher
 
-    return launcher.forward(problem, query, key, value, sinks, seed, mask, needs_lse)
+    return launcher.forward(problem, *inputs)
 
 
-def backward(
-    problem: AttentionProblem,
-    wanted: Wanted,
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    mask: MaskSpec,
-) -> Gradients:
+def backward(problem: AttentionProblem, wanted: Wanted, *inputs) -> Gradients:
     from fused_attn.backends.triton import launcher
 
-    return launcher.backward(problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, mask)
+    return launcher.backward(problem, wanted, *inputs)
 
 
 @functools.cache
