@@ -48,10 +48,10 @@ class Spills(NamedTuple):
     in_loops: int
 
 
-#: A few bytes may wait on the stack while a kernel loops, and be read by an instruction or two of the hundreds in a
-#: loop: that costs less than a smaller tile. The table is chosen for the newest Triton; an older one may do worse.
+#: A few bytes may wait on the stack while a kernel loops; that costs less than a smaller tile. The table is chosen for
+#: the newest Triton; an older one may do a little worse, even within loops.
 IS_OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-TOLERATED = Spills(128, 32) if IS_OLD_TRITON else Spills(64, 4)
+TOLERATED = Spills(128, 32) if IS_OLD_TRITON else Spills(64, 0)
 #: Exact float32 keeps whole rows of both factors in registers, which no tile is small enough for.
 TOLERATED_FLOAT32_256 = Spills(512, 512)
 

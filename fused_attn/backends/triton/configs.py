@@ -101,8 +101,8 @@ TABLE = {
     },
     ("bias", 2, RICH): {
         64: Row(C(64, 32, 4, 1), C(64, 32, 4, 1), C(64, 64, 8, 1), C(64, 64, 8, 1)),
-        128: Row(C(64, 16, 4, 1), C(64, 16, 4, 1), C(64, 16, 4, 1), C(64, 64, 8, 1)),
-        256: Row(C(64, 16, 4, 1), C(64, 16, 4, 1), C(64, 16, 4, 1), C(64, 16, 4, 1)),
+        128: Row(C(64, 16, 8, 1), C(64, 16, 4, 1), C(64, 16, 4, 1), C(64, 64, 8, 1)),
+        256: Row(C(64, 16, 8, 1), C(64, 16, 4, 1), C(64, 16, 4, 1), C(64, 16, 4, 1)),
     },
     # Exact float32 has no matrix instructions: every architecture multiplies alike, and registers hold the operands.
     ("forward", 4, RICH): {
