@@ -300,13 +300,6 @@ def _noise(truth, wide, options, watch, dout, dlse, dtype) -> dict[str, float]:
         "dkey": score_grad * scale * _largest(wide["query"]),
         "dvalue": 4 * relative * factor * _largest(dout),
     }
-    mask = wide.get("attn_mask")
-    if mask is not None and mask.dim() and mask.shape[-1] == 1 < wide["key"].shape[-2] and delta:
-        # One number for all keys of a row changes no weight: its gradient is the sum of the errors of `delta`, nothing
-        # else, and independent errors add up like the square root of their number.
-        rows = truth.lse.numel() / mask.numel()
-        rms = _rms((truth.out * dout.double()).square().sum(-1).sqrt())
-        noise["dattn_mask"] = max(score_grad, torch.finfo(dtype).eps / 2 * rms * rows**0.5)
     return {name: noise.get(name, score_grad) for name, _ in truth.items()}
 
 

@@ -34,7 +34,6 @@ def attention_bwd_dbias_kernel(
     SUMS_BATCHES: tl.constexpr,
     SUMS_HEADS: tl.constexpr,
     SUMS_ROWS: tl.constexpr,
-    SUMS_COLUMNS: tl.constexpr,
 ):
     """A program owns a tile of scores and sums it over batch and heads as far as the bias broadcasts.
 
@@ -70,17 +69,12 @@ def attention_bwd_dbias_kernel(
 
     # Store the tile, or its sum along the axes on which the bias broadcasts.
     num_rows = row_blocks if SUMS_ROWS else seqlen_q
-    num_columns = column_blocks if SUMS_COLUMNS else seqlen_k
-    base = dbias + matrix.to(tl.int64) * num_rows * num_columns
-    if SUMS_ROWS and SUMS_COLUMNS:
-        tl.store(base + row_block * num_columns + column_block, tl.sum(tl.sum(acc, 1), 0))
-    elif SUMS_ROWS:
-        tl.store(base + row_block.to(tl.int64) * num_columns + key, tl.sum(acc, 0), mask=key < seqlen_k)
-    elif SUMS_COLUMNS:
-        tl.store(base + query.to(tl.int64) * num_columns + column_block, tl.sum(acc, 1), mask=query < seqlen_q)
+    base = dbias + matrix.to(tl.int64) * num_rows * seqlen_k
+    if SUMS_ROWS:
+        tl.store(base + row_block.to(tl.int64) * seqlen_k + key, tl.sum(acc, 0), mask=key < seqlen_k)
     else:
         is_inside = (query[:, None] < seqlen_q) & (key[None, :] < seqlen_k)
-        tl.store(base + query.to(tl.int64)[:, None] * num_columns + key[None, :], acc, mask=is_inside)
+        tl.store(base + query.to(tl.int64)[:, None] * seqlen_k + key[None, :], acc, mask=is_inside)
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "num_batches"))

@@ -183,7 +183,10 @@ def backward(
         tensors = (q, k, v, grad, lse, delta, factor)
         dbias = drelative_bias = None
         if wants_bias:
-            dbias = _dense_bias_gradient(problem, plan.dbias, mask, tensors, masks, sizes)
+            if mask.bias.shape[3] == 1 < problem.seqlen_k:
+                dbias = _row_bias_gradient(mask.bias, lse, dlse, delta, sinks)
+            else:
+                dbias = _dense_bias_gradient(problem, plan.dbias, mask, tensors, masks, sizes)
         if wants_relative_bias:
             drelative_bias = _relative_bias_gradient(problem, plan.dtable, mask, tensors, masks, sizes)
     return Gradients(
@@ -196,8 +199,8 @@ def _dense_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Tensor
     bias = mask.bias
     batch, heads, rows, columns = bias.shape
     row_blocks, column_blocks, _ = launch.grid
-    sums_rows, sums_columns = rows == 1 < problem.seqlen_q, columns == 1 < problem.seqlen_k
-    shape = (batch, heads, row_blocks if sums_rows else rows, column_blocks if sums_columns else columns)
+    sums_rows = rows == 1 < problem.seqlen_q
+    shape = (batch, heads, row_blocks if sums_rows else rows, columns)
     dbias = torch.empty(shape, dtype=torch.float32, device=bias.device)
     attention_bwd_dbias_kernel[(row_blocks * column_blocks * heads * batch, 1, 1)](
         *tensors,
@@ -209,10 +212,22 @@ def _dense_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Tensor
         SUMS_BATCHES=batch < problem.batch,
         SUMS_HEADS=heads < problem.num_heads,
         SUMS_ROWS=sums_rows,
-        SUMS_COLUMNS=sums_columns,
         **launch.options,
     )
     return dbias.sum_to_size(bias.shape).to(bias.dtype)
+
+
+def _row_bias_gradient(bias: Tensor, lse: Tensor, dlse: Tensor | None, delta: Tensor, sinks: Tensor | None) -> Tensor:
+    """(B|1, H|1, L|1, 1), of a bias that is one number for all keys of a row.
+
+    It moves the LSE, and weight from the sink to the keys; summing the scores' gradients over the keys, which all but
+    cancel, would leave their rounding errors.
+    """
+    drow = torch.zeros_like(lse) if dlse is None else dlse
+    if sinks is not None:
+        drow = drow + delta * torch.exp(sinks.float()[:, None] - lse)
+    drow = drow.masked_fill(lse == float("-inf"), 0.0)
+    return drow.unsqueeze(3).sum_to_size(bias.shape).to(bias.dtype)
 
 
 def _relative_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Tensor:
