@@ -1,8 +1,8 @@
 """Numerical self-check of every backend that can run here: ``python -m fused_attn check``.
 
 Against a float64 evaluation of the reference formula, the error may be at most 1.5 times that of PyTorch's eager
-attention in the same dtype, plus one unit in the last place of the result. Gradients of masks and sinks, which are sums
-over rows and batches in another order than eager's, have eight of the float32 that the sums are taken in besides.
+attention in the same dtype, plus one unit in the last place of the result and one of the float32 that it is summed in.
+For gradients of masks and sinks, sums over rows and batches in another order than eager's, those are eight.
 """
 
 from __future__ import annotations
@@ -139,9 +139,9 @@ def _judge(
     """The worst of all outputs, by how much of its allowance it uses."""
     results = []
     for index, (x, plain, truth) in enumerate(zip(ours, eager, exact, strict=True)):
-        is_sum = index >= NUM_COMMON_RESULTS
-        ulp = torch.finfo(dtype).eps + (SUM_ULPS * torch.finfo(torch.float32).eps if is_sum else 0.0)
-        allowed = SLACK * (plain - truth).abs().max().item() + ulp * truth.abs().max().item()
+        sum_ulps = 1.0 if index < NUM_COMMON_RESULTS else SUM_ULPS
+        ulps = torch.finfo(dtype).eps + sum_ulps * torch.finfo(torch.float32).eps
+        allowed = SLACK * (plain - truth).abs().max().item() + ulps * truth.abs().max().item()
         results.append(Result(label, dtype, case, (x - truth).abs().max().item(), allowed))
     return max(results, key=lambda r: r.error / r.allowed if r.error == r.error else float("inf"))
 
