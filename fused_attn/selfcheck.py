@@ -1,8 +1,9 @@
 """Numerical self-check of every backend that can run here: ``python -m fused_attn check``.
 
 Against a float64 evaluation of the reference formula, the error may be at most 1.5 times that of PyTorch's eager
-attention in the same dtype, plus one unit in the last place of the result and one of the float32 that it is summed in.
-For gradients of masks and sinks, sums over rows and batches in another order than eager's, those are eight.
+attention in the same dtype, plus one unit in the last place of the result and two of the float32 that it is summed in
+(dP - delta cancels, which magnifies the rounding of both). For gradients of masks and sinks, sums over rows and batches
+in another order than eager's, those are eight.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from fused_attn.api import explain, fused_attention
 from fused_attn.backends import cpu, reference
 
 SLACK = 1.5
-SUM_ULPS = 8.0
 NUM_COMMON_RESULTS = 5  # out, lse, dquery, dkey, dvalue; gradients of learned masks follow
 
 
@@ -139,8 +139,8 @@ def _judge(
     """The worst of all outputs, by how much of its allowance it uses."""
     results = []
     for index, (x, plain, truth) in enumerate(zip(ours, eager, exact, strict=True)):
-        sum_ulps = 1.0 if index < NUM_COMMON_RESULTS else SUM_ULPS
-        ulps = torch.finfo(dtype).eps + sum_ulps * torch.finfo(torch.float32).eps
+        float32_ulps = 2.0 if index < NUM_COMMON_RESULTS else 8.0
+        ulps = torch.finfo(dtype).eps + float32_ulps * torch.finfo(torch.float32).eps
         allowed = SLACK * (plain - truth).abs().max().item() + ulps * truth.abs().max().item()
         results.append(Result(label, dtype, case, (x - truth).abs().max().item(), allowed))
     return max(results, key=lambda r: r.error / r.allowed if r.error == r.error else float("inf"))
