@@ -1,6 +1,7 @@
 """Compiles every row of the Triton backend's table of tiles, without a GPU, and prints what each kernel needs.
 
-The representative of a row is the problem with all the features that the row is for: it needs the most registers.
+A row is compiled for the combination of features that needs most registers; with ``--all``, for every one that it is
+for. A row for anything stands for all of them at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 # Read when the kernels are imported: they are to be compiled, even from a test session that interprets them.
@@ -38,7 +40,7 @@ KERNELS = {
     "bias": launcher.attention_bwd_dbias_kernel,
     "relative bias": launcher.attention_bwd_dtable_kernel,
 }
-DTYPES = {2: torch.float16, 4: torch.float32}
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
 class Spills(NamedTuple):
@@ -58,17 +60,27 @@ TOLERATED_FLOAT32_256 = Spills(512, 512)
 BATCH, HEADS, KV_HEADS, LENGTH = 2, 4, 2, 1024
 
 
+EVERYTHING = "padding+sinks+bias+relative_bias+softcap+dropout"
+#: What other rows of `configs.TABLE` than those for nothing and for anything are for, the greediest first.
+MASKS = {
+    configs.ONE: ("mask", "bias", "softcap", "dropout"),
+    configs.ONE_AND_DROPOUT: ("bias+dropout", "mask+dropout", "softcap+dropout"),
+    configs.RELATIVE_BIAS: ("relative_bias+dropout", "relative_bias"),
+}
+#: Other shapes and masks that share rows with those above, each compiled on one width.
+LAYOUTS = ("varlen", "float-padding", "padding+decode")
+
+
 class Cell(NamedTuple):
-    """A row of the table (for all kernels) on one architecture."""
+    """One problem on one architecture. features: names joined by "+"."""
 
     architecture: int
-    dtype_bytes: int
+    dtype: str
     head_dim: int
-    is_rich: bool
+    features: str
 
     def __str__(self) -> str:
-        features = "rich" if self.is_rich else "plain"
-        return f"sm_{self.architecture} {8 * self.dtype_bytes}-bit head dim {self.head_dim} {features}"
+        return f"sm_{self.architecture} {self.dtype} {self.head_dim} {self.features}"
 
 
 class Resources(NamedTuple):
@@ -112,13 +124,13 @@ class Resources(NamedTuple):
     @property
     def faults(self) -> list[str]:
         faults = []
-        tolerated = TOLERATED_FLOAT32_256 if self.cell[1:3] == (4, 256) else TOLERATED
+        tolerated = TOLERATED_FLOAT32_256 if self.cell[1:3] == ("fp32", 256) else TOLERATED
         if self.spills > tolerated.stack or self.spills_in_loops > tolerated.in_loops:
             faults.append(f"{self.spills} bytes spilled, {self.spills_in_loops} instructions for it in loops")
         limit = ARCHITECTURES[self.cell.architecture].shared_per_block * 1024
         if self.shared > limit:
             faults.append(f"{self.shared} bytes of shared memory, there are {limit}")
-        if self.cell.dtype_bytes == 2:
+        if self.cell.dtype != "fp32":
             wanted = {8: "mma.sync", 9: "wgmma", 10: "tcgen05"}[self.cell.architecture // 10]
             if self.rows < 64:
                 wanted = "mma.sync"  # the others multiply 64 rows at once
@@ -127,14 +139,25 @@ class Resources(NamedTuple):
         return faults
 
 
-def cells(architectures: Iterable[int]) -> Iterator[Cell]:
-    """Every row of the table; those of float32, which uses no matrix instructions, on one architecture."""
+def cells(architectures: Iterable[int], wants_all: bool) -> Iterator[Cell]:
+    """Every row of the table; those of exact float32, which uses no matrix instructions, on one architecture."""
     for architecture in architectures:
         for head_dim in configs.HEAD_DIMS:
-            yield Cell(architecture, 2, head_dim, False)
-            yield Cell(architecture, 2, head_dim, True)
+            yield Cell(architecture, "fp16", head_dim, "padding+sinks")
+            yield Cell(architecture, "fp16", head_dim, EVERYTHING)
+            if head_dim in configs.TABLE["forward", configs.TF32, configs.PLAIN]:
+                yield Cell(architecture, "tf32", head_dim, "padding+sinks")
+            if (head_dim, f"sm_{architecture}") in configs.SPECIALIZED:
+                yield Cell(architecture, "fp16", head_dim, "specialized+sinks")
+                yield Cell(architecture, "fp16", head_dim, "specialized+varlen")
             if architecture == min(ARCHITECTURES):
-                yield Cell(architecture, 4, head_dim, True)
+                yield Cell(architecture, "fp32", head_dim, EVERYTHING)
+            for features, masks in MASKS.items():
+                if head_dim in configs.TABLE["forward", 2, features]:
+                    for mask in masks if wants_all else masks[:1]:
+                        yield Cell(architecture, "fp16", head_dim, f"padding+sinks+{mask}")
+        for layout in LAYOUTS:
+            yield Cell(architecture, "fp16", 64, layout)
 
 
 def compile_cell(cell: Cell) -> list[Resources]:
@@ -144,47 +167,76 @@ def compile_cell(cell: Cell) -> list[Resources]:
     for kernel in KERNELS.values():
         stub_driver.forget(kernel)
     problem, tensors = representative(cell)
+    # As the launcher sees it.
+    known = replace(problem, has_bias=tensors[-1].bias is not None, allows_tf32=cell.dtype == "tf32")
     started = time.perf_counter()
-    launch(problem, *tensors)
+    torch.set_float32_matmul_precision("high" if cell.dtype == "tf32" else "highest")
+    names = cell.features.split("+")
+    if "specialized" in names or "decode" in names:
+        launcher.forward(problem, *tensors, needs_lse=True)
+    else:
+        # Gradients of biases have rows for anything alone.
+        launch(problem, *tensors, wants_bias=cell.features == EVERYTHING)
     results = []
     for name, kernel in KERNELS.items():
         # The launcher compiles nothing that the problem does not need.
         for binary in stub_driver.compiled(kernel):
-            results.append(_resources(cell, name, problem, binary))
+            results.append(_resources(cell, name, known, binary))
     seconds = (time.perf_counter() - started) / len(results)
     return [result._replace(seconds=seconds) for result in results]
 
 
 def representative(cell: Cell) -> tuple[AttentionProblem, tuple]:
-    """The problem with all features of the row, and its query, key, value, sinks, seed and masks."""
-    dtype, head_dim, rich = DTYPES[cell.dtype_bytes], cell.head_dim, cell.is_rich
+    """A windowed problem with the cell's features, and its query, key, value, sinks, seed and masks."""
+    dtype, head_dim, features = DTYPES[cell.dtype], cell.head_dim, cell.features.split("+")
+    is_packed, seqlen_q = "varlen" in features, 1 if "decode" in features else LENGTH
     problem = AttentionProblem(
-        BATCH, HEADS, KV_HEADS, LENGTH, LENGTH, head_dim, head_dim, dtype,
+        BATCH, HEADS, KV_HEADS, seqlen_q, LENGTH, head_dim, head_dim, dtype,
         torch.device("cuda", cell.architecture),
         scale=head_dim**-0.5,
-        softcap=30.0 if rich else 0.0,
-        dropout_p=0.1 if rich else 0.0,
+        softcap=30.0 if "softcap" in features else 0.0,
+        dropout_p=0.1 if "dropout" in features else 0.0,
         band=Band(left=300, right=100),
-        has_key_padding=True,
-        has_bias=rich,
-        has_relative_bias=rich,
-        has_sinks=True,
+        is_packed=is_packed,
+        has_mask="mask" in features,
+        has_key_padding="padding" in features,
+        has_bias="bias" in features,
+        has_relative_bias="relative_bias" in features,
+        has_sinks="sinks" in features,
         capability=divmod(cell.architecture, 10),
     )  # fmt: skip
-    query = torch.empty(BATCH, HEADS, LENGTH, head_dim, dtype=dtype)
-    key, value = (torch.empty(BATCH, KV_HEADS, LENGTH, head_dim, dtype=dtype) for _ in range(2))
+
+    def rows(heads: int, length: int) -> torch.Tensor:
+        shape = (1, heads, BATCH * length) if is_packed else (BATCH, heads, length)
+        return torch.empty(*shape, head_dim, dtype=dtype)
+
+    cu_seqlens = torch.empty(BATCH + 1, dtype=torch.int32) if is_packed else None
+    bias = None
+    if "bias" in features:
+        bias = torch.empty(BATCH, HEADS, seqlen_q, LENGTH, dtype=dtype)
+    elif "float-padding" in features:
+        bias = torch.empty(BATCH, 1, 1, LENGTH, dtype=dtype)
     mask = MaskSpec(
-        bias=torch.empty(BATCH, HEADS, LENGTH, LENGTH, dtype=dtype) if rich else None,
-        relative_bias=torch.empty(HEADS, 2 * LENGTH - 1, dtype=dtype) if rich else None,
-        key_padding=torch.empty(BATCH, LENGTH, dtype=torch.bool),
+        mask=torch.empty(BATCH, 1, seqlen_q, LENGTH, dtype=torch.bool) if "mask" in features else None,
+        bias=bias,
+        relative_bias=torch.empty(HEADS, seqlen_q + LENGTH - 1, dtype=dtype) if problem.has_relative_bias else None,
+        key_padding=torch.empty(BATCH, LENGTH, dtype=torch.bool) if problem.has_key_padding else None,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
     )
-    seed = torch.empty((), dtype=torch.int64) if rich else None
-    return problem, (query, key, value, torch.empty(HEADS), seed, mask)
+    sinks = torch.empty(HEADS) if problem.has_sinks else None
+    seed = torch.empty((), dtype=torch.int64) if problem.dropout_p else None
+    return problem, (rows(HEADS, seqlen_q), *(rows(KV_HEADS, LENGTH) for _ in range(2)), sinks, seed, mask)
 
 
-def launch(problem: AttentionProblem, query, key, value, sinks, seed, mask: MaskSpec) -> None:
+def launch(
+    problem: AttentionProblem, query, key, value, sinks, seed, mask: MaskSpec, wants_bias: bool = True
+) -> None:  # fmt: skip
     out, lse = launcher.forward(problem, query, key, value, sinks, seed, mask, needs_lse=True)
-    wanted = Wanted(True, True, True, mask.bias is not None, mask.relative_bias is not None, sinks is not None)
+    wanted = Wanted(
+        True, True, True, wants_bias and mask.bias is not None, wants_bias and mask.relative_bias is not None,
+        sinks is not None,
+    )  # fmt: skip
     launcher.backward(problem, wanted, out, None, query, key, value, out, lse, sinks, seed, mask)
 
 
@@ -213,7 +265,7 @@ def compile_all(cells: Iterable[Cell], jobs: int) -> Iterator[Resources]:
 
 
 HEADER = (
-    f"{'row':38}{'kernel':15}{'tile':9}{'warps':>5}{'stages':>7}{'registers':>10}{'spilled':>8}"
+    f"{'row':58}{'kernel':15}{'tile':9}{'warps':>5}{'stages':>7}{'registers':>10}{'spilled':>8}"
     f"{'shared':>9}{'blocks/SM':>10}{'matrix products':>22}{'time':>7}"
 )
 
@@ -221,7 +273,7 @@ HEADER = (
 def line(result: Resources) -> str:
     mma = ", ".join(f"{count} {kind}" for kind, count in result.mma.items() if count) or "none"
     text = (
-        f"{result.cell!s:38}{result.kernel:15}{result.tile:9}{result.warps:5}{result.stages:7}{result.registers:10}"
+        f"{result.cell!s:58}{result.kernel:15}{result.tile:9}{result.warps:5}{result.stages:7}{result.registers:10}"
         f"{result.spills:8}{result.shared / 1024:8.1f}K{result.blocks_per_multiprocessor:10}{mma:>22}"
         f"{result.seconds:6.1f}s"
     )
@@ -231,12 +283,13 @@ def line(result: Resources) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--all", action="store_true", help="every combination of features that a row is for")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations side by side")
     parser.add_argument("--json", metavar="FILE", help="where to store what is printed")
     arguments = parser.parse_args()
     print(HEADER)
     results = []
-    for result in compile_all(cells(arguments.arch), arguments.jobs):
+    for result in compile_all(cells(arguments.arch, arguments.all), arguments.jobs):
         print(line(result), flush=True)
         results.append(result)
     if arguments.json:

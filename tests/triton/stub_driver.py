@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -38,7 +39,7 @@ ARCHITECTURES = {
 class Usage(NamedTuple):
     """What a thread needs. stack: bytes, all of them spilled registers, as the kernels neither call nor index arrays.
 
-    spills_in_loops: instructions within loops that store to the stack or load from it
+    spills_in_loops: instructions in hot loops that store to the stack or load from it
     """
 
     registers: int
@@ -63,12 +64,56 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def _spills_in_loops(sass: str) -> int:
-    """A loop reaches from the target of a branch back to that branch."""
-    instructions = [(int(address, 16), code) for address, code in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass)]
-    branches = [(address, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", code)) for address, code in instructions]
-    loops = [(int(branch[1], 16), address) for address, branch in branches if branch and int(branch[1], 16) < address]
-    spills = (address for address, code in instructions if re.search(r"\b(STL|LDL)\b", code))
-    return sum(any(start <= address <= end for start, end in loops) for address in spills)
+    """In the innermost loops around a matrix product or an exponential: there a kernel spends its time.
+
+    Code far away that waits for a barrier and comes back makes no loop. The loop in which specialised warps wait for
+    work, known by its indirect branch, is left once.
+    """
+    code = {int(address, 16): text for address, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass)}
+    successors = _control_flow(code)
+    predecessors = {address: [] for address in code}
+    for address, following in successors.items():
+        for target in following:
+            predecessors[target].append(address)
+    loops = []
+    for branch, following in successors.items():
+        for target in following:
+            # A natural loop: all ways to the branch lead through its target.
+            if target <= branch and branch not in _reachable(successors, min(code), avoiding=target):
+                loops.append(_reachable(predecessors, branch, avoiding=target) | {target})
+    loops = sorted((loop for loop in loops if not any("BRX" in code[address] for address in loop)), key=len)
+    hot = set()
+    for address, text in code.items():
+        if re.search(r"MMA|MUFU\.EX2", text):
+            hot |= next((loop for loop in loops if address in loop), set())
+    return sum(address in hot and re.search(r"\b(STL|LDL)\b", text) is not None for address, text in code.items())
+
+
+def _control_flow(code: dict[int, str]) -> dict[int, list[int]]:
+    """Where each instruction can lead. An indirect branch: to whatever follows an instruction that nothing passes."""
+    addresses = sorted(code)
+    next_of = dict(itertools.pairwise(addresses))
+    is_passed = {address: not re.match(r"(BRA 0x|BRA\.U 0x|EXIT|RET|BRX)", code[address].strip()) for address in code}
+    entries = [next_of[address] for address in addresses[:-1] if not is_passed[address]]
+    successors = {}
+    for address in addresses:
+        following = [next_of[address]] if is_passed[address] and address in next_of else []
+        if target := re.search(r"\b(?:BRA|CALL)\b.*?(0x[0-9a-f]+)", code[address]):
+            following.append(int(target[1], 16))
+        elif re.search(r"\bBRX\b", code[address]):
+            following += entries
+        successors[address] = following
+    return successors
+
+
+def _reachable(edges: dict[int, list[int]], start: int, avoiding: int) -> set[int]:
+    seen, waiting = set(), [start]
+    while waiting:
+        address = waiting.pop()
+        if address not in seen and address != avoiding:
+            seen.add(address)
+            waiting += edges[address]
+    return seen
 
 
 class _Utils:

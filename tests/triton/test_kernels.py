@@ -5,6 +5,7 @@ On a machine with a GPU everything here is marked `gpu`, so that `pytest -m gpu`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 from collections.abc import Callable, Iterator
@@ -22,10 +23,11 @@ from test_fuzz import attention_cases, fuzz, packed_cases
 from torch import Tensor
 
 import fused_attn
+from fused_attn.problem import AttentionProblem
 
 pytest.importorskip("triton.language")
 
-from fused_attn.backends.triton import decode, launcher
+from fused_attn.backends.triton import configs, decode, launcher, tuned
 
 IS_GPU = DEVICE == "cuda"
 # The interpreter does not multiply bfloat16.
@@ -227,6 +229,55 @@ def test_split_keys(case: Case, decide_splits) -> None:
     decide_splits(lambda *args: 1)
     whole = cases.check(case, torch.float32, "triton", DEVICE)
     torch.testing.assert_close(dict(split.items()), dict(whole.items()))
+
+
+SPECIALIZED = [
+    Case("specialized", seqlen_q=150, seqlen_k=147, head_dim=64, has_dlse=True),
+    Case("specialized-causal", seqlen_q=200, seqlen_k=130, head_dim=40, value_dim=24, options={"is_causal": True}),
+    Case("specialized-transposed-lower-right", seqlen_q=130, seqlen_k=200, query_layout="blhd",
+         kv_layout="blhd", attn_mask=cases.lower_right, has_dlse=True),
+    Case("specialized-window-gqa-sinks", heads=4, kv_heads=2, seqlen_q=200, seqlen_k=200,
+         options={"window_size": (50, 9)}, sinks=cases.sink()),
+    Case("specialized-blind-rows", seqlen_q=140, seqlen_k=33, options={"window_size": (20, 0)}, has_dlse=True),
+    Case("specialized-varlen", lengths_q=(5, 200, 0, 130), lengths_k=(200, 5, 7, 130), options={"is_causal": True}),
+    Case("specialized-varlen-full", lengths_q=(129, 1), lengths_k=(0, 131)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPECIALIZED, ids=lambda case: case.id)
+def test_warp_specialized(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles by TMA, in a loop of its own. Without a GPU small ones, where configs.py would have no such loop."""
+    with specialized(monkeypatch):
+        cases.check(case, torch.float16, "triton", DEVICE)
+
+
+def test_warp_specialized_tiles_end_with_the_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TMA could read on into the next sequence, and 0 * NaN is NaN."""
+    rows, cu_seqlens = torch.randn(300, 2, 64, dtype=torch.float16, device=DEVICE), torch.tensor([0, 140, 300])
+    poisoned = rows.index_fill(0, torch.arange(140, 300, device=DEVICE), float("nan"))
+    cu_seqlens = cu_seqlens.to(DEVICE, torch.int32)
+    with specialized(monkeypatch):
+        out = fused_attn.fused_attention_varlen(
+            rows, poisoned, poisoned, cu_seqlens, cu_seqlens, 160, 160, backend="triton"
+        )  # fmt: skip
+    assert out[:140].isfinite().all() and out[140:].isnan().all()
+
+
+@contextlib.contextmanager
+def specialized(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails unless the forward kernel that is called meanwhile is specialised; skips where the GPU's table has none."""
+    taken = []
+    with_scratch = launcher._WithScratch
+    monkeypatch.setattr(launcher, "_WithScratch", lambda kernel: taken.append(kernel) or with_scratch(kernel))
+    if IS_GPU:
+        problem = AttentionProblem(1, 1, 1, 128, 128, 64, 64, torch.float16, torch.device(DEVICE), 1.0)
+        if not configs.choose("forward", problem).warp_specialize:
+            pytest.skip("the table has nothing specialised for this GPU")
+        yield
+    else:
+        with tuned.forced("forward", configs.Config(64, 32, warp_specialize=True)):
+            yield
+    assert taken
 
 
 @pytest.mark.parametrize("case_id", ["softcap-with-everything", "gqa-6-2-causal-padded"])

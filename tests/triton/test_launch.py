@@ -23,7 +23,7 @@ from fused_attn.problem import AttentionProblem
 
 pytest.importorskip("triton.language")
 
-from fused_attn.backends.triton import arguments, configs, launcher
+from fused_attn.backends.triton import launcher
 from fused_attn.backends.triton import backend as triton_backend
 
 EVERY_CASE = pytest.mark.parametrize(
@@ -97,6 +97,7 @@ def arguments_of_backend(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> tup
 
 
 @EVERY_CASE
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors have no contents: whoever asks for some raises."""
     inputs = case.make(torch.float16)
@@ -110,7 +111,7 @@ def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkey
         with Recorder() as recorder:
             out, lse = launcher.forward(problem, query, key, value, sinks, seed, mask, True)
         assert recorder.names <= ALLOCATIONS | VIEWS | COPIES
-        splits = launcher._plan(problem, problem.has_bias).num_splits > 1 if lse.numel() else False
+        splits = launcher._plan(problem, problem.has_bias, False).num_splits > 1 if lse.numel() else False
         assert launches == (
             {"attention_fwd_kernel": 1} | ({"merge_splits_kernel": 1} if splits else {}) if lse.numel() else {}
         )
@@ -143,11 +144,10 @@ def test_cost_of_a_call() -> None:
 
 @pytest.mark.quick
 def test_tf32_only_where_torch_allows_it() -> None:
-    problem = AttentionProblem(1, 1, 1, 8, 8, 16, 16, torch.float32, torch.device("cpu"), 1.0)
-    settings = arguments.Settings.of(problem, configs.Config(16, 16))
-
     def precision(dtype: torch.dtype) -> str:
-        return settings.for_call(None, dtype).PRECISION.value
+        problem = AttentionProblem(1, 1, 1, 8, 8, 16, 16, dtype, torch.device("cpu"), 1.0)
+        plan = launcher._plan(problem, False, launcher._allows_tf32(dtype))
+        return plan.forward.settings.PRECISION.value
 
     before = torch.backends.cuda.matmul.fp32_precision
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -97,7 +96,6 @@ NO_MASKS = Masks(None, NO_SCORES, NO_SCORES, None, 0, None, None, None, None)
 
 
 _FOLDED_SCALES = (2.0**-20, 2.0**20)
-_TF32 = tl.constexpr("tf32")
 
 
 class Settings(NamedTuple):
@@ -128,19 +126,12 @@ class Settings(NamedTuple):
     BLOCK_N: tl.constexpr
     PRECISION: tl.constexpr
 
-    def for_call(self, bias: Tensor | None, dtype: torch.dtype) -> Settings:
-        """With what the problem does not tell: that a floating-point padding mask is a bias, that torch allows TF32."""
-        settings = self if bias is None else self._replace(is_scale_folded=None)
-        if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-            settings = settings._replace(PRECISION=_TF32)
-        return settings
-
     @classmethod
     def of(cls, problem: AttentionProblem, config: Config) -> Settings:
         band = problem.band
         # A window wider than all distances is none. This also keeps sums of positions within 32 bits.
         reach = problem.seqlen_q + problem.seqlen_k + abs(band.offset)
-        is_changed = problem.softcap or problem.has_relative_bias
+        is_changed = problem.softcap or problem.has_bias or problem.has_relative_bias
         return cls(
             problem.num_heads,
             problem.num_heads // max(problem.num_kv_heads, 1),
@@ -160,7 +151,7 @@ class Settings(NamedTuple):
                     padded_head_dim(problem.value_dim),
                     config.block_m,
                     config.block_n,
-                    "ieee",
+                    "tf32" if problem.allows_tf32 else "ieee",
                 ),
             ),
         )

@@ -8,6 +8,7 @@ registers, in the proportions that are known to be fast (FlashAttention 2 and Fl
 from __future__ import annotations
 
 import bisect
+import enum
 from typing import NamedTuple
 
 import triton
@@ -16,12 +17,17 @@ from fused_attn.problem import AttentionProblem
 
 
 class Config(NamedTuple):
-    """block_m queries x block_n keys per tile; stages of the software pipeline."""
+    """block_m queries x block_n keys per tile; stages of the software pipeline.
+
+    warp_specialize: more warps than `num_warps` run, and one of them copies tiles by TMA for the others; see
+        `SPECIALIZED`
+    """
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
+    warp_specialize: bool = False
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -60,12 +66,25 @@ ARCHITECTURES = (
 #: A row holds up to its head dim, the wider of keys and values.
 HEAD_DIMS = (64, 128, 256)
 
-#: Scores changed by nothing but scale, band and padding; and everything else, which needs registers beside them.
-PLAIN, RICH = False, True
+
+class Features(enum.Enum):
+    """What changes scores, and so needs registers beside them. Scale, band, padding and sinks do not count."""
+
+    PLAIN = "nothing"
+    ONE = "a mask, a bias, a soft cap or dropout"
+    ONE_AND_DROPOUT = "dropout, and a mask, a bias or a soft cap"
+    RELATIVE_BIAS = "a relative bias, perhaps dropout"
+    ANY = "anything"
+
+
+PLAIN, ONE, ONE_AND_DROPOUT, RELATIVE_BIAS, ANY = Features
+
+#: Float32 whose products torch allows to be rounded: matrix instructions, for factors of 4 bytes.
+TF32 = "tf32"
 
 C = Config
 
-#: (kernel, bytes per element, features) -> head dim up to -> configurations.
+#: (kernel, bytes per element or TF32, features) -> head dim up to -> configurations.
 TABLE = {
     # 4 warps at head dim 64: two blocks share a multiprocessor, one multiplies while the other takes exponentials.
     ("forward", 2, PLAIN): {
@@ -73,7 +92,20 @@ TABLE = {
         128: Row(C(128, 64, 8, 3), C(128, 64, 8, 2), C(128, 128, 8, 2), C(128, 64, 8, 2)),
         256: Row(C(64, 32, 8, 2), C(64, 32, 8, 1), C(128, 64, 8, 2), C(128, 32, 8, 2)),
     },
-    ("forward", 2, RICH): {
+    ("forward", 2, ONE): {
+        64: Row(C(128, 64, 8, 3), C(128, 64, 8, 2), C(128, 64, 8, 3), C(128, 64, 8, 2)),
+        128: Row(C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
+    },
+    ("forward", 2, ONE_AND_DROPOUT): {
+        64: Row(C(128, 64, 8, 3), C(128, 64, 8, 2), C(128, 64, 8, 3), C(128, 64, 8, 2)),
+        128: Row(C(128, 32, 8, 2), C(128, 32, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
+    },
+    # Each score's address is its own: a gather, which keeps many registers.
+    ("forward", 2, RELATIVE_BIAS): {
+        64: Row(C(128, 64, 8, 3), C(128, 64, 8, 2), C(128, 64, 8, 3), C(128, 64, 8, 2)),
+        128: Row(C(64, 32, 4, 2), C(64, 32, 4, 2), C(128, 32, 8, 2), C(128, 64, 8, 2)),
+    },
+    ("forward", 2, ANY): {
         64: Row(C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
         128: Row(C(128, 32, 8, 2), C(128, 32, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
         256: Row(C(64, 32, 8, 1), C(64, 32, 8, 1), C(64, 16, 4, 2), C(64, 32, 8, 1)),
@@ -83,7 +115,19 @@ TABLE = {
         128: Row(C(64, 64, 8, 2), C(64, 64, 8, 1), C(128, 64, 8, 2), C(128, 64, 8, 2)),
         256: Row(C(64, 32, 8, 1), C(16, 32, 4, 1), C(128, 32, 8, 1), C(64, 32, 8, 1)),
     },
-    ("dq", 2, RICH): {
+    ("dq", 2, ONE): {
+        64: Row(C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
+        128: Row(C(64, 64, 8, 2), C(64, 64, 8, 1), C(128, 32, 8, 2), C(128, 32, 8, 2)),
+    },
+    ("dq", 2, ONE_AND_DROPOUT): {
+        64: Row(C(128, 32, 8, 2), C(128, 32, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
+        128: Row(C(64, 64, 8, 2), C(64, 64, 8, 1), C(128, 32, 8, 2), C(128, 32, 8, 2)),
+    },
+    ("dq", 2, RELATIVE_BIAS): {
+        64: Row(C(128, 32, 8, 2), C(128, 32, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
+        128: Row(C(64, 64, 8, 2), C(64, 64, 8, 1), C(128, 32, 8, 2), C(128, 32, 8, 2)),
+    },
+    ("dq", 2, ANY): {
         64: Row(C(64, 32, 4, 1), C(64, 32, 4, 1), C(64, 32, 4, 1), C(64, 32, 4, 1)),
         128: Row(C(64, 32, 8, 1), C(64, 32, 8, 1), C(128, 32, 8, 1), C(64, 32, 4, 1)),
         256: Row(C(16, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 4, 1), C(64, 16, 4, 1)),
@@ -94,38 +138,84 @@ TABLE = {
         128: Row(C(64, 64, 8, 2), C(64, 64, 8, 2), C(32, 128, 8, 2), C(64, 128, 8, 2)),
         256: Row(C(32, 32, 8, 1), C(32, 32, 8, 1), C(16, 64, 8, 2), C(32, 64, 8, 1)),
     },
-    ("dkdv", 2, RICH): {
+    ("dkdv", 2, ONE): {
+        64: Row(C(32, 128, 8, 2), C(32, 128, 8, 2), C(64, 128, 8, 2), C(64, 128, 8, 2)),
+        128: Row(C(64, 64, 8, 2), C(64, 64, 8, 2), C(32, 128, 8, 2), C(32, 128, 8, 2)),
+    },
+    ("dkdv", 2, ONE_AND_DROPOUT): {
+        64: Row(C(32, 128, 8, 2), C(32, 128, 8, 2), C(32, 128, 8, 2), C(32, 128, 8, 2)),
+        128: Row(C(32, 64, 8, 1), C(32, 64, 8, 1), C(16, 64, 8, 2), C(32, 64, 8, 2)),
+    },
+    ("dkdv", 2, RELATIVE_BIAS): {
+        64: Row(C(32, 128, 8, 2), C(32, 128, 8, 2), C(32, 128, 8, 2), C(32, 128, 8, 2)),
+        128: Row(C(32, 64, 8, 1), C(32, 64, 8, 1), C(32, 64, 8, 2), C(32, 64, 8, 2)),
+    },
+    ("dkdv", 2, ANY): {
         64: Row(C(32, 64, 8, 1), C(32, 64, 8, 1), C(32, 128, 8, 1), C(32, 64, 4, 1)),
         128: Row(C(16, 64, 8, 1), C(16, 64, 8, 1), C(16, 64, 8, 1), C(16, 64, 4, 1)),
         256: Row(C(16, 32, 8, 1), C(16, 32, 8, 1), C(16, 32, 8, 1), C(16, 64, 8, 1)),
     },
-    ("bias", 2, RICH): {
+    ("bias", 2, ANY): {
         64: Row(C(64, 32, 4, 1), C(64, 32, 4, 1), C(64, 64, 8, 1), C(64, 64, 8, 1)),
         128: Row(C(64, 16, 8, 1), C(64, 16, 4, 1), C(64, 16, 4, 1), C(64, 64, 8, 1)),
         256: Row(C(64, 16, 8, 1), C(64, 16, 4, 1), C(64, 16, 4, 1), C(64, 16, 4, 1)),
     },
+    ("forward", TF32, PLAIN): {
+        64: Row(C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
+        128: Row(C(64, 32, 8, 2), C(64, 32, 8, 2), C(128, 32, 8, 1), C(128, 32, 8, 1)),
+    },
+    ("dq", TF32, PLAIN): {
+        64: Row(C(64, 32, 8, 2), C(64, 32, 8, 2), C(64, 64, 8, 1), C(64, 64, 8, 1)),
+        128: Row(C(64, 32, 8, 1), C(32, 32, 8, 1), C(64, 16, 8, 1), C(64, 32, 8, 1)),
+    },
+    ("dkdv", TF32, PLAIN): {
+        64: Row(C(32, 64, 8, 1), C(32, 64, 8, 1), C(64, 64, 8, 1), C(64, 64, 8, 1)),
+        128: Row(C(32, 64, 8, 1), C(16, 64, 8, 1), C(16, 64, 8, 1), C(32, 64, 8, 1)),
+    },
     # Exact float32 has no matrix instructions: every architecture multiplies alike, and registers hold the operands.
-    ("forward", 4, RICH): {
+    # TF32 makes do with these tiles for all that is not plain.
+    ("forward", 4, ANY): {
         64: everywhere(C(32, 32, 8, 1)),
         128: everywhere(C(16, 16, 8, 1)),
         256: everywhere(C(16, 16, 8, 1)),
     },
-    ("dq", 4, RICH): {
+    ("dq", 4, ANY): {
         64: everywhere(C(32, 32, 8, 1)),
         128: everywhere(C(16, 16, 8, 1)),
         256: everywhere(C(16, 16, 8, 1)),
     },
-    ("dkdv", 4, RICH): {
+    ("dkdv", 4, ANY): {
         64: everywhere(C(16, 32, 4, 1)),
         128: everywhere(C(16, 32, 8, 1)),
         256: everywhere(C(16, 16, 8, 1)),
     },
-    ("bias", 4, RICH): {
+    ("bias", 4, ANY): {
         64: everywhere(C(32, 32, 8, 1)),
         128: everywhere(C(16, 32, 8, 1)),
         256: everywhere(C(16, 16, 8, 1)),
     },
 }
+
+#: Loops that Triton divides among warps: one copies tiles by TMA, on Hopper for two groups of 64 rows each, on
+#: Blackwell for the tensor memory and the softmax. (head dim up to, architectures) -> configuration of the forward
+#: kernel. Triton 3.6 and 3.9 refuse a loop that loads by pointers (as of a padding mask), or that has another beside it;
+#: on Blackwell a head dim of 256 spills a thousand bytes.
+SPECIALIZED = {
+    (64, "sm_90"): C(128, 128, 4, 2, warp_specialize=True),
+    (128, "sm_90"): C(128, 128, 4, 2, warp_specialize=True),
+    (256, "sm_90"): C(128, 64, 4, 2, warp_specialize=True),
+    (64, "sm_100"): C(128, 64, 8, 2, warp_specialize=True),
+    (128, "sm_100"): C(128, 64, 8, 2, warp_specialize=True),
+}
+MIN_SPECIALIZED_QUERIES = 128
+
+#: Of the forward kernel for few rows, all of whose time goes into loading keys: head dim up to -> configuration.
+FEW_ROWS = {
+    64: Row(C(16, 128, 4, 3), C(16, 64, 4, 3), C(16, 128, 4, 3), C(16, 128, 4, 3)),
+    128: Row(C(16, 64, 4, 3), C(16, 64, 4, 2), C(16, 64, 4, 3), C(16, 64, 4, 3)),
+    256: Row(C(16, 32, 4, 3), C(16, 32, 4, 2), C(16, 32, 4, 3), C(16, 32, 4, 3)),
+}
+MAX_FEW_ROWS = 16
 
 #: In the interpreter a step costs the same whatever its size: few steps, but more than one block of most cases.
 INTERPRETER_SMALL = {
@@ -144,27 +234,54 @@ INTERPRETER_LARGE = {
 
 def choose(kernel: str, problem: AttentionProblem) -> Config:
     """The package's configuration; see `tuned.choose` for the user's."""
+    if kernel == "forward" and can_specialize(problem):
+        specialized = SPECIALIZED.get((_head_dim_limit(problem), architecture_class(problem.capability)))
+        if specialized is not None:
+            return specialized
+    return by_pointers(kernel, problem)
+
+
+def by_pointers(kernel: str, problem: AttentionProblem) -> Config:
+    """The configuration for tensors of any alignment."""
     if problem.device.type == "cpu":
         longest = max(problem.seqlen_q, problem.seqlen_k)
         return (INTERPRETER_SMALL if longest <= 128 else INTERPRETER_LARGE)[kernel]
-    rows = TABLE[kernel, problem.dtype.itemsize, is_rich(kernel, problem)]
-    head_dim = max(problem.head_dim, problem.value_dim)
-    return getattr(rows[next(limit for limit in rows if head_dim <= limit)], architecture_class(problem.capability))
+    head_dim, dtype = _head_dim_limit(problem), TF32 if problem.allows_tf32 else problem.dtype.itemsize
+    architecture = architecture_class(problem.capability)
+    # All heads that share a key head share a tile.
+    rows_per_unit = problem.seqlen_q * (problem.num_heads // max(problem.num_kv_heads, 1))
+    if kernel == "forward" and dtype == 2 and rows_per_unit <= MAX_FEW_ROWS:
+        return getattr(FEW_ROWS[head_dim], architecture)
+    row = TABLE.get((kernel, dtype, features_of(problem)), {}).get(head_dim)
+    return getattr(row or TABLE[kernel, problem.dtype.itemsize, ANY][head_dim], architecture)
 
 
-def is_rich(kernel: str, problem: AttentionProblem) -> bool:
-    """Whether scores are changed by more than scale, band and padding. In float32 that is left out of account."""
+def can_specialize(problem: AttentionProblem) -> bool:
+    """Whether the forward kernel's loop is simple enough for Triton, and there are queries to fill a tile.
+
+    Whether each row lies at a multiple of 16 bytes, which TMA demands, only a call's tensors tell.
+    """
     return (
-        problem.dtype.itemsize == 4
-        or kernel == "bias"
-        or bool(
-            problem.has_mask
-            or problem.has_bias
-            or problem.has_relative_bias
-            or problem.softcap > 0.0
-            or problem.dropout_p > 0.0
-        )
+        problem.device.type == "cuda"
+        and problem.dtype.itemsize == 2
+        and features_of(problem) is PLAIN
+        and not problem.has_key_padding
+        and problem.seqlen_q >= MIN_SPECIALIZED_QUERIES
     )
+
+
+def features_of(problem: AttentionProblem) -> Features:
+    has_dropout = problem.dropout_p > 0.0
+    others = [problem.has_mask, problem.has_bias, problem.softcap > 0.0]
+    if problem.has_relative_bias:
+        return ANY if any(others) else RELATIVE_BIAS
+    if sum(others) == 1 and has_dropout:
+        return ONE_AND_DROPOUT
+    return {0: PLAIN, 1: ONE}.get(sum(others) + has_dropout, ANY)
+
+
+def _head_dim_limit(problem: AttentionProblem) -> int:
+    return next(limit for limit in HEAD_DIMS if max(problem.head_dim, problem.value_dim) <= limit)
 
 
 def architecture_class(capability: tuple[int, int]) -> str:
@@ -173,14 +290,26 @@ def architecture_class(capability: tuple[int, int]) -> str:
 
 
 def candidates(kernel: str, problem: AttentionProblem) -> list[Config]:
-    """What `tune` is to try: the row of the table, then its neighbours, those with the fewest changes first."""
+    """What `tune` is to try: the row of the table, then its neighbours, those with the fewest changes first.
+
+    Where warps are specialised by the table, also what would run if they were not, and its neighbours.
+    """
     row = choose(kernel, problem)
+    if not row.warp_specialize:
+        return _neighbours(row)
+    pointers = by_pointers(kernel, problem)
+    both = [*_neighbours(row), *_neighbours(pointers)]
+    return sorted(both, key=lambda config: _num_changes(row if config.warp_specialize else pointers, config))
+
+
+def _neighbours(row: Config) -> list[Config]:
     tiles = [(row.block_m * m, row.block_n * n) for m, n in _PROPORTIONS]
     tiles = [(int(m), int(n)) for m, n in tiles if min(m, n) >= 16]
     neighbours = (
-        Config(block_m, block_n, num_warps, num_stages)
+        Config(block_m, block_n, num_warps, num_stages, row.warp_specialize)
         for block_m, block_n in tiles
-        for num_warps in (4, 8)
+        # How many warps multiply is part of how Triton divides a specialised loop.
+        for num_warps in ((row.num_warps,) if row.warp_specialize else (4, 8))
         for num_stages in range(max(1, row.num_stages - 1), row.num_stages + 2)
     )
     return sorted(neighbours, key=lambda config: _num_changes(row, config))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -41,9 +43,12 @@ class Launch(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """specialized: of the forward kernel, where the tensors suit TMA; None where it has no such configuration"""
+
     units_per_section: int
     num_splits: int
     forward: Launch
+    specialized: Launch | None
     dq: Launch
     dkdv: Launch
     dbias: Launch
@@ -66,22 +71,25 @@ def forward(
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device) if needs_lse else None
     if out.numel() == 0 and (lse is None or lse.numel() == 0):
         return out, lse
-    plan = _plan(problem, mask.bias is not None)
+    plan = _plan(problem, mask.bias is not None, _allows_tf32(problem.dtype))
     masks = NO_MASKS if problem.is_plain else Masks.of(sinks, seed, mask)
     kernel_out, kernel_lse, num_rows = out, lse, batch * heads * rows
     if plan.num_splits > 1:
         shape = (plan.num_splits * batch, heads, rows)
         kernel_out = torch.empty((*shape, problem.value_dim), dtype=torch.float32, device=query.device)
         kernel_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+    launch, run = plan.forward, attention_fwd_kernel
+    if plan.specialized is not None and all(map(_suits_tma, (query, key, value))):
+        launch, run = plan.specialized, _WithScratch(attention_fwd_kernel)
     with _on_device_of(query):
-        attention_fwd_kernel[plan.forward.grid](
+        run[launch.grid](
             Rows.of(query, problem.is_packed),
             Rows.of(key, problem.is_packed),
             Rows.of(value, problem.is_packed),
             Rows.of(kernel_out, problem.is_packed),
             kernel_lse,
             masks,
-            plan.forward.settings.for_call(mask.bias, problem.dtype),
+            launch.settings,
             problem.seqlen_q,
             problem.seqlen_k,
             rows,
@@ -89,7 +97,7 @@ def forward(
             plan.units_per_section,
             plan.num_splits,
             num_rows,
-            **plan.forward.options,
+            **launch.options,
         )
         if plan.num_splits > 1:
             block_m = 16
@@ -133,7 +141,7 @@ def backward(
     if query.numel() == 0 or key.numel() == 0:
         return _empty_gradients(wanted, dquery, dkey, dvalue, mask, sinks)
 
-    plan = _plan(problem, mask.bias is not None)
+    plan = _plan(problem, mask.bias is not None, _allows_tf32(problem.dtype))
     masks = NO_MASKS if problem.is_plain else Masks.of(sinks, seed, mask)
     lse = lse.contiguous()  # under vmap it can be an expanded view
     delta = torch.empty(lse.shape, **accumulate)
@@ -158,7 +166,7 @@ def backward(
             factor,
             dsinks,
             masks,
-            plan.dq.settings.for_call(mask.bias, problem.dtype),
+            plan.dq.settings,
             *sizes,
             plan.units_per_section,
             **plan.dq.options,
@@ -175,7 +183,7 @@ def backward(
                 delta,
                 factor,
                 masks,
-                plan.dkdv.settings.for_call(mask.bias, problem.dtype),
+                plan.dkdv.settings,
                 *sizes,
                 plan.units_per_section,
                 **plan.dkdv.options,
@@ -206,7 +214,7 @@ def _dense_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Tensor
         *tensors,
         dbias,
         masks,
-        launch.settings.for_call(bias, problem.dtype),
+        launch.settings,
         *sizes,
         problem.batch,
         SUMS_BATCHES=batch < problem.batch,
@@ -241,7 +249,7 @@ def _relative_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Ten
         *tensors,
         planes,
         masks,
-        launch.settings.for_call(mask.bias, problem.dtype),
+        launch.settings,
         *sizes,
         problem.batch,
         **launch.options,
@@ -267,13 +275,16 @@ def _empty_gradients(wanted, dquery, dkey, dvalue, mask, sinks) -> Gradients:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: AttentionProblem, has_bias: bool) -> Plan:
+def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
     """has_bias: what the problem cannot tell, because a floating-point padding mask becomes a bias."""
-    problem = replace(problem, has_bias=has_bias)
+    problem = replace(problem, has_bias=has_bias, allows_tf32=allows_tf32)
     seqlen_q, seqlen_k, heads, kv_heads = problem.seqlen_q, problem.seqlen_k, problem.num_heads, problem.num_kv_heads
     group_size = heads // max(kv_heads, 1)
     kv_bytes = seqlen_k * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
     fwd, dq, dkdv, bias = (tuned.choose(kernel, problem) for kernel in configs.KERNELS)
+    chosen = fwd
+    if chosen.warp_specialize:
+        fwd = configs.by_pointers("forward", problem)
 
     # Few queries: all heads of a group share a tile, and several programs the keys of a head.
     packs = group_size > 1 and seqlen_q < fwd.block_m
@@ -283,17 +294,29 @@ def _plan(problem: AttentionProblem, has_bias: bool) -> Plan:
     if not problem.is_packed and 0 < rows <= fwd.block_m:
         num_splits = decode.num_splits(programs, seqlen_k, _multiprocessors(problem.device))
 
+    specialized = None
+    if chosen.warp_specialize and not packs and num_splits == 1:
+        grid = (triton.cdiv(seqlen_q, chosen.block_m) * heads * problem.batch, 1, 1)
+        specialized = _launch(problem, chosen, grid, PACK_HEADS=False, IS_SPLIT=False, WARP_SPECIALIZE=True)
+
     square = bias._replace(block_m=bias.block_n)
     diagonals = triton.cdiv(seqlen_q, square.block_m) + triton.cdiv(seqlen_k, square.block_n) - 1
     return Plan(
         max(1, L2_BYTES * group_size // max(kv_bytes, 1)),
         num_splits,
-        _launch(problem, fwd, (programs, num_splits, 1), PACK_HEADS=packs, IS_SPLIT=num_splits > 1),
+        _launch(
+            problem, fwd, (programs, num_splits, 1), PACK_HEADS=packs, IS_SPLIT=num_splits > 1, WARP_SPECIALIZE=False
+        ),
+        specialized,
         _launch(problem, dq, (triton.cdiv(seqlen_q, dq.block_m) * heads * problem.batch, 1, 1)),
         _launch(problem, dkdv, (triton.cdiv(seqlen_k, dkdv.block_n) * kv_heads * problem.batch, 1, 1)),
         _launch(problem, bias, (triton.cdiv(seqlen_q, bias.block_m), triton.cdiv(seqlen_k, bias.block_n), 1)),
         _launch(problem, square, (diagonals * heads, 1, 1)),
     )
+
+
+def _allows_tf32(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _launch(problem: AttentionProblem, config: Config, grid: tuple[int, int, int], **constants: bool) -> Launch:
@@ -305,6 +328,30 @@ def _launch(problem: AttentionProblem, config: Config, grid: tuple[int, int, int
         "enable_fp_fusion": True,
     }
     return Launch(grid, Settings.of(problem, config), options)
+
+
+def _suits_tma(x: Tensor) -> bool:
+    """Whether every row of a tensor of 2-byte elements begins at a multiple of 16 bytes, each at another one."""
+    stride_b, stride_h, stride_row, _ = x.stride()
+    return stride_row > 0 and not (stride_b % 8 or stride_h % 8 or stride_row % 8 or x.data_ptr() % 16)
+
+
+class _WithScratch(NamedTuple):
+    """A kernel that makes descriptors of tensors for TMA, which take some memory."""
+
+    kernel: triton.JITFunction
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return functools.partial(contextvars.copy_context().run, self._launch, grid)
+
+    def _launch(self, grid: tuple[int, int, int], *args, **options) -> None:
+        # In a context of its own, or it would replace the allocator of the user's kernels.
+        triton.set_allocator(_allocate_scratch)
+        self.kernel[grid](*args, **options)
+
+
+def _allocate_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _num_blocks(launch: Launch, problem: AttentionProblem) -> int:
