@@ -23,8 +23,8 @@ from fused_attn.problem import AttentionProblem
 
 pytest.importorskip("triton.language")
 
-from fused_attn.backends.triton import launcher
 from fused_attn.backends.triton import backend as triton_backend
+from fused_attn.backends.triton import launcher
 
 EVERY_CASE = pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.id, marks=[pytest.mark.quick] if case.is_quick else []) for case in CASES]

@@ -198,8 +198,8 @@ TABLE = {
 
 #: Loops that Triton divides among warps: one copies tiles by TMA, on Hopper for two groups of 64 rows each, on
 #: Blackwell for the tensor memory and the softmax. (head dim up to, architectures) -> configuration of the forward
-#: kernel. Triton 3.6 and 3.9 refuse a loop that loads by pointers (as of a padding mask), or that has another beside it;
-#: on Blackwell a head dim of 256 spills a thousand bytes.
+#: kernel. Triton 3.6 and 3.9 refuse a loop that loads by pointers (as of a padding mask) or has another beside it; on
+#: Blackwell a head dim of 256 spills a thousand bytes.
 SPECIALIZED = {
     (64, "sm_90"): C(128, 128, 4, 2, warp_specialize=True),
     (128, "sm_90"): C(128, 128, 4, 2, warp_specialize=True),

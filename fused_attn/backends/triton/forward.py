@@ -77,8 +77,8 @@ def attention_fwd_kernel(
     place = place_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
     num_rows = place.len_q * heads_per_unit
     # Beyond a short sequence's end. Triton does not specialise a kernel that may return early: there the loop is empty.
-    if not WARP_SPECIALIZE:
-        if first_row >= num_rows:  # noqa: SIM102 - the outer condition is one of compile time
+    if not WARP_SPECIALIZE:  # noqa: SIM102 - known when this is compiled, the other is not
+        if first_row >= num_rows:
             return
 
     # Load.
