@@ -1,20 +1,22 @@
 """Turns minutes of a GPU into evidence: ``python benchmarks/gpu_suite.py --out DIR [--minutes N]``.
 
-Runs its stages in order of worth, each in a process of its own, stops cleanly at the time limit, and ends with a short
-summary. Everything is written to DIR as it comes, and a run into the same DIR goes on where the last one stopped:
+Runs its stages in order of worth, each in processes of its own, stops cleanly at the time limit, and ends with a short
+summary. Everything is written to DIR as it comes, and a run into the same DIR, or with ``--resume-from`` its copy, does
+not measure again what has rows:
 
 log.txt       all output            rows.jsonl    benchmark rows
 tests.xml     results of the tests  tuned-*.json  tile sizes that beat the table
 summary.txt   the end of the output
 
 ``--only bench:causal tests`` runs some stages. ``--device cpu`` is a dry run: every stage, at sizes that a CPU can do.
-Needs no network.
+Needs no network. README.md beside this file tells how to spread it over several short loans of a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -24,6 +26,7 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -36,9 +39,13 @@ from benchmarks.cases import MASKS  # noqa: E402
 
 #: A stage that would have less is not begun.
 LEAST_SECONDS = 5.0
-#: A stage that has not stopped by itself this long after its time is killed.
+#: A stage that has not stopped by itself this long after its time is killed ...
 GRACE_SECONDS = 30.0
+#: ... and so long before that it is interrupted, as by Ctrl-C: what it knows by then is written.
+INTERRUPT_SECONDS = 10.0
 MAX_RESTARTS = 5
+#: More only wait for one GPU, and for memory that each test takes for itself.
+MOST_TEST_WORKERS = 8
 
 
 class Outcome(NamedTuple):
@@ -98,8 +105,15 @@ class Suite:
         self._log.write(text + "\n")
         self._log.flush()
 
-    def run(self, *command: str, environment: dict[str, str] | None = None) -> int | None:
-        """Exit code of a command whose output is shown and logged; None if it was stopped at the stage's limit."""
+    def run(
+        self, *command: str, environment: dict[str, str] | None = None, interrupt_at: float | None = None
+    ) -> int | None:
+        """Exit code of a command whose output is shown and logged; None if it was stopped at the stage's limit.
+
+        interrupt_at: when a command that knows of no limit is to stop; default: shortly before it is killed.
+        """
+        if interrupt_at is None:
+            interrupt_at = max(self.deadline, self.kill_at - INTERRUPT_SECONDS)
         self.say(f"$ {' '.join(command)}")
         variables = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _python_path()} | (environment or {})
         if self.is_dry:
@@ -110,11 +124,12 @@ class Suite:
         )  # fmt: skip
         reader = threading.Thread(target=self._copy, args=(process.stdout,), daemon=True)
         reader.start()
+        code = None
         try:
-            left = self.kill_at - time.monotonic()
-            code = process.wait(None if left == float("inf") else max(0.0, left))
-        except subprocess.TimeoutExpired:
-            code = None
+            code = _wait(process, interrupt_at)
+            if code is None:
+                process.send_signal(signal.SIGINT)
+                _wait(process, self.kill_at)
         finally:
             # Also what the command has started, and also when the user interrupts.
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -122,6 +137,11 @@ class Suite:
             process.wait()
         reader.join(5.0)
         return code
+
+    def run_all(self, commands: list[list[str]]) -> list[int | None]:
+        """Exit codes of commands that run at the same time."""
+        with ThreadPoolExecutor(len(commands)) as pool:
+            return list(pool.map(lambda command: self.run(*command), commands))
 
     def python(self, *arguments: str, environment: dict[str, str] | None = None) -> str:
         return verdict_of(self.run(sys.executable, *arguments, environment=environment))
@@ -137,6 +157,15 @@ class Suite:
     def _copy(self, stream: TextIO) -> None:
         for line in stream:
             self.say(line.rstrip("\n"))
+
+
+def _wait(process: subprocess.Popen, until: float) -> int | None:
+    """Its exit code; None if it has not ended by then."""
+    left = until - time.monotonic()
+    try:
+        return process.wait(None if left == float("inf") else max(0.0, left))
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _python_path() -> str:
@@ -181,41 +210,76 @@ def build(suite: Suite) -> str:
 
 
 def check(suite: Suite) -> str:
-    return suite.python("-m", "fused_attn", "check")
+    """The numbers of every backend, and of ours in every case of the table at one length.
+
+    All at once, because what takes time is compiling the Triton kernels, on one core each; later stages find them in
+    its cache.
+    """
+    commands = {"self-check": [sys.executable, "-m", "fused_attn", "check"]}
+    masks = list(MASKS)
+    workers = max(1, min(len(masks), (os.cpu_count() or 1) - 1))
+    for number in range(workers):
+        own = masks[number::workers]
+        command = [sys.executable, "-m", "benchmarks", "attention", "--device", suite.device, "--check-only", *FIRST]
+        command += ["--only", *own, "--rivals", conventions.OURS, *conventions.OUR_BACKENDS]
+        command += ["--quick", "--lengths", "64"] if suite.is_dry else ["--lengths", "2048"]
+        commands[" ".join(own)] = command + suite.minutes
+    codes = dict(zip(commands, suite.run_all(list(commands.values())), strict=True))
+    failed = [f"{name}: {verdict_of(code)}" for name, code in codes.items() if code != 0]
+    return "; ".join(failed) or "ok"
 
 
 def gpu_tests(suite: Suite) -> str:
-    report = suite.out / "tests.xml"
-    return _tests(suite, report, "-m", "gpu")
+    # To collect the other files takes longer than many a test.
+    files = [str(path) for path in sorted(ROOT.glob("tests/**/test_*.py")) if "mark.gpu" in path.read_text()]
+    return _tests(suite, suite.out / "tests.xml", *files, "-m", "gpu")
 
 
 def kernel_tests(suite: Suite) -> str:
-    """The tests that run in Triton's interpreter where there is no GPU, here on the real one."""
+    """The other tests of the Triton kernels: what they compile to for each architecture, with this Triton."""
     # In the interpreter they take minutes, and the ordinary tests run them.
     dry = ("--collect-only",) if suite.is_dry else ()
     return _tests(suite, suite.out / "kernel-tests.xml", "tests/triton", "-m", "not gpu", *dry)
 
 
 def _tests(suite: Suite, report: Path, *arguments: str) -> str:
-    command = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    code = suite.run(sys.executable, *command, f"--junitxml={report}", *arguments)
+    """Interrupted when its time is up, so that pytest still reports what it has found."""
+    command = ["-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    if importlib.util.find_spec("xdist") is not None:
+        # Most of the time goes into compiling, on one core for each test.
+        command += ["-n", str(min(MOST_TEST_WORKERS, os.cpu_count() or 1))]
+    report.unlink(missing_ok=True)  # of an earlier run, which says nothing of this one
+    code = suite.run(sys.executable, *command, f"--junitxml={report}", *arguments, interrupt_at=suite.deadline)
     if code == 5:
         return "ok: no such tests"
     return f"{verdict_of(code)}: {_counts(report)}" if report.exists() else verdict_of(code)
 
 
+def _report_of(path: Path) -> ElementTree.Element | None:
+    """None if pytest did not come to its end."""
+    try:
+        return ElementTree.parse(path).getroot()
+    except ElementTree.ParseError:
+        return None
+
+
 def _counts(report: Path) -> str:
-    suites = ElementTree.parse(report).getroot().iter("testsuite")
+    root = _report_of(report)
+    if root is None:
+        return "its report is cut off"
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    for one in suites:
+    for one in root.iter("testsuite"):
         for name in counts:
             counts[name] += int(one.get(name, 0))
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _failures(report: Path) -> list[str]:
+    root = _report_of(report)
+    if root is None:
+        return [f"{report.name} is cut off"]
     lines = []
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
+    for case in root.iter("testcase"):
         for kind in ("failure", "error"):
             for found in case.findall(kind):
                 message = " ".join((found.get("message") or "").split())[:160]
@@ -229,7 +293,8 @@ def sanitizer(suite: Suite) -> str:
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [
         sys.executable, "-m", "benchmarks", "attention", "--device", suite.device, "--check-only", "--quick",
-        "--rivals", "fused_attn", "--lengths", "200", "--head-dim", "64", "--directions", "forward+backward",
+        "--rivals", conventions.OURS, *conventions.OUR_BACKENDS, "--tokens", "400", "--lengths", "200",
+        "--head-dim", "64", "--directions", "forward+backward",
     ]  # fmt: skip
     if tool is None and not suite.is_dry:
         raise Skip("compute-sanitizer is not on the PATH")
@@ -249,12 +314,22 @@ def bench(*options: str) -> Callable[[Suite], str]:
     return run
 
 
-def modules(suite: Suite) -> str:
-    return suite.benchmark("modules")
+def bench_flex(suite: Suite) -> str:
+    """At one length: it is compiled for every shape, for a quarter of a minute each."""
+    sizes = ("--lengths", "8192")
+    if suite.is_dry:
+        sizes = ("--lengths", "64", "--only", "causal", "--directions", "forward")
+    options = ("--rivals", conventions.OURS, "flex", "--dtype", "bfloat16", "--head-dim", "128", *sizes)
+    return bench(*options)(suite)
+
+
+def modules(*options: str) -> Callable[[Suite], str]:
+    return lambda suite: suite.benchmark("modules", *options, "--resume")
 
 
 def memory(suite: Suite) -> str:
-    return suite.benchmark("memory")
+    dry = ("--only", "none", "--directions", "forward") if suite.is_dry else ()
+    return suite.benchmark("memory", "--resume", *dry)
 
 
 def tune(suite: Suite) -> str:
@@ -272,19 +347,20 @@ def tune(suite: Suite) -> str:
 
 #: Of every mask before the rest of the table.
 FIRST = ("--dtype", "bfloat16", "--head-dim", "128", "64")
-
 STAGES = (
     Stage("environment", environment, 0.2),
     Stage("build", build, 0.5),
     Stage("check", check, 0.4),
-    Stage("tests", gpu_tests, 0.4),
+    Stage("tests", gpu_tests, 0.5),
     Stage("sanitizer", sanitizer, 0.3),
+    *(Stage(f"bench:{mask}", bench("--only", mask, *FIRST, "--no-compile"), 0.2) for mask in MASKS),
+    Stage("modules", modules("--no-compile"), 0.3),
+    Stage("memory", memory, 0.3),
+    Stage("tune", tune, 0.5),
+    Stage("bench:flex", bench_flex, 0.4),
+    Stage("modules:compiled", modules(), 0.5),
     Stage("kernel-tests", kernel_tests, 0.3),
-    *(Stage(f"bench:{mask}", bench("--only", mask, *FIRST), 0.2) for mask in MASKS),
-    Stage("modules", modules, 0.4),
-    Stage("memory", memory, 0.4),
-    Stage("tune", tune, 0.6),
-    Stage("bench:rest", bench(), 1.0),
+    Stage("bench:rest", bench("--no-compile"), 1.0),
 )
 
 
@@ -301,11 +377,11 @@ def selected(only: list[str] | None) -> list[Stage]:
 
 def run_stages(suite: Suite, stages: list[Stage]) -> list[Outcome]:
     outcomes = []
-    for stage in stages:
+    for number, stage in enumerate(stages, 1):
         if suite.seconds_left < LEAST_SECONDS:
             outcomes.append(Outcome(stage.name, "not run: the time is up", 0.0))
             continue
-        suite.begin(stage.share)
+        suite.begin(stage.share if number < len(stages) else 1.0)
         start = time.monotonic()
         suite.say(f"\n==== {stage.name}, {suite.deadline - start:.0f} s of {suite.seconds_left:.0f} s")
         try:
@@ -322,7 +398,7 @@ def run_stages(suite: Suite, stages: list[Stage]) -> list[Outcome]:
 def summarise(suite: Suite, outcomes: list[Outcome]) -> list[str]:
     """What has to be known, short enough for the end of a terminal."""
     path = suite.out / "rows.jsonl"
-    found = rows.read(path) if path.exists() else []
+    found = rows.newest(rows.read(path)) if path.exists() else []
     lines = ["", "==== summary", *map(str, outcomes)]
     for name in ("tests.xml", "kernel-tests.xml"):
         report = suite.out / name
@@ -358,6 +434,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="STAGE", help=f"bench, {', '.join(s.name for s in STAGES)}")
     parser.add_argument("--device", default="cuda", help="cpu: dry run")
     parser.add_argument("--quick", action="store_true", help="fewer sizes in the benchmarks")
+    parser.add_argument("--resume-from", type=Path, metavar="DIR", help="of an earlier run: leave out what it measured")
     parser.add_argument("--commit", help="what rows say where the tree has no history")
     arguments = parser.parse_args(argv)
     try:
@@ -367,6 +444,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments.commit = arguments.commit or conventions.commit()  # before DIR changes the tree
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.resume_from is not None:
+        shutil.copyfile(arguments.resume_from / "rows.jsonl", arguments.out / "rows.jsonl")
+    # Where CUDA's compiler and tools are, if the PATH does not say.
+    os.environ["PATH"] += os.pathsep + str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")
     with (arguments.out / "log.txt").open("a") as log:
         suite = Suite(arguments, log)
         outcomes = run_stages(suite, stages)

@@ -116,7 +116,7 @@ def _speedup(rows: list[Row], device: str):
         axis.set_yscale("log", base=2)
         _lengths_on_x(axis, chosen)
         _plain_numbers(axis.yaxis, "{:g}x")
-    figure.supylabel("torch's time / ours", fontsize=10)
+    figure.supylabel("torch's time / ours; shaded: quartiles over rounds", fontsize=10)
     return _finish(
         figure, axes, len(panels), f"Speed-up over F.scaled_dot_product_attention, head dim {HEAD_DIM}\n{device}"
     )

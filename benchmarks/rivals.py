@@ -22,11 +22,9 @@ from torch.nn.functional import scaled_dot_product_attention
 import fused_attn
 from benchmarks import timing
 from benchmarks.cases import Case
-from benchmarks.conventions import OURS
+from benchmarks.conventions import OUR_BACKENDS, OURS
 from benchmarks.inputs import Inputs
 
-#: Our kernels for GPUs, timed one by one where several can compute a case; `fused_attn` itself is what users get.
-OUR_BACKENDS = {f"{OURS}[{backend}]": backend for backend in ("triton", "cuda")}
 #: How a row marks an implementation that was asked for less than the case.
 IGNORES_PADDING = "causal alone: right only in rows that are no padding"
 #: Seconds of a call beyond which its first one tells enough to choose between two ways of asking.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import json
 import subprocess
 import sys
+import time
 import types
 import weakref
 from pathlib import Path
@@ -695,7 +697,7 @@ def test_dry_run_of_a_stage_writes_rows_and_a_summary(tmp_path: Path) -> None:
 def test_the_suite_keeps_its_time_limit_and_goes_on_after_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sleep = "import time; print('began', flush=True); time.sleep(60)"
+    sleep = "import signal, time; signal.signal(2, signal.SIG_IGN); print('began', flush=True); time.sleep(60)"
     stages = (
         gpu_suite.Stage("broken", lambda suite: 1 / 0, 1.0),
         gpu_suite.Stage("absent", lambda suite: (_ for _ in ()).throw(gpu_suite.Skip("no tool")), 1.0),
@@ -716,6 +718,104 @@ def test_the_suite_keeps_its_time_limit_and_goes_on_after_a_failure(
         "not run: the time is up",
     ]
     assert "began" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def stage_of(tmp_path: Path, script: str, limit: float) -> tuple[int | None, gpu_suite.Suite]:
+    """Runs a script as a stage that is to stop after `limit` seconds and is killed three seconds later."""
+    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
+    with (tmp_path / "log.txt").open("w") as log:
+        found = gpu_suite.Suite(arguments, log)
+        found.deadline = time.monotonic() + limit
+        found.kill_at = found.deadline + 3.0
+        return found.run(sys.executable, "-c", script, interrupt_at=found.deadline), found
+
+
+def test_a_stage_is_interrupted_before_it_is_killed(tmp_path: Path) -> None:
+    """So pytest writes its report, which says what failed until then."""
+    script = (
+        "import time\nprint('began', flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('last words', flush=True)"
+    )
+    start = time.monotonic()
+    code, _ = stage_of(tmp_path, script, 2.0)
+    assert code is None and time.monotonic() - start < 5.0
+    assert (tmp_path / "log.txt").read_text().splitlines()[-2:] == ["began", "last words"]
+    deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
+    code, _ = stage_of(tmp_path, deaf, 0.5)
+    assert code is None and time.monotonic() - start < 12.0
+
+
+def test_commands_of_a_stage_run_at_the_same_time(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=1.0)
+    # Each waits for the file of the other.
+    script = (
+        "import pathlib, sys, time\nown, other = map(pathlib.Path, sys.argv[1:])\nown.touch()\n"
+        "while not other.exists(): time.sleep(0.01)"
+    )
+    with (tmp_path / "log.txt").open("w") as log:
+        found = gpu_suite.Suite(arguments, log)
+        found.begin(1.0)
+        paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+        commands = [[sys.executable, "-c", script, *paths], [sys.executable, "-c", script, *paths[::-1]]]
+        assert found.run_all([*commands, [sys.executable, "-c", "raise SystemExit(3)"]]) == [0, 0, 3]
+
+
+def test_a_report_that_is_cut_off_or_old_is_no_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = tmp_path / "tests.xml"
+    report.write_text('<testsuites><testsuite tests="3" failures="1"><testcase name="a')
+    assert gpu_suite._counts(report) == "its report is cut off"
+    assert gpu_suite._failures(report) == ["tests.xml is cut off"]
+    monkeypatch.setattr(gpu_suite.Suite, "run", lambda self, *command, **options: None)  # killed before it could write
+    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
+    with (tmp_path / "log.txt").open("w") as log:
+        assert gpu_suite.gpu_tests(gpu_suite.Suite(arguments, log)) == "stopped at its time limit"
+    assert not report.exists()
+
+
+def test_files_with_gpu_tests_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+    monkeypatch.setattr(gpu_suite.Suite, "run", lambda self, *command, **options: commands.append(command) or 5)
+    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
+    with (tmp_path / "log.txt").open("w") as log:
+        assert gpu_suite.gpu_tests(gpu_suite.Suite(arguments, log)) == "ok: no such tests"
+    files = {Path(word).name for word in commands[0] if word.endswith(".py")}
+    assert {"test_gpu.py", "test_kernels.py", "test_tune.py"} <= files and "test_errors.py" not in files
+
+
+def test_a_run_goes_on_from_the_rows_of_another_folder(tmp_path: Path) -> None:
+    code, _ = suite(tmp_path, "--minutes", "2", "--only", "bench:decode")
+    assert code == 0
+    first = tmp_path / "first"
+    (tmp_path / "out").rename(first)
+    code, text = suite(tmp_path, "--minutes", "2", "--only", "bench:decode", "--resume-from", str(first))
+    assert code == 0 and "decode bf16 D128 fwd | 64: " in text
+    assert rows.read(tmp_path / "out" / "rows.jsonl") == rows.read(first / "rows.jsonl")  # nothing measured again
+
+
+def test_only_missing_implementations_are_measured(tmp_path: Path) -> None:
+    """Beside ours, which they are compared with."""
+    out = tmp_path / "rows.jsonl"
+    command = ["attention", "--device", "cpu", "--quick", "--lengths", "32", "--only", "causal", "--out", str(out)]
+    command += ["--directions", "forward", "--rounds", "2", "--seconds", "0.01", "--resume"]
+    for names, count in (([OURS], 1), ([OURS, "torch"], 3), (["torch"], 3), ([OURS, "fused_attn[cuda]"], 3)):
+        assert __main__.main([*command, "--rivals", *names]) == 0
+        assert len(rows.read(out)) == count
+    assert rows.read(out)[-1]["implementation"] == "torch" and rows.read(out)[-1]["over_ours"] > 0
+
+
+def test_the_case_of_compute_sanitizer_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+    monkeypatch.setattr(gpu_suite.Suite, "run", lambda self, *command, **options: commands.append(command) or 0)
+    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
+    with (tmp_path / "log.txt").open("w") as log:
+        assert gpu_suite.sanitizer(gpu_suite.Suite(arguments, log)) == "ok"
+    parser = argparse.ArgumentParser()
+    attention.add_arguments(parser)
+    asked = parser.parse_args(commands[0][commands[0].index("attention") + 1 :])
+    asked.device = "cuda"  # whose batches are large by default
+    table = list(cases.table(attention.scale_of(asked), asked.only, asked.directions))
+    assert len({case.mask for case in table}) > 8
+    assert max(case.batch * case.heads * case.length**2 for case in table) < 2**22
 
 
 def test_a_stage_that_does_not_exist_is_an_error_that_lists_them(capsys: pytest.CaptureFixture) -> None:
