@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,14 @@ def run_case(
         del right[name]
 
     measured, kind = timing.measure_those_that_can(calls, timer, rounds, seconds, drop), timer.kind
-    _check_device(device, rows)
+    _check_device(device, rows.values())
     if device.type == "cuda" and min(map(_median, measured.times.values()), default=1.0) < timing.WORTH_A_GRAPH:
         graphs = _graphs(calls, right, inputs, rows)
         if len(graphs) == len(calls):  # all or none: the two ways are not comparable
             try:
                 measured, kind = timing.measure(graphs, timer, rounds, seconds), "graph"
             except timing.CallError:  # the times by events are as good as they were
-                _check_device(device, rows)
+                _check_device(device, rows.values())
     for name, times in measured.times.items():
         rows[name] |= timing.times_of(times) | {"timing": kind}
         rows[name] |= _rates(case, _median(times))
@@ -89,7 +90,7 @@ def _check(
     # Packages raise what they like; KeyboardInterrupt is no Exception.
     except Exception as problem:
         row["cannot"] = rivals.reason(problem)
-        _check_device(inputs.device, rows)
+        _check_device(inputs.device, rows.values())
         return
     row |= {"error": error, "allowed": reference.allowed, "is_right": reference.is_right(error)}
     if name == OURS:
@@ -107,7 +108,7 @@ def _make_call(
     except Exception as problem:
         rows[name]["failed"] = rivals.reason(problem)
         del right[name]
-        _check_device(inputs.device, rows)
+        _check_device(inputs.device, rows.values())
     else:
         calls[name] = call
 
@@ -143,22 +144,22 @@ def _graphs(
         try:
             graphs[name] = timing.graph_of(lambda name=name: rivals.call_of(right[name], inputs), inputs.device)
         except Exception:
-            _check_device(inputs.device, rows)
+            _check_device(inputs.device, rows.values())
             break
     return graphs
 
 
-def _check_device(device: torch.device, rows: dict[str, Row]) -> None:
+def _check_device(device: torch.device, rows: Iterable[Row]) -> None:
     """Raises DeviceLostError with all rows, if the device no longer finishes what it is given."""
     if device.type != "cuda":
         return
     try:
         torch.cuda.synchronize(device)
     except Exception as error:
-        for row in rows.values():
+        for row in rows:
             if "cannot" not in row and "failed" not in row:
                 row["failed"] = "another implementation of this case broke the device"
-        raise DeviceLostError(list(rows.values())) from error
+        raise DeviceLostError(list(rows)) from error
     # Refused while a stream is being captured, which says nothing about the device.
     with contextlib.suppress(RuntimeError):
         torch.cuda.empty_cache()
@@ -289,13 +290,17 @@ def _rows_of(
 ) -> list[Row]:
     rounds = arguments.rounds or (5 if arguments.quick else 30)
     seconds = arguments.seconds or (0.2 if arguments.quick else 1.0)
+    step = "the reference"
     try:
         reference = Reference(Inputs(case, device, rows_first=True))
-    except torch.OutOfMemoryError as error:
-        return [_row_of(case, name) | {"cannot": f"its reference: {rivals.reason(error)}"} for name in names]
-    rows = run_case(case, device, names, reference, timer, rounds, seconds)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+        step = "all together"
+        rows = run_case(case, device, names, reference, timer, rounds, seconds)
+    except DeviceLostError:
+        raise
+    # Packages raise what they like; KeyboardInterrupt is no Exception.
+    except Exception as error:
+        rows = [_row_of(case, name) | {"failed": f"{step}: {rivals.reason(error)}"} for name in names]
+    _check_device(device, rows)
     return rows
 
 

@@ -346,7 +346,7 @@ def tune(suite: Suite) -> str:
 
 
 #: Of every mask before the rest of the table.
-FIRST = ("--dtype", "bfloat16", "--head-dim", "128", "64")
+FIRST = ("--dtype", "bfloat16", "--head-dim", "128", "64", "--seconds", "0.5")
 STAGES = (
     Stage("environment", environment, 0.2),
     Stage("build", build, 0.5),
@@ -396,35 +396,44 @@ def run_stages(suite: Suite, stages: list[Stage]) -> list[Outcome]:
 
 
 def summarise(suite: Suite, outcomes: list[Outcome]) -> list[str]:
-    """What has to be known, short enough for the end of a terminal."""
+    """What has to be known, the more important the later: often only the end of an output is kept."""
     path = suite.out / "rows.jsonl"
     found = rows.newest(rows.read(path)) if path.exists() else []
-    lines = ["", "==== summary", *map(str, outcomes)]
-    for name in ("tests.xml", "kernel-tests.xml"):
-        report = suite.out / name
-        if report.exists():
-            failures = _failures(report)
-            lines += failures[:12] + ([f"... {len(failures) - 12} more in {name}"] if len(failures) > 12 else [])
-    if found:
-        about = ("device", "driver", "cuda", "torch", "triton", "python", "commit", "date")
-        lines.append(", ".join(f"{name} {found[0][name]}" for name in about if name in found[0]))
-        peaks = {row["dtype"]: row["matmul_tflops"] for row in found if "matmul_tflops" in row}
-        lines += [f"{dtype} matmul {peak:.3g} TFLOP/s" for dtype, peak in peaks.items()]
-        for title, make in (
-            (
-                "attention by length: effective TFLOP/s, fastest other, our lead; part of matmul or copy rate",
-                summary.attention_lines,
-            ),
-            ("modules", summary.module_lines),
-            ("memory beyond inputs and results", summary.memory_lines),
-            ("problems", summary.problem_lines),
-        ):
-            if made := make(found):
-                lines += [f"-- {title}", *made]
-    lines.append(
-        f"written: {', '.join(sorted(one.name for one in suite.out.iterdir() if one.is_file()))} in {suite.out}"
-    )
+    sections = {
+        "attention by length: effective TFLOP/s, fastest other, our lead (* solves another problem); part of matmul or "
+        "copy rate": summary.attention_lines(found)[::-1],
+        "memory beyond inputs and results": summary.memory_lines(found),
+        "modules": summary.module_lines(found),
+        "problems": summary.problem_lines(found),
+        "failed tests": _failed_tests(suite),
+        "measured on": _device_lines(found),
+        "stages": list(map(str, outcomes)),
+    }
+    lines = ["", "==== summary"]
+    for title, made in sections.items():
+        lines += [f"-- {title}", *made] if made else []
+    names = sorted(one.name for one in suite.out.iterdir() if one.is_file())
+    return [*lines, f"written: {', '.join(names)} in {suite.out}"]
+
+
+def _failed_tests(suite: Suite) -> list[str]:
+    lines = []
+    for report in (suite.out / "tests.xml", suite.out / "kernel-tests.xml"):
+        failures = _failures(report) if report.exists() else []
+        lines += failures[:12] + ([f"... {len(failures) - 12} more in {report.name}"] if len(failures) > 12 else [])
     return lines
+
+
+def _device_lines(found: list[rows.Row]) -> list[str]:
+    if not found:
+        return []
+    newest = max(found, key=lambda row: row["date"])
+    about = ("device", "driver", "cuda", "torch", "triton", "python", "commit", "date")
+    peaks = {row["dtype"]: row["matmul_tflops"] for row in found if "matmul_tflops" in row}
+    return [
+        ", ".join(f"{name} {newest[name]}" for name in about if name in newest),
+        *(f"{dtype} matmul {peak:.3g} TFLOP/s" for dtype, peak in peaks.items()),
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

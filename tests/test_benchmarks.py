@@ -364,12 +364,34 @@ def test_only_a_failed_synchronisation_is_a_lost_device(monkeypatch: pytest.Monk
     rows = {OURS: {"implementation": OURS}, "torch": {"implementation": "torch", "cannot": "no"}}
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
-    attention._check_device(torch.device("cuda"), rows)
+    attention._check_device(torch.device("cuda"), rows.values())
     assert "failed" not in rows[OURS]
     monkeypatch.setattr(torch.cuda, "synchronize", refuse)
     with pytest.raises(attention.DeviceLostError):
-        attention._check_device(torch.device("cuda"), rows)
+        attention._check_device(torch.device("cuda"), rows.values())
     assert rows[OURS]["failed"] and rows["torch"] == {"implementation": "torch", "cannot": "no"}
+
+
+@pytest.mark.parametrize("broken", ["Reference", "Inputs", "run_case"])
+def test_a_case_that_fails_as_a_whole_costs_no_other(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = getattr(attention, broken)
+    calls = itertools.count()
+
+    def once(*args, **kwargs):
+        if next(calls) == 0:
+            raise torch.OutOfMemoryError("no room")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(attention, broken, once)
+    out = tmp_path / "rows.jsonl"
+    command = ["attention", "--device", "cpu", "--quick", "--lengths", "16", "32", "--only", "causal"]
+    assert __main__.main([*command, "--directions", "forward", "--out", str(out)]) == 1
+    found = rows.read(out)
+    step = "all together" if broken == "run_case" else "the reference"
+    assert [row.get("failed") for row in found[:2]] == [f"{step}: out of memory"] * 2
+    assert all("median_ms" in row for row in found[2:]) and len(found) == 4
 
 
 @pytest.mark.parametrize("kind", ["attention", "generation"])
@@ -709,7 +731,8 @@ def test_the_suite_keeps_its_time_limit_and_goes_on_after_a_failure(
     monkeypatch.setattr(gpu_suite, "LEAST_SECONDS", 0.5)
     code, text = suite(tmp_path, "--minutes", str(2 / 60))
     assert code == 1
-    verdicts = [line.split(maxsplit=1)[1].rsplit(maxsplit=2)[0].strip() for line in text.splitlines()[2:7]]
+    outcomes = text.splitlines()[text.splitlines().index("-- stages") + 1 :]
+    verdicts = [line.split(maxsplit=1)[1].rsplit(maxsplit=2)[0].strip() for line in outcomes[:5]]
     assert verdicts == [
         "FAILED: ZeroDivisionError: division by zero",
         "skipped: no tool",
