@@ -247,7 +247,7 @@ def _tests(suite: Suite, report: Path, *arguments: str) -> str:
     command = ["-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist") is not None:
         # Most of the time goes into compiling, on one core for each test.
-        command += ["-n", str(min(MOST_TEST_WORKERS, os.cpu_count() or 1))]
+        command += ["-n", "1" if suite.is_dry else str(min(MOST_TEST_WORKERS, os.cpu_count() or 1))]
     report.unlink(missing_ok=True)  # of an earlier run, which says nothing of this one
     code = suite.run(sys.executable, *command, f"--junitxml={report}", *arguments, interrupt_at=suite.deadline)
     if code == 5:
@@ -302,25 +302,19 @@ def sanitizer(suite: Suite) -> str:
     return verdict_of(suite.run(*checker, *command, environment=variables))
 
 
-def bench(*options: str) -> Callable[[Suite], str]:
+def bench(*options: str, dry: tuple[str, ...] = ()) -> Callable[[Suite], str]:
+    """dry: options that a dry run has instead."""
+
     def run(suite: Suite) -> str:
+        own = (*options, *dry, "--seconds", "0.02") if suite.is_dry else options
         for _ in range(MAX_RESTARTS):
-            verdict = suite.benchmark("attention", *options, "--resume")
+            verdict = suite.benchmark("attention", *own, "--resume")
             if verdict != verdict_of(conventions.DEVICE_LOST) or time.monotonic() > suite.deadline:
                 break
             suite.say("the device was lost: the cases that are left run in a new process")
         return verdict
 
     return run
-
-
-def bench_flex(suite: Suite) -> str:
-    """At one length: it is compiled for every shape, for a quarter of a minute each."""
-    sizes = ("--lengths", "8192")
-    if suite.is_dry:
-        sizes = ("--lengths", "64", "--only", "causal", "--directions", "forward")
-    options = ("--rivals", conventions.OURS, "flex", "--dtype", "bfloat16", "--head-dim", "128", *sizes)
-    return bench(*options)(suite)
 
 
 def modules(*options: str) -> Callable[[Suite], str]:
@@ -347,6 +341,10 @@ def tune(suite: Suite) -> str:
 
 #: Of every mask before the rest of the table.
 FIRST = ("--dtype", "bfloat16", "--head-dim", "128", "64", "--seconds", "0.5")
+#: What is compiled for every shape takes a quarter of a minute for each, so at one length.
+FLEX = ("--rivals", conventions.OURS, "flex", "--dtype", "bfloat16", "--head-dim", "128", "--lengths", "8192")
+DRY_FLEX = ("--lengths", "64", "--only", "causal", "--directions", "forward")
+
 STAGES = (
     Stage("environment", environment, 0.2),
     Stage("build", build, 0.5),
@@ -357,10 +355,10 @@ STAGES = (
     Stage("modules", modules("--no-compile"), 0.3),
     Stage("memory", memory, 0.3),
     Stage("tune", tune, 0.5),
-    Stage("bench:flex", bench_flex, 0.4),
+    Stage("bench:flex", bench(*FLEX, dry=DRY_FLEX), 0.4),
     Stage("modules:compiled", modules(), 0.5),
     Stage("kernel-tests", kernel_tests, 0.3),
-    Stage("bench:rest", bench("--no-compile"), 1.0),
+    Stage("bench:rest", bench("--no-compile", dry=("--only", "causal")), 1.0),
 )
 
 
@@ -450,10 +448,12 @@ def main(argv: list[str] | None = None) -> int:
         stages = selected(arguments.only)
     except ValueError as error:
         parser.error(str(error))
+    if arguments.resume_from is not None and not (arguments.resume_from / "rows.jsonl").exists():
+        parser.error(f"--resume-from: expected a folder with rows.jsonl, got {arguments.resume_from}")
     arguments.commit = arguments.commit or conventions.commit()  # before DIR changes the tree
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.resume_from is not None:
+    if arguments.resume_from is not None and not (arguments.out / "rows.jsonl").exists():
         shutil.copyfile(arguments.resume_from / "rows.jsonl", arguments.out / "rows.jsonl")
     # Where CUDA's compiler and tools are, if the PATH does not say.
     os.environ["PATH"] += os.pathsep + str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")

@@ -67,17 +67,19 @@ def fastest(name: str, inputs: Inputs) -> Prepared:
     rival = RIVALS[name]
     if rival.other is None:
         return rival.prepare(inputs)
-    ways: list[Prepared] = []
-    errors: list[Exception] = []
-    for prepare in (rival.prepare, rival.other):
-        # Packages raise what they like; KeyboardInterrupt is no Exception.
+    # Packages raise what they like; KeyboardInterrupt is no Exception.
+    try:
+        first = rival.prepare(inputs)
+    except Exception as error:
         try:
-            ways.append(prepare(inputs))
-        except Exception as error:
-            errors.append(error)
-    if not ways:
-        raise errors[0]
-    return ways[0] if len(ways) == 1 else min(ways, key=partial(_seconds, inputs=inputs))
+            return rival.other(inputs)
+        except Exception:
+            raise error from None
+    try:
+        other = rival.other(inputs)
+    except Exception:
+        return first
+    return min((first, other), key=partial(_seconds, inputs=inputs))
 
 
 def _seconds(prepared: Prepared, inputs: Inputs) -> float:
@@ -167,7 +169,7 @@ def able_backends(inputs: Inputs) -> list[str]:
     able = []
     for name, backend in OUR_BACKENDS.items():
         try:
-            if inputs.case.is_packed:  # which `explain` knows nothing of
+            if inputs.case.is_packed:  # which `explain` knows nothing of; the call itself refuses what it cannot
                 with torch.no_grad():
                     _ours(inputs, backend).forward()
             else:
@@ -175,8 +177,7 @@ def able_backends(inputs: Inputs) -> list[str]:
                 fused_attn.explain(inputs.query, inputs.key, inputs.value, **options, backend=backend)
         except ValueError:  # also where there is no such backend
             continue
-        # Packages raise what they like; a kernel that breaks has a row that says so.
-        except Exception:
+        except Exception:  # a kernel that breaks has a row that says so
             pass
         able.append(name)
     return able if len(able) > 1 else []
