@@ -688,6 +688,10 @@ def test_gpu_rows_become_a_table_and_a_summary() -> None:
     assert summary.problem_lines(gpu_rows()) == ["cannot: torch-flash in 2 cases: no mask"]
 
 
+def test_every_implementation_has_a_colour_and_every_mask_a_title() -> None:
+    assert set(plots.COLOURS) == set(rivals.RIVALS) and set(plots.TITLES) == set(cases.MASKS)
+
+
 def test_rows_become_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     about = {"device": "Test CPU", "benchmark": "memory", "mask": "none", "dtype": "float32"}
