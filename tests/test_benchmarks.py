@@ -163,8 +163,12 @@ def test_what_nearly_cancels_is_not_judged_by_what_is_left() -> None:
     reference = Reference(inputs)
     results = rivals.results_of(rivals.RIVALS[OURS].prepare(inputs), inputs)
     assert results["query"][0, 0, 0].abs().max() < 1e-5
-    results["query"][0, 0, 0] = 1e-7
+    size = reference._sizes["query"][0].item()
+    assert size > 2 * results["query"].abs().amax(dim=-1).median()
+    results["query"][0, 0, 0, 0] = 0.9 * reference.allowed * size
     assert reference.is_right(reference.error(results))
+    results["query"][0, 0, 0, 0] = 1.1 * reference.allowed * size
+    assert not reference.is_right(reference.error(results))
 
 
 def test_nan_is_wrong() -> None:
