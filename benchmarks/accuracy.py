@@ -1,7 +1,7 @@
 """How far a result is from float64, and whether that is wrong. Correctness gates speed.
 
 The formula here is dense attention in a few lines, differentiated by autograd; it uses nothing of `fused_attn`. Of
-large cases it computes some heads only, of all batch entries, which is exact for every gradient of those heads.
+large cases it computes a sample, spread over batch entries and heads, which is exact for every gradient in it.
 """
 
 from __future__ import annotations
@@ -11,15 +11,23 @@ import math
 import torch
 from torch import Tensor
 
+from benchmarks.cases import Case
 from benchmarks.inputs import DTYPES, Inputs
 
-#: Scores of a case beyond which only some heads are checked.
-ALL_HEADS = 2**26
-CHECKED_KV_HEADS = 2
+#: Of a larger case, at most so many scores and pairs of a batch entry and a key/value head are checked ...
+CHECKED_SCORES = 2**28
+CHECKED_PAIRS = 64
+#: ... but as many pairs as this, or as many heads of all batch entries where these share a bias.
+LEAST_PAIRS, LEAST_HEADS = 4, 3
 
 
 class Reference:
     """float64 results of a case, and the error of the same formula in the case's own dtype as the yardstick.
+
+    A row (the last dimension of a tensor) is judged by its own size, because the late rows of a causal mask, averages
+    of many values, are far smaller than the first. Its size is its largest entry; but that of the tensor's median row
+    if it is smaller, and of a gradient through the softmax what its terms come to without cancellation (`_squares`),
+    because what nearly cancels keeps the rounding of the larger numbers that it came from.
 
     allowed: the largest relative error that is not wrong. Twice the yardstick's, because kernels round at other places,
     and four units of the dtype, because the yardstick may be exact by chance.
@@ -28,73 +36,95 @@ class Reference:
     def __init__(self, inputs: Inputs) -> None:
         case = inputs.case
         self.case = case
-        scores = case.batch * case.heads * case.seqlen_q * case.length
-        self._kv_heads = list(range(case.kv_heads))
-        if scores > ALL_HEADS and case.kv_heads > CHECKED_KV_HEADS:
-            self._kv_heads = [0, case.kv_heads - 1][:CHECKED_KV_HEADS]
-        group = case.heads // case.kv_heads
-        self._heads = [group * head + member for head in self._kv_heads for member in range(group)]
-        self._truth = self._results(inputs, torch.float64)
-        self.allowed = 2.0 * self.error(self._results(inputs, DTYPES[case.dtype]), is_cut=True)
+        self._shapes = {"out": inputs.dout.shape} | {name: x.shape for name, x in inputs.leaves.items()}
+        self._bounds = inputs.cu_seqlens.tolist() if case.is_packed else None
+        self._pairs = sample(case)
+        self._truth, squares = self._results(inputs, torch.float64)
+        self._sizes = {name: _sizes(x) for name, x in self._truth.items()}
+        for name, x in squares.items():
+            self._sizes[name] = self._sizes[name].maximum(x.amax(dim=-1).sqrt())
+        self.allowed = 2.0 * self._error(self._results(inputs, DTYPES[case.dtype])[0])
         self.allowed += 4.0 * torch.finfo(DTYPES[case.dtype]).eps
 
-    def error(self, results: dict[str, Tensor], is_cut: bool = False) -> float:
-        """Largest error of any result, relative to the largest entry of that tensor; NaN is infinitely wrong.
+    def error(self, results: dict[str, Tensor], ignores_padding: bool = False) -> float:
+        """Largest error of any row of any result, relative to that row; NaN is infinitely wrong.
 
         Args:
             results: by name; those of the forward pass alone are enough.
-            is_cut: they hold the checked heads only.
+            ignores_padding: rows of the output that belong to padding may hold anything finite.
         """
-        worst = 0.0
         for name, x in results.items():
-            if not is_cut:
-                if not torch.isfinite(x).all():  # in any head, also those that are not checked further
-                    return float("inf")
-                x = self._cut(name, x.detach())
-            truth = self._truth[name]
-            if x.shape != truth.shape:
-                raise ValueError(f"{name}: expected shape {tuple(truth.shape)}, got {tuple(x.shape)}")
-            error = (x.to(torch.float64) - truth).abs().max().item() / max(truth.abs().max().item(), 1e-30)
-            worst = max(worst, error) if error == error else float("inf")
-        return worst
+            if x.shape != self._shapes[name]:
+                raise ValueError(f"{name}: expected shape {tuple(self._shapes[name])}, got {tuple(x.shape)}")
+            if not torch.isfinite(x).all():  # anywhere, also in what is not checked further
+                return float("inf")
+        return self._error({name: self._checked(name, x.detach()) for name, x in results.items()}, ignores_padding)
 
     def is_right(self, error: float) -> bool:
         # A yardstick that is itself infinitely wrong allows nothing.
         return error <= self.allowed and math.isfinite(error)
 
-    def _cut(self, name: str, x: Tensor) -> Tensor:
-        """The checked heads of a whole result."""
-        heads = self._kv_heads if name in ("key", "value") else self._heads
-        if len(heads) == (self.case.kv_heads if name in ("key", "value") else self.case.heads):
-            return x
-        dim = 0 if name == "bias" and self.case.mask == "relative-bias" else 1
-        return x.index_select(dim, torch.tensor(heads, device=x.device))
+    def _error(self, results: dict[str, Tensor], ignores_padding: bool = False) -> float:
+        """results: rows of the checked parts alone."""
+        worst = 0.0
+        for name, x in results.items():
+            errors = (x.to(torch.float64) - self._truth[name]).abs().amax(dim=-1) / self._sizes[name]
+            if name == "out" and ignores_padding:
+                errors = errors[self._is_real(errors.device)]
+            error = errors.max().item()
+            worst = max(worst, error) if error == error else float("inf")
+        return worst
 
-    def _results(self, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Checked heads of out and of all gradients, computed in `dtype`."""
-        case = inputs.case
-        wants_grad = case.direction != "forward"
-        leaves = {name: self._cut(name, x.detach()).to(dtype) for name, x in inputs.leaves.items()}
-        dout = self._cut("out", inputs.dout).to(dtype)
-        results = {"out": torch.empty_like(leaves["query"])}
-        if wants_grad:
-            results |= {name: torch.zeros_like(x) for name, x in leaves.items()}
-        group = case.heads // case.kv_heads
+    def _is_real(self, device: torch.device) -> Tensor:
+        """(checked rows of the output,) bool: of tokens that are no padding."""
+        position = torch.arange(self.case.seqlen_q, device=device)
+        group = self.case.heads // self.case.kv_heads
+        return torch.cat([position < self.case.lengths[batch] for batch, _ in self._pairs for _ in range(group)])
+
+    def _checked(self, name: str, x: Tensor) -> Tensor:
+        """(rows, columns) of a whole tensor's checked parts, in the order of `_results`."""
+        places = dict.fromkeys(places[name] for places in self._places() if name in places)
+        return torch.cat([torch.atleast_2d(self._part(x, place)) for place in places])
+
+    def _places(self) -> list[dict[str, tuple[int, ...]]]:
+        """Of each checked query head of each checked batch entry: where it is in every tensor."""
+        group = self.case.heads // self.case.kv_heads
+        found = []
+        for batch, kv_head in self._pairs:
+            for head in range(group * kv_head, group * (kv_head + 1)):
+                query, key = (batch, head), (batch, kv_head)
+                bias = (head,) if self.case.mask == "relative-bias" else (0, head)
+                found.append({"out": query, "query": query, "key": key, "value": key, "bias": bias})
+        return found
+
+    def _part(self, x: Tensor, place: tuple[int, ...]) -> Tensor:
+        """(L, D) of one batch entry and head; of a bias (L, S), or its (L + S - 1,) numbers for each distance."""
+        if self._bounds is None:
+            return x[place]
+        sequence, head = place
+        return x[self._bounds[sequence] : self._bounds[sequence + 1], head]
+
+    def _results(self, inputs: Inputs, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """By name: (rows, columns) of the checked parts of out and of all gradients, computed in `dtype`; and of the
+        truth the sums of `_squares`."""
+        wants_grad = self.case.direction != "forward"
         visible = inputs.visible()
-        for batch in range(case.batch):
-            seen = self._of_sequence(visible, batch)
-            for head in range(len(self._heads)):
-                places = self._places(inputs, batch, head, head // group)
-                parts = {name: leaves[name][index] for name, index in places.items() if name in leaves}
-                if wants_grad:
-                    parts = {name: x.detach().requires_grad_() for name, x in parts.items()}
-                out = _dense(seen, case.head_dim, **parts)
-                results["out"][places["query"]] = out.detach()
-                if wants_grad:
-                    grads = torch.autograd.grad(out, list(parts.values()), dout[places["query"]])
-                    for name, grad in zip(parts, grads, strict=True):
-                        results[name][places[name]] += grad
-        return results
+        parts: dict[str, dict[tuple, Tensor]] = {}
+        squares: dict[str, dict[tuple, Tensor]] = {}
+        for places in self._places():
+            leaves = {
+                name: self._part(x.detach(), places[name]).to(dtype).requires_grad_(wants_grad)
+                for name, x in inputs.leaves.items()
+            }
+            out, weights = _dense(self._of_sequence(visible, places["out"][0]), self.case.head_dim, **leaves)
+            _add(parts, places, {"out": out.detach()})
+            if wants_grad:
+                dout = self._part(inputs.dout, places["out"]).to(dtype)
+                grads = torch.autograd.grad(out, list(leaves.values()), dout)
+                _add(parts, places, dict(zip(leaves, grads, strict=True)))
+                if dtype == torch.float64:
+                    _add(squares, places, _squares(weights, dout, **leaves))
+        return _as_rows(parts), _as_rows(squares)
 
     def _of_sequence(self, visible: Tensor, batch: int) -> Tensor:
         length = self.case.lengths[batch]
@@ -102,19 +132,47 @@ class Reference:
             return visible[0, 0, :length, :length]
         return visible[min(batch, visible.shape[0] - 1), 0]
 
-    def _places(self, inputs: Inputs, batch: int, head: int, kv_head: int) -> dict[str, tuple]:
-        """Where one sequence and one head of the checked ones is in each tensor."""
-        if self.case.is_packed:
-            start, end = inputs.cu_seqlens[batch : batch + 2].tolist()
-            query, key = (slice(start, end), head), (slice(start, end), kv_head)
-        else:
-            query, key = (batch, head), (batch, kv_head)
-        bias = (head,) if self.case.mask == "relative-bias" else (0, head)
-        return {"query": query, "key": key, "value": key, "bias": bias}
+
+def sample(case: Case) -> list[tuple[int, int]]:
+    """Pairs of a batch entry and a key/value head: all of a small case, of a larger one some, spread over both.
+
+    A head with a bias comes with every batch entry, because its gradient is their sum.
+    """
+    scores = case.heads // case.kv_heads * case.seqlen_q * case.length
+    count = max(LEAST_PAIRS, min(CHECKED_PAIRS, CHECKED_SCORES // scores))
+    if case.mask in ("bias", "relative-bias"):
+        heads = _spread(case.kv_heads, max(LEAST_HEADS, count // case.batch))
+        return [(batch, head) for batch in range(case.batch) for head in heads]
+    if case.batch * case.kv_heads <= count:
+        return [(batch, head) for batch in range(case.batch) for head in range(case.kv_heads)]
+    # From one pair to the next by the golden section of the heads, or a little more, so that all heads come in turn.
+    stride = max(1, round(0.618 * case.kv_heads))
+    stride += next(more for more in range(case.kv_heads) if math.gcd(stride + more, case.kv_heads) == 1)
+    batches = [pair * case.batch // count for pair in range(count)]
+    return [(batch, pair * stride % case.kv_heads) for pair, batch in enumerate(batches)]
 
 
-def _dense(visible: Tensor, head_dim: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None):
-    """(L, D). bias: (L, S), or (L + S - 1,), whose entry j - i + L - 1 belongs to score (i, j)."""
+def _spread(total: int, count: int) -> list[int]:
+    """`count` of range(total), evenly, the first and the last among them; all if there are no more."""
+    if total <= count:
+        return list(range(total))
+    return [round(step * (total - 1) / (count - 1)) for step in range(count)]
+
+
+def _sizes(truth: Tensor) -> Tensor:
+    """(rows,) what the errors of each row are relative to. Rows of zeros (of masked keys) tell nothing of a size."""
+    sizes = truth.abs().amax(dim=-1)
+    visible = sizes[sizes > 0]
+    return sizes.clamp_min(visible.median() if len(visible) else 1e-30)
+
+
+def _dense(
+    visible: Tensor, head_dim: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output (L, D) and weights (L, S).
+
+    bias: (L, S), or (L + S - 1,), whose entry j - i + L - 1 belongs to score (i, j)
+    """
     scores = query @ key.mT * head_dim**-0.5
     if bias is not None and bias.dim() == 1:
         rows, keys = scores.shape
@@ -123,4 +181,28 @@ def _dense(visible: Tensor, head_dim: int, query: Tensor, key: Tensor, value: Te
         scores = scores + bias
     scores = scores.masked_fill(~visible, float("-inf"))
     # Every query of the case list sees a key, so no row is empty.
-    return torch.softmax(scores, dim=-1) @ value
+    weights = torch.softmax(scores, dim=-1)
+    return weights @ value, weights
+
+
+@torch.no_grad()
+def _squares(
+    weights: Tensor, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Of the gradients of query, key and dense bias: the sums of the squares of their terms, with dP in place of
+    dP - delta. Where a query sees one key, that difference is 0, and what a kernel computes is rounding of dP."""
+    terms = (weights * (dout @ value.mT)).square()
+    scale = query.shape[-1] ** -0.5
+    squares = {"query": terms @ (scale * key).square(), "key": terms.mT @ (scale * query).square()}
+    return squares | ({"bias": terms} if bias is not None and bias.dim() == 2 else {})
+
+
+def _add(sums: dict[str, dict[tuple, Tensor]], places: dict[str, tuple], new: dict[str, Tensor]) -> None:
+    """To what was found for the same place of each tensor."""
+    for name, x in new.items():
+        found = sums.setdefault(name, {})
+        found[places[name]] = found[places[name]] + x if places[name] in found else x
+
+
+def _as_rows(found: dict[str, dict[tuple, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([torch.atleast_2d(x) for x in parts.values()]) for name, parts in found.items()}

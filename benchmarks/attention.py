@@ -7,13 +7,14 @@ that says so and no time; the others are timed in turns.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fused_attn
 from benchmarks import cases, machine, rivals, timing
 from benchmarks.accuracy import Reference
 from benchmarks.cases import Case
@@ -21,7 +22,7 @@ from benchmarks.conventions import DEVICE_LOST, OURS
 from benchmarks.inputs import DTYPES, Inputs
 from benchmarks.progress import progress
 from benchmarks.rivals import RIVALS, Prepared
-from benchmarks.rows import Row, Writer, read
+from benchmarks.rows import Row, Writer, read, select
 
 #: Rivals that are compiled anew for every shape, a quarter of a minute each, are asked at these lengths only.
 COMPILED_RIVALS, COMPILED_LENGTHS = ("flex",), (2048, 8192)
@@ -40,40 +41,33 @@ def run_case(
     rounds: int,
     seconds: float,
 ) -> list[Row]:
-    """One row for each implementation. timer: None = check only."""
+    """One row for each implementation; of our single kernels only those that can. timer: None = check only."""
     inputs = Inputs(case, device, rows_first=True)
+    absent = set(rivals.OUR_BACKENDS) - set(rivals.able_backends(inputs))
+    names = [name for name in names if name not in absent]
     rows = {name: _row_of(case, name) for name in names}
     right: dict[str, Prepared] = {}
     for name in names:
-        try:
-            prepared = RIVALS[name].prepare(inputs)
-            error = reference.error(rivals.results_of(prepared, inputs))
-        # Packages raise what they like; KeyboardInterrupt is no Exception.
-        except Exception as problem:
-            rows[name]["cannot"] = rivals.reason(problem)
-            _check_device(device, rows)
-            continue
-        rows[name] |= {"error": error, "allowed": reference.allowed, "is_right": reference.is_right(error)}
-        if name == OURS:
-            rows[name]["backend"] = _backend(inputs)
-        if reference.is_right(error):
-            right[name] = prepared
-    if timer is None or not right:
+        _check(name, inputs, reference, rows, right)
+    if timer is None:
         return list(rows.values())
-    calls, kind = {}, timer.kind
-    for name, prepared in right.items():
-        try:
-            calls[name] = rivals.call_of(prepared, inputs)
-            calls[name]()
-        except Exception as problem:
-            rows[name]["cannot"] = rivals.reason(problem)
-            _check_device(device, rows)
-            calls.pop(name, None)
-    measured = _measure(calls, timer, rounds, seconds, rows)
-    if device.type == "cuda" and min(map(_median, measured.times.values())) < timing.WORTH_A_GRAPH:
+    calls = {}
+    for name in list(right):
+        _make_call(name, inputs, rows, right, calls)
+
+    def drop(name: str, error: Exception) -> None:
+        rows[name]["failed"] = rivals.reason(error)
+        del right[name]
+
+    measured, kind = timing.measure_those_that_can(calls, timer, rounds, seconds, drop), timer.kind
+    _check_device(device, rows.values())
+    if device.type == "cuda" and min(map(_median, measured.times.values()), default=1.0) < timing.WORTH_A_GRAPH:
         graphs = _graphs(calls, right, inputs, rows)
         if len(graphs) == len(calls):  # all or none: the two ways are not comparable
-            measured, kind = timing.measure(graphs, timer, rounds, seconds), "graph"
+            try:
+                measured, kind = timing.measure(graphs, timer, rounds, seconds), "graph"
+            except timing.CallError:  # the times by events are as good as they were
+                _check_device(device, rows.values())
     for name, times in measured.times.items():
         rows[name] |= timing.times_of(times) | {"timing": kind}
         rows[name] |= _rates(case, _median(times))
@@ -84,19 +78,37 @@ def run_case(
     return list(rows.values())
 
 
-def _measure(
-    calls: dict[str, timing.Call], timer: timing.Timer, rounds: int, seconds: float, rows: dict[str, Row]
-) -> timing.Measured:
-    """Without the last ones, should the memory not suffice for all at once: those of `RIVALS` that need most."""
-    while True:
-        try:
-            return timing.measure(calls, timer, rounds, seconds)
-        except torch.OutOfMemoryError:
-            if len(calls) == 1:
-                raise
-            last, _ = calls.popitem()
-            rows[last]["cannot"] = "out of memory beside the others"
-            torch.cuda.empty_cache()
+def _check(name: str, inputs: Inputs, reference: Reference, rows: dict[str, Row], right: dict[str, Prepared]) -> None:
+    """Adds to `right` what is; a function of its own, so that no variable keeps what is dropped later."""
+    row = rows[name]
+    try:
+        prepared = rivals.fastest(name, inputs)
+        row |= {"given": prepared.given} | ({"problem": prepared.problem} if prepared.problem else {})
+        error = reference.error(rivals.results_of(prepared, inputs), ignores_padding=prepared.problem is not None)
+    # Packages raise what they like; KeyboardInterrupt is no Exception.
+    except Exception as problem:
+        row["cannot"] = rivals.reason(problem)
+        _check_device(inputs.device, rows.values())
+        return
+    row |= {"error": error, "allowed": reference.allowed, "is_right": reference.is_right(error)}
+    if name == OURS:
+        row["backend"] = rivals.our_backend(inputs)
+    if row["is_right"]:
+        right[name] = prepared
+
+
+def _make_call(
+    name: str, inputs: Inputs, rows: dict[str, Row], right: dict[str, Prepared], calls: dict[str, timing.Call]
+) -> None:
+    try:
+        call = rivals.call_of(right[name], inputs)
+        call()
+    except Exception as problem:
+        rows[name]["failed"] = rivals.reason(problem)
+        del right[name]
+        _check_device(inputs.device, rows.values())
+    else:
+        calls[name] = call
 
 
 def _row_of(case: Case, name: str) -> Row:
@@ -121,14 +133,6 @@ def _median(times: list[float]) -> float:
     return timing.quantiles(times)[1]
 
 
-def _backend(inputs: Inputs) -> str | None:
-    """Which kernel ours was, where `explain` can tell."""
-    if inputs.case.is_packed:
-        return None
-    options = rivals.our_options(inputs)
-    return fused_attn.explain(inputs.query, inputs.key, inputs.value, **options).chosen
-
-
 def _graphs(
     calls: dict[str, timing.Call], right: dict[str, Prepared], inputs: Inputs, rows: dict[str, Row]
 ) -> dict[str, timing.Call]:
@@ -138,21 +142,25 @@ def _graphs(
         try:
             graphs[name] = timing.graph_of(lambda name=name: rivals.call_of(right[name], inputs), inputs.device)
         except Exception:
-            _check_device(inputs.device, rows)
+            _check_device(inputs.device, rows.values())
             break
     return graphs
 
 
-def _check_device(device: torch.device, rows: dict[str, Row]) -> None:
+def _check_device(device: torch.device, rows: Iterable[Row]) -> None:
+    """Raises DeviceLostError with all rows, if the device no longer finishes what it is given."""
     if device.type != "cuda":
         return
     try:
         torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
     except Exception as error:
-        for row in rows.values():
-            row.setdefault("cannot", "not run: another implementation of this case broke the device")
-        raise DeviceLostError(list(rows.values())) from error
+        for row in rows:
+            if "cannot" not in row and "failed" not in row:
+                row["failed"] = "another implementation of this case broke the device"
+        raise DeviceLostError(list(rows)) from error
+    # Refused while a stream is being captured, which says nothing about the device.
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.empty_cache()
 
 
 def describe(rows: list[Row]) -> str:
@@ -161,15 +169,16 @@ def describe(rows: list[Row]) -> str:
     cells = []
     for row in sorted(timed, key=lambda row: row["implementation"] != OURS):
         cell = f"{row['implementation']} {row['median_ms']:.3f} ms {row['effective_tflops']:.3g} TF"
-        cells.append(cell + (f" ({row['over_ours']:.2f}x)" if "over_ours" in row else ""))
+        cell += f" ({row['over_ours']:.2f}x)" if "over_ours" in row else ""
+        cells.append(cell + (" other problem" if "problem" in row else ""))
     wrong = [f"{row['implementation']} {row['error']:.1e}" for row in rows if row.get("is_right") is False]
     if wrong:
         cells.append(f"WRONG: {', '.join(wrong)}")
     if not timed:
         cells += [f"{row['implementation']} right" for row in rows if row.get("is_right")]
-    cannot = [row["implementation"] for row in rows if "cannot" in row]
-    if cannot:
-        cells.append(f"cannot: {' '.join(cannot)}")
+    for field in ("failed", "cannot"):
+        if names := [row["implementation"] for row in rows if field in row]:
+            cells.append(f"{field}: {' '.join(names)}")
     return " | ".join(cells)
 
 
@@ -182,12 +191,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--directions", nargs="+", choices=cases.DIRECTIONS, default=["forward", "backward"])
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, help="default: all; on a CPU ours and torch's")
+    parser.add_argument("--tokens", type=int, help="of all sequences of a batch together; default: 16384 on a GPU")
+    parser.add_argument("--no-compile", action="store_true", help="leave out rivals that are compiled for every shape")
     parser.add_argument("--rounds", type=int, help="at most so many rounds a case (default 30, with --quick 5)")
     parser.add_argument("--seconds", type=float, help="at most so long a case (default 1, with --quick 0.2)")
     parser.add_argument("--threads", type=int, help="of a CPU; default: torch's")
     parser.add_argument("--minutes", type=float, help="begin no case after this time")
     parser.add_argument("--check-only", action="store_true", help="errors, no times")
-    parser.add_argument("--resume", action="store_true", help="leave out the cases that --out has rows of")
+    parser.add_argument("--resume", action="store_true", help="leave out what --out has rows of")
     parser.add_argument("--commit", help="what rows say where the source tree has no history")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append one row per case and implementation")
 
@@ -195,12 +206,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def rivals_of(case: Case, arguments: argparse.Namespace) -> list[str]:
     """Those that were named; by default those whose time on the case is worth its cost."""
     if arguments.rivals:
-        return arguments.rivals
+        return [name for name in arguments.rivals if RIVALS[name].is_for(case)]
     if torch.device(arguments.device).type == "cpu":
         # The packages have no CPU kernels, and torch itself chooses its only fast one.
-        return [OURS, "torch"]
-    skipped = () if case.length in COMPILED_LENGTHS else COMPILED_RIVALS
-    return [name for name in RIVALS if name not in skipped and (case.is_packed or name != "torch-varlen")]
+        return [OURS, "torch"] + ["torch-causal-only"] * RIVALS["torch-causal-only"].is_for(case)
+    skipped = () if case.length in COMPILED_LENGTHS and not arguments.no_compile else COMPILED_RIVALS
+    return [name for name, rival in RIVALS.items() if name not in skipped and rival.is_for(case)]
 
 
 def scale_of(arguments: argparse.Namespace) -> cases.Scale:
@@ -209,7 +220,8 @@ def scale_of(arguments: argparse.Namespace) -> cases.Scale:
     else:
         scale = cases.CPU_QUICK if arguments.quick else cases.CPU
     chosen = {"dtypes": arguments.dtype, "head_dims": arguments.head_dim, "lengths": arguments.lengths}
-    return scale._replace(**{name: tuple(values) for name, values in chosen.items() if values})
+    scale = scale._replace(**{name: tuple(values) for name, values in chosen.items() if values})
+    return scale._replace(tokens=arguments.tokens or scale.tokens)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -217,9 +229,11 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     todo = list(cases.table(scale_of(arguments), arguments.only, arguments.directions))
+    names = {case: rivals_of(case, arguments) for case in todo}
     if arguments.resume and arguments.out is not None and arguments.out.exists():
-        done = {_key(row) for row in read(arguments.out) if row["benchmark"] == "attention"}
-        todo = [case for case in todo if _key(_row_of(case, OURS)) not in done]
+        done = {(_key(row), row["implementation"]) for row in select(read(arguments.out), benchmark="attention")}
+        names = {case: _missing(case, own, done) for case, own in names.items()}
+        todo = [case for case in todo if names[case]]
     writer = Writer(arguments.out, machine.about(device, arguments.commit))
     print(" | ".join(f"{name} {value}" for name, value in writer.about.items()), flush=True)
     peaks: dict[str, float] = {}
@@ -238,7 +252,7 @@ def main(arguments: argparse.Namespace) -> int:
                 print(f"time is up: {len(todo) - number} of {len(todo)} cases not run", flush=True)
                 break
             try:
-                rows = _rows_of(case, device, timer, arguments)
+                rows = _rows_of(case, names[case], device, timer, arguments)
             except DeviceLostError as lost:
                 writer.record(lost.args[0])
                 print(f"{case} | the device no longer answers", flush=True)
@@ -253,24 +267,39 @@ def main(arguments: argparse.Namespace) -> int:
             writer.record(rows)
             print(f"{case} | {describe(rows)}", flush=True)
             advance(str(case))
-    wrong = [row for row in writer.rows if row["implementation"] == OURS and not row.get("is_right", False)]
+    wrong = [row for row in select(writer.rows, implementation=OURS) if "failed" in row or not row.get("is_right")]
     for row in wrong:
         print(f"ours has no right result: {row['shape']} {row['dtype']} {row['mask']} {row['direction']}: "
-              f"{row.get('cannot') or row['error']}")  # fmt: skip
+              f"{row.get('cannot') or row.get('failed') or row['error']}")  # fmt: skip
     return 1 if wrong else 0
 
 
-def _rows_of(case: Case, device: torch.device, timer: timing.Timer | None, arguments: argparse.Namespace) -> list[Row]:
-    names = rivals_of(case, arguments)
+def _missing(case: Case, names: list[str], done: set[tuple]) -> list[str]:
+    """Those without a row, and ours, which they are compared with; nobody if only single kernels of ours have none,
+    because those have rows only where several can."""
+    missing = [name for name in names if (_key(_row_of(case, name)), name) not in done]
+    if all(name in rivals.OUR_BACKENDS for name in missing):
+        return []
+    return missing if OURS in missing or OURS not in names else [OURS, *missing]
+
+
+def _rows_of(
+    case: Case, names: list[str], device: torch.device, timer: timing.Timer | None, arguments: argparse.Namespace
+) -> list[Row]:
     rounds = arguments.rounds or (5 if arguments.quick else 30)
     seconds = arguments.seconds or (0.2 if arguments.quick else 1.0)
+    step = "the reference"
     try:
         reference = Reference(Inputs(case, device, rows_first=True))
-    except torch.OutOfMemoryError as error:
-        return [_row_of(case, name) | {"cannot": f"its reference: {rivals.reason(error)}"} for name in names]
-    rows = run_case(case, device, names, reference, timer, rounds, seconds)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+        step = "all together"
+        rows = run_case(case, device, names, reference, timer, rounds, seconds)
+    except DeviceLostError:
+        raise
+    # Packages raise what they like; KeyboardInterrupt is no Exception.
+    except Exception as error:
+        why = {"failed": f"{step}: {rivals.reason(error)}"}
+        rows = [_row_of(case, name) | why for name in names if name not in rivals.OUR_BACKENDS]
+    _check_device(device, rows)
     return rows
 
 

@@ -10,6 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 #: The implementation that the others are compared with.
 OURS = "fused_attn"
 
+#: Our kernels for GPUs, timed one by one where several can compute a case; `OURS` is what users get.
+OUR_BACKENDS = {f"{OURS}[{backend}]": backend for backend in ("triton", "cuda")}
+
 #: Exit code: the device no longer answers, and a new process has to go on with ``--resume``.
 DEVICE_LOST = 70
 

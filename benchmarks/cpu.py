@@ -22,13 +22,12 @@ import torch  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 
 import fused_attn  # noqa: E402
-from benchmarks import machine, memory, rivals, timing  # noqa: E402
+from benchmarks import machine, memory, rivals, summary, timing  # noqa: E402
 from benchmarks.accuracy import Reference  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
 from benchmarks.conventions import OURS  # noqa: E402
 from benchmarks.inputs import Inputs  # noqa: E402
 from benchmarks.progress import progress  # noqa: E402
-from benchmarks.rivals import RIVALS  # noqa: E402
 from benchmarks.rows import Row, Writer  # noqa: E402
 from benchmarks.timing import Call  # noqa: E402
 
@@ -47,7 +46,7 @@ def run_case(case: Case, arguments: argparse.Namespace, probe: timing.Probe | No
     """One row for each implementation; one whose result is wrong has a row without times."""
     inputs = Inputs(case)
     reference = Reference(inputs)
-    prepared = {name: RIVALS[name].prepare(inputs) for name in IMPLEMENTATIONS}
+    prepared = {name: rivals.fastest(name, inputs) for name in IMPLEMENTATIONS}
     errors = {name: reference.error(rivals.results_of(one, inputs)) for name, one in prepared.items()}
     rows = {
         name: {
@@ -57,6 +56,7 @@ def run_case(case: Case, arguments: argparse.Namespace, probe: timing.Probe | No
             "dtype": case.dtype,
             "direction": case.direction,
             "implementation": name,
+            "given": prepared[name].given,
             "error": errors[name],
         }
         for name in IMPLEMENTATIONS
@@ -70,12 +70,13 @@ def run_case(case: Case, arguments: argparse.Namespace, probe: timing.Probe | No
     times, rejected = timing.measure(calls, TIMER, arguments.rounds, arguments.seconds, is_quiet)
     for name, row in rows.items():
         row |= timing.times_of(times[name])
-        row |= {"rejected_rounds": rejected, "extra_mib": None if arguments.no_memory else extra_mib(case, name)}
+        row["rejected_rounds"] = rejected
+        row |= {"extra_mib": None} if arguments.no_memory else memory_of(case, name)
     ratios = [theirs / ours for theirs, ours in zip(times["torch"], times[OURS], strict=True)]
     low, ratio, high = timing.quartiles(ratios)
     rows[OURS] |= {"ratio": ratio, "ratio_q1": low, "ratio_q3": high}
     ours, theirs = rows[OURS], rows["torch"]
-    mib = "/".join("-" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}" for row in (ours, theirs))
+    mib = "/".join("-" if row["extra_mib"] is None else f"{summary.mib_of(row):.0f}" for row in (ours, theirs))
     print(
         f"{case!s:52} {ours['median_ms']:9.3f} {theirs['median_ms']:9.3f}   {ratio:5.2f} [{low:.2f}, {high:.2f}]"
         f"  {mib:>10}  {ours['error']:.0e}/{theirs['error']:.0e}",
@@ -84,12 +85,12 @@ def run_case(case: Case, arguments: argparse.Namespace, probe: timing.Probe | No
     return list(rows.values())
 
 
-def extra_mib(case: Case, name: str) -> float | None:
-    """Peak resident memory that one call adds, results included; None where /proc does not tell."""
-    if sys.platform != "linux":
-        return None
+def memory_of(case: Case, name: str) -> Row:
+    """Peak resident memory that one call adds, results included, and that of what is made for it beforehand."""
+    if sys.platform != "linux":  # only there /proc tells
+        return {"extra_mib": None}
     peak = memory.peak_of(case, name, torch.device("cpu"))
-    return (peak.extra + peak.results) / memory.MIB
+    return {"extra_mib": (peak.extra + peak.results) / memory.MIB, "held_mib": peak.held / memory.MIB}
 
 
 def run_overhead(arguments: argparse.Namespace) -> list[Row]:

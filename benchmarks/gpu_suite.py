@@ -1,20 +1,22 @@
 """Turns minutes of a GPU into evidence: ``python benchmarks/gpu_suite.py --out DIR [--minutes N]``.
 
-Runs its stages in order of worth, each in a process of its own, stops cleanly at the time limit, and ends with a short
-summary. Everything is written to DIR as it comes, and a run into the same DIR goes on where the last one stopped:
+Runs its stages in order of worth, each in processes of its own, stops cleanly at the time limit, and ends with a short
+summary. Everything is written to DIR as it comes, and a run into the same DIR, or with ``--resume-from`` its copy, does
+not measure again what has rows:
 
 log.txt       all output            rows.jsonl    benchmark rows
 tests.xml     results of the tests  tuned-*.json  tile sizes that beat the table
 summary.txt   the end of the output
 
 ``--only bench:causal tests`` runs some stages. ``--device cpu`` is a dry run: every stage, at sizes that a CPU can do.
-Needs no network.
+Needs no network. README.md beside this file tells how to spread it over several short loans of a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -24,6 +26,7 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -36,9 +39,13 @@ from benchmarks.cases import MASKS  # noqa: E402
 
 #: A stage that would have less is not begun.
 LEAST_SECONDS = 5.0
-#: A stage that has not stopped by itself this long after its time is killed.
+#: A stage that has not stopped by itself this long after its time is killed ...
 GRACE_SECONDS = 30.0
+#: ... and so long before that it is interrupted, as by Ctrl-C: what it knows by then is written.
+INTERRUPT_SECONDS = 10.0
 MAX_RESTARTS = 5
+#: More only wait for one GPU, and for memory that each test takes for itself.
+MOST_TEST_WORKERS = 8
 
 
 class Outcome(NamedTuple):
@@ -98,8 +105,15 @@ class Suite:
         self._log.write(text + "\n")
         self._log.flush()
 
-    def run(self, *command: str, environment: dict[str, str] | None = None) -> int | None:
-        """Exit code of a command whose output is shown and logged; None if it was stopped at the stage's limit."""
+    def run(
+        self, *command: str, environment: dict[str, str] | None = None, interrupt_at: float | None = None
+    ) -> int | None:
+        """Exit code of a command whose output is shown and logged; None if it was stopped at the stage's limit.
+
+        interrupt_at: when a command that knows of no limit is to stop; default: shortly before it is killed.
+        """
+        if interrupt_at is None:
+            interrupt_at = max(self.deadline, self.kill_at - INTERRUPT_SECONDS)
         self.say(f"$ {' '.join(command)}")
         variables = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _python_path()} | (environment or {})
         if self.is_dry:
@@ -110,11 +124,12 @@ class Suite:
         )  # fmt: skip
         reader = threading.Thread(target=self._copy, args=(process.stdout,), daemon=True)
         reader.start()
+        code = None
         try:
-            left = self.kill_at - time.monotonic()
-            code = process.wait(None if left == float("inf") else max(0.0, left))
-        except subprocess.TimeoutExpired:
-            code = None
+            code = _wait(process, interrupt_at)
+            if code is None:
+                process.send_signal(signal.SIGINT)
+                _wait(process, self.kill_at)
         finally:
             # Also what the command has started, and also when the user interrupts.
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -122,6 +137,11 @@ class Suite:
             process.wait()
         reader.join(5.0)
         return code
+
+    def run_all(self, commands: list[list[str]]) -> list[int | None]:
+        """Exit codes of commands that run at the same time."""
+        with ThreadPoolExecutor(len(commands)) as pool:
+            return list(pool.map(lambda command: self.run(*command), commands))
 
     def python(self, *arguments: str, environment: dict[str, str] | None = None) -> str:
         return verdict_of(self.run(sys.executable, *arguments, environment=environment))
@@ -137,6 +157,15 @@ class Suite:
     def _copy(self, stream: TextIO) -> None:
         for line in stream:
             self.say(line.rstrip("\n"))
+
+
+def _wait(process: subprocess.Popen, until: float) -> int | None:
+    """Its exit code; None if it has not ended by then."""
+    left = until - time.monotonic()
+    try:
+        return process.wait(None if left == float("inf") else max(0.0, left))
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _python_path() -> str:
@@ -181,41 +210,76 @@ def build(suite: Suite) -> str:
 
 
 def check(suite: Suite) -> str:
-    return suite.python("-m", "fused_attn", "check")
+    """The numbers of every backend, and of ours in every case of the table at one length.
+
+    All at once, because what takes time is compiling the Triton kernels, on one core each; later stages find them in
+    its cache.
+    """
+    commands = {"self-check": [sys.executable, "-m", "fused_attn", "check"]}
+    masks = list(MASKS)
+    workers = max(1, min(len(masks), (os.cpu_count() or 1) - 1))
+    for number in range(workers):
+        own = masks[number::workers]
+        command = [sys.executable, "-m", "benchmarks", "attention", "--device", suite.device, "--check-only", *FIRST]
+        command += ["--only", *own, "--rivals", conventions.OURS, *conventions.OUR_BACKENDS]
+        command += ["--quick", "--lengths", "64"] if suite.is_dry else ["--lengths", "2048"]
+        commands[" ".join(own)] = command + suite.minutes
+    codes = dict(zip(commands, suite.run_all(list(commands.values())), strict=True))
+    failed = [f"{name}: {verdict_of(code)}" for name, code in codes.items() if code != 0]
+    return "; ".join(failed) or "ok"
 
 
 def gpu_tests(suite: Suite) -> str:
-    report = suite.out / "tests.xml"
-    return _tests(suite, report, "-m", "gpu")
+    # To collect the other files takes longer than many a test.
+    files = [str(path) for path in sorted(ROOT.glob("tests/**/test_*.py")) if "mark.gpu" in path.read_text()]
+    return _tests(suite, suite.out / "tests.xml", *files, "-m", "gpu")
 
 
 def kernel_tests(suite: Suite) -> str:
-    """The tests that run in Triton's interpreter where there is no GPU, here on the real one."""
+    """The other tests of the Triton kernels: what they compile to for each architecture, with this Triton."""
     # In the interpreter they take minutes, and the ordinary tests run them.
     dry = ("--collect-only",) if suite.is_dry else ()
     return _tests(suite, suite.out / "kernel-tests.xml", "tests/triton", "-m", "not gpu", *dry)
 
 
 def _tests(suite: Suite, report: Path, *arguments: str) -> str:
-    command = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    code = suite.run(sys.executable, *command, f"--junitxml={report}", *arguments)
+    """Interrupted when its time is up, so that pytest still reports what it has found."""
+    command = ["-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    if importlib.util.find_spec("xdist") is not None:
+        # Most of the time goes into compiling, on one core for each test.
+        command += ["-n", "1" if suite.is_dry else str(min(MOST_TEST_WORKERS, os.cpu_count() or 1))]
+    report.unlink(missing_ok=True)  # of an earlier run, which says nothing of this one
+    code = suite.run(sys.executable, *command, f"--junitxml={report}", *arguments, interrupt_at=suite.deadline)
     if code == 5:
         return "ok: no such tests"
     return f"{verdict_of(code)}: {_counts(report)}" if report.exists() else verdict_of(code)
 
 
+def _report_of(path: Path) -> ElementTree.Element | None:
+    """None if pytest did not come to its end."""
+    try:
+        return ElementTree.parse(path).getroot()
+    except ElementTree.ParseError:
+        return None
+
+
 def _counts(report: Path) -> str:
-    suites = ElementTree.parse(report).getroot().iter("testsuite")
+    root = _report_of(report)
+    if root is None:
+        return "its report is cut off"
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    for one in suites:
+    for one in root.iter("testsuite"):
         for name in counts:
             counts[name] += int(one.get(name, 0))
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _failures(report: Path) -> list[str]:
+    root = _report_of(report)
+    if root is None:
+        return [f"{report.name} is cut off"]
     lines = []
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
+    for case in root.iter("testcase"):
         for kind in ("failure", "error"):
             for found in case.findall(kind):
                 message = " ".join((found.get("message") or "").split())[:160]
@@ -229,7 +293,8 @@ def sanitizer(suite: Suite) -> str:
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [
         sys.executable, "-m", "benchmarks", "attention", "--device", suite.device, "--check-only", "--quick",
-        "--rivals", "fused_attn", "--lengths", "200", "--head-dim", "64", "--directions", "forward+backward",
+        "--rivals", conventions.OURS, *conventions.OUR_BACKENDS, "--tokens", "400", "--lengths", "200",
+        "--head-dim", "64", "--directions", "forward+backward",
     ]  # fmt: skip
     if tool is None and not suite.is_dry:
         raise Skip("compute-sanitizer is not on the PATH")
@@ -237,10 +302,13 @@ def sanitizer(suite: Suite) -> str:
     return verdict_of(suite.run(*checker, *command, environment=variables))
 
 
-def bench(*options: str) -> Callable[[Suite], str]:
+def bench(*options: str, dry: tuple[str, ...] = ()) -> Callable[[Suite], str]:
+    """dry: options that a dry run has instead."""
+
     def run(suite: Suite) -> str:
+        own = (*options, *dry, "--seconds", "0.02") if suite.is_dry else options
         for _ in range(MAX_RESTARTS):
-            verdict = suite.benchmark("attention", *options, "--resume")
+            verdict = suite.benchmark("attention", *own, "--resume")
             if verdict != verdict_of(conventions.DEVICE_LOST) or time.monotonic() > suite.deadline:
                 break
             suite.say("the device was lost: the cases that are left run in a new process")
@@ -249,12 +317,13 @@ def bench(*options: str) -> Callable[[Suite], str]:
     return run
 
 
-def modules(suite: Suite) -> str:
-    return suite.benchmark("modules")
+def modules(*options: str) -> Callable[[Suite], str]:
+    return lambda suite: suite.benchmark("modules", *options, "--resume")
 
 
 def memory(suite: Suite) -> str:
-    return suite.benchmark("memory")
+    dry = ("--only", "none", "--directions", "forward") if suite.is_dry else ()
+    return suite.benchmark("memory", "--resume", *dry)
 
 
 def tune(suite: Suite) -> str:
@@ -271,20 +340,25 @@ def tune(suite: Suite) -> str:
 
 
 #: Of every mask before the rest of the table.
-FIRST = ("--dtype", "bfloat16", "--head-dim", "128", "64")
+FIRST = ("--dtype", "bfloat16", "--head-dim", "128", "64", "--seconds", "0.5")
+#: What is compiled for every shape takes a quarter of a minute for each, so at one length.
+FLEX = ("--rivals", conventions.OURS, "flex", "--dtype", "bfloat16", "--head-dim", "128", "--lengths", "8192")
+DRY_FLEX = ("--lengths", "64", "--only", "causal", "--directions", "forward")
 
 STAGES = (
     Stage("environment", environment, 0.2),
     Stage("build", build, 0.5),
     Stage("check", check, 0.4),
-    Stage("tests", gpu_tests, 0.4),
+    Stage("tests", gpu_tests, 0.5),
     Stage("sanitizer", sanitizer, 0.3),
+    *(Stage(f"bench:{mask}", bench("--only", mask, *FIRST, "--no-compile"), 0.2) for mask in MASKS),
+    Stage("modules", modules("--no-compile"), 0.3),
+    Stage("memory", memory, 0.3),
+    Stage("tune", tune, 0.5),
+    Stage("bench:flex", bench(*FLEX, dry=DRY_FLEX), 0.4),
+    Stage("modules:compiled", modules(), 0.5),
     Stage("kernel-tests", kernel_tests, 0.3),
-    *(Stage(f"bench:{mask}", bench("--only", mask, *FIRST), 0.2) for mask in MASKS),
-    Stage("modules", modules, 0.4),
-    Stage("memory", memory, 0.4),
-    Stage("tune", tune, 0.6),
-    Stage("bench:rest", bench(), 1.0),
+    Stage("bench:rest", bench("--no-compile", dry=("--only", "causal")), 1.0),
 )
 
 
@@ -301,11 +375,11 @@ def selected(only: list[str] | None) -> list[Stage]:
 
 def run_stages(suite: Suite, stages: list[Stage]) -> list[Outcome]:
     outcomes = []
-    for stage in stages:
+    for number, stage in enumerate(stages, 1):
         if suite.seconds_left < LEAST_SECONDS:
             outcomes.append(Outcome(stage.name, "not run: the time is up", 0.0))
             continue
-        suite.begin(stage.share)
+        suite.begin(stage.share if number < len(stages) else 1.0)
         start = time.monotonic()
         suite.say(f"\n==== {stage.name}, {suite.deadline - start:.0f} s of {suite.seconds_left:.0f} s")
         try:
@@ -320,35 +394,44 @@ def run_stages(suite: Suite, stages: list[Stage]) -> list[Outcome]:
 
 
 def summarise(suite: Suite, outcomes: list[Outcome]) -> list[str]:
-    """What has to be known, short enough for the end of a terminal."""
+    """What has to be known, the more important the later: often only the end of an output is kept."""
     path = suite.out / "rows.jsonl"
-    found = rows.read(path) if path.exists() else []
-    lines = ["", "==== summary", *map(str, outcomes)]
-    for name in ("tests.xml", "kernel-tests.xml"):
-        report = suite.out / name
-        if report.exists():
-            failures = _failures(report)
-            lines += failures[:12] + ([f"... {len(failures) - 12} more in {name}"] if len(failures) > 12 else [])
-    if found:
-        about = ("device", "driver", "cuda", "torch", "triton", "python", "commit", "date")
-        lines.append(", ".join(f"{name} {found[0][name]}" for name in about if name in found[0]))
-        peaks = {row["dtype"]: row["matmul_tflops"] for row in found if "matmul_tflops" in row}
-        lines += [f"{dtype} matmul {peak:.3g} TFLOP/s" for dtype, peak in peaks.items()]
-        for title, make in (
-            (
-                "attention by length: effective TFLOP/s, fastest other, our lead; part of matmul or copy rate",
-                summary.attention_lines,
-            ),
-            ("modules", summary.module_lines),
-            ("memory beyond inputs and results", summary.memory_lines),
-            ("problems", summary.problem_lines),
-        ):
-            if made := make(found):
-                lines += [f"-- {title}", *made]
-    lines.append(
-        f"written: {', '.join(sorted(one.name for one in suite.out.iterdir() if one.is_file()))} in {suite.out}"
-    )
+    found = rows.newest(rows.read(path)) if path.exists() else []
+    sections = {
+        "attention by length: effective TFLOP/s, fastest other, our lead (* solves another problem); part of matmul or "
+        "copy rate": summary.attention_lines(found)[::-1],
+        "memory beyond inputs and results": summary.memory_lines(found),
+        "modules": summary.module_lines(found),
+        "problems": summary.problem_lines(found),
+        "failed tests": _failed_tests(suite),
+        "measured on": _device_lines(found),
+        "stages": list(map(str, outcomes)),
+    }
+    lines = ["", "==== summary"]
+    for title, made in sections.items():
+        lines += [f"-- {title}", *made] if made else []
+    names = sorted(one.name for one in suite.out.iterdir() if one.is_file())
+    return [*lines, f"written: {', '.join(names)} in {suite.out}"]
+
+
+def _failed_tests(suite: Suite) -> list[str]:
+    lines = []
+    for report in (suite.out / "tests.xml", suite.out / "kernel-tests.xml"):
+        failures = _failures(report) if report.exists() else []
+        lines += failures[:12] + ([f"... {len(failures) - 12} more in {report.name}"] if len(failures) > 12 else [])
     return lines
+
+
+def _device_lines(found: list[rows.Row]) -> list[str]:
+    if not found:
+        return []
+    newest = max(found, key=lambda row: row["date"])
+    about = ("device", "driver", "cuda", "torch", "triton", "python", "commit", "date")
+    peaks = {row["dtype"]: row["matmul_tflops"] for row in found if "matmul_tflops" in row}
+    return [
+        ", ".join(f"{name} {newest[name]}" for name in about if name in newest),
+        *(f"{dtype} matmul {peak:.3g} TFLOP/s" for dtype, peak in peaks.items()),
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -358,15 +441,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="STAGE", help=f"bench, {', '.join(s.name for s in STAGES)}")
     parser.add_argument("--device", default="cuda", help="cpu: dry run")
     parser.add_argument("--quick", action="store_true", help="fewer sizes in the benchmarks")
+    parser.add_argument("--resume-from", type=Path, metavar="DIR", help="of an earlier run: leave out what it measured")
     parser.add_argument("--commit", help="what rows say where the tree has no history")
     arguments = parser.parse_args(argv)
     try:
         stages = selected(arguments.only)
     except ValueError as error:
         parser.error(str(error))
+    if arguments.resume_from is not None and not (arguments.resume_from / "rows.jsonl").exists():
+        parser.error(f"--resume-from: expected a folder with rows.jsonl, got {arguments.resume_from}")
     arguments.commit = arguments.commit or conventions.commit()  # before DIR changes the tree
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.resume_from is not None and not (arguments.out / "rows.jsonl").exists():
+        shutil.copyfile(arguments.resume_from / "rows.jsonl", arguments.out / "rows.jsonl")
+    # Where CUDA's compiler and tools are, if the PATH does not say.
+    os.environ["PATH"] += os.pathsep + str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")
     with (arguments.out / "log.txt").open("a") as log:
         suite = Suite(arguments, log)
         outcomes = run_stages(suite, stages)

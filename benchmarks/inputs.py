@@ -13,7 +13,8 @@ DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float3
 class Inputs:
     """Random tensors; those of packed sequences are (total, H, D), the others (B, H, L, D).
 
-    query, key, value, dout
+    query, key, value
+    dout: of causal cases with padding 0 in the rows of padding, where training takes no loss
     bias: (1, H, L, S), or the table (H, L + S - 1) of a relative bias, or None
     padding: (B, S), True = ignore, or None
     cu_seqlens: (B + 1,) int32 of packed sequences, or None
@@ -44,6 +45,8 @@ class Inputs:
         self.padding = None
         if case.is_padded:
             self.padding = torch.arange(keys, device=self.device) >= self.lengths[:, None]
+            if case.is_causal:
+                self.dout = self.dout.masked_fill(self.padding[:, None, :, None], 0.0)
         self.cu_seqlens = None
         if case.is_packed:
             self.cu_seqlens = torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)

@@ -1,7 +1,8 @@
 """Peak memory of one attention call against length, and the largest length that fits: ``python -m benchmarks memory``.
 
-Counted is what a call takes beyond its inputs and results: on a GPU by torch's allocator, to the byte; on a CPU as the
-peak resident memory of a process that does nothing else.
+Counted is what a call takes beyond its inputs and results, and what an implementation has to be given beside the inputs
+of the case, such as a dense mask: on a GPU by torch's allocator, to the byte; on a CPU as resident memory of a process
+that does nothing else.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks import cases, machine, rivals, summary
 from benchmarks.cases import Case
@@ -24,12 +24,14 @@ from benchmarks.conventions import OURS
 from benchmarks.inputs import DTYPES, Inputs
 from benchmarks.progress import progress
 from benchmarks.rivals import RIVALS
-from benchmarks.rows import Row, Writer
+from benchmarks.rows import Row, Writer, read, select
 
 MASKS = ("none", "causal", "padded", "causal+padded", "relative-bias", "bias")
 HEADS, HEAD_DIM = 4, 64
-#: What is compiled for each length anew takes too long for a sweep of lengths, and packed sequences have no masks.
-ON_GPU = [name for name in RIVALS if name not in ("flex", "torch-varlen")]
+#: What is compiled for each length anew takes too long for a sweep of lengths; packed sequences have no masks; and what
+#: a single kernel of ours or a smaller problem takes is nothing that a user chooses by.
+NOT_ON_GPU = ("flex", "torch-varlen", "torch-causal-only", *rivals.OUR_BACKENDS)
+ON_GPU = [name for name in RIVALS if name not in NOT_ON_GPU]
 ON_CPU = [OURS, "torch", "torch-math"]
 LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (2048, 4096, 8192, 16384, 32768)}
 QUICK_LENGTHS = (256, 512, 1024)
@@ -39,10 +41,16 @@ MIB = 2**20
 
 
 class Peak(NamedTuple):
-    """Bytes: beyond inputs and results, and of the results."""
+    """Bytes.
+
+    extra: at most at once during the call, beyond what was there and the results
+    results: of the output or of the gradients of the case's inputs; larger ones of an implementation are extra
+    held: of what is made for the call beforehand: a dense mask, or a dense bias in place of a table
+    """
 
     extra: int
     results: int
+    held: int
 
 
 def peak_of(case: Case, name: str, device: torch.device, threads: int | None = None) -> Peak:
@@ -56,14 +64,20 @@ def _peak_on_gpu(case: Case, name: str, device: torch.device) -> Peak:
     # A small case first: libraries' workspaces and compiled code are no part of the call.
     for length in (64, case.length):
         inputs = Inputs(_with_length(case, length), device, rows_first=True)
-        call = rivals.call_of(RIVALS[name].prepare(inputs), inputs)
+        torch.cuda.synchronize(device)
+        given = torch.cuda.memory_allocated(device)
+        prepared = RIVALS[name].prepare(inputs)
+        torch.cuda.synchronize(device)
+        held = torch.cuda.memory_allocated(device) - given
+        call = rivals.call_of(prepared, inputs)
         call()
         torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    results = _bytes_of(call())
+    results = _results_of(inputs)
+    call()
     torch.cuda.synchronize(device)
-    return Peak(torch.cuda.max_memory_allocated(device) - before - results, results)
+    return Peak(torch.cuda.max_memory_allocated(device) - before - results, results, held)
 
 
 def _peak_here(case: Case, name: str, threads: int) -> Peak:
@@ -72,11 +86,15 @@ def _peak_here(case: Case, name: str, threads: int) -> Peak:
     small = Inputs(_with_length(case, 64))
     rivals.call_of(RIVALS[name].prepare(small), small)()  # threads, code and library scratch are no part of the call
     inputs = Inputs(case)
-    call = rivals.call_of(RIVALS[name].prepare(inputs), inputs)
+    given = _resident("VmRSS")
+    prepared = RIVALS[name].prepare(inputs)
+    held = max(0, _resident("VmRSS") - given)
+    call = rivals.call_of(prepared, inputs)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_peak()
-    results = _bytes_of(call())
-    return Peak(_resident_peak() - before - results, results)
+    before = _resident("VmHWM")
+    results = _results_of(inputs)
+    call()
+    return Peak(_resident("VmHWM") - before - results, results, held)
 
 
 def fresh_processes() -> ProcessPoolExecutor:
@@ -86,13 +104,14 @@ def fresh_processes() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, context, max_tasks_per_child=1)
 
 
-def _resident_peak() -> int:
+def _resident(field: str) -> int:
+    """Bytes: VmRSS now, VmHWM at most since the mark was cleared."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def _bytes_of(results: Any) -> int:
-    tensors: tuple[Tensor, ...] = results if isinstance(results, tuple) else (results,)
+def _results_of(inputs: Inputs) -> int:
+    tensors = [inputs.dout] if inputs.case.direction == "forward" else list(inputs.leaves.values())
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
@@ -156,6 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, help="begin no case after this time")
     parser.add_argument("--no-largest", action="store_true", help="skip the search for the largest length (GPU only)")
     parser.add_argument("--threads", type=int, help="of a CPU; default: torch's")
+    parser.add_argument("--resume", action="store_true", help="leave out what --out has rows of")
     parser.add_argument("--commit", help="what rows say where the source tree has no history")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl")
 
@@ -172,6 +192,9 @@ def main(arguments: argparse.Namespace) -> int:
     lengths = arguments.lengths or (QUICK_LENGTHS if arguments.quick else LENGTHS[device.type])
     dtypes = arguments.dtype or (["bfloat16"] if device.type == "cuda" else ["float32"])
     sweeps = [(m, t, d, n) for m in masks for t in dtypes for d in arguments.directions for n in names]
+    if arguments.resume and arguments.out is not None and arguments.out.exists():
+        done = {_key(row) for row in select(read(arguments.out), benchmark="memory")}
+        sweeps = [sweep for sweep in sweeps if sweep not in done]
     writer = Writer(arguments.out, machine.about(device, arguments.commit))
     print(" | ".join(f"{name} {value}" for name, value in writer.about.items()), flush=True)
     end = float("inf") if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
@@ -186,6 +209,10 @@ def main(arguments: argparse.Namespace) -> int:
             print(f"{' '.join(sweep[:3]):40} {sweep[3]:16} {describe(rows)}", flush=True)
             advance(" ".join(sweep))
     return 0
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return row["mask"], row["dtype"], row["direction"], row["implementation"]
 
 
 def _sweep(
@@ -217,7 +244,11 @@ def _sweep(
         except Exception as error:
             row["cannot"] = rivals.reason(error)
             break
-        row |= {"extra_mib": max(0, peak.extra) / MIB, "results_mib": peak.results / MIB}
+        row |= {
+            "extra_mib": max(0, peak.extra) / MIB,
+            "held_mib": peak.held / MIB,
+            "results_mib": peak.results / MIB,
+        }
     if finds_largest and device.type == "cuda" and "cannot" not in rows[0]:
         try:
             largest = _largest_on_gpu(case, name, device)
@@ -230,8 +261,8 @@ def _sweep(
 
 def describe(rows: list[Row]) -> str:
     sizes = [row for row in rows if "extra_mib" in row]
-    cells = [f"{row['shape'][2]}: {row['extra_mib']:.1f} MiB" for row in sizes]
-    exponent = summary.growth_exponent([row["shape"][2] for row in sizes], [row["extra_mib"] for row in sizes])
+    cells = [f"{row['shape'][2]}: {summary.mib_of(row):.1f} MiB" for row in sizes]
+    exponent = summary.growth_exponent([row["shape"][2] for row in sizes], list(map(summary.mib_of, sizes)))
     if exponent is not None:
         cells.append(f"~ L^{exponent:.2f}")
     cells += [f"largest L {row['largest_length']} ({row['stopped_by']})" for row in rows if "largest_length" in row]

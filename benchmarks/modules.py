@@ -25,7 +25,7 @@ from benchmarks.conventions import OURS
 from benchmarks.inputs import DTYPES
 from benchmarks.progress import progress
 from benchmarks.rivals import reason
-from benchmarks.rows import Row, Writer
+from benchmarks.rows import Row, Writer, read, select
 
 KINDS = ("seq2seq", "encoder-layer", "attention", "decoder-layer", "generation")
 DROPOUT = 0.1
@@ -181,18 +181,28 @@ def _pair(kind: str, size: Size) -> tuple[nn.Module, nn.Module]:
     return Model(nn.Transformer(*arguments, **common)), Model(fused_attn.Transformer(*arguments, **common))
 
 
-def errors_of(workload: Workload) -> tuple[dict[str, float], float]:
-    """Largest error of any result relative to that tensor's largest entry, by implementation; and what is allowed."""
+def errors_of(workload: Workload) -> tuple[dict[str, float | str], float | None]:
+    """By implementation the largest error of any result, relative to that tensor's largest entry, or why there are no
+    results; and what is allowed."""
     exact = copy.deepcopy(workload.modules["torch"]).double()
     truth = workload.results(exact, torch.float64)
-    errors = {}
+    errors: dict[str, float | str] = {}
     for name, module in workload.modules.items():
-        results = workload.results(module, workload.dtype)
+        # Packages raise what they like; KeyboardInterrupt is no Exception.
+        try:
+            results = workload.results(module, workload.dtype)
+        except Exception as error:
+            errors[name] = reason(error)
+            continue
         # Per tensor, relative to its own size; the key bias has a gradient that is exactly zero in exact arithmetic.
         parts = [_relative(x, y, truth) for x, y in zip(results, truth, strict=True)]
-        worst = max(parts) if all(part == part for part in parts) else float("inf")
-        errors[name] = worst
-    return errors, 2.0 * errors["torch"] + 4.0 * torch.finfo(workload.dtype).eps
+        errors[name] = max(parts) if all(part == part for part in parts) else float("inf")
+    return errors, _allowed(errors["torch"], workload.dtype)
+
+
+def _allowed(error_of_torch: float | str, dtype: torch.dtype) -> float | None:
+    """None without torch's error, the yardstick."""
+    return None if isinstance(error_of_torch, str) else 2.0 * error_of_torch + 4.0 * torch.finfo(dtype).eps
 
 
 def _relative(x: Tensor, truth: Tensor, all_truths: list[Tensor]) -> float:
@@ -225,29 +235,53 @@ def run_kind(
     errors, allowed = errors_of(workload)
     rows, calls = {}, {}
     for name, module in workload.modules.items():
-        is_right = errors[name] <= allowed
-        fields = {"error": errors[name], "allowed": allowed, "is_right": is_right}
+        fields = _verdict(errors[name], allowed)
         rows[name] = _row(kind, size, dtype, name) | fields
-        if is_right:
-            calls[name] = workload.step(module)
-        if is_right and compiles:
+        if not fields.get("is_right"):
+            continue
+        calls[name] = workload.step(module)
+        if compiles:
             torch._dynamo.reset()
             rows[name + COMPILED] = _row(kind, size, dtype, name + COMPILED) | fields
             # Packages raise what they like; KeyboardInterrupt is no Exception.
             try:
-                call = workload.step(module, torch.compile(workload.forward))
-                call()
+                calls[name + COMPILED] = _compiled_step(workload, module)
             except Exception as error:
                 rows[name + COMPILED]["cannot"] = reason(error)
-            else:
-                calls[name + COMPILED] = call
-    measured = timing.measure(calls, timing.timer_for(device), rounds, seconds)
+    _time(calls, timing.timer_for(device), rounds, seconds, rows, workload.num_tokens)
+    if device.type == "cuda":
+        for name, call in calls.items():
+            rows[name]["peak_mib"] = _peak_mib(call, device)
+    return list(rows.values())
+
+
+def _compiled_step(workload: Workload, module: nn.Module) -> timing.Call:
+    call = workload.step(module, torch.compile(workload.forward))
+    call()
+    return call
+
+
+def _verdict(error: float | str, allowed: float | None) -> Row:
+    """error: of the results, or why there are none."""
+    if isinstance(error, str):
+        return {"cannot": error}
+    if allowed is None:
+        return {"error": error, "cannot": "torch has no results, whose error is the yardstick"}
+    return {"error": error, "allowed": allowed, "is_right": error <= allowed}
+
+
+def _time(
+    calls: dict[str, timing.Call], timer: timing.Timer, rounds: int, seconds: float, rows: dict[str, Row], tokens: int
+) -> None:
+    """Adds times to the rows; calls that fail go, and their rows say why. tokens: of one call."""
+
+    def drop(name: str, error: Exception) -> None:
+        rows[name]["failed"] = reason(error)
+
+    measured = timing.measure_those_that_can(calls, timer, rounds, seconds, drop)
     for name, times in measured.times.items():
         rows[name] |= timing.times_of(times)
-        rows[name]["tokens_per_s"] = workload.num_tokens / (rows[name]["median_ms"] * 1e-3)
-        if device.type == "cuda":
-            rows[name]["peak_mib"] = _peak_mib(calls[name], device)
-    return list(rows.values())
+        rows[name]["tokens_per_s"] = tokens / (rows[name]["median_ms"] * 1e-3)
 
 
 def _peak_mib(call: Callable[[], Any], device: torch.device) -> float:
@@ -301,39 +335,35 @@ class Generation:
             tokens = torch.cat([tokens, following[:, None]], dim=1)
         return torch.stack(logits, dim=1)
 
-    def errors(self) -> dict[str, float]:
-        """Of the logits along one random target, of the first sequences."""
+    def errors(self) -> dict[str, float | str]:
+        """Or why there are no results. Of the logits along one random target, of the first sequences."""
         batch = min(CHECKED_BATCH, self.size.batch)
         target = self.target[:batch]
         exact = copy.deepcopy(self.models["torch"]).double()
         truth = self.logits("torch", exact, batch, target)
-        return {
-            name: _relative(self.logits(name, model, batch, target), truth, [truth])
-            for name, model in self.models.items()
-        }
+        errors: dict[str, float | str] = {}
+        for name, model in self.models.items():
+            # Packages raise what they like; KeyboardInterrupt is no Exception.
+            try:
+                errors[name] = _relative(self.logits(name, model, batch, target), truth, [truth])
+            except Exception as error:
+                errors[name] = reason(error)
+        return errors
 
 
 def run_generation(size: Size, device: torch.device, dtype: str, rounds: int, seconds: float) -> list[Row]:
     generation = Generation(size, device, DTYPES[dtype])
     errors = generation.errors()
-    allowed = 2.0 * errors["torch"] + 4.0 * torch.finfo(DTYPES[dtype]).eps
+    allowed = _allowed(errors["torch"], DTYPES[dtype])
     rows, calls = {}, {}
     for name, model in generation.models.items():
-        is_right = errors[name] <= allowed
-        rows[name] = _row("generation", size, dtype, name) | {
-            "new_tokens": size.new_tokens,
-            "error": errors[name],
-            "allowed": allowed,
-            "is_right": is_right,
-        }
-        if is_right:
+        fields = {"new_tokens": size.new_tokens} | _verdict(errors[name], allowed)
+        rows[name] = _row("generation", size, dtype, name) | fields
+        if fields.get("is_right"):
             calls[name] = lambda name=name, model=model: generation.logits(name, model, size.batch)
     # The host's part belongs to it: a token is chosen before the next one is computed.
     timer = timing.CpuTimer() if device.type == "cpu" else timing.WallTimer(device)
-    measured = timing.measure(calls, timer, rounds, seconds)
-    for name, times in measured.times.items():
-        rows[name] |= timing.times_of(times)
-        rows[name]["tokens_per_s"] = size.batch * size.new_tokens / (rows[name]["median_ms"] * 1e-3)
+    _time(calls, timer, rounds, seconds, rows, size.batch * size.new_tokens)
     return list(rows.values())
 
 
@@ -343,8 +373,8 @@ def describe(rows: list[Row]) -> str:
         if "median_ms" in row:
             cell = f"{row['implementation']} {row['median_ms']:.2f} ms {row['tokens_per_s']:.0f} tokens/s"
             cells.append(cell + (f" {row['peak_mib']:.0f} MiB" if "peak_mib" in row else ""))
-        elif "cannot" in row:
-            cells.append(f"{row['implementation']} cannot: {row['cannot']}")
+        elif why := row.get("failed") or row.get("cannot"):
+            cells.append(f"{row['implementation']} {'failed' if 'failed' in row else 'cannot'}: {why}")
         else:
             cells.append(f"{row['implementation']} WRONG: {row['error']:.1e}, allowed {row['allowed']:.1e}")
     return " | ".join(cells)
@@ -360,6 +390,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="at most so long a case (default 5, with --quick 0.5)")
     parser.add_argument("--threads", type=int, help="of a CPU; default: torch's")
     parser.add_argument("--minutes", type=float, help="begin no case after this time")
+    parser.add_argument("--resume", action="store_true", help="leave out what --out has rows of")
     parser.add_argument("--commit", help="what rows say where the source tree has no history")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl")
 
@@ -374,6 +405,14 @@ def main(arguments: argparse.Namespace) -> int:
     compiles = not (arguments.no_compile or arguments.quick)
     dtypes = arguments.dtype or (["bfloat16"] if device.type == "cuda" else ["float32"])
     todo = [(kind, dtype) for kind in arguments.only for dtype in dtypes]
+    if arguments.resume and arguments.out is not None and arguments.out.exists():
+        wanted = OURS + COMPILED if compiles else OURS
+        done = {
+            (row["module"], row["dtype"])
+            for row in select(read(arguments.out), benchmark="modules")
+            if row["implementation"] == wanted or (row["module"] == "generation" and row["implementation"] == OURS)
+        }
+        todo = [one for one in todo if one not in done]
     writer = Writer(arguments.out, machine.about(device, arguments.commit))
     print(" | ".join(f"{name} {value}" for name, value in writer.about.items()), flush=True)
     end = float("inf") if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
@@ -390,4 +429,5 @@ def main(arguments: argparse.Namespace) -> int:
             writer.record(rows)
             print(f"{kind} {dtype} | {describe(rows)}", flush=True)
             advance(kind)
-    return 0 if all(row.get("is_right") for row in writer.rows if row["implementation"] == OURS) else 1
+    ours = select(writer.rows, implementation=OURS)
+    return 0 if all(row.get("is_right") and "failed" not in row for row in ours) else 1

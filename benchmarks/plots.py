@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from benchmarks import summary
+from benchmarks.conventions import OURS
 from benchmarks.rows import Row, select
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TITLES = {
     "none": "no mask",
@@ -28,11 +31,14 @@ TITLES = {
 #: The same colour for the same implementation in every plot; ours stands out.
 COLOURS = {
     "fused_attn": "#c1272d",
+    "fused_attn[triton]": "#ff6f69",
+    "fused_attn[cuda]": "#7a0c12",
     "torch": "#1f77b4",
     "torch-flash": "#17becf",
     "torch-efficient": "#2ca02c",
     "torch-cudnn": "#9467bd",
     "torch-math": "#7f7f7f",
+    "torch-causal-only": "#87ceeb",
     "torch-varlen": "#8c564b",
     "flex": "#ff7f0e",
     "flash_attn2": "#bcbd22",
@@ -41,7 +47,16 @@ COLOURS = {
     "xformers": "#e377c2",
 }
 HEAD_DIM = 64
+INCHES_OF_A_NAME = 1.9  # in a legend
 LEAST_MIB = 0.1  # where a logarithmic axis begins
+
+
+class Plot(NamedTuple):
+    """rows: what it shows; draw: rows -> figure."""
+
+    title: str
+    rows: list[Row]
+    draw: Callable[[list[Row], str], Figure]
 
 
 def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
@@ -49,46 +64,38 @@ def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    rows = list(rows)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, figure in _figures(rows):
+    for name, plot in plots_of(rows).items():
         path = folder / f"{name}.png"
         # No date inside, so that the same rows give the same file.
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+        plot.draw(plot.rows, plot.rows[0]["device"]).savefig(path, dpi=110, metadata={"Software": None})
         written.append(path)
     return written
 
 
-def names_of(rows: Iterable[Row]) -> dict[str, str]:
-    """File name -> what it shows, of the plots that these rows give."""
-    names = {}
+def plots_of(rows: Iterable[Row]) -> dict[str, Plot]:
+    """File name -> plot, of those that these rows give."""
+    plots = {}
     rows = list(rows)
-    for device in dict.fromkeys(row["device"] for row in rows):
+    devices = list(dict.fromkeys(row["device"] for row in rows))
+    slugs = [_slug(device) for device in devices]
+    for number, (device, slug) in enumerate(zip(devices, slugs, strict=True)):
+        if slug in slugs[:number]:
+            raise ValueError(f"device: expected names that differ in letters and digits, got {devices}")
         own = select(rows, device=device)
-        slug = _slug(device)
-        if select(own, benchmark="cpu"):
-            names[f"speedup-{slug}"] = f"Speed-up over F.scaled_dot_product_attention against length, {device}"
-        for direction in dict.fromkeys(row["direction"] for row in own if row["benchmark"] == "attention"):
+        if found := select(own, benchmark="cpu"):
+            title = f"Speed-up over F.scaled_dot_product_attention against length, {device}"
+            plots[f"speedup-{slug}"] = Plot(title, found, _speedup)
+        attention = select(own, benchmark="attention")
+        for direction in dict.fromkeys(row["direction"] for row in attention):
+            title = f"FLOP/s on visible scores against length, {direction}, {device}"
             name = f"speed-{slug}-{direction.replace('+', '-')}"
-            names[name] = f"Effective TFLOP/s against length, {direction}, {device}"
-        if select(own, benchmark="memory"):
-            names[f"memory-{slug}"] = f"Memory beyond inputs and results against length, {device}"
-    return names
-
-
-def _figures(rows: list[Row]):
-    for name in names_of(rows):
-        kind, _, rest = name.partition("-")
-        device = next(row["device"] for row in rows if rest.startswith(_slug(row["device"])))
-        own = select(rows, device=device)
-        if kind == "speedup":
-            yield name, _speedup(select(own, benchmark="cpu"), device)
-        elif kind == "memory":
-            yield name, _memory(select(own, benchmark="memory"), device)
-        else:
-            direction = rest.removeprefix(f"{_slug(device)}-").replace("forward-backward", "forward+backward")
-            yield name, _speed(select(own, benchmark="attention", direction=direction), f"{direction}, {device}")
+            plots[name] = Plot(title, select(attention, direction=direction), _speed)
+        if found := select(own, benchmark="memory"):
+            title = f"Memory beyond inputs and results against length, {device}"
+            plots[f"memory-{slug}"] = Plot(title, found, _memory)
+    return plots
 
 
 def _speedup(rows: list[Row], device: str):
@@ -109,7 +116,7 @@ def _speedup(rows: list[Row], device: str):
         axis.set_yscale("log", base=2)
         _lengths_on_x(axis, chosen)
         _plain_numbers(axis.yaxis, "{:g}x")
-    figure.supylabel("torch's time / ours", fontsize=10)
+    figure.supylabel("torch's time / ours; shaded: quartiles over rounds", fontsize=10)
     return _finish(
         figure, axes, len(panels), f"Speed-up over F.scaled_dot_product_attention, head dim {HEAD_DIM}\n{device}"
     )
@@ -122,40 +129,53 @@ def _memory(rows: list[Row], device: str):
     rows = [row for row in rows if row["direction"] == direction and "extra_mib" in row]
     batch, heads, _, head_dim = rows[0]["shape"]
     title = f"Memory of one call, {direction}, ({batch}, {heads}, L, {head_dim}), {rows[0]['dtype']}\n{device}"
-    return _by_implementation(rows, "extra_mib", "MiB beyond inputs and results", title, LEAST_MIB)
+    label = "MiB beyond inputs and results; needed masks count"
+    return _by_implementation(rows, lambda row: max(summary.mib_of(row), LEAST_MIB), label, title, is_log=True)
 
 
-def _speed(rows: list[Row], title: str):
+def _speed(rows: list[Row], device: str):
     """Panels by mask, of the dtype and head dim with most rows."""
     timed = [row for row in rows if "median_ms" in row]
     sizes = [(row["dtype"], row["shape"][3]) for row in timed]
     dtype, head_dim = max(dict.fromkeys(sizes), key=sizes.count)
     chosen = [row for row in timed if (row["dtype"], row["shape"][3]) == (dtype, head_dim)]
-    title = f"Speed on visible scores, {dtype}, head dim {head_dim}, {title}"
-    return _by_implementation(chosen, "effective_tflops", "effective TFLOP/s", title)
+    title = f"Speed on visible scores, {rows[0]['direction']}, {dtype}, head dim {head_dim}"
+    tokens = {row["shape"][0] * row["shape"][2] for row in chosen}
+    if len(tokens) == 1:
+        title += f", {tokens.pop()} tokens a batch"
+    is_slow = max(row["effective_tflops"] for row in chosen) < 1.0
+    unit, scale = ("GFLOP/s", 1e3) if is_slow else ("TFLOP/s", 1.0)
+    return _by_implementation(
+        chosen, lambda row: scale * row["effective_tflops"], f"{unit} on visible scores", f"{title}\n{device}"
+    )
 
 
-def _by_implementation(rows: list[Row], field: str, label: str, title: str, least: float | None = None):
-    """least: smaller values are drawn there, and the axis is logarithmic."""
+def _by_implementation(
+    rows: list[Row], value_of: Callable[[Row], float], label: str, title: str, is_log: bool = False
+):
+    """What solves another problem than its panel's is dashed, with a * after its name."""
     masks = list(dict.fromkeys(row["mask"] for row in rows))
     figure, axes = _grid(len(masks), 3)
     for axis, mask in zip(axes, masks, strict=False):
         chosen = select(rows, mask=mask)
         for name in dict.fromkeys(row["implementation"] for row in chosen):
             points = sorted(select(chosen, implementation=name), key=lambda row: row["shape"][2])
-            values = [row[field] if least is None else max(row[field], least) for row in points]
+            is_other = any("problem" in row for row in points)
             axis.plot(
-                [row["shape"][2] for row in points], values, marker="o", ms=4, label=name, color=COLOURS[name],
-                linewidth=2.5 if name == "fused_attn" else 1.5,
+                [row["shape"][2] for row in points], list(map(value_of, points)), marker="o", ms=4,
+                label=f"{name} *" if is_other else name, color=COLOURS[name], linestyle="--" if is_other else "-",
+                linewidth=2.5 if name == OURS else 1.5, zorder=3 if name == OURS else 2,
             )  # fmt: skip
         axis.set_title(TITLES[mask], fontsize=10)
-        if least is not None:
+        if is_log:
             axis.set_yscale("log")
-            _plain_numbers(axis.yaxis, "{:g}")
         else:
             axis.set_ylim(bottom=0)
+        _plain_numbers(axis.yaxis, "{:g}")
         _lengths_on_x(axis, chosen)
     figure.supylabel(label, fontsize=10)
+    if any("problem" in row for row in rows):
+        title += "\n* solves another problem: causal alone, right only in rows that are no padding"
     return _finish(figure, axes, len(masks), title)
 
 
@@ -176,7 +196,8 @@ def _finish(figure, axes: list[Axes], used: int, title: str):
     for axis in axes[:used]:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), fontsize=9)
+    columns = min(len(handles), int(figure.get_figwidth() / INCHES_OF_A_NAME))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import plots, summary  # noqa: E402
 from benchmarks.conventions import OURS  # noqa: E402
-from benchmarks.rows import Row, read, select  # noqa: E402
+from benchmarks.rows import Row, newest, read, select  # noqa: E402
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,12 +44,9 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def rows_of(path: Path) -> list[Row]:
-    return read(path)
-
-
 def all_rows(results: Path) -> list[Row]:
-    return [row for path in sorted(results.glob("*.jsonl")) for row in read(path)]
+    """The newest of what several runs have measured."""
+    return newest(row for path in sorted(results.glob("*.jsonl")) for row in read(path))
 
 
 def with_all_results(readme: str, results: Path) -> str:
@@ -75,7 +72,7 @@ def with_block(readme: str, name: str, content: str) -> str:
 
 def plot_links(rows: list[Row]) -> str:
     folder = PLOTS.relative_to(ROOT).as_posix()
-    return "\n\n".join(f"![{title}]({folder}/{name}.png)" for name, title in plots.names_of(rows).items())
+    return "\n\n".join(f"![{plot.title}]({folder}/{name}.png)" for name, plot in plots.plots_of(rows).items())
 
 
 def memory_tables(rows: list[Row]) -> str:
@@ -90,11 +87,11 @@ def _memory_table(rows: list[Row]) -> list[str]:
     batch, heads, _, head_dim = about["shape"]
     longest = max(row["shape"][2] for row in rows)
     names = list(dict.fromkeys(row["implementation"] for row in rows))
-    commits = ", ".join(sorted({row["commit"] for row in rows}))
     lines = [
         f"Memory beyond inputs and results of forward + backward at (B, H, L, D) = ({batch}, {heads}, {longest}, "
-        f"{head_dim}), {about['dtype']}, on {about['device']}, in MiB, and how it grows; torch {about['torch']}, "
-        f"commit {commits}, {about['date'][:10]}.",
+        f"{head_dim}), {about['dtype']}, on {about['device']}, in MiB, and how it grows; a mask or dense bias that an "
+        f"implementation must be given counts. torch {_all(rows, 'torch')}, commit {_all(rows, 'commit')}, "
+        f"{_dates(rows)}.",
         "",
         "| | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",
@@ -107,10 +104,10 @@ def _memory_table(rows: list[Row]) -> list[str]:
 
 def _growth_cell(rows: list[Row], longest: int) -> str:
     sizes = [row for row in rows if "extra_mib" in row]
-    at_longest = [row["extra_mib"] for row in sizes if row["shape"][2] == longest]
+    at_longest = [summary.mib_of(row) for row in sizes if row["shape"][2] == longest]
     if not at_longest:
         return "-"
-    exponent = summary.growth_exponent([row["shape"][2] for row in sizes], [row["extra_mib"] for row in sizes])
+    exponent = summary.growth_exponent([row["shape"][2] for row in sizes], list(map(summary.mib_of, sizes)))
     cell = f"{at_longest[0]:.0f}" + ("" if exponent is None else f", L^{exponent:.1f}")
     for row in rows:
         if "largest_length" in row:
@@ -134,13 +131,14 @@ def _gpu_table(rows: list[Row]) -> list[str]:
     about = rows[0]
     peaks = sorted({row["matmul_tflops"] for row in rows if "matmul_tflops" in row})
     peak = f"; matmul reaches {peaks[0]:.0f} TFLOP/s" if peaks else ""
-    commits = ", ".join(sorted({row["commit"] for row in rows}))
-    dates = " to ".join(sorted({row["date"][:10] for row in rows}))
     lengths = sorted({row["shape"][2] for row in rows})
+    has_other = any("problem" in row for row in rows)
     lines = [
         f"{about['device']}, {about['dtype']}, head dim {about['shape'][3]}, {about['direction']}: effective TFLOP/s "
         f"(visible scores only) and, in brackets, the fastest other implementation and our lead over it{peak}. "
-        f"Driver {about['driver']}, torch {about['torch']}, Triton {about['triton']}; commit {commits}, {dates}.",
+        + ("* solves another problem: causal alone, right only in rows that are no padding. " * has_other)
+        + f"Driver {_all(rows, 'driver')}, torch {_all(rows, 'torch')}, Triton {_all(rows, 'triton')}; "
+        f"commit {_all(rows, 'commit')}, {_dates(rows)}.",
         "",
         "| L | " + " | ".join(map(str, lengths)) + " |",
         "|---" * (len(lengths) + 1) + "|",
@@ -152,38 +150,48 @@ def _gpu_table(rows: list[Row]) -> list[str]:
 
 
 def _gpu_cell(rows: list[Row]) -> str:
-    timed = {row["implementation"]: row for row in rows if "median_ms" in row}
-    ours = timed.pop(OURS, None)
-    if ours is None:
+    ours = [row for row in select(rows, implementation=OURS) if "median_ms" in row]
+    if not ours:
         return "-"
-    text = f"{ours['effective_tflops']:.0f}"
-    if not timed:
-        return f"{text} (alone)"
-    best = min(timed.values(), key=lambda row: row["median_ms"])
-    return f"{text} ({best['implementation']} {best['median_ms'] / ours['median_ms']:.2f}x)"
+    others = [
+        f"{row['implementation']}{'*' * ('problem' in row)} {row['over_ours']:.2f}x"
+        for row in summary.fastest_others(rows)
+    ]
+    return f"{ours[0]['effective_tflops']:.0f} ({', '.join(others) or 'alone'})"
+
+
+def _all(rows: list[Row], field: str) -> str:
+    """What rows of several runs say, each once."""
+    return ", ".join(dict.fromkeys(str(row[field]) for row in rows))
+
+
+def _dates(rows: list[Row]) -> str:
+    days = sorted({row["date"][:10] for row in rows})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
 def cpu_tables(rows: list[Row]) -> str:
     about = rows[0]
     shapes = sorted({tuple(row["shape"]) for row in rows if row["benchmark"] == "cpu"}, key=lambda s: (s[2], s[3]))
-    dates = sorted({row["date"][:10] for row in rows})
     commits = sorted({row["commit"] for row in rows})
     lines = [
         f"Time of `F.scaled_dot_product_attention` divided by ours, on {about['cores']} cores of {about['device']} "
         f"({about['isa']}, {about['threads']} threads), torch {about['torch']}; commit {', '.join(commits)}, "
-        f"{' to '.join(dates)}. Geometric mean [least, greatest] over (B, H, L, D) = {', '.join(map(str, shapes))}; "
-        "above 1, ours is faster.",
+        f"{_dates(rows)}. Geometric mean [least, greatest] over (B, H, L, D) = {', '.join(map(str, shapes))}; "
+        "above 1, ours is faster. torch is given `is_causal`, a (B, 1, 1, S) mask for padding, and for both a "
+        "(B, 1, L, S) one, which are made beforehand.",
         "",
         "| | " + " | ".join(MASKS.values()) + " |",
         "|---" * (len(MASKS) + 1) + "|",
     ]
+    held = " and masks made for it" if any("held_mib" in row for row in rows) else ""
     for dtype in ("float32", "bfloat16"):
         for direction in ("forward", "forward+backward"):
             cells = [_ratio_cell(rows, dtype, direction, mask) for mask in MASKS]
             lines.append(f"| {dtype} {direction} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Peak extra memory of one call at (1, 4, 8192, 64), results included, ours / torch's, in MiB:",
+        f"Peak extra memory of one call at (1, 4, 8192, 64), results{held} included, ours / torch's, in MiB:",
         "",
         "| | " + " | ".join(MASKS.values()) + " |",
         "|---" * (len(MASKS) + 1) + "|",
@@ -216,7 +224,7 @@ def _ratio_cell(rows: list[Row], dtype: str, direction: str, mask: str) -> str:
 def _memory_cell(rows: list[Row], dtype: str, direction: str, mask: str) -> str:
     case = {"benchmark": "cpu", "shape": [1, 4, 8192, 64], "dtype": dtype, "direction": direction, "mask": mask}
     ours, theirs = (
-        select(rows, **case, implementation=implementation)[0]["extra_mib"]
+        summary.mib_of(select(rows, **case, implementation=implementation)[0])
         for implementation in ("fused_attn", "torch")
     )
     return f"{ours:.0f} / {theirs:.0f}"

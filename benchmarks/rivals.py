@@ -1,7 +1,7 @@
 """Who computes a case. Each is imported only when asked; what it cannot do it says by raising, and a row records it.
 
-Every rival is asked in the way that is fastest for it. What it needs once for many calls (a mask, a block mask, a dense
-bias from a table) is made beforehand and is no part of its time.
+Every rival is asked in the way that is fastest for it, and a row says what it was given. What it needs once for many
+calls (a mask, a block mask, a dense bias from a table) is made beforehand and is no part of its time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import fused_attn
-from benchmarks.conventions import OURS
+from benchmarks import timing
+from benchmarks.cases import Case
+from benchmarks.conventions import OUR_BACKENDS, OURS
 from benchmarks.inputs import Inputs
+
+#: How a row marks an implementation that was asked for less than the case.
+IGNORES_PADDING = "causal alone: right only in rows that are no padding"
+#: Seconds of a call beyond which its first one tells enough to choose between two ways of asking.
+LONG_CALL = 0.2
 
 
 class Cannot(Exception):
@@ -28,17 +36,61 @@ class Cannot(Exception):
 
 
 class Prepared(NamedTuple):
-    """forward: computes the output, (B, H, L, D) or (total, H, D); leaves: what it differentiates."""
+    """forward: computes the output, (B, H, L, D) or (total, H, D); leaves: what it differentiates.
+
+    given: the masks that it was given, in words
+    problem: what it computes if that is not the case, but what users compute instead
+    """
 
     forward: Callable[[], Tensor]
     leaves: dict[str, Tensor]
+    given: str
+    problem: str | None = None
 
 
 class Rival(NamedTuple):
-    """prepare raises what it likes where the case is not for it; package: whose version a row records."""
+    """prepare raises what it likes where it cannot compute the case.
+
+    package: whose version a row records
+    other: another way to ask, which takes more memory and may take less time
+    is_for: cases for which asking makes sense
+    """
 
     prepare: Callable[[Inputs], Prepared]
     package: str
+    other: Callable[[Inputs], Prepared] | None = None
+    is_for: Callable[[Case], bool] = lambda case: True
+
+
+def fastest(name: str, inputs: Inputs) -> Prepared:
+    """A rival asked in the way that takes it least time. Raises what the first way raises, if none can."""
+    rival = RIVALS[name]
+    if rival.other is None:
+        return rival.prepare(inputs)
+    # Packages raise what they like; KeyboardInterrupt is no Exception.
+    try:
+        first = rival.prepare(inputs)
+    except Exception as error:
+        try:
+            return rival.other(inputs)
+        except Exception:
+            raise error from None
+    try:
+        other = rival.other(inputs)
+    except Exception:
+        return first
+    return min((first, other), key=partial(_seconds, inputs=inputs))
+
+
+def _seconds(prepared: Prepared, inputs: Inputs) -> float:
+    """Of about one call; infinite if it fails, which the check will show."""
+    timer = timing.WallTimer(inputs.device) if inputs.device.type == "cuda" else timing.CpuTimer()
+    try:
+        call = call_of(prepared, inputs)
+        first = timer.seconds(call, 1)
+        return first if first > LONG_CALL else min(timer.seconds(call, 1) for _ in range(3))
+    except Exception:
+        return float("inf")
 
 
 def call_of(prepared: Prepared, inputs: Inputs) -> Callable[[], Any]:
@@ -84,7 +136,7 @@ def _sums_of_diagonals(dense: Tensor) -> Tensor:
 # ---- fused_attn
 
 
-def _ours(inputs: Inputs) -> Prepared:
+def _ours(inputs: Inputs, backend: str | None = None) -> Prepared:
     case = inputs.case
     if case.is_packed:
         longest = max(case.lengths)
@@ -92,13 +144,43 @@ def _ours(inputs: Inputs) -> Prepared:
         def packed() -> Tensor:
             return fused_attn.fused_attention_varlen(
                 inputs.query, inputs.key, inputs.value, inputs.cu_seqlens, inputs.cu_seqlens, longest, longest,
-                is_causal=True,
+                is_causal=True, backend=backend,
             )  # fmt: skip
 
-        return Prepared(packed, inputs.leaves)
+        return Prepared(packed, inputs.leaves, "cu_seqlens, is_causal")
     options = our_options(inputs)
     query, key, value = inputs.query, inputs.key, inputs.value
-    return Prepared(lambda: fused_attn.fused_attention(query, key, value, **options), inputs.leaves)
+    return Prepared(
+        lambda: fused_attn.fused_attention(query, key, value, **options, backend=backend),
+        inputs.leaves,
+        ", ".join(options) or "nothing",
+    )
+
+
+def our_backend(inputs: Inputs) -> str | None:
+    """Which kernel ours is, where `explain` can tell."""
+    if inputs.case.is_packed:
+        return None
+    return fused_attn.explain(inputs.query, inputs.key, inputs.value, **our_options(inputs)).chosen
+
+
+def able_backends(inputs: Inputs) -> list[str]:
+    """Those of `OUR_BACKENDS` that can compute the case; none if there are fewer than two to compare."""
+    able = []
+    for name, backend in OUR_BACKENDS.items():
+        try:
+            if inputs.case.is_packed:  # which `explain` knows nothing of; the call itself refuses what it cannot
+                with torch.no_grad():
+                    _ours(inputs, backend).forward()
+            else:
+                options = our_options(inputs)
+                fused_attn.explain(inputs.query, inputs.key, inputs.value, **options, backend=backend)
+        except ValueError:  # also where there is no such backend
+            continue
+        except Exception:  # a kernel that breaks has a row that says so
+            pass
+        able.append(name)
+    return able if len(able) > 1 else []
 
 
 def our_options(inputs: Inputs) -> dict[str, Any]:
@@ -120,8 +202,11 @@ def our_options(inputs: Inputs) -> dict[str, Any]:
 # ---- torch
 
 
-def _torch(inputs: Inputs, backend: str | None = None) -> Prepared:
-    """F.scaled_dot_product_attention, as it chooses or with one of its backends."""
+def _torch(inputs: Inputs, backend: str | None = None, has_float_mask: bool = False) -> Prepared:
+    """F.scaled_dot_product_attention, as it chooses or with one of its backends.
+
+    has_float_mask: a bool mask is made a float one beforehand, as torch otherwise does within each call.
+    """
     case = inputs.case
     if case.is_packed:
         raise Cannot("scaled_dot_product_attention takes no packed sequences; torch-varlen is for them")
@@ -140,9 +225,29 @@ def _torch(inputs: Inputs, backend: str | None = None) -> Prepared:
     elif case.mask == "relative-bias":
         options["attn_mask"] = inputs.dense_bias()
         leaves = leaves | {"bias": options["attn_mask"]}
+    mask = options.get("attn_mask")
+    if has_float_mask:
+        if mask is None or mask.dtype != torch.bool:
+            raise Cannot("there is no bool mask to convert")
+        options["attn_mask"] = mask = _as_float(mask, inputs.query.dtype)
+    given = ", ".join(options) or "nothing"
+    if mask is not None:
+        given = f"{_name_of(mask.dtype)} attn_mask {tuple(mask.shape)}"
+    return _sdpa(inputs, backend, leaves, options, given)
+
+
+def _torch_causal_only(inputs: Inputs) -> Prepared:
+    """What is common for decoders: padding comes last, so no real token sees it, and the loss ignores its rows."""
+    options = {"is_causal": True}
+    return _sdpa(inputs, None, inputs.leaves, options, "is_causal")._replace(problem=IGNORES_PADDING)
+
+
+def _sdpa(
+    inputs: Inputs, backend: str | None, leaves: dict[str, Tensor], options: dict[str, Any], given: str
+) -> Prepared:
     query, key, value = inputs.query, inputs.key, inputs.value
     if backend is None:
-        return Prepared(lambda: scaled_dot_product_attention(query, key, value, **options), leaves)
+        return Prepared(lambda: scaled_dot_product_attention(query, key, value, **options), leaves, given)
 
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -162,14 +267,20 @@ def _torch(inputs: Inputs, backend: str | None = None) -> Prepared:
                 raise
             reasons = [str(warning.message).partition(" (Triggered")[0] for warning in caught]
             raise Cannot("; ".join(reasons) or str(error)) from error
-    return Prepared(named, leaves)
+    return Prepared(named, leaves, given)
+
+
+def _as_float(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _torch_varlen(inputs: Inputs) -> Prepared:
     from torch.nn.attention.varlen import varlen_attn
 
-    if not inputs.case.is_packed:
-        raise Cannot("for packed sequences only")
     # `is_causal` became a window in later versions.
     options = {"window_size": (-1, 0)}
     if "window_size" not in inspect.signature(varlen_attn).parameters:
@@ -177,7 +288,9 @@ def _torch_varlen(inputs: Inputs) -> Prepared:
     cu_seqlens, longest = inputs.cu_seqlens, max(inputs.case.lengths)
     query, key, value = inputs.query, inputs.key, inputs.value
     return Prepared(
-        lambda: varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options), inputs.leaves
+        lambda: varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options),
+        inputs.leaves,
+        f"cu_seqlens, {next(iter(options))}",
     )
 
 
@@ -220,7 +333,8 @@ def _flex(inputs: Inputs) -> Prepared:
         out = compiled(query, key, value, score_mod=score_mod, block_mask=block_mask, enable_gqa=is_grouped)
         return out[0].transpose(0, 1) if case.is_packed else out
 
-    return Prepared(forward, inputs.leaves)
+    given = [name for name, x in (("block_mask", block_mask), ("score_mod", score_mod)) if x is not None]
+    return Prepared(forward, inputs.leaves, ", ".join(given) or "nothing")
 
 
 def _flex_mask(inputs: Inputs) -> Callable | None:
@@ -249,13 +363,18 @@ def _flash(inputs: Inputs, module: str) -> Prepared:
     case = inputs.case
     if inputs.bias is not None:
         raise Cannot("it has no bias with a gradient")
-    if case.is_padded and case.is_causal:
-        raise Cannot("it has no key padding; packed keys would move its causal diagonal, which ends at the last key")
     options: dict[str, Any] = {"causal": case.is_causal}
     if case.window is not None:
         options["window_size"] = (case.window - 1, 0)
-    if not case.is_packed and not case.is_padded:
-        return _rows_first(inputs, lambda q, k, v: package.flash_attn_func(q, k, v, **options))
+    # It has no key padding, and packed keys would move its causal diagonal, which ends at the last key.
+    problem = IGNORES_PADDING if case.is_padded and case.is_causal else None
+    function = package.flash_attn_func
+    if problem or not (case.is_packed or case.is_padded):
+        if case.mask == "decode" and "num_splits" in inspect.signature(function).parameters:
+            options["num_splits"] = 0  # as many as it finds best; its default is one
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        prepared = _rows_first(inputs, lambda q, k, v: function(q, k, v, **options), given)
+        return prepared._replace(problem=problem)
     function = package.flash_attn_varlen_func
     query_lengths = torch.tensor((0, *case.query_lengths), device=inputs.device)
     key_lengths = torch.tensor((0, *case.lengths), device=inputs.device)
@@ -270,7 +389,7 @@ def _flash(inputs: Inputs, module: str) -> Prepared:
     options = {name: value for name, value in options.items() if name in accepted}
     if case.is_packed:
         query, key, value = inputs.query, inputs.key, inputs.value
-        return Prepared(lambda: _first(function(query, key, value, **options)), inputs.leaves)
+        return Prepared(lambda: _first(function(query, key, value, **options)), inputs.leaves, "cu_seqlens, causal")
     # Its way to say padding: keys packed for each call, which is part of its time.
     kept = (~inputs.padding).flatten().nonzero().squeeze(1)
 
@@ -279,7 +398,7 @@ def _flash(inputs: Inputs, module: str) -> Prepared:
         out = _first(function(q.flatten(0, 1), k, v, **options))
         return out.unflatten(0, (case.batch, case.seqlen_q))
 
-    return _rows_first(inputs, padded)
+    return _rows_first(inputs, padded, "cu_seqlens, keys packed in each call")
 
 
 def _xformers(inputs: Inputs) -> Prepared:
@@ -290,12 +409,13 @@ def _xformers(inputs: Inputs) -> Prepared:
     if case.is_packed:
         bias = biases.BlockDiagonalCausalMask.from_seqlens(list(case.lengths))
         query, key, value = (x[None] for x in (inputs.query, inputs.key, inputs.value))
-        return Prepared(lambda: ops.memory_efficient_attention(query, key, value, attn_bias=bias)[0], leaves)
+        return Prepared(
+            lambda: ops.memory_efficient_attention(query, key, value, attn_bias=bias)[0], leaves, type(bias).__name__
+        )
     if case.window is not None:
         bias = biases.LowerTriangularFromBottomRightLocalAttentionMask(case.window)
     elif case.is_padded and case.is_causal:
-        bias = torch.zeros(inputs.visible().shape, dtype=inputs.query.dtype, device=inputs.device)
-        bias = bias.masked_fill(~inputs.visible(), float("-inf")).expand(case.batch, case.heads, -1, -1)
+        bias = _as_float(inputs.visible(), inputs.query.dtype).expand(case.batch, case.heads, -1, -1)
     elif case.is_padded:
         bias = biases.BlockDiagonalPaddedKeysMask.from_seqlens(
             q_seqlen=[case.seqlen_q] * case.batch, kv_padding=case.length, kv_seqlen=list(case.lengths)
@@ -319,17 +439,18 @@ def _xformers(inputs: Inputs) -> Prepared:
             return ops.memory_efficient_attention(q, k, v, attn_bias=bias)[0].unflatten(0, (case.batch, case.seqlen_q))
         return ops.memory_efficient_attention(q, k, v, attn_bias=bias)
 
-    return _rows_first(inputs, attention)._replace(leaves=leaves)
+    given = f"{_name_of(bias.dtype)} bias {tuple(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
+    return _rows_first(inputs, attention, given if bias is not None else "nothing")._replace(leaves=leaves)
 
 
-def _rows_first(inputs: Inputs, function: Callable[[Tensor, Tensor, Tensor], Any]) -> Prepared:
+def _rows_first(inputs: Inputs, function: Callable[[Tensor, Tensor, Tensor], Any], given: str) -> Prepared:
     """For functions of (B, L, H, D)."""
     query, key, value = inputs.query, inputs.key, inputs.value
 
     def forward() -> Tensor:
         return _first(function(*(x.transpose(1, 2) for x in (query, key, value)))).transpose(1, 2)
 
-    return Prepared(forward, inputs.leaves)
+    return Prepared(forward, inputs.leaves, given)
 
 
 def _first(returned: Any) -> Tensor:
@@ -337,20 +458,28 @@ def _first(returned: Any) -> Tensor:
     return returned[0] if isinstance(returned, tuple) else returned
 
 
+def _backend_of_torch(backend: str | None) -> Rival:
+    return Rival(partial(_torch, backend=backend), "torch", partial(_torch, backend=backend, has_float_mask=True))
+
+
 RIVALS: dict[str, Rival] = {
     OURS: Rival(_ours, "fused_attn"),
-    "torch": Rival(_torch, "torch"),
-    "torch-flash": Rival(lambda inputs: _torch(inputs, "FLASH_ATTENTION"), "torch"),
-    "torch-efficient": Rival(lambda inputs: _torch(inputs, "EFFICIENT_ATTENTION"), "torch"),
-    "torch-cudnn": Rival(lambda inputs: _torch(inputs, "CUDNN_ATTENTION"), "torch"),
-    "torch-varlen": Rival(_torch_varlen, "torch"),
+    **{name: Rival(partial(_ours, backend=backend), "fused_attn") for name, backend in OUR_BACKENDS.items()},
+    "torch": _backend_of_torch(None),
+    "torch-flash": _backend_of_torch("FLASH_ATTENTION"),
+    "torch-efficient": _backend_of_torch("EFFICIENT_ATTENTION"),
+    "torch-cudnn": _backend_of_torch("CUDNN_ATTENTION"),
+    "torch-causal-only": Rival(
+        _torch_causal_only, "torch", is_for=lambda case: case.is_causal and case.is_padded
+    ),
+    "torch-varlen": Rival(_torch_varlen, "torch", is_for=lambda case: case.is_packed),
     "flex": Rival(_flex, "torch"),
-    "flash_attn2": Rival(lambda inputs: _flash(inputs, "flash_attn"), "flash_attn"),
-    "flash_attn3": Rival(lambda inputs: _flash(inputs, "flash_attn_interface"), "flash_attn_3"),
-    "flash_attn4": Rival(lambda inputs: _flash(inputs, "flash_attn.cute"), "flash-attn-4"),
+    "flash_attn2": Rival(partial(_flash, module="flash_attn"), "flash_attn"),
+    "flash_attn3": Rival(partial(_flash, module="flash_attn_interface"), "flash_attn_3"),
+    "flash_attn4": Rival(partial(_flash, module="flash_attn.cute"), "flash-attn-4"),
     "xformers": Rival(_xformers, "xformers"),
     # Last, because it needs most memory.
-    "torch-math": Rival(lambda inputs: _torch(inputs, "MATH"), "torch"),
+    "torch-math": _backend_of_torch("MATH"),
 }
 
 

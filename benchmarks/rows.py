@@ -9,6 +9,12 @@ from typing import Any
 
 Row = dict[str, Any]
 
+#: The fields that tell what a row is about; the others are what was found.
+IDENTITY = (
+    "device", "threads", "benchmark", "module", "batch", "length", "d_model", "heads", "layers", "new_tokens",
+    "shape", "seqlen_q", "kv_heads", "mask", "dtype", "direction", "implementation",
+)  # fmt: skip
+
 
 class Writer:
     """rows: all that was recorded; out: the file that they are appended to, or None."""
@@ -28,6 +34,16 @@ class Writer:
 
 def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Of rows that say the same of the same, by different runs on one device, the newest; in the order of the first."""
+    found: dict[tuple, Row] = {}
+    for row in rows:
+        key = tuple(json.dumps(row.get(name)) for name in IDENTITY)
+        if key not in found or row["date"] >= found[key]["date"]:
+            found[key] = row
+    return list(found.values())
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:

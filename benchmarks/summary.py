@@ -16,8 +16,8 @@ SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "both", "bfloa
 
 
 def attention_lines(rows: Iterable[Row]) -> list[str]:
-    """One line for each mask, dtype, head dim and direction: at each length ours, the fastest other one and our lead;
-    at the end the largest part of the device's rate that ours reached."""
+    """One line for each mask, dtype, head dim and direction: at each length ours, the fastest other one and our lead
+    (* solves another problem); at the end the largest part of the device's rate that ours reached."""
     rows = select(rows, benchmark="attention")
     lines = []
     for group in groups(rows, ("mask", "dtype", "direction"), by_head_dim=True):
@@ -38,12 +38,25 @@ def _cell(rows: list[Row]) -> str:
     if OURS not in timed:
         ours = select(rows, implementation=OURS)
         return "wrong" if ours and ours[0].get("is_right") is False else "no time"
-    ours = timed.pop(OURS)
+    ours = timed[OURS]
     text = f"{ours['gb_per_s']:.0f}GB/s" if "gb_per_s" in ours else f"{ours['effective_tflops']:.3g}"
-    if not timed:
-        return text
-    best = min(timed.values(), key=lambda row: row["median_ms"])
-    return f"{text} {best['implementation']} {best['median_ms'] / ours['median_ms']:.2f}x"
+    for best in fastest_others(rows):
+        text += f"{' *' if 'problem' in best else ' '}{best['implementation']} {best['over_ours']:.2f}x"
+    return text
+
+
+def fastest_others(rows: Iterable[Row]) -> list[Row]:
+    """Of one case: the implementation that trails ours least, and the one among those that solve another problem.
+
+    By the ratio within a round, because rows may stem from several runs, between which a device's clock changes.
+    """
+    others = [row for row in rows if "over_ours" in row and not row["implementation"].startswith(OURS)]
+    found = []
+    for is_other_problem in (False, True):
+        same = [row for row in others if ("problem" in row) == is_other_problem]
+        if same:
+            found.append(min(same, key=lambda row: row["over_ours"]))
+    return found
 
 
 def _part(row: Row) -> float:
@@ -51,7 +64,7 @@ def _part(row: Row) -> float:
 
 
 def problem_lines(rows: Iterable[Row]) -> list[str]:
-    """What was wrong, and what ours could not do; what rivals could not, in one line each."""
+    """What was wrong or failed, and what ours could not do; what rivals could not, in one line each."""
     lines = []
     cannot: dict[tuple[str, str], int] = {}
     for row in rows:
@@ -60,6 +73,8 @@ def problem_lines(rows: Iterable[Row]) -> list[str]:
         )
         if row.get("is_right") is False:
             lines.append(f"WRONG: {row['implementation']} {place}: error {row['error']:.1e} > {row['allowed']:.1e}")
+        elif "failed" in row:
+            lines.append(f"FAILED: {row['implementation']} {place}: {row['failed'][:90]}")
         elif "cannot" in row and row["implementation"] == OURS:
             lines.append(f"OURS CANNOT: {place}: {row['cannot']}")
         elif "cannot" in row:
@@ -92,13 +107,18 @@ def memory_lines(rows: Iterable[Row]) -> list[str]:
             sizes = [row for row in own if "extra_mib" in row]
             largest = [row["largest_length"] for row in own if "largest_length" in row]
             if sizes:
-                cell = f"{name} {sizes[-1]['extra_mib']:.1f} at {sizes[-1]['shape'][2]}"
+                cell = f"{name} {mib_of(sizes[-1]):.1f} at {sizes[-1]['shape'][2]}"
                 cells.append(cell + (f", fits {largest[0]}" if largest else ""))
         first = group[0]
         lines.append(
             f"{first['mask']} {_short(first['dtype'])} {_short(first['direction'])} MiB | {' | '.join(cells) or 'none'}"
         )
     return lines
+
+
+def mib_of(row: Row) -> float:
+    """What a call takes: during it, and for what was made for it beforehand."""
+    return row["extra_mib"] + row.get("held_mib", 0.0)
 
 
 def growth_exponent(lengths: list[int], extra: list[float]) -> float | None:

@@ -6,10 +6,12 @@ round. The GPU's clock is read by events on its own stream, after the L2 cache h
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -42,6 +44,19 @@ class Measured(NamedTuple):
     rejected: int
 
 
+class CallError(Exception):
+    """A call that is measured has raised: its name, and what it raised as the cause."""
+
+
+@contextlib.contextmanager
+def _blamed(name: str) -> Iterator[None]:
+    # Packages raise what they like; KeyboardInterrupt is no Exception.
+    try:
+        yield
+    except Exception as error:
+        raise CallError(name) from error
+
+
 def measure(
     calls: dict[str, Call],
     timer: Timer,
@@ -53,7 +68,12 @@ def measure(
     """Interleaved rounds: at most `rounds`, fewer if they take more than `seconds` together, never below `least`.
 
     is_quiet: asked before and after each round; rounds in which it says no are repeated.
+
+    Raises:
+        CallError: one of the calls raised.
     """
+    if not calls:
+        return Measured({}, 0)
     first = timer.first(calls)
     one_round = sum(max(SHORTEST_ROUND, seconds_of_one) for seconds_of_one in first.values())
     rounds = max(least if one_round < 4 else min(2, least), min(rounds, int(seconds / one_round)))
@@ -73,6 +93,34 @@ def measure(
     return Measured(times, rejected)
 
 
+def measure_those_that_can(
+    calls: dict[str, Call], timer: Timer, rounds: int, seconds: float, drop: Callable[[str, Exception], None]
+) -> Measured:
+    """`measure`, without those that raise.
+
+    Args:
+        calls: loses those; where memory does not suffice for all at once its last ones, which are to be those that
+            need most.
+        drop: is told of each, and has to let go of what it holds for it: memory is what the others may lack.
+    """
+    while True:
+        try:
+            return measure(calls, timer, rounds, seconds)
+        except CallError as failed:
+            (name,), error = failed.args, failed.__cause__
+            if isinstance(error, torch.OutOfMemoryError) and len(calls) > 1:
+                name, error = list(calls)[-1], MemoryError("out of memory beside the others")
+            del calls[name]
+            drop(name, error.with_traceback(None))  # whose frames would hold what the call has made
+            del error
+        # Only here, where the exception is gone, does nothing refer to the call any more.
+        gc.collect()
+        if torch.cuda.is_available():
+            # Fails on a device that is lost, which is for the caller to find out.
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
+
+
 class CpuTimer:
     kind = "wall clock"
 
@@ -81,12 +129,19 @@ class CpuTimer:
         self._repeats: dict[str, int] = {}
 
     def first(self, calls: dict[str, Call]) -> dict[str, float]:
-        first = {name: self.seconds(call, 1) for name, call in calls.items()}
+        first = {}
+        for name, call in calls.items():
+            with _blamed(name):
+                first[name] = self.seconds(call, 1)
         self._repeats = {name: max(1, math.ceil(SHORTEST_ROUND / max(s, 1e-9))) for name, s in first.items()}
         return first
 
     def round(self, calls: dict[str, Call], order: list[str]) -> dict[str, float]:
-        return {name: self.seconds(calls[name], self._repeats[name]) for name in order}
+        seconds = {}
+        for name in order:
+            with _blamed(name):
+                seconds[name] = self.seconds(calls[name], self._repeats[name])
+        return seconds
 
     def seconds(self, call: Call, repeats: int) -> float:
         start = self._clock()
@@ -115,13 +170,14 @@ class GpuTimer:
         flush = self._wall(self._scratch.zero_)
         seconds = {}
         for name, call in calls.items():
-            for _ in range(WARM_UP_CALLS):
+            with _blamed(name):
+                for _ in range(WARM_UP_CALLS):
+                    call()
+                torch.cuda.synchronize(self._device)
+                start = time.perf_counter()
                 call()
-            torch.cuda.synchronize(self._device)
-            start = time.perf_counter()
-            call()
-            launching = time.perf_counter() - start
-            torch.cuda.synchronize(self._device)
+                launching = time.perf_counter() - start
+                torch.cuda.synchronize(self._device)
             seconds[name] = time.perf_counter() - start
             self._flushes[name] = min(50, 1 + math.ceil(1.5 * launching / flush))
         return {name: value + self._flushes[name] * flush for name, value in seconds.items()}
@@ -132,9 +188,10 @@ class GpuTimer:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             for _ in range(self._flushes[name]):
                 self._scratch.zero_()
-            start.record()
-            calls[name]()
-            end.record()
+            with _blamed(name):  # outside of the clock, and the host is ahead of the device
+                start.record()
+                calls[name]()
+                end.record()
             events[name] = (start, end)
         torch.cuda.synchronize(self._device)
         return {name: start.elapsed_time(end) * 1e-3 for name, (start, end) in events.items()}

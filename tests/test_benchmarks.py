@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import itertools
 import json
 import subprocess
 import sys
+import time
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,11 +21,13 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import (  # noqa: E402
     __main__,
+    accuracy,
     attention,
     cases,
     gpu_suite,
     machine,
     memory,
+    modules,
     plots,
     report,
     rivals,
@@ -110,13 +116,58 @@ def test_ours_and_torch_compute_the_same_cases(mask: str, name: str, monkeypatch
     assert reference.is_right(reference.error(results))
 
 
-def test_a_sample_of_heads_finds_what_is_wrong_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.accuracy.ALL_HEADS", 1)
-    inputs = Inputs(Case(2, 16, 24, 8, "gqa", "float32", "forward+backward"))
+@pytest.mark.parametrize("mask", ["gqa", "bias", "relative-bias", "varlen", "causal+padded"])
+def test_a_sample_finds_what_is_wrong_in_it(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "CHECKED_SCORES", 1)
+    case = Case(3, 16, 24, 8, mask, "float32", "forward+backward")
+    inputs = Inputs(case)
     reference = Reference(inputs)
     results = rivals.results_of(rivals.RIVALS[OURS].prepare(inputs), inputs)
     assert reference.is_right(reference.error(results))
-    results["key"][1, 3, 5, 2] += 0.01
+    batch, head = next((batch, head) for batch, head in accuracy.sample(case) if 0 < head < case.kv_heads - 1)
+    key = results["key"]
+    part = key[inputs.cu_seqlens[batch] : inputs.cu_seqlens[batch + 1], head] if case.is_packed else key[batch, head]
+    part[2, 2] += 0.01
+    assert not reference.is_right(reference.error(results))
+
+
+@pytest.mark.parametrize("mask", cases.MASKS)
+def test_a_sample_is_spread_and_cheap(mask: str) -> None:
+    for case in cases.table(cases.GPU._replace(dtypes=("bfloat16",)), [mask]):
+        pairs = accuracy.sample(case)
+        assert len(set(pairs)) == len(pairs) >= min(4, case.batch * case.kv_heads)
+        assert len(pairs) <= max(accuracy.CHECKED_PAIRS, accuracy.LEAST_HEADS * case.batch)
+        assert {batch for batch, _ in pairs} == set(range(case.batch))
+        heads = sorted({head for _, head in pairs})
+        gaps = [after - before for before, after in itertools.pairwise([-1, *heads, case.kv_heads])]
+        assert max(gaps) <= case.kv_heads // 2  # nowhere are many left out
+
+
+@pytest.mark.parametrize("name", ["out", "value"])
+def test_a_small_row_is_judged_by_its_own_size(name: str) -> None:
+    """The last rows of a causal mask are averages of many values, the last keys are seen by few: a tenth of them is
+    next to nothing of the largest entry."""
+    inputs = Inputs(Case(1, 1, 1024, 64, "causal", "bfloat16", "forward+backward"))
+    reference = Reference(inputs)
+    results = rivals.results_of(rivals.RIVALS[OURS].prepare(inputs), inputs)
+    assert reference.is_right(reference.error(results))
+    row = results[name][0, 0, 700 if name == "out" else 300]
+    row *= 1.1
+    assert 0.1 * row.abs().max() < 0.01 * results[name].abs().max()
+    assert not reference.is_right(reference.error(results))
+
+
+def test_what_nearly_cancels_is_not_judged_by_what_is_left() -> None:
+    """The gradient of a query that sees one key is 0 up to the rounding of what it is the difference of."""
+    inputs = Inputs(Case(1, 2, 64, 64, "causal", "float32", "forward+backward"))
+    reference = Reference(inputs)
+    results = rivals.results_of(rivals.RIVALS[OURS].prepare(inputs), inputs)
+    assert results["query"][0, 0, 0].abs().max() < 1e-5
+    size = reference._sizes["query"][0].item()
+    assert size > 2 * results["query"].abs().amax(dim=-1).median()
+    results["query"][0, 0, 0, 0] = 0.9 * reference.allowed * size
+    assert reference.is_right(reference.error(results))
+    results["query"][0, 0, 0, 0] = 1.1 * reference.allowed * size
     assert not reference.is_right(reference.error(results))
 
 
@@ -148,7 +199,7 @@ def test_what_a_rival_cannot_do_is_recorded() -> None:
 
 def test_a_wrong_result_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(inputs: Inputs) -> rivals.Prepared:
-        return rivals.Prepared(lambda: 1.5 * inputs.query, {"query": inputs.query})
+        return rivals.Prepared(lambda: 1.5 * inputs.query, {"query": inputs.query}, "nothing")
 
     monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(wrong, "torch"))
     found = run(small("none", "forward"), [OURS, "torch"])
@@ -181,16 +232,202 @@ def test_flash_attn_is_asked_by_its_own_conventions(mask: str, monkeypatch: pyte
     package.flash_attn_func, package.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     inputs = Inputs(small(mask, "forward" if mask == "decode" else "forward+backward"), rows_first=True)
-    if mask in ("causal+padded", "bias"):
+    if mask == "bias":
         with pytest.raises(rivals.Cannot):
             rivals.RIVALS["flash_attn2"].prepare(inputs)
         return
     reference = Reference(inputs)
-    results = rivals.results_of(rivals.RIVALS["flash_attn2"].prepare(inputs), inputs)
-    assert reference.is_right(reference.error(results))
+    prepared = rivals.RIVALS["flash_attn2"].prepare(inputs)
+    results = rivals.results_of(prepared, inputs)
+    assert reference.is_right(reference.error(results, ignores_padding=mask == "causal+padded"))
+    assert (prepared.problem is not None) == (mask == "causal+padded")
+
+
+@pytest.mark.parametrize(("mask", "splits"), [("decode", 0), ("causal", 1)])
+def test_flash_attn_3_chooses_how_to_split_the_keys_of_a_decode(
+    mask: str, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def flash_attn_func(q, k, v, causal=False, num_splits=1):
+        asked.append(num_splits)
+        return q
+
+    package = types.ModuleType("flash_attn_interface")
+    package.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+    rivals.RIVALS["flash_attn3"].prepare(Inputs(small(mask, "forward"))).forward()
+    assert asked == [splits]
+
+
+@pytest.mark.parametrize("mask", ["causal+padded", "causal+padded-random"])
+def test_causal_alone_is_right_where_padding_is_ignored(mask: str) -> None:
+    inputs = Inputs(small(mask), rows_first=True)
+    reference = Reference(inputs)
+    results = rivals.results_of(rivals.RIVALS["torch-causal-only"].prepare(inputs), inputs)
+    assert reference.is_right(reference.error(results, ignores_padding=True))
+    assert not reference.is_right(reference.error(results))
+    found = run(inputs.case, [OURS, "torch", "torch-causal-only"])
+    assert found["torch-causal-only"]["problem"] and found["torch-causal-only"]["given"] == "is_causal"
+    assert "problem" not in found["torch"] and "attn_mask (3, 1, 40, 40)" in found["torch"]["given"]
+    assert "torch-causal-only" in next(cell for cell in attention.describe(list(found.values())).split(" | ")
+                                       if "other problem" in cell)  # fmt: skip
+
+
+@pytest.mark.parametrize("faster", [torch.bool, torch.float32])
+def test_a_rival_is_given_the_mask_that_is_faster_for_it(faster: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(prepared: rivals.Prepared, inputs: Inputs) -> float:
+        return 1.0 if str(faster).removeprefix("torch.") in prepared.given else 2.0
+
+    monkeypatch.setattr(rivals, "_seconds", seconds)
+    inputs = Inputs(small("padded"))
+    prepared = rivals.fastest("torch", inputs)
+    assert prepared.given == f"{str(faster).removeprefix('torch.')} attn_mask (3, 1, 1, 40)"
+    reference = Reference(inputs)
+    assert reference.is_right(reference.error(rivals.results_of(prepared, inputs)))
+    assert rivals.fastest("torch", Inputs(small("causal"))).given == "is_causal"
+
+
+def test_several_kernels_of_ours_have_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernels for GPUs have where both can run; here with those that a CPU has."""
+    ours = {f"{OURS}[{backend}]": backend for backend in ("cpu", "reference", "absent")}
+    monkeypatch.setattr(rivals, "OUR_BACKENDS", ours)
+    for name, backend in ours.items():
+        rival = rivals.Rival(functools.partial(rivals._ours, backend=backend), "fused_attn")
+        monkeypatch.setitem(rivals.RIVALS, name, rival)
+    for mask in ("causal", "varlen"):
+        found = run(small(mask, "forward"), [OURS, *ours, "torch"])
+        assert set(found) == {OURS, f"{OURS}[cpu]", f"{OURS}[reference]", "torch"}
+        assert found[f"{OURS}[reference]"]["over_ours"] > 0
+    monkeypatch.setattr(rivals, "OUR_BACKENDS", {f"{OURS}[cpu]": "cpu", f"{OURS}[absent]": "absent"})
+    assert rivals.able_backends(Inputs(small("causal"))) == []  # nothing to compare
+
+
+# ---- What fails has a row, and costs no other row
+
+
+def failing(inputs: Inputs, after: int, error: Exception) -> rivals.Prepared:
+    """Right, until it has been called so often."""
+    calls, right = itertools.count(1), rivals._torch(inputs)
+
+    def forward() -> torch.Tensor:
+        if next(calls) > after:
+            raise error
+        return right.forward()
+
+    return right._replace(forward=forward)
+
+
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_what_fails_while_it_is_timed_is_a_row(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rival = rivals.Rival(lambda inputs: failing(inputs, after, RuntimeError("no more")), "torch")
+    monkeypatch.setitem(rivals.RIVALS, "torch", rival)
+    found = run(small("causal", "forward"), [OURS, "torch"])
+    assert found["torch"]["failed"] == "RuntimeError: no more" and "median_ms" not in found["torch"]
+    assert found["torch"]["is_right"] and found[OURS]["median_ms"] > 0
+    assert "failed: torch" in attention.describe(list(found.values()))
+    assert any(line.startswith("FAILED: torch") for line in summary.problem_lines(found.values()))
+    monkeypatch.setitem(rivals.RIVALS, OURS, rival)
+    found = run(small("causal", "forward"), [OURS, "torch"])  # nothing is left to be timed
+    assert all("failed" in row for row in found.values())
+
+
+def test_memory_of_what_is_dropped_is_free_before_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch-math, which needs most, is dropped; the others find its mask gone."""
+    held = []
+
+    class Large:
+        """What a prepared rival keeps alive."""
+
+    def large(inputs: Inputs) -> rivals.Prepared:
+        thing, right = Large(), rivals._torch(inputs)
+        held.append(weakref.ref(thing))
+        return right._replace(forward=lambda: right.forward() if thing else None)
+
+    def hungry(inputs: Inputs) -> rivals.Prepared:
+        right, calls = rivals._torch(inputs), itertools.count(1)
+
+        def forward() -> torch.Tensor:
+            if next(calls) > 2 and held[0]() is not None:  # not while it is checked
+                raise torch.OutOfMemoryError("no room")
+            return right.forward()
+
+        return right._replace(forward=forward)
+
+    monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(hungry, "torch"))
+    monkeypatch.setitem(rivals.RIVALS, "torch-math", rivals.Rival(large, "torch"))
+    found = run(small("causal"), [OURS, "torch", "torch-math"])
+    assert found["torch-math"]["failed"].endswith("out of memory beside the others")
+    assert "median_ms" in found["torch"] and "median_ms" in found[OURS]
+
+
+def test_only_a_failed_synchronisation_is_a_lost_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    rows = {OURS: {"implementation": OURS}, "torch": {"implementation": "torch", "cannot": "no"}}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    attention._check_device(torch.device("cuda"), rows.values())
+    assert "failed" not in rows[OURS]
+    monkeypatch.setattr(torch.cuda, "synchronize", refuse)
+    with pytest.raises(attention.DeviceLostError):
+        attention._check_device(torch.device("cuda"), rows.values())
+    assert rows[OURS]["failed"] and rows["torch"] == {"implementation": "torch", "cannot": "no"}
+
+
+@pytest.mark.parametrize("broken", ["Reference", "Inputs", "run_case"])
+def test_a_case_that_fails_as_a_whole_costs_no_other(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = getattr(attention, broken)
+    calls = itertools.count()
+
+    def once(*args, **kwargs):
+        if next(calls) == 0:
+            raise torch.OutOfMemoryError("no room")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(attention, broken, once)
+    out = tmp_path / "rows.jsonl"
+    command = ["attention", "--device", "cpu", "--quick", "--lengths", "16", "32", "--only", "causal"]
+    assert __main__.main([*command, "--directions", "forward", "--out", str(out)]) == 1
+    found = rows.read(out)
+    step = "all together" if broken == "run_case" else "the reference"
+    assert [row.get("failed") for row in found[:2]] == [f"{step}: out of memory"] * 2
+    assert all("median_ms" in row for row in found[2:]) and len(found) == 4
+
+
+@pytest.mark.parametrize("kind", ["attention", "generation"])
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_module_that_fails_is_a_row(kind: str, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the check, or after it."""
+    calls = itertools.count()
+    owner = torch.nn.MultiheadAttention if kind == "attention" else torch.nn.TransformerDecoder
+    forward, size = owner.forward, modules.QUICK_SIZES["cpu"]
+
+    def failing_forward(self, *args, **kwargs):
+        # Twice as often for a check: in float64, and in the module's own dtype.
+        if type(self) is owner and next(calls) >= (1 + after) * (1 if kind == "attention" else size.new_tokens):
+            raise RuntimeError("no more")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, "forward", failing_forward)
+    found = modules.run_kind(kind, size, torch.device("cpu"), "float32", False, 2, 0.01)
+    found = {row["implementation"]: row for row in found}
+    assert found["torch"]["failed" if after else "cannot"] == "RuntimeError: no more"
+    if after:
+        assert found[OURS]["tokens_per_s"] > 0
+    else:
+        assert "yardstick" in found[OURS]["cannot"]
+    assert "torch " in modules.describe(list(found.values()))
 
 
 # ---- Clocks
+
+
+def test_nothing_to_measure_is_no_error() -> None:
+    assert timing.measure({}, timing.CpuTimer(), 3, 1.0) == timing.Measured({}, 0)
 
 
 def test_rounds_are_interleaved_and_budgeted() -> None:
@@ -270,7 +507,14 @@ def test_gpu_time_is_that_between_events(fake_gpu: torch.device) -> None:
 
 def test_gpu_memory_is_beyond_what_was_there_and_results(fake_gpu: torch.device) -> None:
     case = Case(1, 1, 128, 8, "none", "float32", "forward")
-    assert memory._peak_on_gpu(case, "torch", fake_gpu) == memory.Peak(99_000 - 128 * 8 * 4, 128 * 8 * 4)
+    assert memory._peak_on_gpu(case, "torch", fake_gpu) == memory.Peak(99_000 - 128 * 8 * 4, 128 * 8 * 4, 0)
+
+
+def test_gpu_memory_counts_what_is_made_beforehand(fake_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated = itertools.chain([1000, 1000, 1000, 5000], itertools.repeat(6000))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
+    peak = memory._peak_on_gpu(Case(1, 1, 128, 8, "causal+padded", "float32", "forward"), "torch", fake_gpu)
+    assert peak == memory.Peak(100_000 - 6000 - 128 * 8 * 4, 128 * 8 * 4, 4000)
 
 
 def test_gpu_rows_name_driver_and_capability(fake_gpu: torch.device) -> None:
@@ -318,6 +562,16 @@ def test_memory_of_a_call_in_a_process_of_its_own() -> None:
     assert peak.extra > 1024 * 1024 * 4  # a matrix of scores
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_a_mask_that_a_rival_must_be_given_counts() -> None:
+    case = Case(1, 1, 2048, 8, "causal+padded", "float32", "forward")
+    theirs, ours = (memory.peak_of(case, name, torch.device("cpu"), threads=1) for name in ("torch", OURS))
+    assert theirs.held > 0.9 * 2048 * 2048 > ours.held  # less what was freed before
+    row = {"extra_mib": theirs.extra / memory.MIB, "held_mib": theirs.held / memory.MIB}
+    assert summary.mib_of(row) > 4.0
+    assert summary.mib_of({"extra_mib": 1.0}) == 1.0  # rows of old
+
+
 # ---- Commands
 
 
@@ -345,12 +599,14 @@ def test_quick_cpu_modules_and_report_rows(tmp_path: Path, capsys: pytest.Captur
     assert [row["benchmark"] for row in rows.read(out)] == ["cpu"] * 20
     quick = ["--quick", "--device", "cpu", "--rounds", "1", "--seconds", "0.01", "--out", str(out)]
     assert __main__.main(["modules", *quick]) == 0
-    modules = rows.select(rows.read(out), benchmark="modules")
-    assert {row["module"] for row in modules} == {
+    found = rows.select(rows.read(out), benchmark="modules")
+    assert {row["module"] for row in found} == {
         "seq2seq", "encoder-layer", "attention", "decoder-layer", "generation"
     }  # fmt: skip
-    assert all(row["is_right"] and row["tokens_per_s"] > 0 for row in modules)
-    assert len(summary.module_lines(modules)) == 5
+    assert all(row["is_right"] and row["tokens_per_s"] > 0 for row in found)
+    assert len(summary.module_lines(found)) == 5
+    assert __main__.main(["modules", *quick, "--resume"]) == 0
+    assert len(rows.select(rows.read(out), benchmark="modules")) == len(found)
 
 
 def test_the_script_of_old_still_runs() -> None:
@@ -376,6 +632,7 @@ def gpu_rows() -> list[rows.Row]:
             continue
         rate = case.effective_flops / ms / 1e9
         times = {"median_ms": ms, "effective_tflops": rate, "matmul_tflops": 700.0, "matmul_fraction": rate / 700}
+        times |= {"over_ours": ms} if name != OURS else {}
         found.append(row | times | {"is_right": True})
     return found
 
@@ -383,8 +640,46 @@ def gpu_rows() -> list[rows.Row]:
 def test_the_readme_is_what_the_committed_rows_give() -> None:
     readme = report.README.read_text()
     assert report.with_all_results(readme, report.RESULTS) == readme
-    for name in plots.names_of(report.all_rows(report.RESULTS)):
+    for name in plots.plots_of(report.all_rows(report.RESULTS)):
         assert (report.PLOTS / f"{name}.png").exists()
+
+
+def test_of_several_runs_the_newest_rows_count() -> None:
+    """Of every implementation; and a ratio is that of its own run, whatever ours took in another."""
+    first = [row | {"date": "2026-11-01"} for row in gpu_rows()]
+    causal = rows.select(gpu_rows(), mask="causal")
+    second = [row | {"date": "2026-11-02", "effective_tflops": 50.0} for row in causal if row["implementation"] == OURS]
+    second += [
+        row | {"date": "2026-11-02", "median_ms": 9.0, "over_ours": 1.2}
+        for row in causal if row["implementation"] == "torch"
+    ]  # fmt: skip
+    for found in (rows.newest([*first, *second]), rows.newest([*second, *first])):
+        assert len(found) == len(first)
+        table = report.gpu_tables(found)
+        assert "| causal | 50 (torch 1.20x) | 50 (torch 1.20x) |" in table
+        assert "| half padded | 34 (torch 2.00x) |" in table
+        assert "2026-11-01 to 2026-11-02" in table
+        assert "causal bf16 D128 fwd | 512: 50 torch 1.20x" in summary.attention_lines(found)[0]
+    assert len(rows.newest([*gpu_rows(), *(row | {"device": "Another"} for row in gpu_rows())])) == 2 * len(first)
+
+
+def test_what_solves_another_problem_is_marked_and_does_not_lead() -> None:
+    found = [row | ({"problem": "less"} if row["implementation"] == "torch-flash" else {}) for row in gpu_rows()]
+    table = report.gpu_tables(found)
+    assert "| 34 (torch 2.00x, torch-flash* 1.50x) |" in table and "* solves another problem" in table
+    assert "512: 34.4 torch 2.00x *torch-flash 1.50x" in summary.attention_lines(found)[0]
+
+
+@pytest.mark.parametrize("names", [("NVIDIA H100", "NVIDIA H100 NVL"), ("NVIDIA H100 NVL", "NVIDIA H100")])
+def test_devices_whose_names_begin_alike_have_plots_of_their_own(names: tuple[str, str]) -> None:
+    found = [row | {"device": name} for name in names for row in gpu_rows()]
+    drawn = plots.plots_of(found)
+    assert {name: {row["device"] for row in plot.rows} for name, plot in drawn.items()} == {
+        "speed-nvidia-h100-forward": {"NVIDIA H100"},
+        "speed-nvidia-h100-nvl-forward": {"NVIDIA H100 NVL"},
+    }
+    with pytest.raises(ValueError, match="device: expected names that differ"):
+        plots.plots_of([*found, gpu_rows()[0] | {"device": "NVIDIA-H100"}])
 
 
 def test_gpu_rows_become_a_table_and_a_summary() -> None:
@@ -395,6 +690,10 @@ def test_gpu_rows_become_a_table_and_a_summary() -> None:
     assert report.gpu_tables([]) == ""
     assert len(summary.attention_lines(gpu_rows())) == 2
     assert summary.problem_lines(gpu_rows()) == ["cannot: torch-flash in 2 cases: no mask"]
+
+
+def test_every_implementation_has_a_colour_and_every_mask_a_title() -> None:
+    assert set(plots.COLOURS) == set(rivals.RIVALS) and set(plots.TITLES) == set(cases.MASKS)
 
 
 def test_rows_become_plots(tmp_path: Path) -> None:
@@ -428,7 +727,7 @@ def test_dry_run_of_a_stage_writes_rows_and_a_summary(tmp_path: Path) -> None:
 def test_the_suite_keeps_its_time_limit_and_goes_on_after_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sleep = "import time; print('began', flush=True); time.sleep(60)"
+    sleep = "import signal, time; signal.signal(2, signal.SIG_IGN); print('began', flush=True); time.sleep(60)"
     stages = (
         gpu_suite.Stage("broken", lambda suite: 1 / 0, 1.0),
         gpu_suite.Stage("absent", lambda suite: (_ for _ in ()).throw(gpu_suite.Skip("no tool")), 1.0),
@@ -440,7 +739,8 @@ def test_the_suite_keeps_its_time_limit_and_goes_on_after_a_failure(
     monkeypatch.setattr(gpu_suite, "LEAST_SECONDS", 0.5)
     code, text = suite(tmp_path, "--minutes", str(2 / 60))
     assert code == 1
-    verdicts = [line.split(maxsplit=1)[1].rsplit(maxsplit=2)[0].strip() for line in text.splitlines()[2:7]]
+    outcomes = text.splitlines()[text.splitlines().index("-- stages") + 1 :]
+    verdicts = [line.split(maxsplit=1)[1].rsplit(maxsplit=2)[0].strip() for line in outcomes[:5]]
     assert verdicts == [
         "FAILED: ZeroDivisionError: division by zero",
         "skipped: no tool",
@@ -449,6 +749,104 @@ def test_the_suite_keeps_its_time_limit_and_goes_on_after_a_failure(
         "not run: the time is up",
     ]
     assert "began" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def stage_of(tmp_path: Path, script: str, limit: float) -> tuple[int | None, gpu_suite.Suite]:
+    """Runs a script as a stage that is to stop after `limit` seconds and is killed three seconds later."""
+    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
+    with (tmp_path / "log.txt").open("w") as log:
+        found = gpu_suite.Suite(arguments, log)
+        found.deadline = time.monotonic() + limit
+        found.kill_at = found.deadline + 3.0
+        return found.run(sys.executable, "-c", script, interrupt_at=found.deadline), found
+
+
+def test_a_stage_is_interrupted_before_it_is_killed(tmp_path: Path) -> None:
+    """So pytest writes its report, which says what failed until then."""
+    script = (
+        "import time\nprint('began', flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('last words', flush=True)"
+    )
+    start = time.monotonic()
+    code, _ = stage_of(tmp_path, script, 2.0)
+    assert code is None and time.monotonic() - start < 5.0
+    assert (tmp_path / "log.txt").read_text().splitlines()[-2:] == ["began", "last words"]
+    deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
+    code, _ = stage_of(tmp_path, deaf, 0.5)
+    assert code is None and time.monotonic() - start < 12.0
+
+
+def test_commands_of_a_stage_run_at_the_same_time(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=1.0)
+    # Each waits for the file of the other.
+    script = (
+        "import pathlib, sys, time\nown, other = map(pathlib.Path, sys.argv[1:])\nown.touch()\n"
+        "while not other.exists(): time.sleep(0.01)"
+    )
+    with (tmp_path / "log.txt").open("w") as log:
+        found = gpu_suite.Suite(arguments, log)
+        found.begin(1.0)
+        paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+        commands = [[sys.executable, "-c", script, *paths], [sys.executable, "-c", script, *paths[::-1]]]
+        assert found.run_all([*commands, [sys.executable, "-c", "raise SystemExit(3)"]]) == [0, 0, 3]
+
+
+def test_a_report_that_is_cut_off_or_old_is_no_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = tmp_path / "tests.xml"
+    report.write_text('<testsuites><testsuite tests="3" failures="1"><testcase name="a')
+    assert gpu_suite._counts(report) == "its report is cut off"
+    assert gpu_suite._failures(report) == ["tests.xml is cut off"]
+    monkeypatch.setattr(gpu_suite.Suite, "run", lambda self, *command, **options: None)  # killed before it could write
+    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
+    with (tmp_path / "log.txt").open("w") as log:
+        assert gpu_suite.gpu_tests(gpu_suite.Suite(arguments, log)) == "stopped at its time limit"
+    assert not report.exists()
+
+
+def test_files_with_gpu_tests_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+    monkeypatch.setattr(gpu_suite.Suite, "run", lambda self, *command, **options: commands.append(command) or 5)
+    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
+    with (tmp_path / "log.txt").open("w") as log:
+        assert gpu_suite.gpu_tests(gpu_suite.Suite(arguments, log)) == "ok: no such tests"
+    files = {Path(word).name for word in commands[0] if word.endswith(".py")}
+    assert {"test_gpu.py", "test_kernels.py", "test_tune.py"} <= files and "test_errors.py" not in files
+
+
+def test_a_run_goes_on_from_the_rows_of_another_folder(tmp_path: Path) -> None:
+    code, _ = suite(tmp_path, "--minutes", "2", "--only", "bench:decode")
+    assert code == 0
+    first = tmp_path / "first"
+    (tmp_path / "out").rename(first)
+    code, text = suite(tmp_path, "--minutes", "2", "--only", "bench:decode", "--resume-from", str(first))
+    assert code == 0 and "decode bf16 D128 fwd | 64: " in text
+    assert rows.read(tmp_path / "out" / "rows.jsonl") == rows.read(first / "rows.jsonl")  # nothing measured again
+
+
+def test_only_missing_implementations_are_measured(tmp_path: Path) -> None:
+    """Beside ours, which they are compared with."""
+    out = tmp_path / "rows.jsonl"
+    command = ["attention", "--device", "cpu", "--quick", "--lengths", "32", "--only", "causal", "--out", str(out)]
+    command += ["--directions", "forward", "--rounds", "2", "--seconds", "0.01", "--resume"]
+    for names, count in (([OURS], 1), ([OURS, "torch"], 3), (["torch"], 3), ([OURS, "fused_attn[cuda]"], 3)):
+        assert __main__.main([*command, "--rivals", *names]) == 0
+        assert len(rows.read(out)) == count
+    assert rows.read(out)[-1]["implementation"] == "torch" and rows.read(out)[-1]["over_ours"] > 0
+
+
+def test_the_case_of_compute_sanitizer_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+    monkeypatch.setattr(gpu_suite.Suite, "run", lambda self, *command, **options: commands.append(command) or 0)
+    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
+    with (tmp_path / "log.txt").open("w") as log:
+        assert gpu_suite.sanitizer(gpu_suite.Suite(arguments, log)) == "ok"
+    parser = argparse.ArgumentParser()
+    attention.add_arguments(parser)
+    asked = parser.parse_args(commands[0][commands[0].index("attention") + 1 :])
+    asked.device = "cuda"  # whose batches are large by default
+    table = list(cases.table(attention.scale_of(asked), asked.only, asked.directions))
+    assert len({case.mask for case in table}) > 8
+    assert max(case.batch * case.heads * case.length**2 for case in table) < 2**22
 
 
 def test_a_stage_that_does_not_exist_is_an_error_that_lists_them(capsys: pytest.CaptureFixture) -> None:

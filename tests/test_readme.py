@@ -23,12 +23,12 @@ def _report():
 def test_results_are_those_of_the_committed_rows():
     report = _report()
     readme = README.read_text()
-    assert report.with_results(readme, report.rows_of(report.CPU_RESULTS)) == readme
+    assert report.with_results(readme, report.read(report.CPU_RESULTS)) == readme
 
 
 def test_committed_rows_say_where_they_come_from():
     report = _report()
-    for row in report.rows_of(report.CPU_RESULTS):
+    for row in report.read(report.CPU_RESULTS):
         assert {"device", "torch", "fused_attn", "commit", "date"} <= row.keys()
         assert not row["commit"].endswith("-dirty")
 
