@@ -55,15 +55,15 @@ def usage_of(cubin: bytes) -> Usage:
         registers, stack, local = (
             int(re.search(rf"\b{name}:(\d+)", resources)[1]) for name in ("REG", "STACK", "LOCAL")
         )
-        spills_in_loops = _spills_in_loops(_cuobjdump("-sass", file.name)) if stack + local else 0
-    return Usage(registers, stack + local, spills_in_loops)
+        in_loops = spills_in_loops(_cuobjdump("-sass", file.name)) if stack + local else 0
+    return Usage(registers, stack + local, in_loops)
 
 
 def _cuobjdump(*arguments: str) -> str:
     return subprocess.run([CUOBJDUMP, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _spills_in_loops(sass: str) -> int:
+def spills_in_loops(sass: str) -> int:
     """In the innermost loops around a matrix product or an exponential: there a kernel spends its time.
 
     Code far away that waits for a barrier and comes back makes no loop. The loop in which specialised warps wait for
@@ -82,26 +82,30 @@ def _spills_in_loops(sass: str) -> int:
             if target <= branch and branch not in _reachable(successors, min(code), avoiding=target):
                 loops.append(_reachable(predecessors, branch, avoiding=target) | {target})
     loops = sorted((loop for loop in loops if not any("BRX" in code[address] for address in loop)), key=len)
-    hot = set()
-    for address, text in code.items():
-        if re.search(r"MMA|MUFU\.EX2", text):
-            hot |= next((loop for loop in loops if address in loop), set())
+    works = [address for address, text in code.items() if re.search(r"MMA|MUFU\.EX2", text)]
+    hot = set().union(*(next((loop for loop in loops if address in loop), set()) for address in works))
+    assert hot or not works, "no loop was recognised around the matrix products"
     return sum(address in hot and re.search(r"\b(STL|LDL)\b", text) is not None for address, text in code.items())
 
 
 def _control_flow(code: dict[int, str]) -> dict[int, list[int]]:
-    """Where each instruction can lead. An indirect branch: to whatever follows an instruction that nothing passes."""
+    """Where each instruction can lead. An indirect branch: to whatever cannot be reached otherwise."""
     addresses = sorted(code)
     next_of = dict(itertools.pairwise(addresses))
     is_passed = {address: not re.match(r"(BRA 0x|BRA\.U 0x|EXIT|RET|BRX)", code[address].strip()) for address in code}
-    entries = [next_of[address] for address in addresses[:-1] if not is_passed[address]]
+    targets = {
+        address: int(target[1], 16)
+        for address, text in code.items()
+        if (target := re.search(r"\b(?:BRA|CALL)\b.*?(0x[0-9a-f]+)", text))
+    }
+    unreached = {next_of[address] for address in addresses[:-1] if not is_passed[address]} - set(targets.values())
     successors = {}
     for address in addresses:
         following = [next_of[address]] if is_passed[address] and address in next_of else []
-        if target := re.search(r"\b(?:BRA|CALL)\b.*?(0x[0-9a-f]+)", code[address]):
-            following.append(int(target[1], 16))
+        if address in targets:
+            following.append(targets[address])
         elif re.search(r"\bBRX\b", code[address]):
-            following += entries
+            following += unreached
         successors[address] = following
     return successors
 

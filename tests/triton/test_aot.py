@@ -38,6 +38,31 @@ def test_every_row_of_the_table(architecture, tmp_path):
     assert not [(row["cell"], row["kernel"], row["faults"]) for row in rows if row["faults"]]
 
 
+# Specialised warps get their work by an indirect branch (BRX); barriers are waited for at the end of the code.
+SASS = """
+        /*0000*/  STL [R1], R0 ;
+        /*0010*/  BRX R2 -0x10 ;
+        /*0020*/  MUFU.EX2 R0, R1 ;
+        /*0030*/  @P0 BRA 0x80 ;
+        /*0040*/  {loop} ;
+        /*0050*/  @P1 BRA 0x20 ;
+        /*0060*/  {tail} ;
+        /*0070*/  BRA 0x10 ;
+        /*0080*/  SYNCS P0, [R3] ;
+        /*0090*/  BRA 0x40 ;
+        /*00a0*/  EXIT ;
+"""
+
+
+@pytest.mark.quick
+def test_spills_are_counted_in_hot_loops_alone():
+    stub_driver = pytest.importorskip("stub_driver")
+    assert stub_driver.spills_in_loops(SASS.format(loop="FADD R0, R0, R0", tail="LDL R0, [R1]")) == 0
+    assert stub_driver.spills_in_loops(SASS.format(loop="LDL R0, [R1]", tail="LDL R0, [R1]")) == 1
+    with pytest.raises(AssertionError, match="no loop"):
+        stub_driver.spills_in_loops("/*0000*/ HGMMA R0, R1 ; /*0010*/ EXIT ;")
+
+
 def test_batches_of_other_lengths_compile_nothing_new():
     process = run("recompilation.py")
     assert process.returncode == 0, process.stdout + process.stderr

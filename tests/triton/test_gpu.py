@@ -12,11 +12,15 @@ import fused_attn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-#: Between them all kernels and all masks.
+#: Between them all kernels and all masks, and on Hopper and Blackwell the specialised kernel.
 MIXED = [
-    case
-    for case in CASES
-    if case.id in ("softcap-with-everything", "padding-causal", "mqa-8-1-decode", "relative-bias-t5", "varlen-dropout")
+    Case("long-causal", seqlen_q=256, seqlen_k=256, head_dim=64, options={"is_causal": True}),
+    *(
+        case
+        for case in CASES
+        if case.id
+        in ("softcap-with-everything", "padding-causal", "mqa-8-1-decode", "relative-bias-t5", "varlen-dropout")
+    ),
 ]
 EVERY_MIX = pytest.mark.parametrize("case", MIXED, ids=lambda case: case.id)
 

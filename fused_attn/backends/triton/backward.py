@@ -84,8 +84,7 @@ def attention_bwd_dq_kernel(
     if dsinks is not None:
         sink = tl.load(masks.sinks + head).to(tl.float32)
         # Rows that saw nothing have an LSE of -inf, and their sink no weight.
-        weight = tl.where(row_lse == float("-inf"), 0.0, tl.exp2((sink - row_lse) * LOG2_E))
-        tl.store(dsinks + dsinks_entry, -tl.sum(tl.where(is_row, weight * row_delta, 0.0), 0))
+        sink_weight = tl.where(is_row & (row_lse != float("-inf")), tl.exp2((sink - row_lse) * LOG2_E), 0.0)
     q_tile = load_query_rows(q, place, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
 
     # Loop.
@@ -98,6 +97,10 @@ def attention_bwd_dq_kernel(
         if tl.max(tl.abs(row_lse), 0) > EXACT_LSE:
             row_factor = _exact_factor(q_tile, row_lse, query, blocks, k, place, masks, settings)
         tl.store(factor + row_offset, row_factor, mask=is_row)
+    if dsinks is not None:
+        if row_factor is not None:
+            sink_weight *= row_factor
+        tl.store(dsinks + dsinks_entry, -tl.sum(sink_weight * row_delta, 0))
     if dq.ptr is not None:
         acc = tl.zeros([settings.BLOCK_M, settings.BLOCK_D], tl.float32)
         for first_key in tl.range(blocks.full_start, blocks.full_end, settings.BLOCK_N):

@@ -77,7 +77,8 @@ class Features(enum.Enum):
     ANY = "anything"
 
 
-PLAIN, ONE, ONE_AND_DROPOUT, RELATIVE_BIAS, ANY = Features
+PLAIN, ONE, ANY = Features.PLAIN, Features.ONE, Features.ANY
+ONE_AND_DROPOUT, RELATIVE_BIAS = Features.ONE_AND_DROPOUT, Features.RELATIVE_BIAS
 
 #: Float32 whose products torch allows to be rounded: matrix instructions, for factors of 4 bytes.
 TF32 = "tf32"
@@ -166,11 +167,11 @@ TABLE = {
     },
     ("dq", TF32, PLAIN): {
         64: Row(C(64, 32, 8, 2), C(64, 32, 8, 2), C(64, 64, 8, 1), C(64, 64, 8, 1)),
-        128: Row(C(64, 32, 8, 1), C(32, 32, 8, 1), C(64, 16, 8, 1), C(64, 32, 8, 1)),
+        128: Row(C(64, 32, 8, 1), C(32, 32, 8, 1), C(32, 32, 8, 1), C(64, 32, 8, 1)),
     },
     ("dkdv", TF32, PLAIN): {
         64: Row(C(32, 64, 8, 1), C(32, 64, 8, 1), C(64, 64, 8, 1), C(64, 64, 8, 1)),
-        128: Row(C(32, 64, 8, 1), C(16, 64, 8, 1), C(16, 64, 8, 1), C(32, 64, 8, 1)),
+        128: Row(C(32, 64, 8, 1), C(16, 64, 8, 1), C(16, 32, 8, 1), C(32, 64, 8, 1)),
     },
     # Exact float32 has no matrix instructions: every architecture multiplies alike, and registers hold the operands.
     # TF32 makes do with these tiles for all that is not plain.
@@ -234,7 +235,8 @@ INTERPRETER_LARGE = {
 
 def choose(kernel: str, problem: AttentionProblem) -> Config:
     """The package's configuration; see `tuned.choose` for the user's."""
-    if kernel == "forward" and can_specialize(problem):
+    is_long = problem.seqlen_q >= MIN_SPECIALIZED_QUERIES
+    if kernel == "forward" and problem.device.type == "cuda" and is_long and can_specialize(problem):
         specialized = SPECIALIZED.get((_head_dim_limit(problem), architecture_class(problem.capability)))
         if specialized is not None:
             return specialized
@@ -257,17 +259,11 @@ def by_pointers(kernel: str, problem: AttentionProblem) -> Config:
 
 
 def can_specialize(problem: AttentionProblem) -> bool:
-    """Whether the forward kernel's loop is simple enough for Triton, and there are queries to fill a tile.
+    """Whether the forward kernel's loop is simple enough for Triton to divide it among warps.
 
     Whether each row lies at a multiple of 16 bytes, which TMA demands, only a call's tensors tell.
     """
-    return (
-        problem.device.type == "cuda"
-        and problem.dtype.itemsize == 2
-        and features_of(problem) is PLAIN
-        and not problem.has_key_padding
-        and problem.seqlen_q >= MIN_SPECIALIZED_QUERIES
-    )
+    return problem.dtype.itemsize == 2 and features_of(problem) is PLAIN and not problem.has_key_padding
 
 
 def features_of(problem: AttentionProblem) -> Features:
@@ -310,7 +306,8 @@ def _neighbours(row: Config) -> list[Config]:
         for block_m, block_n in tiles
         # How many warps multiply is part of how Triton divides a specialised loop.
         for num_warps in ((row.num_warps,) if row.warp_specialize else (4, 8))
-        for num_stages in range(max(1, row.num_stages - 1), row.num_stages + 2)
+        # With one stage Triton leaves a loop whole, and says nothing.
+        for num_stages in range(max(1 + row.warp_specialize, row.num_stages - 1), row.num_stages + 2)
     )
     return sorted(neighbours, key=lambda config: _num_changes(row, config))
 

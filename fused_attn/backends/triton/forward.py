@@ -60,6 +60,8 @@ def attention_fwd_kernel(
     that nothing but the band and the lengths touches, without PACK_HEADS and IS_SPLIT, and for rows that lie at
     multiples of 16 bytes.
     """
+    tl.static_assert(not (WARP_SPECIALIZE and (PACK_HEADS or IS_SPLIT)))
+
     # Which rows. Row r of a unit is query r // heads_per_unit, so that a tile spans few queries of the band.
     heads_per_unit = settings.group_size if PACK_HEADS else 1
     num_blocks = tl.cdiv(seqlen_q * heads_per_unit, settings.BLOCK_M)

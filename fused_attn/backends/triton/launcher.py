@@ -78,11 +78,14 @@ def forward(
         shape = (plan.num_splits * batch, heads, rows)
         kernel_out = torch.empty((*shape, problem.value_dim), dtype=torch.float32, device=query.device)
         kernel_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
-    launch, run = plan.forward, attention_fwd_kernel
-    if plan.specialized is not None and all(map(_suits_tma, (query, key, value))):
-        launch, run = plan.specialized, _WithScratch(attention_fwd_kernel)
+    is_specialized = plan.specialized is not None and all(map(_suits_tma, (query, key, value)))
+    launch = plan.specialized if is_specialized else plan.forward
+    run = attention_fwd_kernel[launch.grid]
+    if is_specialized:
+        # In a context of its own, or our allocator would replace that of the user's kernels.
+        run = functools.partial(contextvars.copy_context().run, _run_with_scratch, run)
     with _on_device_of(query):
-        run[launch.grid](
+        run(
             Rows.of(query, problem.is_packed),
             Rows.of(key, problem.is_packed),
             Rows.of(value, problem.is_packed),
@@ -192,7 +195,7 @@ def backward(
         dbias = drelative_bias = None
         if wants_bias:
             if mask.bias.shape[3] == 1 < problem.seqlen_k:
-                dbias = _row_bias_gradient(mask.bias, lse, dlse, delta, sinks)
+                dbias = _row_bias_gradient(mask.bias, lse, dlse, delta, factor, sinks)
             else:
                 dbias = _dense_bias_gradient(problem, plan.dbias, mask, tensors, masks, sizes)
         if wants_relative_bias:
@@ -225,7 +228,9 @@ def _dense_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Tensor
     return dbias.sum_to_size(bias.shape).to(bias.dtype)
 
 
-def _row_bias_gradient(bias: Tensor, lse: Tensor, dlse: Tensor | None, delta: Tensor, sinks: Tensor | None) -> Tensor:
+def _row_bias_gradient(
+    bias: Tensor, lse: Tensor, dlse: Tensor | None, delta: Tensor, factor: Tensor, sinks: Tensor | None
+) -> Tensor:
     """(B|1, H|1, L|1, 1), of a bias that is one number for all keys of a row.
 
     It moves the LSE, and weight from the sink to the keys; summing the scores' gradients over the keys, which all but
@@ -233,7 +238,7 @@ def _row_bias_gradient(bias: Tensor, lse: Tensor, dlse: Tensor | None, delta: Te
     """
     drow = torch.zeros_like(lse) if dlse is None else dlse
     if sinks is not None:
-        drow = drow + delta * torch.exp(sinks.float()[:, None] - lse)
+        drow = drow + delta * factor * torch.exp(sinks.float()[:, None] - lse)
     drow = drow.masked_fill(lse == float("-inf"), 0.0)
     return drow.unsqueeze(3).sum_to_size(bias.shape).to(bias.dtype)
 
@@ -284,6 +289,7 @@ def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
     fwd, dq, dkdv, bias = (tuned.choose(kernel, problem) for kernel in configs.KERNELS)
     chosen = fwd
     if chosen.warp_specialize:
+        # For tensors that do not suit TMA. `tune` measures none of these.
         fwd = configs.by_pointers("forward", problem)
 
     # Few queries: all heads of a group share a tile, and several programs the keys of a head.
@@ -295,7 +301,7 @@ def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
         num_splits = decode.num_splits(programs, seqlen_k, _multiprocessors(problem.device))
 
     specialized = None
-    if chosen.warp_specialize and not packs and num_splits == 1:
+    if chosen.warp_specialize and configs.can_specialize(problem) and not packs and num_splits == 1:
         grid = (triton.cdiv(seqlen_q, chosen.block_m) * heads * problem.batch, 1, 1)
         specialized = _launch(problem, chosen, grid, PACK_HEADS=False, IS_SPLIT=False, WARP_SPECIALIZE=True)
 
@@ -331,23 +337,17 @@ def _launch(problem: AttentionProblem, config: Config, grid: tuple[int, int, int
 
 
 def _suits_tma(x: Tensor) -> bool:
-    """Whether every row of a tensor of 2-byte elements begins at a multiple of 16 bytes, each at another one."""
+    """Whether every row begins at a multiple of 16 bytes, and none where another one does."""
     stride_b, stride_h, stride_row, _ = x.stride()
-    return stride_row > 0 and not (stride_b % 8 or stride_h % 8 or stride_row % 8 or x.data_ptr() % 16)
+    per_16_bytes = 16 // x.element_size()
+    has_odd_stride = stride_b % per_16_bytes or stride_h % per_16_bytes or stride_row % per_16_bytes
+    return stride_row > 0 and not has_odd_stride and x.data_ptr() % 16 == 0
 
 
-class _WithScratch(NamedTuple):
-    """A kernel that makes descriptors of tensors for TMA, which take some memory."""
-
-    kernel: triton.JITFunction
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
-        return functools.partial(contextvars.copy_context().run, self._launch, grid)
-
-    def _launch(self, grid: tuple[int, int, int], *args, **options) -> None:
-        # In a context of its own, or it would replace the allocator of the user's kernels.
-        triton.set_allocator(_allocate_scratch)
-        self.kernel[grid](*args, **options)
+def _run_with_scratch(run: Callable[..., None], *args, **options) -> None:
+    """Of a kernel that makes descriptors for TMA, which take some memory."""
+    triton.set_allocator(_allocate_scratch)
+    run(*args, **options)
 
 
 def _allocate_scratch(size: int, alignment: int, stream: int | None) -> Tensor:

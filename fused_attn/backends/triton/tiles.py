@@ -219,16 +219,19 @@ def key_pointer(x, place, key, BLOCK: tl.constexpr):
 @triton.jit
 def query_descriptor(x, place, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """For TMA: tiles (BLOCK_ROWS, BLOCK) of the place's sequence and head, zeros beyond its rows and columns."""
+    # TMA knows no empty tensor: an empty sequence, which may lie at the very end, gets the first row of all instead.
+    first_row = tl.where(place.len_q > 0, place.first_q, 0)
     base = x.ptr + place.batch.to(tl.int64) * x.stride_b + place.head.to(tl.int64) * x.stride_h
-    base += place.first_q.to(tl.int64) * x.stride_row
-    num_rows = tl.maximum(place.len_q, 1)  # TMA knows no empty tensor, and of an empty sequence nothing is used
+    base += first_row.to(tl.int64) * x.stride_row
+    num_rows = tl.maximum(place.len_q, 1)
     return tl.make_tensor_descriptor(base, [num_rows, COLUMNS], [x.stride_row, 1], [BLOCK_ROWS, BLOCK])
 
 
 @triton.jit
 def key_descriptor(x, place, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    first_row = tl.where(place.len_k > 0, place.first_k, 0)
     base = x.ptr + place.batch.to(tl.int64) * x.stride_b + place.kv_head.to(tl.int64) * x.stride_h
-    base += place.first_k.to(tl.int64) * x.stride_row
+    base += first_row.to(tl.int64) * x.stride_row
     num_rows = tl.maximum(place.len_k, 1)
     return tl.make_tensor_descriptor(base, [num_rows, COLUMNS], [x.stride_row, 1], [BLOCK_ROWS, BLOCK])
 

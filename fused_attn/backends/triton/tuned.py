@@ -67,9 +67,9 @@ def choose(kernel: str, problem: AttentionProblem) -> Config:
 
 
 def key_of(kernel: str, problem: AttentionProblem, replaces: Config) -> Key | None:
-    """None where no row can be for the problem: only equal widths of keys and values are measured."""
+    """None where no row can be for the problem: only equal widths of keys and values are measured, and no TF32."""
     head_dim = padded_head_dim(problem.head_dim)
-    if padded_head_dim(problem.value_dim) != head_dim:
+    if padded_head_dim(problem.value_dim) != head_dim or problem.allows_tf32:
         return None
     return Key(kernel, problem.dtype.itemsize, head_dim, features_of(problem), replaces)
 
