@@ -292,7 +292,6 @@ def _with_position_bias(position_bias: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _check_reads_masks(config: type) -> None:
     """Raises ValueError if the model file beside this configuration asks for masks but has attention of its own.
 
