@@ -355,6 +355,41 @@ def test_gradient_checkpointing(name: str, use_reentrant: bool) -> None:
         torch.testing.assert_close(found[key], expected[key], rtol=0.0, atol=1e-12)
 
 
+# ---- Trainer
+
+
+def test_trainer_with_dynamic_padding(tmp_path) -> None:
+    """Batches padded to their own longest row; the loss curve is that of eager attention."""
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs it; pip install -e .[test]")
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    case = BY_ID["bert-cls"]
+    words = Tokenizer(WordLevel({"[PAD]": 0, **{f"w{i}": i for i in range(1, models.VOCAB)}}, unk_token="[PAD]"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in torch.randint(2, 20, (16,), generator=generator).tolist():
+        ids = torch.randint(1, models.VOCAB, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": ids[0] % 2})
+    curves = []
+    for model in (eager(case), fused(case)):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1,
+            save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model,
+            arguments,
+            train_dataset=rows,
+            data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        )
+        trainer.train()
+        curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(curves[0]) == 8 and curves[0][-1] != curves[0][0]
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-4, atol=1e-4)
+
+
 # ---- Refusals
 
 OWN_ATTENTION = {
