@@ -10,6 +10,7 @@ on the [CLS] token has to tell from the other half.
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from pretraining_utils import (
@@ -35,7 +36,7 @@ def sentence_pairs(paragraphs: list[tuple[str, str]], tokenizer: PreTrainedToken
     """[CLS] A [SEP] B [SEP], with next_sentence_label 0 where B follows A in the text and 1 where it is any other."""
     choice = random.Random(seed)
     pairs = []
-    for (topic, first), (next_topic, second) in zip(paragraphs, paragraphs[1:], strict=False):
+    for (topic, first), (next_topic, second) in itertools.pairwise(paragraphs):
         if topic != next_topic:
             continue
         is_random = choice.random() < 0.5

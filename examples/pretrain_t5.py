@@ -9,6 +9,7 @@ writes each sentinel and its span. T5's relative position bias trains through `f
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from pretraining_utils import SIZE, Batch, batches, encode, parse_arguments, passages, train_on_both, train_tokenizer
@@ -35,7 +36,7 @@ def corrupt(ids: list[int], sentinels: list[int], end: int, choice: random.Rando
 def _split(total: int, parts: int, choice: random.Random) -> list[int]:
     """`parts` numbers above 0, each way to choose them equally likely, that add up to `total`."""
     cuts = [0, *sorted(choice.sample(range(1, total), parts - 1)), total]
-    return [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(cuts)]
 
 
 class SpanCorruption:

@@ -12,10 +12,10 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable
+from pydoc_data.topics import topics
 
 import torch
 import transformers
-from pydoc_data.topics import topics
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -129,7 +129,7 @@ def train_on_both(
         f"{type(model).__name__}: loss {before:.3f} -> {after:.3f} in {args.steps} steps; largest relative difference "
         f"from eager attention in any step {difference:.0e}; {seconds[0]:.0f} s, eager {seconds[1]:.0f} s"
     )
-    # Rounding differs from the first step on, and training amplifies it.
-    if difference > 1e-3:
+    # Rounding differs from the first step on, and training amplifies it; what was seen is below 1e-6.
+    if difference > 1e-4:
         raise SystemExit(f"the loss curves differ: {ours}, eager {theirs}")
     return model, ours
