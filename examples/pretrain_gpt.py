@@ -32,13 +32,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         )
     )  # fmt: skip
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    model, losses = train_on_both(model, lambda: batches(rows, collate, args.steps, args.seed), args)
-
-    model.eval()
-    start = tokenizer("the value of the", add_special_tokens=False, return_tensors="pt")["input_ids"].to(args.device)
-    out = model.generate(start, max_new_tokens=20, num_beams=4, pad_token_id=tokenizer.pad_token_id)
-    print(tokenizer.decode(out[0]))
-    return losses
+    return train_on_both(model, lambda: batches(rows, collate, args.steps, args.seed), args)[1]
 
 
 if __name__ == "__main__":

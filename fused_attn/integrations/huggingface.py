@@ -123,7 +123,8 @@ def attention(
         softcap: as in `fused_attention`.
         s_aux: (H,), the ``sinks`` of `fused_attention`.
         cu_seq_lens_q: (num_sequences + 1,) int32, row offsets of sequences packed into one batch entry, with
-            ``max_length_q`` the longest; likewise for keys.
+            ``max_length_q`` the longest; likewise for keys. A dense mask is then not looked at, since transformers
+            derives it from the same sequences.
 
     Returns:
         out (B, L, H, Dv), contiguous; and None for the weights.
@@ -184,7 +185,7 @@ def attention_mask_of(
 ) -> Tensor | None:
     """A mask function of transformers' ``AttentionMaskInterface`` that keeps common masks at O(S) memory.
 
-    The contents of a mask are not looked at, so that the host never waits for a device.
+    The contents of a mask are not looked at: no step of generation waits for a device on their account.
 
     Returns:
         None: nothing is hidden, except by the diagonal in a causal layer.
@@ -230,10 +231,15 @@ def attention_mask_of(
     )  # fmt: skip
 
 
-for _backend in (None, *BACKEND_NAMES):
-    _name = NAME if _backend is None else f"{NAME}.{_backend}"
-    AttentionInterface.register(_name, functools.partial(attention, backend=_backend) if _backend else attention)
-    AttentionMaskInterface.register(_name, attention_mask_of)
+def _register() -> None:
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, attention_mask_of)
+    for backend in BACKEND_NAMES:
+        AttentionInterface.register(f"{NAME}.{backend}", functools.partial(attention, backend=backend))
+        AttentionMaskInterface.register(f"{NAME}.{backend}", attention_mask_of)
+
+
+_register()
 
 
 # ---- Masks
