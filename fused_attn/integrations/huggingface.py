@@ -35,13 +35,16 @@ NAME = "fused_attn"
 #: What the source of a model's module contains when its attention can be chosen by name.
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
+#: Models that cut masks to length themselves, in the last of four dimensions.
+_NEEDS_DENSE_MASKS = ("pix2struct_text_model",)
+
 
 def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
     """Switch every transformers model in `model` to the fused kernel, in place.
 
     Parameters, state dict and configuration files stay as they are: a model that is loaded again must be enabled again.
-    ``model.set_attn_implementation("eager")`` goes back (but for GPT-1). Attention weights are never formed, so
-    ``output_attentions=True`` has nothing to return.
+    ``model.set_attn_implementation("eager")`` goes back (but for GPT-1). Attention weights are never formed, and
+    ``output_attentions=True`` raises a ValueError.
 
     Args:
         model: a ``PreTrainedModel``, or a module with some inside.
@@ -213,7 +216,8 @@ def attention_mask_of(
     )
     if allow_is_bidirectional_skip and mask_function is bidirectional_mask_function:
         return None if padding is None else padding[:, None, None]
-    if q_length > 1 and kv_offset == 0 and _is_zero(q_offset):
+    is_dense = getattr(config, "model_type", None) in _NEEDS_DENSE_MASKS
+    if q_length > 1 and kv_offset == 0 and _is_zero(q_offset) and not is_dense:
         if allow_is_bidirectional_skip and is_window:
             if max(q_length, kv_length) > local_size + 1:
                 return _windowed(padding, 2, kwargs.get("device"))

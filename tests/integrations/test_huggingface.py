@@ -202,12 +202,25 @@ def test_a_mask_of_the_caller(name: str, kind: str) -> None:
     torch.testing.assert_close(*outputs, rtol=0.0, atol=1e-9)
 
 
-def test_a_window_that_a_layer_does_not_pass_on() -> None:
-    """PhiMoE masks by a window and gives its attention function none."""
-    case = Case(
-        "phimoe", "PhimoeForCausalLM", "PhimoeConfig",
-        models.DECODER | {"sliding_window": 4, "num_local_experts": 2, "experts_implementation": "eager"}, "decoder",
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Masks by a window and gives its attention function none.
+        Case(
+            "phimoe", "PhimoeForCausalLM", "PhimoeConfig",
+            models.DECODER | {"sliding_window": 4, "num_local_experts": 2, "experts_implementation": "eager"},
+            "decoder",
+        ),
+        # Cuts its masks to length in the last of four dimensions.
+        Case(
+            "pix2struct", "Pix2StructTextModel", "Pix2StructTextConfig",
+            models.SMALL | {"hidden_size": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4,
+                            "initializer_range": 0.02}, "decoder",
+        ),
+    ],
+    ids=lambda case: case.id,
+)  # fmt: skip
+def test_models_that_treat_masks_otherwise(case: Case) -> None:
     inputs = case.inputs("left", torch.float64)
     expected = results(eager(case, torch.float64), case, inputs)
     found = results(fused(case, torch.float64, "reference"), case, inputs)
@@ -434,6 +447,9 @@ def test_what_enable_takes() -> None:
 
 
 def test_what_a_call_cannot_have() -> None:
+    case = BY_ID["llama"]
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        fused(case)(**case.inputs(None), output_attentions=True)
     module = torch.nn.Module()
     query = torch.randn(2, 2, 3, 8)
     for name, options in {
