@@ -1,7 +1,7 @@
 """What the pre-training examples share: a text, a tokenizer, a training loop, and the comparison with eager attention.
 
 The text is Python's own documentation of the language, which ships with Python (pydoc_data.topics): half a megabyte of
-English prose and code in about 80 topics. The models are those of Hugging Face transformers with small, random weights.
+English prose and code in some 80 topics. The models are those of Hugging Face transformers with small, random weights.
 """
 
 from __future__ import annotations
