@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_attn import Seq2SeqTransformer, TransformerEncoder, TransformerEncoderLayer
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 PAD, VOCAB, BATCH = 0, 40, 3
 
