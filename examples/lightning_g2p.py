@@ -34,7 +34,7 @@ class Pronunciations(lightning.LightningDataModule):
         num_test: held-out words for the result.
     """
 
-    def __init__(self, num_words: int = 20000, num_test: int = 1000, seed: int = 0):
+    def __init__(self, num_words: int = 10000, num_test: int = 1000, seed: int = 0):
         super().__init__()
         self.save_hyperparameters()
 
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """The metrics of the best checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=8, help="passes at most (%(default)s)")
-    parser.add_argument("--words", type=int, default=20000, help="training words (%(default)s)")
+    parser.add_argument("--words", type=int, default=10000, help="training words (%(default)s)")
     parser.add_argument("--test-words", type=int, default=1000, help="held-out words for the result (%(default)s)")
     parser.add_argument("--backend", choices=BACKEND_NAMES, help="attention backend (the fastest that can run)")
     parser.add_argument("--accelerator", default="auto", help="cpu, gpu, ... (%(default)s)")
