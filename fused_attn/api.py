@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn import checks, dispatch, dropout, masks, modes, ops, signature, transforms
+from fused_attn import checks, dispatch, dropout, jagged, masks, modes, ops, signature, transforms
 from fused_attn.autograd import apply_fused_attention
 from fused_attn.backends import reference
 from fused_attn.backends.base import Backend
@@ -66,6 +66,10 @@ def fused_attention(
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; default: the first of these that can run. A named one runs
             or raises with its reasons; `explain` tells them all.
 
+    Query, key and value may be nested tensors (B, H, length, D) with ``layout=torch.jagged``. They need no padding mask
+    and take no `attn_mask`; each sequence is attended to by itself, as in `fused_attention_varlen`, and `relative_bias`
+    has the longest ones for L and S.
+
     Returns:
         out (B, H, L, Dv), whose memory order follows the query; with ``return_lse`` also lse (B, H, L), natural
         logarithm, float32 (float64 for float64 inputs), differentiable. A row that sees no key has out 0, lse -inf and
@@ -80,6 +84,12 @@ def fused_attention(
     metadata = None
     if not is_compiling and modes.is_direct():
         metadata = signature.read(query, key, value, attn_mask, key_padding_mask, relative_bias, sinks)
+    if metadata is None and jagged.is_nested(query, key, value):
+        return _nested_attention(
+            query, key, value, dropout_p, is_causal, scale, enable_gqa,
+            attn_mask=attn_mask, key_padding_mask=key_padding_mask, window_size=window_size, softcap=softcap,
+            relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     problem, layout, chosen = _plan_of_call(
         is_compiling, metadata, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         key_padding_mask, window_size, softcap, relative_bias, sinks, backend,
@@ -181,6 +191,40 @@ def fused_attention_varlen(
         out, lse = _run(problem, chosen, False, query, key, value, sinks, seed, mask, return_lse)
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
+
+
+def _nested_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    *,
+    attn_mask: None,
+    key_padding_mask: None,
+    return_lse: bool,
+    **options,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`fused_attention` of nested tensors (B, heads, length, D): out (B, H, length, Dv), lse (B, H, length)."""
+    for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+        if mask is not None:
+            raise checks.fail(name, "None with nested tensors, whose sequences have no padding", "a mask")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if isinstance(x, Tensor) and x.dim() != 4:
+            raise checks.fail(name, "a nested tensor (B, heads, length, head dim)", f"{x.dim()} dimensions")
+    q, k, v = (jagged.pack(name, x, 2) for name, x in (("query", query), ("key", key), ("value", value)))
+    if value.shape[2] != key.shape[2]:
+        raise checks.fail("value", "the offsets of key, the same tensor", "others")
+    out = fused_attention_varlen(
+        q.rows, k.rows, v.rows, q.offsets.int(), k.offsets.int(), q.max_seqlen, k.max_seqlen,
+        dropout_p, is_causal, scale, enable_gqa, return_lse=return_lse, **options,
+    )  # fmt: skip
+    if not return_lse:
+        return q.like(out).transpose(1, 2)
+    out, lse = out
+    return q.like(out).transpose(1, 2), q.like(lse.transpose(0, 1)).transpose(1, 2)
 
 
 def explain(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -175,3 +176,94 @@ def test_g2p_scores_the_closest_listed_pronunciation(g2p, monkeypatch):
     listed = {"a": [("EY",), ("AH",)], "cab": [("K", "AE", "B")]}
     monkeypatch.setattr(g2p, "pronounce", lambda model, words, num_beams: [said[word] for word in words])
     assert g2p.evaluate(torch.nn.Identity(), ["a", "cab"], listed) == (1 / 4, 1 / 2)
+
+
+# ---- Hugging Face and Lightning
+
+
+@pytest.fixture
+def pretraining(monkeypatch):
+    """The example of a name, on one-layer models and a part of the text."""
+    pytest.importorskip("transformers", minversion="5.15", reason="pip install -e .[examples]")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    utils = importlib.import_module("pretraining_utils")
+    monkeypatch.setattr(utils, "SIZE", utils.SIZE | {"hidden_size": 32, "num_hidden_layers": 1})
+    monkeypatch.setattr(utils, "passages", functools.partial(_every_tenth, utils.passages))
+    monkeypatch.setattr(utils, "BATCH_SIZE", 4)
+    modules = []
+    yield lambda name: modules.append(name) or importlib.import_module(name)
+    for module in (*modules, "pretraining_utils"):
+        sys.modules.pop(module, None)
+
+
+def _every_tenth(passages) -> list[tuple[str, str]]:
+    return [pair for n, pair in enumerate(passages()) if n // 3 % 10 == 0]
+
+
+@pytest.mark.parametrize("name", ["pretrain_gpt", "pretrain_bert", "pretrain_roberta", "pretrain_t5", "finetune_bert"])
+def test_pretraining(pretraining, name, capsys):
+    """The comparison with eager attention is the example's own."""
+    losses = pretraining(name).main(["--steps", "4", "--device", "cpu"])
+    assert len(losses) == 4 and all(loss > 0.0 for loss in losses)
+    assert "largest relative difference from eager attention" in capsys.readouterr().out
+
+
+def test_pretraining_stops_when_eager_attention_disagrees(pretraining, monkeypatch):
+    module = pretraining("pretrain_gpt")
+    from fused_attn.integrations import huggingface
+
+    right = huggingface.fused_attention
+    monkeypatch.setattr(huggingface, "fused_attention", lambda *args, **kwargs: 10 * right(*args, **kwargs))
+    with pytest.raises(SystemExit, match="the loss curves differ"):
+        module.main(["--steps", "2", "--device", "cpu"])
+
+
+def test_span_corruption_cuts_out_what_it_asks_for(pretraining):
+    import random
+
+    t5 = pretraining("pretrain_t5")
+    sentinels, end = list(range(100, 124)), 99
+    for length in (4, 5, 20, 90):
+        ids = list(range(length))
+        source, target = t5.corrupt(ids, sentinels, end, random.Random(length))
+        assert source[-1] == target[-1] == end
+        # With each span in place of its sentinel the passage is whole again.
+        spans, current = {}, None
+        for token in target[:-1]:
+            if token in sentinels:
+                current = spans.setdefault(token, [])
+            else:
+                current.append(token)
+        whole = [x for token in source[:-1] for x in (spans[token] if token in sentinels else [token])]
+        assert whole == ids
+        assert sum(map(len, spans.values())) == max(1, round(0.15 * length))
+        assert not any(a in sentinels and b in sentinels for a, b in itertools.pairwise(source))
+
+
+def test_next_sentences_are_half_of_the_pairs(pretraining):
+    bert = pretraining("pretrain_bert")
+    paragraphs = [("topic", f"paragraph number {n} of a long text") for n in range(400)]
+    tokenizer = bert.train_tokenizer([text for _, text in paragraphs])
+    pairs = bert.sentence_pairs(paragraphs, tokenizer, seed=0)
+    assert len(pairs) == 399
+    assert 150 < sum(pair["next_sentence_label"] for pair in pairs) < 250
+    for n, pair in enumerate(pairs):
+        assert len(pair["input_ids"]) == len(pair["token_type_ids"])
+        words = tokenizer.decode(pair["input_ids"])
+        assert words.startswith(f"[CLS] paragraph number {n} ")
+        assert pair["next_sentence_label"] or f"paragraph number {n + 1} " in words
+
+
+def test_lightning_g2p(g2p, tmp_path, monkeypatch):
+    """The same seed gives the same metrics, and another one others."""
+    pytest.importorskip("lightning", reason="pip install -e .[examples,lightning]")
+    pytest.importorskip("tensorboard", reason="pip install -e .[examples,lightning]")
+    module = importlib.import_module("lightning_g2p")
+    arguments = ["--epochs", "2", "--words", "300", "--test-words", "20", "--accelerator", "cpu"]
+    first, second, other = (
+        module.main([*arguments, "--seed", seed, "--output", str(tmp_path / f"{n}")])
+        for n, seed in enumerate(("0", "0", "1"))
+    )
+    sys.modules.pop("lightning_g2p")
+    assert first == second != other
+    assert list(tmp_path.glob("0/version_0/events.out.*")) and list(tmp_path.glob("0/version_0/checkpoints/last.ckpt"))

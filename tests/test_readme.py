@@ -35,10 +35,11 @@ def test_committed_rows_say_where_they_come_from():
 
 def test_python_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace = {}
     for block in blocks:  # each builds on the names of those before, as a reader would type them
-        exec(block, namespace)
+        if "transformers" not in block or importlib.util.find_spec("transformers"):
+            exec(block, namespace)
     assert namespace["out"].isfinite().all()
     assert namespace["logits"].shape == (4, 12, 80)
     assert namespace["tokens"].shape[0] == 4

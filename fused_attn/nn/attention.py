@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_attn.api import fused_attention
+from fused_attn import jagged
+from fused_attn.api import fused_attention, fused_attention_varlen
 from fused_attn.dispatch import BACKEND_NAMES
 from fused_attn.dropout import draw_seed
 from fused_attn.masks import causal_bias_offset
@@ -176,6 +177,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 to its own; key_padding_mask then covers all rows so far. A static one (``cache.is_static``) keeps the
                 projections of the first `key` and `value` it meets, and later calls must bring the same `key`.
 
+        Query, key and value may be nested tensors (N, length, E) with ``layout=torch.jagged``, where batch_first is
+        set. They need no padding mask, and take no other mask, no cache and no rotary embedding; is_causal then means
+        what it says, and need_weights must be False.
+
         Returns:
             The output, laid out as query, and with need_weights the weights, after dropout: (N, L, S), or
             (N, H, L, S) without averaging, N missing where query has none. S counts the rows that add_bias_kv and
@@ -186,6 +191,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             TypeError: query, key or value is no tensor, or the cache is none of an attention module.
             ValueError: the cache does not fit the call, or key is not what a static one was filled with.
         """
+        if jagged.is_nested(query, key, value):
+            self._check_nested(key_padding_mask, need_weights, attn_mask, cache)
+            return self._nested_forward(query, key, value, is_causal), None
         self._check_inputs(query, key, value, key_padding_mask, attn_mask)
         self._check_cache(cache)
         stored = cache.get(key) if cache is not None and cache.is_static else None
@@ -241,6 +249,45 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out, weights
 
+    def _nested_forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+        """query (N, length, E), key and value (N, length, kdim | vdim), all jagged -> (N, length, E)"""
+        packed = [jagged.pack(name, x, 1) for name, x in (("query", query), ("key", key), ("value", value))]
+        is_self, shares_kv = query is key and key is value, key is value
+        if key.shape[1] != value.shape[1]:
+            raise ValueError("value: expected the offsets of key, the same tensor, got others")
+        q, k, _ = packed
+        rows = (
+            x.unflatten(-1, (-1, self.head_dim)) for x in self._project(*(x.rows for x in packed), is_self, shares_kv)
+        )  # (total, heads, D)
+        out = fused_attention_varlen(
+            *rows, q.offsets.int(), k.offsets.int(), q.max_seqlen, k.max_seqlen,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+            relative_bias=self._relative_bias(0, q.max_seqlen, k.max_seqlen),
+            backend=self.backend,
+        )  # fmt: skip
+        return q.like(self.out_proj(out.flatten(-2)))
+
+    def _check_nested(self, key_padding_mask, need_weights: bool, attn_mask, cache) -> None:
+        """Raises ValueError where nested tensors come with what needs dense ones."""
+        for name, given in (
+            ("key_padding_mask", key_padding_mask),
+            ("attn_mask", attn_mask),
+            ("cache", cache),
+        ):
+            if given is not None:
+                raise ValueError(f"{name}: expected None with nested tensors, got a {type(given).__name__}")
+        if need_weights:
+            raise ValueError("need_weights: expected False with nested tensors, whose weights have no common shape")
+        for option, is_set in (
+            ("batch_first=False", not self.batch_first),
+            ("add_bias_kv or add_zero_attn", self._num_appended > 0),
+            ("rotary", self.rotary is not None),
+        ):
+            if is_set:
+                raise ValueError(f"query: expected a dense tensor in a module with {option}, got a nested tensor")
+
     def _check_inputs(
         self,
         query: Tensor,
@@ -253,10 +300,6 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if query.is_nested or key.is_nested or value.is_nested:
-            raise AssertionError(
-                "query, key, value: expected padded tensors with a key_padding_mask, got a nested tensor"
-            )
         rank = query.dim()
         if rank not in (2, 3):
             raise AssertionError(f"query: expected 2 (unbatched) or 3 dimensions, got shape {tuple(query.shape)}")

@@ -433,13 +433,6 @@ def test_arguments_that_are_no_tensors_raise() -> None:
             FusedMultiheadAttention(E, H)(**{"query": x, "key": x, "value": x, name: None})
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
-def test_nested_tensors_raise_as_in_torch() -> None:
-    x = torch.nested.nested_tensor([torch.randn(2, E), torch.randn(3, E)])
-    with pytest.raises(AssertionError, match="key_padding_mask"):
-        FusedMultiheadAttention(E, H, batch_first=True)(x, x, x)
-
-
 # ---- grouped-query attention, rotary embedding, relative bias
 
 

@@ -1,0 +1,135 @@
+"""What the pre-training examples share: a text, a tokenizer, a training loop, and the comparison with eager attention.
+
+The text is Python's own documentation of the language, which ships with Python (pydoc_data.topics): half a megabyte of
+English prose and code in some 80 topics. The models are those of Hugging Face transformers with small, random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import re
+import time
+from collections.abc import Callable, Iterable
+from pydoc_data.topics import topics
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from fused_attn.dispatch import BACKEND_NAMES
+from fused_attn.integrations import huggingface
+
+PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
+MAX_LENGTH = 128  # tokens of a passage
+PEAK_LEARNING_RATE = 2e-3
+BATCH_SIZE = 16
+
+#: Of every model below. Attention dropout is off because eager attention would drop other weights than ours.
+SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+
+Batch = dict[str, Tensor]
+
+
+def parse_arguments(description: str, steps: int, argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--steps", type=int, default=steps, help="training steps (%(default)s)")
+    parser.add_argument("--backend", choices=BACKEND_NAMES, help="attention backend (the fastest that can run)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ... (%(default)s)")
+    # The models are too small for a second thread to find work.
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and dropout (%(default)s)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    transformers.set_seed(args.seed)
+    return args
+
+
+def passages() -> list[tuple[str, str]]:
+    """(topic, paragraph), in the order of the text; lists and tables without prose are left out."""
+    return [
+        (topic, " ".join(paragraph.split()))
+        for topic, text in sorted(topics.items())
+        for paragraph in re.split(r"\n\s*\n", text)
+        if len(re.findall(r"[A-Za-z]+", paragraph)) >= 8
+    ]
+
+
+def train_tokenizer(texts: list[str], *more_special_tokens: str) -> transformers.PreTrainedTokenizerFast:
+    """2,000 word pieces; a passage becomes [CLS] passage [SEP]."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = [PAD, "[UNK]", CLS, SEP, MASK, *more_special_tokens]
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=2000, special_tokens=special, show_progress=False)
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, unk_token="[UNK]", cls_token=CLS, sep_token=SEP, mask_token=MASK,
+        bos_token=CLS, eos_token=SEP, extra_special_tokens=list(more_special_tokens),
+    )  # fmt: skip
+
+
+def encode(tokenizer: transformers.PreTrainedTokenizerFast, text: str, max_length: int = MAX_LENGTH) -> list[int]:
+    """[CLS] text [SEP]"""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][: max_length - 2]
+    return [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
+
+
+def batches(rows: list[dict], collate: Callable[[list[dict]], Batch], steps: int, seed: int) -> Iterable[Batch]:
+    """Each padded to its own longest row, which is what makes masks worth skipping."""
+    order = random.Random(seed)
+    for _ in range(steps):
+        yield collate([copy.copy(row) for row in order.sample(rows, BATCH_SIZE)])
+
+
+def train(model: nn.Module, make_batches: Callable[[], Iterable[Batch]], args: argparse.Namespace) -> list[float]:
+    """The loss of every step."""
+    transformers.set_seed(args.seed)  # the same masks and the same dropout for every model
+    model.to(args.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=0.01)
+    losses = []
+    for step, batch in enumerate(make_batches()):
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_LEARNING_RATE * min((step + 1) / 10, 1.0 - step / args.steps)
+        optimizer.zero_grad()
+        loss = model(**{name: x.to(args.device) for name, x in batch.items()}).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def train_on_both(
+    model: nn.Module, make_batches: Callable[[], Iterable[Batch]], args: argparse.Namespace
+) -> tuple[nn.Module, list[float]]:
+    """Train on the fused kernel, and a copy of the model on eager attention; (the model, its losses).
+
+    Raises:
+        SystemExit: the loss curves differ by more than float32 explains.
+    """
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    huggingface.enable(model, args.backend)
+    curves, seconds = [], []
+    for each in (model, eager):
+        start = time.monotonic()
+        curves.append(train(each, make_batches, args))
+        seconds.append(time.monotonic() - start)
+    ours, theirs = curves
+    difference = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+    ends = min(5, len(ours))
+    before, after = sum(ours[:ends]) / ends, sum(ours[-ends:]) / ends
+    print(
+        f"{type(model).__name__}: loss {before:.3f} -> {after:.3f} in {args.steps} steps; largest relative difference "
+        f"from eager attention in any step {difference:.0e}; {seconds[0]:.0f} s, eager {seconds[1]:.0f} s"
+    )
+    # Rounding differs from the first step on, and training amplifies it; what was seen is below 1e-6.
+    if difference > 1e-4:
+        raise SystemExit(f"the loss curves differ: {ours}, eager {theirs}")
+    return model, ours

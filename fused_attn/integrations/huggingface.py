@@ -1,0 +1,406 @@
+"""Hugging Face transformers: the fused kernel under its models.
+
+>>> from transformers import AutoModel
+>>> from fused_attn.integrations import huggingface
+>>> model = huggingface.enable(AutoModel.from_pretrained("bert-base-uncased"))
+
+Importing this module also registers the name, for ``from_pretrained(..., attn_implementation="fused_attn")``. `enable`
+does more than the name can: it refuses models that would ignore the name or be wrong under it, runs GPT-1, which has no
+choice of attention, and keeps the position bias of T5 and its family at O(L) memory.
+
+Needs transformers 5.15 or newer (the extra ``huggingface``).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+
+from fused_attn.api import fused_attention, fused_attention_varlen
+from fused_attn.dispatch import BACKEND_NAMES
+
+#: The name for ``attn_implementation``; ``"fused_attn.cpu"`` and the like insist on one backend.
+NAME = "fused_attn"
+
+#: What the source of a model's module contains when its attention can be chosen by name.
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+
+#: Models that cut masks to length themselves, in the last of four dimensions.
+_NEEDS_DENSE_MASKS = ("pix2struct_text_model",)
+
+
+def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
+    """Switch every transformers model in `model` to the fused kernel, in place.
+
+    Parameters, state dict and configuration files stay as they are: a model that is loaded again must be enabled again.
+    ``model.set_attn_implementation("eager")`` goes back (but for GPT-1). Attention weights are never formed, and
+    ``output_attentions=True`` raises a ValueError.
+
+    Args:
+        model: a ``PreTrainedModel``, or a module with some inside.
+        backend: see `fused_attention`.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: there is no transformers model in it.
+        ValueError: the backend has another name, or a model has attention of its own, which would ignore the choice
+            or be given masks that it misreads. The model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if backend is not None and backend not in BACKEND_NAMES:
+        raise ValueError(f"backend: expected None or one of {BACKEND_NAMES}, got {backend!r}")
+    pretrained = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if not pretrained:
+        raise TypeError(f"model: expected a transformers model or a module that holds one, got {type(model).__name__}")
+    gpt1 = [module for module in model.modules() if _is_gpt1_attention(module)]
+    switchable = [module for module in pretrained if not _is_gpt1(module)]
+    refused = sorted({type(module).__name__ for module in switchable if not module._can_set_attn_implementation()})
+    if refused:
+        raise ValueError(
+            f"model: expected models that leave the choice of attention to transformers' AttentionInterface, got "
+            f"{', '.join(refused)}, whose own attention would ignore the fused kernel or misread its masks"
+        )
+    name = NAME if backend is None else f"{NAME}.{backend}"
+    # Innermost first, and each by itself: up to transformers 5.17 T5's encoder and decoder do not hear of their parent.
+    for module in reversed(switchable):
+        module.set_attn_implementation(name)
+        if module.config._attn_implementation != name:
+            raise ValueError(f"model: {type(module).__name__} did not take the attention {name!r}")
+    for module in gpt1:
+        module.__class__ = _subclass(_FusedGPT1, type(module))
+        module.backend = backend
+    for module in model.modules():
+        if _has_relative_bias(module):
+            module.__class__ = _subclass(_RelativeBias, type(module))
+    return model
+
+
+# ---- What transformers calls
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    *,
+    backend: str | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers' ``AttentionInterface``.
+
+    Args:
+        module: the attention layer; its ``is_causal`` counts where the argument is None.
+        query: (B, H, L, D).
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, Dv).
+        attention_mask: None, a result of `attention_mask_of`, or (B|1, H|1, L, S), bool (True = attend) or added.
+        position_bias: (B|1, H, L, S), added; or (H, L + S - 1), the ``relative_bias`` of `fused_attention`; or without
+            any element, for none.
+        sliding_window: the keys that a query sees on each side, its own included; looked at where the mask asks for it.
+        softcap: as in `fused_attention`.
+        s_aux: (H,), the ``sinks`` of `fused_attention`.
+        cu_seq_lens_q: (num_sequences + 1,) int32, row offsets of sequences packed into one batch entry, with
+            ``max_length_q`` the longest; likewise for keys. A dense mask is then not looked at, since transformers
+            derives it from the same sequences.
+
+    Returns:
+        out (B, L, H, Dv), contiguous; and None for the weights.
+
+    Raises:
+        ValueError: the call asks for something that the kernel would not do.
+    """
+    if kwargs.get("output_attentions"):
+        raise ValueError('output_attentions: expected False, since no weights are formed; use the attention "eager"')
+    if kwargs.get("cache") is not None:
+        raise ValueError("cache: expected None, since a paged cache (continuous batching) is not supported, got one")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    options = {
+        "dropout_p": dropout,
+        "scale": scaling,
+        "enable_gqa": key.shape[1] != query.shape[1],
+        "softcap": softcap or 0.0,
+        "sinks": s_aux,
+        "backend": backend,
+    }
+    if cu_seq_lens_q is not None:
+        is_padded = attention_mask is not None and attention_mask.ndim < 4 and not _is_without_padding(attention_mask)
+        if is_padded or position_bias is not None:
+            given = "attention_mask" if is_padded else "position_bias"
+            raise ValueError(f"{given}: expected None with cu_seq_lens_q, which says all about packed sequences")
+        window = None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
+        packed = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (total, heads, D)
+        out = fused_attention_varlen(
+            *packed, cu_seq_lens_q, cu_seq_lens_k, int(max_length_q), int(max_length_k),
+            is_causal=is_causal, window_size=window, **options,
+        )  # fmt: skip
+        return out.unsqueeze(0).contiguous(), None
+
+    # A single query is the newest one, which sees every key.
+    masks = _masks(module, attention_mask, query, is_causal and query.shape[2] > 1, sliding_window)
+    if position_bias is not None and position_bias.numel() > 0:
+        if position_bias.ndim == 2:
+            options["relative_bias"] = position_bias
+        else:
+            masks["attn_mask"] = _with_position_bias(position_bias, masks.get("attn_mask"))
+    out = fused_attention(query, key, value, **masks, **options)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def attention_mask_of(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    config=None,
+    **kwargs,
+) -> Tensor | None:
+    """A mask function of transformers' ``AttentionMaskInterface`` that keeps common masks at O(S) memory.
+
+    The contents of a mask are not looked at: no step of generation waits for a device on their account.
+
+    Returns:
+        None: nothing is hidden, except by the diagonal in a causal layer.
+        (B, S) bool: True = a key that is no padding; and the layer is causal, upper-left. Given as `attention_mask`
+            once more, it means the same.
+        (B, 1, S) bool: likewise, within the layer's window on the left. (1, 1, 1) if there is no padding.
+        (B, 2, S) bool: not causal, within the layer's window on both sides. (1, 2, 1) if there is no padding.
+        (B, 1, 1, S) or (B, 1, L, S) bool: True = attend. Everything else, by transformers' own ``sdpa_mask``.
+
+    Raises:
+        ValueError: the model has attention of its own, which would misread the mask.
+    """
+    _check_reads_masks(type(config))
+    if attention_mask is not None and attention_mask.ndim == 3:
+        return attention_mask  # made ahead of the model, by generate()
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None:
+        padding = padding[:, kv_offset : kv_offset + kv_length]
+    # Only sliding windows and chunks have a local size, and only models with chunks have the setting for them. That a
+    # mask may be skipped means that nothing else has been laid over it.
+    is_window = (
+        local_size is not None
+        and local_size == getattr(config, "sliding_window", None)
+        and getattr(config, "attention_chunk_size", None) is None
+    )
+    if allow_is_bidirectional_skip and mask_function is bidirectional_mask_function:
+        return None if padding is None else padding[:, None, None]
+    is_dense = getattr(config, "model_type", None) in _NEEDS_DENSE_MASKS
+    if q_length > 1 and kv_offset == 0 and _is_zero(q_offset) and not is_dense:
+        if allow_is_bidirectional_skip and is_window:
+            if max(q_length, kv_length) > local_size + 1:
+                return _windowed(padding, 2, kwargs.get("device"))
+            return None if padding is None else padding[:, None, None]
+        if allow_is_causal_skip and (is_window or mask_function is causal_mask_function):
+            if is_window and q_length > local_size:
+                return _windowed(padding, 1, kwargs.get("device"))
+            return padding
+    if q_length == 1 and allow_is_causal_skip and padding is None and (local_size is None or kv_length < local_size):
+        return None
+    return sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
+        allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs,
+    )  # fmt: skip
+
+
+def _register() -> None:
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, attention_mask_of)
+    for backend in BACKEND_NAMES:
+        AttentionInterface.register(f"{NAME}.{backend}", functools.partial(attention, backend=backend))
+        AttentionMaskInterface.register(f"{NAME}.{backend}", attention_mask_of)
+
+
+_register()
+
+
+# ---- Masks
+
+
+def _is_zero(offset: int | Tensor) -> bool:
+    """A static cache counts in a tensor, which compiled code cannot look at."""
+    if isinstance(offset, Tensor):
+        return not torch.compiler.is_compiling() and bool(offset == 0)
+    return offset == 0
+
+
+def _windowed(padding: Tensor | None, sides: int, device: torch.device | str | None) -> Tensor:
+    """(B, sides, S), or (1, sides, 1) without padding."""
+    if padding is None:
+        return torch.ones((1, sides, 1), dtype=torch.bool, device=device)
+    return padding[:, None].expand(-1, sides, -1)
+
+
+def _masks(
+    module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: bool, sliding_window: int | None
+) -> dict[str, object]:
+    """The arguments of `fused_attention` for a mask that `attention_mask_of`, or somebody else, has made."""
+    if mask is None:
+        return {"is_causal": is_causal}
+    if mask.ndim == 4:
+        if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
+            return {"key_padding_mask": ~mask[:, 0, 0].expand(query.shape[0], -1)}
+        return {"attn_mask": mask}
+    if mask.ndim not in (2, 3) or mask.dtype != torch.bool:
+        raise ValueError(
+            f"attention_mask: expected a mask of transformers' mask functions or of shape (B, H, L, S), got "
+            f"{mask.dtype} of shape {tuple(mask.shape)} from {type(module).__name__}"
+        )
+    if mask.ndim == 2:
+        return {"key_padding_mask": ~mask, "is_causal": True}
+    is_causal = mask.shape[1] == 1
+    # Some layers do not pass on what their mask was made from.
+    reach = module.config.sliding_window - is_causal if sliding_window is None else sliding_window - 1
+    window = {"window_size": (reach, 0 if is_causal else reach)}
+    return window if _is_without_padding(mask) else window | {"key_padding_mask": ~mask[:, 0]}
+
+
+def _is_without_padding(mask: Tensor) -> bool:
+    """Of a mask for windows."""
+    return mask.ndim == 3 and mask.shape[2] == 1
+
+
+def _with_position_bias(position_bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Both in one tensor that is added to the scores."""
+    if mask is None:
+        return position_bias
+    if mask.dtype == torch.bool:
+        return position_bias.masked_fill(~mask, float("-inf"))
+    return position_bias + mask
+
+
+@torch.compiler.assume_constant_result
+def _check_reads_masks(config: type) -> None:
+    """Raises ValueError if the model file beside this configuration asks for masks but has attention of its own.
+
+    Such models build additive masks for "eager" alone; they would add True and False to their scores.
+    """
+    model_file = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
+    if model_file is not None and model_file.__name__ != config.__module__ and not hasattr(model_file, _INTERFACE):
+        raise ValueError(
+            f"attn_implementation: expected another one for {config.__name__}, whose model has attention of its own "
+            f'and would misread the masks of the fused kernel; use "eager"'
+        )
+
+
+# ---- T5 and its family: a bias for each distance instead of one for each pair of positions
+
+
+def _has_relative_bias(module: nn.Module) -> bool:
+    """An attention layer of T5's family: it computes a position bias, and gives it to the chosen attention function."""
+    compute_bias = getattr(type(module), "compute_bias", None)
+    if compute_bias is None or isinstance(module, _RelativeBias):
+        return False
+    code = getattr(type(module).forward, "__wrapped__", type(module).forward).__code__
+    takes = compute_bias.__code__.co_varnames[: compute_bias.__code__.co_argcount]
+    return _INTERFACE in code.co_names and takes[1:] == ("query_length", "key_length", "device", "past_seen_tokens")
+
+
+class _RelativeBias:
+    """Of an attention layer of T5's family: its position bias as (H, L + S - 1), which serves all layers."""
+
+    def compute_bias(self, query_length, key_length, device=None, past_seen_tokens=0):
+        if not self._is_fused:
+            return super().compute_bias(query_length, key_length, device, past_seen_tokens)
+        if not self.__dict__["has_relative_attention_bias"]:
+            return torch.empty(self.n_heads, 0, device=device)
+        # Seen by the last query, the keys and as many more as there are queries lie at every distance.
+        bias = super().compute_bias(1, query_length + key_length - 1, device, past_seen_tokens + query_length - 1)
+        return bias[0, :, 0]
+
+    @property
+    def has_relative_attention_bias(self) -> bool:
+        # Asked for one, a layer without a bias answers with none. Not asked, it would make zeros for every pair.
+        return self._is_fused or self.__dict__["has_relative_attention_bias"]
+
+    @property
+    def _is_fused(self) -> bool:
+        return self.config._attn_implementation.partition(".")[0] == NAME
+
+    def __reduce_ex__(self, protocol):
+        return _new_instance, (_RelativeBias, type(self).__mro__[2]), self.__dict__
+
+
+# ---- GPT-1
+
+
+def _is_gpt1(module: nn.Module) -> bool:
+    return type(module).__module__ == "transformers.models.openai.modeling_openai"
+
+
+def _is_gpt1_attention(module: nn.Module) -> bool:
+    return _is_gpt1(module) and type(module).__name__ == "Attention"
+
+
+class _FusedGPT1:
+    """Of the attention layer of GPT-1, which transformers gives no choice."""
+
+    backend = None
+
+    def _attn(self, q, k, v, attention_mask=None, output_attentions=False):
+        """q (B, H, L, D), k (B, H, D, L), v (B, H, L, D), attention_mask (B, 1, 1, L) added -> [out (B, H, L, D)]"""
+        if output_attentions:
+            raise ValueError("output_attentions: expected False, since the fused kernel forms no weights, got True")
+        padding = None
+        if attention_mask is not None:
+            padding = attention_mask[:, 0, 0].expand(q.shape[0], -1)
+            # The lowest number stands for padding; as -inf its blocks are skipped.
+            padding = padding.masked_fill(padding == torch.finfo(padding.dtype).min, float("-inf"))
+        out = fused_attention(
+            q, k.transpose(-2, -1), v,
+            dropout_p=self.attn_dropout.p if self.training else 0.0,
+            is_causal=True,
+            scale=None if self.scale else 1.0,
+            key_padding_mask=padding,
+            backend=self.backend,
+        )  # fmt: skip
+        return [out]
+
+    def __reduce_ex__(self, protocol):
+        return _new_instance, (_FusedGPT1, type(self).__mro__[2]), self.__dict__
+
+
+# ---- Classes made of a layer's own and one of the above
+
+
+@functools.cache
+def _subclass(mixin: type, layer: type) -> type:
+    return layer if issubclass(layer, mixin) else type(layer.__name__, (mixin, layer), {})
+
+
+def _new_instance(mixin: type, layer: type) -> nn.Module:
+    """An empty instance, for copies and pickles: such a class has no name to find it by."""
+    cls = _subclass(mixin, layer)
+    return cls.__new__(cls)

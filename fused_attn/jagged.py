@@ -1,0 +1,63 @@
+"""Nested tensors with ``layout=torch.jagged``: to the packed rows of `fused_attention_varlen`, and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Packed(NamedTuple):
+    """The rows of all sequences, one after the other.
+
+    rows: (total, ...)
+    offsets: (B + 1,), where each sequence begins; the nested tensor's own, so that a result has the same lengths to
+        torch as what it was computed from
+    """
+
+    rows: Tensor
+    offsets: Tensor
+    max_seqlen: int  # at least the longest length, under torch.compile the number of rows
+
+    def like(self, rows: Tensor) -> Tensor:
+        """Other rows of the same sequences, as a nested tensor (B, length, ...)."""
+        # Known from here on: the next layer need not read it from a device. A mere bound must not pass for it.
+        longest = None if torch.compiler.is_compiling() else self.max_seqlen
+        return torch.nested.nested_tensor_from_jagged(rows, self.offsets, max_seqlen=longest)
+
+
+def is_nested(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Any of them is a nested tensor; what is no tensor is for others to complain about."""
+    try:
+        return query.is_nested or key.is_nested or value.is_nested
+    except AttributeError:
+        return False
+
+
+def pack(name: str, x: Tensor, length_dim: int) -> Packed:
+    """The rows of a nested tensor, differentiable and without a copy.
+
+    Args:
+        x: (B, ..., length, ...), jagged in dimension length_dim.
+
+    Raises:
+        TypeError: x is no nested tensor, or one of another layout.
+        ValueError: another dimension is jagged, or there are gaps between the sequences.
+    """
+    if not (isinstance(x, Tensor) and x.is_nested):
+        got = "a dense one" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected a nested tensor, since another one is nested, got {got}")
+    if x.layout != torch.jagged:
+        raise TypeError(f"{name}: expected a nested tensor with layout=torch.jagged, got one with {x.layout}")
+    if x._ragged_idx != length_dim:
+        raise ValueError(
+            f"{name}: expected lengths that differ in dimension {length_dim}, got ones that differ in {x._ragged_idx}"
+        )
+    if x.lengths() is not None:
+        raise ValueError(f"{name}: expected sequences that follow one another; close the gaps with {name}.contiguous()")
+    x = x.transpose(1, length_dim) if length_dim != 1 else x
+    rows = x.values()
+    # Compiled code cannot look at lengths. All rows together are the only bound that it knows.
+    max_seqlen = rows.shape[0] if torch.compiler.is_compiling() else x._get_max_seqlen()
+    return Packed(rows, x.offsets(), max_seqlen)

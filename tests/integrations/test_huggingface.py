@@ -1,0 +1,475 @@
+"""transformers models on the fused kernel against the same models on transformers' eager attention."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers", minversion="5.15", reason="pip install -e .[huggingface]")
+
+import models  # noqa: E402
+from models import BATCH, BY_ID, CASES, LENGTH, SOURCE_LENGTH, Case, results  # noqa: E402
+
+from fused_attn.backends import cpu  # noqa: E402
+from fused_attn.integrations import huggingface  # noqa: E402
+
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+SIDES = [
+    pytest.param(case, side, id=f"{case.id}-{side}" if side else case.id)
+    for case in CASES
+    for side in ((None,) if case.kind == "image" else ("left", "right"))
+]
+GENERATING = [case for case in CASES if case.kind in ("decoder", "both", "audio")]
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of tiny kernels: threads would only wait for one another. And float64 is float64."""
+    transformers.utils.logging.set_verbosity_error()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(torch.nn.functional, "softmax", models.exact_softmax(torch.nn.functional.softmax))
+    yield
+    torch.set_num_threads(threads)
+
+
+def eager(case: Case, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return case.build(dtype, attn_implementation="eager")
+
+
+def fused(case: Case, dtype: torch.dtype = torch.float32, backend: str | None = None) -> torch.nn.Module:
+    return huggingface.enable(case.build(dtype), backend)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The arguments of every call of `fused_attention` by a model."""
+    seen = []
+
+    def spy(query, key, value, **options):
+        seen.append({"query": query, "key": key, **options})
+        return fused_attention(query, key, value, **options)
+
+    fused_attention = huggingface.fused_attention
+    monkeypatch.setattr(huggingface, "fused_attention", spy)
+    return seen
+
+
+# ---- The matrix: outputs, every parameter's gradient, and tokens
+
+
+@pytest.mark.parametrize(("case", "side"), SIDES)
+def test_equals_eager_in_float64(case: Case, side: str | None, backend: str) -> None:
+    inputs = case.inputs(side, torch.float64)
+    expected = results(eager(case, torch.float64), case, inputs)
+    found = results(fused(case, torch.float64, backend), case, inputs)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=0.0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize(("case", "side"), SIDES)
+def test_float32_is_as_exact_as_eager(case: Case, side: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is the C++ kernel that runs, once for each attention layer."""
+    pytest.importorskip("fused_attn._C", reason="the native extension is not built", exc_type=ImportError)
+    kernel_calls = []
+    forward = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda *args: (kernel_calls.append(args[0]), forward(*args))[1])
+    three = eager(case, torch.float64), eager(case), fused(case, backend="cpu")
+    assert_no_worse(case, side, three, contextlib.nullcontext())
+    assert len(kernel_calls) == SEEDS * case.calls
+
+
+SEEDS = 6
+
+
+def assert_no_worse(case: Case, side: str | None, three: tuple[torch.nn.Module, ...], mode) -> None:
+    """three: models in float64, on eager attention and on ours. One input alone would compare two draws of a lottery.
+
+    The gradients count together: some, such as those of a bias on keys, are zero but for rounding.
+    """
+    squares = {}
+    for seed in range(SEEDS):
+        exact = results(three[0], case, case.inputs(side, torch.float64, seed))
+        with mode:
+            found = [results(model, case, case.inputs(side, seed=seed)) for model in three[1:]]
+        for what in ("outputs", "gradients"):
+            names = [name for name in exact if name.startswith("d ") == (what == "gradients")]
+            truth = torch.cat([exact[name].flatten() for name in names])
+            errors = [torch.cat([values[name].flatten() for name in names]) - truth for values in found]
+            squares.setdefault(what, []).append([error.square().sum() / truth.square().sum() for error in errors])
+    for what, pairs in squares.items():
+        theirs, ours = torch.tensor(pairs).sum(0).sqrt()
+        assert ours <= 1.5 * theirs, what
+
+
+@pytest.mark.parametrize("case", GENERATING, ids=lambda case: case.id)
+def test_generates_the_same_tokens(case: Case, backend: str) -> None:
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    inputs = {k: v for k, v in case.inputs("left", dtype).items() if not k.startswith("decoder")}
+    pair = eager(case, dtype), fused(case, dtype, backend)
+    for options in (
+        {},
+        {"num_beams": 3},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ):
+        if case.id == "umt5" and options == {"use_cache": False} and VERSION < (5, 23):
+            continue  # up to 5.17 its decoder is not causal there, under "sdpa" neither
+        expected, found = (
+            model.generate(
+                **inputs, **options, max_new_tokens=7, do_sample=False, return_dict_in_generate=True, output_logits=True
+            )
+            for model in pair
+        )
+        assert torch.equal(found.sequences, expected.sequences), options
+        # Tokens alone would hide small errors.
+        atol = 1e-9 if dtype == torch.float64 else 1e-4
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=0.0, atol=atol)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.id != "gpt-1"], ids=lambda case: case.id)
+def test_by_name_alone(case: Case) -> None:
+    """What `from_pretrained(..., attn_implementation=...)` gives; T5 then has its bias for each pair of positions."""
+    inputs = case.inputs(None if case.kind == "image" else "left", torch.float64)
+    expected = results(eager(case, torch.float64), case, inputs)
+    found = results(case.build(torch.float64, attn_implementation="fused_attn.reference"), case, inputs)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0.0, atol=1e-9)
+
+
+# ---- Masks
+
+
+@pytest.mark.parametrize(("case", "side"), [p for p in SIDES if p.values[1] == "left"])
+def test_masks_take_memory_linear_in_the_length(case: Case, side: str, calls: list[dict]) -> None:
+    fused(case)(**case.inputs(side))
+    assert len(calls) == case.calls
+    for call in calls:
+        seqlen_q, seqlen_k = call["query"].shape[2], call["key"].shape[2]
+        tensors = [x for name, x in call.items() if isinstance(x, Tensor) and name not in ("query", "key", "sinks")]
+        for x in tensors:
+            assert x.numel() <= max(BATCH, call["query"].shape[1]) * (seqlen_q + seqlen_k)
+        is_padded = case.kind != "audio" or call["is_causal"]
+        assert is_padded == (call.get("key_padding_mask") is not None)
+
+
+def test_rows_that_see_nothing_stay_finite() -> None:
+    """Left padding under a causal mask gives such rows; what comes of them is not used, but must not be NaN."""
+    for name in ("llama", "gpt-1", "modernbert", "t5"):
+        model = fused(BY_ID[name])
+        out = model(**BY_ID[name].inputs("left"))
+        assert out.logits.isfinite().all()
+        out.logits.sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma-2", "gpt-oss"])
+def test_a_prompt_in_pieces(name: str) -> None:
+    """Several queries after a cache: neither diagonal that costs no memory would be right."""
+    case = BY_ID[name]
+    inputs = case.inputs("left", torch.float64)
+    tokens, mask = inputs["input_ids"], inputs["attention_mask"]
+    logits = []
+    for model in (eager(case, torch.float64), fused(case, torch.float64, "reference")):
+        first = model(tokens[:, :5], attention_mask=mask[:, :5], use_cache=True)
+        second = model(tokens[:, 5:], attention_mask=mask, past_key_values=first.past_key_values)
+        logits.append(torch.cat((first.logits, second.logits), dim=1)[mask.bool()])
+    torch.testing.assert_close(*logits, rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("name", ["llama", "bert-cls", "t5"])
+def test_a_mask_of_the_caller(name: str, kind: str) -> None:
+    case = BY_ID[name]
+    inputs = case.inputs("right", torch.float64)
+    length = inputs["input_ids"].shape[1]
+    sees = torch.rand(BATCH, 1, length, length, generator=torch.Generator().manual_seed(0)) < 0.6
+    sees |= torch.eye(length, dtype=torch.bool)
+    added = torch.zeros(sees.shape, dtype=torch.float64).masked_fill(~sees, torch.finfo(torch.float64).min)
+    outputs = []
+    for build, mask in ((eager, added), (fused, sees if kind == "bool" else added)):
+        model = build(case, torch.float64)
+        model = model.encoder if name == "t5" else model.base_model
+        outputs.append(model(inputs["input_ids"], mask).last_hidden_state)
+    torch.testing.assert_close(*outputs, rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Masks by a window and gives its attention function none.
+        Case(
+            "phimoe", "PhimoeForCausalLM", "PhimoeConfig",
+            models.DECODER | {"sliding_window": 4, "num_local_experts": 2, "experts_implementation": "eager"},
+            "decoder",
+        ),
+        # Cuts its masks to length in the last of four dimensions.
+        Case(
+            "pix2struct", "Pix2StructTextModel", "Pix2StructTextConfig",
+            models.SMALL | {"hidden_size": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4,
+                            "initializer_range": 0.02}, "decoder",
+        ),
+    ],
+    ids=lambda case: case.id,
+)  # fmt: skip
+def test_models_that_treat_masks_otherwise(case: Case) -> None:
+    inputs = case.inputs("left", torch.float64)
+    expected = results(eager(case, torch.float64), case, inputs)
+    found = results(fused(case, torch.float64, "reference"), case, inputs)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0.0, atol=1e-9)
+
+
+def test_chunks_are_not_taken_for_windows() -> None:
+    case = Case(
+        "llama-4", "Llama4ForCausalLM", "Llama4TextConfig",
+        models.DECODER | {"attention_chunk_size": 4, "intermediate_size_mlp": 40, "num_local_experts": 2,
+                          "experts_implementation": "eager", "sliding_window": 4}, "decoder",
+    )  # fmt: skip
+    inputs = case.inputs("left", torch.float32)
+    expected = results(eager(case), case, inputs)
+    found = results(fused(case, backend="reference"), case, inputs)
+    torch.testing.assert_close(found["logits"], expected["logits"], rtol=1e-4, atol=1e-4)
+
+
+# ---- Packed sequences
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert-cls", "modernbert"])
+def test_packed_sequences(name: str) -> None:
+    """Two sequences in one row with cu_seq_lens, against each by itself."""
+    case = BY_ID[name]
+    model = fused(case, torch.float64)
+    backbone = model.base_model
+    tokens = case.inputs(None)["input_ids"]
+    alone = [backbone(tokens[:1]), backbone(tokens[1:, :6])]
+    offsets = torch.tensor([0, LENGTH, LENGTH + 6], dtype=torch.int32)
+    packed = backbone(
+        torch.cat((tokens[:1], tokens[1:, :6]), dim=1),
+        position_ids=torch.cat((torch.arange(LENGTH), torch.arange(6)))[None],
+        cu_seq_lens_q=offsets,
+        cu_seq_lens_k=offsets,
+        max_length_q=LENGTH,
+        max_length_k=LENGTH,
+    )
+    expected = torch.cat([out.last_hidden_state for out in alone], dim=1)
+    torch.testing.assert_close(packed.last_hidden_state, expected, rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", [BY_ID["llama"], BY_ID["mistral"]], ids=lambda case: case.id)
+def test_packed_sequences_by_positions_alone(case: Case) -> None:
+    tokens = case.inputs(None)["input_ids"]
+    positions = torch.cat((torch.arange(5), torch.arange(LENGTH - 5))).expand(BATCH, -1)
+    expected, found = (
+        model(tokens, position_ids=positions, use_cache=False).logits
+        for model in (eager(case, torch.float64), fused(case, torch.float64))
+    )
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-9)
+
+
+# ---- The bias of T5
+
+
+@pytest.mark.parametrize("name", ["t5", "mt5", "umt5"])
+def test_t5_has_one_bias_for_each_distance(name: str, calls: list[dict]) -> None:
+    case = BY_ID[name]
+    fused(case)(**case.inputs("left"))
+    shapes = [None if call.get("relative_bias") is None else call["relative_bias"].shape for call in calls]
+    heads = case.settings["num_heads"]
+    encoder, decoder = (heads, 2 * SOURCE_LENGTH - 1), (heads, 2 * LENGTH - 1)
+    assert shapes == [encoder, encoder, decoder, None, decoder, None]
+
+
+def test_t5_goes_back_to_eager() -> None:
+    case = BY_ID["t5"]
+    inputs = case.inputs("left", torch.float64)
+    expected = results(eager(case, torch.float64), case, inputs)
+    model = fused(case, torch.float64, "reference")
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            module.set_attn_implementation("eager")
+    found = results(model, case, inputs)
+    for name in expected:
+        assert torch.equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt-1", "llama"])
+def test_copies_and_pickles(name: str) -> None:
+    case = BY_ID[name]
+    model, inputs = fused(case), case.inputs("left")
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    expected = model(**inputs).logits
+    for other in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
+        assert type(next(m for m in other.modules() if "Attention" in type(m).__name__)).__mro__ == (
+            type(next(m for m in model.modules() if "Attention" in type(m).__name__)).__mro__
+        )
+        assert torch.equal(other(**inputs).logits, expected)
+
+
+# ---- Options of a call
+
+
+@pytest.mark.parametrize("name", ["gpt-1", "bert-cls", "t5", "llama"])
+def test_dropout_is_that_of_the_model(name: str, calls: list[dict]) -> None:
+    case = BY_ID[name]
+    model = fused(case)
+    for module in model.modules():
+        if "Attention" in type(module).__name__:
+            if hasattr(module, "attn_dropout"):
+                module.attn_dropout.p = 0.25
+            elif isinstance(getattr(module, "dropout", None), torch.nn.Dropout):
+                module.dropout.p = 0.25
+            elif hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.25
+            else:
+                module.dropout = 0.25
+    inputs = case.inputs("left")
+    model.eval()(**inputs)
+    assert {call["dropout_p"] for call in calls} == {0.0}
+    calls.clear()
+    model.train()(**inputs)
+    assert {call["dropout_p"] for call in calls} == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("name", "use_cache"), [("t5", True), ("llama", True), ("llama", False), ("bert-pretraining", False)]
+)
+def test_autocast(name: str, use_cache: bool) -> None:
+    """Keys and values then come in different dtypes, and T5's bias in float32."""
+    case = BY_ID[name]
+    three = eager(case, torch.float64), eager(case), fused(case)
+    for model in three:
+        model.config.use_cache = use_cache
+    assert_no_worse(case, "left", three, torch.autocast("cpu", torch.bfloat16))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["bert-cls", "t5", "llama"])
+def test_gradient_checkpointing(name: str, use_reentrant: bool) -> None:
+    case = BY_ID[name]
+    inputs = case.inputs("left", torch.float64)
+    model = fused(case, torch.float64).train()
+    expected = results(model, case, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    found = results(model, case, inputs)
+    assert found.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=0.0, atol=1e-12)
+
+
+# ---- Trainer
+
+
+def test_trainer_with_dynamic_padding(tmp_path) -> None:
+    """Batches padded to their own longest row; the loss curve is that of eager attention."""
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs it; pip install -e .[test]")
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    case = BY_ID["bert-cls"]
+    words = Tokenizer(WordLevel({"[PAD]": 0, **{f"w{i}": i for i in range(1, models.VOCAB)}}, unk_token="[PAD]"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in torch.randint(2, 20, (16,), generator=generator).tolist():
+        ids = torch.randint(1, models.VOCAB, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": ids[0] % 2})
+    curves = []
+    for model in (eager(case), fused(case)):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1,
+            save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model,
+            arguments,
+            train_dataset=rows,
+            data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        )
+        trainer.train()
+        curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(curves[0]) == 8 and curves[0][-1] != curves[0][0]
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-4, atol=1e-4)
+
+
+# ---- Refusals
+
+OWN_ATTENTION = {
+    "MPNetForMaskedLM": ("MPNetConfig", models.ENCODER),
+    "BloomForCausalLM": ("BloomConfig", models.SMALL | {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "DebertaV2ForMaskedLM": ("DebertaV2Config", models.ENCODER),
+    "GPTNeoForCausalLM": ("GPTNeoConfig", models.SMALL | {"hidden_size": 32, "num_layers": 2, "num_heads": 4,
+                          "attention_types": [[["global", "local"], 1]]}),
+    "FalconForCausalLM": ("FalconConfig", models.ENCODER),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_ATTENTION)
+def test_models_with_attention_of_their_own_are_refused(name: str) -> None:
+    config, settings = OWN_ATTENTION[name]
+    model = getattr(transformers, name)(getattr(transformers, config)(**settings, attn_implementation="eager"))
+    with pytest.raises(ValueError, match=rf"{name}.*own attention"):
+        huggingface.enable(torch.nn.ModuleDict({"one": BY_ID["bert-cls"].build(), "other": model}))
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["MPNetForMaskedLM", "BloomForCausalLM"])
+def test_a_name_that_would_give_wrong_results_is_refused_when_the_model_runs(name: str) -> None:
+    config, settings = OWN_ATTENTION[name]
+    config = getattr(transformers, config)(**settings, attn_implementation="fused_attn")
+    model = getattr(transformers, name)(config)
+    with pytest.raises(ValueError, match="has attention of its own"):
+        model(torch.full((2, 5), 7), attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1] * 5]))
+
+
+def test_what_enable_takes() -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
+        huggingface.enable("bert-base-uncased")
+    with pytest.raises(TypeError, match=r"model: expected a transformers model.*got Linear"):
+        huggingface.enable(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"backend: expected None or one of .*got 'tpu'"):
+        huggingface.enable(BY_ID["llama"].build(), "tpu")
+    model = BY_ID["llama"].build()
+    holder = torch.nn.Sequential(model)
+    assert huggingface.enable(holder) is holder and model.config._attn_implementation == "fused_attn"
+    assert huggingface.enable(huggingface.enable(holder)) is holder  # twice is once
+
+
+def test_what_a_call_cannot_have() -> None:
+    case = BY_ID["llama"]
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        fused(case)(**case.inputs(None), output_attentions=True)
+    module = torch.nn.Module()
+    query = torch.randn(2, 2, 3, 8)
+    for name, options in {
+        "output_attentions": {"output_attentions": True},
+        "cache": {"cache": object()},
+        "attention_mask": {"attention_mask": torch.ones(2, 3)},
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            huggingface.attention(module, query, query, query, **{"attention_mask": None} | options)
+    packed = torch.randn(1, 2, 3, 8)
+    offsets = {"cu_seq_lens_q": torch.tensor([0, 3]), "max_length_q": 3}
+    for name, options in {
+        "attention_mask": {"attention_mask": torch.ones(1, 3, dtype=torch.bool)},
+        "position_bias": {"attention_mask": None, "position_bias": torch.zeros(2, 5)},
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: expected None with cu_seq_lens_q"):
+            huggingface.attention(module, packed, packed, packed, **options, **offsets)
+
+
+def test_a_named_backend_never_falls_back() -> None:
+    case = BY_ID["llama"]
+    with pytest.raises(ValueError, match="backend='triton' cannot run"):
+        fused(case, torch.float64, "triton")(**case.inputs("left", torch.float64))

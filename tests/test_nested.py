@@ -1,0 +1,223 @@
+"""Nested tensors (layout=torch.jagged) against their sequences one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fused_attn import FusedMultiheadAttention, TransformerEncoderLayer, fused_attention, t5_relative_bias
+
+LENGTHS, OTHER_LENGTHS = (5, 1, 0, 9), (3, 4, 2, 7)
+HEADS, HEAD_DIM, EMBED_DIM = 4, 8, 32
+
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+
+
+def nested(generator: torch.Generator, lengths: tuple[int, ...], *sizes: int, like: Tensor | None = None) -> Tensor:
+    """(B, length, *sizes), made from a leaf that it keeps as ``rows``; like: with that one's offsets."""
+    rows = torch.randn(sum(lengths), *sizes, generator=generator, dtype=torch.float64, requires_grad=True)
+    offsets = torch.tensor([0, *lengths]).cumsum(0) if like is None else like.offsets()
+    x = torch.nested.nested_tensor_from_jagged(rows, offsets)
+    x.rows = rows
+    return x
+
+
+def heads(x: Tensor) -> Tensor:
+    """(B, length, H, D) -> (B, H, length, D)"""
+    return x.transpose(1, 2)
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "window-softcap": {"window_size": (2, 1), "softcap": 3.0, "scale": 0.5},
+    "relative-bias": {"relative_bias": True},
+    "sinks": {"sinks": True},
+    "gqa": {"enable_gqa": True},
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_sequence_by_itself(name: str, backend: str, generator: torch.Generator) -> None:
+    options = OPTIONS[name] | {"backend": backend}
+    kv_heads = 2 if options.get("enable_gqa") else HEADS
+    query = nested(generator, LENGTHS, HEADS, HEAD_DIM)
+    key = nested(generator, OTHER_LENGTHS, kv_heads, HEAD_DIM)
+    value = nested(generator, OTHER_LENGTHS, kv_heads, 6, like=key)
+    table = torch.randn(8, HEADS, generator=generator, dtype=torch.float64, requires_grad=True)
+    learned = [query.rows, key.rows, value.rows]
+    if "sinks" in options:
+        options["sinks"] = table[0]
+        learned.append(table)
+    if "relative_bias" in options:
+        learned.append(table)
+
+    def with_bias(seqlen_q: int, seqlen_k: int) -> dict:
+        bias = {"relative_bias": t5_relative_bias(table, seqlen_q, seqlen_k)} if "relative_bias" in options else {}
+        return options | bias
+
+    out, lse = fused_attention(
+        heads(query), heads(key), heads(value), return_lse=True, **with_bias(max(LENGTHS), max(OTHER_LENGTHS))
+    )
+    assert out.shape == (*heads(query).shape[:3], 6) and lse.shape == heads(query).shape[:3]
+
+    singles = zip(query.unbind(), key.unbind(), value.unbind(), strict=True)
+    expected = [
+        fused_attention(*(x.transpose(0, 1)[None] for x in qkv), return_lse=True, **with_bias(len(qkv[0]), len(qkv[1])))
+        for qkv in singles
+    ]
+    dout = torch.randn(sum(LENGTHS), HEADS, 6, generator=generator, dtype=torch.float64)
+    found = out.transpose(1, 2).values(), lse.transpose(1, 2).values()
+    expected = torch.cat([o[0].transpose(0, 1) for o, _ in expected]), torch.cat([x[0].t() for _, x in expected])
+    torch.testing.assert_close(found, expected)
+    gradients = [
+        torch.autograd.grad((o * dout).sum() + x.sum(), learned, retain_graph=True) for o, x in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_result_has_the_lengths_of_the_query(generator: torch.Generator) -> None:
+    """So torch takes their sum, which it refuses for tensors whose lengths are equal by chance."""
+    query, key = nested(generator, LENGTHS, HEADS, HEAD_DIM), nested(generator, OTHER_LENGTHS, HEADS, HEAD_DIM)
+    out = heads(query) + fused_attention(heads(query), heads(key), heads(key))
+    assert [len(x) for x in out.transpose(1, 2).unbind()] == list(LENGTHS)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False, "num_kv_heads": 2},
+        {"kdim": 6, "vdim": 10},
+        {"relative_bias": lambda seqlen_q, seqlen_k: torch.arange(seqlen_q + seqlen_k - 1.0).double() / 9},
+    ],
+    ids=["plain", "gqa", "kdim-vdim", "relative-bias"],
+)
+def test_module(options: dict, is_causal: bool, backend: str, generator: torch.Generator) -> None:
+    torch.manual_seed(0)
+    module = FusedMultiheadAttention(
+        EMBED_DIM, HEADS, batch_first=True, dtype=torch.float64, backend=backend, **options
+    )
+    query = nested(generator, LENGTHS, EMBED_DIM)
+    key = query
+    if options.get("relative_bias") is None:
+        key = nested(generator, OTHER_LENGTHS, options.get("kdim", EMBED_DIM))
+    value = nested(generator, OTHER_LENGTHS, options["vdim"], like=key) if "vdim" in options else key
+    out, weights = module(query, key, value, need_weights=False, is_causal=is_causal)
+    assert weights is None and out.shape == query.shape
+
+    expected = []
+    for q, k, v in zip(query.unbind(), key.unbind(), value.unbind(), strict=True):
+        mask = torch.ones(len(q), len(k), dtype=torch.bool).triu(1) if is_causal else None
+        if options.get("relative_bias"):
+            # The longest sequence sets the table, and a shorter one lies in its middle.
+            bias = options["relative_bias"](max(LENGTHS), max(LENGTHS))
+            distance = torch.arange(len(k)) - torch.arange(len(q))[:, None]
+            bias = bias[distance + max(LENGTHS) - 1]
+            mask = bias if mask is None else bias.masked_fill(mask, float("-inf"))
+            module.relative_bias = None
+        expected.append(module(q[None], k[None], v[None], need_weights=False, attn_mask=mask)[0][0])
+    expected = torch.cat(expected)
+    torch.testing.assert_close(out.values(), expected)
+    inputs = [query.rows, key.rows, *module.parameters()]
+    gradients = [torch.autograd.grad(x.square().sum(), inputs, retain_graph=True) for x in (out.values(), expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_encoder_layer_trains_on_nested_tensors(generator: torch.Generator) -> None:
+    torch.manual_seed(0)
+    layer = TransformerEncoderLayer(EMBED_DIM, HEADS, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+    x = nested(generator, LENGTHS, EMBED_DIM)
+    out = layer(x).values()
+    expected = torch.cat([layer(row[None])[0] for row in x.unbind()])
+    torch.testing.assert_close(out, expected)
+    gradients = [torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (out, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compile(compiler: str, backend: str, generator: torch.Generator) -> None:
+    torch.compiler.reset()
+    module = FusedMultiheadAttention(EMBED_DIM, HEADS, batch_first=True, dtype=torch.float64, backend=backend)
+
+    def block(x: Tensor) -> Tensor:
+        return module(x, x, x, need_weights=False, is_causal=True)[0] + x
+
+    compiled = torch.compile(block, backend=compiler, fullgraph=True)
+    for lengths in (LENGTHS, OTHER_LENGTHS):
+        x = nested(generator, lengths, EMBED_DIM).detach()
+        expected = block(x)
+        found = compiled(x)
+        torch.testing.assert_close(found.values(), expected.values())
+        gradients = [
+            torch.autograd.grad(y.values().square().sum(), list(module.parameters())) for y in (found, expected)
+        ]
+        torch.testing.assert_close(*gradients)
+
+
+def test_autocast_and_dropout(generator: torch.Generator) -> None:
+    rows = torch.randn(sum(LENGTHS), HEADS, HEAD_DIM, generator=generator)
+    x = heads(torch.nested.nested_tensor_from_jagged(rows, torch.tensor([0, *LENGTHS]).cumsum(0)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_attention(x, x, x).dtype == torch.bfloat16
+    first, second, third = (
+        fused_attention(x, x, x, dropout_p=0.5, dropout_seed=seed).transpose(1, 2).values() for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, second) and not torch.equal(first, third)
+
+
+@pytest.mark.quick
+def test_errors(generator: torch.Generator) -> None:
+    x = nested(generator, LENGTHS, HEADS, HEAD_DIM)
+    other = nested(generator, OTHER_LENGTHS, HEADS, HEAD_DIM)
+    no_heads, dense = nested(generator, LENGTHS, HEAD_DIM), torch.randn(4, HEADS, 9, HEAD_DIM)
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    strided = torch.nested.nested_tensor([torch.randn(2, HEADS, HEAD_DIM), torch.randn(3, HEADS, HEAD_DIM)])
+    gaps = torch.nested.narrow(
+        torch.randn(3, 5, HEADS, HEAD_DIM), 1, torch.zeros(3, dtype=torch.long), torch.tensor([2, 3, 4]),
+        layout=torch.jagged,
+    )  # fmt: skip
+    for error, words, arguments in (
+        (TypeError, "key: expected a nested tensor.*got a dense one", (heads(x), dense, heads(x))),
+        (TypeError, "query: expected.*layout=torch.jagged", (strided,) * 3),
+        (ValueError, "query: expected lengths that differ in dimension 2", (x, x, x)),
+        (ValueError, r"query: expected sequences that follow.*query.contiguous\(\)", (heads(gaps),) * 3),
+        (ValueError, "value: expected the offsets of key", (heads(x), heads(x), heads(other))),
+        (ValueError, "query: expected a nested tensor .B, heads, length, head dim", (no_heads,) * 3),
+        (ValueError, "attn_mask: expected None with nested tensors", (*(heads(x),) * 3, mask)),
+    ):
+        with pytest.raises(error, match=words):
+            fused_attention(*arguments)
+    with pytest.raises(ValueError, match="key_padding_mask: expected None with nested tensors"):
+        fused_attention(heads(x), heads(x), heads(x), key_padding_mask=mask)
+
+
+def test_errors_of_the_module(generator: torch.Generator) -> None:
+    x = nested(generator, LENGTHS, EMBED_DIM).detach()
+    module = FusedMultiheadAttention(EMBED_DIM, HEADS, batch_first=True, dtype=torch.float64)
+    for words, options in {
+        "need_weights: expected False": {},
+        "key_padding_mask: expected None": {"need_weights": False, "key_padding_mask": torch.zeros(4, 9)},
+        "attn_mask: expected None": {"need_weights": False, "attn_mask": torch.zeros(9, 9)},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            module(x, x, x, **options)
+    for options in ({"batch_first": False}, {"add_zero_attn": True}, {"rotary": True}):
+        module = FusedMultiheadAttention(EMBED_DIM, HEADS, **{"batch_first": True} | options)
+        with pytest.raises(ValueError, match=f"query: expected a dense tensor.*{next(iter(options))}"):
+            module(x, x, x, need_weights=False)
+    with pytest.raises(ValueError, match="value: expected the offsets of key"):
+        module = FusedMultiheadAttention(EMBED_DIM, HEADS, batch_first=True, dtype=torch.float64)
+        module(x, x, nested(generator, OTHER_LENGTHS, EMBED_DIM), need_weights=False)
+
+
+def test_convert_attention_takes_them_too(generator: torch.Generator) -> None:
+    from fused_attn import convert_attention
+
+    module = convert_attention(nn.MultiheadAttention(EMBED_DIM, HEADS, batch_first=True, dtype=torch.float64))
+    x = nested(generator, LENGTHS, EMBED_DIM)
+    assert module(x, x, x, need_weights=False)[0].shape == x.shape
