@@ -2,8 +2,6 @@
 #pragma once
 #include <cstdint>
 
-#include "../mask.h"
-
 namespace fused_attn::gpu {
 
 // A tensor (batch, head, row, column) of 16-bit numbers: columns side by side, strides in elements, 16-byte aligned rows.
@@ -37,9 +35,11 @@ struct Params {
   Rows out;       // (B, H, L, D)
   RowValues lse;  // (B, H, L), natural log; null = not wanted
 
-  float scale;       // above 0
-  float scale_log2;  // scale * log2(e)
-  Band band;
+  float scale;          // above 0
+  float scale_log2;     // scale * log2(e)
+  int64_t window_left;  // these three as in AttentionParams
+  int64_t window_right;
+  int64_t diagonal_offset;
 
   const int32_t* cu_seqlens_q;  // (B + 1), or null when not packed
   const int32_t* cu_seqlens_k;

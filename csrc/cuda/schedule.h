@@ -51,6 +51,7 @@ struct Work {
 GPU_DEVICE Work scheduled_work(int32_t program, int32_t num_blocks, int32_t num_heads, int32_t batch,
                                int32_t heads_per_section, bool last_first) {
   const int32_t total_heads = num_heads * batch;
+  heads_per_section = min(heads_per_section, total_heads);  // or the product below could pass 2^31
   const int32_t section = program / (heads_per_section * num_blocks);
   const int32_t first_head = section * heads_per_section;
   const int32_t heads_here = min(heads_per_section, total_heads - first_head);

@@ -2,6 +2,7 @@
 // of scores are visible. Blocks that lie wholly within the band and hold only kept keys need no test ("full"); blocks
 // without any visible key are not visited.
 #pragma once
+#include "../mask.h"
 #include "schedule.h"
 
 namespace fused_attn::gpu {
@@ -17,6 +18,8 @@ GPU_DEVICE uint32_t low_bits(int32_t n) { return n >= 32 ? ~0u : (1u << n) - 1; 
 GPU_DEVICE uint32_t column_bits(int64_t first, int64_t end, int32_t word) {
   return low_bits(clamp_to(end - 32 * word, 0, 32)) & ~low_bits(clamp_to(first - 32 * word, 0, 32));
 }
+
+GPU_DEVICE Band band_of(const Params& p) { return {p.window_left, p.window_right, p.diagonal_offset}; }
 
 // Block numbers: [begin, end) have to be visited, those within [full_begin, full_end) lie wholly within the band.
 struct BlockRange {
@@ -38,7 +41,7 @@ GPU_DEVICE BlockRange block_range(int64_t first, int64_t last, int64_t full_firs
 // The blocks of keys that the queries first_row ... last_row see.
 template <int kBlock>
 GPU_DEVICE BlockRange key_range(const Params& p, const Place& place, int32_t first_row, int32_t last_row) {
-  const Band& band = p.band;
+  const Band band = band_of(p);
   return block_range<kBlock>(band.first_key(first_row), band.last_key(last_row), band.first_key(last_row),
                              band.last_key(first_row), place.len_k);
 }
@@ -46,7 +49,7 @@ GPU_DEVICE BlockRange key_range(const Params& p, const Place& place, int32_t fir
 // The blocks of queries that see the keys first_key ... last_key.
 template <int kBlock>
 GPU_DEVICE BlockRange query_range(const Params& p, const Place& place, int32_t first_key, int32_t last_key) {
-  const Band& band = p.band;
+  const Band band = band_of(p);
   return block_range<kBlock>(band.first_query(first_key), band.last_query(last_key), band.first_query(last_key),
                              band.last_query(first_key), place.len_q);
 }
@@ -110,7 +113,7 @@ GPU_DEVICE VisibleColumns<kBlock> visible_keys(const Params& p, const KeptKeys<k
   const int64_t first_key = int64_t{block} * kBlock;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int64_t query = first_row + 8 * r;
-    const int64_t first = p.band.first_key(query) - first_key, end = p.band.last_key(query) + 1 - first_key;
+    const int64_t first = band_of(p).first_key(query) - first_key, end = band_of(p).last_key(query) + 1 - first_key;
     GPU_UNROLL for (int w = 0; w < kBlock / 32; ++w) {
       visible.words[r][w] = kept.words[w] & column_bits(first, end, w);
     }
@@ -126,7 +129,7 @@ GPU_DEVICE VisibleColumns<kBlock> visible_queries(const Params& p, const bool (&
   const int64_t first_query = int64_t{block} * kBlock;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int64_t key = first_key + 8 * r;
-    const int64_t first = p.band.first_query(key) - first_query, end = p.band.last_query(key) + 1 - first_query;
+    const int64_t first = band_of(p).first_query(key) - first_query, end = band_of(p).last_query(key) + 1 - first_query;
     GPU_UNROLL for (int w = 0; w < kBlock / 32; ++w) {
       visible.words[r][w] = is_kept[r] ? column_bits(first, end, w) : 0;
     }
