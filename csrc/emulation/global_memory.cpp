@@ -1,0 +1,165 @@
+#include "global_memory.h"
+
+#include <cstring>
+#include <map>
+#include <set>
+#include <vector>
+
+#include "block.h"
+#include "errors.h"
+
+namespace fused_attn::emulation {
+namespace {
+
+constexpr uintptr_t kHandle = uintptr_t(1) << 62;
+constexpr uint32_t kManyPolls = 1 << 20;  // of one address in a row, before it is taken for a loop that never ends
+
+// The last access to four bytes during a launch; blocks run one after another, so that the last of them is enough to tell
+// whether two blocks get into each other's way.
+struct LastWrite {
+  int32_t block = -1;
+  bool is_atomic = false;
+};
+
+struct Buffer {
+  uintptr_t begin, end;  // the host's
+  bool is_writable;
+  std::vector<LastWrite> last_writes;
+};
+
+std::vector<Buffer> buffers;
+std::set<int> known_blocks;   // whose writes the current block has acquired
+int known_blocks_owner = -1;  // the current block of `known_blocks`
+std::map<const int*, std::set<int>> published_with_counter;
+
+std::set<int>& blocks_known_here() {
+  if (known_blocks_owner != block().linear_index) {
+    known_blocks_owner = block().linear_index;
+    known_blocks.clear();
+  }
+  return known_blocks;
+}
+
+Buffer& find(uintptr_t handle, size_t bytes, size_t alignment, const char* what) {
+  if (handle % alignment) fail("%s: global address %#zx is not a multiple of %zu", what, size_t(handle), alignment);
+  const uintptr_t p = handle - kHandle;
+  for (Buffer& buffer : buffers)
+    if (p >= buffer.begin && p < buffer.end) {
+      if (p + bytes <= buffer.end) return buffer;
+      fail("%s: %zu bytes at %zu of a buffer in global memory that has %zu", what, bytes, size_t(p - buffer.begin),
+           size_t(buffer.end - buffer.begin));
+    }
+  for (const Buffer& buffer : buffers) {
+    const ptrdiff_t distance = p < buffer.begin ? ptrdiff_t(p - buffer.begin) : ptrdiff_t(p - buffer.end);
+    if (std::abs(distance) < ptrdiff_t(buffer.end - buffer.begin) + 4096)
+      fail("%s: global address %td bytes %s a buffer of %zu bytes", what, std::abs(distance),
+           distance < 0 ? "before" : "past the end of", size_t(buffer.end - buffer.begin));
+  }
+  fail("%s: %#zx is in no registered buffer of global memory", what, size_t(handle));
+}
+
+// Another block's write that the current one has no order with, or null.
+const LastWrite* unordered_write(const LastWrite& last) {
+  return last.block >= 0 && last.block != block().linear_index && !blocks_known_here().count(last.block) ? &last
+                                                                                                         : nullptr;
+}
+
+}  // namespace
+
+void* register_buffer(const void* memory, size_t bytes, bool is_writable) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
+  buffers.push_back({begin, begin + bytes, is_writable, {}});
+  return reinterpret_cast<void*>(begin + kHandle);
+}
+
+void clear_buffers() { buffers.clear(); }
+
+void forget_accesses() {
+  published_with_counter.clear();
+  known_blocks_owner = -1;
+  for (Buffer& buffer : buffers)
+    if (buffer.is_writable) buffer.last_writes.assign((buffer.end - buffer.begin + 3) / 4 + 1, LastWrite{});
+}
+
+const char* global_read(const void* handle, size_t bytes, size_t alignment, const char* what) {
+  Block& b = block();
+  const uintptr_t address = reinterpret_cast<uintptr_t>(handle);
+  Buffer& buffer = find(address, bytes, alignment, what);
+  if (b.current) {
+    Thread& thread = *b.current;
+    thread.polls = handle == thread.polled ? thread.polls + 1 : 0;
+    thread.polled = handle;
+    if (thread.polls > kManyPolls)
+      fail(
+          "%s: the thread reads one address in global memory again and again. Blocks are emulated one after another, "
+          "so that "
+          "it will not change; to wait for an earlier block there is wait_until_equal",
+          what);
+  }
+  const uintptr_t p = address - kHandle;
+  if (buffer.is_writable && b.options.race_detection)
+    for (size_t i = (p - buffer.begin) / 4; i <= (p + bytes - 1 - buffer.begin) / 4; i++)
+      if (const LastWrite* last = unordered_write(buffer.last_writes[i]))
+        fail("RACE: %s reads global memory that block number %d of the same launch wrote", what, last->block);
+  return reinterpret_cast<const char*>(p);
+}
+
+char* global_write(void* handle, size_t bytes, size_t alignment, const char* what, Write kind) {
+  Block& b = block();
+  const uintptr_t address = reinterpret_cast<uintptr_t>(handle);
+  Buffer& buffer = find(address, bytes, alignment, what);
+  if (!buffer.is_writable) fail("%s: to a buffer in global memory that the kernel is only to read", what);
+  const uintptr_t p = address - kHandle;
+  const bool is_atomic = kind == Write::kAtomic;
+  if (b.options.race_detection)
+    for (size_t i = (p - buffer.begin) / 4; i <= (p + bytes - 1 - buffer.begin) / 4; i++) {
+      LastWrite& last = buffer.last_writes[i];
+      if (!(is_atomic && last.is_atomic) && unordered_write(last))
+        fail("RACE: %s to global memory that block number %d of the same launch writes too", what, last.block);
+      last = {b.linear_index, is_atomic};
+    }
+  return reinterpret_cast<char*>(p);
+}
+
+int atomic_fetch_add(int* counter, int value) {
+  char* p = global_write(counter, sizeof(int), sizeof(int), "atomic_fetch_add", Write::kAtomic);
+  int before;
+  memcpy(&before, p, sizeof(int));
+  const int after = before + value;
+  memcpy(p, &after, sizeof(int));
+  return before;
+}
+
+void atomic_add(float* sum, float value) {
+  char* p = global_write(sum, sizeof(float), sizeof(float), "atomic_add", Write::kAtomic);
+  float x;
+  memcpy(&x, p, sizeof(float));
+  x += value;
+  memcpy(p, &x, sizeof(float));
+}
+
+void add_release(int* counter, int value) {
+  Block& b = block();
+  atomic_fetch_add(counter, value);
+  std::set<int>& published = published_with_counter[counter];
+  published.insert(blocks_known_here().begin(), blocks_known_here().end());
+  published.insert(b.linear_index);
+  for (Thread& thread : b.threads)
+    if (thread.wait.what == Wait::kCounter) b.scheduler.make_ready(thread);
+}
+
+void wait_until_equal(const int* counter, int value) {
+  Block& b = block();
+  find(reinterpret_cast<uintptr_t>(counter), sizeof(int), sizeof(int), "wait_until_equal");
+  const int* p = reinterpret_cast<const int*>(reinterpret_cast<uintptr_t>(counter) - kHandle);
+  while (*p != value) {
+    Wait wait = {Wait::kCounter, "wait_until_equal"};
+    wait.counter = p;
+    wait.value = value;
+    b.scheduler.wait(wait);
+  }
+  const std::set<int>& published = published_with_counter[counter];
+  blocks_known_here().insert(published.begin(), published.end());
+}
+
+}  // namespace fused_attn::emulation

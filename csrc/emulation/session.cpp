@@ -1,0 +1,27 @@
+// The emulation as seen from Python (tests/cuda/emulator.py): what a library of kernels exports besides its own functions.
+#include "context_switch.h"
+
+#include "global_memory.h"
+#include "launch.h"
+
+using namespace fused_attn::emulation;
+
+extern "C" {
+
+// Null, or why this machine cannot emulate.
+const char* emulation_missing() { return context_switch_missing(); }
+
+// Holds for all launches from now on; statistics start at zero.
+void emulation_start(const Options* options) {
+  session_options() = *options;
+  session_statistics() = Statistics{};
+  clear_buffers();
+}
+
+// The handle that kernels get for `bytes` bytes of memory.
+void* emulation_register_buffer(const void* memory, uint64_t bytes, int32_t is_writable) {
+  return register_buffer(memory, bytes, is_writable);
+}
+
+Statistics emulation_statistics() { return session_statistics(); }
+}
