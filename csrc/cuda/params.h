@@ -1,0 +1,63 @@
+// What a kernel is given: AttentionParams in the sizes that a GPU computes with. The launchers fill it in (launchers.h).
+#pragma once
+#include <cstdint>
+
+namespace fused_attn::gpu {
+
+// A tensor (batch, head, row, column) of 16-bit numbers: columns side by side, strides in elements, 16-byte aligned rows.
+struct Rows {
+  void* data;
+  int64_t stride_batch;
+  int64_t stride_head;
+  int64_t stride_row;
+};
+
+// One float for each query: (batch, head, row), rows side by side unless said otherwise.
+struct RowValues {
+  float* data;
+  int64_t stride_batch;
+  int64_t stride_head;
+  int64_t stride_row;
+};
+
+// Packed (varlen) problems: tensors have one batch entry (stride_batch is 0), row r of sequence b lies at cu_seqlens[b] + r.
+struct Params {
+  int32_t batch;              // B, or the number of sequences
+  int32_t num_heads;          // H
+  int32_t group_size;         // H / Hkv: query head h reads key head h / group_size
+  int32_t seqlen_q;           // L, or the longest
+  int32_t seqlen_k;           // S, or the longest
+  int32_t heads_per_section;  // heads whose keys and values share the L2 cache; see schedule.h
+
+  Rows q;         // (B, H, L, D)
+  Rows k;         // (B, Hkv, S, D)
+  Rows v;         // (B, Hkv, S, D)
+  Rows out;       // (B, H, L, D)
+  RowValues lse;  // (B, H, L), natural log; null = not wanted
+
+  float scale;          // above 0
+  float scale_log2;     // scale * log2(e)
+  int64_t window_left;  // these three as in AttentionParams
+  int64_t window_right;
+  int64_t diagonal_offset;
+
+  const int32_t* cu_seqlens_q;  // (B + 1), or null when not packed
+  const int32_t* cu_seqlens_k;
+  const uint32_t* kept_keys;  // (B, kept_words): bit j % 32 of word j / 32 = key j is no padding; null = all are kept
+  int32_t kept_words;
+
+  const int64_t* dropout_seed;  // null = no dropout
+  uint32_t dropout_threshold;   // words below it are dropped
+  float dropout_scale;          // factor for what is kept
+
+  // Backward only.
+  Rows dout;           // (B, H, L, D)
+  RowValues dlse;      // (B, H, L), any strides; null = zero
+  Rows dq;             // (B, H, L, D); null data = not wanted, as for dk and dv
+  Rows dk;             // (B, Hkv, S, D)
+  Rows dv;             // (B, Hkv, S, D)
+  RowValues lse_log2;  // (B, H, L), written by the delta kernel: lse * log2(e), or +inf for an empty row
+  RowValues delta;     // (B, H, L), written by the delta kernel: rowsum(dout * out) - dlse
+};
+
+}  // namespace fused_attn::gpu
