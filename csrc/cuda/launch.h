@@ -5,7 +5,7 @@
 
 #include "primitives.h"
 
-#if !defined(__CUDACC__)
+#if defined(FUSED_ATTN_EMULATION)
 #include "emulation/launch.h"
 #endif
 
@@ -35,7 +35,7 @@ std::string launch(void (*kernel)(Parameters...), const LaunchShape& shape, void
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
-#else
+#elif defined(FUSED_ATTN_EMULATION)
 
 // The stream is not read: the kernel has ended when this returns. Its text then tells what the emulation found.
 template <class... Parameters, class... Arguments>

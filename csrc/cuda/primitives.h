@@ -1,8 +1,10 @@
 // All that a kernel may do with the hardware. Kernels use these functions and nothing else: no asm, no raw memory access, no
 // built-in variable. So the same source is compiled twice:
 //
-//   by nvcc, over primitives_ptx.h:                      the product
-//   by a host compiler, over csrc/emulation/:            executed in tests, with checks that no GPU makes
+//   by nvcc, over primitives_ptx.h:                             the product
+//   by g++ with FUSED_ATTN_EMULATION, over csrc/emulation/:     executed in tests, with checks that no GPU makes
+//
+// The product's host code, compiled without nvcc, gets the types alone.
 //
 // Addresses in shared memory are 32-bit numbers ("address"), those in global memory are pointers. Matrix fragments are named
 // arrays that live until the operation on them is complete, and shapes are constants.
@@ -17,7 +19,7 @@
 #define GPU_GRID_CONSTANT __grid_constant__
 #define GPU_UNROLL _Pragma("unroll")
 #define GPU_NO_UNROLL _Pragma("unroll 1")
-#else
+#elif defined(FUSED_ATTN_EMULATION)
 #include "emulation/tensor_map.h"
 #define GPU_DEVICE inline
 #define GPU_KERNEL inline
@@ -25,6 +27,8 @@
 #define GPU_GRID_CONSTANT
 #define GPU_UNROLL
 #define GPU_NO_UNROLL
+#else
+#include <cuda.h>
 #endif
 
 namespace fused_attn::gpu {
@@ -56,11 +60,13 @@ struct alignas(16) Float4 {
   float x, y, z, w;
 };
 
-#if defined(__CUDACC__)
-using TensorMap = CUtensorMap;
-#else
+#if defined(FUSED_ATTN_EMULATION)
 using TensorMap = emulation::TensorMap;
+#else
+using TensorMap = CUtensorMap;
 #endif
+
+#if defined(__CUDACC__) || defined(FUSED_ATTN_EMULATION)
 
 // ---- Where a thread is
 
@@ -223,10 +229,12 @@ GPU_DEVICE void increase_registers();
 template <int R>
 GPU_DEVICE void decrease_registers();
 
+#endif  // nvcc or emulation
+
 }  // namespace fused_attn::gpu
 
 #if defined(__CUDACC__)
 #include "primitives_ptx.h"
-#else
+#elif defined(FUSED_ATTN_EMULATION)
 #include "emulation/primitives_emulated.h"
 #endif

@@ -1,5 +1,6 @@
 #include "global_memory.h"
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <set>
@@ -40,22 +41,31 @@ std::set<int>& blocks_known_here() {
   return known_blocks;
 }
 
-Buffer& find(uintptr_t handle, size_t bytes, size_t alignment, const char* what) {
+// The buffer with these bytes; buffers may overlap, being views of one tensor.
+Buffer& find(uintptr_t handle, size_t bytes, size_t alignment, bool is_write, const char* what) {
   if (handle % alignment) fail("%s: global address %#zx is not a multiple of %zu", what, size_t(handle), alignment);
   const uintptr_t p = handle - kHandle;
-  for (Buffer& buffer : buffers)
-    if (p >= buffer.begin && p < buffer.end) {
-      if (p + bytes <= buffer.end) return buffer;
-      fail("%s: %zu bytes at %zu of a buffer in global memory that has %zu", what, bytes, size_t(p - buffer.begin),
-           size_t(buffer.end - buffer.begin));
+  const Buffer* nearest = nullptr;
+  ptrdiff_t least_distance = 0;
+  bool is_read_only = false;
+  for (Buffer& buffer : buffers) {
+    if (p >= buffer.begin && p + bytes <= buffer.end) {
+      if (!is_write || buffer.is_writable) return buffer;
+      is_read_only = true;
     }
-  for (const Buffer& buffer : buffers) {
-    const ptrdiff_t distance = p < buffer.begin ? ptrdiff_t(p - buffer.begin) : ptrdiff_t(p - buffer.end);
-    if (std::abs(distance) < ptrdiff_t(buffer.end - buffer.begin) + 4096)
-      fail("%s: global address %td bytes %s a buffer of %zu bytes", what, std::abs(distance),
-           distance < 0 ? "before" : "past the end of", size_t(buffer.end - buffer.begin));
+    const ptrdiff_t distance =
+        p < buffer.begin ? ptrdiff_t(p - buffer.begin) : std::max<ptrdiff_t>(0, p + bytes - buffer.end);
+    if (nearest == nullptr || std::abs(distance) < std::abs(least_distance)) {
+      nearest = &buffer;
+      least_distance = distance;
+    }
   }
-  fail("%s: %#zx is in no registered buffer of global memory", what, size_t(handle));
+  if (is_read_only) fail("%s: to a buffer in global memory that the kernel is only to read", what);
+  if (nearest == nullptr || std::abs(least_distance) > ptrdiff_t(1) << 40)
+    fail("%s: %#zx is no address in global memory", what, size_t(handle));
+  fail("%s: %zu bytes of global memory that reach %td bytes %s the nearest buffer, which has %zu", what, bytes,
+       std::abs(least_distance), least_distance < 0 ? "before" : "past the end of",
+       size_t(nearest->end - nearest->begin));
 }
 
 // Another block's write that the current one has no order with, or null.
@@ -84,7 +94,7 @@ void forget_accesses() {
 const char* global_read(const void* handle, size_t bytes, size_t alignment, const char* what) {
   Block& b = block();
   const uintptr_t address = reinterpret_cast<uintptr_t>(handle);
-  Buffer& buffer = find(address, bytes, alignment, what);
+  Buffer& buffer = find(address, bytes, alignment, false, what);
   if (b.current) {
     Thread& thread = *b.current;
     thread.polls = handle == thread.polled ? thread.polls + 1 : 0;
@@ -107,8 +117,7 @@ const char* global_read(const void* handle, size_t bytes, size_t alignment, cons
 char* global_write(void* handle, size_t bytes, size_t alignment, const char* what, Write kind) {
   Block& b = block();
   const uintptr_t address = reinterpret_cast<uintptr_t>(handle);
-  Buffer& buffer = find(address, bytes, alignment, what);
-  if (!buffer.is_writable) fail("%s: to a buffer in global memory that the kernel is only to read", what);
+  Buffer& buffer = find(address, bytes, alignment, true, what);
   const uintptr_t p = address - kHandle;
   const bool is_atomic = kind == Write::kAtomic;
   if (b.options.race_detection)
@@ -150,7 +159,7 @@ void add_release(int* counter, int value) {
 
 void wait_until_equal(const int* counter, int value) {
   Block& b = block();
-  find(reinterpret_cast<uintptr_t>(counter), sizeof(int), sizeof(int), "wait_until_equal");
+  find(reinterpret_cast<uintptr_t>(counter), sizeof(int), sizeof(int), false, "wait_until_equal");
   const int* p = reinterpret_cast<const int*>(reinterpret_cast<uintptr_t>(counter) - kHandle);
   while (*p != value) {
     Wait wait = {Wait::kCounter, "wait_until_equal"};

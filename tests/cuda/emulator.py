@@ -27,8 +27,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 
-# Optimised, because tests wait for it, but compiled quickly. -march=native: the 16-bit conversions would otherwise be calls.
-FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+# -march=native: 16-bit conversions would otherwise be calls.
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-march=native",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-DFUSED_ATTN_EMULATION",
+)
 
 #: What the emulation is made of, apart from csrc/emulation itself.
 SHARED_SOURCES = ("cuda/tensor_map_rules.cpp",)
