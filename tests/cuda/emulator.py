@@ -1,7 +1,7 @@
 """Builds CUDA kernels for the emulation in csrc/emulation, and calls them from Python.
 
-A library of kernels is compiled by g++ from the sources that nvcc compiles, linked with the emulation, and exports plain C
-functions that return an error text. Builds are kept in pytest's cache, by the contents of all that they are made from.
+A library of kernels is compiled by g++ from the sources that nvcc compiles, linked with the emulation, and exports plain
+C functions that return an error text. Builds are kept in pytest's cache, by the contents of all that they are made of.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Mutation(NamedTuple):
         # Any amount of white space stands for any other: line breaks are the formatter's.
         pattern = r"\s+".join(re.escape(word) for word in self.old.split())
         found = re.findall(pattern, source)
-        assert len(found) == 1, f"mutation {self.id}: {self.old!r} occurs {len(found)} times in {self.file}, expected once"
+        assert len(found) == 1, f"mutation {self.id}: {self.old!r} is {len(found)} times in {self.file}, expected once"
         path.write_text(re.sub(pattern, lambda _: self.new, source))
         return copy
 
@@ -226,10 +226,7 @@ class Library:
         self._buffers.clear()
 
     def buffer(self, tensor: torch.Tensor | None, *, is_writable: bool = False) -> ctypes.c_void_p:
-        """What kernels get instead of a pointer to the tensor's first element; the memory that its strides span is theirs.
-
-        Tensors that share memory are registered once, by the largest.
-        """
+        """What kernels get instead of a pointer to the tensor's first element; what its strides span is theirs."""
         if tensor is None:
             return ctypes.c_void_p(None)
         self._buffers.append(tensor)  # keeps the memory
