@@ -28,8 +28,8 @@ class Preference(NamedTuple):
     order: tuple[Backend, ...]
 
 
-#: The first row that fits decides. Not measured yet: the CUDA kernels come first where they use what Triton's compiler does
-#: not reach (wgmma with warp specialisation), unless there are so few queries that the keys of a head have to be divided
+#: The first row that fits decides. Not measured yet: the CUDA kernels come first where they use what Triton's compiler
+#: does not reach (wgmma by specialised warps), unless there are so few queries that the keys of a head have to be divided
 #: among several programs, which only the Triton kernels do.
 PREFERENCES = (
     Preference(9, 64, (cpu, cuda, triton, reference)),

@@ -38,6 +38,7 @@ struct Pieces {
   int32_t kept_words = 0;
   float* lse_log2 = nullptr;
   float* delta = nullptr;
+  int32_t* tile_counter = nullptr;
 };
 
 Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
@@ -53,6 +54,7 @@ Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
     pieces.lse_log2 = workspace.take<float>(needs.lse_entries);
     pieces.delta = workspace.take<float>(needs.lse_entries);
   }
+  if (needs.architecture == 90) pieces.tile_counter = workspace.take<int32_t>(1);
   return pieces;
 }
 
@@ -60,6 +62,12 @@ Rows rows_of(const TensorView& x) { return {x.data, x.stride_batch, x.stride_hea
 
 RowValues values_of(const TensorView& x) {
   return {static_cast<float*>(x.data), x.stride_batch, x.stride_head, x.stride_row};
+}
+
+// Whether some tiles take longer than others; else blocks need not ask which one comes next.
+bool has_unequal_tiles(const AttentionParams& a) {
+  return a.window_left != kUnbounded || a.window_right != kUnbounded || a.cu_seqlens_q != nullptr ||
+         a.key_padding.data != nullptr;
 }
 
 Params params_of(const Call& call, const Pieces& pieces) {
@@ -70,6 +78,8 @@ Params params_of(const Call& call, const Pieces& pieces) {
   p.group_size = static_cast<int32_t>(a.num_heads / a.num_kv_heads);
   p.seqlen_q = static_cast<int32_t>(a.seqlen_q);
   p.seqlen_k = static_cast<int32_t>(a.seqlen_k);
+  p.rows_q = static_cast<int32_t>(call.rows_q);
+  p.rows_k = static_cast<int32_t>(call.rows_k);
   const int64_t kv_bytes = std::max<int64_t>(a.seqlen_k * a.head_dim * 2 * 2, 1);
   p.heads_per_section =
       static_cast<int32_t>(std::clamp<int64_t>(kL2Bytes * p.group_size / kv_bytes, 1, a.num_heads * a.batch));
@@ -98,17 +108,24 @@ Params params_of(const Call& call, const Pieces& pieces) {
   const int64_t stride_batch = a.cu_seqlens_q != nullptr ? 0 : a.num_heads * call.rows_q;
   p.lse_log2 = {pieces.lse_log2, stride_batch, call.rows_q, 1};
   p.delta = {pieces.delta, stride_batch, call.rows_q, 1};
+  p.tile_counter = has_unequal_tiles(a) ? pieces.tile_counter : nullptr;
   return p;
 }
 
-// Fills in the part of the workspace that comes from the arguments.
-void prepare(const Call& call, const Pieces& pieces) {
+// Fills in the parts of the workspace that large kernels expect filled.
+void prepare(const Call& call, const Params& params, const Pieces& pieces) {
+  if (params.tile_counter != nullptr)
+    run_kernel(reset_counter_kernel, {1, 1, 1, 32, 0}, call.stream, params.tile_counter);
   const TensorView& padding = call.params.key_padding;
   if (padding.data == nullptr || pieces.kept_words == 0) return;
-  const PaddingParams p{static_cast<const uint8_t*>(padding.data),  padding.stride_batch, padding.stride_col,
-                        static_cast<int32_t>(call.params.seqlen_k), pieces.kept_words,    pieces.kept_keys};
+  const PaddingParams p{static_cast<const uint8_t*>(padding.data),
+                        padding.stride_batch,
+                        padding.stride_col,
+                        params.seqlen_k,
+                        pieces.kept_words,
+                        pieces.kept_keys};
   const int blocks = (pieces.kept_words + kPaddingThreads - 1) / kPaddingThreads;
-  run_kernel(padding_kernel, {blocks, static_cast<int>(call.params.batch), 1, kPaddingThreads, 0}, call.stream, p);
+  run_kernel(padding_kernel, {blocks, params.batch, 1, kPaddingThreads, 0}, call.stream, p);
 }
 
 using Launcher = void (*)(const Params&, bool, Stream);
@@ -125,6 +142,10 @@ constexpr KernelSet kKernelSets[] = {
     {80, 96, sm80::launch_forward<96>, sm80::launch_backward<96>},
     {80, 128, sm80::launch_forward<128>, sm80::launch_backward<128>},
     {80, 256, sm80::launch_forward<256>, sm80::launch_backward<256>},
+    {90, 64, sm90::launch_forward<64>, sm80::launch_backward<64>},
+    {90, 96, sm90::launch_forward<96>, sm80::launch_backward<96>},
+    {90, 128, sm90::launch_forward<128>, sm80::launch_backward<128>},
+    {90, 256, sm90::launch_forward<256>, sm80::launch_backward<256>},
 };
 
 const KernelSet& kernels_for(const Call& call) {
@@ -138,15 +159,19 @@ const KernelSet& kernels_for(const Call& call) {
 void run(const Call& call, bool is_backward) {
   const KernelSet& kernels = kernels_for(call);
   const AttentionParams& a = call.params;
-  const WorkspaceNeeds needs{is_backward, a.batch, a.seqlen_k, call.batch_entries * a.num_heads * call.rows_q,
+  const WorkspaceNeeds needs{call.architecture,
+                             is_backward,
+                             a.batch,
+                             a.seqlen_k,
+                             call.batch_entries * a.num_heads * call.rows_q,
                              a.key_padding.data != nullptr};
   if (const int64_t bytes = workspace_bytes(needs); call.workspace_bytes < bytes)
     throw std::invalid_argument("workspace: expected at least " + std::to_string(bytes) + " bytes, got " +
                                 std::to_string(call.workspace_bytes));
   Workspace workspace(call.workspace);
   const Pieces pieces = take_pieces(needs, workspace);
-  prepare(call, pieces);
   const Params params = params_of(call, pieces);
+  prepare(call, params, pieces);
   const bool is_bf16 = call.params.dtype == DType::kBFloat16;
   (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
 }

@@ -3,7 +3,6 @@
 #include <cstdint>
 
 #include "../attention_params.h"
-#include "kernels.h"
 
 namespace fused_attn::gpu {
 
@@ -11,13 +10,15 @@ struct Call {
   AttentionParams params;
   int64_t batch_entries = 0;  // of the tensors: 1 when packed
   int64_t rows_q = 0;         // of the tensors: the total when packed
+  int64_t rows_k = 0;
   int architecture = 80;      // whose kernels: 80, or 90 for sm_90a
   void* workspace = nullptr;  // aligned to 256 bytes; contents do not matter
   int64_t workspace_bytes = 0;
-  Stream stream = nullptr;
+  void* stream = nullptr;  // a cudaStream_t
 };
 
 struct WorkspaceNeeds {
+  int architecture = 80;
   bool is_backward = false;
   int64_t batch = 0;  // as in AttentionParams
   int64_t seqlen_k = 0;

@@ -23,7 +23,7 @@ Reader reader_like(PyObject* query) {
   return {kDevice, kDevice == ExchangeDevice::kCuda ? argument.tensor.device_index : -1};
 }
 
-Stream current_stream(const Reader& reader) {
+void* current_stream(const Reader& reader) {
   void* stream = nullptr;
   if (kDevice == ExchangeDevice::kCuda &&
       torch_tensors().api->current_stream(kDevice, reader.device_index, &stream) != 0)
@@ -36,6 +36,7 @@ Call read_call(const Reader& reader, const Problem& problem, PyObject* architect
   call.params = problem.params;
   call.batch_entries = problem.batch_entries;
   call.rows_q = problem.rows_q;
+  call.rows_k = problem.rows_k;
   call.architecture = static_cast<int>(PyLong_AsLong(architecture));
   if (PyErr_Occurred()) throw py::error_already_set();
   if (const Argument argument = reader.optional(workspace, "workspace"); argument.given) {
@@ -133,12 +134,13 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
   if (PyModule_AddFunctions(module.ptr(), gpu::kMethods) != 0) throw py::error_already_set();
   module.def(
       "workspace_bytes",
-      [](bool is_backward, int64_t batch, int64_t seqlen_k, int64_t lse_entries, bool has_key_padding) {
-        return gpu::workspace_bytes({is_backward, batch, seqlen_k, lse_entries, has_key_padding});
+      [](int architecture, bool is_backward, int64_t batch, int64_t seqlen_k, int64_t lse_entries,
+         bool has_key_padding) {
+        return gpu::workspace_bytes({architecture, is_backward, batch, seqlen_k, lse_entries, has_key_padding});
       },
-      py::arg("is_backward"), py::arg("batch"), py::arg("seqlen_k"), py::arg("lse_entries"), py::arg("has_key_padding"),
-      "Size of the workspace; lse_entries are the elements of the LSE.");
+      py::arg("architecture"), py::arg("is_backward"), py::arg("batch"), py::arg("seqlen_k"), py::arg("lse_entries"),
+      py::arg("has_key_padding"), "Size of the workspace; lse_entries are the elements of the LSE.");
 #if defined(FUSED_ATTN_EMULATION)
-  gpu::define_emulation(module);
+  module.attr("device_type") = "cpu";
 #endif
 }

@@ -12,7 +12,6 @@ namespace fused_attn::gpu {
 inline Call emulated(Call call) {
   emulation::clear_buffers();
   AttentionParams& p = call.params;
-  const int64_t rows_k = p.cu_seqlens_k != nullptr ? p.cu_seqlens_k[p.batch] : p.seqlen_k;
   const auto use = [](auto*& pointer, int64_t bytes, bool is_writable) {
     if (pointer == nullptr) return;
     using Pointer = std::remove_reference_t<decltype(pointer)>;
@@ -24,7 +23,8 @@ inline Call emulated(Call call) {
                          (rows - 1) * view.stride_row + (columns - 1) * view.stride_col;
     use(view.data, (last + 1) * element_bytes, is_writable);
   };
-  const int64_t heads = p.num_heads, kv_heads = p.num_kv_heads, dim = p.head_dim, rows_q = call.rows_q;
+  const int64_t heads = p.num_heads, kv_heads = p.num_kv_heads, dim = p.head_dim;
+  const int64_t rows_q = call.rows_q, rows_k = call.rows_k;
   const bool is_backward = p.dout.data != nullptr;
   use_view(p.query, heads, rows_q, dim, 2, false);
   use_view(p.key, kv_heads, rows_k, dim, 2, false);
@@ -42,19 +42,6 @@ inline Call emulated(Call call) {
   use(p.cu_seqlens_k, (p.batch + 1) * sizeof(int32_t), false);
   use(call.workspace, call.workspace_bytes, true);
   return call;
-}
-
-inline void define_emulation(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.attr("device_type") = "cpu";
-  module.def(
-      "configure",
-      [](uint64_t seed, bool detects_races) {
-        emulation::session_options().seed = seed;
-        emulation::session_options().race_detection = detects_races;
-      },
-      py::arg("seed") = 0, py::arg("detects_races") = true,
-      "How later calls run. Seed 0: threads first in, first out, copies as late as possible; else at random.");
 }
 
 }  // namespace fused_attn::gpu

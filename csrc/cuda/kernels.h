@@ -42,4 +42,9 @@ template <int kHeadDim>
 void launch_backward(const Params& p, bool is_bf16, Stream stream);
 }  // namespace sm80
 
+namespace sm90 {
+template <int kHeadDim>
+void launch_forward(const Params& p, bool is_bf16, Stream stream);
+}  // namespace sm90
+
 }  // namespace fused_attn::gpu

@@ -22,11 +22,13 @@ struct RowValues {
 
 // Packed (varlen) problems: tensors have one batch entry (stride_batch is 0), row r of sequence b lies at cu_seqlens[b] + r.
 struct Params {
-  int32_t batch;              // B, or the number of sequences
-  int32_t num_heads;          // H
-  int32_t group_size;         // H / Hkv: query head h reads key head h / group_size
-  int32_t seqlen_q;           // L, or the longest
-  int32_t seqlen_k;           // S, or the longest
+  int32_t batch;       // B, or the number of sequences
+  int32_t num_heads;   // H
+  int32_t group_size;  // H / Hkv: query head h reads key head h / group_size
+  int32_t seqlen_q;    // L, or the longest
+  int32_t seqlen_k;    // S, or the longest
+  int32_t rows_q;      // of the tensors: L, or the total when packed
+  int32_t rows_k;
   int32_t heads_per_section;  // heads whose keys and values share the L2 cache; see schedule.h
 
   Rows q;         // (B, H, L, D)
@@ -58,6 +60,9 @@ struct Params {
   Rows dv;             // (B, Hkv, S, D)
   RowValues lse_log2;  // (B, H, L), written by the delta kernel: lse * log2(e), or +inf for an empty row
   RowValues delta;     // (B, H, L), written by the delta kernel: rowsum(dout * out) - dlse
+
+  // For kernels whose blocks stay and take one tile after another.
+  int32_t* tile_counter;  // 0 at the start: how many tiles have been taken beyond the first one of each block
 };
 
 }  // namespace fused_attn::gpu

@@ -1,4 +1,5 @@
-// Small kernels that run before the large ones: padding bytes become bits, and the backward's sums over rows.
+// Small kernels that run before the large ones: padding bytes become bits, a counter becomes 0, and the backward's sums over
+// rows.
 #pragma once
 #include "fragments.h"
 
@@ -27,6 +28,11 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPaddingThreads, 1) padding_kernel(const GPU_G
     kept |= static_cast<uint32_t>(is_kept) << i;
   }
   store_global(p.kept_keys + batch * p.kept_words + word, kept);
+}
+
+// The counter of tiles that blocks take (Params::tile_counter).
+GPU_KERNEL void GPU_LAUNCH_BOUNDS(32, 1) reset_counter_kernel(int32_t* counter) {
+  if (thread_index() == 0) store_global(counter, 0);
 }
 
 constexpr int kDeltaThreads = 128;

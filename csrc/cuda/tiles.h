@@ -41,4 +41,16 @@ struct KeyGradientTileSm80<256> {
   static constexpr bool kSplitsGradients = true;
 };
 
+// sm_90a: kConsumers warpgroups of 64 queries each, kBlockN keys at a time, kStages tiles of keys and as many of values in
+// flight. A consumer thread has 232 registers.
+template <int kHeadDim>
+struct ForwardTileSm90 {
+  static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2;
+};
+template <>
+struct ForwardTileSm90<256> {
+  // The output takes 128 registers; 192 KiB of shared memory.
+  static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2;
+};
+
 }  // namespace fused_attn::gpu

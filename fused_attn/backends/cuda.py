@@ -143,8 +143,8 @@ def backward(
 
 
 def _architecture(problem: AttentionProblem) -> int:
-    """Whose kernels run. wgmma exists on compute capability 9 alone; the kernels for sm_80 run on all that came later."""
-    return 80
+    """Whose kernels run: 90 (sm_90a) on compute capability 9 alone; those for sm_80 run on all that came later."""
+    return 90 if problem.capability is not None and problem.capability[0] == 9 else 80
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -180,6 +180,7 @@ def _kernel_masks(seed: Tensor | None, mask: MaskSpec) -> tuple[Tensor | None, .
 
 def _workspace(problem: AttentionProblem, query: Tensor, mask: MaskSpec, is_backward: bool) -> Tensor | None:
     size = _kernels.workspace_bytes(
+        architecture=_architecture(problem),
         is_backward=is_backward,
         batch=problem.batch,
         seqlen_k=problem.seqlen_k,

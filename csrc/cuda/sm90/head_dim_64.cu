@@ -1,0 +1,5 @@
+#include "launchers.h"
+
+namespace fused_attn::gpu::sm90 {
+template void launch_forward<64>(const Params&, bool, Stream);
+}  // namespace fused_attn::gpu::sm90
