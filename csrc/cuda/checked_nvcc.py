@@ -1,7 +1,7 @@
 """Runs nvcc, and fails if ptxas had to spill registers or says that it gave up on asynchronous matrix instructions.
 
-A compiler launcher for CMake: `python checked_nvcc.py nvcc ARGUMENTS...`. Either fault leaves a kernel right and slow, so
-that no other test would see it.
+A compiler launcher for CMake: `python checked_nvcc.py nvcc ARGUMENTS...`. Either fault leaves a kernel right and slow,
+so that no other test would see it.
 """
 
 from __future__ import annotations

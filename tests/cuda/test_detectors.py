@@ -1,4 +1,4 @@
-"""The emulation reports each kind of bug that `detectors.cu` plants, in words that lead to it, and nothing elsewhere."""
+"""The emulation reports each kind of bug that `detectors.cu` plants, in words that lead to it, and no others."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ BUGS = {
     "mbarrier_not_waited_for": UNORDERED,
     "mbarrier_without_init": r"mbarrier_arrive: there is no initialised mbarrier at shared offset 0",
     "mbarrier_initialised_twice": r"mbarrier_init: the mbarrier at shared offset 0 is already initialised",
-    "mbarrier_init_without_sync": r"mbarrier_arrive(: there is no initialised| .* is not ordered after the mbarrier_init)",
+    "mbarrier_init_without_sync": r"mbarrier_arrive(: there is no initialised| .* not ordered after the mbarrier_init)",
     "mbarrier_wrong_parity": r"(?s)DEADLOCK.*threads 0-63 wait in mbarrier_wait for parity 1 .*: 1 phases complete",
     "mbarrier_too_many_arrivals": r"mbarrier_arrive at shared offset 0: more than the 2 arrivals of a phase",
     "store_over_an_mbarrier": r"RACE: store_shared at shared offset 4 touches an mbarrier, initialised by thread 0",
