@@ -14,7 +14,7 @@
 #if defined(__CUDACC__)
 #include <cuda.h>  // types only: nothing links against libcuda
 #define GPU_DEVICE __device__ __forceinline__
-#define GPU_KERNEL __global__
+#define GPU_KERNEL static __global__
 #define GPU_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define GPU_GRID_CONSTANT __grid_constant__
 #define GPU_UNROLL _Pragma("unroll")

