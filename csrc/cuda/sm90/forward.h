@@ -108,7 +108,8 @@ struct ForwardMaps {
   MapSteps v_steps;
 };
 
-// ---- The loading warp
+// ---- The loading warp. Its first lane alone waits for slots and fills them: another one that came late to a barrier could find
+// it a phase further on, and wait for the one after that.
 
 template <int kHeadDim>
 struct Loader {
@@ -126,8 +127,8 @@ struct Loader {
 
   GPU_DEVICE void load_queries(const QueryTile<kHeadDim>& tile) {
     const Place& place = tile.place;
-    q_position.wait_empty(rings.q);
     if (is_leader) {
+      q_position.wait_empty(rings.q);
       mbarrier_arrive_expect(rings.q.full(0), Plan::QTile::kBytes);
       Plan::QTile::load(shared + Plan::kQ, &maps.q, rings.q.full(0), place.first_q + tile.first_row,
                         place.head * maps.q_steps.head, place.batch * maps.q_steps.batch);
@@ -137,8 +138,8 @@ struct Loader {
 
   GPU_DEVICE void load_keys(const QueryTile<kHeadDim>& tile, int block) {
     const Place& place = tile.place;
-    k_position.wait_empty(rings.k);
     if (is_leader) {
+      k_position.wait_empty(rings.k);
       const uint32_t barrier = rings.k.full(k_position.slot());
       mbarrier_arrive_expect(barrier, KeyTile::kBytes);
       KeyTile::load(shared + Plan::kK + k_position.slot() * KeyTile::kBytes, &maps.k, barrier,
@@ -150,12 +151,12 @@ struct Loader {
 
   GPU_DEVICE void load_values(const QueryTile<kHeadDim>& tile, int block) {
     const Place& place = tile.place;
-    v_position.wait_empty(rings.v);
     const KeptKeys<Plan::kBlockN> kept = kept_keys<Plan::kBlockN>(p, place, block);
     const bool is_clean = kept.all();
     const uint32_t destination = shared + Plan::kV + v_position.slot() * KeyTile::kBytes;
     const uint32_t full = rings.v.full(v_position.slot());
     if (is_leader) {
+      v_position.wait_empty(rings.v);
       const uint32_t barrier = is_clean ? full : rings.cleaning;
       mbarrier_arrive_expect(barrier, KeyTile::kBytes);
       KeyTile::load(destination, &maps.v, barrier, place.first_k + block * Plan::kBlockN,
@@ -191,8 +192,8 @@ struct Loader {
     int number = block_index_x();
     while (true) {
       const bool is_last = number >= num_tiles;
-      work_position.wait_empty(rings.work);
       if (is_leader) {
+        work_position.wait_empty(rings.work);
         store_shared<int>(rings.next_work + work_position.slot() * 4, is_last ? kNoMoreWork : number);
         mbarrier_arrive(rings.work.full(work_position.slot()));
       }
