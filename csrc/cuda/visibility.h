@@ -71,8 +71,9 @@ struct KeptKeys {
     return any == 0;
   }
   GPU_DEVICE bool has(int32_t key) const {
-    static_assert(kWords == 2);
-    return ((uint64_t{words[1]} << 32 | words[0]) >> key) & 1;
+    uint64_t pair = uint64_t{words[1]} << 32 | words[0];
+    if constexpr (kWords == 4) pair = key < 64 ? pair : uint64_t{words[3]} << 32 | words[2];
+    return (pair >> (key % 64)) & 1;
   }
   // Of key first + offset of the block, where the constant `offset` says in which word: an index that is no constant would put
   // the words into memory.
