@@ -142,10 +142,10 @@ constexpr KernelSet kKernelSets[] = {
     {80, 96, sm80::launch_forward<96>, sm80::launch_backward<96>},
     {80, 128, sm80::launch_forward<128>, sm80::launch_backward<128>},
     {80, 256, sm80::launch_forward<256>, sm80::launch_backward<256>},
-    {90, 64, sm90::launch_forward<64>, sm80::launch_backward<64>},
-    {90, 96, sm90::launch_forward<96>, sm80::launch_backward<96>},
-    {90, 128, sm90::launch_forward<128>, sm80::launch_backward<128>},
-    {90, 256, sm90::launch_forward<256>, sm80::launch_backward<256>},
+    {90, 64, sm90::launch_forward<64>, sm90::launch_backward<64>},
+    {90, 96, sm90::launch_forward<96>, sm90::launch_backward<96>},
+    {90, 128, sm90::launch_forward<128>, sm90::launch_backward<128>},
+    {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>},
 };
 
 const KernelSet& kernels_for(const Call& call) {

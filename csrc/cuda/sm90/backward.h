@@ -12,7 +12,7 @@ namespace fused_attn::gpu::sm90 {
 constexpr int kGradientConsumers = 2;
 constexpr int kGradientThreads = kWarpgroup * (1 + kGradientConsumers);
 constexpr int kGradientConsumerWarps = kGradientConsumers * kWarpsPerWarpgroup;
-constexpr int kGradientProducerRegisters = 56, kGradientConsumerRegisters = 224;
+constexpr int kGradientProducerRegisters = 40, kGradientConsumerRegisters = 232;
 static_assert(fits_registers(kGradientProducerRegisters, kGradientConsumers, kGradientConsumerRegisters));
 
 struct BackwardMaps {
@@ -109,6 +109,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
                                 place.kv_head, place.batch, kept);
       loader.load_kept<KeyTile>(rings.v, position, shared + Plan::kV + position.slot() * KeyTile::kBytes, maps.v, key,
                                 place.kv_head, place.batch, kept);
+      position.advance();
     }
     return;
   }
@@ -259,7 +260,7 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
   using Plan = KeyGradientPlan<kHeadDim>;
   using QTile = typename Plan::QTile;
   TileLoader loader{rings.cleaning, thread_index() == 0};
-  RingPosition<Plan::kStages> position;  // of the three rings for queries
+  RingPosition<Plan::kStages> position;  // of both rings for queries
   const Place& place = work.place;
   const int key = place.first_k + work.first_key;
   loader.load<typename Plan::KeyTile>(rings.k, {}, shared + Plan::kK, maps.k, key, place.kv_head, place.batch);
@@ -275,15 +276,27 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
                             place.first_q + first_row, place.head, place.batch, rows);
     loader.load_kept<QTile>(rings.dout, position, shared + Plan::kDout + position.slot() * QTile::kBytes, maps.dout,
                             place.first_q + first_row, place.head, place.batch, rows);
-    if (loader.is_leader) position.wait_empty(rings.sums);
+    position.advance();
+  }
+}
+
+// By a warp of its own, because registers are few where TMA is issued.
+template <int kHeadDim>
+GPU_DEVICE void load_row_sums(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim>& rings,
+                              KeyWork<kHeadDim>& work) {
+  using Plan = KeyGradientPlan<kHeadDim>;
+  const int lane = this_lane().index;
+  RingPosition<Plan::kStages> position;
+  for (; work.steps_left > 0; work.advance()) {
+    if (lane == 0) position.wait_empty(rings.sums);
     sync_warp();
     const uint32_t sums_tile = shared + Plan::kSums + position.slot() * Plan::kSumsBytes;
-    for (int row = thread_index(); row < Plan::kBlockM; row += 32) {
-      const RowSums sums = row_sums(p, place, first_row + row);
+    for (int row = lane; row < Plan::kBlockM; row += 32) {
+      const RowSums sums = row_sums(p, work.place, work.block * Plan::kBlockM + row);
       store_shared(sums_tile + row * sizeof(RowSums), Float2{sums.lse_log2, sums.delta});
     }
     sync_warp();
-    if (loader.is_leader) mbarrier_arrive(rings.sums.full(position.slot()));
+    if (lane == 0) mbarrier_arrive(rings.sums.full(position.slot()));
     position.advance();
   }
 }
@@ -316,6 +329,10 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
     const uint32_t q_tile = shared + Plan::kQ + position.slot() * QTile::kBytes;
     const uint32_t dout_tile = shared + Plan::kDout + position.slot() * QTile::kBytes;
     const uint32_t sums_tile = shared + Plan::kSums + position.slot() * Plan::kSumsBytes;
+    KeepBits<kTiles> keep;
+    if constexpr (kHasDropout) {  // while few registers are in use
+      keep = keep_of_key_rows<kTiles>(Dropout(p, work.place), work.block * kBlockM, key - lane.g, lane);
+    }
     position.wait_full(rings.q);
     wgmma_fence();
     start_multiply_transposed<T, kHeadDim, kBlockN>(weights, shared + Plan::kK, first_row, q_tile);
@@ -325,10 +342,6 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
       wgmma_fence();
       start_multiply_transposed<T, kHeadDim, kBlockN>(dweights, shared + Plan::kV, first_row, dout_tile);
       wgmma_commit();
-    }
-    KeepBits<kTiles> keep;
-    if constexpr (kHasDropout) {
-      keep = keep_of_key_rows<kTiles>(Dropout(p, work.place), work.block * kBlockM, work.first_key + warp_row, lane);
     }
 
     // The weights, and dv.
@@ -409,7 +422,10 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   const int warpgroup = thread_index() / kWarpgroup;
   if (warpgroup == 0) {
     decrease_registers<kGradientProducerRegisters>();
-    if (thread_index() < 32 && work.steps_left > 0) load_key_work(p, maps, shared, rings, work);
+    if (work.steps_left > 0) {
+      if (thread_index() < 32) load_key_work(p, maps, shared, rings, work);
+      if (thread_index() / 32 == 1) load_row_sums(p, shared, rings, work);
+    }
   } else {
     increase_registers<kGradientConsumerRegisters>();
     if constexpr (!Plan::kSplitsGradients) {

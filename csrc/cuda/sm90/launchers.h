@@ -4,7 +4,9 @@
 #include <string>
 
 #include "../kernels.h"
+#include "../preparation.h"
 #include "../tensor_map.h"
+#include "backward.h"
 #include "forward.h"
 
 #if defined(__CUDACC__)
@@ -58,6 +60,32 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   shape.grid_x = std::min(num_tiles, multiprocessors());
   for_variant(p, is_bf16, [&](auto type, auto has_dropout) {
     run_kernel(forward_kernel<decltype(type), kHeadDim, has_dropout()>, shape, stream, p, maps, num_tiles);
+  });
+}
+
+template <int kHeadDim>
+void launch_backward(const Params& p, bool is_bf16, Stream stream) {
+  using QueryPlan = QueryGradientPlan<kHeadDim>;
+  using KeyPlan = KeyGradientPlan<kHeadDim>;
+  const int kv_heads = p.num_heads / p.group_size;
+  const auto maps_of = [&](int block_m, int block_n) {
+    return BackwardMaps{map_of(p.q, is_bf16, kHeadDim, p.rows_q, p.num_heads, p.batch, block_m),
+                        map_of(p.k, is_bf16, kHeadDim, p.rows_k, kv_heads, p.batch, block_n),
+                        map_of(p.v, is_bf16, kHeadDim, p.rows_k, kv_heads, p.batch, block_n),
+                        map_of(p.dout, is_bf16, kHeadDim, p.rows_q, p.num_heads, p.batch, block_m)};
+  };
+  for_variant(p, is_bf16, [&](auto type, auto has_dropout) {
+    using T = decltype(type);
+    run_kernel(delta_kernel<T, kHeadDim>, shape_of(p.seqlen_q, kDeltaRows, p.num_heads, p.batch, kDeltaThreads, 0),
+               stream, p);
+    if (p.dq.data != nullptr)
+      run_kernel(query_gradient_kernel<T, kHeadDim, has_dropout()>,
+                 shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch, kGradientThreads, QueryPlan::kBytes),
+                 stream, p, maps_of(QueryPlan::kBlockM, QueryPlan::kBlockN));
+    if (p.dk.data != nullptr || p.dv.data != nullptr)
+      run_kernel(key_gradient_kernel<T, kHeadDim, has_dropout()>,
+                 shape_of(p.seqlen_k, KeyPlan::kBlockN, kv_heads, p.batch, kGradientThreads, KeyPlan::kBytes), stream,
+                 p, maps_of(KeyPlan::kBlockM, KeyPlan::kBlockN));
   });
 }
 
