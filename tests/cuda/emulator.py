@@ -185,6 +185,7 @@ class Options(ctypes.Structure):
         ("poison", ctypes.c_int32),
         ("strict_wgmma", ctypes.c_int32),
         ("count_bank_conflicts", ctypes.c_int32),
+        ("resident_blocks", ctypes.c_int32),
         ("registers_per_thread", ctypes.c_int32),
     )
 
@@ -235,11 +236,19 @@ class Library:
         poison: bool = True,
         strict_wgmma: bool = True,
         count_bank_conflicts: bool = False,
+        resident_blocks: int = 2,
         registers_per_thread: int = 0,
     ) -> None:
         """Sets options for the calls that follow, and forgets all buffers and statistics."""
         options = Options(
-            seed, timing, race_detection, poison, strict_wgmma, count_bank_conflicts, registers_per_thread
+            seed,
+            timing,
+            race_detection,
+            poison,
+            strict_wgmma,
+            count_bank_conflicts,
+            resident_blocks,
+            registers_per_thread,
         )
         self._library.emulation_start(ctypes.byref(options))
         self._buffers.clear()
