@@ -60,8 +60,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
 
   // Load.
   const uint32_t shared = shared_address(shared_memory());
-  const uint32_t q_tile = shared + Plan::kQ, dout_tile = shared + Plan::kDout, k_tile = shared + Plan::kK,
-                 v_tile = shared + Plan::kV;
+  const Corners<kHeadDim> corners(shared, warp_row, lane);
   const auto load_queries = [&](uint32_t tile, const Rows& x) {
     copy_rows<kHeadDim, kBlockM, kThreads>(
         tile, place.query_row<const T>(x, first_row), x.stride_row,
@@ -74,9 +73,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
   };
   int block = last_live_block<kBlockN>(p, place, range.begin, range.end - 1);
   if (block >= range.begin) {
-    load_queries(q_tile, p.q);
-    load_queries(dout_tile, p.dout);
-    load_keys(v_tile, p.v, block, kept_keys<kBlockN>(p, place, block));
+    load_queries(shared + Plan::kQ, p.q);
+    load_queries(shared + Plan::kDout, p.dout);
+    load_keys(shared + Plan::kV, p.v, block, kept_keys<kBlockN>(p, place, block));
   }
   const RowSums sums[2] = {row_sums(p, place, query), row_sums(p, place, query + 8)};
 
@@ -87,19 +86,19 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
     const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, place, block);
     copy_async_wait<0>();
     sync_threads();  // the values have come, and every warp is done with the keys before
-    load_keys(k_tile, p.k, block, kept);
+    load_keys(shared + Plan::kK, p.k, block, kept);
     float dweights[1][kTiles][4];
     fill(dweights[0], 0.0f);
-    multiply_transposed<T, kHeadDim>(dweights, dout_tile, warp_row, v_tile, lane);
+    multiply_transposed<T, kHeadDim>(dweights, corners, Plan::kDout, Plan::kV);
 
     copy_async_wait<0>();
     sync_threads();  // the keys have come, and every warp is done with the values
     const int this_block = block;
     block = last_live_block<kBlockN>(p, place, range.begin, block - 1);
-    if (block >= range.begin) load_keys(v_tile, p.v, block, kept_keys<kBlockN>(p, place, block));
+    if (block >= range.begin) load_keys(shared + Plan::kV, p.v, block, kept_keys<kBlockN>(p, place, block));
     float scores[1][kTiles][4];
     fill(scores[0], 0.0f);
-    multiply_transposed<T, kHeadDim>(scores, q_tile, warp_row, k_tile, lane);
+    multiply_transposed<T, kHeadDim>(scores, corners, Plan::kQ, Plan::kK);
     if (!(range.is_within_band(this_block) && kept.all())) {
       hide(scores[0], visible_keys(p, kept, this_block, query), lane);
     }
@@ -116,7 +115,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
         scores[0][t][j] = weight_of(scores[0][t][j], p.scale_log2, row.lse_log2) * (dweights[0][t][j] - row.delta);
       }
     }
-    multiply<T, kHeadDim>(dq, scores, k_tile, lane);
+    multiply<T, kHeadDim>(dq, scores, corners, Plan::kK);
   }
 
   // Epilogue.
@@ -159,12 +158,11 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
   const int num_steps = max(range.end - range.begin, 0) * p.group_size;
   const Lane lane = this_lane();
   const int warp_row = thread_index() / 32 % Plan::kWarpsPerGradient * 16, key = first_key + warp_row + lane.g;
-  const bool is_kept[2] = {kept.has(warp_row + lane.g), kept.has(warp_row + lane.g + 8)};
+  const bool are_all_kept = kept.all(), is_kept[2] = {kept.has(warp_row + lane.g), kept.has(warp_row + lane.g + 8)};
 
   // Load.
   const uint32_t shared = shared_address(shared_memory());
-  const uint32_t k_tile = shared + Plan::kK, v_tile = shared + Plan::kV, q_tile = shared + Plan::kQ,
-                 dout_tile = shared + Plan::kDout, sums_tile = shared + Plan::kRowSums;
+  const Corners<kHeadDim> corners(shared, warp_row, lane);
   const auto load_keys = [&](uint32_t tile, const Rows& x) {
     copy_rows<kHeadDim, kBlockN, kThreads>(tile, place.key_row<const T>(x, first_key), x.stride_row,
                                            [&](int first, int offset) { return kept.has(first, offset); });
@@ -176,9 +174,9 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
     copy_async_commit();
   };
   if (num_steps > 0) {
-    load_keys(k_tile, p.k);
-    load_keys(v_tile, p.v);
-    load_queries(q_tile, p.q, range.begin * kBlockM);
+    load_keys(shared + Plan::kK, p.k);
+    load_keys(shared + Plan::kV, p.v);
+    load_queries(shared + Plan::kQ, p.q, range.begin * kBlockM);
   }
 
   // Loop over the queries of all heads of the group.
@@ -190,10 +188,10 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
     const int first_row = block * kBlockM;
     copy_async_wait<0>();
     sync_threads();  // q has come, and every warp is done with dout and the sums before
-    load_queries(dout_tile, p.dout, first_row);
+    load_queries(shared + Plan::kDout, p.dout, first_row);
     if (thread_index() < kBlockM) {
       const RowSums sums = row_sums(p, place, first_row + thread_index());
-      store_shared(sums_tile + thread_index() * sizeof(RowSums), Float2{sums.lse_log2, sums.delta});
+      store_shared(shared + Plan::kRowSums + thread_index() * sizeof(RowSums), Float2{sums.lse_log2, sums.delta});
     }
     KeepBits<kTiles> keep;
     if constexpr (kHasDropout) {
@@ -201,15 +199,17 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
     }
     float weights[1][kTiles][4];
     fill(weights[0], 0.0f);
-    multiply_transposed<T, kHeadDim>(weights, k_tile, warp_row, q_tile, lane);
+    multiply_transposed<T, kHeadDim>(weights, corners, Plan::kK, Plan::kQ);
 
     copy_async_wait<0>();
     sync_threads();  // dout and the sums have come
-    if (!(range.is_within_band(block) && kept.all())) {
+    if (!(range.is_within_band(block) && are_all_kept)) {
       hide(weights[0], visible_queries<kBlockM>(p, is_kept, block, key), lane);
     }
     // lse_log2 and delta of the queries of tile t that this thread has: (lse_log2, delta, lse_log2, delta).
-    const auto sums_of = [&](int t) { return load_shared<Float4>(sums_tile + (8 * t + 2 * lane.q) * sizeof(RowSums)); };
+    const auto sums_of = [&](int t) {
+      return load_shared<Float4>(shared + Plan::kRowSums + (8 * t + 2 * lane.q) * sizeof(RowSums));
+    };
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       const Float4 sums = sums_of(t);
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
@@ -223,12 +223,12 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
           dropped[0][t][j] = kHasDropout && !keep.has(t, j) ? 0.0f : weights[0][t][j];
         }
       }
-      multiply<T, kHeadDim>(dv, dropped, dout_tile, lane);
+      multiply<T, kHeadDim>(dv, dropped, corners, Plan::kDout);
     }
     if constexpr (kMakesDk) {
       float dscores[1][kTiles][4];
       fill(dscores[0], 0.0f);
-      multiply_transposed<T, kHeadDim>(dscores, v_tile, warp_row, dout_tile, lane);
+      multiply_transposed<T, kHeadDim>(dscores, corners, Plan::kV, Plan::kDout);
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
         const Float4 sums = sums_of(t);
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
@@ -236,7 +236,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
           dscores[0][t][j] = weights[0][t][j] * (dscores[0][t][j] - (j % 2 == 0 ? sums.y : sums.w));
         }
       }
-      multiply<T, kHeadDim>(dk, dscores, q_tile, lane);
+      multiply<T, kHeadDim>(dk, dscores, corners, Plan::kQ);
     }
     if (++block == range.end) {
       block = range.begin;
@@ -244,7 +244,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
     }
     if (step + 1 < num_steps) {
       sync_threads();  // every warp is done with q
-      load_queries(q_tile, p.q, block * kBlockM);
+      load_queries(shared + Plan::kQ, p.q, block * kBlockM);
     }
   }
 

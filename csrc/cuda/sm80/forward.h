@@ -38,8 +38,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
   const int warp_row = thread_index() / 32 * 16 * kRowTiles;
 
   // Load.
-  const uint32_t q_tile = shared_address(shared_memory()) + Plan::kQ, k_tile = q_tile + Plan::kK,
-                 v_tile = q_tile + Plan::kV;
+  const uint32_t shared = shared_address(shared_memory());
+  const Corners<kHeadDim> corners(shared, warp_row, lane);
   const auto load_keys = [&](uint32_t tile, const Rows& x, int block, const KeptKeys<kBlockN>& kept) {
     copy_rows<kHeadDim, kBlockN, kThreads>(tile, place.key_row<const T>(x, int64_t{block} * kBlockN), x.stride_row,
                                            [&](int first, int offset) { return kept.has(first, offset); });
@@ -50,9 +50,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
   if (block >= range.begin) {
     next_kept = kept_keys<kBlockN>(p, place, block);
     copy_rows<kHeadDim, kBlockM, kThreads>(
-        q_tile, place.query_row<const T>(p.q, first_row), p.q.stride_row,
+        shared + Plan::kQ, place.query_row<const T>(p.q, first_row), p.q.stride_row,
         [&](int first, int offset) { return first_row + first + offset < place.len_q; });
-    load_keys(k_tile, p.k, block, next_kept);
+    load_keys(shared + Plan::kK, p.k, block, next_kept);
   }
 
   // Loop.
@@ -66,11 +66,11 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
     const KeptKeys<kBlockN> kept = next_kept;
     copy_async_wait<0>();
     sync_threads();  // the keys have come, and every warp is done with the values before
-    load_keys(v_tile, p.v, block, kept);
+    load_keys(shared + Plan::kV, p.v, block, kept);
 
     float scores[kRowTiles][kTiles][4];
     GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) fill(scores[m], 0.0f);
-    multiply_transposed<T, kHeadDim>(scores, q_tile, warp_row, k_tile, lane);
+    multiply_transposed<T, kHeadDim>(scores, corners, Plan::kQ, Plan::kK);
     const bool is_full = range.is_within_band(block) && kept.all();
     GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
       const int query = first_row + warp_row + 16 * m + lane.g;
@@ -91,9 +91,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
     block = last_live_block<kBlockN>(p, place, range.begin, block - 1);
     if (block >= range.begin) {
       next_kept = kept_keys<kBlockN>(p, place, block);
-      load_keys(k_tile, p.k, block, next_kept);
+      load_keys(shared + Plan::kK, p.k, block, next_kept);
     }
-    multiply<T, kHeadDim>(acc, scores, v_tile, lane);
+    multiply<T, kHeadDim>(acc, scores, corners, Plan::kV);
   }
 
   // Epilogue.

@@ -46,40 +46,37 @@ GPU_DEVICE void copy_rows(uint32_t tile, const T* source, int64_t stride_row, Is
   }
 }
 
-// Where a lane starts to read a left factor, for its rows first_row ... first_row + 15 and its columns 0 ... 15.
+// Where a lane reads the first 16 columns of a tile at `shared`; other tiles are a constant further on. `left`: of the warp's
+// 16 rows, as a left factor. Right factors: of the first 16 rows, as they are (ldmatrix then transposes them) or as their
+// transpose; of the four registers that ldmatrix fills, two are the first 8 columns of the factor and two the next 8.
 template <int kHeadDim>
-GPU_DEVICE uint32_t left_corner(uint32_t tile, int first_row, Lane lane) {
-  return tile + TileLayout<kHeadDim>::offset(first_row + lane.index % 16, lane.index / 16);
-}
+struct Corners {
+  uint32_t left;
+  uint32_t right;
+  uint32_t right_transposed;
 
-// The same for a right factor that lies there as its transpose. Of the four registers that ldmatrix fills, the first two are
-// the first 8 columns of the factor, the others the next 8.
-template <int kHeadDim>
-GPU_DEVICE uint32_t right_transposed_corner(uint32_t tile, Lane lane) {
-  return tile + TileLayout<kHeadDim>::offset(lane.index % 8 + lane.index / 16 * 8, lane.index / 8 % 2);
-}
+  GPU_DEVICE Corners(uint32_t shared, int warp_row, Lane lane) {
+    using Layout = TileLayout<kHeadDim>;
+    left = shared + Layout::offset(warp_row + lane.index % 16, lane.index / 16);
+    right = shared + Layout::offset(lane.index % 16, lane.index / 16);
+    right_transposed = shared + Layout::offset(lane.index % 8 + lane.index / 16 * 8, lane.index / 8 % 2);
+  }
+};
 
-// The same for a right factor as it is, which ldmatrix then has to transpose.
-template <int kHeadDim>
-GPU_DEVICE uint32_t right_corner(uint32_t tile, Lane lane) {
-  return left_corner<kHeadDim>(tile, 0, lane);
-}
-
-// scores += left @ right^T over the head dim, for rows first_row ... of `left` and all rows of `right`.
+// scores += left @ right^T over the head dim, for the warp's rows of the tile `left` and all rows of the tile `right`, which are
+// given by where they lie after the corners' tile.
 template <class T, int kHeadDim, int kRowTiles, int kTiles>
-GPU_DEVICE void multiply_transposed(float (&scores)[kRowTiles][kTiles][4], uint32_t left, int first_row, uint32_t right,
-                                    Lane lane) {
+GPU_DEVICE void multiply_transposed(float (&scores)[kRowTiles][kTiles][4], const Corners<kHeadDim>& corners,
+                                    uint32_t left, uint32_t right) {
   using Layout = TileLayout<kHeadDim>;
-  const uint32_t left_start = left_corner<kHeadDim>(left, first_row, lane);
-  const uint32_t right_start = right_transposed_corner<kHeadDim>(right, lane);
   GPU_UNROLL for (int k = 0; k < kHeadDim / 16; ++k) {
     uint32_t a[kRowTiles][4];
     GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
-      load_matrix_x4(a[m], Layout::advance(left_start, k) + 16 * m * Layout::kRowBytes);
+      load_matrix_x4(a[m], Layout::advance(corners.left, k) + left + 16 * m * Layout::kRowBytes);
     }
     GPU_UNROLL for (int n = 0; n < kTiles / 2; ++n) {
       uint32_t b[4];
-      load_matrix_x4(b, Layout::advance(right_start, k) + 16 * n * Layout::kRowBytes);
+      load_matrix_x4(b, Layout::advance(corners.right_transposed, k) + right + 16 * n * Layout::kRowBytes);
       GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
         mma_m16n8k16<T>(scores[m][2 * n], a[m], b[0], b[1]);
         mma_m16n8k16<T>(scores[m][2 * n + 1], a[m], b[2], b[3]);
@@ -91,15 +88,14 @@ GPU_DEVICE void multiply_transposed(float (&scores)[kRowTiles][kTiles][4], uint3
 // acc += left @ right, where `left` is in registers, and rounded to T.
 template <class T, int kHeadDim, int kRowTiles, int kTiles>
 GPU_DEVICE void multiply(float (&acc)[kRowTiles][kHeadDim / 8][4], const float (&left)[kRowTiles][kTiles][4],
-                         uint32_t right, Lane lane) {
+                         const Corners<kHeadDim>& corners, uint32_t right) {
   using Layout = TileLayout<kHeadDim>;
-  const uint32_t right_start = right_corner<kHeadDim>(right, lane);
   GPU_UNROLL for (int k = 0; k < kTiles / 2; ++k) {
     uint32_t a[kRowTiles][4];
     GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) left_factor<T>(a[m], left[m], k);
     GPU_UNROLL for (int n = 0; n < kHeadDim / 16; ++n) {
       uint32_t b[4];
-      load_matrix_x4_transposed(b, Layout::advance(right_start, n) + 16 * k * Layout::kRowBytes);
+      load_matrix_x4_transposed(b, Layout::advance(corners.right, n) + right + 16 * k * Layout::kRowBytes);
       GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
         mma_m16n8k16<T>(acc[m][2 * n], a[m], b[0], b[1]);
         mma_m16n8k16<T>(acc[m][2 * n + 1], a[m], b[2], b[3]);

@@ -108,7 +108,8 @@ struct ForwardMaps {
   MapSteps v_steps;
 };
 
-// ---- The loading warp
+// ---- The loading warp. Its first lane alone waits for slots and fills them: another one that came late to a barrier could find
+// it a phase further on, and wait for the one after that.
 
 template <int kHeadDim>
 struct Loader {
@@ -126,8 +127,8 @@ struct Loader {
 
   GPU_DEVICE void load_queries(const QueryTile<kHeadDim>& tile) {
     const Place& place = tile.place;
-    q_position.wait_empty(rings.q);
     if (is_leader) {
+      q_position.wait_empty(rings.q);
       mbarrier_arrive_expect(rings.q.full(0), Plan::QTile::kBytes);
       Plan::QTile::load(shared + Plan::kQ, &maps.q, rings.q.full(0), place.first_q + tile.first_row,
                         place.head * maps.q_steps.head, place.batch * maps.q_steps.batch);
@@ -137,11 +138,11 @@ struct Loader {
 
   GPU_DEVICE void load_keys(const QueryTile<kHeadDim>& tile, int block) {
     const Place& place = tile.place;
-    k_position.wait_empty(rings.k);
     if (is_leader) {
-      const uint32_t barrier = rings.k.full(k_position.slot);
+      k_position.wait_empty(rings.k);
+      const uint32_t barrier = rings.k.full(k_position.slot());
       mbarrier_arrive_expect(barrier, KeyTile::kBytes);
-      KeyTile::load(shared + Plan::kK + k_position.slot * KeyTile::kBytes, &maps.k, barrier,
+      KeyTile::load(shared + Plan::kK + k_position.slot() * KeyTile::kBytes, &maps.k, barrier,
                     place.first_k + block * Plan::kBlockN, place.kv_head * maps.k_steps.head,
                     place.batch * maps.k_steps.batch);
     }
@@ -150,12 +151,12 @@ struct Loader {
 
   GPU_DEVICE void load_values(const QueryTile<kHeadDim>& tile, int block) {
     const Place& place = tile.place;
-    v_position.wait_empty(rings.v);
     const KeptKeys<Plan::kBlockN> kept = kept_keys<Plan::kBlockN>(p, place, block);
     const bool is_clean = kept.all();
-    const uint32_t destination = shared + Plan::kV + v_position.slot * KeyTile::kBytes;
-    const uint32_t full = rings.v.full(v_position.slot);
+    const uint32_t destination = shared + Plan::kV + v_position.slot() * KeyTile::kBytes;
+    const uint32_t full = rings.v.full(v_position.slot());
     if (is_leader) {
+      v_position.wait_empty(rings.v);
       const uint32_t barrier = is_clean ? full : rings.cleaning;
       mbarrier_arrive_expect(barrier, KeyTile::kBytes);
       KeyTile::load(destination, &maps.v, barrier, place.first_k + block * Plan::kBlockN,
@@ -191,10 +192,10 @@ struct Loader {
     int number = block_index_x();
     while (true) {
       const bool is_last = number >= num_tiles;
-      work_position.wait_empty(rings.work);
       if (is_leader) {
-        store_shared<int>(rings.next_work + work_position.slot * 4, is_last ? kNoMoreWork : number);
-        mbarrier_arrive(rings.work.full(work_position.slot));
+        work_position.wait_empty(rings.work);
+        store_shared<int>(rings.next_work + work_position.slot() * 4, is_last ? kNoMoreWork : number);
+        mbarrier_arrive(rings.work.full(work_position.slot()));
       }
       work_position.advance();
       if (is_last) return;
@@ -257,7 +258,7 @@ GPU_DEVICE void consume(const Params& p, uint32_t shared, const ForwardRings<kHe
   while (true) {
     // Which rows.
     work_position.wait_full(rings.work);
-    const int number = load_shared<int>(rings.next_work + work_position.slot * 4);
+    const int number = load_shared<int>(rings.next_work + work_position.slot() * 4);
     work_position.release(rings.work);
     work_position.advance();
     if (number == kNoMoreWork) break;
@@ -273,15 +274,15 @@ GPU_DEVICE void consume(const Params& p, uint32_t shared, const ForwardRings<kHe
     fill(acc, 0.0f);
     const auto start_scores = [&] {
       start_multiply_transposed<T, kHeadDim, Plan::kBlockM>(scores, shared + Plan::kQ, 64 * consumer,
-                                                            shared + Plan::kK + k_position.slot * KeyTile::kBytes);
+                                                            shared + Plan::kK + k_position.slot() * KeyTile::kBytes);
       wgmma_commit();
     };
     const auto start_values = [&] {
-      start_multiply<T, kHeadDim>(acc, weights, shared + Plan::kV + v_position.slot * KeyTile::kBytes);
+      start_multiply<T, kHeadDim>(acc, weights, shared + Plan::kV + v_position.slot() * KeyTile::kBytes);
       wgmma_commit();
     };
     KeepBits<kTiles> keep;
-    const auto draw_dropout = [&](int block) {  // while few registers are in use
+    const auto draw_dropout = [&](int block) {  // to be called while products run
       if constexpr (kHasDropout) keep = keep_of_query_rows<kTiles>(Dropout(p, place), query, block * kBlockN, lane);
     };
     const auto weigh = [&](int block) {
@@ -301,11 +302,11 @@ GPU_DEVICE void consume(const Params& p, uint32_t shared, const ForwardRings<kHe
     int block = tile.last_live(p, tile.range.end - 1);
     if (block >= tile.range.begin) {
       // The first scores.
-      draw_dropout(block);
       q_position.wait_full(rings.q);
       k_position.wait_full(rings.k);
       wgmma_fence();
       start_scores();
+      draw_dropout(block);
       wgmma_wait<0>();
       keep_registers(flat(scores));
       k_position.release(rings.k);
@@ -317,7 +318,6 @@ GPU_DEVICE void consume(const Params& p, uint32_t shared, const ForwardRings<kHe
       while (true) {
         block = tile.last_live(p, block - 1);
         if (block < tile.range.begin) break;
-        draw_dropout(block);
         k_position.wait_full(rings.k);
         wait_for_turn(consumer);
         wgmma_fence();
@@ -326,6 +326,7 @@ GPU_DEVICE void consume(const Params& p, uint32_t shared, const ForwardRings<kHe
         wgmma_fence();
         start_values();
         pass_turn(consumer);
+        draw_dropout(block);
         wgmma_wait<1>();
         keep_registers(flat(scores));
         k_position.release(rings.k);

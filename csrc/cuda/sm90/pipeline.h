@@ -25,21 +25,19 @@ struct Ring {
 // Where a user of a ring has got to. Both sides start at 0 and advance once for each use of a slot.
 template <int kSlots>
 struct RingPosition {
-  int slot = 0;
-  uint32_t parity = 0;
+  static_assert((kSlots & (kSlots - 1)) == 0);
+  uint32_t uses = 0;
 
-  GPU_DEVICE void advance() {
-    if (++slot < kSlots) return;
-    slot = 0;
-    parity ^= 1;
-  }
-  GPU_DEVICE void wait_full(const Ring<kSlots>& ring) const { mbarrier_wait(ring.full(slot), parity); }
-  GPU_DEVICE void wait_empty(const Ring<kSlots>& ring) const { mbarrier_wait(ring.empty(slot), parity ^ 1); }
+  GPU_DEVICE int slot() const { return uses % kSlots; }
+  GPU_DEVICE uint32_t parity() const { return uses / kSlots & 1; }
+  GPU_DEVICE void advance() { ++uses; }
+  GPU_DEVICE void wait_full(const Ring<kSlots>& ring) const { mbarrier_wait(ring.full(slot()), parity()); }
+  GPU_DEVICE void wait_empty(const Ring<kSlots>& ring) const { mbarrier_wait(ring.empty(slot()), parity() ^ 1); }
 
   // By all lanes of a consumer's warp, whose use of the slot is complete.
   GPU_DEVICE void release(const Ring<kSlots>& ring) const {
     sync_warp();
-    if (thread_index() % 32 == 0) mbarrier_arrive(ring.empty(slot));
+    if (thread_index() % 32 == 0) mbarrier_arrive(ring.empty(slot()));
   }
 };
 
