@@ -1,7 +1,8 @@
 """Finds what kernels do past the primitives, where the emulation cannot see it.
 
-`python tests/cuda/lint.py` prints it. The files are read as text, which is enough for rules as simple as these. What they let
-through, such as a pointer that has the name of an array elsewhere, faults under the emulation, where pointers are handles.
+`python tests/cuda/lint.py` prints it. The files are read as text, which is enough for rules as simple as these. What they
+let through, such as a pointer that has the name of an array elsewhere, faults under the emulation, where pointers are
+handles.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ RULES = {
     r"\b(__)?asm(__)?\b": "asm",
     r"\b__(shared|device|global|constant|host|grid_constant|launch_bounds|forceinline|align)__\b": "a CUDA specifier",
     r"\b(thread|block)Idx\b|\b(block|grid)Dim\b|\bwarpSize\b": "a built-in variable",
-    r"\b__(sync|shfl|ballot|any|all|activemask|ldg|float|half|nv_|fmaf|expf|logf|umulhi|mul)\w*": "an intrinsic function",
+    r"\b__(sync|shfl|ballot|any|all|activemask|ldg|float|half|nv_|fma|exp|log|umul|mul)\w*": "an intrinsic function",
     r"\batomic(Add|CAS|Exch|Max|Min|Sub|Inc|Dec|Or|And|Xor)\b": "an atomic function of CUDA",
     r"\b(mem(cpy|set|move)|printf)\b": "a library function on memory",
     r"#\s*pragma\s+unroll|_Pragma": "a pragma instead of GPU_UNROLL",
@@ -31,8 +32,8 @@ INCLUDE = re.compile(r"#\s*include\s*[<\"](cuda|mma|cooperative|cub|cutlass|cute
 DEREFERENCE = re.compile(r"(?:^|[=({\[,;!&|?:<>+\-/%]|\breturn)\s*\*\s*[A-Za-z_(]", re.MULTILINE)
 ARROW = re.compile(r"\b(\w+)\s*->\s*(?!\s*(?:auto|void|bool|int|float|uint|std)\b)")
 SUBSCRIPT = re.compile(r"\b([A-Za-z_]\w*)\s*\[")
-#: `float acc[4]`, `uint32_t (&r)[4]`: names whose subscripts stay in registers. Then `, b[2]` of `float a[2], b[2];`, and
-#: `, b[] = {`.
+#: `float acc[4]`, `uint32_t (&r)[4]`: names whose subscripts stay in registers. Then `, b[2]` of `float a[2], b[2];`,
+#: and `, b[] = {`.
 ARRAYS = (
     re.compile(r"[\w>]\s*(?:\(&\s*|\s|&\s*)(\w+)\)?\s*(?:\[[^\]]*\])+\s*(?=[;,=)\[{])"),
     re.compile(r",\s*(\w+)(?:\[[^\],()]*\])+(?=\s*(?:,\s*\w+(?:\[[^\],()]*\])+\s*)*;)"),

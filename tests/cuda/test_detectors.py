@@ -56,7 +56,7 @@ BUGS = {
     "spinning_on_another_block": r"load_global: .* again and again. Nobody else runs",
     "blocks_write_the_same": r"block 1, .*RACE: store_global to global memory that block number 0 .* writes too",
     "block_reads_what_another_wrote": r"block 1, .*RACE: load_global reads global memory that block number 0 .* wrote",
-    "waiting_for_a_later_block": r"(?s)DEADLOCK.*threads 0 wait in wait_until_equal: .* 0 and waited for to become 2; 2 blocks",
+    "waiting_for_a_later_block": r"(?s)DEADLOCK.*threads 0 wait in wait_until_equal: .* 0 and waited .* 2; 2 blocks",
     "sync_in_half_a_warp": r"(?s)DEADLOCK.*threads 0-15 wait in sync_threads: 16 of 32 lanes of warp 0 arrived",
     "sync_in_a_part_of_the_block": r"(?s)DEADLOCK.*threads 0-63 wait in sync_threads: 0: 64 of 96 threads arrived",
     "barriers_of_different_number": r"(?s)DEADLOCK.*threads 0-31 wait in barrier_sync: 1: 32 .*threads 32-63 .* 2: 32",
