@@ -1,8 +1,8 @@
 """Builds CUDA kernels for the emulation in csrc/emulation, and calls them from Python.
 
 A library of kernels is compiled by g++ from the sources that nvcc compiles and linked with the emulation. It exports
-plain C functions that return an error text, or is a Python module. Builds are kept in pytest's cache, by the contents of
-all that they are made of.
+plain C functions that return an error text, or is a Python module. Builds are kept in pytest's cache, by the contents
+of all that they are made of.
 """
 
 from __future__ import annotations

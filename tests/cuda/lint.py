@@ -1,8 +1,8 @@
 """Finds what kernels do past the primitives, where the emulation cannot see it.
 
-`python tests/cuda/lint.py` prints it. The files are read as text, which is enough for rules as simple as these. What they
-let through, such as a pointer that has the name of an array elsewhere, faults under the emulation, where pointers are
-handles.
+`python tests/cuda/lint.py` prints it. The files are read as text, which is enough for rules as simple as these. What
+they let through, such as a pointer that has the name of an array elsewhere, faults under the emulation, where pointers
+are handles.
 """
 
 from __future__ import annotations
