@@ -10,19 +10,6 @@ namespace {
 
 Thread* lanes_of(int warp) { return &block().threads[warp * kWarpSize]; }
 
-// Afterwards all lanes know what any of them knew.
-void share_clocks(int warp) {
-  Block& b = block();
-  if (!b.options.race_detection) return;
-  Thread* lanes = lanes_of(warp);
-  VectorClock all = lanes[0].clock;
-  for (int i = 1; i < kWarpSize; i++) all.join(lanes[i].clock);
-  for (int i = 0; i < kWarpSize; i++) {
-    lanes[i].clock = all;
-    lanes[i].clock.tick(lanes[i].index);
-  }
-}
-
 }  // namespace
 
 void Barriers::reset(int agents) {
@@ -52,10 +39,11 @@ void Barriers::arrive(int id, int threads, bool is_sync, const char* name) {
   b.statistics.barriers++;
   const int warp = b.current->warp;
   if (b.options.race_detection) {
-    share_clocks(warp);
-    VectorClock published = b.current->clock;
-    barrier.clock.join(published);
-    for (int i = 0; i < kWarpSize; i++) lanes_of(warp)[i].clock.tick(lanes_of(warp)[i].index);
+    for (int i = 0; i < kWarpSize; i++) {
+      Thread& lane = lanes_of(warp)[i];
+      barrier.clock.join(lane.clock);
+      lane.clock.tick(lane.index);
+    }
   }
   barrier.arrived += kWarpSize;
   if (is_sync) barrier.waiting_warps.push_back(warp);
@@ -94,10 +82,17 @@ std::string Barriers::describe(int id) const {
 
 void sync_warp() {
   Block& b = block();
-  if (b.warps.meet_in_warp("sync_warp", nullptr)) {
-    share_clocks(b.current->warp);
-    b.warps.release_warp();
+  if (b.warps.meet_in_warp("sync_warp", nullptr) == nullptr) return;
+  if (b.options.race_detection) {
+    Thread* lanes = lanes_of(b.current->warp);
+    VectorClock all = lanes[0].clock;
+    for (int i = 1; i < kWarpSize; i++) all.join(lanes[i].clock);
+    for (int i = 0; i < kWarpSize; i++) {
+      lanes[i].clock = all;
+      lanes[i].clock.tick(lanes[i].index);
+    }
   }
+  b.warps.release_warp();
 }
 
 }  // namespace fused_attn::emulation

@@ -1,8 +1,9 @@
-// The thread block that is being emulated: all of its state, one member for each idea.
+// A thread block that is being emulated: all of its state, one member for each idea.
 #pragma once
 #include <cstdint>
 #include <functional>
 #include <random>
+#include <set>
 #include <vector>
 
 #include "bank_conflicts.h"
@@ -56,6 +57,7 @@ struct Block {
   Agents agents;
   std::function<void()> kernel;
   std::mt19937 random;
+  std::set<int> known_blocks;  // whose writes to global memory the block has acquired
 
   std::vector<Thread> threads;
   Thread* current = nullptr;  // null outside of the kernel
@@ -78,7 +80,9 @@ struct Block {
   }
 };
 
+// The one that runs now, and all that have started and not ended.
 Block& block();
+const std::vector<Block*>& running_blocks();
 
 // Gives what the current thread did so far a tick of its own; after everything that publishes its clock.
 inline void tick() { block().current->clock.tick(block().current->index); }

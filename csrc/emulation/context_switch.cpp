@@ -42,7 +42,7 @@ namespace {
 constexpr size_t kPage = 4096;
 constexpr int kSavedRegisters = 6;
 
-std::vector<char*> stacks;  // the lowest, unmapped page of each
+std::vector<std::vector<char*>> stacks;  // [slot][thread]: the lowest, unmapped page
 
 }  // namespace
 
@@ -64,20 +64,22 @@ void* prepare_stack(char* top, void (*entry)()) {
   return pointer;
 }
 
-char* stack_top(int index) {
-  while (index >= int(stacks.size())) {
+char* stack_top(int slot, int thread) {
+  if (slot >= int(stacks.size())) stacks.resize(slot + 1);
+  while (thread >= int(stacks[slot].size())) {
     void* memory =
         mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) abort();
     mprotect(memory, kPage, PROT_NONE);
-    stacks.push_back(static_cast<char*>(memory));
+    stacks[slot].push_back(static_cast<char*>(memory));
   }
-  return stacks[index] + kPage + kStackBytes;
+  return stacks[slot][thread] + kPage + kStackBytes;
 }
 
 bool is_stack_overflow(const void* address) {
-  for (const char* stack : stacks)
-    if (address >= stack && address < stack + kPage) return true;
+  for (const auto& slot : stacks)
+    for (const char* stack : slot)
+      if (address >= stack && address < stack + kPage) return true;
   return false;
 }
 

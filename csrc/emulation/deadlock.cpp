@@ -26,10 +26,9 @@ std::string describe(const Wait& wait) {
                     b.registers.describe().c_str());
     case Wait::kCounter:
       return format(
-          "%s: the counter in global memory is %d and waited for to become %d, but blocks are emulated one after "
-          "another, "
-          "in the order of their index: only what earlier blocks did can be waited for",
-          wait.name, *wait.counter, wait.value);
+          "%s: the counter in global memory is %d and waited for to become %d; %d blocks run side by side, and later "
+          "ones do not start before one of them ends",
+          wait.name, *wait.counter, wait.value, b.options.resident_blocks);
   }
   return "";
 }

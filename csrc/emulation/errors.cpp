@@ -29,12 +29,12 @@ void fail(const char* text, ...) {
   va_start(arguments, text);
   const std::string message = format_list(text, arguments);
   va_end(arguments);
-  Block& b = block();
-  if (b.current == nullptr) throw EmulationError(message);
+  if (running_blocks().empty() || block().current == nullptr) throw EmulationError(message);
+  const Block& b = block();
   const Thread& thread = *b.current;
-  b.scheduler.stop(format("[block %d, %d, %d; thread %d, warp %d, lane %d] ", b.index.x, b.index.y, b.index.z,
-                          thread.index, thread.warp, thread.lane) +
-                   message);
+  block().scheduler.stop(format("[block %d, %d, %d; thread %d, warp %d, lane %d] ", b.index.x, b.index.y, b.index.z,
+                                thread.index, thread.warp, thread.lane) +
+                         message);
 }
 
 }  // namespace fused_attn::emulation

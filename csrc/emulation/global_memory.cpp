@@ -15,8 +15,8 @@ namespace {
 constexpr uintptr_t kHandle = uintptr_t(1) << 62;
 constexpr uint32_t kManyPolls = 1 << 20;  // of one address in a row, before it is taken for a loop that never ends
 
-// The last access to four bytes during a launch; blocks run one after another, so that the last of them is enough to tell
-// whether two blocks get into each other's way.
+// The last write to four bytes during a launch, which is enough to tell most cases of blocks that get into each other's
+// way. What is missed is a write after another block's read.
 struct LastWrite {
   int32_t block = -1;
   bool is_atomic = false;
@@ -29,17 +29,7 @@ struct Buffer {
 };
 
 std::vector<Buffer> buffers;
-std::set<int> known_blocks;   // whose writes the current block has acquired
-int known_blocks_owner = -1;  // the current block of `known_blocks`
 std::map<const int*, std::set<int>> published_with_counter;
-
-std::set<int>& blocks_known_here() {
-  if (known_blocks_owner != block().linear_index) {
-    known_blocks_owner = block().linear_index;
-    known_blocks.clear();
-  }
-  return known_blocks;
-}
 
 // The buffer with these bytes; buffers may overlap, being views of one tensor.
 Buffer& find(uintptr_t handle, size_t bytes, size_t alignment, bool is_write, const char* what) {
@@ -70,8 +60,18 @@ Buffer& find(uintptr_t handle, size_t bytes, size_t alignment, bool is_write, co
 
 // Another block's write that the current one has no order with, or null.
 const LastWrite* unordered_write(const LastWrite& last) {
-  return last.block >= 0 && last.block != block().linear_index && !blocks_known_here().count(last.block) ? &last
-                                                                                                         : nullptr;
+  return last.block >= 0 && last.block != block().linear_index && !block().known_blocks.count(last.block) ? &last
+                                                                                                          : nullptr;
+}
+
+template <class T>
+T add_to(T* handle, T value, const char* what) {
+  char* p = global_write(handle, sizeof(T), sizeof(T), what, Write::kAtomic);
+  T before;
+  memcpy(&before, p, sizeof(T));
+  const T after = before + value;
+  memcpy(p, &after, sizeof(T));
+  return before;
 }
 
 }  // namespace
@@ -86,7 +86,6 @@ void clear_buffers() { buffers.clear(); }
 
 void forget_accesses() {
   published_with_counter.clear();
-  known_blocks_owner = -1;
   for (Buffer& buffer : buffers)
     if (buffer.is_writable) buffer.last_writes.assign((buffer.end - buffer.begin + 3) / 4 + 1, LastWrite{});
 }
@@ -101,9 +100,8 @@ const char* global_read(const void* handle, size_t bytes, size_t alignment, cons
     thread.polled = handle;
     if (thread.polls > kManyPolls)
       fail(
-          "%s: the thread reads one address in global memory again and again. Blocks are emulated one after another, "
-          "so that "
-          "it will not change; to wait for an earlier block there is wait_until_equal",
+          "%s: the thread reads one address in global memory again and again. Nobody else runs meanwhile, so that it "
+          "will not change; to wait for another block there is wait_until_equal",
           what);
   }
   const uintptr_t p = address - kHandle;
@@ -131,44 +129,34 @@ char* global_write(void* handle, size_t bytes, size_t alignment, const char* wha
 }
 
 int atomic_fetch_add(int* counter, int value) {
-  char* p = global_write(counter, sizeof(int), sizeof(int), "atomic_fetch_add", Write::kAtomic);
-  int before;
-  memcpy(&before, p, sizeof(int));
-  const int after = before + value;
-  memcpy(p, &after, sizeof(int));
+  const int before = add_to(counter, value, "atomic_fetch_add");
+  block().scheduler.yield();  // such a counter deals out work: let others have their share
   return before;
 }
 
-void atomic_add(float* sum, float value) {
-  char* p = global_write(sum, sizeof(float), sizeof(float), "atomic_add", Write::kAtomic);
-  float x;
-  memcpy(&x, p, sizeof(float));
-  x += value;
-  memcpy(p, &x, sizeof(float));
-}
+void atomic_add(float* sum, float value) { add_to(sum, value, "atomic_add"); }
 
 void add_release(int* counter, int value) {
-  Block& b = block();
-  atomic_fetch_add(counter, value);
+  const Block& b = block();
+  add_to(counter, value, "add_release");
   std::set<int>& published = published_with_counter[counter];
-  published.insert(blocks_known_here().begin(), blocks_known_here().end());
+  published.insert(b.known_blocks.begin(), b.known_blocks.end());
   published.insert(b.linear_index);
-  for (Thread& thread : b.threads)
-    if (thread.wait.what == Wait::kCounter) b.scheduler.make_ready(thread);
+  for (Block* running : running_blocks())
+    for (Thread& thread : running->threads)
+      if (thread.wait.what == Wait::kCounter) running->scheduler.make_ready(thread);
 }
 
 void wait_until_equal(const int* counter, int value) {
   Block& b = block();
-  find(reinterpret_cast<uintptr_t>(counter), sizeof(int), sizeof(int), false, "wait_until_equal");
-  const int* p = reinterpret_cast<const int*>(reinterpret_cast<uintptr_t>(counter) - kHandle);
-  while (*p != value) {
-    Wait wait = {Wait::kCounter, "wait_until_equal"};
-    wait.counter = p;
-    wait.value = value;
-    b.scheduler.wait(wait);
-  }
+  const uintptr_t handle = reinterpret_cast<uintptr_t>(counter);
+  find(handle, sizeof(int), sizeof(int), false, "wait_until_equal");
+  Wait wait = {Wait::kCounter, "wait_until_equal"};
+  wait.counter = reinterpret_cast<const int*>(handle - kHandle);
+  wait.value = value;
+  while (*wait.counter != value) b.scheduler.wait(wait);
   const std::set<int>& published = published_with_counter[counter];
-  blocks_known_here().insert(published.begin(), published.end());
+  b.known_blocks.insert(published.begin(), published.end());
 }
 
 }  // namespace fused_attn::emulation

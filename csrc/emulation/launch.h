@@ -1,4 +1,4 @@
-// Runs a kernel's blocks one after another.
+// Runs a kernel's blocks, a few at a time.
 #pragma once
 #include <cstdint>
 #include <functional>

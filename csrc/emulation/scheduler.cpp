@@ -8,19 +8,34 @@
 
 namespace fused_attn::emulation {
 
-std::string Scheduler::run() {
-  Block& b = block();
+void Scheduler::start(int slot) {
   ready_.clear();
   error_.clear();
-  num_alive_ = int(b.threads.size());
-  for (Thread& thread : b.threads) {
-    thread.stack_pointer = prepare_stack(stack_top(thread.index), thread_main);
+  std::vector<Thread>& threads = block().threads;
+  num_alive_ = int(threads.size());
+  for (Thread& thread : threads) {
+    thread.stack_pointer = prepare_stack(stack_top(slot, thread.index), thread_main);
     make_ready(thread);
   }
-  b.current = &next_thread();
+}
+
+Progress Scheduler::run() {
+  Block& b = block();
+  b.current = next_thread();
+  if (b.current == nullptr) return Progress::kNone;
   switch_context(&host_context_, b.current->stack_pointer);
   b.current = nullptr;
-  return error_;
+  return progress_;
+}
+
+void Scheduler::leave(Progress progress) {
+  progress_ = progress;
+  switch_context(&block().current->stack_pointer, host_context_);
+}
+
+void Scheduler::yield() {
+  make_ready(*block().current);
+  leave(Progress::kSome);
 }
 
 void Scheduler::thread_main() {
@@ -30,15 +45,14 @@ void Scheduler::thread_main() {
   check_no_copies_left(thread);
   check_no_bulk_stores_left(thread);
   thread.is_done = true;
-  if (--b.scheduler.num_alive_ == 0) b.scheduler.stop("");
+  if (--b.scheduler.num_alive_ == 0) b.scheduler.leave(Progress::kEnded);
   b.scheduler.switch_to_next();
   __builtin_unreachable();
 }
 
 void Scheduler::stop(std::string error) {
   error_ = std::move(error);
-  void* abandoned;
-  switch_context(&abandoned, host_context_);
+  leave(Progress::kEnded);
   __builtin_unreachable();
 }
 
@@ -55,16 +69,19 @@ void Scheduler::wait(const Wait& wait) {
 }
 
 void Scheduler::switch_to_next() {
+  constexpr int kSwitchesPerTurn = 256;  // of a block among others, on average, if the schedule is random
   Block& b = block();
   Thread& from = *b.current;
-  Thread& to = next_thread();
-  if (&to == &from) return;
+  if (b.options.seed && b.random() % kSwitchesPerTurn == 0) return leave(Progress::kSome);
+  Thread* to = next_thread();
+  if (to == nullptr) return leave(Progress::kSome);
+  if (to == &from) return;
   b.statistics.switches++;
-  b.current = &to;
-  switch_context(&from.stack_pointer, to.stack_pointer);
+  b.current = to;
+  switch_context(&from.stack_pointer, to->stack_pointer);
 }
 
-Thread& Scheduler::next_thread() {
+Thread* Scheduler::next_thread() {
   Block& b = block();
   const bool is_random = b.options.seed != 0;
   for (;;) {
@@ -74,9 +91,9 @@ Thread& Scheduler::next_thread() {
       Thread& thread = b.threads[ready_.front()];
       ready_.pop_front();
       thread.is_ready = false;
-      return thread;
+      return &thread;
     }
-    if (b.tma.is_empty()) stop(deadlock_report());
+    if (b.tma.is_empty()) return nullptr;
     b.tma.complete_one();
   }
 }

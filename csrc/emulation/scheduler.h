@@ -1,4 +1,6 @@
 // Runs the threads of a block one at a time, each on a stack of its own, until one has to wait.
+//
+// A block in turn runs until it ends, until none of its threads can go on, or until it yields, and then others run.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -18,10 +20,22 @@ struct Wait {
   int value = 0;  // that the counter is to have
 };
 
+enum class Progress {
+  kNone,   // all threads wait; perhaps for what another block does
+  kSome,   // likewise, or the block has yielded, but some have run
+  kEnded,  // all threads have ended, or one has failed
+};
+
 class Scheduler {
  public:
-  // Runs the block's threads to their end. Returns the error that ended them, or an empty text.
-  std::string run();
+  // Before the first run.
+  void start(int slot);
+
+  Progress run();
+  const std::string& error() const { return error_; }  // that ended the block, or an empty text
+
+  // Lets other blocks run; the current thread stays ready.
+  void yield();
 
   // Lets others run until somebody calls make_ready on the current thread.
   void wait(const Wait& wait);
@@ -32,16 +46,18 @@ class Scheduler {
 
  private:
   static void thread_main();
-  Thread& next_thread();
+  Thread* next_thread();  // null: none can run
   void switch_to_next();
+  void leave(Progress progress);
 
   std::deque<int> ready_;
   int num_alive_ = 0;
   void* host_context_ = nullptr;
+  Progress progress_ = Progress::kNone;
   std::string error_;
 };
 
-// What all threads wait for, when none can run.
+// What the threads of the current block wait for, when none can run.
 std::string deadlock_report();
 
 }  // namespace fused_attn::emulation

@@ -145,7 +145,7 @@ KERNEL(raw_access_to_shared, 1, 32, 1024) { shared_memory()[thread] = 1; }
 int recurse(volatile int* deeper) {
   volatile int here[1024];
   here[0] = *deeper;
-  return recurse(here) + here[0];
+  return here[0] < 0 ? 0 : recurse(here) + here[0];
 }
 
 KERNEL(stack_overflow, 1, 32, 0) {
@@ -175,9 +175,20 @@ KERNEL(blocks_in_order, 3, 64, 0) {
   if (thread == 0) add_release(memory.counters, 1);
 }
 
-KERNEL(waiting_for_a_later_block, 2, 32, 0) {
+KERNEL(waiting_for_a_neighbour, 2, 32, 0) {
   if (thread == 0) wait_until_equal(memory.counters, 1 - block_index_x());
   if (thread == 0) add_release(memory.counters, 1);
+}
+
+KERNEL(waiting_for_a_later_block, 3, 32, 0) {
+  if (thread == 0) wait_until_equal(memory.counters, 2 - block_index_x());
+  if (thread == 0) add_release(memory.counters, 1);
+}
+
+KERNEL(work_by_a_counter, 3, 32, 0) {
+  if (thread != 0) return;
+  for (int item; (item = atomic_fetch_add(memory.counters, 1)) < 12;)
+    store_global(memory.floats + item, block_index_x() + 1.f);
 }
 
 // ---- Divergence and deadlocks

@@ -1,8 +1,8 @@
 """Builds CUDA kernels for the emulation in csrc/emulation, and calls them from Python.
 
-A library of kernels is compiled by g++ from the sources that nvcc compiles and linked with the emulation. It exports plain
-C functions that return an error text, or is a Python module. Builds are kept in pytest's cache, by the contents of all that
-they are made of.
+A library of kernels is compiled by g++ from the sources that nvcc compiles and linked with the emulation. It exports
+plain C functions that return an error text, or is a Python module. Builds are kept in pytest's cache, by the contents
+of all that they are made of.
 """
 
 from __future__ import annotations
@@ -185,6 +185,7 @@ class Options(ctypes.Structure):
         ("poison", ctypes.c_int32),
         ("strict_wgmma", ctypes.c_int32),
         ("count_bank_conflicts", ctypes.c_int32),
+        ("resident_blocks", ctypes.c_int32),
         ("registers_per_thread", ctypes.c_int32),
     )
 
@@ -235,11 +236,19 @@ class Library:
         poison: bool = True,
         strict_wgmma: bool = True,
         count_bank_conflicts: bool = False,
+        resident_blocks: int = 2,
         registers_per_thread: int = 0,
     ) -> None:
         """Sets options for the calls that follow, and forgets all buffers and statistics."""
         options = Options(
-            seed, timing, race_detection, poison, strict_wgmma, count_bank_conflicts, registers_per_thread
+            seed,
+            timing,
+            race_detection,
+            poison,
+            strict_wgmma,
+            count_bank_conflicts,
+            resident_blocks,
+            registers_per_thread,
         )
         self._library.emulation_start(ctypes.byref(options))
         self._buffers.clear()
@@ -273,13 +282,3 @@ class Library:
     def statistics(self) -> Statistics:
         """Of all launches since `start`."""
         return self._library.emulation_statistics()
-
-
-# ---- For conftest.py
-
-
-def builder(config: pytest.Config) -> Builder:
-    """Skips the test where nothing can be emulated."""
-    if reason := why_unavailable():
-        pytest.skip(reason)
-    return Builder(Path(config.cache.mkdir("cuda_emulation")))

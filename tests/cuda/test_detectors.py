@@ -21,6 +21,8 @@ CORRECT = [
     "all_shared_memory",
     "blocks_add_to_the_same",
     "blocks_in_order",
+    "waiting_for_a_neighbour",
+    "work_by_a_counter",
     "mbarrier_hands_over",
     "copies_in_order",
     "tma_round_trip",
@@ -51,10 +53,10 @@ BUGS = {
     "raw_access_to_global": r"thread \d+, .*access to memory past the primitives",
     "raw_access_to_shared": r"thread \d+, .*access to memory past the primitives",
     "stack_overflow": r"thread \d+, .*stack overflowed",
-    "spinning_on_another_block": r"load_global: .* again and again. Blocks are emulated one after another",
+    "spinning_on_another_block": r"load_global: .* again and again. Nobody else runs",
     "blocks_write_the_same": r"block 1, .*RACE: store_global to global memory that block number 0 .* writes too",
     "block_reads_what_another_wrote": r"block 1, .*RACE: load_global reads global memory that block number 0 .* wrote",
-    "waiting_for_a_later_block": r"(?s)DEADLOCK.*threads 0 wait in wait_until_equal: .*is 0 and waited for to become 1",
+    "waiting_for_a_later_block": r"(?s)DEADLOCK.*threads 0 wait in wait_until_equal: .* 0 and waited .* 2; 2 blocks",
     "sync_in_half_a_warp": r"(?s)DEADLOCK.*threads 0-15 wait in sync_threads: 16 of 32 lanes of warp 0 arrived",
     "sync_in_a_part_of_the_block": r"(?s)DEADLOCK.*threads 0-63 wait in sync_threads: 0: 64 of 96 threads arrived",
     "barriers_of_different_number": r"(?s)DEADLOCK.*threads 0-31 wait in barrier_sync: 1: 32 .*threads 32-63 .* 2: 32",
@@ -146,6 +148,12 @@ def test_every_kernel_is_run(detectors):
 def test_turns_alternate(detectors):
     for seed in SEEDS:
         assert run(detectors, "ping_pong", seed)[:8].tolist() == [1, 2] * 4
+
+
+def test_blocks_side_by_side_share_the_work(detectors):
+    assert set(run(detectors, "work_by_a_counter")[:12].tolist()) == {1, 2}
+    assert set(run(detectors, "work_by_a_counter", resident_blocks=3)[:12].tolist()) == {1, 2, 3}
+    assert set(run(detectors, "work_by_a_counter", resident_blocks=1)[:12].tolist()) == {1}
 
 
 def test_schedules_are_drawn_from_the_seed(detectors):
