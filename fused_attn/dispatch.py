@@ -29,8 +29,8 @@ class Preference(NamedTuple):
 
 
 #: The first row that fits decides. Not measured yet: the CUDA kernels come first where they use what Triton's compiler
-#: does not reach (wgmma by specialised warps), unless there are so few queries that the keys of a head have to be divided
-#: among several programs, which only the Triton kernels do.
+#: does not reach (wgmma by specialised warps), unless there are so few queries that the keys of a head have to be
+#: divided among several programs, which only the Triton kernels do.
 PREFERENCES = (
     Preference(9, 64, (cpu, cuda, triton, reference)),
     Preference(None, 0, (cpu, triton, cuda, reference)),
@@ -76,9 +76,7 @@ def preferred(problem: AttentionProblem) -> tuple[Backend, ...]:
     """All backends, the one to be asked first in front."""
     major = None if problem.capability is None else problem.capability[0]
     return next(
-        row.order
-        for row in PREFERENCES
-        if row.major in (None, major) and problem.seqlen_q >= row.min_seqlen_q
+        row.order for row in PREFERENCES if row.major in (None, major) and problem.seqlen_q >= row.min_seqlen_q
     )
 
 

@@ -54,7 +54,7 @@ Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
     pieces.lse_log2 = workspace.take<float>(needs.lse_entries);
     pieces.delta = workspace.take<float>(needs.lse_entries);
   }
-  if (needs.architecture == 90) pieces.tile_counter = workspace.take<int32_t>(1);
+  if (needs.architecture == 90 && !needs.is_backward) pieces.tile_counter = workspace.take<int32_t>(1);
   return pieces;
 }
 

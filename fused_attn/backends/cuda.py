@@ -56,6 +56,7 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         ("a softcap", problem.softcap != 0.0),
         ("a dense mask", problem.has_mask),
         ("a bias", problem.has_bias),
+        ("floating-point key padding", problem.has_float_padding),
         ("a relative bias", problem.has_relative_bias),
         ("sinks", problem.has_sinks),
     )

@@ -30,7 +30,7 @@ def is_supported(case: Case) -> bool:
     """Apart from the head dim."""
     return (
         (case.attn_mask is None or case.attn_mask in (cases.upper_left, cases.lower_right))
-        and case.key_padding_mask is not cases.float_padding
+        and case.key_padding_mask not in (cases.float_padding, cases.zero_or_minus_inf_padding)
         and case.relative_bias is None
         and case.sinks is None
         and case.options.get("softcap", 0.0) == 0.0
