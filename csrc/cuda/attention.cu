@@ -90,9 +90,8 @@ Params params_of(const Call& call, const Pieces& pieces) {
   p.lse = values_of(a.lse);
   p.scale = static_cast<float>(a.scale);
   p.scale_log2 = static_cast<float>(a.scale * 1.44269504088896340736);
-  p.window_left = a.window_left;
-  p.window_right = a.window_right;
-  p.diagonal_offset = a.diagonal_offset;
+  p.first_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.diagonal_offset - a.window_left, -kMaxRows, kMaxRows));
+  p.last_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.diagonal_offset + a.window_right, -kMaxRows, kMaxRows));
   p.cu_seqlens_q = a.cu_seqlens_q;
   p.cu_seqlens_k = a.cu_seqlens_k;
   p.kept_keys = pieces.kept_keys;
@@ -142,10 +141,10 @@ constexpr KernelSet kKernelSets[] = {
     {80, 96, sm80::launch_forward<96>, sm80::launch_backward<96>},
     {80, 128, sm80::launch_forward<128>, sm80::launch_backward<128>},
     {80, 256, sm80::launch_forward<256>, sm80::launch_backward<256>},
-    {90, 64, sm90::launch_forward<64>, sm80::launch_backward<64>},
-    {90, 96, sm90::launch_forward<96>, sm80::launch_backward<96>},
-    {90, 128, sm90::launch_forward<128>, sm80::launch_backward<128>},
-    {90, 256, sm90::launch_forward<256>, sm80::launch_backward<256>},
+    {90, 64, sm90::launch_forward<64>, sm90::launch_backward<64>},
+    {90, 96, sm90::launch_forward<96>, sm90::launch_backward<96>},
+    {90, 128, sm90::launch_forward<128>, sm90::launch_backward<128>},
+    {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>},
 };
 
 const KernelSet& kernels_for(const Call& call) {
@@ -159,6 +158,8 @@ const KernelSet& kernels_for(const Call& call) {
 void run(const Call& call, bool is_backward) {
   const KernelSet& kernels = kernels_for(call);
   const AttentionParams& a = call.params;
+  if (std::max({a.seqlen_q, a.seqlen_k, call.rows_q, call.rows_k}) > kMaxRows)
+    throw std::invalid_argument("more than " + std::to_string(kMaxRows) + " rows");
   const WorkspaceNeeds needs{call.architecture,
                              is_backward,
                              a.batch,

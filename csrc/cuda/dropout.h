@@ -72,7 +72,7 @@ GPU_DEVICE KeepBits<kTiles> keep_of_key_rows(const Dropout& dropout, int32_t fir
     }
     keep.words[word] = 0;
     GPU_UNROLL for (int j = 0; j < 4; ++j) {
-      const uint32_t of_j = shuffle(own, (lane.index & ~12) | j << 2);  // the lane whose m is j
+      const uint32_t of_j = shuffle(own, 4 * (lane.g - m + j) + lane.q);  // the lane whose m is j
       keep.words[word] |= (of_j >> m & 0x11111111u) << j;
     }
   }

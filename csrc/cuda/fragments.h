@@ -18,8 +18,8 @@ struct Lane {
 };
 
 GPU_DEVICE Lane this_lane() {
-  const int32_t index = thread_index() % 32;
-  return {index, index / 4, index % 4};
+  const uint32_t index = static_cast<uint32_t>(thread_index()) % 32;  // unsigned: divisions are shifts
+  return {static_cast<int32_t>(index), static_cast<int32_t>(index / 4), static_cast<int32_t>(index % 4)};
 }
 
 template <int kTiles>

@@ -45,6 +45,8 @@ void launch_backward(const Params& p, bool is_bf16, Stream stream);
 namespace sm90 {
 template <int kHeadDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream);
+template <int kHeadDim>
+void launch_backward(const Params& p, bool is_bf16, Stream stream);
 }  // namespace sm90
 
 }  // namespace fused_attn::gpu

@@ -4,6 +4,9 @@
 
 namespace fused_attn::gpu {
 
+// Above every row number and below every diagonal's, so that positions can be added to diagonals in 32 bits.
+constexpr int32_t kMaxRows = 1 << 29;
+
 // A tensor (batch, head, row, column) of 16-bit numbers: columns side by side, strides in elements, 16-byte aligned rows.
 struct Rows {
   void* data;
@@ -37,11 +40,10 @@ struct Params {
   Rows out;       // (B, H, L, D)
   RowValues lse;  // (B, H, L), natural log; null = not wanted
 
-  float scale;          // above 0
-  float scale_log2;     // scale * log2(e)
-  int64_t window_left;  // these three as in AttentionParams
-  int64_t window_right;
-  int64_t diagonal_offset;
+  float scale;             // above 0
+  float scale_log2;        // scale * log2(e)
+  int32_t first_diagonal;  // key j is visible to query i iff first_diagonal <= j - i <= last_diagonal
+  int32_t last_diagonal;
 
   const int32_t* cu_seqlens_q;  // (B + 1), or null when not packed
   const int32_t* cu_seqlens_k;

@@ -53,4 +53,22 @@ struct ForwardTileSm90<256> {
   static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2;
 };
 
+// The kernel for dq: two consumer warpgroups of 64 queries each, kBlockN keys at a time.
+template <int kHeadDim>
+struct QueryGradientTileSm90 {
+  static constexpr int kBlockN = 64, kStages = 2;
+};
+template <>
+struct QueryGradientTileSm90<256> {
+  static constexpr int kBlockN = 64, kStages = 1;  // 192 KiB with q, dout, k and v
+};
+
+// The kernel for dk and dv: kBlockM queries at a time, for two consumer warpgroups that have 64 keys each and sum both gradients,
+// or have the same 64 keys and sum one gradient each.
+template <int kHeadDim>
+struct KeyGradientTileSm90 {
+  static constexpr int kBlockM = 64, kStages = 2;
+  static constexpr bool kSplitsGradients = kHeadDim > 128;  // both would take 256 registers
+};
+
 }  // namespace fused_attn::gpu

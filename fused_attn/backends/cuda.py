@@ -27,8 +27,8 @@ is_composite = False
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 96, 128, 256)
 MIN_CAPABILITY = (8, 0)
-#: Rows, and programs of a grid, are counted in 32 bits.
-MAX_ROWS = 2**30
+#: kMaxRows of csrc/cuda/params.h: rows are counted in 32 bits.
+MAX_ROWS = 2**29
 
 
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:

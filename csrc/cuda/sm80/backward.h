@@ -8,26 +8,11 @@
 // With weights = exp(scale * q @ k^T - lse) and dweights = dout @ v^T, dscores = weights * (dweights - delta).
 #pragma once
 #include "../dropout.h"
+#include "../row_sums.h"
 #include "../tiles.h"
 #include "tile_memory.h"
 
 namespace fused_attn::gpu::sm80 {
-
-// What exp2 takes off a score, and delta, of a query that may not exist.
-struct RowSums {
-  float lse_log2;
-  float delta;
-};
-
-GPU_DEVICE RowSums row_sums(const Params& p, const Place& place, int row) {
-  if (row >= place.len_q) return {kInfinity, 0.0f};  // all its weights are 0
-  return {load_global(place.query_value(p.lse_log2, row)), load_global(place.query_value(p.delta, row))};
-}
-
-// Turns the products q @ k^T into weights, or 0 where the score has been hidden.
-GPU_DEVICE float weight_of(float score, float scale_log2, float lse_log2) {
-  return exp2_approx(score * scale_log2 - lse_log2);
-}
 
 template <int kHeadDim>
 struct QueryGradientPlan : QueryGradientTileSm80<kHeadDim> {

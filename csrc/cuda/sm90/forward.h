@@ -11,13 +11,9 @@
 #include "../dropout.h"
 #include "../softmax.h"
 #include "../tiles.h"
-#include "pipeline.h"
-#include "tile_memory.h"
+#include "loader.h"
 
 namespace fused_attn::gpu::sm90 {
-
-constexpr int kWarpgroup = 128;
-constexpr int kWarpsPerWarpgroup = 4;
 
 template <int kHeadDim>
 struct ForwardPlan : ForwardTileSm90<kHeadDim> {
@@ -30,7 +26,7 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim> {
 
   // setmaxnreg: what the loading warpgroup gives up, the others get.
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
-  static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536);
+  static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
   // Ping-pong has two named barriers.
   static_assert(kConsumers == 2);
 
@@ -98,18 +94,14 @@ struct QueryTile {
   }
 };
 
-// What a kernel gets besides Params: the tensors as TMA sees them.
+// What a kernel gets besides Params.
 struct ForwardMaps {
-  TensorMap q;
-  TensorMap k;
-  TensorMap v;
-  MapSteps q_steps;
-  MapSteps k_steps;
-  MapSteps v_steps;
+  Map q;
+  Map k;
+  Map v;
 };
 
-// ---- The loading warp. Its first lane alone waits for slots and fills them: another one that came late to a barrier could find
-// it a phase further on, and wait for the one after that.
+// ---- The loading warp
 
 template <int kHeadDim>
 struct Loader {
@@ -119,72 +111,31 @@ struct Loader {
   const ForwardMaps& maps;
   const uint32_t shared;
   const ForwardRings<kHeadDim> rings;
-  const bool is_leader;
+  TileLoader loader;
   RingPosition<1> q_position;
   RingPosition<Plan::kStages> k_position;
   RingPosition<Plan::kStages> v_position;
-  uint32_t cleaning_parity = 0;
 
   GPU_DEVICE void load_queries(const QueryTile<kHeadDim>& tile) {
     const Place& place = tile.place;
-    if (is_leader) {
-      q_position.wait_empty(rings.q);
-      mbarrier_arrive_expect(rings.q.full(0), Plan::QTile::kBytes);
-      Plan::QTile::load(shared + Plan::kQ, &maps.q, rings.q.full(0), place.first_q + tile.first_row,
-                        place.head * maps.q_steps.head, place.batch * maps.q_steps.batch);
-    }
+    loader.template load<typename Plan::QTile>(rings.q, q_position, shared + Plan::kQ, maps.q,
+                                               place.first_q + tile.first_row, place.head, place.batch);
     q_position.advance();
   }
 
   GPU_DEVICE void load_keys(const QueryTile<kHeadDim>& tile, int block) {
     const Place& place = tile.place;
-    if (is_leader) {
-      k_position.wait_empty(rings.k);
-      const uint32_t barrier = rings.k.full(k_position.slot());
-      mbarrier_arrive_expect(barrier, KeyTile::kBytes);
-      KeyTile::load(shared + Plan::kK + k_position.slot() * KeyTile::kBytes, &maps.k, barrier,
-                    place.first_k + block * Plan::kBlockN, place.kv_head * maps.k_steps.head,
-                    place.batch * maps.k_steps.batch);
-    }
+    loader.template load<KeyTile>(rings.k, k_position, shared + Plan::kK + k_position.slot() * KeyTile::kBytes, maps.k,
+                                  place.first_k + block * Plan::kBlockN, place.kv_head, place.batch);
     k_position.advance();
   }
 
   GPU_DEVICE void load_values(const QueryTile<kHeadDim>& tile, int block) {
     const Place& place = tile.place;
-    const KeptKeys<Plan::kBlockN> kept = kept_keys<Plan::kBlockN>(p, place, block);
-    const bool is_clean = kept.all();
-    const uint32_t destination = shared + Plan::kV + v_position.slot() * KeyTile::kBytes;
-    const uint32_t full = rings.v.full(v_position.slot());
-    if (is_leader) {
-      v_position.wait_empty(rings.v);
-      const uint32_t barrier = is_clean ? full : rings.cleaning;
-      mbarrier_arrive_expect(barrier, KeyTile::kBytes);
-      KeyTile::load(destination, &maps.v, barrier, place.first_k + block * Plan::kBlockN,
-                    place.kv_head * maps.v_steps.head, place.batch * maps.v_steps.batch);
-    }
-    if (!is_clean) {
-      mbarrier_wait(rings.cleaning, cleaning_parity);
-      cleaning_parity ^= 1;
-      clear_dropped_rows(destination, kept);
-      fence_async_proxy();
-      sync_warp();
-      if (is_leader) mbarrier_arrive(full);
-    }
+    loader.template load_kept<KeyTile>(rings.v, v_position, shared + Plan::kV + v_position.slot() * KeyTile::kBytes,
+                                       maps.v, place.first_k + block * Plan::kBlockN, place.kv_head, place.batch,
+                                       kept_keys<Plan::kBlockN>(p, place, block));
     v_position.advance();
-  }
-
-  // Eight lanes clear a row. The swizzle moves nothing from one row to another.
-  static GPU_DEVICE void clear_dropped_rows(uint32_t tile, const KeptKeys<Plan::kBlockN>& kept) {
-    const Lane lane = this_lane();
-    GPU_UNROLL for (int word = 0; word < kept.kWords; ++word) {
-      for (int row = lane.index / 8; row < 32; row += 4) {
-        if (kept.words[word] >> row & 1) continue;
-        const uint32_t address = tile + (32 * word + row) * kPanelRowBytes + lane.index % 8 * 16;
-        GPU_UNROLL for (int panel = 0; panel < KeyTile::kPanels; ++panel) {
-          store_shared(address + panel * KeyTile::kPanelBytes, Vec4{0, 0, 0, 0});
-        }
-      }
-    }
   }
 
   GPU_DEVICE void run(int num_tiles) {
@@ -192,7 +143,7 @@ struct Loader {
     int number = block_index_x();
     while (true) {
       const bool is_last = number >= num_tiles;
-      if (is_leader) {
+      if (loader.is_leader) {
         work_position.wait_empty(rings.work);
         store_shared<int>(rings.next_work + work_position.slot() * 4, is_last ? kNoMoreWork : number);
         mbarrier_arrive(rings.work.full(work_position.slot()));
@@ -217,7 +168,7 @@ struct Loader {
       number += grid_size_x();
       if (p.tile_counter != nullptr) {
         int taken = 0;
-        if (is_leader) taken = atomic_fetch_add(p.tile_counter, 1);
+        if (loader.is_leader) taken = atomic_fetch_add(p.tile_counter, 1);
         number = grid_size_x() + shuffle(taken, 0);
       }
     }
@@ -376,8 +327,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1)
   if (thread_index() < kWarpgroup) {
     decrease_registers<Plan::kProducerRegisters>();
     if (thread_index() < 32) {
-      Loader<kHeadDim> loader{p, maps, shared, rings, thread_index() == 0};
-      loader.run(num_tiles);
+      Loader<kHeadDim>{p, maps, shared, rings, {rings.cleaning, thread_index() == 0}}.run(num_tiles);
     }
   } else {
     increase_registers<Plan::kConsumerRegisters>();

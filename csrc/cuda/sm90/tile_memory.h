@@ -10,6 +10,13 @@ constexpr int kPanelColumns = 64;
 constexpr uint32_t kPanelRowBytes = 128;
 constexpr uint32_t kSwizzleBytes = 1024;  // eight rows, after which the swizzle's pattern repeats
 
+// A tensor (batch, head, row, column) as TMA sees it. A dimension whose stride is 0 has one entry, and a step of 0.
+struct Map {
+  TensorMap tensor;
+  int32_t head_step;
+  int32_t batch_step;
+};
+
 template <int kHeadDim, int kRows>
 struct Tile {
   static constexpr int kPanels = (kHeadDim + kPanelColumns - 1) / kPanelColumns;
@@ -30,17 +37,25 @@ struct Tile {
   }
 
   // By one thread: starts to load kRows rows from `row` on. The barrier has to expect kBytes.
-  static GPU_DEVICE void load(uint32_t tile, const TensorMap* map, uint32_t barrier, int row, int head, int batch) {
+  static GPU_DEVICE void load(uint32_t tile, const Map& map, uint32_t barrier, int row, int head, int batch) {
     GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
-      tma_load_4d(tile + panel * kPanelBytes, map, barrier, panel * kPanelColumns, row, head, batch);
+      tma_load_4d(tile + panel * kPanelBytes, &map.tensor, barrier, panel * kPanelColumns, row, head * map.head_step,
+                  batch * map.batch_step);
     }
   }
-};
 
-// The 64 columns of a map's box are a head's; maps have one entry where a dimension's stride is 0.
-struct MapSteps {
-  int32_t head;
-  int32_t batch;
+  // By a warp: overwrites the rows that are not kept with zeros, eight lanes a row. The swizzle moves nothing between rows.
+  static GPU_DEVICE void clear_dropped_rows(uint32_t tile, const KeptKeys<kRows>& kept, Lane lane) {
+    GPU_UNROLL for (int word = 0; word < kept.kWords; ++word) {
+      for (int row = lane.index / 8; row < 32; row += 4) {
+        if (kept.words[word] >> row & 1) continue;
+        const uint32_t address = tile + (32 * word + row) * kPanelRowBytes + lane.index % 8 * 16;
+        GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
+          store_shared(address + panel * kPanelBytes, Vec4{0, 0, 0, 0});
+        }
+      }
+    }
+  }
 };
 
 template <int kTiles>
