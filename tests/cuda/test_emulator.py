@@ -1,4 +1,4 @@
-"""What `emulator.py` promises: builds by content, mutations of the sources, and a reason where nothing can be emulated."""
+"""What `emulator.py` promises: builds by content, mutations of the sources, a reason where nothing can be emulated."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_mutation_has_one_place(tmp_path: Path, old: str, times: int | None):
     if times == 1:
         mutation.apply(tmp_path)
     else:
-        with pytest.raises(AssertionError, match="mutation anything: .* times in cuda/primitives.h, expected once"):
+        with pytest.raises(AssertionError, match=r"mutation anything: .* times in cuda/primitives.h, expected once"):
             mutation.apply(tmp_path)
 
 
