@@ -93,6 +93,7 @@ BUGS = {
     "wgmma_without_fence": r"wgmma_ss: no wgmma_fence since the last commit or wait",
     "wgmma_second_group_without_fence": r"wgmma_ss: no wgmma_fence since the last commit or wait",
     "wgmma_accumulators_touched": r"thread 0 wrote accumulator 0 while it was in flight",
+    "wgmma_accumulators_touched_in_a_chain": r"thread 0 wrote accumulator 0 while it was in flight",
     "wgmma_operand_registers_touched": r"wgmma_rs: thread 0 changed the registers of a while it was in flight",
     "wgmma_source_overwritten": r"RACE: store_shared .* is not ordered after the read of wgmma of warpgroup 0",
     "wgmma_wait_is_of_a_warp": r"RACE: store_shared .* is not ordered after the read of wgmma of warpgroup 0",
