@@ -223,7 +223,6 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         self._library.emulation_register_buffer.restype = ctypes.c_void_p
         self._library.emulation_statistics.restype = Statistics
-        self._library.emulation_missing.restype = ctypes.c_char_p
         self._buffers: list[torch.Tensor] = []
         self.start()
 
