@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from emulator import CSRC, Builder, Library
@@ -15,15 +15,31 @@ MODULE = "_cuda_emulated"
 FLAGS = (f"-DFUSED_ATTN_CUDA_MODULE={MODULE}", "-Wno-psabi")
 
 
-class Kernels:
-    """A build of all kernels, or of those with a deliberate bug in ``csrc``."""
+STUB = """
+#include "cuda/kernels.h"
+namespace fused_attn::gpu::{family} {{
+template <> void launch_forward<{head_dim}>(const Params&, bool, Stream) {{}}
+template <> void launch_backward<{head_dim}>(const Params&, bool, Stream) {{}}
+}}
+"""
 
-    def __init__(self, builder: Builder, csrc: Path = CSRC) -> None:
-        names = ["attention.cu", "bindings.cpp"]
+
+class Kernels:
+    """A build of all kernels, or in ``csrc`` of changed ones. With ``only``, a head dim, other kernels do nothing."""
+
+    def __init__(
+        self, builder: Builder, csrc: Path = CSRC, only: int | None = None, others: Sequence[Path] = (), flags=()
+    ) -> None:
         folder = csrc / "cuda"
-        sources = [*(folder / name for name in names), *sorted(folder.glob("sm[89]0/*.cu"))]
-        self._module = builder.module(MODULE, sources, csrc, FLAGS)
-        self._library = Library(Path(self._module.__file__))
+        sources = [folder / "attention.cu", folder / "bindings.cpp", *others]
+        for source in sorted(folder.glob("sm[89]0/head_dim_*.cu")):
+            head_dim = int(source.stem.removeprefix("head_dim_"))
+            if only not in (None, head_dim):
+                source.write_text(STUB.format(family=source.parent.name, head_dim=head_dim))
+            sources.append(source)
+        self._module = builder.module(MODULE, sources, csrc, (*FLAGS, *flags))
+        self.path = Path(self._module.__file__)
+        self._library = Library(self.path)
 
     @contextlib.contextmanager
     def running(self, architecture: int, seed: int = 0) -> Iterator[None]:
