@@ -39,10 +39,10 @@ extern "C" void fused_attn_switch_context(void** from, void* to);
 namespace fused_attn::emulation {
 namespace {
 
-constexpr size_t kPage = 4096;
+constexpr size_t kGuardBytes = 64 * 1024;  // a function's whole frame must not leap over it
 constexpr int kSavedRegisters = 6;
 
-std::vector<std::vector<char*>> stacks;  // [slot][thread]: the lowest, unmapped page
+std::vector<std::vector<char*>> stacks;  // [slot][thread]: from the guard on, which is below
 
 }  // namespace
 
@@ -67,19 +67,19 @@ void* prepare_stack(char* top, void (*entry)()) {
 char* stack_top(int slot, int thread) {
   if (slot >= int(stacks.size())) stacks.resize(slot + 1);
   while (thread >= int(stacks[slot].size())) {
-    void* memory =
-        mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) abort();
-    mprotect(memory, kPage, PROT_NONE);
+    mprotect(memory, kGuardBytes, PROT_NONE);
     stacks[slot].push_back(static_cast<char*>(memory));
   }
-  return stacks[slot][thread] + kPage + kStackBytes;
+  return stacks[slot][thread] + kGuardBytes + kStackBytes;
 }
 
 bool is_stack_overflow(const void* address) {
   for (const auto& slot : stacks)
     for (const char* stack : slot)
-      if (address >= stack && address < stack + kPage) return true;
+      if (address >= stack && address < stack + kGuardBytes) return true;
   return false;
 }
 

@@ -13,8 +13,8 @@ void switch_context(void** from, void* to);
 // A stack on which the first switch calls `entry`, which must not return.
 void* prepare_stack(char* top, void (*entry)());
 
-// Stacks of kStackBytes with an unmapped page below each, kept from launch to launch. Returns the top of that of a thread of
-// the block that runs in this slot.
+// Stacks of kStackBytes, each above a guard that cannot be accessed; kept from launch to launch. Returns the top of the
+// stack of a thread of the block that runs in this slot.
 constexpr size_t kStackBytes = 256 * 1024;
 char* stack_top(int slot, int thread);
 bool is_stack_overflow(const void* address);

@@ -100,8 +100,8 @@ const char* global_read(const void* handle, size_t bytes, size_t alignment, cons
     thread.polled = handle;
     if (thread.polls > kManyPolls)
       fail(
-          "%s: the thread reads one address in global memory again and again. Nobody else runs meanwhile, so that it "
-          "will not change; to wait for another block there is wait_until_equal",
+          "%s: the thread reads one address in global memory again and again. Nobody else runs meanwhile; to wait "
+          "for another block there is wait_until_equal",
           what);
   }
   const uintptr_t p = address - kHandle;

@@ -89,9 +89,8 @@ void Mbarriers::wait(uint32_t address, uint32_t parity) {
     block().scheduler.wait({Wait::kMbarrier, "mbarrier_wait", address, parity});
     if (mbarrier.phase % 2 == parity)
       fail(
-          "mbarrier_wait at shared offset %u: after the phase waited for, the next one completed too before this "
-          "thread "
-          "ran. On a GPU it could wait for ever",
+          "mbarrier_wait at shared offset %u: the phase after the one waited for completed too before this thread "
+          "ran, which on a GPU could wait for ever",
           address - kSharedBase);
   }
   if (block().options.race_detection) block().current->clock.join(mbarrier.completed);

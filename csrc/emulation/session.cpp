@@ -1,15 +1,10 @@
 // The emulation as seen from Python (tests/cuda/emulator.py): what a library of kernels exports besides its own functions.
-#include "context_switch.h"
-
 #include "global_memory.h"
 #include "launch.h"
 
 using namespace fused_attn::emulation;
 
 extern "C" {
-
-// Null, or why this machine cannot emulate.
-const char* emulation_missing() { return context_switch_missing(); }
 
 // Holds for all launches from now on; statistics start at zero.
 void emulation_start(const Options* options) {

@@ -22,7 +22,6 @@ class SharedMemory {
   // Checked pointer to `bytes` bytes.
   char* at(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what);
   void fill_with_poison(uint32_t address, uint32_t bytes);
-  uint32_t bytes() const { return bytes_; }
 
  private:
   uint32_t bytes_ = 0;

@@ -117,8 +117,10 @@ void WgmmaPipelines::issue(float* d, int n, bool is_bf16, const uint32_t* a, uin
       for (int i = 0; i < n / 2; i++)
         accumulators.sum[row_of(thread, i) * n + column_of(thread, i)] = all[thread]->d[i];
     }
-  } else if (accumulators.n != n) {
-    fail("%s: of width %d on accumulators on which one of width %d is in flight", name, n, accumulators.n);
+  } else {
+    if (accumulators.n != n)
+      fail("%s: of width %d on accumulators on which one of width %d is in flight", name, n, accumulators.n);
+    check_untouched(accumulators, name);
   }
   accumulators.num_in_flight++;
   if (b.options.poison)
@@ -133,6 +135,15 @@ void WgmmaPipelines::issue(float* d, int n, bool is_bf16, const uint32_t* a, uin
   if (is_early) carry_out(pipeline, *wgmma);
   pipeline.open.push_back(std::move(wgmma));
   b.warps.release_warpgroup();
+}
+
+void WgmmaPipelines::check_untouched(const Accumulators& accumulators, const char* name) const {
+  if (!block().options.poison) return;
+  const int first = block().current->warpgroup * kWarpgroupSize;
+  for (int thread = 0; thread < kWarpgroupSize; thread++)
+    for (int i = 0; i < accumulators.n / 2; i++)
+      if (bits_of(accumulators.registers[thread][i]) != kPoison)
+        fail("%s: thread %d wrote accumulator %d while it was in flight", name, first + thread, i);
 }
 
 void WgmmaPipelines::carry_out(Pipeline& pipeline, Wgmma& wgmma) {
@@ -182,7 +193,6 @@ void WgmmaPipelines::commit() {
 }
 
 void WgmmaPipelines::finish(Pipeline& pipeline, Wgmma& wgmma) {
-  const bool poison = block().options.poison;
   const int first = block().current->warpgroup * kWarpgroupSize;
   if (wgmma.is_a_in_registers)
     for (int thread = 0; thread < kWarpgroupSize; thread++)
@@ -191,13 +201,10 @@ void WgmmaPipelines::finish(Pipeline& pipeline, Wgmma& wgmma) {
   if (!wgmma.is_done) carry_out(pipeline, wgmma);
   Accumulators& accumulators = pipeline.accumulators.at(wgmma.accumulators);
   if (--accumulators.num_in_flight) return;
+  check_untouched(accumulators, name_of(wgmma));
   for (int thread = 0; thread < kWarpgroupSize; thread++)
-    for (int i = 0; i < accumulators.n / 2; i++) {
-      float& d = accumulators.registers[thread][i];
-      if (poison && bits_of(d) != kPoison)
-        fail("%s: thread %d wrote accumulator %d while it was in flight", name_of(wgmma), first + thread, i);
-      d = accumulators.sum[row_of(thread, i) * accumulators.n + column_of(thread, i)];
-    }
+    for (int i = 0; i < accumulators.n / 2; i++)
+      accumulators.registers[thread][i] = accumulators.sum[row_of(thread, i) * accumulators.n + column_of(thread, i)];
   pipeline.accumulators.erase(wgmma.accumulators);
 }
 

@@ -37,6 +37,8 @@ class WgmmaPipelines {
     std::unordered_map<float*, Accumulators> accumulators;  // by those of the first thread
   };
 
+  // The registers still hold the poison that they got when their first instruction was issued.
+  void check_untouched(const Accumulators& accumulators, const char* name) const;
   void carry_out(Pipeline& pipeline, Wgmma& wgmma);
   void finish(Pipeline& pipeline, Wgmma& wgmma);
   Pipeline& current();

@@ -513,6 +513,17 @@ KERNEL(wgmma_accumulators_touched, 1, 128, kTileBytes) {
   wgmma_wait<0>();
 }
 
+KERNEL(wgmma_accumulators_touched_in_a_chain, 1, 128, kTileBytes) {
+  float d[32];
+  store_and_sync(thread, shared);
+  wgmma_fence();
+  issue(d, shared);
+  for (float& x : d) x = 1;
+  issue(d, shared);
+  wgmma_commit();
+  wgmma_wait<0>();
+}
+
 KERNEL(wgmma_operand_registers_touched, 1, 128, kTileBytes) {
   float d[32];
   uint32_t a[4] = {};

@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -143,35 +141,6 @@ def _compiler_version() -> str:
     return _run(["g++", "-march=native", "-Q", "--help=target", "--version"])
 
 
-# ---- Mutations
-
-
-class Mutation(NamedTuple):
-    """One deliberate bug: ``old`` is replaced by ``new`` in a file below csrc."""
-
-    id: str
-    file: str
-    old: str
-    new: str
-
-    def apply(self, folder: Path) -> Path:
-        """A copy of csrc in ``folder`` that has the bug.
-
-        Raises:
-            AssertionError: the text is not there exactly once: the list of mutations is out of date.
-        """
-        copy = folder / "csrc"
-        shutil.copytree(CSRC, copy)
-        path = copy / self.file
-        source = path.read_text()
-        # Any amount of white space stands for any other: line breaks are the formatter's.
-        pattern = r"\s+".join(re.escape(word) for word in self.old.split())
-        found = re.findall(pattern, source)
-        assert len(found) == 1, f"mutation {self.id}: {self.old!r} is {len(found)} times in {self.file}, expected once"
-        path.write_text(re.sub(pattern, lambda _: self.new, source))
-        return copy
-
-
 # ---- Calling
 
 
@@ -223,7 +192,6 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         self._library.emulation_register_buffer.restype = ctypes.c_void_p
         self._library.emulation_statistics.restype = Statistics
-        self._library.emulation_missing.restype = ctypes.c_char_p
         self._buffers: list[torch.Tensor] = []
         self.start()
 

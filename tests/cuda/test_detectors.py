@@ -83,7 +83,7 @@ BUGS = {
     "tma_without_fence_mbarrier_init": r"uses the mbarrier at shared offset 1024, and no fence_mbarrier_init follows",
     "tma_over_what_is_still_read": r"RACE: tma_load .* is not ordered after the read of thread"
     r"|RACE: load_shared .* touches the destination of a copy in flight"
-    r"|after the phase waited for, the next one completed too",
+    r"|the phase after the one waited for completed too",
     "tma_store_without_proxy_fence": r"RACE: tma_store .* no fence_async_proxy lies between it and the write of thread",
     "tma_store_source_overwritten": r"RACE: store_shared .* is not ordered after the read of a bulk store of warp 0",
     "tma_store_without_a_wait": r"thread 0, .*the thread ended before its tma stores were waited for",
@@ -93,6 +93,7 @@ BUGS = {
     "wgmma_without_fence": r"wgmma_ss: no wgmma_fence since the last commit or wait",
     "wgmma_second_group_without_fence": r"wgmma_ss: no wgmma_fence since the last commit or wait",
     "wgmma_accumulators_touched": r"thread 0 wrote accumulator 0 while it was in flight",
+    "wgmma_accumulators_touched_in_a_chain": r"thread 0 wrote accumulator 0 while it was in flight",
     "wgmma_operand_registers_touched": r"wgmma_rs: thread 0 changed the registers of a while it was in flight",
     "wgmma_source_overwritten": r"RACE: store_shared .* is not ordered after the read of wgmma of warpgroup 0",
     "wgmma_wait_is_of_a_warp": r"RACE: store_shared .* is not ordered after the read of wgmma of warpgroup 0",
