@@ -460,9 +460,9 @@ inline void define_config(py::module_& module) {
            "A window of None or -1 is unbounded. max_seqlen_* are read for packed problems only.");
 }
 
-// ---- Entry points: plain functions of the C API, because pybind11 takes 0.1 us longer to pass fifteen arguments, where
-// reading and checking five tensors takes 0.5 us in all. The masks are one argument for the same reason: passing eight times
-// None takes 0.4 us.
+// ---- Entry points: plain functions of the C API, because pybind11 takes 0.1 us longer to pass fifteen arguments,
+// where reading and checking five tensors takes 0.5 us in all. The masks are one argument for the same reason: passing
+// eight times None takes 0.4 us.
 
 inline void check_count(Py_ssize_t count, Py_ssize_t expected, const char* doc) {
   if (count != expected)

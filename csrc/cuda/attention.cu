@@ -10,8 +10,8 @@
 namespace fused_attn::gpu {
 namespace {
 
-// Keys and values of the heads that run side by side are to stay in the L2 cache: a little below the 40 MB of an A100 and the
-// 50 MB of an H100.
+// Keys and values of the heads that run side by side are to stay in the L2 cache: a little below the 40 MB of an A100
+// and the 50 MB of an H100.
 constexpr int64_t kL2Bytes = 32 << 20;
 
 // Takes pieces of the workspace one after another. With no memory it only counts.
@@ -120,11 +120,13 @@ void prepare(const Call& call, const Params& params, const Pieces& pieces) {
   const PaddingParams p{static_cast<const uint8_t*>(padding.data),
                         padding.stride_batch,
                         padding.stride_col,
+                        params.batch,
                         params.seqlen_k,
                         pieces.kept_words,
                         pieces.kept_keys};
-  const int blocks = (pieces.kept_words + kPaddingThreads - 1) / kPaddingThreads;
-  run_kernel(padding_kernel, {blocks, params.batch, 1, kPaddingThreads, 0}, call.stream, p);
+  run_kernel(padding_kernel,
+             shape_of(pieces.kept_words * 32, 32 * kPaddingThreads, 1, params.batch, kPaddingThreads, 0), call.stream,
+             p);
 }
 
 using Launcher = void (*)(const Params&, bool, Stream);

@@ -1,5 +1,5 @@
-// The Python module of the CUDA kernels: fused_attn._cuda, or with FUSED_ATTN_EMULATION the module with which tests execute the
-// same kernels on a CPU.
+// The Python module of the CUDA kernels: fused_attn._cuda, or with FUSED_ATTN_EMULATION the module with which tests
+// execute the same kernels on a CPU.
 #include <pybind11/pybind11.h>
 
 #include "../problem_reader.h"
@@ -57,17 +57,21 @@ Call read_call(const Reader& reader, const Problem& problem, PyObject* architect
     throw py::value_error("masks: softcap, mask, bias, relative_bias and sinks are not supported");
   if (!(params.scale > 0.0)) throw py::value_error("scale: expected above 0");
   constexpr int64_t kChunk = 8;  // elements that are read at once
-  const struct {
-    const TensorView& view;
-    const char* name;
-  } tensors[] = {{params.query, "query"}, {params.key, "key"},      {params.value, "value"},
-                 {params.out, "out"},     {params.dout, "dout"},    {params.dquery, "dquery"},
-                 {params.dkey, "dkey"},   {params.dvalue, "dvalue"}};
-  for (const auto& [view, name] : tensors) {
-    if (reinterpret_cast<uintptr_t>(view.data) % 16 != 0 || view.stride_batch % kChunk != 0 ||
-        view.stride_head % kChunk != 0 || view.stride_row % kChunk != 0)
-      throw py::value_error(std::string(name) + ": expected rows that start at multiples of 16 bytes");
-  }
+  const auto check_rows = [&](const TensorView& view, int64_t heads, int64_t rows, const char* name) {
+    const bool fits = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&
+                      (call.batch_entries <= 1 || view.stride_batch % kChunk == 0) &&
+                      (heads <= 1 || view.stride_head % kChunk == 0) && (rows <= 1 || view.stride_row % kChunk == 0);
+    if (!fits) throw py::value_error(std::string(name) + ": expected rows that start at multiples of 16 bytes");
+  };
+  const int64_t heads = params.num_heads, kv_heads = params.num_kv_heads;
+  check_rows(params.query, heads, call.rows_q, "query");
+  check_rows(params.key, kv_heads, call.rows_k, "key");
+  check_rows(params.value, kv_heads, call.rows_k, "value");
+  check_rows(params.out, heads, call.rows_q, "out");
+  check_rows(params.dout, heads, call.rows_q, "dout");
+  check_rows(params.dquery, heads, call.rows_q, "dquery");
+  check_rows(params.dkey, kv_heads, call.rows_k, "dkey");
+  check_rows(params.dvalue, kv_heads, call.rows_k, "dvalue");
   return call;
 }
 

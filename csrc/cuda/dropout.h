@@ -57,8 +57,8 @@ GPU_DEVICE KeepBits<kTiles> keep_of_query_rows(const Dropout& dropout, int32_t f
 }
 
 // Rows are keys from `first_key` (that of the fragment, a multiple of 16) on, columns queries from `first_query` on.
-// Four threads share four keys g - g % 4 ..., and again those 8 below, of two queries: thread m calls Philox for query m % 2
-// of the two and for the keys 8 * (m / 2) below.
+// Four threads share four keys g - g % 4 ..., and again those 8 below, of two queries: thread m calls Philox for query
+// m % 2 of the two and for the keys 8 * (m / 2) below.
 template <int kTiles>
 GPU_DEVICE KeepBits<kTiles> keep_of_key_rows(const Dropout& dropout, int32_t first_query, int32_t first_key,
                                              Lane lane) {

@@ -1,5 +1,5 @@
-// A call whose tensors lie in the host's memory, for the emulation: kernels get handles in place of pointers, so that every
-// access is checked. Test-only.
+// A call whose tensors lie in the host's memory, for the emulation: kernels get handles in place of pointers, so that
+// every access is checked. Test-only.
 #pragma once
 #include <pybind11/pybind11.h>
 

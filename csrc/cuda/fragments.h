@@ -1,6 +1,6 @@
 // How a matrix lies in the registers of a warp, which mma.sync and wgmma share: a fragment of 16 rows and 8 * kTiles
-// columns is float x[kTiles][4] in each thread, and with g = lane / 4, q = lane % 4, entry x[t][j] is row g + 8 * (j / 2),
-// column 8 * t + 2 * q + j % 2. So a thread has two rows, r = 0 (g) and r = 1 (g + 8), and four threads have a row.
+// columns is float x[kTiles][4] in each thread. With g = lane / 4 and q = lane % 4, entry x[t][j] is row g + 8 * (j / 2)
+// and column 8 * t + 2 * q + j % 2. So a thread has two rows, r = 0 (g) and r = 1 (g + 8), and four threads have a row.
 #pragma once
 #include "primitives.h"
 #include "visibility.h"

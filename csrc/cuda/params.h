@@ -1,4 +1,4 @@
-// What a kernel is given: AttentionParams in the sizes that a GPU computes with. The launchers fill it in (launchers.h).
+// What a kernel is given: AttentionParams in the sizes that a GPU computes with. attention.cu fills it in.
 #pragma once
 #include <cstdint>
 
@@ -7,7 +7,8 @@ namespace fused_attn::gpu {
 // Above every row number and below every diagonal's, so that positions can be added to diagonals in 32 bits.
 constexpr int32_t kMaxRows = 1 << 29;
 
-// A tensor (batch, head, row, column) of 16-bit numbers: columns side by side, strides in elements, 16-byte aligned rows.
+// A tensor (batch, head, row, column) of 16-bit numbers: columns side by side, rows aligned to 16 bytes, strides in
+// elements.
 struct Rows {
   void* data;
   int64_t stride_batch;
@@ -23,7 +24,8 @@ struct RowValues {
   int64_t stride_row;
 };
 
-// Packed (varlen) problems: tensors have one batch entry (stride_batch is 0), row r of sequence b lies at cu_seqlens[b] + r.
+// Packed (varlen) problems: tensors have one batch entry (stride_batch is 0), and row r of sequence b lies at
+// cu_seqlens[b] + r.
 struct Params {
   int32_t batch;       // B, or the number of sequences
   int32_t num_heads;   // H

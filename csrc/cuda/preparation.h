@@ -1,5 +1,5 @@
-// Small kernels that run before the large ones: padding bytes become bits, a counter becomes 0, and the backward's sums over
-// rows.
+// Small kernels that run before the large ones: padding bytes become bits, a counter becomes 0, and the backward's sums
+// over rows.
 #pragma once
 #include "fragments.h"
 
@@ -9,6 +9,7 @@ struct PaddingParams {
   const uint8_t* padding;  // (B, S), nonzero = IGNORE
   int64_t stride_batch;
   int64_t stride_key;
+  int32_t batch;
   int32_t seqlen_k;
   int32_t kept_words;
   uint32_t* kept_keys;  // (B, kept_words), written: see Params
@@ -16,18 +17,17 @@ struct PaddingParams {
 
 constexpr int kPaddingThreads = 128;
 
-// One thread for each word, along x; batch entries along y.
+// One thread for each word.
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPaddingThreads, 1) padding_kernel(const GPU_GRID_CONSTANT PaddingParams p) {
-  const int word = block_index_x() * kPaddingThreads + thread_index();
-  if (word >= p.kept_words) return;
-  const int64_t batch = block_index_y();
+  const int64_t index = int64_t{block_index_x()} * kPaddingThreads + thread_index();
+  const int64_t batch = index / p.kept_words, first_key = index % p.kept_words * 32;
+  if (batch >= p.batch) return;
   uint32_t kept = 0;
-  for (int i = 0; i < 32 && 32 * word + i < p.seqlen_k; ++i) {
-    const int64_t key = 32 * word + i;
-    const bool is_kept = load_global(p.padding + batch * p.stride_batch + key * p.stride_key) == 0;
+  for (int i = 0; i < 32 && first_key + i < p.seqlen_k; ++i) {
+    const bool is_kept = load_global(p.padding + batch * p.stride_batch + (first_key + i) * p.stride_key) == 0;
     kept |= static_cast<uint32_t>(is_kept) << i;
   }
-  store_global(p.kept_keys + batch * p.kept_words + word, kept);
+  store_global(p.kept_keys + index, kept);
 }
 
 // The counter of tiles that blocks take (Params::tile_counter).

@@ -45,9 +45,9 @@ struct Work {
   int32_t batch;
 };
 
-// Programs are numbered so that the heads of a section run side by side, and their keys and values stay in the L2 cache.
-// Within a section the longest blocks start first (the last ones where causal queries are tiled, the first ones where keys
-// are), so that only short ones are left when the multiprocessors run out of work.
+// Programs are numbered so that the heads of a section run side by side, and their keys and values stay in the L2
+// cache. Within a section the longest blocks start first (the last ones where causal queries are tiled, the first ones
+// where keys are), so that only short ones are left when the multiprocessors run out of work.
 GPU_DEVICE Work scheduled_work(int32_t program, int32_t num_blocks, int32_t num_heads, int32_t batch,
                                int32_t heads_per_section, bool last_first) {
   const int32_t total_heads = num_heads * batch;

@@ -15,7 +15,8 @@ struct OnlineSoftmax {
     }
   }
 
-  // Turns scores into weights, relative to the new maximum. `rescale` makes up for the old one in what was summed before.
+  // Turns scores into weights, relative to the new maximum. `rescale` makes up for the old one in what was summed
+  // before.
   template <int kTiles>
   GPU_DEVICE void update(float (&scores)[kTiles][4], float scale_log2, float (&rescale)[2]) {
     GPU_UNROLL for (int r = 0; r < 2; ++r) {

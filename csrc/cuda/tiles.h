@@ -3,12 +3,12 @@
 
 namespace fused_attn::gpu {
 
-// sm_80: kBlockM queries of a block of kWarps warps, kBlockN keys at a time. All fit the 99 KiB of shared memory that a block
-// has on the smaller chips of the family (sm_86, sm_89, sm_120), not only the 163 KiB of sm_80.
+// sm_80: kBlockM queries of a block of kWarps warps, kBlockN keys at a time. All fit the 99 KiB of shared memory that a
+// block has on the smaller chips of the family (sm_86, sm_89, sm_120), not only the 163 KiB of sm_80.
 template <int kHeadDim>
 struct ForwardTileSm80 {
-  // 32 rows a warp halve the traffic from shared memory for each multiplication. 64 keys then need more registers than there
-  // are, from head dim 128 on, and with dropout from 96 on.
+  // 32 rows a warp halve the traffic from shared memory for each multiplication. 64 keys then need more registers than
+  // there are, from head dim 128 on, and with dropout from 96 on.
   static constexpr int kWarps = 4, kBlockM = 128, kBlockN = kHeadDim <= 64 ? 64 : 32;
 };
 template <>
@@ -41,8 +41,8 @@ struct KeyGradientTileSm80<256> {
   static constexpr bool kSplitsGradients = true;
 };
 
-// sm_90a: kConsumers warpgroups of 64 queries each, kBlockN keys at a time, kStages tiles of keys and as many of values in
-// flight. A consumer thread has 232 registers.
+// sm_90a: kConsumers warpgroups of 64 queries each, kBlockN keys at a time, kStages tiles of keys and as many of values
+// in flight.
 template <int kHeadDim>
 struct ForwardTileSm90 {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2;
@@ -63,8 +63,8 @@ struct QueryGradientTileSm90<256> {
   static constexpr int kBlockN = 64, kStages = 1;  // 192 KiB with q, dout, k and v
 };
 
-// The kernel for dk and dv: kBlockM queries at a time, for two consumer warpgroups that have 64 keys each and sum both gradients,
-// or have the same 64 keys and sum one gradient each.
+// The kernel for dk and dv: kBlockM queries at a time, for two consumer warpgroups that have 64 keys each and sum both
+// gradients, or have the same 64 keys and sum one gradient each.
 template <int kHeadDim>
 struct KeyGradientTileSm90 {
   static constexpr int kBlockM = 64, kStages = 2;

@@ -1,6 +1,6 @@
-// What sees what: the key blocks that queries have to visit, the query blocks that see keys, and which entries of a block
-// of scores are visible. Blocks that lie wholly within the band and hold only kept keys need no test ("full"); blocks
-// without any visible key are not visited.
+// What sees what: the key blocks that queries have to visit, the query blocks that see keys, and which entries of a
+// block of scores are visible. Blocks that lie wholly within the band and hold only kept keys need no test ("full");
+// blocks without any visible key are not visited.
 #pragma once
 #include "schedule.h"
 
@@ -74,8 +74,8 @@ struct KeptKeys {
     if constexpr (kWords == 4) pair = key < 64 ? pair : uint64_t{words[3]} << 32 | words[2];
     return (pair >> (key % 64)) & 1;
   }
-  // Of key first + offset of the block, where the constant `offset` says in which word: an index that is no constant would put
-  // the words into memory.
+  // Of key first + offset of the block, where the constant `offset` says in which word: an index that is no constant
+  // would put the words into memory.
   GPU_DEVICE bool has(int32_t first, int32_t offset) const { return (words[offset / 32] >> (first + offset % 32)) & 1; }
 };
 

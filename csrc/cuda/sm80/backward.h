@@ -1,5 +1,6 @@
-// Backward for Ampere and later, in two kernels that both form the scores again (7 products instead of 5), so that every
-// gradient is summed by one block in a fixed order: deterministic, without atomics, and with the weights in registers.
+// Backward for Ampere and later, in two kernels that both form the scores again (7 products instead of 5), so that
+// every gradient is summed by one block in a fixed order: deterministic, without atomics, and with the weights in
+// registers.
 //
 //   query_gradient_kernel: a block has kBlockM queries and walks over their keys:         dq += dscores @ k
 //   key_gradient_kernel:   a block has kBlockN keys and walks over the queries that see   dv += weights^T @ dout

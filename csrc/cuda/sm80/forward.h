@@ -1,6 +1,7 @@
-// Forward for Ampere and later: softmax(scores) @ value with cp.async, ldmatrix and mma.sync. One block has kBlockM queries of
-// one head and walks over their keys, from the last to the first. Shared memory holds one tile of keys and one of values: the
-// values of a step are loaded while its scores are computed, the keys of the next one while the values are summed.
+// Forward for Ampere and later: softmax(scores) @ value with cp.async, ldmatrix and mma.sync. One block has kBlockM
+// queries of one head and walks over their keys, from the last to the first. Shared memory holds one tile of keys and
+// one of values: the values of a step are loaded while its scores are computed, the keys of the next one while the
+// values are summed.
 #pragma once
 #include "../dropout.h"
 #include "../softmax.h"

@@ -4,13 +4,14 @@
 
 namespace fused_attn::gpu::sm80 {
 
-// Rows follow one another; within a row, chunks of 16 bytes are exchanged so that the same chunk of eight neighbouring rows,
-// which is what ldmatrix reads at once, lies in eight different groups of banks. Tiles start at multiples of 128 bytes.
+// Rows follow one another; within a row, chunks of 16 bytes are exchanged so that the same chunk of eight neighbouring
+// rows, which is what ldmatrix reads at once, lies in eight different groups of banks. Tiles start at multiples of 128
+// bytes.
 template <int kHeadDim>
 struct TileLayout {
   static constexpr int kRowBytes = 2 * kHeadDim;
-  // Chunks are exchanged within groups of this many. Where rows are no multiple of 128 bytes, every second one starts 64 bytes
-  // on by itself, and groups of 4 do.
+  // Chunks are exchanged within groups of this many. Where rows are no multiple of 128 bytes, every second one starts
+  // 64 bytes on by itself, and groups of 4 do.
   static constexpr int kGroup = kHeadDim % 64 == 0 ? 8 : 4;
 
   // Of a chunk below kGroup.
@@ -19,16 +20,17 @@ struct TileLayout {
     return row * kRowBytes + (chunk ^ swizzle) * 16;
   }
 
-  // 2 * pairs chunks on from chunk 0 or 1. One exclusive-or, where `offset` would keep an address for each chunk in registers.
+  // 2 * pairs chunks on from chunk 0 or 1. One exclusive-or, where `offset` would keep an address for each chunk in
+  // registers.
   static GPU_DEVICE uint32_t advance(uint32_t address, int pairs) {
     constexpr int kPairs = kGroup / 2;
     return (address ^ pairs % kPairs * 32) + pairs / kPairs * (kPairs * 32);
   }
 };
 
-// Starts to copy kRows rows from `source` on. Rows that is_kept(first, offset) refuses are not read and become zeros: what lies
-// there may be NaN, which not even a weight of 0 would stop. The row is first + offset; `offset` is a constant, and both in
-// the same 32 rows.
+// Starts to copy kRows rows from `source` on. Rows that is_kept(first, offset) refuses are not read and become zeros:
+// what lies there may be NaN, which not even a weight of 0 would stop. The row is first + offset; `offset` is a
+// constant, and both in the same 32 rows.
 template <int kHeadDim, int kRows, int kThreads, class T, class IsKept>
 GPU_DEVICE void copy_rows(uint32_t tile, const T* source, int64_t stride_row, IsKept is_kept) {
   using Layout = TileLayout<kHeadDim>;
@@ -46,9 +48,10 @@ GPU_DEVICE void copy_rows(uint32_t tile, const T* source, int64_t stride_row, Is
   }
 }
 
-// Where a lane reads the first 16 columns of a tile at `shared`; other tiles are a constant further on. `left`: of the warp's
-// 16 rows, as a left factor. Right factors: of the first 16 rows, as they are (ldmatrix then transposes them) or as their
-// transpose; of the four registers that ldmatrix fills, two are the first 8 columns of the factor and two the next 8.
+// Where a lane reads the first 16 columns of a tile at `shared`; other tiles are a constant further on. `left`: of the
+// warp's 16 rows, as a left factor. Right factors: of the first 16 rows, as they are (ldmatrix then transposes them) or
+// as their transpose; of the four registers that ldmatrix fills, two are the first 8 columns of the factor and two the
+// next 8.
 template <int kHeadDim>
 struct Corners {
   uint32_t left;
@@ -63,8 +66,8 @@ struct Corners {
   }
 };
 
-// scores += left @ right^T over the head dim, for the warp's rows of the tile `left` and all rows of the tile `right`, which are
-// given by where they lie after the corners' tile.
+// scores += left @ right^T over the head dim, for the warp's rows of the tile `left` and all rows of the tile `right`,
+// which are given by where they lie after the corners' tile.
 template <class T, int kHeadDim, int kRowTiles, int kTiles>
 GPU_DEVICE void multiply_transposed(float (&scores)[kRowTiles][kTiles][4], const Corners<kHeadDim>& corners,
                                     uint32_t left, uint32_t right) {

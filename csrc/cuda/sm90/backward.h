@@ -1,6 +1,6 @@
-// Backward for Hopper, in the same two kernels as for Ampere (sm80/backward.h says why): dq by blocks of queries, dk and dv by
-// blocks of keys. One warp loads with TMA, two warpgroups multiply with wgmma; weights and their gradients stay in registers,
-// as left factors of the products that follow.
+// Backward for Hopper, in the same two kernels as for Ampere (sm80/backward.h says why): dq by blocks of queries, dk
+// and dv by blocks of keys. One warp loads with TMA, two warpgroups multiply with wgmma; weights and their gradients
+// stay in registers, as left factors of the products that follow.
 #pragma once
 #include "../dropout.h"
 #include "../row_sums.h"

@@ -1,12 +1,13 @@
-// Forward for Hopper: softmax(scores) @ value with TMA and wgmma. A block stays on its multiprocessor and takes one tile of
-// queries after another. Its first warpgroup only loads: queries once per tile, keys and values through rings of kStages tiles.
-// The others have 64 queries each, and
+// Forward for Hopper: softmax(scores) @ value with TMA and wgmma. A block stays on its multiprocessor and takes one
+// tile of queries after another. Its first warpgroup only loads: queries once per tile, keys and values through rings
+// of kStages tiles. The others have 64 queries each, and
 //
 //   overlap:    the scores of the next keys are being computed while the softmax of these runs, and the values are summed
 //   ping-pong:  they take turns in starting products, so that the softmax of one runs while the tensor cores work for the other
 //
-// Keys that padding drops, and rows of other sequences, may hold NaN, which not even a weight of 0 would stop. The scores of
-// such keys are hidden; their values are overwritten with zeros by the loading warp before it passes the tile on.
+// Keys that padding drops, and rows of other sequences, may hold NaN, which not even a weight of 0 would stop. The
+// scores of such keys are hidden; their values are overwritten with zeros by the loading warp before it passes the tile
+// on.
 #pragma once
 #include "../dropout.h"
 #include "../softmax.h"

@@ -8,15 +8,16 @@ namespace fused_attn::gpu::sm90 {
 constexpr int kWarpgroup = 128;
 constexpr int kWarpsPerWarpgroup = 4;
 
-// Whether setmaxnreg can hand out so many registers a thread, to one loading warpgroup and `consumers` others: a block that has
-// a multiprocessor to itself is launched with equal shares of 65536, in multiples of 8, and cannot get more later.
+// Whether setmaxnreg can hand out so many registers a thread, to one loading warpgroup and `consumers` others: a block
+// that has a multiprocessor to itself is launched with equal shares of 65536, in multiples of 8, and cannot get more
+// later.
 constexpr bool fits_registers(int producer, int consumers, int consumer) {
   const int threads = kWarpgroup * (1 + consumers), at_launch = 65536 / threads / 8 * 8;
   return kWarpgroup * (producer + consumers * consumer) <= threads * at_launch;
 }
 
-// Its first lane alone waits for slots and fills them: another one that came late to a barrier could find it a phase further
-// on, and wait for the one after that.
+// Its first lane alone waits for slots and fills them: another one that came late to a barrier could find it a phase
+// further on, and wait for the one after that.
 struct TileLoader {
   uint32_t cleaning;  // a barrier: rows that have to be overwritten have come
   bool is_leader;
@@ -34,7 +35,8 @@ struct TileLoader {
     }
   }
 
-  // Likewise, with zeros in the rows that are not kept: what lies there may be NaN, which not even a weight of 0 would stop.
+  // Likewise, with zeros in the rows that are not kept: what lies there may be NaN, which not even a weight of 0 would
+  // stop.
   template <class SlotTile, int kSlots, int kRows>
   GPU_DEVICE void load_kept(const Ring<kSlots>& ring, RingPosition<kSlots> position, uint32_t slot_tile, const Map& map,
                             int row, int head, int batch, const KeptKeys<kRows>& kept) {

@@ -1,6 +1,6 @@
-// Tiles of 16-bit rows in shared memory as TMA and wgmma share them: panels of 64 columns, one after another; in each, rows of
-// 128 bytes with the 128-byte swizzle. A head dim that is no multiple of 64 leaves columns of the last panel unused: TMA fills
-// them with zeros.
+// Tiles of 16-bit rows in shared memory as TMA and wgmma share them: panels of 64 columns, one after another; in each,
+// rows of 128 bytes with the 128-byte swizzle. A head dim that is no multiple of 64 leaves columns of the last panel
+// unused: TMA fills them with zeros.
 #pragma once
 #include "../fragments.h"
 
@@ -44,7 +44,8 @@ struct Tile {
     }
   }
 
-  // By a warp: overwrites the rows that are not kept with zeros, eight lanes a row. The swizzle moves nothing between rows.
+  // By a warp: overwrites the rows that are not kept with zeros, eight lanes a row. The swizzle moves nothing between
+  // rows.
   static GPU_DEVICE void clear_dropped_rows(uint32_t tile, const KeptKeys<kRows>& kept, Lane lane) {
     GPU_UNROLL for (int word = 0; word < kept.kWords; ++word) {
       for (int row = lane.index / 8; row < 32; row += 4) {
