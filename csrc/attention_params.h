@@ -59,7 +59,8 @@ struct AttentionParams {
   bool has_dropout = false;
   uint32_t dropout_threshold = 0;
   double dropout_scale = 1.0;
-  uint64_t dropout_seed = 0;
+  uint64_t dropout_seed = 0;                   // on a CPU
+  const int64_t* dropout_seed_data = nullptr;  // where it lies; null: no dropout
 
   const int32_t* cu_seqlens_q = nullptr;  // (batch + 1), or null when not packed
   const int32_t* cu_seqlens_k = nullptr;  // (batch + 1)

@@ -364,6 +364,7 @@ def _plan(
         has_bias=is_additive,
         has_relative_bias=relative_bias is not None,
         has_sinks=sinks is not None,
+        has_float_padding=key_padding_mask is not None and key_padding_mask.dtype != torch.bool,
     )
     return Plan(problem, None if layout.fits(query.shape, key.shape, value.shape) else layout, None)
 

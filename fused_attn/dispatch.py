@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from fused_attn.backends import cpu, reference
+from fused_attn.backends import cpu, cuda, reference
 from fused_attn.backends.base import Backend
 from fused_attn.backends.triton import backend as triton
 from fused_attn.problem import AttentionProblem
 
-#: In order of preference; the first without unsupported reasons runs.
-BACKENDS: tuple[Backend, ...] = (cpu, triton, reference)
+BACKENDS: tuple[Backend, ...] = (cpu, cuda, triton, reference)
 
 BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
+
+
+class Preference(NamedTuple):
+    """The order in which backends are asked, for problems that fulfil the conditions; None = any.
+
+    major: compute capability
+    min_seqlen_q: at least so many queries
+    """
+
+    major: int | None
+    min_seqlen_q: int
+    order: tuple[Backend, ...]
+
+
+#: The first row that fits decides. Not measured yet: the CUDA kernels come first where they use what Triton's compiler
+#: does not reach (wgmma by specialised warps), unless there are so few queries that the keys of a head have to be
+#: divided among several programs, which only the Triton kernels do.
+PREFERENCES = (
+    Preference(9, 64, (cpu, cuda, triton, reference)),
+    Preference(None, 0, (cpu, triton, cuda, reference)),
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +61,7 @@ def choose(problem: AttentionProblem, backend: str | None) -> Backend:
         ValueError: the name is unknown, or the named backend cannot run the problem (with all its reasons).
     """
     if backend is None:
-        return next(candidate for candidate in BACKENDS if not candidate.unsupported_reasons(problem))
+        return next(candidate for candidate in preferred(problem) if not candidate.unsupported_reasons(problem))
     for candidate in BACKENDS:
         if candidate.name == backend:
             if reasons := candidate.unsupported_reasons(problem):
@@ -49,6 +70,14 @@ def choose(problem: AttentionProblem, backend: str | None) -> Backend:
                 )
             return candidate
     raise ValueError(f"backend: expected None or one of {BACKEND_NAMES}, got {backend!r}")
+
+
+def preferred(problem: AttentionProblem) -> tuple[Backend, ...]:
+    """All backends, the one to be asked first in front."""
+    major = None if problem.capability is None else problem.capability[0]
+    return next(
+        row.order for row in PREFERENCES if row.major in (None, major) and problem.seqlen_q >= row.min_seqlen_q
+    )
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> Explanation:

@@ -35,9 +35,10 @@ class AttentionProblem:
 
     Compared and hashed by identity, so that a backend can cache what it prepares for a problem at no cost.
     ``is_packed``: ``batch`` counts sequences and ``seqlen_q``/``seqlen_k`` are the longest ones; the tensors have
-    one batch entry that holds all rows. ``allows_tf32``: the factors of float32 products may be rounded; a backend that
-    obeys torch's setting, which can change from call to call, sets it. ``capability``: compute capability of a CUDA
-    device, which is asked for it unless it is given; None where there is none.
+    one batch entry that holds all rows. ``has_float_padding``: the key padding is floating point, so it can turn out to
+    be a bias as well. ``allows_tf32``: the factors of float32 products may be rounded; a backend that obeys torch's
+    setting, which can change from call to call, sets it. ``capability``: compute capability of a CUDA device, which is
+    asked for it unless it is given; None where there is none.
     """
 
     batch: int
@@ -60,6 +61,7 @@ class AttentionProblem:
     has_relative_bias: bool = False
     has_sinks: bool = False
     allows_tf32: bool = False
+    has_float_padding: bool = False
     capability: tuple[int, int] | None = None
     #: No tensor but query, key and value takes part.
     is_plain: bool = field(init=False, default=False)

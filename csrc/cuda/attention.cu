@@ -1,0 +1,193 @@
+// From AttentionParams to Params: sizes, workspace, and which kernels run.
+#include "attention.h"
+
+#include <algorithm>
+#include <string>
+
+#include "kernels.h"
+#include "preparation.h"
+
+namespace fused_attn::gpu {
+namespace {
+
+// Keys and values of the heads that run side by side are to stay in the L2 cache: a little below the 40 MB of an A100
+// and the 50 MB of an H100.
+constexpr int64_t kL2Bytes = 32 << 20;
+
+// Takes pieces of the workspace one after another. With no memory it only counts.
+class Workspace {
+ public:
+  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    constexpr int64_t kAlignment = 256;
+    T* piece = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + bytes_);
+    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+    return piece;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  int64_t bytes_ = 0;
+};
+
+struct Pieces {
+  uint32_t* kept_keys = nullptr;
+  int32_t kept_words = 0;
+  float* lse_log2 = nullptr;
+  float* delta = nullptr;
+  int32_t* tile_counter = nullptr;
+};
+
+Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
+  Pieces pieces;
+  if (needs.has_key_padding) {
+    // Up to the end of the largest block of keys, so that kernels need not ask where the words end.
+    constexpr int64_t kLargestBlock = 256;
+    pieces.kept_words =
+        static_cast<int32_t>((needs.seqlen_k + kLargestBlock - 1) / kLargestBlock * (kLargestBlock / 32));
+    pieces.kept_keys = workspace.take<uint32_t>(needs.batch * pieces.kept_words);
+  }
+  if (needs.is_backward) {
+    pieces.lse_log2 = workspace.take<float>(needs.lse_entries);
+    pieces.delta = workspace.take<float>(needs.lse_entries);
+  }
+  if (needs.architecture == 90 && !needs.is_backward) pieces.tile_counter = workspace.take<int32_t>(1);
+  return pieces;
+}
+
+Rows rows_of(const TensorView& x) { return {x.data, x.stride_batch, x.stride_head, x.stride_row}; }
+
+RowValues values_of(const TensorView& x) {
+  return {static_cast<float*>(x.data), x.stride_batch, x.stride_head, x.stride_row};
+}
+
+// Whether some tiles take longer than others; else blocks need not ask which one comes next.
+bool has_unequal_tiles(const AttentionParams& a) {
+  return a.window_left != kUnbounded || a.window_right != kUnbounded || a.cu_seqlens_q != nullptr ||
+         a.key_padding.data != nullptr;
+}
+
+Params params_of(const Call& call, const Pieces& pieces) {
+  const AttentionParams& a = call.params;
+  Params p{};
+  p.batch = static_cast<int32_t>(a.batch);
+  p.num_heads = static_cast<int32_t>(a.num_heads);
+  p.group_size = static_cast<int32_t>(a.num_heads / a.num_kv_heads);
+  p.seqlen_q = static_cast<int32_t>(a.seqlen_q);
+  p.seqlen_k = static_cast<int32_t>(a.seqlen_k);
+  p.rows_q = static_cast<int32_t>(call.rows_q);
+  p.rows_k = static_cast<int32_t>(call.rows_k);
+  const int64_t kv_bytes = std::max<int64_t>(a.seqlen_k * a.head_dim * 2 * 2, 1);
+  p.heads_per_section =
+      static_cast<int32_t>(std::clamp<int64_t>(kL2Bytes * p.group_size / kv_bytes, 1, a.num_heads * a.batch));
+  p.q = rows_of(a.query);
+  p.k = rows_of(a.key);
+  p.v = rows_of(a.value);
+  p.out = rows_of(a.out);
+  p.lse = values_of(a.lse);
+  p.scale = static_cast<float>(a.scale);
+  p.scale_log2 = static_cast<float>(a.scale * 1.44269504088896340736);
+  p.first_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.diagonal_offset - a.window_left, -kMaxRows, kMaxRows));
+  p.last_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.diagonal_offset + a.window_right, -kMaxRows, kMaxRows));
+  p.cu_seqlens_q = a.cu_seqlens_q;
+  p.cu_seqlens_k = a.cu_seqlens_k;
+  p.kept_keys = pieces.kept_keys;
+  p.kept_words = pieces.kept_words;
+  p.dropout_seed = a.has_dropout ? a.dropout_seed_data : nullptr;
+  p.dropout_threshold = a.dropout_threshold;
+  p.dropout_scale = static_cast<float>(a.dropout_scale);
+  p.dout = rows_of(a.dout);
+  p.dlse = values_of(a.dlse);
+  p.dq = rows_of(a.dquery);
+  p.dk = rows_of(a.dkey);
+  p.dv = rows_of(a.dvalue);
+  const int64_t stride_batch = a.cu_seqlens_q != nullptr ? 0 : a.num_heads * call.rows_q;
+  p.lse_log2 = {pieces.lse_log2, stride_batch, call.rows_q, 1};
+  p.delta = {pieces.delta, stride_batch, call.rows_q, 1};
+  p.tile_counter = has_unequal_tiles(a) ? pieces.tile_counter : nullptr;
+  return p;
+}
+
+// Fills in the parts of the workspace that large kernels expect filled.
+void prepare(const Call& call, const Params& params, const Pieces& pieces) {
+  if (params.tile_counter != nullptr)
+    run_kernel(reset_counter_kernel, {1, 1, 1, 32, 0}, call.stream, params.tile_counter);
+  const TensorView& padding = call.params.key_padding;
+  if (padding.data == nullptr || pieces.kept_words == 0) return;
+  const PaddingParams p{static_cast<const uint8_t*>(padding.data),
+                        padding.stride_batch,
+                        padding.stride_col,
+                        params.batch,
+                        params.seqlen_k,
+                        pieces.kept_words,
+                        pieces.kept_keys};
+  run_kernel(padding_kernel,
+             shape_of(pieces.kept_words * 32, 32 * kPaddingThreads, 1, params.batch, kPaddingThreads, 0), call.stream,
+             p);
+}
+
+using Launcher = void (*)(const Params&, bool, Stream);
+
+struct KernelSet {
+  int architecture;
+  int head_dim;
+  Launcher forward;
+  Launcher backward;
+};
+
+constexpr KernelSet kKernelSets[] = {
+    {80, 64, sm80::launch_forward<64>, sm80::launch_backward<64>},
+    {80, 96, sm80::launch_forward<96>, sm80::launch_backward<96>},
+    {80, 128, sm80::launch_forward<128>, sm80::launch_backward<128>},
+    {80, 256, sm80::launch_forward<256>, sm80::launch_backward<256>},
+    {90, 64, sm90::launch_forward<64>, sm90::launch_backward<64>},
+    {90, 96, sm90::launch_forward<96>, sm90::launch_backward<96>},
+    {90, 128, sm90::launch_forward<128>, sm90::launch_backward<128>},
+    {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>},
+};
+
+const KernelSet& kernels_for(const Call& call) {
+  for (const KernelSet& set : kKernelSets) {
+    if (set.architecture == call.architecture && set.head_dim == call.params.head_dim) return set;
+  }
+  throw std::invalid_argument("no kernel for head dim " + std::to_string(call.params.head_dim) + " on sm_" +
+                              std::to_string(call.architecture));
+}
+
+void run(const Call& call, bool is_backward) {
+  const KernelSet& kernels = kernels_for(call);
+  const AttentionParams& a = call.params;
+  if (std::max({a.seqlen_q, a.seqlen_k, call.rows_q, call.rows_k}) > kMaxRows)
+    throw std::invalid_argument("more than " + std::to_string(kMaxRows) + " rows");
+  const WorkspaceNeeds needs{call.architecture,
+                             is_backward,
+                             a.batch,
+                             a.seqlen_k,
+                             call.batch_entries * a.num_heads * call.rows_q,
+                             a.key_padding.data != nullptr};
+  if (const int64_t bytes = workspace_bytes(needs); call.workspace_bytes < bytes)
+    throw std::invalid_argument("workspace: expected at least " + std::to_string(bytes) + " bytes, got " +
+                                std::to_string(call.workspace_bytes));
+  Workspace workspace(call.workspace);
+  const Pieces pieces = take_pieces(needs, workspace);
+  const Params params = params_of(call, pieces);
+  prepare(call, params, pieces);
+  const bool is_bf16 = call.params.dtype == DType::kBFloat16;
+  (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const WorkspaceNeeds& needs) {
+  Workspace workspace(nullptr);
+  take_pieces(needs, workspace);
+  return workspace.bytes();
+}
+
+void forward(const Call& call) { run(call, false); }
+void backward(const Call& call) { run(call, true); }
+
+}  // namespace fused_attn::gpu

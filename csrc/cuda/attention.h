@@ -1,0 +1,35 @@
+// The CUDA kernels as their callers see them: what an AttentionParams describes, on a stream.
+#pragma once
+#include <cstdint>
+
+#include "../attention_params.h"
+
+namespace fused_attn::gpu {
+
+struct Call {
+  AttentionParams params;
+  int64_t batch_entries = 0;  // of the tensors: 1 when packed
+  int64_t rows_q = 0;         // of the tensors: the total when packed
+  int64_t rows_k = 0;
+  int architecture = 80;      // whose kernels: 80, or 90 for sm_90a
+  void* workspace = nullptr;  // aligned to 256 bytes; contents do not matter
+  int64_t workspace_bytes = 0;
+  void* stream = nullptr;  // a cudaStream_t
+};
+
+struct WorkspaceNeeds {
+  int architecture = 80;
+  bool is_backward = false;
+  int64_t batch = 0;  // as in AttentionParams
+  int64_t seqlen_k = 0;
+  int64_t lse_entries = 0;  // elements of the LSE
+  bool has_key_padding = false;
+};
+
+// What the kernels need of memory besides inputs and results.
+int64_t workspace_bytes(const WorkspaceNeeds& needs);
+
+void forward(const Call& call);
+void backward(const Call& call);
+
+}  // namespace fused_attn::gpu

@@ -1,0 +1,150 @@
+// The Python module of the CUDA kernels: fused_attn._cuda, or with FUSED_ATTN_EMULATION the module with which tests
+// execute the same kernels on a CPU.
+#include <pybind11/pybind11.h>
+
+#include "../problem_reader.h"
+#include "attention.h"
+#if defined(FUSED_ATTN_EMULATION)
+#include "emulated_call.h"
+#endif
+
+namespace fused_attn::gpu {
+namespace {
+
+#if defined(FUSED_ATTN_EMULATION)
+constexpr ExchangeDevice kDevice = ExchangeDevice::kCpu;
+#else
+constexpr ExchangeDevice kDevice = ExchangeDevice::kCuda;
+#endif
+
+// The device of a tensor, and torch's current stream there.
+Reader reader_like(PyObject* query) {
+  const Argument argument = Reader{kDevice}.required(query, "query");
+  return {kDevice, kDevice == ExchangeDevice::kCuda ? argument.tensor.device_index : -1};
+}
+
+void* current_stream(const Reader& reader) {
+  void* stream = nullptr;
+  if (kDevice == ExchangeDevice::kCuda &&
+      torch_tensors().api->current_stream(kDevice, reader.device_index, &stream) != 0)
+    throw py::error_already_set();
+  return stream;
+}
+
+Call read_call(const Reader& reader, const Problem& problem, PyObject* architecture, PyObject* workspace) {
+  Call call;
+  call.params = problem.params;
+  call.batch_entries = problem.batch_entries;
+  call.rows_q = problem.rows_q;
+  call.rows_k = problem.rows_k;
+  call.architecture = static_cast<int>(PyLong_AsLong(architecture));
+  if (PyErr_Occurred()) throw py::error_already_set();
+  if (const Argument argument = reader.optional(workspace, "workspace"); argument.given) {
+    argument.check_type(ElementType::kFloat32);
+    argument.check_unit_stride(0);
+    call.workspace = argument.data();
+    call.workspace_bytes = argument.size(0) * static_cast<int64_t>(sizeof(float));
+  }
+  call.stream = current_stream(reader);
+
+  // What these kernels do not have, and what they expect of memory: Python sees to both.
+  const AttentionParams& params = call.params;
+  if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16)
+    throw py::value_error("query: expected float16 or bfloat16");
+  if (params.value_dim != params.head_dim) throw py::value_error("value: expected the head dim of the query");
+  if (params.softcap != 0.0 || params.mask.data != nullptr || params.bias.data != nullptr ||
+      params.relative_bias.data != nullptr || params.sinks.data != nullptr)
+    throw py::value_error("masks: softcap, mask, bias, relative_bias and sinks are not supported");
+  if (!(params.scale > 0.0)) throw py::value_error("scale: expected above 0");
+  constexpr int64_t kChunk = 8;  // elements that are read at once
+  const auto check_rows = [&](const TensorView& view, int64_t heads, int64_t rows, const char* name) {
+    const bool fits = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&
+                      (call.batch_entries <= 1 || view.stride_batch % kChunk == 0) &&
+                      (heads <= 1 || view.stride_head % kChunk == 0) && (rows <= 1 || view.stride_row % kChunk == 0);
+    if (!fits) throw py::value_error(std::string(name) + ": expected rows that start at multiples of 16 bytes");
+  };
+  const int64_t heads = params.num_heads, kv_heads = params.num_kv_heads;
+  check_rows(params.query, heads, call.rows_q, "query");
+  check_rows(params.key, kv_heads, call.rows_k, "key");
+  check_rows(params.value, kv_heads, call.rows_k, "value");
+  check_rows(params.out, heads, call.rows_q, "out");
+  check_rows(params.dout, heads, call.rows_q, "dout");
+  check_rows(params.dquery, heads, call.rows_q, "dquery");
+  check_rows(params.dkey, kv_heads, call.rows_k, "dkey");
+  check_rows(params.dvalue, kv_heads, call.rows_k, "dvalue");
+  return call;
+}
+
+template <void (*function)(const Call&)>
+void run(const Reader& reader, const Problem& problem, PyObject* architecture, PyObject* workspace) {
+  const Call call = read_call(reader, problem, architecture, workspace);
+  const py::gil_scoped_release released;
+#if defined(FUSED_ATTN_EMULATION)
+  function(emulated(call));
+#else
+  function(call);
+#endif
+}
+
+const char kForwardDoc[] =
+    "forward(query, key, value, out, lse, config, masks, architecture, workspace)\n\n"
+    "Writes out, and lse unless it is None. See the module's docstring for the arguments.";
+
+PyObject* forward(PyObject* const* args, Py_ssize_t count) {
+  check_count(count, 9, kForwardDoc);
+  const Reader reader = reader_like(args[0]);
+  const Problem problem = read_problem(reader, {args[0], args[1], args[2], args[3], args[4]}, args[5], args[6]);
+  run<gpu::forward>(reader, problem, args[7], args[8]);
+  Py_RETURN_NONE;
+}
+
+const char kBackwardDoc[] =
+    "backward(dout, dlse, query, key, value, out, lse, dquery, dkey, dvalue, config, masks, architecture, "
+    "workspace)\n\n"
+    "Overwrites those of dquery, dkey and dvalue that are not None. See the module's docstring for the arguments.";
+
+PyObject* backward(PyObject* const* args, Py_ssize_t count) {
+  check_count(count, 14, kBackwardDoc);
+  const Reader reader = reader_like(args[2]);
+  reader.required(args[6], "lse");  // here it is an input
+  Problem problem = read_problem(reader, {args[2], args[3], args[4], args[5], args[6]}, args[10], args[11]);
+  set_gradients(problem, reader, {args[0], args[1], args[7], args[8], args[9]});
+  run<gpu::backward>(reader, problem, args[12], args[13]);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef kMethods[] = {
+    {"forward", as_c_function(entry_point<forward>), METH_FASTCALL, kForwardDoc},
+    {"backward", as_c_function(entry_point<backward>), METH_FASTCALL, kBackwardDoc},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+const char kModuleDoc[] = R"(The CUDA kernels of fused_attn.
+
+Private: fused_attn.backends.cuda uses it. Arguments are those of fused_attn._C, on one CUDA device, of float16 or bfloat16
+and with rows that start at multiples of 16 bytes; kernels run on torch's current stream, and the current device has to be
+that of the tensors. Contents are not looked at: cu_seqlens must fit.
+
+architecture                   whose kernels run: 80, or 90 for sm_90a
+workspace                      float32, workspace_bytes(...) bytes or more; None where that is 0)";
+
+}  // namespace
+}  // namespace fused_attn::gpu
+
+PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
+  using namespace fused_attn;
+  module.doc() = gpu::kModuleDoc;
+  define_config(module);
+  if (PyModule_AddFunctions(module.ptr(), gpu::kMethods) != 0) throw py::error_already_set();
+  module.def(
+      "workspace_bytes",
+      [](int architecture, bool is_backward, int64_t batch, int64_t seqlen_k, int64_t lse_entries,
+         bool has_key_padding) {
+        return gpu::workspace_bytes({architecture, is_backward, batch, seqlen_k, lse_entries, has_key_padding});
+      },
+      py::arg("architecture"), py::arg("is_backward"), py::arg("batch"), py::arg("seqlen_k"), py::arg("lse_entries"),
+      py::arg("has_key_padding"), "Size of the workspace; lse_entries are the elements of the LSE.");
+#if defined(FUSED_ATTN_EMULATION)
+  module.attr("device_type") = "cpu";
+#endif
+}

@@ -1,0 +1,90 @@
+// How a matrix lies in the registers of a warp, which mma.sync and wgmma share: a fragment of 16 rows and 8 * kTiles
+// columns is float x[kTiles][4] in each thread. With g = lane / 4 and q = lane % 4, entry x[t][j] is row g + 8 * (j / 2)
+// and column 8 * t + 2 * q + j % 2. So a thread has two rows, r = 0 (g) and r = 1 (g + 8), and four threads have a row.
+#pragma once
+#include "primitives.h"
+#include "visibility.h"
+
+namespace fused_attn::gpu {
+
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+struct Lane {
+  int32_t index;  // within the warp
+  int32_t g;
+  int32_t q;
+};
+
+GPU_DEVICE Lane this_lane() {
+  const uint32_t index = static_cast<uint32_t>(thread_index()) % 32;  // unsigned: divisions are shifts
+  return {static_cast<int32_t>(index), static_cast<int32_t>(index / 4), static_cast<int32_t>(index % 4)};
+}
+
+template <int kTiles>
+GPU_DEVICE void fill(float (&x)[kTiles][4], float value) {
+  GPU_UNROLL for (int t = 0; t < kTiles; ++t) { GPU_UNROLL for (int j = 0; j < 4; ++j) x[t][j] = value; }
+}
+
+// Once the first blocks are done, the maxima hardly ever change, and with them the factors are 1.
+template <int kTiles>
+GPU_DEVICE void scale_rows(float (&x)[kTiles][4], const float (&factor)[2]) {
+  if (!warp_any(factor[0] != 1.0f || factor[1] != 1.0f)) return;
+  GPU_UNROLL for (int t = 0; t < kTiles; ++t) { GPU_UNROLL for (int j = 0; j < 4; ++j) x[t][j] *= factor[j / 2]; }
+}
+
+// The maximum or the sum over the four threads that have a row.
+GPU_DEVICE float row_maximum(float x) {
+  x = fmaxf(x, shuffle_xor(x, 1));
+  return fmaxf(x, shuffle_xor(x, 2));
+}
+GPU_DEVICE float row_total(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+// -inf where a row does not see a column.
+template <int kTiles>
+GPU_DEVICE void hide(float (&scores)[kTiles][4], const VisibleColumns<8 * kTiles>& visible, Lane lane) {
+  GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+    GPU_UNROLL for (int j = 0; j < 4; ++j) {
+      const uint32_t bits = visible.words[j / 2][t / 4] >> (2 * lane.q);
+      if (!(bits >> (8 * (t % 4) + j % 2) & 1)) scores[t][j] = -kInfinity;
+    }
+  }
+}
+
+// Columns 16 * k ... 16 * k + 15 of a fragment, rounded to T, as the left factor of the next product.
+template <class T, int kTiles>
+GPU_DEVICE void left_factor(uint32_t (&a)[4], const float (&x)[kTiles][4], int k) {
+  GPU_UNROLL for (int i = 0; i < 4; ++i) a[i] =
+      pack<T>(x[2 * k + i / 2][2 * (i % 2)], x[2 * k + i / 2][2 * (i % 2) + 1]);
+}
+
+// Stores row r of the fragment times `factor`, rounded to T. Each thread has 4 bytes of every tile of its row; the four
+// threads of the row exchange them, so that each stores whole tiles of 16 bytes. All lanes of the warp take part.
+template <class T, int kTiles>
+GPU_DEVICE void store_row(T* row, const float (&x)[kTiles][4], int r, float factor, bool is_row, Lane lane) {
+  GPU_UNROLL for (int t = 0; t < kTiles; t += 4) {
+    uint32_t words[4];
+    GPU_UNROLL for (int i = 0; i < 4; ++i) words[i] = pack<T>(x[t + i][2 * r] * factor, x[t + i][2 * r + 1] * factor);
+    // A 4 x 4 transpose, first within pairs of threads and tiles, then between the pairs.
+    GPU_UNROLL for (int i = 0; i < 4; i += 2) {
+      const bool is_odd = lane.q & 1;
+      const uint32_t received = shuffle_xor(is_odd ? words[i] : words[i + 1], 1);
+      words[i] = is_odd ? received : words[i];
+      words[i + 1] = is_odd ? words[i + 1] : received;
+    }
+    GPU_UNROLL for (int i = 0; i < 2; ++i) {
+      const bool is_upper = lane.q & 2;
+      const uint32_t received = shuffle_xor(is_upper ? words[i] : words[i + 2], 2);
+      words[i] = is_upper ? received : words[i];
+      words[i + 2] = is_upper ? words[i + 2] : received;
+    }
+    if (is_row)
+      store_global(reinterpret_cast<Vec4*>(row + 8 * (t + lane.q)), Vec4{words[0], words[1], words[2], words[3]});
+  }
+}
+
+}  // namespace fused_attn::gpu

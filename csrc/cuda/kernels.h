@@ -1,0 +1,52 @@
+// The launchers of every family of kernels, one instantiation for each head dim (sm80/*.cu, sm90/*.cu).
+#pragma once
+#include <stdexcept>
+#include <type_traits>
+
+#include "launch.h"
+#include "params.h"
+
+namespace fused_attn::gpu {
+
+// A cudaStream_t.
+using Stream = void*;
+
+template <class Kernel, class... Arguments>
+void run_kernel(Kernel kernel, const LaunchShape& shape, Stream stream, const Arguments&... arguments) {
+  const std::string error = launch(kernel, shape, stream, arguments...);
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+// One program for each block of rows of each head.
+inline LaunchShape shape_of(int32_t rows, int block, int32_t heads, int32_t batch, int threads, int shared_bytes) {
+  const int64_t programs = (int64_t{rows} + block - 1) / block * heads * batch;
+  if (programs >= int64_t{1} << 31) throw std::length_error("the problem needs more blocks than a grid may have");
+  return {static_cast<int>(programs), 1, 1, threads, shared_bytes};
+}
+
+// Calls f(T{}, std::bool_constant<has_dropout>{}).
+template <class F>
+void for_variant(const Params& p, bool is_bf16, F f) {
+  const bool has_dropout = p.dropout_seed != nullptr;
+  if (is_bf16) {
+    has_dropout ? f(bf16_t{}, std::true_type{}) : f(bf16_t{}, std::false_type{});
+  } else {
+    has_dropout ? f(f16_t{}, std::true_type{}) : f(f16_t{}, std::false_type{});
+  }
+}
+
+namespace sm80 {
+template <int kHeadDim>
+void launch_forward(const Params& p, bool is_bf16, Stream stream);
+template <int kHeadDim>
+void launch_backward(const Params& p, bool is_bf16, Stream stream);
+}  // namespace sm80
+
+namespace sm90 {
+template <int kHeadDim>
+void launch_forward(const Params& p, bool is_bf16, Stream stream);
+template <int kHeadDim>
+void launch_backward(const Params& p, bool is_bf16, Stream stream);
+}  // namespace sm90
+
+}  // namespace fused_attn::gpu

@@ -1,0 +1,264 @@
+// Backward for Ampere and later, in two kernels that both form the scores again (7 products instead of 5), so that
+// every gradient is summed by one block in a fixed order: deterministic, without atomics, and with the weights in
+// registers.
+//
+//   query_gradient_kernel: a block has kBlockM queries and walks over their keys:         dq += dscores @ k
+//   key_gradient_kernel:   a block has kBlockN keys and walks over the queries that see   dv += weights^T @ dout
+//                          them, of all heads that share the keys:                        dk += dscores^T @ q
+//
+// With weights = exp(scale * q @ k^T - lse) and dweights = dout @ v^T, dscores = weights * (dweights - delta).
+#pragma once
+#include "../dropout.h"
+#include "../row_sums.h"
+#include "../tiles.h"
+#include "tile_memory.h"
+
+namespace fused_attn::gpu::sm80 {
+
+template <int kHeadDim>
+struct QueryGradientPlan : QueryGradientTileSm80<kHeadDim> {
+  using Tile = QueryGradientTileSm80<kHeadDim>;
+  static constexpr int kThreads = 32 * Tile::kWarps;
+  static constexpr int kTiles = Tile::kBlockN / 8;
+  static_assert(Tile::kBlockM == 16 * Tile::kWarps);
+  static constexpr uint32_t kQ = 0;
+  static constexpr uint32_t kDout = kQ + Tile::kBlockM * kHeadDim * 2;
+  static constexpr uint32_t kK = kDout + Tile::kBlockM * kHeadDim * 2;
+  static constexpr uint32_t kV = kK + Tile::kBlockN * kHeadDim * 2;
+  static constexpr uint32_t kBytes = kV + Tile::kBlockN * kHeadDim * 2;
+};
+
+template <class T, int kHeadDim, bool kHasDropout>
+GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
+    query_gradient_kernel(const GPU_GRID_CONSTANT Params p) {
+  using Plan = QueryGradientPlan<kHeadDim>;
+  constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads, kTiles = Plan::kTiles;
+
+  // Which rows.
+  const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
+  const Work work = scheduled_work(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_section, true);
+  const Place place = place_of(p, work.batch, work.head, work.head / p.group_size);
+  const int first_row = work.block * kBlockM;
+  if (first_row >= place.len_q) return;
+  const BlockRange range = key_range<kBlockN>(p, place, first_row, min(first_row + kBlockM, place.len_q) - 1);
+  const Lane lane = this_lane();
+  const int warp_row = thread_index() / 32 * 16, query = first_row + warp_row + lane.g;
+
+  // Load.
+  const uint32_t shared = shared_address(shared_memory());
+  const Corners<kHeadDim> corners(shared, warp_row, lane);
+  const auto load_queries = [&](uint32_t tile, const Rows& x) {
+    copy_rows<kHeadDim, kBlockM, kThreads>(
+        tile, place.query_row<const T>(x, first_row), x.stride_row,
+        [&](int first, int offset) { return first_row + first + offset < place.len_q; });
+  };
+  const auto load_keys = [&](uint32_t tile, const Rows& x, int block, const KeptKeys<kBlockN>& kept) {
+    copy_rows<kHeadDim, kBlockN, kThreads>(tile, place.key_row<const T>(x, int64_t{block} * kBlockN), x.stride_row,
+                                           [&](int first, int offset) { return kept.has(first, offset); });
+    copy_async_commit();
+  };
+  int block = last_live_block<kBlockN>(p, place, range.begin, range.end - 1);
+  if (block >= range.begin) {
+    load_queries(shared + Plan::kQ, p.q);
+    load_queries(shared + Plan::kDout, p.dout);
+    load_keys(shared + Plan::kV, p.v, block, kept_keys<kBlockN>(p, place, block));
+  }
+  const RowSums sums[2] = {row_sums(p, place, query), row_sums(p, place, query + 8)};
+
+  // Loop. The values go first: the keys are needed twice, for the scores and for dq.
+  float dq[1][kHeadDim / 8][4];
+  fill(dq[0], 0.0f);
+  while (block >= range.begin) {
+    const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, place, block);
+    copy_async_wait<0>();
+    sync_threads();  // the values have come, and every warp is done with the keys before
+    load_keys(shared + Plan::kK, p.k, block, kept);
+    float dweights[1][kTiles][4];
+    fill(dweights[0], 0.0f);
+    multiply_transposed<T, kHeadDim>(dweights, corners, Plan::kDout, Plan::kV);
+
+    copy_async_wait<0>();
+    sync_threads();  // the keys have come, and every warp is done with the values
+    const int this_block = block;
+    block = last_live_block<kBlockN>(p, place, range.begin, block - 1);
+    if (block >= range.begin) load_keys(shared + Plan::kV, p.v, block, kept_keys<kBlockN>(p, place, block));
+    float scores[1][kTiles][4];
+    fill(scores[0], 0.0f);
+    multiply_transposed<T, kHeadDim>(scores, corners, Plan::kQ, Plan::kK);
+    if (!(range.is_within_band(this_block) && kept.all())) {
+      hide(scores[0], visible_keys(p, kept, this_block, query), lane);
+    }
+    if constexpr (kHasDropout) {
+      const auto keep = keep_of_query_rows<kTiles>(Dropout(p, place), query, this_block * kBlockN, lane);
+      GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+        GPU_UNROLL for (int j = 0; j < 4; ++j) dweights[0][t][j] =
+            keep.has(t, j) ? dweights[0][t][j] * p.dropout_scale : 0.0f;
+      }
+    }
+    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+      GPU_UNROLL for (int j = 0; j < 4; ++j) {
+        const RowSums& row = sums[j / 2];
+        scores[0][t][j] = weight_of(scores[0][t][j], p.scale_log2, row.lse_log2) * (dweights[0][t][j] - row.delta);
+      }
+    }
+    multiply<T, kHeadDim>(dq, scores, corners, Plan::kK);
+  }
+
+  // Epilogue.
+  GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    const int row = query + 8 * r;
+    store_row<T>(place.query_row<T>(p.dq, row), dq[0], r, p.scale, row < place.len_q, lane);
+  }
+}
+
+template <int kHeadDim>
+struct KeyGradientPlan : KeyGradientTileSm80<kHeadDim> {
+  using Tile = KeyGradientTileSm80<kHeadDim>;
+  static constexpr int kThreads = 32 * Tile::kWarps;
+  static constexpr int kTiles = Tile::kBlockM / 8;
+  static constexpr int kWarpsPerGradient = Tile::kBlockN / 16;
+  static_assert(Tile::kWarps == kWarpsPerGradient * (Tile::kSplitsGradients ? 2 : 1));
+  static constexpr uint32_t kK = 0;
+  static constexpr uint32_t kV = kK + Tile::kBlockN * kHeadDim * 2;
+  static constexpr uint32_t kQ = kV + Tile::kBlockN * kHeadDim * 2;
+  static constexpr uint32_t kDout = kQ + Tile::kBlockM * kHeadDim * 2;
+  static constexpr uint32_t kRowSums = kDout + Tile::kBlockM * kHeadDim * 2;
+  static constexpr uint32_t kBytes = kRowSums + Tile::kBlockM * sizeof(RowSums);
+};
+
+// kMakesDk, kMakesDv: which gradients this warp sums; the others of the block may sum the other one.
+template <class T, int kHeadDim, bool kHasDropout, bool kMakesDk, bool kMakesDv>
+GPU_DEVICE void sum_key_gradients(const Params& p) {
+  using Plan = KeyGradientPlan<kHeadDim>;
+  constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads, kTiles = Plan::kTiles;
+
+  // Which rows.
+  const int num_blocks = (p.seqlen_k + kBlockN - 1) / kBlockN, kv_heads = p.num_heads / p.group_size;
+  const Work work = scheduled_work(block_index_x(), num_blocks, kv_heads, p.batch, p.heads_per_section, false);
+  Place place = place_of(p, work.batch, work.head * p.group_size, work.head);
+  const int first_key = work.block * kBlockN;
+  if (first_key >= place.len_k) return;
+  const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, place, work.block);
+  BlockRange range = query_range<kBlockM>(p, place, first_key, min(first_key + kBlockN, place.len_k) - 1);
+  if (kept.none()) range.end = range.begin;
+  const int num_steps = max(range.end - range.begin, 0) * p.group_size;
+  const Lane lane = this_lane();
+  const int warp_row = thread_index() / 32 % Plan::kWarpsPerGradient * 16, key = first_key + warp_row + lane.g;
+  const bool are_all_kept = kept.all(), is_kept[2] = {kept.has(warp_row + lane.g), kept.has(warp_row + lane.g + 8)};
+
+  // Load.
+  const uint32_t shared = shared_address(shared_memory());
+  const Corners<kHeadDim> corners(shared, warp_row, lane);
+  const auto load_keys = [&](uint32_t tile, const Rows& x) {
+    copy_rows<kHeadDim, kBlockN, kThreads>(tile, place.key_row<const T>(x, first_key), x.stride_row,
+                                           [&](int first, int offset) { return kept.has(first, offset); });
+  };
+  const auto load_queries = [&](uint32_t tile, const Rows& x, int first_row) {
+    copy_rows<kHeadDim, kBlockM, kThreads>(
+        tile, place.query_row<const T>(x, first_row), x.stride_row,
+        [&](int first, int offset) { return first_row + first + offset < place.len_q; });
+    copy_async_commit();
+  };
+  if (num_steps > 0) {
+    load_keys(shared + Plan::kK, p.k);
+    load_keys(shared + Plan::kV, p.v);
+    load_queries(shared + Plan::kQ, p.q, range.begin * kBlockM);
+  }
+
+  // Loop over the queries of all heads of the group.
+  float dk[1][kMakesDk ? kHeadDim / 8 : 1][4], dv[1][kMakesDv ? kHeadDim / 8 : 1][4];
+  fill(dk[0], 0.0f);
+  fill(dv[0], 0.0f);
+  int block = range.begin;
+  for (int step = 0; step < num_steps; ++step) {
+    const int first_row = block * kBlockM;
+    copy_async_wait<0>();
+    sync_threads();  // q has come, and every warp is done with dout and the sums before
+    load_queries(shared + Plan::kDout, p.dout, first_row);
+    if (thread_index() < kBlockM) {
+      const RowSums sums = row_sums(p, place, first_row + thread_index());
+      store_shared(shared + Plan::kRowSums + thread_index() * sizeof(RowSums), Float2{sums.lse_log2, sums.delta});
+    }
+    KeepBits<kTiles> keep;
+    if constexpr (kHasDropout) {
+      keep = keep_of_key_rows<kTiles>(Dropout(p, place), first_row, first_key + warp_row, lane);
+    }
+    float weights[1][kTiles][4];
+    fill(weights[0], 0.0f);
+    multiply_transposed<T, kHeadDim>(weights, corners, Plan::kK, Plan::kQ);
+
+    copy_async_wait<0>();
+    sync_threads();  // dout and the sums have come
+    if (!(range.is_within_band(block) && are_all_kept)) {
+      hide(weights[0], visible_queries<kBlockM>(p, is_kept, block, key), lane);
+    }
+    // lse_log2 and delta of the queries of tile t that this thread has: (lse_log2, delta, lse_log2, delta).
+    const auto sums_of = [&](int t) {
+      return load_shared<Float4>(shared + Plan::kRowSums + (8 * t + 2 * lane.q) * sizeof(RowSums));
+    };
+    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+      const Float4 sums = sums_of(t);
+      GPU_UNROLL for (int j = 0; j < 4; ++j) {
+        weights[0][t][j] = weight_of(weights[0][t][j], p.scale_log2, j % 2 == 0 ? sums.x : sums.z);
+      }
+    }
+    if constexpr (kMakesDv) {
+      float dropped[1][kTiles][4];
+      GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+        GPU_UNROLL for (int j = 0; j < 4; ++j) {
+          dropped[0][t][j] = kHasDropout && !keep.has(t, j) ? 0.0f : weights[0][t][j];
+        }
+      }
+      multiply<T, kHeadDim>(dv, dropped, corners, Plan::kDout);
+    }
+    if constexpr (kMakesDk) {
+      float dscores[1][kTiles][4];
+      fill(dscores[0], 0.0f);
+      multiply_transposed<T, kHeadDim>(dscores, corners, Plan::kV, Plan::kDout);
+      GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+        const Float4 sums = sums_of(t);
+        GPU_UNROLL for (int j = 0; j < 4; ++j) {
+          if constexpr (kHasDropout) dscores[0][t][j] = keep.has(t, j) ? dscores[0][t][j] * p.dropout_scale : 0.0f;
+          dscores[0][t][j] = weights[0][t][j] * (dscores[0][t][j] - (j % 2 == 0 ? sums.y : sums.w));
+        }
+      }
+      multiply<T, kHeadDim>(dk, dscores, corners, Plan::kQ);
+    }
+    if (++block == range.end) {
+      block = range.begin;
+      ++place.head;
+    }
+    if (step + 1 < num_steps) {
+      sync_threads();  // every warp is done with q
+      load_queries(shared + Plan::kQ, p.q, block * kBlockM);
+    }
+  }
+
+  // Epilogue.
+  GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    const int row = key + 8 * r;
+    const bool is_row = row < place.len_k;
+    if constexpr (kMakesDk) {
+      if (p.dk.data != nullptr) store_row<T>(place.key_row<T>(p.dk, row), dk[0], r, p.scale, is_row, lane);
+    }
+    if constexpr (kMakesDv) {
+      const float factor = kHasDropout ? p.dropout_scale : 1.0f;
+      if (p.dv.data != nullptr) store_row<T>(place.key_row<T>(p.dv, row), dv[0], r, factor, is_row, lane);
+    }
+  }
+}
+
+template <class T, int kHeadDim, bool kHasDropout>
+GPU_KERNEL void GPU_LAUNCH_BOUNDS(KeyGradientPlan<kHeadDim>::kThreads, 1)
+    key_gradient_kernel(const GPU_GRID_CONSTANT Params p) {
+  using Plan = KeyGradientPlan<kHeadDim>;
+  if constexpr (!Plan::kSplitsGradients) {
+    sum_key_gradients<T, kHeadDim, kHasDropout, true, true>(p);
+  } else if (thread_index() / 32 < Plan::kWarpsPerGradient) {
+    sum_key_gradients<T, kHeadDim, kHasDropout, true, false>(p);
+  } else {
+    sum_key_gradients<T, kHeadDim, kHasDropout, false, true>(p);
+  }
+}
+
+}  // namespace fused_attn::gpu::sm80

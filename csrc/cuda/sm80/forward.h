@@ -1,0 +1,113 @@
+// Forward for Ampere and later: softmax(scores) @ value with cp.async, ldmatrix and mma.sync. One block has kBlockM
+// queries of one head and walks over their keys, from the last to the first. Shared memory holds one tile of keys and
+// one of values: the values of a step are loaded while its scores are computed, the keys of the next one while the
+// values are summed.
+#pragma once
+#include "../dropout.h"
+#include "../softmax.h"
+#include "../tiles.h"
+#include "tile_memory.h"
+
+namespace fused_attn::gpu::sm80 {
+
+template <int kHeadDim>
+struct ForwardPlan : ForwardTileSm80<kHeadDim> {
+  using Tile = ForwardTileSm80<kHeadDim>;
+  static constexpr int kThreads = 32 * Tile::kWarps;
+  static constexpr int kRowTiles = Tile::kBlockM / (16 * Tile::kWarps);  // fragments of 16 rows, for each warp
+  static constexpr int kTiles = Tile::kBlockN / 8;
+  static constexpr uint32_t kQ = 0;
+  static constexpr uint32_t kK = kQ + Tile::kBlockM * kHeadDim * 2;
+  static constexpr uint32_t kV = kK + Tile::kBlockN * kHeadDim * 2;
+  static constexpr uint32_t kBytes = kV + Tile::kBlockN * kHeadDim * 2;
+};
+
+template <class T, int kHeadDim, bool kHasDropout>
+GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_kernel(const GPU_GRID_CONSTANT Params p) {
+  using Plan = ForwardPlan<kHeadDim>;
+  constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads;
+  constexpr int kRowTiles = Plan::kRowTiles, kTiles = Plan::kTiles;
+
+  // Which rows.
+  const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
+  const Work work = scheduled_work(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_section, true);
+  const Place place = place_of(p, work.batch, work.head, work.head / p.group_size);
+  const int first_row = work.block * kBlockM;
+  if (first_row >= place.len_q) return;
+  const BlockRange range = key_range<kBlockN>(p, place, first_row, min(first_row + kBlockM, place.len_q) - 1);
+  const Lane lane = this_lane();
+  const int warp_row = thread_index() / 32 * 16 * kRowTiles;
+
+  // Load.
+  const uint32_t shared = shared_address(shared_memory());
+  const Corners<kHeadDim> corners(shared, warp_row, lane);
+  const auto load_keys = [&](uint32_t tile, const Rows& x, int block, const KeptKeys<kBlockN>& kept) {
+    copy_rows<kHeadDim, kBlockN, kThreads>(tile, place.key_row<const T>(x, int64_t{block} * kBlockN), x.stride_row,
+                                           [&](int first, int offset) { return kept.has(first, offset); });
+    copy_async_commit();
+  };
+  int block = last_live_block<kBlockN>(p, place, range.begin, range.end - 1);
+  KeptKeys<kBlockN> next_kept;
+  if (block >= range.begin) {
+    next_kept = kept_keys<kBlockN>(p, place, block);
+    copy_rows<kHeadDim, kBlockM, kThreads>(
+        shared + Plan::kQ, place.query_row<const T>(p.q, first_row), p.q.stride_row,
+        [&](int first, int offset) { return first_row + first + offset < place.len_q; });
+    load_keys(shared + Plan::kK, p.k, block, next_kept);
+  }
+
+  // Loop.
+  OnlineSoftmax softmax[kRowTiles];
+  float acc[kRowTiles][kHeadDim / 8][4];
+  GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
+    softmax[m].init();
+    fill(acc[m], 0.0f);
+  }
+  while (block >= range.begin) {
+    const KeptKeys<kBlockN> kept = next_kept;
+    copy_async_wait<0>();
+    sync_threads();  // the keys have come, and every warp is done with the values before
+    load_keys(shared + Plan::kV, p.v, block, kept);
+
+    float scores[kRowTiles][kTiles][4];
+    GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) fill(scores[m], 0.0f);
+    multiply_transposed<T, kHeadDim>(scores, corners, Plan::kQ, Plan::kK);
+    const bool is_full = range.is_within_band(block) && kept.all();
+    GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
+      const int query = first_row + warp_row + 16 * m + lane.g;
+      if (!is_full) hide(scores[m], visible_keys(p, kept, block, query), lane);
+      float rescale[2];
+      softmax[m].update(scores[m], p.scale_log2, rescale);
+      scale_rows(acc[m], rescale);
+      if constexpr (kHasDropout) {
+        const auto keep = keep_of_query_rows<kTiles>(Dropout(p, place), query, block * kBlockN, lane);
+        GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+          GPU_UNROLL for (int j = 0; j < 4; ++j) scores[m][t][j] = keep.has(t, j) ? scores[m][t][j] : 0.0f;
+        }
+      }
+    }
+
+    copy_async_wait<0>();
+    sync_threads();  // the values have come, and every warp is done with the keys
+    block = last_live_block<kBlockN>(p, place, range.begin, block - 1);
+    if (block >= range.begin) {
+      next_kept = kept_keys<kBlockN>(p, place, block);
+      load_keys(shared + Plan::kK, p.k, block, next_kept);
+    }
+    multiply<T, kHeadDim>(acc, scores, corners, Plan::kV);
+  }
+
+  // Epilogue.
+  GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
+    GPU_UNROLL for (int r = 0; r < 2; ++r) {
+      const int row = first_row + warp_row + 16 * m + lane.g + 8 * r;
+      float factor, lse;
+      softmax[m].finish(r, p.scale_log2, factor, lse);
+      if (kHasDropout) factor *= p.dropout_scale;
+      if (p.lse.data != nullptr && lane.q == 0 && row < place.len_q) store_global(place.query_value(p.lse, row), lse);
+      store_row<T>(place.query_row<T>(p.out, row), acc[m], r, factor, row < place.len_q, lane);
+    }
+  }
+}
+
+}  // namespace fused_attn::gpu::sm80

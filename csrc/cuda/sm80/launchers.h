@@ -1,0 +1,39 @@
+// Host side of the kernels for sm_80; included by their instantiations alone.
+#pragma once
+#include "../kernels.h"
+#include "../preparation.h"
+#include "backward.h"
+#include "forward.h"
+
+namespace fused_attn::gpu::sm80 {
+
+template <int kHeadDim>
+void launch_forward(const Params& p, bool is_bf16, Stream stream) {
+  using Plan = ForwardPlan<kHeadDim>;
+  const LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
+  for_variant(p, is_bf16, [&](auto type, auto has_dropout) {
+    run_kernel(forward_kernel<decltype(type), kHeadDim, has_dropout()>, shape, stream, p);
+  });
+}
+
+template <int kHeadDim>
+void launch_backward(const Params& p, bool is_bf16, Stream stream) {
+  using QueryPlan = QueryGradientPlan<kHeadDim>;
+  using KeyPlan = KeyGradientPlan<kHeadDim>;
+  for_variant(p, is_bf16, [&](auto type, auto has_dropout) {
+    using T = decltype(type);
+    run_kernel(delta_kernel<T, kHeadDim>, shape_of(p.seqlen_q, kDeltaRows, p.num_heads, p.batch, kDeltaThreads, 0),
+               stream, p);
+    if (p.dq.data != nullptr)
+      run_kernel(query_gradient_kernel<T, kHeadDim, has_dropout()>,
+                 shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch, QueryPlan::kThreads, QueryPlan::kBytes),
+                 stream, p);
+    if (p.dk.data != nullptr || p.dv.data != nullptr)
+      run_kernel(key_gradient_kernel<T, kHeadDim, has_dropout()>,
+                 shape_of(p.seqlen_k, KeyPlan::kBlockN, p.num_heads / p.group_size, p.batch, KeyPlan::kThreads,
+                          KeyPlan::kBytes),
+                 stream, p);
+  });
+}
+
+}  // namespace fused_attn::gpu::sm80

@@ -1,0 +1,44 @@
+// Rings of mbarriers: how the warp that loads tiles and the warpgroups that use them wait for one another.
+#pragma once
+#include "../primitives.h"
+
+namespace fused_attn::gpu::sm90 {
+
+// Slots of a ring, each with a barrier "full" and a barrier "empty" (8 bytes each).
+template <int kSlots>
+struct Ring {
+  static constexpr uint32_t kBytes = kSlots * 16;
+  uint32_t barriers;
+
+  GPU_DEVICE uint32_t full(int slot) const { return barriers + slot * 16; }
+  GPU_DEVICE uint32_t empty(int slot) const { return full(slot) + 8; }
+
+  // By one thread, before the block synchronises. `consumers` arrive once each to empty a slot.
+  GPU_DEVICE void init(int consumers) const {
+    for (int slot = 0; slot < kSlots; ++slot) {
+      mbarrier_init(full(slot), 1);
+      mbarrier_init(empty(slot), consumers);
+    }
+  }
+};
+
+// Where a user of a ring has got to. Both sides start at 0 and advance once for each use of a slot.
+template <int kSlots>
+struct RingPosition {
+  static_assert((kSlots & (kSlots - 1)) == 0);
+  uint32_t uses = 0;
+
+  GPU_DEVICE int slot() const { return uses % kSlots; }
+  GPU_DEVICE uint32_t parity() const { return uses / kSlots & 1; }
+  GPU_DEVICE void advance() { ++uses; }
+  GPU_DEVICE void wait_full(const Ring<kSlots>& ring) const { mbarrier_wait(ring.full(slot()), parity()); }
+  GPU_DEVICE void wait_empty(const Ring<kSlots>& ring) const { mbarrier_wait(ring.empty(slot()), parity() ^ 1); }
+
+  // By all lanes of a consumer's warp, whose use of the slot is complete.
+  GPU_DEVICE void release(const Ring<kSlots>& ring) const {
+    sync_warp();
+    if (thread_index() % 32 == 0) mbarrier_arrive(ring.empty(slot()));
+  }
+};
+
+}  // namespace fused_attn::gpu::sm90

@@ -1,0 +1,84 @@
+// Tiles of 16-bit rows in shared memory as TMA and wgmma share them: panels of 64 columns, one after another; in each,
+// rows of 128 bytes with the 128-byte swizzle. A head dim that is no multiple of 64 leaves columns of the last panel
+// unused: TMA fills them with zeros.
+#pragma once
+#include "../fragments.h"
+
+namespace fused_attn::gpu::sm90 {
+
+constexpr int kPanelColumns = 64;
+constexpr uint32_t kPanelRowBytes = 128;
+constexpr uint32_t kSwizzleBytes = 1024;  // eight rows, after which the swizzle's pattern repeats
+
+// A tensor (batch, head, row, column) as TMA sees it. A dimension whose stride is 0 has one entry, and a step of 0.
+struct Map {
+  TensorMap tensor;
+  int32_t head_step;
+  int32_t batch_step;
+};
+
+template <int kHeadDim, int kRows>
+struct Tile {
+  static constexpr int kPanels = (kHeadDim + kPanelColumns - 1) / kPanelColumns;
+  static constexpr uint32_t kPanelBytes = kRows * kPanelRowBytes;
+  static constexpr uint32_t kBytes = kPanels * kPanelBytes;
+
+  // Columns 16 * k ... 16 * k + 15 of the rows from first_row on, a multiple of 8, for a product over the columns.
+  static GPU_DEVICE uint64_t columns(uint32_t tile, int first_row, int k) {
+    constexpr int kStepsPerPanel = kPanelColumns / 16;
+    return matrix_descriptor(
+        tile + k / kStepsPerPanel * kPanelBytes + first_row * kPanelRowBytes + k % kStepsPerPanel * 32, 16,
+        kSwizzleBytes);
+  }
+
+  // Rows 16 * k ... 16 * k + 15 with all their columns, for a product over the rows.
+  static GPU_DEVICE uint64_t rows(uint32_t tile, int k) {
+    return matrix_descriptor(tile + 16 * k * kPanelRowBytes, kPanelBytes, kSwizzleBytes);
+  }
+
+  // By one thread: starts to load kRows rows from `row` on. The barrier has to expect kBytes.
+  static GPU_DEVICE void load(uint32_t tile, const Map& map, uint32_t barrier, int row, int head, int batch) {
+    GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
+      tma_load_4d(tile + panel * kPanelBytes, &map.tensor, barrier, panel * kPanelColumns, row, head * map.head_step,
+                  batch * map.batch_step);
+    }
+  }
+
+  // By a warp: overwrites the rows that are not kept with zeros, eight lanes a row. The swizzle moves nothing between
+  // rows.
+  static GPU_DEVICE void clear_dropped_rows(uint32_t tile, const KeptKeys<kRows>& kept, Lane lane) {
+    GPU_UNROLL for (int word = 0; word < kept.kWords; ++word) {
+      for (int row = lane.index / 8; row < 32; row += 4) {
+        if (kept.words[word] >> row & 1) continue;
+        const uint32_t address = tile + (32 * word + row) * kPanelRowBytes + lane.index % 8 * 16;
+        GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
+          store_shared(address + panel * kPanelBytes, Vec4{0, 0, 0, 0});
+        }
+      }
+    }
+  }
+};
+
+template <int kTiles>
+GPU_DEVICE float (&flat(float (&x)[kTiles][4]))[4 * kTiles] {
+  return reinterpret_cast<float (&)[4 * kTiles]>(x);
+}
+
+// scores = left @ right^T over the head dim: 64 rows of `left` from first_row on, all rows of `right`.
+template <class T, int kHeadDim, int kLeftRows, int kTiles>
+GPU_DEVICE void start_multiply_transposed(float (&scores)[kTiles][4], uint32_t left, int first_row, uint32_t right) {
+  GPU_UNROLL for (int k = 0; k < kHeadDim / 16; ++k) {
+    wgmma_ss<T, 8 * kTiles, 0, 0>(flat(scores), Tile<kHeadDim, kLeftRows>::columns(left, first_row, k),
+                                  Tile<kHeadDim, 8 * kTiles>::columns(right, 0, k), k > 0);
+  }
+}
+
+// acc += left @ right, where `left` is in registers.
+template <class T, int kHeadDim, int kSteps>
+GPU_DEVICE void start_multiply(float (&acc)[kHeadDim / 8][4], const uint32_t (&left)[kSteps][4], uint32_t right) {
+  GPU_UNROLL for (int k = 0; k < kSteps; ++k) {
+    wgmma_rs<T, kHeadDim, 1>(flat(acc), left[k], Tile<kHeadDim, 16 * kSteps>::rows(right, k), true);
+  }
+}
+
+}  // namespace fused_attn::gpu::sm90

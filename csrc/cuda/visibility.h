@@ -1,0 +1,140 @@
+// What sees what: the key blocks that queries have to visit, the query blocks that see keys, and which entries of a
+// block of scores are visible. Blocks that lie wholly within the band and hold only kept keys need no test ("full");
+// blocks without any visible key are not visited.
+#pragma once
+#include "schedule.h"
+
+namespace fused_attn::gpu {
+
+GPU_DEVICE int32_t clamp_to(int32_t x, int32_t low, int32_t high) { return x < low ? low : x > high ? high : x; }
+
+// Bits 0 ... n - 1, for 0 <= n <= 32.
+GPU_DEVICE uint32_t low_bits(int32_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
+
+// Columns [first, end) as the bits of word `word`, which holds columns 32 * word ... 32 * word + 31.
+GPU_DEVICE uint32_t column_bits(int32_t first, int32_t end, int32_t word) {
+  return low_bits(clamp_to(end - 32 * word, 0, 32)) & ~low_bits(clamp_to(first - 32 * word, 0, 32));
+}
+
+// The keys that a query sees, and the queries that see a key, before they are clipped to those that exist.
+GPU_DEVICE int32_t first_key(const Params& p, int32_t query) { return query + p.first_diagonal; }
+GPU_DEVICE int32_t last_key(const Params& p, int32_t query) { return query + p.last_diagonal; }
+GPU_DEVICE int32_t first_query(const Params& p, int32_t key) { return key - p.last_diagonal; }
+GPU_DEVICE int32_t last_query(const Params& p, int32_t key) { return key - p.first_diagonal; }
+
+// Block numbers: [begin, end) have to be visited, those within [full_begin, full_end) lie wholly within the band.
+struct BlockRange {
+  int32_t begin;
+  int32_t end;
+  int32_t full_begin;
+  int32_t full_end;
+
+  GPU_DEVICE bool is_within_band(int32_t block) const { return block >= full_begin && block < full_end; }
+};
+
+template <int kBlock>
+GPU_DEVICE BlockRange block_range(int32_t first, int32_t last, int32_t full_first, int32_t full_last, int32_t length) {
+  const int32_t end = (clamp_to(last + 1, 0, length) + kBlock - 1) / kBlock;
+  return {clamp_to(first, 0, length) / kBlock, end, (clamp_to(full_first, 0, length) + kBlock - 1) / kBlock,
+          clamp_to(full_last + 1, 0, length) / kBlock};
+}
+
+// The blocks of keys that the queries first_row ... last_row see.
+template <int kBlock>
+GPU_DEVICE BlockRange key_range(const Params& p, const Place& place, int32_t first_row, int32_t last_row) {
+  return block_range<kBlock>(first_key(p, first_row), last_key(p, last_row), first_key(p, last_row),
+                             last_key(p, first_row), place.len_k);
+}
+
+// The blocks of queries that see the keys from ... to.
+template <int kBlock>
+GPU_DEVICE BlockRange query_range(const Params& p, const Place& place, int32_t from, int32_t to) {
+  return block_range<kBlock>(first_query(p, from), last_query(p, to), first_query(p, to), last_query(p, from),
+                             place.len_q);
+}
+
+// Which keys of a block exist and are no padding: bit c % 32 of word c / 32.
+template <int kBlock>
+struct KeptKeys {
+  static constexpr int kWords = kBlock / 32;
+  uint32_t words[kWords];
+
+  GPU_DEVICE bool all() const {
+    uint32_t common = ~0u;
+    GPU_UNROLL for (int w = 0; w < kWords; ++w) common &= words[w];
+    return common == ~0u;
+  }
+  GPU_DEVICE bool none() const {
+    uint32_t any = 0;
+    GPU_UNROLL for (int w = 0; w < kWords; ++w) any |= words[w];
+    return any == 0;
+  }
+  GPU_DEVICE bool has(int32_t key) const {
+    uint64_t pair = uint64_t{words[1]} << 32 | words[0];
+    if constexpr (kWords == 4) pair = key < 64 ? pair : uint64_t{words[3]} << 32 | words[2];
+    return (pair >> (key % 64)) & 1;
+  }
+  // Of key first + offset of the block, where the constant `offset` says in which word: an index that is no constant
+  // would put the words into memory.
+  GPU_DEVICE bool has(int32_t first, int32_t offset) const { return (words[offset / 32] >> (first + offset % 32)) & 1; }
+};
+
+template <int kBlock>
+GPU_DEVICE KeptKeys<kBlock> kept_keys(const Params& p, const Place& place, int32_t block) {
+  KeptKeys<kBlock> kept;
+  const int32_t block_start = block * kBlock;
+  GPU_UNROLL for (int w = 0; w < kept.kWords; ++w) {
+    kept.words[w] = column_bits(0, place.len_k - block_start, w);
+    if (p.kept_keys != nullptr && kept.words[w] != 0)
+      kept.words[w] &= load_global(p.kept_keys + int64_t{place.batch} * p.kept_words + block_start / 32 + w);
+  }
+  return kept;
+}
+
+// The last block of [begin, block] with a kept key, or begin - 1.
+template <int kBlock>
+GPU_DEVICE int32_t last_live_block(const Params& p, const Place& place, int32_t begin, int32_t block) {
+  if (p.kept_keys == nullptr) return block;  // every block below the end has a key
+  while (block >= begin && kept_keys<kBlock>(p, place, block).none()) --block;
+  return block;
+}
+
+// Visible columns of the two rows g and g + 8 of a thread's fragment (fragments.h), as bits.
+template <int kColumns>
+struct VisibleColumns {
+  uint32_t words[2][kColumns / 32];
+};
+
+// Rows are queries from `first_row` (the thread's own) on, columns the keys of a block.
+template <int kBlock>
+GPU_DEVICE VisibleColumns<kBlock> visible_keys(const Params& p, const KeptKeys<kBlock>& kept, int32_t block,
+                                               int32_t first_row) {
+  VisibleColumns<kBlock> visible;
+  const int32_t block_start = block * kBlock;
+  GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    const int32_t query = first_row + 8 * r;
+    const int32_t first = first_key(p, query) - block_start, end = last_key(p, query) + 1 - block_start;
+    GPU_UNROLL for (int w = 0; w < kBlock / 32; ++w) {
+      visible.words[r][w] = kept.words[w] & column_bits(first, end, w);
+    }
+  }
+  return visible;
+}
+
+// Rows are keys from `own_key` (the thread's) on, columns the queries of a block. is_kept: of the two keys.
+template <int kBlock>
+GPU_DEVICE VisibleColumns<kBlock> visible_queries(const Params& p, const bool (&is_kept)[2], int32_t block,
+                                                  int32_t own_key) {
+  VisibleColumns<kBlock> visible;
+  const int32_t block_start = block * kBlock;
+  GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    const int32_t key = own_key + 8 * r;
+    const int32_t first = first_query(p, key) - block_start, end = last_query(p, key) + 1 - block_start;
+    GPU_UNROLL for (int w = 0; w < kBlock / 32; ++w) {
+      visible.words[r][w] = is_kept[r] ? column_bits(first, end, w) : 0;
+    }
+  }
+  return visible;
+}
+
+}  // namespace fused_attn::gpu

@@ -1,0 +1,90 @@
+// A thread block that is being emulated: all of its state, one member for each idea.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <random>
+#include <set>
+#include <vector>
+
+#include "bank_conflicts.h"
+#include "barriers.h"
+#include "copy_async.h"
+#include "mbarriers.h"
+#include "options.h"
+#include "race_detector.h"
+#include "register_budget.h"
+#include "scheduler.h"
+#include "shared_memory.h"
+#include "tma.h"
+#include "vector_clock.h"
+#include "warps.h"
+#include "wgmma.h"
+
+namespace fused_attn::emulation {
+
+struct Index {
+  int x = 0, y = 0, z = 0;
+};
+
+struct Thread {
+  explicit Thread(int index)
+      : index(index), warp(index / kWarpSize), lane(index % kWarpSize), warpgroup(index / kWarpgroupSize) {}
+
+  int index, warp, lane, warpgroup;
+
+  void* stack_pointer = nullptr;
+  bool is_done = false;
+  bool is_ready = false;
+  Wait wait;
+
+  VectorClock clock;
+  CopyAsyncGroups copies;
+  BulkGroups bulk_stores;
+  const void* polled = nullptr;  // the global address read last, and how often in a row
+  uint32_t polls = 0;
+
+  Epoch epoch() const { return {uint16_t(index), false, clock.get(kOrdinary, index)}; }
+  auto known() const {
+    return [this](Plane plane, int agent) { return clock.get(plane, agent); };
+  }
+};
+
+struct Block {
+  Options options;
+  Statistics statistics;
+  Index grid_size, index;
+  int linear_index = 0;
+  Agents agents;
+  std::function<void()> kernel;
+  std::mt19937 random;
+  std::set<int> known_blocks;  // whose writes to global memory the block has acquired
+
+  std::vector<Thread> threads;
+  Thread* current = nullptr;  // null outside of the kernel
+
+  Scheduler scheduler;
+  SharedMemory shared;
+  RaceDetector races;
+  BankConflicts bank_conflicts;
+  Warps warps;
+  Barriers barriers;
+  Mbarriers mbarriers;
+  TmaQueue tma;
+  WgmmaPipelines wgmma;
+  RegisterBudget registers;
+
+  // Whether a piece of asynchronous work just issued completes as late as possible.
+  bool completes_late() {
+    if (options.timing != kTimingBySeed) return options.timing == kLate;
+    return options.seed == 0 || random() % 2;
+  }
+};
+
+// The one that runs now, and all that have started and not ended.
+Block& block();
+const std::vector<Block*>& running_blocks();
+
+// Gives what the current thread did so far a tick of its own; after everything that publishes its clock.
+inline void tick() { block().current->clock.tick(block().current->index); }
+
+}  // namespace fused_attn::emulation

@@ -1,0 +1,86 @@
+#include "context_switch.h"
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <vector>
+
+#if defined(__x86_64__)
+// The registers that a function must preserve under the System V ABI, and nothing else.
+asm(R"(
+.text
+.globl fused_attn_switch_context
+.hidden fused_attn_switch_context
+.type fused_attn_switch_context, @function
+fused_attn_switch_context:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fused_attn_switch_context, .-fused_attn_switch_context
+.section .note.GNU-stack, "", @progbits
+.text
+)");
+extern "C" void fused_attn_switch_context(void** from, void* to);
+#endif
+
+namespace fused_attn::emulation {
+namespace {
+
+constexpr size_t kGuardBytes = 64 * 1024;  // a function's whole frame must not leap over it
+constexpr int kSavedRegisters = 6;
+
+std::vector<std::vector<char*>> stacks;  // [slot][thread]: from the guard on, which is below
+
+}  // namespace
+
+#if defined(__x86_64__)
+const char* context_switch_missing() { return nullptr; }
+void switch_context(void** from, void* to) { fused_attn_switch_context(from, to); }
+#else
+const char* context_switch_missing() {
+  return "the CUDA emulation switches between threads with x86-64 instructions; this is another architecture";
+}
+void switch_context(void**, void*) { abort(); }
+#endif
+
+void* prepare_stack(char* top, void (*entry)()) {
+  void** pointer = reinterpret_cast<void**>(uintptr_t(top) & ~uintptr_t(63));
+  *--pointer = nullptr;  // where `entry` would return to; also what aligns its frame
+  *--pointer = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < kSavedRegisters; i++) *--pointer = nullptr;
+  return pointer;
+}
+
+char* stack_top(int slot, int thread) {
+  if (slot >= int(stacks.size())) stacks.resize(slot + 1);
+  while (thread >= int(stacks[slot].size())) {
+    void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) abort();
+    mprotect(memory, kGuardBytes, PROT_NONE);
+    stacks[slot].push_back(static_cast<char*>(memory));
+  }
+  return stacks[slot][thread] + kGuardBytes + kStackBytes;
+}
+
+bool is_stack_overflow(const void* address) {
+  for (const auto& slot : stacks)
+    for (const char* stack : slot)
+      if (address >= stack && address < stack + kGuardBytes) return true;
+  return false;
+}
+
+}  // namespace fused_attn::emulation

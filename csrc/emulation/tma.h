@@ -1,0 +1,60 @@
+// TMA: boxes of tensors, and contiguous memory, between global and shared memory, asynchronously.
+#pragma once
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "tensor_map.h"
+
+namespace fused_attn::emulation {
+
+struct Thread;
+
+struct TmaJob {
+  std::function<void()> carry_out;
+  bool is_done = false;
+
+  void complete() {
+    if (is_done) return;
+    is_done = true;
+    carry_out();
+  }
+};
+
+// What has been issued and is not yet complete, over all threads of the block.
+class TmaQueue {
+ public:
+  void reset() { jobs_.clear(); }
+  void push(std::shared_ptr<TmaJob> job) { jobs_.push_back(std::move(job)); }
+  bool is_empty() const { return jobs_.empty(); }
+  void complete_one();
+
+ private:
+  std::deque<std::shared_ptr<TmaJob>> jobs_;
+};
+
+// A thread's stores and reductions, in groups that it waits for.
+struct BulkGroups {
+  struct Store {
+    std::shared_ptr<TmaJob> job;
+    uint32_t tick;  // of the agent
+  };
+  std::vector<Store> open;
+  std::deque<std::vector<Store>> committed;
+};
+
+enum class BulkWrite { kStore, kAdd };
+
+void tma_load(uint32_t destination, const TensorMap& map, uint32_t mbarrier, const int* coordinates,
+              int num_coordinates);
+void tma_write(const TensorMap& map, uint32_t source, const int* coordinates, int num_coordinates, BulkWrite write);
+void tma_prefetch(const TensorMap& map);
+void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t mbarrier);
+void bulk_reduce_add_f32(float* destination, uint32_t source, uint32_t bytes);
+void bulk_commit();
+void bulk_wait(int groups_left);
+void check_no_bulk_stores_left(const Thread& thread);
+
+}  // namespace fused_attn::emulation

@@ -1,0 +1,197 @@
+"""The CUDA C++ kernels (csrc/cuda) for what is worth a kernel written by hand: half precision and common head dims."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+from torch import Tensor
+
+from fused_attn.backends.base import Gradients, Wanted, empty_like_layout
+from fused_attn.masks import MaskSpec
+from fused_attn.problem import UNBOUNDED, AttentionProblem
+
+try:
+    import fused_attn._cuda as _kernels
+except ImportError as error:
+    # Installed without nvcc: everything else still works, and `info` shows this text.
+    _kernels = None
+    import_error = str(error)
+else:
+    import_error = ""
+
+name = "cuda"
+is_composite = False
+
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = (64, 96, 128, 256)
+MIN_CAPABILITY = (8, 0)
+#: kMaxRows of csrc/cuda/params.h: rows are counted in 32 bits.
+MAX_ROWS = 2**29
+
+
+def unsupported_reasons(problem: AttentionProblem) -> list[str]:
+    reasons = []
+    if _kernels is None:
+        reasons.append(f"installed without the CUDA kernels, which need nvcc ({import_error})")
+    elif problem.device.type != device_type():
+        reasons.append(f"the tensors are on {problem.device}, expected {device_type()}")
+    if torch.version.hip is not None and problem.device.type == "cuda":
+        reasons.append("the kernels have been written for NVIDIA GPUs only")
+    elif problem.capability is not None and problem.capability < MIN_CAPABILITY:
+        have, need = (".".join(map(str, capability)) for capability in (problem.capability, MIN_CAPABILITY))
+        reasons.append(f"the GPU has compute capability {have}, expected {need} or higher")
+    if problem.dtype not in DTYPES:
+        reasons.append(f"dtype {problem.dtype} is none of {', '.join(map(str, DTYPES))}")
+    if problem.head_dim not in HEAD_DIMS:
+        reasons.append(f"head dim {problem.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}")
+    if problem.value_dim != problem.head_dim:
+        reasons.append(f"the value's head dim {problem.value_dim} differs from the query's {problem.head_dim}")
+    if not problem.scale > 0.0:
+        reasons.append(f"scale {problem.scale} is not above 0")
+    if max(problem.seqlen_q, problem.seqlen_k) > MAX_ROWS:
+        reasons.append(f"more than {MAX_ROWS} rows")
+    features = (
+        ("a softcap", problem.softcap != 0.0),
+        ("a dense mask", problem.has_mask),
+        ("a bias", problem.has_bias),
+        ("floating-point key padding", problem.has_float_padding),
+        ("a relative bias", problem.has_relative_bias),
+        ("sinks", problem.has_sinks),
+    )
+    reasons += [f"{feature} is not supported" for feature, is_asked_for in features if is_asked_for]
+    return reasons
+
+
+def device_type() -> str:
+    """Where the kernels run: "cuda", or "cpu" for the module with which tests execute them."""
+    return getattr(_kernels, "device_type", "cuda")
+
+
+def forward(
+    problem: AttentionProblem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    mask: MaskSpec,
+    needs_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    query, key, value = map(_readable, (query, key, value))
+    out = empty_like_layout(query, problem.value_dim)
+    batch, heads, rows, _ = query.shape
+    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device) if needs_lse else None
+    if out.numel() == 0:
+        return out, lse
+    if key.numel() == 0:
+        return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
+    with _on_device_of(query):
+        _kernels.forward(
+            query,
+            key,
+            value,
+            out,
+            lse,
+            _config(problem),
+            _kernel_masks(seed, mask),
+            _architecture(problem),
+            _workspace(problem, query, mask, is_backward=False),
+        )
+    return out, lse
+
+
+def backward(
+    problem: AttentionProblem,
+    wanted: Wanted,
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    mask: MaskSpec,
+) -> Gradients:
+    dout, query, key, value, out = map(_readable, (dout, query, key, value, out))
+    dlse = None if dlse is None else dlse.resolve_neg()
+    dquery = empty_like_layout(query, problem.head_dim) if wanted.query else None
+    dkey = empty_like_layout(key, problem.head_dim) if wanted.key else None
+    dvalue = empty_like_layout(value, problem.value_dim) if wanted.value else None
+    if query.numel() == 0 or key.numel() == 0:
+        return Gradients(*(None if x is None else x.zero_() for x in (dquery, dkey, dvalue)))
+    with _on_device_of(query):
+        _kernels.backward(
+            dout,
+            dlse,
+            query,
+            key,
+            value,
+            out,
+            lse.contiguous(),  # under vmap it can be an expanded view
+            dquery,
+            dkey,
+            dvalue,
+            _config(problem),
+            _kernel_masks(seed, mask),
+            _architecture(problem),
+            _workspace(problem, query, mask, is_backward=True),
+        )
+    return Gradients(dquery, dkey, dvalue)
+
+
+def _architecture(problem: AttentionProblem) -> int:
+    """Whose kernels run: 90 (sm_90a) on compute capability 9 alone; those for sm_80 run on all that came later."""
+    return 90 if problem.capability is not None and problem.capability[0] == 9 else 80
+
+
+def _readable(x: Tensor) -> Tensor:
+    """The kernels see the data alone, no lazy negation, and read rows in pieces of 16 bytes."""
+    x = x.resolve_neg()
+    is_aligned = x.data_ptr() % 16 == 0 and all(
+        stride % 8 == 0 for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1
+    )
+    # Not .contiguous(), which leaves misaligned tensors as they are.
+    return x if is_aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(problem: AttentionProblem):
+    """What the kernels need of a problem besides tensors, converted once."""
+    left, right, offset = problem.band
+    return _kernels.Config(
+        scale=problem.scale,
+        window_left=None if left == UNBOUNDED else left,
+        window_right=None if right == UNBOUNDED else right,
+        diagonal_offset=offset,
+        dropout_p=problem.dropout_p,
+        max_seqlen_q=problem.seqlen_q,
+        max_seqlen_k=problem.seqlen_k,
+    )
+
+
+def _kernel_masks(seed: Tensor | None, mask: MaskSpec) -> tuple[Tensor | None, ...] | None:
+    if seed is None and mask.key_padding is None and mask.cu_seqlens_q is None:
+        return None
+    return mask.key_padding, None, None, None, None, seed, mask.cu_seqlens_q, mask.cu_seqlens_k
+
+
+def _workspace(problem: AttentionProblem, query: Tensor, mask: MaskSpec, is_backward: bool) -> Tensor | None:
+    size = _kernels.workspace_bytes(
+        architecture=_architecture(problem),
+        is_backward=is_backward,
+        batch=problem.batch,
+        seqlen_k=problem.seqlen_k,
+        lse_entries=query.shape[:3].numel(),
+        has_key_padding=mask.key_padding is not None,
+    )
+    return torch.empty(size // 4, dtype=torch.float32, device=query.device) if size else None
+
+
+def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)

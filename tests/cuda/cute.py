@@ -1,0 +1,80 @@
+"""Layouts in the notation of CuTe, with the ones that NVIDIA documents for the instructions under test.
+
+A layout (shape : stride) maps a coordinate to an index. A nested mode is counted through from its first entry on, the
+fastest. The constants below were written down from CUTLASS's atom traits (`mma_traits_sm80.hpp`,
+`mma_traits_sm90_gmma.hpp`); the emulation was not, so that both agreeing means something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Layout(NamedTuple):
+    shape: tuple
+    stride: tuple
+
+    def __call__(self, *coordinate: int) -> int:
+        return sum(_index(*mode) for mode in zip(coordinate, self.shape, self.stride, strict=True))
+
+    @property
+    def sizes(self) -> list[int]:
+        return [_size(shape) for shape in self.shape]
+
+    def __iter__(self) -> Iterator:
+        raise TypeError("call it with a coordinate")
+
+
+def _size(shape: int | tuple) -> int:
+    if isinstance(shape, int):
+        return shape
+    product = 1
+    for mode in shape:
+        product *= _size(mode)
+    return product
+
+
+def _index(coordinate: int, shape: int | tuple, stride: int | tuple) -> int:
+    if isinstance(shape, int):
+        return coordinate * stride
+    index = 0
+    for mode, step in zip(shape, stride, strict=True):
+        index += _index(coordinate % _size(mode), mode, step)
+        coordinate //= _size(mode)
+    return index
+
+
+# ---- (thread, value) -> row + rows * column
+
+MMA_A = Layout(((4, 8), (2, 2, 2)), ((32, 1), (16, 8, 128)))  # 16 x 16
+MMA_B = Layout(((4, 8), (2, 2)), ((16, 1), (8, 64)))  # 8 x 16: (n, k)
+MMA_C = Layout(((4, 8), (2, 2)), ((32, 1), (16, 8)))  # 16 x 8
+
+WGMMA_A = Layout(((4, 8, 4), (2, 2, 2)), ((128, 1, 16), (64, 8, 512)))  # 64 x 16
+
+
+def wgmma_c(n: int) -> Layout:  # 64 x n
+    return Layout(((4, 8, 4), (2, 2, n // 8)), ((128, 1, 16), (64, 8, 512)))
+
+
+# ---- (mn, k) -> element of shared memory before swizzling, for 16-bit elements; strides in elements
+
+CHUNK = 8  # elements in 16 bytes, T in CuTe's comments
+
+
+def k_major_128(stride_bytes: int, mn: int) -> Layout:
+    """Swizzle<3,4,3> o ((8,m),(T,2)):((8T,SBO),(1,T))"""
+    return Layout(((8, mn // 8), (CHUNK, 2)), ((8 * CHUNK, stride_bytes // 2), (1, CHUNK)))
+
+
+def mn_major_128(leading_bytes: int, stride_bytes: int, mn: int) -> Layout:
+    """Swizzle<3,4,3> o ((T,8,m),(8,k)):((1,T,LBO),(8T,SBO))"""
+    repeats = -(-mn // (8 * CHUNK))
+    return Layout(((CHUNK, 8, repeats), (8, 2)), ((1, CHUNK, leading_bytes // 2), (8 * CHUNK, stride_bytes // 2)))
+
+
+def swizzle_3_4_3(byte: int) -> int:
+    """Swizzle<3,4,3> of a byte address: bits 4 to 6 are XORed with bits 7 to 9."""
+    bits = (byte >> 7) & 0b111
+    return byte ^ (bits << 4)

@@ -1,0 +1,252 @@
+"""Builds CUDA kernels for the emulation in csrc/emulation, and calls them from Python.
+
+A library of kernels is compiled by g++ from the sources that nvcc compiles and linked with the emulation. It exports
+plain C functions that return an error text, or is a Python module. Builds are kept in pytest's cache, by the contents
+of all that they are made of.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+
+# -march=native: 16-bit conversions would otherwise be calls.
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-march=native",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Wno-missing-field-initializers",
+    "-Werror",
+    "-DFUSED_ATTN_EMULATION",
+)
+
+#: What the emulation is made of, apart from csrc/emulation itself.
+SHARED_SOURCES = ("cuda/tensor_map_rules.cpp",)
+
+
+class EmulationError(AssertionError):
+    """What the emulation found wrong with a kernel."""
+
+
+# ---- Building
+
+
+def why_unavailable() -> str:
+    """Why kernels cannot be emulated on this machine, or an empty text."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"the CUDA emulation runs on Linux on x86-64, not on {sys.platform} on {platform.machine()}"
+    if shutil.which("g++") is None:
+        return "the CUDA emulation is compiled with g++, which is not on the PATH"
+    return ""
+
+
+class Builder:
+    """Compiles into ``cache``, a folder that may live from run to run and be shared by processes."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        cache.mkdir(parents=True, exist_ok=True)
+
+    def library(self, sources: Sequence[Path], csrc: Path = CSRC, flags: Sequence[str] = ()) -> Library:
+        """The loaded library of these sources (files in C++, whatever their suffix) and the emulation.
+
+        ``csrc`` is what they include from: the product's, or for a mutation a copy of it with some lines changed.
+        """
+        return Library(self._link(sources, csrc, flags))
+
+    def module(self, name: str, sources: Sequence[Path], csrc: Path = CSRC, flags: Sequence[str] = ()) -> ModuleType:
+        """Likewise a Python module ``name``, written with pybind11; each call loads one of its own."""
+        pybind11 = pytest.importorskip("pybind11", reason="needs the Python package pybind11")
+        includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
+        linked = self._link(sources, csrc, (*flags, *includes, "-fvisibility=hidden"))
+        spec = importlib.util.spec_from_file_location(name, linked)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def _link(self, sources: Sequence[Path], csrc: Path, flags: Sequence[str]) -> Path:
+        emulation = [*sorted((csrc / "emulation").glob("*.cpp")), *(csrc / name for name in SHARED_SOURCES)]
+        compiled = [(source, csrc, (*FLAGS, *flags)) for source in sources]
+        compiled += [(source, csrc, FLAGS) for source in emulation]  # the same for all libraries
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda arguments: self._object(*arguments), compiled))
+        key = _digest(*(path.name for path in objects))
+        linked = self.cache / f"lib{sources[0].stem}-{key}.so"
+        if not linked.exists():
+            self._produce(linked, ["g++", "-shared", *flags, *map(str, objects)])
+        return linked
+
+    def _object(self, source: Path, csrc: Path, flags: Sequence[str]) -> Path:
+        compile_command = ["g++", *flags, f"-I{csrc}", "-x", "c++", str(source)]
+        # The rule that make would read: "target: source header header ...".
+        rule = _run([*compile_command, "-MM", "-MT", "target"]).replace("\\\n", " ")
+        dependencies = [Path(name).read_bytes() for name in rule.split()[1:]]
+        key = _digest(_compiler_version(), *flags, *dependencies)
+        compiled = self.cache / f"{source.stem}-{key}.o"
+        if not compiled.exists():
+            self._produce(compiled, [*compile_command, "-c"])
+        return compiled
+
+    def _produce(self, target: Path, command: list[str]) -> None:
+        """Under another name first: another process may be at it too, or be killed half-way."""
+        handle, temporary = tempfile.mkstemp(dir=self.cache, prefix=target.stem, suffix=target.suffix)
+        os.close(handle)
+        try:
+            _run([*command, "-o", temporary])
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def _run(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
+    return result.stdout
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:20]
+
+
+@functools.cache
+def _compiler_version() -> str:
+    # -march=native is different flags on different machines.
+    return _run(["g++", "-march=native", "-Q", "--help=target", "--version"])
+
+
+# ---- Calling
+
+
+class Options(ctypes.Structure):
+    """csrc/emulation/options.h, which says what they mean."""
+
+    _fields_ = (
+        ("seed", ctypes.c_uint64),
+        ("timing", ctypes.c_int32),
+        ("race_detection", ctypes.c_int32),
+        ("poison", ctypes.c_int32),
+        ("strict_wgmma", ctypes.c_int32),
+        ("count_bank_conflicts", ctypes.c_int32),
+        ("resident_blocks", ctypes.c_int32),
+        ("registers_per_thread", ctypes.c_int32),
+    )
+
+
+BY_SEED, EARLY, LATE = range(3)
+
+
+class Statistics(ctypes.Structure):
+    """csrc/emulation/options.h, which says what they mean."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in (
+            "blocks",
+            "switches",
+            "warp_operations",
+            "barriers",
+            "mma",
+            "wgmma",
+            "async_copies",
+            "tma_loads",
+            "tma_stores",
+            "most_registers",
+            "shared_accesses",
+            "shared_wavefronts",
+            "ideal_wavefronts",
+        )
+    )
+
+
+class Library:
+    """The functions of a library of kernels. Each returns an error text, empty or null if all was well."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.emulation_register_buffer.restype = ctypes.c_void_p
+        self._library.emulation_statistics.restype = Statistics
+        self._buffers: list[torch.Tensor] = []
+        self.start()
+
+    def start(
+        self,
+        seed: int = 0,
+        *,
+        timing: int = BY_SEED,
+        race_detection: bool = True,
+        poison: bool = True,
+        strict_wgmma: bool = True,
+        count_bank_conflicts: bool = False,
+        resident_blocks: int = 2,
+        registers_per_thread: int = 0,
+    ) -> None:
+        """Sets options for the calls that follow, and forgets all buffers and statistics."""
+        options = Options(
+            seed,
+            timing,
+            race_detection,
+            poison,
+            strict_wgmma,
+            count_bank_conflicts,
+            resident_blocks,
+            registers_per_thread,
+        )
+        self._library.emulation_start(ctypes.byref(options))
+        self._buffers.clear()
+
+    def buffer(self, tensor: torch.Tensor | None, *, is_writable: bool = False) -> ctypes.c_void_p:
+        """What kernels get instead of a pointer to the tensor's first element; what its strides span is theirs."""
+        if tensor is None:
+            return ctypes.c_void_p(None)
+        self._buffers.append(tensor)  # keeps the memory
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        bytes_spanned = elements * tensor.element_size() if tensor.numel() else 0
+        return ctypes.c_void_p(
+            self._library.emulation_register_buffer(
+                ctypes.c_void_p(tensor.data_ptr()), ctypes.c_uint64(bytes_spanned), ctypes.c_int32(is_writable)
+            )
+        )
+
+    def call(self, function: str, *arguments: object) -> None:
+        """Calls a function of the library. Python's integers become C's int, floats become float.
+
+        Raises:
+            EmulationError: with the text that it returned.
+        """
+        converted = [ctypes.c_float(x) if isinstance(x, float) else x for x in arguments]
+        entry = getattr(self._library, function)
+        entry.restype = ctypes.c_char_p
+        if error := entry(*converted):
+            raise EmulationError(error.decode())
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of all launches since `start`."""
+        return self._library.emulation_statistics()

@@ -1,0 +1,63 @@
+"""The libraries of `emulator.py` compiled by nvcc: the same tests on a GPU show that the emulation is right."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from emulator import CSRC, EmulationError
+
+#: Host code of the product that every library needs.
+SHARED_SOURCES = ("cuda/tensor_map_rules.cpp", "cuda/tensor_map_driver.cu")
+
+
+class GpuLibrary:
+    """`emulator.Library`, with tensors that are copied to the GPU for a call and back after it. It has no options."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._buffers: list[tuple[torch.Tensor, torch.Tensor, bool]] = []
+
+    def start(self, *_args: object, **_options: object) -> None:
+        self._buffers.clear()
+
+    def buffer(self, tensor: torch.Tensor | None, *, is_writable: bool = False) -> ctypes.c_void_p:
+        if tensor is None:
+            return ctypes.c_void_p(None)
+        copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+        copy.copy_(tensor)
+        self._buffers.append((tensor, copy, is_writable))
+        return ctypes.c_void_p(copy.data_ptr())
+
+    def call(self, function: str, *arguments: object) -> None:
+        entry = getattr(self._library, function)
+        entry.restype = ctypes.c_char_p
+        if error := entry(*arguments):
+            raise EmulationError(error.decode())
+        torch.cuda.synchronize()
+        for tensor, copy, is_writable in self._buffers:
+            if is_writable:
+                tensor.copy_(copy)
+
+
+def build(source: Path, folder: Path) -> Path:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc on the PATH")
+    library = folder / f"lib{source.stem}.so"
+    sources = [source, *(CSRC / name for name in SHARED_SOURCES)]
+    flags = ["-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{CSRC}", "-shared", "-Xcompiler=-fPIC"]
+    result = subprocess.run([nvcc, *flags, "-o", library, *sources], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return library
+
+
+def library(source: Path, folder: Path) -> GpuLibrary:
+    """Compiled for sm_90a; skips the test where it cannot run."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a GPU of compute capability 9")
+    return GpuLibrary(build(source, folder))

@@ -1,0 +1,60 @@
+"""The product's CUDA kernels in the emulation, behind the public API: backend="cuda" takes CPU tensors meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from emulator import CSRC, Builder, Library
+
+from fused_attn import api, dispatch
+from fused_attn.backends import cuda
+
+MODULE = "_cuda_emulated"
+FLAGS = (f"-DFUSED_ATTN_CUDA_MODULE={MODULE}", "-Wno-psabi")
+
+
+STUB = """
+#include "cuda/kernels.h"
+namespace fused_attn::gpu::{family} {{
+template <> void launch_forward<{head_dim}>(const Params&, bool, Stream) {{}}
+template <> void launch_backward<{head_dim}>(const Params&, bool, Stream) {{}}
+}}
+"""
+
+
+class Kernels:
+    """A build of all kernels, or in ``csrc`` of changed ones. With ``only``, a head dim, other kernels do nothing."""
+
+    def __init__(
+        self, builder: Builder, csrc: Path = CSRC, only: int | None = None, others: Sequence[Path] = (), flags=()
+    ) -> None:
+        folder = csrc / "cuda"
+        sources = [folder / "attention.cu", folder / "bindings.cpp", *others]
+        for source in sorted(folder.glob("sm[89]0/head_dim_*.cu")):
+            head_dim = int(source.stem.removeprefix("head_dim_"))
+            if only not in (None, head_dim):
+                source.write_text(STUB.format(family=source.parent.name, head_dim=head_dim))
+            sources.append(source)
+        self._module = builder.module(MODULE, sources, csrc, (*FLAGS, *flags))
+        self.path = Path(self._module.__file__)
+        self._library = Library(self.path)
+
+    @contextlib.contextmanager
+    def running(self, architecture: int, seed: int = 0) -> Iterator[None]:
+        """backend="cuda" is this build's kernels for sm_80 or sm_90a, in the order of threads that the seed draws."""
+        before = cuda._kernels, cuda._architecture
+        _forget_plans()
+        cuda._kernels, cuda._architecture = self._module, lambda problem: architecture
+        self._library.start(seed)
+        try:
+            yield
+        finally:
+            cuda._kernels, cuda._architecture = before
+            _forget_plans()
+
+
+def _forget_plans() -> None:
+    for function in (api._cached_plan, api._cached_varlen_plan, dispatch.choose, cuda._config):
+        function.cache_clear()

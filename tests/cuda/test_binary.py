@@ -1,0 +1,168 @@
+"""What nvcc made of the kernels: no spills, no local memory, the instructions that they were written for. Needs no GPU.
+
+`python tests/cuda/test_binary.py` prints a table of all kernels.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+import checked_nvcc  # noqa: E402
+
+#: architecture -> the instructions without which its main kernels would make no sense
+PURPOSE = {"sm_80": {"HMMA", "LDSM", "LDGSTS"}, "sm_90a": {"HGMMA", "UTMALDG", "USETMAXREG"}}
+
+#: What the table counts: matrix instructions, copies, moved registers, and accesses to local memory.
+INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "LDSM", "STSM", "UTMALDG", "UTMASTG", "UTMAREDG", "USETMAXREG", "LDL", "STL")
+
+
+class Kernel(NamedTuple):
+    architecture: str
+    name: str
+    registers: int  # of a thread, at launch
+    stack: int  # bytes
+    local: int
+    instructions: dict[str, int]
+
+
+def cuobjdump() -> str:
+    """The one on the PATH, or that of the triton wheel."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = importlib.util.find_spec("triton")
+    found = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not found or not found.exists():
+        pytest.skip("needs cuobjdump, which comes with CUDA and with triton")
+    return str(found)
+
+
+def readable(symbol: str) -> str:
+    """`_ZN10fused_attn3gpu4sm8014forward_kernelINS0_5f16_tELi64ELb0EEEv...` -> `sm80 forward_kernel<f16, 64, 0>`"""
+    names = []
+    rest = symbol.removeprefix("_ZN")
+    while match := re.match(r"\d+", rest):
+        end = match.end() + int(match[0])
+        names.append(rest[match.end() : end])
+        rest = rest[end:]
+    arguments = re.findall(r"\d(b?f16)_t|L[a-z](\d+)E", rest.partition("EEEv")[0] + "E")
+    template = ", ".join(dtype or number for dtype, number in arguments)
+    return " ".join(name for name in names if name not in ("fused_attn", "gpu")) + (f"<{template}>" if template else "")
+
+
+def kernels() -> list[Kernel]:
+    module = importlib.util.find_spec("fused_attn._cuda")
+    if module is None:
+        pytest.skip("installed without nvcc, so that there is no fused_attn._cuda")
+
+    def dump(option: str) -> str:
+        return subprocess.run([cuobjdump(), option, module.origin], capture_output=True, text=True, check=True).stdout
+
+    counts, function = {}, None
+    architecture = ""
+    for line in dump("-sass").splitlines():
+        if match := re.match(r"\s*arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            function = counts.setdefault((architecture, match[1]), collections.Counter())
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9_]+)", line):
+            function[match[1]] += 1
+
+    found = {}
+    for line in dump("--dump-resource-usage").splitlines():
+        if match := re.match(r"\s*arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            symbol = match[1]
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
+            numbers = map(int, match.groups())
+            found[architecture, symbol] = Kernel(
+                architecture, readable(symbol), *numbers, counts.get((architecture, symbol), {})
+            )
+    return sorted(found.values(), key=lambda kernel: kernel[:2])
+
+
+@pytest.fixture(scope="module")
+def built() -> list[Kernel]:
+    return kernels()
+
+
+@pytest.mark.slow
+def test_no_kernel_uses_local_memory(built):
+    print(table(built))
+    assert len(built) > 10
+    assert not [kernel for kernel in built if kernel.stack or kernel.local]
+    assert not [kernel for kernel in built if kernel.instructions.get("LDL") or kernel.instructions.get("STL")]
+
+
+@pytest.mark.slow
+def test_kernels_use_the_instructions_that_they_are_for(built):
+    main = [kernel for kernel in built if re.search(r"(forward|gradient)_kernel", kernel.name)]
+    assert {kernel.architecture for kernel in main} == PURPOSE.keys()
+    for kernel in main:
+        missing = {name for name in PURPOSE[kernel.architecture] if not kernel.instructions.get(name)}
+        assert not missing, f"{kernel.architecture} {kernel.name} has no {missing}"
+
+
+def table(built: list[Kernel]) -> str:
+    used = [name for name in INSTRUCTIONS if any(kernel.instructions.get(name) for kernel in built)]
+    width = max(len(kernel.name) for kernel in built)
+    lines = [f"{'':7} {'kernel':{width}} registers stack local " + " ".join(f"{name:>10}" for name in used)]
+    for kernel in built:
+        lines.append(
+            f"{kernel.architecture:7} {kernel.name:{width}} {kernel.registers:9} {kernel.stack:5} {kernel.local:5} "
+            + " ".join(f"{kernel.instructions.get(name, 0):10}" for name in used)
+        )
+    return "\n".join(lines)
+
+
+# ---- The gate that the build has
+
+
+@pytest.mark.parametrize(
+    "line, why",
+    [
+        ("    24 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", "local memory is used"),
+        ("    24 bytes stack frame, 20 bytes spill stores, 20 bytes spill loads", "registers were spilled"),
+        ("ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized", "wgmma"),
+        ("ptxas info    : (C7519) warpgroup.arrive is injected in around line 77 by compiler", "wgmma"),
+    ],
+)
+def test_build_fails_on_what_ptxas_says(line, why):
+    output = (
+        "ptxas info    : Compiling entry function 'kernel_one' for 'sm_90a'\n"
+        "ptxas info    : Function properties for kernel_one\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 168 registers, used 4 barriers\n"
+    )
+    assert checked_nvcc.faults(output) == []
+    (fault,) = checked_nvcc.faults(output + "ptxas info    : Function properties for kernel_two\n" + line + "\n")
+    assert why in fault
+    assert "kernel_two" in fault
+
+
+def test_launcher_removes_what_it_refuses(tmp_path):
+    """With a compiler that says what ptxas would."""
+    compiler = tmp_path / "nvcc"
+    compiler.write_text('#!/bin/sh\ntouch "$3"\necho "    8 bytes spill stores, 8 bytes spill loads"\n')
+    compiler.chmod(0o755)
+    made = tmp_path / "kernel.o"
+    launcher = ROOT / "csrc" / "cuda" / "checked_nvcc.py"
+    run = subprocess.run([sys.executable, launcher, compiler, "-c", "-o", made], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "registers were spilled" in run.stdout
+    assert not made.exists()
+
+
+if __name__ == "__main__":
+    print(table(kernels()))

@@ -1,0 +1,55 @@
+"""What `emulator.py` promises: builds by content, of changed sources too; a reason where nothing can be emulated."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+from pathlib import Path
+
+import emulator
+import pytest
+import torch
+from emulator import CSRC, Builder, Library
+
+KERNELS = [Path(__file__).parent / "fragments.cu"]
+
+
+def descriptor(library: Library) -> int:
+    library.start()
+    out = torch.zeros(1, dtype=torch.int64)
+    library.call("descriptor", 0, 0, 1024, library.buffer(out, is_writable=True))
+    return out.item() & (1 << 62) - 1
+
+
+def test_changed_sources_are_built_and_the_product_is_not(builder: Builder, tmp_path: Path):
+    copy = tmp_path / "csrc"
+    shutil.copytree(CSRC, copy)
+    header = copy / "cuda" / "primitives.h"
+    source = header.read_text()
+    assert source.count("uint64_t(stride_bytes >> 4)") == 1
+    header.write_text(source.replace("uint64_t(stride_bytes >> 4)", "uint64_t(stride_bytes >> 5)"))
+    assert descriptor(builder.library(KERNELS, csrc=copy)) == (1024 >> 5) << 32
+    assert descriptor(builder.library(KERNELS)) == (1024 >> 4) << 32
+
+
+def test_a_build_is_kept(builder: Builder):
+    builder.library(KERNELS)
+    before = {path: path.stat().st_mtime_ns for path in builder.cache.iterdir()}
+    builder.library(KERNELS)
+    assert {path: path.stat().st_mtime_ns for path in builder.cache.iterdir()} == before
+
+
+def test_other_machines_get_a_reason(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert "not on linux on aarch64" in emulator.why_unavailable()
+
+
+def test_options_and_statistics_are_those_of_the_library():
+    """Field by field, in order, as options.h has them."""
+    source = (CSRC / "emulation" / "options.h").read_text()
+    for structure in (emulator.Options, emulator.Statistics):
+        body = source.partition(f"struct {structure.__name__} {{")[2].partition("};")[0]
+        fields = [line.split()[:2] for line in body.splitlines() if line.strip()]
+        names = {ctypes.c_uint64: "uint64_t", ctypes.c_int32: "int32_t"}
+        assert fields == [[names[kind], name] for name, kind in structure._fields_]
