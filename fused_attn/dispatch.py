@@ -84,5 +84,5 @@ def explain(problem: AttentionProblem, backend: str | None) -> Explanation:
     return Explanation(
         problem,
         choose(problem, backend).name,
-        {candidate.name: candidate.unsupported_reasons(problem) for candidate in BACKENDS},
+        {candidate.name: candidate.unsupported_reasons(problem) for candidate in preferred(problem)},
     )

@@ -125,12 +125,14 @@ def _devices() -> dict[str, str]:
 
 def _backends() -> dict[str, dict[str, list[str]]]:
     places = [torch.device("cpu")] + [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    return {
-        f"{device} {str(dtype).removeprefix('torch.')}": {
-            backend.name: backend.unsupported_reasons(_typical_problem(device, dtype)) for backend in dispatch.BACKENDS
-        }
+    problems = {
+        f"{device} {str(dtype).removeprefix('torch.')}": _typical_problem(device, dtype)
         for device in places
         for dtype in (torch.float32, torch.bfloat16)
+    }
+    return {
+        place: {backend.name: backend.unsupported_reasons(problem) for backend in dispatch.preferred(problem)}
+        for place, problem in problems.items()
     }
 
 

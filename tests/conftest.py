@@ -78,3 +78,17 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def builder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory):
+    """The `emulator.Builder` of the tests in tests/cuda.
+
+    Here, because a second conftest.py would be imported under this one's name.
+    """
+    import emulator
+
+    if reason := emulator.why_unavailable():
+        pytest.skip(reason)
+    cache = getattr(pytestconfig, "cache", None)
+    return emulator.Builder(cache.mkdir("cuda_emulation") if cache else tmp_path_factory.mktemp("cuda_emulation"))

@@ -148,6 +148,15 @@ def test_rows_that_no_kernel_can_read_are_copied(layout: str) -> None:
     cases.check(case, torch.float16, "cuda")
 
 
+@pytest.mark.usefixtures("running")
+def test_strides_of_single_entries_do_not_matter(generator: torch.Generator) -> None:
+    """Not a multiple of 16 bytes, and nothing that TMA accepts."""
+    query, key, value = (torch.randn(70 * 64, generator=generator).half() for _ in range(3))
+    expected = fused_attn.fused_attention(*(x.view(1, 1, 70, 64) for x in (query, key, value)), backend="cuda")
+    tensors = (x.as_strided((1, 1, 70, 64), (3, 5, 64, 1)) for x in (query, key, value))
+    assert torch.equal(fused_attn.fused_attention(*tensors, backend="cuda"), expected)
+
+
 @pytest.mark.parametrize("case", UNSUPPORTED, ids=lambda case: case.id)
 def test_what_is_not_supported_has_a_reason(case: Case, kernels: Kernels) -> None:
     inputs = case.make(torch.float16)
