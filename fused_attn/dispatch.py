@@ -21,19 +21,21 @@ class Preference(NamedTuple):
 
     major: compute capability
     min_seqlen_q: at least so many queries
+    min_tiles: at least so many tiles of 128 queries of a head
     """
 
     major: int | None
     min_seqlen_q: int
+    min_tiles: int
     order: tuple[Backend, ...]
 
 
 #: The first row that fits decides. Not measured yet: the CUDA kernels come first where they use what Triton's compiler
-#: does not reach (wgmma by specialised warps), unless there are so few queries that the keys of a head have to be
-#: divided among several programs, which only the Triton kernels do.
+#: does not reach (wgmma by specialised warps, whatever the mask), unless there are so few queries that the keys of a
+#: head have to be divided among several programs, which only the Triton kernels do. An H100 has 132 multiprocessors.
 PREFERENCES = (
-    Preference(9, 64, (cpu, cuda, triton, reference)),
-    Preference(None, 0, (cpu, triton, cuda, reference)),
+    Preference(9, 64, 132, (cpu, cuda, triton, reference)),
+    Preference(None, 0, 0, (cpu, triton, cuda, reference)),
 )
 
 
@@ -75,8 +77,11 @@ def choose(problem: AttentionProblem, backend: str | None) -> Backend:
 def preferred(problem: AttentionProblem) -> tuple[Backend, ...]:
     """All backends, the one to be asked first in front."""
     major = None if problem.capability is None else problem.capability[0]
+    tiles = problem.batch * problem.num_heads * -(-problem.seqlen_q // 128)
     return next(
-        row.order for row in PREFERENCES if row.major in (None, major) and problem.seqlen_q >= row.min_seqlen_q
+        row.order
+        for row in PREFERENCES
+        if row.major in (None, major) and problem.seqlen_q >= row.min_seqlen_q and tiles >= row.min_tiles
     )
 
 

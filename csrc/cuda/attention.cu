@@ -149,6 +149,31 @@ constexpr KernelSet kKernelSets[] = {
     {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>},
 };
 
+#if defined(__CUDACC__)
+// Makes the device current, with its context: a thread that has just begun has none, and tensor maps need one.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    cudaError_t error = cudaGetDevice(&before_);
+    if (error == cudaSuccess) error = cudaSetDevice(device);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would find it
+      throw std::runtime_error(cudaGetErrorString(error));
+    }
+  }
+  ~DeviceGuard() { cudaSetDevice(before_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+};
+#else
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+#endif
+
 const KernelSet& kernels_for(const Call& call) {
   for (const KernelSet& set : kKernelSets) {
     if (set.architecture == call.architecture && set.head_dim == call.params.head_dim) return set;
@@ -159,6 +184,7 @@ const KernelSet& kernels_for(const Call& call) {
 
 void run(const Call& call, bool is_backward) {
   const KernelSet& kernels = kernels_for(call);
+  const DeviceGuard guard(call.device);
   const AttentionParams& a = call.params;
   if (std::max({a.seqlen_q, a.seqlen_k, call.rows_q, call.rows_k}) > kMaxRows)
     throw std::invalid_argument("more than " + std::to_string(kMaxRows) + " rows");
@@ -185,6 +211,23 @@ int64_t workspace_bytes(const WorkspaceNeeds& needs) {
   Workspace workspace(nullptr);
   take_pieces(needs, workspace);
   return workspace.bytes();
+}
+
+std::string unusable_reason(int device) {
+#if defined(__CUDACC__)
+  try {
+    const DeviceGuard guard(device);
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, reset_counter_kernel);
+    if (error == cudaSuccess) return "";
+    cudaGetLastError();  // or the next launch would find it
+    return cudaGetErrorString(error);
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+#else
+  return "";
+#endif
 }
 
 void forward(const Call& call) { run(call, false); }

@@ -1,6 +1,7 @@
 // The CUDA kernels as their callers see them: what an AttentionParams describes, on a stream.
 #pragma once
 #include <cstdint>
+#include <string>
 
 #include "../attention_params.h"
 
@@ -12,6 +13,7 @@ struct Call {
   int64_t rows_q = 0;         // of the tensors: the total when packed
   int64_t rows_k = 0;
   int architecture = 80;      // whose kernels: 80, or 90 for sm_90a
+  int device = 0;             // number of the CUDA device
   void* workspace = nullptr;  // aligned to 256 bytes; contents do not matter
   int64_t workspace_bytes = 0;
   void* stream = nullptr;  // a cudaStream_t
@@ -28,6 +30,9 @@ struct WorkspaceNeeds {
 
 // What the kernels need of memory besides inputs and results.
 int64_t workspace_bytes(const WorkspaceNeeds& needs);
+
+// Why no kernel can run on the CUDA device, such as a driver that is too old; empty where they can.
+std::string unusable_reason(int device);
 
 void forward(const Call& call);
 void backward(const Call& call);

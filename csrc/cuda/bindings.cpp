@@ -46,6 +46,7 @@ Call read_call(const Reader& reader, const Problem& problem, PyObject* architect
     call.workspace_bytes = argument.size(0) * static_cast<int64_t>(sizeof(float));
   }
   call.stream = current_stream(reader);
+  call.device = reader.device_index;
 
   // What these kernels do not have, and what they expect of memory: Python sees to both.
   const AttentionParams& params = call.params;
@@ -122,8 +123,8 @@ PyMethodDef kMethods[] = {
 const char kModuleDoc[] = R"(The CUDA kernels of fused_attn.
 
 Private: fused_attn.backends.cuda uses it. Arguments are those of fused_attn._C, on one CUDA device, of float16 or bfloat16
-and with rows that start at multiples of 16 bytes; kernels run on torch's current stream, and the current device has to be
-that of the tensors. Contents are not looked at: cu_seqlens must fit.
+and with rows that start at multiples of 16 bytes; kernels run on torch's current stream of that device. Contents are not
+looked at: cu_seqlens must fit.
 
 architecture                   whose kernels run: 80, or 90 for sm_90a
 workspace                      float32, workspace_bytes(...) bytes or more; None where that is 0)";
@@ -144,6 +145,8 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
       },
       py::arg("architecture"), py::arg("is_backward"), py::arg("batch"), py::arg("seqlen_k"), py::arg("lse_entries"),
       py::arg("has_key_padding"), "Size of the workspace; lse_entries are the elements of the LSE.");
+  module.def("unusable_reason", &gpu::unusable_reason, py::arg("device"),
+             "Why no kernel can run on the CUDA device with this number; empty where they can.");
 #if defined(FUSED_ATTN_EMULATION)
   module.attr("device_type") = "cpu";
 #endif

@@ -27,7 +27,10 @@ std::string launch(void (*kernel)(Parameters...), const LaunchShape& shape, void
   if (shape.shared_bytes > kSharedBytesWithoutAsking) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would find it
+      return cudaGetErrorString(error);
+    }
   }
   kernel<<<dim3(shape.grid_x, shape.grid_y, shape.grid_z), shape.threads, shape.shared_bytes,
            static_cast<cudaStream_t>(stream)>>>(arguments...);

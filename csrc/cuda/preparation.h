@@ -61,8 +61,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kDeltaThreads, 1) delta_kernel(const GPU_GRID_
   if (!is_row || thread_index() % kThreadsPerRow != 0) return;
   if (p.dlse.data != nullptr) sum -= load_global(place.query_value(p.dlse, row));
   const float lse = load_global(place.query_value(p.lse, row));
-  store_global(place.query_value(p.delta, row), sum);
-  // Of an empty row every weight exp2(score - inf) is 0, with no test in the large kernels.
+  // Of an empty row every weight exp2(score - inf) is 0, with no test in the large kernels; 0 * delta has to be 0 too.
+  store_global(place.query_value(p.delta, row), lse == -kInfinity ? 0.0f : sum);
   store_global(place.query_value(p.lse_log2, row), lse == -kInfinity ? kInfinity : lse * kLog2E);
 }
 

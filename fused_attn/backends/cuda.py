@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
@@ -29,6 +28,7 @@ HEAD_DIMS = (64, 96, 128, 256)
 MIN_CAPABILITY = (8, 0)
 #: kMaxRows of csrc/cuda/params.h: rows are counted in 32 bits.
 MAX_ROWS = 2**29
+MIN_SCALE = torch.finfo(torch.float32).tiny
 
 
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
@@ -37,6 +37,8 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(f"installed without the CUDA kernels, which need nvcc ({import_error})")
     elif problem.device.type != device_type():
         reasons.append(f"the tensors are on {problem.device}, expected {device_type()}")
+    elif (reason := _device_reason(problem)) is not None:
+        reasons.append(reason)
     if torch.version.hip is not None and problem.device.type == "cuda":
         reasons.append("the kernels have been written for NVIDIA GPUs only")
     elif problem.capability is not None and problem.capability < MIN_CAPABILITY:
@@ -48,8 +50,8 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(f"head dim {problem.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}")
     if problem.value_dim != problem.head_dim:
         reasons.append(f"the value's head dim {problem.value_dim} differs from the query's {problem.head_dim}")
-    if not problem.scale > 0.0:
-        reasons.append(f"scale {problem.scale} is not above 0")
+    if not problem.scale >= MIN_SCALE:
+        reasons.append(f"scale {problem.scale} is not above 0 in float32")
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_ROWS:
         reasons.append(f"more than {MAX_ROWS} rows")
     features = (
@@ -87,18 +89,17 @@ def forward(
         return out, lse
     if key.numel() == 0:
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
-    with _on_device_of(query):
-        _kernels.forward(
-            query,
-            key,
-            value,
-            out,
-            lse,
-            _config(problem),
-            _kernel_masks(seed, mask),
-            _architecture(problem),
-            _workspace(problem, query, mask, is_backward=False),
-        )
+    _kernels.forward(
+        query,
+        key,
+        value,
+        out,
+        lse,
+        _config(problem),
+        _kernel_masks(seed, mask),
+        _architecture(problem),
+        _workspace(problem, query, mask, is_backward=False),
+    )
     return out, lse
 
 
@@ -123,23 +124,22 @@ def backward(
     dvalue = empty_like_layout(value, problem.value_dim) if wanted.value else None
     if query.numel() == 0 or key.numel() == 0:
         return Gradients(*(None if x is None else x.zero_() for x in (dquery, dkey, dvalue)))
-    with _on_device_of(query):
-        _kernels.backward(
-            dout,
-            dlse,
-            query,
-            key,
-            value,
-            out,
-            lse.contiguous(),  # under vmap it can be an expanded view
-            dquery,
-            dkey,
-            dvalue,
-            _config(problem),
-            _kernel_masks(seed, mask),
-            _architecture(problem),
-            _workspace(problem, query, mask, is_backward=True),
-        )
+    _kernels.backward(
+        dout,
+        dlse,
+        query,
+        key,
+        value,
+        out,
+        lse.contiguous(),  # under vmap it can be an expanded view
+        dquery,
+        dkey,
+        dvalue,
+        _config(problem),
+        _kernel_masks(seed, mask),
+        _architecture(problem),
+        _workspace(problem, query, mask, is_backward=True),
+    )
     return Gradients(dquery, dkey, dvalue)
 
 
@@ -148,10 +148,27 @@ def _architecture(problem: AttentionProblem) -> int:
     return 90 if problem.capability is not None and problem.capability[0] == 9 else 80
 
 
+def _device_reason(problem: AttentionProblem) -> str | None:
+    """Why the kernels cannot run on the GPU at hand; None where they can, or where the problem is about another GPU."""
+    if problem.device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    index = torch.cuda.current_device() if problem.device.index is None else problem.device.index
+    is_here = index < torch.cuda.device_count() and torch.cuda.get_device_capability(index) == problem.capability
+    return _unusable_reason(index) if is_here else None
+
+
+@functools.cache
+def _unusable_reason(index: int) -> str | None:
+    """Asked of the driver once: it may be older than the nvcc that built the kernels."""
+    reason = _kernels.unusable_reason(index)
+    return f"the driver refuses the CUDA kernels: {reason}" if reason else None
+
+
 def _readable(x: Tensor) -> Tensor:
-    """The kernels see the data alone, no lazy negation, and read rows in pieces of 16 bytes."""
+    """The kernels see the data alone, no lazy negation, and read rows in pieces of 16 bytes, each at another place."""
     x = x.resolve_neg()
-    is_aligned = x.data_ptr() % 16 == 0 and all(
+    is_expanded = x.stride(2) == 0 and x.shape[2] > 1
+    is_aligned = not is_expanded and x.data_ptr() % 16 == 0 and all(
         stride % 8 == 0 for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1
     )
     # Not .contiguous(), which leaves misaligned tensors as they are.
@@ -180,18 +197,17 @@ def _kernel_masks(seed: Tensor | None, mask: MaskSpec) -> tuple[Tensor | None, .
 
 
 def _workspace(problem: AttentionProblem, query: Tensor, mask: MaskSpec, is_backward: bool) -> Tensor | None:
-    size = _kernels.workspace_bytes(
+    size = _workspace_bytes(problem, is_backward, query.shape[:3].numel(), mask.key_padding is not None)
+    return torch.empty(size // 4, dtype=torch.float32, device=query.device) if size else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _workspace_bytes(problem: AttentionProblem, is_backward: bool, lse_entries: int, has_key_padding: bool) -> int:
+    return _kernels.workspace_bytes(
         architecture=_architecture(problem),
         is_backward=is_backward,
         batch=problem.batch,
         seqlen_k=problem.seqlen_k,
-        lse_entries=query.shape[:3].numel(),
-        has_key_padding=mask.key_padding is not None,
+        lse_entries=lse_entries,
+        has_key_padding=has_key_padding,
     )
-    return torch.empty(size // 4, dtype=torch.float32, device=query.device) if size else None
-
-
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)

@@ -84,6 +84,7 @@ class Builder:
         spec = importlib.util.spec_from_file_location(name, linked)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        assert Path(module.__file__) == linked, f"{name} is another module already"
         return module
 
     def _link(self, sources: Sequence[Path], csrc: Path, flags: Sequence[str]) -> Path:

@@ -11,8 +11,7 @@ from emulator import CSRC, Builder, Library
 from fused_attn import api, dispatch
 from fused_attn.backends import cuda
 
-MODULE = "_cuda_emulated"
-FLAGS = (f"-DFUSED_ATTN_CUDA_MODULE={MODULE}", "-Wno-psabi")
+FLAGS = ("-Wno-psabi",)
 
 
 STUB = """
@@ -25,10 +24,19 @@ template <> void launch_backward<{head_dim}>(const Params&, bool, Stream) {{}}
 
 
 class Kernels:
-    """A build of all kernels, or in ``csrc`` of changed ones. With ``only``, a head dim, other kernels do nothing."""
+    """A build of all kernels, or in ``csrc`` of changed ones. With ``only``, a head dim, other kernels do nothing.
+
+    Each build has a ``name`` of its own: pybind11 loads a module once for each name, wherever its file is.
+    """
 
     def __init__(
-        self, builder: Builder, csrc: Path = CSRC, only: int | None = None, others: Sequence[Path] = (), flags=()
+        self,
+        builder: Builder,
+        csrc: Path = CSRC,
+        only: int | None = None,
+        others: Sequence[Path] = (),
+        flags: Sequence[str] = (),
+        name: str = "_cuda_emulated",
     ) -> None:
         folder = csrc / "cuda"
         sources = [folder / "attention.cu", folder / "bindings.cpp", *others]
@@ -37,7 +45,8 @@ class Kernels:
             if only not in (None, head_dim):
                 source.write_text(STUB.format(family=source.parent.name, head_dim=head_dim))
             sources.append(source)
-        self._module = builder.module(MODULE, sources, csrc, (*FLAGS, *flags))
+        flags = (f"-DFUSED_ATTN_CUDA_MODULE={name}", *FLAGS, *flags)
+        self._module = builder.module(name, sources, csrc, flags)
         self.path = Path(self._module.__file__)
         self._library = Library(self.path)
 

@@ -34,6 +34,7 @@ class Kernel(NamedTuple):
     stack: int  # bytes
     local: int
     instructions: dict[str, int]
+    overlapped: int  # exponentials between the wait for all products but one and the wait for that one
 
 
 def cuobjdump() -> str:
@@ -68,15 +69,17 @@ def kernels() -> list[Kernel]:
     def dump(option: str) -> str:
         return subprocess.run([cuobjdump(), option, module.origin], capture_output=True, text=True, check=True).stdout
 
-    counts, function = {}, None
+    counts, texts, function = {}, {}, None
     architecture = ""
     for line in dump("-sass").splitlines():
         if match := re.match(r"\s*arch = (\w+)", line):
             architecture = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
             function = counts.setdefault((architecture, match[1]), collections.Counter())
+            text = texts.setdefault((architecture, match[1]), [])
         elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9_]+)", line):
             function[match[1]] += 1
+            text.append(line)
 
     found = {}
     for line in dump("--dump-resource-usage").splitlines():
@@ -87,9 +90,24 @@ def kernels() -> list[Kernel]:
         elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
             numbers = map(int, match.groups())
             found[architecture, symbol] = Kernel(
-                architecture, readable(symbol), *numbers, counts.get((architecture, symbol), {})
+                architecture,
+                readable(symbol),
+                *numbers,
+                counts.get((architecture, symbol), {}),
+                overlapped_exponentials(texts.get((architecture, symbol), [])),
             )
     return sorted(found.values(), key=lambda kernel: kernel[:2])
+
+
+def overlapped_exponentials(sass: list[str]) -> int:
+    most, here = 0, None
+    for line in sass:
+        if "WARPGROUP.DEPBAR" in line:
+            most = max(most, here or 0)
+            here = 0 if re.search(r"gsb0, 0x1\b", line) else None
+        elif here is not None and "MUFU.EX2" in line:
+            here += 1
+    return most
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +130,24 @@ def test_kernels_use_the_instructions_that_they_are_for(built):
     for kernel in main:
         missing = {name for name in PURPOSE[kernel.architecture] if not kernel.instructions.get(name)}
         assert not missing, f"{kernel.architecture} {kernel.name} has no {missing}"
+
+
+@pytest.mark.slow
+def test_softmax_runs_while_the_tensor_cores_do(built):
+    """ptxas likes to wait for products earlier than the source says, up to the branch before."""
+    hopper = [kernel for kernel in built if kernel.architecture == "sm_90a" and kernel.instructions.get("HGMMA")]
+    for kernel in hopper:
+        # In the query gradient with dropout the bits are drawn there instead.
+        if not ("query_gradient" in kernel.name and kernel.name.endswith(", 1>")):
+            assert kernel.overlapped >= 28, f"{kernel.name}: {kernel.overlapped} exponentials overlap with products"
+
+
+@pytest.mark.slow
+def test_registers_can_be_shared_out(built):
+    """What setmaxnreg takes and gives adds up to what a block of three warpgroups is launched with."""
+    for kernel in built:
+        if kernel.instructions.get("USETMAXREG"):
+            assert kernel.registers == 168, kernel
 
 
 def table(built: list[Kernel]) -> str:

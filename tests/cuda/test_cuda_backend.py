@@ -21,7 +21,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("device", "length", "chosen"),
-    [("sm_90", 128, "cuda"), ("sm_90", 8, "triton"), ("sm_80", 128, "triton"), ("sm_100", 128, "triton")],
+    [
+        ("sm_90", 2112, "cuda"),  # 136 tiles
+        ("sm_90", 2048, "triton"),  # 128 tiles
+        ("sm_90", 8, "triton"),
+        ("sm_80", 2112, "triton"),
+        ("sm_100", 2112, "triton"),
+    ],
 )
 def test_which_backend_comes_first(device: str, length: int, chosen: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")

@@ -224,7 +224,7 @@ class Planted:
         declaration.write_text('extern "C" __attribute__((visibility("default"))) int planted_bug;\n')
         definition.write_text("int planted_bug = 0;\n")
         flags = ["-include", str(declaration), "-Wno-misleading-indentation"]
-        self.kernels = Kernels(builder, plant(folder), HEAD_DIM, [definition], flags)
+        self.kernels = Kernels(builder, plant(folder), HEAD_DIM, [definition], flags, "_cuda_planted")
         self._number = ctypes.c_int.in_dll(ctypes.CDLL(str(self.kernels.path)), "planted_bug")
 
     def errors(self, number: int, bug: Bug) -> dict[int, str]:

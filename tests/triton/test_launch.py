@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
 from fused_attn import api, checks, dispatch, modes
+from fused_attn.backends import cuda
 from fused_attn.backends.base import Wanted
 from fused_attn.problem import AttentionProblem
 
@@ -168,6 +169,9 @@ def test_tf32_only_where_torch_allows_it() -> None:
 
 @EVERY_CASE
 def test_explain_every_case_on_gpus_that_are_not_there(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no CUDA kernels; what comes first where there are is in tests/cuda/test_cuda_backend.py."""
+    monkeypatch.setattr(cuda, "_kernels", None)
+
     def explain(inputs: Inputs, architecture: str) -> dispatch.Explanation:
         if inputs.function is fused_attn.fused_attention:
             return fused_attn.explain(**inputs.tensors, **inputs.options, device=architecture)

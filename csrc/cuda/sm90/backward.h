@@ -148,6 +148,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] = weight_of(scores[t][j], p.scale_log2, sums[j / 2].lse_log2);
     }
+    position.wait_full(rings.v);  // again: a branch keeps ptxas from waiting for the product before the exponentials
     wgmma_wait<0>();
     keep_registers(flat(dweights));
     position.release(rings.v);
@@ -369,6 +370,8 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
 
     // Their gradients, and dk.
     if constexpr (kMakesDk) {
+      position.wait_full(
+          rings.dout);  // again: a branch keeps ptxas from waiting for the product before the exponentials
       wgmma_wait<0>();
       keep_registers(flat(dweights));
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {

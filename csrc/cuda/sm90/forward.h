@@ -284,6 +284,9 @@ GPU_DEVICE void consume(const Params& p, uint32_t shared, const ForwardRings<kHe
         k_position.release(rings.k);
         k_position.advance();
         weigh(block);
+        // The phase is over already: this is a branch, past which ptxas does not lift the next wait. Without it, it waits for
+        // the values before the softmax, and nothing overlaps.
+        v_position.wait_full(rings.v);
         wgmma_wait<0>();
         keep_registers(flat(acc));
         v_position.release(rings.v);

@@ -20,7 +20,10 @@ inline int multiprocessors() {
   int device = 0, count = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would find it
+    throw std::runtime_error(cudaGetErrorString(error));
+  }
   return count;
 #else
   return 2;  // so that every block takes several tiles
