@@ -213,8 +213,8 @@ int64_t workspace_bytes(const WorkspaceNeeds& needs) {
   return workspace.bytes();
 }
 
-std::string unusable_reason(int device) {
 #if defined(__CUDACC__)
+std::string unusable_reason(int device) {
   try {
     const DeviceGuard guard(device);
     cudaFuncAttributes attributes;
@@ -225,10 +225,10 @@ std::string unusable_reason(int device) {
   } catch (const std::runtime_error& error) {
     return error.what();
   }
-#else
-  return "";
-#endif
 }
+#else
+std::string unusable_reason(int) { return ""; }
+#endif
 
 void forward(const Call& call) { run(call, false); }
 void backward(const Call& call) { run(call, true); }

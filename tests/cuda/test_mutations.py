@@ -166,8 +166,8 @@ BUGS = [
     ),
     Bug(
         "values-released-in-flight", 90, "long", "sm90/forward.h",
-        "weigh(block); wgmma_wait<0>(); keep_registers(flat(acc)); v_position.release(rings.v);",
-        "weigh(block); if (@) v_position.release(rings.v); wgmma_wait<0>(); keep_registers(flat(acc));"
+        "v_position.wait_full(rings.v); wgmma_wait<0>(); keep_registers(flat(acc)); v_position.release(rings.v);",
+        "if (@) v_position.release(rings.v); wgmma_wait<0>(); keep_registers(flat(acc));"
         "if (!@) v_position.release(rings.v);",
     ),
     Bug(
