@@ -38,6 +38,10 @@ _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 #: Models that cut masks to length themselves, in the last of four dimensions.
 _NEEDS_DENSE_MASKS = ("pix2struct_text_model",)
 
+#: What some layers give their attention function and no argument of `fused_attention` can express: the keys that sparse
+#: attention has chosen, and sinks for each query instead of for each head.
+_REFUSED = ("indices", "block_indices", "sinks")
+
 
 def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
     """Switch every transformers model in `model` to the fused kernel, in place.
@@ -137,6 +141,9 @@ def attention(
     """
     if kwargs.get("output_attentions"):
         raise ValueError('output_attentions: expected False, since no weights are formed; use the attention "eager"')
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: expected None, since the fused kernel cannot honour it, got one")
     if kwargs.get("cache") is not None:
         raise ValueError("cache: expected None, since a paged cache (continuous batching) is not supported, got one")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

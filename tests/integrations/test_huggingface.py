@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
+import pathlib
+import re
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from fused_attn.backends import cpu  # noqa: E402
 from fused_attn.integrations import huggingface  # noqa: E402
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+MODEL_FILES = sorted(pathlib.Path(transformers.__file__).parent.glob("models/*/modeling_*.py"))
 SIDES = [
     pytest.param(case, side, id=f"{case.id}-{side}" if side else case.id)
     for case in CASES
@@ -455,6 +459,8 @@ def test_what_a_call_cannot_have() -> None:
     for name, options in {
         "output_attentions": {"output_attentions": True},
         "cache": {"cache": object()},
+        "indices": {"indices": torch.zeros(2, 3, 2, dtype=torch.long)},
+        "block_indices": {"block_indices": torch.zeros(2, 3, 2, dtype=torch.long)},
         "attention_mask": {"attention_mask": torch.ones(2, 3)},
     }.items():
         with pytest.raises(ValueError, match=f"{name}: expected"):
@@ -467,6 +473,35 @@ def test_what_a_call_cannot_have() -> None:
     }.items():
         with pytest.raises(ValueError, match=f"{name}: expected None with cu_seq_lens_q"):
             huggingface.attention(module, packed, packed, packed, **options, **offsets)
+
+
+#: What transformers' attention layers pass by keyword that changes nothing for a kernel without weights.
+HARMLESS = {"position_ids", "query", "value", "embed_dim", "deterministic", "has_relative_attention_bias"}
+
+
+def test_layers_pass_no_option_that_would_be_swallowed() -> None:
+    """Of every layer in the installed transformers; a new name has to be understood before it is listed here."""
+    passed = set()
+    for path in MODEL_FILES:
+        for call in re.findall(r" = attention_interface\((.*?)\n +\)", path.read_text(), re.DOTALL):
+            passed |= set(re.findall(r"^ +(\w+)=", call, re.MULTILINE))
+    known = set(inspect.signature(huggingface.attention).parameters) | {"output_attentions", "cache"}
+    assert "indices" in passed or VERSION < (5, 23)
+    assert passed <= known | set(huggingface._REFUSED) | HARMLESS
+
+
+def test_sparse_attention_is_refused() -> None:
+    settings = models.ENCODER | {
+        "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_shared_experts": 1, "n_routed_experts": 4,
+        "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8,
+        "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "index_topk": 3, "index_head_dim": 16,
+        "index_n_heads": 2, "head_dim": 8, "first_k_dense_replace": 2,
+    }  # fmt: skip
+    if not hasattr(transformers, "DeepseekV32Config"):
+        pytest.skip("this transformers has no DeepSeek V3.2")
+    case = Case("deepseek-v3.2", "DeepseekV32ForCausalLM", "DeepseekV32Config", settings, "decoder")
+    with pytest.raises(ValueError, match="indices: expected None"):
+        fused(case)(**case.inputs(None))
 
 
 def test_a_named_backend_never_falls_back() -> None:
