@@ -35,6 +35,9 @@ NAME = "fused_attn"
 #: What the source of a model's module contains when its attention can be chosen by name.
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
+#: Models that use the interface, but give its masks to attention of their own as well, which adds True and False.
+_MISREADS_MASKS = ("bigbird_pegasus", "git", "informer with ProbSparse attention")
+
 #: Models that cut rows or columns out of their masks themselves.
 _NEEDS_DENSE_MASKS = ("pix2struct_text_model", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 
@@ -71,18 +74,22 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
         raise TypeError(f"model: expected a transformers model or a module that holds one, got {type(model).__name__}")
     gpt1 = [module for module in model.modules() if _is_gpt1_attention(module)]
     switchable = [module for module in pretrained if not _is_gpt1(module)]
-    refused = sorted({type(module).__name__ for module in switchable if not module._can_set_attn_implementation()})
+    refused = sorted({type(module).__name__ for module in switchable if not _is_switchable(module)})
     if refused:
         raise ValueError(
             f"model: expected models that leave the choice of attention to transformers' AttentionInterface, got "
             f"{', '.join(refused)}, whose own attention would ignore the fused kernel or misread its masks"
         )
     name = NAME if backend is None else f"{NAME}.{backend}"
+    before = [module.config._attn_implementation for module in switchable]
     # Innermost first, and each by itself: up to transformers 5.17 T5's encoder and decoder do not hear of their parent.
     for module in reversed(switchable):
         module.set_attn_implementation(name)
-        if module.config._attn_implementation != name:
-            raise ValueError(f"model: {type(module).__name__} did not take the attention {name!r}")
+    failed = sorted({type(module).__name__ for module in switchable if module.config._attn_implementation != name})
+    if failed:
+        for module, previous in zip(switchable, before, strict=True):
+            module.config._attn_implementation = previous
+        raise ValueError(f"model: expected models that take the attention {name!r}, got {', '.join(failed)}")
     for module in gpt1:
         module.__class__ = _subclass(_FusedGPT1, type(module))
         module.backend = backend
@@ -205,7 +212,7 @@ def attention_mask_of(
         ValueError: the model has attention of its own, which would misread the mask; or `attention_mask` has a shape
             that means nothing here.
     """
-    _check_reads_masks(type(config))
+    _check_reads_masks(type(config), _kind(config))
     if attention_mask is not None and attention_mask.ndim == 5:
         return attention_mask  # made ahead of the model, by generate()
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -322,14 +329,25 @@ def _with_position_bias(position_bias: Tensor, mask: Tensor | None) -> Tensor:
     return position_bias + mask
 
 
+def _is_switchable(model: PreTrainedModel) -> bool:
+    return model._can_set_attn_implementation() and _kind(model.config) not in _MISREADS_MASKS
+
+
+def _kind(config) -> str | None:
+    kind = getattr(config, "model_type", None)
+    is_sparse = kind == "informer" and config.attention_type == "prob"
+    return "informer with ProbSparse attention" if is_sparse else kind
+
+
 @torch.compiler.assume_constant_result
-def _check_reads_masks(config: type) -> None:
+def _check_reads_masks(config: type, kind: str | None) -> None:
     """Raises ValueError if the model file beside this configuration asks for masks but has attention of its own.
 
     Such models build additive masks for "eager" alone; they would add True and False to their scores.
     """
     model_file = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
-    if model_file is not None and model_file.__name__ != config.__module__ and not hasattr(model_file, _INTERFACE):
+    is_model_file = model_file is not None and model_file.__name__ != config.__module__
+    if kind in _MISREADS_MASKS or (is_model_file and not hasattr(model_file, _INTERFACE)):
         raise ValueError(
             f"attn_implementation: expected another one for {config.__name__}, whose model has attention of its own "
             f'and would misread the masks of the fused kernel; use "eager"'
