@@ -35,8 +35,9 @@ NAME = "fused_attn"
 #: What the source of a model's module contains when its attention can be chosen by name.
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
-#: Models that use the interface, but give its masks to attention of their own as well, which adds True and False.
-_MISREADS_MASKS = ("bigbird_pegasus", "git", "informer with ProbSparse attention")
+#: Models that use the interface, or share a file with those, but give its masks to attention of their own as well,
+#: which takes them for what is added to scores.
+_MISREADS_MASKS = ("bigbird_pegasus", "gemma4_audio", "git", "informer with ProbSparse attention")
 
 #: Models that cut rows or columns out of their masks themselves.
 _NEEDS_DENSE_MASKS = ("pix2struct_text_model", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
@@ -50,8 +51,9 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
     """Switch every transformers model in `model` to the fused kernel, in place.
 
     Parameters, state dict and configuration files stay as they are: a model that is loaded again must be enabled again.
-    ``model.set_attn_implementation("eager")`` goes back (but for GPT-1). Attention weights are never formed, and
-    ``output_attentions=True`` raises a ValueError.
+    ``model.set_attn_implementation("eager")`` goes back, but for GPT-1; up to transformers 5.17, T5's encoder and decoder
+    each have to be told. Attention weights are never formed: ``output_attentions=True`` raises a ValueError, but for
+    GPT-2, which returns none.
 
     Args:
         model: a ``PreTrainedModel``, or a module with some inside.
@@ -362,6 +364,7 @@ def _has_relative_bias(module: nn.Module) -> bool:
     compute_bias = getattr(type(module), "compute_bias", None)
     if compute_bias is None or isinstance(module, _RelativeBias):
         return False
+    # By what the code says: names that it looks up (co_names), and the arguments that compute_bias takes (co_varnames).
     code = getattr(type(module).forward, "__wrapped__", type(module).forward).__code__
     takes = compute_bias.__code__.co_varnames[: compute_bias.__code__.co_argcount]
     return _INTERFACE in code.co_names and takes[1:] == ("query_length", "key_length", "device", "past_seen_tokens")
