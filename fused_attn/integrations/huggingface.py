@@ -51,9 +51,9 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
     """Switch every transformers model in `model` to the fused kernel, in place.
 
     Parameters, state dict and configuration files stay as they are: a model that is loaded again must be enabled again.
-    ``model.set_attn_implementation("eager")`` goes back, but for GPT-1; up to transformers 5.17, T5's encoder and decoder
-    each have to be told. Attention weights are never formed: ``output_attentions=True`` raises a ValueError, but for
-    GPT-2, which returns none.
+    ``model.set_attn_implementation("eager")`` goes back, but for GPT-1; up to transformers 5.17, T5's encoder and
+    decoder each have to be told. Attention weights are never formed: ``output_attentions=True`` raises a ValueError,
+    but for GPT-2, which returns none.
 
     Args:
         model: a ``PreTrainedModel``, or a module with some inside.
