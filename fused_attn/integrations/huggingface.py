@@ -84,14 +84,16 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
         )
     name = NAME if backend is None else f"{NAME}.{backend}"
     before = [module.config._attn_implementation for module in switchable]
-    # Innermost first, and each by itself: up to transformers 5.17 T5's encoder and decoder do not hear of their parent.
-    for module in reversed(switchable):
-        module.set_attn_implementation(name)
-    failed = sorted({type(module).__name__ for module in switchable if module.config._attn_implementation != name})
-    if failed:
+    try:
+        # Innermost first, each by itself: up to transformers 5.17 T5's encoder and decoder do not hear of their parent.
+        for module in reversed(switchable):
+            module.set_attn_implementation(name)
+            if module.config._attn_implementation != name:
+                raise ValueError(f"model: {type(module).__name__} did not take the attention {name!r}")
+    except Exception:
         for module, previous in zip(switchable, before, strict=True):
             module.config._attn_implementation = previous
-        raise ValueError(f"model: expected models that take the attention {name!r}, got {', '.join(failed)}")
+        raise
     for module in gpt1:
         module.__class__ = _subclass(_FusedGPT1, type(module))
         module.backend = backend
