@@ -236,11 +236,16 @@ def explain(
         device: as if the tensors were there; also an NVIDIA architecture such as ``"sm_90"``, for a GPU that this
             machine does not have.
 
+    Raises:
+        ValueError: as `fused_attention`; or for nested tensors, whose problem depends on their offsets.
+
     >>> print(explain(query, key, value, is_causal=True, device="sm_90"))
     """
     call = inspect.signature(fused_attention).bind(*args, **kwargs)
     call.apply_defaults()
     arguments = call.arguments
+    if jagged.is_nested(*call.args[:3]):
+        raise checks.fail("query, key and value", "dense tensors for explain", "nested ones")
     for name in ("dropout_seed", "return_lse", "backend"):
         del arguments[name]
     arguments["query"], arguments["key"], arguments["value"] = _autocast(*call.args[:3])

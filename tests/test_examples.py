@@ -201,11 +201,38 @@ def _every_tenth(passages) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", ["pretrain_gpt", "pretrain_bert", "pretrain_roberta", "pretrain_t5", "finetune_bert"])
-def test_pretraining(pretraining, name, capsys):
+def test_pretraining(pretraining, name, capsys, monkeypatch):
     """The comparison with eager attention is the example's own."""
-    losses = pretraining(name).main(["--steps", "4", "--device", "cpu"])
+    module = pretraining(name)
+    from fused_attn.integrations import huggingface
+
+    calls = []
+    real = huggingface.fused_attention
+    monkeypatch.setattr(huggingface, "fused_attention", lambda *args, **kw: calls.append(1) or real(*args, **kw))
+    losses = module.main(["--steps", "4", "--device", "cpu"])
+    # One layer, or in T5 the encoder's, the decoder's and the one between them.
+    assert len(calls) >= 4 * (3 if name == "pretrain_t5" else 1)
     assert len(losses) == 4 and all(loss > 0.0 for loss in losses)
     assert "largest relative difference from eager attention" in capsys.readouterr().out
+
+
+def test_pretraining_stops_at_nan(pretraining, monkeypatch):
+    module = pretraining("pretrain_gpt")
+    from fused_attn.integrations import huggingface
+
+    right = huggingface.fused_attention
+    monkeypatch.setattr(huggingface, "fused_attention", lambda *args, **kw: float("nan") * right(*args, **kw))
+    with pytest.raises(SystemExit, match="the loss curves differ"):
+        module.main(["--steps", "2", "--device", "cpu"])
+
+
+def test_pretraining_stops_when_the_fused_kernel_is_not_switched_on(pretraining, monkeypatch):
+    module = pretraining("pretrain_bert")
+    from fused_attn.integrations import huggingface
+
+    monkeypatch.setattr(huggingface, "enable", lambda model, backend: model)
+    with pytest.raises(SystemExit, match="the attention of every model should be 'fused_attn'"):
+        module.main(["--steps", "2", "--device", "cpu"])
 
 
 def test_pretraining_stops_when_eager_attention_disagrees(pretraining, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_attn import FusedMultiheadAttention, TransformerEncoderLayer, fused_attention, t5_relative_bias
+from fused_attn import FusedMultiheadAttention, TransformerEncoderLayer, explain, fused_attention, t5_relative_bias
 
 LENGTHS, OTHER_LENGTHS = (5, 1, 0, 9), (3, 4, 2, 7)
 HEADS, HEAD_DIM, EMBED_DIM = 4, 8, 32
@@ -194,6 +194,12 @@ def test_errors(generator: torch.Generator) -> None:
             fused_attention(*arguments)
     with pytest.raises(ValueError, match="key_padding_mask: expected None with nested tensors"):
         fused_attention(heads(x), heads(x), heads(x), key_padding_mask=mask)
+
+
+def test_explain_takes_none(generator: torch.Generator) -> None:
+    x = heads(nested(generator, LENGTHS, HEADS, HEAD_DIM))
+    with pytest.raises(ValueError, match="query, key and value: expected dense tensors for explain, got nested ones"):
+        explain(x, x, value=x)
 
 
 def test_errors_of_the_module(generator: torch.Generator) -> None:

@@ -35,16 +35,25 @@ NAME = "fused_attn"
 #: What the source of a model's module contains when its attention can be chosen by name.
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
-#: Models that cut masks to length themselves, in the last of four dimensions.
-_NEEDS_DENSE_MASKS = ("pix2struct_text_model",)
+#: Models that use the interface, or share a file with those, but give its masks to attention of their own as well,
+#: which takes them for what is added to scores.
+_MISREADS_MASKS = ("bigbird_pegasus", "gemma4_audio", "git", "informer with ProbSparse attention")
+
+#: Models that cut rows or columns out of their masks themselves.
+_NEEDS_DENSE_MASKS = ("pix2struct_text_model", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+
+#: What some layers give their attention function and no argument of `fused_attention` can express: the keys that sparse
+#: attention has chosen, and sinks for each query instead of for each head.
+_REFUSED = ("indices", "block_indices", "sinks")
 
 
 def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
     """Switch every transformers model in `model` to the fused kernel, in place.
 
     Parameters, state dict and configuration files stay as they are: a model that is loaded again must be enabled again.
-    ``model.set_attn_implementation("eager")`` goes back (but for GPT-1). Attention weights are never formed, and
-    ``output_attentions=True`` raises a ValueError.
+    ``model.set_attn_implementation("eager")`` goes back, but for GPT-1; up to transformers 5.17, T5's encoder and
+    decoder each have to be told. Attention weights are never formed: ``output_attentions=True`` raises a ValueError,
+    but for GPT-2, which returns none.
 
     Args:
         model: a ``PreTrainedModel``, or a module with some inside.
@@ -67,18 +76,24 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
         raise TypeError(f"model: expected a transformers model or a module that holds one, got {type(model).__name__}")
     gpt1 = [module for module in model.modules() if _is_gpt1_attention(module)]
     switchable = [module for module in pretrained if not _is_gpt1(module)]
-    refused = sorted({type(module).__name__ for module in switchable if not module._can_set_attn_implementation()})
+    refused = sorted({type(module).__name__ for module in switchable if not _is_switchable(module)})
     if refused:
         raise ValueError(
             f"model: expected models that leave the choice of attention to transformers' AttentionInterface, got "
             f"{', '.join(refused)}, whose own attention would ignore the fused kernel or misread its masks"
         )
     name = NAME if backend is None else f"{NAME}.{backend}"
-    # Innermost first, and each by itself: up to transformers 5.17 T5's encoder and decoder do not hear of their parent.
-    for module in reversed(switchable):
-        module.set_attn_implementation(name)
-        if module.config._attn_implementation != name:
-            raise ValueError(f"model: {type(module).__name__} did not take the attention {name!r}")
+    before = [module.config._attn_implementation for module in switchable]
+    try:
+        # Innermost first, each by itself: up to transformers 5.17 T5's encoder and decoder do not hear of their parent.
+        for module in reversed(switchable):
+            module.set_attn_implementation(name)
+            if module.config._attn_implementation != name:
+                raise ValueError(f"model: {type(module).__name__} did not take the attention {name!r}")
+    except Exception:
+        for module, previous in zip(switchable, before, strict=True):
+            module.config._attn_implementation = previous
+        raise
     for module in gpt1:
         module.__class__ = _subclass(_FusedGPT1, type(module))
         module.backend = backend
@@ -101,7 +116,6 @@ def attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
@@ -115,19 +129,20 @@ def attention(
     """An attention function of transformers' ``AttentionInterface``.
 
     Args:
-        module: the attention layer; its ``is_causal`` counts where the argument is None.
+        module: the attention layer; without a mask, its ``is_causal`` counts where the argument is None.
         query: (B, H, L, D).
         key: (B, Hkv, S, D).
         value: (B, Hkv, S, Dv).
         attention_mask: None, a result of `attention_mask_of`, or (B|1, H|1, L, S), bool (True = attend) or added.
         position_bias: (B|1, H, L, S), added; or (H, L + S - 1), the ``relative_bias`` of `fused_attention`; or without
             any element, for none.
-        sliding_window: the keys that a query sees on each side, its own included; looked at where the mask asks for it.
         softcap: as in `fused_attention`.
         s_aux: (H,), the ``sinks`` of `fused_attention`.
         cu_seq_lens_q: (num_sequences + 1,) int32, row offsets of sequences packed into one batch entry, with
-            ``max_length_q`` the longest; likewise for keys. A dense mask is then not looked at, since transformers
-            derives it from the same sequences.
+            ``max_length_q`` the longest; likewise for keys. A mask (B, 1, L, S) of bool is then not looked at, since
+            transformers derives it from the same sequences; do not give one of your own.
+        kwargs: ``sliding_window``, the keys that a query sees, its own included, is looked at for packed sequences
+            under such a mask alone. Everywhere else the mask says what the window is.
 
     Returns:
         out (B, L, H, Dv), contiguous; and None for the weights.
@@ -137,6 +152,9 @@ def attention(
     """
     if kwargs.get("output_attentions"):
         raise ValueError('output_attentions: expected False, since no weights are formed; use the attention "eager"')
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: expected None, since the fused kernel cannot honour it, got one")
     if kwargs.get("cache") is not None:
         raise ValueError("cache: expected None, since a paged cache (continuous batching) is not supported, got one")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -149,20 +167,17 @@ def attention(
         "backend": backend,
     }
     if cu_seq_lens_q is not None:
-        is_padded = attention_mask is not None and attention_mask.ndim < 4 and not _is_without_padding(attention_mask)
-        if is_padded or position_bias is not None:
-            given = "attention_mask" if is_padded else "position_bias"
-            raise ValueError(f"{given}: expected None with cu_seq_lens_q, which says all about packed sequences")
-        window = None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
+        if position_bias is not None:
+            raise ValueError("position_bias: expected None with cu_seq_lens_q, got one")
+        masks = _packed_masks(module, attention_mask, query, is_causal, kwargs)
         packed = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (total, heads, D)
         out = fused_attention_varlen(
-            *packed, cu_seq_lens_q, cu_seq_lens_k, int(max_length_q), int(max_length_k),
-            is_causal=is_causal, window_size=window, **options,
-        )  # fmt: skip
+            *packed, cu_seq_lens_q, cu_seq_lens_k, int(max_length_q), int(max_length_k), **masks, **options
+        )
         return out.unsqueeze(0).contiguous(), None
 
     # A single query is the newest one, which sees every key.
-    masks = _masks(module, attention_mask, query, is_causal and query.shape[2] > 1, sliding_window)
+    masks = _masks(module, attention_mask, query, is_causal and query.shape[2] > 1)
     if position_bias is not None and position_bias.numel() > 0:
         if position_bias.ndim == 2:
             options["relative_bias"] = position_bias
@@ -188,22 +203,24 @@ def attention_mask_of(
 ) -> Tensor | None:
     """A mask function of transformers' ``AttentionMaskInterface`` that keeps common masks at O(S) memory.
 
-    The contents of a mask are not looked at: no step of generation waits for a device on their account.
+    The contents of a mask are not looked at: no decoding step waits for a device on their account.
 
     Returns:
-        None: nothing is hidden, except by the diagonal in a causal layer.
-        (B, S) bool: True = a key that is no padding; and the layer is causal, upper-left. Given as `attention_mask`
-            once more, it means the same.
-        (B, 1, S) bool: likewise, within the layer's window on the left. (1, 1, 1) if there is no padding.
-        (B, 2, S) bool: not causal, within the layer's window on both sides. (1, 2, 1) if there is no padding.
+        None: nothing is hidden.
+        (B, sides, 1, reach + 2, S) bool: a band; True = a key that is no padding. (1, ..., 1) without padding.
+            sides: 1 for causal, upper-left, and 2 for both. reach: how far a query sees on either side, -1 for all.
+            Made by expansion, it takes O(B S) memory. Given as `attention_mask` once more, it means the same.
         (B, 1, 1, S) or (B, 1, L, S) bool: True = attend. Everything else, by transformers' own ``sdpa_mask``.
 
     Raises:
-        ValueError: the model has attention of its own, which would misread the mask.
+        ValueError: the model has attention of its own, which would misread the mask; or `attention_mask` has a shape
+            that means nothing here.
     """
-    _check_reads_masks(type(config))
-    if attention_mask is not None and attention_mask.ndim == 3:
+    _check_reads_masks(type(config), _kind(config))
+    if attention_mask is not None and attention_mask.ndim == 5:
         return attention_mask  # made ahead of the model, by generate()
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask: expected (B, S) or (B, 1, L, S), got {tuple(attention_mask.shape)}")
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length]
@@ -214,18 +231,17 @@ def attention_mask_of(
         and local_size == getattr(config, "sliding_window", None)
         and getattr(config, "attention_chunk_size", None) is None
     )
-    if allow_is_bidirectional_skip and mask_function is bidirectional_mask_function:
+    needs_dense = getattr(config, "model_type", None) in _NEEDS_DENSE_MASKS
+    if allow_is_bidirectional_skip and mask_function is bidirectional_mask_function and not needs_dense:
         return None if padding is None else padding[:, None, None]
-    is_dense = getattr(config, "model_type", None) in _NEEDS_DENSE_MASKS
-    if q_length > 1 and kv_offset == 0 and _is_zero(q_offset) and not is_dense:
+    if q_length > 1 and kv_offset == 0 and _is_zero(q_offset) and not needs_dense:
         if allow_is_bidirectional_skip and is_window:
             if max(q_length, kv_length) > local_size + 1:
-                return _windowed(padding, 2, kwargs.get("device"))
+                return _band(padding, 2, local_size, kwargs.get("device"))
             return None if padding is None else padding[:, None, None]
         if allow_is_causal_skip and (is_window or mask_function is causal_mask_function):
-            if is_window and q_length > local_size:
-                return _windowed(padding, 1, kwargs.get("device"))
-            return padding
+            reach = local_size - 1 if is_window and q_length > local_size else -1
+            return _band(padding, 1, reach, kwargs.get("device"))
     if q_length == 1 and allow_is_causal_skip and padding is None and (local_size is None or kv_length < local_size):
         return None
     return sdpa_mask(
@@ -256,16 +272,14 @@ def _is_zero(offset: int | Tensor) -> bool:
     return offset == 0
 
 
-def _windowed(padding: Tensor | None, sides: int, device: torch.device | str | None) -> Tensor:
-    """(B, sides, S), or (1, sides, 1) without padding."""
+def _band(padding: Tensor | None, sides: int, reach: int, device: torch.device | str | None) -> Tensor:
+    """(B, sides, 1, reach + 2, S), or (1, sides, 1, reach + 2, 1) without padding."""
     if padding is None:
-        return torch.ones((1, sides, 1), dtype=torch.bool, device=device)
-    return padding[:, None].expand(-1, sides, -1)
+        padding = torch.ones((1, 1), dtype=torch.bool, device=device)
+    return padding[:, None, None, None].expand(-1, sides, -1, reach + 2, -1)
 
 
-def _masks(
-    module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: bool, sliding_window: int | None
-) -> dict[str, object]:
+def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: bool) -> dict[str, object]:
     """The arguments of `fused_attention` for a mask that `attention_mask_of`, or somebody else, has made."""
     if mask is None:
         return {"is_causal": is_causal}
@@ -273,23 +287,41 @@ def _masks(
         if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
             return {"key_padding_mask": ~mask[:, 0, 0].expand(query.shape[0], -1)}
         return {"attn_mask": mask}
-    if mask.ndim not in (2, 3) or mask.dtype != torch.bool:
+    if mask.ndim != 5 or mask.dtype != torch.bool:
         raise ValueError(
             f"attention_mask: expected a mask of transformers' mask functions or of shape (B, H, L, S), got "
             f"{mask.dtype} of shape {tuple(mask.shape)} from {type(module).__name__}"
         )
-    if mask.ndim == 2:
-        return {"key_padding_mask": ~mask, "is_causal": True}
-    is_causal = mask.shape[1] == 1
-    # Some layers do not pass on what their mask was made from.
-    reach = module.config.sliding_window - is_causal if sliding_window is None else sliding_window - 1
-    window = {"window_size": (reach, 0 if is_causal else reach)}
-    return window if _is_without_padding(mask) else window | {"key_padding_mask": ~mask[:, 0]}
+    is_causal, reach = mask.shape[1] == 1, mask.shape[3] - 2
+    band = {"is_causal": True} if reach < 0 else {"window_size": (reach, 0 if is_causal else reach)}
+    if mask.shape[4] == 1:
+        return band
+    return band | {"key_padding_mask": ~mask[:, 0, 0, 0].expand(query.shape[0], -1)}
 
 
-def _is_without_padding(mask: Tensor) -> bool:
-    """Of a mask for windows."""
-    return mask.ndim == 3 and mask.shape[2] == 1
+def _packed_masks(
+    module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: bool, kwargs: dict[str, object]
+) -> dict[str, object]:
+    """The arguments of `fused_attention_varlen` for a mask."""
+    is_dense = mask is not None and mask.ndim == 4 and mask.shape[2] > 1 and mask.dtype == torch.bool
+    if not is_dense:
+        masks = _masks(module, mask, query, is_causal)
+        if masks.keys() & {"attn_mask", "key_padding_mask"}:
+            raise ValueError("attention_mask: expected None with cu_seq_lens_q, which says all about packed sequences")
+        return masks
+    # Of packed sequences transformers makes dense masks for causal models alone.
+    if not is_causal:
+        raise ValueError(
+            f"cu_seq_lens_q: expected None, since {type(module).__name__} has a causal mask but does not call itself "
+            f"causal; got one"
+        )
+    window = kwargs.get("sliding_window")
+    if "sliding_window" not in kwargs and getattr(module.config, "sliding_window", None) is not None:
+        raise ValueError(
+            f"cu_seq_lens_q: expected None, since {type(module).__name__} does not tell whether its mask has the "
+            f"window of the configuration; got one"
+        )
+    return {"is_causal": True} if window is None else {"window_size": (window - 1, 0)}
 
 
 def _with_position_bias(position_bias: Tensor, mask: Tensor | None) -> Tensor:
@@ -301,14 +333,25 @@ def _with_position_bias(position_bias: Tensor, mask: Tensor | None) -> Tensor:
     return position_bias + mask
 
 
+def _is_switchable(model: PreTrainedModel) -> bool:
+    return model._can_set_attn_implementation() and _kind(model.config) not in _MISREADS_MASKS
+
+
+def _kind(config) -> str | None:
+    kind = getattr(config, "model_type", None)
+    is_sparse = kind == "informer" and config.attention_type == "prob"
+    return "informer with ProbSparse attention" if is_sparse else kind
+
+
 @torch.compiler.assume_constant_result
-def _check_reads_masks(config: type) -> None:
+def _check_reads_masks(config: type, kind: str | None) -> None:
     """Raises ValueError if the model file beside this configuration asks for masks but has attention of its own.
 
     Such models build additive masks for "eager" alone; they would add True and False to their scores.
     """
     model_file = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
-    if model_file is not None and model_file.__name__ != config.__module__ and not hasattr(model_file, _INTERFACE):
+    is_model_file = model_file is not None and model_file.__name__ != config.__module__
+    if kind in _MISREADS_MASKS or (is_model_file and not hasattr(model_file, _INTERFACE)):
         raise ValueError(
             f"attn_implementation: expected another one for {config.__name__}, whose model has attention of its own "
             f'and would misread the masks of the fused kernel; use "eager"'
@@ -323,6 +366,7 @@ def _has_relative_bias(module: nn.Module) -> bool:
     compute_bias = getattr(type(module), "compute_bias", None)
     if compute_bias is None or isinstance(module, _RelativeBias):
         return False
+    # By what the code says: names that it looks up (co_names), and the arguments that compute_bias takes (co_varnames).
     code = getattr(type(module).forward, "__wrapped__", type(module).forward).__code__
     takes = compute_bias.__code__.co_varnames[: compute_bias.__code__.co_argcount]
     return _INTERFACE in code.co_names and takes[1:] == ("query_length", "key_length", "device", "past_seen_tokens")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
+import pathlib
+import re
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from fused_attn.backends import cpu  # noqa: E402
 from fused_attn.integrations import huggingface  # noqa: E402
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+MODEL_FILES = sorted(pathlib.Path(transformers.__file__).parent.glob("models/*/modeling_*.py"))
 SIDES = [
     pytest.param(case, side, id=f"{case.id}-{side}" if side else case.id)
     for case in CASES
@@ -202,6 +206,9 @@ def test_a_mask_of_the_caller(name: str, kind: str) -> None:
     torch.testing.assert_close(*outputs, rtol=0.0, atol=1e-9)
 
 
+T5GEMMA = models.DECODER | {"sliding_window": 4, "query_pre_attn_scalar": 8}
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -217,15 +224,80 @@ def test_a_mask_of_the_caller(name: str, kind: str) -> None:
             models.SMALL | {"hidden_size": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4,
                             "initializer_range": 0.02}, "decoder",
         ),
+        # Its decoder does not call itself causal.
+        Case("nllb-moe", "NllbMoeForConditionalGeneration", "NllbMoeConfig",
+             models.BOTH | {"num_experts": 2, "encoder_sparse_step": 3, "decoder_sparse_step": 3}, "both"),
+        # Windows on both sides, whose reach is the configuration's window and not one less.
+        Case("t5gemma", "T5GemmaForConditionalGeneration", "T5GemmaConfig",
+             {"encoder": T5GEMMA, "decoder": T5GEMMA, "vocab_size": models.VOCAB}, "both"),
+        Case("mistral-not-causal", "MistralModel", "MistralConfig",
+             models.DECODER | {"sliding_window": 4, "is_causal": False}, "encoder", logits=("last_hidden_state",)),
+        Case("gemma-2-not-causal", "Gemma2Model", "Gemma2Config",
+             models.DECODER | {"sliding_window": 4, "is_causal": False}, "encoder", logits=("last_hidden_state",)),
+        # In one file with attention of its own, which reads no mask of this kind.
+        Case("longt5", "LongT5ForConditionalGeneration", "LongT5Config",
+             models.T5 | {"local_radius": 3}, "both"),
     ],
     ids=lambda case: case.id,
 )  # fmt: skip
-def test_models_that_treat_masks_otherwise(case: Case) -> None:
-    inputs = case.inputs("left", torch.float64)
+@pytest.mark.parametrize("side", [None, "left"])
+def test_models_that_treat_masks_otherwise(case: Case, side: str | None) -> None:
+    inputs = case.inputs(side, torch.float64)
+    if side is None:  # then many masks are not made at all
+        inputs = {name: x for name, x in inputs.items() if not name.endswith("attention_mask")}
     expected = results(eager(case, torch.float64), case, inputs)
     found = results(fused(case, torch.float64, "reference"), case, inputs)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0.0, atol=1e-9)
+
+
+def test_a_decoder_without_tokens_is_causal() -> None:
+    """Informer makes its decoder's mask, but the layers do not call themselves causal."""
+    outputs = []
+    for name in ("eager", "fused_attn.reference"):
+        torch.manual_seed(0)
+        config = transformers.InformerConfig(
+            prediction_length=4, context_length=8, lags_sequence=[1], d_model=16, encoder_layers=2, decoder_layers=2,
+            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+            num_time_features=1, distil=False, attention_type="full", attn_implementation=name,
+        )  # fmt: skip
+        model = transformers.InformerModel(config).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.15 * torch.randn(parameter.shape)
+        out = model(
+            past_values=torch.randn(2, 9), past_time_features=torch.randn(2, 9, 1), past_observed_mask=torch.ones(2, 9),
+            future_values=torch.randn(2, 4), future_time_features=torch.randn(2, 4, 1),
+        )  # fmt: skip
+        outputs.append(out[0])
+    torch.testing.assert_close(*outputs, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+def test_rows_that_a_model_cuts_out_of_its_masks(side: str | None) -> None:
+    """Gemma 4 computes its last layers for the rows that `logits_to_keep` asks for."""
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("this transformers has no Gemma 4")
+    case = Case(
+        "gemma-4", "Gemma4ForCausalLM", "Gemma4TextConfig",
+        models.DECODER | {"sliding_window": 64, "num_kv_shared_layers": 2, "num_hidden_layers": 4,
+                          "layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 8,
+                          "vocab_size_per_layer_input": models.VOCAB, "hidden_size_per_layer_input": 8}, "decoder",
+    )  # fmt: skip
+    inputs = case.inputs(side)
+    if side is None:
+        del inputs["attention_mask"]
+    expected, found = (
+        model(**inputs, logits_to_keep=3).logits for model in (eager(case), fused(case, backend="reference"))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_masks_of_three_dimensions_are_nobodys() -> None:
+    mask = torch.ones(BATCH, LENGTH, LENGTH, dtype=torch.bool).tril()
+    for name in ("mistral", "bert-cls"):
+        model = fused(BY_ID[name]).base_model
+        with pytest.raises(ValueError, match=r"attention_mask: expected \(B, S\) or \(B, 1, L, S\), got \(2, 9, 9\)"):
+            model(BY_ID[name].inputs(None)["input_ids"], attention_mask=mask)
 
 
 def test_chunks_are_not_taken_for_windows() -> None:
@@ -262,6 +334,39 @@ def test_packed_sequences(name: str) -> None:
     )
     expected = torch.cat([out.last_hidden_state for out in alone], dim=1)
     torch.testing.assert_close(packed.last_hidden_state, expected, rtol=0.0, atol=1e-9)
+
+
+def packed_call(case: Case, **kwargs) -> Tensor:
+    """The hidden states of two sequences in one row; with positions, which make transformers mask them densely."""
+    offsets = torch.tensor([0, 5, LENGTH], dtype=torch.int32)
+    positions = torch.cat((torch.arange(5), torch.arange(LENGTH - 5)))[None]
+    packing = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 5, "max_length_k": 5}
+    model = fused(case, torch.float64).base_model
+    tokens = case.inputs(None)["input_ids"][:1]
+    return model(tokens, position_ids=positions, **packing, **kwargs).last_hidden_state
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_sequences_in_a_window_that_the_layer_does_not_tell(use_cache: bool) -> None:
+    """With a cache the mask tells; without one it is dense, and then nobody does."""
+    settings = {"sliding_window": 3, "num_local_experts": 2, "experts_implementation": "eager"}
+    case = Case("phimoe", "PhimoeForCausalLM", "PhimoeConfig", models.DECODER | settings, "decoder")
+    if not use_cache:
+        with pytest.raises(ValueError, match=r"cu_seq_lens_q: expected None.*does not tell whether"):
+            packed_call(case, use_cache=False)
+        return
+    model = fused(case, torch.float64).base_model
+    tokens = case.inputs(None)["input_ids"][:1]
+    alone = torch.cat([model(part).last_hidden_state for part in (tokens[:, :5], tokens[:, 5:])], dim=1)
+    torch.testing.assert_close(packed_call(case, use_cache=True), alone, rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["bert-cls", "llama", "mistral"])
+def test_packed_sequences_take_no_padding(name: str) -> None:
+    padding = torch.ones(1, LENGTH, dtype=torch.long)
+    padding[0, -4:] = 0
+    with pytest.raises(ValueError, match="attention_mask: expected None with cu_seq_lens_q"):
+        packed_call(BY_ID[name], attention_mask=padding)
 
 
 @pytest.mark.parametrize("case", [BY_ID["llama"], BY_ID["mistral"]], ids=lambda case: case.id)
@@ -412,11 +517,21 @@ OWN_ATTENTION = {
     "GPTNeoForCausalLM": ("GPTNeoConfig", models.SMALL | {"hidden_size": 32, "num_layers": 2, "num_heads": 4,
                           "attention_types": [[["global", "local"], 1]]}),
     "FalconForCausalLM": ("FalconConfig", models.ENCODER),
+    # These use the interface too, but not everywhere.
+    "BigBirdPegasusForConditionalGeneration": ("BigBirdPegasusConfig", models.BOTH | {"max_position_embeddings": 64,
+                                               "attention_type": "original_full"}),
+    "GitForCausalLM": ("GitConfig", models.ENCODER | {"vision_config": {"hidden_size": 32, "intermediate_size": 40,
+                       "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}}),
+    "InformerModel": ("InformerConfig", {"prediction_length": 4, "context_length": 8, "lags_sequence": [1],
+                      "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "attention_type": "prob"}),
+    "Gemma4AudioModel": ("Gemma4AudioConfig", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_models_with_attention_of_their_own_are_refused(name: str) -> None:
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers has no {name}")
     config, settings = OWN_ATTENTION[name]
     model = getattr(transformers, name)(getattr(transformers, config)(**settings, attn_implementation="eager"))
     with pytest.raises(ValueError, match=rf"{name}.*own attention"):
@@ -424,7 +539,49 @@ def test_models_with_attention_of_their_own_are_refused(name: str) -> None:
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("name", ["MPNetForMaskedLM", "BloomForCausalLM"])
+#: Classes without the interface that compute a softmax in a file that makes masks: vision and audio, maps for pictures,
+#: compressors, and blocks of tokens. The masks of the interface go to other classes of their files.
+FOUND_HARMLESS = {
+    "ChameleonVQVAEEncoderAttnBlock", "ClapAudioSelfAttention", "ConditionalDetrMHAttentionMap",
+    "DeepseekOcr2SamVisionAttention", "DetrMHAttentionMap", "EsmFold2RowAttentionPooling",
+    "EvollaSequenceCompressorAttention", "Gemma3nAudioAttention", "LongT5LocalAttention",
+    "LongT5TransientGlobalAttention", "MaskFormerDetrMHAttentionMap", "PegasusXGlobalLocalAttention",
+    "PPDocLayoutV2MultiscaleDeformableAttention", "PPFormulaNetVisionAttention", "UnlimitedOcrSamVisionAttention",
+}  # fmt: skip
+REFUSED_CLASSES = {
+    "BigBirdPegasusSelfAttention", "BigBirdPegasusBlockSparseAttention", "BigBirdPegasusEncoderAttention",
+    "Gemma4AudioAttention", "GitSelfAttention", "InformerProbSparseAttention",
+}  # fmt: skip
+
+
+def test_files_that_mix_the_interface_with_attention_of_their_own() -> None:
+    """A new class that is found here has to be tried before it is listed above."""
+    found = set()
+    for path in MODEL_FILES:
+        text = path.read_text()
+        if huggingface._INTERFACE not in text or re.search(r"create_\w*mask\w*\(", text) is None:
+            continue
+        for body in re.split(r"^class ", text, flags=re.MULTILINE)[1:]:
+            name = re.match(r"\w+", body)[0]
+            if "softmax(" in body and huggingface._INTERFACE not in body and re.search("Attn|Attention", name):
+                found.add(name)
+    assert found >= REFUSED_CLASSES or VERSION < (5, 23)
+    assert found <= REFUSED_CLASSES | FOUND_HARMLESS
+
+
+def test_a_model_that_does_not_take_the_name_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.ModuleDict({"llama": BY_ID["llama"].build(), "bert": BY_ID["bert-cls"].build()})  # BERT is first
+    before = [m.config._attn_implementation for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "set_attn_implementation", lambda self, name: None)
+    with pytest.raises(ValueError, match="LlamaModel did not take the attention 'fused_attn'"):
+        huggingface.enable(model)
+    after = [m.config._attn_implementation for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    "name", ["MPNetForMaskedLM", "BloomForCausalLM", "BigBirdPegasusForConditionalGeneration"]
+)
 def test_a_name_that_would_give_wrong_results_is_refused_when_the_model_runs(name: str) -> None:
     config, settings = OWN_ATTENTION[name]
     config = getattr(transformers, config)(**settings, attn_implementation="fused_attn")
@@ -455,6 +612,9 @@ def test_what_a_call_cannot_have() -> None:
     for name, options in {
         "output_attentions": {"output_attentions": True},
         "cache": {"cache": object()},
+        "indices": {"indices": torch.zeros(2, 3, 2, dtype=torch.long)},
+        "block_indices": {"block_indices": torch.zeros(2, 3, 2, dtype=torch.long)},
+        "sinks": {"sinks": torch.zeros(2, 2, 3, 1)},
         "attention_mask": {"attention_mask": torch.ones(2, 3)},
     }.items():
         with pytest.raises(ValueError, match=f"{name}: expected"):
@@ -462,11 +622,54 @@ def test_what_a_call_cannot_have() -> None:
     packed = torch.randn(1, 2, 3, 8)
     offsets = {"cu_seq_lens_q": torch.tensor([0, 3]), "max_length_q": 3}
     for name, options in {
-        "attention_mask": {"attention_mask": torch.ones(1, 3, dtype=torch.bool)},
+        "attention_mask": {"attention_mask": torch.zeros(1, 1, 3, 3)},
         "position_bias": {"attention_mask": None, "position_bias": torch.zeros(2, 5)},
     }.items():
         with pytest.raises(ValueError, match=f"{name}: expected None with cu_seq_lens_q"):
             huggingface.attention(module, packed, packed, packed, **options, **offsets)
+    module.is_causal = False
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected None, since Module has a causal mask"):
+        huggingface.attention(module, packed, packed, packed, torch.ones(1, 1, 3, 3, dtype=torch.bool), **offsets)
+
+
+#: What transformers' attention layers pass by keyword that changes nothing for a kernel without weights.
+HARMLESS = {"position_ids", "query", "value", "embed_dim", "deterministic", "has_relative_attention_bias"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_attention_weights_are_refused_or_absent(case: Case) -> None:
+    """GPT-2 does not tell its attention function that they were asked for."""
+    inputs = case.inputs(None)
+    if case.id == "gpt-2":
+        assert not fused(case)(**inputs, output_attentions=True).attentions
+        return
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        fused(case)(**inputs, output_attentions=True)
+
+
+def test_layers_pass_no_option_that_would_be_swallowed() -> None:
+    """Of every layer in the installed transformers; a new name has to be understood before it is listed here."""
+    passed = set()
+    for path in MODEL_FILES:
+        for call in re.findall(r" = attention_interface\((.*?)\n +\)", path.read_text(), re.DOTALL):
+            passed |= set(re.findall(r"^ +(\w+)=", call, re.MULTILINE))
+    known = set(inspect.signature(huggingface.attention).parameters) | {"output_attentions", "cache", "sliding_window"}
+    assert "indices" in passed or VERSION < (5, 23)
+    assert passed <= known | set(huggingface._REFUSED) | HARMLESS
+
+
+def test_sparse_attention_is_refused() -> None:
+    settings = models.ENCODER | {
+        "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_shared_experts": 1, "n_routed_experts": 4,
+        "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8,
+        "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "index_topk": 3, "index_head_dim": 16,
+        "index_n_heads": 2, "head_dim": 8, "first_k_dense_replace": 2,
+    }  # fmt: skip
+    if not hasattr(transformers, "DeepseekV32Config"):
+        pytest.skip("this transformers has no DeepSeek V3.2")
+    case = Case("deepseek-v3.2", "DeepseekV32ForCausalLM", "DeepseekV32Config", settings, "decoder")
+    with pytest.raises(ValueError, match="indices: expected None"):
+        fused(case)(**case.inputs(None))
 
 
 def test_a_named_backend_never_falls_back() -> None:
