@@ -1,14 +1,16 @@
-// The backward kernel. A work item is a group of (batch, kv head) pairs and a chunk of keys; it visits the query blocks of
-// its heads one after another and, for each, its blocks of live keys:
+// The backward kernel. First the statistics of every row: delta = rowsum(dO * out), and what its lse must be corrected by.
+// A work item is then a group of (batch, kv head) pairs and a chunk of keys. It goes through its keys in panels, whose dK
+// and dV stay in the cache, and for each panel through the query blocks of its heads and the panel's blocks of live keys:
 //
 //   P^T[key][query]   = exp(S - lse)                      S as in forward (scores.h)
-//   dS^T[key][query]  = P * (V[key] . dO^T - delta + dlse)    delta = rowsum(dO * out)
+//   dS^T[key][query]  = P * (V[key] . dO^T - delta + dlse)
 //   dV[key][:]       += P^T[key] . dO                     lanes = value dim
 //   dK[key][:]       += dS^T[key] . Q                     lanes = head dim
 //   dQ^T[d][query]   += K^T[d] . dS^T                     (outer_block)
 //
-// dK and dV are summed in the item's scratch. Nothing is shared between items but dq, of which each chunk writes its own
-// partial sum: the results do not depend on the order of the items, and no atomics are needed.
+// dK and dV are summed in the item's scratch, dQ is added up over the panels. Nothing is shared between items but dQ, of
+// which each chunk writes its own partial sum: the results do not depend on the order of the items, and no atomics are
+// needed.
 #pragma once
 #include "forward.h"
 #include "kernels.h"
@@ -25,9 +27,12 @@ struct BackwardPlan {
   int64_t groups;
   int64_t chunks;
   int64_t chunk_keys;
+  int64_t panel_keys;
 };
 
-FA_INLINE BackwardPlan plan_backward(const AttentionParams& p) {
+template <class P>
+BackwardPlan plan_backward(const AttentionParams& p) {
+  using Lane = typename P::Lane;
   BackwardPlan plan;
   const bool has_dbias = p.dbias.data != nullptr;
   plan.join_batches = has_dbias && p.dbias.stride_batch == 0 && p.batch > 1;
@@ -45,6 +50,18 @@ FA_INLINE BackwardPlan plan_backward(const AttentionParams& p) {
   if (plan.chunks < 1 || (has_dbias && p.dbias.stride_col == 0)) plan.chunks = 1;
   plan.chunk_keys = round_up((p.seqlen_k + plan.chunks - 1) / plan.chunks, 64);
   if (plan.chunk_keys > 0) plan.chunks = (p.seqlen_k + plan.chunk_keys - 1) / plan.chunk_keys;
+
+  // dK and dV of a panel take half of the second-level cache of most cores.
+  constexpr int64_t kPanelBytes = int64_t{512} << 10;
+  const int64_t head_row = round_up(p.head_dim, kLanes<Lane>);
+  const int64_t key_bytes = (head_row + round_up(p.value_dim, kLanes<Lane>)) * static_cast<int64_t>(sizeof(Lane));
+  plan.panel_keys = round_up(kPanelBytes / (key_bytes > 0 ? key_bytes : 1) + 1, 64);
+  // Sums over panels need dQ in lanes. Where memory holds another type that costs scratch: never more than panels save.
+  if (!kSame<typename P::Storage, Lane>) {
+    const int64_t dquery_bytes = p.num_heads / p.num_kv_heads * p.seqlen_q * head_row * static_cast<int64_t>(sizeof(Lane));
+    if (dquery_bytes > (plan.chunk_keys - plan.panel_keys) * key_bytes) plan.panel_keys = plan.chunk_keys;
+  }
+  if (plan.panel_keys > plan.chunk_keys) plan.panel_keys = plan.chunk_keys;
   return plan;
 }
 
@@ -70,6 +87,29 @@ FA_INLINE int64_t head_index(const AttentionParams& p, int64_t chunk, int64_t b,
   return (chunk * p.batch + b) * p.num_heads + h;
 }
 
+// What the tiles need of the rows, [batch][head][seqlen_q, padded to blocks].
+template <class Lane>
+struct RowStatistics {
+  Lane* lse;         // +inf, which makes P zero, for rows that see nothing or do not exist
+  Lane* correction;  // -log2 of the sum that exp(S - lse) really gives
+  Lane* delta;       // rowsum(dO * out)
+  Lane* dlse;        // not taken from delta: that difference would round what the sum of both keeps
+
+  void layout(Arena& arena, const AttentionParams& p) {
+    const int64_t rows = p.batch * p.num_heads * round_up(p.seqlen_q, kBlockQ);
+    lse = arena.take<Lane>(rows);
+    correction = arena.take<Lane>(rows);
+    delta = arena.take<Lane>(rows);
+    dlse = arena.take<Lane>(rows);
+  }
+
+  // Those of the queries from `i` on.
+  RowStatistics at(const AttentionParams& p, int64_t b, int64_t h, int64_t i) const {
+    const int64_t row = (b * p.num_heads + h) * round_up(p.seqlen_q, kBlockQ) + i;
+    return {lse + row, correction + row, delta + row, dlse + row};
+  }
+};
+
 template <class P>
 struct BackwardScratch {
   using Lane = typename P::Lane;
@@ -92,15 +132,11 @@ struct BackwardScratch {
   Lane* dscore_pairs;  // dS^T in pairs of keys [pair][kBlockQ]; dscores itself when lanes hold single elements
   Lane* dbias;         // dS^T [key of the block][kBlockQ], of the scores after softcap
   Lane* dquery;        // dQ^T [head_dim, padded][kBlockQ]
-  Lane* dkey;          // [key of the chunk, and one row that absorbs the padding of a tile][head_dim, padded]
-  Lane* dvalue;        // [key of the chunk + 1][value_dim, padded]
+  Lane* dquery_rows;   // [query of the item's heads][head_dim, padded], where dQ is summed if memory cannot hold lanes
+  Lane* dkey;          // [key of the panel, and one row that absorbs the padding of a tile][head_dim, padded]
+  Lane* dvalue;        // [key of the panel + 1][value_dim, padded]
   Lane* out;           // columns [value lanes][kBlockQ]
   Lane* scores;        // [key of the block][kBlockQ], where the sum of a row is measured again
-  // Of the queries of the block, [kBlockQ]:
-  Lane* lse;         // +inf makes P zero
-  Lane* correction;  // -log2 of the sum that exp(S - lse) really gives
-  Lane* delta;       // rowsum(dO * out)
-  Lane* dlse;        // not taken from delta: that difference would round what the sum of both keeps
 
   void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
     constexpr int n = kLanes<Lane>;
@@ -128,14 +164,12 @@ struct BackwardScratch {
       dbias = pairs || p.softcap > 0 ? arena.take<Lane>(tile) : reinterpret_cast<Lane*>(dscores);
     }
     dquery = arena.take<Lane>(head_row * kBlockQ);
-    dkey = arena.take<Lane>((plan.chunk_keys + 1) * head_row);
-    dvalue = arena.take<Lane>((plan.chunk_keys + 1) * value_row);
+    const bool sums_dquery = !kSame<typename P::Storage, Lane> && plan.chunks == 1 && plan.panel_keys < plan.chunk_keys;
+    dquery_rows = arena.take<Lane>(sums_dquery ? p.num_heads / p.num_kv_heads * p.seqlen_q * head_row : 0);
+    dkey = arena.take<Lane>((plan.panel_keys + 1) * head_row);
+    dvalue = arena.take<Lane>((plan.panel_keys + 1) * value_row);
     out = arena.take<Lane>(round_up(P::lanes_for(value_dim), n) * kBlockQ);
     scores = arena.take<Lane>(tile);
-    lse = arena.take<Lane>(kBlockQ);
-    correction = arena.take<Lane>(kBlockQ);
-    delta = arena.take<Lane>(kBlockQ);
-    dlse = arena.take<Lane>(kBlockQ);
   }
 };
 
@@ -175,11 +209,12 @@ FA_NOINLINE QueryRows<typename P::Lane> find_query_rows(const typename P::Storag
   }
 }
 
-// Loads the row statistics of a block; s.dout holds its columns. Rows that see nothing, and rows that do not exist, get
-// lse = +inf, so P = 0. Returns whether some lse is too large to be exact enough for P.
+// Sets the statistics of a block but for the corrections, which stay zero. Returns whether some lse is too large to be
+// exact enough for P.
 template <class P>
 FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h,
-                                     int64_t q_begin, int nq, const BackwardScratch<P>& s) {
+                                     int64_t q_begin, int nq, const BackwardScratch<P>& s,
+                                     const RowStatistics<typename P::Lane>& rows) {
   using Lane = typename P::Lane;
   using Storage = typename P::Storage;
   constexpr int n = kLanes<Lane>;
@@ -192,22 +227,23 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   const Lane* dlse_rows = p.dlse.data != nullptr ? row_of<const Lane>(p.dlse, b, h, row) : nullptr;
 
   // delta is summed in the order of V . dO^T: where a row sees one key and nothing is dropped, the two must cancel exactly.
+  pack_columns<P, kBlockQ>(row_of<const Storage>(p.dout, b, h, row), p.dout.stride_row, nq, value_dim, s.dout);
   pack_columns<P, kBlockQ>(row_of<const Storage>(p.out, b, h, row), p.out.stride_row, nq, value_dim, s.out);
   for (int q = 0; q < nq; q += n) {
     Vec<Lane> delta = {};
     for (int d = 0; d < P::lanes_for(value_dim); ++d) {
       delta = multiply_add<P>(load<Lane>(s.out + d * kBlockQ + q), load<Lane>(s.dout + d * kBlockQ + q), delta);
     }
-    store<Lane>(s.delta + q, delta);
+    store<Lane>(rows.delta + q, delta);
   }
   bool inexact = false;
   for (int q = 0; q < kBlockQ; ++q) {
     const Lane lse = q < nq ? lse_rows[q * p.lse.stride_row] : -infinity;
     const bool empty = lse == -infinity;
-    s.lse[q] = empty ? infinity : lse;
-    s.correction[q] = 0;
-    s.dlse[q] = empty || dlse_rows == nullptr ? 0 : dlse_rows[q * p.dlse.stride_row];
-    if (empty) s.delta[q] = 0;
+    rows.lse[q] = empty ? infinity : lse;
+    rows.correction[q] = 0;
+    rows.dlse[q] = empty || dlse_rows == nullptr ? 0 : dlse_rows[q * p.dlse.stride_row];
+    if (empty) rows.delta[q] = 0;
     inexact |= !empty && (lse > exact_lse || lse < -exact_lse);
   }
   return inexact;
@@ -216,7 +252,8 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
 // P and dS of one tile of keys.
 template <class P, int kColumns, bool kPlain>
 FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool partial, bool dropout,
-                               const BackwardScratch<P>& s, int value_depth, typename P::Lane dropout_scale) {
+                               const BackwardScratch<P>& s, const RowStatistics<typename P::Lane>& rows, int value_depth,
+                               typename P::Lane dropout_scale) {
   using Lane = typename P::Lane;
   constexpr int n = kLanes<Lane>;
   const int64_t offset = k * kBlockQ + v * n;
@@ -232,8 +269,8 @@ FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool part
   const Lane to_logits = in.to_logits();
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
-    const Vec<Lane> lse = load<Lane>(s.lse + (v + c) * n);
-    const Vec<Lane> correction = load<Lane>(s.correction + (v + c) * n);
+    const Vec<Lane> lse = load<Lane>(rows.lse + (v + c) * n);
+    const Vec<Lane> correction = load<Lane>(rows.correction + (v + c) * n);
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
       Vec<Lane> x = exp2<Lane, P::kCoarseExp>((acc[r][c] * to_logits - lse) * Lane(kLog2E) + correction);
@@ -253,8 +290,8 @@ FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool part
   dot_tile<P, kTileKeys, kColumns>(s.value_rows + k, s.dout + v * n, kBlockQ, value_depth, acc);
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
-    const Vec<Lane> delta = load<Lane>(s.delta + (v + c) * n);
-    const Vec<Lane> dlse = load<Lane>(s.dlse + (v + c) * n);
+    const Vec<Lane> delta = load<Lane>(rows.delta + (v + c) * n);
+    const Vec<Lane> dlse = load<Lane>(rows.dlse + (v + c) * n);
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
       const Vec<Lane> probability = load<Lane>(probabilities + (r * kColumns + c) * n);
@@ -303,7 +340,7 @@ FA_NOINLINE void query_product(const char* const* weights, const typename P::Lan
 
 // The products over the queries [range.begin, range.end) of one tile: the rows of dK or dV of its keys.
 template <class P>
-FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t chunk_begin, int64_t absorbing_row,
+FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t panel_begin, int64_t absorbing_row,
                                VectorRange range, int nq, const typename BackwardScratch<P>::Weight* weights,
                                QueryRows<typename P::Lane> rows, int dim, typename P::Lane* target) {
   using Lane = typename P::Lane;
@@ -316,7 +353,7 @@ FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t chunk_begin,
   Lane* targets[kTileKeys];
   for (int r = 0; r < kTileKeys; ++r) {
     weight_rows[r] = reinterpret_cast<const char*>(weights + (k + r) * kBlockQ + q_begin);
-    targets[r] = target + (k + r < keys.count ? keys.index[k + r] - chunk_begin : absorbing_row) * row;
+    targets[r] = target + (k + r < keys.count ? keys.index[k + r] - panel_begin : absorbing_row) * row;
   }
   const Lane* source = rows.data + q_begin / P::kPerLane * rows.stride;
   for (int d = 0; d < row; d += kTileVectors * n) {
@@ -412,9 +449,10 @@ FA_INLINE void clear_beyond(Lane* tile, int keys, int nq) {
   }
 }
 
-// rows[q][d] = factor * columns[d][q], as elements of type Out.
+// rows[q][d] = factor * columns[d][q], as elements of type Out; added to what is there if asked to.
 template <class Out, class Lane>
-FA_NOINLINE void write_transposed(const Lane* columns, int nq, int dim, Lane factor, Out* rows, int64_t stride_row) {
+FA_NOINLINE void write_transposed(const Lane* columns, int nq, int dim, Lane factor, bool add, Out* rows,
+                                  int64_t stride_row) {
   constexpr int n = kLanes<Lane>;
   for (int q = 0; q < nq; q += n) {
     for (int d = 0; d < dim; d += n) {
@@ -424,7 +462,9 @@ FA_NOINLINE void write_transposed(const Lane* columns, int nq, int dim, Lane fac
       transpose<Lane>(block);
       FA_UNROLL
       for (int i = 0; i < n; ++i) {
-        if (q + i < nq) store_as<Lane>(rows + (q + i) * stride_row + d, block[i], dim - d);
+        if (q + i >= nq) continue;
+        Out* target = rows + (q + i) * stride_row + d;
+        store_as<Lane>(target, add ? load_as<Lane>(target, dim - d) + block[i] : block[i], dim - d);
       }
     }
   }
@@ -442,31 +482,23 @@ FA_NOINLINE void write_rows(const Lane* source, int64_t count, int dim, Lane fac
   }
 }
 
-// What an item of the backward pass works on.
-template <class P>
-struct BackwardItem {
-  const AttentionParams& p;
-  const BackwardPlan& plan;
-  const RelativeBias<typename P::Lane>& relative;
-  const LiveKeys* live;
-  const BackwardPartials<typename P::Lane>& partials;
-  const BackwardScratch<P>& scratch;
-  int64_t chunk;
-
-  int64_t key_begin() const { return chunk * plan.chunk_keys; }
-};
-
 // A large lse is a coarse number: at 1e3 its rounding moves P by 6e-5, at -1e9 (a row under an additive mask) by a factor.
 // Such rows are summed once more, over all their keys, and P is corrected by what the sum should have been: 1.
 template <class P>
-FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq, const LiveKeys* live, int64_t b, int64_t h,
-                             int64_t q_begin, int nq, const BackwardScratch<P>& s, ScoreInputs<P> in) {
+FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq, const RelativeBias<typename P::Lane>& relative,
+                             const LiveKeys* live, int64_t b, int64_t h, int64_t q_begin, int nq,
+                             const BackwardScratch<P>& s, const RowStatistics<typename P::Lane>& rows) {
   using Lane = typename P::Lane;
+  using Storage = typename P::Storage;
   constexpr int n = kLanes<Lane>;
   const int vectors = (nq + n - 1) / n;
   Vec<Lane> row_sum[kBlockVectors<Lane>], unused_max[kBlockVectors<Lane>];
   for (int v = 0; v < vectors; ++v) row_sum[v] = unused_max[v] = Vec<Lane>{};
 
+  pack_columns<P, kBlockQ>(row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin), p.query.stride_row, nq,
+                           static_cast<int>(p.head_dim), s.query);
+  ScoreInputs<P> in = score_inputs<P>(p, relative, h, q_begin);
+  in.query = s.query;
   KeyBlock& keys = *s.key.keys;
   KeyStream stream(p, seq, live, b, h, q_begin, nq, 0, seq.seqlen_k);
   while (stream.next(keys)) {
@@ -484,21 +516,63 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq, cons
       for (int v = range.begin; v < range.end; ++v) {
         for (int r = 0; r < kTileKeys; ++r) {
           const Vec<Lane> logit = load<Lane>(s.scores + (k + r) * kBlockQ + v * n) * in.to_logits();
-          row_sum[v] += exp2<Lane, P::kCoarseExp>((logit - load<Lane>(s.lse + v * n)) * Lane(kLog2E));
+          row_sum[v] += exp2<Lane, P::kCoarseExp>((logit - load<Lane>(rows.lse + v * n)) * Lane(kLog2E));
         }
       }
     }
   }
   for (int q = 0; q < nq; ++q) {
     Lane sum = row_sum[q / n][q % n];
-    if (p.sinks.data != nullptr) sum += natural_exp(*row_of<const Lane>(p.sinks, 0, h, 0) - s.lse[q]);
-    if (sum > 0) s.correction[q] = -natural_log(sum) * Lane(kLog2E);
+    if (p.sinks.data != nullptr) sum += natural_exp(*row_of<const Lane>(p.sinks, 0, h, 0) - rows.lse[q]);
+    if (sum > 0) rows.correction[q] = -natural_log(sum) * Lane(kLog2E);
   }
 }
 
-// One query block of one head against the keys of the chunk. dK and dV are added to the scratch, dQ is written.
+// What an item of the backward pass works on.
 template <class P>
-void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin) {
+struct BackwardItem {
+  const AttentionParams& p;
+  const BackwardPlan& plan;
+  const RelativeBias<typename P::Lane>& relative;
+  const LiveKeys* live;
+  const RowStatistics<typename P::Lane>& statistics;
+  const BackwardPartials<typename P::Lane>& partials;
+  const BackwardScratch<P>& scratch;
+  int64_t chunk;
+
+  int64_t key_begin() const { return chunk * plan.chunk_keys; }
+};
+
+// Rows of dQ of one head.
+template <class T>
+struct DqueryRows {
+  T* data;
+  int64_t stride;
+};
+
+// Where an item sums dQ: in its partial result, in the output, or, if that cannot hold lanes, in the scratch. Null: nowhere,
+// as the only panel writes the output at once.
+template <class P>
+DqueryRows<typename P::Lane> dquery_lanes(const BackwardItem<P>& item, const Sequence& seq, int64_t b, int64_t h) {
+  using Lane = typename P::Lane;
+  const AttentionParams& p = item.p;
+  if (item.plan.chunks > 1) {
+    const int64_t stride = item.partials.row_dquery;
+    return {item.partials.dquery + head_index(p, item.chunk, b, h) * p.seqlen_q * stride, stride};
+  }
+  if constexpr (kSame<typename P::Storage, Lane>) {
+    return {row_of<Lane>(p.dquery, b, h, seq.q_offset), p.dquery.stride_row};
+  }
+  if (item.plan.panel_keys == item.plan.chunk_keys) return {nullptr, 0};
+  const int64_t stride = round_up(p.head_dim, kLanes<Lane>);
+  return {item.scratch.dquery_rows + h % (p.num_heads / p.num_kv_heads) * p.seqlen_q * stride, stride};
+}
+
+// One query block of one head against the keys of one panel. dK and dV are added to the scratch; dQ is written by the
+// first panel, and added to by the others.
+template <class P>
+void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
+                    int64_t panel_begin, int64_t panel_end) {
   using Lane = typename P::Lane;
   using Storage = typename P::Storage;
   const AttentionParams& p = item.p;
@@ -510,33 +584,29 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
   const int value_dim = static_cast<int>(p.value_dim);
   const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
   const int64_t row = seq.q_offset + q_begin;
-  const int64_t key_begin = item.key_begin();
-  const int64_t key_stop = key_begin + item.plan.chunk_keys;
-  const int64_t key_end = key_stop < seq.seqlen_k ? key_stop : seq.seqlen_k;
+  const RowStatistics<Lane> rows = item.statistics.at(p, b, h, q_begin);
   const Lane dropout_scale = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
   const Storage* query = row_of<const Storage>(p.query, b, h, row);
   const Storage* dout = row_of<const Storage>(p.dout, b, h, row);
   const Storage* keys_base = row_of<const Storage>(p.key, b, kv_head, seq.k_offset);
   const Storage* values_base = row_of<const Storage>(p.value, b, kv_head, seq.k_offset);
 
+  KeyBlock& keys = *s.key.keys;
+  KeyStream stream(p, seq, item.live, b, h, q_begin, nq, panel_begin, panel_end);
+  const bool is_first = panel_begin == item.key_begin();
+  const bool has_keys = stream.next(keys);
+  if (!has_keys && !is_first) return;
+
   const bool wants_dquery = p.dquery.data != nullptr;
   if (wants_dquery) memset(s.dquery, 0, round_up(head_dim, kLanes<Lane>) * kBlockQ * sizeof(Lane));
 
-  KeyBlock& keys = *s.key.keys;
-  KeyStream stream(p, seq, item.live, b, h, q_begin, nq, key_begin, key_end);
-  if (stream.next(keys)) {
+  if (has_keys) {
     pack_columns<P, kBlockQ>(query, p.query.stride_row, nq, head_dim, s.query);
     pack_columns<P, kBlockQ>(dout, p.dout.stride_row, nq, value_dim, s.dout);
-    const bool inexact = load_row_statistics<P>(p, seq, b, h, q_begin, nq, s);
     const QueryRows<Lane> query_rows = find_query_rows<P>(query, p.query.stride_row, nq, head_dim, s.query_rows);
     const QueryRows<Lane> dout_rows = find_query_rows<P>(dout, p.dout.stride_row, nq, value_dim, s.dout_rows);
     ScoreInputs<P> in = score_inputs<P>(p, item.relative, h, q_begin);
     in.query = s.query;
-    if (inexact) {
-      correct_lse<P>(p, seq, item.live, b, h, q_begin, nq, s, in);
-      stream.restart();
-      stream.next(keys);
-    }
     Vec<Lane> ones[kBlockVectors<Lane>];
     for (int v = 0; v < vectors; ++v) ones[v] = broadcast<Lane>(1);
 
@@ -560,20 +630,20 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
             constexpr int kColumns = decltype(columns)::value;
             const int value_depth = P::lanes_for(value_dim);
             if (plain) {
-              backward_tile<P, kColumns, true>(in, k, part.begin, false, false, s, value_depth, dropout_scale);
+              backward_tile<P, kColumns, true>(in, k, part.begin, false, false, s, rows, value_depth, dropout_scale);
             } else {
-              backward_tile<P, kColumns, false>(in, k, part.begin, partial, p.has_dropout, s, value_depth,
+              backward_tile<P, kColumns, false>(in, k, part.begin, partial, p.has_dropout, s, rows, value_depth,
                                                 dropout_scale);
             }
           });
         }
         if (s.dbias != nullptr) clear_outside(s.dbias, k, range, vectors);
         if (p.dvalue.data != nullptr) {
-          accumulate_keys<P>(keys, k, key_begin, item.plan.chunk_keys, range, nq, s.weights, dout_rows, value_dim,
+          accumulate_keys<P>(keys, k, panel_begin, item.plan.panel_keys, range, nq, s.weights, dout_rows, value_dim,
                              s.dvalue);
         }
         if (p.dkey.data != nullptr) {
-          accumulate_keys<P>(keys, k, key_begin, item.plan.chunk_keys, range, nq, s.dscores, query_rows, head_dim,
+          accumulate_keys<P>(keys, k, panel_begin, item.plan.panel_keys, range, nq, s.dscores, query_rows, head_dim,
                              s.dkey);
         }
       }
@@ -591,13 +661,13 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
   }
 
   if (!wants_dquery) return;
-  if (item.plan.chunks == 1) {
-    write_transposed<Storage, Lane>(s.dquery, nq, head_dim, static_cast<Lane>(p.scale),
-                                    row_of<Storage>(p.dquery, b, h, row), p.dquery.stride_row);
+  const Lane scale = static_cast<Lane>(p.scale);
+  const DqueryRows<Lane> sums = dquery_lanes(item, seq, b, h);
+  if (sums.data != nullptr) {
+    write_transposed<Lane, Lane>(s.dquery, nq, head_dim, scale, !is_first, sums.data + q_begin * sums.stride, sums.stride);
   } else {
-    const int64_t first = head_index(p, item.chunk, b, h) * p.seqlen_q + q_begin;
-    write_transposed<Lane, Lane>(s.dquery, nq, head_dim, static_cast<Lane>(p.scale),
-                                 item.partials.dquery + first * item.partials.row_dquery, item.partials.row_dquery);
+    write_transposed<Storage, Lane>(s.dquery, nq, head_dim, scale, false, row_of<Storage>(p.dquery, b, h, row),
+                                    p.dquery.stride_row);
   }
 }
 
@@ -609,30 +679,45 @@ void backward_kv_head(const BackwardItem<P>& item, int64_t b, int64_t kv_head) {
   const AttentionParams& p = item.p;
   const BackwardScratch<P>& s = item.scratch;
   const Sequence seq = sequence_of(p, b);
-  const int64_t key_begin = item.key_begin();
-  int64_t count = seq.seqlen_k - key_begin;
-  count = count < 0 ? 0 : count > item.plan.chunk_keys ? item.plan.chunk_keys : count;
   const int head_dim = static_cast<int>(p.head_dim);
   const int value_dim = static_cast<int>(p.value_dim);
-  memset(s.dkey, 0, count * round_up(head_dim, kLanes<Lane>) * sizeof(Lane));
-  memset(s.dvalue, 0, count * round_up(value_dim, kLanes<Lane>) * sizeof(Lane));
-
   const int64_t heads = p.num_heads / p.num_kv_heads;
-  for (int64_t h = kv_head * heads; h < (kv_head + 1) * heads; ++h) {
-    for (int64_t q_begin = 0; q_begin < seq.seqlen_q; q_begin += kBlockQ) {
-      backward_block<P>(item, seq, b, h, q_begin);
-    }
-  }
+  const int64_t first_head = kv_head * heads;
+  const int64_t chunk_stop = item.key_begin() + item.plan.chunk_keys;
+  const int64_t chunk_end = chunk_stop < seq.seqlen_k ? chunk_stop : seq.seqlen_k;
 
-  const int64_t row = seq.k_offset + key_begin;
-  if (p.dkey.data != nullptr) {
-    write_rows<Storage, Lane>(s.dkey, count, head_dim, static_cast<Lane>(p.scale),
-                              row_of<Storage>(p.dkey, b, kv_head, row), p.dkey.stride_row);
-  }
-  if (p.dvalue.data != nullptr) {
-    const Lane factor = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
-    write_rows<Storage, Lane>(s.dvalue, count, value_dim, factor, row_of<Storage>(p.dvalue, b, kv_head, row),
-                              p.dvalue.stride_row);
+  // Without keys there is still dQ to write: the first panel is always visited.
+  int64_t panel_begin = item.key_begin();
+  do {
+    const int64_t panel_stop = panel_begin + item.plan.panel_keys;
+    const int64_t panel_end = panel_stop < chunk_end ? panel_stop : chunk_end;
+    const int64_t count = panel_end > panel_begin ? panel_end - panel_begin : 0;
+    memset(s.dkey, 0, count * round_up(head_dim, kLanes<Lane>) * sizeof(Lane));
+    memset(s.dvalue, 0, count * round_up(value_dim, kLanes<Lane>) * sizeof(Lane));
+    for (int64_t h = first_head; h < first_head + heads; ++h) {
+      for (int64_t q_begin = 0; q_begin < seq.seqlen_q; q_begin += kBlockQ) {
+        backward_block<P>(item, seq, b, h, q_begin, panel_begin, panel_end);
+      }
+    }
+    const int64_t row = seq.k_offset + panel_begin;
+    if (p.dkey.data != nullptr) {
+      write_rows<Storage, Lane>(s.dkey, count, head_dim, static_cast<Lane>(p.scale),
+                                row_of<Storage>(p.dkey, b, kv_head, row), p.dkey.stride_row);
+    }
+    if (p.dvalue.data != nullptr) {
+      const Lane factor = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
+      write_rows<Storage, Lane>(s.dvalue, count, value_dim, factor, row_of<Storage>(p.dvalue, b, kv_head, row),
+                                p.dvalue.stride_row);
+    }
+    panel_begin = panel_stop;
+  } while (panel_begin < chunk_end);
+
+  if constexpr (!kSame<Storage, Lane>) {
+    if (p.dquery.data == nullptr || item.plan.chunks > 1 || item.plan.panel_keys == item.plan.chunk_keys) return;
+    for (int64_t h = first_head; h < first_head + heads; ++h) {
+      write_rows<Storage, Lane>(dquery_lanes(item, seq, b, h).data, seq.seqlen_q, head_dim, Lane(1),
+                                row_of<Storage>(p.dquery, b, h, seq.q_offset), p.dquery.stride_row);
+    }
   }
 }
 
@@ -721,24 +806,16 @@ void reduce_drelative(const AttentionParams& p, const BackwardPlan& plan, const 
 }
 
 // dsinks[h] = -sum over rows of exp(sink - lse) * (delta - dlse): what the sink takes from the row.
-template <class P>
-void compute_dsinks(const AttentionParams& p, int64_t h, const BackwardScratch<P>& s) {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
-  constexpr int n = kLanes<Lane>;
+template <class Lane>
+void compute_dsinks(const AttentionParams& p, const RowStatistics<Lane>& statistics, int64_t h) {
   const Vec<Lane> sink = broadcast<Lane>(*row_of<const Lane>(p.sinks, 0, h, 0));
   Vec<Lane> total = {};
   for (int64_t b = 0; b < p.batch; ++b) {
-    const Sequence seq = sequence_of(p, b);
-    for (int64_t q_begin = 0; q_begin < seq.seqlen_q; q_begin += kBlockQ) {
-      const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
-      pack_columns<P, kBlockQ>(row_of<const Storage>(p.dout, b, h, seq.q_offset + q_begin), p.dout.stride_row, nq,
-                               static_cast<int>(p.value_dim), s.dout);
-      load_row_statistics<P>(p, seq, b, h, q_begin, nq, s);
-      for (int q = 0; q < kBlockQ; q += n) {
-        const Vec<Lane> share = exp2<Lane>((sink - load<Lane>(s.lse + q)) * Lane(kLog2E));
-        total += share * (load<Lane>(s.dlse + q) - load<Lane>(s.delta + q));
-      }
+    const int64_t length = round_up(sequence_of(p, b).seqlen_q, kBlockQ);
+    const RowStatistics<Lane> rows = statistics.at(p, b, h, 0);
+    for (int64_t i = 0; i < length; i += kLanes<Lane>) {
+      const Vec<Lane> share = exp2<Lane>((sink - load<Lane>(rows.lse + i)) * Lane(kLog2E));
+      total += share * (load<Lane>(rows.dlse + i) - load<Lane>(rows.delta + i));
     }
   }
   *row_of<Lane>(p.dsinks, 0, h, 0) += sum_lanes<Lane>(total);
@@ -747,7 +824,7 @@ void compute_dsinks(const AttentionParams& p, int64_t h, const BackwardScratch<P
 template <class P>
 void backward_with_policy(const AttentionParams& p) {
   using Lane = typename P::Lane;
-  const BackwardPlan plan = plan_backward(p);
+  const BackwardPlan plan = plan_backward<P>(p);
   const double flops = 4.0 * static_cast<double>(p.batch * p.num_heads) * static_cast<double>(p.seqlen_q) *
                        static_cast<double>(p.seqlen_k) * static_cast<double>(p.head_dim + p.value_dim);
   // Without keys there is still dq to write.
@@ -763,6 +840,12 @@ void backward_with_policy(const AttentionParams& p) {
   const Buffer partials_memory(measure_partials.used());
   Arena partials_arena(partials_memory.data());
   partials.layout(partials_arena, p, plan);
+  Arena measure_statistics(nullptr);
+  RowStatistics<Lane> statistics;
+  statistics.layout(measure_statistics, p);
+  const Buffer statistics_memory(measure_statistics.used());
+  Arena statistics_arena(statistics_memory.data());
+  statistics.layout(statistics_arena, p);
   Arena measure(nullptr);
   BackwardScratch<P> scratch;
   scratch.layout(measure, p, plan);
@@ -771,15 +854,34 @@ void backward_with_policy(const AttentionParams& p) {
   const LiveKeys* live = make_live_keys(p, live_memory.data());
   const RelativeBias<Lane> relative = make_relative_bias<Lane>(p, relative_memory.data());
 
-  // Early chunks of a causal problem hold the most work: they go first.
-  parallel_for(threads, items, [&](int64_t index, int thread) {
+  const auto with_scratch = [&](int thread, const auto& body) {
     Arena arena(memory.data() + measure.used() * thread);
     BackwardScratch<P> own;
     own.layout(arena, p, plan);
-    backward_item<P>({p, plan, relative, live, partials, own, index / plan.groups}, index % plan.groups);
+    body(own);
+  };
+  const int64_t heads = p.batch * p.num_heads;
+  const int64_t blocks = (p.seqlen_q + kBlockQ - 1) / kBlockQ;
+  parallel_for(threads, heads * blocks, [&](int64_t index, int thread) {
+    const int64_t b = index / blocks / p.num_heads;
+    const int64_t h = index / blocks % p.num_heads;
+    const int64_t q_begin = index % blocks * kBlockQ;
+    const Sequence seq = sequence_of(p, b);
+    if (q_begin >= seq.seqlen_q) return;
+    const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
+    const RowStatistics<Lane> rows = statistics.at(p, b, h, q_begin);
+    with_scratch(thread, [&](const BackwardScratch<P>& own) {
+      const bool inexact = load_row_statistics<P>(p, seq, b, h, q_begin, nq, own, rows);
+      if (inexact) correct_lse<P>(p, seq, relative, live, b, h, q_begin, nq, own, rows);
+    });
+  });
+  // Early chunks of a causal problem hold the most work: they go first.
+  parallel_for(threads, items, [&](int64_t index, int thread) {
+    with_scratch(thread, [&](const BackwardScratch<P>& own) {
+      backward_item<P>({p, plan, relative, live, statistics, partials, own, index / plan.groups}, index % plan.groups);
+    });
   });
 
-  const int64_t heads = p.batch * p.num_heads;
   if (plan.chunks > 1 && p.dquery.data != nullptr) {
     parallel_for(threads, heads, [&](int64_t index, int) {
       reduce_dquery<P>(p, plan, partials, index / p.num_heads, index % p.num_heads);
@@ -787,14 +889,9 @@ void backward_with_policy(const AttentionParams& p) {
   }
   if (p.drelative_bias.data != nullptr) reduce_drelative<Lane>(p, plan, partials);
   if (p.dsinks.data != nullptr) {
+    // One after another: a shared sink (stride 0) is summed over the heads.
     for (int64_t h = 0; h < p.num_heads; ++h) *row_of<Lane>(p.dsinks, 0, h, 0) = 0;
-    // A shared sink (stride 0) is summed over the heads, so its heads stay in order.
-    parallel_for(p.dsinks.stride_head == 0 ? 1 : threads, p.num_heads, [&](int64_t h, int thread) {
-      Arena arena(memory.data() + measure.used() * thread);
-      BackwardScratch<P> own;
-      own.layout(arena, p, plan);
-      compute_dsinks<P>(p, h, own);
-    });
+    for (int64_t h = 0; h < p.num_heads; ++h) compute_dsinks<Lane>(p, statistics, h);
   }
 }
 

@@ -1,6 +1,7 @@
 // The kernel table of one instruction set. A file that includes this defines FUSED_ATTN_ISA, the table's suffix, and is
 // compiled with the flags of that instruction set.
 #include "backward.h"
+#include "decode.h"
 #include "forward.h"
 
 namespace fused_attn::cpu {
@@ -12,12 +13,17 @@ using BFloat16Policy = Policy<BFloat16, float, 2>;
 using BFloat16Policy = Policy<BFloat16, float, 1>;
 #endif
 
+template <class P>
+void forward_or_decode(const AttentionParams& p) {
+  is_decoding(p) ? decode_with_policy<P>(p) : forward_with_policy<P>(p);
+}
+
 void forward(const AttentionParams& p) {
   switch (p.dtype) {
-    case DType::kFloat32: return forward_with_policy<Policy<float, float, 1>>(p);
-    case DType::kFloat64: return forward_with_policy<Policy<double, double, 1>>(p);
-    case DType::kFloat16: return forward_with_policy<Policy<Float16, float, 1>>(p);
-    case DType::kBFloat16: return forward_with_policy<BFloat16Policy>(p);
+    case DType::kFloat32: return forward_or_decode<Policy<float, float, 1>>(p);
+    case DType::kFloat64: return forward_or_decode<Policy<double, double, 1>>(p);
+    case DType::kFloat16: return forward_or_decode<Policy<Float16, float, 1>>(p);
+    case DType::kBFloat16: return forward_or_decode<BFloat16Policy>(p);
   }
 }
 

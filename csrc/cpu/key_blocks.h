@@ -211,10 +211,7 @@ class KeyStream {
       }
       next_ = low;
     }
-    first_ = next_;
   }
-
-  void restart() { next_ = first_; }
 
   // The bits of the queries that exist.
   uint64_t valid() const { return valid_; }
@@ -271,7 +268,7 @@ class KeyStream {
   LiveKeys live_;
   int64_t q_begin_, q_last_;
   uint64_t valid_;
-  int64_t first_ = 0, next_ = 0, end_ = 0;
+  int64_t next_ = 0, end_ = 0;
 };
 
 // What a tile of kTileKeys keys, from key k of the block on, reaches; `partial` tells whether it needs its words.

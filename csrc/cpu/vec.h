@@ -141,6 +141,21 @@ FA_INLINE void exchange_blocks(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, 
   b = high;
 }
 
+// Lane i of the result is the sum of the lanes of rows[i]. The rows are overwritten.
+template <class T, int kStep = 1>
+FA_INLINE Vec<T> sum_rows(Vec<T> (&rows)[kLanes<T>]) {
+  if constexpr (kStep == kLanes<T>) {
+    return rows[0];
+  } else {
+    FA_UNROLL
+    for (int i = 0; i < kLanes<T>; i += 2 * kStep) {
+      exchange_blocks<T, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes<T>>{});
+      rows[i] += rows[i + kStep];
+    }
+    return sum_rows<T, kStep * 2>(rows);
+  }
+}
+
 template <class T, int kStep = 1>
 FA_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (kStep < kLanes<T>) {

@@ -1,0 +1,362 @@
+// The forward kernel for few queries ("decoding" against a cache of keys), where a vector of queries would be nearly empty.
+// Here lanes are the dimension that a row of memory holds, so that each key and value is loaded as whole vectors:
+//
+//   s[key]   = sum over d of K[key][d] * q[d]      a vector of keys at a time: one accumulator for each, then sum_rows
+//   out[d]   = sum over keys of exp(s[key] - max) * V[key][d]
+//
+// A work item is a part of the keys of the query rows that share them: those of a kv head. Parts are merged in a second
+// pass; how many there are depends on the shapes alone, so results do not depend on the number of threads.
+#pragma once
+#include "kernels.h"
+#include "scores.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+// Above this the lanes of forward.h are used well enough. Measured at head dim 64 and 128.
+constexpr int64_t kDecodeQueries = 4;
+
+FA_INLINE bool is_decoding(const AttentionParams& p) { return p.seqlen_q <= kDecodeQueries && !p.has_dropout; }
+
+struct DecodePlan {
+  int64_t heads;   // query heads of an item: a kv head's, or one where each has a mask of its own
+  int64_t groups;  // of an item's heads, over the batch
+  int64_t parts;   // of the keys
+  int64_t part_keys;
+  int64_t value_row;  // lanes of a partial output
+
+  // Rows of the partial results: [part][batch][head][query].
+  int64_t row(const AttentionParams& p, int64_t part, int64_t b, int64_t h, int64_t i) const {
+    return ((part * p.batch + b) * p.num_heads + h) * p.seqlen_q + i;
+  }
+};
+
+template <class Lane>
+DecodePlan plan_decode(const AttentionParams& p) {
+  // Enough items for many threads, and enough keys in each that its start does not matter.
+  constexpr int64_t kWantedItems = 64, kLeastKeys = 512;
+  DecodePlan plan;
+  const bool own_masks = p.mask.data != nullptr && p.mask.stride_head != 0;
+  plan.heads = own_masks ? 1 : p.num_heads / p.num_kv_heads;
+  plan.groups = p.batch * p.num_heads / plan.heads;
+  const int64_t wanted = (kWantedItems + plan.groups - 1) / plan.groups;
+  const int64_t possible = p.seqlen_k / kLeastKeys;
+  plan.parts = wanted < possible ? wanted : possible;
+  if (plan.parts < 1) plan.parts = 1;
+  plan.part_keys = (p.seqlen_k + plan.parts - 1) / plan.parts;
+  plan.value_row = round_up(p.value_dim, kLanes<Lane>);
+  return plan;
+}
+
+// What a part of the keys leaves of each row: the output before its division, and where its weights stand.
+template <class Lane>
+struct DecodePartials {
+  Lane* acc;      // [row][value_row]
+  Lane* row_max;  // of the logits
+  Lane* row_sum;  // of exp(logit - row_max); 0 where the row sees none of the keys
+
+  void layout(Arena& arena, const AttentionParams& p, const DecodePlan& plan) {
+    const int64_t rows = plan.row(p, plan.parts, 0, 0, 0);
+    acc = arena.take<Lane>(rows * plan.value_row);
+    row_max = arena.take<Lane>(rows);
+    row_sum = arena.take<Lane>(rows);
+  }
+};
+
+template <class P>
+struct DecodeScratch {
+  using Lane = typename P::Lane;
+  using Storage = typename P::Storage;
+  static constexpr int64_t kRows = kBlockK + kLanes<Lane>;  // a vector of keys may reach beyond the block
+
+  KeyBlock* keys;
+  const Storage** key_rows;
+  const Storage** value_rows;
+  Lane* query;   // [row][head lanes, padded]
+  Lane* scores;  // [key of the block], then their exponentials
+  Vec<Lane>* row_sum;
+
+  void layout(Arena& arena, const AttentionParams& p, const DecodePlan& plan) {
+    const int64_t rows = plan.heads * p.seqlen_q;
+    keys = arena.take<KeyBlock>(1);
+    key_rows = arena.take<const Storage*>(kRows);
+    value_rows = arena.take<const Storage*>(kRows);
+    query = arena.take<Lane>(rows * round_up(P::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>));
+    scores = arena.take<Lane>(kRows);
+    row_sum = arena.take<Vec<Lane>>(rows);
+  }
+};
+
+// Dot products of a query with the keys of a block, kLanes of them at a time.
+template <class P>
+FA_NOINLINE void multiply_keys(const typename P::Lane* query, const typename P::Storage* const* key_rows, int count,
+                               int head_dim, typename P::Lane scale, typename P::Lane* scores) {
+  using Lane = typename P::Lane;
+  constexpr int n = kLanes<Lane>;
+  const int lanes = P::lanes_for(head_dim);
+  for (int k = 0; k < count; k += n) {
+    Vec<Lane> acc[n];
+    FA_UNROLL
+    for (int i = 0; i < n; ++i) acc[i] = Vec<Lane>{};
+    int d = 0;
+    for (; (d + n) * P::kPerLane <= head_dim; d += n) {
+      const Vec<Lane> q = load<Lane>(query + d);
+      FA_UNROLL
+      for (int i = 0; i < n; ++i) {
+        acc[i] = multiply_add<P>(load_lanes<P>(key_rows[k + i], d, (d + n) * P::kPerLane), q, acc[i]);
+      }
+    }
+    if (d < lanes) {
+      const Vec<Lane> q = load<Lane>(query + d);
+      FA_UNROLL
+      for (int i = 0; i < n; ++i) acc[i] = multiply_add<P>(load_lanes<P>(key_rows[k + i], d, head_dim), q, acc[i]);
+    }
+    store<Lane>(scores + k, sum_rows<Lane>(acc) * scale);
+  }
+}
+
+// scores[k] += what the bias view holds for the block's keys.
+template <class Lane, class Storage>
+FA_NOINLINE void add_bias(const Storage* row, int64_t stride_col, const KeyBlock& keys, Lane* scores) {
+  constexpr int n = kLanes<Lane>;
+  int k = 0;
+  if (stride_col == 1 && keys.contiguous) {
+    const Storage* first = row + keys.index[0];
+    for (; k + n <= keys.count; k += n) store<Lane>(scores + k, load<Lane>(scores + k) + load_as<Lane>(first + k));
+  }
+  for (; k < keys.count; ++k) scores[k] += load_scalar<Lane>(row + keys.index[k] * stride_col);
+}
+
+// Logits of query i of head h; -inf where a key is hidden from it, and behind the last key.
+template <class P>
+void decode_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const typename P::Lane* query,
+                   const DecodeScratch<P>& s) {
+  using Lane = typename P::Lane;
+  using Storage = typename P::Storage;
+  const KeyBlock& keys = *s.keys;
+  const Lane hidden = -FloatTraits<Lane>::kInfinity;
+  multiply_keys<P>(query, s.key_rows, keys.count, static_cast<int>(p.head_dim), static_cast<Lane>(p.scale), s.scores);
+  const int end = static_cast<int>(round_up(keys.count, kLanes<Lane>));
+  if (p.softcap > 0) apply_softcap<Lane>(s.scores, end, static_cast<Lane>(p.softcap), nullptr);
+  if (p.bias.data != nullptr) {
+    if (p.bias_dtype == p.dtype) {
+      add_bias<Lane>(row_of<const Storage>(p.bias, b, h, i), p.bias.stride_col, keys, s.scores);
+    } else {
+      add_bias<Lane>(row_of<const Lane>(p.bias, b, h, i), p.bias.stride_col, keys, s.scores);
+    }
+  }
+  if (p.relative_bias.data != nullptr) {
+    const int64_t stride_col = p.relative_bias.stride_col;
+    const Lane* row = row_of<const Lane>(p.relative_bias, 0, h, 0) + (p.seqlen_q - 1 - i) * stride_col;
+    add_bias<Lane>(row, stride_col, keys, s.scores);
+  }
+  if (keys.partial) {
+    for (int k = 0; k < keys.count; ++k) {
+      if ((keys.word[k] >> i & 1) == 0) s.scores[k] = hidden;
+    }
+  }
+  for (int k = keys.count; k < end; ++k) s.scores[k] = hidden;
+}
+
+// Replaces logits by exp(logit - row_max), raises row_max before and adds to row_sum. Returns what earlier sums must be
+// multiplied by.
+template <class P>
+FA_INLINE typename P::Lane decode_softmax(int count, typename P::Lane* scores, typename P::Lane& row_max,
+                                          Vec<typename P::Lane>& row_sum) {
+  using Lane = typename P::Lane;
+  constexpr int n = kLanes<Lane>;
+  Vec<Lane> maximum = broadcast<Lane>(row_max);
+  for (int k = 0; k < count; k += n) maximum = max<Lane>(load<Lane>(scores + k), maximum);
+  Lane new_max = row_max;
+  FA_UNROLL
+  for (int i = 0; i < n; ++i) new_max = maximum[i] > new_max ? maximum[i] : new_max;
+  const Vec<Lane> alpha = exp2<Lane>((broadcast<Lane>(row_max) - new_max) * Lane(kLog2E));
+  Vec<Lane> sum = row_sum * alpha;
+  for (int k = 0; k < count; k += n) {
+    const Vec<Lane> weight = exp2<Lane, P::kCoarseExp>((load<Lane>(scores + k) - new_max) * Lane(kLog2E));
+    sum += weight;
+    store<Lane>(scores + k, weight);
+  }
+  row_max = new_max;
+  row_sum = sum;
+  return alpha[0];
+}
+
+// acc[c] = acc[c] * alpha + sum over keys of weights[key] * value_rows[key][c], for kColumns vectors of columns, of which
+// `dim` elements exist.
+template <class P, int kColumns, bool kWhole>
+FA_INLINE void sum_values_tile(const typename P::Storage* const* value_rows, int64_t first, const typename P::Lane* weights,
+                               int count, int dim, typename P::Lane alpha, typename P::Lane* acc) {
+  using Lane = typename P::Lane;
+  constexpr int n = kLanes<Lane>;
+  constexpr int kKeys = 4;  // side by side, to hide the latency of the multiply-add
+  Vec<Lane> sum[kKeys][kColumns] = {};
+  const auto add_key = [&](int j, Vec<Lane> (&target)[kColumns]) {
+    const typename P::Storage* row = value_rows[j] + first;
+    const Vec<Lane> weight = broadcast<Lane>(weights[j]);
+    FA_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      target[c] = load_as<Lane>(row + c * n, kWhole ? n : dim - c * n) * weight + target[c];
+    }
+  };
+  int j = 0;
+  for (; j + kKeys <= count; j += kKeys) {
+    FA_UNROLL
+    for (int r = 0; r < kKeys; ++r) add_key(j + r, sum[r]);
+  }
+  for (; j < count; ++j) add_key(j, sum[0]);
+  FA_UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    const Vec<Lane> total = (sum[0][c] + sum[1][c]) + (sum[2][c] + sum[3][c]);
+    store<Lane>(acc + c * n, load<Lane>(acc + c * n) * alpha + total);
+  }
+}
+
+template <class P>
+FA_NOINLINE void sum_values(const typename P::Storage* const* value_rows, const typename P::Lane* weights, int count,
+                            int value_dim, typename P::Lane alpha, typename P::Lane* acc) {
+  constexpr int n = kLanes<typename P::Lane>;
+  int d = 0;
+  for (; d + n <= value_dim;) {
+    const int columns = (value_dim - d) / n;
+    with_columns(columns < kTileVectors ? columns : kTileVectors, [&](auto constant) {
+      constexpr int kColumns = decltype(constant)::value;
+      sum_values_tile<P, kColumns, true>(value_rows, d, weights, count, kColumns * n, alpha, acc + d);
+      d += kColumns * n;
+    });
+  }
+  if (d < value_dim) sum_values_tile<P, 1, false>(value_rows, d, weights, count, value_dim - d, alpha, acc + d);
+}
+
+// The rows of one group against one part of the keys.
+template <class P>
+void decode_item(const AttentionParams& p, const DecodePlan& plan, const LiveKeys* live, int64_t group, int64_t part,
+                 const DecodeScratch<P>& s, const DecodePartials<typename P::Lane>& partials) {
+  using Lane = typename P::Lane;
+  using Storage = typename P::Storage;
+  constexpr int n = kLanes<Lane>;
+  const int64_t groups = p.num_heads / plan.heads;  // of a batch entry
+  const int64_t b = group / groups;
+  const int64_t first_head = group % groups * plan.heads;
+  const int64_t kv_head = first_head / (p.num_heads / p.num_kv_heads);
+  const Sequence seq = sequence_of(p, b);
+  const int nq = static_cast<int>(seq.seqlen_q);
+  if (nq == 0) return;
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int64_t query_row = round_up(P::lanes_for(head_dim), n);
+  for (int64_t r = 0; r < plan.heads * nq; ++r) {
+    const Storage* source = row_of<const Storage>(p.query, b, first_head + r / nq, seq.q_offset + r % nq);
+    for (int d = 0; d < P::lanes_for(head_dim); d += n) {
+      store<Lane>(s.query + r * query_row + d, load_lanes<P>(source, d, head_dim));
+    }
+    const int64_t row = plan.row(p, part, b, first_head + r / nq, r % nq);
+    memset(partials.acc + row * plan.value_row, 0, plan.value_row * sizeof(Lane));
+    partials.row_max[row] = FloatTraits<Lane>::kLowest;
+    s.row_sum[r] = Vec<Lane>{};
+  }
+
+  KeyBlock& keys = *s.keys;
+  const Storage* key_base = row_of<const Storage>(p.key, b, kv_head, seq.k_offset);
+  const Storage* value_base = row_of<const Storage>(p.value, b, kv_head, seq.k_offset);
+  const int64_t key_begin = part * plan.part_keys;
+  const int64_t key_end = key_begin + plan.part_keys < seq.seqlen_k ? key_begin + plan.part_keys : seq.seqlen_k;
+  KeyStream stream(p, seq, live, b, first_head, 0, nq, key_begin, key_end);
+  while (stream.next(keys)) {
+    for (int k = 0; k < round_up(keys.count, n); ++k) {
+      const int64_t index = keys.index[k < keys.count ? k : keys.count - 1];
+      s.key_rows[k] = key_base + index * p.key.stride_row;
+      s.value_rows[k] = value_base + index * p.value.stride_row;
+    }
+    for (int64_t r = 0; r < plan.heads * nq; ++r) {
+      const int64_t h = first_head + r / nq;
+      const int64_t row = plan.row(p, part, b, h, r % nq);
+      decode_scores<P>(p, b, h, r % nq, s.query + r * query_row, s);
+      const Lane alpha = decode_softmax<P>(keys.count, s.scores, partials.row_max[row], s.row_sum[r]);
+      sum_values<P>(s.value_rows, s.scores, keys.count, static_cast<int>(p.value_dim), alpha,
+                    partials.acc + row * plan.value_row);
+    }
+  }
+  for (int64_t r = 0; r < plan.heads * nq; ++r) {
+    partials.row_sum[plan.row(p, part, b, first_head + r / nq, r % nq)] = sum_lanes<Lane>(s.row_sum[r]);
+  }
+}
+
+// Sums the parts of one row and writes its output and lse.
+template <class P>
+void merge_parts(const AttentionParams& p, const DecodePlan& plan, const DecodePartials<typename P::Lane>& partials,
+                 int64_t b, int64_t h, int64_t i) {
+  using Lane = typename P::Lane;
+  using Storage = typename P::Storage;
+  constexpr int n = kLanes<Lane>;
+  const Sequence seq = sequence_of(p, b);
+  if (i >= seq.seqlen_q) return;
+  const Lane* sink = p.sinks.data != nullptr ? row_of<const Lane>(p.sinks, 0, h, 0) : nullptr;
+  Lane keys_max = FloatTraits<Lane>::kLowest;
+  for (int64_t part = 0; part < plan.parts; ++part) {
+    const Lane other = partials.row_max[plan.row(p, part, b, h, i)];
+    keys_max = other > keys_max ? other : keys_max;
+  }
+  const Lane reference = sink != nullptr && *sink > keys_max ? *sink : keys_max;
+  const auto share = [&](Lane logit) { return natural_exp(logit - reference); };
+  Lane keys_sum = 0;
+  for (int64_t part = 0; part < plan.parts; ++part) {
+    const int64_t row = plan.row(p, part, b, h, i);
+    keys_sum += partials.row_sum[row] * share(partials.row_max[row]);
+  }
+  // Not even a sink changes that a row which sees no key gives 0.
+  const bool empty = keys_sum == 0;
+  const Lane total = sink != nullptr ? keys_sum + share(*sink) : keys_sum;
+  Storage* out = row_of<Storage>(p.out, b, h, seq.q_offset + i);
+  for (int64_t d = 0; d < p.value_dim; d += n) {
+    Vec<Lane> sum = {};
+    for (int64_t part = 0; part < plan.parts && !empty; ++part) {
+      const int64_t row = plan.row(p, part, b, h, i);
+      sum += load<Lane>(partials.acc + row * plan.value_row + d) * (share(partials.row_max[row]) / total);
+    }
+    store_as<Lane>(out + d, sum, static_cast<int>(p.value_dim - d));
+  }
+  if (p.lse.data != nullptr) {
+    Lane& lse = row_of<Lane>(p.lse, b, h, seq.q_offset)[i * p.lse.stride_row];
+    lse = empty ? -FloatTraits<Lane>::kInfinity : reference + natural_log(total);
+  }
+}
+
+template <class P>
+void decode_with_policy(const AttentionParams& p) {
+  using Lane = typename P::Lane;
+  if (p.batch * p.num_heads * p.seqlen_q == 0) return;
+  const DecodePlan plan = plan_decode<Lane>(p);
+  const int64_t items = plan.groups * plan.parts;
+  const int64_t rows = p.batch * p.num_heads * p.seqlen_q;
+  const double flops = 2.0 * static_cast<double>(rows) * static_cast<double>(p.seqlen_k) *
+                       static_cast<double>(p.head_dim + p.value_dim);
+  const int threads = choose_threads(p.num_threads, items, flops);
+
+  const Buffer live_memory(live_keys_bytes(p));
+  Arena measure_partials(nullptr);
+  DecodePartials<Lane> partials;
+  partials.layout(measure_partials, p, plan);
+  const Buffer partials_memory(measure_partials.used());
+  Arena partials_arena(partials_memory.data());
+  partials.layout(partials_arena, p, plan);
+  Arena measure(nullptr);
+  DecodeScratch<P> scratch;
+  scratch.layout(measure, p, plan);
+  const Buffer memory(measure.used() * threads);
+  const LiveKeys* live = make_live_keys(p, live_memory.data());
+
+  parallel_for(threads, items, [&](int64_t item, int thread) {
+    Arena arena(memory.data() + measure.used() * thread);
+    DecodeScratch<P> own;
+    own.layout(arena, p, plan);
+    decode_item<P>(p, plan, live, item / plan.parts, item % plan.parts, own, partials);
+  });
+  // A few thousand operations a row: another parallel region would cost more.
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t head = row / p.seqlen_q;
+    merge_parts<P>(p, plan, partials, head / p.num_heads, head % p.num_heads, row % p.seqlen_q);
+  }
+}
+
+}  // namespace
+}  // namespace fused_attn::cpu
