@@ -58,7 +58,8 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   plan.panel_keys = round_up(kPanelBytes / (key_bytes > 0 ? key_bytes : 1) + 1, 64);
   // Sums over panels need dQ in lanes. Where memory holds another type that costs scratch: never more than panels save.
   if (!kSame<typename P::Storage, Lane>) {
-    const int64_t dquery_bytes = p.num_heads / p.num_kv_heads * p.seqlen_q * head_row * static_cast<int64_t>(sizeof(Lane));
+    const int64_t dquery_bytes =
+        p.num_heads / p.num_kv_heads * p.seqlen_q * head_row * static_cast<int64_t>(sizeof(Lane));
     if (dquery_bytes > (plan.chunk_keys - plan.panel_keys) * key_bytes) plan.panel_keys = plan.chunk_keys;
   }
   if (plan.panel_keys > plan.chunk_keys) plan.panel_keys = plan.chunk_keys;
@@ -252,8 +253,8 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
 // P and dS of one tile of keys.
 template <class P, int kColumns, bool kPlain>
 FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool partial, bool dropout,
-                               const BackwardScratch<P>& s, const RowStatistics<typename P::Lane>& rows, int value_depth,
-                               typename P::Lane dropout_scale) {
+                               const BackwardScratch<P>& s, const RowStatistics<typename P::Lane>& rows,
+                               int value_depth, typename P::Lane dropout_scale) {
   using Lane = typename P::Lane;
   constexpr int n = kLanes<Lane>;
   const int64_t offset = k * kBlockQ + v * n;
@@ -485,9 +486,10 @@ FA_NOINLINE void write_rows(const Lane* source, int64_t count, int dim, Lane fac
 // A large lse is a coarse number: at 1e3 its rounding moves P by 6e-5, at -1e9 (a row under an additive mask) by a factor.
 // Such rows are summed once more, over all their keys, and P is corrected by what the sum should have been: 1.
 template <class P>
-FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq, const RelativeBias<typename P::Lane>& relative,
-                             const LiveKeys* live, int64_t b, int64_t h, int64_t q_begin, int nq,
-                             const BackwardScratch<P>& s, const RowStatistics<typename P::Lane>& rows) {
+FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
+                             const RelativeBias<typename P::Lane>& relative, const LiveKeys* live, int64_t b, int64_t h,
+                             int64_t q_begin, int nq, const BackwardScratch<P>& s,
+                             const RowStatistics<typename P::Lane>& rows) {
   using Lane = typename P::Lane;
   using Storage = typename P::Storage;
   constexpr int n = kLanes<Lane>;
@@ -664,7 +666,8 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
   const Lane scale = static_cast<Lane>(p.scale);
   const DqueryRows<Lane> sums = dquery_lanes(item, seq, b, h);
   if (sums.data != nullptr) {
-    write_transposed<Lane, Lane>(s.dquery, nq, head_dim, scale, !is_first, sums.data + q_begin * sums.stride, sums.stride);
+    write_transposed<Lane, Lane>(s.dquery, nq, head_dim, scale, !is_first, sums.data + q_begin * sums.stride,
+                                 sums.stride);
   } else {
     write_transposed<Storage, Lane>(s.dquery, nq, head_dim, scale, false, row_of<Storage>(p.dquery, b, h, row),
                                     p.dquery.stride_row);
