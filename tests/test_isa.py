@@ -19,6 +19,42 @@ SUBSET = [
 ]
 
 
+# As many queries as the decoding kernel takes, and one more: with all that shapes a score, against several parts of the keys.
+EVERYTHING = {
+    "attn_mask": cases.float_mask("BHLS"),
+    "key_padding_mask": cases.scattered_padding,
+    "relative_bias": cases.per_head_bias,
+    "sinks": cases.sink(),
+    "options": {"softcap": 3.0, "window_size": (-1, 500)},
+}
+FEW_QUERIES = [
+    cases.Case(f"few-queries-{seqlen_q}-{name}", heads=4, seqlen_q=seqlen_q, seqlen_k=1100, **sizes, **features)
+    for seqlen_q in (1, 2, 6, 7)
+    for name, sizes, features in (
+        ("everything", {"kv_heads": 2, "head_dim": 20, "value_dim": 36}, EVERYTHING),
+        ("mask-per-head", {"kv_heads": 2, "head_dim": 64}, {"attn_mask": cases.bool_mask("BHLS", 0.4)}),
+        ("lower-right", {"head_dim": 64, "value_dim": 8}, {"attn_mask": cases.lower_right}),
+    )
+] + [
+    cases.Case(
+        "few-queries-varlen", heads=4, kv_heads=1, head_dim=40, lengths_q=(1, 0, 3, 6), lengths_k=(1030, 7, 0, 520)
+    )
+]
+
+# Backward sums dK and dV of so many keys at once as half of a cache holds: at these head dims several times.
+SEVERAL_PANELS = [
+    cases.Case("panels", batch=1, seqlen_q=70, seqlen_k=600, head_dim=256),
+    cases.Case("panels-causal-gqa", batch=1, heads=4, kv_heads=2, seqlen_q=600, seqlen_k=600, head_dim=250,
+               value_dim=256, options={"is_causal": True}),
+    cases.Case("panels-window-behind-the-first", batch=1, seqlen_q=40, seqlen_k=900, head_dim=256,
+               attn_mask=cases.lower_right, options={"window_size": (100, 0)}),
+    cases.Case("panels-everything", batch=1, heads=4, seqlen_q=130, seqlen_k=600, head_dim=256, **EVERYTHING),
+    cases.Case("panels-large-lse", batch=1, seqlen_q=30, seqlen_k=600, head_dim=256, has_dlse=True,
+               options={"scale": 20.0}),
+    cases.Case("panels-varlen", heads=2, head_dim=256, lengths_q=(50, 0, 20), lengths_k=(600, 300, 0)),
+]  # fmt: skip
+
+
 @pytest.fixture(params=_C.cpu_isas())
 def isa(request: pytest.FixtureRequest):
     before = _C.cpu_isa()
@@ -30,6 +66,12 @@ def isa(request: pytest.FixtureRequest):
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in SUBSET])
 def test_case(case: cases.Case, isa: str) -> None:
     assert _C.cpu_isa() == isa
+    for dtype in case.dtypes:
+        cases.check(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in FEW_QUERIES + SEVERAL_PANELS])
+def test_sizes_that_change_the_way(case: cases.Case, isa: str) -> None:
     for dtype in case.dtypes:
         cases.check(case, dtype, "cpu")
 

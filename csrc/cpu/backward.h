@@ -1,5 +1,5 @@
 // The backward kernel. First the statistics of every row: delta = rowsum(dO * out), and what its lse must be corrected by.
-// A work item is then a group of (batch, kv head) pairs and a chunk of keys. It goes through its keys in panels, whose dK
+// (Where a row is visited only once, they are computed then.) A work item is a group of (batch, kv head) pairs and a chunk of keys. It goes through its keys in panels, whose dK
 // and dV stay in the cache, and for each panel through the query blocks of its heads and the panel's blocks of live keys:
 //
 //   P^T[key][query]   = exp(S - lse)                      S as in forward (scores.h)
@@ -28,6 +28,7 @@ struct BackwardPlan {
   int64_t chunks;
   int64_t chunk_keys;
   int64_t panel_keys;
+  bool is_single_pass;  // each row is visited once, and nobody needs its statistics later
 };
 
 template <class P>
@@ -63,6 +64,7 @@ BackwardPlan plan_backward(const AttentionParams& p) {
     if (dquery_bytes > (plan.chunk_keys - plan.panel_keys) * key_bytes) plan.panel_keys = plan.chunk_keys;
   }
   if (plan.panel_keys > plan.chunk_keys) plan.panel_keys = plan.chunk_keys;
+  plan.is_single_pass = plan.chunks <= 1 && plan.panel_keys == plan.chunk_keys && p.dsinks.data == nullptr;
   return plan;
 }
 
@@ -88,7 +90,7 @@ FA_INLINE int64_t head_index(const AttentionParams& p, int64_t chunk, int64_t b,
   return (chunk * p.batch + b) * p.num_heads + h;
 }
 
-// What the tiles need of the rows, [batch][head][seqlen_q, padded to blocks].
+// What the tiles need of the rows: [batch][head][seqlen_q, padded to vectors], or of one block in an item's scratch.
 template <class Lane>
 struct RowStatistics {
   Lane* lse;         // +inf, which makes P zero, for rows that see nothing or do not exist
@@ -96,17 +98,18 @@ struct RowStatistics {
   Lane* delta;       // rowsum(dO * out)
   Lane* dlse;        // not taken from delta: that difference would round what the sum of both keeps
 
-  void layout(Arena& arena, const AttentionParams& p) {
-    const int64_t rows = p.batch * p.num_heads * round_up(p.seqlen_q, kBlockQ);
+  void layout(Arena& arena, int64_t rows) {
     lse = arena.take<Lane>(rows);
     correction = arena.take<Lane>(rows);
     delta = arena.take<Lane>(rows);
     dlse = arena.take<Lane>(rows);
   }
 
+  static int64_t rows_of_head(const AttentionParams& p) { return round_up(p.seqlen_q, kLanes<Lane>); }
+
   // Those of the queries from `i` on.
   RowStatistics at(const AttentionParams& p, int64_t b, int64_t h, int64_t i) const {
-    const int64_t row = (b * p.num_heads + h) * round_up(p.seqlen_q, kBlockQ) + i;
+    const int64_t row = (b * p.num_heads + h) * rows_of_head(p) + i;
     return {lse + row, correction + row, delta + row, dlse + row};
   }
 };
@@ -138,6 +141,7 @@ struct BackwardScratch {
   Lane* dvalue;        // [key of the panel + 1][value_dim, padded]
   Lane* out;           // columns [value lanes][kBlockQ]
   Lane* scores;        // [key of the block][kBlockQ], where the sum of a row is measured again
+  RowStatistics<Lane> statistics;  // of the block, in a single pass
 
   void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
     constexpr int n = kLanes<Lane>;
@@ -171,6 +175,7 @@ struct BackwardScratch {
     dvalue = arena.take<Lane>((plan.panel_keys + 1) * value_row);
     out = arena.take<Lane>(round_up(P::lanes_for(value_dim), n) * kBlockQ);
     scores = arena.take<Lane>(tile);
+    statistics.layout(arena, kBlockQ);
   }
 };
 
@@ -210,8 +215,8 @@ FA_NOINLINE QueryRows<typename P::Lane> find_query_rows(const typename P::Storag
   }
 }
 
-// Sets the statistics of a block but for the corrections, which stay zero. Returns whether some lse is too large to be
-// exact enough for P.
+// Sets the statistics of a block, whose dO lies packed in the scratch, but for the corrections, which stay zero. Returns
+// whether some lse is too large to be exact enough for P.
 template <class P>
 FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h,
                                      int64_t q_begin, int nq, const BackwardScratch<P>& s,
@@ -228,7 +233,6 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   const Lane* dlse_rows = p.dlse.data != nullptr ? row_of<const Lane>(p.dlse, b, h, row) : nullptr;
 
   // delta is summed in the order of V . dO^T: where a row sees one key and nothing is dropped, the two must cancel exactly.
-  pack_columns<P, kBlockQ>(row_of<const Storage>(p.dout, b, h, row), p.dout.stride_row, nq, value_dim, s.dout);
   pack_columns<P, kBlockQ>(row_of<const Storage>(p.out, b, h, row), p.out.stride_row, nq, value_dim, s.out);
   for (int q = 0; q < nq; q += n) {
     Vec<Lane> delta = {};
@@ -238,7 +242,7 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
     store<Lane>(rows.delta + q, delta);
   }
   bool inexact = false;
-  for (int q = 0; q < kBlockQ; ++q) {
+  for (int q = 0; q < round_up(nq, n); ++q) {
     const Lane lse = q < nq ? lse_rows[q * p.lse.stride_row] : -infinity;
     const bool empty = lse == -infinity;
     rows.lse[q] = empty ? infinity : lse;
@@ -530,6 +534,17 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
   }
 }
 
+// Packs dO of a block and sets the block's statistics.
+template <class P>
+void measure_rows(const AttentionParams& p, const Sequence& seq, const RelativeBias<typename P::Lane>& relative,
+                  const LiveKeys* live, int64_t b, int64_t h, int64_t q_begin, int nq, const BackwardScratch<P>& s,
+                  const RowStatistics<typename P::Lane>& rows) {
+  pack_columns<P, kBlockQ>(row_of<const typename P::Storage>(p.dout, b, h, seq.q_offset + q_begin), p.dout.stride_row,
+                           nq, static_cast<int>(p.value_dim), s.dout);
+  const bool inexact = load_row_statistics<P>(p, seq, b, h, q_begin, nq, s, rows);
+  if (inexact) correct_lse<P>(p, seq, relative, live, b, h, q_begin, nq, s, rows);
+}
+
 // What an item of the backward pass works on.
 template <class P>
 struct BackwardItem {
@@ -586,13 +601,15 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
   const int value_dim = static_cast<int>(p.value_dim);
   const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
   const int64_t row = seq.q_offset + q_begin;
-  const RowStatistics<Lane> rows = item.statistics.at(p, b, h, q_begin);
+  const bool is_single_pass = item.plan.is_single_pass;
+  const RowStatistics<Lane> rows = is_single_pass ? s.statistics : item.statistics.at(p, b, h, q_begin);
   const Lane dropout_scale = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
   const Storage* query = row_of<const Storage>(p.query, b, h, row);
   const Storage* dout = row_of<const Storage>(p.dout, b, h, row);
   const Storage* keys_base = row_of<const Storage>(p.key, b, kv_head, seq.k_offset);
   const Storage* values_base = row_of<const Storage>(p.value, b, kv_head, seq.k_offset);
 
+  if (is_single_pass) measure_rows<P>(p, seq, item.relative, item.live, b, h, q_begin, nq, s, rows);
   KeyBlock& keys = *s.key.keys;
   KeyStream stream(p, seq, item.live, b, h, q_begin, nq, panel_begin, panel_end);
   const bool is_first = panel_begin == item.key_begin();
@@ -604,7 +621,7 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
 
   if (has_keys) {
     pack_columns<P, kBlockQ>(query, p.query.stride_row, nq, head_dim, s.query);
-    pack_columns<P, kBlockQ>(dout, p.dout.stride_row, nq, value_dim, s.dout);
+    if (!is_single_pass) pack_columns<P, kBlockQ>(dout, p.dout.stride_row, nq, value_dim, s.dout);
     const QueryRows<Lane> query_rows = find_query_rows<P>(query, p.query.stride_row, nq, head_dim, s.query_rows);
     const QueryRows<Lane> dout_rows = find_query_rows<P>(dout, p.dout.stride_row, nq, value_dim, s.dout_rows);
     ScoreInputs<P> in = score_inputs<P>(p, item.relative, h, q_begin);
@@ -814,7 +831,7 @@ void compute_dsinks(const AttentionParams& p, const RowStatistics<Lane>& statist
   const Vec<Lane> sink = broadcast<Lane>(*row_of<const Lane>(p.sinks, 0, h, 0));
   Vec<Lane> total = {};
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t length = round_up(sequence_of(p, b).seqlen_q, kBlockQ);
+    const int64_t length = round_up(sequence_of(p, b).seqlen_q, kLanes<Lane>);
     const RowStatistics<Lane> rows = statistics.at(p, b, h, 0);
     for (int64_t i = 0; i < length; i += kLanes<Lane>) {
       const Vec<Lane> share = exp2<Lane>((sink - load<Lane>(rows.lse + i)) * Lane(kLog2E));
@@ -845,10 +862,11 @@ void backward_with_policy(const AttentionParams& p) {
   partials.layout(partials_arena, p, plan);
   Arena measure_statistics(nullptr);
   RowStatistics<Lane> statistics;
-  statistics.layout(measure_statistics, p);
+  const int64_t rows = plan.is_single_pass ? 0 : p.batch * p.num_heads * RowStatistics<Lane>::rows_of_head(p);
+  statistics.layout(measure_statistics, rows);
   const Buffer statistics_memory(measure_statistics.used());
   Arena statistics_arena(statistics_memory.data());
-  statistics.layout(statistics_arena, p);
+  statistics.layout(statistics_arena, rows);
   Arena measure(nullptr);
   BackwardScratch<P> scratch;
   scratch.layout(measure, p, plan);
@@ -865,17 +883,15 @@ void backward_with_policy(const AttentionParams& p) {
   };
   const int64_t heads = p.batch * p.num_heads;
   const int64_t blocks = (p.seqlen_q + kBlockQ - 1) / kBlockQ;
-  parallel_for(threads, heads * blocks, [&](int64_t index, int thread) {
+  parallel_for(threads, plan.is_single_pass ? 0 : heads * blocks, [&](int64_t index, int thread) {
     const int64_t b = index / blocks / p.num_heads;
     const int64_t h = index / blocks % p.num_heads;
     const int64_t q_begin = index % blocks * kBlockQ;
     const Sequence seq = sequence_of(p, b);
     if (q_begin >= seq.seqlen_q) return;
     const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
-    const RowStatistics<Lane> rows = statistics.at(p, b, h, q_begin);
     with_scratch(thread, [&](const BackwardScratch<P>& own) {
-      const bool inexact = load_row_statistics<P>(p, seq, b, h, q_begin, nq, own, rows);
-      if (inexact) correct_lse<P>(p, seq, relative, live, b, h, q_begin, nq, own, rows);
+      measure_rows<P>(p, seq, relative, live, b, h, q_begin, nq, own, statistics.at(p, b, h, q_begin));
     });
   });
   // Early chunks of a causal problem hold the most work: they go first.
