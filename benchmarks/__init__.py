@@ -10,6 +10,7 @@ rows.py         results as JSON lines
 summary.py      rows in a few lines of text
 conventions.py  what the commands and the suite agree on
 cpu.py, attention.py, modules.py, memory.py   the commands that measure
+cpu_tables.py   what cpu.py measures beside the table of masks
 report.py, plots.py                           rows -> tables and plots
 gpu_suite.py    one command that turns a GPU into evidence
 """

@@ -12,7 +12,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 
 import fused_attn  # noqa: E402
-from benchmarks import machine, memory, rivals, summary, timing  # noqa: E402
+from benchmarks import cpu_tables, machine, memory, rivals, summary, timing  # noqa: E402
 from benchmarks.accuracy import Reference  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
 from benchmarks.conventions import OURS  # noqa: E402
@@ -33,16 +33,24 @@ from benchmarks.timing import Call  # noqa: E402
 
 SHAPES = ((2, 8, 128, 64), (2, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 2048, 128), (1, 4, 8192, 64))
 QUICK_SHAPES = SHAPES[:2]
+SHORT_SHAPES = tuple((1, 8, length, 64) for length in (8, 16, 32, 64))
+SHORT_MASKS = ("none", "causal")
+DECODE_SHAPES = ((1, 8, 4096, 64), (1, 8, 65536, 64))  # in the cache, and beyond
 OVERHEAD_SHAPE = (1, 2, 4, 8)
 OVERHEAD_CALLS = 100  # in one loop
-DTYPES = ("float32", "bfloat16")
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPES = tuple(DTYPE_BYTES)
 MASKS = ("none", "causal", "padded", "causal+padded", "bias")
 DIRECTIONS = ("forward", "forward+backward")
 IMPLEMENTATIONS = (OURS, "torch")
+#: masks: the table of README. short, decode: the same for short sequences, and for one query against many keys.
+TABLES = ("masks", "short", "decode", "features", "isa", "step", "overhead")
 TIMER = timing.CpuTimer()
 
 
-def run_case(case: Case, arguments: argparse.Namespace, probe: timing.Probe | None) -> list[Row]:
+def run_case(
+    case: Case, arguments: argparse.Namespace, probe: timing.Probe | None, benchmark: str = "cpu"
+) -> list[Row]:
     """One row for each implementation; one whose result is wrong has a row without times."""
     inputs = Inputs(case)
     reference = Reference(inputs)
@@ -50,7 +58,7 @@ def run_case(case: Case, arguments: argparse.Namespace, probe: timing.Probe | No
     errors = {name: reference.error(rivals.results_of(one, inputs)) for name, one in prepared.items()}
     rows = {
         name: {
-            "benchmark": "cpu",
+            "benchmark": benchmark,
             "shape": list(case.shape),
             "mask": case.mask,
             "dtype": case.dtype,
@@ -71,7 +79,8 @@ def run_case(case: Case, arguments: argparse.Namespace, probe: timing.Probe | No
     for name, row in rows.items():
         row |= timing.times_of(times[name])
         row["rejected_rounds"] = rejected
-        row |= {"extra_mib": None} if arguments.no_memory else memory_of(case, name)
+        has_memory = benchmark == "cpu" and not arguments.no_memory
+        row |= memory_of(case, name) if has_memory else {"extra_mib": None}
     ratios = [theirs / ours for theirs, ours in zip(times["torch"], times[OURS], strict=True)]
     low, ratio, high = timing.quartiles(ratios)
     rows[OURS] |= {"ratio": ratio, "ratio_q1": low, "ratio_q3": high}
@@ -147,6 +156,24 @@ def run_overhead(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def run_decode(arguments: argparse.Namespace, probe: timing.Probe | None) -> list[Row]:
+    """One query for each head: what counts is how fast keys and values are read."""
+    read = cpu_tables.read_gb_per_s()
+    print(f"a sum reads {read:.1f} GB/s from main memory")
+    rows = []
+    for dtype in arguments.dtype:
+        for shape in DECODE_SHAPES[: 1 if arguments.quick else None]:
+            case = Case(*shape, "decode", dtype, "forward")
+            found = run_case(case, arguments, probe, "cpu-decode")
+            for row in found:
+                if "median_ms" in row:
+                    row["gb_per_s"] = case.fewest_bytes(DTYPE_BYTES[dtype]) / row["median_ms"] * 1e-6
+                    row["read_gb_per_s"] = read
+                    print(f"{row['implementation']:12} {row['gb_per_s']:6.1f} GB/s", flush=True)
+            rows += found
+    return rows
+
+
 def print_geometric_means(rows: list[Row]) -> None:
     print("\ngeometric mean of torch / ours over the shapes")
     for dtype in DTYPES:
@@ -168,8 +195,11 @@ def print_geometric_means(rows: list[Row]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the two small shapes and few rounds: under a minute")
+    parser.add_argument(
+        "--only", nargs="+", choices=TABLES, default=list(TABLES), metavar="TABLE", help=", ".join(TABLES)
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--shapes", nargs="*", type=_shape, metavar="B,H,L,D", help="2,8,512,64; empty: overhead only")
+    parser.add_argument("--shapes", nargs="*", type=_shape, metavar="B,H,L,D", help="of masks: 2,8,512,64")
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
     parser.add_argument("--rounds", type=int, help="at most so many rounds a case (default 15, with --quick 5)")
     parser.add_argument("--seconds", type=float, help="at most so long a case (default 1.5, with --quick 0.4)")
@@ -178,9 +208,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--probe", action="store_true", help="repeat rounds in which the machine was busy with other work"
     )
     parser.add_argument("--no-memory", action="store_true", help="skip the subprocess that measures memory")
-    parser.add_argument("--no-overhead", action="store_true", help="skip the per-call overhead")
     parser.add_argument("--commit", help="what rows say where the source tree has no history")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append one row per case and implementation")
+
+
+def _cases(arguments: argparse.Namespace, shapes: Iterable[tuple[int, ...]], masks: Iterable[str]) -> list[Case]:
+    return [
+        Case(*shape, mask, dtype, direction)
+        for dtype in arguments.dtype
+        for direction in DIRECTIONS
+        for shape in shapes
+        for mask in masks
+    ]
 
 
 def _shape(text: str) -> tuple[int, int, int, int]:
@@ -206,17 +245,23 @@ def main(arguments: argparse.Namespace) -> int:
         flush=True,
     )
     cases = [
-        Case(*shape, mask, dtype, direction)
-        for dtype in arguments.dtype
-        for direction in DIRECTIONS
-        for shape in arguments.shapes
-        for mask in arguments.masks
+        ("cpu", case) for case in _cases(arguments, arguments.shapes, arguments.masks) if "masks" in arguments.only
     ]
+    cases += [("cpu-short", case) for case in _cases(arguments, SHORT_SHAPES, SHORT_MASKS) if "short" in arguments.only]
     with progress(len(cases)) as advance:
-        for case in cases:
-            writer.record(run_case(case, arguments, probe))
+        for benchmark, case in cases:
+            writer.record(run_case(case, arguments, probe, benchmark))
             advance(str(case))
-    if not arguments.no_overhead:
+    if "decode" in arguments.only:
+        writer.record(run_decode(arguments, probe))
+    if "features" in arguments.only:
+        for dtype in arguments.dtype:
+            writer.record(cpu_tables.run_features(dtype, arguments))
+    if "isa" in arguments.only:
+        writer.record(cpu_tables.run_isas(arguments))
+    if "step" in arguments.only:
+        writer.record(cpu_tables.run_training_step(arguments))
+    if "overhead" in arguments.only:
         writer.record(run_overhead(arguments))
     print_geometric_means(writer.rows)
     if any("median_ms" not in row for row in writer.rows):

@@ -52,7 +52,7 @@ def all_rows(results: Path) -> list[Row]:
 def with_all_results(readme: str, results: Path) -> str:
     """The README with every generated block made from these rows."""
     rows = all_rows(results)
-    readme = with_results(readme, select(rows, benchmark="cpu") + select(rows, benchmark="cpu-overhead"))
+    readme = with_results(readme, [row for row in rows if row["benchmark"].split("-")[0] == "cpu"])
     readme = with_block(readme, "gpu", gpu_tables(rows))
     readme = with_block(readme, "memory", memory_tables(rows))
     return with_block(readme, "plots", plot_links(rows))
@@ -173,7 +173,7 @@ def _dates(rows: list[Row]) -> str:
 def cpu_tables(rows: list[Row]) -> str:
     about = rows[0]
     shapes = sorted({tuple(row["shape"]) for row in rows if row["benchmark"] == "cpu"}, key=lambda s: (s[2], s[3]))
-    commits = sorted({row["commit"] for row in rows})
+    commits = sorted({row["commit"] for row in rows if row["benchmark"] == "cpu"})
     lines = [
         f"Time of `F.scaled_dot_product_attention` divided by ours, on {about['cores']} cores of {about['device']} "
         f"({about['isa']}, {about['threads']} threads), torch {about['torch']}; commit {', '.join(commits)}, "
@@ -212,12 +212,67 @@ def cpu_tables(rows: list[Row]) -> str:
             "",
             f"Per-call overhead at (1, 2, 4, 8), ours / torch's, best of many, in microseconds: {', '.join(parts)}.",
         ]
+    more = [line for table in (_short, _decode, _features, _isa, _step) for line in table(rows)]
+    if more:
+        lines += ["", "Beside that, torch's time divided by ours unless a line says otherwise:", "", *more]
     return "\n".join(lines)
+
+
+def _short(rows: list[Row]) -> list[str]:
+    rows = [row for row in select(rows, benchmark="cpu-short") if "ratio" in row]
+    if not rows:
+        return []
+    batch, heads, _, head_dim = rows[0]["shape"]
+    lengths = sorted({row["shape"][2] for row in rows})
+    parts = [
+        f"{direction} {_mean_and_range([row['ratio'] for row in select(rows, direction=direction)])}"
+        for direction in dict.fromkeys(row["direction"] for row in rows)
+    ]
+    return [f"- ({batch}, {heads}, L, {head_dim}) with L of {', '.join(map(str, lengths))}: {'; '.join(parts)}"]
+
+
+def _decode(rows: list[Row]) -> list[str]:
+    return [
+        f"- one query of {row['shape'][1]} heads against {row['shape'][2]} keys, {row['dtype']}: {row['ratio']:.2f}, "
+        f"{row['gb_per_s']:.0f} GB/s where a sum reads {row['read_gb_per_s']:.0f} from main memory"
+        for row in select(rows, benchmark="cpu-decode", implementation="fused_attn")
+    ]
+
+
+def _features(rows: list[Row]) -> list[str]:
+    rows = select(rows, benchmark="cpu-features", implementation="fused_attn")
+    lines = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        own = select(rows, dtype=dtype)
+        cells = ", ".join(f"{row['mask']} {row['ratio']:.1f}" for row in own)
+        lines.append(f"- where torch leaves its fused kernel, forward at {tuple(own[0]['shape'])}, {dtype}: {cells}")
+    return lines
+
+
+def _isa(rows: list[Row]) -> list[str]:
+    rows = select(rows, benchmark="cpu-isa")
+    parts = []
+    for isa in dict.fromkeys(row["implementation"] for row in rows):
+        own = select(rows, implementation=isa)
+        if own[0]["best_isa"] != isa:
+            parts.append(f"{isa} {_mean_and_range([row['speed'] for row in own])}")
+    return [f"- speed of our other instruction sets on that machine, float32: {', '.join(parts)}"] if parts else []
+
+
+def _step(rows: list[Row]) -> list[str]:
+    return [
+        f"- a training step of `examples/train_g2p.py` (8 letters, head dim 16), with torch's attention in the same "
+        f"model: {row['ratio']:.2f}"
+        for row in select(rows, benchmark="cpu-step", implementation="fused_attn")
+    ]
 
 
 def _ratio_cell(rows: list[Row], dtype: str, direction: str, mask: str) -> str:
     chosen = select(rows, benchmark="cpu", dtype=dtype, direction=direction, mask=mask, implementation="fused_attn")
-    ratios = [row["ratio"] for row in chosen]
+    return _mean_and_range([row["ratio"] for row in chosen])
+
+
+def _mean_and_range(ratios: list[float]) -> str:
     return f"{statistics.geometric_mean(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
 
 

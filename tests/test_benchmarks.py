@@ -594,7 +594,7 @@ def test_quick_attention_writes_rows_and_goes_on(tmp_path: Path, capsys: pytest.
 
 def test_quick_cpu_modules_and_report_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "rows.jsonl"
-    shape = ["--shapes", "1,2,32,8", "--rounds", "2", "--seconds", "0.01", "--no-memory", "--no-overhead"]
+    shape = ["--shapes", "1,2,32,8", "--rounds", "2", "--seconds", "0.01", "--no-memory", "--only", "masks"]
     assert __main__.main(["cpu", *shape, "--dtype", "float32", "--out", str(out)]) == 0
     assert [row["benchmark"] for row in rows.read(out)] == ["cpu"] * 20
     quick = ["--quick", "--device", "cpu", "--rounds", "1", "--seconds", "0.01", "--out", str(out)]

@@ -19,7 +19,7 @@ SUBSET = [
 ]
 
 
-# As many queries as the decoding kernel takes, and one more: with all that shapes a score, against several parts of the keys.
+# Up to as many queries as the decoding kernel takes, and one more, against several parts of the keys.
 EVERYTHING = {
     "attn_mask": cases.float_mask("BHLS"),
     "key_padding_mask": cases.scattered_padding,
