@@ -170,6 +170,17 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> 
     return result
 
 
+def check_inference(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """The output where neither gradients nor lse are wanted, for which there may be other kernels."""
+    inputs = case.make(dtype)
+    with torch.no_grad():
+        out = inputs.function(**inputs.tensors, **inputs.options, backend=backend)
+    truth, eager, *_ = expected(case, dtype)
+    oracle.assert_close(eager._replace(out=out), expected(case, dtype))
+    rows = out if case.lengths_q is None else out.transpose(0, 1)
+    assert not rows[truth.lse == -INF].any()
+
+
 def randn(shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Drawn in float32, so that all dtypes see the same numbers, rounded."""
     return torch.randn(shape, generator=generator).to(dtype)

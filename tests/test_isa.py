@@ -7,6 +7,8 @@ import pytest
 import torch
 from cases import CASES
 
+import fused_attn
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 _C = pytest.importorskip("fused_attn._C", reason="the native extension is not built", exc_type=ImportError)
@@ -33,7 +35,12 @@ FEW_QUERIES = [
     for name, sizes, features in (
         ("everything", {"kv_heads": 2, "head_dim": 20, "value_dim": 36}, EVERYTHING),
         ("mask-per-head", {"kv_heads": 2, "head_dim": 64}, {"attn_mask": cases.bool_mask("BHLS", 0.4)}),
-        ("lower-right", {"head_dim": 64, "value_dim": 8}, {"attn_mask": cases.lower_right}),
+        ("lower-right", {"head_dim": 64, "value_dim": 80}, {"attn_mask": cases.lower_right}),
+        (
+            "far-below-its-sink",
+            {"head_dim": 72},
+            {"attn_mask": cases.float_mask("BHLS", offset=-1e4), "sinks": cases.sink(200.0)},
+        ),
     )
 ] + [
     cases.Case(
@@ -42,16 +49,16 @@ FEW_QUERIES = [
 ]
 
 # Backward sums dK and dV of so many keys at once as half of a cache holds: at these head dims several times.
-SEVERAL_PANELS = [
-    cases.Case("panels", batch=1, seqlen_q=70, seqlen_k=600, head_dim=256),
-    cases.Case("panels-causal-gqa", batch=1, heads=4, kv_heads=2, seqlen_q=600, seqlen_k=600, head_dim=250,
+SEVERAL_SLABS = [
+    cases.Case("slabs", batch=1, seqlen_q=70, seqlen_k=600, head_dim=256),
+    cases.Case("slabs-causal-gqa", batch=1, heads=4, kv_heads=2, seqlen_q=600, seqlen_k=600, head_dim=250,
                value_dim=256, options={"is_causal": True}),
-    cases.Case("panels-window-behind-the-first", batch=1, seqlen_q=40, seqlen_k=900, head_dim=256,
+    cases.Case("slabs-window-behind-the-first", batch=1, seqlen_q=40, seqlen_k=900, head_dim=256,
                attn_mask=cases.lower_right, options={"window_size": (100, 0)}),
-    cases.Case("panels-everything", batch=1, heads=4, seqlen_q=130, seqlen_k=600, head_dim=256, **EVERYTHING),
-    cases.Case("panels-large-lse", batch=1, seqlen_q=30, seqlen_k=600, head_dim=256, has_dlse=True,
+    cases.Case("slabs-everything", batch=1, heads=4, seqlen_q=130, seqlen_k=600, head_dim=256, **EVERYTHING),
+    cases.Case("slabs-large-lse", batch=1, seqlen_q=30, seqlen_k=600, head_dim=256, has_dlse=True,
                options={"scale": 20.0}),
-    cases.Case("panels-varlen", heads=2, head_dim=256, lengths_q=(50, 0, 20), lengths_k=(600, 300, 0)),
+    cases.Case("slabs-varlen", heads=2, head_dim=256, lengths_q=(50, 0, 20), lengths_k=(600, 300, 0)),
 ]  # fmt: skip
 
 
@@ -70,10 +77,42 @@ def test_case(case: cases.Case, isa: str) -> None:
         cases.check(case, dtype, "cpu")
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in FEW_QUERIES + SEVERAL_PANELS])
-def test_sizes_that_change_the_way(case: cases.Case, isa: str) -> None:
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in SEVERAL_SLABS])
+def test_backward_of_several_slabs(case: cases.Case, isa: str) -> None:
     for dtype in case.dtypes:
         cases.check(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in FEW_QUERIES])
+def test_decoding(case: cases.Case, isa: str) -> None:
+    for dtype in case.dtypes:
+        cases.check_inference(case, dtype, "cpu")
+
+
+def test_decoding_does_not_depend_on_the_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 2, 64, generator=generator)
+    key, value = torch.randn(2, 1, 4, 3000, 64, generator=generator)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 16):
+            torch.set_num_threads(threads)
+            results.append(fused_attn.fused_attention(query, key, value, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_few_queries_have_exact_gradients_where_keys_have_an_offset() -> None:
+    """Forward and backward must see the same scores: what rounding makes of others is multiplied by the keys' mean."""
+    case = cases.Case("offset-keys", seqlen_q=4, seqlen_k=300, head_dim=64, edit=_offset_keys, dtypes=(torch.float32,))
+    cases.check(case, torch.float32, "cpu")
+
+
+def _offset_keys(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["key"] = 0.3 * tensors["key"] + 10.0 * tensors["key"][:, :, :1]
 
 
 @pytest.mark.quick

@@ -1,6 +1,6 @@
 // The backward kernel. First the statistics of every row: delta = rowsum(dO * out), and what its lse must be corrected by.
-// (Where a row is visited only once, they are computed then.) A work item is a group of (batch, kv head) pairs and a chunk of keys. It goes through its keys in panels, whose dK
-// and dV stay in the cache, and for each panel through the query blocks of its heads and the panel's blocks of live keys:
+// (Where a row is visited only once, they are computed then.) A work item is a group of (batch, kv head) pairs and a chunk of keys. It goes through its keys in slabs, whose dK
+// and dV stay in the cache, and for each slab through the query blocks of its heads and the slab's blocks of live keys:
 //
 //   P^T[key][query]   = exp(S - lse)                      S as in forward (scores.h)
 //   dS^T[key][query]  = P * (V[key] . dO^T - delta + dlse)
@@ -8,7 +8,7 @@
 //   dK[key][:]       += dS^T[key] . Q                     lanes = head dim
 //   dQ^T[d][query]   += K^T[d] . dS^T                     (outer_block)
 //
-// dK and dV are summed in the item's scratch, dQ is added up over the panels. Nothing is shared between items but dQ, of
+// dK and dV are summed in the item's scratch, dQ is added up over the slabs. Nothing is shared between items but dQ, of
 // which each chunk writes its own partial sum: the results do not depend on the order of the items, and no atomics are
 // needed.
 #pragma once
@@ -27,7 +27,8 @@ struct BackwardPlan {
   int64_t groups;
   int64_t chunks;
   int64_t chunk_keys;
-  int64_t panel_keys;
+  int64_t slab_keys;
+  bool sums_dquery;     // over the slabs in scratch: memory cannot hold lanes
   bool is_single_pass;  // each row is visited once, and nobody needs its statistics later
 };
 
@@ -52,19 +53,20 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   plan.chunk_keys = round_up((p.seqlen_k + plan.chunks - 1) / plan.chunks, 64);
   if (plan.chunk_keys > 0) plan.chunks = (p.seqlen_k + plan.chunk_keys - 1) / plan.chunk_keys;
 
-  // dK and dV of a panel take half of the second-level cache of most cores.
-  constexpr int64_t kPanelBytes = int64_t{512} << 10;
+  // dK and dV of a slab take half of the second-level cache of most cores.
+  constexpr int64_t kSlabBytes = int64_t{512} << 10;
   const int64_t head_row = round_up(p.head_dim, kLanes<Lane>);
   const int64_t key_bytes = (head_row + round_up(p.value_dim, kLanes<Lane>)) * static_cast<int64_t>(sizeof(Lane));
-  plan.panel_keys = round_up(kPanelBytes / (key_bytes > 0 ? key_bytes : 1) + 1, 64);
-  // Sums over panels need dQ in lanes. Where memory holds another type that costs scratch: never more than panels save.
-  if (!kSame<typename P::Storage, Lane>) {
-    const int64_t dquery_bytes =
-        p.num_heads / p.num_kv_heads * p.seqlen_q * head_row * static_cast<int64_t>(sizeof(Lane));
-    if (dquery_bytes > (plan.chunk_keys - plan.panel_keys) * key_bytes) plan.panel_keys = plan.chunk_keys;
+  plan.slab_keys = key_bytes > 0 ? kSlabBytes / key_bytes / 64 * 64 : plan.chunk_keys;
+  // Sums over slabs need dQ in lanes. Where memory holds another type that costs scratch: never more than slabs save.
+  plan.sums_dquery = !kSame<typename P::Storage, Lane> && plan.chunks == 1 && p.dquery.data != nullptr;
+  const int64_t sums_bytes = p.num_heads / p.num_kv_heads * p.seqlen_q * head_row * static_cast<int64_t>(sizeof(Lane));
+  const bool is_worth_it = !plan.sums_dquery || sums_bytes <= (plan.chunk_keys - plan.slab_keys) * key_bytes;
+  if (plan.slab_keys >= plan.chunk_keys || !is_worth_it) {
+    plan.slab_keys = plan.chunk_keys;
+    plan.sums_dquery = false;
   }
-  if (plan.panel_keys > plan.chunk_keys) plan.panel_keys = plan.chunk_keys;
-  plan.is_single_pass = plan.chunks <= 1 && plan.panel_keys == plan.chunk_keys && p.dsinks.data == nullptr;
+  plan.is_single_pass = plan.chunks <= 1 && plan.slab_keys == plan.chunk_keys && p.dsinks.data == nullptr;
   return plan;
 }
 
@@ -137,8 +139,8 @@ struct BackwardScratch {
   Lane* dbias;         // dS^T [key of the block][kBlockQ], of the scores after softcap
   Lane* dquery;        // dQ^T [head_dim, padded][kBlockQ]
   Lane* dquery_rows;   // [query of the item's heads][head_dim, padded], where dQ is summed if memory cannot hold lanes
-  Lane* dkey;          // [key of the panel, and one row that absorbs the padding of a tile][head_dim, padded]
-  Lane* dvalue;        // [key of the panel + 1][value_dim, padded]
+  Lane* dkey;          // [key of the slab, and one row that absorbs the padding of a tile][head_dim, padded]
+  Lane* dvalue;        // [key of the slab + 1][value_dim, padded]
   Lane* out;           // columns [value lanes][kBlockQ]
   Lane* scores;        // [key of the block][kBlockQ], where the sum of a row is measured again
   RowStatistics<Lane> statistics;  // of the block, in a single pass
@@ -169,26 +171,26 @@ struct BackwardScratch {
       dbias = pairs || p.softcap > 0 ? arena.take<Lane>(tile) : reinterpret_cast<Lane*>(dscores);
     }
     dquery = arena.take<Lane>(head_row * kBlockQ);
-    const bool sums_dquery = !kSame<typename P::Storage, Lane> && plan.chunks == 1 && plan.panel_keys < plan.chunk_keys;
-    dquery_rows = arena.take<Lane>(sums_dquery ? p.num_heads / p.num_kv_heads * p.seqlen_q * head_row : 0);
-    dkey = arena.take<Lane>((plan.panel_keys + 1) * head_row);
-    dvalue = arena.take<Lane>((plan.panel_keys + 1) * value_row);
+    dquery_rows = arena.take<Lane>(plan.sums_dquery ? p.num_heads / p.num_kv_heads * p.seqlen_q * head_row : 0);
+    dkey = arena.take<Lane>((plan.slab_keys + 1) * head_row);
+    dvalue = arena.take<Lane>((plan.slab_keys + 1) * value_row);
     out = arena.take<Lane>(round_up(P::lanes_for(value_dim), n) * kBlockQ);
     scores = arena.take<Lane>(tile);
     statistics.layout(arena, kBlockQ);
   }
 };
 
-// Rows of `dim` elements for a product over queries: Lane rows `stride` lanes apart, or rows of query pairs.
-template <class Lane>
-struct QueryRows {
-  const Lane* data;
+// Rows `stride` elements of T apart.
+template <class T>
+struct Rows {
+  T* data;
   int64_t stride;
 };
 
+// Rows of `dim` elements for a product over queries: rows of lanes, or of query pairs.
 template <class P>
-FA_NOINLINE QueryRows<typename P::Lane> find_query_rows(const typename P::Storage* base, int64_t stride_row, int nq,
-                                                        int dim, typename P::Lane* scratch) {
+FA_NOINLINE Rows<const typename P::Lane> find_query_rows(const typename P::Storage* base, int64_t stride_row, int nq,
+                                                         int dim, typename P::Lane* scratch) {
   using Lane = typename P::Lane;
   constexpr int n = kLanes<Lane>;
   const int64_t row = round_up(dim, n);
@@ -345,9 +347,9 @@ FA_NOINLINE void query_product(const char* const* weights, const typename P::Lan
 
 // The products over the queries [range.begin, range.end) of one tile: the rows of dK or dV of its keys.
 template <class P>
-FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t panel_begin, int64_t absorbing_row,
+FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, int64_t absorbing_row,
                                VectorRange range, int nq, const typename BackwardScratch<P>::Weight* weights,
-                               QueryRows<typename P::Lane> rows, int dim, typename P::Lane* target) {
+                               Rows<const typename P::Lane> rows, int dim, typename P::Lane* target) {
   using Lane = typename P::Lane;
   constexpr int n = kLanes<Lane>;
   const int q_begin = range.begin * n;
@@ -358,7 +360,7 @@ FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t panel_begin,
   Lane* targets[kTileKeys];
   for (int r = 0; r < kTileKeys; ++r) {
     weight_rows[r] = reinterpret_cast<const char*>(weights + (k + r) * kBlockQ + q_begin);
-    targets[r] = target + (k + r < keys.count ? keys.index[k + r] - panel_begin : absorbing_row) * row;
+    targets[r] = target + (k + r < keys.count ? keys.index[k + r] - slab_begin : absorbing_row) * row;
   }
   const Lane* source = rows.data + q_begin / P::kPerLane * rows.stride;
   for (int d = 0; d < row; d += kTileVectors * n) {
@@ -560,17 +562,10 @@ struct BackwardItem {
   int64_t key_begin() const { return chunk * plan.chunk_keys; }
 };
 
-// Rows of dQ of one head.
-template <class T>
-struct DqueryRows {
-  T* data;
-  int64_t stride;
-};
-
-// Where an item sums dQ: in its partial result, in the output, or, if that cannot hold lanes, in the scratch. Null: nowhere,
-// as the only panel writes the output at once.
+// Where an item sums dQ of one head: in its partial result, in the output, or, if that cannot hold lanes, in the scratch. Null: nowhere,
+// as the only slab writes the output at once.
 template <class P>
-DqueryRows<typename P::Lane> dquery_lanes(const BackwardItem<P>& item, const Sequence& seq, int64_t b, int64_t h) {
+Rows<typename P::Lane> dquery_lanes(const BackwardItem<P>& item, const Sequence& seq, int64_t b, int64_t h) {
   using Lane = typename P::Lane;
   const AttentionParams& p = item.p;
   if (item.plan.chunks > 1) {
@@ -580,16 +575,16 @@ DqueryRows<typename P::Lane> dquery_lanes(const BackwardItem<P>& item, const Seq
   if constexpr (kSame<typename P::Storage, Lane>) {
     return {row_of<Lane>(p.dquery, b, h, seq.q_offset), p.dquery.stride_row};
   }
-  if (item.plan.panel_keys == item.plan.chunk_keys) return {nullptr, 0};
+  if (!item.plan.sums_dquery) return {nullptr, 0};
   const int64_t stride = round_up(p.head_dim, kLanes<Lane>);
   return {item.scratch.dquery_rows + h % (p.num_heads / p.num_kv_heads) * p.seqlen_q * stride, stride};
 }
 
-// One query block of one head against the keys of one panel. dK and dV are added to the scratch; dQ is written by the
-// first panel, and added to by the others.
+// One query block of one head against the keys of one slab. dK and dV are added to the scratch; dQ is written by the
+// first slab, and added to by the others.
 template <class P>
 void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
-                    int64_t panel_begin, int64_t panel_end) {
+                    int64_t slab_begin, int64_t slab_end) {
   using Lane = typename P::Lane;
   using Storage = typename P::Storage;
   const AttentionParams& p = item.p;
@@ -611,8 +606,8 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
 
   if (is_single_pass) measure_rows<P>(p, seq, item.relative, item.live, b, h, q_begin, nq, s, rows);
   KeyBlock& keys = *s.key.keys;
-  KeyStream stream(p, seq, item.live, b, h, q_begin, nq, panel_begin, panel_end);
-  const bool is_first = panel_begin == item.key_begin();
+  KeyStream stream(p, seq, item.live, b, h, q_begin, nq, slab_begin, slab_end);
+  const bool is_first = slab_begin == item.key_begin();
   const bool has_keys = stream.next(keys);
   if (!has_keys && !is_first) return;
 
@@ -622,8 +617,8 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
   if (has_keys) {
     pack_columns<P, kBlockQ>(query, p.query.stride_row, nq, head_dim, s.query);
     if (!is_single_pass) pack_columns<P, kBlockQ>(dout, p.dout.stride_row, nq, value_dim, s.dout);
-    const QueryRows<Lane> query_rows = find_query_rows<P>(query, p.query.stride_row, nq, head_dim, s.query_rows);
-    const QueryRows<Lane> dout_rows = find_query_rows<P>(dout, p.dout.stride_row, nq, value_dim, s.dout_rows);
+    const Rows<const Lane> query_rows = find_query_rows<P>(query, p.query.stride_row, nq, head_dim, s.query_rows);
+    const Rows<const Lane> dout_rows = find_query_rows<P>(dout, p.dout.stride_row, nq, value_dim, s.dout_rows);
     ScoreInputs<P> in = score_inputs<P>(p, item.relative, h, q_begin);
     in.query = s.query;
     Vec<Lane> ones[kBlockVectors<Lane>];
@@ -658,11 +653,11 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
         }
         if (s.dbias != nullptr) clear_outside(s.dbias, k, range, vectors);
         if (p.dvalue.data != nullptr) {
-          accumulate_keys<P>(keys, k, panel_begin, item.plan.panel_keys, range, nq, s.weights, dout_rows, value_dim,
+          accumulate_keys<P>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.weights, dout_rows, value_dim,
                              s.dvalue);
         }
         if (p.dkey.data != nullptr) {
-          accumulate_keys<P>(keys, k, panel_begin, item.plan.panel_keys, range, nq, s.dscores, query_rows, head_dim,
+          accumulate_keys<P>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.dscores, query_rows, head_dim,
                              s.dkey);
         }
       }
@@ -681,7 +676,7 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
 
   if (!wants_dquery) return;
   const Lane scale = static_cast<Lane>(p.scale);
-  const DqueryRows<Lane> sums = dquery_lanes(item, seq, b, h);
+  const Rows<Lane> sums = dquery_lanes(item, seq, b, h);
   if (sums.data != nullptr) {
     write_transposed<Lane, Lane>(s.dquery, nq, head_dim, scale, !is_first, sums.data + q_begin * sums.stride,
                                  sums.stride);
@@ -706,20 +701,20 @@ void backward_kv_head(const BackwardItem<P>& item, int64_t b, int64_t kv_head) {
   const int64_t chunk_stop = item.key_begin() + item.plan.chunk_keys;
   const int64_t chunk_end = chunk_stop < seq.seqlen_k ? chunk_stop : seq.seqlen_k;
 
-  // Without keys there is still dQ to write: the first panel is always visited.
-  int64_t panel_begin = item.key_begin();
+  // Without keys there is still dQ to write: the first slab is always visited.
+  int64_t slab_begin = item.key_begin();
   do {
-    const int64_t panel_stop = panel_begin + item.plan.panel_keys;
-    const int64_t panel_end = panel_stop < chunk_end ? panel_stop : chunk_end;
-    const int64_t count = panel_end > panel_begin ? panel_end - panel_begin : 0;
+    const int64_t slab_stop = slab_begin + item.plan.slab_keys;
+    const int64_t slab_end = slab_stop < chunk_end ? slab_stop : chunk_end;
+    const int64_t count = slab_end > slab_begin ? slab_end - slab_begin : 0;
     memset(s.dkey, 0, count * round_up(head_dim, kLanes<Lane>) * sizeof(Lane));
     memset(s.dvalue, 0, count * round_up(value_dim, kLanes<Lane>) * sizeof(Lane));
     for (int64_t h = first_head; h < first_head + heads; ++h) {
       for (int64_t q_begin = 0; q_begin < seq.seqlen_q; q_begin += kBlockQ) {
-        backward_block<P>(item, seq, b, h, q_begin, panel_begin, panel_end);
+        backward_block<P>(item, seq, b, h, q_begin, slab_begin, slab_end);
       }
     }
-    const int64_t row = seq.k_offset + panel_begin;
+    const int64_t row = seq.k_offset + slab_begin;
     if (p.dkey.data != nullptr) {
       write_rows<Storage, Lane>(s.dkey, count, head_dim, static_cast<Lane>(p.scale),
                                 row_of<Storage>(p.dkey, b, kv_head, row), p.dkey.stride_row);
@@ -729,11 +724,11 @@ void backward_kv_head(const BackwardItem<P>& item, int64_t b, int64_t kv_head) {
       write_rows<Storage, Lane>(s.dvalue, count, value_dim, factor, row_of<Storage>(p.dvalue, b, kv_head, row),
                                 p.dvalue.stride_row);
     }
-    panel_begin = panel_stop;
-  } while (panel_begin < chunk_end);
+    slab_begin = slab_stop;
+  } while (slab_begin < chunk_end);
 
   if constexpr (!kSame<Storage, Lane>) {
-    if (p.dquery.data == nullptr || item.plan.chunks > 1 || item.plan.panel_keys == item.plan.chunk_keys) return;
+    if (!item.plan.sums_dquery) return;
     for (int64_t h = first_head; h < first_head + heads; ++h) {
       write_rows<Storage, Lane>(dquery_lanes(item, seq, b, h).data, seq.seqlen_q, head_dim, Lane(1),
                                 row_of<Storage>(p.dquery, b, h, seq.q_offset), p.dquery.stride_row);
@@ -882,16 +877,19 @@ void backward_with_policy(const AttentionParams& p) {
     body(own);
   };
   const int64_t heads = p.batch * p.num_heads;
-  const int64_t blocks = (p.seqlen_q + kBlockQ - 1) / kBlockQ;
-  parallel_for(threads, plan.is_single_pass ? 0 : heads * blocks, [&](int64_t index, int thread) {
-    const int64_t b = index / blocks / p.num_heads;
-    const int64_t h = index / blocks % p.num_heads;
-    const int64_t q_begin = index % blocks * kBlockQ;
+  constexpr int64_t kMeasuredRows = 8 * kBlockQ;  // by an item: the scratch is laid out, and cleared, for each
+  const int64_t parts = (p.seqlen_q + kMeasuredRows - 1) / kMeasuredRows;
+  parallel_for(threads, plan.is_single_pass ? 0 : heads * parts, [&](int64_t index, int thread) {
+    const int64_t b = index / parts / p.num_heads;
+    const int64_t h = index / parts % p.num_heads;
+    const int64_t begin = index % parts * kMeasuredRows;
     const Sequence seq = sequence_of(p, b);
-    if (q_begin >= seq.seqlen_q) return;
-    const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
+    const int64_t end = begin + kMeasuredRows < seq.seqlen_q ? begin + kMeasuredRows : seq.seqlen_q;
     with_scratch(thread, [&](const BackwardScratch<P>& own) {
-      measure_rows<P>(p, seq, relative, live, b, h, q_begin, nq, own, statistics.at(p, b, h, q_begin));
+      for (int64_t q_begin = begin; q_begin < end; q_begin += kBlockQ) {
+        const int nq = end - q_begin < kBlockQ ? static_cast<int>(end - q_begin) : kBlockQ;
+        measure_rows<P>(p, seq, relative, live, b, h, q_begin, nq, own, statistics.at(p, b, h, q_begin));
+      }
     });
   });
   // Early chunks of a causal problem hold the most work: they go first.

@@ -13,13 +13,24 @@
 namespace fused_attn::cpu {
 namespace {
 
-// Above this the lanes of forward.h are used well enough: measured at head dim 64 and 128, 6 queries take 0.6-0.8 of its
-// time here, 8 as long.
+// Most queries. At head dim 64 and 128, in float32 and bfloat16, 6 take 0.6-0.8 of forward.h's time, and 8 as long.
 constexpr int64_t kDecodeQueries = 6;
 
-FA_INLINE bool is_decoding(const AttentionParams& p) { return p.seqlen_q <= kDecodeQueries && !p.has_dropout; }
+// Whether this is the faster way. Not where an lse is wanted, which is where a backward pass may follow: that computes the
+// scores as forward.h does, and what rounding makes of other scores would be multiplied by the mean of the keys in dQ.
+template <class P>
+bool is_decoding(const AttentionParams& p) {
+  if (p.seqlen_q > kDecodeQueries || p.has_dropout || p.lse.data != nullptr) return false;
+  // Instructions per key: here a load and a multiply-add of each vector and some for the sum over its lanes, for each row;
+  // there a multiply-add, and a quarter of a load, of each element.
+  constexpr int64_t n = kLanes<typename P::Lane>;
+  const int64_t vectors = round_up(P::lanes_for(static_cast<int>(p.head_dim)), n) / n + round_up(p.value_dim, n) / n;
+  return 4 * p.seqlen_q * (vectors + 4) <= 3 * (p.head_dim + p.value_dim);
+}
 
 struct DecodePlan {
+  static constexpr int64_t kMostParts = 64;
+
   int64_t heads;   // query heads of an item: a kv head's, or one where each has a mask of its own
   int64_t groups;  // of an item's heads, over the batch
   int64_t parts;   // of the keys
@@ -35,12 +46,12 @@ struct DecodePlan {
 template <class Lane>
 DecodePlan plan_decode(const AttentionParams& p) {
   // Enough items for many threads, and enough keys in each that its start does not matter.
-  constexpr int64_t kWantedItems = 64, kLeastKeys = 512;
+  constexpr int64_t kLeastKeys = 512;
   DecodePlan plan;
   const bool own_masks = p.mask.data != nullptr && p.mask.stride_head != 0;
   plan.heads = own_masks ? 1 : p.num_heads / p.num_kv_heads;
   plan.groups = p.batch * p.num_heads / plan.heads;
-  const int64_t wanted = (kWantedItems + plan.groups - 1) / plan.groups;
+  const int64_t wanted = (DecodePlan::kMostParts + plan.groups - 1) / plan.groups;
   const int64_t possible = p.seqlen_k / kLeastKeys;
   plan.parts = wanted < possible ? wanted : possible;
   if (plan.parts < 1) plan.parts = 1;
@@ -99,8 +110,8 @@ FA_INLINE void prefetch(const void* p, int64_t bytes_ahead) {
       reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes_ahead)), 0, 2);
 }
 
-// Dot products of a query with the keys of a block, kLanes of them at a time. ahead: bytes to the row to prefetch.
-template <class P>
+// Dot products of a query with the keys of a block, kLanes of them at a time. ahead: bytes to the row to prefetch, if any.
+template <class P, bool kPrefetch>
 FA_NOINLINE void multiply_keys(const typename P::Lane* query, const typename P::Storage* const* key_rows, int count,
                                int head_dim, typename P::Lane scale, int64_t ahead, typename P::Lane* scores) {
   using Lane = typename P::Lane;
@@ -116,7 +127,7 @@ FA_NOINLINE void multiply_keys(const typename P::Lane* query, const typename P::
       FA_UNROLL
       for (int i = 0; i < n; ++i) {
         acc[i] = multiply_add<P>(load_lanes<P>(key_rows[k + i], d, (d + n) * P::kPerLane), q, acc[i]);
-        prefetch(key_rows[k + i] + d * P::kPerLane, ahead);
+        if constexpr (kPrefetch) prefetch(key_rows[k + i] + d * P::kPerLane, ahead);
       }
     }
     if (d < lanes) {
@@ -141,7 +152,7 @@ FA_NOINLINE void add_bias(const Storage* row, int64_t stride_col, const KeyBlock
 }
 
 // Logits of query i of head h; -inf where a key is hidden from it, and behind the last key.
-template <class P>
+template <class P, bool kPrefetch>
 void decode_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const typename P::Lane* query,
                    const DecodeScratch<P>& s) {
   using Lane = typename P::Lane;
@@ -149,8 +160,8 @@ void decode_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t i, co
   const KeyBlock& keys = *s.keys;
   const Lane hidden = -FloatTraits<Lane>::kInfinity;
   const int64_t ahead = kRowsAhead * p.key.stride_row * static_cast<int64_t>(sizeof(Storage));
-  multiply_keys<P>(query, s.key_rows, keys.count, static_cast<int>(p.head_dim), static_cast<Lane>(p.scale), ahead,
-                   s.scores);
+  multiply_keys<P, kPrefetch>(query, s.key_rows, keys.count, static_cast<int>(p.head_dim), static_cast<Lane>(p.scale),
+                              ahead, s.scores);
   const int end = static_cast<int>(round_up(keys.count, kLanes<Lane>));
   if (p.softcap > 0) apply_softcap<Lane>(s.scores, end, static_cast<Lane>(p.softcap), nullptr);
   if (p.bias.data != nullptr) {
@@ -198,8 +209,8 @@ FA_INLINE typename P::Lane decode_softmax(int count, typename P::Lane* scores, t
 }
 
 // acc[c] = acc[c] * alpha + sum over keys of weights[key] * value_rows[key][c], for kColumns vectors of columns, of which
-// `dim` elements exist. ahead: bytes to the row to prefetch.
-template <class P, int kColumns, bool kWhole>
+// `dim` elements exist. ahead: bytes to the row to prefetch, if any.
+template <class P, bool kPrefetch, int kColumns, bool kWhole>
 FA_INLINE void sum_values_tile(const typename P::Storage* const* value_rows, int64_t first,
                                const typename P::Lane* weights, int count, int dim, int64_t ahead,
                                typename P::Lane alpha, typename P::Lane* acc) {
@@ -213,7 +224,7 @@ FA_INLINE void sum_values_tile(const typename P::Storage* const* value_rows, int
     FA_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       target[c] = load_as<Lane>(row + c * n, kWhole ? n : dim - c * n) * weight + target[c];
-      prefetch(row + c * n, ahead);
+      if constexpr (kPrefetch) prefetch(row + c * n, ahead);
     }
   };
   int j = 0;
@@ -229,7 +240,7 @@ FA_INLINE void sum_values_tile(const typename P::Storage* const* value_rows, int
   }
 }
 
-template <class P>
+template <class P, bool kPrefetch>
 FA_NOINLINE void sum_values(const typename P::Storage* const* value_rows, const typename P::Lane* weights, int count,
                             int value_dim, int64_t ahead, typename P::Lane alpha, typename P::Lane* acc) {
   constexpr int n = kLanes<typename P::Lane>;
@@ -238,11 +249,12 @@ FA_NOINLINE void sum_values(const typename P::Storage* const* value_rows, const 
     const int columns = (value_dim - d) / n;
     with_columns(columns < kTileVectors ? columns : kTileVectors, [&](auto constant) {
       constexpr int kColumns = decltype(constant)::value;
-      sum_values_tile<P, kColumns, true>(value_rows, d, weights, count, kColumns * n, ahead, alpha, acc + d);
+      sum_values_tile<P, kPrefetch, kColumns, true>(value_rows, d, weights, count, kColumns * n, ahead, alpha, acc + d);
       d += kColumns * n;
     });
   }
-  if (d < value_dim) sum_values_tile<P, 1, false>(value_rows, d, weights, count, value_dim - d, ahead, alpha, acc + d);
+  if (d < value_dim)
+    sum_values_tile<P, kPrefetch, 1, false>(value_rows, d, weights, count, value_dim - d, ahead, alpha, acc + d);
 }
 
 // The rows of one group against one part of the keys.
@@ -285,21 +297,24 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const LiveKey
       s.key_rows[k] = key_base + index * p.key.stride_row;
       s.value_rows[k] = value_base + index * p.value.stride_row;
     }
-    for (int64_t r = 0; r < plan.heads * nq; ++r) {
+    const auto visit = [&](int64_t r, auto is_first) {
+      constexpr bool kPrefetch = decltype(is_first)::value != 0;
       const int64_t h = first_head + r / nq;
       const int64_t row = plan.row(p, part, b, h, r % nq);
-      decode_scores<P>(p, b, h, r % nq, s.query + r * query_row, s);
+      decode_scores<P, kPrefetch>(p, b, h, r % nq, s.query + r * query_row, s);
       const Lane alpha = decode_softmax<P>(keys.count, s.scores, partials.row_max[row], s.row_sum[r]);
-      sum_values<P>(s.value_rows, s.scores, keys.count, static_cast<int>(p.value_dim), values_ahead, alpha,
-                    partials.acc + row * plan.value_row);
-    }
+      sum_values<P, kPrefetch>(s.value_rows, s.scores, keys.count, static_cast<int>(p.value_dim), values_ahead, alpha,
+                               partials.acc + row * plan.value_row);
+    };
+    visit(0, Constant<1>{});  // the first row asks for what the others will find in the cache
+    for (int64_t r = 1; r < plan.heads * nq; ++r) visit(r, Constant<0>{});
   }
   for (int64_t r = 0; r < plan.heads * nq; ++r) {
     partials.row_sum[plan.row(p, part, b, first_head + r / nq, r % nq)] = sum_lanes<Lane>(s.row_sum[r]);
   }
 }
 
-// Sums the parts of one row and writes its output and lse.
+// Sums the parts of one row and writes its output.
 template <class P>
 void merge_parts(const AttentionParams& p, const DecodePlan& plan, const DecodePartials<typename P::Lane>& partials,
                  int64_t b, int64_t h, int64_t i) {
@@ -308,34 +323,36 @@ void merge_parts(const AttentionParams& p, const DecodePlan& plan, const DecodeP
   constexpr int n = kLanes<Lane>;
   const Sequence seq = sequence_of(p, b);
   if (i >= seq.seqlen_q) return;
-  const Lane* sink = p.sinks.data != nullptr ? row_of<const Lane>(p.sinks, 0, h, 0) : nullptr;
   Lane keys_max = FloatTraits<Lane>::kLowest;
   for (int64_t part = 0; part < plan.parts; ++part) {
     const Lane other = partials.row_max[plan.row(p, part, b, h, i)];
     keys_max = other > keys_max ? other : keys_max;
   }
-  const Lane reference = sink != nullptr && *sink > keys_max ? *sink : keys_max;
-  const auto share = [&](Lane logit) { return natural_exp(logit - reference); };
-  Lane keys_sum = 0;
+  Lane factors[DecodePlan::kMostParts];
+  Lane total = 0;
   for (int64_t part = 0; part < plan.parts; ++part) {
     const int64_t row = plan.row(p, part, b, h, i);
-    keys_sum += partials.row_sum[row] * share(partials.row_max[row]);
+    factors[part] = natural_exp(partials.row_max[row] - keys_max);
+    total += partials.row_sum[row] * factors[part];
   }
-  // Not even a sink changes that a row which sees no key gives 0.
-  const bool empty = keys_sum == 0;
-  const Lane total = sink != nullptr ? keys_sum + share(*sink) : keys_sum;
+  // A row that sees no key gives 0, whatever the sink; and NaN is not 0.
+  const bool empty = total == 0;
+  Lane keys_share = 1;
+  if (p.sinks.data != nullptr) {
+    // The sink joins the denominator alone.
+    const Lane sink = *row_of<const Lane>(p.sinks, 0, h, 0);
+    const Lane reference = sink > keys_max ? sink : keys_max;
+    keys_share = natural_exp(keys_max - reference);
+    total = total * keys_share + natural_exp(sink - reference);
+  }
+  for (int64_t part = 0; part < plan.parts; ++part) factors[part] *= keys_share / total;
   Storage* out = row_of<Storage>(p.out, b, h, seq.q_offset + i);
   for (int64_t d = 0; d < p.value_dim; d += n) {
     Vec<Lane> sum = {};
     for (int64_t part = 0; part < plan.parts && !empty; ++part) {
-      const int64_t row = plan.row(p, part, b, h, i);
-      sum += load<Lane>(partials.acc + row * plan.value_row + d) * (share(partials.row_max[row]) / total);
+      sum += load<Lane>(partials.acc + plan.row(p, part, b, h, i) * plan.value_row + d) * factors[part];
     }
     store_as<Lane>(out + d, sum, static_cast<int>(p.value_dim - d));
-  }
-  if (p.lse.data != nullptr) {
-    Lane& lse = row_of<Lane>(p.lse, b, h, seq.q_offset)[i * p.lse.stride_row];
-    lse = empty ? -FloatTraits<Lane>::kInfinity : reference + natural_log(total);
   }
 }
 
@@ -369,11 +386,12 @@ void decode_with_policy(const AttentionParams& p) {
     own.layout(arena, p, plan);
     decode_item<P>(p, plan, live, item / plan.parts, item % plan.parts, own, partials);
   });
-  // A few thousand operations a row: another parallel region would cost more.
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t head = row / p.seqlen_q;
-    merge_parts<P>(p, plan, partials, head / p.num_heads, head % p.num_heads, row % p.seqlen_q);
-  }
+  const double merge_flops = 2.0 * static_cast<double>(rows * plan.parts * p.value_dim);
+  parallel_for(choose_threads(p.num_threads, rows, merge_flops), p.batch * p.num_heads, [&](int64_t head, int) {
+    for (int64_t i = 0; i < p.seqlen_q; ++i) {
+      merge_parts<P>(p, plan, partials, head / p.num_heads, head % p.num_heads, i);
+    }
+  });
 }
 
 }  // namespace

@@ -15,7 +15,11 @@ using BFloat16Policy = Policy<BFloat16, float, 1>;
 
 template <class P>
 void forward_or_decode(const AttentionParams& p) {
-  is_decoding(p) ? decode_with_policy<P>(p) : forward_with_policy<P>(p);
+  if (is_decoding<P>(p)) {
+    decode_with_policy<P>(p);
+  } else {
+    forward_with_policy<P>(p);
+  }
 }
 
 void forward(const AttentionParams& p) {
