@@ -44,7 +44,7 @@ MASKS = ("none", "causal", "padded", "causal+padded", "bias")
 DIRECTIONS = ("forward", "forward+backward")
 IMPLEMENTATIONS = (OURS, "torch")
 #: masks: the table of README. short, decode: the same for short sequences, and for one query against many keys.
-TABLES = ("masks", "short", "decode", "features", "isa", "step", "overhead")
+TABLES = ("masks", "short", "decode", "features", "modules", "isa", "step", "overhead")
 TIMER = timing.CpuTimer()
 
 
@@ -257,6 +257,8 @@ def main(arguments: argparse.Namespace) -> int:
     if "features" in arguments.only:
         for dtype in arguments.dtype:
             writer.record(cpu_tables.run_features(dtype, arguments))
+    if "modules" in arguments.only:
+        writer.record(cpu_tables.run_modules(arguments))
     if "isa" in arguments.only:
         writer.record(cpu_tables.run_isas(arguments))
     if "step" in arguments.only:

@@ -30,6 +30,7 @@ FEATURE_SHAPE = (1, 8, 2048, 64)
 NARROW_VALUES = 32
 DROPOUT = 0.1
 ISA_SHAPES = ((2, 8, 128, 64), (2, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 2048, 128))
+MODULE_SIZES = ((1, 8, 64, 4), (8, 32, 64, 4), (1, 4, 256, 4))  # batch, length, features, heads
 READ_BYTES = 2**28  # far above any cache
 STEPS = 200
 
@@ -75,6 +76,34 @@ def run_features(dtype_name: str, arguments: argparse.Namespace) -> list[Row]:
 
 def _call(function: Callable, tensors: tuple[Tensor, ...], options: dict) -> Call:
     return lambda: function(*tensors, **options)
+
+
+def run_modules(arguments: argparse.Namespace) -> list[Row]:
+    """Small modules against torch.nn.MultiheadAttention, which in eval mode has a path of its own without gradients."""
+    rows = []
+    for batch, length, features, heads in MODULE_SIZES:
+        ours = fused_attn.FusedMultiheadAttention(features, heads, batch_first=True)
+        theirs = nn.MultiheadAttention(features, heads, batch_first=True)
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(batch, length, features)
+        for is_training in (False, True):
+            calls = {
+                name: _module_call(module.train(is_training), x) for name, module in ((OURS, ours), ("torch", theirs))
+            }
+            found = compare(calls, arguments)
+            direction = "training forward" if is_training else "inference"
+            about = {"benchmark": "cpu-module", "batch": batch, "length": length, "d_model": features, "heads": heads}
+            rows += [about | {"mask": "none", "dtype": "float32", "direction": direction} | row for row in found]
+            _show(f"module {batch}x{length}x{features} {direction}", found)
+    return rows
+
+
+def _module_call(module: nn.Module, x: Tensor) -> Call:
+    def call() -> None:
+        with torch.set_grad_enabled(module.training):
+            module(x, x, x, need_weights=False)
+
+    return call
 
 
 def run_isas(arguments: argparse.Namespace) -> list[Row]:

@@ -212,7 +212,7 @@ def cpu_tables(rows: list[Row]) -> str:
             "",
             f"Per-call overhead at (1, 2, 4, 8), ours / torch's, best of many, in microseconds: {', '.join(parts)}.",
         ]
-    more = [line for table in (_short, _decode, _features, _isa, _step) for line in table(rows)]
+    more = [line for table in (_short, _decode, _features, _modules, _isa, _step) for line in table(rows)]
     if more:
         lines += ["", "Beside that, torch's time divided by ours unless a line says otherwise:", "", *more]
     return "\n".join(lines)
@@ -246,6 +246,18 @@ def _features(rows: list[Row]) -> list[str]:
         own = select(rows, dtype=dtype)
         cells = ", ".join(f"{row['mask']} {row['ratio']:.1f}" for row in own)
         lines.append(f"- where torch leaves its fused kernel, forward at {tuple(own[0]['shape'])}, {dtype}: {cells}")
+    return lines
+
+
+def _modules(rows: list[Row]) -> list[str]:
+    rows = select(rows, benchmark="cpu-module", implementation="fused_attn")
+    lines = []
+    for direction in dict.fromkeys(row["direction"] for row in rows):
+        cells = ", ".join(
+            f"({row['batch']}, {row['length']}, {row['d_model']}) {row['ratio']:.2f}"
+            for row in select(rows, direction=direction)
+        )
+        lines.append(f"- `FusedMultiheadAttention` against `nn.MultiheadAttention` at (N, L, E), {direction}: {cells}")
     return lines
 
 

@@ -121,10 +121,84 @@ PyObject* backward(PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+const char kSelfAttentionDoc[] =
+    "self_attention(x, in_weight, in_bias, out_weight, out_bias, out, num_heads, key_padding, is_causal, "
+    "num_threads)\n\n"
+    "Projects x, attends to itself and projects the result: a module, for few rows. x, out (B, L, E), in_weight\n"
+    "((H + 2 Hkv) D, E), in_bias ((H + 2 Hkv) D,) or None, out_weight (E, H D), out_bias (E,) or None, key_padding\n"
+    "(B, L) or None. All of one dtype and contiguous, but key_padding.";
+
+Argument contiguous(PyObject* object, const char* name, ElementType type, std::initializer_list<int64_t> shape) {
+  const Argument argument = kReader.optional(object, name);
+  if (!argument.given) return argument;
+  argument.check_type(type);
+  argument.check_shape(shape);
+  int64_t stride = 1;
+  for (int dim = argument.tensor.ndim - 1; dim >= 0; --dim) {
+    if (argument.size(dim) > 1 && argument.stride(dim) != stride)
+      argument.fail("a contiguous tensor",
+                    "stride " + std::to_string(argument.stride(dim)) + " in dimension " + std::to_string(dim));
+    stride *= argument.size(dim);
+  }
+  return argument;
+}
+
+PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
+  check_count(count, 10, kSelfAttentionDoc);
+  const Argument x = kReader.required(args[0], "x");
+  const Argument weight = kReader.required(args[1], "in_weight");
+  if (x.tensor.ndim != 3) x.fail("3 dimensions", std::to_string(x.tensor.ndim));
+  if (x.type > ElementType::kBFloat16) x.fail("float32, float64, float16 or bfloat16", name_of(x.type));
+  if (weight.tensor.ndim != 2) weight.fail("2 dimensions", std::to_string(weight.tensor.ndim));
+  const int64_t batch = x.size(0), length = x.size(1), features = x.size(2), width = weight.size(0);
+  const int64_t heads = PyLong_AsLongLong(args[6]);
+  if (heads == -1 && PyErr_Occurred()) throw py::error_already_set();
+  if (heads < 1 || features % heads != 0)
+    throw py::value_error("num_heads: expected a divisor of " + std::to_string(features) + ", got " +
+                          std::to_string(heads));
+  const int64_t head_dim = features / heads;
+  const int64_t kv_heads = head_dim > 0 ? (width - features) / (2 * head_dim) : 0;
+  if (kv_heads < 1 || heads % kv_heads != 0 || features + 2 * kv_heads * head_dim != width)
+    weight.fail("(H + 2 Hkv) D rows for H = " + std::to_string(heads), std::to_string(width));
+
+  cpu::SelfAttentionParams module;
+  AttentionParams& params = module.attention;
+  module.features = features;
+  module.x = contiguous(args[0], "x", x.type, {batch, length, features}).data();
+  module.in_weight = contiguous(args[1], "in_weight", x.type, {width, features}).data();
+  const Argument in_bias = contiguous(args[2], "in_bias", x.type, {width});
+  module.in_bias = in_bias.given ? in_bias.data() : nullptr;
+  kReader.required(args[3], "out_weight");
+  module.out_weight = contiguous(args[3], "out_weight", x.type, {features, features}).data();
+  const Argument out_bias = contiguous(args[4], "out_bias", x.type, {features});
+  module.out_bias = out_bias.given ? out_bias.data() : nullptr;
+  kReader.required(args[5], "out");
+  module.out = contiguous(args[5], "out", x.type, {batch, length, features}).data();
+  params.dtype = kernel_dtype(x.type);
+  params.batch = batch;
+  params.num_heads = heads;
+  params.num_kv_heads = kv_heads;
+  params.seqlen_q = params.seqlen_k = length;
+  params.head_dim = params.value_dim = head_dim;
+  params.scale = 1.0 / std::sqrt(static_cast<double>(head_dim));
+  if (const Argument padding = kReader.optional(args[7], "key_padding"); padding.given) {
+    padding.check_type(ElementType::kBool);
+    padding.check_shape({batch, length});
+    params.key_padding = {padding.data(), padding.stride(0), 0, 0, padding.stride(1)};
+  }
+  const int is_causal = PyObject_IsTrue(args[8]);
+  if (is_causal < 0) throw py::error_already_set();
+  if (is_causal != 0) params.window_right = 0;
+  params.num_threads = thread_count(args[9]);
+  cpu::kernels().self_attention(module);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef kMethods[] = {
     {"signature", as_c_function(entry_point<signature>), METH_FASTCALL, kSignatureDoc},
     {"forward", as_c_function(entry_point<forward>), METH_FASTCALL, kForwardDoc},
     {"backward", as_c_function(entry_point<backward>), METH_FASTCALL, kBackwardDoc},
+    {"self_attention", as_c_function(entry_point<self_attention>), METH_FASTCALL, kSelfAttentionDoc},
     {nullptr, nullptr, 0, nullptr},
 };
 

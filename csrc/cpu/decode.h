@@ -7,8 +7,7 @@
 // A work item is a part of the keys of the query rows that share them: those of a kv head. Parts are merged in a second
 // pass; how many there are depends on the shapes alone, so results do not depend on the number of threads.
 #pragma once
-#include "kernels.h"
-#include "scores.h"
+#include "forward.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -357,7 +356,7 @@ void merge_parts(const AttentionParams& p, const DecodePlan& plan, const DecodeP
 }
 
 template <class P>
-void decode_with_policy(const AttentionParams& p) {
+void forward_by_key_parts(const AttentionParams& p) {
   using Lane = typename P::Lane;
   if (p.batch * p.num_heads * p.seqlen_q == 0) return;
   const DecodePlan plan = plan_decode<Lane>(p);
@@ -392,6 +391,15 @@ void decode_with_policy(const AttentionParams& p) {
       merge_parts<P>(p, plan, partials, head / p.num_heads, head % p.num_heads, i);
     }
   });
+}
+
+template <class P>
+void forward_with_policy(const AttentionParams& p) {
+  if (is_decoding<P>(p)) {
+    forward_by_key_parts<P>(p);
+  } else {
+    forward_by_query_blocks<P>(p);
+  }
 }
 
 }  // namespace

@@ -225,7 +225,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename P::Lane
 }
 
 template <class P>
-void forward_with_policy(const AttentionParams& p) {
+void forward_by_query_blocks(const AttentionParams& p) {
   using Lane = typename P::Lane;
   const int64_t blocks = (p.seqlen_q + kBlockQ - 1) / kBlockQ;
   const int64_t items = p.batch * p.num_heads * blocks;

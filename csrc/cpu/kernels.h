@@ -4,10 +4,23 @@
 
 namespace fused_attn::cpu {
 
+// out = attention of the heads of (x . in_weight^T + in_bias), and that . out_weight^T + out_bias. All contiguous.
+struct SelfAttentionParams {
+  AttentionParams attention;         // without its tensors; seqlen_k = seqlen_q = L, value_dim = head_dim = D
+  int64_t features = 0;              // E
+  const void* x = nullptr;           // (B, L, E)
+  const void* in_weight = nullptr;   // ((H + 2 Hkv) D, E): the rows of all query heads, then those of key and of value
+  const void* in_bias = nullptr;     // ((H + 2 Hkv) D,); null = none
+  const void* out_weight = nullptr;  // (E, H D)
+  const void* out_bias = nullptr;    // (E,); null = none
+  void* out = nullptr;               // (B, L, E)
+};
+
 struct Kernels {
   const char* isa;
   void (*forward)(const AttentionParams&);
   void (*backward)(const AttentionParams&);
+  void (*self_attention)(const SelfAttentionParams&);
 };
 
 }  // namespace fused_attn::cpu

@@ -2,7 +2,7 @@
 // compiled with the flags of that instruction set.
 #include "backward.h"
 #include "decode.h"
-#include "forward.h"
+#include "self_attention.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -13,21 +13,12 @@ using BFloat16Policy = Policy<BFloat16, float, 2>;
 using BFloat16Policy = Policy<BFloat16, float, 1>;
 #endif
 
-template <class P>
-void forward_or_decode(const AttentionParams& p) {
-  if (is_decoding<P>(p)) {
-    decode_with_policy<P>(p);
-  } else {
-    forward_with_policy<P>(p);
-  }
-}
-
 void forward(const AttentionParams& p) {
   switch (p.dtype) {
-    case DType::kFloat32: return forward_or_decode<Policy<float, float, 1>>(p);
-    case DType::kFloat64: return forward_or_decode<Policy<double, double, 1>>(p);
-    case DType::kFloat16: return forward_or_decode<Policy<Float16, float, 1>>(p);
-    case DType::kBFloat16: return forward_or_decode<BFloat16Policy>(p);
+    case DType::kFloat32: return forward_with_policy<Policy<float, float, 1>>(p);
+    case DType::kFloat64: return forward_with_policy<Policy<double, double, 1>>(p);
+    case DType::kFloat16: return forward_with_policy<Policy<Float16, float, 1>>(p);
+    case DType::kBFloat16: return forward_with_policy<BFloat16Policy>(p);
   }
 }
 
@@ -40,6 +31,15 @@ void backward(const AttentionParams& p) {
   }
 }
 
+void self_attention(const SelfAttentionParams& m) {
+  switch (m.attention.dtype) {
+    case DType::kFloat32: return self_attention_with_policy<Policy<float, float, 1>>(m);
+    case DType::kFloat64: return self_attention_with_policy<Policy<double, double, 1>>(m);
+    case DType::kFloat16: return self_attention_with_policy<Policy<Float16, float, 1>>(m);
+    case DType::kBFloat16: return self_attention_with_policy<BFloat16Policy>(m);
+  }
+}
+
 #define FUSED_ATTN_JOIN_(a, b) a##b
 #define FUSED_ATTN_JOIN(a, b) FUSED_ATTN_JOIN_(a, b)
 #define FUSED_ATTN_TEXT_(a) #a
@@ -48,6 +48,7 @@ void backward(const AttentionParams& p) {
 }  // namespace
 
 extern const Kernels FUSED_ATTN_JOIN(kernels_, FUSED_ATTN_ISA);
-const Kernels FUSED_ATTN_JOIN(kernels_, FUSED_ATTN_ISA) = {FUSED_ATTN_TEXT(FUSED_ATTN_ISA), forward, backward};
+const Kernels FUSED_ATTN_JOIN(kernels_, FUSED_ATTN_ISA) = {FUSED_ATTN_TEXT(FUSED_ATTN_ISA), forward, backward,
+                                                           self_attention};
 
 }  // namespace fused_attn::cpu

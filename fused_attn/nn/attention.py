@@ -15,6 +15,7 @@ from fused_attn.api import fused_attention, fused_attention_varlen
 from fused_attn.dispatch import BACKEND_NAMES
 from fused_attn.dropout import draw_seed
 from fused_attn.masks import causal_bias_offset
+from fused_attn.nn import small_inference
 from fused_attn.nn.positions import RotaryEmbedding
 from fused_attn.nn.weights import attention_weights
 
@@ -195,10 +196,16 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             self._check_nested(key_padding_mask, need_weights, attn_mask, cache)
             return self._nested_forward(query, key, value, is_causal), None
         self._check_inputs(query, key, value, key_padding_mask, attn_mask)
+        is_self, shares_kv = query is key and key is value, key is value
+        if is_self and cache is None and not (need_weights or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            is_believed = is_causal and type(attn_mask) is Tensor and key_padding_mask is None
+            if is_believed or (attn_mask is None and not is_causal):
+                out = small_inference.self_attention(self, query, key_padding_mask, is_believed)
+                if out is not None:
+                    return out, None
         self._check_cache(cache)
         stored = cache.get(key) if cache is not None and cache.is_static else None
         memory, is_batched = key, query.dim() == 3
-        is_self, shares_kv = query is key and key is value, key is value
         if not is_batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)

@@ -1,0 +1,74 @@
+// A whole self-attention module on few rows: project, attend, project. Between such small steps, what it takes to call an
+// operator of torch is most of the time.
+#pragma once
+#include "decode.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+// y = x . weight^T + bias, rows of `in` and of `out` elements side by side. Lanes are the input features, so that weights
+// are read where they lie; with many rows a blocked product, whose weights are packed, is faster.
+template <class P>
+void project(const typename P::Storage* x, int64_t rows, int64_t in, const typename P::Storage* weight,
+             const typename P::Storage* bias, int64_t out, int num_threads, typename P::Storage* y) {
+  using Lane = typename P::Lane;
+  using Storage = typename P::Storage;
+  constexpr int n = kLanes<Lane>;
+  const int features = static_cast<int>(in);
+  const int64_t row_lanes = round_up(P::lanes_for(features), n);
+  const Buffer memory(rows * row_lanes * static_cast<int64_t>(sizeof(Lane)));
+  Lane* lanes = reinterpret_cast<Lane*>(memory.data());
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int d = 0; d < P::lanes_for(features); d += n) {
+      store<Lane>(lanes + r * row_lanes + d, load_lanes<P>(x + r * in, d, features));
+    }
+  }
+  const int64_t blocks = (out + n - 1) / n;
+  const double flops = 2.0 * static_cast<double>(rows) * static_cast<double>(in) * static_cast<double>(out);
+  parallel_for(choose_threads(num_threads, blocks, flops), blocks, [&](int64_t block, int) {
+    const int64_t first = block * n;
+    const int count = out - first < n ? static_cast<int>(out - first) : n;
+    const Storage* weights[n];
+    for (int i = 0; i < n; ++i) weights[i] = weight + (first + (i < count ? i : count - 1)) * in;
+    const Vec<Lane> offset = bias != nullptr ? load_as<Lane>(bias + first, count) : Vec<Lane>{};
+    alignas(kVectorBytes) Lane sums[n];
+    for (int64_t r = 0; r < rows; ++r) {
+      multiply_keys<P, false>(lanes + r * row_lanes, weights, count, features, Lane(1), 0, sums);
+      store_as<Lane>(y + r * out + first, load<Lane>(sums) + offset, count);
+    }
+  });
+}
+
+template <class P>
+void self_attention_with_policy(const SelfAttentionParams& m) {
+  using Storage = typename P::Storage;
+  AttentionParams p = m.attention;
+  const int64_t rows = p.batch * p.seqlen_q;
+  const int64_t query_width = p.num_heads * p.head_dim;
+  const int64_t key_width = p.num_kv_heads * p.head_dim;
+  const int64_t width = query_width + 2 * key_width;
+  const auto data = [](const void* pointer) { return static_cast<const Storage*>(pointer); };
+
+  Arena measure(nullptr);
+  measure.take<Storage>(rows * width);
+  measure.take<Storage>(rows * query_width);
+  const Buffer memory(measure.used());
+  Arena arena(memory.data());
+  Storage* projected = arena.take<Storage>(rows * width);
+  Storage* attended = arena.take<Storage>(rows * query_width);
+
+  project<P>(data(m.x), rows, m.features, data(m.in_weight), data(m.in_bias), width, p.num_threads, projected);
+  const auto heads_from = [&](int64_t column) {
+    return TensorView{projected + column, p.seqlen_q * width, p.head_dim, width, 1};
+  };
+  p.query = heads_from(0);
+  p.key = heads_from(query_width);
+  p.value = heads_from(query_width + key_width);
+  p.out = {attended, p.seqlen_q * query_width, p.head_dim, query_width, 1};
+  forward_with_policy<P>(p);
+  project<P>(attended, rows, query_width, data(m.out_weight), data(m.out_bias), m.features, p.num_threads,
+             static_cast<Storage*>(m.out));
+}
+
+}  // namespace
+}  // namespace fused_attn::cpu
