@@ -452,11 +452,11 @@ def test_short_calls_are_repeated_within_a_round() -> None:
 
     def call() -> None:
         count[0] += 1
-        now[0] += 1e-4 if count[0] > 1 else 1e-2
+        now[0] += 2.0**-13 if count[0] > 1 else 2.0**-7
 
     measured = timing.measure({"a": call}, timing.CpuTimer(lambda: now[0]), rounds=4, seconds=1.0)
-    assert measured.times["a"] == pytest.approx([1e-4] * 4)
-    assert count[0] == 1 + timing.WARM_UP_CALLS + 4 * 20
+    assert measured.times["a"] == [2.0**-13] * 4
+    assert count[0] == 1 + timing.WARM_UP_CALLS + 4 * 17  # 2 ms a round
 
 
 def test_rounds_of_a_busy_machine_are_repeated() -> None:
