@@ -273,8 +273,7 @@ def _isa(rows: list[Row]) -> list[str]:
 
 def _step(rows: list[Row]) -> list[str]:
     return [
-        f"- a training step of `examples/train_g2p.py` (8 letters, head dim 16), with torch's attention in the same "
-        f"model: {row['ratio']:.2f}"
+        f"- a training step of `examples/train_g2p.py` with torch's attention in the same model: {row['ratio']:.2f}"
         for row in select(rows, benchmark="cpu-step", implementation="fused_attn")
     ]
 
