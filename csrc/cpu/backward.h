@@ -1,6 +1,7 @@
-// The backward kernel. First the statistics of every row: delta = rowsum(dO * out), and what its lse must be corrected by.
-// (Where a row is visited only once, they are computed then.) A work item is a group of (batch, kv head) pairs and a chunk of keys. It goes through its keys in slabs, whose dK
-// and dV stay in the cache, and for each slab through the query blocks of its heads and the slab's blocks of live keys:
+// The backward kernel. First the statistics of every row: delta = rowsum(dO * out), and what its lse must be corrected by
+// (where each row is visited only once, when it is visited). A work item is a group of (batch, kv head) pairs and a chunk
+// of keys. It goes through its keys in slabs, whose dK and dV stay in the cache, and for each slab through the query blocks
+// of its heads and the slab's blocks of live keys:
 //
 //   P^T[key][query]   = exp(S - lse)                      S as in forward (scores.h)
 //   dS^T[key][query]  = P * (V[key] . dO^T - delta + dlse)
@@ -849,19 +850,11 @@ void backward_with_policy(const AttentionParams& p) {
 
   const Buffer live_memory(live_keys_bytes(p));
   const Buffer relative_memory(relative_bias_bytes<Lane>(p));
-  Arena measure_partials(nullptr);
   BackwardPartials<Lane> partials;
-  partials.layout(measure_partials, p, plan);
-  const Buffer partials_memory(measure_partials.used());
-  Arena partials_arena(partials_memory.data());
-  partials.layout(partials_arena, p, plan);
-  Arena measure_statistics(nullptr);
-  RowStatistics<Lane> statistics;
+  const Buffer partials_memory([&](Arena& arena) { partials.layout(arena, p, plan); });
   const int64_t rows = plan.is_single_pass ? 0 : p.batch * p.num_heads * RowStatistics<Lane>::rows_of_head(p);
-  statistics.layout(measure_statistics, rows);
-  const Buffer statistics_memory(measure_statistics.used());
-  Arena statistics_arena(statistics_memory.data());
-  statistics.layout(statistics_arena, rows);
+  RowStatistics<Lane> statistics;
+  const Buffer statistics_memory([&](Arena& arena) { statistics.layout(arena, rows); });
   Arena measure(nullptr);
   BackwardScratch<P> scratch;
   scratch.layout(measure, p, plan);

@@ -367,12 +367,8 @@ void forward_by_key_parts(const AttentionParams& p) {
   const int threads = choose_threads(p.num_threads, items, flops);
 
   const Buffer live_memory(live_keys_bytes(p));
-  Arena measure_partials(nullptr);
   DecodePartials<Lane> partials;
-  partials.layout(measure_partials, p, plan);
-  const Buffer partials_memory(measure_partials.used());
-  Arena partials_arena(partials_memory.data());
-  partials.layout(partials_arena, p, plan);
+  const Buffer partials_memory([&](Arena& arena) { partials.layout(arena, p, plan); });
   Arena measure(nullptr);
   DecodeScratch<P> scratch;
   scratch.layout(measure, p, plan);

@@ -37,12 +37,15 @@ class Arena {
 
 class Buffer {
  public:
-  explicit Buffer(int64_t bytes) {
-    if (bytes <= 0) return;
-    raw_ = malloc(static_cast<size_t>(bytes + kCacheLine));
-    if (raw_ == nullptr) throw std::bad_alloc();
-    const uintptr_t address = reinterpret_cast<uintptr_t>(raw_);
-    data_ = static_cast<char*>(raw_) + (kCacheLine - address % kCacheLine) % kCacheLine;
+  explicit Buffer(int64_t bytes) { allocate(bytes); }
+  // Memory for what `layout`, which is called twice, takes of an arena.
+  template <class Layout, class = decltype(std::declval<const Layout&>()(std::declval<Arena&>()))>
+  explicit Buffer(const Layout& layout) {
+    Arena measure(nullptr);
+    layout(measure);
+    allocate(measure.used());
+    Arena arena(data_);
+    layout(arena);
   }
   ~Buffer() { free(raw_); }
   Buffer(const Buffer&) = delete;
@@ -51,6 +54,14 @@ class Buffer {
   char* data() const { return data_; }
 
  private:
+  void allocate(int64_t bytes) {
+    if (bytes <= 0) return;
+    raw_ = malloc(static_cast<size_t>(bytes + kCacheLine));
+    if (raw_ == nullptr) throw std::bad_alloc();
+    const uintptr_t address = reinterpret_cast<uintptr_t>(raw_);
+    data_ = static_cast<char*>(raw_) + (kCacheLine - address % kCacheLine) % kCacheLine;
+  }
+
   void* raw_ = nullptr;
   char* data_ = nullptr;
 };

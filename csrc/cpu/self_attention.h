@@ -49,13 +49,11 @@ void self_attention_with_policy(const SelfAttentionParams& m) {
   const int64_t width = query_width + 2 * key_width;
   const auto data = [](const void* pointer) { return static_cast<const Storage*>(pointer); };
 
-  Arena measure(nullptr);
-  measure.take<Storage>(rows * width);
-  measure.take<Storage>(rows * query_width);
-  const Buffer memory(measure.used());
-  Arena arena(memory.data());
-  Storage* projected = arena.take<Storage>(rows * width);
-  Storage* attended = arena.take<Storage>(rows * query_width);
+  Storage *projected, *attended;
+  const Buffer memory([&](Arena& arena) {
+    projected = arena.take<Storage>(rows * width);
+    attended = arena.take<Storage>(rows * query_width);
+  });
 
   project<P>(data(m.x), rows, m.features, data(m.in_weight), data(m.in_bias), width, p.num_threads, projected);
   const auto heads_from = [&](int64_t column) {
