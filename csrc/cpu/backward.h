@@ -143,7 +143,6 @@ struct BackwardScratch {
   Lane* dkey;          // [key of the slab, and one row that absorbs the padding of a tile][head_dim, padded]
   Lane* dvalue;        // [key of the slab + 1][value_dim, padded]
   Lane* out;           // columns [value lanes][kBlockQ]
-  Lane* scores;        // [key of the block][kBlockQ], where the sum of a row is measured again
   RowStatistics<Lane> statistics;  // of the block, in a single pass
 
   void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
@@ -176,7 +175,6 @@ struct BackwardScratch {
     dkey = arena.take<Lane>((plan.slab_keys + 1) * head_row);
     dvalue = arena.take<Lane>((plan.slab_keys + 1) * value_row);
     out = arena.take<Lane>(round_up(P::lanes_for(value_dim), n) * kBlockQ);
-    scores = arena.take<Lane>(tile);
     statistics.layout(arena, kBlockQ);
   }
 };
@@ -289,7 +287,7 @@ FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool part
         store<Lane>(reinterpret_cast<Lane*>(s.weights) + offset + r * kBlockQ + c * n, kept(r, c, x));
       } else {
 #if defined(__AVX512BF16__)
-        store_bfloat16(reinterpret_cast<uint16_t*>(s.weights) + offset + r * kBlockQ + c * n, kept(r, c, x));
+        store_as<Lane>(reinterpret_cast<BFloat16*>(s.weights) + offset + r * kBlockQ + c * n, kept(r, c, x));
 #endif
       }
     }
@@ -318,9 +316,9 @@ FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool part
     if constexpr (P::kPerLane == 2) {
       FA_UNROLL
       for (int r = 0; r < kTileKeys; r += 2) {
-        uint16_t* dscores = reinterpret_cast<uint16_t*>(s.dscores) + offset + r * kBlockQ + c * n;
-        store_bfloat16(dscores, acc[r][c]);
-        store_bfloat16(dscores + kBlockQ, acc[r + 1][c]);
+        BFloat16* dscores = reinterpret_cast<BFloat16*>(s.dscores) + offset + r * kBlockQ + c * n;
+        store_as<Lane>(dscores, acc[r][c]);
+        store_as<Lane>(dscores + kBlockQ, acc[r + 1][c]);
         store<Lane>(s.dscore_pairs + (k + r) / 2 * kBlockQ + (v + c) * n, round_to_pairs(acc[r][c], acc[r + 1][c]));
       }
     }
@@ -457,25 +455,13 @@ FA_INLINE void clear_beyond(Lane* tile, int keys, int nq) {
   }
 }
 
-// rows[q][d] = factor * columns[d][q], as elements of type Out; added to what is there if asked to.
-template <class Out, class Lane>
-FA_NOINLINE void write_transposed(const Lane* columns, int nq, int dim, Lane factor, bool add, Out* rows,
-                                  int64_t stride_row) {
-  constexpr int n = kLanes<Lane>;
-  for (int q = 0; q < nq; q += n) {
-    for (int d = 0; d < dim; d += n) {
-      Vec<Lane> block[n];
-      FA_UNROLL
-      for (int i = 0; i < n; ++i) block[i] = load<Lane>(columns + (d + i) * kBlockQ + q) * factor;
-      transpose<Lane>(block);
-      FA_UNROLL
-      for (int i = 0; i < n; ++i) {
-        if (q + i >= nq) continue;
-        Out* target = rows + (q + i) * stride_row + d;
-        store_as<Lane>(target, add ? load_as<Lane>(target, dim - d) + block[i] : block[i], dim - d);
-      }
-    }
-  }
+// rows[q][d] = factor * columns[d][q] as elements of P; added to what is there if asked to.
+template <class P>
+FA_NOINLINE void write_transposed(const typename P::Lane* columns, int nq, int dim, typename P::Lane factor, bool add,
+                                  typename P::Storage* rows, int64_t stride_row) {
+  using Lane = typename P::Lane;
+  const auto column = [&](int d, int q) { return load<Lane>(columns + d * kBlockQ + q) * factor; };
+  unpack_columns<P>(column, nq, dim, add, rows, stride_row);
 }
 
 // rows[j][d] = factor * source[j][d], as elements of type Out; source rows are padded to whole vectors.
@@ -486,6 +472,24 @@ FA_NOINLINE void write_rows(const Lane* source, int64_t count, int dim, Lane fac
   for (int64_t j = 0; j < count; ++j) {
     for (int d = 0; d < dim; d += n) {
       store_as<Lane>(rows + j * stride_row + d, load<Lane>(source + j * row + d) * factor, dim - d);
+    }
+  }
+}
+
+// row_sum[q] += sum over the keys of a tile of exp(S - lse).
+template <class P, int kColumns>
+FA_NOINLINE void sum_tile(const ScoreInputs<P>& in, int k, int v, bool partial, const typename P::Lane* lse,
+                          Vec<typename P::Lane>* row_sum) {
+  using Lane = typename P::Lane;
+  Vec<Lane> acc[kTileKeys][kColumns];
+  compute_scores<P, kColumns, false>(in, k, v, partial, nullptr, acc);
+  const Lane to_logits = in.to_logits();
+  FA_UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    const Vec<Lane> row_lse = load<Lane>(lse + (v + c) * kLanes<Lane>);
+    FA_UNROLL
+    for (int r = 0; r < kTileKeys; ++r) {
+      row_sum[v + c] += exp2<Lane, P::kCoarseExp>((acc[r][c] * to_logits - row_lse) * Lane(kLog2E));
     }
   }
 }
@@ -501,8 +505,7 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
   using Storage = typename P::Storage;
   constexpr int n = kLanes<Lane>;
   const int vectors = (nq + n - 1) / n;
-  Vec<Lane> row_sum[kBlockVectors<Lane>], unused_max[kBlockVectors<Lane>];
-  for (int v = 0; v < vectors; ++v) row_sum[v] = unused_max[v] = Vec<Lane>{};
+  Vec<Lane> row_sum[kBlockVectors<Lane>] = {};
 
   pack_columns<P, kBlockQ>(row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin), p.query.stride_row, nq,
                            static_cast<int>(p.head_dim), s.query);
@@ -519,14 +522,8 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
         const VectorRange part = clip_to_panel(range, panel);
         if (part.begin >= part.end) continue;
         with_columns(part.end - part.begin, [&](auto columns) {
-          forward_tile<P, decltype(columns)::value, false>(in, k, part.begin, partial, s.scores, unused_max);
+          sum_tile<P, decltype(columns)::value>(in, k, part.begin, partial, rows.lse, row_sum);
         });
-      }
-      for (int v = range.begin; v < range.end; ++v) {
-        for (int r = 0; r < kTileKeys; ++r) {
-          const Vec<Lane> logit = load<Lane>(s.scores + (k + r) * kBlockQ + v * n) * in.to_logits();
-          row_sum[v] += exp2<Lane, P::kCoarseExp>((logit - load<Lane>(rows.lse + v * n)) * Lane(kLog2E));
-        }
       }
     }
   }
@@ -679,11 +676,11 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
   const Lane scale = static_cast<Lane>(p.scale);
   const Rows<Lane> sums = dquery_lanes(item, seq, b, h);
   if (sums.data != nullptr) {
-    write_transposed<Lane, Lane>(s.dquery, nq, head_dim, scale, !is_first, sums.data + q_begin * sums.stride,
-                                 sums.stride);
+    write_transposed<Policy<Lane, Lane, 1>>(s.dquery, nq, head_dim, scale, !is_first,
+                                            sums.data + q_begin * sums.stride, sums.stride);
   } else {
-    write_transposed<Storage, Lane>(s.dquery, nq, head_dim, scale, false, row_of<Storage>(p.dquery, b, h, row),
-                                    p.dquery.stride_row);
+    write_transposed<P>(s.dquery, nq, head_dim, scale, false, row_of<Storage>(p.dquery, b, h, row),
+                        p.dquery.stride_row);
   }
 }
 

@@ -1,12 +1,13 @@
 // The forward kernel. A work item is kBlockQ queries of one head:
 //
-//   S^T[key][query]  = K[key] . Q^T           (scores.h)        row_max: online maximum, once per block of keys
-//   P[key][query]    = exp(S - row_max)                         row_sum: sum over keys
-//   O^T[d][query]    = O^T * alpha + V^T[d] . P                 (outer_block)
+//   S^T[key][query]  = K[key] . Q^T              (scores.h)
+//   P[key][query]    = exp(S - reference)        (softmax.h)    row_sum: its sum over keys
+//   O^T[d][query]    = O^T * alpha + V^T[d] . P  (outer_block)
 //   out              = transpose(O^T) / row_sum
 #pragma once
 #include "kernels.h"
 #include "scores.h"
+#include "softmax.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -19,83 +20,97 @@ struct ForwardScratch {
   const char** value_rows;
   Lane* value_lanes;
   Lane* query;    // [head lanes][kBlockQ]
-  Lane* scores;   // [key of the block][kBlockQ]
-  Lane* weights;  // P: over the scores, or as pairs of keys beside them
+  Lane* weights;  // P [key (pair) of the block][kBlockQ]
   Lane* acc;      // O^T [value_dim, padded to a vector][kBlockQ]
 
   void layout(Arena& arena, const AttentionParams& p) {
     const int head_dim = static_cast<int>(p.head_dim);
     const int64_t value_row = round_up(p.value_dim, kLanes<Lane>);
-    const int64_t tile = KeyScratch<P>::kRows * kBlockQ;
     key.layout(arena, p);
     value_rows = arena.take<const char*>(KeyScratch<P>::kRows);
     value_lanes = arena.take<Lane>(P::kConverts || P::kPerLane == 2 ? KeyScratch<P>::kRows * value_row : 0);
     query = arena.take<Lane>(round_up(P::lanes_for(head_dim), kLanes<Lane>) * kBlockQ);
-    scores = arena.take<Lane>(tile);
-    weights = P::kPerLane == 1 ? scores : arena.take<Lane>(tile / P::kPerLane);
+    weights = arena.take<Lane>(KeyScratch<P>::kRows * kBlockQ / P::kPerLane);
     acc = arena.take<Lane>(value_row * kBlockQ);
   }
 };
 
-// Stores the scores of one tile and raises the running maximum of its queries.
+// The probabilities of one tile of keys: to the scratch, after dropout, and to the softmax's sums.
 template <class P, int kColumns, bool kPlain>
-FA_NOINLINE void forward_tile(const ScoreInputs<P>& in, int k, int v, bool partial, typename P::Lane* scores,
-                              Vec<typename P::Lane>* row_max) {
+FA_NOINLINE void forward_tile(const ScoreInputs<P>& in, int k, int v, bool partial, bool dropout,
+                              const ForwardScratch<P>& s, RunningSoftmax<P>& softmax) {
   using Lane = typename P::Lane;
   constexpr int n = kLanes<Lane>;
   Vec<Lane> acc[kTileKeys][kColumns];
   compute_scores<P, kColumns, kPlain>(in, k, v, partial, nullptr, acc);
+
+  // A NaN score leaves the maximum alone; exp2 then passes it on.
+  Vec<Lane> excess;
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
-    Vec<Lane> m = row_max[v + c];
+    Vec<Lane> maximum = acc[0][c];
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
-      m = max<Lane>(acc[r][c], m);  // a NaN score leaves the maximum alone; exp2 then passes it on
-      store<Lane>(scores + (k + r) * kBlockQ + (v + c) * n, acc[r][c]);
-    }
-    row_max[v + c] = m;
+    for (int r = 1; r < kTileKeys; ++r) maximum = max<Lane>(acc[r][c], maximum);
+    const Vec<Lane> above = maximum - softmax.ceiling(v + c);
+    excess = c == 0 ? above : max<Lane>(above, excess);
   }
-}
-
-// Turns the scores of a tile into probabilities, relative to row_max, and adds them to block_sum, which dropout spares.
-template <class P>
-FA_INLINE void exponentiate_tile(const ForwardScratch<P>& s, int k, VectorRange range,
-                                 const Vec<typename P::Lane>* row_max, Vec<typename P::Lane>* block_sum,
-                                 typename P::Lane to_log2, bool dropout) {
-  using Lane = typename P::Lane;
-  constexpr int n = kLanes<Lane>;
-  for (int v = range.begin; v < range.end; ++v) {
-    const Vec<Lane> m = row_max[v];
-    Vec<Lane> sum = {};
-    const int64_t offset = k * kBlockQ + v * n;
-    Vec<Lane> weight[kTileKeys];
+  if (__builtin_expect(any_positive<Lane>(excess), 0)) {
+    // Through memory, or the call would spill the accumulators of every tile.
+    alignas(kVectorBytes) Lane scores[kTileKeys * kColumns * n];
+    Vec<Lane> maxima[kColumns];
+    FA_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      maxima[c] = softmax.reference[v + c];
+      FA_UNROLL
+      for (int r = 0; r < kTileKeys; ++r) {
+        maxima[c] = max<Lane>(acc[r][c], maxima[c]);
+        store<Lane>(scores + (r * kColumns + c) * n, acc[r][c]);
+      }
+    }
+    softmax.raise(maxima, v, kColumns, s.weights, k / P::kPerLane);
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
-      weight[r] = exp2<Lane, P::kCoarseExp>((load<Lane>(s.scores + offset + r * kBlockQ) - m) * to_log2);
+      FA_UNROLL
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = load<Lane>(scores + (r * kColumns + c) * n);
     }
+  }
+
+  FA_UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    const int64_t offset = k * kBlockQ + (v + c) * n;
     const auto dropped = [&](int r) {
-      if (!dropout) return weight[r];
-      return keep_where<Lane>(*reinterpret_cast<const IntVec<Lane>*>(s.key.keep + offset + r * kBlockQ), weight[r]);
+      if (kPlain || !dropout) return acc[r][c];
+      return keep_where<Lane>(*reinterpret_cast<const IntVec<Lane>*>(s.key.keep + offset + r * kBlockQ), acc[r][c]);
     };
+    Vec<Lane> sum = {};
     if constexpr (P::kPerLane == 1) {
       FA_UNROLL
       for (int r = 0; r < kTileKeys; ++r) {
-        sum += weight[r];
+        acc[r][c] = exp2<Lane, P::kCoarseExp>((acc[r][c] - softmax.reference[v + c]) * softmax.to_log2);
+        sum += acc[r][c];
         store<Lane>(s.weights + offset + r * kBlockQ, dropped(r));
       }
     } else {
 #if defined(__AVX512BF16__)
+      // Plain scores are products, far from overflow: one multiply-add makes exponents of them. The rounding of the offset
+      // is the same for all keys but those of partial tiles, and smaller than that of the scores.
+      const Vec<Lane> exponent_offset = softmax.reference[v + c] * softmax.to_log2;
+      FA_UNROLL
+      for (int r = 0; r < kTileKeys; ++r) {
+        acc[r][c] = exp2_to_round(kPlain ? acc[r][c] * softmax.to_log2 - exponent_offset
+                                         : (acc[r][c] - softmax.reference[v + c]) * softmax.to_log2);
+      }
       FA_UNROLL
       for (int r = 0; r < kTileKeys; r += 2) {
         // The sum is taken of what is multiplied: otherwise rows that one key dominates lose twice the accuracy.
-        Vec<Lane> pairs = round_to_pairs(weight[r], weight[r + 1]);
+        Vec<Lane> pairs = round_to_pairs(acc[r][c], acc[r + 1][c]);
         sum = add_pairs(sum, pairs);
-        if (dropout) pairs = round_to_pairs(dropped(r), dropped(r + 1));
-        store<Lane>(s.weights + (k + r) / 2 * kBlockQ + v * n, pairs);
+        if (!kPlain && dropout) pairs = round_to_pairs(dropped(r), dropped(r + 1));
+        store<Lane>(s.weights + (k + r) / 2 * kBlockQ + (v + c) * n, pairs);
       }
 #endif
     }
-    block_sum[v] += sum;
+    softmax.block_sum[v + c] += sum;
   }
 }
 
@@ -103,58 +118,45 @@ FA_INLINE void exponentiate_tile(const ForwardScratch<P>& s, int k, VectorRange 
 template <class P>
 FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
                               int nq, const typename P::Lane* acc, typename P::Lane to_logits,
-                              const Vec<typename P::Lane>* row_max, const Vec<typename P::Lane>* row_sum) {
+                              const RunningSoftmax<P>& softmax) {
   using Lane = typename P::Lane;
   using Storage = typename P::Storage;
   constexpr int n = kLanes<Lane>;
-  const int value_dim = static_cast<int>(p.value_dim);
-  Storage* out = row_of<Storage>(p.out, b, h, seq.q_offset + q_begin);
-  Lane* lse = p.lse.data != nullptr ? row_of<Lane>(p.lse, b, h, seq.q_offset + q_begin) : nullptr;
+  const int64_t row = seq.q_offset + q_begin;
+  Lane* lse = p.lse.data != nullptr ? row_of<Lane>(p.lse, b, h, row) : nullptr;
   const Lane kept_scale = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
+  Vec<Lane> factors[kBlockVectors<Lane>];
 
   for (int q = 0; q < nq; q += n) {
     const int v = q / n;
-    // A row that sees no key has row_sum 0: its output is 0, its lse -inf, and not even a sink changes that.
-    const IntVec<Lane> empty = row_sum[v] == 0;
-    Vec<Lane> total = row_sum[v];
-    Vec<Lane> reference = row_max[v] * to_logits;
+    Vec<Lane> total = softmax.row_sum[v];
+    Vec<Lane> reference = softmax.reference[v] * to_logits;
     Vec<Lane> factor = broadcast<Lane>(kept_scale);
     if (p.sinks.data != nullptr) {
       // The sink joins the denominator alone, so it can join at the end.
       const Vec<Lane> sink = broadcast<Lane>(*row_of<const Lane>(p.sinks, 0, h, 0));
-      const Vec<Lane> keys_max = reference;
-      reference = max<Lane>(sink, keys_max);
-      const Vec<Lane> shift = exp2<Lane>((keys_max - reference) * Lane(kLog2E));
+      const Vec<Lane> keys_reference = reference;
+      reference = max<Lane>(sink, keys_reference);
+      const Vec<Lane> shift = exp2<Lane>((keys_reference - reference) * Lane(kLog2E));
       total = total * shift + exp2<Lane>((sink - reference) * Lane(kLog2E));
       factor = factor * shift;
     }
-    factor = factor / total;
-    for (int d = 0; d < value_dim; d += n) {
-      Vec<Lane> block[n];
-      FA_UNROLL
-      for (int i = 0; i < n; ++i) {
-        block[i] = select<Lane>(empty, Vec<Lane>{}, load<Lane>(acc + (d + i) * kBlockQ + q) * factor);
-      }
-      transpose<Lane>(block);
-      const int columns = value_dim - d;
-      if (q + n <= nq && columns >= n) {
-        FA_UNROLL
-        for (int i = 0; i < n; ++i) store_as<Lane>(out + (q + i) * p.out.stride_row + d, block[i]);
-      } else {
-        FA_UNROLL
-        for (int i = 0; i < n; ++i) {
-          if (q + i < nq) store_as<Lane>(out + (q + i) * p.out.stride_row + d, block[i], columns);
-        }
-      }
-    }
+    factors[v] = factor / total;
     if (lse != nullptr) {
       const Lane none = -FloatTraits<Lane>::kInfinity;
       for (int i = 0; i < n && q + i < nq; ++i) {
         const Lane value = reference[i] + natural_log(total[i]);
-        lse[(q + i) * p.lse.stride_row] = empty[i] != 0 ? none : value;
+        lse[(q + i) * p.lse.stride_row] = softmax.row_sum[v][i] == 0 ? none : value;
       }
     }
   }
+  // A row that sees no key has row_sum 0: its output is 0, its lse -inf, and not even a sink changes that.
+  const auto column = [&](int d, int q) {
+    const Vec<Lane> x = load<Lane>(acc + d * kBlockQ + q) * factors[q / n];
+    return select<Lane>(softmax.row_sum[q / n] == 0, Vec<Lane>{}, x);
+  };
+  unpack_columns<P>(column, nq, static_cast<int>(p.value_dim), false, row_of<Storage>(p.out, b, h, row),
+                    p.out.stride_row);
 }
 
 template <class P>
@@ -175,13 +177,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename P::Lane
                            static_cast<int>(p.head_dim), s.query);
   ScoreInputs<P> in = score_inputs<P>(p, relative, h, q_begin);
   in.query = s.query;
-  const Lane to_log2 = static_cast<Lane>((in.raw ? p.scale : 1.0) * kLog2E);
-
-  Vec<Lane> row_max[kBlockVectors<Lane>], row_sum[kBlockVectors<Lane>];
-  for (int v = 0; v < vectors; ++v) {
-    row_max[v] = broadcast<Lane>(FloatTraits<Lane>::kLowest);  // finite: -inf minus it is -inf, never NaN
-    row_sum[v] = Vec<Lane>{};
-  }
+  RunningSoftmax<P> softmax(static_cast<Lane>((in.raw ? p.scale : 1.0) * kLog2E));
   memset(s.acc, 0, round_up(value_dim, kLanes<Lane>) * kBlockQ * sizeof(Lane));
 
   KeyBlock& keys = *s.key.keys;
@@ -191,8 +187,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename P::Lane
     find_summed_rows<P>(values, p.value.stride_row, keys, value_dim, s.value_lanes, s.value_rows);
 
     const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
-    Vec<Lane> new_max[kBlockVectors<Lane>], block_sum[kBlockVectors<Lane>], alpha[kBlockVectors<Lane>];
-    for (int v = 0; v < vectors; ++v) new_max[v] = row_max[v];
+    softmax.begin_block();
     for (int t = 0; t < tiles; ++t) {
       bool partial;
       const VectorRange range = tile_range<Lane>(keys, t * kTileKeys, stream.valid(), vectors, partial);
@@ -202,26 +197,18 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename P::Lane
         if (part.begin >= part.end) continue;
         with_columns(part.end - part.begin, [&](auto columns) {
           constexpr int kColumns = decltype(columns)::value;
-          if (partial || !in.raw) {
-            forward_tile<P, kColumns, false>(in, t * kTileKeys, part.begin, partial, s.scores, new_max);
+          if (partial || !in.raw || p.has_dropout) {
+            forward_tile<P, kColumns, false>(in, t * kTileKeys, part.begin, partial, p.has_dropout, s, softmax);
           } else {
-            forward_tile<P, kColumns, true>(in, t * kTileKeys, part.begin, false, s.scores, new_max);
+            forward_tile<P, kColumns, true>(in, t * kTileKeys, part.begin, false, false, s, softmax);
           }
         });
       }
     }
-    for (int v = 0; v < vectors; ++v) {
-      alpha[v] = exp2<Lane>((row_max[v] - new_max[v]) * to_log2);
-      row_max[v] = new_max[v];
-      block_sum[v] = Vec<Lane>{};
-    }
-    for (int t = 0; t < tiles; ++t) {
-      exponentiate_tile<P>(s, t * kTileKeys, s.key.ranges[t], row_max, block_sum, to_log2, p.has_dropout);
-    }
-    for (int v = 0; v < vectors; ++v) row_sum[v] = row_sum[v] * alpha[v] + block_sum[v];
-    outer_block<P>(s.value_rows, value_dim, s.weights, alpha, s.key.ranges, tiles, keys.count, vectors, s.acc);
+    softmax.end_block();
+    outer_block<P>(s.value_rows, value_dim, s.weights, softmax.alpha, s.key.ranges, tiles, keys.count, vectors, s.acc);
   }
-  write_output<P>(p, seq, b, h, q_begin, nq, s.acc, in.to_logits(), row_max, row_sum);
+  write_output<P>(p, seq, b, h, q_begin, nq, s.acc, in.to_logits(), softmax);
 }
 
 template <class P>

@@ -45,10 +45,14 @@ FA_INLINE Vec<float> widen(HalfVec h, Float16*) {
 }
 
 FA_INLINE HalfVec narrow(Vec<float> v, BFloat16*) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<HalfVec>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));  // and denormals to zero
+#else
   const WordVec w = reinterpret_cast<WordVec>(v);
   const WordVec rounded = w + 0x7fffu + ((w >> 16) & 1u);  // to nearest, ties to even
   const WordVec is_nan = reinterpret_cast<WordVec>(v != v);
   return __builtin_convertvector(((is_nan & (w | 0x00400000u)) | (~is_nan & rounded)) >> 16, HalfVec);
+#endif
 }
 
 FA_INLINE HalfVec narrow(Vec<float> v, Float16*) {
@@ -227,9 +231,12 @@ FA_INLINE Vec<float> add_pairs(Vec<float> sum, Vec<float> pairs) {
                                                        reinterpret_cast<__m512bh>(ones)));
 }
 
-FA_INLINE void store_bfloat16(uint16_t* p, Vec<float> v) {
-  const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
-  memcpy(p, &halves, sizeof(halves));
+// The pairs with both numbers multiplied by the lane's factor.
+FA_INLINE Vec<float> scale_pairs(Vec<float> pairs, Vec<float> factor) {
+  const IntVec<float> bits = reinterpret_cast<IntVec<float>>(pairs);
+  const Vec<float> low = reinterpret_cast<Vec<float>>(bits << 16);
+  const Vec<float> high = reinterpret_cast<Vec<float>>(bits & ~0xffff);
+  return round_to_pairs(low * factor, high * factor);
 }
 #endif
 
@@ -250,6 +257,24 @@ FA_INLINE Vec<typename P::Lane> load_lanes(const typename P::Storage* row, int f
     return v;
   } else {
     return load_as<Lane>(row + first, dim - first);
+  }
+}
+
+// Stores what load_lanes loads; elements from `dim` on are left alone.
+template <class P>
+FA_INLINE void store_lanes(typename P::Storage* row, int first, int dim, Vec<typename P::Lane> v) {
+  using Lane = typename P::Lane;
+  if constexpr (P::kPerLane == 2) {
+    const int elements = dim - 2 * first;
+    if (elements >= 2 * kLanes<Lane>) {
+      memcpy(row + 2 * first, &v, sizeof(v));
+    } else {
+#if defined(__AVX512BF16__)
+      _mm512_mask_storeu_epi16(row + 2 * first, (__mmask32{1} << elements) - 1, reinterpret_cast<__m512i>(v));
+#endif
+    }
+  } else {
+    store_as<Lane>(row + first, v, dim - first);
   }
 }
 
@@ -278,6 +303,42 @@ FA_NOINLINE void pack_columns(const typename P::Storage* rows, int64_t stride_ro
       FA_UNROLL
       for (int i = 0; i < n; ++i) {
         if (d + i < depth) store<Lane>(target + i * kBlock, block[i]);
+      }
+    }
+  }
+}
+
+// Transposes back: writes `count` rows of `dim` elements, or adds to them (lanes of single elements only). column(d, q) are
+// elements d of the rows from q on, for any d below dim rounded up to a vector. Elements that share a lane are rounded and
+// paired first: that leaves half as much to transpose.
+template <class P, class Column>
+FA_INLINE void unpack_columns(const Column& column, int count, int dim, bool add, typename P::Storage* rows,
+                              int64_t stride_row) {
+  using Lane = typename P::Lane;
+  constexpr int n = kLanes<Lane>;
+  for (int q = 0; q < count; q += n) {
+    for (int d = 0; d < P::lanes_for(dim); d += n) {
+      Vec<Lane> block[n];
+      FA_UNROLL
+      for (int i = 0; i < n; ++i) {
+        if constexpr (P::kPerLane == 1) {
+          block[i] = column(d + i, q);
+        } else {
+#if defined(__AVX512BF16__)
+          const int first = 2 * (d + i);
+          block[i] = first < dim ? round_to_pairs(column(first, q), column(first + 1, q)) : Vec<Lane>{};
+#endif
+        }
+      }
+      transpose<Lane>(block);
+      FA_UNROLL
+      for (int i = 0; i < n; ++i) {
+        if (q + i >= count) continue;
+        typename P::Storage* row = rows + (q + i) * stride_row;
+        if constexpr (P::kPerLane == 1) {
+          if (add) block[i] += load_lanes<P>(row, d, dim);
+        }
+        store_lanes<P>(row, d, dim, block[i]);
       }
     }
   }

@@ -18,7 +18,7 @@ constexpr int kTileKeys = kVectorRegisters == 32 ? 4 : 6;
 constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
 
 // Live keys of a block, a multiple of kTileKeys and of the lanes. The speed is flat from 32 to 256.
-constexpr int kBlockK = kTileKeys == 4 ? 64 : 72;
+constexpr int kBlockK = kTileKeys == 4 ? 128 : 72;
 
 template <class T>
 constexpr int kBlockVectors = kBlockQ / kLanes<T>;

@@ -131,6 +131,26 @@ FA_INLINE IntVec<T> lanes_of_bits(uint64_t word, int first) {
   return (broadcast_int<T>(static_cast<LaneInt<T>>(word >> first)) & bit) != 0;
 }
 
+// Whether a lane is above zero; a NaN is not.
+template <class T>
+FA_INLINE bool any_positive(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), _mm512_setzero_ps(), _CMP_GT_OQ) != 0;
+  } else {
+    return _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(v), _mm512_setzero_pd(), _CMP_GT_OQ) != 0;
+  }
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(v > 0)) != 0;
+#else
+  const IntVec<T> above = v > 0;
+  LaneInt<T> any = 0;
+  FA_UNROLL
+  for (int i = 0; i < kLanes<T>; ++i) any |= above[i];
+  return any != 0;
+#endif
+}
+
 // One round of the transpose network: exchanges the blocks of kStep lanes of rows i and i + kStep.
 template <class T, int kStep, int... kLane>
 FA_INLINE void exchange_blocks(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kLane...>) {
