@@ -127,9 +127,8 @@ struct BackwardScratch {
 
   KeyScratch<P> key;
   const char** value_rows;
-  const char** summed_key_rows;
   Lane* value_lanes;
-  Lane* summed_key_lanes;
+  SummedRows<P> summed_key;
   Lane* query;         // columns [head lanes][kBlockQ]
   Lane* dout;          // columns [value lanes][kBlockQ]
   Lane* query_rows;    // [query (pair)][head_dim, padded]; unused where memory already holds such rows
@@ -156,9 +155,10 @@ struct BackwardScratch {
     const bool pairs = P::kPerLane == 2;
     key.layout(arena, p);
     value_rows = arena.take<const char*>(rows);
-    summed_key_rows = pairs ? arena.take<const char*>(rows) : key.key_rows;
     value_lanes = arena.take<Lane>(P::kConverts || value_dim % P::kPerLane != 0 ? rows * value_row : 0);
-    summed_key_lanes = arena.take<Lane>(pairs ? rows * head_row : 0);
+    if (pairs) {
+      summed_key.layout(arena, p, head_dim, static_cast<double>(p.seqlen_q) / kBlockQ);
+    }
     query = arena.take<Lane>(round_up(P::lanes_for(head_dim), n) * kBlockQ);
     dout = arena.take<Lane>(round_up(P::lanes_for(value_dim), n) * kBlockQ);
     query_rows = arena.take<Lane>(kBlockQ * head_row);
@@ -279,7 +279,16 @@ FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool part
     const Vec<Lane> correction = load<Lane>(rows.correction + (v + c) * n);
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
-      Vec<Lane> x = exp2<Lane, P::kCoarseExp>((acc[r][c] * to_logits - lse) * Lane(kLog2E) + correction);
+      Vec<Lane> x;
+#if defined(__AVX512BF16__)
+      if constexpr (P::kPerLane == 2) {
+        x = exp2_to_round(kPlain ? acc[r][c] * (to_logits * Lane(kLog2E)) - (lse * Lane(kLog2E) - correction)
+                                 : (acc[r][c] * to_logits - lse) * Lane(kLog2E) + correction);
+      }
+#endif
+      if constexpr (P::kPerLane == 1) {
+        x = exp2<Lane, P::kCoarseExp>((acc[r][c] * to_logits - lse) * Lane(kLog2E) + correction);
+      }
       // Where the lse is NaN, a hidden key must still get none of it.
       if (!kPlain) x = select<Lane>(acc[r][c] == -FloatTraits<Lane>::kInfinity, Vec<Lane>{}, x);
       store<Lane>(probabilities + (r * kColumns + c) * n, x);
@@ -626,7 +635,7 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
       prepare_keys<P>(p, seq, b, h, q_begin, nq, s.key, in);
       find_rows<P>(values_base, p.value.stride_row, keys, value_dim, s.value_lanes, s.value_rows);
       if (P::kPerLane == 2 && wants_dquery) {
-        find_summed_rows<P>(keys_base, p.key.stride_row, keys, head_dim, s.summed_key_lanes, s.summed_key_rows);
+        s.summed_key.find(keys_base, p.key.stride_row, keys, head_dim);
       }
       const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
       for (int t = 0; t < tiles; ++t) {
@@ -660,7 +669,7 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
         }
       }
       if (wants_dquery) {
-        outer_block<P>(s.summed_key_rows, head_dim, s.dscore_pairs, ones, s.key.ranges, tiles, keys.count, vectors,
+        outer_block<P>(P::kPerLane == 2 ? s.summed_key.rows : s.key.key_rows, head_dim, s.dscore_pairs, ones, s.key.ranges, tiles, keys.count, vectors,
                        s.dquery);
       }
       if (s.dbias != nullptr) clear_beyond<Lane>(s.dbias, keys.count, nq);
@@ -860,6 +869,11 @@ void backward_with_policy(const AttentionParams& p) {
   const LiveKeys* live = make_live_keys(p, live_memory.data());
   const RelativeBias<Lane> relative = make_relative_bias<Lane>(p, relative_memory.data());
 
+  for (int thread = 0; thread < threads && P::kPerLane == 2; ++thread) {
+    Arena arena(memory.data() + measure.used() * thread);
+    scratch.layout(arena, p, plan);
+    scratch.summed_key.keep_nothing();
+  }
   const auto with_scratch = [&](int thread, const auto& body) {
     Arena arena(memory.data() + measure.used() * thread);
     BackwardScratch<P> own;

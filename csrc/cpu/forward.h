@@ -17,8 +17,7 @@ struct ForwardScratch {
   using Lane = typename P::Lane;
 
   KeyScratch<P> key;
-  const char** value_rows;
-  Lane* value_lanes;
+  SummedRows<P> value;
   Lane* query;    // [head lanes][kBlockQ]
   Lane* weights;  // P [key (pair) of the block][kBlockQ]
   Lane* acc;      // O^T [value_dim, padded to a vector][kBlockQ]
@@ -27,8 +26,9 @@ struct ForwardScratch {
     const int head_dim = static_cast<int>(p.head_dim);
     const int64_t value_row = round_up(p.value_dim, kLanes<Lane>);
     key.layout(arena, p);
-    value_rows = arena.take<const char*>(KeyScratch<P>::kRows);
-    value_lanes = arena.take<Lane>(P::kConverts || P::kPerLane == 2 ? KeyScratch<P>::kRows * value_row : 0);
+    const int64_t group = p.num_heads / p.num_kv_heads;
+    value.layout(arena, p, static_cast<int>(p.value_dim),
+                 static_cast<double>(group * p.seqlen_q) / (kBlockQ * p.num_threads));
     query = arena.take<Lane>(round_up(P::lanes_for(head_dim), kLanes<Lane>) * kBlockQ);
     weights = arena.take<Lane>(KeyScratch<P>::kRows * kBlockQ / P::kPerLane);
     acc = arena.take<Lane>(value_row * kBlockQ);
@@ -184,7 +184,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename P::Lane
   KeyStream stream(p, seq, live, b, h, q_begin, nq, 0, seq.seqlen_k);
   while (stream.next(keys)) {
     prepare_keys<P>(p, seq, b, h, q_begin, nq, s.key, in);
-    find_summed_rows<P>(values, p.value.stride_row, keys, value_dim, s.value_lanes, s.value_rows);
+    s.value.find(values, p.value.stride_row, keys, value_dim);
 
     const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
     softmax.begin_block();
@@ -206,7 +206,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename P::Lane
       }
     }
     softmax.end_block();
-    outer_block<P>(s.value_rows, value_dim, s.weights, softmax.alpha, s.key.ranges, tiles, keys.count, vectors, s.acc);
+    outer_block<P>(s.value.rows, value_dim, s.weights, softmax.alpha, s.key.ranges, tiles, keys.count, vectors, s.acc);
   }
   write_output<P>(p, seq, b, h, q_begin, nq, s.acc, in.to_logits(), softmax);
 }
@@ -227,6 +227,12 @@ void forward_by_query_blocks(const AttentionParams& p) {
   ForwardScratch<P> scratch;
   scratch.layout(measure, p);
   const Buffer memory(measure.used() * threads);
+
+  for (int thread = 0; thread < threads; ++thread) {
+    Arena arena(memory.data() + measure.used() * thread);
+    scratch.layout(arena, p);
+    scratch.value.keep_nothing();
+  }
 
   const LiveKeys* live = make_live_keys(p, live_memory.data());
   const RelativeBias<Lane> relative = make_relative_bias<Lane>(p, relative_memory.data());

@@ -166,24 +166,62 @@ FA_NOINLINE void find_rows(const typename P::Storage* base, int64_t stride_row, 
   for (int k = keys.count; k < keys.count + kTileKeys; ++k) rows[k] = rows[keys.count - 1];
 }
 
-// Rows for a sum over keys: as find_rows, or pairs of neighbouring keys interleaved when lanes hold pairs.
+// Rows of one head for sums over its keys: as find_rows finds them, or pairs of neighbouring keys interleaved when lanes
+// hold pairs. A thread keeps such pairs while it stays with a head, all of whose blocks of queries sum over the same keys.
 template <class P>
-FA_NOINLINE void find_summed_rows(const typename P::Storage* base, int64_t stride_row, const KeyBlock& keys, int dim,
-                                  typename P::Lane* scratch, const char** rows) {
-  if constexpr (P::kPerLane == 1) {
-    find_rows<P>(base, stride_row, keys, dim, scratch, rows);
-  } else {
-#if defined(__AVX512BF16__)
-    const int64_t row = round_up(dim, kLanes<float>);
-    const auto source = [&](int k) { return reinterpret_cast<const uint16_t*>(base + keys.index[k] * stride_row); };
-    for (int k = 0; k < keys.count; k += 2) {
-      float* pairs = scratch + k / 2 * row;
-      interleave_rows(source(k), k + 1 < keys.count ? source(k + 1) : nullptr, dim, pairs);
-      rows[k / 2] = reinterpret_cast<const char*>(pairs);
-    }
-#endif
+struct SummedRows {
+  using Lane = typename P::Lane;
+  using Storage = typename P::Storage;
+
+  static constexpr int64_t kMostKeptBytes = int64_t{1} << 20;  // what a second-level cache holds
+
+  const char** rows;  // of the block's keys (pairs)
+  Lane* block;        // the block's rows, if memory does not hold them and they are not kept
+  Lane* kept;         // [pair of keys 2 i, 2 i + 1][dim, padded]
+  uint8_t* is_kept;   // [pair]; null: nothing is kept
+  const Storage** kept_of;
+  int64_t pairs;
+
+  // `visits`: how many blocks of queries a thread sums for, on average, before it goes on to another head.
+  void layout(Arena& arena, const AttentionParams& p, int dim, double visits) {
+    const int64_t row = round_up(dim, kLanes<Lane>);
+    pairs = P::kPerLane == 2 && visits > 1 ? (p.seqlen_k + 1) / 2 : 0;
+    if (pairs * row * static_cast<int64_t>(sizeof(Lane)) > kMostKeptBytes) pairs = 0;
+    rows = arena.take<const char*>(kBlockK + kTileKeys);
+    block = arena.take<Lane>(P::kConverts || P::kPerLane == 2 ? (kBlockK + kTileKeys) * row : 0);
+    kept = arena.take<Lane>(pairs * row);
+    is_kept = arena.take<uint8_t>(pairs);
+    kept_of = arena.take<const Storage*>(1);
   }
-}
+
+  // To be called once for the memory that is laid out.
+  void keep_nothing() const { *kept_of = nullptr; }
+
+  FA_NOINLINE void find(const Storage* base, int64_t stride_row, const KeyBlock& keys, int dim) const {
+    if constexpr (P::kPerLane == 1) {
+      find_rows<P>(base, stride_row, keys, dim, block, rows);
+    } else {
+#if defined(__AVX512BF16__)
+      const int64_t row = round_up(dim, kLanes<Lane>);
+      const auto source = [&](int k) { return reinterpret_cast<const uint16_t*>(base + keys.index[k] * stride_row); };
+      const bool keeps = pairs > 0 && keys.contiguous && keys.index[0] % 2 == 0 && keys.count % 2 == 0;
+      if (keeps && *kept_of != base) {
+        memset(is_kept, 0, pairs);
+        *kept_of = base;
+      }
+      for (int k = 0; k < keys.count; k += 2) {
+        const int64_t pair = keys.index[k] / 2;
+        Lane* target = keeps ? kept + pair * row : block + k / 2 * row;
+        if (!keeps || is_kept[pair] == 0) {
+          interleave_rows(source(k), k + 1 < keys.count ? source(k + 1) : nullptr, dim, target);
+        }
+        if (keeps) is_kept[pair] = 1;
+        rows[k / 2] = reinterpret_cast<const char*>(target);
+      }
+#endif
+    }
+  }
+};
 
 // Fills tile[key of the block][kBlockQ] with the bias, zero for queries that do not exist.
 template <class Lane, class Storage>
