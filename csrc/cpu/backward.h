@@ -15,6 +15,7 @@
 #pragma once
 #include "forward.h"
 #include "kernels.h"
+#include "parallel.h"
 #include "scores.h"
 
 namespace fused_attn::cpu {
@@ -896,12 +897,13 @@ void backward_with_policy(const AttentionParams& p) {
       }
     });
   });
-  // Early chunks of a causal problem hold the most work: they go first.
+  // Early chunks of a causal problem hold the most work.
+  const Items order = plan.chunks > 1 ? Items::kInOrder : Items::kShared;
   parallel_for(threads, items, [&](int64_t index, int thread) {
     with_scratch(thread, [&](const BackwardScratch<P>& own) {
       backward_item<P>({p, plan, relative, live, statistics, partials, own, index / plan.groups}, index % plan.groups);
     });
-  });
+  }, order);
 
   if (plan.chunks > 1 && p.dquery.data != nullptr) {
     parallel_for(threads, heads, [&](int64_t index, int) {

@@ -8,6 +8,7 @@
 // pass; how many there are depends on the shapes alone, so results do not depend on the number of threads.
 #pragma once
 #include "forward.h"
+#include "parallel.h"
 
 namespace fused_attn::cpu {
 namespace {

@@ -6,6 +6,7 @@
 //   out              = transpose(O^T) / row_sum
 #pragma once
 #include "kernels.h"
+#include "parallel.h"
 #include "scores.h"
 #include "softmax.h"
 

@@ -1,14 +1,10 @@
-// Scratch memory and the parallel loop.
+// Scratch memory.
 #pragma once
 #include <stdlib.h>
 
 #include <new>
 
 #include "vec.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace fused_attn::cpu {
 namespace {
@@ -65,33 +61,6 @@ class Buffer {
   void* raw_ = nullptr;
   char* data_ = nullptr;
 };
-
-// Below this a parallel region costs more than it gives (break-even measured between 16 and 130 kflop).
-constexpr double kSerialFlops = 130e3;
-
-FA_INLINE int choose_threads(int requested, int64_t items, double flops) {
-#if defined(_OPENMP)
-  if (flops < kSerialFlops || requested < 1) return 1;
-  return items < requested ? (items < 1 ? 1 : static_cast<int>(items)) : requested;
-#else
-  (void)requested, (void)items, (void)flops;
-  return 1;
-#endif
-}
-
-// body(item, thread) for every item, in any order, on at most `threads` threads. The body must not throw.
-template <class Body>
-void parallel_for(int threads, int64_t items, const Body& body) {
-#if defined(_OPENMP)
-  if (threads > 1) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t item = 0; item < items; ++item) body(item, omp_get_thread_num());
-    return;
-  }
-#endif
-  (void)threads;
-  for (int64_t item = 0; item < items; ++item) body(item, 0);
-}
 
 }  // namespace
 }  // namespace fused_attn::cpu

@@ -2,6 +2,7 @@
 // operator of torch is most of the time.
 #pragma once
 #include "decode.h"
+#include "parallel.h"
 
 namespace fused_attn::cpu {
 namespace {
