@@ -620,7 +620,7 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
   if (!has_keys && !is_first) return;
 
   const bool wants_dquery = p.dquery.data != nullptr;
-  if (wants_dquery) memset(s.dquery, 0, round_up(head_dim, kLanes<Lane>) * kBlockQ * sizeof(Lane));
+  if (wants_dquery) clear_columns<Lane>(s.dquery, head_dim, vectors);
 
   if (has_keys) {
     pack_columns<P, kBlockQ>(query, p.query.stride_row, nq, head_dim, s.query);
@@ -670,8 +670,8 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
         }
       }
       if (wants_dquery) {
-        outer_block<P>(P::kPerLane == 2 ? s.summed_key.rows : s.key.key_rows, head_dim, s.dscore_pairs, ones, s.key.ranges, tiles, keys.count, vectors,
-                       s.dquery);
+        outer_block<P>(P::kPerLane == 2 ? s.summed_key.rows : s.key.key_rows, head_dim, s.dscore_pairs, ones,
+                       s.key.ranges, tiles, keys.count, vectors, s.dquery);
       }
       if (s.dbias != nullptr) clear_beyond<Lane>(s.dbias, keys.count, nq);
       if (p.dbias.data != nullptr) accumulate_dbias<Lane>(p.dbias, b, h, q_begin, nq, keys, s.dbias);
@@ -686,8 +686,8 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
   const Lane scale = static_cast<Lane>(p.scale);
   const Rows<Lane> sums = dquery_lanes(item, seq, b, h);
   if (sums.data != nullptr) {
-    write_transposed<Policy<Lane, Lane, 1>>(s.dquery, nq, head_dim, scale, !is_first,
-                                            sums.data + q_begin * sums.stride, sums.stride);
+    write_transposed<Policy<Lane, Lane, 1>>(s.dquery, nq, head_dim, scale, !is_first, sums.data + q_begin * sums.stride,
+                                            sums.stride);
   } else {
     write_transposed<P>(s.dquery, nq, head_dim, scale, false, row_of<Storage>(p.dquery, b, h, row),
                         p.dquery.stride_row);
@@ -862,48 +862,32 @@ void backward_with_policy(const AttentionParams& p) {
   const int64_t rows = plan.is_single_pass ? 0 : p.batch * p.num_heads * RowStatistics<Lane>::rows_of_head(p);
   RowStatistics<Lane> statistics;
   const Buffer statistics_memory([&](Arena& arena) { statistics.layout(arena, rows); });
-  Arena measure(nullptr);
-  BackwardScratch<P> scratch;
-  scratch.layout(measure, p, plan);
-  const Buffer memory(measure.used() * threads);
+  const std::unique_ptr<BackwardScratch<P>[]> scratch(new BackwardScratch<P>[threads]);
+  const Buffer memory([&](Arena& arena) {
+    for (int thread = 0; thread < threads; ++thread) scratch[thread].layout(arena, p, plan);
+  });
 
   const LiveKeys* live = make_live_keys(p, live_memory.data());
   const RelativeBias<Lane> relative = make_relative_bias<Lane>(p, relative_memory.data());
 
-  for (int thread = 0; thread < threads && P::kPerLane == 2; ++thread) {
-    Arena arena(memory.data() + measure.used() * thread);
-    scratch.layout(arena, p, plan);
-    scratch.summed_key.keep_nothing();
-  }
-  const auto with_scratch = [&](int thread, const auto& body) {
-    Arena arena(memory.data() + measure.used() * thread);
-    BackwardScratch<P> own;
-    own.layout(arena, p, plan);
-    body(own);
-  };
   const int64_t heads = p.batch * p.num_heads;
-  constexpr int64_t kMeasuredRows = 8 * kBlockQ;  // by an item: the scratch is laid out, and cleared, for each
-  const int64_t parts = (p.seqlen_q + kMeasuredRows - 1) / kMeasuredRows;
-  parallel_for(threads, plan.is_single_pass ? 0 : heads * parts, [&](int64_t index, int thread) {
-    const int64_t b = index / parts / p.num_heads;
-    const int64_t h = index / parts % p.num_heads;
-    const int64_t begin = index % parts * kMeasuredRows;
+  const int64_t blocks = (p.seqlen_q + kBlockQ - 1) / kBlockQ;
+  parallel_for(threads, plan.is_single_pass ? 0 : heads * blocks, [&](int64_t index, int thread) {
+    const int64_t b = index / blocks / p.num_heads;
+    const int64_t h = index / blocks % p.num_heads;
+    const int64_t q_begin = index % blocks * kBlockQ;
     const Sequence seq = sequence_of(p, b);
-    const int64_t end = begin + kMeasuredRows < seq.seqlen_q ? begin + kMeasuredRows : seq.seqlen_q;
-    with_scratch(thread, [&](const BackwardScratch<P>& own) {
-      for (int64_t q_begin = begin; q_begin < end; q_begin += kBlockQ) {
-        const int nq = end - q_begin < kBlockQ ? static_cast<int>(end - q_begin) : kBlockQ;
-        measure_rows<P>(p, seq, relative, live, b, h, q_begin, nq, own, statistics.at(p, b, h, q_begin));
-      }
-    });
+    if (q_begin >= seq.seqlen_q) return;
+    const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
+    measure_rows<P>(p, seq, relative, live, b, h, q_begin, nq, scratch[thread], statistics.at(p, b, h, q_begin));
   });
   // Early chunks of a causal problem hold the most work.
   const Items order = plan.chunks > 1 ? Items::kInOrder : Items::kShared;
-  parallel_for(threads, items, [&](int64_t index, int thread) {
-    with_scratch(thread, [&](const BackwardScratch<P>& own) {
-      backward_item<P>({p, plan, relative, live, statistics, partials, own, index / plan.groups}, index % plan.groups);
-    });
-  }, order);
+  const auto backward_of = [&](int64_t index, int thread) {
+    const int64_t chunk = index / plan.groups;
+    backward_item<P>({p, plan, relative, live, statistics, partials, scratch[thread], chunk}, index % plan.groups);
+  };
+  parallel_for(threads, items, backward_of, order);
 
   if (plan.chunks > 1 && p.dquery.data != nullptr) {
     parallel_for(threads, heads, [&](int64_t index, int) {

@@ -370,17 +370,14 @@ void forward_by_key_parts(const AttentionParams& p) {
   const Buffer live_memory(live_keys_bytes(p));
   DecodePartials<Lane> partials;
   const Buffer partials_memory([&](Arena& arena) { partials.layout(arena, p, plan); });
-  Arena measure(nullptr);
-  DecodeScratch<P> scratch;
-  scratch.layout(measure, p, plan);
-  const Buffer memory(measure.used() * threads);
+  const std::unique_ptr<DecodeScratch<P>[]> scratch(new DecodeScratch<P>[threads]);
+  const Buffer memory([&](Arena& arena) {
+    for (int thread = 0; thread < threads; ++thread) scratch[thread].layout(arena, p, plan);
+  });
   const LiveKeys* live = make_live_keys(p, live_memory.data());
 
   parallel_for(threads, items, [&](int64_t item, int thread) {
-    Arena arena(memory.data() + measure.used() * thread);
-    DecodeScratch<P> own;
-    own.layout(arena, p, plan);
-    decode_item<P>(p, plan, live, item / plan.parts, item % plan.parts, own, partials);
+    decode_item<P>(p, plan, live, item / plan.parts, item % plan.parts, scratch[thread], partials);
   });
   const double merge_flops = 2.0 * static_cast<double>(rows * plan.parts * p.value_dim);
   parallel_for(choose_threads(p.num_threads, rows, merge_flops), p.batch * p.num_heads, [&](int64_t head, int) {

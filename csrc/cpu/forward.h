@@ -5,6 +5,8 @@
 //   O^T[d][query]    = O^T * alpha + V^T[d] . P  (outer_block)
 //   out              = transpose(O^T) / row_sum
 #pragma once
+#include <memory>
+
 #include "kernels.h"
 #include "parallel.h"
 #include "scores.h"
@@ -144,11 +146,9 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
     }
     factors[v] = factor / total;
     if (lse != nullptr) {
-      const Lane none = -FloatTraits<Lane>::kInfinity;
-      for (int i = 0; i < n && q + i < nq; ++i) {
-        const Lane value = reference[i] + natural_log(total[i]);
-        lse[(q + i) * p.lse.stride_row] = softmax.row_sum[v][i] == 0 ? none : value;
-      }
+      const Vec<Lane> none = broadcast<Lane>(-FloatTraits<Lane>::kInfinity);
+      const Vec<Lane> value = select<Lane>(softmax.row_sum[v] == 0, none, reference + log(total));
+      for (int i = 0; i < n && q + i < nq; ++i) lse[(q + i) * p.lse.stride_row] = value[i];
     }
   }
   // A row that sees no key has row_sum 0: its output is 0, its lse -inf, and not even a sink changes that.
@@ -178,8 +178,8 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename P::Lane
                            static_cast<int>(p.head_dim), s.query);
   ScoreInputs<P> in = score_inputs<P>(p, relative, h, q_begin);
   in.query = s.query;
-  RunningSoftmax<P> softmax(static_cast<Lane>((in.raw ? p.scale : 1.0) * kLog2E));
-  memset(s.acc, 0, round_up(value_dim, kLanes<Lane>) * kBlockQ * sizeof(Lane));
+  RunningSoftmax<P> softmax(static_cast<Lane>((in.raw ? p.scale : 1.0) * kLog2E), vectors);
+  clear_columns<Lane>(s.acc, value_dim, vectors);
 
   KeyBlock& keys = *s.key.keys;
   KeyStream stream(p, seq, live, b, h, q_begin, nq, 0, seq.seqlen_k);
@@ -224,29 +224,19 @@ void forward_by_query_blocks(const AttentionParams& p) {
 
   const Buffer live_memory(live_keys_bytes(p));
   const Buffer relative_memory(relative_bias_bytes<Lane>(p));
-  Arena measure(nullptr);
-  ForwardScratch<P> scratch;
-  scratch.layout(measure, p);
-  const Buffer memory(measure.used() * threads);
-
-  for (int thread = 0; thread < threads; ++thread) {
-    Arena arena(memory.data() + measure.used() * thread);
-    scratch.layout(arena, p);
-    scratch.value.keep_nothing();
-  }
-
+  const std::unique_ptr<ForwardScratch<P>[]> scratch(new ForwardScratch<P>[threads]);
+  const Buffer memory([&](Arena& arena) {
+    for (int thread = 0; thread < threads; ++thread) scratch[thread].layout(arena, p);
+  });
   const LiveKeys* live = make_live_keys(p, live_memory.data());
   const RelativeBias<Lane> relative = make_relative_bias<Lane>(p, relative_memory.data());
 
-  // Heads outside, so that the threads share the keys and values of a head in the cache (8-10 % at head dim 128), and
-  // the query blocks of a head descending: the longest of a causal head first.
+  // Heads outside, so that their keys and values stay in the cache (8-10 % at head dim 128), and the query blocks of a head
+  // descending: the longest of a causal head first.
   parallel_for(threads, items, [&](int64_t item, int thread) {
     const int64_t head = item / blocks;
     const int64_t block = blocks - 1 - item % blocks;
-    Arena arena(memory.data() + measure.used() * thread);
-    ForwardScratch<P> own;
-    own.layout(arena, p);
-    forward_block<P>(p, relative, live, head / p.num_heads, head % p.num_heads, block * kBlockQ, own);
+    forward_block<P>(p, relative, live, head / p.num_heads, head % p.num_heads, block * kBlockQ, scratch[thread]);
   });
 }
 

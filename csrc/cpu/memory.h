@@ -34,7 +34,7 @@ class Arena {
 class Buffer {
  public:
   explicit Buffer(int64_t bytes) { allocate(bytes); }
-  // Memory for what `layout`, which is called twice, takes of an arena.
+  // Memory for what `layout`, which is called twice, takes of an arena: first of one without memory, which only adds up.
   template <class Layout, class = decltype(std::declval<const Layout&>()(std::declval<Arena&>()))>
   explicit Buffer(const Layout& layout) {
     Arena measure(nullptr);

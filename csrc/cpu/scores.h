@@ -192,10 +192,8 @@ struct SummedRows {
     kept = arena.take<Lane>(pairs * row);
     is_kept = arena.take<uint8_t>(pairs);
     kept_of = arena.take<const Storage*>(1);
+    if (kept_of != nullptr) *kept_of = nullptr;
   }
-
-  // To be called once for the memory that is laid out.
-  void keep_nothing() const { *kept_of = nullptr; }
 
   FA_NOINLINE void find(const Storage* base, int64_t stride_row, const KeyBlock& keys, int dim) const {
     if constexpr (P::kPerLane == 1) {

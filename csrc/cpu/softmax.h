@@ -11,31 +11,33 @@ template <class P>
 struct RunningSoftmax {
   using Lane = typename P::Lane;
 
-  static constexpr int kSlackLog2 = 8;  // probabilities stay below 2^8, far from where sums of them would round differently
+  static constexpr int kSlackLog2 =
+      8;  // probabilities stay below 2^8, far from where sums of them would round differently
 
   Lane to_log2;  // what scores are multiplied by to be exponents of 2; positive
   Lane slack;    // of scores
+  int vectors;   // that hold queries
   Vec<Lane> reference[kBlockVectors<Lane>];
   Vec<Lane> row_sum[kBlockVectors<Lane>];    // over the keys before this block
   Vec<Lane> block_sum[kBlockVectors<Lane>];  // over the keys of this block, those that dropout drops too
   Vec<Lane> alpha[kBlockVectors<Lane>];      // what sums over the keys before this block must be multiplied by
 
-  explicit RunningSoftmax(Lane scale) : to_log2(scale), slack(kSlackLog2 / scale) {
-    for (int v = 0; v < kBlockVectors<Lane>; ++v) {
+  RunningSoftmax(Lane scale, int num_vectors) : to_log2(scale), slack(kSlackLog2 / scale), vectors(num_vectors) {
+    for (int v = 0; v < vectors; ++v) {
       reference[v] = broadcast<Lane>(FloatTraits<Lane>::kLowest);  // finite: -inf minus it is -inf, never NaN
       row_sum[v] = Vec<Lane>{};
     }
   }
 
   void begin_block() {
-    for (int v = 0; v < kBlockVectors<Lane>; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       block_sum[v] = Vec<Lane>{};
       alpha[v] = broadcast<Lane>(1);
     }
   }
 
   void end_block() {
-    for (int v = 0; v < kBlockVectors<Lane>; ++v) row_sum[v] = row_sum[v] * alpha[v] + block_sum[v];
+    for (int v = 0; v < vectors; ++v) row_sum[v] = row_sum[v] * alpha[v] + block_sum[v];
   }
 
   Vec<Lane> ceiling(int v) const { return reference[v] + slack; }

@@ -120,6 +120,16 @@ FA_NOINLINE void outer_columns(const char* const* rows, int dim, const typename 
   for (; d < dim; ++d) outer_tile<P, 1, kColumns>(rows, d, weights, alpha, count, target + d * kBlockQ);
 }
 
+// Zeros the first `vectors` vectors of columns[dim, padded to a vector][kBlockQ].
+template <class Lane>
+FA_INLINE void clear_columns(Lane* columns, int dim, int vectors) {
+  constexpr int n = kLanes<Lane>;
+  const int padded = (dim + n - 1) / n * n;
+  for (int d = 0; d < padded; ++d) {
+    for (int v = 0; v < vectors; ++v) store<Lane>(columns + d * kBlockQ + v * n, Vec<Lane>{});
+  }
+}
+
 // The vectors of a query block [begin, end) that see at least one key of a tile.
 struct VectorRange {
   int begin;
