@@ -400,6 +400,36 @@ def _nan_in_padding(tensors: dict[str, Tensor]) -> None:
         tensors[name] = x
 
 
+def _scale_both(factor: float) -> Callable[[dict[str, Tensor]], None]:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["query"], tensors["key"] = tensors["query"] * factor, tensors["key"] * factor
+
+    return edit
+
+
+def _late_key_dominates(tensors: dict[str, Tensor]) -> None:
+    """Scores of -32, but of 0 for the first key and of 3.5 for a late one."""
+    query, key = (tensors[name].zero_() for name in ("query", "key"))
+    query[..., 0], key[..., 0] = 1.0, -32.0
+    key[..., 0, 0], key[..., 40, 0] = 0.0, 3.5
+
+
+def _equal_scores_of(score: float) -> Callable[[dict[str, Tensor]], None]:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["query"].fill_(score / tensors["query"].shape[-1] ** 0.5)
+        tensors["key"].fill_(1.0)
+
+    return edit
+
+
+def _ascending_scores(tensors: dict[str, Tensor]) -> None:
+    """Scores that rise from key to key for even queries, so that the maximum of a row never stays, and fall for odd ones."""
+    query, key = tensors["query"], tensors["key"]
+    direction = 1 - 2.0 * (torch.arange(query.shape[-2]) % 2)
+    query[..., 0] = direction * query.shape[-1] ** 0.5
+    key[..., 0] = 2.0 * torch.arange(key.shape[-2])
+
+
 def _equal_keys(tensors: dict[str, Tensor]) -> None:
     tensors["key"] = tensors["key"][..., :1, :].expand(tensors["key"].shape).clone()
 
@@ -803,6 +833,42 @@ NUMERICS = [
         edit=_scale_query(500.0),
         key_padding_mask=padding(70, 33),
         options={"is_causal": True},
+    ),
+    Case("logits-1e6", seqlen_q=70, seqlen_k=128, head_dim=64, edit=_scale_both(1e3), has_dlse=True, dtypes=COMMON),
+    Case(
+        "logits-equal-6e6",
+        seqlen_q=128,
+        seqlen_k=128,
+        head_dim=64,
+        edit=_equal_scores_of(6e6),
+        dtypes=COMMON,
+        options={"is_causal": True},
+    ),
+    Case("logits-1e10", seqlen_q=70, seqlen_k=128, head_dim=64, edit=_scale_both(1e5), has_dlse=True, dtypes=COMMON),
+    Case(
+        "logits-late",
+        seqlen_q=64,
+        seqlen_k=64,
+        head_dim=8,
+        edit=_late_key_dominates,
+        options={"scale": 1.0},
+        differentiated=(),
+    ),
+    Case("logits-ascending", seqlen_q=70, seqlen_k=150, edit=_ascending_scores, has_dlse=True, is_quick=True),
+    Case(
+        "logits-ascending-with-everything",
+        heads=4,
+        kv_heads=2,
+        seqlen_q=70,
+        seqlen_k=150,
+        head_dim=20,
+        value_dim=36,
+        edit=_ascending_scores,
+        key_padding_mask=scattered_padding,
+        attn_mask=float_mask("BHLS"),
+        sinks=sink(),
+        has_dlse=True,
+        options={"window_size": (140, 30), "dropout_p": 0.2, "dropout_seed": 12},
     ),
     Case("logits-tiny", edit=_scale_query(1e-3)),
     Case("logits-equal", seqlen_q=70, seqlen_k=67, edit=_equal_keys),

@@ -61,6 +61,23 @@ SEVERAL_SLABS = [
     cases.Case("slabs-varlen", heads=2, head_dim=256, lengths_q=(50, 0, 20), lengths_k=(600, 300, 0)),
 ]  # fmt: skip
 
+# A thread keeps interleaved keys and values while it goes on with other queries of the same head.
+MANY_QUERIES = [
+    cases.Case(f"many-queries-{name}", **{"seqlen_q": 330, "seqlen_k": 300, "head_dim": 24} | features)
+    for name, features in (
+        ("causal", {"options": {"is_causal": True}}),
+        ("odd-length", {"seqlen_k": 129, "head_dim": 17, "value_dim": 33}),
+        ("window", {"seqlen_k": 330, "options": {"window_size": (37, 20)}}),
+        ("padded", {"key_padding_mask": cases.padding(171, 64), "options": {"is_causal": True}}),
+        ("scattered-padding", {"key_padding_mask": cases.scattered_padding}),
+        ("mask-per-head", {"attn_mask": cases.bool_mask("BHLS", 0.4)}),
+        ("heads-of-one", {"kv_layout": "one_head_expanded"}),
+        ("batches-of-one", {"kv_layout": "one_batch_expanded"}),
+        ("gqa", {"heads": 4, "kv_heads": 2}),
+        ("nan-in-padding", {"key_padding_mask": cases.padding(171, 63), "edit": cases._nan_in_padding}),
+    )
+] + [cases.Case("many-queries-varlen", heads=2, lengths_q=(200, 0, 3, 250), lengths_k=(190, 7, 0, 151))]
+
 
 @pytest.fixture(params=_C.cpu_isas())
 def isa(request: pytest.FixtureRequest):
@@ -81,6 +98,43 @@ def test_case(case: cases.Case, isa: str) -> None:
 def test_backward_of_several_slabs(case: cases.Case, isa: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):  # lanes in memory, and not
         cases.check(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("spoils", ["query", "key", "bias"])
+@pytest.mark.parametrize("row", [2, 4, 8, 16, 32])  # one of them is in the same lane as row 0, whatever the vectors
+def test_a_row_that_is_not_finite_spoils_no_other(row: int, spoils: str, dtype: torch.dtype, isa: str) -> None:
+    """What is no number compares with nothing: the maximum of one row must not become another's."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.zeros(1, 1, 64, 8), torch.zeros(1, 1, 64, 8)
+    value = torch.randn(1, 1, 64, 8, generator=generator)
+    query[..., row, 0], key[..., 40:, 0] = 1500.0, 3.0  # a maximum far above that of the first keys
+    mask = torch.zeros(64, 64)
+    if spoils == "query":
+        query[..., 0, :] = float("nan")
+    elif spoils == "key":
+        mask[1:, 0] = float("-inf")
+        key[..., 0, 0] = float("inf")
+        query[..., 0, 0] = 1.0
+    else:
+        mask[0] = float("inf")
+    inputs = [x.to(dtype) for x in (query, key, value)]
+    attn_mask = {"query": None, "key": mask == 0, "bias": mask.to(dtype)}[spoils]
+    out = fused_attn.fused_attention(*inputs, attn_mask, backend="cpu")
+    expected = fused_attn.fused_attention(*(x.double() for x in inputs), attn_mask, backend="reference")
+    assert out[0, 0, 0].isnan().all()
+    torch.testing.assert_close(out[0, 0, 1:].double(), expected[0, 0, 1:], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in MANY_QUERIES])
+def test_kept_rows(case: cases.Case, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        cases.check(case, torch.bfloat16, "cpu")
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in FEW_QUERIES])

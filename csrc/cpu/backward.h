@@ -122,9 +122,7 @@ template <class P>
 struct BackwardScratch {
   using Lane = typename P::Lane;
   // What a product over queries broadcasts: whole lanes, or bfloat16 whose neighbours form a lane.
-  struct Weight {
-    char bytes[sizeof(Lane) / P::kPerLane];
-  };
+  using Weight = std::conditional_t<P::kPerLane == 1, Lane, BFloat16>;
 
   KeyScratch<P> key;
   const char** value_rows;
@@ -158,7 +156,7 @@ struct BackwardScratch {
     value_rows = arena.take<const char*>(rows);
     value_lanes = arena.take<Lane>(P::kConverts || value_dim % P::kPerLane != 0 ? rows * value_row : 0);
     if (pairs) {
-      summed_key.layout(arena, p, head_dim, static_cast<double>(p.seqlen_q) / kBlockQ);
+      summed_key.layout(arena, p, head_dim, p.num_heads / p.num_kv_heads * ((p.seqlen_q + kBlockQ - 1) / kBlockQ));
     }
     query = arena.take<Lane>(round_up(P::lanes_for(head_dim), n) * kBlockQ);
     dout = arena.take<Lane>(round_up(P::lanes_for(value_dim), n) * kBlockQ);
@@ -256,6 +254,13 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   return inexact;
 }
 
+// exp(S - lse) as an exponent of 2. Whatever a large lse makes of its rounding, `correction` has been measured with it.
+template <class P>
+FA_INLINE Vec<typename P::Lane> lse_exponent(Vec<typename P::Lane> score, typename P::Lane to_logits,
+                                             Vec<typename P::Lane> lse) {
+  return (score * to_logits - lse) * typename P::Lane(kLog2E);
+}
+
 // P and dS of one tile of keys.
 template <class P, int kColumns, bool kPlain>
 FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool partial, bool dropout,
@@ -280,26 +285,11 @@ FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool part
     const Vec<Lane> correction = load<Lane>(rows.correction + (v + c) * n);
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
-      Vec<Lane> x;
-#if defined(__AVX512BF16__)
-      if constexpr (P::kPerLane == 2) {
-        x = exp2_to_round(kPlain ? acc[r][c] * (to_logits * Lane(kLog2E)) - (lse * Lane(kLog2E) - correction)
-                                 : (acc[r][c] * to_logits - lse) * Lane(kLog2E) + correction);
-      }
-#endif
-      if constexpr (P::kPerLane == 1) {
-        x = exp2<Lane, P::kCoarseExp>((acc[r][c] * to_logits - lse) * Lane(kLog2E) + correction);
-      }
+      Vec<Lane> x = probability<P>(lse_exponent<P>(acc[r][c], to_logits, lse) + correction);
       // Where the lse is NaN, a hidden key must still get none of it.
       if (!kPlain) x = select<Lane>(acc[r][c] == -FloatTraits<Lane>::kInfinity, Vec<Lane>{}, x);
       store<Lane>(probabilities + (r * kColumns + c) * n, x);
-      if constexpr (P::kPerLane == 1) {
-        store<Lane>(reinterpret_cast<Lane*>(s.weights) + offset + r * kBlockQ + c * n, kept(r, c, x));
-      } else {
-#if defined(__AVX512BF16__)
-        store_as<Lane>(reinterpret_cast<BFloat16*>(s.weights) + offset + r * kBlockQ + c * n, kept(r, c, x));
-#endif
-      }
+      store_as<Lane>(s.weights + offset + r * kBlockQ + c * n, kept(r, c, x));
     }
   }
 
@@ -326,9 +316,8 @@ FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool part
     if constexpr (P::kPerLane == 2) {
       FA_UNROLL
       for (int r = 0; r < kTileKeys; r += 2) {
-        BFloat16* dscores = reinterpret_cast<BFloat16*>(s.dscores) + offset + r * kBlockQ + c * n;
-        store_as<Lane>(dscores, acc[r][c]);
-        store_as<Lane>(dscores + kBlockQ, acc[r + 1][c]);
+        store_as<Lane>(s.dscores + offset + r * kBlockQ + c * n, acc[r][c]);
+        store_as<Lane>(s.dscores + offset + (r + 1) * kBlockQ + c * n, acc[r + 1][c]);
         store<Lane>(s.dscore_pairs + (k + r) / 2 * kBlockQ + (v + c) * n, round_to_pairs(acc[r][c], acc[r + 1][c]));
       }
     }
@@ -499,7 +488,7 @@ FA_NOINLINE void sum_tile(const ScoreInputs<P>& in, int k, int v, bool partial, 
     const Vec<Lane> row_lse = load<Lane>(lse + (v + c) * kLanes<Lane>);
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
-      row_sum[v + c] += exp2<Lane, P::kCoarseExp>((acc[r][c] * to_logits - row_lse) * Lane(kLog2E));
+      row_sum[v + c] += probability<P>(lse_exponent<P>(acc[r][c], to_logits, row_lse));
     }
   }
 }
@@ -570,8 +559,8 @@ struct BackwardItem {
   int64_t key_begin() const { return chunk * plan.chunk_keys; }
 };
 
-// Where an item sums dQ of one head: in its partial result, in the output, or, if that cannot hold lanes, in the scratch. Null: nowhere,
-// as the only slab writes the output at once.
+// Where an item sums dQ of one head: in its partial result, in the output, or, if that cannot hold lanes, in the
+// scratch. Null: nowhere, as the only slab writes the output at once.
 template <class P>
 Rows<typename P::Lane> dquery_lanes(const BackwardItem<P>& item, const Sequence& seq, int64_t b, int64_t h) {
   using Lane = typename P::Lane;

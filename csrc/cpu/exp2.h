@@ -100,8 +100,8 @@ FA_INLINE Vec<T> exp2(Vec<T> t) {
 }
 
 #if defined(__AVX512BF16__)
-// exp2 for numbers that round_to_pairs rounds next: relative error 1.0e-4, a twentieth of that rounding's. It also takes
-// denormal results to zero, so that the only test left is the one that keeps -inf from becoming NaN.
+// exp2 for numbers that are rounded to bfloat16 next: relative error 1.0e-4, a twentieth of that rounding's. The rounding
+// takes denormal numbers to zero, so that the only test left here is the one that keeps -inf from becoming NaN.
 FA_INLINE Vec<float> exp2_to_round(Vec<float> t) {
   constexpr float kCoefficients[] = {0.0550090596f, 0.242210969f, 0.693282902f, 1.0f};
   const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-1000), reinterpret_cast<__m512>(t));

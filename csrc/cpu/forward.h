@@ -1,9 +1,9 @@
 // The forward kernel. A work item is kBlockQ queries of one head:
 //
 //   S^T[key][query]  = K[key] . Q^T              (scores.h)
-//   P[key][query]    = exp(S - reference)        (softmax.h)    row_sum: its sum over keys
+//   P[key][query]    = exp(S - reference)        (softmax.h)
 //   O^T[d][query]    = O^T * alpha + V^T[d] . P  (outer_block)
-//   out              = transpose(O^T) / row_sum
+//   out              = transpose(O^T) / sum over keys of P
 #pragma once
 #include <memory>
 
@@ -25,13 +25,12 @@ struct ForwardScratch {
   Lane* weights;  // P [key (pair) of the block][kBlockQ]
   Lane* acc;      // O^T [value_dim, padded to a vector][kBlockQ]
 
-  void layout(Arena& arena, const AttentionParams& p) {
+  // visits: how many blocks of queries a thread goes through before it comes to another head of keys and values.
+  void layout(Arena& arena, const AttentionParams& p, int64_t visits) {
     const int head_dim = static_cast<int>(p.head_dim);
     const int64_t value_row = round_up(p.value_dim, kLanes<Lane>);
     key.layout(arena, p);
-    const int64_t group = p.num_heads / p.num_kv_heads;
-    value.layout(arena, p, static_cast<int>(p.value_dim),
-                 static_cast<double>(group * p.seqlen_q) / (kBlockQ * p.num_threads));
+    value.layout(arena, p, static_cast<int>(p.value_dim), visits);
     query = arena.take<Lane>(round_up(P::lanes_for(head_dim), kLanes<Lane>) * kBlockQ);
     weights = arena.take<Lane>(KeyScratch<P>::kRows * kBlockQ / P::kPerLane);
     acc = arena.take<Lane>(value_row * kBlockQ);
@@ -47,15 +46,15 @@ FA_NOINLINE void forward_tile(const ScoreInputs<P>& in, int k, int v, bool parti
   Vec<Lane> acc[kTileKeys][kColumns];
   compute_scores<P, kColumns, kPlain>(in, k, v, partial, nullptr, acc);
 
-  // A NaN score leaves the maximum alone; exp2 then passes it on.
-  Vec<Lane> excess;
+  // A NaN score leaves the maximum alone, and inf - inf the excess: only their own rows become NaN, by exp2.
+  Vec<Lane> excess = {};
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
-    Vec<Lane> maximum = acc[0][c];
+    const Vec<Lane> ceiling = softmax.ceiling(v + c);
+    Vec<Lane> maximum = ceiling;
     FA_UNROLL
-    for (int r = 1; r < kTileKeys; ++r) maximum = max<Lane>(acc[r][c], maximum);
-    const Vec<Lane> above = maximum - softmax.ceiling(v + c);
-    excess = c == 0 ? above : max<Lane>(above, excess);
+    for (int r = 0; r < kTileKeys; ++r) maximum = max<Lane>(acc[r][c], maximum);
+    excess = max<Lane>(maximum - ceiling, excess);
   }
   if (__builtin_expect(any_positive<Lane>(excess), 0)) {
     // Through memory, or the call would spill the accumulators of every tile.
@@ -86,38 +85,32 @@ FA_NOINLINE void forward_tile(const ScoreInputs<P>& in, int k, int v, bool parti
       return keep_where<Lane>(*reinterpret_cast<const IntVec<Lane>*>(s.key.keep + offset + r * kBlockQ), acc[r][c]);
     };
     Vec<Lane> sum = {};
+    FA_UNROLL
+    for (int r = 0; r < kTileKeys; ++r) {
+      acc[r][c] = probability<P>((acc[r][c] - softmax.reference[v + c]) * softmax.to_log2);
+      sum += acc[r][c];
+    }
+    softmax.sum.block[v + c] += sum;
     if constexpr (P::kPerLane == 1) {
       FA_UNROLL
-      for (int r = 0; r < kTileKeys; ++r) {
-        acc[r][c] = exp2<Lane, P::kCoarseExp>((acc[r][c] - softmax.reference[v + c]) * softmax.to_log2);
-        sum += acc[r][c];
-        store<Lane>(s.weights + offset + r * kBlockQ, dropped(r));
-      }
+      for (int r = 0; r < kTileKeys; ++r) store<Lane>(s.weights + offset + r * kBlockQ, dropped(r));
     } else {
 #if defined(__AVX512BF16__)
-      // Plain scores are products, far from overflow: one multiply-add makes exponents of them. The rounding of the offset
-      // is the same for all keys but those of partial tiles, and smaller than that of the scores.
-      const Vec<Lane> exponent_offset = softmax.reference[v + c] * softmax.to_log2;
-      FA_UNROLL
-      for (int r = 0; r < kTileKeys; ++r) {
-        acc[r][c] = exp2_to_round(kPlain ? acc[r][c] * softmax.to_log2 - exponent_offset
-                                         : (acc[r][c] - softmax.reference[v + c]) * softmax.to_log2);
-      }
+      Vec<Lane> rounded_sum = {};
       FA_UNROLL
       for (int r = 0; r < kTileKeys; r += 2) {
-        // The sum is taken of what is multiplied: otherwise rows that one key dominates lose twice the accuracy.
         Vec<Lane> pairs = round_to_pairs(acc[r][c], acc[r + 1][c]);
-        sum = add_pairs(sum, pairs);
+        rounded_sum = add_pairs(rounded_sum, pairs);
         if (!kPlain && dropout) pairs = round_to_pairs(dropped(r), dropped(r + 1));
         store<Lane>(s.weights + (k + r) / 2 * kBlockQ + (v + c) * n, pairs);
       }
+      softmax.rounded_sum.block[v + c] += rounded_sum;
 #endif
     }
-    softmax.block_sum[v + c] += sum;
   }
 }
 
-// Divides by row_sum, transposes and writes the rows of the block, and their lse.
+// Divides by the sum of the probabilities, transposes and writes the rows of the block, and their lse.
 template <class P>
 FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
                               int nq, const typename P::Lane* acc, typename P::Lane to_logits,
@@ -132,7 +125,8 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
 
   for (int q = 0; q < nq; q += n) {
     const int v = q / n;
-    Vec<Lane> total = softmax.row_sum[v];
+    Vec<Lane> total = softmax.sum.row[v];
+    Vec<Lane> denominator = softmax.multiplied_sum().row[v];
     Vec<Lane> reference = softmax.reference[v] * to_logits;
     Vec<Lane> factor = broadcast<Lane>(kept_scale);
     if (p.sinks.data != nullptr) {
@@ -141,20 +135,22 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
       const Vec<Lane> keys_reference = reference;
       reference = max<Lane>(sink, keys_reference);
       const Vec<Lane> shift = exp2<Lane>((keys_reference - reference) * Lane(kLog2E));
-      total = total * shift + exp2<Lane>((sink - reference) * Lane(kLog2E));
+      const Vec<Lane> sink_probability = exp2<Lane>((sink - reference) * Lane(kLog2E));
+      total = total * shift + sink_probability;
+      denominator = denominator * shift + sink_probability;
       factor = factor * shift;
     }
-    factors[v] = factor / total;
+    factors[v] = factor / denominator;
     if (lse != nullptr) {
       const Vec<Lane> none = broadcast<Lane>(-FloatTraits<Lane>::kInfinity);
-      const Vec<Lane> value = select<Lane>(softmax.row_sum[v] == 0, none, reference + log(total));
+      const Vec<Lane> value = select<Lane>(softmax.sum.row[v] == 0, none, reference + log(total));
       for (int i = 0; i < n && q + i < nq; ++i) lse[(q + i) * p.lse.stride_row] = value[i];
     }
   }
-  // A row that sees no key has row_sum 0: its output is 0, its lse -inf, and not even a sink changes that.
+  // A row that sees no key has the sum 0: its output is 0, its lse -inf, and not even a sink changes that.
   const auto column = [&](int d, int q) {
     const Vec<Lane> x = load<Lane>(acc + d * kBlockQ + q) * factors[q / n];
-    return select<Lane>(softmax.row_sum[q / n] == 0, Vec<Lane>{}, x);
+    return select<Lane>(softmax.sum.row[q / n] == 0, Vec<Lane>{}, x);
   };
   unpack_columns<P>(column, nq, static_cast<int>(p.value_dim), false, row_of<Storage>(p.out, b, h, row),
                     p.out.stride_row);
@@ -224,15 +220,18 @@ void forward_by_query_blocks(const AttentionParams& p) {
 
   const Buffer live_memory(live_keys_bytes(p));
   const Buffer relative_memory(relative_bias_bytes<Lane>(p));
+  const int64_t group_blocks = p.num_heads / p.num_kv_heads * blocks;
+  const int64_t share = items / threads;
+  const int64_t visits = group_blocks < share ? group_blocks : share;
   const std::unique_ptr<ForwardScratch<P>[]> scratch(new ForwardScratch<P>[threads]);
   const Buffer memory([&](Arena& arena) {
-    for (int thread = 0; thread < threads; ++thread) scratch[thread].layout(arena, p);
+    for (int thread = 0; thread < threads; ++thread) scratch[thread].layout(arena, p, visits);
   });
   const LiveKeys* live = make_live_keys(p, live_memory.data());
   const RelativeBias<Lane> relative = make_relative_bias<Lane>(p, relative_memory.data());
 
-  // Heads outside, so that their keys and values stay in the cache (8-10 % at head dim 128), and the query blocks of a head
-  // descending: the longest of a causal head first.
+  // Heads outside, so that their keys and values stay in the cache (8-10 % at head dim 128), and the query blocks of a
+  // head descending: the longest of a causal head first.
   parallel_for(threads, items, [&](int64_t item, int thread) {
     const int64_t head = item / blocks;
     const int64_t block = blocks - 1 - item % blocks;

@@ -35,9 +35,9 @@ enum class Items { kShared, kInOrder };
 
 // body(item, thread) for every item on at most `threads` threads. The body must not throw.
 //
-// Shared: each thread begins with its own share of neighbouring items, the same one in every call: what it reads and writes lies in
-// its core's caches from the call before, or from an operator of torch that divides its work likewise. Handing out items one
-// by one instead took 1.2 (forward) and 1.5 times (backward) as long at 512 heads of 8 x 8 scores.
+// Shared: each thread begins with its own share of neighbouring items, the same one in every call: what it reads and
+// writes lies in its core's caches from the call before, or from an operator of torch that divides its work likewise.
+// Handing out items one by one took 1.2 (forward) and 1.5 times (backward) as long at 512 heads of 8 x 8 scores.
 template <class Body>
 void parallel_for(int threads, int64_t items, const Body& body, Items order = Items::kShared) {
 #if defined(_OPENMP)

@@ -145,6 +145,15 @@ FA_INLINE void compute_scores(const ScoreInputs<P>& in, int k, int v, bool parti
   }
 }
 
+// 2^exponent as exactly as the elements of P, to which it will be rounded, can tell.
+template <class P>
+FA_INLINE Vec<typename P::Lane> probability(Vec<typename P::Lane> exponent) {
+#if defined(__AVX512BF16__)
+  if constexpr (P::kPerLane == 2) return exp2_to_round(exponent);
+#endif
+  return exp2<typename P::Lane, P::kCoarseExp>(exponent);
+}
+
 // Rows of the block's keys as `rows` of lanes: in place where memory already holds lanes, else converted into `scratch`
 // (rows of round_up(dim, lanes) lanes). Sets kTileKeys pointers behind the last key as well.
 template <class P>
@@ -167,7 +176,9 @@ FA_NOINLINE void find_rows(const typename P::Storage* base, int64_t stride_row, 
 }
 
 // Rows of one head for sums over its keys: as find_rows finds them, or pairs of neighbouring keys interleaved when lanes
-// hold pairs. A thread keeps such pairs while it stays with a head, all of whose blocks of queries sum over the same keys.
+// hold pairs. A thread keeps such pairs for the next blocks of queries as long as the rows begin at the same address:
+// then they are the same rows, since one call has one stride between rows. A block that begins at an odd key, or has
+// holes, is interleaved each time.
 template <class P>
 struct SummedRows {
   using Lane = typename P::Lane;
@@ -175,15 +186,14 @@ struct SummedRows {
 
   static constexpr int64_t kMostKeptBytes = int64_t{1} << 20;  // what a second-level cache holds
 
-  const char** rows;  // of the block's keys (pairs)
-  Lane* block;        // the block's rows, if memory does not hold them and they are not kept
-  Lane* kept;         // [pair of keys 2 i, 2 i + 1][dim, padded]
-  uint8_t* is_kept;   // [pair]; null: nothing is kept
-  const Storage** kept_of;
-  int64_t pairs;
+  const char** rows;        // of the block's keys (pairs)
+  Lane* block;              // the block's rows, if memory does not hold them and they are not kept
+  int64_t pairs;            // that can be kept; 0: none are
+  Lane* kept;               // [pair of keys 2 i, 2 i + 1][dim, padded]
+  uint8_t* is_kept;         // [pair]
+  const Storage** kept_of;  // in the scratch, too, since a thread's scratch is handed on as constant
 
-  // `visits`: how many blocks of queries a thread sums for, on average, before it goes on to another head.
-  void layout(Arena& arena, const AttentionParams& p, int dim, double visits) {
+  void layout(Arena& arena, const AttentionParams& p, int dim, int64_t visits) {
     const int64_t row = round_up(dim, kLanes<Lane>);
     pairs = P::kPerLane == 2 && visits > 1 ? (p.seqlen_k + 1) / 2 : 0;
     if (pairs * row * static_cast<int64_t>(sizeof(Lane)) > kMostKeptBytes) pairs = 0;
