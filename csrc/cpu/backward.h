@@ -13,177 +13,15 @@
 // which each chunk writes its own partial sum: the results do not depend on the order of the items, and no atomics are
 // needed.
 #pragma once
-#include "forward.h"
+#include <memory>
+
+#include "bias_gradients.h"
 #include "kernels.h"
 #include "parallel.h"
-#include "scores.h"
+#include "row_statistics.h"
 
 namespace fused_attn::cpu {
 namespace {
-
-// How the work is cut. Heads whose bias gradient is summed into the same slice form one group, which one thread visits in
-// order; when there are too few groups to occupy the threads, the keys are cut into chunks as well.
-struct BackwardPlan {
-  bool join_batches;  // a group holds all batch entries
-  bool join_heads;    // a group holds all kv heads
-  int64_t groups;
-  int64_t chunks;
-  int64_t chunk_keys;
-  int64_t slab_keys;
-  bool sums_dquery;     // over the slabs in scratch: memory cannot hold lanes
-  bool is_single_pass;  // each row is visited once, and nobody needs its statistics later
-};
-
-template <class P>
-BackwardPlan plan_backward(const AttentionParams& p) {
-  using Lane = typename P::Lane;
-  BackwardPlan plan;
-  const bool has_dbias = p.dbias.data != nullptr;
-  plan.join_batches = has_dbias && p.dbias.stride_batch == 0 && p.batch > 1;
-  plan.join_heads = has_dbias && p.dbias.stride_head == 0 && p.num_heads > 1;
-  plan.groups = (plan.join_batches ? 1 : p.batch) * (plan.join_heads ? 1 : p.num_kv_heads);
-  // Twice as many items as threads, so that the uneven chunks of a causal problem balance; at least 128 keys a chunk.
-  const int64_t wanted = plan.groups > 0 ? (2 * p.num_threads + plan.groups - 1) / plan.groups : 1;
-  const int64_t possible = (p.seqlen_k + 127) / 128;
-  // Every chunk has a dq of its own, so that without a bound a large problem would need several times its own memory.
-  constexpr int64_t kPartialBytes = int64_t{256} << 20;
-  const int64_t dquery_bytes = p.batch * p.num_heads * p.seqlen_q * p.head_dim * static_cast<int64_t>(sizeof(double));
-  const int64_t affordable = dquery_bytes > 0 ? kPartialBytes / dquery_bytes : possible;
-  plan.chunks = wanted < possible ? wanted : possible;
-  if (plan.chunks > affordable) plan.chunks = affordable;
-  if (plan.chunks < 1 || (has_dbias && p.dbias.stride_col == 0)) plan.chunks = 1;
-  plan.chunk_keys = round_up((p.seqlen_k + plan.chunks - 1) / plan.chunks, 64);
-  if (plan.chunk_keys > 0) plan.chunks = (p.seqlen_k + plan.chunk_keys - 1) / plan.chunk_keys;
-
-  // dK and dV of a slab take half of the second-level cache of most cores.
-  constexpr int64_t kSlabBytes = int64_t{512} << 10;
-  const int64_t head_row = round_up(p.head_dim, kLanes<Lane>);
-  const int64_t key_bytes = (head_row + round_up(p.value_dim, kLanes<Lane>)) * static_cast<int64_t>(sizeof(Lane));
-  plan.slab_keys = key_bytes > 0 ? kSlabBytes / key_bytes / 64 * 64 : plan.chunk_keys;
-  // Sums over slabs need dQ in lanes. Where memory holds another type that costs scratch: never more than slabs save.
-  plan.sums_dquery = !kSame<typename P::Storage, Lane> && plan.chunks == 1 && p.dquery.data != nullptr;
-  const int64_t sums_bytes = p.num_heads / p.num_kv_heads * p.seqlen_q * head_row * static_cast<int64_t>(sizeof(Lane));
-  const bool is_worth_it = !plan.sums_dquery || sums_bytes <= (plan.chunk_keys - plan.slab_keys) * key_bytes;
-  if (plan.slab_keys >= plan.chunk_keys || !is_worth_it) {
-    plan.slab_keys = plan.chunk_keys;
-    plan.sums_dquery = false;
-  }
-  plan.is_single_pass = plan.chunks <= 1 && plan.slab_keys == plan.chunk_keys && p.dsinks.data == nullptr;
-  return plan;
-}
-
-// Partial sums that more than one item adds to; a second pass sums them in a fixed order. Results depend on the number of
-// threads through the number of chunks, but never on which thread did what.
-template <class Lane>
-struct BackwardPartials {
-  Lane* dquery = nullptr;          // [chunk][batch][head][seqlen_q][row_dquery], when there is more than one chunk
-  Lane* drelative_bias = nullptr;  // [chunk][batch][head][relative_row], reversed like RelativeBias
-  int64_t row_dquery = 0;
-  int64_t row_relative = 0;
-
-  void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
-    const int64_t heads = plan.chunks * p.batch * p.num_heads;
-    row_dquery = round_up(p.head_dim, kLanes<Lane>);
-    row_relative = relative_row(p);
-    if (plan.chunks > 1 && p.dquery.data != nullptr) dquery = arena.take<Lane>(heads * p.seqlen_q * row_dquery);
-    if (p.drelative_bias.data != nullptr) drelative_bias = arena.take<Lane>(heads * row_relative);
-  }
-};
-
-FA_INLINE int64_t head_index(const AttentionParams& p, int64_t chunk, int64_t b, int64_t h) {
-  return (chunk * p.batch + b) * p.num_heads + h;
-}
-
-// What the tiles need of the rows: [batch][head][seqlen_q, padded to vectors], or of one block in an item's scratch.
-template <class Lane>
-struct RowStatistics {
-  Lane* lse;         // +inf, which makes P zero, for rows that see nothing or do not exist
-  Lane* correction;  // -log2 of the sum that exp(S - lse) really gives
-  Lane* delta;       // rowsum(dO * out)
-  Lane* dlse;        // not taken from delta: that difference would round what the sum of both keeps
-
-  void layout(Arena& arena, int64_t rows) {
-    lse = arena.take<Lane>(rows);
-    correction = arena.take<Lane>(rows);
-    delta = arena.take<Lane>(rows);
-    dlse = arena.take<Lane>(rows);
-  }
-
-  static int64_t rows_of_head(const AttentionParams& p) { return round_up(p.seqlen_q, kLanes<Lane>); }
-
-  // Those of the queries from `i` on.
-  RowStatistics at(const AttentionParams& p, int64_t b, int64_t h, int64_t i) const {
-    const int64_t row = (b * p.num_heads + h) * rows_of_head(p) + i;
-    return {lse + row, correction + row, delta + row, dlse + row};
-  }
-};
-
-template <class P>
-struct BackwardScratch {
-  using Lane = typename P::Lane;
-  // What a product over queries broadcasts: whole lanes, or bfloat16 whose neighbours form a lane.
-  using Weight = std::conditional_t<P::kPerLane == 1, Lane, BFloat16>;
-
-  KeyScratch<P> key;
-  const char** value_rows;
-  Lane* value_lanes;
-  SummedRows<P> summed_key;
-  Lane* query;         // columns [head lanes][kBlockQ]
-  Lane* dout;          // columns [value lanes][kBlockQ]
-  Lane* query_rows;    // [query (pair)][head_dim, padded]; unused where memory already holds such rows
-  Lane* dout_rows;     // [query (pair)][value_dim, padded]
-  Weight* weights;     // P^T [key of the block][kBlockQ], after dropout
-  Weight* dscores;     // dS^T [key of the block][kBlockQ], of the scores before softcap
-  Lane* dscore_pairs;  // dS^T in pairs of keys [pair][kBlockQ]; dscores itself when lanes hold single elements
-  Lane* dbias;         // dS^T [key of the block][kBlockQ], of the scores after softcap
-  Lane* dquery;        // dQ^T [head_dim, padded][kBlockQ]
-  Lane* dquery_rows;   // [query of the item's heads][head_dim, padded], where dQ is summed if memory cannot hold lanes
-  Lane* dkey;          // [key of the slab, and one row that absorbs the padding of a tile][head_dim, padded]
-  Lane* dvalue;        // [key of the slab + 1][value_dim, padded]
-  Lane* out;           // columns [value lanes][kBlockQ]
-  RowStatistics<Lane> statistics;  // of the block, in a single pass
-
-  void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
-    constexpr int n = kLanes<Lane>;
-    const int head_dim = static_cast<int>(p.head_dim);
-    const int value_dim = static_cast<int>(p.value_dim);
-    const int64_t head_row = round_up(head_dim, n);
-    const int64_t value_row = round_up(value_dim, n);
-    const int64_t rows = KeyScratch<P>::kRows;
-    const int64_t tile = round_up(rows, n) * kBlockQ;
-    const bool pairs = P::kPerLane == 2;
-    key.layout(arena, p);
-    value_rows = arena.take<const char*>(rows);
-    value_lanes = arena.take<Lane>(P::kConverts || value_dim % P::kPerLane != 0 ? rows * value_row : 0);
-    if (pairs) {
-      summed_key.layout(arena, p, head_dim, p.num_heads / p.num_kv_heads * ((p.seqlen_q + kBlockQ - 1) / kBlockQ));
-    }
-    query = arena.take<Lane>(round_up(P::lanes_for(head_dim), n) * kBlockQ);
-    dout = arena.take<Lane>(round_up(P::lanes_for(value_dim), n) * kBlockQ);
-    query_rows = arena.take<Lane>(kBlockQ * head_row);
-    dout_rows = arena.take<Lane>(kBlockQ * value_row);
-    weights = arena.take<Weight>(tile);
-    dscores = arena.take<Weight>(tile);
-    dscore_pairs = pairs ? arena.take<Lane>(tile / 2) : reinterpret_cast<Lane*>(dscores);
-    dbias = nullptr;
-    if (p.dbias.data != nullptr || p.drelative_bias.data != nullptr) {
-      dbias = pairs || p.softcap > 0 ? arena.take<Lane>(tile) : reinterpret_cast<Lane*>(dscores);
-    }
-    dquery = arena.take<Lane>(head_row * kBlockQ);
-    dquery_rows = arena.take<Lane>(plan.sums_dquery ? p.num_heads / p.num_kv_heads * p.seqlen_q * head_row : 0);
-    dkey = arena.take<Lane>((plan.slab_keys + 1) * head_row);
-    dvalue = arena.take<Lane>((plan.slab_keys + 1) * value_row);
-    out = arena.take<Lane>(round_up(P::lanes_for(value_dim), n) * kBlockQ);
-    statistics.layout(arena, kBlockQ);
-  }
-};
-
-// Rows `stride` elements of T apart.
-template <class T>
-struct Rows {
-  T* data;
-  int64_t stride;
-};
 
 // Rows of `dim` elements for a product over queries: rows of lanes, or of query pairs.
 template <class P>
@@ -213,52 +51,6 @@ FA_NOINLINE Rows<const typename P::Lane> find_query_rows(const typename P::Stora
     }
     return {scratch, row};
   }
-}
-
-// Sets the statistics of a block, whose dO lies packed in the scratch, but for the corrections, which stay zero. Returns
-// whether some lse is too large to be exact enough for P.
-template <class P>
-FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h,
-                                     int64_t q_begin, int nq, const BackwardScratch<P>& s,
-                                     const RowStatistics<typename P::Lane>& rows) {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
-  constexpr int n = kLanes<Lane>;
-  // An lse of 16 is rounded by half of 2e-6, and P with it; half types have no use for that accuracy.
-  const Lane exact_lse = kSame<Storage, Lane> ? Lane(16) : Lane(1024);
-  const Lane infinity = FloatTraits<Lane>::kInfinity;
-  const int64_t row = seq.q_offset + q_begin;
-  const int value_dim = static_cast<int>(p.value_dim);
-  const Lane* lse_rows = row_of<const Lane>(p.lse, b, h, row);
-  const Lane* dlse_rows = p.dlse.data != nullptr ? row_of<const Lane>(p.dlse, b, h, row) : nullptr;
-
-  // delta is summed in the order of V . dO^T: where a row sees one key and nothing is dropped, the two must cancel exactly.
-  pack_columns<P, kBlockQ>(row_of<const Storage>(p.out, b, h, row), p.out.stride_row, nq, value_dim, s.out);
-  for (int q = 0; q < nq; q += n) {
-    Vec<Lane> delta = {};
-    for (int d = 0; d < P::lanes_for(value_dim); ++d) {
-      delta = multiply_add<P>(load<Lane>(s.out + d * kBlockQ + q), load<Lane>(s.dout + d * kBlockQ + q), delta);
-    }
-    store<Lane>(rows.delta + q, delta);
-  }
-  bool inexact = false;
-  for (int q = 0; q < round_up(nq, n); ++q) {
-    const Lane lse = q < nq ? lse_rows[q * p.lse.stride_row] : -infinity;
-    const bool empty = lse == -infinity;
-    rows.lse[q] = empty ? infinity : lse;
-    rows.correction[q] = 0;
-    rows.dlse[q] = empty || dlse_rows == nullptr ? 0 : dlse_rows[q * p.dlse.stride_row];
-    if (empty) rows.delta[q] = 0;
-    inexact |= !empty && (lse > exact_lse || lse < -exact_lse);
-  }
-  return inexact;
-}
-
-// exp(S - lse) as an exponent of 2. Whatever a large lse makes of its rounding, `correction` has been measured with it.
-template <class P>
-FA_INLINE Vec<typename P::Lane> lse_exponent(Vec<typename P::Lane> score, typename P::Lane to_logits,
-                                             Vec<typename P::Lane> lse) {
-  return (score * to_logits - lse) * typename P::Lane(kLog2E);
 }
 
 // P and dS of one tile of keys.
@@ -369,91 +161,6 @@ FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, 
   }
 }
 
-// Adds the block's dS (tile[key][query]) to the gradient of the bias, which is summed over the dimensions of stride 0.
-template <class Lane>
-FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
-                                  const KeyBlock& keys, const Lane* tile) {
-  constexpr int n = kLanes<Lane>;
-  Lane* base = row_of<Lane>(view, b, h, q_begin);
-  if (view.stride_col == 0) {
-    Vec<Lane> total = {};
-    for (int q = 0; q < nq; q += n) {
-      Vec<Lane> sum = {};
-      for (int k = 0; k < keys.count; ++k) sum += load<Lane>(tile + k * kBlockQ + q);
-      total += sum;  // lanes beyond nq hold zeros
-      for (int i = 0; view.stride_row != 0 && i < n && q + i < nq; ++i) base[(q + i) * view.stride_row] += sum[i];
-    }
-    if (view.stride_row == 0) *base += sum_lanes<Lane>(total);
-  } else if (view.stride_row == 0) {
-    for (int k = 0; k < keys.count; ++k) {
-      Vec<Lane> sum = {};
-      for (int q = 0; q < nq; q += n) sum += load<Lane>(tile + k * kBlockQ + q);
-      base[keys.index[k] * view.stride_col] += sum_lanes<Lane>(sum);
-    }
-  } else if (view.stride_col == 1 && keys.contiguous) {
-    base += keys.index[0];
-    for (int q = 0; q < nq; q += n) {
-      for (int k = 0; k < keys.count; k += n) {
-        Vec<Lane> block[n];
-        FA_UNROLL
-        for (int i = 0; i < n; ++i) block[i] = load<Lane>(tile + (k + i) * kBlockQ + q);
-        transpose<Lane>(block);
-        const int count = keys.count - k;
-        if (q + n <= nq && count >= n) {
-          FA_UNROLL
-          for (int i = 0; i < n; ++i) {
-            Lane* p = base + (q + i) * view.stride_row + k;
-            store<Lane>(p, load<Lane>(p) + block[i]);
-          }
-        } else {
-          FA_UNROLL
-          for (int i = 0; i < n; ++i) {
-            Lane* p = base + (q + i) * view.stride_row + k;
-            if (q + i < nq) store_as<Lane>(p, load_as<Lane>(p, count) + block[i], count);
-          }
-        }
-      }
-    }
-  } else {
-    for (int k = 0; k < keys.count; ++k) {
-      Lane* column = base + keys.index[k] * view.stride_col;
-      for (int q = 0; q < nq; ++q) column[q * view.stride_row] += tile[k * kBlockQ + q];
-    }
-  }
-}
-
-// Adds the block's dS to the gradient of the reversed relative bias: key j meets 64 neighbouring entries.
-template <class Lane>
-FA_NOINLINE void accumulate_drelative(const KeyBlock& keys, int vectors, const Lane* tile, Lane* relative) {
-  constexpr int n = kLanes<Lane>;
-  for (int k = 0; k < keys.count; ++k) {
-    for (int v = 0; v < vectors; ++v) {
-      Lane* p = relative - keys.index[k] + v * n;
-      store<Lane>(p, load<Lane>(p) + load<Lane>(tile + k * kBlockQ + v * n));
-    }
-  }
-}
-
-// Zeros what no tile range covers, where whole rows of the tile will be read.
-template <class Lane>
-FA_INLINE void clear_outside(Lane* tile, int k, VectorRange range, int vectors) {
-  constexpr int n = kLanes<Lane>;
-  for (int v = 0; v < vectors; ++v) {
-    if (v >= range.begin && v < range.end) continue;
-    for (int r = 0; r < kTileKeys; ++r) store<Lane>(tile + (k + r) * kBlockQ + v * n, Vec<Lane>{});
-  }
-}
-
-// Zeros the lanes of queries that do not exist: an infinite key makes them NaN, and sums over queries read whole vectors.
-template <class Lane>
-FA_INLINE void clear_beyond(Lane* tile, int keys, int nq) {
-  const int end = static_cast<int>(round_up(nq, kLanes<Lane>));
-  if (nq == end) return;
-  for (int k = 0; k < keys; ++k) {
-    for (int q = nq; q < end; ++q) tile[k * kBlockQ + q] = 0;
-  }
-}
-
 // rows[q][d] = factor * columns[d][q] as elements of P; added to what is there if asked to.
 template <class P>
 FA_NOINLINE void write_transposed(const typename P::Lane* columns, int nq, int dim, typename P::Lane factor, bool add,
@@ -473,75 +180,6 @@ FA_NOINLINE void write_rows(const Lane* source, int64_t count, int dim, Lane fac
       store_as<Lane>(rows + j * stride_row + d, load<Lane>(source + j * row + d) * factor, dim - d);
     }
   }
-}
-
-// row_sum[q] += sum over the keys of a tile of exp(S - lse).
-template <class P, int kColumns>
-FA_NOINLINE void sum_tile(const ScoreInputs<P>& in, int k, int v, bool partial, const typename P::Lane* lse,
-                          Vec<typename P::Lane>* row_sum) {
-  using Lane = typename P::Lane;
-  Vec<Lane> acc[kTileKeys][kColumns];
-  compute_scores<P, kColumns, false>(in, k, v, partial, nullptr, acc);
-  const Lane to_logits = in.to_logits();
-  FA_UNROLL
-  for (int c = 0; c < kColumns; ++c) {
-    const Vec<Lane> row_lse = load<Lane>(lse + (v + c) * kLanes<Lane>);
-    FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
-      row_sum[v + c] += probability<P>(lse_exponent<P>(acc[r][c], to_logits, row_lse));
-    }
-  }
-}
-
-// A large lse is a coarse number: at 1e3 its rounding moves P by 6e-5, at -1e9 (a row under an additive mask) by a factor.
-// Such rows are summed once more, over all their keys, and P is corrected by what the sum should have been: 1.
-template <class P>
-FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
-                             const RelativeBias<typename P::Lane>& relative, const LiveKeys* live, int64_t b, int64_t h,
-                             int64_t q_begin, int nq, const BackwardScratch<P>& s,
-                             const RowStatistics<typename P::Lane>& rows) {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
-  constexpr int n = kLanes<Lane>;
-  const int vectors = (nq + n - 1) / n;
-  Vec<Lane> row_sum[kBlockVectors<Lane>] = {};
-
-  pack_columns<P, kBlockQ>(row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin), p.query.stride_row, nq,
-                           static_cast<int>(p.head_dim), s.query);
-  ScoreInputs<P> in = score_inputs<P>(p, relative, h, q_begin);
-  in.query = s.query;
-  KeyBlock& keys = *s.key.keys;
-  KeyStream stream(p, seq, live, b, h, q_begin, nq, 0, seq.seqlen_k);
-  while (stream.next(keys)) {
-    prepare_keys<P>(p, seq, b, h, q_begin, nq, s.key, in);
-    for (int k = 0; k < keys.count; k += kTileKeys) {
-      bool partial;
-      const VectorRange range = tile_range<Lane>(keys, k, stream.valid(), vectors, partial);
-      for (int panel = 0; panel * kTileVectors < vectors; ++panel) {
-        const VectorRange part = clip_to_panel(range, panel);
-        if (part.begin >= part.end) continue;
-        with_columns(part.end - part.begin, [&](auto columns) {
-          sum_tile<P, decltype(columns)::value>(in, k, part.begin, partial, rows.lse, row_sum);
-        });
-      }
-    }
-  }
-  for (int q = 0; q < nq; ++q) {
-    Lane sum = row_sum[q / n][q % n];
-    if (p.sinks.data != nullptr) sum += natural_exp(*row_of<const Lane>(p.sinks, 0, h, 0) - rows.lse[q]);
-    if (sum > 0) rows.correction[q] = -natural_log(sum) * Lane(kLog2E);
-  }
-}
-
-// Packs dO of a block and sets the block's statistics.
-template <class P>
-void measure_rows(const AttentionParams& p, const Sequence& seq, const RelativeBias<typename P::Lane>& relative,
-                  const LiveKeys* live, int64_t b, int64_t h, int64_t q_begin, int nq, const BackwardScratch<P>& s,
-                  const RowStatistics<typename P::Lane>& rows) {
-  pack_columns<P, kBlockQ>(row_of<const typename P::Storage>(p.dout, b, h, seq.q_offset + q_begin), p.dout.stride_row,
-                           nq, static_cast<int>(p.value_dim), s.dout);
-  const bool inexact = load_row_statistics<P>(p, seq, b, h, q_begin, nq, s, rows);
-  if (inexact) correct_lse<P>(p, seq, relative, live, b, h, q_begin, nq, s, rows);
 }
 
 // What an item of the backward pass works on.
@@ -733,20 +371,6 @@ void backward_kv_head(const BackwardItem<P>& item, int64_t b, int64_t kv_head) {
   }
 }
 
-// Zeros the columns of the chunk in the bias gradients of (b, h).
-template <class Lane>
-FA_NOINLINE void clear_dbias(const AttentionParams& p, int64_t b, int64_t h, int64_t key_begin, int64_t key_end) {
-  const int64_t rows = p.dbias.stride_row == 0 ? 1 : p.seqlen_q;
-  for (int64_t i = 0; i < rows; ++i) {
-    Lane* row = row_of<Lane>(p.dbias, b, h, i);
-    if (p.dbias.stride_col == 1) {
-      memset(row + key_begin, 0, (key_end - key_begin) * sizeof(Lane));
-    } else {
-      for (int64_t j = key_begin; j < key_end; ++j) row[j * p.dbias.stride_col] = 0;
-    }
-  }
-}
-
 template <class P>
 void backward_item(const BackwardItem<P>& item, int64_t group) {
   using Lane = typename P::Lane;
@@ -794,25 +418,6 @@ void reduce_dquery(const AttentionParams& p, const BackwardPlan& plan,
         sum += load_as<Lane>(partials.dquery + row * partials.row_dquery + d, dim - d);
       }
       store_as<Lane>(target + d, sum, dim - d);
-    }
-  }
-}
-
-// Sums the partial gradients of the relative bias over chunks and batch entries (and heads, if they share it), in order.
-template <class Lane>
-void reduce_drelative(const AttentionParams& p, const BackwardPlan& plan, const BackwardPartials<Lane>& partials) {
-  const int64_t columns = relative_columns(p);
-  const TensorView& view = p.drelative_bias;
-  for (int64_t h = 0; h < p.num_heads; ++h) {
-    Lane* target = row_of<Lane>(view, 0, h, 0);
-    if (h == 0 || view.stride_head != 0) {
-      for (int64_t c = 0; c < columns; ++c) target[c * view.stride_col] = 0;
-    }
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-      for (int64_t b = 0; b < p.batch; ++b) {
-        const Lane* source = partials.drelative_bias + head_index(p, chunk, b, h) * partials.row_relative;
-        for (int64_t c = 0; c < columns; ++c) target[(columns - 1 - c) * view.stride_col] += source[c];
-      }
     }
   }
 }
