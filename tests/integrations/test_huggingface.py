@@ -542,7 +542,8 @@ def test_models_with_attention_of_their_own_are_refused(name: str) -> None:
 #: Classes without the interface that compute a softmax in a file that makes masks: vision and audio, maps for pictures,
 #: compressors, and blocks of tokens. The masks of the interface go to other classes of their files.
 FOUND_HARMLESS = {
-    "ChameleonVQVAEEncoderAttnBlock", "ClapAudioSelfAttention", "ConditionalDetrMHAttentionMap",
+    "Apertus1p5VisionTokenizerAttnBlock", "ChameleonVQVAEEncoderAttnBlock", "ClapAudioSelfAttention",
+    "ConditionalDetrMHAttentionMap",
     "DeepseekOcr2SamVisionAttention", "DetrMHAttentionMap", "EsmFold2RowAttentionPooling",
     "EvollaSequenceCompressorAttention", "Gemma3nAudioAttention", "LongT5LocalAttention",
     "LongT5TransientGlobalAttention", "MaskFormerDetrMHAttentionMap", "PegasusXGlobalLocalAttention",
