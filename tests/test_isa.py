@@ -135,14 +135,13 @@ def test_a_row_that_is_not_finite_spoils_no_other(row: int, spoils: str, dtype: 
     generator = torch.Generator().manual_seed(0)
     query, key = torch.zeros(1, 1, 64, 8), torch.zeros(1, 1, 64, 8)
     value = torch.randn(1, 1, 64, 8, generator=generator)
-    query[..., row, 0], key[..., 40:, 0] = 1500.0, 3.0  # a maximum far above that of the first keys
+    query[..., row, 0], key[..., 48:, 0] = 1500.0, 3.0  # a maximum far above that of the first keys
     mask = torch.zeros(64, 64)
     if spoils == "query":
         query[..., 0, :] = float("nan")
     elif spoils == "key":
-        mask[1:, 0] = float("-inf")
-        key[..., 0, 0] = float("inf")
-        query[..., 0, 0] = 1.0
+        mask[1:, 48] = float("-inf")  # the first key of a tile, be it of 4 or of 6
+        key[..., 48, 0] = float("nan")
     else:
         mask[0] = float("inf")
     inputs = [x.to(dtype) for x in (query, key, value)]
