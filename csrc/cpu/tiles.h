@@ -17,8 +17,8 @@ constexpr int kBlockQ = 64;  // queries of a work item; 32 is 13-25 % slower (ha
 constexpr int kTileKeys = kVectorRegisters == 32 ? 4 : 6;
 constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
 
-// Live keys of a block, a multiple of kTileKeys and of the lanes. 128 is 1-2 % faster than 64; with 16 registers 144 is no
-// faster than 72.
+// Live keys of a block, a multiple of kTileKeys and of the lanes. 128 is 1-2 % faster than 64; with 16 registers 144 is
+// no faster than 72.
 constexpr int kBlockK = kTileKeys == 4 ? 128 : 72;
 
 template <class T>
