@@ -172,6 +172,9 @@ GPU_DEVICE void mbarrier_wait(uint32_t address, uint32_t parity);
 
 // What ordinary instructions wrote to shared memory before it is visible to TMA and wgmma after it.
 GPU_DEVICE void fence_async_proxy();
+// Likewise for global memory, in both directions: between a counter that is waited for or raised with ordinary
+// instructions and bulk stores whose order the counter decides.
+GPU_DEVICE void fence_async_proxy_global();
 
 // ---- TMA: boxes of a tensor, by one thread. Coordinates may lie outside of the tensor: loads give zeros (and count their
 // bytes), stores and additions skip. Tensor maps are made by encode_tensor_map (tensor_map.h).
@@ -184,6 +187,7 @@ GPU_DEVICE void tma_reduce_add_4d(const TensorMap* map, uint32_t source, int c0,
 
 // The same for contiguous memory: all addresses and `bytes` are multiples of 16.
 GPU_DEVICE void bulk_load(uint32_t destination, const void* p, uint32_t bytes, uint32_t mbarrier);
+GPU_DEVICE void bulk_store(float* p, uint32_t source, uint32_t bytes);
 GPU_DEVICE void bulk_reduce_add_f32(float* p, uint32_t source, uint32_t bytes);
 
 // Groups of the thread's stores and additions. wait_read: their sources may be written again; wait: they are complete.
@@ -214,6 +218,13 @@ GPU_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, 
 template <int N>
 GPU_DEVICE void keep_registers(float (&r)[N]);
 
+// The values are not wanted any more: a product that overwrites them need not preserve them.
+template <int N>
+GPU_DEVICE void forget_registers(float (&r)[N]);
+
+// x, in a way that the compiler cannot compute it again and so keeps it in a register.
+GPU_DEVICE uint32_t keep_computed(uint32_t x);
+
 // Descriptor of a 16-bit matrix in shared memory, swizzled by 128 bytes, at the corner `address` of the operand.
 //   contiguous along k:    rows of 128 bytes; groups of 8 rows lie stride_bytes apart; leading_bytes is not used
 //   contiguous along m, n: columns of 64 elements; the next 8 of k lie stride_bytes on, the next 64 of m or n leading_bytes
@@ -222,6 +233,10 @@ GPU_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes, 
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading_bytes >> 4) << 16 | uint64_t(stride_bytes >> 4) << 32 |
          kSwizzle128 << 62;
 }
+
+// What to add to a descriptor for an operand that lies `bytes` further on. Adding a constant is one instruction in
+// uniform registers, where a descriptor made anew for each product takes thirteen.
+GPU_DEVICE constexpr uint64_t matrix_descriptor_step(uint32_t bytes) { return bytes >> 4; }
 
 // Registers of each of a warpgroup's threads from here on. Increasing waits until others have given theirs up.
 template <int R>

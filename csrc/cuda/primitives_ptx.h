@@ -267,6 +267,7 @@ GPU_DEVICE void mbarrier_wait(uint32_t address, uint32_t parity) {
       : "memory");
 }
 
+GPU_DEVICE void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 GPU_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- TMA
@@ -302,6 +303,11 @@ GPU_DEVICE void bulk_load(uint32_t destination, const void* p, uint32_t bytes, u
       : "memory");
 }
 
+GPU_DEVICE void bulk_store(float* p, uint32_t source, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(p), "r"(source), "r"(bytes)
+               : "memory");
+}
+
 GPU_DEVICE void bulk_reduce_add_f32(float* p, uint32_t source, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(p), "r"(source),
                "r"(bytes)
@@ -333,6 +339,16 @@ GPU_DEVICE void wgmma_wait() {
 template <int N>
 GPU_DEVICE void keep_registers(float (&r)[N]) {
   GPU_UNROLL for (int i = 0; i < N; i++) asm volatile("" : "+f"(r[i])::"memory");
+}
+
+template <int N>
+GPU_DEVICE void forget_registers(float (&r)[N]) {
+  GPU_UNROLL for (int i = 0; i < N; i++) asm volatile("" : "=f"(r[i]));
+}
+
+GPU_DEVICE uint32_t keep_computed(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 template <int R>

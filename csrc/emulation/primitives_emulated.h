@@ -185,6 +185,7 @@ inline void fence_async_proxy() {
   emulation::block().current->clock.fence();
   emulation::tick();
 }
+inline void fence_async_proxy_global() {}
 
 // ---- TMA
 
@@ -208,6 +209,8 @@ inline void tma_reduce_add_4d(const TensorMap* map, uint32_t source, int c0, int
 inline void bulk_load(uint32_t destination, const void* p, uint32_t bytes, uint32_t mbarrier) {
   emulation::bulk_load(destination, p, bytes, mbarrier);
 }
+inline void bulk_store(float* p, uint32_t source, uint32_t bytes) { emulation::bulk_store(p, source, bytes); }
+
 inline void bulk_reduce_add_f32(float* p, uint32_t source, uint32_t bytes) {
   emulation::bulk_reduce_add_f32(p, source, bytes);
 }
@@ -245,6 +248,11 @@ inline void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool
 
 template <int N>
 inline void keep_registers(float (&)[N]) {}
+
+template <int N>
+inline void forget_registers(float (&)[N]) {}
+
+inline uint32_t keep_computed(uint32_t x) { return x; }
 
 template <int R>
 inline void increase_registers() {

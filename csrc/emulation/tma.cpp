@@ -206,6 +206,13 @@ void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_
   load(destination, contiguous(global, bytes), mbarrier, what);
 }
 
+void bulk_store(float* destination, uint32_t source, uint32_t bytes) {
+  const char* what = "bulk_store";
+  check_bulk_bytes(bytes, what);
+  char* global = global_write(destination, bytes, kChunk, what);
+  write(contiguous(global, bytes), source, BulkWrite::kStore, true, false, what);
+}
+
 void bulk_reduce_add_f32(float* destination, uint32_t source, uint32_t bytes) {
   const char* what = "bulk_reduce_add_f32";
   check_bulk_bytes(bytes, what);

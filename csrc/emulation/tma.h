@@ -52,6 +52,7 @@ void tma_load(uint32_t destination, const TensorMap& map, uint32_t mbarrier, con
 void tma_write(const TensorMap& map, uint32_t source, const int* coordinates, int num_coordinates, BulkWrite write);
 void tma_prefetch(const TensorMap& map);
 void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t mbarrier);
+void bulk_store(float* destination, uint32_t source, uint32_t bytes);
 void bulk_reduce_add_f32(float* destination, uint32_t source, uint32_t bytes);
 void bulk_commit();
 void bulk_wait(int groups_left);

@@ -25,12 +25,15 @@ struct Ring {
 // Where a user of a ring has got to. Both sides start at 0 and advance once for each use of a slot.
 template <int kSlots>
 struct RingPosition {
-  static_assert((kSlots & (kSlots - 1)) == 0);
-  uint32_t uses = 0;
+  static constexpr bool kIsPowerOfTwo = (kSlots & (kSlots - 1)) == 0;
+  uint32_t uses = 0;  // modulo 2 * kSlots where kSlots is no power of two, so that no division is needed
 
-  GPU_DEVICE int slot() const { return uses % kSlots; }
-  GPU_DEVICE uint32_t parity() const { return uses / kSlots & 1; }
-  GPU_DEVICE void advance() { ++uses; }
+  GPU_DEVICE int slot() const { return kIsPowerOfTwo ? uses % kSlots : uses < kSlots ? uses : uses - kSlots; }
+  GPU_DEVICE uint32_t parity() const { return kIsPowerOfTwo ? uses / kSlots & 1 : uses >= kSlots; }
+  GPU_DEVICE void advance() {
+    ++uses;
+    if (!kIsPowerOfTwo && uses == 2 * kSlots) uses = 0;
+  }
   GPU_DEVICE void wait_full(const Ring<kSlots>& ring) const { mbarrier_wait(ring.full(slot()), parity()); }
   GPU_DEVICE void wait_empty(const Ring<kSlots>& ring) const { mbarrier_wait(ring.empty(slot()), parity() ^ 1); }
 

@@ -26,14 +26,13 @@ struct Tile {
   // Columns 16 * k ... 16 * k + 15 of the rows from first_row on, a multiple of 8, for a product over the columns.
   static GPU_DEVICE uint64_t columns(uint32_t tile, int first_row, int k) {
     constexpr int kStepsPerPanel = kPanelColumns / 16;
-    return matrix_descriptor(
-        tile + k / kStepsPerPanel * kPanelBytes + first_row * kPanelRowBytes + k % kStepsPerPanel * 32, 16,
-        kSwizzleBytes);
+    return matrix_descriptor(tile + first_row * kPanelRowBytes, 16, kSwizzleBytes) +
+           matrix_descriptor_step(k / kStepsPerPanel * kPanelBytes + k % kStepsPerPanel * 32);
   }
 
   // Rows 16 * k ... 16 * k + 15 with all their columns, for a product over the rows.
   static GPU_DEVICE uint64_t rows(uint32_t tile, int k) {
-    return matrix_descriptor(tile + 16 * k * kPanelRowBytes, kPanelBytes, kSwizzleBytes);
+    return matrix_descriptor(tile, kPanelBytes, kSwizzleBytes) + matrix_descriptor_step(16 * k * kPanelRowBytes);
   }
 
   // By one thread: starts to load kRows rows from `row` on. The barrier has to expect kBytes.
