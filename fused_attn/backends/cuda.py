@@ -98,7 +98,7 @@ def forward(
         _config(problem),
         _kernel_masks(seed, mask),
         _architecture(problem),
-        _workspace(problem, query, mask, is_backward=False),
+        _workspace(problem, query, mask, wanted=None),
     )
     return out, lse
 
@@ -138,7 +138,7 @@ def backward(
         _config(problem),
         _kernel_masks(seed, mask),
         _architecture(problem),
-        _workspace(problem, query, mask, is_backward=True),
+        _workspace(problem, query, mask, wanted),
     )
     return Gradients(dquery, dkey, dvalue)
 
@@ -196,18 +196,35 @@ def _kernel_masks(seed: Tensor | None, mask: MaskSpec) -> tuple[Tensor | None, .
     return mask.key_padding, None, None, None, None, seed, mask.cu_seqlens_q, mask.cu_seqlens_k
 
 
-def _workspace(problem: AttentionProblem, query: Tensor, mask: MaskSpec, is_backward: bool) -> Tensor | None:
-    size = _workspace_bytes(problem, is_backward, query.shape[:3].numel(), mask.key_padding is not None)
+def _workspace(problem: AttentionProblem, query: Tensor, mask: MaskSpec, wanted: Wanted | None) -> Tensor | None:
+    """``wanted``: the gradients of a backward call."""
+    wants_all = wanted is not None and wanted.query and (wanted.key or wanted.value)
+    has_padding, is_packed = mask.key_padding is not None, mask.cu_seqlens_q is not None
+    size = _workspace_bytes(problem, query.shape, wanted is not None, wants_all, is_packed, has_padding)
     return torch.empty(size // 4, dtype=torch.float32, device=query.device) if size else None
 
 
 @functools.lru_cache(maxsize=4096)
-def _workspace_bytes(problem: AttentionProblem, is_backward: bool, lse_entries: int, has_key_padding: bool) -> int:
+def _workspace_bytes(
+    problem: AttentionProblem,
+    query_shape: torch.Size,
+    is_backward: bool,
+    wants_all_gradients: bool,
+    is_packed: bool,
+    has_key_padding: bool,
+) -> int:
+    batch_entries, num_heads, rows_q, head_dim = query_shape
     return _kernels.workspace_bytes(
         architecture=_architecture(problem),
         is_backward=is_backward,
+        wants_all_gradients=wants_all_gradients,
         batch=problem.batch,
+        batch_entries=batch_entries,
+        num_heads=num_heads,
+        num_kv_heads=problem.num_kv_heads,
+        rows_q=rows_q,
         seqlen_k=problem.seqlen_k,
-        lse_entries=lse_entries,
+        head_dim=head_dim,
+        is_packed=is_packed,
         has_key_padding=has_key_padding,
     )
