@@ -482,7 +482,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       wgmma_wait<kIsLast ? 0 : 1>();
       keep_registers(flat(dq));
       if constexpr (kIsLast) key_position.release(rings.k);
-      mbarrier_wait(rings.dq_empty + 8 * group, i & 1 ^ 1);
+      mbarrier_wait(rings.dq_empty + 8 * group, (i & 1) ^ 1);
       const uint32_t own_dq = shared + Plan::kDq + group * Plan::kOwnDqBytes + keep_computed(thread) * 16;
       GPU_UNROLL for (int t = 0; t < kDqTiles; ++t) {
         store_shared(own_dq + t * (kWarpgroup * 16), Float4{dq[t][0], dq[t][1], dq[t][2], dq[t][3]});
