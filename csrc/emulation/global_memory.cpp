@@ -182,8 +182,8 @@ char* global_write(void* handle, size_t bytes, size_t alignment, const char* wha
       const bool needs_no_order = kind == Write::kCount || (kind == Write::kSum && !b.options.ordered_sums);
       if (kind == last.kind && needs_no_order) return;
       if (const std::string problem = missing_order(last, access.is_async); !problem.empty())
-        fail("RACE: %s to global memory that %s %s too: %s", what, name_of_writer(last).c_str(),
-             kind == Write::kSum && last.kind == kind ? "adds to" : "writes", problem.c_str());
+        fail("RACE: %s to global memory that %s %s: %s", what, name_of_writer(last).c_str(),
+             kind == Write::kSum && last.kind == kind ? "also adds to" : "writes too", problem.c_str());
     });
     const auto cells = cells_of(buffer, p, bytes);
     std::fill(cells.first, cells.second, LastWrite{b.linear_index, access, kind});
