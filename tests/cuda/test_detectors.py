@@ -73,7 +73,7 @@ BUGS = {
     "stack_overflow": r"thread \d+, .*stack overflowed",
     "spinning_on_another_block": r"load_global: .* again and again. Nobody else runs",
     "blocks_write_the_same": r"block 1, .*RACE: store_global to global memory that block number 0 .* writes too",
-    "blocks_add_to_the_same": r"block 1, .*RACE: atomic_add to global memory that block number 0 .* also adds to: no add",
+    "blocks_add_to_the_same": r"block 1, .*RACE: atomic_add to global memory that block number 0 .* also adds to: no ",
     "block_reads_what_another_wrote": r"block 1, .*RACE: load_global reads global memory that block number 0 .* wrote",
     "threads_write_the_same": r"RACE: store_global .* thread \d+ \(warp \d\) of the same block writes too: nothing",
     "thread_reads_what_another_wrote": r"RACE: load_global reads .* thread \d+ .* of the same block wrote: nothing",
@@ -82,9 +82,9 @@ BUGS = {
     "read_by_one_that_has_not_waited": rf"block 1, .*RACE: load_global .*{NO_TURN}"
     r"|block 0, .*RACE: store_global .*",
     "written_after_it_was_counted": r"block 1, .*RACE: load_global .*that block's add_release does not come after",
-    "waiting_for_a_later_block": r"(?s)block 0, .*DEADLOCK.*threads 0 wait in wait_until_equal: the counter at byte 0 of "
-    r"a buffer of 64 in global memory is 0 and waited for to become 2; 2 blocks .* 1 later ones, which may be what it "
-    r"waits.*block 1, .*become 1; 2 blocks",
+    "waiting_for_a_later_block": r"(?s)block 0, .*DEADLOCK.*threads 0 wait in wait_until_equal: the counter at byte 0 "
+    r"of a buffer of 64 in global memory is 0 and waited for to become 2; 2 blocks .* 1 later ones, which may be what "
+    r"it waits.*block 1, .*become 1; 2 blocks",
     "sync_in_half_a_warp": r"(?s)DEADLOCK.*threads 0-15 wait in sync_threads: 16 of 32 lanes of warp 0 arrived",
     "sync_in_a_part_of_the_block": r"(?s)DEADLOCK.*threads 0-63 wait in sync_threads: 0: 64 of 96 threads arrived",
     "barriers_of_different_number": r"(?s)DEADLOCK.*threads 0-31 wait in barrier_sync: 1: 32 .*threads 32-63 .* 2: 32",
@@ -133,7 +133,7 @@ BUGS = {
     "box_not_fenced_before_tma": rf"block 1, .*RACE: tma_load reads .* block number 0 .*: {NO_READERS_FENCE}",
     "sum_onto_stored_values_without_fence": rf"block 1, .*RACE: bulk_reduce_add_f32 .* writes too: {NO_READERS_FENCE}",
     "fence_of_another_thread": rf"block 1, 0, 0; thread 32, .*RACE: bulk_reduce_add_f32 .*: {NO_READERS_FENCE}",
-    "own_bulk_store_read_too_early": r"RACE: load_global .* a bulk store of warp 0 of the same block .* no tma_store_wait",
+    "own_bulk_store_read_too_early": r"RACE: load_global .* a bulk store of warp 0 of the same block .* no tma_store_w",
     "own_sums_in_any_order": r"RACE: bulk_reduce_add_f32 .* a bulk store of warp 0 of the same block also adds to: no",
     "slot_without_fence_of_its_reader": r"RACE: bulk_store .* no fence_async_proxy lies between it and the write of",
     "slot_freed_too_early": r"RACE: store_shared .* is not ordered after the read of a bulk store of warp 1",
