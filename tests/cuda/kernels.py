@@ -51,12 +51,15 @@ class Kernels:
         self._library = Library(self.path)
 
     @contextlib.contextmanager
-    def running(self, architecture: int, seed: int = 0) -> Iterator[None]:
-        """backend="cuda" is this build's kernels for sm_80 or sm_90a, in the order of threads that the seed draws."""
+    def running(self, architecture: int, seed: int = 0, **options: int) -> Iterator[None]:
+        """backend="cuda" is this build's kernels for sm_80 or sm_90a, in the order of threads that the seed draws.
+
+        ``options`` are those of `Library.start`.
+        """
         before = cuda._kernels, cuda._architecture
         _forget_plans()
         cuda._kernels, cuda._architecture = self._module, lambda problem: architecture
-        self._library.start(seed)
+        self._library.start(seed, **options)
         try:
             yield
         finally:

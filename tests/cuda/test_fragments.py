@@ -322,11 +322,47 @@ def test_tensor_maps_that_the_hardware_refuses(fragments, change, message):
         )
 
 
-def test_bulk_copies(fragments):
-    source, destination = small_integers(64), small_integers(64)
-    expected = source + destination
-    fragments.call("bulk", fragments.buffer(source), fragments.buffer(destination, is_writable=True), 256)
+@pytest.mark.parametrize("operation", [STORE, REDUCE])
+@pytest.mark.parametrize("first, count", [(0, 64), (4, 4), (20, 40)])
+def test_bulk_copies(fragments, operation, first, count):
+    """All of the bytes, from any multiple of 16 on, and no others."""
+    source, destination = small_integers(count), small_integers(64)
+    expected = destination.clone()
+    expected[first : first + count] = source + (destination[first : first + count] if operation == REDUCE else 0)
+    whole = fragments.buffer(destination, is_writable=True)
+    fragments.call("bulk", operation, fragments.buffer(source), ctypes.c_void_p(whole.value + 4 * first), 4 * count)
     assert torch.equal(destination, expected)
+
+
+def test_the_source_of_a_bulk_store_is_free_once_it_is_read(fragments):
+    rows = torch.full((20, 32), float("nan"))
+    fragments.call("reused_source", fragments.buffer(rows, is_writable=True), len(rows))
+    assert torch.equal(rows, torch.arange(20 * 32.0).view(20, 32))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sums_in_a_fixed_order(fragments, seed):
+    """To the last bit those of additions one after another, whichever block is the first."""
+    blocks = 16
+    fragments.start(seed, resident_blocks=blocks)
+    rows = torch.randn(blocks, 32) * 10.0 ** torch.arange(-3, 5).repeat(2)[:, None]
+    order = torch.randperm(blocks)
+    turns = torch.empty(blocks, dtype=torch.int32)
+    turns[order] = torch.arange(blocks, dtype=torch.int32)
+    sums = torch.full((32,), float("nan"))
+    fragments.call(
+        "ordered_sums",
+        blocks,
+        fragments.buffer(rows),
+        fragments.buffer(turns),
+        fragments.buffer(sums, is_writable=True),
+        fragments.buffer(torch.zeros(1, dtype=torch.int32), is_writable=True),
+    )
+    expected = rows[order[0]].clone()
+    for block in order[1:]:
+        expected += rows[block]
+    assert torch.equal(sums, expected)
+    assert not torch.equal(rows.sum(0), expected)  # another order would be noticed
 
 
 @pytest.mark.parametrize("is_bf16", [True, False])

@@ -27,7 +27,7 @@ inline int multiprocessors() {
   }
   return count;
 #else
-  return 2;  // so that every block takes several tiles
+  return emulation::session_options().resident_blocks;
 #endif
 }
 
