@@ -225,7 +225,12 @@ void wait_until_equal(const int* counter, int value) {
   wait.counter = reinterpret_cast<const int*>(handle - kHandle);
   wait.value = value;
   while (*wait.counter != value) b.scheduler.wait(wait);
-  b.current->clock.global.learn(published_with_counter[counter]);
+  const GlobalClock::Ticks& published = published_with_counter[counter];
+  VectorClock& clock = b.current->clock;
+  clock.global.learn(published);
+  // What another thread of this block has released orders the two as a barrier would.
+  if (const auto own = published.find({kOrdinary, b.linear_index}); own != published.end())
+    clock.join(releases[b.linear_index][own->second - 1]);
 }
 
 std::string describe_counter(const int* counter) {
