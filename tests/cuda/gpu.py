@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -44,10 +45,17 @@ class GpuLibrary:
                 tensor.copy_(copy)
 
 
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit, from the PATH or where the toolkit usually is; skips the test without it."""
+    folder = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    found = shutil.which(name) or shutil.which(name, path=str(folder))
+    if found is None:
+        pytest.skip(f"needs {name} of the CUDA toolkit, which is neither on the PATH nor in {folder}")
+    return found
+
+
 def build(source: Path, folder: Path) -> Path:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("needs nvcc on the PATH")
+    nvcc = tool("nvcc")
     library = folder / f"lib{source.stem}.so"
     sources = [source, *(CSRC / name for name in SHARED_SOURCES)]
     flags = ["-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{CSRC}", "-shared", "-Xcompiler=-fPIC"]

@@ -53,15 +53,27 @@ class Kernels:
     @contextlib.contextmanager
     def running(self, architecture: int, seed: int = 0) -> Iterator[None]:
         """backend="cuda" is this build's kernels for sm_80 or sm_90a, in the order of threads that the seed draws."""
-        before = cuda._kernels, cuda._architecture
-        _forget_plans()
-        cuda._kernels, cuda._architecture = self._module, lambda problem: architecture
+        before = cuda._kernels
+        cuda._kernels = self._module
         self._library.start(seed)
         try:
-            yield
+            with of_architecture(architecture):
+                yield
         finally:
-            cuda._kernels, cuda._architecture = before
-            _forget_plans()
+            cuda._kernels = before
+
+
+@contextlib.contextmanager
+def of_architecture(architecture: int) -> Iterator[None]:
+    """backend="cuda" runs its kernels for sm_80 or sm_90a, whatever the device."""
+    before = cuda._architecture
+    _forget_plans()
+    cuda._architecture = lambda problem: architecture
+    try:
+        yield
+    finally:
+        cuda._architecture = before
+        _forget_plans()
 
 
 def _forget_plans() -> None:
