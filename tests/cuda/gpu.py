@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ class GpuLibrary:
     """`emulator.Library`, with tensors that are copied to the GPU for a call and back after it. It has no options."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._library = ctypes.CDLL(str(path))
         self._buffers: list[tuple[torch.Tensor, torch.Tensor, bool]] = []
 
@@ -69,3 +73,17 @@ def library(source: Path, folder: Path) -> GpuLibrary:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a GPU of compute capability 9")
     return GpuLibrary(build(source, folder))
+
+
+def error_in_another_process(function: Callable[..., None], *arguments: object) -> str:
+    """What the function raised, or an empty text: a fault on the GPU would end all that follows in this process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_error_of, function, *arguments).result()
+
+
+def _error_of(function: Callable[..., None], *arguments: object) -> str:
+    try:
+        function(*arguments)
+    except Exception as error:
+        return str(error)
+    return ""
