@@ -121,7 +121,7 @@ def _row_of(case: Case, name: str) -> Row:
         "dtype": case.dtype,
         "direction": case.direction,
         "implementation": name,
-        "version": rivals.version_of(name),
+        **rivals.version_of(name),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import itertools
 import json
 import subprocess
@@ -201,7 +202,137 @@ def test_a_wrong_result_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(inputs: Inputs) -> rivals.Prepared:
         return rivals.Prepared(lambda: 1.5 * inputs.query, {"query": inputs.query}, "nothing")
 
-    monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(wrong, "torch"))
+    monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(wrong, ("torch",)))
+    found = run(small("none", "forward"), [OURS, "torch"])
+    assert found["torch"]["is_right"] is False and "median_ms" not in found["torch"]
+    assert "median_ms" in found[OURS]
+    assert "WRONG: torch" in attention.describe(list(found.values()))
+
+
+def flash_attn_module(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of its name whose functions do what its documentation says."""
+
+    def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1)):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        bottom_right = torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2]).bool()
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=bottom_right if causal else None, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False):
+        queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        parts = [
+            flash_attn_func(q[None, a:b], k[None, c:d], v[None, c:d], causal)[0]
+            for (a, b), (c, d) in zip(itertools.pairwise(queries), itertools.pairwise(keys), strict=True)
+        ]
+        return torch.cat(parts), None  # some generations return the log-sum-exp too
+
+    package = types.ModuleType(name)
+    package.flash_attn_func, package.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, name, package)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "padded", "gqa", "varlen", "decode", "causal+padded", "bias"])
+def test_flash_attn_is_asked_by_its_own_conventions(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flash_attn_module("flash_attn", monkeypatch)
+    inputs = Inputs(small(mask, "forward" if mask == "decode" else "forward+backward"), rows_first=True)
+    reference = Reference(inputs)
+    if mask == "varlen" and name == "torch":
+        with pytest.raises(rivals.Cannot, match="packed"):
+            rivals.RIVALS[name].prepare(inputs)
+        return
+    results = rivals.results_of(rivals.RIVALS[name].prepare(inputs), inputs)
+    assert set(results) == {"out"} | (set(inputs.leaves) if mask != "decode" else set())
+    assert reference.is_right(reference.error(results))
+
+
+@pytest.mark.parametrize("mask", ["gqa", "bias", "relative-bias", "varlen", "causal+padded"])
+def test_a_sample_finds_what_is_wrong_in_it(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "CHECKED_SCORES", 1)
+    case = Case(3, 16, 24, 8, mask, "float32", "forward+backward")
+    inputs = Inputs(case)
+    reference = Reference(inputs)
+    results = rivals.results_of(rivals.RIVALS[OURS].prepare(inputs), inputs)
+    assert reference.is_right(reference.error(results))
+    batch, head = next((batch, head) for batch, head in accuracy.sample(case) if 0 < head < case.kv_heads - 1)
+    key = results["key"]
+    part = key[inputs.cu_seqlens[batch] : inputs.cu_seqlens[batch + 1], head] if case.is_packed else key[batch, head]
+    part[2, 2] += 0.01
+    assert not reference.is_right(reference.error(results))
+
+
+@pytest.mark.parametrize("mask", cases.MASKS)
+def test_a_sample_is_spread_and_cheap(mask: str) -> None:
+    for case in cases.table(cases.GPU._replace(dtypes=("bfloat16",)), [mask]):
+        pairs = accuracy.sample(case)
+        assert len(set(pairs)) == len(pairs) >= min(4, case.batch * case.kv_heads)
+        assert len(pairs) <= max(accuracy.CHECKED_PAIRS, accuracy.LEAST_HEADS * case.batch)
+        assert {batch for batch, _ in pairs} == set(range(case.batch))
+        heads = sorted({head for _, head in pairs})
+        gaps = [after - before for before, after in itertools.pairwise([-1, *heads, case.kv_heads])]
+        assert max(gaps) <= case.kv_heads // 2  # nowhere are many left out
+
+
+@pytest.mark.parametrize("name", ["out", "value"])
+def test_a_small_row_is_judged_by_its_own_size(name: str) -> None:
+    """The last rows of a causal mask are averages of many values, the last keys are seen by few: a tenth of them is
+    next to nothing of the largest entry."""
+    inputs = Inputs(Case(1, 1, 1024, 64, "causal", "bfloat16", "forward+backward"))
+    reference = Reference(inputs)
+    results = rivals.results_of(rivals.RIVALS[OURS].prepare(inputs), inputs)
+    assert reference.is_right(reference.error(results))
+    row = results[name][0, 0, 700 if name == "out" else 300]
+    row *= 1.1
+    assert 0.1 * row.abs().max() < 0.01 * results[name].abs().max()
+    assert not reference.is_right(reference.error(results))
+
+
+def test_what_nearly_cancels_is_not_judged_by_what_is_left() -> None:
+    """The gradient of a query that sees one key is 0 up to the rounding of what it is the difference of."""
+    inputs = Inputs(Case(1, 2, 64, 64, "causal", "float32", "forward+backward"))
+    reference = Reference(inputs)
+    results = rivals.results_of(rivals.RIVALS[OURS].prepare(inputs), inputs)
+    assert results["query"][0, 0, 0].abs().max() < 1e-5
+    size = reference._sizes["query"][0].item()
+    assert size > 2 * results["query"].abs().amax(dim=-1).median()
+    results["query"][0, 0, 0, 0] = 0.9 * reference.allowed * size
+    assert reference.is_right(reference.error(results))
+    results["query"][0, 0, 0, 0] = 1.1 * reference.allowed * size
+    assert not reference.is_right(reference.error(results))
+
+
+def test_nan_is_wrong() -> None:
+    inputs = Inputs(small("none", "forward"))
+    reference = Reference(inputs)
+    results = rivals.results_of(rivals.RIVALS[OURS].prepare(inputs), inputs)
+    results["out"][0, 0, 0, 0] = float("nan")
+    assert not reference.is_right(reference.error(results))
+
+
+# ---- Rivals
+
+
+def run(case: Case, names: list[str]) -> dict[str, rows.Row]:
+    reference = Reference(Inputs(case, rows_first=True))
+    found = attention.run_case(case, torch.device("cpu"), names, reference, timing.CpuTimer(), 3, 0.01)
+    return {row["implementation"]: row for row in found}
+
+
+def test_what_a_rival_cannot_do_is_recorded() -> None:
+    found = run(small("causal"), [OURS, "flash_attn2", "flash_attn3", "flash_attn4", "xformers", "torch-cudnn"])
+    assert found[OURS]["median_ms"] > 0 and found[OURS]["is_right"]
+    for name in ("flash_attn2", "flash_attn3", "flash_attn4", "xformers"):
+        assert "ModuleNotFoundError: No module named" in found[name]["cannot"]
+        assert "median_ms" not in found[name]
+    assert found["torch-cudnn"]["cannot"]
+
+
+def test_a_wrong_result_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(inputs: Inputs) -> rivals.Prepared:
+        return rivals.Prepared(lambda: 1.5 * inputs.query, {"query": inputs.query}, "nothing")
+
+    monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(wrong, ("torch",)))
     found = run(small("none", "forward"), [OURS, "torch"])
     assert found["torch"]["is_right"] is False and "median_ms" not in found["torch"]
     assert "median_ms" in found[OURS]
@@ -241,6 +372,52 @@ def test_flash_attn_is_asked_by_its_own_conventions(mask: str, monkeypatch: pyte
     results = rivals.results_of(prepared, inputs)
     assert reference.is_right(reference.error(results, ignores_padding=mask == "causal+padded"))
     assert (prepared.problem is not None) == (mask == "causal+padded")
+
+
+def test_flash_attn_3_is_found_in_either_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fa3-fwd, from PyPI, has the forward alone: in backward it has no figure, and that is no error."""
+    versions = {"fa3-fwd": "0.0.3"}
+
+    def version(package: str) -> str:
+        if package not in versions:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(rivals.importlib.metadata, "version", version)
+    flash_attn_module("fa3_fwd_interface", monkeypatch)
+    found = run(small("causal", "forward"), [OURS, "flash_attn3"])["flash_attn3"]
+    assert found["median_ms"] > 0 and (found["package"], found["version"]) == ("fa3-fwd", "0.0.3")
+    found = run(small("causal", "backward"), [OURS, "flash_attn3"])["flash_attn3"]
+    assert found["cannot"] == "fa3-fwd has the forward alone" and "failed" not in found
+    flash_attn_module("flash_attn_interface", monkeypatch)  # with a backward, so it comes first
+    versions["flash_attn_3"] = "3.0.0"
+    found = run(small("causal", "backward"), [OURS, "flash_attn3"])["flash_attn3"]
+    assert found["median_ms"] > 0 and (found["package"], found["version"]) == ("flash_attn_3", "3.0.0")
+
+
+@pytest.mark.parametrize("mask", ["padded-random", "causal+padded-random"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_packed_beforehand_is_right_where_padding_is_ignored(
+    mask: str, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash_attn_module("flash_attn_interface", monkeypatch)
+    case = small(mask, direction)
+    found = run(case, [OURS, "flash_attn3-packed"])["flash_attn3-packed"]
+    if direction == "backward" and not case.is_causal:
+        assert "a loss in rows of padding" in found["cannot"]
+        return
+    assert found["is_right"] and found["median_ms"] > 0 and "packed beforehand" in found["problem"]
+    inputs = Inputs(case, rows_first=True)
+    prepared = rivals.RIVALS["flash_attn3-packed"].prepare(inputs)
+    total = sum(case.lengths)
+    assert total < case.batch * case.length  # so that the times differ from those of the whole batch
+    assert [x.shape[0] for x in (*prepared.leaves.values(), prepared.forward(), prepared.dout)] == [total] * 5
+    assert not Reference(inputs).is_right(Reference(inputs).error(rivals.results_of(prepared, inputs)))
+
+
+def test_packing_is_asked_where_there_is_padding() -> None:
+    for mask in cases.MASKS:
+        assert rivals.RIVALS["flash_attn3-packed"].is_for(small(mask)) == ("padded" in mask)
 
 
 @pytest.mark.parametrize(("mask", "splits"), [("decode", 0), ("causal", 1)])
@@ -293,7 +470,7 @@ def test_several_kernels_of_ours_have_rows_of_their_own(monkeypatch: pytest.Monk
     ours = {f"{OURS}[{backend}]": backend for backend in ("cpu", "reference", "absent")}
     monkeypatch.setattr(rivals, "OUR_BACKENDS", ours)
     for name, backend in ours.items():
-        rival = rivals.Rival(functools.partial(rivals._ours, backend=backend), "fused_attn")
+        rival = rivals.Rival(functools.partial(rivals._ours, backend=backend), ("fused_attn",))
         monkeypatch.setitem(rivals.RIVALS, name, rival)
     for mask in ("causal", "varlen"):
         found = run(small(mask, "forward"), [OURS, *ours, "torch"])
@@ -320,7 +497,7 @@ def failing(inputs: Inputs, after: int, error: Exception) -> rivals.Prepared:
 
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_what_fails_while_it_is_timed_is_a_row(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rival = rivals.Rival(lambda inputs: failing(inputs, after, RuntimeError("no more")), "torch")
+    rival = rivals.Rival(lambda inputs: failing(inputs, after, RuntimeError("no more")), ("torch",))
     monkeypatch.setitem(rivals.RIVALS, "torch", rival)
     found = run(small("causal", "forward"), [OURS, "torch"])
     assert found["torch"]["failed"] == "RuntimeError: no more" and "median_ms" not in found["torch"]
@@ -354,8 +531,8 @@ def test_memory_of_what_is_dropped_is_free_before_the_others_go_on(monkeypatch: 
 
         return right._replace(forward=forward)
 
-    monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(hungry, "torch"))
-    monkeypatch.setitem(rivals.RIVALS, "torch-math", rivals.Rival(large, "torch"))
+    monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(hungry, ("torch",)))
+    monkeypatch.setitem(rivals.RIVALS, "torch-math", rivals.Rival(large, ("torch",)))
     found = run(small("causal"), [OURS, "torch", "torch-math"])
     assert found["torch-math"]["failed"].endswith("out of memory beside the others")
     assert "median_ms" in found["torch"] and "median_ms" in found[OURS]
@@ -620,7 +797,8 @@ def test_the_script_of_old_still_runs() -> None:
 
 def gpu_rows() -> list[rows.Row]:
     about = {
-        "device": "NVIDIA Test", "driver": "1.2", "torch": "2.11", "triton": "3.6", "commit": "abc", "date": "2026-11"
+        "device": "NVIDIA Test", "driver": "1.2", "cuda": "13.0", "torch": "2.11", "triton": "3.6", "commit": "abc",
+        "date": "2026-11",
     }  # fmt: skip
     found = []
     for mask, length, (name, ms) in itertools.product(
@@ -657,8 +835,8 @@ def test_of_several_runs_the_newest_rows_count() -> None:
     for found in (rows.newest([*first, *second]), rows.newest([*second, *first])):
         assert len(found) == len(first)
         table = report.gpu_tables(found)
-        assert "| causal | 50 (torch 1.20x) | 50 (torch 1.20x) |" in table
-        assert "| half padded | 34 (torch 2.00x) |" in table
+        assert "| 128 | causal | 512 | 50 | 17 | 1.20 torch |" in table
+        assert "| 128 | half padded | 512 | 34 | 17 | 2.00 torch |" in table
         assert "2026-11-01 to 2026-11-02" in table
         assert "causal bf16 D128 fwd | 512: 50 torch 1.20x" in summary.attention_lines(found)[0]
     assert len(rows.newest([*gpu_rows(), *(row | {"device": "Another"} for row in gpu_rows())])) == 2 * len(first)
@@ -667,7 +845,7 @@ def test_of_several_runs_the_newest_rows_count() -> None:
 def test_what_solves_another_problem_is_marked_and_does_not_lead() -> None:
     found = [row | ({"problem": "less"} if row["implementation"] == "torch-flash" else {}) for row in gpu_rows()]
     table = report.gpu_tables(found)
-    assert "| 34 (torch 2.00x, torch-flash* 1.50x) |" in table and "* solves another problem" in table
+    assert "| 2.00 torch, 1.50 torch-flash* |" in table and "* computes less than the case" in table
     assert "512: 34.4 torch 2.00x *torch-flash 1.50x" in summary.attention_lines(found)[0]
 
 
@@ -685,12 +863,59 @@ def test_devices_whose_names_begin_alike_have_plots_of_their_own(names: tuple[st
 
 def test_gpu_rows_become_a_table_and_a_summary() -> None:
     table = report.gpu_tables(gpu_rows())
-    assert "NVIDIA Test, bfloat16, head dim 128, forward" in table
-    assert "| causal | 34 (torch-flash 1.50x) | 69 (torch-flash 1.50x) |" in table
-    assert "(torch 2.00x)" in table.splitlines()[-1]
+    assert "**NVIDIA Test, bfloat16**" in table
+    assert "Ours is the fastest in 4 of 4 cases forward (1.50 to 2.00)." in table
+    assert "| D | mask | L | forward: ours | torch | ours / best |" in table
+    assert "| 128 | causal | 512 | 34 | 17 | 1.50 torch-flash |" in table
+    assert "| 128 | causal | 1024 | 69 | 34 | 1.50 torch-flash |" in table
+    assert table.splitlines()[-1] == "| 128 | half padded | 1024 | 69 | 34 | 2.00 torch |"
     assert report.gpu_tables([]) == ""
     assert len(summary.attention_lines(gpu_rows())) == 2
     assert summary.problem_lines(gpu_rows()) == ["cannot: torch-flash in 2 cases: no mask"]
+
+
+def untimed(row: rows.Row) -> rows.Row:
+    return {name: x for name, x in row.items() if name not in ("median_ms", "over_ours", "effective_tflops")}
+
+
+def test_what_is_wrong_has_no_figure() -> None:
+    """Neither in the table nor in what it says about who leads."""
+    wrong = [
+        untimed(row) | {"is_right": False, "error": 2.0, "allowed": 0.1}
+        if row["implementation"] == "torch-flash"
+        else row
+        for row in gpu_rows()
+    ]
+    table = report.gpu_tables(wrong)
+    assert "torch-flash" not in table and "| 128 | causal | 512 | 34 | 17 | 2.00 torch |" in table
+
+
+def test_versions_of_packages_are_shown_and_a_rival_without_a_backward_has_no_figure_there() -> None:
+    forward = [
+        row | {"implementation": "flash_attn3", "package": "fa3-fwd", "version": "0.0.3"}
+        if row["implementation"] == "torch-flash"
+        else row
+        for row in gpu_rows()
+    ]
+    backward = [row | {"direction": "backward"} for row in gpu_rows() if row["implementation"] != "torch-flash"]
+    lacking = [
+        untimed(row) | {"direction": "backward", "cannot": "fa3-fwd has the forward alone"}
+        for row in rows.select(forward, implementation="flash_attn3")
+    ]
+    header, _, line = report.gpu_tables([*forward, *backward, *lacking]).splitlines()[2:5]
+    assert "| forward: ours | flash_attn3 (fa3-fwd 0.0.3) | torch | ours / best | backward: ours | torch |" in header
+    assert line == "| 128 | causal | 512 | 34 | 23 | 17 | 1.50 flash_attn3 | 34 | 17 | 2.00 torch |"
+
+
+def test_of_a_gpu_the_newest_commit_counts(tmp_path: Path) -> None:
+    """Kernels of two commits do not stand in one table, and every device has a newest commit of its own."""
+    old = [row | {"date": "2026-11-01"} for row in gpu_rows()]
+    new = [row | {"date": "2026-11-02", "commit": "def"} for row in gpu_rows() if row["mask"] == "causal"]
+    other = [row | {"device": "Another", "commit": "000"} for row in old]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*new, *old, *other]))
+    found = report.all_rows(tmp_path)
+    assert {(row["device"], row["commit"]) for row in found} == {("NVIDIA Test", "def"), ("Another", "000")}
+    assert len(found) == len(new) + len(other)
 
 
 def test_every_implementation_has_a_colour_and_every_mask_a_title() -> None:
