@@ -175,6 +175,14 @@ def our_backend(inputs: Inputs) -> str | None:
     return fused_attn.explain(inputs.query, inputs.key, inputs.value, **our_options(inputs)).chosen
 
 
+def backends_of(name: str, inputs: Inputs) -> set[str]:
+    """Which of `OUR_BACKENDS` may run when this implementation is asked."""
+    if name != OURS:
+        return {OUR_BACKENDS[name]} if name in OUR_BACKENDS else set()
+    chosen = our_backend(inputs)
+    return set(OUR_BACKENDS.values()) if chosen is None else {chosen}
+
+
 def able_backends(inputs: Inputs) -> list[str]:
     """Those of `OUR_BACKENDS` that can compute the case; none if there are fewer than two to compare."""
     able = []

@@ -851,6 +851,123 @@ def test_the_suite_keeps_its_time_limit_and_goes_on_after_a_failure(
     assert "began" in (tmp_path / "out" / "log.txt").read_text()
 
 
+def test_a_time_limit_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But the summary says what it has cut short."""
+    cut = "print('time is up: 3 of 7 cases not run')"
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    stages = (
+        gpu_suite.Stage("quick", lambda suite: suite.python("-c", ""), 1.0),
+        gpu_suite.Stage("cut", lambda suite: suite.benchmark(), 1.0),
+        gpu_suite.Stage("long", lambda suite: suite.python("-c", deaf), 1.0),
+        gpu_suite.Stage("never", lambda suite: "ok", 1.0),
+    )
+    run = gpu_suite.Suite.run
+    monkeypatch.setattr(
+        gpu_suite.Suite,
+        "run",
+        lambda self, *command, **options: run(
+            self, *((sys.executable, "-c", cut) if "benchmarks" in command else command), **options
+        ),
+    )
+    monkeypatch.setattr(gpu_suite, "STAGES", stages)
+    monkeypatch.setattr(gpu_suite, "LEAST_SECONDS", 0.5)
+    code, text = suite(tmp_path, "--minutes", str(3 / 60))
+    assert code == 0
+    assert "0.05 minutes were asked for, too few for all of: cut, long, never" in text
+    assert "\ncut                          ok, but stopped at its time limit" in text
+
+
+def test_what_a_stage_lacks_is_said_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    stages = (
+        gpu_suite.Stage("first", lambda suite: suite.say("first runs") or "ok", 1.0, ("torch",)),
+        gpu_suite.Stage("second", lambda suite: suite.say("second runs") or "ok", 1.0, ("torch", "no_such_package")),
+    )
+    monkeypatch.setattr(gpu_suite, "STAGES", stages)
+    code, text = suite(tmp_path)
+    assert code == 1 and "second                       FAILED: it needs no_such_package" in text
+    said = capsys.readouterr().out
+    assert said.index("second will not run: it needs no_such_package") < said.index("first runs")
+    assert "second runs" not in said and "first will not" not in said
+
+
+def report_of_tests(path: Path, *cases: str, skipped: int = 0) -> None:
+    """A report of pytest's; cases: "folder.file::outcome"."""
+    lines = ['<testcase classname="tests.x" name="t"><skipped message="no GPU"/></testcase>'] * skipped
+    for case in cases:
+        name, outcome = case.split("::")
+        found = "" if outcome == "ok" else f'<{outcome} message="why"/>'
+        lines.append(f'<testcase classname="tests.{name}" name="t">{found}</testcase>')
+    counts = {f"{kind}s": sum(case.endswith(kind) for case in cases) for kind in ("failure", "error")}
+    counts |= {"tests": len(lines), "skipped": skipped}
+    attributes = " ".join(f'{name}="{count}"' for name, count in counts.items())
+    path.write_text(f"<testsuites><testsuite {attributes}>{''.join(lines)}</testsuite></testsuites>")
+
+
+def test_skipped_tests_are_not_ok(tmp_path: Path) -> None:
+    report = tmp_path / "tests.xml"
+    report_of_tests(report, skipped=91)
+    assert gpu_suite._verdict_of_tests(0, report) == "skipped: all 91 tests: no GPU"
+    report_of_tests(report, "cuda.a::ok", skipped=2)
+    assert gpu_suite._verdict_of_tests(0, report) == "ok: 1 passed, 0 failed, 0 errors, 2 skipped"
+    report_of_tests(report, "cuda.a::ok", "cuda.a::failure", "cuda.b::error")
+    assert gpu_suite._verdict_of_tests(1, report) == "FAILED: 1 passed, 1 failed, 1 errors, 0 skipped"
+    # What was red before the time was up is red.
+    assert gpu_suite._verdict_of_tests(None, report).startswith("FAILED")
+    report_of_tests(report, "cuda.a::ok")
+    assert gpu_suite._verdict_of_tests(None, report).startswith("stopped at its time limit: 1 passed")
+
+
+@pytest.mark.parametrize(
+    ("file", "case", "red"),
+    [
+        ("cuda-tests.xml", "cuda.test_cuda_gpu::failure", ["cuda"]),
+        ("tests.xml", "triton.test_kernels::error", ["triton"]),
+        ("tests.xml", "nn.test_attention::failure", ["cuda", "triton"]),
+        ("tests.xml", "triton.test_kernels::ok", []),
+    ],
+)
+def test_what_is_red_gets_no_speed(
+    file: str, case: str, red: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+    monkeypatch.setattr(gpu_suite.Suite, "run", lambda self, *command, **options: commands.append(command) or 0)
+    arguments = argparse.Namespace(out=tmp_path, device="cuda", quick=False, commit="abc", minutes=None)
+    report_of_tests(tmp_path / file, "cuda.a::ok", case)
+    with (tmp_path / "log.txt").open("w") as log:
+        found = gpu_suite.Suite(arguments, log)
+        assert gpu_suite.bench("--only", "causal")(found) == "ok"
+        modules_verdict, tune_verdict = gpu_suite.modules()(found), gpu_suite.tune(found)
+    options = " ".join(commands[0])
+    assert f"--refuse {' '.join(red)} --" in options if red else "--refuse" not in options
+    assert modules_verdict.startswith("FAILED") == bool(red)
+    assert tune_verdict.startswith("FAILED") == ("triton" in red)
+
+
+def test_refused_kernels_are_neither_checked_nor_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernels for GPUs; here with those that a CPU has."""
+    ours = {f"{OURS}[{backend}]": backend for backend in ("cpu", "reference")}
+    monkeypatch.setattr(rivals, "OUR_BACKENDS", ours)
+    for name, backend in ours.items():
+        rival = rivals.Rival(functools.partial(rivals._ours, backend=backend), ("fused_attn",))
+        monkeypatch.setitem(rivals.RIVALS, name, rival)
+    for mask in ("causal", "varlen"):
+        case = small(mask, "forward")
+        reference = Reference(Inputs(case, rows_first=True))
+        names = [OURS, *ours, "torch"] if mask == "causal" else [OURS, *ours]
+        found = {
+            row["implementation"]: row
+            for row in attention.run_case(
+                case, torch.device("cpu"), names, reference, timing.CpuTimer(), 3, 0.01, refused=["cpu"]
+            )
+        }
+        timed = {name for name, row in found.items() if "median_ms" in row}
+        assert timed == {f"{OURS}[reference]", "torch"} & set(names)
+        for name in (OURS, f"{OURS}[cpu]"):
+            assert found[name]["cannot"] == "tests of cpu are red" and "is_right" not in found[name]
+
+
 def stage_of(tmp_path: Path, script: str, limit: float) -> tuple[int | None, gpu_suite.Suite]:
     """Runs a script as a stage that is to stop after `limit` seconds and is killed three seconds later."""
     arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
@@ -894,7 +1011,7 @@ def test_commands_of_a_stage_run_at_the_same_time(tmp_path: Path) -> None:
 def test_a_report_that_is_cut_off_or_old_is_no_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = tmp_path / "tests.xml"
     report.write_text('<testsuites><testsuite tests="3" failures="1"><testcase name="a')
-    assert gpu_suite._counts(report) == "its report is cut off"
+    assert gpu_suite._verdict_of_tests(0, report) == "ok: its report is cut off"
     assert gpu_suite._failures(report) == ["tests.xml is cut off"]
     monkeypatch.setattr(gpu_suite.Suite, "run", lambda self, *command, **options: None)  # killed before it could write
     arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
@@ -908,9 +1025,14 @@ def test_files_with_gpu_tests_are_found(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(gpu_suite.Suite, "run", lambda self, *command, **options: commands.append(command) or 5)
     arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
     with (tmp_path / "log.txt").open("w") as log:
-        assert gpu_suite.gpu_tests(gpu_suite.Suite(arguments, log)) == "ok: no such tests"
+        assert gpu_suite.gpu_tests(gpu_suite.Suite(arguments, log)) == "skipped: no such tests"
     files = {Path(word).name for word in commands[0] if word.endswith(".py")}
     assert {"test_gpu.py", "test_kernels.py", "test_tune.py"} <= files and "test_errors.py" not in files
+    assert "test_cuda_gpu.py" not in files
+    with (tmp_path / "log.txt").open("w") as log:
+        gpu_suite.cuda_tests(gpu_suite.Suite(arguments, log))
+    files = {Path(word).name for word in commands[1] if word.endswith(".py")}
+    assert files == {"test_cuda_gpu.py", "test_fragments.py"}
 
 
 def test_a_run_goes_on_from_the_rows_of_another_folder(tmp_path: Path) -> None:
