@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -58,21 +59,36 @@ def tool(name: str) -> str:
     return found
 
 
-def build(source: Path, folder: Path) -> Path:
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One process at a time, of those that share the GPU."""
+    import fcntl  # which not every system has that collects tests
+
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(source: Path, library: Path) -> None:
     nvcc = tool("nvcc")
-    library = folder / f"lib{source.stem}.so"
     sources = [source, *(CSRC / name for name in SHARED_SOURCES)]
     flags = ["-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{CSRC}", "-shared", "-Xcompiler=-fPIC"]
     result = subprocess.run([nvcc, *flags, "-o", library, *sources], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    return library
 
 
-def library(source: Path, folder: Path) -> GpuLibrary:
-    """Compiled for sm_90a; skips the test where it cannot run."""
+def library(source: Path, folders: pytest.TempPathFactory) -> GpuLibrary:
+    """Compiled for sm_90a, once for all workers; skips the test where it cannot run."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a GPU of compute capability 9")
-    return GpuLibrary(build(source, folder))
+    folder = folders.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path = folder / f"lib{source.stem}.so"
+    with alone(path.with_suffix(".lock")):
+        if not path.exists():
+            build(source, path)
+    return GpuLibrary(path)
 
 
 def error_in_another_process(function: Callable[..., None], *arguments: object) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import shutil
 import subprocess
@@ -86,8 +85,7 @@ def test_case(case: Case, dtype: torch.dtype, poisoned: None) -> None:
 @contextlib.contextmanager
 def gpu_memory(gibibytes: int) -> Iterator[None]:
     """Memory for one test at a time, among the processes that share the GPU; skips the test if there is not enough."""
-    with open(Path(tempfile.gettempdir()) / f"fused_attn-gpu-memory-{os.getuid()}", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with gpu.alone(Path(tempfile.gettempdir()) / f"fused_attn-gpu-memory-{os.getuid()}"):
         patience = time.monotonic() + 60.0
         while torch.cuda.mem_get_info()[0] < gibibytes * 2**30:
             if time.monotonic() > patience:
@@ -240,8 +238,8 @@ import fused_attn
 options = {"device": "cuda", "dtype": torch.float16}
 x = torch.randn(2, 4, 100, 64, **options)
 if sys.argv[1] == "function":
-    x = nn.Linear(64, 64, **options)(x)  # in backward after attention: its matrix product is cuBLAS's first
-    out = fused_attn.fused_attention(x, x, x, backend="cuda")
+    # In backward right after attention, the first operation: a matrix product of cuBLAS.
+    out = fused_attn.fused_attention(nn.Linear(64, 64, **options)(x), x, x, backend="cuda")
 else:
     module = {"ours": fused_attn.FusedMultiheadAttention, "torch": nn.MultiheadAttention}[sys.argv[1]]
     x = x.flatten(0, 1)

@@ -21,7 +21,7 @@ def fragments(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> emulator.Library | gpu.GpuLibrary:
     if request.param == "gpu":
-        return gpu.library(KERNELS, tmp_path_factory.mktemp("gpu"))
+        return gpu.library(KERNELS, tmp_path_factory)
     return request.getfixturevalue("builder").library([KERNELS])
 
 
