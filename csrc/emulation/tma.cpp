@@ -60,7 +60,7 @@ void check_shared_address(const TensorMap& map, uint32_t address, const char* wh
     fail("%s: rows of %d bytes under a swizzle of %d are not emulated", what, row_bytes, map.swizzle_bytes);
 }
 
-// The box has to begin at a multiple of 16 bytes within its rows; elsewhere the hardware stops with an illegal instruction.
+// The box has to begin at a multiple of 16 bytes within its rows: on an H100 any other stops with an illegal instruction.
 void check_first_coordinate(const TensorMap& map, int coordinate, const char* what) {
   const int64_t bytes = int64_t(coordinate) * map.element_bytes;
   if (bytes % kChunk)
@@ -69,7 +69,7 @@ void check_first_coordinate(const TensorMap& map, int coordinate, const char* wh
 }
 
 // A box that is read may begin before the tensor, one that is written may not (CUDA C++ Programming Guide, "Negative indices
-// and out of bounds"): the hardware stops with an illegal instruction.
+// and out of bounds"): an H100 stops with an illegal instruction, in stores and reductions, whichever coordinate it is.
 void check_begins_inside(const int* coordinates, int num_coordinates, const char* what) {
   for (int i = 0; i < num_coordinates; i++) {
     if (coordinates[i] < 0)
