@@ -60,6 +60,23 @@ void check_shared_address(const TensorMap& map, uint32_t address, const char* wh
     fail("%s: rows of %d bytes under a swizzle of %d are not emulated", what, row_bytes, map.swizzle_bytes);
 }
 
+// The box has to begin at a multiple of 16 bytes within its rows: on an H100 any other stops with an illegal instruction.
+void check_first_coordinate(const TensorMap& map, int coordinate, const char* what) {
+  const int64_t bytes = int64_t(coordinate) * map.element_bytes;
+  if (bytes % kChunk)
+    fail("%s: coordinate 0 is %d, which is %lld bytes, not a multiple of %u", what, coordinate, (long long)bytes,
+         kChunk);
+}
+
+// A box that is read may begin before the tensor, one that is written may not (CUDA C++ Programming Guide, "Negative indices
+// and out of bounds"): an H100 stops with an illegal instruction, in stores and reductions, whichever coordinate it is.
+void check_begins_inside(const int* coordinates, int num_coordinates, const char* what) {
+  for (int i = 0; i < num_coordinates; i++) {
+    if (coordinates[i] < 0)
+      fail("%s: coordinate %d is %d: only a box that is read may begin before the tensor", what, i, coordinates[i]);
+  }
+}
+
 // `access(handle, bytes)` checks that the bytes may be accessed, and gives their place in the host's memory.
 template <class F>
 Box box_of(const TensorMap& map, const int* coordinates, const F& access) {
@@ -198,6 +215,7 @@ void tma_load(uint32_t destination, const TensorMap& map, uint32_t mbarrier, con
   const char* what = "tma_load";
   check_map(map, num_coordinates, what);
   check_shared_address(map, destination, what);
+  check_first_coordinate(map, coordinates[0], what);
   Box box = box_of(map, coordinates, [&](char* handle, size_t bytes) {
     return const_cast<char*>(global_read(handle, bytes, 1, what, true));
   });
@@ -209,6 +227,8 @@ void tma_write(const TensorMap& map, uint32_t source, const int* coordinates, in
   const char* what = is_add ? "tma_reduce_add" : "tma_store";
   check_map(map, num_coordinates, what);
   check_shared_address(map, source, what);
+  check_first_coordinate(map, coordinates[0], what);
+  check_begins_inside(coordinates, num_coordinates, what);
   Box box = box_of(map, coordinates, [&](char* handle, size_t bytes) {
     return global_write(handle, bytes, 1, what, next_store(), is_add ? Write::kSum : Write::kPlain);
   });

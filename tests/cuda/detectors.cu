@@ -456,6 +456,20 @@ KERNEL(tma_misaligned, 1, 32, 4096) {
   if (thread == 0) load_box(memory, shared + 128, mbarrier);
 }
 
+KERNEL(tma_store_before_the_tensor, 1, 32, 2048) {
+  if (thread == 0) tma_store_4d(&memory.map, shared, 0, -5, 0, 0);
+}
+
+KERNEL(tma_reduce_before_the_tensor, 1, 32, 2048) {
+  if (thread == 0) tma_reduce_add_4d(&memory.map, shared, 0, 0, 0, -1);
+}
+
+KERNEL(tma_begins_within_a_chunk, 1, 32, 2048) {
+  const uint32_t mbarrier = shared + kBoxBytes;
+  init_mbarrier(thread, mbarrier);
+  if (thread == 0) tma_load_4d(shared, &memory.map, mbarrier, 2, 0, 0, 0);
+}
+
 KERNEL(tma_expects_half_the_bytes, 1, 32, 2048) {
   const uint32_t mbarrier = shared + kBoxBytes;
   init_mbarrier(thread, mbarrier);

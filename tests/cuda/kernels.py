@@ -56,17 +56,29 @@ class Kernels:
 
         ``options`` are those of `Library.start`.
         """
-        before = cuda._kernels, cuda._architecture
-        _forget_plans()
-        cuda._kernels, cuda._architecture = self._module, lambda problem: architecture
+        before = cuda._kernels
+        cuda._kernels = self._module
         self._library.start(seed, **options)
         try:
-            yield
+            with of_architecture(architecture):
+                yield
         finally:
-            cuda._kernels, cuda._architecture = before
-            _forget_plans()
+            cuda._kernels = before
+
+
+@contextlib.contextmanager
+def of_architecture(architecture: int) -> Iterator[None]:
+    """backend="cuda" runs its kernels for sm_80 or sm_90a, whatever the device."""
+    before = cuda._architecture
+    _forget_plans()
+    cuda._architecture = lambda problem: architecture
+    try:
+        yield
+    finally:
+        cuda._architecture = before
+        _forget_plans()
 
 
 def _forget_plans() -> None:
-    for function in (api._cached_plan, api._cached_varlen_plan, dispatch.choose, cuda._config):
+    for function in (api._cached_plan, api._cached_varlen_plan, dispatch.choose, cuda._config, cuda._workspace_bytes):
         function.cache_clear()

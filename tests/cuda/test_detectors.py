@@ -116,6 +116,9 @@ BUGS = {
     "tma_store_source_overwritten": r"RACE: store_shared .* is not ordered after the read of a bulk store of warp 0",
     "tma_store_without_a_wait": r"thread 0, .*the thread ended before its tma stores were waited for",
     "tma_misaligned": r"tma_load: shared address \d+ is not a multiple of 1024",
+    "tma_store_before_the_tensor": r"tma_store: coordinate 1 is -5: only a box that is read may begin before",
+    "tma_reduce_before_the_tensor": r"tma_reduce_add: coordinate 3 is -1: only a box that is read may begin before",
+    "tma_begins_within_a_chunk": r"tma_load: coordinate 0 is 2, which is 8 bytes, not a multiple of 16",
     "tma_expects_half_the_bytes": r"DEADLOCK|ended with the mbarrier .* in the middle of a phase: .* -512 bytes",
     "sums_without_a_turn": rf"RACE: bulk_\w+ to global memory that block number \d .*: {NO_TURN}",
     "sums_with_the_same_turn": rf"RACE: bulk_\w+ .*: {NO_TURN}"
