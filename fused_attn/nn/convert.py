@@ -6,7 +6,7 @@ import warnings
 
 from torch import nn
 
-from fused_attn.nn.attention import FusedMultiheadAttention, check_backend
+from fused_attn.nn.attention import FusedMultiheadAttention, check_backend, keep_fast_path_off
 from fused_attn.nn.transformer import (
     TransformerDecoder,
     TransformerDecoderLayer,
@@ -72,6 +72,8 @@ def _convert_layers(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.TransformerEncoderLayer and _is_fused(module.self_attn):
             module.__class__ = TransformerEncoderLayer
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            keep_fast_path_off(module, "self_attn", module.self_attn)
         elif type(module) is nn.TransformerDecoderLayer and _is_fused(module.self_attn, module.multihead_attn):
             module.__class__ = TransformerDecoderLayer
     for module in model.modules():
