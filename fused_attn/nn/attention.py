@@ -535,13 +535,18 @@ register_module_module_registration_hook(keep_fast_path_off)
 
 def accepts_cache(method: Callable) -> bool:
     """A method takes the keyword ``cache``: methods with torch's own signature do not."""
-    return _accepts_cache(getattr(method, "__func__", method))
+    function = getattr(method, "__func__", None)
+    if function is None or torch.compiler.is_compiling():  # a callable of one instance is not to be kept alive
+        return _has_cache_parameter(method)
+    return _remembered_cache_parameter(function)
 
 
-@functools.lru_cache(maxsize=256)
-def _accepts_cache(function: Callable) -> bool:
+def _has_cache_parameter(function: Callable) -> bool:
     parameters = inspect.signature(function).parameters
     return "cache" in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+
+
+_remembered_cache_parameter = functools.lru_cache(maxsize=256)(_has_cache_parameter)
 
 
 def check_backend(backend: str | None) -> None:

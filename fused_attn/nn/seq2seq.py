@@ -366,7 +366,7 @@ class Seq2SeqTransformer(nn.Module):
         warnings.warn(
             "generate: each step computes all tokens anew, since a layer of the decoder, or its self-attention, takes "
             "no cache (fused_attn.TransformerDecoderLayer and FusedMultiheadAttention do)",
-            stacklevel=4,
+            stacklevel=5,  # who calls generate, which no_grad wraps
         )
         return None
 
