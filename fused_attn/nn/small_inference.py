@@ -40,10 +40,11 @@ def self_attention(
         or not _is_plain_padding(key_padding_mask, x)
     ):
         return None
-    out, out_proj = torch.empty_like(x), module.out_proj
+    parameters, out_parameters = module._parameters, module._modules["out_proj"]._parameters
+    out = torch.empty_like(x)
     _C.self_attention(
-        x, module.in_proj_weight, module.in_proj_bias, out_proj.weight, out_proj.bias, out, module.num_heads,
-        key_padding_mask, is_causal, torch.get_num_threads(),
+        x, parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"], out_parameters["bias"],
+        out, module.num_heads, key_padding_mask, is_causal, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -59,7 +60,7 @@ def is_plain(module: FusedMultiheadAttention) -> bool:
     - parameters whose data are not in memory as they seem: on another device, on "meta" until the call, sparse;
     - calls under a mode that sees operators or functions, or that changes dtypes (autocast).
     """
-    out_proj, weight = module.out_proj, module.in_proj_weight
+    out_proj = module._modules["out_proj"]  # the dicts, since attributes of modules take three times as long
     return (
         type(module).__base__ is nn.MultiheadAttention  # the class itself, which this module cannot import
         and type(out_proj) is NonDynamicallyQuantizableLinear
@@ -68,23 +69,19 @@ def is_plain(module: FusedMultiheadAttention) -> bool:
         and not (out_proj._backward_hooks or out_proj._backward_pre_hooks)
         and out_proj._compiled_call_impl is None
         and not nn_module._has_any_global_hook()
-        and weight is not None
-        and _is_plain_weight(weight)
-        and _is_plain_weight(out_proj.weight)
-        and _is_plain_bias(module.in_proj_bias)
-        and _is_plain_bias(out_proj.bias)
+        and _is_plain_parameter(module, "in_proj_weight")
+        and _is_plain_parameter(module, "in_proj_bias")
+        and _is_plain_parameter(out_proj, "weight")
+        and _is_plain_parameter(out_proj, "bias")
         and not modes.is_any_autocast_enabled()
         and modes.is_direct()
         and _len_torch_function_stack() == 0
     )
 
 
-def _is_plain_weight(x: Tensor) -> bool:
-    return type(x) is nn.Parameter and x.is_cpu and x.layout is torch.strided and x.is_contiguous()
-
-
-def _is_plain_bias(x: Tensor | None) -> bool:
-    return x is None or (type(x) is nn.Parameter and x.is_cpu)
+def _is_plain_parameter(module: nn.Module, name: str) -> bool:
+    x = module._parameters.get(name, False)  # None is a bias that is off, False what is no parameter any more
+    return x is None or (type(x) is nn.Parameter and x.is_cpu and x.layout is torch.strided and x.is_contiguous())
 
 
 def _takes_options(module: FusedMultiheadAttention) -> bool:
@@ -101,12 +98,13 @@ def _takes_options(module: FusedMultiheadAttention) -> bool:
 
 
 def _takes_input(module: FusedMultiheadAttention, x: Tensor) -> bool:
-    weight = module.in_proj_weight
+    weight, out_weight = module._parameters["in_proj_weight"], module._modules["out_proj"]._parameters["weight"]
     return (
-        type(x) is Tensor
+        weight is not None  # as it is where kdim or vdim is another one
+        and type(x) is Tensor
         and x.dim() == 3
         and x.is_cpu
-        and x.dtype == weight.dtype == module.out_proj.weight.dtype
+        and x.dtype == weight.dtype == out_weight.dtype
         and x.dtype in DTYPES
         and x.is_contiguous()
         and x.shape[-1] == module.embed_dim
