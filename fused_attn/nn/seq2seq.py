@@ -257,7 +257,8 @@ class Seq2SeqTransformer(nn.Module):
         """Targets for the sources: the likeliest token each time, or sampled tokens, or the best of a beam search.
 
         Dropout is off meanwhile. What a source gets does not depend on the others in its batch (except when sampling).
-        ``pad_id`` and ``sos_id`` are never generated.
+        ``pad_id`` and ``sos_id`` are never generated. Where the decoder has layers or self-attention of other classes,
+        which take no cache, each step computes all tokens anew, with a warning.
 
         Args:
             src: (B, S), padded with ``pad_id``.

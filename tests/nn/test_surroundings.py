@@ -463,6 +463,14 @@ def _offloaded(layer: nn.Module) -> nn.Module:
     return layer
 
 
+WRAPS = pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(checkpoint_wrapper, id="checkpoint"),
+        pytest.param(lambda m: torch.compile(m, backend="eager"), id="compile", marks=pytest.mark.slow),
+    ],
+)
+
 #: What becomes of a decoder layer, and whether it still takes a cache.
 LAYERS: dict[str, tuple[Callable[[nn.Module], nn.Module], bool]] = {
     "torch's cross-attention": (lambda layer: _torch_attention(layer, "multihead_attn"), True),
@@ -488,7 +496,10 @@ LAYERS: dict[str, tuple[Callable[[nn.Module], nn.Module], bool]] = {
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in ("compiled", "wrapped attention") else ()) for n in LAYERS],
+)
 def test_a_seq2seq_works_with_what_torch_accepts_for_a_layer(name: str, num_beams: int) -> None:
     torch._dynamo.reset()
     change, takes_cache = LAYERS[name]
@@ -510,9 +521,7 @@ def test_a_seq2seq_works_with_what_torch_accepts_for_a_layer(name: str, num_beam
 
 
 @pytest.mark.parametrize("which", ["encoder", "decoder"])
-@pytest.mark.parametrize(
-    "wrap", [checkpoint_wrapper, lambda m: torch.compile(m, backend="eager")], ids=["checkpoint", "compile"]
-)
+@WRAPS
 def test_a_seq2seq_works_with_wrapped_stacks(which: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
     torch._dynamo.reset()
     model = filled(seq2seq)
@@ -535,9 +544,7 @@ def test_a_seq2seq_works_with_stacks_of_torch() -> None:
         assert torch.equal(model.generate(SRC, 5), tokens)
 
 
-@pytest.mark.parametrize(
-    "wrap", [checkpoint_wrapper, lambda m: torch.compile(m, backend="eager")], ids=["checkpoint", "compile"]
-)
+@WRAPS
 @pytest.mark.parametrize(
     "masks", [{}, {"src_key_padding_mask": SRC_PADDING}, {"mask": causal(S), "src_key_padding_mask": SRC_PADDING}]
 )
