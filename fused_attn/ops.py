@@ -1,6 +1,7 @@
 """The registered operators ``fused_attn::attention`` and ``fused_attn::attention_backward``.
 
-`torch.compile`, `torch.export` and AOTInductor see these instead of the Python in between; eager calls never come here.
+`torch.compile`, `torch.export` and AOTInductor see these instead of the Python in between. Eager calls come here only
+where somebody watches operators, see `fused_attn.modes`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import functools
 import torch
 from torch import Tensor
 
-from fused_attn import dispatch
-from fused_attn.autograd import gradients
+from fused_attn import dispatch, profiling
 from fused_attn.backends import reference
-from fused_attn.backends.base import Gradients, Wanted, empty_like_layout
+from fused_attn.backends.base import Backend, Gradients, Wanted, empty_like_layout, gradients
 from fused_attn.masks import NO_MASK, MaskSpec
 from fused_attn.problem import AttentionProblem, Band
 
@@ -45,17 +45,38 @@ def call(
     seed: Tensor | None,
     mask: MaskSpec,
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.fused_attn.attention(
-        query, key, value, sinks, seed, *mask,
-        problem.seqlen_q, problem.seqlen_k, problem.scale, problem.softcap, problem.dropout_p, *problem.band,
-        backend or "",
+    return torch.ops.fused_attn.attention(query, key, value, sinks, seed, *mask, *_scalars(problem), backend or "")
+
+
+def call_backward(
+    backend: Backend, problem: AttentionProblem, wanted: Wanted, dout: Tensor | None, dlse: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, seed: Tensor | None,
+    mask: MaskSpec,
+) -> Gradients:  # fmt: skip
+    """`gradients`, where somebody must see the operator."""
+    if dout is None and dlse is None:
+        return Gradients()
+    grads = torch.ops.fused_attn.attention_backward(
+        wanted, dout, dlse, out, lse, query, key, value, sinks, seed, *mask, *_scalars(problem), backend.name
+    )
+    return _only_wanted(grads, wanted)
+
+
+def _scalars(problem: AttentionProblem) -> tuple[float, ...]:
+    return (
+        problem.seqlen_q, problem.seqlen_k, problem.scale, problem.softcap, problem.dropout_p, *problem.band
     )  # fmt: skip
+
+
+def _only_wanted(grads: tuple[Tensor, ...], wanted: Wanted) -> Gradients:
+    return Gradients(*(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)))
 
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
 def _attention(query, key, value, sinks, seed, *rest):
     mask, problem, backend = _unpack(query, key, value, sinks, rest)
-    return dispatch.choose(problem, backend).forward(problem, query, key, value, sinks, seed, mask, True)
+    chosen = profiling.named(dispatch.choose(problem, backend))
+    return chosen.forward(problem, query, key, value, sinks, seed, mask, True)
 
 
 @torch.library.register_fake("fused_attn::attention", lib=_library)
@@ -104,7 +125,7 @@ def _attention_grads(ctx, dout, dlse):
         grads = Gradients()
     else:
         grads = torch.ops.fused_attn.attention_backward(wanted, dout, dlse, out, lse, *tensors, *ctx.scalars)
-        grads = Gradients(*(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)))
+        grads = _only_wanted(grads, wanted)
     none = (None,) * (4 + len(ctx.scalars))
     return grads.query, grads.key, grads.value, grads.sinks, None, grads.bias, grads.relative_bias, *none
 
@@ -154,6 +175,9 @@ def _double_backward(ctx, *ddgrads):
 torch.library.register_autograd(
     "fused_attn::attention_backward", _double_backward, setup_context=_setup_double_backward, lib=_library
 )
+
+
+profiling.register_flop_formulas()
 
 
 def _unpack(query, key, value, sinks, rest) -> tuple[MaskSpec, AttentionProblem, str | None]:
