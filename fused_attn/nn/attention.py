@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from fused_attn import jagged
 from fused_attn.api import fused_attention, fused_attention_varlen
@@ -17,6 +18,7 @@ from fused_attn.dropout import draw_seed
 from fused_attn.masks import causal_bias_offset
 from fused_attn.nn import small_inference
 from fused_attn.nn.positions import RotaryEmbedding
+from fused_attn.nn.tracing import call_node
 from fused_attn.nn.weights import attention_weights
 
 
@@ -192,6 +194,12 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             TypeError: query, key or value is no tensor, or the cache is none of an attention module.
             ValueError: the cache does not fit the call, or key is not what a static one was filled with.
         """
+        if has_torch_function_variadic(query, key, value):
+            options = {} if cache is None else {"cache": cache}
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            node = call_node(self, query, key, value, *masks, **options)
+            if node is not None:
+                return node
         if jagged.is_nested(query, key, value):
             self._check_nested(key_padding_mask, need_weights, attn_mask, cache)
             return self._nested_forward(query, key, value, is_causal), None

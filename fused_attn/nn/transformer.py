@@ -7,15 +7,18 @@ padding, and decoders take a cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from fused_attn.masks import causal_bias_offset
 from fused_attn.nn.attention import AttentionCache, FusedMultiheadAttention
+from fused_attn.nn.tracing import call_node
 
 if TYPE_CHECKING:
     from fused_attn.nn.cache import KVCache, LayerCache
@@ -64,6 +67,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             src_key_padding_mask: (N, S) or (S,); bool (True = ignore) or floating point.
             is_causal: a hint that src_mask is the causal mask, see `FusedMultiheadAttention`.
         """
+        if has_torch_function_variadic(src):
+            node = call_node(self, src, src_mask, src_key_padding_mask, is_causal)
+            if node is not None:
+                return node
         x = src
         if self.norm_first:
             x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
@@ -117,6 +124,10 @@ class TransformerEncoder(nn.TransformerEncoder):
             src_key_padding_mask: (N, S) or (S,); bool (True = ignore) or floating point.
             is_causal: a hint that mask is the causal mask; None = look.
         """
+        if has_torch_function_variadic(src):
+            node = call_node(self, src, mask, src_key_padding_mask, is_causal)
+            if node is not None:
+                return node
         if src.is_nested:
             raise AssertionError("src: expected a padded tensor with a src_key_padding_mask, got a nested tensor")
         if not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers):
@@ -185,6 +196,12 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             cache: what earlier calls have computed, with ``.self_attention`` and ``.cross_attention``. Self-attention
                 is then causal without a tgt_mask, and keys and values of the memory are computed once.
         """
+        if has_torch_function_variadic(tgt, memory):
+            masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+            options = {} if cache is None else {"cache": cache}
+            node = call_node(self, tgt, memory, *masks, tgt_is_causal, memory_is_causal, **options)
+            if node is not None:
+                return node
         if cache is not None and not hasattr(cache, "self_attention"):
             raise TypeError(f"cache: expected a layer's cache such as cache.layers[i], got {type(cache).__name__}")
         own, cross = (None, None) if cache is None else (cache.self_attention, cache.cross_attention)
@@ -272,6 +289,12 @@ class TransformerDecoder(nn.TransformerDecoder):
             TypeError: the cache is no `KVCache`.
             ValueError: the cache does not fit the layers, or memory is not the one of the cache's first step.
         """
+        if has_torch_function_variadic(tgt, memory):
+            masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+            options = {} if cache is None else {"cache": cache}
+            node = call_node(self, tgt, memory, *masks, tgt_is_causal, memory_is_causal, **options)
+            if node is not None:
+                return node
         if not all(isinstance(layer, TransformerDecoderLayer) for layer in self.layers):
             if cache is not None:
                 raise ValueError("cache: expected None with layers that are no fused_attn.TransformerDecoderLayer")
@@ -367,6 +390,14 @@ class Transformer(nn.Transformer):
         super().__init__(
             d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first
         )
+
+    @functools.wraps(nn.Transformer.forward)
+    def forward(self, src: Tensor, tgt: Tensor, *masks, **options) -> Tensor:
+        if has_torch_function_variadic(src, tgt):
+            node = call_node(self, src, tgt, *masks, **options)
+            if node is not None:
+                return node
+        return super().forward(src, tgt, *masks, **options)
 
 
 def _fuse(layers: nn.ModuleList, backend: str | None) -> None:
