@@ -90,7 +90,7 @@ def fused_attention(
         others = (attn_mask, key_padding_mask, relative_bias, sinks, dropout_seed)
         if attn_mask is not None and masks.causal_bias(attn_mask) is not None:
             others = others[1:]  # a subclass that has nothing to say about us, and would make the output another
-        if has_torch_function_variadic(query, key, value, *others):
+        if has_torch_function_variadic(query, key, value, *others) and not modes.is_pre_dispatch():
             return handle_torch_function(
                 fused_attention, (query, key, value, *others),
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
@@ -169,7 +169,7 @@ def fused_attention_varlen(
     """
     is_compiling = torch.compiler.is_compiling()
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks, dropout_seed)
-    if not is_compiling and has_torch_function_variadic(*tensors):
+    if not is_compiling and has_torch_function_variadic(*tensors) and not modes.is_pre_dispatch():
         return handle_torch_function(
             fused_attention_varlen, tensors,
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as in_functorch
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "is_backward_observed",
     "is_direct",
     "is_observed",
+    "is_pre_dispatch",
     "is_watched",
 ]
 
@@ -33,6 +35,7 @@ def is_direct() -> bool:
         forward_ad._current_level < 0
         and not in_functorch()
         and _len_torch_dispatch_stack() == 0
+        and _len_torch_function_stack() == 0
         and _get_tracing_state() is None
     )
 
@@ -47,7 +50,12 @@ def is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def is_watched() -> bool:
     """The part of `is_observed` that does not depend on tensors."""
-    return _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None
+    return _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None or is_pre_dispatch()
+
+
+def is_pre_dispatch() -> bool:
+    """True under tracers that see operators before autograd does; those bring a `TorchFunctionMode`, asked for quickly."""
+    return _len_torch_function_stack() > 0 and _len_torch_dispatch_stack_pre_dispatch() > 0
 
 
 def is_backward_observed(dout: Tensor | None, dlse: Tensor | None) -> bool:

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fused_attn import dispatch, profiling
+from fused_attn import dispatch, modes, profiling
 from fused_attn.backends import reference
 from fused_attn.backends.base import Backend, Gradients, Wanted, empty_like_layout, gradients
 from fused_attn.masks import NO_MASK, MaskSpec
@@ -45,6 +45,8 @@ def call(
     seed: Tensor | None,
     mask: MaskSpec,
 ) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling() and modes.in_functorch():
+        return reference.forward(problem, query, key, value, sinks, seed, mask, True)  # operators have no such rules
     return torch.ops.fused_attn.attention(query, key, value, sinks, seed, *mask, *_scalars(problem), backend or "")
 
 
@@ -146,9 +148,15 @@ def _double_backward(ctx, *ddgrads):
     """
     dout, dlse, query, key, value, sinks, seed, *mask_tensors = ctx.saved_tensors
     tensors = (dout, dlse, query, key, value, sinks, *mask_tensors[:2])
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Fresh leaves: the graph of this recomputation must not reach back into the caller's.
-        leaves = [None if x is None else x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
+        # The graph of this recomputation must not reach back into the caller's, unless that is to grow.
+        leaves = [
+            None if x is None
+            else x.view_as(x) if create_graph and x.requires_grad
+            else x.detach().requires_grad_()
+            for x in tensors
+        ]  # fmt: skip
         dout, dlse, query, key, value, sinks, bias, relative_bias = leaves
         mask, problem, _ = _unpack(query, key, value, sinks, (bias, relative_bias, *mask_tensors[2:], *ctx.scalars))
         grads = gradients(
@@ -161,7 +169,9 @@ def _double_backward(ctx, *ddgrads):
         ]
         inputs = [x for x in leaves if x is not None]
         second = iter(
-            torch.autograd.grad([g for g, _ in pairs], inputs, [dg for _, dg in pairs], allow_unused=True)
+            torch.autograd.grad(
+                [g for g, _ in pairs], inputs, [dg for _, dg in pairs], create_graph=create_graph, allow_unused=True
+            )
             if pairs
             else [None] * len(inputs)
         )
