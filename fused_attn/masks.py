@@ -61,7 +61,8 @@ class MaskSpec(NamedTuple):
         if self.relative_bias is not None:
             # Pairs of different packed sequences can lie outside the table; they are invisible, so any entry will do.
             column = (distance + (problem.seqlen_q - 1)).clamp(0, self.relative_bias.shape[-1] - 1)
-            toeplitz = self.relative_bias.to(compute)[:, column]  # (H|1, L, S)
+            # Not indexed: the gradient of that is written in place, which transforms older than torch.func refuse.
+            toeplitz = self.relative_bias.to(compute).index_select(1, column.flatten()).unflatten(1, column.shape)
             bias = toeplitz[None] if bias is None else bias + toeplitz[None]
         return visible, bias
 

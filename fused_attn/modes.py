@@ -54,7 +54,7 @@ def is_watched() -> bool:
 
 
 def is_pre_dispatch() -> bool:
-    """True under tracers that see operators before autograd does; those bring a `TorchFunctionMode`, asked for quickly."""
+    """True under tracers that see operators before autograd does; they bring a `TorchFunctionMode`, asked for first."""
     return _len_torch_function_stack() > 0 and _len_torch_dispatch_stack_pre_dispatch() > 0
 
 

@@ -6,6 +6,7 @@ import functools
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,22 +14,28 @@ from torch import Tensor
 from torch.autograd import profiler
 
 if TYPE_CHECKING:
-    from fused_attn.backends.base import Backend, Gradients
+    from fused_attn.backends.base import Backend
+
+
+def recorded(event: str, function: Callable) -> Callable:
+    """A function that is an event of the profiler; to be asked for only while one runs, since it takes time."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with profiler.record_function(f"fused_attn::{event}"):
+            return function(*args)
+
+    return run
 
 
 class _NamedBackend:
     """A backend whose steps are the events ``fused_attn::forward[name]`` and ``fused_attn::backward[name]``."""
 
     def __init__(self, backend: Backend):
-        self.backend, self.name, self.is_composite = backend, backend.name, backend.is_composite
-
-    def forward(self, *args) -> tuple[Tensor, Tensor | None]:
-        with profiler.record_function(f"fused_attn::forward[{self.name}]"):
-            return self.backend.forward(*args)
-
-    def backward(self, *args) -> Gradients:
-        with profiler.record_function(f"fused_attn::backward[{self.name}]"):
-            return self.backend.backward(*args)
+        self.name, self.is_composite = backend.name, backend.is_composite
+        self.forward, self.backward = (
+            recorded(f"{step}[{backend.name}]", getattr(backend, step)) for step in ("forward", "backward")
+        )
 
 
 _named = functools.cache(_NamedBackend)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import profiler
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fused_attn import modes
+from fused_attn import modes, profiling
 from fused_attn.backends.cpu import _C, DTYPES, MAX_HEAD_DIM
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ def self_attention(
     ):
         return None
     out = torch.empty_like(x)
-    _C.self_attention(
+    run = _C.self_attention
+    if profiler._is_profiler_enabled:
+        run = profiling.recorded("self_attention[cpu]", run)
+    run(
         x, weight, module.in_proj_bias, out_proj.weight, out_proj.bias, out, module.num_heads, key_padding_mask,
         is_causal, torch.get_num_threads(),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emulator import CSRC, Builder, Library
 
-from fused_attn import api, dispatch
+from fused_attn import api, dispatch, ops
 from fused_attn.backends import cuda
 
 FLAGS = ("-Wno-psabi",)
@@ -65,5 +65,5 @@ class Kernels:
 
 
 def _forget_plans() -> None:
-    for function in (api._cached_plan, api._cached_varlen_plan, dispatch.choose, cuda._config):
+    for function in (api._cached_plan, api._cached_varlen_plan, ops._problem, dispatch.choose, cuda._config):
         function.cache_clear()
