@@ -17,8 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attn import FusedMultiheadAttention, fused_attention, fused_attention_varlen
 
-pytestmark = pytest.mark.quick
-
 BATCH, HEADS, SEQLEN_Q, SEQLEN_K, HEAD_DIM = 2, 4, 7, 9, 8
 #: The reference is counted product by product, by torch itself.
 KERNELS = [name for name in runnable_backends() if name != "reference"]
@@ -47,6 +45,7 @@ def attend(backend: str, **options) -> Callable:
 # ---- FlopCounterMode
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_as_many_as_torch_counts(kernel: str, leaves: list[Tensor]) -> None:
     """Without a mask. On the CPU torch counts SDPA by its products, if those are what it runs."""
@@ -173,6 +172,7 @@ def named(*steps: str, backend: str) -> list[str]:
     return sorted(f"fused_attn::{step}[{backend}]" for step in steps)
 
 
+@pytest.mark.quick
 def test_events(backend: str, leaves: list[Tensor]) -> None:
     steps = ("forward",) if backend == "reference" else ("forward", "backward")  # its gradients are autograd's own
     assert events(step(attend(backend)), *leaves) == named(*steps, backend=backend)

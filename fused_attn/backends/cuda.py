@@ -87,7 +87,7 @@ def forward(
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device) if needs_lse else None
     if problem.is_packed:
         clear_rows(lse, out)
-    if out.numel() == 0:
+    if 0 in (out.numel(), problem.batch, problem.seqlen_q):  # a launch of no blocks is an error
         return out, lse
     if key.numel() == 0:
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
@@ -126,7 +126,7 @@ def backward(
     dvalue = empty_like_layout(value, problem.value_dim) if wanted.value else None
     if problem.is_packed:
         clear_rows(None, dquery, dkey, dvalue)
-    if query.numel() == 0 or key.numel() == 0:
+    if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
         return Gradients(*(None if x is None else x.zero_() for x in (dquery, dkey, dvalue)))
     _kernels.backward(
         dout,
