@@ -161,8 +161,8 @@ def fused_attention_varlen(
         relative_bias: (H, max_seqlen_q + max_seqlen_k - 1) or that without H; column ``j - i + max_seqlen_q - 1``.
 
     Returns:
-        out (total_q, H, Dv); with ``return_lse`` also lse (H, total_q). Rows that no sequence owns, such as those behind
-        ``cu_seqlens[-1]``, have out 0, lse -inf and gradients 0 where the offsets are not checked.
+        out (total_q, H, Dv); with ``return_lse`` also lse (H, total_q). Rows that no sequence owns, such as those
+        behind ``cu_seqlens[-1]``, have out 0, lse -inf and gradients 0 where the offsets are not checked.
 
     Raises:
         TypeError, ValueError: an argument does not fit. The contents of cu_seqlens are checked on the CPU only, because
