@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fused_attn import checks, dispatch, dropout, jagged, masks, modes, ops, signature, transforms
+from fused_attn import checks, dispatch, dropout, jagged, masks, modes, ops, profiling, signature, transforms
 from fused_attn.autograd import apply_fused_attention
 from fused_attn.backends import reference
 from fused_attn.backends.base import Backend
@@ -84,6 +86,18 @@ def fused_attention(
     metadata = None
     if not is_compiling and modes.is_direct():
         metadata = signature.read(query, key, value, attn_mask, key_padding_mask, relative_bias, sinks)
+    if metadata is None and not is_compiling:
+        others = (attn_mask, key_padding_mask, relative_bias, sinks, dropout_seed)
+        if attn_mask is not None and masks.causal_bias(attn_mask) is not None:
+            others = others[1:]  # a subclass that has nothing to say about us, and would make the output another
+        if has_torch_function_variadic(query, key, value, *others) and not modes.is_pre_dispatch():
+            return handle_torch_function(
+                fused_attention, (query, key, value, *others),
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                key_padding_mask=key_padding_mask, window_size=window_size, softcap=softcap,
+                relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, return_lse=return_lse,
+                backend=backend,
+            )  # fmt: skip
     if metadata is None and jagged.is_nested(query, key, value):
         return _nested_attention(
             query, key, value, dropout_p, is_causal, scale, enable_gqa,
@@ -147,17 +161,27 @@ def fused_attention_varlen(
         relative_bias: (H, max_seqlen_q + max_seqlen_k - 1) or that without H; column ``j - i + max_seqlen_q - 1``.
 
     Returns:
-        out (total_q, H, Dv); with ``return_lse`` also lse (H, total_q).
+        out (total_q, H, Dv); with ``return_lse`` also lse (H, total_q). Rows that no sequence owns, such as those
+        behind ``cu_seqlens[-1]``, have out 0, lse -inf and gradients 0 where the offsets are not checked.
 
     Raises:
         TypeError, ValueError: an argument does not fit. The contents of cu_seqlens are checked on the CPU only, because
             reading them from a GPU would stall it.
     """
     is_compiling = torch.compiler.is_compiling()
+    tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks, dropout_seed)
+    if not is_compiling and has_torch_function_variadic(*tensors) and not modes.is_pre_dispatch():
+        return handle_torch_function(
+            fused_attention_varlen, tensors,
+            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            dropout_p, is_causal, scale, enable_gqa,
+            window_size=window_size, softcap=softcap, relative_bias=relative_bias, sinks=sinks,
+            dropout_seed=dropout_seed, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
-    plan = _varlen_plan if is_compiling else _cached_varlen_plan
-    problem = plan(
+    problem = _plan_of_packed(
+        is_compiling,
         checks.meta("query", query),
         checks.meta("key", key),
         checks.meta("value", value),
@@ -174,7 +198,7 @@ def fused_attention_varlen(
         checks.optional_meta("relative_bias", relative_bias),
         checks.optional_meta("sinks", sinks),
     )
-    if query.device.type == "cpu" and not is_compiling:
+    if modes.can_read(cu_seqlens_q) and modes.can_read(cu_seqlens_k):
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, query.shape[0], max_seqlen_q)
         checks.check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, key.shape[0], max_seqlen_k)
     mask = MaskSpec(
@@ -307,8 +331,8 @@ def _plan_of_call(
             checks.meta(name, x)
         if "unhashable" not in str(error):
             raise
-        _plan(*arguments)  # says which argument it is
-        raise
+        plan = _plan(*arguments)  # raises, and says which argument it is, unless sizes are symbolic as in `make_fx`
+        return plan._replace(backend=dispatch.choose.__wrapped__(plan.problem, backend))
 
 
 def _plan(
@@ -437,6 +461,17 @@ def _varlen_plan(
 _cached_varlen_plan = functools.lru_cache(maxsize=4096, typed=True)(_varlen_plan)
 
 
+def _plan_of_packed(is_compiling: bool, *arguments) -> AttentionProblem:
+    if is_compiling:
+        return _varlen_plan(*arguments)
+    try:
+        return _cached_varlen_plan(*arguments)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        return _varlen_plan(*arguments)  # symbolic sizes, or an argument that this call names
+
+
 # Typed, or is_causal=1 would pass as the True that has been checked before.
 @functools.lru_cache(maxsize=4096, typed=True)
 def _cached_plan(backend: str | None, *arguments) -> Plan:
@@ -460,8 +495,10 @@ def _run(
 
     is_direct: the tensors are plain ones and `modes.is_direct`.
     """
+    if profiler._is_profiler_enabled:
+        backend = profiling.named(backend)
     if backend.is_composite:
-        return reference.forward(problem, query, key, value, sinks, seed, mask, True)
+        return backend.forward(problem, query, key, value, sinks, seed, mask, True)
     if not is_direct:
         if modes.in_forward_mode():
             return reference.forward(problem, query, key, value, sinks, seed, mask, True)

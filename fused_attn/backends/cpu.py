@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fused_attn.backends.base import Gradients, Wanted, empty_like_layout
+from fused_attn.backends.base import Gradients, Wanted, clear_rows, empty_like_layout
 from fused_attn.masks import MaskSpec
 from fused_attn.problem import UNBOUNDED, AttentionProblem
 
@@ -58,6 +58,8 @@ def forward(
     if needs_lse:
         batch, heads, rows, _ = query.shape
         lse = torch.empty(batch, heads, rows, dtype=problem.accumulate_dtype, device=problem.device)
+    if problem.is_packed:
+        clear_rows(lse, out)
     try:
         _C.forward(
             query,
@@ -97,6 +99,8 @@ def backward(
     dquery = torch.empty_like(query) if wants_query else None
     dkey = torch.empty_like(key) if wants_key else None
     dvalue = torch.empty_like(value) if wants_value else None
+    if problem.is_packed:
+        clear_rows(None, dquery, dkey, dvalue)
     dbias = drelative_bias = dsinks = None
     if wants_bias or wants_relative_bias or wants_sinks:
         accumulate = {"dtype": problem.accumulate_dtype, "device": problem.device}

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fused_attn.backends.base import Gradients, Wanted, empty_like_layout
+from fused_attn.backends.base import Gradients, Wanted, clear_rows, empty_like_layout
 from fused_attn.masks import MaskSpec
 from fused_attn.problem import UNBOUNDED, AttentionProblem
 
@@ -85,7 +85,9 @@ def forward(
     out = empty_like_layout(query, problem.value_dim)
     batch, heads, rows, _ = query.shape
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device) if needs_lse else None
-    if out.numel() == 0:
+    if problem.is_packed:
+        clear_rows(lse, out)
+    if 0 in (out.numel(), problem.batch, problem.seqlen_q):  # a launch of no blocks is an error
         return out, lse
     if key.numel() == 0:
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
@@ -122,7 +124,9 @@ def backward(
     dquery = empty_like_layout(query, problem.head_dim) if wanted.query else None
     dkey = empty_like_layout(key, problem.head_dim) if wanted.key else None
     dvalue = empty_like_layout(value, problem.value_dim) if wanted.value else None
-    if query.numel() == 0 or key.numel() == 0:
+    if problem.is_packed:
+        clear_rows(None, dquery, dkey, dvalue)
+    if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
         return Gradients(*(None if x is None else x.zero_() for x in (dquery, dkey, dvalue)))
     _kernels.backward(
         dout,

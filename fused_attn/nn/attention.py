@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.overrides import has_torch_function_variadic
 
 from fused_attn import jagged
 from fused_attn.api import fused_attention, fused_attention_varlen
@@ -20,6 +21,7 @@ from fused_attn.dropout import draw_seed
 from fused_attn.masks import causal_bias_offset
 from fused_attn.nn import small_inference
 from fused_attn.nn.positions import RotaryEmbedding
+from fused_attn.nn.tracing import call_node
 from fused_attn.nn.weights import attention_weights
 
 
@@ -195,6 +197,12 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             TypeError: query, key or value is no tensor, or the cache is none of an attention module.
             ValueError: the cache does not fit the call, or key is not what a static one was filled with.
         """
+        if has_torch_function_variadic(query, key, value):
+            options = {} if cache is None else {"cache": cache}
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            node = call_node(self, query, key, value, *masks, **options)
+            if node is not None:
+                return node
         if jagged.is_nested(query, key, value):
             is_strided = query is key and key is value and query.layout == torch.strided
             self._check_nested(key_padding_mask, need_weights, attn_mask, cache, is_strided)

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from fused_attn import modes
 from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.cache import KVCache
+from fused_attn.nn.tracing import call_node
 from fused_attn.nn.transformer import (
     TransformerDecoder,
     TransformerDecoderLayer,
@@ -201,6 +203,10 @@ class Seq2SeqTransformer(nn.Module):
         Raises:
             TypeError, ValueError: tokens of the wrong dtype, shape or range.
         """
+        if has_torch_function_variadic(src, tgt):
+            node = call_node(self, src, tgt)
+            if node is not None:
+                return node
         if src.shape[:1] != tgt.shape[:1]:
             raise ValueError(f"tgt: expected the batch size of src, {src.shape[0]}, got shape {tuple(tgt.shape)}")
         return self.decode(tgt, *self.encode(src))

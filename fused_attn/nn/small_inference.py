@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
+from torch.autograd import profiler
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fused_attn import modes
+from fused_attn import modes, profiling
 from fused_attn.backends.cpu import _C, DTYPES, MAX_HEAD_DIM
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ def self_attention(
         return None
     parameters, out_parameters = module._parameters, module._modules["out_proj"]._parameters
     out = torch.empty_like(x)
-    _C.self_attention(
+    run = _C.self_attention
+    if profiler._is_profiler_enabled:
+        run = profiling.recorded("self_attention[cpu]", run)
+    run(
         x, parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"], out_parameters["bias"],
         out, module.num_heads, key_padding_mask, is_causal, torch.get_num_threads(),
     )  # fmt: skip

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from fused_attn.masks import causal_bias
 from fused_attn.nn.attention import AttentionCache, FusedMultiheadAttention, accepts_cache
+from fused_attn.nn.tracing import call_node
 
 if TYPE_CHECKING:
     from fused_attn.nn.cache import KVCache, LayerCache
@@ -69,6 +71,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             is_causal: a hint that src_mask is the causal mask, see `FusedMultiheadAttention`; without a src_mask, the
                 causal mask itself.
         """
+        if has_torch_function_variadic(src):
+            node = call_node(self, src, src_mask, src_key_padding_mask, is_causal)
+            if node is not None:
+                return node
         x = src
         if self.norm_first:
             x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
@@ -127,6 +133,10 @@ class TransformerEncoder(nn.TransformerEncoder):
             src_key_padding_mask: (N, S) or (S,); bool (True = ignore) or floating point.
             is_causal: a hint that mask is the causal mask, None = look; without a mask, the causal mask itself.
         """
+        if has_torch_function_variadic(src):
+            node = call_node(self, src, mask, src_key_padding_mask, is_causal)
+            if node is not None:
+                return node
         if src.is_nested:
             raise AssertionError("src: expected a padded tensor with a src_key_padding_mask, got a nested tensor")
         seqlen = _seqlen(src, self.layers)
@@ -202,6 +212,12 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 is then causal without a tgt_mask, and keys and values of the memory are computed once (by a
                 ``multihead_attn`` that takes no cache, each time).
         """
+        if has_torch_function_variadic(tgt, memory):
+            masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+            options = {} if cache is None else {"cache": cache}
+            node = call_node(self, tgt, memory, *masks, tgt_is_causal, memory_is_causal, **options)
+            if node is not None:
+                return node
         if cache is not None and not hasattr(cache, "self_attention"):
             raise TypeError(f"cache: expected a layer's cache such as cache.layers[i], got {type(cache).__name__}")
         # Methods of subclasses may have torch's own signatures.
@@ -308,6 +324,12 @@ class TransformerDecoder(nn.TransformerDecoder):
             ValueError: the cache does not fit the layers, some layer takes none, or memory is not the one of the
                 cache's first step.
         """
+        if has_torch_function_variadic(tgt, memory):
+            masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+            options = {} if cache is None else {"cache": cache}
+            node = call_node(self, tgt, memory, *masks, tgt_is_causal, memory_is_causal, **options)
+            if node is not None:
+                return node
         seqlen = _seqlen(tgt, self.layers)
         if cache is None and not all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
             tgt_mask = _dense_mask(tgt_mask, tgt_is_causal, seqlen, tgt.device)
@@ -432,6 +454,12 @@ class Transformer(nn.Transformer):
         Raises:
             RuntimeError: the inputs do not fit, or a hint comes without its mask.
         """
+        if has_torch_function_variadic(src, tgt):
+            masks = (src_mask, tgt_mask, memory_mask, src_key_padding_mask, tgt_key_padding_mask)
+            hints = (memory_key_padding_mask, src_is_causal, tgt_is_causal, memory_is_causal)
+            node = call_node(self, src, tgt, *masks, *hints)
+            if node is not None:
+                return node
         for name, mask, hint in (
             ("src_mask", src_mask, src_is_causal),
             ("tgt_mask", tgt_mask, tgt_is_causal),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emulator import CSRC, Builder, Library
 
-from fused_attn import api, dispatch
+from fused_attn import api, dispatch, ops
 from fused_attn.backends import cuda
 
 FLAGS = ("-Wno-psabi",)
@@ -80,5 +80,6 @@ def of_architecture(architecture: int) -> Iterator[None]:
 
 
 def _forget_plans() -> None:
-    for function in (api._cached_plan, api._cached_varlen_plan, dispatch.choose, cuda._config, cuda._workspace_bytes):
+    plans = (api._cached_plan, api._cached_varlen_plan, ops._problem, dispatch.choose, cuda._config)
+    for function in (*plans, cuda._workspace_bytes):
         function.cache_clear()

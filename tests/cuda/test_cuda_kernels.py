@@ -79,6 +79,13 @@ def test_case(case: Case, dtype: torch.dtype, architecture: int, kernels: Kernel
         cases.check(case, dtype, "cuda")
 
 
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
+@pytest.mark.parametrize("options", [{}, {"window": (9, 0), "dropout_p": 0.3}], ids=["plain", "window-dropout"])
+@pytest.mark.usefixtures("running")
+def test_packed_rows_that_no_sequence_owns(dtype: torch.dtype, options: dict) -> None:
+    cases.check_strays(dtype, "cuda", **options)
+
+
 @pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_every_head_dim_in_random_orders(head_dim: int, seed: int, architecture: int, kernels: Kernels) -> None:

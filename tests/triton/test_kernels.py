@@ -383,3 +383,9 @@ def test_what_triton_cannot_run_is_refused_with_all_reasons(monkeypatch: pytest.
         fused_attn.fused_attention(x, x, x, backend="triton")
     for reason in ("are on cpu, expected cuda", "dtype torch.float64 is none of", "head dim 264 is above 256"):
         assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("options", [{}, {"window": (9, 0), "dropout_p": 0.3}], ids=["plain", "window-dropout"])
+def test_packed_rows_that_no_sequence_owns(dtype: torch.dtype, options: dict) -> None:
+    cases.check_strays(dtype, "triton", DEVICE, **options)

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_attn.backends.base import Gradients, Wanted, empty_like_layout
+from fused_attn.backends.base import Gradients, Wanted, clear_rows, empty_like_layout
 from fused_attn.backends.triton import configs, decode, tuned
 from fused_attn.backends.triton.arguments import NO_MASKS, Masks, Rows, Settings
 from fused_attn.backends.triton.backend import is_interpreting
@@ -69,6 +69,8 @@ def forward(
     out = empty_like_layout(query, problem.value_dim)
     batch, heads, rows, _ = query.shape
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device) if needs_lse else None
+    if problem.is_packed:
+        clear_rows(lse, out)
     if out.numel() == 0 and (lse is None or lse.numel() == 0):
         return out, lse
     plan = _plan(problem, mask.bias is not None, _allows_tf32(problem.dtype))
@@ -141,6 +143,8 @@ def backward(
     dquery = empty_like_layout(query, problem.head_dim) if wants_query else None
     dkey = empty_like_layout(key, problem.head_dim) if wants_key else None
     dvalue = empty_like_layout(value, problem.value_dim) if wants_value else None
+    if problem.is_packed:
+        clear_rows(None, dquery, dkey, dvalue)
     if query.numel() == 0 or key.numel() == 0:
         return _empty_gradients(wanted, dquery, dkey, dvalue, mask, sinks)
 
