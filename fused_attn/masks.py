@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -181,4 +183,16 @@ def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     if is_readable and not bias.any():
         # nn.Transformer turns bool padding into 0 / -inf; reading it back here costs nothing on a CPU.
         return ignored, None
+    # One entry first: it spares nearly every true bias the rest.
+    if is_readable and mask[0, 0].item() in (0.0, 1.0) and torch.equal(mask, mask.bool().to(mask.dtype)):
+        _warn_of_zeros_and_ones()
     return ignored, bias[:, None, None, :]
+
+
+@functools.cache
+def _warn_of_zeros_and_ones() -> None:
+    warnings.warn(
+        "key_padding_mask: the floating-point values 0 and 1 are added to the scores and hide no key. If this is a "
+        "tokenizer's attention_mask (1 = token, 0 = padding), pass `attention_mask == 0`.",
+        stacklevel=2,
+    )

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_attn import checks
 from fused_attn.masks import causal_bias_offset
-from fused_attn.nn.attention import AttentionCache, FusedMultiheadAttention
+from fused_attn.nn.attention import AttentionCache, FusedMultiheadAttention, batch_layout, check_divides, check_sizes
 
 if TYPE_CHECKING:
     from fused_attn.nn.cache import KVCache, LayerCache
@@ -43,6 +44,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         *,
         backend: str | None = None,
     ):
+        check_layer(d_model, nhead, dim_feedforward, dropout, layer_norm_eps)
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
             device, dtype,
@@ -97,6 +99,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         *,
         backend: str | None = None,
     ):
+        check_sizes(0, num_layers=num_layers)
         # False, or the parent warns about layers that its fast path cannot take.
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
         self.enable_nested_tensor = enable_nested_tensor
@@ -150,6 +153,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         *,
         backend: str | None = None,
     ):
+        check_layer(d_model, nhead, dim_feedforward, dropout, layer_norm_eps)
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
             device, dtype,
@@ -246,6 +250,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         *,
         backend: str | None = None,
     ):
+        check_sizes(0, num_layers=num_layers)
         super().__init__(decoder_layer, num_layers, norm)
         _fuse(self.layers, backend)
 
@@ -312,7 +317,10 @@ class TransformerDecoder(nn.TransformerDecoder):
             batch_dim = 0 if self.layers[0].self_attn.batch_first else 1
             batch, length = memory.shape[batch_dim], memory.shape[1 - batch_dim]
             if batch != tgt.shape[batch_dim]:
-                raise RuntimeError(f"memory: expected the batch size of tgt, {tgt.shape[batch_dim]}, got {batch}")
+                raise RuntimeError(
+                    f"memory: expected the batch size of tgt, {tgt.shape[batch_dim]}, got {batch}; "
+                    + batch_layout(batch_dim == 0)
+                )
             expected = (batch, length)
         else:
             expected = memory.shape[:1]
@@ -351,6 +359,8 @@ class Transformer(nn.Transformer):
         *,
         backend: str | None = None,
     ):
+        check_sizes(0, num_encoder_layers=num_encoder_layers, num_decoder_layers=num_decoder_layers)
+
         def stack(stack_class: type, layer_class: type, num_layers: int) -> nn.Module:
             layer = layer_class(
                 d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
@@ -367,6 +377,52 @@ class Transformer(nn.Transformer):
         super().__init__(
             d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first
         )
+
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        src_is_causal: bool | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """The decoder's output (T, N, E), or (N, T, E) with batch_first, or (T, E).
+
+        Args:
+            src: (S, N, E), or (N, S, E) with batch_first, or (S, E); of the encoder.
+            tgt: (T, N, E), or (N, T, E) with batch_first, or (T, E); of the decoder.
+
+        The others are those of `TransformerEncoder` and `TransformerDecoder`.
+
+        Raises:
+            RuntimeError: src and tgt do not belong together.
+        """
+        batch_dim = 0 if self.batch_first else 1
+        if src.dim() == tgt.dim() == 3 and src.shape[batch_dim] != tgt.shape[batch_dim]:
+            raise RuntimeError(
+                f"tgt: expected the batch size of src, {src.shape[batch_dim]}, got {tgt.shape[batch_dim]}; "
+                + batch_layout(self.batch_first)
+            )
+        return super().forward(
+            src, tgt, src_mask, tgt_mask, memory_mask, src_key_padding_mask, tgt_key_padding_mask,
+            memory_key_padding_mask, src_is_causal, tgt_is_causal, memory_is_causal,
+        )  # fmt: skip
+
+
+def check_layer(d_model: int, nhead: int, dim_feedforward: int, dropout: float, layer_norm_eps: float = 1e-5) -> None:
+    """Raises TypeError or ValueError where the arguments make no layer."""
+    check_sizes(1, d_model=d_model, nhead=nhead)
+    check_sizes(0, dim_feedforward=dim_feedforward)
+    check_divides("nhead", nhead, "d_model", d_model)
+    checks.check_probability("dropout", dropout)
+    if not layer_norm_eps >= 0.0:
+        raise checks.fail("layer_norm_eps", "a number >= 0", layer_norm_eps)
 
 
 def _fuse(layers: nn.ModuleList, backend: str | None) -> None:
