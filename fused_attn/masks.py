@@ -179,13 +179,14 @@ def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
         return mask, None
     ignored = mask == float("-inf")
     bias = mask.masked_fill(ignored, 0.0)
-    is_readable = not (mask.requires_grad or mask.is_cuda or torch.compiler.is_compiling() or modes.in_functorch())
-    if is_readable and not bias.any():
-        # nn.Transformer turns bool padding into 0 / -inf; reading it back here costs nothing on a CPU.
-        return ignored, None
-    # One entry first: it spares nearly every true bias the rest.
-    if is_readable and mask[0, 0].item() in (0.0, 1.0) and torch.equal(mask, mask.bool().to(mask.dtype)):
-        _warn_of_zeros_and_ones()
+    is_readable = mask.is_cpu and not (mask.requires_grad or torch.compiler.is_compiling() or modes.in_functorch())
+    if is_readable:
+        least, most = (x.item() for x in bias.aminmax()) if bias.numel() else (0.0, 0.0)
+        if least == most == 0.0:
+            # nn.Transformer turns bool padding into 0 / -inf; reading it back here costs nothing on a CPU.
+            return ignored, None
+        if least >= 0.0 and most == 1.0 and torch.equal(mask, mask.bool().to(mask.dtype)):
+            _warn_of_zeros_and_ones()
     return ignored, bias[:, None, None, :]
 
 

@@ -268,6 +268,11 @@ def test_a_padding_mask_of_ones_and_zeros_is_told_once() -> None:
     assert "attention_mask == 0" in str(warning.message)
 
 
+def test_a_padding_mask_without_contents_is_not_read() -> None:
+    query, mask = Q.to(META), torch.zeros(2, 5, device=META)
+    assert fused_attn.fused_attention(query, query, query, key_padding_mask=mask).shape == Q.shape
+
+
 def test_lower_right_bias_and_is_causal_contradict() -> None:
     mask = torch.nn.attention.bias.causal_lower_right(5, 7)
     with pytest.raises(
