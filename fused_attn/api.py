@@ -65,8 +65,8 @@ def fused_attention(
         dropout_seed: int or 0-d int64 tensor that fixes the dropout pattern on every backend; default: drawn from
             torch's default generator.
         return_lse: also return the log-sum-exp of the scores.
-        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; default: the first of these that can run. A named one runs
-            or raises with its reasons; `explain` tells them all.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: the first that can run, the
+            reference last. A named one runs or raises with its reasons; `explain` tells them all.
 
     Query, key and value may be nested tensors (B, H, length, D) with ``layout=torch.jagged``. They need no padding mask
     and take no `attn_mask`; each sequence is attended to by itself, as in `fused_attention_varlen`, and `relative_bias`
@@ -252,16 +252,17 @@ def _nested_attention(
 
 
 def explain(
-    *args, backend: str | None = None, device: torch.device | str | None = None, **kwargs
+    *args, backend: str | None = None, device: torch.device | str | int | None = None, **kwargs
 ) -> dispatch.Explanation:
     """Which backend `fused_attention` would choose for these arguments, and why not the others. Computes nothing.
 
     Args:
-        device: as if the tensors were there; also an NVIDIA architecture such as ``"sm_90"``, for a GPU that this
-            machine does not have.
+        device: as if the tensors were there, with an int or ``"cuda:0"`` for a GPU of this machine; also an NVIDIA
+            architecture such as ``"sm_90"``, for a GPU that is not here.
 
     Raises:
-        ValueError: as `fused_attention`; or for nested tensors, whose problem depends on their offsets.
+        TypeError, ValueError: as `fused_attention`; or for nested tensors, whose problem depends on their offsets; or
+            device is none, or the number of a GPU that is not here.
 
     >>> print(explain(query, key, value, is_causal=True, device="sm_90"))
     """
@@ -273,7 +274,8 @@ def explain(
     for name in ("dropout_seed", "return_lse", "backend"):
         del arguments[name]
     arguments["query"], arguments["key"], arguments["value"] = _autocast(*call.args[:3])
-    problem = _plan_of_call(False, None, **arguments, backend=None).problem
+    # As under compilation, with no backend chosen yet.
+    problem = _plan_of_call(True, None, **arguments, backend=None).problem
     return dispatch.explain(problem if device is None else problem.on(device), backend)
 
 
@@ -312,6 +314,8 @@ def _plan_of_call(
         causal_bias = None
         if metadata is None:
             causal_bias = None if attn_mask is None else masks.causal_bias(attn_mask)
+            if not (query.layout is key.layout is value.layout is torch.strided):
+                raise TypeError("sparse")  # whose, is said below
             metadata = (
                 (query.shape, query.dtype, query.device),
                 (key.shape, key.dtype, key.device),
@@ -335,9 +339,34 @@ def _plan_of_call(
         return plan._replace(backend=dispatch.choose.__wrapped__(plan.problem, backend))
 
 
-def _plan(
+def _plan(backend: str | None, tensors: bytes | tuple[tuple | None, ...], *options) -> Plan:
+    """tensors: query, key, value, attn_mask, key_padding_mask, relative_bias, sinks, as `Meta` or as `signature`."""
+    tensors = signature.metas(tensors) if isinstance(tensors, bytes) else tensors
+    inputs, others = [Meta(*x) for x in tensors[:3]], tensors[3:]
+    try:
+        return _checked_plan(backend, *inputs, *others, *options)
+    except ValueError as error:
+        swapped = checks.with_heads_and_rows_swapped(*inputs)
+        if swapped is None:
+            raise
+        try:
+            _checked_plan(backend, *swapped, *others, *options)
+        except (TypeError, ValueError):
+            raise error from None
+        raise ValueError(
+            f"{error}; these shapes would fit as (B, L, H, D), which x.transpose(-3, -2) makes (B, H, L, D)"
+        ) from None
+
+
+def _checked_plan(
     backend: str | None,
-    tensors: bytes | tuple[tuple | None, ...],
+    query: Meta,
+    key: Meta,
+    value: Meta,
+    attn_mask: Meta | None,
+    key_padding_mask: Meta | None,
+    relative_bias: Meta | None,
+    sinks: Meta | None,
     causal_bias: CausalBiasMeta | None,
     dropout_p: float,
     is_causal: bool,
@@ -346,13 +375,8 @@ def _plan(
     window_size: tuple[int, int] | None,
     softcap: float,
 ) -> Plan:
-    """tensors: query, key, value, attn_mask, key_padding_mask, relative_bias, sinks, as `Meta` or as `signature`."""
     if backend is not None and backend not in dispatch.BACKEND_NAMES:
         raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
-    if isinstance(tensors, bytes):
-        tensors = signature.metas(tensors)
-    query, key, value = (Meta(*x) for x in tensors[:3])
-    attn_mask, key_padding_mask, relative_bias, sinks = tensors[3:]
     checks.check_query_key_value(query, key, value, min_dim=2)
     checks.check_scalars(dropout_p, is_causal, scale, enable_gqa, softcap)
     window_size = checks.check_window(window_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -185,7 +187,20 @@ def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
         return mask, None
     ignored = mask == float("-inf")
     bias = mask.masked_fill(ignored, 0.0)
-    if modes.can_read(mask) and not mask.requires_grad and not bias.any():
-        # nn.Transformer turns bool padding into 0 / -inf; reading it back here costs nothing on a CPU.
-        return ignored, None
+    if modes.can_read(mask) and not mask.requires_grad:
+        least, most = (x.item() for x in bias.aminmax()) if bias.numel() else (0.0, 0.0)
+        if least == most == 0.0:
+            # nn.Transformer turns bool padding into 0 / -inf; reading it back here costs nothing on a CPU.
+            return ignored, None
+        if least >= 0.0 and most == 1.0 and torch.equal(mask, mask.bool().to(mask.dtype)):
+            _warn_of_zeros_and_ones()
     return ignored, bias[:, None, None, :]
+
+
+@functools.cache
+def _warn_of_zeros_and_ones() -> None:
+    warnings.warn(
+        "key_padding_mask: the floating-point values 0 and 1 are added to the scores and hide no key. If this is a "
+        "tokenizer's attention_mask (1 = token, 0 = padding), pass `attention_mask == 0`.",
+        stacklevel=2,
+    )

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from fused_attn import native
 from fused_attn.backends.base import Gradients, Wanted, clear_rows, empty_like_layout
 from fused_attn.masks import MaskSpec
 from fused_attn.problem import UNBOUNDED, AttentionProblem
@@ -14,11 +15,12 @@ from fused_attn.problem import UNBOUNDED, AttentionProblem
 try:
     import fused_attn._C as _C
 except ImportError as error:
-    # Installed without a C++ compiler: everything else still works, and `info` shows this text.
+    # Installed without a C++ compiler, perhaps: everything else still works, and `info` shows this text.
     _C = None
-    import_error = str(error)
+    missing = native.why_missing("_C", "a C++ compiler such as g++", error)
+    native.warn_of_sources()
 else:
-    import_error = ""
+    missing = ""
 
 name = "cpu"
 is_composite = False
@@ -30,7 +32,7 @@ MAX_HEAD_DIM = 256
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     reasons = []
     if _C is None:
-        reasons.append(f"installed without the native kernels, which need a C++ compiler ({import_error})")
+        reasons.append(missing)
     if problem.device.type != "cpu":
         reasons.append(f"the tensors are on {problem.device}, expected cpu")
     if problem.dtype not in DTYPES:

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from fused_attn import native
 from fused_attn.backends.base import Gradients, Wanted, clear_rows, empty_like_layout
 from fused_attn.masks import MaskSpec
 from fused_attn.problem import UNBOUNDED, AttentionProblem
@@ -14,11 +15,11 @@ from fused_attn.problem import UNBOUNDED, AttentionProblem
 try:
     import fused_attn._cuda as _kernels
 except ImportError as error:
-    # Installed without nvcc: everything else still works, and `info` shows this text.
+    # Installed without nvcc, perhaps: everything else still works, and `info` shows this text.
     _kernels = None
-    import_error = str(error)
+    missing = native.why_missing("_cuda", "nvcc of CUDA 12.3 or newer", error)
 else:
-    import_error = ""
+    missing = ""
 
 name = "cuda"
 is_composite = False
@@ -34,7 +35,7 @@ MIN_SCALE = torch.finfo(torch.float32).tiny
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     reasons = []
     if _kernels is None:
-        reasons.append(f"installed without the CUDA kernels, which need nvcc ({import_error})")
+        reasons.append(missing)
     elif problem.device.type != device_type():
         reasons.append(f"the tensors are on {problem.device}, expected {device_type()}")
     elif (reason := _device_reason(problem)) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import has_torch_function_variadic
 
-from fused_attn import jagged
+from fused_attn import checks, jagged
 from fused_attn.api import fused_attention, fused_attention_varlen
 from fused_attn.dispatch import BACKEND_NAMES
 from fused_attn.dropout import draw_seed
@@ -79,8 +80,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         backend: see `fused_attention`.
 
     Raises:
-        ValueError, TypeError: an option does not fit.
-        AssertionError: num_heads does not divide embed_dim (as in the parent class).
+        ValueError, TypeError: an argument does not fit. Where num_heads does not divide embed_dim, the ValueError is
+            an AssertionError too, as in the parent class.
     """
 
     def __init__(
@@ -102,6 +103,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         relative_bias: Callable[[int, int], Tensor] | None = None,
         backend: str | None = None,
     ):
+        check_sizes(1, embed_dim=embed_dim, num_heads=num_heads)
+        check_sizes(0, kdim=kdim, vdim=vdim)
+        check_divides("num_heads", num_heads, "embed_dim", embed_dim)
+        checks.check_probability("dropout", dropout)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
@@ -134,11 +139,12 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
         Raises:
             TypeError: module is something else.
-            ValueError: backend is no name of one.
+            ValueError: backend is no name of one, or the module's dropout no probability.
         """
         if not isinstance(module, nn.MultiheadAttention) or isinstance(module, FusedMultiheadAttention):
             raise TypeError(f"module: expected a torch.nn.MultiheadAttention, got {type(module).__name__}")
         check_backend(backend)
+        checks.check_probability("dropout", module.dropout)
         fused = cls.__new__(cls)
         # The same dicts of parameters and hooks, so that optimizers and the handles of hooks stay valid.
         fused.__dict__.update(module.__dict__)
@@ -231,13 +237,19 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if stored is not None:
             q, k, v = self._split_heads(self._project_query(query), seq_dim), *stored
         else:
-            q, k, v = self._project(query, key, value, is_self, shares_kv)
+            try:
+                q, k, v = self._project(query, key, value, is_self, shares_kv)
+            except RuntimeError:
+                self._check_projected(query, key, value)
+                raise
             q, k = self._split_heads(q, seq_dim, position), self._split_heads(k, seq_dim, position)
             v = self._split_heads(v, seq_dim)
             if cache is not None:
                 k, v = cache.update(k, v) if is_growing else cache.update(k, v, memory)
         if k.shape[0] != batch:
-            raise RuntimeError(f"key: expected the batch size of query, {batch}, got {k.shape[0]}")
+            raise RuntimeError(
+                f"key: expected the batch size of query, {batch}, got {k.shape[0]}; {batch_layout(self.batch_first)}"
+            )
 
         if is_growing:
             mask = _cached_mask(attn_mask, is_causal, position, seqlen_q)
@@ -282,9 +294,13 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if key.shape[1] != value.shape[1]:
             raise ValueError("value: expected the offsets of key, the same tensor, got others")
         q, k, _ = packed
-        rows = (
-            x.unflatten(-1, (-1, self.head_dim)) for x in self._project(*(x.rows for x in packed), is_self, shares_kv)
-        )  # (total, heads, D)
+        rows = [x.rows for x in packed]
+        try:
+            rows = self._project(*rows, is_self, shares_kv)
+        except RuntimeError:
+            self._check_projected(*rows)
+            raise
+        rows = (x.unflatten(-1, (-1, self.head_dim)) for x in rows)  # (total, heads, D)
         out = fused_attention_varlen(
             *rows, q.offsets.int(), k.offsets.int(), q.max_seqlen, k.max_seqlen,
             dropout_p=self.dropout if self.training else 0.0,
@@ -392,6 +408,28 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         biases = (None, None, None) if bias is None else bias.split(sizes)
         return tuple(F.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
 
+    def _check_projected(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Raises why the projections do not take the inputs. Asked when they have failed, so that no call waits for it.
+
+        RuntimeError, as of torch's own operators, whose words do not say what is wrong with which argument.
+        """
+        weight = self.out_proj.weight
+        for name, x, features in (
+            ("query", query, self.embed_dim),
+            ("key", key, self.kdim),
+            ("value", value, self.vdim),
+        ):
+            if x.layout != torch.strided:
+                raise RuntimeError(f"{name}: expected a dense tensor, got layout {x.layout}")
+            if x.shape[-1] != features:
+                raise RuntimeError(f"{name}: expected {features} features, got shape {tuple(x.shape)}")
+            if x.device != weight.device:
+                raise RuntimeError(f"{name}: expected the device of the module, {weight.device}, got {x.device}")
+            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise RuntimeError(
+                    f"{name}: expected the dtype of the module, {weight.dtype}, or torch.autocast, got {x.dtype}"
+                )
+
     def _project_query(self, query: Tensor) -> Tensor:
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[: self.embed_dim]
         return F.linear(query, weight, None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim])
@@ -438,7 +476,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         batch, seqlen_k = key.shape[0], key.shape[2]
         if key_padding_mask is not None and key_padding_mask.shape != (batch, seqlen_k):
             raise AssertionError(
-                f"key_padding_mask: expected shape (N, S) = {(batch, seqlen_k)}, got {tuple(key_padding_mask.shape)}"
+                f"key_padding_mask: expected shape (N, S) = {(batch, seqlen_k)}, got {tuple(key_padding_mask.shape)}; "
+                + batch_layout(self.batch_first)
             )
         attn_mask, diagonal = mask
         if attn_mask is None:
@@ -453,7 +492,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             attn_mask = _above(diagonal, seqlen_q, key)
         expected = sizes if attn_mask.dim() == 2 else (batch * self.num_heads, *sizes)
         if attn_mask.shape != expected:
-            raise RuntimeError(f"attn_mask: expected shape {expected}, got {tuple(attn_mask.shape)}")
+            got = tuple(attn_mask.shape)
+            raise RuntimeError(f"attn_mask: expected shape {expected}, got {got}; {batch_layout(self.batch_first)}")
         if attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
         attn_mask = self._padded(attn_mask)
@@ -555,6 +595,28 @@ def _has_cache_parameter(function: Callable) -> bool:
 
 
 _remembered_cache_parameter = functools.lru_cache(maxsize=256)(_has_cache_parameter)
+
+
+def batch_layout(batch_first: bool) -> str:
+    """For messages about sizes that do not fit, because the layout is what is most often mistaken."""
+    return f"batch_first={batch_first} means inputs {'(N, L, E)' if batch_first else '(L, N, E)'}"
+
+
+class NotADivisorError(ValueError, AssertionError):
+    """A ValueError as all of ours, and what torch.nn raises where the heads do not divide the features."""
+
+
+def check_sizes(least: int, **sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and not isinstance(size, numbers.Integral):
+            raise TypeError(f"{name}: expected an int, got {type(size).__name__} {size!r}")
+        if size is not None and size < least:
+            raise checks.fail(name, f"at least {least}", size)
+
+
+def check_divides(name: str, divisor: int, whole_name: str, whole: int) -> None:
+    if whole % divisor:
+        raise NotADivisorError(f"{name}: expected a divisor of {whole_name}={whole}, got {divisor}")
 
 
 def check_backend(backend: str | None) -> None:

@@ -20,6 +20,7 @@ from fused_attn.nn.transformer import (
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
+    check_layer,
 )
 
 POSITIONAL = ("sinusoidal", "learned", "rotary")
@@ -86,6 +87,7 @@ class Seq2SeqTransformer(nn.Module):
         ):
             if count < 1:
                 raise ValueError(f"{name}: expected at least 1, got {count}")
+        check_layer(d_model, nhead, dim_feedforward, dropout)
         if positional not in POSITIONAL:
             raise ValueError(f"positional: expected one of {POSITIONAL}, got {positional!r}")
         self.d_model, self.max_len = d_model, max_len

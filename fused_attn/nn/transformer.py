@@ -19,8 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_variadic
 
+from fused_attn import checks
 from fused_attn.masks import causal_bias
-from fused_attn.nn.attention import AttentionCache, FusedMultiheadAttention, accepts_cache
+from fused_attn.nn.attention import (
+    AttentionCache,
+    FusedMultiheadAttention,
+    accepts_cache,
+    batch_layout,
+    check_divides,
+    check_sizes,
+)
 from fused_attn.nn.tracing import call_node
 
 if TYPE_CHECKING:
@@ -49,6 +57,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         *,
         backend: str | None = None,
     ):
+        check_layer(d_model, nhead, dim_feedforward, dropout, layer_norm_eps)
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
             device, dtype,
@@ -113,6 +122,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         *,
         backend: str | None = None,
     ):
+        check_sizes(0, num_layers=num_layers)
         # False, or the parent warns about layers that its fast path cannot take.
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
         self.enable_nested_tensor = enable_nested_tensor
@@ -175,6 +185,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         *,
         backend: str | None = None,
     ):
+        check_layer(d_model, nhead, dim_feedforward, dropout, layer_norm_eps)
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
             device, dtype,
@@ -296,6 +307,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         *,
         backend: str | None = None,
     ):
+        check_sizes(0, num_layers=num_layers)
         super().__init__(decoder_layer, num_layers, norm)
         _fuse(self.layers, backend)
 
@@ -379,7 +391,10 @@ class TransformerDecoder(nn.TransformerDecoder):
             batch_dim = 0 if self.layers[0].self_attn.batch_first else 1
             batch, length = memory.shape[batch_dim], memory.shape[1 - batch_dim]
             if batch != tgt.shape[batch_dim]:
-                raise RuntimeError(f"memory: expected the batch size of tgt, {tgt.shape[batch_dim]}, got {batch}")
+                raise RuntimeError(
+                    f"memory: expected the batch size of tgt, {tgt.shape[batch_dim]}, got {batch}; "
+                    + batch_layout(batch_dim == 0)
+                )
             expected = (batch, length)
         else:
             expected = memory.shape[:1]
@@ -418,6 +433,8 @@ class Transformer(nn.Transformer):
         *,
         backend: str | None = None,
     ):
+        check_sizes(0, num_encoder_layers=num_encoder_layers, num_decoder_layers=num_decoder_layers)
+
         def stack(stack_class: type, layer_class: type, num_layers: int) -> nn.Module:
             layer = layer_class(
                 d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
@@ -449,10 +466,16 @@ class Transformer(nn.Transformer):
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        """The decoder's output, laid out as tgt. The arguments are those of the parent.
+        """The decoder's output (T, N, E), or (N, T, E) with batch_first, or (T, E).
+
+        Args:
+            src: (S, N, E), or (N, S, E) with batch_first, or (S, E); of the encoder.
+            tgt: (T, N, E), or (N, T, E) with batch_first, or (T, E); of the decoder.
+
+        The others are those of `TransformerEncoder` and `TransformerDecoder`.
 
         Raises:
-            RuntimeError: the inputs do not fit, or a hint comes without its mask.
+            RuntimeError: src and tgt do not belong together, or a hint comes without its mask.
         """
         if has_torch_function_variadic(src, tgt):
             masks = (src_mask, tgt_mask, memory_mask, src_key_padding_mask, tgt_key_padding_mask)
@@ -460,6 +483,12 @@ class Transformer(nn.Transformer):
             node = call_node(self, src, tgt, *masks, *hints)
             if node is not None:
                 return node
+        batch_dim = 0 if self.batch_first else 1
+        if src.dim() == tgt.dim() == 3 and src.shape[batch_dim] != tgt.shape[batch_dim]:
+            raise RuntimeError(
+                f"tgt: expected the batch size of src, {src.shape[batch_dim]}, got {tgt.shape[batch_dim]}; "
+                + batch_layout(self.batch_first)
+            )
         for name, mask, hint in (
             ("src_mask", src_mask, src_is_causal),
             ("tgt_mask", tgt_mask, tgt_is_causal),
@@ -471,6 +500,16 @@ class Transformer(nn.Transformer):
             src, tgt, src_mask, tgt_mask, memory_mask, src_key_padding_mask, tgt_key_padding_mask,
             memory_key_padding_mask, src_is_causal, tgt_is_causal, memory_is_causal,
         )  # fmt: skip
+
+
+def check_layer(d_model: int, nhead: int, dim_feedforward: int, dropout: float, layer_norm_eps: float = 1e-5) -> None:
+    """Raises TypeError or ValueError where the arguments make no layer."""
+    check_sizes(1, d_model=d_model, nhead=nhead)
+    check_sizes(0, dim_feedforward=dim_feedforward)
+    check_divides("nhead", nhead, "d_model", d_model)
+    checks.check_probability("dropout", dropout)
+    if not layer_norm_eps >= 0.0:
+        raise checks.fail("layer_norm_eps", "a number >= 0", layer_norm_eps)
 
 
 def _fuse(layers: nn.ModuleList, backend: str | None) -> None:
