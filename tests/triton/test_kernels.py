@@ -5,10 +5,7 @@ On a machine with a GPU everything here is marked `gpu`, so that `pytest -m gpu`
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import mmap
-import os
 import types
 from collections.abc import Callable, Iterator
 
@@ -25,11 +22,10 @@ from test_fuzz import attention_cases, fuzz, packed_cases
 from torch import Tensor
 
 import fused_attn
-from fused_attn.problem import AttentionProblem
 
 pytest.importorskip("triton.language")
 
-from fused_attn.backends.triton import configs, decode, launcher, tuned
+from fused_attn.backends.triton import decode, launcher
 
 IS_GPU = DEVICE == "cuda"
 # The interpreter does not multiply bfloat16.
@@ -231,84 +227,6 @@ def test_split_keys(case: Case, decide_splits) -> None:
     decide_splits(lambda *args: 1)
     whole = cases.check(case, torch.float32, "triton", DEVICE)
     torch.testing.assert_close(dict(split.items()), dict(whole.items()))
-
-
-SPECIALIZED = [
-    Case("specialized", seqlen_q=150, seqlen_k=147, head_dim=64, has_dlse=True),
-    Case("specialized-causal", seqlen_q=200, seqlen_k=130, head_dim=40, value_dim=24, options={"is_causal": True}),
-    Case("specialized-transposed-lower-right", seqlen_q=130, seqlen_k=200, query_layout="blhd", kv_layout="blhd",
-         attn_mask=cases.lower_right, has_dlse=True),
-    Case("specialized-window-gqa-sinks", heads=4, kv_heads=2, seqlen_q=200, seqlen_k=200,
-         options={"window_size": (50, 9)}, sinks=cases.sink()),
-    Case("specialized-blind-rows", seqlen_q=140, seqlen_k=33, options={"window_size": (20, 0)}, has_dlse=True),
-    Case("specialized-varlen", lengths_q=(5, 200, 0, 130), lengths_k=(200, 5, 7, 130), options={"is_causal": True}),
-    Case("specialized-varlen-full", lengths_q=(129, 1), lengths_k=(0, 131)),
-]  # fmt: skip
-
-
-@pytest.fixture
-def specialized(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fails unless a specialised kernel is called meanwhile; without a GPU on small tiles, which no table has."""
-    from triton.runtime import _allocation
-
-    taken = []
-    run_with_scratch = launcher._run_with_scratch
-
-    def spy(*args, **options) -> None:
-        taken.append(run_with_scratch)
-        run_with_scratch(*args, **options)
-
-    monkeypatch.setattr(launcher, "_run_with_scratch", spy)
-    allocator = _allocation._allocator.get()
-    launcher._plan.cache_clear()
-    if IS_GPU:
-        problem = AttentionProblem(1, 1, 1, 128, 128, 64, 64, torch.float16, torch.device(DEVICE), 1.0)
-        if not tuned.choose("forward", problem).warp_specialize:
-            pytest.skip("no table has anything specialised for this GPU")
-        yield
-    else:
-        with tuned.forced("forward", configs.Config(64, 32, warp_specialize=True)):
-            yield
-    launcher._plan.cache_clear()
-    assert taken
-    assert _allocation._allocator.get() is allocator, "the user's kernels would use ours"
-
-
-@pytest.mark.parametrize("case", SPECIALIZED, ids=lambda case: case.id)
-def test_warp_specialized(case: Case, specialized: None) -> None:
-    """Tiles by TMA, in a loop of its own."""
-    cases.check(case, torch.float16, "triton", DEVICE)
-
-
-def test_warp_specialized_tiles_end_with_the_sequence(specialized: None) -> None:
-    """TMA could read on into the next sequence, and 0 * NaN is NaN."""
-    rows = torch.randn(300, 2, 64, dtype=torch.float16, device=DEVICE)
-    poisoned = rows.index_fill(0, torch.arange(140, 300, device=DEVICE), float("nan"))
-    cu_seqlens = torch.tensor([0, 140, 300], dtype=torch.int32, device=DEVICE)
-    out = fused_attn.fused_attention_varlen(
-        rows, poisoned, poisoned, cu_seqlens, cu_seqlens, 160, 160, backend="triton"
-    )  # fmt: skip
-    assert out[:140].isfinite().all() and out[140:].isnan().all()
-
-
-@pytest.mark.skipif(IS_GPU, reason="of the interpreter, where a read of the page beyond ends the process")
-@pytest.mark.skipif(os.name != "posix", reason="needs mprotect")
-def test_warp_specialized_reads_nothing_beyond_the_tensors(specialized: None) -> None:
-    """An empty sequence at the very end, of a tensor behind which no memory is."""
-    rows = _at_the_end_of_memory(torch.randn(130, 1, 64, dtype=torch.float16))
-    cu_seqlens = torch.tensor([0, 130, 130], dtype=torch.int32)
-    out = fused_attn.fused_attention_varlen(rows, rows, rows, cu_seqlens, cu_seqlens, 130, 130, backend="triton")
-    assert out.isfinite().all()
-
-
-def _at_the_end_of_memory(x: Tensor) -> Tensor:
-    """x in pages of its own, followed by one that must not be touched. The pages stay until the process ends."""
-    size = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    pages = mmap.mmap(-1, size + mmap.PAGESIZE)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
-    copy = torch.frombuffer(pages, dtype=x.dtype, count=x.numel(), offset=size - x.nbytes).view(x.shape)
-    return copy.copy_(x)
 
 
 def _large_row_bias(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
