@@ -7,14 +7,15 @@ import triton.language as tl
 
 from fused_attn.backends.triton.arguments import UNSPECIALIZED
 from fused_attn.backends.triton.scores import (
-    LN_2,
     add_sink,
     biased_scores,
     dropout_keep,
     exp_difference,
     hide,
+    rescale_factor,
     score_unit,
 )
+from fused_attn.backends.triton.sums import plus_product
 from fused_attn.backends.triton.tiles import (
     block_and_unit,
     is_kept,
@@ -36,7 +37,7 @@ def attention_fwd_kernel(
     k,  # Rows (B, Hkv, S, D)
     v,  # Rows (B, Hkv, S, Dv)
     out,  # Rows (B, H, L, Dv); of the first split if IS_SPLIT
-    lse,  # (B, H, L) float32 or None; of the first split if IS_SPLIT
+    lse,  # (B, H, L) float32 or None; if IS_SPLIT (2, num_splits, B, H, L): maxima of the rows, sums of the weights
     masks,
     settings,
     seqlen_q,
@@ -103,13 +104,17 @@ def attention_fwd_kernel(
         acc, row_max, row_sum = add_sink(acc, row_max, row_sum, sink)
     row_sum = tl.where(row_max == float("-inf"), 1.0, row_sum)
     out_tile = acc * (settings.inverse_keep / row_sum)[:, None]
-    row_lse = row_max + tl.log2(row_sum) * LN_2
+    row_lse = row_max + tl.log(row_sum)
     out_pointer = query_pointer(out, place, query, settings.BLOCK_DV)
     lse_offset = place.lse_offset + query[:, None]
     if IS_SPLIT:
         split_offset = tl.program_id(1).to(tl.int64) * split_rows
         out_pointer += split_offset * settings.VALUE_DIM
         lse_offset += split_offset
+        # Where logits are large, their LSE is too coarse a number to join the splits by.
+        row_lse = row_max
+        sum_offset = num_splits.to(tl.int64) * split_rows + lse_offset
+        tl.store(lse + sum_offset, row_sum[:, None], mask=is_row[:, None])
     store_tile(out_pointer, out_tile, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
     if lse is not None:
         tl.store(lse + lse_offset, row_lse[:, None], mask=is_row[:, None])
@@ -143,10 +148,10 @@ def _attend(
     # -inf - -inf is NaN: rows that have seen nothing yet take 0 for their maximum, and weights exp(-inf) = 0.
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     weights = exp_difference(scores, finite_max[:, None], settings)
-    rescale = exp_difference(row_max, finite_max, settings)
+    rescale = rescale_factor(row_max, finite_max, settings)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     if masks.seed is not None:
         weights = tl.where(dropout_keep(query[:, None], first_key, place, masks, settings), weights, 0.0)
     v_tile = load_key_rows(v, place, key, keep, settings.VALUE_DIM, settings.BLOCK_DV)
-    acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=settings.PRECISION)
+    acc = plus_product(acc * rescale[:, None], weights.to(v_tile.dtype), v_tile, settings)
     return acc, new_max, row_sum

@@ -72,7 +72,7 @@ def forward(
     if plan.num_splits > 1:
         shape = (plan.num_splits * batch, heads, rows)
         kernel_out = torch.empty((*shape, problem.value_dim), dtype=torch.float32, device=query.device)
-        kernel_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+        kernel_lse = torch.empty((2, *shape), dtype=torch.float32, device=query.device)
     with _on_device_of(query):
         attention_fwd_kernel[plan.forward.grid](
             Rows.of(query, problem.is_packed),
@@ -138,7 +138,8 @@ def backward(
     lse = lse.contiguous()  # under vmap it can be an expanded view
     delta = torch.empty(lse.shape, **accumulate)
     is_biased = mask.bias is not None or mask.relative_bias is not None
-    factor = torch.empty(lse.shape, **accumulate) if is_biased else None
+    needs_factor = is_biased or plan.dq.settings.IS_FLOAT32.value
+    factor = torch.empty(lse.shape, **accumulate) if needs_factor else None
     dsinks = None
     if wants_sinks:
         dsinks = torch.empty((problem.batch, problem.num_heads, _num_blocks(plan.dq, problem)), **accumulate)
