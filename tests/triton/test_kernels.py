@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable, Iterator
 
 import cases
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -37,7 +38,7 @@ HUGE = ("strides-past-2-31", "strides-past-2-31-mask")
 QUICK = ("gqa-4-2", "padding-nan-decode", "relative-bias-decode", "empty-rows-huge-sinks", "varlen-dropout", "rank-2")
 
 pytestmark = [
-    pytest.mark.usefixtures("poisoned", "quick_interpreter"),
+    pytest.mark.usefixtures("poisoned", "quick_interpreter", "gpu_arithmetic"),
     # numpy, of infinities that are wanted or thrown away.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
     # Triton 3.6, of every loop bound.
@@ -68,6 +69,43 @@ def quick_interpreter() -> Iterator[None]:
     interpreter.interpreter_builder.options = options
     interpreter._patch_lang = patch
     scope.restore()
+
+
+@pytest.fixture
+def gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter, with products that are added one after the other, without being rounded before.
+
+    That is what Triton makes of a dot product of float32, and a compiler of a * b - c.
+    """
+    if IS_GPU:
+        return
+    from triton.runtime.interpreter import TensorHandle, interpreter_builder
+
+    builder = type(interpreter_builder)
+    create_dot, create_fmul, create_fsub = builder.create_dot, builder.create_fmul, builder.create_fsub
+
+    def dot(self, a, b, acc, *options):
+        if a.data.dtype != np.float32:
+            return create_dot(self, a, b, acc, *options)
+        total = acc.data
+        for column, row in zip(a.data.astype(np.float64).T, b.data.astype(np.float64), strict=True):
+            total = (column[:, None] * row + total).astype(np.float32)
+        return TensorHandle(total, acc.dtype.scalar)
+
+    def fmul(self, a, b):
+        product = create_fmul(self, a, b)
+        product.exact = a.data.astype(np.float64) * b.data.astype(np.float64)
+        return product
+
+    def fsub(self, a, b):
+        difference = create_fsub(self, a, b)
+        if hasattr(a, "exact"):
+            difference.data = (a.exact - b.data).astype(difference.data.dtype)
+        return difference
+
+    monkeypatch.setattr(builder, "create_dot", dot)
+    monkeypatch.setattr(builder, "create_fmul", fmul)
+    monkeypatch.setattr(builder, "create_fsub", fsub)
 
 
 def case_of(case_id: str) -> Case:
@@ -157,6 +195,37 @@ def test_dropout_bits_of_the_backward_kernels() -> None:
     assert torch.equal(of_value.mT > 0, expected)
     assert torch.equal(of_query > 0, expected)
     assert torch.equal(of_key.mT > 0, expected)
+
+
+LONG = [
+    *(case_of(case_id) for case_id in ("length-799-3", "length-4096-8", "length-1023-1024-causal")),
+    Case("long-keys", batch=1, seqlen_q=64, seqlen_k=2048, head_dim=64, options={"scale": 0.2}, differentiated=()),
+    Case("long-gqa", batch=1, kv_heads=1, seqlen_q=2048, seqlen_k=8, has_dlse=True),
+    Case("long-biases", batch=32, heads=16, seqlen_q=3, seqlen_k=8, attn_mask=cases.float_mask("LS"),
+         relative_bias=cases.shared_bias, sinks=cases.sink()),
+    Case("long-values-of-one-sign", batch=1, heads=1, seqlen_q=8, seqlen_k=4096,
+         edit=lambda tensors: tensors["value"].add_(3.0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
+def test_long_sums(case: Case) -> None:
+    """In float32 an error that grows with each term would be above PyTorch's, which sums in blocks."""
+    cases.check(case, torch.float32, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("factor", [4, 12, 30])
+def test_large_logits(factor: int) -> None:
+    """Without the rule's floor, which grows with the logits: weights are normalised as exactly as PyTorch's."""
+    case = case_of(f"logits-of-randn-times-{factor}")
+    truth, eager, *_ = cases.expected(case, torch.float32)
+    result = cases.check(case, torch.float32, "triton", DEVICE)
+
+    def error(result: oracle.Result, name: str) -> float:
+        return (dict(result.items())[name].double() - dict(truth.items())[name]).abs().max().item()
+
+    for name in ("out", "lse", "dvalue"):
+        assert error(result, name) < 2 * error(eager, name), name
 
 
 def _second_half(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
