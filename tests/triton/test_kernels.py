@@ -199,12 +199,11 @@ def test_dropout_bits_of_the_backward_kernels() -> None:
 
 LONG = [
     *(case_of(case_id) for case_id in ("length-799-3", "length-4096-8", "length-1023-1024-causal")),
-    Case("long-keys", batch=1, seqlen_q=64, seqlen_k=2048, head_dim=64, options={"scale": 0.2}, differentiated=()),
+    Case("long-keys", batch=1, heads=1, seqlen_q=150, seqlen_k=2048, head_dim=32, options={"scale": 0.2},
+         edit=lambda tensors: tensors["value"].add_(3.0), differentiated=()),
     Case("long-gqa", batch=1, kv_heads=1, seqlen_q=2048, seqlen_k=8, has_dlse=True),
-    Case("long-biases", batch=32, heads=16, seqlen_q=3, seqlen_k=8, attn_mask=cases.float_mask("LS"),
+    Case("long-biases", batch=16, heads=4, seqlen_q=3, seqlen_k=8, attn_mask=cases.float_mask("LS"),
          relative_bias=cases.shared_bias, sinks=cases.sink()),
-    Case("long-values-of-one-sign", batch=1, heads=1, seqlen_q=8, seqlen_k=4096,
-         edit=lambda tensors: tensors["value"].add_(3.0)),
 ]  # fmt: skip
 
 
