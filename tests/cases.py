@@ -416,6 +416,13 @@ def _scale_query(factor: float) -> Callable[[dict[str, Tensor]], None]:
     return edit
 
 
+def _scale_query_and_key(factor: float) -> Callable[[dict[str, Tensor]], None]:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["query"], tensors["key"] = tensors["query"] * factor, tensors["key"] * factor
+
+    return edit
+
+
 def _scores_near(score: float) -> Callable[[dict[str, Tensor]], None]:
     """Every score near ``score`` (for the default scale), by the data alone: no mask takes part."""
 
@@ -483,6 +490,7 @@ LENGTHS = [
         (239, 1, 64, True, Case.dtypes, False),
         (799, 3, 16, False, Case.dtypes, False),
         (799, 3, 16, True, Case.dtypes, False),
+        (4096, 8, 16, False, COMMON, False),
         (64, 64, 64, True, Case.dtypes, False),
         (65, 63, 64, True, Case.dtypes, False),
         (128, 65, 64, False, Case.dtypes, False),
@@ -848,6 +856,19 @@ NUMERICS = [
     Case("lse-below-minus-88-decode", seqlen_q=1, seqlen_k=65, head_dim=128, edit=_scores_near(-300.0), has_dlse=True),
     Case("lse-above-88", seqlen_q=66, seqlen_k=66, head_dim=64, edit=_scores_near(300.0), has_dlse=True),
     Case("logits-huge", seqlen_q=70, seqlen_k=67, head_dim=64, edit=_scale_query(200.0), has_dlse=True),
+    # The largest logits are about 70, 600 and 4000: each rounding of one moves a weight by many of its own.
+    *(
+        Case(
+            f"logits-of-randn-times-{factor}",
+            batch=1,
+            seqlen_q=128,
+            seqlen_k=192,
+            head_dim=64,
+            edit=_scale_query_and_key(factor),
+            has_dlse=True,
+        )
+        for factor in (4, 12, 30)
+    ),
     Case(
         "logits-huge-causal-padded",
         seqlen_q=70,
