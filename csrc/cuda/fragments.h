@@ -58,8 +58,11 @@ GPU_DEVICE void hide_word(float (&scores)[kTiles][4], int r, int word, uint32_t 
 // -inf where a row does not see a column.
 template <int kTiles>
 GPU_DEVICE void hide(float (&scores)[kTiles][4], const VisibleColumns<8 * kTiles>& visible, Lane lane) {
-  GPU_UNROLL for (int r = 0; r < 2; ++r) {
-    GPU_UNROLL for (int w = 0; w < kTiles / 4; ++w) hide_word(scores, r, w, visible.words[r][w], lane);
+  GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+    GPU_UNROLL for (int j = 0; j < 4; ++j) {
+      const uint32_t bits = visible.words[j / 2][t / 4] >> (2 * lane.q);
+      if (!(bits >> (8 * (t % 4) + j % 2) & 1)) scores[t][j] = -kInfinity;
+    }
   }
 }
 
