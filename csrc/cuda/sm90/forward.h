@@ -1,14 +1,21 @@
 // Forward for Hopper: softmax(scores) @ value with TMA and wgmma. A block stays on its multiprocessor and takes one
-// tile of queries after another. Its first warpgroup only loads: queries once per tile, keys and values through rings
-// of kStages tiles. The others have 64 queries each, and
+// tile of queries after another. Its first warpgroup serves the others:
 //
-//   overlap:    the scores of the next keys are being computed while the softmax of these runs, and the values are summed
-//   ping-pong:  they take turns in starting products, so that the softmax of one runs while the tensor cores work for the other
+//   the planning warp finds out what the next tile is, and which keys each consumer's rows see
+//   the loading warp loads queries once per tile, keys and values through rings
+//
+// Both leave notes in shared memory, about each tile and about each block of keys. So the other warpgroups, the
+// consumers, read a bit where they would have to load padding and compare positions, and blocks that their rows see as a
+// whole cost them nothing more. Consumers have 64 queries each. While the scores of the next keys are computed and the
+// values of these are summed, all that they do is exponentials (LazySoftmax), which takes less time than the products.
+// So each keeps the tensor cores busy while another waits for them, and they need not take turns.
 //
 // Keys that padding drops, and rows of other sequences, may hold NaN, which not even a weight of 0 would stop. The
 // scores of such keys are hidden; their values are overwritten with zeros by the loading warp before it passes the tile
 // on.
 #pragma once
+#include <type_traits>
+
 #include "../dropout.h"
 #include "../softmax.h"
 #include "../tiles.h"
@@ -16,82 +23,149 @@
 
 namespace fused_attn::gpu::sm90 {
 
+constexpr int kConsumerRows = 64;
+constexpr int kTileNotes = 2;
+
 template <int kHeadDim>
 struct ForwardPlan : ForwardTileSm90<kHeadDim> {
   using Sizes = ForwardTileSm90<kHeadDim>;
-  static constexpr int kConsumers = Sizes::kConsumers, kBlockN = Sizes::kBlockN, kStages = Sizes::kStages;
-  static constexpr int kBlockM = 64 * kConsumers;
+  static constexpr int kConsumers = Sizes::kConsumers, kBlockN = Sizes::kBlockN;
+  static constexpr int kStages = Sizes::kStages, kQueryStages = Sizes::kQueryStages;
+  static constexpr int kBlockM = kConsumerRows * kConsumers;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kTiles = kBlockN / 8;
   static constexpr int kConsumerWarps = kConsumers * kWarpsPerWarpgroup;
 
   // setmaxnreg: what the loading warpgroup gives up, the others get.
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 224;
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
-  // Ping-pong has two named barriers.
-  static_assert(kConsumers == 2);
 
   using QTile = Tile<kHeadDim, kBlockM>;
   using KeyTile = Tile<kHeadDim, kBlockN>;
   static constexpr uint32_t kQ = 0;
-  static constexpr uint32_t kK = kQ + QTile::kBytes;
+  static constexpr uint32_t kK = kQ + kQueryStages * QTile::kBytes;
   static constexpr uint32_t kV = kK + kStages * KeyTile::kBytes;
-  static constexpr uint32_t kRings = kV + kStages * KeyTile::kBytes;
+  static constexpr uint32_t kTileNotesAt = kV + kStages * KeyTile::kBytes;
+  static constexpr uint32_t kKeyNotesAt = kTileNotesAt + kTileNotes * 128;
+  static constexpr uint32_t kRings = kKeyNotesAt + 2 * kStages * 32;
   static constexpr uint32_t kBytes = kRings + 256;
   static_assert(kBytes <= 227 * 1024);
 };
 
-// Which tile comes next goes from the loading warp to the consumers through a ring, so that it can be ahead of them.
-constexpr int kWorkSlots = 2;
-constexpr int kNoMoreWork = -1;
+// ---- Notes in shared memory
+
+constexpr int kNoMoreTiles = -1;
+
+// About a tile of queries, from the planning warp to all others.
+struct TileNote {
+  uint32_t address;
+
+  struct Start {
+    int32_t first_row;    // of the queries, or kNoMoreTiles
+    int32_t first_block;  // of keys that is visited: the last one with a key that is kept
+    int32_t last_block;   // no block before it is visited
+    GPU_DEVICE bool has_keys() const { return first_block >= last_block; }
+  };
+  GPU_DEVICE void store(const Start& start, const Place& place) const {
+    store_shared(address, Vec4{word(start.first_row), word(start.first_block), word(start.last_block), 0});
+    store_shared(address + 16, Vec4{word(place.batch), word(place.head), word(place.kv_head), word(place.first_q)});
+    store_shared(address + 32, Vec4{word(place.first_k), word(place.len_q), word(place.len_k), 0});
+  }
+  GPU_DEVICE Start start() const {
+    const Vec4 x = load_shared<Vec4>(address);
+    return {int32_t(x.x), int32_t(x.y), int32_t(x.z)};
+  }
+  GPU_DEVICE int32_t first_row() const { return load_shared<int32_t>(address); }
+  GPU_DEVICE Place place() const {
+    const Vec4 a = load_shared<Vec4>(address + 16), b = load_shared<Vec4>(address + 32);
+    return {int32_t(a.x), int32_t(a.y), int32_t(a.z), int32_t(a.w), int32_t(b.x), int32_t(b.y), int32_t(b.z)};
+  }
+
+  // The blocks that a consumer's rows see.
+  GPU_DEVICE void store_range(int consumer, const BlockRange& range) const {
+    store_shared(address + 48 + 16 * consumer,
+                 Vec4{word(range.begin), word(range.end), word(range.full_begin), word(range.full_end)});
+  }
+  GPU_DEVICE BlockRange range(int consumer) const {
+    const Vec4 x = load_shared<Vec4>(address + 48 + 16 * consumer);
+    return {int32_t(x.x), int32_t(x.y), int32_t(x.z), int32_t(x.w)};
+  }
+
+ private:
+  static GPU_DEVICE uint32_t word(int32_t x) { return static_cast<uint32_t>(x); }
+};
+
+// What a consumer's rows see of a block of keys.
+struct View {
+  static constexpr uint32_t kIsSeen = 1;    // some row sees some key
+  static constexpr uint32_t kIsWhole = 2;   // every row sees every key
+  static constexpr uint32_t kSeesMore = 4;  // and the next block too
+  static constexpr uint32_t kIsLast = 8;    // the tile visits no other
+  uint32_t bits;
+
+  GPU_DEVICE bool has(uint32_t bit) const { return (bits & bit) != 0; }
+};
+
+// About a block of keys, from the loading warp to the consumers.
+template <int kBlockN>
+struct KeyNote {
+  uint32_t address;
+
+  GPU_DEVICE void store_view(int consumer, View view) const { store_shared(address + 4 * consumer, view.bits); }
+  GPU_DEVICE View view(int consumer) const { return {load_shared<uint32_t>(address + 4 * consumer)}; }
+
+  GPU_DEVICE void store(int32_t block, const KeptKeys<kBlockN>& kept) const {
+    store_shared(address + 12, block);
+    store_shared(address + 16, kept);
+  }
+  GPU_DEVICE int32_t block() const { return load_shared<int32_t>(address + 12); }
+  GPU_DEVICE KeptKeys<kBlockN> kept() const { return load_shared<KeptKeys<kBlockN>>(address + 16); }
+};
 
 template <int kHeadDim>
 struct ForwardRings {
   using Plan = ForwardPlan<kHeadDim>;
-  Ring<1> q;
+  Ring<Plan::kQueryStages> q;
   Ring<Plan::kStages> k;
   Ring<Plan::kStages> v;
-  Ring<kWorkSlots> work;
-  uint32_t cleaning;   // a barrier: values that have to be overwritten have come
-  uint32_t next_work;  // kWorkSlots numbers of tiles
+  Ring<kTileNotes> tiles;
+  uint32_t cleaning;  // a barrier: values that have to be overwritten have come
+  uint32_t shared;
 
-  GPU_DEVICE explicit ForwardRings(uint32_t shared) {
+  GPU_DEVICE explicit ForwardRings(uint32_t shared) : shared(shared) {
     q.barriers = shared + Plan::kRings;
     k.barriers = q.barriers + q.kBytes;
     v.barriers = k.barriers + k.kBytes;
-    work.barriers = v.barriers + v.kBytes;
-    cleaning = work.barriers + work.kBytes;
-    next_work = cleaning + 8;
+    tiles.barriers = v.barriers + v.kBytes;
+    cleaning = tiles.barriers + tiles.kBytes;
   }
 
   GPU_DEVICE void init() const {
     q.init(Plan::kConsumerWarps);
     k.init(Plan::kConsumerWarps);
     v.init(Plan::kConsumerWarps);
-    work.init(Plan::kConsumerWarps);
+    tiles.init(1 + Plan::kConsumerWarps);  // the loading warp reads them, too
     mbarrier_init(cleaning, 1);
     fence_mbarrier_init();
   }
-};
 
-// A tile of queries, and the keys that it visits.
-template <int kHeadDim>
-struct QueryTile {
-  using Plan = ForwardPlan<kHeadDim>;
-  Place place;
-  int32_t first_row;
-  BlockRange range;
-
-  GPU_DEVICE QueryTile(const Params& p, int32_t number) {
-    const int num_blocks = (p.seqlen_q + Plan::kBlockM - 1) / Plan::kBlockM;
-    const Work work = scheduled_work(number, num_blocks, p.num_heads, p.batch, p.heads_per_section, true);
-    place = place_of(p, work.batch, work.head, work.head / p.group_size);
-    first_row = work.block * Plan::kBlockM;
-    range = key_range<Plan::kBlockN>(p, place, first_row, min(first_row + Plan::kBlockM, place.len_q) - 1);
+  GPU_DEVICE TileNote tile_note(RingPosition<kTileNotes> position) const {
+    return {shared + Plan::kTileNotesAt + position.slot() * 128};
   }
-  GPU_DEVICE bool is_empty() const { return first_row >= place.len_q; }
-  GPU_DEVICE int32_t last_live(const Params& p, int32_t block) const {
-    return last_live_block<Plan::kBlockN>(p, place, range.begin, block);
+  // There are twice as many notes as slots for keys: a note stays until the keys after its own have been released, and
+  // so can be read when its own have.
+  GPU_DEVICE KeyNote<Plan::kBlockN> key_note(RingPosition<Plan::kStages> position) const {
+    return {shared + Plan::kKeyNotesAt + position.uses % (2 * Plan::kStages) * 32};
+  }
+  GPU_DEVICE uint32_t query_tile(RingPosition<Plan::kQueryStages> position) const {
+    return shared + Plan::kQ + position.slot() * Plan::QTile::kBytes;
+  }
+  GPU_DEVICE uint32_t key_tile(RingPosition<Plan::kStages> position) const {
+    return shared + Plan::kK + position.slot() * Plan::KeyTile::kBytes;
+  }
+  GPU_DEVICE uint32_t value_tile(RingPosition<Plan::kStages> position) const {
+    return shared + Plan::kV + position.slot() * Plan::KeyTile::kBytes;
   }
 };
 
@@ -102,240 +176,303 @@ struct ForwardMaps {
   Map v;
 };
 
+// ---- The planning warp
+
+template <int kHeadDim>
+struct Planner {
+  using Plan = ForwardPlan<kHeadDim>;
+  static constexpr int kBlockN = Plan::kBlockN;
+  const Params& p;
+  const ForwardRings<kHeadDim> rings;
+  RingPosition<kTileNotes> tile_position;
+
+  GPU_DEVICE BlockRange seen_by(const Place& place, int first_row, int rows) const {
+    if (first_row >= place.len_q) return {};
+    return key_range<kBlockN>(p, place, first_row, min(first_row + rows, place.len_q) - 1);
+  }
+
+  // All lanes store the same, but for what each consumer's rows see.
+  GPU_DEVICE void announce(const TileNote::Start& start, const Place& place) {
+    const int lane = this_lane().index;
+    const TileNote note = rings.tile_note(tile_position);
+    if (lane == 0) note.store(start, place);
+    if (lane < Plan::kConsumers)
+      note.store_range(lane, seen_by(place, start.first_row + lane * kConsumerRows, kConsumerRows));
+    sync_warp();
+    if (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));
+    tile_position.advance();
+  }
+
+  GPU_DEVICE void run(int num_tiles) {
+    int number = block_index_x();
+    while (number < num_tiles) {
+      const int num_blocks = (p.seqlen_q + Plan::kBlockM - 1) / Plan::kBlockM;
+      const Work work = scheduled_work(number, num_blocks, p.num_heads, p.batch, p.heads_per_section, true);
+      const Place place = place_of(p, work.batch, work.head, work.head / p.group_size);
+      const int first_row = work.block * Plan::kBlockM;
+      if (first_row < place.len_q) {
+        const BlockRange range = seen_by(place, first_row, Plan::kBlockM);
+        announce({first_row, last_live_block<kBlockN>(p, place, range.begin, range.end - 1), range.begin}, place);
+        // No tile is taken before there is room for its note: another block may be free sooner.
+        tile_position.wait_empty(rings.tiles);
+        sync_warp();
+      }
+      number += grid_size_x();
+      if (p.tile_counter != nullptr) {
+        int taken = 0;
+        if (this_lane().index == 0) taken = atomic_fetch_add(p.tile_counter, 1);
+        number = grid_size_x() + shuffle(taken, 0);
+      }
+    }
+    announce({kNoMoreTiles, 0, 0}, {});
+  }
+};
+
 // ---- The loading warp
 
 template <int kHeadDim>
 struct Loader {
   using Plan = ForwardPlan<kHeadDim>;
-  using KeyTile = typename Plan::KeyTile;
+  static constexpr int kBlockN = Plan::kBlockN;
   const Params& p;
   const ForwardMaps& maps;
-  const uint32_t shared;
   const ForwardRings<kHeadDim> rings;
   TileLoader loader;
-  RingPosition<1> q_position;
-  RingPosition<Plan::kStages> k_position;
-  RingPosition<Plan::kStages> v_position;
+  RingPosition<kTileNotes> tile_position;
+  RingPosition<Plan::kQueryStages> q_position;
+  RingPosition<Plan::kStages> k_position, v_position;
 
-  GPU_DEVICE void load_queries(const QueryTile<kHeadDim>& tile) {
-    const Place& place = tile.place;
-    loader.template load<typename Plan::QTile>(rings.q, q_position, shared + Plan::kQ, maps.q,
-                                               place.first_q + tile.first_row, place.head, place.batch);
+  // What these functions have to know of a tile they read from its note again: this warp has few registers.
+  GPU_DEVICE int last_live(TileNote tile, int block) const {
+    return last_live_block<kBlockN>(p, tile.place(), tile.start().last_block, block);
+  }
+
+  GPU_DEVICE void load_queries(TileNote tile) {
+    const Place place = tile.place();
+    loader.template load<typename Plan::QTile>(rings.q, q_position, rings.query_tile(q_position), maps.q,
+                                               place.first_q + tile.first_row(), place.head, place.batch);
     q_position.advance();
   }
 
-  GPU_DEVICE void load_keys(const QueryTile<kHeadDim>& tile, int block) {
-    const Place& place = tile.place;
-    loader.template load<KeyTile>(rings.k, k_position, shared + Plan::kK + k_position.slot() * KeyTile::kBytes, maps.k,
-                                  place.first_k + block * Plan::kBlockN, place.kv_head, place.batch);
+  // next: the block that comes after this one. Each lane speaks for one consumer.
+  GPU_DEVICE void load_keys(TileNote tile, int block, int next) {
+    const int consumer = thread_index();
+    const KeyNote<kBlockN> note = rings.key_note(k_position);
+    sync_warp();  // after the leader, which knows that the note's readers are done
+    {
+      const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, tile.place(), block);
+      if (loader.is_leader) note.store(block, kept);
+      if (consumer < Plan::kConsumers) {
+        const BlockRange range = tile.range(consumer);
+        note.store_view(consumer, {(range.has(block) ? View::kIsSeen : 0) |
+                                   (range.is_within_band(block) && kept.all() ? View::kIsWhole : 0) |
+                                   (range.has(next) ? View::kSeesMore : 0) |
+                                   (next < tile.start().last_block ? View::kIsLast : 0)});
+      }
+    }
+    sync_warp();
+    const Place place = tile.place();
+    loader.template load<typename Plan::KeyTile>(rings.k, k_position, rings.key_tile(k_position), maps.k,
+                                                 place.first_k + block * kBlockN, place.kv_head, place.batch);
     k_position.advance();
   }
 
-  GPU_DEVICE void load_values(const QueryTile<kHeadDim>& tile, int block) {
-    const Place& place = tile.place;
-    loader.template load_kept<KeyTile>(rings.v, v_position, shared + Plan::kV + v_position.slot() * KeyTile::kBytes,
-                                       maps.v, place.first_k + block * Plan::kBlockN, place.kv_head, place.batch,
-                                       kept_keys<Plan::kBlockN>(p, place, block));
+  GPU_DEVICE void load_values(TileNote tile, int block) {
+    const Place place = tile.place();
+    loader.template load_kept<typename Plan::KeyTile>(rings.v, v_position, rings.value_tile(v_position), maps.v,
+                                                      place.first_k + block * kBlockN, place.kv_head, place.batch,
+                                                      kept_keys<kBlockN>(p, place, block));
     v_position.advance();
   }
 
-  GPU_DEVICE void run(int num_tiles) {
-    RingPosition<kWorkSlots> work_position;
-    int number = block_index_x();
-    while (true) {
-      const bool is_last = number >= num_tiles;
-      if (loader.is_leader) {
-        work_position.wait_empty(rings.work);
-        store_shared<int>(rings.next_work + work_position.slot() * 4, is_last ? kNoMoreWork : number);
-        mbarrier_arrive(rings.work.full(work_position.slot()));
-      }
-      work_position.advance();
-      if (is_last) return;
-
-      const QueryTile<kHeadDim> tile(p, number);
-      int block = tile.is_empty() ? tile.range.begin - 1 : tile.last_live(p, tile.range.end - 1);
-      if (block >= tile.range.begin) {
-        load_keys(tile, block);
+  // The keys of a step come before the values of the step before, as the consumers want them.
+  GPU_DEVICE void load_tile(TileNote tile) {
+    if (!tile.start().has_keys()) return;
+    int block = tile.start().first_block, before = -1;
+    while (block >= tile.start().last_block) {
+      const int next = last_live(tile, block - 1);
+      load_keys(tile, block, next);
+      if (before < 0) {
         load_queries(tile);
-        while (true) {
-          const int next = tile.last_live(p, block - 1);
-          if (next >= tile.range.begin) load_keys(tile, next);
-          load_values(tile, block);
-          if (next < tile.range.begin) break;
-          block = next;
-        }
+      } else {
+        load_values(tile, before);
       }
+      before = block;
+      block = next;
+    }
+    load_values(tile, before);
+  }
 
-      number += grid_size_x();
-      if (p.tile_counter != nullptr) {
-        int taken = 0;
-        if (loader.is_leader) taken = atomic_fetch_add(p.tile_counter, 1);
-        number = grid_size_x() + shuffle(taken, 0);
-      }
+  GPU_DEVICE void run() {
+    while (true) {
+      tile_position.wait_full(rings.tiles);
+      const TileNote tile = rings.tile_note(tile_position);
+      if (tile.first_row() == kNoMoreTiles) return;
+      load_tile(tile);
+      tile_position.release(rings.tiles);
+      tile_position.advance();
     }
   }
 };
 
 // ---- The consumers
 
-// Consumers 0 and 1 start products in turns. Consumer 1 gives consumer 0 the first turn.
-GPU_DEVICE void wait_for_turn(int consumer) {
-  if (consumer == 0) {
-    barrier_sync<1>(2 * kWarpgroup);
-  } else {
-    barrier_sync<2>(2 * kWarpgroup);
-  }
-}
-GPU_DEVICE void pass_turn(int consumer) {
-  if (consumer == 0) {
-    barrier_arrive<2>(2 * kWarpgroup);
-  } else {
-    barrier_arrive<1>(2 * kWarpgroup);
-  }
-}
-
 template <class T, int kHeadDim, bool kHasDropout>
-GPU_DEVICE void consume(const Params& p, uint32_t shared, const ForwardRings<kHeadDim>& rings) {
+struct Consumer {
   using Plan = ForwardPlan<kHeadDim>;
-  using KeyTile = typename Plan::KeyTile;
-  constexpr int kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
-  const int consumer = thread_index() / kWarpgroup - 1;
+  static constexpr int kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
+  const Params& p;
+  const ForwardRings<kHeadDim> rings;
+  const int number;  // of this consumer
   const Lane lane = this_lane();
-  const int thread_row = 64 * consumer + thread_index() % kWarpgroup / 32 * 16 + lane.g;
-  RingPosition<1> q_position;
-  RingPosition<Plan::kStages> k_position, v_position;
-  RingPosition<kWorkSlots> work_position;
-  if (consumer == 1) pass_turn(consumer);
+  const int thread_row = kConsumerRows * number + thread_index() % kWarpgroup / 32 * 16 + lane.g;
 
-  while (true) {
-    // Which rows.
-    work_position.wait_full(rings.work);
-    const int number = load_shared<int>(rings.next_work + work_position.slot() * 4);
-    work_position.release(rings.work);
-    work_position.advance();
-    if (number == kNoMoreWork) break;
-    const QueryTile<kHeadDim> tile(p, number);
-    if (tile.is_empty()) continue;
-    const Place& place = tile.place;
-    const int query = tile.first_row + thread_row;
+  RingPosition<kTileNotes> tile_position = {};
+  RingPosition<Plan::kQueryStages> q_position = {};
+  RingPosition<Plan::kStages> k_position = {}, v_position = {};
 
-    OnlineSoftmax softmax;
-    softmax.init();
-    float acc[kHeadDim / 8][4], scores[kTiles][4], rescale[2];
-    uint32_t weights[kBlockN / 16][4];
-    fill(acc, 0.0f);
-    const auto start_scores = [&] {
-      start_multiply_transposed<T, kHeadDim, Plan::kBlockM>(scores, shared + Plan::kQ, 64 * consumer,
-                                                            shared + Plan::kK + k_position.slot() * KeyTile::kBytes);
-      wgmma_commit();
-    };
-    const auto start_values = [&] {
-      start_multiply<T, kHeadDim>(acc, weights, shared + Plan::kV + v_position.slot() * KeyTile::kBytes);
-      wgmma_commit();
-    };
-    KeepBits<kTiles> keep;
-    const auto draw_dropout = [&](int block) {  // to be called while products run
-      if constexpr (kHasDropout) keep = keep_of_query_rows<kTiles>(Dropout(p, place), query, block * kBlockN, lane);
-    };
-    const auto weigh = [&](int block) {
-      const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, place, block);
-      if (!(tile.range.is_within_band(block) && kept.all())) hide(scores, visible_keys(p, kept, block, query), lane);
-      softmax.update(scores, p.scale_log2, rescale);
-      if constexpr (kHasDropout) {
-        GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-          GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] = keep.has(t, j) ? scores[t][j] : 0.0f;
-        }
-      }
-    };
-    const auto round_weights = [&] {
-      GPU_UNROLL for (int k = 0; k < kBlockN / 16; ++k) left_factor<T>(weights[k], scores, k);
-    };
+  LazySoftmax softmax;
+  float acc[kHeadDim / 8][4], scores[kTiles][4], rescale[2];
+  uint32_t weights[kBlockN / 16][4];
+  std::conditional_t<kHasDropout, KeepBits<kTiles>, KeepAll> keep;
 
-    int block = tile.last_live(p, tile.range.end - 1);
-    if (block >= tile.range.begin) {
-      // The first scores.
-      q_position.wait_full(rings.q);
-      k_position.wait_full(rings.k);
-      wgmma_fence();
-      start_scores();
-      draw_dropout(block);
-      wgmma_wait<0>();
-      keep_registers(flat(scores));
-      k_position.release(rings.k);
-      k_position.advance();
-      weigh(block);
-      round_weights();
+  template <int kSlots>
+  static GPU_DEVICE void release(const Ring<kSlots>& ring, RingPosition<kSlots>& position) {
+    position.release(ring);
+    position.advance();
+  }
 
-      // Loop: the next scores and these values.
-      while (true) {
-        block = tile.last_live(p, block - 1);
-        if (block < tile.range.begin) break;
-        k_position.wait_full(rings.k);
-        wait_for_turn(consumer);
-        wgmma_fence();
-        start_scores();
-        v_position.wait_full(rings.v);
-        wgmma_fence();
-        start_values();
-        pass_turn(consumer);
-        draw_dropout(block);
-        wgmma_wait<1>();
-        keep_registers(flat(scores));
-        k_position.release(rings.k);
-        k_position.advance();
-        weigh(block);
-        // The phase is over already: this is a branch, past which ptxas does not lift the next wait. Without it, it waits for
-        // the values before the softmax, and nothing overlaps.
-        v_position.wait_full(rings.v);
-        wgmma_wait<0>();
-        keep_registers(flat(acc));
-        v_position.release(rings.v);
-        v_position.advance();
-        scale_rows(acc, rescale);
-        round_weights();
-      }
-      q_position.release(rings.q);
-      q_position.advance();
+  GPU_DEVICE void start_scores() {
+    wgmma_fence();
+    start_multiply_transposed<T, kHeadDim, Plan::kBlockM>(scores, rings.query_tile(q_position), kConsumerRows * number,
+                                                          rings.key_tile(k_position));
+    wgmma_commit();
+  }
+  GPU_DEVICE void start_values() {
+    wgmma_fence();
+    start_multiply<T, kHeadDim>(acc, weights, rings.value_tile(v_position));
+    wgmma_commit();
+  }
+  GPU_DEVICE void draw_dropout(TileNote tile, KeyNote<kBlockN> note) {  // to be called while products run
+    if constexpr (kHasDropout)
+      keep = keep_of_query_rows<kTiles>(Dropout(p, tile.place()), tile.first_row() + thread_row, note.block() * kBlockN,
+                                        lane);
+  }
+  GPU_DEVICE void hide_unseen(TileNote tile, KeyNote<kBlockN> note) {
+    hide(scores, visible_keys(p, note.kept(), note.block(), tile.first_row() + thread_row), lane);
+  }
 
-      // The last values.
-      v_position.wait_full(rings.v);
-      wgmma_fence();
-      start_values();
-      wgmma_wait<0>();
-      keep_registers(flat(acc));
-      v_position.release(rings.v);
-      v_position.advance();
+  GPU_DEVICE View wait_for_keys(KeyNote<kBlockN>& note) {
+    k_position.wait_full(rings.k);
+    note = rings.key_note(k_position);
+    return note.view(number);
+  }
+  // Of a block that only other consumers see.
+  GPU_DEVICE void pass_block() {
+    release(rings.k, k_position);
+    v_position.wait_full(rings.v);
+    release(rings.v, v_position);
+  }
+
+  GPU_DEVICE void visit_blocks(TileNote tile) {
+    q_position.wait_full(rings.q);
+    KeyNote<kBlockN> note;
+    View view = wait_for_keys(note);
+    while (!view.has(View::kIsSeen)) {
+      pass_block();
+      if (view.has(View::kIsLast)) return release(rings.q, q_position);
+      view = wait_for_keys(note);
     }
 
-    // Epilogue.
+    // The first scores.
+    start_scores();
+    draw_dropout(tile, note);
+    wgmma_wait<0>();
+    keep_registers(flat(scores));
+    release(rings.k, k_position);
+    if (!view.has(View::kSeesMore)) release(rings.q, q_position);
+    if (!view.has(View::kIsWhole)) hide_unseen(tile, note);
+    softmax.template raise_and_weigh<T>(scores, p.scale_log2, keep, weights, rescale);
+
+    // The next scores and these values.
+    while (view.has(View::kSeesMore)) {
+      view = wait_for_keys(note);
+      v_position.wait_full(rings.v);
+      start_scores();
+      start_values();
+      draw_dropout(tile, note);
+      wgmma_wait<1>();
+      keep_registers(flat(scores));
+      release(rings.k, k_position);
+      if (!view.has(View::kIsWhole)) hide_unseen(tile, note);
+      wgmma_wait<0>();  // before the weights are overwritten
+      keep_registers(flat(acc));
+      release(rings.v, v_position);
+      // This branch has to be here: past it, ptxas does not move the release of the values down among the exponentials.
+      if (!view.has(View::kSeesMore)) release(rings.q, q_position);
+      if (!softmax.template try_weigh<T>(scores, p.scale_log2, keep, weights)) {
+        softmax.template raise_and_weigh<T>(scores, p.scale_log2, keep, weights, rescale);
+        scale_rows(acc, rescale);
+      }
+    }
+
+    // The last values.
+    v_position.wait_full(rings.v);
+    start_values();
+    wgmma_wait<0>();
+    keep_registers(flat(acc));
+    release(rings.v, v_position);
+    while (!view.has(View::kIsLast)) {
+      view = wait_for_keys(note);
+      pass_block();
+    }
+  }
+
+  GPU_DEVICE void store(TileNote tile) {
+    const Place place = tile.place();
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
-      const int row = query + 8 * r;
+      const int row = tile.first_row() + thread_row + 8 * r;
       float factor, lse;
-      softmax.finish(r, p.scale_log2, factor, lse);
+      softmax.finish(r, factor, lse);
       if (kHasDropout) factor *= p.dropout_scale;
       if (p.lse.data != nullptr && lane.q == 0 && row < place.len_q) store_global(place.query_value(p.lse, row), lse);
       store_row<T>(place.query_row<T>(p.out, row), acc, r, factor, row < place.len_q, lane);
     }
   }
-  if (consumer == 0) wait_for_turn(consumer);  // the turn that consumer 1 has passed last
-}
+
+  GPU_DEVICE void run() {
+    while (true) {
+      tile_position.wait_full(rings.tiles);
+      const TileNote tile = rings.tile_note(tile_position);
+      const TileNote::Start start = tile.start();
+      if (start.first_row == kNoMoreTiles) return;
+      softmax.init();
+      fill(acc, 0.0f);
+      if (start.has_keys()) visit_blocks(tile);
+      store(tile);
+      release(rings.tiles, tile_position);
+    }
+  }
+};
 
 template <class T, int kHeadDim, bool kHasDropout>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1)
     forward_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT ForwardMaps maps, int num_tiles) {
   using Plan = ForwardPlan<kHeadDim>;
-  const uint32_t shared = shared_address(shared_memory());
-  const ForwardRings<kHeadDim> rings(shared);
+  const ForwardRings<kHeadDim> rings(keep_computed(shared_address(shared_memory())));
   if (thread_index() == 0) rings.init();
   sync_threads();
-  if (thread_index() < kWarpgroup) {
+  const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // tells the compiler that a warp agrees about it
+  if (warpgroup == 0) {
     decrease_registers<Plan::kProducerRegisters>();
     if (thread_index() < 32) {
-      Loader<kHeadDim>{p, maps, shared, rings, {rings.cleaning, thread_index() == 0}}.run(num_tiles);
+      Loader<kHeadDim>{p, maps, rings, {rings.cleaning, thread_index() == 0}}.run();
+    } else if (thread_index() < 64) {
+      Planner<kHeadDim>{p, rings}.run(num_tiles);
     }
   } else {
     increase_registers<Plan::kConsumerRegisters>();
-    consume<T, kHeadDim, kHasDropout>(p, shared, rings);
+    Consumer<T, kHeadDim, kHasDropout>{p, rings, warpgroup - 1}.run();
   }
 }
 
