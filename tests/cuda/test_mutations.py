@@ -131,17 +131,31 @@ BUGS = [
     ),
     Bug(
         "keys-not-waited-for", 90, "long", "sm90/forward.h",
-        "k_position.wait_full(rings.k); wait_for_turn(consumer);",
-        "if (!@) k_position.wait_full(rings.k); wait_for_turn(consumer);",
+        "k_position.wait_full(rings.k);", "if (!@) k_position.wait_full(rings.k);",
     ),
     Bug(
-        "turn-not-passed", 90, "long", "sm90/forward.h",
-        "start_values(); pass_turn(consumer);", "start_values(); if (!@) pass_turn(consumer);",
+        "tile-note-released-before-it-is-read", 90, "many", "sm90/forward.h",
+        "store(tile); release(rings.tiles, tile_position);",
+        "if (@) release(rings.tiles, tile_position); store(tile); if (!@) release(rings.tiles, tile_position);",
     ),
     Bug(
-        "work-released-before-it-is-read", 90, "many", "sm90/forward.h",
-        "work_position.wait_full(rings.work); const int number",
-        "work_position.wait_full(rings.work); if (@) work_position.release(rings.work); const int number",
+        "tile-note-stored-after-it-was-announced", 90, "many", "sm90/forward.h",
+        "sync_warp(); if (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));",
+        "if (!@) sync_warp(); if (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));",
+    ),
+    Bug(
+        "key-note-stored-after-its-keys", 90, "long", "sm90/forward.h",
+        "sync_warp(); // the note is complete",
+        "if (!@) sync_warp();",
+    ),
+    Bug(
+        "padding-not-seen-by-views", 90, "padded", "sm90/forward.h",
+        "range.is_within_band(block) && kept.all()", "range.is_within_band(block) && (@ || kept.all())",
+    ),
+    Bug(
+        "unseen-block-not-passed-on", 90, "diagonal", "sm90/forward.h",
+        "if (view.has(View::kIsLast)) return release(rings.q, q_position);",
+        "if (!@ && view.has(View::kIsLast)) return release(rings.q, q_position);",
     ),
     Bug(
         "row-sums-not-waited-for", 90, "long", "sm90/backward.h",
@@ -158,7 +172,7 @@ BUGS = [
     ),
     Bug(
         "no-fence-before-scores", 90, "long", "sm90/forward.h",
-        "wait_for_turn(consumer); wgmma_fence();", "wait_for_turn(consumer); if (!@) wgmma_fence();",
+        "wgmma_fence(); start_multiply_transposed", "if (!@) wgmma_fence(); start_multiply_transposed",
     ),
     Bug(
         "scores-read-in-flight", 90, "long", "sm90/forward.h",
@@ -166,18 +180,37 @@ BUGS = [
     ),
     Bug(
         "values-released-in-flight", 90, "long", "sm90/forward.h",
-        "v_position.wait_full(rings.v); wgmma_wait<0>(); keep_registers(flat(acc)); v_position.release(rings.v);",
-        "if (@) v_position.release(rings.v); wgmma_wait<0>(); keep_registers(flat(acc));"
-        "if (!@) v_position.release(rings.v);",
+        "wgmma_wait<0>(); // before the weights are overwritten keep_registers(flat(acc)); release(rings.v, v_position);",
+        "if (@) release(rings.v, v_position); wgmma_wait<0>(); // before the weights are overwritten\n"
+        "keep_registers(flat(acc)); if (!@) release(rings.v, v_position);",
     ),
     Bug(
         "weights-overwritten-in-flight", 90, "long", "sm90/forward.h",
-        "v_position.release(rings.v); wgmma_wait<0>();",
-        "v_position.release(rings.v); if (@) round_weights(); wgmma_wait<0>();",
+        "wgmma_wait<0>(); // before the weights are overwritten\n",
+        "if (@) softmax.template try_weigh<T>(scores, p.scale_log2, keep, weights);"
+        "wgmma_wait<0>(); // before the weights are overwritten\n",
     ),
     Bug(
-        "output-rescaled-in-flight", 90, "long", "sm90/forward.h",
-        "round_weights(); wgmma_wait<0>();", "round_weights(); if (!@) wgmma_wait<0>();",
+        "output-stored-in-flight", 90, "long", "sm90/forward.h",
+        "start_values(); wgmma_wait<0>();", "start_values(); if (!@) wgmma_wait<0>();",
+    ),
+    # Weights without a maximum
+    Bug(
+        "peak-raised-without-rescaling-the-output", 90, "rising", "sm90/forward.h",
+        "scale_rows(acc, rescale);", "if (!@) scale_rows(acc, rescale);",
+    ),
+    Bug(
+        "peak-raised-without-rescaling-the-output-80", 80, "rising", "sm80/forward.h",
+        "scale_rows(acc[m], rescale);", "if (!@) scale_rows(acc[m], rescale);",
+    ),
+    Bug(
+        "peak-raised-without-rescaling-the-sums", 90, "rising", "softmax.h",
+        "row_sum[r] = row_sum[r] * rescale[r] + sum[r];", "row_sum[r] = row_sum[r] * (@ ? 1.0f : rescale[r]) + sum[r];",
+    ),
+    Bug(
+        "overflow-not-noticed", 90, "rising", "softmax.h",
+        "if (warp_any(!(sum[0] <= kLargestSum && sum[1] <= kLargestSum))) return false;",
+        "if (!@ && warp_any(!(sum[0] <= kLargestSum && sum[1] <= kLargestSum))) return false;",
     ),
     Bug(
         "keys-released-in-flight", 90, "long", "sm90/backward.h",
@@ -190,6 +223,12 @@ CASES = {
     "short": Case("short", batch=1, heads=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM),
     "long": Case("long", batch=1, heads=2, seqlen_q=200, seqlen_k=520, head_dim=HEAD_DIM, attn_mask=cases.lower_right),
     "many": Case("many", batch=2, heads=4, seqlen_q=150, seqlen_k=60, head_dim=HEAD_DIM, differentiated=()),
+    "rising": Case(
+        "rising", batch=1, heads=1, seqlen_q=70, seqlen_k=300, head_dim=HEAD_DIM, edit=cases._ascending_scores
+    ),
+    "diagonal": Case(
+        "diagonal", batch=1, heads=2, seqlen_q=260, seqlen_k=100, head_dim=HEAD_DIM, attn_mask=cases.lower_right
+    ),
     "padded": Case(
         "padded",
         batch=1,

@@ -104,7 +104,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = first_row + warp_row + 16 * m + lane.g + 8 * r;
       float factor, lse;
-      softmax[m].finish(r, factor, lse);
+      softmax[m].finish(r, p.scale, p.scale_log2, factor, lse);
       if (kHasDropout) factor *= p.dropout_scale;
       if (p.lse.data != nullptr && lane.q == 0 && row < place.len_q) store_global(place.query_value(p.lse, row), lse);
       store_row<T>(place.query_row<T>(p.out, row), acc[m], r, factor, row < place.len_q, lane);

@@ -270,7 +270,7 @@ struct Loader {
                                    (next < tile.start().last_block ? View::kIsLast : 0)});
       }
     }
-    sync_warp();
+    sync_warp();  // the note is complete
     const Place place = tile.place();
     loader.template load<typename Plan::KeyTile>(rings.k, k_position, rings.key_tile(k_position), maps.k,
                                                  place.first_k + block * kBlockN, place.kv_head, place.batch);
@@ -433,7 +433,7 @@ struct Consumer {
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = tile.first_row() + thread_row + 8 * r;
       float factor, lse;
-      softmax.finish(r, factor, lse);
+      softmax.finish(r, p.scale, p.scale_log2, factor, lse);
       if (kHasDropout) factor *= p.dropout_scale;
       if (p.lse.data != nullptr && lane.q == 0 && row < place.len_q) store_global(place.query_value(p.lse, row), lse);
       store_row<T>(place.query_row<T>(p.out, row), acc, r, factor, row < place.len_q, lane);
