@@ -43,17 +43,17 @@ struct KeyGradientTileSm80<256> {
 
 // sm_90a: kConsumers warpgroups of 64 queries each, kBlockN keys at a time, kStages tiles of keys and as many of values
 // in flight, and kQueryStages tiles of queries.
-template <int kHeadDim>
+template <int kHeadDim, bool kHasDropout>
 struct ForwardTileSm90 {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kQueryStages = 2;  // 192 KiB
 };
-template <>
-struct ForwardTileSm90<64> {
-  // The output takes 32 registers, which leaves room for a third consumer.
-  static constexpr int kConsumers = 3, kBlockN = 128, kStages = 3, kQueryStages = 2;
+template <bool kHasDropout>
+struct ForwardTileSm90<64, kHasDropout> {
+  // The output takes 32 registers, which leaves room for a third consumer, unless it has to draw numbers.
+  static constexpr int kConsumers = kHasDropout ? 2 : 3, kBlockN = 128, kStages = 3, kQueryStages = 2;
 };
-template <>
-struct ForwardTileSm90<256> {
+template <bool kHasDropout>
+struct ForwardTileSm90<256, kHasDropout> {
   // The output takes 128 registers; 192 KiB.
   static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kQueryStages = 1;
 };

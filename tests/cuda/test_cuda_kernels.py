@@ -79,6 +79,16 @@ def test_case(case: Case, dtype: torch.dtype, architecture: int, kernels: Kernel
         cases.check(case, dtype, "cuda")
 
 
+@pytest.mark.parametrize("case", cases.LOGITS_BEYOND_MILLIONS, ids=lambda case: case.id)
+def test_huge_logits(case: Case, architecture: int, kernels: Kernels) -> None:
+    """Forward alone: a log-sum-exp of millions in float32 says too little about the weights for the backward."""
+    case = dataclasses.replace(case, head_dim=64, has_dlse=False, differentiated=())
+    with kernels.running(architecture):
+        cases.check(case, torch.bfloat16, "cuda")
+        if case.id == "logits-1e6":  # float16 holds no larger ones, and tensor cores round their sums to it
+            cases.check_inference(case, torch.float16, "cuda")
+
+
 @pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_every_head_dim_in_random_orders(head_dim: int, seed: int, architecture: int, kernels: Kernels) -> None:

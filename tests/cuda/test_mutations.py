@@ -164,11 +164,11 @@ BUGS = [
     # sm_90a, products
     Bug(
         "wrong-stride-of-keys", 90, "long", "sm90/tile_memory.h",
-        "16, kSwizzleBytes);", "16, @ ? 2 * kSwizzleBytes : kSwizzleBytes);",
+        "16, kSwizzleBytes) +", "16, @ ? 2 * kSwizzleBytes : kSwizzleBytes) +",
     ),
     Bug(
         "wrong-stride-of-values", 90, "long", "sm90/tile_memory.h",
-        "kPanelBytes, kSwizzleBytes);", "@ ? kSwizzleBytes : kPanelBytes, kSwizzleBytes);",
+        "kPanelBytes, kSwizzleBytes) +", "@ ? kSwizzleBytes : kPanelBytes, kSwizzleBytes) +",
     ),
     Bug(
         "no-fence-before-scores", 90, "long", "sm90/forward.h",
@@ -180,7 +180,8 @@ BUGS = [
     ),
     Bug(
         "values-released-in-flight", 90, "long", "sm90/forward.h",
-        "wgmma_wait<0>(); // before the weights are overwritten keep_registers(flat(acc)); release(rings.v, v_position);",
+        "wgmma_wait<0>(); // before the weights are overwritten\n"
+        "keep_registers(flat(acc)); release(rings.v, v_position);",
         "if (@) release(rings.v, v_position); wgmma_wait<0>(); // before the weights are overwritten\n"
         "keep_registers(flat(acc)); if (!@) release(rings.v, v_position);",
     ),

@@ -80,8 +80,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
       const int query = first_row + warp_row + 16 * m + lane.g;
       if (!is_full) hide(scores[m], visible_keys(p, kept, block, query), lane);
       std::conditional_t<kHasDropout, KeepBits<kTiles>, KeepAll> keep;
-      if constexpr (kHasDropout)
-        keep = keep_of_query_rows<kTiles>(Dropout(p, place), query, block * kBlockN, lane);
+      if constexpr (kHasDropout) keep = keep_of_query_rows<kTiles>(Dropout(p, place), query, block * kBlockN, lane);
       if (!softmax[m].template try_weigh<T>(scores[m], p.scale_log2, keep, weights[m])) {
         float rescale[2];
         softmax[m].template raise_and_weigh<T>(scores[m], p.scale_log2, keep, weights[m], rescale);

@@ -26,9 +26,9 @@ namespace fused_attn::gpu::sm90 {
 constexpr int kConsumerRows = 64;
 constexpr int kTileNotes = 2;
 
-template <int kHeadDim>
-struct ForwardPlan : ForwardTileSm90<kHeadDim> {
-  using Sizes = ForwardTileSm90<kHeadDim>;
+template <int kHeadDim, bool kHasDropout>
+struct ForwardPlan : ForwardTileSm90<kHeadDim, kHasDropout> {
+  using Sizes = ForwardTileSm90<kHeadDim, kHasDropout>;
   static constexpr int kConsumers = Sizes::kConsumers, kBlockN = Sizes::kBlockN;
   static constexpr int kStages = Sizes::kStages, kQueryStages = Sizes::kQueryStages;
   static constexpr int kBlockM = kConsumerRows * kConsumers;
@@ -123,9 +123,8 @@ struct KeyNote {
   GPU_DEVICE KeptKeys<kBlockN> kept() const { return load_shared<KeptKeys<kBlockN>>(address + 16); }
 };
 
-template <int kHeadDim>
+template <class Plan>
 struct ForwardRings {
-  using Plan = ForwardPlan<kHeadDim>;
   Ring<Plan::kQueryStages> q;
   Ring<Plan::kStages> k;
   Ring<Plan::kStages> v;
@@ -178,12 +177,11 @@ struct ForwardMaps {
 
 // ---- The planning warp
 
-template <int kHeadDim>
+template <class Plan>
 struct Planner {
-  using Plan = ForwardPlan<kHeadDim>;
   static constexpr int kBlockN = Plan::kBlockN;
   const Params& p;
-  const ForwardRings<kHeadDim> rings;
+  const ForwardRings<Plan> rings;
   RingPosition<kTileNotes> tile_position;
 
   GPU_DEVICE BlockRange seen_by(const Place& place, int first_row, int rows) const {
@@ -230,13 +228,12 @@ struct Planner {
 
 // ---- The loading warp
 
-template <int kHeadDim>
+template <class Plan>
 struct Loader {
-  using Plan = ForwardPlan<kHeadDim>;
   static constexpr int kBlockN = Plan::kBlockN;
   const Params& p;
   const ForwardMaps& maps;
-  const ForwardRings<kHeadDim> rings;
+  const ForwardRings<Plan> rings;
   TileLoader loader;
   RingPosition<kTileNotes> tile_position;
   RingPosition<Plan::kQueryStages> q_position;
@@ -264,10 +261,10 @@ struct Loader {
       if (loader.is_leader) note.store(block, kept);
       if (consumer < Plan::kConsumers) {
         const BlockRange range = tile.range(consumer);
-        note.store_view(consumer, {(range.has(block) ? View::kIsSeen : 0) |
-                                   (range.is_within_band(block) && kept.all() ? View::kIsWhole : 0) |
-                                   (range.has(next) ? View::kSeesMore : 0) |
-                                   (next < tile.start().last_block ? View::kIsLast : 0)});
+        note.store_view(
+            consumer,
+            {(range.has(block) ? View::kIsSeen : 0) | (range.is_within_band(block) && kept.all() ? View::kIsWhole : 0) |
+             (range.has(next) ? View::kSeesMore : 0) | (next < tile.start().last_block ? View::kIsLast : 0)});
       }
     }
     sync_warp();  // the note is complete
@@ -319,10 +316,10 @@ struct Loader {
 
 template <class T, int kHeadDim, bool kHasDropout>
 struct Consumer {
-  using Plan = ForwardPlan<kHeadDim>;
+  using Plan = ForwardPlan<kHeadDim, kHasDropout>;
   static constexpr int kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
   const Params& p;
-  const ForwardRings<kHeadDim> rings;
+  const ForwardRings<Plan> rings;
   const int number;  // of this consumer
   const Lane lane = this_lane();
   const int thread_row = kConsumerRows * number + thread_index() % kWarpgroup / 32 * 16 + lane.g;
@@ -456,19 +453,19 @@ struct Consumer {
 };
 
 template <class T, int kHeadDim, bool kHasDropout>
-GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1)
+GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kHasDropout>::kThreads), 1)
     forward_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT ForwardMaps maps, int num_tiles) {
-  using Plan = ForwardPlan<kHeadDim>;
-  const ForwardRings<kHeadDim> rings(keep_computed(shared_address(shared_memory())));
+  using Plan = ForwardPlan<kHeadDim, kHasDropout>;
+  const ForwardRings<Plan> rings(keep_computed(shared_address(shared_memory())));
   if (thread_index() == 0) rings.init();
   sync_threads();
   const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // tells the compiler that a warp agrees about it
   if (warpgroup == 0) {
     decrease_registers<Plan::kProducerRegisters>();
     if (thread_index() < 32) {
-      Loader<kHeadDim>{p, maps, rings, {rings.cleaning, thread_index() == 0}}.run();
+      Loader<Plan>{p, maps, rings, {rings.cleaning, thread_index() == 0}}.run();
     } else if (thread_index() < 64) {
-      Planner<kHeadDim>{p, rings}.run(num_tiles);
+      Planner<Plan>{p, rings}.run(num_tiles);
     }
   } else {
     increase_registers<Plan::kConsumerRegisters>();
