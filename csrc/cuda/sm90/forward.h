@@ -24,7 +24,8 @@
 namespace fused_attn::gpu::sm90 {
 
 constexpr int kConsumerRows = 64;
-constexpr int kTileNotes = 2;
+constexpr int kTileNotes = 2;  // so that the next tile is loaded while this one is computed
+constexpr uint32_t kTileNoteBytes = 128, kKeyNoteBytes = 32;
 
 template <int kHeadDim, bool kHasDropout>
 struct ForwardPlan : ForwardTileSm90<kHeadDim, kHasDropout> {
@@ -47,8 +48,8 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kHasDropout> {
   static constexpr uint32_t kK = kQ + kQueryStages * QTile::kBytes;
   static constexpr uint32_t kV = kK + kStages * KeyTile::kBytes;
   static constexpr uint32_t kTileNotesAt = kV + kStages * KeyTile::kBytes;
-  static constexpr uint32_t kKeyNotesAt = kTileNotesAt + kTileNotes * 128;
-  static constexpr uint32_t kRings = kKeyNotesAt + 2 * kStages * 32;
+  static constexpr uint32_t kKeyNotesAt = kTileNotesAt + kTileNotes * kTileNoteBytes;
+  static constexpr uint32_t kRings = kKeyNotesAt + 2 * kStages * kKeyNoteBytes;
   static constexpr uint32_t kBytes = kRings + 256;
   static_assert(kBytes <= 227 * 1024);
 };
@@ -150,12 +151,12 @@ struct ForwardRings {
   }
 
   GPU_DEVICE TileNote tile_note(RingPosition<kTileNotes> position) const {
-    return {shared + Plan::kTileNotesAt + position.slot() * 128};
+    return {shared + Plan::kTileNotesAt + position.slot() * kTileNoteBytes};
   }
   // There are twice as many notes as slots for keys: a note stays until the keys after its own have been released, and
   // so can be read when its own have.
   GPU_DEVICE KeyNote<Plan::kBlockN> key_note(RingPosition<Plan::kStages> position) const {
-    return {shared + Plan::kKeyNotesAt + position.uses % (2 * Plan::kStages) * 32};
+    return {shared + Plan::kKeyNotesAt + position.uses % (2 * Plan::kStages) * kKeyNoteBytes};
   }
   GPU_DEVICE uint32_t query_tile(RingPosition<Plan::kQueryStages> position) const {
     return shared + Plan::kQ + position.slot() * Plan::QTile::kBytes;
@@ -189,7 +190,7 @@ struct Planner {
     return key_range<kBlockN>(p, place, first_row, min(first_row + rows, place.len_q) - 1);
   }
 
-  // All lanes store the same, but for what each consumer's rows see.
+  // Into a note that is free.
   GPU_DEVICE void announce(const TileNote::Start& start, const Place& place) {
     const int lane = this_lane().index;
     const TileNote note = rings.tile_note(tile_position);
@@ -211,7 +212,7 @@ struct Planner {
       if (first_row < place.len_q) {
         const BlockRange range = seen_by(place, first_row, Plan::kBlockM);
         announce({first_row, last_live_block<kBlockN>(p, place, range.begin, range.end - 1), range.begin}, place);
-        // No tile is taken before there is room for its note: another block may be free sooner.
+        // The next tile is not taken before there is room for its note: another block may be free sooner.
         tile_position.wait_empty(rings.tiles);
         sync_warp();
       }
