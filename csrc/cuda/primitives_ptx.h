@@ -12,7 +12,11 @@ GPU_DEVICE int thread_index() { return threadIdx.x; }
 GPU_DEVICE int block_index_x() { return blockIdx.x; }
 GPU_DEVICE int block_index_y() { return blockIdx.y; }
 GPU_DEVICE int block_index_z() { return blockIdx.z; }
-GPU_DEVICE int grid_size_x() { return gridDim.x; }
+GPU_DEVICE int grid_size_x() {
+  int size;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(size));  // volatile: else a loop would keep it in a register
+  return size;
+}
 GPU_DEVICE int grid_size_y() { return gridDim.y; }
 GPU_DEVICE int grid_size_z() { return gridDim.z; }
 

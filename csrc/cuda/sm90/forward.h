@@ -25,7 +25,8 @@ namespace fused_attn::gpu::sm90 {
 
 constexpr int kConsumerRows = 64;
 constexpr int kTileNotes = 2;  // so that the next tile is loaded while this one is computed
-constexpr uint32_t kTileNoteBytes = 128, kKeyNoteBytes = 32;
+constexpr uint32_t kTileNoteBytes = 128, kKeyNoteBytes = 64;
+constexpr int kKeyNotes = 8;
 
 template <int kHeadDim, bool kHasDropout>
 struct ForwardPlan : ForwardTileSm90<kHeadDim, kHasDropout> {
@@ -49,8 +50,8 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kHasDropout> {
   static constexpr uint32_t kV = kK + kStages * KeyTile::kBytes;
   static constexpr uint32_t kTileNotesAt = kV + kStages * KeyTile::kBytes;
   static constexpr uint32_t kKeyNotesAt = kTileNotesAt + kTileNotes * kTileNoteBytes;
-  static constexpr uint32_t kRings = kKeyNotesAt + 2 * kStages * kKeyNoteBytes;
-  static constexpr uint32_t kBytes = kRings + 256;
+  static constexpr uint32_t kRings = kKeyNotesAt + kKeyNotes * kKeyNoteBytes;
+  static constexpr uint32_t kBytes = kRings + 512;
   static_assert(kBytes <= 227 * 1024);
 };
 
@@ -58,29 +59,30 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kHasDropout> {
 
 constexpr int kNoMoreTiles = -1;
 
-// About a tile of queries, from the planning warp to all others.
+// About a tile of queries, from the planning warp to the consumers, and to itself: it has few registers.
 struct TileNote {
   uint32_t address;
 
-  struct Start {
-    int32_t first_row;    // of the queries, or kNoMoreTiles
-    int32_t first_block;  // of keys that is visited: the last one with a key that is kept
-    int32_t last_block;   // no block before it is visited
-    GPU_DEVICE bool has_keys() const { return first_block >= last_block; }
-  };
-  GPU_DEVICE void store(const Start& start, const Place& place) const {
-    store_shared(address, Vec4{word(start.first_row), word(start.first_block), word(start.last_block), 0});
-    store_shared(address + 16, Vec4{word(place.batch), word(place.head), word(place.kv_head), word(place.first_q)});
-    store_shared(address + 32, Vec4{word(place.first_k), word(place.len_q), word(place.len_k), 0});
+  GPU_DEVICE void store(int32_t first_row, const BlockRange& blocks, const Place& place) const {
+    store_shared(address, Vec4{word(first_row), word(blocks.begin), word(blocks.end), word(place.head)});
+    store_shared(address + 16, Vec4{word(place.batch), word(place.kv_head), word(place.first_k), word(place.len_k)});
+    store_shared(address + 32, Vec2{word(place.first_q), word(place.len_q)});
   }
-  GPU_DEVICE Start start() const {
-    const Vec4 x = load_shared<Vec4>(address);
-    return {int32_t(x.x), int32_t(x.y), int32_t(x.z)};
+  GPU_DEVICE int32_t first_row() const { return load_shared<int32_t>(address); }        // or kNoMoreTiles
+  GPU_DEVICE int32_t first_block() const { return load_shared<int32_t>(address + 4); }  // of keys that are visited
+  GPU_DEVICE int32_t end_block() const { return load_shared<int32_t>(address + 8); }
+
+  GPU_DEVICE void store_end_block(int32_t block) const { store_shared(address + 8, block); }
+
+  // The place as far as it matters for queries, or for keys.
+  GPU_DEVICE Place query_place() const {
+    const Vec2 x = load_shared<Vec2>(address + 32);
+    return {load_shared<int32_t>(address + 16), load_shared<int32_t>(address + 12), 0, int32_t(x.x), 0, int32_t(x.y),
+            0};
   }
-  GPU_DEVICE int32_t first_row() const { return load_shared<int32_t>(address); }
-  GPU_DEVICE Place place() const {
-    const Vec4 a = load_shared<Vec4>(address + 16), b = load_shared<Vec4>(address + 32);
-    return {int32_t(a.x), int32_t(a.y), int32_t(a.z), int32_t(a.w), int32_t(b.x), int32_t(b.y), int32_t(b.z)};
+  GPU_DEVICE Place key_place() const {
+    const Vec4 x = load_shared<Vec4>(address + 16);
+    return {int32_t(x.x), 0, int32_t(x.y), 0, int32_t(x.z), 0, int32_t(x.w)};
   }
 
   // The blocks that a consumer's rows see.
@@ -108,7 +110,17 @@ struct View {
   GPU_DEVICE bool has(uint32_t bit) const { return (bits & bit) != 0; }
 };
 
-// About a block of keys, from the loading warp to the consumers.
+// What the loading warp has to load.
+struct Boxes {
+  static constexpr int32_t kKeys = 1, kQueries = 2, kIsLast = 4;
+  int32_t what;  // 0: nothing more
+  int32_t key_row;
+  int32_t query_row;
+  int32_t all_kept;  // no key is dropped, so that the values need no cleaning
+  int32_t batch, head, kv_head;
+};
+
+// About a block of keys, from the planning warp to all others.
 template <int kBlockN>
 struct KeyNote {
   uint32_t address;
@@ -116,12 +128,21 @@ struct KeyNote {
   GPU_DEVICE void store_view(int consumer, View view) const { store_shared(address + 4 * consumer, view.bits); }
   GPU_DEVICE View view(int consumer) const { return {load_shared<uint32_t>(address + 4 * consumer)}; }
 
-  GPU_DEVICE void store(int32_t block, const KeptKeys<kBlockN>& kept) const {
+  GPU_DEVICE void store_block(int32_t block, const KeptKeys<kBlockN>& kept) const {
     store_shared(address + 12, block);
     store_shared(address + 16, kept);
   }
   GPU_DEVICE int32_t block() const { return load_shared<int32_t>(address + 12); }
   GPU_DEVICE KeptKeys<kBlockN> kept() const { return load_shared<KeptKeys<kBlockN>>(address + 16); }
+
+  GPU_DEVICE void store_boxes(const Boxes& x) const {
+    store_shared(address + 32, Vec4{uint32_t(x.what), uint32_t(x.key_row), uint32_t(x.query_row), uint32_t(x.all_kept)});
+    store_shared(address + 48, Vec4{uint32_t(x.batch), uint32_t(x.head), uint32_t(x.kv_head), 0});
+  }
+  GPU_DEVICE Boxes boxes() const {
+    const Vec4 a = load_shared<Vec4>(address + 32), b = load_shared<Vec4>(address + 48);
+    return {int32_t(a.x), int32_t(a.y), int32_t(a.z), int32_t(a.w), int32_t(b.x), int32_t(b.y), int32_t(b.z)};
+  }
 };
 
 template <class Plan>
@@ -130,6 +151,7 @@ struct ForwardRings {
   Ring<Plan::kStages> k;
   Ring<Plan::kStages> v;
   Ring<kTileNotes> tiles;
+  Ring<kKeyNotes> notes;
   uint32_t cleaning;  // a barrier: values that have to be overwritten have come
   uint32_t shared;
 
@@ -138,14 +160,16 @@ struct ForwardRings {
     k.barriers = q.barriers + q.kBytes;
     v.barriers = k.barriers + k.kBytes;
     tiles.barriers = v.barriers + v.kBytes;
-    cleaning = tiles.barriers + tiles.kBytes;
+    notes.barriers = tiles.barriers + tiles.kBytes;
+    cleaning = notes.barriers + notes.kBytes;
   }
 
   GPU_DEVICE void init() const {
     q.init(Plan::kConsumerWarps);
     k.init(Plan::kConsumerWarps);
     v.init(Plan::kConsumerWarps);
-    tiles.init(1 + Plan::kConsumerWarps);  // the loading warp reads them, too
+    tiles.init(Plan::kConsumerWarps);
+    notes.init(1);  // the loading warp, which knows when the consumers have read them
     mbarrier_init(cleaning, 1);
     fence_mbarrier_init();
   }
@@ -153,10 +177,8 @@ struct ForwardRings {
   GPU_DEVICE TileNote tile_note(RingPosition<kTileNotes> position) const {
     return {shared + Plan::kTileNotesAt + position.slot() * kTileNoteBytes};
   }
-  // There are twice as many notes as slots for keys: a note stays until the keys after its own have been released, and
-  // so can be read when its own have.
-  GPU_DEVICE KeyNote<Plan::kBlockN> key_note(RingPosition<Plan::kStages> position) const {
-    return {shared + Plan::kKeyNotesAt + position.uses % (2 * Plan::kStages) * kKeyNoteBytes};
+  GPU_DEVICE KeyNote<Plan::kBlockN> key_note(RingPosition<kKeyNotes> position) const {
+    return {shared + Plan::kKeyNotesAt + position.slot() * kKeyNoteBytes};
   }
   GPU_DEVICE uint32_t query_tile(RingPosition<Plan::kQueryStages> position) const {
     return shared + Plan::kQ + position.slot() * Plan::QTile::kBytes;
@@ -178,27 +200,73 @@ struct ForwardMaps {
 
 // ---- The planning warp
 
+// Its first lanes speak for one consumer each.
 template <class Plan>
 struct Planner {
   static constexpr int kBlockN = Plan::kBlockN;
   const Params& p;
   const ForwardRings<Plan> rings;
-  RingPosition<kTileNotes> tile_position;
+  const int lane = this_lane().index;
+  RingPosition<kTileNotes> tile_position = {};
+  RingPosition<kKeyNotes> note_position = {};
 
   GPU_DEVICE BlockRange seen_by(const Place& place, int first_row, int rows) const {
     if (first_row >= place.len_q) return {};
     return key_range<kBlockN>(p, place, first_row, min(first_row + rows, place.len_q) - 1);
   }
 
-  // Into a note that is free.
-  GPU_DEVICE void announce(const TileNote::Start& start, const Place& place) {
-    const int lane = this_lane().index;
-    const TileNote note = rings.tile_note(tile_position);
-    if (lane == 0) note.store(start, place);
-    if (lane < Plan::kConsumers)
-      note.store_range(lane, seen_by(place, start.first_row + lane * kConsumerRows, kConsumerRows));
-    sync_warp();
+  GPU_DEVICE TileNote tile() const { return rings.tile_note(tile_position); }
+  GPU_DEVICE int last_live(int block) const {
+    return last_live_block<kBlockN>(p, tile().key_place(), tile().first_block(), block);
+  }
+
+  GPU_DEVICE void post_block(int block, int next) {
+    note_position.wait_empty(rings.notes);
+    const KeyNote<kBlockN> note = rings.key_note(note_position);
+    const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, tile().key_place(), block);
+    if (lane < Plan::kConsumers) {
+      const BlockRange range = tile().range(lane);
+      note.store_view(lane, {(range.has(block) ? View::kIsSeen : 0) |
+                             (range.is_within_band(block) && kept.all() ? View::kIsWhole : 0) |
+                             (range.has(next) ? View::kSeesMore : 0) |
+                             (next < tile().first_block() ? View::kIsLast : 0)});
+    }
+    if (lane == 0) {
+      note.store_block(block, kept);
+      const Place keys = tile().key_place(), queries = tile().query_place();
+      const int what = Boxes::kKeys | (block + 1 == tile().end_block() ? Boxes::kQueries : 0) |
+                       (next < tile().first_block() ? Boxes::kIsLast : 0);
+      note.store_boxes({what, keys.first_k + block * kBlockN, queries.first_q + tile().first_row(), kept.all(),
+                        keys.batch, queries.head, keys.kv_head});
+    }
+    post_note();
+  }
+  GPU_DEVICE void post_note() {
+    sync_warp();  // the note is complete
+    if (lane == 0) mbarrier_arrive(rings.notes.full(note_position.slot()));
+    note_position.advance();
+  }
+
+  GPU_DEVICE void post_tile() {
+    sync_warp();  // the note is complete
     if (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));
+  }
+
+  GPU_DEVICE void plan_tile(const Place& place, int first_row) {
+    tile_position.wait_empty(rings.tiles);
+    if (lane == 0) tile().store(first_row, seen_by(place, first_row, Plan::kBlockM), place);
+    if (lane < Plan::kConsumers)
+      tile().store_range(lane, seen_by(place, first_row + lane * kConsumerRows, kConsumerRows));
+    sync_warp();
+    int block = last_live(tile().end_block() - 1);
+    sync_warp();
+    if (lane == 0) tile().store_end_block(block + 1);
+    post_tile();
+    while (block >= tile().first_block()) {
+      const int next = last_live(block - 1);
+      post_block(block, next);
+      block = next;
+    }
     tile_position.advance();
   }
 
@@ -209,21 +277,20 @@ struct Planner {
       const Work work = scheduled_work(number, num_blocks, p.num_heads, p.batch, p.heads_per_section, true);
       const Place place = place_of(p, work.batch, work.head, work.head / p.group_size);
       const int first_row = work.block * Plan::kBlockM;
-      if (first_row < place.len_q) {
-        const BlockRange range = seen_by(place, first_row, Plan::kBlockM);
-        announce({first_row, last_live_block<kBlockN>(p, place, range.begin, range.end - 1), range.begin}, place);
-        // The next tile is not taken before there is room for its note: another block may be free sooner.
-        tile_position.wait_empty(rings.tiles);
-        sync_warp();
+      if (first_row < place.len_q) plan_tile(place, first_row);
+      // Tiles beyond the first of each block are taken one after another, or are the block's own.
+      if (p.tile_counter != nullptr) {
+        if (lane == 0) number = atomic_fetch_add(p.tile_counter, 1);
+        number = shuffle(number, 0);
       }
       number += grid_size_x();
-      if (p.tile_counter != nullptr) {
-        int taken = 0;
-        if (this_lane().index == 0) taken = atomic_fetch_add(p.tile_counter, 1);
-        number = grid_size_x() + shuffle(taken, 0);
-      }
     }
-    announce({kNoMoreTiles, 0, 0}, {});
+    tile_position.wait_empty(rings.tiles);
+    if (lane == 0) tile().store(kNoMoreTiles, {}, {});
+    post_tile();
+    note_position.wait_empty(rings.notes);
+    if (lane == 0) rings.key_note(note_position).store_boxes({});
+    post_note();
   }
 };
 
@@ -232,83 +299,61 @@ struct Planner {
 template <class Plan>
 struct Loader {
   static constexpr int kBlockN = Plan::kBlockN;
-  const Params& p;
   const ForwardMaps& maps;
   const ForwardRings<Plan> rings;
   TileLoader loader;
-  RingPosition<kTileNotes> tile_position;
-  RingPosition<Plan::kQueryStages> q_position;
-  RingPosition<Plan::kStages> k_position, v_position;
+  RingPosition<Plan::kQueryStages> q_position = {};
+  RingPosition<Plan::kStages> k_position = {}, v_position = {};
+  RingPosition<kKeyNotes> note_position = {}, free_position = {};
+  int notes_in_use = 0;
 
-  // What these functions have to know of a tile they read from its note again: this warp has few registers.
-  GPU_DEVICE int last_live(TileNote tile, int block) const {
-    return last_live_block<kBlockN>(p, tile.place(), tile.start().last_block, block);
-  }
-
-  GPU_DEVICE void load_queries(TileNote tile) {
-    const Place place = tile.place();
-    loader.template load<typename Plan::QTile>(rings.q, q_position, rings.query_tile(q_position), maps.q,
-                                               place.first_q + tile.first_row(), place.head, place.batch);
-    q_position.advance();
-  }
-
-  // next: the block that comes after this one. Each lane speaks for one consumer.
-  GPU_DEVICE void load_keys(TileNote tile, int block, int next) {
-    const int consumer = thread_index();
-    const KeyNote<kBlockN> note = rings.key_note(k_position);
-    sync_warp();  // after the leader, which knows that the note's readers are done
-    {
-      const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, tile.place(), block);
-      if (loader.is_leader) note.store(block, kept);
-      if (consumer < Plan::kConsumers) {
-        const BlockRange range = tile.range(consumer);
-        note.store_view(
-            consumer,
-            {(range.has(block) ? View::kIsSeen : 0) | (range.is_within_band(block) && kept.all() ? View::kIsWhole : 0) |
-             (range.has(next) ? View::kSeesMore : 0) | (next < tile.start().last_block ? View::kIsLast : 0)});
-      }
-    }
-    sync_warp();  // the note is complete
-    const Place place = tile.place();
-    loader.template load<typename Plan::KeyTile>(rings.k, k_position, rings.key_tile(k_position), maps.k,
-                                                 place.first_k + block * kBlockN, place.kv_head, place.batch);
+  // After the slot was free, all consumers have released the keys before kStages, and so have read the note before that.
+  GPU_DEVICE void load_keys(const Boxes& boxes) {
+    loader.template load<typename Plan::KeyTile>(rings.k, k_position, rings.key_tile(k_position), maps.k, boxes.key_row,
+                                                 boxes.kv_head, boxes.batch);
     k_position.advance();
+    if (++notes_in_use <= Plan::kStages + 1) return;
+    if (loader.is_leader) mbarrier_arrive(rings.notes.empty(free_position.slot()));
+    free_position.advance();
   }
 
-  GPU_DEVICE void load_values(TileNote tile, int block) {
-    const Place place = tile.place();
-    loader.template load_kept<typename Plan::KeyTile>(rings.v, v_position, rings.value_tile(v_position), maps.v,
-                                                      place.first_k + block * kBlockN, place.kv_head, place.batch,
-                                                      kept_keys<kBlockN>(p, place, block));
+  GPU_DEVICE void load_values(KeyNote<kBlockN> note) {
+    const Boxes boxes = note.boxes();
+    const uint32_t tile = rings.value_tile(v_position);
+    if (boxes.all_kept) {
+      loader.template load<typename Plan::KeyTile>(rings.v, v_position, tile, maps.v, boxes.key_row, boxes.kv_head,
+                                                   boxes.batch);
+    } else {
+      loader.template load_kept<typename Plan::KeyTile>(rings.v, v_position, tile, maps.v, boxes.key_row, boxes.kv_head,
+                                                        boxes.batch, note.kept());
+    }
     v_position.advance();
   }
 
-  // The keys of a step come before the values of the step before, as the consumers want them.
-  GPU_DEVICE void load_tile(TileNote tile) {
-    if (!tile.start().has_keys()) return;
-    int block = tile.start().first_block, before = -1;
-    while (block >= tile.start().last_block) {
-      const int next = last_live(tile, block - 1);
-      load_keys(tile, block, next);
-      if (before < 0) {
-        load_queries(tile);
-      } else {
-        load_values(tile, before);
-      }
-      before = block;
-      block = next;
-    }
-    load_values(tile, before);
+  GPU_DEVICE void load_queries(const Boxes& boxes) {
+    loader.template load<typename Plan::QTile>(rings.q, q_position, rings.query_tile(q_position), maps.q,
+                                               boxes.query_row, boxes.head, boxes.batch);
+    q_position.advance();
   }
 
+  // The keys of a step come before the values of the step before, as the consumers want them.
   GPU_DEVICE void run() {
+    KeyNote<kBlockN> before{};
     while (true) {
-      tile_position.wait_full(rings.tiles);
-      const TileNote tile = rings.tile_note(tile_position);
-      if (tile.first_row() == kNoMoreTiles) return;
-      load_tile(tile);
-      tile_position.release(rings.tiles);
-      tile_position.advance();
+      note_position.wait_full(rings.notes);
+      const KeyNote<kBlockN> note = rings.key_note(note_position);
+      const Boxes boxes = note.boxes();
+      if (boxes.what == 0) return;
+      load_keys(boxes);
+      if (boxes.what & Boxes::kQueries) {
+        load_queries(boxes);
+      } else {
+        load_values(before);
+      }
+      if (boxes.what & Boxes::kIsLast) load_values(note);
+      before = note;
+      sync_warp();
+      note_position.advance();
     }
   }
 };
@@ -328,6 +373,7 @@ struct Consumer {
   RingPosition<kTileNotes> tile_position = {};
   RingPosition<Plan::kQueryStages> q_position = {};
   RingPosition<Plan::kStages> k_position = {}, v_position = {};
+  RingPosition<kKeyNotes> note_position = {};
 
   LazySoftmax softmax;
   float acc[kHeadDim / 8][4], scores[kTiles][4], rescale[2];
@@ -353,7 +399,7 @@ struct Consumer {
   }
   GPU_DEVICE void draw_dropout(TileNote tile, KeyNote<kBlockN> note) {  // to be called while products run
     if constexpr (kHasDropout)
-      keep = keep_of_query_rows<kTiles>(Dropout(p, tile.place()), tile.first_row() + thread_row, note.block() * kBlockN,
+      keep = keep_of_query_rows<kTiles>(Dropout(p, tile.query_place()), tile.first_row() + thread_row, note.block() * kBlockN,
                                         lane);
   }
   GPU_DEVICE void hide_unseen(TileNote tile, KeyNote<kBlockN> note) {
@@ -362,7 +408,8 @@ struct Consumer {
 
   GPU_DEVICE View wait_for_keys(KeyNote<kBlockN>& note) {
     k_position.wait_full(rings.k);
-    note = rings.key_note(k_position);
+    note = rings.key_note(note_position);
+    note_position.advance();
     return note.view(number);
   }
   // Of a block that only other consumers see.
@@ -427,7 +474,7 @@ struct Consumer {
   }
 
   GPU_DEVICE void store(TileNote tile) {
-    const Place place = tile.place();
+    const Place place = tile.query_place();
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = tile.first_row() + thread_row + 8 * r;
       float factor, lse;
@@ -442,11 +489,10 @@ struct Consumer {
     while (true) {
       tile_position.wait_full(rings.tiles);
       const TileNote tile = rings.tile_note(tile_position);
-      const TileNote::Start start = tile.start();
-      if (start.first_row == kNoMoreTiles) return;
+      if (tile.first_row() == kNoMoreTiles) return;
       softmax.init();
       fill(acc, 0.0f);
-      if (start.has_keys()) visit_blocks(tile);
+      if (tile.first_block() < tile.end_block()) visit_blocks(tile);
       store(tile);
       release(rings.tiles, tile_position);
     }
@@ -464,7 +510,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kHasDropout>::kThreads)
   if (warpgroup == 0) {
     decrease_registers<Plan::kProducerRegisters>();
     if (thread_index() < 32) {
-      Loader<Plan>{p, maps, rings, {rings.cleaning, thread_index() == 0}}.run();
+      Loader<Plan>{maps, rings, {rings.cleaning, thread_index() == 0}}.run();
     } else if (thread_index() < 64) {
       Planner<Plan>{p, rings}.run(num_tiles);
     }
