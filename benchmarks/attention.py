@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,22 @@ def run_case(
     timer: timing.Timer | None,
     rounds: int,
     seconds: float,
+    refused: Collection[str] = (),
 ) -> list[Row]:
-    """One row for each implementation; of our single kernels only those that can. timer: None = check only."""
+    """One row for each implementation; of our single kernels only those that can.
+
+    timer: None = check only; refused: backends of ours whose tests are red
+    """
     inputs = Inputs(case, device, rows_first=True)
     absent = set(rivals.OUR_BACKENDS) - set(rivals.able_backends(inputs))
     names = [name for name in names if name not in absent]
     rows = {name: _row_of(case, name) for name in names}
     right: dict[str, Prepared] = {}
     for name in names:
-        _check(name, inputs, reference, rows, right)
+        if red := rivals.backends_of(name, inputs).intersection(refused):
+            rows[name]["cannot"] = f"tests of {', '.join(sorted(red))} are red"
+        else:
+            _check(name, inputs, reference, rows, right)
     if timer is None:
         return list(rows.values())
     calls = {}
@@ -121,7 +128,7 @@ def _row_of(case: Case, name: str) -> Row:
         "dtype": case.dtype,
         "direction": case.direction,
         "implementation": name,
-        "version": rivals.version_of(name),
+        **rivals.version_of(name),
     }
 
 
@@ -197,6 +204,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="at most so long a case (default 1, with --quick 0.2)")
     parser.add_argument("--threads", type=int, help="of a CPU; default: torch's")
     parser.add_argument("--minutes", type=float, help="begin no case after this time")
+    parser.add_argument("--refuse", nargs="+", choices=rivals.OUR_BACKENDS.values(), default=[], metavar="BACKEND",
+                        help="of ours, whose tests are red: neither checked nor timed")  # fmt: skip
     parser.add_argument("--check-only", action="store_true", help="errors, no times")
     parser.add_argument("--resume", action="store_true", help="leave out what --out has rows of")
     parser.add_argument("--commit", help="what rows say where the source tree has no history")
@@ -292,7 +301,7 @@ def _rows_of(
     try:
         reference = Reference(Inputs(case, device, rows_first=True))
         step = "all together"
-        rows = run_case(case, device, names, reference, timer, rounds, seconds)
+        rows = run_case(case, device, names, reference, timer, rounds, seconds, arguments.refuse)
     except DeviceLostError:
         raise
     # Packages raise what they like; KeyboardInterrupt is no Exception.

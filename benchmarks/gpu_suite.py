@@ -5,8 +5,10 @@ summary. Everything is written to DIR as it comes, and a run into the same DIR, 
 not measure again what has rows:
 
 log.txt       all output            rows.jsonl    benchmark rows
-tests.xml     results of the tests  tuned-*.json  tile sizes that beat the table
+*tests.xml    results of the tests  tuned-*.json  tile sizes that beat the table
 summary.txt   the end of the output
+
+What has failed a test gets no speed. A stage that runs out of time is no failure; the summary says which did.
 
 ``--only bench:causal tests`` runs some stages. ``--device cpu`` is a dry run: every stage, at sizes that a CPU can do.
 Needs no network. README.md beside this file tells how to spread it over several short loans of a GPU.
@@ -25,6 +27,7 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +47,11 @@ GRACE_SECONDS = 30.0
 #: ... and so long before that it is interrupted, as by Ctrl-C: what it knows by then is written.
 INTERRUPT_SECONDS = 10.0
 MAX_RESTARTS = 5
+#: Of what ends because its time is over, which whoever asked for a limit expects.
+STOPPED, NOT_RUN = "stopped at its time limit", "not run: the time is up"
+#: What the tests found, by the stage that ran them.
+REPORTS = ("cuda-tests.xml", "tests.xml", "kernel-tests.xml")
+BACKENDS = set(conventions.OUR_BACKENDS.values())
 #: More only wait for one GPU, and for memory that each test takes for itself.
 MOST_TEST_WORKERS = 8
 
@@ -62,12 +70,21 @@ class Skip(Exception):
 
 
 class Stage(NamedTuple):
-    """run returns a verdict that begins with "ok" or says what went wrong; share: the most that it takes of the time
-    that is left."""
+    """run returns a verdict that begins with "ok" or says what went wrong.
+
+    share: the most that it takes of the time that is left
+    needs: Python packages or programs without which it cannot run
+    """
 
     name: str
     run: Callable[[Suite], str]
     share: float
+    needs: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> str:
+        """Those of its needs that are not there, or an empty text."""
+        return ", ".join(need for need in self.needs if not (importlib.util.find_spec(need) or shutil.which(need)))
 
 
 class Suite:
@@ -77,7 +94,9 @@ class Suite:
         self.out, self.device, self.is_quick = arguments.out, arguments.device, arguments.quick
         self.commit = arguments.commit
         self.deadline = self.kill_at = float("inf")
+        self.is_cut_short = False  # whether the command at hand has said so
         self._log = log
+        self.minutes_asked = arguments.minutes
         self._end = float("inf") if arguments.minutes is None else time.monotonic() + 60.0 * arguments.minutes
 
     @property
@@ -152,10 +171,23 @@ class Suite:
         command += ["--out", str(self.out / "rows.jsonl")]
         if self.is_quick or self.is_dry:
             command.append("--quick")
-        return verdict_of(self.run(*command, *self.minutes))
+        self.is_cut_short = False
+        verdict = verdict_of(self.run(*command, *self.minutes))
+        return f"ok, but {STOPPED}" if verdict == "ok" and self.is_cut_short else verdict
+
+    @property
+    def red(self) -> set[str]:
+        """Which of our backends have failed tests, here or in the folder that this run goes on from."""
+        found = set()
+        for name in REPORTS:
+            for case in _failed_cases(self.out / name):
+                folder = (case.get("classname") or "").removeprefix("tests.").partition(".")[0]
+                found |= {folder} & BACKENDS or BACKENDS
+        return found
 
     def _copy(self, stream: TextIO) -> None:
         for line in stream:
+            self.is_cut_short |= line.startswith("time is up")
             self.say(line.rstrip("\n"))
 
 
@@ -174,7 +206,7 @@ def _python_path() -> str:
 
 def verdict_of(code: int | None) -> str:
     if code is None:
-        return "stopped at its time limit"
+        return STOPPED
     return "ok" if code == 0 else f"FAILED, exit code {code}"
 
 
@@ -229,10 +261,20 @@ def check(suite: Suite) -> str:
     return "; ".join(failed) or "ok"
 
 
+def cuda_tests(suite: Suite) -> str:
+    """The CUDA kernels on the GPU, case by case, before anything else is asked of them."""
+    return _tests(suite, suite.out / "cuda-tests.xml", *_gpu_test_files("tests/cuda"), "-m", "gpu")
+
+
 def gpu_tests(suite: Suite) -> str:
-    # To collect the other files takes longer than many a test.
-    files = [str(path) for path in sorted(ROOT.glob("tests/**/test_*.py")) if "mark.gpu" in path.read_text()]
+    """All other tests that need a GPU."""
+    files = sorted(set(_gpu_test_files("tests")) - set(_gpu_test_files("tests/cuda")))
     return _tests(suite, suite.out / "tests.xml", *files, "-m", "gpu")
+
+
+def _gpu_test_files(folder: str) -> list[str]:
+    """To collect the others takes longer than many a test."""
+    return [str(path) for path in sorted((ROOT / folder).glob("**/test_*.py")) if "mark.gpu" in path.read_text()]
 
 
 def kernel_tests(suite: Suite) -> str:
@@ -251,8 +293,26 @@ def _tests(suite: Suite, report: Path, *arguments: str) -> str:
     report.unlink(missing_ok=True)  # of an earlier run, which says nothing of this one
     code = suite.run(sys.executable, *command, f"--junitxml={report}", *arguments, interrupt_at=suite.deadline)
     if code == 5:
-        return "ok: no such tests"
-    return f"{verdict_of(code)}: {_counts(report)}" if report.exists() else verdict_of(code)
+        return "skipped: no such tests"
+    return _verdict_of_tests(code, report) if report.exists() else verdict_of(code)
+
+
+def _verdict_of_tests(code: int | None, report: Path) -> str:
+    root = _report_of(report)
+    if root is None:
+        return f"{verdict_of(code)}: its report is cut off"
+    tests, failed, errors, skipped = (
+        sum(int(one.get(name, 0)) for one in root.iter("testsuite"))
+        for name in ("tests", "failures", "errors", "skipped")
+    )
+    passed = tests - failed - errors - skipped
+    counts = f"{passed} passed, {failed} failed, {errors} errors, {skipped} skipped"
+    if failed or errors:
+        return f"FAILED: {counts}"
+    if code == 0 and not passed:
+        reasons = Counter(one.get("message") for one in root.iter("skipped"))
+        return f"skipped: all {skipped} tests: {', '.join(str(reason) for reason, _ in reasons.most_common(1))}"
+    return f"{verdict_of(code)}: {counts}"
 
 
 def _report_of(path: Path) -> ElementTree.Element | None:
@@ -263,27 +323,20 @@ def _report_of(path: Path) -> ElementTree.Element | None:
         return None
 
 
-def _counts(report: Path) -> str:
-    root = _report_of(report)
-    if root is None:
-        return "its report is cut off"
-    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    for one in root.iter("testsuite"):
-        for name in counts:
-            counts[name] += int(one.get(name, 0))
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
+def _failed_cases(report: Path) -> list[ElementTree.Element]:
+    root = _report_of(report) if report.exists() else None
+    cases = [] if root is None else root.iter("testcase")
+    return [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
 
 
 def _failures(report: Path) -> list[str]:
-    root = _report_of(report)
-    if root is None:
+    if report.exists() and _report_of(report) is None:
         return [f"{report.name} is cut off"]
     lines = []
-    for case in root.iter("testcase"):
-        for kind in ("failure", "error"):
-            for found in case.findall(kind):
-                message = " ".join((found.get("message") or "").split())[:160]
-                lines.append(f"{case.get('classname')}::{case.get('name')}: {message}")
+    for case in _failed_cases(report):
+        for found in (*case.findall("failure"), *case.findall("error")):
+            message = " ".join((found.get("message") or "").split())[:160]
+            lines.append(f"{case.get('classname')}::{case.get('name')}: {message}")
     return lines
 
 
@@ -307,6 +360,7 @@ def bench(*options: str, dry: tuple[str, ...] = ()) -> Callable[[Suite], str]:
 
     def run(suite: Suite) -> str:
         own = (*options, *dry, "--seconds", "0.02") if suite.is_dry else options
+        own = (*own, "--refuse", *sorted(suite.red)) if suite.red else own
         for _ in range(MAX_RESTARTS):
             verdict = suite.benchmark("attention", *own, "--resume")
             if verdict != verdict_of(conventions.DEVICE_LOST) or time.monotonic() > suite.deadline:
@@ -318,7 +372,12 @@ def bench(*options: str, dry: tuple[str, ...] = ()) -> Callable[[Suite], str]:
 
 
 def modules(*options: str) -> Callable[[Suite], str]:
-    return lambda suite: suite.benchmark("modules", *options, "--resume")
+    def run(suite: Suite) -> str:
+        if suite.red:  # which kernels a module calls is not known beforehand
+            return f"FAILED: no speed while tests are red ({', '.join(sorted(suite.red))})"
+        return suite.benchmark("modules", *options, "--resume")
+
+    return run
 
 
 def memory(suite: Suite) -> str:
@@ -330,6 +389,8 @@ def tune(suite: Suite) -> str:
     """Tile candidates of the Triton kernels."""
     if suite.is_dry:
         return suite.python("-m", "fused_attn", "tune", "--dry-run", "--device", "sm_90")
+    if "triton" in suite.red:
+        return "FAILED: no tile is tuned while tests of the Triton kernels are red"
     # A cache folder of its own: what is found here comes back with the other results and changes no later run.
     folder = suite.out / "cache"
     verdict = suite.python("-m", "fused_attn", "tune", *suite.minutes, environment={"XDG_CACHE_HOME": str(folder)})
@@ -345,19 +406,22 @@ FIRST = ("--dtype", "bfloat16", "--head-dim", "128", "64", "--seconds", "0.5")
 FLEX = ("--rivals", conventions.OURS, "flex", "--dtype", "bfloat16", "--head-dim", "128", "--lengths", "8192")
 DRY_FLEX = ("--lengths", "64", "--only", "causal", "--directions", "forward")
 
+TESTS_NEED = ("pytest", "hypothesis", "numpy")
+
 STAGES = (
     Stage("environment", environment, 0.2),
-    Stage("build", build, 0.5),
+    Stage("build", build, 0.5, ("cmake", "pybind11")),
+    Stage("cuda-tests", cuda_tests, 0.5, TESTS_NEED),
     Stage("check", check, 0.4),
-    Stage("tests", gpu_tests, 0.5),
+    Stage("tests", gpu_tests, 0.5, TESTS_NEED),
     Stage("sanitizer", sanitizer, 0.3),
     *(Stage(f"bench:{mask}", bench("--only", mask, *FIRST, "--no-compile"), 0.2) for mask in MASKS),
     Stage("modules", modules("--no-compile"), 0.3),
     Stage("memory", memory, 0.3),
-    Stage("tune", tune, 0.5),
-    Stage("bench:flex", bench(*FLEX, dry=DRY_FLEX), 0.4),
-    Stage("modules:compiled", modules(), 0.5),
-    Stage("kernel-tests", kernel_tests, 0.3),
+    Stage("tune", tune, 0.5, ("triton",)),
+    Stage("bench:flex", bench(*FLEX, dry=DRY_FLEX), 0.4, ("triton",)),
+    Stage("modules:compiled", modules(), 0.5, ("triton",)),
+    Stage("kernel-tests", kernel_tests, 0.3, (*TESTS_NEED, "triton")),
     Stage("bench:rest", bench("--no-compile", dry=("--only", "causal")), 1.0),
 )
 
@@ -375,9 +439,15 @@ def selected(only: list[str] | None) -> list[Stage]:
 
 def run_stages(suite: Suite, stages: list[Stage]) -> list[Outcome]:
     outcomes = []
+    for stage in stages:
+        if stage.missing:
+            suite.say(f"{stage.name} will not run: it needs {stage.missing}")
     for number, stage in enumerate(stages, 1):
+        if stage.missing:
+            outcomes.append(Outcome(stage.name, f"FAILED: it needs {stage.missing}", 0.0))
+            continue
         if suite.seconds_left < LEAST_SECONDS:
-            outcomes.append(Outcome(stage.name, "not run: the time is up", 0.0))
+            outcomes.append(Outcome(stage.name, NOT_RUN, 0.0))
             continue
         suite.begin(stage.share if number < len(stages) else 1.0)
         start = time.monotonic()
@@ -406,6 +476,7 @@ def summarise(suite: Suite, outcomes: list[Outcome]) -> list[str]:
         "failed tests": _failed_tests(suite),
         "measured on": _device_lines(found),
         "stages": list(map(str, outcomes)),
+        "time limit": _limit_lines(suite, outcomes),
     }
     lines = ["", "==== summary"]
     for title, made in sections.items():
@@ -414,10 +485,15 @@ def summarise(suite: Suite, outcomes: list[Outcome]) -> list[str]:
     return [*lines, f"written: {', '.join(names)} in {suite.out}"]
 
 
+def _limit_lines(suite: Suite, outcomes: list[Outcome]) -> list[str]:
+    cut = [outcome.stage for outcome in outcomes if STOPPED in outcome.verdict or outcome.verdict == NOT_RUN]
+    return [f"{suite.minutes_asked:g} minutes were asked for, too few for all of: {', '.join(cut)}"] if cut else []
+
+
 def _failed_tests(suite: Suite) -> list[str]:
     lines = []
-    for report in (suite.out / "tests.xml", suite.out / "kernel-tests.xml"):
-        failures = _failures(report) if report.exists() else []
+    for report in (suite.out / name for name in REPORTS):
+        failures = _failures(report)
         lines += failures[:12] + ([f"... {len(failures) - 12} more in {report.name}"] if len(failures) > 12 else [])
     return lines
 
@@ -453,8 +529,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments.commit = arguments.commit or conventions.commit()  # before DIR changes the tree
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.resume_from is not None and not (arguments.out / "rows.jsonl").exists():
-        shutil.copyfile(arguments.resume_from / "rows.jsonl", arguments.out / "rows.jsonl")
+    if arguments.resume_from is not None:
+        for name in ("rows.jsonl", *REPORTS):
+            if (arguments.resume_from / name).exists() and not (arguments.out / name).exists():
+                shutil.copyfile(arguments.resume_from / name, arguments.out / name)
     # Where CUDA's compiler and tools are, if the PATH does not say.
     os.environ["PATH"] += os.pathsep + str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")
     with (arguments.out / "log.txt").open("a") as log:
@@ -463,7 +541,7 @@ def main(argv: list[str] | None = None) -> int:
         lines = summarise(suite, outcomes)
         suite.say("\n".join(lines))
     (arguments.out / "summary.txt").write_text("\n".join(lines) + "\n")
-    return 1 if any(outcome.verdict.startswith(("FAILED", "stopped")) for outcome in outcomes) else 0
+    return 1 if any("FAILED" in outcome.verdict for outcome in outcomes) else 0
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "capability": f"{properties.major}.{properties.minor}",
         "driver": _driver(),
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "triton": triton,
     }
 

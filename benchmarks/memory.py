@@ -235,7 +235,7 @@ def _sweep(
             "dtype": dtype,
             "direction": direction,
             "implementation": name,
-            "version": rivals.version_of(name),
+            **rivals.version_of(name),
         }
         rows.append(row)
         # Packages raise what they like; KeyboardInterrupt is no Exception.

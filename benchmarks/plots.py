@@ -44,6 +44,8 @@ COLOURS = {
     "flash_attn2": "#bcbd22",
     "flash_attn3": "#556b2f",
     "flash_attn4": "#000080",
+    "flash_attn3-packed": "#8fbc8f",
+    "flash_attn4-packed": "#4169e1",
     "xformers": "#e377c2",
 }
 HEAD_DIM = 64
@@ -175,7 +177,7 @@ def _by_implementation(
         _lengths_on_x(axis, chosen)
     figure.supylabel(label, fontsize=10)
     if any("problem" in row for row in rows):
-        title += "\n* solves another problem: causal alone, right only in rows that are no padding"
+        title += "\n* computes less than the case: right only in rows that are no padding"
     return _finish(figure, axes, len(masks), title)
 
 

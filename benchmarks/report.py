@@ -45,8 +45,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def all_rows(results: Path) -> list[Row]:
-    """The newest of what several runs have measured."""
-    return newest(row for path in sorted(results.glob("*.jsonl")) for row in read(path))
+    """The newest of what several runs have measured; of a GPU those of its newest commit."""
+    rows = newest(row for path in sorted(results.glob("*.jsonl")) for row in read(path))
+    commits = {row["device"]: row["commit"] for row in sorted(rows, key=lambda row: row["date"]) if is_of_a_gpu(row)}
+    return [row for row in rows if not is_of_a_gpu(row) or row["commit"] == commits[row["device"]]]
+
+
+def is_of_a_gpu(row: Row) -> bool:
+    return row["benchmark"] == "attention" and "driver" in row
 
 
 def with_all_results(readme: str, results: Path) -> str:
@@ -116,48 +122,99 @@ def _growth_cell(rows: list[Row], longest: int) -> str:
     return cell
 
 
+#: The other implementations that have a column of their own in the tables of GPUs, if there are rows of them.
+COLUMNS = ("flash_attn4", "flash_attn3", "torch-cudnn", "torch")
+
+
 def gpu_tables(rows: list[Row]) -> str:
-    """One table for each GPU, dtype, head dim and direction; nothing without rows of a GPU."""
-    rows = [row for row in rows if row["benchmark"] == "attention" and "driver" in row]
-    lines = []
-    for device in dict.fromkeys(row["device"] for row in rows):
-        own = select(rows, device=device)
-        for group in summary.groups(own, ("dtype", "direction"), by_head_dim=True):
-            lines += ["", *_gpu_table(group)]
-    return "\n".join(lines[1:])
+    """One table for each GPU and dtype; nothing without rows of a GPU."""
+    groups = summary.groups(list(filter(is_of_a_gpu, rows)), ("device", "dtype"))
+    return "\n\n".join("\n".join(_gpu_table(group)) for group in groups if any(map(_ours, _cases(group))))
 
 
 def _gpu_table(rows: list[Row]) -> list[str]:
+    """A line for each head dim, mask and length, and in it each direction."""
     about = rows[0]
-    peaks = sorted({row["matmul_tflops"] for row in rows if "matmul_tflops" in row})
-    peak = f"; matmul reaches {peaks[0]:.0f} TFLOP/s" if peaks else ""
-    lengths = sorted({row["shape"][2] for row in rows})
-    has_other = any("problem" in row for row in rows)
+    timed = [row for row in rows if "median_ms" in row]
+    columns = {
+        direction: [name for name in COLUMNS if select(timed, direction=direction, implementation=name)]
+        for direction in dict.fromkeys(row["direction"] for row in timed)
+    }
+    peaks = [row["matmul_tflops"] for row in rows if "matmul_tflops" in row]
+    peak = f"; a large matrix product reaches {statistics.median(peaks):.0f}" if peaks else ""
+    has_other = any("problem" in row for row in timed)
+    is_decode = any("gb_per_s" in row for row in timed)
+    heads = [
+        title
+        for direction, names in columns.items()
+        for title in (f"{direction}: ours", *(_title(timed, name) for name in names), "ours / best")
+    ]
     lines = [
-        f"{about['device']}, {about['dtype']}, head dim {about['shape'][3]}, {about['direction']}: effective TFLOP/s "
-        f"(visible scores only) and, in brackets, the fastest other implementation and our lead over it{peak}. "
-        + ("* solves another problem: causal alone, right only in rows that are no padding. " * has_other)
-        + f"Driver {_all(rows, 'driver')}, torch {_all(rows, 'torch')}, Triton {_all(rows, 'triton')}; "
+        f"**{about['device']}, {about['dtype']}**: TFLOP/s on visible scores{peak}. *ours / best* compares with the "
+        "fastest other implementation, within rounds of one run: above 1 ours is faster. "
+        + "GB/s where one query meets many keys. " * is_decode
+        + "* computes less than the case: right only in rows that are no padding. " * has_other
+        + f"{_lead(rows)} Driver {_all(rows, 'driver')}, CUDA {_all(rows, 'cuda')}, torch {_all(rows, 'torch')}; "
         f"commit {_all(rows, 'commit')}, {_dates(rows)}.",
         "",
-        "| L | " + " | ".join(map(str, lengths)) + " |",
-        "|---" * (len(lengths) + 1) + "|",
+        f"| D | mask | L | {' | '.join(heads)} |",
+        "|---" * (len(heads) + 3) + "|",
     ]
-    for mask in dict.fromkeys(row["mask"] for row in rows):
-        cells = [_gpu_cell([row for row in select(rows, mask=mask) if row["shape"][2] == n]) for n in lengths]
-        lines.append(f"| {plots.TITLES[mask]} | " + " | ".join(cells) + " |")
+    for group in summary.groups(timed, ("mask",), by_head_dim=True):
+        for length in sorted({row["shape"][2] for row in group}):
+            case = [row for row in group if row["shape"][2] == length]
+            cells = [
+                cell
+                for direction, names in columns.items()
+                for cell in _gpu_cells(select(case, direction=direction), names)
+            ]
+            head_dim, mask = case[0]["shape"][3], plots.TITLES[case[0]["mask"]]
+            lines.append(f"| {head_dim} | {mask} | {length} | {' | '.join(cells)} |")
     return lines
 
 
-def _gpu_cell(rows: list[Row]) -> str:
-    ours = [row for row in select(rows, implementation=OURS) if "median_ms" in row]
-    if not ours:
+def _title(rows: list[Row], name: str) -> str:
+    """With the version of its package, where that is not torch."""
+    row = select(rows, implementation=name)[0]
+    version = row.get("version")
+    return name if version is None or name.startswith("torch") else f"{name} ({row['package']} {version})"
+
+
+def _gpu_cells(rows: list[Row], names: list[str]) -> list[str]:
+    """Of one case and direction: ours, those of these names, and the ratio to the fastest other one."""
+    found = [_rate(select(rows, implementation=name)) for name in (OURS, *names)]
+    others = summary.fastest_others(rows) if _ours(rows) else []
+    ratios = [f"{row['over_ours']:.2f} {row['implementation']}{'*' * ('problem' in row)}" for row in others]
+    return [*found, ", ".join(ratios) or "-"]
+
+
+def _rate(rows: list[Row]) -> str:
+    if not rows:
         return "-"
-    others = [
-        f"{row['implementation']}{'*' * ('problem' in row)} {row['over_ours']:.2f}x"
-        for row in summary.fastest_others(rows)
-    ]
-    return f"{ours[0]['effective_tflops']:.0f} ({', '.join(others) or 'alone'})"
+    rate = rows[0]["gb_per_s"] if "gb_per_s" in rows[0] else rows[0]["effective_tflops"]
+    return f"{rate:.0f}{'*' * ('problem' in rows[0])}"
+
+
+def _ours(rows: list[Row]) -> list[Row]:
+    return [row for row in select(rows, implementation=OURS) if "median_ms" in row]
+
+
+def _cases(rows: list[Row]) -> list[list[Row]]:
+    return summary.groups([row | {"size": tuple(row["shape"])} for row in rows], ("mask", "size", "direction"))
+
+
+def _lead(rows: list[Row]) -> str:
+    """In how many cases ours is the fastest, and by how much it leads or trails."""
+    parts = []
+    for direction in dict.fromkeys(row["direction"] for row in rows):
+        ratios = []
+        for case in _cases(select(rows, direction=direction)):
+            others = [row["over_ours"] for row in summary.fastest_others(case) if "problem" not in row]
+            ratios += others if _ours(case) else []
+        if ratios:
+            span = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            parts.append(f"{sum(ratio > 1.0 for ratio in ratios)} of {len(ratios)} cases {direction} ({span})")
+    return f"Ours is the fastest in {' and '.join(parts)}." if parts else ""
 
 
 def _all(rows: list[Row], field: str) -> str:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +30,7 @@ from benchmarks.inputs import Inputs
 
 #: How a row marks an implementation that was asked for less than the case.
 IGNORES_PADDING = "causal alone: right only in rows that are no padding"
+LEAVES_PADDING_OUT = "packed beforehand: rows of padding are not computed, and packing takes no part of the time"
 #: Seconds of a call beyond which its first one tells enough to choose between two ways of asking.
 LONG_CALL = 0.2
 
@@ -40,24 +44,28 @@ class Prepared(NamedTuple):
 
     given: the masks that it was given, in words
     problem: what it computes if that is not the case, but what users compute instead
+    dout: the gradient of its output, if that has another layout than the case's
+    as_in_the_case: brings its output and its gradients back into the case's layout, for the check
     """
 
     forward: Callable[[], Tensor]
     leaves: dict[str, Tensor]
     given: str
     problem: str | None = None
+    dout: Tensor | None = None
+    as_in_the_case: Callable[[Tensor], Tensor] = lambda x: x
 
 
 class Rival(NamedTuple):
     """prepare raises what it likes where it cannot compute the case.
 
-    package: whose version a row records
+    packages: of which the installed one's version is recorded in a row
     other: another way to ask, which takes more memory and may take less time
     is_for: cases for which asking makes sense
     """
 
     prepare: Callable[[Inputs], Prepared]
-    package: str
+    packages: tuple[str, ...]
     other: Callable[[Inputs], Prepared] | None = None
     is_for: Callable[[Case], bool] = lambda case: True
 
@@ -95,7 +103,8 @@ def _seconds(prepared: Prepared, inputs: Inputs) -> float:
 
 def call_of(prepared: Prepared, inputs: Inputs) -> Callable[[], Any]:
     """What is timed: the output, or the gradients."""
-    forward, leaves, dout = prepared.forward, list(prepared.leaves.values()), inputs.dout
+    forward, leaves = prepared.forward, list(prepared.leaves.values())
+    dout = inputs.dout if prepared.dout is None else prepared.dout
     direction = inputs.case.direction
     if direction == "forward":
 
@@ -114,10 +123,12 @@ def results_of(prepared: Prepared, inputs: Inputs) -> dict[str, Tensor]:
     """What is checked: the output and, where the case has a backward, every gradient by name."""
     if inputs.case.direction == "forward":
         with torch.no_grad():
-            return {"out": prepared.forward()}
+            return {"out": prepared.as_in_the_case(prepared.forward())}
     out = prepared.forward()
-    grads = torch.autograd.grad(out, list(prepared.leaves.values()), inputs.dout)
+    dout = inputs.dout if prepared.dout is None else prepared.dout
+    grads = torch.autograd.grad(out, list(prepared.leaves.values()), dout)
     results = {"out": out.detach()} | dict(zip(prepared.leaves, grads, strict=True))
+    results = {name: prepared.as_in_the_case(x) for name, x in results.items()}
     if inputs.case.mask == "relative-bias" and results["bias"].dim() == 4:
         results["bias"] = _sums_of_diagonals(results["bias"])
     return results
@@ -162,6 +173,14 @@ def our_backend(inputs: Inputs) -> str | None:
     if inputs.case.is_packed:
         return None
     return fused_attn.explain(inputs.query, inputs.key, inputs.value, **our_options(inputs)).chosen
+
+
+def backends_of(name: str, inputs: Inputs) -> set[str]:
+    """Which of `OUR_BACKENDS` may run when this implementation is asked."""
+    if name != OURS:
+        return {OUR_BACKENDS[name]} if name in OUR_BACKENDS else set()
+    chosen = our_backend(inputs)
+    return set(OUR_BACKENDS.values()) if chosen is None else {chosen}
 
 
 def able_backends(inputs: Inputs) -> list[str]:
@@ -357,12 +376,46 @@ def _flex_mask(inputs: Inputs) -> Callable | None:
 # ---- packages
 
 
-def _flash(inputs: Inputs, module: str) -> Prepared:
-    """flash_attn of any generation: rows before heads, causal aligned to the lower right."""
-    package = importlib.import_module(module)
-    case = inputs.case
+class FlashModule(NamedTuple):
+    """A way to import flash_attn, and the package that it comes with."""
+
+    module: str
+    package: str
+    has_backward: bool = True
+
+
+#: By generation; the first that is installed is asked.
+FLASH = {
+    2: (FlashModule("flash_attn", "flash_attn"),),
+    3: (
+        FlashModule("flash_attn_interface", "flash_attn_3"),
+        FlashModule("fa3_fwd_interface", "fa3-fwd", has_backward=False),
+    ),
+    4: (FlashModule("flash_attn.cute", "flash-attn-4"),),
+}
+
+
+def _flash_package(inputs: Inputs, generation: int) -> ModuleType:
+    modules = FLASH[generation]
+    found = next((one for one in modules if _is_installed(one.module)), modules[0])
+    package = importlib.import_module(found.module)
+    if inputs.case.direction != "forward" and not found.has_backward:
+        raise Cannot(f"{found.package} has the forward alone")
     if inputs.bias is not None:
         raise Cannot("it has no bias with a gradient")
+    return package
+
+
+def _is_installed(module: str) -> bool:
+    with contextlib.suppress(ImportError, ValueError):  # of a parent that is absent; of a module that has no spec
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    return False
+
+
+def _flash(inputs: Inputs, generation: int) -> Prepared:
+    """flash_attn: rows before heads, causal aligned to the lower right."""
+    package = _flash_package(inputs, generation)
+    case = inputs.case
     options: dict[str, Any] = {"causal": case.is_causal}
     if case.window is not None:
         options["window_size"] = (case.window - 1, 0)
@@ -375,30 +428,63 @@ def _flash(inputs: Inputs, module: str) -> Prepared:
         given = ", ".join(f"{name}={value}" for name, value in options.items())
         prepared = _rows_first(inputs, lambda q, k, v: function(q, k, v, **options), given)
         return prepared._replace(problem=problem)
-    function = package.flash_attn_varlen_func
-    query_lengths = torch.tensor((0, *case.query_lengths), device=inputs.device)
-    key_lengths = torch.tensor((0, *case.lengths), device=inputs.device)
-    options |= {
-        "cu_seqlens_q": query_lengths.cumsum(0).to(torch.int32),
-        "cu_seqlens_k": key_lengths.cumsum(0).to(torch.int32),
-        "max_seqlen_q": max(case.query_lengths),
-        "max_seqlen_k": max(case.lengths),
-    }
-    # The generations differ in which of these they take.
-    accepted = inspect.signature(function).parameters
-    options = {name: value for name, value in options.items() if name in accepted}
+    function = _flash_varlen(package, inputs, case.query_lengths)
     if case.is_packed:
         query, key, value = inputs.query, inputs.key, inputs.value
-        return Prepared(lambda: _first(function(query, key, value, **options)), inputs.leaves, "cu_seqlens, causal")
+        return Prepared(lambda: function(query, key, value), inputs.leaves, "cu_seqlens, causal")
     # Its way to say padding: keys packed for each call, which is part of its time.
     kept = (~inputs.padding).flatten().nonzero().squeeze(1)
 
     def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (x.flatten(0, 1).index_select(0, kept) for x in (k, v))
-        out = _first(function(q.flatten(0, 1), k, v, **options))
-        return out.unflatten(0, (case.batch, case.seqlen_q))
+        return function(q.flatten(0, 1), k, v).unflatten(0, (case.batch, case.seqlen_q))
 
     return _rows_first(inputs, padded, "cu_seqlens, keys packed in each call")
+
+
+def _flash_packed(inputs: Inputs, generation: int) -> Prepared:
+    """What a caller gets who packs a padded batch once for the whole model: queries, keys and values, no padding."""
+    package = _flash_package(inputs, generation)
+    case = inputs.case
+    if case.direction != "forward" and not case.is_causal:
+        raise Cannot("the case takes a loss in rows of padding, which are not there when packed")
+    kept = (~inputs.padding).flatten().nonzero().squeeze(1)
+
+    def packed(x: Tensor) -> Tensor:
+        """(B, H, L, D) -> (total, H, D)"""
+        return x.detach().transpose(1, 2).flatten(0, 1)[kept].requires_grad_(x.requires_grad)
+
+    def padded(x: Tensor) -> Tensor:
+        rows = x.new_zeros(case.batch * case.length, *x.shape[1:]).index_copy(0, kept, x)
+        return rows.unflatten(0, (case.batch, case.length)).transpose(1, 2)
+
+    leaves = {name: packed(x) for name, x in inputs.leaves.items()}
+    function = _flash_varlen(package, inputs, case.lengths)
+    return Prepared(
+        lambda: function(*leaves.values()), leaves, "cu_seqlens", LEAVES_PADDING_OUT, packed(inputs.dout), padded
+    )
+
+
+def _flash_varlen(
+    package: ModuleType, inputs: Inputs, query_lengths: tuple[int, ...]
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Attention of packed (total, H, D) queries, keys and values."""
+    case, function = inputs.case, package.flash_attn_varlen_func
+    starts = [
+        torch.tensor((0, *lengths), device=inputs.device).cumsum(0).to(torch.int32)
+        for lengths in (query_lengths, case.lengths)
+    ]
+    options = {
+        "cu_seqlens_q": starts[0],
+        "cu_seqlens_k": starts[1],
+        "max_seqlen_q": max(query_lengths),
+        "max_seqlen_k": max(case.lengths),
+        "causal": case.is_causal,
+    }
+    # The generations differ in which of these they take.
+    accepted = inspect.signature(function).parameters
+    options = {name: value for name, value in options.items() if name in accepted}
+    return lambda q, k, v: _first(function(q, k, v, **options))
 
 
 def _xformers(inputs: Inputs) -> Prepared:
@@ -458,26 +544,35 @@ def _first(returned: Any) -> Tensor:
     return returned[0] if isinstance(returned, tuple) else returned
 
 
+def _packages_of(generation: int) -> tuple[str, ...]:
+    return tuple(one.package for one in FLASH[generation])
+
+
 def _backend_of_torch(backend: str | None) -> Rival:
-    return Rival(partial(_torch, backend=backend), "torch", partial(_torch, backend=backend, has_float_mask=True))
+    return Rival(partial(_torch, backend=backend), ("torch",), partial(_torch, backend=backend, has_float_mask=True))
 
 
 RIVALS: dict[str, Rival] = {
-    OURS: Rival(_ours, "fused_attn"),
-    **{name: Rival(partial(_ours, backend=backend), "fused_attn") for name, backend in OUR_BACKENDS.items()},
+    OURS: Rival(_ours, ("fused_attn",)),
+    **{name: Rival(partial(_ours, backend=backend), ("fused_attn",)) for name, backend in OUR_BACKENDS.items()},
     "torch": _backend_of_torch(None),
     "torch-flash": _backend_of_torch("FLASH_ATTENTION"),
     "torch-efficient": _backend_of_torch("EFFICIENT_ATTENTION"),
     "torch-cudnn": _backend_of_torch("CUDNN_ATTENTION"),
-    "torch-causal-only": Rival(
-        _torch_causal_only, "torch", is_for=lambda case: case.is_causal and case.is_padded
-    ),
-    "torch-varlen": Rival(_torch_varlen, "torch", is_for=lambda case: case.is_packed),
-    "flex": Rival(_flex, "torch"),
-    "flash_attn2": Rival(partial(_flash, module="flash_attn"), "flash_attn"),
-    "flash_attn3": Rival(partial(_flash, module="flash_attn_interface"), "flash_attn_3"),
-    "flash_attn4": Rival(partial(_flash, module="flash_attn.cute"), "flash-attn-4"),
-    "xformers": Rival(_xformers, "xformers"),
+    "torch-causal-only": Rival(_torch_causal_only, ("torch",), is_for=lambda case: case.is_causal and case.is_padded),
+    "torch-varlen": Rival(_torch_varlen, ("torch",), is_for=lambda case: case.is_packed),
+    "flex": Rival(_flex, ("torch",)),
+    **{
+        f"flash_attn{generation}": Rival(partial(_flash, generation=generation), _packages_of(generation))
+        for generation in FLASH
+    },
+    **{
+        f"flash_attn{generation}-packed": Rival(
+            partial(_flash_packed, generation=generation), _packages_of(generation), is_for=lambda case: case.is_padded
+        )
+        for generation in (3, 4)
+    },
+    "xformers": Rival(_xformers, ("xformers",)),
     # Last, because it needs most memory.
     "torch-math": _backend_of_torch("MATH"),
 }
@@ -492,7 +587,10 @@ def reason(error: BaseException) -> str:
     return text if isinstance(error, Cannot) else f"{type(error).__name__}: {text}"
 
 
-def version_of(name: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(RIVALS[name].package)
-    return None
+def version_of(name: str) -> dict[str, str | None]:
+    """The fields of a row that say which package was asked; without one there is no version."""
+    packages = RIVALS[name].packages
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return {"package": package, "version": importlib.metadata.version(package)}
+    return {"package": packages[0], "version": None}

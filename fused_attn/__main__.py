@@ -14,7 +14,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_attn", description="Fused attention for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, compiled code, hardware, which backends can run and why not")
-    commands.add_parser("check", help="numerical self-check of every backend that can run here")
+    commands.add_parser(
+        "check",
+        help="numerical self-check of every backend that can run here; the exit status is 1 if one is wrong or none is",
+    )
     tune = commands.add_parser(
         "tune",
         help="measure tile sizes of the Triton kernels on this GPU and store the better ones",
@@ -38,8 +41,8 @@ def _check() -> int:
         checked += 1
         wrong += not result.is_right
     if not checked:
-        print("No backend but the reference can run here; `python -m fused_attn info` says why.")
-        return 0
+        print("Nothing checked: no backend but the reference can run here; `python -m fused_attn info` says why.")
+        return 1
     print(f"{checked - wrong} of {checked} right")
     return 1 if wrong else 0
 

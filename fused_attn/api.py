@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fused_attn import checks, dispatch, dropout, jagged, masks, modes, ops, signature, transforms
+from fused_attn import checks, dispatch, dropout, jagged, masks, modes, ops, profiling, signature, transforms
 from fused_attn.autograd import apply_fused_attention
 from fused_attn.backends import reference
 from fused_attn.backends.base import Backend
@@ -63,8 +65,8 @@ def fused_attention(
         dropout_seed: int or 0-d int64 tensor that fixes the dropout pattern on every backend; default: drawn from
             torch's default generator.
         return_lse: also return the log-sum-exp of the scores.
-        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; default: the first of these that can run. A named one runs
-            or raises with its reasons; `explain` tells them all.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: the first that can run, the
+            reference last. A named one runs or raises with its reasons; `explain` tells them all.
 
     Query, key and value may be nested tensors (B, H, length, D) with ``layout=torch.jagged``. They need no padding mask
     and take no `attn_mask`; each sequence is attended to by itself, as in `fused_attention_varlen`, and `relative_bias`
@@ -84,6 +86,18 @@ def fused_attention(
     metadata = None
     if not is_compiling and modes.is_direct():
         metadata = signature.read(query, key, value, attn_mask, key_padding_mask, relative_bias, sinks)
+    if metadata is None and not is_compiling:
+        others = (attn_mask, key_padding_mask, relative_bias, sinks, dropout_seed)
+        if attn_mask is not None and masks.causal_bias(attn_mask) is not None:
+            others = others[1:]  # a subclass that has nothing to say about us, and would make the output another
+        if has_torch_function_variadic(query, key, value, *others) and not modes.is_pre_dispatch():
+            return handle_torch_function(
+                fused_attention, (query, key, value, *others),
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                key_padding_mask=key_padding_mask, window_size=window_size, softcap=softcap,
+                relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, return_lse=return_lse,
+                backend=backend,
+            )  # fmt: skip
     if metadata is None and jagged.is_nested(query, key, value):
         return _nested_attention(
             query, key, value, dropout_p, is_causal, scale, enable_gqa,
@@ -147,17 +161,27 @@ def fused_attention_varlen(
         relative_bias: (H, max_seqlen_q + max_seqlen_k - 1) or that without H; column ``j - i + max_seqlen_q - 1``.
 
     Returns:
-        out (total_q, H, Dv); with ``return_lse`` also lse (H, total_q).
+        out (total_q, H, Dv); with ``return_lse`` also lse (H, total_q). Rows that no sequence owns, such as those
+        behind ``cu_seqlens[-1]``, have out 0, lse -inf and gradients 0 where the offsets are not checked.
 
     Raises:
         TypeError, ValueError: an argument does not fit. The contents of cu_seqlens are checked on the CPU only, because
             reading them from a GPU would stall it.
     """
     is_compiling = torch.compiler.is_compiling()
+    tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks, dropout_seed)
+    if not is_compiling and has_torch_function_variadic(*tensors) and not modes.is_pre_dispatch():
+        return handle_torch_function(
+            fused_attention_varlen, tensors,
+            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            dropout_p, is_causal, scale, enable_gqa,
+            window_size=window_size, softcap=softcap, relative_bias=relative_bias, sinks=sinks,
+            dropout_seed=dropout_seed, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
-    plan = _varlen_plan if is_compiling else _cached_varlen_plan
-    problem = plan(
+    problem = _plan_of_packed(
+        is_compiling,
         checks.meta("query", query),
         checks.meta("key", key),
         checks.meta("value", value),
@@ -174,7 +198,7 @@ def fused_attention_varlen(
         checks.optional_meta("relative_bias", relative_bias),
         checks.optional_meta("sinks", sinks),
     )
-    if query.device.type == "cpu" and not is_compiling:
+    if modes.can_read(cu_seqlens_q) and modes.can_read(cu_seqlens_k):
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, query.shape[0], max_seqlen_q)
         checks.check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, key.shape[0], max_seqlen_k)
     mask = MaskSpec(
@@ -228,16 +252,17 @@ def _nested_attention(
 
 
 def explain(
-    *args, backend: str | None = None, device: torch.device | str | None = None, **kwargs
+    *args, backend: str | None = None, device: torch.device | str | int | None = None, **kwargs
 ) -> dispatch.Explanation:
     """Which backend `fused_attention` would choose for these arguments, and why not the others. Computes nothing.
 
     Args:
-        device: as if the tensors were there; also an NVIDIA architecture such as ``"sm_90"``, for a GPU that this
-            machine does not have.
+        device: as if the tensors were there, with an int or ``"cuda:0"`` for a GPU of this machine; also an NVIDIA
+            architecture such as ``"sm_90"``, for a GPU that is not here.
 
     Raises:
-        ValueError: as `fused_attention`; or for nested tensors, whose problem depends on their offsets.
+        TypeError, ValueError: as `fused_attention`; or for nested tensors, whose problem depends on their offsets; or
+            device is none, or the number of a GPU that is not here.
 
     >>> print(explain(query, key, value, is_causal=True, device="sm_90"))
     """
@@ -249,7 +274,8 @@ def explain(
     for name in ("dropout_seed", "return_lse", "backend"):
         del arguments[name]
     arguments["query"], arguments["key"], arguments["value"] = _autocast(*call.args[:3])
-    problem = _plan_of_call(False, None, **arguments, backend=None).problem
+    # As under compilation, with no backend chosen yet.
+    problem = _plan_of_call(True, None, **arguments, backend=None).problem
     return dispatch.explain(problem if device is None else problem.on(device), backend)
 
 
@@ -288,6 +314,8 @@ def _plan_of_call(
         causal_bias = None
         if metadata is None:
             causal_bias = None if attn_mask is None else masks.causal_bias(attn_mask)
+            if not (query.layout is key.layout is value.layout is torch.strided):
+                raise TypeError("sparse")  # whose, is said below
             metadata = (
                 (query.shape, query.dtype, query.device),
                 (key.shape, key.dtype, key.device),
@@ -307,13 +335,38 @@ def _plan_of_call(
             checks.meta(name, x)
         if "unhashable" not in str(error):
             raise
-        _plan(*arguments)  # says which argument it is
-        raise
+        plan = _plan(*arguments)  # raises, and says which argument it is, unless sizes are symbolic as in `make_fx`
+        return plan._replace(backend=dispatch.choose.__wrapped__(plan.problem, backend))
 
 
-def _plan(
+def _plan(backend: str | None, tensors: bytes | tuple[tuple | None, ...], *options) -> Plan:
+    """tensors: query, key, value, attn_mask, key_padding_mask, relative_bias, sinks, as `Meta` or as `signature`."""
+    tensors = signature.metas(tensors) if isinstance(tensors, bytes) else tensors
+    inputs, others = [Meta(*x) for x in tensors[:3]], tensors[3:]
+    try:
+        return _checked_plan(backend, *inputs, *others, *options)
+    except ValueError as error:
+        swapped = checks.with_heads_and_rows_swapped(*inputs)
+        if swapped is None:
+            raise
+        try:
+            _checked_plan(backend, *swapped, *others, *options)
+        except (TypeError, ValueError):
+            raise error from None
+        raise ValueError(
+            f"{error}; these shapes would fit as (B, L, H, D), which x.transpose(-3, -2) makes (B, H, L, D)"
+        ) from None
+
+
+def _checked_plan(
     backend: str | None,
-    tensors: bytes | tuple[tuple | None, ...],
+    query: Meta,
+    key: Meta,
+    value: Meta,
+    attn_mask: Meta | None,
+    key_padding_mask: Meta | None,
+    relative_bias: Meta | None,
+    sinks: Meta | None,
     causal_bias: CausalBiasMeta | None,
     dropout_p: float,
     is_causal: bool,
@@ -322,13 +375,8 @@ def _plan(
     window_size: tuple[int, int] | None,
     softcap: float,
 ) -> Plan:
-    """tensors: query, key, value, attn_mask, key_padding_mask, relative_bias, sinks, as `Meta` or as `signature`."""
     if backend is not None and backend not in dispatch.BACKEND_NAMES:
         raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
-    if isinstance(tensors, bytes):
-        tensors = signature.metas(tensors)
-    query, key, value = (Meta(*x) for x in tensors[:3])
-    attn_mask, key_padding_mask, relative_bias, sinks = tensors[3:]
     checks.check_query_key_value(query, key, value, min_dim=2)
     checks.check_scalars(dropout_p, is_causal, scale, enable_gqa, softcap)
     window_size = checks.check_window(window_size)
@@ -437,6 +485,17 @@ def _varlen_plan(
 _cached_varlen_plan = functools.lru_cache(maxsize=4096, typed=True)(_varlen_plan)
 
 
+def _plan_of_packed(is_compiling: bool, *arguments) -> AttentionProblem:
+    if is_compiling:
+        return _varlen_plan(*arguments)
+    try:
+        return _cached_varlen_plan(*arguments)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        return _varlen_plan(*arguments)  # symbolic sizes, or an argument that this call names
+
+
 # Typed, or is_causal=1 would pass as the True that has been checked before.
 @functools.lru_cache(maxsize=4096, typed=True)
 def _cached_plan(backend: str | None, *arguments) -> Plan:
@@ -460,8 +519,10 @@ def _run(
 
     is_direct: the tensors are plain ones and `modes.is_direct`.
     """
+    if profiler._is_profiler_enabled:
+        backend = profiling.named(backend)
     if backend.is_composite:
-        return reference.forward(problem, query, key, value, sinks, seed, mask, True)
+        return backend.forward(problem, query, key, value, sinks, seed, mask, True)
     if not is_direct:
         if modes.in_forward_mode():
             return reference.forward(problem, query, key, value, sinks, seed, mask, True)

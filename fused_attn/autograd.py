@@ -13,8 +13,9 @@ import functools
 import torch
 from torch import Tensor
 
+from fused_attn import modes, ops
 from fused_attn.backends import reference
-from fused_attn.backends.base import Backend, Gradients, Wanted
+from fused_attn.backends.base import Backend, Wanted, gradients
 from fused_attn.masks import NO_MASK, MaskSpec
 from fused_attn.problem import AttentionProblem
 
@@ -52,10 +53,13 @@ class FusedAttention(torch.autograd.Function):
         sinks, seed, mask = _unpack(others) if others else _NO_OTHERS
         wanted = _wanted(ctx.needs_input_grad)
         backend, problem, _ = ctx.call
+        compute = gradients
         # Grad mode is on here only under create_graph, which needs gradients that are themselves differentiable.
         if torch.is_grad_enabled():
             backend = reference
-        grads = gradients(backend, problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, mask)
+        elif modes.is_backward_observed(dout, dlse):
+            compute = ops.call_backward
+        grads = compute(backend, problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, mask)
         dquery, dkey, dvalue, dbias, drelative_bias, dsinks = grads
         if not others:
             return None, dquery, dkey, dvalue
@@ -71,18 +75,6 @@ def _wanted(needs: tuple[bool, ...]) -> Wanted:
     """needs: of the call, query, key, value and perhaps sinks, seed, bias, relative_bias, ..."""
     sinks, _, bias, relative_bias = needs[4:8] or (False,) * 4
     return Wanted(*needs[1:4], bias, relative_bias, sinks)
-
-
-def gradients(
-    backend: Backend, problem: AttentionProblem, wanted: Wanted, dout: Tensor | None, dlse: Tensor | None, *inputs
-) -> Gradients:
-    """The backend's gradients, where either output may have none."""
-    if dout is None and dlse is None:
-        return Gradients()
-    if dout is None:
-        out = inputs[3]
-        dout = torch.zeros_like(out)
-    return backend.backward(problem, wanted, dout, dlse, *inputs)
 
 
 def _unpack(others: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None, MaskSpec]:

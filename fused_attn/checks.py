@@ -24,6 +24,9 @@ class Meta(NamedTuple):
     device: torch.device
 
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def meta(name: str, tensor: Tensor) -> Meta:
     """The tensor's metadata.
 
@@ -51,8 +54,7 @@ def check_query_key_value(query: Meta, key: Meta, value: Meta, min_dim: int) -> 
     for name, x in (("query", query), ("key", key), ("value", value)):
         if len(x.shape) < min_dim:
             raise fail(name, f"at least {min_dim} dimensions", _shape(x))
-        if not x.dtype.is_floating_point:
-            raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+        _check_floating_point(name, x)
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
             raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {x.dtype}")
@@ -61,6 +63,20 @@ def check_query_key_value(query: Meta, key: Meta, value: Meta, min_dim: int) -> 
         raise fail("key", f"the head dim of query, {query.shape[-1]}", _shape(key))
     if query.shape[-1] == 0:
         raise fail("query", "a head dim of at least 1", _shape(query))
+
+
+def with_heads_and_rows_swapped(query: Meta, key: Meta, value: Meta) -> list[Meta] | None:
+    """(..., L, H, D) as (..., H, L, D); None where the tensors are hardly the former by mistake."""
+    if min(len(x.shape) for x in (query, key, value)) < 3:
+        return None
+    num_heads, num_rows = query.shape[-3:-1]
+    # Key heads that divide the query's, and fewer heads than rows: `enable_gqa` has been forgotten, no transpose.
+    if num_heads < num_rows and num_heads % max(key.shape[-3], 1) == 0:
+        return None
+    return [
+        x._replace(shape=torch.Size((*x.shape[:-3], x.shape[-2], x.shape[-3], x.shape[-1])))
+        for x in (query, key, value)
+    ]
 
 
 def check_device(name: str, x: Meta, query: Meta) -> None:
@@ -95,9 +111,7 @@ def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {_describe(flag)}")
-    _check_number("dropout_p", dropout_p)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise fail("dropout_p", "a probability in [0, 1]", dropout_p)
+    check_probability("dropout_p", dropout_p)
     _check_number("softcap", softcap)
     if not 0.0 <= softcap < math.inf:
         raise fail("softcap", "a finite number >= 0 (0 = off)", softcap)
@@ -105,6 +119,12 @@ def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable
         _check_number("scale", scale)
         if not -math.inf < scale < math.inf:
             raise fail("scale", "a finite number", scale)
+
+
+def check_probability(name: str, p: float) -> None:
+    _check_number(name, p)
+    if not 0.0 <= p <= 1.0:
+        raise fail(name, "a probability in [0, 1]", p)
 
 
 def check_window(window_size: Sequence[int] | None) -> tuple[int, int]:
@@ -126,8 +146,7 @@ def check_causal_bias(bias: CausalBiasMeta, is_causal: bool, seqlen_q: int, seql
 
 
 def check_attn_mask(mask: Meta, query: Meta, scores: tuple[int, ...]) -> None:
-    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        raise TypeError(f"attn_mask: expected bool (True = attend) or floating point (added), got {mask.dtype}")
+    _check_mask_dtype("attn_mask", "attend", mask)
     check_device("attn_mask", mask, query)
     fits = len(mask.shape) <= len(scores) and all(
         m in (1, n) for m, n in zip(reversed(mask.shape), reversed(scores), strict=False)
@@ -137,8 +156,7 @@ def check_attn_mask(mask: Meta, query: Meta, scores: tuple[int, ...]) -> None:
 
 
 def check_padding(mask: Meta, query: Meta, batch_shape: tuple[int, ...], seqlen_k: int) -> None:
-    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        raise TypeError(f"key_padding_mask: expected bool (True = ignore) or floating point (added), got {mask.dtype}")
+    _check_mask_dtype("key_padding_mask", "ignore", mask)
     check_device("key_padding_mask", mask, query)
     expected = (*batch_shape, seqlen_k)
     if tuple(mask.shape) != expected:
@@ -199,9 +217,23 @@ def _check_number(name: str, x: object) -> None:
 
 
 def _check_learned(name: str, x: Meta, query: Meta) -> None:
+    _check_floating_point(name, x)
+    check_device(name, x, query)
+
+
+def _check_mask_dtype(name: str, meaning: str, mask: Meta) -> None:
+    if mask.dtype == torch.bool:
+        return
+    if not mask.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected bool (True = {meaning}) or floating point (added), got {mask.dtype}")
+    _check_floating_point(name, mask)
+
+
+def _check_floating_point(name: str, x: Meta) -> None:
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
-    check_device(name, x, query)
+    if x.dtype not in DTYPES:  # float8 and smaller, in which torch itself neither adds nor multiplies
+        raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
 
 
 def _shape(x: Meta) -> str:

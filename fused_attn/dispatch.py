@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,11 +58,29 @@ class Explanation:
 
 @functools.lru_cache(maxsize=4096)
 def choose(problem: AttentionProblem, backend: str | None) -> Backend:
-    """The named backend, or the first that can run the problem.
+    """The named backend, or the first that can run the problem; warns where that is the reference.
 
     Raises:
         ValueError: the name is unknown, or the named backend cannot run the problem (with all its reasons).
     """
+    chosen = _select(problem, backend)
+    if backend is None and chosen is reference and problem.device.type != "meta":
+        kernels = (cpu,) if problem.device.type == "cpu" else (triton, cuda)
+        _warn_of_reference(tuple((kernel.name, kernel.unsupported_reasons(problem)[0]) for kernel in kernels))
+    return chosen
+
+
+@functools.cache
+def _warn_of_reference(reasons: tuple[tuple[str, str], ...]) -> None:
+    """Once for each set of reasons: (backend, its first one)."""
+    warnings.warn(
+        "fused_attention runs on the PyTorch reference, which is slow and stores every score, because no kernel can:\n"
+        + "\n".join(f"  - {backend}: {reason}" for backend, reason in reasons),
+        stacklevel=2,
+    )
+
+
+def _select(problem: AttentionProblem, backend: str | None) -> Backend:
     if backend is None:
         return next(candidate for candidate in preferred(problem) if not candidate.unsupported_reasons(problem))
     for candidate in BACKENDS:
@@ -88,6 +107,6 @@ def preferred(problem: AttentionProblem) -> tuple[Backend, ...]:
 def explain(problem: AttentionProblem, backend: str | None) -> Explanation:
     return Explanation(
         problem,
-        choose(problem, backend).name,
+        _select(problem, backend).name,
         {candidate.name: candidate.unsupported_reasons(problem) for candidate in preferred(problem)},
     )

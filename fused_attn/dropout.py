@@ -38,8 +38,8 @@ def keep_mask(
 ) -> Tensor:
     """(B, H, L, S) bool. Packed problems (batch 1) key the batch by each row's own sequence."""
     device = seed.device
-    last_column = int(columns.index.max()) if columns.index.numel() else 0
-    group = torch.arange(last_column // 4 + 1, device=device)[None, None, None, :]
+    # No column lies beyond the number of columns. The last one itself would have to be read from the device.
+    group = torch.arange(-(-columns.index.shape[0] // 4), device=device)[None, None, None, :]
     query = rows.index[None, None, :, None]
     head = torch.arange(num_heads, device=device)[None, :, None, None]
     sequence = torch.arange(batch, device=device)[:, None, None, None] + rows.sequence[None, None, :, None]

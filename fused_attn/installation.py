@@ -69,10 +69,7 @@ def _versions() -> dict[str, str]:
 
 def _native() -> dict[str, str]:
     if cpu._C is None:
-        return {
-            "CPU kernels": f"not built: {cpu.import_error}. Reinstall where a C++ compiler is on the PATH; "
-            "until then attention on the CPU runs on the slower reference backend."
-        }
+        return {"CPU kernels": f"none, so that the slow reference runs: {cpu.missing}"}
     build = cpu._C.build_info()
     return {
         "version": build["version"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -32,12 +34,12 @@ class MaskSpec(NamedTuple):
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
 
-    def to_dense(self, problem: AttentionProblem, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    def to_dense(self, problem: AttentionProblem, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The whole specification: (visible, bias), each broadcastable to (B, H, L, S) or None.
 
         The bias is in the accumulate dtype.
         """
-        rows, columns = self.positions(problem, device)
+        rows, columns = self.positions(problem, query, key)
         distance = columns.index[None, :] - rows.index[:, None]  # (L, S)
         conditions = []
         band = problem.band
@@ -46,7 +48,7 @@ class MaskSpec(NamedTuple):
         if band.right != UNBOUNDED:
             conditions.append(distance - band.offset <= band.right)
         if problem.is_packed:
-            conditions.append(columns.sequence[None, :] == rows.sequence[:, None])
+            conditions.append((columns.sequence[None, :] == rows.sequence[:, None]) & rows.has_sequence[:, None])
         if self.key_padding is not None:
             conditions.append(~self.key_padding[:, None, None, :])
         if self.mask is not None:
@@ -61,33 +63,41 @@ class MaskSpec(NamedTuple):
         if self.relative_bias is not None:
             # Pairs of different packed sequences can lie outside the table; they are invisible, so any entry will do.
             column = (distance + (problem.seqlen_q - 1)).clamp(0, self.relative_bias.shape[-1] - 1)
-            toeplitz = self.relative_bias.to(compute)[:, column]  # (H|1, L, S)
+            # Not indexed: the gradient of that is written in place, which transforms older than torch.func refuse.
+            toeplitz = self.relative_bias.to(compute).index_select(1, column.flatten()).unflatten(1, column.shape)
             bias = toeplitz[None] if bias is None else bias + toeplitz[None]
         return visible, bias
 
-    def positions(self, problem: AttentionProblem, device: torch.device) -> tuple[Positions, Positions]:
+    def positions(self, problem: AttentionProblem, query: Tensor, key: Tensor) -> tuple[Positions, Positions]:
         """Where each row and column of the score matrix lies in its own sequence."""
         if not problem.is_packed:
             return tuple(
-                Positions(torch.arange(n, device=device), torch.zeros(n, dtype=torch.long, device=device))
+                Positions(torch.arange(n, device=query.device), torch.zeros(n, dtype=torch.long, device=query.device))
                 for n in (problem.seqlen_q, problem.seqlen_k)
             )
-        return Positions.of_packed(self.cu_seqlens_q), Positions.of_packed(self.cu_seqlens_k)
+        return (
+            Positions.of_packed(self.cu_seqlens_q, query.shape[2]),
+            Positions.of_packed(self.cu_seqlens_k, key.shape[2]),
+        )
 
 
 class Positions(NamedTuple):
-    """index: (rows,) position within the sequence; sequence: (rows,) which sequence a row belongs to."""
+    """index: (rows,) position within the sequence; sequence: (rows,) which sequence a row belongs to, -1 for none."""
 
     index: Tensor
     sequence: Tensor
 
     @classmethod
-    def of_packed(cls, cu_seqlens: Tensor) -> Positions:
+    def of_packed(cls, cu_seqlens: Tensor, total: int) -> Positions:
         offsets = cu_seqlens.long()
-        lengths = offsets.diff()
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
-        index = torch.arange(sequence.shape[0], device=offsets.device) - offsets[:-1][sequence]
-        return cls(index, sequence)
+        row = torch.arange(total, device=offsets.device)
+        sequence = torch.searchsorted(offsets, row, right=True) - 1  # -1 before the first, as many as there are behind
+        sequence = sequence.masked_fill(sequence == offsets.shape[0] - 1, -1)
+        return cls((row - offsets[sequence]).masked_fill(sequence < 0, 0), sequence)
+
+    @property
+    def has_sequence(self) -> Tensor:
+        return self.sequence >= 0
 
 
 NO_MASK = MaskSpec()
@@ -177,8 +187,20 @@ def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
         return mask, None
     ignored = mask == float("-inf")
     bias = mask.masked_fill(ignored, 0.0)
-    is_readable = not (mask.requires_grad or mask.is_cuda or torch.compiler.is_compiling() or modes.in_functorch())
-    if is_readable and not bias.any():
-        # nn.Transformer turns bool padding into 0 / -inf; reading it back here costs nothing on a CPU.
-        return ignored, None
+    if modes.can_read(mask) and not mask.requires_grad:
+        least, most = (x.item() for x in bias.aminmax()) if bias.numel() else (0.0, 0.0)
+        if least == most == 0.0:
+            # nn.Transformer turns bool padding into 0 / -inf; reading it back here costs nothing on a CPU.
+            return ignored, None
+        if least >= 0.0 and most == 1.0 and torch.equal(mask, mask.bool().to(mask.dtype)):
+            _warn_of_zeros_and_ones()
     return ignored, bias[:, None, None, :]
+
+
+@functools.cache
+def _warn_of_zeros_and_ones() -> None:
+    warnings.warn(
+        "key_padding_mask: the floating-point values 0 and 1 are added to the scores and hide no key. If this is a "
+        "tokenizer's attention_mask (1 = token, 0 = padding), pass `attention_mask == 0`.",
+        stacklevel=2,
+    )

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as in_functorch
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 
-__all__ = ["in_forward_mode", "in_functorch", "is_any_autocast_enabled", "is_direct", "is_observed"]
+__all__ = [
+    "can_read",
+    "in_forward_mode",
+    "in_functorch",
+    "is_any_autocast_enabled",
+    "is_backward_observed",
+    "is_direct",
+    "is_observed",
+    "is_pre_dispatch",
+    "is_watched",
+]
 
 
 def in_forward_mode() -> bool:
@@ -22,6 +35,7 @@ def is_direct() -> bool:
         forward_ad._current_level < 0
         and not in_functorch()
         and _len_torch_dispatch_stack() == 0
+        and _len_torch_function_stack() == 0
         and _get_tracing_state() is None
     )
 
@@ -31,8 +45,37 @@ def is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
     A kernel that is called past the dispatcher would be invisible to them, and its output uninitialised in their eyes.
     """
+    return is_watched() or not (type(query) is type(key) is type(value) is Tensor)
+
+
+def is_watched() -> bool:
+    """The part of `is_observed` that does not depend on tensors."""
+    return _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None or is_pre_dispatch()
+
+
+def is_pre_dispatch() -> bool:
+    """True under tracers that see operators before autograd does; they bring a `TorchFunctionMode`, asked for first."""
+    return _len_torch_function_stack() > 0 and _len_torch_dispatch_stack_pre_dispatch() > 0
+
+
+def is_backward_observed(dout: Tensor | None, dlse: Tensor | None) -> bool:
+    """`is_observed`, of a backward whose forward was not.
+
+    ``is_grads_batched`` brings tensors that hold several gradients each, with which only operators can do something.
+    """
     return (
-        _len_torch_dispatch_stack() > 0
-        or _get_tracing_state() is not None
-        or not (type(query) is type(key) is type(value) is Tensor)
+        is_watched()
+        or (dout is not None and is_legacy_batchedtensor(dout))
+        or (dlse is not None and is_legacy_batchedtensor(dlse))
+    )
+
+
+def can_read(x: Tensor) -> bool:
+    """True where the contents of a tensor are at hand, which takes no synchronisation, and nobody traces the call."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.is_cpu
+        and not is_watched()
+        and not is_functorch_wrapped_tensor(x)
     )

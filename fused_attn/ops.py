@@ -1,6 +1,7 @@
 """The registered operators ``fused_attn::attention`` and ``fused_attn::attention_backward``.
 
-`torch.compile`, `torch.export` and AOTInductor see these instead of the Python in between; eager calls never come here.
+`torch.compile`, `torch.export` and AOTInductor see these instead of the Python in between. Eager calls come here only
+where somebody watches operators, see `fused_attn.modes`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import functools
 import torch
 from torch import Tensor
 
-from fused_attn import dispatch
-from fused_attn.autograd import gradients
+from fused_attn import dispatch, modes, profiling
 from fused_attn.backends import reference
-from fused_attn.backends.base import Gradients, Wanted, empty_like_layout
+from fused_attn.backends.base import Backend, Gradients, Wanted, empty_like_layout, gradients
 from fused_attn.masks import NO_MASK, MaskSpec
 from fused_attn.problem import AttentionProblem, Band
 
@@ -45,17 +45,40 @@ def call(
     seed: Tensor | None,
     mask: MaskSpec,
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.fused_attn.attention(
-        query, key, value, sinks, seed, *mask,
-        problem.seqlen_q, problem.seqlen_k, problem.scale, problem.softcap, problem.dropout_p, *problem.band,
-        backend or "",
+    if torch.compiler.is_compiling() and modes.in_functorch():
+        return reference.forward(problem, query, key, value, sinks, seed, mask, True)  # operators have no such rules
+    return torch.ops.fused_attn.attention(query, key, value, sinks, seed, *mask, *_scalars(problem), backend or "")
+
+
+def call_backward(
+    backend: Backend, problem: AttentionProblem, wanted: Wanted, dout: Tensor | None, dlse: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, seed: Tensor | None,
+    mask: MaskSpec,
+) -> Gradients:  # fmt: skip
+    """`gradients`, where somebody must see the operator."""
+    if dout is None and dlse is None:
+        return Gradients()
+    grads = torch.ops.fused_attn.attention_backward(
+        wanted, dout, dlse, out, lse, query, key, value, sinks, seed, *mask, *_scalars(problem), backend.name
+    )
+    return _only_wanted(grads, wanted)
+
+
+def _scalars(problem: AttentionProblem) -> tuple[float, ...]:
+    return (
+        problem.seqlen_q, problem.seqlen_k, problem.scale, problem.softcap, problem.dropout_p, *problem.band
     )  # fmt: skip
+
+
+def _only_wanted(grads: tuple[Tensor, ...], wanted: Wanted) -> Gradients:
+    return Gradients(*(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)))
 
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
 def _attention(query, key, value, sinks, seed, *rest):
     mask, problem, backend = _unpack(query, key, value, sinks, rest)
-    return dispatch.choose(problem, backend).forward(problem, query, key, value, sinks, seed, mask, True)
+    chosen = profiling.named(dispatch.choose(problem, backend))
+    return chosen.forward(problem, query, key, value, sinks, seed, mask, True)
 
 
 @torch.library.register_fake("fused_attn::attention", lib=_library)
@@ -104,7 +127,7 @@ def _attention_grads(ctx, dout, dlse):
         grads = Gradients()
     else:
         grads = torch.ops.fused_attn.attention_backward(wanted, dout, dlse, out, lse, *tensors, *ctx.scalars)
-        grads = Gradients(*(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)))
+        grads = _only_wanted(grads, wanted)
     none = (None,) * (4 + len(ctx.scalars))
     return grads.query, grads.key, grads.value, grads.sinks, None, grads.bias, grads.relative_bias, *none
 
@@ -125,9 +148,15 @@ def _double_backward(ctx, *ddgrads):
     """
     dout, dlse, query, key, value, sinks, seed, *mask_tensors = ctx.saved_tensors
     tensors = (dout, dlse, query, key, value, sinks, *mask_tensors[:2])
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Fresh leaves: the graph of this recomputation must not reach back into the caller's.
-        leaves = [None if x is None else x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
+        # The graph of this recomputation must not reach back into the caller's, unless that is to grow.
+        leaves = [
+            None if x is None
+            else x.view_as(x) if create_graph and x.requires_grad
+            else x.detach().requires_grad_()
+            for x in tensors
+        ]  # fmt: skip
         dout, dlse, query, key, value, sinks, bias, relative_bias = leaves
         mask, problem, _ = _unpack(query, key, value, sinks, (bias, relative_bias, *mask_tensors[2:], *ctx.scalars))
         grads = gradients(
@@ -140,7 +169,9 @@ def _double_backward(ctx, *ddgrads):
         ]
         inputs = [x for x in leaves if x is not None]
         second = iter(
-            torch.autograd.grad([g for g, _ in pairs], inputs, [dg for _, dg in pairs], allow_unused=True)
+            torch.autograd.grad(
+                [g for g, _ in pairs], inputs, [dg for _, dg in pairs], create_graph=create_graph, allow_unused=True
+            )
             if pairs
             else [None] * len(inputs)
         )
@@ -154,6 +185,9 @@ def _double_backward(ctx, *ddgrads):
 torch.library.register_autograd(
     "fused_attn::attention_backward", _double_backward, setup_context=_setup_double_backward, lib=_library
 )
+
+
+profiling.register_flop_formulas()
 
 
 def _unpack(query, key, value, sinks, rest) -> tuple[MaskSpec, AttentionProblem, str | None]:

@@ -85,23 +85,28 @@ class AttentionProblem:
         if self.capability is None and self.device.type == "cuda" and torch.cuda.is_available():
             object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
 
-    def on(self, device: torch.device | str) -> AttentionProblem:
+    def on(self, device: torch.device | str | int) -> AttentionProblem:
         """The same problem on another device, or on an NVIDIA architecture such as ``"sm_90"``.
 
         Raises:
-            ValueError: device is neither.
+            ValueError: device is neither, or a GPU by its number which this machine does not have.
         """
         capability = None
         named = device
         if isinstance(named, str) and (architecture := re.fullmatch(r"sm_(\d+)(\d)[af]?", named)):
             named, capability = "cuda", tuple(map(int, architecture.groups()))
         try:
-            return replace(self, device=torch.device(named), capability=capability)
-        # torch's words for a name that it does not know, and for a number beyond this machine's last GPU.
-        except (RuntimeError, TypeError, AssertionError) as error:
+            named = torch.device(named)
+        except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"device: expected a torch.device, its name, or an NVIDIA architecture such as 'sm_90', got {device!r}"
             ) from error
+        if named.type == "cuda" and named.index is not None and named.index >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"device: expected one of the {count} GPUs of this machine, or an NVIDIA architecture such as 'sm_90' "
+                f"for one that is not here, got {device!r}"
+            )
+        return replace(self, device=named, capability=capability)
 
     def __str__(self) -> str:
         sizes = (

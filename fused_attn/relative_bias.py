@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 
 def t5_relative_bias(
@@ -28,6 +29,10 @@ def t5_relative_bias(
         TypeError: table is no tensor.
         ValueError: table has another shape or too few buckets, or max_distance is too small for its buckets.
     """
+    if has_torch_function_variadic(table, seqlen_q, seqlen_k):
+        return handle_torch_function(
+            t5_relative_bias, (table, seqlen_q, seqlen_k), table, seqlen_q, seqlen_k, bidirectional, max_distance
+        )
     if not isinstance(table, Tensor):
         raise TypeError(f"table: expected a tensor, got {type(table).__name__}")
     if table.dim() != 2:
@@ -78,6 +83,8 @@ def alibi_bias(slopes: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
         TypeError: slopes is no tensor.
         ValueError: slopes has another shape.
     """
+    if has_torch_function_variadic(slopes, seqlen_q, seqlen_k):
+        return handle_torch_function(alibi_bias, (slopes, seqlen_q, seqlen_k), slopes, seqlen_q, seqlen_k)
     if not isinstance(slopes, Tensor):
         raise TypeError(f"slopes: expected a tensor, got {type(slopes).__name__}")
     if slopes.dim() != 1:

@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fused_attn.autograd import gradients
+from fused_attn import modes, ops
 from fused_attn.backends import reference
-from fused_attn.backends.base import Backend, Gradients, Wanted
+from fused_attn.backends.base import Backend, Gradients, Wanted, gradients
 from fused_attn.masks import MaskSpec
 from fused_attn.problem import AttentionProblem
 
@@ -24,6 +24,8 @@ class TransformableAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(backend: Backend, problem: AttentionProblem, query, key, value, sinks, seed, *mask):
+        if modes.is_observed(query, key, value):
+            return ops.call(problem, backend.name, query, key, value, sinks, seed, MaskSpec(*mask))
         return backend.forward(problem, query, key, value, sinks, seed, MaskSpec(*mask), True)
 
     @staticmethod
@@ -66,9 +68,8 @@ class _TransformableGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, problem, wanted, dout, dlse, out, lse, query, key, value, sinks, seed, *mask):
-        grads = gradients(
-            backend, problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, MaskSpec(*mask)
-        )
+        compute = ops.call_backward if modes.is_observed(query, key, value) else gradients
+        grads = compute(backend, problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, MaskSpec(*mask))
         return tuple(grad for grad, is_wanted in zip(grads, wanted, strict=True) if is_wanted)
 
     @staticmethod

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import oracle
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
@@ -168,6 +169,42 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> 
         for name in ("key", "value"):
             assert not result.grads[name].movedim(-3, 0)[:, ignored].any(), f"d{name} of ignored keys"
     return result
+
+
+def check_strays(dtype: torch.dtype, backend: str, device: str = "cpu", **options) -> None:
+    """Packed rows that no sequence owns, here NaN before the first and behind the last one, are zeros, and -inf in lse.
+
+    Through the operator, which is what compiled code calls: an eager call on the CPU looks at the offsets and refuses.
+    """
+    generator = torch.Generator().manual_seed(0)
+    options = {"window": (-1, -1), "dropout_p": 0.0, **options}
+    lengths_q, lengths_k = (70, 0, 5), (40, 3, 33)
+    first, behind = 3, 140
+    owned_q, owned_k = sum(lengths_q), sum(lengths_k)
+
+    def run(first: int, behind: int, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        rows = {name: F.pad(x, (0, 0, first, behind), value=float("nan")).to(device) for name, x in rows.items()}
+        leaves = [rows[name].requires_grad_() for name in ("query", "key", "value")]
+        offsets = [(_offsets(lengths) + first).to(device) for lengths in (lengths_q, lengths_k)]
+        seed = torch.tensor(7, device=device) if options["dropout_p"] else None
+        out, lse = torch.ops.fused_attn.attention(
+            *leaves, None, seed, *(None,) * 4, *offsets, max(lengths_q), max(lengths_k), 0.3, 0.0, options["dropout_p"],
+            *options["window"], 0, backend,
+        )  # fmt: skip
+        gradients = torch.autograd.grad((out, lse), leaves, (rows["dout"], rows["dlse"][..., 0].to(lse.dtype)))
+        return {"out": out, "lse": lse[..., None], **dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))}
+
+    shapes = {
+        "query": (1, 4, owned_q, 64), "key": (1, 2, owned_k, 64), "value": (1, 2, owned_k, 64),
+        "dout": (1, 4, owned_q, 64), "dlse": (1, 4, owned_q, 1),
+    }  # fmt: skip
+    rows = {name: randn(shape, dtype, generator) for name, shape in shapes.items()}
+    expected, found = run(0, 0, rows), run(first, behind, rows)
+    for name, x in found.items():
+        owned = x[:, :, first:-behind]
+        torch.testing.assert_close(owned, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+        strays = torch.cat([x[:, :, :first], x[:, :, -behind:]], dim=2)
+        assert (strays == (float("-inf") if name == "lse" else 0.0)).all(), f"strays of {name}"
 
 
 def check_inference(case: Case, dtype: torch.dtype, backend: str) -> None:
@@ -379,6 +416,13 @@ def _scale_query(factor: float) -> Callable[[dict[str, Tensor]], None]:
     return edit
 
 
+def _scale_query_and_key(factor: float) -> Callable[[dict[str, Tensor]], None]:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["query"], tensors["key"] = tensors["query"] * factor, tensors["key"] * factor
+
+    return edit
+
+
 def _scores_near(score: float) -> Callable[[dict[str, Tensor]], None]:
     """Every score near ``score`` (for the default scale), by the data alone: no mask takes part."""
 
@@ -458,6 +502,7 @@ LENGTHS = [
         (239, 1, 64, True, Case.dtypes, False),
         (799, 3, 16, False, Case.dtypes, False),
         (799, 3, 16, True, Case.dtypes, False),
+        (4096, 8, 16, False, COMMON, False),
         (64, 64, 64, True, Case.dtypes, False),
         (65, 63, 64, True, Case.dtypes, False),
         (128, 65, 64, False, Case.dtypes, False),
@@ -823,6 +868,19 @@ NUMERICS = [
     Case("lse-below-minus-88-decode", seqlen_q=1, seqlen_k=65, head_dim=128, edit=_scores_near(-300.0), has_dlse=True),
     Case("lse-above-88", seqlen_q=66, seqlen_k=66, head_dim=64, edit=_scores_near(300.0), has_dlse=True),
     Case("logits-huge", seqlen_q=70, seqlen_k=67, head_dim=64, edit=_scale_query(200.0), has_dlse=True),
+    # The largest logits are about 70, 600 and 4000: each rounding of one moves a weight by many of its own.
+    *(
+        Case(
+            f"logits-of-randn-times-{factor}",
+            batch=1,
+            seqlen_q=128,
+            seqlen_k=192,
+            head_dim=64,
+            edit=_scale_query_and_key(factor),
+            has_dlse=True,
+        )
+        for factor in (4, 12, 30)
+    ),
     Case(
         "logits-huge-causal-padded",
         seqlen_q=70,

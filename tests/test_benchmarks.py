@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import itertools
 import json
 import subprocess
@@ -201,15 +202,14 @@ def test_a_wrong_result_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(inputs: Inputs) -> rivals.Prepared:
         return rivals.Prepared(lambda: 1.5 * inputs.query, {"query": inputs.query}, "nothing")
 
-    monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(wrong, "torch"))
+    monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(wrong, ("torch",)))
     found = run(small("none", "forward"), [OURS, "torch"])
     assert found["torch"]["is_right"] is False and "median_ms" not in found["torch"]
     assert "median_ms" in found[OURS]
     assert "WRONG: torch" in attention.describe(list(found.values()))
 
 
-@pytest.mark.parametrize("mask", ["none", "causal", "padded", "gqa", "varlen", "decode", "causal+padded", "bias"])
-def test_flash_attn_is_asked_by_its_own_conventions(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def flash_attn_module(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package of its name whose functions do what its documentation says."""
 
     def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1)):
@@ -228,9 +228,14 @@ def test_flash_attn_is_asked_by_its_own_conventions(mask: str, monkeypatch: pyte
         ]
         return torch.cat(parts), None  # some generations return the log-sum-exp too
 
-    package = types.ModuleType("flash_attn")
+    package = types.ModuleType(name)
     package.flash_attn_func, package.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, name, package)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "padded", "gqa", "varlen", "decode", "causal+padded", "bias"])
+def test_flash_attn_is_asked_by_its_own_conventions(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flash_attn_module("flash_attn", monkeypatch)
     inputs = Inputs(small(mask, "forward" if mask == "decode" else "forward+backward"), rows_first=True)
     if mask == "bias":
         with pytest.raises(rivals.Cannot):
@@ -241,6 +246,52 @@ def test_flash_attn_is_asked_by_its_own_conventions(mask: str, monkeypatch: pyte
     results = rivals.results_of(prepared, inputs)
     assert reference.is_right(reference.error(results, ignores_padding=mask == "causal+padded"))
     assert (prepared.problem is not None) == (mask == "causal+padded")
+
+
+def test_flash_attn_3_is_found_in_either_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fa3-fwd, from PyPI, has the forward alone: in backward it has no figure, and that is no error."""
+    versions = {"fa3-fwd": "0.0.3"}
+
+    def version(package: str) -> str:
+        if package not in versions:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(rivals.importlib.metadata, "version", version)
+    flash_attn_module("fa3_fwd_interface", monkeypatch)
+    found = run(small("causal", "forward"), [OURS, "flash_attn3"])["flash_attn3"]
+    assert found["median_ms"] > 0 and (found["package"], found["version"]) == ("fa3-fwd", "0.0.3")
+    found = run(small("causal", "backward"), [OURS, "flash_attn3"])["flash_attn3"]
+    assert found["cannot"] == "fa3-fwd has the forward alone" and "failed" not in found
+    flash_attn_module("flash_attn_interface", monkeypatch)  # with a backward, so it comes first
+    versions["flash_attn_3"] = "3.0.0"
+    found = run(small("causal", "backward"), [OURS, "flash_attn3"])["flash_attn3"]
+    assert found["median_ms"] > 0 and (found["package"], found["version"]) == ("flash_attn_3", "3.0.0")
+
+
+@pytest.mark.parametrize("mask", ["padded-random", "causal+padded-random"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_packed_beforehand_is_right_where_padding_is_ignored(
+    mask: str, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash_attn_module("flash_attn_interface", monkeypatch)
+    case = small(mask, direction)
+    found = run(case, [OURS, "flash_attn3-packed"])["flash_attn3-packed"]
+    if direction == "backward" and not case.is_causal:
+        assert "a loss in rows of padding" in found["cannot"]
+        return
+    assert found["is_right"] and found["median_ms"] > 0 and "packed beforehand" in found["problem"]
+    inputs = Inputs(case, rows_first=True)
+    prepared = rivals.RIVALS["flash_attn3-packed"].prepare(inputs)
+    total = sum(case.lengths)
+    assert total < case.batch * case.length  # so that the times differ from those of the whole batch
+    assert [x.shape[0] for x in (*prepared.leaves.values(), prepared.forward(), prepared.dout)] == [total] * 5
+    assert not Reference(inputs).is_right(Reference(inputs).error(rivals.results_of(prepared, inputs)))
+
+
+def test_packing_is_asked_where_there_is_padding() -> None:
+    for mask in cases.MASKS:
+        assert rivals.RIVALS["flash_attn3-packed"].is_for(small(mask)) == ("padded" in mask)
 
 
 @pytest.mark.parametrize(("mask", "splits"), [("decode", 0), ("causal", 1)])
@@ -293,7 +344,7 @@ def test_several_kernels_of_ours_have_rows_of_their_own(monkeypatch: pytest.Monk
     ours = {f"{OURS}[{backend}]": backend for backend in ("cpu", "reference", "absent")}
     monkeypatch.setattr(rivals, "OUR_BACKENDS", ours)
     for name, backend in ours.items():
-        rival = rivals.Rival(functools.partial(rivals._ours, backend=backend), "fused_attn")
+        rival = rivals.Rival(functools.partial(rivals._ours, backend=backend), ("fused_attn",))
         monkeypatch.setitem(rivals.RIVALS, name, rival)
     for mask in ("causal", "varlen"):
         found = run(small(mask, "forward"), [OURS, *ours, "torch"])
@@ -320,7 +371,7 @@ def failing(inputs: Inputs, after: int, error: Exception) -> rivals.Prepared:
 
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_what_fails_while_it_is_timed_is_a_row(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rival = rivals.Rival(lambda inputs: failing(inputs, after, RuntimeError("no more")), "torch")
+    rival = rivals.Rival(lambda inputs: failing(inputs, after, RuntimeError("no more")), ("torch",))
     monkeypatch.setitem(rivals.RIVALS, "torch", rival)
     found = run(small("causal", "forward"), [OURS, "torch"])
     assert found["torch"]["failed"] == "RuntimeError: no more" and "median_ms" not in found["torch"]
@@ -354,8 +405,8 @@ def test_memory_of_what_is_dropped_is_free_before_the_others_go_on(monkeypatch: 
 
         return right._replace(forward=forward)
 
-    monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(hungry, "torch"))
-    monkeypatch.setitem(rivals.RIVALS, "torch-math", rivals.Rival(large, "torch"))
+    monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(hungry, ("torch",)))
+    monkeypatch.setitem(rivals.RIVALS, "torch-math", rivals.Rival(large, ("torch",)))
     found = run(small("causal"), [OURS, "torch", "torch-math"])
     assert found["torch-math"]["failed"].endswith("out of memory beside the others")
     assert "median_ms" in found["torch"] and "median_ms" in found[OURS]
@@ -620,7 +671,8 @@ def test_the_script_of_old_still_runs() -> None:
 
 def gpu_rows() -> list[rows.Row]:
     about = {
-        "device": "NVIDIA Test", "driver": "1.2", "torch": "2.11", "triton": "3.6", "commit": "abc", "date": "2026-11"
+        "device": "NVIDIA Test", "driver": "1.2", "cuda": "13.0", "torch": "2.11", "triton": "3.6", "commit": "abc",
+        "date": "2026-11",
     }  # fmt: skip
     found = []
     for mask, length, (name, ms) in itertools.product(
@@ -657,8 +709,8 @@ def test_of_several_runs_the_newest_rows_count() -> None:
     for found in (rows.newest([*first, *second]), rows.newest([*second, *first])):
         assert len(found) == len(first)
         table = report.gpu_tables(found)
-        assert "| causal | 50 (torch 1.20x) | 50 (torch 1.20x) |" in table
-        assert "| half padded | 34 (torch 2.00x) |" in table
+        assert "| 128 | causal | 512 | 50 | 17 | 1.20 torch |" in table
+        assert "| 128 | half padded | 512 | 34 | 17 | 2.00 torch |" in table
         assert "2026-11-01 to 2026-11-02" in table
         assert "causal bf16 D128 fwd | 512: 50 torch 1.20x" in summary.attention_lines(found)[0]
     assert len(rows.newest([*gpu_rows(), *(row | {"device": "Another"} for row in gpu_rows())])) == 2 * len(first)
@@ -667,7 +719,7 @@ def test_of_several_runs_the_newest_rows_count() -> None:
 def test_what_solves_another_problem_is_marked_and_does_not_lead() -> None:
     found = [row | ({"problem": "less"} if row["implementation"] == "torch-flash" else {}) for row in gpu_rows()]
     table = report.gpu_tables(found)
-    assert "| 34 (torch 2.00x, torch-flash* 1.50x) |" in table and "* solves another problem" in table
+    assert "| 2.00 torch, 1.50 torch-flash* |" in table and "* computes less than the case" in table
     assert "512: 34.4 torch 2.00x *torch-flash 1.50x" in summary.attention_lines(found)[0]
 
 
@@ -685,12 +737,59 @@ def test_devices_whose_names_begin_alike_have_plots_of_their_own(names: tuple[st
 
 def test_gpu_rows_become_a_table_and_a_summary() -> None:
     table = report.gpu_tables(gpu_rows())
-    assert "NVIDIA Test, bfloat16, head dim 128, forward" in table
-    assert "| causal | 34 (torch-flash 1.50x) | 69 (torch-flash 1.50x) |" in table
-    assert "(torch 2.00x)" in table.splitlines()[-1]
+    assert "**NVIDIA Test, bfloat16**" in table
+    assert "Ours is the fastest in 4 of 4 cases forward (1.50 to 2.00)." in table
+    assert "| D | mask | L | forward: ours | torch | ours / best |" in table
+    assert "| 128 | causal | 512 | 34 | 17 | 1.50 torch-flash |" in table
+    assert "| 128 | causal | 1024 | 69 | 34 | 1.50 torch-flash |" in table
+    assert table.splitlines()[-1] == "| 128 | half padded | 1024 | 69 | 34 | 2.00 torch |"
     assert report.gpu_tables([]) == ""
     assert len(summary.attention_lines(gpu_rows())) == 2
     assert summary.problem_lines(gpu_rows()) == ["cannot: torch-flash in 2 cases: no mask"]
+
+
+def untimed(row: rows.Row) -> rows.Row:
+    return {name: x for name, x in row.items() if name not in ("median_ms", "over_ours", "effective_tflops")}
+
+
+def test_what_is_wrong_has_no_figure() -> None:
+    """Neither in the table nor in what it says about who leads."""
+    wrong = [
+        untimed(row) | {"is_right": False, "error": 2.0, "allowed": 0.1}
+        if row["implementation"] == "torch-flash"
+        else row
+        for row in gpu_rows()
+    ]
+    table = report.gpu_tables(wrong)
+    assert "torch-flash" not in table and "| 128 | causal | 512 | 34 | 17 | 2.00 torch |" in table
+
+
+def test_versions_of_packages_are_shown_and_a_rival_without_a_backward_has_no_figure_there() -> None:
+    forward = [
+        row | {"implementation": "flash_attn3", "package": "fa3-fwd", "version": "0.0.3"}
+        if row["implementation"] == "torch-flash"
+        else row
+        for row in gpu_rows()
+    ]
+    backward = [row | {"direction": "backward"} for row in gpu_rows() if row["implementation"] != "torch-flash"]
+    lacking = [
+        untimed(row) | {"direction": "backward", "cannot": "fa3-fwd has the forward alone"}
+        for row in rows.select(forward, implementation="flash_attn3")
+    ]
+    header, _, line = report.gpu_tables([*forward, *backward, *lacking]).splitlines()[2:5]
+    assert "| forward: ours | flash_attn3 (fa3-fwd 0.0.3) | torch | ours / best | backward: ours | torch |" in header
+    assert line == "| 128 | causal | 512 | 34 | 23 | 17 | 1.50 flash_attn3 | 34 | 17 | 2.00 torch |"
+
+
+def test_of_a_gpu_the_newest_commit_counts(tmp_path: Path) -> None:
+    """Kernels of two commits do not stand in one table, and every device has a newest commit of its own."""
+    old = [row | {"date": "2026-11-01"} for row in gpu_rows()]
+    new = [row | {"date": "2026-11-02", "commit": "def"} for row in gpu_rows() if row["mask"] == "causal"]
+    other = [row | {"device": "Another", "commit": "000"} for row in old]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*new, *old, *other]))
+    found = report.all_rows(tmp_path)
+    assert {(row["device"], row["commit"]) for row in found} == {("NVIDIA Test", "def"), ("Another", "000")}
+    assert len(found) == len(new) + len(other)
 
 
 def test_every_implementation_has_a_colour_and_every_mask_a_title() -> None:
@@ -752,6 +851,123 @@ def test_the_suite_keeps_its_time_limit_and_goes_on_after_a_failure(
     assert "began" in (tmp_path / "out" / "log.txt").read_text()
 
 
+def test_a_time_limit_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But the summary says what it has cut short."""
+    cut = "print('time is up: 3 of 7 cases not run')"
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    stages = (
+        gpu_suite.Stage("quick", lambda suite: suite.python("-c", ""), 1.0),
+        gpu_suite.Stage("cut", lambda suite: suite.benchmark(), 1.0),
+        gpu_suite.Stage("long", lambda suite: suite.python("-c", deaf), 1.0),
+        gpu_suite.Stage("never", lambda suite: "ok", 1.0),
+    )
+    run = gpu_suite.Suite.run
+    monkeypatch.setattr(
+        gpu_suite.Suite,
+        "run",
+        lambda self, *command, **options: run(
+            self, *((sys.executable, "-c", cut) if "benchmarks" in command else command), **options
+        ),
+    )
+    monkeypatch.setattr(gpu_suite, "STAGES", stages)
+    monkeypatch.setattr(gpu_suite, "LEAST_SECONDS", 0.5)
+    code, text = suite(tmp_path, "--minutes", str(3 / 60))
+    assert code == 0
+    assert "0.05 minutes were asked for, too few for all of: cut, long, never" in text
+    assert "\ncut                          ok, but stopped at its time limit" in text
+
+
+def test_what_a_stage_lacks_is_said_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    stages = (
+        gpu_suite.Stage("first", lambda suite: suite.say("first runs") or "ok", 1.0, ("torch",)),
+        gpu_suite.Stage("second", lambda suite: suite.say("second runs") or "ok", 1.0, ("torch", "no_such_package")),
+    )
+    monkeypatch.setattr(gpu_suite, "STAGES", stages)
+    code, text = suite(tmp_path)
+    assert code == 1 and "second                       FAILED: it needs no_such_package" in text
+    said = capsys.readouterr().out
+    assert said.index("second will not run: it needs no_such_package") < said.index("first runs")
+    assert "second runs" not in said and "first will not" not in said
+
+
+def report_of_tests(path: Path, *cases: str, skipped: int = 0) -> None:
+    """A report of pytest's; cases: "folder.file::outcome"."""
+    lines = ['<testcase classname="tests.x" name="t"><skipped message="no GPU"/></testcase>'] * skipped
+    for case in cases:
+        name, outcome = case.split("::")
+        found = "" if outcome == "ok" else f'<{outcome} message="why"/>'
+        lines.append(f'<testcase classname="tests.{name}" name="t">{found}</testcase>')
+    counts = {f"{kind}s": sum(case.endswith(kind) for case in cases) for kind in ("failure", "error")}
+    counts |= {"tests": len(lines), "skipped": skipped}
+    attributes = " ".join(f'{name}="{count}"' for name, count in counts.items())
+    path.write_text(f"<testsuites><testsuite {attributes}>{''.join(lines)}</testsuite></testsuites>")
+
+
+def test_skipped_tests_are_not_ok(tmp_path: Path) -> None:
+    report = tmp_path / "tests.xml"
+    report_of_tests(report, skipped=91)
+    assert gpu_suite._verdict_of_tests(0, report) == "skipped: all 91 tests: no GPU"
+    report_of_tests(report, "cuda.a::ok", skipped=2)
+    assert gpu_suite._verdict_of_tests(0, report) == "ok: 1 passed, 0 failed, 0 errors, 2 skipped"
+    report_of_tests(report, "cuda.a::ok", "cuda.a::failure", "cuda.b::error")
+    assert gpu_suite._verdict_of_tests(1, report) == "FAILED: 1 passed, 1 failed, 1 errors, 0 skipped"
+    # What was red before the time was up is red.
+    assert gpu_suite._verdict_of_tests(None, report).startswith("FAILED")
+    report_of_tests(report, "cuda.a::ok")
+    assert gpu_suite._verdict_of_tests(None, report).startswith("stopped at its time limit: 1 passed")
+
+
+@pytest.mark.parametrize(
+    ("file", "case", "red"),
+    [
+        ("cuda-tests.xml", "cuda.test_cuda_gpu::failure", ["cuda"]),
+        ("tests.xml", "triton.test_kernels::error", ["triton"]),
+        ("tests.xml", "nn.test_attention::failure", ["cuda", "triton"]),
+        ("tests.xml", "triton.test_kernels::ok", []),
+    ],
+)
+def test_what_is_red_gets_no_speed(
+    file: str, case: str, red: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+    monkeypatch.setattr(gpu_suite.Suite, "run", lambda self, *command, **options: commands.append(command) or 0)
+    arguments = argparse.Namespace(out=tmp_path, device="cuda", quick=False, commit="abc", minutes=None)
+    report_of_tests(tmp_path / file, "cuda.a::ok", case)
+    with (tmp_path / "log.txt").open("w") as log:
+        found = gpu_suite.Suite(arguments, log)
+        assert gpu_suite.bench("--only", "causal")(found) == "ok"
+        modules_verdict, tune_verdict = gpu_suite.modules()(found), gpu_suite.tune(found)
+    options = " ".join(commands[0])
+    assert f"--refuse {' '.join(red)} --" in options if red else "--refuse" not in options
+    assert modules_verdict.startswith("FAILED") == bool(red)
+    assert tune_verdict.startswith("FAILED") == ("triton" in red)
+
+
+def test_refused_kernels_are_neither_checked_nor_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernels for GPUs; here with those that a CPU has."""
+    ours = {f"{OURS}[{backend}]": backend for backend in ("cpu", "reference")}
+    monkeypatch.setattr(rivals, "OUR_BACKENDS", ours)
+    for name, backend in ours.items():
+        rival = rivals.Rival(functools.partial(rivals._ours, backend=backend), ("fused_attn",))
+        monkeypatch.setitem(rivals.RIVALS, name, rival)
+    for mask in ("causal", "varlen"):
+        case = small(mask, "forward")
+        reference = Reference(Inputs(case, rows_first=True))
+        names = [OURS, *ours, "torch"] if mask == "causal" else [OURS, *ours]
+        found = {
+            row["implementation"]: row
+            for row in attention.run_case(
+                case, torch.device("cpu"), names, reference, timing.CpuTimer(), 3, 0.01, refused=["cpu"]
+            )
+        }
+        timed = {name for name, row in found.items() if "median_ms" in row}
+        assert timed == {f"{OURS}[reference]", "torch"} & set(names)
+        for name in (OURS, f"{OURS}[cpu]"):
+            assert found[name]["cannot"] == "tests of cpu are red" and "is_right" not in found[name]
+
+
 def stage_of(tmp_path: Path, script: str, limit: float) -> tuple[int | None, gpu_suite.Suite]:
     """Runs a script as a stage that is to stop after `limit` seconds and is killed three seconds later."""
     arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
@@ -795,7 +1011,7 @@ def test_commands_of_a_stage_run_at_the_same_time(tmp_path: Path) -> None:
 def test_a_report_that_is_cut_off_or_old_is_no_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = tmp_path / "tests.xml"
     report.write_text('<testsuites><testsuite tests="3" failures="1"><testcase name="a')
-    assert gpu_suite._counts(report) == "its report is cut off"
+    assert gpu_suite._verdict_of_tests(0, report) == "ok: its report is cut off"
     assert gpu_suite._failures(report) == ["tests.xml is cut off"]
     monkeypatch.setattr(gpu_suite.Suite, "run", lambda self, *command, **options: None)  # killed before it could write
     arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
@@ -809,9 +1025,14 @@ def test_files_with_gpu_tests_are_found(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(gpu_suite.Suite, "run", lambda self, *command, **options: commands.append(command) or 5)
     arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
     with (tmp_path / "log.txt").open("w") as log:
-        assert gpu_suite.gpu_tests(gpu_suite.Suite(arguments, log)) == "ok: no such tests"
+        assert gpu_suite.gpu_tests(gpu_suite.Suite(arguments, log)) == "skipped: no such tests"
     files = {Path(word).name for word in commands[0] if word.endswith(".py")}
     assert {"test_gpu.py", "test_kernels.py", "test_tune.py"} <= files and "test_errors.py" not in files
+    assert "test_cuda_gpu.py" not in files
+    with (tmp_path / "log.txt").open("w") as log:
+        gpu_suite.cuda_tests(gpu_suite.Suite(arguments, log))
+    files = {Path(word).name for word in commands[1] if word.endswith(".py")}
+    assert files == {"test_cuda_gpu.py", "test_fragments.py"}
 
 
 def test_a_run_goes_on_from_the_rows_of_another_folder(tmp_path: Path) -> None:

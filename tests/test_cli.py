@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
+
 import pytest
 import torch
 from conftest import DEVICE
 
 import fused_attn
-from fused_attn import dispatch, selfcheck
+from fused_attn import dispatch, native, selfcheck
 from fused_attn.__main__ import main
 from fused_attn.backends import cpu
 from fused_attn.backends.triton import backend as triton_backend
@@ -20,9 +23,12 @@ def without_kernels(monkeypatch):
     """As after an installation without a compiler."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(cpu, "_C", None)
-    monkeypatch.setattr(cpu, "import_error", "No module named 'fused_attn._C'")
+    missing = native.why_missing("_C_", "a C++ compiler", ModuleNotFoundError())
+    monkeypatch.setattr(cpu, "missing", missing)
+    dispatch._warn_of_reference.cache_clear()
     yield
     dispatch.choose.cache_clear()
+    dispatch._warn_of_reference.cache_clear()
 
 
 @needs_kernels
@@ -42,13 +48,44 @@ def test_without_kernels_everything_still_runs(without_kernels, capsys):
     assert "need a C++ compiler" in capsys.readouterr().out
     # A size that no other test uses, so that no plan of it is cached.
     query = torch.randn(1, 3, 71, 24)
-    explanation = fused_attn.explain(query, query, query)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # computing nothing, `explain` has nothing to warn of
+        explanation = fused_attn.explain(query, query, query)
     assert explanation.chosen == "reference"
     assert "C++ compiler" in str(explanation)
     with pytest.raises(ValueError, match=r"backend='cpu' cannot run .*\n.*C\+\+ compiler"):
         fused_attn.fused_attention(query, query, query, backend="cpu")
-    assert main(["check"]) == 0
-    assert "No backend but the reference" in capsys.readouterr().out
+    assert main(["check"]) == 1
+    assert "no backend but the reference" in capsys.readouterr().out
+
+
+@pytest.mark.quick
+def test_the_slow_reference_is_told_once(without_kernels):
+    """Whatever the calls, unless they ask for it by name."""
+    x = torch.randn(1, 3, 73, 24, requires_grad=True)
+    offsets = torch.tensor([0, 73], dtype=torch.int32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused_attn.fused_attention(x, x, x, backend="reference")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for y in (x, x, x.double(), x[:, :, :71]):
+            fused_attn.fused_attention(y, y, y, is_causal=True).sum().backward()
+        rows = x[0].transpose(0, 1)
+        fused_attn.fused_attention_varlen(rows, rows, rows, offsets, offsets, 73, 73)
+        fused_attn.FusedMultiheadAttention(24, 3)(x[0], x[0], x[0])
+    (warning,) = caught
+    assert "slow" in str(warning.message) and "need a C++ compiler" in str(warning.message)
+
+
+@pytest.mark.quick
+def test_a_head_dim_beyond_the_kernels_is_told_once():
+    dispatch._warn_of_reference.cache_clear()
+    x = torch.randn(1, 1, 79, 301)
+    with pytest.warns(UserWarning, match=r"slow(?s:.*)- cpu: .*(head dim 301 is above 256|C\+\+ compiler)") as caught:
+        for y in (x, x[:, :, :78]):
+            fused_attn.fused_attention(y, y, y)
+    assert len(caught) == 1
 
 
 @needs_kernels
@@ -58,7 +95,9 @@ def test_check_passes(capsys, monkeypatch):
     assert main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     variants = len(cpu._C.cpu_isas())
-    assert len(lines) == 3 * len(selfcheck.CASES) * variants + 1
+    assert len(lines) == 4 * len(selfcheck.CASES) * variants + 1
+    for what in ("float64", "packed", "value dim"):
+        assert any(what in line for line in lines)
     assert all(line.endswith("ok") for line in lines[:-1])
 
 
@@ -146,6 +185,29 @@ def test_explain_names_a_device_that_is_none(device):
     query = torch.randn(2, 4, 8, 16)
     with pytest.raises(ValueError, match=rf"device: expected .* such as 'sm_90', got {device!r}"):
         fused_attn.explain(query, query, query, device=device)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("device", ["cuda:90", torch.device("cuda", 90)])
+def test_explain_refuses_the_number_of_a_gpu_that_is_not_here(device):
+    query = torch.randn(2, 4, 8, 16)
+    expected = f"device: expected one of the {torch.cuda.device_count()} GPUs of this machine, or an .* such as 'sm_90'"
+    with pytest.raises(ValueError, match=rf"{expected} .*, got .*90"):
+        fused_attn.explain(query, query, query, device=device)
+
+
+@pytest.mark.quick
+def test_explain_refuses_an_int_beyond_the_gpus():
+    query = torch.randn(2, 4, 8, 16)
+    with pytest.raises(ValueError, match=r"device: expected .* such as 'sm_90'.*, got 90"):
+        fused_attn.explain(query, query, query, device=90)
+
+
+@pytest.mark.quick
+def test_help_names_every_backend():
+    text = inspect.getdoc(fused_attn.fused_attention)
+    for backend in dispatch.BACKEND_NAMES:
+        assert f'``"{backend}"``' in text
 
 
 @pytest.mark.quick

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
 import fused_attn
-from fused_attn import dispatch
+from fused_attn import dispatch, masks
 
 pytestmark = pytest.mark.quick
 
@@ -29,6 +31,19 @@ TABLE = {
         TypeError,
         r"query: expected a floating-point dtype, got torch\.complex64",
     ),
+    "query-float8": (
+        call(*[x.to(torch.float8_e4m3fn) for x in (Q, KV, KV)]),
+        TypeError,
+        r"query: expected one of torch\.float16, .*torch\.float64, got torch\.float8_e4m3fn",
+    ),
+    "query-sparse": (
+        call(query=Q.to_sparse()),
+        TypeError,
+        r"query: expected a dense tensor, got layout torch\.sparse_coo",
+    ),
+    "key-sparse-csr": (call(key=KV.to_sparse_csr()), TypeError, r"key: expected a dense tensor, got .*sparse_csr"),
+    "value-sparse": (call(value=KV.to_sparse()), TypeError, r"value: expected a dense tensor, got .*sparse_coo"),
+    "query-mkldnn": (call(query=Q.to_mkldnn()), TypeError, r"query: expected a dense tensor, got .*_mkldnn"),
     "key-dtype": (
         call(key=KV.half()),
         TypeError,
@@ -83,6 +98,11 @@ TABLE = {
         r"attn_mask: expected a shape broadcastable to \(\.\.\., H, L, S\) = \(2, 4, 5, 7\), got shape \(5, 6\)",
     ),
     "mask-rank": (call(attn_mask=torch.zeros(1, 2, 4, 5, 7)), ValueError, r"attn_mask: expected a shape broadcastable"),
+    "mask-float8": (
+        call(attn_mask=torch.zeros(5, 7).to(torch.float8_e5m2)),
+        TypeError,
+        r"attn_mask: expected one of torch\.float16, .* got torch\.float8_e5m2",
+    ),
     "mask-device": (
         call(attn_mask=torch.zeros(5, 7, device=META)),
         ValueError,
@@ -98,6 +118,11 @@ TABLE = {
         call(key_padding_mask=torch.zeros(2, 7, dtype=torch.uint8)),
         TypeError,
         r"key_padding_mask: expected bool \(True = ignore\) or floating point \(added\), got torch\.uint8",
+    ),
+    "padding-float8": (
+        call(key_padding_mask=torch.zeros(2, 7).to(torch.float8_e5m2)),
+        TypeError,
+        r"key_padding_mask: expected one of torch\.float16, .* got torch\.float8_e5m2",
     ),
     "padding-no-tensor": (
         call(key_padding_mask=[[True] * 7] * 2),
@@ -139,6 +164,16 @@ TABLE = {
         TypeError,
         r"relative_bias: expected a floating-point",
     ),
+    "relative-float8": (
+        call(relative_bias=torch.zeros(11).to(torch.float8_e5m2)),
+        TypeError,
+        r"relative_bias: expected one of torch\.float16, .* got torch\.float8_e5m2",
+    ),
+    "sinks-float8": (
+        call(sinks=torch.zeros(4).to(torch.float8_e5m2)),
+        TypeError,
+        r"sinks: expected one of torch\.float16, .* got torch\.float8_e5m2",
+    ),
     "sinks-shape": (call(sinks=torch.zeros(3)), ValueError, r"sinks: expected shape \(H,\) = \(4,\), got shape \(3,\)"),
     "sinks-no-tensor": (call(sinks=0.0), TypeError, r"sinks: expected a torch\.Tensor, got float 0\.0"),
     "seed-negative": (
@@ -170,6 +205,72 @@ def test_fused_attention(name: str) -> None:
     function, exception, message = TABLE[name]
     with pytest.raises(exception, match=message):
         function()
+
+
+#: (B, L, H, D) = (2, 8, 4, 16) and (B, S, H, D) = (2, 10, 4, 16)
+BLHD, BSHD = torch.zeros(2, 8, 4, 16), torch.zeros(2, 10, 4, 16)
+TRANSPOSED = {
+    "heads": (call(BLHD, BSHD, BSHD), r"query: expected 10 heads, got 8"),
+    "heads-3d": (call(BLHD[0], BSHD[0], BSHD[0]), r"query: expected 10 heads, got 8"),
+    "heads-divide": (call(BSHD, BSHD[:, :5], BSHD[:, :5]), r"key: expected 10 heads; enable_gqa=True"),
+    "gqa-heads": (
+        call(BLHD, BSHD[:, :, :2], BSHD[:, :, :2], enable_gqa=True),
+        r"key: expected a number of heads that divides the 8 of query",
+    ),
+    "mask": (call(BLHD, BLHD, BLHD, torch.zeros(8, 8)), r"attn_mask: expected a shape broadcastable"),
+    "padding": (
+        call(BLHD, BLHD, BLHD, key_padding_mask=torch.zeros(2, 8).bool()),
+        r"key_padding_mask: expected shape \(B, S\) = \(2, 4\)",
+    ),
+    "relative": (call(BLHD, BLHD, BLHD, relative_bias=torch.zeros(4, 15)), r"relative_bias: expected shape"),
+    "sinks": (call(BLHD, BLHD, BLHD, sinks=torch.zeros(4)), r"sinks: expected shape \(H,\) = \(8,\)"),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_heads_and_rows_that_changed_places_are_told(name: str) -> None:
+    function, message = TRANSPOSED[name]
+    with pytest.raises(ValueError, match=rf"{message}.*; these shapes would fit as \(B, L, H, D\), which x.transpose"):
+        function()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        call(BLHD, BSHD[:, :, :3], BSHD[:, :, :3]),  # fits in neither layout
+        # Key heads for enable_gqa=True, and as many rows as keys: transposed it would fit, but is no likely mistake.
+        call(torch.zeros(2, 8, 64, 16), torch.zeros(2, 2, 64, 16), torch.zeros(2, 2, 64, 16)),
+        call(query=Q[0, 0], sinks=torch.zeros(3)),
+    ],
+)
+def test_other_shapes_get_no_advice_to_transpose(function) -> None:
+    with pytest.raises(ValueError, match="expected") as raised:
+        function()
+    assert "transpose" not in str(raised.value)
+
+
+def test_a_padding_mask_of_ones_and_zeros_is_told_once() -> None:
+    """A tokenizer's attention_mask as a float: added to the scores, it hides nothing."""
+    masks._warn_of_zeros_and_ones.cache_clear()
+    attention_mask = torch.ones(2, 7)
+    attention_mask[1, 4:] = 0
+    module = fused_attn.FusedMultiheadAttention(8, 2, batch_first=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for bias in (torch.full((2, 7), 0.5), -attention_mask, attention_mask.log(), torch.zeros(2, 7)):
+            call(key_padding_mask=bias)()
+        assert not caught
+        module(KV[:, 0], KV[:, 0], KV[:, 0], key_padding_mask=attention_mask)
+        call(key_padding_mask=attention_mask)()
+        call(key_padding_mask=attention_mask.bfloat16())()
+    (warning,) = caught
+    assert "key_padding_mask: the floating-point values 0 and 1" in str(warning.message)
+    assert "attention_mask == 0" in str(warning.message)
+
+
+def test_a_padding_mask_without_contents_is_not_read() -> None:
+    query, mask = Q.to(META), torch.zeros(2, 5, device=META)
+    assert fused_attn.fused_attention(query, query, query, key_padding_mask=mask).shape == Q.shape
 
 
 def test_lower_right_bias_and_is_causal_contradict() -> None:

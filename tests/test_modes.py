@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.bias import causal_lower_right
+from torch.overrides import TorchFunctionMode
 
-from fused_attn import fused_attention
+from fused_attn import FusedMultiheadAttention, fused_attention, fused_attention_varlen
 
 pytestmark = pytest.mark.quick
 
@@ -31,9 +33,86 @@ def test_make_fx_records_attention():
     assert torch.equal(graph(*second), fused_attention(*second, is_causal=True))
 
 
-def test_fake_tensors():
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def varlen(query, key, value):
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return fused_attention_varlen(query, key, value, offsets, offsets, 3, 3)
 
+
+def padded(query, key, value):
+    """A padding mask that depends on the inputs, in floating point."""
+    hidden = value[:, 0, :, 0] > 0.5
+    return fused_attention(
+        query, key, value, key_padding_mask=torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+    )
+
+
+TRACED = {
+    "causal": lambda *args: fused_attention(*args, is_causal=True),
+    "varlen": varlen,
+    "padded": padded,
+    "grad": torch.func.grad(lambda *args: fused_attention(*args).square().sum()),
+    "vmap": torch.func.vmap(lambda *args: fused_attention(*args, backend="cpu")),
+    "module": lambda query, key, value: MODULE(*(x.flatten(0, 1) for x in (query, key, value))),
+}
+MODULE = FusedMultiheadAttention(8, 2, batch_first=True)
+
+
+@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic", "pre_dispatch"])
+def test_make_fx(name: str, mode: str):
+    """A graph computes with its inputs: a kernel that a tracer does not see would leave uninitialised memory in it."""
+    if mode == "pre_dispatch" and name in ("grad", "vmap"):
+        pytest.skip("torch raises AssertionError for operators that are not its own")
+    options = {"pre_dispatch": True} if mode == "pre_dispatch" else {"tracing_mode": mode}
+    first = inputs(1, 2, 5, 8, requires_grad=False)
+    graph = make_fx(TRACED[name], _allow_non_fake_inputs=True, **options)(*first)
+    second = [x + 1 for x in first]
+    torch.testing.assert_close(graph(*second), TRACED[name](*second))
+
+
+def test_make_fx_with_symbolic_sizes_serves_other_sizes():
+    graph = make_fx(TRACED["causal"], tracing_mode="symbolic")(*inputs(1, 2, 5, 8, requires_grad=False))
+    others = inputs(3, 2, 7, 8, requires_grad=False)
+    assert torch.equal(graph(*others), TRACED["causal"](*others))
+
+
+def test_a_function_mode_sees_the_functions():
+    seen = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    args = inputs(1, 2, 5, 8)
+    with Watching():
+        out, packed = fused_attention(*args), varlen(*args)
+    assert {fused_attention, fused_attention_varlen} <= set(seen)
+    assert torch.equal(out, fused_attention(*args)) and torch.equal(packed, varlen(*args))
+
+
+def test_a_subclass_stays_one():
+    class Named(torch.Tensor):
+        pass
+
+    args = [x.detach().as_subclass(Named) for x in inputs(1, 2, 5, 8)]
+    out = fused_attention(*args)
+    assert type(out) is type(torch.nn.functional.scaled_dot_product_attention(*args)) is Named
+    plain = [x.as_subclass(torch.Tensor) for x in args]
+    assert torch.equal(out.as_subclass(torch.Tensor), fused_attention(*plain))
+    assert type(fused_attention(*plain, causal_lower_right(5, 5))) is torch.Tensor
+
+
+@pytest.mark.parametrize("name", ["varlen", "padded", "grad", "vmap"])
+def test_fake_tensors_of(name: str):
+    args = inputs(1, 2, 5, 8, requires_grad=False)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        found = TRACED[name](*(mode.from_tensor(x) for x in args))
+    assert found.shape == TRACED[name](*args).shape
+
+
+def test_fake_tensors():
     with FakeTensorMode() as mode:
         query, key, value = (mode.from_tensor(x) for x in inputs(1, 2, 5, 8, requires_grad=False))
         assert fused_attention(query, key, value).shape == (1, 2, 5, 8)

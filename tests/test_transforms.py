@@ -11,7 +11,8 @@ import pytest
 import torch
 from cases import CASES, Case
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fused_attn
 
@@ -301,6 +302,122 @@ def test_double_backward(backend: str, generator: torch.Generator) -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.quick
+def test_third_derivatives(backend: str, generator: torch.Generator) -> None:
+    """Under a mode, which sees operators, as without one."""
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    def third(function) -> tuple[Tensor, ...]:
+        loss = function(*args).square().sum()
+        for _ in range(3):
+            grads = torch.autograd.grad(loss, args, create_graph=True)
+            loss = sum(g.square().sum() for g in grads)
+        return grads
+
+    args = qkv(generator, torch.float64, length=5)
+    expected = third(plain)
+    torch.testing.assert_close(third(ours(backend)), expected)
+    with Watching():
+        torch.testing.assert_close(third(ours(backend)), expected)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian, torch.func.vmap])
+def test_compiled_transforms(transform, backend: str, generator: torch.Generator) -> None:
+    (query,) = tensors(generator, (2, 1, 2, 3, 4), dtype=torch.float64, requires_grad=False)
+    query = query if transform is torch.func.vmap else query[0]
+
+    def attention(query: Tensor) -> Tensor:
+        out = ours(backend)(query, query, query)
+        return out if transform is torch.func.vmap else out.square().sum()
+
+    function = transform(attention)
+    torch.testing.assert_close(torch.compile(function, backend="aot_eager")(query), function(query))
+
+
+# ---- Transforms older than torch.func: gradients of several outputs at once
+
+
+def packed(backend: str):
+    offsets = torch.tensor([0, 3, 4, 7], dtype=torch.int32)
+
+    def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return fused_attn.fused_attention_varlen(query, key, value, offsets, offsets, 3, 3, backend=backend)
+
+    return function
+
+
+def biased(backend: str):
+    def function(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, table: Tensor, sinks: Tensor):
+        return fused_attn.fused_attention(
+            query, key, value, bias, dropout_p=0.3, dropout_seed=5, relative_bias=table, sinks=sinks, return_lse=True,
+            backend=backend,
+        )  # fmt: skip
+
+    return function
+
+
+def in_module(backend: str):
+    torch.manual_seed(0)
+    module = fused_attn.FusedMultiheadAttention(8, 2, batch_first=True, dtype=torch.float64, backend=backend)
+    return lambda query, key, value: module(query, key, value)
+
+
+FUNCTIONS = {
+    "function": (ours, [(1, 2, 4, 3)] * 3),
+    "varlen": (packed, [(7, 2, 3)] * 3),
+    "biased": (biased, [(2, 2, 3, 4)] * 3 + [(1, 2, 1, 3), (2, 5), (2,)]),
+    "module": (in_module, [(2, 3, 8)] * 3),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_batched_gradients(name: str, backend: str, generator: torch.Generator) -> None:
+    make, shapes = FUNCTIONS[name]
+    inputs = tensors(generator, *shapes, dtype=torch.float64)
+    outputs = make(backend)(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    for chosen in (outputs, outputs[:1], outputs[1:]):
+        if not chosen:
+            continue
+        batch = [torch.randn((3, *x.shape), generator=generator, dtype=torch.float64) for x in chosen]
+        found = torch.autograd.grad(
+            chosen, inputs, batch, is_grads_batched=True, retain_graph=True, materialize_grads=True
+        )
+        loop = [
+            torch.autograd.grad(chosen, inputs, dout, retain_graph=True, materialize_grads=True)
+            for dout in zip(*batch, strict=True)
+        ]
+        expected = tuple(torch.stack(x) for x in zip(*loop, strict=True))
+        # Where nothing flows, torch's zeros are not batched.
+        found = tuple(x.expand_as(y) for x, y in zip(found, expected, strict=True))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_vectorized_jacobian_and_hessian(name: str, strategy: str, backend: str, generator: torch.Generator) -> None:
+    make, shapes = FUNCTIONS[name]
+    inputs = tuple(tensors(generator, *shapes, dtype=torch.float64, requires_grad=False))
+    function = make(backend)
+
+    def loss(*args: Tensor) -> Tensor:
+        outputs = function(*args)
+        return sum(x.square().sum() for x in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+    functional = torch.autograd.functional
+    results = [functional.jacobian(function, inputs)]
+    results.append(functional.jacobian(function, inputs, vectorize=True, strategy=strategy))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    results = [functional.hessian(loss, inputs)]
+    results.append(functional.hessian(loss, inputs, vectorize=True, outer_jacobian_strategy=strategy))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 def test_double_backward_compiled(backend: str, generator: torch.Generator) -> None:
     """torch.compile itself refuses double backward: what may not happen is a silent wrong answer."""
     args = qkv(generator, torch.float64)
@@ -368,6 +485,26 @@ def test_checkpoint(backend: str, use_reentrant: bool, generator: torch.Generato
         results.append((loss, *(x.grad for x in args)))
     for plain_, checkpointed in zip(*results, strict=True):
         assert torch.equal(plain_, checkpointed)
+
+
+@pytest.mark.quick
+def test_selective_checkpoint(backend: str, generator: torch.Generator) -> None:
+    """A policy sees attention as one operator and can have its outputs kept."""
+    seen = set()
+
+    def policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
+        seen.add(operator)
+        is_ours = operator is torch.ops.fused_attn.attention.default
+        return CheckpointPolicy.MUST_SAVE if is_ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+    args = qkv(generator)
+    expected = torch.autograd.grad(ours(backend)(*args).sin().sum(), args)
+    out = checkpoint(
+        lambda *args: ours(backend)(*args).sin(), *args, use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
+    )  # fmt: skip
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), args), expected)
+    assert backend == "reference" or torch.ops.fused_attn.attention.default in seen
 
 
 @pytest.mark.quick

@@ -10,9 +10,13 @@
 namespace fused_attn::gpu {
 namespace {
 
-// Keys and values of the heads that run side by side are to stay in the L2 cache: a little below the 40 MB of an A100
-// and the 50 MB of an H100.
-constexpr int64_t kL2Bytes = 32 << 20;
+// Of keys and values of the heads that forward takes side by side. All would fit the L2 cache with four times as many,
+// but programs that share keys then start further apart. Measured on an H100, (32, 16, 512, 128): 8 MiB 491 TFLOP/s,
+// 32 MiB 380; from 2048 keys on, they are equal.
+constexpr int64_t kL2Bytes = 8 << 20;
+// Of queries, keys, values and dout of the heads that backward takes side by side. As many bytes again are the sums of
+// dq. Measured on an H100, (8, 16, 2048, 128): 20 MiB 490 TFLOP/s, 128 MiB 313.
+constexpr int64_t kBackwardL2Bytes = 20 << 20;
 
 // Takes pieces of the workspace one after another. With no memory it only counts.
 class Workspace {
@@ -36,25 +40,49 @@ class Workspace {
 struct Pieces {
   uint32_t* kept_keys = nullptr;
   int32_t kept_words = 0;
+  int32_t row_blocks = 0;
   float* lse_log2 = nullptr;
   float* delta = nullptr;
+  float* dq_sums = nullptr;
+  int32_t* dq_turns = nullptr;
+  int32_t* key_ranks = nullptr;
+  KeyBlock* key_blocks = nullptr;
   int32_t* tile_counter = nullptr;
 };
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool is_fused_backward(const WorkspaceNeeds& needs) {
+  return needs.is_backward && needs.wants_all_gradients && needs.architecture == 90 &&
+         has_fused_backward(needs.head_dim);
+}
 
 Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
   Pieces pieces;
   if (needs.has_key_padding) {
     // Up to the end of the largest block of keys, so that kernels need not ask where the words end.
     constexpr int64_t kLargestBlock = 256;
-    pieces.kept_words =
-        static_cast<int32_t>((needs.seqlen_k + kLargestBlock - 1) / kLargestBlock * (kLargestBlock / 32));
+    pieces.kept_words = static_cast<int32_t>(ceil_div(needs.seqlen_k, kLargestBlock) * (kLargestBlock / 32));
     pieces.kept_keys = workspace.take<uint32_t>(needs.batch * pieces.kept_words);
   }
+  const bool is_fused = is_fused_backward(needs);
   if (needs.is_backward) {
-    pieces.lse_log2 = workspace.take<float>(needs.lse_entries);
-    pieces.delta = workspace.take<float>(needs.lse_entries);
+    // A sequence may end within a row block: see Place::first_sum.
+    pieces.row_blocks = static_cast<int32_t>(needs.is_packed ? needs.rows_q / kRowBlock + needs.batch
+                                                             : ceil_div(needs.rows_q, kRowBlock));
+    const int64_t all_blocks = needs.batch_entries * needs.num_heads * pieces.row_blocks;
+    pieces.lse_log2 = workspace.take<float>(all_blocks * kRowBlock);
+    pieces.delta = workspace.take<float>(all_blocks * kRowBlock);
+    if (is_fused) {
+      constexpr int64_t kPanel = 64, kSmallestTile = 64;
+      pieces.dq_sums = workspace.take<float>(all_blocks * kRowBlock * ceil_div(needs.head_dim, kPanel) * kPanel);
+      pieces.dq_turns = workspace.take<int32_t>(all_blocks * (kRowBlock / kSmallestTile));
+      const int64_t key_blocks = ceil_div(needs.seqlen_k, kKeyBlock);
+      pieces.key_blocks = workspace.take<KeyBlock>(needs.batch * needs.num_kv_heads * key_blocks);
+      if (needs.has_key_padding) pieces.key_ranks = workspace.take<int32_t>(needs.batch * (key_blocks + 1));
+    }
   }
-  if (needs.architecture == 90 && !needs.is_backward) pieces.tile_counter = workspace.take<int32_t>(1);
+  if (needs.architecture == 90 && (is_fused || !needs.is_backward)) pieces.tile_counter = workspace.take<int32_t>(1);
   return pieces;
 }
 
@@ -70,7 +98,7 @@ bool has_unequal_tiles(const AttentionParams& a) {
          a.key_padding.data != nullptr;
 }
 
-Params params_of(const Call& call, const Pieces& pieces) {
+Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   const AttentionParams& a = call.params;
   Params p{};
   p.batch = static_cast<int32_t>(a.batch);
@@ -80,9 +108,10 @@ Params params_of(const Call& call, const Pieces& pieces) {
   p.seqlen_k = static_cast<int32_t>(a.seqlen_k);
   p.rows_q = static_cast<int32_t>(call.rows_q);
   p.rows_k = static_cast<int32_t>(call.rows_k);
-  const int64_t kv_bytes = std::max<int64_t>(a.seqlen_k * a.head_dim * 2 * 2, 1);
-  p.heads_per_section =
-      static_cast<int32_t>(std::clamp<int64_t>(kL2Bytes * p.group_size / kv_bytes, 1, a.num_heads * a.batch));
+  const int64_t kv_bytes = a.seqlen_k * a.head_dim * 2 * 2, q_bytes = a.seqlen_q * a.head_dim * 2 * 2;
+  const int64_t heads =
+      is_backward ? kBackwardL2Bytes / (kv_bytes + p.group_size * q_bytes) : kL2Bytes * p.group_size / kv_bytes;
+  p.heads_per_section = static_cast<int32_t>(std::clamp<int64_t>(heads, 1, a.num_heads * a.batch));
   p.q = rows_of(a.query);
   p.k = rows_of(a.key);
   p.v = rows_of(a.value);
@@ -104,29 +133,29 @@ Params params_of(const Call& call, const Pieces& pieces) {
   p.dq = rows_of(a.dquery);
   p.dk = rows_of(a.dkey);
   p.dv = rows_of(a.dvalue);
-  const int64_t stride_batch = a.cu_seqlens_q != nullptr ? 0 : a.num_heads * call.rows_q;
-  p.lse_log2 = {pieces.lse_log2, stride_batch, call.rows_q, 1};
-  p.delta = {pieces.delta, stride_batch, call.rows_q, 1};
-  p.tile_counter = has_unequal_tiles(a) ? pieces.tile_counter : nullptr;
+  p.row_blocks = pieces.row_blocks;
+  const int64_t stride_head = int64_t{p.row_blocks} * kRowBlock;
+  const int64_t stride_batch = a.cu_seqlens_q != nullptr ? 0 : a.num_heads * stride_head;
+  p.lse_log2 = {pieces.lse_log2, stride_batch, stride_head, 1};
+  p.delta = {pieces.delta, stride_batch, stride_head, 1};
+  p.dq_sums = pieces.dq_sums;
+  p.dq_turns = pieces.dq_turns;
+  p.key_ranks = pieces.key_ranks;
+  p.key_blocks = pieces.key_blocks;
+  p.num_key_blocks = static_cast<int32_t>(ceil_div(a.seqlen_k, kKeyBlock));
+  p.tile_counter = is_backward || has_unequal_tiles(a) ? pieces.tile_counter : nullptr;
   return p;
 }
 
-// Fills in the parts of the workspace that large kernels expect filled.
-void prepare(const Call& call, const Params& params, const Pieces& pieces) {
-  if (params.tile_counter != nullptr)
-    run_kernel(reset_counter_kernel, {1, 1, 1, 32, 0}, call.stream, params.tile_counter);
+PaddingParams padding_of(const Call& call, const Pieces& pieces) {
   const TensorView& padding = call.params.key_padding;
-  if (padding.data == nullptr || pieces.kept_words == 0) return;
-  const PaddingParams p{static_cast<const uint8_t*>(padding.data),
-                        padding.stride_batch,
-                        padding.stride_col,
-                        params.batch,
-                        params.seqlen_k,
-                        pieces.kept_words,
-                        pieces.kept_keys};
-  run_kernel(padding_kernel,
-             shape_of(pieces.kept_words * 32, 32 * kPaddingThreads, 1, params.batch, kPaddingThreads, 0), call.stream,
-             p);
+  return {static_cast<const uint8_t*>(padding.data), padding.stride_batch, padding.stride_col, pieces.kept_keys,
+          pieces.key_ranks};
+}
+
+void prepare_padding(const Params& params, const PaddingParams& padding, Stream stream) {
+  const int blocks = padding.padding != nullptr ? params.batch : 1;
+  run_kernel(prepare_padding_kernel, {blocks, 1, 1, kPreparationThreads, 0}, stream, params, padding);
 }
 
 using Launcher = void (*)(const Params&, bool, Stream);
@@ -188,20 +217,30 @@ void run(const Call& call, bool is_backward) {
   const AttentionParams& a = call.params;
   if (std::max({a.seqlen_q, a.seqlen_k, call.rows_q, call.rows_k}) > kMaxRows)
     throw std::invalid_argument("more than " + std::to_string(kMaxRows) + " rows");
-  const WorkspaceNeeds needs{call.architecture,
-                             is_backward,
-                             a.batch,
-                             a.seqlen_k,
-                             call.batch_entries * a.num_heads * call.rows_q,
-                             a.key_padding.data != nullptr};
+  WorkspaceNeeds needs;
+  needs.architecture = call.architecture;
+  needs.is_backward = is_backward;
+  needs.wants_all_gradients = a.dquery.data != nullptr && (a.dkey.data != nullptr || a.dvalue.data != nullptr);
+  needs.batch = a.batch;
+  needs.batch_entries = call.batch_entries;
+  needs.num_heads = a.num_heads;
+  needs.num_kv_heads = a.num_kv_heads;
+  needs.rows_q = call.rows_q;
+  needs.seqlen_k = a.seqlen_k;
+  needs.head_dim = a.head_dim;
+  needs.is_packed = a.cu_seqlens_q != nullptr;
+  needs.has_key_padding = a.key_padding.data != nullptr;
   if (const int64_t bytes = workspace_bytes(needs); call.workspace_bytes < bytes)
     throw std::invalid_argument("workspace: expected at least " + std::to_string(bytes) + " bytes, got " +
                                 std::to_string(call.workspace_bytes));
   Workspace workspace(call.workspace);
   const Pieces pieces = take_pieces(needs, workspace);
-  const Params params = params_of(call, pieces);
-  prepare(call, params, pieces);
+  const Params params = params_of(call, pieces, is_backward);
+  const PaddingParams padding = padding_of(call, pieces);
   const bool is_bf16 = call.params.dtype == DType::kBFloat16;
+  // Backward resets the counter where it prepares rows.
+  if (padding.padding != nullptr || (!is_backward && params.tile_counter != nullptr))
+    prepare_padding(params, padding, call.stream);
   (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
 }
 
@@ -218,7 +257,7 @@ std::string unusable_reason(int device) {
   try {
     const DeviceGuard guard(device);
     cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, reset_counter_kernel);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, prepare_padding_kernel);
     if (error == cudaSuccess) return "";
     cudaGetLastError();  // or the next launch would find it
     return cudaGetErrorString(error);

@@ -22,9 +22,15 @@ struct Call {
 struct WorkspaceNeeds {
   int architecture = 80;
   bool is_backward = false;
-  int64_t batch = 0;  // as in AttentionParams
+  bool wants_all_gradients = false;  // dquery, and dkey or dvalue
+  int64_t batch = 0;                 // as in AttentionParams and Call
+  int64_t batch_entries = 0;
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t rows_q = 0;
   int64_t seqlen_k = 0;
-  int64_t lse_entries = 0;  // elements of the LSE
+  int64_t head_dim = 0;
+  bool is_packed = false;
   bool has_key_padding = false;
 };
 

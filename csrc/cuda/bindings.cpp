@@ -139,12 +139,17 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
   if (PyModule_AddFunctions(module.ptr(), gpu::kMethods) != 0) throw py::error_already_set();
   module.def(
       "workspace_bytes",
-      [](int architecture, bool is_backward, int64_t batch, int64_t seqlen_k, int64_t lse_entries,
+      [](int architecture, bool is_backward, bool wants_all_gradients, int64_t batch, int64_t batch_entries,
+         int64_t num_heads, int64_t num_kv_heads, int64_t rows_q, int64_t seqlen_k, int64_t head_dim, bool is_packed,
          bool has_key_padding) {
-        return gpu::workspace_bytes({architecture, is_backward, batch, seqlen_k, lse_entries, has_key_padding});
+        return gpu::workspace_bytes({architecture, is_backward, wants_all_gradients, batch, batch_entries, num_heads,
+                                     num_kv_heads, rows_q, seqlen_k, head_dim, is_packed, has_key_padding});
       },
-      py::arg("architecture"), py::arg("is_backward"), py::arg("batch"), py::arg("seqlen_k"), py::arg("lse_entries"),
-      py::arg("has_key_padding"), "Size of the workspace; lse_entries are the elements of the LSE.");
+      py::kw_only(), py::arg("architecture"), py::arg("is_backward"), py::arg("wants_all_gradients"), py::arg("batch"),
+      py::arg("batch_entries"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("rows_q"), py::arg("seqlen_k"),
+      py::arg("head_dim"), py::arg("is_packed"), py::arg("has_key_padding"),
+      "Size of the workspace in bytes. batch_entries and rows_q are those of the query tensor, batch counts "
+      "sequences.");
   module.def("unusable_reason", &gpu::unusable_reason, py::arg("device"),
              "Why no kernel can run on the CUDA device with this number; empty where they can.");
 #if defined(FUSED_ATTN_EMULATION)

@@ -12,11 +12,12 @@ struct Dropout {
   int32_t head;
   int32_t batch;
 
-  GPU_DEVICE Dropout(const Params& p, const Place& place)
+  GPU_DEVICE Dropout(const Params& p, int32_t of_batch, int32_t of_head)
       : seed(static_cast<uint64_t>(load_global(p.dropout_seed))),
         threshold(p.dropout_threshold),
-        head(place.head),
-        batch(place.batch) {}
+        head(of_head),
+        batch(of_batch) {}
+  GPU_DEVICE Dropout(const Params& p, const Place& place) : Dropout(p, place.batch, place.head) {}
 
   // Bit i: key 4 * group + i is kept for this query.
   GPU_DEVICE uint32_t keep_bits(int32_t query, int32_t group) const {

@@ -42,6 +42,17 @@ GPU_DEVICE float row_total(float x) {
   return x + shuffle_xor(x, 2);
 }
 
+// -inf where row r of the thread does not see columns 32 * word ... 32 * word + 31; `visible` has a bit for each.
+template <int kTiles>
+GPU_DEVICE void hide_word(float (&scores)[kTiles][4], int r, int word, uint32_t visible, Lane lane) {
+  const uint32_t bits = visible >> (2 * lane.q);
+  GPU_UNROLL for (int t = 0; t < 4; ++t) {
+    GPU_UNROLL for (int j = 0; j < 2; ++j) {
+      if (!(bits >> (8 * t + j) & 1)) scores[4 * word + t][2 * r + j] = -kInfinity;
+    }
+  }
+}
+
 // -inf where a row does not see a column.
 template <int kTiles>
 GPU_DEVICE void hide(float (&scores)[kTiles][4], const VisibleColumns<8 * kTiles>& visible, Lane lane) {

@@ -35,6 +35,9 @@ void for_variant(const Params& p, bool is_bf16, F f) {
   }
 }
 
+// Whether backward for sm_90a has one kernel for all gradients: with more columns, those of dk and dv do not fit registers.
+constexpr bool has_fused_backward(int64_t head_dim) { return head_dim <= 128; }
+
 namespace sm80 {
 template <int kHeadDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream);

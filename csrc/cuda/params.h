@@ -7,6 +7,13 @@ namespace fused_attn::gpu {
 // Above every row number and below every diagonal's, so that positions can be added to diagonals in 32 bits.
 constexpr int32_t kMaxRows = 1 << 29;
 
+// What backward knows of queries lies in whole blocks of so many rows, so that bulk copies start at aligned rows and
+// need not ask where a sequence ends.
+constexpr int32_t kRowBlock = 128;
+
+// Keys whose gradients one block of the fused backward sums, and whose padding it looks at together.
+constexpr int32_t kKeyBlock = 128;
+
 // A tensor (batch, head, row, column) of 16-bit numbers: columns side by side, rows aligned to 16 bytes, strides in
 // elements.
 struct Rows {
@@ -22,6 +29,35 @@ struct RowValues {
   int64_t stride_batch;
   int64_t stride_head;
   int64_t stride_row;
+};
+
+// A block of keys of one head, and the tiles of queries that see it: what a block of the fused backward works on.
+struct alignas(16) KeyBlock {
+  int32_t number;  // of the block within its sequence
+  int32_t batch;
+  int32_t head;  // the first of the group
+  int32_t kv_head;
+  int32_t first_q;  // as in Place
+  int32_t len_q;
+  int32_t first_sum;
+  int32_t first_k;
+  int32_t len_k;
+  int32_t begin;  // tiles of queries
+  int32_t end;
+  int32_t full_begin;  // those that see all keys
+  int32_t full_end;
+  int32_t rank_after;  // how many blocks up to this one have a key that is no padding
+  int32_t steps;       // tiles of all heads of the group
+  int32_t unused;
+  uint32_t kept[kKeyBlock / 32];  // which keys exist and are no padding, as bits
+};
+
+struct PaddingParams {
+  const uint8_t* padding;  // (B, S), nonzero = IGNORE; null = none
+  int64_t stride_batch;
+  int64_t stride_key;
+  uint32_t* kept_keys;  // (B, kept_words), written: see Params
+  int32_t* key_ranks;   // (B, num_key_blocks + 1), written: see Params; null = not wanted
 };
 
 // Packed (varlen) problems: tensors have one batch entry (stride_batch is 0), and row r of sequence b lies at
@@ -57,16 +93,27 @@ struct Params {
   float dropout_scale;          // factor for what is kept
 
   // Backward only.
-  Rows dout;           // (B, H, L, D)
-  RowValues dlse;      // (B, H, L), any strides; null = zero
-  Rows dq;             // (B, H, L, D); null data = not wanted, as for dk and dv
-  Rows dk;             // (B, Hkv, S, D)
-  Rows dv;             // (B, Hkv, S, D)
-  RowValues lse_log2;  // (B, H, L), written by the delta kernel: lse * log2(e), or +inf for an empty row
-  RowValues delta;     // (B, H, L), written by the delta kernel: rowsum(dout * out) - dlse
+  Rows dout;       // (B, H, L, D)
+  RowValues dlse;  // (B, H, L), any strides; null = zero
+  Rows dq;         // (B, H, L, D); null data = not wanted, as for dk and dv
+  Rows dk;         // (B, Hkv, S, D)
+  Rows dv;         // (B, Hkv, S, D)
+  // Written by the preparation kernel, in row blocks: see Place::row_sum.
+  int32_t row_blocks;  // of one head of a batch entry
+  RowValues lse_log2;  // (B, H, row_blocks * kRowBlock): lse * log2(e), or +inf for an empty row and past the last one
+  RowValues delta;     // likewise: rowsum(dout * out) - dlse, 0 past the last row
 
-  // For kernels whose blocks stay and take one tile after another.
-  int32_t* tile_counter;  // 0 at the start: how many tiles have been taken beyond the first one of each block
+  // Fused backward only: dq is the sum of what the blocks of keys add, in a fixed order.
+  float* dq_sums;            // (B, H, row_blocks, kRowBlock * padded head dim), each tile in the order of accumulators
+  int32_t* dq_turns;         // (B, H, tiles): how many blocks of keys have added to a tile; 0 at the start
+  const int32_t* key_ranks;  // (B, key blocks + 1): how many of the blocks before have a key that is no padding; null =
+                             // all have
+  int32_t num_key_blocks;    // of the longest sequence
+  KeyBlock* key_blocks;      // (blocks of keys of all heads), in the order in which they are taken
+
+  // For kernels whose blocks stay and take one tile after another; 0 at the start.
+  int32_t*
+      tile_counter;  // forward: tiles taken beyond the first one of each block; fused backward: blocks of keys taken
 };
 
 }  // namespace fused_attn::gpu

@@ -1,51 +1,69 @@
-// Small kernels that run before the large ones: padding bytes become bits, a counter becomes 0, and the backward's sums
+// What has to be ready before the large kernels run: padding bytes as bits, a counter at 0, and for backward the sums
 // over rows.
 #pragma once
 #include "fragments.h"
+#include "kernels.h"
 
 namespace fused_attn::gpu {
 
-struct PaddingParams {
-  const uint8_t* padding;  // (B, S), nonzero = IGNORE
-  int64_t stride_batch;
-  int64_t stride_key;
-  int32_t batch;
-  int32_t seqlen_k;
-  int32_t kept_words;
-  uint32_t* kept_keys;  // (B, kept_words), written: see Params
-};
-
-constexpr int kPaddingThreads = 128;
-
-// One thread for each word.
-GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPaddingThreads, 1) padding_kernel(const GPU_GRID_CONSTANT PaddingParams p) {
-  const int64_t index = int64_t{block_index_x()} * kPaddingThreads + thread_index();
-  const int64_t batch = index / p.kept_words, first_key = index % p.kept_words * 32;
-  if (batch >= p.batch) return;
-  uint32_t kept = 0;
-  for (int i = 0; i < 32 && first_key + i < p.seqlen_k; ++i) {
-    const bool is_kept = load_global(p.padding + batch * p.stride_batch + (first_key + i) * p.stride_key) == 0;
-    kept |= static_cast<uint32_t>(is_kept) << i;
-  }
-  store_global(p.kept_keys + index, kept);
-}
-
-// The counter of tiles that blocks take (Params::tile_counter).
-GPU_KERNEL void GPU_LAUNCH_BOUNDS(32, 1) reset_counter_kernel(int32_t* counter) {
-  if (thread_index() == 0) store_global(counter, 0);
-}
-
-constexpr int kDeltaThreads = 128;
+constexpr int kPreparationThreads = 128;
 constexpr int kThreadsPerRow = 8;
-constexpr int kDeltaRows = kDeltaThreads / kThreadsPerRow;
+constexpr int kPreparationRows = kPreparationThreads / kThreadsPerRow;
+static_assert(kRowBlock % kPreparationRows == 0);
 
-// delta and lse_log2 of kDeltaRows queries of one head.
-template <class T, int kHeadDim>
-GPU_KERNEL void GPU_LAUNCH_BOUNDS(kDeltaThreads, 1) delta_kernel(const GPU_GRID_CONSTANT Params p) {
-  const int num_blocks = (p.seqlen_q + kDeltaRows - 1) / kDeltaRows;
-  const Work work = scheduled_work(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_section, true);
+// The padding of one batch entry, by one block.
+GPU_DEVICE void prepare_padding(const Params& p, const PaddingParams& padding, int32_t batch) {
+  uint32_t* const kept_keys = padding.kept_keys + int64_t{batch} * p.kept_words;
+  for (int word = thread_index(); word < p.kept_words; word += kPreparationThreads) {
+    uint32_t kept = 0;
+    for (int i = 0; i < 32 && 32 * word + i < p.seqlen_k; ++i) {
+      const int64_t key = int64_t{32} * word + i;
+      const bool is_kept = load_global(padding.padding + batch * padding.stride_batch + key * padding.stride_key) == 0;
+      kept |= static_cast<uint32_t>(is_kept) << i;
+    }
+    store_global(kept_keys + word, kept);
+  }
+  if (padding.key_ranks == nullptr) return;
+  sync_threads();
+  if (thread_index() >= 32) return;
+
+  // A running count, 32 blocks of keys at a time.
+  constexpr int kWords = kKeyBlock / 32;
+  int32_t* const ranks = padding.key_ranks + int64_t{batch} * (p.num_key_blocks + 1);
+  int32_t before = 0;
+  for (int first = 0; first < p.num_key_blocks; first += 32) {
+    const int block = first + thread_index();
+    uint32_t any = 0;
+    for (int w = 0; w < kWords && block < p.num_key_blocks; ++w) any |= load_global(kept_keys + kWords * block + w);
+    int32_t count = any != 0;
+    GPU_UNROLL for (int distance = 1; distance < 32; distance *= 2) {
+      const int32_t lower = shuffle(count, max(thread_index() - distance, 0));
+      if (thread_index() >= distance) count += lower;
+    }
+    if (block < p.num_key_blocks) store_global(ranks + block + 1, before + count);
+    before += shuffle(count, 31);
+  }
+  if (thread_index() == 0) store_global(ranks, 0);
+}
+
+GPU_DEVICE void reset_tile_counter(const Params& p) {
+  if (p.tile_counter != nullptr && block_index_x() == 0 && thread_index() == 0) store_global(p.tile_counter, 0);
+}
+
+// Padding, one block for each batch entry, and the counter.
+GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
+    prepare_padding_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT PaddingParams padding) {
+  reset_tile_counter(p);
+  if (padding.padding != nullptr) prepare_padding(p, padding, block_index_x());
+}
+
+// The sums of kPreparationRows queries of one head. kTileRows: queries of a tile of dq.
+template <class T, int kHeadDim, int kTileRows>
+GPU_DEVICE void prepare_rows(const Params& p) {
+  const int blocks_of_head = (p.seqlen_q + kRowBlock - 1) / kRowBlock * (kRowBlock / kPreparationRows);
+  const Work work = scheduled_work(block_index_x(), blocks_of_head, p.num_heads, p.batch, p.heads_per_section, true);
   const Place place = place_of(p, work.batch, work.head, work.head / p.group_size);
-  const int row = work.block * kDeltaRows + thread_index() / kThreadsPerRow;
+  const int row = work.block * kPreparationRows + thread_index() / kThreadsPerRow;
   const bool is_row = row < place.len_q;
   float sum = 0.0f;
   for (int chunk = thread_index() % kThreadsPerRow; is_row && chunk < kHeadDim / 8; chunk += kThreadsPerRow) {
@@ -58,12 +76,28 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kDeltaThreads, 1) delta_kernel(const GPU_GRID_
     }
   }
   GPU_UNROLL for (int mask = 1; mask < kThreadsPerRow; mask *= 2) sum += shuffle_xor(sum, mask);
-  if (!is_row || thread_index() % kThreadsPerRow != 0) return;
-  if (p.dlse.data != nullptr) sum -= load_global(place.query_value(p.dlse, row));
-  const float lse = load_global(place.query_value(p.lse, row));
+  const bool is_in_block = row / kRowBlock * kRowBlock < place.len_q;  // no other row has a place in the arrays
+  if (!is_in_block || thread_index() % kThreadsPerRow != 0) return;
+  float lse = -kInfinity;  // of rows past the last one as of empty ones
+  if (is_row) {
+    if (p.dlse.data != nullptr) sum -= load_global(place.query_value(p.dlse, row));
+    lse = load_global(place.query_value(p.lse, row));
+  }
   // Of an empty row every weight exp2(score - inf) is 0, with no test in the large kernels; 0 * delta has to be 0 too.
-  store_global(place.query_value(p.delta, row), lse == -kInfinity ? 0.0f : sum);
-  store_global(place.query_value(p.lse_log2, row), lse == -kInfinity ? kInfinity : lse * kLog2E);
+  store_global(place.row_sum(p.delta, row), lse == -kInfinity ? 0.0f : sum);
+  store_global(place.row_sum(p.lse_log2, row), lse == -kInfinity ? kInfinity : lse * kLog2E);
+  if (p.dq_turns != nullptr && row % kTileRows == 0)
+    store_global(p.dq_turns + place.first_row_block(p) * (kRowBlock / kTileRows) + row / kTileRows, 0);
+}
+
+template <class T, int kHeadDim>
+GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1) prepare_rows_kernel(const GPU_GRID_CONSTANT Params p) {
+  prepare_rows<T, kHeadDim, kRowBlock>(p);
+}
+
+inline LaunchShape shape_of_row_preparation(const Params& p) {
+  return shape_of((p.seqlen_q + kRowBlock - 1) / kRowBlock * kRowBlock, kPreparationRows, p.num_heads, p.batch,
+                  kPreparationThreads, 0);
 }
 
 }  // namespace fused_attn::gpu

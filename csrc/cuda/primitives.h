@@ -177,8 +177,9 @@ GPU_DEVICE void fence_async_proxy();
 // instructions and bulk stores whose order the counter decides.
 GPU_DEVICE void fence_async_proxy_global();
 
-// ---- TMA: boxes of a tensor, by one thread. Coordinates may lie outside of the tensor: loads give zeros (and count their
-// bytes), stores and additions skip. Tensor maps are made by encode_tensor_map (tensor_map.h).
+// ---- TMA: boxes of a tensor, by one thread. Boxes may reach beyond the tensor: loads give zeros (and count their bytes),
+// stores and additions skip. Only a load may begin before the tensor, at negative coordinates. c0 is a multiple of 16
+// bytes. Tensor maps are made by encode_tensor_map (tensor_map.h).
 
 GPU_DEVICE void tma_prefetch(const TensorMap* map);
 GPU_DEVICE void tma_load_4d(uint32_t destination, const TensorMap* map, uint32_t mbarrier, int c0, int c1, int c2,

@@ -1,4 +1,4 @@
-// What the backward kernels know of a query besides its row: the numbers that the delta kernel has prepared.
+// What the backward kernels know of a query besides its row: the numbers that the preparation kernel has written.
 #pragma once
 #include "fragments.h"
 
@@ -9,10 +9,9 @@ struct RowSums {
   float delta;
 };
 
-// Of a query that may not exist.
+// Of a row of a block that holds queries; of one past the last query as of an empty one, whose weights are all 0.
 GPU_DEVICE RowSums row_sums(const Params& p, const Place& place, int row) {
-  if (row >= place.len_q) return {kInfinity, 0.0f};  // all its weights are 0
-  return {load_global(place.query_value(p.lse_log2, row)), load_global(place.query_value(p.delta, row))};
+  return {load_global(place.row_sum(p.lse_log2, row)), load_global(place.row_sum(p.delta, row))};
 }
 
 // Of a product q @ k^T; 0 where the score has been hidden.

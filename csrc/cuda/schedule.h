@@ -14,6 +14,7 @@ struct Place {
   int32_t first_k;
   int32_t len_q;
   int32_t len_k;
+  int32_t first_sum;  // first row of the sequence in arrays of whole row blocks (kRowBlock)
 
   template <class T>
   GPU_DEVICE T* query_row(const Rows& x, int64_t row) const {
@@ -26,15 +27,26 @@ struct Place {
   GPU_DEVICE float* query_value(const RowValues& x, int64_t row) const {
     return x.data + batch * x.stride_batch + head * x.stride_head + (first_q + row) * x.stride_row;
   }
+  // Of an array that has whole row blocks for each sequence.
+  GPU_DEVICE float* row_sum(const RowValues& x, int64_t row) const {
+    return x.data + batch * x.stride_batch + head * x.stride_head + (first_sum + row) * x.stride_row;
+  }
+  // The number, over all heads and sequences, of the row block that begins with row 0.
+  GPU_DEVICE int64_t first_row_block(const Params& p) const {
+    const int64_t entry = p.cu_seqlens_q != nullptr ? 0 : batch;
+    return (entry * p.num_heads + head) * p.row_blocks + first_sum / kRowBlock;
+  }
 };
 
 GPU_DEVICE Place place_of(const Params& p, int32_t batch, int32_t head, int32_t kv_head) {
-  Place place{batch, head, kv_head, 0, 0, p.seqlen_q, p.seqlen_k};
+  Place place{batch, head, kv_head, 0, 0, p.seqlen_q, p.seqlen_k, 0};
   if (p.cu_seqlens_q != nullptr) {
     place.first_q = load_global(p.cu_seqlens_q + batch);
     place.len_q = load_global(p.cu_seqlens_q + batch + 1) - place.first_q;
     place.first_k = load_global(p.cu_seqlens_k + batch);
     place.len_k = load_global(p.cu_seqlens_k + batch + 1) - place.first_k;
+    // Sequences end within row blocks: one more block for each leaves room for all that come before.
+    place.first_sum = (place.first_q / kRowBlock + batch) * kRowBlock;
   }
   return place;
 }

@@ -1,4 +1,5 @@
-// The tile sizes of every kernel, apart from the kernels. None has been measured yet: each row says why it was chosen.
+// The tile sizes of every kernel, apart from the kernels. Each row says why it was chosen; those of forward on sm_90a
+// have been measured.
 #pragma once
 
 namespace fused_attn::gpu {
@@ -56,6 +57,18 @@ template <bool kHasDropout>
 struct ForwardTileSm90<256, kHasDropout> {
   // The output takes 128 registers; 192 KiB.
   static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kQueryStages = 1;
+};
+
+// The fused backward: kBlockM queries at a time, tiles of queries and of dout in flight; and how many tiles of 8 queries
+// have their lse (delta) loaded before the products that they belong to are waited for. More do not fit the registers.
+template <int kHeadDim>
+struct FusedBackwardTileSm90 {
+  static constexpr int kBlockM = 64, kQStages = 4, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 4;
+};
+template <>
+struct FusedBackwardTileSm90<64> {
+  // 128 queries: each warpgroup then has rows of dq of its own, and reads each key for it once.
+  static constexpr int kBlockM = 128, kQStages = 2, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 2;
 };
 
 // The kernel for dq: two consumer warpgroups of 64 queries each, kBlockN keys at a time.

@@ -60,6 +60,7 @@ struct KeptKeys {
   static constexpr int kWords = kBlock / 32;
   uint32_t words[kWords];
 
+  GPU_DEVICE uint32_t word(int w) const { return words[w]; }
   GPU_DEVICE bool all() const {
     uint32_t common = ~0u;
     GPU_UNROLL for (int w = 0; w < kWords; ++w) common &= words[w];
@@ -78,6 +79,16 @@ struct KeptKeys {
   // Of key first + offset of the block, where the constant `offset` says in which word: an index that is no constant
   // would put the words into memory.
   GPU_DEVICE bool has(int32_t first, int32_t offset) const { return (words[offset / 32] >> (first + offset % 32)) & 1; }
+};
+
+// The same for a block of which the first `count` rows exist.
+template <int kBlock>
+struct FirstRows {
+  static constexpr int kWords = kBlock / 32;
+  int32_t count;
+
+  GPU_DEVICE uint32_t word(int w) const { return column_bits(0, count, w); }
+  GPU_DEVICE bool all() const { return count >= kBlock; }
 };
 
 template <int kBlock>

@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <functional>
 #include <random>
-#include <set>
 #include <vector>
 
 #include "bank_conflicts.h"
@@ -57,7 +56,6 @@ struct Block {
   Agents agents;
   std::function<void()> kernel;
   std::mt19937 random;
-  std::set<int> known_blocks;  // whose writes to global memory the block has acquired
 
   std::vector<Thread> threads;
   Thread* current = nullptr;  // null outside of the kernel

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <vector>
 
+#include "errors.h"
+
 #if defined(__x86_64__)
 // The registers that a function must preserve under the System V ABI, and nothing else.
 asm(R"(
@@ -69,8 +71,8 @@ char* stack_top(int slot, int thread) {
   while (thread >= int(stacks[slot].size())) {
     void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) abort();
-    mprotect(memory, kGuardBytes, PROT_NONE);
+    if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0)
+      fail("launch: no memory for the stacks of so many threads; fewer resident_blocks need less");
     stacks[slot].push_back(static_cast<char*>(memory));
   }
   return stacks[slot][thread] + kGuardBytes + kStackBytes;

@@ -4,11 +4,12 @@
 
 #include "block.h"
 #include "errors.h"
+#include "global_memory.h"
 
 namespace fused_attn::emulation {
 namespace {
 
-std::string describe(const Wait& wait) {
+std::string describe(const Wait& wait, int64_t blocks_to_start) {
   Block& b = block();
   switch (wait.what) {
     case Wait::kNothing: return "nothing";
@@ -24,11 +25,19 @@ std::string describe(const Wait& wait) {
     case Wait::kRegisters:
       return format("%s: a warpgroup wants %u registers a thread, %s", wait.name, wait.id,
                     b.registers.describe().c_str());
-    case Wait::kCounter:
-      return format(
-          "%s: the counter in global memory is %d and waited for to become %d; %d blocks run side by side, and later "
-          "ones do not start before one of them ends",
-          wait.name, *wait.counter, wait.value, b.options.resident_blocks);
+    case Wait::kCounter: {
+      const int now = *wait.counter;
+      std::string text = format("%s: %s is %d and waited for to become %d", wait.name,
+                                describe_counter(wait.counter).c_str(), now, wait.value);
+      if (now > wait.value) text += ", which it has passed";
+      if (blocks_to_start)
+        text += format(
+            "; %d blocks run side by side, and %lld later ones, which may be what it waits for, do not start before "
+            "one "
+            "of them ends",
+            b.options.resident_blocks, (long long)blocks_to_start);
+      return text;
+    }
   }
   return "";
 }
@@ -46,11 +55,11 @@ std::string ranges(const std::vector<int>& numbers) {
 
 }  // namespace
 
-std::string deadlock_report() {
+std::string deadlock_report(int64_t blocks_to_start) {
   Block& b = block();
   std::map<std::string, std::vector<int>> waiting;
   for (const Thread& thread : b.threads)
-    if (!thread.is_done) waiting[describe(thread.wait)].push_back(thread.index);
+    if (!thread.is_done) waiting[describe(thread.wait, blocks_to_start)].push_back(thread.index);
   std::string text = format("[block %d, %d, %d] DEADLOCK: no thread can go on", b.index.x, b.index.y, b.index.z);
   for (const auto& [what, threads] : waiting) text += "\n  threads " + ranges(threads) + " wait in " + what;
   return text;

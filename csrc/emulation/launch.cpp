@@ -76,7 +76,6 @@ void start_block(const LaunchShape& shape, const Options& options, const std::fu
   b.statistics.blocks = 1;
   b.kernel = kernel;
   b.random.seed(uint32_t(options.seed * 2654435761u + index));
-  b.known_blocks.clear();
   b.grid_size = shape.grid;
   b.linear_index = index;
   b.index = {index % shape.grid.x, index / shape.grid.x % shape.grid.y, index / shape.grid.x / shape.grid.y};
@@ -155,7 +154,7 @@ void run_blocks(const LaunchShape& shape, const Options& options, Statistics* st
     std::string report;
     for (Block* stuck : running) {
       current_block = stuck;
-      report += (report.empty() ? "" : "\n") + deadlock_report();
+      report += (report.empty() ? "" : "\n") + deadlock_report(num_blocks - next);
     }
     throw EmulationError(report);
   }

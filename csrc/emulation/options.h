@@ -17,7 +17,8 @@ struct Options {
   int32_t poison = true;  // NaN in shared memory at the start, in what is being copied to, in accumulators in flight
   int32_t strict_wgmma = true;  // a wait for wgmma tells a warp about itself only, not about its warpgroup
   int32_t count_bank_conflicts = false;
-  int32_t resident_blocks = 2;       // that run side by side; a further one starts when one of them ends
+  int32_t resident_blocks = 2;       // multiprocessors: a further block starts when one of so many ends
+  int32_t ordered_sums = true;       // blocks may add floats to the same place only in an order that something decides
   int32_t registers_per_thread = 0;  // at launch; 0: all that a multiprocessor has for one block
 };
 

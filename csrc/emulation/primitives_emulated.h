@@ -132,7 +132,8 @@ inline V load_global(const V* p) {
 
 template <class V>
 inline void store_global(V* p, V v) {
-  memcpy(emulation::global_write(p, sizeof(V), sizeof(V), "store_global"), &v, sizeof(V));
+  const emulation::Epoch access = emulation::block().current->epoch();
+  memcpy(emulation::global_write(p, sizeof(V), sizeof(V), "store_global", access), &v, sizeof(V));
 }
 
 inline void atomic_add(float* p, float v) { emulation::atomic_add(p, v); }
@@ -186,7 +187,7 @@ inline void fence_async_proxy() {
   emulation::block().current->clock.fence();
   emulation::tick();
 }
-inline void fence_async_proxy_global() {}
+inline void fence_async_proxy_global() { emulation::block().current->clock.global.fence(); }
 
 // ---- TMA
 
@@ -219,7 +220,7 @@ inline void bulk_reduce_add_f32(float* p, uint32_t source, uint32_t bytes) {
 inline void tma_store_commit() { emulation::bulk_commit(); }
 template <int N>
 inline void tma_store_wait_read() {
-  emulation::bulk_wait(N);
+  emulation::bulk_wait_read(N);
 }
 template <int N>
 inline void tma_store_wait() {
@@ -251,7 +252,9 @@ template <int N>
 inline void keep_registers(float (&)[N]) {}
 
 template <int N>
-inline void forget_registers(float (&)[N]) {}
+inline void forget_registers(float (&r)[N]) {
+  emulation::block().wgmma.forget(r, N);
+}
 
 inline uint32_t keep_computed(uint32_t x) { return x; }
 

@@ -57,7 +57,7 @@ class Scheduler {
   std::string error_;
 };
 
-// What the threads of the current block wait for, when none can run.
-std::string deadlock_report();
+// What the threads of the current block wait for, when none can run, while that many blocks have not started.
+std::string deadlock_report(int64_t blocks_to_start);
 
 }  // namespace fused_attn::emulation

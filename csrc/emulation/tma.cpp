@@ -60,6 +60,23 @@ void check_shared_address(const TensorMap& map, uint32_t address, const char* wh
     fail("%s: rows of %d bytes under a swizzle of %d are not emulated", what, row_bytes, map.swizzle_bytes);
 }
 
+// The box has to begin at a multiple of 16 bytes within its rows: on an H100 any other stops with an illegal instruction.
+void check_first_coordinate(const TensorMap& map, int coordinate, const char* what) {
+  const int64_t bytes = int64_t(coordinate) * map.element_bytes;
+  if (bytes % kChunk)
+    fail("%s: coordinate 0 is %d, which is %lld bytes, not a multiple of %u", what, coordinate, (long long)bytes,
+         kChunk);
+}
+
+// A box that is read may begin before the tensor, one that is written may not (CUDA C++ Programming Guide, "Negative indices
+// and out of bounds"): an H100 stops with an illegal instruction, in stores and reductions, whichever coordinate it is.
+void check_begins_inside(const int* coordinates, int num_coordinates, const char* what) {
+  for (int i = 0; i < num_coordinates; i++) {
+    if (coordinates[i] < 0)
+      fail("%s: coordinate %d is %d: only a box that is read may begin before the tensor", what, i, coordinates[i]);
+  }
+}
+
 // `access(handle, bytes)` checks that the bytes may be accessed, and gives their place in the host's memory.
 template <class F>
 Box box_of(const TensorMap& map, const int* coordinates, const F& access) {
@@ -136,23 +153,40 @@ void add(char* global, const char* shared, int bytes, bool is_float32, bool is_b
   }
 }
 
+// The store that the current thread issues next.
+Epoch next_store() {
+  const Block& b = block();
+  return {uint16_t(b.agents.bulk_stores(b.current->warp)), true, uint32_t(b.statistics.tma_stores) + 1};
+}
+
 void write(Box box, uint32_t source, BulkWrite write, bool is_float32, bool is_bf16, const char* what) {
   Block& b = block();
+  const Epoch epoch = next_store();
   b.statistics.tma_stores++;
   const uint32_t bytes = box.bytes();
   b.shared.at(source, bytes, kChunk, what);
-  const Epoch epoch = {uint16_t(b.agents.bulk_stores(b.current->warp)), true, uint32_t(b.statistics.tma_stores)};
   if (b.options.race_detection) b.races.read(source - kSharedBase, bytes, epoch, b.current->known(), what);
+  struct Piece {
+    char* global;
+    int bytes;
+    char data[kChunk];
+  };
+  auto pieces = std::make_shared<std::vector<Piece>>();
   auto job = std::make_shared<TmaJob>();
-  job->carry_out = [=, box = std::move(box)] {
+  job->read_source = [=, box = std::move(box)] {
     for_each_chunk(box, source, [&](uint32_t address, int begin, int end, char* global) {
-      const char* chunk = block().shared.at(address, kChunk, kChunk, what);
       if (begin >= end) return;
-      if (write == BulkWrite::kAdd)
-        add(global, chunk + begin, end - begin, is_float32, is_bf16);
-      else
-        memcpy(global, chunk + begin, end - begin);
+      Piece& piece = pieces->emplace_back(Piece{global, end - begin, {}});
+      memcpy(piece.data, block().shared.at(address, kChunk, kChunk, what) + begin, end - begin);
     });
+  };
+  job->carry_out = [=] {
+    for (const Piece& piece : *pieces) {
+      if (write == BulkWrite::kAdd)
+        add(piece.global, piece.data, piece.bytes, is_float32, is_bf16);
+      else
+        memcpy(piece.global, piece.data, piece.bytes);
+    }
   };
   b.current->bulk_stores.open.push_back({job, epoch.tick});
   if (b.completes_late())
@@ -181,8 +215,10 @@ void tma_load(uint32_t destination, const TensorMap& map, uint32_t mbarrier, con
   const char* what = "tma_load";
   check_map(map, num_coordinates, what);
   check_shared_address(map, destination, what);
-  Box box = box_of(map, coordinates,
-                   [&](char* handle, size_t bytes) { return const_cast<char*>(global_read(handle, bytes, 1, what)); });
+  check_first_coordinate(map, coordinates[0], what);
+  Box box = box_of(map, coordinates, [&](char* handle, size_t bytes) {
+    return const_cast<char*>(global_read(handle, bytes, 1, what, true));
+  });
   load(destination, std::move(box), mbarrier, what);
 }
 
@@ -191,8 +227,10 @@ void tma_write(const TensorMap& map, uint32_t source, const int* coordinates, in
   const char* what = is_add ? "tma_reduce_add" : "tma_store";
   check_map(map, num_coordinates, what);
   check_shared_address(map, source, what);
+  check_first_coordinate(map, coordinates[0], what);
+  check_begins_inside(coordinates, num_coordinates, what);
   Box box = box_of(map, coordinates, [&](char* handle, size_t bytes) {
-    return global_write(handle, bytes, 1, what, is_add ? Write::kAtomic : Write::kPlain);
+    return global_write(handle, bytes, 1, what, next_store(), is_add ? Write::kSum : Write::kPlain);
   });
   write(std::move(box), source, kind, map.is_float32, map.is_bf16, what);
 }
@@ -202,21 +240,21 @@ void tma_prefetch(const TensorMap& map) { check_map(map, map.rank, "tma_prefetch
 void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t mbarrier) {
   const char* what = "bulk_load";
   check_bulk_bytes(bytes, what);
-  char* global = const_cast<char*>(global_read(source, bytes, kChunk, what));
+  char* global = const_cast<char*>(global_read(source, bytes, kChunk, what, true));
   load(destination, contiguous(global, bytes), mbarrier, what);
 }
 
 void bulk_store(float* destination, uint32_t source, uint32_t bytes) {
   const char* what = "bulk_store";
   check_bulk_bytes(bytes, what);
-  char* global = global_write(destination, bytes, kChunk, what);
+  char* global = global_write(destination, bytes, kChunk, what, next_store());
   write(contiguous(global, bytes), source, BulkWrite::kStore, true, false, what);
 }
 
 void bulk_reduce_add_f32(float* destination, uint32_t source, uint32_t bytes) {
   const char* what = "bulk_reduce_add_f32";
   check_bulk_bytes(bytes, what);
-  char* global = global_write(destination, bytes, kChunk, what, Write::kAtomic);
+  char* global = global_write(destination, bytes, kChunk, what, next_store(), Write::kSum);
   write(contiguous(global, bytes), source, BulkWrite::kAdd, true, false, what);
 }
 
@@ -225,21 +263,36 @@ void bulk_commit() {
   stores.committed.push_back(std::exchange(stores.open, {}));
 }
 
-void bulk_wait(int groups_left) {
+void bulk_wait_read(int groups_left) {
   Block& b = block();
   Thread& thread = *b.current;
+  auto& committed = thread.bulk_stores.committed;
+  for (int group = 0; group < int(committed.size()) - groups_left; group++) {
+    for (BulkGroups::Store& store : committed[group]) {
+      store.job->read();
+      store.is_free = true;
+      thread.clock.learn(b.agents.bulk_stores(thread.warp), store.tick);
+    }
+  }
+}
+
+void bulk_wait(int groups_left) {
+  bulk_wait_read(groups_left);
+  Thread& thread = *block().current;
+  const int source = GlobalClock::own_bulk_stores(block().agents.bulk_stores(thread.warp));
   auto& committed = thread.bulk_stores.committed;
   for (; int(committed.size()) > groups_left; committed.pop_front()) {
     for (const BulkGroups::Store& store : committed.front()) {
       store.job->complete();
-      thread.clock.learn(b.agents.bulk_stores(thread.warp), store.tick);
+      thread.clock.global.learn({{{kOrdinary, source}, store.tick}});
     }
   }
 }
 
 void check_no_bulk_stores_left(const Thread& thread) {
   bool is_any_left = !thread.bulk_stores.open.empty();
-  for (const auto& group : thread.bulk_stores.committed) is_any_left |= !group.empty();
+  for (const auto& group : thread.bulk_stores.committed)
+    for (const BulkGroups::Store& store : group) is_any_left |= !store.is_free;
   if (is_any_left) fail("the thread ended before its tma stores were waited for, which still read shared memory");
 }
 

@@ -4,6 +4,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "tensor_map.h"
@@ -13,13 +14,15 @@ namespace fused_attn::emulation {
 struct Thread;
 
 struct TmaJob {
-  std::function<void()> carry_out;
-  bool is_done = false;
+  std::function<void()> read_source;  // of a bulk store, from shared memory; null once done
+  std::function<void()> carry_out;    // what is left; null once done
 
+  void read() {
+    if (const auto f = std::exchange(read_source, nullptr)) f();
+  }
   void complete() {
-    if (is_done) return;
-    is_done = true;
-    carry_out();
+    read();
+    if (const auto f = std::exchange(carry_out, nullptr)) f();
   }
 };
 
@@ -39,7 +42,8 @@ class TmaQueue {
 struct BulkGroups {
   struct Store {
     std::shared_ptr<TmaJob> job;
-    uint32_t tick;  // of the agent
+    uint32_t tick;         // of the agent
+    bool is_free = false;  // its source has been waited for
   };
   std::vector<Store> open;
   std::deque<std::vector<Store>> committed;
@@ -55,6 +59,7 @@ void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_
 void bulk_store(float* destination, uint32_t source, uint32_t bytes);
 void bulk_reduce_add_f32(float* destination, uint32_t source, uint32_t bytes);
 void bulk_commit();
+void bulk_wait_read(int groups_left);
 void bulk_wait(int groups_left);
 void check_no_bulk_stores_left(const Thread& thread);
 

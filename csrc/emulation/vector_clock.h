@@ -6,17 +6,74 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <memory>
+#include <utility>
 #include <vector>
 
 namespace fused_attn::emulation {
 
 enum Plane { kOrdinary = 0, kFenced = 1 };
 
+// The same for global memory, where the fence is fence_async_proxy_global. Few kernels learn anything, so that only what is
+// known is kept, and clocks share it. Of another block, it is how many of its releases have been acquired; of the bulk stores
+// of a warp of the own block (own_bulk_stores), up to which one they are complete.
+class GlobalClock {
+ public:
+  using Ticks = std::map<std::pair<Plane, int>, uint32_t>;
+
+  static int own_bulk_stores(int agent) { return -1 - agent; }
+
+  uint32_t get(Plane plane, int source) const {
+    if (ticks_ == nullptr) return 0;
+    const auto found = ticks_->find({plane, source});
+    return found == ticks_->end() ? 0 : found->second;
+  }
+
+  void learn(const Ticks& more) {
+    Ticks all = ticks();
+    for (const auto& [source, tick] : more) all[source] = std::max(all[source], tick);
+    ticks_ = std::make_shared<const Ticks>(std::move(all));
+  }
+
+  void join(const GlobalClock& other) {
+    if (other.ticks_ == ticks_ || covers(other.ticks())) return;
+    if (other.covers(ticks()))
+      ticks_ = other.ticks_;
+    else
+      learn(other.ticks());
+  }
+
+  void fence() {
+    Ticks fenced;
+    for (const auto& [key, tick] : ticks())
+      if (key.first == kOrdinary) fenced[{kFenced, key.second}] = tick;
+    learn(fenced);
+  }
+
+  const Ticks& ticks() const {
+    static const Ticks none;
+    return ticks_ ? *ticks_ : none;
+  }
+
+ private:
+  bool covers(const Ticks& other) const {
+    for (const auto& [key, tick] : other)
+      if (get(key.first, key.second) < tick) return false;
+    return true;
+  }
+
+  std::shared_ptr<const Ticks> ticks_;  // null: none
+};
+
 class VectorClock {
  public:
+  GlobalClock global;
+
   void reset(int agents) {
     agents_ = agents;
     ticks_.assign(2 * agents, 0);
+    global = GlobalClock{};
   }
 
   uint32_t get(Plane plane, int agent) const { return ticks_[plane * agents_ + agent]; }
@@ -31,6 +88,7 @@ class VectorClock {
     const uint32_t* theirs = other.ticks_.data();
     uint32_t* ours = ticks_.data();
     for (size_t i = 0, n = ticks_.size(); i < n; i++) ours[i] = std::max(ours[i], theirs[i]);
+    global.join(other.global);
   }
 
   void fence() {

@@ -114,8 +114,12 @@ void WgmmaPipelines::issue(float* d, int n, bool is_bf16, const uint32_t* a, uin
     accumulators.sum.resize(kM * n);
     for (int thread = 0; thread < kWarpgroupSize; thread++) {
       accumulators.registers[thread] = all[thread]->d;
-      for (int i = 0; i < n / 2; i++)
+      for (int i = 0; i < n / 2; i++) {
+        if (accumulate && b.options.poison && bits_of(all[thread]->d[i]) == kPoison)
+          fail("%s: accumulates onto register %d of thread %d, which was forgotten or never written", name, i,
+               b.current->warpgroup * kWarpgroupSize + thread);
         accumulators.sum[row_of(thread, i) * n + column_of(thread, i)] = all[thread]->d[i];
+      }
     }
   } else {
     if (accumulators.n != n)
@@ -224,6 +228,17 @@ void WgmmaPipelines::wait(int groups_left) {
           b.threads[warpgroup * kWarpgroupSize + thread].clock.learn(b.agents.wgmma(warpgroup) + warp, groups_complete);
   }
   b.warps.release_warpgroup();
+}
+
+void WgmmaPipelines::forget(float* registers, int count) const {
+  const Thread& thread = *block().current;
+  for (const auto& [first, accumulators] : pipelines_[thread.warpgroup].accumulators) {
+    const float* in_flight = accumulators.registers[thread.index % kWarpgroupSize];
+    if (registers < in_flight + accumulators.n / 2 && in_flight < registers + count)
+      fail("forget_registers: of accumulators that are in flight");
+  }
+  if (!block().options.poison) return;
+  for (int i = 0; i < count; i++) memcpy(&registers[i], &kPoison, sizeof(float));
 }
 
 void WgmmaPipelines::check_none_is_in_flight() const {

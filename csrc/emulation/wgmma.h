@@ -22,6 +22,9 @@ class WgmmaPipelines {
   void wait(int groups_left);
   void check_none_is_in_flight() const;
 
+  // The current thread's registers hold what nobody may use, and none of them are in flight.
+  void forget(float* registers, int count) const;
+
  private:
   struct Accumulators {
     int n;

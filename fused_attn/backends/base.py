@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fused_attn import profiling
 from fused_attn.masks import MaskSpec
 from fused_attn.problem import AttentionProblem
 
@@ -89,6 +90,31 @@ def empty_like_layout(like: Tensor, columns: int) -> Tensor:
         return x if x.stride(3) == 1 or columns == 1 else x.new_empty(like.shape)
     order = _memory_order(like.stride())
     return like.new_empty((*(like.shape[dim] for dim in order), columns)).permute(*map(order.index, range(3)), 3)
+
+
+def clear_rows(lse: Tensor | None, *tensors: Tensor | None) -> None:
+    """What a row that no packed sequence owns is to hold, since no kernel visits it: 0, and -inf in lse.
+
+    All rows are written, because only the offsets say which ones have no owner, and to read those the host would have
+    to wait for a GPU.
+    """
+    if lse is not None:
+        lse.fill_(float("-inf"))
+    for x in tensors:
+        if x is not None:
+            x.zero_()
+
+
+def gradients(
+    backend: Backend, problem: AttentionProblem, wanted: Wanted, dout: Tensor | None, dlse: Tensor | None, *inputs
+) -> Gradients:
+    """The backend's gradients, where either output may have none."""
+    if dout is None and dlse is None:
+        return Gradients()
+    if dout is None:
+        out = inputs[3]
+        dout = torch.zeros_like(out)
+    return profiling.named(backend).backward(problem, wanted, dout, dlse, *inputs)
 
 
 def follow_layout(x: Tensor, like: Tensor) -> Tensor:

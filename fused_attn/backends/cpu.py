@@ -7,18 +7,20 @@ import functools
 import torch
 from torch import Tensor
 
-from fused_attn.backends.base import Gradients, Wanted, empty_like_layout
+from fused_attn import native
+from fused_attn.backends.base import Gradients, Wanted, clear_rows, empty_like_layout
 from fused_attn.masks import MaskSpec
 from fused_attn.problem import UNBOUNDED, AttentionProblem
 
 try:
     import fused_attn._C as _C
 except ImportError as error:
-    # Installed without a C++ compiler: everything else still works, and `info` shows this text.
+    # Installed without a C++ compiler, perhaps: everything else still works, and `info` shows this text.
     _C = None
-    import_error = str(error)
+    missing = native.why_missing("_C", "a C++ compiler such as g++", error)
+    native.warn_of_sources()
 else:
-    import_error = ""
+    missing = ""
 
 name = "cpu"
 is_composite = False
@@ -30,7 +32,7 @@ MAX_HEAD_DIM = 256
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     reasons = []
     if _C is None:
-        reasons.append(f"installed without the native kernels, which need a C++ compiler ({import_error})")
+        reasons.append(missing)
     if problem.device.type != "cpu":
         reasons.append(f"the tensors are on {problem.device}, expected cpu")
     if problem.dtype not in DTYPES:
@@ -58,6 +60,8 @@ def forward(
     if needs_lse:
         batch, heads, rows, _ = query.shape
         lse = torch.empty(batch, heads, rows, dtype=problem.accumulate_dtype, device=problem.device)
+    if problem.is_packed:
+        clear_rows(lse, out)
     try:
         _C.forward(
             query,
@@ -97,6 +101,8 @@ def backward(
     dquery = torch.empty_like(query) if wants_query else None
     dkey = torch.empty_like(key) if wants_key else None
     dvalue = torch.empty_like(value) if wants_value else None
+    if problem.is_packed:
+        clear_rows(None, dquery, dkey, dvalue)
     dbias = drelative_bias = dsinks = None
     if wants_bias or wants_relative_bias or wants_sinks:
         accumulate = {"dtype": problem.accumulate_dtype, "device": problem.device}

@@ -7,18 +7,19 @@ import functools
 import torch
 from torch import Tensor
 
-from fused_attn.backends.base import Gradients, Wanted, empty_like_layout
+from fused_attn import native
+from fused_attn.backends.base import Gradients, Wanted, clear_rows, empty_like_layout
 from fused_attn.masks import MaskSpec
 from fused_attn.problem import UNBOUNDED, AttentionProblem
 
 try:
     import fused_attn._cuda as _kernels
 except ImportError as error:
-    # Installed without nvcc: everything else still works, and `info` shows this text.
+    # Installed without nvcc, perhaps: everything else still works, and `info` shows this text.
     _kernels = None
-    import_error = str(error)
+    missing = native.why_missing("_cuda", "nvcc of CUDA 12.3 or newer", error)
 else:
-    import_error = ""
+    missing = ""
 
 name = "cuda"
 is_composite = False
@@ -34,7 +35,7 @@ MIN_SCALE = torch.finfo(torch.float32).tiny
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     reasons = []
     if _kernels is None:
-        reasons.append(f"installed without the CUDA kernels, which need nvcc ({import_error})")
+        reasons.append(missing)
     elif problem.device.type != device_type():
         reasons.append(f"the tensors are on {problem.device}, expected {device_type()}")
     elif (reason := _device_reason(problem)) is not None:
@@ -85,7 +86,9 @@ def forward(
     out = empty_like_layout(query, problem.value_dim)
     batch, heads, rows, _ = query.shape
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device) if needs_lse else None
-    if out.numel() == 0:
+    if problem.is_packed:
+        clear_rows(lse, out)
+    if 0 in (out.numel(), problem.batch, problem.seqlen_q):  # a launch of no blocks is an error
         return out, lse
     if key.numel() == 0:
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
@@ -98,7 +101,7 @@ def forward(
         _config(problem),
         _kernel_masks(seed, mask),
         _architecture(problem),
-        _workspace(problem, query, mask, is_backward=False),
+        _workspace(problem, query, mask, wanted=None),
     )
     return out, lse
 
@@ -122,7 +125,9 @@ def backward(
     dquery = empty_like_layout(query, problem.head_dim) if wanted.query else None
     dkey = empty_like_layout(key, problem.head_dim) if wanted.key else None
     dvalue = empty_like_layout(value, problem.value_dim) if wanted.value else None
-    if query.numel() == 0 or key.numel() == 0:
+    if problem.is_packed:
+        clear_rows(None, dquery, dkey, dvalue)
+    if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
         return Gradients(*(None if x is None else x.zero_() for x in (dquery, dkey, dvalue)))
     _kernels.backward(
         dout,
@@ -138,7 +143,7 @@ def backward(
         _config(problem),
         _kernel_masks(seed, mask),
         _architecture(problem),
-        _workspace(problem, query, mask, is_backward=True),
+        _workspace(problem, query, mask, wanted),
     )
     return Gradients(dquery, dkey, dvalue)
 
@@ -196,18 +201,35 @@ def _kernel_masks(seed: Tensor | None, mask: MaskSpec) -> tuple[Tensor | None, .
     return mask.key_padding, None, None, None, None, seed, mask.cu_seqlens_q, mask.cu_seqlens_k
 
 
-def _workspace(problem: AttentionProblem, query: Tensor, mask: MaskSpec, is_backward: bool) -> Tensor | None:
-    size = _workspace_bytes(problem, is_backward, query.shape[:3].numel(), mask.key_padding is not None)
+def _workspace(problem: AttentionProblem, query: Tensor, mask: MaskSpec, wanted: Wanted | None) -> Tensor | None:
+    """``wanted``: the gradients of a backward call."""
+    wants_all = wanted is not None and wanted.query and (wanted.key or wanted.value)
+    has_padding, is_packed = mask.key_padding is not None, mask.cu_seqlens_q is not None
+    size = _workspace_bytes(problem, query.shape, wanted is not None, wants_all, is_packed, has_padding)
     return torch.empty(size // 4, dtype=torch.float32, device=query.device) if size else None
 
 
 @functools.lru_cache(maxsize=4096)
-def _workspace_bytes(problem: AttentionProblem, is_backward: bool, lse_entries: int, has_key_padding: bool) -> int:
+def _workspace_bytes(
+    problem: AttentionProblem,
+    query_shape: torch.Size,
+    is_backward: bool,
+    wants_all_gradients: bool,
+    is_packed: bool,
+    has_key_padding: bool,
+) -> int:
+    batch_entries, num_heads, rows_q, head_dim = query_shape
     return _kernels.workspace_bytes(
         architecture=_architecture(problem),
         is_backward=is_backward,
+        wants_all_gradients=wants_all_gradients,
         batch=problem.batch,
+        batch_entries=batch_entries,
+        num_heads=num_heads,
+        num_kv_heads=problem.num_kv_heads,
+        rows_q=rows_q,
         seqlen_k=problem.seqlen_k,
-        lse_entries=lse_entries,
+        head_dim=head_dim,
+        is_packed=is_packed,
         has_key_padding=has_key_padding,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_attn import dropout
 from fused_attn.backends.base import Gradients, Wanted, follow_layout
-from fused_attn.masks import MaskSpec
+from fused_attn.masks import MaskSpec, Positions
 from fused_attn.problem import AttentionProblem
 
 name = "reference"
@@ -37,8 +37,12 @@ def forward(
         query, key, value, sink = _to_compute(problem, query, key, value, sinks, mask)
         weights, lse, _ = _softmax(problem, query, key, sink, mask)
         if problem.dropout_p:
-            weights = weights * _dropout_factors(problem, seed, mask, query)
-        return follow_layout((weights @ value).to(problem.dtype), layout_of_query), lse
+            weights = weights * _dropout_factors(problem, seed, mask, query, key)
+        out = (weights @ value).to(problem.dtype)
+        if problem.is_packed:
+            # Zero already, and so must be the gradient that comes back, before any product.
+            out = _without_strays(out, mask.positions(problem, query, key)[0])
+        return follow_layout(out, layout_of_query), lse
 
 
 def backward(
@@ -64,11 +68,15 @@ def backward(
         query, key, value, sink = _to_compute(problem, query, key, value, sinks, mask)
         weights, lse, dcap = _softmax(problem, query, key, sink, mask)
         dout = dout.to(problem.accumulate_dtype)
+        if problem.is_packed:
+            rows, _ = mask.positions(problem, query, key)
+            dout = _without_strays(dout, rows)
+            dlse = None if dlse is None else dlse.masked_fill(~rows.has_sequence, 0.0)
 
         dweights = dout @ value.transpose(-2, -1)  # (B, H, L, S)
         dropped_weights = weights
         if problem.dropout_p:
-            factors = _dropout_factors(problem, seed, mask, query)
+            factors = _dropout_factors(problem, seed, mask, query, key)
             dropped_weights, dweights = weights * factors, dweights * factors
         delta = (weights * dweights).sum(-1, keepdim=True)  # (B, H, L, 1)
         if dlse is not None:
@@ -84,7 +92,7 @@ def backward(
         if wanted.bias:
             dbias = dbiased.sum_to_size(mask.bias.shape).to(mask.bias.dtype)
         if wanted.relative_bias:
-            drelative_bias = _sum_diagonals(problem, dbiased, mask).to(mask.relative_bias.dtype)
+            drelative_bias = _sum_diagonals(problem, dbiased, mask, query, key).to(mask.relative_bias.dtype)
         dquery = (dscores @ key).to(problem.dtype) if wanted.query else None
         dkey = _sum_groups(problem, dscores.transpose(-2, -1) @ query) if wanted.key else None
         dvalue = _sum_groups(problem, dropped_weights.transpose(-2, -1) @ dout) if wanted.value else None
@@ -115,7 +123,7 @@ def _softmax(problem: AttentionProblem, query: Tensor, key: Tensor, sink: Tensor
     if problem.softcap:
         capped = torch.tanh(scores / problem.softcap)
         scores, dcap = problem.softcap * capped, 1.0 - capped * capped
-    visible, bias = mask.to_dense(problem, query.device)
+    visible, bias = mask.to_dense(problem, query, key)
     if bias is not None:
         scores = scores + bias
     if visible is not None:
@@ -148,6 +156,9 @@ def _to_compute(
         # Before any product, because 0 * NaN is NaN.
         ignored = mask.key_padding[:, None, :, None]
         key, value = key.masked_fill(ignored, 0.0), value.masked_fill(ignored, 0.0)
+    if problem.is_packed:
+        rows, columns = mask.positions(problem, query, key)
+        query, key, value = (_without_strays(x, at) for x, at in ((query, rows), (key, columns), (value, columns)))
     # Key head h serves the query heads h * group ... (h + 1) * group - 1.
     group = problem.num_heads // max(problem.num_kv_heads, 1)
     compute = problem.accumulate_dtype
@@ -155,9 +166,14 @@ def _to_compute(
     return query.to(compute), key, value, None if sinks is None else sinks.to(compute)[None, :, None, None]
 
 
-def _dropout_factors(problem: AttentionProblem, seed: Tensor, mask: MaskSpec, query: Tensor) -> Tensor:
+def _without_strays(x: Tensor, positions: Positions) -> Tensor:
+    """(B, heads, rows, columns) with zeros in the rows that no packed sequence owns, which may hold NaN."""
+    return x.masked_fill(~positions.has_sequence[:, None], 0.0)
+
+
+def _dropout_factors(problem: AttentionProblem, seed: Tensor, mask: MaskSpec, query: Tensor, key: Tensor) -> Tensor:
     """(B, H, L, S): 0 where dropped, 1 / (1 - p) where kept."""
-    rows, columns = mask.positions(problem, query.device)
+    rows, columns = mask.positions(problem, query, key)
     keep = dropout.keep_mask(seed, problem.dropout_p, query.shape[0], problem.num_heads, rows, columns)
     return keep.to(problem.accumulate_dtype) * dropout.inverse_keep(problem.dropout_p)
 
@@ -169,9 +185,9 @@ def _sum_groups(problem: AttentionProblem, dx: Tensor) -> Tensor:
     return dx.reshape(batch, problem.num_kv_heads, group, rows, columns).sum(2).to(problem.dtype)
 
 
-def _sum_diagonals(problem: AttentionProblem, dbiased: Tensor, mask: MaskSpec) -> Tensor:
+def _sum_diagonals(problem: AttentionProblem, dbiased: Tensor, mask: MaskSpec, query: Tensor, key: Tensor) -> Tensor:
     """(B, H, L, S) -> (H|1, L + S - 1): the gradient of a Toeplitz bias is the sum along each diagonal."""
-    rows, columns = mask.positions(problem, dbiased.device)
+    rows, columns = mask.positions(problem, query, key)
     heads, num_columns = mask.relative_bias.shape
     column = (columns.index[None, :] - rows.index[:, None] + (problem.seqlen_q - 1)).clamp(0, max(num_columns - 1, 0))
     per_head = dbiased.sum(0).flatten(1)  # (H, L * S)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.overrides import has_torch_function_variadic
 
-from fused_attn import jagged
+from fused_attn import checks, jagged
 from fused_attn.api import fused_attention, fused_attention_varlen
 from fused_attn.dispatch import BACKEND_NAMES
 from fused_attn.dropout import draw_seed
 from fused_attn.masks import causal_bias_offset
 from fused_attn.nn import small_inference
 from fused_attn.nn.positions import RotaryEmbedding
+from fused_attn.nn.tracing import call_node
 from fused_attn.nn.weights import attention_weights
 
 
@@ -74,8 +80,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         backend: see `fused_attention`.
 
     Raises:
-        ValueError, TypeError: an option does not fit.
-        AssertionError: num_heads does not divide embed_dim (as in the parent class).
+        ValueError, TypeError: an argument does not fit. Where num_heads does not divide embed_dim, the ValueError is
+            an AssertionError too, as in the parent class.
     """
 
     def __init__(
@@ -97,6 +103,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         relative_bias: Callable[[int, int], Tensor] | None = None,
         backend: str | None = None,
     ):
+        check_sizes(1, embed_dim=embed_dim, num_heads=num_heads)
+        check_sizes(0, kdim=kdim, vdim=vdim)
+        check_divides("num_heads", num_heads, "embed_dim", embed_dim)
+        checks.check_probability("dropout", dropout)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
@@ -119,7 +129,6 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         self.relative_bias = relative_bias
         check_backend(backend)
         self.backend = backend
-        self._keep_off_fast_paths()
         if self.num_kv_heads != num_heads:
             self._drop_kv_rows()
             self._reset_parameters()
@@ -130,11 +139,12 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
         Raises:
             TypeError: module is something else.
-            ValueError: backend is no name of one.
+            ValueError: backend is no name of one, or the module's dropout no probability.
         """
         if not isinstance(module, nn.MultiheadAttention) or isinstance(module, FusedMultiheadAttention):
             raise TypeError(f"module: expected a torch.nn.MultiheadAttention, got {type(module).__name__}")
         check_backend(backend)
+        checks.check_probability("dropout", module.dropout)
         fused = cls.__new__(cls)
         # The same dicts of parameters and hooks, so that optimizers and the handles of hooks stay valid.
         fused.__dict__.update(module.__dict__)
@@ -143,7 +153,6 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         fused.num_kv_heads = module.num_heads
         fused.rotary = fused.relative_bias = None
         fused.backend = backend
-        fused._keep_off_fast_paths()
         return fused
 
     def forward(
@@ -172,7 +181,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 ``torch.nn.attention.bias`` causal bias is taken as it is and costs no memory.
             average_attn_weights: the mean of the weights over the heads.
             is_causal: a hint that attn_mask is the causal mask. As in the parent class it is believed, and attn_mask
-                not read, unless weights are wanted or a key_padding_mask is given.
+                not read, unless weights are wanted or a key_padding_mask is given. Without an attn_mask, where the
+                parent class raises, it is the causal mask itself; only wanted weights then raise.
             cache: keys and values of earlier calls: a `SelfAttentionCache`, a `CrossAttentionCache` or the like. A
                 self-attention cache makes the call causal: query i, at position ``cache.length + i``, sees the rows up
                 to its own; key_padding_mask then covers all rows so far. A static one (``cache.is_static``) keeps the
@@ -180,7 +190,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
         Query, key and value may be nested tensors (N, length, E) with ``layout=torch.jagged``, where batch_first is
         set. They need no padding mask, and take no other mask, no cache and no rotary embedding; is_causal then means
-        what it says, and need_weights must be False.
+        what it says, and need_weights must be False. One with ``layout=torch.strided``, which torch's own encoder makes
+        of padded ones in eval mode, may be query, key and value at once, in a module with any options.
 
         Returns:
             The output, laid out as query, and with need_weights the weights, after dropout: (N, L, S), or
@@ -192,15 +203,24 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             TypeError: query, key or value is no tensor, or the cache is none of an attention module.
             ValueError: the cache does not fit the call, or key is not what a static one was filled with.
         """
+        if has_torch_function_variadic(query, key, value):
+            options = {} if cache is None else {"cache": cache}
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            node = call_node(self, query, key, value, *masks, **options)
+            if node is not None:
+                return node
         if jagged.is_nested(query, key, value):
-            self._check_nested(key_padding_mask, need_weights, attn_mask, cache)
+            is_strided = query is key and key is value and query.layout == torch.strided
+            self._check_nested(key_padding_mask, need_weights, attn_mask, cache, is_strided)
+            if is_strided:
+                return self._strided_forward(query, is_causal), None
             return self._nested_forward(query, key, value, is_causal), None
         self._check_inputs(query, key, value, key_padding_mask, attn_mask)
         is_self, shares_kv = query is key and key is value, key is value
         if is_self and cache is None and not (need_weights or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             is_believed = is_causal and type(attn_mask) is Tensor and key_padding_mask is None
-            if is_believed or (attn_mask is None and not is_causal):
-                out = small_inference.self_attention(self, query, key_padding_mask, is_believed)
+            if is_believed or attn_mask is None:
+                out = small_inference.self_attention(self, query, key_padding_mask, is_causal)
                 if out is not None:
                     return out, None
         self._check_cache(cache)
@@ -217,19 +237,30 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if stored is not None:
             q, k, v = self._split_heads(self._project_query(query), seq_dim), *stored
         else:
-            q, k, v = self._project(query, key, value, is_self, shares_kv)
+            try:
+                q, k, v = self._project(query, key, value, is_self, shares_kv)
+            except RuntimeError:
+                self._check_projected(query, key, value)
+                raise
             q, k = self._split_heads(q, seq_dim, position), self._split_heads(k, seq_dim, position)
             v = self._split_heads(v, seq_dim)
             if cache is not None:
                 k, v = cache.update(k, v) if is_growing else cache.update(k, v, memory)
         if k.shape[0] != batch:
-            raise RuntimeError(f"key: expected the batch size of query, {batch}, got {k.shape[0]}")
+            raise RuntimeError(
+                f"key: expected the batch size of query, {batch}, got {k.shape[0]}; {batch_layout(self.batch_first)}"
+            )
 
         if is_growing:
             mask = _cached_mask(attn_mask, is_causal, position, seqlen_q)
+        elif is_causal and attn_mask is None:
+            if need_weights:
+                raise RuntimeError("attn_mask: expected the causal mask of which is_causal=True is a hint, got None")
+            # Rows that are appended are visible to every query, which no diagonal can express.
+            mask = _Mask(_above(0, seqlen_q, k) if self._num_appended else None, None if self._num_appended else 0)
         else:
             mask = _believed_mask(attn_mask, is_causal, key_padding_mask is None and not need_weights)
-        mask = self._checked_mask(mask, key_padding_mask, batch, seqlen_q, k.shape[2])
+        mask = self._checked_mask(mask, key_padding_mask, seqlen_q, k)
         k, v = self._append_rows(k, self.bias_k), self._append_rows(v, self.bias_v)
         arguments = {
             "key_padding_mask": self._padded(key_padding_mask),
@@ -263,9 +294,13 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if key.shape[1] != value.shape[1]:
             raise ValueError("value: expected the offsets of key, the same tensor, got others")
         q, k, _ = packed
-        rows = (
-            x.unflatten(-1, (-1, self.head_dim)) for x in self._project(*(x.rows for x in packed), is_self, shares_kv)
-        )  # (total, heads, D)
+        rows = [x.rows for x in packed]
+        try:
+            rows = self._project(*rows, is_self, shares_kv)
+        except RuntimeError:
+            self._check_projected(*rows)
+            raise
+        rows = (x.unflatten(-1, (-1, self.head_dim)) for x in rows)  # (total, heads, D)
         out = fused_attention_varlen(
             *rows, q.offsets.int(), k.offsets.int(), q.max_seqlen, k.max_seqlen,
             dropout_p=self.dropout if self.training else 0.0,
@@ -276,7 +311,16 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         )  # fmt: skip
         return q.like(self.out_proj(out.flatten(-2)))
 
-    def _check_nested(self, key_padding_mask, need_weights: bool, attn_mask, cache) -> None:
+    def _strided_forward(self, x: Tensor, is_causal: bool) -> Tensor:
+        """(N, length, E) from a nested x of that shape. Padded meanwhile, since padding goes with every option."""
+        lengths = [row.shape[0] for row in x.unbind()]
+        padded = x.to_padded_tensor(0.0)
+        positions = torch.arange(padded.shape[1], device=x.device)
+        ignored = positions >= torch.tensor(lengths, device=x.device)[:, None]
+        out, _ = self.forward(padded, padded, padded, ignored, need_weights=False, is_causal=is_causal)
+        return torch.nested.as_nested_tensor([row[:length] for row, length in zip(out, lengths, strict=True)])
+
+    def _check_nested(self, key_padding_mask, need_weights: bool, attn_mask, cache, is_strided: bool) -> None:
         """Raises ValueError where nested tensors come with what needs dense ones."""
         for name, given in (
             ("key_padding_mask", key_padding_mask),
@@ -289,8 +333,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             raise ValueError("need_weights: expected False with nested tensors, whose weights have no common shape")
         for option, is_set in (
             ("batch_first=False", not self.batch_first),
-            ("add_bias_kv or add_zero_attn", self._num_appended > 0),
-            ("rotary", self.rotary is not None),
+            ("add_bias_kv or add_zero_attn", self._num_appended > 0 and not is_strided),
+            ("rotary", self.rotary is not None and not is_strided),
         ):
             if is_set:
                 raise ValueError(f"query: expected a dense tensor in a module with {option}, got a nested tensor")
@@ -364,6 +408,28 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         biases = (None, None, None) if bias is None else bias.split(sizes)
         return tuple(F.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
 
+    def _check_projected(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Raises why the projections do not take the inputs. Asked when they have failed, so that no call waits for it.
+
+        RuntimeError, as of torch's own operators, whose words do not say what is wrong with which argument.
+        """
+        weight = self.out_proj.weight
+        for name, x, features in (
+            ("query", query, self.embed_dim),
+            ("key", key, self.kdim),
+            ("value", value, self.vdim),
+        ):
+            if x.layout != torch.strided:
+                raise RuntimeError(f"{name}: expected a dense tensor, got layout {x.layout}")
+            if x.shape[-1] != features:
+                raise RuntimeError(f"{name}: expected {features} features, got shape {tuple(x.shape)}")
+            if x.device != weight.device:
+                raise RuntimeError(f"{name}: expected the device of the module, {weight.device}, got {x.device}")
+            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise RuntimeError(
+                    f"{name}: expected the dtype of the module, {weight.dtype}, or torch.autocast, got {x.dtype}"
+                )
+
     def _project_query(self, query: Tensor) -> Tensor:
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[: self.embed_dim]
         return F.linear(query, weight, None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim])
@@ -393,17 +459,25 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             rows.append(x.new_zeros(*x.shape[:2], 1, self.head_dim))
         return torch.cat(rows, dim=2) if len(rows) > 1 else x
 
+    #: is_causal=True without a mask is the causal mask. Wrappers of the module (checkpoint, compile) pass this on.
+    takes_is_causal = True
+
+    @property
+    def takes_cache(self) -> bool:
+        """A cache may be passed to forward."""
+        return not self._num_appended and accepts_cache(self.forward)
+
     @property
     def _num_appended(self) -> int:
         return (self.bias_k is not None) + self.add_zero_attn
 
-    def _checked_mask(
-        self, mask: _Mask, key_padding_mask: Tensor | None, batch: int, seqlen_q: int, seqlen_k: int
-    ) -> _Mask:
-        """The mask with the polarity and the (N, H, L, S) dimensions of `fused_attention`."""
+    def _checked_mask(self, mask: _Mask, key_padding_mask: Tensor | None, seqlen_q: int, key: Tensor) -> _Mask:
+        """The mask with the polarity and the (N, H, L, S) dimensions of `fused_attention`; key is (N, Hkv, S, D)."""
+        batch, seqlen_k = key.shape[0], key.shape[2]
         if key_padding_mask is not None and key_padding_mask.shape != (batch, seqlen_k):
             raise AssertionError(
-                f"key_padding_mask: expected shape (N, S) = {(batch, seqlen_k)}, got {tuple(key_padding_mask.shape)}"
+                f"key_padding_mask: expected shape (N, S) = {(batch, seqlen_k)}, got {tuple(key_padding_mask.shape)}; "
+                + batch_layout(self.batch_first)
             )
         attn_mask, diagonal = mask
         if attn_mask is None:
@@ -415,12 +489,11 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 raise RuntimeError(f"attn_mask: expected a causal bias for (L, S) = {sizes}, got one for {got}")
             if not self._num_appended:
                 return mask
-            # Appended rows are visible to every query, which no diagonal can express.
-            device = self.out_proj.weight.device
-            attn_mask = torch.ones(sizes, dtype=torch.bool, device=device).triu(diagonal + 1)
+            attn_mask = _above(diagonal, seqlen_q, key)
         expected = sizes if attn_mask.dim() == 2 else (batch * self.num_heads, *sizes)
         if attn_mask.shape != expected:
-            raise RuntimeError(f"attn_mask: expected shape {expected}, got {tuple(attn_mask.shape)}")
+            got = tuple(attn_mask.shape)
+            raise RuntimeError(f"attn_mask: expected shape {expected}, got {got}; {batch_layout(self.batch_first)}")
         if attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
         attn_mask = self._padded(attn_mask)
@@ -429,25 +502,6 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     def _padded(self, mask: Tensor | None) -> Tensor | None:
         """The mask (..., S) with columns for the appended rows: False or 0.0, hence visible in either kind of mask."""
         return F.pad(mask, (0, self._num_appended)) if mask is not None and self._num_appended else mask
-
-    def _keep_off_fast_paths(self) -> None:
-        # `nn.TransformerEncoderLayer` and `nn.TransformerEncoder` have inference paths that compute plain attention
-        # from the parameters, without a call of this module; they leave alone a module with this flag unset. Whether
-        # the projections are packed is in_proj_weight's to say.
-        self._qkv_same_embed_dim = False
-
-    def _reset_parameters(self) -> None:
-        # The parent's, which reads the flag.
-        packed = self.in_proj_weight
-        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if packed is None else (packed,)
-        for weight in weights:
-            nn.init.xavier_uniform_(weight)
-        if self.in_proj_bias is not None:
-            nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
-        for row in (self.bias_k, self.bias_v):
-            if row is not None:
-                nn.init.xavier_normal_(row)
 
     def _drop_kv_rows(self) -> None:
         """Shrinks the parameters of the parent class to num_kv_heads heads of keys and values."""
@@ -478,8 +532,6 @@ class _Mask(NamedTuple):
 def _believed_mask(attn_mask: Tensor | None, is_causal: bool, is_believed: bool) -> _Mask:
     """What a mask and a hint come to, where the hint is believed and where it is not."""
     diagonal = None if attn_mask is None else causal_bias_offset(attn_mask)
-    if is_causal and attn_mask is None:
-        raise RuntimeError("attn_mask: expected the causal mask of which is_causal=True is a hint, got None")
     if is_causal and is_believed and diagonal is None:
         # As in the parent class, this hides the appended rows too.
         return _Mask(None, 0)
@@ -498,6 +550,73 @@ def _cached_mask(attn_mask: Tensor | None, is_causal: bool, position: int, seqle
     from torch.nn.attention.bias import causal_lower_right
 
     return _Mask(causal_lower_right(seqlen_q, position + seqlen_q), position)
+
+
+def _above(diagonal: int, seqlen_q: int, key: Tensor) -> Tensor:
+    """(L, S) bool, True for the keys j > i + diagonal; key is (N, Hkv, S, D)."""
+    return torch.ones(seqlen_q, key.shape[2], dtype=torch.bool, device=key.device).triu(diagonal + 1)
+
+
+def keep_fast_path_off(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Makes torch's encoder layer call a fused self-attention in inference, too; a hook on registering modules.
+
+    The layer has a path that computes plain attention from the parameters of ``self_attn``, without a call of it. It
+    does not take that path where a hook would be skipped, and so it gets one that does nothing.
+    """
+    if (
+        name == "self_attn"
+        and isinstance(parent, nn.TransformerEncoderLayer)
+        and not hasattr(type(parent), "takes_is_causal")  # our own layer has no such path
+        and any(isinstance(module, FusedMultiheadAttention) for module in child.modules())
+        and _nothing not in parent._forward_pre_hooks.values()
+    ):
+        parent.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, inputs: tuple) -> None:
+    pass
+
+
+# However the attention gets there: by assignment, in the constructor of a subclass, through a tool.
+register_module_module_registration_hook(keep_fast_path_off)
+
+
+def accepts_cache(method: Callable) -> bool:
+    """A method takes the keyword ``cache``: methods with torch's own signature do not."""
+    function = getattr(method, "__func__", None)
+    if function is None or torch.compiler.is_compiling():  # a callable of one instance is not to be kept alive
+        return _has_cache_parameter(method)
+    return _remembered_cache_parameter(function)
+
+
+def _has_cache_parameter(function: Callable) -> bool:
+    parameters = inspect.signature(function).parameters
+    return "cache" in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+
+
+_remembered_cache_parameter = functools.lru_cache(maxsize=256)(_has_cache_parameter)
+
+
+def batch_layout(batch_first: bool) -> str:
+    """For messages about sizes that do not fit, because the layout is what is most often mistaken."""
+    return f"batch_first={batch_first} means inputs {'(N, L, E)' if batch_first else '(L, N, E)'}"
+
+
+class NotADivisorError(ValueError, AssertionError):
+    """A ValueError as all of ours, and what torch.nn raises where the heads do not divide the features."""
+
+
+def check_sizes(least: int, **sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and not isinstance(size, numbers.Integral):
+            raise TypeError(f"{name}: expected an int, got {type(size).__name__} {size!r}")
+        if size is not None and size < least:
+            raise checks.fail(name, f"at least {least}", size)
+
+
+def check_divides(name: str, divisor: int, whole_name: str, whole: int) -> None:
+    if whole % divisor:
+        raise NotADivisorError(f"{name}: expected a divisor of {whole_name}={whole}, got {divisor}")
 
 
 def check_backend(backend: str | None) -> None:

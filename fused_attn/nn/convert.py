@@ -6,7 +6,7 @@ import warnings
 
 from torch import nn
 
-from fused_attn.nn.attention import FusedMultiheadAttention, check_backend
+from fused_attn.nn.attention import FusedMultiheadAttention, check_backend, keep_fast_path_off
 from fused_attn.nn.transformer import (
     TransformerDecoder,
     TransformerDecoderLayer,
@@ -24,7 +24,9 @@ def convert_attention(model: nn.Module, backend: str | None = None) -> nn.Module
     Torch's encoder layers have an inference path that computes attention without calling their attention module. An
     `nn.TransformerEncoderLayer`, `nn.TransformerEncoder`, `nn.TransformerDecoderLayer` or `nn.TransformerDecoder`
     whose attention has been replaced therefore becomes an instance of the subclass of that name in `fused_attn`, with
-    all its attributes. Instances of other subclasses keep their class; they, too, call the new attention.
+    all its attributes. Instances of other subclasses keep their class; they, too, call the new attention, since encoder
+    layers get a forward pre-hook that does nothing, which keeps torch from the inference path. So does an encoder layer
+    to which a `FusedMultiheadAttention` is assigned by hand.
 
     Instances of subclasses of `nn.MultiheadAttention`, which parametrised modules are, too, and those with a forward of
     their own are left alone, with a warning that names them. A replaced module on which ``compile()`` was called is no
@@ -72,6 +74,8 @@ def _convert_layers(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.TransformerEncoderLayer and _is_fused(module.self_attn):
             module.__class__ = TransformerEncoderLayer
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            keep_fast_path_off(module, "self_attn", module.self_attn)
         elif type(module) is nn.TransformerDecoderLayer and _is_fused(module.self_attn, module.multihead_attn):
             module.__class__ = TransformerDecoderLayer
     for module in model.modules():

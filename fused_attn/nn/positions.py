@@ -79,7 +79,12 @@ class T5RelativeBias(nn.Module):
             raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
         self.bidirectional = bidirectional
         self.max_distance = max_distance
-        self.weight = nn.Parameter(torch.zeros(num_buckets, num_heads, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(num_buckets, num_heads, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Attention without positions."""
+        nn.init.zeros_(self.weight)
 
     def forward(self, seqlen_q: int, seqlen_k: int) -> Tensor:
         """(H, L + S - 1), as `fused_attention` takes it."""

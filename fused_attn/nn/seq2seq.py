@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
+from fused_attn import modes
 from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.cache import KVCache
+from fused_attn.nn.tracing import call_node
 from fused_attn.nn.transformer import (
     TransformerDecoder,
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
+    check_layer,
 )
 
 POSITIONAL = ("sinusoidal", "learned", "rotary")
@@ -82,6 +87,7 @@ class Seq2SeqTransformer(nn.Module):
         ):
             if count < 1:
                 raise ValueError(f"{name}: expected at least 1, got {count}")
+        check_layer(d_model, nhead, dim_feedforward, dropout)
         if positional not in POSITIONAL:
             raise ValueError(f"positional: expected one of {POSITIONAL}, got {positional!r}")
         self.d_model, self.max_len = d_model, max_len
@@ -94,13 +100,11 @@ class Seq2SeqTransformer(nn.Module):
             if share_embeddings
             else nn.Embedding(tgt_vocab_size, d_model, padding_idx=pad_id, **factory)
         )
+        self.positional = positional
         for name in ("src_positions", "tgt_positions"):
-            if positional == "learned":
-                self.register_parameter(name, nn.Parameter(torch.empty(max_len, d_model, **factory)))
-            else:
-                # Not in the state dict, so that max_len can change between saving and loading.
-                table = sinusoidal_positions(max_len, d_model, **factory) if positional == "sinusoidal" else None
-                self.register_buffer(name, table, persistent=False)
+            table = nn.Parameter(torch.empty(max_len, d_model, **factory)) if positional == "learned" else None
+            self.register_parameter(name, table)
+        self._sinusoids: Tensor | None = None  # made at need, see _sinusoidal
         self.embedding_dropout = nn.Dropout(dropout)
 
         def attention(rotary: bool) -> FusedMultiheadAttention:
@@ -136,21 +140,23 @@ class Seq2SeqTransformer(nn.Module):
         self.decoder = TransformerDecoder(decoder_layer, num_decoder_layers, norms[1])
         self.generator = nn.Linear(d_model, tgt_vocab_size, **factory)
         self._tie_generator = tie_generator
+        # Loading with assign=True makes a parameter of each entry.
+        self.register_load_state_dict_post_hook(_tie_after_loading)
         self._init_weights()
 
     def reset_parameters(self) -> None:
         """Xavier-uniform matrices as in `torch.nn.Transformer`; embeddings of unit variance once scaled.
 
-        Everything is filled, positions included, so that a model made with ``device="meta"`` can be used after
-        ``to_empty(device=...)`` and this.
+        Everything is filled, so that a model made with ``device="meta"`` can be used after ``to_empty(device=...)`` and
+        this, or after loading a state dict.
         """
         modules = [*self.encoder.modules(), *self.decoder.modules()]
         for module in modules:
-            if isinstance(module, (nn.Linear, nn.LayerNorm)):
+            if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         # After their out_proj, whose bias starts at zero.
         for module in modules:
-            if isinstance(module, FusedMultiheadAttention):
+            if isinstance(module, nn.MultiheadAttention):
                 module._reset_parameters()
         self._init_weights()
 
@@ -165,17 +171,26 @@ class Seq2SeqTransformer(nn.Module):
             with torch.no_grad():
                 embedding.weight[self.pad_id].zero_()
         for positions in (self.src_positions, self.tgt_positions):
-            if isinstance(positions, nn.Parameter):
+            if positions is not None:
                 nn.init.normal_(positions, std=0.02)
-            elif positions is not None:
-                factory = {"device": positions.device, "dtype": positions.dtype}
-                positions.copy_(sinusoidal_positions(self.max_len, self.d_model, **factory))
         if self._tie_generator:
-            self.generator.weight = self.tgt_embedding.weight  # again, since to_empty unties them
+            self.generator.weight = self.tgt_embedding.weight
             bound = self.d_model**-0.5  # as in nn.Linear
             nn.init.uniform_(self.generator.bias, -bound, bound)
         else:
             self.generator.reset_parameters()
+
+    def _apply(self, fn, recurse=True):
+        # to_empty and conversions to another kind of device make new parameters, one for each place.
+        weight, generator_weight = self._tied_weights()
+        super()._apply(fn, recurse)
+        if weight is not None and generator_weight is weight:
+            self.generator.weight = self.tgt_embedding.weight
+        return self
+
+    def _tied_weights(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of embedding and generator; None where an adapter or another module has taken the place."""
+        return tuple(module._parameters.get("weight") for module in (self.tgt_embedding, self.generator))
 
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
         """Logits of the token that follows each target token.
@@ -190,13 +205,17 @@ class Seq2SeqTransformer(nn.Module):
         Raises:
             TypeError, ValueError: tokens of the wrong dtype, shape or range.
         """
+        if has_torch_function_variadic(src, tgt):
+            node = call_node(self, src, tgt)
+            if node is not None:
+                return node
         if src.shape[:1] != tgt.shape[:1]:
             raise ValueError(f"tgt: expected the batch size of src, {src.shape[0]}, got shape {tuple(tgt.shape)}")
         return self.decode(tgt, *self.encode(src))
 
     def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
         """(memory (B, S, E), memory_key_padding_mask (B, S), True = ignore) of the source tokens (B, S)."""
-        x = self._embed("src", src, self.src_embedding, self.src_positions)
+        x = self._embed("src", src, self.src_embedding)
         padding = src == self.pad_id
         return self.encoder(x, src_key_padding_mask=padding), padding
 
@@ -218,18 +237,15 @@ class Seq2SeqTransformer(nn.Module):
             cache: a new ``KVCache(num_decoder_layers)`` at the first call of a generation, the same one at the others.
         """
         start = 0 if cache is None else cache.length
-        x = self._embed("tgt", tgt, self.tgt_embedding, self.tgt_positions, start)
-        causal = padding = None
-        if cache is None:  # with one, self-attention is causal by itself
-            causal, padding = _causal_mask(tgt.shape[1], tgt.device), tgt == self.pad_id
-        x = self.decoder(
-            x,
-            memory,
-            tgt_mask=causal,
-            tgt_key_padding_mask=padding,
-            memory_key_padding_mask=memory_key_padding_mask,
-            cache=cache,
-        )
+        x = self._embed("tgt", tgt, self.tgt_embedding, start)
+        arguments = {"memory_key_padding_mask": memory_key_padding_mask}
+        if cache is not None:  # with one, self-attention is causal by itself
+            arguments["cache"] = cache
+        else:
+            arguments |= {"tgt_key_padding_mask": tgt == self.pad_id, "tgt_is_causal": True}
+            if not getattr(self.decoder, "takes_is_causal", False):
+                arguments["tgt_mask"] = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        x = self.decoder(x, memory, **arguments)
         return self.generator(x)
 
     @torch.no_grad()
@@ -249,7 +265,8 @@ class Seq2SeqTransformer(nn.Module):
         """Targets for the sources: the likeliest token each time, or sampled tokens, or the best of a beam search.
 
         Dropout is off meanwhile. What a source gets does not depend on the others in its batch (except when sampling).
-        ``pad_id`` and ``sos_id`` are never generated.
+        ``pad_id`` and ``sos_id`` are never generated. Where the decoder has layers or self-attention of other classes,
+        which take no cache, each step computes all tokens anew, with a warning.
 
         Args:
             src: (B, S), padded with ``pad_id``.
@@ -291,30 +308,31 @@ class Seq2SeqTransformer(nn.Module):
     ) -> Tensor:
         """Append one chosen token at a time to every target; (B, N)."""
         batch = memory.shape[0]
-        cache = KVCache(self.decoder.num_layers)
-        tokens = torch.full((batch, max_new_tokens), self.pad_id, device=memory.device)
-        newest = torch.full((batch,), self.sos_id, device=memory.device)
+        cache = self._new_cache()
+        tokens = torch.full((batch, 1 + max_new_tokens), self.pad_id, device=memory.device)
+        tokens[:, 0] = self.sos_id
         has_ended = torch.zeros(batch, dtype=torch.bool, device=memory.device)
-        for step in range(max_new_tokens):
-            newest = choose(self._next_logits(newest, memory, padding, cache)).masked_fill(has_ended, self.pad_id)
-            tokens[:, step] = newest
-            has_ended |= newest == self.eos_id
+        for end in range(1, 1 + max_new_tokens):
+            newest = choose(self._next_logits(tokens[:, :end], memory, padding, cache))
+            tokens[:, end] = newest.masked_fill(has_ended, self.pad_id)
+            has_ended |= tokens[:, end] == self.eos_id
             if has_ended.all():
-                return tokens[:, : step + 1]
-        return tokens
+                break
+        return tokens[:, 1 : 1 + end]
 
     def _beam_search(
         self, memory: Tensor, padding: Tensor, max_new_tokens: int, num_beams: int, length_penalty: float
     ) -> Tensor:
         """The best hypothesis of each source; (B, N).
 
-        live:  (B, K, max_new_tokens) the likeliest unfinished hypotheses, best first; log-probabilities (B, K)
-        ended: (B, K, max_new_tokens) the best finished ones, best first; scores (B, K), -inf where there is none yet
+        live:  (B, K, 1 + max_new_tokens) the likeliest unfinished hypotheses, best first; log-probabilities (B, K)
+        ended: (B, K, 1 + max_new_tokens) the best finished ones, best first; scores (B, K), -inf where there is none
         """
         batch, device = memory.shape[0], memory.device
         memory, padding = (x.repeat_interleave(num_beams, dim=0) for x in (memory, padding))
-        cache = KVCache(self.decoder.num_layers)
-        live = torch.full((batch, num_beams, max_new_tokens), self.pad_id, device=device)
+        cache = self._new_cache()
+        live = torch.full((batch, num_beams, 1 + max_new_tokens), self.pad_id, device=device)
+        live[:, :, 0] = self.sos_id
         ended = live
         # All beams begin as the same hypothesis, so only one of them may count.
         live_log_p = torch.full((batch, num_beams), MINUS_INF, device=device, dtype=_float_dtype(memory))
@@ -322,44 +340,53 @@ class Seq2SeqTransformer(nn.Module):
         ended_scores = torch.full_like(live_log_p, MINUS_INF)
         is_done = torch.zeros(batch, 1, dtype=torch.bool, device=device)
         first_row = torch.arange(batch, device=device)[:, None] * num_beams  # of each source, in the rows of memory
-        newest = torch.full((batch * num_beams,), self.sos_id, device=device)
 
-        for step in range(max_new_tokens):
-            log_p = self._next_logits(newest, memory, padding, cache).log_softmax(dim=-1)  # (B * K, V)
-            log_p = live_log_p[:, :, None] + log_p.view(batch, num_beams, log_p.shape[1])  # (B, K, V)
+        for end in range(1, 1 + max_new_tokens):
+            log_p = self._next_logits(live[:, :, :end].flatten(0, 1), memory, padding, cache).log_softmax(dim=-1)
+            vocab = log_p.shape[1]
+            log_p = live_log_p[:, :, None] + log_p.view(batch, num_beams, vocab)  # (B, K, V)
             # At most K of these end, so that at least K go on.
             log_p, index = log_p.flatten(1).topk(2 * num_beams)  # (B, 2K)
-            beam, token = index // self.generator.out_features, index % self.generator.out_features
+            beam, token = index // vocab, index % vocab
             hypotheses = _select(live, beam)
-            hypotheses[:, :, step] = token
+            hypotheses[:, :, end] = token
             ends = token == self.eos_id
 
-            scores = log_p / (step + 1) ** length_penalty
+            scores = log_p / end**length_penalty
             scores = scores.masked_fill(~ends | is_done, MINUS_INF)
             ended_scores, best = torch.cat((ended_scores, scores), dim=1).topk(num_beams)
             ended = _select(torch.cat((ended, hypotheses), dim=1), best)
 
             live_log_p, best = log_p.masked_fill(ends, MINUS_INF).topk(num_beams)
             live = _select(hypotheses, best)
-            is_done |= ended_scores[:, -1:] >= live_log_p[:, :1] / (step + 1) ** length_penalty
+            is_done |= ended_scores[:, -1:] >= live_log_p[:, :1] / end**length_penalty
             if is_done.all():
                 break
-            newest = token.gather(1, best).flatten()
-            cache.reorder((first_row + beam.gather(1, best)).flatten(), include_cross_attention=False)
+            if cache is not None:
+                cache.reorder((first_row + beam.gather(1, best)).flatten(), include_cross_attention=False)
 
-        tokens = torch.where(ended_scores[:, :1] > MINUS_INF, ended[:, 0], live[:, 0])
+        tokens = torch.where(ended_scores[:, :1] > MINUS_INF, ended[:, 0], live[:, 0])[:, 1:]
         return tokens[:, : int((tokens != self.pad_id).sum(dim=1).amax())]
 
-    def _next_logits(self, newest: Tensor, memory: Tensor, padding: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V), at least float32, of what follows the newest tokens (B,)."""
-        logits = self.decode(newest[:, None], memory, padding, cache=cache)[:, -1]
+    def _new_cache(self) -> KVCache | None:
+        """None where the decoder takes no cache, because of a layer or an attention that is not ours."""
+        if getattr(self.decoder, "takes_cache", False):
+            return KVCache(len(self.decoder.layers))
+        warnings.warn(
+            "generate: each step computes all tokens anew, since a layer of the decoder, or its self-attention, takes "
+            "no cache (fused_attn.TransformerDecoderLayer and FusedMultiheadAttention do)",
+            stacklevel=5,  # who calls generate, which no_grad wraps
+        )
+        return None
+
+    def _next_logits(self, tokens: Tensor, memory: Tensor, padding: Tensor, cache: KVCache | None) -> Tensor:
+        """Logits (B, V), at least float32, of what follows the tokens (B, L), of which a cache has all but the last."""
+        logits = self.decode(tokens if cache is None else tokens[:, -1:], memory, padding, cache=cache)[:, -1]
         logits = logits.to(_float_dtype(logits))
         logits[:, [self.pad_id, self.sos_id]] = MINUS_INF
         return logits
 
-    def _embed(
-        self, name: str, tokens: Tensor, embedding: nn.Embedding, positions: Tensor | None, start: int = 0
-    ) -> Tensor:
+    def _embed(self, name: str, tokens: Tensor, embedding: nn.Embedding, start: int = 0) -> Tensor:
         """(B, L) tokens at positions start, start + 1, ... to (B, L, E)."""
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}: expected int64 or int32 tokens, got {tokens.dtype}")
@@ -376,7 +403,27 @@ class Seq2SeqTransformer(nn.Module):
                 f"{name}: expected tokens in [0, {embedding.num_embeddings}), got {bounds[0]} to {bounds[1]}"
             ) from None
         x = x * math.sqrt(self.d_model)
-        return self.embedding_dropout(x if positions is None else x + positions[start:end])
+        if self.positional == "learned":
+            positions = self.src_positions if name == "src" else self.tgt_positions
+            x = x + positions[start:end]
+        elif self.positional == "sinusoidal":
+            x = x + self._sinusoidal(x)[start:end]
+        return self.embedding_dropout(x)
+
+    def _sinusoidal(self, x: Tensor) -> Tensor:
+        """(max_len, E), the position of each row, in the dtype and on the device of x.
+
+        This is no buffer: what only the constructor fills is lost wherever modules are made on "meta" and filled with
+        parameters alone, and dtypes of buffers and parameters can differ (mixed precision).
+        """
+        table = self._sinusoids
+        if table is None or table.dtype != x.dtype or table.device != x.device or table.shape[0] != self.max_len:
+            with torch.inference_mode(False):
+                table = sinusoidal_positions(self.max_len, self.d_model, device=x.device, dtype=x.dtype)
+            # What a tracer or a transform has made is of no use after it.
+            if type(x) is Tensor and modes.is_direct() and not torch.compiler.is_compiling():
+                self._sinusoids = table
+        return table
 
     def _check_generate(
         self,
@@ -412,14 +459,10 @@ class Seq2SeqTransformer(nn.Module):
             raise ValueError(f"length_penalty: expected a finite number, got {length_penalty}")
 
 
-def _causal_mask(length: int, device: torch.device) -> Tensor:
-    """(length, length) mask, which takes no memory unless it is traced: torch.compile cannot make a causal bias."""
-    if torch.compiler.is_compiling():
-        return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
-    # Imported here: the module takes a second to import.
-    from torch.nn.attention.bias import causal_upper_left
-
-    return causal_upper_left(length, length)
+def _tie_after_loading(model: Seq2SeqTransformer, incompatible_keys) -> None:
+    weights = model._tied_weights()
+    if model._tie_generator and all(type(weight) is nn.Parameter for weight in weights):  # none is quantised or sharded
+        model.generator.weight = model.tgt_embedding.weight
 
 
 def sinusoidal_positions(length: int, d_model: int, *, device=None, dtype=None) -> Tensor:

@@ -21,7 +21,7 @@ struct Kernel {
   int blocks, threads, shared_bytes;
 };
 
-Kernel kernels[128];
+Kernel kernels[160];
 int num_kernels = 0;
 
 // KERNEL(name, blocks, threads, shared bytes) { body }: `shared` is the address of the first byte.
@@ -174,6 +174,35 @@ KERNEL(blocks_in_order, 3, 64, 0) {
   sync_threads();
   if (thread == 0) add_release(memory.counters, 1);
 }
+
+KERNEL(threads_write_the_same, 1, 64, 0) { store_global(memory.floats + thread % 32, 1.f); }
+KERNEL(thread_reads_what_another_wrote, 1, 64, 0) {
+  store_global(memory.floats + thread, 1.f);
+  load_global(memory.floats + (thread + 32) % 64);
+}
+KERNEL(threads_exchange_in_global, 1, 64, 0) {
+  store_global(memory.floats + thread, 1.f);
+  sync_threads();
+  load_global(memory.floats + (thread + 32) % 64);
+}
+
+// Block 0 writes, and block 1 reads what another thread wrote.
+void pass_on(const Memory& memory, int thread, bool syncs_before, bool syncs_after, bool writes_later = false) {
+  if (block_index_x() == 0) {
+    if (!writes_later) store_global(memory.floats + thread, 1.f);
+    if (syncs_before) sync_threads();
+    if (thread == 0) add_release(memory.counters, 1);
+    if (writes_later) store_global(memory.floats + thread, 1.f);
+  } else {
+    if (thread == 0) wait_until_equal(memory.counters, 1);
+    if (syncs_after) sync_threads();
+    load_global(memory.floats + (thread + 32) % 64);
+  }
+}
+KERNEL(block_passes_on, 2, 64, 0) { pass_on(memory, thread, true, true); }
+KERNEL(counted_before_all_have_written, 2, 64, 0) { pass_on(memory, thread, false, true); }
+KERNEL(read_by_one_that_has_not_waited, 2, 64, 0) { pass_on(memory, thread, true, false); }
+KERNEL(written_after_it_was_counted, 2, 64, 0) { pass_on(memory, thread, true, true, true); }
 
 KERNEL(waiting_for_a_neighbour, 2, 32, 0) {
   if (thread == 0) wait_until_equal(memory.counters, 1 - block_index_x());
@@ -427,6 +456,20 @@ KERNEL(tma_misaligned, 1, 32, 4096) {
   if (thread == 0) load_box(memory, shared + 128, mbarrier);
 }
 
+KERNEL(tma_store_before_the_tensor, 1, 32, 2048) {
+  if (thread == 0) tma_store_4d(&memory.map, shared, 0, -5, 0, 0);
+}
+
+KERNEL(tma_reduce_before_the_tensor, 1, 32, 2048) {
+  if (thread == 0) tma_reduce_add_4d(&memory.map, shared, 0, 0, 0, -1);
+}
+
+KERNEL(tma_begins_within_a_chunk, 1, 32, 2048) {
+  const uint32_t mbarrier = shared + kBoxBytes;
+  init_mbarrier(thread, mbarrier);
+  if (thread == 0) tma_load_4d(shared, &memory.map, mbarrier, 2, 0, 0, 0);
+}
+
 KERNEL(tma_expects_half_the_bytes, 1, 32, 2048) {
   const uint32_t mbarrier = shared + kBoxBytes;
   init_mbarrier(thread, mbarrier);
@@ -436,6 +479,204 @@ KERNEL(tma_expects_half_the_bytes, 1, 32, 2048) {
   }
   mbarrier_wait(mbarrier, 0);
 }
+
+// ---- Bulk stores, which other blocks are to see
+
+constexpr int kSumBytes = 128;
+
+// A step that one of the kernels below leaves out, or gets wrong.
+enum class Fault {
+  kNone,
+  kNoTurn,
+  kSameTurn,
+  kTurnTooLate,
+  kNotCounted,
+  kNoFenceBefore,
+  kNoWait,
+  kSourceWaitedFor,
+  kNoFenceAfter,
+};
+
+// Floats of 1 at `source`, ready for bulk stores.
+void store_ones(int thread, uint32_t source) {
+  store_shared(source + 4 * thread, 1.f);
+  fence_async_proxy();
+  sync_threads();
+}
+
+void publish(int* counter, Fault fault) {
+  tma_store_commit();
+  if (fault == Fault::kSourceWaitedFor) tma_store_wait_read<0>();
+  if (fault != Fault::kSourceWaitedFor && fault != Fault::kNoWait) tma_store_wait<0>();
+  if (fault != Fault::kNoFenceAfter) fence_async_proxy_global();
+  if (fault != Fault::kNotCounted || block_index_x() != 1) add_release(counter, 1);
+  tma_store_wait<0>();
+}
+
+// Blocks add to the same sums, one after another.
+void add_in_turn(const Memory& memory, int thread, uint32_t shared, int turn, Fault fault) {
+  store_ones(thread, shared);
+  if (thread != 0) return;
+  const int counted = turn + (fault == Fault::kTurnTooLate) - (fault == Fault::kSameTurn && turn == 1);
+  if (fault != Fault::kNoTurn) wait_until_equal(memory.counters, counted);
+  if (fault != Fault::kNoFenceBefore) fence_async_proxy_global();
+  if (turn == 0)
+    bulk_store(memory.floats, shared, kSumBytes);
+  else
+    bulk_reduce_add_f32(memory.floats, shared, kSumBytes);
+  publish(memory.counters, fault);
+}
+
+#define ADD_IN_TURN(name, fault) \
+  KERNEL(name, 3, 32, 1024) { add_in_turn(memory, thread, shared, block_index_x(), Fault::fault); }
+ADD_IN_TURN(sums_in_turn, kNone)
+ADD_IN_TURN(sums_without_a_turn, kNoTurn)
+ADD_IN_TURN(sums_with_the_same_turn, kSameTurn)
+ADD_IN_TURN(sums_with_a_turn_too_late, kTurnTooLate)
+ADD_IN_TURN(sums_not_counted, kNotCounted)
+ADD_IN_TURN(sums_without_fence_before, kNoFenceBefore)
+ADD_IN_TURN(sums_without_a_wait, kNoWait)
+ADD_IN_TURN(sums_whose_source_is_waited_for, kSourceWaitedFor)
+ADD_IN_TURN(sums_without_fence_after, kNoFenceAfter)
+KERNEL(sums_from_the_last_block_on, 3, 32, 1024) {
+  add_in_turn(memory, thread, shared, 2 - block_index_x(), Fault::kNone);
+}
+
+// Block 0 stores a box, which block 1 reads: by ordinary loads, by a bulk load, by a TMA load.
+enum class Reader { kOrdinary, kBulk, kTma };
+
+void hand_over(const Memory& memory, int thread, uint32_t shared, Reader reader, Fault fault) {
+  const uint32_t mbarrier = shared + kBoxBytes;
+  init_mbarrier(thread, mbarrier);
+  if (block_index_x() == 0) {
+    store_ones(thread, shared);
+    if (thread != 0) return;
+    tma_store_4d(&memory.map, shared, 0, 0, 0, 0);
+    publish(memory.counters, fault);
+  } else if (thread == 0) {
+    wait_until_equal(memory.counters, 1);
+    if (reader == Reader::kOrdinary) {
+      load_global(memory.floats);
+      return;
+    }
+    if (fault != Fault::kNoFenceBefore) fence_async_proxy_global();
+    if (reader == Reader::kTma) {
+      load_box(memory, shared, mbarrier);
+    } else {
+      mbarrier_arrive_expect(mbarrier, kSumBytes);
+      bulk_load(shared, memory.floats, kSumBytes, mbarrier);
+    }
+    mbarrier_wait(mbarrier, 0);
+  }
+}
+
+#define HAND_OVER(name, reader, fault) \
+  KERNEL(name, 2, 32, 2048) { hand_over(memory, thread, shared, Reader::reader, Fault::fault); }
+HAND_OVER(box_read_by_loads, kOrdinary, kNone)
+HAND_OVER(box_read_by_a_bulk_load, kBulk, kNone)
+HAND_OVER(box_read_by_tma, kTma, kNone)
+HAND_OVER(box_not_fenced_by_its_writer, kOrdinary, kNoFenceAfter)
+HAND_OVER(box_not_complete, kOrdinary, kSourceWaitedFor)
+HAND_OVER(box_not_fenced_before_a_bulk_load, kBulk, kNoFenceBefore)
+HAND_OVER(box_not_fenced_before_tma, kTma, kNoFenceBefore)
+
+// What another block has written with ordinary stores needs the reader's fence too.
+void add_to_stored(const Memory& memory, int thread, uint32_t shared, bool fences) {
+  store_ones(thread, shared);
+  if (thread != 0) return;
+  if (block_index_x() == 0) {
+    store_global(memory.floats, 1.f);
+    add_release(memory.counters, 1);
+  } else {
+    wait_until_equal(memory.counters, 1);
+    if (fences) fence_async_proxy_global();
+    bulk_reduce_add_f32(memory.floats, shared, kSumBytes);
+    tma_store_commit();
+    tma_store_wait<0>();
+  }
+}
+KERNEL(sum_onto_stored_values, 2, 32, 1024) { add_to_stored(memory, thread, shared, true); }
+KERNEL(sum_onto_stored_values_without_fence, 2, 32, 1024) { add_to_stored(memory, thread, shared, false); }
+
+// A fence counts for those that come after it, not for the block.
+KERNEL(fence_of_another_thread, 2, 64, 1024) {
+  store_ones(thread, shared);
+  if (block_index_x() == 0) {
+    if (thread != 0) return;
+    bulk_store(memory.floats, shared, kSumBytes);
+    publish(memory.counters, Fault::kNone);
+    return;
+  }
+  if (thread == 0) wait_until_equal(memory.counters, 1);
+  sync_threads();
+  if (thread == 0) fence_async_proxy_global();
+  if (thread != 32) return;
+  bulk_reduce_add_f32(memory.floats, shared, kSumBytes);
+  tma_store_commit();
+  tma_store_wait<0>();
+}
+
+// The source is free after wait_read, and the store has its values all the same. The caller looks.
+KERNEL(source_reused_after_wait_read, 1, 32, 1024) {
+  store_ones(thread, shared);
+  if (thread == 0) {
+    bulk_store(memory.floats, shared, kSumBytes);
+    tma_store_commit();
+    tma_store_wait_read<0>();
+  }
+  sync_threads();
+  store_shared(shared + 4 * thread, 2.f);
+  if (thread == 0) tma_store_wait<0>();
+  sync_threads();
+  store_global(memory.floats + 32 + thread, load_global(memory.floats + thread));
+}
+
+KERNEL(own_bulk_store_read_too_early, 1, 32, 1024) {
+  store_ones(thread, shared);
+  if (thread != 0) return;
+  bulk_store(memory.floats, shared, kSumBytes);
+  tma_store_commit();
+  tma_store_wait_read<0>();
+  load_global(memory.floats);
+  tma_store_wait<0>();
+}
+
+KERNEL(own_sums_in_any_order, 1, 32, 1024) {
+  store_ones(thread, shared);
+  if (thread != 0) return;
+  bulk_reduce_add_f32(memory.floats, shared, kSumBytes);
+  bulk_reduce_add_f32(memory.floats, shared, kSumBytes);
+  tma_store_commit();
+  tma_store_wait<0>();
+}
+
+// One warp fills a slot again and again, and a thread of another stores it.
+void store_by_way_of_a_slot(const Memory& memory, int thread, uint32_t shared, bool fences, bool frees_late) {
+  const uint32_t full = shared + 512, empty = full + 8;
+  if (thread == 0) {
+    mbarrier_init(full, 32);
+    mbarrier_init(empty, 1);
+  }
+  sync_threads();
+  for (uint32_t i = 0; i < 3; i++) {
+    if (thread < 32) {
+      mbarrier_wait(empty, i % 2 ^ 1);
+      store_shared(shared + 4 * thread, float(i));
+      mbarrier_arrive(full);
+    } else if (thread == 32) {
+      mbarrier_wait(full, i % 2);
+      if (fences) fence_async_proxy();
+      bulk_store(memory.floats + 32 * i, shared, kSumBytes);
+      tma_store_commit();
+      if (frees_late) tma_store_wait_read<0>();
+      mbarrier_arrive(empty);
+      tma_store_wait_read<0>();
+    }
+  }
+}
+KERNEL(slot_stored_and_freed, 1, 64, 1024) { store_by_way_of_a_slot(memory, thread, shared, true, true); }
+KERNEL(slot_without_fence_of_its_reader, 1, 64, 1024) { store_by_way_of_a_slot(memory, thread, shared, false, true); }
+KERNEL(slot_freed_too_early, 1, 64, 1024) { store_by_way_of_a_slot(memory, thread, shared, true, false); }
 
 // ---- wgmma: 64 x 16 times 16 x 64, both operands the same 8192 bytes at `shared`
 
@@ -482,6 +723,68 @@ KERNEL(wgmma_without_proxy_fence, 1, 128, kTileBytes) {
   issue(d, shared);
   wgmma_commit();
   wgmma_wait<0>();
+}
+
+// One warpgroup writes with ordinary stores and arrives; the other waits, fences and multiplies. The fence is the reader's.
+void multiply_what_another_wrote(int thread, uint32_t shared, bool fences_before, bool fences_after) {
+  const uint32_t mbarrier = shared + kTileBytes;
+  if (thread == 0) mbarrier_init(mbarrier, 128);
+  sync_threads();
+  if (thread < 128) {
+    store_tile(thread, shared);
+    mbarrier_arrive(mbarrier);
+    return;
+  }
+  float d[32];
+  if (fences_before) fence_async_proxy();
+  mbarrier_wait(mbarrier, 0);
+  if (fences_after) fence_async_proxy();
+  wgmma_fence();
+  issue(d, shared);
+  wgmma_commit();
+  wgmma_wait<0>();
+}
+KERNEL(wgmma_fenced_by_its_reader, 1, 256, kTileBytes + 16) {
+  multiply_what_another_wrote(thread, shared, false, true);
+}
+KERNEL(wgmma_not_fenced_by_its_reader, 1, 256, kTileBytes + 16) {
+  multiply_what_another_wrote(thread, shared, false, false);
+}
+KERNEL(wgmma_fenced_before_its_wait, 1, 256, kTileBytes + 16) {
+  multiply_what_another_wrote(thread, shared, true, false);
+}
+
+// Only the first product of a chain overwrites.
+void multiply_after_forgetting(int thread, uint32_t shared, bool accumulates) {
+  float d[32];
+  store_and_sync(thread, shared);
+  forget_registers(d);
+  wgmma_fence();
+  for (int i = 0; i < 2; i++)
+    wgmma_ss<bf16_t, 64, 0, 0>(d, tile_descriptor(shared), tile_descriptor(shared), accumulates || i > 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+}
+KERNEL(wgmma_onto_forgotten_registers, 1, 128, kTileBytes) { multiply_after_forgetting(thread, shared, false); }
+KERNEL(wgmma_accumulates_onto_forgotten_registers, 1, 128, kTileBytes) {
+  multiply_after_forgetting(thread, shared, true);
+}
+
+KERNEL(registers_forgotten_in_flight, 1, 128, kTileBytes) {
+  float d[32];
+  store_and_sync(thread, shared);
+  wgmma_fence();
+  issue(d, shared);
+  wgmma_commit();
+  forget_registers(d);
+  wgmma_wait<0>();
+}
+
+// The caller looks.
+KERNEL(forgotten_registers, 1, 32, 0) {
+  float x[1] = {1};
+  forget_registers(x);
+  store_global(memory.floats + thread, x[0] + 1);
 }
 
 KERNEL(wgmma_without_fence, 1, 128, kTileBytes) {

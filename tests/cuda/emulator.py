@@ -156,6 +156,7 @@ class Options(ctypes.Structure):
         ("strict_wgmma", ctypes.c_int32),
         ("count_bank_conflicts", ctypes.c_int32),
         ("resident_blocks", ctypes.c_int32),
+        ("ordered_sums", ctypes.c_int32),
         ("registers_per_thread", ctypes.c_int32),
     )
 
@@ -206,6 +207,7 @@ class Library:
         strict_wgmma: bool = True,
         count_bank_conflicts: bool = False,
         resident_blocks: int = 2,
+        ordered_sums: bool = True,
         registers_per_thread: int = 0,
     ) -> None:
         """Sets options for the calls that follow, and forgets all buffers and statistics."""
@@ -217,6 +219,7 @@ class Library:
             strict_wgmma,
             count_bank_conflicts,
             resident_blocks,
+            ordered_sums,
             registers_per_thread,
         )
         self._library.emulation_start(ctypes.byref(options))

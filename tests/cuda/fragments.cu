@@ -143,8 +143,8 @@ GPU_KERNEL void tma_kernel(const GPU_GRID_CONSTANT TensorMap map, int operation,
   }
 }
 
-// destination += source, by way of shared memory and both bulk instructions.
-GPU_KERNEL void bulk_kernel(const float* source, float* destination, int bytes) {
+// destination = source, or += source, by way of shared memory and both kinds of bulk instruction.
+GPU_KERNEL void bulk_kernel(int operation, const float* source, float* destination, int bytes) {
   const uint32_t shared = shared_address(shared_memory());
   const uint32_t mbarrier = shared + bytes;
   if (thread_index() != 0) return;
@@ -153,9 +153,50 @@ GPU_KERNEL void bulk_kernel(const float* source, float* destination, int bytes) 
   mbarrier_arrive_expect(mbarrier, bytes);
   bulk_load(shared, source, bytes, mbarrier);
   mbarrier_wait(mbarrier, 0);
-  bulk_reduce_add_f32(destination, shared, bytes);
+  if (operation == kStore) bulk_store(destination, shared, bytes);
+  if (operation == kReduce) bulk_reduce_add_f32(destination, shared, bytes);
   tma_store_commit();
   tma_store_wait<0>();
+}
+
+// A slot of shared memory is stored to one row of `rows` after another: it is written again as soon as it has been read.
+GPU_KERNEL void reused_source_kernel(float* rows, int num_rows) {
+  const uint32_t shared = shared_address(shared_memory());
+  const int lane = thread_index();
+  for (int row = 0; row < num_rows; row++) {
+    store_shared(shared + 4 * lane, float(kWarp * row + lane));
+    fence_async_proxy();
+    sync_warp();
+    if (lane == 0) {
+      bulk_store(rows + kWarp * row, shared, 4 * kWarp);
+      tma_store_commit();
+      tma_store_wait_read<0>();
+    }
+    sync_warp();
+  }
+  if (lane == 0) tma_store_wait<0>();
+}
+
+// Block b adds row b of `rows` to `sums`, which need not be initialised; the order is that of the numbers in `turns`.
+GPU_KERNEL void ordered_sums_kernel(const float* rows, const int* turns, float* sums, int* counter) {
+  const uint32_t shared = shared_address(shared_memory());
+  const int lane = thread_index(), block = block_index_x();
+  store_shared(shared + 4 * lane, load_global(rows + kWarp * block + lane));
+  sync_warp();
+  if (lane != 0) return;
+  const int turn = load_global(turns + block);
+  wait_until_equal(counter, turn);
+  fence_async_proxy_global();
+  fence_async_proxy();
+  if (turn == 0) {
+    bulk_store(sums, shared, 4 * kWarp);
+  } else {
+    bulk_reduce_add_f32(sums, shared, 4 * kWarp);
+  }
+  tma_store_commit();
+  tma_store_wait<0>();
+  fence_async_proxy_global();
+  add_release(counter, 1);
 }
 
 // out: [function][32] for one warp with the values x.
@@ -253,8 +294,16 @@ const char* tma(int operation, void* tensor, int element, const int64_t* sizes, 
              coordinates[3], image, bytes);
 }
 
-const char* bulk(const float* source, float* destination, int bytes) {
-  return run(bulk_kernel, kWarp, bytes + 16, source, destination, bytes);
+const char* bulk(int operation, const float* source, float* destination, int bytes) {
+  return run(bulk_kernel, kWarp, bytes + 16, operation, source, destination, bytes);
+}
+
+const char* reused_source(float* rows, int num_rows) {
+  return run(reused_source_kernel, kWarp, 4 * kWarp, rows, num_rows);
+}
+
+const char* ordered_sums(int blocks, const float* rows, const int* turns, float* sums, int* counter) {
+  return keep(launch(ordered_sums_kernel, {blocks, 1, 1, kWarp, 4 * kWarp}, nullptr, rows, turns, sums, counter));
 }
 
 const char* arithmetic(int is_bf16, const float* x, uint32_t* out) {

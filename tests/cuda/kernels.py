@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emulator import CSRC, Builder, Library
 
-from fused_attn import api, dispatch
+from fused_attn import api, dispatch, ops
 from fused_attn.backends import cuda
 
 FLAGS = ("-Wno-psabi",)
@@ -51,19 +51,35 @@ class Kernels:
         self._library = Library(self.path)
 
     @contextlib.contextmanager
-    def running(self, architecture: int, seed: int = 0) -> Iterator[None]:
-        """backend="cuda" is this build's kernels for sm_80 or sm_90a, in the order of threads that the seed draws."""
-        before = cuda._kernels, cuda._architecture
-        _forget_plans()
-        cuda._kernels, cuda._architecture = self._module, lambda problem: architecture
-        self._library.start(seed)
+    def running(self, architecture: int, seed: int = 0, **options: int) -> Iterator[None]:
+        """backend="cuda" is this build's kernels for sm_80 or sm_90a, in the order of threads that the seed draws.
+
+        ``options`` are those of `Library.start`.
+        """
+        before = cuda._kernels
+        cuda._kernels = self._module
+        self._library.start(seed, **options)
         try:
-            yield
+            with of_architecture(architecture):
+                yield
         finally:
-            cuda._kernels, cuda._architecture = before
-            _forget_plans()
+            cuda._kernels = before
+
+
+@contextlib.contextmanager
+def of_architecture(architecture: int) -> Iterator[None]:
+    """backend="cuda" runs its kernels for sm_80 or sm_90a, whatever the device."""
+    before = cuda._architecture
+    _forget_plans()
+    cuda._architecture = lambda problem: architecture
+    try:
+        yield
+    finally:
+        cuda._architecture = before
+        _forget_plans()
 
 
 def _forget_plans() -> None:
-    for function in (api._cached_plan, api._cached_varlen_plan, dispatch.choose, cuda._config):
+    plans = (api._cached_plan, api._cached_varlen_plan, ops._problem, dispatch.choose, cuda._config)
+    for function in (*plans, cuda._workspace_bytes):
         function.cache_clear()

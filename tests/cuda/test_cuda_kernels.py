@@ -89,6 +89,13 @@ def test_huge_logits(case: Case, architecture: int, kernels: Kernels) -> None:
             cases.check_inference(case, torch.float16, "cuda")
 
 
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
+@pytest.mark.parametrize("options", [{}, {"window": (9, 0), "dropout_p": 0.3}], ids=["plain", "window-dropout"])
+@pytest.mark.usefixtures("running")
+def test_packed_rows_that_no_sequence_owns(dtype: torch.dtype, options: dict) -> None:
+    cases.check_strays(dtype, "cuda", **options)
+
+
 @pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_every_head_dim_in_random_orders(head_dim: int, seed: int, architecture: int, kernels: Kernels) -> None:
@@ -138,16 +145,16 @@ def test_nan_stays_in_its_sequence(generator: torch.Generator) -> None:
 
 @pytest.mark.usefixtures("running")
 def test_results_are_the_same_every_time(kernels: Kernels, architecture: int, generator: torch.Generator) -> None:
-    """In whichever order threads run: gradients are summed in a fixed order."""
+    """In whichever order threads and blocks run: gradients are summed in a fixed order."""
     query, key, value, dout = (torch.randn(1, 2, 200, 64, generator=generator).bfloat16() for _ in range(4))
 
-    def results(seed: int) -> list[torch.Tensor]:
+    def results(seed: int, resident_blocks: int) -> list[torch.Tensor]:
         leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-        with kernels.running(architecture, seed):
+        with kernels.running(architecture, seed, resident_blocks=resident_blocks):
             out = fused_attn.fused_attention(*leaves, is_causal=True, backend="cuda")
             return [out, *torch.autograd.grad(out, leaves, dout)]
 
-    for first, second in zip(results(seed=1), results(seed=2), strict=True):
+    for first, second in zip(results(seed=1, resident_blocks=2), results(seed=2, resident_blocks=5), strict=True):
         assert torch.equal(first, second)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import Builder, EmulationError, Library
+from emulator import EARLY, LATE, Builder, EmulationError, Library
 
 SEEDS = range(6)
 
@@ -19,14 +19,25 @@ CORRECT = [
     "ordered_by_arrival",
     "ping_pong",
     "all_shared_memory",
-    "blocks_add_to_the_same",
+    "threads_exchange_in_global",
+    "block_passes_on",
     "blocks_in_order",
     "waiting_for_a_neighbour",
     "work_by_a_counter",
     "mbarrier_hands_over",
     "copies_in_order",
     "tma_round_trip",
+    "sums_in_turn",
+    "box_read_by_loads",
+    "box_read_by_a_bulk_load",
+    "box_read_by_tma",
+    "sum_onto_stored_values",
+    "source_reused_after_wait_read",
+    "slot_stored_and_freed",
     "wgmma_in_order",
+    "wgmma_fenced_by_its_reader",
+    "wgmma_onto_forgotten_registers",
+    "forgotten_registers",
     "registers_within_budget",
 ]
 
@@ -35,6 +46,13 @@ UNORDERED = (
     r"RACE: load_shared at shared offset \d+ reads what is not ordered after the write of thread \d+"
     r"|RACE: store_shared at shared offset \d+ is not ordered after the read of thread \d+"
 )
+
+#: Which step is missing between a bulk store of one block and an access of another.
+NO_TURN = r"no add_release of that block has been acquired by a wait_until_equal"
+NO_WAIT = r"that block's add_release does not come after a tma_store_wait for the bulk store"
+SOURCE_ALONE = r"tma_store_wait_read has waited for the bulk store's source alone, and no tma_store_wait for its compl"
+NO_WRITERS_FENCE = r"no fence_async_proxy_global lies between that block's tma_store_wait and its add_release"
+NO_READERS_FENCE = r"no fence_async_proxy_global lies between the wait_until_equal and this access by the async proxy"
 
 #: kernel -> what the report has to say
 BUGS = {
@@ -55,8 +73,18 @@ BUGS = {
     "stack_overflow": r"thread \d+, .*stack overflowed",
     "spinning_on_another_block": r"load_global: .* again and again. Nobody else runs",
     "blocks_write_the_same": r"block 1, .*RACE: store_global to global memory that block number 0 .* writes too",
+    "blocks_add_to_the_same": r"block 1, .*RACE: atomic_add to global memory that block number 0 .* also adds to: no ",
     "block_reads_what_another_wrote": r"block 1, .*RACE: load_global reads global memory that block number 0 .* wrote",
-    "waiting_for_a_later_block": r"(?s)DEADLOCK.*threads 0 wait in wait_until_equal: .* 0 and waited .* 2; 2 blocks",
+    "threads_write_the_same": r"RACE: store_global .* thread \d+ \(warp \d\) of the same block writes too: nothing",
+    "thread_reads_what_another_wrote": r"RACE: load_global reads .* thread \d+ .* of the same block wrote: nothing",
+    "counted_before_all_have_written": r"block 1, .*load_global .*block's add_release does not come after the write"
+    rf"|block 1, .*load_global .*{NO_TURN}",
+    "read_by_one_that_has_not_waited": rf"block 1, .*RACE: load_global .*{NO_TURN}"
+    r"|block 0, .*RACE: store_global .*",
+    "written_after_it_was_counted": r"block 1, .*RACE: load_global .*that block's add_release does not come after",
+    "waiting_for_a_later_block": r"(?s)block 0, .*DEADLOCK.*threads 0 wait in wait_until_equal: the counter at byte 0 "
+    r"of a buffer of 64 in global memory is 0 and waited for to become 2; 2 blocks .* 1 later ones, which may be what "
+    r"it waits.*block 1, .*become 1; 2 blocks",
     "sync_in_half_a_warp": r"(?s)DEADLOCK.*threads 0-15 wait in sync_threads: 16 of 32 lanes of warp 0 arrived",
     "sync_in_a_part_of_the_block": r"(?s)DEADLOCK.*threads 0-63 wait in sync_threads: 0: 64 of 96 threads arrived",
     "barriers_of_different_number": r"(?s)DEADLOCK.*threads 0-31 wait in barrier_sync: 1: 32 .*threads 32-63 .* 2: 32",
@@ -88,7 +116,34 @@ BUGS = {
     "tma_store_source_overwritten": r"RACE: store_shared .* is not ordered after the read of a bulk store of warp 0",
     "tma_store_without_a_wait": r"thread 0, .*the thread ended before its tma stores were waited for",
     "tma_misaligned": r"tma_load: shared address \d+ is not a multiple of 1024",
+    "tma_store_before_the_tensor": r"tma_store: coordinate 1 is -5: only a box that is read may begin before",
+    "tma_reduce_before_the_tensor": r"tma_reduce_add: coordinate 3 is -1: only a box that is read may begin before",
+    "tma_begins_within_a_chunk": r"tma_load: coordinate 0 is 2, which is 8 bytes, not a multiple of 16",
     "tma_expects_half_the_bytes": r"DEADLOCK|ended with the mbarrier .* in the middle of a phase: .* -512 bytes",
+    "sums_without_a_turn": rf"RACE: bulk_\w+ to global memory that block number \d .*: {NO_TURN}",
+    "sums_with_the_same_turn": rf"RACE: bulk_\w+ .*: {NO_TURN}"
+    r"|(?s:DEADLOCK.* is 1 and waited for to become 0, which it has passed)",
+    "sums_with_a_turn_too_late": r"(?s)block 0, .*DEADLOCK.* is 0 and waited for to become 1; .*block 1, .* become 2; ",
+    "sums_not_counted": r"(?s)block 2, .*DEADLOCK.* is 1 and waited for to become 2$",
+    "sums_without_fence_before": rf"block 1, .*RACE: bulk_reduce_add_f32 .*block number 0 .*: {NO_READERS_FENCE}",
+    "sums_without_a_wait": rf"block 1, .*RACE: bulk_reduce_add_f32 .*block number 0 .* writes too: {NO_WAIT}",
+    "sums_whose_source_is_waited_for": rf"block 1, .*RACE: bulk_reduce_add_f32 .*block number 0 .*: .*{SOURCE_ALONE}",
+    "sums_without_fence_after": rf"block 1, .*RACE: bulk_reduce_add_f32 .*block number 0 .*: {NO_WRITERS_FENCE}",
+    "sums_from_the_last_block_on": r"(?s)block 0, .*DEADLOCK.* become 2; 2 blocks run .* 1 later ones, which may",
+    "box_not_fenced_by_its_writer": rf"block 1, .*RACE: load_global reads .* block number 0 .*: {NO_WRITERS_FENCE}",
+    "box_not_complete": rf"block 1, .*RACE: load_global reads .* block number 0 .*: .*{SOURCE_ALONE}",
+    "box_not_fenced_before_a_bulk_load": rf"block 1, .*RACE: bulk_load reads .* block number 0 .*: {NO_READERS_FENCE}",
+    "box_not_fenced_before_tma": rf"block 1, .*RACE: tma_load reads .* block number 0 .*: {NO_READERS_FENCE}",
+    "sum_onto_stored_values_without_fence": rf"block 1, .*RACE: bulk_reduce_add_f32 .* writes too: {NO_READERS_FENCE}",
+    "fence_of_another_thread": rf"block 1, 0, 0; thread 32, .*RACE: bulk_reduce_add_f32 .*: {NO_READERS_FENCE}",
+    "own_bulk_store_read_too_early": r"RACE: load_global .* a bulk store of warp 0 of the same block .* no tma_store_w",
+    "own_sums_in_any_order": r"RACE: bulk_reduce_add_f32 .* a bulk store of warp 0 of the same block also adds to: no",
+    "slot_without_fence_of_its_reader": r"RACE: bulk_store .* no fence_async_proxy lies between it and the write of",
+    "slot_freed_too_early": r"RACE: store_shared .* is not ordered after the read of a bulk store of warp 1",
+    "wgmma_not_fenced_by_its_reader": r"RACE: wgmma_ss .* no fence_async_proxy lies between it and the write of thread",
+    "wgmma_fenced_before_its_wait": r"RACE: wgmma_ss .* no fence_async_proxy lies between it and the write of thread",
+    "wgmma_accumulates_onto_forgotten_registers": r"wgmma_ss: accumulates onto register 0 of thread 0, which was forg",
+    "registers_forgotten_in_flight": r"forget_registers: of accumulators that are in flight",
     "wgmma_without_proxy_fence": r"RACE: wgmma_ss .* no fence_async_proxy lies between it and the write of thread",
     "wgmma_without_fence": r"wgmma_ss: no wgmma_fence since the last commit or wait",
     "wgmma_second_group_without_fence": r"wgmma_ss: no wgmma_fence since the last commit or wait",
@@ -142,7 +197,7 @@ def test_bug_is_reported(detectors, kernel):
 
 def test_every_kernel_is_run(detectors):
     source = (Path(__file__).parent / "detectors.cu").read_text()
-    kernels = set(re.findall(r"^KERNEL\((\w+),", source, re.MULTILINE))
+    kernels = set(re.findall(r"^(?:KERNEL|ADD_IN_TURN|HAND_OVER)\((\w+),", source, re.MULTILINE))
     assert kernels == {*CORRECT, *BUGS, *CYCLES}
 
 
@@ -155,6 +210,23 @@ def test_blocks_side_by_side_share_the_work(detectors):
     assert set(run(detectors, "work_by_a_counter")[:12].tolist()) == {1, 2}
     assert set(run(detectors, "work_by_a_counter", resident_blocks=3)[:12].tolist()) == {1, 2, 3}
     assert set(run(detectors, "work_by_a_counter", resident_blocks=1)[:12].tolist()) == {1}
+
+
+def test_sums_are_in_turn(detectors):
+    """As soon as all blocks that wait for one another are resident, their order does not matter."""
+    for seed in SEEDS:
+        assert run(detectors, "sums_in_turn", seed, resident_blocks=1)[:32].tolist() == [3] * 32
+        assert run(detectors, "sums_from_the_last_block_on", seed, resident_blocks=3)[:32].tolist() == [3] * 32
+
+
+@pytest.mark.parametrize("timing", [EARLY, LATE])
+def test_what_a_bulk_store_has_read_is_what_it_writes(detectors, timing):
+    assert run(detectors, "source_reused_after_wait_read", timing=timing)[:64].tolist() == [1] * 64
+
+
+def test_forgotten_registers_are_nan(detectors):
+    assert run(detectors, "forgotten_registers")[:32].isnan().all()
+    assert run(detectors, "forgotten_registers", poison=False)[:32].tolist() == [2] * 32
 
 
 def test_schedules_are_drawn_from_the_seed(detectors):
@@ -174,6 +246,10 @@ def test_relaxed_wgmma_completion(detectors):
 
 def test_races_pass_unseen_when_told_so(detectors):
     run(detectors, "load_without_sync", race_detection=False)
+
+
+def test_sums_in_any_order_when_told_so(detectors):
+    run(detectors, "blocks_add_to_the_same", ordered_sums=False)
 
 
 def test_fewer_registers_at_launch(detectors):

@@ -21,7 +21,7 @@ def fragments(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> emulator.Library | gpu.GpuLibrary:
     if request.param == "gpu":
-        return gpu.library(KERNELS, tmp_path_factory.mktemp("gpu"))
+        return gpu.library(KERNELS, tmp_path_factory)
     return request.getfixturevalue("builder").library([KERNELS])
 
 
@@ -262,40 +262,85 @@ def swizzled(rows: torch.Tensor, swizzle: int) -> torch.Tensor:
     return image.view(rows.dtype).reshape(-1)
 
 
-@pytest.mark.parametrize(
-    "dtype, box, swizzle, coordinates",
-    [
-        (torch.bfloat16, [64, 16, 1, 1], 128, [0, 0, 0, 0]),
-        (torch.bfloat16, [64, 16, 1, 1], 128, [64, 8, 1, 1]),
-        (torch.float16, [32, 8, 2, 1], 64, [0, 4, 0, 1]),
-        (torch.float16, [16, 8, 1, 2], 32, [16, 0, 1, 0]),
-        (torch.float32, [8, 4, 1, 1], 0, [4, 2, 1, 1]),
-        (torch.float32, [32, 4, 1, 1], 128, [0, 2, 1, 1]),
-        (torch.bfloat16, [64, 16, 1, 1], 128, [0, 15, 1, 1]),  # beyond the last row
-        (torch.bfloat16, [64, 16, 1, 1], 128, [0, -5, 0, 0]),  # before the first
-        (torch.bfloat16, [64, 16, 1, 1], 128, [32, 0, 0, 1]),  # beyond the last column
-        (torch.bfloat16, [64, 16, 1, 1], 128, [0, 0, 2, 0]),  # no such head: nothing but zeros
-    ],
-)
-def test_tma(fragments, dtype, box, swizzle, coordinates):
-    tensor = small_integers(2, 2, 20, 80 if dtype != torch.float32 else 32).to(dtype)
-    rows, inside = box_of(tensor, box, coordinates)
+BOXES = [
+    (torch.bfloat16, [64, 16, 1, 1], 128, [0, 0, 0, 0]),
+    (torch.bfloat16, [64, 16, 1, 1], 128, [64, 8, 1, 1]),
+    (torch.float16, [32, 8, 2, 1], 64, [0, 4, 0, 1]),
+    (torch.float16, [16, 8, 1, 2], 32, [16, 0, 1, 0]),
+    (torch.float32, [8, 4, 1, 1], 0, [4, 2, 1, 1]),
+    (torch.float32, [32, 4, 1, 1], 128, [0, 2, 1, 1]),
+    (torch.bfloat16, [64, 16, 1, 1], 128, [0, 15, 1, 1]),  # beyond the last row
+    (torch.bfloat16, [64, 16, 1, 1], 128, [32, 0, 0, 1]),  # beyond the last column
+    (torch.bfloat16, [64, 16, 1, 1], 128, [0, 0, 2, 0]),  # no such head: nothing but zeros
+]
+#: Boxes that begin before the tensor, which may be read and not be written.
+BOXES_BEFORE = [
+    (torch.bfloat16, [64, 16, 1, 1], 128, [0, -5, 0, 0]),
+    (torch.float32, [32, 4, 1, 1], 128, [0, -3, 1, 1]),
+    (torch.bfloat16, [64, 16, 1, 1], 128, [-32, 0, 0, 0]),
+    (torch.bfloat16, [64, 16, 1, 2], 128, [0, 0, 1, -1]),
+]
+
+
+def tensor_of(dtype: torch.dtype) -> torch.Tensor:
+    return small_integers(2, 2, 20, 80 if dtype != torch.float32 else 32).to(dtype)
+
+
+@pytest.mark.parametrize("dtype, box, swizzle, coordinates", [*BOXES, *BOXES_BEFORE])
+def test_tma_load(fragments, dtype, box, swizzle, coordinates):
+    tensor = tensor_of(dtype)
+    rows, _ = box_of(tensor, box, coordinates)
     image = torch.full((rows.numel(),), float("nan"), dtype=dtype)
     run_tma(fragments, LOAD, tensor, box, swizzle, coordinates, image)
     assert torch.equal(image, swizzled(rows, swizzle))
 
-    written = small_integers(*rows.shape).to(dtype)
-    for operation in (STORE, REDUCE):
-        fragments.start()
-        target = tensor.clone()
-        run_tma(fragments, operation, target, box, swizzle, coordinates, swizzled(written, swizzle))
-        expected = torch.where(inside, written + rows if operation == REDUCE else written, 0)
-        assert torch.equal(box_of(target, box, coordinates)[0], expected)
-        untouched = target.clone()
-        # What lies outside of the box has not changed: with the box put back, it is the tensor that it was.
-        fragments.start()
-        run_tma(fragments, STORE, untouched, box, swizzle, coordinates, swizzled(rows, swizzle))
-        assert torch.equal(untouched, tensor)
+
+@pytest.mark.parametrize("operation", [STORE, REDUCE], ids=["store", "reduce"])
+@pytest.mark.parametrize("dtype, box, swizzle, coordinates", BOXES)
+def test_tma_write(fragments, operation, dtype, box, swizzle, coordinates):
+    tensor = tensor_of(dtype)
+    rows, inside = box_of(tensor, box, coordinates)
+    written, target = small_integers(*rows.shape).to(dtype), tensor.clone()
+    run_tma(fragments, operation, target, box, swizzle, coordinates, swizzled(written, swizzle))
+    expected = torch.where(inside, written + rows if operation == REDUCE else written, 0)
+    assert torch.equal(box_of(target, box, coordinates)[0], expected)
+    # What lies outside of the box has not changed: with the box put back, it is the tensor that it was.
+    fragments.start()
+    run_tma(fragments, STORE, target, box, swizzle, coordinates, swizzled(rows, swizzle))
+    assert torch.equal(target, tensor)
+
+
+def run_tma_on_the_gpu(path, *arguments):
+    run_tma(gpu.GpuLibrary(path), *arguments)
+
+
+@pytest.mark.parametrize(
+    "operation, dtype, box, swizzle, coordinates, message",
+    [
+        *(
+            pytest.param(operation, *box, r"only a box that is read may begin before the tensor", id=f"{name}-{box[3]}")
+            for operation, name in ((STORE, "store"), (REDUCE, "reduce"))
+            for box in BOXES_BEFORE
+        ),
+        *(
+            pytest.param(
+                operation, torch.bfloat16, [64, 16, 1, 1], 128, [4, 0, 0, 0],
+                r"coordinate 0 is 4, which is 8 bytes, not a multiple of 16", id=f"{name}-unaligned",
+            )
+            for operation, name in ((LOAD, "load"), (STORE, "store"), (REDUCE, "reduce"))
+        ),
+    ],
+)  # fmt: skip
+def test_boxes_that_the_hardware_refuses(fragments, operation, dtype, box, swizzle, coordinates, message):
+    tensor = tensor_of(dtype)
+    image = torch.zeros_like(box_of(tensor, box, [0, 0, 0, 0])[0]).reshape(-1)
+    arguments = (operation, tensor, box, swizzle, coordinates, image)
+    if isinstance(fragments, gpu.GpuLibrary):
+        error = gpu.error_in_another_process(run_tma_on_the_gpu, fragments.path, *arguments)
+        assert "illegal instruction" in error
+    else:
+        with pytest.raises(EmulationError, match=message):
+            run_tma(fragments, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -322,11 +367,47 @@ def test_tensor_maps_that_the_hardware_refuses(fragments, change, message):
         )
 
 
-def test_bulk_copies(fragments):
-    source, destination = small_integers(64), small_integers(64)
-    expected = source + destination
-    fragments.call("bulk", fragments.buffer(source), fragments.buffer(destination, is_writable=True), 256)
+@pytest.mark.parametrize("operation", [STORE, REDUCE])
+@pytest.mark.parametrize("first, count", [(0, 64), (4, 4), (20, 40)])
+def test_bulk_copies(fragments, operation, first, count):
+    """All of the bytes, from any multiple of 16 on, and no others."""
+    source, destination = small_integers(count), small_integers(64)
+    expected = destination.clone()
+    expected[first : first + count] = source + (destination[first : first + count] if operation == REDUCE else 0)
+    whole = fragments.buffer(destination, is_writable=True)
+    fragments.call("bulk", operation, fragments.buffer(source), ctypes.c_void_p(whole.value + 4 * first), 4 * count)
     assert torch.equal(destination, expected)
+
+
+def test_the_source_of_a_bulk_store_is_free_once_it_is_read(fragments):
+    rows = torch.full((20, 32), float("nan"))
+    fragments.call("reused_source", fragments.buffer(rows, is_writable=True), len(rows))
+    assert torch.equal(rows, torch.arange(20 * 32.0).view(20, 32))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sums_in_a_fixed_order(fragments, seed):
+    """To the last bit those of additions one after another, whichever block is the first."""
+    blocks = 16
+    fragments.start(seed, resident_blocks=blocks)
+    rows = torch.randn(blocks, 32) * 10.0 ** torch.arange(-3, 5).repeat(2)[:, None]
+    order = torch.randperm(blocks)
+    turns = torch.empty(blocks, dtype=torch.int32)
+    turns[order] = torch.arange(blocks, dtype=torch.int32)
+    sums = torch.full((32,), float("nan"))
+    fragments.call(
+        "ordered_sums",
+        blocks,
+        fragments.buffer(rows),
+        fragments.buffer(turns),
+        fragments.buffer(sums, is_writable=True),
+        fragments.buffer(torch.zeros(1, dtype=torch.int32), is_writable=True),
+    )
+    expected = rows[order[0]].clone()
+    for block in order[1:]:
+        expected += rows[block]
+    assert torch.equal(sums, expected)
+    assert not torch.equal(rows.sum(0), expected)  # another order would be noticed
 
 
 @pytest.mark.parametrize("is_bf16", [True, False])

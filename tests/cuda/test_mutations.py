@@ -140,13 +140,23 @@ BUGS = [
     ),
     Bug(
         "tile-note-stored-after-it-was-announced", 90, "many", "sm90/forward.h",
-        "sync_warp(); if (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));",
+        "sync_warp(); // the note is complete\nif (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));",
         "if (!@) sync_warp(); if (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));",
     ),
     Bug(
-        "key-note-stored-after-its-keys", 90, "long", "sm90/forward.h",
-        "sync_warp(); // the note is complete",
-        "if (!@) sync_warp();",
+        "key-note-stored-after-it-was-announced", 90, "long", "sm90/forward.h",
+        "sync_warp(); // the note is complete\nif (lane == 0) mbarrier_arrive(rings.notes.full(note_position.slot()));",
+        "if (!@) sync_warp(); if (lane == 0) mbarrier_arrive(rings.notes.full(note_position.slot()));",
+    ),
+    Bug(
+        "key-note-freed-before-it-is-read", 90, "longest", "sm90/forward.h",
+        "if (++notes_in_use <= Plan::kStages + 1) return;",
+        "if (++notes_in_use <= (@ ? 0 : Plan::kStages + 1)) return;",
+    ),
+    Bug(
+        "last-values-not-loaded", 90, "many", "sm90/forward.h",
+        "if (boxes.what & Boxes::kIsLast) load_values(note);",
+        "if (!@ && boxes.what & Boxes::kIsLast) load_values(note);",
     ),
     Bug(
         "padding-not-seen-by-views", 90, "padded", "sm90/forward.h",
@@ -224,6 +234,7 @@ CASES = {
     "short": Case("short", batch=1, heads=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM),
     "long": Case("long", batch=1, heads=2, seqlen_q=200, seqlen_k=520, head_dim=HEAD_DIM, attn_mask=cases.lower_right),
     "many": Case("many", batch=2, heads=4, seqlen_q=150, seqlen_k=60, head_dim=HEAD_DIM, differentiated=()),
+    "longest": Case("longest", batch=1, heads=1, seqlen_q=70, seqlen_k=2000, head_dim=HEAD_DIM, differentiated=()),
     "rising": Case(
         "rising", batch=1, heads=1, seqlen_q=70, seqlen_k=300, head_dim=HEAD_DIM, edit=cases._ascending_scores
     ),

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from parity import TIGHT, added, assert_same, causal, padding, randn
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from fused_attn import nn as fused
 from fused_attn.nn import FusedMultiheadAttention, convert_attention
@@ -223,10 +224,11 @@ def test_layers_of_torch_call_a_fused_attention_in_every_mode(options: Any, call
     layer = nn.TransformerEncoderLayer(**SIZES, dtype=torch.float64)
     layer.self_attn = FusedMultiheadAttention(E, H, batch_first=True, dtype=torch.float64, **options)
     src = randn(N, S, E, requires_grad=False)
-    with pytest.warns(UserWarning, match="use_nested_tensor is False"):
-        model = nn.TransformerEncoder(layer, 2)
+    model = nn.TransformerEncoder(layer, 2)
     for module in (layer, model):
         expected = module.train()(src, src_key_padding_mask=PADDING)
+        if module is model:
+            expected = expected.masked_fill(PADDING[..., None], 0.0)  # what torch's nested tensors leave of padding
         calls.clear()
         with torch.no_grad():
             out = module.eval()(src, src_key_padding_mask=PADDING)
@@ -234,24 +236,80 @@ def test_layers_of_torch_call_a_fused_attention_in_every_mode(options: Any, call
         torch.testing.assert_close(out, expected, **TIGHT)
 
 
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+class OwnAttention(nn.TransformerEncoderLayer):
+    """A layer that makes its attention itself."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.self_attn = FusedMultiheadAttention(E, H, batch_first=True, rotary=True, dtype=torch.float64)
+
+
+def _assigned(model: nn.TransformerEncoder, attention: nn.Module) -> nn.Module:
+    model.layers[1].self_attn = attention
+    return model
+
+
+def _set_by_name(model: nn.TransformerEncoder, attention: nn.Module) -> nn.Module:
+    model.set_submodule("layers.1.self_attn", attention)
+    return model
+
+
+def _wrapped(model: nn.TransformerEncoder, attention: nn.Module) -> nn.Module:
+    model.layers[1].self_attn = checkpoint_wrapper(attention)
+    return model
+
+
+def _own_layer(model: nn.TransformerEncoder, attention: nn.Module) -> nn.Module:
+    model.layers[1] = OwnAttention(**SIZES, dtype=torch.float64)
+    return model
+
+
+def _pickled(model: nn.TransformerEncoder, attention: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(copy.deepcopy(_assigned(model, attention))))
+
+
+@pytest.mark.parametrize("swap", [_assigned, _set_by_name, _wrapped, _own_layer, _pickled])
+@pytest.mark.parametrize(
+    "options", [{"rotary": True}, {"num_kv_heads": 1}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str
+)
+@pytest.mark.parametrize("hidden", [PADDING, padding(5, 0, 3, longest=S)], ids=["padding", "an empty sequence"])
+def test_attention_that_is_swapped_into_a_stack_of_torch(swap: Any, options: Any, hidden: Tensor) -> None:
+    """The stack has decided on nested tensors before, and its layers on reading the weights of their attention."""
+    model = encoder()
+    assert model.use_nested_tensor
+    attention = FusedMultiheadAttention(E, H, batch_first=True, dtype=torch.float64, **options)
+    model = swap(model, attention)
+    src = randn(N, S, E, requires_grad=False)
+    for masks in ({}, {"src_key_padding_mask": hidden}):
+        expected = model.train()(src, **masks)
+        expected = expected.masked_fill(masks.get("src_key_padding_mask", torch.zeros(N, S).bool())[..., None], 0.0)
+        with torch.no_grad():
+            out = model.eval()(src, **masks)
+        torch.testing.assert_close(out, expected, **TIGHT)
+    assert list(model.layers[0]._forward_pre_hooks) == [], "layers with torch's attention are left alone"
+
+
 def test_a_stack_of_torch_takes_our_layers() -> None:
     model = nn.TransformerEncoder(fused.TransformerEncoderLayer(**SIZES, dtype=torch.float64), 2)
+    assert not model.layers[0]._forward_pre_hooks, "they have no path to be kept off"
     src = randn(N, S, E, requires_grad=False)
-    expected = model(src, src_key_padding_mask=PADDING)
+    expected = model(src, src_key_padding_mask=PADDING).masked_fill(PADDING[..., None], 0.0)
     with torch.no_grad():
         out = model.eval()(src, src_key_padding_mask=PADDING)
     torch.testing.assert_close(out, expected, **TIGHT)
 
 
-def test_the_flag_that_keeps_fast_paths_off_stays_with_the_fused_module() -> None:
-    module = nn.MultiheadAttention(E, H)
+@pytest.mark.parametrize("options", [{}, {"kdim": 3}, {"vdim": 3}, {"bias": False}, {"add_bias_kv": True}], ids=str)
+def test_attributes_tell_tools_what_those_of_torch_tell(options: dict[str, Any]) -> None:
+    module = nn.MultiheadAttention(E, H, **options)
     converted = FusedMultiheadAttention.from_torch(module)
-    for twin in (converted, copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
-        assert not twin._qkv_same_embed_dim
-    assert module._qkv_same_embed_dim, "the module that was converted is as it was"
+    twins = [converted, copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))]
+    for twin in (*twins, FusedMultiheadAttention(E, H, **options)):
+        for name, value in vars(module).items():
+            if isinstance(value, (bool, int, float)) or value is None:
+                assert getattr(twin, name) == value, name
     converted._reset_parameters()
-    assert converted.in_proj_weight.std() > 0.1
+    assert all(weight.std() > 0.1 for weight in converted.parameters() if weight.dim() > 1)
 
 
 def test_layers_whose_attention_is_left_alone_stay_as_they_are() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from fused_attn import FusedMultiheadAttention
 from fused_attn.backends import cpu
@@ -41,7 +42,7 @@ def attend(module: nn.Module, x: Tensor, has_gradients: bool = False, **masks) -
 @pytest.mark.parametrize(
     ("embed_dim", "heads", "kv_heads", "bias"), [(64, 4, 4, True), (60, 6, 2, True), (33, 3, 1, False), (8, 8, 8, True)]
 )
-@pytest.mark.parametrize("mask", [None, "padding", "causal"])
+@pytest.mark.parametrize("mask", [None, "padding", "causal", "causal and padding"])
 def test_equals_the_general_way(embed_dim, heads, kv_heads, bias, length, mask, dtype, calls: list[str]) -> None:
     torch.manual_seed(0)
     module = FusedMultiheadAttention(embed_dim, heads, bias=bias, batch_first=True, num_kv_heads=kv_heads, dtype=dtype)
@@ -49,8 +50,9 @@ def test_equals_the_general_way(embed_dim, heads, kv_heads, bias, length, mask, 
         nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, length, embed_dim, dtype=dtype)
     masks = {}
-    if mask == "padding":
+    if mask is not None and "padding" in mask:
         masks["key_padding_mask"] = torch.arange(length) >= torch.tensor([[length // 2 + 1], [0]])
+        masks["is_causal"] = "causal" in mask
     elif mask == "causal":
         masks = {"attn_mask": nn.Transformer.generate_square_subsequent_mask(length, dtype=dtype), "is_causal": True}
     found = attend(module, x, **masks)
@@ -108,12 +110,133 @@ def _in_dropout(module, x):
     return module.train(), x
 
 
-@pytest.mark.parametrize("change", [_long, _transposed, _hooked, _replaced, _on_the_reference, _in_dropout])
+def _replaced_forward(module, x):
+    module.out_proj.forward = lambda x: 2 * nn.functional.linear(x, module.out_proj.weight)
+    return module, x
+
+
+def _offloaded(module, x):
+    """As hooks for offloading do it: the weights are on "meta" but for the call."""
+    linear, forward = module.out_proj, module.out_proj.forward
+    in_memory = dict(linear._parameters)
+    away = {name: nn.Parameter(p.to("meta")) for name, p in in_memory.items()}
+    linear._parameters.update(away)
+
+    def call(x):
+        linear._parameters.update(in_memory)
+        try:
+            return forward(x)
+        finally:
+            linear._parameters.update(away)
+
+    linear.forward = call
+    return module, x
+
+
+def _offloaded_by_hooks(module, x):
+    linear = module.out_proj
+    in_memory, away = linear.bias, nn.Parameter(linear.bias.to("meta"))
+    linear.bias = away
+    linear.register_forward_pre_hook(lambda *_: setattr(linear, "bias", in_memory))
+    linear.register_forward_hook(lambda *_: setattr(linear, "bias", away), always_call=True)
+    return module, x
+
+
+def _old_style_hooked(module, x):
+    module.out_proj = nn.utils.spectral_norm(module.out_proj).eval()
+    return module, x
+
+
+def _hooked_backward(module, x):
+    module.out_proj.register_full_backward_hook(lambda *_: None)
+    return module, x
+
+
+def _compiled(module, x):
+    module.out_proj.compile(backend="eager")
+    return module, x
+
+
+def _parametrised(module, x):
+    nn.utils.parametrizations.weight_norm(module.out_proj)
+    return module, x
+
+
+def _pruned(module, x):
+    prune.l1_unstructured(module, "in_proj_weight", 0.5)
+    prune.l1_unstructured(module.out_proj, "bias", 0.5)
+    return module, x
+
+
+def _merged(module, x):
+    """As an adapter does it for the time of a call: a plain tensor in the place of the parameter."""
+    merged = module.in_proj_weight.detach() + 1.0
+    del module.in_proj_weight
+    module.in_proj_weight = merged
+    return module, x
+
+
+class Doubling(Tensor):
+    """Stands for a quantised weight: what its memory holds is not its value."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs)
+        return 2 * out.as_subclass(Tensor) if func is nn.functional.linear else out
+
+
+def _weight_of_a_subclass(module, x):
+    module.out_proj.weight = nn.Parameter(module.out_proj.weight.detach().as_subclass(Doubling))
+    return module, x
+
+
+def _bias_of_a_subclass(module, x):
+    module.out_proj.bias = nn.Parameter(torch.ones(16).as_subclass(Doubling))
+    return module, x
+
+
+class Shifted(FusedMultiheadAttention):
+    def _split_heads(self, x, seq_dim, position=None):
+        return super()._split_heads(x + 1, seq_dim, position)
+
+
+def _subclass(module, x):
+    module.__class__ = Shifted
+    return module, x
+
+
+CHANGES = [
+    _long, _transposed, _hooked, _replaced, _on_the_reference, _in_dropout, _replaced_forward, _offloaded,
+    _offloaded_by_hooks, _old_style_hooked, _hooked_backward, _compiled, _parametrised, _pruned, _merged,
+    _weight_of_a_subclass, _bias_of_a_subclass, _subclass,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_anything_else_goes_the_general_way(change, calls: list[str]) -> None:
     module, x = change(FusedMultiheadAttention(16, 2, batch_first=True).eval(), torch.randn(2, 3, 16))
     found = attend(module, x)
     assert not calls
     torch.testing.assert_close(found, attend(module, x, has_gradients=True))
+
+
+def test_who_watches_functions_or_all_modules_sees_the_projection(calls: list[str]) -> None:
+    module, x, seen = FusedMultiheadAttention(16, 2, batch_first=True), torch.randn(2, 3, 16), []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        attend(module, x)
+    assert nn.functional.linear in seen
+    hook = nn.modules.module.register_module_forward_hook(lambda each, inputs, out: seen.append(each))
+    with hook:
+        attend(module, x)
+    assert module.out_proj in seen and not calls
+    attend(module, x)
+    assert len(calls) == 1
 
 
 def test_wrong_inputs_are_refused_as_ever() -> None:

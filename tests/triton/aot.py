@@ -29,7 +29,7 @@ from stub_driver import ARCHITECTURES
 from triton.compiler import CompiledKernel
 
 from fused_attn.backends.base import Wanted
-from fused_attn.backends.triton import configs, launcher, tuned
+from fused_attn.backends.triton import configs, launcher
 from fused_attn.masks import MaskSpec
 from fused_attn.problem import AttentionProblem, Band
 
@@ -89,7 +89,6 @@ class Resources(NamedTuple):
     spills: bytes per thread
     spills_in_loops: instructions within loops
     mma: instructions of each kind
-    is_specialized: whether tiles come by TMA, and warps share out the registers
     """
 
     cell: Cell
@@ -102,7 +101,6 @@ class Resources(NamedTuple):
     spills_in_loops: int
     shared: int
     mma: dict[str, int]
-    is_specialized: bool
     seconds: float
 
     @property
@@ -129,8 +127,6 @@ class Resources(NamedTuple):
         tolerated = TOLERATED_FLOAT32_256 if self.cell[1:3] == ("fp32", 256) else TOLERATED
         if self.spills > tolerated.stack or self.spills_in_loops > tolerated.in_loops:
             faults.append(f"{self.spills} bytes spilled, {self.spills_in_loops} instructions for it in loops")
-        if self.is_specialized != (self.kernel == "forward" and "specialized" in self.cell.features):
-            faults.append(f"warps {'are' if self.is_specialized else 'are not'} specialised")
         limit = ARCHITECTURES[self.cell.architecture].shared_per_block * 1024
         if self.shared > limit:
             faults.append(f"{self.shared} bytes of shared memory, there are {limit}")
@@ -152,9 +148,6 @@ def cells(architectures: Iterable[int], wants_all: bool) -> Iterator[Cell]:
             yield Cell(architecture, "fp16", head_dim, EVERYTHING + "+decode")
             if head_dim in configs.TABLE["forward", configs.TF32, configs.PLAIN]:
                 yield Cell(architecture, "tf32", head_dim, "padding+sinks")
-            if (head_dim, f"sm_{architecture}") in configs.SPECIALIZED:
-                yield Cell(architecture, "fp16", head_dim, "specialized+sinks")
-                yield Cell(architecture, "fp16", head_dim, "specialized+varlen")
             if architecture == min(ARCHITECTURES):
                 yield Cell(architecture, "fp32", head_dim, EVERYTHING)
             for features, masks in MASKS.items():
@@ -176,17 +169,11 @@ def compile_cell(cell: Cell) -> list[Resources]:
     known = replace(problem, has_bias=tensors[-1].bias is not None, allows_tf32=cell.dtype == "tf32")
     started = time.perf_counter()
     torch.set_float32_matmul_precision("high" if cell.dtype == "tf32" else "highest")
-    names = cell.features.split("+")
-    if "specialized" in names:
+    if "decode" in cell.features.split("+"):
         launcher.forward(problem, *tensors, needs_lse=True)
     else:
-        # What runs where tensors do not suit TMA.
-        with tuned.forced("forward", configs.by_pointers("forward", known)):
-            if "decode" in names:
-                launcher.forward(problem, *tensors, needs_lse=True)
-            else:
-                # Gradients of biases have rows for anything alone.
-                launch(problem, *tensors, wants_bias=cell.features == EVERYTHING)
+        # Gradients of biases have rows for anything alone.
+        launch(problem, *tensors, wants_bias=cell.features == EVERYTHING)
     results = []
     for name, kernel in KERNELS.items():
         # The launcher compiles nothing that the problem does not need.
@@ -251,8 +238,7 @@ def launch(
 
 
 def _resources(cell: Cell, name: str, problem: AttentionProblem, binary: CompiledKernel) -> Resources:
-    choose = configs.choose if "specialized" in cell.features else configs.by_pointers
-    config = choose("bias" if name == "relative bias" else name, problem)
+    config = configs.choose("bias" if name == "relative bias" else name, problem)
     if name == "relative bias":
         config = config._replace(block_m=config.block_n)
     ptx = binary.asm["ptx"]
@@ -265,7 +251,6 @@ def _resources(cell: Cell, name: str, problem: AttentionProblem, binary: Compile
             "wgmma": ptx.count("wgmma.mma_async"),
             "tcgen05": ptx.count("tcgen05.mma"),
         },
-        "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx,
         0.0,
     )  # fmt: skip
 

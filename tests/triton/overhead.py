@@ -9,7 +9,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -21,7 +20,7 @@ from fused_attn.backends.triton import launcher
 from fused_attn.masks import NO_MASK, MaskSpec
 from fused_attn.problem import AttentionProblem, Band
 
-BATCH, HEADS, LENGTH, LONG, HEAD_DIM = 2, 4, 16, 256, 64
+BATCH, HEADS, LENGTH, HEAD_DIM = 2, 4, 16, 64
 
 
 def best_of(call: Callable[[], object], rounds: int = 300, calls: int = 40) -> float:
@@ -46,7 +45,6 @@ def main() -> None:
         )  # fmt: skip
 
     query, key, value, dout = torch.randn(4, BATCH, HEADS, LENGTH, HEAD_DIM).half()
-    long = torch.randn(BATCH, HEADS, LONG, HEAD_DIM).half()
     padding = MaskSpec(key_padding=torch.zeros(BATCH, LENGTH, dtype=torch.bool))
     everything = padding._replace(
         bias=torch.zeros(BATCH, HEADS, LENGTH, LENGTH).half(), relative_bias=torch.zeros(HEADS, 2 * LENGTH - 1)
@@ -54,7 +52,6 @@ def main() -> None:
     sinks, seed = torch.zeros(HEADS), torch.tensor(3)
     calls = {
         "plain": (problem(), query, key, value, None, None, NO_MASK),
-        "specialized": (replace(problem(), seqlen_q=LONG, seqlen_k=LONG), long, long, long, None, None, NO_MASK),
         "padding": (problem(has_key_padding=True), query, key, value, None, None, padding),
         "everything": (
             problem(

@@ -66,8 +66,7 @@ def _cuobjdump(*arguments: str) -> str:
 def spills_in_loops(sass: str) -> int:
     """In the innermost loops around a matrix product or an exponential: there a kernel spends its time.
 
-    Code far away that waits for a barrier and comes back makes no loop. The loop in which specialised warps wait for
-    work, known by its indirect branch, is left once.
+    Code far away that waits for a barrier and comes back makes no loop.
     """
     code = {int(address, 16): text for address, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass)}
     successors = _control_flow(code)
@@ -81,7 +80,7 @@ def spills_in_loops(sass: str) -> int:
             # A natural loop: all ways to the branch lead through its target.
             if target <= branch and branch not in _reachable(successors, min(code), avoiding=target):
                 loops.append(_reachable(predecessors, branch, avoiding=target) | {target})
-    loops = sorted((loop for loop in loops if not any("BRX" in code[address] for address in loop)), key=len)
+    loops.sort(key=len)
     works = [address for address, text in code.items() if re.search(r"MMA|MUFU\.EX2", text)]
     hot = set().union(*(next((loop for loop in loops if address in loop), set()) for address in works))
     assert hot or not works, "no loop was recognised around the matrix products"
@@ -89,24 +88,17 @@ def spills_in_loops(sass: str) -> int:
 
 
 def _control_flow(code: dict[int, str]) -> dict[int, list[int]]:
-    """Where each instruction can lead. An indirect branch: to whatever cannot be reached otherwise."""
+    """Where each instruction can lead."""
     addresses = sorted(code)
     next_of = dict(itertools.pairwise(addresses))
-    is_passed = {address: not re.match(r"(BRA 0x|BRA\.U 0x|EXIT|RET|BRX)", code[address].strip()) for address in code}
-    targets = {
-        address: int(target[1], 16)
-        for address, text in code.items()
-        if (target := re.search(r"\b(?:BRA|CALL)\b.*?(0x[0-9a-f]+)", text))
-    }
-    unreached = {next_of[address] for address in addresses[:-1] if not is_passed[address]} - set(targets.values())
     successors = {}
     for address in addresses:
-        following = [next_of[address]] if is_passed[address] and address in next_of else []
-        if address in targets:
-            following.append(targets[address])
-        elif re.search(r"\bBRX\b", code[address]):
-            following += unreached
-        successors[address] = following
+        text = code[address]
+        assert not re.search(r"\bBRX\b", text), "an indirect branch leads anywhere"
+        is_passed = not re.match(r"(BRA 0x|BRA\.U 0x|EXIT|RET)", text.strip())
+        successors[address] = [next_of[address]] if is_passed and address in next_of else []
+        if target := re.search(r"\b(?:BRA|CALL)\b.*?(0x[0-9a-f]+)", text):
+            successors[address].append(int(target[1], 16))
     return successors
 
 

@@ -12,7 +12,7 @@ import fused_attn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-#: Between them all kernels and all masks, and on Hopper and Blackwell the specialised kernel.
+#: Between them all kernels and all masks.
 MIXED = [
     Case("long-causal", seqlen_q=256, seqlen_k=256, head_dim=64, options={"is_causal": True}),
     *(

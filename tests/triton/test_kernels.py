@@ -5,14 +5,12 @@ On a machine with a GPU everything here is marked `gpu`, so that `pytest -m gpu`
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import mmap
-import os
 import types
 from collections.abc import Callable, Iterator
 
 import cases
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -25,11 +23,10 @@ from test_fuzz import attention_cases, fuzz, packed_cases
 from torch import Tensor
 
 import fused_attn
-from fused_attn.problem import AttentionProblem
 
 pytest.importorskip("triton.language")
 
-from fused_attn.backends.triton import configs, decode, launcher, tuned
+from fused_attn.backends.triton import decode, launcher
 
 IS_GPU = DEVICE == "cuda"
 # The interpreter does not multiply bfloat16.
@@ -41,7 +38,7 @@ HUGE = ("strides-past-2-31", "strides-past-2-31-mask")
 QUICK = ("gqa-4-2", "padding-nan-decode", "relative-bias-decode", "empty-rows-huge-sinks", "varlen-dropout", "rank-2")
 
 pytestmark = [
-    pytest.mark.usefixtures("poisoned", "quick_interpreter"),
+    pytest.mark.usefixtures("poisoned", "quick_interpreter", "gpu_arithmetic"),
     # numpy, of infinities that are wanted or thrown away.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
     # Triton 3.6, of every loop bound.
@@ -72,6 +69,43 @@ def quick_interpreter() -> Iterator[None]:
     interpreter.interpreter_builder.options = options
     interpreter._patch_lang = patch
     scope.restore()
+
+
+@pytest.fixture
+def gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter, with products that are added one after the other, without being rounded before.
+
+    That is what Triton makes of a dot product of float32, and a compiler of a * b - c.
+    """
+    if IS_GPU:
+        return
+    from triton.runtime.interpreter import TensorHandle, interpreter_builder
+
+    builder = type(interpreter_builder)
+    create_dot, create_fmul, create_fsub = builder.create_dot, builder.create_fmul, builder.create_fsub
+
+    def dot(self, a, b, acc, *options):
+        if a.data.dtype != np.float32:
+            return create_dot(self, a, b, acc, *options)
+        total = acc.data
+        for column, row in zip(a.data.astype(np.float64).T, b.data.astype(np.float64), strict=True):
+            total = (column[:, None] * row + total).astype(np.float32)
+        return TensorHandle(total, acc.dtype.scalar)
+
+    def fmul(self, a, b):
+        product = create_fmul(self, a, b)
+        product.exact = a.data.astype(np.float64) * b.data.astype(np.float64)
+        return product
+
+    def fsub(self, a, b):
+        difference = create_fsub(self, a, b)
+        if hasattr(a, "exact"):
+            difference.data = (a.exact - b.data).astype(difference.data.dtype)
+        return difference
+
+    monkeypatch.setattr(builder, "create_dot", dot)
+    monkeypatch.setattr(builder, "create_fmul", fmul)
+    monkeypatch.setattr(builder, "create_fsub", fsub)
 
 
 def case_of(case_id: str) -> Case:
@@ -163,6 +197,36 @@ def test_dropout_bits_of_the_backward_kernels() -> None:
     assert torch.equal(of_key.mT > 0, expected)
 
 
+LONG = [
+    *(case_of(case_id) for case_id in ("length-799-3", "length-4096-8", "length-1023-1024-causal")),
+    Case("long-keys", batch=1, heads=1, seqlen_q=150, seqlen_k=2048, head_dim=32, options={"scale": 0.2},
+         edit=lambda tensors: tensors["value"].add_(3.0), differentiated=()),
+    Case("long-gqa", batch=1, kv_heads=1, seqlen_q=2048, seqlen_k=8, has_dlse=True),
+    Case("long-biases", batch=16, heads=4, seqlen_q=3, seqlen_k=8, attn_mask=cases.float_mask("LS"),
+         relative_bias=cases.shared_bias, sinks=cases.sink()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
+def test_long_sums(case: Case) -> None:
+    """In float32 an error that grows with each term would be above PyTorch's, which sums in blocks."""
+    cases.check(case, torch.float32, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("factor", [4, 12, 30])
+def test_large_logits(factor: int) -> None:
+    """Without the rule's floor, which grows with the logits: weights are normalised as exactly as PyTorch's."""
+    case = case_of(f"logits-of-randn-times-{factor}")
+    truth, eager, *_ = cases.expected(case, torch.float32)
+    result = cases.check(case, torch.float32, "triton", DEVICE)
+
+    def error(result: oracle.Result, name: str) -> float:
+        return (dict(result.items())[name].double() - dict(truth.items())[name]).abs().max().item()
+
+    for name in ("out", "lse", "dvalue"):
+        assert error(result, name) < 2 * error(eager, name), name
+
+
 def _second_half(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     return (torch.arange(case.seqlen_k) > case.seqlen_k // 2).expand(1, 1, 1, -1)
 
@@ -231,84 +295,6 @@ def test_split_keys(case: Case, decide_splits) -> None:
     decide_splits(lambda *args: 1)
     whole = cases.check(case, torch.float32, "triton", DEVICE)
     torch.testing.assert_close(dict(split.items()), dict(whole.items()))
-
-
-SPECIALIZED = [
-    Case("specialized", seqlen_q=150, seqlen_k=147, head_dim=64, has_dlse=True),
-    Case("specialized-causal", seqlen_q=200, seqlen_k=130, head_dim=40, value_dim=24, options={"is_causal": True}),
-    Case("specialized-transposed-lower-right", seqlen_q=130, seqlen_k=200, query_layout="blhd", kv_layout="blhd",
-         attn_mask=cases.lower_right, has_dlse=True),
-    Case("specialized-window-gqa-sinks", heads=4, kv_heads=2, seqlen_q=200, seqlen_k=200,
-         options={"window_size": (50, 9)}, sinks=cases.sink()),
-    Case("specialized-blind-rows", seqlen_q=140, seqlen_k=33, options={"window_size": (20, 0)}, has_dlse=True),
-    Case("specialized-varlen", lengths_q=(5, 200, 0, 130), lengths_k=(200, 5, 7, 130), options={"is_causal": True}),
-    Case("specialized-varlen-full", lengths_q=(129, 1), lengths_k=(0, 131)),
-]  # fmt: skip
-
-
-@pytest.fixture
-def specialized(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fails unless a specialised kernel is called meanwhile; without a GPU on small tiles, which no table has."""
-    from triton.runtime import _allocation
-
-    taken = []
-    run_with_scratch = launcher._run_with_scratch
-
-    def spy(*args, **options) -> None:
-        taken.append(run_with_scratch)
-        run_with_scratch(*args, **options)
-
-    monkeypatch.setattr(launcher, "_run_with_scratch", spy)
-    allocator = _allocation._allocator.get()
-    launcher._plan.cache_clear()
-    if IS_GPU:
-        problem = AttentionProblem(1, 1, 1, 128, 128, 64, 64, torch.float16, torch.device(DEVICE), 1.0)
-        if not tuned.choose("forward", problem).warp_specialize:
-            pytest.skip("no table has anything specialised for this GPU")
-        yield
-    else:
-        with tuned.forced("forward", configs.Config(64, 32, warp_specialize=True)):
-            yield
-    launcher._plan.cache_clear()
-    assert taken
-    assert _allocation._allocator.get() is allocator, "the user's kernels would use ours"
-
-
-@pytest.mark.parametrize("case", SPECIALIZED, ids=lambda case: case.id)
-def test_warp_specialized(case: Case, specialized: None) -> None:
-    """Tiles by TMA, in a loop of its own."""
-    cases.check(case, torch.float16, "triton", DEVICE)
-
-
-def test_warp_specialized_tiles_end_with_the_sequence(specialized: None) -> None:
-    """TMA could read on into the next sequence, and 0 * NaN is NaN."""
-    rows = torch.randn(300, 2, 64, dtype=torch.float16, device=DEVICE)
-    poisoned = rows.index_fill(0, torch.arange(140, 300, device=DEVICE), float("nan"))
-    cu_seqlens = torch.tensor([0, 140, 300], dtype=torch.int32, device=DEVICE)
-    out = fused_attn.fused_attention_varlen(
-        rows, poisoned, poisoned, cu_seqlens, cu_seqlens, 160, 160, backend="triton"
-    )  # fmt: skip
-    assert out[:140].isfinite().all() and out[140:].isnan().all()
-
-
-@pytest.mark.skipif(IS_GPU, reason="of the interpreter, where a read of the page beyond ends the process")
-@pytest.mark.skipif(os.name != "posix", reason="needs mprotect")
-def test_warp_specialized_reads_nothing_beyond_the_tensors(specialized: None) -> None:
-    """An empty sequence at the very end, of a tensor behind which no memory is."""
-    rows = _at_the_end_of_memory(torch.randn(130, 1, 64, dtype=torch.float16))
-    cu_seqlens = torch.tensor([0, 130, 130], dtype=torch.int32)
-    out = fused_attn.fused_attention_varlen(rows, rows, rows, cu_seqlens, cu_seqlens, 130, 130, backend="triton")
-    assert out.isfinite().all()
-
-
-def _at_the_end_of_memory(x: Tensor) -> Tensor:
-    """x in pages of its own, followed by one that must not be touched. The pages stay until the process ends."""
-    size = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    pages = mmap.mmap(-1, size + mmap.PAGESIZE)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
-    copy = torch.frombuffer(pages, dtype=x.dtype, count=x.numel(), offset=size - x.nbytes).view(x.shape)
-    return copy.copy_(x)
 
 
 def _large_row_bias(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -383,3 +369,9 @@ def test_what_triton_cannot_run_is_refused_with_all_reasons(monkeypatch: pytest.
         fused_attn.fused_attention(x, x, x, backend="triton")
     for reason in ("are on cpu, expected cuda", "dtype torch.float64 is none of", "head dim 264 is above 256"):
         assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("options", [{}, {"window": (9, 0), "dropout_p": 0.3}], ids=["plain", "window-dropout"])
+def test_packed_rows_that_no_sequence_owns(dtype: torch.dtype, options: dict) -> None:
+    cases.check_strays(dtype, "triton", DEVICE, **options)

@@ -247,6 +247,8 @@ def spoil(text):
     yield "no rows", json.dumps({**about, "rows": None}), "is damaged"
     rows = [{**about["rows"][0], "config": {"tile": 3}}]
     yield "other fields", json.dumps({**about, "rows": rows}), "is damaged"
+    rows = [{**about["rows"][0], "replaces": {**about["rows"][0]["replaces"], "warp_specialize": True}}]
+    yield "fields of an earlier version", json.dumps({**about, "rows": rows}), "or other versions wrote its rows"
     versions = {**about["versions"], "fused_attn": "0.0.1"}
     yield "other version", json.dumps({**about, "versions": versions}), r"measured with fused_attn 0\.0\.1, 0\.1"
 

@@ -22,8 +22,7 @@ void launch_backward(const Params& p, bool is_bf16, Stream stream) {
   using KeyPlan = KeyGradientPlan<kHeadDim>;
   for_variant(p, is_bf16, [&](auto type, auto has_dropout) {
     using T = decltype(type);
-    run_kernel(delta_kernel<T, kHeadDim>, shape_of(p.seqlen_q, kDeltaRows, p.num_heads, p.batch, kDeltaThreads, 0),
-               stream, p);
+    run_kernel(prepare_rows_kernel<T, kHeadDim>, shape_of_row_preparation(p), stream, p);
     if (p.dq.data != nullptr)
       run_kernel(query_gradient_kernel<T, kHeadDim, has_dropout()>,
                  shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch, QueryPlan::kThreads, QueryPlan::kBytes),

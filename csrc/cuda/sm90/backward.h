@@ -2,6 +2,8 @@
 // and dv by blocks of keys. One warp loads with TMA, two warpgroups multiply with wgmma; weights and their gradients
 // stay in registers, as left factors of the products that follow.
 #pragma once
+#include <cmath>
+
 #include "../dropout.h"
 #include "../row_sums.h"
 #include "../tiles.h"
@@ -358,12 +360,14 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
       const Float4 sums = sums_of(t);
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
         weights[t][j] = weight_of(weights[t][j], p.scale_log2, j % 2 == 0 ? sums.x : sums.z);
+        // The sign says what is dropped, so that the bits need no register any longer.
+        if (kHasDropout && !keep.has(t, j)) weights[t][j] = -weights[t][j];
       }
     }
     if constexpr (kMakesDv) {
       float dropped[kTiles][4];
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-        GPU_UNROLL for (int j = 0; j < 4; ++j) dropped[t][j] = kHasDropout && !keep.has(t, j) ? 0.0f : weights[t][j];
+        GPU_UNROLL for (int j = 0; j < 4; ++j) dropped[t][j] = kHasDropout ? fmaxf(weights[t][j], 0.0f) : weights[t][j];
       }
       round_fragment<T>(rounded_weights, dropped);
     }
@@ -378,8 +382,8 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
         const Float4 sums = sums_of(t);
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
           float dweight = dweights[t][j];
-          if constexpr (kHasDropout) dweight = keep.has(t, j) ? dweight * p.dropout_scale : 0.0f;
-          weights[t][j] *= dweight - (j % 2 == 0 ? sums.y : sums.w);
+          if constexpr (kHasDropout) dweight = weights[t][j] > 0.0f ? dweight * p.dropout_scale : 0.0f;
+          weights[t][j] = fabsf(weights[t][j]) * (dweight - (j % 2 == 0 ? sums.y : sums.w));
         }
       }
       round_fragment<T>(rounded_dscores, weights);

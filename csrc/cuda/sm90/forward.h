@@ -77,8 +77,8 @@ struct TileNote {
   // The place as far as it matters for queries, or for keys.
   GPU_DEVICE Place query_place() const {
     const Vec2 x = load_shared<Vec2>(address + 32);
-    return {load_shared<int32_t>(address + 16), load_shared<int32_t>(address + 12), 0, int32_t(x.x), 0, int32_t(x.y),
-            0};
+    return {
+        load_shared<int32_t>(address + 16), load_shared<int32_t>(address + 12), 0, int32_t(x.x), 0, int32_t(x.y), 0};
   }
   GPU_DEVICE Place key_place() const {
     const Vec4 x = load_shared<Vec4>(address + 16);
@@ -136,7 +136,8 @@ struct KeyNote {
   GPU_DEVICE KeptKeys<kBlockN> kept() const { return load_shared<KeptKeys<kBlockN>>(address + 16); }
 
   GPU_DEVICE void store_boxes(const Boxes& x) const {
-    store_shared(address + 32, Vec4{uint32_t(x.what), uint32_t(x.key_row), uint32_t(x.query_row), uint32_t(x.all_kept)});
+    store_shared(address + 32,
+                 Vec4{uint32_t(x.what), uint32_t(x.key_row), uint32_t(x.query_row), uint32_t(x.all_kept)});
     store_shared(address + 48, Vec4{uint32_t(x.batch), uint32_t(x.head), uint32_t(x.kv_head), 0});
   }
   GPU_DEVICE Boxes boxes() const {
@@ -226,10 +227,10 @@ struct Planner {
     const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, tile().key_place(), block);
     if (lane < Plan::kConsumers) {
       const BlockRange range = tile().range(lane);
-      note.store_view(lane, {(range.has(block) ? View::kIsSeen : 0) |
-                             (range.is_within_band(block) && kept.all() ? View::kIsWhole : 0) |
-                             (range.has(next) ? View::kSeesMore : 0) |
-                             (next < tile().first_block() ? View::kIsLast : 0)});
+      note.store_view(
+          lane,
+          {(range.has(block) ? View::kIsSeen : 0) | (range.is_within_band(block) && kept.all() ? View::kIsWhole : 0) |
+           (range.has(next) ? View::kSeesMore : 0) | (next < tile().first_block() ? View::kIsLast : 0)});
     }
     if (lane == 0) {
       note.store_block(block, kept);
@@ -399,8 +400,8 @@ struct Consumer {
   }
   GPU_DEVICE void draw_dropout(TileNote tile, KeyNote<kBlockN> note) {  // to be called while products run
     if constexpr (kHasDropout)
-      keep = keep_of_query_rows<kTiles>(Dropout(p, tile.query_place()), tile.first_row() + thread_row, note.block() * kBlockN,
-                                        lane);
+      keep = keep_of_query_rows<kTiles>(Dropout(p, tile.query_place()), tile.first_row() + thread_row,
+                                        note.block() * kBlockN, lane);
   }
   GPU_DEVICE void hide_unseen(TileNote tile, KeyNote<kBlockN> note) {
     hide(scores, visible_keys(p, note.kept(), note.block(), tile.first_row() + thread_row), lane);

@@ -8,6 +8,7 @@
 #include "../tensor_map.h"
 #include "backward.h"
 #include "forward.h"
+#include "fused_backward.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -26,7 +27,7 @@ inline int multiprocessors() {
   }
   return count;
 #else
-  return 2;  // so that every block takes several tiles
+  return emulation::session_options().resident_blocks;
 #endif
 }
 
@@ -66,10 +67,39 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   });
 }
 
-template <int kHeadDim>
-void launch_backward(const Params& p, bool is_bf16, Stream stream) {
+// dq in one kernel, dk and dv in another: where the fused kernel does not fit, or not all gradients are wanted.
+template <class T, int kHeadDim, bool kHasDropout, class MapsOf>
+void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
   using QueryPlan = QueryGradientPlan<kHeadDim>;
   using KeyPlan = KeyGradientPlan<kHeadDim>;
+  run_kernel(prepare_rows_kernel<T, kHeadDim>, shape_of_row_preparation(p), stream, p);
+  if (p.dq.data != nullptr)
+    run_kernel(query_gradient_kernel<T, kHeadDim, kHasDropout>,
+               shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch, kGradientThreads, QueryPlan::kBytes),
+               stream, p, maps_of(QueryPlan::kBlockM, QueryPlan::kBlockN));
+  if (p.dk.data != nullptr || p.dv.data != nullptr)
+    run_kernel(
+        key_gradient_kernel<T, kHeadDim, kHasDropout>,
+        shape_of(p.seqlen_k, KeyPlan::kBlockN, p.num_heads / p.group_size, p.batch, kGradientThreads, KeyPlan::kBytes),
+        stream, p, maps_of(KeyPlan::kBlockM, KeyPlan::kBlockN));
+}
+
+template <class T, int kHeadDim, bool kHasDropout, class MapsOf>
+void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
+  using Plan = FusedBackwardPlan<kHeadDim>;
+  LaunchShape shape =
+      shape_of(p.seqlen_k, Plan::kBlockN, p.num_heads / p.group_size, p.batch, Plan::kThreads, Plan::kBytes);
+  const int num_key_blocks = shape.grid_x;
+  shape.grid_x = std::min(num_key_blocks, multiprocessors());
+  run_kernel(prepare_fused_backward_kernel<T, kHeadDim>, shape_of_row_preparation(p), stream, p, num_key_blocks);
+  run_kernel(fused_backward_kernel<T, kHeadDim, kHasDropout>, shape, stream, p, maps_of(Plan::kBlockM, Plan::kBlockN),
+             num_key_blocks);
+  run_kernel(round_dq_kernel<T, kHeadDim>,
+             shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, kRoundingThreads, 0), stream, p);
+}
+
+template <int kHeadDim>
+void launch_backward(const Params& p, bool is_bf16, Stream stream) {
   const int kv_heads = p.num_heads / p.group_size;
   const auto maps_of = [&](int block_m, int block_n) {
     return BackwardMaps{map_of(p.q, is_bf16, kHeadDim, p.rows_q, p.num_heads, p.batch, block_m),
@@ -79,16 +109,10 @@ void launch_backward(const Params& p, bool is_bf16, Stream stream) {
   };
   for_variant(p, is_bf16, [&](auto type, auto has_dropout) {
     using T = decltype(type);
-    run_kernel(delta_kernel<T, kHeadDim>, shape_of(p.seqlen_q, kDeltaRows, p.num_heads, p.batch, kDeltaThreads, 0),
-               stream, p);
-    if (p.dq.data != nullptr)
-      run_kernel(query_gradient_kernel<T, kHeadDim, has_dropout()>,
-                 shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch, kGradientThreads, QueryPlan::kBytes),
-                 stream, p, maps_of(QueryPlan::kBlockM, QueryPlan::kBlockN));
-    if (p.dk.data != nullptr || p.dv.data != nullptr)
-      run_kernel(key_gradient_kernel<T, kHeadDim, has_dropout()>,
-                 shape_of(p.seqlen_k, KeyPlan::kBlockN, kv_heads, p.batch, kGradientThreads, KeyPlan::kBytes), stream,
-                 p, maps_of(KeyPlan::kBlockM, KeyPlan::kBlockN));
+    if constexpr (has_fused_backward(kHeadDim)) {
+      if (p.dq_sums != nullptr) return launch_fused<T, kHeadDim, has_dropout()>(p, stream, maps_of);
+    }
+    launch_two_kernels<T, kHeadDim, has_dropout()>(p, stream, maps_of);
   });
 }
 

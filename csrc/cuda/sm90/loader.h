@@ -16,6 +16,13 @@ constexpr bool fits_registers(int producer, int consumers, int consumer) {
   return kWarpgroup * (producer + consumers * consumer) <= threads * at_launch;
 }
 
+// What comes with a tile on the same barrier: what `store` stores, and `bytes` bytes that `start` copies.
+struct NothingElse {
+  static constexpr uint32_t bytes = 0;
+  GPU_DEVICE void store() const {}
+  GPU_DEVICE void start(uint32_t) const {}
+};
+
 // Its first lane alone waits for slots and fills them: another one that came late to a barrier could find it a phase
 // further on, and wait for the one after that.
 struct TileLoader {
@@ -24,30 +31,34 @@ struct TileLoader {
   uint32_t cleaning_parity = 0;
 
   // Fills a slot: rows from `row` on, into the tile at `slot_tile`.
-  template <class SlotTile, int kSlots>
+  template <class SlotTile, int kSlots, class Also = NothingElse>
   GPU_DEVICE void load(const Ring<kSlots>& ring, RingPosition<kSlots> position, uint32_t slot_tile, const Map& map,
-                       int row, int head, int batch) const {
+                       int row, int head, int batch, const Also& also = {}) const {
     if (is_leader) {
       position.wait_empty(ring);
+      also.store();
       const uint32_t barrier = ring.full(position.slot());
-      mbarrier_arrive_expect(barrier, SlotTile::kBytes);
+      mbarrier_arrive_expect(barrier, SlotTile::kBytes + also.bytes);
       SlotTile::load(slot_tile, map, barrier, row, head, batch);
+      also.start(barrier);
     }
   }
 
   // Likewise, with zeros in the rows that are not kept: what lies there may be NaN, which not even a weight of 0 would
   // stop.
-  template <class SlotTile, int kSlots, int kRows>
+  template <class SlotTile, int kSlots, class Kept, class Also = NothingElse>
   GPU_DEVICE void load_kept(const Ring<kSlots>& ring, RingPosition<kSlots> position, uint32_t slot_tile, const Map& map,
-                            int row, int head, int batch, const KeptKeys<kRows>& kept) {
+                            int row, int head, int batch, const Kept& kept, const Also& also = {}) {
     if (kept.all()) {
-      load<SlotTile>(ring, position, slot_tile, map, row, head, batch);
+      load<SlotTile>(ring, position, slot_tile, map, row, head, batch, also);
       return;
     }
     if (is_leader) {
       position.wait_empty(ring);
-      mbarrier_arrive_expect(cleaning, SlotTile::kBytes);
+      also.store();
+      mbarrier_arrive_expect(cleaning, SlotTile::kBytes + also.bytes);
       SlotTile::load(slot_tile, map, cleaning, row, head, batch);
+      also.start(cleaning);
     }
     mbarrier_wait(cleaning, cleaning_parity);
     cleaning_parity ^= 1;

@@ -45,10 +45,12 @@ struct Tile {
 
   // By a warp: overwrites the rows that are not kept with zeros, eight lanes a row. The swizzle moves nothing between
   // rows.
-  static GPU_DEVICE void clear_dropped_rows(uint32_t tile, const KeptKeys<kRows>& kept, Lane lane) {
+  template <class Kept>
+  static GPU_DEVICE void clear_dropped_rows(uint32_t tile, const Kept& kept, Lane lane) {
+    static_assert(Kept::kWords * 32 == kRows);
     GPU_UNROLL for (int word = 0; word < kept.kWords; ++word) {
       for (int row = lane.index / 8; row < 32; row += 4) {
-        if (kept.words[word] >> row & 1) continue;
+        if (kept.word(word) >> row & 1) continue;
         const uint32_t address = tile + (32 * word + row) * kPanelRowBytes + lane.index % 8 * 16;
         GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
           store_shared(address + panel * kPanelBytes, Vec4{0, 0, 0, 0});
@@ -72,11 +74,12 @@ GPU_DEVICE void start_multiply_transposed(float (&scores)[kTiles][4], uint32_t l
   }
 }
 
-// acc += left @ right, where `left` is in registers.
+// acc = (accumulate ? acc : 0) + left @ right, where `left` is in registers.
 template <class T, int kHeadDim, int kSteps>
-GPU_DEVICE void start_multiply(float (&acc)[kHeadDim / 8][4], const uint32_t (&left)[kSteps][4], uint32_t right) {
+GPU_DEVICE void start_multiply(float (&acc)[kHeadDim / 8][4], const uint32_t (&left)[kSteps][4], uint32_t right,
+                               bool accumulate = true) {
   GPU_UNROLL for (int k = 0; k < kSteps; ++k) {
-    wgmma_rs<T, kHeadDim, 1>(flat(acc), left[k], Tile<kHeadDim, 16 * kSteps>::rows(right, k), true);
+    wgmma_rs<T, kHeadDim, 1>(flat(acc), left[k], Tile<kHeadDim, 16 * kSteps>::rows(right, k), accumulate || k > 0);
   }
 }
 

@@ -103,10 +103,11 @@ class Settings(NamedTuple):
 
     is_scale_folded: 1 if the scale can be multiplied in where the exponential is taken, else None. Nothing may come
         between; and the scale must be positive, or a row's maximum would become its minimum (or 0 * -inf, NaN), and
-        of a usual size, because the LSE is divided by it
+        of a usual size, because the LSE is divided by it. Not in float32, where large products would be rounded
     softcap: None = off
     band_left, band_right: how far a query sees before and after its diagonal; None = without end
     dropout_threshold: a random word, read as a signed number after its top bit is flipped, is kept from here on
+    IS_FLOAT32: products are exact ones of float32, and what follows them is to be as accurate
     """
 
     num_heads: int
@@ -125,13 +126,15 @@ class Settings(NamedTuple):
     BLOCK_M: tl.constexpr
     BLOCK_N: tl.constexpr
     PRECISION: tl.constexpr
+    IS_FLOAT32: tl.constexpr
 
     @classmethod
     def of(cls, problem: AttentionProblem, config: Config) -> Settings:
         band = problem.band
         # A window wider than all distances is none. This also keeps sums of positions within 32 bits.
         reach = problem.seqlen_q + problem.seqlen_k + abs(band.offset)
-        is_changed = problem.softcap or problem.has_bias or problem.has_relative_bias
+        is_float32 = problem.dtype.itemsize == 4 and not problem.allows_tf32
+        is_changed = is_float32 or problem.softcap or problem.has_bias or problem.has_relative_bias
         return cls(
             problem.num_heads,
             problem.num_heads // max(problem.num_kv_heads, 1),
@@ -152,6 +155,7 @@ class Settings(NamedTuple):
                     config.block_m,
                     config.block_n,
                     "tf32" if problem.allows_tf32 else "ieee",
+                    is_float32,
                 ),
             ),
         )

@@ -18,6 +18,7 @@ from fused_attn.backends.triton.scores import (
     hide,
     score_unit,
 )
+from fused_attn.backends.triton.sums import add_product, plus_product, zero_sum
 from fused_attn.backends.triton.tiles import (
     block_and_unit,
     is_kept,
@@ -33,8 +34,9 @@ from fused_attn.backends.triton.tiles import (
     store_tile,
 )
 
-#: Up to here an LSE in float32 is exact enough for the weights: its rounding moves them by 3e-5.
+#: Up to here an LSE is exact enough for the weights, which its rounding moves by 3e-5; in float32 by 1e-6.
 EXACT_LSE = tl.constexpr(512.0)
+EXACT_LSE_FLOAT32 = tl.constexpr(16.0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -94,7 +96,7 @@ def attention_bwd_dq_kernel(
     row_factor = None
     if factor is not None:
         row_factor = tl.zeros([settings.BLOCK_M], tl.float32) + 1.0
-        if tl.max(tl.abs(row_lse), 0) > EXACT_LSE:
+        if tl.max(tl.abs(row_lse), 0) > (EXACT_LSE_FLOAT32 if settings.IS_FLOAT32 else EXACT_LSE):
             row_factor = _exact_factor(q_tile, row_lse, query, blocks, k, place, masks, settings)
         tl.store(factor + row_offset, row_factor, mask=is_row)
     if dsinks is not None:
@@ -167,7 +169,7 @@ def _add_dq(
         row_lse[:, None], None if row_factor is None else row_factor[:, None], row_delta[:, None],
         place, masks, settings, IS_FULL, IS_TRANSPOSED=False,
     )  # fmt: skip
-    return tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision=settings.PRECISION)
+    return plus_product(acc, dscores.to(k_tile.dtype), k_tile, settings)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -210,8 +212,8 @@ def attention_bwd_dkdv_kernel(
     # Loop, over the blocks of all heads at once: a loop within a loop keeps the addresses of both in registers.
     last_key = tl.minimum(first_key + settings.BLOCK_N, place.len_k) - 1
     blocks = query_blocks(first_key, last_key, num_kept == settings.BLOCK_N, place, settings)
-    dk_acc = tl.zeros([settings.BLOCK_N, settings.BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([settings.BLOCK_N, settings.BLOCK_DV], tl.float32)
+    dk_acc = zero_sum([settings.BLOCK_N, settings.BLOCK_D], settings)
+    dv_acc = zero_sum([settings.BLOCK_N, settings.BLOCK_DV], settings)
     num_full = (blocks.full_end - blocks.full_start) // settings.BLOCK_M
     num_partial = num_partial_blocks(blocks, settings.BLOCK_M)
     num_heads = tl.where(num_kept == 0, 0, settings.group_size)
@@ -239,16 +241,16 @@ def attention_bwd_dkdv_kernel(
     is_row = key < place.len_k
     if dk.ptr is not None:
         dk_pointer = key_pointer(dk, place, key, settings.BLOCK_D)
-        store_tile(dk_pointer, dk_acc * settings.scale, is_row, settings.HEAD_DIM, settings.BLOCK_D)
+        store_tile(dk_pointer, dk_acc.total * settings.scale, is_row, settings.HEAD_DIM, settings.BLOCK_D)
     if dv.ptr is not None:
         dv_pointer = key_pointer(dv, place, key, settings.BLOCK_DV)
-        store_tile(dv_pointer, dv_acc, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
+        store_tile(dv_pointer, dv_acc.total, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
 
 
 @triton.jit
 def _add_dkdv(
-    dk_acc,  # (N, BLOCK_D)
-    dv_acc,  # (N, BLOCK_DV)
+    dk_acc,  # Sum (N, BLOCK_D)
+    dv_acc,  # Sum (N, BLOCK_DV)
     k_tile,
     v_tile,
     key,
@@ -278,8 +280,8 @@ def _add_dkdv(
         row_lse[None, :], None if factor is None else row_factor[None, :], row_delta[None, :],
         place, masks, settings, IS_FULL, IS_TRANSPOSED=True,
     )  # fmt: skip
-    dv_acc = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=settings.PRECISION)
-    dk_acc = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_acc, input_precision=settings.PRECISION)
+    dv_acc = add_product(dv_acc, weights.to(dout_tile.dtype), dout_tile, settings)
+    dk_acc = add_product(dk_acc, dscores.to(q_tile.dtype), q_tile, settings)
     return dk_acc, dv_acc
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from fused_attn.backends.triton.arguments import UNSPECIALIZED
 from fused_attn.backends.triton.backward import load_row_sums, weights_and_gradients
+from fused_attn.backends.triton.sums import add, zero_sum
 from fused_attn.backends.triton.tiles import is_kept, load_key_rows, load_query_rows, place_of
 
 
@@ -58,23 +59,24 @@ def attention_bwd_dbias_kernel(
     nearest = first_key - (row_block * settings.BLOCK_M + settings.BLOCK_M - 1)
     farthest = first_key + settings.BLOCK_N - 1 - row_block * settings.BLOCK_M
     terms = heads_here * batches_here * _is_in_band(nearest - band_offset, farthest - band_offset, settings)
-    acc = tl.zeros([settings.BLOCK_M, settings.BLOCK_N], tl.float32)
+    acc = zero_sum([settings.BLOCK_M, settings.BLOCK_N], settings)
     for term in range(terms):
         batch = first_batch + term // heads_here
         head = first_head + term % heads_here
         place = place_of(
             batch, head, head // settings.group_size, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset
         )
-        acc += _score_gradient(q, k, v, dout, lse, delta, factor, query, key, first_key, place, masks, settings)
+        tile = _score_gradient(q, k, v, dout, lse, delta, factor, query, key, first_key, place, masks, settings)
+        acc = add(acc, tile, settings)
 
     # Store the tile, or its sum along the axes on which the bias broadcasts.
     num_rows = row_blocks if SUMS_ROWS else seqlen_q
     base = dbias + matrix.to(tl.int64) * num_rows * seqlen_k
     if SUMS_ROWS:
-        tl.store(base + row_block.to(tl.int64) * seqlen_k + key, tl.sum(acc, 0), mask=key < seqlen_k)
+        tl.store(base + row_block.to(tl.int64) * seqlen_k + key, tl.sum(acc.total, 0), mask=key < seqlen_k)
     else:
         is_inside = (query[:, None] < seqlen_q) & (key[None, :] < seqlen_k)
-        tl.store(base + query.to(tl.int64)[:, None] * seqlen_k + key[None, :], acc, mask=is_inside)
+        tl.store(base + query.to(tl.int64)[:, None] * seqlen_k + key[None, :], acc.total, mask=is_inside)
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "num_batches"))
@@ -110,8 +112,8 @@ def attention_bwd_dtable_kernel(
     # Loop. Gathering column (c + r) % BLOCK_N in row r puts the diagonal c, wrapped around, into one column.
     index = tl.arange(0, settings.BLOCK_N)
     unwrapped = index[:, None] + index[None, :]
-    above = tl.zeros([settings.BLOCK_N], tl.float32)
-    below = tl.zeros([settings.BLOCK_N], tl.float32)
+    above = zero_sum([settings.BLOCK_N], settings)
+    below = zero_sum([settings.BLOCK_N], settings)
     distance = shift * settings.BLOCK_N - band_offset
     is_visible = _is_in_band(distance - (settings.BLOCK_N - 1), distance + settings.BLOCK_N - 1, settings)
     for sequence in range(num_batches * is_visible):
@@ -128,15 +130,15 @@ def attention_bwd_dtable_kernel(
                 q, k, v, dout, lse, delta, factor, query, first_key + index, first_key, place, masks, settings
             )
             skewed = tl.gather(tile, unwrapped % settings.BLOCK_N, 1)
-            above += tl.sum(tl.where(unwrapped < settings.BLOCK_N, skewed, 0.0), 0)
-            below += tl.sum(tl.where(unwrapped < settings.BLOCK_N, 0.0, skewed), 0)
+            above = add(above, tl.sum(tl.where(unwrapped < settings.BLOCK_N, skewed, 0.0), 0), settings)
+            below = add(below, tl.sum(tl.where(unwrapped < settings.BLOCK_N, 0.0, skewed), 0), settings)
 
     # Store: entry x stands for the distance x - (row blocks) * BLOCK_N between key and query.
     columns = (num_diagonals + 1) * settings.BLOCK_N
     base = dtable + head.to(tl.int64) * columns + diagonal * settings.BLOCK_N + index
     next_plane = (head * 0 + settings.num_heads).to(tl.int64) * columns
-    tl.store(base, below)
-    tl.store(base + next_plane + settings.BLOCK_N, above)
+    tl.store(base, below.total)
+    tl.store(base + next_plane + settings.BLOCK_N, above.total)
 
 
 @triton.jit

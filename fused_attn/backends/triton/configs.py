@@ -17,17 +17,12 @@ from fused_attn.problem import AttentionProblem
 
 
 class Config(NamedTuple):
-    """block_m queries x block_n keys per tile; stages of the software pipeline.
-
-    warp_specialize: more warps than `num_warps` run, and one of them copies tiles by TMA for the others; see
-        `SPECIALIZED`
-    """
+    """block_m queries x block_n keys per tile; stages of the software pipeline."""
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
-    warp_specialize: bool = False
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -197,19 +192,6 @@ TABLE = {
     },
 }
 
-#: Loops that Triton divides among warps: one copies tiles by TMA, on Hopper for two groups of 64 rows each, on
-#: Blackwell for the tensor memory and the softmax. (head dim up to, architectures) -> configuration of the forward
-#: kernel. Triton 3.6 and 3.9 refuse a loop that loads by pointers (as of a padding mask) or has another beside it; on
-#: Blackwell a head dim of 256 spills a thousand bytes.
-SPECIALIZED = {
-    (64, "sm_90"): C(128, 128, 4, 2, warp_specialize=True),
-    (128, "sm_90"): C(128, 128, 4, 2, warp_specialize=True),
-    (256, "sm_90"): C(128, 64, 4, 2, warp_specialize=True),
-    (64, "sm_100"): C(128, 64, 8, 2, warp_specialize=True),
-    (128, "sm_100"): C(128, 64, 8, 2, warp_specialize=True),
-}
-MIN_SPECIALIZED_QUERIES = 128
-
 #: Of the forward kernel for few rows, all of whose time goes into loading keys: head dim up to -> configuration.
 FEW_ROWS = {
     64: Row(C(16, 128, 4, 3), C(16, 64, 4, 3), C(16, 128, 4, 3), C(16, 128, 4, 3)),
@@ -235,20 +217,11 @@ INTERPRETER_LARGE = {
 
 def choose(kernel: str, problem: AttentionProblem) -> Config:
     """The package's configuration; see `tuned.choose` for the user's."""
-    is_long = problem.seqlen_q >= MIN_SPECIALIZED_QUERIES
-    if kernel == "forward" and problem.device.type == "cuda" and is_long and can_specialize(problem):
-        specialized = SPECIALIZED.get((_head_dim_limit(problem), architecture_class(problem.capability)))
-        if specialized is not None:
-            return specialized
-    return by_pointers(kernel, problem)
-
-
-def by_pointers(kernel: str, problem: AttentionProblem) -> Config:
-    """The configuration for tensors of any alignment."""
     if problem.device.type == "cpu":
         longest = max(problem.seqlen_q, problem.seqlen_k)
         return (INTERPRETER_SMALL if longest <= 128 else INTERPRETER_LARGE)[kernel]
-    head_dim, dtype = _head_dim_limit(problem), TF32 if problem.allows_tf32 else problem.dtype.itemsize
+    head_dim = next(limit for limit in HEAD_DIMS if max(problem.head_dim, problem.value_dim) <= limit)
+    dtype = TF32 if problem.allows_tf32 else problem.dtype.itemsize
     architecture = architecture_class(problem.capability)
     # All heads that share a key head share a tile.
     rows_per_unit = problem.seqlen_q * (problem.num_heads // max(problem.num_kv_heads, 1))
@@ -256,14 +229,6 @@ def by_pointers(kernel: str, problem: AttentionProblem) -> Config:
         return getattr(FEW_ROWS[head_dim], architecture)
     row = TABLE.get((kernel, dtype, features_of(problem)), {}).get(head_dim)
     return getattr(row or TABLE[kernel, problem.dtype.itemsize, ANY][head_dim], architecture)
-
-
-def can_specialize(problem: AttentionProblem) -> bool:
-    """Whether the forward kernel's loop is simple enough for Triton to divide it among warps.
-
-    Whether each row lies at a multiple of 16 bytes, which TMA demands, only a call's tensors tell.
-    """
-    return problem.dtype.itemsize == 2 and features_of(problem) is PLAIN and not problem.has_key_padding
 
 
 def features_of(problem: AttentionProblem) -> Features:
@@ -276,38 +241,21 @@ def features_of(problem: AttentionProblem) -> Features:
     return {0: PLAIN, 1: ONE}.get(sum(others) + has_dropout, ANY)
 
 
-def _head_dim_limit(problem: AttentionProblem) -> int:
-    return next(limit for limit in HEAD_DIMS if max(problem.head_dim, problem.value_dim) <= limit)
-
-
 def architecture_class(capability: tuple[int, int]) -> str:
     """The field of a `Row` for a GPU."""
     return ARCHITECTURES[bisect.bisect(ARCHITECTURES, capability, key=lambda entry: entry[0]) - 1][1]
 
 
 def candidates(kernel: str, problem: AttentionProblem) -> list[Config]:
-    """What `tune` is to try: the row of the table, then its neighbours, those with the fewest changes first.
-
-    Where warps are specialised by the table, also what would run if they were not, and its neighbours.
-    """
+    """What `tune` is to try: the row of the table, then its neighbours, those with the fewest changes first."""
     row = choose(kernel, problem)
-    if not row.warp_specialize:
-        return _neighbours(row)
-    pointers = by_pointers(kernel, problem)
-    both = [*_neighbours(row), *_neighbours(pointers)]
-    return sorted(both, key=lambda config: _num_changes(row if config.warp_specialize else pointers, config))
-
-
-def _neighbours(row: Config) -> list[Config]:
     tiles = [(row.block_m * m, row.block_n * n) for m, n in _PROPORTIONS]
     tiles = [(int(m), int(n)) for m, n in tiles if min(m, n) >= 16]
     neighbours = (
-        Config(block_m, block_n, num_warps, num_stages, row.warp_specialize)
+        Config(block_m, block_n, num_warps, num_stages)
         for block_m, block_n in tiles
-        # How many warps multiply is part of how Triton divides a specialised loop.
-        for num_warps in ((row.num_warps,) if row.warp_specialize else (4, 8))
-        # With one stage Triton leaves a loop whole, and says nothing.
-        for num_stages in range(max(1 + row.warp_specialize, row.num_stages - 1), row.num_stages + 2)
+        for num_warps in (4, 8)
+        for num_stages in range(max(1, row.num_stages - 1), row.num_stages + 2)
     )
     return sorted(neighbours, key=lambda config: _num_changes(row, config))
 

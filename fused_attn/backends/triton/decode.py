@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_attn.backends.triton.scores import LN_2, LOG2_E, add_sink
+from fused_attn.backends.triton.scores import LOG2_E, add_sink
 from fused_attn.backends.triton.tiles import store_tile
 
 #: Fewer keys than this are not worth a program of their own.
@@ -22,7 +22,7 @@ def num_splits(num_programs: int, seqlen_k: int, multiprocessors: int) -> int:
 @triton.jit(do_not_specialize=("num_splits", "rows_per_head", "num_rows"))
 def merge_splits_kernel(
     partial_out,  # (num_splits, B, H, L, Dv) float32
-    partial_lse,  # (num_splits, B, H, L) float32
+    partial_sums,  # (2, num_splits, B, H, L) float32: maxima of the rows, sums of their weights
     out,  # Rows (B, H, L, Dv)
     lse,  # (B, H, L) float32, or None
     sinks,  # (H,) or None
@@ -34,7 +34,7 @@ def merge_splits_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Outputs of the splits, weighted by exp(their LSE)."""
+    """Outputs of the splits, weighted by their shares of a row's sum."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = row < num_rows
     column = tl.arange(0, BLOCK_DV)
@@ -44,18 +44,20 @@ def merge_splits_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    first_sum = tl.cast(num_splits, tl.int64) * num_rows
     for split in range(num_splits):
         split_row = tl.cast(split, tl.int64) * num_rows + row
-        scores = tl.load(partial_lse + split_row, mask=is_row, other=float("-inf"))
+        split_max = tl.load(partial_sums + split_row, mask=is_row, other=float("-inf"))
+        split_sum = tl.load(partial_sums + first_sum + split_row, mask=is_row, other=0.0)
         tile = tl.load(
             partial_out + split_row[:, None] * VALUE_DIM + column[None, :],
             mask=is_row[:, None] & (column[None, :] < VALUE_DIM),
             other=0.0,
         )
-        new_max = tl.maximum(row_max, scores)
+        new_max = tl.maximum(row_max, split_max)
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         rescale = tl.exp2((row_max - finite_max) * LOG2_E)
-        weight = tl.exp2((scores - finite_max) * LOG2_E)
+        weight = tl.exp2((split_max - finite_max) * LOG2_E) * split_sum
         acc = acc * rescale[:, None] + tile * weight[:, None]
         row_sum = row_sum * rescale + weight
         row_max = new_max
@@ -67,4 +69,4 @@ def merge_splits_kernel(
     out_row = (row % rows_per_head).to(tl.int64) * out.stride_row
     store_tile((out_base + out_row)[:, None] + column[None, :], acc / row_sum[:, None], is_row, VALUE_DIM, BLOCK_DV)
     if lse is not None:
-        tl.store(lse + row, row_max + tl.log2(row_sum) * LN_2, mask=is_row)
+        tl.store(lse + row, row_max + tl.log(row_sum), mask=is_row)

@@ -7,25 +7,24 @@ import triton.language as tl
 
 from fused_attn.backends.triton.arguments import UNSPECIALIZED
 from fused_attn.backends.triton.scores import (
-    LN_2,
     add_sink,
     biased_scores,
     dropout_keep,
     exp_difference,
     hide,
+    rescale_factor,
     score_unit,
 )
+from fused_attn.backends.triton.sums import plus_product
 from fused_attn.backends.triton.tiles import (
     block_and_unit,
     is_kept,
     key_blocks,
-    key_descriptor,
-    load_key_tile,
+    load_key_rows,
     load_query_rows,
     num_partial_blocks,
     partial_block,
     place_of,
-    query_descriptor,
     query_pointer,
     split_blocks,
     store_tile,
@@ -38,7 +37,7 @@ def attention_fwd_kernel(
     k,  # Rows (B, Hkv, S, D)
     v,  # Rows (B, Hkv, S, Dv)
     out,  # Rows (B, H, L, Dv); of the first split if IS_SPLIT
-    lse,  # (B, H, L) float32 or None; of the first split if IS_SPLIT
+    lse,  # (B, H, L) float32 or None; if IS_SPLIT (2, num_splits, B, H, L): maxima of the rows, sums of the weights
     masks,
     settings,
     seqlen_q,
@@ -50,18 +49,11 @@ def attention_fwd_kernel(
     split_rows,  # rows between one split and the next
     PACK_HEADS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
     """PACK_HEADS: a tile holds all query heads that share a key head, so that few queries still fill it.
 
     IS_SPLIT: the keys are divided among `num_splits` programs; `merge_splits_kernel` joins what they store.
-
-    WARP_SPECIALIZE: one warp does nothing but copy tiles by TMA, for warps that do nothing but compute. Only for scores
-    that nothing but the band and the lengths touches, without PACK_HEADS and IS_SPLIT, and for rows that lie at
-    multiples of 16 bytes.
     """
-    tl.static_assert(not (WARP_SPECIALIZE and (PACK_HEADS or IS_SPLIT)))
-
     # Which rows. Row r of a unit is query r // heads_per_unit, so that a tile spans few queries of the band.
     heads_per_unit = settings.group_size if PACK_HEADS else 1
     num_blocks = tl.cdiv(seqlen_q * heads_per_unit, settings.BLOCK_M)
@@ -78,21 +70,14 @@ def attention_fwd_kernel(
         head = unit
     place = place_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
     num_rows = place.len_q * heads_per_unit
-    # Beyond a short sequence's end. Triton does not specialise a kernel that may return early: there the loop is empty.
-    if not WARP_SPECIALIZE:  # noqa: SIM102 - known when this is compiled, the other is not
-        if first_row >= num_rows:
-            return
+    if first_row >= num_rows:
+        return
 
     # Load.
     is_row = row < num_rows
-    if WARP_SPECIALIZE:
-        q_tile = query_descriptor(q, place, settings.HEAD_DIM, settings.BLOCK_M, settings.BLOCK_D).load([first_row, 0])
-        k = key_descriptor(k, place, settings.HEAD_DIM, settings.BLOCK_N, settings.BLOCK_D)
-        v = key_descriptor(v, place, settings.VALUE_DIM, settings.BLOCK_N, settings.BLOCK_DV)
-    else:
-        q_tile = load_query_rows(q, place, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
+    q_tile = load_query_rows(q, place, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
 
-    # Loop: full blocks without tests, then the partial ones; Triton specialises the warps of a single loop only.
+    # Loop: full blocks without tests, then the partial ones.
     last_row = tl.minimum(first_row + settings.BLOCK_M, num_rows) - 1
     blocks = key_blocks(first_row // heads_per_unit, last_row // heads_per_unit, place, masks, settings)
     if IS_SPLIT:
@@ -100,25 +85,15 @@ def attention_fwd_kernel(
     row_max = tl.full([settings.BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([settings.BLOCK_M], tl.float32)
     acc = tl.zeros([settings.BLOCK_M, settings.BLOCK_DV], tl.float32)
-    if WARP_SPECIALIZE:
-        end = tl.where(first_row < num_rows, blocks.end, blocks.start)
-        for first_key in tl.range(blocks.start, end, settings.BLOCK_N, warp_specialize=True):
-            acc, row_max, row_sum = _attend(
-                acc, row_max, row_sum, q_tile, query, first_key, k, v, place, masks, settings,
-                IS_FULL=False, BY_TMA=True,
-            )  # fmt: skip
-    else:
-        for first_key in tl.range(blocks.full_start, blocks.full_end, settings.BLOCK_N):
-            acc, row_max, row_sum = _attend(
-                acc, row_max, row_sum, q_tile, query, first_key, k, v, place, masks, settings,
-                IS_FULL=True, BY_TMA=False,
-            )  # fmt: skip
-        for index in tl.range(0, num_partial_blocks(blocks, settings.BLOCK_N)):
-            first_key = partial_block(blocks, index, settings.BLOCK_N)
-            acc, row_max, row_sum = _attend(
-                acc, row_max, row_sum, q_tile, query, first_key, k, v, place, masks, settings,
-                IS_FULL=False, BY_TMA=False,
-            )  # fmt: skip
+    for first_key in tl.range(blocks.full_start, blocks.full_end, settings.BLOCK_N):
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q_tile, query, first_key, k, v, place, masks, settings, IS_FULL=True
+        )
+    for index in tl.range(0, num_partial_blocks(blocks, settings.BLOCK_N)):
+        first_key = partial_block(blocks, index, settings.BLOCK_N)
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q_tile, query, first_key, k, v, place, masks, settings, IS_FULL=False
+        )
 
     # Epilogue. A row that saw nothing has maximum -inf and sum 0: its output is 0 and its LSE -inf.
     row_max *= score_unit(settings)
@@ -129,13 +104,17 @@ def attention_fwd_kernel(
         acc, row_max, row_sum = add_sink(acc, row_max, row_sum, sink)
     row_sum = tl.where(row_max == float("-inf"), 1.0, row_sum)
     out_tile = acc * (settings.inverse_keep / row_sum)[:, None]
-    row_lse = row_max + tl.log2(row_sum) * LN_2
+    row_lse = row_max + tl.log(row_sum)
     out_pointer = query_pointer(out, place, query, settings.BLOCK_DV)
     lse_offset = place.lse_offset + query[:, None]
     if IS_SPLIT:
         split_offset = tl.program_id(1).to(tl.int64) * split_rows
         out_pointer += split_offset * settings.VALUE_DIM
         lse_offset += split_offset
+        # Where logits are large, their LSE is too coarse a number to join the splits by.
+        row_lse = row_max
+        sum_offset = num_splits.to(tl.int64) * split_rows + lse_offset
+        tl.store(lse + sum_offset, row_sum[:, None], mask=is_row[:, None])
     store_tile(out_pointer, out_tile, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
     if lse is not None:
         tl.store(lse + lse_offset, row_lse[:, None], mask=is_row[:, None])
@@ -149,18 +128,17 @@ def _attend(
     q_tile,
     query,
     first_key,
-    k,  # Rows, or a descriptor if BY_TMA
+    k,
     v,
     place,
     masks,
     settings,
     IS_FULL: tl.constexpr,
-    BY_TMA: tl.constexpr,
 ):
     """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867): (acc, row_max, row_sum)."""
     key = first_key + tl.arange(0, settings.BLOCK_N)
     keep = None if IS_FULL else is_kept(key, place, masks)
-    k_tile = load_key_tile(k, place, first_key, key, keep, settings.HEAD_DIM, settings.BLOCK_D, BY_TMA)
+    k_tile = load_key_rows(k, place, key, keep, settings.HEAD_DIM, settings.BLOCK_D)
     qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
     scores, _ = biased_scores(qk, query[:, None], key[None, :], place, masks, settings, IS_FULL)
     keep_column = None if IS_FULL else keep[None, :]
@@ -170,10 +148,10 @@ def _attend(
     # -inf - -inf is NaN: rows that have seen nothing yet take 0 for their maximum, and weights exp(-inf) = 0.
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     weights = exp_difference(scores, finite_max[:, None], settings)
-    rescale = exp_difference(row_max, finite_max, settings)
+    rescale = rescale_factor(row_max, finite_max, settings)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     if masks.seed is not None:
         weights = tl.where(dropout_keep(query[:, None], first_key, place, masks, settings), weights, 0.0)
-    v_tile = load_key_tile(v, place, first_key, key, keep, settings.VALUE_DIM, settings.BLOCK_DV, BY_TMA)
-    acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=settings.PRECISION)
+    v_tile = load_key_rows(v, place, key, keep, settings.VALUE_DIM, settings.BLOCK_DV)
+    acc = plus_product(acc * rescale[:, None], weights.to(v_tile.dtype), v_tile, settings)
     return acc, new_max, row_sum

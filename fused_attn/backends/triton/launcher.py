@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_attn.backends.base import Gradients, Wanted, empty_like_layout
+from fused_attn.backends.base import Gradients, Wanted, clear_rows, empty_like_layout
 from fused_attn.backends.triton import configs, decode, tuned
 from fused_attn.backends.triton.arguments import NO_MASKS, Masks, Rows, Settings
 from fused_attn.backends.triton.backend import is_interpreting
@@ -43,12 +41,9 @@ class Launch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """specialized: of the forward kernel, where the tensors suit TMA; None where it has no such configuration"""
-
     units_per_section: int
     num_splits: int
     forward: Launch
-    specialized: Launch | None
     dq: Launch
     dkdv: Launch
     dbias: Launch
@@ -69,6 +64,8 @@ def forward(
     out = empty_like_layout(query, problem.value_dim)
     batch, heads, rows, _ = query.shape
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device) if needs_lse else None
+    if problem.is_packed:
+        clear_rows(lse, out)
     if out.numel() == 0 and (lse is None or lse.numel() == 0):
         return out, lse
     plan = _plan(problem, mask.bias is not None, _allows_tf32(problem.dtype))
@@ -77,22 +74,16 @@ def forward(
     if plan.num_splits > 1:
         shape = (plan.num_splits * batch, heads, rows)
         kernel_out = torch.empty((*shape, problem.value_dim), dtype=torch.float32, device=query.device)
-        kernel_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
-    is_specialized = plan.specialized is not None and all(map(_suits_tma, (query, key, value)))
-    launch = plan.specialized if is_specialized else plan.forward
-    run = attention_fwd_kernel[launch.grid]
-    if is_specialized:
-        # In a context of its own, or our allocator would replace that of the user's kernels.
-        run = functools.partial(contextvars.copy_context().run, _run_with_scratch, run)
+        kernel_lse = torch.empty((2, *shape), dtype=torch.float32, device=query.device)
     with _on_device_of(query):
-        run(
+        attention_fwd_kernel[plan.forward.grid](
             Rows.of(query, problem.is_packed),
             Rows.of(key, problem.is_packed),
             Rows.of(value, problem.is_packed),
             Rows.of(kernel_out, problem.is_packed),
             kernel_lse,
             masks,
-            launch.settings,
+            plan.forward.settings,
             problem.seqlen_q,
             problem.seqlen_k,
             rows,
@@ -100,7 +91,7 @@ def forward(
             plan.units_per_section,
             plan.num_splits,
             num_rows,
-            **launch.options,
+            **plan.forward.options,
         )
         if plan.num_splits > 1:
             block_m = 16
@@ -141,6 +132,8 @@ def backward(
     dquery = empty_like_layout(query, problem.head_dim) if wants_query else None
     dkey = empty_like_layout(key, problem.head_dim) if wants_key else None
     dvalue = empty_like_layout(value, problem.value_dim) if wants_value else None
+    if problem.is_packed:
+        clear_rows(None, dquery, dkey, dvalue)
     if query.numel() == 0 or key.numel() == 0:
         return _empty_gradients(wanted, dquery, dkey, dvalue, mask, sinks)
 
@@ -149,7 +142,8 @@ def backward(
     lse = lse.contiguous()  # under vmap it can be an expanded view
     delta = torch.empty(lse.shape, **accumulate)
     is_biased = mask.bias is not None or mask.relative_bias is not None
-    factor = torch.empty(lse.shape, **accumulate) if is_biased else None
+    needs_factor = is_biased or plan.dq.settings.IS_FLOAT32.value
+    factor = torch.empty(lse.shape, **accumulate) if needs_factor else None
     dsinks = None
     if wants_sinks:
         dsinks = torch.empty((problem.batch, problem.num_heads, _num_blocks(plan.dq, problem)), **accumulate)
@@ -287,10 +281,6 @@ def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
     group_size = heads // max(kv_heads, 1)
     kv_bytes = seqlen_k * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
     fwd, dq, dkdv, bias = (tuned.choose(kernel, problem) for kernel in configs.KERNELS)
-    chosen = fwd
-    if chosen.warp_specialize:
-        # For tensors that do not suit TMA. `tune` measures none of these.
-        fwd = configs.by_pointers("forward", problem)
 
     # Few queries: all heads of a group share a tile, and several programs the keys of a head.
     packs = group_size > 1 and seqlen_q < fwd.block_m
@@ -300,20 +290,12 @@ def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
     if not problem.is_packed and 0 < rows <= fwd.block_m:
         num_splits = decode.num_splits(programs, seqlen_k, _multiprocessors(problem.device))
 
-    specialized = None
-    if chosen.warp_specialize and configs.can_specialize(problem) and not packs and num_splits == 1:
-        grid = (triton.cdiv(seqlen_q, chosen.block_m) * heads * problem.batch, 1, 1)
-        specialized = _launch(problem, chosen, grid, PACK_HEADS=False, IS_SPLIT=False, WARP_SPECIALIZE=True)
-
     square = bias._replace(block_m=bias.block_n)
     diagonals = triton.cdiv(seqlen_q, square.block_m) + triton.cdiv(seqlen_k, square.block_n) - 1
     return Plan(
         max(1, L2_BYTES * group_size // max(kv_bytes, 1)),
         num_splits,
-        _launch(
-            problem, fwd, (programs, num_splits, 1), PACK_HEADS=packs, IS_SPLIT=num_splits > 1, WARP_SPECIALIZE=False
-        ),
-        specialized,
+        _launch(problem, fwd, (programs, num_splits, 1), PACK_HEADS=packs, IS_SPLIT=num_splits > 1),
         _launch(problem, dq, (triton.cdiv(seqlen_q, dq.block_m) * heads * problem.batch, 1, 1)),
         _launch(problem, dkdv, (triton.cdiv(seqlen_k, dkdv.block_n) * kv_heads * problem.batch, 1, 1)),
         _launch(problem, bias, (triton.cdiv(seqlen_q, bias.block_m), triton.cdiv(seqlen_k, bias.block_n), 1)),
@@ -334,24 +316,6 @@ def _launch(problem: AttentionProblem, config: Config, grid: tuple[int, int, int
         "enable_fp_fusion": True,
     }
     return Launch(grid, Settings.of(problem, config), options)
-
-
-def _suits_tma(x: Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 bytes, and none where another one does."""
-    stride_b, stride_h, stride_row, _ = x.stride()
-    per_16_bytes = 16 // x.element_size()
-    has_odd_stride = stride_b % per_16_bytes or stride_h % per_16_bytes or stride_row % per_16_bytes
-    return stride_row > 0 and not has_odd_stride and x.data_ptr() % 16 == 0
-
-
-def _run_with_scratch(run: Callable[..., None], *args, **options) -> None:
-    """Of a kernel that makes descriptors for TMA, which take some memory."""
-    triton.set_allocator(_allocate_scratch)
-    run(*args, **options)
-
-
-def _allocate_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _num_blocks(launch: Launch, problem: AttentionProblem) -> int:

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -58,6 +57,15 @@ def exp_difference(scores, row, settings):
     else:
         # A bias of finfo.min would overflow if it were multiplied before the row's value is taken off.
         return tl.exp2((scores - row) * LOG2_E)
+
+
+@triton.jit
+def rescale_factor(old_max, new_max, settings):
+    """exp((old_max - new_max) * unit), exactly 1 if both are equal, so that a sum of many blocks does not drift.
+
+    One multiply-add, as in `exp_difference`, would leave the rounding error of the product that is taken off.
+    """
+    return tl.exp2((old_max - new_max) * (score_unit(settings) * LOG2_E))
 
 
 @triton.jit

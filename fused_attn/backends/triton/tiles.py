@@ -217,26 +217,6 @@ def key_pointer(x, place, key, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def query_descriptor(x, place, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """For TMA: tiles (BLOCK_ROWS, BLOCK) of the place's sequence and head, zeros beyond its rows and columns."""
-    # TMA knows no empty tensor: an empty sequence, which may lie at the very end, gets the first row of all instead.
-    first_row = tl.where(place.len_q > 0, place.first_q, 0)
-    base = x.ptr + place.batch.to(tl.int64) * x.stride_b + place.head.to(tl.int64) * x.stride_h
-    base += first_row.to(tl.int64) * x.stride_row
-    num_rows = tl.maximum(place.len_q, 1)
-    return tl.make_tensor_descriptor(base, [num_rows, COLUMNS], [x.stride_row, 1], [BLOCK_ROWS, BLOCK])
-
-
-@triton.jit
-def key_descriptor(x, place, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    first_row = tl.where(place.len_k > 0, place.first_k, 0)
-    base = x.ptr + place.batch.to(tl.int64) * x.stride_b + place.kv_head.to(tl.int64) * x.stride_h
-    base += first_row.to(tl.int64) * x.stride_row
-    num_rows = tl.maximum(place.len_k, 1)
-    return tl.make_tensor_descriptor(base, [num_rows, COLUMNS], [x.stride_row, 1], [BLOCK_ROWS, BLOCK])
-
-
-@triton.jit
 def load_query_rows(x, place, query, is_row, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     return _load_tile(query_pointer(x, place, query, BLOCK), is_row, COLUMNS, BLOCK)
 
@@ -245,17 +225,6 @@ def load_query_rows(x, place, query, is_row, COLUMNS: tl.constexpr, BLOCK: tl.co
 def load_key_rows(x, place, key, keep, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """Dropped keys and values may hold NaN, which not even a weight of 0 would stop: they must not be read."""
     return _load_tile(key_pointer(x, place, key, BLOCK), keep, COLUMNS, BLOCK)
-
-
-@triton.jit
-def load_key_tile(
-    x, place, first_key, key, keep, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BY_TMA: tl.constexpr
-):  # fmt: skip
-    """x: Rows, or a descriptor if BY_TMA."""
-    if BY_TMA:
-        return x.load([first_key, 0])
-    else:
-        return load_key_rows(x, place, key, keep, COLUMNS, BLOCK)
 
 
 @triton.jit

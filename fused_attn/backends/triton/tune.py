@@ -317,7 +317,7 @@ def with_outcome(table: tuned.Table, outcome: Outcome) -> tuned.Table:
 
 
 def describe(config: Config) -> str:
-    return " ".join(f"{name}={value}" for name, value in config._asdict().items() if value is not False)
+    return " ".join(f"{name}={value}" for name, value in config._asdict().items())
 
 
 def _reason(error: Exception) -> str:

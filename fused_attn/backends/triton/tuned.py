@@ -191,7 +191,8 @@ def load(path: Path) -> Table:
         wrote = about["versions"]
         table = Table(about, dict(map(_parse_row, rows)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is damaged, or other versions wrote its rows ({reason})") from error
     for package, version in versions().items():
         if wrote.get(package) != version:
             raise ValueError(f"{path} was measured with {package} {wrote.get(package)}, {version} is installed")

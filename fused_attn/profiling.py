@@ -1,0 +1,131 @@
+"""What torch's tools of accounting see of attention: events of its profiler, and operations of `FlopCounterMode`."""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+
+if TYPE_CHECKING:
+    from fused_attn.backends.base import Backend
+
+
+def recorded(event: str, function: Callable) -> Callable:
+    """A function that is an event of the profiler; to be asked for only while one runs, since it takes time."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with profiler.record_function(f"fused_attn::{event}"):
+            return function(*args)
+
+    return run
+
+
+class _NamedBackend:
+    """A backend whose steps are the events ``fused_attn::forward[name]`` and ``fused_attn::backward[name]``."""
+
+    def __init__(self, backend: Backend):
+        self.name, self.is_composite = backend.name, backend.is_composite
+        self.forward, self.backward = (
+            recorded(f"{step}[{backend.name}]", getattr(backend, step)) for step in ("forward", "backward")
+        )
+
+
+_named = functools.cache(_NamedBackend)
+
+
+def named(backend: Backend) -> Backend:
+    """The backend; while a profiler runs, one whose steps are events."""
+    return _named(backend) if profiler._is_profiler_enabled and type(backend) is not _NamedBackend else backend
+
+
+# ---- Floating-point operations
+
+
+def forward_flops(query: Tensor, key: Tensor, value: Tensor, *rest, out_val=None) -> int:
+    """Of ``fused_attn::attention``: both products, a multiply-add being two."""
+    return 2 * _visible_scores(query, key, *rest[6:]) * (query.shape[3] + value.shape[3])
+
+
+def backward_flops(wanted, dout, dlse, out, lse, query, key, value, *rest, out_val=None) -> int:
+    """Of ``fused_attn::attention_backward``: scores and their gradients, and a product for each wanted gradient."""
+    wants_query, wants_key, wants_value, *others = wanted
+    head_dim, value_dim = query.shape[3], value.shape[3]
+    columns = head_dim * (1 + wants_query + wants_key) + value_dim * wants_value
+    if wants_query or wants_key or any(others):
+        columns += value_dim
+    return 2 * _visible_scores(query, key, *rest[6:]) * columns
+
+
+def _visible_scores(
+    query: Tensor, key: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int, max_seqlen_k: int, scale, softcap, dropout_p, left: int, right: int, offset: int, backend: str,
+) -> int:  # fmt: skip
+    """Of all heads, inside the band. What other masks hide depends on their contents, and counts."""
+    if cu_seqlens_q is None:
+        lengths = [(query.shape[2], key.shape[2])] * query.shape[0]
+    else:
+        offsets = cu_seqlens_q, cu_seqlens_k
+        lengths = zip(*map(_lengths, offsets, (max_seqlen_q, max_seqlen_k)), strict=True)
+    return query.shape[1] * sum(_scores_in_band(*sizes, left, right, offset) for sizes in lengths)
+
+
+def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
+    """Of packed sequences; of those that have no contents (meta and fake tensors) the longest that they may be."""
+    if type(cu_seqlens) is not Tensor or cu_seqlens.is_meta:
+        return [longest] * (cu_seqlens.shape[0] - 1)
+    return cu_seqlens.diff().tolist()
+
+
+@functools.lru_cache(maxsize=4096)
+def _scores_in_band(seqlen_q: int, seqlen_k: int, left: int, right: int, offset: int) -> int:
+    if left < 0 and right < 0:
+        return seqlen_q * seqlen_k
+    diagonal = torch.arange(seqlen_q) + offset
+    first = torch.zeros_like(diagonal) if left < 0 else (diagonal - left).clamp(0, seqlen_k)
+    end = torch.full_like(diagonal, seqlen_k) if right < 0 else (diagonal + right + 1).clamp(0, seqlen_k)
+    return int((end - first).clamp(min=0).sum())
+
+
+class _Registrar(importlib.abc.MetaPathFinder):
+    """Registers the formulas when somebody imports torch's counter, which takes half a second, as it imports Triton."""
+
+    MODULE = "torch.utils.flop_counter"
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name != self.MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module) -> None:
+            execute(module)
+            self.register(module)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+    @staticmethod
+    def register(module) -> None:
+        operators = torch.ops.fused_attn
+        module.register_flop_formula(operators.attention, get_raw=True)(forward_flops)
+        module.register_flop_formula(operators.attention_backward, get_raw=True)(backward_flops)
+
+    @classmethod
+    def install(cls) -> None:
+        """To be called when the operators are there."""
+        if cls.MODULE in sys.modules:
+            cls.register(sys.modules[cls.MODULE])
+        else:
+            sys.meta_path.insert(0, cls())
+
+
+register_flop_formulas = _Registrar.install

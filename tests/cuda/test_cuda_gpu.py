@@ -1,0 +1,327 @@
+"""The CUDA kernels on a GPU: every curated case that they support, and what only hardware can show.
+
+Kernels for sm_80 run on every later GPU too, from their PTX; those for sm_90a only on Hopper.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cases
+import gpu
+import oracle
+import pytest
+import torch
+from cases import CASES, Case
+from kernels import of_architecture
+from test_cuda_kernels import ARCHITECTURES, NAMES, SUPPORTED
+
+import fused_attn
+from fused_attn.backends import cuda
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: All that the kernels have, over several tiles of queries and of keys.
+EVERYTHING = [
+    Case(
+        f"everything-{head_dim}",
+        heads=4,
+        kv_heads=2,
+        seqlen_q=333,
+        seqlen_k=590,
+        head_dim=head_dim,
+        attn_mask=cases.lower_right,
+        key_padding_mask=cases.padding(590, 413),
+        options={"window_size": (400, -1), "dropout_p": 0.2, "dropout_seed": 17},
+        has_dlse=True,
+    )
+    for head_dim in cuda.HEAD_DIMS
+]
+MIXED = [
+    Case("long-causal", seqlen_q=1024, seqlen_k=1024, head_dim=128, options={"is_causal": True}),
+    *EVERYTHING,
+    *(case for case in SUPPORTED if case.id in ("padding-causal", "mqa-8-1-decode", "varlen-dropout")),
+]
+EVERY_MIX = pytest.mark.parametrize("case", MIXED, ids=lambda case: case.id)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}", autouse=True)
+def architecture(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Whose kernels backend="cuda" runs."""
+    if cuda._kernels is None:
+        pytest.skip(f"installed without the CUDA kernels: {cuda.import_error}")
+    if request.param == 90 and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("kernels for sm_90a need a GPU of compute capability 9")
+    with of_architecture(request.param):
+        yield request.param
+
+
+def assert_same(actual: oracle.Result, expected: oracle.Result) -> None:
+    for (name, x), (_, y) in zip(actual.items(), expected.items(), strict=True):
+        assert torch.equal(x, y), name
+
+
+# ---- Right
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("case", [*SUPPORTED, *EVERYTHING], ids=lambda case: case.id)
+def test_case(case: Case, dtype: torch.dtype, poisoned: None) -> None:
+    cases.check(case, dtype, "cuda", "cuda")
+
+
+@contextlib.contextmanager
+def gpu_memory(gibibytes: int) -> Iterator[None]:
+    """Memory for one test at a time, among the processes that share the GPU; skips the test if there is not enough."""
+    with gpu.alone(Path(tempfile.gettempdir()) / f"fused_attn-gpu-memory-{os.getuid()}"):
+        patience = time.monotonic() + 60.0
+        while torch.cuda.mem_get_info()[0] < gibibytes * 2**30:
+            if time.monotonic() > patience:
+                pytest.skip(f"needs {gibibytes} GiB of free memory on the GPU")
+            time.sleep(1.0)
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
+def test_strides_past_2_31(head_dim: int) -> None:
+    case = next(case for case in CASES if case.id == "strides-past-2-31")
+    with gpu_memory(24):
+        cases.check(dataclasses.replace(case, head_dim=head_dim), torch.bfloat16, "cuda", "cuda")
+
+
+def test_more_than_2_31_elements() -> None:
+    """Every head of a query of 2.2e9 elements gets what it would get alone."""
+    with gpu_memory(40):
+        check_more_than_2_31_elements(heads=33, rows=2**20, columns=24, head_dim=64)
+
+
+def check_more_than_2_31_elements(heads: int, rows: int, columns: int, head_dim: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def randn(length: int) -> torch.Tensor:
+        return torch.randn(1, heads, length, head_dim, dtype=torch.float16, device="cuda", generator=generator)
+
+    query, dout, key, value = randn(rows), randn(rows), randn(columns), randn(columns)
+
+    def run(first: int, last: int) -> list[torch.Tensor]:
+        leaves = [x[:, first:last].detach().requires_grad_() for x in (query, key, value)]
+        out, lse = fused_attn.fused_attention(*leaves, return_lse=True, backend="cuda")
+        return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout[:, first:last])]
+
+    whole = run(0, heads)
+    for head in (0, heads // 2, heads - 1):
+        for x, y in zip(whole, run(head, head + 1), strict=True):
+            assert torch.equal(x[:, head : head + 1], y)
+
+
+@EVERY_MIX
+def test_without_lse(case: Case) -> None:
+    """Inference is the same forward, which then leaves the log-sum-exp out."""
+    inputs = case.make(torch.bfloat16).on("cuda")
+    with torch.no_grad():
+        out = inputs.function(**inputs.tensors, **inputs.options, backend="cuda")
+    assert torch.equal(out, cases.run(inputs, "cuda").out)
+
+
+# ---- The same every time
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
+def test_repeats(head_dim: int, is_causal: bool, dtype: torch.dtype) -> None:
+    """A hundred runs, among other work on the GPU, give the same bits."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def randn(heads: int) -> torch.Tensor:
+        shape = (2, heads, 1100, head_dim)
+        return torch.randn(shape, device="cuda", generator=generator).to(dtype).requires_grad_()
+
+    leaves, dout = (randn(8), randn(4), randn(4)), randn(8).detach()
+    is_padding = torch.arange(1100, device="cuda")[None] >= torch.tensor([[1100], [700]], device="cuda")
+
+    def run() -> list[torch.Tensor]:
+        out = fused_attn.fused_attention(
+            *leaves, is_causal=is_causal, key_padding_mask=is_padding, enable_gqa=True, backend="cuda"
+        )
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    first = run()
+    for _ in range(100):
+        for x, y in zip(run(), first, strict=True):
+            assert torch.equal(x, y)
+
+
+# ---- Streams, graphs, and the host
+
+
+@EVERY_MIX
+def test_the_host_never_waits(case: Case) -> None:
+    inputs = case.make(torch.float16).on("cuda")
+    expected = cases.run(inputs, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = cases.run(inputs, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same(actual, expected)
+
+
+@EVERY_MIX
+def test_cuda_graph(case: Case, poisoned: None) -> None:
+    """Captured once, forward and backward compute anew from whatever the tensors hold when the graph is replayed."""
+    inputs = case.make(torch.float16).on("cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        cases.run(inputs, "cuda")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cases.run(inputs, "cuda")
+    for seed in range(3):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        for x in (inputs.tensors["query"], inputs.tensors["key"], inputs.tensors["value"], inputs.dout):
+            x.normal_(generator=generator)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same(captured, cases.run(inputs, "cuda"))
+
+
+@EVERY_MIX
+def test_streams(case: Case) -> None:
+    """Calls that overlap do not disturb one another."""
+    inputs = case.make(torch.bfloat16).on("cuda")
+    expected = cases.run(inputs, "cuda")
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(25):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(cases.run(inputs, "cuda"))
+    torch.cuda.synchronize()
+    for result in results:
+        assert_same(result, expected)
+
+
+def test_another_device_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs = EVERYTHING[0].make(torch.float16)
+    here, there = (cases.run(inputs.on(device), "cuda") for device in ("cuda:0", "cuda:1"))
+    assert torch.cuda.current_device() == 0
+    assert_same(there.cpu(), here.cpu())
+
+
+FIRST_BACKWARD = """
+import sys
+import torch
+from torch import nn
+import fused_attn
+
+options = {"device": "cuda", "dtype": torch.float16}
+x = torch.randn(2, 4, 100, 64, **options)
+if sys.argv[1] == "function":
+    # In backward right after attention, the first operation: a matrix product of cuBLAS.
+    out = fused_attn.fused_attention(nn.Linear(64, 64, **options)(x), x, x, backend="cuda")
+elif sys.argv[1] == "module":
+    x = x.flatten(0, 1)
+    out, _ = fused_attn.FusedMultiheadAttention(64, 1, batch_first=True, **options)(x, x, x, need_weights=False)
+else:
+    out = nn.Linear(64, 64, **options)(x)
+out.backward(torch.ones_like(out))
+torch.cuda.synchronize()
+"""
+
+
+def lacks_context(kind: str) -> bool:
+    """Whether cuBLAS finds no CUDA context in the first backward of a process, and torch warns of that."""
+    command = [sys.executable, "-c", FIRST_BACKWARD, kind]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return "no current CUDA context" in result.stderr
+
+
+def test_first_backward(architecture: int) -> None:
+    """The thread that runs backward begins without a CUDA context; our kernels make one current.
+
+    In a module's backward the output projection comes first, for which torch warns without attention, too.
+    """
+    if architecture == 80:
+        pytest.skip("the processes that this test starts choose the architecture")
+    assert not lacks_context("function")
+    assert lacks_context("linear") or not lacks_context("module")
+
+
+# ---- Under torch's transforms
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile(compiler: str) -> None:
+    """One graph without breaks, with a result that is equal to that of the eager call."""
+    if compiler == "inductor" and not (shutil.which("cc") or shutil.which("gcc")):
+        pytest.skip("Inductor's kernels are launched by code that a C compiler makes")
+    torch.compiler.reset()
+    case = EVERYTHING[0]
+    inputs = case.make(torch.bfloat16).on("cuda")
+
+    def scaled(function):
+        def run(query, **tensors):
+            out, lse = function(query * 2, **tensors)
+            return out * 2, lse
+
+        return run
+
+    compiled = torch.compile(scaled(inputs.function), fullgraph=True, backend=compiler)
+    actual = cases.run(inputs._replace(function=compiled), "cuda")
+    torch.compiler.reset()
+    assert_same(actual, cases.run(inputs._replace(function=scaled(inputs.function)), "cuda"))
+
+
+@EVERY_DTYPE
+def test_autocast(dtype: torch.dtype) -> None:
+    """float32 inputs are rounded once, and their gradients are float32."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    leaves = [torch.randn(2, 3, 300, 64, device="cuda", generator=generator).requires_grad_() for _ in range(3)]
+    with torch.autocast("cuda", dtype):
+        out = fused_attn.fused_attention(*leaves, is_causal=True, backend="cuda")
+    expected = fused_attn.fused_attention(*(x.to(dtype) for x in leaves), is_causal=True, backend="cuda")
+    assert out.dtype == dtype and torch.equal(out, expected)
+    dout = torch.randn(out.shape, device="cuda", generator=generator).to(dtype)
+    for x, y in zip(*(torch.autograd.grad(result, leaves, dout) for result in (out, expected)), strict=True):
+        assert x.dtype == torch.float32 and torch.equal(x, y)
+
+
+# ---- compute-sanitizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checker", ["memcheck", "racecheck"])
+def test_sanitizer(checker: str, architecture: int) -> None:
+    """A few small calls: no access out of bounds, and no race in shared memory that the tool can see."""
+    sanitizer = gpu.tool("compute-sanitizer")
+    # Without caching every tensor is an allocation of its own, so that an access beyond it is seen.
+    variables = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    script = Path(__file__).with_name("small_calls.py")
+    command = [sanitizer, "--tool", checker, "--error-exitcode", "9", sys.executable, str(script), str(architecture)]
+    result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=500)
+    text = result.stdout + result.stderr
+    if "Device not supported" in text:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert result.returncode == 0 and "all calls made" in text, text[-6000:]

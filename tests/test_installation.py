@@ -1,0 +1,96 @@
+"""Which fused_attn Python imports after an installation as in README.md, and what it says where that is a wrong one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fused_attn
+from fused_attn import native
+from fused_attn.backends import cpu
+
+PACKAGE = Path(fused_attn.__file__).parent
+ROOT = PACKAGE.parent
+
+needs_kernels = pytest.mark.skipif(cpu._C is None, reason="the native kernels are not built")
+
+
+def python(*arguments: str, cwd: Path, site: Path) -> subprocess.CompletedProcess:
+    """With `site` in front of the installed packages, and without (-S) what editable installs have added to them."""
+    packages = [entry for entry in sys.path if "-packages" in entry]
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONWARNINGS", "TRITON_INTERPRET")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(site), *packages])
+    command = [sys.executable, "-S", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A clone's root, in which nothing has been built."""
+    root = tmp_path / "clone" / "fused_attn"
+    shutil.copytree(PACKAGE, root / "fused_attn", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    return root
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_sources_that_hide_an_installed_package_say_so(sources: Path, tmp_path: Path) -> None:
+    """After `pip install .`, Python in the clone's root still imports the clone."""
+    site = tmp_path / "site-packages"
+    shutil.copytree(PACKAGE, site / "fused_attn", ignore=shutil.ignore_patterns("__pycache__"))
+    here, installed = str(sources / "fused_attn"), str(site / "fused_attn")
+
+    shadowed = python("-m", "fused_attn", "info", cwd=sources, site=site)
+    assert shadowed.returncode == 0, shadowed.stderr
+    for text in (shadowed.stdout, shadowed.stderr):  # the description, and the warning that every script gives
+        assert f"Python has imported the sources in {here}, which have not been built" in text
+        assert installed in text and "pip install -e ." in text
+
+    elsewhere = python("-c", "import fused_attn; print(fused_attn.__file__)", cwd=tmp_path, site=site)
+    assert elsewhere.stdout.startswith(installed) and "UserWarning: fused_attn" not in elsewhere.stderr
+
+
+@pytest.mark.quick
+def test_why_a_compiled_module_is_missing(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = sources / "fused_attn"
+    monkeypatch.setattr(native, "PACKAGE", package)
+    monkeypatch.setattr(sys, "path", ["", str(sources), str(sources.parent)])  # the last would be a namespace package
+    monkeypatch.chdir(sources)
+
+    def why(error: ImportError) -> str:
+        return native.why_missing("_C", "a C++ compiler such as g++", error)
+
+    not_found = ModuleNotFoundError("No module named 'fused_attn._C'")
+    assert "installed without fused_attn._C, whose sources need a C++ compiler such as g++" in why(not_found)
+    broken = ImportError("libgomp.so.1: cannot open shared object file")
+    assert why(broken) == "fused_attn._C is there but cannot be loaded: libgomp.so.1: cannot open shared object file"
+    (package / "_C.cpython-23-x86_64-linux-gnu.so").touch()
+    assert "built for another Python" in why(not_found) and "_C.cpython-23-x86_64-linux-gnu.so" in why(not_found)
+
+
+@pytest.mark.slow
+def test_an_editable_install_is_found_from_the_clone_s_parent(sources: Path, tmp_path: Path) -> None:
+    """Where the clone's own folder, of the same name and without an `__init__.py`, is found first."""
+    pytest.importorskip("setuptools", minversion="77")
+    if not (ROOT / "pyproject.toml").exists():
+        pytest.skip("installed without its sources")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    # Without setup.py, which would compile the kernels.
+    site = tmp_path / "site-packages"
+    build = f"import setuptools.build_meta as b; print(b.build_editable({str(tmp_path)!r}))"
+    built = python("-c", build, cwd=sources, site=site)
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(tmp_path / built.stdout.splitlines()[-1]) as wheel:
+        wheel.extractall(site)
+
+    where = f"import site; site.addsitedir({str(site)!r}); import fused_attn; print(fused_attn.__file__)"
+    for folder in (sources.parent, sources, tmp_path):
+        imported = python("-c", where, cwd=folder, site=site)
+        assert imported.stdout.strip() == str(sources / "fused_attn" / "__init__.py"), imported

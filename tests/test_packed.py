@@ -1,0 +1,53 @@
+"""Packed rows that no sequence owns, as buffers of a fixed size have them. Every backend runs `cases.check_strays`."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+
+from fused_attn import fused_attention_varlen
+
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("poisoned")]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": (9, 0), "dropout_p": 0.3}], ids=["plain", "window-dropout"])
+def test_strays(dtype: torch.dtype, options: dict, backend: str) -> None:
+    cases.check_strays(dtype, backend, **options)
+
+
+def test_sequences_that_are_none_at_all(backend: str) -> None:
+    query, offsets = torch.full((1, 2, 5, 8), float("nan")).requires_grad_(), torch.zeros(1, dtype=torch.int32)
+    out, lse = torch.ops.fused_attn.attention(
+        query, query, query, *(None,) * 6, offsets, offsets, 5, 5, 0.3, 0.0, 0.0, -1, -1, 0, backend
+    )
+    (dquery,) = torch.autograd.grad(out, query, torch.full_like(out, float("nan")))
+    assert (out == 0).all() and (lse == float("-inf")).all() and (dquery == 0).all()
+
+
+def test_a_compiled_layer_trains(backend: str) -> None:
+    """The projections around attention see its strays, and what is no number there spoils their gradients."""
+    torch.manual_seed(0)
+    projection = torch.nn.Linear(8, 8, bias=False)
+    offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+    def layer(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        heads = projection(x).unflatten(1, (2, 4))
+        return fused_attention_varlen(heads, heads, heads, cu_seqlens, cu_seqlens, 5, 5, backend=backend).flatten(1)
+
+    rows = torch.randn(9, 8)
+    (expected,) = torch.autograd.grad(layer(rows, offsets).square().sum(), projection.weight)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    out = compiled(torch.cat([rows, torch.randn(7, 8)]), offsets)
+    (found,) = torch.autograd.grad(out.square().sum(), projection.weight)
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_eager_call_on_the_cpu_refuses_them(backend: str) -> None:
+    rows, offsets = torch.randn(9, 2, 8), torch.tensor([0, 4, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens_q: expected offsets that rise from 0 to the number of rows, 9"):
+        fused_attention_varlen(rows, rows, rows, offsets, offsets, 5, 5, backend=backend)
