@@ -211,15 +211,12 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
   TileLoader loader{rings.cleaning + (kIsFirst ? 0 : 8), is_leader};
   KeyBlockReader<kHeadDim> reader{shared, rings.work, {}};
   RingPosition<kStages> position;
-  if (kIsFirst && is_leader) take_key_block<kHeadDim>(p, shared, rings.work, reader.position, num_key_blocks);
   while (true) {
+    // Only now, when all is loaded for the block before: taken earlier, a block of keys would keep those waiting that
+    // add to dq after it.
+    if (kIsFirst && is_leader) take_key_block<kHeadDim>(p, shared, rings.work, reader.position, num_key_blocks);
     const SharedKeyBlock b = reader.wait();
     if (b.number() == kNoMoreKeys) return;
-    if (kIsFirst && is_leader) {
-      RingPosition<kKeyBlockSlots> next = reader.position;
-      next.advance();
-      take_key_block<kHeadDim>(p, shared, rings.work, next, num_key_blocks);
-    }
     const Ring<1>& key_ring = kIsFirst ? rings.k : rings.v;
     const RingPosition<1> key_position{reader.position.uses};
     if (b.steps() == 0) {
