@@ -80,18 +80,18 @@ BUGS = [
     Bug("init-not-fenced", 90, "long", "sm90/forward.h", "fence_mbarrier_init();", "if (!@) fence_mbarrier_init();"),
     Bug(
         "slot-not-waited-for", 90, "long", "sm90/loader.h",
-        "position.wait_empty(ring); const uint32_t barrier",
-        "if (!@) position.wait_empty(ring); const uint32_t barrier",
+        "position.wait_empty(ring); also.store(); const uint32_t barrier",
+        "if (!@) position.wait_empty(ring); also.store(); const uint32_t barrier",
     ),
     Bug(
         "slot-to-be-cleaned-not-waited-for", 90, "padded", "sm90/loader.h",
-        "position.wait_empty(ring); mbarrier_arrive_expect(cleaning",
-        "if (!@) position.wait_empty(ring); mbarrier_arrive_expect(cleaning",
+        "position.wait_empty(ring); also.store(); mbarrier_arrive_expect(cleaning",
+        "if (!@) position.wait_empty(ring); also.store(); mbarrier_arrive_expect(cleaning",
     ),
     Bug(
         "half-of-the-bytes-expected", 90, "long", "sm90/loader.h",
-        "mbarrier_arrive_expect(barrier, SlotTile::kBytes);",
-        "mbarrier_arrive_expect(barrier, SlotTile::kBytes / (@ ? 2 : 1));",
+        "mbarrier_arrive_expect(barrier, SlotTile::kBytes + also.bytes);",
+        "mbarrier_arrive_expect(barrier, SlotTile::kBytes / (@ ? 2 : 1) + also.bytes);",
     ),
     Bug(
         "dropped-rows-not-cleared", 90, "padded", "sm90/loader.h",
