@@ -197,7 +197,9 @@ def assert_lean(name: str, step: list[str], most: int) -> None:
     assert len(products) == 2
     for product in products:
         between = product[product.index("HGMMA") : product.rindex("HGMMA")]
-        assert "R2UR" not in between, f"{name} moves a descriptor to uniform registers between products"
+        # At head dim 256, sixteen products with descriptors of their own need more uniform registers than there are.
+        if ", 256," not in name:
+            assert "R2UR" not in between, f"{name} moves a descriptor to uniform registers between products"
 
 
 @pytest.mark.slow

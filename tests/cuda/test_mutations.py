@@ -139,9 +139,9 @@ BUGS = [
         "if (@) release(rings.tiles, tile_position); store(tile); if (!@) release(rings.tiles, tile_position);",
     ),
     Bug(
-        "tile-note-stored-after-it-was-announced", 90, "many", "sm90/forward.h",
-        "sync_warp(); // the note is complete\nif (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));",
-        "if (!@) sync_warp(); if (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));",
+        "tile-note-changed-while-it-is-read", 90, "many", "sm90/forward.h",
+        "sync_warp(); // all lanes have read it",
+        "if (!@) sync_warp();",
     ),
     Bug(
         "key-note-stored-after-it-was-announced", 90, "long", "sm90/forward.h",

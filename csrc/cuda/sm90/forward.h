@@ -108,6 +108,7 @@ struct View {
   uint32_t bits;
 
   GPU_DEVICE bool has(uint32_t bit) const { return (bits & bit) != 0; }
+  GPU_DEVICE void set(uint32_t bit, bool is_set) { bits |= is_set ? bit : 0; }
 };
 
 // What the loading warp has to load.
@@ -227,10 +228,12 @@ struct Planner {
     const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, tile().key_place(), block);
     if (lane < Plan::kConsumers) {
       const BlockRange range = tile().range(lane);
-      note.store_view(
-          lane,
-          {(range.has(block) ? View::kIsSeen : 0) | (range.is_within_band(block) && kept.all() ? View::kIsWhole : 0) |
-           (range.has(next) ? View::kSeesMore : 0) | (next < tile().first_block() ? View::kIsLast : 0)});
+      View view{0};
+      view.set(View::kIsSeen, range.has(block));
+      view.set(View::kIsWhole, range.is_within_band(block) && kept.all());
+      view.set(View::kSeesMore, range.has(next));
+      view.set(View::kIsLast, next < tile().first_block());
+      note.store_view(lane, view);
     }
     if (lane == 0) {
       note.store_block(block, kept);
@@ -248,8 +251,7 @@ struct Planner {
     note_position.advance();
   }
 
-  GPU_DEVICE void post_tile() {
-    sync_warp();  // the note is complete
+  GPU_DEVICE void post_tile() {  // all that others read of the note is from lane 0
     if (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));
   }
 
@@ -260,7 +262,7 @@ struct Planner {
       tile().store_range(lane, seen_by(place, first_row + lane * kConsumerRows, kConsumerRows));
     sync_warp();
     int block = last_live(tile().end_block() - 1);
-    sync_warp();
+    sync_warp();  // all lanes have read it
     if (lane == 0) tile().store_end_block(block + 1);
     post_tile();
     while (block >= tile().first_block()) {
@@ -308,7 +310,8 @@ struct Loader {
   RingPosition<kKeyNotes> note_position = {}, free_position = {};
   int notes_in_use = 0;
 
-  // After the slot was free, all consumers have released the keys before kStages, and so have read the note before that.
+  // Once the slot was free, all consumers have released the keys that were in it, and so have read the note before
+  // theirs.
   GPU_DEVICE void load_keys(const Boxes& boxes) {
     loader.template load<typename Plan::KeyTile>(rings.k, k_position, rings.key_tile(k_position), maps.k, boxes.key_row,
                                                  boxes.kv_head, boxes.batch);
