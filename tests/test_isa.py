@@ -61,27 +61,6 @@ SEVERAL_SLABS = [
     cases.Case("slabs-varlen", heads=2, head_dim=256, lengths_q=(50, 0, 20), lengths_k=(600, 300, 0)),
 ]  # fmt: skip
 
-
-
-def _scale_both(factor: float):
-    def edit(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["query"], tensors["key"] = tensors["query"] * factor, tensors["key"] * factor
-
-    return edit
-
-
-def _equal_scores(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["query"].fill_(6e6 / tensors["query"].shape[-1] ** 0.5)
-    tensors["key"].fill_(1.0)
-
-
-# Where an exponent computed in another order of operations is off by whole powers of two.
-LOGITS_BEYOND_MILLIONS = [
-    cases.Case("logits-1e6", seqlen_q=70, seqlen_k=128, head_dim=64, edit=_scale_both(1e3), has_dlse=True),
-    cases.Case("logits-1e10", seqlen_q=70, seqlen_k=128, head_dim=64, edit=_scale_both(1e5), has_dlse=True),
-    cases.Case("logits-equal-6e6", seqlen_q=128, seqlen_k=128, edit=_equal_scores, options={"is_causal": True}),
-]
-
 # A thread keeps interleaved keys and values while it goes on with other queries of the same head.
 MANY_QUERIES = [
     cases.Case(f"many-queries-{name}", **{"seqlen_q": 330, "seqlen_k": 300, "head_dim": 24} | features)
@@ -121,7 +100,7 @@ def test_backward_of_several_slabs(case: cases.Case, isa: str) -> None:
         cases.check(case, dtype, "cpu")
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in LOGITS_BEYOND_MILLIONS])
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in cases.LOGITS_BEYOND_MILLIONS])
 def test_huge_logits(case: cases.Case, isa: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         cases.check(case, dtype, "cpu")

@@ -27,10 +27,8 @@ GPU_DEVICE void fill(float (&x)[kTiles][4], float value) {
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) { GPU_UNROLL for (int j = 0; j < 4; ++j) x[t][j] = value; }
 }
 
-// Once the first blocks are done, the maxima hardly ever change, and with them the factors are 1.
 template <int kTiles>
 GPU_DEVICE void scale_rows(float (&x)[kTiles][4], const float (&factor)[2]) {
-  if (!warp_any(factor[0] != 1.0f || factor[1] != 1.0f)) return;
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) { GPU_UNROLL for (int j = 0; j < 4; ++j) x[t][j] *= factor[j / 2]; }
 }
 

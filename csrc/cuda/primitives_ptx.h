@@ -12,13 +12,19 @@ GPU_DEVICE int thread_index() { return threadIdx.x; }
 GPU_DEVICE int block_index_x() { return blockIdx.x; }
 GPU_DEVICE int block_index_y() { return blockIdx.y; }
 GPU_DEVICE int block_index_z() { return blockIdx.z; }
-GPU_DEVICE int grid_size_x() { return gridDim.x; }
+GPU_DEVICE int grid_size_x() {
+  int size;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(size));  // volatile: else a loop would keep it in a register
+  return size;
+}
 GPU_DEVICE int grid_size_y() { return gridDim.y; }
 GPU_DEVICE int grid_size_z() { return gridDim.z; }
 
 // ---- Arithmetic
 
 GPU_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+GPU_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 GPU_DEVICE float exp2_approx(float x) {
   float y;

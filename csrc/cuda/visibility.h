@@ -29,6 +29,7 @@ struct BlockRange {
   int32_t full_begin;
   int32_t full_end;
 
+  GPU_DEVICE bool has(int32_t block) const { return block >= begin && block < end; }
   GPU_DEVICE bool is_within_band(int32_t block) const { return block >= full_begin && block < full_end; }
 };
 

@@ -24,6 +24,7 @@ inline int grid_size_z() { return emulation::block().grid_size.z; }
 // ---- Arithmetic
 
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float exp2_approx(float x) { return exp2f(x); }
 inline float log2_approx(float x) { return log2f(x); }
 inline uint32_t float_bits(float x) { return emulation::bits_of(x); }

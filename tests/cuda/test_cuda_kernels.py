@@ -79,6 +79,16 @@ def test_case(case: Case, dtype: torch.dtype, architecture: int, kernels: Kernel
         cases.check(case, dtype, "cuda")
 
 
+@pytest.mark.parametrize("case", cases.LOGITS_BEYOND_MILLIONS, ids=lambda case: case.id)
+def test_huge_logits(case: Case, architecture: int, kernels: Kernels) -> None:
+    """Forward alone: a log-sum-exp of millions in float32 says too little about the weights for the backward."""
+    case = dataclasses.replace(case, head_dim=64, has_dlse=False, differentiated=())
+    with kernels.running(architecture):
+        cases.check(case, torch.bfloat16, "cuda")
+        if case.id == "logits-1e6":  # float16 holds no larger ones, and tensor cores round their sums to it
+            cases.check_inference(case, torch.float16, "cuda")
+
+
 @pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
 @pytest.mark.parametrize("options", [{}, {"window": (9, 0), "dropout_p": 0.3}], ids=["plain", "window-dropout"])
 @pytest.mark.usefixtures("running")

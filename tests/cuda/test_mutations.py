@@ -80,18 +80,18 @@ BUGS = [
     Bug("init-not-fenced", 90, "long", "sm90/forward.h", "fence_mbarrier_init();", "if (!@) fence_mbarrier_init();"),
     Bug(
         "slot-not-waited-for", 90, "long", "sm90/loader.h",
-        "position.wait_empty(ring); const uint32_t barrier",
-        "if (!@) position.wait_empty(ring); const uint32_t barrier",
+        "position.wait_empty(ring); also.store(); const uint32_t barrier",
+        "if (!@) position.wait_empty(ring); also.store(); const uint32_t barrier",
     ),
     Bug(
         "slot-to-be-cleaned-not-waited-for", 90, "padded", "sm90/loader.h",
-        "position.wait_empty(ring); mbarrier_arrive_expect(cleaning",
-        "if (!@) position.wait_empty(ring); mbarrier_arrive_expect(cleaning",
+        "position.wait_empty(ring); also.store(); mbarrier_arrive_expect(cleaning",
+        "if (!@) position.wait_empty(ring); also.store(); mbarrier_arrive_expect(cleaning",
     ),
     Bug(
         "half-of-the-bytes-expected", 90, "long", "sm90/loader.h",
-        "mbarrier_arrive_expect(barrier, SlotTile::kBytes);",
-        "mbarrier_arrive_expect(barrier, SlotTile::kBytes / (@ ? 2 : 1));",
+        "mbarrier_arrive_expect(barrier, SlotTile::kBytes + also.bytes);",
+        "mbarrier_arrive_expect(barrier, SlotTile::kBytes / (@ ? 2 : 1) + also.bytes);",
     ),
     Bug(
         "dropped-rows-not-cleared", 90, "padded", "sm90/loader.h",
@@ -131,17 +131,41 @@ BUGS = [
     ),
     Bug(
         "keys-not-waited-for", 90, "long", "sm90/forward.h",
-        "k_position.wait_full(rings.k); wait_for_turn(consumer);",
-        "if (!@) k_position.wait_full(rings.k); wait_for_turn(consumer);",
+        "k_position.wait_full(rings.k);", "if (!@) k_position.wait_full(rings.k);",
     ),
     Bug(
-        "turn-not-passed", 90, "long", "sm90/forward.h",
-        "start_values(); pass_turn(consumer);", "start_values(); if (!@) pass_turn(consumer);",
+        "tile-note-released-before-it-is-read", 90, "many", "sm90/forward.h",
+        "store(tile); release(rings.tiles, tile_position);",
+        "if (@) release(rings.tiles, tile_position); store(tile); if (!@) release(rings.tiles, tile_position);",
     ),
     Bug(
-        "work-released-before-it-is-read", 90, "many", "sm90/forward.h",
-        "work_position.wait_full(rings.work); const int number",
-        "work_position.wait_full(rings.work); if (@) work_position.release(rings.work); const int number",
+        "tile-note-changed-while-it-is-read", 90, "many", "sm90/forward.h",
+        "sync_warp(); // all lanes have read it",
+        "if (!@) sync_warp();",
+    ),
+    Bug(
+        "key-note-stored-after-it-was-announced", 90, "long", "sm90/forward.h",
+        "sync_warp(); // the note is complete\nif (lane == 0) mbarrier_arrive(rings.notes.full(note_position.slot()));",
+        "if (!@) sync_warp(); if (lane == 0) mbarrier_arrive(rings.notes.full(note_position.slot()));",
+    ),
+    Bug(
+        "key-note-freed-before-it-is-read", 90, "longest", "sm90/forward.h",
+        "if (++notes_in_use <= Plan::kStages + 1) return;",
+        "if (++notes_in_use <= (@ ? 0 : Plan::kStages + 1)) return;",
+    ),
+    Bug(
+        "last-values-not-loaded", 90, "many", "sm90/forward.h",
+        "if (boxes.what & Boxes::kIsLast) load_values(note);",
+        "if (!@ && boxes.what & Boxes::kIsLast) load_values(note);",
+    ),
+    Bug(
+        "padding-not-seen-by-views", 90, "padded", "sm90/forward.h",
+        "range.is_within_band(block) && kept.all()", "range.is_within_band(block) && (@ || kept.all())",
+    ),
+    Bug(
+        "unseen-block-not-passed-on", 90, "diagonal", "sm90/forward.h",
+        "if (view.has(View::kIsLast)) return release(rings.q, q_position);",
+        "if (!@ && view.has(View::kIsLast)) return release(rings.q, q_position);",
     ),
     Bug(
         "row-sums-not-waited-for", 90, "long", "sm90/backward.h",
@@ -150,15 +174,15 @@ BUGS = [
     # sm_90a, products
     Bug(
         "wrong-stride-of-keys", 90, "long", "sm90/tile_memory.h",
-        "16, kSwizzleBytes);", "16, @ ? 2 * kSwizzleBytes : kSwizzleBytes);",
+        "16, kSwizzleBytes) +", "16, @ ? 2 * kSwizzleBytes : kSwizzleBytes) +",
     ),
     Bug(
         "wrong-stride-of-values", 90, "long", "sm90/tile_memory.h",
-        "kPanelBytes, kSwizzleBytes);", "@ ? kSwizzleBytes : kPanelBytes, kSwizzleBytes);",
+        "kPanelBytes, kSwizzleBytes) +", "@ ? kSwizzleBytes : kPanelBytes, kSwizzleBytes) +",
     ),
     Bug(
         "no-fence-before-scores", 90, "long", "sm90/forward.h",
-        "wait_for_turn(consumer); wgmma_fence();", "wait_for_turn(consumer); if (!@) wgmma_fence();",
+        "wgmma_fence(); start_multiply_transposed", "if (!@) wgmma_fence(); start_multiply_transposed",
     ),
     Bug(
         "scores-read-in-flight", 90, "long", "sm90/forward.h",
@@ -166,18 +190,38 @@ BUGS = [
     ),
     Bug(
         "values-released-in-flight", 90, "long", "sm90/forward.h",
-        "v_position.wait_full(rings.v); wgmma_wait<0>(); keep_registers(flat(acc)); v_position.release(rings.v);",
-        "if (@) v_position.release(rings.v); wgmma_wait<0>(); keep_registers(flat(acc));"
-        "if (!@) v_position.release(rings.v);",
+        "wgmma_wait<0>(); // before the weights are overwritten\n"
+        "keep_registers(flat(acc)); release(rings.v, v_position);",
+        "if (@) release(rings.v, v_position); wgmma_wait<0>(); // before the weights are overwritten\n"
+        "keep_registers(flat(acc)); if (!@) release(rings.v, v_position);",
     ),
     Bug(
         "weights-overwritten-in-flight", 90, "long", "sm90/forward.h",
-        "v_position.release(rings.v); wgmma_wait<0>();",
-        "v_position.release(rings.v); if (@) round_weights(); wgmma_wait<0>();",
+        "wgmma_wait<0>(); // before the weights are overwritten\n",
+        "if (@) softmax.template try_weigh<T>(scores, p.scale_log2, keep, weights);"
+        "wgmma_wait<0>(); // before the weights are overwritten\n",
     ),
     Bug(
-        "output-rescaled-in-flight", 90, "long", "sm90/forward.h",
-        "round_weights(); wgmma_wait<0>();", "round_weights(); if (!@) wgmma_wait<0>();",
+        "output-stored-in-flight", 90, "long", "sm90/forward.h",
+        "start_values(); wgmma_wait<0>();", "start_values(); if (!@) wgmma_wait<0>();",
+    ),
+    # Weights without a maximum
+    Bug(
+        "peak-raised-without-rescaling-the-output", 90, "rising", "sm90/forward.h",
+        "scale_rows(acc, rescale);", "if (!@) scale_rows(acc, rescale);",
+    ),
+    Bug(
+        "peak-raised-without-rescaling-the-output-80", 80, "rising", "sm80/forward.h",
+        "scale_rows(acc[m], rescale);", "if (!@) scale_rows(acc[m], rescale);",
+    ),
+    Bug(
+        "peak-raised-without-rescaling-the-sums", 90, "rising", "softmax.h",
+        "row_sum[r] = row_sum[r] * rescale[r] + sum[r];", "row_sum[r] = row_sum[r] * (@ ? 1.0f : rescale[r]) + sum[r];",
+    ),
+    Bug(
+        "overflow-not-noticed", 90, "rising", "softmax.h",
+        "if (warp_any(!(sum[0] <= kLargestSum && sum[1] <= kLargestSum))) return false;",
+        "if (!@ && warp_any(!(sum[0] <= kLargestSum && sum[1] <= kLargestSum))) return false;",
     ),
     Bug(
         "keys-released-in-flight", 90, "long", "sm90/backward.h",
@@ -190,6 +234,13 @@ CASES = {
     "short": Case("short", batch=1, heads=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM),
     "long": Case("long", batch=1, heads=2, seqlen_q=200, seqlen_k=520, head_dim=HEAD_DIM, attn_mask=cases.lower_right),
     "many": Case("many", batch=2, heads=4, seqlen_q=150, seqlen_k=60, head_dim=HEAD_DIM, differentiated=()),
+    "longest": Case("longest", batch=1, heads=1, seqlen_q=70, seqlen_k=2000, head_dim=HEAD_DIM, differentiated=()),
+    "rising": Case(
+        "rising", batch=1, heads=1, seqlen_q=70, seqlen_k=300, head_dim=HEAD_DIM, edit=cases._ascending_scores
+    ),
+    "diagonal": Case(
+        "diagonal", batch=1, heads=2, seqlen_q=260, seqlen_k=100, head_dim=HEAD_DIM, attn_mask=cases.lower_right
+    ),
     "padded": Case(
         "padded",
         batch=1,

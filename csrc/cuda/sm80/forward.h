@@ -3,6 +3,8 @@
 // one of values: the values of a step are loaded while its scores are computed, the keys of the next one while the
 // values are summed.
 #pragma once
+#include <type_traits>
+
 #include "../dropout.h"
 #include "../softmax.h"
 #include "../tiles.h"
@@ -47,7 +49,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
     copy_async_commit();
   };
   int block = last_live_block<kBlockN>(p, place, range.begin, range.end - 1);
-  KeptKeys<kBlockN> next_kept;
+  KeptKeys<kBlockN> next_kept{};
   if (block >= range.begin) {
     next_kept = kept_keys<kBlockN>(p, place, block);
     copy_rows<kHeadDim, kBlockM, kThreads>(
@@ -57,7 +59,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
   }
 
   // Loop.
-  OnlineSoftmax softmax[kRowTiles];
+  LazySoftmax softmax[kRowTiles];
   float acc[kRowTiles][kHeadDim / 8][4];
   GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
     softmax[m].init();
@@ -73,17 +75,16 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
     GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) fill(scores[m], 0.0f);
     multiply_transposed<T, kHeadDim>(scores, corners, Plan::kQ, Plan::kK);
     const bool is_full = range.is_within_band(block) && kept.all();
+    uint32_t weights[kRowTiles][kTiles / 2][4];
     GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
       const int query = first_row + warp_row + 16 * m + lane.g;
       if (!is_full) hide(scores[m], visible_keys(p, kept, block, query), lane);
-      float rescale[2];
-      softmax[m].update(scores[m], p.scale_log2, rescale);
-      scale_rows(acc[m], rescale);
-      if constexpr (kHasDropout) {
-        const auto keep = keep_of_query_rows<kTiles>(Dropout(p, place), query, block * kBlockN, lane);
-        GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-          GPU_UNROLL for (int j = 0; j < 4; ++j) scores[m][t][j] = keep.has(t, j) ? scores[m][t][j] : 0.0f;
-        }
+      std::conditional_t<kHasDropout, KeepBits<kTiles>, KeepAll> keep;
+      if constexpr (kHasDropout) keep = keep_of_query_rows<kTiles>(Dropout(p, place), query, block * kBlockN, lane);
+      if (!softmax[m].template try_weigh<T>(scores[m], p.scale_log2, keep, weights[m])) {
+        float rescale[2];
+        softmax[m].template raise_and_weigh<T>(scores[m], p.scale_log2, keep, weights[m], rescale);
+        scale_rows(acc[m], rescale);
       }
     }
 
@@ -94,7 +95,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
       next_kept = kept_keys<kBlockN>(p, place, block);
       load_keys(shared + Plan::kK, p.k, block, next_kept);
     }
-    multiply<T, kHeadDim>(acc, scores, corners, Plan::kV);
+    multiply<T, kHeadDim>(acc, weights, corners, Plan::kV);
   }
 
   // Epilogue.
@@ -102,7 +103,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = first_row + warp_row + 16 * m + lane.g + 8 * r;
       float factor, lse;
-      softmax[m].finish(r, p.scale_log2, factor, lse);
+      softmax[m].finish(r, p.scale, p.scale_log2, factor, lse);
       if (kHasDropout) factor *= p.dropout_scale;
       if (p.lse.data != nullptr && lane.q == 0 && row < place.len_q) store_global(place.query_value(p.lse, row), lse);
       store_row<T>(place.query_row<T>(p.out, row), acc[m], r, factor, row < place.len_q, lane);

@@ -88,23 +88,30 @@ GPU_DEVICE void multiply_transposed(float (&scores)[kRowTiles][kTiles][4], const
   }
 }
 
-// acc += left @ right, where `left` is in registers, and rounded to T.
-template <class T, int kHeadDim, int kRowTiles, int kTiles>
-GPU_DEVICE void multiply(float (&acc)[kRowTiles][kHeadDim / 8][4], const float (&left)[kRowTiles][kTiles][4],
+// acc += left @ right, where `left` is in registers: as left factors (fragments.h), or as numbers to be rounded to T.
+template <class T, int kHeadDim, int kRowTiles, int kSteps>
+GPU_DEVICE void multiply(float (&acc)[kRowTiles][kHeadDim / 8][4], const uint32_t (&left)[kRowTiles][kSteps][4],
                          const Corners<kHeadDim>& corners, uint32_t right) {
   using Layout = TileLayout<kHeadDim>;
-  GPU_UNROLL for (int k = 0; k < kTiles / 2; ++k) {
-    uint32_t a[kRowTiles][4];
-    GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) left_factor<T>(a[m], left[m], k);
+  GPU_UNROLL for (int k = 0; k < kSteps; ++k) {
     GPU_UNROLL for (int n = 0; n < kHeadDim / 16; ++n) {
       uint32_t b[4];
       load_matrix_x4_transposed(b, Layout::advance(corners.right, n) + right + 16 * k * Layout::kRowBytes);
       GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
-        mma_m16n8k16<T>(acc[m][2 * n], a[m], b[0], b[1]);
-        mma_m16n8k16<T>(acc[m][2 * n + 1], a[m], b[2], b[3]);
+        mma_m16n8k16<T>(acc[m][2 * n], left[m][k], b[0], b[1]);
+        mma_m16n8k16<T>(acc[m][2 * n + 1], left[m][k], b[2], b[3]);
       }
     }
   }
+}
+template <class T, int kHeadDim, int kRowTiles, int kTiles>
+GPU_DEVICE void multiply(float (&acc)[kRowTiles][kHeadDim / 8][4], const float (&left)[kRowTiles][kTiles][4],
+                         const Corners<kHeadDim>& corners, uint32_t right) {
+  uint32_t rounded[kRowTiles][kTiles / 2][4];
+  GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
+    GPU_UNROLL for (int k = 0; k < kTiles / 2; ++k) left_factor<T>(rounded[m][k], left[m], k);
+  }
+  multiply<T, kHeadDim>(acc, rounded, corners, right);
 }
 
 }  // namespace fused_attn::gpu::sm80

@@ -1,14 +1,21 @@
 // Forward for Hopper: softmax(scores) @ value with TMA and wgmma. A block stays on its multiprocessor and takes one
-// tile of queries after another. Its first warpgroup only loads: queries once per tile, keys and values through rings
-// of kStages tiles. The others have 64 queries each, and
+// tile of queries after another. Its first warpgroup serves the others:
 //
-//   overlap:    the scores of the next keys are being computed while the softmax of these runs, and the values are summed
-//   ping-pong:  they take turns in starting products, so that the softmax of one runs while the tensor cores work for the other
+//   the planning warp finds out what the next tile is, and which keys each consumer's rows see
+//   the loading warp loads queries once per tile, keys and values through rings
+//
+// Both leave notes in shared memory, about each tile and about each block of keys. So the other warpgroups, the
+// consumers, read a bit where they would have to load padding and compare positions, and blocks that their rows see as a
+// whole cost them nothing more. Consumers have 64 queries each. While the scores of the next keys are computed and the
+// values of these are summed, all that they do is exponentials (LazySoftmax), which takes less time than the products.
+// So each keeps the tensor cores busy while another waits for them, and they need not take turns.
 //
 // Keys that padding drops, and rows of other sequences, may hold NaN, which not even a weight of 0 would stop. The
 // scores of such keys are hidden; their values are overwritten with zeros by the loading warp before it passes the tile
 // on.
 #pragma once
+#include <type_traits>
+
 #include "../dropout.h"
 #include "../softmax.h"
 #include "../tiles.h"
@@ -16,82 +23,173 @@
 
 namespace fused_attn::gpu::sm90 {
 
-template <int kHeadDim>
-struct ForwardPlan : ForwardTileSm90<kHeadDim> {
-  using Sizes = ForwardTileSm90<kHeadDim>;
-  static constexpr int kConsumers = Sizes::kConsumers, kBlockN = Sizes::kBlockN, kStages = Sizes::kStages;
-  static constexpr int kBlockM = 64 * kConsumers;
+constexpr int kConsumerRows = 64;
+constexpr int kTileNotes = 2;  // so that the next tile is loaded while this one is computed
+constexpr uint32_t kTileNoteBytes = 128, kKeyNoteBytes = 64;
+constexpr int kKeyNotes = 8;
+
+template <int kHeadDim, bool kHasDropout>
+struct ForwardPlan : ForwardTileSm90<kHeadDim, kHasDropout> {
+  using Sizes = ForwardTileSm90<kHeadDim, kHasDropout>;
+  static constexpr int kConsumers = Sizes::kConsumers, kBlockN = Sizes::kBlockN;
+  static constexpr int kStages = Sizes::kStages, kQueryStages = Sizes::kQueryStages;
+  static constexpr int kBlockM = kConsumerRows * kConsumers;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kTiles = kBlockN / 8;
   static constexpr int kConsumerWarps = kConsumers * kWarpsPerWarpgroup;
 
   // setmaxnreg: what the loading warpgroup gives up, the others get.
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 224;
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
-  // Ping-pong has two named barriers.
-  static_assert(kConsumers == 2);
 
   using QTile = Tile<kHeadDim, kBlockM>;
   using KeyTile = Tile<kHeadDim, kBlockN>;
   static constexpr uint32_t kQ = 0;
-  static constexpr uint32_t kK = kQ + QTile::kBytes;
+  static constexpr uint32_t kK = kQ + kQueryStages * QTile::kBytes;
   static constexpr uint32_t kV = kK + kStages * KeyTile::kBytes;
-  static constexpr uint32_t kRings = kV + kStages * KeyTile::kBytes;
-  static constexpr uint32_t kBytes = kRings + 256;
+  static constexpr uint32_t kTileNotesAt = kV + kStages * KeyTile::kBytes;
+  static constexpr uint32_t kKeyNotesAt = kTileNotesAt + kTileNotes * kTileNoteBytes;
+  static constexpr uint32_t kRings = kKeyNotesAt + kKeyNotes * kKeyNoteBytes;
+  static constexpr uint32_t kBytes = kRings + 512;
   static_assert(kBytes <= 227 * 1024);
 };
 
-// Which tile comes next goes from the loading warp to the consumers through a ring, so that it can be ahead of them.
-constexpr int kWorkSlots = 2;
-constexpr int kNoMoreWork = -1;
+// ---- Notes in shared memory
 
-template <int kHeadDim>
+constexpr int kNoMoreTiles = -1;
+
+// About a tile of queries, from the planning warp to the consumers, and to itself: it has few registers.
+struct TileNote {
+  uint32_t address;
+
+  GPU_DEVICE void store(int32_t first_row, const BlockRange& blocks, const Place& place) const {
+    store_shared(address, Vec4{word(first_row), word(blocks.begin), word(blocks.end), word(place.head)});
+    store_shared(address + 16, Vec4{word(place.batch), word(place.kv_head), word(place.first_k), word(place.len_k)});
+    store_shared(address + 32, Vec2{word(place.first_q), word(place.len_q)});
+  }
+  GPU_DEVICE int32_t first_row() const { return load_shared<int32_t>(address); }        // or kNoMoreTiles
+  GPU_DEVICE int32_t first_block() const { return load_shared<int32_t>(address + 4); }  // of keys that are visited
+  GPU_DEVICE int32_t end_block() const { return load_shared<int32_t>(address + 8); }
+
+  GPU_DEVICE void store_end_block(int32_t block) const { store_shared(address + 8, block); }
+
+  // The place as far as it matters for queries, or for keys.
+  GPU_DEVICE Place query_place() const {
+    const Vec2 x = load_shared<Vec2>(address + 32);
+    return {
+        load_shared<int32_t>(address + 16), load_shared<int32_t>(address + 12), 0, int32_t(x.x), 0, int32_t(x.y), 0};
+  }
+  GPU_DEVICE Place key_place() const {
+    const Vec4 x = load_shared<Vec4>(address + 16);
+    return {int32_t(x.x), 0, int32_t(x.y), 0, int32_t(x.z), 0, int32_t(x.w)};
+  }
+
+  // The blocks that a consumer's rows see.
+  GPU_DEVICE void store_range(int consumer, const BlockRange& range) const {
+    store_shared(address + 48 + 16 * consumer,
+                 Vec4{word(range.begin), word(range.end), word(range.full_begin), word(range.full_end)});
+  }
+  GPU_DEVICE BlockRange range(int consumer) const {
+    const Vec4 x = load_shared<Vec4>(address + 48 + 16 * consumer);
+    return {int32_t(x.x), int32_t(x.y), int32_t(x.z), int32_t(x.w)};
+  }
+
+ private:
+  static GPU_DEVICE uint32_t word(int32_t x) { return static_cast<uint32_t>(x); }
+};
+
+// What a consumer's rows see of a block of keys.
+struct View {
+  static constexpr uint32_t kIsSeen = 1;    // some row sees some key
+  static constexpr uint32_t kIsWhole = 2;   // every row sees every key
+  static constexpr uint32_t kSeesMore = 4;  // and the next block too
+  static constexpr uint32_t kIsLast = 8;    // the tile visits no other
+  uint32_t bits;
+
+  GPU_DEVICE bool has(uint32_t bit) const { return (bits & bit) != 0; }
+  GPU_DEVICE void set(uint32_t bit, bool is_set) { bits |= is_set ? bit : 0; }
+};
+
+// What the loading warp has to load.
+struct Boxes {
+  static constexpr int32_t kKeys = 1, kQueries = 2, kIsLast = 4;
+  int32_t what;  // 0: nothing more
+  int32_t key_row;
+  int32_t query_row;
+  int32_t all_kept;  // no key is dropped, so that the values need no cleaning
+  int32_t batch, head, kv_head;
+};
+
+// About a block of keys, from the planning warp to all others.
+template <int kBlockN>
+struct KeyNote {
+  uint32_t address;
+
+  GPU_DEVICE void store_view(int consumer, View view) const { store_shared(address + 4 * consumer, view.bits); }
+  GPU_DEVICE View view(int consumer) const { return {load_shared<uint32_t>(address + 4 * consumer)}; }
+
+  GPU_DEVICE void store_block(int32_t block, const KeptKeys<kBlockN>& kept) const {
+    store_shared(address + 12, block);
+    store_shared(address + 16, kept);
+  }
+  GPU_DEVICE int32_t block() const { return load_shared<int32_t>(address + 12); }
+  GPU_DEVICE KeptKeys<kBlockN> kept() const { return load_shared<KeptKeys<kBlockN>>(address + 16); }
+
+  GPU_DEVICE void store_boxes(const Boxes& x) const {
+    store_shared(address + 32,
+                 Vec4{uint32_t(x.what), uint32_t(x.key_row), uint32_t(x.query_row), uint32_t(x.all_kept)});
+    store_shared(address + 48, Vec4{uint32_t(x.batch), uint32_t(x.head), uint32_t(x.kv_head), 0});
+  }
+  GPU_DEVICE Boxes boxes() const {
+    const Vec4 a = load_shared<Vec4>(address + 32), b = load_shared<Vec4>(address + 48);
+    return {int32_t(a.x), int32_t(a.y), int32_t(a.z), int32_t(a.w), int32_t(b.x), int32_t(b.y), int32_t(b.z)};
+  }
+};
+
+template <class Plan>
 struct ForwardRings {
-  using Plan = ForwardPlan<kHeadDim>;
-  Ring<1> q;
+  Ring<Plan::kQueryStages> q;
   Ring<Plan::kStages> k;
   Ring<Plan::kStages> v;
-  Ring<kWorkSlots> work;
-  uint32_t cleaning;   // a barrier: values that have to be overwritten have come
-  uint32_t next_work;  // kWorkSlots numbers of tiles
+  Ring<kTileNotes> tiles;
+  Ring<kKeyNotes> notes;
+  uint32_t cleaning;  // a barrier: values that have to be overwritten have come
+  uint32_t shared;
 
-  GPU_DEVICE explicit ForwardRings(uint32_t shared) {
+  GPU_DEVICE explicit ForwardRings(uint32_t shared) : shared(shared) {
     q.barriers = shared + Plan::kRings;
     k.barriers = q.barriers + q.kBytes;
     v.barriers = k.barriers + k.kBytes;
-    work.barriers = v.barriers + v.kBytes;
-    cleaning = work.barriers + work.kBytes;
-    next_work = cleaning + 8;
+    tiles.barriers = v.barriers + v.kBytes;
+    notes.barriers = tiles.barriers + tiles.kBytes;
+    cleaning = notes.barriers + notes.kBytes;
   }
 
   GPU_DEVICE void init() const {
     q.init(Plan::kConsumerWarps);
     k.init(Plan::kConsumerWarps);
     v.init(Plan::kConsumerWarps);
-    work.init(Plan::kConsumerWarps);
+    tiles.init(Plan::kConsumerWarps);
+    notes.init(1);  // the loading warp, which knows when the consumers have read them
     mbarrier_init(cleaning, 1);
     fence_mbarrier_init();
   }
-};
 
-// A tile of queries, and the keys that it visits.
-template <int kHeadDim>
-struct QueryTile {
-  using Plan = ForwardPlan<kHeadDim>;
-  Place place;
-  int32_t first_row;
-  BlockRange range;
-
-  GPU_DEVICE QueryTile(const Params& p, int32_t number) {
-    const int num_blocks = (p.seqlen_q + Plan::kBlockM - 1) / Plan::kBlockM;
-    const Work work = scheduled_work(number, num_blocks, p.num_heads, p.batch, p.heads_per_section, true);
-    place = place_of(p, work.batch, work.head, work.head / p.group_size);
-    first_row = work.block * Plan::kBlockM;
-    range = key_range<Plan::kBlockN>(p, place, first_row, min(first_row + Plan::kBlockM, place.len_q) - 1);
+  GPU_DEVICE TileNote tile_note(RingPosition<kTileNotes> position) const {
+    return {shared + Plan::kTileNotesAt + position.slot() * kTileNoteBytes};
   }
-  GPU_DEVICE bool is_empty() const { return first_row >= place.len_q; }
-  GPU_DEVICE int32_t last_live(const Params& p, int32_t block) const {
-    return last_live_block<Plan::kBlockN>(p, place, range.begin, block);
+  GPU_DEVICE KeyNote<Plan::kBlockN> key_note(RingPosition<kKeyNotes> position) const {
+    return {shared + Plan::kKeyNotesAt + position.slot() * kKeyNoteBytes};
+  }
+  GPU_DEVICE uint32_t query_tile(RingPosition<Plan::kQueryStages> position) const {
+    return shared + Plan::kQ + position.slot() * Plan::QTile::kBytes;
+  }
+  GPU_DEVICE uint32_t key_tile(RingPosition<Plan::kStages> position) const {
+    return shared + Plan::kK + position.slot() * Plan::KeyTile::kBytes;
+  }
+  GPU_DEVICE uint32_t value_tile(RingPosition<Plan::kStages> position) const {
+    return shared + Plan::kV + position.slot() * Plan::KeyTile::kBytes;
   }
 };
 
@@ -102,240 +200,327 @@ struct ForwardMaps {
   Map v;
 };
 
-// ---- The loading warp
+// ---- The planning warp
 
-template <int kHeadDim>
-struct Loader {
-  using Plan = ForwardPlan<kHeadDim>;
-  using KeyTile = typename Plan::KeyTile;
+// Its first lanes speak for one consumer each.
+template <class Plan>
+struct Planner {
+  static constexpr int kBlockN = Plan::kBlockN;
   const Params& p;
-  const ForwardMaps& maps;
-  const uint32_t shared;
-  const ForwardRings<kHeadDim> rings;
-  TileLoader loader;
-  RingPosition<1> q_position;
-  RingPosition<Plan::kStages> k_position;
-  RingPosition<Plan::kStages> v_position;
+  const ForwardRings<Plan> rings;
+  const int lane = this_lane().index;
+  RingPosition<kTileNotes> tile_position = {};
+  RingPosition<kKeyNotes> note_position = {};
 
-  GPU_DEVICE void load_queries(const QueryTile<kHeadDim>& tile) {
-    const Place& place = tile.place;
-    loader.template load<typename Plan::QTile>(rings.q, q_position, shared + Plan::kQ, maps.q,
-                                               place.first_q + tile.first_row, place.head, place.batch);
-    q_position.advance();
+  GPU_DEVICE BlockRange seen_by(const Place& place, int first_row, int rows) const {
+    if (first_row >= place.len_q) return {};
+    return key_range<kBlockN>(p, place, first_row, min(first_row + rows, place.len_q) - 1);
   }
 
-  GPU_DEVICE void load_keys(const QueryTile<kHeadDim>& tile, int block) {
-    const Place& place = tile.place;
-    loader.template load<KeyTile>(rings.k, k_position, shared + Plan::kK + k_position.slot() * KeyTile::kBytes, maps.k,
-                                  place.first_k + block * Plan::kBlockN, place.kv_head, place.batch);
-    k_position.advance();
+  GPU_DEVICE TileNote tile() const { return rings.tile_note(tile_position); }
+  GPU_DEVICE int last_live(int block) const {
+    return last_live_block<kBlockN>(p, tile().key_place(), tile().first_block(), block);
   }
 
-  GPU_DEVICE void load_values(const QueryTile<kHeadDim>& tile, int block) {
-    const Place& place = tile.place;
-    loader.template load_kept<KeyTile>(rings.v, v_position, shared + Plan::kV + v_position.slot() * KeyTile::kBytes,
-                                       maps.v, place.first_k + block * Plan::kBlockN, place.kv_head, place.batch,
-                                       kept_keys<Plan::kBlockN>(p, place, block));
-    v_position.advance();
+  GPU_DEVICE void post_block(int block, int next) {
+    note_position.wait_empty(rings.notes);
+    const KeyNote<kBlockN> note = rings.key_note(note_position);
+    const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, tile().key_place(), block);
+    if (lane < Plan::kConsumers) {
+      const BlockRange range = tile().range(lane);
+      View view{0};
+      view.set(View::kIsSeen, range.has(block));
+      view.set(View::kIsWhole, range.is_within_band(block) && kept.all());
+      view.set(View::kSeesMore, range.has(next));
+      view.set(View::kIsLast, next < tile().first_block());
+      note.store_view(lane, view);
+    }
+    if (lane == 0) {
+      note.store_block(block, kept);
+      const Place keys = tile().key_place(), queries = tile().query_place();
+      const int what = Boxes::kKeys | (block + 1 == tile().end_block() ? Boxes::kQueries : 0) |
+                       (next < tile().first_block() ? Boxes::kIsLast : 0);
+      note.store_boxes({what, keys.first_k + block * kBlockN, queries.first_q + tile().first_row(), kept.all(),
+                        keys.batch, queries.head, keys.kv_head});
+    }
+    post_note();
+  }
+  GPU_DEVICE void post_note() {
+    sync_warp();  // the note is complete
+    if (lane == 0) mbarrier_arrive(rings.notes.full(note_position.slot()));
+    note_position.advance();
+  }
+
+  GPU_DEVICE void post_tile() {  // all that others read of the note is from lane 0
+    if (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));
+  }
+
+  GPU_DEVICE void plan_tile(const Place& place, int first_row) {
+    tile_position.wait_empty(rings.tiles);
+    if (lane == 0) tile().store(first_row, seen_by(place, first_row, Plan::kBlockM), place);
+    if (lane < Plan::kConsumers)
+      tile().store_range(lane, seen_by(place, first_row + lane * kConsumerRows, kConsumerRows));
+    sync_warp();
+    int block = last_live(tile().end_block() - 1);
+    sync_warp();  // all lanes have read it
+    if (lane == 0) tile().store_end_block(block + 1);
+    post_tile();
+    while (block >= tile().first_block()) {
+      const int next = last_live(block - 1);
+      post_block(block, next);
+      block = next;
+    }
+    tile_position.advance();
   }
 
   GPU_DEVICE void run(int num_tiles) {
-    RingPosition<kWorkSlots> work_position;
     int number = block_index_x();
-    while (true) {
-      const bool is_last = number >= num_tiles;
-      if (loader.is_leader) {
-        work_position.wait_empty(rings.work);
-        store_shared<int>(rings.next_work + work_position.slot() * 4, is_last ? kNoMoreWork : number);
-        mbarrier_arrive(rings.work.full(work_position.slot()));
-      }
-      work_position.advance();
-      if (is_last) return;
-
-      const QueryTile<kHeadDim> tile(p, number);
-      int block = tile.is_empty() ? tile.range.begin - 1 : tile.last_live(p, tile.range.end - 1);
-      if (block >= tile.range.begin) {
-        load_keys(tile, block);
-        load_queries(tile);
-        while (true) {
-          const int next = tile.last_live(p, block - 1);
-          if (next >= tile.range.begin) load_keys(tile, next);
-          load_values(tile, block);
-          if (next < tile.range.begin) break;
-          block = next;
-        }
-      }
-
-      number += grid_size_x();
+    while (number < num_tiles) {
+      const int num_blocks = (p.seqlen_q + Plan::kBlockM - 1) / Plan::kBlockM;
+      const Work work = scheduled_work(number, num_blocks, p.num_heads, p.batch, p.heads_per_section, true);
+      const Place place = place_of(p, work.batch, work.head, work.head / p.group_size);
+      const int first_row = work.block * Plan::kBlockM;
+      if (first_row < place.len_q) plan_tile(place, first_row);
+      // Tiles beyond the first of each block are taken one after another, or are the block's own.
       if (p.tile_counter != nullptr) {
-        int taken = 0;
-        if (loader.is_leader) taken = atomic_fetch_add(p.tile_counter, 1);
-        number = grid_size_x() + shuffle(taken, 0);
+        if (lane == 0) number = atomic_fetch_add(p.tile_counter, 1);
+        number = shuffle(number, 0);
       }
+      number += grid_size_x();
+    }
+    tile_position.wait_empty(rings.tiles);
+    if (lane == 0) tile().store(kNoMoreTiles, {}, {});
+    post_tile();
+    note_position.wait_empty(rings.notes);
+    if (lane == 0) rings.key_note(note_position).store_boxes({});
+    post_note();
+  }
+};
+
+// ---- The loading warp
+
+template <class Plan>
+struct Loader {
+  static constexpr int kBlockN = Plan::kBlockN;
+  const ForwardMaps& maps;
+  const ForwardRings<Plan> rings;
+  TileLoader loader;
+  RingPosition<Plan::kQueryStages> q_position = {};
+  RingPosition<Plan::kStages> k_position = {}, v_position = {};
+  RingPosition<kKeyNotes> note_position = {}, free_position = {};
+  int notes_in_use = 0;
+
+  // Once the slot was free, all consumers have released the keys that were in it, and so have read the note before
+  // theirs.
+  GPU_DEVICE void load_keys(const Boxes& boxes) {
+    loader.template load<typename Plan::KeyTile>(rings.k, k_position, rings.key_tile(k_position), maps.k, boxes.key_row,
+                                                 boxes.kv_head, boxes.batch);
+    k_position.advance();
+    if (++notes_in_use <= Plan::kStages + 1) return;
+    if (loader.is_leader) mbarrier_arrive(rings.notes.empty(free_position.slot()));
+    free_position.advance();
+  }
+
+  GPU_DEVICE void load_values(KeyNote<kBlockN> note) {
+    const Boxes boxes = note.boxes();
+    const uint32_t tile = rings.value_tile(v_position);
+    if (boxes.all_kept) {
+      loader.template load<typename Plan::KeyTile>(rings.v, v_position, tile, maps.v, boxes.key_row, boxes.kv_head,
+                                                   boxes.batch);
+    } else {
+      loader.template load_kept<typename Plan::KeyTile>(rings.v, v_position, tile, maps.v, boxes.key_row, boxes.kv_head,
+                                                        boxes.batch, note.kept());
+    }
+    v_position.advance();
+  }
+
+  GPU_DEVICE void load_queries(const Boxes& boxes) {
+    loader.template load<typename Plan::QTile>(rings.q, q_position, rings.query_tile(q_position), maps.q,
+                                               boxes.query_row, boxes.head, boxes.batch);
+    q_position.advance();
+  }
+
+  // The keys of a step come before the values of the step before, as the consumers want them.
+  GPU_DEVICE void run() {
+    KeyNote<kBlockN> before{};
+    while (true) {
+      note_position.wait_full(rings.notes);
+      const KeyNote<kBlockN> note = rings.key_note(note_position);
+      const Boxes boxes = note.boxes();
+      if (boxes.what == 0) return;
+      load_keys(boxes);
+      if (boxes.what & Boxes::kQueries) {
+        load_queries(boxes);
+      } else {
+        load_values(before);
+      }
+      if (boxes.what & Boxes::kIsLast) load_values(note);
+      before = note;
+      sync_warp();
+      note_position.advance();
     }
   }
 };
 
 // ---- The consumers
 
-// Consumers 0 and 1 start products in turns. Consumer 1 gives consumer 0 the first turn.
-GPU_DEVICE void wait_for_turn(int consumer) {
-  if (consumer == 0) {
-    barrier_sync<1>(2 * kWarpgroup);
-  } else {
-    barrier_sync<2>(2 * kWarpgroup);
-  }
-}
-GPU_DEVICE void pass_turn(int consumer) {
-  if (consumer == 0) {
-    barrier_arrive<2>(2 * kWarpgroup);
-  } else {
-    barrier_arrive<1>(2 * kWarpgroup);
-  }
-}
-
 template <class T, int kHeadDim, bool kHasDropout>
-GPU_DEVICE void consume(const Params& p, uint32_t shared, const ForwardRings<kHeadDim>& rings) {
-  using Plan = ForwardPlan<kHeadDim>;
-  using KeyTile = typename Plan::KeyTile;
-  constexpr int kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
-  const int consumer = thread_index() / kWarpgroup - 1;
+struct Consumer {
+  using Plan = ForwardPlan<kHeadDim, kHasDropout>;
+  static constexpr int kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
+  const Params& p;
+  const ForwardRings<Plan> rings;
+  const int number;  // of this consumer
   const Lane lane = this_lane();
-  const int thread_row = 64 * consumer + thread_index() % kWarpgroup / 32 * 16 + lane.g;
-  RingPosition<1> q_position;
-  RingPosition<Plan::kStages> k_position, v_position;
-  RingPosition<kWorkSlots> work_position;
-  if (consumer == 1) pass_turn(consumer);
+  const int thread_row = kConsumerRows * number + thread_index() % kWarpgroup / 32 * 16 + lane.g;
 
-  while (true) {
-    // Which rows.
-    work_position.wait_full(rings.work);
-    const int number = load_shared<int>(rings.next_work + work_position.slot() * 4);
-    work_position.release(rings.work);
-    work_position.advance();
-    if (number == kNoMoreWork) break;
-    const QueryTile<kHeadDim> tile(p, number);
-    if (tile.is_empty()) continue;
-    const Place& place = tile.place;
-    const int query = tile.first_row + thread_row;
+  RingPosition<kTileNotes> tile_position = {};
+  RingPosition<Plan::kQueryStages> q_position = {};
+  RingPosition<Plan::kStages> k_position = {}, v_position = {};
+  RingPosition<kKeyNotes> note_position = {};
 
-    OnlineSoftmax softmax;
-    softmax.init();
-    float acc[kHeadDim / 8][4], scores[kTiles][4], rescale[2];
-    uint32_t weights[kBlockN / 16][4];
-    fill(acc, 0.0f);
-    const auto start_scores = [&] {
-      start_multiply_transposed<T, kHeadDim, Plan::kBlockM>(scores, shared + Plan::kQ, 64 * consumer,
-                                                            shared + Plan::kK + k_position.slot() * KeyTile::kBytes);
-      wgmma_commit();
-    };
-    const auto start_values = [&] {
-      start_multiply<T, kHeadDim>(acc, weights, shared + Plan::kV + v_position.slot() * KeyTile::kBytes);
-      wgmma_commit();
-    };
-    KeepBits<kTiles> keep;
-    const auto draw_dropout = [&](int block) {  // to be called while products run
-      if constexpr (kHasDropout) keep = keep_of_query_rows<kTiles>(Dropout(p, place), query, block * kBlockN, lane);
-    };
-    const auto weigh = [&](int block) {
-      const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, place, block);
-      if (!(tile.range.is_within_band(block) && kept.all())) hide(scores, visible_keys(p, kept, block, query), lane);
-      softmax.update(scores, p.scale_log2, rescale);
-      if constexpr (kHasDropout) {
-        GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-          GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] = keep.has(t, j) ? scores[t][j] : 0.0f;
-        }
-      }
-    };
-    const auto round_weights = [&] {
-      GPU_UNROLL for (int k = 0; k < kBlockN / 16; ++k) left_factor<T>(weights[k], scores, k);
-    };
+  LazySoftmax softmax;
+  float acc[kHeadDim / 8][4], scores[kTiles][4], rescale[2];
+  uint32_t weights[kBlockN / 16][4];
+  std::conditional_t<kHasDropout, KeepBits<kTiles>, KeepAll> keep;
 
-    int block = tile.last_live(p, tile.range.end - 1);
-    if (block >= tile.range.begin) {
-      // The first scores.
-      q_position.wait_full(rings.q);
-      k_position.wait_full(rings.k);
-      wgmma_fence();
-      start_scores();
-      draw_dropout(block);
-      wgmma_wait<0>();
-      keep_registers(flat(scores));
-      k_position.release(rings.k);
-      k_position.advance();
-      weigh(block);
-      round_weights();
+  template <int kSlots>
+  static GPU_DEVICE void release(const Ring<kSlots>& ring, RingPosition<kSlots>& position) {
+    position.release(ring);
+    position.advance();
+  }
 
-      // Loop: the next scores and these values.
-      while (true) {
-        block = tile.last_live(p, block - 1);
-        if (block < tile.range.begin) break;
-        k_position.wait_full(rings.k);
-        wait_for_turn(consumer);
-        wgmma_fence();
-        start_scores();
-        v_position.wait_full(rings.v);
-        wgmma_fence();
-        start_values();
-        pass_turn(consumer);
-        draw_dropout(block);
-        wgmma_wait<1>();
-        keep_registers(flat(scores));
-        k_position.release(rings.k);
-        k_position.advance();
-        weigh(block);
-        // The phase is over already: this is a branch, past which ptxas does not lift the next wait. Without it, it waits for
-        // the values before the softmax, and nothing overlaps.
-        v_position.wait_full(rings.v);
-        wgmma_wait<0>();
-        keep_registers(flat(acc));
-        v_position.release(rings.v);
-        v_position.advance();
-        scale_rows(acc, rescale);
-        round_weights();
-      }
-      q_position.release(rings.q);
-      q_position.advance();
+  GPU_DEVICE void start_scores() {
+    wgmma_fence();
+    start_multiply_transposed<T, kHeadDim, Plan::kBlockM>(scores, rings.query_tile(q_position), kConsumerRows * number,
+                                                          rings.key_tile(k_position));
+    wgmma_commit();
+  }
+  GPU_DEVICE void start_values() {
+    wgmma_fence();
+    start_multiply<T, kHeadDim>(acc, weights, rings.value_tile(v_position));
+    wgmma_commit();
+  }
+  GPU_DEVICE void draw_dropout(TileNote tile, KeyNote<kBlockN> note) {  // to be called while products run
+    if constexpr (kHasDropout)
+      keep = keep_of_query_rows<kTiles>(Dropout(p, tile.query_place()), tile.first_row() + thread_row,
+                                        note.block() * kBlockN, lane);
+  }
+  GPU_DEVICE void hide_unseen(TileNote tile, KeyNote<kBlockN> note) {
+    hide(scores, visible_keys(p, note.kept(), note.block(), tile.first_row() + thread_row), lane);
+  }
 
-      // The last values.
-      v_position.wait_full(rings.v);
-      wgmma_fence();
-      start_values();
-      wgmma_wait<0>();
-      keep_registers(flat(acc));
-      v_position.release(rings.v);
-      v_position.advance();
+  GPU_DEVICE View wait_for_keys(KeyNote<kBlockN>& note) {
+    k_position.wait_full(rings.k);
+    note = rings.key_note(note_position);
+    note_position.advance();
+    return note.view(number);
+  }
+  // Of a block that only other consumers see.
+  GPU_DEVICE void pass_block() {
+    release(rings.k, k_position);
+    v_position.wait_full(rings.v);
+    release(rings.v, v_position);
+  }
+
+  GPU_DEVICE void visit_blocks(TileNote tile) {
+    q_position.wait_full(rings.q);
+    KeyNote<kBlockN> note;
+    View view = wait_for_keys(note);
+    while (!view.has(View::kIsSeen)) {
+      pass_block();
+      if (view.has(View::kIsLast)) return release(rings.q, q_position);
+      view = wait_for_keys(note);
     }
 
-    // Epilogue.
+    // The first scores.
+    start_scores();
+    draw_dropout(tile, note);
+    wgmma_wait<0>();
+    keep_registers(flat(scores));
+    release(rings.k, k_position);
+    if (!view.has(View::kSeesMore)) release(rings.q, q_position);
+    if (!view.has(View::kIsWhole)) hide_unseen(tile, note);
+    softmax.template raise_and_weigh<T>(scores, p.scale_log2, keep, weights, rescale);
+
+    // The next scores and these values.
+    while (view.has(View::kSeesMore)) {
+      view = wait_for_keys(note);
+      v_position.wait_full(rings.v);
+      start_scores();
+      start_values();
+      draw_dropout(tile, note);
+      wgmma_wait<1>();
+      keep_registers(flat(scores));
+      release(rings.k, k_position);
+      if (!view.has(View::kIsWhole)) hide_unseen(tile, note);
+      wgmma_wait<0>();  // before the weights are overwritten
+      keep_registers(flat(acc));
+      release(rings.v, v_position);
+      // This branch has to be here: past it, ptxas does not move the release of the values down among the exponentials.
+      if (!view.has(View::kSeesMore)) release(rings.q, q_position);
+      if (!softmax.template try_weigh<T>(scores, p.scale_log2, keep, weights)) {
+        softmax.template raise_and_weigh<T>(scores, p.scale_log2, keep, weights, rescale);
+        scale_rows(acc, rescale);
+      }
+    }
+
+    // The last values.
+    v_position.wait_full(rings.v);
+    start_values();
+    wgmma_wait<0>();
+    keep_registers(flat(acc));
+    release(rings.v, v_position);
+    while (!view.has(View::kIsLast)) {
+      view = wait_for_keys(note);
+      pass_block();
+    }
+  }
+
+  GPU_DEVICE void store(TileNote tile) {
+    const Place place = tile.query_place();
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
-      const int row = query + 8 * r;
+      const int row = tile.first_row() + thread_row + 8 * r;
       float factor, lse;
-      softmax.finish(r, p.scale_log2, factor, lse);
+      softmax.finish(r, p.scale, p.scale_log2, factor, lse);
       if (kHasDropout) factor *= p.dropout_scale;
       if (p.lse.data != nullptr && lane.q == 0 && row < place.len_q) store_global(place.query_value(p.lse, row), lse);
       store_row<T>(place.query_row<T>(p.out, row), acc, r, factor, row < place.len_q, lane);
     }
   }
-  if (consumer == 0) wait_for_turn(consumer);  // the turn that consumer 1 has passed last
-}
+
+  GPU_DEVICE void run() {
+    while (true) {
+      tile_position.wait_full(rings.tiles);
+      const TileNote tile = rings.tile_note(tile_position);
+      if (tile.first_row() == kNoMoreTiles) return;
+      softmax.init();
+      fill(acc, 0.0f);
+      if (tile.first_block() < tile.end_block()) visit_blocks(tile);
+      store(tile);
+      release(rings.tiles, tile_position);
+    }
+  }
+};
 
 template <class T, int kHeadDim, bool kHasDropout>
-GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1)
+GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kHasDropout>::kThreads), 1)
     forward_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT ForwardMaps maps, int num_tiles) {
-  using Plan = ForwardPlan<kHeadDim>;
-  const uint32_t shared = shared_address(shared_memory());
-  const ForwardRings<kHeadDim> rings(shared);
+  using Plan = ForwardPlan<kHeadDim, kHasDropout>;
+  const ForwardRings<Plan> rings(keep_computed(shared_address(shared_memory())));
   if (thread_index() == 0) rings.init();
   sync_threads();
-  if (thread_index() < kWarpgroup) {
+  const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // tells the compiler that a warp agrees about it
+  if (warpgroup == 0) {
     decrease_registers<Plan::kProducerRegisters>();
     if (thread_index() < 32) {
-      Loader<kHeadDim>{p, maps, shared, rings, {rings.cleaning, thread_index() == 0}}.run(num_tiles);
+      Loader<Plan>{maps, rings, {rings.cleaning, thread_index() == 0}}.run();
+    } else if (thread_index() < 64) {
+      Planner<Plan>{p, rings}.run(num_tiles);
     }
   } else {
     increase_registers<Plan::kConsumerRegisters>();
-    consume<T, kHeadDim, kHasDropout>(p, shared, rings);
+    Consumer<T, kHeadDim, kHasDropout>{p, rings, warpgroup - 1}.run();
   }
 }
 

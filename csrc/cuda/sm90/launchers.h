@@ -54,15 +54,15 @@ inline Map map_of(const Rows& x, bool is_bf16, int64_t head_dim, int64_t rows, i
 
 template <int kHeadDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream) {
-  using Plan = ForwardPlan<kHeadDim>;
   const int kv_heads = p.num_heads / p.group_size;
-  const ForwardMaps maps{map_of(p.q, is_bf16, kHeadDim, p.rows_q, p.num_heads, p.batch, Plan::kBlockM),
-                         map_of(p.k, is_bf16, kHeadDim, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
-                         map_of(p.v, is_bf16, kHeadDim, p.rows_k, kv_heads, p.batch, Plan::kBlockN)};
-  LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
-  const int num_tiles = shape.grid_x;
-  shape.grid_x = std::min(num_tiles, multiprocessors());
   for_variant(p, is_bf16, [&](auto type, auto has_dropout) {
+    using Plan = ForwardPlan<kHeadDim, has_dropout()>;
+    const ForwardMaps maps{map_of(p.q, is_bf16, kHeadDim, p.rows_q, p.num_heads, p.batch, Plan::kBlockM),
+                           map_of(p.k, is_bf16, kHeadDim, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
+                           map_of(p.v, is_bf16, kHeadDim, p.rows_k, kv_heads, p.batch, Plan::kBlockN)};
+    LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
+    const int num_tiles = shape.grid_x;
+    shape.grid_x = std::min(num_tiles, multiprocessors());
     run_kernel(forward_kernel<decltype(type), kHeadDim, has_dropout()>, shape, stream, p, maps, num_tiles);
   });
 }
