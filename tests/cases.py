@@ -163,10 +163,10 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> 
     is_empty = expected(case, dtype).truth.lse == -INF
     rows = result.out if case.lengths_q is None else result.out.transpose(0, 1)
     assert not rows[is_empty].any()
-    if case.key_padding_mask is not None and "key" in result.grads:
+    if case.key_padding_mask is not None:
         mask = inputs.tensors["key_padding_mask"]
         ignored = mask if mask.dtype == torch.bool else mask == -INF
-        for name in ("key", "value"):
+        for name in result.grads.keys() & {"key", "value"}:
             assert not result.grads[name].movedim(-3, 0)[:, ignored].any(), f"d{name} of ignored keys"
     return result
 
@@ -1163,6 +1163,44 @@ LOGITS_BEYOND_MILLIONS = [
     Case("logits-equal-6e6", seqlen_q=128, seqlen_k=128, edit=_equal_scores, options={"is_causal": True}),
 ]
 
+#: Some gradients alone: backends have kernels of their own for what is wanted.
+WANTED = [
+    *(
+        Case(
+            f"only-{'-'.join(wanted)}-{head_dim}",
+            heads=2,
+            kv_heads=1,
+            seqlen_q=70,
+            seqlen_k=150,
+            head_dim=head_dim,
+            key_padding_mask=padding(150, 100),
+            options={"window_size": (120, 20), "dropout_p": 0.2, "dropout_seed": 5},
+            differentiated=wanted,
+            dtypes=COMMON,
+        )
+        for head_dim, wanted in (
+            (64, ("query",)),
+            (64, ("key", "value")),
+            (96, ("query", "value")),
+            (96, ("value",)),
+            (128, ("query",)),
+            (128, ("key",)),
+            (128, ("query", "key")),
+        )
+    ),
+    *(
+        Case(
+            f"only-{'-'.join(wanted)}-varlen",
+            lengths_q=(5, 70),
+            lengths_k=(135, 9),
+            head_dim=64,
+            differentiated=wanted,
+            dtypes=COMMON,
+        )
+        for wanted in (("query",), ("key", "value"))
+    ),
+]
+
 CASES: tuple[Case, ...] = (
     *LENGTHS,
     *EMPTY,
@@ -1178,5 +1216,6 @@ CASES: tuple[Case, ...] = (
     *RANKS,
     *DROPOUT,
     *PACKED,
+    *WANTED,
 )
 assert len({case.id for case in CASES}) == len(CASES), "two cases of one id"

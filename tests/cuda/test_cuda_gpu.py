@@ -61,7 +61,7 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
 def architecture(request: pytest.FixtureRequest) -> Iterator[int]:
     """Whose kernels backend="cuda" runs."""
     if cuda._kernels is None:
-        pytest.skip(f"installed without the CUDA kernels: {cuda.import_error}")
+        pytest.skip(f"{cuda.missing}")
     if request.param == 90 and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("kernels for sm_90a need a GPU of compute capability 9")
     with of_architecture(request.param):

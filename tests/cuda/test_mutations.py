@@ -111,7 +111,7 @@ BUGS = [
         "fence_async_proxy();", "if (!@) fence_async_proxy();",
     ),
     Bug(
-        "slot-used-twice", 90, "long", "sm90/backward.h",
+        "slot-used-twice", 90, "long-dq", "sm90/backward.h",
         "place.kv_head, place.batch, kept); position.advance();",
         "place.kv_head, place.batch, kept); if (!@) position.advance();",
     ),
@@ -168,7 +168,7 @@ BUGS = [
         "if (!@ && view.has(View::kIsLast)) return release(rings.q, q_position);",
     ),
     Bug(
-        "row-sums-not-waited-for", 90, "long", "sm90/backward.h",
+        "row-sums-not-waited-for", 90, "long-dkdv", "sm90/backward.h",
         "position.wait_full(rings.sums);", "if (!@) position.wait_full(rings.sums);",
     ),
     # sm_90a, products
@@ -224,7 +224,7 @@ BUGS = [
         "if (!@ && warp_any(!(sum[0] <= kLargestSum && sum[1] <= kLargestSum))) return false;",
     ),
     Bug(
-        "keys-released-in-flight", 90, "long", "sm90/backward.h",
+        "keys-released-in-flight", 90, "long-dq", "sm90/backward.h",
         "start_multiply<T, kHeadDim>(dq, dscores, k_tile); wgmma_commit();",
         "start_multiply<T, kHeadDim>(dq, dscores, k_tile); wgmma_commit(); if (@) position.release(rings.k);",
     ),
@@ -242,7 +242,7 @@ BUGS = [
         "return p.key_ranks == nullptr ? n :", "return @ || p.key_ranks == nullptr ? n :",
     ),
     Bug(
-        "tiles-counted-beyond-the-last-block", 90, "long", "sm90/key_blocks.h",
+        "tiles-counted-beyond-the-last-block", 90, "short", "sm90/key_blocks.h",
         "min(last_key_block<kBlockM>(p, m) + 1, key_blocks)", "min(last_key_block<kBlockM>(p, m) + 1, key_blocks + @)",
     ),
     Bug(
@@ -312,6 +312,13 @@ CASES = {
     ),
     "short": Case("short", batch=1, heads=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM),
     "long": Case("long", batch=1, heads=2, seqlen_q=200, seqlen_k=520, head_dim=HEAD_DIM, attn_mask=cases.lower_right),
+    # On Hopper, a kernel of its own for each.
+    **{
+        f"long-{name}": Case(
+            f"long-{name}", batch=1, heads=2, seqlen_q=200, seqlen_k=520, head_dim=HEAD_DIM, differentiated=wanted
+        )
+        for name, wanted in {"dq": ("query",), "dkdv": ("key", "value")}.items()
+    },
     "many": Case("many", batch=2, heads=4, seqlen_q=150, seqlen_k=60, head_dim=HEAD_DIM, differentiated=()),
     "longest": Case("longest", batch=1, heads=1, seqlen_q=70, seqlen_k=2000, head_dim=HEAD_DIM, differentiated=()),
     "rising": Case(
