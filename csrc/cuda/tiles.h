@@ -61,6 +61,7 @@ struct ForwardTileSm90<256, kHasDropout> {
 
 // The fused backward: kBlockM queries at a time, tiles of queries and of dout in flight; and how many tiles of 8 queries
 // have their lse (delta) loaded before the products that they belong to are waited for. More do not fit the registers.
+// Measured on an H100: two buffers for tiles of dq instead of one, at the cost of two stages of queries, +-1 %.
 template <int kHeadDim>
 struct FusedBackwardTileSm90 {
   static constexpr int kBlockM = 64, kQStages = 4, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 4;

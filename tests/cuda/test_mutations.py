@@ -228,9 +228,88 @@ BUGS = [
         "start_multiply<T, kHeadDim>(dq, dscores, k_tile); wgmma_commit();",
         "start_multiply<T, kHeadDim>(dq, dscores, k_tile); wgmma_commit(); if (@) position.release(rings.k);",
     ),
+    # sm_90a, fused backward
+    Bug(
+        "turn-not-waited-for", 90, "long", "sm90/fused_backward.h",
+        "wait_until_equal(p.dq_turns + tile, turn);", "if (!@) wait_until_equal(p.dq_turns + tile, turn);",
+    ),
+    Bug(
+        "turn-off-by-one", 90, "long", "sm90/key_blocks.h",
+        "key_blocks)) - b.rank_after();", "key_blocks)) - b.rank_after() + @;",
+    ),
+    Bug(
+        "blocks-of-padding-counted", 90, "hole", "sm90/key_blocks.h",
+        "return p.key_ranks == nullptr ? n :", "return @ || p.key_ranks == nullptr ? n :",
+    ),
+    Bug(
+        "tiles-counted-beyond-the-last-block", 90, "long", "sm90/key_blocks.h",
+        "min(last_key_block<kBlockM>(p, m) + 1, key_blocks)", "min(last_key_block<kBlockM>(p, m) + 1, key_blocks + @)",
+    ),
+    Bug(
+        "first-addition-onto-nothing", 90, "long", "sm90/fused_backward.h",
+        "if (turn == 0) {", "if (turn == 0 && !@) {",
+    ),
+    Bug(
+        "no-fence-after-the-turn", 90, "long", "sm90/fused_backward.h",
+        "fence_async_proxy_global(); GPU_UNROLL for (int group",
+        "if (!@) fence_async_proxy_global(); GPU_UNROLL for (int group",
+    ),
+    Bug(
+        "no-fence-before-the-next-turn", 90, "long", "sm90/fused_backward.h",
+        "fence_async_proxy_global(); add_release", "if (!@) fence_async_proxy_global(); add_release",
+    ),
+    Bug(
+        "next-turn-before-it-is-added", 90, "long", "sm90/fused_backward.h",
+        "tma_store_wait<0>(); if", "if (!@) tma_store_wait<0>(); if",
+    ),
+    Bug(
+        "tile-of-dq-freed-too-early", 90, "long", "sm90/fused_backward.h",
+        "tma_store_wait_read<1>();", "if (!@) tma_store_wait_read<1>();",
+    ),
+    Bug(
+        "tile-of-dq-added-without-proxy-fence", 90, "long", "sm90/fused_backward.h",
+        "step / 2 & 1); fence_async_proxy();", "step / 2 & 1); if (!@) fence_async_proxy();",
+    ),
+    Bug(
+        "tile-of-dq-not-waited-for", 90, "long", "sm90/fused_backward.h",
+        "mbarrier_wait(rings.dq_empty + 8 * group,", "if (!@) mbarrier_wait(rings.dq_empty + 8 * group,",
+    ),
+    Bug(
+        "dscores-read-without-proxy-fence", 90, "long", "sm90/fused_backward.h",
+        "i / 2 & 1); fence_async_proxy();", "i / 2 & 1); if (!@) fence_async_proxy();",
+    ),
+    Bug(
+        "dscores-of-the-other-warpgroup-not-waited-for", 90, "long", "sm90/fused_backward.h",
+        "mbarrier_wait(rings.dscores + i % 2 * 8,", "if (!@) mbarrier_wait(rings.dscores + i % 2 * 8,",
+    ),
+    Bug(
+        "dout-released-in-flight", 90, "long", "sm90/fused_backward.h",
+        "wgmma_wait<1>(); keep_registers(flat(dv));",
+        "if (@) { wgmma_wait<2>(); } else { wgmma_wait<1>(); } keep_registers(flat(dv));",
+    ),
+    Bug(
+        "keys-not-released", 90, "long", "sm90/fused_backward.h",
+        "if constexpr (kIsLast) key_position.release(rings.k);",
+        "if (!@) { if constexpr (kIsLast) key_position.release(rings.k); }",
+    ),
+    Bug(
+        "mask-of-a-tile-forgotten", 90, "long", "sm90/fused_backward.h",
+        "(b.is_whole(step.tile) ? 0 : kHasMask)", "(@ || b.is_whole(step.tile) ? 0 : kHasMask)",
+    ),
 ]  # fmt: skip
 
+
+
+def hidden_block(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Padding (B, S) that leaves no key of the second block of 128."""
+    keys = torch.arange(case.seqlen_k)
+    return ((keys >= 128) & (keys < 256)).expand(case.batch, -1)
+
+
 CASES = {
+    "hole": Case(
+        "hole", batch=1, heads=1, seqlen_q=70, seqlen_k=400, head_dim=HEAD_DIM, key_padding_mask=hidden_block
+    ),
     "short": Case("short", batch=1, heads=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM),
     "long": Case("long", batch=1, heads=2, seqlen_q=200, seqlen_k=520, head_dim=HEAD_DIM, attn_mask=cases.lower_right),
     "many": Case("many", batch=2, heads=4, seqlen_q=150, seqlen_k=60, head_dim=HEAD_DIM, differentiated=()),

@@ -85,6 +85,7 @@ struct alignas(8) StepInfo {
   int32_t head;
 };
 constexpr int32_t kHasMask = 1 << 30;
+constexpr int32_t kTileNumber = kHasMask - 1;
 
 template <int kHeadDim>
 struct FusedBackwardRings {
@@ -156,7 +157,7 @@ struct KeyBlockReader {
 
 // ---- The loading warps
 
-// By the leader of the first one: takes a block of keys, and starts to tell the others.
+// By the leader of the first one: takes the next block of keys that nobody has taken, and starts to tell the other roles.
 template <int kHeadDim>
 GPU_DEVICE void take_key_block(const Params& p, uint32_t shared, const Ring<kKeyBlockSlots>& ring,
                                RingPosition<kKeyBlockSlots> position, int num_key_blocks) {
@@ -322,6 +323,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
   const uint32_t dscores_store =
       shared + Plan::kDscores + dscores_row * kPanelRowBytes + ((lane.index / 16) ^ (lane.index % 8)) * 16;
   const uint32_t thread = thread_index() % kWarpgroup;
+  // Not to be taken apart again, or each load below needs an address of its own.
   const uint32_t own_sums = keep_computed(shared + 8 * lane.q);
   float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
   // In flight over the border between two steps: scores and dprobs of the next one.
@@ -332,7 +334,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
   KeyBlockReader<kHeadDim> reader{shared, rings.work, {}};
   uint32_t step = 0;  // over all blocks of keys
   while (true) {
-    // Which keys.
+    // Which keys. With the address in a uniform register, head dim 64 spills nothing; 128 spills only then.
     const SharedKeyBlock b{Plan::kSplitsRows ? shuffle(reader.wait().address, 0) : reader.wait().address};
     if (b.number() == kNoMoreKeys) return;
     const RingPosition<1> key_position{reader.position.uses};
@@ -386,7 +388,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
     const auto begin_step = [&](uint32_t i) {
       info = load_shared<StepInfo>(shared + Plan::kStepInfos + i % Plan::kQStages * uint32_t{sizeof(StepInfo)});
       if constexpr (kHasDropout) {
-        keep = keep_of_key_rows<kTiles>(Dropout(p, b.batch(), info.head), info.tile % kHasMask * kBlockM,
+        keep = keep_of_key_rows<kTiles>(Dropout(p, b.batch(), info.head), (info.tile & kTileNumber) * kBlockM,
                                         b.number() * kKeyBlock + warp_row, lane);
       }
       GPU_UNROLL for (int t = 0; t < Plan::kLseAhead; ++t) lse[t] = lse_at(i, t);
@@ -399,7 +401,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       if (info.tile & kHasMask) {
         // In the steady loop there are no registers to spare: nothing of this is computed before, and word by word.
         const int own = keep_computed(thread), own_row = 64 * group + own / 32 * 16 + own % 32 / 4;
-        const int tile = info.tile % kHasMask;
+        const int tile = info.tile & kTileNumber;
         GPU_UNROLL for (int r = 0; r < 2; ++r) {
           const bool is_kept = b.is_kept(own_row + 8 * r);
           const int key = b.number() * kKeyBlock + own_row + 8 * r;

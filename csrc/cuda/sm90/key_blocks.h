@@ -1,6 +1,10 @@
 // What the fused backward does in which order: blocks of keys, the tiles of queries that see them, and whose turn it is
 // to add to a tile of dq. The preparation kernel writes the list of all blocks; the roles of the fused kernel read one
 // after another from shared memory.
+//
+// From the last block of keys to the first, and upwards over the queries. Measured on an H100 against the other way
+// round, causal: 4 to 8 % faster at 1k and 2k, equal at 16k for head dim 128, 28 % faster at 16k for head dim 64, where the
+// first additions to the last tile come one after another. Causal tiles start at different queries by themselves.
 #pragma once
 #include "../visibility.h"
 
