@@ -28,6 +28,11 @@ hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("ci")
 
+# torch remembers which functions make tensors when it first meets a device context. Were that inside `poisoned`,
+# contexts such as torch.device("meta") would not know torch.empty for the rest of the process.
+with torch.device("meta"):
+    torch.zeros(())
+
 
 def runnable_backends() -> list[str]:
     """Names of the backends that run a plain float32 problem on this machine's CPU.
