@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._C import _len_torch_function_stack
 from torch.autograd import profiler
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -79,7 +78,6 @@ def is_plain(module: FusedMultiheadAttention) -> bool:
         and _is_plain_parameter(out_proj, "bias")
         and not modes.is_any_autocast_enabled()
         and modes.is_direct()
-        and _len_torch_function_stack() == 0
     )
 
 
