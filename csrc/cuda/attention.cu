@@ -217,6 +217,9 @@ void run(const Call& call, bool is_backward) {
   const AttentionParams& a = call.params;
   if (std::max({a.seqlen_q, a.seqlen_k, call.rows_q, call.rows_k}) > kMaxRows)
     throw std::invalid_argument("more than " + std::to_string(kMaxRows) + " rows");
+  if (is_backward && a.cu_seqlens_q != nullptr &&
+      a.batch > kMaxRows / kRowBlock)  // each may begin a row block of its own
+    throw std::invalid_argument("more than " + std::to_string(kMaxRows / kRowBlock) + " packed sequences");
   WorkspaceNeeds needs;
   needs.architecture = call.architecture;
   needs.is_backward = is_backward;

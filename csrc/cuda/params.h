@@ -70,7 +70,7 @@ struct Params {
   int32_t seqlen_k;    // S, or the longest
   int32_t rows_q;      // of the tensors: L, or the total when packed
   int32_t rows_k;
-  int32_t heads_per_section;  // heads whose keys and values share the L2 cache; see schedule.h
+  int32_t heads_per_section;  // heads whose tensors share the L2 cache; see schedule.h
 
   Rows q;         // (B, H, L, D)
   Rows k;         // (B, Hkv, S, D)
@@ -111,9 +111,9 @@ struct Params {
   int32_t num_key_blocks;    // of the longest sequence
   KeyBlock* key_blocks;      // (blocks of keys of all heads), in the order in which they are taken
 
-  // For kernels whose blocks stay and take one tile after another; 0 at the start.
-  int32_t*
-      tile_counter;  // forward: tiles taken beyond the first one of each block; fused backward: blocks of keys taken
+  // For kernels whose blocks stay and take one tile after another; 0 at the start. Forward: tiles taken beyond the first
+  // one of each block. Fused backward: blocks of keys taken.
+  int32_t* tile_counter;
 };
 
 }  // namespace fused_attn::gpu

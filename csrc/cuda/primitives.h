@@ -134,6 +134,8 @@ GPU_DEVICE int atomic_fetch_add(int* p, int v);  // returns what was there befor
 
 // Order between blocks through a counter in global memory: `release` makes the block's earlier writes visible to whoever
 // acquires the value. Call both from one thread, with sync_threads or a named barrier around as the block's threads need it.
+// For what bulk stores write: tma_store_wait, fence_async_proxy_global, add_release; then, in the other block,
+// wait_until_equal, fence_async_proxy_global, and the bulk operation that comes after.
 GPU_DEVICE void add_release(int* counter, int v);
 GPU_DEVICE void wait_until_equal(const int* counter, int value);  // acquires
 

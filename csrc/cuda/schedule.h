@@ -42,9 +42,10 @@ GPU_DEVICE Place place_of(const Params& p, int32_t batch, int32_t head, int32_t 
   Place place{batch, head, kv_head, 0, 0, p.seqlen_q, p.seqlen_k, 0};
   if (p.cu_seqlens_q != nullptr) {
     place.first_q = load_global(p.cu_seqlens_q + batch);
-    place.len_q = load_global(p.cu_seqlens_q + batch + 1) - place.first_q;
+    // No more than the caller said: what follows is laid out for that, and other rows have nobody to add to them.
+    place.len_q = min(load_global(p.cu_seqlens_q + batch + 1) - place.first_q, p.seqlen_q);
     place.first_k = load_global(p.cu_seqlens_k + batch);
-    place.len_k = load_global(p.cu_seqlens_k + batch + 1) - place.first_k;
+    place.len_k = min(load_global(p.cu_seqlens_k + batch + 1) - place.first_k, p.seqlen_k);
     // Sequences end within row blocks: one more block for each leaves room for all that come before.
     place.first_sum = (place.first_q / kRowBlock + batch) * kRowBlock;
   }

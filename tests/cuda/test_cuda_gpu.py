@@ -220,6 +220,21 @@ def test_streams(case: Case) -> None:
         assert_same(result, expected)
 
 
+@pytest.mark.parametrize("longest", [(130, 300), (70, 300), (130, 140)])
+def test_sequences_longer_than_said(longest: tuple[int, int]) -> None:
+    """On a GPU nobody reads the lengths before a kernel does: wrong ones may cost rows, never the whole GPU."""
+    offsets_q = torch.tensor([0, 130, 150], dtype=torch.int32, device="cuda")
+    offsets_k = torch.tensor([0, 300, 310], dtype=torch.int32, device="cuda")
+    query, key, value = (
+        torch.randn(rows, 2, 64, device="cuda", dtype=torch.float16, requires_grad=True) for rows in (150, 310, 310)
+    )
+    out = fused_attn.fused_attention_varlen(query, key, value, offsets_q, offsets_k, *longest, backend="cuda")
+    gradients = torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+    torch.cuda.synchronize()
+    for x in (out[130:], gradients[0][130:], gradients[1][300:], gradients[2][300:]):
+        assert x.isfinite().all()
+
+
 def test_another_device_than_the_current_one() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

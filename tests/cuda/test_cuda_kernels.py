@@ -149,6 +149,21 @@ def test_nan_stays_in_its_sequence(generator: torch.Generator) -> None:
 
 
 @pytest.mark.usefixtures("running")
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (1, 2)], ids=["all", "dk-dv"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_dropout_hides_no_nan(head_dim: int, wanted: tuple[int, ...], generator: torch.Generator) -> None:
+    """A query that is NaN reaches the gradients of the keys that dropout leaves it."""
+    tensors = [torch.randn(1, 1, 40, head_dim, generator=generator).half() for _ in range(3)]
+    tensors[0][0, 0, 7] = float("nan")
+    leaves = [x.requires_grad_(i in wanted) for i, x in enumerate(tensors)]
+    out = fused_attn.fused_attention(*leaves, dropout_p=0.3, dropout_seed=5, backend="cuda")
+    dkey, dvalue = torch.autograd.grad(out, leaves[1:], torch.ones_like(out))
+    # A dropped NaN may come through as well, as it does in eager attention, where it is multiplied by 0.
+    reached = dvalue.isnan().all(-1).float().mean().item()
+    assert dkey.isnan().all() and reached > 0.5
+
+
+@pytest.mark.usefixtures("running")
 def test_results_are_the_same_every_time(kernels: Kernels, architecture: int, generator: torch.Generator) -> None:
     """In whichever order threads and blocks run: gradients are summed in a fixed order."""
     query, key, value, dout = (torch.randn(1, 2, 200, 64, generator=generator).bfloat16() for _ in range(4))

@@ -367,7 +367,8 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
     if constexpr (kMakesDv) {
       float dropped[kTiles][4];
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-        GPU_UNROLL for (int j = 0; j < 4; ++j) dropped[t][j] = kHasDropout ? fmaxf(weights[t][j], 0.0f) : weights[t][j];
+        GPU_UNROLL for (int j = 0; j < 4; ++j) dropped[t][j] =
+            kHasDropout && weights[t][j] < 0.0f ? 0.0f : weights[t][j];
       }
       round_fragment<T>(rounded_weights, dropped);
     }
@@ -382,7 +383,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
         const Float4 sums = sums_of(t);
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
           float dweight = dweights[t][j];
-          if constexpr (kHasDropout) dweight = weights[t][j] > 0.0f ? dweight * p.dropout_scale : 0.0f;
+          if constexpr (kHasDropout) dweight = weights[t][j] < 0.0f ? 0.0f : dweight * p.dropout_scale;
           weights[t][j] = fabsf(weights[t][j]) * (dweight - (j % 2 == 0 ? sums.y : sums.w));
         }
       }

@@ -13,7 +13,7 @@
 // keys are taken in the same order, from the last one to the first, and each goes over the queries upwards. So
 //
 //   - neighbours are at different tiles at the same time and hardly ever wait for each other, and
-//   - whoever waits does so for work that was taken earlier. The work that was taken first of all that is unfinished
+//   - whoever waits does so for work on the same head that was taken earlier. The work that was taken first of all that is unfinished
 //     never waits, whatever else runs on the GPU: nothing can hang.
 //
 // Who does what:   warp 0: keys, queries, lse     warp 1: values, dout, delta     warps 2, 3: add tiles of dq, in turns
@@ -160,12 +160,12 @@ struct KeyBlockReader {
 // By the leader of the first one: takes the next block of keys that nobody has taken, and starts to tell the other roles.
 template <int kHeadDim>
 GPU_DEVICE void take_key_block(const Params& p, uint32_t shared, const Ring<kKeyBlockSlots>& ring,
-                               RingPosition<kKeyBlockSlots> position, int num_key_blocks) {
+                               RingPosition<kKeyBlockSlots> position, int num_programs) {
   using Plan = FusedBackwardPlan<kHeadDim>;
   const int number = atomic_fetch_add(p.tile_counter, 1);
   const uint32_t slot = shared + Plan::kKeyBlocks + position.slot() * kKeyBlockSlotBytes;
   position.wait_empty(ring);
-  if (number < num_key_blocks) {
+  if (number < num_programs) {
     mbarrier_arrive_expect(ring.full(position.slot()), kKeyBlockBytes);
     bulk_load(slot, p.key_blocks + number, kKeyBlockBytes, ring.full(position.slot()));
   } else {
@@ -203,7 +203,7 @@ struct StepLoad {
 // The first warp (kIsFirst) takes blocks of keys and loads keys, queries and lse; the second one values, dout and delta.
 template <int kHeadDim, bool kIsFirst>
 GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t shared,
-                           const FusedBackwardRings<kHeadDim>& rings, int num_key_blocks) {
+                           const FusedBackwardRings<kHeadDim>& rings, int num_programs) {
   using Plan = FusedBackwardPlan<kHeadDim>;
   using QTile = typename Plan::QTile;
   using KeyTile = typename Plan::KeyTile;
@@ -215,7 +215,7 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
   while (true) {
     // Only now, when all is loaded for the block before: taken earlier, a block of keys would keep those waiting that
     // add to dq after it.
-    if (kIsFirst && is_leader) take_key_block<kHeadDim>(p, shared, rings.work, reader.position, num_key_blocks);
+    if (kIsFirst && is_leader) take_key_block<kHeadDim>(p, shared, rings.work, reader.position, num_programs);
     const SharedKeyBlock b = reader.wait();
     if (b.number() == kNoMoreKeys) return;
     const Ring<1>& key_ring = kIsFirst ? rings.k : rings.v;
@@ -428,8 +428,9 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
           float dprob = dprobs[t][j], prob = scores[t][j];
           if constexpr (kHasDropout) {
-            dprob = prob > 0.0f ? dprob * p.dropout_scale : 0.0f;
-            scores[t][j] = fmaxf(prob, 0.0f);
+            const bool is_dropped = prob < 0.0f;  // false for NaN, which is not to be lost
+            dprob = is_dropped ? 0.0f : dprob * p.dropout_scale;
+            scores[t][j] = is_dropped ? 0.0f : prob;
             prob = fabsf(prob);
           }
           dprobs[t][j] = prob * (dprob - (j % 2 == 0 ? delta[t].x : delta[t].y));
@@ -517,7 +518,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
 template <class T, int kHeadDim, bool kHasDropout>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(FusedBackwardPlan<kHeadDim>::kThreads, 1)
     fused_backward_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT BackwardMaps maps,
-                          int num_key_blocks) {
+                          int num_programs) {
   using Plan = FusedBackwardPlan<kHeadDim>;
   const uint32_t shared = shared_address(shared_memory());
   const FusedBackwardRings<kHeadDim> rings(shared);
@@ -528,9 +529,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(FusedBackwardPlan<kHeadDim>::kThreads, 1)
     decrease_registers<Plan::kProducerRegisters>();
     const int warp = shuffle(thread_index() / 32, 0);
     if (warp == 0) {
-      load_tiles<kHeadDim, true>(p, maps, shared, rings, num_key_blocks);
+      load_tiles<kHeadDim, true>(p, maps, shared, rings, num_programs);
     } else if (warp == 1) {
-      load_tiles<kHeadDim, false>(p, maps, shared, rings, num_key_blocks);
+      load_tiles<kHeadDim, false>(p, maps, shared, rings, num_programs);
     } else if (thread_index() % 32 == 0) {
       add_dq<kHeadDim>(p, shared, rings, warp % 2);
     }
@@ -545,12 +546,12 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(FusedBackwardPlan<kHeadDim>::kThreads, 1)
 // The sums over rows, turns that begin at 0, and the list of all blocks of keys.
 template <class T, int kHeadDim>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
-    prepare_fused_backward_kernel(const GPU_GRID_CONSTANT Params p, int num_key_blocks) {
+    prepare_fused_backward_kernel(const GPU_GRID_CONSTANT Params p, int num_programs) {
   using Plan = FusedBackwardPlan<kHeadDim>;
   reset_tile_counter(p);
   prepare_rows<T, kHeadDim, Plan::kBlockM>(p);
   const int64_t threads = int64_t{grid_size_x()} * kPreparationThreads;
-  for (int64_t i = int64_t{block_index_x()} * kPreparationThreads + thread_index(); i < num_key_blocks; i += threads) {
+  for (int64_t i = int64_t{block_index_x()} * kPreparationThreads + thread_index(); i < num_programs; i += threads) {
     const KeyBlock b = key_block<Plan::kBlockM>(p, static_cast<int32_t>(i));
     Vec4 words[kKeyBlockBytes / 16];
     __builtin_memcpy(words, &b, kKeyBlockBytes);

@@ -89,11 +89,11 @@ void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
   using Plan = FusedBackwardPlan<kHeadDim>;
   LaunchShape shape =
       shape_of(p.seqlen_k, Plan::kBlockN, p.num_heads / p.group_size, p.batch, Plan::kThreads, Plan::kBytes);
-  const int num_key_blocks = shape.grid_x;
-  shape.grid_x = std::min(num_key_blocks, multiprocessors());
-  run_kernel(prepare_fused_backward_kernel<T, kHeadDim>, shape_of_row_preparation(p), stream, p, num_key_blocks);
+  const int num_programs = shape.grid_x;  // blocks of keys of all heads
+  shape.grid_x = std::min(num_programs, multiprocessors());
+  run_kernel(prepare_fused_backward_kernel<T, kHeadDim>, shape_of_row_preparation(p), stream, p, num_programs);
   run_kernel(fused_backward_kernel<T, kHeadDim, kHasDropout>, shape, stream, p, maps_of(Plan::kBlockM, Plan::kBlockN),
-             num_key_blocks);
+             num_programs);
   run_kernel(round_dq_kernel<T, kHeadDim>,
              shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, kRoundingThreads, 0), stream, p);
 }
