@@ -31,10 +31,10 @@ class Preference(NamedTuple):
     order: tuple[Backend, ...]
 
 
-#: The first row that fits decides. The CUDA kernels come first where they use what Triton's compiler does not reach (wgmma by
-#: specialised warps, whatever the mask). On an H100 they are about as fast as cuDNN or faster (README, Results); Triton's
-#: plain path has not been timed beside them. With so few queries that the keys of a head have to be divided among several
-#: programs, which only the Triton kernels do, these come first. An H100 has 132 multiprocessors.
+#: The first row that fits decides. The CUDA kernels come first where they use what Triton's compiler does not reach
+#: (wgmma by specialised warps, whatever the mask). On an H100 they are about as fast as cuDNN or faster (README,
+#: Results); Triton's plain path has not been timed beside them. With so few queries that the keys of a head have to be
+#: divided among several programs, which only the Triton kernels do, these come first. An H100 has 132 multiprocessors.
 PREFERENCES = (
     Preference(9, 64, 132, (cpu, cuda, triton, reference)),
     Preference(None, 0, 0, (cpu, triton, cuda, reference)),

