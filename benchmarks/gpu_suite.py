@@ -139,7 +139,7 @@ class Suite:
             variables["OMP_NUM_THREADS"] = "1"  # threads that wait for each other only cost time here
         process = subprocess.Popen(
             command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", start_new_session=True,
+            errors="replace", start_new_session=True, preexec_fn=_hear_interrupts,
         )  # fmt: skip
         reader = threading.Thread(target=self._copy, args=(process.stdout,), daemon=True)
         reader.start()
@@ -189,6 +189,11 @@ class Suite:
         for line in stream:
             self.is_cut_short |= line.startswith("time is up")
             self.say(line.rstrip("\n"))
+
+
+def _hear_interrupts() -> None:
+    """In a shell's background SIGINT is ignored, and so by what is started there, unless told otherwise."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(process: subprocess.Popen, until: float) -> int | None:
