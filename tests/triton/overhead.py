@@ -69,7 +69,6 @@ def main() -> None:
     costs["backward plain"] = best_of(
         lambda: launcher.backward(plain, wanted, dout, None, query, key, value, out, lse, None, None, NO_MASK)
     )
-    costs["yardstick"] = best_of(lambda: [torch.empty_like(lse) for _ in range(10)])  # how fast this machine is
     print(json.dumps(costs))
 
 
