@@ -47,7 +47,7 @@ struct AttentionParams {
   int64_t window_right = kUnbounded;
   int64_t diagonal_offset = 0;
 
-  TensorView key_padding;  // (B, 1, 1, S) bytes, nonzero = IGNORE, any column stride; an ignored key is never loaded
+  TensorView key_padding;  // (B, 1, 1, S) bytes, nonzero = padding, any column stride; a padding key is never loaded
   TensorView mask;         // (B, H, L, S) bytes, nonzero = attend, any stride
   TensorView bias;         // (B, H, L, S) of bias_dtype, any stride
   DType bias_dtype = DType::kFloat32;  // dtype, or the accumulate type

@@ -20,9 +20,9 @@ struct BackwardPlan {
   bool is_single_pass;  // each row is visited once, and nobody needs its statistics later
 };
 
-template <class P>
+template <class Policy>
 BackwardPlan plan_backward(const AttentionParams& p) {
-  using Lane = typename P::Lane;
+  using Lane = typename Policy::Lane;
   BackwardPlan plan;
   const bool has_dbias = p.dbias.data != nullptr;
   plan.join_batches = has_dbias && p.dbias.stride_batch == 0 && p.batch > 1;
@@ -41,13 +41,13 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   plan.chunk_keys = round_up((p.seqlen_k + plan.chunks - 1) / plan.chunks, 64);
   if (plan.chunk_keys > 0) plan.chunks = (p.seqlen_k + plan.chunk_keys - 1) / plan.chunk_keys;
 
-  // dK and dV of a slab take half of the second-level cache of most cores.
+  // dkey and dvalue of a slab take half of the second-level cache of most cores.
   constexpr int64_t kSlabBytes = int64_t{512} << 10;
   const int64_t head_row = round_up(p.head_dim, kLanes<Lane>);
   const int64_t key_bytes = (head_row + round_up(p.value_dim, kLanes<Lane>)) * static_cast<int64_t>(sizeof(Lane));
   plan.slab_keys = key_bytes > 0 ? kSlabBytes / key_bytes / 64 * 64 : plan.chunk_keys;
-  // Sums over slabs need dQ in lanes. Where memory holds another type that costs scratch: never more than slabs save.
-  plan.sums_dquery = !kSame<typename P::Storage, Lane> && plan.chunks == 1 && p.dquery.data != nullptr;
+  // Sums over slabs need dquery in lanes. Where memory holds another type that costs scratch: never more than slabs save.
+  plan.sums_dquery = !kSame<typename Policy::Storage, Lane> && plan.chunks == 1 && p.dquery.data != nullptr;
   const int64_t sums_bytes = p.num_heads / p.num_kv_heads * p.seqlen_q * head_row * static_cast<int64_t>(sizeof(Lane));
   const bool is_worth_it = !plan.sums_dquery || sums_bytes <= (plan.chunk_keys - plan.slab_keys) * key_bytes;
   if (plan.slab_keys >= plan.chunk_keys || !is_worth_it) {
@@ -83,9 +83,9 @@ FA_INLINE int64_t head_index(const AttentionParams& p, int64_t chunk, int64_t b,
 // What the tiles need of the rows: [batch][head][seqlen_q, padded to vectors], or of one block in an item's scratch.
 template <class Lane>
 struct RowStatistics {
-  Lane* lse;         // +inf, which makes P zero, for rows that see nothing or do not exist
-  Lane* correction;  // -log2 of the sum that exp(S - lse) really gives
-  Lane* delta;       // rowsum(dO * out)
+  Lane* lse;         // +inf, which makes probs zero, for rows that see nothing or do not exist
+  Lane* correction;  // -log2 of the sum that exp(scores - lse) really gives
+  Lane* delta;       // rowsum(dout * out)
   Lane* dlse;        // not taken from delta: that difference would round what the sum of both keeps
 
   void layout(Arena& arena, int64_t rows) {
@@ -104,29 +104,30 @@ struct RowStatistics {
   }
 };
 
-template <class P>
+template <class Policy>
 struct BackwardScratch {
-  using Lane = typename P::Lane;
+  using Lane = typename Policy::Lane;
   // What a product over queries broadcasts: whole lanes, or bfloat16 whose neighbours form a lane.
-  using Weight = std::conditional_t<P::kPerLane == 1, Lane, BFloat16>;
+  using Coefficient = std::conditional_t<Policy::kPerLane == 1, Lane, BFloat16>;
 
-  KeyScratch<P> key;
+  KeyScratch<Policy> key;
   const char** value_rows;
   Lane* value_lanes;
-  SummedRows<P> summed_key;
-  Lane* query;         // columns [head lanes][kBlockQ]
-  Lane* dout;          // columns [value lanes][kBlockQ]
-  Lane* query_rows;    // [query (pair)][head_dim, padded]; unused where memory already holds such rows
-  Lane* dout_rows;     // [query (pair)][value_dim, padded]
-  Weight* weights;     // P^T [key of the block][kBlockQ], after dropout
-  Weight* dscores;     // dS^T [key of the block][kBlockQ], of the scores before softcap
-  Lane* dscore_pairs;  // dS^T in pairs of keys [pair][kBlockQ]; dscores itself when lanes hold single elements
-  Lane* dbias;         // dS^T [key of the block][kBlockQ], of the scores after softcap
-  Lane* dquery;        // dQ^T [head_dim, padded][kBlockQ]
-  Lane* dquery_rows;   // [query of the item's heads][head_dim, padded], where dQ is summed if memory cannot hold lanes
-  Lane* dkey;          // [key of the slab, and one row that absorbs the padding of a tile][head_dim, padded]
-  Lane* dvalue;        // [key of the slab + 1][value_dim, padded]
-  Lane* out;           // columns [value lanes][kBlockQ]
+  SummedRows<Policy> summed_key;
+  Lane* query;           // columns [head lanes][kBlockQ]
+  Lane* dout;            // columns [value lanes][kBlockQ]
+  Lane* query_rows;      // [query (pair)][head_dim, padded]; unused where memory already holds such rows
+  Lane* dout_rows;       // [query (pair)][value_dim, padded]
+  Coefficient* probs;    // probs^T [key of the block][kBlockQ], after dropout
+  Coefficient* dscores;  // dscores^T [key of the block][kBlockQ], of the scores before softcap
+  Lane* dscore_pairs;    // dscores^T in pairs of keys [pair][kBlockQ]; dscores itself when lanes hold single elements
+  Lane* dbias;           // dscores^T [key of the block][kBlockQ], of the scores after softcap
+  Lane* dquery;          // dquery^T [head_dim, padded][kBlockQ]
+  Lane*
+      dquery_rows;  // [query of the item's heads][head_dim, padded], where dquery is summed if memory cannot hold lanes
+  Lane* dkey;       // [key of the slab, and one row that absorbs the padding of a tile][head_dim, padded]
+  Lane* dvalue;     // [key of the slab + 1][value_dim, padded]
+  Lane* out;        // columns [value lanes][kBlockQ]
   RowStatistics<Lane> statistics;  // of the block, in a single pass
 
   void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
@@ -135,21 +136,21 @@ struct BackwardScratch {
     const int value_dim = static_cast<int>(p.value_dim);
     const int64_t head_row = round_up(head_dim, n);
     const int64_t value_row = round_up(value_dim, n);
-    const int64_t rows = KeyScratch<P>::kRows;
+    const int64_t rows = KeyScratch<Policy>::kRows;
     const int64_t tile = round_up(rows, n) * kBlockQ;
-    const bool pairs = P::kPerLane == 2;
+    const bool pairs = Policy::kPerLane == 2;
     key.layout(arena, p);
     value_rows = arena.take<const char*>(rows);
-    value_lanes = arena.take<Lane>(P::kConverts || value_dim % P::kPerLane != 0 ? rows * value_row : 0);
+    value_lanes = arena.take<Lane>(Policy::kConverts || value_dim % Policy::kPerLane != 0 ? rows * value_row : 0);
     if (pairs) {
       summed_key.layout(arena, p, head_dim, p.num_heads / p.num_kv_heads * ((p.seqlen_q + kBlockQ - 1) / kBlockQ));
     }
-    query = arena.take<Lane>(round_up(P::lanes_for(head_dim), n) * kBlockQ);
-    dout = arena.take<Lane>(round_up(P::lanes_for(value_dim), n) * kBlockQ);
+    query = arena.take<Lane>(round_up(Policy::lanes_for(head_dim), n) * kBlockQ);
+    dout = arena.take<Lane>(round_up(Policy::lanes_for(value_dim), n) * kBlockQ);
     query_rows = arena.take<Lane>(kBlockQ * head_row);
     dout_rows = arena.take<Lane>(kBlockQ * value_row);
-    weights = arena.take<Weight>(tile);
-    dscores = arena.take<Weight>(tile);
+    probs = arena.take<Coefficient>(tile);
+    dscores = arena.take<Coefficient>(tile);
     dscore_pairs = pairs ? arena.take<Lane>(tile / 2) : reinterpret_cast<Lane*>(dscores);
     dbias = nullptr;
     if (p.dbias.data != nullptr || p.drelative_bias.data != nullptr) {
@@ -159,7 +160,7 @@ struct BackwardScratch {
     dquery_rows = arena.take<Lane>(plan.sums_dquery ? p.num_heads / p.num_kv_heads * p.seqlen_q * head_row : 0);
     dkey = arena.take<Lane>((plan.slab_keys + 1) * head_row);
     dvalue = arena.take<Lane>((plan.slab_keys + 1) * value_row);
-    out = arena.take<Lane>(round_up(P::lanes_for(value_dim), n) * kBlockQ);
+    out = arena.take<Lane>(round_up(Policy::lanes_for(value_dim), n) * kBlockQ);
     statistics.layout(arena, kBlockQ);
   }
 };

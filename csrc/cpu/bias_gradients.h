@@ -1,11 +1,11 @@
-// The gradients of the dense and of the relative bias, from dS of a block of keys.
+// The gradients of the dense and of the relative bias, from dscores of a block of keys.
 #pragma once
 #include "backward_plan.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Adds the block's dS (tile[key][query]) to the gradient of the bias, which is summed over the dimensions of stride 0.
+// Adds the block's dscores (tile[key][query]) to the gradient of the bias, which is summed over the dimensions of stride 0.
 template <class Lane>
 FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
                                   const KeyBlock& keys, const Lane* tile) {
@@ -38,14 +38,14 @@ FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, 
         if (q + n <= nq && count >= n) {
           FA_UNROLL
           for (int i = 0; i < n; ++i) {
-            Lane* p = base + (q + i) * view.stride_row + k;
-            store<Lane>(p, load<Lane>(p) + block[i]);
+            Lane* target = base + (q + i) * view.stride_row + k;
+            store<Lane>(target, load<Lane>(target) + block[i]);
           }
         } else {
           FA_UNROLL
           for (int i = 0; i < n; ++i) {
-            Lane* p = base + (q + i) * view.stride_row + k;
-            if (q + i < nq) store_as<Lane>(p, load_as<Lane>(p, count) + block[i], count);
+            Lane* target = base + (q + i) * view.stride_row + k;
+            if (q + i < nq) store_as<Lane>(target, load_as<Lane>(target, count) + block[i], count);
           }
         }
       }
@@ -58,14 +58,14 @@ FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, 
   }
 }
 
-// Adds the block's dS to the gradient of the reversed relative bias: key j meets 64 neighbouring entries.
+// Adds the block's dscores to the gradient of the reversed relative bias: key j meets 64 neighbouring entries.
 template <class Lane>
 FA_NOINLINE void accumulate_drelative(const KeyBlock& keys, int vectors, const Lane* tile, Lane* relative) {
   constexpr int n = kLanes<Lane>;
   for (int k = 0; k < keys.count; ++k) {
     for (int v = 0; v < vectors; ++v) {
-      Lane* p = relative - keys.index[k] + v * n;
-      store<Lane>(p, load<Lane>(p) + load<Lane>(tile + k * kBlockQ + v * n));
+      Lane* target = relative - keys.index[k] + v * n;
+      store<Lane>(target, load<Lane>(target) + load<Lane>(tile + k * kBlockQ + v * n));
     }
   }
 }

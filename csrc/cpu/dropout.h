@@ -32,10 +32,10 @@ FA_NOINLINE void philox_rows(uint64_t seed, uint32_t batch, uint32_t head, uint3
   }
 }
 
-// keep[key][query] = -1 or 0 for the live keys of a block.
+// dropout_keep[key][query] = -1 or 0 for the valid keys of a block.
 template <class Int>
-FA_NOINLINE void make_keep_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin, const KeyBlock& keys,
-                                Int* keep) {
+FA_NOINLINE void make_dropout_keep(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin,
+                                   const KeyBlock& keys, Int* dropout_keep) {
   uint32_t words[4][kBlockQ];
   int32_t group = -1;
   for (int k = 0; k < keys.count; ++k) {
@@ -45,7 +45,7 @@ FA_NOINLINE void make_keep_tile(const AttentionParams& p, int64_t b, int64_t h, 
                   static_cast<uint32_t>(group), words);
     }
     const uint32_t* word = words[keys.index[k] & 3];
-    for (int q = 0; q < kBlockQ; ++q) keep[k * kBlockQ + q] = -static_cast<Int>(word[q] >= p.dropout_threshold);
+    for (int q = 0; q < kBlockQ; ++q) dropout_keep[k * kBlockQ + q] = -static_cast<Int>(word[q] >= p.dropout_threshold);
   }
 }
 

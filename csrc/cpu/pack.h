@@ -160,7 +160,7 @@ FA_INLINE Lane load_scalar(const Storage* p) {
 // kPerLane = 1: a lane holds one number. kPerLane = 2: a 32-bit lane holds two bfloat16 neighbours of the dimension that is
 // summed over, and one instruction multiplies and adds both.
 template <class StorageType, class LaneType, int kElementsPerLane>
-struct Policy {
+struct ElementPolicy {
   using Storage = StorageType;
   using Lane = LaneType;
   static constexpr int kPerLane = kElementsPerLane;
@@ -171,11 +171,11 @@ struct Policy {
   static constexpr int lanes_for(int n) { return (n + kPerLane - 1) / kPerLane; }
 };
 
-template <class P>
-FA_INLINE Vec<typename P::Lane> multiply_add(Vec<typename P::Lane> a, Vec<typename P::Lane> b,
-                                             Vec<typename P::Lane> acc) {
+template <class Policy>
+FA_INLINE Vec<typename Policy::Lane> multiply_add(Vec<typename Policy::Lane> a, Vec<typename Policy::Lane> b,
+                                                  Vec<typename Policy::Lane> acc) {
 #if defined(__AVX512BF16__)
-  if constexpr (P::kPerLane == 2) {
+  if constexpr (Policy::kPerLane == 2) {
     return reinterpret_cast<Vec<float>>(
         _mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
   }
@@ -184,10 +184,10 @@ FA_INLINE Vec<typename P::Lane> multiply_add(Vec<typename P::Lane> a, Vec<typena
 }
 
 // One lane of a row at any address, in every lane. Pairs go through integers: as a float their bits are no number.
-template <class P>
-FA_INLINE Vec<typename P::Lane> broadcast_lane(const char* row, int64_t lane) {
-  using Lane = typename P::Lane;
-  if constexpr (P::kPerLane == 2) {
+template <class Policy>
+FA_INLINE Vec<typename Policy::Lane> broadcast_lane(const char* row, int64_t lane) {
+  using Lane = typename Policy::Lane;
+  if constexpr (Policy::kPerLane == 2) {
     int32_t bits;
     memcpy(&bits, row + lane * 4, 4);
     return reinterpret_cast<Vec<Lane>>(broadcast_int<Lane>(bits));
@@ -241,10 +241,10 @@ FA_INLINE Vec<float> scale_pairs(Vec<float> pairs, Vec<float> factor) {
 #endif
 
 // Loads kLanes lanes of a row from lane `first` on; zero beyond `dim` elements.
-template <class P>
-FA_INLINE Vec<typename P::Lane> load_lanes(const typename P::Storage* row, int first, int dim) {
-  using Lane = typename P::Lane;
-  if constexpr (P::kPerLane == 2) {
+template <class Policy>
+FA_INLINE Vec<typename Policy::Lane> load_lanes(const typename Policy::Storage* row, int first, int dim) {
+  using Lane = typename Policy::Lane;
+  if constexpr (Policy::kPerLane == 2) {
     Vec<Lane> v = {};
     const int elements = dim - 2 * first;
     if (elements >= 2 * kLanes<Lane>) {
@@ -261,10 +261,10 @@ FA_INLINE Vec<typename P::Lane> load_lanes(const typename P::Storage* row, int f
 }
 
 // Stores what load_lanes loads; elements from `dim` on are left alone.
-template <class P>
-FA_INLINE void store_lanes(typename P::Storage* row, int first, int dim, Vec<typename P::Lane> v) {
-  using Lane = typename P::Lane;
-  if constexpr (P::kPerLane == 2) {
+template <class Policy>
+FA_INLINE void store_lanes(typename Policy::Storage* row, int first, int dim, Vec<typename Policy::Lane> v) {
+  using Lane = typename Policy::Lane;
+  if constexpr (Policy::kPerLane == 2) {
     const int elements = dim - 2 * first;
     if (elements >= 2 * kLanes<Lane>) {
       memcpy(row + 2 * first, &v, sizeof(v));
@@ -280,22 +280,22 @@ FA_INLINE void store_lanes(typename P::Storage* row, int first, int dim, Vec<typ
 
 // Transposes `count` <= kBlock rows of `dim` elements into columns[lane][kBlock].
 // Rows from `count` up to the next full vector are zero.
-template <class P, int kBlock>
-FA_NOINLINE void pack_columns(const typename P::Storage* rows, int64_t stride_row, int count, int dim,
-                              typename P::Lane* columns) {
-  using Lane = typename P::Lane;
+template <class Policy, int kBlock>
+FA_NOINLINE void pack_columns(const typename Policy::Storage* rows, int64_t stride_row, int count, int dim,
+                              typename Policy::Lane* columns) {
+  using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
-  const int depth = P::lanes_for(dim);
+  const int depth = Policy::lanes_for(dim);
   for (int q = 0; q < count; q += n) {
     for (int d = 0; d < depth; d += n) {
       Vec<Lane> block[n];
       if (q + n <= count) {
         FA_UNROLL
-        for (int i = 0; i < n; ++i) block[i] = load_lanes<P>(rows + (q + i) * stride_row, d, dim);
+        for (int i = 0; i < n; ++i) block[i] = load_lanes<Policy>(rows + (q + i) * stride_row, d, dim);
       } else {
         FA_UNROLL
         for (int i = 0; i < n; ++i) {
-          block[i] = q + i < count ? load_lanes<P>(rows + (q + i) * stride_row, d, dim) : Vec<Lane>{};
+          block[i] = q + i < count ? load_lanes<Policy>(rows + (q + i) * stride_row, d, dim) : Vec<Lane>{};
         }
       }
       transpose<Lane>(block);
@@ -311,17 +311,17 @@ FA_NOINLINE void pack_columns(const typename P::Storage* rows, int64_t stride_ro
 // Transposes back: writes `count` rows of `dim` elements, or adds to them (lanes of single elements only). column(d, q) are
 // elements d of the rows from q on, for any d below dim rounded up to a vector. Elements that share a lane are rounded and
 // paired first: that leaves half as much to transpose.
-template <class P, class Column>
-FA_INLINE void unpack_columns(const Column& column, int count, int dim, bool add, typename P::Storage* rows,
+template <class Policy, class Column>
+FA_INLINE void unpack_columns(const Column& column, int count, int dim, bool add, typename Policy::Storage* rows,
                               int64_t stride_row) {
-  using Lane = typename P::Lane;
+  using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   for (int q = 0; q < count; q += n) {
-    for (int d = 0; d < P::lanes_for(dim); d += n) {
+    for (int d = 0; d < Policy::lanes_for(dim); d += n) {
       Vec<Lane> block[n];
       FA_UNROLL
       for (int i = 0; i < n; ++i) {
-        if constexpr (P::kPerLane == 1) {
+        if constexpr (Policy::kPerLane == 1) {
           block[i] = column(d + i, q);
         } else {
 #if defined(__AVX512BF16__)
@@ -334,11 +334,11 @@ FA_INLINE void unpack_columns(const Column& column, int count, int dim, bool add
       FA_UNROLL
       for (int i = 0; i < n; ++i) {
         if (q + i >= count) continue;
-        typename P::Storage* row = rows + (q + i) * stride_row;
-        if constexpr (P::kPerLane == 1) {
-          if (add) block[i] += load_lanes<P>(row, d, dim);
+        typename Policy::Storage* row = rows + (q + i) * stride_row;
+        if constexpr (Policy::kPerLane == 1) {
+          if (add) block[i] += load_lanes<Policy>(row, d, dim);
         }
-        store_lanes<P>(row, d, dim, block[i]);
+        store_lanes<Policy>(row, d, dim, block[i]);
       }
     }
   }

@@ -54,9 +54,9 @@ RelativeBias<Lane> make_relative_bias(const AttentionParams& p, char* memory) {
 }
 
 // Everything that the scores of a query block depend on.
-template <class P>
+template <class Policy>
 struct ScoreInputs {
-  using Lane = typename P::Lane;
+  using Lane = typename Policy::Lane;
 
   const Lane* query = nullptr;  // columns [depth][kBlockQ]
   int depth = 0;                // lanes of a key row
@@ -88,12 +88,13 @@ FA_NOINLINE void apply_softcap(Lane* scores, int count, Lane cap, Lane* derivati
 
 // Scores of keys [k, k + kTileKeys) of the block and kColumns vectors of queries from vector v on. A plain tile compiles
 // without any modifier. `derivative` receives the softcap's derivative, [kTileKeys][kColumns] vectors, if not null.
-template <class P, int kColumns, bool kPlain>
-FA_INLINE void compute_scores(const ScoreInputs<P>& in, int k, int v, bool partial, typename P::Lane* derivative,
-                              Vec<typename P::Lane> (&acc)[kTileKeys][kColumns]) {
-  using Lane = typename P::Lane;
+template <class Policy, int kColumns, bool kPlain>
+FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool partial,
+                              typename Policy::Lane* derivative,
+                              Vec<typename Policy::Lane> (&acc)[kTileKeys][kColumns]) {
+  using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
-  dot_tile<P, kTileKeys, kColumns>(in.key_rows + k, in.query + v * n, kBlockQ, in.depth, acc);
+  dot_tile<Policy, kTileKeys, kColumns>(in.key_rows + k, in.query + v * n, kBlockQ, in.depth, acc);
   if constexpr (kPlain) return;
   if (!in.raw) {
     FA_UNROLL
@@ -145,30 +146,30 @@ FA_INLINE void compute_scores(const ScoreInputs<P>& in, int k, int v, bool parti
   }
 }
 
-// 2^exponent as exactly as the elements of P, to which it will be rounded, can tell.
-template <class P>
-FA_INLINE Vec<typename P::Lane> probability(Vec<typename P::Lane> exponent) {
+// 2^exponent as exactly as Policy::Storage, to which it will be rounded, can tell.
+template <class Policy>
+FA_INLINE Vec<typename Policy::Lane> prob_of(Vec<typename Policy::Lane> exponent) {
 #if defined(__AVX512BF16__)
-  if constexpr (P::kPerLane == 2) return exp2_to_round(exponent);
+  if constexpr (Policy::kPerLane == 2) return exp2_to_round(exponent);
 #endif
-  return exp2<typename P::Lane, P::kCoarseExp>(exponent);
+  return exp2<typename Policy::Lane, Policy::kCoarseExp>(exponent);
 }
 
 // Rows of the block's keys as `rows` of lanes: in place where memory already holds lanes, else converted into `scratch`
 // (rows of round_up(dim, lanes) lanes). Sets kTileKeys pointers behind the last key as well.
-template <class P>
-FA_NOINLINE void find_rows(const typename P::Storage* base, int64_t stride_row, const KeyBlock& keys, int dim,
-                           typename P::Lane* scratch, const char** rows) {
-  using Lane = typename P::Lane;
+template <class Policy>
+FA_NOINLINE void find_rows(const typename Policy::Storage* base, int64_t stride_row, const KeyBlock& keys, int dim,
+                           typename Policy::Lane* scratch, const char** rows) {
+  using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
-  if (P::kPerLane == 1 ? !P::kConverts : dim % 2 == 0) {
+  if (Policy::kPerLane == 1 ? !Policy::kConverts : dim % 2 == 0) {
     for (int k = 0; k < keys.count; ++k) rows[k] = reinterpret_cast<const char*>(base + keys.index[k] * stride_row);
   } else {
-    const int lanes = P::lanes_for(dim);
+    const int lanes = Policy::lanes_for(dim);
     const int64_t row = round_up(lanes, n);
     for (int k = 0; k < keys.count; ++k) {
-      const typename P::Storage* source = base + keys.index[k] * stride_row;
-      for (int d = 0; d < lanes; d += n) store<Lane>(scratch + k * row + d, load_lanes<P>(source, d, dim));
+      const typename Policy::Storage* source = base + keys.index[k] * stride_row;
+      for (int d = 0; d < lanes; d += n) store<Lane>(scratch + k * row + d, load_lanes<Policy>(source, d, dim));
       rows[k] = reinterpret_cast<const char*>(scratch + k * row);
     }
   }
@@ -176,54 +177,54 @@ FA_NOINLINE void find_rows(const typename P::Storage* base, int64_t stride_row, 
 }
 
 // Rows of one head for sums over its keys: as find_rows finds them, or pairs of neighbouring keys interleaved when lanes
-// hold pairs. A thread keeps such pairs for the next blocks of queries as long as the rows begin at the same address:
+// hold pairs. A thread caches such pairs for the next blocks of queries as long as the rows begin at the same address:
 // then they are the same rows, since one call has one stride between rows. A block that begins at an odd key, or has
 // holes, is interleaved each time.
-template <class P>
+template <class Policy>
 struct SummedRows {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
 
-  static constexpr int64_t kMostKeptBytes = int64_t{1} << 20;  // what a second-level cache holds
+  static constexpr int64_t kMaxCachedBytes = int64_t{1} << 20;  // what a second-level cache holds
 
-  const char** rows;        // of the block's keys (pairs)
-  Lane* block;              // the block's rows, if memory does not hold them and they are not kept
-  int64_t pairs;            // that can be kept; 0: none are
-  Lane* kept;               // [pair of keys 2 i, 2 i + 1][dim, padded]
-  uint8_t* is_kept;         // [pair]
-  const Storage** kept_of;  // in the scratch, too, since a thread's scratch is handed on as constant
+  const char** rows;            // of the block's keys (pairs)
+  Lane* block;                  // the block's rows, if memory does not hold them and they are not cached
+  int64_t pairs;                // that can be cached; 0: none are
+  Lane* cached;                 // [pair of keys 2 i, 2 i + 1][dim, padded]
+  uint8_t* is_cached;           // [pair]
+  const Storage** cached_base;  // in the scratch, too, since a thread's scratch is handed on as constant
 
   void layout(Arena& arena, const AttentionParams& p, int dim, int64_t visits) {
     const int64_t row = round_up(dim, kLanes<Lane>);
-    pairs = P::kPerLane == 2 && visits > 1 ? (p.seqlen_k + 1) / 2 : 0;
-    if (pairs * row * static_cast<int64_t>(sizeof(Lane)) > kMostKeptBytes) pairs = 0;
+    pairs = Policy::kPerLane == 2 && visits > 1 ? (p.seqlen_k + 1) / 2 : 0;
+    if (pairs * row * static_cast<int64_t>(sizeof(Lane)) > kMaxCachedBytes) pairs = 0;
     rows = arena.take<const char*>(kBlockK + kTileKeys);
-    block = arena.take<Lane>(P::kConverts || P::kPerLane == 2 ? (kBlockK + kTileKeys) * row : 0);
-    kept = arena.take<Lane>(pairs * row);
-    is_kept = arena.take<uint8_t>(pairs);
-    kept_of = arena.take<const Storage*>(1);
-    if (kept_of != nullptr) *kept_of = nullptr;
+    block = arena.take<Lane>(Policy::kConverts || Policy::kPerLane == 2 ? (kBlockK + kTileKeys) * row : 0);
+    cached = arena.take<Lane>(pairs * row);
+    is_cached = arena.take<uint8_t>(pairs);
+    cached_base = arena.take<const Storage*>(1);
+    if (cached_base != nullptr) *cached_base = nullptr;
   }
 
   FA_NOINLINE void find(const Storage* base, int64_t stride_row, const KeyBlock& keys, int dim) const {
-    if constexpr (P::kPerLane == 1) {
-      find_rows<P>(base, stride_row, keys, dim, block, rows);
+    if constexpr (Policy::kPerLane == 1) {
+      find_rows<Policy>(base, stride_row, keys, dim, block, rows);
     } else {
 #if defined(__AVX512BF16__)
       const int64_t row = round_up(dim, kLanes<Lane>);
       const auto source = [&](int k) { return reinterpret_cast<const uint16_t*>(base + keys.index[k] * stride_row); };
-      const bool keeps = pairs > 0 && keys.contiguous && keys.index[0] % 2 == 0 && keys.count % 2 == 0;
-      if (keeps && *kept_of != base) {
-        memset(is_kept, 0, pairs);
-        *kept_of = base;
+      const bool caches = pairs > 0 && keys.contiguous && keys.index[0] % 2 == 0 && keys.count % 2 == 0;
+      if (caches && *cached_base != base) {
+        memset(is_cached, 0, pairs);
+        *cached_base = base;
       }
       for (int k = 0; k < keys.count; k += 2) {
         const int64_t pair = keys.index[k] / 2;
-        Lane* target = keeps ? kept + pair * row : block + k / 2 * row;
-        if (!keeps || is_kept[pair] == 0) {
+        Lane* target = caches ? cached + pair * row : block + k / 2 * row;
+        if (!caches || is_cached[pair] == 0) {
           interleave_rows(source(k), k + 1 < keys.count ? source(k + 1) : nullptr, dim, target);
         }
-        if (keeps) is_kept[pair] = 1;
+        if (caches) is_cached[pair] = 1;
         rows[k / 2] = reinterpret_cast<const char*>(target);
       }
 #endif
@@ -274,43 +275,43 @@ FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, in
   }
 }
 
-// What both directions keep for a block of keys.
-template <class P>
+// What both directions hold for a block of keys.
+template <class Policy>
 struct KeyScratch {
-  using Lane = typename P::Lane;
+  using Lane = typename Policy::Lane;
 
   KeyBlock* keys;
   const char** key_rows;
-  Lane* key_lanes;      // converted keys, if they must be converted
-  Lane* bias;           // [kBlockK + kTileKeys][kBlockQ]
-  LaneInt<Lane>* keep;  // [kBlockK + kTileKeys][kBlockQ]
-  VectorRange* ranges;  // per tile
+  Lane* key_lanes;              // converted keys, if they must be converted
+  Lane* bias;                   // [kBlockK + kTileKeys][kBlockQ]
+  LaneInt<Lane>* dropout_keep;  // [kBlockK + kTileKeys][kBlockQ]
+  VectorRange* ranges;          // per tile
 
   static constexpr int64_t kRows = kBlockK + kTileKeys;
 
   void layout(Arena& arena, const AttentionParams& p) {
     keys = arena.take<KeyBlock>(1);
     key_rows = arena.take<const char*>(kRows);
-    const bool converts = P::kConverts || p.head_dim % P::kPerLane != 0;
-    key_lanes =
-        arena.take<Lane>(converts ? kRows * round_up(P::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>) : 0);
+    const bool converts = Policy::kConverts || p.head_dim % Policy::kPerLane != 0;
+    key_lanes = arena.take<Lane>(
+        converts ? kRows * round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>) : 0);
     const int64_t tile = round_up(kRows, kLanes<Lane>) * kBlockQ;
     bias = arena.take<Lane>(p.bias.data != nullptr ? tile : 0);
-    keep = arena.take<LaneInt<Lane>>(p.has_dropout ? tile : 0);
+    dropout_keep = arena.take<LaneInt<Lane>>(p.has_dropout ? tile : 0);
     ranges = arena.take<VectorRange>(kBlockK / kTileKeys);
-    // The rows behind the last live key are read by the last tile and then masked away: they must only be initialised.
+    // The rows behind the last valid key are read by the last tile and then masked away: they must only be initialised.
     if (bias != nullptr && p.bias.data != nullptr) memset(bias, 0, tile * sizeof(Lane));
-    if (keep != nullptr && p.has_dropout) memset(keep, 0, tile * sizeof(LaneInt<Lane>));
+    if (dropout_keep != nullptr && p.has_dropout) memset(dropout_keep, 0, tile * sizeof(LaneInt<Lane>));
   }
 };
 
 // The parts of ScoreInputs that depend on the call and the head alone.
-template <class P>
-ScoreInputs<P> score_inputs(const AttentionParams& p, const RelativeBias<typename P::Lane>& relative, int64_t h,
-                            int64_t q_begin) {
-  using Lane = typename P::Lane;
-  ScoreInputs<P> in;
-  in.depth = P::lanes_for(static_cast<int>(p.head_dim));
+template <class Policy>
+ScoreInputs<Policy> score_inputs(const AttentionParams& p, const RelativeBias<typename Policy::Lane>& relative,
+                                 int64_t h, int64_t q_begin) {
+  using Lane = typename Policy::Lane;
+  ScoreInputs<Policy> in;
+  in.depth = Policy::lanes_for(static_cast<int>(p.head_dim));
   in.scale = static_cast<Lane>(p.scale);
   in.softcap = static_cast<Lane>(p.softcap);
   if (relative.data != nullptr) {
@@ -322,15 +323,15 @@ ScoreInputs<P> score_inputs(const AttentionParams& p, const RelativeBias<typenam
 }
 
 // Finds the key rows, the bias and the dropout decisions of the block in `scratch`.
-template <class P>
+template <class Policy>
 FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
-                            int nq, const KeyScratch<P>& scratch, ScoreInputs<P>& in) {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
+                            int nq, const KeyScratch<Policy>& scratch, ScoreInputs<Policy>& in) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
   const KeyBlock& keys = *scratch.keys;
   const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
-  find_rows<P>(row_of<const Storage>(p.key, b, kv_head, seq.k_offset), p.key.stride_row, keys,
-               static_cast<int>(p.head_dim), scratch.key_lanes, scratch.key_rows);
+  find_rows<Policy>(row_of<const Storage>(p.key, b, kv_head, seq.k_offset), p.key.stride_row, keys,
+                    static_cast<int>(p.head_dim), scratch.key_lanes, scratch.key_rows);
   in.keys = &keys;
   in.key_rows = scratch.key_rows;
   if (p.bias.data != nullptr) {
@@ -341,7 +342,7 @@ FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64
     }
     in.bias = scratch.bias;
   }
-  if (p.has_dropout) make_keep_tile(p, b, h, q_begin, keys, scratch.keep);
+  if (p.has_dropout) make_dropout_keep(p, b, h, q_begin, keys, scratch.dropout_keep);
 }
 
 }  // namespace

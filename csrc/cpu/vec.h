@@ -92,7 +92,7 @@ FA_INLINE IntVec<T> broadcast_int(LaneInt<T> x) {
   return x - IntVec<T>{};
 }
 
-// Both return b when a or b is NaN: a NaN in a is dropped, a NaN in b is kept.
+// Both return b when a or b is NaN: a NaN in a is lost, a NaN in b stays.
 template <class T>
 FA_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
@@ -110,7 +110,7 @@ FA_INLINE Vec<T> select(IntVec<T> condition, Vec<T> yes, Vec<T> no) {
 
 // `yes` where the condition is -1, zero where it is 0.
 template <class T>
-FA_INLINE Vec<T> keep_where(IntVec<T> condition, Vec<T> yes) {
+FA_INLINE Vec<T> select_or_zero(IntVec<T> condition, Vec<T> yes) {
   return reinterpret_cast<Vec<T>>(reinterpret_cast<IntVec<T>>(yes) & condition);
 }
 

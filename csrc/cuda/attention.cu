@@ -38,8 +38,8 @@ class Workspace {
 };
 
 struct Pieces {
-  uint32_t* kept_keys = nullptr;
-  int32_t kept_words = 0;
+  uint32_t* valid_keys = nullptr;
+  int32_t valid_words = 0;
   int32_t row_blocks = 0;
   float* lse_log2 = nullptr;
   float* delta = nullptr;
@@ -62,12 +62,12 @@ Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
   if (needs.has_key_padding) {
     // Up to the end of the largest block of keys, so that kernels need not ask where the words end.
     constexpr int64_t kLargestBlock = 256;
-    pieces.kept_words = static_cast<int32_t>(ceil_div(needs.seqlen_k, kLargestBlock) * (kLargestBlock / 32));
-    pieces.kept_keys = workspace.take<uint32_t>(needs.batch * pieces.kept_words);
+    pieces.valid_words = static_cast<int32_t>(ceil_div(needs.seqlen_k, kLargestBlock) * (kLargestBlock / 32));
+    pieces.valid_keys = workspace.take<uint32_t>(needs.batch * pieces.valid_words);
   }
   const bool is_fused = is_fused_backward(needs);
   if (needs.is_backward) {
-    // A sequence may end within a row block: see Place::first_sum.
+    // A sequence may end within a row block: see HeadSlice::padded_q_offset.
     pieces.row_blocks = static_cast<int32_t>(needs.is_packed ? needs.rows_q / kRowBlock + needs.batch
                                                              : ceil_div(needs.rows_q, kRowBlock));
     const int64_t all_blocks = needs.batch_entries * needs.num_heads * pieces.row_blocks;
@@ -111,7 +111,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   const int64_t kv_bytes = a.seqlen_k * a.head_dim * 2 * 2, q_bytes = a.seqlen_q * a.head_dim * 2 * 2;
   const int64_t heads =
       is_backward ? kBackwardL2Bytes / (kv_bytes + p.group_size * q_bytes) : kL2Bytes * p.group_size / kv_bytes;
-  p.heads_per_section = static_cast<int32_t>(std::clamp<int64_t>(heads, 1, a.num_heads * a.batch));
+  p.heads_per_l2_group = static_cast<int32_t>(std::clamp<int64_t>(heads, 1, a.num_heads * a.batch));
   p.q = rows_of(a.query);
   p.k = rows_of(a.key);
   p.v = rows_of(a.value);
@@ -123,8 +123,8 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.last_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.diagonal_offset + a.window_right, -kMaxRows, kMaxRows));
   p.cu_seqlens_q = a.cu_seqlens_q;
   p.cu_seqlens_k = a.cu_seqlens_k;
-  p.kept_keys = pieces.kept_keys;
-  p.kept_words = pieces.kept_words;
+  p.valid_keys = pieces.valid_keys;
+  p.valid_words = pieces.valid_words;
   p.dropout_seed = a.has_dropout ? a.dropout_seed_data : nullptr;
   p.dropout_threshold = a.dropout_threshold;
   p.dropout_scale = static_cast<float>(a.dropout_scale);
@@ -149,7 +149,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
 
 PaddingParams padding_of(const Call& call, const Pieces& pieces) {
   const TensorView& padding = call.params.key_padding;
-  return {static_cast<const uint8_t*>(padding.data), padding.stride_batch, padding.stride_col, pieces.kept_keys,
+  return {static_cast<const uint8_t*>(padding.data), padding.stride_batch, padding.stride_col, pieces.valid_keys,
           pieces.key_ranks};
 }
 

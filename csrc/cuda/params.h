@@ -37,11 +37,11 @@ struct alignas(16) KeyBlock {
   int32_t batch;
   int32_t head;  // the first of the group
   int32_t kv_head;
-  int32_t first_q;  // as in Place
-  int32_t len_q;
-  int32_t first_sum;
-  int32_t first_k;
-  int32_t len_k;
+  int32_t q_offset;  // as in HeadSlice
+  int32_t seqlen_q;
+  int32_t padded_q_offset;
+  int32_t k_offset;
+  int32_t seqlen_k;
   int32_t begin;  // tiles of queries
   int32_t end;
   int32_t full_begin;  // those that see all keys
@@ -49,15 +49,15 @@ struct alignas(16) KeyBlock {
   int32_t rank_after;  // how many blocks up to this one have a key that is no padding
   int32_t steps;       // tiles of all heads of the group
   int32_t unused;
-  uint32_t kept[kKeyBlock / 32];  // which keys exist and are no padding, as bits
+  uint32_t valid[kKeyBlock / 32];  // which keys exist and are no padding, as bits
 };
 
 struct PaddingParams {
-  const uint8_t* padding;  // (B, S), nonzero = IGNORE; null = none
+  const uint8_t* padding;  // (B, S), nonzero = padding; null = none
   int64_t stride_batch;
   int64_t stride_key;
-  uint32_t* kept_keys;  // (B, kept_words), written: see Params
-  int32_t* key_ranks;   // (B, num_key_blocks + 1), written: see Params; null = not wanted
+  uint32_t* valid_keys;  // (B, valid_words), written: see Params
+  int32_t* key_ranks;    // (B, num_key_blocks + 1), written: see Params; null = not wanted
 };
 
 // Packed (varlen) problems: tensors have one batch entry (stride_batch is 0), and row r of sequence b lies at
@@ -70,7 +70,7 @@ struct Params {
   int32_t seqlen_k;    // S, or the longest
   int32_t rows_q;      // of the tensors: L, or the total when packed
   int32_t rows_k;
-  int32_t heads_per_section;  // heads whose tensors share the L2 cache; see schedule.h
+  int32_t heads_per_l2_group;  // heads whose tensors share the L2 cache; see tile_scheduler.h
 
   Rows q;         // (B, H, L, D)
   Rows k;         // (B, Hkv, S, D)
@@ -85,12 +85,12 @@ struct Params {
 
   const int32_t* cu_seqlens_q;  // (B + 1), or null when not packed
   const int32_t* cu_seqlens_k;
-  const uint32_t* kept_keys;  // (B, kept_words): bit j % 32 of word j / 32 = key j is no padding; null = all are kept
-  int32_t kept_words;
+  const uint32_t* valid_keys;  // (B, valid_words): bit j % 32 of word j / 32 = key j is no padding; null = none is
+  int32_t valid_words;
 
   const int64_t* dropout_seed;  // null = no dropout
-  uint32_t dropout_threshold;   // words below it are dropped
-  float dropout_scale;          // factor for what is kept
+  uint32_t dropout_threshold;   // dropout drops words below it
+  float dropout_scale;          // factor for what dropout keeps
 
   // Backward only.
   Rows dout;       // (B, H, L, D)
@@ -98,7 +98,7 @@ struct Params {
   Rows dq;         // (B, H, L, D); null data = not wanted, as for dk and dv
   Rows dk;         // (B, Hkv, S, D)
   Rows dv;         // (B, Hkv, S, D)
-  // Written by the preparation kernel, in row blocks: see Place::row_sum.
+  // Written by the preparation kernel, in row blocks: see HeadSlice::row_statistic.
   int32_t row_blocks;  // of one head of a batch entry
   RowValues lse_log2;  // (B, H, row_blocks * kRowBlock): lse * log2(e), or +inf for an empty row and past the last one
   RowValues delta;     // likewise: rowsum(dout * out) - dlse, 0 past the last row

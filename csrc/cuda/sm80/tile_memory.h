@@ -28,11 +28,11 @@ struct TileLayout {
   }
 };
 
-// Starts to copy kRows rows from `source` on. Rows that is_kept(first, offset) refuses are not read and become zeros:
-// what lies there may be NaN, which not even a weight of 0 would stop. The row is first + offset; `offset` is a
+// Starts to copy kRows rows from `source` on. Rows that is_valid(first, offset) refuses are not read and become zeros:
+// what lies there may be NaN, which not even a probability of 0 would stop. The row is first + offset; `offset` is a
 // constant, and both in the same 32 rows.
-template <int kHeadDim, int kRows, int kThreads, class T, class IsKept>
-GPU_DEVICE void copy_rows(uint32_t tile, const T* source, int64_t stride_row, IsKept is_kept) {
+template <int kHeadDim, int kRows, int kThreads, class T, class IsValid>
+GPU_DEVICE void copy_rows(uint32_t tile, const T* source, int64_t stride_row, IsValid is_valid) {
   using Layout = TileLayout<kHeadDim>;
   constexpr int kRowsAtOnce = kThreads / Layout::kGroup;
   static_assert(kRows % kRowsAtOnce == 0 && kRowsAtOnce % 8 == 0 && 32 % kRowsAtOnce == 0);
@@ -40,7 +40,7 @@ GPU_DEVICE void copy_rows(uint32_t tile, const T* source, int64_t stride_row, Is
   const uint32_t address = tile + Layout::offset(first_row, chunk);
   source += first_row * stride_row + chunk * 8;
   GPU_UNROLL for (int row = 0; row < kRows; row += kRowsAtOnce) {
-    const bool is_inside = is_kept(first_row, row);
+    const bool is_inside = is_valid(first_row, row);
     GPU_UNROLL for (int column = 0; column < kHeadDim; column += Layout::kGroup * 8) {
       copy_async_16(address + row * Layout::kRowBytes + column * 2, source + column, is_inside);
     }

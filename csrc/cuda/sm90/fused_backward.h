@@ -24,7 +24,7 @@
 
 #include "../dropout.h"
 #include "../preparation.h"
-#include "../row_sums.h"
+#include "../row_statistics.h"
 #include "../tiles.h"
 #include "backward.h"
 #include "key_blocks.h"
@@ -58,7 +58,7 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim> {
 
   using KeyTile = Tile<kHeadDim, kBlockN>;
   using QTile = Tile<kHeadDim, kBlockM>;
-  static constexpr uint32_t kSumsBytes = kBlockM * 4;
+  static constexpr uint32_t kStatisticsBytes = kBlockM * 4;
   static constexpr uint32_t kDscoresPanelBytes = kBlockN * kPanelRowBytes;  // of 64 queries: a row for each key
   static constexpr uint32_t kDscoresBytes = kBlockM / kPanelColumns * kDscoresPanelBytes;
   static constexpr uint32_t kOwnDqBytes = kOwnDqFloats * 4;
@@ -69,8 +69,8 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim> {
   static constexpr uint32_t kDscores = kDout + kDoutStages * QTile::kBytes;
   static constexpr uint32_t kDq = kDscores + 2 * kDscoresBytes;
   static constexpr uint32_t kLse = kDq + kConsumers * kOwnDqBytes;
-  static constexpr uint32_t kDelta = kLse + kQStages * kSumsBytes;
-  static constexpr uint32_t kKeyBlocks = kDelta + kDoutStages * kSumsBytes;
+  static constexpr uint32_t kDelta = kLse + kQStages * kStatisticsBytes;
+  static constexpr uint32_t kKeyBlocks = kDelta + kDoutStages * kStatisticsBytes;
   static constexpr uint32_t kStepInfos = kKeyBlocks + kKeyBlockSlots * kKeyBlockSlotBytes;
   static constexpr uint32_t kBarriers = kStepInfos + kQStages * 8;
   static constexpr uint32_t kBytes = kBarriers + 320;
@@ -178,7 +178,7 @@ GPU_DEVICE void take_key_block(const Params& p, uint32_t shared, const Ring<kKey
 template <int kHeadDim, bool kIsFirst>
 struct StepLoad {
   using Plan = FusedBackwardPlan<kHeadDim>;
-  static constexpr uint32_t bytes = Plan::kSumsBytes;
+  static constexpr uint32_t bytes = Plan::kStatisticsBytes;
   const Params& p;
   const uint32_t shared;
   const SharedKeyBlock b;
@@ -193,8 +193,8 @@ struct StepLoad {
   }
   GPU_DEVICE void start(uint32_t barrier) const {
     const RowValues& sums = kIsFirst ? p.lse_log2 : p.delta;
-    bulk_load(shared + (kIsFirst ? Plan::kLse : Plan::kDelta) + slot * Plan::kSumsBytes,
-              sums.data + b.batch() * sums.stride_batch + step.head * sums.stride_head + b.first_sum() +
+    bulk_load(shared + (kIsFirst ? Plan::kLse : Plan::kDelta) + slot * Plan::kStatisticsBytes,
+              sums.data + b.batch() * sums.stride_batch + step.head * sums.stride_head + b.padded_q_offset() +
                   step.tile * Plan::kBlockM,
               bytes, barrier);
   }
@@ -228,9 +228,9 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
       reader.release_by_warp();
       continue;
     }
-    loader.template load_kept<KeyTile>(key_ring, key_position, shared + (kIsFirst ? Plan::kK : Plan::kV),
-                                       kIsFirst ? maps.k : maps.v, b.first_k() + b.number() * kKeyBlock, b.kv_head(),
-                                       b.batch(), b.kept());
+    loader.template load_valid<KeyTile>(key_ring, key_position, shared + (kIsFirst ? Plan::kK : Plan::kV),
+                                        kIsFirst ? maps.k : maps.v, b.k_offset() + b.number() * kKeyBlock, b.kv_head(),
+                                        b.batch(), b.valid());
     GPU_NO_UNROLL for (Step step(b); step.head < b.head() + p.group_size; step.advance(b)) {
       const int32_t row = step.tile * Plan::kBlockM;
       const StepLoad<kHeadDim, kIsFirst> also{p, shared, b, step, position.slot()};
@@ -238,8 +238,9 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
       const Map& map = kIsFirst ? maps.q : maps.dout;
       const auto load = [&](const auto& ring) {
         // Rows past the end of the sequence: only a packed tensor has any.
-        const FirstRows<Plan::kBlockM> own{p.cu_seqlens_q != nullptr ? b.len_q() - row : Plan::kBlockM};
-        loader.template load_kept<QTile>(ring, position, tile, map, b.first_q() + row, step.head, b.batch(), own, also);
+        const FirstRows<Plan::kBlockM> own{p.cu_seqlens_q != nullptr ? b.seqlen_q() - row : Plan::kBlockM};
+        loader.template load_valid<QTile>(ring, position, tile, map, b.q_offset() + row, step.head, b.batch(), own,
+                                          also);
       };
       if constexpr (kIsFirst) {
         load(rings.q);
@@ -324,7 +325,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       shared + Plan::kDscores + dscores_row * kPanelRowBytes + ((lane.index / 16) ^ (lane.index % 8)) * 16;
   const uint32_t thread = thread_index() % kWarpgroup;
   // Not to be taken apart again, or each load below needs an address of its own.
-  const uint32_t own_sums = keep_computed(shared + 8 * lane.q);
+  const uint32_t own_statistics = keep_computed(shared + 8 * lane.q);
   float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
   // In flight over the border between two steps: scores and dprobs of the next one.
   float scores[kTiles][4], dprobs[kTiles][4], dq[kDqTiles][4];
@@ -342,9 +343,9 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
     const auto store_gradients = [&](auto store) {
       GPU_UNROLL for (int r = 0; r < 2; ++r) {
         const int row = b.number() * kKeyBlock + warp_row + lane.g + 8 * r;
-        if (p.dk.data != nullptr) store(b.template key_row<T>(p.dk, row), dk, r, p.scale, row < b.len_k());
+        if (p.dk.data != nullptr) store(b.template key_row<T>(p.dk, row), dk, r, p.scale, row < b.seqlen_k());
         const float factor = kHasDropout ? p.dropout_scale : 1.0f;
-        if (p.dv.data != nullptr) store(b.template key_row<T>(p.dv, row), dv, r, factor, row < b.len_k());
+        if (p.dv.data != nullptr) store(b.template key_row<T>(p.dv, row), dv, r, factor, row < b.seqlen_k());
       }
     };
     if (first == end) {
@@ -377,25 +378,27 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
     };
     // Of the two queries of tile t of eight that this thread has.
     const auto lse_at = [&](uint32_t i, int t) {
-      return load_shared<Float2>(own_sums + Plan::kLse + i % Plan::kQStages * Plan::kSumsBytes + t * 32);
+      return load_shared<Float2>(own_statistics + Plan::kLse + i % Plan::kQStages * Plan::kStatisticsBytes + t * 32);
     };
     const auto delta_at = [&](uint32_t i, int t) {
-      return load_shared<Float2>(own_sums + Plan::kDelta + i % Plan::kDoutStages * Plan::kSumsBytes + t * 32);
+      return load_shared<Float2>(own_statistics + Plan::kDelta + i % Plan::kDoutStages * Plan::kStatisticsBytes +
+                                 t * 32);
     };
     // What a step needs besides products: before dprobs are started, while there are registers to spare.
     StepInfo info;
-    KeepBits<kTiles> keep;
+    DropoutKeep<kTiles> dropout_keep;
     const auto begin_step = [&](uint32_t i) {
       info = load_shared<StepInfo>(shared + Plan::kStepInfos + i % Plan::kQStages * uint32_t{sizeof(StepInfo)});
       if constexpr (kHasDropout) {
-        keep = keep_of_key_rows<kTiles>(Dropout(p, b.batch(), info.head), (info.tile & kTileNumber) * kBlockM,
-                                        b.number() * kKeyBlock + warp_row, lane);
+        dropout_keep =
+            dropout_keep_of_key_rows<kTiles>(Dropout(p, b.batch(), info.head), (info.tile & kTileNumber) * kBlockM,
+                                             b.number() * kKeyBlock + warp_row, lane);
       }
       GPU_UNROLL for (int t = 0; t < Plan::kLseAhead; ++t) lse[t] = lse_at(i, t);
     };
 
     // From scores and dprobs to probs (in place of scores) and dscores (in place of dprobs).
-    const auto weigh = [&](uint32_t i) {
+    const auto compute_dscores = [&](uint32_t i) {
       wgmma_wait<1>();
       keep_registers(flat(scores));
       if (info.tile & kHasMask) {
@@ -403,20 +406,20 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
         const int own = keep_computed(thread), own_row = 64 * group + own / 32 * 16 + own % 32 / 4;
         const int tile = info.tile & kTileNumber;
         GPU_UNROLL for (int r = 0; r < 2; ++r) {
-          const bool is_kept = b.is_kept(own_row + 8 * r);
+          const bool is_valid = b.is_valid(own_row + 8 * r);
           const int key = b.number() * kKeyBlock + own_row + 8 * r;
           const int first = first_query(p, key) - tile * kBlockM, end = last_query(p, key) + 1 - tile * kBlockM;
           GPU_UNROLL for (int w = 0; w < kBlockM / 32; ++w) {
-            hide_word(scores, r, w, is_kept ? column_bits(first, end, w) : 0, lane);
+            hide_word(scores, r, w, is_valid ? column_bits(first, end, w) : 0, lane);
           }
         }
       }
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
         if (t + Plan::kLseAhead < kTiles) lse[t + Plan::kLseAhead] = lse_at(i, t + Plan::kLseAhead);
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
-          scores[t][j] = weight_of(scores[t][j], p.scale_log2, j % 2 == 0 ? lse[t].x : lse[t].y);
-          // The sign says what is dropped, so that the bits need no register any longer.
-          if (kHasDropout && !keep.has(t, j)) scores[t][j] = -scores[t][j];
+          scores[t][j] = prob_of(scores[t][j], p.scale_log2, j % 2 == 0 ? lse[t].x : lse[t].y);
+          // The sign says what dropout drops, so that the bits need no register any longer.
+          if (kHasDropout && !dropout_keep.has(t, j)) scores[t][j] = -scores[t][j];
         }
       }
       Float2 delta[kTiles];
@@ -499,12 +502,12 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
     begin_step(step);
     key_position.wait_full(rings.v);
     start_dprobs(step);
-    weigh(step);
+    compute_dscores(step);
     forget_registers(flat(dk));
     forget_registers(flat(dv));
     GPU_NO_UNROLL for (; step != end - 1; ++step) {
       propagate(step, std::false_type{});
-      weigh(step + 1);
+      compute_dscores(step + 1);
     }
     propagate(step, std::true_type{});
     ++step;
@@ -543,7 +546,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(FusedBackwardPlan<kHeadDim>::kThreads, 1)
 
 // ---- Before and after
 
-// The sums over rows, turns that begin at 0, and the list of all blocks of keys.
+// Row statistics, turns that begin at 0, and the list of all blocks of keys.
 template <class T, int kHeadDim>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     prepare_fused_backward_kernel(const GPU_GRID_CONSTANT Params p, int num_programs) {
@@ -568,11 +571,11 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU
   using Plan = FusedBackwardPlan<kHeadDim>;
   constexpr int kChunk = 4;  // tiles of 8 columns that are stored together
   const int num_tiles = (p.seqlen_q + Plan::kBlockM - 1) / Plan::kBlockM;
-  const Work work = scheduled_work(block_index_x(), num_tiles, p.num_heads, p.batch, p.heads_per_section, true);
-  const Place place = place_of(p, work.batch, work.head, work.head / p.group_size);
+  const WorkTile work = scheduled_tile(block_index_x(), num_tiles, p.num_heads, p.batch, p.heads_per_l2_group, true);
+  const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int first_row = work.block * Plan::kBlockM;
-  if (first_row >= place.len_q) return;
-  const int64_t tile = place.first_row_block(p) * Plan::kTilesPerRowBlock + work.block;
+  if (first_row >= head_slice.seqlen_q) return;
+  const int64_t tile = head_slice.first_row_block(p) * Plan::kTilesPerRowBlock + work.block;
   const bool is_any_added = load_global(p.dq_turns + tile) != 0;  // else nothing is there, not even zeros
   const int group = thread_index() / kWarpgroup;
   const Lane lane = this_lane();
@@ -592,7 +595,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU
     }
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = own_row + 8 * r;
-      store_row<T>(place.query_row<T>(p.dq, row) + first_column + 8 * t, x, r, p.scale, row < place.len_q, lane);
+      store_row<T>(head_slice.query_row<T>(p.dq, row) + first_column + 8 * t, x, r, p.scale, row < head_slice.seqlen_q,
+                   lane);
     }
   }
 }

@@ -44,12 +44,12 @@ struct TileLoader {
     }
   }
 
-  // Likewise, with zeros in the rows that are not kept: what lies there may be NaN, which not even a weight of 0 would
+  // Likewise, with zeros in the rows that are not valid: what lies there may be NaN, which not even a probability of 0 would
   // stop.
-  template <class SlotTile, int kSlots, class Kept, class Also = NothingElse>
-  GPU_DEVICE void load_kept(const Ring<kSlots>& ring, RingPosition<kSlots> position, uint32_t slot_tile, const Map& map,
-                            int row, int head, int batch, const Kept& kept, const Also& also = {}) {
-    if (kept.all()) {
+  template <class SlotTile, int kSlots, class Valid, class Also = NothingElse>
+  GPU_DEVICE void load_valid(const Ring<kSlots>& ring, RingPosition<kSlots> position, uint32_t slot_tile,
+                             const Map& map, int row, int head, int batch, const Valid& valid, const Also& also = {}) {
+    if (valid.all()) {
       load<SlotTile>(ring, position, slot_tile, map, row, head, batch, also);
       return;
     }
@@ -62,7 +62,7 @@ struct TileLoader {
     }
     mbarrier_wait(cleaning, cleaning_parity);
     cleaning_parity ^= 1;
-    SlotTile::clear_dropped_rows(slot_tile, kept, this_lane());
+    SlotTile::clear_invalid_rows(slot_tile, valid, this_lane());
     fence_async_proxy();
     sync_warp();
     if (is_leader) mbarrier_arrive(ring.full(position.slot()));

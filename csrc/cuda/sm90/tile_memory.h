@@ -43,14 +43,14 @@ struct Tile {
     }
   }
 
-  // By a warp: overwrites the rows that are not kept with zeros, eight lanes a row. The swizzle moves nothing between
+  // By a warp: overwrites the rows that are not valid with zeros, eight lanes a row. The swizzle moves nothing between
   // rows.
-  template <class Kept>
-  static GPU_DEVICE void clear_dropped_rows(uint32_t tile, const Kept& kept, Lane lane) {
-    static_assert(Kept::kWords * 32 == kRows);
-    GPU_UNROLL for (int word = 0; word < kept.kWords; ++word) {
+  template <class Valid>
+  static GPU_DEVICE void clear_invalid_rows(uint32_t tile, const Valid& valid, Lane lane) {
+    static_assert(Valid::kWords * 32 == kRows);
+    GPU_UNROLL for (int word = 0; word < valid.kWords; ++word) {
       for (int row = lane.index / 8; row < 32; row += 4) {
-        if (kept.word(word) >> row & 1) continue;
+        if (valid.word(word) >> row & 1) continue;
         const uint32_t address = tile + (32 * word + row) * kPanelRowBytes + lane.index % 8 * 16;
         GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
           store_shared(address + panel * kPanelBytes, Vec4{0, 0, 0, 0});
