@@ -14,7 +14,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 GLOSSARY = ROOT / "docs" / "glossary.md"
 #: What is checked if no path is given.
-SOURCES = (ROOT / "csrc",)
+SOURCES = (ROOT / "csrc", ROOT / "tools")
 SUFFIXES = {".h", ".cuh", ".cu", ".cpp", ".py"}
 
 COMMENTS_AND_TEXTS = {

@@ -1,6 +1,6 @@
 // Dropout decisions for a block of keys, 64 queries at a time.
 #pragma once
-#include "../philox.h"
+#include "../common/philox.h"
 #include "key_blocks.h"
 
 namespace fused_attn::cpu {

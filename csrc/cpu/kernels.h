@@ -1,6 +1,6 @@
 // The CPU kernels of one instruction set, as a table that cpu/dispatch.cpp chooses from at run time.
 #pragma once
-#include "../attention_params.h"
+#include "../common/attention_params.h"
 
 namespace fused_attn::cpu {
 

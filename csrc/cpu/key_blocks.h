@@ -1,7 +1,7 @@
 // Which keys a block of queries sees: a stream of blocks of valid keys, each key with a bit per query.
 #pragma once
-#include "../attention_params.h"
-#include "../mask.h"
+#include "../common/attention_params.h"
+#include "../common/band.h"
 #include "memory.h"
 #include "tiles.h"
 

@@ -178,31 +178,6 @@ constexpr KernelSet kKernelSets[] = {
     {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>},
 };
 
-#if defined(__CUDACC__)
-// Makes the device current, with its context: a thread that has just begun has none, and tensor maps need one.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    cudaError_t error = cudaGetDevice(&before_);
-    if (error == cudaSuccess) error = cudaSetDevice(device);
-    if (error != cudaSuccess) {
-      cudaGetLastError();  // or the next launch would find it
-      throw std::runtime_error(cudaGetErrorString(error));
-    }
-  }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-};
-#else
-struct DeviceGuard {
-  explicit DeviceGuard(int) {}
-};
-#endif
-
 const KernelSet& kernels_for(const Call& call) {
   for (const KernelSet& set : kKernelSets) {
     if (set.architecture == call.architecture && set.head_dim == call.params.head_dim) return set;
@@ -255,22 +230,14 @@ int64_t workspace_bytes(const WorkspaceNeeds& needs) {
   return workspace.bytes();
 }
 
-#if defined(__CUDACC__)
 std::string unusable_reason(int device) {
   try {
     const DeviceGuard guard(device);
-    cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, prepare_padding_kernel);
-    if (error == cudaSuccess) return "";
-    cudaGetLastError();  // or the next launch would find it
-    return cudaGetErrorString(error);
+    return why_not_loadable(prepare_padding_kernel);
   } catch (const std::runtime_error& error) {
     return error.what();
   }
 }
-#else
-std::string unusable_reason(int) { return ""; }
-#endif
 
 void forward(const Call& call) { run(call, false); }
 void backward(const Call& call) { run(call, true); }

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../attention_params.h"
+#include "../common/attention_params.h"
 
 namespace fused_attn::gpu {
 

@@ -1,7 +1,7 @@
 // Which entries of a fragment dropout keeps. One call of Philox decides about four neighbouring keys of one query
 // (philox.h), which lie in several threads: they share the calls and exchange the bits.
 #pragma once
-#include "../philox.h"
+#include "../common/philox.h"
 #include "fragments.h"
 
 namespace fused_attn::gpu {

@@ -2,7 +2,7 @@
 // columns is float x[kTiles][4] in each thread. With g = lane / 4 and q = lane % 4, entry x[t][j] is row g + 8 * (j / 2)
 // and column 8 * t + 2 * q + j % 2. So a thread has two rows, r = 0 (g) and r = 1 (g + 8), and four threads have a row.
 #pragma once
-#include "primitives.h"
+#include "hardware.h"
 #include "visibility.h"
 
 namespace fused_attn::gpu {

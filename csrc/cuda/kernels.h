@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "launch.h"
+#include "hardware.h"
 #include "params.h"
 
 namespace fused_attn::gpu {

@@ -3,6 +3,7 @@
 #pragma once
 #include "fragments.h"
 #include "kernels.h"
+#include "tile_scheduler.h"
 
 namespace fused_attn::gpu {
 

@@ -1,35 +1,15 @@
-// All that a kernel may do with the hardware. Kernels use these functions and nothing else: no asm, no raw memory access, no
-// built-in variable. So the same source is compiled twice:
+// All that a kernel may do with the hardware. Kernels use these functions and nothing else: no asm, no raw memory access,
+// no built-in variable. So the same source runs on both kinds of hardware that hardware.h knows:
 //
-//   by nvcc, over primitives_ptx.h:                             the product
-//   by g++ with FUSED_ATTN_EMULATION, over csrc/emulation/:     executed in tests, with checks that no GPU makes
+//   on a GPU       primitives_ptx.h defines the functions, each as one or two instructions of PTX
+//   in the tests   tools/emulation/primitives_emulated.h does, with checks that no GPU makes
 //
-// The product's host code, compiled without nvcc, gets the types alone.
+// Kernels include hardware.h, which includes this file.
 //
-// Addresses in shared memory are 32-bit numbers ("address"), those in global memory are pointers. Matrix fragments are named
-// arrays that live until the operation on them is complete, and shapes are constants.
+// Addresses in shared memory are 32-bit numbers ("address"). Addresses in global memory are pointers. A matrix fragment is
+// a named array that lives until the operation on it is complete. Shapes are constants.
 #pragma once
 #include <cstdint>
-
-#if defined(__CUDACC__)
-#include <cuda.h>  // types only: nothing links against libcuda
-#define GPU_DEVICE __device__ __forceinline__
-#define GPU_KERNEL static __global__
-#define GPU_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-#define GPU_GRID_CONSTANT __grid_constant__
-#define GPU_UNROLL _Pragma("unroll")
-#define GPU_NO_UNROLL _Pragma("unroll 1")
-#elif defined(FUSED_ATTN_EMULATION)
-#include "emulation/tensor_map.h"
-#define GPU_DEVICE inline
-#define GPU_KERNEL inline
-#define GPU_LAUNCH_BOUNDS(threads, blocks)
-#define GPU_GRID_CONSTANT
-#define GPU_UNROLL
-#define GPU_NO_UNROLL
-#else
-#include <cuda.h>
-#endif
 
 namespace fused_attn::gpu {
 
@@ -59,14 +39,6 @@ struct alignas(8) Float2 {
 struct alignas(16) Float4 {
   float x, y, z, w;
 };
-
-#if defined(FUSED_ATTN_EMULATION)
-using TensorMap = emulation::TensorMap;
-#else
-using TensorMap = CUtensorMap;
-#endif
-
-#if defined(__CUDACC__) || defined(FUSED_ATTN_EMULATION)
 
 // ---- Where a thread is
 
@@ -248,12 +220,4 @@ GPU_DEVICE void increase_registers();
 template <int R>
 GPU_DEVICE void decrease_registers();
 
-#endif  // nvcc or emulation
-
 }  // namespace fused_attn::gpu
-
-#if defined(__CUDACC__)
-#include "primitives_ptx.h"
-#elif defined(FUSED_ATTN_EMULATION)
-#include "emulation/primitives_emulated.h"
-#endif

@@ -2,7 +2,7 @@
 // block of scores are visible. Blocks that lie wholly within the band and hold only valid keys need no test ("full");
 // blocks without any visible key are not visited.
 #pragma once
-#include "tile_scheduler.h"
+#include "head_slice.h"
 
 namespace fused_attn::gpu {
 

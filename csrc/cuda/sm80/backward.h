@@ -10,6 +10,7 @@
 #pragma once
 #include "../dropout.h"
 #include "../row_statistics.h"
+#include "../tile_scheduler.h"
 #include "../tiles.h"
 #include "tile_memory.h"
 

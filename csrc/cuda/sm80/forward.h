@@ -7,6 +7,7 @@
 
 #include "../dropout.h"
 #include "../softmax.h"
+#include "../tile_scheduler.h"
 #include "../tiles.h"
 #include "tile_memory.h"
 

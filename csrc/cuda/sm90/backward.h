@@ -6,6 +6,7 @@
 
 #include "../dropout.h"
 #include "../row_statistics.h"
+#include "../tile_scheduler.h"
 #include "../tiles.h"
 #include "loader.h"
 

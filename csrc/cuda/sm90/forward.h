@@ -18,6 +18,7 @@
 
 #include "../dropout.h"
 #include "../softmax.h"
+#include "../tile_scheduler.h"
 #include "../tiles.h"
 #include "loader.h"
 

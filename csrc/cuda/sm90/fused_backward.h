@@ -25,6 +25,7 @@
 #include "../dropout.h"
 #include "../preparation.h"
 #include "../row_statistics.h"
+#include "../tile_scheduler.h"
 #include "../tiles.h"
 #include "backward.h"
 #include "key_blocks.h"

@@ -6,6 +6,7 @@
 // round, causal: 4 to 8 % faster at 1k and 2k, equal at 16k for head dim 128, 28 % faster at 16k for head dim 64, where the
 // first additions to the last tile come one after another. Causal tiles start at different queries by themselves.
 #pragma once
+#include "../tile_scheduler.h"
 #include "../visibility.h"
 
 namespace fused_attn::gpu::sm90 {

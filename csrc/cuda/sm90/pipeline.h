@@ -1,6 +1,6 @@
 // Rings of mbarriers: how the warp that loads tiles and the warpgroups that use them wait for one another.
 #pragma once
-#include "../primitives.h"
+#include "../hardware.h"
 
 namespace fused_attn::gpu::sm90 {
 

@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-#include "mask.h"  // FUSED_ATTN_HOST_DEVICE
+#include "host_device.h"
 
 namespace fused_attn {
 namespace {

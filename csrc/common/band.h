@@ -2,13 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#ifndef FUSED_ATTN_HOST_DEVICE
-#if defined(__CUDACC__)
-#define FUSED_ATTN_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FUSED_ATTN_HOST_DEVICE __attribute__((always_inline)) inline
-#endif
-#endif
+#include "host_device.h"
 
 namespace fused_attn {
 namespace {  // internal linkage: these lines are compiled once per instruction set
