@@ -27,7 +27,7 @@
 namespace fused_attn::cpu {
 namespace {
 
-// Rows of `dim` elements for a product over queries: rows of lanes, or of query pairs.
+// Finds rows of `dim` elements for a product over queries: rows of lanes, or of pairs of queries.
 template <class Policy>
 FA_NOINLINE Rows<const typename Policy::Lane> find_query_rows(const typename Policy::Storage* base, int64_t stride_row,
                                                               int nq, int dim, typename Policy::Lane* scratch) {
@@ -57,7 +57,7 @@ FA_NOINLINE Rows<const typename Policy::Lane> find_query_rows(const typename Pol
   }
 }
 
-// probs and dscores of one tile of keys.
+// Computes probs and dscores of one tile of keys.
 template <class Policy, int kColumns, bool kPlain>
 FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
                                const BackwardScratch<Policy>& s, const RowStatistics<typename Policy::Lane>& rows,
@@ -83,7 +83,7 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
       Vec<Lane> x = prob_of<Policy>(lse_exponent<Policy>(acc[r][c], to_logits, lse) + correction);
-      // Where the lse is NaN, a hidden key must still get none of it.
+      // A hidden key must not become NaN, even if the lse of the row is NaN.
       if (!kPlain) x = select<Lane>(acc[r][c] == -FloatTraits<Lane>::kInfinity, Vec<Lane>{}, x);
       store<Lane>(probs + (r * kColumns + c) * n, x);
       store_as<Lane>(s.probs + offset + r * kBlockQ + c * n, after_dropout(r, c, x));
@@ -140,7 +140,7 @@ FA_NOINLINE void query_product(const char* const* coefficients, const typename P
   }
 }
 
-// The products over the queries [range.begin, range.end) of one tile: the rows of dkey or dvalue of its keys.
+// Adds the products over the queries [range.begin, range.end) of one tile to the rows of dkey or dvalue of its keys.
 template <class Policy>
 FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, int64_t absorbing_row,
                                VectorRange range, int nq,
@@ -167,7 +167,7 @@ FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, 
   }
 }
 
-// rows[q][d] = factor * columns[d][q] as elements of Policy::Storage; added to what is there if asked to.
+// rows[q][d] = factor * columns[d][q], as elements of Policy::Storage. If `add`, this is added to the rows.
 template <class Policy>
 FA_NOINLINE void write_transposed(const typename Policy::Lane* columns, int nq, int dim, typename Policy::Lane factor,
                                   bool add, typename Policy::Storage* rows, int64_t stride_row) {
@@ -176,7 +176,7 @@ FA_NOINLINE void write_transposed(const typename Policy::Lane* columns, int nq, 
   unpack_columns<Policy>(column, nq, dim, add, rows, stride_row);
 }
 
-// rows[j][d] = factor * source[j][d], as elements of type Out; source rows are padded to whole vectors.
+// rows[j][d] = factor * source[j][d], as elements of type Out. Rows of `source` are padded to whole vectors.
 template <class Out, class Lane>
 FA_NOINLINE void write_rows(const Lane* source, int64_t count, int dim, Lane factor, Out* rows, int64_t stride_row) {
   constexpr int n = kLanes<Lane>;
@@ -203,8 +203,8 @@ struct BackwardItem {
   int64_t key_begin() const { return chunk * plan.chunk_keys; }
 };
 
-// Where an item sums dquery of one head: in its partial result, in the output, or, if that cannot hold lanes, in the
-// scratch. Null: nowhere, as the only slab writes the output at once.
+// Where an item sums dquery of one head: in its partial result, in the output, or in the scratch if the output cannot
+// hold lanes. Null means nowhere: there is one slab, which writes the output at once.
 template <class Policy>
 Rows<typename Policy::Lane> dquery_lanes(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h) {
   using Lane = typename Policy::Lane;
@@ -221,8 +221,8 @@ Rows<typename Policy::Lane> dquery_lanes(const BackwardItem<Policy>& item, const
   return {item.scratch.dquery_rows + h % (p.num_heads / p.num_kv_heads) * p.seqlen_q * stride, stride};
 }
 
-// One query block of one head against the keys of one slab. dkey and dvalue are added to the scratch; dquery is written by the
-// first slab, and added to by the others.
+// One query block of one head against the keys of one slab. Adds dkey and dvalue to the scratch. The first slab writes
+// dquery, and the others add to dquery.
 template <class Policy>
 void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
                     int64_t slab_begin, int64_t slab_end) {
@@ -343,7 +343,7 @@ void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
   const int64_t chunk_stop = item.key_begin() + item.plan.chunk_keys;
   const int64_t chunk_end = chunk_stop < seq.seqlen_k ? chunk_stop : seq.seqlen_k;
 
-  // Without keys there is still dquery to write: the first slab is always visited.
+  // dquery is written even if there is no key. So the first slab is always visited.
   int64_t slab_begin = item.key_begin();
   do {
     const int64_t slab_stop = slab_begin + item.plan.slab_keys;
@@ -408,7 +408,7 @@ void backward_item(const BackwardItem<Policy>& item, int64_t group) {
   }
 }
 
-// Sums the chunks' partial dq of one head, in the order of the chunks.
+// Sums the partial dquery of one head over the chunks, in order.
 template <class Policy>
 void reduce_dquery(const AttentionParams& p, const BackwardPlan& plan,
                    const BackwardPartials<typename Policy::Lane>& partials, int64_t b, int64_t h) {
@@ -429,7 +429,7 @@ void reduce_dquery(const AttentionParams& p, const BackwardPlan& plan,
   }
 }
 
-// dsinks[h] = -sum over rows of exp(sink - lse) * (delta - dlse): what the sink takes from the row.
+// dsinks[h] = -sum over rows of exp(sink - lse) * (delta - dlse). exp(sink - lse) is the sink's share of the row.
 template <class Lane>
 void compute_dsinks(const AttentionParams& p, const RowStatistics<Lane>& statistics, int64_t h) {
   const Vec<Lane> sink = broadcast<Lane>(*row_of<const Lane>(p.sinks, 0, h, 0));
@@ -451,7 +451,7 @@ void backward_with_policy(const AttentionParams& p) {
   const BackwardPlan plan = plan_backward<Policy>(p);
   const double flops = 4.0 * static_cast<double>(p.batch * p.num_heads) * static_cast<double>(p.seqlen_q) *
                        static_cast<double>(p.seqlen_k) * static_cast<double>(p.head_dim + p.value_dim);
-  // Without keys there is still dq to write.
+  // dquery is written even if there is no key.
   const int64_t chunks = plan.chunks < 1 ? 1 : plan.chunks;
   const int64_t items = plan.groups * chunks;
   const int threads = choose_threads(p.num_threads, items, flops);
@@ -483,7 +483,7 @@ void backward_with_policy(const AttentionParams& p) {
     measure_rows<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, scratch[thread],
                          statistics.at(p, b, h, q_begin));
   });
-  // Early chunks of a causal problem hold the most work.
+  // Under a causal mask, the first chunks hold the most work.
   const Items order = plan.chunks > 1 ? Items::kInOrder : Items::kShared;
   const auto backward_of = [&](int64_t index, int thread) {
     const int64_t chunk = index / plan.groups;
@@ -499,7 +499,7 @@ void backward_with_policy(const AttentionParams& p) {
   }
   if (p.drelative_bias.data != nullptr) reduce_drelative<Lane>(p, plan, partials);
   if (p.dsinks.data != nullptr) {
-    // One after another: a shared sink (stride 0) is summed over the heads.
+    // The heads come one after another, because a shared sink (stride 0) is summed over them.
     for (int64_t h = 0; h < p.num_heads; ++h) *row_of<Lane>(p.dsinks, 0, h, 0) = 0;
     for (int64_t h = 0; h < p.num_heads; ++h) compute_dsinks<Lane>(p, statistics, h);
   }

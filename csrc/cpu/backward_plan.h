@@ -1,4 +1,4 @@
-// How the backward pass cuts its work, and the memory that it works in.
+// How backward cuts its work, and the memory that it works in.
 #pragma once
 #include <type_traits>
 
@@ -7,8 +7,8 @@
 namespace fused_attn::cpu {
 namespace {
 
-// How the work is cut. Heads whose bias gradient is summed into the same slice form one group, which one thread visits in
-// order; when there are too few groups to occupy the threads, the keys are cut into chunks as well.
+// Heads whose bias gradient is summed into the same slice form one group. One thread visits them in order. If there are
+// too few groups for the threads, the keys are cut into chunks as well.
 struct BackwardPlan {
   bool join_batches;  // a group holds all batch entries
   bool join_heads;    // a group holds all kv heads
@@ -16,7 +16,7 @@ struct BackwardPlan {
   int64_t chunks;
   int64_t chunk_keys;
   int64_t slab_keys;
-  bool sums_dquery;     // over the slabs in scratch: memory cannot hold lanes
+  bool sums_dquery;     // dquery is summed over the slabs in the scratch, because the output cannot hold lanes
   bool is_single_pass;  // each row is visited once, and nobody needs its statistics later
 };
 
@@ -28,10 +28,11 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   plan.join_batches = has_dbias && p.dbias.stride_batch == 0 && p.batch > 1;
   plan.join_heads = has_dbias && p.dbias.stride_head == 0 && p.num_heads > 1;
   plan.groups = (plan.join_batches ? 1 : p.batch) * (plan.join_heads ? 1 : p.num_kv_heads);
-  // Twice as many items as threads, so that the uneven chunks of a causal problem balance; at least 128 keys a chunk.
+  // There should be twice as many items as threads, so that the uneven chunks of a causal problem balance. A chunk has
+  // at least 128 keys.
   const int64_t wanted = plan.groups > 0 ? (2 * p.num_threads + plan.groups - 1) / plan.groups : 1;
   const int64_t possible = (p.seqlen_k + 127) / 128;
-  // Every chunk has a dq of its own, so that without a bound a large problem would need several times its own memory.
+  // Every chunk has a dquery of its own. Without a bound, a large problem would need several times its own memory.
   constexpr int64_t kPartialBytes = int64_t{256} << 20;
   const int64_t dquery_bytes = p.batch * p.num_heads * p.seqlen_q * p.head_dim * static_cast<int64_t>(sizeof(double));
   const int64_t affordable = dquery_bytes > 0 ? kPartialBytes / dquery_bytes : possible;
@@ -41,12 +42,13 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   plan.chunk_keys = round_up((p.seqlen_k + plan.chunks - 1) / plan.chunks, 64);
   if (plan.chunk_keys > 0) plan.chunks = (p.seqlen_k + plan.chunk_keys - 1) / plan.chunk_keys;
 
-  // dkey and dvalue of a slab take half of the second-level cache of most cores.
+  // dkey and dvalue of a slab take half of the second-level cache that most cores have.
   constexpr int64_t kSlabBytes = int64_t{512} << 10;
   const int64_t head_row = round_up(p.head_dim, kLanes<Lane>);
   const int64_t key_bytes = (head_row + round_up(p.value_dim, kLanes<Lane>)) * static_cast<int64_t>(sizeof(Lane));
   plan.slab_keys = key_bytes > 0 ? kSlabBytes / key_bytes / 64 * 64 : plan.chunk_keys;
-  // Sums over slabs need dquery in lanes. Where memory holds another type that costs scratch: never more than slabs save.
+  // Sums over slabs need dquery in lanes. If the output has another type, this costs scratch: never more than slabs
+  // save.
   plan.sums_dquery = !kSame<typename Policy::Storage, Lane> && plan.chunks == 1 && p.dquery.data != nullptr;
   const int64_t sums_bytes = p.num_heads / p.num_kv_heads * p.seqlen_q * head_row * static_cast<int64_t>(sizeof(Lane));
   const bool is_worth_it = !plan.sums_dquery || sums_bytes <= (plan.chunk_keys - plan.slab_keys) * key_bytes;
@@ -58,11 +60,11 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   return plan;
 }
 
-// Partial sums that more than one item adds to; a second pass sums them in a fixed order. Results depend on the number of
-// threads through the number of chunks, but never on which thread did what.
+// Partial sums. A second pass adds them up in a fixed order. Results depend on the number of chunks, and so on the
+// number of threads, but never on which thread did what.
 template <class Lane>
 struct BackwardPartials {
-  Lane* dquery = nullptr;          // [chunk][batch][head][seqlen_q][row_dquery], when there is more than one chunk
+  Lane* dquery = nullptr;          // [chunk][batch][head][seqlen_q][row_dquery], if there is more than one chunk
   Lane* drelative_bias = nullptr;  // [chunk][batch][head][relative_row], reversed like RelativeBias
   int64_t row_dquery = 0;
   int64_t row_relative = 0;
@@ -80,13 +82,14 @@ FA_INLINE int64_t head_index(const AttentionParams& p, int64_t chunk, int64_t b,
   return (chunk * p.batch + b) * p.num_heads + h;
 }
 
-// What the tiles need of the rows: [batch][head][seqlen_q, padded to vectors], or of one block in an item's scratch.
+// What the tiles need of the rows: [batch][head][seqlen_q, padded to vectors]. An item's scratch has them for one
+// block.
 template <class Lane>
 struct RowStatistics {
-  Lane* lse;         // +inf, which makes probs zero, for rows that see nothing or do not exist
+  Lane* lse;         // +inf for rows that are empty or do not exist: their probs are then zero
   Lane* correction;  // -log2 of the sum that exp(scores - lse) really gives
   Lane* delta;       // rowsum(dout * out)
-  Lane* dlse;        // not taken from delta: that difference would round what the sum of both keeps
+  Lane* dlse;        // the gradient by the lse; delta - dlse would be rounded, so both are stored
 
   void layout(Arena& arena, int64_t rows) {
     lse = arena.take<Lane>(rows);
@@ -97,7 +100,7 @@ struct RowStatistics {
 
   static int64_t rows_of_head(const AttentionParams& p) { return round_up(p.seqlen_q, kLanes<Lane>); }
 
-  // Those of the queries from `i` on.
+  // The statistics of the queries from `i` on.
   RowStatistics at(const AttentionParams& p, int64_t b, int64_t h, int64_t i) const {
     const int64_t row = (b * p.num_heads + h) * rows_of_head(p) + i;
     return {lse + row, correction + row, delta + row, dlse + row};
@@ -107,7 +110,7 @@ struct RowStatistics {
 template <class Policy>
 struct BackwardScratch {
   using Lane = typename Policy::Lane;
-  // What a product over queries broadcasts: whole lanes, or bfloat16 whose neighbours form a lane.
+  // The type of what a product over queries broadcasts: whole lanes, or bfloat16, of which two neighbours form a lane.
   using Coefficient = std::conditional_t<Policy::kPerLane == 1, Lane, BFloat16>;
 
   KeyScratch<Policy> key;
@@ -165,7 +168,7 @@ struct BackwardScratch {
   }
 };
 
-// Rows `stride` elements of T apart.
+// Rows that lie `stride` elements of T apart.
 template <class T>
 struct Rows {
   T* data;

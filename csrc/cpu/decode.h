@@ -1,44 +1,31 @@
 // The forward kernel for few queries ("decoding" against a cache of keys), where a vector of queries would be nearly
 // empty. Here lanes are the dimension that a row of memory holds, so each key and value is loaded as whole vectors:
 //
-//   scores[key] = sum over d of key[key][d] * query[d]     a vector of keys at a time: one accumulator each, then sum_rows
+//   scores[key] = sum over d of key[key][d] * query[d]     a vector of keys at a time, each with an accumulator
 //   out[d]      = sum over keys of exp(scores[key] - row_max) * value[key][d]
 //
 // A work item is a split of the keys, for the query rows that share these keys: the rows of one kv head. A second pass
-// merges the splits. The number of splits depends on the shapes alone, so results do not depend on the number of threads.
+// merges the splits. The number of splits depends on the shapes alone, so results do not depend on the number of
+// threads.
 #pragma once
-#include "forward.h"
+#include <memory>
+
 #include "parallel.h"
+#include "scores.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Most queries. At head dim 64 and 128, in float32 and bfloat16, 6 take 0.6-0.8 of forward.h's time, and 8 as long.
-constexpr int64_t kDecodeQueries = 6;
-
-// Whether this is the faster way. Not where an lse is wanted, which is where a backward pass may follow: that computes the
-// scores as forward.h does, and what rounding makes of other scores would be multiplied by the mean of the keys in dquery.
-template <class Policy>
-bool is_decoding(const AttentionParams& p) {
-  if (p.seqlen_q > kDecodeQueries || p.has_dropout || p.lse.data != nullptr) return false;
-  // Instructions per key: here a load and a multiply-add of each vector and some for the sum over its lanes, for each row;
-  // there a multiply-add, and a quarter of a load, of each element.
-  constexpr int64_t n = kLanes<typename Policy::Lane>;
-  const int64_t vectors =
-      round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), n) / n + round_up(p.value_dim, n) / n;
-  return 4 * p.seqlen_q * (vectors + 4) <= 3 * (p.head_dim + p.value_dim);
-}
-
 struct DecodePlan {
   static constexpr int64_t kMaxSplits = 64;
 
-  int64_t heads;   // query heads of an item: a kv head's, or one where each has a mask of its own
-  int64_t groups;  // of an item's heads, over the batch
-  int64_t splits;  // of the keys
+  int64_t heads;   // query heads of an item: those of a kv head, or one head if each has a mask of its own
+  int64_t groups;  // how many groups of heads there are, over the batch
+  int64_t splits;  // into how many splits the keys are cut
   int64_t keys_per_split;
   int64_t value_row;  // lanes of a partial output
 
-  // Rows of the partial results: [part][batch][head][query].
+  // The row of the partial results, which are [split][batch][head][query].
   int64_t row(const AttentionParams& p, int64_t split, int64_t b, int64_t h, int64_t i) const {
     return ((split * p.batch + b) * p.num_heads + h) * p.seqlen_q + i;
   }
@@ -46,7 +33,7 @@ struct DecodePlan {
 
 template <class Lane>
 DecodePlan plan_decode(const AttentionParams& p) {
-  // Enough items for many threads, and enough keys in each that its start does not matter.
+  // There should be enough items for many threads, and enough keys in each item that its start does not matter.
   constexpr int64_t kLeastKeys = 512;
   DecodePlan plan;
   const bool own_masks = p.mask.data != nullptr && p.mask.stride_head != 0;
@@ -61,7 +48,7 @@ DecodePlan plan_decode(const AttentionParams& p) {
   return plan;
 }
 
-// What a split of the keys leaves of each row: the output before its division, and where its probabilities stand.
+// The partial result of each row for each split: the output before the division, and the maximum and sum of the row.
 template <class Lane>
 struct DecodePartials {
   Lane* acc;      // [row][value_row]
@@ -100,18 +87,19 @@ struct DecodeScratch {
   }
 };
 
-// Rows to ask the memory for in advance. The hardware's own prefetch starts anew at every switch between keys and values:
-// with 128 rows a cache in main memory comes at 28 GB/s of 32, without at 19; 32 and 64 rows are too late. What lies in
-// the third-level cache takes 5-10 % longer with it.
+// How many rows ahead the kernel prefetches. The prefetcher of the hardware starts anew at every switch between keys
+// and values. A cache in main memory then comes at 19 GB/s. With 128 rows ahead it comes at 28 GB/s, of 32 that are
+// possible; 32 and 64 rows are too late. What lies in the third-level cache takes 5-10 % longer with the prefetch.
 constexpr int64_t kRowsAhead = 128;
 
-// Reads nothing, so that the address may be any.
+// Reads nothing, so that any address is allowed.
 FA_INLINE void prefetch(const void* address, int64_t bytes_ahead) {
   __builtin_prefetch(
       reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(bytes_ahead)), 0, 2);
 }
 
-// Dot products of a query with the keys of a block, kLanes of them at a time. ahead: bytes to the row to prefetch, if any.
+// Dot products of a query with the keys of a block, kLanes of them at a time. Prefetches the row that lies `ahead`
+// bytes further on, if kPrefetch.
 template <class Policy, bool kPrefetch>
 FA_NOINLINE void multiply_keys(const typename Policy::Lane* query, const typename Policy::Storage* const* key_rows,
                                int count, int head_dim, typename Policy::Lane scale, int64_t ahead,
@@ -154,7 +142,7 @@ FA_NOINLINE void add_bias(const Storage* row, int64_t stride_col, const KeyBlock
   for (; k < keys.count; ++k) scores[k] += load_scalar<Lane>(row + keys.index[k] * stride_col);
 }
 
-// Logits of query i of head h; -inf where a key is hidden from it, and behind the last key.
+// Logits of query i of head h. They are -inf where a key is hidden from the query, and behind the last key.
 template <class Policy, bool kPrefetch>
 void decode_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const typename Policy::Lane* query,
                    const DecodeScratch<Policy>& s) {
@@ -187,8 +175,8 @@ void decode_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t i, co
   for (int k = keys.count; k < end; ++k) s.scores[k] = hidden;
 }
 
-// Replaces logits by exp(logit - row_max), raises row_max before and adds to row_sum. Returns what earlier sums must be
-// multiplied by.
+// Raises row_max, replaces the logits by exp(logit - row_max), and adds them to row_sum. Returns the factor by which
+// earlier sums must be multiplied.
 template <class Policy>
 FA_INLINE typename Policy::Lane decode_softmax(int count, typename Policy::Lane* scores, typename Policy::Lane& row_max,
                                                Vec<typename Policy::Lane>& row_sum) {
@@ -211,8 +199,8 @@ FA_INLINE typename Policy::Lane decode_softmax(int count, typename Policy::Lane*
   return rescale[0];
 }
 
-// acc[c] = acc[c] * rescale + sum over keys of probs[key] * value_rows[key][c], for kColumns vectors of columns, of which
-// `dim` elements exist. ahead: bytes to the row to prefetch, if any.
+// acc[c] = acc[c] * rescale + sum over keys of probs[key] * value_rows[key][c], for kColumns vectors of columns. `dim`
+// elements of them exist. Prefetches the row that lies `ahead` bytes further on, if kPrefetch.
 template <class Policy, bool kPrefetch, int kColumns, bool kWhole>
 FA_INLINE void sum_values_tile(const typename Policy::Storage* const* value_rows, int64_t first,
                                const typename Policy::Lane* probs, int count, int dim, int64_t ahead,
@@ -262,7 +250,7 @@ FA_NOINLINE void sum_values(const typename Policy::Storage* const* value_rows, c
     sum_values_tile<Policy, kPrefetch, 1, false>(value_rows, d, probs, count, value_dim - d, ahead, rescale, acc + d);
 }
 
-// The rows of one group against one part of the keys.
+// The rows of one group of heads against one split of the keys.
 template <class Policy>
 void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKeys* valid_keys, int64_t group,
                  int64_t split, const DecodeScratch<Policy>& s, const DecodePartials<typename Policy::Lane>& partials) {
@@ -312,7 +300,7 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
       sum_values<Policy, kPrefetch>(s.value_rows, s.scores, keys.count, static_cast<int>(p.value_dim), values_ahead,
                                     rescale, partials.acc + row * plan.value_row);
     };
-    visit(0, Constant<1>{});  // the first row asks for what the others will find in the cache
+    visit(0, Constant<1>{});  // the first row prefetches what the others will find in the cache
     for (int64_t r = 1; r < plan.heads * nq; ++r) visit(r, Constant<0>{});
   }
   for (int64_t r = 0; r < plan.heads * nq; ++r) {
@@ -320,7 +308,7 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
   }
 }
 
-// Sums the parts of one row and writes its output.
+// Sums the splits of one row and writes its output.
 template <class Policy>
 void merge_splits(const AttentionParams& p, const DecodePlan& plan,
                   const DecodePartials<typename Policy::Lane>& partials, int64_t b, int64_t h, int64_t i) {
@@ -341,11 +329,11 @@ void merge_splits(const AttentionParams& p, const DecodePlan& plan,
     factors[split] = natural_exp(partials.row_max[row] - keys_max);
     total += partials.row_sum[row] * factors[split];
   }
-  // A row that sees no key gives 0, whatever the sink; and NaN is not 0.
+  // A row that sees no key gives 0, whatever the sink is. NaN is not 0.
   const bool empty = total == 0;
   Lane keys_share = 1;
   if (p.sinks.data != nullptr) {
-    // The sink joins the denominator alone.
+    // The sink is part of the denominator alone.
     const Lane sink = *row_of<const Lane>(p.sinks, 0, h, 0);
     const Lane reference = sink > keys_max ? sink : keys_max;
     keys_share = natural_exp(keys_max - reference);
@@ -391,15 +379,6 @@ void forward_split_keys(const AttentionParams& p) {
       merge_splits<Policy>(p, plan, partials, head / p.num_heads, head % p.num_heads, i);
     }
   });
-}
-
-template <class Policy>
-void forward_with_policy(const AttentionParams& p) {
-  if (is_decoding<Policy>(p)) {
-    forward_split_keys<Policy>(p);
-  } else {
-    forward_by_query_blocks<Policy>(p);
-  }
 }
 
 }  // namespace

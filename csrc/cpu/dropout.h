@@ -6,8 +6,8 @@
 namespace fused_attn::cpu {
 namespace {
 
-// The four words of one Philox call for 64 queries: those of keys 4 * group .. 4 * group + 3. Plain loops: the compiler
-// vectorises the widening multiplications well, the vector extensions have no way to say them.
+// The four words of one Philox call for 64 queries: those of keys 4 * group .. 4 * group + 3. These are plain loops,
+// because the compiler vectorises their widening multiplications well, and the vector extensions cannot express them.
 FA_NOINLINE void philox_rows(uint64_t seed, uint32_t batch, uint32_t head, uint32_t q_begin, uint32_t group,
                              uint32_t (&words)[4][kBlockQ]) {
   uint32_t k0 = static_cast<uint32_t>(seed);

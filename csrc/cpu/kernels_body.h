@@ -1,7 +1,7 @@
 // The kernel table of one instruction set. A file that includes this defines FUSED_ATTN_ISA, the table's suffix, and is
 // compiled with the flags of that instruction set.
 #include "backward.h"
-#include "decode.h"
+#include "forward.h"
 #include "self_attention.h"
 
 namespace fused_attn::cpu {

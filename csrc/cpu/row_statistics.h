@@ -1,12 +1,12 @@
-// What the backward pass knows of every row before it visits keys: lse, and delta = rowsum(dout * out).
+// What backward knows of every row before it visits keys: lse, and delta = rowsum(dout * out).
 #pragma once
 #include "backward_plan.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Sets the statistics of a block, whose dout lies packed in the scratch, but for the corrections, which stay zero. Returns
-// whether some lse is too large to be exact enough for probs.
+// Sets the statistics of a block. Its dout lies packed in the scratch. The corrections stay zero. Returns whether the
+// lse of some row is too large to be exact enough for probs.
 template <class Policy>
 FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h,
                                      int64_t q_begin, int nq, const BackwardScratch<Policy>& s,
@@ -14,7 +14,7 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
-  // An lse of 16 is rounded by half of 2e-6, and probs with it; half types have no use for that accuracy.
+  // An lse of 16 is rounded by half of 2e-6, and so are probs. Types of 16 bits do not need that accuracy.
   const Lane exact_lse = kSame<Storage, Lane> ? Lane(16) : Lane(1024);
   const Lane infinity = FloatTraits<Lane>::kInfinity;
   const int64_t row = seq.q_offset + q_begin;
@@ -45,14 +45,15 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   return inexact;
 }
 
-// exp(scores - lse) as an exponent of 2. Whatever a large lse makes of its rounding, `correction` has been measured with it.
+// The exponent of 2 that gives exp(scores - lse). A large lse is rounded; `correction` was measured with the same
+// rounding.
 template <class Policy>
 FA_INLINE Vec<typename Policy::Lane> lse_exponent(Vec<typename Policy::Lane> score, typename Policy::Lane to_logits,
                                                   Vec<typename Policy::Lane> lse) {
   return (score * to_logits - lse) * typename Policy::Lane(kLog2E);
 }
 
-// row_sum[q] += sum over the keys of a tile of exp(scores - lse).
+// row_sum[q] += the sum of exp(scores - lse) over the keys of a tile.
 template <class Policy, int kColumns>
 FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, const typename Policy::Lane* lse,
                           Vec<typename Policy::Lane>* row_sum) {
@@ -70,8 +71,9 @@ FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool part
   }
 }
 
-// A large lse is a coarse number: at 1e3 its rounding moves probs by 6e-5, at -1e9 (a row under an additive mask) by a factor.
-// Such rows are summed once more, over all their keys, and probs is corrected by what the sum should have been: 1.
+// A large lse is a coarse number. At 1e3, its rounding changes probs by 6e-5. At -1e9 (a row under an additive mask),
+// it changes them by a factor. So the probs of such rows are summed once more, over all their keys. The sum should have
+// been 1, and the correction makes up for the difference.
 template <class Policy>
 FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
                              const RelativeBias<typename Policy::Lane>& relative, const ValidKeys* valid_keys,

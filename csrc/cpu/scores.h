@@ -1,59 +1,14 @@
 // Scores of one tile of keys: the code that forward and backward share, so that both see the same numbers.
 #pragma once
 #include "dropout.h"
-#include "key_blocks.h"
+#include "elementary.h"
+#include "key_rows.h"
+#include "relative_bias.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-FA_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// The Toeplitz bias, reversed: the 64 queries from i on see key j under data[i - j + seqlen_k - 1 ...].
-template <class Lane>
-struct RelativeBias {
-  const Lane* data = nullptr;
-  int64_t stride_head = 0;
-};
-
-// No pair of positions, no bias.
-FA_INLINE int64_t relative_columns(const AttentionParams& p) {
-  const int64_t columns = p.seqlen_q + p.seqlen_k - 1;
-  return columns < 0 ? 0 : columns;
-}
-
-// One vector block of queries may reach past seqlen_q.
-FA_INLINE int64_t relative_row(const AttentionParams& p) { return round_up(relative_columns(p) + kBlockQ, kCacheLine); }
-
-FA_INLINE int64_t relative_heads(const AttentionParams& p, const TensorView& view) {
-  return view.stride_head == 0 ? 1 : p.num_heads;
-}
-
-template <class Lane>
-int64_t relative_bias_bytes(const AttentionParams& p) {
-  if (p.relative_bias.data == nullptr) return 0;
-  return relative_heads(p, p.relative_bias) * relative_row(p) * static_cast<int64_t>(sizeof(Lane));
-}
-
-template <class Lane>
-RelativeBias<Lane> make_relative_bias(const AttentionParams& p, char* memory) {
-  RelativeBias<Lane> result;
-  if (p.relative_bias.data == nullptr) return result;
-  Lane* data = reinterpret_cast<Lane*>(memory);
-  const int64_t columns = relative_columns(p);
-  const int64_t row = relative_row(p);
-  const int64_t heads = relative_heads(p, p.relative_bias);
-  for (int64_t h = 0; h < heads; ++h) {
-    const Lane* source = row_of<const Lane>(p.relative_bias, 0, h, 0);
-    Lane* target = data + h * row;
-    for (int64_t c = 0; c < columns; ++c) target[c] = source[(columns - 1 - c) * p.relative_bias.stride_col];
-    for (int64_t c = columns; c < row; ++c) target[c] = 0;
-  }
-  result.data = data;
-  result.stride_head = heads == 1 ? 0 : row;
-  return result;
-}
-
-// Everything that the scores of a query block depend on.
+// All that the scores of a query block depend on.
 template <class Policy>
 struct ScoreInputs {
   using Lane = typename Policy::Lane;
@@ -61,22 +16,23 @@ struct ScoreInputs {
   const Lane* query = nullptr;  // columns [depth][kBlockQ]
   int depth = 0;                // lanes of a key row
   const KeyBlock* keys = nullptr;
-  const char* const* key_rows = nullptr;  // of the block's keys
+  const char* const* key_rows = nullptr;  // the rows of the block's keys
   Lane scale = 1;
   Lane softcap = 0;                     // 0 = off
   const Lane* bias = nullptr;           // [key of the block][kBlockQ]
   const Lane* relative_bias = nullptr;  // of query q and key j: [q - j]
 
-  // Scores are left as plain dot products where nothing is added to them: the scale then joins the exponential's argument
-  // at no cost. The maximum of a row must be that of the scaled scores, hence the sign.
+  // Whether scores stay plain dot products, because nothing is added to them. The scale is then multiplied in together
+  // with the argument of the exponential, at no cost. The scale must be positive, so that the maximum of a row stays
+  // the maximum.
   bool raw = true;
 
-  // What scores are multiplied by to become logits.
+  // Scores times this factor are logits.
   Lane to_logits() const { return raw ? scale : Lane(1); }
 };
 
-// x -> cap * tanh(x / cap) for `count` lanes; stores the derivative if it is wanted.
-// Out of line: inside the tile it would spill the accumulators of all the tiles that have no softcap.
+// scores = cap * tanh(scores / cap), for `count` lanes. Stores the derivative if it is wanted. This is no part of the
+// tile, because there it would spill the accumulators of the tiles that have no softcap.
 template <class Lane>
 FA_NOINLINE void apply_softcap(Lane* scores, int count, Lane cap, Lane* derivative) {
   for (int i = 0; i < count; i += kLanes<Lane>) {
@@ -86,8 +42,9 @@ FA_NOINLINE void apply_softcap(Lane* scores, int count, Lane cap, Lane* derivati
   }
 }
 
-// Scores of keys [k, k + kTileKeys) of the block and kColumns vectors of queries from vector v on. A plain tile compiles
-// without any modifier. `derivative` receives the softcap's derivative, [kTileKeys][kColumns] vectors, if not null.
+// Computes the scores of keys [k, k + kTileKeys) of the block, for kColumns vectors of queries from vector v on. If
+// kPlain, nothing but products is compiled. `derivative` receives the derivative of the softcap, [kTileKeys][kColumns]
+// vectors, if not null.
 template <class Policy, int kColumns, bool kPlain>
 FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool partial,
                               typename Policy::Lane* derivative,
@@ -146,7 +103,7 @@ FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool 
   }
 }
 
-// 2^exponent as exactly as Policy::Storage, to which it will be rounded, can tell.
+// 2^exponent. It will be rounded to Policy::Storage, and is no more exact than this type can show.
 template <class Policy>
 FA_INLINE Vec<typename Policy::Lane> prob_of(Vec<typename Policy::Lane> exponent) {
 #if defined(__AVX512BF16__)
@@ -155,84 +112,7 @@ FA_INLINE Vec<typename Policy::Lane> prob_of(Vec<typename Policy::Lane> exponent
   return exp2<typename Policy::Lane, Policy::kCoarseExp>(exponent);
 }
 
-// Rows of the block's keys as `rows` of lanes: in place where memory already holds lanes, else converted into `scratch`
-// (rows of round_up(dim, lanes) lanes). Sets kTileKeys pointers behind the last key as well.
-template <class Policy>
-FA_NOINLINE void find_rows(const typename Policy::Storage* base, int64_t stride_row, const KeyBlock& keys, int dim,
-                           typename Policy::Lane* scratch, const char** rows) {
-  using Lane = typename Policy::Lane;
-  constexpr int n = kLanes<Lane>;
-  if (Policy::kPerLane == 1 ? !Policy::kConverts : dim % 2 == 0) {
-    for (int k = 0; k < keys.count; ++k) rows[k] = reinterpret_cast<const char*>(base + keys.index[k] * stride_row);
-  } else {
-    const int lanes = Policy::lanes_for(dim);
-    const int64_t row = round_up(lanes, n);
-    for (int k = 0; k < keys.count; ++k) {
-      const typename Policy::Storage* source = base + keys.index[k] * stride_row;
-      for (int d = 0; d < lanes; d += n) store<Lane>(scratch + k * row + d, load_lanes<Policy>(source, d, dim));
-      rows[k] = reinterpret_cast<const char*>(scratch + k * row);
-    }
-  }
-  for (int k = keys.count; k < keys.count + kTileKeys; ++k) rows[k] = rows[keys.count - 1];
-}
-
-// Rows of one head for sums over its keys: as find_rows finds them, or pairs of neighbouring keys interleaved when lanes
-// hold pairs. A thread caches such pairs for the next blocks of queries as long as the rows begin at the same address:
-// then they are the same rows, since one call has one stride between rows. A block that begins at an odd key, or has
-// holes, is interleaved each time.
-template <class Policy>
-struct SummedRows {
-  using Lane = typename Policy::Lane;
-  using Storage = typename Policy::Storage;
-
-  static constexpr int64_t kMaxCachedBytes = int64_t{1} << 20;  // what a second-level cache holds
-
-  const char** rows;            // of the block's keys (pairs)
-  Lane* block;                  // the block's rows, if memory does not hold them and they are not cached
-  int64_t pairs;                // that can be cached; 0: none are
-  Lane* cached;                 // [pair of keys 2 i, 2 i + 1][dim, padded]
-  uint8_t* is_cached;           // [pair]
-  const Storage** cached_base;  // in the scratch, too, since a thread's scratch is handed on as constant
-
-  void layout(Arena& arena, const AttentionParams& p, int dim, int64_t visits) {
-    const int64_t row = round_up(dim, kLanes<Lane>);
-    pairs = Policy::kPerLane == 2 && visits > 1 ? (p.seqlen_k + 1) / 2 : 0;
-    if (pairs * row * static_cast<int64_t>(sizeof(Lane)) > kMaxCachedBytes) pairs = 0;
-    rows = arena.take<const char*>(kBlockK + kTileKeys);
-    block = arena.take<Lane>(Policy::kConverts || Policy::kPerLane == 2 ? (kBlockK + kTileKeys) * row : 0);
-    cached = arena.take<Lane>(pairs * row);
-    is_cached = arena.take<uint8_t>(pairs);
-    cached_base = arena.take<const Storage*>(1);
-    if (cached_base != nullptr) *cached_base = nullptr;
-  }
-
-  FA_NOINLINE void find(const Storage* base, int64_t stride_row, const KeyBlock& keys, int dim) const {
-    if constexpr (Policy::kPerLane == 1) {
-      find_rows<Policy>(base, stride_row, keys, dim, block, rows);
-    } else {
-#if defined(__AVX512BF16__)
-      const int64_t row = round_up(dim, kLanes<Lane>);
-      const auto source = [&](int k) { return reinterpret_cast<const uint16_t*>(base + keys.index[k] * stride_row); };
-      const bool caches = pairs > 0 && keys.contiguous && keys.index[0] % 2 == 0 && keys.count % 2 == 0;
-      if (caches && *cached_base != base) {
-        memset(is_cached, 0, pairs);
-        *cached_base = base;
-      }
-      for (int k = 0; k < keys.count; k += 2) {
-        const int64_t pair = keys.index[k] / 2;
-        Lane* target = caches ? cached + pair * row : block + k / 2 * row;
-        if (!caches || is_cached[pair] == 0) {
-          interleave_rows(source(k), k + 1 < keys.count ? source(k + 1) : nullptr, dim, target);
-        }
-        if (caches) is_cached[pair] = 1;
-        rows[k / 2] = reinterpret_cast<const char*>(target);
-      }
-#endif
-    }
-  }
-};
-
-// Fills tile[key of the block][kBlockQ] with the bias, zero for queries that do not exist.
+// Fills tile[key of the block][kBlockQ] with the bias. It is zero for queries that do not exist.
 template <class Lane, class Storage>
 FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
                                 const KeyBlock& keys, Lane* tile) {
@@ -275,17 +155,17 @@ FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, in
   }
 }
 
-// What both directions hold for a block of keys.
+// The scratch for a block of keys, which forward and backward both need.
 template <class Policy>
 struct KeyScratch {
   using Lane = typename Policy::Lane;
 
   KeyBlock* keys;
   const char** key_rows;
-  Lane* key_lanes;              // converted keys, if they must be converted
+  Lane* key_lanes;              // the keys as lanes, if they have to be converted
   Lane* bias;                   // [kBlockK + kTileKeys][kBlockQ]
   LaneInt<Lane>* dropout_keep;  // [kBlockK + kTileKeys][kBlockQ]
-  VectorRange* ranges;          // per tile
+  VectorRange* ranges;          // one for each tile
 
   static constexpr int64_t kRows = kBlockK + kTileKeys;
 
@@ -299,7 +179,7 @@ struct KeyScratch {
     bias = arena.take<Lane>(p.bias.data != nullptr ? tile : 0);
     dropout_keep = arena.take<LaneInt<Lane>>(p.has_dropout ? tile : 0);
     ranges = arena.take<VectorRange>(kBlockK / kTileKeys);
-    // The rows behind the last valid key are read by the last tile and then masked away: they must only be initialised.
+    // The last tile reads the rows behind the last valid key, and then hides them. They only have to be initialised.
     if (bias != nullptr && p.bias.data != nullptr) memset(bias, 0, tile * sizeof(Lane));
     if (dropout_keep != nullptr && p.has_dropout) memset(dropout_keep, 0, tile * sizeof(LaneInt<Lane>));
   }
@@ -317,12 +197,12 @@ ScoreInputs<Policy> score_inputs(const AttentionParams& p, const RelativeBias<ty
   if (relative.data != nullptr) {
     in.relative_bias = relative.data + h * relative.stride_head + q_begin + p.seqlen_k - 1;
   }
-  // Not a scale so small that it, as a lane, is zero or denormal: a hidden score would become -inf * 0.
+  // A scale so small that it is zero or denormal as a lane is not allowed: a hidden score would become -inf * 0.
   in.raw = p.scale > 1e-30 && !(p.softcap > 0) && p.bias.data == nullptr && p.relative_bias.data == nullptr;
   return in;
 }
 
-// Finds the key rows, the bias and the dropout decisions of the block in `scratch`.
+// Puts the key rows, the bias and the dropout decisions of the block into the scratch.
 template <class Policy>
 FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
                             int nq, const KeyScratch<Policy>& scratch, ScoreInputs<Policy>& in) {

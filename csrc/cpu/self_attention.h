@@ -1,14 +1,15 @@
-// A whole self-attention module on few rows: project, attend, project. Between such small steps, what it takes to call an
-// operator of torch is most of the time.
+// A whole self-attention module on few rows: project, attend, project. With such small steps, most of the time would go
+// into calling operators of torch.
 #pragma once
 #include "decode.h"
+#include "forward.h"
 #include "parallel.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// y = x . weight^T + bias, rows of `in` and of `out` elements side by side. Lanes are the input features, so that weights
-// are read where they lie; with many rows a blocked product, whose weights are packed, is faster.
+// y = x . weight^T + bias. Rows have `in` and `out` elements, side by side. Lanes are the input features, so that
+// weights are read where they lie. With many rows, a blocked product with packed weights would be faster.
 template <class Policy>
 void project(const typename Policy::Storage* x, int64_t rows, int64_t in, const typename Policy::Storage* weight,
              const typename Policy::Storage* bias, int64_t out, int num_threads, typename Policy::Storage* y) {

@@ -1,8 +1,8 @@
-// Tile sizes, and the two register tiles that all matrix products of attention are made of.
+// Tile sizes, and the two register tiles of which all matrix products of attention are made.
 //
-// "Lanes are queries": a vector holds consecutive queries of a block, so the softmax is purely vertical, and keys and
-// values are scalars that are broadcast from where they lie: a key is only a pointer, and a key that nobody sees is left
-// out of the pointer list at no cost.
+// Lanes are queries: a vector holds neighbouring queries of a block, so the softmax needs no operation across lanes.
+// Elements of keys and values are scalars, which are broadcast from where they lie. So a key is only a pointer, and to
+// leave out a key that nobody sees costs nothing.
 #pragma once
 #include "pack.h"
 #include "vec.h"
@@ -12,13 +12,13 @@ namespace {
 
 constexpr int kBlockQ = 64;  // queries of a work item; 32 is 13-25 % slower (half the reuse of keys and values)
 
-// Accumulators: kTileKeys x kTileVectors vectors. 16 hide the latency of the multiply-add and leave room in 32 registers;
-// with 16 registers 6 x 2 is up to 10 % faster than 4 x 2.
+// A tile has kTileKeys x kTileVectors vectors as accumulators. With 32 registers, 16 of them hide the latency of the
+// multiply-add and leave room for others. With 16 registers, 6 x 2 is up to 10 % faster than 4 x 2.
 constexpr int kTileKeys = kVectorRegisters == 32 ? 4 : 6;
 constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
 
-// Live keys of a block, a multiple of kTileKeys and of the lanes. 128 is 1-2 % faster than 64; with 16 registers 144 is
-// no faster than 72.
+// Valid keys of a block: a multiple of kTileKeys and of the lanes. 128 is 1-2 % faster than 64. With 16 registers, 144
+// is no faster than 72.
 constexpr int kBlockK = kTileKeys == 4 ? 128 : 72;
 
 template <class T>
@@ -26,7 +26,7 @@ constexpr int kBlockVectors = kBlockQ / kLanes<T>;
 static_assert(kBlockVectors<double> % kTileVectors == 0 && kBlockVectors<float> % kTileVectors == 0);
 static_assert(kBlockK % kTileKeys == 0 && kBlockK % kLanes<float> % 8 == 0 && kTileKeys % 2 == 0);
 
-// Compile-time integer as a function argument.
+// An integer that is known at compile time, as a function argument.
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
@@ -99,7 +99,7 @@ FA_INLINE void outer_tile(const char* const* rows, int first, const typename Pol
   for (int r = 0; r < kRows; ++r) {
     FA_UNROLL
     for (int c = 0; c < kColumns; ++c) {
-      // Added at the end: a sum of block sums rounds far less than one long sum.
+      // The target is added at the end. A sum of block sums is rounded far less than one long sum.
       Lane* sum = target + r * kBlockQ + c * n;
       store<Lane>(sum, load<Lane>(sum) * rescale[c] + acc[r][c]);
     }
@@ -131,7 +131,7 @@ FA_INLINE void clear_columns(Lane* columns, int dim, int vectors) {
   }
 }
 
-// The vectors of a query block [begin, end) that see at least one key of a tile.
+// The vectors [begin, end) of a query block that see at least one key of a tile.
 struct VectorRange {
   int begin;
   int end;
@@ -145,9 +145,10 @@ FA_INLINE VectorRange clip_to_panel(VectorRange range, int panel) {
   return {range.begin < first ? first : range.begin, range.end > last ? last : range.end};
 }
 
-// target[d][q] = target[d][q] * rescale[q] + sum over keys j of rows[j][d] * coefficients[j][q], for a block of keys whose tile t
-// reaches only the queries ranges[t]. Runs of tiles with equal ranges are one product, and the first run that reaches a
-// vector does its rescaling. A vector that no tile reaches is left alone: its alpha is 1.
+// target[d][q] = target[d][q] * rescale[q] + sum over keys j of rows[j][d] * coefficients[j][q], for a block of keys.
+//
+// Tile t of the block reaches only the queries ranges[t]. A run of tiles with equal ranges is one product. The first
+// run that reaches a vector rescales the vector. A vector that no tile reaches is left alone: its factor is 1.
 template <class Policy>
 FA_INLINE void outer_block(const char* const* rows, int dim, const typename Policy::Lane* coefficients,
                            const Vec<typename Policy::Lane>* rescale, const VectorRange* ranges, int tiles,
