@@ -7,8 +7,8 @@
 namespace fused_attn {
 namespace {  // internal linkage: these lines are compiled once per instruction set
 
-// Key j is visible to query i iff -left <= j - (i + offset) <= right. An unbounded side is kUnbounded (attention_params.h):
-// large against every length, small enough that the sums below cannot overflow.
+// Key j is visible to query i if -left <= j - (i + offset) <= right. An unbounded side is kUnbounded
+// (attention_params.h). This number is larger than every length, and small enough that the sums below cannot overflow.
 struct Band {
   int64_t left;
   int64_t right;

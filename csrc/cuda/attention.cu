@@ -1,4 +1,4 @@
-// From AttentionParams to Params: sizes, workspace, and which kernels run.
+// From AttentionParams to Params: converts sizes, lays out the workspace, and chooses the kernels.
 #include "attention.h"
 
 #include <algorithm>
@@ -10,15 +10,15 @@
 namespace fused_attn::gpu {
 namespace {
 
-// Of keys and values of the heads that forward takes side by side. All would fit the L2 cache with four times as many,
-// but programs that share keys then start further apart. Measured on an H100, (32, 16, 512, 128): 8 MiB 491 TFLOP/s,
-// 32 MiB 380; from 2048 keys on, they are equal.
+// An L2 group has as many heads as have this many bytes of keys and values (forward). With four times as many, all
+// would fit into the L2 cache, but programs that share keys then start further apart. Measured on an H100, (32, 16,
+// 512, 128): 8 MiB 491 TFLOP/s, 32 MiB 380. From 2048 keys on, both are equal.
 constexpr int64_t kL2Bytes = 8 << 20;
-// Of queries, keys, values and dout of the heads that backward takes side by side. As many bytes again are the sums of
-// dq. Measured on an H100, (8, 16, 2048, 128): 20 MiB 490 TFLOP/s, 128 MiB 313.
+// The same for backward: bytes of queries, keys, values and dout. The sums of dq take as many bytes again. Measured on
+// an H100, (8, 16, 2048, 128): 20 MiB 490 TFLOP/s, 128 MiB 313.
 constexpr int64_t kBackwardL2Bytes = 12 << 20;
 
-// Takes pieces of the workspace one after another. With no memory it only counts.
+// Takes pieces of the workspace one after another. Without memory, a Workspace only counts the bytes.
 class Workspace {
  public:
   explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
@@ -60,7 +60,7 @@ bool is_fused_backward(const WorkspaceNeeds& needs) {
 Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
   Pieces pieces;
   if (needs.has_key_padding) {
-    // Up to the end of the largest block of keys, so that kernels need not ask where the words end.
+    // The words reach to the end of the largest block of keys, so that kernels need not ask where they end.
     constexpr int64_t kLargestBlock = 256;
     pieces.valid_words = static_cast<int32_t>(ceil_div(needs.seqlen_k, kLargestBlock) * (kLargestBlock / 32));
     pieces.valid_keys = workspace.take<uint32_t>(needs.batch * pieces.valid_words);
@@ -92,7 +92,7 @@ RowValues values_of(const TensorView& x) {
   return {static_cast<float*>(x.data), x.stride_batch, x.stride_head, x.stride_row};
 }
 
-// Whether some tiles take longer than others; else blocks need not ask which one comes next.
+// Whether some tiles take longer than others. Otherwise blocks need not ask which tile comes next.
 bool has_unequal_tiles(const AttentionParams& a) {
   return a.window_left != kUnbounded || a.window_right != kUnbounded || a.cu_seqlens_q != nullptr ||
          a.key_padding.data != nullptr;

@@ -1,5 +1,5 @@
-// Which entries of a fragment dropout keeps. One call of Philox decides about four neighbouring keys of one query
-// (philox.h), which lie in several threads: they share the calls and exchange the bits.
+// Which entries of a fragment survive dropout. One call of Philox decides about four neighbouring keys of one query
+// (philox.h). These lie in several threads, which share the calls and exchange the bits.
 #pragma once
 #include "../common/philox.h"
 #include "fragments.h"
@@ -19,7 +19,7 @@ struct Dropout {
         batch(of_batch) {}
   GPU_DEVICE Dropout(const Params& p, const HeadSlice& head_slice) : Dropout(p, head_slice.batch, head_slice.head) {}
 
-  // Bit i: key 4 * group + i survives dropout for this query.
+  // Bit i is set if key 4 * group + i survives dropout for this query.
   GPU_DEVICE uint32_t draw(int32_t query, int32_t group) const {
     const PhiloxWords words = philox(seed, group, query, head, batch);
     uint32_t bits = 0;
@@ -36,8 +36,8 @@ struct DropoutKeep {
   GPU_DEVICE bool has(int t, int j) const { return (words[t / 8] >> (4 * (t % 8) + j)) & 1; }
 };
 
-// Rows are queries from `first_query` (the thread's own) on, columns keys from `first_key` on, a multiple of 8.
-// Pairs of threads share eight keys of two queries: each calls Philox for one query, and for its half of every tile.
+// Rows are queries; `first_query` is the thread's first one. Columns are keys from `first_key` on, a multiple of 8.
+// Two threads share eight keys of two queries. Each calls Philox for one query, and for its half of every tile.
 template <int kTiles>
 GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_query_rows(const Dropout& dropout, int32_t first_query,
                                                           int32_t first_key, Lane lane) {
@@ -50,16 +50,16 @@ GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_query_rows(const Dropout& dropout
       own |= dropout.draw(first_query + (is_odd ? 8 : 0), group) << (4 * t);
     }
     const uint32_t other = shuffle_xor(own, 1);
-    // Even threads have the keys 0, 1 of four, odd ones the keys 2, 3.
+    // Even threads have keys 0 and 1 of four, odd threads have keys 2 and 3.
     dropout_keep.words[word] =
         is_odd ? (other & 0xCCCCCCCCu) >> 2 | (own & 0xCCCCCCCCu) : (own & 0x33333333u) | (other & 0x33333333u) << 2;
   }
   return dropout_keep;
 }
 
-// Rows are keys from `first_key` (that of the fragment, a multiple of 16) on, columns queries from `first_query` on.
-// Four threads share four keys g - g % 4 ..., and again those 8 below, of two queries: thread m calls Philox for query
-// m % 2 of the two and for the keys 8 * (m / 2) below.
+// Rows are keys; `first_key` is the first one of the fragment, a multiple of 16. Columns are queries from `first_query`
+// on. Four threads share four keys g - g % 4 ... of two queries, and the same keys 8 rows further down. Thread m of the
+// four calls Philox for query m % 2, and for the keys that lie 8 * (m / 2) rows further down.
 template <int kTiles>
 GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_key_rows(const Dropout& dropout, int32_t first_query, int32_t first_key,
                                                         Lane lane) {

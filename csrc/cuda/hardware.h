@@ -1,5 +1,5 @@
-// What kernels run on: a GPU, or in tests the emulation of one on a CPU (tools/emulation). This file chooses between the
-// two, and no other file of the product knows about the emulation. The chosen header defines:
+// What kernels run on: a GPU, or in tests the emulation of one on a CPU (tools/emulation). This file chooses between
+// the two, and no other file of the product knows about the emulation. The chosen header defines:
 //
 //   macros      GPU_DEVICE, GPU_KERNEL, GPU_LAUNCH_BOUNDS, GPU_GRID_CONSTANT, GPU_UNROLL, GPU_NO_UNROLL
 //   TensorMap   what TMA knows of a tensor (tensor_map.h)

@@ -5,7 +5,7 @@
 
 namespace fused_attn::gpu {
 
-// One sequence (or batch entry) and head.
+// What one head reads and writes of one sequence or batch entry.
 struct HeadSlice {
   int32_t batch;
   int32_t head;
@@ -14,7 +14,8 @@ struct HeadSlice {
   int32_t k_offset;
   int32_t seqlen_q;
   int32_t seqlen_k;
-  int32_t padded_q_offset;  // first row of the sequence in arrays of whole row blocks (kRowBlock)
+  int32_t
+      padded_q_offset;  // first row of the sequence in arrays that have whole row blocks (kRowBlock) for each sequence
 
   template <class T>
   GPU_DEVICE T* query_row(const Rows& x, int64_t row) const {
@@ -27,11 +28,11 @@ struct HeadSlice {
   GPU_DEVICE float* query_value(const RowValues& x, int64_t row) const {
     return x.data + batch * x.stride_batch + head * x.stride_head + (q_offset + row) * x.stride_row;
   }
-  // Of an array that has whole row blocks for each sequence.
+  // The entry of an array that has whole row blocks for each sequence.
   GPU_DEVICE float* row_statistic(const RowValues& x, int64_t row) const {
     return x.data + batch * x.stride_batch + head * x.stride_head + (padded_q_offset + row) * x.stride_row;
   }
-  // The number, over all heads and sequences, of the row block that begins with row 0.
+  // The number of the row block that begins with row 0, counted over all heads and sequences.
   GPU_DEVICE int64_t first_row_block(const Params& p) const {
     const int64_t entry = p.cu_seqlens_q != nullptr ? 0 : batch;
     return (entry * p.num_heads + head) * p.row_blocks + padded_q_offset / kRowBlock;
@@ -42,11 +43,12 @@ GPU_DEVICE HeadSlice head_slice_of(const Params& p, int32_t batch, int32_t head,
   HeadSlice head_slice{batch, head, kv_head, 0, 0, p.seqlen_q, p.seqlen_k, 0};
   if (p.cu_seqlens_q != nullptr) {
     head_slice.q_offset = load_global(p.cu_seqlens_q + batch);
-    // No more than the caller said: what follows is laid out for that, and other rows have nobody to add to them.
+    // No more rows than the caller said: the workspace is laid out for that, and nobody adds to the gradients of
+    // others.
     head_slice.seqlen_q = min(load_global(p.cu_seqlens_q + batch + 1) - head_slice.q_offset, p.seqlen_q);
     head_slice.k_offset = load_global(p.cu_seqlens_k + batch);
     head_slice.seqlen_k = min(load_global(p.cu_seqlens_k + batch + 1) - head_slice.k_offset, p.seqlen_k);
-    // Sequences end within row blocks: one more block for each leaves room for all that come before.
+    // A sequence may end within a row block. One more block for each sequence before leaves room for all of them.
     head_slice.padded_q_offset = (head_slice.q_offset / kRowBlock + batch) * kRowBlock;
   }
   return head_slice;

@@ -1,5 +1,5 @@
-// What has to be ready before the large kernels run: padding bytes as bits, a counter at 0, and for backward the sums
-// over rows.
+// What has to be ready before the large kernels run: padding as bits, a counter at 0, and for backward the row
+// statistics.
 #pragma once
 #include "fragments.h"
 #include "kernels.h"
@@ -12,7 +12,7 @@ constexpr int kThreadsPerRow = 8;
 constexpr int kPreparationRows = kPreparationThreads / kThreadsPerRow;
 static_assert(kRowBlock % kPreparationRows == 0);
 
-// The padding of one batch entry, by one block.
+// One block turns the padding of one batch entry into bits.
 GPU_DEVICE void prepare_padding(const Params& p, const PaddingParams& padding, int32_t batch) {
   uint32_t* const valid_keys = padding.valid_keys + int64_t{batch} * p.valid_words;
   for (int word = thread_index(); word < p.valid_words; word += kPreparationThreads) {
@@ -28,7 +28,7 @@ GPU_DEVICE void prepare_padding(const Params& p, const PaddingParams& padding, i
   sync_threads();
   if (thread_index() >= 32) return;
 
-  // A running count, 32 blocks of keys at a time.
+  // Counts the blocks that have a valid key, 32 blocks at a time.
   constexpr int kWords = kKeyBlock / 32;
   int32_t* const ranks = padding.key_ranks + int64_t{batch} * (p.num_key_blocks + 1);
   int32_t before = 0;
@@ -51,14 +51,14 @@ GPU_DEVICE void reset_tile_counter(const Params& p) {
   if (p.tile_counter != nullptr && block_index_x() == 0 && thread_index() == 0) store_global(p.tile_counter, 0);
 }
 
-// Padding, one block for each batch entry, and the counter.
+// One block for each batch entry prepares its padding. The first one resets the counter, too.
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     prepare_padding_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT PaddingParams padding) {
   reset_tile_counter(p);
   if (padding.padding != nullptr) prepare_padding(p, padding, block_index_x());
 }
 
-// The statistics of kPreparationRows queries of one head. kTileRows: queries of a tile of dq.
+// Computes the row statistics of kPreparationRows queries of one head. A tile of dq has kTileRows queries.
 template <class T, int kHeadDim, int kTileRows>
 GPU_DEVICE void prepare_rows(const Params& p) {
   const int blocks_of_head = (p.seqlen_q + kRowBlock - 1) / kRowBlock * (kRowBlock / kPreparationRows);
@@ -80,12 +80,13 @@ GPU_DEVICE void prepare_rows(const Params& p) {
   GPU_UNROLL for (int mask = 1; mask < kThreadsPerRow; mask *= 2) sum += shuffle_xor(sum, mask);
   const bool is_in_block = row / kRowBlock * kRowBlock < head_slice.seqlen_q;  // the arrays have no room for other rows
   if (!is_in_block || thread_index() % kThreadsPerRow != 0) return;
-  float lse = -kInfinity;  // of rows past the last one as of empty ones
+  float lse = -kInfinity;  // rows past the last one count as empty rows
   if (is_row) {
     if (p.dlse.data != nullptr) sum -= load_global(head_slice.query_value(p.dlse, row));
     lse = load_global(head_slice.query_value(p.lse, row));
   }
-  // Of an empty row every probability exp2(score - inf) is 0, with no test in the large kernels; 0 * delta has to be 0 too.
+  // Every probability exp2(score - inf) of an empty row is 0, with no test in the large kernels. delta must be finite,
+  // so that 0 * delta is 0, too.
   store_global(head_slice.row_statistic(p.delta, row), lse == -kInfinity ? 0.0f : sum);
   store_global(head_slice.row_statistic(p.lse_log2, row), lse == -kInfinity ? kInfinity : lse * kLog2E);
   if (p.dq_turns != nullptr && row % kTileRows == 0)

@@ -1,26 +1,30 @@
-// The softmax of the two rows that a thread shares with three others, block by block and without a maximum in most of
-// them. Probabilities are relative to a reference. The online softmax (Milakov and Gimelshein, arXiv 1805.02867) takes the maximum
-// of all scores so far, but any number near it will do, as long as no probability overflows. So a block's probabilities
-// are tried with the reference as it is. Only where their sum is too large are the maxima looked for and the reference raised. While it
-// stays, nothing that was summed before has to be rescaled.
+// The softmax of the two rows that a thread shares with three others, block by block, and without a maximum in most
+// blocks.
+//
+// Probabilities are relative to a reference: prob = exp(score - reference). The online softmax (Milakov and Gimelshein,
+// arXiv 1805.02867) takes the maximum of all scores so far as the reference. But any number near the maximum will do,
+// as long as no probability overflows. So a block's probabilities are first computed with the reference as it is. Only
+// if their sum is too large does the block look for its maximum and raise the reference. While the reference stays, no
+// sum has to be rescaled.
 #pragma once
 #include "fragments.h"
 
 namespace fused_attn::gpu {
 
-// Stands for DropoutKeep where there is no dropout: keeps every probability.
+// Takes the place of DropoutKeep where there is no dropout: every probability survives.
 struct NoDropout {
   GPU_DEVICE bool has(int, int) const { return true; }
 };
 
 struct LazySoftmax {
-  // Of one thread's probabilities in a block. Each of them is then finite in float16, too.
+  // The largest sum of one thread's probabilities in a block. Each probability is then finite in float16, too.
   static constexpr float kLargestSum = 4096.0f;
-  // Of references times scale_log2 whose rounding error, at most 1/4, may be a factor of all probabilities. Above, it may be any.
+  // An offset is a reference times scale_log2. Up to this offset the rounding error is at most 1/4, which may be a
+  // factor of all probabilities. Beyond this offset the error may be of any size.
   static constexpr float kLargestOffset = 4194304.0f;
 
-  float reference[2];  // a score, or -inf: nothing seen yet
-  float row_sum[2];    // of this thread's columns alone
+  float reference[2];  // a score; -inf as long as the row has seen no key
+  float row_sum[2];    // the sum over this thread's columns alone
 
   GPU_DEVICE void init() {
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
@@ -29,8 +33,8 @@ struct LazySoftmax {
     }
   }
 
-  // The probabilities of a block, rounded, as left factors of the next product. Returns false, and adds nothing to the sums,
-  // if a row of the warp needs another reference, or has one whose offset is too large.
+  // Computes the probabilities of a block, rounded, as left factors of the next product. Returns false if a row of the
+  // warp needs another reference, or if the row's offset is too large; the sums then stay as they were.
   template <class T, int kTiles, class AnyDropoutKeep>
   GPU_DEVICE bool try_probs(const float (&scores)[kTiles][4], float scale_log2, const AnyDropoutKeep& dropout_keep,
                             uint32_t (&probs)[kTiles / 2][4]) {
@@ -46,8 +50,8 @@ struct LazySoftmax {
     return true;
   }
 
-  // Likewise, after it has raised the references to the maxima of the block. `rescale` makes up for the old references in what was
-  // summed before.
+  // Raises the references to the maxima of the block, and then computes the same probabilities. What was summed before
+  // has to be multiplied by `rescale`.
   template <class T, int kTiles, class AnyDropoutKeep>
   GPU_DEVICE void raise_and_compute_probs(const float (&scores)[kTiles][4], float scale_log2,
                                           const AnyDropoutKeep& dropout_keep, uint32_t (&probs)[kTiles / 2][4],
@@ -57,21 +61,22 @@ struct LazySoftmax {
       float raised = reference[r];
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) raised = fmaxf(raised, fmaxf(scores[t][2 * r], scores[t][2 * r + 1]));
       raised = row_maximum(raised);
-      // -inf - -inf is NaN: rows that have seen nothing take 0, and probabilities exp2(-inf) = 0.
+      // -inf - -inf is NaN. So a row that has seen no key takes 0 as its reference, and its probabilities become 0.
       finite[r] = raised == -kInfinity ? 0.0f : raised;
       error[r] = offset_error(raised, scale_log2);
       rescale[r] =
           exp2_approx((reference[r] - finite[r]) * scale_log2 + (error[r] - offset_error(reference[r], scale_log2)));
       reference[r] = raised;
     }
-    // The same numbers as when tried, and right for scores of any size.
+    // These are the same numbers as those of try_probs, and they are right for scores of any size.
     compute_probs<T>(dropout_keep, probs, sum, [&](int t, int j) {
       return multiply_add(scores[t][j] - finite[j / 2], scale_log2, error[j / 2]);
     });
     GPU_UNROLL for (int r = 0; r < 2; ++r) row_sum[r] = row_sum[r] * rescale[r] + sum[r];
   }
 
-  // (factor for the output, log-sum-exp) of row r, once all is summed. A row that saw nothing: (0, -inf).
+  // Once all is summed: the factor for the output of row r, and the log-sum-exp of the row. An empty row gets 0 and
+  // -inf.
   GPU_DEVICE void finish(int r, float scale, float scale_log2, float& factor, float& lse) const {
     const float total = row_total(row_sum[r]);
     const bool is_empty = reference[r] == -kInfinity;
@@ -84,7 +89,7 @@ struct LazySoftmax {
  private:
   static GPU_DEVICE bool is_small(float offset) { return offset <= kLargestOffset && offset >= -kLargestOffset; }
 
-  // What probabilities that were tried with this reference are off by, as an exponent: the offset was rounded.
+  // The offset was rounded, so the probabilities of try_probs are off by a factor: 2^offset_error.
   static GPU_DEVICE float offset_error(float reference, float scale_log2) {
     const float offset = reference * scale_log2;
     return is_small(offset) ? multiply_add(reference, scale_log2, -offset) : 0.0f;

@@ -21,7 +21,8 @@ struct TensorMapSpec {
 
 inline int element_bytes(Element element) { return element == Element::kF32 ? 4 : 2; }
 
-// What the hardware does not accept about the tensor, or an empty text. Sources: the documentation of cuTensorMapEncodeTiled.
+// What the hardware does not accept about the tensor, or an empty text. The documentation of cuTensorMapEncodeTiled
+// says it.
 std::string tensor_map_error(const TensorMapSpec& spec);
 
 }  // namespace fused_attn::gpu

@@ -10,9 +10,11 @@ struct WorkTile {
   int32_t batch;
 };
 
-// Programs are numbered so that the heads of an L2 group run side by side, and their keys and values stay in the L2
-// cache. Within an L2 group the longest blocks start first (the last ones where causal queries are tiled, the first ones
-// where keys are), so that only short ones are left when the multiprocessors run out of work.
+// Programs are numbered so that the heads of an L2 group run side by side. Their keys and values then stay in the L2
+// cache.
+//
+// Within an L2 group, the longest blocks start first, so that only short ones are left when the multiprocessors run out
+// of work. Under a causal mask, these are the last blocks of queries (last_first), and the first blocks of keys.
 GPU_DEVICE WorkTile scheduled_tile(int32_t program, int32_t num_blocks, int32_t num_heads, int32_t batch,
                                    int32_t heads_per_l2_group, bool last_first) {
   const int32_t total_heads = num_heads * batch;

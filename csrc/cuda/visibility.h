@@ -1,6 +1,8 @@
-// What sees what: the key blocks that queries have to visit, the query blocks that see keys, and which entries of a
-// block of scores are visible. Blocks that lie wholly within the band and hold only valid keys need no test ("full");
-// blocks without any visible key are not visited.
+// What sees what: which blocks of keys queries have to visit, which blocks of queries see keys, and which entries of a
+// block of scores are visible.
+//
+// A block that lies within the band and holds only valid keys is full: no entry needs a test. A block without a visible
+// key is not visited.
 #pragma once
 #include "head_slice.h"
 
@@ -16,13 +18,14 @@ GPU_DEVICE uint32_t column_bits(int32_t first, int32_t end, int32_t word) {
   return low_bits(clamp_to(end - 32 * word, 0, 32)) & ~low_bits(clamp_to(first - 32 * word, 0, 32));
 }
 
-// The keys that a query sees, and the queries that see a key, before they are clipped to those that exist.
+// The keys that a query sees by the band, and the queries that see a key. They need not exist.
 GPU_DEVICE int32_t first_key(const Params& p, int32_t query) { return query + p.first_diagonal; }
 GPU_DEVICE int32_t last_key(const Params& p, int32_t query) { return query + p.last_diagonal; }
 GPU_DEVICE int32_t first_query(const Params& p, int32_t key) { return key - p.last_diagonal; }
 GPU_DEVICE int32_t last_query(const Params& p, int32_t key) { return key - p.first_diagonal; }
 
-// Block numbers: [begin, end) have to be visited, those within [full_begin, full_end) lie wholly within the band.
+// Numbers of blocks. Those of [begin, end) have to be visited; those of [full_begin, full_end) lie wholly within the
+// band.
 struct BlockRange {
   int32_t begin;
   int32_t end;
@@ -54,7 +57,7 @@ GPU_DEVICE BlockRange query_range(const Params& p, const HeadSlice& head_slice, 
                              head_slice.seqlen_q);
 }
 
-// Which keys of a block exist and are no padding: bit c % 32 of word c / 32.
+// Which rows of a block are valid: bit c % 32 of word c / 32 stands for row c.
 template <int kBlock>
 struct ValidRows {
   static constexpr int kWords = kBlock / 32;
@@ -76,12 +79,12 @@ struct ValidRows {
     if constexpr (kWords == 4) pair = key < 64 ? pair : uint64_t{words[3]} << 32 | words[2];
     return (pair >> (key % 64)) & 1;
   }
-  // Of key first + offset of the block, where the constant `offset` says in which word: an index that is no constant
-  // would put the words into memory.
+  // Whether row first + offset is valid. The constant `offset` says in which word the bit lies: with an index that is
+  // no constant, the compiler would put the words into memory.
   GPU_DEVICE bool has(int32_t first, int32_t offset) const { return (words[offset / 32] >> (first + offset % 32)) & 1; }
 };
 
-// The same for a block of which the first `count` rows exist.
+// ValidRows of a block whose first `count` rows are the valid ones.
 template <int kBlock>
 struct FirstRows {
   static constexpr int kWords = kBlock / 32;
@@ -111,13 +114,13 @@ GPU_DEVICE int32_t last_valid_block(const Params& p, const HeadSlice& head_slice
   return block;
 }
 
-// Visible columns of the two rows g and g + 8 of a thread's fragment (fragments.h), as bits.
+// The visible columns of the rows g and g + 8, which a thread has of a fragment (fragments.h), as bits.
 template <int kColumns>
 struct VisibleColumns {
   uint32_t words[2][kColumns / 32];
 };
 
-// Rows are queries from `first_row` (the thread's own) on, columns the keys of a block.
+// Rows are queries; `first_row` is the thread's first one. Columns are the keys of a block.
 template <int kBlock>
 GPU_DEVICE VisibleColumns<kBlock> visible_keys(const Params& p, const ValidRows<kBlock>& valid, int32_t block,
                                                int32_t first_row) {
@@ -133,7 +136,8 @@ GPU_DEVICE VisibleColumns<kBlock> visible_keys(const Params& p, const ValidRows<
   return visible;
 }
 
-// Rows are keys from `own_key` (the thread's) on, columns the queries of a block. is_valid: of the two keys.
+// Rows are keys; `own_key` is the thread's first one, and is_valid tells about its two keys. Columns are the queries of
+// a block.
 template <int kBlock>
 GPU_DEVICE VisibleColumns<kBlock> visible_queries(const Params& p, const bool (&is_valid)[2], int32_t block,
                                                   int32_t own_key) {

@@ -1,12 +1,12 @@
-// Backward for Ampere and later, in two kernels that both form the scores again (7 products instead of 5), so that
-// every gradient is summed by one block in a fixed order: deterministic, without atomics, and with the probabilities
-// in registers.
+// Backward for Ampere and later, in two kernels. Both compute the scores again, so there are 7 products instead of 5.
+// In return one block sums each gradient, in a fixed order: results are deterministic, there are no atomics, and the
+// probabilities stay in registers.
 //
 //   query_gradient_kernel: a block has kBlockM queries and walks over their keys:         dq += dscores @ k
 //   key_gradient_kernel:   a block has kBlockN keys and walks over the queries that see   dv += probs^T @ dout
 //                          them, of all heads that share the keys:                        dk += dscores^T @ q
 //
-// With probs = exp(scale * q @ k^T - lse) and dprobs = dout @ v^T, dscores = probs * (dprobs - delta).
+// Here probs = exp(scale * q @ k^T - lse), dprobs = dout @ v^T and dscores = probs * (dprobs - delta).
 #pragma once
 #include "../dropout.h"
 #include "../row_statistics.h"
@@ -35,7 +35,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
   using Plan = QueryGradientPlan<kHeadDim>;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads, kTiles = Plan::kTiles;
 
-  // Which rows.
+  // Find the rows.
   const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
   const WorkTile work = scheduled_tile(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, true);
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
@@ -67,7 +67,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
   }
   const RowStatistics statistics[2] = {row_statistics(p, head_slice, query), row_statistics(p, head_slice, query + 8)};
 
-  // Loop. The values go first: the keys are needed twice, for the scores and for dq.
+  // Loop. The values are loaded first, because the keys are needed twice: for the scores and for dq.
   float dq[1][kHeadDim / 8][4];
   fill(dq[0], 0.0f);
   while (block >= range.begin) {
@@ -129,13 +129,13 @@ struct KeyGradientPlan : KeyGradientTileSm80<kHeadDim> {
   static constexpr uint32_t kBytes = kRowStatistics + Tile::kBlockM * sizeof(RowStatistics);
 };
 
-// kMakesDk, kMakesDv: which gradients this warp sums; the others of the block may sum the other one.
+// kMakesDk, kMakesDv: whether this warp sums dk, and dv. Other warps of the block may sum the other gradient.
 template <class T, int kHeadDim, bool kHasDropout, bool kMakesDk, bool kMakesDv>
 GPU_DEVICE void sum_key_gradients(const Params& p) {
   using Plan = KeyGradientPlan<kHeadDim>;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads, kTiles = Plan::kTiles;
 
-  // Which rows.
+  // Find the rows.
   const int num_blocks = (p.seqlen_k + kBlockN - 1) / kBlockN, kv_heads = p.num_heads / p.group_size;
   const WorkTile work = scheduled_tile(block_index_x(), num_blocks, kv_heads, p.batch, p.heads_per_l2_group, false);
   HeadSlice head_slice = head_slice_of(p, work.batch, work.head * p.group_size, work.head);
@@ -197,7 +197,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
     if (!(range.is_within_band(block) && are_all_valid)) {
       hide(probs[0], visible_queries<kBlockM>(p, is_valid, block, key), lane);
     }
-    // lse_log2 and delta of the queries of tile t that this thread has: (lse_log2, delta, lse_log2, delta).
+    // This thread has two queries of tile t. Returns (lse_log2, delta) of the first and then of the second.
     const auto statistics_of = [&](int t) {
       return load_shared<Float4>(shared + Plan::kRowStatistics + (8 * t + 2 * lane.q) * sizeof(RowStatistics));
     };

@@ -1,7 +1,8 @@
-// Forward for Ampere and later: softmax(scores) @ value with cp.async, ldmatrix and mma.sync. One block has kBlockM
-// queries of one head and walks over their keys, from the last to the first. Shared memory holds one tile of keys and
-// one of values: the values of a step are loaded while its scores are computed, the keys of the next one while the
-// values are summed.
+// Forward for Ampere and later: softmax(scores) @ value with cp.async, ldmatrix and mma.sync.
+//
+// One block has kBlockM queries of one head and walks over their keys, from the last to the first. Shared memory holds
+// one tile of keys and one of values. The values of a step are loaded while its scores are computed. The keys of the
+// next step are loaded while the values of this one are summed.
 #pragma once
 #include <type_traits>
 
@@ -31,7 +32,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads;
   constexpr int kRowTiles = Plan::kRowTiles, kTiles = Plan::kTiles;
 
-  // Which rows.
+  // Find the rows.
   const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
   const WorkTile work = scheduled_tile(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, true);
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);

@@ -1,6 +1,6 @@
 // Backward for Hopper, in the same two kernels as for Ampere (sm80/backward.h says why): dq by blocks of queries, dk
-// and dv by blocks of keys. One warp loads with TMA, two warpgroups multiply with wgmma; probabilities and their gradients
-// stay in registers, as left factors of the products that follow.
+// and dv by blocks of keys. One warp loads with TMA, and two warpgroups multiply with wgmma. Probabilities and their
+// gradients stay in registers, as left factors of the products that follow.
 #pragma once
 #include <cmath>
 
@@ -82,7 +82,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   using KeyTile = typename Plan::KeyTile;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
 
-  // Which rows.
+  // Find the rows.
   const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
   const WorkTile work = scheduled_tile(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, true);
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
@@ -155,7 +155,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
       GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] =
           prob_of(scores[t][j], p.scale_log2, statistics[j / 2].lse_log2);
     }
-    position.wait_full(rings.v);  // again: a branch keeps ptxas from waiting for the product before the exponentials
+    position.wait_full(rings.v);  // again: this branch stops ptxas from moving the next wait before the exponentials
     wgmma_wait<0>();
     keep_registers(flat(dprobs));
     position.release(rings.v);
@@ -232,16 +232,17 @@ struct KeyGradientRings {
   }
 };
 
-// A block of keys, and the blocks of queries of all heads of the group that see them, one a step.
+// A block of keys, and the blocks of queries that see these keys, of all heads of the group. Each step visits one of
+// them.
 template <int kHeadDim>
 struct KeyWork {
   using Plan = KeyGradientPlan<kHeadDim>;
-  HeadSlice head_slice;  // its head is that of the step
+  HeadSlice head_slice;  // its head is the head of the step
   int32_t first_key;
   ValidRows<Plan::kBlockN> valid;
   BlockRange range;
   int32_t steps_left;
-  int32_t block;  // of queries, of the step
+  int32_t block;  // the block of queries of the step
 
   GPU_DEVICE explicit KeyWork(const Params& p) {
     const int num_blocks = (p.seqlen_k + Plan::kBlockN - 1) / Plan::kBlockN, kv_heads = p.num_heads / p.group_size;
@@ -290,7 +291,7 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
   }
 }
 
-// By a warp of its own, because registers are few where TMA is issued.
+// A warp of its own does this, because the warp that issues TMA has few registers.
 template <int kHeadDim>
 GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim>& rings,
                                     KeyWork<kHeadDim>& work) {
@@ -311,7 +312,7 @@ GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared, const KeyG
   }
 }
 
-// kMakesDk, kMakesDv: which gradients this warpgroup sums. first_row: of its keys in the block.
+// kMakesDk, kMakesDv: whether this warpgroup sums dk, and dv. Its keys begin at row first_row of the block.
 template <class T, int kHeadDim, bool kHasDropout, bool kMakesDk, bool kMakesDv>
 GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim>& rings,
                                   KeyWork<kHeadDim>& work, int first_row) {
@@ -361,7 +362,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
     if (!(work.range.is_within_band(work.block) && are_all_valid)) {
       hide(probs, visible_queries<kBlockM>(p, is_valid, work.block, key), lane);
     }
-    // lse_log2 and delta of the queries of tile t that this thread has: (lse_log2, delta, lse_log2, delta).
+    // This thread has two queries of tile t. Returns (lse_log2, delta) of the first and then of the second.
     const auto statistics_of = [&](int t) {
       return load_shared<Float4>(statistics_tile + (8 * t + 2 * lane.q) * sizeof(RowStatistics));
     };
@@ -370,7 +371,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
       const Float4 statistics = statistics_of(t);
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
         probs[t][j] = prob_of(probs[t][j], p.scale_log2, j % 2 == 0 ? statistics.x : statistics.z);
-        // The sign says what dropout drops, so that the bits need no register any longer.
+        // A negative sign marks what dropout drops, so that the bits need no register any longer.
         if (kHasDropout && !dropout_keep.has(t, j)) probs[t][j] = -probs[t][j];
       }
     }
@@ -383,10 +384,9 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
       round_fragment<T>(rounded_probs, probs_after_dropout);
     }
 
-    // Their gradients, and dk.
+    // The gradients of the probabilities, and dk.
     if constexpr (kMakesDk) {
-      position.wait_full(
-          rings.dout);  // again: a branch keeps ptxas from waiting for the product before the exponentials
+      position.wait_full(rings.dout);  // again, as for dq: the branch stops ptxas from moving the next wait
       wgmma_wait<0>();
       keep_registers(flat(dprobs));
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
@@ -412,7 +412,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
     position.advance();
   }
 
-  // Epilogue. Where the keys lie is worked out again, rather than held in registers.
+  // Epilogue. The head slice is computed again, because it would have taken registers during the loop.
   const HeadSlice head_slice = KeyWork<kHeadDim>(p).head_slice;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = key + 8 * r;

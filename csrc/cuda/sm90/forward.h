@@ -1,18 +1,19 @@
 // Forward for Hopper: softmax(scores) @ value with TMA and wgmma. A block stays on its multiprocessor and takes one
 // tile of queries after another. Its first warpgroup serves the others:
 //
-//   the planning warp finds out what the next tile is, and which keys each consumer's rows see
-//   the loading warp loads queries once per tile, keys and values through rings
+//   the planning warp finds out which tile is next, and which keys the rows of each consumer see
+//   the loading warp loads queries once for each tile, and keys and values through rings
 //
-// Both leave notes in shared memory, about each tile and about each block of keys. So the other warpgroups, the
-// consumers, read a bit where they would have to load padding and compare positions, and blocks that their rows see as a
-// whole cost them nothing more. Consumers have 64 queries each. While the scores of the next keys are computed and the
-// values of these are summed, all that they do is exponentials (LazySoftmax), which takes less time than the products.
-// So each keeps the tensor cores busy while another waits for them, and they need not take turns.
+// Both leave notes in shared memory, about each tile and about each block of keys. The other warpgroups are the
+// consumers. They read a bit of a note, where otherwise they would have to load padding and compare positions. A full
+// block costs them nothing more.
 //
-// Keys that are padding, and rows of other sequences, may hold NaN, which not even a probability of 0 would stop. The
-// scores of such keys are hidden; their values are overwritten with zeros by the loading warp before it passes the tile
-// on.
+// Each consumer has 64 queries. While the tensor cores compute the scores of the next keys and sum the values of these
+// keys, the consumer computes exponentials only (LazySoftmax), which takes less time than the products. So one consumer
+// keeps the tensor cores busy while another one waits for them, and consumers need not take turns.
+//
+// Padding and rows of other sequences may hold NaN, and NaN times a probability of 0 is NaN. The scores of such keys
+// are hidden. The loading warp overwrites their values with zeros before it passes the tile on.
 #pragma once
 #include <type_traits>
 
@@ -39,7 +40,7 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kHasDropout> {
   static constexpr int kTiles = kBlockN / 8;
   static constexpr int kConsumerWarps = kConsumers * kWarpsPerWarpgroup;
 
-  // setmaxnreg: what the loading warpgroup gives up, the others get.
+  // With setmaxnreg, the first warpgroup gives up registers, and the consumers get these.
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 224;
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
@@ -60,7 +61,7 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kHasDropout> {
 
 constexpr int kNoMoreTiles = -1;
 
-// About a tile of queries, from the planning warp to the consumers, and to itself: it has few registers.
+// About a tile of queries. The planning warp writes it for the consumers, and for itself, because it has few registers.
 struct TileNote {
   uint32_t address;
 
@@ -76,7 +77,7 @@ struct TileNote {
 
   GPU_DEVICE void store_end_block(int32_t block) const { store_shared(address + 8, block); }
 
-  // The head slice as far as it matters for queries, or for keys.
+  // The head slice, with the fields that matter for queries, or for keys.
   GPU_DEVICE HeadSlice query_slice() const {
     const Vec2 x = load_shared<Vec2>(address + 32);
     return {
@@ -87,7 +88,7 @@ struct TileNote {
     return {int32_t(x.x), 0, int32_t(x.y), 0, int32_t(x.z), 0, int32_t(x.w)};
   }
 
-  // The blocks that a consumer's rows see.
+  // The blocks of keys that a consumer's rows see.
   GPU_DEVICE void store_range(int consumer, const BlockRange& range) const {
     store_shared(address + 48 + 16 * consumer,
                  Vec4{word(range.begin), word(range.end), word(range.full_begin), word(range.full_end)});
@@ -105,8 +106,8 @@ struct TileNote {
 struct View {
   static constexpr uint32_t kIsSeen = 1;    // some row sees some key
   static constexpr uint32_t kIsWhole = 2;   // every row sees every key
-  static constexpr uint32_t kSeesMore = 4;  // and the next block too
-  static constexpr uint32_t kIsLast = 8;    // the tile visits no other
+  static constexpr uint32_t kSeesMore = 4;  // some row sees some key of the next block
+  static constexpr uint32_t kIsLast = 8;    // the tile visits no block after this one
   uint32_t bits;
 
   GPU_DEVICE bool has(uint32_t bit) const { return (bits & bit) != 0; }
@@ -119,11 +120,11 @@ struct Boxes {
   int32_t what;  // 0: nothing more
   int32_t key_row;
   int32_t query_row;
-  int32_t all_valid;  // no key is padding, so that the values need no cleaning
+  int32_t all_valid;  // all keys are valid, so the values need no cleaning
   int32_t batch, head, kv_head;
 };
 
-// About a block of keys, from the planning warp to all others.
+// About a block of keys. The planning warp writes it for all others.
 template <int kBlockN>
 struct KeyNote {
   uint32_t address;
@@ -156,7 +157,7 @@ struct ForwardRings {
   Ring<Plan::kStages> v;
   Ring<kTileNotes> tiles;
   Ring<kKeyNotes> notes;
-  uint32_t cleaning;  // a barrier: values that have to be overwritten have come
+  uint32_t cleaning;  // a barrier: the values have come, and some of their rows have to be overwritten
   uint32_t shared;
 
   GPU_DEVICE explicit ForwardRings(uint32_t shared) : shared(shared) {
@@ -173,7 +174,7 @@ struct ForwardRings {
     k.init(Plan::kConsumerWarps);
     v.init(Plan::kConsumerWarps);
     tiles.init(Plan::kConsumerWarps);
-    notes.init(1);  // the loading warp, which knows when the consumers have read them
+    notes.init(1);  // the loading warp alone empties them: it knows when the consumers have read them
     mbarrier_init(cleaning, 1);
     fence_mbarrier_init();
   }
@@ -195,7 +196,7 @@ struct ForwardRings {
   }
 };
 
-// What a kernel gets besides Params.
+// What the kernel gets besides Params.
 struct ForwardMaps {
   Map q;
   Map k;
@@ -204,7 +205,7 @@ struct ForwardMaps {
 
 // ---- The planning warp
 
-// Its first lanes speak for one consumer each.
+// Each of its first lanes works for one consumer.
 template <class Plan>
 struct Planner {
   static constexpr int kBlockN = Plan::kBlockN;
@@ -253,7 +254,7 @@ struct Planner {
     note_position.advance();
   }
 
-  GPU_DEVICE void post_tile() {  // all that others read of the note is from lane 0
+  GPU_DEVICE void post_tile() {  // lane 0 has written all that others read of the note
     if (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));
   }
 
@@ -283,7 +284,8 @@ struct Planner {
       const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
       const int first_row = work.block * Plan::kBlockM;
       if (first_row < head_slice.seqlen_q) plan_tile(head_slice, first_row);
-      // Tiles beyond the first of each block are taken one after another, or are the block's own.
+      // The first tile of a block is its own. With a counter, blocks take the others one after another; without a
+      // counter, each block takes every grid_size-th tile.
       if (p.tile_counter != nullptr) {
         if (lane == 0) number = atomic_fetch_add(p.tile_counter, 1);
         number = shuffle(number, 0);
@@ -312,8 +314,8 @@ struct Loader {
   RingPosition<kKeyNotes> note_position = {}, free_position = {};
   int notes_in_use = 0;
 
-  // Once the slot was free, all consumers have released the keys that were in it, and so have read the note before
-  // theirs.
+  // When the slot is free, all consumers have released the keys that were in it. So they have read the note that came
+  // before the note of these keys.
   GPU_DEVICE void load_keys(const Boxes& boxes) {
     loader.template load<typename Plan::KeyTile>(rings.k, k_position, rings.key_tile(k_position), maps.k, boxes.key_row,
                                                  boxes.kv_head, boxes.batch);
@@ -342,7 +344,7 @@ struct Loader {
     q_position.advance();
   }
 
-  // The keys of a step come before the values of the step before, as the consumers want them.
+  // The keys of a step are loaded before the values of the step before, because the consumers want them in this order.
   GPU_DEVICE void run() {
     KeyNote<kBlockN> before{};
     while (true) {
@@ -372,7 +374,7 @@ struct Consumer {
   static constexpr int kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
   const Params& p;
   const ForwardRings<Plan> rings;
-  const int number;  // of this consumer
+  const int number;  // 0, 1, ...: which consumer this is
   const Lane lane = this_lane();
   const int thread_row = kConsumerRows * number + thread_index() % kWarpgroup / 32 * 16 + lane.g;
 
@@ -418,7 +420,7 @@ struct Consumer {
     note_position.advance();
     return note.view(number);
   }
-  // Of a block that only other consumers see.
+  // For a block that only other consumers see: releases its keys and values.
   GPU_DEVICE void pass_block() {
     release(rings.k, k_position);
     v_position.wait_full(rings.v);
@@ -459,7 +461,8 @@ struct Consumer {
       wgmma_wait<0>();  // before the probabilities are overwritten
       keep_registers(flat(acc));
       release(rings.v, v_position);
-      // This branch has to be here: past it, ptxas does not move the release of the values down among the exponentials.
+      // This branch has to stand here. It keeps ptxas from moving the release of the values down among the
+      // exponentials.
       if (!view.has(View::kSeesMore)) release(rings.q, q_position);
       if (!softmax.template try_probs<T>(scores, p.scale_log2, dropout_keep, probs)) {
         softmax.template raise_and_compute_probs<T>(scores, p.scale_log2, dropout_keep, probs, rescale);

@@ -1,23 +1,29 @@
-// Backward for Hopper in one kernel, five products for each pair of tiles. A block takes kKeyBlock keys of one head and
-// goes over the queries that see them, kBlockM at a time; scores and probabilities are transposed (keys are rows):
+// Backward for Hopper in one kernel: five products for each pair of tiles. A block takes kKeyBlock keys of one head,
+// and goes over the queries that see these keys, kBlockM at a time. Scores and probabilities are transposed: rows are
+// keys.
 //
 //   scores^T = k @ q^T        dprobs^T = v @ dout^T
 //   dv += probs^T @ dout      dk += dscores^T @ q        dq = dscores @ k
 //
-// Probabilities and dscores stay in registers, as left factors of dv and dk. Dscores also go through shared memory,
-// once, for dq. A tile of dq is a part of the sum over all blocks of keys: the copy engine adds it to float sums in
-// global memory, which a small kernel rounds in the end.
+// Probabilities and dscores stay in registers, as left factors of dv and dk. For dq, dscores also go through shared
+// memory, once. A tile of dq is part of a sum over all blocks of keys: the copy engine adds the tile to float sums in
+// global memory. In the end a small kernel rounds these sums.
 //
-// The additions to a tile of dq come in a fixed order, so the result does not depend on timing: first the last block of
-// keys that sees the tile, then the one before, and so on. Each waits for its turn at a counter of the tile. Blocks of
-// keys are taken in the same order, from the last one to the first, and each goes over the queries upwards. So
+// The additions to a tile of dq come in a fixed order, so the result does not depend on timing. The last block of keys
+// that sees the tile adds first, then the block before, and so on. Each block waits for its turn at a counter of the
+// tile. Blocks of keys are taken in the same order, from the last one to the first, and each goes over the queries
+// upwards. This has two consequences:
 //
-//   - neighbours are at different tiles at the same time and hardly ever wait for each other, and
-//   - whoever waits does so for work on the same head that was taken earlier. The work that was taken first of all that is unfinished
-//     never waits, whatever else runs on the GPU: nothing can hang.
+//   - Neighbouring blocks are at different tiles at the same time, and hardly ever wait for each other.
+//   - A block waits only for blocks of the same head that were taken earlier. The unfinished block that was taken first
+//     never waits, whatever else runs on the GPU. So nothing can hang.
 //
-// Who does what:   warp 0: keys, queries, lse     warp 1: values, dout, delta     warps 2, 3: add tiles of dq, in turns
-//                  warpgroups 1, 2: 64 keys each
+// Who does what:
+//
+//   warp 0             loads keys, queries and lse
+//   warp 1             loads values, dout and delta
+//   warps 2, 3         add tiles of dq, in turns
+//   warpgroups 1, 2    multiply; each has 64 keys
 #pragma once
 #include <cmath>
 #include <type_traits>
@@ -33,8 +39,8 @@
 
 namespace fused_attn::gpu::sm90 {
 
-// Which keys come next goes from the first loading warp to the other roles through a ring, so that it can be ahead of
-// them.
+// The first loading warp tells the other roles through a ring which keys come next. So this warp can be ahead of the
+// others.
 constexpr int kKeyBlockSlots = 4;
 constexpr uint32_t kKeyBlockSlotBytes = 128;
 static_assert(kKeyBlockBytes <= kKeyBlockSlotBytes);
@@ -49,8 +55,8 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim> {
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
 
-  // A tile of dq, and the part of it that a warpgroup multiplies: 64 of its rows, or half of the columns. Columns that
-  // fill up the last panel are zeros.
+  // A tile of dq, and a warpgroup's part of the tile: 64 rows, or half of the columns. The columns that fill up the
+  // last panel are zeros.
   static constexpr bool kSplitsRows = kBlockM == 128;
   static constexpr int kDqColumns = Tile<kHeadDim, kBlockM>::kPanels * kPanelColumns;
   static constexpr int kOwnColumns = kSplitsRows ? kDqColumns : kDqColumns / 2;
@@ -80,9 +86,9 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim> {
 
 // ---- How the roles wait for one another
 
-// Of each tile of queries, for the consumers: its number, marked where some key is not visible to some query; its head.
+// What the consumers have to know about a tile of queries.
 struct alignas(8) StepInfo {
-  int32_t tile;
+  int32_t tile;  // the number of the tile; kHasMask is set if some key is hidden from some query
   int32_t head;
 };
 constexpr int32_t kHasMask = 1 << 30;
@@ -96,10 +102,10 @@ struct FusedBackwardRings {
   Ring<1> v;
   Ring<Plan::kQStages> q;        // with lse and StepInfo
   Ring<Plan::kDoutStages> dout;  // with delta
-  uint32_t dscores;              // two barriers: a buffer is full
-  uint32_t dq_full;              // two for each warpgroup: its part of the tile of an even or odd step has been written
-  uint32_t dq_empty;             // one for each warpgroup
-  uint32_t cleaning;             // one for each loading warp
+  uint32_t dscores;              // two barriers, one for each buffer: the buffer is full
+  uint32_t dq_full;              // two barriers for each warpgroup: its dq of an even, or odd, step has been written
+  uint32_t dq_empty;             // one barrier for each warpgroup: its dq may be written
+  uint32_t cleaning;             // one barrier for each loading warp: a tile has come, and rows have to be overwritten
 
   GPU_DEVICE explicit FusedBackwardRings(uint32_t shared) {
     work.barriers = shared + Plan::kBarriers;
@@ -117,7 +123,7 @@ struct FusedBackwardRings {
   GPU_DEVICE uint32_t dq_full_of(int group, uint32_t step) const { return dq_full + 16 * group + step % 2 * 8; }
 
   GPU_DEVICE void init() const {
-    constexpr int kOtherRoles = 4;  // that read which keys come next: both loading warps, both threads that add
+    constexpr int kOtherRoles = 4;  // both loading warps, and both threads that add, read which keys come next
     work.init(Plan::kConsumerWarps + kOtherRoles);
     k.init(Plan::kConsumerWarps);
     v.init(Plan::kConsumerWarps);
@@ -141,7 +147,7 @@ struct KeyBlockReader {
   Ring<kKeyBlockSlots> ring;
   RingPosition<kKeyBlockSlots> position;
 
-  // Valid until it is released.
+  // The result may be read until it is released.
   GPU_DEVICE SharedKeyBlock wait() const {
     position.wait_full(ring);
     return {shared + Plan::kKeyBlocks + position.slot() * kKeyBlockSlotBytes};
@@ -158,7 +164,8 @@ struct KeyBlockReader {
 
 // ---- The loading warps
 
-// By the leader of the first one: takes the next block of keys that nobody has taken, and starts to tell the other roles.
+// Takes the next block of keys that nobody has taken, and starts to tell the other roles. The leader of the first
+// loading warp calls this.
 template <int kHeadDim>
 GPU_DEVICE void take_key_block(const Params& p, uint32_t shared, const Ring<kKeyBlockSlots>& ring,
                                RingPosition<kKeyBlockSlots> position, int num_programs) {
@@ -175,7 +182,7 @@ GPU_DEVICE void take_key_block(const Params& p, uint32_t shared, const Ring<kKey
   }
 }
 
-// What comes with a tile of queries, on the same barrier: a float for each row, and for the consumers which tile it is.
+// What comes with a tile of queries, on the same barrier: a float for each row, and with lse a StepInfo.
 template <int kHeadDim, bool kIsFirst>
 struct StepLoad {
   using Plan = FusedBackwardPlan<kHeadDim>;
@@ -201,7 +208,8 @@ struct StepLoad {
   }
 };
 
-// The first warp (kIsFirst) takes blocks of keys and loads keys, queries and lse; the second one values, dout and delta.
+// The first warp (kIsFirst) takes blocks of keys, and loads keys, queries and lse. The second warp loads values, dout
+// and delta.
 template <int kHeadDim, bool kIsFirst>
 GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t shared,
                            const FusedBackwardRings<kHeadDim>& rings, int num_programs) {
@@ -214,8 +222,8 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
   KeyBlockReader<kHeadDim> reader{shared, rings.work, {}};
   RingPosition<kStages> position;
   while (true) {
-    // Only now, when all is loaded for the block before: taken earlier, a block of keys would keep those waiting that
-    // add to dq after it.
+    // The next block is taken only when all is loaded for the block before. If it were taken earlier, blocks that add
+    // to dq after it would have to wait longer.
     if (kIsFirst && is_leader) take_key_block<kHeadDim>(p, shared, rings.work, reader.position, num_programs);
     const SharedKeyBlock b = reader.wait();
     if (b.number() == kNoMoreKeys) return;
@@ -238,7 +246,7 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
       const uint32_t tile = shared + (kIsFirst ? Plan::kQ : Plan::kDout) + position.slot() * QTile::kBytes;
       const Map& map = kIsFirst ? maps.q : maps.dout;
       const auto load = [&](const auto& ring) {
-        // Rows past the end of the sequence: only a packed tensor has any.
+        // Only a packed tensor has rows past the end of the sequence.
         const FirstRows<Plan::kBlockM> own{p.cu_seqlens_q != nullptr ? b.seqlen_q() - row : Plan::kBlockM};
         loader.template load_valid<QTile>(ring, position, tile, map, b.q_offset() + row, step.head, b.batch(), own,
                                           also);
@@ -254,7 +262,7 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
   }
 }
 
-// ---- The threads that add to dq, one of them for even steps and one for odd ones: waiting for a turn, and for an
+// ---- The threads that add to dq. One works for even steps, the other for odd steps: to wait for a turn, and for an
 // addition to be complete, takes longer than a step.
 
 template <int kHeadDim>
@@ -277,7 +285,7 @@ GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRing
         fence_async_proxy();
         const uint32_t source = shared + Plan::kDq + group * Plan::kOwnDqBytes;
         float* const sums = p.dq_sums + tile * Plan::kDqFloats + group * Plan::kOwnDqFloats;
-        if (turn == 0) {  // nothing is there yet, not even zeros
+        if (turn == 0) {  // memory holds no sum yet, not even zeros
           bulk_store(sums, source, Plan::kOwnDqBytes);
         } else {
           bulk_reduce_add_f32(sums, source, Plan::kOwnDqBytes);
@@ -303,7 +311,7 @@ GPU_DEVICE void arrive_once_a_warp(uint32_t barrier) {
   if (thread_index() % 32 == 0) mbarrier_arrive(barrier);
 }
 
-// Rows of a gradient that nothing adds to.
+// For rows of a gradient to which nothing is added.
 template <class T, int kHeadDim>
 GPU_DEVICE void store_zeros(T* row, Lane lane) {
   for (int chunk = lane.q; chunk < kHeadDim / 8; chunk += 4) {
@@ -325,10 +333,10 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
   const uint32_t dscores_store =
       shared + Plan::kDscores + dscores_row * kPanelRowBytes + ((lane.index / 16) ^ (lane.index % 8)) * 16;
   const uint32_t thread = thread_index() % kWarpgroup;
-  // Not to be taken apart again, or each load below needs an address of its own.
+  // keep_computed: otherwise the compiler computes an address of its own for each load below.
   const uint32_t own_statistics = keep_computed(shared + 8 * lane.q);
   float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
-  // In flight over the border between two steps: scores and dprobs of the next one.
+  // At the border between two steps, the products for scores and dprobs of the next step are in flight.
   float scores[kTiles][4], dprobs[kTiles][4], dq[kDqTiles][4];
   uint32_t rounded_probs[kTiles / 2][4], rounded_dscores[kTiles / 2][4];
   Float2 lse[kTiles];
@@ -336,7 +344,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
   KeyBlockReader<kHeadDim> reader{shared, rings.work, {}};
   uint32_t step = 0;  // over all blocks of keys
   while (true) {
-    // Which keys. With the address in a uniform register, head dim 64 spills nothing; 128 spills only then.
+    // The next keys. For head dim 64, registers spill unless the address is in a uniform register (shuffle). For head
+    // dim 128, they spill if it is.
     const SharedKeyBlock b{Plan::kSplitsRows ? shuffle(reader.wait().address, 0) : reader.wait().address};
     if (b.number() == kNoMoreKeys) return;
     const RingPosition<1> key_position{reader.position.uses};
@@ -377,7 +386,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       start_multiply_transposed<T, kHeadDim, kBlockN>(dprobs, shared + Plan::kV, 64 * group, dout_tile(i));
       wgmma_commit();
     };
-    // Of the two queries of tile t of eight that this thread has.
+    // lse, and delta, of the two queries that this thread has of tile t.
     const auto lse_at = [&](uint32_t i, int t) {
       return load_shared<Float2>(own_statistics + Plan::kLse + i % Plan::kQStages * Plan::kStatisticsBytes + t * 32);
     };
@@ -385,7 +394,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       return load_shared<Float2>(own_statistics + Plan::kDelta + i % Plan::kDoutStages * Plan::kStatisticsBytes +
                                  t * 32);
     };
-    // What a step needs besides products: before dprobs are started, while there are registers to spare.
+    // Loads what a step needs besides products. This comes before dprobs are started, while there are registers to
+    // spare.
     StepInfo info;
     DropoutKeep<kTiles> dropout_keep;
     const auto begin_step = [&](uint32_t i) {
@@ -403,7 +413,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       wgmma_wait<1>();
       keep_registers(flat(scores));
       if (info.tile & kHasMask) {
-        // In the steady loop there are no registers to spare: nothing of this is computed before, and word by word.
+        // The loop over full tiles has no registers to spare. So all of this is computed here, word by word.
         const int own = keep_computed(thread), own_row = 64 * group + own / 32 * 16 + own % 32 / 4;
         const int tile = info.tile & kTileNumber;
         GPU_UNROLL for (int r = 0; r < 2; ++r) {
@@ -419,7 +429,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
         if (t + Plan::kLseAhead < kTiles) lse[t + Plan::kLseAhead] = lse_at(i, t + Plan::kLseAhead);
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
           scores[t][j] = prob_of(scores[t][j], p.scale_log2, j % 2 == 0 ? lse[t].x : lse[t].y);
-          // The sign says what dropout drops, so that the bits need no register any longer.
+          // A negative sign marks what dropout drops, so that the bits need no register any longer.
           if (kHasDropout && !dropout_keep.has(t, j)) scores[t][j] = -scores[t][j];
         }
       }
@@ -432,7 +442,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
           float dprob = dprobs[t][j], prob = scores[t][j];
           if constexpr (kHasDropout) {
-            const bool is_dropped = prob < 0.0f;  // false for NaN, which is not to be lost
+            const bool is_dropped = prob < 0.0f;  // false for NaN, which must not be lost
             dprob = is_dropped ? 0.0f : dprob * p.dropout_scale;
             scores[t][j] = is_dropped ? 0.0f : prob;
             prob = fabsf(prob);
@@ -442,7 +452,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       }
     };
 
-    // dv, dk and dq of step i, and the beginning of the next one.
+    // Computes dv, dk and dq of step i, and begins the next step.
     const auto propagate = [&](uint32_t i, auto is_last) {
       constexpr bool kIsLast = decltype(is_last)::value;
       const uint32_t buffer = i % 2 * Plan::kDscoresBytes;
@@ -464,8 +474,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       arrive_once_a_warp(rings.dout.empty(i % Plan::kDoutStages));
       if constexpr (kIsLast) key_position.release(rings.v);
 
-      // dq: both warpgroups' dscores. The fence is executed by those who read, not by those who wrote: writers would wait
-      // for all their stores.
+      // dq needs the dscores of both warpgroups. The readers execute the fence, not the writers: these would have to
+      // wait for all their stores.
       mbarrier_wait(rings.dscores + i % 2 * 8, i / 2 & 1);
       fence_async_proxy();
       forget_registers(flat(dq));
@@ -528,7 +538,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(FusedBackwardPlan<kHeadDim>::kThreads, 1)
   const FusedBackwardRings<kHeadDim> rings(shared);
   if (thread_index() == 0) rings.init();
   sync_threads();
-  const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // so that the compiler knows it is the same for all
+  const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // tells the compiler that a warp agrees about it
   if (warpgroup == 0) {
     decrease_registers<Plan::kProducerRegisters>();
     const int warp = shuffle(thread_index() / 32, 0);
@@ -547,7 +557,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(FusedBackwardPlan<kHeadDim>::kThreads, 1)
 
 // ---- Before and after
 
-// Row statistics, turns that begin at 0, and the list of all blocks of keys.
+// Prepares the row statistics, turns that begin at 0, and the list of all blocks of keys.
 template <class T, int kHeadDim>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     prepare_fused_backward_kernel(const GPU_GRID_CONSTANT Params p, int num_programs) {
@@ -566,7 +576,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
 
 constexpr int kRoundingThreads = 256;
 
-// One tile of dq, by a block that is laid out like the two warpgroups which made it.
+// Rounds one tile of dq. The threads of a block are laid out like the two warpgroups that computed the tile.
 template <class T, int kHeadDim>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU_GRID_CONSTANT Params p) {
   using Plan = FusedBackwardPlan<kHeadDim>;
@@ -577,7 +587,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU
   const int first_row = work.block * Plan::kBlockM;
   if (first_row >= head_slice.seqlen_q) return;
   const int64_t tile = head_slice.first_row_block(p) * Plan::kTilesPerRowBlock + work.block;
-  const bool is_any_added = load_global(p.dq_turns + tile) != 0;  // else nothing is there, not even zeros
+  const bool is_any_added = load_global(p.dq_turns + tile) != 0;  // otherwise memory holds no sum, not even zeros
   const int group = thread_index() / kWarpgroup;
   const Lane lane = this_lane();
   const int own_row = first_row + (Plan::kSplitsRows ? 64 * group : 0) + thread_index() % kWarpgroup / 32 * 16 + lane.g;

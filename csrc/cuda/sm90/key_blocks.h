@@ -1,10 +1,15 @@
-// What the fused backward does in which order: blocks of keys, the tiles of queries that see them, and whose turn it is
-// to add to a tile of dq. The preparation kernel writes the list of all blocks; the roles of the fused kernel read one
-// after another from shared memory.
+// The order of work in the fused backward: blocks of keys, the tiles of queries that see them, and whose turn it is to
+// add to a tile of dq. The preparation kernel writes the list of all blocks. The roles of the fused kernel read one
+// block after another from shared memory.
 //
-// From the last block of keys to the first, and upwards over the queries. Measured on an H100 against the other way
-// round, causal: 4 to 8 % faster at 1k and 2k, equal at 16k for head dim 128, 28 % faster at 16k for head dim 64, where the
-// first additions to the last tile come one after another. Causal tiles start at different queries by themselves.
+// Blocks go from the last one of a head to the first, and tiles upwards over the queries. Measured on an H100 against
+// the opposite order, with a causal mask:
+//
+//   4 to 8 % faster at 1k and 2k
+//   equal at 16k for head dim 128
+//   28 % faster at 16k for head dim 64, where the first additions to the last tile come one after another
+//
+// Under a causal mask, blocks start at different queries by themselves.
 #pragma once
 #include "../tile_scheduler.h"
 #include "../visibility.h"
@@ -19,8 +24,8 @@ static_assert(kKeyBlock == 128);          // four words of KeyBlock::valid
 
 GPU_DEVICE constexpr int32_t floor_log2(int32_t x) { return x <= 1 ? 0 : 1 + floor_log2(x / 2); }
 
-// Tile m of queries and block n of keys meet where some query of the one could see some key of the other, by the band
-// alone. Both sides ask in the same terms, whole tiles and blocks, so that they agree about who adds to what.
+// Tile m of queries and block n of keys meet if some query of the tile could see some key of the block, by the band
+// alone. The two sides agree about who adds to what, because both ask about whole tiles and whole blocks.
 template <int kBlockM>
 GPU_DEVICE int32_t first_tile(const Params& p, int32_t n) {
   return (n * kKeyBlock - p.last_diagonal) >> floor_log2(kBlockM);  // rounds down, below 0, too
@@ -34,12 +39,12 @@ GPU_DEVICE int32_t last_key_block(const Params& p, int32_t m) {
   return (m * kBlockM + kBlockM - 1 + p.last_diagonal) >> floor_log2(kKeyBlock);
 }
 
-// How many of the first n blocks of keys have one that is no padding.
+// How many of the first n blocks of keys have a valid key.
 GPU_DEVICE int32_t key_rank(const Params& p, int32_t batch, int32_t n) {
   return p.key_ranks == nullptr ? n : load_global(p.key_ranks + int64_t{batch} * (p.num_key_blocks + 1) + n);
 }
 
-// The block of keys that is taken as number `program`. The last ones of each head come first.
+// The block of keys that is taken as number `program`. The last blocks of each head come first.
 template <int kBlockM>
 GPU_DEVICE KeyBlock key_block(const Params& p, int32_t program) {
   const WorkTile work =
@@ -103,7 +108,7 @@ struct SharedKeyBlock {
     return static_cast<T*>(x.data) + batch() * x.stride_batch + kv_head() * x.stride_head +
            (k_offset() + row) * x.stride_row;
   }
-  // The number of the head's first row block: see HeadSlice::first_row_block.
+  // As HeadSlice::first_row_block, for a query head of the group.
   GPU_DEVICE int64_t row_block(const Params& p, int32_t head) const {
     const int64_t entry = p.cu_seqlens_q != nullptr ? 0 : batch();
     return (entry * p.num_heads + head) * p.row_blocks + padded_q_offset() / kRowBlock;
@@ -120,7 +125,8 @@ GPU_DEVICE int32_t turn_at(const Params& p, const SharedKeyBlock& b, int32_t m) 
   return key_rank(p, b.batch(), min(last_key_block<kBlockM>(p, m) + 1, key_blocks)) - b.rank_after();
 }
 
-// Where a role has got to among the steps of a block of keys: the tiles of each head of the group, upwards.
+// How far a role has got with the steps of a block of keys: over the heads of the group, and for each head over its
+// tiles.
 struct Step {
   int32_t head;
   int32_t tile;

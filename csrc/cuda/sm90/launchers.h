@@ -1,4 +1,4 @@
-// Host side of the kernels for sm_90a; included by their instantiations alone.
+// Host side of the kernels for sm_90a. Only their instantiations (head_dim_*.cu) include this file.
 #pragma once
 #include <algorithm>
 #include <string>
@@ -18,7 +18,7 @@ inline Map map_of(const Rows& x, bool is_bf16, int64_t head_dim, int64_t rows, i
   Map map;
   map.head_step = x.stride_head != 0 && heads > 1;
   map.batch_step = x.stride_batch != 0 && batch > 1;
-  constexpr int64_t kElementBytes = 2, kAnyStride = 16;  // of a dimension with one entry
+  constexpr int64_t kElementBytes = 2, kAnyStride = 16;  // kAnyStride: for a dimension with one entry
   const TensorMapSpec spec{x.data,
                            is_bf16 ? Element::kBf16 : Element::kF16,
                            4,
@@ -48,7 +48,8 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   });
 }
 
-// dq in one kernel, dk and dv in another: where the fused kernel does not fit, or not all gradients are wanted.
+// dq in one kernel, dk and dv in another: for head dims that the fused kernel does not have, or if some gradient is not
+// wanted.
 template <class T, int kHeadDim, bool kHasDropout, class MapsOf>
 void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
   using QueryPlan = QueryGradientPlan<kHeadDim>;
