@@ -5,7 +5,7 @@
 #include "../problem_reader.h"
 #include "attention.h"
 #if defined(FUSED_ATTN_EMULATION)
-#include "emulated_call.h"
+#include "emulation/emulated_call.h"
 #endif
 
 namespace fused_attn::gpu {

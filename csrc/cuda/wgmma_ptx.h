@@ -1,5 +1,5 @@
-// The instruction wgmma.mma_async for the widths N that the kernels use. Its text names each of the N / 2 accumulators, so the
-// text is put together from macros; a new width is one more line at the end.
+// The instruction wgmma.mma_async for the widths N that the kernels use. The text of the instruction names each of the
+// N / 2 accumulators. So macros put the text together, and a new width is one more line at the end.
 #pragma once
 #include "primitives.h"
 

@@ -1,8 +1,7 @@
 // Small kernels, most with one deliberate bug, for test_detectors.py: each bug has to be reported.
 #include <cstring>
 
-#include "cuda/launch.h"
-#include "cuda/primitives.h"
+#include "cuda/hardware.h"
 #include "cuda/tensor_map.h"
 
 namespace fused_attn::gpu {

@@ -1,4 +1,4 @@
-"""Builds CUDA kernels for the emulation in csrc/emulation, and calls them from Python.
+"""Builds CUDA kernels for the emulation (tools/emulation), and calls them from Python.
 
 A library of kernels is compiled by g++ from the sources that nvcc compiles and linked with the emulation. It exports
 plain C functions that return an error text, or is a Python module. Builds are kept in pytest's cache, by the contents
@@ -28,6 +28,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+TOOLS = ROOT / "tools"
+EMULATION = TOOLS / "emulation"
 
 # -march=native: 16-bit conversions would otherwise be calls.
 FLAGS = (
@@ -42,7 +44,7 @@ FLAGS = (
     "-DFUSED_ATTN_EMULATION",
 )
 
-#: What the emulation is made of, apart from csrc/emulation itself.
+#: Host code of the product that every library needs.
 SHARED_SOURCES = ("cuda/tensor_map_rules.cpp",)
 
 
@@ -88,7 +90,7 @@ class Builder:
         return module
 
     def _link(self, sources: Sequence[Path], csrc: Path, flags: Sequence[str]) -> Path:
-        emulation = [*sorted((csrc / "emulation").glob("*.cpp")), *(csrc / name for name in SHARED_SOURCES)]
+        emulation = [*sorted(EMULATION.glob("*.cpp")), *(csrc / name for name in SHARED_SOURCES)]
         compiled = [(source, csrc, (*FLAGS, *flags)) for source in sources]
         compiled += [(source, csrc, FLAGS) for source in emulation]  # the same for all libraries
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -100,7 +102,7 @@ class Builder:
         return linked
 
     def _object(self, source: Path, csrc: Path, flags: Sequence[str]) -> Path:
-        compile_command = ["g++", *flags, f"-I{csrc}", "-x", "c++", str(source)]
+        compile_command = ["g++", *flags, f"-I{csrc}", f"-I{TOOLS}", "-x", "c++", str(source)]
         # The rule that make would read: "target: source header header ...".
         rule = _run([*compile_command, "-MM", "-MT", "target"]).replace("\\\n", " ")
         dependencies = [Path(name).read_bytes() for name in rule.split()[1:]]
@@ -146,7 +148,7 @@ def _compiler_version() -> str:
 
 
 class Options(ctypes.Structure):
-    """csrc/emulation/options.h, which says what they mean."""
+    """tools/emulation/options.h, which says what they mean."""
 
     _fields_ = (
         ("seed", ctypes.c_uint64),
@@ -165,7 +167,7 @@ BY_SEED, EARLY, LATE = range(3)
 
 
 class Statistics(ctypes.Structure):
-    """csrc/emulation/options.h, which says what they mean."""
+    """tools/emulation/options.h, which says what they mean."""
 
     _fields_ = tuple(
         (name, ctypes.c_uint64)

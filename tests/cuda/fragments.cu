@@ -2,8 +2,7 @@
 // written down independently. Compiled for the emulation, and on a machine with a GPU for that.
 #include <cmath>
 
-#include "cuda/launch.h"
-#include "cuda/primitives.h"
+#include "cuda/hardware.h"
 #include "cuda/tensor_map.h"
 
 namespace fused_attn::gpu {

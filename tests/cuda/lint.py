@@ -15,7 +15,7 @@ from pathlib import Path
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
 #: May name the hardware: that is what they are for.
-EXEMPT = {"primitives.h", "primitives_ptx.h", "wgmma_ptx.h", "tensor_map_driver.cu", "launch.h"}
+EXEMPT = {"primitives.h", "primitives_ptx.h", "wgmma_ptx.h", "tensor_map_driver.cu", "hardware_gpu.h"}
 
 RULES = {
     r"\b(__)?asm(__)?\b": "asm",
@@ -89,7 +89,7 @@ def arrays_in(source: str) -> set[str]:
 
 def check(folder: Path = CUDA) -> list[str]:
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
-    declaring = [*paths, *folder.parent.glob("*.h")]  # kernels use structs of their parent folder
+    declaring = [*paths, *(folder.parent / "common").glob("*.h")]  # kernels use structs of this folder
     arrays = set().union(*(arrays_in(without_comments(path.read_text())) for path in declaring))
     return [
         f"{path.relative_to(folder)}:{line}: {what}"

@@ -19,7 +19,7 @@ struct LaunchShape {
 std::string launch(const LaunchShape& shape, const Options& options, Statistics* statistics,
                    const std::function<void()>& kernel);
 
-// Of launches by cuda/launch.h: what the test has set last, and what has happened since.
+// Of launches by hardware_emulated.h: what the test has set last, and what has happened since.
 Options& session_options();
 Statistics& session_statistics();
 

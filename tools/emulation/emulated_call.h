@@ -3,8 +3,8 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
-#include "attention.h"
-#include "emulation/global_memory.h"
+#include "cuda/attention.h"
+#include "global_memory.h"
 
 namespace fused_attn::gpu {
 

@@ -2,19 +2,13 @@
 #pragma once
 #include <cstdint>
 
-#ifndef FUSED_ATTN_HOST_DEVICE
-#if defined(__CUDACC__)
-#define FUSED_ATTN_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FUSED_ATTN_HOST_DEVICE __attribute__((always_inline)) inline
-#endif
-#endif
+#include "host_device.h"
 
 namespace fused_attn {
 namespace {  // internal linkage: these lines are compiled once per instruction set
 
-// Key j is visible to query i iff -left <= j - (i + offset) <= right. An unbounded side is kUnbounded (attention_params.h):
-// large against every length, small enough that the sums below cannot overflow.
+// Key j is visible to query i if -left <= j - (i + offset) <= right. An unbounded side is kUnbounded
+// (attention_params.h). This number is larger than every length, and small enough that the sums below cannot overflow.
 struct Band {
   int64_t left;
   int64_t right;

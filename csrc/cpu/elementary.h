@@ -58,7 +58,7 @@ FA_INLINE Vec<double> round_to_integer(Vec<double> t) {
   return reinterpret_cast<Vec<double>>(_mm512_maskz_roundscale_pd(0xff, reinterpret_cast<__m512d>(t), 0));
 }
 
-// mantissa * 2^integer, and 0 where t < lowest; a NaN in t is not below anything.
+// mantissa * 2^integer, or 0 where t < lowest. A NaN in t is not below anything.
 FA_INLINE Vec<float> scale_or_zero(Vec<float> mantissa, Vec<float> integer, Vec<float> t, float lowest) {
   const __mmask16 normal = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(t), _mm512_set1_ps(lowest), _CMP_NLT_UQ);
   return reinterpret_cast<Vec<float>>(
@@ -72,8 +72,8 @@ FA_INLINE Vec<double> scale_or_zero(Vec<double> mantissa, Vec<double> integer, V
 }
 #endif
 
-// 2^t for t < 127 (1023). Relative error 1.2e-7 in float (3e-6 if coarse), 3e-16 in double. Exactly 1 at 0 and exactly 0
-// below kExp2Lowest, so that no denormal arises; 0 at -inf; NaN at NaN, whatever its payload.
+// 2^t for t < 127 (1023 in double). The relative error is 1.2e-7 in float (3e-6 if kCoarse), and 3e-16 in double. The
+// result is exactly 1 at 0, exactly 0 at -inf and below kExp2Lowest, so that no denormal arises, and NaN at every NaN.
 template <class T, bool kCoarse = false>
 FA_INLINE Vec<T> exp2(Vec<T> t) {
   using Traits = FloatTraits<T>;
@@ -91,7 +91,7 @@ FA_INLINE Vec<T> exp2(Vec<T> t) {
   const Vec<T> lowest = broadcast<T>(Traits::kExp2Lowest);
   const Vec<T> clamped = max<T>(lowest, t);
   const Vec<T> rounded = clamped + Traits::kRoundMagic;
-  // The magic number's own bits leave at the top of this shift: what stays is the integer part, in the exponent's place.
+  // This shift moves the bits of the magic number out at the top. The integer part stays, in the place of the exponent.
   const IntVec<T> exponent = reinterpret_cast<IntVec<T>>(rounded) << Traits::kMantissaBits;
   const Vec<T> mantissa = polynomial(clamped - (rounded - Traits::kRoundMagic));
   const Vec<T> power = reinterpret_cast<Vec<T>>(reinterpret_cast<IntVec<T>>(mantissa) + exponent);
@@ -100,8 +100,8 @@ FA_INLINE Vec<T> exp2(Vec<T> t) {
 }
 
 #if defined(__AVX512BF16__)
-// exp2 for numbers that are rounded to bfloat16 next: relative error 1.0e-4, a twentieth of that rounding's. The rounding
-// takes denormal numbers to zero, so that the only test left here is the one that keeps -inf from becoming NaN.
+// exp2 for numbers that are rounded to bfloat16 next. The relative error is 1.0e-4, a twentieth of the error of that
+// rounding. The rounding turns denormal numbers into zero. So the only test left here keeps -inf from becoming NaN.
 FA_INLINE Vec<float> exp2_to_round(Vec<float> t) {
   constexpr float kCoefficients[] = {0.0550090596f, 0.242210969f, 0.693282902f, 1.0f};
   const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-1000), reinterpret_cast<__m512>(t));
@@ -112,7 +112,7 @@ FA_INLINE Vec<float> exp2_to_round(Vec<float> t) {
 }
 #endif
 
-// Error 3 ulp; keeps relative accuracy near 0, where softcap must be the identity.
+// The error is 3 ulp. Near 0 the relative accuracy stays, because softcap must be the identity there.
 template <class T>
 FA_INLINE Vec<T> tanh(Vec<T> x) {
   const Vec<T> z = x * x;
@@ -128,7 +128,7 @@ FA_INLINE Vec<T> tanh(Vec<T> x) {
     near_zero = x + x * z * (horner<T>(z, kNumerator) / horner<T>(z, kDenominator));
   }
   const Vec<T> magnitude = select<T>(x < 0, -x, x);
-  // Beyond 20 the result is 1 in either type, and the clamp keeps exp2 in range; a NaN passes through.
+  // Beyond 20 the result is 1 in either type. The clamp keeps exp2 in its range. A NaN passes through.
   const Vec<T> bounded = min<T>(broadcast<T>(T(20)), magnitude);
   const Vec<T> e = exp2<T>(bounded * T(2 * kLog2E));
   const Vec<T> far = T(1) - T(2) / (e + T(1));
@@ -140,14 +140,14 @@ FA_INLINE double natural_log(double x) { return __builtin_log(x); }
 FA_INLINE float natural_exp(float x) { return __builtin_expf(x); }
 FA_INLINE double natural_exp(double x) { return __builtin_exp(x); }
 
-// The natural logarithm of a positive, normal number: error 1 ulp; inf of inf, NaN of NaN.
+// The natural logarithm of a positive, normal number. The error is 1 ulp. Infinity gives infinity, and NaN gives NaN.
 FA_INLINE Vec<float> log(Vec<float> x) {
   // (log(1 + f) - f + f^2 / 2) / f^3, minimax over the range of f, highest degree first; 6e-9 of the logarithm.
   constexpr float kCoefficients[] = {-0.0763449967f, 0.12761578f,  -0.131601825f, 0.142017573f,
                                      -0.166233569f,  0.200012267f, -0.250008196f, 0.333333313f};
   constexpr float kLog2High = 0x1.62e4p-1f;  // few enough bits for exact products with an exponent
   constexpr float kLog2Low = 1.42860677e-6f;
-  // x = (1 + f) 2^e with 1 + f from sqrt(1/2) to sqrt(2): near 1 the logarithm has nothing to cancel with.
+  // x = (1 + f) 2^e, with 1 + f from sqrt(1/2) to sqrt(2). Near 1, e is 0, so nothing cancels.
   constexpr int32_t kRootOfHalf = 0x3f3504f3;
   const IntVec<float> bits = reinterpret_cast<IntVec<float>>(x);
   const IntVec<float> exponent = (bits - kRootOfHalf) >> 23;
