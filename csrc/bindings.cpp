@@ -75,48 +75,25 @@ PyObject* signature(PyObject* const* args, Py_ssize_t count) {
 }
 
 const char kForwardDoc[] =
-    "forward(query, key, value, out, lse, config, masks, num_threads)\n\n"
+    "forward(inputs, out, lse, config, num_threads)\n\n"
     "Writes out, and lse unless it is None. See the module's docstring for the arguments.";
 
 PyObject* forward(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 8, kForwardDoc);
-  Problem problem = read_problem(kReader, {args[0], args[1], args[2], args[3], args[4]}, args[5], args[6]);
-  problem.params.num_threads = thread_count(args[7]);
+  check_count(count, 5, kForwardDoc);
+  Problem problem = read_problem(kReader, Inputs::of(args[0]), args[1], args[2], args[3]);
+  problem.params.num_threads = thread_count(args[4]);
   run(cpu::kernels().forward, problem);
   Py_RETURN_NONE;
 }
 
 const char kBackwardDoc[] =
-    "backward(dout, dlse, query, key, value, out, lse, dquery, dkey, dvalue, dbias, drelative_bias, dsinks, config,\n"
-    "         masks, num_threads)\n\n"
-    "Overwrites those of dquery ... dsinks that are not None. See the module's docstring for the arguments.";
+    "backward(inputs, saved, gradients, config, num_threads)\n\n"
+    "Overwrites those of the gradients that are not None. See the module's docstring for the arguments.";
 
 PyObject* backward(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 16, kBackwardDoc);
-  Problem problem = read_problem(kReader, {args[2], args[3], args[4], args[5], args[6]}, args[13], args[14]);
-  AttentionParams& params = problem.params;
-  params.num_threads = thread_count(args[15]);
-  if (params.lse.data == nullptr) kReader.required(args[6], "lse");  // raises: here it is an input
-  set_gradients(problem, kReader, {args[0], args[1], args[7], args[8], args[9]});
-  if (const Argument dbias = kReader.optional(args[10], "dbias"); dbias.given) {
-    dbias.check_type(problem.accumulate_type);
-    params.dbias = dbias.scores_view({params.batch, params.num_heads, params.seqlen_q, params.seqlen_k});
-  }
-  const Argument drelative_bias = kReader.optional(args[11], "drelative_bias");
-  check_relative_bias(drelative_bias, problem);
-  params.drelative_bias = per_head_view(drelative_bias);
-  const Argument dsinks = kReader.optional(args[12], "dsinks");
-  check_sinks(dsinks, problem);
-  params.dsinks = per_head_view(dsinks);
-
-  const auto check_input = [](const TensorView& gradient, const TensorView& input, const char* name) {
-    if (gradient.data != nullptr && input.data == nullptr)
-      throw py::value_error(std::string("d") + name + ": expected None, as " + name + " is None");
-  };
-  check_input(params.dbias, params.bias, "bias");
-  check_input(params.drelative_bias, params.relative_bias, "relative_bias");
-  check_input(params.dsinks, params.sinks, "sinks");
-
+  check_count(count, 5, kBackwardDoc);
+  Problem problem = read_backward(kReader, Inputs::of(args[0]), Saved::of(args[1]), Gradients::of(args[2]), args[3]);
+  problem.params.num_threads = thread_count(args[4]);
   run(cpu::kernels().backward, problem);
   Py_RETURN_NONE;
 }
@@ -228,22 +205,26 @@ Private: fused_attn.backends uses it. Tensors are torch tensors on the CPU, read
 shapes, dtypes and strides are checked, and what does not fit raises ValueError. B, H, L, D and so on are the sizes of
 csrc/attention_params.h; "accumulate" is float64 for float64 problems and float32 otherwise.
 
+inputs       the tuple (query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q,
+             cu_seqlens_k); what is not among the first three may be None
+saved        the tuple (out, lse, dout, dlse)
+gradients    the tuple (dquery, dkey, dvalue, dbias, drelative_bias, dsinks), each in the shape of its input, or None
+config       a Config
+num_threads  at most so many threads work
+
 query (B, H, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv), out (B, H, L, Dv): one dtype, last stride 1
 lse (B, H, L)                  accumulate, last stride 1
-config                         a Config
-key_padding (B, S)             bool, True = ignore
-mask (B, H, L, S)              bool, True = attend; any strides; 1 in place of any size broadcasts
 bias (B, H, L, S)              the dtype or accumulate; any strides; 1 in place of any size broadcasts
 relative_bias (H or 1, L+S-1)  accumulate, last stride 1
 sinks (H,)                     accumulate
 seed ()                        int64; needed when dropout_p > 0
+mask (B, H, L, S)              bool, True = attend; any strides; 1 in place of any size broadcasts
+key_padding (B, S)             bool, True = ignore
 cu_seqlens_q, _k (N + 1,)      int32. Both given: a packed problem of N sequences; the tensors have B = 1 and all rows one
                                after another, and the masks above have B = N, L = max_seqlen_q, S = max_seqlen_k.
-num_threads                    at most so many threads work
+dlse (B, H, L)                 accumulate, any strides; None = zero
 
-Masks are None or the tuple (key_padding, mask, bias, relative_bias, sinks, seed, cu_seqlens_q, cu_seqlens_k), each None
-or a tensor. Gradients have the shapes of what they belong to; dbias, drelative_bias and dsinks are accumulate, and what
-broadcasts in dbias or drelative_bias is summed over. dlse may have any strides.)";
+dbias, drelative_bias and dsinks are accumulate, and what broadcasts in dbias or drelative_bias is summed over.)";
 
 }  // namespace
 }  // namespace fused_attn

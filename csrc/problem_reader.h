@@ -210,23 +210,43 @@ inline Argument Reader::required(PyObject* object, const char* name) const {
 
 // ---- The arguments that forward and backward share.
 
-struct TensorObjects {
-  PyObject* query;
-  PyObject* key;
-  PyObject* value;
-  PyObject* out;
-  PyObject* lse;
+// The tuples that Python passes, as fused_attn.inputs declares them. The field order is the one of the Python classes.
+
+// The items of a tuple with exactly Count of them.
+template <Py_ssize_t Count>
+PyObject* const* items_of(PyObject* tuple, const char* name) {
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != Count)
+    throw py::type_error(std::string(name) + ": expected a tuple of " + std::to_string(Count) + ", got " +
+                         Py_TYPE(tuple)->tp_name);
+  return &PyTuple_GET_ITEM(tuple, 0);
+}
+
+struct Inputs {
+  PyObject *query, *key, *value, *bias, *relative_bias, *sinks, *seed, *mask, *key_padding, *cu_seqlens_q,
+      *cu_seqlens_k;
+
+  static Inputs of(PyObject* tuple) {
+    PyObject* const* x = items_of<11>(tuple, "inputs");
+    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10]};
+  }
 };
 
-struct MaskObjects {
-  PyObject* key_padding;
-  PyObject* mask;
-  PyObject* bias;
-  PyObject* relative_bias;
-  PyObject* sinks;
-  PyObject* seed;
-  PyObject* cu_seqlens_q;
-  PyObject* cu_seqlens_k;
+struct Gradients {
+  PyObject *query, *key, *value, *bias, *relative_bias, *sinks;
+
+  static Gradients of(PyObject* tuple) {
+    PyObject* const* x = items_of<6>(tuple, "gradients");
+    return {x[0], x[1], x[2], x[3], x[4], x[5]};
+  }
+};
+
+struct Saved {
+  PyObject *out, *lse, *dout, *dlse;
+
+  static Saved of(PyObject* tuple) {
+    PyObject* const* x = items_of<4>(tuple, "saved");
+    return {x[0], x[1], x[2], x[3]};
+  }
 };
 
 // The types and sizes that every other tensor is checked against.
@@ -277,14 +297,14 @@ inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& c
   return starts;
 }
 
-inline void set_tensors(Problem& problem, const Reader& reader, const TensorObjects& objects,
-                        const MaskObjects& masks) {
+inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& inputs, PyObject* out_object,
+                        PyObject* lse_object) {
   AttentionParams& params = problem.params;
-  const Argument query = reader.required(objects.query, "query");
-  const Argument key = reader.required(objects.key, "key");
-  const Argument value = reader.required(objects.value, "value");
-  const Argument out = reader.required(objects.out, "out");
-  const Argument lse = reader.optional(objects.lse, "lse");
+  const Argument query = reader.required(inputs.query, "query");
+  const Argument key = reader.required(inputs.key, "key");
+  const Argument value = reader.required(inputs.value, "value");
+  const Argument out = reader.required(out_object, "out");
+  const Argument lse = reader.optional(lse_object, "lse");
   for (const Argument* argument : {&query, &key, &value}) {
     if (argument->tensor.ndim != 4) argument->fail("4 dimensions", std::to_string(argument->tensor.ndim));
   }
@@ -322,8 +342,8 @@ inline void set_tensors(Problem& problem, const Reader& reader, const TensorObje
     params.lse = {lse.data(), lse.stride(0), lse.stride(1), 1, 1};
   }
 
-  const Argument cu_seqlens_q = reader.optional(masks.cu_seqlens_q, "cu_seqlens_q");
-  const Argument cu_seqlens_k = reader.optional(masks.cu_seqlens_k, "cu_seqlens_k");
+  const Argument cu_seqlens_q = reader.optional(inputs.cu_seqlens_q, "cu_seqlens_q");
+  const Argument cu_seqlens_k = reader.optional(inputs.cu_seqlens_k, "cu_seqlens_k");
   if (!cu_seqlens_q.given && !cu_seqlens_k.given) {
     params.batch = problem.batch_entries;
     params.seqlen_q = problem.rows_q;
@@ -365,32 +385,32 @@ inline void check_sinks(const Argument& argument, const Problem& problem) {
   argument.check_shape({problem.params.num_heads});
 }
 
-inline void set_masks(Problem& problem, const Reader& reader, const MaskObjects& objects) {
+inline void set_masks(Problem& problem, const Reader& reader, const Inputs& inputs) {
   AttentionParams& params = problem.params;
   const int64_t scores[] = {params.batch, params.num_heads, params.seqlen_q, params.seqlen_k};
 
-  if (const Argument padding = reader.optional(objects.key_padding, "key_padding"); padding.given) {
+  if (const Argument padding = reader.optional(inputs.key_padding, "key_padding"); padding.given) {
     padding.check_type(ElementType::kBool);
     padding.check_shape({params.batch, params.seqlen_k});
     params.key_padding = {padding.data(), padding.stride(0), 0, 0, padding.stride(1)};
   }
-  if (const Argument mask = reader.optional(objects.mask, "mask"); mask.given) {
+  if (const Argument mask = reader.optional(inputs.mask, "mask"); mask.given) {
     mask.check_type(ElementType::kBool);
     params.mask = mask.scores_view(scores);
   }
-  if (const Argument bias = reader.optional(objects.bias, "bias"); bias.given) {
+  if (const Argument bias = reader.optional(inputs.bias, "bias"); bias.given) {
     if (bias.type != problem.type) bias.check_type(problem.accumulate_type);
     params.bias = bias.scores_view(scores);
     params.bias_dtype = kernel_dtype(bias.type);
   }
-  const Argument relative_bias = reader.optional(objects.relative_bias, "relative_bias");
+  const Argument relative_bias = reader.optional(inputs.relative_bias, "relative_bias");
   check_relative_bias(relative_bias, problem);
   params.relative_bias = per_head_view(relative_bias);
-  const Argument sinks = reader.optional(objects.sinks, "sinks");
+  const Argument sinks = reader.optional(inputs.sinks, "sinks");
   check_sinks(sinks, problem);
   params.sinks = per_head_view(sinks);
 
-  const Argument seed = reader.optional(objects.seed, "seed");
+  const Argument seed = reader.optional(inputs.seed, "seed");
   if (params.has_dropout && !seed.given) seed.fail("a tensor, as dropout is on", "None");
   if (seed.given) {
     seed.check_type(ElementType::kInt64);
@@ -400,33 +420,16 @@ inline void set_masks(Problem& problem, const Reader& reader, const MaskObjects&
   }
 }
 
-inline MaskObjects unpack_masks(PyObject* masks) {
-  if (masks == Py_None) return {Py_None, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None};
-  if (!PyTuple_CheckExact(masks) || PyTuple_GET_SIZE(masks) != 8)
-    throw py::type_error(std::string("masks: expected None or a tuple of 8, got ") + Py_TYPE(masks)->tp_name);
-  const auto item = [masks](Py_ssize_t i) { return PyTuple_GET_ITEM(masks, i); };
-  return {item(0), item(1), item(2), item(3), item(4), item(5), item(6), item(7)};
-}
-
-inline Problem read_problem(const Reader& reader, const TensorObjects& tensors, PyObject* config,
-                            PyObject* mask_tuple) {
-  const MaskObjects masks = unpack_masks(mask_tuple);
+inline Problem read_problem(const Reader& reader, const Inputs& inputs, PyObject* out, PyObject* lse,
+                            PyObject* config) {
   Problem problem;
   set_config(problem.params, config);
-  set_tensors(problem, reader, tensors, masks);
-  set_masks(problem, reader, masks);
+  set_tensors(problem, reader, inputs, out, lse);
+  set_masks(problem, reader, inputs);
   return problem;
 }
 
-struct GradientObjects {
-  PyObject* dout;
-  PyObject* dlse;
-  PyObject* dquery;
-  PyObject* dkey;
-  PyObject* dvalue;
-};
-
-inline void set_gradients(Problem& problem, const Reader& reader, const GradientObjects& objects) {
+inline void set_gradients(Problem& problem, const Reader& reader, const Saved& saved, const Gradients& gradients) {
   AttentionParams& params = problem.params;
   const int64_t batch = problem.batch_entries, heads = params.num_heads, kv_heads = params.num_kv_heads;
   const auto rows_view = [&](const Argument& argument, int64_t num_heads, int64_t rows, int64_t columns) {
@@ -437,16 +440,44 @@ inline void set_gradients(Problem& problem, const Reader& reader, const Gradient
     if (params.cu_seqlens_q != nullptr) view.stride_batch = 0;
     return view;
   };
-  params.dout = rows_view(reader.required(objects.dout, "dout"), heads, problem.rows_q, params.value_dim);
-  params.dquery = rows_view(reader.optional(objects.dquery, "dquery"), heads, problem.rows_q, params.head_dim);
-  params.dkey = rows_view(reader.optional(objects.dkey, "dkey"), kv_heads, problem.rows_k, params.head_dim);
-  params.dvalue = rows_view(reader.optional(objects.dvalue, "dvalue"), kv_heads, problem.rows_k, params.value_dim);
-  if (const Argument dlse = reader.optional(objects.dlse, "dlse"); dlse.given) {
+  params.dout = rows_view(reader.required(saved.dout, "dout"), heads, problem.rows_q, params.value_dim);
+  params.dquery = rows_view(reader.optional(gradients.query, "dquery"), heads, problem.rows_q, params.head_dim);
+  params.dkey = rows_view(reader.optional(gradients.key, "dkey"), kv_heads, problem.rows_k, params.head_dim);
+  params.dvalue = rows_view(reader.optional(gradients.value, "dvalue"), kv_heads, problem.rows_k, params.value_dim);
+  if (const Argument dlse = reader.optional(saved.dlse, "dlse"); dlse.given) {
     dlse.check_type(problem.accumulate_type);
     dlse.check_shape({batch, heads, problem.rows_q});
     const int64_t stride_batch = params.cu_seqlens_q != nullptr ? 0 : dlse.stride(0);
     params.dlse = {dlse.data(), stride_batch, dlse.stride(1), dlse.stride(2), 1};
   }
+
+  if (const Argument dbias = reader.optional(gradients.bias, "dbias"); dbias.given) {
+    dbias.check_type(problem.accumulate_type);
+    params.dbias = dbias.scores_view({params.batch, params.num_heads, params.seqlen_q, params.seqlen_k});
+  }
+  const Argument drelative_bias = reader.optional(gradients.relative_bias, "drelative_bias");
+  check_relative_bias(drelative_bias, problem);
+  params.drelative_bias = per_head_view(drelative_bias);
+  const Argument dsinks = reader.optional(gradients.sinks, "dsinks");
+  check_sinks(dsinks, problem);
+  params.dsinks = per_head_view(dsinks);
+
+  const auto check_input = [](const TensorView& gradient, const TensorView& input, const char* name) {
+    if (gradient.data != nullptr && input.data == nullptr)
+      throw py::value_error(std::string("d") + name + ": expected None, as " + name + " is None");
+  };
+  check_input(params.dbias, params.bias, "bias");
+  check_input(params.drelative_bias, params.relative_bias, "relative_bias");
+  check_input(params.dsinks, params.sinks, "sinks");
+}
+
+// Of a backward call: the problem with its gradients.
+inline Problem read_backward(const Reader& reader, const Inputs& inputs, const Saved& saved, const Gradients& gradients,
+                             PyObject* config) {
+  reader.required(saved.lse, "lse");  // for forward an output that may be None, here an input
+  Problem problem = read_problem(reader, inputs, saved.out, saved.lse, config);
+  set_gradients(problem, reader, saved, gradients);
+  return problem;
 }
 
 // The class Config of a module.
@@ -460,9 +491,9 @@ inline void define_config(py::module_& module) {
            "A window of None or -1 is unbounded. max_seqlen_* are read for packed problems only.");
 }
 
-// ---- Entry points: plain functions of the C API, because pybind11 takes 0.1 us longer to pass fifteen arguments,
-// where reading and checking five tensors takes 0.5 us in all. The masks are one argument for the same reason: passing
-// eight times None takes 0.4 us.
+// ---- Entry points: plain functions of the C API, because pybind11 takes longer to pass arguments, where reading and
+// checking five tensors takes 0.5 us in all. The inputs are one argument for the same reason: passing None eight times
+// takes 0.4 us.
 
 inline void check_count(Py_ssize_t count, Py_ssize_t expected, const char* doc) {
   if (count != expected)

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fused_attn import checks, dispatch, dropout, jagged, masks, modes, ops, profiling, signature, transforms
-from fused_attn.autograd import apply_fused_attention
-from fused_attn.backends import reference
-from fused_attn.backends.base import Backend
-from fused_attn.checks import Meta
-from fused_attn.layout import Layout
-from fused_attn.masks import NO_MASK, CausalBiasMeta, MaskSpec
+from fused_attn import checks, dispatch, dropout, jagged, masks, modes, ops, planning, running, signature
+from fused_attn.causal_bias import causal_bias
+from fused_attn.inputs import Inputs
 from fused_attn.problem import AttentionProblem
 
 
@@ -83,42 +75,39 @@ def fused_attention(
     is_compiling = torch.compiler.is_compiling()
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
-    metadata = None
-    if not is_compiling and modes.is_direct():
-        metadata = signature.read(query, key, value, attn_mask, key_padding_mask, relative_bias, sinks)
-    if metadata is None and not is_compiling:
-        others = (attn_mask, key_padding_mask, relative_bias, sinks, dropout_seed)
-        if attn_mask is not None and masks.causal_bias(attn_mask) is not None:
-            others = others[1:]  # a subclass that has nothing to say about us, and would make the output another
-        if has_torch_function_variadic(query, key, value, *others) and not modes.is_pre_dispatch():
+    tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask)
+    metadata = signature.read(*tensors) if not is_compiling and modes.is_direct() else None
+    is_direct = metadata is not None
+    if not is_direct:
+        if not is_compiling and (seen := _with_torch_function(*tensors, dropout_seed)):
             return handle_torch_function(
-                fused_attention, (query, key, value, *others),
+                fused_attention, seen,
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 key_padding_mask=key_padding_mask, window_size=window_size, softcap=softcap,
                 relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, return_lse=return_lse,
                 backend=backend,
             )  # fmt: skip
-    if metadata is None and jagged.is_nested(query, key, value):
-        return _nested_attention(
-            query, key, value, dropout_p, is_causal, scale, enable_gqa,
-            attn_mask=attn_mask, key_padding_mask=key_padding_mask, window_size=window_size, softcap=softcap,
-            relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, return_lse=return_lse, backend=backend,
-        )  # fmt: skip
-    problem, layout, chosen = _plan_of_call(
-        is_compiling, metadata, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        key_padding_mask, window_size, softcap, relative_bias, sinks, backend,
-    )  # fmt: skip
+        if jagged.is_nested(query, key, value):
+            return _nested_attention(
+                query, key, value, attn_mask, key_padding_mask, return_lse,
+                dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, window_size=window_size,
+                softcap=softcap, relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, backend=backend,
+            )  # fmt: skip
+    window_size = tuple(window_size) if isinstance(window_size, list) else window_size
+    options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap)
+    problem, layout, chosen = planning.plan(is_compiling, metadata, tensors, options, backend)
     if layout is not None:
         query, key, value = layout.flatten(query, key, value)
     if problem.is_plain:
-        seed, mask = None, NO_MASK
+        inputs = Inputs(query, key, value)
     else:
-        seed = _seed(problem, dropout_seed)
-        mask = masks.mask_spec(problem, attn_mask, key_padding_mask, relative_bias, layout)
+        bias, mask, key_padding = masks.score_masks(problem, attn_mask, key_padding_mask, layout)
+        relative_bias, seed = masks.with_head_dim(relative_bias), _seed(problem, dropout_seed)
+        inputs = Inputs(query, key, value, bias, relative_bias, sinks, seed, mask, key_padding)
     if is_compiling:
-        out, lse = ops.call(problem, backend, query, key, value, sinks, seed, mask)
+        out, lse = ops.call(problem, backend, inputs)
     else:
-        out, lse = _run(problem, chosen, metadata is not None, query, key, value, sinks, seed, mask, return_lse)
+        out, lse = running.run(problem, chosen, is_direct, inputs, return_lse)
     if layout is not None:
         out, lse = layout.unflatten(out), None if lse is None else layout.unflatten_lse(lse)
     return (out, lse) if return_lse else out
@@ -180,39 +169,22 @@ def fused_attention_varlen(
         )  # fmt: skip
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
-    problem = _plan_of_packed(
-        is_compiling,
-        checks.meta("query", query),
-        checks.meta("key", key),
-        checks.meta("value", value),
-        checks.meta("cu_seqlens_q", cu_seqlens_q),
-        checks.meta("cu_seqlens_k", cu_seqlens_k),
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
-        tuple(window_size) if isinstance(window_size, list) else window_size,
-        softcap,
-        checks.optional_meta("relative_bias", relative_bias),
-        checks.optional_meta("sinks", sinks),
-    )
+    inputs = Inputs(query, key, value, None, relative_bias, sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    window_size = tuple(window_size) if isinstance(window_size, list) else window_size
+    options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap)
+    problem = planning.plan_of_packed(is_compiling, inputs, max_seqlen_q, max_seqlen_k, options)
     if modes.can_read(cu_seqlens_q) and modes.can_read(cu_seqlens_k):
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, query.shape[0], max_seqlen_q)
         checks.check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, key.shape[0], max_seqlen_k)
-    mask = MaskSpec(
-        relative_bias=masks.with_head_dim(relative_bias),
-        cu_seqlens_q=cu_seqlens_q.contiguous(),
-        cu_seqlens_k=cu_seqlens_k.contiguous(),
-    )
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, total, D)
-    seed = _seed(problem, dropout_seed)
+    inputs = Inputs(
+        query, key, value, None, masks.with_head_dim(relative_bias), sinks, _seed(problem, dropout_seed),
+        cu_seqlens_q=cu_seqlens_q.contiguous(), cu_seqlens_k=cu_seqlens_k.contiguous(),
+    )  # fmt: skip
     if is_compiling:
-        out, lse = ops.call(problem, backend, query, key, value, sinks, seed, mask)
+        out, lse = ops.call(problem, backend, inputs)
     else:
-        chosen = dispatch.choose(problem, backend)
-        out, lse = _run(problem, chosen, False, query, key, value, sinks, seed, mask, return_lse)
+        out, lse = running.run(problem, dispatch.choose(problem, backend), False, inputs, return_lse)
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
 
@@ -221,17 +193,15 @@ def _nested_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    *,
-    attn_mask: None,
-    key_padding_mask: None,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
     return_lse: bool,
     **options,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`fused_attention` of nested tensors (B, heads, length, D): out (B, H, length, Dv), lse (B, H, length)."""
+    """`fused_attention` of nested tensors (B, heads, length, D): out (B, H, length, Dv), lse (B, H, length).
+
+    options: of `fused_attention_varlen`
+    """
     for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
         if mask is not None:
             raise checks.fail(name, "None with nested tensors, whose sequences have no padding", "a mask")
@@ -243,7 +213,7 @@ def _nested_attention(
         raise checks.fail("value", "the offsets of key, the same tensor", "others")
     out = fused_attention_varlen(
         q.rows, k.rows, v.rows, q.offsets.int(), k.offsets.int(), q.max_seqlen, k.max_seqlen,
-        dropout_p, is_causal, scale, enable_gqa, return_lse=return_lse, **options,
+        return_lse=return_lse, **options,
     )  # fmt: skip
     if not return_lse:
         return q.like(out).transpose(1, 2)
@@ -268,286 +238,24 @@ def explain(
     """
     call = inspect.signature(fused_attention).bind(*args, **kwargs)
     call.apply_defaults()
-    arguments = call.arguments
+    given = call.arguments
     if jagged.is_nested(*call.args[:3]):
         raise checks.fail("query, key and value", "dense tensors for explain", "nested ones")
-    for name in ("dropout_seed", "return_lse", "backend"):
-        del arguments[name]
-    arguments["query"], arguments["key"], arguments["value"] = _autocast(*call.args[:3])
+    query, key, value = _autocast(*call.args[:3])
+    names = ("attn_mask", "relative_bias", "sinks", "key_padding_mask")
+    tensors = (query, key, value, *(given[name] for name in names))
+    names = ("dropout_p", "is_causal", "scale", "enable_gqa", "window_size", "softcap")
     # As under compilation, with no backend chosen yet.
-    problem = _plan_of_call(True, None, **arguments, backend=None).problem
+    problem = planning.plan(True, None, tensors, tuple(given[name] for name in names), None).problem
     return dispatch.explain(problem if device is None else problem.on(device), backend)
 
 
-class Plan(NamedTuple):
-    """What a call's metadata determines.
-
-    layout: None when the tensors already are (B, heads, rows, columns)
-    backend: None under compilation, where the operator chooses when it runs
-    """
-
-    problem: AttentionProblem
-    layout: Layout | None
-    backend: Backend | None
-
-
-def _plan_of_call(
-    is_compiling: bool,
-    metadata: bytes | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    key_padding_mask: Tensor | None,
-    window_size: tuple[int, int] | None,
-    softcap: float,
-    relative_bias: Tensor | None,
-    sinks: Tensor | None,
-    backend: str | None,
-) -> Plan:
-    """metadata: the `signature` of the tensors, where it could be read."""
-    try:
-        causal_bias = None
-        if metadata is None:
-            causal_bias = None if attn_mask is None else masks.causal_bias(attn_mask)
-            if not (query.layout is key.layout is value.layout is torch.strided):
-                raise TypeError("sparse")  # whose, is said below
-            metadata = (
-                (query.shape, query.dtype, query.device),
-                (key.shape, key.dtype, key.device),
-                (value.shape, value.dtype, value.device),
-                None if attn_mask is None or causal_bias is not None else checks.meta("attn_mask", attn_mask),
-                None if key_padding_mask is None else checks.meta("key_padding_mask", key_padding_mask),
-                None if relative_bias is None else checks.meta("relative_bias", relative_bias),
-                None if sinks is None else checks.meta("sinks", sinks),
-            )
-        window_size = tuple(window_size) if isinstance(window_size, list) else window_size
-        arguments = (backend, metadata, causal_bias, dropout_p, is_causal, scale, enable_gqa, window_size, softcap)
-        # Sizes under compilation are symbolic: not hashable, and traced once anyway.
-        return _plan(*arguments) if is_compiling else _cached_plan(*arguments)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        # Only now, because asking every time would cost as much as finding the plan.
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            checks.meta(name, x)
-        if "unhashable" not in str(error):
-            raise
-        plan = _plan(*arguments)  # raises, and says which argument it is, unless sizes are symbolic as in `make_fx`
-        return plan._replace(backend=dispatch.choose.__wrapped__(plan.problem, backend))
-
-
-def _plan(backend: str | None, tensors: bytes | tuple[tuple | None, ...], *options) -> Plan:
-    """tensors: query, key, value, attn_mask, key_padding_mask, relative_bias, sinks, as `Meta` or as `signature`."""
-    tensors = signature.metas(tensors) if isinstance(tensors, bytes) else tensors
-    inputs, others = [Meta(*x) for x in tensors[:3]], tensors[3:]
-    try:
-        return _checked_plan(backend, *inputs, *others, *options)
-    except ValueError as error:
-        swapped = checks.with_heads_and_rows_swapped(*inputs)
-        if swapped is None:
-            raise
-        try:
-            _checked_plan(backend, *swapped, *others, *options)
-        except (TypeError, ValueError):
-            raise error from None
-        raise ValueError(
-            f"{error}; these shapes would fit as (B, L, H, D), which x.transpose(-3, -2) makes (B, H, L, D)"
-        ) from None
-
-
-def _checked_plan(
-    backend: str | None,
-    query: Meta,
-    key: Meta,
-    value: Meta,
-    attn_mask: Meta | None,
-    key_padding_mask: Meta | None,
-    relative_bias: Meta | None,
-    sinks: Meta | None,
-    causal_bias: CausalBiasMeta | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    window_size: tuple[int, int] | None,
-    softcap: float,
-) -> Plan:
-    if backend is not None and backend not in dispatch.BACKEND_NAMES:
-        raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
-    checks.check_query_key_value(query, key, value, min_dim=2)
-    checks.check_scalars(dropout_p, is_causal, scale, enable_gqa, softcap)
-    window_size = checks.check_window(window_size)
-    if value.shape[-2] != key.shape[-2]:
-        raise checks.fail("value", f"the length of key, {key.shape[-2]}", f"shape {tuple(value.shape)}")
-
-    layout = Layout.of(query.shape, key.shape, value.shape, enable_gqa)
-    (seqlen_q, head_dim), (seqlen_k, value_dim) = query.shape[-2:], value.shape[-2:]
-    diagonal_offset = 0
-    if causal_bias is not None:
-        checks.check_causal_bias(causal_bias, is_causal, seqlen_q, seqlen_k)
-        is_causal, diagonal_offset = True, causal_bias.offset
-    if attn_mask is not None:
-        checks.check_attn_mask(attn_mask, query, (*layout.batch_shape, layout.num_heads, seqlen_q, seqlen_k))
-    if key_padding_mask is not None:
-        checks.check_padding(key_padding_mask, query, layout.batch_shape, seqlen_k)
-    if relative_bias is not None:
-        checks.check_relative_bias(relative_bias, query, layout.num_heads, max(seqlen_q + seqlen_k - 1, 0))
-    if sinks is not None:
-        checks.check_sinks(sinks, query, layout.num_heads)
-    is_additive = attn_mask is not None and attn_mask.dtype != torch.bool
-    problem = AttentionProblem(
-        batch=layout.batch,
-        num_heads=layout.num_heads,
-        num_kv_heads=layout.num_kv_heads,
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        dtype=query.dtype,
-        device=query.device,
-        scale=1.0 / math.sqrt(head_dim) if scale is None else float(scale),
-        softcap=float(softcap),
-        dropout_p=float(dropout_p),
-        band=masks.band_of(is_causal, window_size, diagonal_offset),
-        has_mask=attn_mask is not None and not is_additive,
-        has_key_padding=key_padding_mask is not None,
-        has_bias=is_additive,
-        has_relative_bias=relative_bias is not None,
-        has_sinks=sinks is not None,
-        has_float_padding=key_padding_mask is not None and key_padding_mask.dtype != torch.bool,
-    )
-    return Plan(problem, None if layout.fits(query.shape, key.shape, value.shape) else layout, None)
-
-
-def _varlen_plan(
-    query: Meta,
-    key: Meta,
-    value: Meta,
-    cu_seqlens_q: Meta,
-    cu_seqlens_k: Meta,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    window_size: tuple[int, int] | None,
-    softcap: float,
-    relative_bias: Meta | None,
-    sinks: Meta | None,
-) -> AttentionProblem:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if len(x.shape) != 3:
-            raise checks.fail(name, "shape (total, heads, head dim)", f"shape {tuple(x.shape)}")
-    checks.check_query_key_value(query, key, value, min_dim=3)
-    checks.check_scalars(dropout_p, is_causal, scale, enable_gqa, softcap)
-    window_size = checks.check_window(window_size)
-    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
-    checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query)
-    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
-    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
-    if cu_seqlens_k.shape != cu_seqlens_q.shape:
-        raise checks.fail(
-            "cu_seqlens_k", f"the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}", tuple(cu_seqlens_k.shape)
-        )
-    if value.shape[:2] != key.shape[:2]:
-        raise checks.fail("value", f"the rows and heads of key, {tuple(key.shape[:2])}", f"shape {tuple(value.shape)}")
-    num_heads, num_kv_heads = query.shape[1], key.shape[1]
-    checks.check_heads(num_heads, num_kv_heads, num_kv_heads, enable_gqa)
-    if relative_bias is not None:
-        checks.check_relative_bias(relative_bias, query, num_heads, max(max_seqlen_q + max_seqlen_k - 1, 0))
-    if sinks is not None:
-        checks.check_sinks(sinks, query, num_heads)
-    return AttentionProblem(
-        batch=cu_seqlens_q.shape[0] - 1,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        seqlen_q=max_seqlen_q,
-        seqlen_k=max_seqlen_k,
-        head_dim=query.shape[2],
-        value_dim=value.shape[2],
-        dtype=query.dtype,
-        device=query.device,
-        scale=1.0 / math.sqrt(query.shape[2]) if scale is None else float(scale),
-        softcap=float(softcap),
-        dropout_p=float(dropout_p),
-        band=masks.band_of(is_causal, window_size),
-        is_packed=True,
-        has_relative_bias=relative_bias is not None,
-        has_sinks=sinks is not None,
-    )
-
-
-# Padded batches bring many lengths; a plan is a few hundred bytes.
-_cached_varlen_plan = functools.lru_cache(maxsize=4096, typed=True)(_varlen_plan)
-
-
-def _plan_of_packed(is_compiling: bool, *arguments) -> AttentionProblem:
-    if is_compiling:
-        return _varlen_plan(*arguments)
-    try:
-        return _cached_varlen_plan(*arguments)
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-        return _varlen_plan(*arguments)  # symbolic sizes, or an argument that this call names
-
-
-# Typed, or is_causal=1 would pass as the True that has been checked before.
-@functools.lru_cache(maxsize=4096, typed=True)
-def _cached_plan(backend: str | None, *arguments) -> Plan:
-    plan = _plan(backend, *arguments)
-    return plan._replace(backend=dispatch.choose(plan.problem, backend))
-
-
-def _run(
-    problem: AttentionProblem,
-    backend: Backend,
-    is_direct: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    mask: MaskSpec,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """(out, lse); lse may be None where it was not asked for.
-
-    is_direct: the tensors are plain ones and `modes.is_direct`.
-    """
-    if profiler._is_profiler_enabled:
-        backend = profiling.named(backend)
-    if backend.is_composite:
-        return backend.forward(problem, query, key, value, sinks, seed, mask, True)
-    if not is_direct:
-        if modes.in_forward_mode():
-            return reference.forward(problem, query, key, value, sinks, seed, mask, True)
-        if modes.in_functorch():
-            return transforms.TransformableAttention.apply(backend, problem, query, key, value, sinks, seed, *mask)
-        if modes.is_observed(query, key, value):
-            return ops.call(problem, backend.name, query, key, value, sinks, seed, mask)
-    if torch.is_grad_enabled() and (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or (not problem.is_plain and _requires_grad(mask.bias, mask.relative_bias, sinks))
-    ):
-        others = () if problem.is_plain else (sinks, seed, *mask)
-        result = apply_fused_attention((backend, problem, return_lse), query, key, value, *others)
-        return result if return_lse else (result, None)
-    return backend.forward(problem, query, key, value, sinks, seed, mask, return_lse)
-
-
-def _requires_grad(bias: Tensor | None, relative_bias: Tensor | None, sinks: Tensor | None) -> bool:
-    return (
-        (bias is not None and bias.requires_grad)
-        or (relative_bias is not None and relative_bias.requires_grad)
-        or (sinks is not None and sinks.requires_grad)
-    )
+def _with_torch_function(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *others) -> tuple | None:
+    """The arguments, where one of them or a mode wants to see the call of the function itself."""
+    if attn_mask is not None and causal_bias(attn_mask) is not None:
+        attn_mask = None  # a subclass that has nothing to say about us, and would make the output another
+    seen = (query, key, value, attn_mask, *others)
+    return seen if has_torch_function_variadic(*seen) and not modes.is_pre_dispatch() else None
 
 
 def _seed(problem: AttentionProblem, dropout_seed: int | Tensor | None) -> Tensor | None:

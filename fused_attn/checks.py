@@ -5,15 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_attn.causal_bias import CausalBiasMeta
 from fused_attn.problem import UNBOUNDED
-
-if TYPE_CHECKING:
-    from fused_attn.masks import CausalBiasMeta
 
 
 class Meta(NamedTuple):

@@ -1,84 +1,67 @@
-"""Every mask argument becomes one `MaskSpec`. Polarities are those of the arguments, so that no mask is copied."""
+"""What masks mean: arguments become `Inputs` of their own polarity, so that none is copied, and those dense tensors."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_attn import modes
+from fused_attn.inputs import Inputs
+from fused_attn.layout import Layout
 from fused_attn.problem import UNBOUNDED, AttentionProblem, Band
 
-if TYPE_CHECKING:
-    from fused_attn.layout import Layout
 
+def to_dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
+    """All masks and biases as (visible, bias), each broadcastable to (B, H, L, S) or None.
 
-class MaskSpec(NamedTuple):
-    """The tensors that mask or bias the scores (the band is in `AttentionProblem.band`).
-
-    bias:          (B|1, H|1, L|1, S|1) floating point, added to the scores; may require grad
-    relative_bias: (H|1, L + S - 1) floating point; column ``j - i + L - 1`` is added to score (i, j); may require grad
-    mask:          (B|1, H|1, L|1, S|1) bool, True = attend
-    key_padding:   (B, S) bool, True = IGNORE; ignored keys may hold NaN
-    cu_seqlens_q:  (num_sequences + 1,) int32, row offsets of packed queries
-    cu_seqlens_k:  (num_sequences + 1,) int32, row offsets of packed keys
+    The bias is in the accumulate dtype.
     """
+    rows, columns = positions(problem, inputs)
+    distance = columns.index[None, :] - rows.index[:, None]  # (L, S)
+    conditions = []
+    band = problem.band
+    if band.left != UNBOUNDED:
+        conditions.append(distance - band.offset >= -band.left)
+    if band.right != UNBOUNDED:
+        conditions.append(distance - band.offset <= band.right)
+    if problem.is_packed:
+        conditions.append((columns.sequence[None, :] == rows.sequence[:, None]) & rows.has_sequence[:, None])
+    if inputs.key_padding is not None:
+        conditions.append(~inputs.key_padding[:, None, None, :])
+    if inputs.mask is not None:
+        conditions.append(inputs.mask)
+    visible = None
+    for condition in conditions:
+        visible = condition if visible is None else visible & condition
 
-    bias: Tensor | None = None
-    relative_bias: Tensor | None = None
-    mask: Tensor | None = None
-    key_padding: Tensor | None = None
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
+    # Converted before anything is added or, in the gradient, summed: half precision would lose digits there.
+    compute = problem.accumulate_dtype
+    bias = None if inputs.bias is None else inputs.bias.to(compute)
+    if inputs.relative_bias is not None:
+        # Pairs of different packed sequences can lie outside the table; they are invisible, so any entry will do.
+        column = (distance + (problem.seqlen_q - 1)).clamp(0, inputs.relative_bias.shape[-1] - 1)
+        # Not indexed: the gradient of that is written in place, which transforms older than torch.func refuse.
+        toeplitz = inputs.relative_bias.to(compute).index_select(1, column.flatten()).unflatten(1, column.shape)
+        bias = toeplitz[None] if bias is None else bias + toeplitz[None]
+    return visible, bias
 
-    def to_dense(self, problem: AttentionProblem, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The whole specification: (visible, bias), each broadcastable to (B, H, L, S) or None.
 
-        The bias is in the accumulate dtype.
-        """
-        rows, columns = self.positions(problem, query, key)
-        distance = columns.index[None, :] - rows.index[:, None]  # (L, S)
-        conditions = []
-        band = problem.band
-        if band.left != UNBOUNDED:
-            conditions.append(distance - band.offset >= -band.left)
-        if band.right != UNBOUNDED:
-            conditions.append(distance - band.offset <= band.right)
-        if problem.is_packed:
-            conditions.append((columns.sequence[None, :] == rows.sequence[:, None]) & rows.has_sequence[:, None])
-        if self.key_padding is not None:
-            conditions.append(~self.key_padding[:, None, None, :])
-        if self.mask is not None:
-            conditions.append(self.mask)
-        visible = None
-        for condition in conditions:
-            visible = condition if visible is None else visible & condition
-
-        # Converted before anything is added or, in the gradient, summed: half precision would lose digits there.
-        compute = problem.accumulate_dtype
-        bias = None if self.bias is None else self.bias.to(compute)
-        if self.relative_bias is not None:
-            # Pairs of different packed sequences can lie outside the table; they are invisible, so any entry will do.
-            column = (distance + (problem.seqlen_q - 1)).clamp(0, self.relative_bias.shape[-1] - 1)
-            # Not indexed: the gradient of that is written in place, which transforms older than torch.func refuse.
-            toeplitz = self.relative_bias.to(compute).index_select(1, column.flatten()).unflatten(1, column.shape)
-            bias = toeplitz[None] if bias is None else bias + toeplitz[None]
-        return visible, bias
-
-    def positions(self, problem: AttentionProblem, query: Tensor, key: Tensor) -> tuple[Positions, Positions]:
-        """Where each row and column of the score matrix lies in its own sequence."""
-        if not problem.is_packed:
-            return tuple(
-                Positions(torch.arange(n, device=query.device), torch.zeros(n, dtype=torch.long, device=query.device))
-                for n in (problem.seqlen_q, problem.seqlen_k)
-            )
+def positions(problem: AttentionProblem, inputs: Inputs) -> tuple[Positions, Positions]:
+    """Where each row and each column of the score matrix lies in its own sequence."""
+    if problem.is_packed:
         return (
-            Positions.of_packed(self.cu_seqlens_q, query.shape[2]),
-            Positions.of_packed(self.cu_seqlens_k, key.shape[2]),
+            Positions.of_packed(inputs.cu_seqlens_q, inputs.query.shape[2]),
+            Positions.of_packed(inputs.cu_seqlens_k, inputs.key.shape[2]),
         )
+    device = inputs.query.device
+    return tuple(
+        Positions(torch.arange(n, device=device), torch.zeros(n, dtype=torch.long, device=device))
+        for n in (problem.seqlen_q, problem.seqlen_k)
+    )
 
 
 class Positions(NamedTuple):
@@ -100,9 +83,6 @@ class Positions(NamedTuple):
         return self.sequence >= 0
 
 
-NO_MASK = MaskSpec()
-
-
 def band_of(is_causal: bool, window_size: tuple[int, int], diagonal_offset: int = 0) -> Band:
     """Causal and window as one band: causal is a right edge at the diagonal, and AND takes the nearer edge."""
     left, right = window_size
@@ -113,43 +93,18 @@ def band_of(is_causal: bool, window_size: tuple[int, int], diagonal_offset: int 
     return Band(left, right, diagonal_offset)
 
 
-class CausalBiasMeta(NamedTuple):
-    """A `torch.nn.attention.bias` causal bias; offset is that of `Band`."""
+class ScoreMasks(NamedTuple):
+    """Those of the `Inputs` that `attn_mask` and `key_padding_mask` become."""
 
-    seqlen_q: int
-    seqlen_k: int
-    offset: int
-
-
-def causal_bias(attn_mask: Tensor) -> CausalBiasMeta | None:
-    """What a `torch.nn.attention.bias` causal bias says; None for any other tensor."""
-    if type(attn_mask) is Tensor:
-        return None
-    # Imported here: only a caller who has built such an object has paid for the module already.
-    from torch.nn.attention.bias import CausalBias, CausalVariant
-
-    if not isinstance(attn_mask, CausalBias):
-        return None
-    seqlen_q, seqlen_k = attn_mask.seq_len_q, attn_mask.seq_len_kv
-    return CausalBiasMeta(
-        seqlen_q, seqlen_k, seqlen_k - seqlen_q if attn_mask.variant == CausalVariant.LOWER_RIGHT else 0
-    )
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    key_padding: Tensor | None = None
 
 
-def causal_bias_offset(attn_mask: Tensor) -> int | None:
-    """The offset of a causal bias; None for any other tensor."""
-    bias = causal_bias(attn_mask)
-    return None if bias is None else bias.offset
-
-
-def mask_spec(
-    problem: AttentionProblem,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    relative_bias: Tensor | None,
-    layout: Layout | None,
-) -> MaskSpec:
-    """The tensors of a call, each in the shape and polarity of `MaskSpec`."""
+def score_masks(
+    problem: AttentionProblem, attn_mask: Tensor | None, key_padding_mask: Tensor | None, layout: Layout | None
+) -> ScoreMasks:
+    """The masks of a call, each in the shape and polarity of `Inputs`."""
     mask = bias = key_padding = None
     if problem.has_mask:
         mask = _to_rank_4(attn_mask, layout)
@@ -163,7 +118,7 @@ def mask_spec(
             # Converted first: two large negative numbers of half precision add up to -inf.
             compute = problem.accumulate_dtype
             bias = padding_bias if bias is None else bias.to(compute) + padding_bias.to(compute)
-    return MaskSpec(bias, with_head_dim(relative_bias), mask, key_padding)
+    return ScoreMasks(bias, mask, key_padding)
 
 
 def with_head_dim(relative_bias: Tensor | None) -> Tensor | None:

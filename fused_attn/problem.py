@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from fused_attn.inputs import Inputs
+
 UNBOUNDED = -1
 
 
@@ -27,6 +29,22 @@ class Band(NamedTuple):
 
 
 UNBOUNDED_BAND = Band()
+
+
+class Scalars(NamedTuple):
+    """What the shapes of a call's tensors do not tell, as flat numbers: the registered operators take no others.
+
+    max_seqlen_q, max_seqlen_k: L and S, or at least the longest packed sequences
+    """
+
+    max_seqlen_q: int
+    max_seqlen_k: int
+    scale: float
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    band_left: int = UNBOUNDED
+    band_right: int = UNBOUNDED
+    band_offset: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +83,44 @@ class AttentionProblem:
     capability: tuple[int, int] | None = None
     #: No tensor but query, key and value takes part.
     is_plain: bool = field(init=False, default=False)
+
+    @classmethod
+    def of(
+        cls, shapes: Inputs, dtype: torch.dtype, device: torch.device, scalars: Scalars, has_float_padding: bool = False
+    ) -> AttentionProblem:
+        """The one place that makes a problem from a call.
+
+        Args:
+            shapes: of the tensors that take part, in their places; None elsewhere.
+            dtype: of query, key and value.
+        """
+        is_packed = shapes.cu_seqlens_q is not None
+        return cls(
+            batch=shapes.cu_seqlens_q[0] - 1 if is_packed else shapes.query[0],
+            num_heads=shapes.query[1],
+            num_kv_heads=shapes.key[1],
+            seqlen_q=scalars.max_seqlen_q,
+            seqlen_k=scalars.max_seqlen_k,
+            head_dim=shapes.query[3],
+            value_dim=shapes.value[3],
+            dtype=dtype,
+            device=device,
+            scale=scalars.scale,
+            softcap=scalars.softcap,
+            dropout_p=scalars.dropout_p,
+            band=Band(scalars.band_left, scalars.band_right, scalars.band_offset),
+            is_packed=is_packed,
+            has_mask=shapes.mask is not None,
+            has_key_padding=shapes.key_padding is not None,
+            has_bias=shapes.bias is not None,
+            has_relative_bias=shapes.relative_bias is not None,
+            has_sinks=shapes.sinks is not None,
+            has_float_padding=has_float_padding,
+        )
+
+    @property
+    def scalars(self) -> Scalars:
+        return Scalars(self.seqlen_q, self.seqlen_k, self.scale, self.softcap, self.dropout_p, *self.band)
 
     @property
     def accumulate_dtype(self) -> torch.dtype:

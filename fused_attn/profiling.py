@@ -7,14 +7,14 @@ import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-if TYPE_CHECKING:
-    from fused_attn.backends.base import Backend
+from fused_attn.backends.base import Backend
+from fused_attn.inputs import Inputs, Saved, Wanted, take
+from fused_attn.problem import Scalars
 
 
 def recorded(event: str, function: Callable) -> Callable:
@@ -49,32 +49,39 @@ def named(backend: Backend) -> Backend:
 # ---- Floating-point operations
 
 
-def forward_flops(query: Tensor, key: Tensor, value: Tensor, *rest, out_val=None) -> int:
+def forward_flops(*arguments, out_val=None) -> int:
     """Of ``fused_attn::attention``: both products, a multiply-add being two."""
-    return 2 * _visible_scores(query, key, *rest[6:]) * (query.shape[3] + value.shape[3])
+    inputs, arguments = take(Inputs, arguments)
+    scalars, _ = take(Scalars, arguments)
+    return 2 * _visible_scores(inputs, scalars) * (inputs.query.shape[3] + inputs.value.shape[3])
 
 
-def backward_flops(wanted, dout, dlse, out, lse, query, key, value, *rest, out_val=None) -> int:
+def backward_flops(*arguments, out_val=None) -> int:
     """Of ``fused_attn::attention_backward``: scores and their gradients, and a product for each wanted gradient."""
-    wants_query, wants_key, wants_value, *others = wanted
-    head_dim, value_dim = query.shape[3], value.shape[3]
-    columns = head_dim * (1 + wants_query + wants_key) + value_dim * wants_value
-    if wants_query or wants_key or any(others):
+    inputs, arguments = take(Inputs, arguments)
+    _, (wanted, *arguments) = take(Saved, arguments)
+    scalars, _ = take(Scalars, arguments)
+    wanted = Wanted(*wanted)
+    head_dim, value_dim = inputs.query.shape[3], inputs.value.shape[3]
+    columns = head_dim * (1 + wanted.query + wanted.key) + value_dim * wanted.value
+    if any(wanted._replace(value=False)):
         columns += value_dim
-    return 2 * _visible_scores(query, key, *rest[6:]) * columns
+    return 2 * _visible_scores(inputs, scalars) * columns
 
 
-def _visible_scores(
-    query: Tensor, key: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int, max_seqlen_k: int, scale, softcap, dropout_p, left: int, right: int, offset: int, backend: str,
-) -> int:  # fmt: skip
+def _visible_scores(inputs: Inputs, scalars: Scalars) -> int:
     """Of all heads, inside the band. What other masks hide depends on their contents, and counts."""
-    if cu_seqlens_q is None:
+    query, key = inputs.query, inputs.key
+    if inputs.cu_seqlens_q is None:
         lengths = [(query.shape[2], key.shape[2])] * query.shape[0]
     else:
-        offsets = cu_seqlens_q, cu_seqlens_k
-        lengths = zip(*map(_lengths, offsets, (max_seqlen_q, max_seqlen_k)), strict=True)
-    return query.shape[1] * sum(_scores_in_band(*sizes, left, right, offset) for sizes in lengths)
+        lengths = zip(
+            _lengths(inputs.cu_seqlens_q, scalars.max_seqlen_q),
+            _lengths(inputs.cu_seqlens_k, scalars.max_seqlen_k),
+            strict=True,
+        )
+    band = scalars.band_left, scalars.band_right, scalars.band_offset
+    return query.shape[1] * sum(_scores_in_band(*sizes, *band) for sizes in lengths)
 
 
 def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:

@@ -188,8 +188,8 @@ def check_strays(dtype: torch.dtype, backend: str, device: str = "cpu", **option
         offsets = [(_offsets(lengths) + first).to(device) for lengths in (lengths_q, lengths_k)]
         seed = torch.tensor(7, device=device) if options["dropout_p"] else None
         out, lse = torch.ops.fused_attn.attention(
-            *leaves, None, seed, *(None,) * 4, *offsets, max(lengths_q), max(lengths_k), 0.3, 0.0, options["dropout_p"],
-            *options["window"], 0, backend,
+            *leaves, None, None, None, seed, None, None, *offsets, max(lengths_q), max(lengths_k),
+            0.3, 0.0, options["dropout_p"], *options["window"], 0, backend,
         )  # fmt: skip
         gradients = torch.autograd.grad((out, lse), leaves, (rows["dout"], rows["dlse"][..., 0].to(lse.dtype)))
         return {"out": out, "lse": lse[..., None], **dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))}

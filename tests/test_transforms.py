@@ -161,10 +161,10 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             query,
             key,
             value,
-            sinks,
-            seed,
             bias,
             relative,
+            sinks,
+            seed,
             mask,
             padding,
             None,
@@ -183,10 +183,8 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             query.detach(),
             key.detach(),
             value.detach(),
-            None,
-            None,
             bias,
-            *(None,) * 5,
+            *(None,) * 7,
             5,
             7,
             0.3,
@@ -232,11 +230,12 @@ def test_opcheck_backward(name: str, has_dlse: bool, backend: str, generator: to
         out, lse = torch.ops.fused_attn.attention(*args)
     dout = torch.randn(out.shape, generator=generator)
     dlse = torch.randn(lse.shape, generator=generator) if has_dlse else None
-    wanted = [True, True, True, args[5] is not None, args[6] is not None, args[3] is not None]
+    wanted = [x is not None for x in args[:6]]
+    inputs = (x if x is None else x.detach() for x in args[:11])
     # Autograd of the backward operator is the reference formula's: checked as double backward below.
     outcome = torch.library.opcheck(
         torch.ops.fused_attn.attention_backward,
-        (wanted, dout, dlse, out, lse, *(x.detach() if isinstance(x, Tensor) else x for x in args)),
+        (*inputs, out, lse, dout, dlse, wanted, *args[11:]),
     )
     assert set(outcome.values()) == {"SUCCESS"} and len(outcome) >= 4
 

@@ -88,29 +88,27 @@ void run(const Reader& reader, const Problem& problem, PyObject* architecture, P
 }
 
 const char kForwardDoc[] =
-    "forward(query, key, value, out, lse, config, masks, architecture, workspace)\n\n"
+    "forward(inputs, out, lse, config, architecture, workspace)\n\n"
     "Writes out, and lse unless it is None. See the module's docstring for the arguments.";
 
 PyObject* forward(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 9, kForwardDoc);
-  const Reader reader = reader_like(args[0]);
-  const Problem problem = read_problem(reader, {args[0], args[1], args[2], args[3], args[4]}, args[5], args[6]);
-  run<gpu::forward>(reader, problem, args[7], args[8]);
+  check_count(count, 6, kForwardDoc);
+  const Inputs inputs = Inputs::of(args[0]);
+  const Reader reader = reader_like(inputs.query);
+  run<gpu::forward>(reader, read_problem(reader, inputs, args[1], args[2], args[3]), args[4], args[5]);
   Py_RETURN_NONE;
 }
 
 const char kBackwardDoc[] =
-    "backward(dout, dlse, query, key, value, out, lse, dquery, dkey, dvalue, config, masks, architecture, "
-    "workspace)\n\n"
-    "Overwrites those of dquery, dkey and dvalue that are not None. See the module's docstring for the arguments.";
+    "backward(inputs, saved, gradients, config, architecture, workspace)\n\n"
+    "Overwrites those of the gradients that are not None. See the module's docstring for the arguments.";
 
 PyObject* backward(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 14, kBackwardDoc);
-  const Reader reader = reader_like(args[2]);
-  reader.required(args[6], "lse");  // here it is an input
-  Problem problem = read_problem(reader, {args[2], args[3], args[4], args[5], args[6]}, args[10], args[11]);
-  set_gradients(problem, reader, {args[0], args[1], args[7], args[8], args[9]});
-  run<gpu::backward>(reader, problem, args[12], args[13]);
+  check_count(count, 6, kBackwardDoc);
+  const Inputs inputs = Inputs::of(args[0]);
+  const Reader reader = reader_like(inputs.query);
+  const Problem problem = read_backward(reader, inputs, Saved::of(args[1]), Gradients::of(args[2]), args[3]);
+  run<gpu::backward>(reader, problem, args[4], args[5]);
   Py_RETURN_NONE;
 }
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fused_attn import native
-from fused_attn.backends.base import Gradients, Wanted, clear_rows, empty_like_layout
-from fused_attn.masks import MaskSpec
+from fused_attn.backends.base import clear_rows
+from fused_attn.inputs import SHARED, Gradients, Inputs, Saved, Wanted
+from fused_attn.memory_order import empty_like_layout
 from fused_attn.problem import UNBOUNDED, AttentionProblem
 
 try:
@@ -42,18 +43,11 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
-def forward(
-    problem: AttentionProblem,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    mask: MaskSpec,
-    needs_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    if query.is_neg() or key.is_neg() or value.is_neg():
-        query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
+def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
+    query = inputs.query
+    if not problem.is_plain or query.is_neg() or inputs.key.is_neg() or inputs.value.is_neg():
+        inputs = _readable(problem, inputs)
+        query = inputs.query
     is_same = problem.value_dim == problem.head_dim
     out = torch.empty_like(query) if is_same else empty_like_layout(query, problem.value_dim)
     lse = None
@@ -63,88 +57,41 @@ def forward(
     if problem.is_packed:
         clear_rows(lse, out)
     try:
-        _C.forward(
-            query,
-            key,
-            value,
-            out,
-            lse,
-            _config(problem),
-            None if problem.is_plain else _kernel_masks(problem, sinks, seed, mask),
-            torch.get_num_threads(),
-        )
-    except ValueError as error:
+        _C.forward(inputs, out, lse, _config(problem), torch.get_num_threads())
+    except ValueError:
         # Forgiveness instead of permission: asking three tensors for a stride costs as much as the whole kernel call.
-        return forward(problem, *_with_unit_strides(error, query, key, value), sinks, seed, mask, needs_lse)
+        copied = _with_unit_strides(inputs, "query", "key", "value")
+        if copied is inputs:
+            raise
+        return forward(problem, copied, needs_lse)
     return out, lse
 
 
-def backward(
-    problem: AttentionProblem,
-    wanted: Wanted,
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    mask: MaskSpec,
-) -> Gradients:
-    # Views such as x.conj().imag keep their sign apart from their data, which is all that a kernel sees.
-    if dout.is_neg() or query.is_neg() or key.is_neg() or value.is_neg():
-        dout, query, key, value = dout.resolve_neg(), query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
-    dlse = None if dlse is None else dlse.resolve_neg()
-    wants_query, wants_key, wants_value, wants_bias, wants_relative_bias, wants_sinks = wanted
-    dquery = torch.empty_like(query) if wants_query else None
-    dkey = torch.empty_like(key) if wants_key else None
-    dvalue = torch.empty_like(value) if wants_value else None
+def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
+    read = inputs
+    if not problem.is_plain or inputs.query.is_neg() or inputs.key.is_neg() or inputs.value.is_neg():
+        read = _readable(problem, inputs)
+    if saved.dout.is_neg() or (saved.dlse is not None and saved.dlse.is_neg()):
+        dlse = None if saved.dlse is None else saved.dlse.resolve_neg()
+        saved = saved._replace(dout=saved.dout.resolve_neg(), dlse=dlse)
+    dquery = torch.empty_like(read.query) if wanted.query else None
+    dkey = torch.empty_like(read.key) if wanted.key else None
+    dvalue = torch.empty_like(read.value) if wanted.value else None
     if problem.is_packed:
         clear_rows(None, dquery, dkey, dvalue)
-    dbias = drelative_bias = dsinks = None
-    if wants_bias or wants_relative_bias or wants_sinks:
-        accumulate = {"dtype": problem.accumulate_dtype, "device": problem.device}
-    if wants_bias:
-        # Expanded to no score at all, it would show the kernel nothing to write to.
-        has_scores = problem.batch and problem.num_heads and problem.seqlen_q and problem.seqlen_k
-        allocate = torch.empty if has_scores else torch.zeros
-        dbias = allocate(mask.bias.shape, **accumulate)
-    if wants_relative_bias:
-        drelative_bias = torch.empty(mask.relative_bias.shape, **accumulate)
-    if wants_sinks:
-        dsinks = torch.empty(sinks.shape, **accumulate)
+    grads = Gradients(dquery, dkey, dvalue)
+    if wanted.is_any_shared:
+        grads = grads._replace(**_empty_shared_gradients(problem, inputs, wanted))
     try:
-        _C.backward(
-            dout,
-            dlse,
-            query,
-            key,
-            value,
-            out,
-            lse,
-            dquery,
-            dkey,
-            dvalue,
-            dbias,
-            drelative_bias,
-            dsinks,
-            _config(problem),
-            None if problem.is_plain else _kernel_masks(problem, sinks, seed, mask),
-            torch.get_num_threads(),
-        )
-    except ValueError as error:
-        dout, query, key, value = _with_unit_strides(error, dout, query, key, value)
-        return backward(problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, mask)
-    return Gradients(
-        dquery,
-        dkey,
-        dvalue,
-        None if dbias is None else dbias.to(mask.bias.dtype),
-        None if drelative_bias is None else drelative_bias.to(mask.relative_bias.dtype),
-        None if dsinks is None else dsinks.to(sinks.dtype),
-    )
+        _C.backward(read, saved, grads, _config(problem), torch.get_num_threads())
+    except ValueError:
+        copied, saved_copied = _with_unit_strides(inputs, "query", "key", "value"), _with_unit_strides(saved, "dout")
+        if copied is inputs and saved_copied is saved:
+            raise
+        return backward(problem, copied, saved_copied, wanted)
+    if wanted.is_any_shared:
+        grads = Gradients(*(None if dx is None else dx.to(x.dtype) for x, dx in zip(inputs, grads, strict=False)))
+    return grads
 
 
 @functools.lru_cache(maxsize=4096)
@@ -163,34 +110,45 @@ def _config(problem: AttentionProblem):
     )
 
 
-def _kernel_masks(
-    problem: AttentionProblem, sinks: Tensor | None, seed: Tensor | None, mask: MaskSpec
-) -> tuple[Tensor | None, ...]:
-    """The masks of `_C`; small ones in the accumulate dtype."""
-    accumulate = problem.accumulate_dtype
-    bias = mask.bias
+def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
+    """The kernels see the data alone, no lazy negation (``x.conj().imag``), and small tensors as they sum them."""
+    bias = inputs.bias
     if bias is not None:
         bias = bias.resolve_neg()
         if bias.dtype != problem.dtype:
-            bias = bias.to(accumulate)
-    relative_bias = mask.relative_bias
-    if relative_bias is not None:
-        relative_bias = relative_bias.resolve_neg().to(accumulate).contiguous()
-    return (
-        mask.key_padding,
-        mask.mask,
-        bias,
-        relative_bias,
-        None if sinks is None else sinks.resolve_neg().to(accumulate).contiguous(),
-        seed,
-        mask.cu_seqlens_q,
-        mask.cu_seqlens_k,
+            bias = bias.to(problem.accumulate_dtype)
+
+    def small(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.resolve_neg().to(problem.accumulate_dtype).contiguous()
+
+    return inputs._replace(
+        query=inputs.query.resolve_neg(),
+        key=inputs.key.resolve_neg(),
+        value=inputs.value.resolve_neg(),
+        bias=bias,
+        relative_bias=small(inputs.relative_bias),
+        sinks=small(inputs.sinks),
     )
 
 
-def _with_unit_strides(error: ValueError, *tensors: Tensor) -> list[Tensor]:
-    """The kernels take any strides but the last; only such tensors are copied. Without any, the error is raised."""
-    if all(x.stride(-1) == 1 for x in tensors):
-        raise error
-    # Not .contiguous(), which leaves empty tensors and last dimensions of size 1 as they are.
-    return [x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format) for x in tensors]
+def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: Wanted) -> dict[str, Tensor]:
+    """Of the inputs that batch entries share, in the accumulate dtype."""
+    # A bias that is expanded to no score at all would show the kernel nothing to write to.
+    has_scores = problem.batch and problem.num_heads and problem.seqlen_q and problem.seqlen_k
+    allocate = torch.empty if has_scores else torch.zeros
+    return {
+        name: allocate(getattr(inputs, name).shape, dtype=problem.accumulate_dtype, device=problem.device)
+        for name in SHARED
+        if getattr(wanted, name)
+    }
+
+
+def _with_unit_strides(tensors: Inputs | Saved, *names: str) -> Inputs | Saved:
+    """The kernels take any strides but the last; only such tensors are copied. Without any, the same object."""
+    copies = {}
+    for name in names:
+        x = getattr(tensors, name)
+        if x.stride(-1) != 1:
+            # Not .contiguous(), which leaves empty tensors and last dimensions of size 1 as they are.
+            copies[name] = x.clone(memory_format=torch.contiguous_format)
+    return tensors._replace(**copies) if copies else tensors

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fused_attn import native
-from fused_attn.backends.base import Gradients, Wanted, clear_rows, empty_like_layout
-from fused_attn.masks import MaskSpec
+from fused_attn.backends.base import clear_rows
+from fused_attn.inputs import Gradients, Inputs, Saved, Wanted
+from fused_attn.memory_order import empty_like_layout
 from fused_attn.problem import UNBOUNDED, AttentionProblem
 
 try:
@@ -72,80 +73,42 @@ def device_type() -> str:
     return getattr(_kernels, "device_type", "cuda")
 
 
-def forward(
-    problem: AttentionProblem,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    mask: MaskSpec,
-    needs_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    query, key, value = map(_readable, (query, key, value))
+def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
+    inputs = _readable(inputs, "query", "key", "value")
+    query = inputs.query
     out = empty_like_layout(query, problem.value_dim)
-    batch, heads, rows, _ = query.shape
-    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device) if needs_lse else None
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if needs_lse else None
     if problem.is_packed:
         clear_rows(lse, out)
     if 0 in (out.numel(), problem.batch, problem.seqlen_q):  # a launch of no blocks is an error
         return out, lse
-    if key.numel() == 0:
+    if inputs.key.numel() == 0:
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
-    _kernels.forward(
-        query,
-        key,
-        value,
-        out,
-        lse,
-        _config(problem),
-        _kernel_masks(seed, mask),
-        _architecture(problem),
-        _workspace(problem, query, mask, wanted=None),
-    )
+    workspace = _workspace(problem, inputs, wanted=None)
+    _kernels.forward(inputs, out, lse, _config(problem), _architecture(problem), workspace)
     return out, lse
 
 
-def backward(
-    problem: AttentionProblem,
-    wanted: Wanted,
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    mask: MaskSpec,
-) -> Gradients:
-    dout, query, key, value, out = map(_readable, (dout, query, key, value, out))
-    dlse = None if dlse is None else dlse.resolve_neg()
-    dquery = empty_like_layout(query, problem.head_dim) if wanted.query else None
-    dkey = empty_like_layout(key, problem.head_dim) if wanted.key else None
-    dvalue = empty_like_layout(value, problem.value_dim) if wanted.value else None
-    if problem.is_packed:
-        clear_rows(None, dquery, dkey, dvalue)
-    if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return Gradients(*(None if x is None else x.zero_() for x in (dquery, dkey, dvalue)))
-    _kernels.backward(
-        dout,
-        dlse,
-        query,
-        key,
-        value,
-        out,
-        lse.contiguous(),  # under vmap it can be an expanded view
-        dquery,
-        dkey,
-        dvalue,
-        _config(problem),
-        _kernel_masks(seed, mask),
-        _architecture(problem),
-        _workspace(problem, query, mask, wanted),
+def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
+    inputs = _readable(inputs, "query", "key", "value")
+    saved = _readable(saved, "out", "dout")
+    query, key, value = inputs.query, inputs.key, inputs.value
+    grads = Gradients(
+        empty_like_layout(query, problem.head_dim) if wanted.query else None,
+        empty_like_layout(key, problem.head_dim) if wanted.key else None,
+        empty_like_layout(value, problem.value_dim) if wanted.value else None,
     )
-    return Gradients(dquery, dkey, dvalue)
+    if problem.is_packed:
+        clear_rows(None, *grads)
+    if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
+        return Gradients(*(None if x is None else x.zero_() for x in grads))
+    saved = saved._replace(
+        lse=saved.lse.contiguous(),  # under vmap it can be an expanded view
+        dlse=None if saved.dlse is None else saved.dlse.resolve_neg(),
+    )
+    workspace = _workspace(problem, inputs, wanted)
+    _kernels.backward(inputs, saved, grads, _config(problem), _architecture(problem), workspace)
+    return grads
 
 
 def _architecture(problem: AttentionProblem) -> int:
@@ -169,12 +132,18 @@ def _unusable_reason(index: int) -> str | None:
     return f"the driver refuses the CUDA kernels: {reason}" if reason else None
 
 
-def _readable(x: Tensor) -> Tensor:
+def _readable(tensors: Inputs | Saved, *names: str) -> Inputs | Saved:
     """The kernels see the data alone, no lazy negation, and read rows in pieces of 16 bytes, each at another place."""
+    return tensors._replace(**{name: _with_readable_rows(getattr(tensors, name)) for name in names})
+
+
+def _with_readable_rows(x: Tensor) -> Tensor:
     x = x.resolve_neg()
     is_expanded = x.stride(2) == 0 and x.shape[2] > 1
-    is_aligned = not is_expanded and x.data_ptr() % 16 == 0 and all(
-        stride % 8 == 0 for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1
+    is_aligned = (
+        not is_expanded
+        and x.data_ptr() % 16 == 0
+        and all(stride % 8 == 0 for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1)
     )
     # Not .contiguous(), which leaves misaligned tensors as they are.
     return x if is_aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
@@ -195,28 +164,16 @@ def _config(problem: AttentionProblem):
     )
 
 
-def _kernel_masks(seed: Tensor | None, mask: MaskSpec) -> tuple[Tensor | None, ...] | None:
-    if seed is None and mask.key_padding is None and mask.cu_seqlens_q is None:
-        return None
-    return mask.key_padding, None, None, None, None, seed, mask.cu_seqlens_q, mask.cu_seqlens_k
-
-
-def _workspace(problem: AttentionProblem, query: Tensor, mask: MaskSpec, wanted: Wanted | None) -> Tensor | None:
+def _workspace(problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None) -> Tensor | None:
     """``wanted``: the gradients of a backward call."""
     wants_all = wanted is not None and wanted.query and (wanted.key or wanted.value)
-    has_padding, is_packed = mask.key_padding is not None, mask.cu_seqlens_q is not None
-    size = _workspace_bytes(problem, query.shape, wanted is not None, wants_all, is_packed, has_padding)
-    return torch.empty(size // 4, dtype=torch.float32, device=query.device) if size else None
+    size = _workspace_bytes(problem, inputs.query.shape, wanted is not None, wants_all)
+    return torch.empty(size // 4, dtype=torch.float32, device=inputs.query.device) if size else None
 
 
 @functools.lru_cache(maxsize=4096)
 def _workspace_bytes(
-    problem: AttentionProblem,
-    query_shape: torch.Size,
-    is_backward: bool,
-    wants_all_gradients: bool,
-    is_packed: bool,
-    has_key_padding: bool,
+    problem: AttentionProblem, query_shape: torch.Size, is_backward: bool, wants_all_gradients: bool
 ) -> int:
     batch_entries, num_heads, rows_q, head_dim = query_shape
     return _kernels.workspace_bytes(
@@ -230,6 +187,6 @@ def _workspace_bytes(
         rows_q=rows_q,
         seqlen_k=problem.seqlen_k,
         head_dim=head_dim,
-        is_packed=is_packed,
-        has_key_padding=has_key_padding,
+        is_packed=problem.is_packed,
+        has_key_padding=problem.has_key_padding,
     )

@@ -1,16 +1,11 @@
-"""The specification: attention in plain PyTorch, on any device, differentiable to any order. Clear before fast."""
+"""The reference formula as a backend: runs everything, everywhere, slowly."""
 
 from __future__ import annotations
 
-import contextlib
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
-from fused_attn import dropout
-from fused_attn.backends.base import Gradients, Wanted, follow_layout
-from fused_attn.masks import MaskSpec, Positions
+from fused_attn import formula
+from fused_attn.inputs import Inputs
 from fused_attn.problem import AttentionProblem
 
 name = "reference"
@@ -21,175 +16,8 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     return []
 
 
-def forward(
-    problem: AttentionProblem,
-    query: Tensor,  # (B, H, L, D)
-    key: Tensor,  # (B, Hkv, S, D)
-    value: Tensor,  # (B, Hkv, S, Dv)
-    sinks: Tensor | None,  # (H,)
-    seed: Tensor | None,
-    mask: MaskSpec,
-    needs_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    layout_of_query = query
-    # Autocast has had its say on the inputs; the formula itself computes in the accumulate dtype.
-    with _without_autocast(query.device):
-        query, key, value, sink = _to_compute(problem, query, key, value, sinks, mask)
-        weights, lse, _ = _softmax(problem, query, key, sink, mask)
-        if problem.dropout_p:
-            weights = weights * _dropout_factors(problem, seed, mask, query, key)
-        out = (weights @ value).to(problem.dtype)
-        if problem.is_packed:
-            # Zero already, and so must be the gradient that comes back, before any product.
-            out = _without_strays(out, mask.positions(problem, query, key)[0])
-        return follow_layout(out, layout_of_query), lse
+def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor]:
+    return formula.forward(problem, inputs)
 
 
-def backward(
-    problem: AttentionProblem,
-    wanted: Wanted,
-    dout: Tensor,  # (B, H, L, Dv)
-    dlse: Tensor | None,  # (B, H, L)
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    mask: MaskSpec,
-) -> Gradients:
-    """The gradients as plain PyTorch code, so that they can be differentiated again.
-
-    Everything is recomputed: ``out`` and ``lse`` may come without their history.
-    """
-    layouts = query, key, value
-    with _without_autocast(query.device):
-        query, key, value, sink = _to_compute(problem, query, key, value, sinks, mask)
-        weights, lse, dcap = _softmax(problem, query, key, sink, mask)
-        dout = dout.to(problem.accumulate_dtype)
-        if problem.is_packed:
-            rows, _ = mask.positions(problem, query, key)
-            dout = _without_strays(dout, rows)
-            dlse = None if dlse is None else dlse.masked_fill(~rows.has_sequence, 0.0)
-
-        dweights = dout @ value.transpose(-2, -1)  # (B, H, L, S)
-        dropped_weights = weights
-        if problem.dropout_p:
-            factors = _dropout_factors(problem, seed, mask, query, key)
-            dropped_weights, dweights = weights * factors, dweights * factors
-        delta = (weights * dweights).sum(-1, keepdim=True)  # (B, H, L, 1)
-        if dlse is not None:
-            delta = delta - dlse.unsqueeze(-1)
-        dbiased = weights * (dweights - delta)  # the gradient of the scores after softcap and bias
-        dscores = (dbiased if dcap is None else dbiased * dcap) * problem.scale
-
-        dsinks = dbias = drelative_bias = None
-        if wanted.sinks:
-            # exp(sink - lse) is the weight of the sink; an empty row has none.
-            sink_weight = torch.exp(sink.squeeze(-1) - lse).masked_fill(lse == float("-inf"), 0.0)
-            dsinks = -(sink_weight * delta.squeeze(-1)).sum((0, 2)).to(sinks.dtype)
-        if wanted.bias:
-            dbias = dbiased.sum_to_size(mask.bias.shape).to(mask.bias.dtype)
-        if wanted.relative_bias:
-            drelative_bias = _sum_diagonals(problem, dbiased, mask, query, key).to(mask.relative_bias.dtype)
-        dquery = (dscores @ key).to(problem.dtype) if wanted.query else None
-        dkey = _sum_groups(problem, dscores.transpose(-2, -1) @ query) if wanted.key else None
-        dvalue = _sum_groups(problem, dropped_weights.transpose(-2, -1) @ dout) if wanted.value else None
-        dinputs = (
-            None if x is None else follow_layout(x, like)
-            for x, like in zip((dquery, dkey, dvalue), layouts, strict=True)
-        )
-        return Gradients(*dinputs, dbias, drelative_bias, dsinks)
-
-
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    if not torch.amp.is_autocast_available(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-class Softmax(NamedTuple):
-    """weights: (B, H, L, S); lse: (B, H, L); dcap: d softcap(x) / dx of every score, None without softcap."""
-
-    weights: Tensor
-    lse: Tensor
-    dcap: Tensor | None
-
-
-def _softmax(problem: AttentionProblem, query: Tensor, key: Tensor, sink: Tensor | None, mask: MaskSpec) -> Softmax:
-    scores = (query * problem.scale) @ key.transpose(-2, -1)  # (B, H, L, S)
-    dcap = None
-    if problem.softcap:
-        capped = torch.tanh(scores / problem.softcap)
-        scores, dcap = problem.softcap * capped, 1.0 - capped * capped
-    visible, bias = mask.to_dense(problem, query, key)
-    if bias is not None:
-        scores = scores + bias
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-
-    # A row that sees nothing has maximum -inf; 0 in its place keeps exp and its gradients finite.
-    row_max = (
-        scores.detach().amax(-1, keepdim=True)
-        if scores.shape[-1]
-        else scores.new_full((*scores.shape[:-1], 1), float("-inf"))
-    )
-    is_empty = row_max == float("-inf")
-    if sink is not None:
-        row_max = torch.maximum(row_max, sink.detach())
-    row_max = row_max.masked_fill(is_empty, 0.0)
-    weights = torch.exp(scores - row_max)
-    row_sum = weights.sum(-1, keepdim=True)
-    if sink is not None:
-        row_sum = row_sum + torch.exp(sink - row_max)
-    row_sum = row_sum.masked_fill(is_empty, 1.0)
-    lse = (row_max + row_sum.log()).masked_fill(is_empty, float("-inf")).squeeze(-1)
-    return Softmax(weights / row_sum, lse, dcap)
-
-
-def _to_compute(
-    problem: AttentionProblem, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, mask: MaskSpec
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The inputs in the accumulate dtype, keys and values with the query's heads, ignored ones zeroed; (1, H, 1, 1)."""
-    if mask.key_padding is not None:
-        # Before any product, because 0 * NaN is NaN.
-        ignored = mask.key_padding[:, None, :, None]
-        key, value = key.masked_fill(ignored, 0.0), value.masked_fill(ignored, 0.0)
-    if problem.is_packed:
-        rows, columns = mask.positions(problem, query, key)
-        query, key, value = (_without_strays(x, at) for x, at in ((query, rows), (key, columns), (value, columns)))
-    # Key head h serves the query heads h * group ... (h + 1) * group - 1.
-    group = problem.num_heads // max(problem.num_kv_heads, 1)
-    compute = problem.accumulate_dtype
-    key, value = (x.to(compute).repeat_interleave(group, dim=1) if group > 1 else x.to(compute) for x in (key, value))
-    return query.to(compute), key, value, None if sinks is None else sinks.to(compute)[None, :, None, None]
-
-
-def _without_strays(x: Tensor, positions: Positions) -> Tensor:
-    """(B, heads, rows, columns) with zeros in the rows that no packed sequence owns, which may hold NaN."""
-    return x.masked_fill(~positions.has_sequence[:, None], 0.0)
-
-
-def _dropout_factors(problem: AttentionProblem, seed: Tensor, mask: MaskSpec, query: Tensor, key: Tensor) -> Tensor:
-    """(B, H, L, S): 0 where dropped, 1 / (1 - p) where kept."""
-    rows, columns = mask.positions(problem, query, key)
-    keep = dropout.keep_mask(seed, problem.dropout_p, query.shape[0], problem.num_heads, rows, columns)
-    return keep.to(problem.accumulate_dtype) * dropout.inverse_keep(problem.dropout_p)
-
-
-def _sum_groups(problem: AttentionProblem, dx: Tensor) -> Tensor:
-    """(B, H, S, D) -> (B, Hkv, S, D): a shared key head collects the gradients of the query heads that it serves."""
-    batch, _, rows, columns = dx.shape
-    group = problem.num_heads // max(problem.num_kv_heads, 1)
-    return dx.reshape(batch, problem.num_kv_heads, group, rows, columns).sum(2).to(problem.dtype)
-
-
-def _sum_diagonals(problem: AttentionProblem, dbiased: Tensor, mask: MaskSpec, query: Tensor, key: Tensor) -> Tensor:
-    """(B, H, L, S) -> (H|1, L + S - 1): the gradient of a Toeplitz bias is the sum along each diagonal."""
-    rows, columns = mask.positions(problem, query, key)
-    heads, num_columns = mask.relative_bias.shape
-    column = (columns.index[None, :] - rows.index[:, None] + (problem.seqlen_q - 1)).clamp(0, max(num_columns - 1, 0))
-    per_head = dbiased.sum(0).flatten(1)  # (H, L * S)
-    diagonals = per_head.new_zeros(per_head.shape[0], num_columns).index_add(1, column.flatten(), per_head)
-    return diagonals.sum_to_size(heads, num_columns)
+backward = formula.backward

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_variadic
 
 from fused_attn import checks
-from fused_attn.masks import causal_bias
+from fused_attn.causal_bias import causal_bias
 from fused_attn.nn.attention import (
     AttentionCache,
     FusedMultiheadAttention,

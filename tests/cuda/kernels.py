@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emulator import CSRC, Builder, Library
 
-from fused_attn import api, dispatch, ops
+from fused_attn import dispatch, ops, planning
 from fused_attn.backends import cuda
 
 FLAGS = ("-Wno-psabi",)
@@ -80,6 +80,6 @@ def of_architecture(architecture: int) -> Iterator[None]:
 
 
 def _forget_plans() -> None:
-    plans = (api._cached_plan, api._cached_varlen_plan, ops._problem, dispatch.choose, cuda._config)
-    for function in (*plans, cuda._workspace_bytes):
+    plans = (planning._cached_plan, planning._cached_packed_problem, ops._problem_of_shapes, dispatch.choose)
+    for function in (*plans, cuda._config, cuda._workspace_bytes):
         function.cache_clear()

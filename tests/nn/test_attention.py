@@ -14,7 +14,7 @@ from parity import TIGHT, added, assert_same, causal, outcome, padding, randn, t
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from fused_attn.backends.base import empty_like_layout
+from fused_attn.memory_order import empty_like_layout
 from fused_attn.nn import FusedMultiheadAttention, RotaryEmbedding, T5RelativeBias
 from fused_attn.nn import attention as attention_module
 from fused_attn.nn.cache import CrossAttentionCache, KVCache, SelfAttentionCache

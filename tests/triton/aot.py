@@ -28,9 +28,9 @@ import triton
 from stub_driver import ARCHITECTURES
 from triton.compiler import CompiledKernel
 
-from fused_attn.backends.base import Wanted
 from fused_attn.backends.triton import configs, launcher
-from fused_attn.masks import MaskSpec
+from fused_attn.backends.triton.mask_spec import MaskSpec
+from fused_attn.inputs import Wanted
 from fused_attn.problem import AttentionProblem, Band
 
 KERNELS = {

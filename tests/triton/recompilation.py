@@ -9,7 +9,7 @@ import aot
 import stub_driver
 import torch
 
-from fused_attn.masks import MaskSpec
+from fused_attn.backends.triton.mask_spec import MaskSpec
 from fused_attn.problem import AttentionProblem, Band
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64

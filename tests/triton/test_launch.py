@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
-from fused_attn import api, checks, dispatch, modes
+from fused_attn import checks, dispatch, modes, running
 from fused_attn.backends import cuda
-from fused_attn.backends.base import Wanted
+from fused_attn.backends.triton.mask_spec import MaskSpec
+from fused_attn.inputs import Wanted
 from fused_attn.problem import AttentionProblem
 
 pytest.importorskip("triton.language")
@@ -89,12 +90,13 @@ def arguments_of_backend(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> tup
     """(problem, query, key, value, sinks, seed, mask) of a call, which computes nothing."""
     received = []
 
-    def run(problem, backend, is_direct, *tensors):
-        received.append((problem, *tensors[:-1]))
-        query, value = tensors[0], tensors[2]
+    def run(problem, backend, is_direct, inputs, return_lse):
+        query, key, value = inputs[:3]
+        mask = MaskSpec(**{name: getattr(inputs, name) for name in MaskSpec._fields})
+        received.append((problem, query, key, value, inputs.sinks, inputs.seed, mask))
         return query.new_empty((*query.shape[:3], value.shape[3])), query.new_empty(query.shape[:3])
 
-    monkeypatch.setattr(api, "_run", run)
+    monkeypatch.setattr(running, "run", run)
     inputs.function(**inputs.tensors, **inputs.options, return_lse=True)
     return received[0]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_attn import dropout
 from fused_attn.backends.triton.configs import Config, padded_head_dim
-from fused_attn.masks import MaskSpec
+from fused_attn.backends.triton.mask_spec import MaskSpec
 from fused_attn.problem import UNBOUNDED, AttentionProblem
 
 #: Kernel arguments whose value must not cause another compilation.

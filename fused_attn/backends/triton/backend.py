@@ -10,7 +10,8 @@ import re
 import torch
 from torch import Tensor
 
-from fused_attn.backends.base import Gradients, Wanted
+from fused_attn.backends.triton.mask_spec import MaskSpec
+from fused_attn.inputs import Gradients, Inputs, Saved, Wanted
 from fused_attn.problem import AttentionProblem
 
 name = "triton"
@@ -49,16 +50,25 @@ def is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def forward(problem: AttentionProblem, *inputs) -> tuple[Tensor, Tensor | None]:
+def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
     from fused_attn.backends.triton import launcher
 
-    return launcher.forward(problem, *inputs)
+    query, key, value, sinks, seed, mask = _for_launcher(inputs)
+    return launcher.forward(problem, query, key, value, sinks, seed, mask, needs_lse)
 
 
-def backward(problem: AttentionProblem, wanted: Wanted, *inputs) -> Gradients:
+def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
     from fused_attn.backends.triton import launcher
 
-    return launcher.backward(problem, wanted, *inputs)
+    query, key, value, sinks, seed, mask = _for_launcher(inputs)
+    return launcher.backward(
+        problem, wanted, saved.dout, saved.dlse, query, key, value, saved.out, saved.lse, sinks, seed, mask
+    )
+
+
+def _for_launcher(inputs: Inputs) -> tuple:
+    mask = MaskSpec(**{name: getattr(inputs, name) for name in MaskSpec._fields})
+    return inputs.query, inputs.key, inputs.value, inputs.sinks, inputs.seed, mask
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_attn.backends.base import Gradients, Wanted, clear_rows, empty_like_layout
+from fused_attn.backends.base import clear_rows
 from fused_attn.backends.triton import configs, decode, tuned
 from fused_attn.backends.triton.arguments import NO_MASKS, Masks, Rows, Settings
 from fused_attn.backends.triton.backend import is_interpreting
@@ -20,7 +20,9 @@ from fused_attn.backends.triton.bias_gradients import attention_bwd_dbias_kernel
 from fused_attn.backends.triton.configs import Config
 from fused_attn.backends.triton.decode import merge_splits_kernel
 from fused_attn.backends.triton.forward import attention_fwd_kernel
-from fused_attn.masks import MaskSpec
+from fused_attn.backends.triton.mask_spec import MaskSpec
+from fused_attn.inputs import Gradients, Wanted
+from fused_attn.memory_order import empty_like_layout
 from fused_attn.problem import AttentionProblem
 
 #: Keys and values of the heads that run side by side are to stay in the L2 cache: a little below the 40 MB of an A100

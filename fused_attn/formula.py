@@ -1,0 +1,166 @@
+"""The specification: attention in plain PyTorch, on any device, differentiable to any order. Clear before fast."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_attn import dropout, masks
+from fused_attn.inputs import Gradients, Inputs, Saved, Wanted
+from fused_attn.masks import Positions
+from fused_attn.memory_order import follow_layout
+from fused_attn.problem import AttentionProblem
+
+
+def forward(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """(out (B, H, L, Dv), lse (B, H, L)); shapes and meanings are those of `Inputs`."""
+    # Autocast has had its say on the inputs; the formula itself computes in the accumulate dtype.
+    with _without_autocast(inputs.query.device):
+        x = _to_compute(problem, inputs)
+        weights, lse, _ = _softmax(problem, x)
+        if problem.dropout_p:
+            weights = weights * _dropout_factors(problem, x)
+        out = (weights @ x.value).to(problem.dtype)
+        if problem.is_packed:
+            # Zero already, and so must be the gradient that comes back, before any product.
+            out = _without_strays(out, masks.positions(problem, x)[0])
+        return follow_layout(out, inputs.query), lse
+
+
+def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
+    """The gradients as plain PyTorch code, so that they can be differentiated again.
+
+    Everything is recomputed: ``out`` and ``lse`` may come without their history, or not at all.
+    """
+    with _without_autocast(inputs.query.device):
+        x = _to_compute(problem, inputs)
+        weights, lse, dcap = _softmax(problem, x)
+        dout, dlse = saved.dout.to(problem.accumulate_dtype), saved.dlse
+        if problem.is_packed:
+            rows, _ = masks.positions(problem, x)
+            dout = _without_strays(dout, rows)
+            dlse = None if dlse is None else dlse.masked_fill(~rows.has_sequence, 0.0)
+
+        dweights = dout @ x.value.transpose(-2, -1)  # (B, H, L, S)
+        dropped_weights = weights
+        if problem.dropout_p:
+            factors = _dropout_factors(problem, x)
+            dropped_weights, dweights = weights * factors, dweights * factors
+        delta = (weights * dweights).sum(-1, keepdim=True)  # (B, H, L, 1)
+        if dlse is not None:
+            delta = delta - dlse.unsqueeze(-1)
+        dbiased = weights * (dweights - delta)  # the gradient of the scores after softcap and bias
+        dscores = (dbiased if dcap is None else dbiased * dcap) * problem.scale
+
+        grads = {}
+        if wanted.query:
+            grads["query"] = follow_layout((dscores @ x.key).to(problem.dtype), inputs.query)
+        if wanted.key:
+            grads["key"] = follow_layout(_sum_groups(problem, dscores.transpose(-2, -1) @ x.query), inputs.key)
+        if wanted.value:
+            grads["value"] = follow_layout(_sum_groups(problem, dropped_weights.transpose(-2, -1) @ dout), inputs.value)
+        if wanted.bias:
+            grads["bias"] = dbiased.sum_to_size(inputs.bias.shape).to(inputs.bias.dtype)
+        if wanted.relative_bias:
+            grads["relative_bias"] = _sum_diagonals(problem, dbiased, x).to(inputs.relative_bias.dtype)
+        if wanted.sinks:
+            # exp(sink - lse) is the weight of the sink; an empty row has none.
+            sink_weight = torch.exp(x.sinks[:, None] - lse).masked_fill(lse == float("-inf"), 0.0)
+            grads["sinks"] = -(sink_weight * delta.squeeze(-1)).sum((0, 2)).to(inputs.sinks.dtype)
+        return Gradients(**grads)
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+class Softmax(NamedTuple):
+    """weights: (B, H, L, S); lse: (B, H, L); dcap: d softcap(x) / dx of every score, None without softcap."""
+
+    weights: Tensor
+    lse: Tensor
+    dcap: Tensor | None
+
+
+def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
+    scores = (x.query * problem.scale) @ x.key.transpose(-2, -1)  # (B, H, L, S)
+    dcap = None
+    if problem.softcap:
+        capped = torch.tanh(scores / problem.softcap)
+        scores, dcap = problem.softcap * capped, 1.0 - capped * capped
+    visible, bias = masks.to_dense(problem, x)
+    if bias is not None:
+        scores = scores + bias
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+
+    # A row that sees nothing has maximum -inf; 0 in its place keeps exp and its gradients finite.
+    row_max = (
+        scores.detach().amax(-1, keepdim=True)
+        if scores.shape[-1]
+        else scores.new_full((*scores.shape[:-1], 1), float("-inf"))
+    )
+    is_empty = row_max == float("-inf")
+    sink = None if x.sinks is None else x.sinks[:, None, None]  # (H, 1, 1)
+    if sink is not None:
+        row_max = torch.maximum(row_max, sink.detach())
+    row_max = row_max.masked_fill(is_empty, 0.0)
+    weights = torch.exp(scores - row_max)
+    row_sum = weights.sum(-1, keepdim=True)
+    if sink is not None:
+        row_sum = row_sum + torch.exp(sink - row_max)
+    row_sum = row_sum.masked_fill(is_empty, 1.0)
+    lse = (row_max + row_sum.log()).masked_fill(is_empty, float("-inf")).squeeze(-1)
+    return Softmax(weights / row_sum, lse, dcap)
+
+
+def _to_compute(problem: AttentionProblem, inputs: Inputs) -> Inputs:
+    """In the accumulate dtype, with as many key heads as query heads, and zeros where keys are ignored."""
+    query, key, value = inputs.query, inputs.key, inputs.value
+    if inputs.key_padding is not None:
+        # Before any product, because 0 * NaN is NaN.
+        ignored = inputs.key_padding[:, None, :, None]
+        key, value = key.masked_fill(ignored, 0.0), value.masked_fill(ignored, 0.0)
+    if problem.is_packed:
+        rows, columns = masks.positions(problem, inputs)
+        query, key, value = (_without_strays(x, at) for x, at in ((query, rows), (key, columns), (value, columns)))
+    # Key head h serves the query heads h * group ... (h + 1) * group - 1.
+    group = problem.num_heads // max(problem.num_kv_heads, 1)
+    compute = problem.accumulate_dtype
+    key, value = (x.to(compute).repeat_interleave(group, dim=1) if group > 1 else x.to(compute) for x in (key, value))
+    sinks = None if inputs.sinks is None else inputs.sinks.to(compute)
+    return inputs._replace(query=query.to(compute), key=key, value=value, sinks=sinks)
+
+
+def _without_strays(x: Tensor, positions: Positions) -> Tensor:
+    """(B, heads, rows, columns) with zeros in the rows that no packed sequence owns, which may hold NaN."""
+    return x.masked_fill(~positions.has_sequence[:, None], 0.0)
+
+
+def _dropout_factors(problem: AttentionProblem, x: Inputs) -> Tensor:
+    """(B, H, L, S): 0 where dropped, 1 / (1 - p) where kept."""
+    rows, columns = masks.positions(problem, x)
+    keep = dropout.keep_mask(x.seed, problem.dropout_p, x.query.shape[0], problem.num_heads, rows, columns)
+    return keep.to(problem.accumulate_dtype) * dropout.inverse_keep(problem.dropout_p)
+
+
+def _sum_groups(problem: AttentionProblem, dx: Tensor) -> Tensor:
+    """(B, H, S, D) -> (B, Hkv, S, D): a shared key head collects the gradients of the query heads that it serves."""
+    batch, _, rows, columns = dx.shape
+    group = problem.num_heads // max(problem.num_kv_heads, 1)
+    return dx.reshape(batch, problem.num_kv_heads, group, rows, columns).sum(2).to(problem.dtype)
+
+
+def _sum_diagonals(problem: AttentionProblem, dbiased: Tensor, x: Inputs) -> Tensor:
+    """(B, H, L, S) -> (H|1, L + S - 1): the gradient of a Toeplitz bias is the sum along each diagonal."""
+    rows, columns = masks.positions(problem, x)
+    heads, num_columns = x.relative_bias.shape
+    column = (columns.index[None, :] - rows.index[:, None] + (problem.seqlen_q - 1)).clamp(0, max(num_columns - 1, 0))
+    per_head = dbiased.sum(0).flatten(1)  # (H, L * S)
+    diagonals = per_head.new_zeros(per_head.shape[0], num_columns).index_add(1, column.flatten(), per_head)
+    return diagonals.sum_to_size(heads, num_columns)

@@ -1,0 +1,50 @@
+"""Gradients where a backend's backward cannot be called as it stands: one output has none, or second derivatives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_attn import formula, profiling
+from fused_attn.backends.base import Backend
+from fused_attn.inputs import Gradients, Inputs, Saved, Wanted, gradients_of_arguments
+from fused_attn.problem import AttentionProblem
+
+
+def compute(
+    backend: Backend | None, problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted
+) -> Gradients:
+    """The gradients, where either output may have none.
+
+    backend: None for the formula's, which are differentiable themselves
+    """
+    if saved.dout is None:
+        if saved.dlse is None:
+            return Gradients()
+        saved = saved._replace(dout=torch.zeros_like(saved.out))
+    backward = formula.backward if backend is None else profiling.named(backend).backward
+    return backward(problem, inputs, saved, wanted)
+
+
+# ---- Second derivatives are those of the formula's gradients, as functions of the tensors that are named here.
+# out and lse are functions of the inputs, so nothing flows to them.
+
+
+def differentiable(inputs: Inputs, saved: Saved) -> dict[str, Tensor]:
+    """What the gradients depend on, by name: those of dout and dlse that are there, and of the first inputs."""
+    tensors = inputs._asdict() | {"dout": saved.dout, "dlse": saved.dlse}
+    names = ("dout", "dlse", *Gradients._fields)
+    return {name: tensors[name] for name in names if tensors[name] is not None}
+
+
+def of_formula(problem: AttentionProblem, inputs: Inputs, wanted: Wanted, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """The wanted gradients with `tensors`, named as `differentiable` does, in place of those among the inputs."""
+    saved = Saved(dout=tensors["dout"], dlse=tensors.get("dlse"))
+    inputs = inputs._replace(**{name: x for name, x in tensors.items() if name in Gradients._fields})
+    return [grad for grad in compute(None, problem, inputs, saved, wanted) if grad is not None]
+
+
+def second_of_arguments(found: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What the backward of a step returns to torch whose arguments begin with `Inputs` and `Saved`."""
+    first = Gradients(**{name: x for name, x in found.items() if name in Gradients._fields})
+    return gradients_of_arguments(first, Saved(dout=found.get("dout"), dlse=found.get("dlse")))

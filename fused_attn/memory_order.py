@@ -1,0 +1,36 @@
+"""In which order results lie in memory: (B, heads, rows, columns) tensors that follow one of the inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def empty_like_layout(like: Tensor, columns: int) -> Tensor:
+    """Uninitialised (B, heads, rows, columns) whose memory order follows `like`.
+
+    So the result for a transposed (B, L, H, D) or (L, B, H, D) tensor lets the heads be merged without a copy. It is
+    contiguous where the last stride of `like` is not 1.
+    """
+    if like.stride(3) != 1:
+        return torch.empty((*like.shape[:3], columns), dtype=like.dtype, device=like.device)
+    if like.shape[3] == columns:
+        x = torch.empty_like(like)  # keeps the order of the dimensions, or of overlapping ones makes up another
+        return x if x.stride(3) == 1 or columns == 1 else x.new_empty(like.shape)
+    order = _memory_order(like.stride())
+    return like.new_empty((*(like.shape[dim] for dim in order), columns)).permute(*map(order.index, range(3)), 3)
+
+
+def follow_layout(x: Tensor, like: Tensor) -> Tensor:
+    """x (B, heads, rows, columns) with the strides that `empty_like_layout` would give it."""
+    twin = torch.empty_strided(like.shape, like.stride(), device="meta")
+    strides = empty_like_layout(twin, x.shape[3]).stride()
+    order = _memory_order(strides)
+    x = x.permute(*order, 3).contiguous().permute(*map(order.index, range(3)), 3)
+    # Only the meaningless strides of dimensions of size 1 can still differ.
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
+
+
+def _memory_order(strides: tuple[int, ...]) -> list[int]:
+    """The dimensions before the last, outermost first."""
+    return sorted(range(3), key=strides.__getitem__, reverse=True)

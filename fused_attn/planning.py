@@ -1,0 +1,262 @@
+"""From a call's metadata to its plan: checked, normalised, a backend chosen. A call that comes again finds its plan."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_attn import checks, dispatch, masks, signature
+from fused_attn.backends.base import Backend
+from fused_attn.causal_bias import CausalBiasMeta, causal_bias
+from fused_attn.checks import Meta
+from fused_attn.inputs import Inputs
+from fused_attn.layout import Layout
+from fused_attn.problem import AttentionProblem, Scalars
+
+
+class Plan(NamedTuple):
+    """What a call's metadata determines.
+
+    layout: None when the tensors already are (B, heads, rows, columns)
+    backend: None under compilation, where the operator chooses when it runs
+    """
+
+    problem: AttentionProblem
+    layout: Layout | None
+    backend: Backend | None
+
+
+class Arguments(NamedTuple):
+    """The tensors of `fused_attention`, or what is known of each, under the names that its user knows."""
+
+    query: Meta
+    key: Meta
+    value: Meta
+    attn_mask: Meta | None
+    relative_bias: Meta | None
+    sinks: Meta | None
+    key_padding_mask: Meta | None
+
+
+class Options(NamedTuple):
+    """The numbers of `fused_attention` and `fused_attention_varlen`, which have the same meaning in both."""
+
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+    window_size: tuple[int, int] | None
+    softcap: float
+
+
+def plan(
+    is_compiling: bool,
+    metadata: bytes | None,
+    tensors: tuple[Tensor | None, ...],
+    options: tuple,
+    backend: str | None,
+) -> Plan:
+    """The plan of a call of `fused_attention`.
+
+    Args:
+        metadata: the `signature` of the tensors, where it could be read.
+        tensors: in the order of `Arguments`.
+        options: in that of `Options`.
+    """
+    bias = None
+    try:
+        if metadata is None:
+            bias, metadata = _metadata(*tensors)
+        # Sizes under compilation are symbolic: not hashable, and traced once anyway.
+        return (_plan if is_compiling else _cached_plan)(backend, metadata, bias, *options)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        # Only now, because asking every time would cost as much as finding the plan.
+        for name, x in zip(Arguments._fields[:3], tensors, strict=False):
+            checks.meta(name, x)
+        if "unhashable" not in str(error):
+            raise
+        # Raises, and says which argument it is, unless sizes are symbolic as in `make_fx`.
+        found = _plan(backend, metadata, bias, *options)
+        return found._replace(backend=dispatch.choose.__wrapped__(found.problem, backend))
+
+
+def _metadata(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *others: Tensor | None
+) -> tuple[CausalBiasMeta | None, Arguments]:
+    bias = None if attn_mask is None else causal_bias(attn_mask)
+    if not (query.layout is key.layout is value.layout is torch.strided):
+        raise TypeError("sparse")  # whose, is said where this is caught
+    return bias, Arguments(
+        (query.shape, query.dtype, query.device),
+        (key.shape, key.dtype, key.device),
+        (value.shape, value.dtype, value.device),
+        None if attn_mask is None or bias is not None else checks.meta("attn_mask", attn_mask),
+        *(None if x is None else checks.meta(name, x) for name, x in zip(Arguments._fields[4:], others, strict=True)),
+    )
+
+
+def _plan(backend: str | None, metadata: bytes | Arguments, bias: CausalBiasMeta | None, *options) -> Plan:
+    known = signature.metas(metadata) if isinstance(metadata, bytes) else metadata
+    arguments, options = Arguments(*(None if x is None else Meta(*x) for x in known)), Options(*options)
+    try:
+        return _checked_plan(backend, arguments, bias, options)
+    except ValueError as error:
+        swapped = checks.with_heads_and_rows_swapped(arguments.query, arguments.key, arguments.value)
+        if swapped is None:
+            raise
+        query, key, value = swapped
+        try:
+            _checked_plan(backend, arguments._replace(query=query, key=key, value=value), bias, options)
+        except (TypeError, ValueError):
+            raise error from None
+        raise ValueError(
+            f"{error}; these shapes would fit as (B, L, H, D), which x.transpose(-3, -2) makes (B, H, L, D)"
+        ) from None
+
+
+# Typed, or is_causal=1 would pass as the True that has been checked before.
+@functools.lru_cache(maxsize=4096, typed=True)
+def _cached_plan(backend: str | None, *arguments) -> Plan:
+    found = _plan(backend, *arguments)
+    return found._replace(backend=dispatch.choose(found.problem, backend))
+
+
+def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMeta | None, options: Options) -> Plan:
+    query, key, value, attn_mask, relative_bias, sinks, key_padding_mask = arguments
+    if backend is not None and backend not in dispatch.BACKEND_NAMES:
+        raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
+    checks.check_query_key_value(query, key, value, min_dim=2)
+    _check_options(options)
+    if value.shape[-2] != key.shape[-2]:
+        raise checks.fail("value", f"the length of key, {key.shape[-2]}", f"shape {tuple(value.shape)}")
+
+    layout = Layout.of(query.shape, key.shape, value.shape, options.enable_gqa)
+    (seqlen_q, head_dim), (seqlen_k, value_dim) = query.shape[-2:], value.shape[-2:]
+    if bias is not None:
+        checks.check_causal_bias(bias, options.is_causal, seqlen_q, seqlen_k)
+    if attn_mask is not None:
+        checks.check_attn_mask(attn_mask, query, (*layout.batch_shape, layout.num_heads, seqlen_q, seqlen_k))
+    if key_padding_mask is not None:
+        checks.check_padding(key_padding_mask, query, layout.batch_shape, seqlen_k)
+    if relative_bias is not None:
+        checks.check_relative_bias(relative_bias, query, layout.num_heads, max(seqlen_q + seqlen_k - 1, 0))
+    if sinks is not None:
+        checks.check_sinks(sinks, query, layout.num_heads)
+    is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
+    shapes = Inputs(
+        query=(layout.batch, layout.num_heads, seqlen_q, head_dim),
+        key=(layout.batch, layout.num_kv_heads, seqlen_k, head_dim),
+        value=(layout.batch, layout.num_kv_heads, seqlen_k, value_dim),
+        bias=None if is_bool else _shape(attn_mask),
+        relative_bias=_shape(relative_bias),
+        sinks=_shape(sinks),
+        mask=_shape(attn_mask) if is_bool else None,
+        key_padding=_shape(key_padding_mask),
+    )
+    problem = AttentionProblem.of(
+        shapes,
+        query.dtype,
+        query.device,
+        _scalars(shapes, options, bias),
+        has_float_padding=key_padding_mask is not None and key_padding_mask.dtype != torch.bool,
+    )
+    return Plan(problem, None if layout.fits(query.shape, key.shape, value.shape) else layout, None)
+
+
+# ---- Packed sequences
+
+#: Tensors that every packed call has.
+_PACKED = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k")
+
+
+def plan_of_packed(
+    is_compiling: bool, inputs: Inputs, max_seqlen_q: int, max_seqlen_k: int, options: tuple
+) -> AttentionProblem:
+    """The problem of a call of `fused_attention_varlen`.
+
+    Args:
+        inputs: as the user gives them.
+        options: in the order of `Options`.
+    """
+    metas = tuple(
+        None if x is None and name not in _PACKED else checks.meta(name, x)
+        for name, x in zip(Inputs._fields, inputs, strict=True)
+    )
+    arguments = (metas, max_seqlen_q, max_seqlen_k, *options)
+    if is_compiling:
+        return _packed_problem(*arguments)
+    try:
+        return _cached_packed_problem(*arguments)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        return _packed_problem(*arguments)  # symbolic sizes, or an argument that this call names
+
+
+def _packed_problem(metas: tuple[Meta | None, ...], max_seqlen_q: int, max_seqlen_k: int, *options) -> AttentionProblem:
+    given, options = Inputs(*metas), Options(*options)
+    query, key, value = given.query, given.key, given.value
+    cu_seqlens_q, cu_seqlens_k = given.cu_seqlens_q, given.cu_seqlens_k
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if len(x.shape) != 3:
+            raise checks.fail(name, "shape (total, heads, head dim)", f"shape {tuple(x.shape)}")
+    checks.check_query_key_value(query, key, value, min_dim=3)
+    _check_options(options)
+    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
+    checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query)
+    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise checks.fail(
+            "cu_seqlens_k", f"the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}", tuple(cu_seqlens_k.shape)
+        )
+    if value.shape[:2] != key.shape[:2]:
+        raise checks.fail("value", f"the rows and heads of key, {tuple(key.shape[:2])}", f"shape {tuple(value.shape)}")
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    checks.check_heads(num_heads, num_kv_heads, num_kv_heads, options.enable_gqa)
+    if given.relative_bias is not None:
+        checks.check_relative_bias(given.relative_bias, query, num_heads, max(max_seqlen_q + max_seqlen_k - 1, 0))
+    if given.sinks is not None:
+        checks.check_sinks(given.sinks, query, num_heads)
+    shapes = Inputs(*map(_shape, given))._replace(
+        query=(1, num_heads, query.shape[0], query.shape[2]),
+        key=(1, num_kv_heads, key.shape[0], key.shape[2]),
+        value=(1, num_kv_heads, value.shape[0], value.shape[2]),
+    )
+    scalars = _scalars(shapes, options)._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    return AttentionProblem.of(shapes, query.dtype, query.device, scalars)
+
+
+# Padded batches bring many lengths; a plan is a few hundred bytes.
+_cached_packed_problem = functools.lru_cache(maxsize=4096, typed=True)(_packed_problem)
+
+
+# ---- What both share
+
+
+def _check_options(options: Options) -> None:
+    checks.check_scalars(options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.softcap)
+    checks.check_window(options.window_size)
+
+
+def _scalars(shapes: Inputs, options: Options, bias: CausalBiasMeta | None = None) -> Scalars:
+    """shapes: of (B, heads, rows, columns)"""
+    head_dim = shapes.query[3]
+    is_causal = options.is_causal or bias is not None
+    band = masks.band_of(is_causal, checks.check_window(options.window_size), 0 if bias is None else bias.offset)
+    return Scalars(
+        shapes.query[2],
+        shapes.key[2],
+        1.0 / math.sqrt(head_dim) if options.scale is None else float(options.scale),
+        float(options.softcap),
+        float(options.dropout_p),
+        *band,
+    )
+
+
+def _shape(meta: Meta | None) -> torch.Size | None:
+    return None if meta is None else meta.shape
