@@ -10,9 +10,9 @@
 Importing this module also registers the name "fused_attn", for ``from_pretrained(..., attn_implementation=...)``.
 `enable` does more than the name can:
 
-- It refuses models that would ignore the name, and models that would be wrong under the name.
-- It puts GPT-1 on the fused kernel, which has no choice of attention in transformers.
-- It keeps the position bias of T5 and its family at O(L) memory.
+- `enable` refuses models that would ignore the name, and models that would be wrong under the name.
+- `enable` puts GPT-1 on the fused kernel, although transformers offers no choice of attention for GPT-1.
+- `enable` keeps the position bias of T5 and its family at O(L) memory.
 
 This module needs transformers 5.15 or newer: ``pip install -e .[huggingface]``.
 """
@@ -38,7 +38,7 @@ from fused_attn.dispatch import BACKEND_NAMES
 #: The name for ``attn_implementation``. A name such as ``"fused_attn.cpu"`` insists on one backend.
 NAME = "fused_attn"
 
-#: A name in the source of a model's module. It means that the attention can be chosen by name.
+#: If the source of a model's module contains this name, the attention of the model can be chosen by name.
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
 #: Models that use the interface, or share a file with models that do, but also give its masks to attention of their
@@ -146,7 +146,7 @@ def attention(
             added to the scores.
         dropout: the ``dropout_p`` of `fused_attention`.
         scaling: the ``scale`` of `fused_attention`.
-        is_causal: whether query i sees only the keys j <= i. It counts if there is no mask. None means the attribute
+        is_causal: whether query i sees only the keys j <= i. A mask overrides this flag. None means the attribute
             ``is_causal`` of `module`.
         position_bias: one of three: (B|1, H, L, S), added to the scores; (H, L + S - 1), the ``relative_bias`` of
             `fused_attention`; or an empty tensor, which means no bias.
@@ -159,8 +159,8 @@ def attention(
         max_length_q: the longest of these sequences.
         max_length_k: the same for the keys.
         backend: see `fused_attention`.
-        kwargs: ``sliding_window`` is the number of keys that a query sees, its own included. It is read for packed
-            sequences with a bool mask (B, 1, L, S). Everywhere else, the mask says what the window is.
+        kwargs: ``sliding_window`` is the number of keys that a query sees, its own included. The argument is read
+            for packed sequences with a bool mask (B, 1, L, S). Everywhere else, the mask says what the window is.
 
     Returns:
         out: (B, L, H, Dv), contiguous.
@@ -372,7 +372,7 @@ def _kind(config) -> str | None:
 def _check_reads_masks(config: type, kind: str | None) -> None:
     """Raises ValueError if the model of this configuration asks for masks but has attention of its own.
 
-    Such a model expects additive masks. It would add True and False to its scores.
+    Such a model expects additive masks, and would add True and False to its scores.
     """
     model_file = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
     is_model_file = model_file is not None and model_file.__name__ != config.__module__
@@ -401,7 +401,7 @@ def _has_relative_bias(module: nn.Module) -> bool:
 
 
 class _RelativeBias:
-    """A mixin for attention layers of T5's family. It gives their position bias the shape (H, L + S - 1).
+    """A mixin for attention layers of T5's family. The position bias of a layer becomes (H, L + S - 1).
 
     Under another attention, the layer computes its usual bias.
     """
@@ -417,8 +417,8 @@ class _RelativeBias:
 
     @property
     def has_relative_attention_bias(self) -> bool:
-        # A layer without a bias would make zeros for every pair of positions. If it says that it has a bias, it calls
-        # compute_bias, which returns an empty tensor.
+        # A layer without a bias would make zeros for every pair of positions. With True here, the layer calls
+        # compute_bias instead, which returns an empty tensor.
         return self._is_fused or self.__dict__["has_relative_attention_bias"]
 
     @property

@@ -346,7 +346,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return q.like(self.out_proj(out.flatten(-2)))
 
     def _strided_forward(self, x: Tensor, is_causal: bool) -> Tensor:
-        """(N, length, E) from a nested x of the same shape. It is computed on a padded copy, which any option takes."""
+        """(N, length, E) from a nested x of the same shape, by way of a padded copy, which goes with every option."""
         lengths = [row.shape[0] for row in x.unbind()]
         padded = x.to_padded_tensor(0.0)
         positions = torch.arange(padded.shape[1], device=x.device)
@@ -599,7 +599,7 @@ def _cached_mask(attn_mask: Tensor | None, is_causal: bool, position: int, seqle
         return _Mask(None, None)
     if position == 0:
         return _Mask(None, 0)
-    # This import takes a second. It stands here because only prefilling in chunks needs the module.
+    # This import stands here because the import takes a second, and only prefilling in chunks needs the module.
     from torch.nn.attention.bias import causal_lower_right
 
     return _Mask(causal_lower_right(seqlen_q, position + seqlen_q), position)
@@ -611,7 +611,7 @@ def _above(diagonal: int, seqlen_q: int, key: Tensor) -> Tensor:
 
 
 def keep_fast_path_off(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """A hook on registering modules. It makes torch's encoder layer call a fused self-attention in inference, too.
+    """This hook on registering modules makes torch's encoder layer call a fused self-attention in inference, too.
 
     The encoder layer has a fast path, which computes plain attention from the parameters of ``self_attn`` and does not
     call ``self_attn``. torch leaves the fast path if the layer has a hook. So the layer gets a hook that does nothing.

@@ -30,7 +30,7 @@ class SelfAttentionCache:
     >>> keys.shape
     torch.Size([2, 8, 2, 64])
 
-    Rows are written into a buffer. The buffer doubles when it is full, or it has max_length rows from the start. So a
+    Rows are written into a buffer. A full buffer doubles. With max_length, the buffer has all rows from the start. So a
     step copies its own rows and, on average, at most one older row for each of these.
 
     With gradients enabled, every step concatenates, which copies all rows. Autograd needs the tensors of earlier steps
@@ -210,7 +210,7 @@ class KVCache:
 
     Args:
         num_layers: the number of decoder layers.
-        max_length: the longest target. The buffers then have this size from the start. By default they grow.
+        max_length: the longest target. The buffers then have this size from the start. By default the buffers grow.
 
     Raises:
         TypeError: a number is no int.
@@ -240,7 +240,7 @@ class KVCache:
 
         Args:
             indices: (new B,) int64 or int32, on the device of the cache. The new batch may be smaller or larger.
-            include_cross_attention: False saves a copy. It is right if every entry keeps its memory, as when hypotheses
+            include_cross_attention: False saves a copy. Pass False if every entry keeps its memory, as when hypotheses
                 change places among the beams of one source.
 
         Raises:

@@ -29,14 +29,14 @@ def convert_attention(model: nn.Module, backend: str | None = None) -> nn.Module
     mode, dtype, device and requires_grad stay what they are.
 
     torch's encoder layers have an inference path that computes attention without calling their attention module. Two
-    things keep them from this path:
+    things keep a layer from this path:
 
     - An `nn.TransformerEncoderLayer`, `nn.TransformerEncoder`, `nn.TransformerDecoderLayer` or `nn.TransformerDecoder`
-      whose attention has been replaced gets another class: the subclass of the same name in `fused_attn`. It keeps all
-      its attributes.
+      whose attention has been replaced gets another class: the subclass of the same name in `fused_attn`. All
+      attributes stay.
     - Instances of other subclasses keep their class. Encoder layers among them get a forward pre-hook that does
-      nothing, because torch leaves the inference path if there is a hook. An encoder layer also gets this hook if you
-      assign a `FusedMultiheadAttention` to it by hand.
+      nothing, because torch leaves the inference path if there is a hook. An encoder layer also gets this hook if a
+      `FusedMultiheadAttention` is assigned by hand.
 
     Some modules are left alone, and a warning names them:
 

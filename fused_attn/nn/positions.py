@@ -72,8 +72,8 @@ class T5RelativeBias(nn.Module):
     >>> x = torch.randn(2, 10, 64)
     >>> out, _ = attention(x, x, x, need_weights=False)
 
-    Distances share the rows of a table, called buckets. The weight (num_buckets, H) is this table. It starts at zero,
-    which is attention without positions. T5's own embedding ``relative_attention_bias.weight`` can be loaded into it.
+    Distances share the rows of a table, called buckets. The weight (num_buckets, H) is this table. The weight
+    starts at zero, which is attention without positions. T5's own ``relative_attention_bias.weight`` can be loaded.
     One instance may serve all layers, as in T5.
 
     T5 itself does not scale its scores by ``1 / sqrt(head_dim)``. If you load T5's weights, multiply the weight of the

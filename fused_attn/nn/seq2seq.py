@@ -1,4 +1,4 @@
-"""`Seq2SeqTransformer` maps tokens to tokens. It trains on padded batches and generates with a KV cache."""
+"""`Seq2SeqTransformer` maps tokens to tokens, trains on padded batches, and generates with a KV cache."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Seq2SeqTransformer(nn.Module):
         max_len: the longest source or target.
         positional: "sinusoidal" or "learned" for a position embedding. With "rotary", queries and keys of
             self-attention are rotated by their positions.
-        pad_id: the token for padding. It is ignored wherever it stands.
+        pad_id: the token for padding. Padding is ignored wherever it stands.
         sos_id: the token at the start of every target.
         eos_id: the token at the end of a target. pad_id, sos_id and eos_id must be different.
         share_embeddings: source and target have the same token embedding. The vocabularies must have the same size.
@@ -303,7 +303,7 @@ class Seq2SeqTransformer(nn.Module):
 
         Args:
             src: (B, S) int64 or int32, padded with ``pad_id``.
-            max_new_tokens: the most tokens of a target, ``eos_id`` included. It is at most ``max_len``.
+            max_new_tokens: the most tokens of a target, ``eos_id`` included; at most ``max_len``.
             num_beams: the number of hypotheses for each source; 1 = no beam search. A search ends when ``num_beams``
                 hypotheses have ended and no unfinished one scores better. An ended hypothesis wins over unfinished
                 ones.
@@ -514,7 +514,7 @@ def sinusoidal_positions(length: int, d_model: int, *, device=None, dtype=None) 
     >>> sinusoidal_positions(10, 64).shape
     torch.Size([10, 64])
     """
-    # Angles are float64 until the end. They grow with the position, and a rounded angle would shift the position.
+    # Angles are float64 until the end. Angles grow with the position, and a rounded angle would shift the position.
     position = torch.arange(length, device=device, dtype=torch.float64)[:, None]
     rate = torch.exp(torch.arange(0, d_model, 2, device=device, dtype=torch.float64) * (-math.log(10000.0) / d_model))
     table = torch.stack(((position * rate).sin(), (position * rate).cos()), dim=-1).flatten(1)

@@ -20,8 +20,8 @@ from fused_attn.backends.cpu import _C, DTYPES, MAX_HEAD_DIM
 if TYPE_CHECKING:
     from fused_attn.nn.attention import FusedMultiheadAttention
 
-#: The most multiply-adds of the projections for which this way is taken. Up to this size, it takes at most 0.85 of the
-#: time of the general way, on one core or two. With few rows it takes a third of that time.
+#: The most multiply-adds of the projections for which this way is taken. Up to this size, the native call takes at
+#: most 0.85 of the time of the general way, on one core or two. With few rows it takes a third of that time.
 MOST_PRODUCTS = 2_000_000
 
 

@@ -634,7 +634,7 @@ def _causal_mask(
 ) -> tuple[Tensor | None, bool]:
     """(mask, is_causal) for the layers of a stack. If the mask is causal, the layers get the flag in its place.
 
-    - Without padding, the layers believe a hint. They do not read the mask.
+    - Without padding, the layers believe a hint and do not read the mask.
     - With padding, every layer would read the mask. So the mask is compared with the causal mask once, here.
     - The comparison waits for a GPU. `torch.nn.Transformer` waits, too, whenever it gets no hint.
     - is_causal=True without a mask needs no comparison. Neither does a mask that is
@@ -644,7 +644,7 @@ def _causal_mask(
         return None, bool(is_causal)
     bias = causal_bias(mask)
     if bias is not None:
-        # A causal bias holds no data, so the flag replaces it. If its sizes do not fit, attention explains the error.
+        # A causal bias holds no data, so the flag replaces the bias. If the sizes do not fit, attention raises.
         return (None, True) if bias == (seqlen, seqlen, 0) else (mask, bool(is_causal))
     if is_causal is not None and key_padding_mask is None:
         return mask, is_causal

@@ -1,4 +1,4 @@
-"""The attention weights. The fused kernel never forms them, so they are computed here from the log-sum-exp."""
+"""The attention weights, computed from the log-sum-exp, because the fused kernel never forms weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def attention_weights(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> Tensor:
-    """The weights by which `fused_attention` multiplied the values, dropout included. They are differentiable.
+    """The weights by which `fused_attention` multiplied the values, dropout included. The weights are differentiable.
 
     >>> import torch
     >>> from fused_attn import fused_attention
