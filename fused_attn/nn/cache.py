@@ -112,7 +112,18 @@ class SelfAttentionCache:
 
 
 class CrossAttentionCache:
-    """The keys and values of the encoder memory. The first step fills the cache, and the other steps read it."""
+    """The keys and values of the encoder memory. The first step fills the cache, and the other steps read it.
+
+    >>> import torch
+    >>> from fused_attn import FusedMultiheadAttention
+    >>> from fused_attn.nn import CrossAttentionCache
+    >>> attention = FusedMultiheadAttention(64, 4, batch_first=True)
+    >>> memory, cache = torch.randn(2, 10, 64), CrossAttentionCache()
+    >>> for token in torch.randn(2, 3, 64).split(1, dim=1):  # (N, 1, E)
+    ...     out, _ = attention(token, memory, memory, need_weights=False, cache=cache)
+    >>> cache.length
+    10
+    """
 
     is_static = True  # the cache is filled once
 
@@ -185,6 +196,15 @@ class CrossAttentionCache:
 class LayerCache:
     """The part of a `KVCache` that belongs to one decoder layer.
 
+    >>> import torch
+    >>> from fused_attn import TransformerDecoderLayer
+    >>> from fused_attn.nn import LayerCache
+    >>> layer, cache = TransformerDecoderLayer(64, 4, batch_first=True), LayerCache()
+    >>> with torch.no_grad():
+    ...     out = layer(torch.randn(2, 1, 64), torch.randn(2, 10, 64), cache=cache)
+    >>> cache.self_attention.length, cache.cross_attention.length
+    (1, 10)
+
     Args:
         max_length: see `KVCache`.
     """
@@ -233,6 +253,8 @@ class KVCache:
     def reorder(self, indices: Tensor, *, include_cross_attention: bool = True) -> None:
         """Batch entry n becomes what entry ``indices[n]`` was. Beam search needs this.
 
+        >>> import torch
+        >>> from fused_attn import KVCache
         >>> cache = KVCache(num_layers=1)
         >>> rows = torch.randn(3, 8, 5, 64)  # (B, Hkv, L, D)
         >>> _ = cache.layers[0].self_attention.update(rows, rows)

@@ -511,6 +511,7 @@ def sinusoidal_positions(length: int, d_model: int, *, device=None, dtype=None) 
 
     The wavelengths grow geometrically from column to column. The default dtype is torch's default dtype.
 
+    >>> from fused_attn.nn.seq2seq import sinusoidal_positions
     >>> sinusoidal_positions(10, 64).shape
     torch.Size([10, 64])
     """
@@ -527,6 +528,8 @@ def sampling_probabilities(logits: Tensor, temperature: float, top_k: int | None
     Tokens that top_k excludes have the probability 0, and so have those that top_p then excludes. The likeliest token
     always stays.
 
+    >>> import torch
+    >>> from fused_attn.nn.seq2seq import sampling_probabilities
     >>> sampling_probabilities(torch.tensor([[0.0, 0.0, -1.0]]), temperature=1.0, top_k=2, top_p=None)
     tensor([[0.5000, 0.5000, 0.0000]])
     """

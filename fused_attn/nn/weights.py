@@ -26,6 +26,7 @@ def attention_weights(
 
     >>> import torch
     >>> from fused_attn import fused_attention
+    >>> from fused_attn.nn.weights import attention_weights
     >>> query, key, value = (torch.randn(2, 8, 10, 64) for _ in range(3))
     >>> out, lse = fused_attention(query, key, value, scale=0.125, return_lse=True)
     >>> weights = attention_weights(query, key, lse, scale=0.125)
