@@ -1,8 +1,7 @@
-"""What README.md shows is what the code does and what was measured."""
+"""The examples in README.md run. (tests/test_benchmarks.py compares its figures with the committed rows.)"""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -22,29 +21,6 @@ CHECKS = (
     "assert out.isfinite().all() and out.shape == tokens.shape",
     "assert logits.isfinite().all() and logits.shape == (4, 12, 80) and tokens.shape[0] == 4",
 )
-
-
-def _report():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.quick
-def test_results_are_those_of_the_committed_rows():
-    report = _report()
-    [summary] = re.findall(
-        r"<!-- benchmarks:summary -->\n(.+)<!-- /benchmarks:summary -->", README.read_text(), re.DOTALL
-    )
-    assert report.cpu_tables(report.read(report.CPU_RESULTS)).startswith(summary)
-
-
-def test_committed_rows_say_where_they_come_from():
-    report = _report()
-    for row in report.read(report.CPU_RESULTS):
-        assert {"device", "torch", "fused_attn", "commit", "date"} <= row.keys()
-        assert not row["commit"].endswith("-dirty")
 
 
 @pytest.mark.quick
