@@ -27,8 +27,11 @@ def test_examples_run(block: str) -> None:
     exec(block, {})
 
 
+TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links(page: Path) -> None:
     for name, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
         target = page.parent / name if name else page
@@ -40,6 +43,24 @@ def _anchors(page: Path) -> list[str]:
     """What a page's headings are called in links."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
     return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.quick
+def test_paths_that_texts_name_exist() -> None:
+    named = {
+        path
+        for page in TEXTS
+        for path in re.findall(r"[ `](\w+/[\w./]+\.(?:py|h|cu|cpp|md|jsonl))\b", page.read_text())
+    }
+    assert "tests/cases.py" in named
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.quick
+def test_the_page_of_examples_names_every_script() -> None:
+    named = set(re.findall(r"\b(\w+\.py)\b", (DOCS / "examples.md").read_text()))
+    scripts = {path.name for path in (ROOT / "examples").glob("*.py") if not path.stem.endswith("utils")}
+    assert named == scripts
 
 
 @pytest.mark.quick
