@@ -394,7 +394,7 @@ def _has_relative_bias(module: nn.Module) -> bool:
     compute_bias = getattr(type(module), "compute_bias", None)
     if compute_bias is None or isinstance(module, _RelativeBias):
         return False
-    # The code of the layer tells this: co_names are the names that it looks up, co_varnames begins with its arguments.
+    # co_names are the names that the code of forward looks up. co_varnames begins with the arguments of compute_bias.
     code = getattr(type(module).forward, "__wrapped__", type(module).forward).__code__
     takes = compute_bias.__code__.co_varnames[: compute_bias.__code__.co_argcount]
     return _INTERFACE in code.co_names and takes[1:] == ("query_length", "key_length", "device", "past_seen_tokens")
@@ -471,7 +471,7 @@ class _FusedGPT1:
         return _new_instance, (_FusedGPT1, type(self).__mro__[2]), self.__dict__
 
 
-# ---- Classes made of a layer's own and one of the above
+# ---- Classes that combine the class of a layer with one of the mixins above
 
 
 @functools.cache

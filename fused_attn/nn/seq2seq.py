@@ -115,7 +115,7 @@ class Seq2SeqTransformer(nn.Module):
         for name in ("src_positions", "tgt_positions"):
             table = nn.Parameter(torch.empty(max_len, d_model, **factory)) if positional == "learned" else None
             self.register_parameter(name, table)
-        self._sinusoids: Tensor | None = None  # made at need, see _sinusoidal
+        self._sinusoids: Tensor | None = None  # made when first needed, see _sinusoidal
         self.embedding_dropout = nn.Dropout(dropout)
 
         def attention(rotary: bool) -> FusedMultiheadAttention:
