@@ -46,7 +46,6 @@ COLOURS = {
     "flash_attn4": "#000080",
     "flash_attn3-packed": "#8fbc8f",
     "flash_attn4-packed": "#4169e1",
-    "xformers": "#e377c2",
 }
 HEAD_DIM = 64
 INCHES_OF_A_NAME = 1.9  # in a legend
@@ -94,7 +93,7 @@ def plots_of(rows: Iterable[Row]) -> dict[str, Plot]:
             title = f"FLOP/s on visible scores against length, {direction}, {device}"
             name = f"speed-{slug}-{direction.replace('+', '-')}"
             plots[name] = Plot(title, select(attention, direction=direction), _speed)
-        if found := sweep_of_memory(own):
+        if found := [row for row in sweep_of_memory(own) if "table" not in row]:
             title = f"Memory beyond inputs and results against length, {device}"
             plots[f"memory-{slug}"] = Plot(title, found, _memory)
     return plots

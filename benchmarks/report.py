@@ -368,9 +368,10 @@ def _memory(rows: list[Row]) -> list[str]:
 
 def _growth(rows: list[Row], longest: int) -> str:
     """The exponent is that of one commit: of the one that has most lengths."""
-    at_longest = [summary.mib_of(row) for row in rows if row["shape"][2] == longest]
+    at_longest = [row for row in rows if row["shape"][2] == longest]
     if not at_longest:
         return "-"
+    mib = summary.mib_of(max(at_longest, key=lambda row: row["date"]))
     sweep = max(summary.groups(rows, ("commit",)), key=len)
     exponent = summary.growth_exponent([row["shape"][2] for row in sweep], list(map(summary.mib_of, sweep)))
-    return f"{max(0.0, at_longest[0]):.0f}" + ("" if exponent is None else f", L^{abs(exponent):.1f}")
+    return f"{max(0.0, mib):.0f}" + ("" if exponent is None else f", L^{abs(exponent):.1f}")
