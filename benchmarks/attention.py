@@ -1,28 +1,26 @@
 """Time and error of one attention call against every rival that is there: ``python -m benchmarks attention``.
 
-Every implementation of a case is first checked against float64. What is wrong, or cannot compute the case, has a row
-that says so and no time; the others are timed in turns.
+Every implementation of a case is first checked against float64. An implementation that is wrong, or cannot compute the
+case, has a row that says so and no time. The others are timed in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import time
 from collections.abc import Collection, Iterable
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from benchmarks import cases, machine, rivals, timing
+from benchmarks import cases, extras, machine, rivals, session, summary, timing
 from benchmarks.accuracy import Reference
 from benchmarks.cases import Case
 from benchmarks.conventions import DEVICE_LOST, OURS
 from benchmarks.inputs import DTYPES, Inputs
-from benchmarks.progress import progress
 from benchmarks.rivals import RIVALS, Prepared
-from benchmarks.rows import Row, Writer, read, select
+from benchmarks.rows import Row, select
+from benchmarks.session import Session
 
 #: Rivals that are compiled anew for every shape, a quarter of a minute each, are asked at these lengths only.
 COMPILED_RIVALS, COMPILED_LENGTHS = ("flex",), (2048, 8192)
@@ -41,12 +39,15 @@ def run_case(
     rounds: int,
     seconds: float,
     refused: Collection[str] = (),
+    rows_first: bool = True,
 ) -> list[Row]:
     """One row for each implementation; of our single kernels only those that can.
 
-    timer: None = check only; refused: backends of ours whose tests are red
+    timer: None = check only
+    refused: backends of ours whose tests are red
+    rows_first: see `Inputs`
     """
-    inputs = Inputs(case, device, rows_first=True)
+    inputs = Inputs(case, device, rows_first)
     absent = set(rivals.OUR_BACKENDS) - set(rivals.able_backends(inputs))
     names = [name for name in names if name not in absent]
     rows = {name: _row_of(case, name) for name in names}
@@ -66,27 +67,25 @@ def run_case(
         rows[name]["failed"] = rivals.reason(error)
         del right[name]
 
-    measured, kind = timing.measure_those_that_can(calls, timer, rounds, seconds, drop), timer.kind
+    times, kind = timing.measure_those_that_can(calls, timer, rounds, seconds, drop), timer.kind
     _check_device(device, rows.values())
-    if device.type == "cuda" and min(map(_median, measured.times.values()), default=1.0) < timing.WORTH_A_GRAPH:
+    shortest = min((timing.quantiles(own)[1] for own in times.values()), default=1.0)
+    if device.type == "cuda" and shortest < timing.WORTH_A_GRAPH:
         graphs = _graphs(calls, right, inputs, rows)
         if len(graphs) == len(calls):  # all or none: the two ways are not comparable
             try:
-                measured, kind = timing.measure(graphs, timer, rounds, seconds), "graph"
+                times, kind = timing.measure(graphs, timer, rounds, seconds), "graph"
             except timing.CallError:  # the times by events are as good as they were
                 _check_device(device, rows.values())
-    for name, times in measured.times.items():
-        rows[name] |= timing.times_of(times) | {"timing": kind}
-        rows[name] |= _rates(case, _median(times))
-        if OURS in measured.times and name != OURS:
-            ratios = [theirs / ours for theirs, ours in zip(times, measured.times[OURS], strict=True)]
-            low, ratio, high = timing.quartiles(ratios)
-            rows[name] |= {"over_ours": ratio, "over_ours_q1": low, "over_ours_q3": high}
+    for name, fields in timing.fields_of(times).items():
+        per_tera = fields["median_ms"] * 1e9
+        rates = {"tflops": case.flops / per_tera, "effective_tflops": case.effective_flops / per_tera}
+        rows[name] |= fields | {"timing": kind} | rates
     return list(rows.values())
 
 
 def _check(name: str, inputs: Inputs, reference: Reference, rows: dict[str, Row], right: dict[str, Prepared]) -> None:
-    """Adds to `right` what is; a function of its own, so that no variable keeps what is dropped later."""
+    """Adds to `right` what is right. A function of its own keeps no variable that refers to what is dropped later."""
     row = rows[name]
     try:
         prepared = rivals.fastest(name, inputs)
@@ -130,14 +129,6 @@ def _row_of(case: Case, name: str) -> Row:
         "implementation": name,
         **rivals.version_of(name),
     }
-
-
-def _rates(case: Case, seconds: float) -> Row:
-    return {"tflops": case.flops / seconds / 1e12, "effective_tflops": case.effective_flops / seconds / 1e12}
-
-
-def _median(times: list[float]) -> float:
-    return timing.quantiles(times)[1]
 
 
 def _graphs(
@@ -189,27 +180,33 @@ def describe(rows: list[Row]) -> str:
     return " | ".join(cells)
 
 
+#: Every mask against length; and what README's table of a CPU and the lines below it are made of.
+LENGTH, CPU = "attention", (*cases.FIXED, *extras.TABLES)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="few sizes and rounds: under a minute")
+    session.add_arguments(parser, "few sizes and rounds")
+    parser.add_argument("--tables", nargs="+", choices=(LENGTH, "cpu", *CPU), default=[LENGTH], metavar="TABLE",
+                        help=f"{LENGTH}: every mask against length; cpu: {', '.join(CPU)}")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=cases.MASKS, default=list(cases.MASKS), metavar="MASK")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
-    parser.add_argument("--head-dim", nargs="+", type=int)
-    parser.add_argument("--lengths", nargs="+", type=int)
-    parser.add_argument("--directions", nargs="+", choices=cases.DIRECTIONS, default=["forward", "backward"])
+    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="B,H,L,D", help="of table masks")
+    parser.add_argument("--directions", nargs="+", choices=cases.DIRECTIONS, help="default: those of the table")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, help="default: all; on a CPU ours and torch's")
-    parser.add_argument("--tokens", type=int, help="of all sequences of a batch together; default: 16384 on a GPU")
-    parser.add_argument("--no-compile", action="store_true", help="leave out rivals that are compiled for every shape")
-    parser.add_argument("--rounds", type=int, help="at most so many rounds a case (default 30, with --quick 5)")
-    parser.add_argument("--seconds", type=float, help="at most so long a case (default 1, with --quick 0.2)")
-    parser.add_argument("--threads", type=int, help="of a CPU; default: torch's")
-    parser.add_argument("--minutes", type=float, help="begin no case after this time")
+    parser.add_argument("--check-only", action="store_true", help="errors, no times")
     parser.add_argument("--refuse", nargs="+", choices=rivals.OUR_BACKENDS.values(), default=[], metavar="BACKEND",
                         help="of ours, whose tests are red: neither checked nor timed")  # fmt: skip
-    parser.add_argument("--check-only", action="store_true", help="errors, no times")
-    parser.add_argument("--resume", action="store_true", help="leave out what --out has rows of")
-    parser.add_argument("--commit", help="what rows say where the source tree has no history")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append one row per case and implementation")
+    against_length = parser.add_argument_group(f"table {LENGTH}")
+    against_length.add_argument("--head-dim", nargs="+", type=int)
+    against_length.add_argument("--lengths", nargs="+", type=int)
+    against_length.add_argument("--tokens", type=int, help="of all sequences of a batch; default: 16384 on a GPU")
+    against_length.add_argument("--no-compile", action="store_true", help="no rivals that compile for every shape")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(map(int, text.split(",")))
+    if len(sizes) != 4:
+        raise argparse.ArgumentTypeError(f"expected B,H,L,D, got {text}")
+    return sizes
 
 
 def rivals_of(case: Case, arguments: argparse.Namespace) -> list[str]:
@@ -233,84 +230,108 @@ def scale_of(arguments: argparse.Namespace) -> cases.Scale:
     return scale._replace(tokens=arguments.tokens or scale.tokens)
 
 
+class Step(NamedTuple):
+    """A case of a table, and who is measured on it."""
+
+    table: str
+    case: Case
+    names: list[str]
+
+    def __str__(self) -> str:
+        return str(self.case)
+
+
+def steps_of(tables: Iterable[str], arguments: argparse.Namespace, earlier: list[Row]) -> list[Step]:
+    """Without what there are rows of."""
+    done = {(row["benchmark"], _key(row), row["implementation"]) for row in earlier if "shape" in row}
+    steps = []
+    for table in tables:
+        if table == LENGTH:
+            found = cases.table(scale_of(arguments), arguments.only, arguments.directions or ("forward", "backward"))
+        else:
+            fixed = cases.FIXED[table]
+            shapes = arguments.shapes if arguments.shapes and table == "masks" else fixed.shapes
+            shapes = shapes[: fixed.quick] if arguments.quick else shapes
+            directions = arguments.directions or fixed.directions
+            fixed = fixed._replace(shapes=tuple(shapes), directions=tuple(directions))
+            found = fixed.cases(arguments.dtype or scale_of(arguments).dtypes, arguments.only)
+        for case in found:
+            names = _missing(table, case, rivals_of(case, arguments), done)
+            steps += [Step(table, case, names)] if names else []
+    return steps
+
+
 def main(arguments: argparse.Namespace) -> int:
-    device = torch.device(arguments.device)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    todo = list(cases.table(scale_of(arguments), arguments.only, arguments.directions))
-    names = {case: rivals_of(case, arguments) for case in todo}
-    if arguments.resume and arguments.out is not None and arguments.out.exists():
-        done = {(_key(row), row["implementation"]) for row in select(read(arguments.out), benchmark="attention")}
-        names = {case: _missing(case, own, done) for case, own in names.items()}
-        todo = [case for case in todo if names[case]]
-    writer = Writer(arguments.out, machine.about(device, arguments.commit))
-    print(" | ".join(f"{name} {value}" for name, value in writer.about.items()), flush=True)
+    run = Session(arguments)
+    tables = [one for table in arguments.tables for one in (CPU if table == "cpu" else (table,))]
+    arguments.rounds = arguments.rounds or (5 if run.is_quick else 30)
+    arguments.seconds = arguments.seconds or (0.05 if run.is_quick else 1.0)
+    todo = steps_of([table for table in tables if table not in extras.TABLES], arguments, run.earlier)
+    timer = None if arguments.check_only else timing.timer_for(run.device)
     peaks: dict[str, float] = {}
-    timer = None if arguments.check_only else timing.timer_for(device)
+    copy_rate = 0.0
     if timer is not None:
-        for dtype in dict.fromkeys(case.dtype for case in todo):
-            peaks[dtype] = machine.matmul_tflops(device, dtype, 0.1 if arguments.quick else 0.5)
+        for dtype in dict.fromkeys(step.case.dtype for step in todo):
+            peaks[dtype] = machine.matmul_tflops(run.device, dtype, 0.1 if run.is_quick else 0.5)
             print(f"{dtype} matmul {peaks[dtype]:.3g} TFLOP/s", flush=True)
-        if any(case.mask == "decode" for case in todo):
-            copy_rate = machine.copy_gb_per_s(device, 0.1 if arguments.quick else 0.5)
+        if any(step.case.mask == "decode" for step in todo):
+            copy_rate = machine.copy_gb_per_s(run.device, 0.1 if run.is_quick else 0.5)
             print(f"copy {copy_rate:.4g} GB/s", flush=True)
-    end = float("inf") if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
-    with progress(len(todo)) as advance:
-        for number, case in enumerate(todo):
-            if time.monotonic() >= end:
-                print(f"time is up: {len(todo) - number} of {len(todo)} cases not run", flush=True)
-                break
-            try:
-                rows = _rows_of(case, names[case], device, timer, arguments)
-            except DeviceLostError as lost:
-                writer.record(lost.args[0])
-                print(f"{case} | the device no longer answers", flush=True)
-                return DEVICE_LOST
-            for row in rows:
-                if "effective_tflops" in row:
-                    row["matmul_tflops"] = peaks[case.dtype]
-                    row["matmul_fraction"] = row["effective_tflops"] / peaks[case.dtype]
-                if "median_ms" in row and case.mask == "decode":
-                    row["gb_per_s"] = case.fewest_bytes(DTYPES[case.dtype].itemsize) / row["median_ms"] / 1e6
-                    row["copy_gb_per_s"] = copy_rate
-            writer.record(rows)
-            print(f"{case} | {describe(rows)}", flush=True)
-            advance(str(case))
-    wrong = [row for row in select(writer.rows, implementation=OURS) if "failed" in row or not row.get("is_right")]
+    for step in run.steps(todo):
+        case = step.case
+        try:
+            rows = _rows_of(step, run.device, timer, arguments)
+        except DeviceLostError as lost:
+            run.record(lost.args[0], f"{case} | the device no longer answers")
+            return DEVICE_LOST
+        for row in rows:
+            if "effective_tflops" in row:
+                row["matmul_tflops"] = peaks[case.dtype]
+                row["matmul_fraction"] = row["effective_tflops"] / peaks[case.dtype]
+            if "median_ms" in row and case.mask == "decode":
+                row["gb_per_s"] = case.fewest_bytes(DTYPES[case.dtype].itemsize) / row["median_ms"] / 1e6
+                row["copy_gb_per_s"] = copy_rate
+        run.record(rows, f"{case} | {describe(rows)}")
+    for table in run.steps(table for table in tables if table in extras.TABLES):
+        for rows in extras.TABLES[table](arguments):
+            run.record(rows, f"{table} | {extras.describe(rows)}")
+    print("\n".join(summary.ratio_lines(run.rows)))
+    ours = [row for row in select(run.rows, implementation=OURS) if row["benchmark"] not in extras.TABLES]
+    wrong = [row for row in ours if "failed" in row or not row.get("is_right")]
     for row in wrong:
         print(f"ours has no right result: {row['shape']} {row['dtype']} {row['mask']} {row['direction']}: "
               f"{row.get('cannot') or row.get('failed') or row['error']}")  # fmt: skip
     return 1 if wrong else 0
 
 
-def _missing(case: Case, names: list[str], done: set[tuple]) -> list[str]:
-    """Those without a row, and ours, which they are compared with; nobody if only single kernels of ours have none,
-    because those have rows only where several can."""
-    missing = [name for name in names if (_key(_row_of(case, name)), name) not in done]
+def _missing(table: str, case: Case, names: list[str], done: set[tuple]) -> list[str]:
+    """Those without a row, and ours, which the others are compared with. Nobody if only single kernels of ours have no
+    row, because those have rows only where several can."""
+    missing = [name for name in names if (table, _key(_row_of(case, name)), name) not in done]
     if all(name in rivals.OUR_BACKENDS for name in missing):
         return []
     return missing if OURS in missing or OURS not in names else [OURS, *missing]
 
 
-def _rows_of(
-    case: Case, names: list[str], device: torch.device, timer: timing.Timer | None, arguments: argparse.Namespace
-) -> list[Row]:
-    rounds = arguments.rounds or (5 if arguments.quick else 30)
-    seconds = arguments.seconds or (0.2 if arguments.quick else 1.0)
-    step = "the reference"
+def _rows_of(step: Step, device: torch.device, timer: timing.Timer | None, arguments: argparse.Namespace) -> list[Row]:
+    case, names, rows_first = step.case, step.names, step.table == LENGTH
+    at = "the reference"
     try:
-        reference = Reference(Inputs(case, device, rows_first=True))
-        step = "all together"
-        rows = run_case(case, device, names, reference, timer, rounds, seconds, arguments.refuse)
+        reference = Reference(Inputs(case, device, rows_first))
+        at = "all together"
+        limits = arguments.rounds, arguments.seconds
+        rows = run_case(case, device, names, reference, timer, *limits, arguments.refuse, rows_first)
     except DeviceLostError:
         raise
     # Packages raise what they like; KeyboardInterrupt is no Exception.
     except Exception as error:
-        why = {"failed": f"{step}: {rivals.reason(error)}"}
+        why = {"failed": f"{at}: {rivals.reason(error)}"}
         rows = [_row_of(case, name) | why for name in names if name not in rivals.OUR_BACKENDS]
+    for row in rows:
+        row["benchmark"] = step.table
     _check_device(device, rows)
     return rows
 
 
-def _key(row: dict[str, Any]) -> tuple:
+def _key(row: Row) -> tuple:
     return (*row["shape"], row["mask"], row["dtype"], row["direction"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ MASKS = {
     "varlen": "causal, packed sequences; lengths drawn uniformly from [1, L]",
     "decode": "one query for each sequence against L cached keys",
 }
+#: Masks whose lengths are drawn. A batch of fewer sequences is made of the luck of the draw.
+RANDOM_MASKS, LEAST_SEQUENCES = ("padded-random", "causal+padded-random", "varlen"), 4
 CAUSAL_MASKS = ("causal", "causal+padded", "causal+padded-random", "window", "gqa", "varlen")
 WINDOW = 1024
 
@@ -178,6 +181,36 @@ def table(
                     # Within the window everything is causal; a dense bias beyond this takes more than it shows.
                     if (mask == "window" and length <= WINDOW) or (mask == "bias" and length > 4096):
                         continue
+                    least = LEAST_SEQUENCES if mask in RANDOM_MASKS else 1
+                    batch = max(least, scale.tokens // length)
                     for direction in directions if mask != "decode" else ("forward",):
-                        batch = max(1, scale.tokens // length)
                         yield Case(batch, heads, length, head_dim, mask, dtype, direction)
+
+
+class Fixed(NamedTuple):
+    """A table of fixed shapes (B, H, L, D). Of the shapes the first `quick` are worth a quick run."""
+
+    shapes: tuple[tuple[int, int, int, int], ...]
+    masks: tuple[str, ...]
+    directions: tuple[str, ...]
+    quick: int
+
+    def cases(self, dtypes: Iterable[str], masks: Iterable[str] = tuple(MASKS)) -> Iterator[Case]:
+        for dtype, direction, shape in itertools.product(dtypes, self.directions, self.shapes):
+            for mask in self.masks:
+                if mask in masks:
+                    yield Case(*shape, mask, dtype, direction)
+
+
+#: Of a CPU, beside the table of every mask against length.
+FIXED = {
+    "masks": Fixed(
+        ((2, 8, 128, 64), (2, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 2048, 128), (1, 4, 8192, 64)),
+        ("none", "causal", "padded", "causal+padded", "bias"), ("forward", "forward+backward"), 2,
+    ),
+    "short": Fixed(
+        tuple((1, 8, length, 64) for length in (8, 16, 32, 64)), ("none", "causal"), ("forward", "forward+backward"), 1
+    ),
+    # In the cache, and beyond.
+    "decode": Fixed(((1, 8, 4096, 64), (1, 8, 65536, 64)), ("decode",), ("forward",), 1),
+}  # fmt: skip

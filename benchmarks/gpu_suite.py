@@ -351,7 +351,7 @@ def sanitizer(suite: Suite) -> str:
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [
         sys.executable, "-m", "benchmarks", "attention", "--device", suite.device, "--check-only", "--quick",
-        "--rivals", conventions.OURS, *conventions.OUR_BACKENDS, "--tokens", "400", "--lengths", "200",
+        "--rivals", conventions.OURS, *conventions.OUR_BACKENDS, "--tokens", "300", "--lengths", "150",
         "--head-dim", "64", "--directions", "forward+backward",
     ]  # fmt: skip
     if tool is None and not suite.is_dry:

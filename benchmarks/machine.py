@@ -76,7 +76,7 @@ def matmul_tflops(device: torch.device, dtype: str, seconds: float = 0.5) -> flo
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=device).to(DTYPES[dtype]) for _ in range(2))
     measured = timing.measure({"matmul": lambda: a @ b}, timing.timer_for(device), 30, seconds)
-    return 2 * size**3 / timing.quantiles(measured.times["matmul"])[1] / 1e12
+    return 2 * size**3 / timing.quantiles(measured["matmul"])[1] / 1e12
 
 
 def copy_gb_per_s(device: torch.device, seconds: float = 0.5) -> float:
@@ -85,4 +85,4 @@ def copy_gb_per_s(device: torch.device, seconds: float = 0.5) -> float:
     source = torch.ones(count, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     measured = timing.measure({"copy": lambda: target.copy_(source)}, timing.timer_for(device), 30, seconds)
-    return 2 * count / timing.quantiles(measured.times["copy"])[1] / 1e9
+    return 2 * count / timing.quantiles(measured["copy"])[1] / 1e9

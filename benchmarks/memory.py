@@ -1,4 +1,4 @@
-"""Peak memory of one attention call against length, and the largest length that fits: ``python -m benchmarks memory``.
+"""Peak memory of one attention call against length: ``python -m benchmarks memory``.
 
 Counted is what a call takes beyond its inputs and results, and what an implementation has to be given beside the inputs
 of the case, such as a dense mask: on a GPU by torch's allocator, to the byte; on a CPU as resident memory of a process
@@ -8,23 +8,23 @@ that does nothing else.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from benchmarks import cases, machine, rivals, summary
+from benchmarks import cases, rivals, session, summary
 from benchmarks.cases import Case
 from benchmarks.conventions import OURS
-from benchmarks.inputs import DTYPES, Inputs
-from benchmarks.progress import progress
+from benchmarks.inputs import Inputs
 from benchmarks.rivals import RIVALS
-from benchmarks.rows import Row, Writer, read, select
+from benchmarks.rows import Row, select
+from benchmarks.session import Session
 
 MASKS = ("none", "causal", "padded", "causal+padded", "relative-bias", "bias")
 HEADS, HEAD_DIM = 4, 64
@@ -35,8 +35,8 @@ ON_GPU = [name for name in RIVALS if name not in NOT_ON_GPU]
 ON_CPU = [OURS, "torch", "torch-math"]
 LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (2048, 4096, 8192, 16384, 32768)}
 QUICK_LENGTHS = (256, 512, 1024)
-#: The search for the largest length stops where the next call would take longer than this.
-LONGEST_CALL = 2.0
+#: The fields of a row that all lengths share.
+SWEEP = ("mask", "dtype", "direction", "implementation")
 MIB = 2**20
 
 
@@ -63,7 +63,7 @@ def peak_of(case: Case, name: str, device: torch.device, threads: int | None = N
 def _peak_on_gpu(case: Case, name: str, device: torch.device) -> Peak:
     # A small case first: libraries' workspaces and compiled code are no part of the call.
     for length in (64, case.length):
-        inputs = Inputs(_with_length(case, length), device, rows_first=True)
+        inputs = Inputs(replace(case, length=length), device, rows_first=True)
         torch.cuda.synchronize(device)
         given = torch.cuda.memory_allocated(device)
         prepared = RIVALS[name].prepare(inputs)
@@ -83,7 +83,7 @@ def _peak_on_gpu(case: Case, name: str, device: torch.device) -> Peak:
 def _peak_here(case: Case, name: str, threads: int) -> Peak:
     """Run in a fresh process."""
     torch.set_num_threads(threads)
-    small = Inputs(_with_length(case, 64))
+    small = Inputs(replace(case, length=64))
     rivals.call_of(RIVALS[name].prepare(small), small)()  # threads, code and library scratch are no part of the call
     inputs = Inputs(case)
     given = _resident("VmRSS")
@@ -115,147 +115,48 @@ def _results_of(inputs: Inputs) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _with_length(case: Case, length: int) -> Case:
-    return Case(case.batch, case.heads, length, case.head_dim, case.mask, case.dtype, case.direction)
-
-
-class Largest(NamedTuple):
-    """stopped_by: "memory", or "time" where longer ones may fit but were not tried."""
-
-    length: int
-    stopped_by: str
-
-
-def largest_length(fits: Callable[[int], float], start: int = 1024, longest: float = LONGEST_CALL) -> Largest:
-    """The largest length, to an eighth, for which `fits` returns its seconds instead of raising MemoryError."""
-    largest, too_long, length = 0, None, start
-    while True:
-        try:
-            seconds = fits(length)
-        except MemoryError:
-            too_long = length
-        else:
-            largest = length
-            if too_long is None and 4.0 * seconds > longest:
-                return Largest(largest, "time")
-        if too_long is None:
-            length = 2 * largest
-        elif too_long - largest <= max(1, largest // 8):
-            return Largest(largest, "memory")
-        else:
-            length = (largest + too_long) // 2
-
-
-def _largest_on_gpu(case: Case, name: str, device: torch.device) -> Largest:
-    def fits(length: int) -> float:
-        try:
-            inputs = Inputs(_with_length(case, length), device, rows_first=True)
-            call = rivals.call_of(RIVALS[name].prepare(inputs), inputs)
-            torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            call()
-            torch.cuda.synchronize(device)
-            return time.perf_counter() - start
-        except torch.OutOfMemoryError as error:
-            raise MemoryError from error
-        finally:
-            torch.cuda.empty_cache()
-
-    return largest_length(fits)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="short sequences, two masks: under a minute")
+    session.add_arguments(parser, "short sequences, two masks")
     parser.add_argument("--only", nargs="+", choices=MASKS, metavar="MASK")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--directions", nargs="+", choices=cases.DIRECTIONS, default=["forward", "forward+backward"])
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, help="default: ours, torch, torch-math; on a GPU all")
-    parser.add_argument("--minutes", type=float, help="begin no case after this time")
-    parser.add_argument("--no-largest", action="store_true", help="skip the search for the largest length (GPU only)")
-    parser.add_argument("--threads", type=int, help="of a CPU; default: torch's")
-    parser.add_argument("--resume", action="store_true", help="leave out what --out has rows of")
-    parser.add_argument("--commit", help="what rows say where the source tree has no history")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    device = torch.device(arguments.device)
-    if device.type == "cpu" and sys.platform != "linux":
+    run = Session(arguments)
+    kind = run.device.type
+    if kind == "cpu" and sys.platform != "linux":
         print("on a CPU the peak is read from /proc, which only Linux has", file=sys.stderr)
         return 1
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    names = arguments.rivals or (ON_GPU if device.type == "cuda" else ON_CPU)
-    masks = arguments.only or (("none", "causal+padded") if arguments.quick else MASKS)
-    lengths = arguments.lengths or (QUICK_LENGTHS if arguments.quick else LENGTHS[device.type])
-    dtypes = arguments.dtype or (["bfloat16"] if device.type == "cuda" else ["float32"])
-    sweeps = [(m, t, d, n) for m in masks for t in dtypes for d in arguments.directions for n in names]
-    if arguments.resume and arguments.out is not None and arguments.out.exists():
-        done = {_key(row) for row in select(read(arguments.out), benchmark="memory")}
-        sweeps = [sweep for sweep in sweeps if sweep not in done]
-    writer = Writer(arguments.out, machine.about(device, arguments.commit))
-    print(" | ".join(f"{name} {value}" for name, value in writer.about.items()), flush=True)
-    end = float("inf") if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
-    with progress(len(sweeps)) as advance:
-        for number, sweep in enumerate(sweeps):
-            if time.monotonic() >= end:
-                print(f"time is up: {len(sweeps) - number} of {len(sweeps)} sweeps not run", flush=True)
-                break
-            finds_largest = not (arguments.no_largest or arguments.quick) and "backward" in sweep[2]
-            rows = _sweep(*sweep, lengths, device, finds_largest)
-            writer.record(rows)
-            print(f"{' '.join(sweep[:3]):40} {sweep[3]:16} {describe(rows)}", flush=True)
-            advance(" ".join(sweep))
+    names = arguments.rivals or (ON_GPU if kind == "cuda" else ON_CPU)
+    masks = arguments.only or (("none", "causal+padded") if run.is_quick else MASKS)
+    lengths = arguments.lengths or (QUICK_LENGTHS if run.is_quick else LENGTHS[kind])
+    done = {tuple(row[name] for name in SWEEP) for row in select(run.earlier, benchmark="memory")}
+    sweeps = [one for one in itertools.product(masks, run.dtypes, arguments.directions, names) if one not in done]
+    for sweep in run.steps(sweeps, " ".join):
+        rows = _sweep(*sweep, lengths, run.device)
+        run.record(rows, f"{' '.join(sweep[:3]):40} {sweep[3]:16} {describe(rows)}")
     return 0
 
 
-def _key(row: Row) -> tuple[str, ...]:
-    return row["mask"], row["dtype"], row["direction"], row["implementation"]
-
-
 def _sweep(
-    mask: str,
-    dtype: str,
-    direction: str,
-    name: str,
-    lengths: tuple[int, ...],
-    device: torch.device,
-    finds_largest: bool,
+    mask: str, dtype: str, direction: str, name: str, lengths: tuple[int, ...], device: torch.device
 ) -> list[Row]:
-    """One row for each length, and one for the largest."""
+    """One row for each length, up to the first that is too long."""
     rows = []
     for length in lengths:
         case = Case(1, HEADS, length, HEAD_DIM, mask, dtype, direction)
-        row = {
-            "benchmark": "memory",
-            "shape": list(case.shape),
-            "mask": mask,
-            "dtype": dtype,
-            "direction": direction,
-            "implementation": name,
-            **rivals.version_of(name),
-        }
-        rows.append(row)
+        about = dict(zip(SWEEP, (mask, dtype, direction, name), strict=True))
+        rows.append({"benchmark": "memory", "shape": list(case.shape)} | about | rivals.version_of(name))
         # Packages raise what they like; KeyboardInterrupt is no Exception.
         try:
             peak = peak_of(case, name, device)
         except Exception as error:
-            row["cannot"] = rivals.reason(error)
+            rows[-1]["cannot"] = rivals.reason(error)
             break
-        row |= {
-            "extra_mib": max(0, peak.extra) / MIB,
-            "held_mib": peak.held / MIB,
-            "results_mib": peak.results / MIB,
-        }
-    if finds_largest and device.type == "cuda" and "cannot" not in rows[0]:
-        try:
-            largest = _largest_on_gpu(case, name, device)
-        except Exception as error:
-            return [*rows, rows[0] | {"benchmark": "memory-largest", "cannot": rivals.reason(error)}]
-        fields = {"benchmark": "memory-largest", "largest_length": largest.length, "stopped_by": largest.stopped_by}
-        rows.append({k: v for k, v in rows[0].items() if not k.endswith("_mib")} | fields)
+        sizes = {"extra_mib": max(0, peak.extra), "held_mib": peak.held, "results_mib": peak.results}
+        rows[-1] |= {name: size / MIB for name, size in sizes.items()}
     return rows
 
 
@@ -265,6 +166,5 @@ def describe(rows: list[Row]) -> str:
     exponent = summary.growth_exponent([row["shape"][2] for row in sizes], list(map(summary.mib_of, sizes)))
     if exponent is not None:
         cells.append(f"~ L^{exponent:.2f}")
-    cells += [f"largest L {row['largest_length']} ({row['stopped_by']})" for row in rows if "largest_length" in row]
     cells += [f"cannot: {row['cannot']}" for row in rows if "cannot" in row]
     return ", ".join(cells)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks import summary
+from benchmarks import cases, summary
 from benchmarks.conventions import OURS
 from benchmarks.rows import Row, select
 
@@ -46,7 +46,6 @@ COLOURS = {
     "flash_attn4": "#000080",
     "flash_attn3-packed": "#8fbc8f",
     "flash_attn4-packed": "#4169e1",
-    "xformers": "#e377c2",
 }
 HEAD_DIM = 64
 INCHES_OF_A_NAME = 1.9  # in a legend
@@ -86,23 +85,35 @@ def plots_of(rows: Iterable[Row]) -> dict[str, Plot]:
         if slug in slugs[:number]:
             raise ValueError(f"device: expected names that differ in letters and digits, got {devices}")
         own = select(rows, device=device)
-        if found := select(own, benchmark="cpu"):
+        if found := select(own, benchmark="masks", implementation="torch"):
             title = f"Speed-up over F.scaled_dot_product_attention against length, {device}"
             plots[f"speedup-{slug}"] = Plot(title, found, _speedup)
-        attention = select(own, benchmark="attention")
+        attention = [row for row in select(own, benchmark="attention") if has_enough_sequences(row)]
         for direction in dict.fromkeys(row["direction"] for row in attention):
             title = f"FLOP/s on visible scores against length, {direction}, {device}"
             name = f"speed-{slug}-{direction.replace('+', '-')}"
             plots[name] = Plot(title, select(attention, direction=direction), _speed)
-        if found := select(own, benchmark="memory"):
+        if found := [row for row in sweep_of_memory(own) if "table" not in row]:
             title = f"Memory beyond inputs and results against length, {device}"
             plots[f"memory-{slug}"] = Plot(title, found, _memory)
     return plots
 
 
+def has_enough_sequences(row: Row) -> bool:
+    """Lengths that are drawn, of too few sequences, say more about the draw than about the length."""
+    return row["mask"] not in cases.RANDOM_MASKS or row["shape"][0] >= cases.LEAST_SEQUENCES
+
+
+def sweep_of_memory(rows: Iterable[Row]) -> list[Row]:
+    """Of one (B, H, D): of the first."""
+    rows = [row for row in select(rows, benchmark="memory") if "extra_mib" in row]
+    sizes = [(row["shape"][0], row["shape"][1], row["shape"][3]) for row in rows]
+    return [row for row, size in zip(rows, sizes, strict=True) if size == sizes[0]]
+
+
 def _speedup(rows: list[Row], device: str):
     """Panels by dtype and direction, a line for each mask: each ratio with its quartiles."""
-    rows = [row for row in rows if "ratio" in row and row["shape"][3] == HEAD_DIM]
+    rows = [row for row in rows if "over_ours" in row and row["shape"][3] == HEAD_DIM]
     panels = list(dict.fromkeys((row["dtype"], row["direction"]) for row in rows))
     figure, axes = _grid(len(panels), 2)
     for axis, (dtype, direction) in zip(axes, panels, strict=False):
@@ -110,8 +121,8 @@ def _speedup(rows: list[Row], device: str):
         for mask in dict.fromkeys(row["mask"] for row in chosen):
             points = sorted(select(chosen, mask=mask), key=lambda row: row["shape"][2])
             lengths = [row["shape"][2] for row in points]
-            line = axis.plot(lengths, [row["ratio"] for row in points], marker="o", ms=4, label=TITLES[mask])[0]
-            quartiles = [row["ratio_q1"] for row in points], [row["ratio_q3"] for row in points]
+            line = axis.plot(lengths, [row["over_ours"] for row in points], marker="o", ms=4, label=TITLES[mask])[0]
+            quartiles = [row["over_ours_q1"] for row in points], [row["over_ours_q3"] for row in points]
             axis.fill_between(lengths, *quartiles, alpha=0.15, color=line.get_color(), linewidth=0)
         axis.axhline(1.0, color="black", linewidth=1, linestyle=":")
         axis.set_title(f"{dtype}, {direction}", fontsize=10)
@@ -128,9 +139,10 @@ def _memory(rows: list[Row], device: str):
     """Panels by mask, of a training step where there is one; a line for each implementation."""
     directions = {row["direction"] for row in rows}
     direction = "forward+backward" if "forward+backward" in directions else next(iter(directions))
-    rows = [row for row in rows if row["direction"] == direction and "extra_mib" in row]
+    dtype = rows[0]["dtype"]
+    rows = [row for row in rows if row["direction"] == direction and row["dtype"] == dtype]
     batch, heads, _, head_dim = rows[0]["shape"]
-    title = f"Memory of one call, {direction}, ({batch}, {heads}, L, {head_dim}), {rows[0]['dtype']}\n{device}"
+    title = f"Memory of one call, {direction}, ({batch}, {heads}, L, {head_dim}), {dtype}\n{device}"
     label = "MiB beyond inputs and results; needed masks count"
     return _by_implementation(rows, lambda row: max(summary.mib_of(row), LEAST_MIB), label, title, is_log=True)
 
@@ -152,9 +164,7 @@ def _speed(rows: list[Row], device: str):
     )
 
 
-def _by_implementation(
-    rows: list[Row], value_of: Callable[[Row], float], label: str, title: str, is_log: bool = False
-):
+def _by_implementation(rows: list[Row], value_of: Callable[[Row], float], label: str, title: str, is_log: bool = False):
     """What solves another problem than its panel's is dashed, with a * after its name."""
     masks = list(dict.fromkeys(row["mask"] for row in rows))
     figure, axes = _grid(len(masks), 3)

@@ -1,23 +1,22 @@
-"""Writes the result tables and plots of README.md from benchmarks/results: ``python -m benchmarks report``."""
+"""Writes RESULTS.md, its plots and the README's summary from the committed rows: ``python -m benchmarks report``."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import plots, summary  # noqa: E402
-from benchmarks.conventions import OURS  # noqa: E402
-from benchmarks.rows import Row, newest, read, select  # noqa: E402
+from benchmarks import plots, summary
+from benchmarks.conventions import OURS, ROOT
+from benchmarks.rows import Row, newest, read, select
 
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "benchmarks" / "RESULTS.md"
+ROWS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "benchmarks" / "plots"
-CPU_RESULTS = RESULTS / "cpu.jsonl"
+BEGIN, END = "<!-- benchmarks:summary -->", "<!-- /benchmarks:summary -->"
 
 MASKS = {
     "none": "no mask",
@@ -26,6 +25,16 @@ MASKS = {
     "causal+padded": "causal + padded",
     "bias": "bias with gradient",
 }
+#: The columns of the summary. A CPU is measured with half of each sequence padding, a GPU with random lengths.
+SUMMARY = {
+    "no mask": ("none",),
+    "causal": ("causal",),
+    "padding": ("padded", "padded-random"),
+    "causal + padding": ("causal+padded", "causal+padded-random"),
+    "bias with gradient": ("bias",),
+}
+#: The other implementations that have a column of their own in the tables of GPUs, if there are rows of them.
+COLUMNS = ("flash_attn4", "flash_attn3", "torch-cudnn", "torch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,10 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    README.write_text(with_all_results(README.read_text(), RESULTS))
+    rows = all_rows()
+    README.write_text(with_summary(README.read_text(), rows))
+    PAGE.write_text(page(rows))
     if not arguments.no_plots:
         try:
-            written = plots.draw_all(all_rows(RESULTS), PLOTS)
+            written = plots.draw_all(rows, PLOTS)
         except ImportError as error:
             print(f"no plots: {error} (pip install -e '.[benchmarks]')", file=sys.stderr)
             return 1
@@ -44,9 +55,9 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def all_rows(results: Path) -> list[Row]:
-    """The newest of what several runs have measured; of a GPU those of its newest commit."""
-    rows = newest(row for path in sorted(results.glob("*.jsonl")) for row in read(path))
+def all_rows(folder: Path = ROWS) -> list[Row]:
+    """The newest of what several runs have measured; of a GPU, only those of its newest commit."""
+    rows = newest(row for path in sorted(folder.glob("*.jsonl")) for row in read(path))
     commits = {row["device"]: row["commit"] for row in sorted(rows, key=lambda row: row["date"]) if is_of_a_gpu(row)}
     return [row for row in rows if not is_of_a_gpu(row) or row["commit"] == commits[row["device"]]]
 
@@ -55,75 +66,85 @@ def is_of_a_gpu(row: Row) -> bool:
     return row["benchmark"] == "attention" and "driver" in row
 
 
-def with_all_results(readme: str, results: Path) -> str:
-    """The README with every generated block made from these rows."""
-    rows = all_rows(results)
-    readme = with_results(readme, [row for row in rows if row["benchmark"].split("-")[0] == "cpu"])
-    readme = with_block(readme, "gpu", gpu_tables(rows))
-    readme = with_block(readme, "memory", memory_tables(rows))
-    return with_block(readme, "plots", plot_links(rows))
+def with_summary(readme: str, rows: list[Row]) -> str:
+    """The README with the summary of these rows in place of the one it has."""
+    head, rest = readme.split(BEGIN)
+    _, tail = rest.split(END)
+    return f"{head}{BEGIN}\n{summary_table(rows)}\n{END}{tail}"
 
 
-def with_results(readme: str, rows: list[Row]) -> str:
-    """The README with the CPU tables of these rows in place of the ones it has."""
-    return with_block(readme, "cpu", cpu_tables(rows))
-
-
-def with_block(readme: str, name: str, content: str) -> str:
-    begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
-    head, rest = readme.split(begin)
-    _, tail = rest.split(end)
-    return f"{head}{begin}\n{content}{content and chr(10)}{end}{tail}"
-
-
-def plot_links(rows: list[Row]) -> str:
-    folder = PLOTS.relative_to(ROOT).as_posix()
-    return "\n\n".join(f"![{plot.title}]({folder}/{name}.png)" for name, plot in plots.plots_of(rows).items())
-
-
-def memory_tables(rows: list[Row]) -> str:
-    """For each device: memory of a training step at the longest L, how it grows, and the largest L if known."""
-    rows = [row for row in rows if row["benchmark"].startswith("memory") and row["direction"] == "forward+backward"]
-    tables = [_memory_table(group) for group in summary.groups(rows, ("device", "dtype"))]
-    return "\n\n".join("\n".join(table) for table in tables)
-
-
-def _memory_table(rows: list[Row]) -> list[str]:
-    about = rows[0]
-    batch, heads, _, head_dim = about["shape"]
-    longest = max(row["shape"][2] for row in rows)
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
+def page(rows: list[Row]) -> str:
+    sections = {"CPU": cpu_tables(rows), "GPU": gpu_tables(rows), "Memory": memory_table(rows), "Plots": links(rows)}
     lines = [
-        f"Memory beyond inputs and results of forward + backward at (B, H, L, D) = ({batch}, {heads}, {longest}, "
-        f"{head_dim}), {about['dtype']}, on {about['device']}, in MiB, and how it grows; a mask or dense bias that an "
-        f"implementation must be given counts. torch {_all(rows, 'torch')}, commit {_all(rows, 'commit')}, "
-        f"{_dates(rows)}.",
+        "# Results",
         "",
-        "| | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
+        "Generated from the rows in `results/` by `python -m benchmarks report`; the method is in",
     ]
-    for mask in dict.fromkeys(row["mask"] for row in rows):
-        cells = [_growth_cell(select(rows, mask=mask, implementation=name), longest) for name in names]
-        lines.append(f"| {plots.TITLES[mask]} | " + " | ".join(cells) + " |")
-    return lines
+    lines += ["[README.md](README.md)."]
+    for title, text in sections.items():
+        lines += ["", f"## {title}", "", text] if text else []
+    return "\n".join(lines) + "\n"
 
 
-def _growth_cell(rows: list[Row], longest: int) -> str:
-    sizes = [row for row in rows if "extra_mib" in row]
-    at_longest = [summary.mib_of(row) for row in sizes if row["shape"][2] == longest]
-    if not at_longest:
+def links(rows: list[Row]) -> str:
+    return "\n\n".join(f"![{plot.title}]({PLOTS.name}/{name}.png)" for name, plot in plots.plots_of(rows).items())
+
+
+def _table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> list[str]:
+    header = list(header)
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (header, *lines))
+    return [head, "|---" * len(header) + "|", *body]
+
+
+def _mean_and_range(ratios: list[float]) -> str:
+    if not ratios:
         return "-"
-    exponent = summary.growth_exponent([row["shape"][2] for row in sizes], list(map(summary.mib_of, sizes)))
-    cell = f"{at_longest[0]:.0f}" + ("" if exponent is None else f", L^{exponent:.1f}")
-    for row in rows:
-        if "largest_length" in row:
-            more = "or more " if row["stopped_by"] == "time" else ""
-            cell += f", fits {row['largest_length']} {more}".rstrip()
-    return cell
+    return f"{statistics.geometric_mean(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
 
 
-#: The other implementations that have a column of their own in the tables of GPUs, if there are rows of them.
-COLUMNS = ("flash_attn4", "flash_attn3", "torch-cudnn", "torch")
+def _all(rows: list[Row], field: str) -> str:
+    """What rows of several runs say, each once."""
+    return ", ".join(dict.fromkeys(str(row[field]) for row in rows))
+
+
+def _dates(rows: list[Row]) -> str:
+    days = sorted({row["date"][:10] for row in rows})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
+def _about(rows: list[Row], *fields: str) -> str:
+    versions = ", ".join(f"{name} {_all(rows, field)}" for field in fields for name in [field.replace("cuda", "CUDA")])
+    return f"{versions}; commit {_all(rows, 'commit')}, {_dates(rows)}"
+
+
+# ---- The summary
+
+
+def summary_table(rows: list[Row]) -> str:
+    """One table of all devices."""
+    measured = [row for row in rows if row["benchmark"] == "masks" or is_of_a_gpu(row)]
+    lines = []
+    for group in summary.groups(measured, ("device", "dtype", "direction")):
+        first = group[0]
+        cells = []
+        for masks in SUMMARY.values():
+            cases = _cases([row for row in group if row["mask"] in masks])
+            others = [row for case in cases for row in summary.fastest_others(case) if "problem" not in row]
+            cells.append(_mean_and_range([row["over_ours"] for row in others]))
+        lines.append([first["device"], f"{first['dtype']} {first['direction']}", *cells])
+    return "\n".join(
+        [
+            "Time of the fastest other implementation divided by ours: above 1, ours is faster. Geometric mean "
+            "[least, greatest] over sizes. On a CPU the other one is `F.scaled_dot_product_attention`, and half of "
+            "each padded sequence is padding. On a GPU the others are those of torch and FlashAttention that compute "
+            "the case, and padded sequences have random lengths.",
+            "",
+            *_table(["", "", *SUMMARY], lines),
+        ]
+    )
+
+
+# ---- GPU
 
 
 def gpu_tables(rows: list[Row]) -> str:
@@ -149,17 +170,7 @@ def _gpu_table(rows: list[Row]) -> list[str]:
         for direction, names in columns.items()
         for title in (f"{direction}: ours", *(_title(timed, name) for name in names), "ours / best")
     ]
-    lines = [
-        f"**{about['device']}, {about['dtype']}**: TFLOP/s on visible scores{peak}. *ours / best* compares with the "
-        "fastest other implementation, within rounds of one run: above 1 ours is faster. "
-        + "GB/s where one query meets many keys. " * is_decode
-        + "* computes less than the case: right only in rows that are no padding. " * has_other
-        + f"{_lead(rows)} Driver {_all(rows, 'driver')}, CUDA {_all(rows, 'cuda')}, torch {_all(rows, 'torch')}; "
-        f"commit {_all(rows, 'commit')}, {_dates(rows)}.",
-        "",
-        f"| D | mask | L | {' | '.join(heads)} |",
-        "|---" * (len(heads) + 3) + "|",
-    ]
+    lines = []
     for group in summary.groups(timed, ("mask",), by_head_dim=True):
         for length in sorted({row["shape"][2] for row in group}):
             case = [row for row in group if row["shape"][2] == length]
@@ -168,9 +179,16 @@ def _gpu_table(rows: list[Row]) -> list[str]:
                 for direction, names in columns.items()
                 for cell in _gpu_cells(select(case, direction=direction), names)
             ]
-            head_dim, mask = case[0]["shape"][3], plots.TITLES[case[0]["mask"]]
-            lines.append(f"| {head_dim} | {mask} | {length} | {' | '.join(cells)} |")
-    return lines
+            lines.append([str(case[0]["shape"][3]), plots.TITLES[case[0]["mask"]], str(length), *cells])
+    return [
+        f"**{about['device']}, {about['dtype']}**: TFLOP/s on visible scores{peak}. *ours / best* compares with the "
+        "fastest other implementation, within rounds of one run: above 1 ours is faster. "
+        + "GB/s where one query meets many keys. " * is_decode
+        + "* computes less than the case: right only in rows that are no padding. " * has_other
+        + f"{_lead(rows)} Driver {_about(rows, 'driver', 'cuda', 'torch').removeprefix('driver ')}.",
+        "",
+        *_table(["D", "mask", "L", *heads], lines),
+    ]
 
 
 def _title(rows: list[Row], name: str) -> str:
@@ -207,153 +225,153 @@ def _lead(rows: list[Row]) -> str:
     """In how many cases ours is the fastest, and by how much it leads or trails."""
     parts = []
     for direction in dict.fromkeys(row["direction"] for row in rows):
-        ratios = []
-        for case in _cases(select(rows, direction=direction)):
-            others = [row["over_ours"] for row in summary.fastest_others(case) if "problem" not in row]
-            ratios += others if _ours(case) else []
-        if ratios:
+        cases = [case for case in _cases(select(rows, direction=direction)) if _ours(case)]
+        others = [row for case in cases for row in summary.fastest_others(case) if "problem" not in row]
+        if ratios := [row["over_ours"] for row in others]:
             span = f"{min(ratios):.2f} to {max(ratios):.2f}"
             parts.append(f"{sum(ratio > 1.0 for ratio in ratios)} of {len(ratios)} cases {direction} ({span})")
     return f"Ours is the fastest in {' and '.join(parts)}." if parts else ""
 
 
-def _all(rows: list[Row], field: str) -> str:
-    """What rows of several runs say, each once."""
-    return ", ".join(dict.fromkeys(str(row[field]) for row in rows))
-
-
-def _dates(rows: list[Row]) -> str:
-    days = sorted({row["date"][:10] for row in rows})
-    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+# ---- CPU
 
 
 def cpu_tables(rows: list[Row]) -> str:
+    tables = []
+    for group in summary.groups(select(rows, benchmark="masks"), ("device",)):
+        own = select(rows, device=group[0]["device"])
+        tables.append("\n".join(_masks_table(group) + _beside(own)))
+    return "\n\n".join(tables)
+
+
+def _masks_table(rows: list[Row]) -> list[str]:
     about = rows[0]
-    shapes = sorted({tuple(row["shape"]) for row in rows if row["benchmark"] == "cpu"}, key=lambda s: (s[2], s[3]))
-    commits = sorted({row["commit"] for row in rows if row["benchmark"] == "cpu"})
+    shapes = sorted({tuple(row["shape"]) for row in rows}, key=lambda shape: (shape[2], shape[3]))
     lines = [
+        [f"{dtype} {direction}", *(_mean_and_range(_ratios(own, mask=mask)) for mask in MASKS)]
+        for own in summary.groups(rows, ("dtype", "direction"))
+        for dtype, direction in [(own[0]["dtype"], own[0]["direction"])]
+    ]
+    return [
         f"Time of `F.scaled_dot_product_attention` divided by ours, on {about['cores']} cores of {about['device']} "
-        f"({about['isa']}, {about['threads']} threads), torch {about['torch']}; commit {', '.join(commits)}, "
-        f"{_dates(rows)}. Geometric mean [least, greatest] over (B, H, L, D) = {', '.join(map(str, shapes))}; "
-        "above 1, ours is faster. torch is given `is_causal`, a (B, 1, 1, S) mask for padding, and for both a "
-        "(B, 1, L, S) one, which are made beforehand.",
+        f"({about['isa']}, {about['threads']} threads), {_about(rows, 'torch')}. Geometric mean [least, greatest] over "
+        f"(B, H, L, D) = {', '.join(map(str, shapes))}; above 1, ours is faster. torch is given `is_causal`, a "
+        "(B, 1, 1, S) mask for padding, and for both a (B, 1, L, S) one, which are made beforehand.",
         "",
-        "| | " + " | ".join(MASKS.values()) + " |",
-        "|---" * (len(MASKS) + 1) + "|",
+        *_table(["", *MASKS.values()], lines),
     ]
-    held = " and masks made for it" if any("held_mib" in row for row in rows) else ""
-    for dtype in ("float32", "bfloat16"):
-        for direction in ("forward", "forward+backward"):
-            cells = [_ratio_cell(rows, dtype, direction, mask) for mask in MASKS]
-            lines.append(f"| {dtype} {direction} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"Peak extra memory of one call at (1, 4, 8192, 64), results{held} included, ours / torch's, in MiB:",
-        "",
-        "| | " + " | ".join(MASKS.values()) + " |",
-        "|---" * (len(MASKS) + 1) + "|",
+
+
+def _ratios(rows: list[Row], **wanted: object) -> list[float]:
+    return [row["over_ours"] for row in select(rows, implementation="torch", **wanted) if "over_ours" in row]
+
+
+def _beside(rows: list[Row]) -> list[str]:
+    """What is measured beside the table of masks."""
+    found = [
+        line for make in (_short, _decode, _features, _small_modules, _isa, _step, _overhead) for line in make(rows)
     ]
-    for dtype in ("float32", "bfloat16"):
-        for direction in ("forward", "forward+backward"):
-            cells = [_memory_cell(rows, dtype, direction, mask) for mask in MASKS]
-            lines.append(f"| {dtype} {direction} | " + " | ".join(cells) + " |")
-    overhead = {
-        (row["direction"], row["implementation"]): row["best_ms"] * 1e3
-        for row in rows
-        if row["benchmark"] == "cpu-overhead"
-    }
-    if overhead:
-        kinds = dict.fromkeys(direction for direction, _ in overhead)
-        parts = [f"{kind} {overhead[kind, 'fused_attn']:.1f} / {overhead[kind, 'torch']:.1f}" for kind in kinds]
-        lines += [
-            "",
-            f"Per-call overhead at (1, 2, 4, 8), ours / torch's, best of many, in microseconds: {', '.join(parts)}.",
-        ]
-    more = [line for table in (_short, _decode, _features, _modules, _isa, _step) for line in table(rows)]
-    if more:
-        lines += ["", "Beside that, torch's time divided by ours unless a line says otherwise:", "", *more]
-    return "\n".join(lines)
+    return ["", "Beside that, torch's time divided by ours unless a line says otherwise:", "", *found] if found else []
+
+
+def _by_direction(rows: list[Row]) -> dict[str, list[Row]]:
+    return {group[0]["direction"]: group for group in summary.groups(rows, ("direction",))}
 
 
 def _short(rows: list[Row]) -> list[str]:
-    rows = [row for row in select(rows, benchmark="cpu-short") if "ratio" in row]
+    rows = select(rows, benchmark="short")
     if not rows:
         return []
     batch, heads, _, head_dim = rows[0]["shape"]
-    lengths = sorted({row["shape"][2] for row in rows})
-    parts = [
-        f"{direction} {_mean_and_range([row['ratio'] for row in select(rows, direction=direction)])}"
-        for direction in dict.fromkeys(row["direction"] for row in rows)
-    ]
-    return [f"- ({batch}, {heads}, L, {head_dim}) with L of {', '.join(map(str, lengths))}: {'; '.join(parts)}"]
+    lengths = ", ".join(map(str, sorted({row["shape"][2] for row in rows})))
+    parts = [f"{direction} {_mean_and_range(_ratios(own))}" for direction, own in _by_direction(rows).items()]
+    return [f"- ({batch}, {heads}, L, {head_dim}) with L of {lengths}: {'; '.join(parts)}"]
 
 
 def _decode(rows: list[Row]) -> list[str]:
-    return [
-        f"- one query of {row['shape'][1]} heads against {row['shape'][2]} keys, {row['dtype']}: {row['ratio']:.2f}, "
-        f"{row['gb_per_s']:.0f} GB/s where a sum reads {row['read_gb_per_s']:.0f} from main memory"
-        for row in select(rows, benchmark="cpu-decode", implementation="fused_attn")
-    ]
+    lines = []
+    for ours in select(rows, benchmark="decode", implementation=OURS):
+        case = {name: ours[name] for name in ("benchmark", "shape", "dtype")}
+        way, rate = next((way, ours[f"{way}_gb_per_s"]) for way in ("read", "copy") if f"{way}_gb_per_s" in ours)
+        memory = f"{'a sum reads' if way == 'read' else 'a copy moves'} {rate:.0f} from main memory"
+        lines.append(
+            f"- one query of {ours['shape'][1]} heads against {ours['shape'][2]} keys, {ours['dtype']}: "
+            f"{_ratios(rows, **case)[0]:.2f}, {ours['gb_per_s']:.0f} GB/s where {memory}"
+        )
+    return lines
 
 
 def _features(rows: list[Row]) -> list[str]:
-    rows = select(rows, benchmark="cpu-features", implementation="fused_attn")
-    lines = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        own = select(rows, dtype=dtype)
-        cells = ", ".join(f"{row['mask']} {row['ratio']:.1f}" for row in own)
-        lines.append(f"- where torch leaves its fused kernel, forward at {tuple(own[0]['shape'])}, {dtype}: {cells}")
-    return lines
+    return [
+        f"- where torch leaves its fused kernel, forward at {tuple(own[0]['shape'])}, {own[0]['dtype']}: "
+        + ", ".join(f"{row['mask']} {row['over_ours']:.1f}" for row in own)
+        for own in summary.groups(select(rows, benchmark="features", implementation="torch"), ("dtype",))
+    ]
 
 
-def _modules(rows: list[Row]) -> list[str]:
-    rows = select(rows, benchmark="cpu-module", implementation="fused_attn")
-    lines = []
-    for direction in dict.fromkeys(row["direction"] for row in rows):
-        cells = ", ".join(
-            f"({row['batch']}, {row['length']}, {row['d_model']}) {row['ratio']:.2f}"
-            for row in select(rows, direction=direction)
-        )
-        lines.append(f"- `FusedMultiheadAttention` against `nn.MultiheadAttention` at (N, L, E), {direction}: {cells}")
-    return lines
+def _small_modules(rows: list[Row]) -> list[str]:
+    return [
+        f"- `FusedMultiheadAttention` against `nn.MultiheadAttention` at (N, L, E), {direction}: "
+        + ", ".join(f"({row['batch']}, {row['length']}, {row['d_model']}) {row['over_ours']:.2f}" for row in own)
+        for direction, own in _by_direction(select(rows, benchmark="small-modules", implementation="torch")).items()
+    ]
 
 
 def _isa(rows: list[Row]) -> list[str]:
-    rows = select(rows, benchmark="cpu-isa")
-    parts = []
-    for isa in dict.fromkeys(row["implementation"] for row in rows):
-        own = select(rows, implementation=isa)
-        if own[0]["best_isa"] != isa:
-            parts.append(f"{isa} {_mean_and_range([row['speed'] for row in own])}")
+    rows = [row for row in select(rows, benchmark="isa") if row["implementation"] != row["best_isa"]]
+    groups = summary.groups(rows, ("implementation",))
+    parts = [f"{own[0]['implementation']} {_mean_and_range([row['speed'] for row in own])}" for own in groups]
     return [f"- speed of our other instruction sets on that machine, float32: {', '.join(parts)}"] if parts else []
 
 
 def _step(rows: list[Row]) -> list[str]:
+    text = "- a training step of `examples/train_g2p.py` with torch's attention in the same model:"
+    return [f"{text} {ratio:.2f}" for ratio in _ratios(rows, benchmark="step")]
+
+
+def _overhead(rows: list[Row]) -> list[str]:
+    parts = []
+    for direction, own in _by_direction(select(rows, benchmark="overhead")).items():
+        ours, theirs = (select(own, implementation=name)[0]["best_ms"] * 1e3 for name in (OURS, "torch"))
+        parts.append(f"{direction} {ours:.1f} / {theirs:.1f}")
+    text = "- a call at (1, 2, 4, 8), ours / torch's, best of many, in microseconds:"
+    return [f"{text} {', '.join(parts)}"] if parts else []
+
+
+# ---- Memory
+
+
+def memory_table(rows: list[Row]) -> str:
+    """Of each device, the longest L that all of its rows share."""
+    return "\n\n".join("\n".join(_memory(own)) for own in summary.groups(plots.sweep_of_memory(rows), ("device",)))
+
+
+def _memory(rows: list[Row]) -> list[str]:
+    about = rows[0]
+    batch, heads, _, head_dim = about["shape"]
+    longest = max(row["shape"][2] for row in rows)
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    lines = [
+        [f"{own[0]['dtype']} {own[0]['direction']}", plots.TITLES[own[0]["mask"]]]
+        + [_growth(select(own, implementation=name), longest) for name in names]
+        for table in summary.groups(rows, ("dtype", "direction"))
+        for own in summary.groups(table, ("mask",))
+    ]
     return [
-        f"- a training step of `examples/train_g2p.py` with torch's attention in the same model: {row['ratio']:.2f}"
-        for row in select(rows, benchmark="cpu-step", implementation="fused_attn")
+        f"MiB beyond inputs and results of one call at (B, H, L, D) = ({batch}, {heads}, {longest}, {head_dim}) on "
+        f"{about['device']}, and how they grow where several L were measured. A mask or dense bias that an "
+        f"implementation must be given counts. {_about(rows, 'torch')}.",
+        "",
+        *_table(["", "", *names], lines),
     ]
 
 
-def _ratio_cell(rows: list[Row], dtype: str, direction: str, mask: str) -> str:
-    chosen = select(rows, benchmark="cpu", dtype=dtype, direction=direction, mask=mask, implementation="fused_attn")
-    return _mean_and_range([row["ratio"] for row in chosen])
-
-
-def _mean_and_range(ratios: list[float]) -> str:
-    return f"{statistics.geometric_mean(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-
-
-def _memory_cell(rows: list[Row], dtype: str, direction: str, mask: str) -> str:
-    case = {"benchmark": "cpu", "shape": [1, 4, 8192, 64], "dtype": dtype, "direction": direction, "mask": mask}
-    ours, theirs = (
-        summary.mib_of(select(rows, **case, implementation=implementation)[0])
-        for implementation in ("fused_attn", "torch")
-    )
-    return f"{ours:.0f} / {theirs:.0f}"
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    sys.exit(main(parser.parse_args()))
+def _growth(rows: list[Row], longest: int) -> str:
+    """The exponent is that of one commit: of the one that has most lengths."""
+    at_longest = [row for row in rows if row["shape"][2] == longest]
+    if not at_longest:
+        return "-"
+    mib = summary.mib_of(max(at_longest, key=lambda row: row["date"]))
+    sweep = max(summary.groups(rows, ("commit",)), key=len)
+    exponent = summary.growth_exponent([row["shape"][2] for row in sweep], list(map(summary.mib_of, sweep)))
+    return f"{max(0.0, mib):.0f}" + ("" if exponent is None else f", L^{abs(exponent):.1f}")

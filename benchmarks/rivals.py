@@ -73,26 +73,21 @@ class Rival(NamedTuple):
 def fastest(name: str, inputs: Inputs) -> Prepared:
     """A rival asked in the way that takes it least time. Raises what the first way raises, if none can."""
     rival = RIVALS[name]
-    if rival.other is None:
-        return rival.prepare(inputs)
-    # Packages raise what they like; KeyboardInterrupt is no Exception.
-    try:
-        first = rival.prepare(inputs)
-    except Exception as error:
+    ways, errors = [], []
+    for prepare in filter(None, (rival.prepare, rival.other)):
+        # Packages raise what they like; KeyboardInterrupt is no Exception.
         try:
-            return rival.other(inputs)
-        except Exception:
-            raise error from None
-    try:
-        other = rival.other(inputs)
-    except Exception:
-        return first
-    return min((first, other), key=partial(_seconds, inputs=inputs))
+            ways.append(prepare(inputs))
+        except Exception as error:
+            errors.append(error)
+    if not ways:
+        raise errors[0]
+    return ways[0] if len(ways) == 1 else min(ways, key=partial(_seconds, inputs=inputs))
 
 
 def _seconds(prepared: Prepared, inputs: Inputs) -> float:
     """Of about one call; infinite if it fails, which the check will show."""
-    timer = timing.WallTimer(inputs.device) if inputs.device.type == "cuda" else timing.CpuTimer()
+    timer = timing.timer_for(inputs.device, waits=True)
     try:
         call = call_of(prepared, inputs)
         first = timer.seconds(call, 1)
@@ -105,15 +100,9 @@ def call_of(prepared: Prepared, inputs: Inputs) -> Callable[[], Any]:
     """What is timed: the output, or the gradients."""
     forward, leaves = prepared.forward, list(prepared.leaves.values())
     dout = inputs.dout if prepared.dout is None else prepared.dout
-    direction = inputs.case.direction
-    if direction == "forward":
-
-        def without_grad() -> Tensor:
-            with torch.no_grad():
-                return forward()
-
-        return without_grad
-    if direction == "backward":
+    if inputs.case.direction == "forward":
+        return torch.no_grad()(forward)
+    if inputs.case.direction == "backward":
         out = forward()
         return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
     return lambda: torch.autograd.grad(forward(), leaves, dout)
@@ -121,15 +110,15 @@ def call_of(prepared: Prepared, inputs: Inputs) -> Callable[[], Any]:
 
 def results_of(prepared: Prepared, inputs: Inputs) -> dict[str, Tensor]:
     """What is checked: the output and, where the case has a backward, every gradient by name."""
-    if inputs.case.direction == "forward":
-        with torch.no_grad():
-            return {"out": prepared.as_in_the_case(prepared.forward())}
-    out = prepared.forward()
-    dout = inputs.dout if prepared.dout is None else prepared.dout
-    grads = torch.autograd.grad(out, list(prepared.leaves.values()), dout)
-    results = {"out": out.detach()} | dict(zip(prepared.leaves, grads, strict=True))
+    with torch.set_grad_enabled(inputs.case.direction != "forward"):
+        out = prepared.forward()
+    results = {"out": out.detach()}
+    if inputs.case.direction != "forward":
+        dout = inputs.dout if prepared.dout is None else prepared.dout
+        grads = torch.autograd.grad(out, list(prepared.leaves.values()), dout)
+        results |= dict(zip(prepared.leaves, grads, strict=True))
     results = {name: prepared.as_in_the_case(x) for name, x in results.items()}
-    if inputs.case.mask == "relative-bias" and results["bias"].dim() == 4:
+    if inputs.case.mask == "relative-bias" and "bias" in results and results["bias"].dim() == 4:
         results["bias"] = _sums_of_diagonals(results["bias"])
     return results
 
@@ -137,35 +126,24 @@ def results_of(prepared: Prepared, inputs: Inputs) -> dict[str, Tensor]:
 def _sums_of_diagonals(dense: Tensor) -> Tensor:
     """(1, H, L, S) -> (H, L + S - 1), by distance."""
     _, heads, rows, keys = dense.shape
+    row, column = torch.arange(rows, device=dense.device), torch.arange(keys, device=dense.device)
+    distance = (column - row[:, None] + rows - 1).flatten()
     sums = torch.zeros(heads, rows + keys - 1, dtype=torch.float64, device=dense.device)
-    for row in range(rows):
-        first = rows - 1 - row
-        sums[:, first : first + keys] += dense[0, :, row]
-    return sums
+    return sums.index_add_(1, distance, dense[0].flatten(1).double())
 
 
 # ---- fused_attn
 
 
 def _ours(inputs: Inputs, backend: str | None = None) -> Prepared:
-    case = inputs.case
-    if case.is_packed:
-        longest = max(case.lengths)
-
-        def packed() -> Tensor:
-            return fused_attn.fused_attention_varlen(
-                inputs.query, inputs.key, inputs.value, inputs.cu_seqlens, inputs.cu_seqlens, longest, longest,
-                is_causal=True, backend=backend,
-            )  # fmt: skip
-
-        return Prepared(packed, inputs.leaves, "cu_seqlens, is_causal")
-    options = our_options(inputs)
-    query, key, value = inputs.query, inputs.key, inputs.value
-    return Prepared(
-        lambda: fused_attn.fused_attention(query, key, value, **options, backend=backend),
-        inputs.leaves,
-        ", ".join(options) or "nothing",
-    )
+    tensors, options = (inputs.query, inputs.key, inputs.value), our_options(inputs)
+    function = fused_attn.fused_attention
+    if inputs.case.is_packed:
+        longest = max(inputs.case.lengths)
+        tensors += (inputs.cu_seqlens, inputs.cu_seqlens, longest, longest)
+        function = fused_attn.fused_attention_varlen
+    given = ", ".join(["cu_seqlens"] * inputs.case.is_packed + list(options)) or "nothing"
+    return Prepared(lambda: function(*tensors, **options, backend=backend), inputs.leaves, given)
 
 
 def our_backend(inputs: Inputs) -> str | None:
@@ -334,16 +312,10 @@ def _flex(inputs: Inputs) -> Prepared:
         block_mask = create_block_mask(mask_mod, batch, None, query.shape[2], key.shape[2], device=query.device)
     score_mod = None
     if inputs.bias is not None:
-        bias, last_row = inputs.bias, case.seqlen_q - 1
-        if case.mask == "bias":
+        bias, last_row, is_dense = inputs.bias, case.seqlen_q - 1, case.mask == "bias"
 
-            def score_mod(score, batch, head, row, column):
-                return score + bias[0, head, row, column]
-
-        else:
-
-            def score_mod(score, batch, head, row, column):
-                return score + bias[head, column - row + last_row]
+        def score_mod(score, batch, head, row, column):
+            return score + (bias[0, head, row, column] if is_dense else bias[head, column - row + last_row])
 
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     is_grouped = case.kv_heads != case.heads
@@ -357,13 +329,10 @@ def _flex(inputs: Inputs) -> Prepared:
 
 
 def _flex_mask(inputs: Inputs) -> Callable | None:
-    case = inputs.case
+    case, lengths, window = inputs.case, inputs.lengths, inputs.case.window
     if case.is_packed:
-        total = sum(case.lengths)
-        sequence = torch.repeat_interleave(torch.arange(case.batch, device=inputs.device), inputs.lengths)
-        assert sequence.shape == (total,)
+        sequence = torch.repeat_interleave(torch.arange(case.batch, device=inputs.device), lengths)
         return lambda batch, head, row, column: (sequence[row] == sequence[column]) & (column <= row)
-    lengths, window = inputs.lengths, case.window
     if case.is_padded and case.is_causal:
         return lambda batch, head, row, column: (column <= row) & (column < lengths[batch])
     if case.is_padded:
@@ -487,48 +456,6 @@ def _flash_varlen(
     return lambda q, k, v: _first(function(q, k, v, **options))
 
 
-def _xformers(inputs: Inputs) -> Prepared:
-    ops = importlib.import_module("xformers.ops")
-    biases = importlib.import_module("xformers.ops.fmha.attn_bias")
-    case = inputs.case
-    leaves, bias = inputs.leaves, None
-    if case.is_packed:
-        bias = biases.BlockDiagonalCausalMask.from_seqlens(list(case.lengths))
-        query, key, value = (x[None] for x in (inputs.query, inputs.key, inputs.value))
-        return Prepared(
-            lambda: ops.memory_efficient_attention(query, key, value, attn_bias=bias)[0], leaves, type(bias).__name__
-        )
-    if case.window is not None:
-        bias = biases.LowerTriangularFromBottomRightLocalAttentionMask(case.window)
-    elif case.is_padded and case.is_causal:
-        bias = _as_float(inputs.visible(), inputs.query.dtype).expand(case.batch, case.heads, -1, -1)
-    elif case.is_padded:
-        bias = biases.BlockDiagonalPaddedKeysMask.from_seqlens(
-            q_seqlen=[case.seqlen_q] * case.batch, kv_padding=case.length, kv_seqlen=list(case.lengths)
-        )
-    elif case.is_causal:
-        bias = biases.LowerTriangularMask()
-    elif inputs.bias is not None:
-        dense = inputs.bias if case.mask == "bias" else inputs.dense_bias()
-        leaves = leaves | {"bias": dense}
-        bias = dense.expand(case.batch, -1, -1, -1)
-    group = case.heads // case.kv_heads
-    is_flat = case.is_padded and not case.is_causal
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if group > 1:
-            q = q.unflatten(2, (case.kv_heads, group))
-            k, v = (x[:, :, :, None].expand(-1, -1, -1, group, -1) for x in (k, v))
-            return ops.memory_efficient_attention(q, k, v, attn_bias=bias).flatten(2, 3)
-        if is_flat:
-            q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
-            return ops.memory_efficient_attention(q, k, v, attn_bias=bias)[0].unflatten(0, (case.batch, case.seqlen_q))
-        return ops.memory_efficient_attention(q, k, v, attn_bias=bias)
-
-    given = f"{_name_of(bias.dtype)} bias {tuple(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
-    return _rows_first(inputs, attention, given if bias is not None else "nothing")._replace(leaves=leaves)
-
-
 def _rows_first(inputs: Inputs, function: Callable[[Tensor, Tensor, Tensor], Any], given: str) -> Prepared:
     """For functions of (B, L, H, D)."""
     query, key, value = inputs.query, inputs.key, inputs.value
@@ -572,7 +499,6 @@ RIVALS: dict[str, Rival] = {
         )
         for generation in (3, 4)
     },
-    "xformers": Rival(_xformers, ("xformers",)),
     # Last, because it needs most memory.
     "torch-math": _backend_of_torch("MATH"),
 }

@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 #: The fields that tell what a row is about; the others are what was found.
 IDENTITY = (
-    "device", "threads", "benchmark", "module", "batch", "length", "d_model", "heads", "layers", "new_tokens",
+    "device", "threads", "benchmark", "table", "module", "batch", "length", "d_model", "heads", "layers", "new_tokens",
     "shape", "seqlen_q", "kv_heads", "mask", "dtype", "direction", "implementation",
 )  # fmt: skip
 

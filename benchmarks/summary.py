@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 
 from benchmarks.conventions import OURS
@@ -59,6 +60,20 @@ def fastest_others(rows: Iterable[Row]) -> list[Row]:
     return found
 
 
+def ratio_lines(rows: Iterable[Row]) -> list[str]:
+    """Of each table with torch's times: the geometric mean over its sizes of torch's time / ours."""
+    lines = []
+    rows = [row for row in select(rows, implementation="torch") if "over_ours" in row]
+    for group in groups(rows, ("benchmark", "dtype", "direction")):
+        cells = [
+            f"{own[0]['mask']} {statistics.geometric_mean([row['over_ours'] for row in own]):.2f}"
+            for own in groups(group, ("mask",))
+        ]
+        first = group[0]
+        lines.append(f"torch / ours, {first['benchmark']} {first['dtype']} {first['direction']}: {', '.join(cells)}")
+    return lines
+
+
 def _part(row: Row) -> float:
     return row["gb_per_s"] / row["copy_gb_per_s"] if "gb_per_s" in row else row["matmul_fraction"]
 
@@ -98,17 +113,14 @@ def module_lines(rows: Iterable[Row]) -> list[str]:
 
 
 def memory_lines(rows: Iterable[Row]) -> list[str]:
-    rows = [row for row in rows if row["benchmark"] in ("memory", "memory-largest")]
     lines = []
-    for group in groups(rows, ("mask", "dtype", "direction")):
+    for group in groups(select(rows, benchmark="memory"), ("mask", "dtype", "direction")):
         cells = []
         for name in dict.fromkeys(row["implementation"] for row in group):
             own = select(group, implementation=name)
             sizes = [row for row in own if "extra_mib" in row]
-            largest = [row["largest_length"] for row in own if "largest_length" in row]
             if sizes:
-                cell = f"{name} {mib_of(sizes[-1]):.1f} at {sizes[-1]['shape'][2]}"
-                cells.append(cell + (f", fits {largest[0]}" if largest else ""))
+                cells.append(f"{name} {mib_of(sizes[-1]):.1f} at {sizes[-1]['shape'][2]}")
         first = group[0]
         lines.append(
             f"{first['mask']} {_short(first['dtype'])} {_short(first['direction'])} MiB | {' | '.join(cells) or 'none'}"

@@ -1,10 +1,10 @@
-"""Fine-tuning with a classification head: which topic of the documentation is a paragraph from?
+"""Fine-tune BERT with a classification head: which topic of the documentation does a paragraph come from?
 
     pip install -e .[examples]
     python examples/finetune_bert.py
 
-BERT is first pre-trained on masked words for a while; then a head on its [CLS] token learns the ten longest topics. A
-fifth of the paragraphs is held out.
+BERT is pre-trained on masked words first. Then a head on the [CLS] token learns to tell the ten longest topics apart.
+A fifth of the paragraphs is held out.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pretraining_utils import (
     BATCH_SIZE,
     MAX_LENGTH,
     SIZE,
+    argument_parser,
     batches,
     encode,
-    parse_arguments,
     passages,
+    set_up,
     train_on_both,
     train_tokenizer,
 )
@@ -37,6 +38,7 @@ NUM_TOPICS = 10
 
 @torch.no_grad()
 def accuracy(model: BertForSequenceClassification, rows: list[dict], collate: DataCollatorWithPadding) -> float:
+    """The share of the rows whose topic the model names."""
     model.eval()
     right = 0
     for start in range(0, len(rows), BATCH_SIZE):
@@ -47,7 +49,8 @@ def accuracy(model: BertForSequenceClassification, rows: list[dict], collate: Da
 
 
 def main(argv: list[str] | None = None) -> list[float]:
-    args = parse_arguments(__doc__.splitlines()[0], steps=150, argv=argv)
+    """The loss of every step of the fine-tuning."""
+    args = set_up(argument_parser(__doc__.splitlines()[0], steps=150).parse_args(argv))
     paragraphs = passages()
     tokenizer = train_tokenizer([text for _, text in paragraphs])
     config = BertConfig(

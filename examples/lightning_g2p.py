@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     score = train_g2p.evaluate(model, data.test_words, data.dictionary)
     metrics = {"val_per": best.best_model_score.item(), "test_per": score.per, "test_words": score.word_accuracy}
     print(f"PER {score.per:.2%}, words right {score.word_accuracy:.1%} of {len(data.test_words)} held-out words")
+    print(f"checkpoint: {best.best_model_path}, curves: tensorboard --logdir {args.output}")
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""What the pre-training examples share: a text, a tokenizer, a training loop, and the comparison with eager attention.
+"""What pre-training and fine-tuning share: a text, a tokenizer, a training loop, the comparison with eager attention.
 
 The text is Python's own documentation of the language, which ships with Python (pydoc_data.topics): half a megabyte of
 English prose and code in some 80 topics. The models are those of Hugging Face transformers with small, random weights.
@@ -27,13 +27,14 @@ MAX_LENGTH = 128  # tokens of a passage
 PEAK_LEARNING_RATE = 2e-3
 BATCH_SIZE = 16
 
-#: Of every model below. Attention dropout is off because eager attention would drop other weights than ours.
+#: The sizes of every model. Attention dropout is off because eager attention would drop other weights than ours.
 SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 Batch = dict[str, Tensor]
 
 
-def parse_arguments(description: str, steps: int, argv: list[str] | None) -> argparse.Namespace:
+def argument_parser(description: str, steps: int) -> argparse.ArgumentParser:
+    """A parser with the arguments that pre-training and fine-tuning share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=steps, help="training steps (%(default)s)")
     parser.add_argument("--backend", choices=BACKEND_NAMES, help="attention backend (the fastest that can run)")
@@ -42,7 +43,11 @@ def parse_arguments(description: str, steps: int, argv: list[str] | None) -> arg
     # The models are too small for a second thread to find work.
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and dropout (%(default)s)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def set_up(args: argparse.Namespace) -> argparse.Namespace:
+    """Sets threads and seed; returns the arguments."""
     torch.set_num_threads(args.threads)
     transformers.set_seed(args.seed)
     return args
@@ -81,7 +86,7 @@ def encode(tokenizer: transformers.PreTrainedTokenizerFast, text: str, max_lengt
 
 
 def batches(rows: list[dict], collate: Callable[[list[dict]], Batch], steps: int, seed: int) -> Iterable[Batch]:
-    """Each padded to its own longest row, which is what makes masks worth skipping."""
+    """Batches padded to their own longest row, so that their padding masks differ."""
     order = random.Random(seed)
     for _ in range(steps):
         yield collate([copy.copy(row) for row in order.sample(rows, BATCH_SIZE)])
@@ -126,7 +131,7 @@ def train_on_both(
         SystemExit: the loss curves differ by more than float32 explains, or a model runs another attention.
     """
     eager = copy.deepcopy(model)
-    # Each by itself: up to transformers 5.17 T5's encoder and decoder do not hear of their parent.
+    # Every model inside the model is told: up to transformers 5.17, T5 does not tell its encoder and decoder.
     for module in reversed(pretrained_models(eager)):
         module.set_attn_implementation("eager")
     huggingface.enable(model, args.backend)
@@ -145,7 +150,7 @@ def train_on_both(
         f"{type(model).__name__}: loss {before:.3f} -> {after:.3f} in {args.steps} steps; largest relative difference "
         f"from eager attention in any step {difference:.0e}; {seconds[0]:.0f} s, eager {seconds[1]:.0f} s"
     )
-    # Rounding differs from the first step on, and training amplifies it; what was seen is below 1e-6. NaN is not close.
+    # Rounding differs from the first step on, and training amplifies the difference; below 1e-6 was seen. NaN fails.
     if not all(abs(a - b) <= 1e-4 * b for a, b in zip(ours, theirs, strict=True)):
         raise SystemExit(f"the loss curves differ: {ours}, eager {theirs}")
     return model, ours

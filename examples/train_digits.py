@@ -144,11 +144,13 @@ def main(argv: list[str] | None = None) -> float:
 
     predictions = predict(model, test_digits.images)
     accuracy = (predictions == test_digits.labels).float().mean().item()
-    plot(losses, test_digits, predictions, args.output / "digits.png")
+    picture = args.output / "digits.png"
+    plot(losses, test_digits, predictions, picture)
     print(
         f"test accuracy {accuracy:.1%} of {len(predictions)} images, {len(losses)} passes, "
         f"{watch.seconds:.0f} s, backend {args.backend} on {args.device}"
     )
+    print(f"plot: {picture}")
     return accuracy
 
 

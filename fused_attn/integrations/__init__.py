@@ -1,1 +1,1 @@
-"""One file for each library whose models can run on the fused kernel. Import the file of the one you use."""
+"""Each module here belongs to one library whose models can run on the fused kernel. Import the module that you need."""

@@ -1,14 +1,20 @@
-"""Hugging Face transformers: the fused kernel under its models.
+"""Puts the fused kernel under the models of Hugging Face transformers.
 
->>> from transformers import AutoModel
+>>> from transformers import BertConfig, BertModel
 >>> from fused_attn.integrations import huggingface
->>> model = huggingface.enable(AutoModel.from_pretrained("bert-base-uncased"))
+>>> config = BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+>>> model = huggingface.enable(BertModel(config))  # or BertModel.from_pretrained(...)
+>>> model.config._attn_implementation
+'fused_attn'
 
-Importing this module also registers the name, for ``from_pretrained(..., attn_implementation="fused_attn")``. `enable`
-does more than the name can: it refuses models that would ignore the name or be wrong under it, runs GPT-1, which has no
-choice of attention, and keeps the position bias of T5 and its family at O(L) memory.
+Importing this module also registers the name "fused_attn", for ``from_pretrained(..., attn_implementation=...)``.
+`enable` does more than the name can:
 
-Needs transformers 5.15 or newer (the extra ``huggingface``).
+- `enable` refuses models that would ignore the name, and models that would be wrong under the name.
+- `enable` puts GPT-1 on the fused kernel, although transformers offers no choice of attention for GPT-1.
+- `enable` keeps the position bias of T5 and its family at O(L) memory.
+
+This module needs transformers 5.15 or newer: ``pip install -e .[huggingface]``.
 """
 
 from __future__ import annotations
@@ -29,43 +35,45 @@ from transformers.masking_utils import (
 from fused_attn.api import fused_attention, fused_attention_varlen
 from fused_attn.dispatch import BACKEND_NAMES
 
-#: The name for ``attn_implementation``; ``"fused_attn.cpu"`` and the like insist on one backend.
+#: The name for ``attn_implementation``. A name such as ``"fused_attn.cpu"`` insists on one backend.
 NAME = "fused_attn"
 
-#: What the source of a model's module contains when its attention can be chosen by name.
+#: If the source of a model's module contains this name, the attention of the model can be chosen by name.
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
-#: Models that use the interface, or share a file with those, but give its masks to attention of their own as well,
-#: which takes them for what is added to scores.
+#: Models that use the interface, or share a file with models that do, but also give its masks to attention of their
+#: own. That attention would add the masks to its scores.
 _MISREADS_MASKS = ("bigbird_pegasus", "gemma4_audio", "git", "informer with ProbSparse attention")
 
-#: Models that cut rows or columns out of their masks themselves.
+#: Models that cut rows or columns out of their masks. Their masks must be dense.
 _NEEDS_DENSE_MASKS = ("pix2struct_text_model", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 
-#: What some layers give their attention function and no argument of `fused_attention` can express: the keys that sparse
-#: attention has chosen, and sinks for each query instead of for each head.
+#: Keyword arguments of attention functions that no argument of `fused_attention` can express:
+#: "indices" and "block_indices" are the keys that sparse attention has chosen, "sinks" are sinks for each query.
 _REFUSED = ("indices", "block_indices", "sinks")
 
 
 def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
     """Switch every transformers model in `model` to the fused kernel, in place.
 
-    Parameters, state dict and configuration files stay as they are: a model that is loaded again must be enabled again.
-    ``model.set_attn_implementation("eager")`` goes back, but for GPT-1; up to transformers 5.17, T5's encoder and
-    decoder each have to be told. Attention weights are never formed: ``output_attentions=True`` raises a ValueError,
-    but for GPT-2, which returns none.
+    - Parameters, state dict and configuration files stay as they are. A model that is loaded again must be enabled
+      again.
+    - ``model.set_attn_implementation("eager")`` goes back. Up to transformers 5.17, call this on T5's encoder and on
+      its decoder, too. GPT-1 cannot go back.
+    - Attention weights are never formed, so ``output_attentions=True`` raises ValueError. GPT-2 ignores this option and
+      returns no weights.
 
     Args:
-        model: a ``PreTrainedModel``, or a module with some inside.
+        model: a ``PreTrainedModel``, or a module that contains some.
         backend: see `fused_attention`.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: there is no transformers model in it.
-        ValueError: the backend has another name, or a model has attention of its own, which would ignore the choice
-            or be given masks that it misreads. The model is then as it was.
+        TypeError: `model` is no module, or contains no transformers model.
+        ValueError: there is no backend of this name, or a model has attention of its own, which would ignore the choice
+            or misread the masks. The model has not been changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -85,7 +93,8 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
     name = NAME if backend is None else f"{NAME}.{backend}"
     before = [module.config._attn_implementation for module in switchable]
     try:
-        # Innermost first, each by itself: up to transformers 5.17 T5's encoder and decoder do not hear of their parent.
+        # Each model is set by itself, the innermost first. Up to transformers 5.17, setting T5 leaves out its encoder
+        # and its decoder.
         for module in reversed(switchable):
             module.set_attn_implementation(name)
             if module.config._attn_implementation != name:
@@ -129,26 +138,36 @@ def attention(
     """An attention function of transformers' ``AttentionInterface``.
 
     Args:
-        module: the attention layer; without a mask, its ``is_causal`` counts where the argument is None.
+        module: the attention layer.
         query: (B, H, L, D).
         key: (B, Hkv, S, D).
         value: (B, Hkv, S, Dv).
-        attention_mask: None, a result of `attention_mask_of`, or (B|1, H|1, L, S), bool (True = attend) or added.
-        position_bias: (B|1, H, L, S), added; or (H, L + S - 1), the ``relative_bias`` of `fused_attention`; or without
-            any element, for none.
-        softcap: as in `fused_attention`.
+        attention_mask: None, a result of `attention_mask_of`, or (B|1, H|1, L, S). Bool: True = attend. Floating point:
+            added to the scores.
+        dropout: the ``dropout_p`` of `fused_attention`.
+        scaling: the ``scale`` of `fused_attention`.
+        is_causal: whether query i sees only the keys j <= i. A mask overrides this flag. None means the attribute
+            ``is_causal`` of `module`.
+        position_bias: one of three: (B|1, H, L, S), added to the scores; (H, L + S - 1), the ``relative_bias`` of
+            `fused_attention`; or an empty tensor, which means no bias.
+        softcap: the ``softcap`` of `fused_attention`.
         s_aux: (H,), the ``sinks`` of `fused_attention`.
-        cu_seq_lens_q: (num_sequences + 1,) int32, row offsets of sequences packed into one batch entry, with
-            ``max_length_q`` the longest; likewise for keys. A mask (B, 1, L, S) of bool is then not looked at, since
-            transformers derives it from the same sequences; do not give one of your own.
-        kwargs: ``sliding_window``, the keys that a query sees, its own included, is looked at for packed sequences
-            under such a mask alone. Everywhere else the mask says what the window is.
+        cu_seq_lens_q: (num_sequences + 1,) int32, the row offsets of sequences that are packed into one batch entry.
+            A bool mask (B, 1, L, S) is then not read, because transformers derives it from the same sequences. Give no
+            mask of your own.
+        cu_seq_lens_k: the same for the keys.
+        max_length_q: the longest of these sequences.
+        max_length_k: the same for the keys.
+        backend: see `fused_attention`.
+        kwargs: ``sliding_window`` is the number of keys that a query sees, its own included. The argument is read
+            for packed sequences with a bool mask (B, 1, L, S). Everywhere else, the mask says what the window is.
 
     Returns:
-        out (B, L, H, Dv), contiguous; and None for the weights.
+        out: (B, L, H, Dv), contiguous.
+        weights: None.
 
     Raises:
-        ValueError: the call asks for something that the kernel would not do.
+        ValueError: the call asks for something that the kernel does not compute.
     """
     if kwargs.get("output_attentions"):
         raise ValueError('output_attentions: expected False, since no weights are formed; use the attention "eager"')
@@ -176,7 +195,7 @@ def attention(
         )
         return out.unsqueeze(0).contiguous(), None
 
-    # A single query is the newest one, which sees every key.
+    # A single query is the newest token, which sees every key.
     masks = _masks(module, attention_mask, query, is_causal and query.shape[2] > 1)
     if position_bias is not None and position_bias.numel() > 0:
         if position_bias.ndim == 2:
@@ -203,29 +222,35 @@ def attention_mask_of(
 ) -> Tensor | None:
     """A mask function of transformers' ``AttentionMaskInterface`` that keeps common masks at O(S) memory.
 
-    The contents of a mask are not looked at: no decoding step waits for a device on their account.
+    The contents of a mask are not read, so no decoding step waits for a device because of a mask. The arguments are
+    those of transformers' own mask functions.
 
     Returns:
-        None: nothing is hidden.
-        (B, sides, 1, reach + 2, S) bool: a band; True = a key that is no padding. (1, ..., 1) without padding.
-            sides: 1 for causal, upper-left, and 2 for both. reach: how far a query sees on either side, -1 for all.
-            Made by expansion, it takes O(B S) memory. Given as `attention_mask` once more, it means the same.
-        (B, 1, 1, S) or (B, 1, L, S) bool: True = attend. Everything else, by transformers' own ``sdpa_mask``.
+        One of four:
+
+        - None: nothing is hidden.
+        - A band, (B, sides, 1, reach + 2, S) bool. True = the key is no padding. Without padding, B and S are 1. The
+          sizes of the other dimensions carry the numbers:
+          ``sides`` is 1 for a causal band (upper left) and 2 for a band on both sides;
+          ``reach`` is how far a query sees on each side, and -1 means all.
+          A band is expanded, so it takes O(B S) memory. A band that is given as `attention_mask` is returned.
+        - (B, 1, 1, S) bool: padding. True = attend.
+        - (B, 1, L, S) bool, made by transformers' own ``sdpa_mask``: every other mask. True = attend.
 
     Raises:
-        ValueError: the model has attention of its own, which would misread the mask; or `attention_mask` has a shape
-            that means nothing here.
+        ValueError: the model has attention of its own, which would misread the mask, or `attention_mask` has another
+            shape.
     """
     _check_reads_masks(type(config), _kind(config))
     if attention_mask is not None and attention_mask.ndim == 5:
-        return attention_mask  # made ahead of the model, by generate()
+        return attention_mask  # generate() made the mask before it called the model
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"attention_mask: expected (B, S) or (B, 1, L, S), got {tuple(attention_mask.shape)}")
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length]
-    # Only sliding windows and chunks have a local size, and only models with chunks have the setting for them. That a
-    # mask may be skipped means that nothing else has been laid over it.
+    # Only sliding windows and chunks have a local size, and only models with chunks have attention_chunk_size. If a
+    # mask may be skipped, no other mask has been combined with it.
     is_window = (
         local_size is not None
         and local_size == getattr(config, "sliding_window", None)
@@ -266,21 +291,21 @@ _register()
 
 
 def _is_zero(offset: int | Tensor) -> bool:
-    """A static cache counts in a tensor, which compiled code cannot look at."""
+    """Whether the offset is 0. A static cache counts in a tensor, whose value compiled code cannot read."""
     if isinstance(offset, Tensor):
         return not torch.compiler.is_compiling() and bool(offset == 0)
     return offset == 0
 
 
 def _band(padding: Tensor | None, sides: int, reach: int, device: torch.device | str | None) -> Tensor:
-    """(B, sides, 1, reach + 2, S), or (1, sides, 1, reach + 2, 1) without padding."""
+    """A band as `attention_mask_of` returns it: (B, sides, 1, reach + 2, S), or (1, sides, 1, reach + 2, 1)."""
     if padding is None:
         padding = torch.ones((1, 1), dtype=torch.bool, device=device)
     return padding[:, None, None, None].expand(-1, sides, -1, reach + 2, -1)
 
 
 def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: bool) -> dict[str, object]:
-    """The arguments of `fused_attention` for a mask that `attention_mask_of`, or somebody else, has made."""
+    """The arguments of `fused_attention` for a mask, whether `attention_mask_of` or other code has made it."""
     if mask is None:
         return {"is_causal": is_causal}
     if mask.ndim == 4:
@@ -309,7 +334,7 @@ def _packed_masks(
         if masks.keys() & {"attn_mask", "key_padding_mask"}:
             raise ValueError("attention_mask: expected None with cu_seq_lens_q, which says all about packed sequences")
         return masks
-    # Of packed sequences transformers makes dense masks for causal models alone.
+    # transformers makes dense masks of packed sequences only for causal models.
     if not is_causal:
         raise ValueError(
             f"cu_seq_lens_q: expected None, since {type(module).__name__} has a causal mask but does not call itself "
@@ -325,7 +350,7 @@ def _packed_masks(
 
 
 def _with_position_bias(position_bias: Tensor, mask: Tensor | None) -> Tensor:
-    """Both in one tensor that is added to the scores."""
+    """The position bias and the mask as one tensor that is added to the scores."""
     if mask is None:
         return position_bias
     if mask.dtype == torch.bool:
@@ -345,9 +370,9 @@ def _kind(config) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _check_reads_masks(config: type, kind: str | None) -> None:
-    """Raises ValueError if the model file beside this configuration asks for masks but has attention of its own.
+    """Raises ValueError if the model of this configuration asks for masks but has attention of its own.
 
-    Such models build additive masks for "eager" alone; they would add True and False to their scores.
+    Such a model expects additive masks, and would add True and False to its scores.
     """
     model_file = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
     is_model_file = model_file is not None and model_file.__name__ != config.__module__
@@ -362,31 +387,38 @@ def _check_reads_masks(config: type, kind: str | None) -> None:
 
 
 def _has_relative_bias(module: nn.Module) -> bool:
-    """An attention layer of T5's family: it computes a position bias, and gives it to the chosen attention function."""
+    """Whether a module is an attention layer of T5's family.
+
+    Such a layer computes a position bias and gives the bias to the chosen attention function.
+    """
     compute_bias = getattr(type(module), "compute_bias", None)
     if compute_bias is None or isinstance(module, _RelativeBias):
         return False
-    # By what the code says: names that it looks up (co_names), and the arguments that compute_bias takes (co_varnames).
+    # co_names are the names that the code of forward looks up. co_varnames begins with the arguments of compute_bias.
     code = getattr(type(module).forward, "__wrapped__", type(module).forward).__code__
     takes = compute_bias.__code__.co_varnames[: compute_bias.__code__.co_argcount]
     return _INTERFACE in code.co_names and takes[1:] == ("query_length", "key_length", "device", "past_seen_tokens")
 
 
 class _RelativeBias:
-    """Of an attention layer of T5's family: its position bias as (H, L + S - 1), which serves all layers."""
+    """A mixin for attention layers of T5's family. The position bias of a layer becomes (H, L + S - 1).
+
+    Under another attention, the layer computes its usual bias.
+    """
 
     def compute_bias(self, query_length, key_length, device=None, past_seen_tokens=0):
         if not self._is_fused:
             return super().compute_bias(query_length, key_length, device, past_seen_tokens)
         if not self.__dict__["has_relative_attention_bias"]:
             return torch.empty(self.n_heads, 0, device=device)
-        # Seen by the last query, the keys and as many more as there are queries lie at every distance.
+        # One query at position L - 1 meets L + S - 1 keys. These pairs have every distance of L queries and S keys.
         bias = super().compute_bias(1, query_length + key_length - 1, device, past_seen_tokens + query_length - 1)
         return bias[0, :, 0]
 
     @property
     def has_relative_attention_bias(self) -> bool:
-        # Asked for one, a layer without a bias answers with none. Not asked, it would make zeros for every pair.
+        # A layer without a bias would make zeros for every pair of positions. With True here, the layer calls
+        # compute_bias instead, which returns an empty tensor.
         return self._is_fused or self.__dict__["has_relative_attention_bias"]
 
     @property
@@ -409,18 +441,21 @@ def _is_gpt1_attention(module: nn.Module) -> bool:
 
 
 class _FusedGPT1:
-    """Of the attention layer of GPT-1, which transformers gives no choice."""
+    """A mixin for the attention layers of GPT-1, for which transformers offers no choice of attention."""
 
     backend = None
 
     def _attn(self, q, k, v, attention_mask=None, output_attentions=False):
-        """q (B, H, L, D), k (B, H, D, L), v (B, H, L, D), attention_mask (B, 1, 1, L) added -> [out (B, H, L, D)]"""
+        """[out (B, H, L, D)] of q (B, H, L, D), k (B, H, D, L), v (B, H, L, D), and attention_mask (B, 1, 1, L).
+
+        The mask is added to the scores.
+        """
         if output_attentions:
             raise ValueError("output_attentions: expected False, since the fused kernel forms no weights, got True")
         padding = None
         if attention_mask is not None:
             padding = attention_mask[:, 0, 0].expand(q.shape[0], -1)
-            # The lowest number stands for padding; as -inf its blocks are skipped.
+            # The lowest number stands for padding. As -inf, blocks of padding are skipped.
             padding = padding.masked_fill(padding == torch.finfo(padding.dtype).min, float("-inf"))
         out = fused_attention(
             q, k.transpose(-2, -1), v,
@@ -436,7 +471,7 @@ class _FusedGPT1:
         return _new_instance, (_FusedGPT1, type(self).__mro__[2]), self.__dict__
 
 
-# ---- Classes made of a layer's own and one of the above
+# ---- Classes that combine the class of a layer with one of the mixins above
 
 
 @functools.cache
@@ -445,6 +480,6 @@ def _subclass(mixin: type, layer: type) -> type:
 
 
 def _new_instance(mixin: type, layer: type) -> nn.Module:
-    """An empty instance, for copies and pickles: such a class has no name to find it by."""
+    """An empty instance, for copies and pickles. Pickle cannot find a class of `_subclass` by a name."""
     cls = _subclass(mixin, layer)
     return cls.__new__(cls)

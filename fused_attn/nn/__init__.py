@@ -1,4 +1,4 @@
-"""Modules: `torch.nn.MultiheadAttention`, `torch.nn.Transformer*` and what is built of them, on the fused kernel."""
+"""Modules on the fused kernel: `torch.nn.MultiheadAttention`, `torch.nn.Transformer*`, and models built of these."""
 
 from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.cache import CrossAttentionCache, KVCache, LayerCache, SelfAttentionCache

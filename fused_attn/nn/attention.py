@@ -29,59 +29,77 @@ from fused_attn.nn.weights import attention_weights
 class AttentionCache(Protocol):
     """What `FusedMultiheadAttention` asks of a cache; `fused_attn.nn.cache` has the implementations.
 
-    A static cache (``is_static``) is filled once, with a memory that does not grow: it also has
-    ``get(memory) -> (keys, values) or None``, which raises ValueError for another memory than the one it was filled
-    with, and is filled with ``update(key, value, memory)``.
+    A static cache is filled once, with a memory that does not grow. Such a cache has two more methods:
+
+    - ``get(memory)`` returns (keys, values), or None before the cache is filled. For another memory than that of the
+      cache, ``get`` raises ValueError.
+    - ``update(key, value, memory)`` fills the cache.
     """
 
+    #: Whether the cache is filled once.
     is_static: bool
 
     @property
     def length(self) -> int:
-        """Rows stored so far."""
+        """Number of rows in the cache."""
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append key (B, Hkv, L, D) and value (B, Hkv, L, D); all rows (B, Hkv, length, D) so far."""
+        """Appends key (B, Hkv, L, D) and value (B, Hkv, L, D); returns all rows so far, (B, Hkv, length, D) each."""
 
 
 class FusedMultiheadAttention(nn.MultiheadAttention):
-    """Drop-in `torch.nn.MultiheadAttention` whose output always comes from the fused kernel, weights wanted or not.
+    """`torch.nn.MultiheadAttention` whose output always comes from the fused kernel.
 
-    Constructor, forward contract and state-dict keys are those of the parent class; what follows `dtype` is new.
-    State dicts load both ways as long as the new options are off. For a query that may attend to nothing, where the
-    parent can return NaN, the weights are zero, the output is the bias of ``out_proj`` and the gradients are zero.
+    Constructor, forward contract and state-dict keys are those of the parent class. The arguments after `dtype` are
+    new. State dicts load both ways as long as the new options are off.
 
-    Padded keys and values may hold anything, NaN included, as far as the output goes. The projections, however, see
-    every row of the inputs: NaN in a padded row still reaches the gradients of ``in_proj_weight``, as zero times NaN.
+    >>> import torch
+    >>> from fused_attn import FusedMultiheadAttention
+    >>> attention = FusedMultiheadAttention(64, 4, batch_first=True)
+    >>> x = torch.randn(2, 10, 64)  # (N, L, E)
+    >>> is_padding = torch.arange(10) >= torch.tensor([[10], [7]])  # (N, S), True = ignore this key
+    >>> out, weights = attention(x, x, x, key_padding_mask=is_padding)
+    >>> out.shape, weights.shape
+    (torch.Size([2, 10, 64]), torch.Size([2, 10, 10]))
 
-    With a cache each call takes only the tokens that are new:
+    With a cache, each call takes only the new tokens:
 
+    >>> from fused_attn.nn import SelfAttentionCache
     >>> cache = SelfAttentionCache()
     >>> with torch.no_grad():
-    ...     for x in tokens:  # (1, N, E), or (N, 1, E) with batch_first
-    ...         out, _ = attention(x, x, x, need_weights=False, cache=cache)  # attends to all tokens so far
+    ...     for token in x.split(1, dim=1):  # (N, 1, E)
+    ...         out, _ = attention(token, token, token, need_weights=False, cache=cache)  # sees all tokens so far
+    >>> cache.length
+    10
+
+    The parent class can return NaN for a query that sees no key. Here, the output of such a query is the bias of
+    ``out_proj``, its weights are 0 and its gradients are 0.
+
+    Padded keys and values may hold anything, also NaN. The output does not change. The projections, however, read every
+    row of the inputs, so NaN in a padded row reaches the gradient of ``in_proj_weight``.
 
     Args:
         embed_dim: E.
-        num_heads: H; the head dim D is E / H.
-        dropout: probability of dropping an attention weight in training mode.
-        bias: biases for the input and output projections.
-        add_bias_kv: append a learnable row to keys and to values.
-        add_zero_attn: append a row of zeros to keys and to values.
-        kdim: features of the keys; default E.
-        vdim: features of the values; default E.
+        num_heads: H. The head dim D is E / H.
+        dropout: the probability of dropping an attention weight in training mode.
+        bias: whether the input and output projections have biases.
+        add_bias_kv: append a learnable row to the keys and one to the values.
+        add_zero_attn: append a row of zeros to the keys and one to the values.
+        kdim: features of the keys. The default is E.
+        vdim: features of the values. The default is E.
         batch_first: tensors are (N, L, E) instead of (L, N, E).
-        num_kv_heads: heads of keys and values, a divisor of H (grouped-query attention); default H. The projections of
-            keys and values then have ``num_kv_heads * D`` rows.
-        rotary: True, or the base of the angles (True = 10000.0): rotate queries and keys by position, see
-            `RotaryEmbedding`.
-        relative_bias: a callable, often a module such as `T5RelativeBias`, from ``(seqlen_q, seqlen_k)`` to a bias
-            (H, L + S - 1) for each distance between query and key; see `fused_attention`.
+        num_kv_heads: heads of keys and values (grouped-query attention), a divisor of H. The default is H. The
+            projections of keys and values have ``num_kv_heads * D`` rows.
+        rotary: True, or the base of the angles. Queries and keys are then rotated by their positions, see
+            `RotaryEmbedding`. True means the base 10000.0.
+        relative_bias: a callable from ``(seqlen_q, seqlen_k)`` to a bias (H, L + S - 1), one entry for each distance
+            between query and key; see `fused_attention`. `T5RelativeBias` is such a callable.
         backend: see `fused_attention`.
 
     Raises:
-        ValueError, TypeError: an argument does not fit. Where num_heads does not divide embed_dim, the ValueError is
-            an AssertionError too, as in the parent class.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a value that does not fit. If num_heads does not divide embed_dim, the error is also
+            an AssertionError, as in the parent class.
     """
 
     def __init__(
@@ -135,20 +153,31 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, backend: str | None = None) -> FusedMultiheadAttention:
-        """A fused module that shares everything with a `torch.nn.MultiheadAttention`: parameters, hooks, mode.
+        """A fused module that shares parameters, hooks and training mode with a `torch.nn.MultiheadAttention`.
+
+        >>> import torch
+        >>> from fused_attn import FusedMultiheadAttention
+        >>> module = torch.nn.MultiheadAttention(64, 4)
+        >>> fused = FusedMultiheadAttention.from_torch(module)
+        >>> fused.in_proj_weight is module.in_proj_weight
+        True
+
+        Args:
+            module: the module to share with.
+            backend: see `fused_attention`.
 
         Raises:
-            TypeError: module is something else.
-            ValueError: backend is no name of one, or the module's dropout no probability.
+            TypeError: the module is no `torch.nn.MultiheadAttention`, or it is a `FusedMultiheadAttention` already.
+            ValueError: there is no backend of this name, or the module's dropout is no probability.
         """
         if not isinstance(module, nn.MultiheadAttention) or isinstance(module, FusedMultiheadAttention):
             raise TypeError(f"module: expected a torch.nn.MultiheadAttention, got {type(module).__name__}")
         check_backend(backend)
         checks.check_probability("dropout", module.dropout)
         fused = cls.__new__(cls)
-        # The same dicts of parameters and hooks, so that optimizers and the handles of hooks stay valid.
+        # Both modules have the same dicts of parameters and hooks, so optimizers and handles of hooks stay valid.
         fused.__dict__.update(module.__dict__)
-        # What module.compile() has made calls the old module.
+        # If module.compile() was called, its result would call the old module.
         fused.__dict__.pop("_compiled_call_impl", None)
         fused.num_kv_heads = module.num_heads
         fused.rotary = fused.relative_bias = None
@@ -168,40 +197,45 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         *,
         cache: AttentionCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of `query` over `key` and `value`.
+        """Attention of `query` over `key` and `value`, all of the dtype of the module unless autocast is on.
 
         Args:
             query: (L, N, E), or (N, L, E) with batch_first, or (L, E).
             key: (S, N, kdim), or (N, S, kdim) with batch_first, or (S, kdim).
             value: (S, N, vdim), or (N, S, vdim) with batch_first, or (S, vdim).
-            key_padding_mask: (N, S), or (S,) without a batch. Bool: True = ignore the key; blocks of such keys are
+            key_padding_mask: (N, S), or (S,) without a batch. Bool: True = ignore the key, and blocks of such keys are
                 skipped. Floating point: added to the scores.
-            need_weights: also return the weights. They cost O(L * S) memory; the output does not depend on them.
+            need_weights: also return the weights, which take O(L * S) memory. The output does not depend on this.
             attn_mask: (L, S) or (N * H, L, S). Bool: True = may NOT attend. Floating point: added to the scores. A
-                ``torch.nn.attention.bias`` causal bias is taken as it is and costs no memory.
-            average_attn_weights: the mean of the weights over the heads.
-            is_causal: a hint that attn_mask is the causal mask. As in the parent class it is believed, and attn_mask
-                not read, unless weights are wanted or a key_padding_mask is given. Without an attn_mask, where the
-                parent class raises, it is the causal mask itself; only wanted weights then raise.
-            cache: keys and values of earlier calls: a `SelfAttentionCache`, a `CrossAttentionCache` or the like. A
-                self-attention cache makes the call causal: query i, at position ``cache.length + i``, sees the rows up
-                to its own; key_padding_mask then covers all rows so far. A static one (``cache.is_static``) keeps the
-                projections of the first `key` and `value` it meets, and later calls must bring the same `key`.
+                causal bias of ``torch.nn.attention.bias`` takes no memory.
+            average_attn_weights: return the mean of the weights over the heads.
+            is_causal: a hint that attn_mask is the causal mask. As in the parent class, the hint is believed and
+                attn_mask is not read, unless weights are wanted or a key_padding_mask is given. Without an attn_mask,
+                is_causal=True means the causal mask itself. The parent class raises there. This class raises only if
+                weights are wanted.
+            cache: the keys and values of earlier calls.
+                A `SelfAttentionCache` makes the call causal: query i has the position ``cache.length + i`` and sees all
+                rows up to its own. key_padding_mask then covers all rows so far.
+                A static cache, such as `CrossAttentionCache`, keeps the projections of the first `key` and `value`.
+                Later calls must bring the same `key`.
 
-        Query, key and value may be nested tensors (N, length, E) with ``layout=torch.jagged``, where batch_first is
-        set. They need no padding mask, and take no other mask, no cache and no rotary embedding; is_causal then means
-        what it says, and need_weights must be False. One with ``layout=torch.strided``, which torch's own encoder makes
-        of padded ones in eval mode, may be query, key and value at once, in a module with any options.
+        Two kinds of nested tensors (N, length, E) are accepted:
+
+        - ``layout=torch.jagged``, for query, key and value, if batch_first is set. is_causal=True then means the causal
+          mask. need_weights must be False. Masks, caches and rotary embeddings are refused.
+        - ``layout=torch.strided``, if one tensor is query, key and value. torch's own encoder makes such a tensor of a
+          padded one in eval mode. The module may have any options.
 
         Returns:
-            The output, laid out as query, and with need_weights the weights, after dropout: (N, L, S), or
-            (N, H, L, S) without averaging, N missing where query has none. S counts the rows that add_bias_kv and
-            add_zero_attn append.
+            out: the shape of query, with E features.
+            weights: None without need_weights. Otherwise (N, L, S), or (N, H, L, S) without averaging, after dropout.
+                N is missing if query has no batch. S includes the rows of add_bias_kv and add_zero_attn.
 
         Raises:
-            AssertionError, RuntimeError: the inputs do not fit, where the parent class raises them.
-            TypeError: query, key or value is no tensor, or the cache is none of an attention module.
-            ValueError: the cache does not fit the call, or key is not what a static one was filled with.
+            AssertionError: a shape or the dtype of a mask does not fit, as in the parent class.
+            RuntimeError: a size, dtype or device does not fit, as in the parent class.
+            TypeError: query, key or value is no tensor, or `cache` is not the cache of an attention module.
+            ValueError: the cache does not fit the call, or a static cache was filled with another `key`.
         """
         if has_torch_function_variadic(query, key, value):
             options = {} if cache is None else {"cache": cache}
@@ -256,7 +290,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         elif is_causal and attn_mask is None:
             if need_weights:
                 raise RuntimeError("attn_mask: expected the causal mask of which is_causal=True is a hint, got None")
-            # Rows that are appended are visible to every query, which no diagonal can express.
+            # Every query sees the appended rows. No diagonal can express this, so the mask becomes dense.
             mask = _Mask(_above(0, seqlen_q, k) if self._num_appended else None, None if self._num_appended else 0)
         else:
             mask = _believed_mask(attn_mask, is_causal, key_padding_mask is None and not need_weights)
@@ -312,7 +346,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return q.like(self.out_proj(out.flatten(-2)))
 
     def _strided_forward(self, x: Tensor, is_causal: bool) -> Tensor:
-        """(N, length, E) from a nested x of that shape. Padded meanwhile, since padding goes with every option."""
+        """(N, length, E) from a nested x of the same shape, by way of a padded copy, which goes with every option."""
         lengths = [row.shape[0] for row in x.unbind()]
         padded = x.to_padded_tensor(0.0)
         positions = torch.arange(padded.shape[1], device=x.device)
@@ -321,7 +355,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return torch.nested.as_nested_tensor([row[:length] for row, length in zip(out, lengths, strict=True)])
 
     def _check_nested(self, key_padding_mask, need_weights: bool, attn_mask, cache, is_strided: bool) -> None:
-        """Raises ValueError where nested tensors come with what needs dense ones."""
+        """Raises ValueError if an argument or an option needs dense tensors."""
         for name, given in (
             ("key_padding_mask", key_padding_mask),
             ("attn_mask", attn_mask),
@@ -347,7 +381,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
     ) -> None:
-        """Raises AssertionError, as the parent does, where the inputs do not belong together."""
+        """Raises AssertionError, as the parent class does, if the inputs do not belong together."""
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -389,7 +423,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., E) and twice (..., Hkv * D): one matrix product for self-attention, two where value is key."""
+        """query (..., E), key and value (..., Hkv * D), projected.
+
+        Self-attention takes one matrix product. If value is key, two products are enough.
+        """
         kv_dim = self.num_kv_heads * self.head_dim
         sizes = (self.embed_dim, kv_dim, kv_dim)
         bias = self.in_proj_bias
@@ -409,9 +446,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return tuple(F.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
 
     def _check_projected(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Raises why the projections do not take the inputs. Asked when they have failed, so that no call waits for it.
+        """Raises RuntimeError that names the input which the projections do not take.
 
-        RuntimeError, as of torch's own operators, whose words do not say what is wrong with which argument.
+        The projections have failed before this is called, so calls that succeed do not wait for the checks. torch's own
+        operators raise RuntimeError, too, but their messages name no argument.
         """
         weight = self.out_proj.weight
         for name, x, features in (
@@ -435,22 +473,28 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return F.linear(query, weight, None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim])
 
     def _split_heads(self, x: Tensor, seq_dim: int, position: int | None = None) -> Tensor:
-        """(N, L, heads * D) or (L, N, heads * D) -> (N, heads, L, D) without a copy; rotated if given a position."""
+        """(N, L, heads * D) or (L, N, heads * D) -> (N, heads, L, D), without a copy.
+
+        With a position, rows are rotated: the first row of x has that position. A module without `rotary` rotates none.
+        """
         x = x.view(*x.shape[:2], x.shape[2] // self.head_dim, self.head_dim)
         if self.rotary is not None and position is not None:
             x = self.rotary(x, seq_dim, position)
         return x.transpose(1, 2) if seq_dim == 1 else x.permute(1, 2, 0, 3)
 
     def _relative_bias(self, position: int, seqlen_q: int, seqlen_k: int) -> Tensor | None:
-        """(H, L + S - 1) or (L + S - 1,) for queries at `position` and after."""
+        """(H, L + S - 1) or (L + S - 1,). The first query has the position `position`."""
         if self.relative_bias is None:
             return None
         bias = self.relative_bias(position + seqlen_q, seqlen_k)
-        # The last L rows of a longer matrix lie on its first L + S - 1 diagonals.
+        # The queries are the last L rows of a longer matrix. These lie on the first L + S - 1 diagonals of that matrix.
         return bias[..., : seqlen_q + seqlen_k - 1] if position else bias
 
     def _append_rows(self, x: Tensor, row: Tensor | None) -> Tensor:
-        """x (N, Hkv, S, D) with bias_k or bias_v (1, 1, Hkv * D) and a row of zeros after it, where the options ask."""
+        """x (N, Hkv, S, D) with the rows of add_bias_kv and add_zero_attn at its end.
+
+        row: bias_k or bias_v, (1, 1, Hkv * D), or None.
+        """
         rows = [x]
         if row is not None:
             row = row.to(x.dtype).view(1, self.num_kv_heads, 1, self.head_dim)
@@ -459,12 +503,13 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             rows.append(x.new_zeros(*x.shape[:2], 1, self.head_dim))
         return torch.cat(rows, dim=2) if len(rows) > 1 else x
 
-    #: is_causal=True without a mask is the causal mask. Wrappers of the module (checkpoint, compile) pass this on.
+    #: Whether is_causal=True without a mask is the causal mask. Wrappers of the module (checkpoint, compile) pass this
+    #: attribute on.
     takes_is_causal = True
 
     @property
     def takes_cache(self) -> bool:
-        """A cache may be passed to forward."""
+        """Whether a cache may be passed to forward."""
         return not self._num_appended and accepts_cache(self.forward)
 
     @property
@@ -472,7 +517,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return (self.bias_k is not None) + self.add_zero_attn
 
     def _checked_mask(self, mask: _Mask, key_padding_mask: Tensor | None, seqlen_q: int, key: Tensor) -> _Mask:
-        """The mask with the polarity and the (N, H, L, S) dimensions of `fused_attention`; key is (N, Hkv, S, D)."""
+        """The mask with the polarity and the dimensions (N, H, L, S) of `fused_attention`; key is (N, Hkv, S, D).
+
+        Raises AssertionError or RuntimeError if a mask has the wrong shape.
+        """
         batch, seqlen_k = key.shape[0], key.shape[2]
         if key_padding_mask is not None and key_padding_mask.shape != (batch, seqlen_k):
             raise AssertionError(
@@ -500,11 +548,14 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return _Mask(attn_mask.logical_not() if attn_mask.dtype == torch.bool else attn_mask, None)
 
     def _padded(self, mask: Tensor | None) -> Tensor | None:
-        """The mask (..., S) with columns for the appended rows: False or 0.0, hence visible in either kind of mask."""
+        """The mask (..., S) with columns for the appended rows.
+
+        The columns hold False or 0.0, which means visible in a mask of this module.
+        """
         return F.pad(mask, (0, self._num_appended)) if mask is not None and self._num_appended else mask
 
     def _drop_kv_rows(self) -> None:
-        """Shrinks the parameters of the parent class to num_kv_heads heads of keys and values."""
+        """Shrinks the parameters of the parent class to `num_kv_heads` heads of keys and values."""
         kv_dim = self.num_kv_heads * self.head_dim
         packed = self.embed_dim + 2 * kv_dim
         for name, size in (
@@ -520,53 +571,55 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
 
 class _Mask(NamedTuple):
-    """The attn_mask of one call. With a diagonal, query i sees the keys j <= i + diagonal.
+    """The attn_mask of one call."""
 
-    attn_mask: None, (L, S) or (N, H, L, S); with a diagonal the causal bias that says the same, or None if it is 0
-    """
-
+    #: None, (L, S) or (N, H, L, S). With a diagonal: the causal bias of that diagonal, or None for the diagonal 0.
     attn_mask: Tensor | None
+    #: None, or query i sees the keys j <= i + diagonal.
     diagonal: int | None
 
 
 def _believed_mask(attn_mask: Tensor | None, is_causal: bool, is_believed: bool) -> _Mask:
-    """What a mask and a hint come to, where the hint is believed and where it is not."""
+    """The mask of a call with the hint `is_causal`. If the hint is not believed, attn_mask alone decides."""
     diagonal = None if attn_mask is None else causal_bias_offset(attn_mask)
     if is_causal and is_believed and diagonal is None:
-        # As in the parent class, this hides the appended rows too.
+        # The diagonal hides the appended rows, too. The parent class does the same.
         return _Mask(None, 0)
     return _Mask(attn_mask, diagonal)
 
 
 def _cached_mask(attn_mask: Tensor | None, is_causal: bool, position: int, seqlen_q: int) -> _Mask:
-    """What makes L new rows from `position` on causal among themselves and let them see all earlier ones."""
+    """The mask of L new rows, the first of which has the position `position`.
+
+    The new rows see all earlier rows, and they are causal among themselves.
+    """
     if attn_mask is not None and not is_causal and causal_bias_offset(attn_mask) is None:
         raise ValueError("attn_mask: expected None, or is_causal=True, with a self-attention cache, got a tensor")
     if seqlen_q == 1:
         return _Mask(None, None)
     if position == 0:
         return _Mask(None, 0)
-    # Imported here: the module takes a second to import, and only prefilling in chunks comes this way.
+    # This import stands here because the import takes a second, and only prefilling in chunks needs the module.
     from torch.nn.attention.bias import causal_lower_right
 
     return _Mask(causal_lower_right(seqlen_q, position + seqlen_q), position)
 
 
 def _above(diagonal: int, seqlen_q: int, key: Tensor) -> Tensor:
-    """(L, S) bool, True for the keys j > i + diagonal; key is (N, Hkv, S, D)."""
+    """(L, S) bool. True stands for the keys j > i + diagonal; key is (N, Hkv, S, D)."""
     return torch.ones(seqlen_q, key.shape[2], dtype=torch.bool, device=key.device).triu(diagonal + 1)
 
 
 def keep_fast_path_off(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Makes torch's encoder layer call a fused self-attention in inference, too; a hook on registering modules.
+    """This hook on registering modules makes torch's encoder layer call a fused self-attention in inference, too.
 
-    The layer has a path that computes plain attention from the parameters of ``self_attn``, without a call of it. It
-    does not take that path where a hook would be skipped, and so it gets one that does nothing.
+    The encoder layer has a fast path, which computes plain attention from the parameters of ``self_attn`` and does not
+    call ``self_attn``. torch leaves the fast path if the layer has a hook. So the layer gets a hook that does nothing.
     """
     if (
         name == "self_attn"
         and isinstance(parent, nn.TransformerEncoderLayer)
-        and not hasattr(type(parent), "takes_is_causal")  # our own layer has no such path
+        and not hasattr(type(parent), "takes_is_causal")  # our own layer has no fast path
         and any(isinstance(module, FusedMultiheadAttention) for module in child.modules())
         and _nothing not in parent._forward_pre_hooks.values()
     ):
@@ -577,14 +630,14 @@ def _nothing(module: nn.Module, inputs: tuple) -> None:
     pass
 
 
-# However the attention gets there: by assignment, in the constructor of a subclass, through a tool.
+# The hook sees every way of replacing the attention: an assignment, the constructor of a subclass, a tool.
 register_module_module_registration_hook(keep_fast_path_off)
 
 
 def accepts_cache(method: Callable) -> bool:
-    """A method takes the keyword ``cache``: methods with torch's own signature do not."""
+    """Whether a method takes the keyword ``cache``. Methods with torch's own signature do not."""
     function = getattr(method, "__func__", None)
-    if function is None or torch.compiler.is_compiling():  # a callable of one instance is not to be kept alive
+    if function is None or torch.compiler.is_compiling():  # remembering a callable would keep its instance alive
         return _has_cache_parameter(method)
     return _remembered_cache_parameter(function)
 
@@ -598,12 +651,12 @@ _remembered_cache_parameter = functools.lru_cache(maxsize=256)(_has_cache_parame
 
 
 def batch_layout(batch_first: bool) -> str:
-    """For messages about sizes that do not fit, because the layout is what is most often mistaken."""
+    """The layout of the inputs, for messages about sizes: a wrong layout is the most common mistake."""
     return f"batch_first={batch_first} means inputs {'(N, L, E)' if batch_first else '(L, N, E)'}"
 
 
 class NotADivisorError(ValueError, AssertionError):
-    """A ValueError as all of ours, and what torch.nn raises where the heads do not divide the features."""
+    """The heads do not divide the features. torch.nn raises an AssertionError there, and this library a ValueError."""
 
 
 def check_sizes(least: int, **sizes: int | None) -> None:
@@ -620,7 +673,7 @@ def check_divides(name: str, divisor: int, whole_name: str, whole: int) -> None:
 
 
 def check_backend(backend: str | None) -> None:
-    """Raises ValueError if there is no such backend. Whether it can run a call depends on the call."""
+    """Raises ValueError if there is no backend of this name. Whether a backend can run a call depends on the call."""
     if backend is not None and backend not in BACKEND_NAMES:
         raise ValueError(f"backend: expected None or one of {BACKEND_NAMES}, got {backend!r}")
 

@@ -1,8 +1,11 @@
-"""Keys and values kept between decoding steps, so that each step computes only its new tokens.
+"""Keys and values that are kept between decoding steps, so that each step computes only its new tokens.
 
-A decoder gets one `KVCache` and hands ``cache.layers[i]`` to its layer i. That layer hands ``.self_attention`` to its
-self-attention, whose keys grow by one step at a time, and ``.cross_attention`` to its cross-attention, whose keys are
-those of the encoder memory and are computed once.
+A decoder gets one `KVCache`. The parts of the cache go to the parts of the decoder:
+
+- ``cache.layers[i]`` goes to layer i.
+- ``cache.layers[i].self_attention`` goes to the self-attention of that layer. Its keys grow with every step.
+- ``cache.layers[i].cross_attention`` goes to the cross-attention of that layer. Its keys are those of the encoder
+  memory, and are computed once.
 """
 
 from __future__ import annotations
@@ -10,21 +13,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Rows of the first buffer of a cache without max_length; it doubles whenever it is full.
+#: Rows of the first buffer of a cache without max_length. The buffer doubles whenever it is full.
 MIN_CAPACITY = 16
 
 
 class SelfAttentionCache:
     """The keys and values of every token so far.
 
-    Rows are written into a buffer that doubles when it is full (or that has max_length rows from the start), so that a
-    step copies its own rows and, on average, no more than one older row for each of them.
+    >>> import torch
+    >>> from fused_attn.nn import SelfAttentionCache
+    >>> cache = SelfAttentionCache()
+    >>> row = torch.randn(2, 8, 1, 64)  # (B, Hkv, L, D), one new token
+    >>> with torch.no_grad():
+    ...     _ = cache.update(row, row)
+    ...     keys, values = cache.update(row, row)
+    >>> keys.shape
+    torch.Size([2, 8, 2, 64])
 
-    With gradients enabled every step concatenates instead, which copies all rows: autograd needs the tensors of earlier
-    steps unchanged, be it only for the gradient of a query. So decode under ``torch.no_grad()`` where none is wanted.
+    Rows are written into a buffer. A full buffer doubles. With max_length, the buffer has all rows from the start. So a
+    step copies its own rows and, on average, at most one older row for each of these.
+
+    With gradients enabled, every step concatenates, which copies all rows. Autograd needs the tensors of earlier steps
+    unchanged, even if only a query has a gradient. So decode under ``torch.no_grad()`` if you need no gradient.
+
+    Args:
+        max_length: the most rows. None means no limit.
+
+    Raises:
+        TypeError: max_length is no int.
+        ValueError: max_length is below 1.
     """
 
-    is_static = False
+    is_static = False  # the cache grows
 
     def __init__(self, max_length: int | None = None):
         if max_length is not None:
@@ -38,15 +58,17 @@ class SelfAttentionCache:
         """Append the new rows and return all rows so far.
 
         Args:
-            key: (B, Hkv, L, D), the keys of L new tokens.
-            value: (B, Hkv, L, Dv).
+            key: (B, Hkv, L, D), the keys of L new tokens, of the dtype and device of the first ones.
+            value: (B, Hkv, L, Dv), the values of these tokens.
 
         Returns:
-            keys (B, Hkv, length, D) and values (B, Hkv, length, Dv), the new rows included. They are views of the
-            buffers; a later update leaves their contents as they are.
+            keys: (B, Hkv, length, D), the new rows included.
+            values: (B, Hkv, length, Dv), the new rows included.
+                Both are views of the buffers. A later update does not change their contents.
 
         Raises:
-            ValueError: the shapes do not belong together or to the rows in the cache, or max_length would be exceeded.
+            ValueError: key and value have shapes that do not fit each other or the rows in the cache, another dtype or
+                device, or too many rows for max_length.
         """
         _check_pair(key, value)
         if self._keys is not None:
@@ -83,16 +105,27 @@ class SelfAttentionCache:
         return buffer
 
     def _selected(self, buffer: Tensor, indices: Tensor) -> Tensor:
-        # Views of the old buffer may still be in use, and only the rows that are filled need to move.
+        # This makes a new buffer, because views of the old one may still be in use. Only filled rows are copied.
         selected = buffer.new_empty(indices.shape[0], *buffer.shape[1:])
         selected[:, :, : self.length] = buffer[:, :, : self.length].index_select(0, indices)
         return selected
 
 
 class CrossAttentionCache:
-    """The keys and values of the encoder memory: filled by the first step, read by the others."""
+    """The keys and values of the encoder memory. The first step fills the cache, and the other steps read it.
 
-    is_static = True
+    >>> import torch
+    >>> from fused_attn import FusedMultiheadAttention
+    >>> from fused_attn.nn import CrossAttentionCache
+    >>> attention = FusedMultiheadAttention(64, 4, batch_first=True)
+    >>> memory, cache = torch.randn(2, 10, 64), CrossAttentionCache()
+    >>> for token in torch.randn(2, 3, 64).split(1, dim=1):  # (N, 1, E)
+    ...     out, _ = attention(token, memory, memory, need_weights=False, cache=cache)
+    >>> cache.length
+    10
+    """
+
+    is_static = True  # the cache is filled once
 
     def __init__(self):
         self._pair: tuple[Tensor, Tensor] | None = None
@@ -100,34 +133,35 @@ class CrossAttentionCache:
 
     @property
     def length(self) -> int:
-        """Rows of the memory; 0 before the first step."""
+        """Number of rows of the memory; 0 before the first step."""
         return 0 if self._pair is None else self._pair[0].shape[2]
 
     def get(self, memory: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """(keys (B, Hkv, S, D), values (B, Hkv, S, Dv)), or None before the first step.
 
         Args:
-            memory: what this step would compute them from. If it is another tensor than that of the step before, its
-                values are compared, for which a GPU is waited for; after `reorder` or in a traced graph only sizes are.
+            memory: the memory of this step, to be compared with the memory of the step before. The same tensor needs no
+                comparison. The values of another tensor are compared, which waits for a GPU. After `reorder`, and in a
+                traced graph, only the sizes are compared.
 
         Raises:
-            ValueError: it is not the memory that the cache was filled with.
+            ValueError: the cache was filled with another memory.
         """
         if self._pair is not None and memory is not None:
             self._check_memory(memory)
         return self._pair
 
     def update(self, key: Tensor, value: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Fill the cache with the keys (B, Hkv, S, D) and values (B, Hkv, S, Dv) of the memory, and return them.
+        """Fill the cache with the keys and values of the memory, and return both.
 
         Args:
             key: (B, Hkv, S, D).
             value: (B, Hkv, S, Dv).
-            memory: what they were computed from, kept for `get` to compare.
+            memory: the memory that key and value were computed from. `get` compares later ones with this memory.
 
         Raises:
-            ValueError: the shapes do not belong together.
-            RuntimeError: the cache is filled already; another memory needs another cache.
+            ValueError: key and value have shapes that do not fit each other.
+            RuntimeError: the cache is filled already. Another memory needs another cache.
         """
         _check_pair(key, value)
         if self._pair is not None:
@@ -139,7 +173,7 @@ class CrossAttentionCache:
         """Batch entry n becomes what entry ``indices[n]`` was; see `KVCache.reorder`."""
         if self._pair is not None:
             self._pair = tuple(x.index_select(0, indices) for x in self._pair)
-            self._memory = None  # the next step brings the one in the new order
+            self._memory = None  # the next step brings the memory in the new order
 
     def _check_memory(self, memory: Tensor) -> None:
         if memory is self._memory:
@@ -160,7 +194,20 @@ class CrossAttentionCache:
 
 
 class LayerCache:
-    """What one decoder layer keeps."""
+    """The part of a `KVCache` that belongs to one decoder layer.
+
+    >>> import torch
+    >>> from fused_attn import TransformerDecoderLayer
+    >>> from fused_attn.nn import LayerCache
+    >>> layer, cache = TransformerDecoderLayer(64, 4, batch_first=True), LayerCache()
+    >>> with torch.no_grad():
+    ...     out = layer(torch.randn(2, 1, 64), torch.randn(2, 10, 64), cache=cache)
+    >>> cache.self_attention.length, cache.cross_attention.length
+    (1, 10)
+
+    Args:
+        max_length: see `KVCache`.
+    """
 
     def __init__(self, max_length: int | None = None):
         self.self_attention = SelfAttentionCache(max_length)
@@ -168,18 +215,26 @@ class LayerCache:
 
 
 class KVCache:
-    """What a decoder keeps between decoding steps.
+    """The keys and values that a decoder keeps between decoding steps.
 
-    >>> cache = KVCache(num_layers=6)
-    >>> for _ in range(steps):
-    ...     out = decoder(newest_token, memory, cache=cache)  # (B, 1, E); sees all earlier tokens
+    >>> import torch
+    >>> from fused_attn import KVCache, TransformerDecoder, TransformerDecoderLayer
+    >>> decoder = TransformerDecoder(TransformerDecoderLayer(64, 4, batch_first=True), num_layers=2)
+    >>> memory, newest_token = torch.randn(2, 10, 64), torch.randn(2, 1, 64)
+    >>> cache = KVCache(num_layers=2)
+    >>> with torch.no_grad():
+    ...     for _ in range(3):
+    ...         newest_token = decoder(newest_token, memory, cache=cache)  # (B, 1, E), sees all earlier tokens
+    >>> cache.length
+    3
 
     Args:
-        num_layers: decoder layers.
-        max_length: the longest target. The buffers then have this size from the start; by default they grow.
+        num_layers: the number of decoder layers.
+        max_length: the longest target. The buffers then have this size from the start. By default the buffers grow.
 
     Raises:
-        TypeError, ValueError: a number that is no int, or below 1.
+        TypeError: a number is no int.
+        ValueError: a number is below 1.
     """
 
     def __init__(self, num_layers: int, max_length: int | None = None):
@@ -192,16 +247,23 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache, which is the position of the next one."""
+        """Number of tokens in the cache. This is also the position of the next token."""
         return self.layers[0].self_attention.length
 
     def reorder(self, indices: Tensor, *, include_cross_attention: bool = True) -> None:
-        """Batch entry n becomes what entry ``indices[n]`` was: beam search keeps some hypotheses, twice or not at all.
+        """Batch entry n becomes what entry ``indices[n]`` was. Beam search needs this.
+
+        >>> import torch
+        >>> from fused_attn import KVCache
+        >>> cache = KVCache(num_layers=1)
+        >>> rows = torch.randn(3, 8, 5, 64)  # (B, Hkv, L, D)
+        >>> _ = cache.layers[0].self_attention.update(rows, rows)
+        >>> cache.reorder(torch.tensor([2, 0, 0]))  # keeps entry 2 once, entry 0 twice, and drops entry 1
 
         Args:
-            indices: (new B,) int64 on the device of the cache. Fewer or more entries than before are allowed.
-            include_cross_attention: False saves the copy when every entry keeps the memory it has, as it does when
-                hypotheses change places among the beams of one source.
+            indices: (new B,) int64 or int32, on the device of the cache. The new batch may be smaller or larger.
+            include_cross_attention: False saves a copy. Pass False if every entry keeps its memory, as when hypotheses
+                change places among the beams of one source.
 
         Raises:
             TypeError: indices is no tensor.
@@ -227,7 +289,7 @@ def _check_count(name: str, count: int) -> None:
 
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:
-    """Of one dtype, device and shape, with the same values; NaN, which padding may hold, equals NaN."""
+    """Whether a and b have the same dtype, device, shape and values. Padding may hold NaN, so NaN equals NaN here."""
     if (a.dtype, a.device, a.shape) != (b.dtype, b.device, b.shape):
         return False
     return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
@@ -241,7 +303,7 @@ def _check_pair(key: Tensor, value: Tensor) -> None:
 
 
 def _check_continues(name: str, buffer: Tensor, rows: Tensor) -> None:
-    """The new rows have the batch size, heads, columns, dtype and device of the rows in the cache."""
+    """Raises ValueError unless the new rows have the sizes, dtype and device of the rows in the cache."""
     batch, heads, _, columns = buffer.shape
     if (batch, heads, columns) != (rows.shape[0], rows.shape[1], rows.shape[3]):
         raise ValueError(

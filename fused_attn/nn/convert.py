@@ -1,4 +1,4 @@
-"""`convert_attention`: the fused kernel under an existing model."""
+"""`convert_attention` puts the fused kernel under an existing model."""
 
 from __future__ import annotations
 
@@ -18,30 +18,43 @@ from fused_attn.nn.transformer import (
 def convert_attention(model: nn.Module, backend: str | None = None) -> nn.Module:
     """Replace every `torch.nn.MultiheadAttention` in a model by a `FusedMultiheadAttention`, in place.
 
-    The new modules hold the same Parameter objects and hooks, so optimizers and hook handles stay valid, and training
+    >>> import torch
+    >>> from fused_attn import convert_attention
+    >>> layer = torch.nn.TransformerEncoderLayer(64, 4, batch_first=True)
+    >>> model = convert_attention(torch.nn.TransformerEncoder(layer, num_layers=2))
+    >>> type(model.layers[0].self_attn).__name__
+    'FusedMultiheadAttention'
+
+    The new modules hold the same Parameter objects and hooks, so optimizers and handles of hooks stay valid. Training
     mode, dtype, device and requires_grad stay what they are.
 
-    Torch's encoder layers have an inference path that computes attention without calling their attention module. An
-    `nn.TransformerEncoderLayer`, `nn.TransformerEncoder`, `nn.TransformerDecoderLayer` or `nn.TransformerDecoder`
-    whose attention has been replaced therefore becomes an instance of the subclass of that name in `fused_attn`, with
-    all its attributes. Instances of other subclasses keep their class; they, too, call the new attention, since encoder
-    layers get a forward pre-hook that does nothing, which keeps torch from the inference path. So does an encoder layer
-    to which a `FusedMultiheadAttention` is assigned by hand.
+    torch's encoder layers have an inference path that computes attention without calling their attention module. Two
+    things keep a layer from this path:
 
-    Instances of subclasses of `nn.MultiheadAttention`, which parametrised modules are, too, and those with a forward of
-    their own are left alone, with a warning that names them. A replaced module on which ``compile()`` was called is no
-    longer compiled.
+    - An `nn.TransformerEncoderLayer`, `nn.TransformerEncoder`, `nn.TransformerDecoderLayer` or `nn.TransformerDecoder`
+      whose attention has been replaced gets another class: the subclass of the same name in `fused_attn`. All
+      attributes stay.
+    - Instances of other subclasses keep their class. Encoder layers among them get a forward pre-hook that does
+      nothing, because torch leaves the inference path if there is a hook. An encoder layer also gets this hook if a
+      `FusedMultiheadAttention` is assigned by hand.
+
+    Some modules are left alone, and a warning names them:
+
+    - instances of subclasses of `nn.MultiheadAttention`; parametrised modules are such instances,
+    - modules with a forward of their own.
+
+    If ``compile()`` was called on a module that is replaced, the new module is not compiled.
 
     Args:
         model: any module.
-        backend: for the new modules, see `fused_attention`.
+        backend: the backend of the new modules, see `fused_attention`.
 
     Returns:
-        The model; a new module if the model itself is an `nn.MultiheadAttention`.
+        The model. If the model itself is an `nn.MultiheadAttention`, the new module.
 
     Raises:
         TypeError: model is no module.
-        ValueError: backend is no name of one.
+        ValueError: there is no backend of this name.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -70,7 +83,7 @@ def convert_attention(model: nn.Module, backend: str | None = None) -> nn.Module
 
 
 def _convert_layers(model: nn.Module) -> None:
-    # Layers before stacks: what a stack becomes depends on its layers.
+    # Layers come before stacks, because the class of a stack depends on its layers.
     for module in model.modules():
         if type(module) is nn.TransformerEncoderLayer and _is_fused(module.self_attn):
             module.__class__ = TransformerEncoderLayer
@@ -80,7 +93,7 @@ def _convert_layers(model: nn.Module) -> None:
             module.__class__ = TransformerDecoderLayer
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(map(_has_fused_attention, module.layers)):
-            # It was decided at construction, from the attention that was there.
+            # The constructor decided this from the attention that was there before.
             module.use_nested_tensor = False
             if type(module) is nn.TransformerEncoder:
                 module.__class__ = TransformerEncoder

@@ -11,12 +11,18 @@ from fused_attn.relative_bias import check_buckets, t5_relative_bias
 class RotaryEmbedding(nn.Module):
     """Rotary position embedding (Su et al., 2021) in the half-split order of GPT-NeoX and Llama.
 
-    Columns i and i + D/2 of a row at position p turn by the angle ``p * base ** (-2 i / D)``. It has no parameters and
-    no buffers: the angles are computed in float32 at least, whatever dtype the model is cast to.
+    Columns i and i + D/2 of a row at position p turn by the angle ``p * base ** (-2 i / D)``. The module has no
+    parameters and no buffers. The angles are computed in float32, or in float64 for float64 inputs, whatever dtype the
+    model is cast to.
+
+    >>> import torch
+    >>> from fused_attn.nn import RotaryEmbedding
+    >>> RotaryEmbedding(64)(torch.randn(2, 8, 10, 64)).shape  # (B, H, L, D), rows at positions 0 to 9
+    torch.Size([2, 8, 10, 64])
 
     Args:
-        head_dim: D, even.
-        base: larger = slower rotation.
+        head_dim: D, an even number.
+        base: a larger base means slower rotation.
 
     Raises:
         ValueError: head_dim is odd, or base is not positive.
@@ -32,7 +38,16 @@ class RotaryEmbedding(nn.Module):
         self.base = base
 
     def forward(self, x: Tensor, seq_dim: int = -2, offset: int = 0) -> Tensor:
-        """x (..., D) with row n of dimension seq_dim turned to position ``offset + n``."""
+        """x (..., D), rotated. Row n of dimension `seq_dim` has the position ``offset + n``.
+
+        Args:
+            x: (..., D), floating point.
+            seq_dim: the dimension of x that counts positions.
+            offset: the position of the first row.
+
+        Returns:
+            A tensor of the shape and dtype of x.
+        """
         dtype = torch.promote_types(x.dtype, torch.float32)
         seq_dim %= x.dim()
         exponent = torch.arange(0, self.head_dim, 2, device=x.device, dtype=dtype) / self.head_dim
@@ -48,20 +63,30 @@ class RotaryEmbedding(nn.Module):
 
 
 class T5RelativeBias(nn.Module):
-    """T5's learnable bucketed relative position bias, for ``FusedMultiheadAttention(relative_bias=...)``.
+    """T5's learnable relative position bias, for ``FusedMultiheadAttention(relative_bias=...)``.
 
-    Its weight starts at zero, which is attention without positions, and takes the rows of T5's own
-    ``relative_attention_bias`` embedding. One instance may serve all layers, as in T5. (T5 itself does not scale its
-    scores by ``1 / sqrt(head_dim)``; where its weights are to be reused, fold that factor into the query projection.)
+    >>> import torch
+    >>> from fused_attn import FusedMultiheadAttention
+    >>> from fused_attn.nn import T5RelativeBias
+    >>> attention = FusedMultiheadAttention(64, 4, batch_first=True, relative_bias=T5RelativeBias(num_heads=4))
+    >>> x = torch.randn(2, 10, 64)
+    >>> out, _ = attention(x, x, x, need_weights=False)
+
+    Distances share the rows of a table, called buckets. The weight (num_buckets, H) is this table. The weight
+    starts at zero, which is attention without positions. T5's own ``relative_attention_bias.weight`` can be loaded.
+    One instance may serve all layers, as in T5.
+
+    T5 itself does not scale its scores by ``1 / sqrt(head_dim)``. If you load T5's weights, multiply the weight of the
+    query projection by ``sqrt(head_dim)``.
 
     Args:
-        num_buckets: rows of the table; half of them for keys after the query when bidirectional.
+        num_buckets: rows of the table. If bidirectional, half of them are for keys after the query.
         num_heads: H.
         bidirectional: True for encoders, False for causal decoders.
-        max_distance: all distances from here on share a bucket.
+        max_distance: all distances from this one on share a bucket.
 
     Raises:
-        ValueError: num_heads is below 1, there are too few buckets, or max_distance is too small for them.
+        ValueError: num_heads is below 1, there are too few buckets, or max_distance is too small for the buckets.
     """
 
     def __init__(
@@ -83,11 +108,16 @@ class T5RelativeBias(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Attention without positions."""
+        """Sets the weight to zero, which is attention without positions."""
         nn.init.zeros_(self.weight)
 
     def forward(self, seqlen_q: int, seqlen_k: int) -> Tensor:
-        """(H, L + S - 1), as `fused_attention` takes it."""
+        """The bias (H, L + S - 1), the `relative_bias` of `fused_attention`.
+
+        Args:
+            seqlen_q: L, the number of queries.
+            seqlen_k: S, the number of keys.
+        """
         return t5_relative_bias(self.weight, seqlen_q, seqlen_k, self.bidirectional, self.max_distance)
 
     def extra_repr(self) -> str:

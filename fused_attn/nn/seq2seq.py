@@ -1,4 +1,4 @@
-"""`Seq2SeqTransformer`: tokens to tokens, for training with padded batches and for generation with a KV cache."""
+"""`Seq2SeqTransformer` maps tokens to tokens, trains on padded batches, and generates with a KV cache."""
 
 from __future__ import annotations
 
@@ -31,8 +31,17 @@ MINUS_INF = float("-inf")
 class Seq2SeqTransformer(nn.Module):
     """Encoder-decoder Transformer over tokens ("Attention is all you need"), with embeddings and generator.
 
-    Every batch is batch-first and padded with ``pad_id`` on the right. Masks are built from the tokens: padding as
-    (B, S) masks and the causal mask as a flag, so that no (L, S) mask is ever stored.
+    >>> import torch
+    >>> from fused_attn import Seq2SeqTransformer
+    >>> model = Seq2SeqTransformer(100, 80, d_model=64, nhead=4, num_encoder_layers=2, num_decoder_layers=2)
+    >>> src, tgt = torch.randint(3, 100, (4, 20)), torch.randint(3, 80, (4, 12))  # 0 is padding
+    >>> src[1, 15:] = 0
+    >>> model(src, tgt).shape
+    torch.Size([4, 12, 80])
+    >>> tokens = model.generate(src, max_new_tokens=5)
+
+    Every batch is batch-first and padded with ``pad_id`` on the right. The model builds the masks from the tokens:
+    (B, S) masks for padding, and a flag for the causal mask. No (L, S) mask is ever stored.
 
     Args:
         src_vocab_size: source tokens are in [0, src_vocab_size).
@@ -40,17 +49,19 @@ class Seq2SeqTransformer(nn.Module):
         d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation, norm_first: as in
             `torch.nn.Transformer`. ``dropout`` also applies to the embeddings.
         max_len: the longest source or target.
-        positional: "sinusoidal" or "learned" position embedding, or "rotary": queries and keys of self-attention are
-            rotated by their positions.
-        pad_id, sos_id, eos_id: three different tokens: padding, which is ignored wherever it stands; the start of every
-            target; the end of a target.
-        share_embeddings: one token embedding for source and target; the two vocabularies must have one size.
+        positional: "sinusoidal" or "learned" for a position embedding. With "rotary", queries and keys of
+            self-attention are rotated by their positions.
+        pad_id: the token for padding. Padding is ignored wherever it stands.
+        sos_id: the token at the start of every target.
+        eos_id: the token at the end of a target. pad_id, sos_id and eos_id must be different.
+        share_embeddings: source and target have the same token embedding. The vocabularies must have the same size.
         tie_generator: the generator uses the weight of the target embedding.
-        num_kv_heads: key/value heads of every attention; fewer than ``nhead`` make the KV cache smaller (GQA).
-        backend: attention backend, as in `fused_attention`.
+        num_kv_heads: heads of keys and values in every attention (GQA). Fewer than ``nhead`` make the KV cache smaller.
+        backend: see `fused_attention`.
 
     Raises:
-        ValueError: an argument does not fit; the message names it, what was expected and what came.
+        TypeError: a size is no int.
+        ValueError: an argument has a value that does not fit.
     """
 
     def __init__(
@@ -104,7 +115,7 @@ class Seq2SeqTransformer(nn.Module):
         for name in ("src_positions", "tgt_positions"):
             table = nn.Parameter(torch.empty(max_len, d_model, **factory)) if positional == "learned" else None
             self.register_parameter(name, table)
-        self._sinusoids: Tensor | None = None  # made at need, see _sinusoidal
+        self._sinusoids: Tensor | None = None  # made when first needed, see _sinusoidal
         self.embedding_dropout = nn.Dropout(dropout)
 
         def attention(rotary: bool) -> FusedMultiheadAttention:
@@ -134,34 +145,36 @@ class Seq2SeqTransformer(nn.Module):
         encoder_layer.self_attn = attention(rotary=positional == "rotary")
         decoder_layer.self_attn = attention(rotary=positional == "rotary")
         decoder_layer.multihead_attn = attention(rotary=False)
-        # Pre-norm layers leave their sum unnormalised; post-norm ones end in a norm already.
+        # Pre-norm layers leave their sum unnormalised, so a norm follows. Post-norm layers end in a norm already.
         norms = [nn.LayerNorm(d_model, **factory) if norm_first else None for _ in range(2)]
         self.encoder = TransformerEncoder(encoder_layer, num_encoder_layers, norms[0])
         self.decoder = TransformerDecoder(decoder_layer, num_decoder_layers, norms[1])
         self.generator = nn.Linear(d_model, tgt_vocab_size, **factory)
         self._tie_generator = tie_generator
-        # Loading with assign=True makes a parameter of each entry.
+        # Loading with assign=True makes a parameter of each entry, which unties the weights.
         self.register_load_state_dict_post_hook(_tie_after_loading)
         self._init_weights()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform matrices as in `torch.nn.Transformer`; embeddings of unit variance once scaled.
+        """Fills every parameter with its initial values.
 
-        Everything is filled, so that a model made with ``device="meta"`` can be used after ``to_empty(device=...)`` and
-        this, or after loading a state dict.
+        Matrices are Xavier-uniform, as in `torch.nn.Transformer`. Embeddings have unit variance after they are scaled.
+
+        A model that was made with ``device="meta"`` can be used after ``to_empty(device=...)`` and a call of this
+        method. Instead of this method, you may load a state dict.
         """
         modules = [*self.encoder.modules(), *self.decoder.modules()]
         for module in modules:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        # After their out_proj, whose bias starts at zero.
+        # Attention comes after the loop above has reset its out_proj, because the bias of out_proj starts at zero.
         for module in modules:
             if isinstance(module, nn.MultiheadAttention):
                 module._reset_parameters()
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """What the constructors of the layers have not done."""
+        """The part of the initialisation that the constructors of the layers have not done."""
         for stack in (self.encoder, self.decoder):
             for parameter in stack.parameters():
                 if parameter.dim() > 1:
@@ -181,7 +194,7 @@ class Seq2SeqTransformer(nn.Module):
             self.generator.reset_parameters()
 
     def _apply(self, fn, recurse=True):
-        # to_empty and conversions to another kind of device make new parameters, one for each place.
+        # to_empty and conversions to another kind of device make a new parameter for each place, which unties weights.
         weight, generator_weight = self._tied_weights()
         super()._apply(fn, recurse)
         if weight is not None and generator_weight is weight:
@@ -189,7 +202,7 @@ class Seq2SeqTransformer(nn.Module):
         return self
 
     def _tied_weights(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of embedding and generator; None where an adapter or another module has taken the place."""
+        """The weights of embedding and generator. None stands for a module that an adapter has replaced."""
         return tuple(module._parameters.get("weight") for module in (self.tgt_embedding, self.generator))
 
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
@@ -197,13 +210,14 @@ class Seq2SeqTransformer(nn.Module):
 
         Args:
             src: (B, S) int64 or int32, padded with ``pad_id``.
-            tgt: (B, T), beginning with ``sos_id``, padded with ``pad_id``.
+            tgt: (B, T) int64 or int32, which begins with ``sos_id`` and is padded with ``pad_id``.
 
         Returns:
-            logits (B, T, tgt_vocab_size); ``logits[:, t]`` depends on ``tgt[:, : t + 1]`` alone.
+            logits: (B, T, tgt_vocab_size). Of the targets, ``logits[:, t]`` depends on ``tgt[:, : t + 1]`` alone.
 
         Raises:
-            TypeError, ValueError: tokens of the wrong dtype, shape or range.
+            TypeError: the tokens have another dtype.
+            ValueError: the tokens have a wrong shape, or some are out of range.
         """
         if has_torch_function_variadic(src, tgt):
             node = call_node(self, src, tgt)
@@ -214,7 +228,19 @@ class Seq2SeqTransformer(nn.Module):
         return self.decode(tgt, *self.encode(src))
 
     def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
-        """(memory (B, S, E), memory_key_padding_mask (B, S), True = ignore) of the source tokens (B, S)."""
+        """The memory of the source tokens, for `decode`.
+
+        Args:
+            src: (B, S) int64 or int32, padded with ``pad_id``.
+
+        Returns:
+            memory: (B, S, E).
+            memory_key_padding_mask: (B, S) bool, True = ignore.
+
+        Raises:
+            TypeError: the tokens have another dtype.
+            ValueError: the tokens have a wrong shape, or some are out of range.
+        """
         x = self._embed("src", src, self.src_embedding)
         padding = src == self.pad_id
         return self.encoder(x, src_key_padding_mask=padding), padding
@@ -230,16 +256,21 @@ class Seq2SeqTransformer(nn.Module):
         """Logits (B, T, tgt_vocab_size) of the token that follows each of the target tokens (B, T).
 
         Args:
-            tgt: (B, T). With a cache, only the tokens that are new since the last call; padding among them is then no
-                longer ignored, which matters only to tokens that follow padding.
+            tgt: (B, T) int64 or int32. With a cache: only the tokens that are new since the last call. Padding among
+                them is then not ignored. This matters only to tokens that follow padding.
             memory: (B, S, E), from `encode`.
             memory_key_padding_mask: (B, S), from `encode`.
-            cache: a new ``KVCache(num_decoder_layers)`` at the first call of a generation, the same one at the others.
+            cache: a new ``KVCache(num_decoder_layers)`` at the first call of a generation. Pass the same cache to the
+                later calls.
+
+        Raises:
+            TypeError: the tokens have another dtype, or the cache is no `KVCache`.
+            ValueError: the tokens have a wrong shape, some are out of range, or the cache does not fit.
         """
         start = 0 if cache is None else cache.length
         x = self._embed("tgt", tgt, self.tgt_embedding, start)
         arguments = {"memory_key_padding_mask": memory_key_padding_mask}
-        if cache is not None:  # with one, self-attention is causal by itself
+        if cache is not None:  # self-attention with a cache is causal by itself
             arguments["cache"] = cache
         else:
             arguments |= {"tgt_key_padding_mask": tgt == self.pad_id, "tgt_is_causal": True}
@@ -262,30 +293,34 @@ class Seq2SeqTransformer(nn.Module):
         length_penalty: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Targets for the sources: the likeliest token each time, or sampled tokens, or the best of a beam search.
+        """Generate a target for each source: greedily, by sampling, or by beam search.
 
-        Dropout is off meanwhile. What a source gets does not depend on the others in its batch (except when sampling).
-        ``pad_id`` and ``sos_id`` are never generated. Where the decoder has layers or self-attention of other classes,
-        which take no cache, each step computes all tokens anew, with a warning.
+        - Dropout is off during the generation.
+        - The target of a source does not depend on the other sources in the batch, unless tokens are sampled.
+        - ``pad_id`` and ``sos_id`` are never generated.
+        - If a layer of the decoder, or its self-attention, is of a class that takes no cache, each step computes all
+          tokens again, and a warning says so.
 
         Args:
-            src: (B, S), padded with ``pad_id``.
+            src: (B, S) int64 or int32, padded with ``pad_id``.
             max_new_tokens: the most tokens of a target, ``eos_id`` included; at most ``max_len``.
-            num_beams: hypotheses kept for each source; 1 = no beam search. A search ends when ``num_beams`` hypotheses
-                have ended and no other one scores better so far. Ended hypotheses win over unfinished ones.
-            do_sample: draw each token from its distribution instead of taking the likeliest.
+            num_beams: the number of hypotheses for each source; 1 = no beam search. A search ends when ``num_beams``
+                hypotheses have ended and no unfinished one scores better. An ended hypothesis wins over unfinished
+                ones.
+            do_sample: draw each token from its distribution. With False, the likeliest token is taken.
             temperature: divides the logits before sampling.
             top_k: sample among the k likeliest tokens.
             top_p: sample among the fewest likeliest tokens whose probabilities add up to at least top_p.
-            length_penalty: a hypothesis of n tokens scores ``log-probability / n ** length_penalty``; beam search only.
-            generator: source of the random numbers; default: torch's.
+            length_penalty: for beam search. A hypothesis of n tokens scores ``log-probability / n ** length_penalty``.
+            generator: source of the random numbers. The default is torch's generator.
 
         Returns:
-            tokens (B, N), N <= max_new_tokens: without ``sos_id``, with ``eos_id``, and ``pad_id`` after it. For an
-            empty batch N is 0.
+            tokens: (B, N) int64, N <= max_new_tokens. Each target is without ``sos_id`` and ends with ``eos_id``, which
+                ``pad_id`` follows. A target of max_new_tokens may be without ``eos_id``. An empty batch has N = 0.
 
         Raises:
-            TypeError, ValueError: an argument is out of range or does not go with the others.
+            TypeError: the tokens have another dtype, or a number is no int.
+            ValueError: an argument is out of range, or two arguments exclude each other.
         """
         self._check_generate(max_new_tokens, num_beams, do_sample, temperature, top_k, top_p, length_penalty)
         with _evaluating(self):
@@ -306,7 +341,7 @@ class Seq2SeqTransformer(nn.Module):
     def _extend(
         self, memory: Tensor, padding: Tensor, max_new_tokens: int, choose: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Append one chosen token at a time to every target; (B, N)."""
+        """Appends one token at a time to every target; returns (B, N). `choose` maps logits (B, V) to tokens (B,)."""
         batch = memory.shape[0]
         cache = self._new_cache()
         tokens = torch.full((batch, 1 + max_new_tokens), self.pad_id, device=memory.device)
@@ -323,10 +358,12 @@ class Seq2SeqTransformer(nn.Module):
     def _beam_search(
         self, memory: Tensor, padding: Tensor, max_new_tokens: int, num_beams: int, length_penalty: float
     ) -> Tensor:
-        """The best hypothesis of each source; (B, N).
+        """The best hypothesis of each source, (B, N). K is `num_beams`.
 
-        live:  (B, K, 1 + max_new_tokens) the likeliest unfinished hypotheses, best first; log-probabilities (B, K)
-        ended: (B, K, 1 + max_new_tokens) the best finished ones, best first; scores (B, K), -inf where there is none
+        live:  (B, K, 1 + max_new_tokens) holds the likeliest unfinished hypotheses, best first.
+               live_log_p (B, K) holds their log-probabilities.
+        ended: (B, K, 1 + max_new_tokens) holds the best finished hypotheses, best first.
+               ended_scores (B, K) holds their scores. -inf means that there is no such hypothesis yet.
         """
         batch, device = memory.shape[0], memory.device
         memory, padding = (x.repeat_interleave(num_beams, dim=0) for x in (memory, padding))
@@ -334,18 +371,18 @@ class Seq2SeqTransformer(nn.Module):
         live = torch.full((batch, num_beams, 1 + max_new_tokens), self.pad_id, device=device)
         live[:, :, 0] = self.sos_id
         ended = live
-        # All beams begin as the same hypothesis, so only one of them may count.
+        # All beams of a source begin as the same hypothesis, so only one of them may count.
         live_log_p = torch.full((batch, num_beams), MINUS_INF, device=device, dtype=_float_dtype(memory))
         live_log_p[:, :1] = 0.0
         ended_scores = torch.full_like(live_log_p, MINUS_INF)
         is_done = torch.zeros(batch, 1, dtype=torch.bool, device=device)
-        first_row = torch.arange(batch, device=device)[:, None] * num_beams  # of each source, in the rows of memory
+        first_row = torch.arange(batch, device=device)[:, None] * num_beams  # the first row of each source in memory
 
         for end in range(1, 1 + max_new_tokens):
             log_p = self._next_logits(live[:, :, :end].flatten(0, 1), memory, padding, cache).log_softmax(dim=-1)
             vocab = log_p.shape[1]
             log_p = live_log_p[:, :, None] + log_p.view(batch, num_beams, vocab)  # (B, K, V)
-            # At most K of these end, so that at least K go on.
+            # At most K of these 2K hypotheses end, so at least K go on.
             log_p, index = log_p.flatten(1).topk(2 * num_beams)  # (B, 2K)
             beam, token = index // vocab, index % vocab
             hypotheses = _select(live, beam)
@@ -369,25 +406,28 @@ class Seq2SeqTransformer(nn.Module):
         return tokens[:, : int((tokens != self.pad_id).sum(dim=1).amax())]
 
     def _new_cache(self) -> KVCache | None:
-        """None where the decoder takes no cache, because of a layer or an attention that is not ours."""
+        """A new cache, or None with a warning if a layer or an attention of another class takes no cache."""
         if getattr(self.decoder, "takes_cache", False):
             return KVCache(len(self.decoder.layers))
         warnings.warn(
             "generate: each step computes all tokens anew, since a layer of the decoder, or its self-attention, takes "
             "no cache (fused_attn.TransformerDecoderLayer and FusedMultiheadAttention do)",
-            stacklevel=5,  # who calls generate, which no_grad wraps
+            stacklevel=5,  # the caller of generate; no_grad adds frames in between
         )
         return None
 
     def _next_logits(self, tokens: Tensor, memory: Tensor, padding: Tensor, cache: KVCache | None) -> Tensor:
-        """Logits (B, V), at least float32, of what follows the tokens (B, L), of which a cache has all but the last."""
+        """Logits (B, V), at least float32, of the token that follows the tokens (B, L).
+
+        A cache already has all of these tokens except the last.
+        """
         logits = self.decode(tokens if cache is None else tokens[:, -1:], memory, padding, cache=cache)[:, -1]
         logits = logits.to(_float_dtype(logits))
         logits[:, [self.pad_id, self.sos_id]] = MINUS_INF
         return logits
 
     def _embed(self, name: str, tokens: Tensor, embedding: nn.Embedding, start: int = 0) -> Tensor:
-        """(B, L) tokens at positions start, start + 1, ... to (B, L, E)."""
+        """Embeds tokens (B, L), the first of which has the position `start`; returns (B, L, E)."""
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}: expected int64 or int32 tokens, got {tokens.dtype}")
         if tokens.dim() != 2:
@@ -411,16 +451,17 @@ class Seq2SeqTransformer(nn.Module):
         return self.embedding_dropout(x)
 
     def _sinusoidal(self, x: Tensor) -> Tensor:
-        """(max_len, E), the position of each row, in the dtype and on the device of x.
+        """The sinusoidal table (max_len, E), in the dtype and on the device of x.
 
-        This is no buffer: what only the constructor fills is lost wherever modules are made on "meta" and filled with
-        parameters alone, and dtypes of buffers and parameters can differ (mixed precision).
+        The table is no buffer, for two reasons. A model that is made on "meta" and then gets its parameters would lose
+        a buffer that only the constructor fills. And with mixed precision, buffers and parameters can have different
+        dtypes.
         """
         table = self._sinusoids
         if table is None or table.dtype != x.dtype or table.device != x.device or table.shape[0] != self.max_len:
             with torch.inference_mode(False):
                 table = sinusoidal_positions(self.max_len, self.d_model, device=x.device, dtype=x.dtype)
-            # What a tracer or a transform has made is of no use after it.
+            # A table that was made under a tracer or a transform is of no use afterwards, so it is not stored.
             if type(x) is Tensor and modes.is_direct() and not torch.compiler.is_compiling():
                 self._sinusoids = table
         return table
@@ -466,8 +507,15 @@ def _tie_after_loading(model: Seq2SeqTransformer, incompatible_keys) -> None:
 
 
 def sinusoidal_positions(length: int, d_model: int, *, device=None, dtype=None) -> Tensor:
-    """(length, d_model): sines of geometrically spaced wavelengths in the even columns, cosines in the odd ones."""
-    # float64 until the end: the angles grow with the position, and a rounded angle is a shifted position.
+    """A table (length, d_model) of sines in the even columns and cosines in the odd ones.
+
+    The wavelengths grow geometrically from column to column. The default dtype is torch's default dtype.
+
+    >>> from fused_attn.nn.seq2seq import sinusoidal_positions
+    >>> sinusoidal_positions(10, 64).shape
+    torch.Size([10, 64])
+    """
+    # Angles are float64 until the end. Angles grow with the position, and a rounded angle would shift the position.
     position = torch.arange(length, device=device, dtype=torch.float64)[:, None]
     rate = torch.exp(torch.arange(0, d_model, 2, device=device, dtype=torch.float64) * (-math.log(10000.0) / d_model))
     table = torch.stack(((position * rate).sin(), (position * rate).cos()), dim=-1).flatten(1)
@@ -475,7 +523,16 @@ def sinusoidal_positions(length: int, d_model: int, *, device=None, dtype=None) 
 
 
 def sampling_probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """(B, V) probabilities to draw from, 0 for what top_k and then top_p exclude; the likeliest token always stays."""
+    """Probabilities (B, V) to draw from.
+
+    Tokens that top_k excludes have the probability 0, and so have those that top_p then excludes. The likeliest token
+    always stays.
+
+    >>> import torch
+    >>> from fused_attn.nn.seq2seq import sampling_probabilities
+    >>> sampling_probabilities(torch.tensor([[0.0, 0.0, -1.0]]), temperature=1.0, top_k=2, top_p=None)
+    tensor([[0.5000, 0.5000, 0.0000]])
+    """
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]
@@ -484,24 +541,24 @@ def sampling_probabilities(logits: Tensor, temperature: float, top_k: int | None
     if top_p is None:
         return probabilities
     ordered, order = probabilities.sort(dim=-1, descending=True)
-    before = ordered.cumsum(dim=-1) - ordered  # of the likelier tokens
+    before = ordered.cumsum(dim=-1) - ordered  # the sum over the likelier tokens
     kept = ordered.masked_fill(before >= top_p, 0.0)
     return torch.zeros_like(probabilities).scatter(-1, order, kept / kept.sum(dim=-1, keepdim=True))
 
 
 def _select(hypotheses: Tensor, index: Tensor) -> Tensor:
-    """(B, N, length) and (B, K) to (B, K, length)."""
+    """From hypotheses (B, N, length) those with the numbers index (B, K); returns (B, K, length)."""
     return hypotheses.gather(1, index[:, :, None].expand(-1, -1, hypotheses.shape[2]))
 
 
 def _float_dtype(x: Tensor) -> torch.dtype:
-    """Probabilities of many tokens are added up in at least float32."""
+    """The dtype in which probabilities of many tokens are added up: at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode; afterwards each one as it was."""
+    """Puts every submodule into eval mode, and afterwards back into the mode that it had."""
     training = [submodule for submodule in module.modules() if submodule.training]
     module.eval()
     try:

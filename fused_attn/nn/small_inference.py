@@ -1,7 +1,7 @@
-"""Small self-attention without gradients in one native call.
+"""Small self-attention without gradients, in one native call.
 
-Where there is little to multiply, most of the time of a module goes into calling one operator after another. Here the
-projections and the attention are one call of the CPU kernels.
+A small module spends most of its time on calling one operator after another. Here, the projections and the attention
+are one call of the CPU kernels.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from fused_attn.backends.cpu import _C, DTYPES, MAX_HEAD_DIM
 if TYPE_CHECKING:
     from fused_attn.nn.attention import FusedMultiheadAttention
 
-#: Multiply-adds of the projections. Up to here this takes at most 0.85 of the general way's time, on one core or two,
-#: and a third of it where rows are few.
+#: The most multiply-adds of the projections for which this way is taken. Up to this size, the native call takes at
+#: most 0.85 of the time of the general way, on one core or two. With few rows it takes a third of that time.
 MOST_PRODUCTS = 2_000_000
 
 
 def self_attention(
     module: FusedMultiheadAttention, x: Tensor, key_padding_mask: Tensor | None, is_causal: bool
 ) -> Tensor | None:
-    """(N, L, E) from x (N, L, E) and key_padding_mask (N, L) bool; None where only the general way can.
+    """The output (N, L, E) of the module for x (N, L, E), or None if only the general way can compute it.
 
-    The caller has ruled out gradients, a cache, wanted weights and masks other than these.
+    key_padding_mask: None, or (N, L) bool, True = ignore.
+
+    The caller has ruled out gradients, a cache, wanted weights and all other masks.
     """
     if (
         _C is None
@@ -53,19 +55,20 @@ def self_attention(
 
 
 def is_plain(module: FusedMultiheadAttention) -> bool:
-    """Nothing observable differs where the weights are read and ``out_proj`` is not called. The one place to say so.
+    """Whether nobody can tell that the native call reads the weights and does not call ``out_proj``.
 
-    Not plain are
+    This function is the only place that decides so. These are not plain:
 
-    - subclasses of the module or of ``out_proj``, as parametrisations and FSDP2 make them, and adapters in its place;
-    - an ``out_proj`` with hooks, global ones included, or with a forward of its own, as offloading installs;
-    - parameters that are no plain `nn.Parameter`: merged, pruned, quantised, sharded;
-    - parameters whose data are not in memory as they seem: on another device, on "meta" until the call, sparse;
-    - calls under a mode that sees operators or functions, or that changes dtypes (autocast).
+    - Subclasses of the module or of ``out_proj``, such as parametrisations and FSDP2 make, and adapters in the place of
+      ``out_proj``.
+    - An ``out_proj`` with hooks or with a forward of its own, such as offloading installs. Global hooks count, too.
+    - Parameters that are no plain `nn.Parameter`: merged, pruned, quantised or sharded ones.
+    - Parameters whose data are elsewhere than they seem: on another device, on "meta" until the call, sparse.
+    - Calls under a mode that sees operators or functions, or that changes dtypes (autocast).
     """
     out_proj = module._modules["out_proj"]  # the dicts, since attributes of modules take three times as long
     return (
-        type(module).__base__ is nn.MultiheadAttention  # the class itself, which this module cannot import
+        type(module).__base__ is nn.MultiheadAttention  # FusedMultiheadAttention itself, which cannot be imported here
         and type(out_proj) is NonDynamicallyQuantizableLinear
         and "forward" not in out_proj.__dict__
         and not (out_proj._forward_hooks or out_proj._forward_pre_hooks)
@@ -82,7 +85,7 @@ def is_plain(module: FusedMultiheadAttention) -> bool:
 
 
 def _is_plain_parameter(module: nn.Module, name: str) -> bool:
-    x = module._parameters.get(name, False)  # None is a bias that is off, False what is no parameter any more
+    x = module._parameters.get(name, False)  # None is a bias that is off. False means: this is no parameter any more.
     return x is None or (type(x) is nn.Parameter and x.is_cpu and x.layout is torch.strided and x.is_contiguous())
 
 
@@ -102,7 +105,7 @@ def _takes_options(module: FusedMultiheadAttention) -> bool:
 def _takes_input(module: FusedMultiheadAttention, x: Tensor) -> bool:
     weight, out_weight = module._parameters["in_proj_weight"], module._modules["out_proj"]._parameters["weight"]
     return (
-        weight is not None  # as it is where kdim or vdim is another one
+        weight is not None  # None if kdim or vdim differs from embed_dim
         and type(x) is Tensor
         and x.dim() == 3
         and x.is_cpu

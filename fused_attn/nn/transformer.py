@@ -1,12 +1,21 @@
 """`torch.nn.Transformer` and its parts on `FusedMultiheadAttention`.
 
-Thin subclasses: parameters, feed-forward blocks and initialisation are the parents'. What differs: attention is always
-the fused kernel (no inference fast path, no nested tensors), boolean masks stay boolean, so that the kernel can skip
-padding, and decoders take a cache.
+These are thin subclasses. Parameters, feed-forward blocks and initialisation are those of the parents. Three things
+differ:
 
-What a stack passes to its layers are plain tensors, for hooks, checkpoints and mixed precision to handle; a mask that
-proves causal becomes None with is_causal=True. Layers whose ``takes_is_causal`` is not set are passed what torch's
-stacks pass, and a cache goes only where ``takes_cache`` is set. Wrappers of a layer pass these attributes on.
+- Attention always runs on the fused kernel. There is no inference fast path, and there are no nested tensors.
+- Bool masks stay bool, so that the kernel can skip padding.
+- Decoders take a cache.
+
+A stack passes plain tensors to its layers, because hooks, checkpoints and mixed precision handle tensors. If the
+contents of a mask turn out to be causal, the stack may pass None and is_causal=True in its place. Two attributes of a
+layer say what the stack may pass:
+
+- ``takes_is_causal``: is_causal=True without a mask. All layers of the stack must have this attribute set. Otherwise
+  they all get what torch's own stacks pass.
+- ``takes_cache``: a cache.
+
+Wrappers of a layer pass these attributes on.
 """
 
 from __future__ import annotations
@@ -36,9 +45,24 @@ if TYPE_CHECKING:
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
-    """`torch.nn.TransformerEncoderLayer` on the fused kernel, in training and inference alike.
+    """`torch.nn.TransformerEncoderLayer` on the fused kernel, in training and in inference.
 
-    Constructor, forward contract and state-dict keys are the parent's; ``backend`` is that of `fused_attention`.
+    Constructor, forward contract and state-dict keys are those of the parent class.
+
+    >>> import torch
+    >>> from fused_attn import TransformerEncoderLayer
+    >>> layer = TransformerEncoderLayer(64, 4, batch_first=True)
+    >>> is_padding = torch.arange(10) >= torch.tensor([[10], [7]])  # (N, S), True = ignore this key
+    >>> layer(torch.randn(2, 10, 64), src_key_padding_mask=is_padding, is_causal=True).shape
+    torch.Size([2, 10, 64])
+
+    Args:
+        d_model: E. This argument and the next ones are those of the parent class.
+        backend: see `fused_attention`.
+
+    Raises:
+        TypeError: a size is no int.
+        ValueError: an argument has a value that does not fit.
     """
 
     def __init__(
@@ -75,10 +99,13 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
         Args:
             src: the sequences.
-            src_mask: (S, S) or (N * nhead, S, S); bool (True = may NOT attend) or floating point.
-            src_key_padding_mask: (N, S) or (S,); bool (True = ignore) or floating point.
-            is_causal: a hint that src_mask is the causal mask, see `FusedMultiheadAttention`; without a src_mask, the
-                causal mask itself.
+            src_mask: (S, S) or (N * nhead, S, S). Bool: True = may NOT attend. Floating point: added to the scores.
+            src_key_padding_mask: (N, S) or (S,). Bool: True = ignore the key. Floating point: added to the scores.
+            is_causal: a hint that src_mask is the causal mask, see `FusedMultiheadAttention`. Without a src_mask,
+                is_causal=True means the causal mask itself.
+
+        Raises:
+            AssertionError, RuntimeError: src or a mask does not fit, see `FusedMultiheadAttention`.
         """
         if has_torch_function_variadic(src):
             node = call_node(self, src, src_mask, src_key_padding_mask, is_causal)
@@ -93,23 +120,36 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     @property
     def takes_is_causal(self) -> bool:
-        """is_causal=True without a mask is the causal mask."""
+        """Whether is_causal=True without a mask is the causal mask."""
         return getattr(self.self_attn, "takes_is_causal", False)
 
 
 class TransformerEncoder(nn.TransformerEncoder):
-    """`torch.nn.TransformerEncoder` without nested tensors: padded positions hold what they hold in training mode.
+    """`torch.nn.TransformerEncoder` on the fused kernel.
 
-    Constructor, forward contract and state-dict keys are the parent's. The attention of the layers is converted with
-    `convert_attention`, so torch's own layers may be passed too.
+    Constructor, forward contract and state-dict keys are those of the parent class. In eval mode, the parent class may
+    compute on nested tensors and fill padded positions of the output with zeros. This class does not: padded positions
+    hold in eval mode what they hold in training mode.
+
+    >>> import torch
+    >>> from fused_attn import TransformerEncoder, TransformerEncoderLayer
+    >>> encoder = TransformerEncoder(TransformerEncoderLayer(64, 4, batch_first=True), num_layers=2)
+    >>> is_padding = torch.arange(10) >= torch.tensor([[10], [7]])  # (N, S), True = ignore this key
+    >>> encoder(torch.randn(2, 10, 64), src_key_padding_mask=is_padding).shape
+    torch.Size([2, 10, 64])
 
     Args:
-        encoder_layer: copied num_layers times.
-        num_layers: how often.
+        encoder_layer: copied num_layers times. One of torch's own layers is accepted, too: `convert_attention`
+            converts its attention.
+        num_layers: the number of layers.
         norm: applied to the output of the last layer.
         enable_nested_tensor: accepted for compatibility, without effect.
-        mask_check: likewise.
-        backend: see `fused_attention`; None leaves that of encoder_layer as it is.
+        mask_check: accepted for compatibility, without effect.
+        backend: see `fused_attention`. None leaves the backend of encoder_layer as it is.
+
+    Raises:
+        TypeError: num_layers is no int.
+        ValueError: num_layers is negative, or there is no backend of this name.
     """
 
     def __init__(
@@ -123,7 +163,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         backend: str | None = None,
     ):
         check_sizes(0, num_layers=num_layers)
-        # False, or the parent warns about layers that its fast path cannot take.
+        # With True, the parent class would warn about layers that its fast path cannot take.
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
         self.enable_nested_tensor = enable_nested_tensor
         _fuse(self.layers, backend)
@@ -139,9 +179,14 @@ class TransformerEncoder(nn.TransformerEncoder):
 
         Args:
             src: the sequences.
-            mask: (S, S) or (N * nhead, S, S); bool (True = may NOT attend) or floating point.
-            src_key_padding_mask: (N, S) or (S,); bool (True = ignore) or floating point.
-            is_causal: a hint that mask is the causal mask, None = look; without a mask, the causal mask itself.
+            mask: (S, S) or (N * nhead, S, S). Bool: True = may NOT attend. Floating point: added to the scores.
+            src_key_padding_mask: (N, S) or (S,). Bool: True = ignore the key. Floating point: added to the scores.
+            is_causal: a hint that mask is the causal mask. None means: compare the contents of the mask. Without a
+                mask, is_causal=True means the causal mask itself.
+
+        Raises:
+            AssertionError: src is a nested tensor, or src or a mask does not fit.
+            RuntimeError: src or a mask does not fit, see `FusedMultiheadAttention`.
         """
         if has_torch_function_variadic(src):
             node = call_node(self, src, mask, src_key_padding_mask, is_causal)
@@ -151,7 +196,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             raise AssertionError("src: expected a padded tensor with a src_key_padding_mask, got a nested tensor")
         seqlen = _seqlen(src, self.layers)
         if not all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
-            # Layers of other classes get the masks in the form in which the parent class passes them.
+            # Layers of other classes get the masks in the form that the parent class passes.
             mask = _dense_mask(mask, is_causal, seqlen, src.device)
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         mask, is_causal = _causal_mask(mask, is_causal, src_key_padding_mask, seqlen)
@@ -159,14 +204,29 @@ class TransformerEncoder(nn.TransformerEncoder):
             src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal)
         return src if self.norm is None else self.norm(src)
 
-    #: is_causal=True without a mask is the causal mask, whatever the layers.
+    #: Whether is_causal=True without a mask is the causal mask. This holds for layers of any class.
     takes_is_causal = True
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """`torch.nn.TransformerDecoderLayer` on the fused kernel, with a cache for decoding step by step.
 
-    Constructor, forward contract and state-dict keys are the parent's; ``backend`` is that of `fused_attention`.
+    Constructor, forward contract and state-dict keys are those of the parent class.
+
+    >>> import torch
+    >>> from fused_attn import TransformerDecoderLayer
+    >>> layer = TransformerDecoderLayer(64, 4, batch_first=True)
+    >>> tgt, memory = torch.randn(2, 5, 64), torch.randn(2, 10, 64)
+    >>> layer(tgt, memory, tgt_is_causal=True).shape
+    torch.Size([2, 5, 64])
+
+    Args:
+        d_model: E. This argument and the next ones are those of the parent class.
+        backend: see `fused_attention`.
+
+    Raises:
+        TypeError: a size is no int.
+        ValueError: an argument has a value that does not fit.
     """
 
     def __init__(
@@ -209,19 +269,24 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         """The layer's output, laid out as tgt: (T, N, E), or (N, T, E) with batch_first, or (T, E).
 
         Args:
-            tgt: the target sequences; with a cache their new rows.
+            tgt: the target sequences. With a cache: only their new rows.
             memory: the encoder's output, (S, N, E), or (N, S, E) with batch_first, or (S, E).
-            tgt_mask: (T, T) or (N * nhead, T, T); bool (True = may NOT attend) or floating point.
-            memory_mask: (T, S) or (N * nhead, T, S), likewise.
-            tgt_key_padding_mask: (N, T) or (T,); bool (True = ignore) or floating point. With a cache it covers all
-                rows so far.
-            memory_key_padding_mask: (N, S) or (S,), likewise.
-            tgt_is_causal: a hint that tgt_mask is the causal mask, see `FusedMultiheadAttention`; without a tgt_mask,
-                the causal mask itself.
-            memory_is_causal: likewise for memory_mask.
-            cache: what earlier calls have computed, with ``.self_attention`` and ``.cross_attention``. Self-attention
-                is then causal without a tgt_mask, and keys and values of the memory are computed once (by a
-                ``multihead_attn`` that takes no cache, each time).
+            tgt_mask: (T, T) or (N * nhead, T, T). Bool: True = may NOT attend. Floating point: added to the scores.
+            memory_mask: (T, S) or (N * nhead, T, S), with the same meaning as tgt_mask.
+            tgt_key_padding_mask: (N, T) or (T,). Bool: True = ignore the key. Floating point: added to the scores.
+                With a cache, the mask covers all rows so far.
+            memory_key_padding_mask: (N, S) or (S,), with the same meaning as tgt_key_padding_mask.
+            tgt_is_causal: a hint that tgt_mask is the causal mask, see `FusedMultiheadAttention`. Without a tgt_mask,
+                tgt_is_causal=True means the causal mask itself.
+            memory_is_causal: the same hint for memory_mask.
+            cache: the part of a `KVCache` that belongs to this layer, ``cache.layers[i]``. Self-attention is then
+                causal without a tgt_mask. Keys and values of the memory are computed in the first step alone, unless
+                ``multihead_attn`` is of a class that takes no cache.
+
+        Raises:
+            AssertionError, RuntimeError: tgt, memory or a mask does not fit, see `FusedMultiheadAttention`.
+            TypeError: `cache` is not the cache of a layer.
+            ValueError: the cache does not fit the call.
         """
         if has_torch_function_variadic(tgt, memory):
             masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
@@ -247,12 +312,12 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
     @property
     def takes_is_causal(self) -> bool:
-        """tgt_is_causal=True without a mask is the causal mask."""
+        """Whether tgt_is_causal=True without a mask is the causal mask."""
         return getattr(self.self_attn, "takes_is_causal", False)
 
     @property
     def takes_cache(self) -> bool:
-        """Whether a cache may be passed, which is for the self-attention to say."""
+        """Whether a cache may be passed. The class of the self-attention decides this."""
         accepts = accepts_cache(self.forward) and accepts_cache(self._sa_block)
         return accepts and getattr(self.self_attn, "takes_cache", False)
 
@@ -287,16 +352,30 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
 
 class TransformerDecoder(nn.TransformerDecoder):
-    """`torch.nn.TransformerDecoder` with a cache for decoding step by step.
+    """`torch.nn.TransformerDecoder` on the fused kernel, with a cache for decoding step by step.
 
-    Constructor, forward contract and state-dict keys are the parent's. The attention of the layers is converted with
-    `convert_attention`, so torch's own layers may be passed too.
+    Constructor, forward contract and state-dict keys are those of the parent class.
+
+    >>> import torch
+    >>> from fused_attn import KVCache, TransformerDecoder, TransformerDecoderLayer
+    >>> decoder = TransformerDecoder(TransformerDecoderLayer(64, 4, batch_first=True), num_layers=2).eval()
+    >>> tgt, memory = torch.randn(2, 5, 64), torch.randn(2, 10, 64)
+    >>> out = decoder(tgt, memory, tgt_is_causal=True)  # all rows at once
+    >>> cache = KVCache(num_layers=2)
+    >>> with torch.no_grad():
+    ...     steps = [decoder(row, memory, cache=cache) for row in tgt.split(1, dim=1)]  # one row after the other
+    >>> torch.testing.assert_close(torch.cat(steps, dim=1), out.detach())
 
     Args:
-        decoder_layer: copied num_layers times.
-        num_layers: how often.
+        decoder_layer: copied num_layers times. One of torch's own layers is accepted, too: `convert_attention`
+            converts its attention.
+        num_layers: the number of layers.
         norm: applied to the output of the last layer.
-        backend: see `fused_attention`; None leaves that of decoder_layer as it is.
+        backend: see `fused_attention`. None leaves the backend of decoder_layer as it is.
+
+    Raises:
+        TypeError: num_layers is no int.
+        ValueError: num_layers is negative, or there is no backend of this name.
     """
 
     def __init__(
@@ -324,17 +403,20 @@ class TransformerDecoder(nn.TransformerDecoder):
         *,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The output of the last layer, laid out as tgt. The arguments are those of `TransformerDecoderLayer`.
+        """The output of the last layer, laid out as tgt: (T, N, E), or (N, T, E) with batch_first, or (T, E).
+
+        The arguments are those of `TransformerDecoderLayer`, except for these:
 
         Args:
-            tgt_is_causal: a hint that tgt_mask is the causal mask, None = look; without a tgt_mask, the causal mask
-                itself.
-            cache: a `KVCache` with one entry per layer, for this memory alone.
+            tgt_is_causal: a hint that tgt_mask is the causal mask. None means: compare the contents of the mask.
+                Without a tgt_mask, tgt_is_causal=True means the causal mask itself.
+            cache: a `KVCache` with one entry for each layer. One cache serves one memory.
 
         Raises:
+            AssertionError, RuntimeError: tgt, memory or a mask does not fit, see `FusedMultiheadAttention`.
             TypeError: the cache is no `KVCache`.
-            ValueError: the cache does not fit the layers, some layer takes none, or memory is not the one of the
-                cache's first step.
+            ValueError: the cache has another number of layers, a layer takes no cache, or the cache was filled with
+                another memory.
         """
         if has_torch_function_variadic(tgt, memory):
             masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
@@ -375,16 +457,19 @@ class TransformerDecoder(nn.TransformerDecoder):
             )
         return tgt if self.norm is None else self.norm(tgt)
 
-    #: tgt_is_causal=True without a mask is the causal mask, whatever the layers.
+    #: Whether tgt_is_causal=True without a mask is the causal mask. This holds for layers of any class.
     takes_is_causal = True
 
     @property
     def takes_cache(self) -> bool:
-        """Whether a cache may be passed: every layer takes its part of one."""
+        """Whether a cache may be passed. Every layer must take its part of the cache."""
         return all(getattr(layer, "takes_cache", False) for layer in self.layers)
 
     def _check_memory(self, tgt: Tensor, memory: Tensor, key_padding_mask: Tensor | None, cache: KVCache) -> None:
-        """Raises what cross-attention would: after self-attention has added its rows, the cache would be of no use."""
+        """Raises the errors that cross-attention would raise, before self-attention adds its rows to the cache.
+
+        An error after that would leave a cache that is of no use.
+        """
         if memory.dim() != tgt.dim():
             raise AssertionError(f"memory: expected {tgt.dim()} dimensions, as tgt has, got {tuple(memory.shape)}")
         if memory.dim() == 3:
@@ -402,15 +487,30 @@ class TransformerDecoder(nn.TransformerDecoder):
             raise AssertionError(
                 f"memory_key_padding_mask: expected shape {tuple(expected)}, got {tuple(key_padding_mask.shape)}"
             )
-        if type(self.layers[0]) is TransformerDecoderLayer:  # another class may hand something else to its attention
+        if type(self.layers[0]) is TransformerDecoderLayer:  # another class may pass another tensor to its attention
             cache.layers[0].cross_attention.get(memory)
 
 
 class Transformer(nn.Transformer):
     """`torch.nn.Transformer` on the fused kernel.
 
-    Constructor, forward contract and state-dict keys are the parent's; ``backend`` is that of `fused_attention`. Custom
-    encoders and decoders are used as they are.
+    Constructor, forward contract and state-dict keys are those of the parent class. A custom encoder or decoder is used
+    as it is.
+
+    >>> import torch
+    >>> from fused_attn import Transformer
+    >>> model = Transformer(64, 4, num_encoder_layers=1, num_decoder_layers=1, batch_first=True)
+    >>> causal = torch.nn.Transformer.generate_square_subsequent_mask(5)
+    >>> model(torch.randn(2, 10, 64), torch.randn(2, 5, 64), tgt_mask=causal).shape
+    torch.Size([2, 5, 64])
+
+    Args:
+        d_model: E. This argument and the next ones are those of the parent class.
+        backend: see `fused_attention`.
+
+    Raises:
+        TypeError: a size is no int.
+        ValueError: an argument has a value that does not fit.
     """
 
     def __init__(
@@ -443,7 +543,7 @@ class Transformer(nn.Transformer):
             norm = nn.LayerNorm(d_model, eps=layer_norm_eps, bias=bias, device=device, dtype=dtype)
             return stack_class(layer, num_layers, norm)
 
-        # In the parent's order, so that one seed gives the same weights.
+        # The order is that of the parent class, so the same seed gives the same weights.
         if custom_encoder is None:
             custom_encoder = stack(TransformerEncoder, TransformerEncoderLayer, num_encoder_layers)
         if custom_decoder is None:
@@ -469,13 +569,15 @@ class Transformer(nn.Transformer):
         """The decoder's output (T, N, E), or (N, T, E) with batch_first, or (T, E).
 
         Args:
-            src: (S, N, E), or (N, S, E) with batch_first, or (S, E); of the encoder.
-            tgt: (T, N, E), or (N, T, E) with batch_first, or (T, E); of the decoder.
+            src: input of the encoder, (S, N, E), or (N, S, E) with batch_first, or (S, E).
+            tgt: input of the decoder, (T, N, E), or (N, T, E) with batch_first, or (T, E).
 
-        The others are those of `TransformerEncoder` and `TransformerDecoder`.
+        The other arguments are those of `TransformerEncoder` and `TransformerDecoder`.
 
         Raises:
-            RuntimeError: src and tgt do not belong together, or a hint comes without its mask.
+            AssertionError: an input or a mask does not fit, see `FusedMultiheadAttention`.
+            RuntimeError: src and tgt have different batch sizes, or a hint such as tgt_is_causal=True comes without its
+                mask.
         """
         if has_torch_function_variadic(src, tgt):
             masks = (src_mask, tgt_mask, memory_mask, src_key_padding_mask, tgt_key_padding_mask)
@@ -503,7 +605,7 @@ class Transformer(nn.Transformer):
 
 
 def check_layer(d_model: int, nhead: int, dim_feedforward: int, dropout: float, layer_norm_eps: float = 1e-5) -> None:
-    """Raises TypeError or ValueError where the arguments make no layer."""
+    """Raises TypeError or ValueError if no layer can have these arguments."""
     check_sizes(1, d_model=d_model, nhead=nhead)
     check_sizes(0, dim_feedforward=dim_feedforward)
     check_divides("nhead", nhead, "d_model", d_model)
@@ -513,7 +615,7 @@ def check_layer(d_model: int, nhead: int, dim_feedforward: int, dropout: float, 
 
 
 def _fuse(layers: nn.ModuleList, backend: str | None) -> None:
-    # Imported here: that module needs the classes of this one.
+    # The import stands here because convert.py needs the classes of this file.
     from fused_attn.nn.convert import convert_attention
 
     convert_attention(layers, backend)
@@ -530,17 +632,19 @@ def _seqlen(x: Tensor, layers: nn.ModuleList) -> int:
 def _causal_mask(
     mask: Tensor | None, is_causal: bool | None, key_padding_mask: Tensor | None, seqlen: int
 ) -> tuple[Tensor | None, bool]:
-    """(mask, is_causal) for the layers of a stack; a mask that proves causal is replaced by what costs no memory.
+    """(mask, is_causal) for the layers of a stack. If the mask is causal, the layers get the flag in its place.
 
-    Without padding the layers believe the hint. With padding they would read the mask; comparing it once here saves
-    every layer that. On a GPU this waits for the device, as `torch.nn.Transformer` does whenever it gets no hint; a
-    ``torch.nn.attention.bias.causal_upper_left(L, L)`` as mask, or is_causal=True without one, needs no look.
+    - Without padding, the layers believe a hint and do not read the mask.
+    - With padding, every layer would read the mask. So the mask is compared with the causal mask once, here.
+    - The comparison waits for a GPU. `torch.nn.Transformer` waits, too, whenever it gets no hint.
+    - is_causal=True without a mask needs no comparison. Neither does a mask that is
+      ``torch.nn.attention.bias.causal_upper_left(L, L)``.
     """
     if mask is None:
         return None, bool(is_causal)
     bias = causal_bias(mask)
     if bias is not None:
-        # It is no tensor that holds anything, so it ends here unless it does not fit, which attention explains.
+        # A causal bias holds no data, so the flag replaces the bias. If the sizes do not fit, attention raises.
         return (None, True) if bias == (seqlen, seqlen, 0) else (mask, bool(is_causal))
     if is_causal is not None and key_padding_mask is None:
         return mask, is_causal
@@ -550,7 +654,10 @@ def _causal_mask(
 
 
 def _dense_mask(mask: Tensor | None, is_causal: bool | None, seqlen: int, device: torch.device) -> Tensor | None:
-    """The mask for layers that read it: a causal bias, or is_causal=True without a mask, as (L, S), True = hidden."""
+    """The mask for layers that read masks.
+
+    A causal bias, or is_causal=True without a mask, becomes a bool mask (L, S), True = hidden.
+    """
     bias = None if mask is None else causal_bias(mask)
     if bias is None and not (mask is None and is_causal):
         return mask
@@ -559,14 +666,17 @@ def _dense_mask(mask: Tensor | None, is_causal: bool | None, seqlen: int, device
 
 
 def _can_look_at(mask: Tensor) -> bool:
-    """Values can be read neither in a traced graph nor in a captured one, and a learnable mask must be used itself."""
+    """Whether the contents of the mask may be compared.
+
+    A traced graph and a captured one cannot read values. A mask that requires grad must be used itself.
+    """
     if torch.compiler.is_compiling() or mask.requires_grad:
         return False
     return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _is_causal(mask: Tensor, seqlen: int) -> bool:
-    """The mask is (L, L) and hides, as bool or as -inf, what lies above the diagonal, and nothing else."""
+    """Whether the mask is (L, L) and hides the scores above the diagonal and no others, as True or as -inf."""
     if mask.shape != (seqlen, seqlen):
         return False
     hidden = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)

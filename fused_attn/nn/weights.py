@@ -1,4 +1,4 @@
-"""The attention weights, which the fused kernel never forms: from queries, keys and the log-sum-exp."""
+"""The attention weights, computed from the log-sum-exp, because the fused kernel never forms weights."""
 
 from __future__ import annotations
 
@@ -22,18 +22,30 @@ def attention_weights(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> Tensor:
-    """The weights with which `fused_attention` has summed the values, dropout included. Differentiable.
+    """The weights by which `fused_attention` multiplied the values, dropout included. The weights are differentiable.
+
+    >>> import torch
+    >>> from fused_attn import fused_attention
+    >>> from fused_attn.nn.weights import attention_weights
+    >>> query, key, value = (torch.randn(2, 8, 10, 64) for _ in range(3))
+    >>> out, lse = fused_attention(query, key, value, scale=0.125, return_lse=True)
+    >>> weights = attention_weights(query, key, lse, scale=0.125)
+    >>> torch.testing.assert_close(weights @ value, out)
 
     Args:
         query: (B, H, L, D).
         key: (B, Hkv, S, D).
-        lse: (B, H, L), from ``fused_attention(..., return_lse=True)`` on the same arguments.
-        scale: as given to `fused_attention`; so are the four arguments that have the names of its own.
+        lse: (B, H, L), from ``fused_attention(..., return_lse=True)``.
+        scale: the `scale` of that call.
+        attn_mask: the `attn_mask` of that call, broadcastable to (B, H, L, S).
+        key_padding_mask: the `key_padding_mask` of that call, (B, S).
         diagonal: None, or query i sees the keys j <= i + diagonal.
-        dropout_seed: the 0-d int64 tensor that the fused call got, where dropout_p is positive.
+        relative_bias: the `relative_bias` of that call, (H, L + S - 1) or (L + S - 1,).
+        dropout_p: the `dropout_p` of that call.
+        dropout_seed: the `dropout_seed` of that call, a 0-d int64 tensor, if dropout_p is positive.
 
     Returns:
-        (B, H, L, S) of lse's dtype; a row that sees no key is zero.
+        (B, H, L, S), of the dtype of lse. A row that sees no key is zero.
     """
     batch, num_heads, seqlen_q, _ = query.shape
     seqlen_k, device = key.shape[2], query.device
@@ -49,7 +61,7 @@ def attention_weights(
 
     rows, columns = (torch.arange(n, device=device) for n in (seqlen_q, seqlen_k))
     distance = columns - rows[:, None]  # (L, S)
-    # Autocast would run this product in the low precision that the kernel's own scores do not have.
+    # Autocast would run this product in low precision. The kernel's own scores have full precision.
     with torch.autocast(device.type, enabled=False):
         scores = (query.to(lse.dtype) * scale) @ key.to(lse.dtype).transpose(-2, -1)
     if relative_bias is not None:
@@ -65,7 +77,7 @@ def attention_weights(
     if is_ignored is not None:
         scores = scores.masked_fill(is_ignored[:, None, None, :], float("-inf"))
 
-    # An empty row has lse -inf, and -inf - -inf is NaN; with 0 in its place the row is exp(-inf) = 0.
+    # A row that sees no key has lse -inf, and -inf - -inf is NaN. With lse 0 in its place the row is exp(-inf) = 0.
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     if dropout_p:
         positions = (Positions(index, torch.zeros_like(index)) for index in (rows, columns))

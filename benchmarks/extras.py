@@ -1,0 +1,189 @@
+"""What the CPU kernels promise beside the table of masks, for ``python -m benchmarks attention``.
+
+Each table is a function of the arguments that yields rows, one list for each comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias
+from torch.nn.functional import scaled_dot_product_attention
+
+import fused_attn
+import fused_attn.nn.attention
+from benchmarks import timing
+from benchmarks.conventions import OURS, ROOT
+from benchmarks.inputs import DTYPES
+from benchmarks.rows import Row
+
+FUNCTIONS = {OURS: fused_attn.fused_attention, "torch": scaled_dot_product_attention}
+FEATURE_SHAPE, QUICK_FEATURE_SHAPE = (1, 8, 2048, 64), (1, 8, 512, 64)
+NARROW_VALUES, DROPOUT = 32, 0.1
+ISA_SHAPES = ((2, 8, 128, 64), (2, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 2048, 128))
+MODULE_SIZES = ((1, 8, 64, 4), (8, 32, 64, 4), (1, 4, 256, 4))  # batch, length, features, heads
+OVERHEAD_SHAPE = (1, 2, 4, 8)
+STEP_BATCHES = 8
+
+
+def _compare(about: Row, calls: dict[str, timing.Call], arguments: argparse.Namespace, ours: str = OURS) -> list[Row]:
+    times = timing.measure(calls, timing.CpuTimer(), arguments.rounds, arguments.seconds)
+    fields = timing.fields_of(times, ours)
+    return [about | {"implementation": name, "best_ms": min(times[name]) * 1e3} | fields[name] for name in calls]
+
+
+def features(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """Forward, with gradients to come, where torch falls back to the formula, which stores all scores.
+
+    Errors are not measured: the random numbers of torch's dropout are others.
+    """
+    batch, heads, length, _ = shape = QUICK_FEATURE_SHAPE if arguments.quick else FEATURE_SHAPE
+    for dtype in arguments.dtype or ("float32", "bfloat16")[: 1 if arguments.quick else None]:
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*sizes: int, generator=generator, dtype=dtype) -> Tensor:
+            return torch.randn(sizes, generator=generator).to(DTYPES[dtype])
+
+        query, key, value = (randn(*shape) for _ in range(3))
+        bias = randn(length, length).requires_grad_()
+        inputs = {
+            "bias with gradient": ((query, key, value), {"attn_mask": bias}),
+            "dropout": ((query, key, value), {"dropout_p": DROPOUT}),
+            "narrow values": ((query, key, randn(batch, heads, length, NARROW_VALUES)), {}),
+            "3-D": ((query[0], key[0], value[0]), {}),
+        }
+        for feature, (tensors, options) in inputs.items():
+            about = {"benchmark": "features", "shape": list(shape), "mask": feature, "dtype": dtype}
+            calls = {name: _call(function, *tensors, **options) for name, function in FUNCTIONS.items()}
+            yield _compare(about | {"direction": "forward"}, calls, arguments)
+
+
+def _call(function: Callable, *tensors: Tensor, **options: object) -> timing.Call:
+    return lambda: function(*tensors, **options)
+
+
+def small_modules(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """Against torch.nn.MultiheadAttention, which has a path of its own in eval mode without gradients."""
+    for (batch, length, features, heads), training in itertools.product(MODULE_SIZES, (False, True)):
+        ours = fused_attn.FusedMultiheadAttention(features, heads, batch_first=True).train(training)
+        theirs = nn.MultiheadAttention(features, heads, batch_first=True).train(training)
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(batch, length, features)
+        about = {"benchmark": "small-modules", "batch": batch, "length": length, "d_model": features, "heads": heads}
+        about |= {"mask": "none", "dtype": "float32", "direction": "training forward" if training else "inference"}
+        calls = {OURS: _call(ours, x, x, x, need_weights=False), "torch": _call(theirs, x, x, x, need_weights=False)}
+        with torch.set_grad_enabled(training):
+            yield _compare(about, calls, arguments)
+
+
+def isa(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """Each instruction set against the best that this machine has. `speed`: the best one's time over its own."""
+    from fused_attn import _C
+
+    best = _C.cpu_isa()
+    shapes = ISA_SHAPES[: 1 if arguments.quick else None]
+    try:
+        for shape, direction in itertools.product(shapes, ("forward", "forward+backward")):
+            leaves = [torch.randn(shape, requires_grad=direction != "forward") for _ in range(3)]
+            dout = torch.randn(shape)
+
+            def run(isa: str, leaves=leaves, dout=dout) -> None:
+                _C.select_cpu_isa(isa)
+                out = fused_attn.fused_attention(*leaves)
+                if out.requires_grad:
+                    torch.autograd.grad(out, leaves, dout)
+
+            about = {"benchmark": "isa", "shape": list(shape), "mask": "none", "dtype": "float32"}
+            about |= {"direction": direction, "best_isa": best}
+            calls = {isa: _call(run, isa) for isa in _C.cpu_isas()}
+            rows = _compare(about, calls, arguments, ours=best)
+            yield [row | {"speed": 1.0 / row.get("over_ours", 1.0)} for row in rows]
+    finally:
+        _C.select_cpu_isa(best)
+
+
+def step(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """Training steps of examples/train_g2p.py: as it is, and with torch's attention in the same model."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import train_g2p
+
+        dictionary = train_g2p.load_dictionary()
+    except ImportError as error:
+        print(f"no training step: {error} (pip install -e '.[examples]')", file=sys.stderr)
+        return
+    finally:
+        sys.path.pop(0)
+    examples = train_g2p.Examples.of(train_g2p.split(dictionary, 0)[0], dictionary)
+    batches = [examples.select(rows) for rows in train_g2p.batches(examples, seed=0)[:STEP_BATCHES]]
+    losses = {}
+
+    def steps(name: str, attention: Callable) -> timing.Call:
+        torch.manual_seed(0)
+        run = train_g2p.Run(argparse.Namespace(seed=0, backend=None, device="cpu"))
+
+        def call() -> None:
+            with mock.patch.object(fused_attn.nn.attention, "fused_attention", attention):
+                for batch in batches:
+                    run.optimizer.zero_grad()
+                    loss = train_g2p.loss_of(run.model, batch)
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(run.model.parameters(), train_g2p.MAX_GRADIENT_NORM)
+                    run.optimizer.step()
+                    losses.setdefault(name, loss.item())
+
+        call()
+        return call
+
+    calls = {OURS: steps(OURS, fused_attn.fused_attention), "torch": steps("torch", _torch_in_a_module)}
+    if abs(losses[OURS] - losses["torch"]) > 1e-5 * losses["torch"]:
+        raise RuntimeError(f"the losses of the first step differ: {losses}")
+    about = {"benchmark": "step", "mask": "causal+padded", "dtype": "float32", "direction": "training step"}
+    yield _compare(about | {"steps": STEP_BATCHES}, calls, arguments)
+
+
+def _torch_in_a_module(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask=None, *, is_causal: bool, key_padding_mask: Tensor | None,
+    scale: float, dropout_p: float, **unused: object,
+) -> Tensor:  # fmt: skip
+    """F.scaled_dot_product_attention with the arguments that a module of ours passes on."""
+    is_causal = is_causal or isinstance(attn_mask, CausalBias)
+    if key_padding_mask is None:
+        return scaled_dot_product_attention(query, key, value, None, dropout_p, is_causal, scale=scale)
+    visible = ~key_padding_mask[:, None, None, :]
+    if is_causal:
+        visible = visible & torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    return scaled_dot_product_attention(query, key, value, visible, dropout_p, scale=scale)
+
+
+def overhead(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """The time of a call whose work is nothing. `best_ms` counts: other programs can only add to such a time."""
+    query, key, value, dout = (torch.randn(OVERHEAD_SHAPE) for _ in range(4))
+    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    kinds = {
+        "forward": lambda function: function(query, key, value),
+        "forward with grad": lambda function: function(*leaves),
+        "forward+backward": lambda function: torch.autograd.grad(function(*leaves), leaves, dout),
+    }
+    many = argparse.Namespace(rounds=10_000, seconds=2.0 * arguments.seconds)
+    for direction, kind in kinds.items():
+        about = {"benchmark": "overhead", "shape": list(OVERHEAD_SHAPE), "mask": "none", "dtype": "float32"}
+        calls = {name: _call(kind, function) for name, function in FUNCTIONS.items()}
+        yield _compare(about | {"direction": direction}, calls, many)
+
+
+TABLES = {"features": features, "small-modules": small_modules, "isa": isa, "step": step, "overhead": overhead}
+
+
+def describe(rows: list[Row]) -> str:
+    first = rows[0]
+    about = [str(first[name]) for name in ("shape", "batch", "length", "d_model", "dtype", "mask") if name in first]
+    cells = [f"{row['implementation']} {row['best_ms']:.4f} ms" for row in rows]
+    cells += [f"{row['implementation']} takes {row['over_ours']:.2f}x" for row in rows if "over_ours" in row]
+    return " | ".join([f"{' '.join(about)} {first['direction']}", *cells])
