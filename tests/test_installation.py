@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -21,11 +22,11 @@ ROOT = PACKAGE.parent
 needs_kernels = pytest.mark.skipif(cpu._C is None, reason="the native kernels are not built")
 
 
-def python(*arguments: str, cwd: Path, site: Path) -> subprocess.CompletedProcess:
+def python(*arguments: str, cwd: Path, site: Path, **environment: str) -> subprocess.CompletedProcess:
     """With `site` in front of the installed packages, and without (-S) what editable installs have added to them."""
     packages = [entry for entry in sys.path if "-packages" in entry]
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONWARNINGS", "TRITON_INTERPRET")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(site), *packages])
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONWARNINGS", "TRITON_INTERPRET")}
+    environment = {**inherited, "PYTHONPATH": os.pathsep.join([str(site), *packages]), **environment}
     command = [sys.executable, "-S", *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -74,23 +75,54 @@ def test_why_a_compiled_module_is_missing(sources: Path, monkeypatch: pytest.Mon
     assert "built for another Python" in why(not_found) and "_C.cpython-23-x86_64-linux-gnu.so" in why(not_found)
 
 
+def build_editable(sources: Path, site: Path, settings: dict[str, str], **environment: str) -> str:
+    """`pip install -e` of the sources into `site`, without pip and its isolated environment. Returns what it prints."""
+    pytest.importorskip("scikit_build_core")
+    if not (ROOT / "pyproject.toml").exists():
+        pytest.skip("installed without its sources")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, sources)
+    build = f"import scikit_build_core.build as b; print(b.build_editable({str(site.parent)!r}, {settings!r}))"
+    built = python("-c", build, cwd=sources, site=site, **environment)
+    assert built.returncode == 0, built.stdout + built.stderr
+    with zipfile.ZipFile(site.parent / built.stdout.splitlines()[-1]) as wheel:
+        wheel.extractall(site)
+    return built.stdout + built.stderr
+
+
 @pytest.mark.slow
 def test_an_editable_install_is_found_from_the_clone_s_parent(sources: Path, tmp_path: Path) -> None:
     """Where the clone's own folder, of the same name and without an `__init__.py`, is found first."""
-    pytest.importorskip("setuptools", minversion="77")
-    if not (ROOT / "pyproject.toml").exists():
-        pytest.skip("installed without its sources")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, sources)
-    # Without setup.py, which would compile the kernels.
     site = tmp_path / "site-packages"
-    build = f"import setuptools.build_meta as b; print(b.build_editable({str(tmp_path)!r}))"
-    built = python("-c", build, cwd=sources, site=site)
-    assert built.returncode == 0, built.stderr
-    with zipfile.ZipFile(tmp_path / built.stdout.splitlines()[-1]) as wheel:
-        wheel.extractall(site)
+    build_editable(sources, site, {"wheel.cmake": "false"})
+    other = tmp_path / "other" / "fused_attn"
+    shutil.copytree(sources / "fused_attn", other)
 
     where = f"import site; site.addsitedir({str(site)!r}); import fused_attn; print(fused_attn.__file__)"
     for folder in (sources.parent, sources, tmp_path):
         imported = python("-c", where, cwd=folder, site=site)
         assert imported.stdout.strip() == str(sources / "fused_attn" / "__init__.py"), imported
+    # The sources that Python is started in come first, here as everywhere.
+    imported = python("-c", where, cwd=other.parent, site=site)
+    assert imported.stdout.strip() == str(other / "__init__.py"), imported
+
+
+@pytest.mark.slow
+def test_an_installation_without_a_compiler_says_so(sources: Path, tmp_path: Path) -> None:
+    for package in ("cmake", "ninja"):
+        pytest.importorskip(package, reason=f"needs the Python package {package}")
+    stale, of_another_python = (
+        sources / "fused_attn" / f"_C.{abi}.so" for abi in (sysconfig.get_config_var("SOABI"), "cpython-23-somewhere")
+    )
+    stale.touch()
+    of_another_python.touch()
+    text = build_editable(sources, tmp_path / "site-packages", {}, PATH="", CXX="", CUDACXX="")
+    assert "WITHOUT its native kernels" in text
+    assert not stale.exists() and of_another_python.exists()
+
+
+@needs_kernels
+@pytest.mark.quick
+def test_the_kernels_are_of_this_version() -> None:
+    """CMake, too, reads it in `fused_attn/__init__.py`."""
+    assert cpu._C.build_info()["version"] == fused_attn.__version__
