@@ -186,7 +186,8 @@ const KernelSet& kernels_for(const Call& call) {
                               std::to_string(call.architecture));
 }
 
-void run(const Call& call, bool is_backward) {
+void run(const Call& of_caller, bool is_backward) {
+  const Call& call = on_device(of_caller);
   const KernelSet& kernels = kernels_for(call);
   const DeviceGuard guard(call.device);
   const AttentionParams& a = call.params;
@@ -238,6 +239,8 @@ std::string unusable_reason(int device) {
     return error.what();
   }
 }
+
+bool runs_on_cpu() { return kRunsOnCpu; }
 
 void forward(const Call& call) { run(call, false); }
 void backward(const Call& call) { run(call, true); }
