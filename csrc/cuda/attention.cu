@@ -217,7 +217,7 @@ void run(const Call& of_caller, bool is_backward) {
   const Params params = params_of(call, pieces, is_backward);
   const PaddingParams padding = padding_of(call, pieces);
   const bool is_bf16 = call.params.dtype == DType::kBFloat16;
-  // Backward resets the counter where it prepares rows.
+  // Backward resets the counter in the kernel that prepares rows.
   if (padding.padding != nullptr || (!is_backward && params.tile_counter != nullptr))
     prepare_padding(params, padding, call.stream);
   (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);

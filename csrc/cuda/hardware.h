@@ -11,8 +11,8 @@ namespace fused_attn::gpu {
 
 struct LaunchShape {
   int grid_x, grid_y, grid_z;  // blocks
-  int threads;                 // of a block
-  int shared_bytes;            // dynamic
+  int threads;                 // in each block
+  int shared_bytes;            // dynamic shared memory of each block
 };
 
 }  // namespace fused_attn::gpu

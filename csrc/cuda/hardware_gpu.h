@@ -49,7 +49,7 @@ class DeviceGuard {
   int before_ = 0;
 };
 
-// Of the current device.
+// How many multiprocessors the current device has.
 inline int num_multiprocessors() {
   int device = 0, count = 0;
   cudaError_t error = cudaGetDevice(&device);
