@@ -131,7 +131,7 @@ struct BackwardScratch {
   Lane* dkey;       // [key of the slab, and one row that absorbs the padding of a tile][head_dim, padded]
   Lane* dvalue;     // [key of the slab + 1][value_dim, padded]
   Lane* out;        // columns [value lanes][kBlockQ]
-  RowStatistics<Lane> statistics;  // of the block, in a single pass
+  RowStatistics<Lane> statistics;  // the statistics of the block, in a single pass
 
   void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
     constexpr int n = kLanes<Lane>;

@@ -52,8 +52,8 @@ DecodePlan plan_decode(const AttentionParams& p) {
 template <class Lane>
 struct DecodePartials {
   Lane* acc;      // [row][value_row]
-  Lane* row_max;  // of the logits
-  Lane* row_sum;  // of exp(logit - row_max); 0 where the row sees none of the keys
+  Lane* row_max;  // the largest logit
+  Lane* row_sum;  // the sum of exp(logit - row_max); 0 if the row sees none of the keys
 
   void layout(Arena& arena, const AttentionParams& p, const DecodePlan& plan) {
     const int64_t rows = plan.row(p, plan.splits, 0, 0, 0);
@@ -257,7 +257,7 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
-  const int64_t groups = p.num_heads / plan.heads;  // of a batch entry
+  const int64_t groups = p.num_heads / plan.heads;  // how many groups a batch entry has
   const int64_t b = group / groups;
   const int64_t first_head = group % groups * plan.heads;
   const int64_t kv_head = first_head / (p.num_heads / p.num_kv_heads);

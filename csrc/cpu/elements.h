@@ -18,7 +18,7 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
-// As many 16-bit elements as there are float lanes.
+// A HalfVec has as many 16-bit elements as a vector has float lanes.
 typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
 
@@ -46,7 +46,8 @@ FA_INLINE Vec<float> widen(HalfVec h, Float16*) {
 
 FA_INLINE HalfVec narrow(Vec<float> v, BFloat16*) {
 #if defined(__AVX512BF16__)
-  return reinterpret_cast<HalfVec>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));  // and denormals to zero
+  return reinterpret_cast<HalfVec>(
+      _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));  // this turns denormals into zero, too
 #else
   const WordVec w = reinterpret_cast<WordVec>(v);
   const WordVec rounded = w + 0x7fffu + ((w >> 16) & 1u);  // to nearest, ties to even

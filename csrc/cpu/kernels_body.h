@@ -1,5 +1,5 @@
-// The kernel table of one instruction set. A file that includes this defines FUSED_ATTN_ISA, the table's suffix, and is
-// compiled with the flags of that instruction set.
+// The kernel table of one instruction set. A file that includes this header defines FUSED_ATTN_ISA, the suffix of the
+// table's name. It is compiled with the flags of the instruction set.
 #include "backward.h"
 #include "forward.h"
 #include "self_attention.h"

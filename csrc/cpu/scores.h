@@ -20,7 +20,7 @@ struct ScoreInputs {
   Lane scale = 1;
   Lane softcap = 0;                     // 0 = off
   const Lane* bias = nullptr;           // [key of the block][kBlockQ]
-  const Lane* relative_bias = nullptr;  // of query q and key j: [q - j]
+  const Lane* relative_bias = nullptr;  // the bias of query q and key j is relative_bias[q - j]
 
   // Whether scores stay plain dot products, because nothing is added to them. The scale is then multiplied in together
   // with the argument of the exponential, at no cost. The scale must be positive, so that the maximum of a row stays

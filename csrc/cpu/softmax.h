@@ -32,7 +32,7 @@ struct RunningSoftmax {
   RunningSoftmax(Lane scale_to_log2, int num_vectors)
       : to_log2(scale_to_log2), slack(kSlackLog2 / scale_to_log2), vectors(num_vectors) {
     for (int v = 0; v < vectors; ++v) {
-      reference[v] = broadcast<Lane>(FloatTraits<Lane>::kLowest);  // finite: -inf minus it is -inf, never NaN
+      reference[v] = broadcast<Lane>(FloatTraits<Lane>::kLowest);  // finite, so -inf minus the reference is never NaN
       sum.row[v] = rounded_sum.row[v] = Vec<Lane>{};
     }
   }

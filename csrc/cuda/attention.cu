@@ -186,7 +186,8 @@ const KernelSet& kernels_for(const Call& call) {
                               std::to_string(call.architecture));
 }
 
-void run(const Call& call, bool is_backward) {
+void run(const Call& of_caller, bool is_backward) {
+  const Call& call = on_device(of_caller);
   const KernelSet& kernels = kernels_for(call);
   const DeviceGuard guard(call.device);
   const AttentionParams& a = call.params;
@@ -216,7 +217,7 @@ void run(const Call& call, bool is_backward) {
   const Params params = params_of(call, pieces, is_backward);
   const PaddingParams padding = padding_of(call, pieces);
   const bool is_bf16 = call.params.dtype == DType::kBFloat16;
-  // Backward resets the counter where it prepares rows.
+  // Backward resets the counter in the kernel that prepares rows.
   if (padding.padding != nullptr || (!is_backward && params.tile_counter != nullptr))
     prepare_padding(params, padding, call.stream);
   (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
@@ -238,6 +239,8 @@ std::string unusable_reason(int device) {
     return error.what();
   }
 }
+
+bool runs_on_cpu() { return kRunsOnCpu; }
 
 void forward(const Call& call) { run(call, false); }
 void backward(const Call& call) { run(call, true); }

@@ -40,6 +40,9 @@ int64_t workspace_bytes(const WorkspaceNeeds& needs);
 // Why no kernel can run on the CUDA device, for example because the driver is too old. Empty if kernels can run.
 std::string unusable_reason(int device);
 
+// Whether the tensors of a call lie in the memory of a CPU, because the emulation takes the place of a GPU.
+bool runs_on_cpu();
+
 void forward(const Call& call);
 void backward(const Call& call);
 

@@ -45,7 +45,7 @@ GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_query_rows(const Dropout& dropout
   const bool is_odd = lane.q & 1;
   GPU_UNROLL for (int word = 0; word < (kTiles + 7) / 8; ++word) {
     uint32_t own = 0;
-    GPU_NO_UNROLL for (int t = 0; t < min(8, kTiles - 8 * word); ++t) {  // unrolled, it spills
+    GPU_NO_UNROLL for (int t = 0; t < min(8, kTiles - 8 * word); ++t) {  // an unrolled loop would spill registers
       const int32_t group = first_key / 4 + 2 * (8 * word + t) + lane.q / 2;
       own |= dropout.draw(first_query + (is_odd ? 8 : 0), group) << (4 * t);
     }
@@ -67,7 +67,7 @@ GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_key_rows(const Dropout& dropout, 
   const int32_t m = lane.g % 4;
   GPU_UNROLL for (int word = 0; word < (kTiles + 7) / 8; ++word) {
     uint32_t own = 0;
-    GPU_NO_UNROLL for (int t = 0; t < min(8, kTiles - 8 * word); ++t) {  // unrolled, it spills
+    GPU_NO_UNROLL for (int t = 0; t < min(8, kTiles - 8 * word); ++t) {  // an unrolled loop would spill registers
       const int32_t query = first_query + 8 * (8 * word + t) + 2 * lane.q + m % 2;
       own |= dropout.draw(query, first_key / 4 + lane.g / 4 + 2 * (m / 2)) << (4 * t);
     }

@@ -4,15 +4,15 @@
 //   macros      GPU_DEVICE, GPU_KERNEL, GPU_LAUNCH_BOUNDS, GPU_GRID_CONSTANT, GPU_UNROLL, GPU_NO_UNROLL
 //   TensorMap   what TMA knows of a tensor (tensor_map.h)
 //   functions   all that primitives.h declares
-//   host code   launch, DeviceGuard, num_multiprocessors, why_not_loadable
+//   host code   kRunsOnCpu, on_device, launch, DeviceGuard, num_multiprocessors, why_not_loadable
 #pragma once
 
 namespace fused_attn::gpu {
 
 struct LaunchShape {
   int grid_x, grid_y, grid_z;  // blocks
-  int threads;                 // of a block
-  int shared_bytes;            // dynamic
+  int threads;                 // in each block
+  int shared_bytes;            // dynamic shared memory of each block
 };
 
 }  // namespace fused_attn::gpu

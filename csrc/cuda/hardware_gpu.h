@@ -17,6 +17,14 @@ namespace fused_attn::gpu {
 
 using TensorMap = CUtensorMap;
 
+constexpr bool kRunsOnCpu = false;
+
+// The call with pointers that kernels can read: those of the caller.
+template <class Call>
+const Call& on_device(const Call& call) {
+  return call;
+}
+
 // The error as a text, or an empty text. Afterwards the next launch does not find the error any more.
 inline std::string take_error(cudaError_t error) {
   if (error == cudaSuccess) return "";
@@ -41,7 +49,7 @@ class DeviceGuard {
   int before_ = 0;
 };
 
-// Of the current device.
+// How many multiprocessors the current device has.
 inline int num_multiprocessors() {
   int device = 0, count = 0;
   cudaError_t error = cudaGetDevice(&device);

@@ -1,4 +1,4 @@
-// What a kernel is given: AttentionParams in the sizes that a GPU computes with. attention.cu fills it in.
+// The arguments of kernels: AttentionParams in the types that a GPU computes with. attention.cu fills them in.
 #pragma once
 #include <cstdint>
 
@@ -34,7 +34,7 @@ struct RowValues {
 // What a block of the fused backward works on: a block of keys of one head, and the tiles of queries that see these
 // keys.
 struct alignas(16) KeyBlock {
-  int32_t number;    // of the block within its sequence
+  int32_t number;    // number of the block within its sequence
   int32_t batch;     // index of the sequence
   int32_t head;      // the first query head of the head group
   int32_t kv_head;   // index of the key head
@@ -57,8 +57,8 @@ struct PaddingParams {
   const uint8_t* padding;  // (B, S), nonzero = padding; null = none
   int64_t stride_batch;
   int64_t stride_key;
-  uint32_t* valid_keys;  // (B, valid_words), written: see Params
-  int32_t* key_ranks;    // (B, num_key_blocks + 1), written: see Params; null = not wanted
+  uint32_t* valid_keys;  // (B, valid_words), output: see Params
+  int32_t* key_ranks;    // (B, num_key_blocks + 1), output: see Params; null = not wanted
 };
 
 // Packed (varlen) problems: tensors have one batch entry (stride_batch is 0), and row r of sequence b lies at
@@ -101,7 +101,7 @@ struct Params {
   Rows dk;         // (B, Hkv, S, D)
   Rows dv;         // (B, Hkv, S, D)
   // The preparation kernel writes these, in row blocks (HeadSlice::row_statistic).
-  int32_t row_blocks;  // of one head of a batch entry
+  int32_t row_blocks;  // how many row blocks one head of a batch entry has
   RowValues lse_log2;  // (B, H, row_blocks * kRowBlock): lse * log2(e), or +inf for an empty row and past the last one
   RowValues delta;     // (B, H, row_blocks * kRowBlock): rowsum(dout * out) - dlse, or 0 past the last row
 
@@ -110,7 +110,7 @@ struct Params {
   int32_t* dq_turns;  // (B, H, tiles): how many blocks of keys have added to a tile so far
   // (B, key blocks + 1): how many of the blocks before have a valid key; null = all blocks have one.
   const int32_t* key_ranks;
-  int32_t num_key_blocks;  // of the longest sequence
+  int32_t num_key_blocks;  // how many blocks of keys the longest sequence has
   KeyBlock* key_blocks;    // (blocks of keys of all heads), in the order in which they are taken
 
   // For kernels whose blocks stay on a multiprocessor and take one tile after another. The counter is 0 at the start.

@@ -10,7 +10,7 @@ enum class Element { kBf16, kF16, kF32 };
 struct TensorMapSpec {
   static constexpr int kMaxRank = 5;
 
-  void* base;  // in global memory
+  void* base;  // address in global memory
   Element element;
   int rank;
   int64_t sizes[kMaxRank];         // [0]: of the contiguous dimension

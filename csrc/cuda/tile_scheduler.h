@@ -18,7 +18,7 @@ struct WorkTile {
 GPU_DEVICE WorkTile scheduled_tile(int32_t program, int32_t num_blocks, int32_t num_heads, int32_t batch,
                                    int32_t heads_per_l2_group, bool last_first) {
   const int32_t total_heads = num_heads * batch;
-  heads_per_l2_group = min(heads_per_l2_group, total_heads);  // or the product below could pass 2^31
+  heads_per_l2_group = min(heads_per_l2_group, total_heads);  // otherwise the product below could exceed 2^31
   const int32_t l2_group = program / (heads_per_l2_group * num_blocks);
   const int32_t first_head = l2_group * heads_per_l2_group;
   const int32_t heads_here = min(heads_per_l2_group, total_heads - first_head);

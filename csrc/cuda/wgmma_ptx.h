@@ -6,7 +6,7 @@
 namespace fused_attn::gpu {
 
 template <class T, int N>
-struct Wgmma;  // no such width: add it below
+struct Wgmma;  // an N that is not listed below
 
 // Operands %i to %(i + 7), and the registers behind them.
 #define WGMMA_NAMES_0 "%0, %1, %2, %3, %4, %5, %6, %7"

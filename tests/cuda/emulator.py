@@ -31,7 +31,7 @@ CSRC = ROOT / "csrc"
 TOOLS = ROOT / "tools"
 EMULATION = TOOLS / "emulation"
 
-# -march=native: 16-bit conversions would otherwise be calls.
+# Without -march=native, 16-bit conversions would be calls.
 FLAGS = (
     "-std=c++17",
     "-O2",
@@ -79,7 +79,7 @@ class Builder:
         return Library(self._link(sources, csrc, flags))
 
     def module(self, name: str, sources: Sequence[Path], csrc: Path = CSRC, flags: Sequence[str] = ()) -> ModuleType:
-        """Likewise a Python module ``name``, written with pybind11; each call loads one of its own."""
+        """The same as a Python module ``name``, written with pybind11. Each call loads a module of its own."""
         pybind11 = pytest.importorskip("pybind11", reason="needs the Python package pybind11")
         includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
         linked = self._link(sources, csrc, (*flags, *includes, "-fvisibility=hidden"))
@@ -113,7 +113,7 @@ class Builder:
         return compiled
 
     def _produce(self, target: Path, command: list[str]) -> None:
-        """Under another name first: another process may be at it too, or be killed half-way."""
+        """Writes to another name first: another process may write the same file, or be killed half-way."""
         handle, temporary = tempfile.mkstemp(dir=self.cache, prefix=target.stem, suffix=target.suffix)
         os.close(handle)
         try:
@@ -228,7 +228,7 @@ class Library:
         self._buffers.clear()
 
     def buffer(self, tensor: torch.Tensor | None, *, is_writable: bool = False) -> ctypes.c_void_p:
-        """What kernels get instead of a pointer to the tensor's first element; what its strides span is theirs."""
+        """What kernels get instead of a pointer to the first element. They may access all that the strides span."""
         if tensor is None:
             return ctypes.c_void_p(None)
         self._buffers.append(tensor)  # keeps the memory
@@ -254,5 +254,5 @@ class Library:
 
     @property
     def statistics(self) -> Statistics:
-        """Of all launches since `start`."""
+        """The statistics of all launches since `start`."""
         return self._library.emulation_statistics()

@@ -299,7 +299,6 @@ BUGS = [
 ]  # fmt: skip
 
 
-
 def hidden_block(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Padding (B, S) that leaves no key of the second block of 128."""
     keys = torch.arange(case.seqlen_k)
@@ -307,9 +306,7 @@ def hidden_block(case: Case, dtype: torch.dtype, generator: torch.Generator) -> 
 
 
 CASES = {
-    "hole": Case(
-        "hole", batch=1, heads=1, seqlen_q=70, seqlen_k=400, head_dim=HEAD_DIM, key_padding_mask=hidden_block
-    ),
+    "hole": Case("hole", batch=1, heads=1, seqlen_q=70, seqlen_k=400, head_dim=HEAD_DIM, key_padding_mask=hidden_block),
     "short": Case("short", batch=1, heads=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM),
     "long": Case("long", batch=1, heads=2, seqlen_q=200, seqlen_k=520, head_dim=HEAD_DIM, attn_mask=cases.lower_right),
     # On Hopper, a kernel of its own for each.

@@ -1,7 +1,8 @@
-// Counts the cycles that a warp's accesses to shared memory take: its 32 banks of four bytes serve one word each per cycle.
+// Counts the cycles that a warp's accesses to shared memory take. There are 32 banks of four bytes, and each bank
+// serves one word in a cycle.
 //
-// Threads run apart here. What belongs to one instruction of a warp is told by where in the program each lane stands, and how
-// often it has been there.
+// The threads of a warp run one after another here. Two accesses belong to the same instruction of the warp if they
+// come from the same place of the program, and if both lanes have been there equally often.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -14,11 +15,11 @@ namespace fused_attn::emulation {
 class BankConflicts {
  public:
   void reset() { sites_.clear(); }
-  // A whole instruction: one address for each lane that takes part.
+  // Counts a whole instruction, with one address for each lane that takes part.
   void add(const uint32_t* addresses, int lanes, uint32_t bytes);
-  // The current thread's part of an instruction.
+  // Adds the current thread's part of an instruction.
   void add_lane(const void* site, uint32_t address, uint32_t bytes);
-  // Counts what only a part of a warp executed.
+  // Counts the instructions that only some lanes of a warp have executed.
   void finish();
 
  private:

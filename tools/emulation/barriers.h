@@ -1,4 +1,4 @@
-// The sixteen named barriers of a block (0: sync_threads), and the synchronisation of a warp.
+// The sixteen named barriers of a block (barrier 0 is sync_threads), and the synchronisation of a warp.
 #pragma once
 #include <string>
 #include <vector>
@@ -12,7 +12,7 @@ constexpr int kNumBarriers = 16;
 class Barriers {
  public:
   void reset(int agents);
-  // A warp arrives, and waits for the others if is_sync.
+  // A warp arrives. If is_sync, it waits for the others.
   void arrive(int id, int threads, bool is_sync, const char* name);
   void check_none_is_open() const;
   std::string describe(int id) const;
@@ -22,7 +22,7 @@ class Barriers {
     int arrived = 0;  // threads
     int expected = 0;
     std::vector<int> waiting_warps;
-    VectorClock clock;  // what those that arrived know
+    VectorClock clock;  // what the threads that arrived know
   };
   Barrier barriers_[kNumBarriers];
   int agents_ = 0;

@@ -1,4 +1,4 @@
-// A thread block that is being emulated: all of its state, one member for each idea.
+// All state of a thread block that is being emulated, with one member for each idea.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -39,8 +39,8 @@ struct Thread {
   VectorClock clock;
   CopyAsyncGroups copies;
   BulkGroups bulk_stores;
-  const void* polled = nullptr;  // the global address read last, and how often in a row
-  uint32_t polls = 0;
+  const void* polled = nullptr;  // the global address that the thread read last
+  uint32_t polls = 0;            // how often in a row it has read this address
 
   Epoch epoch() const { return {uint16_t(index), false, clock.get(kOrdinary, index)}; }
   auto known() const {
@@ -71,18 +71,19 @@ struct Block {
   WgmmaPipelines wgmma;
   RegisterBudget registers;
 
-  // Whether a piece of asynchronous work just issued completes as late as possible.
+  // Whether asynchronous work that is issued now completes as late as possible. The seed decides.
   bool completes_late() {
     if (options.timing != kTimingBySeed) return options.timing == kLate;
     return options.seed == 0 || random() % 2;
   }
 };
 
-// The one that runs now, and all that have started and not ended.
+// The block that runs now, and all blocks that have started and not ended.
 Block& block();
 const std::vector<Block*>& running_blocks();
 
-// Gives what the current thread did so far a tick of its own; after everything that publishes its clock.
+// Ends a tick of the current thread: what the thread does from now on is newer than what it did so far. Call this after
+// the thread has published its clock.
 inline void tick() { block().current->clock.tick(block().current->index); }
 
 }  // namespace fused_attn::emulation

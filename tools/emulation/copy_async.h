@@ -1,4 +1,4 @@
-// cp.async: a thread's own copies of 16 bytes from global to shared memory, in groups that it waits for.
+// cp.async: copies of 16 bytes from global to shared memory. Each thread waits for groups of its own copies.
 #pragma once
 #include <cstdint>
 #include <deque>

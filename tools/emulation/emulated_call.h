@@ -1,15 +1,15 @@
-// A call whose tensors lie in the host's memory, for the emulation: kernels get handles in place of pointers, so that
-// every access is checked. Test-only.
+// Calls whose tensors lie in the memory of a CPU. Kernels get handles in place of pointers, so that every access is
+// checked.
 #pragma once
-#include <pybind11/pybind11.h>
+#include <type_traits>
 
 #include "cuda/attention.h"
 #include "global_memory.h"
 
 namespace fused_attn::gpu {
 
-// The same call with handles. Buffers end where the tensors' last elements do.
-inline Call emulated(Call call) {
+// The call with handles. A buffer ends where the last element of its tensor ends.
+inline Call on_device(Call call) {
   emulation::clear_buffers();
   AttentionParams& p = call.params;
   const auto use = [](auto*& pointer, int64_t bytes, bool is_writable) {

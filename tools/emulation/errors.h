@@ -11,7 +11,8 @@ struct EmulationError : std::runtime_error {
 
 std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
 
-// Within a kernel: ends the launch with this text, behind the block and thread. Elsewhere: throws EmulationError.
+// Within a kernel, ends the launch with a report: the block, the thread, and this text. Elsewhere, throws
+// EmulationError.
 [[noreturn]] void fail(const char* text, ...) __attribute__((format(printf, 1, 2)));
 
 }  // namespace fused_attn::emulation

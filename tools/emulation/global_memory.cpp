@@ -16,8 +16,8 @@ namespace {
 constexpr uintptr_t kHandle = uintptr_t(1) << 62;
 constexpr uint32_t kManyPolls = 1 << 20;  // of one address in a row, before it is taken for a loop that never ends
 
-// The last write to four bytes during a launch, which is enough to tell most cases of threads and blocks that get into each
-// other's way. What is missed is a write after another's read, and a proxy fence within a block.
+// The last write to four bytes during a launch. This is enough to find most races between threads and blocks. It misses
+// a write after somebody else's read, and a missing proxy fence within a block.
 struct LastWrite {
   int32_t block = -1;
   Epoch access{};  // of a bulk store: its agent, and its number in the block
@@ -37,12 +37,12 @@ struct Buffer {
 
 std::vector<Buffer> buffers;
 
-// What each release of a block has published, with all that those before it have: [block][number of the release - 1]. A
-// counter carries the number of the last one of each block.
+// What each release of a block, and the releases before it, have published: [block][number of the release - 1]. A
+// counter carries the number of the last release of each block.
 std::map<int, std::vector<VectorClock>> releases;
 std::map<const int*, GlobalClock::Ticks> published_with_counter;
 
-// The buffer with these bytes; buffers may overlap, being views of one tensor.
+// The buffer that has these bytes. Buffers may overlap, because they may be views of one tensor.
 Buffer& find(uintptr_t handle, size_t bytes, size_t alignment, bool is_write, const char* what) {
   if (handle % alignment) fail("%s: global address %#zx is not a multiple of %zu", what, size_t(handle), alignment);
   const uintptr_t p = handle - kHandle;
@@ -69,7 +69,7 @@ Buffer& find(uintptr_t handle, size_t bytes, size_t alignment, bool is_write, co
        size_t(nearest->end - nearest->begin));
 }
 
-// Why an access of the current thread does not come after the write, or an empty text if it does.
+// Why an access of the current thread does not come after the write. Empty if it does.
 std::string missing_order(const LastWrite& last, bool is_async) {
   const Block& b = block();
   const VectorClock& clock = b.current->clock;
@@ -116,7 +116,7 @@ std::pair<LastWrite*, LastWrite*> cells_of(Buffer& buffer, uintptr_t p, size_t b
   return {first + (p - buffer.begin) / 4, first + (p + bytes - 1 - buffer.begin) / 4 + 1};
 }
 
-// Calls for each write that the bytes remember, once for all that it has written of them in a row.
+// Calls a function for each write that the bytes remember: once for all neighbouring bytes of the write.
 template <class F>
 void for_each_write(Buffer& buffer, uintptr_t p, size_t bytes, const F& f) {
   const auto [begin, end] = cells_of(buffer, p, bytes);
@@ -193,7 +193,7 @@ char* global_write(void* handle, size_t bytes, size_t alignment, const char* wha
 
 int atomic_fetch_add(int* counter, int value) {
   const int before = add_to(counter, value, Write::kCount, "atomic_fetch_add");
-  block().scheduler.yield();  // such a counter deals out work: let others have their share
+  block().scheduler.yield();  // such a counter deals out work, and other blocks should get their share
   return before;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <string>
 
+#include "emulated_call.h"
 #include "launch.h"
 #include "tensor_map.h"
 
@@ -15,6 +16,8 @@
 namespace fused_attn::gpu {
 
 using TensorMap = emulation::TensorMap;
+
+constexpr bool kRunsOnCpu = true;
 
 // There is one device.
 struct DeviceGuard {

@@ -15,11 +15,12 @@ struct LaunchShape {
   uint32_t shared_bytes;
 };
 
-// Returns the first error, or an empty text. `statistics` are added up.
+// Returns the first error, or an empty text. Adds to `statistics`.
 std::string launch(const LaunchShape& shape, const Options& options, Statistics* statistics,
                    const std::function<void()>& kernel);
 
-// Of launches by hardware_emulated.h: what the test has set last, and what has happened since.
+// For launches by kernels' host code (hardware_emulated.h): the options that the test has set last, and the statistics
+// since.
 Options& session_options();
 Statistics& session_statistics();
 

@@ -33,7 +33,8 @@ struct MatrixDescriptor {
            8 * swizzle_bytes);
   }
 
-  // Where element (mn, k) is. `mn` counts rows of a or columns of b; is_mn_major: those are contiguous, instead of k.
+  // Where element (mn, k) is. `mn` counts rows of a, or columns of b. If is_mn_major, elements along mn are contiguous,
+  // instead of elements along k.
   uint32_t address(uint32_t mn, uint32_t k, bool is_mn_major) const {
     const uint32_t span = swizzle_bytes;
     if (!is_mn_major && span == 0) return start + mn % 8 * 16 + mn / 8 * stride + k % 8 * 2 + k / 8 * leading;

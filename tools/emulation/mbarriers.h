@@ -1,4 +1,5 @@
-// mbarriers: barriers in shared memory that count arrivals of threads and bytes of asynchronous copies, phase after phase.
+// mbarriers: barriers in shared memory that count, phase after phase, arrivals of threads and bytes of asynchronous
+// copies.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -17,7 +18,7 @@ class Mbarriers {
   void arrive(uint32_t address, uint32_t expected_bytes);
   void wait(uint32_t address, uint32_t parity);
 
-  // A copy by the current thread is to complete here. Returns the agent that the copy is.
+  // The current thread issues a copy that will complete on this mbarrier. Returns the agent of the copy.
   int begin_copy(uint32_t address);
   void complete_copy(uint32_t address, uint32_t bytes, const VectorClock& clock);
 
@@ -29,13 +30,13 @@ class Mbarriers {
     int expected = 0;  // arrivals a phase
     int pending = 0;   // arrivals that the current phase still lacks
     int64_t missing_bytes = 0;
-    uint32_t phase = 0;     // how many are complete
-    VectorClock arriving;   // what those know who arrived in the current phase
-    VectorClock completed;  // and in the last complete one
+    uint32_t phase = 0;     // how many phases are complete
+    VectorClock arriving;   // what the threads know that arrived in the current phase
+    VectorClock completed;  // what the threads know that arrived in the last complete phase
     int agent = 0;
     int init_thread = 0;
     uint32_t init_tick = 0;
-    uint32_t fence_tick = 0;  // of the init_thread, when it fenced its inits; 0: not yet
+    uint32_t fence_tick = 0;  // the tick of init_thread when it fenced its inits; 0 = not yet
   };
 
   Mbarrier& find(uint32_t address, const char* what);

@@ -1,25 +1,26 @@
-// What a test may choose about an emulated launch, and what it gets to know. Plain data: it crosses to Python.
+// What a test may choose about an emulated launch, and what the test gets to know. This is plain data that crosses to
+// Python.
 #pragma once
 #include <cstdint>
 
 namespace fused_attn::emulation {
 
 enum Timing : int32_t {
-  kTimingBySeed = 0,  // late for seed 0, else each copy and each wgmma at random early or late
+  kTimingBySeed = 0,  // late for seed 0; otherwise each copy and each wgmma is early or late at random
   kEarly = 1,         // asynchronous work is complete when it is issued
-  kLate = 2,          // it completes when somebody waits for it, or nothing else can run
+  kLate = 2,          // asynchronous work completes when somebody waits for it, or when nothing else can run
 };
 
 struct Options {
-  uint64_t seed = 0;  // 0: threads run first in, first out; else in an order drawn from the seed
+  uint64_t seed = 0;  // 0: threads run first in, first out; otherwise the seed draws their order
   int32_t timing = kTimingBySeed;
   int32_t race_detection = true;
   int32_t poison = true;  // NaN in shared memory at the start, in what is being copied to, in accumulators in flight
   int32_t strict_wgmma = true;  // a wait for wgmma tells a warp about itself only, not about its warpgroup
   int32_t count_bank_conflicts = false;
-  int32_t resident_blocks = 2;       // multiprocessors: a further block starts when one of so many ends
-  int32_t ordered_sums = true;       // blocks may add floats to the same place only in an order that something decides
-  int32_t registers_per_thread = 0;  // at launch; 0: all that a multiprocessor has for one block
+  int32_t resident_blocks = 2;       // so many blocks run side by side, as on so many multiprocessors
+  int32_t ordered_sums = true;       // blocks may add floats to the same place in a fixed order only
+  int32_t registers_per_thread = 0;  // at the launch; 0: all that a multiprocessor has for one block
 };
 
 struct Statistics {

@@ -1,10 +1,15 @@
-// Finds accesses to shared memory that nothing orders, whatever order they came in by chance.
+// Finds accesses to shared memory that nothing orders, in whatever order they came by chance.
 //
-// An agent is what can access memory by itself: each thread; the wgmma pipeline, as four agents a warpgroup, since a warp that
-// waits learns only about itself; the bulk stores of each warp; the loads that complete on each mbarrier. Every four bytes of
-// shared memory remember their last writer and all readers since, each with a tick of its agent's clock. An access is a race if
-// the accessing agent's vector clock has not reached that tick. Agents of the async proxy that come after ordinary writes need
-// it in the fenced plane.
+// An agent is whatever can access memory by itself:
+//
+//   - each thread
+//   - the wgmma pipeline of a warpgroup: four agents, because a warp that waits learns about itself only
+//   - the bulk stores of each warp
+//   - the loads that complete on each mbarrier
+//
+// Every four bytes of shared memory remember their last writer, and all readers since then, each with a tick of its
+// agent's clock. An access is a race if the vector clock of the accessing agent has not reached that tick. Agents of
+// the async proxy that come after ordinary writes need the tick in the fenced plane (vector_clock.h).
 #pragma once
 #include <cstdint>
 #include <string>
@@ -40,17 +45,18 @@ class RaceDetector {
  public:
   void reset(uint32_t shared_bytes, const Agents& agents);
 
-  // `known(plane, agent)`: the tick of `agent` after which this access comes. Offsets are from the start of shared memory.
+  // `known(plane, agent)` returns the tick of `agent` after which this access comes. Offsets count from the start of
+  // shared memory.
   template <class Known>
   void read(uint32_t offset, uint32_t bytes, Epoch access, const Known& known, const char* what);
   template <class Known>
   void write(uint32_t offset, uint32_t bytes, Epoch access, const Known& known, const char* what);
 
-  // Between these two, the bytes belong to a copy in flight: any access is an error.
+  // Between these two calls, the bytes belong to a copy in flight, and any access is an error.
   void begin_copy(uint32_t offset, uint32_t bytes);
   void end_copy(uint32_t offset, uint32_t bytes, Epoch access);
 
-  // The eight bytes hold an mbarrier from now on: only mbarrier operations may access them.
+  // From now on, the eight bytes hold an mbarrier, and only mbarrier operations may access them.
   void protect_mbarrier(uint32_t offset);
 
  private:
@@ -63,7 +69,7 @@ class RaceDetector {
     uint8_t num_reads = 0;
     bool is_copied_to = false;
     bool is_mbarrier = false;
-    int32_t more_reads = -1;  // index into more_reads_: further readers, by agent
+    int32_t more_reads = -1;  // index into more_reads_, which has further readers
   };
 
   template <class Known>
@@ -76,7 +82,7 @@ class RaceDetector {
 
   Agents agents_;
   std::vector<Cell> cells_;
-  std::vector<std::vector<uint32_t>> more_reads_;  // tick of each agent, 0: has not read
+  std::vector<std::vector<uint32_t>> more_reads_;  // the tick of each agent; 0 = it has not read
   std::vector<int32_t> free_more_reads_;
 };
 

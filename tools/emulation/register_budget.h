@@ -1,4 +1,4 @@
-// The block's registers: decrease_registers gives some back, increase_registers waits until there are enough.
+// The registers of a block. decrease_registers gives some back, increase_registers waits until there are enough.
 #pragma once
 #include <deque>
 #include <string>
@@ -10,7 +10,7 @@ constexpr int kRegistersOfMultiprocessor = 64 * 1024;
 
 class RegisterBudget {
  public:
-  // per_thread: at launch; 0 for as many as one block on a multiprocessor can have.
+  // per_thread: registers of a thread at the launch; 0 = as many as one block on a multiprocessor can have.
   void reset(int threads, int per_thread);
   void change(int per_thread, bool is_increase);
   void check_warpgroups_agree() const;

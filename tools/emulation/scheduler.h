@@ -1,6 +1,7 @@
 // Runs the threads of a block one at a time, each on a stack of its own, until one has to wait.
 //
-// A block in turn runs until it ends, until none of its threads can go on, or until it yields, and then others run.
+// The turn of a block lasts until the block ends, until none of its threads can go on, or until it yields. Then other
+// blocks run.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -17,27 +18,27 @@ struct Wait {
   uint32_t id = 0;        // warp, warpgroup, barrier, address of the mbarrier, registers wanted
   uint32_t parity = 0;    // of the mbarrier
   const int* counter = nullptr;
-  int value = 0;  // that the counter is to have
+  int value = 0;  // the value that the counter has to reach
 };
 
 enum class Progress {
-  kNone,   // all threads wait; perhaps for what another block does
-  kSome,   // likewise, or the block has yielded, but some have run
+  kNone,   // no thread has run: all wait, perhaps for another block
+  kSome,   // some threads have run, and now all wait, or the block has yielded
   kEnded,  // all threads have ended, or one has failed
 };
 
 class Scheduler {
  public:
-  // Before the first run.
+  // Call this before the first run.
   void start(int slot);
 
   Progress run();
   const std::string& error() const { return error_; }  // that ended the block, or an empty text
 
-  // Lets other blocks run; the current thread stays ready.
+  // Lets other blocks run. The current thread stays ready.
   void yield();
 
-  // Lets others run until somebody calls make_ready on the current thread.
+  // Lets other threads run, until somebody calls make_ready on the current one.
   void wait(const Wait& wait);
   void make_ready(Thread& thread);
 
@@ -57,7 +58,7 @@ class Scheduler {
   std::string error_;
 };
 
-// What the threads of the current block wait for, when none can run, while that many blocks have not started.
+// Says what the threads of the current block wait for, when none can run and blocks_to_start blocks have not started.
 std::string deadlock_report(int64_t blocks_to_start);
 
 }  // namespace fused_attn::emulation

@@ -1,4 +1,5 @@
-// The emulation as seen from Python (tests/cuda/emulator.py): what a library of kernels exports besides its own functions.
+// The emulation as Python sees it (tests/cuda/emulator.py): the functions that each library of kernels exports besides
+// its own.
 #include "global_memory.h"
 #include "launch.h"
 
@@ -6,7 +7,7 @@ using namespace fused_attn::emulation;
 
 extern "C" {
 
-// Holds for all launches from now on; statistics start at zero.
+// Sets the options of all launches from now on. Statistics start at zero.
 void emulation_start(const Options* options) {
   session_options() = *options;
   session_statistics() = Statistics{};

@@ -1,7 +1,7 @@
-// The block's shared memory: bounds, alignment, and who may access it when.
+// The shared memory of a block: bounds, alignment, and who may access it when.
 //
-// Kernels see only 32-bit addresses and the handle that shared_memory() returns, which no one can dereference: it is not an
-// address that the processor accepts.
+// Kernels see 32-bit addresses, and the handle that shared_memory() returns. Nobody can dereference the handle: it is
+// no address that the processor accepts.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -28,7 +28,7 @@ class SharedMemory {
   std::vector<char> memory_;
 };
 
-// An access by the current thread, checked for races. Returns the pointer.
+// Checks an access by the current thread for races. Returns the pointer.
 char* read_shared(uint32_t address, uint32_t bytes, const char* what);
 char* write_shared(uint32_t address, uint32_t bytes, const char* what);
 
@@ -36,7 +36,8 @@ char* write_shared(uint32_t address, uint32_t bytes, const char* what);
 void load_shared(uint32_t address, void* value, uint32_t bytes);
 void store_shared(uint32_t address, const void* value, uint32_t bytes);
 
-// XOR pattern of TMA and wgmma: 16-byte chunks are permuted within spans of 128, 64 or 32 bytes, by the address's higher bits.
+// The swizzle of TMA and wgmma: 16-byte chunks are permuted within spans of 128, 64 or 32 bytes. The higher bits of the
+// address decide how.
 inline uint32_t swizzle(uint32_t address, int span) {
   const uint32_t chunks = span / 16;  // 8, 4, 2, or 0 for none
   return chunks ? address ^ (((address >> 7) % chunks) << 4) : address;

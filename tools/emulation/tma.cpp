@@ -16,7 +16,7 @@ constexpr uint32_t kChunk = 16;  // bytes that swizzling keeps together
 constexpr uint32_t kTmaAlignment = 128;
 constexpr uint32_t kSwizzle128Repeat = 1024;
 
-// One row of a box: `bytes` bytes in shared memory, of which [begin, end) lie within the tensor, from `global` on.
+// One row of a box: `bytes` bytes in shared memory. Bytes [begin, end) of them lie within the tensor, from `global` on.
 struct Row {
   char* global;
   int begin, end;
@@ -29,7 +29,8 @@ struct Box {
   uint32_t bytes() const { return uint32_t(rows.size()) * row_bytes; }
 };
 
-// Calls with the shared address of each 16-byte chunk, and its bytes [begin, end) that are inside, from `global` on.
+// Calls a function for each 16-byte chunk, with its shared address, and with its bytes [begin, end) that lie within the
+// tensor, from `global` on.
 template <class F>
 void for_each_chunk(const Box& box, uint32_t shared, const F& f) {
   for (size_t r = 0; r < box.rows.size(); r++) {
@@ -60,7 +61,7 @@ void check_shared_address(const TensorMap& map, uint32_t address, const char* wh
     fail("%s: rows of %d bytes under a swizzle of %d are not emulated", what, row_bytes, map.swizzle_bytes);
 }
 
-// The box has to begin at a multiple of 16 bytes within its rows: on an H100 any other stops with an illegal instruction.
+// The box has to begin at a multiple of 16 bytes within its rows. Otherwise an H100 stops with an illegal instruction.
 void check_first_coordinate(const TensorMap& map, int coordinate, const char* what) {
   const int64_t bytes = int64_t(coordinate) * map.element_bytes;
   if (bytes % kChunk)
@@ -68,8 +69,9 @@ void check_first_coordinate(const TensorMap& map, int coordinate, const char* wh
          kChunk);
 }
 
-// A box that is read may begin before the tensor, one that is written may not (CUDA C++ Programming Guide, "Negative indices
-// and out of bounds"): an H100 stops with an illegal instruction, in stores and reductions, whichever coordinate it is.
+// A box that is read may begin before the tensor, and a box that is written may not (CUDA C++ Programming Guide,
+// "Negative indices and out of bounds"). On an H100, stores and reductions then stop with an illegal instruction, for
+// every coordinate.
 void check_begins_inside(const int* coordinates, int num_coordinates, const char* what) {
   for (int i = 0; i < num_coordinates; i++) {
     if (coordinates[i] < 0)
@@ -77,7 +79,7 @@ void check_begins_inside(const int* coordinates, int num_coordinates, const char
   }
 }
 
-// `access(handle, bytes)` checks that the bytes may be accessed, and gives their place in the host's memory.
+// `access(handle, bytes)` checks that the bytes may be accessed, and returns where they lie in the host's memory.
 template <class F>
 Box box_of(const TensorMap& map, const int* coordinates, const F& access) {
   Box box;

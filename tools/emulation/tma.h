@@ -14,8 +14,8 @@ namespace fused_attn::emulation {
 struct Thread;
 
 struct TmaJob {
-  std::function<void()> read_source;  // of a bulk store, from shared memory; null once done
-  std::function<void()> carry_out;    // what is left; null once done
+  std::function<void()> read_source;  // reads the source of a bulk store from shared memory; null once done
+  std::function<void()> carry_out;    // does the rest; null once done
 
   void read() {
     if (const auto f = std::exchange(read_source, nullptr)) f();
@@ -26,7 +26,7 @@ struct TmaJob {
   }
 };
 
-// What has been issued and is not yet complete, over all threads of the block.
+// The operations of all threads of the block that have been issued and are not complete yet.
 class TmaQueue {
  public:
   void reset() { jobs_.clear(); }
@@ -38,7 +38,7 @@ class TmaQueue {
   std::deque<std::shared_ptr<TmaJob>> jobs_;
 };
 
-// A thread's stores and reductions, in groups that it waits for.
+// The stores and reductions of a thread, in groups that the thread waits for.
 struct BulkGroups {
   struct Store {
     std::shared_ptr<TmaJob> job;

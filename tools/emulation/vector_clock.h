@@ -1,7 +1,7 @@
-// What an agent knows of the past of all agents: for each, up to which of its clock ticks.
+// What an agent knows of the past of all agents: for each agent, a number of ticks of its clock.
 //
-// There are two planes. Ordinary: what happened before. Fenced: what happened before and was then made visible to the async
-// proxy (TMA, wgmma) by a proxy fence, which copies the ordinary plane onto the fenced one.
+// There are two planes. The ordinary plane is what happened before. The fenced plane is what happened before and was
+// then made visible to the async proxy (TMA, wgmma). A proxy fence copies the ordinary plane onto the fenced one.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -15,9 +15,9 @@ namespace fused_attn::emulation {
 
 enum Plane { kOrdinary = 0, kFenced = 1 };
 
-// The same for global memory, where the fence is fence_async_proxy_global. Few kernels learn anything, so that only what is
-// known is kept, and clocks share it. Of another block, it is how many of its releases have been acquired; of the bulk stores
-// of a warp of the own block (own_bulk_stores), up to which one they are complete.
+// The same for global memory, where the fence is fence_async_proxy_global. Most kernels learn little, so only what is
+// known is stored, and clocks share it. About another block, a thread knows how many of the block's releases it has
+// acquired. About the bulk stores of a warp of its own block (own_bulk_stores), it knows how many of them are complete.
 class GlobalClock {
  public:
   using Ticks = std::map<std::pair<Plane, int>, uint32_t>;

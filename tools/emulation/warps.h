@@ -1,4 +1,4 @@
-// Operations that a whole warp or warpgroup executes together: the last thread to arrive carries them out for all.
+// Operations that a whole warp or warpgroup executes together. The last thread to arrive carries them out for all.
 #pragma once
 #include <vector>
 
@@ -13,9 +13,9 @@ class Warps {
   int arrived_in_warp(int warp) const { return warps_[warp].num_arrived; }
   int arrived_in_warpgroup(int warpgroup) const { return warpgroups_[warpgroup].num_arrived; }
 
-  // The last to arrive gets what each thread of the group brought along, in order; it must then release the others or give
-  // them something else to wait for. For the others, null is returned once somebody has woken them. `name` is that of the
-  // operation: it is an error if threads of one group meet in different ones.
+  // The last thread to arrive gets the operands of all threads of the group, in order. It must then release the others,
+  // or give them something else to wait for. The others get null once somebody has woken them. `name` names the
+  // operation: it is an error if threads of one group meet in different operations.
   void** meet_in_warp(const char* name, void* operand);
   void** meet_in_warpgroup(const char* name, void* operand);
   void release_warp();

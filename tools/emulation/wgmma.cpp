@@ -40,7 +40,7 @@ int column_of(int thread, int i) { return 8 * (i >> 2) + 2 * (thread % 4) + (i &
 
 const char* name_of(const Wgmma& wgmma) { return wgmma.is_a_in_registers ? "wgmma_rs" : "wgmma_ss"; }
 
-// What all threads of a warpgroup know: for each agent, the least of them. Computed when asked for.
+// What all threads of a warpgroup know: for each agent, the least that one of them knows. This is computed on demand.
 class CommonKnowledge {
  public:
   explicit CommonKnowledge(const Thread* threads) : threads_(threads) {}
@@ -131,7 +131,7 @@ void WgmmaPipelines::issue(float* d, int n, bool is_bf16, const uint32_t* a, uin
     for (int thread = 0; thread < kWarpgroupSize; thread++)
       for (int i = 0; i < n / 2; i++) memcpy(&all[thread]->d[i], &kPoison, sizeof(float));
 
-  // In order: early only if everything before is done too.
+  // Products complete in order: one completes early only if all before it are complete.
   bool is_early = !b.completes_late();
   for (const auto& group : pipeline.committed)
     for (const auto& earlier : group) is_early &= earlier->is_done;

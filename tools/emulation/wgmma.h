@@ -15,14 +15,14 @@ class WgmmaPipelines {
   void reset(int warpgroups) { pipelines_.assign(warpgroups, Pipeline{}); }
 
   void fence();
-  // a: four registers, or null for the descriptor a_descriptor.
+  // a: four registers; null = the descriptor a_descriptor.
   void issue(float* d, int n, bool is_bf16, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor,
              bool is_a_transposed, bool is_b_transposed, bool accumulate);
   void commit();
   void wait(int groups_left);
   void check_none_is_in_flight() const;
 
-  // The current thread's registers hold what nobody may use, and none of them are in flight.
+  // From now on, nobody may use what these registers of the current thread hold. None of them may be in flight.
   void forget(float* registers, int count) const;
 
  private:
@@ -40,7 +40,7 @@ class WgmmaPipelines {
     std::unordered_map<float*, Accumulators> accumulators;  // by those of the first thread
   };
 
-  // The registers still hold the poison that they got when their first instruction was issued.
+  // Checks that the registers still hold the poison that they got when their first instruction was issued.
   void check_untouched(const Accumulators& accumulators, const char* name) const;
   void carry_out(Pipeline& pipeline, Wgmma& wgmma);
   void finish(Pipeline& pipeline, Wgmma& wgmma);

@@ -96,7 +96,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   const QueryGradientRings<kHeadDim> rings(shared);
   if (thread_index() == 0) rings.init();
   sync_threads();
-  RingPosition<Plan::kStages> position;  // of both rings
+  RingPosition<Plan::kStages> position;  // in the rings for k and v
 
   if (thread_index() < kWarpgroup) {
     // Load.
@@ -270,7 +270,7 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
   using Plan = KeyGradientPlan<kHeadDim>;
   using QTile = typename Plan::QTile;
   TileLoader loader{rings.cleaning, thread_index() == 0};
-  RingPosition<Plan::kStages> position;  // of both rings for queries
+  RingPosition<Plan::kStages> position;  // in the rings for q and dout
   const HeadSlice& head_slice = work.head_slice;
   const int key = head_slice.k_offset + work.first_key;
   loader.load<typename Plan::KeyTile>(rings.k, {}, shared + Plan::kK, maps.k, key, head_slice.kv_head,
@@ -325,7 +325,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
   bool is_valid[2];
   const bool are_all_valid = work.valid.all();
   GPU_UNROLL for (int r = 0; r < 2; ++r) is_valid[r] = work.valid.has(warp_row + lane.g + 8 * r);
-  RingPosition<Plan::kStages> position;  // of all three rings
+  RingPosition<Plan::kStages> position;  // in the rings for q, dout and the statistics
 
   float dk[kMakesDk ? kHeadDim / 8 : 1][4], dv[kMakesDv ? kHeadDim / 8 : 1][4];
   float probs[kTiles][4], dprobs[kTiles][4];

@@ -71,8 +71,10 @@ struct TileNote {
                                     word(head_slice.seqlen_k)});
     store_shared(address + 32, Vec2{word(head_slice.q_offset), word(head_slice.seqlen_q)});
   }
-  GPU_DEVICE int32_t first_row() const { return load_shared<int32_t>(address); }        // or kNoMoreTiles
-  GPU_DEVICE int32_t first_block() const { return load_shared<int32_t>(address + 4); }  // of keys that are visited
+  GPU_DEVICE int32_t first_row() const { return load_shared<int32_t>(address); }  // or kNoMoreTiles
+  GPU_DEVICE int32_t first_block() const {
+    return load_shared<int32_t>(address + 4);
+  }  // the first block of keys to visit
   GPU_DEVICE int32_t end_block() const { return load_shared<int32_t>(address + 8); }
 
   GPU_DEVICE void store_end_block(int32_t block) const { store_shared(address + 8, block); }
@@ -117,7 +119,7 @@ struct View {
 // What the loading warp has to load.
 struct Boxes {
   static constexpr int32_t kKeys = 1, kQueries = 2, kIsLast = 4;
-  int32_t what;  // 0: nothing more
+  int32_t what;  // a sum of the bits above; 0 = there is nothing more to load
   int32_t key_row;
   int32_t query_row;
   int32_t all_valid;  // all keys are valid, so the values need no cleaning
