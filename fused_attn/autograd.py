@@ -17,18 +17,25 @@ from fused_attn.problem import AttentionProblem
 
 
 class FusedAttention(torch.autograd.Function):
-    """``apply(*inputs, (backend, problem, return_lse))`` -> out, or (out, lse).
+    """``apply((backend, problem, return_lse, inputs), *tensors)`` -> out, or (out, lse).
 
-    A plain problem passes the first three inputs alone. Every argument of a Function costs time, one that is no tensor
-    0.5 us, and the plain problem is the one where time per call is felt.
+    tensors: those of inputs, for torch to see. Of a plain problem the first three alone: every argument of a Function
+        costs time, one that is no tensor 0.5 us, and the plain problem is the one where time per call is felt.
     """
 
     @staticmethod
-    def forward(ctx, *arguments: Tensor | tuple[Backend, AttentionProblem, bool] | None):
-        *tensors, call = arguments
-        backend, problem, return_lse = ctx.call = call
-        out, lse = backend.forward(problem, Inputs(*tensors), True)
-        ctx.save_for_backward(*tensors, out, lse)
+    def forward(
+        ctx,
+        call: tuple[Backend, AttentionProblem, bool, Inputs],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *others: Tensor | None,
+    ):
+        backend, problem, return_lse, inputs = call
+        ctx.call = backend, problem  # not the inputs: torch keeps the tensors, and looks after them
+        out, lse = backend.forward(problem, inputs, True)
+        ctx.save_for_backward(out, lse, query, key, value, *others)
         if not return_lse:
             return out
         ctx.set_materialize_grads(False)
@@ -36,18 +43,16 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None = None):
-        *tensors, out, lse = ctx.saved_tensors
-        backend, problem, _ = ctx.call
-        compute = gradients.compute
+        out, lse, *tensors = ctx.saved_tensors
+        (backend, problem), compute = ctx.call, gradients.compute
         # Grad mode is on here only under create_graph, which needs gradients that are themselves differentiable.
         if torch.is_grad_enabled():
             backend = None
         elif modes.is_backward_observed(dout, dlse):
             compute = ops.call_backward
         saved = Saved(out, lse, dout, dlse)
-        return gradients_of_arguments(
-            compute(backend, problem, Inputs(*tensors), saved, Wanted.of(ctx.needs_input_grad))
-        )
+        _, *needs = ctx.needs_input_grad  # the first is of the call
+        return None, *gradients_of_arguments(compute(backend, problem, Inputs(*tensors), saved, Wanted.of(*needs)))
 
 
 #: `FusedAttention.apply` without its preparations for `torch.func`, which `api` has ruled out; they cost 4 us a call.

@@ -93,18 +93,10 @@ def band_of(is_causal: bool, window_size: tuple[int, int], diagonal_offset: int 
     return Band(left, right, diagonal_offset)
 
 
-class ScoreMasks(NamedTuple):
-    """Those of the `Inputs` that `attn_mask` and `key_padding_mask` become."""
-
-    bias: Tensor | None = None
-    mask: Tensor | None = None
-    key_padding: Tensor | None = None
-
-
 def score_masks(
     problem: AttentionProblem, attn_mask: Tensor | None, key_padding_mask: Tensor | None, layout: Layout | None
-) -> ScoreMasks:
-    """The masks of a call, each in the shape and polarity of `Inputs`."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(bias, mask, key_padding) of a call, each in the shape and polarity of `Inputs`."""
     mask = bias = key_padding = None
     if problem.has_mask:
         mask = _to_rank_4(attn_mask, layout)
@@ -118,7 +110,7 @@ def score_masks(
             # Converted first: two large negative numbers of half precision add up to -inf.
             compute = problem.accumulate_dtype
             bias = padding_bias if bias is None else bias.to(compute) + padding_bias.to(compute)
-    return ScoreMasks(bias, mask, key_padding)
+    return bias, mask, key_padding
 
 
 def with_head_dim(relative_bias: Tensor | None) -> Tensor | None:

@@ -101,7 +101,7 @@ def _attention_grads(ctx, dout, dlse):
     inputs, outputs = take(Inputs, ctx.saved_tensors)
     saved = Saved(*outputs, dout, dlse)
     return gradients_of_arguments(
-        _call_backward(inputs, saved, Wanted.of(ctx.needs_input_grad), ctx.scalars, ctx.backend)
+        _call_backward(inputs, saved, Wanted.of(*ctx.needs_input_grad), ctx.scalars, ctx.backend)
     )
 
 

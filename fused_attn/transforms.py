@@ -34,7 +34,7 @@ class TransformableAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        asked_for = Wanted.of(ctx.needs_input_grad)
+        asked_for = Wanted.of(*ctx.needs_input_grad)
         found = iter(_TransformableGradients.apply(*ctx.saved_tensors, dout, dlse, asked_for, ctx.backend, ctx.problem))
         return gradients_of_arguments(Gradients(*(next(found) if is_wanted else None for is_wanted in asked_for)))
 

@@ -45,7 +45,7 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
     query = inputs.query
-    if not problem.is_plain or query.is_neg() or inputs.key.is_neg() or inputs.value.is_neg():
+    if problem.has_shared or query.is_neg() or inputs.key.is_neg() or inputs.value.is_neg():
         inputs = _readable(problem, inputs)
         query = inputs.query
     is_same = problem.value_dim == problem.head_dim
@@ -69,7 +69,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
     read = inputs
-    if not problem.is_plain or inputs.query.is_neg() or inputs.key.is_neg() or inputs.value.is_neg():
+    if problem.has_shared or inputs.query.is_neg() or inputs.key.is_neg() or inputs.value.is_neg():
         read = _readable(problem, inputs)
     if saved.dout.is_neg() or (saved.dlse is not None and saved.dlse.is_neg()):
         dlse = None if saved.dlse is None else saved.dlse.resolve_neg()

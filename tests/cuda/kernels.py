@@ -80,6 +80,6 @@ def of_architecture(architecture: int) -> Iterator[None]:
 
 
 def _forget_plans() -> None:
-    plans = (planning._cached_plan, planning._cached_packed_problem, ops._problem_of_shapes, dispatch.choose)
+    plans = (planning.cached_plan, planning._cached_packed_problem, ops._problem_of_shapes, dispatch.choose)
     for function in (*plans, cuda._config, cuda._workspace_bytes):
         function.cache_clear()
