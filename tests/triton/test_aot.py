@@ -68,6 +68,11 @@ def test_batches_of_other_lengths_compile_nothing_new():
     assert process.returncode == 0, process.stdout + process.stderr
 
 
+def test_kept_kernels_are_those_that_triton_would_choose():
+    process = run("kept_kernels.py")
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "capability, expected",

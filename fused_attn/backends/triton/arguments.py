@@ -63,9 +63,9 @@ class Masks(NamedTuple):
     cu_seqlens_q, cu_seqlens_k: (num_sequences + 1,) int32
     """
 
-    padding: Tensor | None
     mask: Scores
     bias: Scores
+    padding: Tensor | None
     relative_bias: Tensor | None
     relative_bias_stride_h: int
     sinks: Tensor | None
@@ -73,15 +73,19 @@ class Masks(NamedTuple):
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
 
+    @property
+    def flat(self) -> tuple:
+        return *self.mask, *self.bias, *self[2:]
+
     @classmethod
     def of(cls, sinks: Tensor | None, seed: Tensor | None, mask: MaskSpec) -> Masks:
         table = mask.relative_bias
         if table is not None:
             table = table.resolve_neg().contiguous()
         return cls(
-            None if mask.key_padding is None else mask.key_padding.contiguous(),
             Scores.of(mask.mask),
             NO_SCORES if mask.bias is None else Scores.of(mask.bias.resolve_neg()),
+            None if mask.key_padding is None else mask.key_padding.contiguous(),
             table,
             0 if table is None or table.shape[0] == 1 else table.shape[1],
             None if sinks is None else sinks.resolve_neg().contiguous(),
@@ -92,7 +96,7 @@ class Masks(NamedTuple):
 
 
 NO_SCORES = Scores(None)
-NO_MASKS = Masks(None, NO_SCORES, NO_SCORES, None, 0, None, None, None, None)
+NO_MASKS = Masks(NO_SCORES, NO_SCORES, None, None, 0, None, None, None, None)
 
 
 _FOLDED_SCALES = (2.0**-20, 2.0**20)

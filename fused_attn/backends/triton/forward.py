@@ -10,10 +10,11 @@ from fused_attn.backends.triton.scores import (
     add_sink,
     biased_scores,
     dropout_keep,
-    exp_difference,
+    exp_from,
+    exponent_unit,
     hide,
     rescale_factor,
-    score_unit,
+    to_exponent,
 )
 from fused_attn.backends.triton.sums import plus_product
 from fused_attn.backends.triton.tiles import (
@@ -96,7 +97,7 @@ def attention_fwd_kernel(
         )
 
     # Epilogue. A row that saw nothing has maximum -inf and sum 0: its output is 0 and its LSE -inf.
-    row_max *= score_unit(settings)
+    row_max *= exponent_unit(settings)
     if masks.sinks is not None and not IS_SPLIT:
         sink = tl.load(masks.sinks + head).to(tl.float32)
         if PACK_HEADS:
@@ -123,7 +124,7 @@ def attention_fwd_kernel(
 @triton.jit
 def _attend(
     acc,  # (M, BLOCK_DV)
-    row_max,  # (M,) in units of the scores
+    row_max,  # (M,) by `to_exponent`
     row_sum,  # (M,)
     q_tile,
     query,
@@ -144,10 +145,10 @@ def _attend(
     keep_column = None if IS_FULL else keep[None, :]
     scores = hide(scores, float("-inf"), query[:, None], key[None, :], keep_column, place, masks, settings, IS_FULL)
 
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    new_max = tl.maximum(row_max, to_exponent(tl.max(scores, 1), settings))
     # -inf - -inf is NaN: rows that have seen nothing yet take 0 for their maximum, and weights exp(-inf) = 0.
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = exp_difference(scores, finite_max[:, None], settings)
+    weights = exp_from(scores, finite_max[:, None], settings)
     rescale = rescale_factor(row_max, finite_max, settings)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     if masks.seed is not None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton import JITFunction
+from triton.compiler import CompiledKernel
 
 from fused_attn.backends.base import clear_rows
 from fused_attn.backends.triton import configs, decode, tuned
@@ -25,6 +28,9 @@ from fused_attn.inputs import Gradients, Wanted
 from fused_attn.memory_order import empty_like_layout
 from fused_attn.problem import AttentionProblem
 
+#: Strides can differ at every call.
+MAX_COMPILED = 64
+
 #: Keys and values of the heads that run side by side are to stay in the L2 cache: a little below the 40 MB of an A100
 #: and the 50 MB of an H100.
 L2_BYTES = 32 * 2**20
@@ -34,12 +40,16 @@ class Launch(NamedTuple):
     """What a kernel needs besides tensors, worked out once per problem.
 
     grid: number of programs along each axis
-    options: Triton's own, and compile-time arguments
+    constants: the last of the kernel's arguments, fixed when it is compiled
+    options: Triton's own
+    compiled: the kernel, by what `_run` found in the tensors
     """
 
     grid: tuple[int, int, int]
     settings: Settings
+    constants: dict[str, bool]
     options: dict[str, object]
+    compiled: dict[tuple, CompiledKernel]
 
 
 class Plan(NamedTuple):
@@ -65,7 +75,7 @@ def forward(
     query, key, value = _readable(query, key, value)
     out = empty_like_layout(query, problem.value_dim)
     batch, heads, rows, _ = query.shape
-    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device) if needs_lse else None
+    lse = query.new_empty((batch, heads, rows), dtype=torch.float32) if needs_lse else None
     if problem.is_packed:
         clear_rows(lse, out)
     if out.numel() == 0 and (lse is None or lse.numel() == 0):
@@ -77,12 +87,16 @@ def forward(
         shape = (plan.num_splits * batch, heads, rows)
         kernel_out = torch.empty((*shape, problem.value_dim), dtype=torch.float32, device=query.device)
         kernel_lse = torch.empty((2, *shape), dtype=torch.float32, device=query.device)
+    q, k, v, o = (Rows.of(x, problem.is_packed) for x in (query, key, value, kernel_out))
     with _on_device_of(query):
-        attention_fwd_kernel[plan.forward.grid](
-            Rows.of(query, problem.is_packed),
-            Rows.of(key, problem.is_packed),
-            Rows.of(value, problem.is_packed),
-            Rows.of(kernel_out, problem.is_packed),
+        _run(
+            attention_fwd_kernel,
+            plan.forward,
+            (*q, *k, *v, *o, kernel_lse, *masks.flat, _is_wide(rows), _is_wide(num_rows)),
+            q,
+            k,
+            v,
+            o,
             kernel_lse,
             masks,
             plan.forward.settings,
@@ -93,7 +107,6 @@ def forward(
             plan.units_per_section,
             plan.num_splits,
             num_rows,
-            **plan.forward.options,
         )
         if plan.num_splits > 1:
             block_m = 16
@@ -130,7 +143,6 @@ def backward(
 ) -> Gradients:
     dout, query, key, value = _readable(dout, query, key, value)
     wants_query, wants_key, wants_value, wants_bias, wants_relative_bias, wants_sinks = wanted
-    accumulate = {"dtype": torch.float32, "device": query.device}
     dquery = empty_like_layout(query, problem.head_dim) if wants_query else None
     dkey = empty_like_layout(key, problem.head_dim) if wants_key else None
     dvalue = empty_like_layout(value, problem.value_dim) if wants_value else None
@@ -142,25 +154,32 @@ def backward(
     plan = _plan(problem, mask.bias is not None, _allows_tf32(problem.dtype))
     masks = NO_MASKS if problem.is_plain else Masks.of(sinks, seed, mask)
     lse = lse.contiguous()  # under vmap it can be an expanded view
-    delta = torch.empty(lse.shape, **accumulate)
+    delta = torch.empty_like(lse)
     is_biased = mask.bias is not None or mask.relative_bias is not None
     needs_factor = is_biased or plan.dq.settings.IS_FLOAT32.value
-    factor = torch.empty(lse.shape, **accumulate) if needs_factor else None
+    factor = torch.empty_like(lse) if needs_factor else None
     dsinks = None
     if wants_sinks:
-        dsinks = torch.empty((problem.batch, problem.num_heads, _num_blocks(plan.dq, problem)), **accumulate)
-    q, k, v, grad = (Rows.of(x, problem.is_packed) for x in (query, key, value, dout))
+        dsinks = lse.new_empty((problem.batch, problem.num_heads, _num_blocks(plan.dq, problem)))
+    q, k, v, o, do, dq, dk, dv = (
+        Rows.of(x, problem.is_packed) for x in (query, key, value, out, dout, dquery, dkey, dvalue)
+    )
+    dlse = None if dlse is None else dlse.resolve_neg().contiguous()
     sizes = (problem.seqlen_q, problem.seqlen_k, lse.shape[2], problem.band.offset)
     with _on_device_of(query):
-        attention_bwd_dq_kernel[plan.dq.grid](
+        shared = (*masks.flat, lse, delta, factor, _is_wide(lse.shape[2]))
+        _run(
+            attention_bwd_dq_kernel,
+            plan.dq,
+            (*q, *k, *v, *o, *do, *dq, dlse, dsinks, *shared),
             q,
             k,
             v,
-            Rows.of(out, problem.is_packed),
-            grad,
-            Rows.of(dquery, problem.is_packed),
+            o,
+            do,
+            dq,
             lse,
-            None if dlse is None else dlse.resolve_neg().contiguous(),
+            dlse,
             delta,
             factor,
             dsinks,
@@ -168,16 +187,18 @@ def backward(
             plan.dq.settings,
             *sizes,
             plan.units_per_section,
-            **plan.dq.options,
         )
         if wants_key or wants_value:
-            attention_bwd_dkdv_kernel[plan.dkdv.grid](
+            _run(
+                attention_bwd_dkdv_kernel,
+                plan.dkdv,
+                (*q, *k, *v, *do, *dk, *dv, *shared),
                 q,
                 k,
                 v,
-                grad,
-                Rows.of(dkey, problem.is_packed),
-                Rows.of(dvalue, problem.is_packed),
+                do,
+                dk,
+                dv,
                 lse,
                 delta,
                 factor,
@@ -185,9 +206,8 @@ def backward(
                 plan.dkdv.settings,
                 *sizes,
                 plan.units_per_section,
-                **plan.dkdv.options,
             )
-        tensors = (q, k, v, grad, lse, delta, factor)
+        tensors = (q, k, v, do, lse, delta, factor)
         dbias = drelative_bias = None
         if wants_bias:
             if mask.bias.shape[3] == 1 < problem.seqlen_k:
@@ -311,13 +331,33 @@ def _allows_tf32(dtype: torch.dtype) -> bool:
 
 def _launch(problem: AttentionProblem, config: Config, grid: tuple[int, int, int], **constants: bool) -> Launch:
     options = {
-        **constants,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         # exp2(score * unit - maximum) is meant to be one multiply-add.
         "enable_fp_fusion": True,
     }
-    return Launch(grid, Settings.of(problem, config), options)
+    return Launch(grid, Settings.of(problem, config), constants, options, {})
+
+
+def _run(kernel: JITFunction, launch: Launch, variable: Iterable, *arguments) -> None:
+    """kernel[launch.grid](*arguments, ...), which takes Triton several times as long as all the rest of a call.
+
+    Triton looks at every argument for what it compiles a kernel for. That is fixed for a `launch` but for `variable`:
+    tensors, their strides, and whatever else can differ from call to call and is part of `arguments`.
+    """
+    # A profiler compiles kernels of its own.
+    key = (
+        triton.knobs.compilation.instrumentation_mode,
+        *[(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in variable],
+    )
+    compiled = launch.compiled.get(key)
+    if compiled is not None:
+        compiled[launch.grid](*arguments, *launch.constants.values())
+        return
+    if len(launch.compiled) >= MAX_COMPILED:
+        launch.compiled.clear()
+    # None in the interpreter, which compiles nothing.
+    launch.compiled[key] = kernel[launch.grid](*arguments, **launch.constants, **launch.options)
 
 
 def _num_blocks(launch: Launch, problem: AttentionProblem) -> int:
@@ -326,8 +366,17 @@ def _num_blocks(launch: Launch, problem: AttentionProblem) -> int:
 
 def _readable(*tensors: Tensor) -> list[Tensor]:
     """Kernels see the data alone: no lazy negation, and columns next to each other."""
-    tensors = [x.resolve_neg() for x in tensors]
-    return [x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in tensors]
+    return [x if x.stride(3) == 1 and not x.is_neg() else _readable_copy(x) for x in tensors]
+
+
+def _readable_copy(x: Tensor) -> Tensor:
+    x = x.resolve_neg()
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _is_wide(size: int) -> bool:
+    """Whether a number is 64 bits wide to Triton."""
+    return size >= 2**31
 
 
 def _multiprocessors(device: torch.device) -> int:

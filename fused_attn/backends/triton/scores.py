@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -60,12 +61,43 @@ def exp_difference(scores, row, settings):
 
 
 @triton.jit
-def rescale_factor(old_max, new_max, settings):
-    """exp((old_max - new_max) * unit), exactly 1 if both are equal, so that a sum of many blocks does not drift.
+def to_exponent(row, settings):
+    """What `exp_from` takes off: the exponent of 2 where the scale is folded, else the score itself.
 
-    One multiply-add, as in `exp_difference`, would leave the rounding error of the product that is taken off.
+    One number then serves all weights of a row and their rescaling, and is rounded once.
     """
-    return tl.exp2((old_max - new_max) * (score_unit(settings) * LOG2_E))
+    if settings.is_scale_folded is not None:
+        return row * (settings.scale * LOG2_E)
+    else:
+        return row
+
+
+@triton.jit
+def exponent_unit(settings):
+    """to_exponent(score) * unit is the logit of the softmax."""
+    if settings.is_scale_folded is not None:
+        return LN_2
+    else:
+        return 1.0
+
+
+@triton.jit
+def exp_from(scores, exponent, settings):
+    """`exp_difference` of scores and a row that has been through `to_exponent`."""
+    if settings.is_scale_folded is not None:
+        # One multiply-add.
+        return tl.exp2(scores * (settings.scale * LOG2_E) - exponent)
+    else:
+        return exp_difference(scores, exponent, settings)
+
+
+@triton.jit
+def rescale_factor(old, new, settings):
+    """exp of the difference of two maxima, exactly 1 if both are equal, so that a sum of many blocks does not drift."""
+    if settings.is_scale_folded is not None:
+        return tl.exp2(old - new)
+    else:
+        return tl.exp2((old - new) * LOG2_E)
 
 
 @triton.jit

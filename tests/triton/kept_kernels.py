@@ -1,0 +1,88 @@
+"""Fails if the launcher runs a kernel that Triton would not have chosen for the tensors of the call."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import aot
+import stub_driver
+import torch
+import triton
+
+from fused_attn.backends.base import Wanted
+from fused_attn.backends.triton import launcher
+from fused_attn.masks import MaskSpec
+
+CELL = aot.Cell(90, "fp16", 64, "padding+sinks+bias")
+ran: list[tuple] = []
+
+
+class Kernel:
+    """Stands for a compiled kernel, which takes seconds to compile and here does not run."""
+
+    function = packed_metadata = None
+
+    def __init__(self, source, target, options):
+        self.name = (source.fn.__name__, str(source.signature), str(source.attrs), str(source.constants))
+
+    def launch_metadata(self, *args) -> None:
+        pass
+
+    def run(self, *args) -> None:
+        ran.append(self.name)
+
+    def __getitem__(self, grid):
+        return self.run
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """x from an address that is no multiple of 16 on."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+
+
+def variants(query, key, value, sinks, seed, mask: MaskSpec):
+    """Inputs of one problem that Triton compiles for differently."""
+    yield query, key, value, sinks, seed, mask
+    yield shifted(query), key, value, sinks, seed, mask
+    yield query, key, shifted(value), sinks, seed, mask
+    yield query, key, value, shifted(sinks), seed, mask
+    yield query, key, value, sinks.half(), seed, mask
+    yield query, key, value, sinks, seed, mask._replace(bias=mask.bias.float())
+    yield query, key, value, sinks, seed, mask._replace(bias=mask.bias[:, :1, :, :1])
+    yield query, torch.empty(*key.shape[:3], 65, dtype=key.dtype)[..., :64], value, sinks, seed, mask
+    yield query.mT.contiguous().mT, key, value, sinks, seed, mask
+
+
+def call(problem, inputs, with_dlse: bool) -> list[tuple]:
+    ran.clear()
+    out, lse = launcher.forward(problem, *inputs, needs_lse=True)
+    launcher.forward(problem, *inputs, needs_lse=False)
+    wanted = Wanted(True, with_dlse, True, False, False, True)
+    query, key, value, *others = inputs
+    launcher.backward(problem, wanted, out, lse if with_dlse else None, query, key, value, out, lse, *others)
+    return list(ran)
+
+
+def main() -> int:
+    triton.compiler.compile = Kernel
+    stub_driver.install(CELL.architecture)
+    problem, tensors = aot.representative(CELL)
+    failed, chosen = False, set()
+    for _ in range(2):  # the second time round all kernels are kept
+        for inputs in variants(*tensors):
+            for with_dlse in (False, True):
+                kept = call(problem, inputs, with_dlse)
+                fresh = call(replace(problem), inputs, with_dlse)  # of which nothing is kept
+                chosen.add(tuple(fresh))
+                if kept != fresh:
+                    print(f"ran {kept}\nnot {fresh}")
+                    failed = True
+    if len(chosen) < 10:
+        print(f"the inputs differ too little: {len(chosen)} choices of kernels")
+        failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
