@@ -10,7 +10,6 @@ import re
 import torch
 from torch import Tensor
 
-from fused_attn.backends.triton.mask_spec import MaskSpec
 from fused_attn.inputs import Gradients, Inputs, Saved, Wanted
 from fused_attn.problem import AttentionProblem
 
@@ -53,22 +52,13 @@ def is_interpreting() -> bool:
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
     from fused_attn.backends.triton import launcher
 
-    query, key, value, sinks, seed, mask = _for_launcher(inputs)
-    return launcher.forward(problem, query, key, value, sinks, seed, mask, needs_lse)
+    return launcher.forward(problem, inputs, needs_lse)
 
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
     from fused_attn.backends.triton import launcher
 
-    query, key, value, sinks, seed, mask = _for_launcher(inputs)
-    return launcher.backward(
-        problem, wanted, saved.dout, saved.dlse, query, key, value, saved.out, saved.lse, sinks, seed, mask
-    )
-
-
-def _for_launcher(inputs: Inputs) -> tuple:
-    mask = MaskSpec(**{name: getattr(inputs, name) for name in MaskSpec._fields})
-    return inputs.query, inputs.key, inputs.value, inputs.sinks, inputs.seed, mask
+    return launcher.backward(problem, inputs, saved, wanted)
 
 
 @functools.cache
