@@ -23,8 +23,8 @@ from benchmarks.conventions import OURS, ROOT
 from benchmarks.inputs import DTYPES
 from benchmarks.rows import Row
 from benchmarks.timing import Call
+from fused_attn.attention.causal_bias import causal_bias
 from fused_attn.backends.cpu import _C
-from fused_attn.causal_bias import causal_bias
 
 FEATURE_SHAPE = (1, 8, 2048, 64)
 NARROW_VALUES = 32

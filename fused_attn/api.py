@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fused_attn import checks, dispatch, dropout, jagged, masks, modes, ops, planning, running, signature
-from fused_attn.causal_bias import causal_bias
-from fused_attn.inputs import Inputs, inputs_of
-from fused_attn.problem import AttentionProblem
+from fused_attn import modes, planning, running
+from fused_attn.attention import checks, dropout, jagged, masks, signature
+from fused_attn.attention.causal_bias import causal_bias
+from fused_attn.attention.inputs import Inputs, inputs_of
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends import dispatch
+from fused_attn.derivatives import ops
 
 
 def fused_attention(

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn import checks, dispatch, masks, signature
+from fused_attn.attention import checks, masks, signature
+from fused_attn.attention.causal_bias import CausalBiasMeta, causal_bias
+from fused_attn.attention.checks import Meta
+from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.layout import Layout
+from fused_attn.attention.problem import AttentionProblem, Scalars
+from fused_attn.backends import dispatch
 from fused_attn.backends.base import Backend
-from fused_attn.causal_bias import CausalBiasMeta, causal_bias
-from fused_attn.checks import Meta
-from fused_attn.inputs import Inputs
-from fused_attn.layout import Layout
-from fused_attn.problem import AttentionProblem, Scalars
 
 
 class Plan(NamedTuple):

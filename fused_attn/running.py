@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from fused_attn import formula, modes, ops, profiling, transforms
-from fused_attn.autograd import apply_fused_attention
+from fused_attn import modes
+from fused_attn.attention import formula
+from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends import events
 from fused_attn.backends.base import Backend
-from fused_attn.inputs import Inputs
-from fused_attn.problem import AttentionProblem
+from fused_attn.derivatives import ops, transforms
+from fused_attn.derivatives.autograd import apply_fused_attention
 
 
 def run(
@@ -21,7 +24,7 @@ def run(
     is_direct: the tensors are plain ones and `modes.is_direct`.
     """
     if profiler._is_profiler_enabled:
-        backend = profiling.named(backend)
+        backend = events.named(backend)
     if backend.is_composite:
         return backend.forward(problem, inputs, True)
     if not is_direct:

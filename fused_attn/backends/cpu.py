@@ -7,21 +7,13 @@ import functools
 import torch
 from torch import Tensor
 
-from fused_attn import native
+from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.memory_order import empty_like_layout
+from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.base import clear_rows
-from fused_attn.inputs import SHARED, Gradients, Inputs, Saved, Wanted
-from fused_attn.memory_order import empty_like_layout
-from fused_attn.problem import UNBOUNDED, AttentionProblem
+from fused_attn.native import _C, why_no_C
 
-try:
-    import fused_attn._C as _C
-except ImportError as error:
-    # Installed without a C++ compiler, perhaps: everything else still works, and `info` shows this text.
-    _C = None
-    missing = native.why_missing("_C", "a C++ compiler such as g++", error)
-    native.warn_of_sources()
-else:
-    missing = ""
+missing = why_no_C
 
 name = "cpu"
 is_composite = False

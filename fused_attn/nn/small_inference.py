@@ -6,19 +6,16 @@ projections and the attention are one call of the CPU kernels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fused_attn import modes, profiling
-from fused_attn.backends.cpu import _C, DTYPES, MAX_HEAD_DIM
-
-if TYPE_CHECKING:
-    from fused_attn.nn.attention import FusedMultiheadAttention
+from fused_attn import modes
+from fused_attn.backends import events
+from fused_attn.backends.cpu import DTYPES, MAX_HEAD_DIM
+from fused_attn.native import _C
 
 #: Multiply-adds of the projections. Up to here this takes at most 0.85 of the general way's time, on one core or two,
 #: and a third of it where rows are few.
@@ -26,7 +23,7 @@ MOST_PRODUCTS = 2_000_000
 
 
 def self_attention(
-    module: FusedMultiheadAttention, x: Tensor, key_padding_mask: Tensor | None, is_causal: bool
+    module: nn.MultiheadAttention, x: Tensor, key_padding_mask: Tensor | None, is_causal: bool
 ) -> Tensor | None:
     """(N, L, E) from x (N, L, E) and key_padding_mask (N, L) bool; None where only the general way can.
 
@@ -44,7 +41,7 @@ def self_attention(
     out = torch.empty_like(x)
     run = _C.self_attention
     if profiler._is_profiler_enabled:
-        run = profiling.recorded("self_attention[cpu]", run)
+        run = events.recorded("self_attention[cpu]", run)
     run(
         x, parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"], out_parameters["bias"],
         out, module.num_heads, key_padding_mask, is_causal, torch.get_num_threads(),
@@ -52,7 +49,7 @@ def self_attention(
     return out
 
 
-def is_plain(module: FusedMultiheadAttention) -> bool:
+def is_plain(module: nn.MultiheadAttention) -> bool:
     """Nothing observable differs where the weights are read and ``out_proj`` is not called. The one place to say so.
 
     Not plain are
@@ -86,7 +83,7 @@ def _is_plain_parameter(module: nn.Module, name: str) -> bool:
     return x is None or (type(x) is nn.Parameter and x.is_cpu and x.layout is torch.strided and x.is_contiguous())
 
 
-def _takes_options(module: FusedMultiheadAttention) -> bool:
+def _takes_options(module: nn.MultiheadAttention) -> bool:
     return (
         module.batch_first
         and not (module.training and module.dropout)
@@ -99,7 +96,7 @@ def _takes_options(module: FusedMultiheadAttention) -> bool:
     )
 
 
-def _takes_input(module: FusedMultiheadAttention, x: Tensor) -> bool:
+def _takes_input(module: nn.MultiheadAttention, x: Tensor) -> bool:
     weight, out_weight = module._parameters["in_proj_weight"], module._modules["out_proj"]._parameters["weight"]
     return (
         weight is not None  # as it is where kdim or vdim is another one

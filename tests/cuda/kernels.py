@@ -8,8 +8,9 @@ from pathlib import Path
 
 from emulator import CSRC, Builder, Library
 
-from fused_attn import dispatch, ops, planning
-from fused_attn.backends import cuda
+from fused_attn import planning
+from fused_attn.backends import cuda, dispatch
+from fused_attn.derivatives import ops
 
 FLAGS = ("-Wno-psabi",)
 

@@ -28,9 +28,9 @@ import triton
 from stub_driver import ARCHITECTURES
 from triton.compiler import CompiledKernel
 
+from fused_attn.attention.inputs import Inputs, Saved, Wanted
+from fused_attn.attention.problem import AttentionProblem, Band
 from fused_attn.backends.triton import configs, launcher
-from fused_attn.inputs import Inputs, Saved, Wanted
-from fused_attn.problem import AttentionProblem, Band
 
 KERNELS = {
     "forward": launcher.attention_fwd_kernel,

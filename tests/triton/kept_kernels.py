@@ -10,8 +10,8 @@ import stub_driver
 import torch
 import triton
 
+from fused_attn.attention.inputs import Inputs, Saved, Wanted
 from fused_attn.backends.triton import launcher
-from fused_attn.inputs import Inputs, Saved, Wanted
 
 CELL = aot.Cell(90, "fp16", 64, "padding+sinks+bias")
 ran: list[tuple] = []

@@ -15,9 +15,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 import stub_driver
 import torch
 
+from fused_attn.attention.inputs import Inputs, Saved, Wanted
+from fused_attn.attention.problem import AttentionProblem, Band
 from fused_attn.backends.triton import launcher
-from fused_attn.inputs import Inputs, Saved, Wanted
-from fused_attn.problem import AttentionProblem, Band
 
 BATCH, HEADS, LENGTH, HEAD_DIM = 2, 4, 16, 64
 

@@ -9,8 +9,8 @@ import aot
 import stub_driver
 import torch
 
-from fused_attn.inputs import Inputs
-from fused_attn.problem import AttentionProblem, Band
+from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.problem import AttentionProblem, Band
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 

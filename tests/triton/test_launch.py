@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
-from fused_attn import checks, dispatch, modes, running
-from fused_attn.backends import cuda
-from fused_attn.inputs import Saved, Wanted
-from fused_attn.problem import AttentionProblem
+from fused_attn import modes, running
+from fused_attn.attention import checks
+from fused_attn.attention.inputs import Saved, Wanted
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends import cuda, dispatch
 
 pytest.importorskip("triton.language")
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-from fused_attn import dropout
+from fused_attn.attention import dropout
+from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.triton.configs import Config, padded_head_dim
-from fused_attn.inputs import Inputs
-from fused_attn.problem import UNBOUNDED, AttentionProblem
 
 #: Kernel arguments whose value must not cause another compilation.
 UNSPECIALIZED = ("seqlen_q", "seqlen_k", "lse_stride", "band_offset", "units_per_section")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import re
 
 import torch
 from torch import Tensor
 
-from fused_attn.inputs import Gradients, Inputs, Saved, Wanted
-from fused_attn.problem import AttentionProblem
+from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends.triton.interpreter import is_interpreting
 
 name = "triton"
 is_composite = False
@@ -42,11 +42,6 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
         reasons.append(f"head dim {max(problem.head_dim, problem.value_dim)} is above {MAX_HEAD_DIM}")
     return reasons
-
-
-def is_interpreting() -> bool:
-    """Triton's own switch: its kernels run in Python on the CPU. Read by Triton when the kernels are first imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:

@@ -14,18 +14,18 @@ from torch import Tensor
 from triton import JITFunction
 from triton.compiler import CompiledKernel
 
+from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.memory_order import empty_like_layout
+from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import clear_rows
 from fused_attn.backends.triton import configs, decode, tuned
 from fused_attn.backends.triton.arguments import NO_MASKS, Masks, Rows, Settings
-from fused_attn.backends.triton.backend import is_interpreting
 from fused_attn.backends.triton.backward import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
 from fused_attn.backends.triton.bias_gradients import attention_bwd_dbias_kernel, attention_bwd_dtable_kernel
 from fused_attn.backends.triton.configs import Config
 from fused_attn.backends.triton.decode import merge_splits_kernel
 from fused_attn.backends.triton.forward import attention_fwd_kernel
-from fused_attn.inputs import SHARED, Gradients, Inputs, Saved, Wanted
-from fused_attn.memory_order import empty_like_layout
-from fused_attn.problem import AttentionProblem
+from fused_attn.backends.triton.interpreter import is_interpreting
 
 #: Strides can differ at every call.
 MAX_COMPILED = 64

@@ -23,10 +23,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fused_attn.attention.inputs import Inputs, Saved, Wanted
+from fused_attn.attention.problem import AttentionProblem, Band
 from fused_attn.backends.triton import backend, configs, tuned
 from fused_attn.backends.triton.configs import Config
-from fused_attn.inputs import Inputs, Saved, Wanted
-from fused_attn.problem import AttentionProblem, Band
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEFAULT_DTYPES = ("bfloat16",)

@@ -1,6 +1,6 @@
 """Differentiation of eager calls: a `torch.autograd.Function` with a combined forward, the cheapest way to a kernel.
 
-Under ``torch.compile`` and ``torch.export`` the same two steps are the registered operators of `fused_attn.ops`.
+Under ``torch.compile`` and ``torch.export`` the same two steps are registered operators (`ops.py`).
 Derivatives that the kernels do not have (second order, forward mode, functorch transforms) are those of the reference
 formula, which is plain PyTorch.
 """
@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_attn import gradients, modes, ops
+from fused_attn import modes
+from fused_attn.attention.inputs import Inputs, Saved, Wanted, gradients_of_arguments
+from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import Backend
-from fused_attn.inputs import Inputs, Saved, Wanted, gradients_of_arguments
-from fused_attn.problem import AttentionProblem
+from fused_attn.derivatives import gradients, ops
 
 
 class FusedAttention(torch.autograd.Function):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_attn.inputs import Inputs
+from fused_attn.attention.inputs import Inputs
 
 UNBOUNDED = -1
 
