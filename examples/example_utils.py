@@ -10,7 +10,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import fused_attn
-from fused_attn.dispatch import BACKEND_NAMES
+from fused_attn.backends.dispatch import BACKEND_NAMES
 
 
 def argument_parser(description: str, minutes: float, output: str) -> argparse.ArgumentParser:

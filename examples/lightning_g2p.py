@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from train_g2p import Examples
 
-from fused_attn.dispatch import BACKEND_NAMES
+from fused_attn.backends.dispatch import BACKEND_NAMES
 from fused_attn.nn.seq2seq import Seq2SeqTransformer
 
 

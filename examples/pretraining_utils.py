@@ -19,7 +19,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from fused_attn.dispatch import BACKEND_NAMES
+from fused_attn.backends.dispatch import BACKEND_NAMES
 from fused_attn.integrations import huggingface
 
 PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"

@@ -1,6 +1,7 @@
 """Fused attention for PyTorch that stays fast when there is a mask."""
 
 from fused_attn.api import explain, fused_attention, fused_attention_varlen
+from fused_attn.attention.relative_bias import alibi_bias, t5_relative_bias
 from fused_attn.installation import info
 from fused_attn.nn import (
     FusedMultiheadAttention,
@@ -13,7 +14,6 @@ from fused_attn.nn import (
     TransformerEncoderLayer,
     convert_attention,
 )
-from fused_attn.relative_bias import alibi_bias, t5_relative_bias
 
 __version__ = "0.1.0"
 

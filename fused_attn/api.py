@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fused_attn import checks, dispatch, dropout, jagged, masks, modes, ops, planning, running, signature
-from fused_attn.causal_bias import causal_bias
-from fused_attn.inputs import Inputs
-from fused_attn.problem import AttentionProblem
+from fused_attn import modes, planning, running
+from fused_attn.attention import checks, dropout, jagged, masks, signature
+from fused_attn.attention.causal_bias import causal_bias
+from fused_attn.attention.inputs import Inputs, inputs_of
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends import dispatch
+from fused_attn.derivatives import ops
 
 
 def fused_attention(
@@ -75,11 +78,23 @@ def fused_attention(
     is_compiling = torch.compiler.is_compiling()
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
-    tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask)
-    metadata = signature.read(*tensors) if not is_compiling and modes.is_direct() else None
+    window_size = tuple(window_size) if isinstance(window_size, list) else window_size
+    metadata = None
+    if not is_compiling and modes.is_direct():
+        metadata = signature.read(query, key, value, attn_mask, relative_bias, sinks, key_padding_mask)
     is_direct = metadata is not None
-    if not is_direct:
-        if not is_compiling and (seen := _with_torch_function(*tensors, dropout_seed)):
+    if is_direct:
+        # The path of most calls, in which an argument passed on once more costs as much as a tensor's checks.
+        try:  # not `contextlib.suppress`, which takes as long as finding the plan
+            plan = planning.cached_plan(
+                backend, metadata, None, dropout_p, is_causal, scale, enable_gqa, window_size, softcap
+            )
+        except TypeError:
+            plan = None  # an argument of a type that nobody expects, which is named below
+    else:
+        plan = None
+        tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, dropout_seed)
+        if not is_compiling and (seen := _with_torch_function(*tensors)):
             return handle_torch_function(
                 fused_attention, seen,
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
@@ -93,17 +108,21 @@ def fused_attention(
                 dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, window_size=window_size,
                 softcap=softcap, relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, backend=backend,
             )  # fmt: skip
-    window_size = tuple(window_size) if isinstance(window_size, list) else window_size
-    options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap)
-    problem, layout, chosen = planning.plan(is_compiling, metadata, tensors, options, backend)
+    if plan is None:
+        tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask)
+        options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap)
+        plan = planning.plan(is_compiling, metadata, tensors, options, backend)
+    problem, layout, chosen = plan
     if layout is not None:
         query, key, value = layout.flatten(query, key, value)
     if problem.is_plain:
-        inputs = Inputs(query, key, value)
+        inputs = inputs_of((query, key, value, None, None, None, None, None, None, None, None))
     else:
         bias, mask, key_padding = masks.score_masks(problem, attn_mask, key_padding_mask, layout)
-        relative_bias, seed = masks.with_head_dim(relative_bias), _seed(problem, dropout_seed)
-        inputs = Inputs(query, key, value, bias, relative_bias, sinks, seed, mask, key_padding)
+        if relative_bias is not None:
+            relative_bias = masks.with_head_dim(relative_bias)
+        seed = _seed(problem, dropout_seed) if problem.dropout_p else None
+        inputs = inputs_of((query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, None, None))
     if is_compiling:
         out, lse = ops.call(problem, backend, inputs)
     else:

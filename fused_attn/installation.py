@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fused_attn import dispatch
-from fused_attn.backends import cpu
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends import cpu, dispatch
 from fused_attn.backends.triton import backend as triton
-from fused_attn.problem import AttentionProblem
 
 
 @dataclass(frozen=True)

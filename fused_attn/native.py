@@ -50,3 +50,14 @@ def _installed_copy(module: str) -> Path | None:
         return None
     compiled = PathFinder.find_spec(f"fused_attn.{module}", package.submodule_search_locations)
     return None if compiled is None else Path(package.origin).parent
+
+
+try:
+    import fused_attn._C as _C
+except ImportError as error:
+    # Installed without a C++ compiler, perhaps: everything else still works, and `info` shows this text.
+    _C = None
+    why_no_C = why_missing("_C", "a C++ compiler such as g++", error)
+    warn_of_sources()
+else:
+    why_no_C = ""

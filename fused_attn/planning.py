@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn import checks, dispatch, masks, signature
+from fused_attn.attention import checks, masks, signature
+from fused_attn.attention.causal_bias import CausalBiasMeta, causal_bias
+from fused_attn.attention.checks import Meta
+from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.layout import Layout
+from fused_attn.attention.problem import AttentionProblem, Scalars
+from fused_attn.backends import dispatch
 from fused_attn.backends.base import Backend
-from fused_attn.causal_bias import CausalBiasMeta, causal_bias
-from fused_attn.checks import Meta
-from fused_attn.inputs import Inputs
-from fused_attn.layout import Layout
-from fused_attn.problem import AttentionProblem, Scalars
 
 
 class Plan(NamedTuple):
@@ -72,7 +73,7 @@ def plan(
         if metadata is None:
             bias, metadata = _metadata(*tensors)
         # Sizes under compilation are symbolic: not hashable, and traced once anyway.
-        return (_plan if is_compiling else _cached_plan)(backend, metadata, bias, *options)
+        return (_plan if is_compiling else cached_plan)(backend, metadata, bias, *options)
     except (AttributeError, RuntimeError, TypeError) as error:
         # Only now, because asking every time would cost as much as finding the plan.
         for name, x in zip(Arguments._fields[:3], tensors, strict=False):
@@ -120,7 +121,8 @@ def _plan(backend: str | None, metadata: bytes | Arguments, bias: CausalBiasMeta
 
 # Typed, or is_causal=1 would pass as the True that has been checked before.
 @functools.lru_cache(maxsize=4096, typed=True)
-def _cached_plan(backend: str | None, *arguments) -> Plan:
+def cached_plan(backend: str | None, *arguments) -> Plan:
+    """`plan` of arguments that are hashable: metadata, a causal bias or None, and `Options` one by one."""
     found = _plan(backend, *arguments)
     return found._replace(backend=dispatch.choose(found.problem, backend))
 

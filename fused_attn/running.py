@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from fused_attn import formula, modes, ops, profiling, transforms
-from fused_attn.autograd import apply_fused_attention
+from fused_attn import modes
+from fused_attn.attention import formula
+from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends import events
 from fused_attn.backends.base import Backend
-from fused_attn.inputs import Inputs
-from fused_attn.problem import AttentionProblem
+from fused_attn.derivatives import ops, transforms
+from fused_attn.derivatives.autograd import apply_fused_attention
 
 
 def run(
@@ -21,24 +24,26 @@ def run(
     is_direct: the tensors are plain ones and `modes.is_direct`.
     """
     if profiler._is_profiler_enabled:
-        backend = profiling.named(backend)
+        backend = events.named(backend)
     if backend.is_composite:
         return backend.forward(problem, inputs, True)
-    query, key, value = inputs.query, inputs.key, inputs.value
     if not is_direct:
         if modes.in_forward_mode():
             return formula.forward(problem, inputs)
         if modes.in_functorch():
             return transforms.TransformableAttention.apply(*inputs, backend, problem)
-        if modes.is_observed(query, key, value):
+        if modes.is_observed(inputs.query, inputs.key, inputs.value):
             return ops.call(problem, backend.name, inputs)
-    if torch.is_grad_enabled() and (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or (not problem.is_plain and inputs.requires_grad)
-    ):
-        tensors = (query, key, value) if problem.is_plain else inputs
-        result = apply_fused_attention(*tensors, (backend, problem, return_lse))
-        return result if return_lse else (result, None)
+    if torch.is_grad_enabled():
+        query, key, value = inputs.query, inputs.key, inputs.value
+        if (
+            query.requires_grad
+            or key.requires_grad
+            or value.requires_grad
+            or (problem.has_shared and inputs.requires_grad)
+        ):
+            call = (backend, problem, return_lse, inputs)
+            tensors = (query, key, value) if problem.is_plain else inputs
+            result = apply_fused_attention(call, *tensors)
+            return result if return_lse else (result, None)
     return backend.forward(problem, inputs, return_lse)

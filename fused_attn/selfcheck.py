@@ -15,9 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fused_attn import dispatch
 from fused_attn.api import explain, fused_attention, fused_attention_varlen
-from fused_attn.backends import cpu, reference
+from fused_attn.backends import cpu, dispatch, reference
 
 SLACK = 1.5
 FLOAT64_ULPS = 32.0

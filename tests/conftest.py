@@ -13,9 +13,9 @@ import hypothesis
 import pytest
 import torch
 
-from fused_attn import dispatch
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends import dispatch
 from fused_attn.backends.triton import backend as triton_backend
-from fused_attn.problem import AttentionProblem
 
 #: Where the Triton kernels are tested. Without a GPU in Triton's interpreter, which has to be chosen before any import
 #: of Triton.

@@ -10,9 +10,9 @@ import torch
 from conftest import DEVICE
 
 import fused_attn
-from fused_attn import dispatch, native, selfcheck
+from fused_attn import native, selfcheck
 from fused_attn.__main__ import main
-from fused_attn.backends import cpu
+from fused_attn.backends import cpu, dispatch
 from fused_attn.backends.triton import backend as triton_backend
 
 needs_kernels = pytest.mark.skipif(cpu._C is None, reason="the native kernels are not built")

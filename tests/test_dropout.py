@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fused_attn
-from fused_attn import dropout
+from fused_attn.attention import dropout
 
 B, H, L, S = 2, 3, 70, 67
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fused_attn
-from fused_attn import dispatch, masks
+from fused_attn.attention import masks
+from fused_attn.backends import dispatch
 
 pytestmark = pytest.mark.quick
 

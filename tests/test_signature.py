@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.attention.bias import causal_upper_left
 
-from fused_attn import checks, fused_attention, signature
+from fused_attn import fused_attention
+from fused_attn.attention import checks, signature
 
 pytestmark = [
     pytest.mark.quick,

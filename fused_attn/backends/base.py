@@ -6,8 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fused_attn.inputs import Gradients, Inputs, Saved, Wanted
-from fused_attn.problem import AttentionProblem
+from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.problem import AttentionProblem
 
 
 class Backend(Protocol):

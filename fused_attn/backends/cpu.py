@@ -7,21 +7,13 @@ import functools
 import torch
 from torch import Tensor
 
-from fused_attn import native
+from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.memory_order import empty_like_layout
+from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.base import clear_rows
-from fused_attn.inputs import SHARED, Gradients, Inputs, Saved, Wanted
-from fused_attn.memory_order import empty_like_layout
-from fused_attn.problem import UNBOUNDED, AttentionProblem
+from fused_attn.native import _C, why_no_C
 
-try:
-    import fused_attn._C as _C
-except ImportError as error:
-    # Installed without a C++ compiler, perhaps: everything else still works, and `info` shows this text.
-    _C = None
-    missing = native.why_missing("_C", "a C++ compiler such as g++", error)
-    native.warn_of_sources()
-else:
-    missing = ""
+missing = why_no_C
 
 name = "cpu"
 is_composite = False
@@ -45,7 +37,7 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
     query = inputs.query
-    if not problem.is_plain or query.is_neg() or inputs.key.is_neg() or inputs.value.is_neg():
+    if problem.has_shared or query.is_neg() or inputs.key.is_neg() or inputs.value.is_neg():
         inputs = _readable(problem, inputs)
         query = inputs.query
     is_same = problem.value_dim == problem.head_dim
@@ -69,7 +61,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
     read = inputs
-    if not problem.is_plain or inputs.query.is_neg() or inputs.key.is_neg() or inputs.value.is_neg():
+    if problem.has_shared or inputs.query.is_neg() or inputs.key.is_neg() or inputs.value.is_neg():
         read = _readable(problem, inputs)
     if saved.dout.is_neg() or (saved.dlse is not None and saved.dlse.is_neg()):
         dlse = None if saved.dlse is None else saved.dlse.resolve_neg()

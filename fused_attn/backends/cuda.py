@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fused_attn import native
+from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.memory_order import empty_like_layout
+from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.base import clear_rows
-from fused_attn.inputs import Gradients, Inputs, Saved, Wanted
-from fused_attn.memory_order import empty_like_layout
-from fused_attn.problem import UNBOUNDED, AttentionProblem
 
 try:
     import fused_attn._cuda as _kernels

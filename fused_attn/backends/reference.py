@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fused_attn import formula
-from fused_attn.inputs import Inputs
-from fused_attn.problem import AttentionProblem
+from fused_attn.attention import formula
+from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.problem import AttentionProblem
 
 name = "reference"
 is_composite = True

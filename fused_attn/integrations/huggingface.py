@@ -33,7 +33,7 @@ from transformers.masking_utils import (
 )
 
 from fused_attn.api import fused_attention, fused_attention_varlen
-from fused_attn.dispatch import BACKEND_NAMES
+from fused_attn.backends.dispatch import BACKEND_NAMES
 
 #: The name for ``attn_implementation``. A name such as ``"fused_attn.cpu"`` insists on one backend.
 NAME = "fused_attn"

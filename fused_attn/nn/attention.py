@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import has_torch_function_variadic
 
-from fused_attn import checks, jagged
 from fused_attn.api import fused_attention, fused_attention_varlen
-from fused_attn.causal_bias import causal_bias_offset
-from fused_attn.dispatch import BACKEND_NAMES
-from fused_attn.dropout import draw_seed
+from fused_attn.attention import checks, jagged
+from fused_attn.attention.causal_bias import causal_bias_offset
+from fused_attn.attention.dropout import draw_seed
+from fused_attn.backends.dispatch import BACKEND_NAMES
 from fused_attn.nn import small_inference
 from fused_attn.nn.positions import RotaryEmbedding
 from fused_attn.nn.tracing import call_node

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
 
-from fused_attn.nn.attention import FusedMultiheadAttention, check_backend, keep_fast_path_off
-from fused_attn.nn.transformer import (
-    TransformerDecoder,
-    TransformerDecoderLayer,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-)
+from fused_attn.nn.attention import check_backend
+from fused_attn.nn.replacement import replace_attention
+from fused_attn.nn.transformer import convert_layers
 
 
 def convert_attention(model: nn.Module, backend: str | None = None) -> nn.Module:
@@ -59,51 +53,6 @@ def convert_attention(model: nn.Module, backend: str | None = None) -> nn.Module
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     check_backend(backend)
-    fused: dict[nn.Module, FusedMultiheadAttention] = {}  # one module may be registered in several places
-    left_alone = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.MultiheadAttention) or isinstance(module, FusedMultiheadAttention):
-            continue
-        if type(module) is not nn.MultiheadAttention or "forward" in vars(module):
-            left_alone.append(f"{name or 'the model'} ({type(module).__name__})")
-        else:
-            fused[module] = FusedMultiheadAttention.from_torch(module, backend)
-    if left_alone:
-        warnings.warn(
-            "convert_attention: left alone, because they are of a subclass, parametrised or with a forward of their "
-            "own: " + ", ".join(left_alone),
-            stacklevel=2,
-        )
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in fused:
-                parent._modules[name] = fused[child]
-    _convert_layers(model)
+    fused = replace_attention(model, backend)
+    convert_layers(model)
     return fused.get(model, model)
-
-
-def _convert_layers(model: nn.Module) -> None:
-    # Layers come before stacks, because the class of a stack depends on its layers.
-    for module in model.modules():
-        if type(module) is nn.TransformerEncoderLayer and _is_fused(module.self_attn):
-            module.__class__ = TransformerEncoderLayer
-        elif isinstance(module, nn.TransformerEncoderLayer):
-            keep_fast_path_off(module, "self_attn", module.self_attn)
-        elif type(module) is nn.TransformerDecoderLayer and _is_fused(module.self_attn, module.multihead_attn):
-            module.__class__ = TransformerDecoderLayer
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(map(_has_fused_attention, module.layers)):
-            # The constructor decided this from the attention that was there before.
-            module.use_nested_tensor = False
-            if type(module) is nn.TransformerEncoder:
-                module.__class__ = TransformerEncoder
-        elif type(module) is nn.TransformerDecoder and any(map(_has_fused_attention, module.layers)):
-            module.__class__ = TransformerDecoder
-
-
-def _is_fused(*attention: nn.Module) -> bool:
-    return all(isinstance(module, FusedMultiheadAttention) for module in attention)
-
-
-def _has_fused_attention(layer: nn.Module) -> bool:
-    return any(isinstance(module, FusedMultiheadAttention) for module in layer.modules())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fused_attn.relative_bias import check_buckets, t5_relative_bias
+from fused_attn.attention.relative_bias import check_buckets, t5_relative_bias
 
 
 class RotaryEmbedding(nn.Module):

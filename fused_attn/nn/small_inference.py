@@ -6,19 +6,16 @@ are one call of the CPU kernels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fused_attn import modes, profiling
-from fused_attn.backends.cpu import _C, DTYPES, MAX_HEAD_DIM
-
-if TYPE_CHECKING:
-    from fused_attn.nn.attention import FusedMultiheadAttention
+from fused_attn import modes
+from fused_attn.backends import events
+from fused_attn.backends.cpu import DTYPES, MAX_HEAD_DIM
+from fused_attn.native import _C
 
 #: The most multiply-adds of the projections for which this way is taken. Up to this size, the native call takes at
 #: most 0.85 of the time of the general way, on one core or two. With few rows it takes a third of that time.
@@ -26,7 +23,7 @@ MOST_PRODUCTS = 2_000_000
 
 
 def self_attention(
-    module: FusedMultiheadAttention, x: Tensor, key_padding_mask: Tensor | None, is_causal: bool
+    module: nn.MultiheadAttention, x: Tensor, key_padding_mask: Tensor | None, is_causal: bool
 ) -> Tensor | None:
     """The output (N, L, E) of the module for x (N, L, E), or None if only the general way can compute it.
 
@@ -46,7 +43,7 @@ def self_attention(
     out = torch.empty_like(x)
     run = _C.self_attention
     if profiler._is_profiler_enabled:
-        run = profiling.recorded("self_attention[cpu]", run)
+        run = events.recorded("self_attention[cpu]", run)
     run(
         x, parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"], out_parameters["bias"],
         out, module.num_heads, key_padding_mask, is_causal, torch.get_num_threads(),
@@ -54,7 +51,7 @@ def self_attention(
     return out
 
 
-def is_plain(module: FusedMultiheadAttention) -> bool:
+def is_plain(module: nn.MultiheadAttention) -> bool:
     """Whether nobody can tell that the native call reads the weights and does not call ``out_proj``.
 
     This function is the only place that decides so. These are not plain:
@@ -89,7 +86,7 @@ def _is_plain_parameter(module: nn.Module, name: str) -> bool:
     return x is None or (type(x) is nn.Parameter and x.is_cpu and x.layout is torch.strided and x.is_contiguous())
 
 
-def _takes_options(module: FusedMultiheadAttention) -> bool:
+def _takes_options(module: nn.MultiheadAttention) -> bool:
     return (
         module.batch_first
         and not (module.training and module.dropout)
@@ -102,7 +99,7 @@ def _takes_options(module: FusedMultiheadAttention) -> bool:
     )
 
 
-def _takes_input(module: FusedMultiheadAttention, x: Tensor) -> bool:
+def _takes_input(module: nn.MultiheadAttention, x: Tensor) -> bool:
     weight, out_weight = module._parameters["in_proj_weight"], module._modules["out_proj"]._parameters["weight"]
     return (
         weight is not None  # None if kdim or vdim differs from embed_dim

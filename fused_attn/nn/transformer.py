@@ -28,16 +28,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_variadic
 
-from fused_attn import checks
-from fused_attn.causal_bias import causal_bias
+from fused_attn.attention import checks
+from fused_attn.attention.causal_bias import causal_bias
 from fused_attn.nn.attention import (
     AttentionCache,
     FusedMultiheadAttention,
     accepts_cache,
     batch_layout,
+    check_backend,
     check_divides,
     check_sizes,
+    keep_fast_path_off,
 )
+from fused_attn.nn.replacement import replace_attention
 from fused_attn.nn.tracing import call_node
 
 if TYPE_CHECKING:
@@ -615,14 +618,41 @@ def check_layer(d_model: int, nhead: int, dim_feedforward: int, dropout: float, 
 
 
 def _fuse(layers: nn.ModuleList, backend: str | None) -> None:
-    # The import stands here because convert.py needs the classes of this file.
-    from fused_attn.nn.convert import convert_attention
-
-    convert_attention(layers, backend)
+    check_backend(backend)
+    replace_attention(layers, backend)
+    convert_layers(layers)
     if backend is not None:
         for module in layers.modules():
             if isinstance(module, FusedMultiheadAttention):
                 module.backend = backend
+
+
+def convert_layers(model: nn.Module) -> None:
+    """The rest of `fused_attn.convert_attention`: torch's layers and stacks around fused attention become ours."""
+    # Layers before stacks: what a stack becomes depends on its layers.
+    for module in model.modules():
+        if type(module) is nn.TransformerEncoderLayer and _is_fused(module.self_attn):
+            module.__class__ = TransformerEncoderLayer
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            keep_fast_path_off(module, "self_attn", module.self_attn)
+        elif type(module) is nn.TransformerDecoderLayer and _is_fused(module.self_attn, module.multihead_attn):
+            module.__class__ = TransformerDecoderLayer
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(map(_has_fused_attention, module.layers)):
+            # It was decided at construction, from the attention that was there.
+            module.use_nested_tensor = False
+            if type(module) is nn.TransformerEncoder:
+                module.__class__ = TransformerEncoder
+        elif type(module) is nn.TransformerDecoder and any(map(_has_fused_attention, module.layers)):
+            module.__class__ = TransformerDecoder
+
+
+def _is_fused(*attention: nn.Module) -> bool:
+    return all(isinstance(module, FusedMultiheadAttention) for module in attention)
+
+
+def _has_fused_attention(layer: nn.Module) -> bool:
+    return any(isinstance(module, FusedMultiheadAttention) for module in layer.modules())
 
 
 def _seqlen(x: Tensor, layers: nn.ModuleList) -> int:

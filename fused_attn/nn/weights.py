@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_attn import dropout
-from fused_attn.masks import Positions
+from fused_attn.attention import dropout
+from fused_attn.attention.masks import Positions
 
 
 def attention_weights(

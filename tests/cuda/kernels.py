@@ -8,8 +8,9 @@ from pathlib import Path
 
 from emulator import CSRC, Builder, Library
 
-from fused_attn import dispatch, ops, planning
-from fused_attn.backends import cuda
+from fused_attn import planning
+from fused_attn.backends import cuda, dispatch
+from fused_attn.derivatives import ops
 
 FLAGS = ("-Wno-psabi",)
 
@@ -80,6 +81,6 @@ def of_architecture(architecture: int) -> Iterator[None]:
 
 
 def _forget_plans() -> None:
-    plans = (planning._cached_plan, planning._cached_packed_problem, ops._problem_of_shapes, dispatch.choose)
+    plans = (planning.cached_plan, planning._cached_packed_problem, ops._problem_of_shapes, dispatch.choose)
     for function in (*plans, cuda._config, cuda._workspace_bytes):
         function.cache_clear()

@@ -14,11 +14,11 @@ from parity import TIGHT, added, assert_same, causal, outcome, padding, randn, t
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from fused_attn.memory_order import empty_like_layout
+from fused_attn.attention.memory_order import empty_like_layout
+from fused_attn.attention.relative_bias import alibi_bias, t5_relative_bias
 from fused_attn.nn import FusedMultiheadAttention, RotaryEmbedding, T5RelativeBias
 from fused_attn.nn import attention as attention_module
 from fused_attn.nn.cache import CrossAttentionCache, KVCache, SelfAttentionCache
-from fused_attn.relative_bias import alibi_bias, t5_relative_bias
 
 N, L, S, E, H = 3, 4, 5, 8, 2
 

@@ -28,10 +28,9 @@ import triton
 from stub_driver import ARCHITECTURES
 from triton.compiler import CompiledKernel
 
+from fused_attn.attention.inputs import Inputs, Saved, Wanted
+from fused_attn.attention.problem import AttentionProblem, Band
 from fused_attn.backends.triton import configs, launcher
-from fused_attn.backends.triton.mask_spec import MaskSpec
-from fused_attn.inputs import Wanted
-from fused_attn.problem import AttentionProblem, Band
 
 KERNELS = {
     "forward": launcher.attention_fwd_kernel,
@@ -164,16 +163,16 @@ def compile_cell(cell: Cell) -> list[Resources]:
     stub_driver.install(cell.architecture)
     for kernel in KERNELS.values():
         stub_driver.forget(kernel)
-    problem, tensors = representative(cell)
+    problem, inputs = representative(cell)
     # As the launcher sees it.
-    known = replace(problem, has_bias=tensors[-1].bias is not None, allows_tf32=cell.dtype == "tf32")
+    known = replace(problem, has_bias=inputs.bias is not None, allows_tf32=cell.dtype == "tf32")
     started = time.perf_counter()
     torch.set_float32_matmul_precision("high" if cell.dtype == "tf32" else "highest")
     if "decode" in cell.features.split("+"):
-        launcher.forward(problem, *tensors, needs_lse=True)
+        launcher.forward(problem, inputs, needs_lse=True)
     else:
         # Gradients of biases have rows for anything alone.
-        launch(problem, *tensors, wants_bias=cell.features == EVERYTHING)
+        launch(problem, inputs, wants_bias=cell.features == EVERYTHING)
     results = []
     for name, kernel in KERNELS.items():
         # The launcher compiles nothing that the problem does not need.
@@ -183,8 +182,8 @@ def compile_cell(cell: Cell) -> list[Resources]:
     return [result._replace(seconds=seconds) for result in results]
 
 
-def representative(cell: Cell) -> tuple[AttentionProblem, tuple]:
-    """A windowed problem with the cell's features, and its query, key, value, sinks, seed and masks."""
+def representative(cell: Cell) -> tuple[AttentionProblem, Inputs]:
+    """A windowed problem with the cell's features, and its tensors."""
     dtype, head_dim, features = DTYPES[cell.dtype], cell.head_dim, cell.features.split("+")
     is_packed, seqlen_q = "varlen" in features, 1 if "decode" in features else LENGTH
     problem = AttentionProblem(
@@ -213,7 +212,12 @@ def representative(cell: Cell) -> tuple[AttentionProblem, tuple]:
         bias = torch.empty(BATCH, HEADS, seqlen_q, LENGTH, dtype=dtype)
     elif "float-padding" in features:
         bias = torch.empty(BATCH, 1, 1, LENGTH, dtype=dtype)
-    mask = MaskSpec(
+    inputs = Inputs(
+        rows(HEADS, seqlen_q),
+        rows(KV_HEADS, LENGTH),
+        rows(KV_HEADS, LENGTH),
+        sinks=torch.empty(HEADS) if problem.has_sinks else None,
+        seed=torch.empty((), dtype=torch.int64) if problem.dropout_p else None,
         mask=torch.empty(BATCH, 1, seqlen_q, LENGTH, dtype=torch.bool) if "mask" in features else None,
         bias=bias,
         relative_bias=torch.empty(HEADS, seqlen_q + LENGTH - 1, dtype=dtype) if problem.has_relative_bias else None,
@@ -221,20 +225,15 @@ def representative(cell: Cell) -> tuple[AttentionProblem, tuple]:
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_k=cu_seqlens,
     )
-    sinks = torch.empty(HEADS) if problem.has_sinks else None
-    seed = torch.empty((), dtype=torch.int64) if problem.dropout_p else None
-    return problem, (rows(HEADS, seqlen_q), *(rows(KV_HEADS, LENGTH) for _ in range(2)), sinks, seed, mask)
+    return problem, inputs
 
 
-def launch(
-    problem: AttentionProblem, query, key, value, sinks, seed, mask: MaskSpec, wants_bias: bool = True
-) -> None:  # fmt: skip
-    out, lse = launcher.forward(problem, query, key, value, sinks, seed, mask, needs_lse=True)
-    wanted = Wanted(
-        True, True, True, wants_bias and mask.bias is not None, wants_bias and mask.relative_bias is not None,
-        sinks is not None,
-    )  # fmt: skip
-    launcher.backward(problem, wanted, out, None, query, key, value, out, lse, sinks, seed, mask)
+def launch(problem: AttentionProblem, inputs: Inputs, wants_bias: bool = True) -> None:
+    out, lse = launcher.forward(problem, inputs, needs_lse=True)
+    wanted = Wanted.of(*(x is not None for x in inputs))
+    if not wants_bias:
+        wanted = wanted._replace(bias=False, relative_bias=False)
+    launcher.backward(problem, inputs, Saved(out, lse, dout=out), wanted)
 
 
 def _resources(cell: Cell, name: str, problem: AttentionProblem, binary: CompiledKernel) -> Resources:

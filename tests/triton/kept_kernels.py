@@ -10,9 +10,8 @@ import stub_driver
 import torch
 import triton
 
-from fused_attn.backends.base import Wanted
+from fused_attn.attention.inputs import Inputs, Saved, Wanted
 from fused_attn.backends.triton import launcher
-from fused_attn.masks import MaskSpec
 
 CELL = aot.Cell(90, "fp16", 64, "padding+sinks+bias")
 ran: list[tuple] = []
@@ -41,36 +40,36 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
 
 
-def variants(query, key, value, sinks, seed, mask: MaskSpec):
+def variants(inputs: Inputs):
     """Inputs of one problem that Triton compiles for differently."""
-    yield query, key, value, sinks, seed, mask
-    yield shifted(query), key, value, sinks, seed, mask
-    yield query, key, shifted(value), sinks, seed, mask
-    yield query, key, value, shifted(sinks), seed, mask
-    yield query, key, value, sinks.half(), seed, mask
-    yield query, key, value, sinks, seed, mask._replace(bias=mask.bias.float())
-    yield query, key, value, sinks, seed, mask._replace(bias=mask.bias[:, :1, :, :1])
-    yield query, torch.empty(*key.shape[:3], 65, dtype=key.dtype)[..., :64], value, sinks, seed, mask
-    yield query.mT.contiguous().mT, key, value, sinks, seed, mask
+    query, key = inputs.query, inputs.key
+    yield inputs
+    yield inputs._replace(query=shifted(query))
+    yield inputs._replace(value=shifted(inputs.value))
+    yield inputs._replace(sinks=shifted(inputs.sinks))
+    yield inputs._replace(sinks=inputs.sinks.half())
+    yield inputs._replace(bias=inputs.bias.float())
+    yield inputs._replace(bias=inputs.bias[:, :1, :, :1])
+    yield inputs._replace(key=torch.empty(*key.shape[:3], 65, dtype=key.dtype)[..., :64])
+    yield inputs._replace(query=query.mT.contiguous().mT)
 
 
-def call(problem, inputs, with_dlse: bool) -> list[tuple]:
+def call(problem, inputs: Inputs, with_dlse: bool) -> list[tuple]:
     ran.clear()
-    out, lse = launcher.forward(problem, *inputs, needs_lse=True)
-    launcher.forward(problem, *inputs, needs_lse=False)
-    wanted = Wanted(True, with_dlse, True, False, False, True)
-    query, key, value, *others = inputs
-    launcher.backward(problem, wanted, out, lse if with_dlse else None, query, key, value, out, lse, *others)
+    out, lse = launcher.forward(problem, inputs, needs_lse=True)
+    launcher.forward(problem, inputs, needs_lse=False)
+    wanted = Wanted(query=True, key=with_dlse, value=True, sinks=True)
+    launcher.backward(problem, inputs, Saved(out, lse, dout=out, dlse=lse if with_dlse else None), wanted)
     return list(ran)
 
 
 def main() -> int:
     triton.compiler.compile = Kernel
     stub_driver.install(CELL.architecture)
-    problem, tensors = aot.representative(CELL)
+    problem, representative = aot.representative(CELL)
     failed, chosen = False, set()
     for _ in range(2):  # the second time round all kernels are kept
-        for inputs in variants(*tensors):
+        for inputs in variants(representative):
             for with_dlse in (False, True):
                 kept = call(problem, inputs, with_dlse)
                 fresh = call(replace(problem), inputs, with_dlse)  # of which nothing is kept

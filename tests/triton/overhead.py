@@ -15,10 +15,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 import stub_driver
 import torch
 
+from fused_attn.attention.inputs import Inputs, Saved, Wanted
+from fused_attn.attention.problem import AttentionProblem, Band
 from fused_attn.backends.triton import launcher
-from fused_attn.backends.triton.mask_spec import NO_MASK, MaskSpec
-from fused_attn.inputs import Wanted
-from fused_attn.problem import AttentionProblem, Band
 
 BATCH, HEADS, LENGTH, HEAD_DIM = 2, 4, 16, 64
 
@@ -45,29 +44,30 @@ def main() -> None:
         )  # fmt: skip
 
     query, key, value, dout = torch.randn(4, BATCH, HEADS, LENGTH, HEAD_DIM).half()
-    padding = MaskSpec(key_padding=torch.zeros(BATCH, LENGTH, dtype=torch.bool))
+    plain = Inputs(query, key, value)
+    padding = plain._replace(key_padding=torch.zeros(BATCH, LENGTH, dtype=torch.bool))
     everything = padding._replace(
-        bias=torch.zeros(BATCH, HEADS, LENGTH, LENGTH).half(), relative_bias=torch.zeros(HEADS, 2 * LENGTH - 1)
-    )
-    sinks, seed = torch.zeros(HEADS), torch.tensor(3)
+        bias=torch.zeros(BATCH, HEADS, LENGTH, LENGTH).half(), relative_bias=torch.zeros(HEADS, 2 * LENGTH - 1),
+        sinks=torch.zeros(HEADS), seed=torch.tensor(3),
+    )  # fmt: skip
     calls = {
-        "plain": (problem(), query, key, value, None, None, NO_MASK),
-        "padding": (problem(has_key_padding=True), query, key, value, None, None, padding),
+        "plain": (problem(), plain),
+        "padding": (problem(has_key_padding=True), padding),
         "everything": (
             problem(
                 has_key_padding=True, has_bias=True, has_relative_bias=True, has_sinks=True, softcap=5.0, dropout_p=0.1
             ),
-            query, key, value, sinks, seed, everything,
+            everything,
         ),
     }  # fmt: skip
     costs = {
         f"forward {name}": best_of(lambda call=call: launcher.forward(*call, True)) for name, call in calls.items()
     }
     out, lse = launcher.forward(*calls["plain"], True)
-    wanted = Wanted(True, True, True, False, False, False)
-    plain = calls["plain"][0]
+    wanted = Wanted(query=True, key=True, value=True)
+    saved = Saved(out, lse, dout)
     costs["backward plain"] = best_of(
-        lambda: launcher.backward(plain, wanted, dout, None, query, key, value, out, lse, None, None, NO_MASK)
+        lambda: launcher.backward(*calls["plain"], saved, wanted)
     )
     print(json.dumps(costs))
 

@@ -9,8 +9,8 @@ import aot
 import stub_driver
 import torch
 
-from fused_attn.backends.triton.mask_spec import MaskSpec
-from fused_attn.problem import AttentionProblem, Band
+from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.problem import AttentionProblem, Band
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 
@@ -25,8 +25,7 @@ def call_padded(batch: int, seqlen_q: int, seqlen_k: int) -> None:
     problem = replace(PADDED, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
     query = torch.empty(batch, HEADS, seqlen_q, HEAD_DIM, dtype=problem.dtype)
     key, value = (torch.empty(batch, KV_HEADS, seqlen_k, HEAD_DIM, dtype=problem.dtype) for _ in range(2))
-    mask = MaskSpec(key_padding=torch.empty(batch, seqlen_k, dtype=torch.bool))
-    aot.launch(problem, query, key, value, None, None, mask)
+    aot.launch(problem, Inputs(query, key, value, key_padding=torch.empty(batch, seqlen_k, dtype=torch.bool)))
 
 
 def call_packed(batch: int, seqlen_q: int, seqlen_k: int) -> None:
@@ -34,7 +33,7 @@ def call_packed(batch: int, seqlen_q: int, seqlen_k: int) -> None:
     query = torch.empty(1, HEADS, batch * seqlen_q, HEAD_DIM, dtype=problem.dtype)
     key, value = (torch.empty(1, KV_HEADS, batch * seqlen_k, HEAD_DIM, dtype=problem.dtype) for _ in range(2))
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
-    aot.launch(problem, query, key, value, None, None, MaskSpec(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens))
+    aot.launch(problem, Inputs(query, key, value, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens))
 
 
 def main() -> int:

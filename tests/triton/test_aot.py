@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_attn.problem import AttentionProblem
+from fused_attn.attention.problem import AttentionProblem
 
 configs = pytest.importorskip("fused_attn.backends.triton.configs", exc_type=ImportError)
 

@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
-from fused_attn import checks, dispatch, modes, running
-from fused_attn.backends import cuda
-from fused_attn.backends.triton.mask_spec import MaskSpec
-from fused_attn.inputs import Wanted
-from fused_attn.problem import AttentionProblem
+from fused_attn import modes, running
+from fused_attn.attention import checks
+from fused_attn.attention.inputs import Saved, Wanted
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends import cuda, dispatch
 
 pytest.importorskip("triton.language")
 
@@ -87,13 +87,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 
 def arguments_of_backend(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> tuple:
-    """(problem, query, key, value, sinks, seed, mask) of a call, which computes nothing."""
+    """(problem, inputs) of a call, which computes nothing."""
     received = []
 
     def run(problem, backend, is_direct, inputs, return_lse):
-        query, key, value = inputs[:3]
-        mask = MaskSpec(**{name: getattr(inputs, name) for name in MaskSpec._fields})
-        received.append((problem, query, key, value, inputs.sinks, inputs.seed, mask))
+        query, value = inputs.query, inputs.value
+        received.append((problem, inputs))
         return query.new_empty((*query.shape[:3], value.shape[3])), query.new_empty(query.shape[:3])
 
     monkeypatch.setattr(running, "run", run)
@@ -111,11 +110,11 @@ def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkey
     monkeypatch.setattr(checks, "check_cu_seqlens_values", lambda *args: None)
     with FakeTensorMode() as fake:
         inputs = inputs._replace(tensors={name: fake.from_tensor(x) for name, x in inputs.tensors.items()})
-        problem, query, key, value, sinks, seed, mask = arguments_of_backend(inputs, monkeypatch)
+        problem, inputs = arguments_of_backend(inputs, monkeypatch)
         problem = problem.on("sm_90")
         with Recorder() as recorder:
-            out, lse = launcher.forward(problem, query, key, value, sinks, seed, mask, True)
-        fills = FILLS if mask.cu_seqlens_q is not None else set()
+            out, lse = launcher.forward(problem, inputs, True)
+        fills = FILLS if inputs.cu_seqlens_q is not None else set()
         assert recorder.names <= ALLOCATIONS | VIEWS | COPIES | fills
         splits = launcher._plan(problem, problem.has_bias, False).num_splits > 1 if lse.numel() else False
         assert launches == (
@@ -123,15 +122,14 @@ def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkey
         )
 
         launches.clear()
-        wanted = Wanted(True, True, True, mask.bias is not None, mask.relative_bias is not None, sinks is not None)
+        wanted = Wanted.of(*(x is not None for x in inputs))
         dout, dlse = torch.empty_like(out), torch.empty_like(lse)
         with Recorder() as recorder:
-            gradients = launcher.backward(problem, wanted, dout, dlse, query, key, value, out, lse, sinks, seed, mask)
-        is_row_bias = mask.bias is not None and mask.bias.shape[3] == 1 < problem.seqlen_k
+            gradients = launcher.backward(problem, inputs, Saved(out, lse, dout, dlse), wanted)
+        is_row_bias = inputs.bias is not None and inputs.bias.shape[3] == 1 < problem.seqlen_k
         assert recorder.names <= ALLOCATIONS | VIEWS | COPIES | fills | SUMS | (ROW_SUMS if is_row_bias else set())
         assert max(launches.values(), default=1) == 1
-        inputs = (query, key, value, mask.bias, mask.relative_bias, sinks)
-        for is_wanted, gradient, x in zip(wanted, gradients, inputs, strict=True):
+        for is_wanted, gradient, x in zip(wanted, gradients, inputs, strict=False):
             assert (gradient is not None) == is_wanted
             assert gradient is None or (gradient.shape, gradient.dtype) == (x.shape, x.dtype)
 

@@ -1,6 +1,7 @@
 """The Triton kernels: every feature, on NVIDIA GPUs, or on the CPU in Triton's interpreter.
 
 backend.py         what it can run
+interpreter.py     whether kernels run in Python
 launcher.py        allocates, chooses grids, launches
 arguments.py       tensors -> the tuples that kernels read
 configs.py         tile sizes by kernel, architecture, head dim and dtype

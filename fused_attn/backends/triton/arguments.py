@@ -12,10 +12,10 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-from fused_attn import dropout
+from fused_attn.attention import dropout
+from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.triton.configs import Config, padded_head_dim
-from fused_attn.backends.triton.mask_spec import MaskSpec
-from fused_attn.problem import UNBOUNDED, AttentionProblem
 
 #: Kernel arguments whose value must not cause another compilation.
 UNSPECIALIZED = ("seqlen_q", "seqlen_k", "lse_stride", "band_offset", "units_per_section")
@@ -78,20 +78,20 @@ class Masks(NamedTuple):
         return *self.mask, *self.bias, *self[2:]
 
     @classmethod
-    def of(cls, sinks: Tensor | None, seed: Tensor | None, mask: MaskSpec) -> Masks:
-        table = mask.relative_bias
+    def of(cls, inputs: Inputs) -> Masks:
+        table = inputs.relative_bias
         if table is not None:
             table = table.resolve_neg().contiguous()
         return cls(
-            Scores.of(mask.mask),
-            NO_SCORES if mask.bias is None else Scores.of(mask.bias.resolve_neg()),
-            None if mask.key_padding is None else mask.key_padding.contiguous(),
+            Scores.of(inputs.mask),
+            NO_SCORES if inputs.bias is None else Scores.of(inputs.bias.resolve_neg()),
+            None if inputs.key_padding is None else inputs.key_padding.contiguous(),
             table,
             0 if table is None or table.shape[0] == 1 else table.shape[1],
-            None if sinks is None else sinks.resolve_neg().contiguous(),
-            seed,
-            mask.cu_seqlens_q,
-            mask.cu_seqlens_k,
+            None if inputs.sinks is None else inputs.sinks.resolve_neg().contiguous(),
+            inputs.seed,
+            inputs.cu_seqlens_q,
+            inputs.cu_seqlens_k,
         )
 
 

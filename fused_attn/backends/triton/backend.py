@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import re
 
 import torch
 from torch import Tensor
 
-from fused_attn.backends.triton.mask_spec import MaskSpec
-from fused_attn.inputs import Gradients, Inputs, Saved, Wanted
-from fused_attn.problem import AttentionProblem
+from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends.triton.interpreter import is_interpreting
 
 name = "triton"
 is_composite = False
@@ -45,30 +44,16 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
-def is_interpreting() -> bool:
-    """Triton's own switch: its kernels run in Python on the CPU. Read by Triton when the kernels are first imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
     from fused_attn.backends.triton import launcher
 
-    query, key, value, sinks, seed, mask = _for_launcher(inputs)
-    return launcher.forward(problem, query, key, value, sinks, seed, mask, needs_lse)
+    return launcher.forward(problem, inputs, needs_lse)
 
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
     from fused_attn.backends.triton import launcher
 
-    query, key, value, sinks, seed, mask = _for_launcher(inputs)
-    return launcher.backward(
-        problem, wanted, saved.dout, saved.dlse, query, key, value, saved.out, saved.lse, sinks, seed, mask
-    )
-
-
-def _for_launcher(inputs: Inputs) -> tuple:
-    mask = MaskSpec(**{name: getattr(inputs, name) for name in MaskSpec._fields})
-    return inputs.query, inputs.key, inputs.value, inputs.sinks, inputs.seed, mask
+    return launcher.backward(problem, inputs, saved, wanted)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import triton
 
-from fused_attn.problem import AttentionProblem
+from fused_attn.attention.problem import AttentionProblem
 
 
 class Config(NamedTuple):

@@ -14,19 +14,18 @@ from torch import Tensor
 from triton import JITFunction
 from triton.compiler import CompiledKernel
 
+from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.memory_order import empty_like_layout
+from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import clear_rows
 from fused_attn.backends.triton import configs, decode, tuned
 from fused_attn.backends.triton.arguments import NO_MASKS, Masks, Rows, Settings
-from fused_attn.backends.triton.backend import is_interpreting
 from fused_attn.backends.triton.backward import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
 from fused_attn.backends.triton.bias_gradients import attention_bwd_dbias_kernel, attention_bwd_dtable_kernel
 from fused_attn.backends.triton.configs import Config
 from fused_attn.backends.triton.decode import merge_splits_kernel
 from fused_attn.backends.triton.forward import attention_fwd_kernel
-from fused_attn.backends.triton.mask_spec import MaskSpec
-from fused_attn.inputs import Gradients, Wanted
-from fused_attn.memory_order import empty_like_layout
-from fused_attn.problem import AttentionProblem
+from fused_attn.backends.triton.interpreter import is_interpreting
 
 #: Strides can differ at every call.
 MAX_COMPILED = 64
@@ -62,17 +61,8 @@ class Plan(NamedTuple):
     dtable: Launch
 
 
-def forward(
-    problem: AttentionProblem,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    mask: MaskSpec,
-    needs_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    query, key, value = _readable(query, key, value)
+def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
+    query, key, value = _readable(inputs.query, inputs.key, inputs.value)
     out = empty_like_layout(query, problem.value_dim)
     batch, heads, rows, _ = query.shape
     lse = query.new_empty((batch, heads, rows), dtype=torch.float32) if needs_lse else None
@@ -80,8 +70,8 @@ def forward(
         clear_rows(lse, out)
     if out.numel() == 0 and (lse is None or lse.numel() == 0):
         return out, lse
-    plan = _plan(problem, mask.bias is not None, _allows_tf32(problem.dtype))
-    masks = NO_MASKS if problem.is_plain else Masks.of(sinks, seed, mask)
+    plan = _plan(problem, inputs.bias is not None, _allows_tf32(problem.dtype))
+    masks = NO_MASKS if problem.is_plain else Masks.of(inputs)
     kernel_out, kernel_lse, num_rows = out, lse, batch * heads * rows
     if plan.num_splits > 1:
         shape = (plan.num_splits * batch, heads, rows)
@@ -127,39 +117,26 @@ def forward(
     return out, lse
 
 
-def backward(
-    problem: AttentionProblem,
-    wanted: Wanted,
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    mask: MaskSpec,
-) -> Gradients:
-    dout, query, key, value = _readable(dout, query, key, value)
-    wants_query, wants_key, wants_value, wants_bias, wants_relative_bias, wants_sinks = wanted
-    dquery = empty_like_layout(query, problem.head_dim) if wants_query else None
-    dkey = empty_like_layout(key, problem.head_dim) if wants_key else None
-    dvalue = empty_like_layout(value, problem.value_dim) if wants_value else None
+def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
+    dout, query, key, value = _readable(saved.dout, inputs.query, inputs.key, inputs.value)
+    out, dlse = saved.out, saved.dlse
+    dquery = empty_like_layout(query, problem.head_dim) if wanted.query else None
+    dkey = empty_like_layout(key, problem.head_dim) if wanted.key else None
+    dvalue = empty_like_layout(value, problem.value_dim) if wanted.value else None
     if problem.is_packed:
         clear_rows(None, dquery, dkey, dvalue)
     if query.numel() == 0 or key.numel() == 0:
-        return _empty_gradients(wanted, dquery, dkey, dvalue, mask, sinks)
+        return _empty_gradients(inputs, wanted, Gradients(dquery, dkey, dvalue))
 
-    plan = _plan(problem, mask.bias is not None, _allows_tf32(problem.dtype))
-    masks = NO_MASKS if problem.is_plain else Masks.of(sinks, seed, mask)
-    lse = lse.contiguous()  # under vmap it can be an expanded view
+    plan = _plan(problem, inputs.bias is not None, _allows_tf32(problem.dtype))
+    masks = NO_MASKS if problem.is_plain else Masks.of(inputs)
+    lse = saved.lse.contiguous()  # under vmap it can be an expanded view
     delta = torch.empty_like(lse)
-    is_biased = mask.bias is not None or mask.relative_bias is not None
+    is_biased = inputs.bias is not None or inputs.relative_bias is not None
     needs_factor = is_biased or plan.dq.settings.IS_FLOAT32.value
     factor = torch.empty_like(lse) if needs_factor else None
     dsinks = None
-    if wants_sinks:
+    if wanted.sinks:
         dsinks = lse.new_empty((problem.batch, problem.num_heads, _num_blocks(plan.dq, problem)))
     q, k, v, o, do, dq, dk, dv = (
         Rows.of(x, problem.is_packed) for x in (query, key, value, out, dout, dquery, dkey, dvalue)
@@ -188,7 +165,7 @@ def backward(
             *sizes,
             plan.units_per_section,
         )
-        if wants_key or wants_value:
+        if wanted.key or wanted.value:
             _run(
                 attention_bwd_dkdv_kernel,
                 plan.dkdv,
@@ -209,21 +186,21 @@ def backward(
             )
         tensors = (q, k, v, do, lse, delta, factor)
         dbias = drelative_bias = None
-        if wants_bias:
-            if mask.bias.shape[3] == 1 < problem.seqlen_k:
-                dbias = _row_bias_gradient(mask.bias, lse, dlse, delta, factor, sinks)
+        if wanted.bias:
+            if inputs.bias.shape[3] == 1 < problem.seqlen_k:
+                dbias = _row_bias_gradient(inputs, lse, dlse, delta, factor)
             else:
-                dbias = _dense_bias_gradient(problem, plan.dbias, mask, tensors, masks, sizes)
-        if wants_relative_bias:
-            drelative_bias = _relative_bias_gradient(problem, plan.dtable, mask, tensors, masks, sizes)
-    return Gradients(
-        dquery, dkey, dvalue, dbias, drelative_bias, None if dsinks is None else dsinks.sum((0, 2)).to(sinks.dtype)
-    )
+                dbias = _dense_bias_gradient(problem, plan.dbias, inputs, tensors, masks, sizes)
+        if wanted.relative_bias:
+            drelative_bias = _relative_bias_gradient(problem, plan.dtable, inputs, tensors, masks, sizes)
+    if dsinks is not None:
+        dsinks = dsinks.sum((0, 2)).to(inputs.sinks.dtype)
+    return Gradients(dquery, dkey, dvalue, dbias, drelative_bias, dsinks)
 
 
-def _dense_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Tensor:
+def _dense_bias_gradient(problem, launch, inputs, tensors, masks, sizes) -> Tensor:
     """(B|1, H|1, L|1, S|1), of the bias's dtype."""
-    bias = mask.bias
+    bias = inputs.bias
     batch, heads, rows, columns = bias.shape
     row_blocks, column_blocks, _ = launch.grid
     sums_rows = rows == 1 < problem.seqlen_q
@@ -244,24 +221,22 @@ def _dense_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Tensor
     return dbias.sum_to_size(bias.shape).to(bias.dtype)
 
 
-def _row_bias_gradient(
-    bias: Tensor, lse: Tensor, dlse: Tensor | None, delta: Tensor, factor: Tensor, sinks: Tensor | None
-) -> Tensor:
+def _row_bias_gradient(inputs: Inputs, lse: Tensor, dlse: Tensor | None, delta: Tensor, factor: Tensor) -> Tensor:
     """(B|1, H|1, L|1, 1), of a bias that is one number for all keys of a row.
 
     It moves the LSE, and weight from the sink to the keys; summing the scores' gradients over the keys, which all but
     cancel, would leave their rounding errors.
     """
     drow = torch.zeros_like(lse) if dlse is None else dlse
-    if sinks is not None:
-        drow = drow + delta * factor * torch.exp(sinks.float()[:, None] - lse)
+    if inputs.sinks is not None:
+        drow = drow + delta * factor * torch.exp(inputs.sinks.float()[:, None] - lse)
     drow = drow.masked_fill(lse == float("-inf"), 0.0)
-    return drow.unsqueeze(3).sum_to_size(bias.shape).to(bias.dtype)
+    return drow.unsqueeze(3).sum_to_size(inputs.bias.shape).to(inputs.bias.dtype)
 
 
-def _relative_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Tensor:
+def _relative_bias_gradient(problem, launch, inputs, tensors, masks, sizes) -> Tensor:
     """(H|1, L + S - 1), of the table's dtype."""
-    table = mask.relative_bias
+    table = inputs.relative_bias
     block = launch.settings.BLOCK_N.value
     heads = problem.num_heads
     diagonals = launch.grid[0] // heads
@@ -281,18 +256,10 @@ def _relative_bias_gradient(problem, launch, mask, tensors, masks, sizes) -> Ten
     return dtable.sum_to_size(table.shape).to(table.dtype)
 
 
-def _empty_gradients(wanted, dquery, dkey, dvalue, mask, sinks) -> Gradients:
+def _empty_gradients(inputs: Inputs, wanted: Wanted, grads: Gradients) -> Gradients:
     """Without any score every gradient is 0."""
-
-    def zeros(is_wanted, like):
-        return torch.zeros_like(like) if is_wanted else None
-
-    return Gradients(
-        *(None if x is None else x.zero_() for x in (dquery, dkey, dvalue)),
-        zeros(wanted.bias, mask.bias),
-        zeros(wanted.relative_bias, mask.relative_bias),
-        zeros(wanted.sinks, sinks),
-    )
+    shared = {name: torch.zeros_like(getattr(inputs, name)) for name in SHARED if getattr(wanted, name)}
+    return Gradients(*(None if x is None else x.zero_() for x in grads))._replace(**shared)
 
 
 @functools.lru_cache(maxsize=4096)

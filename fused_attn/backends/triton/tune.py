@@ -23,11 +23,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fused_attn.attention.inputs import Inputs, Saved, Wanted
+from fused_attn.attention.problem import AttentionProblem, Band
 from fused_attn.backends.triton import backend, configs, tuned
 from fused_attn.backends.triton.configs import Config
-from fused_attn.backends.triton.mask_spec import MaskSpec
-from fused_attn.inputs import Wanted
-from fused_attn.problem import AttentionProblem, Band
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEFAULT_DTYPES = ("bfloat16",)
@@ -385,10 +384,10 @@ class GpuRunner:
         # padding mask is a bias as well, and a configuration has to have the resources for that too.
         call = self._inputs.call(config)
         found = []
-        for mask in self._inputs.masks:
-            found += call(mask)
+        for inputs in self._inputs.variants:
+            found += call(inputs)
         torch.cuda.synchronize(self._device)
-        self._calls[config] = lambda: call(self._inputs.masks[0])
+        self._calls[config] = lambda: call(self._inputs.variants[0])
         return [x.float() for x in found]
 
     def times(self, workload: Workload, order: Sequence[Config]) -> list[float]:
@@ -408,7 +407,7 @@ class GpuRunner:
 class _Inputs:
     """The tensors of a workload, and what its kernel needs of the ones before it.
 
-    masks: the one that is timed, then others that the same configuration has to be able to run
+    variants: the inputs that are timed, then others that the same configuration has to be able to run
     """
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
@@ -424,23 +423,26 @@ class _Inputs:
         if problem.is_packed:
             shape = (1, HEADS, int(lengths.sum()), workload.head_dim)
             cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-        self._query, self._key, self._value, self._dout = (self._randn(*shape).to(workload.dtype) for _ in range(4))
-        mask = MaskSpec(
+        query, key, value, self._dout = (self._randn(*shape).to(workload.dtype) for _ in range(4))
+        inputs = Inputs(
+            query,
+            key,
+            value,
             # float32, the widest that there is: parameters are, under mixed precision.
             bias=self._randn(1, HEADS, LENGTH, LENGTH) if problem.has_bias else None,
             relative_bias=self._randn(HEADS, 2 * LENGTH - 1) if problem.has_relative_bias else None,
+            seed=torch.zeros((), dtype=torch.int64, device=device) if problem.dropout_p else None,
             mask=self._randn(BATCH, 1, LENGTH, LENGTH) < 1.0 if problem.has_mask else None,
             key_padding=torch.arange(LENGTH, device=device) >= lengths[:, None] if problem.has_key_padding else None,
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_k=cu_seqlens,
         )
-        self.masks = [mask]
+        self.variants = [inputs]
         if problem.has_key_padding and not problem.has_bias:
-            self.masks.append(mask._replace(bias=self._randn(BATCH, 1, 1, LENGTH)))
-        self._seed = torch.zeros((), dtype=torch.int64, device=device) if problem.dropout_p else None
-        self._outputs = {id(mask): self._forward(problem, mask) for mask in self.masks}
+            self.variants.append(inputs._replace(bias=self._randn(BATCH, 1, 1, LENGTH)))
+        self._outputs = {id(inputs): self._launcher.forward(problem, inputs, True) for inputs in self.variants}
 
-    def call(self, config: Config) -> Callable[[MaskSpec], list[Tensor]]:
+    def call(self, config: Config) -> Callable[[Inputs], list[Tensor]]:
         """Runs the workload's kernel with `config`, and those that it depends on with the table's."""
         problem = self._workload.problem(self._device)
         kernel, features = self._workload.kernel, self._workload.features
@@ -450,24 +452,17 @@ class _Inputs:
             value=kernel == "dkdv",
             bias=kernel == "bias" and "bias" in features,
             relative_bias=kernel == "bias" and "relative_bias" in features,
-            sinks=False,
         )
 
-        def run(mask: MaskSpec) -> list[Tensor]:
+        def run(inputs: Inputs) -> list[Tensor]:
             with tuned.forced(kernel, config):
                 if kernel == "forward":
-                    return list(self._forward(problem, mask))
-                out, lse = self._outputs[id(mask)]
-                grads = self._launcher.backward(
-                    problem, wanted, self._dout, None, self._query, self._key, self._value, out, lse,
-                    None, self._seed, mask,
-                )  # fmt: skip
+                    return list(self._launcher.forward(problem, inputs, True))
+                saved = Saved(*self._outputs[id(inputs)], self._dout)
+                grads = self._launcher.backward(problem, inputs, saved, wanted)
                 return [x for x in grads if x is not None]
 
         return run
-
-    def _forward(self, problem: AttentionProblem, mask: MaskSpec) -> tuple[Tensor, Tensor]:
-        return self._launcher.forward(problem, self._query, self._key, self._value, None, self._seed, mask, True)
 
     def _randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator, device=self._device)

@@ -21,10 +21,9 @@ from typing import NamedTuple
 import torch
 import triton
 
-import fused_attn
+from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.triton import configs
 from fused_attn.backends.triton.configs import Config, padded_head_dim
-from fused_attn.problem import UNBOUNDED, AttentionProblem
 
 #: What changes a kernel's loop, and with it the registers and shared memory that a tile needs. Sinks and grouped heads
 #: act outside of it. The order is that of the names in a row.
@@ -201,7 +200,8 @@ def load(path: Path) -> Table:
 
 def versions() -> dict[str, str]:
     """The packages whose change makes a table worthless."""
-    return {"fused_attn": fused_attn.__version__, "triton": triton.__version__}
+    # Not by an import, since the package itself imports this module.
+    return {"fused_attn": sys.modules["fused_attn"].__version__, "triton": triton.__version__}
 
 
 def _parse_row(row: dict) -> tuple[Key, Row]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_attn import formula, profiling
+from fused_attn.attention import formula
+from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted, gradients_of_arguments
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends import events
 from fused_attn.backends.base import Backend
-from fused_attn.inputs import Gradients, Inputs, Saved, Wanted, gradients_of_arguments
-from fused_attn.problem import AttentionProblem
 
 
 def compute(
@@ -22,7 +23,7 @@ def compute(
         if saved.dlse is None:
             return Gradients()
         saved = saved._replace(dout=torch.zeros_like(saved.out))
-    backward = formula.backward if backend is None else profiling.named(backend).backward
+    backward = formula.backward if backend is None else events.named(backend).backward
     return backward(problem, inputs, saved, wanted)
 
 

@@ -7,10 +7,10 @@ import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends import cpu, cuda, reference
 from fused_attn.backends.base import Backend
 from fused_attn.backends.triton import backend as triton
-from fused_attn.problem import AttentionProblem
 
 BACKENDS: tuple[Backend, ...] = (cpu, cuda, triton, reference)
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn import dropout, masks
-from fused_attn.inputs import Gradients, Inputs, Saved, Wanted
-from fused_attn.masks import Positions
-from fused_attn.memory_order import follow_layout
-from fused_attn.problem import AttentionProblem
+from fused_attn.attention import dropout, masks
+from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.masks import Positions
+from fused_attn.attention.memory_order import follow_layout
+from fused_attn.attention.problem import AttentionProblem
 
 
 def forward(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:

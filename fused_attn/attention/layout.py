@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn import checks
+from fused_attn.attention import checks
 
 
 class Layout(NamedTuple):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_attn.backends.cpu import _C
-from fused_attn.checks import Meta
+from fused_attn.attention.checks import Meta
+from fused_attn.native import _C
 
 if _C is None:
 

@@ -1,4 +1,4 @@
-"""What torch's tools of accounting see of attention: events of its profiler, and operations of `FlopCounterMode`."""
+"""How many floating-point operations `FlopCounterMode` counts for the registered operators."""
 
 from __future__ import annotations
 
@@ -6,47 +6,12 @@ import functools
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
 
-from fused_attn.backends.base import Backend
-from fused_attn.inputs import Inputs, Saved, Wanted, take
-from fused_attn.problem import Scalars
-
-
-def recorded(event: str, function: Callable) -> Callable:
-    """A function that is an event of the profiler; to be asked for only while one runs, since it takes time."""
-
-    @functools.wraps(function)
-    def run(*args):
-        with profiler.record_function(f"fused_attn::{event}"):
-            return function(*args)
-
-    return run
-
-
-class _NamedBackend:
-    """A backend whose steps are the events ``fused_attn::forward[name]`` and ``fused_attn::backward[name]``."""
-
-    def __init__(self, backend: Backend):
-        self.name, self.is_composite = backend.name, backend.is_composite
-        self.forward, self.backward = (
-            recorded(f"{step}[{backend.name}]", getattr(backend, step)) for step in ("forward", "backward")
-        )
-
-
-_named = functools.cache(_NamedBackend)
-
-
-def named(backend: Backend) -> Backend:
-    """The backend; while a profiler runs, one whose steps are events."""
-    return _named(backend) if profiler._is_profiler_enabled and type(backend) is not _NamedBackend else backend
-
-
-# ---- Floating-point operations
+from fused_attn.attention.inputs import Inputs, Saved, Wanted, take
+from fused_attn.attention.problem import Scalars
 
 
 def forward_flops(*arguments, out_val=None) -> int:

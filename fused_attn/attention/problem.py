@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_attn.inputs import Inputs
+from fused_attn.attention.inputs import Inputs
 
 UNBOUNDED = -1
 
@@ -83,6 +83,8 @@ class AttentionProblem:
     capability: tuple[int, int] | None = None
     #: No tensor but query, key and value takes part.
     is_plain: bool = field(init=False, default=False)
+    #: One of `inputs.SHARED` takes part.
+    has_shared: bool = field(init=False, default=False)
 
     @classmethod
     def of(
@@ -128,16 +130,10 @@ class AttentionProblem:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def __post_init__(self):
-        takes_no_other_tensor = not (
-            self.is_packed
-            or self.has_mask
-            or self.has_key_padding
-            or self.has_bias
-            or self.has_relative_bias
-            or self.has_sinks
-            or self.dropout_p > 0.0
-        )
-        object.__setattr__(self, "is_plain", takes_no_other_tensor)
+        has_shared = self.has_bias or self.has_float_padding or self.has_relative_bias or self.has_sinks
+        has_others = self.is_packed or self.has_mask or self.has_key_padding or self.dropout_p > 0.0
+        object.__setattr__(self, "has_shared", has_shared)
+        object.__setattr__(self, "is_plain", not (has_shared or has_others))
         if self.capability is None and self.device.type == "cuda" and torch.cuda.is_available():
             object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
 
@@ -174,7 +170,7 @@ class AttentionProblem:
         flags = [
             f.name.removeprefix("has_").removeprefix("is_")
             for f in fields(self)
-            if getattr(self, f.name) is True and f.name != "is_plain"
+            if f.init and getattr(self, f.name) is True
         ]
         if not self.band.is_unbounded:
             flags.append(f"band(left={self.band.left}, right={self.band.right}, offset={self.band.offset})")

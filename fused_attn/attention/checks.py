@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn.causal_bias import CausalBiasMeta
-from fused_attn.problem import UNBOUNDED
+from fused_attn.attention.causal_bias import CausalBiasMeta
+from fused_attn.attention.problem import UNBOUNDED
 
 
 class Meta(NamedTuple):

@@ -11,11 +11,14 @@ import functools
 import torch
 from torch import Tensor
 
-from fused_attn import dispatch, formula, gradients, modes, profiling
+from fused_attn import modes
+from fused_attn.attention import formula
+from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted, gradients_of_arguments, take
+from fused_attn.attention.memory_order import empty_like_layout
+from fused_attn.attention.problem import AttentionProblem, Scalars
+from fused_attn.backends import dispatch, events
 from fused_attn.backends.base import Backend
-from fused_attn.inputs import Gradients, Inputs, Saved, Wanted, gradients_of_arguments, take
-from fused_attn.memory_order import empty_like_layout
-from fused_attn.problem import AttentionProblem, Scalars
+from fused_attn.derivatives import flops, gradients
 
 _INPUTS = ", ".join(f"Tensor{'?' if name in Inputs._field_defaults else ''} {name}" for name in Inputs._fields)
 _SAVED = "Tensor out, Tensor lse, Tensor? dout, Tensor? dlse"
@@ -54,7 +57,7 @@ def _attention(*arguments):
     inputs, arguments = take(Inputs, arguments)
     scalars, (backend,) = take(Scalars, arguments)
     problem = _problem_of(inputs, scalars)
-    return profiling.named(dispatch.choose(problem, backend or None)).forward(problem, inputs, True)
+    return events.named(dispatch.choose(problem, backend or None)).forward(problem, inputs, True)
 
 
 @torch.library.register_fake("fused_attn::attention", lib=_library)
@@ -101,7 +104,7 @@ def _attention_grads(ctx, dout, dlse):
     inputs, outputs = take(Inputs, ctx.saved_tensors)
     saved = Saved(*outputs, dout, dlse)
     return gradients_of_arguments(
-        _call_backward(inputs, saved, Wanted.of(ctx.needs_input_grad), ctx.scalars, ctx.backend)
+        _call_backward(inputs, saved, Wanted.of(*ctx.needs_input_grad), ctx.scalars, ctx.backend)
     )
 
 
@@ -143,7 +146,7 @@ torch.library.register_autograd(
 )
 
 
-profiling.register_flop_formulas()
+flops.register_flop_formulas()
 
 
 def _problem_of(inputs: Inputs, scalars: Scalars) -> AttentionProblem:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fused_attn import modes
-from fused_attn.inputs import Inputs
-from fused_attn.layout import Layout
-from fused_attn.problem import UNBOUNDED, AttentionProblem, Band
+from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.layout import Layout
+from fused_attn.attention.problem import UNBOUNDED, AttentionProblem, Band
 
 
 def to_dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
@@ -93,18 +93,10 @@ def band_of(is_causal: bool, window_size: tuple[int, int], diagonal_offset: int 
     return Band(left, right, diagonal_offset)
 
 
-class ScoreMasks(NamedTuple):
-    """Those of the `Inputs` that `attn_mask` and `key_padding_mask` become."""
-
-    bias: Tensor | None = None
-    mask: Tensor | None = None
-    key_padding: Tensor | None = None
-
-
 def score_masks(
     problem: AttentionProblem, attn_mask: Tensor | None, key_padding_mask: Tensor | None, layout: Layout | None
-) -> ScoreMasks:
-    """The masks of a call, each in the shape and polarity of `Inputs`."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(bias, mask, key_padding) of a call, each in the shape and polarity of `Inputs`."""
     mask = bias = key_padding = None
     if problem.has_mask:
         mask = _to_rank_4(attn_mask, layout)
@@ -118,7 +110,7 @@ def score_masks(
             # Converted first: two large negative numbers of half precision add up to -inf.
             compute = problem.accumulate_dtype
             bias = padding_bias if bias is None else bias.to(compute) + padding_bias.to(compute)
-    return ScoreMasks(bias, mask, key_padding)
+    return bias, mask, key_padding
 
 
 def with_head_dim(relative_bias: Tensor | None) -> Tensor | None:
@@ -129,8 +121,8 @@ def with_head_dim(relative_bias: Tensor | None) -> Tensor | None:
 def _to_rank_4(mask: Tensor, layout: Layout | None) -> Tensor:
     """(..., L, S) -> (B|1, H|1, L|1, S|1), without expanding what broadcasts."""
     if layout is None:
-        return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
-    mask = mask[(None,) * (len(layout.batch_shape) + 3 - mask.dim())]
+        return mask if mask.dim() == 4 else mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    mask = mask.reshape((1,) * (len(layout.batch_shape) + 3 - mask.dim()) + mask.shape)
     if all(size == 1 for size in mask.shape[:-3]):
         return mask.reshape(1, *mask.shape[-3:])
     return mask.expand(*layout.batch_shape, *mask.shape[-3:]).reshape(layout.batch, *mask.shape[-3:])

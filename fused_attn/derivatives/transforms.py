@@ -1,7 +1,7 @@
 """The differentiable step inside `torch.func` transforms.
 
 The Functions here carry ``setup_context`` and ``vmap``, which `torch.func` needs and which cost 20 us a call;
-eager calls therefore use `fused_attn.autograd.FusedAttention`.
+eager calls therefore use `autograd.FusedAttention`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fused_attn import gradients, modes, ops
-from fused_attn.inputs import Gradients, Inputs, Saved, Wanted, gradients_of_arguments, take
-from fused_attn.problem import AttentionProblem
+from fused_attn import modes
+from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted, gradients_of_arguments, take
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.derivatives import gradients, ops
 
 
 class TransformableAttention(torch.autograd.Function):
@@ -34,7 +35,7 @@ class TransformableAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        asked_for = Wanted.of(ctx.needs_input_grad)
+        asked_for = Wanted.of(*ctx.needs_input_grad)
         found = iter(_TransformableGradients.apply(*ctx.saved_tensors, dout, dlse, asked_for, ctx.backend, ctx.problem))
         return gradients_of_arguments(Gradients(*(next(found) if is_wanted else None for is_wanted in asked_for)))
 

@@ -1,0 +1,60 @@
+"""Differentiation of eager calls: a `torch.autograd.Function` with a combined forward, the cheapest way to a kernel.
+
+Under ``torch.compile`` and ``torch.export`` the same two steps are registered operators (`ops.py`).
+Derivatives that the kernels do not have (second order, forward mode, functorch transforms) are those of the reference
+formula, which is plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_attn import modes
+from fused_attn.attention.inputs import Inputs, Saved, Wanted, gradients_of_arguments
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends.base import Backend
+from fused_attn.derivatives import gradients, ops
+
+
+class FusedAttention(torch.autograd.Function):
+    """``apply((backend, problem, return_lse, inputs), *tensors)`` -> out, or (out, lse).
+
+    tensors: those of inputs, for torch to see. Of a plain problem the first three alone: every argument of a Function
+        costs time, one that is no tensor 0.5 us, and the plain problem is the one where time per call is felt.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        call: tuple[Backend, AttentionProblem, bool, Inputs],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *others: Tensor | None,
+    ):
+        backend, problem, return_lse, inputs = call
+        ctx.call = backend, problem  # not the inputs: torch keeps the tensors, and looks after them
+        out, lse = backend.forward(problem, inputs, True)
+        ctx.save_for_backward(out, lse, query, key, value, *others)
+        if not return_lse:
+            return out
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout: Tensor | None, dlse: Tensor | None = None):
+        out, lse, *tensors = ctx.saved_tensors
+        (backend, problem), compute = ctx.call, gradients.compute
+        # Grad mode is on here only under create_graph, which needs gradients that are themselves differentiable.
+        if torch.is_grad_enabled():
+            backend = None
+        elif modes.is_backward_observed(dout, dlse):
+            compute = ops.call_backward
+        saved = Saved(out, lse, dout, dlse)
+        _, *needs = ctx.needs_input_grad  # the first is of the call
+        return None, *gradients_of_arguments(compute(backend, problem, Inputs(*tensors), saved, Wanted.of(*needs)))
+
+
+#: `FusedAttention.apply` without its preparations for `torch.func`, which `api` has ruled out; they cost 4 us a call.
+apply_fused_attention = super(torch.autograd.Function, FusedAttention).apply

@@ -1,0 +1,33 @@
+"""The modules of attention in a model, replaced by those of the fused kernel."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from fused_attn.nn.attention import FusedMultiheadAttention
+
+
+def replace_attention(model: nn.Module, backend: str | None) -> dict[nn.Module, FusedMultiheadAttention]:
+    """`fused_attn.convert_attention` without what it does to the layers around; {torch's module: ours}."""
+    fused: dict[nn.Module, FusedMultiheadAttention] = {}  # one module may be registered in several places
+    left_alone = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.MultiheadAttention) or isinstance(module, FusedMultiheadAttention):
+            continue
+        if type(module) is not nn.MultiheadAttention or "forward" in vars(module):
+            left_alone.append(f"{name or 'the model'} ({type(module).__name__})")
+        else:
+            fused[module] = FusedMultiheadAttention.from_torch(module, backend)
+    if left_alone:
+        warnings.warn(
+            "convert_attention: left alone, because they are of a subclass, parametrised or with a forward of their "
+            "own: " + ", ".join(left_alone),
+            stacklevel=3,
+        )
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in fused:
+                parent._modules[name] = fused[child]
+    return fused

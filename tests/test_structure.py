@@ -1,0 +1,93 @@
+"""How the package hangs together: which module may import which. docs/architecture.md draws it."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: From the lowest layer to the highest. A module imports from its own layer and from those below, nowhere else.
+LAYERS = (
+    ("fused_attn.native", "fused_attn.modes"),
+    ("fused_attn.attention",),
+    ("fused_attn.backends",),
+    ("fused_attn.derivatives",),
+    ("fused_attn.planning", "fused_attn.running", "fused_attn.api"),
+    ("fused_attn.nn",),
+    ("fused_attn.integrations",),
+    ("fused_attn.installation", "fused_attn.selfcheck", "fused_attn.__main__", "fused_attn"),
+)
+
+pytestmark = pytest.mark.quick
+
+
+def load_structure():
+    spec = importlib.util.spec_from_file_location("structure", ROOT / "tools" / "structure.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+structure = load_structure()
+
+
+def layer_of(module: str) -> int:
+    """By the longest name that fits, so that ``fused_attn`` itself stands for the package's own module alone."""
+    for level, names in enumerate(LAYERS):
+        if any(module == name or (name != "fused_attn" and module.startswith(name + ".")) for name in names):
+            return level
+    raise AssertionError(f"{module}: expected a place in LAYERS")
+
+
+def upward(graph: dict[str, set[str]]) -> list[str]:
+    return [
+        f"{a} imports {b}" for a, found in sorted(graph.items()) for b in sorted(found) if layer_of(b) > layer_of(a)
+    ]
+
+
+def test_imports_go_down() -> None:
+    graph = structure.imports(ROOT)
+    assert len(graph) > 40
+    assert upward(graph) == []
+
+
+def test_no_circle() -> None:
+    assert structure.circles(structure.imports(ROOT)) == []
+
+
+def test_backends_do_not_import_one_another() -> None:
+    siblings = ("cpu", "cuda", "reference", "triton")
+    for name, found in structure.imports(ROOT).items():
+        for own in siblings:
+            if name.startswith(f"fused_attn.backends.{own}"):
+                others = [f"fused_attn.backends.{other}" for other in siblings if other != own]
+                assert not [x for x in found if x.startswith(tuple(others))], name
+
+
+def test_the_native_module_is_imported_in_one_place() -> None:
+    texts = {path: path.read_text() for path in structure.python_files(ROOT)}
+    assert [path.name for path, text in texts.items() if "import fused_attn._C" in text] == ["native.py"]
+
+
+def test_what_breaks_the_rules_is_seen(tmp_path: Path) -> None:
+    """Imports in functions and those for type checkers alone count."""
+    package = tmp_path / "fused_attn"
+    (package / "attention").mkdir(parents=True)
+    for path in (package, package / "attention"):
+        (path / "__init__.py").write_text("")
+    (package / "attention" / "masks.py").write_text("def f():\n    from fused_attn import api\n")
+    (package / "api.py").write_text("if TYPE_CHECKING:\n    import fused_attn.attention.masks\n")
+    graph = structure.imports(tmp_path)
+    assert upward(graph) == ["fused_attn.attention.masks imports fused_attn.api"]
+    assert structure.circles(graph) == [["fused_attn.api", "fused_attn.attention.masks"]]
+
+
+def test_figures_are_printed() -> None:
+    done = subprocess.run([sys.executable, "tools/structure.py", "--list"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "import circles" in done.stdout and "fused_attn/api.py" in done.stdout
