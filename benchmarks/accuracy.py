@@ -14,11 +14,19 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.inputs import DTYPES, Inputs
 
-#: Of a larger case, at most so many scores and pairs of a batch entry and a key/value head are checked ...
-CHECKED_SCORES = 2**28
-CHECKED_PAIRS = 64
-#: ... but as many pairs as this, or as many heads of all batch entries where these share a bias.
+#: Of a larger case, at most so many scores are checked, of at most so many pairs of a batch entry and a key/value head.
+CHECKED_SCORES, CHECKED_PAIRS = 2**28, 64
+#: At least so many pairs are checked. Where batch entries share a bias, so many heads of all batch entries are.
 LEAST_PAIRS, LEAST_HEADS = 4, 3
+
+
+def allowed(yardstick: float, dtype: torch.dtype) -> float:
+    """The largest error that is not wrong, where the plain formula in the same dtype has the error `yardstick`.
+
+    Twice the yardstick's, because kernels round at other places, and four units of the dtype, because the yardstick may
+    be exact by chance.
+    """
+    return 2.0 * yardstick + 4.0 * torch.finfo(dtype).eps
 
 
 class Reference:
@@ -29,8 +37,7 @@ class Reference:
     if it is smaller, and of a gradient through the softmax what its terms come to without cancellation (`_squares`),
     because what nearly cancels keeps the rounding of the larger numbers that it came from.
 
-    allowed: the largest relative error that is not wrong. Twice the yardstick's, because kernels round at other places,
-    and four units of the dtype, because the yardstick may be exact by chance.
+    allowed: the largest relative error that is not wrong
     """
 
     def __init__(self, inputs: Inputs) -> None:
@@ -43,11 +50,11 @@ class Reference:
         self._sizes = {name: _sizes(x) for name, x in self._truth.items()}
         for name, x in squares.items():
             self._sizes[name] = self._sizes[name].maximum(x.amax(dim=-1).sqrt())
-        self.allowed = 2.0 * self._error(self._results(inputs, DTYPES[case.dtype])[0])
-        self.allowed += 4.0 * torch.finfo(DTYPES[case.dtype]).eps
+        dtype = DTYPES[case.dtype]
+        self.allowed = allowed(self._error(self._results(inputs, dtype)[0]), dtype)
 
     def error(self, results: dict[str, Tensor], ignores_padding: bool = False) -> float:
-        """Largest error of any row of any result, relative to that row; NaN is infinitely wrong.
+        """The largest error of any row of any result, relative to that row. The error of NaN is infinite.
 
         Args:
             results: by name; those of the forward pass alone are enough.
@@ -61,11 +68,11 @@ class Reference:
         return self._error({name: self._checked(name, x.detach()) for name, x in results.items()}, ignores_padding)
 
     def is_right(self, error: float) -> bool:
-        # A yardstick that is itself infinitely wrong allows nothing.
+        # A yardstick with an infinite error allows nothing.
         return error <= self.allowed and math.isfinite(error)
 
     def _error(self, results: dict[str, Tensor], ignores_padding: bool = False) -> float:
-        """results: rows of the checked parts alone."""
+        """results: only the rows of the checked parts."""
         worst = 0.0
         for name, x in results.items():
             errors = (x.to(torch.float64) - self._truth[name]).abs().amax(dim=-1) / self._sizes[name]
@@ -76,18 +83,18 @@ class Reference:
         return worst
 
     def _is_real(self, device: torch.device) -> Tensor:
-        """(checked rows of the output,) bool: of tokens that are no padding."""
+        """(checked rows of the output,) bool: True where the token is no padding."""
         position = torch.arange(self.case.seqlen_q, device=device)
         group = self.case.heads // self.case.kv_heads
         return torch.cat([position < self.case.lengths[batch] for batch, _ in self._pairs for _ in range(group)])
 
     def _checked(self, name: str, x: Tensor) -> Tensor:
-        """(rows, columns) of a whole tensor's checked parts, in the order of `_results`."""
+        """The checked parts of a whole tensor as (rows, columns), in the order of `_results`."""
         places = dict.fromkeys(places[name] for places in self._places() if name in places)
         return torch.cat([torch.atleast_2d(self._part(x, place)) for place in places])
 
     def _places(self) -> list[dict[str, tuple[int, ...]]]:
-        """Of each checked query head of each checked batch entry: where it is in every tensor."""
+        """For each checked query head of each checked batch entry, its indices in every tensor."""
         group = self.case.heads // self.case.kv_heads
         found = []
         for batch, kv_head in self._pairs:
@@ -98,15 +105,15 @@ class Reference:
         return found
 
     def _part(self, x: Tensor, place: tuple[int, ...]) -> Tensor:
-        """(L, D) of one batch entry and head; of a bias (L, S), or its (L + S - 1,) numbers for each distance."""
+        """The part of one batch entry and head: (L, D), of a dense bias (L, S), of a relative one (L + S - 1,)."""
         if self._bounds is None:
             return x[place]
         sequence, head = place
         return x[self._bounds[sequence] : self._bounds[sequence + 1], head]
 
     def _results(self, inputs: Inputs, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """By name: (rows, columns) of the checked parts of out and of all gradients, computed in `dtype`; and of the
-        truth the sums of `_squares`."""
+        """Two dictionaries by name. The first has the checked parts of out and of all gradients as (rows, columns),
+        computed in `dtype`. The second has the sums of `_squares`, and is empty unless `dtype` is float64."""
         wants_grad = self.case.direction != "forward"
         visible = inputs.visible()
         parts: dict[str, dict[tuple, Tensor]] = {}
@@ -145,7 +152,7 @@ def sample(case: Case) -> list[tuple[int, int]]:
         return [(batch, head) for batch in range(case.batch) for head in heads]
     if case.batch * case.kv_heads <= count:
         return [(batch, head) for batch in range(case.batch) for head in range(case.kv_heads)]
-    # From one pair to the next by the golden section of the heads, or a little more, so that all heads come in turn.
+    # The head moves on by the golden section of their number, or a little more, so that every head has its turn.
     stride = max(1, round(0.618 * case.kv_heads))
     stride += next(more for more in range(case.kv_heads) if math.gcd(stride + more, case.kv_heads) == 1)
     batches = [pair * case.batch // count for pair in range(count)]
@@ -153,14 +160,14 @@ def sample(case: Case) -> list[tuple[int, int]]:
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """`count` of range(total), evenly, the first and the last among them; all if there are no more."""
+    """`count` numbers of range(total) at even distances, with the first and the last; all if there are fewer."""
     if total <= count:
         return list(range(total))
     return [round(step * (total - 1) / (count - 1)) for step in range(count)]
 
 
 def _sizes(truth: Tensor) -> Tensor:
-    """(rows,) what the errors of each row are relative to. Rows of zeros (of masked keys) tell nothing of a size."""
+    """(rows,) sizes that errors are relative to. Rows of zeros (of masked keys) do not count in the median."""
     sizes = truth.abs().amax(dim=-1)
     visible = sizes[sizes > 0]
     return sizes.clamp_min(visible.median() if len(visible) else 1e-30)
@@ -189,8 +196,10 @@ def _dense(
 def _squares(
     weights: Tensor, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Of the gradients of query, key and dense bias: the sums of the squares of their terms, with dP in place of
-    dP - delta. Where a query sees one key, that difference is 0, and what a kernel computes is rounding of dP."""
+    """For the gradients of query, key and dense bias, the sums of the squares of their terms, with dP for dP - delta.
+
+    Where a query sees one key, that difference is 0, and a kernel's result is the rounding error of dP.
+    """
     terms = (weights * (dout @ value.mT)).square()
     scale = query.shape[-1] ** -0.5
     squares = {"query": terms @ (scale * key).square(), "key": terms.mT @ (scale * query).square()}
@@ -198,7 +207,7 @@ def _squares(
 
 
 def _add(sums: dict[str, dict[tuple, Tensor]], places: dict[str, tuple], new: dict[str, Tensor]) -> None:
-    """To what was found for the same place of each tensor."""
+    """Adds `new` to what was found before for the same place of each tensor."""
     for name, x in new.items():
         found = sums.setdefault(name, {})
         found[places[name]] = found[places[name]] + x if places[name] in found else x

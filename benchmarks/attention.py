@@ -22,7 +22,7 @@ from benchmarks.rivals import RIVALS, Prepared
 from benchmarks.rows import Row, select
 from benchmarks.session import Session
 
-#: Rivals that are compiled anew for every shape, a quarter of a minute each, are asked at these lengths only.
+#: These rivals compile for every shape, which takes a quarter of a minute. They are asked at two lengths only.
 COMPILED_RIVALS, COMPILED_LENGTHS = ("flex",), (2048, 8192)
 
 
@@ -41,7 +41,7 @@ def run_case(
     refused: Collection[str] = (),
     rows_first: bool = True,
 ) -> list[Row]:
-    """One row for each implementation; of our single kernels only those that can.
+    """One row for each implementation. Single kernels of ours have one only where several can compute the case.
 
     timer: None = check only
     refused: backends of ours whose tests are red
@@ -72,10 +72,10 @@ def run_case(
     shortest = min((timing.quantiles(own)[1] for own in times.values()), default=1.0)
     if device.type == "cuda" and shortest < timing.WORTH_A_GRAPH:
         graphs = _graphs(calls, right, inputs, rows)
-        if len(graphs) == len(calls):  # all or none: the two ways are not comparable
+        if len(graphs) == len(calls):  # all or none, because times of graphs and of events cannot be compared
             try:
                 times, kind = timing.measure(graphs, timer, rounds, seconds), "graph"
-            except timing.CallError:  # the times by events are as good as they were
+            except timing.CallError:  # the times of events remain
                 _check_device(device, rows.values())
     for name, fields in timing.fields_of(times).items():
         per_tera = fields["median_ms"] * 1e9
@@ -134,7 +134,7 @@ def _row_of(case: Case, name: str) -> Row:
 def _graphs(
     calls: dict[str, timing.Call], right: dict[str, Prepared], inputs: Inputs, rows: dict[str, Row]
 ) -> dict[str, timing.Call]:
-    """Fewer than there are calls if one cannot be captured."""
+    """The calls as CUDA graphs, up to the first that cannot be captured."""
     graphs = {}
     for name in calls:
         try:
@@ -146,7 +146,7 @@ def _graphs(
 
 
 def _check_device(device: torch.device, rows: Iterable[Row]) -> None:
-    """Raises DeviceLostError with all rows, if the device no longer finishes what it is given."""
+    """Raises DeviceLostError with all rows if the device can no longer finish its work."""
     if device.type != "cuda":
         return
     try:
@@ -156,13 +156,13 @@ def _check_device(device: torch.device, rows: Iterable[Row]) -> None:
             if "cannot" not in row and "failed" not in row:
                 row["failed"] = "another implementation of this case broke the device"
         raise DeviceLostError(list(rows)) from error
-    # Refused while a stream is being captured, which says nothing about the device.
+    # Emptying the cache is refused while a stream is being captured; that says nothing about the device.
     with contextlib.suppress(RuntimeError):
         torch.cuda.empty_cache()
 
 
 def describe(rows: list[Row]) -> str:
-    """One line: ours, then the fastest rivals first, then who could not or was wrong."""
+    """One line: ours, the rivals from fast to slow, then those that are wrong, have failed or cannot."""
     timed = sorted((row for row in rows if "median_ms" in row), key=lambda row: row["median_ms"])
     cells = []
     for row in sorted(timed, key=lambda row: row["implementation"] != OURS):
@@ -180,7 +180,7 @@ def describe(rows: list[Row]) -> str:
     return " | ".join(cells)
 
 
-#: Every mask against length; and what README's table of a CPU and the lines below it are made of.
+#: The table of every mask against length, and the tables that are for a CPU.
 LENGTH, CPU = "attention", (*cases.FIXED, *extras.TABLES)
 
 
@@ -210,7 +210,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def rivals_of(case: Case, arguments: argparse.Namespace) -> list[str]:
-    """Those that were named; by default those whose time on the case is worth its cost."""
+    """The rivals that the user named; by default those that are worth their time on this case."""
     if arguments.rivals:
         return [name for name in arguments.rivals if RIVALS[name].is_for(case)]
     if torch.device(arguments.device).type == "cpu":
@@ -242,7 +242,7 @@ class Step(NamedTuple):
 
 
 def steps_of(tables: Iterable[str], arguments: argparse.Namespace, earlier: list[Row]) -> list[Step]:
-    """Without what there are rows of."""
+    """The cases of these tables that have no rows in `earlier`."""
     done = {(row["benchmark"], _key(row), row["implementation"]) for row in earlier if "shape" in row}
     steps = []
     for table in tables:

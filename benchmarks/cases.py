@@ -13,7 +13,7 @@ DIRECTIONS = ("forward", "backward", "forward+backward")
 #: Matrix products: two forward, five backward (the scores are computed again).
 PRODUCTS = {"forward": 2, "backward": 5, "forward+backward": 7}
 
-#: In order of worth: a run that is cut short has measured what training does most.
+#: The most useful first: a run that is cut short has measured what training does most.
 MASKS = {
     "causal": "query i sees the keys up to i",
     "padded-random": "padding; lengths drawn uniformly from [1, L]",
@@ -28,7 +28,7 @@ MASKS = {
     "varlen": "causal, packed sequences; lengths drawn uniformly from [1, L]",
     "decode": "one query for each sequence against L cached keys",
 }
-#: Masks whose lengths are drawn. A batch of fewer sequences is made of the luck of the draw.
+#: Masks with random lengths, and the fewest sequences of a batch. With fewer, chance decides the result.
 RANDOM_MASKS, LEAST_SEQUENCES = ("padded-random", "causal+padded-random", "varlen"), 4
 CAUSAL_MASKS = ("causal", "causal+padded", "causal+padded-random", "window", "gqa", "varlen")
 WINDOW = 1024
@@ -36,7 +36,7 @@ WINDOW = 1024
 
 @dataclass(frozen=True)
 class Case:
-    """length: of the keys, and of the queries except in decoding; of the longest sequence where they differ."""
+    """length: the number of keys, and of queries except in decoding; where sequences differ, that of the longest."""
 
     batch: int
     heads: int
@@ -83,12 +83,12 @@ class Case:
 
     @property
     def window(self) -> int | None:
-        """Most keys that a query sees, its own position included."""
+        """The largest number of keys that a query sees, with the key at its own position."""
         return WINDOW if self.mask == "window" else None
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Keys of each sequence that are no padding."""
+        """For each sequence, the number of keys that are no padding."""
         if self.mask in ("padded", "causal+padded"):
             return (max(1, self.length // 2),) * self.batch
         if self.is_packed or self.is_padded:
@@ -97,7 +97,7 @@ class Case:
 
     @property
     def query_lengths(self) -> tuple[int, ...]:
-        """Rows that are computed for each sequence: padding of the keys leaves the queries as they are."""
+        """For each sequence, the number of computed rows. Padding hides keys; the rows of its queries are computed."""
         return self.lengths if self.is_packed else (self.seqlen_q,) * self.batch
 
     @property
@@ -111,17 +111,17 @@ class Case:
 
     @property
     def effective_flops(self) -> int:
-        """Operations on visible scores: what the result needs."""
+        """The operations on visible scores, which are all that the result needs."""
         return 2 * PRODUCTS[self.direction] * self.head_dim * self.visible_scores
 
     def fewest_bytes(self, itemsize: int) -> int:
-        """Of a forward: queries, keys and values that somebody sees read once, the output written once."""
+        """The bytes of a forward that reads queries and visible keys and values once, and writes the output once."""
         rows, keys = sum(self.query_lengths), sum(self.lengths)
         return 2 * itemsize * self.head_dim * (self.heads * rows + self.kv_heads * keys)
 
     @property
     def flops(self) -> float:
-        """By the usual formula, which knows no mask but the causal one and counts half of the square for that."""
+        """The usual formula. It knows one mask, the causal one, and counts half of all scores for that."""
         if self.is_packed:
             scores = sum(length * length for length in self.lengths)
         else:
@@ -130,7 +130,7 @@ class Case:
 
 
 def uniform_lengths(batch: int, length: int) -> tuple[int, ...]:
-    """One from each of `batch` equal parts of [1, length], so that their mean hardly depends on the draw; shuffled."""
+    """Random lengths, shuffled. One is from each of `batch` equal parts of [1, length], so their mean varies little."""
     generator = random.Random(1000003 * batch + length)
     lengths = [1 + int((part + generator.random()) / batch * length) for part in range(batch)]
     generator.shuffle(lengths)
@@ -171,14 +171,14 @@ CPU_QUICK = CPU._replace(tokens=256, width=128, lengths=(64, 256), head_dims=(64
 def table(
     scale: Scale, masks: Iterable[str] = tuple(MASKS), directions: Iterable[str] = ("forward", "backward")
 ) -> Iterator[Case]:
-    """All cases of the masks, in order of worth: mask, dtype, head dim, length, direction."""
+    """All cases of the masks, the most useful first. Masks vary slowest; then dtype, head dim, length, direction."""
     directions = tuple(directions)
     for mask in masks:
         for dtype in scale.dtypes:
             for head_dim in scale.head_dims:
                 heads = scale.gqa_heads if mask == "gqa" else scale.width // head_dim
                 for length in scale.lengths:
-                    # Within the window everything is causal; a dense bias beyond this takes more than it shows.
+                    # A window of all keys hides nothing. A longer dense bias needs gigabytes and shows nothing new.
                     if (mask == "window" and length <= WINDOW) or (mask == "bias" and length > 4096):
                         continue
                     least = LEAST_SEQUENCES if mask in RANDOM_MASKS else 1
@@ -188,7 +188,7 @@ def table(
 
 
 class Fixed(NamedTuple):
-    """A table of fixed shapes (B, H, L, D). Of the shapes the first `quick` are worth a quick run."""
+    """A table of fixed shapes (B, H, L, D). A quick run has the first `quick` of them."""
 
     shapes: tuple[tuple[int, int, int, int], ...]
     masks: tuple[str, ...]
@@ -202,7 +202,7 @@ class Fixed(NamedTuple):
                     yield Case(*shape, mask, dtype, direction)
 
 
-#: Of a CPU, beside the table of every mask against length.
+#: The tables for a CPU.
 FIXED = {
     "masks": Fixed(
         ((2, 8, 128, 64), (2, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 2048, 128), (1, 4, 8192, 64)),
@@ -211,6 +211,6 @@ FIXED = {
     "short": Fixed(
         tuple((1, 8, length, 64) for length in (8, 16, 32, 64)), ("none", "causal"), ("forward", "forward+backward"), 1
     ),
-    # In the cache, and beyond.
+    # The first fits into a cache, the second does not.
     "decode": Fixed(((1, 8, 4096, 64), (1, 8, 65536, 64)), ("decode",), ("forward",), 1),
 }  # fmt: skip

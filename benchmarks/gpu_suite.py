@@ -40,19 +40,19 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import conventions, rows, summary  # noqa: E402
 from benchmarks.cases import MASKS  # noqa: E402
 
-#: A stage that would have less is not begun.
+#: A stage with less time than this is not begun.
 LEAST_SECONDS = 5.0
-#: A stage that has not stopped by itself this long after its time is killed ...
+#: A stage is killed this long after its time is over.
 GRACE_SECONDS = 30.0
-#: ... and so long before that it is interrupted, as by Ctrl-C: what it knows by then is written.
+#: It is interrupted, as by Ctrl-C, this long before it is killed, so that it can write what it knows.
 INTERRUPT_SECONDS = 10.0
 MAX_RESTARTS = 5
-#: Of what ends because its time is over, which whoever asked for a limit expects.
+#: Verdicts of stages that end because the time is over. They are no failures.
 STOPPED, NOT_RUN = "stopped at its time limit", "not run: the time is up"
-#: What the tests found, by the stage that ran them.
+#: The reports of pytest, one for each stage that runs tests.
 REPORTS = ("cuda-tests.xml", "tests.xml", "kernel-tests.xml")
 BACKENDS = set(conventions.OUR_BACKENDS.values())
-#: More only wait for one GPU, and for memory that each test takes for itself.
+#: More workers would only wait for the one GPU and its memory.
 MOST_TEST_WORKERS = 8
 
 
@@ -66,7 +66,7 @@ class Outcome(NamedTuple):
 
 
 class Skip(Exception):
-    """A stage that has nothing to do here; says why."""
+    """A stage has nothing to do here. The message says why."""
 
 
 class Stage(NamedTuple):
@@ -83,7 +83,7 @@ class Stage(NamedTuple):
 
     @property
     def missing(self) -> str:
-        """Those of its needs that are not there, or an empty text."""
+        """The needs that are not installed, as a text; empty if all are."""
         return ", ".join(need for need in self.needs if not (importlib.util.find_spec(need) or shutil.which(need)))
 
 
@@ -94,7 +94,7 @@ class Suite:
         self.out, self.device, self.is_quick = arguments.out, arguments.device, arguments.quick
         self.commit = arguments.commit
         self.deadline = self.kill_at = float("inf")
-        self.is_cut_short = False  # whether the command at hand has said so
+        self.is_cut_short = False  # whether the running command has said that its time was up
         self._log = log
         self.minutes_asked = arguments.minutes
         self._end = float("inf") if arguments.minutes is None else time.monotonic() + 60.0 * arguments.minutes
@@ -108,14 +108,14 @@ class Suite:
         return self._end - time.monotonic()
 
     def begin(self, share: float) -> None:
-        """Give the next stage its time: it stops early enough for the suite to keep its own limit."""
+        """Gives the next stage its time. It stops early enough for the suite to keep its own limit."""
         now, left = time.monotonic(), self.seconds_left
         self.deadline = now + min(share * left, max(0.6 * left, left - GRACE_SECONDS))
         self.kill_at = min(self.deadline + GRACE_SECONDS, self._end)
 
     @property
     def minutes(self) -> list[str]:
-        """The option that tells a command when to stop; none without a limit."""
+        """The option that tells a command when to stop; empty if the suite has no limit."""
         left = self.deadline - time.monotonic()
         return [] if left == float("inf") else ["--minutes", f"{max(0.0, left) / 60.0:.3f}"]
 
@@ -136,7 +136,7 @@ class Suite:
         self.say(f"$ {' '.join(command)}")
         variables = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _python_path()} | (environment or {})
         if self.is_dry:
-            variables["OMP_NUM_THREADS"] = "1"  # threads that wait for each other only cost time here
+            variables["OMP_NUM_THREADS"] = "1"  # more threads would wait for each other
         process = subprocess.Popen(
             command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", start_new_session=True, preexec_fn=_hear_interrupts,
@@ -150,7 +150,7 @@ class Suite:
                 process.send_signal(signal.SIGINT)
                 _wait(process, self.kill_at)
         finally:
-            # Also what the command has started, and also when the user interrupts.
+            # Its whole process group is killed, also when the user interrupts.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -177,7 +177,7 @@ class Suite:
 
     @property
     def red(self) -> set[str]:
-        """Which of our backends have failed tests, here or in the folder that this run goes on from."""
+        """Our backends that have failed tests, in this run or in the one that it continues."""
         found = set()
         for name in REPORTS:
             for case in _failed_cases(self.out / name):
@@ -192,12 +192,12 @@ class Suite:
 
 
 def _hear_interrupts() -> None:
-    """In a shell's background SIGINT is ignored, and so by what is started there, unless told otherwise."""
+    """A process in a shell's background ignores SIGINT, and so do its children, unless they are told otherwise."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(process: subprocess.Popen, until: float) -> int | None:
-    """Its exit code; None if it has not ended by then."""
+    """The exit code; None if the process has not ended by then."""
     left = until - time.monotonic()
     try:
         return process.wait(None if left == float("inf") else max(0.0, left))
@@ -230,8 +230,8 @@ def environment(suite: Suite) -> str:
 def build(suite: Suite) -> str:
     if suite.is_dry and suite.python("-c", "from fused_attn import _C; print(_C.build_info())") == "ok":
         return "ok: already built"
-    # Into the tree, which the stages import from. Not with pip: what it needs to build a package may be missing or too
-    # old, and there may be no network.
+    # CMake installs into the tree, which the stages import from. pip would need build packages, which may be missing
+    # or too old, and there may be no network.
     cmake = ["cmake"] if shutil.which("cmake") else [sys.executable, "-m", "cmake"]
     folder = str(ROOT / "build" / f"suite-{sys.implementation.cache_tag}")
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
@@ -247,10 +247,10 @@ def build(suite: Suite) -> str:
 
 
 def check(suite: Suite) -> str:
-    """The numbers of every backend, and of ours in every case of the table at one length.
+    """Checks the numbers of every backend, and ours in every case of the table at one length.
 
-    All at once, because what takes time is compiling the Triton kernels, on one core each; later stages find them in
-    its cache.
+    All checks run at the same time, because most of the time goes into compiling Triton kernels, each on one core.
+    Later stages find these kernels in Triton's cache.
     """
     commands = {"self-check": [sys.executable, "-m", "fused_attn", "check"]}
     masks = list(MASKS)
@@ -278,24 +278,24 @@ def gpu_tests(suite: Suite) -> str:
 
 
 def _gpu_test_files(folder: str) -> list[str]:
-    """To collect the others takes longer than many a test."""
+    """Only the files that have tests for a GPU: collecting all files takes long."""
     return [str(path) for path in sorted((ROOT / folder).glob("**/test_*.py")) if "mark.gpu" in path.read_text()]
 
 
 def kernel_tests(suite: Suite) -> str:
-    """The other tests of the Triton kernels: what they compile to for each architecture, with this Triton."""
-    # In the interpreter they take minutes, and the ordinary tests run them.
+    """The other tests of the Triton kernels, which look at what this Triton compiles for each architecture."""
+    # A dry run only collects them: in the interpreter they take minutes, and the ordinary tests run them.
     dry = ("--collect-only",) if suite.is_dry else ()
     return _tests(suite, suite.out / "kernel-tests.xml", "tests/triton", "-m", "not gpu", *dry)
 
 
 def _tests(suite: Suite, report: Path, *arguments: str) -> str:
-    """Interrupted when its time is up, so that pytest still reports what it has found."""
+    """Runs pytest. When the time is up it is interrupted, so that it still reports what it has found."""
     command = ["-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist") is not None:
-        # Most of the time goes into compiling, on one core for each test.
+        # Most of the time goes into compiling, which uses one core for each test.
         command += ["-n", "1" if suite.is_dry else str(min(MOST_TEST_WORKERS, os.cpu_count() or 1))]
-    report.unlink(missing_ok=True)  # of an earlier run, which says nothing of this one
+    report.unlink(missing_ok=True)  # an earlier run's report says nothing about this run
     code = suite.run(sys.executable, *command, f"--junitxml={report}", *arguments, interrupt_at=suite.deadline)
     if code == 5:
         return "skipped: no such tests"
@@ -321,7 +321,7 @@ def _verdict_of_tests(code: int | None, report: Path) -> str:
 
 
 def _report_of(path: Path) -> ElementTree.Element | None:
-    """None if pytest did not come to its end."""
+    """None if pytest was killed before it had written its report."""
     try:
         return ElementTree.parse(path).getroot()
     except ElementTree.ParseError:
@@ -347,7 +347,7 @@ def _failures(report: Path) -> list[str]:
 
 def sanitizer(suite: Suite) -> str:
     tool = shutil.which("compute-sanitizer")
-    # Without caching, every tensor is an allocation of its own and an access beyond it is seen.
+    # Without torch's cache every tensor has an allocation of its own, so that an access beyond its end is seen.
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [
         sys.executable, "-m", "benchmarks", "attention", "--device", suite.device, "--check-only", "--quick",
@@ -361,7 +361,7 @@ def sanitizer(suite: Suite) -> str:
 
 
 def bench(*options: str, dry: tuple[str, ...] = ()) -> Callable[[Suite], str]:
-    """dry: options that a dry run has instead."""
+    """dry: further options of a dry run."""
 
     def run(suite: Suite) -> str:
         own = (*options, *dry, "--seconds", "0.02") if suite.is_dry else options
@@ -378,7 +378,7 @@ def bench(*options: str, dry: tuple[str, ...] = ()) -> Callable[[Suite], str]:
 
 def modules(*options: str) -> Callable[[Suite], str]:
     def run(suite: Suite) -> str:
-        if suite.red:  # which kernels a module calls is not known beforehand
+        if suite.red:  # a module may call any kernel
             return f"FAILED: no speed while tests are red ({', '.join(sorted(suite.red))})"
         return suite.benchmark("modules", *options, "--resume")
 
@@ -391,12 +391,12 @@ def memory(suite: Suite) -> str:
 
 
 def tune(suite: Suite) -> str:
-    """Tile candidates of the Triton kernels."""
+    """Compares tile sizes of the Triton kernels."""
     if suite.is_dry:
         return suite.python("-m", "fused_attn", "tune", "--dry-run", "--device", "sm_90")
     if "triton" in suite.red:
         return "FAILED: no tile is tuned while tests of the Triton kernels are red"
-    # A cache folder of its own: what is found here comes back with the other results and changes no later run.
+    # Results go to a cache folder of their own, so that they are returned with the others and change no later run.
     folder = suite.out / "cache"
     verdict = suite.python("-m", "fused_attn", "tune", *suite.minutes, environment={"XDG_CACHE_HOME": str(folder)})
     for found in (folder / "fused_attn").glob("*.json"):
@@ -405,9 +405,9 @@ def tune(suite: Suite) -> str:
     return verdict
 
 
-#: Of every mask before the rest of the table.
+#: The part of the table that is measured first, for every mask.
 FIRST = ("--dtype", "bfloat16", "--head-dim", "128", "64", "--seconds", "0.5")
-#: What is compiled for every shape takes a quarter of a minute for each, so at one length.
+#: FlexAttention compiles for every shape, which takes a quarter of a minute. It is asked at one length.
 FLEX = ("--rivals", conventions.OURS, "flex", "--dtype", "bfloat16", "--head-dim", "128", "--lengths", "8192")
 DRY_FLEX = ("--lengths", "64", "--only", "causal", "--directions", "forward")
 
@@ -461,7 +461,7 @@ def run_stages(suite: Suite, stages: list[Stage]) -> list[Outcome]:
             verdict = stage.run(suite)
         except Skip as why:
             verdict = f"skipped: {why}"
-        except Exception as error:  # one stage's mistake must not cost the others their minutes
+        except Exception as error:  # a mistake in one stage must not stop the others
             verdict = f"FAILED: {type(error).__name__}: {error}"
         outcomes.append(Outcome(stage.name, verdict, time.monotonic() - start))
         suite.say(f"==== {outcomes[-1]}")
@@ -469,7 +469,7 @@ def run_stages(suite: Suite, stages: list[Stage]) -> list[Outcome]:
 
 
 def summarise(suite: Suite, outcomes: list[Outcome]) -> list[str]:
-    """What has to be known, the more important the later: often only the end of an output is kept."""
+    """The results, with the most important at the end: often only the end of an output is kept."""
     path = suite.out / "rows.jsonl"
     found = rows.newest(rows.read(path)) if path.exists() else []
     sections = {
@@ -531,14 +531,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if arguments.resume_from is not None and not (arguments.resume_from / "rows.jsonl").exists():
         parser.error(f"--resume-from: expected a folder with rows.jsonl, got {arguments.resume_from}")
-    arguments.commit = arguments.commit or conventions.commit()  # before DIR changes the tree
+    arguments.commit = arguments.commit or conventions.commit()  # while DIR has not changed the tree
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.resume_from is not None:
         for name in ("rows.jsonl", *REPORTS):
             if (arguments.resume_from / name).exists() and not (arguments.out / name).exists():
                 shutil.copyfile(arguments.resume_from / name, arguments.out / name)
-    # Where CUDA's compiler and tools are, if the PATH does not say.
+    # CUDA's compiler and tools are found even if the PATH does not have them.
     os.environ["PATH"] += os.pathsep + str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")
     with (arguments.out / "log.txt").open("a") as log:
         suite = Suite(arguments, log)

@@ -11,7 +11,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float3
 
 
 class Inputs:
-    """Random tensors; those of packed sequences are (total, H, D), the others (B, H, L, D).
+    """Random tensors. Those of packed sequences are (total, H, D), the others (B, H, L, D).
 
     query, key, value
     dout: of causal cases with padding 0 in the rows of padding, where training takes no loss
@@ -56,12 +56,12 @@ class Inputs:
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """What there is a gradient for."""
+        """The tensors that have a gradient."""
         leaves = {"query": self.query, "key": self.key, "value": self.value}
         return leaves if self.bias is None else leaves | {"bias": self.bias}
 
     def visible(self) -> Tensor:
-        """(B|1, 1, L, S) bool, True = attend: what a rival that knows no better is given."""
+        """(B or 1, 1, L, S) bool, True = attend: the mask for rivals that have no better way."""
         case = self.case
         row = torch.arange(case.seqlen_q, device=self.device)[:, None]
         column = torch.arange(case.length, device=self.device)
@@ -74,9 +74,9 @@ class Inputs:
         return visible if self.padding is None else visible & ~self.padding[:, None, None, :]
 
     def dense_bias(self) -> Tensor:
-        """(1, H, L, S) from the table of a relative bias; a leaf of its own."""
+        """The relative bias as a dense one, (1, H, L, S), which is a new leaf."""
         rows, keys = self.case.seqlen_q, self.case.length
-        # Column j - i + L - 1 of row i: windows of the table, the last one first.
+        # Row i is the window of the table that begins at column L - 1 - i, so the windows are taken in reverse order.
         windows = self.bias.detach().unfold(1, keys, 1)[:, :rows]
         return windows.flip(1)[None].contiguous().requires_grad_(self.bias.requires_grad)
 

@@ -1,4 +1,4 @@
-"""What a reader must know to judge a figure, and the rates that the device reaches."""
+"""What a reader must know to judge a figure: device, versions, and the rates that the device reaches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.inputs import DTYPES
 
 
 def about(device: torch.device | str = "cpu", commit: str | None = None) -> dict[str, Any]:
-    """The fields that all rows of a run share. commit: where the tree has no history to ask."""
+    """The fields that all rows of a run share. commit: for a tree without history."""
     device = torch.device(device)
     versions = {
         "torch": torch.__version__,
@@ -61,7 +61,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    # torch knows the version of CUDA that a driver offers, not the driver's own.
+    # torch knows the CUDA version that the driver supports, but not the version of the driver.
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
@@ -71,7 +71,7 @@ def _driver() -> str | None:
 
 
 def matmul_tflops(device: torch.device, dtype: str, seconds: float = 0.5) -> float:
-    """Rate of a large square product of random matrices (zeros can run faster): the practical ceiling."""
+    """The rate of a large product of random matrices, as a practical ceiling. (Zeros can run faster.)"""
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=device).to(DTYPES[dtype]) for _ in range(2))
@@ -80,7 +80,7 @@ def matmul_tflops(device: torch.device, dtype: str, seconds: float = 0.5) -> flo
 
 
 def copy_gb_per_s(device: torch.device, seconds: float = 0.5) -> float:
-    """Bytes read plus bytes written by a large copy."""
+    """The rate of a large copy, bytes read plus bytes written."""
     count = 2**31 if device.type == "cuda" else 2**28
     source = torch.ones(count, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)

@@ -28,8 +28,8 @@ from benchmarks.session import Session
 
 MASKS = ("none", "causal", "padded", "causal+padded", "relative-bias", "bias")
 HEADS, HEAD_DIM = 4, 64
-#: What is compiled for each length anew takes too long for a sweep of lengths; packed sequences have no masks; and what
-#: a single kernel of ours or a smaller problem takes is nothing that a user chooses by.
+#: Not swept over lengths: flex would compile for each; torch-varlen has no masks; the others are nothing that a user
+#: chooses by memory.
 NOT_ON_GPU = ("flex", "torch-varlen", "torch-causal-only", *rivals.OUR_BACKENDS)
 ON_GPU = [name for name in RIVALS if name not in NOT_ON_GPU]
 ON_CPU = [OURS, "torch", "torch-math"]
@@ -61,7 +61,7 @@ def peak_of(case: Case, name: str, device: torch.device, threads: int | None = N
 
 
 def _peak_on_gpu(case: Case, name: str, device: torch.device) -> Peak:
-    # A small case first: libraries' workspaces and compiled code are no part of the call.
+    # A small case comes first, because workspaces of libraries and compiled code are no part of the call.
     for length in (64, case.length):
         inputs = Inputs(replace(case, length=length), device, rows_first=True)
         torch.cuda.synchronize(device)
@@ -81,10 +81,12 @@ def _peak_on_gpu(case: Case, name: str, device: torch.device) -> Peak:
 
 
 def _peak_here(case: Case, name: str, threads: int) -> Peak:
-    """Run in a fresh process."""
+    """The peak of a call on a CPU. Must run in a fresh process."""
     torch.set_num_threads(threads)
     small = Inputs(replace(case, length=64))
-    rivals.call_of(RIVALS[name].prepare(small), small)()  # threads, code and library scratch are no part of the call
+    rivals.call_of(
+        RIVALS[name].prepare(small), small
+    )()  # brings threads, code and workspaces, which are no part of the call
     inputs = Inputs(case)
     given = _resident("VmRSS")
     prepared = RIVALS[name].prepare(inputs)
@@ -98,14 +100,14 @@ def _peak_here(case: Case, name: str, threads: int) -> Peak:
 
 
 def fresh_processes() -> ProcessPoolExecutor:
-    """One process per task, forked from a server that has imported torch and computed nothing."""
+    """A pool with one new process for each task. It is forked from a server that has only imported torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return ProcessPoolExecutor(1, context, max_tasks_per_child=1)
 
 
 def _resident(field: str) -> int:
-    """Bytes: VmRSS now, VmHWM at most since the mark was cleared."""
+    """Bytes. VmRSS is the present size; VmHWM the largest since the mark was cleared."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
@@ -116,7 +118,7 @@ def _results_of(inputs: Inputs) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    session.add_arguments(parser, "short sequences, two masks")
+    session.add_arguments(parser, "short sequences, two masks", is_timed=False)
     parser.add_argument("--only", nargs="+", choices=MASKS, metavar="MASK")
     parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--directions", nargs="+", choices=cases.DIRECTIONS, default=["forward", "forward+backward"])

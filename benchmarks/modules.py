@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_attn
-from benchmarks import memory, session, timing
+from benchmarks import accuracy, memory, session, timing
 from benchmarks.cases import uniform_lengths
 from benchmarks.conventions import OURS
 from benchmarks.inputs import DTYPES
@@ -27,7 +27,7 @@ from benchmarks.session import Session
 
 #: The names of the layers in torch.nn and in ours.
 LAYERS = {"encoder-layer": "TransformerEncoderLayer", "decoder-layer": "TransformerDecoderLayer"}
-KINDS = ("seq2seq", "encoder-layer", "attention", "decoder-layer", "generation")
+KINDS = ("seq2seq", "encoder-layer", "attention", "decoder-layer")
 DROPOUT = 0.1
 VOCABULARY = 8192
 #: Copies of an implementation that `torch.compile` has compiled.
@@ -43,15 +43,14 @@ class Size(NamedTuple):
     d_model: int
     heads: int
     layers: int
-    new_tokens: int
 
     @property
     def batch(self) -> int:
         return max(1, self.tokens // self.length)
 
 
-SIZES = {"cuda": Size(32768, 1024, 1024, 16, 6, 128), "cpu": Size(1024, 256, 256, 4, 2, 32)}
-QUICK_SIZES = {"cuda": Size(8192, 1024, 512, 8, 2, 32), "cpu": Size(128, 64, 64, 2, 1, 8)}
+SIZES = {"cuda": Size(32768, 1024, 1024, 16, 6), "cpu": Size(1024, 256, 256, 4, 2)}
+QUICK_SIZES = {"cuda": Size(8192, 1024, 512, 8, 2), "cpu": Size(128, 64, 64, 2, 1)}
 
 
 class Model(nn.Module):
@@ -83,11 +82,6 @@ def _module(kind: str, size: Size, package: Any) -> nn.Module:
     return Model(package.Transformer(*sizes, **common))
 
 
-def causal_mask(length: int, device: torch.device) -> Tensor:
-    """Bool like the padding, True = masked: torch merges the two without a conversion."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
-
-
 class Workload:
     """A kind of module at a size: torch's and ours with one set of parameters, and what is run on them."""
 
@@ -97,7 +91,8 @@ class Workload:
         theirs, ours = _module(kind, size, nn), _module(kind, size, fused_attn)
         ours.load_state_dict(theirs.state_dict())
         self.modules = {OURS: ours.to(device, dtype), "torch": theirs.to(device, dtype)}
-        self.causal = causal_mask(size.length, device)
+        # Bool like the padding, True = masked: torch merges the two without a conversion.
+        self.causal = torch.ones(size.length, size.length, dtype=torch.bool, device=device).triu(1)
         lengths = uniform_lengths(size.batch, size.length)
         self.num_tokens = sum(lengths)  # real ones: padding is no work that anybody asked for
         generator = torch.Generator(device).manual_seed(0)
@@ -156,43 +151,6 @@ class Workload:
         return train
 
 
-class Generation(Workload):
-    """Greedy decoding. Ours has a KV cache; torch's decoder has none and computes the whole target for each token."""
-
-    def __init__(self, kind: str, size: Size, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(kind, size, device, dtype)
-        self.num_tokens = size.batch * size.new_tokens
-        for module in self.modules.values():
-            module.eval()
-
-    @torch.no_grad()
-    def logits(self, model: Model, batch: int, target: Tensor | None = None) -> Tensor:
-        """(B, N, V), from which each new token is chosen. target (B, N): take these instead of the likeliest."""
-        transformer, padding = model.transformer, self.inputs["padding"][:batch]
-        memory = transformer.encoder(model.embedding(self.inputs["source"][:batch]), src_key_padding_mask=padding)
-        is_ours = isinstance(transformer, fused_attn.Transformer)
-        cache = fused_attn.KVCache(self.size.layers) if is_ours else None
-        tokens = self.inputs["target"][:batch, :1]
-        logits = []
-        for step in range(1, self.size.new_tokens + 1):
-            x = model.embedding(tokens[:, -1:] if is_ours else tokens)
-            masks = {"tgt_mask": causal_mask(step, self.device), "tgt_is_causal": True}
-            masks = {"cache": cache} if is_ours else masks
-            hidden = transformer.decoder(x, memory, memory_key_padding_mask=padding, **masks)
-            logits.append(model.generator(hidden[:, -1]))
-            following = logits[-1].argmax(dim=-1) if target is None else target[:, step - 1]
-            tokens = torch.cat([tokens, following[:, None]], dim=1)
-        return torch.stack(logits, dim=1)
-
-    def results(self, module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
-        """The logits along one random target, of the first sequences."""
-        batch = min(CHECKED_BATCH, self.size.batch)
-        return [self.logits(module, batch, self.inputs["target"][:batch, : self.size.new_tokens])]
-
-    def step(self, module: nn.Module, forward: Callable | None = None) -> timing.Call:
-        return lambda: self.logits(module, self.size.batch)
-
-
 def _error(workload: Workload, module: nn.Module, truth: list[Tensor]) -> float | str:
     """The largest error of any result, relative to that tensor's largest entry; or why there are no results."""
     # Packages raise what they like; KeyboardInterrupt is no Exception.
@@ -214,8 +172,7 @@ def run_kind(
     kind: str, size: Size, device: torch.device, dtype: str, compiles: bool, rounds: int, seconds: float
 ) -> list[Row]:
     """One row for each implementation, timed if it is right."""
-    is_generation = kind == "generation"
-    workload = (Generation if is_generation else Workload)(kind, size, device, DTYPES[dtype])
+    workload = Workload(kind, size, device, DTYPES[dtype])
     truth = workload.results(copy.deepcopy(workload.modules["torch"]).double(), torch.float64)
     errors = {name: _error(workload, module, truth) for name, module in workload.modules.items()}
     rows: dict[str, Row] = {}
@@ -226,7 +183,7 @@ def run_kind(
         if not fields.get("is_right"):
             continue
         calls[name] = workload.step(module)
-        if compiles and not is_generation:
+        if compiles:
             torch._dynamo.reset()
             rows[name + COMPILED] = _row(kind, size, dtype, name + COMPILED) | fields
             # Packages raise what they like; KeyboardInterrupt is no Exception.
@@ -240,21 +197,17 @@ def run_kind(
     def drop(name: str, error: Exception) -> None:
         rows[name]["failed"] = reason(error)
 
-    # In generation the host chooses a token before the device computes the next one.
-    timer = timing.timer_for(device, waits=is_generation)
-    times = timing.measure_those_that_can(calls, timer, rounds, seconds, drop)
+    times = timing.measure_those_that_can(calls, timing.timer_for(device), rounds, seconds, drop)
     for name, fields in timing.fields_of(times).items():
         rows[name] |= fields | {"tokens_per_s": workload.num_tokens / (fields["median_ms"] * 1e-3)}
-        if device.type == "cuda" and not is_generation:
+        if device.type == "cuda":
             rows[name]["peak_mib"] = _peak_mib(calls[name], device)
     return list(rows.values())
 
 
 def _row(kind: str, size: Size, dtype: str, name: str) -> Row:
-    is_model = kind in ("seq2seq", "generation")
     about = {"benchmark": "modules", "module": kind, "batch": size.batch, "length": size.length}
-    about |= {"d_model": size.d_model, "heads": size.heads, "layers": size.layers if is_model else 1}
-    about |= {"new_tokens": size.new_tokens} if kind == "generation" else {}
+    about |= {"d_model": size.d_model, "heads": size.heads, "layers": size.layers if kind == "seq2seq" else 1}
     return about | {"dtype": dtype, "implementation": name}
 
 
@@ -264,7 +217,7 @@ def _verdict(error: float | str, error_of_torch: float | str, dtype: torch.dtype
         return {"cannot": error}
     if isinstance(error_of_torch, str):
         return {"error": error, "cannot": "torch has no results, whose error is the yardstick"}
-    allowed = 2.0 * error_of_torch + 4.0 * torch.finfo(dtype).eps
+    allowed = accuracy.allowed(error_of_torch, dtype)
     return {"error": error, "allowed": allowed, "is_right": error <= allowed}
 
 
@@ -308,7 +261,7 @@ def main(arguments: argparse.Namespace) -> int:
         (kind, dtype)
         for kind in arguments.only
         for dtype in run.dtypes
-        if (kind, dtype, OURS + COMPILED if compiles and kind != "generation" else OURS) not in done
+        if (kind, dtype, OURS + COMPILED if compiles else OURS) not in done
     ]
     for kind, dtype in run.steps(todo, " ".join):
         # Packages raise what they like; KeyboardInterrupt is no Exception.

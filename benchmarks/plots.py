@@ -1,4 +1,4 @@
-"""Plots of committed rows: speed and memory against length, one line an implementation (or a mask)."""
+"""Plots of rows: speed and memory against length, with a line for each implementation or mask."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
 
 
 def plots_of(rows: Iterable[Row]) -> dict[str, Plot]:
-    """File name -> plot, of those that these rows give."""
+    """The plots that can be made of these rows, by file name."""
     plots = {}
     rows = list(rows)
     devices = list(dict.fromkeys(row["device"] for row in rows))
@@ -100,12 +100,12 @@ def plots_of(rows: Iterable[Row]) -> dict[str, Plot]:
 
 
 def has_enough_sequences(row: Row) -> bool:
-    """Lengths that are drawn, of too few sequences, say more about the draw than about the length."""
+    """False if lengths are random and the batch has so few sequences that chance decides the result."""
     return row["mask"] not in cases.RANDOM_MASKS or row["shape"][0] >= cases.LEAST_SEQUENCES
 
 
 def sweep_of_memory(rows: Iterable[Row]) -> list[Row]:
-    """Of one (B, H, D): of the first."""
+    """The rows that have the (B, H, D) of the first one."""
     rows = [row for row in select(rows, benchmark="memory") if "extra_mib" in row]
     sizes = [(row["shape"][0], row["shape"][1], row["shape"][3]) for row in rows]
     return [row for row, size in zip(rows, sizes, strict=True) if size == sizes[0]]
@@ -165,7 +165,7 @@ def _speed(rows: list[Row], device: str):
 
 
 def _by_implementation(rows: list[Row], value_of: Callable[[Row], float], label: str, title: str, is_log: bool = False):
-    """What solves another problem than its panel's is dashed, with a * after its name."""
+    """An implementation that solves another problem than its panel's is dashed and has a * after its name."""
     masks = list(dict.fromkeys(row["mask"] for row in rows))
     figure, axes = _grid(len(masks), 3)
     for axis, mask in zip(axes, masks, strict=False):

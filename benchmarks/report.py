@@ -113,7 +113,7 @@ def _dates(rows: list[Row]) -> str:
 
 
 def _about(rows: list[Row], *fields: str) -> str:
-    versions = ", ".join(f"{name} {_all(rows, field)}" for field in fields for name in [field.replace("cuda", "CUDA")])
+    versions = ", ".join(f"{field.replace('cuda', 'CUDA')} {_all(rows, field)}" for field in fields)
     return f"{versions}; commit {_all(rows, 'commit')}, {_dates(rows)}"
 
 

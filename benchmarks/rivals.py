@@ -1,4 +1,4 @@
-"""Who computes a case. Each is imported only when asked; what it cannot do it says by raising, and a row records it.
+"""Who computes a case. A rival is imported only when asked. It raises what it cannot do, and a row records that.
 
 Every rival is asked in the way that is fastest for it, and a row says what it was given. What it needs once for many
 calls (a mask, a block mask, a dense bias from a table) is made beforehand and is no part of its time.
@@ -31,7 +31,7 @@ from benchmarks.inputs import Inputs
 #: How a row marks an implementation that was asked for less than the case.
 IGNORES_PADDING = "causal alone: right only in rows that are no padding"
 LEAVES_PADDING_OUT = "packed beforehand: rows of padding are not computed, and packing takes no part of the time"
-#: Seconds of a call beyond which its first one tells enough to choose between two ways of asking.
+#: Seconds. Of longer calls, one is enough to choose between two ways of asking.
 LONG_CALL = 0.2
 
 
@@ -40,7 +40,10 @@ class Cannot(Exception):
 
 
 class Prepared(NamedTuple):
-    """forward: computes the output, (B, H, L, D) or (total, H, D); leaves: what it differentiates.
+    """A rival with the tensors of a case.
+
+    forward: computes the output, (B, H, L, D) or (total, H, D)
+    leaves: the tensors that it differentiates
 
     given: the masks that it was given, in words
     problem: what it computes if that is not the case, but what users compute instead
@@ -86,7 +89,7 @@ def fastest(name: str, inputs: Inputs) -> Prepared:
 
 
 def _seconds(prepared: Prepared, inputs: Inputs) -> float:
-    """Of about one call; infinite if it fails, which the check will show."""
+    """The time of about one call; infinite if the call fails, which the check will show."""
     timer = timing.timer_for(inputs.device, waits=True)
     try:
         call = call_of(prepared, inputs)
@@ -97,7 +100,7 @@ def _seconds(prepared: Prepared, inputs: Inputs) -> float:
 
 
 def call_of(prepared: Prepared, inputs: Inputs) -> Callable[[], Any]:
-    """What is timed: the output, or the gradients."""
+    """The call that is timed. It computes the output, or the gradients, or both."""
     forward, leaves = prepared.forward, list(prepared.leaves.values())
     dout = inputs.dout if prepared.dout is None else prepared.dout
     if inputs.case.direction == "forward":
@@ -109,7 +112,7 @@ def call_of(prepared: Prepared, inputs: Inputs) -> Callable[[], Any]:
 
 
 def results_of(prepared: Prepared, inputs: Inputs) -> dict[str, Tensor]:
-    """What is checked: the output and, where the case has a backward, every gradient by name."""
+    """The tensors that are checked: the output and, where the case has a backward, every gradient by name."""
     with torch.set_grad_enabled(inputs.case.direction != "forward"):
         out = prepared.forward()
     results = {"out": out.detach()}
@@ -124,7 +127,7 @@ def results_of(prepared: Prepared, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _sums_of_diagonals(dense: Tensor) -> Tensor:
-    """(1, H, L, S) -> (H, L + S - 1), by distance."""
+    """The sums of a (1, H, L, S) tensor over entries of one distance j - i, (H, L + S - 1)."""
     _, heads, rows, keys = dense.shape
     row, column = torch.arange(rows, device=dense.device), torch.arange(keys, device=dense.device)
     distance = (column - row[:, None] + rows - 1).flatten()
@@ -147,14 +150,14 @@ def _ours(inputs: Inputs, backend: str | None = None) -> Prepared:
 
 
 def our_backend(inputs: Inputs) -> str | None:
-    """Which kernel ours is, where `explain` can tell."""
+    """The backend that ours chooses; None for packed sequences, which `explain` does not know."""
     if inputs.case.is_packed:
         return None
     return fused_attn.explain(inputs.query, inputs.key, inputs.value, **our_options(inputs)).chosen
 
 
 def backends_of(name: str, inputs: Inputs) -> set[str]:
-    """Which of `OUR_BACKENDS` may run when this implementation is asked."""
+    """Those of `OUR_BACKENDS` that may run when this implementation is asked."""
     if name != OURS:
         return {OUR_BACKENDS[name]} if name in OUR_BACKENDS else set()
     chosen = our_backend(inputs)
@@ -162,11 +165,13 @@ def backends_of(name: str, inputs: Inputs) -> set[str]:
 
 
 def able_backends(inputs: Inputs) -> list[str]:
-    """Those of `OUR_BACKENDS` that can compute the case; none if there are fewer than two to compare."""
+    """Those of `OUR_BACKENDS` that can compute the case; empty if fewer than two can."""
     able = []
     for name, backend in OUR_BACKENDS.items():
         try:
-            if inputs.case.is_packed:  # which `explain` knows nothing of; the call itself refuses what it cannot
+            if (
+                inputs.case.is_packed
+            ):  # `explain` does not know them, but the call itself refuses what it cannot compute
                 with torch.no_grad():
                     _ours(inputs, backend).forward()
             else:
@@ -174,7 +179,7 @@ def able_backends(inputs: Inputs) -> list[str]:
                 fused_attn.explain(inputs.query, inputs.key, inputs.value, **options, backend=backend)
         except ValueError:  # also where there is no such backend
             continue
-        except Exception:  # a kernel that breaks has a row that says so
+        except Exception:  # a kernel that breaks is able, and has a row that says what happened
             pass
         able.append(name)
     return able if len(able) > 1 else []
@@ -200,7 +205,7 @@ def our_options(inputs: Inputs) -> dict[str, Any]:
 
 
 def _torch(inputs: Inputs, backend: str | None = None, has_float_mask: bool = False) -> Prepared:
-    """F.scaled_dot_product_attention, as it chooses or with one of its backends.
+    """F.scaled_dot_product_attention with the backend that it chooses, or with a given one.
 
     has_float_mask: a bool mask is made a float one beforehand, as torch otherwise does within each call.
     """
@@ -234,7 +239,7 @@ def _torch(inputs: Inputs, backend: str | None = None, has_float_mask: bool = Fa
 
 
 def _torch_causal_only(inputs: Inputs) -> Prepared:
-    """What is common for decoders: padding comes last, so no real token sees it, and the loss ignores its rows."""
+    """What many decoders do: padding comes last, so no real token sees it, and the loss ignores the rows of padding."""
     options = {"is_causal": True}
     return _sdpa(inputs, None, inputs.leaves, options, "is_causal")._replace(problem=IGNORES_PADDING)
 
@@ -254,7 +259,7 @@ def _sdpa(
         with sdpa_kernel(kernel):
             return scaled_dot_product_attention(query, key, value, **options)
 
-    # Once, because torch says only in warnings why a backend cannot.
+    # One call now, because torch says why a backend cannot run, and says so only in warnings.
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
         try:
@@ -278,7 +283,7 @@ def _name_of(dtype: torch.dtype) -> str:
 def _torch_varlen(inputs: Inputs) -> Prepared:
     from torch.nn.attention.varlen import varlen_attn
 
-    # `is_causal` became a window in later versions.
+    # Later versions have a window in place of `is_causal`.
     options = {"window_size": (-1, 0)}
     if "window_size" not in inspect.signature(varlen_attn).parameters:
         options = {"is_causal": True}
@@ -297,9 +302,9 @@ def _flex(inputs: Inputs) -> Prepared:
     import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # A backward that is timed by itself runs again and again on one graph.
+    # A backward that is timed by itself runs many times on one graph.
     torch._functorch.config.donated_buffer = False
-    # Every case is compiled anew; what was compiled before only counts towards a limit.
+    # torch limits how much one function may be compiled; each case starts anew.
     torch._dynamo.reset()
     case = inputs.case
     query, key, value = inputs.query, inputs.key, inputs.value
@@ -346,14 +351,14 @@ def _flex_mask(inputs: Inputs) -> Callable | None:
 
 
 class FlashModule(NamedTuple):
-    """A way to import flash_attn, and the package that it comes with."""
+    """A module that has flash_attn, and the package that brings the module."""
 
     module: str
     package: str
     has_backward: bool = True
 
 
-#: By generation; the first that is installed is asked.
+#: By generation of FlashAttention. The first module that is installed is asked.
 FLASH = {
     2: (FlashModule("flash_attn", "flash_attn"),),
     3: (
@@ -376,24 +381,24 @@ def _flash_package(inputs: Inputs, generation: int) -> ModuleType:
 
 
 def _is_installed(module: str) -> bool:
-    with contextlib.suppress(ImportError, ValueError):  # of a parent that is absent; of a module that has no spec
+    with contextlib.suppress(ImportError, ValueError):  # a missing parent package; a module without a spec
         return module in sys.modules or importlib.util.find_spec(module) is not None
     return False
 
 
 def _flash(inputs: Inputs, generation: int) -> Prepared:
-    """flash_attn: rows before heads, causal aligned to the lower right."""
+    """flash_attn takes (B, L, H, D) and aligns its causal mask to the lower right."""
     package = _flash_package(inputs, generation)
     case = inputs.case
     options: dict[str, Any] = {"causal": case.is_causal}
     if case.window is not None:
         options["window_size"] = (case.window - 1, 0)
-    # It has no key padding, and packed keys would move its causal diagonal, which ends at the last key.
+    # flash_attn has no key padding. Packing the keys would move its causal diagonal, which ends at the last key.
     problem = IGNORES_PADDING if case.is_padded and case.is_causal else None
     function = package.flash_attn_func
     if problem or not (case.is_packed or case.is_padded):
         if case.mask == "decode" and "num_splits" in inspect.signature(function).parameters:
-            options["num_splits"] = 0  # as many as it finds best; its default is one
+            options["num_splits"] = 0  # 0: flash_attn chooses the number; its default is 1
         given = ", ".join(f"{name}={value}" for name, value in options.items())
         prepared = _rows_first(inputs, lambda q, k, v: function(q, k, v, **options), given)
         return prepared._replace(problem=problem)
@@ -401,7 +406,7 @@ def _flash(inputs: Inputs, generation: int) -> Prepared:
     if case.is_packed:
         query, key, value = inputs.query, inputs.key, inputs.value
         return Prepared(lambda: function(query, key, value), inputs.leaves, "cu_seqlens, causal")
-    # Its way to say padding: keys packed for each call, which is part of its time.
+    # For flash_attn, padding means packed keys. They are packed in each call, which is part of its time.
     kept = (~inputs.padding).flatten().nonzero().squeeze(1)
 
     def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -412,7 +417,7 @@ def _flash(inputs: Inputs, generation: int) -> Prepared:
 
 
 def _flash_packed(inputs: Inputs, generation: int) -> Prepared:
-    """What a caller gets who packs a padded batch once for the whole model: queries, keys and values, no padding."""
+    """A caller packs a padded batch once for the whole model, so that no tensor has padding."""
     package = _flash_package(inputs, generation)
     case = inputs.case
     if case.direction != "forward" and not case.is_causal:
@@ -450,7 +455,7 @@ def _flash_varlen(
         "max_seqlen_k": max(case.lengths),
         "causal": case.is_causal,
     }
-    # The generations differ in which of these they take.
+    # The generations of flash_attn accept different ones of these options.
     accepted = inspect.signature(function).parameters
     options = {name: value for name, value in options.items() if name in accepted}
     return lambda q, k, v: _first(function(q, k, v, **options))
@@ -467,7 +472,7 @@ def _rows_first(inputs: Inputs, function: Callable[[Tensor, Tensor, Tensor], Any
 
 
 def _first(returned: Any) -> Tensor:
-    """Some versions return (out, lse)."""
+    """The output, which some versions return together with the log-sum-exp."""
     return returned[0] if isinstance(returned, tuple) else returned
 
 
@@ -499,13 +504,13 @@ RIVALS: dict[str, Rival] = {
         )
         for generation in (3, 4)
     },
-    # Last, because it needs most memory.
+    # This one is last, because it needs most memory.
     "torch-math": _backend_of_torch("MATH"),
 }
 
 
 def reason(error: BaseException) -> str:
-    """One line for a row."""
+    """The error in one line, for a row."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     text = " ".join(str(error).split())
@@ -514,7 +519,7 @@ def reason(error: BaseException) -> str:
 
 
 def version_of(name: str) -> dict[str, str | None]:
-    """The fields of a row that say which package was asked; without one there is no version."""
+    """The fields of a row that name the package and its version; None if it is not installed."""
     packages = RIVALS[name].packages
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""Results: one JSON object a line, written at once, so that a run that is interrupted keeps what it measured."""
+"""Results as JSON lines. Each is written at once, so that an interrupted run keeps what it has measured."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read(path: Path) -> list[Row]:
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """Of rows that say the same of the same, by different runs on one device, the newest; in the order of the first."""
+    """Of rows about the same measurement in different runs on one device, the newest one."""
     found: dict[tuple, Row] = {}
     for row in rows:
         key = tuple(json.dumps(row.get(name)) for name in IDENTITY)

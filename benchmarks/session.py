@@ -18,13 +18,14 @@ from fused_attn.measurement import progress
 Step = TypeVar("Step")
 
 
-def add_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser, quick: str, is_timed: bool = True) -> None:
     """quick: what --quick leaves."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help=f"{quick}: about a minute")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
-    parser.add_argument("--rounds", type=int, help="at most so many rounds a case")
-    parser.add_argument("--seconds", type=float, help="at most so long a case")
+    if is_timed:
+        parser.add_argument("--rounds", type=int, help="at most so many rounds a case")
+        parser.add_argument("--seconds", type=float, help="at most so long a case")
     parser.add_argument("--threads", type=int, help="of a CPU; default: torch's")
     parser.add_argument("--minutes", type=float, help="begin no case after this time")
     parser.add_argument("--resume", action="store_true", help="leave out what --out has rows of")
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
 
 
 class Session:
-    """earlier: rows of --out that --resume is not to measure again."""
+    """One run of a command. earlier: the rows of --out that --resume does not measure again."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device, self.is_quick = torch.device(arguments.device), arguments.quick
@@ -48,11 +49,11 @@ class Session:
 
     @property
     def rows(self) -> list[Row]:
-        """Of this run."""
+        """The rows of this run."""
         return self._writer.rows
 
     def steps(self, todo: Iterable[Step], label: Callable[[Step], str] = str) -> Iterator[Step]:
-        """Each one, until the time is up."""
+        """The steps one after the other, until the time is up."""
         todo = list(todo)
         with progress(len(todo)) as advance:
             for number, step in enumerate(todo):

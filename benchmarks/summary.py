@@ -1,4 +1,4 @@
-"""Rows in a few lines of text: what a run of the suite ends with."""
+"""Rows in a few lines of text, with which a run of the suite ends."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from collections.abc import Iterable
 from benchmarks.conventions import OURS
 from benchmarks.rows import Row, select
 
-#: Below this, what a process needs anyway hides what the call adds.
+#: Of less than this a process needs more by itself, so that nothing can be seen.
 VISIBLE_MIB = 1.0
-#: Of problems: the end of an output must hold everything.
+#: At most so many lines of problems, because all of the summary has to fit into the end of an output.
 MOST_LINES = 24
 SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "both", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def attention_lines(rows: Iterable[Row]) -> list[str]:
-    """One line for each mask, dtype, head dim and direction: at each length ours, the fastest other one and our lead
-    (* solves another problem); at the end the largest part of the device's rate that ours reached."""
+    """One line for each mask, dtype, head dim and direction.
+
+    At each length a line has our rate, the fastest other one and our lead. (* solves another problem.) The line ends
+    with the largest part of the device's rate that ours reached.
+    """
     rows = select(rows, benchmark="attention")
     lines = []
     for group in groups(rows, ("mask", "dtype", "direction"), by_head_dim=True):
