@@ -68,6 +68,7 @@ def attention_weights(
     # An empty row has lse -inf, and -inf - -inf is NaN; with 0 in its place the row is exp(-inf) = 0.
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     if dropout_p:
+        assert dropout_seed is not None, "dropout_p needs the seed that forward has drawn"
         positions = (Positions(index, torch.zeros_like(index)) for index in (rows, columns))
         keep = dropout.keep_mask(dropout_seed, dropout_p, batch, num_heads, *positions)
         weights = weights * keep * dropout.inverse_keep(dropout_p)
