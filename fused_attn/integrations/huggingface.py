@@ -19,16 +19,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    prepare_padding_mask,
-    sdpa_mask,
-)
 
 from fused_attn.api import fused_attention, fused_attention_varlen
 from fused_attn.dispatch import BACKEND_NAMES
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.masking_utils import (
+        bidirectional_mask_function,
+        causal_mask_function,
+        prepare_padding_mask,
+        sdpa_mask,
+    )
+except ImportError as error:
+    raise ImportError(
+        f"fused_attn.integrations.huggingface needs transformers 5.15 or newer ({error}); the extra brings it: "
+        "pip install -e '.[huggingface]'"
+    ) from error
 
 #: The name for ``attn_implementation``; ``"fused_attn.cpu"`` and the like insist on one backend.
 NAME = "fused_attn"
