@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -126,3 +127,11 @@ def test_an_installation_without_a_compiler_says_so(sources: Path, tmp_path: Pat
 def test_the_kernels_are_of_this_version() -> None:
     """CMake, too, reads it in `fused_attn/__init__.py`."""
     assert cpu._C.build_info()["version"] == fused_attn.__version__
+
+
+@pytest.mark.quick
+def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # so that its import fails
+    monkeypatch.delitem(sys.modules, "fused_attn.integrations.huggingface", raising=False)
+    with pytest.raises(ImportError, match=r"transformers 5\.15 or newer .*\.\[huggingface\]"):
+        importlib.import_module("fused_attn.integrations.huggingface")

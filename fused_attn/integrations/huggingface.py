@@ -21,19 +21,27 @@ from __future__ import annotations
 
 import functools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    prepare_padding_mask,
-    sdpa_mask,
-)
 
 from fused_attn.api import fused_attention, fused_attention_varlen
 from fused_attn.backends.dispatch import BACKEND_NAMES
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.masking_utils import (
+        bidirectional_mask_function,
+        causal_mask_function,
+        prepare_padding_mask,
+        sdpa_mask,
+    )
+except ImportError as error:
+    raise ImportError(
+        f"fused_attn.integrations.huggingface needs transformers 5.15 or newer ({error}); the extra brings it: "
+        "pip install -e '.[huggingface]'"
+    ) from error
 
 #: The name for ``attn_implementation``. A name such as ``"fused_attn.cpu"`` insists on one backend.
 NAME = "fused_attn"
@@ -51,6 +59,9 @@ _NEEDS_DENSE_MASKS = ("pix2struct_text_model", "gemma4", "gemma4_text", "gemma4_
 #: Keyword arguments of attention functions that no argument of `fused_attention` can express:
 #: "indices" and "block_indices" are the keys that sparse attention has chosen, "sinks" are sinks for each query.
 _REFUSED = ("indices", "block_indices", "sinks")
+
+#: What is laid over a class of transformers uses that class's attributes, which a type checker cannot know.
+_Layer: Any = object
 
 
 def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
@@ -82,7 +93,7 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
     pretrained = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not pretrained:
         raise TypeError(f"model: expected a transformers model or a module that holds one, got {type(model).__name__}")
-    gpt1 = [module for module in model.modules() if _is_gpt1_attention(module)]
+    gpt1: list[Any] = [module for module in model.modules() if _is_gpt1_attention(module)]
     switchable = [module for module in pretrained if not _is_gpt1(module)]
     refused = sorted({type(module).__name__ for module in switchable if not _is_switchable(module)})
     if refused:
@@ -104,11 +115,11 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
             module.config._attn_implementation = previous
         raise
     for module in gpt1:
-        module.__class__ = _subclass(_FusedGPT1, type(module))
+        module.__class__ = _subclass(_FusedGPT1, type(module))  # type: ignore[arg-type]  # classes do have a hash
         module.backend = backend
-    for module in model.modules():
-        if _has_relative_bias(module):
-            module.__class__ = _subclass(_RelativeBias, type(module))
+    biased: list[Any] = [module for module in model.modules() if _has_relative_bias(module)]
+    for module in biased:
+        module.__class__ = _subclass(_RelativeBias, type(module))  # type: ignore[arg-type]
     return model
 
 
@@ -177,7 +188,7 @@ def attention(
     if kwargs.get("cache") is not None:
         raise ValueError("cache: expected None, since a paged cache (continuous batching) is not supported, got one")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    options = {
+    options: dict[str, Any] = {
         "dropout_p": dropout,
         "scale": scaling,
         "enable_gqa": key.shape[1] != query.shape[1],
@@ -189,10 +200,12 @@ def attention(
         if position_bias is not None:
             raise ValueError("position_bias: expected None with cu_seq_lens_q, got one")
         masks = _packed_masks(module, attention_mask, query, is_causal, kwargs)
-        packed = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (total, heads, D)
-        out = fused_attention_varlen(
-            *packed, cu_seq_lens_q, cu_seq_lens_k, int(max_length_q), int(max_length_k), **masks, **options
-        )
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (total, heads, D)
+        # transformers gives all four or none.
+        out: Any = fused_attention_varlen(
+            query, key, value, cu_seq_lens_q, cu_seq_lens_k, int(max_length_q), int(max_length_k),  # type: ignore[arg-type]
+            **masks, **options,
+        )  # fmt: skip
         return out.unsqueeze(0).contiguous(), None
 
     # A single query is the newest token, which sees every key.
@@ -256,16 +269,17 @@ def attention_mask_of(
         and local_size == getattr(config, "sliding_window", None)
         and getattr(config, "attention_chunk_size", None) is None
     )
+    size: Any = local_size
     needs_dense = getattr(config, "model_type", None) in _NEEDS_DENSE_MASKS
     if allow_is_bidirectional_skip and mask_function is bidirectional_mask_function and not needs_dense:
         return None if padding is None else padding[:, None, None]
     if q_length > 1 and kv_offset == 0 and _is_zero(q_offset) and not needs_dense:
         if allow_is_bidirectional_skip and is_window:
-            if max(q_length, kv_length) > local_size + 1:
-                return _band(padding, 2, local_size, kwargs.get("device"))
+            if max(q_length, kv_length) > size + 1:
+                return _band(padding, 2, size, kwargs.get("device"))
             return None if padding is None else padding[:, None, None]
         if allow_is_causal_skip and (is_window or mask_function is causal_mask_function):
-            reach = local_size - 1 if is_window and q_length > local_size else -1
+            reach = size - 1 if is_window and q_length > size else -1
             return _band(padding, 1, reach, kwargs.get("device"))
     if q_length == 1 and allow_is_causal_skip and padding is None and (local_size is None or kv_length < local_size):
         return None
@@ -304,7 +318,7 @@ def _band(padding: Tensor | None, sides: int, reach: int, device: torch.device |
     return padding[:, None, None, None].expand(-1, sides, -1, reach + 2, -1)
 
 
-def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: bool) -> dict[str, object]:
+def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: bool) -> dict[str, Any]:
     """The arguments of `fused_attention` for a mask, whether `attention_mask_of` or other code has made it."""
     if mask is None:
         return {"is_causal": is_causal}
@@ -318,15 +332,15 @@ def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: boo
             f"{mask.dtype} of shape {tuple(mask.shape)} from {type(module).__name__}"
         )
     is_causal, reach = mask.shape[1] == 1, mask.shape[3] - 2
-    band = {"is_causal": True} if reach < 0 else {"window_size": (reach, 0 if is_causal else reach)}
+    band: dict[str, Any] = {"is_causal": True} if reach < 0 else {"window_size": (reach, 0 if is_causal else reach)}
     if mask.shape[4] == 1:
         return band
     return band | {"key_padding_mask": ~mask[:, 0, 0, 0].expand(query.shape[0], -1)}
 
 
 def _packed_masks(
-    module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: bool, kwargs: dict[str, object]
-) -> dict[str, object]:
+    module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: bool, kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """The arguments of `fused_attention_varlen` for a mask."""
     is_dense = mask is not None and mask.ndim == 4 and mask.shape[2] > 1 and mask.dtype == torch.bool
     if not is_dense:
@@ -400,7 +414,7 @@ def _has_relative_bias(module: nn.Module) -> bool:
     return _INTERFACE in code.co_names and takes[1:] == ("query_length", "key_length", "device", "past_seen_tokens")
 
 
-class _RelativeBias:
+class _RelativeBias(_Layer):
     """A mixin for attention layers of T5's family. The position bias of a layer becomes (H, L + S - 1).
 
     Under another attention, the layer computes its usual bias.
@@ -440,10 +454,10 @@ def _is_gpt1_attention(module: nn.Module) -> bool:
     return _is_gpt1(module) and type(module).__name__ == "Attention"
 
 
-class _FusedGPT1:
+class _FusedGPT1(_Layer):
     """A mixin for the attention layers of GPT-1, for which transformers offers no choice of attention."""
 
-    backend = None
+    backend: str | None = None
 
     def _attn(self, q, k, v, attention_mask=None, output_attentions=False):
         """[out (B, H, L, D)] of q (B, H, L, D), k (B, H, D, L), v (B, H, L, D), and attention_mask (B, 1, 1, L).
@@ -481,5 +495,5 @@ def _subclass(mixin: type, layer: type) -> type:
 
 def _new_instance(mixin: type, layer: type) -> nn.Module:
     """An empty instance, for copies and pickles. Pickle cannot find a class of `_subclass` by a name."""
-    cls = _subclass(mixin, layer)
+    cls: Any = _subclass(mixin, layer)
     return cls.__new__(cls)

@@ -7,7 +7,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -254,11 +254,12 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if is_self and cache is None and not (need_weights or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             is_believed = is_causal and type(attn_mask) is Tensor and key_padding_mask is None
             if is_believed or attn_mask is None:
-                out = small_inference.self_attention(self, query, key_padding_mask, is_causal)
-                if out is not None:
-                    return out, None
+                short = small_inference.self_attention(self, query, key_padding_mask, is_causal)
+                if short is not None:
+                    return short, None
         self._check_cache(cache)
-        stored = cache.get(key) if cache is not None and cache.is_static else None
+        store: Any = cache  # a static one has methods of its own
+        stored = store.get(key) if cache is not None and cache.is_static else None
         memory, is_batched = key, query.dim() == 3
         if not is_batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -267,9 +268,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         seqlen_q, batch = query.shape[seq_dim], query.shape[1 - seq_dim]
 
         is_growing = cache is not None and not cache.is_static
-        position = cache.length if is_growing else 0
+        position = store.length if is_growing else 0
         if stored is not None:
-            q, k, v = self._split_heads(self._project_query(query), seq_dim), *stored
+            q = self._split_heads(self._project_query(query), seq_dim)
+            k, v = stored
         else:
             try:
                 q, k, v = self._project(query, key, value, is_self, shares_kv)
@@ -279,7 +281,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             q, k = self._split_heads(q, seq_dim, position), self._split_heads(k, seq_dim, position)
             v = self._split_heads(v, seq_dim)
             if cache is not None:
-                k, v = cache.update(k, v) if is_growing else cache.update(k, v, memory)
+                k, v = store.update(k, v) if is_growing else store.update(k, v, memory)
         if k.shape[0] != batch:
             raise RuntimeError(
                 f"key: expected the batch size of query, {batch}, got {k.shape[0]}; {batch_layout(self.batch_first)}"
@@ -296,7 +298,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             mask = _believed_mask(attn_mask, is_causal, key_padding_mask is None and not need_weights)
         mask = self._checked_mask(mask, key_padding_mask, seqlen_q, k)
         k, v = self._append_rows(k, self.bias_k), self._append_rows(v, self.bias_v)
-        arguments = {
+        arguments: dict[str, Any] = {
             "key_padding_mask": self._padded(key_padding_mask),
             "relative_bias": self._relative_bias(position, seqlen_q, k.shape[2]),
             "dropout_p": self.dropout if self.training else 0.0,
@@ -304,7 +306,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         }
         if need_weights and arguments["dropout_p"]:
             arguments["dropout_seed"] = draw_seed(q.device)
-        out = fused_attention(
+        out: Any = fused_attention(
             q, k, v, mask.attn_mask, is_causal=mask.attn_mask is None and mask.diagonal is not None,
             enable_gqa=self.num_kv_heads != self.num_heads, return_lse=need_weights, backend=self.backend, **arguments,
         )  # fmt: skip
@@ -328,15 +330,15 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if key.shape[1] != value.shape[1]:
             raise ValueError("value: expected the offsets of key, the same tensor, got others")
         q, k, _ = packed
-        rows = [x.rows for x in packed]
+        query, key, value = (x.rows for x in packed)
         try:
-            rows = self._project(*rows, is_self, shares_kv)
+            projected = self._project(query, key, value, is_self, shares_kv)
         except RuntimeError:
-            self._check_projected(*rows)
+            self._check_projected(query, key, value)
             raise
-        rows = (x.unflatten(-1, (-1, self.head_dim)) for x in rows)  # (total, heads, D)
-        out = fused_attention_varlen(
-            *rows, q.offsets.int(), k.offsets.int(), q.max_seqlen, k.max_seqlen,
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)  # (total, heads, D)
+        out: Any = fused_attention_varlen(
+            query, key, value, q.offsets.int(), k.offsets.int(), q.max_seqlen, k.max_seqlen,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
             enable_gqa=self.num_kv_heads != self.num_heads,
@@ -420,15 +422,13 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if cache is not None and cache.is_static and (self.rotary is not None or self.relative_bias is not None):
             raise ValueError("cache: expected none that is static in a module with rotary or relative_bias, got one")
 
-    def _project(
-        self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool) -> tuple[Tensor, ...]:
         """query (..., E), key and value (..., Hkv * D), projected.
 
         Self-attention takes one matrix product. If value is key, two products are enough.
         """
         kv_dim = self.num_kv_heads * self.head_dim
-        sizes = (self.embed_dim, kv_dim, kv_dim)
+        sizes: tuple[int, ...] = (self.embed_dim, kv_dim, kv_dim)
         bias = self.in_proj_bias
         if self.in_proj_weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -532,7 +532,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             return mask
         sizes = (seqlen_q, seqlen_k)
         if diagonal is not None:
-            got = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
+            bias: Any = attn_mask
+            got: tuple[int, ...] = (bias.seq_len_q, bias.seq_len_kv)
             if got != sizes:
                 raise RuntimeError(f"attn_mask: expected a causal bias for (L, S) = {sizes}, got one for {got}")
             if not self._num_appended:
@@ -544,8 +545,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             raise RuntimeError(f"attn_mask: expected shape {expected}, got {got}; {batch_layout(self.batch_first)}")
         if attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
-        attn_mask = self._padded(attn_mask)
-        return _Mask(attn_mask.logical_not() if attn_mask.dtype == torch.bool else attn_mask, None)
+        padded: Any = self._padded(attn_mask)
+        return _Mask(padded.logical_not() if padded.dtype == torch.bool else padded, None)
 
     def _padded(self, mask: Tensor | None) -> Tensor | None:
         """The mask (..., S) with columns for the appended rows.
@@ -620,6 +621,7 @@ def keep_fast_path_off(parent: nn.Module, name: str, child: nn.Module | None) ->
         name == "self_attn"
         and isinstance(parent, nn.TransformerEncoderLayer)
         and not hasattr(type(parent), "takes_is_causal")  # our own layer has no fast path
+        and child is not None
         and any(isinstance(module, FusedMultiheadAttention) for module in child.modules())
         and _nothing not in parent._forward_pre_hooks.values()
     ):

@@ -71,7 +71,7 @@ class SelfAttentionCache:
                 device, or too many rows for max_length.
         """
         _check_pair(key, value)
-        if self._keys is not None:
+        if self._keys is not None and self._values is not None:
             _check_continues("key", self._keys, key)
             _check_continues("value", self._values, value)
         length = self.length + key.shape[2]
@@ -86,7 +86,7 @@ class SelfAttentionCache:
 
     def reorder(self, indices: Tensor) -> None:
         """Batch entry n becomes what entry ``indices[n]`` was; see `KVCache.reorder`."""
-        if self._keys is not None:
+        if self._keys is not None and self._values is not None:
             self._keys = self._selected(self._keys, indices)
             self._values = self._selected(self._values, indices)
 
@@ -148,7 +148,7 @@ class CrossAttentionCache:
             ValueError: the cache was filled with another memory.
         """
         if self._pair is not None and memory is not None:
-            self._check_memory(memory)
+            self._check_memory(memory, batch=self._pair[0].shape[0])
         return self._pair
 
     def update(self, key: Tensor, value: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -172,13 +172,14 @@ class CrossAttentionCache:
     def reorder(self, indices: Tensor) -> None:
         """Batch entry n becomes what entry ``indices[n]`` was; see `KVCache.reorder`."""
         if self._pair is not None:
-            self._pair = tuple(x.index_select(0, indices) for x in self._pair)
+            key, value = self._pair
+            self._pair = key.index_select(0, indices), value.index_select(0, indices)
             self._memory = None  # the next step brings the memory in the new order
 
-    def _check_memory(self, memory: Tensor) -> None:
+    def _check_memory(self, memory: Tensor, batch: int) -> None:
         if memory is self._memory:
             return
-        batch, length = self._pair[0].shape[0], self.length
+        length = self.length
         sizes = tuple(memory.shape[:-1])
         if sizes not in ((batch, length), (length, batch)) and not (batch == 1 and sizes == (length,)):
             raise ValueError(

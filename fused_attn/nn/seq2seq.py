@@ -6,6 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -165,8 +166,9 @@ class Seq2SeqTransformer(nn.Module):
         """
         modules = [*self.encoder.modules(), *self.decoder.modules()]
         for module in modules:
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
         # Attention comes after the loop above has reset its out_proj, because the bias of out_proj starts at zero.
         for module in modules:
             if isinstance(module, nn.MultiheadAttention):
@@ -183,9 +185,10 @@ class Seq2SeqTransformer(nn.Module):
             nn.init.normal_(embedding.weight, std=self.d_model**-0.5)
             with torch.no_grad():
                 embedding.weight[self.pad_id].zero_()
-        for positions in (self.src_positions, self.tgt_positions):
-            if positions is not None:
-                nn.init.normal_(positions, std=0.02)
+        tables: Any = (self.src_positions, self.tgt_positions)
+        for table in tables:
+            if table is not None:
+                nn.init.normal_(table, std=0.02)
         if self._tie_generator:
             self.generator.weight = self.tgt_embedding.weight
             bound = self.d_model**-0.5  # as in nn.Linear
@@ -203,7 +206,7 @@ class Seq2SeqTransformer(nn.Module):
 
     def _tied_weights(self) -> tuple[Tensor | None, Tensor | None]:
         """The weights of embedding and generator. None stands for a module that an adapter has replaced."""
-        return tuple(module._parameters.get("weight") for module in (self.tgt_embedding, self.generator))
+        return self.tgt_embedding._parameters.get("weight"), self.generator._parameters.get("weight")
 
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
         """Logits of the token that follows each target token.
@@ -269,7 +272,7 @@ class Seq2SeqTransformer(nn.Module):
         """
         start = 0 if cache is None else cache.length
         x = self._embed("tgt", tgt, self.tgt_embedding, start)
-        arguments = {"memory_key_padding_mask": memory_key_padding_mask}
+        arguments: dict[str, Any] = {"memory_key_padding_mask": memory_key_padding_mask}
         if cache is not None:  # self-attention with a cache is causal by itself
             arguments["cache"] = cache
         else:
@@ -444,7 +447,7 @@ class Seq2SeqTransformer(nn.Module):
             ) from None
         x = x * math.sqrt(self.d_model)
         if self.positional == "learned":
-            positions = self.src_positions if name == "src" else self.tgt_positions
+            positions: Any = self.src_positions if name == "src" else self.tgt_positions
             x = x + positions[start:end]
         elif self.positional == "sinusoidal":
             x = x + self._sinusoidal(x)[start:end]

@@ -6,6 +6,8 @@ are one call of the CPU kernels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
@@ -39,7 +41,8 @@ def self_attention(
         or not _is_plain_padding(key_padding_mask, x)
     ):
         return None
-    parameters, out_parameters = module._parameters, module._modules["out_proj"]._parameters
+    out_proj: Any = module._modules["out_proj"]
+    parameters, out_parameters = module._parameters, out_proj._parameters
     out = torch.empty_like(x)
     run = _C.self_attention
     if profiler._is_profiler_enabled:
@@ -100,7 +103,8 @@ def _takes_options(module: nn.MultiheadAttention) -> bool:
 
 
 def _takes_input(module: nn.MultiheadAttention, x: Tensor) -> bool:
-    weight, out_weight = module._parameters["in_proj_weight"], module._modules["out_proj"]._parameters["weight"]
+    out_proj: Any = module._modules["out_proj"]
+    weight, out_weight = module._parameters["in_proj_weight"], out_proj._parameters["weight"]
     return (
         weight is not None  # None if kdim or vdim differs from embed_dim
         and type(x) is Tensor

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.fx import Proxy
 
 
-def call_node(module: nn.Module, *args, **kwargs) -> Proxy | None:
+def call_node(module: nn.Module, *args, **kwargs) -> Any:
     """The call of a module as one node of the graph that fx traces, or None if the forward of the module has to run.
 
     fx decides by the package of a module's class: classes of torch are leaves. This function decides in the same way:
@@ -17,6 +19,7 @@ def call_node(module: nn.Module, *args, **kwargs) -> Proxy | None:
     is_ours = type(module).__module__.startswith("fused_attn.")
     if proxy is None or not is_ours or module._forward_pre_hooks or module._forward_hooks:
         return None
-    path = proxy.tracer.path_of_module(module)
+    tracer: Any = proxy.tracer
+    path = tracer.path_of_module(module)
     # The path "" belongs to the module of the whole graph, which is no node.
-    return proxy.tracer.create_proxy("call_module", path, args, kwargs) if path else None
+    return tracer.create_proxy("call_module", path, args, kwargs) if path else None

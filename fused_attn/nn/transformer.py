@@ -21,7 +21,7 @@ Wrappers of a layer pass these attributes on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -300,8 +300,10 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         if cache is not None and not hasattr(cache, "self_attention"):
             raise TypeError(f"cache: expected a layer's cache such as cache.layers[i], got {type(cache).__name__}")
         # Methods of subclasses may have torch's own signatures.
-        own = {} if cache is None else {"cache": cache.self_attention}
-        cross = {"cache": cache.cross_attention} if cache is not None and accepts_cache(self._mha_block) else {}
+        own: dict[str, Any] = {} if cache is None else {"cache": cache.self_attention}
+        cross: dict[str, Any] = {}
+        if cache is not None and accepts_cache(self._mha_block):
+            cross["cache"] = cache.cross_attention
         own_masks = tgt_mask, tgt_key_padding_mask, tgt_is_causal
         cross_masks = memory_mask, memory_key_padding_mask, memory_is_causal
         x = tgt
@@ -333,10 +335,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         *,
         cache: AttentionCache | None = None,
     ) -> Tensor:
-        arguments = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        options: dict[str, Any] = {"is_causal": is_causal}
         if cache is not None:
-            arguments["cache"] = cache
-        return self.dropout1(self.self_attn(x, x, x, need_weights=False, **arguments)[0])
+            options["cache"] = cache
+        return self.dropout1(self.self_attn(x, x, x, need_weights=False, **masks, **options)[0])
 
     def _mha_block(
         self,
@@ -348,10 +351,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         *,
         cache: AttentionCache | None = None,
     ) -> Tensor:
-        arguments = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        options: dict[str, Any] = {"is_causal": is_causal}
         if cache is not None and getattr(self.multihead_attn, "takes_cache", False):
-            arguments["cache"] = cache
-        return self.dropout2(self.multihead_attn(x, mem, mem, need_weights=False, **arguments)[0])
+            options["cache"] = cache
+        return self.dropout2(self.multihead_attn(x, mem, mem, need_weights=False, **masks, **options)[0])
 
 
 class TransformerDecoder(nn.TransformerDecoder):
@@ -435,7 +439,7 @@ class TransformerDecoder(nn.TransformerDecoder):
                 tgt_is_causal, memory_is_causal,
             )  # fmt: skip
         if cache is None:
-            caches = [{}] * len(self.layers)
+            caches: list[Any] = [{}] * len(self.layers)
         elif not hasattr(cache, "layers"):
             raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}")
         elif len(cache.layers) != len(self.layers):
@@ -483,7 +487,7 @@ class TransformerDecoder(nn.TransformerDecoder):
                     f"memory: expected the batch size of tgt, {tgt.shape[batch_dim]}, got {batch}; "
                     + batch_layout(batch_dim == 0)
                 )
-            expected = (batch, length)
+            expected: tuple[int, ...] = (batch, length)
         else:
             expected = memory.shape[:1]
         if key_padding_mask is not None and key_padding_mask.shape != expected:
@@ -656,7 +660,8 @@ def _has_fused_attention(layer: nn.Module) -> bool:
 
 
 def _seqlen(x: Tensor, layers: nn.ModuleList) -> int:
-    return x.shape[1 if x.dim() == 3 and layers[0].self_attn.batch_first else 0]
+    first: Any = layers[0]
+    return x.shape[1 if x.dim() == 3 and first.self_attn.batch_first else 0]
 
 
 def _causal_mask(

@@ -80,6 +80,7 @@ def attention_weights(
     # A row that sees no key has lse -inf, and -inf - -inf is NaN. With lse 0 in its place the row is exp(-inf) = 0.
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     if dropout_p:
+        assert dropout_seed is not None, "dropout_p needs the seed that forward has drawn"
         positions = (Positions(index, torch.zeros_like(index)) for index in (rows, columns))
         keep = dropout.keep_mask(dropout_seed, dropout_p, batch, num_heads, *positions)
         weights = weights * keep * dropout.inverse_keep(dropout_p)
