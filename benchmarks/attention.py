@@ -272,10 +272,10 @@ def main(arguments: argparse.Namespace) -> int:
     copy_rate = 0.0
     if timer is not None:
         for dtype in dict.fromkeys(step.case.dtype for step in todo):
-            peaks[dtype] = machine.matmul_tflops(run.device, dtype, 0.1 if run.is_quick else 0.5)
+            peaks[dtype] = machine.matmul_tflops(run.device, dtype, run.is_quick)
             print(f"{dtype} matmul {peaks[dtype]:.3g} TFLOP/s", flush=True)
         if any(step.case.mask == "decode" for step in todo):
-            copy_rate = machine.copy_gb_per_s(run.device, 0.1 if run.is_quick else 0.5)
+            copy_rate = machine.copy_gb_per_s(run.device, run.is_quick)
             print(f"copy {copy_rate:.4g} GB/s", flush=True)
     for step in run.steps(todo):
         case = step.case
