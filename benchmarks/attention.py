@@ -292,7 +292,8 @@ def main(arguments: argparse.Namespace) -> int:
                 row["gb_per_s"] = case.fewest_bytes(DTYPES[case.dtype].itemsize) / row["median_ms"] / 1e6
                 row["copy_gb_per_s"] = copy_rate
         run.record(rows, f"{case} | {describe(rows)}")
-    for table in run.steps(table for table in tables if table in extras.TABLES):
+    others = [table for table in tables if table in extras.TABLES and not select(run.earlier, benchmark=table)]
+    for table in run.steps(others):
         for rows in extras.TABLES[table](arguments):
             run.record(rows, f"{table} | {extras.describe(rows)}")
     print("\n".join(summary.ratio_lines(run.rows)))
