@@ -272,10 +272,10 @@ def main(arguments: argparse.Namespace) -> int:
     copy_rate = 0.0
     if timer is not None:
         for dtype in dict.fromkeys(step.case.dtype for step in todo):
-            peaks[dtype] = machine.matmul_tflops(run.device, dtype, 0.1 if run.is_quick else 0.5)
+            peaks[dtype] = machine.matmul_tflops(run.device, dtype, run.is_quick)
             print(f"{dtype} matmul {peaks[dtype]:.3g} TFLOP/s", flush=True)
         if any(step.case.mask == "decode" for step in todo):
-            copy_rate = machine.copy_gb_per_s(run.device, 0.1 if run.is_quick else 0.5)
+            copy_rate = machine.copy_gb_per_s(run.device, run.is_quick)
             print(f"copy {copy_rate:.4g} GB/s", flush=True)
     for step in run.steps(todo):
         case = step.case
@@ -292,7 +292,8 @@ def main(arguments: argparse.Namespace) -> int:
                 row["gb_per_s"] = case.fewest_bytes(DTYPES[case.dtype].itemsize) / row["median_ms"] / 1e6
                 row["copy_gb_per_s"] = copy_rate
         run.record(rows, f"{case} | {describe(rows)}")
-    for table in run.steps(table for table in tables if table in extras.TABLES):
+    others = [table for table in tables if table in extras.TABLES and not select(run.earlier, benchmark=table)]
+    for table in run.steps(others):
         for rows in extras.TABLES[table](arguments):
             run.record(rows, f"{table} | {extras.describe(rows)}")
     print("\n".join(summary.ratio_lines(run.rows)))

@@ -70,19 +70,21 @@ def _driver() -> str | None:
     return found[0] if found else None
 
 
-def matmul_tflops(device: torch.device, dtype: str, seconds: float = 0.5) -> float:
+def matmul_tflops(device: torch.device, dtype: str, is_quick: bool = False) -> float:
     """The rate of a large product of random matrices, as a practical ceiling. (Zeros can run faster.)"""
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 256 if is_quick else 1024
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=device).to(DTYPES[dtype]) for _ in range(2))
-    measured = timing.measure({"matmul": lambda: a @ b}, timing.timer_for(device), 30, seconds)
+    measured = timing.measure({"matmul": lambda: a @ b}, timing.timer_for(device), 30, 0.1 if is_quick else 0.5)
     return 2 * size**3 / timing.quantiles(measured["matmul"])[1] / 1e12
 
 
-def copy_gb_per_s(device: torch.device, seconds: float = 0.5) -> float:
+def copy_gb_per_s(device: torch.device, is_quick: bool = False) -> float:
     """The rate of a large copy, bytes read plus bytes written."""
     count = 2**31 if device.type == "cuda" else 2**28
     source = torch.ones(count, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    measured = timing.measure({"copy": lambda: target.copy_(source)}, timing.timer_for(device), 30, seconds)
+    measured = timing.measure(
+        {"copy": lambda: target.copy_(source)}, timing.timer_for(device), 30, 0.1 if is_quick else 0.5
+    )
     return 2 * count / timing.quantiles(measured["copy"])[1] / 1e9

@@ -679,6 +679,25 @@ def test_quick_cpu_modules_and_report_rows(tmp_path: Path, capsys: pytest.Captur
     assert len(rows.select(rows.read(out), benchmark="modules")) == len(found)
 
 
+def test_a_table_with_rows_is_not_measured_again(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = [
+        "attention",
+        "--device",
+        "cpu",
+        "--tables",
+        "overhead",
+        "--seconds",
+        "0.01",
+        "--out",
+        str(out),
+        "--resume",
+    ]
+    for _ in range(2):
+        assert __main__.main(command) == 0
+        assert len(rows.read(out)) == 6
+
+
 @pytest.mark.parametrize("table", extras.TABLES)
 def test_every_other_table_of_a_cpu_is_rows_of_the_same_format(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FEATURE_SHAPE", "QUICK_FEATURE_SHAPE"):
@@ -1166,4 +1185,4 @@ def test_rows_say_where_they_were_measured() -> None:
     about = machine.about("cpu", commit="abc")
     assert {"device", "cores", "threads", "isa", "torch", "fused_attn", "python", "commit", "date"} == set(about)
     assert json.loads(json.dumps(about)) == about
-    assert machine.matmul_tflops(torch.device("cpu"), "float32", 0.01) > 0
+    assert machine.matmul_tflops(torch.device("cpu"), "float32", is_quick=True) > 0
