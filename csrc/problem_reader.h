@@ -12,7 +12,7 @@
 #include <optional>
 #include <string>
 
-#include "attention_params.h"
+#include "common/attention_params.h"
 #include "tensor_exchange.h"
 
 namespace fused_attn {

@@ -1,16 +1,20 @@
-// The backward kernel. First the statistics of every row: delta = rowsum(dO * out), and what its lse must be corrected by
-// (where each row is visited only once, when it is visited). A work item is a group of (batch, kv head) pairs and a chunk
-// of keys. It goes through its keys in slabs, whose dK and dV stay in the cache, and for each slab through the query blocks
-// of its heads and the slab's blocks of live keys:
+// The backward kernel, in two passes.
 //
-//   P^T[key][query]   = exp(S - lse)                      S as in forward (scores.h)
-//   dS^T[key][query]  = P * (V[key] . dO^T - delta + dlse)
-//   dV[key][:]       += P^T[key] . dO                     lanes = value dim
-//   dK[key][:]       += dS^T[key] . Q                     lanes = head dim
-//   dQ^T[d][query]   += K^T[d] . dS^T                     (outer_block)
+// The first pass computes the statistics of every row: delta = rowsum(dout * out), and the correction of the row's lse.
+// Where each row is visited only once, the second pass computes them when it visits the row.
 //
-// dK and dV are summed in the item's scratch, dQ is added up over the slabs. Nothing is shared between items but dQ, of
-// which each chunk writes its own partial sum: the results do not depend on the order of the items, and no atomics are
+// In the second pass, a work item is a group of (batch, kv head) pairs and a chunk of keys. The item goes through its
+// keys in slabs, whose dkey and dvalue stay in the cache. For each slab it goes through the query blocks of its heads,
+// and for each query block through the slab's blocks of valid keys:
+//
+//   probs^T[key][query]   = exp(scores^T - lse)                                  scores as in forward (scores.h)
+//   dscores^T[key][query] = probs^T * (value[key] . dout^T - delta + dlse)
+//   dvalue[key][:]       += probs^T[key] . dout                                  lanes = value dim
+//   dkey[key][:]         += dscores^T[key] . query                               lanes = head dim
+//   dquery^T[d][query]   += key^T[d] . dscores^T                                 (outer_block)
+//
+// The item sums dkey and dvalue in its scratch, and adds up dquery over the slabs. Items share nothing but dquery. Each
+// chunk writes a partial dquery of its own. So results do not depend on the order of the items, and no atomics are
 // needed.
 #pragma once
 #include <memory>
@@ -23,14 +27,14 @@
 namespace fused_attn::cpu {
 namespace {
 
-// Rows of `dim` elements for a product over queries: rows of lanes, or of query pairs.
-template <class P>
-FA_NOINLINE Rows<const typename P::Lane> find_query_rows(const typename P::Storage* base, int64_t stride_row, int nq,
-                                                         int dim, typename P::Lane* scratch) {
-  using Lane = typename P::Lane;
+// Finds rows of `dim` elements for a product over queries: rows of lanes, or of pairs of queries.
+template <class Policy>
+FA_NOINLINE Rows<const typename Policy::Lane> find_query_rows(const typename Policy::Storage* base, int64_t stride_row,
+                                                              int nq, int dim, typename Policy::Lane* scratch) {
+  using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   const int64_t row = round_up(dim, n);
-  if constexpr (P::kPerLane == 2) {
+  if constexpr (Policy::kPerLane == 2) {
 #if defined(__AVX512BF16__)
     const auto source = [&](int q) { return reinterpret_cast<const uint16_t*>(base + q * stride_row); };
     for (int q = 0; q < nq; q += 2) {
@@ -41,35 +45,36 @@ FA_NOINLINE Rows<const typename P::Lane> find_query_rows(const typename P::Stora
 #endif
     return {scratch, row};
   } else {
-    if constexpr (!P::kConverts) {
+    if constexpr (!Policy::kConverts) {
       if (dim % n == 0) return {base, stride_row};
     }
     for (int q = 0; q < nq; ++q) {
       for (int d = 0; d < dim; d += n) {
-        store<Lane>(scratch + q * row + d, load_lanes<P>(base + q * stride_row, d, dim));
+        store<Lane>(scratch + q * row + d, load_lanes<Policy>(base + q * stride_row, d, dim));
       }
     }
     return {scratch, row};
   }
 }
 
-// P and dS of one tile of keys.
-template <class P, int kColumns, bool kPlain>
-FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool partial, bool dropout,
-                               const BackwardScratch<P>& s, const RowStatistics<typename P::Lane>& rows,
-                               int value_depth, typename P::Lane dropout_scale) {
-  using Lane = typename P::Lane;
+// Computes probs and dscores of one tile of keys.
+template <class Policy, int kColumns, bool kPlain>
+FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
+                               const BackwardScratch<Policy>& s, const RowStatistics<typename Policy::Lane>& rows,
+                               int value_depth, typename Policy::Lane dropout_scale) {
+  using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   const int64_t offset = k * kBlockQ + v * n;
   alignas(kVectorBytes) Lane derivative[kPlain ? 1 : kTileKeys * kColumns * n];
-  alignas(kVectorBytes) Lane probabilities[kTileKeys * kColumns * n];
-  const auto kept = [&](int r, int c, Vec<Lane> x) {
+  alignas(kVectorBytes) Lane probs[kTileKeys * kColumns * n];
+  const auto after_dropout = [&](int r, int c, Vec<Lane> x) {
     if (kPlain || !dropout) return x;
-    return keep_where<Lane>(*reinterpret_cast<const IntVec<Lane>*>(s.key.keep + offset + r * kBlockQ + c * n), x);
+    return select_or_zero<Lane>(
+        *reinterpret_cast<const IntVec<Lane>*>(s.key.dropout_keep + offset + r * kBlockQ + c * n), x);
   };
 
   Vec<Lane> acc[kTileKeys][kColumns];
-  compute_scores<P, kColumns, kPlain>(in, k, v, partial, derivative, acc);
+  compute_scores<Policy, kColumns, kPlain>(in, k, v, partial, derivative, acc);
   const Lane to_logits = in.to_logits();
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
@@ -77,35 +82,35 @@ FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool part
     const Vec<Lane> correction = load<Lane>(rows.correction + (v + c) * n);
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
-      Vec<Lane> x = probability<P>(lse_exponent<P>(acc[r][c], to_logits, lse) + correction);
-      // Where the lse is NaN, a hidden key must still get none of it.
+      Vec<Lane> x = prob_of<Policy>(lse_exponent<Policy>(acc[r][c], to_logits, lse) + correction);
+      // A hidden key must not become NaN, even if the lse of the row is NaN.
       if (!kPlain) x = select<Lane>(acc[r][c] == -FloatTraits<Lane>::kInfinity, Vec<Lane>{}, x);
-      store<Lane>(probabilities + (r * kColumns + c) * n, x);
-      store_as<Lane>(s.weights + offset + r * kBlockQ + c * n, kept(r, c, x));
+      store<Lane>(probs + (r * kColumns + c) * n, x);
+      store_as<Lane>(s.probs + offset + r * kBlockQ + c * n, after_dropout(r, c, x));
     }
   }
 
-  dot_tile<P, kTileKeys, kColumns>(s.value_rows + k, s.dout + v * n, kBlockQ, value_depth, acc);
+  dot_tile<Policy, kTileKeys, kColumns>(s.value_rows + k, s.dout + v * n, kBlockQ, value_depth, acc);
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
     const Vec<Lane> delta = load<Lane>(rows.delta + (v + c) * n);
     const Vec<Lane> dlse = load<Lane>(rows.dlse + (v + c) * n);
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
-      const Vec<Lane> probability = load<Lane>(probabilities + (r * kColumns + c) * n);
+      const Vec<Lane> prob = load<Lane>(probs + (r * kColumns + c) * n);
       Vec<Lane> x = acc[r][c];
-      if (!kPlain && dropout) x = kept(r, c, x * dropout_scale);
-      x = probability * (x - delta + dlse);
+      if (!kPlain && dropout) x = after_dropout(r, c, x * dropout_scale);
+      x = prob * (x - delta + dlse);
       if constexpr (!kPlain) {
-        x = select<Lane>(probability == 0, Vec<Lane>{}, x);  // 0 * NaN of a row that the query does not see
+        x = select<Lane>(prob == 0, Vec<Lane>{}, x);  // 0 * NaN of a row that the query does not see
         if (s.dbias != nullptr) store<Lane>(s.dbias + offset + r * kBlockQ + c * n, x);
         if (in.softcap > 0) x *= load<Lane>(derivative + (r * kColumns + c) * n);
       }
       acc[r][c] = x;
-      if constexpr (P::kPerLane == 1) store<Lane>(s.dscore_pairs + offset + r * kBlockQ + c * n, x);
+      if constexpr (Policy::kPerLane == 1) store<Lane>(s.dscore_pairs + offset + r * kBlockQ + c * n, x);
     }
 #if defined(__AVX512BF16__)
-    if constexpr (P::kPerLane == 2) {
+    if constexpr (Policy::kPerLane == 2) {
       FA_UNROLL
       for (int r = 0; r < kTileKeys; r += 2) {
         store_as<Lane>(s.dscores + offset + r * kBlockQ + c * n, acc[r][c]);
@@ -117,60 +122,61 @@ FA_NOINLINE void backward_tile(const ScoreInputs<P>& in, int k, int v, bool part
   }
 }
 
-// targets[r][d] += sum over queries of weights[r][q] * rows[q][d], for the kTileKeys rows of a tile.
-template <class P, int kColumns>
-FA_NOINLINE void query_product(const char* const* weights, const typename P::Lane* rows, int64_t stride, int depth,
-                               typename P::Lane* const* targets, int d) {
-  using Lane = typename P::Lane;
+// targets[r][d] += sum over queries of coefficients[r][q] * rows[q][d], for the kTileKeys rows of a tile.
+template <class Policy, int kColumns>
+FA_NOINLINE void query_product(const char* const* coefficients, const typename Policy::Lane* rows, int64_t stride,
+                               int depth, typename Policy::Lane* const* targets, int d) {
+  using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   Vec<Lane> acc[kTileKeys][kColumns];
-  dot_tile<P, kTileKeys, kColumns>(weights, rows + d, stride, depth, acc);
+  dot_tile<Policy, kTileKeys, kColumns>(coefficients, rows + d, stride, depth, acc);
   FA_UNROLL
   for (int r = 0; r < kTileKeys; ++r) {
     FA_UNROLL
     for (int c = 0; c < kColumns; ++c) {
-      Lane* p = targets[r] + d + c * n;
-      store<Lane>(p, load<Lane>(p) + acc[r][c]);
+      Lane* target = targets[r] + d + c * n;
+      store<Lane>(target, load<Lane>(target) + acc[r][c]);
     }
   }
 }
 
-// The products over the queries [range.begin, range.end) of one tile: the rows of dK or dV of its keys.
-template <class P>
+// Adds the products over the queries [range.begin, range.end) of one tile to the rows of dkey or dvalue of its keys.
+template <class Policy>
 FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, int64_t absorbing_row,
-                               VectorRange range, int nq, const typename BackwardScratch<P>::Weight* weights,
-                               Rows<const typename P::Lane> rows, int dim, typename P::Lane* target) {
-  using Lane = typename P::Lane;
+                               VectorRange range, int nq,
+                               const typename BackwardScratch<Policy>::Coefficient* coefficients,
+                               Rows<const typename Policy::Lane> rows, int dim, typename Policy::Lane* target) {
+  using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   const int q_begin = range.begin * n;
   const int q_end = range.end * n < nq ? range.end * n : nq;
-  const int depth = P::lanes_for(q_end - q_begin);
+  const int depth = Policy::lanes_for(q_end - q_begin);
   const int64_t row = round_up(dim, n);
-  const char* weight_rows[kTileKeys];
+  const char* coefficient_rows[kTileKeys];
   Lane* targets[kTileKeys];
   for (int r = 0; r < kTileKeys; ++r) {
-    weight_rows[r] = reinterpret_cast<const char*>(weights + (k + r) * kBlockQ + q_begin);
+    coefficient_rows[r] = reinterpret_cast<const char*>(coefficients + (k + r) * kBlockQ + q_begin);
     targets[r] = target + (k + r < keys.count ? keys.index[k + r] - slab_begin : absorbing_row) * row;
   }
-  const Lane* source = rows.data + q_begin / P::kPerLane * rows.stride;
+  const Lane* source = rows.data + q_begin / Policy::kPerLane * rows.stride;
   for (int d = 0; d < row; d += kTileVectors * n) {
     const int columns = static_cast<int>((row - d) / n);
     with_columns(columns < kTileVectors ? columns : kTileVectors, [&](auto count) {
-      query_product<P, decltype(count)::value>(weight_rows, source, rows.stride, depth, targets, d);
+      query_product<Policy, decltype(count)::value>(coefficient_rows, source, rows.stride, depth, targets, d);
     });
   }
 }
 
-// rows[q][d] = factor * columns[d][q] as elements of P; added to what is there if asked to.
-template <class P>
-FA_NOINLINE void write_transposed(const typename P::Lane* columns, int nq, int dim, typename P::Lane factor, bool add,
-                                  typename P::Storage* rows, int64_t stride_row) {
-  using Lane = typename P::Lane;
+// rows[q][d] = factor * columns[d][q], as elements of Policy::Storage. If `add`, this is added to the rows.
+template <class Policy>
+FA_NOINLINE void write_transposed(const typename Policy::Lane* columns, int nq, int dim, typename Policy::Lane factor,
+                                  bool add, typename Policy::Storage* rows, int64_t stride_row) {
+  using Lane = typename Policy::Lane;
   const auto column = [&](int d, int q) { return load<Lane>(columns + d * kBlockQ + q) * factor; };
-  unpack_columns<P>(column, nq, dim, add, rows, stride_row);
+  unpack_columns<Policy>(column, nq, dim, add, rows, stride_row);
 }
 
-// rows[j][d] = factor * source[j][d], as elements of type Out; source rows are padded to whole vectors.
+// rows[j][d] = factor * source[j][d], as elements of type Out. Rows of `source` are padded to whole vectors.
 template <class Out, class Lane>
 FA_NOINLINE void write_rows(const Lane* source, int64_t count, int dim, Lane factor, Out* rows, int64_t stride_row) {
   constexpr int n = kLanes<Lane>;
@@ -183,31 +189,31 @@ FA_NOINLINE void write_rows(const Lane* source, int64_t count, int dim, Lane fac
 }
 
 // What an item of the backward pass works on.
-template <class P>
+template <class Policy>
 struct BackwardItem {
   const AttentionParams& p;
   const BackwardPlan& plan;
-  const RelativeBias<typename P::Lane>& relative;
-  const LiveKeys* live;
-  const RowStatistics<typename P::Lane>& statistics;
-  const BackwardPartials<typename P::Lane>& partials;
-  const BackwardScratch<P>& scratch;
+  const RelativeBias<typename Policy::Lane>& relative;
+  const ValidKeys* valid_keys;
+  const RowStatistics<typename Policy::Lane>& statistics;
+  const BackwardPartials<typename Policy::Lane>& partials;
+  const BackwardScratch<Policy>& scratch;
   int64_t chunk;
 
   int64_t key_begin() const { return chunk * plan.chunk_keys; }
 };
 
-// Where an item sums dQ of one head: in its partial result, in the output, or, if that cannot hold lanes, in the
-// scratch. Null: nowhere, as the only slab writes the output at once.
-template <class P>
-Rows<typename P::Lane> dquery_lanes(const BackwardItem<P>& item, const Sequence& seq, int64_t b, int64_t h) {
-  using Lane = typename P::Lane;
+// Where an item sums dquery of one head: in its partial result, in the output, or in the scratch if the output cannot
+// hold lanes. Null means nowhere: there is one slab, which writes the output at once.
+template <class Policy>
+Rows<typename Policy::Lane> dquery_lanes(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h) {
+  using Lane = typename Policy::Lane;
   const AttentionParams& p = item.p;
   if (item.plan.chunks > 1) {
     const int64_t stride = item.partials.row_dquery;
     return {item.partials.dquery + head_index(p, item.chunk, b, h) * p.seqlen_q * stride, stride};
   }
-  if constexpr (kSame<typename P::Storage, Lane>) {
+  if constexpr (kSame<typename Policy::Storage, Lane>) {
     return {row_of<Lane>(p.dquery, b, h, seq.q_offset), p.dquery.stride_row};
   }
   if (!item.plan.sums_dquery) return {nullptr, 0};
@@ -215,15 +221,15 @@ Rows<typename P::Lane> dquery_lanes(const BackwardItem<P>& item, const Sequence&
   return {item.scratch.dquery_rows + h % (p.num_heads / p.num_kv_heads) * p.seqlen_q * stride, stride};
 }
 
-// One query block of one head against the keys of one slab. dK and dV are added to the scratch; dQ is written by the
-// first slab, and added to by the others.
-template <class P>
-void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
+// One query block of one head against the keys of one slab. Adds dkey and dvalue to the scratch. The first slab writes
+// dquery, and the others add to dquery.
+template <class Policy>
+void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
                     int64_t slab_begin, int64_t slab_end) {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
   const AttentionParams& p = item.p;
-  const BackwardScratch<P>& s = item.scratch;
+  const BackwardScratch<Policy>& s = item.scratch;
   const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
   const int vectors = (nq + kLanes<Lane> - 1) / kLanes<Lane>;
   const int panels = (vectors + kTileVectors - 1) / kTileVectors;
@@ -239,9 +245,9 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
   const Storage* keys_base = row_of<const Storage>(p.key, b, kv_head, seq.k_offset);
   const Storage* values_base = row_of<const Storage>(p.value, b, kv_head, seq.k_offset);
 
-  if (is_single_pass) measure_rows<P>(p, seq, item.relative, item.live, b, h, q_begin, nq, s, rows);
+  if (is_single_pass) measure_rows<Policy>(p, seq, item.relative, item.valid_keys, b, h, q_begin, nq, s, rows);
   KeyBlock& keys = *s.key.keys;
-  KeyStream stream(p, seq, item.live, b, h, q_begin, nq, slab_begin, slab_end);
+  KeyStream stream(p, seq, item.valid_keys, b, h, q_begin, nq, slab_begin, slab_end);
   const bool is_first = slab_begin == item.key_begin();
   const bool has_keys = stream.next(keys);
   if (!has_keys && !is_first) return;
@@ -250,26 +256,26 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
   if (wants_dquery) clear_columns<Lane>(s.dquery, head_dim, vectors);
 
   if (has_keys) {
-    pack_columns<P, kBlockQ>(query, p.query.stride_row, nq, head_dim, s.query);
-    if (!is_single_pass) pack_columns<P, kBlockQ>(dout, p.dout.stride_row, nq, value_dim, s.dout);
-    const Rows<const Lane> query_rows = find_query_rows<P>(query, p.query.stride_row, nq, head_dim, s.query_rows);
-    const Rows<const Lane> dout_rows = find_query_rows<P>(dout, p.dout.stride_row, nq, value_dim, s.dout_rows);
-    ScoreInputs<P> in = score_inputs<P>(p, item.relative, h, q_begin);
+    pack_columns<Policy, kBlockQ>(query, p.query.stride_row, nq, head_dim, s.query);
+    if (!is_single_pass) pack_columns<Policy, kBlockQ>(dout, p.dout.stride_row, nq, value_dim, s.dout);
+    const Rows<const Lane> query_rows = find_query_rows<Policy>(query, p.query.stride_row, nq, head_dim, s.query_rows);
+    const Rows<const Lane> dout_rows = find_query_rows<Policy>(dout, p.dout.stride_row, nq, value_dim, s.dout_rows);
+    ScoreInputs<Policy> in = score_inputs<Policy>(p, item.relative, h, q_begin);
     in.query = s.query;
     Vec<Lane> ones[kBlockVectors<Lane>];
     for (int v = 0; v < vectors; ++v) ones[v] = broadcast<Lane>(1);
 
     do {
-      prepare_keys<P>(p, seq, b, h, q_begin, nq, s.key, in);
-      find_rows<P>(values_base, p.value.stride_row, keys, value_dim, s.value_lanes, s.value_rows);
-      if (P::kPerLane == 2 && wants_dquery) {
+      prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
+      find_rows<Policy>(values_base, p.value.stride_row, keys, value_dim, s.value_lanes, s.value_rows);
+      if (Policy::kPerLane == 2 && wants_dquery) {
         s.summed_key.find(keys_base, p.key.stride_row, keys, head_dim);
       }
       const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
       for (int t = 0; t < tiles; ++t) {
         const int k = t * kTileKeys;
         bool partial;
-        const VectorRange range = tile_range<Lane>(keys, k, stream.valid(), vectors, partial);
+        const VectorRange range = tile_range<Lane>(keys, k, stream.valid_queries(), vectors, partial);
         const bool plain = !partial && in.raw && !p.has_dropout;
         s.key.ranges[t] = range;
         for (int panel = 0; panel < panels; ++panel) {
@@ -277,28 +283,29 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
           if (part.begin >= part.end) continue;
           with_columns(part.end - part.begin, [&](auto columns) {
             constexpr int kColumns = decltype(columns)::value;
-            const int value_depth = P::lanes_for(value_dim);
+            const int value_depth = Policy::lanes_for(value_dim);
             if (plain) {
-              backward_tile<P, kColumns, true>(in, k, part.begin, false, false, s, rows, value_depth, dropout_scale);
+              backward_tile<Policy, kColumns, true>(in, k, part.begin, false, false, s, rows, value_depth,
+                                                    dropout_scale);
             } else {
-              backward_tile<P, kColumns, false>(in, k, part.begin, partial, p.has_dropout, s, rows, value_depth,
-                                                dropout_scale);
+              backward_tile<Policy, kColumns, false>(in, k, part.begin, partial, p.has_dropout, s, rows, value_depth,
+                                                     dropout_scale);
             }
           });
         }
         if (s.dbias != nullptr) clear_outside(s.dbias, k, range, vectors);
         if (p.dvalue.data != nullptr) {
-          accumulate_keys<P>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.weights, dout_rows, value_dim,
-                             s.dvalue);
+          accumulate_keys<Policy>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.probs, dout_rows, value_dim,
+                                  s.dvalue);
         }
         if (p.dkey.data != nullptr) {
-          accumulate_keys<P>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.dscores, query_rows, head_dim,
-                             s.dkey);
+          accumulate_keys<Policy>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.dscores, query_rows, head_dim,
+                                  s.dkey);
         }
       }
       if (wants_dquery) {
-        outer_block<P>(P::kPerLane == 2 ? s.summed_key.rows : s.key.key_rows, head_dim, s.dscore_pairs, ones,
-                       s.key.ranges, tiles, keys.count, vectors, s.dquery);
+        outer_block<Policy>(Policy::kPerLane == 2 ? s.summed_key.rows : s.key.key_rows, head_dim, s.dscore_pairs, ones,
+                            s.key.ranges, tiles, keys.count, vectors, s.dquery);
       }
       if (s.dbias != nullptr) clear_beyond<Lane>(s.dbias, keys.count, nq);
       if (p.dbias.data != nullptr) accumulate_dbias<Lane>(p.dbias, b, h, q_begin, nq, keys, s.dbias);
@@ -313,21 +320,21 @@ void backward_block(const BackwardItem<P>& item, const Sequence& seq, int64_t b,
   const Lane scale = static_cast<Lane>(p.scale);
   const Rows<Lane> sums = dquery_lanes(item, seq, b, h);
   if (sums.data != nullptr) {
-    write_transposed<Policy<Lane, Lane, 1>>(s.dquery, nq, head_dim, scale, !is_first, sums.data + q_begin * sums.stride,
-                                            sums.stride);
+    write_transposed<ElementPolicy<Lane, Lane, 1>>(s.dquery, nq, head_dim, scale, !is_first,
+                                                   sums.data + q_begin * sums.stride, sums.stride);
   } else {
-    write_transposed<P>(s.dquery, nq, head_dim, scale, false, row_of<Storage>(p.dquery, b, h, row),
-                        p.dquery.stride_row);
+    write_transposed<Policy>(s.dquery, nq, head_dim, scale, false, row_of<Storage>(p.dquery, b, h, row),
+                             p.dquery.stride_row);
   }
 }
 
 // All query heads of one kv head.
-template <class P>
-void backward_kv_head(const BackwardItem<P>& item, int64_t b, int64_t kv_head) {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
+template <class Policy>
+void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_head) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
   const AttentionParams& p = item.p;
-  const BackwardScratch<P>& s = item.scratch;
+  const BackwardScratch<Policy>& s = item.scratch;
   const Sequence seq = sequence_of(p, b);
   const int head_dim = static_cast<int>(p.head_dim);
   const int value_dim = static_cast<int>(p.value_dim);
@@ -336,7 +343,7 @@ void backward_kv_head(const BackwardItem<P>& item, int64_t b, int64_t kv_head) {
   const int64_t chunk_stop = item.key_begin() + item.plan.chunk_keys;
   const int64_t chunk_end = chunk_stop < seq.seqlen_k ? chunk_stop : seq.seqlen_k;
 
-  // Without keys there is still dQ to write: the first slab is always visited.
+  // dquery is written even if there is no key. So the first slab is always visited.
   int64_t slab_begin = item.key_begin();
   do {
     const int64_t slab_stop = slab_begin + item.plan.slab_keys;
@@ -346,7 +353,7 @@ void backward_kv_head(const BackwardItem<P>& item, int64_t b, int64_t kv_head) {
     memset(s.dvalue, 0, count * round_up(value_dim, kLanes<Lane>) * sizeof(Lane));
     for (int64_t h = first_head; h < first_head + heads; ++h) {
       for (int64_t q_begin = 0; q_begin < seq.seqlen_q; q_begin += kBlockQ) {
-        backward_block<P>(item, seq, b, h, q_begin, slab_begin, slab_end);
+        backward_block<Policy>(item, seq, b, h, q_begin, slab_begin, slab_end);
       }
     }
     const int64_t row = seq.k_offset + slab_begin;
@@ -371,9 +378,9 @@ void backward_kv_head(const BackwardItem<P>& item, int64_t b, int64_t kv_head) {
   }
 }
 
-template <class P>
-void backward_item(const BackwardItem<P>& item, int64_t group) {
-  using Lane = typename P::Lane;
+template <class Policy>
+void backward_item(const BackwardItem<Policy>& item, int64_t group) {
+  using Lane = typename Policy::Lane;
   const AttentionParams& p = item.p;
   const BackwardPlan& plan = item.plan;
   const int64_t head_groups = plan.join_heads ? 1 : p.num_kv_heads;
@@ -397,16 +404,16 @@ void backward_item(const BackwardItem<P>& item, int64_t group) {
       memset(item.partials.drelative_bias + head_index(p, item.chunk, b, h) * item.partials.row_relative, 0,
              item.partials.row_relative * sizeof(Lane));
     }
-    for (int64_t kv_head = kv_begin; kv_head < kv_end; ++kv_head) backward_kv_head<P>(item, b, kv_head);
+    for (int64_t kv_head = kv_begin; kv_head < kv_end; ++kv_head) backward_kv_head<Policy>(item, b, kv_head);
   }
 }
 
-// Sums the chunks' partial dq of one head, in the order of the chunks.
-template <class P>
+// Sums the partial dquery of one head over the chunks, in order.
+template <class Policy>
 void reduce_dquery(const AttentionParams& p, const BackwardPlan& plan,
-                   const BackwardPartials<typename P::Lane>& partials, int64_t b, int64_t h) {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
+                   const BackwardPartials<typename Policy::Lane>& partials, int64_t b, int64_t h) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
   const Sequence seq = sequence_of(p, b);
   const int dim = static_cast<int>(p.head_dim);
   for (int64_t i = 0; i < seq.seqlen_q; ++i) {
@@ -422,7 +429,7 @@ void reduce_dquery(const AttentionParams& p, const BackwardPlan& plan,
   }
 }
 
-// dsinks[h] = -sum over rows of exp(sink - lse) * (delta - dlse): what the sink takes from the row.
+// dsinks[h] = -sum over rows of exp(sink - lse) * (delta - dlse). exp(sink - lse) is the sink's share of the row.
 template <class Lane>
 void compute_dsinks(const AttentionParams& p, const RowStatistics<Lane>& statistics, int64_t h) {
   const Vec<Lane> sink = broadcast<Lane>(*row_of<const Lane>(p.sinks, 0, h, 0));
@@ -438,30 +445,30 @@ void compute_dsinks(const AttentionParams& p, const RowStatistics<Lane>& statist
   *row_of<Lane>(p.dsinks, 0, h, 0) += sum_lanes<Lane>(total);
 }
 
-template <class P>
+template <class Policy>
 void backward_with_policy(const AttentionParams& p) {
-  using Lane = typename P::Lane;
-  const BackwardPlan plan = plan_backward<P>(p);
+  using Lane = typename Policy::Lane;
+  const BackwardPlan plan = plan_backward<Policy>(p);
   const double flops = 4.0 * static_cast<double>(p.batch * p.num_heads) * static_cast<double>(p.seqlen_q) *
                        static_cast<double>(p.seqlen_k) * static_cast<double>(p.head_dim + p.value_dim);
-  // Without keys there is still dq to write.
+  // dquery is written even if there is no key.
   const int64_t chunks = plan.chunks < 1 ? 1 : plan.chunks;
   const int64_t items = plan.groups * chunks;
   const int threads = choose_threads(p.num_threads, items, flops);
 
-  const Buffer live_memory(live_keys_bytes(p));
+  const Buffer valid_keys_memory(valid_keys_bytes(p));
   const Buffer relative_memory(relative_bias_bytes<Lane>(p));
   BackwardPartials<Lane> partials;
   const Buffer partials_memory([&](Arena& arena) { partials.layout(arena, p, plan); });
   const int64_t rows = plan.is_single_pass ? 0 : p.batch * p.num_heads * RowStatistics<Lane>::rows_of_head(p);
   RowStatistics<Lane> statistics;
   const Buffer statistics_memory([&](Arena& arena) { statistics.layout(arena, rows); });
-  const std::unique_ptr<BackwardScratch<P>[]> scratch(new BackwardScratch<P>[threads]);
+  const std::unique_ptr<BackwardScratch<Policy>[]> scratch(new BackwardScratch<Policy>[threads]);
   const Buffer memory([&](Arena& arena) {
     for (int thread = 0; thread < threads; ++thread) scratch[thread].layout(arena, p, plan);
   });
 
-  const LiveKeys* live = make_live_keys(p, live_memory.data());
+  const ValidKeys* valid_keys = make_valid_keys(p, valid_keys_memory.data());
   const RelativeBias<Lane> relative = make_relative_bias<Lane>(p, relative_memory.data());
 
   const int64_t heads = p.batch * p.num_heads;
@@ -473,24 +480,26 @@ void backward_with_policy(const AttentionParams& p) {
     const Sequence seq = sequence_of(p, b);
     if (q_begin >= seq.seqlen_q) return;
     const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
-    measure_rows<P>(p, seq, relative, live, b, h, q_begin, nq, scratch[thread], statistics.at(p, b, h, q_begin));
+    measure_rows<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, scratch[thread],
+                         statistics.at(p, b, h, q_begin));
   });
-  // Early chunks of a causal problem hold the most work.
+  // Under a causal mask, the first chunks hold the most work.
   const Items order = plan.chunks > 1 ? Items::kInOrder : Items::kShared;
   const auto backward_of = [&](int64_t index, int thread) {
     const int64_t chunk = index / plan.groups;
-    backward_item<P>({p, plan, relative, live, statistics, partials, scratch[thread], chunk}, index % plan.groups);
+    backward_item<Policy>({p, plan, relative, valid_keys, statistics, partials, scratch[thread], chunk},
+                          index % plan.groups);
   };
   parallel_for(threads, items, backward_of, order);
 
   if (plan.chunks > 1 && p.dquery.data != nullptr) {
     parallel_for(threads, heads, [&](int64_t index, int) {
-      reduce_dquery<P>(p, plan, partials, index / p.num_heads, index % p.num_heads);
+      reduce_dquery<Policy>(p, plan, partials, index / p.num_heads, index % p.num_heads);
     });
   }
   if (p.drelative_bias.data != nullptr) reduce_drelative<Lane>(p, plan, partials);
   if (p.dsinks.data != nullptr) {
-    // One after another: a shared sink (stride 0) is summed over the heads.
+    // The heads come one after another, because a shared sink (stride 0) is summed over them.
     for (int64_t h = 0; h < p.num_heads; ++h) *row_of<Lane>(p.dsinks, 0, h, 0) = 0;
     for (int64_t h = 0; h < p.num_heads; ++h) compute_dsinks<Lane>(p, statistics, h);
   }

@@ -1,11 +1,12 @@
-// The gradients of the dense and of the relative bias, from dS of a block of keys.
+// The gradients of the dense and of the relative bias, from dscores of a block of keys.
 #pragma once
 #include "backward_plan.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Adds the block's dS (tile[key][query]) to the gradient of the bias, which is summed over the dimensions of stride 0.
+// Adds the block's dscores (tile[key][query]) to the gradient of the bias, summed over the dimensions whose stride is
+// 0.
 template <class Lane>
 FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
                                   const KeyBlock& keys, const Lane* tile) {
@@ -38,14 +39,14 @@ FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, 
         if (q + n <= nq && count >= n) {
           FA_UNROLL
           for (int i = 0; i < n; ++i) {
-            Lane* p = base + (q + i) * view.stride_row + k;
-            store<Lane>(p, load<Lane>(p) + block[i]);
+            Lane* target = base + (q + i) * view.stride_row + k;
+            store<Lane>(target, load<Lane>(target) + block[i]);
           }
         } else {
           FA_UNROLL
           for (int i = 0; i < n; ++i) {
-            Lane* p = base + (q + i) * view.stride_row + k;
-            if (q + i < nq) store_as<Lane>(p, load_as<Lane>(p, count) + block[i], count);
+            Lane* target = base + (q + i) * view.stride_row + k;
+            if (q + i < nq) store_as<Lane>(target, load_as<Lane>(target, count) + block[i], count);
           }
         }
       }
@@ -58,19 +59,19 @@ FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, 
   }
 }
 
-// Adds the block's dS to the gradient of the reversed relative bias: key j meets 64 neighbouring entries.
+// Adds the block's dscores to the gradient of the reversed relative bias. A key adds to 64 neighbouring entries.
 template <class Lane>
 FA_NOINLINE void accumulate_drelative(const KeyBlock& keys, int vectors, const Lane* tile, Lane* relative) {
   constexpr int n = kLanes<Lane>;
   for (int k = 0; k < keys.count; ++k) {
     for (int v = 0; v < vectors; ++v) {
-      Lane* p = relative - keys.index[k] + v * n;
-      store<Lane>(p, load<Lane>(p) + load<Lane>(tile + k * kBlockQ + v * n));
+      Lane* target = relative - keys.index[k] + v * n;
+      store<Lane>(target, load<Lane>(target) + load<Lane>(tile + k * kBlockQ + v * n));
     }
   }
 }
 
-// Zeros what no tile range covers, where whole rows of the tile will be read.
+// Zeros the vectors that the range of a tile does not cover, because whole rows of the tile will be read.
 template <class Lane>
 FA_INLINE void clear_outside(Lane* tile, int k, VectorRange range, int vectors) {
   constexpr int n = kLanes<Lane>;
@@ -80,7 +81,8 @@ FA_INLINE void clear_outside(Lane* tile, int k, VectorRange range, int vectors) 
   }
 }
 
-// Zeros the lanes of queries that do not exist: an infinite key makes them NaN, and sums over queries read whole vectors.
+// Zeros the lanes of queries that do not exist. An infinite key makes them NaN, and sums over queries read whole
+// vectors.
 template <class Lane>
 FA_INLINE void clear_beyond(Lane* tile, int keys, int nq) {
   const int end = static_cast<int>(round_up(nq, kLanes<Lane>));
@@ -104,7 +106,8 @@ FA_NOINLINE void clear_dbias(const AttentionParams& p, int64_t b, int64_t h, int
   }
 }
 
-// Sums the partial gradients of the relative bias over chunks and batch entries (and heads, if they share it), in order.
+// Sums the partial gradients of the relative bias over chunks and batch entries, in order. If heads share the bias,
+// sums over them, too.
 template <class Lane>
 void reduce_drelative(const AttentionParams& p, const BackwardPlan& plan, const BackwardPartials<Lane>& partials) {
   const int64_t columns = relative_columns(p);

@@ -1,84 +1,72 @@
-// The forward kernel for few queries ("decoding" against a cache of keys), where a vector of queries would be nearly empty.
-// Here lanes are the dimension that a row of memory holds, so that each key and value is loaded as whole vectors:
+// The forward kernel for few queries ("decoding" against a cache of keys), where a vector of queries would be nearly
+// empty. Here lanes are the dimension that a row of memory holds, so each key and value is loaded as whole vectors:
 //
-//   s[key]   = sum over d of K[key][d] * q[d]      a vector of keys at a time: one accumulator for each, then sum_rows
-//   out[d]   = sum over keys of exp(s[key] - max) * V[key][d]
+//   scores[key] = sum over d of key[key][d] * query[d]     a vector of keys at a time, each with an accumulator
+//   out[d]      = sum over keys of exp(scores[key] - row_max) * value[key][d]
 //
-// A work item is a part of the keys of the query rows that share them: those of a kv head. Parts are merged in a second
-// pass; how many there are depends on the shapes alone, so results do not depend on the number of threads.
+// A work item is a split of the keys, for the query rows that share these keys: the rows of one kv head. A second pass
+// merges the splits. The number of splits depends on the shapes alone, so results do not depend on the number of
+// threads.
 #pragma once
-#include "forward.h"
+#include <memory>
+
 #include "parallel.h"
+#include "scores.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Most queries. At head dim 64 and 128, in float32 and bfloat16, 6 take 0.6-0.8 of forward.h's time, and 8 as long.
-constexpr int64_t kDecodeQueries = 6;
-
-// Whether this is the faster way. Not where an lse is wanted, which is where a backward pass may follow: that computes the
-// scores as forward.h does, and what rounding makes of other scores would be multiplied by the mean of the keys in dQ.
-template <class P>
-bool is_decoding(const AttentionParams& p) {
-  if (p.seqlen_q > kDecodeQueries || p.has_dropout || p.lse.data != nullptr) return false;
-  // Instructions per key: here a load and a multiply-add of each vector and some for the sum over its lanes, for each row;
-  // there a multiply-add, and a quarter of a load, of each element.
-  constexpr int64_t n = kLanes<typename P::Lane>;
-  const int64_t vectors = round_up(P::lanes_for(static_cast<int>(p.head_dim)), n) / n + round_up(p.value_dim, n) / n;
-  return 4 * p.seqlen_q * (vectors + 4) <= 3 * (p.head_dim + p.value_dim);
-}
-
 struct DecodePlan {
-  static constexpr int64_t kMostParts = 64;
+  static constexpr int64_t kMaxSplits = 64;
 
-  int64_t heads;   // query heads of an item: a kv head's, or one where each has a mask of its own
-  int64_t groups;  // of an item's heads, over the batch
-  int64_t parts;   // of the keys
-  int64_t part_keys;
+  int64_t heads;   // query heads of an item: those of a kv head, or one head if each has a mask of its own
+  int64_t groups;  // how many groups of heads there are, over the batch
+  int64_t splits;  // into how many splits the keys are cut
+  int64_t keys_per_split;
   int64_t value_row;  // lanes of a partial output
 
-  // Rows of the partial results: [part][batch][head][query].
-  int64_t row(const AttentionParams& p, int64_t part, int64_t b, int64_t h, int64_t i) const {
-    return ((part * p.batch + b) * p.num_heads + h) * p.seqlen_q + i;
+  // The row of the partial results, which are [split][batch][head][query].
+  int64_t row(const AttentionParams& p, int64_t split, int64_t b, int64_t h, int64_t i) const {
+    return ((split * p.batch + b) * p.num_heads + h) * p.seqlen_q + i;
   }
 };
 
 template <class Lane>
 DecodePlan plan_decode(const AttentionParams& p) {
-  // Enough items for many threads, and enough keys in each that its start does not matter.
+  // There should be enough items for many threads, and enough keys in each item that its start does not matter.
   constexpr int64_t kLeastKeys = 512;
   DecodePlan plan;
   const bool own_masks = p.mask.data != nullptr && p.mask.stride_head != 0;
   plan.heads = own_masks ? 1 : p.num_heads / p.num_kv_heads;
   plan.groups = p.batch * p.num_heads / plan.heads;
-  const int64_t wanted = (DecodePlan::kMostParts + plan.groups - 1) / plan.groups;
+  const int64_t wanted = (DecodePlan::kMaxSplits + plan.groups - 1) / plan.groups;
   const int64_t possible = p.seqlen_k / kLeastKeys;
-  plan.parts = wanted < possible ? wanted : possible;
-  if (plan.parts < 1) plan.parts = 1;
-  plan.part_keys = (p.seqlen_k + plan.parts - 1) / plan.parts;
+  plan.splits = wanted < possible ? wanted : possible;
+  if (plan.splits < 1) plan.splits = 1;
+  plan.keys_per_split = (p.seqlen_k + plan.splits - 1) / plan.splits;
   plan.value_row = round_up(p.value_dim, kLanes<Lane>);
   return plan;
 }
 
-// What a part of the keys leaves of each row: the output before its division, and where its weights stand.
+// The partial result of each row for each split: the output before the division, and the maximum and sum of the row.
 template <class Lane>
 struct DecodePartials {
   Lane* acc;      // [row][value_row]
-  Lane* row_max;  // of the logits
-  Lane* row_sum;  // of exp(logit - row_max); 0 where the row sees none of the keys
+  Lane* row_max;  // the largest logit
+  Lane* row_sum;  // the sum of exp(logit - row_max); 0 if the row sees none of the keys
 
   void layout(Arena& arena, const AttentionParams& p, const DecodePlan& plan) {
-    const int64_t rows = plan.row(p, plan.parts, 0, 0, 0);
+    const int64_t rows = plan.row(p, plan.splits, 0, 0, 0);
     acc = arena.take<Lane>(rows * plan.value_row);
     row_max = arena.take<Lane>(rows);
     row_sum = arena.take<Lane>(rows);
   }
 };
 
-template <class P>
+template <class Policy>
 struct DecodeScratch {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
   static constexpr int64_t kRows = kBlockK + kLanes<Lane>;  // a vector of keys may reach beyond the block
 
   KeyBlock* keys;
@@ -93,47 +81,50 @@ struct DecodeScratch {
     keys = arena.take<KeyBlock>(1);
     key_rows = arena.take<const Storage*>(kRows);
     value_rows = arena.take<const Storage*>(kRows);
-    query = arena.take<Lane>(rows * round_up(P::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>));
+    query = arena.take<Lane>(rows * round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>));
     scores = arena.take<Lane>(kRows);
     row_sum = arena.take<Vec<Lane>>(rows);
   }
 };
 
-// Rows to ask the memory for in advance. The hardware's own prefetch starts anew at every switch between keys and values:
-// with 128 rows a cache in main memory comes at 28 GB/s of 32, without at 19; 32 and 64 rows are too late. What lies in
-// the third-level cache takes 5-10 % longer with it.
+// How many rows ahead the kernel prefetches. The prefetcher of the hardware starts anew at every switch between keys
+// and values. A cache in main memory then comes at 19 GB/s. With 128 rows ahead it comes at 28 GB/s, of 32 that are
+// possible; 32 and 64 rows are too late. What lies in the third-level cache takes 5-10 % longer with the prefetch.
 constexpr int64_t kRowsAhead = 128;
 
-// Reads nothing, so that the address may be any.
-FA_INLINE void prefetch(const void* p, int64_t bytes_ahead) {
+// Reads nothing, so that any address is allowed.
+FA_INLINE void prefetch(const void* address, int64_t bytes_ahead) {
   __builtin_prefetch(
-      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes_ahead)), 0, 2);
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(bytes_ahead)), 0, 2);
 }
 
-// Dot products of a query with the keys of a block, kLanes of them at a time. ahead: bytes to the row to prefetch, if any.
-template <class P, bool kPrefetch>
-FA_NOINLINE void multiply_keys(const typename P::Lane* query, const typename P::Storage* const* key_rows, int count,
-                               int head_dim, typename P::Lane scale, int64_t ahead, typename P::Lane* scores) {
-  using Lane = typename P::Lane;
+// Dot products of a query with the keys of a block, kLanes of them at a time. Prefetches the row that lies `ahead`
+// bytes further on, if kPrefetch.
+template <class Policy, bool kPrefetch>
+FA_NOINLINE void multiply_keys(const typename Policy::Lane* query, const typename Policy::Storage* const* key_rows,
+                               int count, int head_dim, typename Policy::Lane scale, int64_t ahead,
+                               typename Policy::Lane* scores) {
+  using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
-  const int lanes = P::lanes_for(head_dim);
+  const int lanes = Policy::lanes_for(head_dim);
   for (int k = 0; k < count; k += n) {
     Vec<Lane> acc[n];
     FA_UNROLL
     for (int i = 0; i < n; ++i) acc[i] = Vec<Lane>{};
     int d = 0;
-    for (; (d + n) * P::kPerLane <= head_dim; d += n) {
+    for (; (d + n) * Policy::kPerLane <= head_dim; d += n) {
       const Vec<Lane> q = load<Lane>(query + d);
       FA_UNROLL
       for (int i = 0; i < n; ++i) {
-        acc[i] = multiply_add<P>(load_lanes<P>(key_rows[k + i], d, (d + n) * P::kPerLane), q, acc[i]);
-        if constexpr (kPrefetch) prefetch(key_rows[k + i] + d * P::kPerLane, ahead);
+        acc[i] = multiply_add<Policy>(load_lanes<Policy>(key_rows[k + i], d, (d + n) * Policy::kPerLane), q, acc[i]);
+        if constexpr (kPrefetch) prefetch(key_rows[k + i] + d * Policy::kPerLane, ahead);
       }
     }
     if (d < lanes) {
       const Vec<Lane> q = load<Lane>(query + d);
       FA_UNROLL
-      for (int i = 0; i < n; ++i) acc[i] = multiply_add<P>(load_lanes<P>(key_rows[k + i], d, head_dim), q, acc[i]);
+      for (int i = 0; i < n; ++i)
+        acc[i] = multiply_add<Policy>(load_lanes<Policy>(key_rows[k + i], d, head_dim), q, acc[i]);
     }
     store<Lane>(scores + k, sum_rows<Lane>(acc) * scale);
   }
@@ -151,17 +142,17 @@ FA_NOINLINE void add_bias(const Storage* row, int64_t stride_col, const KeyBlock
   for (; k < keys.count; ++k) scores[k] += load_scalar<Lane>(row + keys.index[k] * stride_col);
 }
 
-// Logits of query i of head h; -inf where a key is hidden from it, and behind the last key.
-template <class P, bool kPrefetch>
-void decode_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const typename P::Lane* query,
-                   const DecodeScratch<P>& s) {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
+// Logits of query i of head h. They are -inf where a key is hidden from the query, and behind the last key.
+template <class Policy, bool kPrefetch>
+void decode_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const typename Policy::Lane* query,
+                   const DecodeScratch<Policy>& s) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
   const KeyBlock& keys = *s.keys;
   const Lane hidden = -FloatTraits<Lane>::kInfinity;
   const int64_t ahead = kRowsAhead * p.key.stride_row * static_cast<int64_t>(sizeof(Storage));
-  multiply_keys<P, kPrefetch>(query, s.key_rows, keys.count, static_cast<int>(p.head_dim), static_cast<Lane>(p.scale),
-                              ahead, s.scores);
+  multiply_keys<Policy, kPrefetch>(query, s.key_rows, keys.count, static_cast<int>(p.head_dim),
+                                   static_cast<Lane>(p.scale), ahead, s.scores);
   const int end = static_cast<int>(round_up(keys.count, kLanes<Lane>));
   if (p.softcap > 0) apply_softcap<Lane>(s.scores, end, static_cast<Lane>(p.softcap), nullptr);
   if (p.bias.data != nullptr) {
@@ -184,46 +175,46 @@ void decode_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t i, co
   for (int k = keys.count; k < end; ++k) s.scores[k] = hidden;
 }
 
-// Replaces logits by exp(logit - row_max), raises row_max before and adds to row_sum. Returns what earlier sums must be
-// multiplied by.
-template <class P>
-FA_INLINE typename P::Lane decode_softmax(int count, typename P::Lane* scores, typename P::Lane& row_max,
-                                          Vec<typename P::Lane>& row_sum) {
-  using Lane = typename P::Lane;
+// Raises row_max, replaces the logits by exp(logit - row_max), and adds them to row_sum. Returns the factor by which
+// earlier sums must be multiplied.
+template <class Policy>
+FA_INLINE typename Policy::Lane decode_softmax(int count, typename Policy::Lane* scores, typename Policy::Lane& row_max,
+                                               Vec<typename Policy::Lane>& row_sum) {
+  using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   Vec<Lane> maximum = broadcast<Lane>(row_max);
   for (int k = 0; k < count; k += n) maximum = max<Lane>(load<Lane>(scores + k), maximum);
   Lane new_max = row_max;
   FA_UNROLL
   for (int i = 0; i < n; ++i) new_max = maximum[i] > new_max ? maximum[i] : new_max;
-  const Vec<Lane> alpha = exp2<Lane>((broadcast<Lane>(row_max) - new_max) * Lane(kLog2E));
-  Vec<Lane> sum = row_sum * alpha;
+  const Vec<Lane> rescale = exp2<Lane>((broadcast<Lane>(row_max) - new_max) * Lane(kLog2E));
+  Vec<Lane> sum = row_sum * rescale;
   for (int k = 0; k < count; k += n) {
-    const Vec<Lane> weight = exp2<Lane, P::kCoarseExp>((load<Lane>(scores + k) - new_max) * Lane(kLog2E));
-    sum += weight;
-    store<Lane>(scores + k, weight);
+    const Vec<Lane> prob = exp2<Lane, Policy::kCoarseExp>((load<Lane>(scores + k) - new_max) * Lane(kLog2E));
+    sum += prob;
+    store<Lane>(scores + k, prob);
   }
   row_max = new_max;
   row_sum = sum;
-  return alpha[0];
+  return rescale[0];
 }
 
-// acc[c] = acc[c] * alpha + sum over keys of weights[key] * value_rows[key][c], for kColumns vectors of columns, of which
-// `dim` elements exist. ahead: bytes to the row to prefetch, if any.
-template <class P, bool kPrefetch, int kColumns, bool kWhole>
-FA_INLINE void sum_values_tile(const typename P::Storage* const* value_rows, int64_t first,
-                               const typename P::Lane* weights, int count, int dim, int64_t ahead,
-                               typename P::Lane alpha, typename P::Lane* acc) {
-  using Lane = typename P::Lane;
+// acc[c] = acc[c] * rescale + sum over keys of probs[key] * value_rows[key][c], for kColumns vectors of columns. `dim`
+// elements of them exist. Prefetches the row that lies `ahead` bytes further on, if kPrefetch.
+template <class Policy, bool kPrefetch, int kColumns, bool kWhole>
+FA_INLINE void sum_values_tile(const typename Policy::Storage* const* value_rows, int64_t first,
+                               const typename Policy::Lane* probs, int count, int dim, int64_t ahead,
+                               typename Policy::Lane rescale, typename Policy::Lane* acc) {
+  using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   constexpr int kKeys = 4;  // side by side, to hide the latency of the multiply-add
   Vec<Lane> sum[kKeys][kColumns] = {};
   const auto add_key = [&](int j, Vec<Lane>(&target)[kColumns]) {
-    const typename P::Storage* row = value_rows[j] + first;
-    const Vec<Lane> weight = broadcast<Lane>(weights[j]);
+    const typename Policy::Storage* row = value_rows[j] + first;
+    const Vec<Lane> prob = broadcast<Lane>(probs[j]);
     FA_UNROLL
     for (int c = 0; c < kColumns; ++c) {
-      target[c] = load_as<Lane>(row + c * n, kWhole ? n : dim - c * n) * weight + target[c];
+      target[c] = load_as<Lane>(row + c * n, kWhole ? n : dim - c * n) * prob + target[c];
       if constexpr (kPrefetch) prefetch(row + c * n, ahead);
     }
   };
@@ -236,35 +227,37 @@ FA_INLINE void sum_values_tile(const typename P::Storage* const* value_rows, int
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
     const Vec<Lane> total = (sum[0][c] + sum[1][c]) + (sum[2][c] + sum[3][c]);
-    store<Lane>(acc + c * n, load<Lane>(acc + c * n) * alpha + total);
+    store<Lane>(acc + c * n, load<Lane>(acc + c * n) * rescale + total);
   }
 }
 
-template <class P, bool kPrefetch>
-FA_NOINLINE void sum_values(const typename P::Storage* const* value_rows, const typename P::Lane* weights, int count,
-                            int value_dim, int64_t ahead, typename P::Lane alpha, typename P::Lane* acc) {
-  constexpr int n = kLanes<typename P::Lane>;
+template <class Policy, bool kPrefetch>
+FA_NOINLINE void sum_values(const typename Policy::Storage* const* value_rows, const typename Policy::Lane* probs,
+                            int count, int value_dim, int64_t ahead, typename Policy::Lane rescale,
+                            typename Policy::Lane* acc) {
+  constexpr int n = kLanes<typename Policy::Lane>;
   int d = 0;
   for (; d + n <= value_dim;) {
     const int columns = (value_dim - d) / n;
     with_columns(columns < kTileVectors ? columns : kTileVectors, [&](auto constant) {
       constexpr int kColumns = decltype(constant)::value;
-      sum_values_tile<P, kPrefetch, kColumns, true>(value_rows, d, weights, count, kColumns * n, ahead, alpha, acc + d);
+      sum_values_tile<Policy, kPrefetch, kColumns, true>(value_rows, d, probs, count, kColumns * n, ahead, rescale,
+                                                         acc + d);
       d += kColumns * n;
     });
   }
   if (d < value_dim)
-    sum_values_tile<P, kPrefetch, 1, false>(value_rows, d, weights, count, value_dim - d, ahead, alpha, acc + d);
+    sum_values_tile<Policy, kPrefetch, 1, false>(value_rows, d, probs, count, value_dim - d, ahead, rescale, acc + d);
 }
 
-// The rows of one group against one part of the keys.
-template <class P>
-void decode_item(const AttentionParams& p, const DecodePlan& plan, const LiveKeys* live, int64_t group, int64_t part,
-                 const DecodeScratch<P>& s, const DecodePartials<typename P::Lane>& partials) {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
+// The rows of one group of heads against one split of the keys.
+template <class Policy>
+void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKeys* valid_keys, int64_t group,
+                 int64_t split, const DecodeScratch<Policy>& s, const DecodePartials<typename Policy::Lane>& partials) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
-  const int64_t groups = p.num_heads / plan.heads;  // of a batch entry
+  const int64_t groups = p.num_heads / plan.heads;  // how many groups a batch entry has
   const int64_t b = group / groups;
   const int64_t first_head = group % groups * plan.heads;
   const int64_t kv_head = first_head / (p.num_heads / p.num_kv_heads);
@@ -272,13 +265,13 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const LiveKey
   const int nq = static_cast<int>(seq.seqlen_q);
   if (nq == 0) return;
   const int head_dim = static_cast<int>(p.head_dim);
-  const int64_t query_row = round_up(P::lanes_for(head_dim), n);
+  const int64_t query_row = round_up(Policy::lanes_for(head_dim), n);
   for (int64_t r = 0; r < plan.heads * nq; ++r) {
     const Storage* source = row_of<const Storage>(p.query, b, first_head + r / nq, seq.q_offset + r % nq);
-    for (int d = 0; d < P::lanes_for(head_dim); d += n) {
-      store<Lane>(s.query + r * query_row + d, load_lanes<P>(source, d, head_dim));
+    for (int d = 0; d < Policy::lanes_for(head_dim); d += n) {
+      store<Lane>(s.query + r * query_row + d, load_lanes<Policy>(source, d, head_dim));
     }
-    const int64_t row = plan.row(p, part, b, first_head + r / nq, r % nq);
+    const int64_t row = plan.row(p, split, b, first_head + r / nq, r % nq);
     memset(partials.acc + row * plan.value_row, 0, plan.value_row * sizeof(Lane));
     partials.row_max[row] = FloatTraits<Lane>::kLowest;
     s.row_sum[r] = Vec<Lane>{};
@@ -288,9 +281,10 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const LiveKey
   const Storage* key_base = row_of<const Storage>(p.key, b, kv_head, seq.k_offset);
   const Storage* value_base = row_of<const Storage>(p.value, b, kv_head, seq.k_offset);
   const int64_t values_ahead = kRowsAhead * p.value.stride_row * static_cast<int64_t>(sizeof(Storage));
-  const int64_t key_begin = part * plan.part_keys;
-  const int64_t key_end = key_begin + plan.part_keys < seq.seqlen_k ? key_begin + plan.part_keys : seq.seqlen_k;
-  KeyStream stream(p, seq, live, b, first_head, 0, nq, key_begin, key_end);
+  const int64_t key_begin = split * plan.keys_per_split;
+  const int64_t key_end =
+      key_begin + plan.keys_per_split < seq.seqlen_k ? key_begin + plan.keys_per_split : seq.seqlen_k;
+  KeyStream stream(p, seq, valid_keys, b, first_head, 0, nq, key_begin, key_end);
   while (stream.next(keys)) {
     for (int k = 0; k < round_up(keys.count, n); ++k) {
       const int64_t index = keys.index[k < keys.count ? k : keys.count - 1];
@@ -300,100 +294,91 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const LiveKey
     const auto visit = [&](int64_t r, auto is_first) {
       constexpr bool kPrefetch = decltype(is_first)::value != 0;
       const int64_t h = first_head + r / nq;
-      const int64_t row = plan.row(p, part, b, h, r % nq);
-      decode_scores<P, kPrefetch>(p, b, h, r % nq, s.query + r * query_row, s);
-      const Lane alpha = decode_softmax<P>(keys.count, s.scores, partials.row_max[row], s.row_sum[r]);
-      sum_values<P, kPrefetch>(s.value_rows, s.scores, keys.count, static_cast<int>(p.value_dim), values_ahead, alpha,
-                               partials.acc + row * plan.value_row);
+      const int64_t row = plan.row(p, split, b, h, r % nq);
+      decode_scores<Policy, kPrefetch>(p, b, h, r % nq, s.query + r * query_row, s);
+      const Lane rescale = decode_softmax<Policy>(keys.count, s.scores, partials.row_max[row], s.row_sum[r]);
+      sum_values<Policy, kPrefetch>(s.value_rows, s.scores, keys.count, static_cast<int>(p.value_dim), values_ahead,
+                                    rescale, partials.acc + row * plan.value_row);
     };
-    visit(0, Constant<1>{});  // the first row asks for what the others will find in the cache
+    visit(0, Constant<1>{});  // the first row prefetches what the others will find in the cache
     for (int64_t r = 1; r < plan.heads * nq; ++r) visit(r, Constant<0>{});
   }
   for (int64_t r = 0; r < plan.heads * nq; ++r) {
-    partials.row_sum[plan.row(p, part, b, first_head + r / nq, r % nq)] = sum_lanes<Lane>(s.row_sum[r]);
+    partials.row_sum[plan.row(p, split, b, first_head + r / nq, r % nq)] = sum_lanes<Lane>(s.row_sum[r]);
   }
 }
 
-// Sums the parts of one row and writes its output.
-template <class P>
-void merge_parts(const AttentionParams& p, const DecodePlan& plan, const DecodePartials<typename P::Lane>& partials,
-                 int64_t b, int64_t h, int64_t i) {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
+// Sums the splits of one row and writes its output.
+template <class Policy>
+void merge_splits(const AttentionParams& p, const DecodePlan& plan,
+                  const DecodePartials<typename Policy::Lane>& partials, int64_t b, int64_t h, int64_t i) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
   const Sequence seq = sequence_of(p, b);
   if (i >= seq.seqlen_q) return;
   Lane keys_max = FloatTraits<Lane>::kLowest;
-  for (int64_t part = 0; part < plan.parts; ++part) {
-    const Lane other = partials.row_max[plan.row(p, part, b, h, i)];
+  for (int64_t split = 0; split < plan.splits; ++split) {
+    const Lane other = partials.row_max[plan.row(p, split, b, h, i)];
     keys_max = other > keys_max ? other : keys_max;
   }
-  Lane factors[DecodePlan::kMostParts];
+  Lane factors[DecodePlan::kMaxSplits];
   Lane total = 0;
-  for (int64_t part = 0; part < plan.parts; ++part) {
-    const int64_t row = plan.row(p, part, b, h, i);
-    factors[part] = natural_exp(partials.row_max[row] - keys_max);
-    total += partials.row_sum[row] * factors[part];
+  for (int64_t split = 0; split < plan.splits; ++split) {
+    const int64_t row = plan.row(p, split, b, h, i);
+    factors[split] = natural_exp(partials.row_max[row] - keys_max);
+    total += partials.row_sum[row] * factors[split];
   }
-  // A row that sees no key gives 0, whatever the sink; and NaN is not 0.
+  // A row that sees no key gives 0, whatever the sink is. NaN is not 0.
   const bool empty = total == 0;
   Lane keys_share = 1;
   if (p.sinks.data != nullptr) {
-    // The sink joins the denominator alone.
+    // The sink is part of the denominator alone.
     const Lane sink = *row_of<const Lane>(p.sinks, 0, h, 0);
     const Lane reference = sink > keys_max ? sink : keys_max;
     keys_share = natural_exp(keys_max - reference);
     total = total * keys_share + natural_exp(sink - reference);
   }
-  for (int64_t part = 0; part < plan.parts; ++part) factors[part] *= keys_share / total;
+  for (int64_t split = 0; split < plan.splits; ++split) factors[split] *= keys_share / total;
   Storage* out = row_of<Storage>(p.out, b, h, seq.q_offset + i);
   for (int64_t d = 0; d < p.value_dim; d += n) {
     Vec<Lane> sum = {};
-    for (int64_t part = 0; part < plan.parts && !empty; ++part) {
-      sum += load<Lane>(partials.acc + plan.row(p, part, b, h, i) * plan.value_row + d) * factors[part];
+    for (int64_t split = 0; split < plan.splits && !empty; ++split) {
+      sum += load<Lane>(partials.acc + plan.row(p, split, b, h, i) * plan.value_row + d) * factors[split];
     }
     store_as<Lane>(out + d, sum, static_cast<int>(p.value_dim - d));
   }
 }
 
-template <class P>
-void forward_by_key_parts(const AttentionParams& p) {
-  using Lane = typename P::Lane;
+template <class Policy>
+void forward_split_keys(const AttentionParams& p) {
+  using Lane = typename Policy::Lane;
   if (p.batch * p.num_heads * p.seqlen_q == 0) return;
   const DecodePlan plan = plan_decode<Lane>(p);
-  const int64_t items = plan.groups * plan.parts;
+  const int64_t items = plan.groups * plan.splits;
   const int64_t rows = p.batch * p.num_heads * p.seqlen_q;
   const double flops =
       2.0 * static_cast<double>(rows) * static_cast<double>(p.seqlen_k) * static_cast<double>(p.head_dim + p.value_dim);
   const int threads = choose_threads(p.num_threads, items, flops);
 
-  const Buffer live_memory(live_keys_bytes(p));
+  const Buffer valid_keys_memory(valid_keys_bytes(p));
   DecodePartials<Lane> partials;
   const Buffer partials_memory([&](Arena& arena) { partials.layout(arena, p, plan); });
-  const std::unique_ptr<DecodeScratch<P>[]> scratch(new DecodeScratch<P>[threads]);
+  const std::unique_ptr<DecodeScratch<Policy>[]> scratch(new DecodeScratch<Policy>[threads]);
   const Buffer memory([&](Arena& arena) {
     for (int thread = 0; thread < threads; ++thread) scratch[thread].layout(arena, p, plan);
   });
-  const LiveKeys* live = make_live_keys(p, live_memory.data());
+  const ValidKeys* valid_keys = make_valid_keys(p, valid_keys_memory.data());
 
   parallel_for(threads, items, [&](int64_t item, int thread) {
-    decode_item<P>(p, plan, live, item / plan.parts, item % plan.parts, scratch[thread], partials);
+    decode_item<Policy>(p, plan, valid_keys, item / plan.splits, item % plan.splits, scratch[thread], partials);
   });
-  const double merge_flops = 2.0 * static_cast<double>(rows * plan.parts * p.value_dim);
+  const double merge_flops = 2.0 * static_cast<double>(rows * plan.splits * p.value_dim);
   parallel_for(choose_threads(p.num_threads, rows, merge_flops), p.batch * p.num_heads, [&](int64_t head, int) {
     for (int64_t i = 0; i < p.seqlen_q; ++i) {
-      merge_parts<P>(p, plan, partials, head / p.num_heads, head % p.num_heads, i);
+      merge_splits<Policy>(p, plan, partials, head / p.num_heads, head % p.num_heads, i);
     }
   });
-}
-
-template <class P>
-void forward_with_policy(const AttentionParams& p) {
-  if (is_decoding<P>(p)) {
-    forward_by_key_parts<P>(p);
-  } else {
-    forward_by_query_blocks<P>(p);
-  }
 }
 
 }  // namespace

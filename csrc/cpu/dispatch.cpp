@@ -33,7 +33,7 @@ bool runs_avx512() {
 }
 
 #if defined(FUSED_ATTN_HAVE_AVX512_BF16)
-// Guarded apart: a compiler too old for the flag does not know the name either.
+// This has a guard of its own, because a compiler that is too old for the flag does not know the name either.
 bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 #endif
@@ -43,7 +43,7 @@ struct Candidate {
   bool (*runs_here)();
 };
 
-// The build defines FUSED_ATTN_HAVE_<ISA> for every instruction set that it compiles. Best last.
+// The build defines FUSED_ATTN_HAVE_<ISA> for every instruction set that it compiles. The best one stands last.
 const Candidate kCandidates[] = {
     {&kernels_baseline, runs_everywhere},
 #if defined(FUSED_ATTN_HAVE_AVX2)

@@ -13,7 +13,7 @@ std::vector<std::string> runnable_isas();  // those of them that this machine ca
 // The kernels in use: the best runnable ones, unless select_isa chose others.
 const Kernels& kernels();
 
-// False when `isa` is not among the runnable ones; the choice then stays as it was.
+// Returns false if this machine cannot run `isa`. The choice then stays as it was.
 bool select_isa(const std::string& isa);
 
 }  // namespace fused_attn::cpu

@@ -1,13 +1,13 @@
 // Dropout decisions for a block of keys, 64 queries at a time.
 #pragma once
-#include "../philox.h"
+#include "../common/philox.h"
 #include "key_blocks.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// The four words of one Philox call for 64 queries: those of keys 4 * group .. 4 * group + 3. Plain loops: the compiler
-// vectorises the widening multiplications well, the vector extensions have no way to say them.
+// The four words of one Philox call for 64 queries: those of keys 4 * group .. 4 * group + 3. These are plain loops,
+// because the compiler vectorises their widening multiplications well, and the vector extensions cannot express them.
 FA_NOINLINE void philox_rows(uint64_t seed, uint32_t batch, uint32_t head, uint32_t q_begin, uint32_t group,
                              uint32_t (&words)[4][kBlockQ]) {
   uint32_t k0 = static_cast<uint32_t>(seed);
@@ -32,10 +32,10 @@ FA_NOINLINE void philox_rows(uint64_t seed, uint32_t batch, uint32_t head, uint3
   }
 }
 
-// keep[key][query] = -1 or 0 for the live keys of a block.
+// dropout_keep[key][query] = -1 or 0 for the valid keys of a block.
 template <class Int>
-FA_NOINLINE void make_keep_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin, const KeyBlock& keys,
-                                Int* keep) {
+FA_NOINLINE void make_dropout_keep(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin,
+                                   const KeyBlock& keys, Int* dropout_keep) {
   uint32_t words[4][kBlockQ];
   int32_t group = -1;
   for (int k = 0; k < keys.count; ++k) {
@@ -45,7 +45,7 @@ FA_NOINLINE void make_keep_tile(const AttentionParams& p, int64_t b, int64_t h, 
                   static_cast<uint32_t>(group), words);
     }
     const uint32_t* word = words[keys.index[k] & 3];
-    for (int q = 0; q < kBlockQ; ++q) keep[k * kBlockQ + q] = -static_cast<Int>(word[q] >= p.dropout_threshold);
+    for (int q = 0; q < kBlockQ; ++q) dropout_keep[k * kBlockQ + q] = -static_cast<Int>(word[q] >= p.dropout_threshold);
   }
 }
 

@@ -1,12 +1,12 @@
 // The CPU kernels of one instruction set, as a table that cpu/dispatch.cpp chooses from at run time.
 #pragma once
-#include "../attention_params.h"
+#include "../common/attention_params.h"
 
 namespace fused_attn::cpu {
 
-// out = attention of the heads of (x . in_weight^T + in_bias), and that . out_weight^T + out_bias. All contiguous.
+// out = attention(x . in_weight^T + in_bias) . out_weight^T + out_bias. All tensors are contiguous.
 struct SelfAttentionParams {
-  AttentionParams attention;         // without its tensors; seqlen_k = seqlen_q = L, value_dim = head_dim = D
+  AttentionParams attention;         // without tensors; seqlen_k = seqlen_q = L, value_dim = head_dim = D
   int64_t features = 0;              // E
   const void* x = nullptr;           // (B, L, E)
   const void* in_weight = nullptr;   // ((H + 2 Hkv) D, E): the rows of all query heads, then those of key and of value

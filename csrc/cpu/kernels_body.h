@@ -1,41 +1,41 @@
-// The kernel table of one instruction set. A file that includes this defines FUSED_ATTN_ISA, the table's suffix, and is
-// compiled with the flags of that instruction set.
+// The kernel table of one instruction set. A file that includes this header defines FUSED_ATTN_ISA, the suffix of the
+// table's name. It is compiled with the flags of the instruction set.
 #include "backward.h"
-#include "decode.h"
+#include "forward.h"
 #include "self_attention.h"
 
 namespace fused_attn::cpu {
 namespace {
 
 #if defined(__AVX512BF16__)
-using BFloat16Policy = Policy<BFloat16, float, 2>;
+using BFloat16Policy = ElementPolicy<BFloat16, float, 2>;
 #else
-using BFloat16Policy = Policy<BFloat16, float, 1>;
+using BFloat16Policy = ElementPolicy<BFloat16, float, 1>;
 #endif
 
 void forward(const AttentionParams& p) {
   switch (p.dtype) {
-    case DType::kFloat32: return forward_with_policy<Policy<float, float, 1>>(p);
-    case DType::kFloat64: return forward_with_policy<Policy<double, double, 1>>(p);
-    case DType::kFloat16: return forward_with_policy<Policy<Float16, float, 1>>(p);
+    case DType::kFloat32: return forward_with_policy<ElementPolicy<float, float, 1>>(p);
+    case DType::kFloat64: return forward_with_policy<ElementPolicy<double, double, 1>>(p);
+    case DType::kFloat16: return forward_with_policy<ElementPolicy<Float16, float, 1>>(p);
     case DType::kBFloat16: return forward_with_policy<BFloat16Policy>(p);
   }
 }
 
 void backward(const AttentionParams& p) {
   switch (p.dtype) {
-    case DType::kFloat32: return backward_with_policy<Policy<float, float, 1>>(p);
-    case DType::kFloat64: return backward_with_policy<Policy<double, double, 1>>(p);
-    case DType::kFloat16: return backward_with_policy<Policy<Float16, float, 1>>(p);
+    case DType::kFloat32: return backward_with_policy<ElementPolicy<float, float, 1>>(p);
+    case DType::kFloat64: return backward_with_policy<ElementPolicy<double, double, 1>>(p);
+    case DType::kFloat16: return backward_with_policy<ElementPolicy<Float16, float, 1>>(p);
     case DType::kBFloat16: return backward_with_policy<BFloat16Policy>(p);
   }
 }
 
 void self_attention(const SelfAttentionParams& m) {
   switch (m.attention.dtype) {
-    case DType::kFloat32: return self_attention_with_policy<Policy<float, float, 1>>(m);
-    case DType::kFloat64: return self_attention_with_policy<Policy<double, double, 1>>(m);
-    case DType::kFloat16: return self_attention_with_policy<Policy<Float16, float, 1>>(m);
+    case DType::kFloat32: return self_attention_with_policy<ElementPolicy<float, float, 1>>(m);
+    case DType::kFloat64: return self_attention_with_policy<ElementPolicy<double, double, 1>>(m);
+    case DType::kFloat16: return self_attention_with_policy<ElementPolicy<Float16, float, 1>>(m);
     case DType::kBFloat16: return self_attention_with_policy<BFloat16Policy>(m);
   }
 }

@@ -11,8 +11,10 @@ namespace {
 
 constexpr int64_t kCacheLine = 64;
 
-// Hands out aligned pieces of one allocation. With a null base it only adds up sizes, so that one layout function serves
-// both to measure and to carve.
+FA_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Hands out aligned pieces of one allocation. Without memory (a null base), an Arena only adds up sizes. So one layout
+// function serves both to measure and to carve.
 class Arena {
  public:
   explicit Arena(char* base) : base_(base) {}
@@ -34,7 +36,7 @@ class Arena {
 class Buffer {
  public:
   explicit Buffer(int64_t bytes) { allocate(bytes); }
-  // Memory for what `layout`, which is called twice, takes of an arena: first of one without memory, which only adds up.
+  // Allocates what `layout` takes of an arena. `layout` is called twice: first with an arena that only adds up sizes.
   template <class Layout, class = decltype(std::declval<const Layout&>()(std::declval<Arena&>()))>
   explicit Buffer(const Layout& layout) {
     Arena measure(nullptr);

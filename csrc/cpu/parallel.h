@@ -11,7 +11,7 @@
 namespace fused_attn::cpu {
 namespace {
 
-// Below this a parallel region costs more than it gives (break-even measured between 16 and 130 kflop).
+// Below this number, a parallel region costs more than it saves. The break-even was measured between 16 and 130 kflop.
 constexpr double kSerialFlops = 130e3;
 
 FA_INLINE int choose_threads(int requested, int64_t items, double flops) {
@@ -30,14 +30,15 @@ struct alignas(kCacheLine) ItemRange {
   int64_t end;
 };
 
-// How items are handed out. kInOrder: one after the other, for those whose first ones are the largest.
+// How items are handed out. kInOrder means one after the other: for items of which the first ones are the largest.
 enum class Items { kShared, kInOrder };
 
-// body(item, thread) for every item on at most `threads` threads. The body must not throw.
+// Calls body(item, thread) for every item, on at most `threads` threads. The body must not throw.
 //
-// Shared: each thread begins with its own share of neighbouring items, the same one in every call: what it reads and
-// writes lies in its core's caches from the call before, or from an operator of torch that divides its work likewise.
-// Handing out items one by one took 1.2 (forward) and 1.5 times (backward) as long at 512 heads of 8 x 8 scores.
+// Items::kShared: each thread begins with its own share of neighbouring items, which is the same in every call. So what
+// a thread reads and writes lies in the caches of its core: from the call before, or from an operator of torch that
+// divides its work likewise. Handing out items one by one took 1.2 (forward) and 1.5 times (backward) as long at 512
+// heads of 8 x 8 scores.
 template <class Body>
 void parallel_for(int threads, int64_t items, const Body& body, Items order = Items::kShared) {
 #if defined(_OPENMP)

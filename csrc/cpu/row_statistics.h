@@ -1,20 +1,20 @@
-// What the backward pass knows of every row before it visits keys: lse, and delta = rowsum(dO * out).
+// What backward knows of every row before it visits keys: lse, and delta = rowsum(dout * out).
 #pragma once
 #include "backward_plan.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Sets the statistics of a block, whose dO lies packed in the scratch, but for the corrections, which stay zero. Returns
-// whether some lse is too large to be exact enough for P.
-template <class P>
+// Sets the statistics of a block. Its dout lies packed in the scratch. The corrections stay zero. Returns whether the
+// lse of some row is too large to be exact enough for probs.
+template <class Policy>
 FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h,
-                                     int64_t q_begin, int nq, const BackwardScratch<P>& s,
-                                     const RowStatistics<typename P::Lane>& rows) {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
+                                     int64_t q_begin, int nq, const BackwardScratch<Policy>& s,
+                                     const RowStatistics<typename Policy::Lane>& rows) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
-  // An lse of 16 is rounded by half of 2e-6, and P with it; half types have no use for that accuracy.
+  // An lse of 16 is rounded by half of 2e-6, and so are probs. Types of 16 bits do not need that accuracy.
   const Lane exact_lse = kSame<Storage, Lane> ? Lane(16) : Lane(1024);
   const Lane infinity = FloatTraits<Lane>::kInfinity;
   const int64_t row = seq.q_offset + q_begin;
@@ -22,12 +22,13 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   const Lane* lse_rows = row_of<const Lane>(p.lse, b, h, row);
   const Lane* dlse_rows = p.dlse.data != nullptr ? row_of<const Lane>(p.dlse, b, h, row) : nullptr;
 
-  // delta is summed in the order of V . dO^T: where a row sees one key and nothing is dropped, the two must cancel exactly.
-  pack_columns<P, kBlockQ>(row_of<const Storage>(p.out, b, h, row), p.out.stride_row, nq, value_dim, s.out);
+  // delta is summed in the order of value . dout^T. Where a row sees one key, and without dropout, the two must cancel
+  // exactly.
+  pack_columns<Policy, kBlockQ>(row_of<const Storage>(p.out, b, h, row), p.out.stride_row, nq, value_dim, s.out);
   for (int q = 0; q < nq; q += n) {
     Vec<Lane> delta = {};
-    for (int d = 0; d < P::lanes_for(value_dim); ++d) {
-      delta = multiply_add<P>(load<Lane>(s.out + d * kBlockQ + q), load<Lane>(s.dout + d * kBlockQ + q), delta);
+    for (int d = 0; d < Policy::lanes_for(value_dim); ++d) {
+      delta = multiply_add<Policy>(load<Lane>(s.out + d * kBlockQ + q), load<Lane>(s.dout + d * kBlockQ + q), delta);
     }
     store<Lane>(rows.delta + q, delta);
   }
@@ -44,60 +45,62 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   return inexact;
 }
 
-// exp(S - lse) as an exponent of 2. Whatever a large lse makes of its rounding, `correction` has been measured with it.
-template <class P>
-FA_INLINE Vec<typename P::Lane> lse_exponent(Vec<typename P::Lane> score, typename P::Lane to_logits,
-                                             Vec<typename P::Lane> lse) {
-  return (score * to_logits - lse) * typename P::Lane(kLog2E);
+// The exponent of 2 that gives exp(scores - lse). A large lse is rounded; `correction` was measured with the same
+// rounding.
+template <class Policy>
+FA_INLINE Vec<typename Policy::Lane> lse_exponent(Vec<typename Policy::Lane> score, typename Policy::Lane to_logits,
+                                                  Vec<typename Policy::Lane> lse) {
+  return (score * to_logits - lse) * typename Policy::Lane(kLog2E);
 }
 
-// row_sum[q] += sum over the keys of a tile of exp(S - lse).
-template <class P, int kColumns>
-FA_NOINLINE void sum_tile(const ScoreInputs<P>& in, int k, int v, bool partial, const typename P::Lane* lse,
-                          Vec<typename P::Lane>* row_sum) {
-  using Lane = typename P::Lane;
+// row_sum[q] += the sum of exp(scores - lse) over the keys of a tile.
+template <class Policy, int kColumns>
+FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, const typename Policy::Lane* lse,
+                          Vec<typename Policy::Lane>* row_sum) {
+  using Lane = typename Policy::Lane;
   Vec<Lane> acc[kTileKeys][kColumns];
-  compute_scores<P, kColumns, false>(in, k, v, partial, nullptr, acc);
+  compute_scores<Policy, kColumns, false>(in, k, v, partial, nullptr, acc);
   const Lane to_logits = in.to_logits();
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
     const Vec<Lane> row_lse = load<Lane>(lse + (v + c) * kLanes<Lane>);
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
-      row_sum[v + c] += probability<P>(lse_exponent<P>(acc[r][c], to_logits, row_lse));
+      row_sum[v + c] += prob_of<Policy>(lse_exponent<Policy>(acc[r][c], to_logits, row_lse));
     }
   }
 }
 
-// A large lse is a coarse number: at 1e3 its rounding moves P by 6e-5, at -1e9 (a row under an additive mask) by a factor.
-// Such rows are summed once more, over all their keys, and P is corrected by what the sum should have been: 1.
-template <class P>
+// A large lse is a coarse number. At 1e3, its rounding changes probs by 6e-5. At -1e9 (a row under an additive mask),
+// it changes them by a factor. So the probs of such rows are summed once more, over all their keys. The sum should have
+// been 1, and the correction makes up for the difference.
+template <class Policy>
 FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
-                             const RelativeBias<typename P::Lane>& relative, const LiveKeys* live, int64_t b, int64_t h,
-                             int64_t q_begin, int nq, const BackwardScratch<P>& s,
-                             const RowStatistics<typename P::Lane>& rows) {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
+                             const RelativeBias<typename Policy::Lane>& relative, const ValidKeys* valid_keys,
+                             int64_t b, int64_t h, int64_t q_begin, int nq, const BackwardScratch<Policy>& s,
+                             const RowStatistics<typename Policy::Lane>& rows) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
   const int vectors = (nq + n - 1) / n;
   Vec<Lane> row_sum[kBlockVectors<Lane>] = {};
 
-  pack_columns<P, kBlockQ>(row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin), p.query.stride_row, nq,
-                           static_cast<int>(p.head_dim), s.query);
-  ScoreInputs<P> in = score_inputs<P>(p, relative, h, q_begin);
+  pack_columns<Policy, kBlockQ>(row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin), p.query.stride_row, nq,
+                                static_cast<int>(p.head_dim), s.query);
+  ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, h, q_begin);
   in.query = s.query;
   KeyBlock& keys = *s.key.keys;
-  KeyStream stream(p, seq, live, b, h, q_begin, nq, 0, seq.seqlen_k);
+  KeyStream stream(p, seq, valid_keys, b, h, q_begin, nq, 0, seq.seqlen_k);
   while (stream.next(keys)) {
-    prepare_keys<P>(p, seq, b, h, q_begin, nq, s.key, in);
+    prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
     for (int k = 0; k < keys.count; k += kTileKeys) {
       bool partial;
-      const VectorRange range = tile_range<Lane>(keys, k, stream.valid(), vectors, partial);
+      const VectorRange range = tile_range<Lane>(keys, k, stream.valid_queries(), vectors, partial);
       for (int panel = 0; panel * kTileVectors < vectors; ++panel) {
         const VectorRange part = clip_to_panel(range, panel);
         if (part.begin >= part.end) continue;
         with_columns(part.end - part.begin, [&](auto columns) {
-          sum_tile<P, decltype(columns)::value>(in, k, part.begin, partial, rows.lse, row_sum);
+          sum_tile<Policy, decltype(columns)::value>(in, k, part.begin, partial, rows.lse, row_sum);
         });
       }
     }
@@ -109,15 +112,15 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
   }
 }
 
-// Packs dO of a block and sets the block's statistics.
-template <class P>
-void measure_rows(const AttentionParams& p, const Sequence& seq, const RelativeBias<typename P::Lane>& relative,
-                  const LiveKeys* live, int64_t b, int64_t h, int64_t q_begin, int nq, const BackwardScratch<P>& s,
-                  const RowStatistics<typename P::Lane>& rows) {
-  pack_columns<P, kBlockQ>(row_of<const typename P::Storage>(p.dout, b, h, seq.q_offset + q_begin), p.dout.stride_row,
-                           nq, static_cast<int>(p.value_dim), s.dout);
-  const bool inexact = load_row_statistics<P>(p, seq, b, h, q_begin, nq, s, rows);
-  if (inexact) correct_lse<P>(p, seq, relative, live, b, h, q_begin, nq, s, rows);
+// Packs dout of a block and sets the block's statistics.
+template <class Policy>
+void measure_rows(const AttentionParams& p, const Sequence& seq, const RelativeBias<typename Policy::Lane>& relative,
+                  const ValidKeys* valid_keys, int64_t b, int64_t h, int64_t q_begin, int nq,
+                  const BackwardScratch<Policy>& s, const RowStatistics<typename Policy::Lane>& rows) {
+  pack_columns<Policy, kBlockQ>(row_of<const typename Policy::Storage>(p.dout, b, h, seq.q_offset + q_begin),
+                                p.dout.stride_row, nq, static_cast<int>(p.value_dim), s.dout);
+  const bool inexact = load_row_statistics<Policy>(p, seq, b, h, q_begin, nq, s, rows);
+  if (inexact) correct_lse<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, s, rows);
 }
 
 }  // namespace

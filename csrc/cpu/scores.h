@@ -1,82 +1,38 @@
 // Scores of one tile of keys: the code that forward and backward share, so that both see the same numbers.
 #pragma once
 #include "dropout.h"
-#include "key_blocks.h"
+#include "elementary.h"
+#include "key_rows.h"
+#include "relative_bias.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-FA_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// The Toeplitz bias, reversed: the 64 queries from i on see key j under data[i - j + seqlen_k - 1 ...].
-template <class Lane>
-struct RelativeBias {
-  const Lane* data = nullptr;
-  int64_t stride_head = 0;
-};
-
-// No pair of positions, no bias.
-FA_INLINE int64_t relative_columns(const AttentionParams& p) {
-  const int64_t columns = p.seqlen_q + p.seqlen_k - 1;
-  return columns < 0 ? 0 : columns;
-}
-
-// One vector block of queries may reach past seqlen_q.
-FA_INLINE int64_t relative_row(const AttentionParams& p) { return round_up(relative_columns(p) + kBlockQ, kCacheLine); }
-
-FA_INLINE int64_t relative_heads(const AttentionParams& p, const TensorView& view) {
-  return view.stride_head == 0 ? 1 : p.num_heads;
-}
-
-template <class Lane>
-int64_t relative_bias_bytes(const AttentionParams& p) {
-  if (p.relative_bias.data == nullptr) return 0;
-  return relative_heads(p, p.relative_bias) * relative_row(p) * static_cast<int64_t>(sizeof(Lane));
-}
-
-template <class Lane>
-RelativeBias<Lane> make_relative_bias(const AttentionParams& p, char* memory) {
-  RelativeBias<Lane> result;
-  if (p.relative_bias.data == nullptr) return result;
-  Lane* data = reinterpret_cast<Lane*>(memory);
-  const int64_t columns = relative_columns(p);
-  const int64_t row = relative_row(p);
-  const int64_t heads = relative_heads(p, p.relative_bias);
-  for (int64_t h = 0; h < heads; ++h) {
-    const Lane* source = row_of<const Lane>(p.relative_bias, 0, h, 0);
-    Lane* target = data + h * row;
-    for (int64_t c = 0; c < columns; ++c) target[c] = source[(columns - 1 - c) * p.relative_bias.stride_col];
-    for (int64_t c = columns; c < row; ++c) target[c] = 0;
-  }
-  result.data = data;
-  result.stride_head = heads == 1 ? 0 : row;
-  return result;
-}
-
-// Everything that the scores of a query block depend on.
-template <class P>
+// All that the scores of a query block depend on.
+template <class Policy>
 struct ScoreInputs {
-  using Lane = typename P::Lane;
+  using Lane = typename Policy::Lane;
 
   const Lane* query = nullptr;  // columns [depth][kBlockQ]
   int depth = 0;                // lanes of a key row
   const KeyBlock* keys = nullptr;
-  const char* const* key_rows = nullptr;  // of the block's keys
+  const char* const* key_rows = nullptr;  // the rows of the block's keys
   Lane scale = 1;
   Lane softcap = 0;                     // 0 = off
   const Lane* bias = nullptr;           // [key of the block][kBlockQ]
-  const Lane* relative_bias = nullptr;  // of query q and key j: [q - j]
+  const Lane* relative_bias = nullptr;  // the bias of query q and key j is relative_bias[q - j]
 
-  // Scores are left as plain dot products where nothing is added to them: the scale then joins the exponential's argument
-  // at no cost. The maximum of a row must be that of the scaled scores, hence the sign.
+  // Whether scores stay plain dot products, because nothing is added to them. The scale is then multiplied in together
+  // with the argument of the exponential, at no cost. The scale must be positive, so that the maximum of a row stays
+  // the maximum.
   bool raw = true;
 
-  // What scores are multiplied by to become logits.
+  // Scores times this factor are logits.
   Lane to_logits() const { return raw ? scale : Lane(1); }
 };
 
-// x -> cap * tanh(x / cap) for `count` lanes; stores the derivative if it is wanted.
-// Out of line: inside the tile it would spill the accumulators of all the tiles that have no softcap.
+// scores = cap * tanh(scores / cap), for `count` lanes. Stores the derivative if it is wanted. This is no part of the
+// tile, because there it would spill the accumulators of the tiles that have no softcap.
 template <class Lane>
 FA_NOINLINE void apply_softcap(Lane* scores, int count, Lane cap, Lane* derivative) {
   for (int i = 0; i < count; i += kLanes<Lane>) {
@@ -86,14 +42,16 @@ FA_NOINLINE void apply_softcap(Lane* scores, int count, Lane cap, Lane* derivati
   }
 }
 
-// Scores of keys [k, k + kTileKeys) of the block and kColumns vectors of queries from vector v on. A plain tile compiles
-// without any modifier. `derivative` receives the softcap's derivative, [kTileKeys][kColumns] vectors, if not null.
-template <class P, int kColumns, bool kPlain>
-FA_INLINE void compute_scores(const ScoreInputs<P>& in, int k, int v, bool partial, typename P::Lane* derivative,
-                              Vec<typename P::Lane> (&acc)[kTileKeys][kColumns]) {
-  using Lane = typename P::Lane;
+// Computes the scores of keys [k, k + kTileKeys) of the block, for kColumns vectors of queries from vector v on. If
+// kPlain, nothing but products is compiled. `derivative` receives the derivative of the softcap, [kTileKeys][kColumns]
+// vectors, if not null.
+template <class Policy, int kColumns, bool kPlain>
+FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool partial,
+                              typename Policy::Lane* derivative,
+                              Vec<typename Policy::Lane> (&acc)[kTileKeys][kColumns]) {
+  using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
-  dot_tile<P, kTileKeys, kColumns>(in.key_rows + k, in.query + v * n, kBlockQ, in.depth, acc);
+  dot_tile<Policy, kTileKeys, kColumns>(in.key_rows + k, in.query + v * n, kBlockQ, in.depth, acc);
   if constexpr (kPlain) return;
   if (!in.raw) {
     FA_UNROLL
@@ -145,93 +103,16 @@ FA_INLINE void compute_scores(const ScoreInputs<P>& in, int k, int v, bool parti
   }
 }
 
-// 2^exponent as exactly as the elements of P, to which it will be rounded, can tell.
-template <class P>
-FA_INLINE Vec<typename P::Lane> probability(Vec<typename P::Lane> exponent) {
+// 2^exponent. It will be rounded to Policy::Storage, and is no more exact than this type can show.
+template <class Policy>
+FA_INLINE Vec<typename Policy::Lane> prob_of(Vec<typename Policy::Lane> exponent) {
 #if defined(__AVX512BF16__)
-  if constexpr (P::kPerLane == 2) return exp2_to_round(exponent);
+  if constexpr (Policy::kPerLane == 2) return exp2_to_round(exponent);
 #endif
-  return exp2<typename P::Lane, P::kCoarseExp>(exponent);
+  return exp2<typename Policy::Lane, Policy::kCoarseExp>(exponent);
 }
 
-// Rows of the block's keys as `rows` of lanes: in place where memory already holds lanes, else converted into `scratch`
-// (rows of round_up(dim, lanes) lanes). Sets kTileKeys pointers behind the last key as well.
-template <class P>
-FA_NOINLINE void find_rows(const typename P::Storage* base, int64_t stride_row, const KeyBlock& keys, int dim,
-                           typename P::Lane* scratch, const char** rows) {
-  using Lane = typename P::Lane;
-  constexpr int n = kLanes<Lane>;
-  if (P::kPerLane == 1 ? !P::kConverts : dim % 2 == 0) {
-    for (int k = 0; k < keys.count; ++k) rows[k] = reinterpret_cast<const char*>(base + keys.index[k] * stride_row);
-  } else {
-    const int lanes = P::lanes_for(dim);
-    const int64_t row = round_up(lanes, n);
-    for (int k = 0; k < keys.count; ++k) {
-      const typename P::Storage* source = base + keys.index[k] * stride_row;
-      for (int d = 0; d < lanes; d += n) store<Lane>(scratch + k * row + d, load_lanes<P>(source, d, dim));
-      rows[k] = reinterpret_cast<const char*>(scratch + k * row);
-    }
-  }
-  for (int k = keys.count; k < keys.count + kTileKeys; ++k) rows[k] = rows[keys.count - 1];
-}
-
-// Rows of one head for sums over its keys: as find_rows finds them, or pairs of neighbouring keys interleaved when lanes
-// hold pairs. A thread keeps such pairs for the next blocks of queries as long as the rows begin at the same address:
-// then they are the same rows, since one call has one stride between rows. A block that begins at an odd key, or has
-// holes, is interleaved each time.
-template <class P>
-struct SummedRows {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
-
-  static constexpr int64_t kMostKeptBytes = int64_t{1} << 20;  // what a second-level cache holds
-
-  const char** rows;        // of the block's keys (pairs)
-  Lane* block;              // the block's rows, if memory does not hold them and they are not kept
-  int64_t pairs;            // that can be kept; 0: none are
-  Lane* kept;               // [pair of keys 2 i, 2 i + 1][dim, padded]
-  uint8_t* is_kept;         // [pair]
-  const Storage** kept_of;  // in the scratch, too, since a thread's scratch is handed on as constant
-
-  void layout(Arena& arena, const AttentionParams& p, int dim, int64_t visits) {
-    const int64_t row = round_up(dim, kLanes<Lane>);
-    pairs = P::kPerLane == 2 && visits > 1 ? (p.seqlen_k + 1) / 2 : 0;
-    if (pairs * row * static_cast<int64_t>(sizeof(Lane)) > kMostKeptBytes) pairs = 0;
-    rows = arena.take<const char*>(kBlockK + kTileKeys);
-    block = arena.take<Lane>(P::kConverts || P::kPerLane == 2 ? (kBlockK + kTileKeys) * row : 0);
-    kept = arena.take<Lane>(pairs * row);
-    is_kept = arena.take<uint8_t>(pairs);
-    kept_of = arena.take<const Storage*>(1);
-    if (kept_of != nullptr) *kept_of = nullptr;
-  }
-
-  FA_NOINLINE void find(const Storage* base, int64_t stride_row, const KeyBlock& keys, int dim) const {
-    if constexpr (P::kPerLane == 1) {
-      find_rows<P>(base, stride_row, keys, dim, block, rows);
-    } else {
-#if defined(__AVX512BF16__)
-      const int64_t row = round_up(dim, kLanes<Lane>);
-      const auto source = [&](int k) { return reinterpret_cast<const uint16_t*>(base + keys.index[k] * stride_row); };
-      const bool keeps = pairs > 0 && keys.contiguous && keys.index[0] % 2 == 0 && keys.count % 2 == 0;
-      if (keeps && *kept_of != base) {
-        memset(is_kept, 0, pairs);
-        *kept_of = base;
-      }
-      for (int k = 0; k < keys.count; k += 2) {
-        const int64_t pair = keys.index[k] / 2;
-        Lane* target = keeps ? kept + pair * row : block + k / 2 * row;
-        if (!keeps || is_kept[pair] == 0) {
-          interleave_rows(source(k), k + 1 < keys.count ? source(k + 1) : nullptr, dim, target);
-        }
-        if (keeps) is_kept[pair] = 1;
-        rows[k / 2] = reinterpret_cast<const char*>(target);
-      }
-#endif
-    }
-  }
-};
-
-// Fills tile[key of the block][kBlockQ] with the bias, zero for queries that do not exist.
+// Fills tile[key of the block][kBlockQ] with the bias. It is zero for queries that do not exist.
 template <class Lane, class Storage>
 FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
                                 const KeyBlock& keys, Lane* tile) {
@@ -274,63 +155,63 @@ FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, in
   }
 }
 
-// What both directions keep for a block of keys.
-template <class P>
+// The scratch for a block of keys, which forward and backward both need.
+template <class Policy>
 struct KeyScratch {
-  using Lane = typename P::Lane;
+  using Lane = typename Policy::Lane;
 
   KeyBlock* keys;
   const char** key_rows;
-  Lane* key_lanes;      // converted keys, if they must be converted
-  Lane* bias;           // [kBlockK + kTileKeys][kBlockQ]
-  LaneInt<Lane>* keep;  // [kBlockK + kTileKeys][kBlockQ]
-  VectorRange* ranges;  // per tile
+  Lane* key_lanes;              // the keys as lanes, if they have to be converted
+  Lane* bias;                   // [kBlockK + kTileKeys][kBlockQ]
+  LaneInt<Lane>* dropout_keep;  // [kBlockK + kTileKeys][kBlockQ]
+  VectorRange* ranges;          // one for each tile
 
   static constexpr int64_t kRows = kBlockK + kTileKeys;
 
   void layout(Arena& arena, const AttentionParams& p) {
     keys = arena.take<KeyBlock>(1);
     key_rows = arena.take<const char*>(kRows);
-    const bool converts = P::kConverts || p.head_dim % P::kPerLane != 0;
-    key_lanes =
-        arena.take<Lane>(converts ? kRows * round_up(P::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>) : 0);
+    const bool converts = Policy::kConverts || p.head_dim % Policy::kPerLane != 0;
+    key_lanes = arena.take<Lane>(
+        converts ? kRows * round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>) : 0);
     const int64_t tile = round_up(kRows, kLanes<Lane>) * kBlockQ;
     bias = arena.take<Lane>(p.bias.data != nullptr ? tile : 0);
-    keep = arena.take<LaneInt<Lane>>(p.has_dropout ? tile : 0);
+    dropout_keep = arena.take<LaneInt<Lane>>(p.has_dropout ? tile : 0);
     ranges = arena.take<VectorRange>(kBlockK / kTileKeys);
-    // The rows behind the last live key are read by the last tile and then masked away: they must only be initialised.
+    // The last tile reads the rows behind the last valid key, and then hides them. They only have to be initialised.
     if (bias != nullptr && p.bias.data != nullptr) memset(bias, 0, tile * sizeof(Lane));
-    if (keep != nullptr && p.has_dropout) memset(keep, 0, tile * sizeof(LaneInt<Lane>));
+    if (dropout_keep != nullptr && p.has_dropout) memset(dropout_keep, 0, tile * sizeof(LaneInt<Lane>));
   }
 };
 
 // The parts of ScoreInputs that depend on the call and the head alone.
-template <class P>
-ScoreInputs<P> score_inputs(const AttentionParams& p, const RelativeBias<typename P::Lane>& relative, int64_t h,
-                            int64_t q_begin) {
-  using Lane = typename P::Lane;
-  ScoreInputs<P> in;
-  in.depth = P::lanes_for(static_cast<int>(p.head_dim));
+template <class Policy>
+ScoreInputs<Policy> score_inputs(const AttentionParams& p, const RelativeBias<typename Policy::Lane>& relative,
+                                 int64_t h, int64_t q_begin) {
+  using Lane = typename Policy::Lane;
+  ScoreInputs<Policy> in;
+  in.depth = Policy::lanes_for(static_cast<int>(p.head_dim));
   in.scale = static_cast<Lane>(p.scale);
   in.softcap = static_cast<Lane>(p.softcap);
   if (relative.data != nullptr) {
     in.relative_bias = relative.data + h * relative.stride_head + q_begin + p.seqlen_k - 1;
   }
-  // Not a scale so small that it, as a lane, is zero or denormal: a hidden score would become -inf * 0.
+  // A scale so small that it is zero or denormal as a lane is not allowed: a hidden score would become -inf * 0.
   in.raw = p.scale > 1e-30 && !(p.softcap > 0) && p.bias.data == nullptr && p.relative_bias.data == nullptr;
   return in;
 }
 
-// Finds the key rows, the bias and the dropout decisions of the block in `scratch`.
-template <class P>
+// Puts the key rows, the bias and the dropout decisions of the block into the scratch.
+template <class Policy>
 FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
-                            int nq, const KeyScratch<P>& scratch, ScoreInputs<P>& in) {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
+                            int nq, const KeyScratch<Policy>& scratch, ScoreInputs<Policy>& in) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
   const KeyBlock& keys = *scratch.keys;
   const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
-  find_rows<P>(row_of<const Storage>(p.key, b, kv_head, seq.k_offset), p.key.stride_row, keys,
-               static_cast<int>(p.head_dim), scratch.key_lanes, scratch.key_rows);
+  find_rows<Policy>(row_of<const Storage>(p.key, b, kv_head, seq.k_offset), p.key.stride_row, keys,
+                    static_cast<int>(p.head_dim), scratch.key_lanes, scratch.key_rows);
   in.keys = &keys;
   in.key_rows = scratch.key_rows;
   if (p.bias.data != nullptr) {
@@ -341,7 +222,7 @@ FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64
     }
     in.bias = scratch.bias;
   }
-  if (p.has_dropout) make_keep_tile(p, b, h, q_begin, keys, scratch.keep);
+  if (p.has_dropout) make_dropout_keep(p, b, h, q_begin, keys, scratch.dropout_keep);
 }
 
 }  // namespace

@@ -1,27 +1,28 @@
-// A whole self-attention module on few rows: project, attend, project. Between such small steps, what it takes to call an
-// operator of torch is most of the time.
+// A whole self-attention module on few rows: project, attend, project. With such small steps, most of the time would go
+// into calling operators of torch.
 #pragma once
 #include "decode.h"
+#include "forward.h"
 #include "parallel.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// y = x . weight^T + bias, rows of `in` and of `out` elements side by side. Lanes are the input features, so that weights
-// are read where they lie; with many rows a blocked product, whose weights are packed, is faster.
-template <class P>
-void project(const typename P::Storage* x, int64_t rows, int64_t in, const typename P::Storage* weight,
-             const typename P::Storage* bias, int64_t out, int num_threads, typename P::Storage* y) {
-  using Lane = typename P::Lane;
-  using Storage = typename P::Storage;
+// y = x . weight^T + bias. Rows have `in` and `out` elements, side by side. Lanes are the input features, so that
+// weights are read where they lie. With many rows, a blocked product with packed weights would be faster.
+template <class Policy>
+void project(const typename Policy::Storage* x, int64_t rows, int64_t in, const typename Policy::Storage* weight,
+             const typename Policy::Storage* bias, int64_t out, int num_threads, typename Policy::Storage* y) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
   const int features = static_cast<int>(in);
-  const int64_t row_lanes = round_up(P::lanes_for(features), n);
+  const int64_t row_lanes = round_up(Policy::lanes_for(features), n);
   const Buffer memory(rows * row_lanes * static_cast<int64_t>(sizeof(Lane)));
   Lane* lanes = reinterpret_cast<Lane*>(memory.data());
   for (int64_t r = 0; r < rows; ++r) {
-    for (int d = 0; d < P::lanes_for(features); d += n) {
-      store<Lane>(lanes + r * row_lanes + d, load_lanes<P>(x + r * in, d, features));
+    for (int d = 0; d < Policy::lanes_for(features); d += n) {
+      store<Lane>(lanes + r * row_lanes + d, load_lanes<Policy>(x + r * in, d, features));
     }
   }
   const int64_t blocks = (out + n - 1) / n;
@@ -34,15 +35,15 @@ void project(const typename P::Storage* x, int64_t rows, int64_t in, const typen
     const Vec<Lane> offset = bias != nullptr ? load_as<Lane>(bias + first, count) : Vec<Lane>{};
     alignas(kVectorBytes) Lane sums[n];
     for (int64_t r = 0; r < rows; ++r) {
-      multiply_keys<P, false>(lanes + r * row_lanes, weights, count, features, Lane(1), 0, sums);
+      multiply_keys<Policy, false>(lanes + r * row_lanes, weights, count, features, Lane(1), 0, sums);
       store_as<Lane>(y + r * out + first, load<Lane>(sums) + offset, count);
     }
   });
 }
 
-template <class P>
+template <class Policy>
 void self_attention_with_policy(const SelfAttentionParams& m) {
-  using Storage = typename P::Storage;
+  using Storage = typename Policy::Storage;
   AttentionParams p = m.attention;
   const int64_t rows = p.batch * p.seqlen_q;
   const int64_t query_width = p.num_heads * p.head_dim;
@@ -56,7 +57,7 @@ void self_attention_with_policy(const SelfAttentionParams& m) {
     attended = arena.take<Storage>(rows * query_width);
   });
 
-  project<P>(data(m.x), rows, m.features, data(m.in_weight), data(m.in_bias), width, p.num_threads, projected);
+  project<Policy>(data(m.x), rows, m.features, data(m.in_weight), data(m.in_bias), width, p.num_threads, projected);
   const auto heads_from = [&](int64_t column) {
     return TensorView{projected + column, p.seqlen_q * width, p.head_dim, width, 1};
   };
@@ -64,9 +65,9 @@ void self_attention_with_policy(const SelfAttentionParams& m) {
   p.key = heads_from(query_width);
   p.value = heads_from(query_width + key_width);
   p.out = {attended, p.seqlen_q * query_width, p.head_dim, query_width, 1};
-  forward_with_policy<P>(p);
-  project<P>(attended, rows, query_width, data(m.out_weight), data(m.out_bias), m.features, p.num_threads,
-             static_cast<Storage*>(m.out));
+  forward_with_policy<Policy>(p);
+  project<Policy>(attended, rows, query_width, data(m.out_weight), data(m.out_bias), m.features, p.num_threads,
+                  static_cast<Storage*>(m.out));
 }
 
 }  // namespace

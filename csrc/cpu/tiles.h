@@ -1,8 +1,8 @@
-// Tile sizes, and the two register tiles that all matrix products of attention are made of.
+// Tile sizes, and the two register tiles of which all matrix products of attention are made.
 //
-// "Lanes are queries": a vector holds consecutive queries of a block, so the softmax is purely vertical, and keys and
-// values are scalars that are broadcast from where they lie: a key is only a pointer, and a key that nobody sees is left
-// out of the pointer list at no cost.
+// Lanes are queries: a vector holds neighbouring queries of a block, so the softmax needs no operation across lanes.
+// Elements of keys and values are scalars, which are broadcast from where they lie. So a key is only a pointer, and to
+// leave out a key that nobody sees costs nothing.
 #pragma once
 #include "pack.h"
 #include "vec.h"
@@ -12,13 +12,13 @@ namespace {
 
 constexpr int kBlockQ = 64;  // queries of a work item; 32 is 13-25 % slower (half the reuse of keys and values)
 
-// Accumulators: kTileKeys x kTileVectors vectors. 16 hide the latency of the multiply-add and leave room in 32 registers;
-// with 16 registers 6 x 2 is up to 10 % faster than 4 x 2.
+// A tile has kTileKeys x kTileVectors vectors as accumulators. With 32 registers, 16 of them hide the latency of the
+// multiply-add and leave room for others. With 16 registers, 6 x 2 is up to 10 % faster than 4 x 2.
 constexpr int kTileKeys = kVectorRegisters == 32 ? 4 : 6;
 constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
 
-// Live keys of a block, a multiple of kTileKeys and of the lanes. 128 is 1-2 % faster than 64; with 16 registers 144 is
-// no faster than 72.
+// Valid keys of a block: a multiple of kTileKeys and of the lanes. 128 is 1-2 % faster than 64. With 16 registers, 144
+// is no faster than 72.
 constexpr int kBlockK = kTileKeys == 4 ? 128 : 72;
 
 template <class T>
@@ -26,7 +26,7 @@ constexpr int kBlockVectors = kBlockQ / kLanes<T>;
 static_assert(kBlockVectors<double> % kTileVectors == 0 && kBlockVectors<float> % kTileVectors == 0);
 static_assert(kBlockK % kTileKeys == 0 && kBlockK % kLanes<float> % 8 == 0 && kTileKeys % 2 == 0);
 
-// Compile-time integer as a function argument.
+// An integer that is known at compile time, as a function argument.
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
@@ -44,10 +44,10 @@ FA_INLINE void with_columns(int n, const F& f) {
 }
 
 // acc[r][c] = sum over k < depth of rows[r][k] * columns[k][c]; columns[k] are `stride` lanes apart.
-template <class P, int kRows, int kColumns>
-FA_INLINE void dot_tile(const char* const* rows, const typename P::Lane* columns, int64_t stride, int depth,
-                        Vec<typename P::Lane> (&acc)[kRows][kColumns]) {
-  using Lane = typename P::Lane;
+template <class Policy, int kRows, int kColumns>
+FA_INLINE void dot_tile(const char* const* rows, const typename Policy::Lane* columns, int64_t stride, int depth,
+                        Vec<typename Policy::Lane> (&acc)[kRows][kColumns]) {
+  using Lane = typename Policy::Lane;
   const char* row[kRows];
   FA_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -63,18 +63,18 @@ FA_INLINE void dot_tile(const char* const* rows, const typename P::Lane* columns
     columns += stride;
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec<Lane> x = broadcast_lane<P>(row[r], k);
+      const Vec<Lane> x = broadcast_lane<Policy>(row[r], k);
       FA_UNROLL
-      for (int c = 0; c < kColumns; ++c) acc[r][c] = multiply_add<P>(x, column[c], acc[r][c]);
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = multiply_add<Policy>(x, column[c], acc[r][c]);
     }
   }
 }
 
-// target[r][c] = target[r][c] * alpha[c] + sum over j < count of rows[j][first + r] * weights[j][c].
-template <class P, int kRows, int kColumns>
-FA_INLINE void outer_tile(const char* const* rows, int first, const typename P::Lane* weights,
-                          const Vec<typename P::Lane>* alpha, int count, typename P::Lane* target) {
-  using Lane = typename P::Lane;
+// target[r][c] = target[r][c] * rescale[c] + sum over j < count of rows[j][first + r] * coefficients[j][c].
+template <class Policy, int kRows, int kColumns>
+FA_INLINE void outer_tile(const char* const* rows, int first, const typename Policy::Lane* coefficients,
+                          const Vec<typename Policy::Lane>* rescale, int count, typename Policy::Lane* target) {
+  using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   Vec<Lane> acc[kRows][kColumns];
   FA_UNROLL
@@ -85,40 +85,40 @@ FA_INLINE void outer_tile(const char* const* rows, int first, const typename P::
   FA_UNROLL_TWICE
   for (int j = 0; j < count; ++j) {
     const char* row = rows[j] + first * static_cast<int64_t>(sizeof(Lane));
-    Vec<Lane> weight[kColumns];
+    Vec<Lane> coefficient[kColumns];
     FA_UNROLL
-    for (int c = 0; c < kColumns; ++c) weight[c] = load<Lane>(weights + j * kBlockQ + c * n);
+    for (int c = 0; c < kColumns; ++c) coefficient[c] = load<Lane>(coefficients + j * kBlockQ + c * n);
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec<Lane> x = broadcast_lane<P>(row, r);
+      const Vec<Lane> x = broadcast_lane<Policy>(row, r);
       FA_UNROLL
-      for (int c = 0; c < kColumns; ++c) acc[r][c] = multiply_add<P>(x, weight[c], acc[r][c]);
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = multiply_add<Policy>(x, coefficient[c], acc[r][c]);
     }
   }
   FA_UNROLL
   for (int r = 0; r < kRows; ++r) {
     FA_UNROLL
     for (int c = 0; c < kColumns; ++c) {
-      // Added at the end: a sum of block sums rounds far less than one long sum.
-      Lane* p = target + r * kBlockQ + c * n;
-      store<Lane>(p, load<Lane>(p) * alpha[c] + acc[r][c]);
+      // The target is added at the end. A sum of block sums is rounded far less than one long sum.
+      Lane* sum = target + r * kBlockQ + c * n;
+      store<Lane>(sum, load<Lane>(sum) * rescale[c] + acc[r][c]);
     }
   }
 }
 
 // outer_tile for all `dim` rows of the target.
-template <class P, int kColumns>
-FA_NOINLINE void outer_columns(const char* const* rows, int dim, const typename P::Lane* weights,
-                               const Vec<typename P::Lane>* alpha, int count, typename P::Lane* target) {
+template <class Policy, int kColumns>
+FA_NOINLINE void outer_columns(const char* const* rows, int dim, const typename Policy::Lane* coefficients,
+                               const Vec<typename Policy::Lane>* rescale, int count, typename Policy::Lane* target) {
   int d = 0;
   for (; d + kTileKeys <= dim; d += kTileKeys) {
-    outer_tile<P, kTileKeys, kColumns>(rows, d, weights, alpha, count, target + d * kBlockQ);
+    outer_tile<Policy, kTileKeys, kColumns>(rows, d, coefficients, rescale, count, target + d * kBlockQ);
   }
   if (kTileKeys > 4 && d + 4 <= dim) {
-    outer_tile<P, 4, kColumns>(rows, d, weights, alpha, count, target + d * kBlockQ);
+    outer_tile<Policy, 4, kColumns>(rows, d, coefficients, rescale, count, target + d * kBlockQ);
     d += 4;
   }
-  for (; d < dim; ++d) outer_tile<P, 1, kColumns>(rows, d, weights, alpha, count, target + d * kBlockQ);
+  for (; d < dim; ++d) outer_tile<Policy, 1, kColumns>(rows, d, coefficients, rescale, count, target + d * kBlockQ);
 }
 
 // Zeros the first `vectors` vectors of columns[dim, padded to a vector][kBlockQ].
@@ -131,7 +131,7 @@ FA_INLINE void clear_columns(Lane* columns, int dim, int vectors) {
   }
 }
 
-// The vectors of a query block [begin, end) that see at least one key of a tile.
+// The vectors [begin, end) of a query block that see at least one key of a tile.
 struct VectorRange {
   int begin;
   int end;
@@ -145,14 +145,15 @@ FA_INLINE VectorRange clip_to_panel(VectorRange range, int panel) {
   return {range.begin < first ? first : range.begin, range.end > last ? last : range.end};
 }
 
-// target[d][q] = target[d][q] * alpha[q] + sum over keys j of rows[j][d] * weights[j][q], for a block of keys whose tile t
-// reaches only the queries ranges[t]. Runs of tiles with equal ranges are one product, and the first run that reaches a
-// vector does its rescaling. A vector that no tile reaches is left alone: its alpha is 1.
-template <class P>
-FA_INLINE void outer_block(const char* const* rows, int dim, const typename P::Lane* weights,
-                           const Vec<typename P::Lane>* alpha, const VectorRange* ranges, int tiles, int key_count,
-                           int vectors, typename P::Lane* target) {
-  using Lane = typename P::Lane;
+// target[d][q] = target[d][q] * rescale[q] + sum over keys j of rows[j][d] * coefficients[j][q], for a block of keys.
+//
+// Tile t of the block reaches only the queries ranges[t]. A run of tiles with equal ranges is one product. The first
+// run that reaches a vector rescales the vector. A vector that no tile reaches is left alone: its factor is 1.
+template <class Policy>
+FA_INLINE void outer_block(const char* const* rows, int dim, const typename Policy::Lane* coefficients,
+                           const Vec<typename Policy::Lane>* rescale, const VectorRange* ranges, int tiles,
+                           int key_count, int vectors, typename Policy::Lane* target) {
+  using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   Vec<Lane> ones[kTileVectors];
   FA_UNROLL
@@ -167,13 +168,13 @@ FA_INLINE void outer_block(const char* const* rows, int dim, const typename P::L
       }
       if (run.begin >= run.end) continue;
       const uint64_t reached = ((uint64_t{1} << run.end) - 1) & ~((uint64_t{1} << run.begin) - 1);
-      const Vec<Lane>* scales = alpha + run.begin;
+      const Vec<Lane>* scales = rescale + run.begin;
       if ((rescaled & reached) != 0) {
         for (int v = run.begin; v < run.end; ++v) {
           if ((rescaled >> v & 1) != 0) continue;
           for (int d = 0; d < dim; ++d) {
-            Lane* p = target + d * kBlockQ + v * n;
-            store<Lane>(p, load<Lane>(p) * alpha[v]);
+            Lane* sum = target + d * kBlockQ + v * n;
+            store<Lane>(sum, load<Lane>(sum) * rescale[v]);
           }
         }
         scales = ones;
@@ -181,11 +182,11 @@ FA_INLINE void outer_block(const char* const* rows, int dim, const typename P::L
       rescaled |= reached;
       const int first = t * kTileKeys;
       const int last = stop * kTileKeys < key_count ? stop * kTileKeys : key_count;
-      const int64_t row = first / P::kPerLane;
-      const int count = P::lanes_for(last - first);
+      const int64_t row = first / Policy::kPerLane;
+      const int count = Policy::lanes_for(last - first);
       with_columns(run.end - run.begin, [&](auto columns) {
-        outer_columns<P, decltype(columns)::value>(rows + row, dim, weights + row * kBlockQ + run.begin * n, scales,
-                                                   count, target + run.begin * n);
+        outer_columns<Policy, decltype(columns)::value>(rows + row, dim, coefficients + row * kBlockQ + run.begin * n,
+                                                        scales, count, target + run.begin * n);
       });
     }
   }

@@ -1,8 +1,8 @@
 // A small vector layer on the vector extensions that GCC and Clang share.
 //
-// The vector width is the native one of the translation unit: a wider vector, lowered by the compiler, is ten times slower.
-// Everything is in an anonymous namespace: this header is compiled once per instruction set, and an inline function shared
-// by name could put AVX-512 code into the baseline path.
+// The vector width is the native one of the translation unit. A wider vector, which the compiler would have to lower,
+// is ten times slower. Everything is in an anonymous namespace, because this header is compiled once for each
+// instruction set: an inline function that several of them share by name could put AVX-512 code into the baseline path.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -18,7 +18,8 @@
 #define FA_UNROLL _Pragma("clang loop unroll(full)")
 #define FA_UNROLL_TWICE _Pragma("clang loop unroll_count(2)")
 #else
-// Every loop over an accumulator array must be unrolled: one access by a runtime index puts all of them in memory.
+// Every loop over an accumulator array must be unrolled. One access by a runtime index puts all accumulators into
+// memory.
 #define FA_UNROLL _Pragma("GCC unroll 64")
 #define FA_UNROLL_TWICE _Pragma("GCC unroll 2")
 #endif
@@ -41,7 +42,7 @@ constexpr int kVectorRegisters = 16;
 #endif
 #endif
 
-// Vector types of one lane type. UnalignedVec may be loaded from any address and may alias anything.
+// The vector types of one lane type. An UnalignedVec may be loaded from any address, and may alias anything.
 template <class T>
 struct VecOf;
 
@@ -92,7 +93,7 @@ FA_INLINE IntVec<T> broadcast_int(LaneInt<T> x) {
   return x - IntVec<T>{};
 }
 
-// Both return b when a or b is NaN: a NaN in a is dropped, a NaN in b is kept.
+// max and min return b if a or b is NaN. So a NaN in a is lost, and a NaN in b stays.
 template <class T>
 FA_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
@@ -108,9 +109,9 @@ FA_INLINE Vec<T> select(IntVec<T> condition, Vec<T> yes, Vec<T> no) {
   return condition ? yes : no;
 }
 
-// `yes` where the condition is -1, zero where it is 0.
+// `yes` where the condition is -1, and zero where it is 0.
 template <class T>
-FA_INLINE Vec<T> keep_where(IntVec<T> condition, Vec<T> yes) {
+FA_INLINE Vec<T> select_or_zero(IntVec<T> condition, Vec<T> yes) {
   return reinterpret_cast<Vec<T>>(reinterpret_cast<IntVec<T>>(yes) & condition);
 }
 

@@ -1,4 +1,4 @@
-// From AttentionParams to Params: sizes, workspace, and which kernels run.
+// From AttentionParams to Params: converts sizes, lays out the workspace, and chooses the kernels.
 #include "attention.h"
 
 #include <algorithm>
@@ -10,15 +10,15 @@
 namespace fused_attn::gpu {
 namespace {
 
-// Of keys and values of the heads that forward takes side by side. All would fit the L2 cache with four times as many,
-// but programs that share keys then start further apart. Measured on an H100, (32, 16, 512, 128): 8 MiB 491 TFLOP/s,
-// 32 MiB 380; from 2048 keys on, they are equal.
+// An L2 group has as many heads as have this many bytes of keys and values (forward). With four times as many, all
+// would fit into the L2 cache, but programs that share keys then start further apart. Measured on an H100, (32, 16,
+// 512, 128): 8 MiB 491 TFLOP/s, 32 MiB 380. From 2048 keys on, both are equal.
 constexpr int64_t kL2Bytes = 8 << 20;
-// Of queries, keys, values and dout of the heads that backward takes side by side. As many bytes again are the sums of
-// dq. Measured on an H100, (8, 16, 2048, 128): 20 MiB 490 TFLOP/s, 128 MiB 313.
+// The same for backward: bytes of queries, keys, values and dout. The sums of dq take as many bytes again. Measured on
+// an H100, (8, 16, 2048, 128): 20 MiB 490 TFLOP/s, 128 MiB 313.
 constexpr int64_t kBackwardL2Bytes = 12 << 20;
 
-// Takes pieces of the workspace one after another. With no memory it only counts.
+// Takes pieces of the workspace one after another. Without memory, a Workspace only counts the bytes.
 class Workspace {
  public:
   explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
@@ -38,8 +38,8 @@ class Workspace {
 };
 
 struct Pieces {
-  uint32_t* kept_keys = nullptr;
-  int32_t kept_words = 0;
+  uint32_t* valid_keys = nullptr;
+  int32_t valid_words = 0;
   int32_t row_blocks = 0;
   float* lse_log2 = nullptr;
   float* delta = nullptr;
@@ -60,14 +60,14 @@ bool is_fused_backward(const WorkspaceNeeds& needs) {
 Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
   Pieces pieces;
   if (needs.has_key_padding) {
-    // Up to the end of the largest block of keys, so that kernels need not ask where the words end.
+    // The words reach to the end of the largest block of keys, so that kernels need not ask where they end.
     constexpr int64_t kLargestBlock = 256;
-    pieces.kept_words = static_cast<int32_t>(ceil_div(needs.seqlen_k, kLargestBlock) * (kLargestBlock / 32));
-    pieces.kept_keys = workspace.take<uint32_t>(needs.batch * pieces.kept_words);
+    pieces.valid_words = static_cast<int32_t>(ceil_div(needs.seqlen_k, kLargestBlock) * (kLargestBlock / 32));
+    pieces.valid_keys = workspace.take<uint32_t>(needs.batch * pieces.valid_words);
   }
   const bool is_fused = is_fused_backward(needs);
   if (needs.is_backward) {
-    // A sequence may end within a row block: see Place::first_sum.
+    // A sequence may end within a row block: see HeadSlice::padded_q_offset.
     pieces.row_blocks = static_cast<int32_t>(needs.is_packed ? needs.rows_q / kRowBlock + needs.batch
                                                              : ceil_div(needs.rows_q, kRowBlock));
     const int64_t all_blocks = needs.batch_entries * needs.num_heads * pieces.row_blocks;
@@ -92,7 +92,7 @@ RowValues values_of(const TensorView& x) {
   return {static_cast<float*>(x.data), x.stride_batch, x.stride_head, x.stride_row};
 }
 
-// Whether some tiles take longer than others; else blocks need not ask which one comes next.
+// Whether some tiles take longer than others. Otherwise blocks need not ask which tile comes next.
 bool has_unequal_tiles(const AttentionParams& a) {
   return a.window_left != kUnbounded || a.window_right != kUnbounded || a.cu_seqlens_q != nullptr ||
          a.key_padding.data != nullptr;
@@ -111,7 +111,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   const int64_t kv_bytes = a.seqlen_k * a.head_dim * 2 * 2, q_bytes = a.seqlen_q * a.head_dim * 2 * 2;
   const int64_t heads =
       is_backward ? kBackwardL2Bytes / (kv_bytes + p.group_size * q_bytes) : kL2Bytes * p.group_size / kv_bytes;
-  p.heads_per_section = static_cast<int32_t>(std::clamp<int64_t>(heads, 1, a.num_heads * a.batch));
+  p.heads_per_l2_group = static_cast<int32_t>(std::clamp<int64_t>(heads, 1, a.num_heads * a.batch));
   p.q = rows_of(a.query);
   p.k = rows_of(a.key);
   p.v = rows_of(a.value);
@@ -123,8 +123,8 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.last_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.diagonal_offset + a.window_right, -kMaxRows, kMaxRows));
   p.cu_seqlens_q = a.cu_seqlens_q;
   p.cu_seqlens_k = a.cu_seqlens_k;
-  p.kept_keys = pieces.kept_keys;
-  p.kept_words = pieces.kept_words;
+  p.valid_keys = pieces.valid_keys;
+  p.valid_words = pieces.valid_words;
   p.dropout_seed = a.has_dropout ? a.dropout_seed_data : nullptr;
   p.dropout_threshold = a.dropout_threshold;
   p.dropout_scale = static_cast<float>(a.dropout_scale);
@@ -149,7 +149,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
 
 PaddingParams padding_of(const Call& call, const Pieces& pieces) {
   const TensorView& padding = call.params.key_padding;
-  return {static_cast<const uint8_t*>(padding.data), padding.stride_batch, padding.stride_col, pieces.kept_keys,
+  return {static_cast<const uint8_t*>(padding.data), padding.stride_batch, padding.stride_col, pieces.valid_keys,
           pieces.key_ranks};
 }
 
@@ -178,31 +178,6 @@ constexpr KernelSet kKernelSets[] = {
     {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>},
 };
 
-#if defined(__CUDACC__)
-// Makes the device current, with its context: a thread that has just begun has none, and tensor maps need one.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    cudaError_t error = cudaGetDevice(&before_);
-    if (error == cudaSuccess) error = cudaSetDevice(device);
-    if (error != cudaSuccess) {
-      cudaGetLastError();  // or the next launch would find it
-      throw std::runtime_error(cudaGetErrorString(error));
-    }
-  }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-};
-#else
-struct DeviceGuard {
-  explicit DeviceGuard(int) {}
-};
-#endif
-
 const KernelSet& kernels_for(const Call& call) {
   for (const KernelSet& set : kKernelSets) {
     if (set.architecture == call.architecture && set.head_dim == call.params.head_dim) return set;
@@ -211,7 +186,8 @@ const KernelSet& kernels_for(const Call& call) {
                               std::to_string(call.architecture));
 }
 
-void run(const Call& call, bool is_backward) {
+void run(const Call& of_caller, bool is_backward) {
+  const Call& call = on_device(of_caller);
   const KernelSet& kernels = kernels_for(call);
   const DeviceGuard guard(call.device);
   const AttentionParams& a = call.params;
@@ -241,7 +217,7 @@ void run(const Call& call, bool is_backward) {
   const Params params = params_of(call, pieces, is_backward);
   const PaddingParams padding = padding_of(call, pieces);
   const bool is_bf16 = call.params.dtype == DType::kBFloat16;
-  // Backward resets the counter where it prepares rows.
+  // Backward resets the counter in the kernel that prepares rows.
   if (padding.padding != nullptr || (!is_backward && params.tile_counter != nullptr))
     prepare_padding(params, padding, call.stream);
   (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
@@ -255,22 +231,16 @@ int64_t workspace_bytes(const WorkspaceNeeds& needs) {
   return workspace.bytes();
 }
 
-#if defined(__CUDACC__)
 std::string unusable_reason(int device) {
   try {
     const DeviceGuard guard(device);
-    cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, prepare_padding_kernel);
-    if (error == cudaSuccess) return "";
-    cudaGetLastError();  // or the next launch would find it
-    return cudaGetErrorString(error);
+    return why_not_loadable(prepare_padding_kernel);
   } catch (const std::runtime_error& error) {
     return error.what();
   }
 }
-#else
-std::string unusable_reason(int) { return ""; }
-#endif
+
+bool runs_on_cpu() { return kRunsOnCpu; }
 
 void forward(const Call& call) { run(call, false); }
 void backward(const Call& call) { run(call, true); }

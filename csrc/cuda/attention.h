@@ -1,20 +1,20 @@
-// The CUDA kernels as their callers see them: what an AttentionParams describes, on a stream.
+// The CUDA kernels as their callers see them: they compute what an AttentionParams describes, on a stream.
 #pragma once
 #include <cstdint>
 #include <string>
 
-#include "../attention_params.h"
+#include "../common/attention_params.h"
 
 namespace fused_attn::gpu {
 
 struct Call {
   AttentionParams params;
-  int64_t batch_entries = 0;  // of the tensors: 1 when packed
-  int64_t rows_q = 0;         // of the tensors: the total when packed
+  int64_t batch_entries = 0;  // batch entries of the tensors: 1 when packed
+  int64_t rows_q = 0;         // rows of the tensors: the total when packed
   int64_t rows_k = 0;
-  int architecture = 80;      // whose kernels: 80, or 90 for sm_90a
+  int architecture = 80;      // whose kernels run: 80, or 90 for sm_90a
   int device = 0;             // number of the CUDA device
-  void* workspace = nullptr;  // aligned to 256 bytes; contents do not matter
+  void* workspace = nullptr;  // aligned to 256 bytes; its contents do not matter
   int64_t workspace_bytes = 0;
   void* stream = nullptr;  // a cudaStream_t
 };
@@ -34,11 +34,14 @@ struct WorkspaceNeeds {
   bool has_key_padding = false;
 };
 
-// What the kernels need of memory besides inputs and results.
+// How many bytes the kernels need besides inputs and results.
 int64_t workspace_bytes(const WorkspaceNeeds& needs);
 
-// Why no kernel can run on the CUDA device, such as a driver that is too old; empty where they can.
+// Why no kernel can run on the CUDA device, for example because the driver is too old. Empty if kernels can run.
 std::string unusable_reason(int device);
+
+// Whether the tensors of a call lie in the memory of a CPU, because the emulation takes the place of a GPU.
+bool runs_on_cpu();
 
 void forward(const Call& call);
 void backward(const Call& call);

@@ -1,21 +1,13 @@
-// The Python module of the CUDA kernels: fused_attn._cuda, or with FUSED_ATTN_EMULATION the module with which tests
-// execute the same kernels on a CPU.
+// The Python module of the CUDA kernels: fused_attn._cuda. Tests build it with the emulation in place of a GPU, too.
 #include <pybind11/pybind11.h>
 
 #include "../problem_reader.h"
 #include "attention.h"
-#if defined(FUSED_ATTN_EMULATION)
-#include "emulated_call.h"
-#endif
 
 namespace fused_attn::gpu {
 namespace {
 
-#if defined(FUSED_ATTN_EMULATION)
-constexpr ExchangeDevice kDevice = ExchangeDevice::kCpu;
-#else
-constexpr ExchangeDevice kDevice = ExchangeDevice::kCuda;
-#endif
+const ExchangeDevice kDevice = runs_on_cpu() ? ExchangeDevice::kCpu : ExchangeDevice::kCuda;
 
 // The device of a tensor, and torch's current stream there.
 Reader reader_like(PyObject* query) {
@@ -80,11 +72,7 @@ template <void (*function)(const Call&)>
 void run(const Reader& reader, const Problem& problem, PyObject* architecture, PyObject* workspace) {
   const Call call = read_call(reader, problem, architecture, workspace);
   const py::gil_scoped_release released;
-#if defined(FUSED_ATTN_EMULATION)
-  function(emulated(call));
-#else
   function(call);
-#endif
 }
 
 const char kForwardDoc[] =
@@ -150,7 +138,5 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
       "sequences.");
   module.def("unusable_reason", &gpu::unusable_reason, py::arg("device"),
              "Why no kernel can run on the CUDA device with this number; empty where they can.");
-#if defined(FUSED_ATTN_EMULATION)
-  module.attr("device_type") = "cpu";
-#endif
+  if (gpu::runs_on_cpu()) module.attr("device_type") = "cpu";
 }

@@ -1,7 +1,7 @@
-// Which entries of a fragment dropout keeps. One call of Philox decides about four neighbouring keys of one query
-// (philox.h), which lie in several threads: they share the calls and exchange the bits.
+// Which entries of a fragment survive dropout. One call of Philox decides about four neighbouring keys of one query
+// (philox.h). These lie in several threads, which share the calls and exchange the bits.
 #pragma once
-#include "../philox.h"
+#include "../common/philox.h"
 #include "fragments.h"
 
 namespace fused_attn::gpu {
@@ -17,10 +17,10 @@ struct Dropout {
         threshold(p.dropout_threshold),
         head(of_head),
         batch(of_batch) {}
-  GPU_DEVICE Dropout(const Params& p, const Place& place) : Dropout(p, place.batch, place.head) {}
+  GPU_DEVICE Dropout(const Params& p, const HeadSlice& head_slice) : Dropout(p, head_slice.batch, head_slice.head) {}
 
-  // Bit i: key 4 * group + i is kept for this query.
-  GPU_DEVICE uint32_t keep_bits(int32_t query, int32_t group) const {
+  // Bit i is set if key 4 * group + i survives dropout for this query.
+  GPU_DEVICE uint32_t draw(int32_t query, int32_t group) const {
     const PhiloxWords words = philox(seed, group, query, head, batch);
     uint32_t bits = 0;
     GPU_UNROLL for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(words.word[i] >= threshold) << i;
@@ -30,54 +30,54 @@ struct Dropout {
 
 // Bit 4 * (t % 8) + j of word t / 8 belongs to entry x[t][j].
 template <int kTiles>
-struct KeepBits {
+struct DropoutKeep {
   uint32_t words[(kTiles + 7) / 8];
 
   GPU_DEVICE bool has(int t, int j) const { return (words[t / 8] >> (4 * (t % 8) + j)) & 1; }
 };
 
-// Rows are queries from `first_query` (the thread's own) on, columns keys from `first_key` on, a multiple of 8.
-// Pairs of threads share eight keys of two queries: each calls Philox for one query, and for its half of every tile.
+// Rows are queries; `first_query` is the thread's first one. Columns are keys from `first_key` on, a multiple of 8.
+// Two threads share eight keys of two queries. Each calls Philox for one query, and for its half of every tile.
 template <int kTiles>
-GPU_DEVICE KeepBits<kTiles> keep_of_query_rows(const Dropout& dropout, int32_t first_query, int32_t first_key,
-                                               Lane lane) {
-  KeepBits<kTiles> keep;
+GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_query_rows(const Dropout& dropout, int32_t first_query,
+                                                          int32_t first_key, Lane lane) {
+  DropoutKeep<kTiles> dropout_keep;
   const bool is_odd = lane.q & 1;
   GPU_UNROLL for (int word = 0; word < (kTiles + 7) / 8; ++word) {
     uint32_t own = 0;
-    GPU_NO_UNROLL for (int t = 0; t < min(8, kTiles - 8 * word); ++t) {  // unrolled, it spills
+    GPU_NO_UNROLL for (int t = 0; t < min(8, kTiles - 8 * word); ++t) {  // an unrolled loop would spill registers
       const int32_t group = first_key / 4 + 2 * (8 * word + t) + lane.q / 2;
-      own |= dropout.keep_bits(first_query + (is_odd ? 8 : 0), group) << (4 * t);
+      own |= dropout.draw(first_query + (is_odd ? 8 : 0), group) << (4 * t);
     }
     const uint32_t other = shuffle_xor(own, 1);
-    // Even threads have the keys 0, 1 of four, odd ones the keys 2, 3.
-    keep.words[word] =
+    // Even threads have keys 0 and 1 of four, odd threads have keys 2 and 3.
+    dropout_keep.words[word] =
         is_odd ? (other & 0xCCCCCCCCu) >> 2 | (own & 0xCCCCCCCCu) : (own & 0x33333333u) | (other & 0x33333333u) << 2;
   }
-  return keep;
+  return dropout_keep;
 }
 
-// Rows are keys from `first_key` (that of the fragment, a multiple of 16) on, columns queries from `first_query` on.
-// Four threads share four keys g - g % 4 ..., and again those 8 below, of two queries: thread m calls Philox for query
-// m % 2 of the two and for the keys 8 * (m / 2) below.
+// Rows are keys; `first_key` is the first one of the fragment, a multiple of 16. Columns are queries from `first_query`
+// on. Four threads share four keys g - g % 4 ... of two queries, and the same keys 8 rows further down. Thread m of the
+// four calls Philox for query m % 2, and for the keys that lie 8 * (m / 2) rows further down.
 template <int kTiles>
-GPU_DEVICE KeepBits<kTiles> keep_of_key_rows(const Dropout& dropout, int32_t first_query, int32_t first_key,
-                                             Lane lane) {
-  KeepBits<kTiles> keep;
+GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_key_rows(const Dropout& dropout, int32_t first_query, int32_t first_key,
+                                                        Lane lane) {
+  DropoutKeep<kTiles> dropout_keep;
   const int32_t m = lane.g % 4;
   GPU_UNROLL for (int word = 0; word < (kTiles + 7) / 8; ++word) {
     uint32_t own = 0;
-    GPU_NO_UNROLL for (int t = 0; t < min(8, kTiles - 8 * word); ++t) {  // unrolled, it spills
+    GPU_NO_UNROLL for (int t = 0; t < min(8, kTiles - 8 * word); ++t) {  // an unrolled loop would spill registers
       const int32_t query = first_query + 8 * (8 * word + t) + 2 * lane.q + m % 2;
-      own |= dropout.keep_bits(query, first_key / 4 + lane.g / 4 + 2 * (m / 2)) << (4 * t);
+      own |= dropout.draw(query, first_key / 4 + lane.g / 4 + 2 * (m / 2)) << (4 * t);
     }
-    keep.words[word] = 0;
+    dropout_keep.words[word] = 0;
     GPU_UNROLL for (int j = 0; j < 4; ++j) {
       const uint32_t of_j = shuffle(own, 4 * (lane.g - m + j) + lane.q);  // the lane whose m is j
-      keep.words[word] |= (of_j >> m & 0x11111111u) << j;
+      dropout_keep.words[word] |= (of_j >> m & 0x11111111u) << j;
     }
   }
-  return keep;
+  return dropout_keep;
 }
 
 }  // namespace fused_attn::gpu

@@ -1,8 +1,10 @@
-// How a matrix lies in the registers of a warp, which mma.sync and wgmma share: a fragment of 16 rows and 8 * kTiles
-// columns is float x[kTiles][4] in each thread. With g = lane / 4 and q = lane % 4, entry x[t][j] is row g + 8 * (j / 2)
-// and column 8 * t + 2 * q + j % 2. So a thread has two rows, r = 0 (g) and r = 1 (g + 8), and four threads have a row.
+// How a matrix lies in the registers of a warp. mma.sync and wgmma share this layout.
+//
+// A fragment of 16 rows and 8 * kTiles columns is float x[kTiles][4] in each thread. With g = lane / 4 and q = lane %
+// 4, entry x[t][j] is row g + 8 * (j / 2) and column 8 * t + 2 * q + j % 2. So a thread has two rows, r = 0 (row g) and
+// r = 1 (row g + 8), and four threads share a row.
 #pragma once
-#include "primitives.h"
+#include "hardware.h"
 #include "visibility.h"
 
 namespace fused_attn::gpu {
@@ -32,7 +34,7 @@ GPU_DEVICE void scale_rows(float (&x)[kTiles][4], const float (&factor)[2]) {
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) { GPU_UNROLL for (int j = 0; j < 4; ++j) x[t][j] *= factor[j / 2]; }
 }
 
-// The maximum or the sum over the four threads that have a row.
+// The maximum, or the sum, over the four threads that share a row.
 GPU_DEVICE float row_maximum(float x) {
   x = fmaxf(x, shuffle_xor(x, 1));
   return fmaxf(x, shuffle_xor(x, 2));
@@ -42,7 +44,8 @@ GPU_DEVICE float row_total(float x) {
   return x + shuffle_xor(x, 2);
 }
 
-// -inf where row r of the thread does not see columns 32 * word ... 32 * word + 31; `visible` has a bit for each.
+// Hides the scores of row r, of the columns 32 * word ... 32 * word + 31. Bit c of `visible` is set if the row sees the
+// column 32 * word + c.
 template <int kTiles>
 GPU_DEVICE void hide_word(float (&scores)[kTiles][4], int r, int word, uint32_t visible, Lane lane) {
   const uint32_t bits = visible >> (2 * lane.q);
@@ -53,7 +56,7 @@ GPU_DEVICE void hide_word(float (&scores)[kTiles][4], int r, int word, uint32_t 
   }
 }
 
-// -inf where a row does not see a column.
+// Hides the scores whose column the row does not see: they become -inf.
 template <int kTiles>
 GPU_DEVICE void hide(float (&scores)[kTiles][4], const VisibleColumns<8 * kTiles>& visible, Lane lane) {
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
@@ -64,15 +67,16 @@ GPU_DEVICE void hide(float (&scores)[kTiles][4], const VisibleColumns<8 * kTiles
   }
 }
 
-// Columns 16 * k ... 16 * k + 15 of a fragment, rounded to T, as the left factor of the next product.
+// Rounds columns 16 * k ... 16 * k + 15 of a fragment to T, as the left factor of the next product.
 template <class T, int kTiles>
 GPU_DEVICE void left_factor(uint32_t (&a)[4], const float (&x)[kTiles][4], int k) {
   GPU_UNROLL for (int i = 0; i < 4; ++i) a[i] =
       pack<T>(x[2 * k + i / 2][2 * (i % 2)], x[2 * k + i / 2][2 * (i % 2) + 1]);
 }
 
-// Stores row r of the fragment times `factor`, rounded to T. Each thread has 4 bytes of every tile of its row; the four
-// threads of the row exchange them, so that each stores whole tiles of 16 bytes. All lanes of the warp take part.
+// Stores row r of the fragment times `factor`, rounded to T. A thread has 4 bytes of every tile of its row. The four
+// threads of the row exchange these, so that each thread stores whole tiles of 16 bytes. All lanes of the warp take
+// part.
 template <class T, int kTiles>
 GPU_DEVICE void store_row(T* row, const float (&x)[kTiles][4], int r, float factor, bool is_row, Lane lane) {
   GPU_UNROLL for (int t = 0; t < kTiles; t += 4) {

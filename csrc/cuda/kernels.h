@@ -1,9 +1,9 @@
-// The launchers of every family of kernels, one instantiation for each head dim (sm80/*.cu, sm90/*.cu).
+// The launchers of all kernels. Each head dim has an instantiation of its own (sm80/*.cu, sm90/*.cu).
 #pragma once
 #include <stdexcept>
 #include <type_traits>
 
-#include "launch.h"
+#include "hardware.h"
 #include "params.h"
 
 namespace fused_attn::gpu {
@@ -17,7 +17,7 @@ void run_kernel(Kernel kernel, const LaunchShape& shape, Stream stream, const Ar
   if (!error.empty()) throw std::runtime_error(error);
 }
 
-// One program for each block of rows of each head.
+// The shape of a launch with one program for each block of rows of each head.
 inline LaunchShape shape_of(int32_t rows, int block, int32_t heads, int32_t batch, int threads, int shared_bytes) {
   const int64_t programs = (int64_t{rows} + block - 1) / block * heads * batch;
   if (programs >= int64_t{1} << 31) throw std::length_error("the problem needs more blocks than a grid may have");
@@ -35,7 +35,8 @@ void for_variant(const Params& p, bool is_bf16, F f) {
   }
 }
 
-// Whether backward for sm_90a has one kernel for all gradients: with more columns, those of dk and dv do not fit registers.
+// Whether backward for sm_90a has one kernel for all gradients. With a larger head dim, dk and dv do not fit into
+// registers.
 constexpr bool has_fused_backward(int64_t head_dim) { return head_dim <= 128; }
 
 namespace sm80 {

@@ -1,8 +1,9 @@
-// What has to be ready before the large kernels run: padding bytes as bits, a counter at 0, and for backward the sums
-// over rows.
+// What has to be ready before the large kernels run: padding as bits, a counter at 0, and for backward the row
+// statistics.
 #pragma once
 #include "fragments.h"
 #include "kernels.h"
+#include "tile_scheduler.h"
 
 namespace fused_attn::gpu {
 
@@ -11,30 +12,30 @@ constexpr int kThreadsPerRow = 8;
 constexpr int kPreparationRows = kPreparationThreads / kThreadsPerRow;
 static_assert(kRowBlock % kPreparationRows == 0);
 
-// The padding of one batch entry, by one block.
+// One block turns the padding of one batch entry into bits.
 GPU_DEVICE void prepare_padding(const Params& p, const PaddingParams& padding, int32_t batch) {
-  uint32_t* const kept_keys = padding.kept_keys + int64_t{batch} * p.kept_words;
-  for (int word = thread_index(); word < p.kept_words; word += kPreparationThreads) {
-    uint32_t kept = 0;
+  uint32_t* const valid_keys = padding.valid_keys + int64_t{batch} * p.valid_words;
+  for (int word = thread_index(); word < p.valid_words; word += kPreparationThreads) {
+    uint32_t valid = 0;
     for (int i = 0; i < 32 && 32 * word + i < p.seqlen_k; ++i) {
       const int64_t key = int64_t{32} * word + i;
-      const bool is_kept = load_global(padding.padding + batch * padding.stride_batch + key * padding.stride_key) == 0;
-      kept |= static_cast<uint32_t>(is_kept) << i;
+      const bool is_valid = load_global(padding.padding + batch * padding.stride_batch + key * padding.stride_key) == 0;
+      valid |= static_cast<uint32_t>(is_valid) << i;
     }
-    store_global(kept_keys + word, kept);
+    store_global(valid_keys + word, valid);
   }
   if (padding.key_ranks == nullptr) return;
   sync_threads();
   if (thread_index() >= 32) return;
 
-  // A running count, 32 blocks of keys at a time.
+  // Counts the blocks that have a valid key, 32 blocks at a time.
   constexpr int kWords = kKeyBlock / 32;
   int32_t* const ranks = padding.key_ranks + int64_t{batch} * (p.num_key_blocks + 1);
   int32_t before = 0;
   for (int first = 0; first < p.num_key_blocks; first += 32) {
     const int block = first + thread_index();
     uint32_t any = 0;
-    for (int w = 0; w < kWords && block < p.num_key_blocks; ++w) any |= load_global(kept_keys + kWords * block + w);
+    for (int w = 0; w < kWords && block < p.num_key_blocks; ++w) any |= load_global(valid_keys + kWords * block + w);
     int32_t count = any != 0;
     GPU_UNROLL for (int distance = 1; distance < 32; distance *= 2) {
       const int32_t lower = shuffle(count, max(thread_index() - distance, 0));
@@ -50,25 +51,26 @@ GPU_DEVICE void reset_tile_counter(const Params& p) {
   if (p.tile_counter != nullptr && block_index_x() == 0 && thread_index() == 0) store_global(p.tile_counter, 0);
 }
 
-// Padding, one block for each batch entry, and the counter.
+// One block for each batch entry prepares its padding. The first one resets the counter, too.
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     prepare_padding_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT PaddingParams padding) {
   reset_tile_counter(p);
   if (padding.padding != nullptr) prepare_padding(p, padding, block_index_x());
 }
 
-// The sums of kPreparationRows queries of one head. kTileRows: queries of a tile of dq.
+// Computes the row statistics of kPreparationRows queries of one head. A tile of dq has kTileRows queries.
 template <class T, int kHeadDim, int kTileRows>
 GPU_DEVICE void prepare_rows(const Params& p) {
   const int blocks_of_head = (p.seqlen_q + kRowBlock - 1) / kRowBlock * (kRowBlock / kPreparationRows);
-  const Work work = scheduled_work(block_index_x(), blocks_of_head, p.num_heads, p.batch, p.heads_per_section, true);
-  const Place place = place_of(p, work.batch, work.head, work.head / p.group_size);
+  const WorkTile work =
+      scheduled_tile(block_index_x(), blocks_of_head, p.num_heads, p.batch, p.heads_per_l2_group, true);
+  const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int row = work.block * kPreparationRows + thread_index() / kThreadsPerRow;
-  const bool is_row = row < place.len_q;
+  const bool is_row = row < head_slice.seqlen_q;
   float sum = 0.0f;
   for (int chunk = thread_index() % kThreadsPerRow; is_row && chunk < kHeadDim / 8; chunk += kThreadsPerRow) {
-    const Vec4 out = load_global(reinterpret_cast<const Vec4*>(place.query_row<T>(p.out, row) + 8 * chunk));
-    const Vec4 dout = load_global(reinterpret_cast<const Vec4*>(place.query_row<T>(p.dout, row) + 8 * chunk));
+    const Vec4 out = load_global(reinterpret_cast<const Vec4*>(head_slice.query_row<T>(p.out, row) + 8 * chunk));
+    const Vec4 dout = load_global(reinterpret_cast<const Vec4*>(head_slice.query_row<T>(p.dout, row) + 8 * chunk));
     const uint32_t out_words[] = {out.x, out.y, out.z, out.w}, dout_words[] = {dout.x, dout.y, dout.z, dout.w};
     GPU_UNROLL for (int i = 0; i < 4; ++i) {
       const Float2 a = unpack<T>(out_words[i]), b = unpack<T>(dout_words[i]);
@@ -76,18 +78,19 @@ GPU_DEVICE void prepare_rows(const Params& p) {
     }
   }
   GPU_UNROLL for (int mask = 1; mask < kThreadsPerRow; mask *= 2) sum += shuffle_xor(sum, mask);
-  const bool is_in_block = row / kRowBlock * kRowBlock < place.len_q;  // no other row has a place in the arrays
+  const bool is_in_block = row / kRowBlock * kRowBlock < head_slice.seqlen_q;  // the arrays have no room for other rows
   if (!is_in_block || thread_index() % kThreadsPerRow != 0) return;
-  float lse = -kInfinity;  // of rows past the last one as of empty ones
+  float lse = -kInfinity;  // rows past the last one count as empty rows
   if (is_row) {
-    if (p.dlse.data != nullptr) sum -= load_global(place.query_value(p.dlse, row));
-    lse = load_global(place.query_value(p.lse, row));
+    if (p.dlse.data != nullptr) sum -= load_global(head_slice.query_value(p.dlse, row));
+    lse = load_global(head_slice.query_value(p.lse, row));
   }
-  // Of an empty row every weight exp2(score - inf) is 0, with no test in the large kernels; 0 * delta has to be 0 too.
-  store_global(place.row_sum(p.delta, row), lse == -kInfinity ? 0.0f : sum);
-  store_global(place.row_sum(p.lse_log2, row), lse == -kInfinity ? kInfinity : lse * kLog2E);
+  // Every probability exp2(score - inf) of an empty row is 0, with no test in the large kernels. delta must be finite,
+  // so that 0 * delta is 0, too.
+  store_global(head_slice.row_statistic(p.delta, row), lse == -kInfinity ? 0.0f : sum);
+  store_global(head_slice.row_statistic(p.lse_log2, row), lse == -kInfinity ? kInfinity : lse * kLog2E);
   if (p.dq_turns != nullptr && row % kTileRows == 0)
-    store_global(p.dq_turns + place.first_row_block(p) * (kRowBlock / kTileRows) + row / kTileRows, 0);
+    store_global(p.dq_turns + head_slice.first_row_block(p) * (kRowBlock / kTileRows) + row / kTileRows, 0);
 }
 
 template <class T, int kHeadDim>

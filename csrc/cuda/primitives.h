@@ -1,35 +1,15 @@
-// All that a kernel may do with the hardware. Kernels use these functions and nothing else: no asm, no raw memory access, no
-// built-in variable. So the same source is compiled twice:
+// All that a kernel may do with the hardware. Kernels use these functions and nothing else: no asm, no raw memory
+// access, no built-in variable. So the same source runs on both kinds of hardware that hardware.h knows:
 //
-//   by nvcc, over primitives_ptx.h:                             the product
-//   by g++ with FUSED_ATTN_EMULATION, over csrc/emulation/:     executed in tests, with checks that no GPU makes
+//   on a GPU       primitives_ptx.h defines the functions, each as one or two instructions of PTX
+//   in the tests   tools/emulation/primitives_emulated.h does, with checks that no GPU makes
 //
-// The product's host code, compiled without nvcc, gets the types alone.
+// Kernels include hardware.h, which includes this file.
 //
-// Addresses in shared memory are 32-bit numbers ("address"), those in global memory are pointers. Matrix fragments are named
-// arrays that live until the operation on them is complete, and shapes are constants.
+// Addresses in shared memory are 32-bit numbers ("address"). Addresses in global memory are pointers. A matrix fragment
+// is a named array that lives until the operation on it is complete. Shapes are constants.
 #pragma once
 #include <cstdint>
-
-#if defined(__CUDACC__)
-#include <cuda.h>  // types only: nothing links against libcuda
-#define GPU_DEVICE __device__ __forceinline__
-#define GPU_KERNEL static __global__
-#define GPU_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-#define GPU_GRID_CONSTANT __grid_constant__
-#define GPU_UNROLL _Pragma("unroll")
-#define GPU_NO_UNROLL _Pragma("unroll 1")
-#elif defined(FUSED_ATTN_EMULATION)
-#include "emulation/tensor_map.h"
-#define GPU_DEVICE inline
-#define GPU_KERNEL inline
-#define GPU_LAUNCH_BOUNDS(threads, blocks)
-#define GPU_GRID_CONSTANT
-#define GPU_UNROLL
-#define GPU_NO_UNROLL
-#else
-#include <cuda.h>
-#endif
 
 namespace fused_attn::gpu {
 
@@ -59,14 +39,6 @@ struct alignas(8) Float2 {
 struct alignas(16) Float4 {
   float x, y, z, w;
 };
-
-#if defined(FUSED_ATTN_EMULATION)
-using TensorMap = emulation::TensorMap;
-#else
-using TensorMap = CUtensorMap;
-#endif
-
-#if defined(__CUDACC__) || defined(FUSED_ATTN_EMULATION)
 
 // ---- Where a thread is
 
@@ -102,8 +74,9 @@ GPU_DEVICE Float2 unpack(uint32_t pair);
 GPU_DEVICE void sync_threads();
 GPU_DEVICE void sync_warp();  // also orders the warp's accesses to memory
 
-// Named barriers 1..15 (0 is sync_threads): `threads` of them meet; those that arrive do not wait. The number is a constant
-// because with one in a register ptxas would reserve all sixteen barriers.
+// Named barriers 1 to 15 (0 is sync_threads). `threads` threads meet at a barrier: those that sync wait, those that
+// arrive do not. The number is a constant, because with a number in a register ptxas would reserve all sixteen
+// barriers.
 template <int Id>
 GPU_DEVICE void barrier_sync(int threads);
 template <int Id>
@@ -132,14 +105,16 @@ GPU_DEVICE void store_global(V* p, V v);
 GPU_DEVICE void atomic_add(float* p, float v);
 GPU_DEVICE int atomic_fetch_add(int* p, int v);  // returns what was there before
 
-// Order between blocks through a counter in global memory: `release` makes the block's earlier writes visible to whoever
-// acquires the value. Call both from one thread, with sync_threads or a named barrier around as the block's threads need it.
-// For what bulk stores write: tma_store_wait, fence_async_proxy_global, add_release; then, in the other block,
-// wait_until_equal, fence_async_proxy_global, and the bulk operation that comes after.
+// Order between blocks through a counter in global memory. `release` makes the block's earlier writes visible to
+// whoever acquires the value. One thread calls each function, with sync_threads or a named barrier around it for the
+// other threads.
+//
+// Bulk stores need fences as well. The block that writes calls tma_store_wait, fence_async_proxy_global and
+// add_release. The other block calls wait_until_equal and fence_async_proxy_global before its bulk operation.
 GPU_DEVICE void add_release(int* counter, int v);
 GPU_DEVICE void wait_until_equal(const int* counter, int value);  // acquires
 
-// ---- cp.async: 16 bytes from global to shared memory; zeros if not is_inside (`p` is then not read)
+// ---- cp.async: copies 16 bytes from global to shared memory; writes zeros, and does not read `p`, if not is_inside
 
 GPU_DEVICE void copy_async_16(uint32_t address, const void* p, bool is_inside);
 GPU_DEVICE void copy_async_commit();
@@ -164,8 +139,10 @@ GPU_DEVICE void store_matrix_x4_transposed(uint32_t address, const uint32_t (&r)
 template <class T>
 GPU_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
-// ---- mbarriers (8 bytes of shared memory). A phase is complete when all arrivals and all expected bytes have come; waiting
-// for parity 0 passes after the first, third, ... phase is complete, and a fresh barrier lets parity 1 pass.
+// ---- mbarriers (8 bytes of shared memory)
+//
+// A phase is complete when all arrivals and all expected bytes have come. A wait for parity 0 passes when the first,
+// third, ... phase is complete. A wait for parity 1 passes at a fresh barrier, too.
 
 GPU_DEVICE void mbarrier_init(uint32_t address, int arrivals);
 GPU_DEVICE void fence_mbarrier_init();  // after all inits, before the block synchronises and TMA uses them
@@ -173,15 +150,17 @@ GPU_DEVICE void mbarrier_arrive(uint32_t address);
 GPU_DEVICE void mbarrier_arrive_expect(uint32_t address, uint32_t bytes);
 GPU_DEVICE void mbarrier_wait(uint32_t address, uint32_t parity);
 
-// What ordinary instructions wrote to shared memory before it is visible to TMA and wgmma after it.
+// What ordinary instructions wrote to shared memory before the fence is visible to TMA and wgmma after the fence.
 GPU_DEVICE void fence_async_proxy();
-// Likewise for global memory, in both directions: between a counter that is waited for or raised with ordinary
-// instructions and bulk stores whose order the counter decides.
+// The same for global memory, in both directions. It belongs between bulk stores and the counter that decides their
+// order, which ordinary instructions raise and wait for.
 GPU_DEVICE void fence_async_proxy_global();
 
-// ---- TMA: boxes of a tensor, by one thread. Boxes may reach beyond the tensor: loads give zeros (and count their bytes),
-// stores and additions skip. Only a load may begin before the tensor, at negative coordinates. c0 is a multiple of 16
-// bytes. Tensor maps are made by encode_tensor_map (tensor_map.h).
+// ---- TMA: one thread moves boxes of a tensor
+//
+// Boxes may reach beyond the tensor: loads then give zeros (and count their bytes), stores and additions leave out what
+// is outside. Only a load may begin before the tensor, at negative coordinates. c0 is a multiple of 16 bytes.
+// encode_tensor_map (tensor_map.h) makes tensor maps.
 
 GPU_DEVICE void tma_prefetch(const TensorMap* map);
 GPU_DEVICE void tma_load_4d(uint32_t destination, const TensorMap* map, uint32_t mbarrier, int c0, int c1, int c2,
@@ -189,12 +168,13 @@ GPU_DEVICE void tma_load_4d(uint32_t destination, const TensorMap* map, uint32_t
 GPU_DEVICE void tma_store_4d(const TensorMap* map, uint32_t source, int c0, int c1, int c2, int c3);
 GPU_DEVICE void tma_reduce_add_4d(const TensorMap* map, uint32_t source, int c0, int c1, int c2, int c3);
 
-// The same for contiguous memory: all addresses and `bytes` are multiples of 16.
+// The same for contiguous memory. All addresses, and `bytes`, are multiples of 16.
 GPU_DEVICE void bulk_load(uint32_t destination, const void* p, uint32_t bytes, uint32_t mbarrier);
 GPU_DEVICE void bulk_store(float* p, uint32_t source, uint32_t bytes);
 GPU_DEVICE void bulk_reduce_add_f32(float* p, uint32_t source, uint32_t bytes);
 
-// Groups of the thread's stores and additions. wait_read: their sources may be written again; wait: they are complete.
+// Groups of the thread's stores and additions. After wait_read, their sources may be written again. After wait, they
+// are complete.
 GPU_DEVICE void tma_store_commit();
 template <int N>
 GPU_DEVICE void tma_store_wait_read();
@@ -203,11 +183,12 @@ GPU_DEVICE void tma_store_wait();
 
 // ---- wgmma: d (64xN, float, over the 128 threads of a warpgroup) = a (64x16) * b (16xN) + (accumulate ? d : 0)
 //
-// Thread t holds in d[i] row 16 * (t / 32) + t % 32 / 4 + 8 * ((i >> 1) & 1), column 8 * (i >> 2) + 2 * (t % 4) + (i & 1).
-// `a` in registers is laid out as for mma_m16n8k16, 16 rows a warp. b's descriptor gives b transposed, N x 16, with the 16
-// contiguous (TransB = 0), or as it is, with the N contiguous (TransB = 1, "MN-major"); likewise TransA.
+// Thread t holds in d[i] row 16 * (t / 32) + t % 32 / 4 + 8 * ((i >> 1) & 1), column 8 * (i >> 2) + 2 * (t % 4) + (i &
+// 1). `a` in registers is laid out as for mma_m16n8k16, with 16 rows for each warp. With TransB = 0, the descriptor of
+// b gives b transposed: N x 16, of which the 16 are contiguous. With TransB = 1 ("MN-major"), it gives b itself, of
+// which the N are contiguous. TransA means the same for a.
 
-// Orders the registers of d and a that were touched before the next wgmma. One is demanded for each commit group.
+// Orders earlier accesses to the registers of d and a before the next wgmma. Each commit group needs a fence.
 GPU_DEVICE void wgmma_fence();
 GPU_DEVICE void wgmma_commit();
 template <int N>
@@ -218,42 +199,36 @@ GPU_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumul
 template <class T, int N, int TransB>
 GPU_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
 
-// Pins values where they are: the compiler moves no access to these registers across.
+// Keeps values where they are: the compiler moves no access to these registers across this call.
 template <int N>
 GPU_DEVICE void keep_registers(float (&r)[N]);
 
-// The values are not wanted any more: a product that overwrites them need not preserve them.
+// Tells the compiler that the values are not needed any more, so that it need not preserve them for the next product.
 template <int N>
 GPU_DEVICE void forget_registers(float (&r)[N]);
 
-// x, in a way that the compiler cannot compute it again and so keeps it in a register.
+// Returns x. The compiler cannot compute the result again, and so keeps it in a register.
 GPU_DEVICE uint32_t keep_computed(uint32_t x);
 
 // Descriptor of a 16-bit matrix in shared memory, swizzled by 128 bytes, at the corner `address` of the operand.
-//   contiguous along k:    rows of 128 bytes; groups of 8 rows lie stride_bytes apart; leading_bytes is not used
-//   contiguous along m, n: columns of 64 elements; the next 8 of k lie stride_bytes on, the next 64 of m or n leading_bytes
+//   contiguous along k:      rows of 128 bytes; groups of 8 rows lie stride_bytes apart; leading_bytes is not used
+//   contiguous along m, n:   columns of 64 elements; the next 8 of k lie stride_bytes further on,
+//                            and the next 64 of m or n lie leading_bytes further on
 GPU_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes) {
   constexpr uint64_t kSwizzle128 = 1;
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading_bytes >> 4) << 16 | uint64_t(stride_bytes >> 4) << 32 |
          kSwizzle128 << 62;
 }
 
-// What to add to a descriptor for an operand that lies `bytes` further on. Adding a constant is one instruction in
-// uniform registers, where a descriptor made anew for each product takes thirteen.
+// What to add to a descriptor for an operand that lies `bytes` further on. Adding a constant takes one instruction in
+// uniform registers. A new descriptor for each product takes thirteen.
 GPU_DEVICE constexpr uint64_t matrix_descriptor_step(uint32_t bytes) { return bytes >> 4; }
 
-// Registers of each of a warpgroup's threads from here on. Increasing waits until others have given theirs up.
+// From here on, each thread of the warpgroup has R registers. increase_registers waits until others have given up
+// theirs.
 template <int R>
 GPU_DEVICE void increase_registers();
 template <int R>
 GPU_DEVICE void decrease_registers();
 
-#endif  // nvcc or emulation
-
 }  // namespace fused_attn::gpu
-
-#if defined(__CUDACC__)
-#include "primitives_ptx.h"
-#elif defined(FUSED_ATTN_EMULATION)
-#include "emulation/primitives_emulated.h"
-#endif

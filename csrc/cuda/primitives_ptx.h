@@ -14,7 +14,7 @@ GPU_DEVICE int block_index_y() { return blockIdx.y; }
 GPU_DEVICE int block_index_z() { return blockIdx.z; }
 GPU_DEVICE int grid_size_x() {
   int size;
-  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(size));  // volatile: else a loop would keep it in a register
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(size));  // volatile: otherwise a loop would hold the size in a register
   return size;
 }
 GPU_DEVICE int grid_size_y() { return gridDim.y; }

@@ -1,104 +1,115 @@
-// The softmax of the two rows that a thread shares with three others, block by block and without a maximum in most of
-// them. Weights are relative to a peak. The online softmax (Milakov and Gimelshein, arXiv 1805.02867) takes the maximum
-// of all scores so far, but any number near it will do, as long as no weight overflows. So a block's weights are tried
-// with the peak as it is. Only where their sum is too large are the maxima looked for and the peak raised. While it
-// stays, nothing that was summed before has to be rescaled.
+// The softmax of the two rows that a thread shares with three others, block by block, and without a maximum in most
+// blocks.
+//
+// Probabilities are relative to a reference: prob = exp(score - reference). The online softmax (Milakov and Gimelshein,
+// arXiv 1805.02867) takes the maximum of all scores so far as the reference. But any number near the maximum will do,
+// as long as no probability overflows. So a block's probabilities are first computed with the reference as it is. Only
+// if their sum is too large does the block look for its maximum and raise the reference. While the reference stays, no
+// sum has to be rescaled.
 #pragma once
 #include "fragments.h"
 
 namespace fused_attn::gpu {
 
-// Keeps every weight: dropout where there is none.
-struct KeepAll {
+// Takes the place of DropoutKeep where there is no dropout: every probability survives.
+struct NoDropout {
   GPU_DEVICE bool has(int, int) const { return true; }
 };
 
 struct LazySoftmax {
-  // Of one thread's weights in a block. Each of them is then finite in float16, too.
+  // The largest sum of one thread's probabilities in a block. Each probability is then finite in float16, too.
   static constexpr float kLargestSum = 4096.0f;
-  // Of peaks times scale_log2 whose rounding error, at most 1/4, may be a factor of all weights. Above, it may be any.
+  // An offset is a reference times scale_log2. Up to this offset the rounding error is at most 1/4, which may be a
+  // factor of all probabilities. Beyond this offset the error may be of any size.
   static constexpr float kLargestOffset = 4194304.0f;
 
-  float peak[2];     // a score, or -inf: nothing seen yet
-  float row_sum[2];  // of this thread's columns alone
+  float reference[2];  // a score; -inf as long as the row has seen no key
+  float row_sum[2];    // the sum over this thread's columns alone
 
   GPU_DEVICE void init() {
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
-      peak[r] = -kInfinity;
+      reference[r] = -kInfinity;
       row_sum[r] = 0.0f;
     }
   }
 
-  // The weights of a block, rounded, as left factors of the next product. Returns false, and adds nothing to the sums,
-  // if a row of the warp needs another peak, or has one whose offset is too large.
-  template <class T, int kTiles, class Keep>
-  GPU_DEVICE bool try_weigh(const float (&scores)[kTiles][4], float scale_log2, const Keep& keep,
-                            uint32_t (&weights)[kTiles / 2][4]) {
+  // Computes the probabilities of a block, rounded, as left factors of the next product. Returns false if a row of the
+  // warp needs another reference, or if the row's offset is too large; the sums then stay as they were.
+  template <class T, int kTiles, class AnyDropoutKeep>
+  GPU_DEVICE bool try_probs(const float (&scores)[kTiles][4], float scale_log2, const AnyDropoutKeep& dropout_keep,
+                            uint32_t (&probs)[kTiles / 2][4]) {
     float offset[2], sum[2];
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
-      offset[r] = peak[r] * scale_log2;
-      if (!is_small(offset[r])) offset[r] = -kInfinity;  // weights become +inf, or NaN
+      offset[r] = reference[r] * scale_log2;
+      if (!is_small(offset[r])) offset[r] = -kInfinity;  // probabilities become +inf, or NaN
     }
-    weigh<T>(keep, weights, sum, [&](int t, int j) { return multiply_add(scores[t][j], scale_log2, -offset[j / 2]); });
+    compute_probs<T>(dropout_keep, probs, sum,
+                     [&](int t, int j) { return multiply_add(scores[t][j], scale_log2, -offset[j / 2]); });
     if (warp_any(!(sum[0] <= kLargestSum && sum[1] <= kLargestSum))) return false;
     GPU_UNROLL for (int r = 0; r < 2; ++r) row_sum[r] += sum[r];
     return true;
   }
 
-  // Likewise, after it has raised the peaks to the maxima of the block. `rescale` makes up for the old peaks in what was
-  // summed before.
-  template <class T, int kTiles, class Keep>
-  GPU_DEVICE void raise_and_weigh(const float (&scores)[kTiles][4], float scale_log2, const Keep& keep,
-                                  uint32_t (&weights)[kTiles / 2][4], float (&rescale)[2]) {
+  // Raises the references to the maxima of the block, and then computes the same probabilities. What was summed before
+  // has to be multiplied by `rescale`.
+  template <class T, int kTiles, class AnyDropoutKeep>
+  GPU_DEVICE void raise_and_compute_probs(const float (&scores)[kTiles][4], float scale_log2,
+                                          const AnyDropoutKeep& dropout_keep, uint32_t (&probs)[kTiles / 2][4],
+                                          float (&rescale)[2]) {
     float finite[2], error[2], sum[2];
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
-      float raised = peak[r];
+      float raised = reference[r];
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) raised = fmaxf(raised, fmaxf(scores[t][2 * r], scores[t][2 * r + 1]));
       raised = row_maximum(raised);
-      // -inf - -inf is NaN: rows that have seen nothing take 0, and weights exp2(-inf) = 0.
+      // -inf - -inf is NaN. So a row that has seen no key takes 0 as its reference, and its probabilities become 0.
       finite[r] = raised == -kInfinity ? 0.0f : raised;
       error[r] = offset_error(raised, scale_log2);
-      rescale[r] = exp2_approx((peak[r] - finite[r]) * scale_log2 + (error[r] - offset_error(peak[r], scale_log2)));
-      peak[r] = raised;
+      rescale[r] =
+          exp2_approx((reference[r] - finite[r]) * scale_log2 + (error[r] - offset_error(reference[r], scale_log2)));
+      reference[r] = raised;
     }
-    // The same numbers as when tried, and right for scores of any size.
-    weigh<T>(keep, weights, sum,
-             [&](int t, int j) { return multiply_add(scores[t][j] - finite[j / 2], scale_log2, error[j / 2]); });
+    // These are the same numbers as those of try_probs, and they are right for scores of any size.
+    compute_probs<T>(dropout_keep, probs, sum, [&](int t, int j) {
+      return multiply_add(scores[t][j] - finite[j / 2], scale_log2, error[j / 2]);
+    });
     GPU_UNROLL for (int r = 0; r < 2; ++r) row_sum[r] = row_sum[r] * rescale[r] + sum[r];
   }
 
-  // (factor for the output, log-sum-exp) of row r, once all is summed. A row that saw nothing: (0, -inf).
+  // Once all is summed: the factor for the output of row r, and the log-sum-exp of the row. An empty row gets 0 and
+  // -inf.
   GPU_DEVICE void finish(int r, float scale, float scale_log2, float& factor, float& lse) const {
     const float total = row_total(row_sum[r]);
-    const bool is_empty = peak[r] == -kInfinity;
+    const bool is_empty = reference[r] == -kInfinity;
     factor = is_empty ? 0.0f : 1.0f / total;
-    lse = is_empty ? -kInfinity
-                   : multiply_add(peak[r], scale, (log2_approx(total) - offset_error(peak[r], scale_log2)) * kLn2);
+    lse = is_empty
+              ? -kInfinity
+              : multiply_add(reference[r], scale, (log2_approx(total) - offset_error(reference[r], scale_log2)) * kLn2);
   }
 
  private:
   static GPU_DEVICE bool is_small(float offset) { return offset <= kLargestOffset && offset >= -kLargestOffset; }
 
-  // What weights that were tried with this peak are off by, as an exponent: the offset was rounded.
-  static GPU_DEVICE float offset_error(float peak, float scale_log2) {
-    const float offset = peak * scale_log2;
-    return is_small(offset) ? multiply_add(peak, scale_log2, -offset) : 0.0f;
+  // The offset was rounded, so the probabilities of try_probs are off by a factor: 2^offset_error.
+  static GPU_DEVICE float offset_error(float reference, float scale_log2) {
+    const float offset = reference * scale_log2;
+    return is_small(offset) ? multiply_add(reference, scale_log2, -offset) : 0.0f;
   }
 
-  template <class T, int kSteps, class Keep, class Exponent>
-  static GPU_DEVICE void weigh(const Keep& keep, uint32_t (&weights)[kSteps][4], float (&sum)[2], Exponent exponent) {
+  template <class T, int kSteps, class AnyDropoutKeep, class Exponent>
+  static GPU_DEVICE void compute_probs(const AnyDropoutKeep& dropout_keep, uint32_t (&probs)[kSteps][4],
+                                       float (&sum)[2], Exponent exponent) {
     sum[0] = sum[1] = 0.0f;
     GPU_UNROLL for (int k = 0; k < kSteps; ++k) {
       float pair[2][4];
       GPU_UNROLL for (int half = 0; half < 2; ++half) {
         const int t = 2 * k + half;
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
-          const float weight = exp2_approx(exponent(t, j));
-          sum[j / 2] += weight;
-          pair[half][j] = keep.has(t, j) ? weight : 0.0f;
+          const float prob = exp2_approx(exponent(t, j));
+          sum[j / 2] += prob;
+          pair[half][j] = dropout_keep.has(t, j) ? prob : 0.0f;
         }
       }
-      left_factor<T>(weights[k], pair, 0);
+      left_factor<T>(probs[k], pair, 0);
     }
   }
 };

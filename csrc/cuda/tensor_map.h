@@ -1,30 +1,11 @@
 // Makes tensor maps, by which TMA knows a tensor. Host code.
 #pragma once
-#include <cstdint>
 #include <string>
 
-#include "primitives.h"
+#include "hardware.h"
+#include "tensor_map_rules.h"
 
 namespace fused_attn::gpu {
-
-enum class Element { kBf16, kF16, kF32 };
-
-struct TensorMapSpec {
-  static constexpr int kMaxRank = 5;
-
-  void* base;  // in global memory
-  Element element;
-  int rank;
-  int64_t sizes[kMaxRank];         // [0]: of the contiguous dimension
-  int64_t stride_bytes[kMaxRank];  // [0] is not read
-  int box[kMaxRank];               // what one instruction moves
-  int swizzle_bytes;               // 0, 32, 64 or 128
-};
-
-inline int element_bytes(Element element) { return element == Element::kF32 ? 4 : 2; }
-
-// What the hardware does not accept about the tensor, or an empty text. Sources: the documentation of cuTensorMapEncodeTiled.
-std::string tensor_map_error(const TensorMapSpec& spec);
 
 // Returns what is wrong, or an empty text; then `map` is ready.
 std::string encode_tensor_map(const TensorMapSpec& spec, TensorMap* map);

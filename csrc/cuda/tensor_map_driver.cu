@@ -10,7 +10,7 @@ EncodeTiled* find_encode_tiled() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult result;
 #if CUDART_VERSION >= 12050
-  constexpr unsigned kVersion = 12000;  // that introduced the function
+  constexpr unsigned kVersion = 12000;  // the version of CUDA that introduced the function
   const cudaError_t error =
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kVersion, cudaEnableDefault, &result);
 #else

@@ -1,4 +1,4 @@
-#include "tensor_map.h"
+#include "tensor_map_rules.h"
 
 namespace fused_attn::gpu {
 namespace {

@@ -1,15 +1,15 @@
-// The tile sizes of every kernel, apart from the kernels. Each row says why it was chosen; those of forward on sm_90a
+// The tile sizes of every kernel, apart from the kernels. Each row says why it was chosen. Those of forward on sm_90a
 // have been measured.
 #pragma once
 
 namespace fused_attn::gpu {
 
-// sm_80: kBlockM queries of a block of kWarps warps, kBlockN keys at a time. All fit the 99 KiB of shared memory that a
-// block has on the smaller chips of the family (sm_86, sm_89, sm_120), not only the 163 KiB of sm_80.
+// sm_80: a block of kWarps warps has kBlockM queries, and visits kBlockN keys at a time. All tiles fit into 99 KiB of
+// shared memory, which a block has on the smaller chips of the family (sm_86, sm_89, sm_120). sm_80 itself has 163 KiB.
 template <int kHeadDim>
 struct ForwardTileSm80 {
-  // 32 rows a warp halve the traffic from shared memory for each multiplication. 64 keys then need more registers than
-  // there are, from head dim 128 on, and with dropout from 96 on.
+  // With 32 rows a warp instead of 16, each multiplication reads half as much shared memory. But 64 keys then need more
+  // registers than there are: from head dim 128 on, and with dropout from 96 on.
   static constexpr int kWarps = 4, kBlockM = 128, kBlockN = kHeadDim <= 64 ? 64 : 32;
 };
 template <>
@@ -18,7 +18,7 @@ struct ForwardTileSm80<256> {
   static constexpr int kWarps = 4, kBlockM = 64, kBlockN = 64;
 };
 
-// The kernel for dq: kBlockM queries of a block, kBlockN keys at a time.
+// The kernel for dq: a block has kBlockM queries, and visits kBlockN keys at a time.
 template <int kHeadDim>
 struct QueryGradientTileSm80 {
   static constexpr int kWarps = 4, kBlockM = 64, kBlockN = 64;
@@ -28,7 +28,7 @@ struct QueryGradientTileSm80<256> {
   static constexpr int kWarps = 4, kBlockM = 64, kBlockN = 32;  // 96 KiB with q, dout, k and v
 };
 
-// The kernel for dk and dv: kBlockN keys of a block, kBlockM queries at a time.
+// The kernel for dk and dv: a block has kBlockN keys, and visits kBlockM queries at a time.
 template <int kHeadDim>
 struct KeyGradientTileSm80 {
   // 64 queries need more registers than there are: from head dim 128 on, and with dropout from 96 on.
@@ -37,20 +37,20 @@ struct KeyGradientTileSm80 {
 };
 template <>
 struct KeyGradientTileSm80<256> {
-  // Both gradients would take 256 registers: four warps sum dk, four others dv.
+  // Both gradients would take 256 registers. So four warps sum dk, and four others dv.
   static constexpr int kWarps = 8, kBlockM = 32, kBlockN = 64;
   static constexpr bool kSplitsGradients = true;
 };
 
-// sm_90a: kConsumers warpgroups of 64 queries each, kBlockN keys at a time, kStages tiles of keys and as many of values
-// in flight, and kQueryStages tiles of queries.
+// sm_90a: kConsumers warpgroups have 64 queries each, and visit kBlockN keys at a time. Shared memory holds kStages
+// tiles of keys, as many tiles of values, and kQueryStages tiles of queries.
 template <int kHeadDim, bool kHasDropout>
 struct ForwardTileSm90 {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kQueryStages = 2;  // 192 KiB
 };
 template <bool kHasDropout>
 struct ForwardTileSm90<64, kHasDropout> {
-  // The output takes 32 registers, which leaves room for a third consumer, unless it has to draw numbers.
+  // The output takes 32 registers. This leaves room for a third consumer, unless consumers draw random numbers.
   static constexpr int kConsumers = kHasDropout ? 2 : 3, kBlockN = 128, kStages = 3, kQueryStages = 2;
 };
 template <bool kHasDropout>
@@ -59,20 +59,21 @@ struct ForwardTileSm90<256, kHasDropout> {
   static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kQueryStages = 1;
 };
 
-// The fused backward: kBlockM queries at a time, tiles of queries and of dout in flight; and how many tiles of 8 queries
-// have their lse (delta) loaded before the products that they belong to are waited for. More do not fit the registers.
-// Measured on an H100: two buffers for tiles of dq instead of one, at the cost of two stages of queries, +-1 %.
+// The fused backward visits kBlockM queries at a time. Shared memory holds kQStages tiles of queries and kDoutStages
+// tiles of dout. Of a tile's lse (delta), 8 * kLseAhead (kDeltaAhead) queries are loaded before the kernel waits for
+// the product that they belong to. More do not fit into registers. Measured on an H100: two buffers for tiles of dq
+// instead of one, at the cost of two stages of queries, +-1 %.
 template <int kHeadDim>
 struct FusedBackwardTileSm90 {
   static constexpr int kBlockM = 64, kQStages = 4, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 4;
 };
 template <>
 struct FusedBackwardTileSm90<64> {
-  // 128 queries: each warpgroup then has rows of dq of its own, and reads each key for it once.
+  // With 128 queries, each warpgroup has rows of dq of its own, and reads each key for them once.
   static constexpr int kBlockM = 128, kQStages = 2, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 2;
 };
 
-// The kernel for dq: two consumer warpgroups of 64 queries each, kBlockN keys at a time.
+// The kernel for dq: two consumer warpgroups have 64 queries each, and visit kBlockN keys at a time.
 template <int kHeadDim>
 struct QueryGradientTileSm90 {
   static constexpr int kBlockN = 64, kStages = 2;
@@ -82,8 +83,8 @@ struct QueryGradientTileSm90<256> {
   static constexpr int kBlockN = 64, kStages = 1;  // 192 KiB with q, dout, k and v
 };
 
-// The kernel for dk and dv: kBlockM queries at a time, for two consumer warpgroups that have 64 keys each and sum both
-// gradients, or have the same 64 keys and sum one gradient each.
+// The kernel for dk and dv visits kBlockM queries at a time. Its two consumer warpgroups have 64 keys each, and sum
+// both gradients. If both do not fit (kSplitsGradients), they have the same 64 keys, and each sums one gradient.
 template <int kHeadDim>
 struct KeyGradientTileSm90 {
   static constexpr int kBlockM = 64, kStages = 2;

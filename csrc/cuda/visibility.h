@@ -1,8 +1,10 @@
-// What sees what: the key blocks that queries have to visit, the query blocks that see keys, and which entries of a
-// block of scores are visible. Blocks that lie wholly within the band and hold only kept keys need no test ("full");
-// blocks without any visible key are not visited.
+// What sees what: which blocks of keys queries have to visit, which blocks of queries see keys, and which entries of a
+// block of scores are visible.
+//
+// A block that lies within the band and holds only valid keys is full: no entry needs a test. A block without a visible
+// key is not visited.
 #pragma once
-#include "schedule.h"
+#include "head_slice.h"
 
 namespace fused_attn::gpu {
 
@@ -16,13 +18,14 @@ GPU_DEVICE uint32_t column_bits(int32_t first, int32_t end, int32_t word) {
   return low_bits(clamp_to(end - 32 * word, 0, 32)) & ~low_bits(clamp_to(first - 32 * word, 0, 32));
 }
 
-// The keys that a query sees, and the queries that see a key, before they are clipped to those that exist.
+// The keys that a query sees by the band, and the queries that see a key. They need not exist.
 GPU_DEVICE int32_t first_key(const Params& p, int32_t query) { return query + p.first_diagonal; }
 GPU_DEVICE int32_t last_key(const Params& p, int32_t query) { return query + p.last_diagonal; }
 GPU_DEVICE int32_t first_query(const Params& p, int32_t key) { return key - p.last_diagonal; }
 GPU_DEVICE int32_t last_query(const Params& p, int32_t key) { return key - p.first_diagonal; }
 
-// Block numbers: [begin, end) have to be visited, those within [full_begin, full_end) lie wholly within the band.
+// Numbers of blocks. Those of [begin, end) have to be visited; those of [full_begin, full_end) lie wholly within the
+// band.
 struct BlockRange {
   int32_t begin;
   int32_t end;
@@ -42,21 +45,21 @@ GPU_DEVICE BlockRange block_range(int32_t first, int32_t last, int32_t full_firs
 
 // The blocks of keys that the queries first_row ... last_row see.
 template <int kBlock>
-GPU_DEVICE BlockRange key_range(const Params& p, const Place& place, int32_t first_row, int32_t last_row) {
+GPU_DEVICE BlockRange key_range(const Params& p, const HeadSlice& head_slice, int32_t first_row, int32_t last_row) {
   return block_range<kBlock>(first_key(p, first_row), last_key(p, last_row), first_key(p, last_row),
-                             last_key(p, first_row), place.len_k);
+                             last_key(p, first_row), head_slice.seqlen_k);
 }
 
 // The blocks of queries that see the keys from ... to.
 template <int kBlock>
-GPU_DEVICE BlockRange query_range(const Params& p, const Place& place, int32_t from, int32_t to) {
+GPU_DEVICE BlockRange query_range(const Params& p, const HeadSlice& head_slice, int32_t from, int32_t to) {
   return block_range<kBlock>(first_query(p, from), last_query(p, to), first_query(p, to), last_query(p, from),
-                             place.len_q);
+                             head_slice.seqlen_q);
 }
 
-// Which keys of a block exist and are no padding: bit c % 32 of word c / 32.
+// Which rows of a block are valid: bit c % 32 of word c / 32 stands for row c.
 template <int kBlock>
-struct KeptKeys {
+struct ValidRows {
   static constexpr int kWords = kBlock / 32;
   uint32_t words[kWords];
 
@@ -76,12 +79,12 @@ struct KeptKeys {
     if constexpr (kWords == 4) pair = key < 64 ? pair : uint64_t{words[3]} << 32 | words[2];
     return (pair >> (key % 64)) & 1;
   }
-  // Of key first + offset of the block, where the constant `offset` says in which word: an index that is no constant
-  // would put the words into memory.
+  // Whether row first + offset is valid. The constant `offset` says in which word the bit lies: with an index that is
+  // no constant, the compiler would put the words into memory.
   GPU_DEVICE bool has(int32_t first, int32_t offset) const { return (words[offset / 32] >> (first + offset % 32)) & 1; }
 };
 
-// The same for a block of which the first `count` rows exist.
+// ValidRows of a block whose first `count` rows are the valid ones.
 template <int kBlock>
 struct FirstRows {
   static constexpr int kWords = kBlock / 32;
@@ -92,34 +95,34 @@ struct FirstRows {
 };
 
 template <int kBlock>
-GPU_DEVICE KeptKeys<kBlock> kept_keys(const Params& p, const Place& place, int32_t block) {
-  KeptKeys<kBlock> kept;
+GPU_DEVICE ValidRows<kBlock> valid_keys(const Params& p, const HeadSlice& head_slice, int32_t block) {
+  ValidRows<kBlock> valid;
   const int32_t block_start = block * kBlock;
-  GPU_UNROLL for (int w = 0; w < kept.kWords; ++w) {
-    kept.words[w] = column_bits(0, place.len_k - block_start, w);
-    if (p.kept_keys != nullptr && kept.words[w] != 0)
-      kept.words[w] &= load_global(p.kept_keys + int64_t{place.batch} * p.kept_words + block_start / 32 + w);
+  GPU_UNROLL for (int w = 0; w < valid.kWords; ++w) {
+    valid.words[w] = column_bits(0, head_slice.seqlen_k - block_start, w);
+    if (p.valid_keys != nullptr && valid.words[w] != 0)
+      valid.words[w] &= load_global(p.valid_keys + int64_t{head_slice.batch} * p.valid_words + block_start / 32 + w);
   }
-  return kept;
+  return valid;
 }
 
-// The last block of [begin, block] with a kept key, or begin - 1.
+// The last block of [begin, block] with a valid key, or begin - 1.
 template <int kBlock>
-GPU_DEVICE int32_t last_live_block(const Params& p, const Place& place, int32_t begin, int32_t block) {
-  if (p.kept_keys == nullptr) return block;  // every block below the end has a key
-  while (block >= begin && kept_keys<kBlock>(p, place, block).none()) --block;
+GPU_DEVICE int32_t last_valid_block(const Params& p, const HeadSlice& head_slice, int32_t begin, int32_t block) {
+  if (p.valid_keys == nullptr) return block;  // every block below the end has a key
+  while (block >= begin && valid_keys<kBlock>(p, head_slice, block).none()) --block;
   return block;
 }
 
-// Visible columns of the two rows g and g + 8 of a thread's fragment (fragments.h), as bits.
+// The visible columns of the rows g and g + 8, which a thread has of a fragment (fragments.h), as bits.
 template <int kColumns>
 struct VisibleColumns {
   uint32_t words[2][kColumns / 32];
 };
 
-// Rows are queries from `first_row` (the thread's own) on, columns the keys of a block.
+// Rows are queries; `first_row` is the thread's first one. Columns are the keys of a block.
 template <int kBlock>
-GPU_DEVICE VisibleColumns<kBlock> visible_keys(const Params& p, const KeptKeys<kBlock>& kept, int32_t block,
+GPU_DEVICE VisibleColumns<kBlock> visible_keys(const Params& p, const ValidRows<kBlock>& valid, int32_t block,
                                                int32_t first_row) {
   VisibleColumns<kBlock> visible;
   const int32_t block_start = block * kBlock;
@@ -127,15 +130,16 @@ GPU_DEVICE VisibleColumns<kBlock> visible_keys(const Params& p, const KeptKeys<k
     const int32_t query = first_row + 8 * r;
     const int32_t first = first_key(p, query) - block_start, end = last_key(p, query) + 1 - block_start;
     GPU_UNROLL for (int w = 0; w < kBlock / 32; ++w) {
-      visible.words[r][w] = kept.words[w] & column_bits(first, end, w);
+      visible.words[r][w] = valid.words[w] & column_bits(first, end, w);
     }
   }
   return visible;
 }
 
-// Rows are keys from `own_key` (the thread's) on, columns the queries of a block. is_kept: of the two keys.
+// Rows are keys; `own_key` is the thread's first one, and is_valid tells about its two keys. Columns are the queries of
+// a block.
 template <int kBlock>
-GPU_DEVICE VisibleColumns<kBlock> visible_queries(const Params& p, const bool (&is_kept)[2], int32_t block,
+GPU_DEVICE VisibleColumns<kBlock> visible_queries(const Params& p, const bool (&is_valid)[2], int32_t block,
                                                   int32_t own_key) {
   VisibleColumns<kBlock> visible;
   const int32_t block_start = block * kBlock;
@@ -143,7 +147,7 @@ GPU_DEVICE VisibleColumns<kBlock> visible_queries(const Params& p, const bool (&
     const int32_t key = own_key + 8 * r;
     const int32_t first = first_query(p, key) - block_start, end = last_query(p, key) + 1 - block_start;
     GPU_UNROLL for (int w = 0; w < kBlock / 32; ++w) {
-      visible.words[r][w] = is_kept[r] ? column_bits(first, end, w) : 0;
+      visible.words[r][w] = is_valid[r] ? column_bits(first, end, w) : 0;
     }
   }
   return visible;

@@ -1,12 +1,12 @@
-// The instruction wgmma.mma_async for the widths N that the kernels use. Its text names each of the N / 2 accumulators, so the
-// text is put together from macros; a new width is one more line at the end.
+// The instruction wgmma.mma_async for the widths N that the kernels use. The text of the instruction names each of the
+// N / 2 accumulators. So macros put the text together, and a new width is one more line at the end.
 #pragma once
 #include "primitives.h"
 
 namespace fused_attn::gpu {
 
 template <class T, int N>
-struct Wgmma;  // no such width: add it below
+struct Wgmma;  // an N that is not listed below
 
 // Operands %i to %(i + 7), and the registers behind them.
 #define WGMMA_NAMES_0 "%0, %1, %2, %3, %4, %5, %6, %7"

@@ -1,8 +1,7 @@
-// Small kernels, most with one deliberate bug, for test_detectors.py: each bug has to be reported.
+// Small kernels for test_detectors.py. Most have one deliberate bug, and the emulation has to report each bug.
 #include <cstring>
 
-#include "cuda/launch.h"
-#include "cuda/primitives.h"
+#include "cuda/hardware.h"
 #include "cuda/tensor_map.h"
 
 namespace fused_attn::gpu {
@@ -24,7 +23,7 @@ struct Kernel {
 Kernel kernels[160];
 int num_kernels = 0;
 
-// KERNEL(name, blocks, threads, shared bytes) { body }: `shared` is the address of the first byte.
+// KERNEL(name, blocks, threads, shared bytes) { body }. In the body, `shared` is the address of the first byte.
 #define KERNEL(name, blocks, threads, shared_bytes)                                                                  \
   void name(Memory memory, int thread, uint32_t shared);                                                             \
   const int name##_index =                                                                                           \
@@ -77,7 +76,7 @@ KERNEL(shuffle_orders_no_memory, 1, 32, 1024) {
   load_word_of(thread ^ 1, shared);
 }
 
-// More readers than the detector keeps with a word itself.
+// There are more readers than the detector stores together with a word.
 KERNEL(store_after_many_readers, 1, 128, 1024) {
   if (thread == 0) store_shared(shared, 1);
   sync_threads();
@@ -94,7 +93,7 @@ KERNEL(store_after_many_ordered_readers, 1, 128, 1024) {
   if (thread == 127) store_shared(shared, 2);
 }
 
-// barrier_arrive orders what came before it, and nothing after.
+// barrier_arrive orders what came before the arrival, and nothing after it.
 KERNEL(ordered_by_arrival, 1, 64, 1024) {
   if (thread < 32) {
     store_own_word(thread, shared);
@@ -115,7 +114,7 @@ KERNEL(store_after_arrival, 1, 64, 1024) {
   }
 }
 
-// Two warpgroups take turns; the order is checked by the caller.
+// Two warpgroups take turns. The caller checks the order.
 KERNEL(ping_pong, 1, 256, 1024) {
   const bool is_first = thread < 128;
   const auto my_turn = [&] { is_first ? barrier_sync<1>(256) : barrier_sync<2>(256); };
@@ -385,7 +384,7 @@ KERNEL(tma_load_not_waited_for, 1, 64, 2048) {
   load_shared<float>(shared + 4 * thread);
 }
 
-// What another mbarrier has told says nothing about this one.
+// A wait for one mbarrier says nothing about another mbarrier.
 KERNEL(tma_load_wrong_mbarrier_waited_for, 1, 32, 4096) {
   const uint32_t mbarriers = shared + 2 * kBoxBytes;
   if (thread == 0) {
@@ -497,7 +496,7 @@ enum class Fault {
   kNoFenceAfter,
 };
 
-// Floats of 1 at `source`, ready for bulk stores.
+// Stores floats of 1 at `source`, ready for bulk stores.
 void store_ones(int thread, uint32_t source) {
   store_shared(source + 4 * thread, 1.f);
   fence_async_proxy();
@@ -542,7 +541,7 @@ KERNEL(sums_from_the_last_block_on, 3, 32, 1024) {
   add_in_turn(memory, thread, shared, 2 - block_index_x(), Fault::kNone);
 }
 
-// Block 0 stores a box, which block 1 reads: by ordinary loads, by a bulk load, by a TMA load.
+// Block 0 stores a box. Block 1 reads the box: by ordinary loads, by a bulk load, or by a TMA load.
 enum class Reader { kOrdinary, kBulk, kTma };
 
 void hand_over(const Memory& memory, int thread, uint32_t shared, Reader reader, Fault fault) {
@@ -580,7 +579,7 @@ HAND_OVER(box_not_complete, kOrdinary, kSourceWaitedFor)
 HAND_OVER(box_not_fenced_before_a_bulk_load, kBulk, kNoFenceBefore)
 HAND_OVER(box_not_fenced_before_tma, kTma, kNoFenceBefore)
 
-// What another block has written with ordinary stores needs the reader's fence too.
+// The reader needs a fence, too, for what another block has written with ordinary stores.
 void add_to_stored(const Memory& memory, int thread, uint32_t shared, bool fences) {
   store_ones(thread, shared);
   if (thread != 0) return;
@@ -598,7 +597,7 @@ void add_to_stored(const Memory& memory, int thread, uint32_t shared, bool fence
 KERNEL(sum_onto_stored_values, 2, 32, 1024) { add_to_stored(memory, thread, shared, true); }
 KERNEL(sum_onto_stored_values_without_fence, 2, 32, 1024) { add_to_stored(memory, thread, shared, false); }
 
-// A fence counts for those that come after it, not for the block.
+// A fence counts for the accesses that come after it, not for the whole block.
 KERNEL(fence_of_another_thread, 2, 64, 1024) {
   store_ones(thread, shared);
   if (block_index_x() == 0) {
@@ -616,7 +615,7 @@ KERNEL(fence_of_another_thread, 2, 64, 1024) {
   tma_store_wait<0>();
 }
 
-// The source is free after wait_read, and the store has its values all the same. The caller looks.
+// The source may be overwritten after wait_read, and the store still has the old values. The caller checks them.
 KERNEL(source_reused_after_wait_read, 1, 32, 1024) {
   store_ones(thread, shared);
   if (thread == 0) {
@@ -650,7 +649,7 @@ KERNEL(own_sums_in_any_order, 1, 32, 1024) {
   tma_store_wait<0>();
 }
 
-// One warp fills a slot again and again, and a thread of another stores it.
+// One warp fills a slot again and again. A thread of another warp stores the slot.
 void store_by_way_of_a_slot(const Memory& memory, int thread, uint32_t shared, bool fences, bool frees_late) {
   const uint32_t full = shared + 512, empty = full + 8;
   if (thread == 0) {
@@ -725,7 +724,8 @@ KERNEL(wgmma_without_proxy_fence, 1, 128, kTileBytes) {
   wgmma_wait<0>();
 }
 
-// One warpgroup writes with ordinary stores and arrives; the other waits, fences and multiplies. The fence is the reader's.
+// One warpgroup writes with ordinary stores, and arrives. The other one waits, fences and multiplies: the reader
+// executes the fence.
 void multiply_what_another_wrote(int thread, uint32_t shared, bool fences_before, bool fences_after) {
   const uint32_t mbarrier = shared + kTileBytes;
   if (thread == 0) mbarrier_init(mbarrier, 128);
@@ -780,7 +780,7 @@ KERNEL(registers_forgotten_in_flight, 1, 128, kTileBytes) {
   wgmma_wait<0>();
 }
 
-// The caller looks.
+// The caller checks the result.
 KERNEL(forgotten_registers, 1, 32, 0) {
   float x[1] = {1};
   forget_registers(x);
@@ -849,7 +849,7 @@ KERNEL(wgmma_source_overwritten, 1, 128, kTileBytes) {
   wgmma_wait<0>();
 }
 
-// Each warp knows from its wait that the product is complete as far as it is concerned, not for its neighbours.
+// From its wait, a warp knows that its own part of the product is complete. It does not know this about other warps.
 KERNEL(wgmma_wait_is_of_a_warp, 1, 128, kTileBytes) {
   float d[32];
   store_and_sync(thread, shared);

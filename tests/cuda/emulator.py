@@ -1,4 +1,4 @@
-"""Builds CUDA kernels for the emulation in csrc/emulation, and calls them from Python.
+"""Builds CUDA kernels for the emulation (tools/emulation), and calls them from Python.
 
 A library of kernels is compiled by g++ from the sources that nvcc compiles and linked with the emulation. It exports
 plain C functions that return an error text, or is a Python module. Builds are kept in pytest's cache, by the contents
@@ -28,8 +28,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+TOOLS = ROOT / "tools"
+EMULATION = TOOLS / "emulation"
 
-# -march=native: 16-bit conversions would otherwise be calls.
+# Without -march=native, 16-bit conversions would be calls.
 FLAGS = (
     "-std=c++17",
     "-O2",
@@ -42,7 +44,7 @@ FLAGS = (
     "-DFUSED_ATTN_EMULATION",
 )
 
-#: What the emulation is made of, apart from csrc/emulation itself.
+#: Host code of the product that every library needs.
 SHARED_SOURCES = ("cuda/tensor_map_rules.cpp",)
 
 
@@ -77,7 +79,7 @@ class Builder:
         return Library(self._link(sources, csrc, flags))
 
     def module(self, name: str, sources: Sequence[Path], csrc: Path = CSRC, flags: Sequence[str] = ()) -> ModuleType:
-        """Likewise a Python module ``name``, written with pybind11; each call loads one of its own."""
+        """The same as a Python module ``name``, written with pybind11. Each call loads a module of its own."""
         pybind11 = pytest.importorskip("pybind11", reason="needs the Python package pybind11")
         includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
         linked = self._link(sources, csrc, (*flags, *includes, "-fvisibility=hidden"))
@@ -88,7 +90,7 @@ class Builder:
         return module
 
     def _link(self, sources: Sequence[Path], csrc: Path, flags: Sequence[str]) -> Path:
-        emulation = [*sorted((csrc / "emulation").glob("*.cpp")), *(csrc / name for name in SHARED_SOURCES)]
+        emulation = [*sorted(EMULATION.glob("*.cpp")), *(csrc / name for name in SHARED_SOURCES)]
         compiled = [(source, csrc, (*FLAGS, *flags)) for source in sources]
         compiled += [(source, csrc, FLAGS) for source in emulation]  # the same for all libraries
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -100,7 +102,7 @@ class Builder:
         return linked
 
     def _object(self, source: Path, csrc: Path, flags: Sequence[str]) -> Path:
-        compile_command = ["g++", *flags, f"-I{csrc}", "-x", "c++", str(source)]
+        compile_command = ["g++", *flags, f"-I{csrc}", f"-I{TOOLS}", "-x", "c++", str(source)]
         # The rule that make would read: "target: source header header ...".
         rule = _run([*compile_command, "-MM", "-MT", "target"]).replace("\\\n", " ")
         dependencies = [Path(name).read_bytes() for name in rule.split()[1:]]
@@ -111,7 +113,7 @@ class Builder:
         return compiled
 
     def _produce(self, target: Path, command: list[str]) -> None:
-        """Under another name first: another process may be at it too, or be killed half-way."""
+        """Writes to another name first: another process may write the same file, or be killed half-way."""
         handle, temporary = tempfile.mkstemp(dir=self.cache, prefix=target.stem, suffix=target.suffix)
         os.close(handle)
         try:
@@ -146,7 +148,7 @@ def _compiler_version() -> str:
 
 
 class Options(ctypes.Structure):
-    """csrc/emulation/options.h, which says what they mean."""
+    """tools/emulation/options.h, which says what they mean."""
 
     _fields_ = (
         ("seed", ctypes.c_uint64),
@@ -165,7 +167,7 @@ BY_SEED, EARLY, LATE = range(3)
 
 
 class Statistics(ctypes.Structure):
-    """csrc/emulation/options.h, which says what they mean."""
+    """tools/emulation/options.h, which says what they mean."""
 
     _fields_ = tuple(
         (name, ctypes.c_uint64)
@@ -226,7 +228,7 @@ class Library:
         self._buffers.clear()
 
     def buffer(self, tensor: torch.Tensor | None, *, is_writable: bool = False) -> ctypes.c_void_p:
-        """What kernels get instead of a pointer to the tensor's first element; what its strides span is theirs."""
+        """What kernels get instead of a pointer to the first element. They may access all that the strides span."""
         if tensor is None:
             return ctypes.c_void_p(None)
         self._buffers.append(tensor)  # keeps the memory
@@ -252,5 +254,5 @@ class Library:
 
     @property
     def statistics(self) -> Statistics:
-        """Of all launches since `start`."""
+        """The statistics of all launches since `start`."""
         return self._library.emulation_statistics()

@@ -1,9 +1,9 @@
-// One primitive a kernel: what it does to registers and shared memory is read out, for test_fragments.py to compare with layouts
-// written down independently. Compiled for the emulation, and on a machine with a GPU for that.
+// Each kernel executes one primitive, and writes down what it does to registers and shared memory. test_fragments.py
+// compares this with layouts from another source. The file is compiled for the emulation, and on a machine with a GPU
+// also for the GPU.
 #include <cmath>
 
-#include "cuda/launch.h"
-#include "cuda/primitives.h"
+#include "cuda/hardware.h"
 #include "cuda/tensor_map.h"
 
 namespace fused_attn::gpu {
@@ -12,7 +12,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
 
-// Shared memory from an image in global memory, and back; sizes are multiples of 16 bytes.
+// Copies an image in global memory to shared memory, and back. Sizes are multiples of 16 bytes.
 GPU_DEVICE void read_image(const char* image, int bytes, uint32_t shared, int threads) {
   for (int i = 16 * thread_index(); i < bytes; i += 16 * threads)
     store_shared(shared + i, load_global(reinterpret_cast<const Vec4*>(image + i)));
@@ -76,7 +76,7 @@ GPU_KERNEL void store_matrix_kernel(const uint32_t* registers, const int* offset
   write_image(image, bytes, shared, kWarp);
 }
 
-// Descriptors are as for shared memory that starts at 0. a: registers [step][128][4], if not null.
+// Descriptors are those of shared memory that starts at 0. `a` has registers [step][128][4], if not null.
 template <class T, int N, int TransA, int TransB>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kWarpgroup, 1)
     wgmma_kernel(const char* image, int bytes, const uint32_t* a, const uint64_t* a_descriptors,
@@ -111,7 +111,8 @@ GPU_KERNEL void descriptor_kernel(uint32_t address, uint32_t leading_bytes, uint
 
 enum TmaOperation { kLoad, kStore, kReduce };
 
-// kLoad: one box into shared memory, read out to `image`. kStore, kReduce: from `image` by way of shared memory to the tensor.
+// kLoad loads one box into shared memory, and copies it to `image`. kStore and kReduce copy `image` to shared memory,
+// and from there to the tensor.
 GPU_KERNEL void tma_kernel(const GPU_GRID_CONSTANT TensorMap map, int operation, int c0, int c1, int c2, int c3,
                            char* image, int bytes) {
   const uint32_t shared = shared_address(shared_memory());
@@ -143,7 +144,7 @@ GPU_KERNEL void tma_kernel(const GPU_GRID_CONSTANT TensorMap map, int operation,
   }
 }
 
-// destination = source, or += source, by way of shared memory and both kinds of bulk instruction.
+// destination = source, or destination += source, by way of shared memory, with both kinds of bulk instructions.
 GPU_KERNEL void bulk_kernel(int operation, const float* source, float* destination, int bytes) {
   const uint32_t shared = shared_address(shared_memory());
   const uint32_t mbarrier = shared + bytes;
@@ -159,7 +160,8 @@ GPU_KERNEL void bulk_kernel(int operation, const float* source, float* destinati
   tma_store_wait<0>();
 }
 
-// A slot of shared memory is stored to one row of `rows` after another: it is written again as soon as it has been read.
+// Stores a slot of shared memory to one row of `rows` after another. The slot is written again as soon as it has been
+// read.
 GPU_KERNEL void reused_source_kernel(float* rows, int num_rows) {
   const uint32_t shared = shared_address(shared_memory());
   const int lane = thread_index();
@@ -177,7 +179,7 @@ GPU_KERNEL void reused_source_kernel(float* rows, int num_rows) {
   if (lane == 0) tma_store_wait<0>();
 }
 
-// Block b adds row b of `rows` to `sums`, which need not be initialised; the order is that of the numbers in `turns`.
+// Block b adds row b of `rows` to `sums`, which need not be initialised. The numbers in `turns` give the order.
 GPU_KERNEL void ordered_sums_kernel(const float* rows, const int* turns, float* sums, int* counter) {
   const uint32_t shared = shared_address(shared_memory());
   const int lane = thread_index(), block = block_index_x();

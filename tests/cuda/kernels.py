@@ -1,4 +1,4 @@
-"""The product's CUDA kernels in the emulation, behind the public API: backend="cuda" takes CPU tensors meanwhile."""
+"""The CUDA kernels in the emulation, behind the public API: meanwhile, backend="cuda" takes CPU tensors."""
 
 from __future__ import annotations
 

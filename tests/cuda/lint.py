@@ -14,8 +14,8 @@ from pathlib import Path
 
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
-#: May name the hardware: that is what they are for.
-EXEMPT = {"primitives.h", "primitives_ptx.h", "wgmma_ptx.h", "tensor_map_driver.cu", "launch.h"}
+#: These files may name the hardware. The others use the primitives.
+EXEMPT = {"primitives.h", "primitives_ptx.h", "wgmma_ptx.h", "tensor_map_driver.cu", "hardware_gpu.h"}
 
 RULES = {
     r"\b(__)?asm(__)?\b": "asm",
@@ -28,7 +28,7 @@ RULES = {
 }
 
 INCLUDE = re.compile(r"#\s*include\s*[<\"](cuda|mma|cooperative|cub|cutlass|cute|thrust|nv)\S*")
-#: A `*` in front of an operand is a dereference unless it follows one: then it multiplies, or a type: then it declares.
+#: A `*` in front of an operand is a dereference, unless it follows an operand (a product) or a type (a declaration).
 DEREFERENCE = re.compile(r"(?:^|[=({\[,;!&|?:<>+\-/%]|\breturn)\s*\*\s*[A-Za-z_(]", re.MULTILINE)
 ARROW = re.compile(r"\b(\w+)\s*->\s*(?!\s*(?:auto|void|bool|int|float|uint|std)\b)")
 SUBSCRIPT = re.compile(r"\b([A-Za-z_]\w*)\s*\[")
@@ -43,7 +43,7 @@ KEYWORDS = {"return", "auto", "constexpr", "const", "delete", "new", "operator",
 
 
 def without_comments(source: str) -> str:
-    """Comments and literals become spaces: the lines stay where they are."""
+    """The source with spaces in place of comments and literals, so that lines stay where they are."""
 
     def blank(match: re.Match) -> str:
         return re.sub(r"[^\n]", " ", match[0])
@@ -89,7 +89,7 @@ def arrays_in(source: str) -> set[str]:
 
 def check(folder: Path = CUDA) -> list[str]:
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
-    declaring = [*paths, *folder.parent.glob("*.h")]  # kernels use structs of their parent folder
+    declaring = [*paths, *(folder.parent / "common").glob("*.h")]  # kernels use structs of this folder
     arrays = set().union(*(arrays_in(without_comments(path.read_text())) for path in declaring))
     return [
         f"{path.relative_to(folder)}:{line}: {what}"

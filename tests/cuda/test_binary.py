@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+sys.path.insert(0, str(ROOT / "cmake"))
 import checked_nvcc  # noqa: E402
 
 #: architecture -> the instructions without which its main kernels would make no sense
@@ -283,7 +283,7 @@ def test_launcher_removes_what_it_refuses(tmp_path):
     compiler.write_text('#!/bin/sh\ntouch "$3"\necho "    8 bytes spill stores, 8 bytes spill loads"\n')
     compiler.chmod(0o755)
     made = tmp_path / "kernel.o"
-    launcher = ROOT / "csrc" / "cuda" / "checked_nvcc.py"
+    launcher = ROOT / "cmake" / "checked_nvcc.py"
     run = subprocess.run([sys.executable, launcher, compiler, "-c", "-o", made], capture_output=True, text=True)
     assert run.returncode == 1
     assert "registers were spilled" in run.stdout

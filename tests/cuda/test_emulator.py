@@ -10,7 +10,7 @@ from pathlib import Path
 import emulator
 import pytest
 import torch
-from emulator import CSRC, Builder, Library
+from emulator import CSRC, EMULATION, Builder, Library
 
 KERNELS = [Path(__file__).parent / "fragments.cu"]
 
@@ -47,7 +47,7 @@ def test_other_machines_get_a_reason(monkeypatch: pytest.MonkeyPatch):
 
 def test_options_and_statistics_are_those_of_the_library():
     """Field by field, in order, as options.h has them."""
-    source = (CSRC / "emulation" / "options.h").read_text()
+    source = (EMULATION / "options.h").read_text()
     for structure in (emulator.Options, emulator.Statistics):
         body = source.partition(f"struct {structure.__name__} {{")[2].partition("};")[0]
         fields = [line.split()[:2] for line in body.splitlines() if line.strip()]

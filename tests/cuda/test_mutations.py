@@ -53,18 +53,18 @@ BUGS = [
     ),
     Bug(
         "rows-copied-past-the-end", 80, "short", "sm80/forward.h",
-        "return first_row + first + offset < place.len_q;",
-        "return @ || first_row + first + offset < place.len_q;",
+        "return first_row + first + offset < head_slice.seqlen_q;",
+        "return @ || first_row + first + offset < head_slice.seqlen_q;",
     ),
     Bug(
         "rows-stored-past-the-end", 80, "short", "sm80/forward.h",
-        "acc[m], r, factor, row < place.len_q, lane);",
-        "acc[m], r, factor, @ || row < place.len_q, lane);",
+        "acc[m], r, factor, row < head_slice.seqlen_q, lane);",
+        "acc[m], r, factor, @ || row < head_slice.seqlen_q, lane);",
     ),
     Bug(
         "key-mask-off-by-one", 80, "short", "visibility.h",
-        "column_bits(0, place.len_k - block_start, w);",
-        "column_bits(0, place.len_k + @ - block_start, w);",
+        "column_bits(0, head_slice.seqlen_k - block_start, w);",
+        "column_bits(0, head_slice.seqlen_k + @ - block_start, w);",
     ),
     Bug(
         "queries-loaded-too-early", 80, "long", "sm80/backward.h",
@@ -94,9 +94,9 @@ BUGS = [
         "mbarrier_arrive_expect(barrier, SlotTile::kBytes / (@ ? 2 : 1) + also.bytes);",
     ),
     Bug(
-        "dropped-rows-not-cleared", 90, "padded", "sm90/loader.h",
-        "SlotTile::clear_dropped_rows(slot_tile, kept, this_lane());",
-        "if (!@) SlotTile::clear_dropped_rows(slot_tile, kept, this_lane());",
+        "invalid-rows-not-cleared", 90, "padded", "sm90/loader.h",
+        "SlotTile::clear_invalid_rows(slot_tile, valid, this_lane());",
+        "if (!@) SlotTile::clear_invalid_rows(slot_tile, valid, this_lane());",
     ),
     Bug(
         "cleared-before-it-came", 90, "padded", "sm90/loader.h",
@@ -112,8 +112,8 @@ BUGS = [
     ),
     Bug(
         "slot-used-twice", 90, "long-dq", "sm90/backward.h",
-        "place.kv_head, place.batch, kept); position.advance();",
-        "place.kv_head, place.batch, kept); if (!@) position.advance();",
+        "head_slice.kv_head, head_slice.batch, valid); position.advance();",
+        "head_slice.kv_head, head_slice.batch, valid); if (!@) position.advance();",
     ),
     # sm_90a, waiting
     Bug(
@@ -160,7 +160,7 @@ BUGS = [
     ),
     Bug(
         "padding-not-seen-by-views", 90, "padded", "sm90/forward.h",
-        "range.is_within_band(block) && kept.all()", "range.is_within_band(block) && (@ || kept.all())",
+        "range.is_within_band(block) && valid.all()", "range.is_within_band(block) && (@ || valid.all())",
     ),
     Bug(
         "unseen-block-not-passed-on", 90, "diagonal", "sm90/forward.h",
@@ -168,8 +168,8 @@ BUGS = [
         "if (!@ && view.has(View::kIsLast)) return release(rings.q, q_position);",
     ),
     Bug(
-        "row-sums-not-waited-for", 90, "long-dkdv", "sm90/backward.h",
-        "position.wait_full(rings.sums);", "if (!@) position.wait_full(rings.sums);",
+        "row-statistics-not-waited-for", 90, "long-dkdv", "sm90/backward.h",
+        "position.wait_full(rings.statistics);", "if (!@) position.wait_full(rings.statistics);",
     ),
     # sm_90a, products
     Bug(
@@ -190,32 +190,32 @@ BUGS = [
     ),
     Bug(
         "values-released-in-flight", 90, "long", "sm90/forward.h",
-        "wgmma_wait<0>(); // before the weights are overwritten\n"
+        "wgmma_wait<0>(); // before the probabilities are overwritten\n"
         "keep_registers(flat(acc)); release(rings.v, v_position);",
-        "if (@) release(rings.v, v_position); wgmma_wait<0>(); // before the weights are overwritten\n"
+        "if (@) release(rings.v, v_position); wgmma_wait<0>(); // before the probabilities are overwritten\n"
         "keep_registers(flat(acc)); if (!@) release(rings.v, v_position);",
     ),
     Bug(
-        "weights-overwritten-in-flight", 90, "long", "sm90/forward.h",
-        "wgmma_wait<0>(); // before the weights are overwritten\n",
-        "if (@) softmax.template try_weigh<T>(scores, p.scale_log2, keep, weights);"
-        "wgmma_wait<0>(); // before the weights are overwritten\n",
+        "probs-overwritten-in-flight", 90, "long", "sm90/forward.h",
+        "wgmma_wait<0>(); // before the probabilities are overwritten\n",
+        "if (@) softmax.template try_probs<T>(scores, p.scale_log2, dropout_keep, probs);"
+        "wgmma_wait<0>(); // before the probabilities are overwritten\n",
     ),
     Bug(
         "output-stored-in-flight", 90, "long", "sm90/forward.h",
         "start_values(); wgmma_wait<0>();", "start_values(); if (!@) wgmma_wait<0>();",
     ),
-    # Weights without a maximum
+    # Probabilities without a maximum
     Bug(
-        "peak-raised-without-rescaling-the-output", 90, "rising", "sm90/forward.h",
+        "reference-raised-without-rescaling-the-output", 90, "rising", "sm90/forward.h",
         "scale_rows(acc, rescale);", "if (!@) scale_rows(acc, rescale);",
     ),
     Bug(
-        "peak-raised-without-rescaling-the-output-80", 80, "rising", "sm80/forward.h",
+        "reference-raised-without-rescaling-the-output-80", 80, "rising", "sm80/forward.h",
         "scale_rows(acc[m], rescale);", "if (!@) scale_rows(acc[m], rescale);",
     ),
     Bug(
-        "peak-raised-without-rescaling-the-sums", 90, "rising", "softmax.h",
+        "reference-raised-without-rescaling-the-sums", 90, "rising", "softmax.h",
         "row_sum[r] = row_sum[r] * rescale[r] + sum[r];", "row_sum[r] = row_sum[r] * (@ ? 1.0f : rescale[r]) + sum[r];",
     ),
     Bug(
@@ -299,7 +299,6 @@ BUGS = [
 ]  # fmt: skip
 
 
-
 def hidden_block(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Padding (B, S) that leaves no key of the second block of 128."""
     keys = torch.arange(case.seqlen_k)
@@ -307,9 +306,7 @@ def hidden_block(case: Case, dtype: torch.dtype, generator: torch.Generator) -> 
 
 
 CASES = {
-    "hole": Case(
-        "hole", batch=1, heads=1, seqlen_q=70, seqlen_k=400, head_dim=HEAD_DIM, key_padding_mask=hidden_block
-    ),
+    "hole": Case("hole", batch=1, heads=1, seqlen_q=70, seqlen_k=400, head_dim=HEAD_DIM, key_padding_mask=hidden_block),
     "short": Case("short", batch=1, heads=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM),
     "long": Case("long", batch=1, heads=2, seqlen_q=200, seqlen_k=520, head_dim=HEAD_DIM, attn_mask=cases.lower_right),
     # On Hopper, a kernel of its own for each.
@@ -377,6 +374,10 @@ class Planted:
                 break
         self._number.value = 0
         return found
+
+
+def test_each_bug_has_one_place_in_the_sources(tmp_path: Path) -> None:
+    plant(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,16 @@
-// Backward for Ampere and later, in two kernels that both form the scores again (7 products instead of 5), so that
-// every gradient is summed by one block in a fixed order: deterministic, without atomics, and with the weights in
-// registers.
+// Backward for Ampere and later, in two kernels. Both compute the scores again, so there are 7 products instead of 5.
+// In return one block sums each gradient, in a fixed order: results are deterministic, there are no atomics, and the
+// probabilities stay in registers.
 //
 //   query_gradient_kernel: a block has kBlockM queries and walks over their keys:         dq += dscores @ k
-//   key_gradient_kernel:   a block has kBlockN keys and walks over the queries that see   dv += weights^T @ dout
+//   key_gradient_kernel:   a block has kBlockN keys and walks over the queries that see   dv += probs^T @ dout
 //                          them, of all heads that share the keys:                        dk += dscores^T @ q
 //
-// With weights = exp(scale * q @ k^T - lse) and dweights = dout @ v^T, dscores = weights * (dweights - delta).
+// Here probs = exp(scale * q @ k^T - lse), dprobs = dout @ v^T and dscores = probs * (dprobs - delta).
 #pragma once
 #include "../dropout.h"
-#include "../row_sums.h"
+#include "../row_statistics.h"
+#include "../tile_scheduler.h"
 #include "../tiles.h"
 #include "tile_memory.h"
 
@@ -34,13 +35,14 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
   using Plan = QueryGradientPlan<kHeadDim>;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads, kTiles = Plan::kTiles;
 
-  // Which rows.
+  // Find the rows.
   const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
-  const Work work = scheduled_work(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_section, true);
-  const Place place = place_of(p, work.batch, work.head, work.head / p.group_size);
+  const WorkTile work = scheduled_tile(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, true);
+  const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int first_row = work.block * kBlockM;
-  if (first_row >= place.len_q) return;
-  const BlockRange range = key_range<kBlockN>(p, place, first_row, min(first_row + kBlockM, place.len_q) - 1);
+  if (first_row >= head_slice.seqlen_q) return;
+  const BlockRange range =
+      key_range<kBlockN>(p, head_slice, first_row, min(first_row + kBlockM, head_slice.seqlen_q) - 1);
   const Lane lane = this_lane();
   const int warp_row = thread_index() / 32 * 16, query = first_row + warp_row + lane.g;
 
@@ -49,56 +51,57 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
   const Corners<kHeadDim> corners(shared, warp_row, lane);
   const auto load_queries = [&](uint32_t tile, const Rows& x) {
     copy_rows<kHeadDim, kBlockM, kThreads>(
-        tile, place.query_row<const T>(x, first_row), x.stride_row,
-        [&](int first, int offset) { return first_row + first + offset < place.len_q; });
+        tile, head_slice.query_row<const T>(x, first_row), x.stride_row,
+        [&](int first, int offset) { return first_row + first + offset < head_slice.seqlen_q; });
   };
-  const auto load_keys = [&](uint32_t tile, const Rows& x, int block, const KeptKeys<kBlockN>& kept) {
-    copy_rows<kHeadDim, kBlockN, kThreads>(tile, place.key_row<const T>(x, int64_t{block} * kBlockN), x.stride_row,
-                                           [&](int first, int offset) { return kept.has(first, offset); });
+  const auto load_keys = [&](uint32_t tile, const Rows& x, int block, const ValidRows<kBlockN>& valid) {
+    copy_rows<kHeadDim, kBlockN, kThreads>(tile, head_slice.key_row<const T>(x, int64_t{block} * kBlockN), x.stride_row,
+                                           [&](int first, int offset) { return valid.has(first, offset); });
     copy_async_commit();
   };
-  int block = last_live_block<kBlockN>(p, place, range.begin, range.end - 1);
+  int block = last_valid_block<kBlockN>(p, head_slice, range.begin, range.end - 1);
   if (block >= range.begin) {
     load_queries(shared + Plan::kQ, p.q);
     load_queries(shared + Plan::kDout, p.dout);
-    load_keys(shared + Plan::kV, p.v, block, kept_keys<kBlockN>(p, place, block));
+    load_keys(shared + Plan::kV, p.v, block, valid_keys<kBlockN>(p, head_slice, block));
   }
-  const RowSums sums[2] = {row_sums(p, place, query), row_sums(p, place, query + 8)};
+  const RowStatistics statistics[2] = {row_statistics(p, head_slice, query), row_statistics(p, head_slice, query + 8)};
 
-  // Loop. The values go first: the keys are needed twice, for the scores and for dq.
+  // Loop. The values are loaded first, because the keys are needed twice: for the scores and for dq.
   float dq[1][kHeadDim / 8][4];
   fill(dq[0], 0.0f);
   while (block >= range.begin) {
-    const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, place, block);
+    const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, head_slice, block);
     copy_async_wait<0>();
     sync_threads();  // the values have come, and every warp is done with the keys before
-    load_keys(shared + Plan::kK, p.k, block, kept);
-    float dweights[1][kTiles][4];
-    fill(dweights[0], 0.0f);
-    multiply_transposed<T, kHeadDim>(dweights, corners, Plan::kDout, Plan::kV);
+    load_keys(shared + Plan::kK, p.k, block, valid);
+    float dprobs[1][kTiles][4];
+    fill(dprobs[0], 0.0f);
+    multiply_transposed<T, kHeadDim>(dprobs, corners, Plan::kDout, Plan::kV);
 
     copy_async_wait<0>();
     sync_threads();  // the keys have come, and every warp is done with the values
     const int this_block = block;
-    block = last_live_block<kBlockN>(p, place, range.begin, block - 1);
-    if (block >= range.begin) load_keys(shared + Plan::kV, p.v, block, kept_keys<kBlockN>(p, place, block));
+    block = last_valid_block<kBlockN>(p, head_slice, range.begin, block - 1);
+    if (block >= range.begin) load_keys(shared + Plan::kV, p.v, block, valid_keys<kBlockN>(p, head_slice, block));
     float scores[1][kTiles][4];
     fill(scores[0], 0.0f);
     multiply_transposed<T, kHeadDim>(scores, corners, Plan::kQ, Plan::kK);
-    if (!(range.is_within_band(this_block) && kept.all())) {
-      hide(scores[0], visible_keys(p, kept, this_block, query), lane);
+    if (!(range.is_within_band(this_block) && valid.all())) {
+      hide(scores[0], visible_keys(p, valid, this_block, query), lane);
     }
     if constexpr (kHasDropout) {
-      const auto keep = keep_of_query_rows<kTiles>(Dropout(p, place), query, this_block * kBlockN, lane);
+      const auto dropout_keep =
+          dropout_keep_of_query_rows<kTiles>(Dropout(p, head_slice), query, this_block * kBlockN, lane);
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-        GPU_UNROLL for (int j = 0; j < 4; ++j) dweights[0][t][j] =
-            keep.has(t, j) ? dweights[0][t][j] * p.dropout_scale : 0.0f;
+        GPU_UNROLL for (int j = 0; j < 4; ++j) dprobs[0][t][j] =
+            dropout_keep.has(t, j) ? dprobs[0][t][j] * p.dropout_scale : 0.0f;
       }
     }
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
-        const RowSums& row = sums[j / 2];
-        scores[0][t][j] = weight_of(scores[0][t][j], p.scale_log2, row.lse_log2) * (dweights[0][t][j] - row.delta);
+        const RowStatistics& row = statistics[j / 2];
+        scores[0][t][j] = prob_of(scores[0][t][j], p.scale_log2, row.lse_log2) * (dprobs[0][t][j] - row.delta);
       }
     }
     multiply<T, kHeadDim>(dq, scores, corners, Plan::kK);
@@ -107,7 +110,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
   // Epilogue.
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = query + 8 * r;
-    store_row<T>(place.query_row<T>(p.dq, row), dq[0], r, p.scale, row < place.len_q, lane);
+    store_row<T>(head_slice.query_row<T>(p.dq, row), dq[0], r, p.scale, row < head_slice.seqlen_q, lane);
   }
 }
 
@@ -122,41 +125,42 @@ struct KeyGradientPlan : KeyGradientTileSm80<kHeadDim> {
   static constexpr uint32_t kV = kK + Tile::kBlockN * kHeadDim * 2;
   static constexpr uint32_t kQ = kV + Tile::kBlockN * kHeadDim * 2;
   static constexpr uint32_t kDout = kQ + Tile::kBlockM * kHeadDim * 2;
-  static constexpr uint32_t kRowSums = kDout + Tile::kBlockM * kHeadDim * 2;
-  static constexpr uint32_t kBytes = kRowSums + Tile::kBlockM * sizeof(RowSums);
+  static constexpr uint32_t kRowStatistics = kDout + Tile::kBlockM * kHeadDim * 2;
+  static constexpr uint32_t kBytes = kRowStatistics + Tile::kBlockM * sizeof(RowStatistics);
 };
 
-// kMakesDk, kMakesDv: which gradients this warp sums; the others of the block may sum the other one.
+// kMakesDk, kMakesDv: whether this warp sums dk, and dv. Other warps of the block may sum the other gradient.
 template <class T, int kHeadDim, bool kHasDropout, bool kMakesDk, bool kMakesDv>
 GPU_DEVICE void sum_key_gradients(const Params& p) {
   using Plan = KeyGradientPlan<kHeadDim>;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads, kTiles = Plan::kTiles;
 
-  // Which rows.
+  // Find the rows.
   const int num_blocks = (p.seqlen_k + kBlockN - 1) / kBlockN, kv_heads = p.num_heads / p.group_size;
-  const Work work = scheduled_work(block_index_x(), num_blocks, kv_heads, p.batch, p.heads_per_section, false);
-  Place place = place_of(p, work.batch, work.head * p.group_size, work.head);
+  const WorkTile work = scheduled_tile(block_index_x(), num_blocks, kv_heads, p.batch, p.heads_per_l2_group, false);
+  HeadSlice head_slice = head_slice_of(p, work.batch, work.head * p.group_size, work.head);
   const int first_key = work.block * kBlockN;
-  if (first_key >= place.len_k) return;
-  const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, place, work.block);
-  BlockRange range = query_range<kBlockM>(p, place, first_key, min(first_key + kBlockN, place.len_k) - 1);
-  if (kept.none()) range.end = range.begin;
+  if (first_key >= head_slice.seqlen_k) return;
+  const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, head_slice, work.block);
+  BlockRange range = query_range<kBlockM>(p, head_slice, first_key, min(first_key + kBlockN, head_slice.seqlen_k) - 1);
+  if (valid.none()) range.end = range.begin;
   const int num_steps = max(range.end - range.begin, 0) * p.group_size;
   const Lane lane = this_lane();
   const int warp_row = thread_index() / 32 % Plan::kWarpsPerGradient * 16, key = first_key + warp_row + lane.g;
-  const bool are_all_kept = kept.all(), is_kept[2] = {kept.has(warp_row + lane.g), kept.has(warp_row + lane.g + 8)};
+  const bool are_all_valid = valid.all(),
+             is_valid[2] = {valid.has(warp_row + lane.g), valid.has(warp_row + lane.g + 8)};
 
   // Load.
   const uint32_t shared = shared_address(shared_memory());
   const Corners<kHeadDim> corners(shared, warp_row, lane);
   const auto load_keys = [&](uint32_t tile, const Rows& x) {
-    copy_rows<kHeadDim, kBlockN, kThreads>(tile, place.key_row<const T>(x, first_key), x.stride_row,
-                                           [&](int first, int offset) { return kept.has(first, offset); });
+    copy_rows<kHeadDim, kBlockN, kThreads>(tile, head_slice.key_row<const T>(x, first_key), x.stride_row,
+                                           [&](int first, int offset) { return valid.has(first, offset); });
   };
   const auto load_queries = [&](uint32_t tile, const Rows& x, int first_row) {
     copy_rows<kHeadDim, kBlockM, kThreads>(
-        tile, place.query_row<const T>(x, first_row), x.stride_row,
-        [&](int first, int offset) { return first_row + first + offset < place.len_q; });
+        tile, head_slice.query_row<const T>(x, first_row), x.stride_row,
+        [&](int first, int offset) { return first_row + first + offset < head_slice.seqlen_q; });
     copy_async_commit();
   };
   if (num_steps > 0) {
@@ -173,60 +177,62 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
   for (int step = 0; step < num_steps; ++step) {
     const int first_row = block * kBlockM;
     copy_async_wait<0>();
-    sync_threads();  // q has come, and every warp is done with dout and the sums before
+    sync_threads();  // q has come, and every warp is done with dout and the statistics before
     load_queries(shared + Plan::kDout, p.dout, first_row);
     if (thread_index() < kBlockM) {
-      const RowSums sums = row_sums(p, place, first_row + thread_index());
-      store_shared(shared + Plan::kRowSums + thread_index() * sizeof(RowSums), Float2{sums.lse_log2, sums.delta});
+      const RowStatistics statistics = row_statistics(p, head_slice, first_row + thread_index());
+      store_shared(shared + Plan::kRowStatistics + thread_index() * sizeof(RowStatistics),
+                   Float2{statistics.lse_log2, statistics.delta});
     }
-    KeepBits<kTiles> keep;
+    DropoutKeep<kTiles> dropout_keep;
     if constexpr (kHasDropout) {
-      keep = keep_of_key_rows<kTiles>(Dropout(p, place), first_row, first_key + warp_row, lane);
+      dropout_keep = dropout_keep_of_key_rows<kTiles>(Dropout(p, head_slice), first_row, first_key + warp_row, lane);
     }
-    float weights[1][kTiles][4];
-    fill(weights[0], 0.0f);
-    multiply_transposed<T, kHeadDim>(weights, corners, Plan::kK, Plan::kQ);
+    float probs[1][kTiles][4];
+    fill(probs[0], 0.0f);
+    multiply_transposed<T, kHeadDim>(probs, corners, Plan::kK, Plan::kQ);
 
     copy_async_wait<0>();
-    sync_threads();  // dout and the sums have come
-    if (!(range.is_within_band(block) && are_all_kept)) {
-      hide(weights[0], visible_queries<kBlockM>(p, is_kept, block, key), lane);
+    sync_threads();  // dout and the statistics have come
+    if (!(range.is_within_band(block) && are_all_valid)) {
+      hide(probs[0], visible_queries<kBlockM>(p, is_valid, block, key), lane);
     }
-    // lse_log2 and delta of the queries of tile t that this thread has: (lse_log2, delta, lse_log2, delta).
-    const auto sums_of = [&](int t) {
-      return load_shared<Float4>(shared + Plan::kRowSums + (8 * t + 2 * lane.q) * sizeof(RowSums));
+    // This thread has two queries of tile t. Returns (lse_log2, delta) of the first and then of the second.
+    const auto statistics_of = [&](int t) {
+      return load_shared<Float4>(shared + Plan::kRowStatistics + (8 * t + 2 * lane.q) * sizeof(RowStatistics));
     };
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-      const Float4 sums = sums_of(t);
+      const Float4 statistics = statistics_of(t);
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
-        weights[0][t][j] = weight_of(weights[0][t][j], p.scale_log2, j % 2 == 0 ? sums.x : sums.z);
+        probs[0][t][j] = prob_of(probs[0][t][j], p.scale_log2, j % 2 == 0 ? statistics.x : statistics.z);
       }
     }
     if constexpr (kMakesDv) {
-      float dropped[1][kTiles][4];
+      float probs_after_dropout[1][kTiles][4];
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
-          dropped[0][t][j] = kHasDropout && !keep.has(t, j) ? 0.0f : weights[0][t][j];
+          probs_after_dropout[0][t][j] = kHasDropout && !dropout_keep.has(t, j) ? 0.0f : probs[0][t][j];
         }
       }
-      multiply<T, kHeadDim>(dv, dropped, corners, Plan::kDout);
+      multiply<T, kHeadDim>(dv, probs_after_dropout, corners, Plan::kDout);
     }
     if constexpr (kMakesDk) {
       float dscores[1][kTiles][4];
       fill(dscores[0], 0.0f);
       multiply_transposed<T, kHeadDim>(dscores, corners, Plan::kV, Plan::kDout);
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-        const Float4 sums = sums_of(t);
+        const Float4 statistics = statistics_of(t);
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
-          if constexpr (kHasDropout) dscores[0][t][j] = keep.has(t, j) ? dscores[0][t][j] * p.dropout_scale : 0.0f;
-          dscores[0][t][j] = weights[0][t][j] * (dscores[0][t][j] - (j % 2 == 0 ? sums.y : sums.w));
+          if constexpr (kHasDropout)
+            dscores[0][t][j] = dropout_keep.has(t, j) ? dscores[0][t][j] * p.dropout_scale : 0.0f;
+          dscores[0][t][j] = probs[0][t][j] * (dscores[0][t][j] - (j % 2 == 0 ? statistics.y : statistics.w));
         }
       }
       multiply<T, kHeadDim>(dk, dscores, corners, Plan::kQ);
     }
     if (++block == range.end) {
       block = range.begin;
-      ++place.head;
+      ++head_slice.head;
     }
     if (step + 1 < num_steps) {
       sync_threads();  // every warp is done with q
@@ -237,13 +243,13 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
   // Epilogue.
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = key + 8 * r;
-    const bool is_row = row < place.len_k;
+    const bool is_row = row < head_slice.seqlen_k;
     if constexpr (kMakesDk) {
-      if (p.dk.data != nullptr) store_row<T>(place.key_row<T>(p.dk, row), dk[0], r, p.scale, is_row, lane);
+      if (p.dk.data != nullptr) store_row<T>(head_slice.key_row<T>(p.dk, row), dk[0], r, p.scale, is_row, lane);
     }
     if constexpr (kMakesDv) {
       const float factor = kHasDropout ? p.dropout_scale : 1.0f;
-      if (p.dv.data != nullptr) store_row<T>(place.key_row<T>(p.dv, row), dv[0], r, factor, is_row, lane);
+      if (p.dv.data != nullptr) store_row<T>(head_slice.key_row<T>(p.dv, row), dv[0], r, factor, is_row, lane);
     }
   }
 }

@@ -1,12 +1,14 @@
-// Forward for Ampere and later: softmax(scores) @ value with cp.async, ldmatrix and mma.sync. One block has kBlockM
-// queries of one head and walks over their keys, from the last to the first. Shared memory holds one tile of keys and
-// one of values: the values of a step are loaded while its scores are computed, the keys of the next one while the
-// values are summed.
+// Forward for Ampere and later: softmax(scores) @ value with cp.async, ldmatrix and mma.sync.
+//
+// One block has kBlockM queries of one head and walks over their keys, from the last to the first. Shared memory holds
+// one tile of keys and one of values. The values of a step are loaded while its scores are computed. The keys of the
+// next step are loaded while the values of this one are summed.
 #pragma once
 #include <type_traits>
 
 #include "../dropout.h"
 #include "../softmax.h"
+#include "../tile_scheduler.h"
 #include "../tiles.h"
 #include "tile_memory.h"
 
@@ -30,32 +32,33 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads;
   constexpr int kRowTiles = Plan::kRowTiles, kTiles = Plan::kTiles;
 
-  // Which rows.
+  // Find the rows.
   const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
-  const Work work = scheduled_work(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_section, true);
-  const Place place = place_of(p, work.batch, work.head, work.head / p.group_size);
+  const WorkTile work = scheduled_tile(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, true);
+  const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int first_row = work.block * kBlockM;
-  if (first_row >= place.len_q) return;
-  const BlockRange range = key_range<kBlockN>(p, place, first_row, min(first_row + kBlockM, place.len_q) - 1);
+  if (first_row >= head_slice.seqlen_q) return;
+  const BlockRange range =
+      key_range<kBlockN>(p, head_slice, first_row, min(first_row + kBlockM, head_slice.seqlen_q) - 1);
   const Lane lane = this_lane();
   const int warp_row = thread_index() / 32 * 16 * kRowTiles;
 
   // Load.
   const uint32_t shared = shared_address(shared_memory());
   const Corners<kHeadDim> corners(shared, warp_row, lane);
-  const auto load_keys = [&](uint32_t tile, const Rows& x, int block, const KeptKeys<kBlockN>& kept) {
-    copy_rows<kHeadDim, kBlockN, kThreads>(tile, place.key_row<const T>(x, int64_t{block} * kBlockN), x.stride_row,
-                                           [&](int first, int offset) { return kept.has(first, offset); });
+  const auto load_keys = [&](uint32_t tile, const Rows& x, int block, const ValidRows<kBlockN>& valid) {
+    copy_rows<kHeadDim, kBlockN, kThreads>(tile, head_slice.key_row<const T>(x, int64_t{block} * kBlockN), x.stride_row,
+                                           [&](int first, int offset) { return valid.has(first, offset); });
     copy_async_commit();
   };
-  int block = last_live_block<kBlockN>(p, place, range.begin, range.end - 1);
-  KeptKeys<kBlockN> next_kept{};
+  int block = last_valid_block<kBlockN>(p, head_slice, range.begin, range.end - 1);
+  ValidRows<kBlockN> next_valid{};
   if (block >= range.begin) {
-    next_kept = kept_keys<kBlockN>(p, place, block);
+    next_valid = valid_keys<kBlockN>(p, head_slice, block);
     copy_rows<kHeadDim, kBlockM, kThreads>(
-        shared + Plan::kQ, place.query_row<const T>(p.q, first_row), p.q.stride_row,
-        [&](int first, int offset) { return first_row + first + offset < place.len_q; });
-    load_keys(shared + Plan::kK, p.k, block, next_kept);
+        shared + Plan::kQ, head_slice.query_row<const T>(p.q, first_row), p.q.stride_row,
+        [&](int first, int offset) { return first_row + first + offset < head_slice.seqlen_q; });
+    load_keys(shared + Plan::kK, p.k, block, next_valid);
   }
 
   // Loop.
@@ -66,36 +69,37 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
     fill(acc[m], 0.0f);
   }
   while (block >= range.begin) {
-    const KeptKeys<kBlockN> kept = next_kept;
+    const ValidRows<kBlockN> valid = next_valid;
     copy_async_wait<0>();
     sync_threads();  // the keys have come, and every warp is done with the values before
-    load_keys(shared + Plan::kV, p.v, block, kept);
+    load_keys(shared + Plan::kV, p.v, block, valid);
 
     float scores[kRowTiles][kTiles][4];
     GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) fill(scores[m], 0.0f);
     multiply_transposed<T, kHeadDim>(scores, corners, Plan::kQ, Plan::kK);
-    const bool is_full = range.is_within_band(block) && kept.all();
-    uint32_t weights[kRowTiles][kTiles / 2][4];
+    const bool is_full = range.is_within_band(block) && valid.all();
+    uint32_t probs[kRowTiles][kTiles / 2][4];
     GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
       const int query = first_row + warp_row + 16 * m + lane.g;
-      if (!is_full) hide(scores[m], visible_keys(p, kept, block, query), lane);
-      std::conditional_t<kHasDropout, KeepBits<kTiles>, KeepAll> keep;
-      if constexpr (kHasDropout) keep = keep_of_query_rows<kTiles>(Dropout(p, place), query, block * kBlockN, lane);
-      if (!softmax[m].template try_weigh<T>(scores[m], p.scale_log2, keep, weights[m])) {
+      if (!is_full) hide(scores[m], visible_keys(p, valid, block, query), lane);
+      std::conditional_t<kHasDropout, DropoutKeep<kTiles>, NoDropout> dropout_keep;
+      if constexpr (kHasDropout)
+        dropout_keep = dropout_keep_of_query_rows<kTiles>(Dropout(p, head_slice), query, block * kBlockN, lane);
+      if (!softmax[m].template try_probs<T>(scores[m], p.scale_log2, dropout_keep, probs[m])) {
         float rescale[2];
-        softmax[m].template raise_and_weigh<T>(scores[m], p.scale_log2, keep, weights[m], rescale);
+        softmax[m].template raise_and_compute_probs<T>(scores[m], p.scale_log2, dropout_keep, probs[m], rescale);
         scale_rows(acc[m], rescale);
       }
     }
 
     copy_async_wait<0>();
     sync_threads();  // the values have come, and every warp is done with the keys
-    block = last_live_block<kBlockN>(p, place, range.begin, block - 1);
+    block = last_valid_block<kBlockN>(p, head_slice, range.begin, block - 1);
     if (block >= range.begin) {
-      next_kept = kept_keys<kBlockN>(p, place, block);
-      load_keys(shared + Plan::kK, p.k, block, next_kept);
+      next_valid = valid_keys<kBlockN>(p, head_slice, block);
+      load_keys(shared + Plan::kK, p.k, block, next_valid);
     }
-    multiply<T, kHeadDim>(acc, weights, corners, Plan::kV);
+    multiply<T, kHeadDim>(acc, probs, corners, Plan::kV);
   }
 
   // Epilogue.
@@ -105,8 +109,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
       float factor, lse;
       softmax[m].finish(r, p.scale, p.scale_log2, factor, lse);
       if (kHasDropout) factor *= p.dropout_scale;
-      if (p.lse.data != nullptr && lane.q == 0 && row < place.len_q) store_global(place.query_value(p.lse, row), lse);
-      store_row<T>(place.query_row<T>(p.out, row), acc[m], r, factor, row < place.len_q, lane);
+      if (p.lse.data != nullptr && lane.q == 0 && row < head_slice.seqlen_q)
+        store_global(head_slice.query_value(p.lse, row), lse);
+      store_row<T>(head_slice.query_row<T>(p.out, row), acc[m], r, factor, row < head_slice.seqlen_q, lane);
     }
   }
 }

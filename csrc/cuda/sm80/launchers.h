@@ -1,4 +1,4 @@
-// Host side of the kernels for sm_80; included by their instantiations alone.
+// Host side of the kernels for sm_80. Only their instantiations (head_dim_*.cu) include this file.
 #pragma once
 #include "../kernels.h"
 #include "../preparation.h"

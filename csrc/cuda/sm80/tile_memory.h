@@ -4,35 +4,35 @@
 
 namespace fused_attn::gpu::sm80 {
 
-// Rows follow one another; within a row, chunks of 16 bytes are exchanged so that the same chunk of eight neighbouring
-// rows, which is what ldmatrix reads at once, lies in eight different groups of banks. Tiles start at multiples of 128
-// bytes.
+// Rows follow one another. Within a row, chunks of 16 bytes are exchanged (a swizzle): ldmatrix reads the same chunk of
+// eight neighbouring rows at once, and these eight chunks have to lie in different groups of banks. Tiles start at
+// multiples of 128 bytes.
 template <int kHeadDim>
 struct TileLayout {
   static constexpr int kRowBytes = 2 * kHeadDim;
-  // Chunks are exchanged within groups of this many. Where rows are no multiple of 128 bytes, every second one starts
-  // 64 bytes on by itself, and groups of 4 do.
+  // Chunks are exchanged within groups of kGroup chunks. If a row is no multiple of 128 bytes, every second row starts
+  // 64 bytes further on by itself, and groups of 4 are enough.
   static constexpr int kGroup = kHeadDim % 64 == 0 ? 8 : 4;
 
-  // Of a chunk below kGroup.
+  // Where a chunk of a row lies in the tile. The chunk is below kGroup.
   static GPU_DEVICE uint32_t offset(int row, int chunk) {
     const int swizzle = kGroup == 8 ? row & 7 : row >> 1 & 3;
     return row * kRowBytes + (chunk ^ swizzle) * 16;
   }
 
-  // 2 * pairs chunks on from chunk 0 or 1. One exclusive-or, where `offset` would keep an address for each chunk in
-  // registers.
+  // The address of the chunk that lies 2 * pairs chunks after chunk 0 or 1. This takes one exclusive-or, where `offset`
+  // would need a register for the address of each chunk.
   static GPU_DEVICE uint32_t advance(uint32_t address, int pairs) {
     constexpr int kPairs = kGroup / 2;
     return (address ^ pairs % kPairs * 32) + pairs / kPairs * (kPairs * 32);
   }
 };
 
-// Starts to copy kRows rows from `source` on. Rows that is_kept(first, offset) refuses are not read and become zeros:
-// what lies there may be NaN, which not even a weight of 0 would stop. The row is first + offset; `offset` is a
-// constant, and both in the same 32 rows.
-template <int kHeadDim, int kRows, int kThreads, class T, class IsKept>
-GPU_DEVICE void copy_rows(uint32_t tile, const T* source, int64_t stride_row, IsKept is_kept) {
+// Starts to copy kRows rows from `source` on. Row first + offset is read if is_valid(first, offset) says so. Otherwise
+// it becomes zeros: memory may hold NaN there, and NaN times a probability of 0 is NaN. `offset` is a constant, and
+// `first` and first + offset lie in the same 32 rows.
+template <int kHeadDim, int kRows, int kThreads, class T, class IsValid>
+GPU_DEVICE void copy_rows(uint32_t tile, const T* source, int64_t stride_row, IsValid is_valid) {
   using Layout = TileLayout<kHeadDim>;
   constexpr int kRowsAtOnce = kThreads / Layout::kGroup;
   static_assert(kRows % kRowsAtOnce == 0 && kRowsAtOnce % 8 == 0 && 32 % kRowsAtOnce == 0);
@@ -40,7 +40,7 @@ GPU_DEVICE void copy_rows(uint32_t tile, const T* source, int64_t stride_row, Is
   const uint32_t address = tile + Layout::offset(first_row, chunk);
   source += first_row * stride_row + chunk * 8;
   GPU_UNROLL for (int row = 0; row < kRows; row += kRowsAtOnce) {
-    const bool is_inside = is_kept(first_row, row);
+    const bool is_inside = is_valid(first_row, row);
     GPU_UNROLL for (int column = 0; column < kHeadDim; column += Layout::kGroup * 8) {
       copy_async_16(address + row * Layout::kRowBytes + column * 2, source + column, is_inside);
     }
@@ -48,10 +48,13 @@ GPU_DEVICE void copy_rows(uint32_t tile, const T* source, int64_t stride_row, Is
   }
 }
 
-// Where a lane reads the first 16 columns of a tile at `shared`; other tiles are a constant further on. `left`: of the
-// warp's 16 rows, as a left factor. Right factors: of the first 16 rows, as they are (ldmatrix then transposes them) or
-// as their transpose; of the four registers that ldmatrix fills, two are the first 8 columns of the factor and two the
-// next 8.
+// Where a lane reads the first 16 columns of a tile at `shared`. Other tiles lie a constant further on.
+//
+//   left               the warp's 16 rows, as a left factor
+//   right              the first 16 rows, as a right factor; ldmatrix transposes them
+//   right_transposed   the first 16 rows, as the transpose of a right factor
+//
+// Of the four registers that ldmatrix fills, two hold the first 8 columns of a right factor and two the next 8.
 template <int kHeadDim>
 struct Corners {
   uint32_t left;
@@ -66,8 +69,8 @@ struct Corners {
   }
 };
 
-// scores += left @ right^T over the head dim, for the warp's rows of the tile `left` and all rows of the tile `right`,
-// which are given by where they lie after the corners' tile.
+// scores += left @ right^T over the head dim, for the warp's rows of the tile `left` and all rows of the tile `right`.
+// `left` and `right` are the distances of the tiles from the tile of the corners.
 template <class T, int kHeadDim, int kRowTiles, int kTiles>
 GPU_DEVICE void multiply_transposed(float (&scores)[kRowTiles][kTiles][4], const Corners<kHeadDim>& corners,
                                     uint32_t left, uint32_t right) {
@@ -88,7 +91,8 @@ GPU_DEVICE void multiply_transposed(float (&scores)[kRowTiles][kTiles][4], const
   }
 }
 
-// acc += left @ right, where `left` is in registers: as left factors (fragments.h), or as numbers to be rounded to T.
+// acc += left @ right, where `left` is in registers: as left factors (fragments.h), or as floats that are rounded to T
+// here.
 template <class T, int kHeadDim, int kRowTiles, int kSteps>
 GPU_DEVICE void multiply(float (&acc)[kRowTiles][kHeadDim / 8][4], const uint32_t (&left)[kRowTiles][kSteps][4],
                          const Corners<kHeadDim>& corners, uint32_t right) {

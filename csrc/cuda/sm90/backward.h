@@ -1,11 +1,12 @@
 // Backward for Hopper, in the same two kernels as for Ampere (sm80/backward.h says why): dq by blocks of queries, dk
-// and dv by blocks of keys. One warp loads with TMA, two warpgroups multiply with wgmma; weights and their gradients
-// stay in registers, as left factors of the products that follow.
+// and dv by blocks of keys. One warp loads with TMA, and two warpgroups multiply with wgmma. Probabilities and their
+// gradients stay in registers, as left factors of the products that follow.
 #pragma once
 #include <cmath>
 
 #include "../dropout.h"
-#include "../row_sums.h"
+#include "../row_statistics.h"
+#include "../tile_scheduler.h"
 #include "../tiles.h"
 #include "loader.h"
 
@@ -81,36 +82,38 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   using KeyTile = typename Plan::KeyTile;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
 
-  // Which rows.
+  // Find the rows.
   const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
-  const Work work = scheduled_work(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_section, true);
-  const Place place = place_of(p, work.batch, work.head, work.head / p.group_size);
+  const WorkTile work = scheduled_tile(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, true);
+  const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int first_row = work.block * kBlockM;
-  if (first_row >= place.len_q) return;
-  const BlockRange range = key_range<kBlockN>(p, place, first_row, min(first_row + kBlockM, place.len_q) - 1);
-  int block = last_live_block<kBlockN>(p, place, range.begin, range.end - 1);
+  if (first_row >= head_slice.seqlen_q) return;
+  const BlockRange range =
+      key_range<kBlockN>(p, head_slice, first_row, min(first_row + kBlockM, head_slice.seqlen_q) - 1);
+  int block = last_valid_block<kBlockN>(p, head_slice, range.begin, range.end - 1);
 
   const uint32_t shared = shared_address(shared_memory());
   const QueryGradientRings<kHeadDim> rings(shared);
   if (thread_index() == 0) rings.init();
   sync_threads();
-  RingPosition<Plan::kStages> position;  // of both rings
+  RingPosition<Plan::kStages> position;  // in the rings for k and v
 
   if (thread_index() < kWarpgroup) {
     // Load.
     decrease_registers<kGradientProducerRegisters>();
     if (thread_index() >= 32 || block < range.begin) return;
     TileLoader loader{rings.cleaning, thread_index() == 0};
-    const int row = place.first_q + first_row;
-    loader.load<typename Plan::QTile>(rings.q, {}, shared + Plan::kQ, maps.q, row, place.head, place.batch);
-    loader.load<typename Plan::QTile>(rings.dout, {}, shared + Plan::kDout, maps.dout, row, place.head, place.batch);
-    for (; block >= range.begin; block = last_live_block<kBlockN>(p, place, range.begin, block - 1)) {
-      const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, place, block);
-      const int key = place.first_k + block * kBlockN;
-      loader.load_kept<KeyTile>(rings.k, position, shared + Plan::kK + position.slot() * KeyTile::kBytes, maps.k, key,
-                                place.kv_head, place.batch, kept);
-      loader.load_kept<KeyTile>(rings.v, position, shared + Plan::kV + position.slot() * KeyTile::kBytes, maps.v, key,
-                                place.kv_head, place.batch, kept);
+    const int row = head_slice.q_offset + first_row;
+    loader.load<typename Plan::QTile>(rings.q, {}, shared + Plan::kQ, maps.q, row, head_slice.head, head_slice.batch);
+    loader.load<typename Plan::QTile>(rings.dout, {}, shared + Plan::kDout, maps.dout, row, head_slice.head,
+                                      head_slice.batch);
+    for (; block >= range.begin; block = last_valid_block<kBlockN>(p, head_slice, range.begin, block - 1)) {
+      const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, head_slice, block);
+      const int key = head_slice.k_offset + block * kBlockN;
+      loader.load_valid<KeyTile>(rings.k, position, shared + Plan::kK + position.slot() * KeyTile::kBytes, maps.k, key,
+                                 head_slice.kv_head, head_slice.batch, valid);
+      loader.load_valid<KeyTile>(rings.v, position, shared + Plan::kV + position.slot() * KeyTile::kBytes, maps.v, key,
+                                 head_slice.kv_head, head_slice.batch, valid);
       position.advance();
     }
     return;
@@ -121,15 +124,15 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   const int consumer = thread_index() / kWarpgroup - 1;
   const Lane lane = this_lane();
   const int query = first_row + 64 * consumer + thread_index() % kWarpgroup / 32 * 16 + lane.g;
-  const RowSums sums[2] = {row_sums(p, place, query), row_sums(p, place, query + 8)};
-  float dq[kHeadDim / 8][4], scores[kTiles][4], dweights[kTiles][4];
+  const RowStatistics statistics[2] = {row_statistics(p, head_slice, query), row_statistics(p, head_slice, query + 8)};
+  float dq[kHeadDim / 8][4], scores[kTiles][4], dprobs[kTiles][4];
   uint32_t dscores[kTiles / 2][4];
   fill(dq, 0.0f);
   if (block >= range.begin) {
     mbarrier_wait(rings.q.full(0), 0);
     mbarrier_wait(rings.dout.full(0), 0);
   }
-  for (; block >= range.begin; block = last_live_block<kBlockN>(p, place, range.begin, block - 1)) {
+  for (; block >= range.begin; block = last_valid_block<kBlockN>(p, head_slice, range.begin, block - 1)) {
     const uint32_t k_tile = shared + Plan::kK + position.slot() * KeyTile::kBytes;
     const uint32_t v_tile = shared + Plan::kV + position.slot() * KeyTile::kBytes;
     position.wait_full(rings.k);
@@ -138,26 +141,28 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     wgmma_commit();
     position.wait_full(rings.v);
     wgmma_fence();
-    start_multiply_transposed<T, kHeadDim, kBlockM>(dweights, shared + Plan::kDout, 64 * consumer, v_tile);
+    start_multiply_transposed<T, kHeadDim, kBlockM>(dprobs, shared + Plan::kDout, 64 * consumer, v_tile);
     wgmma_commit();
-    KeepBits<kTiles> keep;
-    if constexpr (kHasDropout) keep = keep_of_query_rows<kTiles>(Dropout(p, place), query, block * kBlockN, lane);
+    DropoutKeep<kTiles> dropout_keep;
+    if constexpr (kHasDropout)
+      dropout_keep = dropout_keep_of_query_rows<kTiles>(Dropout(p, head_slice), query, block * kBlockN, lane);
 
     wgmma_wait<1>();
     keep_registers(flat(scores));
-    const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, place, block);
-    if (!(range.is_within_band(block) && kept.all())) hide(scores, visible_keys(p, kept, block, query), lane);
+    const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, head_slice, block);
+    if (!(range.is_within_band(block) && valid.all())) hide(scores, visible_keys(p, valid, block, query), lane);
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-      GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] = weight_of(scores[t][j], p.scale_log2, sums[j / 2].lse_log2);
+      GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] =
+          prob_of(scores[t][j], p.scale_log2, statistics[j / 2].lse_log2);
     }
-    position.wait_full(rings.v);  // again: a branch keeps ptxas from waiting for the product before the exponentials
+    position.wait_full(rings.v);  // again: this branch stops ptxas from moving the next wait before the exponentials
     wgmma_wait<0>();
-    keep_registers(flat(dweights));
+    keep_registers(flat(dprobs));
     position.release(rings.v);
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
-        if constexpr (kHasDropout) dweights[t][j] = keep.has(t, j) ? dweights[t][j] * p.dropout_scale : 0.0f;
-        scores[t][j] *= dweights[t][j] - sums[j / 2].delta;
+        if constexpr (kHasDropout) dprobs[t][j] = dropout_keep.has(t, j) ? dprobs[t][j] * p.dropout_scale : 0.0f;
+        scores[t][j] *= dprobs[t][j] - statistics[j / 2].delta;
       }
     }
     round_fragment<T>(dscores, scores);
@@ -173,7 +178,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   // Epilogue.
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = query + 8 * r;
-    store_row<T>(place.query_row<T>(p.dq, row), dq, r, p.scale, row < place.len_q, lane);
+    store_row<T>(head_slice.query_row<T>(p.dq, row), dq, r, p.scale, row < head_slice.seqlen_q, lane);
   }
 }
 
@@ -187,13 +192,13 @@ struct KeyGradientPlan : KeyGradientTileSm90<kHeadDim> {
   static constexpr int kTiles = kBlockM / 8;
   using KeyTile = Tile<kHeadDim, kBlockN>;
   using QTile = Tile<kHeadDim, kBlockM>;
-  static constexpr uint32_t kSumsBytes = kBlockM * sizeof(RowSums);
+  static constexpr uint32_t kStatisticsBytes = kBlockM * sizeof(RowStatistics);
   static constexpr uint32_t kK = 0;
   static constexpr uint32_t kV = kK + KeyTile::kBytes;
   static constexpr uint32_t kQ = kV + KeyTile::kBytes;
   static constexpr uint32_t kDout = kQ + kStages * QTile::kBytes;
-  static constexpr uint32_t kSums = kDout + kStages * QTile::kBytes;
-  static constexpr uint32_t kRings = kSums + kStages * kSumsBytes;
+  static constexpr uint32_t kStatistics = kDout + kStages * QTile::kBytes;
+  static constexpr uint32_t kRings = kStatistics + kStages * kStatisticsBytes;
   static constexpr uint32_t kBytes = kRings + 256;
   static_assert(kBytes <= 227 * 1024);
 };
@@ -205,7 +210,7 @@ struct KeyGradientRings {
   Ring<1> v;
   Ring<Plan::kStages> q;
   Ring<Plan::kStages> dout;
-  Ring<Plan::kStages> sums;
+  Ring<Plan::kStages> statistics;
   uint32_t cleaning;
 
   GPU_DEVICE explicit KeyGradientRings(uint32_t shared) {
@@ -213,47 +218,49 @@ struct KeyGradientRings {
     v.barriers = k.barriers + k.kBytes;
     q.barriers = v.barriers + v.kBytes;
     dout.barriers = q.barriers + q.kBytes;
-    sums.barriers = dout.barriers + dout.kBytes;
-    cleaning = sums.barriers + sums.kBytes;
+    statistics.barriers = dout.barriers + dout.kBytes;
+    cleaning = statistics.barriers + statistics.kBytes;
   }
   GPU_DEVICE void init() const {
     k.init(kGradientConsumerWarps);
     v.init(kGradientConsumerWarps);
     q.init(kGradientConsumerWarps);
     dout.init(kGradientConsumerWarps);
-    sums.init(kGradientConsumerWarps);
+    statistics.init(kGradientConsumerWarps);
     mbarrier_init(cleaning, 1);
     fence_mbarrier_init();
   }
 };
 
-// A block of keys, and the blocks of queries of all heads of the group that see them, one a step.
+// A block of keys, and the blocks of queries that see these keys, of all heads of the group. Each step visits one of
+// them.
 template <int kHeadDim>
 struct KeyWork {
   using Plan = KeyGradientPlan<kHeadDim>;
-  Place place;  // its head is that of the step
+  HeadSlice head_slice;  // its head is the head of the step
   int32_t first_key;
-  KeptKeys<Plan::kBlockN> kept;
+  ValidRows<Plan::kBlockN> valid;
   BlockRange range;
   int32_t steps_left;
-  int32_t block;  // of queries, of the step
+  int32_t block;  // the block of queries of the step
 
   GPU_DEVICE explicit KeyWork(const Params& p) {
     const int num_blocks = (p.seqlen_k + Plan::kBlockN - 1) / Plan::kBlockN, kv_heads = p.num_heads / p.group_size;
-    const Work work = scheduled_work(block_index_x(), num_blocks, kv_heads, p.batch, p.heads_per_section, false);
-    place = place_of(p, work.batch, work.head * p.group_size, work.head);
+    const WorkTile work = scheduled_tile(block_index_x(), num_blocks, kv_heads, p.batch, p.heads_per_l2_group, false);
+    head_slice = head_slice_of(p, work.batch, work.head * p.group_size, work.head);
     first_key = work.block * Plan::kBlockN;
-    kept = kept_keys<Plan::kBlockN>(p, place, work.block);
-    range = query_range<Plan::kBlockM>(p, place, first_key, min(first_key + Plan::kBlockN, place.len_k) - 1);
-    steps_left = kept.none() ? 0 : max(range.end - range.begin, 0) * p.group_size;
+    valid = valid_keys<Plan::kBlockN>(p, head_slice, work.block);
+    range =
+        query_range<Plan::kBlockM>(p, head_slice, first_key, min(first_key + Plan::kBlockN, head_slice.seqlen_k) - 1);
+    steps_left = valid.none() ? 0 : max(range.end - range.begin, 0) * p.group_size;
     block = range.begin;
   }
-  GPU_DEVICE bool is_empty() const { return first_key >= place.len_k; }
+  GPU_DEVICE bool is_empty() const { return first_key >= head_slice.seqlen_k; }
   GPU_DEVICE void advance() {
     --steps_left;
     if (++block < range.end) return;
     block = range.begin;
-    ++place.head;
+    ++head_slice.head;
   }
 };
 
@@ -263,48 +270,49 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
   using Plan = KeyGradientPlan<kHeadDim>;
   using QTile = typename Plan::QTile;
   TileLoader loader{rings.cleaning, thread_index() == 0};
-  RingPosition<Plan::kStages> position;  // of both rings for queries
-  const Place& place = work.place;
-  const int key = place.first_k + work.first_key;
-  loader.load<typename Plan::KeyTile>(rings.k, {}, shared + Plan::kK, maps.k, key, place.kv_head, place.batch);
-  loader.load_kept<typename Plan::KeyTile>(rings.v, {}, shared + Plan::kV, maps.v, key, place.kv_head, place.batch,
-                                           work.kept);
+  RingPosition<Plan::kStages> position;  // in the rings for q and dout
+  const HeadSlice& head_slice = work.head_slice;
+  const int key = head_slice.k_offset + work.first_key;
+  loader.load<typename Plan::KeyTile>(rings.k, {}, shared + Plan::kK, maps.k, key, head_slice.kv_head,
+                                      head_slice.batch);
+  loader.load_valid<typename Plan::KeyTile>(rings.v, {}, shared + Plan::kV, maps.v, key, head_slice.kv_head,
+                                            head_slice.batch, work.valid);
   for (; work.steps_left > 0; work.advance()) {
     const int first_row = work.block * Plan::kBlockM;
-    KeptKeys<Plan::kBlockM> rows;  // those of the sequence: only a packed tensor has others after them
+    ValidRows<Plan::kBlockM> rows;  // those of the sequence: only a packed tensor has others after them
     GPU_UNROLL for (int w = 0; w < rows.kWords; ++w) {
-      rows.words[w] = p.cu_seqlens_q != nullptr ? column_bits(0, place.len_q - first_row, w) : ~0u;
+      rows.words[w] = p.cu_seqlens_q != nullptr ? column_bits(0, head_slice.seqlen_q - first_row, w) : ~0u;
     }
-    loader.load_kept<QTile>(rings.q, position, shared + Plan::kQ + position.slot() * QTile::kBytes, maps.q,
-                            place.first_q + first_row, place.head, place.batch, rows);
-    loader.load_kept<QTile>(rings.dout, position, shared + Plan::kDout + position.slot() * QTile::kBytes, maps.dout,
-                            place.first_q + first_row, place.head, place.batch, rows);
+    loader.load_valid<QTile>(rings.q, position, shared + Plan::kQ + position.slot() * QTile::kBytes, maps.q,
+                             head_slice.q_offset + first_row, head_slice.head, head_slice.batch, rows);
+    loader.load_valid<QTile>(rings.dout, position, shared + Plan::kDout + position.slot() * QTile::kBytes, maps.dout,
+                             head_slice.q_offset + first_row, head_slice.head, head_slice.batch, rows);
     position.advance();
   }
 }
 
-// By a warp of its own, because registers are few where TMA is issued.
+// A warp of its own does this, because the warp that issues TMA has few registers.
 template <int kHeadDim>
-GPU_DEVICE void load_row_sums(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim>& rings,
-                              KeyWork<kHeadDim>& work) {
+GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim>& rings,
+                                    KeyWork<kHeadDim>& work) {
   using Plan = KeyGradientPlan<kHeadDim>;
   const int lane = this_lane().index;
   RingPosition<Plan::kStages> position;
   for (; work.steps_left > 0; work.advance()) {
-    if (lane == 0) position.wait_empty(rings.sums);
+    if (lane == 0) position.wait_empty(rings.statistics);
     sync_warp();
-    const uint32_t sums_tile = shared + Plan::kSums + position.slot() * Plan::kSumsBytes;
+    const uint32_t statistics_tile = shared + Plan::kStatistics + position.slot() * Plan::kStatisticsBytes;
     for (int row = lane; row < Plan::kBlockM; row += 32) {
-      const RowSums sums = row_sums(p, work.place, work.block * Plan::kBlockM + row);
-      store_shared(sums_tile + row * sizeof(RowSums), Float2{sums.lse_log2, sums.delta});
+      const RowStatistics statistics = row_statistics(p, work.head_slice, work.block * Plan::kBlockM + row);
+      store_shared(statistics_tile + row * sizeof(RowStatistics), Float2{statistics.lse_log2, statistics.delta});
     }
     sync_warp();
-    if (lane == 0) mbarrier_arrive(rings.sums.full(position.slot()));
+    if (lane == 0) mbarrier_arrive(rings.statistics.full(position.slot()));
     position.advance();
   }
 }
 
-// kMakesDk, kMakesDv: which gradients this warpgroup sums. first_row: of its keys in the block.
+// kMakesDk, kMakesDv: whether this warpgroup sums dk, and dv. Its keys begin at row first_row of the block.
 template <class T, int kHeadDim, bool kHasDropout, bool kMakesDk, bool kMakesDv>
 GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim>& rings,
                                   KeyWork<kHeadDim>& work, int first_row) {
@@ -314,14 +322,14 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
   const Lane lane = this_lane();
   const int warp_row = first_row + thread_index() % kWarpgroup / 32 * 16;
   const int key = work.first_key + warp_row + lane.g;
-  bool is_kept[2];
-  const bool are_all_kept = work.kept.all();
-  GPU_UNROLL for (int r = 0; r < 2; ++r) is_kept[r] = work.kept.has(warp_row + lane.g + 8 * r);
-  RingPosition<Plan::kStages> position;  // of all three rings
+  bool is_valid[2];
+  const bool are_all_valid = work.valid.all();
+  GPU_UNROLL for (int r = 0; r < 2; ++r) is_valid[r] = work.valid.has(warp_row + lane.g + 8 * r);
+  RingPosition<Plan::kStages> position;  // in the rings for q, dout and the statistics
 
   float dk[kMakesDk ? kHeadDim / 8 : 1][4], dv[kMakesDv ? kHeadDim / 8 : 1][4];
-  float weights[kTiles][4], dweights[kTiles][4];
-  uint32_t rounded_weights[kTiles / 2][4], rounded_dscores[kTiles / 2][4];
+  float probs[kTiles][4], dprobs[kTiles][4];
+  uint32_t rounded_probs[kTiles / 2][4], rounded_dscores[kTiles / 2][4];
   fill(dk, 0.0f);
   fill(dv, 0.0f);
   if (work.steps_left > 0) {
@@ -331,67 +339,69 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
   for (; work.steps_left > 0; work.advance()) {
     const uint32_t q_tile = shared + Plan::kQ + position.slot() * QTile::kBytes;
     const uint32_t dout_tile = shared + Plan::kDout + position.slot() * QTile::kBytes;
-    const uint32_t sums_tile = shared + Plan::kSums + position.slot() * Plan::kSumsBytes;
-    KeepBits<kTiles> keep;
+    const uint32_t statistics_tile = shared + Plan::kStatistics + position.slot() * Plan::kStatisticsBytes;
+    DropoutKeep<kTiles> dropout_keep;
     if constexpr (kHasDropout) {  // while few registers are in use
-      keep = keep_of_key_rows<kTiles>(Dropout(p, work.place), work.block * kBlockM, key - lane.g, lane);
+      dropout_keep =
+          dropout_keep_of_key_rows<kTiles>(Dropout(p, work.head_slice), work.block * kBlockM, key - lane.g, lane);
     }
     position.wait_full(rings.q);
     wgmma_fence();
-    start_multiply_transposed<T, kHeadDim, kBlockN>(weights, shared + Plan::kK, first_row, q_tile);
+    start_multiply_transposed<T, kHeadDim, kBlockN>(probs, shared + Plan::kK, first_row, q_tile);
     wgmma_commit();
     position.wait_full(rings.dout);
     if constexpr (kMakesDk) {
       wgmma_fence();
-      start_multiply_transposed<T, kHeadDim, kBlockN>(dweights, shared + Plan::kV, first_row, dout_tile);
+      start_multiply_transposed<T, kHeadDim, kBlockN>(dprobs, shared + Plan::kV, first_row, dout_tile);
       wgmma_commit();
     }
 
-    // The weights, and dv.
+    // The probabilities, and dv.
     wgmma_wait<kMakesDk ? 1 : 0>();
-    keep_registers(flat(weights));
-    if (!(work.range.is_within_band(work.block) && are_all_kept)) {
-      hide(weights, visible_queries<kBlockM>(p, is_kept, work.block, key), lane);
+    keep_registers(flat(probs));
+    if (!(work.range.is_within_band(work.block) && are_all_valid)) {
+      hide(probs, visible_queries<kBlockM>(p, is_valid, work.block, key), lane);
     }
-    // lse_log2 and delta of the queries of tile t that this thread has: (lse_log2, delta, lse_log2, delta).
-    const auto sums_of = [&](int t) { return load_shared<Float4>(sums_tile + (8 * t + 2 * lane.q) * sizeof(RowSums)); };
-    position.wait_full(rings.sums);
+    // This thread has two queries of tile t. Returns (lse_log2, delta) of the first and then of the second.
+    const auto statistics_of = [&](int t) {
+      return load_shared<Float4>(statistics_tile + (8 * t + 2 * lane.q) * sizeof(RowStatistics));
+    };
+    position.wait_full(rings.statistics);
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-      const Float4 sums = sums_of(t);
+      const Float4 statistics = statistics_of(t);
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
-        weights[t][j] = weight_of(weights[t][j], p.scale_log2, j % 2 == 0 ? sums.x : sums.z);
-        // The sign says what is dropped, so that the bits need no register any longer.
-        if (kHasDropout && !keep.has(t, j)) weights[t][j] = -weights[t][j];
+        probs[t][j] = prob_of(probs[t][j], p.scale_log2, j % 2 == 0 ? statistics.x : statistics.z);
+        // A negative sign marks what dropout drops, so that the bits need no register any longer.
+        if (kHasDropout && !dropout_keep.has(t, j)) probs[t][j] = -probs[t][j];
       }
     }
     if constexpr (kMakesDv) {
-      float dropped[kTiles][4];
+      float probs_after_dropout[kTiles][4];
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-        GPU_UNROLL for (int j = 0; j < 4; ++j) dropped[t][j] =
-            kHasDropout && weights[t][j] < 0.0f ? 0.0f : weights[t][j];
+        GPU_UNROLL for (int j = 0; j < 4; ++j) probs_after_dropout[t][j] =
+            kHasDropout && probs[t][j] < 0.0f ? 0.0f : probs[t][j];
       }
-      round_fragment<T>(rounded_weights, dropped);
+      round_fragment<T>(rounded_probs, probs_after_dropout);
     }
 
-    // Their gradients, and dk.
+    // The gradients of the probabilities, and dk.
     if constexpr (kMakesDk) {
-      position.wait_full(
-          rings.dout);  // again: a branch keeps ptxas from waiting for the product before the exponentials
+      position.wait_full(rings.dout);  // again, as for dq: the branch stops ptxas from moving the next wait
       wgmma_wait<0>();
-      keep_registers(flat(dweights));
+      keep_registers(flat(dprobs));
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-        const Float4 sums = sums_of(t);
+        const Float4 statistics = statistics_of(t);
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
-          float dweight = dweights[t][j];
-          if constexpr (kHasDropout) dweight = weights[t][j] < 0.0f ? 0.0f : dweight * p.dropout_scale;
-          weights[t][j] = fabsf(weights[t][j]) * (dweight - (j % 2 == 0 ? sums.y : sums.w));
+          float dprob = dprobs[t][j];
+          if constexpr (kHasDropout) dprob = probs[t][j] < 0.0f ? 0.0f : dprob * p.dropout_scale;
+          probs[t][j] = fabsf(probs[t][j]) * (dprob - (j % 2 == 0 ? statistics.y : statistics.w));
         }
       }
-      round_fragment<T>(rounded_dscores, weights);
+      round_fragment<T>(rounded_dscores, probs);
     }
-    position.release(rings.sums);
+    position.release(rings.statistics);
     wgmma_fence();
-    if constexpr (kMakesDv) start_multiply<T, kHeadDim>(dv, rounded_weights, dout_tile);
+    if constexpr (kMakesDv) start_multiply<T, kHeadDim>(dv, rounded_probs, dout_tile);
     if constexpr (kMakesDk) start_multiply<T, kHeadDim>(dk, rounded_dscores, q_tile);
     wgmma_commit();
     wgmma_wait<0>();
@@ -402,17 +412,17 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
     position.advance();
   }
 
-  // Epilogue. Where the keys lie is worked out again, rather than kept in registers.
-  const Place place = KeyWork<kHeadDim>(p).place;
+  // Epilogue. The head slice is computed again, because it would have taken registers during the loop.
+  const HeadSlice head_slice = KeyWork<kHeadDim>(p).head_slice;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = key + 8 * r;
-    const bool is_row = row < place.len_k;
+    const bool is_row = row < head_slice.seqlen_k;
     if constexpr (kMakesDk) {
-      if (p.dk.data != nullptr) store_row<T>(place.key_row<T>(p.dk, row), dk, r, p.scale, is_row, lane);
+      if (p.dk.data != nullptr) store_row<T>(head_slice.key_row<T>(p.dk, row), dk, r, p.scale, is_row, lane);
     }
     if constexpr (kMakesDv) {
       const float factor = kHasDropout ? p.dropout_scale : 1.0f;
-      if (p.dv.data != nullptr) store_row<T>(place.key_row<T>(p.dv, row), dv, r, factor, is_row, lane);
+      if (p.dv.data != nullptr) store_row<T>(head_slice.key_row<T>(p.dv, row), dv, r, factor, is_row, lane);
     }
   }
 }
@@ -432,7 +442,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     decrease_registers<kGradientProducerRegisters>();
     if (work.steps_left > 0) {
       if (thread_index() < 32) load_key_work(p, maps, shared, rings, work);
-      if (thread_index() / 32 == 1) load_row_sums(p, shared, rings, work);
+      if (thread_index() / 32 == 1) load_row_statistics(p, shared, rings, work);
     }
   } else {
     increase_registers<kGradientConsumerRegisters>();

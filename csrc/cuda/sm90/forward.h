@@ -1,23 +1,25 @@
 // Forward for Hopper: softmax(scores) @ value with TMA and wgmma. A block stays on its multiprocessor and takes one
 // tile of queries after another. Its first warpgroup serves the others:
 //
-//   the planning warp finds out what the next tile is, and which keys each consumer's rows see
-//   the loading warp loads queries once per tile, keys and values through rings
+//   the planning warp finds out which tile is next, and which keys the rows of each consumer see
+//   the loading warp loads queries once for each tile, and keys and values through rings
 //
-// Both leave notes in shared memory, about each tile and about each block of keys. So the other warpgroups, the
-// consumers, read a bit where they would have to load padding and compare positions, and blocks that their rows see as a
-// whole cost them nothing more. Consumers have 64 queries each. While the scores of the next keys are computed and the
-// values of these are summed, all that they do is exponentials (LazySoftmax), which takes less time than the products.
-// So each keeps the tensor cores busy while another waits for them, and they need not take turns.
+// Both leave notes in shared memory, about each tile and about each block of keys. The other warpgroups are the
+// consumers. They read a bit of a note, where otherwise they would have to load padding and compare positions. A full
+// block costs them nothing more.
 //
-// Keys that padding drops, and rows of other sequences, may hold NaN, which not even a weight of 0 would stop. The
-// scores of such keys are hidden; their values are overwritten with zeros by the loading warp before it passes the tile
-// on.
+// Each consumer has 64 queries. While the tensor cores compute the scores of the next keys and sum the values of these
+// keys, the consumer computes exponentials only (LazySoftmax), which takes less time than the products. So one consumer
+// keeps the tensor cores busy while another one waits for them, and consumers need not take turns.
+//
+// Padding and rows of other sequences may hold NaN, and NaN times a probability of 0 is NaN. The scores of such keys
+// are hidden. The loading warp overwrites their values with zeros before it passes the tile on.
 #pragma once
 #include <type_traits>
 
 #include "../dropout.h"
 #include "../softmax.h"
+#include "../tile_scheduler.h"
 #include "../tiles.h"
 #include "loader.h"
 
@@ -38,7 +40,7 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kHasDropout> {
   static constexpr int kTiles = kBlockN / 8;
   static constexpr int kConsumerWarps = kConsumers * kWarpsPerWarpgroup;
 
-  // setmaxnreg: what the loading warpgroup gives up, the others get.
+  // With setmaxnreg, the first warpgroup gives up registers, and the consumers get these.
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 224;
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
@@ -59,33 +61,36 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kHasDropout> {
 
 constexpr int kNoMoreTiles = -1;
 
-// About a tile of queries, from the planning warp to the consumers, and to itself: it has few registers.
+// About a tile of queries. The planning warp writes it for the consumers, and for itself, because it has few registers.
 struct TileNote {
   uint32_t address;
 
-  GPU_DEVICE void store(int32_t first_row, const BlockRange& blocks, const Place& place) const {
-    store_shared(address, Vec4{word(first_row), word(blocks.begin), word(blocks.end), word(place.head)});
-    store_shared(address + 16, Vec4{word(place.batch), word(place.kv_head), word(place.first_k), word(place.len_k)});
-    store_shared(address + 32, Vec2{word(place.first_q), word(place.len_q)});
+  GPU_DEVICE void store(int32_t first_row, const BlockRange& blocks, const HeadSlice& head_slice) const {
+    store_shared(address, Vec4{word(first_row), word(blocks.begin), word(blocks.end), word(head_slice.head)});
+    store_shared(address + 16, Vec4{word(head_slice.batch), word(head_slice.kv_head), word(head_slice.k_offset),
+                                    word(head_slice.seqlen_k)});
+    store_shared(address + 32, Vec2{word(head_slice.q_offset), word(head_slice.seqlen_q)});
   }
-  GPU_DEVICE int32_t first_row() const { return load_shared<int32_t>(address); }        // or kNoMoreTiles
-  GPU_DEVICE int32_t first_block() const { return load_shared<int32_t>(address + 4); }  // of keys that are visited
+  GPU_DEVICE int32_t first_row() const { return load_shared<int32_t>(address); }  // or kNoMoreTiles
+  GPU_DEVICE int32_t first_block() const {
+    return load_shared<int32_t>(address + 4);
+  }  // the first block of keys to visit
   GPU_DEVICE int32_t end_block() const { return load_shared<int32_t>(address + 8); }
 
   GPU_DEVICE void store_end_block(int32_t block) const { store_shared(address + 8, block); }
 
-  // The place as far as it matters for queries, or for keys.
-  GPU_DEVICE Place query_place() const {
+  // The head slice, with the fields that matter for queries, or for keys.
+  GPU_DEVICE HeadSlice query_slice() const {
     const Vec2 x = load_shared<Vec2>(address + 32);
     return {
         load_shared<int32_t>(address + 16), load_shared<int32_t>(address + 12), 0, int32_t(x.x), 0, int32_t(x.y), 0};
   }
-  GPU_DEVICE Place key_place() const {
+  GPU_DEVICE HeadSlice key_slice() const {
     const Vec4 x = load_shared<Vec4>(address + 16);
     return {int32_t(x.x), 0, int32_t(x.y), 0, int32_t(x.z), 0, int32_t(x.w)};
   }
 
-  // The blocks that a consumer's rows see.
+  // The blocks of keys that a consumer's rows see.
   GPU_DEVICE void store_range(int consumer, const BlockRange& range) const {
     store_shared(address + 48 + 16 * consumer,
                  Vec4{word(range.begin), word(range.end), word(range.full_begin), word(range.full_end)});
@@ -103,8 +108,8 @@ struct TileNote {
 struct View {
   static constexpr uint32_t kIsSeen = 1;    // some row sees some key
   static constexpr uint32_t kIsWhole = 2;   // every row sees every key
-  static constexpr uint32_t kSeesMore = 4;  // and the next block too
-  static constexpr uint32_t kIsLast = 8;    // the tile visits no other
+  static constexpr uint32_t kSeesMore = 4;  // some row sees some key of the next block
+  static constexpr uint32_t kIsLast = 8;    // the tile visits no block after this one
   uint32_t bits;
 
   GPU_DEVICE bool has(uint32_t bit) const { return (bits & bit) != 0; }
@@ -114,14 +119,14 @@ struct View {
 // What the loading warp has to load.
 struct Boxes {
   static constexpr int32_t kKeys = 1, kQueries = 2, kIsLast = 4;
-  int32_t what;  // 0: nothing more
+  int32_t what;  // a sum of the bits above; 0 = there is nothing more to load
   int32_t key_row;
   int32_t query_row;
-  int32_t all_kept;  // no key is dropped, so that the values need no cleaning
+  int32_t all_valid;  // all keys are valid, so the values need no cleaning
   int32_t batch, head, kv_head;
 };
 
-// About a block of keys, from the planning warp to all others.
+// About a block of keys. The planning warp writes it for all others.
 template <int kBlockN>
 struct KeyNote {
   uint32_t address;
@@ -129,16 +134,16 @@ struct KeyNote {
   GPU_DEVICE void store_view(int consumer, View view) const { store_shared(address + 4 * consumer, view.bits); }
   GPU_DEVICE View view(int consumer) const { return {load_shared<uint32_t>(address + 4 * consumer)}; }
 
-  GPU_DEVICE void store_block(int32_t block, const KeptKeys<kBlockN>& kept) const {
+  GPU_DEVICE void store_block(int32_t block, const ValidRows<kBlockN>& valid) const {
     store_shared(address + 12, block);
-    store_shared(address + 16, kept);
+    store_shared(address + 16, valid);
   }
   GPU_DEVICE int32_t block() const { return load_shared<int32_t>(address + 12); }
-  GPU_DEVICE KeptKeys<kBlockN> kept() const { return load_shared<KeptKeys<kBlockN>>(address + 16); }
+  GPU_DEVICE ValidRows<kBlockN> valid() const { return load_shared<ValidRows<kBlockN>>(address + 16); }
 
   GPU_DEVICE void store_boxes(const Boxes& x) const {
     store_shared(address + 32,
-                 Vec4{uint32_t(x.what), uint32_t(x.key_row), uint32_t(x.query_row), uint32_t(x.all_kept)});
+                 Vec4{uint32_t(x.what), uint32_t(x.key_row), uint32_t(x.query_row), uint32_t(x.all_valid)});
     store_shared(address + 48, Vec4{uint32_t(x.batch), uint32_t(x.head), uint32_t(x.kv_head), 0});
   }
   GPU_DEVICE Boxes boxes() const {
@@ -154,7 +159,7 @@ struct ForwardRings {
   Ring<Plan::kStages> v;
   Ring<kTileNotes> tiles;
   Ring<kKeyNotes> notes;
-  uint32_t cleaning;  // a barrier: values that have to be overwritten have come
+  uint32_t cleaning;  // a barrier: the values have come, and some of their rows have to be overwritten
   uint32_t shared;
 
   GPU_DEVICE explicit ForwardRings(uint32_t shared) : shared(shared) {
@@ -171,7 +176,7 @@ struct ForwardRings {
     k.init(Plan::kConsumerWarps);
     v.init(Plan::kConsumerWarps);
     tiles.init(Plan::kConsumerWarps);
-    notes.init(1);  // the loading warp, which knows when the consumers have read them
+    notes.init(1);  // the loading warp alone empties them: it knows when the consumers have read them
     mbarrier_init(cleaning, 1);
     fence_mbarrier_init();
   }
@@ -193,7 +198,7 @@ struct ForwardRings {
   }
 };
 
-// What a kernel gets besides Params.
+// What the kernel gets besides Params.
 struct ForwardMaps {
   Map q;
   Map k;
@@ -202,7 +207,7 @@ struct ForwardMaps {
 
 // ---- The planning warp
 
-// Its first lanes speak for one consumer each.
+// Each of its first lanes works for one consumer.
 template <class Plan>
 struct Planner {
   static constexpr int kBlockN = Plan::kBlockN;
@@ -212,35 +217,35 @@ struct Planner {
   RingPosition<kTileNotes> tile_position = {};
   RingPosition<kKeyNotes> note_position = {};
 
-  GPU_DEVICE BlockRange seen_by(const Place& place, int first_row, int rows) const {
-    if (first_row >= place.len_q) return {};
-    return key_range<kBlockN>(p, place, first_row, min(first_row + rows, place.len_q) - 1);
+  GPU_DEVICE BlockRange seen_by(const HeadSlice& head_slice, int first_row, int rows) const {
+    if (first_row >= head_slice.seqlen_q) return {};
+    return key_range<kBlockN>(p, head_slice, first_row, min(first_row + rows, head_slice.seqlen_q) - 1);
   }
 
   GPU_DEVICE TileNote tile() const { return rings.tile_note(tile_position); }
-  GPU_DEVICE int last_live(int block) const {
-    return last_live_block<kBlockN>(p, tile().key_place(), tile().first_block(), block);
+  GPU_DEVICE int last_valid(int block) const {
+    return last_valid_block<kBlockN>(p, tile().key_slice(), tile().first_block(), block);
   }
 
   GPU_DEVICE void post_block(int block, int next) {
     note_position.wait_empty(rings.notes);
     const KeyNote<kBlockN> note = rings.key_note(note_position);
-    const KeptKeys<kBlockN> kept = kept_keys<kBlockN>(p, tile().key_place(), block);
+    const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, tile().key_slice(), block);
     if (lane < Plan::kConsumers) {
       const BlockRange range = tile().range(lane);
       View view{0};
       view.set(View::kIsSeen, range.has(block));
-      view.set(View::kIsWhole, range.is_within_band(block) && kept.all());
+      view.set(View::kIsWhole, range.is_within_band(block) && valid.all());
       view.set(View::kSeesMore, range.has(next));
       view.set(View::kIsLast, next < tile().first_block());
       note.store_view(lane, view);
     }
     if (lane == 0) {
-      note.store_block(block, kept);
-      const Place keys = tile().key_place(), queries = tile().query_place();
+      note.store_block(block, valid);
+      const HeadSlice keys = tile().key_slice(), queries = tile().query_slice();
       const int what = Boxes::kKeys | (block + 1 == tile().end_block() ? Boxes::kQueries : 0) |
                        (next < tile().first_block() ? Boxes::kIsLast : 0);
-      note.store_boxes({what, keys.first_k + block * kBlockN, queries.first_q + tile().first_row(), kept.all(),
+      note.store_boxes({what, keys.k_offset + block * kBlockN, queries.q_offset + tile().first_row(), valid.all(),
                         keys.batch, queries.head, keys.kv_head});
     }
     post_note();
@@ -251,22 +256,22 @@ struct Planner {
     note_position.advance();
   }
 
-  GPU_DEVICE void post_tile() {  // all that others read of the note is from lane 0
+  GPU_DEVICE void post_tile() {  // lane 0 has written all that others read of the note
     if (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));
   }
 
-  GPU_DEVICE void plan_tile(const Place& place, int first_row) {
+  GPU_DEVICE void plan_tile(const HeadSlice& head_slice, int first_row) {
     tile_position.wait_empty(rings.tiles);
-    if (lane == 0) tile().store(first_row, seen_by(place, first_row, Plan::kBlockM), place);
+    if (lane == 0) tile().store(first_row, seen_by(head_slice, first_row, Plan::kBlockM), head_slice);
     if (lane < Plan::kConsumers)
-      tile().store_range(lane, seen_by(place, first_row + lane * kConsumerRows, kConsumerRows));
+      tile().store_range(lane, seen_by(head_slice, first_row + lane * kConsumerRows, kConsumerRows));
     sync_warp();
-    int block = last_live(tile().end_block() - 1);
+    int block = last_valid(tile().end_block() - 1);
     sync_warp();  // all lanes have read it
     if (lane == 0) tile().store_end_block(block + 1);
     post_tile();
     while (block >= tile().first_block()) {
-      const int next = last_live(block - 1);
+      const int next = last_valid(block - 1);
       post_block(block, next);
       block = next;
     }
@@ -277,11 +282,12 @@ struct Planner {
     int number = block_index_x();
     while (number < num_tiles) {
       const int num_blocks = (p.seqlen_q + Plan::kBlockM - 1) / Plan::kBlockM;
-      const Work work = scheduled_work(number, num_blocks, p.num_heads, p.batch, p.heads_per_section, true);
-      const Place place = place_of(p, work.batch, work.head, work.head / p.group_size);
+      const WorkTile work = scheduled_tile(number, num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, true);
+      const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
       const int first_row = work.block * Plan::kBlockM;
-      if (first_row < place.len_q) plan_tile(place, first_row);
-      // Tiles beyond the first of each block are taken one after another, or are the block's own.
+      if (first_row < head_slice.seqlen_q) plan_tile(head_slice, first_row);
+      // The first tile of a block is its own. With a counter, blocks take the others one after another; without a
+      // counter, each block takes every grid_size-th tile.
       if (p.tile_counter != nullptr) {
         if (lane == 0) number = atomic_fetch_add(p.tile_counter, 1);
         number = shuffle(number, 0);
@@ -310,8 +316,8 @@ struct Loader {
   RingPosition<kKeyNotes> note_position = {}, free_position = {};
   int notes_in_use = 0;
 
-  // Once the slot was free, all consumers have released the keys that were in it, and so have read the note before
-  // theirs.
+  // When the slot is free, all consumers have released the keys that were in it. So they have read the note that came
+  // before the note of these keys.
   GPU_DEVICE void load_keys(const Boxes& boxes) {
     loader.template load<typename Plan::KeyTile>(rings.k, k_position, rings.key_tile(k_position), maps.k, boxes.key_row,
                                                  boxes.kv_head, boxes.batch);
@@ -324,12 +330,12 @@ struct Loader {
   GPU_DEVICE void load_values(KeyNote<kBlockN> note) {
     const Boxes boxes = note.boxes();
     const uint32_t tile = rings.value_tile(v_position);
-    if (boxes.all_kept) {
+    if (boxes.all_valid) {
       loader.template load<typename Plan::KeyTile>(rings.v, v_position, tile, maps.v, boxes.key_row, boxes.kv_head,
                                                    boxes.batch);
     } else {
-      loader.template load_kept<typename Plan::KeyTile>(rings.v, v_position, tile, maps.v, boxes.key_row, boxes.kv_head,
-                                                        boxes.batch, note.kept());
+      loader.template load_valid<typename Plan::KeyTile>(rings.v, v_position, tile, maps.v, boxes.key_row,
+                                                         boxes.kv_head, boxes.batch, note.valid());
     }
     v_position.advance();
   }
@@ -340,7 +346,7 @@ struct Loader {
     q_position.advance();
   }
 
-  // The keys of a step come before the values of the step before, as the consumers want them.
+  // The keys of a step are loaded before the values of the step before, because the consumers want them in this order.
   GPU_DEVICE void run() {
     KeyNote<kBlockN> before{};
     while (true) {
@@ -370,7 +376,7 @@ struct Consumer {
   static constexpr int kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
   const Params& p;
   const ForwardRings<Plan> rings;
-  const int number;  // of this consumer
+  const int number;  // 0, 1, ...: which consumer this is
   const Lane lane = this_lane();
   const int thread_row = kConsumerRows * number + thread_index() % kWarpgroup / 32 * 16 + lane.g;
 
@@ -381,8 +387,8 @@ struct Consumer {
 
   LazySoftmax softmax;
   float acc[kHeadDim / 8][4], scores[kTiles][4], rescale[2];
-  uint32_t weights[kBlockN / 16][4];
-  std::conditional_t<kHasDropout, KeepBits<kTiles>, KeepAll> keep;
+  uint32_t probs[kBlockN / 16][4];
+  std::conditional_t<kHasDropout, DropoutKeep<kTiles>, NoDropout> dropout_keep;
 
   template <int kSlots>
   static GPU_DEVICE void release(const Ring<kSlots>& ring, RingPosition<kSlots>& position) {
@@ -398,16 +404,16 @@ struct Consumer {
   }
   GPU_DEVICE void start_values() {
     wgmma_fence();
-    start_multiply<T, kHeadDim>(acc, weights, rings.value_tile(v_position));
+    start_multiply<T, kHeadDim>(acc, probs, rings.value_tile(v_position));
     wgmma_commit();
   }
   GPU_DEVICE void draw_dropout(TileNote tile, KeyNote<kBlockN> note) {  // to be called while products run
     if constexpr (kHasDropout)
-      keep = keep_of_query_rows<kTiles>(Dropout(p, tile.query_place()), tile.first_row() + thread_row,
-                                        note.block() * kBlockN, lane);
+      dropout_keep = dropout_keep_of_query_rows<kTiles>(Dropout(p, tile.query_slice()), tile.first_row() + thread_row,
+                                                        note.block() * kBlockN, lane);
   }
   GPU_DEVICE void hide_unseen(TileNote tile, KeyNote<kBlockN> note) {
-    hide(scores, visible_keys(p, note.kept(), note.block(), tile.first_row() + thread_row), lane);
+    hide(scores, visible_keys(p, note.valid(), note.block(), tile.first_row() + thread_row), lane);
   }
 
   GPU_DEVICE View wait_for_keys(KeyNote<kBlockN>& note) {
@@ -416,7 +422,7 @@ struct Consumer {
     note_position.advance();
     return note.view(number);
   }
-  // Of a block that only other consumers see.
+  // For a block that only other consumers see: releases its keys and values.
   GPU_DEVICE void pass_block() {
     release(rings.k, k_position);
     v_position.wait_full(rings.v);
@@ -441,7 +447,7 @@ struct Consumer {
     release(rings.k, k_position);
     if (!view.has(View::kSeesMore)) release(rings.q, q_position);
     if (!view.has(View::kIsWhole)) hide_unseen(tile, note);
-    softmax.template raise_and_weigh<T>(scores, p.scale_log2, keep, weights, rescale);
+    softmax.template raise_and_compute_probs<T>(scores, p.scale_log2, dropout_keep, probs, rescale);
 
     // The next scores and these values.
     while (view.has(View::kSeesMore)) {
@@ -454,13 +460,14 @@ struct Consumer {
       keep_registers(flat(scores));
       release(rings.k, k_position);
       if (!view.has(View::kIsWhole)) hide_unseen(tile, note);
-      wgmma_wait<0>();  // before the weights are overwritten
+      wgmma_wait<0>();  // before the probabilities are overwritten
       keep_registers(flat(acc));
       release(rings.v, v_position);
-      // This branch has to be here: past it, ptxas does not move the release of the values down among the exponentials.
+      // This branch has to stand here. It keeps ptxas from moving the release of the values down among the
+      // exponentials.
       if (!view.has(View::kSeesMore)) release(rings.q, q_position);
-      if (!softmax.template try_weigh<T>(scores, p.scale_log2, keep, weights)) {
-        softmax.template raise_and_weigh<T>(scores, p.scale_log2, keep, weights, rescale);
+      if (!softmax.template try_probs<T>(scores, p.scale_log2, dropout_keep, probs)) {
+        softmax.template raise_and_compute_probs<T>(scores, p.scale_log2, dropout_keep, probs, rescale);
         scale_rows(acc, rescale);
       }
     }
@@ -478,14 +485,15 @@ struct Consumer {
   }
 
   GPU_DEVICE void store(TileNote tile) {
-    const Place place = tile.query_place();
+    const HeadSlice head_slice = tile.query_slice();
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = tile.first_row() + thread_row + 8 * r;
       float factor, lse;
       softmax.finish(r, p.scale, p.scale_log2, factor, lse);
       if (kHasDropout) factor *= p.dropout_scale;
-      if (p.lse.data != nullptr && lane.q == 0 && row < place.len_q) store_global(place.query_value(p.lse, row), lse);
-      store_row<T>(place.query_row<T>(p.out, row), acc, r, factor, row < place.len_q, lane);
+      if (p.lse.data != nullptr && lane.q == 0 && row < head_slice.seqlen_q)
+        store_global(head_slice.query_value(p.lse, row), lse);
+      store_row<T>(head_slice.query_row<T>(p.out, row), acc, r, factor, row < head_slice.seqlen_q, lane);
     }
   }
 

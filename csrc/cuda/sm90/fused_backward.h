@@ -1,30 +1,37 @@
-// Backward for Hopper in one kernel, five products for each pair of tiles. A block takes kKeyBlock keys of one head and
-// goes over the queries that see them, kBlockM at a time; scores and probabilities are transposed (keys are rows):
+// Backward for Hopper in one kernel: five products for each pair of tiles. A block takes kKeyBlock keys of one head,
+// and goes over the queries that see these keys, kBlockM at a time. Scores and probabilities are transposed: rows are
+// keys.
 //
 //   scores^T = k @ q^T        dprobs^T = v @ dout^T
 //   dv += probs^T @ dout      dk += dscores^T @ q        dq = dscores @ k
 //
-// Probabilities and dscores stay in registers, as left factors of dv and dk. Dscores also go through shared memory,
-// once, for dq. A tile of dq is a part of the sum over all blocks of keys: the copy engine adds it to float sums in
-// global memory, which a small kernel rounds in the end.
+// Probabilities and dscores stay in registers, as left factors of dv and dk. For dq, dscores also go through shared
+// memory, once. A tile of dq is part of a sum over all blocks of keys: the copy engine adds the tile to float sums in
+// global memory. In the end a small kernel rounds these sums.
 //
-// The additions to a tile of dq come in a fixed order, so the result does not depend on timing: first the last block of
-// keys that sees the tile, then the one before, and so on. Each waits for its turn at a counter of the tile. Blocks of
-// keys are taken in the same order, from the last one to the first, and each goes over the queries upwards. So
+// The additions to a tile of dq come in a fixed order, so the result does not depend on timing. The last block of keys
+// that sees the tile adds first, then the block before, and so on. Each block waits for its turn at a counter of the
+// tile. Blocks of keys are taken in the same order, from the last one to the first, and each goes over the queries
+// upwards. This has two consequences:
 //
-//   - neighbours are at different tiles at the same time and hardly ever wait for each other, and
-//   - whoever waits does so for work on the same head that was taken earlier. The work that was taken first of all that is unfinished
-//     never waits, whatever else runs on the GPU: nothing can hang.
+//   - Neighbouring blocks are at different tiles at the same time, and hardly ever wait for each other.
+//   - A block waits only for blocks of the same head that were taken earlier. The unfinished block that was taken first
+//     never waits, whatever else runs on the GPU. So nothing can hang.
 //
-// Who does what:   warp 0: keys, queries, lse     warp 1: values, dout, delta     warps 2, 3: add tiles of dq, in turns
-//                  warpgroups 1, 2: 64 keys each
+// Who does what:
+//
+//   warp 0             loads keys, queries and lse
+//   warp 1             loads values, dout and delta
+//   warps 2, 3         add tiles of dq, in turns
+//   warpgroups 1, 2    multiply; each has 64 keys
 #pragma once
 #include <cmath>
 #include <type_traits>
 
 #include "../dropout.h"
 #include "../preparation.h"
-#include "../row_sums.h"
+#include "../row_statistics.h"
+#include "../tile_scheduler.h"
 #include "../tiles.h"
 #include "backward.h"
 #include "key_blocks.h"
@@ -32,8 +39,8 @@
 
 namespace fused_attn::gpu::sm90 {
 
-// Which keys come next goes from the first loading warp to the other roles through a ring, so that it can be ahead of
-// them.
+// The first loading warp tells the other roles through a ring which keys come next. So this warp can be ahead of the
+// others.
 constexpr int kKeyBlockSlots = 4;
 constexpr uint32_t kKeyBlockSlotBytes = 128;
 static_assert(kKeyBlockBytes <= kKeyBlockSlotBytes);
@@ -48,8 +55,8 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim> {
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
 
-  // A tile of dq, and the part of it that a warpgroup multiplies: 64 of its rows, or half of the columns. Columns that
-  // fill up the last panel are zeros.
+  // A tile of dq, and a warpgroup's part of the tile: 64 rows, or half of the columns. The columns that fill up the
+  // last panel are zeros.
   static constexpr bool kSplitsRows = kBlockM == 128;
   static constexpr int kDqColumns = Tile<kHeadDim, kBlockM>::kPanels * kPanelColumns;
   static constexpr int kOwnColumns = kSplitsRows ? kDqColumns : kDqColumns / 2;
@@ -58,7 +65,7 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim> {
 
   using KeyTile = Tile<kHeadDim, kBlockN>;
   using QTile = Tile<kHeadDim, kBlockM>;
-  static constexpr uint32_t kSumsBytes = kBlockM * 4;
+  static constexpr uint32_t kStatisticsBytes = kBlockM * 4;
   static constexpr uint32_t kDscoresPanelBytes = kBlockN * kPanelRowBytes;  // of 64 queries: a row for each key
   static constexpr uint32_t kDscoresBytes = kBlockM / kPanelColumns * kDscoresPanelBytes;
   static constexpr uint32_t kOwnDqBytes = kOwnDqFloats * 4;
@@ -69,8 +76,8 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim> {
   static constexpr uint32_t kDscores = kDout + kDoutStages * QTile::kBytes;
   static constexpr uint32_t kDq = kDscores + 2 * kDscoresBytes;
   static constexpr uint32_t kLse = kDq + kConsumers * kOwnDqBytes;
-  static constexpr uint32_t kDelta = kLse + kQStages * kSumsBytes;
-  static constexpr uint32_t kKeyBlocks = kDelta + kDoutStages * kSumsBytes;
+  static constexpr uint32_t kDelta = kLse + kQStages * kStatisticsBytes;
+  static constexpr uint32_t kKeyBlocks = kDelta + kDoutStages * kStatisticsBytes;
   static constexpr uint32_t kStepInfos = kKeyBlocks + kKeyBlockSlots * kKeyBlockSlotBytes;
   static constexpr uint32_t kBarriers = kStepInfos + kQStages * 8;
   static constexpr uint32_t kBytes = kBarriers + 320;
@@ -79,9 +86,9 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim> {
 
 // ---- How the roles wait for one another
 
-// Of each tile of queries, for the consumers: its number, marked where some key is not visible to some query; its head.
+// What the consumers have to know about a tile of queries.
 struct alignas(8) StepInfo {
-  int32_t tile;
+  int32_t tile;  // the number of the tile; kHasMask is set if some key is hidden from some query
   int32_t head;
 };
 constexpr int32_t kHasMask = 1 << 30;
@@ -95,10 +102,10 @@ struct FusedBackwardRings {
   Ring<1> v;
   Ring<Plan::kQStages> q;        // with lse and StepInfo
   Ring<Plan::kDoutStages> dout;  // with delta
-  uint32_t dscores;              // two barriers: a buffer is full
-  uint32_t dq_full;              // two for each warpgroup: its part of the tile of an even or odd step has been written
-  uint32_t dq_empty;             // one for each warpgroup
-  uint32_t cleaning;             // one for each loading warp
+  uint32_t dscores;              // two barriers, one for each buffer: the buffer is full
+  uint32_t dq_full;              // two barriers for each warpgroup: its dq of an even, or odd, step has been written
+  uint32_t dq_empty;             // one barrier for each warpgroup: its dq may be written
+  uint32_t cleaning;             // one barrier for each loading warp: a tile has come, and rows have to be overwritten
 
   GPU_DEVICE explicit FusedBackwardRings(uint32_t shared) {
     work.barriers = shared + Plan::kBarriers;
@@ -116,7 +123,7 @@ struct FusedBackwardRings {
   GPU_DEVICE uint32_t dq_full_of(int group, uint32_t step) const { return dq_full + 16 * group + step % 2 * 8; }
 
   GPU_DEVICE void init() const {
-    constexpr int kOtherRoles = 4;  // that read which keys come next: both loading warps, both threads that add
+    constexpr int kOtherRoles = 4;  // both loading warps, and both threads that add, read which keys come next
     work.init(Plan::kConsumerWarps + kOtherRoles);
     k.init(Plan::kConsumerWarps);
     v.init(Plan::kConsumerWarps);
@@ -140,7 +147,7 @@ struct KeyBlockReader {
   Ring<kKeyBlockSlots> ring;
   RingPosition<kKeyBlockSlots> position;
 
-  // Valid until it is released.
+  // The result may be read until it is released.
   GPU_DEVICE SharedKeyBlock wait() const {
     position.wait_full(ring);
     return {shared + Plan::kKeyBlocks + position.slot() * kKeyBlockSlotBytes};
@@ -157,7 +164,8 @@ struct KeyBlockReader {
 
 // ---- The loading warps
 
-// By the leader of the first one: takes the next block of keys that nobody has taken, and starts to tell the other roles.
+// Takes the next block of keys that nobody has taken, and starts to tell the other roles. The leader of the first
+// loading warp calls this.
 template <int kHeadDim>
 GPU_DEVICE void take_key_block(const Params& p, uint32_t shared, const Ring<kKeyBlockSlots>& ring,
                                RingPosition<kKeyBlockSlots> position, int num_programs) {
@@ -174,11 +182,11 @@ GPU_DEVICE void take_key_block(const Params& p, uint32_t shared, const Ring<kKey
   }
 }
 
-// What comes with a tile of queries, on the same barrier: a float for each row, and for the consumers which tile it is.
+// What comes with a tile of queries, on the same barrier: a float for each row, and with lse a StepInfo.
 template <int kHeadDim, bool kIsFirst>
 struct StepLoad {
   using Plan = FusedBackwardPlan<kHeadDim>;
-  static constexpr uint32_t bytes = Plan::kSumsBytes;
+  static constexpr uint32_t bytes = Plan::kStatisticsBytes;
   const Params& p;
   const uint32_t shared;
   const SharedKeyBlock b;
@@ -193,14 +201,15 @@ struct StepLoad {
   }
   GPU_DEVICE void start(uint32_t barrier) const {
     const RowValues& sums = kIsFirst ? p.lse_log2 : p.delta;
-    bulk_load(shared + (kIsFirst ? Plan::kLse : Plan::kDelta) + slot * Plan::kSumsBytes,
-              sums.data + b.batch() * sums.stride_batch + step.head * sums.stride_head + b.first_sum() +
+    bulk_load(shared + (kIsFirst ? Plan::kLse : Plan::kDelta) + slot * Plan::kStatisticsBytes,
+              sums.data + b.batch() * sums.stride_batch + step.head * sums.stride_head + b.padded_q_offset() +
                   step.tile * Plan::kBlockM,
               bytes, barrier);
   }
 };
 
-// The first warp (kIsFirst) takes blocks of keys and loads keys, queries and lse; the second one values, dout and delta.
+// The first warp (kIsFirst) takes blocks of keys, and loads keys, queries and lse. The second warp loads values, dout
+// and delta.
 template <int kHeadDim, bool kIsFirst>
 GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t shared,
                            const FusedBackwardRings<kHeadDim>& rings, int num_programs) {
@@ -213,8 +222,8 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
   KeyBlockReader<kHeadDim> reader{shared, rings.work, {}};
   RingPosition<kStages> position;
   while (true) {
-    // Only now, when all is loaded for the block before: taken earlier, a block of keys would keep those waiting that
-    // add to dq after it.
+    // The next block is taken only when all is loaded for the block before. If it were taken earlier, blocks that add
+    // to dq after it would have to wait longer.
     if (kIsFirst && is_leader) take_key_block<kHeadDim>(p, shared, rings.work, reader.position, num_programs);
     const SharedKeyBlock b = reader.wait();
     if (b.number() == kNoMoreKeys) return;
@@ -228,18 +237,19 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
       reader.release_by_warp();
       continue;
     }
-    loader.template load_kept<KeyTile>(key_ring, key_position, shared + (kIsFirst ? Plan::kK : Plan::kV),
-                                       kIsFirst ? maps.k : maps.v, b.first_k() + b.number() * kKeyBlock, b.kv_head(),
-                                       b.batch(), b.kept());
+    loader.template load_valid<KeyTile>(key_ring, key_position, shared + (kIsFirst ? Plan::kK : Plan::kV),
+                                        kIsFirst ? maps.k : maps.v, b.k_offset() + b.number() * kKeyBlock, b.kv_head(),
+                                        b.batch(), b.valid());
     GPU_NO_UNROLL for (Step step(b); step.head < b.head() + p.group_size; step.advance(b)) {
       const int32_t row = step.tile * Plan::kBlockM;
       const StepLoad<kHeadDim, kIsFirst> also{p, shared, b, step, position.slot()};
       const uint32_t tile = shared + (kIsFirst ? Plan::kQ : Plan::kDout) + position.slot() * QTile::kBytes;
       const Map& map = kIsFirst ? maps.q : maps.dout;
       const auto load = [&](const auto& ring) {
-        // Rows past the end of the sequence: only a packed tensor has any.
-        const FirstRows<Plan::kBlockM> own{p.cu_seqlens_q != nullptr ? b.len_q() - row : Plan::kBlockM};
-        loader.template load_kept<QTile>(ring, position, tile, map, b.first_q() + row, step.head, b.batch(), own, also);
+        // Only a packed tensor has rows past the end of the sequence.
+        const FirstRows<Plan::kBlockM> own{p.cu_seqlens_q != nullptr ? b.seqlen_q() - row : Plan::kBlockM};
+        loader.template load_valid<QTile>(ring, position, tile, map, b.q_offset() + row, step.head, b.batch(), own,
+                                          also);
       };
       if constexpr (kIsFirst) {
         load(rings.q);
@@ -252,7 +262,7 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
   }
 }
 
-// ---- The threads that add to dq, one of them for even steps and one for odd ones: waiting for a turn, and for an
+// ---- The threads that add to dq. One works for even steps, the other for odd steps: to wait for a turn, and for an
 // addition to be complete, takes longer than a step.
 
 template <int kHeadDim>
@@ -275,7 +285,7 @@ GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRing
         fence_async_proxy();
         const uint32_t source = shared + Plan::kDq + group * Plan::kOwnDqBytes;
         float* const sums = p.dq_sums + tile * Plan::kDqFloats + group * Plan::kOwnDqFloats;
-        if (turn == 0) {  // nothing is there yet, not even zeros
+        if (turn == 0) {  // memory holds no sum yet, not even zeros
           bulk_store(sums, source, Plan::kOwnDqBytes);
         } else {
           bulk_reduce_add_f32(sums, source, Plan::kOwnDqBytes);
@@ -301,7 +311,7 @@ GPU_DEVICE void arrive_once_a_warp(uint32_t barrier) {
   if (thread_index() % 32 == 0) mbarrier_arrive(barrier);
 }
 
-// Rows of a gradient that nothing adds to.
+// For rows of a gradient to which nothing is added.
 template <class T, int kHeadDim>
 GPU_DEVICE void store_zeros(T* row, Lane lane) {
   for (int chunk = lane.q; chunk < kHeadDim / 8; chunk += 4) {
@@ -323,10 +333,10 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
   const uint32_t dscores_store =
       shared + Plan::kDscores + dscores_row * kPanelRowBytes + ((lane.index / 16) ^ (lane.index % 8)) * 16;
   const uint32_t thread = thread_index() % kWarpgroup;
-  // Not to be taken apart again, or each load below needs an address of its own.
-  const uint32_t own_sums = keep_computed(shared + 8 * lane.q);
+  // keep_computed: otherwise the compiler computes an address of its own for each load below.
+  const uint32_t own_statistics = keep_computed(shared + 8 * lane.q);
   float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
-  // In flight over the border between two steps: scores and dprobs of the next one.
+  // At the border between two steps, the products for scores and dprobs of the next step are in flight.
   float scores[kTiles][4], dprobs[kTiles][4], dq[kDqTiles][4];
   uint32_t rounded_probs[kTiles / 2][4], rounded_dscores[kTiles / 2][4];
   Float2 lse[kTiles];
@@ -334,7 +344,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
   KeyBlockReader<kHeadDim> reader{shared, rings.work, {}};
   uint32_t step = 0;  // over all blocks of keys
   while (true) {
-    // Which keys. With the address in a uniform register, head dim 64 spills nothing; 128 spills only then.
+    // The next keys. For head dim 64, registers spill unless the address is in a uniform register (shuffle). For head
+    // dim 128, they spill if it is.
     const SharedKeyBlock b{Plan::kSplitsRows ? shuffle(reader.wait().address, 0) : reader.wait().address};
     if (b.number() == kNoMoreKeys) return;
     const RingPosition<1> key_position{reader.position.uses};
@@ -342,9 +353,9 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
     const auto store_gradients = [&](auto store) {
       GPU_UNROLL for (int r = 0; r < 2; ++r) {
         const int row = b.number() * kKeyBlock + warp_row + lane.g + 8 * r;
-        if (p.dk.data != nullptr) store(b.template key_row<T>(p.dk, row), dk, r, p.scale, row < b.len_k());
+        if (p.dk.data != nullptr) store(b.template key_row<T>(p.dk, row), dk, r, p.scale, row < b.seqlen_k());
         const float factor = kHasDropout ? p.dropout_scale : 1.0f;
-        if (p.dv.data != nullptr) store(b.template key_row<T>(p.dv, row), dv, r, factor, row < b.len_k());
+        if (p.dv.data != nullptr) store(b.template key_row<T>(p.dv, row), dv, r, factor, row < b.seqlen_k());
       }
     };
     if (first == end) {
@@ -375,48 +386,51 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       start_multiply_transposed<T, kHeadDim, kBlockN>(dprobs, shared + Plan::kV, 64 * group, dout_tile(i));
       wgmma_commit();
     };
-    // Of the two queries of tile t of eight that this thread has.
+    // lse, and delta, of the two queries that this thread has of tile t.
     const auto lse_at = [&](uint32_t i, int t) {
-      return load_shared<Float2>(own_sums + Plan::kLse + i % Plan::kQStages * Plan::kSumsBytes + t * 32);
+      return load_shared<Float2>(own_statistics + Plan::kLse + i % Plan::kQStages * Plan::kStatisticsBytes + t * 32);
     };
     const auto delta_at = [&](uint32_t i, int t) {
-      return load_shared<Float2>(own_sums + Plan::kDelta + i % Plan::kDoutStages * Plan::kSumsBytes + t * 32);
+      return load_shared<Float2>(own_statistics + Plan::kDelta + i % Plan::kDoutStages * Plan::kStatisticsBytes +
+                                 t * 32);
     };
-    // What a step needs besides products: before dprobs are started, while there are registers to spare.
+    // Loads what a step needs besides products. This comes before dprobs are started, while there are registers to
+    // spare.
     StepInfo info;
-    KeepBits<kTiles> keep;
+    DropoutKeep<kTiles> dropout_keep;
     const auto begin_step = [&](uint32_t i) {
       info = load_shared<StepInfo>(shared + Plan::kStepInfos + i % Plan::kQStages * uint32_t{sizeof(StepInfo)});
       if constexpr (kHasDropout) {
-        keep = keep_of_key_rows<kTiles>(Dropout(p, b.batch(), info.head), (info.tile & kTileNumber) * kBlockM,
-                                        b.number() * kKeyBlock + warp_row, lane);
+        dropout_keep =
+            dropout_keep_of_key_rows<kTiles>(Dropout(p, b.batch(), info.head), (info.tile & kTileNumber) * kBlockM,
+                                             b.number() * kKeyBlock + warp_row, lane);
       }
       GPU_UNROLL for (int t = 0; t < Plan::kLseAhead; ++t) lse[t] = lse_at(i, t);
     };
 
     // From scores and dprobs to probs (in place of scores) and dscores (in place of dprobs).
-    const auto weigh = [&](uint32_t i) {
+    const auto compute_dscores = [&](uint32_t i) {
       wgmma_wait<1>();
       keep_registers(flat(scores));
       if (info.tile & kHasMask) {
-        // In the steady loop there are no registers to spare: nothing of this is computed before, and word by word.
+        // The loop over full tiles has no registers to spare. So all of this is computed here, word by word.
         const int own = keep_computed(thread), own_row = 64 * group + own / 32 * 16 + own % 32 / 4;
         const int tile = info.tile & kTileNumber;
         GPU_UNROLL for (int r = 0; r < 2; ++r) {
-          const bool is_kept = b.is_kept(own_row + 8 * r);
+          const bool is_valid = b.is_valid(own_row + 8 * r);
           const int key = b.number() * kKeyBlock + own_row + 8 * r;
           const int first = first_query(p, key) - tile * kBlockM, end = last_query(p, key) + 1 - tile * kBlockM;
           GPU_UNROLL for (int w = 0; w < kBlockM / 32; ++w) {
-            hide_word(scores, r, w, is_kept ? column_bits(first, end, w) : 0, lane);
+            hide_word(scores, r, w, is_valid ? column_bits(first, end, w) : 0, lane);
           }
         }
       }
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
         if (t + Plan::kLseAhead < kTiles) lse[t + Plan::kLseAhead] = lse_at(i, t + Plan::kLseAhead);
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
-          scores[t][j] = weight_of(scores[t][j], p.scale_log2, j % 2 == 0 ? lse[t].x : lse[t].y);
-          // The sign says what is dropped, so that the bits need no register any longer.
-          if (kHasDropout && !keep.has(t, j)) scores[t][j] = -scores[t][j];
+          scores[t][j] = prob_of(scores[t][j], p.scale_log2, j % 2 == 0 ? lse[t].x : lse[t].y);
+          // A negative sign marks what dropout drops, so that the bits need no register any longer.
+          if (kHasDropout && !dropout_keep.has(t, j)) scores[t][j] = -scores[t][j];
         }
       }
       Float2 delta[kTiles];
@@ -428,7 +442,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
           float dprob = dprobs[t][j], prob = scores[t][j];
           if constexpr (kHasDropout) {
-            const bool is_dropped = prob < 0.0f;  // false for NaN, which is not to be lost
+            const bool is_dropped = prob < 0.0f;  // false for NaN, which must not be lost
             dprob = is_dropped ? 0.0f : dprob * p.dropout_scale;
             scores[t][j] = is_dropped ? 0.0f : prob;
             prob = fabsf(prob);
@@ -438,7 +452,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       }
     };
 
-    // dv, dk and dq of step i, and the beginning of the next one.
+    // Computes dv, dk and dq of step i, and begins the next step.
     const auto propagate = [&](uint32_t i, auto is_last) {
       constexpr bool kIsLast = decltype(is_last)::value;
       const uint32_t buffer = i % 2 * Plan::kDscoresBytes;
@@ -460,8 +474,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       arrive_once_a_warp(rings.dout.empty(i % Plan::kDoutStages));
       if constexpr (kIsLast) key_position.release(rings.v);
 
-      // dq: both warpgroups' dscores. The fence is executed by those who read, not by those who wrote: writers would wait
-      // for all their stores.
+      // dq needs the dscores of both warpgroups. The readers execute the fence, not the writers: these would have to
+      // wait for all their stores.
       mbarrier_wait(rings.dscores + i % 2 * 8, i / 2 & 1);
       fence_async_proxy();
       forget_registers(flat(dq));
@@ -499,12 +513,12 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
     begin_step(step);
     key_position.wait_full(rings.v);
     start_dprobs(step);
-    weigh(step);
+    compute_dscores(step);
     forget_registers(flat(dk));
     forget_registers(flat(dv));
     GPU_NO_UNROLL for (; step != end - 1; ++step) {
       propagate(step, std::false_type{});
-      weigh(step + 1);
+      compute_dscores(step + 1);
     }
     propagate(step, std::true_type{});
     ++step;
@@ -524,7 +538,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(FusedBackwardPlan<kHeadDim>::kThreads, 1)
   const FusedBackwardRings<kHeadDim> rings(shared);
   if (thread_index() == 0) rings.init();
   sync_threads();
-  const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // so that the compiler knows it is the same for all
+  const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // tells the compiler that a warp agrees about it
   if (warpgroup == 0) {
     decrease_registers<Plan::kProducerRegisters>();
     const int warp = shuffle(thread_index() / 32, 0);
@@ -543,7 +557,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(FusedBackwardPlan<kHeadDim>::kThreads, 1)
 
 // ---- Before and after
 
-// The sums over rows, turns that begin at 0, and the list of all blocks of keys.
+// Prepares the row statistics, turns that begin at 0, and the list of all blocks of keys.
 template <class T, int kHeadDim>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     prepare_fused_backward_kernel(const GPU_GRID_CONSTANT Params p, int num_programs) {
@@ -562,18 +576,18 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
 
 constexpr int kRoundingThreads = 256;
 
-// One tile of dq, by a block that is laid out like the two warpgroups which made it.
+// Rounds one tile of dq. The threads of a block are laid out like the two warpgroups that computed the tile.
 template <class T, int kHeadDim>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU_GRID_CONSTANT Params p) {
   using Plan = FusedBackwardPlan<kHeadDim>;
   constexpr int kChunk = 4;  // tiles of 8 columns that are stored together
   const int num_tiles = (p.seqlen_q + Plan::kBlockM - 1) / Plan::kBlockM;
-  const Work work = scheduled_work(block_index_x(), num_tiles, p.num_heads, p.batch, p.heads_per_section, true);
-  const Place place = place_of(p, work.batch, work.head, work.head / p.group_size);
+  const WorkTile work = scheduled_tile(block_index_x(), num_tiles, p.num_heads, p.batch, p.heads_per_l2_group, true);
+  const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int first_row = work.block * Plan::kBlockM;
-  if (first_row >= place.len_q) return;
-  const int64_t tile = place.first_row_block(p) * Plan::kTilesPerRowBlock + work.block;
-  const bool is_any_added = load_global(p.dq_turns + tile) != 0;  // else nothing is there, not even zeros
+  if (first_row >= head_slice.seqlen_q) return;
+  const int64_t tile = head_slice.first_row_block(p) * Plan::kTilesPerRowBlock + work.block;
+  const bool is_any_added = load_global(p.dq_turns + tile) != 0;  // otherwise memory holds no sum, not even zeros
   const int group = thread_index() / kWarpgroup;
   const Lane lane = this_lane();
   const int own_row = first_row + (Plan::kSplitsRows ? 64 * group : 0) + thread_index() % kWarpgroup / 32 * 16 + lane.g;
@@ -592,7 +606,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU
     }
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = own_row + 8 * r;
-      store_row<T>(place.query_row<T>(p.dq, row) + first_column + 8 * t, x, r, p.scale, row < place.len_q, lane);
+      store_row<T>(head_slice.query_row<T>(p.dq, row) + first_column + 8 * t, x, r, p.scale, row < head_slice.seqlen_q,
+                   lane);
     }
   }
 }

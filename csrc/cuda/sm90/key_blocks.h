@@ -1,11 +1,17 @@
-// What the fused backward does in which order: blocks of keys, the tiles of queries that see them, and whose turn it is
-// to add to a tile of dq. The preparation kernel writes the list of all blocks; the roles of the fused kernel read one
-// after another from shared memory.
+// The order of work in the fused backward: blocks of keys, the tiles of queries that see them, and whose turn it is to
+// add to a tile of dq. The preparation kernel writes the list of all blocks. The roles of the fused kernel read one
+// block after another from shared memory.
 //
-// From the last block of keys to the first, and upwards over the queries. Measured on an H100 against the other way
-// round, causal: 4 to 8 % faster at 1k and 2k, equal at 16k for head dim 128, 28 % faster at 16k for head dim 64, where the
-// first additions to the last tile come one after another. Causal tiles start at different queries by themselves.
+// Blocks go from the last one of a head to the first, and tiles upwards over the queries. Measured on an H100 against
+// the opposite order, with a causal mask:
+//
+//   4 to 8 % faster at 1k and 2k
+//   equal at 16k for head dim 128
+//   28 % faster at 16k for head dim 64, where the first additions to the last tile come one after another
+//
+// Under a causal mask, blocks start at different queries by themselves.
 #pragma once
+#include "../tile_scheduler.h"
 #include "../visibility.h"
 
 namespace fused_attn::gpu::sm90 {
@@ -14,12 +20,12 @@ constexpr int32_t kNoMoreKeys = -1;
 
 constexpr uint32_t kKeyBlockBytes = sizeof(KeyBlock);
 static_assert(kKeyBlockBytes % 16 == 0);  // bulk copies
-static_assert(kKeyBlock == 128);          // four words of KeyBlock::kept
+static_assert(kKeyBlock == 128);          // four words of KeyBlock::valid
 
 GPU_DEVICE constexpr int32_t floor_log2(int32_t x) { return x <= 1 ? 0 : 1 + floor_log2(x / 2); }
 
-// Tile m of queries and block n of keys meet where some query of the one could see some key of the other, by the band
-// alone. Both sides ask in the same terms, whole tiles and blocks, so that they agree about who adds to what.
+// Tile m of queries and block n of keys meet if some query of the tile could see some key of the block, by the band
+// alone. The two sides agree about who adds to what, because both ask about whole tiles and whole blocks.
 template <int kBlockM>
 GPU_DEVICE int32_t first_tile(const Params& p, int32_t n) {
   return (n * kKeyBlock - p.last_diagonal) >> floor_log2(kBlockM);  // rounds down, below 0, too
@@ -33,38 +39,38 @@ GPU_DEVICE int32_t last_key_block(const Params& p, int32_t m) {
   return (m * kBlockM + kBlockM - 1 + p.last_diagonal) >> floor_log2(kKeyBlock);
 }
 
-// How many of the first n blocks of keys have one that is no padding.
+// How many of the first n blocks of keys have a valid key.
 GPU_DEVICE int32_t key_rank(const Params& p, int32_t batch, int32_t n) {
   return p.key_ranks == nullptr ? n : load_global(p.key_ranks + int64_t{batch} * (p.num_key_blocks + 1) + n);
 }
 
-// The block of keys that is taken as number `program`. The last ones of each head come first.
+// The block of keys that is taken as number `program`. The last blocks of each head come first.
 template <int kBlockM>
 GPU_DEVICE KeyBlock key_block(const Params& p, int32_t program) {
-  const Work work =
-      scheduled_work(program, p.num_key_blocks, p.num_heads / p.group_size, p.batch, p.heads_per_section, true);
-  const Place place = place_of(p, work.batch, work.head * p.group_size, work.head);
+  const WorkTile work =
+      scheduled_tile(program, p.num_key_blocks, p.num_heads / p.group_size, p.batch, p.heads_per_l2_group, true);
+  const HeadSlice head_slice = head_slice_of(p, work.batch, work.head * p.group_size, work.head);
   const int32_t first_key = work.block * kKeyBlock;
-  const KeptKeys<kKeyBlock> kept = kept_keys<kKeyBlock>(p, place, work.block);
-  const BlockRange range = query_range<kBlockM>(p, place, first_key, first_key + kKeyBlock - 1);
+  const ValidRows<kKeyBlock> valid = valid_keys<kKeyBlock>(p, head_slice, work.block);
+  const BlockRange range = query_range<kBlockM>(p, head_slice, first_key, first_key + kKeyBlock - 1);
   KeyBlock b;
   b.number = work.block;
-  b.batch = place.batch;
-  b.head = place.head;
-  b.kv_head = place.kv_head;
-  b.first_q = place.first_q;
-  b.len_q = place.len_q;
-  b.first_sum = place.first_sum;
-  b.first_k = place.first_k;
-  b.len_k = place.len_k;
+  b.batch = head_slice.batch;
+  b.head = head_slice.head;
+  b.kv_head = head_slice.kv_head;
+  b.q_offset = head_slice.q_offset;
+  b.seqlen_q = head_slice.seqlen_q;
+  b.padded_q_offset = head_slice.padded_q_offset;
+  b.k_offset = head_slice.k_offset;
+  b.seqlen_k = head_slice.seqlen_k;
   b.begin = max(first_tile<kBlockM>(p, work.block), 0);
-  b.end = min(last_tile<kBlockM>(p, work.block) + 1, (place.len_q + kBlockM - 1) / kBlockM);
+  b.end = min(last_tile<kBlockM>(p, work.block) + 1, (head_slice.seqlen_q + kBlockM - 1) / kBlockM);
   b.full_begin = range.full_begin;
-  b.full_end = kept.all() ? range.full_end : range.full_begin;
+  b.full_end = valid.all() ? range.full_end : range.full_begin;
   b.rank_after = key_rank(p, work.batch, work.block + 1);
-  b.steps = kept.none() ? 0 : max(b.end - b.begin, 0) * p.group_size;
+  b.steps = valid.none() ? 0 : max(b.end - b.begin, 0) * p.group_size;
   b.unused = 0;
-  GPU_UNROLL for (int w = 0; w < kept.kWords; ++w) b.kept[w] = kept.words[w];
+  GPU_UNROLL for (int w = 0; w < valid.kWords; ++w) b.valid[w] = valid.words[w];
   return b;
 }
 
@@ -76,11 +82,11 @@ struct SharedKeyBlock {
   GPU_DEVICE int32_t batch() const { return read(offsetof(KeyBlock, batch)); }
   GPU_DEVICE int32_t head() const { return read(offsetof(KeyBlock, head)); }
   GPU_DEVICE int32_t kv_head() const { return read(offsetof(KeyBlock, kv_head)); }
-  GPU_DEVICE int32_t first_q() const { return read(offsetof(KeyBlock, first_q)); }
-  GPU_DEVICE int32_t len_q() const { return read(offsetof(KeyBlock, len_q)); }
-  GPU_DEVICE int32_t first_sum() const { return read(offsetof(KeyBlock, first_sum)); }
-  GPU_DEVICE int32_t first_k() const { return read(offsetof(KeyBlock, first_k)); }
-  GPU_DEVICE int32_t len_k() const { return read(offsetof(KeyBlock, len_k)); }
+  GPU_DEVICE int32_t q_offset() const { return read(offsetof(KeyBlock, q_offset)); }
+  GPU_DEVICE int32_t seqlen_q() const { return read(offsetof(KeyBlock, seqlen_q)); }
+  GPU_DEVICE int32_t padded_q_offset() const { return read(offsetof(KeyBlock, padded_q_offset)); }
+  GPU_DEVICE int32_t k_offset() const { return read(offsetof(KeyBlock, k_offset)); }
+  GPU_DEVICE int32_t seqlen_k() const { return read(offsetof(KeyBlock, seqlen_k)); }
   GPU_DEVICE int32_t begin() const { return read(offsetof(KeyBlock, begin)); }
   GPU_DEVICE int32_t end() const { return read(offsetof(KeyBlock, end)); }
   GPU_DEVICE int32_t rank_after() const { return read(offsetof(KeyBlock, rank_after)); }
@@ -90,22 +96,22 @@ struct SharedKeyBlock {
   GPU_DEVICE bool is_whole(int32_t tile) const {
     return tile >= read(offsetof(KeyBlock, full_begin)) && tile < read(offsetof(KeyBlock, full_end));
   }
-  GPU_DEVICE KeptKeys<kKeyBlock> kept() const {
-    const Vec4 words = load_shared<Vec4>(address + offsetof(KeyBlock, kept));
+  GPU_DEVICE ValidRows<kKeyBlock> valid() const {
+    const Vec4 words = load_shared<Vec4>(address + offsetof(KeyBlock, valid));
     return {{words.x, words.y, words.z, words.w}};
   }
-  GPU_DEVICE bool is_kept(uint32_t key) const {
-    return read(offsetof(KeyBlock, kept) + key / 32 * 4) >> (key % 32) & 1;
+  GPU_DEVICE bool is_valid(uint32_t key) const {
+    return read(offsetof(KeyBlock, valid) + key / 32 * 4) >> (key % 32) & 1;
   }
   template <class T>
   GPU_DEVICE T* key_row(const Rows& x, int64_t row) const {
     return static_cast<T*>(x.data) + batch() * x.stride_batch + kv_head() * x.stride_head +
-           (first_k() + row) * x.stride_row;
+           (k_offset() + row) * x.stride_row;
   }
-  // The number of the head's first row block: see Place::first_row_block.
+  // As HeadSlice::first_row_block, for a query head of the group.
   GPU_DEVICE int64_t row_block(const Params& p, int32_t head) const {
     const int64_t entry = p.cu_seqlens_q != nullptr ? 0 : batch();
-    return (entry * p.num_heads + head) * p.row_blocks + first_sum() / kRowBlock;
+    return (entry * p.num_heads + head) * p.row_blocks + padded_q_offset() / kRowBlock;
   }
 
  private:
@@ -115,11 +121,12 @@ struct SharedKeyBlock {
 // How many blocks of keys add to tile m before this one.
 template <int kBlockM>
 GPU_DEVICE int32_t turn_at(const Params& p, const SharedKeyBlock& b, int32_t m) {
-  const int32_t key_blocks = (b.len_k() + kKeyBlock - 1) / kKeyBlock;
+  const int32_t key_blocks = (b.seqlen_k() + kKeyBlock - 1) / kKeyBlock;
   return key_rank(p, b.batch(), min(last_key_block<kBlockM>(p, m) + 1, key_blocks)) - b.rank_after();
 }
 
-// Where a role has got to among the steps of a block of keys: the tiles of each head of the group, upwards.
+// How far a role has got with the steps of a block of keys: over the heads of the group, and for each head over its
+// tiles.
 struct Step {
   int32_t head;
   int32_t tile;

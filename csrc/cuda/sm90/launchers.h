@@ -1,4 +1,4 @@
-// Host side of the kernels for sm_90a; included by their instantiations alone.
+// Host side of the kernels for sm_90a. Only their instantiations (head_dim_*.cu) include this file.
 #pragma once
 #include <algorithm>
 #include <string>
@@ -10,26 +10,7 @@
 #include "forward.h"
 #include "fused_backward.h"
 
-#if defined(__CUDACC__)
-#include <cuda_runtime.h>
-#endif
-
 namespace fused_attn::gpu::sm90 {
-
-inline int multiprocessors() {
-#if defined(__CUDACC__)
-  int device = 0, count = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // or the next launch would find it
-    throw std::runtime_error(cudaGetErrorString(error));
-  }
-  return count;
-#else
-  return emulation::session_options().resident_blocks;
-#endif
-}
 
 // Panels of `box_rows` rows of x (batch, heads, rows, head_dim).
 inline Map map_of(const Rows& x, bool is_bf16, int64_t head_dim, int64_t rows, int64_t heads, int64_t batch,
@@ -37,7 +18,7 @@ inline Map map_of(const Rows& x, bool is_bf16, int64_t head_dim, int64_t rows, i
   Map map;
   map.head_step = x.stride_head != 0 && heads > 1;
   map.batch_step = x.stride_batch != 0 && batch > 1;
-  constexpr int64_t kElementBytes = 2, kAnyStride = 16;  // of a dimension with one entry
+  constexpr int64_t kElementBytes = 2, kAnyStride = 16;  // kAnyStride: for a dimension with one entry
   const TensorMapSpec spec{x.data,
                            is_bf16 ? Element::kBf16 : Element::kF16,
                            4,
@@ -62,12 +43,13 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
                            map_of(p.v, is_bf16, kHeadDim, p.rows_k, kv_heads, p.batch, Plan::kBlockN)};
     LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
     const int num_tiles = shape.grid_x;
-    shape.grid_x = std::min(num_tiles, multiprocessors());
+    shape.grid_x = std::min(num_tiles, num_multiprocessors());
     run_kernel(forward_kernel<decltype(type), kHeadDim, has_dropout()>, shape, stream, p, maps, num_tiles);
   });
 }
 
-// dq in one kernel, dk and dv in another: where the fused kernel does not fit, or not all gradients are wanted.
+// dq in one kernel, dk and dv in another: for head dims that the fused kernel does not have, or if some gradient is not
+// wanted.
 template <class T, int kHeadDim, bool kHasDropout, class MapsOf>
 void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
   using QueryPlan = QueryGradientPlan<kHeadDim>;
@@ -90,7 +72,7 @@ void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
   LaunchShape shape =
       shape_of(p.seqlen_k, Plan::kBlockN, p.num_heads / p.group_size, p.batch, Plan::kThreads, Plan::kBytes);
   const int num_programs = shape.grid_x;  // blocks of keys of all heads
-  shape.grid_x = std::min(num_programs, multiprocessors());
+  shape.grid_x = std::min(num_programs, num_multiprocessors());
   run_kernel(prepare_fused_backward_kernel<T, kHeadDim>, shape_of_row_preparation(p), stream, p, num_programs);
   run_kernel(fused_backward_kernel<T, kHeadDim, kHasDropout>, shape, stream, p, maps_of(Plan::kBlockM, Plan::kBlockN),
              num_programs);

@@ -1,6 +1,6 @@
-// Tiles of 16-bit rows in shared memory as TMA and wgmma share them: panels of 64 columns, one after another; in each,
-// rows of 128 bytes with the 128-byte swizzle. A head dim that is no multiple of 64 leaves columns of the last panel
-// unused: TMA fills them with zeros.
+// Tiles of 16-bit rows in shared memory, in the layout that TMA and wgmma share. A tile consists of panels of 64
+// columns, one after another. In a panel, rows have 128 bytes, with the 128-byte swizzle. If the head dim is no
+// multiple of 64, the last columns of the last panel are unused: TMA fills them with zeros.
 #pragma once
 #include "../fragments.h"
 
@@ -10,7 +10,7 @@ constexpr int kPanelColumns = 64;
 constexpr uint32_t kPanelRowBytes = 128;
 constexpr uint32_t kSwizzleBytes = 1024;  // eight rows, after which the swizzle's pattern repeats
 
-// A tensor (batch, head, row, column) as TMA sees it. A dimension whose stride is 0 has one entry, and a step of 0.
+// A tensor (batch, head, row, column) as TMA sees it. A dimension whose stride is 0 has one entry; its step is 0.
 struct Map {
   TensorMap tensor;
   int32_t head_step;
@@ -23,19 +23,20 @@ struct Tile {
   static constexpr uint32_t kPanelBytes = kRows * kPanelRowBytes;
   static constexpr uint32_t kBytes = kPanels * kPanelBytes;
 
-  // Columns 16 * k ... 16 * k + 15 of the rows from first_row on, a multiple of 8, for a product over the columns.
+  // Descriptor of columns 16 * k ... 16 * k + 15, for a product over the columns. Rows begin at first_row, a multiple
+  // of 8.
   static GPU_DEVICE uint64_t columns(uint32_t tile, int first_row, int k) {
     constexpr int kStepsPerPanel = kPanelColumns / 16;
     return matrix_descriptor(tile + first_row * kPanelRowBytes, 16, kSwizzleBytes) +
            matrix_descriptor_step(k / kStepsPerPanel * kPanelBytes + k % kStepsPerPanel * 32);
   }
 
-  // Rows 16 * k ... 16 * k + 15 with all their columns, for a product over the rows.
+  // Descriptor of rows 16 * k ... 16 * k + 15 with all their columns, for a product over the rows.
   static GPU_DEVICE uint64_t rows(uint32_t tile, int k) {
     return matrix_descriptor(tile, kPanelBytes, kSwizzleBytes) + matrix_descriptor_step(16 * k * kPanelRowBytes);
   }
 
-  // By one thread: starts to load kRows rows from `row` on. The barrier has to expect kBytes.
+  // Starts to load kRows rows from `row` on. One thread calls this. The barrier has to expect kBytes bytes.
   static GPU_DEVICE void load(uint32_t tile, const Map& map, uint32_t barrier, int row, int head, int batch) {
     GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
       tma_load_4d(tile + panel * kPanelBytes, &map.tensor, barrier, panel * kPanelColumns, row, head * map.head_step,
@@ -43,14 +44,14 @@ struct Tile {
     }
   }
 
-  // By a warp: overwrites the rows that are not kept with zeros, eight lanes a row. The swizzle moves nothing between
-  // rows.
-  template <class Kept>
-  static GPU_DEVICE void clear_dropped_rows(uint32_t tile, const Kept& kept, Lane lane) {
-    static_assert(Kept::kWords * 32 == kRows);
-    GPU_UNROLL for (int word = 0; word < kept.kWords; ++word) {
+  // Overwrites the rows that are not valid with zeros. A warp calls this; eight lanes work on one row. The swizzle
+  // moves nothing from one row to another.
+  template <class Valid>
+  static GPU_DEVICE void clear_invalid_rows(uint32_t tile, const Valid& valid, Lane lane) {
+    static_assert(Valid::kWords * 32 == kRows);
+    GPU_UNROLL for (int word = 0; word < valid.kWords; ++word) {
       for (int row = lane.index / 8; row < 32; row += 4) {
-        if (kept.word(word) >> row & 1) continue;
+        if (valid.word(word) >> row & 1) continue;
         const uint32_t address = tile + (32 * word + row) * kPanelRowBytes + lane.index % 8 * 16;
         GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
           store_shared(address + panel * kPanelBytes, Vec4{0, 0, 0, 0});

@@ -1,0 +1,43 @@
+// Philox4x32-10 (Salmon et al., 2011), the counter-based generator behind dropout, for host and device code.
+//
+// The random word of an entry depends on the seed and on the position of the entry alone, never on tile sizes, threads
+// or backend. The key is (seed low, seed high), the counter is (j >> 2, i, head, batch), and word j & 3 of the result
+// decides.
+#pragma once
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace fused_attn {
+namespace {
+
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u;
+constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u;
+constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+// The words of the keys 4 * group ... 4 * group + 3.
+FUSED_ATTN_HOST_DEVICE PhiloxWords philox(uint64_t seed, uint32_t group, uint32_t query, uint32_t head,
+                                          uint32_t batch) {
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  uint32_t x0 = group, x1 = query, x2 = head, x3 = batch;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiplier0) * x0;
+    const uint64_t product1 = static_cast<uint64_t>(kPhiloxMultiplier1) * x2;
+    x0 = static_cast<uint32_t>(product1 >> 32) ^ x1 ^ key0;
+    x1 = static_cast<uint32_t>(product1);
+    x2 = static_cast<uint32_t>(product0 >> 32) ^ x3 ^ key1;
+    x3 = static_cast<uint32_t>(product0);
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
+  }
+  return {{x0, x1, x2, x3}};
+}
+
+}  // namespace
+}  // namespace fused_attn

@@ -1,0 +1,250 @@
+// The forward kernel for blocks of queries. A work item is kBlockQ queries of one head:
+//
+//   scores^T[key][query] = key[key] . query^T                       (scores.h)
+//   probs^T[key][query]  = exp(scores^T - reference)                (softmax.h)
+//   acc^T[d][query]      = acc^T * rescale + value^T[d] . probs^T   (outer_block)
+//   out                  = transpose(acc^T) / sum over keys of probs^T
+#pragma once
+#include <memory>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "scores.h"
+#include "softmax.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+template <class Policy>
+struct ForwardScratch {
+  using Lane = typename Policy::Lane;
+
+  KeyScratch<Policy> key;
+  SummedRows<Policy> value;
+  Lane* query;  // [head lanes][kBlockQ]
+  Lane* probs;  // [key (pair) of the block][kBlockQ]
+  Lane* acc;    // acc^T [value_dim, padded to a vector][kBlockQ]
+
+  // `visits` is the number of query blocks that a thread goes through before it comes to another head of keys and
+  // values.
+  void layout(Arena& arena, const AttentionParams& p, int64_t visits) {
+    const int head_dim = static_cast<int>(p.head_dim);
+    const int64_t value_row = round_up(p.value_dim, kLanes<Lane>);
+    key.layout(arena, p);
+    value.layout(arena, p, static_cast<int>(p.value_dim), visits);
+    query = arena.take<Lane>(round_up(Policy::lanes_for(head_dim), kLanes<Lane>) * kBlockQ);
+    probs = arena.take<Lane>(KeyScratch<Policy>::kRows * kBlockQ / Policy::kPerLane);
+    acc = arena.take<Lane>(value_row * kBlockQ);
+  }
+};
+
+// Computes the probabilities of one tile of keys. They go to the scratch, after dropout, and to the sums of the
+// softmax.
+template <class Policy, int kColumns, bool kPlain>
+FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
+                              const ForwardScratch<Policy>& s, RunningSoftmax<Policy>& softmax) {
+  using Lane = typename Policy::Lane;
+  constexpr int n = kLanes<Lane>;
+  Vec<Lane> acc[kTileKeys][kColumns];
+  compute_scores<Policy, kColumns, kPlain>(in, k, v, partial, nullptr, acc);
+
+  // A NaN score does not change the maximum, and inf - inf does not change the excess. So only their own rows become
+  // NaN, in exp2.
+  Vec<Lane> excess = {};
+  FA_UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    const Vec<Lane> ceiling = softmax.ceiling(v + c);
+    Vec<Lane> maximum = ceiling;
+    FA_UNROLL
+    for (int r = 0; r < kTileKeys; ++r) maximum = max<Lane>(acc[r][c], maximum);
+    excess = max<Lane>(maximum - ceiling, excess);
+  }
+  if (__builtin_expect(any_positive<Lane>(excess), 0)) {
+    // The scores go through memory. Otherwise this call would spill the accumulators of every tile.
+    alignas(kVectorBytes) Lane scores[kTileKeys * kColumns * n];
+    Vec<Lane> maxima[kColumns];
+    FA_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      maxima[c] = softmax.reference[v + c];
+      FA_UNROLL
+      for (int r = 0; r < kTileKeys; ++r) {
+        maxima[c] = max<Lane>(acc[r][c], maxima[c]);
+        store<Lane>(scores + (r * kColumns + c) * n, acc[r][c]);
+      }
+    }
+    softmax.raise(maxima, v, kColumns, s.probs, k / Policy::kPerLane);
+    FA_UNROLL
+    for (int r = 0; r < kTileKeys; ++r) {
+      FA_UNROLL
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = load<Lane>(scores + (r * kColumns + c) * n);
+    }
+  }
+
+  FA_UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    const int64_t offset = k * kBlockQ + (v + c) * n;
+    const auto after_dropout = [&](int r) {
+      if (kPlain || !dropout) return acc[r][c];
+      return select_or_zero<Lane>(*reinterpret_cast<const IntVec<Lane>*>(s.key.dropout_keep + offset + r * kBlockQ),
+                                  acc[r][c]);
+    };
+    Vec<Lane> sum = {};
+    FA_UNROLL
+    for (int r = 0; r < kTileKeys; ++r) {
+      acc[r][c] = prob_of<Policy>((acc[r][c] - softmax.reference[v + c]) * softmax.to_log2);
+      sum += acc[r][c];
+    }
+    softmax.sum.block[v + c] += sum;
+    if constexpr (Policy::kPerLane == 1) {
+      FA_UNROLL
+      for (int r = 0; r < kTileKeys; ++r) store<Lane>(s.probs + offset + r * kBlockQ, after_dropout(r));
+    } else {
+#if defined(__AVX512BF16__)
+      Vec<Lane> rounded_sum = {};
+      FA_UNROLL
+      for (int r = 0; r < kTileKeys; r += 2) {
+        Vec<Lane> pairs = round_to_pairs(acc[r][c], acc[r + 1][c]);
+        rounded_sum = add_pairs(rounded_sum, pairs);
+        if (!kPlain && dropout) pairs = round_to_pairs(after_dropout(r), after_dropout(r + 1));
+        store<Lane>(s.probs + (k + r) / 2 * kBlockQ + (v + c) * n, pairs);
+      }
+      softmax.rounded_sum.block[v + c] += rounded_sum;
+#endif
+    }
+  }
+}
+
+// Divides the rows of the block by their sums, transposes them and writes them. Writes their lse, too.
+template <class Policy>
+FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
+                              int nq, const typename Policy::Lane* acc, typename Policy::Lane to_logits,
+                              const RunningSoftmax<Policy>& softmax) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
+  constexpr int n = kLanes<Lane>;
+  const int64_t row = seq.q_offset + q_begin;
+  Lane* lse = p.lse.data != nullptr ? row_of<Lane>(p.lse, b, h, row) : nullptr;
+  const Lane dropout_scale = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
+  Vec<Lane> factors[kBlockVectors<Lane>];
+
+  for (int q = 0; q < nq; q += n) {
+    const int v = q / n;
+    Vec<Lane> total = softmax.sum.row[v];
+    Vec<Lane> denominator = softmax.multiplied_sum().row[v];
+    Vec<Lane> reference = softmax.reference[v] * to_logits;
+    Vec<Lane> factor = broadcast<Lane>(dropout_scale);
+    if (p.sinks.data != nullptr) {
+      // The sink is part of the denominator alone. So it can be added at the end.
+      const Vec<Lane> sink = broadcast<Lane>(*row_of<const Lane>(p.sinks, 0, h, 0));
+      const Vec<Lane> keys_reference = reference;
+      reference = max<Lane>(sink, keys_reference);
+      const Vec<Lane> shift = exp2<Lane>((keys_reference - reference) * Lane(kLog2E));
+      const Vec<Lane> sink_probability = exp2<Lane>((sink - reference) * Lane(kLog2E));
+      total = total * shift + sink_probability;
+      denominator = denominator * shift + sink_probability;
+      factor = factor * shift;
+    }
+    factors[v] = factor / denominator;
+    if (lse != nullptr) {
+      const Vec<Lane> none = broadcast<Lane>(-FloatTraits<Lane>::kInfinity);
+      const Vec<Lane> value = select<Lane>(softmax.sum.row[v] == 0, none, reference + log(total));
+      for (int i = 0; i < n && q + i < nq; ++i) lse[(q + i) * p.lse.stride_row] = value[i];
+    }
+  }
+  // A row that sees no key has the sum 0. Its output is 0 and its lse is -inf, even if there is a sink.
+  const auto column = [&](int d, int q) {
+    const Vec<Lane> x = load<Lane>(acc + d * kBlockQ + q) * factors[q / n];
+    return select<Lane>(softmax.sum.row[q / n] == 0, Vec<Lane>{}, x);
+  };
+  unpack_columns<Policy>(column, nq, static_cast<int>(p.value_dim), false, row_of<Storage>(p.out, b, h, row),
+                         p.out.stride_row);
+}
+
+template <class Policy>
+void forward_block(const AttentionParams& p, const RelativeBias<typename Policy::Lane>& relative,
+                   const ValidKeys* valid_keys, int64_t b, int64_t h, int64_t q_begin,
+                   const ForwardScratch<Policy>& s) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
+  const Sequence seq = sequence_of(p, b);
+  if (q_begin >= seq.seqlen_q) return;
+  const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
+  const int vectors = (nq + kLanes<Lane> - 1) / kLanes<Lane>;
+  const int panels = (vectors + kTileVectors - 1) / kTileVectors;
+  const int value_dim = static_cast<int>(p.value_dim);
+  const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
+  const Storage* values = row_of<const Storage>(p.value, b, kv_head, seq.k_offset);
+
+  pack_columns<Policy, kBlockQ>(row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin), p.query.stride_row, nq,
+                                static_cast<int>(p.head_dim), s.query);
+  ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, h, q_begin);
+  in.query = s.query;
+  RunningSoftmax<Policy> softmax(static_cast<Lane>((in.raw ? p.scale : 1.0) * kLog2E), vectors);
+  clear_columns<Lane>(s.acc, value_dim, vectors);
+
+  KeyBlock& keys = *s.key.keys;
+  KeyStream stream(p, seq, valid_keys, b, h, q_begin, nq, 0, seq.seqlen_k);
+  while (stream.next(keys)) {
+    prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
+    s.value.find(values, p.value.stride_row, keys, value_dim);
+
+    const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
+    softmax.begin_block();
+    for (int t = 0; t < tiles; ++t) {
+      bool partial;
+      const VectorRange range = tile_range<Lane>(keys, t * kTileKeys, stream.valid_queries(), vectors, partial);
+      s.key.ranges[t] = range;
+      for (int panel = 0; panel < panels; ++panel) {
+        const VectorRange part = clip_to_panel(range, panel);
+        if (part.begin >= part.end) continue;
+        with_columns(part.end - part.begin, [&](auto columns) {
+          constexpr int kColumns = decltype(columns)::value;
+          if (partial || !in.raw || p.has_dropout) {
+            forward_tile<Policy, kColumns, false>(in, t * kTileKeys, part.begin, partial, p.has_dropout, s, softmax);
+          } else {
+            forward_tile<Policy, kColumns, true>(in, t * kTileKeys, part.begin, false, false, s, softmax);
+          }
+        });
+      }
+    }
+    softmax.end_block();
+    outer_block<Policy>(s.value.rows, value_dim, s.probs, softmax.rescale, s.key.ranges, tiles, keys.count, vectors,
+                        s.acc);
+  }
+  write_output<Policy>(p, seq, b, h, q_begin, nq, s.acc, in.to_logits(), softmax);
+}
+
+template <class Policy>
+void forward_by_query_blocks(const AttentionParams& p) {
+  using Lane = typename Policy::Lane;
+  const int64_t blocks = (p.seqlen_q + kBlockQ - 1) / kBlockQ;
+  const int64_t items = p.batch * p.num_heads * blocks;
+  if (items == 0) return;
+  const double flops = 2.0 * static_cast<double>(p.batch * p.num_heads) * static_cast<double>(p.seqlen_q) *
+                       static_cast<double>(p.seqlen_k) * static_cast<double>(p.head_dim + p.value_dim);
+  const int threads = choose_threads(p.num_threads, items, flops);
+
+  const Buffer valid_keys_memory(valid_keys_bytes(p));
+  const Buffer relative_memory(relative_bias_bytes<Lane>(p));
+  const int64_t group_blocks = p.num_heads / p.num_kv_heads * blocks;
+  const int64_t share = items / threads;
+  const int64_t visits = group_blocks < share ? group_blocks : share;
+  const std::unique_ptr<ForwardScratch<Policy>[]> scratch(new ForwardScratch<Policy>[threads]);
+  const Buffer memory([&](Arena& arena) {
+    for (int thread = 0; thread < threads; ++thread) scratch[thread].layout(arena, p, visits);
+  });
+  const ValidKeys* valid_keys = make_valid_keys(p, valid_keys_memory.data());
+  const RelativeBias<Lane> relative = make_relative_bias<Lane>(p, relative_memory.data());
+
+  // The outer loop goes over heads, so that their keys and values stay in the cache (8-10 % at head dim 128). The query
+  // blocks of a head go downwards: under a causal mask, the longest one is first.
+  parallel_for(threads, items, [&](int64_t item, int thread) {
+    const int64_t head = item / blocks;
+    const int64_t block = blocks - 1 - item % blocks;
+    forward_block<Policy>(p, relative, valid_keys, head / p.num_heads, head % p.num_heads, block * kBlockQ,
+                          scratch[thread]);
+  });
+}
+
+}  // namespace
+}  // namespace fused_attn::cpu

@@ -1,0 +1,42 @@
+// The keys that are no padding, listed once for each call.
+#pragma once
+#include "memory.h"
+#include "sequence.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+// The valid keys of one batch entry. All heads share them.
+struct ValidKeys {
+  const int32_t* index = nullptr;  // in ascending order; null = all keys are valid
+  int64_t count = 0;
+};
+
+FA_INLINE int64_t valid_keys_bytes(const AttentionParams& p) {
+  if (p.key_padding.data == nullptr) return 0;
+  return p.batch * static_cast<int64_t>(sizeof(ValidKeys)) + kCacheLine +
+         p.batch * p.seqlen_k * static_cast<int64_t>(sizeof(int32_t));
+}
+
+// Makes one ValidKeys for each batch entry in `memory`. Returns null without key padding.
+inline const ValidKeys* make_valid_keys(const AttentionParams& p, char* memory) {
+  if (p.key_padding.data == nullptr) return nullptr;
+  Arena arena(memory);
+  ValidKeys* valid_keys = arena.take<ValidKeys>(p.batch);
+  int32_t* index = arena.take<int32_t>(p.batch * p.seqlen_k);
+  for (int64_t b = 0; b < p.batch; ++b, index += p.seqlen_k) {
+    const int64_t length = sequence_of(p, b).seqlen_k;
+    const uint8_t* is_padding = row_of<const uint8_t>(p.key_padding, b, 0, 0);
+    int64_t count = 0;
+    for (int64_t j = 0; j < length; ++j) {
+      index[count] = static_cast<int32_t>(j);
+      count += is_padding[j * p.key_padding.stride_col] == 0;
+    }
+    valid_keys[b].index = index;
+    valid_keys[b].count = count;
+  }
+  return valid_keys;
+}
+
+}  // namespace
+}  // namespace fused_attn::cpu

@@ -1,0 +1,24 @@
+// What kernels run on: a GPU, or in tests the emulation of one on a CPU (tools/emulation). This file chooses between
+// the two, and no other file of the product knows about the emulation. The chosen header defines:
+//
+//   macros      GPU_DEVICE, GPU_KERNEL, GPU_LAUNCH_BOUNDS, GPU_GRID_CONSTANT, GPU_UNROLL, GPU_NO_UNROLL
+//   TensorMap   what TMA knows of a tensor (tensor_map.h)
+//   functions   all that primitives.h declares
+//   host code   kRunsOnCpu, on_device, launch, DeviceGuard, num_multiprocessors, why_not_loadable
+#pragma once
+
+namespace fused_attn::gpu {
+
+struct LaunchShape {
+  int grid_x, grid_y, grid_z;  // blocks
+  int threads;                 // in each block
+  int shared_bytes;            // dynamic shared memory of each block
+};
+
+}  // namespace fused_attn::gpu
+
+#if defined(FUSED_ATTN_EMULATION)
+#include "emulation/hardware_emulated.h"
+#else
+#include "hardware_gpu.h"
+#endif

@@ -1,0 +1,85 @@
+// What hardware.h promises, on a GPU: for code that nvcc compiles.
+#pragma once
+#include <cuda.h>  // types only: nothing links against libcuda
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#define GPU_DEVICE __device__ __forceinline__
+#define GPU_KERNEL static __global__
+#define GPU_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define GPU_GRID_CONSTANT __grid_constant__
+#define GPU_UNROLL _Pragma("unroll")
+#define GPU_NO_UNROLL _Pragma("unroll 1")
+
+namespace fused_attn::gpu {
+
+using TensorMap = CUtensorMap;
+
+constexpr bool kRunsOnCpu = false;
+
+// The call with pointers that kernels can read: those of the caller.
+template <class Call>
+const Call& on_device(const Call& call) {
+  return call;
+}
+
+// The error as a text, or an empty text. Afterwards the next launch does not find the error any more.
+inline std::string take_error(cudaError_t error) {
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+// Makes a device current, together with its context. A thread that has just begun has no context, and tensor maps need
+// one.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    cudaError_t error = cudaGetDevice(&before_);
+    if (error == cudaSuccess) error = cudaSetDevice(device);
+    if (error != cudaSuccess) throw std::runtime_error(take_error(error));
+  }
+  ~DeviceGuard() { cudaSetDevice(before_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+// How many multiprocessors the current device has.
+inline int num_multiprocessors() {
+  int device = 0, count = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) throw std::runtime_error(take_error(error));
+  return count;
+}
+
+// Why the current device cannot run the kernel, or an empty text.
+template <class... Parameters>
+std::string why_not_loadable(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  return take_error(cudaFuncGetAttributes(&attributes, kernel));
+}
+
+// Returns what went wrong, or an empty text. The launch is asynchronous.
+template <class... Parameters, class... Arguments>
+std::string launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
+                   const Arguments&... arguments) {
+  constexpr int kSharedBytesWithoutAsking = 48 * 1024;
+  if (shape.shared_bytes > kSharedBytesWithoutAsking) {
+    const std::string error =
+        take_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes));
+    if (!error.empty()) return error;
+  }
+  kernel<<<dim3(shape.grid_x, shape.grid_y, shape.grid_z), shape.threads, shape.shared_bytes,
+           static_cast<cudaStream_t>(stream)>>>(arguments...);
+  return take_error(cudaGetLastError());
+}
+
+}  // namespace fused_attn::gpu
+
+#include "primitives_ptx.h"

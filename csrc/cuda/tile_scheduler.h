@@ -1,0 +1,32 @@
+// The tile scheduler: which block of which head a program works on.
+#pragma once
+#include "hardware.h"
+
+namespace fused_attn::gpu {
+
+struct WorkTile {
+  int32_t block;
+  int32_t head;
+  int32_t batch;
+};
+
+// Programs are numbered so that the heads of an L2 group run side by side. Their keys and values then stay in the L2
+// cache.
+//
+// Within an L2 group, the longest blocks start first, so that only short ones are left when the multiprocessors run out
+// of work. Under a causal mask, these are the last blocks of queries (last_first), and the first blocks of keys.
+GPU_DEVICE WorkTile scheduled_tile(int32_t program, int32_t num_blocks, int32_t num_heads, int32_t batch,
+                                   int32_t heads_per_l2_group, bool last_first) {
+  const int32_t total_heads = num_heads * batch;
+  heads_per_l2_group = min(heads_per_l2_group, total_heads);  // otherwise the product below could exceed 2^31
+  const int32_t l2_group = program / (heads_per_l2_group * num_blocks);
+  const int32_t first_head = l2_group * heads_per_l2_group;
+  const int32_t heads_here = min(heads_per_l2_group, total_heads - first_head);
+  const int32_t within = program - first_head * num_blocks;
+  int32_t block = within / heads_here;
+  const int32_t head = first_head + within % heads_here;
+  if (last_first) block = num_blocks - 1 - block;
+  return {block, head % num_heads, head / num_heads};
+}
+
+}  // namespace fused_attn::gpu

@@ -1,0 +1,73 @@
+"""Finds names in the sources that docs/glossary.md rules out: `python tools/check_glossary.py [PATH...]`.
+
+The last column of each table says which words are not used for an idea; see the page for what they mean.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+GLOSSARY = ROOT / "docs" / "glossary.md"
+#: What is checked if no path is given.
+SOURCES = (ROOT / "csrc", ROOT / "tools")
+SUFFIXES = {".h", ".cuh", ".cu", ".cpp", ".py"}
+
+COMMENTS_AND_TEXTS = {
+    ".py": r'"""(?:\\.|[^\\])*?"""|"(?:\\.|[^"\\\n])*"|' r"'(?:\\.|[^'\\\n])*'|#[^\n]*",
+    ".h": r'R"(\w*)\(.*?\)\1"|//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|' r"'(?:\\.|[^'\\\n])'",
+}
+
+
+class Word(NamedTuple):
+    """A word that is not used, and the words of the glossary that are used instead."""
+
+    text: str
+    is_whole_name: bool
+    instead: str
+
+
+def banned_words(glossary: str) -> list[Word]:
+    rows = [line.strip("|").split(" | ") for line in glossary.splitlines() if line.startswith("| ")]
+    return [
+        Word(word.lstrip("="), word.startswith("="), instead.strip())
+        for instead, *_, last in rows
+        for word in re.findall(r"`([^`]+)`", last)
+    ]
+
+
+def parts(name: str) -> list[str]:
+    """The words of a name, in lower case: KeptKeys, kept_keys and kKeptKeys all contain kept."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower().strip("_").split("_")
+
+
+def is_banned(word: Word, name: str) -> bool:
+    if word.is_whole_name:
+        return name.strip("_").lower() == word.text
+    return f"_{word.text}_" in f"_{'_'.join(parts(name))}_"
+
+
+def findings(path: Path, words: Sequence[Word]) -> Iterator[str]:
+    pattern = COMMENTS_AND_TEXTS[".py" if path.suffix == ".py" else ".h"]
+    code = re.sub(pattern, lambda match: "\n" * match[0].count("\n"), path.read_text(), flags=re.DOTALL)
+    for number, line in enumerate(code.split("\n"), start=1):
+        for name in re.findall(r"\b[A-Za-z_]\w*", line):
+            for word in words:
+                if is_banned(word, name):
+                    yield f"{path}:{number}: {name}: the glossary says {word.instead}, not {word.text}"
+
+
+def check(paths: Sequence[Path] = SOURCES) -> list[str]:
+    words = banned_words(GLOSSARY.read_text())
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    return [line for file in files if file.suffix in SUFFIXES for line in findings(file, words)]
+
+
+if __name__ == "__main__":
+    wrong = check([Path(argument) for argument in sys.argv[1:]] or SOURCES)
+    print("\n".join(wrong))
+    sys.exit(bool(wrong))

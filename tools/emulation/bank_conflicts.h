@@ -1,0 +1,38 @@
+// Counts the cycles that a warp's accesses to shared memory take. There are 32 banks of four bytes, and each bank
+// serves one word in a cycle.
+//
+// The threads of a warp run one after another here. Two accesses belong to the same instruction of the warp if they
+// come from the same place of the program, and if both lanes have been there equally often.
+#pragma once
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <utility>
+#include <vector>
+
+namespace fused_attn::emulation {
+
+class BankConflicts {
+ public:
+  void reset() { sites_.clear(); }
+  // Counts a whole instruction, with one address for each lane that takes part.
+  void add(const uint32_t* addresses, int lanes, uint32_t bytes);
+  // Adds the current thread's part of an instruction.
+  void add_lane(const void* site, uint32_t address, uint32_t bytes);
+  // Counts the instructions that only some lanes of a warp have executed.
+  void finish();
+
+ private:
+  struct Instruction {
+    uint32_t bytes;
+    std::vector<uint32_t> addresses;
+  };
+  struct Site {                                           // of one warp
+    std::vector<int> executed = std::vector<int>(32, 0);  // by each lane
+    int counted = 0;                                      // instructions that have left `open`
+    std::deque<Instruction> open;
+  };
+  std::map<std::pair<int, const void*>, Site> sites_;
+};
+
+}  // namespace fused_attn::emulation

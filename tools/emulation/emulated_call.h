@@ -1,0 +1,47 @@
+// Calls whose tensors lie in the memory of a CPU. Kernels get handles in place of pointers, so that every access is
+// checked.
+#pragma once
+#include <type_traits>
+
+#include "cuda/attention.h"
+#include "global_memory.h"
+
+namespace fused_attn::gpu {
+
+// The call with handles. A buffer ends where the last element of its tensor ends.
+inline Call on_device(Call call) {
+  emulation::clear_buffers();
+  AttentionParams& p = call.params;
+  const auto use = [](auto*& pointer, int64_t bytes, bool is_writable) {
+    if (pointer == nullptr) return;
+    using Pointer = std::remove_reference_t<decltype(pointer)>;
+    pointer = static_cast<Pointer>(emulation::register_buffer(pointer, bytes, is_writable));
+  };
+  const auto use_view = [&](TensorView& view, int64_t heads, int64_t rows, int64_t columns, int64_t element_bytes,
+                            bool is_writable) {
+    const int64_t last = (call.batch_entries - 1) * view.stride_batch + (heads - 1) * view.stride_head +
+                         (rows - 1) * view.stride_row + (columns - 1) * view.stride_col;
+    use(view.data, (last + 1) * element_bytes, is_writable);
+  };
+  const int64_t heads = p.num_heads, kv_heads = p.num_kv_heads, dim = p.head_dim;
+  const int64_t rows_q = call.rows_q, rows_k = call.rows_k;
+  const bool is_backward = p.dout.data != nullptr;
+  use_view(p.query, heads, rows_q, dim, 2, false);
+  use_view(p.key, kv_heads, rows_k, dim, 2, false);
+  use_view(p.value, kv_heads, rows_k, dim, 2, false);
+  use_view(p.out, heads, rows_q, dim, 2, !is_backward);
+  use_view(p.lse, heads, rows_q, 1, 4, !is_backward);
+  use_view(p.key_padding, 1, 1, p.seqlen_k, 1, false);
+  use_view(p.dout, heads, rows_q, dim, 2, false);
+  use_view(p.dlse, heads, rows_q, 1, 4, false);
+  use_view(p.dquery, heads, rows_q, dim, 2, true);
+  use_view(p.dkey, kv_heads, rows_k, dim, 2, true);
+  use_view(p.dvalue, kv_heads, rows_k, dim, 2, true);
+  use(p.dropout_seed_data, sizeof(int64_t), false);
+  use(p.cu_seqlens_q, (p.batch + 1) * sizeof(int32_t), false);
+  use(p.cu_seqlens_k, (p.batch + 1) * sizeof(int32_t), false);
+  use(call.workspace, call.workspace_bytes, true);
+  return call;
+}
+
+}  // namespace fused_attn::gpu

@@ -1,0 +1,48 @@
+// mbarriers: barriers in shared memory that count, phase after phase, arrivals of threads and bytes of asynchronous
+// copies.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+
+#include "vector_clock.h"
+
+namespace fused_attn::emulation {
+
+class Mbarriers {
+ public:
+  void reset() { mbarriers_.clear(); }
+
+  void init(uint32_t address, int arrivals);
+  void fence_init();
+  void arrive(uint32_t address, uint32_t expected_bytes);
+  void wait(uint32_t address, uint32_t parity);
+
+  // The current thread issues a copy that will complete on this mbarrier. Returns the agent of the copy.
+  int begin_copy(uint32_t address);
+  void complete_copy(uint32_t address, uint32_t bytes, const VectorClock& clock);
+
+  void check_no_bytes_are_missing() const;
+  std::string describe(uint32_t address) const;
+
+ private:
+  struct Mbarrier {
+    int expected = 0;  // arrivals a phase
+    int pending = 0;   // arrivals that the current phase still lacks
+    int64_t missing_bytes = 0;
+    uint32_t phase = 0;     // how many phases are complete
+    VectorClock arriving;   // what the threads know that arrived in the current phase
+    VectorClock completed;  // what the threads know that arrived in the last complete phase
+    int agent = 0;
+    int init_thread = 0;
+    uint32_t init_tick = 0;
+    uint32_t fence_tick = 0;  // the tick of init_thread when it fenced its inits; 0 = not yet
+  };
+
+  Mbarrier& find(uint32_t address, const char* what);
+  void complete_phase_if_due(uint32_t address, Mbarrier& mbarrier);
+
+  std::unordered_map<uint32_t, Mbarrier> mbarriers_;
+};
+
+}  // namespace fused_attn::emulation

@@ -1,0 +1,143 @@
+// Finds accesses to shared memory that nothing orders, in whatever order they came by chance.
+//
+// An agent is whatever can access memory by itself:
+//
+//   - each thread
+//   - the wgmma pipeline of a warpgroup: four agents, because a warp that waits learns about itself only
+//   - the bulk stores of each warp
+//   - the loads that complete on each mbarrier
+//
+// Every four bytes of shared memory remember their last writer, and all readers since then, each with a tick of its
+// agent's clock. An access is a race if the vector clock of the accessing agent has not reached that tick. Agents of
+// the async proxy that come after ordinary writes need the tick in the fenced plane (vector_clock.h).
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "vector_clock.h"
+
+namespace fused_attn::emulation {
+
+constexpr int kWarpsPerWarpgroup = 4;
+constexpr int kMaxMbarriers = 48;
+
+struct Agents {
+  int threads = 0;
+  int warps = 0;
+  int warpgroups = 0;
+
+  int wgmma(int warpgroup) const { return threads + kWarpsPerWarpgroup * warpgroup; }  // the first of four
+  bool is_wgmma(int agent) const { return agent >= threads && agent < wgmma(warpgroups); }
+  int bulk_stores(int warp) const { return wgmma(warpgroups) + warp; }
+  int mbarrier_loads(int mbarrier) const { return bulk_stores(warps) + mbarrier; }
+  int count() const { return mbarrier_loads(kMaxMbarriers); }
+  std::string name(int agent) const;
+};
+
+struct Epoch {
+  uint16_t agent;
+  bool is_async;  // an access by the async proxy
+  uint32_t tick;
+};
+
+class RaceDetector {
+ public:
+  void reset(uint32_t shared_bytes, const Agents& agents);
+
+  // `known(plane, agent)` returns the tick of `agent` after which this access comes. Offsets count from the start of
+  // shared memory.
+  template <class Known>
+  void read(uint32_t offset, uint32_t bytes, Epoch access, const Known& known, const char* what);
+  template <class Known>
+  void write(uint32_t offset, uint32_t bytes, Epoch access, const Known& known, const char* what);
+
+  // Between these two calls, the bytes belong to a copy in flight, and any access is an error.
+  void begin_copy(uint32_t offset, uint32_t bytes);
+  void end_copy(uint32_t offset, uint32_t bytes, Epoch access);
+
+  // From now on, the eight bytes hold an mbarrier, and only mbarrier operations may access them.
+  void protect_mbarrier(uint32_t offset);
+
+ private:
+  static constexpr uint16_t kNobody = 0xffff;
+  static constexpr int kInlineReads = 4;
+
+  struct Cell {  // four bytes of shared memory
+    Epoch write{kNobody, false, 0};
+    Epoch reads[kInlineReads];
+    uint8_t num_reads = 0;
+    bool is_copied_to = false;
+    bool is_mbarrier = false;
+    int32_t more_reads = -1;  // index into more_reads_, which has further readers
+  };
+
+  template <class Known>
+  bool is_ordered(const Epoch& earlier, Plane plane, const Known& known) const;
+  template <class Known>
+  void check_after_write(const Cell& cell, uint32_t index, const Epoch& access, const Known& known, bool is_read,
+                         const char* what) const;
+  void add_reader(Cell& cell, const Epoch& access);
+  [[noreturn]] void report(uint32_t cell, const char* what, const char* how, const Epoch& earlier) const;
+
+  Agents agents_;
+  std::vector<Cell> cells_;
+  std::vector<std::vector<uint32_t>> more_reads_;  // the tick of each agent; 0 = it has not read
+  std::vector<int32_t> free_more_reads_;
+};
+
+template <class Known>
+bool RaceDetector::is_ordered(const Epoch& earlier, Plane plane, const Known& known) const {
+  const int agents = agents_.is_wgmma(earlier.agent) ? kWarpsPerWarpgroup : 1;
+  for (int i = 0; i < agents; i++)
+    if (known(plane, earlier.agent + i) < earlier.tick) return false;
+  return true;
+}
+
+template <class Known>
+void RaceDetector::check_after_write(const Cell& cell, uint32_t index, const Epoch& access, const Known& known,
+                                     bool is_read, const char* what) const {
+  if (cell.is_copied_to) report(index, what, "touches the destination of a copy in flight, issued by", cell.write);
+  if (cell.is_mbarrier) report(index, what, "touches an mbarrier, initialised by", cell.write);
+  if (cell.write.agent == kNobody || cell.write.agent == access.agent) return;
+  const bool needs_fence = access.is_async && !cell.write.is_async;
+  if (is_ordered(cell.write, needs_fence ? kFenced : kOrdinary, known)) return;
+  if (needs_fence && is_ordered(cell.write, kOrdinary, known))
+    report(index, what, "is by the async proxy, and no fence_async_proxy lies between it and the write of", cell.write);
+  report(index, what, is_read ? "reads what is not ordered after the write of" : "is not ordered after the write of",
+         cell.write);
+}
+
+template <class Known>
+void RaceDetector::read(uint32_t offset, uint32_t bytes, Epoch access, const Known& known, const char* what) {
+  for (uint32_t i = offset / 4, last = (offset + bytes - 1) / 4; i <= last; i++) {
+    check_after_write(cells_[i], i, access, known, true, what);
+    add_reader(cells_[i], access);
+  }
+}
+
+template <class Known>
+void RaceDetector::write(uint32_t offset, uint32_t bytes, Epoch access, const Known& known, const char* what) {
+  for (uint32_t i = offset / 4, last = (offset + bytes - 1) / 4; i <= last; i++) {
+    Cell& cell = cells_[i];
+    check_after_write(cell, i, access, known, false, what);
+    for (int r = 0; r < cell.num_reads; r++)
+      if (cell.reads[r].agent != access.agent && !is_ordered(cell.reads[r], kOrdinary, known))
+        report(i, what, "is not ordered after the read of", cell.reads[r]);
+    if (cell.more_reads >= 0) {
+      std::vector<uint32_t>& ticks = more_reads_[cell.more_reads];
+      for (int agent = 0; agent < agents_.count(); agent++) {
+        const Epoch earlier{uint16_t(agent), false, ticks[agent]};
+        if (ticks[agent] && agent != access.agent && !is_ordered(earlier, kOrdinary, known))
+          report(i, what, "is not ordered after the read of", earlier);
+        ticks[agent] = 0;
+      }
+      free_more_reads_.push_back(cell.more_reads);
+      cell.more_reads = -1;
+    }
+    cell.num_reads = 0;
+    cell.write = access;
+  }
+}
+
+}  // namespace fused_attn::emulation
