@@ -1,7 +1,8 @@
 // The Python module of the CUDA kernels: fused_attn._cuda. Tests build it with the emulation in place of a GPU, too.
 #include <pybind11/pybind11.h>
 
-#include "../problem_reader.h"
+#include "../python/entry_points.h"
+#include "../python/problem.h"
 #include "attention.h"
 
 namespace fused_attn::gpu {

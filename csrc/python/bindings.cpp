@@ -6,8 +6,9 @@
 #include <iterator>
 #include <string>
 
-#include "cpu/dispatch.h"
-#include "problem_reader.h"
+#include "../cpu/dispatch.h"
+#include "entry_points.h"
+#include "problem.h"
 
 namespace fused_attn {
 namespace {
@@ -203,7 +204,7 @@ const char kModuleDoc[] = R"(The native kernels of fused_attn.
 
 Private: fused_attn.backends uses it. Tensors are torch tensors on the CPU, read where they lie and never kept;
 shapes, dtypes and strides are checked, and what does not fit raises ValueError. B, H, L, D and so on are the sizes of
-csrc/attention_params.h; "accumulate" is float64 for float64 problems and float32 otherwise.
+csrc/common/attention_params.h; "accumulate" is float64 for float64 problems and float32 otherwise.
 
 inputs       the tuple (query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q,
              cu_seqlens_k); what is not among the first three may be None

@@ -1,0 +1,48 @@
+// The tuples that Python passes, as fused_attn/attention/inputs.py declares them, in the order of its fields.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+namespace fused_attn {
+
+namespace py = pybind11;
+
+// The items of a tuple with exactly Count of them.
+template <Py_ssize_t Count>
+PyObject* const* items_of(PyObject* tuple, const char* name) {
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != Count)
+    throw py::type_error(std::string(name) + ": expected a tuple of " + std::to_string(Count) + ", got " +
+                         Py_TYPE(tuple)->tp_name);
+  return &PyTuple_GET_ITEM(tuple, 0);
+}
+
+struct Inputs {
+  PyObject *query, *key, *value, *bias, *relative_bias, *sinks, *seed, *mask, *key_padding, *cu_seqlens_q,
+      *cu_seqlens_k;
+
+  static Inputs of(PyObject* tuple) {
+    PyObject* const* x = items_of<11>(tuple, "inputs");
+    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10]};
+  }
+};
+
+struct Gradients {
+  PyObject *query, *key, *value, *bias, *relative_bias, *sinks;
+
+  static Gradients of(PyObject* tuple) {
+    PyObject* const* x = items_of<6>(tuple, "gradients");
+    return {x[0], x[1], x[2], x[3], x[4], x[5]};
+  }
+};
+
+struct Saved {
+  PyObject *out, *lse, *dout, *dlse;
+
+  static Saved of(PyObject* tuple) {
+    PyObject* const* x = items_of<4>(tuple, "saved");
+    return {x[0], x[1], x[2], x[3]};
+  }
+};
+
+}  // namespace fused_attn

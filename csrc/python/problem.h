@@ -1,0 +1,248 @@
+// From the tuples of a call to the AttentionParams that kernels get, for every module of native code. The one place that
+// knows what shape, type and strides each tensor has to have.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <string>
+
+#include "../common/attention_params.h"
+#include "arguments.h"
+#include "config.h"
+#include "inputs.h"
+
+namespace fused_attn {
+
+namespace py = pybind11;
+
+// The types and sizes that every other tensor is checked against.
+struct Problem {
+  AttentionParams params;
+  ElementType type = ElementType::kOther;
+  ElementType accumulate_type = ElementType::kOther;
+  int64_t batch_entries = 0;  // of the tensors: 1 when packed
+  int64_t rows_q = 0;         // of the tensors: the total when packed
+  int64_t rows_k = 0;
+};
+
+inline void set_config(AttentionParams& params, PyObject* object) {
+  if (!PyCapsule_IsValid(object, kConfigName))
+    throw py::type_error(std::string("config: expected what Config returns, got ") + Py_TYPE(object)->tp_name);
+  const auto& config = *static_cast<const Config*>(PyCapsule_GetPointer(object, kConfigName));
+  params.scale = config.scale;
+  params.softcap = config.softcap;
+  params.window_left = config.window_left;
+  params.window_right = config.window_right;
+  params.diagonal_offset = config.diagonal_offset;
+  params.has_dropout = config.has_dropout;
+  params.dropout_threshold = config.dropout_threshold;
+  params.dropout_scale = config.dropout_scale;
+  // Of packed problems only; set_tensors overwrites them otherwise.
+  params.seqlen_q = config.max_seqlen_q;
+  params.seqlen_k = config.max_seqlen_k;
+}
+
+// A wrong offset would let the kernel read or write outside a tensor, and no later check could see it.
+inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& cu_seqlens, int64_t batch, int64_t total,
+                                         int64_t max_seqlen) {
+  cu_seqlens.check_type(ElementType::kInt32);
+  cu_seqlens.check_shape({batch + 1});
+  cu_seqlens.check_unit_stride(0);
+  const auto* starts = reinterpret_cast<const int32_t*>(cu_seqlens.data());
+  if (!reader.may_look_inside()) return starts;
+  bool valid = starts[0] >= 0 && starts[batch] <= total;
+  for (int64_t b = 0; valid && b < batch; ++b) {
+    const int64_t length = int64_t{starts[b + 1]} - starts[b];
+    valid = length >= 0 && length <= max_seqlen;
+  }
+  if (!valid)
+    cu_seqlens.fail("ascending offsets up to " + std::to_string(total) + " with no sequence longer than " +
+                        std::to_string(max_seqlen),
+                    "other values");
+  return starts;
+}
+
+inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& inputs, PyObject* out_object,
+                        PyObject* lse_object) {
+  AttentionParams& params = problem.params;
+  const Argument query = reader.required(inputs.query, "query");
+  const Argument key = reader.required(inputs.key, "key");
+  const Argument value = reader.required(inputs.value, "value");
+  const Argument out = reader.required(out_object, "out");
+  const Argument lse = reader.optional(lse_object, "lse");
+  for (const Argument* argument : {&query, &key, &value}) {
+    if (argument->tensor.ndim != 4) argument->fail("4 dimensions", std::to_string(argument->tensor.ndim));
+  }
+
+  problem.type = query.type;
+  if (query.type > ElementType::kBFloat16) query.fail("float32, float64, float16 or bfloat16", name_of(query.type));
+  problem.accumulate_type = query.type == ElementType::kFloat64 ? ElementType::kFloat64 : ElementType::kFloat32;
+  key.check_type(problem.type);
+  value.check_type(problem.type);
+  out.check_type(problem.type);
+  params.dtype = kernel_dtype(query.type);
+
+  problem.batch_entries = query.size(0);
+  problem.rows_q = query.size(2);
+  problem.rows_k = key.size(2);
+  params.num_heads = query.size(1);
+  params.num_kv_heads = key.size(1);
+  params.head_dim = query.size(3);
+  params.value_dim = value.size(3);
+  if (params.num_kv_heads == 0 ? params.num_heads != 0 : params.num_heads % params.num_kv_heads != 0)
+    key.fail("a head count that divides " + std::to_string(params.num_heads), std::to_string(params.num_kv_heads));
+  const int64_t batch = problem.batch_entries, heads = params.num_heads, kv_heads = params.num_kv_heads;
+  key.check_shape({batch, kv_heads, problem.rows_k, params.head_dim});
+  value.check_shape({batch, kv_heads, problem.rows_k, params.value_dim});
+  out.check_shape({batch, heads, problem.rows_q, params.value_dim});
+
+  params.query = query.rows_view();
+  params.key = key.rows_view();
+  params.value = value.rows_view();
+  params.out = out.rows_view();
+  if (lse.given) {
+    lse.check_type(problem.accumulate_type);
+    lse.check_shape({batch, heads, problem.rows_q});
+    lse.check_unit_stride(2);
+    params.lse = {lse.data(), lse.stride(0), lse.stride(1), 1, 1};
+  }
+
+  const Argument cu_seqlens_q = reader.optional(inputs.cu_seqlens_q, "cu_seqlens_q");
+  const Argument cu_seqlens_k = reader.optional(inputs.cu_seqlens_k, "cu_seqlens_k");
+  if (!cu_seqlens_q.given && !cu_seqlens_k.given) {
+    params.batch = problem.batch_entries;
+    params.seqlen_q = problem.rows_q;
+    params.seqlen_k = problem.rows_k;
+    return;
+  }
+  if (!cu_seqlens_q.given) cu_seqlens_q.fail("a tensor, as cu_seqlens_k is one", "None");
+  if (!cu_seqlens_k.given) cu_seqlens_k.fail("a tensor, as cu_seqlens_q is one", "None");
+  if (problem.batch_entries != 1)
+    query.fail("one batch entry in a packed problem", std::to_string(problem.batch_entries));
+  if (cu_seqlens_q.tensor.ndim != 1 || cu_seqlens_q.size(0) < 1)
+    cu_seqlens_q.fail("shape (batch + 1,)", "shape " + shape_text(cu_seqlens_q.tensor.shape, cu_seqlens_q.tensor.ndim));
+  params.batch = cu_seqlens_q.size(0) - 1;
+  params.cu_seqlens_q = checked_cu_seqlens(reader, cu_seqlens_q, params.batch, problem.rows_q, params.seqlen_q);
+  params.cu_seqlens_k = checked_cu_seqlens(reader, cu_seqlens_k, params.batch, problem.rows_k, params.seqlen_k);
+  for (TensorView* view : {&params.query, &params.key, &params.value, &params.out, &params.lse}) view->stride_batch = 0;
+}
+
+// One row of biases, or one value, per head; a single head stands for all of them.
+inline TensorView per_head_view(const Argument& argument) {
+  if (!argument.given) return {};
+  return {argument.data(), 0, argument.size(0) == 1 ? 0 : argument.stride(0), 0, 1};
+}
+
+inline void check_relative_bias(const Argument& argument, const Problem& problem) {
+  if (!argument.given) return;
+  const AttentionParams& params = problem.params;
+  argument.check_type(problem.accumulate_type);
+  const bool one_head = argument.tensor.ndim == 2 && argument.size(0) == 1;
+  argument.check_shape({one_head ? 1 : params.num_heads,
+                        // No pair of positions, no bias.
+                        std::max<int64_t>(params.seqlen_q + params.seqlen_k - 1, 0)});
+  argument.check_unit_stride(1);
+}
+
+inline void check_sinks(const Argument& argument, const Problem& problem) {
+  if (!argument.given) return;
+  argument.check_type(problem.accumulate_type);
+  argument.check_shape({problem.params.num_heads});
+}
+
+inline void set_masks(Problem& problem, const Reader& reader, const Inputs& inputs) {
+  AttentionParams& params = problem.params;
+  const int64_t scores[] = {params.batch, params.num_heads, params.seqlen_q, params.seqlen_k};
+
+  if (const Argument padding = reader.optional(inputs.key_padding, "key_padding"); padding.given) {
+    padding.check_type(ElementType::kBool);
+    padding.check_shape({params.batch, params.seqlen_k});
+    params.key_padding = {padding.data(), padding.stride(0), 0, 0, padding.stride(1)};
+  }
+  if (const Argument mask = reader.optional(inputs.mask, "mask"); mask.given) {
+    mask.check_type(ElementType::kBool);
+    params.mask = mask.scores_view(scores);
+  }
+  if (const Argument bias = reader.optional(inputs.bias, "bias"); bias.given) {
+    if (bias.type != problem.type) bias.check_type(problem.accumulate_type);
+    params.bias = bias.scores_view(scores);
+    params.bias_dtype = kernel_dtype(bias.type);
+  }
+  const Argument relative_bias = reader.optional(inputs.relative_bias, "relative_bias");
+  check_relative_bias(relative_bias, problem);
+  params.relative_bias = per_head_view(relative_bias);
+  const Argument sinks = reader.optional(inputs.sinks, "sinks");
+  check_sinks(sinks, problem);
+  params.sinks = per_head_view(sinks);
+
+  const Argument seed = reader.optional(inputs.seed, "seed");
+  if (params.has_dropout && !seed.given) seed.fail("a tensor, as dropout is on", "None");
+  if (seed.given) {
+    seed.check_type(ElementType::kInt64);
+    seed.check_shape({});
+    params.dropout_seed_data = reinterpret_cast<const int64_t*>(seed.data());
+    if (reader.may_look_inside()) params.dropout_seed = static_cast<uint64_t>(*params.dropout_seed_data);
+  }
+}
+
+inline Problem read_problem(const Reader& reader, const Inputs& inputs, PyObject* out, PyObject* lse,
+                            PyObject* config) {
+  Problem problem;
+  set_config(problem.params, config);
+  set_tensors(problem, reader, inputs, out, lse);
+  set_masks(problem, reader, inputs);
+  return problem;
+}
+
+inline void set_gradients(Problem& problem, const Reader& reader, const Saved& saved, const Gradients& gradients) {
+  AttentionParams& params = problem.params;
+  const int64_t batch = problem.batch_entries, heads = params.num_heads, kv_heads = params.num_kv_heads;
+  const auto rows_view = [&](const Argument& argument, int64_t num_heads, int64_t rows, int64_t columns) {
+    if (!argument.given) return TensorView{};
+    argument.check_type(problem.type);
+    argument.check_shape({batch, num_heads, rows, columns});
+    TensorView view = argument.rows_view();
+    if (params.cu_seqlens_q != nullptr) view.stride_batch = 0;
+    return view;
+  };
+  params.dout = rows_view(reader.required(saved.dout, "dout"), heads, problem.rows_q, params.value_dim);
+  params.dquery = rows_view(reader.optional(gradients.query, "dquery"), heads, problem.rows_q, params.head_dim);
+  params.dkey = rows_view(reader.optional(gradients.key, "dkey"), kv_heads, problem.rows_k, params.head_dim);
+  params.dvalue = rows_view(reader.optional(gradients.value, "dvalue"), kv_heads, problem.rows_k, params.value_dim);
+  if (const Argument dlse = reader.optional(saved.dlse, "dlse"); dlse.given) {
+    dlse.check_type(problem.accumulate_type);
+    dlse.check_shape({batch, heads, problem.rows_q});
+    const int64_t stride_batch = params.cu_seqlens_q != nullptr ? 0 : dlse.stride(0);
+    params.dlse = {dlse.data(), stride_batch, dlse.stride(1), dlse.stride(2), 1};
+  }
+
+  if (const Argument dbias = reader.optional(gradients.bias, "dbias"); dbias.given) {
+    dbias.check_type(problem.accumulate_type);
+    params.dbias = dbias.scores_view({params.batch, params.num_heads, params.seqlen_q, params.seqlen_k});
+  }
+  const Argument drelative_bias = reader.optional(gradients.relative_bias, "drelative_bias");
+  check_relative_bias(drelative_bias, problem);
+  params.drelative_bias = per_head_view(drelative_bias);
+  const Argument dsinks = reader.optional(gradients.sinks, "dsinks");
+  check_sinks(dsinks, problem);
+  params.dsinks = per_head_view(dsinks);
+
+  const auto check_input = [](const TensorView& gradient, const TensorView& input, const char* name) {
+    if (gradient.data != nullptr && input.data == nullptr)
+      throw py::value_error(std::string("d") + name + ": expected None, as " + name + " is None");
+  };
+  check_input(params.dbias, params.bias, "bias");
+  check_input(params.drelative_bias, params.relative_bias, "relative_bias");
+  check_input(params.dsinks, params.sinks, "sinks");
+}
+
+// Of a backward call: the problem with its gradients.
+inline Problem read_backward(const Reader& reader, const Inputs& inputs, const Saved& saved, const Gradients& gradients,
+                             PyObject* config) {
+  reader.required(saved.lse, "lse");  // for forward an output that may be None, here an input
+  Problem problem = read_problem(reader, inputs, saved.out, saved.lse, config);
+  set_gradients(problem, reader, saved, gradients);
+  return problem;
+}
+
+}  // namespace fused_attn
