@@ -135,6 +135,7 @@ def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_cost_of_a_call() -> None:
     """Best of many, so that a busy machine passes too; small batches feel every microsecond."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
