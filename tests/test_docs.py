@@ -34,6 +34,8 @@ TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links(page: Path) -> None:
     for name, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+        if name.startswith("https://"):  # this machine may have no network
+            continue
         target = page.parent / name if name else page
         assert target.exists(), name
         assert not heading or heading in _anchors(target), heading
