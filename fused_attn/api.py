@@ -93,8 +93,8 @@ def fused_attention(
             plan = None  # an argument of a type that nobody expects, which is named below
     else:
         plan = None
-        tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, dropout_seed)
-        if not is_compiling and (seen := _with_torch_function(*tensors)):
+        arguments = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, dropout_seed)
+        if not is_compiling and (seen := _with_torch_function(*arguments)):
             return handle_torch_function(
                 fused_attention, seen,
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
@@ -123,13 +123,14 @@ def fused_attention(
             relative_bias = masks.with_head_dim(relative_bias)
         seed = _seed(problem, dropout_seed) if problem.dropout_p else None
         inputs = inputs_of((query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, None, None))
-    if is_compiling:
+    lse: Tensor | None
+    if chosen is None:
         out, lse = ops.call(problem, backend, inputs)
     else:
         out, lse = running.run(problem, chosen, is_direct, inputs, return_lse)
     if layout is not None:
         out, lse = layout.unflatten(out), None if lse is None else layout.unflatten_lse(lse)
-    return (out, lse) if return_lse else out
+    return (out, lse) if return_lse else out  # type: ignore[return-value]  # there is an lse where one is asked for
 
 
 def fused_attention_varlen(
@@ -188,10 +189,10 @@ def fused_attention_varlen(
         )  # fmt: skip
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
-    inputs = Inputs(query, key, value, None, relative_bias, sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    given = (query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks)
     window_size = tuple(window_size) if isinstance(window_size, list) else window_size
     options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap)
-    problem = planning.plan_of_packed(is_compiling, inputs, max_seqlen_q, max_seqlen_k, options)
+    problem = planning.plan_of_packed(is_compiling, given, max_seqlen_q, max_seqlen_k, options)
     if modes.can_read(cu_seqlens_q) and modes.can_read(cu_seqlens_k):
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, query.shape[0], max_seqlen_q)
         checks.check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, key.shape[0], max_seqlen_k)
@@ -200,12 +201,13 @@ def fused_attention_varlen(
         query, key, value, None, masks.with_head_dim(relative_bias), sinks, _seed(problem, dropout_seed),
         cu_seqlens_q=cu_seqlens_q.contiguous(), cu_seqlens_k=cu_seqlens_k.contiguous(),
     )  # fmt: skip
+    lse: Tensor | None
     if is_compiling:
         out, lse = ops.call(problem, backend, inputs)
     else:
         out, lse = running.run(problem, dispatch.choose(problem, backend), False, inputs, return_lse)
     out = out.squeeze(0).transpose(0, 1)
-    return (out, lse.squeeze(0)) if return_lse else out
+    return (out, lse.squeeze(0)) if return_lse else out  # type: ignore[union-attr]  # as in fused_attention
 
 
 def _nested_attention(
@@ -230,13 +232,13 @@ def _nested_attention(
     q, k, v = (jagged.pack(name, x, 2) for name, x in (("query", query), ("key", key), ("value", value)))
     if value.shape[2] != key.shape[2]:
         raise checks.fail("value", "the offsets of key, the same tensor", "others")
-    out = fused_attention_varlen(
+    result = fused_attention_varlen(
         q.rows, k.rows, v.rows, q.offsets.int(), k.offsets.int(), q.max_seqlen, k.max_seqlen,
         return_lse=return_lse, **options,
     )  # fmt: skip
-    if not return_lse:
-        return q.like(out).transpose(1, 2)
-    out, lse = out
+    if isinstance(result, Tensor):
+        return q.like(result).transpose(1, 2)
+    out, lse = result
     return q.like(out).transpose(1, 2), q.like(lse.transpose(0, 1)).transpose(1, 2)
 
 
@@ -261,11 +263,10 @@ def explain(
     if jagged.is_nested(*call.args[:3]):
         raise checks.fail("query, key and value", "dense tensors for explain", "nested ones")
     query, key, value = _autocast(*call.args[:3])
-    names = ("attn_mask", "relative_bias", "sinks", "key_padding_mask")
-    tensors = (query, key, value, *(given[name] for name in names))
-    names = ("dropout_p", "is_causal", "scale", "enable_gqa", "window_size", "softcap")
+    others = (given["attn_mask"], given["relative_bias"], given["sinks"], given["key_padding_mask"])
+    options = tuple(given[name] for name in planning.Options._fields)
     # As under compilation, with no backend chosen yet.
-    problem = planning.plan(True, None, tensors, tuple(given[name] for name in names), None).problem
+    problem = planning.plan(True, None, (query, key, value, *others), options, None).problem
     return dispatch.explain(problem if device is None else problem.on(device), backend)
 
 
@@ -290,7 +291,8 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     if not (isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type)):
         return query, key, value
     dtype = torch.get_autocast_dtype(query.device.type)
-    return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in (query, key, value)
-    )
+    return _to_autocast(query, dtype), _to_autocast(key, dtype), _to_autocast(value, dtype)
+
+
+def _to_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x

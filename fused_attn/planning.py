@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_attn.attention import checks, masks, signature
 from fused_attn.attention.causal_bias import CausalBiasMeta, causal_bias
 from fused_attn.attention.checks import Meta
-from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.inputs import Shapes
 from fused_attn.attention.layout import Layout
 from fused_attn.attention.problem import AttentionProblem, Scalars
 from fused_attn.backends import dispatch
@@ -43,6 +43,13 @@ class Arguments(NamedTuple):
     key_padding_mask: Meta | None
 
 
+#: The tensors themselves, in the order of `Arguments`.
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+#: In that order, too, as a value that can be hashed: a `signature`, or for each tensor what `Meta` holds.
+Metadata = bytes | tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]
+
+
 class Options(NamedTuple):
     """The numbers of `fused_attention` and `fused_attention_varlen`, which have the same meaning in both."""
 
@@ -56,9 +63,9 @@ class Options(NamedTuple):
 
 def plan(
     is_compiling: bool,
-    metadata: bytes | None,
-    tensors: tuple[Tensor | None, ...],
-    options: tuple,
+    metadata: Metadata | None,
+    tensors: Tensors,
+    options: tuple[Any, ...],
     backend: str | None,
 ) -> Plan:
     """The plan of a call of `fused_attention`.
@@ -76,9 +83,9 @@ def plan(
         return (_plan if is_compiling else cached_plan)(backend, metadata, bias, *options)
     except (AttributeError, RuntimeError, TypeError) as error:
         # Only now, because asking every time would cost as much as finding the plan.
-        for name, x in zip(Arguments._fields[:3], tensors, strict=False):
+        for name, x in zip(Arguments._fields[:3], tensors[:3], strict=True):
             checks.meta(name, x)
-        if "unhashable" not in str(error):
+        if metadata is None or "unhashable" not in str(error):
             raise
         # Raises, and says which argument it is, unless sizes are symbolic as in `make_fx`.
         found = _plan(backend, metadata, bias, *options)
@@ -87,11 +94,11 @@ def plan(
 
 def _metadata(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *others: Tensor | None
-) -> tuple[CausalBiasMeta | None, Arguments]:
+) -> tuple[CausalBiasMeta | None, Metadata]:
     bias = None if attn_mask is None else causal_bias(attn_mask)
     if not (query.layout is key.layout is value.layout is torch.strided):
         raise TypeError("sparse")  # whose, is said where this is caught
-    return bias, Arguments(
+    return bias, (
         (query.shape, query.dtype, query.device),
         (key.shape, key.dtype, key.device),
         (value.shape, value.dtype, value.device),
@@ -100,9 +107,9 @@ def _metadata(
     )
 
 
-def _plan(backend: str | None, metadata: bytes | Arguments, bias: CausalBiasMeta | None, *options) -> Plan:
+def _plan(backend: str | None, metadata: Metadata, bias: CausalBiasMeta | None, *options) -> Plan:
     known = signature.metas(metadata) if isinstance(metadata, bytes) else metadata
-    arguments, options = Arguments(*(None if x is None else Meta(*x) for x in known)), Options(*options)
+    arguments, options = Arguments._make(None if x is None else Meta(*x) for x in known), Options(*options)
     try:
         return _checked_plan(backend, arguments, bias, options)
     except ValueError as error:
@@ -149,7 +156,7 @@ def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMet
     if sinks is not None:
         checks.check_sinks(sinks, query, layout.num_heads)
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-    shapes = Inputs(
+    shapes = Shapes(
         query=(layout.batch, layout.num_heads, seqlen_q, head_dim),
         key=(layout.batch, layout.num_kv_heads, seqlen_k, head_dim),
         value=(layout.batch, layout.num_kv_heads, seqlen_k, value_dim),
@@ -171,24 +178,37 @@ def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMet
 
 # ---- Packed sequences
 
-#: Tensors that every packed call has.
-_PACKED = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k")
+
+class PackedArguments(NamedTuple):
+    """The tensors of `fused_attention_varlen`, or what is known of each, under the names that its user knows."""
+
+    query: Meta
+    key: Meta
+    value: Meta
+    cu_seqlens_q: Meta
+    cu_seqlens_k: Meta
+    relative_bias: Meta | None
+    sinks: Meta | None
+
+
+#: The tensors themselves, in the order of `PackedArguments`.
+PackedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def plan_of_packed(
-    is_compiling: bool, inputs: Inputs, max_seqlen_q: int, max_seqlen_k: int, options: tuple
+    is_compiling: bool, tensors: PackedTensors, max_seqlen_q: int, max_seqlen_k: int, options: tuple[Any, ...]
 ) -> AttentionProblem:
     """The problem of a call of `fused_attention_varlen`.
 
     Args:
-        inputs: as the user gives them.
-        options: in the order of `Options`.
+        tensors: in the order of `PackedArguments`.
+        options: in that of `Options`.
     """
-    metas = tuple(
-        None if x is None and name not in _PACKED else checks.meta(name, x)
-        for name, x in zip(Inputs._fields, inputs, strict=True)
+    names = PackedArguments._fields  # the first five are required
+    given = PackedArguments(
+        *map(checks.meta, names[:5], tensors[:5]), *map(checks.optional_meta, names[5:], tensors[5:])
     )
-    arguments = (metas, max_seqlen_q, max_seqlen_k, *options)
+    arguments = (given, max_seqlen_q, max_seqlen_k, *options)
     if is_compiling:
         return _packed_problem(*arguments)
     try:
@@ -199,8 +219,8 @@ def plan_of_packed(
         return _packed_problem(*arguments)  # symbolic sizes, or an argument that this call names
 
 
-def _packed_problem(metas: tuple[Meta | None, ...], max_seqlen_q: int, max_seqlen_k: int, *options) -> AttentionProblem:
-    given, options = Inputs(*metas), Options(*options)
+def _packed_problem(given: PackedArguments, max_seqlen_q: int, max_seqlen_k: int, *options: Any) -> AttentionProblem:
+    options = Options(*options)
     query, key, value = given.query, given.key, given.value
     cu_seqlens_q, cu_seqlens_k = given.cu_seqlens_q, given.cu_seqlens_k
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -224,10 +244,14 @@ def _packed_problem(metas: tuple[Meta | None, ...], max_seqlen_q: int, max_seqle
         checks.check_relative_bias(given.relative_bias, query, num_heads, max(max_seqlen_q + max_seqlen_k - 1, 0))
     if given.sinks is not None:
         checks.check_sinks(given.sinks, query, num_heads)
-    shapes = Inputs(*map(_shape, given))._replace(
+    shapes = Shapes(
         query=(1, num_heads, query.shape[0], query.shape[2]),
         key=(1, num_kv_heads, key.shape[0], key.shape[2]),
         value=(1, num_kv_heads, value.shape[0], value.shape[2]),
+        relative_bias=_shape(given.relative_bias),
+        sinks=_shape(given.sinks),
+        cu_seqlens_q=cu_seqlens_q.shape,
+        cu_seqlens_k=cu_seqlens_k.shape,
     )
     scalars = _scalars(shapes, options)._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     return AttentionProblem.of(shapes, query.dtype, query.device, scalars)
@@ -245,8 +269,7 @@ def _check_options(options: Options) -> None:
     checks.check_window(options.window_size)
 
 
-def _scalars(shapes: Inputs, options: Options, bias: CausalBiasMeta | None = None) -> Scalars:
-    """shapes: of (B, heads, rows, columns)"""
+def _scalars(shapes: Shapes, options: Options, bias: CausalBiasMeta | None = None) -> Scalars:
     head_dim = shapes.query[3]
     is_causal = options.is_causal or bias is not None
     band = masks.band_of(is_causal, checks.check_window(options.window_size), 0 if bias is None else bias.offset)

@@ -1,32 +1,31 @@
 """Numerical self-check of every backend that can run here: ``python -m fused_attn check``.
 
-Against a float64 evaluation of the reference formula, the error may be at most 1.5 times that of PyTorch's eager
-attention in the same dtype, plus one unit in the last place of the result and two of the float32 that it is summed in
-(dP - delta cancels, which magnifies the rounding of both). For gradients of masks and sinks, sums over rows and batches
-in another order than eager's, those are eight. In float64, where the evaluation rounds as the kernels do and eager is
-that evaluation, it is 32 units and nothing else.
+The rule is that of `tolerance`, with a float64 evaluation of the reference formula as the truth and the formula in the
+dtype under test as eager attention. The cases here cancel little, so that a smaller noise than in the tests will do:
+two units in the last place of the float32 that results are summed in (dP - delta cancels, which magnifies the rounding
+of both). For gradients of masks and sinks, sums over rows and batches in another order than eager's, those are eight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_attn import tolerance
 from fused_attn.api import explain, fused_attention, fused_attention_varlen
 from fused_attn.backends import cpu, dispatch, reference
 
-SLACK = 1.5
-FLOAT64_ULPS = 32.0
 NUM_COMMON_RESULTS = 5  # out, lse, dquery, dkey, dvalue; gradients of learned masks follow
 
 
 @dataclass(frozen=True)
 class Case:
     name: str
-    kwargs: Callable[[torch.device], dict] = field(default=lambda device: {})
+    kwargs: Callable[[torch.device], dict[str, Any]] = field(default=lambda device: {})
     num_kv_heads: int = 4
     seqlen_q: int = 93
     seqlen_k: int = 130
@@ -72,18 +71,16 @@ class Result:
     backend: str
     dtype: torch.dtype
     case: str
-    error: float
-    allowed: float
+    measure: tolerance.Measure
 
     @property
     def is_right(self) -> bool:
-        # A NaN error is wrong, so the comparison stands this way round.
-        return self.error <= self.allowed
+        return self.measure.is_right
 
     def __str__(self) -> str:
         verdict = "ok" if self.is_right else "WRONG"
         dtype = str(self.dtype).removeprefix("torch.")
-        figures = f"error {self.error:8.1e}  allowed {self.allowed:8.1e}"
+        figures = f"error {self.measure.error:8.1e}  allowed {self.measure.allowed:8.1e}"
         return f"{self.backend:<18} {dtype:<9} {self.case:<18} {figures}  {verdict}"
 
 
@@ -136,36 +133,36 @@ def _evaluate(case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype
             # The masks' values are those of the dtype under test, whatever the precision of this evaluation.
             kwargs[name] = x.to(inputs[0].dtype).requires_grad_()
             leaves.append(kwargs[name])
-    attention = _packed_attention if case.is_packed else fused_attention
+    attention: Callable[..., Any] = _packed_attention if case.is_packed else fused_attention
     out, lse = attention(*leaves[:3], **kwargs, return_lse=True, backend=backend)
     dout = _random(*out.shape, device=out.device, seed=3).to(out.dtype)
     grads = torch.autograd.grad(out, leaves, dout)
     return [x.detach().double() for x in (out, lse.nan_to_num(neginf=0.0), *grads)]
 
 
-def _packed_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
-    rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # (B * L, H, D)
-    total_q, total_k = rows[0].shape[0], rows[1].shape[0]
-    offsets = [
+def _packed_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * L, H, D)
+    total_q, total_k = query.shape[0], key.shape[0]
+    cu_seqlens_q, cu_seqlens_k = (
         torch.tensor(x, dtype=torch.int32, device=query.device)
         for x in ([0, total_q // 5, total_q // 5, total_q], [0, total_k // 3, total_k // 2, total_k])
-    ]
-    return fused_attention_varlen(*rows, *offsets, total_q, total_k, **kwargs)
+    )
+    return fused_attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, total_q, total_k, **kwargs)
 
 
 def _judge(
     label: str, dtype: torch.dtype, case: str, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor]
 ) -> Result:
     """The worst of all outputs, by how much of its allowance it uses."""
-    results = []
+    measures: list[tolerance.Measure] = []
     for index, (x, plain, truth) in enumerate(zip(ours, eager, exact, strict=True)):
-        float32_ulps = 2.0 if index < NUM_COMMON_RESULTS else 8.0
-        ulps = torch.finfo(dtype).eps + float32_ulps * torch.finfo(torch.float32).eps
-        if dtype == torch.float64:
-            ulps = FLOAT64_ULPS * torch.finfo(dtype).eps
-        allowed = SLACK * (plain - truth).abs().max().item() + ulps * truth.abs().max().item()
-        results.append(Result(label, dtype, case, (x - truth).abs().max().item(), allowed))
-    return max(results, key=lambda r: r.error / r.allowed if r.error == r.error else float("inf"))
+        largest = tolerance.largest(truth)
+        ulps = 2.0 if index < NUM_COMMON_RESULTS else 8.0
+        noise = 0.0 if dtype == torch.float64 else ulps * torch.finfo(torch.float32).eps * largest
+        floor = tolerance.floor(dtype, dtype, largest, noise)
+        measures += tolerance.measures((x - truth).abs(), (plain - truth).abs(), floor)
+    worst = max(measures, key=lambda m: m.error / m.allowed if m.error == m.error else float("inf"))
+    return Result(label, dtype, case, worst)
 
 
 def _random(*shape: int, device: torch.device, seed: int = 11) -> Tensor:

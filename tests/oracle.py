@@ -1,8 +1,9 @@
-"""What is right: a dense formula of our own, and the rule that says how far a kernel may be from it.
+"""What is right: a dense formula of our own, with which the results of a kernel are compared.
 
-Nothing here uses `fused_attn`: masks are built from the documented meaning of the arguments, and Philox is written
-from its paper. `attention` computes in the dtype of its query, so one formula gives both the truth (float64 inputs)
-and the yardstick (what eager PyTorch attains in the dtype under test).
+The formula uses nothing of `fused_attn`: masks are built from the documented meaning of the arguments, and Philox is
+written from its paper. Only the rule that says how far a kernel may be from the formula is the package's own
+(`fused_attn.tolerance`). `attention` computes in the dtype of its query, so one formula gives both the truth (float64
+inputs) and the yardstick (what eager PyTorch attains in the dtype under test).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from fused_attn import tolerance
+from fused_attn.tolerance import largest
 
 MINUS_INF = float("-inf")
 
@@ -122,9 +126,9 @@ def attention(
     if watch is not None:
         # Scores that a mask like finfo.min has made huge take part in nothing.
         note = scores.detach()
-        watch["score"] = max(watch["score"], _largest(note[note.abs() < 1e5]))
+        watch["score"] = max(watch["score"], largest(note[note.abs() < 1e5]))
         if weights.requires_grad:
-            weights.register_hook(lambda grad: watch.update(weight_grad=max(watch["weight_grad"], _largest(grad))))
+            weights.register_hook(lambda grad: watch.update(weight_grad=max(watch["weight_grad"], largest(grad))))
     if dropout_p:
         heads = weights.shape[-3]
         batch = math.prod(weights.shape[:-3])
@@ -225,7 +229,7 @@ class Result(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """``noise``: rounding errors that every algorithm has on these inputs, per quantity; see `_noise`."""
+    """``noise``: rounding errors that every algorithm has on these inputs, per quantity; see `tolerance.noise`."""
 
     truth: Result
     eager: Result
@@ -272,35 +276,19 @@ def expected(
         eager = evaluate(function, tensors, options, differentiated, dout, dlse)
     finally:
         torch.set_num_threads(threads)
-    return Expected(
-        truth, eager, tensors["query"].dtype, _noise(truth, wide, options, watch, dout, dlse, eager.out.dtype)
-    )
-
-
-def _noise(truth, wide, options, watch, dout, dlse, dtype) -> dict[str, float]:
-    """Floors for results that cancel, where "an ulp of the largest entry" would ask for more than numbers can give.
-
-    A weight has the relative error that its score has absolutely, eps * |score|. A score's gradient is
-    P * (dP - delta), a difference of numbers that may be far larger than it; and delta = <dout, out> is read
-    from an ``out`` that was rounded to the dtype.
-    """
-    accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    relative = accumulate * max(1.0, watch["score"] / 4)
-    factor = 1.0 / (1.0 - options["dropout_p"]) if 0.0 < options.get("dropout_p", 0.0) < 1.0 else 1.0
-    weight_grad = watch["weight_grad"] + (0.0 if dlse is None else _largest(dlse))
-    delta = _largest((truth.out * dout.double()).square().sum(-1).sqrt())
-    score_grad = 8 * relative * weight_grad + torch.finfo(dtype).eps / 2 * delta
     scale = options.get("scale")
-    scale = abs(query_scale(wide["query"]) if scale is None else scale)
-    noise = {
-        "out": relative * factor * _largest(wide["value"]),
-        # In low precision the weights are rounded before they are summed.
-        "lse": 2 * relative + (0.0 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps / 4),
-        "dquery": score_grad * scale * _largest(wide["key"]),
-        "dkey": score_grad * scale * _largest(wide["query"]),
-        "dvalue": 4 * relative * factor * _largest(dout),
-    }
-    return {name: noise.get(name, score_grad) for name, _ in truth.items()}
+    noise = tolerance.noise(
+        eager.out.dtype,
+        dict(truth.items()),
+        wide,
+        dout,
+        dlse,
+        scale=query_scale(wide["query"]) if scale is None else scale,
+        dropout_p=options.get("dropout_p", 0.0),
+        largest_score=watch["score"],
+        largest_weight_grad=watch["weight_grad"],
+    )
+    return Expected(truth, eager, tensors["query"].dtype, noise)
 
 
 def query_scale(query: Tensor) -> float:
@@ -308,16 +296,12 @@ def query_scale(query: Tensor) -> float:
 
 
 def assert_close(actual: Result, expected: Expected) -> None:
-    """error(ours) <= 1.5 * error(eager in the same dtype) + a floor of one ulp, for out, lse and every gradient.
-
-    Both the largest and the root mean square error obey it: the first finds single wrong entries, the second a
-    systematic loss of precision that hides below the worst entry.
-    """
+    """out, lse and every gradient obey the rule of `tolerance`."""
     problems = []
     truth = dict(expected.truth.items())
     eager = dict(expected.eager.items())
     assert [name for name, _ in actual.items()] == list(truth)
-    is_float64 = expected.dtype == torch.float64
+    largest_lse = largest(expected.truth.lse)
     for name, ours in actual.items():
         ref = truth[name]
         if ours.shape != ref.shape:
@@ -336,17 +320,13 @@ def assert_close(actual: Result, expected: Expected) -> None:
             continue
         error = torch.where(finite, ours - ref, 0.0).abs()
         yardstick = torch.where(finite, eager[name].double() - ref, 0.0).abs().nan_to_num(posinf=0.0)
-        stored = torch.finfo(wanted_dtype).eps
-        floor = stored * _largest(ref) + expected.noise[name]
-        if is_float64:
-            # Eager and truth are one and the same here: all is noise.
-            floor = 32 * stored * _largest(ref) * (1 + _largest(expected.truth.lse)) + 8 * expected.noise[name]
-        for measure, amount in (("max", _largest), ("rms", _rms)):
-            allowed = 1.5 * amount(yardstick) + floor
-            if not amount(error) <= allowed:
+        floor = tolerance.floor(expected.dtype, wanted_dtype, largest(ref), expected.noise[name], largest_lse)
+        for measure in tolerance.measures(error, yardstick, floor):
+            if not measure.is_right:
                 where = np.unravel_index(int(error.argmax()), error.shape)
                 problems.append(
-                    f"{name}: {measure} error {amount(error):.3e} > {allowed:.3e} (eager {amount(yardstick):.3e}); "
+                    f"{name}: {measure.name} error {measure.error:.3e} > {measure.allowed:.3e} "
+                    f"(eager {measure.yardstick:.3e}); "
                     f"worst at {tuple(map(int, where))}: {ours[where]:.6g}, expected {ref[where]:.6g}"
                 )
                 break
@@ -357,12 +337,3 @@ def _dtype_of(name: str, expected: Expected) -> torch.dtype:
     if name == "lse":
         return torch.float64 if expected.dtype == torch.float64 else torch.float32
     return dict(expected.eager.items())[name].dtype
-
-
-def _largest(x: Tensor) -> float:
-    x = x[x.isfinite()]
-    return x.abs().max().item() if x.numel() else 0.0
-
-
-def _rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item() if x.numel() else 0.0

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from fused_attn.attention.inputs import Inputs, Shapes
+
 ROOT = Path(__file__).resolve().parents[1]
 
 #: From the lowest layer to the highest. A module imports from its own layer and from those below, nowhere else.
 LAYERS = (
-    ("fused_attn.native", "fused_attn.modes"),
+    ("fused_attn.native", "fused_attn.modes", "fused_attn.tolerance"),
     ("fused_attn.attention",),
     ("fused_attn.backends",),
     ("fused_attn.derivatives",),
@@ -72,6 +74,11 @@ def test_backends_do_not_import_one_another() -> None:
 def test_the_native_module_is_imported_in_one_place() -> None:
     texts = {path: path.read_text() for path in structure.python_files(ROOT)}
     assert [path.name for path, text in texts.items() if "import fused_attn._C" in text] == ["native.py"]
+
+
+def test_shapes_have_the_names_of_inputs() -> None:
+    assert Shapes._fields == Inputs._fields
+    assert Shapes._field_defaults == Inputs._field_defaults
 
 
 def test_what_breaks_the_rules_is_seen(tmp_path: Path) -> None:

@@ -133,7 +133,8 @@ def check_window(window_size: Sequence[int] | None) -> tuple[int, int]:
     if not is_pair or not all(isinstance(x, int) and not isinstance(x, bool) and x >= UNBOUNDED for x in window_size):
         raise fail("window_size", "(left, right), two ints >= -1 (-1 = unbounded)", window_size)
     # Wider than any sequence is unbounded; larger numbers would pass the 64 bits that positions are compared in.
-    return tuple(x if x < 2**62 else UNBOUNDED for x in window_size)
+    left, right = (x if x < 2**62 else UNBOUNDED for x in window_size)
+    return left, right
 
 
 def check_causal_bias(bias: CausalBiasMeta, is_causal: bool, seqlen_q: int, seqlen_k: int) -> None:

@@ -39,12 +39,12 @@ def keep_mask(
     """(B, H, L, S) bool. Packed problems (batch 1) key the batch by each row's own sequence."""
     device = seed.device
     # No column lies beyond the number of columns. The last one itself would have to be read from the device.
-    group = torch.arange(-(-columns.index.shape[0] // 4), device=device)[None, None, None, :]
-    query = rows.index[None, None, :, None]
+    group = torch.arange(-(-columns.position.shape[0] // 4), device=device)[None, None, None, :]
+    query = rows.position[None, None, :, None]
     head = torch.arange(num_heads, device=device)[None, :, None, None]
     sequence = torch.arange(batch, device=device)[:, None, None, None] + rows.sequence[None, None, :, None]
     words = torch.stack(philox((group, query, head, sequence), seed), dim=-1)  # (B, H, L, groups, 4)
-    return words.flatten(-2)[..., columns.index] >= threshold(dropout_p)
+    return words.flatten(-2)[..., columns.position] >= threshold(dropout_p)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:

@@ -38,6 +38,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     with _without_autocast(inputs.query.device):
         x = _to_compute(problem, inputs)
         weights, lse, dcap = _softmax(problem, x)
+        assert saved.dout is not None, "backends get one"
         dout, dlse = saved.dout.to(problem.accumulate_dtype), saved.dlse
         if problem.is_packed:
             rows, _ = masks.positions(problem, x)
@@ -62,11 +63,12 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
             grads["key"] = follow_layout(_sum_groups(problem, dscores.transpose(-2, -1) @ x.query), inputs.key)
         if wanted.value:
             grads["value"] = follow_layout(_sum_groups(problem, dropped_weights.transpose(-2, -1) @ dout), inputs.value)
-        if wanted.bias:
+        if wanted.bias and inputs.bias is not None:
             grads["bias"] = dbiased.sum_to_size(inputs.bias.shape).to(inputs.bias.dtype)
-        if wanted.relative_bias:
-            grads["relative_bias"] = _sum_diagonals(problem, dbiased, x).to(inputs.relative_bias.dtype)
-        if wanted.sinks:
+        if wanted.relative_bias and inputs.relative_bias is not None:
+            diagonals = _sum_diagonals(problem, dbiased, x, *inputs.relative_bias.shape)
+            grads["relative_bias"] = diagonals.to(inputs.relative_bias.dtype)
+        if wanted.sinks and inputs.sinks is not None and x.sinks is not None:
             # exp(sink - lse) is the weight of the sink; an empty row has none.
             sink_weight = torch.exp(x.sinks[:, None] - lse).masked_fill(lse == float("-inf"), 0.0)
             grads["sinks"] = -(sink_weight * delta.squeeze(-1)).sum((0, 2)).to(inputs.sinks.dtype)
@@ -144,6 +146,7 @@ def _without_strays(x: Tensor, positions: Positions) -> Tensor:
 
 def _dropout_factors(problem: AttentionProblem, x: Inputs) -> Tensor:
     """(B, H, L, S): 0 where dropped, 1 / (1 - p) where kept."""
+    assert x.seed is not None, "given where dropout_p > 0"
     rows, columns = masks.positions(problem, x)
     keep = dropout.keep_mask(x.seed, problem.dropout_p, x.query.shape[0], problem.num_heads, rows, columns)
     return keep.to(problem.accumulate_dtype) * dropout.inverse_keep(problem.dropout_p)
@@ -156,11 +159,11 @@ def _sum_groups(problem: AttentionProblem, dx: Tensor) -> Tensor:
     return dx.reshape(batch, problem.num_kv_heads, group, rows, columns).sum(2).to(problem.dtype)
 
 
-def _sum_diagonals(problem: AttentionProblem, dbiased: Tensor, x: Inputs) -> Tensor:
-    """(B, H, L, S) -> (H|1, L + S - 1): the gradient of a Toeplitz bias is the sum along each diagonal."""
+def _sum_diagonals(problem: AttentionProblem, dbiased: Tensor, x: Inputs, heads: int, num_columns: int) -> Tensor:
+    """(B, H, L, S) -> (heads, num_columns): the gradient of a Toeplitz bias is the sum along each diagonal."""
     rows, columns = masks.positions(problem, x)
-    heads, num_columns = x.relative_bias.shape
-    column = (columns.index[None, :] - rows.index[:, None] + (problem.seqlen_q - 1)).clamp(0, max(num_columns - 1, 0))
+    distance = columns.position[None, :] - rows.position[:, None]
+    column = (distance + (problem.seqlen_q - 1)).clamp(0, max(num_columns - 1, 0))
     per_head = dbiased.sum(0).flatten(1)  # (H, L * S)
     diagonals = per_head.new_zeros(per_head.shape[0], num_columns).index_add(1, column.flatten(), per_head)
     return diagonals.sum_to_size(heads, num_columns)

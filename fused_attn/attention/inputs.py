@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-Fields = TypeVar("Fields", bound=tuple)
+Fields = TypeVar("Fields", bound=NamedTuple)
+Shape = tuple[int, ...]
 
 
 class Inputs(NamedTuple):
@@ -47,7 +48,24 @@ class Inputs(NamedTuple):
 
 
 #: `Inputs` of a tuple of all eleven. ``Inputs(...)`` takes twice the time, which calls of a few microseconds feel.
-inputs_of = functools.partial(tuple.__new__, Inputs)
+inputs_of: Callable[[Iterable[Tensor | None]], Inputs] = functools.partial(tuple.__new__, Inputs)
+
+
+class Shapes(NamedTuple):
+    """The shape of each of the `Inputs`, under the same name; None for those that do not take part."""
+
+    query: Shape
+    key: Shape
+    value: Shape
+    bias: Shape | None = None
+    relative_bias: Shape | None = None
+    sinks: Shape | None = None
+    seed: Shape | None = None
+    mask: Shape | None = None
+    key_padding: Shape | None = None
+    cu_seqlens_q: Shape | None = None
+    cu_seqlens_k: Shape | None = None
+
 
 #: Those that batch entries share, so that their gradients are sums over the batch.
 SHARED = ("bias", "relative_bias", "sinks")
@@ -105,10 +123,10 @@ class Saved(NamedTuple):
     dlse: Tensor | None = None
 
 
-def take(kind: type[Fields], values: Sequence) -> tuple[Fields, Sequence]:
+def take(kind: type[Fields], values: Sequence[Any]) -> tuple[Fields, Sequence[Any]]:
     """The first values as a named tuple of that kind, and the values behind them."""
     count = len(kind._fields)
-    return kind(*values[:count]), values[count:]
+    return kind._make(values[:count]), values[count:]
 
 
 def gradients_of_arguments(grads: Gradients, saved: Saved | None = None) -> tuple[Tensor | None, ...]:
@@ -118,8 +136,8 @@ def gradients_of_arguments(grads: Gradients, saved: Saved | None = None) -> tupl
     """
     if saved is None:
         return grads + _NO_GRADIENTS
-    return (*Inputs(*grads), *saved, *_NO_GRADIENTS)
+    return (*grads, *_NO_GRADIENTS[: len(Inputs._fields) - len(grads)], *saved, *_NO_GRADIENTS)
 
 
 #: More than any step has arguments behind the differentiable ones.
-_NO_GRADIENTS = Saved() * 4
+_NO_GRADIENTS: tuple[Tensor | None, ...] = Saved() * 4

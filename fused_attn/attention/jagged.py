@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nested._internal.nested_tensor import NestedTensor
 
 
 class Packed(NamedTuple):
@@ -48,7 +51,7 @@ def pack(name: str, x: Tensor, length_dim: int) -> Packed:
     if not (isinstance(x, Tensor) and x.is_nested):
         got = "a dense one" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name}: expected a nested tensor, since another one is nested, got {got}")
-    if x.layout != torch.jagged:
+    if not _is_jagged(x):
         raise TypeError(f"{name}: expected a nested tensor with layout=torch.jagged, got one with {x.layout}")
     if x._ragged_idx != length_dim:
         raise ValueError(
@@ -56,8 +59,11 @@ def pack(name: str, x: Tensor, length_dim: int) -> Packed:
         )
     if x.lengths() is not None:
         raise ValueError(f"{name}: expected sequences that follow one another; close the gaps with {name}.contiguous()")
-    x = x.transpose(1, length_dim) if length_dim != 1 else x
-    rows = x.values()
+    rows = (x.transpose(1, length_dim) if length_dim != 1 else x).values()
     # Compiled code cannot look at lengths. All rows together are the only bound that it knows.
     max_seqlen = rows.shape[0] if torch.compiler.is_compiling() else x._get_max_seqlen()
     return Packed(rows, x.offsets(), max_seqlen)
+
+
+def _is_jagged(x: Tensor) -> TypeGuard[NestedTensor]:
+    return x.layout == torch.jagged

@@ -27,9 +27,9 @@ class Layout(NamedTuple):
         except RuntimeError:
             shapes = ", ".join(str(tuple(shape)) for shape in (query, key, value))
             raise checks.fail("query, key, value", "batch dimensions that broadcast", f"shapes {shapes}") from None
-        heads = [lead[-1] if lead else 1 for lead in leads]
-        num_heads = checks.check_heads(*heads, enable_gqa)
-        return cls(batch_shape, num_heads, heads[1] if enable_gqa else num_heads, any(leads))
+        of_query, of_key, of_value = (lead[-1] if lead else 1 for lead in leads)
+        num_heads = checks.check_heads(of_query, of_key, of_value, enable_gqa)
+        return cls(batch_shape, num_heads, of_key if enable_gqa else num_heads, any(leads))
 
     @property
     def batch(self) -> int:
@@ -41,10 +41,14 @@ class Layout(NamedTuple):
         return len(self.batch_shape) == 1 and expected == (query[:-2], key[:-2], value[:-2])
 
     def flatten(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(
-            x.expand(*self.batch_shape, heads, *x.shape[-2:]).reshape(self.batch, heads, *x.shape[-2:])
-            for x, heads in ((query, self.num_heads), (key, self.num_kv_heads), (value, self.num_kv_heads))
+        return (
+            self._flat(query, self.num_heads),
+            self._flat(key, self.num_kv_heads),
+            self._flat(value, self.num_kv_heads),
         )
+
+    def _flat(self, x: Tensor, heads: int) -> Tensor:
+        return x.expand(*self.batch_shape, heads, *x.shape[-2:]).reshape(self.batch, heads, *x.shape[-2:])
 
     def unflatten(self, out: Tensor) -> Tensor:
         return out.reshape(*self._lead, *out.shape[-2:])

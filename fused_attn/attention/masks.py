@@ -21,7 +21,7 @@ def to_dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor | None, 
     The bias is in the accumulate dtype.
     """
     rows, columns = positions(problem, inputs)
-    distance = columns.index[None, :] - rows.index[:, None]  # (L, S)
+    distance = columns.position[None, :] - rows.position[:, None]  # (L, S)
     conditions = []
     band = problem.band
     if band.left != UNBOUNDED:
@@ -52,23 +52,24 @@ def to_dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor | None, 
 
 def positions(problem: AttentionProblem, inputs: Inputs) -> tuple[Positions, Positions]:
     """Where each row and each column of the score matrix lies in its own sequence."""
-    if problem.is_packed:
+    if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
         return (
             Positions.of_packed(inputs.cu_seqlens_q, inputs.query.shape[2]),
             Positions.of_packed(inputs.cu_seqlens_k, inputs.key.shape[2]),
         )
     device = inputs.query.device
-    return tuple(
-        Positions(torch.arange(n, device=device), torch.zeros(n, dtype=torch.long, device=device))
-        for n in (problem.seqlen_q, problem.seqlen_k)
-    )
+    return Positions.of_one(problem.seqlen_q, device), Positions.of_one(problem.seqlen_k, device)
 
 
 class Positions(NamedTuple):
-    """index: (rows,) position within the sequence; sequence: (rows,) which sequence a row belongs to, -1 for none."""
+    """position: (rows,) within the sequence; sequence: (rows,) which sequence a row belongs to, -1 for none."""
 
-    index: Tensor
+    position: Tensor
     sequence: Tensor
+
+    @classmethod
+    def of_one(cls, rows: int, device: torch.device) -> Positions:
+        return cls(torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.long, device=device))
 
     @classmethod
     def of_packed(cls, cu_seqlens: Tensor, total: int) -> Positions:
@@ -98,11 +99,12 @@ def score_masks(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(bias, mask, key_padding) of a call, each in the shape and polarity of `Inputs`."""
     mask = bias = key_padding = None
-    if problem.has_mask:
-        mask = _to_rank_4(attn_mask, layout)
-    elif problem.has_bias:
-        bias = _to_rank_4(attn_mask, layout)
-    if problem.has_key_padding:
+    if attn_mask is not None:  # it may also be a causal bias, which is in the problem's band
+        if problem.has_mask:
+            mask = _to_rank_4(attn_mask, layout)
+        elif problem.has_bias:
+            bias = _to_rank_4(attn_mask, layout)
+    if key_padding_mask is not None:
         if layout is not None:
             key_padding_mask = key_padding_mask.reshape(problem.batch, problem.seqlen_k)
         key_padding, padding_bias = _normalise_padding(key_padding_mask)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.inputs import Shapes
 
 UNBOUNDED = -1
 
@@ -88,17 +88,17 @@ class AttentionProblem:
 
     @classmethod
     def of(
-        cls, shapes: Inputs, dtype: torch.dtype, device: torch.device, scalars: Scalars, has_float_padding: bool = False
+        cls, shapes: Shapes, dtype: torch.dtype, device: torch.device, scalars: Scalars, has_float_padding: bool = False
     ) -> AttentionProblem:
         """The one place that makes a problem from a call.
 
         Args:
-            shapes: of the tensors that take part, in their places; None elsewhere.
+            shapes: query, key and value as (B, heads, rows, columns).
             dtype: of query, key and value.
         """
-        is_packed = shapes.cu_seqlens_q is not None
+        offsets = shapes.cu_seqlens_q
         return cls(
-            batch=shapes.cu_seqlens_q[0] - 1 if is_packed else shapes.query[0],
+            batch=shapes.query[0] if offsets is None else offsets[0] - 1,
             num_heads=shapes.query[1],
             num_kv_heads=shapes.key[1],
             seqlen_q=scalars.max_seqlen_q,
@@ -111,7 +111,7 @@ class AttentionProblem:
             softcap=scalars.softcap,
             dropout_p=scalars.dropout_p,
             band=Band(scalars.band_left, scalars.band_right, scalars.band_offset),
-            is_packed=is_packed,
+            is_packed=offsets is not None,
             has_mask=shapes.mask is not None,
             has_key_padding=shapes.key_padding is not None,
             has_bias=shapes.bias is not None,
@@ -144,9 +144,10 @@ class AttentionProblem:
             ValueError: device is neither, or a GPU by its number which this machine does not have.
         """
         capability = None
-        named = device
+        named: torch.device | str | int = device
         if isinstance(named, str) and (architecture := re.fullmatch(r"sm_(\d+)(\d)[af]?", named)):
-            named, capability = "cuda", tuple(map(int, architecture.groups()))
+            major, minor = architecture.groups()
+            named, capability = "cuda", (int(major), int(minor))
         try:
             named = torch.device(named)
         except (RuntimeError, TypeError) as error:

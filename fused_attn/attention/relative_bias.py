@@ -40,12 +40,12 @@ def t5_relative_bias(
     check_buckets("table", table.shape[0], bidirectional, max_distance)
     distance = _distances(seqlen_q, seqlen_k, table.device)
     num_buckets = table.shape[0]
+    first_bucket: Tensor | int = 0
     if bidirectional:
         num_buckets //= 2
         first_bucket = num_buckets * (distance > 0)
         distance = distance.abs()
     else:
-        first_bucket = 0
         distance = (-distance).clamp(min=0)
     num_exact = num_buckets // 2
     # In the order of T5's own code: another rounding would move distances at the edges of buckets.

@@ -17,6 +17,8 @@ class Backend(Protocol):
     #: True when `forward` is itself differentiable PyTorch code; such a backend has no `backward`.
     is_composite: bool
 
+    def __hash__(self) -> int: ...
+
     def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:
         """Why this backend cannot run the problem; empty when it can."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ missing = why_no_C
 
 name = "cpu"
 is_composite = False
+
+Tensors = TypeVar("Tensors", Inputs, Saved)
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -63,9 +66,10 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     read = inputs
     if problem.has_shared or inputs.query.is_neg() or inputs.key.is_neg() or inputs.value.is_neg():
         read = _readable(problem, inputs)
-    if saved.dout.is_neg() or (saved.dlse is not None and saved.dlse.is_neg()):
-        dlse = None if saved.dlse is None else saved.dlse.resolve_neg()
-        saved = saved._replace(dout=saved.dout.resolve_neg(), dlse=dlse)
+    _, _, dout, dlse = saved
+    assert dout is not None, "backends get one"
+    if dout.is_neg() or (dlse is not None and dlse.is_neg()):
+        saved = saved._replace(dout=dout.resolve_neg(), dlse=None if dlse is None else dlse.resolve_neg())
     dquery = torch.empty_like(read.query) if wanted.query else None
     dkey = torch.empty_like(read.key) if wanted.key else None
     dvalue = torch.empty_like(read.value) if wanted.value else None
@@ -82,12 +86,13 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
             raise
         return backward(problem, copied, saved_copied, wanted)
     if wanted.is_any_shared:
-        grads = Gradients(*(None if dx is None else dx.to(x.dtype) for x, dx in zip(inputs, grads, strict=False)))
+        pairs = zip(inputs, grads, strict=False)
+        grads = Gradients(*(None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs))
     return grads
 
 
 @functools.lru_cache(maxsize=4096)
-def _config(problem: AttentionProblem):
+def _config(problem: AttentionProblem) -> Any:
     """What the kernels need of a problem besides tensors, converted once."""
     left, right, offset = problem.band
     return _C.Config(
@@ -135,7 +140,7 @@ def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: W
     }
 
 
-def _with_unit_strides(tensors: Inputs | Saved, *names: str) -> Inputs | Saved:
+def _with_unit_strides(tensors: Tensors, *names: str) -> Tensors:
     """The kernels take any strides but the last; only such tensors are copied. Without any, the same object."""
     copies = {}
     for name in names:

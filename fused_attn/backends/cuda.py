@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ else:
 
 name = "cuda"
 is_composite = False
+
+Tensors = TypeVar("Tensors", Inputs, Saved)
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 96, 128, 256)
@@ -102,6 +105,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         clear_rows(None, *grads)
     if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
         return Gradients(*(None if x is None else x.zero_() for x in grads))
+    assert saved.lse is not None, "backends get one"
     saved = saved._replace(
         lse=saved.lse.contiguous(),  # under vmap it can be an expanded view
         dlse=None if saved.dlse is None else saved.dlse.resolve_neg(),
@@ -132,7 +136,7 @@ def _unusable_reason(index: int) -> str | None:
     return f"the driver refuses the CUDA kernels: {reason}" if reason else None
 
 
-def _readable(tensors: Inputs | Saved, *names: str) -> Inputs | Saved:
+def _readable(tensors: Tensors, *names: str) -> Tensors:
     """The kernels see the data alone, no lazy negation, and read rows in pieces of 16 bytes, each at another place."""
     return tensors._replace(**{name: _with_readable_rows(getattr(tensors, name)) for name in names})
 
@@ -150,7 +154,7 @@ def _with_readable_rows(x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def _config(problem: AttentionProblem):
+def _config(problem: AttentionProblem) -> Any:
     """What the kernels need of a problem besides tensors, converted once."""
     left, right, offset = problem.band
     return _kernels.Config(

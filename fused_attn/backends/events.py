@@ -26,6 +26,7 @@ class _NamedBackend:
 
     def __init__(self, backend: Backend):
         self.name, self.is_composite = backend.name, backend.is_composite
+        self.unsupported_reasons = backend.unsupported_reasons
         self.forward, self.backward = (
             recorded(f"{step}[{backend.name}]", getattr(backend, step)) for step in ("forward", "backward")
         )

@@ -7,11 +7,13 @@ formula, which is plain PyTorch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fused_attn import modes
-from fused_attn.attention.inputs import Inputs, Saved, Wanted, gradients_of_arguments
+from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted, gradients_of_arguments
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import Backend
 from fused_attn.derivatives import gradients, ops
@@ -45,7 +47,8 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None = None):
         out, lse, *tensors = ctx.saved_tensors
-        (backend, problem), compute = ctx.call, gradients.compute
+        backend, problem = ctx.call
+        compute: Callable[..., Gradients] = gradients.compute
         # Grad mode is on here only under create_graph, which needs gradients that are themselves differentiable.
         if torch.is_grad_enabled():
             backend = None

@@ -6,6 +6,7 @@ import functools
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,16 +17,16 @@ from fused_attn.attention.problem import Scalars
 
 def forward_flops(*arguments, out_val=None) -> int:
     """Of ``fused_attn::attention``: both products, a multiply-add being two."""
-    inputs, arguments = take(Inputs, arguments)
-    scalars, _ = take(Scalars, arguments)
+    inputs, others = take(Inputs, arguments)
+    scalars, _ = take(Scalars, others)
     return 2 * _visible_scores(inputs, scalars) * (inputs.query.shape[3] + inputs.value.shape[3])
 
 
 def backward_flops(*arguments, out_val=None) -> int:
     """Of ``fused_attn::attention_backward``: scores and their gradients, and a product for each wanted gradient."""
-    inputs, arguments = take(Inputs, arguments)
-    _, (wanted, *arguments) = take(Saved, arguments)
-    scalars, _ = take(Scalars, arguments)
+    inputs, others = take(Inputs, arguments)
+    _, (wanted, *numbers) = take(Saved, others)
+    scalars, _ = take(Scalars, numbers)
     wanted = Wanted(*wanted)
     head_dim, value_dim = inputs.query.shape[3], inputs.value.shape[3]
     columns = head_dim * (1 + wanted.query + wanted.key) + value_dim * wanted.value
@@ -37,7 +38,8 @@ def backward_flops(*arguments, out_val=None) -> int:
 def _visible_scores(inputs: Inputs, scalars: Scalars) -> int:
     """Of all heads, inside the band. What other masks hide depends on their contents, and counts."""
     query, key = inputs.query, inputs.key
-    if inputs.cu_seqlens_q is None:
+    lengths: Iterable[tuple[int, int]]
+    if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
         lengths = [(query.shape[2], key.shape[2])] * query.shape[0]
     else:
         lengths = zip(
@@ -76,13 +78,14 @@ class _Registrar(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None, "torch has the module"
         execute = spec.loader.exec_module
 
         def execute_and_register(module) -> None:
             execute(module)
             self.register(module)
 
-        spec.loader.exec_module = execute_and_register
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # of this one loader
         return spec
 
     @staticmethod

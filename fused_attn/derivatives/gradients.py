@@ -22,6 +22,7 @@ def compute(
     if saved.dout is None:
         if saved.dlse is None:
             return Gradients()
+        assert saved.out is not None, "a step saves its output"
         saved = saved._replace(dout=torch.zeros_like(saved.out))
     backward = formula.backward if backend is None else events.named(backend).backward
     return backward(problem, inputs, saved, wanted)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_attn import modes
 from fused_attn.attention import formula
-from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted, gradients_of_arguments, take
+from fused_attn.attention.inputs import Gradients, Inputs, Saved, Shapes, Wanted, gradients_of_arguments, take
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem, Scalars
 from fused_attn.backends import dispatch, events
@@ -54,8 +54,8 @@ def _call_backward(inputs: Inputs, saved: Saved, wanted: Wanted, scalars: Scalar
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
 def _attention(*arguments):
-    inputs, arguments = take(Inputs, arguments)
-    scalars, (backend,) = take(Scalars, arguments)
+    inputs, others = take(Inputs, arguments)
+    scalars, (backend,) = take(Scalars, others)
     problem = _problem_of(inputs, scalars)
     return events.named(dispatch.choose(problem, backend or None)).forward(problem, inputs, True)
 
@@ -68,9 +68,9 @@ def _attention_fake(query, key, value, *rest):
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 def _attention_backward(*arguments):
-    inputs, arguments = take(Inputs, arguments)
-    saved, (wanted, *arguments) = take(Saved, arguments)
-    scalars, (backend,) = take(Scalars, arguments)
+    inputs, others = take(Inputs, arguments)
+    saved, (wanted, *options) = take(Saved, others)
+    scalars, (backend,) = take(Scalars, options)
     problem = _problem_of(inputs, scalars)
     chosen = dispatch.choose(problem, backend or None)
     grads = gradients.compute(chosen, problem, inputs, saved, Wanted(*wanted))
@@ -80,8 +80,8 @@ def _attention_backward(*arguments):
 
 @torch.library.register_fake("fused_attn::attention_backward", lib=_library)
 def _attention_backward_fake(*arguments):
-    inputs, arguments = take(Inputs, arguments)
-    _, (wanted, *_) = take(Saved, arguments)
+    inputs, others = take(Inputs, arguments)
+    _, (wanted, *_) = take(Saved, others)
     wanted = Wanted(*wanted)
 
     def make(name: str) -> Tensor:
@@ -101,8 +101,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _attention_grads(ctx, dout, dlse):
-    inputs, outputs = take(Inputs, ctx.saved_tensors)
-    saved = Saved(*outputs, dout, dlse)
+    inputs, (out, lse) = take(Inputs, ctx.saved_tensors)
+    saved = Saved(out, lse, dout, dlse)
     return gradients_of_arguments(
         _call_backward(inputs, saved, Wanted.of(*ctx.needs_input_grad), ctx.scalars, ctx.backend)
     )
@@ -113,9 +113,9 @@ torch.library.register_autograd("fused_attn::attention", _attention_grads, setup
 
 def _setup_double_backward(ctx, inputs, output):
     tensors, arguments = take(Inputs, inputs)
-    saved, (ctx.wanted, *ctx.scalars, _) = take(Saved, arguments)
-    dout = torch.zeros_like(saved.out) if saved.dout is None else saved.dout
-    ctx.save_for_backward(*tensors, dout, saved.dlse)
+    (out, _, dout, dlse), (ctx.wanted, *ctx.scalars, _) = take(Saved, arguments)
+    assert out is not None, "the schema has one"
+    ctx.save_for_backward(*tensors, torch.zeros_like(out) if dout is None else dout, dlse)
 
 
 def _double_backward(ctx, *ddgrads):
@@ -150,7 +150,7 @@ flops.register_flop_formulas()
 
 
 def _problem_of(inputs: Inputs, scalars: Scalars) -> AttentionProblem:
-    shapes = Inputs(*(None if x is None else x.shape for x in inputs))
+    shapes = Shapes._make(None if x is None else x.shape for x in inputs)
     return _problem_of_shapes(shapes, inputs.query.dtype, inputs.query.device, scalars)
 
 

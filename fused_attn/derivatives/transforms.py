@@ -54,8 +54,8 @@ class _TransformableGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
-        inputs, arguments = take(Inputs, arguments)
-        saved, (asked_for, backend, problem) = take(Saved, arguments)
+        inputs, others = take(Inputs, arguments)
+        saved, (asked_for, backend, problem) = take(Saved, others)
         is_observed = modes.is_observed(inputs.query, inputs.key, inputs.value)
         compute = ops.call_backward if is_observed else gradients.compute
         return tuple(grad for grad in compute(backend, problem, inputs, saved, asked_for) if grad is not None)
@@ -74,7 +74,7 @@ class _TransformableGradients(torch.autograd.Function):
             named = dict(zip(tensors, replaced, strict=True))
             return tuple(gradients.of_formula(ctx.problem, inputs, ctx.wanted, named))
 
-        _, vjp = torch.func.vjp(formula, *tensors.values())
+        vjp = torch.func.vjp(formula, *tensors.values())[1]
         return gradients.second_of_arguments(dict(zip(tensors, vjp(ddgrads), strict=True)))
 
     @staticmethod
@@ -105,7 +105,8 @@ def _vmap(
     is_batched_throughout = replace(problem, has_key_padding=False).is_plain and not are_gradients_shared
     if not is_batched_throughout:
         entries = [
-            apply(problem, *(x if dim is None else x.select(dim, n) for x, dim in with_dims)) for n in range(size)
+            apply(problem, *(x if x is None or dim is None else x.select(dim, n) for x, dim in with_dims))
+            for n in range(size)
         ]
         outputs = tuple(torch.stack(columns) for columns in zip(*entries, strict=True))
     else:
