@@ -18,7 +18,7 @@ from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.triton.configs import Config, padded_head_dim
 
 #: Kernel arguments whose value must not cause another compilation.
-UNSPECIALIZED = ("seqlen_q", "seqlen_k", "lse_stride", "band_offset", "units_per_section")
+UNSPECIALIZED = ("seqlen_q", "seqlen_k", "lse_stride", "band_offset", "heads_per_l2_group")
 
 
 class Rows(NamedTuple):
@@ -56,7 +56,7 @@ class Scores(NamedTuple):
 class Masks(NamedTuple):
     """Pointers to everything that hides, biases or drops scores; None where the problem has none.
 
-    padding: (B, S) bytes, nonzero = ignore
+    key_padding: (B, S) bytes, nonzero = padding
     relative_bias: (H|1, L + S - 1)
     sinks: (H,)
     seed: 0-d int64
@@ -65,7 +65,7 @@ class Masks(NamedTuple):
 
     mask: Scores
     bias: Scores
-    padding: Tensor | None
+    key_padding: Tensor | None
     relative_bias: Tensor | None
     relative_bias_stride_h: int
     sinks: Tensor | None
@@ -122,7 +122,7 @@ class Settings(NamedTuple):
     band_left: int | None
     band_right: int | None
     dropout_threshold: int
-    inverse_keep: float
+    dropout_scale: float
     HEAD_DIM: tl.constexpr
     VALUE_DIM: tl.constexpr
     BLOCK_D: tl.constexpr
@@ -148,7 +148,7 @@ class Settings(NamedTuple):
             None if band.left == UNBOUNDED or band.left >= reach else band.left,
             None if band.right == UNBOUNDED or band.right >= reach else band.right,
             dropout.threshold(problem.dropout_p) - 2**31,
-            dropout.inverse_keep(problem.dropout_p),
+            dropout.scale(problem.dropout_p),
             *map(
                 tl.constexpr,
                 (

@@ -21,7 +21,7 @@ from fused_attn.backends.base import clear_rows
 from fused_attn.backends.triton import configs, decode, tuned
 from fused_attn.backends.triton.arguments import NO_MASKS, Masks, Rows, Settings
 from fused_attn.backends.triton.backward import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
-from fused_attn.backends.triton.bias_gradients import attention_bwd_dbias_kernel, attention_bwd_dtable_kernel
+from fused_attn.backends.triton.bias_gradients import attention_bwd_dbias_kernel, attention_bwd_drelative_bias_kernel
 from fused_attn.backends.triton.configs import Config
 from fused_attn.backends.triton.decode import merge_splits_kernel
 from fused_attn.backends.triton.forward import attention_fwd_kernel
@@ -52,7 +52,7 @@ class Launch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    units_per_section: int
+    heads_per_l2_group: int
     num_splits: int
     forward: Launch
     dq: Launch
@@ -94,7 +94,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
             problem.seqlen_k,
             rows,
             problem.band.offset,
-            plan.units_per_section,
+            plan.heads_per_l2_group,
             plan.num_splits,
             num_rows,
         )
@@ -138,7 +138,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     dsinks = None
     if wanted.sinks:
         dsinks = lse.new_empty((problem.batch, problem.num_heads, _num_blocks(plan.dq, problem)))
-    q, k, v, o, do, dq, dk, dv = (
+    q, k, v, o, dout_rows, dq, dk, dv = (
         Rows.of(x, problem.is_packed) for x in (query, key, value, out, dout, dquery, dkey, dvalue)
     )
     dlse = None if dlse is None else dlse.resolve_neg().contiguous()
@@ -148,12 +148,12 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         _run(
             attention_bwd_dq_kernel,
             plan.dq,
-            (*q, *k, *v, *o, *do, *dq, dlse, dsinks, *shared),
+            (*q, *k, *v, *o, *dout_rows, *dq, dlse, dsinks, *shared),
             q,
             k,
             v,
             o,
-            do,
+            dout_rows,
             dq,
             lse,
             dlse,
@@ -163,17 +163,17 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
             masks,
             plan.dq.settings,
             *sizes,
-            plan.units_per_section,
+            plan.heads_per_l2_group,
         )
         if wanted.key or wanted.value:
             _run(
                 attention_bwd_dkdv_kernel,
                 plan.dkdv,
-                (*q, *k, *v, *do, *dk, *dv, *shared),
+                (*q, *k, *v, *dout_rows, *dk, *dv, *shared),
                 q,
                 k,
                 v,
-                do,
+                dout_rows,
                 dk,
                 dv,
                 lse,
@@ -182,9 +182,9 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
                 masks,
                 plan.dkdv.settings,
                 *sizes,
-                plan.units_per_section,
+                plan.heads_per_l2_group,
             )
-        tensors = (q, k, v, do, lse, delta, factor)
+        tensors = (q, k, v, dout_rows, lse, delta, factor)
         dbias = drelative_bias = None
         if wanted.bias:
             if inputs.bias.shape[3] == 1 < problem.seqlen_k:
@@ -241,7 +241,7 @@ def _relative_bias_gradient(problem, launch, inputs, tensors, masks, sizes) -> T
     heads = problem.num_heads
     diagonals = launch.grid[0] // heads
     planes = torch.zeros((2, heads, (diagonals + 1) * block), dtype=torch.float32, device=table.device)
-    attention_bwd_dtable_kernel[launch.grid](
+    attention_bwd_drelative_bias_kernel[launch.grid](
         *tensors,
         planes,
         masks,
@@ -273,8 +273,8 @@ def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
 
     # Few queries: all heads of a group share a tile, and several programs the keys of a head.
     packs = group_size > 1 and seqlen_q < fwd.block_m
-    rows, units = (seqlen_q * group_size, kv_heads) if packs else (seqlen_q, heads)
-    programs = triton.cdiv(rows, fwd.block_m) * units * problem.batch
+    rows, num_tile_heads = (seqlen_q * group_size, kv_heads) if packs else (seqlen_q, heads)
+    programs = triton.cdiv(rows, fwd.block_m) * num_tile_heads * problem.batch
     num_splits = 1
     if not problem.is_packed and 0 < rows <= fwd.block_m:
         num_splits = decode.num_splits(programs, seqlen_k, _multiprocessors(problem.device))
