@@ -32,9 +32,9 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, x: Tensor | None, is_packed: bool = False) -> Rows:
         if x is None:
-            return cls(None)
+            return NO_ROWS
         stride_b, stride_h, stride_row, _ = x.stride()
-        return cls(x, 0 if is_packed else stride_b, stride_h, stride_row)
+        return _new(cls, (x, 0 if is_packed else stride_b, stride_h, stride_row))
 
 
 class Scores(NamedTuple):
@@ -49,8 +49,19 @@ class Scores(NamedTuple):
     @classmethod
     def of(cls, x: Tensor | None) -> Scores:
         if x is None:
-            return cls(None)
-        return cls(x, *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)))
+            return NO_SCORES
+        batch, heads, rows, columns = x.shape
+        stride_b, stride_h, stride_row, stride_col = x.stride()
+        return _new(
+            cls,
+            (
+                x,
+                0 if batch == 1 else stride_b,
+                0 if heads == 1 else stride_h,
+                0 if rows == 1 else stride_row,
+                0 if columns == 1 else stride_col,
+            ),
+        )
 
 
 class Masks(NamedTuple):
@@ -74,29 +85,60 @@ class Masks(NamedTuple):
     cu_seqlens_k: Tensor | None
 
     @property
-    def flat(self) -> tuple:
-        return *self.mask, *self.bias, *self[2:]
+    def kind(self) -> tuple:
+        """See `kind_of`."""
+        return (
+            kind_of(self.mask),
+            kind_of(self.bias),
+            kind_of_pointer(self.key_padding),
+            kind_of_pointer(self.relative_bias),
+            self.relative_bias_stride_h,
+            kind_of_pointer(self.sinks),
+            kind_of_pointer(self.seed),
+            kind_of_pointer(self.cu_seqlens_q),
+            kind_of_pointer(self.cu_seqlens_k),
+        )
 
     @classmethod
     def of(cls, inputs: Inputs) -> Masks:
         table = inputs.relative_bias
         if table is not None:
             table = table.resolve_neg().contiguous()
-        return cls(
-            Scores.of(inputs.mask),
-            NO_SCORES if inputs.bias is None else Scores.of(inputs.bias.resolve_neg()),
-            None if inputs.key_padding is None else inputs.key_padding.contiguous(),
-            table,
-            0 if table is None or table.shape[0] == 1 else table.shape[1],
-            None if inputs.sinks is None else inputs.sinks.resolve_neg().contiguous(),
-            inputs.seed,
-            inputs.cu_seqlens_q,
-            inputs.cu_seqlens_k,
+        return _new(
+            cls,
+            (
+                Scores.of(inputs.mask),
+                NO_SCORES if inputs.bias is None else Scores.of(inputs.bias.resolve_neg()),
+                None if inputs.key_padding is None else inputs.key_padding.contiguous(),
+                table,
+                0 if table is None or table.shape[0] == 1 else table.shape[1],
+                None if inputs.sinks is None else inputs.sinks.resolve_neg().contiguous(),
+                inputs.seed,
+                inputs.cu_seqlens_q,
+                inputs.cu_seqlens_k,
+            ),
         )
 
 
+def kind_of_pointer(x: Tensor | None) -> tuple | None:
+    """What Triton compiles a kernel for, of a pointer: its type, and whether the address is a multiple of 16."""
+    return None if x is None else (x.data_ptr() % 16, x.dtype)
+
+
+def kind_of(x: Rows | Scores) -> tuple | None:
+    """What Triton compiles a kernel for, of a tensor: the kind of its pointer and all strides."""
+    pointer = x[0]
+    return None if pointer is None else (pointer.data_ptr() % 16, pointer.dtype, x[1:])
+
+
+#: Makes a named tuple of a tuple. The class itself takes twice the time, which small calls feel.
+_new = tuple.__new__
+
+NO_ROWS = Rows(None)
 NO_SCORES = Scores(None)
 NO_MASKS = Masks(NO_SCORES, NO_SCORES, None, None, 0, None, None, None, None)
+#: The kind of `NO_MASKS`.
+NO_MASKS_KIND = NO_MASKS.kind
 
 
 _FOLDED_SCALES = (2.0**-20, 2.0**20)
