@@ -39,8 +39,8 @@ class Info:
             lines.append(title)
             lines += [f"  {name:<18} {value}" for name, value in entries.items()]
         lines.append("backends (the first that can run is used)")
-        for place, backends in self.backends.items():
-            lines.append(f"  {place}")
+        for where, backends in self.backends.items():
+            lines.append(f"  {where}")
             lines += [f"    {name:<16} {'; '.join(reasons) or 'runs'}" for name, reasons in backends.items()]
         return "\n".join(lines)
 
@@ -127,8 +127,8 @@ def _backends() -> dict[str, dict[str, list[str]]]:
         for dtype in (torch.float32, torch.bfloat16)
     }
     return {
-        place: {backend.name: backend.unsupported_reasons(problem) for backend in dispatch.preferred(problem)}
-        for place, problem in problems.items()
+        where: {backend.name: backend.unsupported_reasons(problem) for backend in dispatch.preferred(problem)}
+        for where, problem in problems.items()
     }
 
 

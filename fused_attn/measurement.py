@@ -1,6 +1,6 @@
 """How calls are compared in speed: two clocks, rounds in turns, and a progress bar.
 
-The benchmarks measure with this module; `fused_attn.backends.triton.tune` can. All calls of a comparison run in turns,
+The benchmarks and `fused_attn.backends.triton.tune` measure with this module. All calls of a comparison run in turns,
 in reverse order every second round. A slow moment of the machine then meets all of them alike, and a ratio can be taken
 within a round.
 """

@@ -71,7 +71,7 @@ def test_each_kind_of_word_is_found(tmp_path: Path, code: str, name: str, instea
 
 def test_python_is_read_as_python(tmp_path: Path) -> None:
     path = tmp_path / "kernel.py"
-    path.write_text('"""kept"""\ntext = "kept"  # kept\nvalue = text.kept // place\n')
+    path.write_text('"""kept"""\ntext = "kept"  # kept\nvalue = text.kept // place\nbias.seq_len_q\n')
     assert [line.split(": ")[:2] for line in check_glossary.check([path])] == [
         [f"{path}:3", "kept"],
         [f"{path}:3", "place"],

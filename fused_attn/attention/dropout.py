@@ -23,7 +23,7 @@ def threshold(dropout_p: float) -> int:
     return min(round(dropout_p * 2**32), _WORD)
 
 
-def inverse_keep(dropout_p: float) -> float:
+def scale(dropout_p: float) -> float:
     """Factor for what is kept. With ``dropout_p == 1`` it is 0, which drops even the words equal to the threshold."""
     return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
 

@@ -20,10 +20,10 @@ def forward(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     # Autocast has had its say on the inputs; the formula itself computes in the accumulate dtype.
     with _without_autocast(inputs.query.device):
         x = _to_compute(problem, inputs)
-        weights, lse, _ = _softmax(problem, x)
+        probs, lse, _ = _softmax(problem, x)
         if problem.dropout_p:
-            weights = weights * _dropout_factors(problem, x)
-        out = (weights @ x.value).to(problem.dtype)
+            probs = probs * _dropout_factors(problem, x)
+        out = (probs @ x.value).to(problem.dtype)
         if problem.is_packed:
             # Zero already, and so must be the gradient that comes back, before any product.
             out = _without_strays(out, masks.positions(problem, x)[0])
@@ -37,7 +37,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     """
     with _without_autocast(inputs.query.device):
         x = _to_compute(problem, inputs)
-        weights, lse, dcap = _softmax(problem, x)
+        probs, lse, dcap = _softmax(problem, x)
         assert saved.dout is not None, "backends get one"
         dout, dlse = saved.dout.to(problem.accumulate_dtype), saved.dlse
         if problem.is_packed:
@@ -45,15 +45,15 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
             dout = _without_strays(dout, rows)
             dlse = None if dlse is None else dlse.masked_fill(~rows.has_sequence, 0.0)
 
-        dweights = dout @ x.value.transpose(-2, -1)  # (B, H, L, S)
-        dropped_weights = weights
+        dprobs = dout @ x.value.transpose(-2, -1)  # (B, H, L, S)
+        dropped_probs = probs
         if problem.dropout_p:
             factors = _dropout_factors(problem, x)
-            dropped_weights, dweights = weights * factors, dweights * factors
-        delta = (weights * dweights).sum(-1, keepdim=True)  # (B, H, L, 1)
+            dropped_probs, dprobs = probs * factors, dprobs * factors
+        delta = (probs * dprobs).sum(-1, keepdim=True)  # (B, H, L, 1)
         if dlse is not None:
             delta = delta - dlse.unsqueeze(-1)
-        dbiased = weights * (dweights - delta)  # the gradient of the scores after softcap and bias
+        dbiased = probs * (dprobs - delta)  # the gradient of the scores after softcap and bias
         dscores = (dbiased if dcap is None else dbiased * dcap) * problem.scale
 
         grads = {}
@@ -62,7 +62,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         if wanted.key:
             grads["key"] = follow_layout(_sum_groups(problem, dscores.transpose(-2, -1) @ x.query), inputs.key)
         if wanted.value:
-            grads["value"] = follow_layout(_sum_groups(problem, dropped_weights.transpose(-2, -1) @ dout), inputs.value)
+            grads["value"] = follow_layout(_sum_groups(problem, dropped_probs.transpose(-2, -1) @ dout), inputs.value)
         if wanted.bias and inputs.bias is not None:
             grads["bias"] = dbiased.sum_to_size(inputs.bias.shape).to(inputs.bias.dtype)
         if wanted.relative_bias and inputs.relative_bias is not None:
@@ -82,9 +82,9 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
 
 
 class Softmax(NamedTuple):
-    """weights: (B, H, L, S); lse: (B, H, L); dcap: d softcap(x) / dx of every score, None without softcap."""
+    """probs: (B, H, L, S); lse: (B, H, L); dcap: d softcap(x) / dx of every score, None without softcap."""
 
-    weights: Tensor
+    probs: Tensor
     lse: Tensor
     dcap: Tensor | None
 
@@ -112,13 +112,13 @@ def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
     if sink is not None:
         row_max = torch.maximum(row_max, sink.detach())
     row_max = row_max.masked_fill(is_empty, 0.0)
-    weights = torch.exp(scores - row_max)
-    row_sum = weights.sum(-1, keepdim=True)
+    probs = torch.exp(scores - row_max)
+    row_sum = probs.sum(-1, keepdim=True)
     if sink is not None:
         row_sum = row_sum + torch.exp(sink - row_max)
     row_sum = row_sum.masked_fill(is_empty, 1.0)
     lse = (row_max + row_sum.log()).masked_fill(is_empty, float("-inf")).squeeze(-1)
-    return Softmax(weights / row_sum, lse, dcap)
+    return Softmax(probs / row_sum, lse, dcap)
 
 
 def _to_compute(problem: AttentionProblem, inputs: Inputs) -> Inputs:
@@ -126,8 +126,8 @@ def _to_compute(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     query, key, value = inputs.query, inputs.key, inputs.value
     if inputs.key_padding is not None:
         # Before any product, because 0 * NaN is NaN.
-        ignored = inputs.key_padding[:, None, :, None]
-        key, value = key.masked_fill(ignored, 0.0), value.masked_fill(ignored, 0.0)
+        is_padding = inputs.key_padding[:, None, :, None]
+        key, value = key.masked_fill(is_padding, 0.0), value.masked_fill(is_padding, 0.0)
     if problem.is_packed:
         rows, columns = masks.positions(problem, inputs)
         query, key, value = (_without_strays(x, at) for x, at in ((query, rows), (key, columns), (value, columns)))
@@ -148,8 +148,8 @@ def _dropout_factors(problem: AttentionProblem, x: Inputs) -> Tensor:
     """(B, H, L, S): 0 where dropped, 1 / (1 - p) where kept."""
     assert x.seed is not None, "given where dropout_p > 0"
     rows, columns = masks.positions(problem, x)
-    keep = dropout.keep_mask(x.seed, problem.dropout_p, x.query.shape[0], problem.num_heads, rows, columns)
-    return keep.to(problem.accumulate_dtype) * dropout.inverse_keep(problem.dropout_p)
+    dropout_keep = dropout.keep_mask(x.seed, problem.dropout_p, x.query.shape[0], problem.num_heads, rows, columns)
+    return dropout_keep.to(problem.accumulate_dtype) * dropout.scale(problem.dropout_p)
 
 
 def _sum_groups(problem: AttentionProblem, dx: Tensor) -> Tensor:

@@ -131,19 +131,19 @@ def _to_rank_4(mask: Tensor, layout: Layout | None) -> Tensor:
 
 
 def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(ignored (B, S) bool, bias (B, 1, 1, S) or None) of a (B, S) mask whose True / -inf entries are to be ignored."""
+    """(key_padding (B, S) bool, bias (B, 1, 1, S) or None) of a (B, S) mask. Its True / -inf entries mean padding."""
     if mask.dtype == torch.bool:
         return mask, None
-    ignored = mask == float("-inf")
-    bias = mask.masked_fill(ignored, 0.0)
+    is_padding = mask == float("-inf")
+    bias = mask.masked_fill(is_padding, 0.0)
     if modes.can_read(mask) and not mask.requires_grad:
         least, most = (x.item() for x in bias.aminmax()) if bias.numel() else (0.0, 0.0)
         if least == most == 0.0:
             # nn.Transformer turns bool padding into 0 / -inf; reading it back here costs nothing on a CPU.
-            return ignored, None
+            return is_padding, None
         if least >= 0.0 and most == 1.0 and torch.equal(mask, mask.bool().to(mask.dtype)):
             _warn_of_zeros_and_ones()
-    return ignored, bias[:, None, None, :]
+    return is_padding, bias[:, None, None, :]
 
 
 @functools.cache

@@ -352,8 +352,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         lengths = [row.shape[0] for row in x.unbind()]
         padded = x.to_padded_tensor(0.0)
         positions = torch.arange(padded.shape[1], device=x.device)
-        ignored = positions >= torch.tensor(lengths, device=x.device)[:, None]
-        out, _ = self.forward(padded, padded, padded, ignored, need_weights=False, is_causal=is_causal)
+        is_padding = positions >= torch.tensor(lengths, device=x.device)[:, None]
+        out, _ = self.forward(padded, padded, padded, is_padding, need_weights=False, is_causal=is_causal)
         return torch.nested.as_nested_tensor([row[:length] for row, length in zip(out, lengths, strict=True)])
 
     def _check_nested(self, key_padding_mask, need_weights: bool, attn_mask, cache, is_strided: bool) -> None:

@@ -364,31 +364,31 @@ class Seq2SeqTransformer(nn.Module):
         """The best hypothesis of each source, (B, N). K is `num_beams`.
 
         live:  (B, K, 1 + max_new_tokens) holds the likeliest unfinished hypotheses, best first.
-               live_log_p (B, K) holds their log-probabilities.
+               open_log_p (B, K) holds their log-probabilities.
         ended: (B, K, 1 + max_new_tokens) holds the best finished hypotheses, best first.
                ended_scores (B, K) holds their scores. -inf means that there is no such hypothesis yet.
         """
         batch, device = memory.shape[0], memory.device
         memory, padding = (x.repeat_interleave(num_beams, dim=0) for x in (memory, padding))
         cache = self._new_cache()
-        live = torch.full((batch, num_beams, 1 + max_new_tokens), self.pad_id, device=device)
-        live[:, :, 0] = self.sos_id
-        ended = live
+        open_beams = torch.full((batch, num_beams, 1 + max_new_tokens), self.pad_id, device=device)
+        open_beams[:, :, 0] = self.sos_id
+        ended = open_beams
         # All beams of a source begin as the same hypothesis, so only one of them may count.
-        live_log_p = torch.full((batch, num_beams), MINUS_INF, device=device, dtype=_float_dtype(memory))
-        live_log_p[:, :1] = 0.0
-        ended_scores = torch.full_like(live_log_p, MINUS_INF)
+        open_log_p = torch.full((batch, num_beams), MINUS_INF, device=device, dtype=_float_dtype(memory))
+        open_log_p[:, :1] = 0.0
+        ended_scores = torch.full_like(open_log_p, MINUS_INF)
         is_done = torch.zeros(batch, 1, dtype=torch.bool, device=device)
         first_row = torch.arange(batch, device=device)[:, None] * num_beams  # the first row of each source in memory
 
         for end in range(1, 1 + max_new_tokens):
-            log_p = self._next_logits(live[:, :, :end].flatten(0, 1), memory, padding, cache).log_softmax(dim=-1)
+            log_p = self._next_logits(open_beams[:, :, :end].flatten(0, 1), memory, padding, cache).log_softmax(dim=-1)
             vocab = log_p.shape[1]
-            log_p = live_log_p[:, :, None] + log_p.view(batch, num_beams, vocab)  # (B, K, V)
+            log_p = open_log_p[:, :, None] + log_p.view(batch, num_beams, vocab)  # (B, K, V)
             # At most K of these 2K hypotheses end, so at least K go on.
             log_p, index = log_p.flatten(1).topk(2 * num_beams)  # (B, 2K)
             beam, token = index // vocab, index % vocab
-            hypotheses = _select(live, beam)
+            hypotheses = _select(open_beams, beam)
             hypotheses[:, :, end] = token
             ends = token == self.eos_id
 
@@ -397,15 +397,15 @@ class Seq2SeqTransformer(nn.Module):
             ended_scores, best = torch.cat((ended_scores, scores), dim=1).topk(num_beams)
             ended = _select(torch.cat((ended, hypotheses), dim=1), best)
 
-            live_log_p, best = log_p.masked_fill(ends, MINUS_INF).topk(num_beams)
-            live = _select(hypotheses, best)
-            is_done |= ended_scores[:, -1:] >= live_log_p[:, :1] / end**length_penalty
+            open_log_p, best = log_p.masked_fill(ends, MINUS_INF).topk(num_beams)
+            open_beams = _select(hypotheses, best)
+            is_done |= ended_scores[:, -1:] >= open_log_p[:, :1] / end**length_penalty
             if is_done.all():
                 break
             if cache is not None:
                 cache.reorder((first_row + beam.gather(1, best)).flatten(), include_cross_attention=False)
 
-        tokens = torch.where(ended_scores[:, :1] > MINUS_INF, ended[:, 0], live[:, 0])[:, 1:]
+        tokens = torch.where(ended_scores[:, :1] > MINUS_INF, ended[:, 0], open_beams[:, 0])[:, 1:]
         return tokens[:, : int((tokens != self.pad_id).sum(dim=1).amax())]
 
     def _new_cache(self) -> KVCache | None:
@@ -545,8 +545,8 @@ def sampling_probabilities(logits: Tensor, temperature: float, top_k: int | None
         return probabilities
     ordered, order = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered  # the sum over the likelier tokens
-    kept = ordered.masked_fill(before >= top_p, 0.0)
-    return torch.zeros_like(probabilities).scatter(-1, order, kept / kept.sum(dim=-1, keepdim=True))
+    likeliest = ordered.masked_fill(before >= top_p, 0.0)
+    return torch.zeros_like(probabilities).scatter(-1, order, likeliest / likeliest.sum(dim=-1, keepdim=True))
 
 
 def _select(hypotheses: Tensor, index: Tensor) -> Tensor:

@@ -49,13 +49,13 @@ def attention_weights(
     """
     batch, num_heads, seqlen_q, _ = query.shape
     seqlen_k, device = key.shape[2], query.device
-    is_ignored = None
+    is_padding = None
     if key_padding_mask is not None:
-        is_ignored = key_padding_mask
+        is_padding = key_padding_mask
         if key_padding_mask.is_floating_point():
-            is_ignored = key_padding_mask == float("-inf")
+            is_padding = key_padding_mask == float("-inf")
         # Ignored keys may hold NaN, and 0 * NaN is NaN.
-        key = key.masked_fill(is_ignored[:, None, :, None], 0.0)
+        key = key.masked_fill(is_padding[:, None, :, None], 0.0)
     if key.shape[1] != num_heads:
         key = key.repeat_interleave(num_heads // key.shape[1], dim=1)
 
@@ -74,14 +74,14 @@ def attention_weights(
         scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
     if diagonal is not None:
         scores = scores.masked_fill(distance > diagonal, float("-inf"))
-    if is_ignored is not None:
-        scores = scores.masked_fill(is_ignored[:, None, None, :], float("-inf"))
+    if is_padding is not None:
+        scores = scores.masked_fill(is_padding[:, None, None, :], float("-inf"))
 
     # A row that sees no key has lse -inf, and -inf - -inf is NaN. With lse 0 in its place the row is exp(-inf) = 0.
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     if dropout_p:
         assert dropout_seed is not None, "dropout_p needs the seed that forward has drawn"
         positions = (Positions(index, torch.zeros_like(index)) for index in (rows, columns))
-        keep = dropout.keep_mask(dropout_seed, dropout_p, batch, num_heads, *positions)
-        weights = weights * keep * dropout.inverse_keep(dropout_p)
+        dropout_keep = dropout.keep_mask(dropout_seed, dropout_p, batch, num_heads, *positions)
+        weights = weights * dropout_keep * dropout.scale(dropout_p)
     return weights

@@ -37,7 +37,7 @@ KERNELS = {
     "dq": launcher.attention_bwd_dq_kernel,
     "dkdv": launcher.attention_bwd_dkdv_kernel,
     "bias": launcher.attention_bwd_dbias_kernel,
-    "relative bias": launcher.attention_bwd_dtable_kernel,
+    "relative bias": launcher.attention_bwd_drelative_bias_kernel,
 }
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 

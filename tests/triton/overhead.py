@@ -66,9 +66,7 @@ def main() -> None:
     out, lse = launcher.forward(*calls["plain"], True)
     wanted = Wanted(query=True, key=True, value=True)
     saved = Saved(out, lse, dout)
-    costs["backward plain"] = best_of(
-        lambda: launcher.backward(*calls["plain"], saved, wanted)
-    )
+    costs["backward plain"] = best_of(lambda: launcher.backward(*calls["plain"], saved, wanted))
     print(json.dumps(costs))
 
 

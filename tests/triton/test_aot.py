@@ -68,8 +68,8 @@ def test_batches_of_other_lengths_compile_nothing_new():
     assert process.returncode == 0, process.stdout + process.stderr
 
 
-def test_kept_kernels_are_those_that_triton_would_choose():
-    process = run("kept_kernels.py")
+def test_reused_kernels_are_those_that_triton_would_choose():
+    process = run("reused_kernels.py")
     assert process.returncode == 0, process.stdout + process.stderr
 
 

@@ -37,7 +37,7 @@ KERNELS = (
     "attention_bwd_dq_kernel",
     "attention_bwd_dkdv_kernel",
     "attention_bwd_dbias_kernel",
-    "attention_bwd_dtable_kernel",
+    "attention_bwd_drelative_bias_kernel",
 )
 # Every further launch costs as much as a small call, so these are all there may be.
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided"}

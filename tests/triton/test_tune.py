@@ -387,13 +387,13 @@ def test_a_configuration_runs_the_kernel_that_is_meant(small, monkeypatch, kerne
     monkeypatch.setattr(
         launcher, "_launch", lambda problem, *args, **kw: planned.append(args[0]) or launch(problem, *args, **kw)
     )
-    for mask in inputs.masks:
-        truth = inputs.call(table)(mask)
+    for variant in inputs.variants:
+        truth = inputs.call(table)(variant)
         planned.clear()
-        found = inputs.call(other)(mask)
+        found = inputs.call(other)(variant)
         assert other in planned and len(found) == {"forward": 2, "dq": 1, "dkdv": 2, "bias": 1}[kernel]
         assert tune._difference(found, truth, workload.dtype) is None
-    assert len(inputs.masks) == (2 if "padding" in features else 1)
+    assert len(inputs.variants) == (2 if "padding" in features else 1)
 
 
 @pytest.mark.gpu

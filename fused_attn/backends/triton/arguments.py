@@ -18,7 +18,7 @@ from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.triton.configs import Config, padded_head_dim
 
 #: Kernel arguments whose value must not cause another compilation.
-UNSPECIALIZED = ("seqlen_q", "seqlen_k", "lse_stride", "band_offset", "units_per_section")
+UNSPECIALIZED = ("seqlen_q", "seqlen_k", "lse_stride", "band_offset", "heads_per_l2_group")
 
 
 class Rows(NamedTuple):
@@ -32,9 +32,9 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, x: Tensor | None, is_packed: bool = False) -> Rows:
         if x is None:
-            return cls(None)
+            return NO_ROWS
         stride_b, stride_h, stride_row, _ = x.stride()
-        return cls(x, 0 if is_packed else stride_b, stride_h, stride_row)
+        return _new(cls, (x, 0 if is_packed else stride_b, stride_h, stride_row))
 
 
 class Scores(NamedTuple):
@@ -49,14 +49,25 @@ class Scores(NamedTuple):
     @classmethod
     def of(cls, x: Tensor | None) -> Scores:
         if x is None:
-            return cls(None)
-        return cls(x, *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)))
+            return NO_SCORES
+        batch, heads, rows, columns = x.shape
+        stride_b, stride_h, stride_row, stride_col = x.stride()
+        return _new(
+            cls,
+            (
+                x,
+                0 if batch == 1 else stride_b,
+                0 if heads == 1 else stride_h,
+                0 if rows == 1 else stride_row,
+                0 if columns == 1 else stride_col,
+            ),
+        )
 
 
 class Masks(NamedTuple):
     """Pointers to everything that hides, biases or drops scores; None where the problem has none.
 
-    padding: (B, S) bytes, nonzero = ignore
+    key_padding: (B, S) bytes, nonzero = padding
     relative_bias: (H|1, L + S - 1)
     sinks: (H,)
     seed: 0-d int64
@@ -65,7 +76,7 @@ class Masks(NamedTuple):
 
     mask: Scores
     bias: Scores
-    padding: Tensor | None
+    key_padding: Tensor | None
     relative_bias: Tensor | None
     relative_bias_stride_h: int
     sinks: Tensor | None
@@ -74,29 +85,60 @@ class Masks(NamedTuple):
     cu_seqlens_k: Tensor | None
 
     @property
-    def flat(self) -> tuple:
-        return *self.mask, *self.bias, *self[2:]
+    def kind(self) -> tuple:
+        """See `kind_of`."""
+        return (
+            kind_of(self.mask),
+            kind_of(self.bias),
+            kind_of_pointer(self.key_padding),
+            kind_of_pointer(self.relative_bias),
+            self.relative_bias_stride_h,
+            kind_of_pointer(self.sinks),
+            kind_of_pointer(self.seed),
+            kind_of_pointer(self.cu_seqlens_q),
+            kind_of_pointer(self.cu_seqlens_k),
+        )
 
     @classmethod
     def of(cls, inputs: Inputs) -> Masks:
         table = inputs.relative_bias
         if table is not None:
             table = table.resolve_neg().contiguous()
-        return cls(
-            Scores.of(inputs.mask),
-            NO_SCORES if inputs.bias is None else Scores.of(inputs.bias.resolve_neg()),
-            None if inputs.key_padding is None else inputs.key_padding.contiguous(),
-            table,
-            0 if table is None or table.shape[0] == 1 else table.shape[1],
-            None if inputs.sinks is None else inputs.sinks.resolve_neg().contiguous(),
-            inputs.seed,
-            inputs.cu_seqlens_q,
-            inputs.cu_seqlens_k,
+        return _new(
+            cls,
+            (
+                Scores.of(inputs.mask),
+                NO_SCORES if inputs.bias is None else Scores.of(inputs.bias.resolve_neg()),
+                None if inputs.key_padding is None else inputs.key_padding.contiguous(),
+                table,
+                0 if table is None or table.shape[0] == 1 else table.shape[1],
+                None if inputs.sinks is None else inputs.sinks.resolve_neg().contiguous(),
+                inputs.seed,
+                inputs.cu_seqlens_q,
+                inputs.cu_seqlens_k,
+            ),
         )
 
 
+def kind_of_pointer(x: Tensor | None) -> tuple | None:
+    """What Triton compiles a kernel for, of a pointer: its type, and whether the address is a multiple of 16."""
+    return None if x is None else (x.data_ptr() % 16, x.dtype)
+
+
+def kind_of(x: Rows | Scores) -> tuple | None:
+    """What Triton compiles a kernel for, of a tensor: the kind of its pointer and all strides."""
+    pointer = x[0]
+    return None if pointer is None else (pointer.data_ptr() % 16, pointer.dtype, x[1:])
+
+
+#: Makes a named tuple of a tuple. The class itself takes twice the time, which small calls feel.
+_new = tuple.__new__
+
+NO_ROWS = Rows(None)
 NO_SCORES = Scores(None)
 NO_MASKS = Masks(NO_SCORES, NO_SCORES, None, None, 0, None, None, None, None)
+#: The kind of `NO_MASKS`.
+NO_MASKS_KIND = NO_MASKS.kind
 
 
 _FOLDED_SCALES = (2.0**-20, 2.0**20)
@@ -122,7 +164,7 @@ class Settings(NamedTuple):
     band_left: int | None
     band_right: int | None
     dropout_threshold: int
-    inverse_keep: float
+    dropout_scale: float
     HEAD_DIM: tl.constexpr
     VALUE_DIM: tl.constexpr
     BLOCK_D: tl.constexpr
@@ -148,7 +190,7 @@ class Settings(NamedTuple):
             None if band.left == UNBOUNDED or band.left >= reach else band.left,
             None if band.right == UNBOUNDED or band.right >= reach else band.right,
             dropout.threshold(problem.dropout_p) - 2**31,
-            dropout.inverse_keep(problem.dropout_p),
+            dropout.scale(problem.dropout_p),
             *map(
                 tl.constexpr,
                 (

@@ -1,6 +1,6 @@
 """The backward kernels: dq (with delta and the sinks' gradient), then dk and dv.
 
-Each recomputes the weights from the LSE. Every gradient is summed by one program in a fixed order, so the results are
+Each recomputes the probs from the LSE. Every gradient is summed by one program in a fixed order, so the results are
 deterministic; the price is that both kernels form the scores (7 matrix products instead of 5).
 """
 
@@ -20,21 +20,21 @@ from fused_attn.backends.triton.scores import (
 )
 from fused_attn.backends.triton.sums import add_product, plus_product, zero_sum
 from fused_attn.backends.triton.tiles import (
-    block_and_unit,
-    is_kept,
+    head_slice_of,
+    is_valid_key,
     key_blocks,
     key_pointer,
     load_key_rows,
     load_query_rows,
     num_partial_blocks,
     partial_block,
-    place_of,
     query_blocks,
     query_pointer,
+    scheduled_tile,
     store_tile,
 )
 
-#: Up to here an LSE is exact enough for the weights, which its rounding moves by 3e-5; in float32 by 1e-6.
+#: Up to here an LSE is exact enough for the probs, which its rounding moves by 3e-5; in float32 by 1e-6.
 EXACT_LSE = tl.constexpr(512.0)
 EXACT_LSE_FLOAT32 = tl.constexpr(16.0)
 
@@ -58,26 +58,26 @@ def attention_bwd_dq_kernel(
     seqlen_k,
     lse_stride,
     band_offset,
-    units_per_section,
+    heads_per_l2_group,
 ):
     # Which rows.
     num_blocks = tl.cdiv(seqlen_q, settings.BLOCK_M)
-    block, head, batch = block_and_unit(num_blocks, settings.num_heads, units_per_section, LAST_FIRST=True)
+    block, head, batch = scheduled_tile(num_blocks, settings.num_heads, heads_per_l2_group, LAST_FIRST=True)
     first_row = block * settings.BLOCK_M
     query = first_row + tl.arange(0, settings.BLOCK_M)
     kv_head = head // settings.group_size
-    place = place_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
+    head_slice = head_slice_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
     dsinks_entry = (batch * settings.num_heads + head) * num_blocks + block
-    if first_row >= place.len_q:
+    if first_row >= head_slice.seqlen_q:
         if dsinks is not None:
             tl.store(dsinks + dsinks_entry, 0.0)
         return
-    is_row = query < place.len_q
+    is_row = query < head_slice.seqlen_q
 
     # Load, and delta.
-    dout_tile = load_query_rows(dout, place, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
-    out_tile = load_query_rows(out, place, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
-    row_offset = place.lse_offset + query
+    dout_tile = load_query_rows(dout, head_slice, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
+    out_tile = load_query_rows(out, head_slice, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
+    row_offset = head_slice.lse_offset + query
     row_lse = tl.load(lse + row_offset, mask=is_row, other=0.0)
     row_delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     if dlse is not None:
@@ -86,42 +86,42 @@ def attention_bwd_dq_kernel(
     if dsinks is not None:
         sink = tl.load(masks.sinks + head).to(tl.float32)
         # Rows that saw nothing have an LSE of -inf, and their sink no weight.
-        sink_weight = tl.where(is_row & (row_lse != float("-inf")), tl.exp2((sink - row_lse) * LOG2_E), 0.0)
-    q_tile = load_query_rows(q, place, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
+        sink_prob = tl.where(is_row & (row_lse != float("-inf")), tl.exp2((sink - row_lse) * LOG2_E), 0.0)
+    q_tile = load_query_rows(q, head_slice, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
 
     # Loop.
-    last_row = tl.minimum(first_row + settings.BLOCK_M, place.len_q) - 1
-    blocks = key_blocks(first_row, last_row, place, masks, settings)
+    last_row = tl.minimum(first_row + settings.BLOCK_M, head_slice.seqlen_q) - 1
+    blocks = key_blocks(first_row, last_row, head_slice, masks, settings)
     row_lse = finite_lse(row_lse, settings)
     row_factor = None
     if factor is not None:
         row_factor = tl.zeros([settings.BLOCK_M], tl.float32) + 1.0
         if tl.max(tl.abs(row_lse), 0) > (EXACT_LSE_FLOAT32 if settings.IS_FLOAT32 else EXACT_LSE):
-            row_factor = _exact_factor(q_tile, row_lse, query, blocks, k, place, masks, settings)
+            row_factor = _exact_factor(q_tile, row_lse, query, blocks, k, head_slice, masks, settings)
         tl.store(factor + row_offset, row_factor, mask=is_row)
     if dsinks is not None:
         if row_factor is not None:
-            sink_weight *= row_factor
-        tl.store(dsinks + dsinks_entry, -tl.sum(sink_weight * row_delta, 0))
+            sink_prob *= row_factor
+        tl.store(dsinks + dsinks_entry, -tl.sum(sink_prob * row_delta, 0))
     if dq.ptr is not None:
         acc = tl.zeros([settings.BLOCK_M, settings.BLOCK_D], tl.float32)
         for first_key in tl.range(blocks.full_start, blocks.full_end, settings.BLOCK_N):
             acc = _add_dq(
                 acc, q_tile, dout_tile, row_lse, row_factor, row_delta, query, first_key, k, v,
-                place, masks, settings, IS_FULL=True,
+                head_slice, masks, settings, IS_FULL=True,
             )  # fmt: skip
         for index in tl.range(0, num_partial_blocks(blocks, settings.BLOCK_N)):
             first_key = partial_block(blocks, index, settings.BLOCK_N)
             acc = _add_dq(
                 acc, q_tile, dout_tile, row_lse, row_factor, row_delta, query, first_key, k, v,
-                place, masks, settings, IS_FULL=False,
+                head_slice, masks, settings, IS_FULL=False,
             )  # fmt: skip
-        dq_pointer = query_pointer(dq, place, query, settings.BLOCK_D)
+        dq_pointer = query_pointer(dq, head_slice, query, settings.BLOCK_D)
         store_tile(dq_pointer, acc * settings.scale, is_row, settings.HEAD_DIM, settings.BLOCK_D)
 
 
 @triton.jit
-def _exact_factor(q_tile, row_lse, query, blocks, k, place, masks, settings):
+def _exact_factor(q_tile, row_lse, query, blocks, k, head_slice, masks, settings):
     """One over the sum of exp(score - LSE), which would be 1 if the LSE were exact.
 
     A large LSE is a coarse number: where all keys of a row carry a bias of -1e9, it cannot tell one key from many.
@@ -129,15 +129,17 @@ def _exact_factor(q_tile, row_lse, query, blocks, k, place, masks, settings):
     total = tl.zeros([settings.BLOCK_M], tl.float32)
     for first_key in range(blocks.start, blocks.end, settings.BLOCK_N):
         key = first_key + tl.arange(0, settings.BLOCK_N)
-        keep = is_kept(key, place, masks)
-        k_tile = load_key_rows(k, place, key, keep, settings.HEAD_DIM, settings.BLOCK_D)
+        is_valid = is_valid_key(key, head_slice, masks)
+        k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
-        scores, _ = biased_scores(qk, query[:, None], key[None, :], place, masks, settings, IS_FULL=False)
-        weights = exp_difference(scores, row_lse[:, None], settings)
-        weights = hide(weights, 0.0, query[:, None], key[None, :], keep[None, :], place, masks, settings, IS_FULL=False)
-        total += tl.sum(weights, 1)
+        scores, _ = biased_scores(qk, query[:, None], key[None, :], head_slice, masks, settings, IS_FULL=False)
+        probs = exp_difference(scores, row_lse[:, None], settings)
+        probs = hide(
+            probs, 0.0, query[:, None], key[None, :], is_valid[None, :], head_slice, masks, settings, IS_FULL=False
+        )
+        total += tl.sum(probs, 1)
     if masks.sinks is not None:
-        total += tl.exp2((tl.load(masks.sinks + place.head).to(tl.float32) - row_lse) * LOG2_E)
+        total += tl.exp2((tl.load(masks.sinks + head_slice.head).to(tl.float32) - row_lse) * LOG2_E)
     return tl.where(total > 0.0, 1.0 / total, 1.0)
 
 
@@ -153,21 +155,21 @@ def _add_dq(
     first_key,
     k,
     v,
-    place,
+    head_slice,
     masks,
     settings,
     IS_FULL: tl.constexpr,
 ):
     key = first_key + tl.arange(0, settings.BLOCK_N)
-    keep = None if IS_FULL else is_kept(key, place, masks)
-    k_tile = load_key_rows(k, place, key, keep, settings.HEAD_DIM, settings.BLOCK_D)
-    v_tile = load_key_rows(v, place, key, keep, settings.VALUE_DIM, settings.BLOCK_DV)
+    is_valid = None if IS_FULL else is_valid_key(key, head_slice, masks)
+    k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
+    v_tile = load_key_rows(v, head_slice, key, is_valid, settings.VALUE_DIM, settings.BLOCK_DV)
     qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
-    dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=settings.PRECISION)
-    _, _, dscores = weights_and_gradients(
-        qk, dweights, query[:, None], key[None, :], first_key, None if IS_FULL else keep[None, :],
+    dprobs = tl.dot(dout_tile, tl.trans(v_tile), input_precision=settings.PRECISION)
+    _, _, dscores = probs_and_gradients(
+        qk, dprobs, query[:, None], key[None, :], first_key, None if IS_FULL else is_valid[None, :],
         row_lse[:, None], None if row_factor is None else row_factor[:, None], row_delta[:, None],
-        place, masks, settings, IS_FULL, IS_TRANSPOSED=False,
+        head_slice, masks, settings, IS_FULL, IS_TRANSPOSED=False,
     )  # fmt: skip
     return plus_product(acc, dscores.to(k_tile.dtype), k_tile, settings)
 
@@ -189,61 +191,61 @@ def attention_bwd_dkdv_kernel(
     seqlen_k,
     lse_stride,
     band_offset,
-    units_per_section,
+    heads_per_l2_group,
 ):
     """A program owns a block of keys of one key head and visits all queries of all heads that share it."""
     # Which rows.
     num_blocks = tl.cdiv(seqlen_k, settings.BLOCK_N)
     num_kv_heads = settings.num_heads // settings.group_size
-    block, kv_head, batch = block_and_unit(num_blocks, num_kv_heads, units_per_section, LAST_FIRST=False)
+    block, kv_head, batch = scheduled_tile(num_blocks, num_kv_heads, heads_per_l2_group, LAST_FIRST=False)
     first_key = block * settings.BLOCK_N
     key = first_key + tl.arange(0, settings.BLOCK_N)
     first_head = kv_head * settings.group_size
-    place = place_of(batch, first_head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
-    if first_key >= place.len_k:
+    head_slice = head_slice_of(batch, first_head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
+    if first_key >= head_slice.seqlen_k:
         return
 
     # Load.
-    keep = is_kept(key, place, masks)
-    num_kept = tl.sum(keep.to(tl.int32), 0)
-    k_tile = load_key_rows(k, place, key, keep, settings.HEAD_DIM, settings.BLOCK_D)
-    v_tile = load_key_rows(v, place, key, keep, settings.VALUE_DIM, settings.BLOCK_DV)
+    is_valid = is_valid_key(key, head_slice, masks)
+    num_valid = tl.sum(is_valid.to(tl.int32), 0)
+    k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
+    v_tile = load_key_rows(v, head_slice, key, is_valid, settings.VALUE_DIM, settings.BLOCK_DV)
 
     # Loop, over the blocks of all heads at once: a loop within a loop keeps the addresses of both in registers.
-    last_key = tl.minimum(first_key + settings.BLOCK_N, place.len_k) - 1
-    blocks = query_blocks(first_key, last_key, num_kept == settings.BLOCK_N, place, settings)
+    last_key = tl.minimum(first_key + settings.BLOCK_N, head_slice.seqlen_k) - 1
+    blocks = query_blocks(first_key, last_key, num_valid == settings.BLOCK_N, head_slice, settings)
     dk_acc = zero_sum([settings.BLOCK_N, settings.BLOCK_D], settings)
     dv_acc = zero_sum([settings.BLOCK_N, settings.BLOCK_DV], settings)
     num_full = (blocks.full_end - blocks.full_start) // settings.BLOCK_M
     num_partial = num_partial_blocks(blocks, settings.BLOCK_M)
-    num_heads = tl.where(num_kept == 0, 0, settings.group_size)
+    num_heads = tl.where(num_valid == 0, 0, settings.group_size)
     # A pipeline computes its first addresses before it knows whether there is any step.
     full_divisor = tl.maximum(num_full, 1)
     partial_divisor = tl.maximum(num_partial, 1)
     for step in tl.range(0, num_full * num_heads):
         head = first_head + step // full_divisor
         first_row = blocks.full_start + step % full_divisor * settings.BLOCK_M
-        place = place_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
+        head_slice = head_slice_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
         dk_acc, dv_acc = _add_dkdv(
-            dk_acc, dv_acc, k_tile, v_tile, key, keep, first_key, first_row, q, dout, lse, delta, factor,
-            place, masks, settings, IS_FULL=True,
+            dk_acc, dv_acc, k_tile, v_tile, key, is_valid, first_key, first_row, q, dout, lse, delta, factor,
+            head_slice, masks, settings, IS_FULL=True,
         )  # fmt: skip
     for step in tl.range(0, num_partial * num_heads):
         head = first_head + step // partial_divisor
         first_row = partial_block(blocks, step % partial_divisor, settings.BLOCK_M)
-        place = place_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
+        head_slice = head_slice_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
         dk_acc, dv_acc = _add_dkdv(
-            dk_acc, dv_acc, k_tile, v_tile, key, keep, first_key, first_row, q, dout, lse, delta, factor,
-            place, masks, settings, IS_FULL=False,
+            dk_acc, dv_acc, k_tile, v_tile, key, is_valid, first_key, first_row, q, dout, lse, delta, factor,
+            head_slice, masks, settings, IS_FULL=False,
         )  # fmt: skip
 
     # Epilogue.
-    is_row = key < place.len_k
+    is_row = key < head_slice.seqlen_k
     if dk.ptr is not None:
-        dk_pointer = key_pointer(dk, place, key, settings.BLOCK_D)
+        dk_pointer = key_pointer(dk, head_slice, key, settings.BLOCK_D)
         store_tile(dk_pointer, dk_acc.total * settings.scale, is_row, settings.HEAD_DIM, settings.BLOCK_D)
     if dv.ptr is not None:
-        dv_pointer = key_pointer(dv, place, key, settings.BLOCK_DV)
+        dv_pointer = key_pointer(dv, head_slice, key, settings.BLOCK_DV)
         store_tile(dv_pointer, dv_acc.total, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
 
 
@@ -254,7 +256,7 @@ def _add_dkdv(
     k_tile,
     v_tile,
     key,
-    keep,
+    is_valid,
     first_key,
     first_row,
     q,
@@ -262,33 +264,33 @@ def _add_dkdv(
     lse,
     delta,
     factor,
-    place,
+    head_slice,
     masks,
     settings,
     IS_FULL: tl.constexpr,
 ):
     """Tiles here are (keys, queries), so that they are left factors of the products that follow."""
     query = first_row + tl.arange(0, settings.BLOCK_M)
-    is_row = None if IS_FULL else query < place.len_q
-    q_tile = load_query_rows(q, place, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
-    dout_tile = load_query_rows(dout, place, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
-    row_lse, row_delta, row_factor = load_row_sums(lse, delta, factor, place, query, is_row, settings)
+    is_row = None if IS_FULL else query < head_slice.seqlen_q
+    q_tile = load_query_rows(q, head_slice, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
+    dout_tile = load_query_rows(dout, head_slice, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
+    row_lse, row_delta, row_factor = load_row_sums(lse, delta, factor, head_slice, query, is_row, settings)
     qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=settings.PRECISION)
-    dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=settings.PRECISION)
-    weights, _, dscores = weights_and_gradients(
-        qk, dweights, query[None, :], key[:, None], first_key, keep[:, None],
+    dprobs = tl.dot(v_tile, tl.trans(dout_tile), input_precision=settings.PRECISION)
+    probs, _, dscores = probs_and_gradients(
+        qk, dprobs, query[None, :], key[:, None], first_key, is_valid[:, None],
         row_lse[None, :], None if factor is None else row_factor[None, :], row_delta[None, :],
-        place, masks, settings, IS_FULL, IS_TRANSPOSED=True,
+        head_slice, masks, settings, IS_FULL, IS_TRANSPOSED=True,
     )  # fmt: skip
-    dv_acc = add_product(dv_acc, weights.to(dout_tile.dtype), dout_tile, settings)
+    dv_acc = add_product(dv_acc, probs.to(dout_tile.dtype), dout_tile, settings)
     dk_acc = add_product(dk_acc, dscores.to(q_tile.dtype), q_tile, settings)
     return dk_acc, dv_acc
 
 
 @triton.jit
-def load_row_sums(lse, delta, factor, place, query, is_row, settings):
+def load_row_sums(lse, delta, factor, head_slice, query, is_row, settings):
     """(LSE, delta, factor) of the rows `query`; the factor is 1.0 if there is none."""
-    offset = place.lse_offset + query
+    offset = head_slice.lse_offset + query
     row_lse = finite_lse(_load_vector(lse + offset, is_row), settings)
     row_delta = _load_vector(delta + offset, is_row)
     row_factor = 1.0
@@ -307,45 +309,45 @@ def _load_vector(pointer, is_row):
 
 @triton.jit
 def finite_lse(row_lse, settings):
-    """In units of the scores; 0 for a row that saw nothing, whose weights `hide` makes 0."""
+    """In units of the scores; 0 for a row that saw nothing, whose probs `hide` makes 0."""
     return tl.where(row_lse == float("-inf"), 0.0, row_lse) / score_unit(settings)
 
 
 @triton.jit
-def weights_and_gradients(
+def probs_and_gradients(
     qk,
-    dweights,  # dout @ value^T
+    dprobs,  # dout @ value^T
     query,
     key,
     first_key,
-    keep,
+    is_valid,
     row_lse,  # finite, in units of the scores
     row_factor,  # or None
     row_delta,
-    place,
+    head_slice,
     masks,
     settings,
     IS_FULL: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
 ):
-    """(weights after dropout, gradient of the scores after softcap and bias, gradient of scale * qk).
+    """(probs after dropout, gradient of the scores after softcap and bias, gradient of scale * qk).
 
     Tiles are (queries, keys), or (keys, queries) if IS_TRANSPOSED; the row vectors lie along the queries.
     """
-    scores, dcap = biased_scores(qk, query, key, place, masks, settings, IS_FULL)
-    weights = exp_difference(scores, row_lse, settings)
+    scores, dcap = biased_scores(qk, query, key, head_slice, masks, settings, IS_FULL)
+    probs = exp_difference(scores, row_lse, settings)
     if row_factor is not None:
-        weights *= row_factor
-    weights = hide(weights, 0.0, query, key, keep, place, masks, settings, IS_FULL)
-    dropped = weights
+        probs *= row_factor
+    probs = hide(probs, 0.0, query, key, is_valid, head_slice, masks, settings, IS_FULL)
+    dropped = probs
     if masks.seed is not None:
         if IS_TRANSPOSED:
-            survives = tl.trans(dropout_keep(tl.trans(query), first_key, place, masks, settings))
+            survives = tl.trans(dropout_keep(tl.trans(query), first_key, head_slice, masks, settings))
         else:
-            survives = dropout_keep(query, first_key, place, masks, settings)
-        dropped = tl.where(survives, weights * settings.inverse_keep, 0.0)
-        dweights = tl.where(survives, dweights * settings.inverse_keep, 0.0)
-    dbiased = weights * (dweights - row_delta)
+            survives = dropout_keep(query, first_key, head_slice, masks, settings)
+        dropped = tl.where(survives, probs * settings.dropout_scale, 0.0)
+        dprobs = tl.where(survives, dprobs * settings.dropout_scale, 0.0)
+    dbiased = probs * (dprobs - row_delta)
     dscores = dbiased
     if settings.softcap is not None:
         dscores = dbiased * dcap

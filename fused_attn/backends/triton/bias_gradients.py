@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from fused_attn.backends.triton.arguments import UNSPECIALIZED
-from fused_attn.backends.triton.backward import load_row_sums, weights_and_gradients
+from fused_attn.backends.triton.backward import load_row_sums, probs_and_gradients
 from fused_attn.backends.triton.sums import add, zero_sum
-from fused_attn.backends.triton.tiles import is_kept, load_key_rows, load_query_rows, place_of
+from fused_attn.backends.triton.tiles import head_slice_of, is_valid_key, load_key_rows, load_query_rows
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "num_batches"))
@@ -63,10 +63,10 @@ def attention_bwd_dbias_kernel(
     for term in range(terms):
         batch = first_batch + term // heads_here
         head = first_head + term % heads_here
-        place = place_of(
+        head_slice = head_slice_of(
             batch, head, head // settings.group_size, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset
         )
-        tile = _score_gradient(q, k, v, dout, lse, delta, factor, query, key, first_key, place, masks, settings)
+        tile = _score_gradient(q, k, v, dout, lse, delta, factor, query, key, first_key, head_slice, masks, settings)
         acc = add(acc, tile, settings)
 
     # Store the tile, or its sum along the axes on which the bias broadcasts.
@@ -80,7 +80,7 @@ def attention_bwd_dbias_kernel(
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "num_batches"))
-def attention_bwd_dtable_kernel(
+def attention_bwd_drelative_bias_kernel(
     q,  # Rows (B, H, L, D)
     k,  # Rows (B, Hkv, S, D)
     v,  # Rows (B, Hkv, S, Dv)
@@ -118,16 +118,16 @@ def attention_bwd_dtable_kernel(
     is_visible = _is_in_band(distance - (settings.BLOCK_N - 1), distance + settings.BLOCK_N - 1, settings)
     for sequence in range(num_batches * is_visible):
         batch = head * 0 + sequence
-        place = place_of(
+        head_slice = head_slice_of(
             batch, head, head // settings.group_size, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset
         )
-        last_block = tl.cdiv(place.len_k, settings.BLOCK_N) - shift
-        last_block = tl.minimum(tl.cdiv(place.len_q, settings.BLOCK_N), last_block)
+        last_block = tl.cdiv(head_slice.seqlen_k, settings.BLOCK_N) - shift
+        last_block = tl.minimum(tl.cdiv(head_slice.seqlen_q, settings.BLOCK_N), last_block)
         for row_block in range(tl.maximum(0, -shift), last_block):
             query = row_block * settings.BLOCK_N + index
             first_key = (row_block + shift) * settings.BLOCK_N
             tile = _score_gradient(
-                q, k, v, dout, lse, delta, factor, query, first_key + index, first_key, place, masks, settings
+                q, k, v, dout, lse, delta, factor, query, first_key + index, first_key, head_slice, masks, settings
             )
             skewed = tl.gather(tile, unwrapped % settings.BLOCK_N, 1)
             above = add(above, tl.sum(tl.where(unwrapped < settings.BLOCK_N, skewed, 0.0), 0), settings)
@@ -153,20 +153,20 @@ def _is_in_band(nearest, farthest, settings):
 
 
 @triton.jit
-def _score_gradient(q, k, v, dout, lse, delta, factor, query, key, first_key, place, masks, settings):
+def _score_gradient(q, k, v, dout, lse, delta, factor, query, key, first_key, head_slice, masks, settings):
     """Tile (queries, keys) of the gradient of the scores after softcap and bias; 0 outside the sequence."""
-    is_row = query < place.len_q
-    keep = is_kept(key, place, masks)
-    q_tile = load_query_rows(q, place, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
-    dout_tile = load_query_rows(dout, place, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
-    k_tile = load_key_rows(k, place, key, keep, settings.HEAD_DIM, settings.BLOCK_D)
-    v_tile = load_key_rows(v, place, key, keep, settings.VALUE_DIM, settings.BLOCK_DV)
-    row_lse, row_delta, row_factor = load_row_sums(lse, delta, factor, place, query, is_row, settings)
+    is_row = query < head_slice.seqlen_q
+    is_valid = is_valid_key(key, head_slice, masks)
+    q_tile = load_query_rows(q, head_slice, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
+    dout_tile = load_query_rows(dout, head_slice, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
+    k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
+    v_tile = load_key_rows(v, head_slice, key, is_valid, settings.VALUE_DIM, settings.BLOCK_DV)
+    row_lse, row_delta, row_factor = load_row_sums(lse, delta, factor, head_slice, query, is_row, settings)
     qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
-    dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=settings.PRECISION)
-    _, dbiased, _ = weights_and_gradients(
-        qk, dweights, query[:, None], key[None, :], first_key, keep[None, :],
+    dprobs = tl.dot(dout_tile, tl.trans(v_tile), input_precision=settings.PRECISION)
+    _, dbiased, _ = probs_and_gradients(
+        qk, dprobs, query[:, None], key[None, :], first_key, is_valid[None, :],
         row_lse[:, None], row_factor[:, None], row_delta[:, None],
-        place, masks, settings, IS_FULL=False, IS_TRANSPOSED=False,
+        head_slice, masks, settings, IS_FULL=False, IS_TRANSPOSED=False,
     )  # fmt: skip
     return dbiased

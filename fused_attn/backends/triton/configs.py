@@ -224,8 +224,8 @@ def choose(kernel: str, problem: AttentionProblem) -> Config:
     dtype = TF32 if problem.allows_tf32 else problem.dtype.itemsize
     architecture = architecture_class(problem.capability)
     # All heads that share a key head share a tile.
-    rows_per_unit = problem.seqlen_q * (problem.num_heads // max(problem.num_kv_heads, 1))
-    if kernel == "forward" and dtype == 2 and rows_per_unit <= MAX_FEW_ROWS:
+    rows_per_kv_head = problem.seqlen_q * (problem.num_heads // max(problem.num_kv_heads, 1))
+    if kernel == "forward" and dtype == 2 and rows_per_kv_head <= MAX_FEW_ROWS:
         return getattr(FEW_ROWS[head_dim], architecture)
     row = TABLE.get((kernel, dtype, features_of(problem)), {}).get(head_dim)
     return getattr(row or TABLE[kernel, problem.dtype.itemsize, ANY][head_dim], architecture)

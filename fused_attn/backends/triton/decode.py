@@ -22,7 +22,7 @@ def num_splits(num_programs: int, seqlen_k: int, multiprocessors: int) -> int:
 @triton.jit(do_not_specialize=("num_splits", "rows_per_head", "num_rows"))
 def merge_splits_kernel(
     partial_out,  # (num_splits, B, H, L, Dv) float32
-    partial_sums,  # (2, num_splits, B, H, L) float32: maxima of the rows, sums of their weights
+    partial_sums,  # (2, num_splits, B, H, L) float32: maxima of the rows, sums of their probs
     out,  # Rows (B, H, L, Dv)
     lse,  # (B, H, L) float32, or None
     sinks,  # (H,) or None

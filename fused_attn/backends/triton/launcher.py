@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,9 +18,17 @@ from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import clear_rows
 from fused_attn.backends.triton import configs, decode, tuned
-from fused_attn.backends.triton.arguments import NO_MASKS, Masks, Rows, Settings
+from fused_attn.backends.triton.arguments import (
+    NO_MASKS,
+    NO_MASKS_KIND,
+    Masks,
+    Rows,
+    Settings,
+    kind_of,
+    kind_of_pointer,
+)
 from fused_attn.backends.triton.backward import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
-from fused_attn.backends.triton.bias_gradients import attention_bwd_dbias_kernel, attention_bwd_dtable_kernel
+from fused_attn.backends.triton.bias_gradients import attention_bwd_dbias_kernel, attention_bwd_drelative_bias_kernel
 from fused_attn.backends.triton.configs import Config
 from fused_attn.backends.triton.decode import merge_splits_kernel
 from fused_attn.backends.triton.forward import attention_fwd_kernel
@@ -33,6 +40,10 @@ MAX_COMPILED = 64
 #: Keys and values of the heads that run side by side are to stay in the L2 cache: a little below the 40 MB of an A100
 #: and the 50 MB of an H100.
 L2_BYTES = 32 * 2**20
+
+
+#: From here on, Triton compiles an integer argument with 64 bits.
+WIDE = 2**31
 
 
 class Launch(NamedTuple):
@@ -52,7 +63,7 @@ class Launch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    units_per_section: int
+    heads_per_l2_group: int
     num_splits: int
     forward: Launch
     dq: Launch
@@ -71,18 +82,29 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
     if out.numel() == 0 and (lse is None or lse.numel() == 0):
         return out, lse
     plan = _plan(problem, inputs.bias is not None, _allows_tf32(problem.dtype))
-    masks = NO_MASKS if problem.is_plain else Masks.of(inputs)
+    masks, masks_kind = _masks(problem, inputs)
     kernel_out, kernel_lse, num_rows = out, lse, batch * heads * rows
     if plan.num_splits > 1:
         shape = (plan.num_splits * batch, heads, rows)
         kernel_out = torch.empty((*shape, problem.value_dim), dtype=torch.float32, device=query.device)
         kernel_lse = torch.empty((2, *shape), dtype=torch.float32, device=query.device)
-    q, k, v, o = (Rows.of(x, problem.is_packed) for x in (query, key, value, kernel_out))
+    is_packed = problem.is_packed
+    q, k, v = Rows.of(query, is_packed), Rows.of(key, is_packed), Rows.of(value, is_packed)
+    o = Rows.of(kernel_out, is_packed)
     with _on_device_of(query):
         _run(
             attention_fwd_kernel,
             plan.forward,
-            (*q, *k, *v, *o, kernel_lse, *masks.flat, _is_wide(rows), _is_wide(num_rows)),
+            (
+                kind_of(q),
+                kind_of(k),
+                kind_of(v),
+                kind_of(o),
+                kind_of_pointer(kernel_lse),
+                masks_kind,
+                rows >= WIDE,
+                num_rows >= WIDE,
+            ),
             q,
             k,
             v,
@@ -94,7 +116,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
             problem.seqlen_k,
             rows,
             problem.band.offset,
-            plan.units_per_section,
+            plan.heads_per_l2_group,
             plan.num_splits,
             num_rows,
         )
@@ -129,7 +151,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         return _empty_gradients(inputs, wanted, Gradients(dquery, dkey, dvalue))
 
     plan = _plan(problem, inputs.bias is not None, _allows_tf32(problem.dtype))
-    masks = NO_MASKS if problem.is_plain else Masks.of(inputs)
+    masks, masks_kind = _masks(problem, inputs)
     lse = saved.lse.contiguous()  # under vmap it can be an expanded view
     delta = torch.empty_like(lse)
     is_biased = inputs.bias is not None or inputs.relative_bias is not None
@@ -138,22 +160,24 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     dsinks = None
     if wanted.sinks:
         dsinks = lse.new_empty((problem.batch, problem.num_heads, _num_blocks(plan.dq, problem)))
-    q, k, v, o, do, dq, dk, dv = (
+    q, k, v, o, dout_rows, dq, dk, dv = (
         Rows.of(x, problem.is_packed) for x in (query, key, value, out, dout, dquery, dkey, dvalue)
     )
     dlse = None if dlse is None else dlse.resolve_neg().contiguous()
     sizes = (problem.seqlen_q, problem.seqlen_k, lse.shape[2], problem.band.offset)
     with _on_device_of(query):
-        shared = (*masks.flat, lse, delta, factor, _is_wide(lse.shape[2]))
+        lse_kinds = (kind_of_pointer(lse), kind_of_pointer(delta), kind_of_pointer(factor), lse.shape[2] >= WIDE)
+        q_kind, k_kind, v_kind, dout_kind = kind_of(q), kind_of(k), kind_of(v), kind_of(dout_rows)
+        shared = (q_kind, k_kind, v_kind, dout_kind, masks_kind, lse_kinds)
         _run(
             attention_bwd_dq_kernel,
             plan.dq,
-            (*q, *k, *v, *o, *do, *dq, dlse, dsinks, *shared),
+            (shared, kind_of(o), kind_of(dq), kind_of_pointer(dlse), kind_of_pointer(dsinks)),
             q,
             k,
             v,
             o,
-            do,
+            dout_rows,
             dq,
             lse,
             dlse,
@@ -163,17 +187,17 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
             masks,
             plan.dq.settings,
             *sizes,
-            plan.units_per_section,
+            plan.heads_per_l2_group,
         )
         if wanted.key or wanted.value:
             _run(
                 attention_bwd_dkdv_kernel,
                 plan.dkdv,
-                (*q, *k, *v, *do, *dk, *dv, *shared),
+                (shared, kind_of(dk), kind_of(dv)),
                 q,
                 k,
                 v,
-                do,
+                dout_rows,
                 dk,
                 dv,
                 lse,
@@ -182,9 +206,9 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
                 masks,
                 plan.dkdv.settings,
                 *sizes,
-                plan.units_per_section,
+                plan.heads_per_l2_group,
             )
-        tensors = (q, k, v, do, lse, delta, factor)
+        tensors = (q, k, v, dout_rows, lse, delta, factor)
         dbias = drelative_bias = None
         if wanted.bias:
             if inputs.bias.shape[3] == 1 < problem.seqlen_k:
@@ -241,7 +265,7 @@ def _relative_bias_gradient(problem, launch, inputs, tensors, masks, sizes) -> T
     heads = problem.num_heads
     diagonals = launch.grid[0] // heads
     planes = torch.zeros((2, heads, (diagonals + 1) * block), dtype=torch.float32, device=table.device)
-    attention_bwd_dtable_kernel[launch.grid](
+    attention_bwd_drelative_bias_kernel[launch.grid](
         *tensors,
         planes,
         masks,
@@ -273,8 +297,8 @@ def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
 
     # Few queries: all heads of a group share a tile, and several programs the keys of a head.
     packs = group_size > 1 and seqlen_q < fwd.block_m
-    rows, units = (seqlen_q * group_size, kv_heads) if packs else (seqlen_q, heads)
-    programs = triton.cdiv(rows, fwd.block_m) * units * problem.batch
+    rows, num_tile_heads = (seqlen_q * group_size, kv_heads) if packs else (seqlen_q, heads)
+    programs = triton.cdiv(rows, fwd.block_m) * num_tile_heads * problem.batch
     num_splits = 1
     if not problem.is_packed and 0 < rows <= fwd.block_m:
         num_splits = decode.num_splits(programs, seqlen_k, _multiprocessors(problem.device))
@@ -292,6 +316,14 @@ def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
     )
 
 
+def _masks(problem: AttentionProblem, inputs: Inputs) -> tuple[Masks, tuple]:
+    """The masks of a call, and their kind."""
+    if problem.is_plain:
+        return NO_MASKS, NO_MASKS_KIND
+    masks = Masks.of(inputs)
+    return masks, masks.kind
+
+
 def _allows_tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
@@ -306,17 +338,18 @@ def _launch(problem: AttentionProblem, config: Config, grid: tuple[int, int, int
     return Launch(grid, Settings.of(problem, config), constants, options, {})
 
 
-def _run(kernel: JITFunction, launch: Launch, variable: Iterable, *arguments) -> None:
-    """kernel[launch.grid](*arguments, ...), which takes Triton several times as long as all the rest of a call.
+def _run(kernel: JITFunction, launch: Launch, kinds: tuple, *arguments) -> None:
+    """Runs kernel[launch.grid](*arguments, ...), but looks the compiled kernel up by `kinds` after the first call.
 
-    Triton looks at every argument for what it compiles a kernel for. That is fixed for a `launch` but for `variable`:
-    tensors, their strides, and whatever else can differ from call to call and is part of `arguments`.
+    Triton itself derives from every argument which kernel it needs. That takes several times as long as the rest of a
+    call. The plan fixes most of these properties.
+
+    Args:
+        kinds: all that Triton looks at and that can differ between two calls of one plan: `kind_of` each tensor, and
+            whether an integer is `WIDE`.
     """
     # A profiler compiles kernels of its own.
-    key = (
-        triton.knobs.compilation.instrumentation_mode,
-        *[(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in variable],
-    )
+    key = (triton.knobs.compilation.instrumentation_mode, kinds)
     compiled = launch.compiled.get(key)
     if compiled is not None:
         compiled[launch.grid](*arguments, *launch.constants.values())
@@ -339,11 +372,6 @@ def _readable(*tensors: Tensor) -> list[Tensor]:
 def _readable_copy(x: Tensor) -> Tensor:
     x = x.resolve_neg()
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-
-
-def _is_wide(size: int) -> bool:
-    """Whether a number is 64 bits wide to Triton."""
-    return size >= 2**31
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -14,7 +14,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def biased_scores(qk, query, key, place, masks, settings, IS_FULL: tl.constexpr):
+def biased_scores(qk, query, key, head_slice, masks, settings, IS_FULL: tl.constexpr):
     """(scores, dcap) of the products `qk` of queries and keys.
 
     scores: in units of `score_unit`. Without softcap and bias they are `qk` itself, and `exp_difference` multiplies
@@ -31,11 +31,11 @@ def biased_scores(qk, query, key, place, masks, settings, IS_FULL: tl.constexpr)
     else:
         scores = qk * settings.scale
     if masks.bias.ptr is not None:
-        scores += _load_scores(masks.bias, query, key, place, IS_FULL).to(tl.float32)
+        scores += _load_scores(masks.bias, query, key, head_slice, IS_FULL).to(tl.float32)
     if masks.relative_bias is not None:
-        table = masks.relative_bias + place.head.to(tl.int64) * masks.relative_bias_stride_h
-        column = key - query + place.table_offset
-        scores += tl.load(table + column, mask=_exists(query, key, place, IS_FULL), other=0.0).to(tl.float32)
+        table = masks.relative_bias + head_slice.head.to(tl.int64) * masks.relative_bias_stride_h
+        column = key - query + head_slice.table_offset
+        scores += tl.load(table + column, mask=_exists(query, key, head_slice, IS_FULL), other=0.0).to(tl.float32)
     return scores, dcap
 
 
@@ -53,8 +53,8 @@ def exp_difference(scores, row, settings):
     """exp((scores - row) * unit), by the hardware's exp2; both in units of `score_unit`."""
     if settings.is_scale_folded is not None:
         # One multiply-add.
-        unit = settings.scale * LOG2_E
-        return tl.exp2(scores * unit - row * unit)
+        scale = settings.scale * LOG2_E
+        return tl.exp2(scores * scale - row * scale)
     else:
         # A bias of finfo.min would overflow if it were multiplied before the row's value is taken off.
         return tl.exp2((scores - row) * LOG2_E)
@@ -64,7 +64,7 @@ def exp_difference(scores, row, settings):
 def to_exponent(row, settings):
     """What `exp_from` takes off: the exponent of 2 where the scale is folded, else the score itself.
 
-    One number then serves all weights of a row and their rescaling, and is rounded once.
+    One number then serves all probs of a row and their rescaling, and is rounded once.
     """
     if settings.is_scale_folded is not None:
         return row * (settings.scale * LOG2_E)
@@ -114,27 +114,27 @@ def add_sink(acc, row_max, row_sum, sink):
 
 
 @triton.jit
-def hide(scores, hidden, query, key, keep, place, masks, settings, IS_FULL: tl.constexpr):
+def hide(scores, hidden, query, key, is_valid, head_slice, masks, settings, IS_FULL: tl.constexpr):
     """`scores` with the value `hidden` where a query does not see a key.
 
-    keep: which keys exist and are not padding, of the shape of `key`; not looked at in a full block
+    is_valid: which keys exist and are not padding, of the shape of `key`; not looked at in a full block
     """
     if not IS_FULL:
-        visible = keep
-        distance = key - query - place.band_offset
+        visible = is_valid
+        distance = key - query - head_slice.band_offset
         if settings.band_left is not None:
             visible = visible & (distance >= -settings.band_left)
         if settings.band_right is not None:
             visible = visible & (distance <= settings.band_right)
         scores = tl.where(visible, scores, hidden)
     if masks.mask.ptr is not None:
-        scores = tl.where(_load_scores(masks.mask, query, key, place, IS_FULL) != 0, scores, hidden)
+        scores = tl.where(_load_scores(masks.mask, query, key, head_slice, IS_FULL) != 0, scores, hidden)
     return scores
 
 
 @triton.jit
-def dropout_keep(query, first_key, place, masks, settings):
-    """(queries, BLOCK_N) bool: which weights of the keys first_key ... survive; see `fused_attn.dropout`.
+def dropout_keep(query, first_key, head_slice, masks, settings):
+    """(queries, BLOCK_N) bool: which probs of the keys first_key ... survive; see `fused_attn.dropout`.
 
     query: (M, 1). One call of Philox gives the words of four neighbouring keys.
     """
@@ -144,12 +144,12 @@ def dropout_keep(query, first_key, place, masks, settings):
         tl.load(masks.seed),
         (zero + group).to(tl.uint32),
         (zero + query).to(tl.uint32),
-        (zero + place.head).to(tl.uint32),
-        (zero + place.batch).to(tl.uint32),
+        (zero + head_slice.head).to(tl.uint32),
+        (zero + head_slice.batch).to(tl.uint32),
     )
-    keep02 = tl.interleave(_survives(word0, settings), _survives(word2, settings))
-    keep13 = tl.interleave(_survives(word1, settings), _survives(word3, settings))
-    return tl.interleave(keep02, keep13) != 0
+    survives02 = tl.interleave(_survives(word0, settings), _survives(word2, settings))
+    survives13 = tl.interleave(_survives(word1, settings), _survives(word3, settings))
+    return tl.interleave(survives02, survives13) != 0
 
 
 @triton.jit
@@ -160,19 +160,19 @@ def _survives(word, settings):
 
 
 @triton.jit
-def _exists(query, key, place, IS_FULL: tl.constexpr):
+def _exists(query, key, head_slice, IS_FULL: tl.constexpr):
     # A full block has all of its keys; rows beyond the last query occur everywhere.
     if IS_FULL:
-        return (query < place.len_q) & (key >= 0)
+        return (query < head_slice.seqlen_q) & (key >= 0)
     else:
-        return (query < place.len_q) & (key < place.len_k)
+        return (query < head_slice.seqlen_q) & (key < head_slice.seqlen_k)
 
 
 @triton.jit
-def _load_scores(x, query, key, place, IS_FULL: tl.constexpr):
-    base = x.ptr + place.batch.to(tl.int64) * x.stride_b + place.head.to(tl.int64) * x.stride_h
+def _load_scores(x, query, key, head_slice, IS_FULL: tl.constexpr):
+    base = x.ptr + head_slice.batch.to(tl.int64) * x.stride_b + head_slice.head.to(tl.int64) * x.stride_h
     pointer = base + query.to(tl.int64) * x.stride_row + key.to(tl.int64) * x.stride_col
-    return tl.load(pointer, mask=_exists(query, key, place, IS_FULL), other=0)
+    return tl.load(pointer, mask=_exists(query, key, head_slice, IS_FULL), other=0)
 
 
 @triton.jit

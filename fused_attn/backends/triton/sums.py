@@ -45,7 +45,7 @@ def add_product(acc, a, b, settings):
 
 @triton.jit
 def plus_product(acc, a, b, settings):
-    """acc + a @ b, for sums whose weights do not grow with their length: blocks by themselves are exact enough."""
+    """acc + a @ b, for sums whose probs do not grow with their length: blocks by themselves are exact enough."""
     if settings.IS_FLOAT32:
         # Triton would make acc + dot one chain again; it does not look for differences.
         return acc - tl.dot(-a, b, input_precision=settings.PRECISION)

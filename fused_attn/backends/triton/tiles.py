@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-class Place(NamedTuple):
+class HeadSlice(NamedTuple):
     """One sequence (or batch entry) and head. Scalars; where a tile packs several heads, head is a column (M, 1).
 
     first_q, first_k: first row of the sequence in packed tensors, else 0
@@ -21,11 +21,11 @@ class Place(NamedTuple):
     batch: tl.tensor
     head: tl.tensor
     kv_head: tl.tensor
-    first_q: tl.tensor
-    first_k: tl.tensor
-    len_q: tl.tensor
-    len_k: tl.tensor
-    padding_stride: tl.tensor
+    q_offset: tl.tensor
+    k_offset: tl.tensor
+    seqlen_q: tl.tensor
+    seqlen_k: tl.tensor
+    key_padding_stride: tl.tensor
     lse_offset: tl.tensor
     band_offset: tl.tensor
     table_offset: tl.tensor
@@ -44,7 +44,7 @@ class Blocks(NamedTuple):
 
 
 @triton.jit
-def block_and_unit(num_blocks, num_units, units_per_section, LAST_FIRST: tl.constexpr):
+def scheduled_tile(num_blocks, num_heads, heads_per_l2_group, LAST_FIRST: tl.constexpr):
     """(block, unit, batch) of this program, where a unit is a head.
 
     The units of a section run side by side, so that their keys and values stay in the L2 cache. Within a section the
@@ -52,17 +52,17 @@ def block_and_unit(num_blocks, num_units, units_per_section, LAST_FIRST: tl.cons
     only short ones are left when the multiprocessors run out of work.
     """
     program = tl.program_id(0)
-    total_units = tl.num_programs(0) // num_blocks
-    units_per_section = tl.minimum(units_per_section, total_units)  # or the product below could pass 2^31
-    section = program // (units_per_section * num_blocks)
-    first_unit = section * units_per_section
-    units_here = tl.minimum(units_per_section, total_units - first_unit)
-    within = program - first_unit * num_blocks
-    block = within // units_here
+    total_heads = tl.num_programs(0) // num_blocks
+    heads_per_l2_group = tl.minimum(heads_per_l2_group, total_heads)  # otherwise the product below could exceed 2^31
+    l2_group = program // (heads_per_l2_group * num_blocks)
+    first_head = l2_group * heads_per_l2_group
+    heads_here = tl.minimum(heads_per_l2_group, total_heads - first_head)
+    within = program - first_head * num_blocks
+    block = within // heads_here
     if LAST_FIRST:
         block = num_blocks - 1 - block
-    unit = first_unit + within % units_here
-    return block, unit % num_units, unit // num_units
+    head = first_head + within % heads_here
+    return block, head % num_heads, head // num_heads
 
 
 @triton.jit
@@ -77,57 +77,57 @@ def sequence_rows(cu_seqlens, batch, seqlen):
 
 
 @triton.jit
-def place_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset):
-    first_q, len_q = sequence_rows(masks.cu_seqlens_q, batch, seqlen_q)
-    first_k, len_k = sequence_rows(masks.cu_seqlens_k, batch, seqlen_k)
+def head_slice_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset):
+    q_offset, length_q = sequence_rows(masks.cu_seqlens_q, batch, seqlen_q)
+    k_offset, length_k = sequence_rows(masks.cu_seqlens_k, batch, seqlen_k)
     # (B, H, L), or packed (1, H, total).
     if masks.cu_seqlens_q is not None:
-        lse_offset = head.to(tl.int64) * lse_stride + first_q
+        lse_offset = head.to(tl.int64) * lse_stride + q_offset
     else:
         lse_offset = (batch.to(tl.int64) * settings.num_heads + head) * lse_stride
-    return Place(
-        batch, head, kv_head, first_q, first_k, len_q, len_k, seqlen_k, lse_offset, band_offset, seqlen_q - 1
+    return HeadSlice(
+        batch, head, kv_head, q_offset, k_offset, length_q, length_k, seqlen_k, lse_offset, band_offset, seqlen_q - 1
     )  # fmt: skip
 
 
 @triton.jit
-def key_blocks(first_row, last_row, place, masks, settings):
+def key_blocks(first_row, last_row, head_slice, masks, settings):
     """The `Blocks` of keys that the queries first_row ... last_row have to visit."""
-    start = place.len_k * 0
+    start = head_slice.seqlen_k * 0
     full_start = start
-    end = place.len_k
+    end = head_slice.seqlen_k
     full_end = end
     if settings.band_left is not None:
-        start = tl.maximum(start, first_row + place.band_offset - settings.band_left)
-        full_start = tl.maximum(full_start, last_row + place.band_offset - settings.band_left)
+        start = tl.maximum(start, first_row + head_slice.band_offset - settings.band_left)
+        full_start = tl.maximum(full_start, last_row + head_slice.band_offset - settings.band_left)
     if settings.band_right is not None:
-        end = tl.minimum(end, last_row + place.band_offset + settings.band_right + 1)
-        full_end = tl.minimum(full_end, first_row + place.band_offset + settings.band_right + 1)
-    if masks.padding is not None:
-        first_kept, end_kept, has_holes = kept_keys(place, masks)
-        start = tl.maximum(start, first_kept)
-        full_start = tl.maximum(full_start, first_kept)
-        end = tl.minimum(end, end_kept)
-        full_end = tl.where(has_holes, 0, tl.minimum(full_end, end_kept))
+        end = tl.minimum(end, last_row + head_slice.band_offset + settings.band_right + 1)
+        full_end = tl.minimum(full_end, first_row + head_slice.band_offset + settings.band_right + 1)
+    if masks.key_padding is not None:
+        first_valid, end_valid, has_holes = valid_keys(head_slice, masks)
+        start = tl.maximum(start, first_valid)
+        full_start = tl.maximum(full_start, first_valid)
+        end = tl.minimum(end, end_valid)
+        full_end = tl.where(has_holes, 0, tl.minimum(full_end, end_valid))
     return _align(start, full_start, full_end, end, settings.BLOCK_N)
 
 
 @triton.jit
-def query_blocks(first_key, last_key, is_full, place, settings):
+def query_blocks(first_key, last_key, is_full, head_slice, settings):
     """The `Blocks` of queries that see any of the keys first_key ... last_key.
 
     is_full: all of these keys exist and are kept
     """
-    start = place.len_q * 0
+    start = head_slice.seqlen_q * 0
     full_start = start
-    end = place.len_q
+    end = head_slice.seqlen_q
     full_end = tl.where(is_full, end, 0)
     if settings.band_right is not None:
-        start = tl.maximum(start, first_key - place.band_offset - settings.band_right)
-        full_start = tl.maximum(full_start, last_key - place.band_offset - settings.band_right)
+        start = tl.maximum(start, first_key - head_slice.band_offset - settings.band_right)
+        full_start = tl.maximum(full_start, last_key - head_slice.band_offset - settings.band_right)
     if settings.band_left is not None:
-        end = tl.minimum(end, last_key - place.band_offset + settings.band_left + 1)
-        full_end = tl.minimum(full_end, first_key - place.band_offset + settings.band_left + 1)
+        end = tl.minimum(end, last_key - head_slice.band_offset + settings.band_left + 1)
+        full_end = tl.minimum(full_end, first_key - head_slice.band_offset + settings.band_left + 1)
     return _align(start, full_start, full_end, end, settings.BLOCK_M)
 
 
@@ -166,7 +166,7 @@ def partial_block(blocks, index, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def kept_keys(place, masks):
+def valid_keys(head_slice, masks):
     """(first kept key, end of the last one, whether any between them is dropped) of one batch entry's byte mask.
 
     Every program reads the whole row, which is cheaper than a launch of its own: a byte a key, against at least
@@ -174,74 +174,74 @@ def kept_keys(place, masks):
     """
     CHUNK: tl.constexpr = 1024
     offs = tl.arange(0, CHUNK)
-    seqlen_k = place.padding_stride
-    padding = masks.padding + place.batch.to(tl.int64) * seqlen_k
+    seqlen_k = head_slice.key_padding_stride
+    padding = masks.key_padding + head_slice.batch.to(tl.int64) * seqlen_k
     first = tl.zeros([CHUNK], tl.int32) + seqlen_k
     end = tl.zeros([CHUNK], tl.int32)
     count = tl.zeros([CHUNK], tl.int32)
     for start in range(0, seqlen_k, CHUNK):
         key = start + offs
-        keep = tl.load(padding + key, mask=key < seqlen_k, other=1) == 0
-        first = tl.minimum(first, tl.where(keep, key, seqlen_k))
-        end = tl.maximum(end, tl.where(keep, key + 1, 0))
-        count += keep.to(tl.int32)
-    first_kept = tl.min(first, 0)
-    end_kept = tl.max(end, 0)
-    return first_kept, end_kept, tl.sum(count, 0) != end_kept - first_kept
+        is_valid = tl.load(padding + key, mask=key < seqlen_k, other=1) == 0
+        first = tl.minimum(first, tl.where(is_valid, key, seqlen_k))
+        end = tl.maximum(end, tl.where(is_valid, key + 1, 0))
+        count += is_valid.to(tl.int32)
+    first_valid = tl.min(first, 0)
+    end_valid = tl.max(end, 0)
+    return first_valid, end_valid, tl.sum(count, 0) != end_valid - first_valid
 
 
 @triton.jit
-def is_kept(key, place, masks):
+def is_valid_key(key, head_slice, masks):
     """Which keys exist and are not dropped by padding: bool, of the shape of `key`."""
-    keep = key < place.len_k
-    if masks.padding is not None:
-        padding = masks.padding + place.batch.to(tl.int64) * place.padding_stride
-        keep = tl.load(padding + key, mask=keep, other=1) == 0
-    return keep
+    is_valid = key < head_slice.seqlen_k
+    if masks.key_padding is not None:
+        padding = masks.key_padding + head_slice.batch.to(tl.int64) * head_slice.key_padding_stride
+        is_valid = tl.load(padding + key, mask=is_valid, other=1) == 0
+    return is_valid
 
 
 @triton.jit
-def query_pointer(x, place, query, BLOCK: tl.constexpr):
+def query_pointer(x, head_slice, query, BLOCK: tl.constexpr):
     """(M, BLOCK) pointers into the rows `query` of the place's head. 64-bit: large tensors pass 2^31 elements."""
-    base = x.ptr + place.batch.to(tl.int64) * x.stride_b + place.head.to(tl.int64) * x.stride_h
-    row = place.first_q + query
+    base = x.ptr + head_slice.batch.to(tl.int64) * x.stride_b + head_slice.head.to(tl.int64) * x.stride_h
+    row = head_slice.q_offset + query
     return base + row.to(tl.int64)[:, None] * x.stride_row + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit
-def key_pointer(x, place, key, BLOCK: tl.constexpr):
+def key_pointer(x, head_slice, key, BLOCK: tl.constexpr):
     """(N, BLOCK) pointers into the rows `key` of the place's key head."""
-    base = x.ptr + place.batch.to(tl.int64) * x.stride_b + place.kv_head.to(tl.int64) * x.stride_h
-    row = place.first_k + key
+    base = x.ptr + head_slice.batch.to(tl.int64) * x.stride_b + head_slice.kv_head.to(tl.int64) * x.stride_h
+    row = head_slice.k_offset + key
     return base + row.to(tl.int64)[:, None] * x.stride_row + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit
-def load_query_rows(x, place, query, is_row, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    return _load_tile(query_pointer(x, place, query, BLOCK), is_row, COLUMNS, BLOCK)
+def load_query_rows(x, head_slice, query, is_row, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    return _load_tile(query_pointer(x, head_slice, query, BLOCK), is_row, COLUMNS, BLOCK)
 
 
 @triton.jit
-def load_key_rows(x, place, key, keep, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def load_key_rows(x, head_slice, key, is_valid, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """Dropped keys and values may hold NaN, which not even a weight of 0 would stop: they must not be read."""
-    return _load_tile(key_pointer(x, place, key, BLOCK), keep, COLUMNS, BLOCK)
+    return _load_tile(key_pointer(x, head_slice, key, BLOCK), is_valid, COLUMNS, BLOCK)
 
 
 @triton.jit
-def _load_tile(pointer, keep, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def _load_tile(pointer, is_valid, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """(rows, BLOCK) tile; zeros beyond COLUMNS and in the rows where `keep` (bool, or None = everywhere) is false."""
     column = tl.arange(0, BLOCK)[None, :]
-    if keep is None and COLUMNS == BLOCK:
+    if is_valid is None and COLUMNS == BLOCK:
         return tl.load(pointer)
-    elif keep is None:
+    elif is_valid is None:
         return tl.load(pointer, mask=column < COLUMNS, other=0.0)
     elif COLUMNS == BLOCK:
-        return tl.load(pointer, mask=keep[:, None], other=0.0)
+        return tl.load(pointer, mask=is_valid[:, None], other=0.0)
     else:
-        return tl.load(pointer, mask=keep[:, None] & (column < COLUMNS), other=0.0)
+        return tl.load(pointer, mask=is_valid[:, None] & (column < COLUMNS), other=0.0)
 
 
 @triton.jit
-def store_tile(pointer, tile, keep, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def store_tile(pointer, tile, is_valid, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)[None, :]
-    tl.store(pointer, tile.to(pointer.dtype.element_ty), mask=keep[:, None] & (column < COLUMNS))
+    tl.store(pointer, tile.to(pointer.dtype.element_ty), mask=is_valid[:, None] & (column < COLUMNS))

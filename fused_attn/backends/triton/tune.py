@@ -8,7 +8,6 @@ is not at least 2 % faster than the table's is not worth a row: that is within w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import itertools
 import re
@@ -16,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -27,6 +27,7 @@ from fused_attn.attention.inputs import Inputs, Saved, Wanted
 from fused_attn.attention.problem import AttentionProblem, Band
 from fused_attn.backends.triton import backend, configs, tuned
 from fused_attn.backends.triton.configs import Config
+from fused_attn.measurement import GpuTimer, progress
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEFAULT_DTYPES = ("bfloat16",)
@@ -42,9 +43,6 @@ WINDOW = 256
 #: Rounds of one measurement for each candidate; after the first ones, only those near the fastest go on.
 ROUNDS, SCREENING_ROUNDS = 21, 3
 NEAR = 1.15
-#: How often memory larger than the L2 cache is overwritten before each launch. Once leaves none of a kernel's inputs in
-#: the cache; the others are for the host to get ahead of the GPU, so that launching is not timed.
-FLUSHES = 4
 #: The winner's time must be below this part of the table's.
 WORTH_A_ROW = 0.98
 
@@ -336,13 +334,13 @@ def run(
     end = clock() + 60.0 * minutes
     table = tuned.Table(about, _stored_rows(path))
     measured = failed = 0
-    with progress(sum(map(len, to_try.values()))) as bar:
+    with progress(sum(map(len, to_try.values()))) as advance:
         for workload, configurations in to_try.items():
-            outcome = measure(workload, configurations, runner, lambda: clock() >= end, bar.advance)
+            outcome = measure(workload, configurations, runner, lambda: clock() >= end, partial(advance, str(workload)))
             if outcome is None:
-                bar.say(f"{minutes:g} minutes are over; --minutes gives more")
+                print(f"{minutes:g} minutes are over; --minutes gives more")
                 break
-            bar.say(str(outcome))
+            print(outcome, flush=True)
             measured += 1
             if isinstance(outcome, Failure):
                 failed += 1
@@ -370,8 +368,7 @@ class GpuRunner:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        cache_bytes = 4 * torch.cuda.get_device_properties(device).L2_cache_size
-        self._cache = torch.empty(max(cache_bytes, 2**28), dtype=torch.int8, device=device)
+        self._timer = GpuTimer(device)
         self._workload: Workload | None = None
         self._inputs: _Inputs | None = None
         self._calls: dict[Config, Callable[[], list[Tensor]]] = {}
@@ -391,17 +388,8 @@ class GpuRunner:
         return [x.float() for x in found]
 
     def times(self, workload: Workload, order: Sequence[Config]) -> list[float]:
-        events = []
-        for config in order:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            for _ in range(FLUSHES):
-                self._cache.zero_()
-            start.record()
-            self._calls[config]()
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize(self._device)
-        return [start.elapsed_time(end) for start, end in events]
+        seconds = self._timer.round(self._calls, order)
+        return [1e3 * seconds[config] for config in order]
 
 
 class _Inputs:
@@ -486,32 +474,3 @@ def _driver() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return "unknown"
-
-
-class Progress(NamedTuple):
-    """advance: one more configuration is done; say: prints lines, above the bar where there is one."""
-
-    advance: Callable[[], None]
-    say: Callable[[str], None]
-
-
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Progress]:
-    """A bar where rich is installed and the output is a terminal; otherwise plain lines."""
-
-    def plain(text: str) -> None:
-        print(text, flush=True)
-
-    try:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
-    except ImportError:
-        yield Progress(lambda: None, plain)
-        return
-    if not sys.stdout.isatty():
-        yield Progress(lambda: None, plain)
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("configurations"), TimeElapsedColumn())
-    with Bar(*columns, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield Progress(lambda: bar.advance(task), lambda text: bar.console.print(text, markup=False, highlight=False))

@@ -68,14 +68,14 @@ def main() -> int:
     stub_driver.install(CELL.architecture)
     problem, representative = aot.representative(CELL)
     failed, chosen = False, set()
-    for _ in range(2):  # the second time round all kernels are kept
+    for _ in range(2):  # the second time round, every kernel is there already
         for inputs in variants(representative):
             for with_dlse in (False, True):
-                kept = call(problem, inputs, with_dlse)
-                fresh = call(replace(problem), inputs, with_dlse)  # of which nothing is kept
+                reused = call(problem, inputs, with_dlse)
+                fresh = call(replace(problem), inputs, with_dlse)  # a new plan, which has no kernels yet
                 chosen.add(tuple(fresh))
-                if kept != fresh:
-                    print(f"ran {kept}\nnot {fresh}")
+                if reused != fresh:
+                    print(f"ran {reused}\nnot {fresh}")
                     failed = True
     if len(chosen) < 10:
         print(f"the inputs differ too little: {len(chosen)} choices of kernels")
