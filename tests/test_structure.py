@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: From the lowest layer to the highest. A module imports from its own layer and from those below, nowhere else.
 LAYERS = (
-    ("fused_attn.native", "fused_attn.modes", "fused_attn.tolerance"),
+    ("fused_attn.native", "fused_attn.modes", "fused_attn.tolerance", "fused_attn.measurement"),
     ("fused_attn.attention",),
     ("fused_attn.backends",),
     ("fused_attn.derivatives",),
