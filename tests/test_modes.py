@@ -77,6 +77,16 @@ def test_make_fx_with_symbolic_sizes_serves_other_sizes():
     assert torch.equal(graph(*others), TRACED["causal"](*others))
 
 
+def test_make_fx_with_symbolic_sizes_traces_second_derivatives():
+    def second(query, key, value):
+        query = query.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(fused_attention(query, key, value).square().sum(), query, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), query)[0]
+
+    args = inputs(1, 2, 5, 8, requires_grad=False)
+    torch.testing.assert_close(make_fx(second, tracing_mode="symbolic")(*args)(*args), second(*args))
+
+
 def test_a_function_mode_sees_the_functions():
     seen = []
 

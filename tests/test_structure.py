@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import subprocess
 import sys
@@ -98,3 +99,18 @@ def test_figures_are_printed() -> None:
     done = subprocess.run([sys.executable, "tools/structure.py", "--list"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "import circles" in done.stdout and "fused_attn/api.py" in done.stdout
+
+
+def test_inputs_are_spelled_out_in_their_order() -> None:
+    """`inputs_of` checks nothing, because a call of a few microseconds feels a check."""
+    calls = [
+        node
+        for path in structure.python_files(ROOT)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "inputs_of"
+    ]
+    assert calls
+    for call in calls:
+        (given,) = call.args
+        names = [entry.id if isinstance(entry, ast.Name) else entry.value for entry in given.elts]
+        assert all(name in (field, None) for name, field in zip(names, Inputs._fields, strict=True)), ast.unparse(call)

@@ -302,12 +302,44 @@ def test_double_backward(backend: str, generator: torch.Generator) -> None:
 
 
 @pytest.mark.quick
+def test_double_backward_of_sinks_where_a_row_sees_no_key(backend: str, generator: torch.Generator) -> None:
+    """The empty row leaves no trace in any derivative."""
+    args = qkv(generator, torch.float64, length=2)
+    (sinks,) = tensors(generator, (args[0].shape[1],), dtype=torch.float64)
+    mask = torch.tensor([[False, False], [True, True]])
+
+    def second(query: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        leaves = (*args, sinks)
+        out = fused_attn.fused_attention(query, *args[1:], mask, sinks=sinks, backend=backend)
+        grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    torch.testing.assert_close(second(args[0], mask), second(args[0][:, :, 1:], mask[1:]))
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.quick
+def test_double_backward_of_lse_alone(backend: str, generator: torch.Generator) -> None:
+    """Under a mode, which sees operators, as without one."""
+    args = qkv(generator, torch.float64)
+
+    def second() -> tuple[Tensor, ...]:
+        _, lse = fused_attn.fused_attention(*args, return_lse=True, backend=backend)
+        grads = torch.autograd.grad(lse.sum(), args[:2], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), args[:2])
+
+    expected = second()
+    with Watching():
+        torch.testing.assert_close(second(), expected)
+
+
+@pytest.mark.quick
 def test_third_derivatives(backend: str, generator: torch.Generator) -> None:
     """Under a mode, which sees operators, as without one."""
-
-    class Watching(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            return function(*args, **(kwargs or {}))
 
     def third(function) -> tuple[Tensor, ...]:
         loss = function(*args).square().sum()

@@ -101,8 +101,8 @@ def check_heads(query: int, key: int, value: int, enable_gqa: bool) -> int:
 def check_max_seqlen(name: str, max_seqlen: int) -> None:
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {_describe(max_seqlen)}")
-    if max_seqlen < 0:
-        raise fail(name, "a number of rows >= 0", max_seqlen)
+    if max_seqlen < 0 or (isinstance(max_seqlen, int) and max_seqlen >= 2**62):  # positions have 64 bits
+        raise fail(name, "a number of rows in [0, 2**62)", max_seqlen)
 
 
 def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, softcap: float) -> None:

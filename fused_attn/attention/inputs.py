@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -139,5 +140,5 @@ def gradients_of_arguments(grads: Gradients, saved: Saved | None = None) -> tupl
     return (*grads, *_NO_GRADIENTS[: len(Inputs._fields) - len(grads)], *saved, *_NO_GRADIENTS)
 
 
-#: More than any step has arguments behind the differentiable ones.
-_NO_GRADIENTS: tuple[Tensor | None, ...] = Saved() * 4
+#: None for every argument behind the differentiable ones. No step has more of them.
+_NO_GRADIENTS: tuple[Tensor | None, ...] = tuple(itertools.repeat(None, 16))

@@ -14,7 +14,7 @@ class Backend(Protocol):
     """The tensors are those of `Inputs`, query, key and value with any strides."""
 
     name: str
-    #: True when `forward` is itself differentiable PyTorch code; such a backend has no `backward`.
+    #: True if `forward` is differentiable PyTorch code. Then torch finds the gradients, and `backward` is not called.
     is_composite: bool
 
     def __hash__(self) -> int: ...

@@ -59,5 +59,6 @@ class FusedAttention(torch.autograd.Function):
         return None, *gradients_of_arguments(compute(backend, problem, Inputs(*tensors), saved, Wanted.of(*needs)))
 
 
-#: `FusedAttention.apply` without its preparations for `torch.func`, which `api` has ruled out; they cost 4 us a call.
+#: `FusedAttention.apply` without its preparations for `torch.func`, which cost 4 us a call. `running.run` has ruled
+#: `torch.func` out.
 apply_fused_attention = super(torch.autograd.Function, FusedAttention).apply

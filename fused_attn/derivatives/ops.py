@@ -116,6 +116,7 @@ def _setup_double_backward(ctx, inputs, output):
     (out, _, dout, dlse), (ctx.wanted, *ctx.scalars, _) = take(Saved, arguments)
     assert out is not None, "the schema has one"
     ctx.save_for_backward(*tensors, torch.zeros_like(out) if dout is None else dout, dlse)
+    ctx.has_dout = dout is not None
 
 
 def _double_backward(ctx, *ddgrads):
@@ -138,7 +139,10 @@ def _double_backward(ctx, *ddgrads):
             [g for g, _ in pairs], list(leaves.values()), [dg for _, dg in pairs],
             create_graph=create_graph, allow_unused=True,
         )  # fmt: skip
-    return gradients.second_of_arguments(dict(zip(leaves, second, strict=True)))
+    found: dict[str, Tensor | None] = dict(zip(leaves, second, strict=True))
+    if not ctx.has_dout:  # torch takes no gradient for an argument that was None
+        del found["dout"]
+    return gradients.second_of_arguments(found)
 
 
 torch.library.register_autograd(
@@ -151,7 +155,13 @@ flops.register_flop_formulas()
 
 def _problem_of(inputs: Inputs, scalars: Scalars) -> AttentionProblem:
     shapes = Shapes._make(None if x is None else x.shape for x in inputs)
-    return _problem_of_shapes(shapes, inputs.query.dtype, inputs.query.device, scalars)
+    known = (shapes, inputs.query.dtype, inputs.query.device, scalars)
+    try:
+        return _problem_of_shapes(*known)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        return AttentionProblem.of(*known)  # sizes are symbolic, as in `make_fx`
 
 
 _problem_of_shapes = functools.lru_cache(maxsize=4096)(AttentionProblem.of)

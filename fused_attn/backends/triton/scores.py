@@ -134,7 +134,7 @@ def hide(scores, hidden, query, key, is_valid, head_slice, masks, settings, IS_F
 
 @triton.jit
 def dropout_keep(query, first_key, head_slice, masks, settings):
-    """(queries, BLOCK_N) bool: which probs of the keys first_key ... survive; see `fused_attn.dropout`.
+    """(queries, BLOCK_N) bool: which probs of the keys first_key ... survive; see `fused_attn.attention.dropout`.
 
     query: (M, 1). One call of Philox gives the words of four neighbouring keys.
     """
