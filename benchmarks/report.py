@@ -318,9 +318,10 @@ def _small_modules(rows: list[Row]) -> list[str]:
 
 
 def _isa(rows: list[Row]) -> list[str]:
+    """A line about the instruction sets besides the machine's best one, whose speed counts as 1."""
     rows = [row for row in select(rows, benchmark="isa") if row["implementation"] != row["best_isa"]]
     groups = summary.groups(rows, ("implementation",))
-    parts = [f"{own[0]['implementation']} {_mean_and_range([row['speed'] for row in own])}" for own in groups]
+    parts = [f"{group[0]['implementation']} {_mean_and_range([row['speed'] for row in group])}" for group in groups]
     return [f"- speed of our other instruction sets on that machine, float32: {', '.join(parts)}"] if parts else []
 
 

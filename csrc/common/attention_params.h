@@ -10,8 +10,8 @@ enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 // An unbounded side of the band. The number is small enough that adding a sequence length cannot overflow.
 constexpr int64_t kUnbounded = int64_t{1} << 60;
 
-// A tensor (batch, head, row, column). Strides count elements, and stride 0 broadcasts. The column stride is 1 unless
-// said otherwise.
+// A tensor (batch, head, row, column). Strides count elements, and stride 0 broadcasts. The column stride is 1, except
+// for the fields of AttentionParams whose comment allows another one.
 struct TensorView {
   void* data = nullptr;
   int64_t stride_batch = 0;

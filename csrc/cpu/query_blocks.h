@@ -60,7 +60,9 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
     excess = max<Lane>(maximum - ceiling, excess);
   }
   if (__builtin_expect(any_positive<Lane>(excess), 0)) {
-    // The scores go through memory. Otherwise this call would spill the accumulators of every tile.
+    // A score is so large that the reference of its row must rise, which is rare. Only then are the scores stored in
+    // an array. If they stayed in registers during the call of raise(), the compiler would spill the accumulators of
+    // every tile, not only of the rare ones.
     alignas(kVectorBytes) Lane scores[kTileKeys * kColumns * n];
     Vec<Lane> maxima[kColumns];
     FA_UNROLL

@@ -33,6 +33,9 @@ int64_t relative_bias_bytes(const AttentionParams& p) {
   return relative_heads(p, p.relative_bias) * relative_row(p) * static_cast<int64_t>(sizeof(Lane));
 }
 
+// Copies the relative bias into memory. The copy is reversed, because the index falls as the query rises: so the
+// vector loads of neighbouring queries read neighbouring numbers. Behind the columns are zeros, for queries of a block
+// past seqlen_q.
 template <class Lane>
 RelativeBias<Lane> make_relative_bias(const AttentionParams& p, char* memory) {
   RelativeBias<Lane> result;

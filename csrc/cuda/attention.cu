@@ -18,7 +18,7 @@ constexpr int64_t kL2Bytes = 8 << 20;
 // an H100, (8, 16, 2048, 128): 20 MiB 490 TFLOP/s, 128 MiB 313.
 constexpr int64_t kBackwardL2Bytes = 12 << 20;
 
-// Takes pieces of the workspace one after another. Without memory, a Workspace only counts the bytes.
+// Hands out pieces of the workspace one after another. With a null pointer, a Workspace only counts the bytes.
 class Workspace {
  public:
   explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}

@@ -59,6 +59,7 @@ inline int num_multiprocessors() {
 }
 
 // Why the current device cannot run the kernel, or an empty text.
+// Why the current GPU cannot load the kernel; empty if it can. Asking for the attributes makes CUDA load the kernel.
 template <class... Parameters>
 std::string why_not_loadable(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes;

@@ -5,7 +5,7 @@
 
 namespace fused_attn::gpu {
 
-// What one head reads and writes of one sequence or batch entry.
+// Where one head of one batch entry, or of one packed sequence, lies in the tensors: its indices, offsets and lengths.
 struct HeadSlice {
   int32_t batch;
   int32_t head;

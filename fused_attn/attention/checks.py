@@ -132,7 +132,8 @@ def check_window(window_size: Sequence[int] | None) -> tuple[int, int]:
     is_pair = isinstance(window_size, Sequence) and len(window_size) == 2
     if not is_pair or not all(isinstance(x, int) and not isinstance(x, bool) and x >= UNBOUNDED for x in window_size):
         raise fail("window_size", "(left, right), two ints >= -1 (-1 = unbounded)", window_size)
-    # Wider than any sequence is unbounded; larger numbers would pass the 64 bits that positions are compared in.
+    # A side of 2**62 or more is wider than any sequence, so it counts as unbounded. As a number, it could overflow the
+    # 64-bit integers in which positions are compared.
     left, right = (x if x < 2**62 else UNBOUNDED for x in window_size)
     return left, right
 

@@ -383,7 +383,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
     ) -> None:
-        """Raises AssertionError, as the parent class does, if the inputs do not belong together."""
+        """Raises AssertionError, as the parent class does, if shapes do not fit, and TypeError if one is no tensor."""
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -395,8 +395,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 raise AssertionError(f"{name}: expected {rank} dimensions, as query has, got shape {tuple(x.shape)}")
         if query.shape[-1] != self.embed_dim:
             raise AssertionError(f"query: expected embed_dim={self.embed_dim} features, got {query.shape[-1]}")
-        same = slice(None) if self.in_proj_weight is not None else slice(-1)
-        if key.shape[same] != value.shape[same]:
+        # With kdim or vdim, the projections are separate, and key and value may differ in their features.
+        compared = slice(None) if self.in_proj_weight is not None else slice(-1)
+        if key.shape[compared] != value.shape[compared]:
             raise AssertionError(f"value: expected the sizes of key, {tuple(key.shape)}, got {tuple(value.shape)}")
         if key_padding_mask is not None:
             _check_mask_dtype("key_padding_mask", key_padding_mask)

@@ -207,7 +207,8 @@ struct ForwardMaps {
 
 // ---- The planning warp
 
-// Each of its first lanes works for one consumer.
+// Decides, ahead of the loads, which blocks of keys each consumer sees and which of them need no mask. The decisions
+// are notes in shared memory. Lane n of the warp decides for consumer n, and lane 0 for the loads.
 template <class Plan>
 struct Planner {
   static constexpr int kBlockN = Plan::kBlockN;

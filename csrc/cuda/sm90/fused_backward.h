@@ -386,7 +386,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       start_multiply_transposed<T, kHeadDim, kBlockN>(dprobs, shared + Plan::kV, 64 * group, dout_tile(i));
       wgmma_commit();
     };
-    // lse, and delta, of the two queries that this thread has of tile t.
+    // Each thread computes with two of the 8 queries of tile t in block i. These functions load their lse and their
+    // delta from shared memory.
     const auto lse_at = [&](uint32_t i, int t) {
       return load_shared<Float2>(own_statistics + Plan::kLse + i % Plan::kQStages * Plan::kStatisticsBytes + t * 32);
     };

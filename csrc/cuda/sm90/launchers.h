@@ -42,6 +42,8 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
                            map_of(p.k, is_bf16, kHeadDim, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
                            map_of(p.v, is_bf16, kHeadDim, p.rows_k, kv_heads, p.batch, Plan::kBlockN)};
     LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
+    // The kernel is persistent: each multiprocessor runs at most one block of threads, which takes one tile after
+    // another until all tiles (blocks of queries of all heads) are done.
     const int num_tiles = shape.grid_x;
     shape.grid_x = std::min(num_tiles, num_multiprocessors());
     run_kernel(forward_kernel<decltype(type), kHeadDim, has_dropout()>, shape, stream, p, maps, num_tiles);

@@ -40,7 +40,8 @@ def attention_bwd_dbias_kernel(
 
     Where the bias has one row (column) for all, each program stores the sum over its own rows (columns).
     """
-    # Which tile. All programs are numbered along the first axis: the others hold 65535, fewer than a batch of windows.
+    # Which tile this program computes. The grid has one axis alone, because the other axes are limited to 65535
+    # programs. Models such as Swin fold their windows into the batch, which can be larger than that.
     row_blocks = tl.cdiv(seqlen_q, settings.BLOCK_M)
     column_blocks = tl.cdiv(seqlen_k, settings.BLOCK_N)
     column_block = tl.program_id(0) % column_blocks

@@ -356,7 +356,7 @@ def _run(kernel: JITFunction, launch: Launch, kinds: tuple, *arguments) -> None:
         return
     if len(launch.compiled) >= MAX_COMPILED:
         launch.compiled.clear()
-    # None in the interpreter, which compiles nothing.
+    # In the interpreter the launch returns None, because nothing is compiled. The next call then launches alike.
     launch.compiled[key] = kernel[launch.grid](*arguments, **launch.constants, **launch.options)
 
 

@@ -355,7 +355,7 @@ def _stored_rows(path: Path) -> dict[tuned.Key, tuned.Row]:
     try:
         return tuned.load(path).rows
     except (OSError, ValueError):
-        return {}  # there is none, or none that could be used: all is measured anew
+        return {}  # without a file that can be used, everything is measured again
 
 
 def listing(to_try: dict[Workload, list[Config]]) -> str:
@@ -431,7 +431,10 @@ class _Inputs:
         self._outputs = {id(inputs): self._launcher.forward(problem, inputs, True) for inputs in self.variants}
 
     def call(self, config: Config) -> Callable[[Inputs], list[Tensor]]:
-        """Runs the workload's kernel with `config`, and those that it depends on with the table's."""
+        """A function that runs the workload's kernel with `config`.
+
+        Other kernels that the call needs run with the configurations that `tuned.choose` gives them.
+        """
         problem = self._workload.problem(self._device)
         kernel, features = self._workload.kernel, self._workload.features
         wanted = Wanted(
