@@ -3,8 +3,8 @@
     python tools/structure.py --list          # of this checkout, with names
     python tools/structure.py ANOTHER_CHECKOUT
 
-The product is ``fused_attn/**/*.py`` and ``csrc/**`` (.h, .cpp, .cu). Old checkouts have ``csrc/emulation``, which was for
-tests and does not count.
+The product is ``fused_attn/**/*.py`` and ``csrc/**`` (.h, .cpp, .cu). Old checkouts have ``csrc/emulation``, which was
+for tests and does not count.
 """
 
 from __future__ import annotations
