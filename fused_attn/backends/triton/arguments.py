@@ -1,8 +1,8 @@
-"""What crosses from the host to a kernel: tuples that a kernel reads by field name, built from tensors.
+"""Named tuples that group the arguments of the kernels. A kernel reads their fields by name.
 
-A field that is None compiles the feature out, so a kernel needs no flag beside it. Triton specialises integers inside
-a tuple (divisible by 16, equal to 1), which is wanted for strides; lengths, which change from batch to batch, are
-plain kernel arguments that it is told not to specialise.
+- A field that is None compiles its feature out, so that a kernel needs no flag for the feature.
+- Triton compiles a kernel anew if an integer in a tuple becomes divisible by 16 or equal to 1. That pays for strides.
+  Lengths change from batch to batch, so they are plain arguments, for which `UNSPECIALIZED` prevents this.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from fused_attn.attention.inputs import Inputs
 from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.triton.configs import Config, padded_head_dim
 
-#: Kernel arguments whose value must not cause another compilation.
+#: Arguments of kernels whose value never causes another compilation.
 UNSPECIALIZED = ("seqlen_q", "seqlen_k", "lse_stride", "band_offset", "heads_per_l2_group")
 
 
 class Rows(NamedTuple):
-    """A (B, heads, rows, columns) tensor with contiguous columns. Packed: (1, heads, total, columns), stride_b 0."""
+    """A (B, heads, rows, columns) tensor whose column stride is 1.
+
+    A packed tensor is (1, heads, total rows, columns). Its stride_b is 0, because q_offset and k_offset lead to the
+    rows of a sequence.
+    """
 
     ptr: Tensor | None
     stride_b: int = 0
@@ -38,7 +42,7 @@ class Rows(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """A tensor that broadcasts to (B, H, L, S): the stride of a broadcast dimension is 0."""
+    """A mask or bias that broadcasts to (B, H, L, S). The stride of a dimension of size 1 is 0."""
 
     ptr: Tensor | None
     stride_b: int = 0
@@ -65,12 +69,15 @@ class Scores(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Pointers to everything that hides, biases or drops scores; None where the problem has none.
+    """The tensors of a call besides query, key and value. A feature that the call does not use is None.
 
+    mask: bool, broadcasts to (B, H, L, S). True = visible
+    bias: broadcasts to (B, H, L, S)
     key_padding: (B, S) bytes, nonzero = padding
     relative_bias: (H|1, L + S - 1)
+    relative_bias_stride_h: elements from one head to the next; 0 if all heads share one row
     sinks: (H,)
-    seed: 0-d int64
+    seed: 0-d int64, of dropout
     cu_seqlens_q, cu_seqlens_k: (num_sequences + 1,) int32
     """
 
@@ -86,7 +93,7 @@ class Masks(NamedTuple):
 
     @property
     def kind(self) -> tuple:
-        """See `kind_of`."""
+        """All properties of the masks that Triton compiles a kernel for; see `kind_of`."""
         return (
             kind_of(self.mask),
             kind_of(self.bias),
@@ -121,39 +128,45 @@ class Masks(NamedTuple):
 
 
 def kind_of_pointer(x: Tensor | None) -> tuple | None:
-    """What Triton compiles a kernel for, of a pointer: its type, and whether the address is a multiple of 16."""
+    """The properties of a pointer that Triton compiles a kernel for: the dtype, and whether 16 divides the address."""
     return None if x is None else (x.data_ptr() % 16, x.dtype)
 
 
 def kind_of(x: Rows | Scores) -> tuple | None:
-    """What Triton compiles a kernel for, of a tensor: the kind of its pointer and all strides."""
+    """The properties of a tensor that Triton compiles a kernel for: those of its pointer, and its strides.
+
+    Two calls whose tensors have equal kinds can use the same compiled kernel.
+    """
     pointer = x[0]
     return None if pointer is None else (pointer.data_ptr() % 16, pointer.dtype, x[1:])
 
 
-#: Makes a named tuple of a tuple. The class itself takes twice the time, which small calls feel.
+#: _new(cls, fields) is cls(*fields) in half of the time. The difference is measurable in a call with small tensors.
 _new = tuple.__new__
 
 NO_ROWS = Rows(None)
 NO_SCORES = Scores(None)
 NO_MASKS = Masks(NO_SCORES, NO_SCORES, None, None, 0, None, None, None, None)
-#: The kind of `NO_MASKS`.
 NO_MASKS_KIND = NO_MASKS.kind
 
-
+#: The smallest and the largest scale for which `Settings.is_scale_folded` may be 1.
 _FOLDED_SCALES = (2.0**-20, 2.0**20)
 
 
 class Settings(NamedTuple):
-    """All that is fixed for a problem and a kernel. Numbers that a model rarely changes, then compile-time constants.
+    """The numbers that one problem fixes for one kernel. Those in capitals are compile-time constants.
 
-    is_scale_folded: 1 if the scale can be multiplied in where the exponential is taken, else None. Nothing may come
-        between; and the scale must be positive, or a row's maximum would become its minimum (or 0 * -inf, NaN), and
-        of a usual size, because the LSE is divided by it. Not in float32, where large products would be rounded
+    is_scale_folded: 1 if the scale is multiplied into the scores together with log2(e), in the argument of exp2,
+        which saves a multiplication for each score. None if not. The conditions for 1:
+        - No softcap and no bias stands between scale and exponential.
+        - The scale is positive. Otherwise the maximum of a row would become its minimum, or 0 * -inf = NaN.
+        - The scale lies within `_FOLDED_SCALES`, because the LSE is divided by the scale.
+        - The products are not exact float32, where the rounding of large unscaled scores would be visible.
     softcap: None = off
-    band_left, band_right: how far a query sees before and after its diagonal; None = without end
-    dropout_threshold: a random word, read as a signed number after its top bit is flipped, is kept from here on
-    IS_FLOAT32: products are exact ones of float32, and what follows them is to be as accurate
+    band_left, band_right: how many keys a query sees before and after its diagonal; None = unbounded
+    dropout_threshold: a signed number. Flip the top bit of a random word, and read the word as a signed number. The
+        entry survives dropout if this number is at least the threshold
+    IS_FLOAT32: inputs are float32, and their products must not be rounded to TF32
     """
 
     num_heads: int
@@ -177,7 +190,8 @@ class Settings(NamedTuple):
     @classmethod
     def of(cls, problem: AttentionProblem, config: Config) -> Settings:
         band = problem.band
-        # A window wider than all distances is none. This also keeps sums of positions within 32 bits.
+        # A bound beyond the largest distance hides no key, so it becomes None. This also keeps sums of positions
+        # and bounds within 32 bits.
         reach = problem.seqlen_q + problem.seqlen_k + abs(band.offset)
         is_float32 = problem.dtype.itemsize == 4 and not problem.allows_tf32
         is_changed = is_float32 or problem.softcap or problem.has_bias or problem.has_relative_bias

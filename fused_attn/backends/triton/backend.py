@@ -1,4 +1,7 @@
-"""The Triton backend as `dispatch` sees it. Triton is imported by the first call that could run here, not before."""
+"""The interface of the Triton backend for `dispatch`.
+
+This module does not import Triton when it is imported itself. The first call that could run on this backend does.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ MIN_TRITON = (3, 6)
 
 
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
+    """Why this backend cannot run the problem, one sentence for each reason. An empty list means that it can."""
     reasons = []
     is_on_cpu = problem.device.type == "cpu" and is_interpreting()
     if (problem.device.type == "cuda" or is_on_cpu) and (reason := installation_problem()) is not None:
@@ -58,7 +62,10 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
 
 @functools.cache
 def installation_problem() -> str | None:
-    """Why Triton itself is of no use here, or None. Imports it, so is asked only where a problem could run."""
+    """Why the installed Triton cannot be used, or None if it can.
+
+    The answer needs an import of Triton, which is slow. So ask only if the problem could run otherwise.
+    """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     try:

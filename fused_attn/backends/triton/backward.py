@@ -1,7 +1,7 @@
-"""The backward kernels: dq (with delta and the sinks' gradient), then dk and dv.
+"""The backward kernels. The first computes dq, delta and the gradient of the sinks. The second computes dk and dv.
 
-Each recomputes the probs from the LSE. Every gradient is summed by one program in a fixed order, so the results are
-deterministic; the price is that both kernels form the scores (7 matrix products instead of 5).
+Both recompute the probs from the LSE. One program sums each entry of a gradient in a fixed order, so the results are
+deterministic. For this, both kernels compute the scores and dprobs: 7 matrix products instead of 5.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from fused_attn.backends.triton.tiles import (
     store_tile,
 )
 
-#: Up to here an LSE is exact enough for the probs, which its rounding moves by 3e-5; in float32 by 1e-6.
+#: Up to this size, the rounding error of an LSE changes the probs so little that it needs no correction: by a factor of
+#: 1 +- 3e-5 for 16-bit inputs, and 1 +- 1e-6 for float32 inputs. Beyond it, `_exact_factor` corrects the probs.
 EXACT_LSE = tl.constexpr(512.0)
 EXACT_LSE_FLOAT32 = tl.constexpr(16.0)
 
@@ -46,12 +47,12 @@ def attention_bwd_dq_kernel(
     v,  # Rows (B, Hkv, S, Dv)
     out,  # Rows (B, H, L, Dv)
     dout,  # Rows (B, H, L, Dv)
-    dq,  # Rows (B, H, L, D); its ptr is None if only delta is wanted
+    dq,  # Rows (B, H, L, D), written; its ptr is None if dq is not wanted
     lse,  # (B, H, L) float32
     dlse,  # (B, H, L) float32 or None
     delta,  # (B, H, L) float32, written: rowsum(dout * out) - dlse
-    factor,  # (B, H, L) float32 or None, written: what exp(score - LSE) has to be multiplied by
-    dsinks,  # (B, H, blocks of queries) float32 or None, written: each program's share
+    factor,  # (B, H, L) float32 or None, written: exp(logit - LSE) times this factor is the probability
+    dsinks,  # (B, H, blocks of queries) float32 or None, written: the sum over the queries of each block
     masks,
     settings,
     seqlen_q,
@@ -60,7 +61,8 @@ def attention_bwd_dq_kernel(
     band_offset,
     heads_per_l2_group,
 ):
-    # Which rows.
+    """A program owns a block of queries of one head and visits all keys that they may see."""
+    # Which rows this program computes.
     num_blocks = tl.cdiv(seqlen_q, settings.BLOCK_M)
     block, head, batch = scheduled_tile(num_blocks, settings.num_heads, heads_per_l2_group, LAST_FIRST=True)
     first_row = block * settings.BLOCK_M
@@ -74,7 +76,7 @@ def attention_bwd_dq_kernel(
         return
     is_row = query < head_slice.seqlen_q
 
-    # Load, and delta.
+    # Compute delta.
     dout_tile = load_query_rows(dout, head_slice, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
     out_tile = load_query_rows(out, head_slice, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
     row_offset = head_slice.lse_offset + query
@@ -85,11 +87,10 @@ def attention_bwd_dq_kernel(
     tl.store(delta + row_offset, row_delta, mask=is_row)
     if dsinks is not None:
         sink = tl.load(masks.sinks + head).to(tl.float32)
-        # Rows that saw nothing have an LSE of -inf, and their sink no weight.
+        # An empty row (LSE -inf) does not depend on its sink: `add_sink` leaves such a row as it is.
         sink_prob = tl.where(is_row & (row_lse != float("-inf")), tl.exp2((sink - row_lse) * LOG2_E), 0.0)
     q_tile = load_query_rows(q, head_slice, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
 
-    # Loop.
     last_row = tl.minimum(first_row + settings.BLOCK_M, head_slice.seqlen_q) - 1
     blocks = key_blocks(first_row, last_row, head_slice, masks, settings)
     row_lse = finite_lse(row_lse, settings)
@@ -103,6 +104,7 @@ def attention_bwd_dq_kernel(
         if row_factor is not None:
             sink_prob *= row_factor
         tl.store(dsinks + dsinks_entry, -tl.sum(sink_prob * row_delta, 0))
+    # Visit the full blocks, which need no tests, then the partial ones.
     if dq.ptr is not None:
         acc = tl.zeros([settings.BLOCK_M, settings.BLOCK_D], tl.float32)
         for first_key in tl.range(blocks.full_start, blocks.full_end, settings.BLOCK_N):
@@ -122,9 +124,10 @@ def attention_bwd_dq_kernel(
 
 @triton.jit
 def _exact_factor(q_tile, row_lse, query, blocks, k, head_slice, masks, settings):
-    """One over the sum of exp(score - LSE), which would be 1 if the LSE were exact.
+    """(M,): 1 / sum over the keys (and the sink) of exp(logit - LSE). The sum would be 1 if the LSE were exact.
 
-    A large LSE is a coarse number: where all keys of a row carry a bias of -1e9, it cannot tell one key from many.
+    A large LSE has a large rounding error. For example, if all keys of a row have a bias of -1e9, the LSE rounds to
+    -1e9 for one key as well as for a hundred, whose probs would each become 1 instead of 0.01.
     """
     total = tl.zeros([settings.BLOCK_M], tl.float32)
     for first_key in range(blocks.start, blocks.end, settings.BLOCK_N):
@@ -160,6 +163,7 @@ def _add_dq(
     settings,
     IS_FULL: tl.constexpr,
 ):
+    """acc + the part of dq / scale that comes from the block of keys that begins at first_key."""
     key = first_key + tl.arange(0, settings.BLOCK_N)
     is_valid = None if IS_FULL else is_valid_key(key, head_slice, masks)
     k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
@@ -180,11 +184,11 @@ def attention_bwd_dkdv_kernel(
     k,  # Rows (B, Hkv, S, D)
     v,  # Rows (B, Hkv, S, Dv)
     dout,  # Rows (B, H, L, Dv)
-    dk,  # Rows (B, Hkv, S, D); its ptr may be None
-    dv,  # Rows (B, Hkv, S, Dv); its ptr may be None
+    dk,  # Rows (B, Hkv, S, D), written; its ptr is None if dk is not wanted
+    dv,  # Rows (B, Hkv, S, Dv), written; its ptr is None if dv is not wanted
     lse,  # (B, H, L) float32
-    delta,  # (B, H, L) float32
-    factor,  # (B, H, L) float32 or None
+    delta,  # (B, H, L) float32, from attention_bwd_dq_kernel
+    factor,  # (B, H, L) float32 or None, from attention_bwd_dq_kernel
     masks,
     settings,
     seqlen_q,
@@ -193,8 +197,11 @@ def attention_bwd_dkdv_kernel(
     band_offset,
     heads_per_l2_group,
 ):
-    """A program owns a block of keys of one key head and visits all queries of all heads that share it."""
-    # Which rows.
+    """A program owns a block of keys of one key head and visits all queries that may see them, of the whole head group.
+
+    The head group are the query heads that share the key head.
+    """
+    # Which rows this program computes.
     num_blocks = tl.cdiv(seqlen_k, settings.BLOCK_N)
     num_kv_heads = settings.num_heads // settings.group_size
     block, kv_head, batch = scheduled_tile(num_blocks, num_kv_heads, heads_per_l2_group, LAST_FIRST=False)
@@ -211,7 +218,8 @@ def attention_bwd_dkdv_kernel(
     k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
     v_tile = load_key_rows(v, head_slice, key, is_valid, settings.VALUE_DIM, settings.BLOCK_DV)
 
-    # Loop, over the blocks of all heads at once: a loop within a loop keeps the addresses of both in registers.
+    # Visit the blocks of queries of all heads. One loop runs over heads and blocks together, because nested loops would
+    # need registers for the addresses of both.
     last_key = tl.minimum(first_key + settings.BLOCK_N, head_slice.seqlen_k) - 1
     blocks = query_blocks(first_key, last_key, num_valid == settings.BLOCK_N, head_slice, settings)
     dk_acc = zero_sum([settings.BLOCK_N, settings.BLOCK_D], settings)
@@ -219,7 +227,8 @@ def attention_bwd_dkdv_kernel(
     num_full = (blocks.full_end - blocks.full_start) // settings.BLOCK_M
     num_partial = num_partial_blocks(blocks, settings.BLOCK_M)
     num_heads = tl.where(num_valid == 0, 0, settings.group_size)
-    # A pipeline computes its first addresses before it knows whether there is any step.
+    # The software pipeline computes the addresses of its first loads even if the loop has no step. A divisor of 0 would
+    # be an error then.
     full_divisor = tl.maximum(num_full, 1)
     partial_divisor = tl.maximum(num_partial, 1)
     for step in tl.range(0, num_full * num_heads):
@@ -239,7 +248,7 @@ def attention_bwd_dkdv_kernel(
             head_slice, masks, settings, IS_FULL=False,
         )  # fmt: skip
 
-    # Epilogue.
+    # Store. `is_row` includes padding, whose gradients are 0.
     is_row = key < head_slice.seqlen_k
     if dk.ptr is not None:
         dk_pointer = key_pointer(dk, head_slice, key, settings.BLOCK_D)
@@ -269,7 +278,11 @@ def _add_dkdv(
     settings,
     IS_FULL: tl.constexpr,
 ):
-    """Tiles here are (keys, queries), so that they are left factors of the products that follow."""
+    """(dk_acc, dv_acc) plus the parts of dk / scale and dv that come from the block of queries at first_row.
+
+    Scores are computed as (keys, queries) here. So probs and dscores are left factors of the products for dv and dk
+    without a transposition.
+    """
     query = first_row + tl.arange(0, settings.BLOCK_M)
     is_row = None if IS_FULL else query < head_slice.seqlen_q
     q_tile = load_query_rows(q, head_slice, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
@@ -289,7 +302,10 @@ def _add_dkdv(
 
 @triton.jit
 def load_row_sums(lse, delta, factor, head_slice, query, is_row, settings):
-    """(LSE, delta, factor) of the rows `query`; the factor is 1.0 if there is none."""
+    """(LSE after `finite_lse`, delta, factor) of the queries, (M,) each. The factor is 1.0 if `factor` is None.
+
+    is_row: which queries exist, or None if all do
+    """
     offset = head_slice.lse_offset + query
     row_lse = finite_lse(_load_vector(lse + offset, is_row), settings)
     row_delta = _load_vector(delta + offset, is_row)
@@ -301,6 +317,7 @@ def load_row_sums(lse, delta, factor, head_slice, query, is_row, settings):
 
 @triton.jit
 def _load_vector(pointer, is_row):
+    """The numbers at `pointer`, 0 where is_row is false; is_row may be None, which means that all rows exist."""
     if is_row is None:
         return tl.load(pointer)
     else:
@@ -309,7 +326,10 @@ def _load_vector(pointer, is_row):
 
 @triton.jit
 def finite_lse(row_lse, settings):
-    """In units of the scores; 0 for a row that saw nothing, whose probs `hide` makes 0."""
+    """The LSE divided by `score_unit`, as the scores are. An empty row gets 0 instead of -inf.
+
+    0 avoids NaN from -inf - -inf. It does not change the gradients, because `hide` sets all probs of an empty row to 0.
+    """
     return tl.where(row_lse == float("-inf"), 0.0, row_lse) / score_unit(settings)
 
 
@@ -321,8 +341,8 @@ def probs_and_gradients(
     key,
     first_key,
     is_valid,
-    row_lse,  # finite, in units of the scores
-    row_factor,  # or None
+    row_lse,  # after `finite_lse`
+    row_factor,  # None if the LSE is exact enough
     row_delta,
     head_slice,
     masks,
@@ -330,9 +350,11 @@ def probs_and_gradients(
     IS_FULL: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
 ):
-    """(probs after dropout, gradient of the scores after softcap and bias, gradient of scale * qk).
+    """(probs after dropout, gradient of the logits, gradient of scale * qk) of a tile.
 
-    Tiles are (queries, keys), or (keys, queries) if IS_TRANSPOSED; the row vectors lie along the queries.
+    The last two differ by the derivative of the softcap alone.
+    IS_TRANSPOSED: tiles are (keys, queries), else (queries, keys). row_lse, row_factor and row_delta broadcast along
+        the keys: (1, M) or (M, 1)
     """
     scores, dcap = biased_scores(qk, query, key, head_slice, masks, settings, IS_FULL)
     probs = exp_difference(scores, row_lse, settings)

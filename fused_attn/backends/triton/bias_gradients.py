@@ -1,7 +1,8 @@
-"""Gradients of the two biases: a dense one, summed over the dimensions it broadcasts, and a table of distances.
+"""The gradients of the two biases: attn_mask, which is a dense bias, and relative_bias.
 
-Both are sums of the scores' gradient. They recompute it, with programs laid out along the sum, so that each entry is
-summed by one program in a fixed order and nothing of the size L x S is stored that was not given by the user.
+Both are sums of the gradient of the logits: that of attn_mask over the dimensions that it broadcasts, and that of
+relative_bias along the diagonals. Each kernel recomputes the gradient of the logits, and one program computes all terms
+of a sum in a fixed order. So results are deterministic, and no matrix of size L x S is stored unless the bias has it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def attention_bwd_dbias_kernel(
     lse,  # (B, H, L) float32
     delta,  # (B, H, L) float32
     factor,  # (B, H, L) float32
-    dbias,  # (B|1, H|1, L or blocks of queries, S or blocks of keys) float32, contiguous
+    dbias,  # (B|1, H|1, L or, if SUMS_ROWS, blocks of queries, S) float32, contiguous, written
     masks,
     settings,
     seqlen_q,
@@ -36,9 +37,10 @@ def attention_bwd_dbias_kernel(
     SUMS_HEADS: tl.constexpr,
     SUMS_ROWS: tl.constexpr,
 ):
-    """A program owns a tile of scores and sums it over batch and heads as far as the bias broadcasts.
+    """A program owns a tile of the gradient. It sums over the batch and the heads if the bias broadcasts there.
 
-    Where the bias has one row (column) for all, each program stores the sum over its own rows (columns).
+    SUMS_BATCHES, SUMS_HEADS, SUMS_ROWS: the bias has size 1 in this dimension, and broadcasts
+    If SUMS_ROWS, each program stores one row, the sum over the rows of its tile. The caller sums these rows.
     """
     # Which tile this program computes. The grid has one axis alone, because the other axes are limited to 65535
     # programs. Models such as Swin fold their windows into the batch, which can be larger than that.
@@ -56,7 +58,7 @@ def attention_bwd_dbias_kernel(
     heads_here = settings.num_heads if SUMS_HEADS else 1
     batches_here = num_batches if SUMS_BATCHES else 1
 
-    # Loop.
+    # Sum over heads and batch. A tile outside the band has no term.
     nearest = first_key - (row_block * settings.BLOCK_M + settings.BLOCK_M - 1)
     farthest = first_key + settings.BLOCK_N - 1 - row_block * settings.BLOCK_M
     terms = heads_here * batches_here * _is_in_band(nearest - band_offset, farthest - band_offset, settings)
@@ -70,7 +72,7 @@ def attention_bwd_dbias_kernel(
         tile = _score_gradient(q, k, v, dout, lse, delta, factor, query, key, first_key, head_slice, masks, settings)
         acc = add(acc, tile, settings)
 
-    # Store the tile, or its sum along the axes on which the bias broadcasts.
+    # Store the tile, or the sum of its rows.
     num_rows = row_blocks if SUMS_ROWS else seqlen_q
     base = dbias + matrix.to(tl.int64) * num_rows * seqlen_k
     if SUMS_ROWS:
@@ -89,7 +91,7 @@ def attention_bwd_drelative_bias_kernel(
     lse,  # (B, H, L) float32
     delta,  # (B, H, L) float32
     factor,  # (B, H, L) float32
-    dtable,  # (2, H, (block diagonals + 1) * BLOCK_N) float32, zeros where no program stores
+    dtable,  # (2, H, (block diagonals + 1) * BLOCK_N) float32, written; zeros before, because some entries are not
     masks,
     settings,  # BLOCK_M = BLOCK_N
     seqlen_q,
@@ -98,19 +100,23 @@ def attention_bwd_drelative_bias_kernel(
     band_offset,
     num_batches,
 ):
-    """A program owns the square tiles along one block diagonal of one head and sums each of their diagonals.
+    """A program owns one block diagonal of one head: the square tiles with the same (column block - row block).
 
-    Such tiles share 2 * BLOCK_N - 1 diagonals: on or above their main diagonals, and below. Neighbouring block
-    diagonals share the latter with the former, hence two planes, which the caller adds.
+    It sums the entries of equal key - query over all tiles of the block diagonal. There are 2 * BLOCK_N - 1 such sums:
+    - BLOCK_N on and above the main diagonals of the tiles. They go to dtable[1].
+    - BLOCK_N - 1 below the main diagonals. They go to dtable[0]. The program of the block diagonal before this one
+      computes a part of the same sums, above its main diagonals.
+    Two planes keep programs from writing to the same entry. The caller adds the planes.
     """
-    # Which block diagonal: column block - row block = shift.
+    # Which block diagonal this program sums: that of column block - row block = shift.
     row_blocks = tl.cdiv(seqlen_q, settings.BLOCK_N)
     num_diagonals = row_blocks + tl.cdiv(seqlen_k, settings.BLOCK_N) - 1
     head = tl.program_id(0) // num_diagonals
     diagonal = tl.program_id(0) % num_diagonals
     shift = diagonal - (row_blocks - 1)
 
-    # Loop. Gathering column (c + r) % BLOCK_N in row r puts the diagonal c, wrapped around, into one column.
+    # Visit the tiles. A gather moves column (c + r) % BLOCK_N of row r to column c. Then column c holds two diagonals:
+    # key - query = c of the tile where c + r < BLOCK_N, and key - query = c - BLOCK_N in the other rows.
     index = tl.arange(0, settings.BLOCK_N)
     unwrapped = index[:, None] + index[None, :]
     above = zero_sum([settings.BLOCK_N], settings)
@@ -134,7 +140,7 @@ def attention_bwd_drelative_bias_kernel(
             above = add(above, tl.sum(tl.where(unwrapped < settings.BLOCK_N, skewed, 0.0), 0), settings)
             below = add(below, tl.sum(tl.where(unwrapped < settings.BLOCK_N, 0.0, skewed), 0), settings)
 
-    # Store: entry x stands for the distance x - (row blocks) * BLOCK_N between key and query.
+    # Store. Entry x of a plane is the sum for key - query = x - row_blocks * BLOCK_N.
     columns = (num_diagonals + 1) * settings.BLOCK_N
     base = dtable + head.to(tl.int64) * columns + diagonal * settings.BLOCK_N + index
     next_plane = (head * 0 + settings.num_heads).to(tl.int64) * columns
@@ -144,7 +150,7 @@ def attention_bwd_drelative_bias_kernel(
 
 @triton.jit
 def _is_in_band(nearest, farthest, settings):
-    """1 if any of the distances nearest ... farthest from the band's diagonal is visible, else 0."""
+    """1 if the band shows any of the diagonals nearest ... farthest, counted from the band's own diagonal, else 0."""
     visible = nearest <= farthest
     if settings.band_right is not None:
         visible = visible & (nearest <= settings.band_right)
@@ -155,7 +161,7 @@ def _is_in_band(nearest, farthest, settings):
 
 @triton.jit
 def _score_gradient(q, k, v, dout, lse, delta, factor, query, key, first_key, head_slice, masks, settings):
-    """Tile (queries, keys) of the gradient of the scores after softcap and bias; 0 outside the sequence."""
+    """(queries, keys) tile of the gradient of the logits, 0 beyond the sequence's end and where entries are hidden."""
     is_row = query < head_slice.seqlen_q
     is_valid = is_valid_key(key, head_slice, masks)
     q_tile = load_query_rows(q, head_slice, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)

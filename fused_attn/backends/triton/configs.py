@@ -1,8 +1,9 @@
 """Tile sizes, warps and pipeline stages by kernel, architecture, dtype, head dim and features.
 
-Chosen without a GPU, from what `tests/triton/aot.py` prints: the largest tiles whose loops keep everything in
-registers, in the proportions that are known to be fast (FlashAttention 2 and FlexAttention on these architectures).
-`python -m fused_attn tune` measures the neighbours of a row on the GPU at hand; its table wins over this one.
+The table was chosen without a GPU, from the registers and shared memory that `tests/triton/aot.py` prints. Its tiles
+are the largest whose loops spill no registers, in proportions that are known to be fast from FlashAttention 2 and
+FlexAttention. `python -m fused_attn tune` measures similar configurations on the user's GPU. Those that are faster
+take precedence over this table.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fused_attn.attention.problem import AttentionProblem
 
 
 class Config(NamedTuple):
-    """block_m queries x block_n keys per tile; stages of the software pipeline."""
+    """A tile is block_m queries x block_n keys. num_stages: the stages of Triton's software pipeline of loads."""
 
     block_m: int
     block_n: int
@@ -26,16 +27,17 @@ class Config(NamedTuple):
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Tiles are powers of two, and tensor cores want at least 16 columns."""
+    """The columns of a tile for head_dim: a power of two as Triton demands, at least 16 for matrix instructions."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
-#: `bias` serves the gradient of attn_mask, and with squares of block_n that of relative_bias.
+#: The kernels that have rows in the table. `bias` is for two kernels: that of the gradient of attn_mask, and that of
+#: the gradient of relative_bias, whose tiles are block_n x block_n.
 KERNELS = ("forward", "dq", "dkdv", "bias")
 
 
 class Row(NamedTuple):
-    """One configuration per class of architectures."""
+    """One configuration for each class of architectures."""
 
     sm_80: Config  # 163 KiB of shared memory, mma
     small: Config  # consumer GPUs: 99 KiB, mma
@@ -44,10 +46,11 @@ class Row(NamedTuple):
 
 
 def everywhere(config: Config) -> Row:
+    """A row with the same configuration for all architectures."""
     return Row(config, config, config, config)
 
 
-#: The first capability of each class in ascending order; a newer one that is not here belongs to the last before it.
+#: (compute capability, field of `Row`), ascending. An entry holds from its capability up to that of the next entry.
 ARCHITECTURES = (
     ((8, 0), "sm_80"),
     ((8, 6), "small"),
@@ -58,31 +61,37 @@ ARCHITECTURES = (
     ((12, 0), "small"),
 )
 
-#: A row holds up to its head dim, the wider of keys and values.
+#: The keys of the table's inner dictionaries: a row is for all head dims up to this number, and above the number before
+#: it. If keys and values differ, the larger head dim counts.
 HEAD_DIMS = (64, 128, 256)
 
 
 class Features(enum.Enum):
-    """What changes scores, and so needs registers beside them. Scale, band, padding and sinks do not count."""
+    """The features of a problem that need more registers, because they change scores.
+
+    Scale, band, padding and sinks need hardly any, so they do not count.
+    """
 
     PLAIN = "nothing"
     ONE = "a mask, a bias, a soft cap or dropout"
     ONE_AND_DROPOUT = "dropout, and a mask, a bias or a soft cap"
-    RELATIVE_BIAS = "a relative bias, perhaps dropout"
-    ANY = "anything"
+    RELATIVE_BIAS = "a relative bias, with or without dropout"
+    ANY = "any other combination"
 
 
 PLAIN, ONE, ANY = Features.PLAIN, Features.ONE, Features.ANY
 ONE_AND_DROPOUT, RELATIVE_BIAS = Features.ONE_AND_DROPOUT, Features.RELATIVE_BIAS
 
-#: Float32 whose products torch allows to be rounded: matrix instructions, for factors of 4 bytes.
+#: The key of rows for float32 inputs if torch allows TF32, so that matrix instructions can multiply them.
 TF32 = "tf32"
 
 C = Config
 
-#: (kernel, bytes per element or TF32, features) -> head dim up to -> configurations.
+#: (kernel, bytes per element or TF32, features) -> entry of HEAD_DIMS -> row. If a row is missing, `choose` takes the
+#: row of (kernel, bytes per element, ANY).
 TABLE = {
-    # 4 warps at head dim 64: two blocks share a multiprocessor, one multiplies while the other takes exponentials.
+    # 4 warps at head dim 64, so that two thread blocks share a multiprocessor. One computes matrix products while the
+    # other one computes exponentials.
     ("forward", 2, PLAIN): {
         64: Row(C(128, 64, 4, 3), C(128, 64, 4, 2), C(128, 64, 4, 3), C(128, 64, 8, 2)),
         128: Row(C(128, 64, 8, 3), C(128, 64, 8, 2), C(128, 128, 8, 2), C(128, 64, 8, 2)),
@@ -96,7 +105,7 @@ TABLE = {
         64: Row(C(128, 64, 8, 3), C(128, 64, 8, 2), C(128, 64, 8, 3), C(128, 64, 8, 2)),
         128: Row(C(128, 32, 8, 2), C(128, 32, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
     },
-    # Each score's address is its own: a gather, which keeps many registers.
+    # Each thread needs an address in relative_bias for each of its scores, and these addresses occupy registers.
     ("forward", 2, RELATIVE_BIAS): {
         64: Row(C(128, 64, 8, 3), C(128, 64, 8, 2), C(128, 64, 8, 3), C(128, 64, 8, 2)),
         128: Row(C(64, 32, 4, 2), C(64, 32, 4, 2), C(128, 32, 8, 2), C(128, 32, 8, 2)),
@@ -128,7 +137,7 @@ TABLE = {
         128: Row(C(64, 32, 8, 1), C(64, 32, 8, 1), C(128, 32, 8, 1), C(64, 32, 4, 1)),
         256: Row(C(16, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 4, 1), C(64, 16, 4, 1)),
     },
-    # Keys are the rows of the matrix products, hence the wider side.
+    # The rows of this kernel's matrix products are keys, so block_n is larger than block_m.
     ("dkdv", 2, PLAIN): {
         64: Row(C(64, 128, 8, 2), C(64, 128, 8, 2), C(64, 128, 8, 2), C(64, 128, 8, 2)),
         128: Row(C(64, 64, 8, 2), C(64, 64, 8, 2), C(32, 128, 8, 2), C(64, 128, 8, 2)),
@@ -168,8 +177,8 @@ TABLE = {
         64: Row(C(32, 64, 8, 1), C(32, 64, 8, 1), C(64, 64, 8, 1), C(64, 64, 8, 1)),
         128: Row(C(32, 64, 8, 1), C(16, 64, 8, 1), C(16, 32, 8, 1), C(32, 64, 8, 1)),
     },
-    # Exact float32 has no matrix instructions: every architecture multiplies alike, and registers hold the operands.
-    # TF32 makes do with these tiles for all that is not plain.
+    # Exact float32 has no matrix instructions, so tiles are small: the factors of products are held in registers. All
+    # architectures use the same tiles. TF32 uses them too for all problems that are not plain.
     ("forward", 4, ANY): {
         64: everywhere(C(32, 32, 8, 1)),
         128: everywhere(C(16, 16, 8, 1)),
@@ -192,7 +201,8 @@ TABLE = {
     },
 }
 
-#: Of the forward kernel for few rows, all of whose time goes into loading keys: head dim up to -> configuration.
+#: The rows of the forward kernel for at most MAX_FEW_ROWS queries per key head, by entry of HEAD_DIMS. With so few
+#: queries, loads of keys and values take all of the time.
 FEW_ROWS = {
     64: Row(C(16, 128, 4, 3), C(16, 64, 4, 3), C(16, 128, 4, 3), C(16, 128, 4, 3)),
     128: Row(C(16, 64, 4, 3), C(16, 64, 4, 2), C(16, 64, 4, 3), C(16, 64, 4, 3)),
@@ -200,7 +210,8 @@ FEW_ROWS = {
 }
 MAX_FEW_ROWS = 16
 
-#: In the interpreter a step costs the same whatever its size: few steps, but more than one block of most cases.
+#: In the interpreter, the time of a step hardly depends on the size of its tile, so larger tiles are faster. Most tests
+#: have short sequences. For these the tiles are small, so that a test still covers more than one block.
 INTERPRETER_SMALL = {
     "forward": Config(64, 32),
     "dq": Config(32, 64),
@@ -216,14 +227,17 @@ INTERPRETER_LARGE = {
 
 
 def choose(kernel: str, problem: AttentionProblem) -> Config:
-    """The package's configuration; see `tuned.choose` for the user's."""
+    """The configuration that the package's own tables have for this kernel and problem.
+
+    Callers that launch kernels use `tuned.choose`, which prefers a row that was measured on the user's GPU.
+    """
     if problem.device.type == "cpu":
         longest = max(problem.seqlen_q, problem.seqlen_k)
         return (INTERPRETER_SMALL if longest <= 128 else INTERPRETER_LARGE)[kernel]
     head_dim = next(limit for limit in HEAD_DIMS if max(problem.head_dim, problem.value_dim) <= limit)
     dtype = TF32 if problem.allows_tf32 else problem.dtype.itemsize
     architecture = architecture_class(problem.capability)
-    # All heads that share a key head share a tile.
+    # If there are few queries, the heads that share a key head are packed into one tile.
     rows_per_kv_head = problem.seqlen_q * (problem.num_heads // max(problem.num_kv_heads, 1))
     if kernel == "forward" and dtype == 2 and rows_per_kv_head <= MAX_FEW_ROWS:
         return getattr(FEW_ROWS[head_dim], architecture)
@@ -232,6 +246,7 @@ def choose(kernel: str, problem: AttentionProblem) -> Config:
 
 
 def features_of(problem: AttentionProblem) -> Features:
+    """The class of features in `TABLE` that the problem belongs to."""
     has_dropout = problem.dropout_p > 0.0
     others = [problem.has_mask, problem.has_bias, problem.softcap > 0.0]
     if problem.has_relative_bias:
@@ -242,12 +257,15 @@ def features_of(problem: AttentionProblem) -> Features:
 
 
 def architecture_class(capability: tuple[int, int]) -> str:
-    """The field of a `Row` for a GPU."""
+    """The name of the field of a `Row` for a GPU of this compute capability."""
     return ARCHITECTURES[bisect.bisect(ARCHITECTURES, capability, key=lambda entry: entry[0]) - 1][1]
 
 
 def candidates(kernel: str, problem: AttentionProblem) -> list[Config]:
-    """What `tune` is to try: the row of the table, then its neighbours, those with the fewest changes first."""
+    """The configurations that `tune` tries: the one of the table, then others, those that differ least from it first.
+
+    They are all combinations of tiles with the same, half and twice the area, 4 or 8 warps, and one stage more or less.
+    """
     row = choose(kernel, problem)
     tiles = [(row.block_m * m, row.block_n * n) for m, n in _PROPORTIONS]
     tiles = [(int(m), int(n)) for m, n in tiles if min(m, n) >= 16]
@@ -260,10 +278,11 @@ def candidates(kernel: str, problem: AttentionProblem) -> list[Config]:
     return sorted(neighbours, key=lambda config: _num_changes(row, config))
 
 
-#: Factors of a tile's sides: the same area, half and twice of it.
+#: Factors for (block_m, block_n), which keep a tile's area, halve it or double it.
 _PROPORTIONS = ((1, 1), (0.5, 2), (2, 0.5), (0.5, 1), (1, 0.5), (2, 1), (1, 2))
 
 
 def _num_changes(row: Config, other: Config) -> int:
+    """How many of tile, warps and stages differ."""
     is_other_tile = row[:2] != other[:2]
     return is_other_tile + (row.num_warps != other.num_warps) + (row.num_stages != other.num_stages)

@@ -1,4 +1,7 @@
-"""Split keys: few queries against many keys fill a GPU only if several programs share the keys of one head."""
+"""Splits: several programs divide the keys of one row among themselves, and a second kernel merges their results.
+
+Without splits, few queries (such as one in decoding) against many keys make too few programs to occupy a GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ import triton.language as tl
 from fused_attn.backends.triton.scores import LOG2_E, add_sink
 from fused_attn.backends.triton.tiles import store_tile
 
-#: Fewer keys than this are not worth a program of their own.
+#: A program for fewer keys than this costs more than it gains.
 MIN_KEYS_PER_SPLIT = 512
 
 
 def num_splits(num_programs: int, seqlen_k: int, multiprocessors: int) -> int:
-    """How many programs share the keys of one head, so that about two per multiprocessor run."""
+    """How many programs divide the keys of one row among themselves, so that two programs run per multiprocessor.
+
+    num_programs: the programs of the launch without splits
+    """
     if num_programs >= multiprocessors:
         return 1
     return max(1, min(2 * multiprocessors // num_programs, seqlen_k // MIN_KEYS_PER_SPLIT))
@@ -22,19 +28,22 @@ def num_splits(num_programs: int, seqlen_k: int, multiprocessors: int) -> int:
 @triton.jit(do_not_specialize=("num_splits", "rows_per_head", "num_rows"))
 def merge_splits_kernel(
     partial_out,  # (num_splits, B, H, L, Dv) float32
-    partial_sums,  # (2, num_splits, B, H, L) float32: maxima of the rows, sums of their probs
-    out,  # Rows (B, H, L, Dv)
-    lse,  # (B, H, L) float32, or None
+    partial_sums,  # (2, num_splits, B, H, L) float32: first row_max, then row_sum
+    out,  # Rows (B, H, L, Dv), written
+    lse,  # (B, H, L) float32 or None, written
     sinks,  # (H,) or None
     num_heads,
     num_splits,
-    rows_per_head,
+    rows_per_head,  # L
     num_rows,  # B * H * L
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Outputs of the splits, weighted by their shares of a row's sum."""
+    """Merges the splits of BLOCK_M rows per program. The rows of all heads and batch entries are numbered in a line.
+
+    The output of a row is the mean of its splits' outputs, weighted by exp(split_max) * split_sum.
+    """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = row < num_rows
     column = tl.arange(0, BLOCK_DV)

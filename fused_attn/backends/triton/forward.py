@@ -1,4 +1,4 @@
-"""The forward kernel: softmax(scores) @ value, one program for a block of queries of one head."""
+"""The forward kernel: softmax(logits) @ value. One program computes the output of a block of queries of one head."""
 
 from __future__ import annotations
 
@@ -37,25 +37,28 @@ def attention_fwd_kernel(
     q,  # Rows (B, H, L, D)
     k,  # Rows (B, Hkv, S, D)
     v,  # Rows (B, Hkv, S, Dv)
-    out,  # Rows (B, H, L, Dv); of the first split if IS_SPLIT
-    lse,  # (B, H, L) float32 or None; if IS_SPLIT (2, num_splits, B, H, L): maxima of the rows, sums of the probs
+    out,  # Rows (B, H, L, Dv), written. If IS_SPLIT: the first split of (num_splits, B, H, L, Dv) float32
+    lse,  # (B, H, L) float32 or None, written. If IS_SPLIT: (2, num_splits, B, H, L), first row_max, then row_sum
     masks,
     settings,
     seqlen_q,
     seqlen_k,
-    lse_stride,  # between heads
+    lse_stride,  # rows from one head to the next
     band_offset,
     heads_per_l2_group,
     num_splits,
-    split_rows,  # rows between one split and the next
+    split_rows,  # rows from one split to the next
     PACK_HEADS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
 ):
-    """PACK_HEADS: a tile holds all query heads that share a key head, so that few queries still fill it.
-
-    IS_SPLIT: the keys are divided among `num_splits` programs; `merge_splits_kernel` joins what they store.
     """
-    # Which rows. Row r of a head is query r // heads_per_tile. So a tile spans few queries of the band.
+    PACK_HEADS: a tile holds the queries of a whole head group (all heads that share a key head), so that few queries
+        fill a tile, and keys are loaded once for all heads of the group
+    IS_SPLIT: `num_splits` programs divide the keys of a tile among themselves. Each stores the output, row_max and
+        row_sum of its own keys. `merge_splits_kernel` combines these.
+    """
+    # Which rows this program computes. Row r of a tile that packs heads is query r // heads_per_tile of head
+    # r % heads_per_tile. So neighbouring rows share a query, and the tile spans as few positions as possible.
     heads_per_tile = settings.group_size if PACK_HEADS else 1
     num_blocks = tl.cdiv(seqlen_q * heads_per_tile, settings.BLOCK_M)
     num_tile_heads = settings.num_heads // heads_per_tile
@@ -74,11 +77,10 @@ def attention_fwd_kernel(
     if first_row >= num_rows:
         return
 
-    # Load.
     is_row = row < num_rows
     q_tile = load_query_rows(q, head_slice, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
 
-    # Loop: full blocks without tests, then the partial ones.
+    # Visit the full blocks, which need no tests, then the partial ones.
     last_row = tl.minimum(first_row + settings.BLOCK_M, num_rows) - 1
     blocks = key_blocks(first_row // heads_per_tile, last_row // heads_per_tile, head_slice, masks, settings)
     if IS_SPLIT:
@@ -96,12 +98,13 @@ def attention_fwd_kernel(
             acc, row_max, row_sum, q_tile, query, first_key, k, v, head_slice, masks, settings, IS_FULL=False
         )
 
-    # Epilogue. A row that saw nothing has maximum -inf and sum 0: its output is 0 and its LSE -inf.
+    # Divide by row_sum and store. An empty row has row_max = -inf, row_sum = 0 and acc = 0. With row_sum = 1 instead,
+    # its output becomes 0 and its LSE -inf.
     row_max *= exponent_unit(settings)
     if masks.sinks is not None and not IS_SPLIT:
         sink = tl.load(masks.sinks + head).to(tl.float32)
         if PACK_HEADS:
-            sink = tl.sum(sink, 1)  # of one column
+            sink = tl.sum(sink, 1)  # (M, 1) -> (M,)
         acc, row_max, row_sum = add_sink(acc, row_max, row_sum, sink)
     row_sum = tl.where(row_max == float("-inf"), 1.0, row_sum)
     out_tile = acc * (settings.dropout_scale / row_sum)[:, None]
@@ -112,7 +115,8 @@ def attention_fwd_kernel(
         split_offset = tl.program_id(1).to(tl.int64) * split_rows
         out_pointer += split_offset * settings.VALUE_DIM
         lse_offset += split_offset
-        # Where logits are large, their LSE is too coarse a number to join the splits by.
+        # A split stores row_max and row_sum apart, not their LSE. The LSE of large logits has a rounding error that
+        # would weight the splits wrongly.
         row_lse = row_max
         sum_offset = num_splits.to(tl.int64) * split_rows + lse_offset
         tl.store(lse + sum_offset, row_sum[:, None], mask=is_row[:, None])
@@ -124,7 +128,7 @@ def attention_fwd_kernel(
 @triton.jit
 def _attend(
     acc,  # (M, BLOCK_DV)
-    row_max,  # (M,) by `to_exponent`
+    row_max,  # (M,) after `to_exponent`
     row_sum,  # (M,)
     q_tile,
     query,
@@ -136,7 +140,12 @@ def _attend(
     settings,
     IS_FULL: tl.constexpr,
 ):
-    """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867): (acc, row_max, row_sum)."""
+    """Adds the block of keys that begins at first_key to the softmax, and returns (acc, row_max, row_sum).
+
+    This is the online softmax of Milakov and Gimelshein (arXiv 1805.02867): if a row's maximum rises, acc and row_sum
+    are rescaled to the new maximum.
+    IS_FULL: the block is full, so that no entry needs a test for padding, band or the sequence's end
+    """
     key = first_key + tl.arange(0, settings.BLOCK_N)
     is_valid = None if IS_FULL else is_valid_key(key, head_slice, masks)
     k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
@@ -148,7 +157,8 @@ def _attend(
     )
 
     new_max = tl.maximum(row_max, to_exponent(tl.max(scores, 1), settings))
-    # -inf - -inf is NaN: rows that have seen nothing yet take 0 for their maximum, and probs exp(-inf) = 0.
+    # A row that has seen no key yet has the maximum -inf, and -inf - -inf would be NaN. With 0 in its place, the probs
+    # become exp(-inf - 0) = 0.
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     probs = exp_from(scores, finite_max[:, None], settings)
     rescale = rescale_factor(row_max, finite_max, settings)

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels run in Python, without a GPU."""
+"""Whether Triton's interpreter is switched on, which runs kernels in Python on the CPU."""
 
 from __future__ import annotations
 
@@ -6,5 +6,8 @@ import os
 
 
 def is_interpreting() -> bool:
-    """Triton's own switch: its kernels run in Python on the CPU. Read by Triton when the kernels are first imported."""
+    """Whether the environment variable TRITON_INTERPRET, which is Triton's own, switches the interpreter on.
+
+    Triton reads the variable when `triton.jit` decorates a kernel. A change after the import of kernels has no effect.
+    """
     return os.environ.get("TRITON_INTERPRET") == "1"

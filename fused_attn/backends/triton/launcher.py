@@ -1,4 +1,8 @@
-"""Allocates, chooses grids, launches: one kernel for forward (two where keys are split), two or more for backward."""
+"""Allocates results, chooses grids and launches the kernels.
+
+forward: one kernel, and a second one that merges splits if the keys are split
+backward: one kernel for dq, one for dk and dv, and one for the gradient of each bias
+"""
 
 from __future__ import annotations
 
@@ -34,25 +38,24 @@ from fused_attn.backends.triton.decode import merge_splits_kernel
 from fused_attn.backends.triton.forward import attention_fwd_kernel
 from fused_attn.backends.triton.interpreter import is_interpreting
 
-#: Strides can differ at every call.
+#: The largest number of entries in `Launch.compiled`. Without a limit, a program whose tensors have other strides at
+#: every call would add entries without end.
 MAX_COMPILED = 64
 
-#: Keys and values of the heads that run side by side are to stay in the L2 cache: a little below the 40 MB of an A100
-#: and the 50 MB of an H100.
+#: The bytes of keys and values of one L2 group. Slightly less than the L2 cache of an A100 (40 MB) or H100 (50 MB).
 L2_BYTES = 32 * 2**20
 
-
-#: From here on, Triton compiles an integer argument with 64 bits.
+#: Triton compiles a kernel anew, with a 64-bit argument, if an integer argument is at least this large.
 WIDE = 2**31
 
 
 class Launch(NamedTuple):
-    """What a kernel needs besides tensors, worked out once per problem.
+    """How a kernel is launched, computed once for each problem. It holds no tensors.
 
-    grid: number of programs along each axis
-    constants: the last of the kernel's arguments, fixed when it is compiled
-    options: Triton's own
-    compiled: the kernel, by what `_run` found in the tensors
+    grid: the number of programs along each axis
+    constants: the last arguments of the kernel, which are compile-time constants
+    options: Triton's options, such as num_warps
+    compiled: the compiled kernel for each key of `_run`
     """
 
     grid: tuple[int, int, int]
@@ -63,6 +66,8 @@ class Launch(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """The launches of all kernels for one problem. `dbias` is for attn_mask, `dtable` for relative_bias."""
+
     heads_per_l2_group: int
     num_splits: int
     forward: Launch
@@ -152,7 +157,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
 
     plan = _plan(problem, inputs.bias is not None, _allows_tf32(problem.dtype))
     masks, masks_kind = _masks(problem, inputs)
-    lse = saved.lse.contiguous()  # under vmap it can be an expanded view
+    lse = saved.lse.contiguous()  # the LSE is an expanded view under some vmaps
     delta = torch.empty_like(lse)
     is_biased = inputs.bias is not None or inputs.relative_bias is not None
     needs_factor = is_biased or plan.dq.settings.IS_FLOAT32.value
@@ -223,7 +228,10 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
 
 
 def _dense_bias_gradient(problem, launch, inputs, tensors, masks, sizes) -> Tensor:
-    """(B|1, H|1, L|1, S|1), of the bias's dtype."""
+    """The gradient of attn_mask: (B|1, H|1, L|1, S), in the dtype of the bias.
+
+    tensors, sizes: the arguments of the kernel before and after those that are its own
+    """
     bias = inputs.bias
     batch, heads, rows, columns = bias.shape
     row_blocks, column_blocks, _ = launch.grid
@@ -246,10 +254,11 @@ def _dense_bias_gradient(problem, launch, inputs, tensors, masks, sizes) -> Tens
 
 
 def _row_bias_gradient(inputs: Inputs, lse: Tensor, dlse: Tensor | None, delta: Tensor, factor: Tensor) -> Tensor:
-    """(B|1, H|1, L|1, 1), of a bias that is one number for all keys of a row.
+    """The gradient of a bias that is one number for all keys of a row: (B|1, H|1, L|1, 1), in the dtype of the bias.
 
-    It moves the LSE, and weight from the sink to the keys; summing the scores' gradients over the keys, which all but
-    cancel, would leave their rounding errors.
+    Such a bias x raises the LSE by x, and lowers the probability of the sink. Without a sink it does not change the
+    output. So the gradient is dlse + delta * (probability of the sink). The sum of the dscores of a row would be the
+    same number, but its terms nearly cancel, so that rounding errors would remain.
     """
     drow = torch.zeros_like(lse) if dlse is None else dlse
     if inputs.sinks is not None:
@@ -259,7 +268,10 @@ def _row_bias_gradient(inputs: Inputs, lse: Tensor, dlse: Tensor | None, delta: 
 
 
 def _relative_bias_gradient(problem, launch, inputs, tensors, masks, sizes) -> Tensor:
-    """(H|1, L + S - 1), of the table's dtype."""
+    """The gradient of relative_bias: (H|1, L + S - 1), in its dtype.
+
+    tensors, sizes: the arguments of the kernel before and after those that are its own
+    """
     table = inputs.relative_bias
     block = launch.settings.BLOCK_N.value
     heads = problem.num_heads
@@ -274,28 +286,35 @@ def _relative_bias_gradient(problem, launch, inputs, tensors, masks, sizes) -> T
         problem.batch,
         **launch.options,
     )
-    # Entry x of the planes stands for the distance x - (row blocks) * block, column y of the table for y - (L - 1).
+    # Entry x of a plane is the sum for key - query = x - row_blocks * block. Column y of relative_bias is for
+    # key - query = y - (L - 1). So column 0 is entry row_blocks * block - (L - 1).
     first = triton.cdiv(problem.seqlen_q, block) * block - (problem.seqlen_q - 1)
     dtable = planes.sum(0)[:, first : first + table.shape[1]]
     return dtable.sum_to_size(table.shape).to(table.dtype)
 
 
 def _empty_gradients(inputs: Inputs, wanted: Wanted, grads: Gradients) -> Gradients:
-    """Without any score every gradient is 0."""
+    """The gradients of a call without queries or without keys: all of them are 0.
+
+    grads: the allocated dq, dk and dv
+    """
     shared = {name: torch.zeros_like(getattr(inputs, name)) for name in SHARED if getattr(wanted, name)}
     return Gradients(*(None if x is None else x.zero_() for x in grads))._replace(**shared)
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
-    """has_bias: what the problem cannot tell, because a floating-point padding mask becomes a bias."""
+    """The launches for a problem.
+
+    has_bias: whether the call has a bias. `problem.has_bias` is False if the bias is a floating-point padding mask
+    """
     problem = replace(problem, has_bias=has_bias, allows_tf32=allows_tf32)
     seqlen_q, seqlen_k, heads, kv_heads = problem.seqlen_q, problem.seqlen_k, problem.num_heads, problem.num_kv_heads
     group_size = heads // max(kv_heads, 1)
     kv_bytes = seqlen_k * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
     fwd, dq, dkdv, bias = (tuned.choose(kernel, problem) for kernel in configs.KERNELS)
 
-    # Few queries: all heads of a group share a tile, and several programs the keys of a head.
+    # With few queries, a tile packs all heads of a head group, and several programs divide the keys among themselves.
     packs = group_size > 1 and seqlen_q < fwd.block_m
     rows, num_tile_heads = (seqlen_q * group_size, kv_heads) if packs else (seqlen_q, heads)
     programs = triton.cdiv(rows, fwd.block_m) * num_tile_heads * problem.batch
@@ -325,30 +344,32 @@ def _masks(problem: AttentionProblem, inputs: Inputs) -> tuple[Masks, tuple]:
 
 
 def _allows_tf32(dtype: torch.dtype) -> bool:
+    """Whether torch's settings allow products of this dtype to be rounded to TF32."""
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _launch(problem: AttentionProblem, config: Config, grid: tuple[int, int, int], **constants: bool) -> Launch:
+    """The `Launch` of a kernel whose last arguments are `constants`."""
     options = {
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        # exp2(score * unit - maximum) is meant to be one multiply-add.
+        # Allows multiply-adds, such as score * unit - maximum in the argument of exp2.
         "enable_fp_fusion": True,
     }
     return Launch(grid, Settings.of(problem, config), constants, options, {})
 
 
 def _run(kernel: JITFunction, launch: Launch, kinds: tuple, *arguments) -> None:
-    """Runs kernel[launch.grid](*arguments, ...), but looks the compiled kernel up by `kinds` after the first call.
+    """Runs kernel[launch.grid](*arguments, ...). From the second call on, it takes the compiled kernel from `launch`.
 
-    Triton itself derives from every argument which kernel it needs. That takes several times as long as the rest of a
-    call. The plan fixes most of these properties.
+    Triton itself would inspect every argument to find the compiled kernel. That takes several times as long as the rest
+    of a call. Most of the inspected properties are fixed by the plan, so that `kinds` suffices to find it.
 
     Args:
-        kinds: all that Triton looks at and that can differ between two calls of one plan: `kind_of` each tensor, and
-            whether an integer is `WIDE`.
+        kinds: all properties that Triton compiles a kernel for and that can differ between two calls of one plan:
+            `kind_of` of each tensor, and whether an integer is at least `WIDE`
     """
-    # A profiler compiles kernels of its own.
+    # Triton compiles a kernel anew for a profiler that instruments it.
     key = (triton.knobs.compilation.instrumentation_mode, kinds)
     compiled = launch.compiled.get(key)
     if compiled is not None:
@@ -356,32 +377,39 @@ def _run(kernel: JITFunction, launch: Launch, kinds: tuple, *arguments) -> None:
         return
     if len(launch.compiled) >= MAX_COMPILED:
         launch.compiled.clear()
-    # In the interpreter the launch returns None, because nothing is compiled. The next call then launches alike.
+    # In the interpreter, this launch returns None, because nothing is compiled. Then the next call gets here again.
     launch.compiled[key] = kernel[launch.grid](*arguments, **launch.constants, **launch.options)
 
 
 def _num_blocks(launch: Launch, problem: AttentionProblem) -> int:
+    """The blocks of queries of one head in a launch with a program for each of them."""
     return launch.grid[0] // (problem.batch * problem.num_heads)
 
 
 def _readable(*tensors: Tensor) -> list[Tensor]:
-    """Kernels see the data alone: no lazy negation, and columns next to each other."""
+    """The tensors as kernels can read them: with column stride 1, and without torch's lazy negation.
+
+    Kernels get an address. The negation bit of a tensor, which says that its data is to be negated, would be lost.
+    """
     return [x if x.stride(3) == 1 and not x.is_neg() else _readable_copy(x) for x in tensors]
 
 
 def _readable_copy(x: Tensor) -> Tensor:
+    """See `_readable`. A tensor of one column needs no column stride of 1."""
     x = x.resolve_neg()
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
 def _multiprocessors(device: torch.device) -> int:
+    """The number of multiprocessors of a GPU."""
     if is_interpreting():
-        return 4  # there are none; enough to split the keys of small cases
+        return 4  # a number with which small tests split their keys
     index = torch.cuda.current_device() if device.index is None else device.index
     return triton.runtime.driver.active.utils.get_device_properties(index)["multiprocessor_count"]
 
 
 def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which Triton launches kernels on the GPU of x. It costs nothing if that is the current GPU."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)

@@ -1,7 +1,7 @@
-"""What happens to a score between the two matrix products: scale, soft cap, biases, masks and dropout.
+"""The steps between the two matrix products of attention: scale, softcap, biases, masks, exponential and dropout.
 
-All functions take positions that broadcast against each other, so they serve tiles of (queries, keys) as well as of
-(keys, queries).
+Positions `query` and `key` are integer tensors that broadcast against each other: (M, 1) and (1, N) for a tile of
+(queries, keys), or (1, M) and (N, 1) for a tile of (keys, queries). Except for `dropout_keep`, the functions take both.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def biased_scores(qk, query, key, head_slice, masks, settings, IS_FULL: tl.constexpr):
     """(scores, dcap) of the products `qk` of queries and keys.
 
-    scores: in units of `score_unit`. Without softcap and bias they are `qk` itself, and `exp_difference` multiplies
-        the scale in for nothing.
-    dcap: derivative of the soft cap
+    scores: the logits divided by `score_unit`. If the scale is folded, they are `qk` itself, and `exp_difference`
+        multiplies by the scale. Entries are not hidden yet; `hide` does that.
+    dcap: the derivative of the softcap, 1.0 without one
     """
     dcap = 1.0
     if settings.softcap is not None:
@@ -41,7 +41,7 @@ def biased_scores(qk, query, key, head_slice, masks, settings, IS_FULL: tl.const
 
 @triton.jit
 def score_unit(settings):
-    """scores * unit are the logits of the softmax."""
+    """The factor that turns the scores of `biased_scores` into logits: the scale if it is folded, else 1."""
     if settings.is_scale_folded is not None:
         return settings.scale
     else:
@@ -50,21 +50,25 @@ def score_unit(settings):
 
 @triton.jit
 def exp_difference(scores, row, settings):
-    """exp((scores - row) * unit), by the hardware's exp2; both in units of `score_unit`."""
+    """exp((scores - row) * score_unit), computed by exp2, for which GPUs have an instruction.
+
+    row: a number for each row, such as its maximum or its LSE, divided by `score_unit` as the scores are
+    """
     if settings.is_scale_folded is not None:
-        # One multiply-add.
+        # One multiply-add for each score; row * scale is computed once for each row.
         scale = settings.scale * LOG2_E
         return tl.exp2(scores * scale - row * scale)
     else:
-        # A bias of finfo.min would overflow if it were multiplied before the row's value is taken off.
+        # Subtract first. A score with a bias of finfo.min would overflow if it were multiplied by LOG2_E before.
         return tl.exp2((scores - row) * LOG2_E)
 
 
 @triton.jit
 def to_exponent(row, settings):
-    """What `exp_from` takes off: the exponent of 2 where the scale is folded, else the score itself.
+    """A row's maximum in the units that `exp_from` and `rescale_factor` subtract.
 
-    One number then serves all probs of a row and their rescaling, and is rounded once.
+    If the scale is folded, this is the exponent of 2: the logit times log2(e). Otherwise, it is the score itself.
+    The multiplication happens here alone, so that probs and rescaling of a row use one rounded number.
     """
     if settings.is_scale_folded is not None:
         return row * (settings.scale * LOG2_E)
@@ -74,7 +78,7 @@ def to_exponent(row, settings):
 
 @triton.jit
 def exponent_unit(settings):
-    """to_exponent(score) * unit is the logit of the softmax."""
+    """The factor that turns a result of `to_exponent` into a logit."""
     if settings.is_scale_folded is not None:
         return LN_2
     else:
@@ -83,9 +87,9 @@ def exponent_unit(settings):
 
 @triton.jit
 def exp_from(scores, exponent, settings):
-    """`exp_difference` of scores and a row that has been through `to_exponent`."""
+    """exp(logit - reference) for each score, where `exponent` is the reference of its row after `to_exponent`."""
     if settings.is_scale_folded is not None:
-        # One multiply-add.
+        # One multiply-add for each score.
         return tl.exp2(scores * (settings.scale * LOG2_E) - exponent)
     else:
         return exp_difference(scores, exponent, settings)
@@ -93,7 +97,11 @@ def exp_from(scores, exponent, settings):
 
 @triton.jit
 def rescale_factor(old, new, settings):
-    """exp of the difference of two maxima, exactly 1 if both are equal, so that a sum of many blocks does not drift."""
+    """exp(old - new) of two maxima of a row, both after `to_exponent`: the factor for sums that refer to `old`.
+
+    The factor is exactly 1 if the maxima are equal. Otherwise, rounding would change acc and row_sum a little with
+    every block.
+    """
     if settings.is_scale_folded is not None:
         return tl.exp2(old - new)
     else:
@@ -102,9 +110,9 @@ def rescale_factor(old, new, settings):
 
 @triton.jit
 def add_sink(acc, row_max, row_sum, sink):
-    """(acc, row_max, row_sum) of an online softmax, in natural units, with one more logit that has no value.
+    """(acc, row_max, row_sum) of a softmax after the logit `sink` has joined the denominator.
 
-    A row that has seen no key stays as it is.
+    row_max is a logit here, not an exponent of 2. A row that has seen no key stays as it is.
     """
     is_empty = row_max == float("-inf")
     new_max = tl.where(is_empty, 0.0, tl.maximum(row_max, sink))
@@ -115,9 +123,10 @@ def add_sink(acc, row_max, row_sum, sink):
 
 @triton.jit
 def hide(scores, hidden, query, key, is_valid, head_slice, masks, settings, IS_FULL: tl.constexpr):
-    """`scores` with the value `hidden` where a query does not see a key.
+    """`scores` with the number `hidden` in the entries where mask, band or padding hide the key from the query.
 
-    is_valid: which keys exist and are not padding, of the shape of `key`; not looked at in a full block
+    is_valid: which keys exist and are no padding, of the shape of `key`. Not read if IS_FULL
+    IS_FULL: neither the band nor padding nor the sequence's end hides an entry of this block. Only the mask may
     """
     if not IS_FULL:
         visible = is_valid
@@ -134,9 +143,11 @@ def hide(scores, hidden, query, key, is_valid, head_slice, masks, settings, IS_F
 
 @triton.jit
 def dropout_keep(query, first_key, head_slice, masks, settings):
-    """(queries, BLOCK_N) bool: which probs of the keys first_key ... survive; see `fused_attn.attention.dropout`.
+    """(M, BLOCK_N) bool: which probs of the keys from first_key on survive dropout.
 
-    query: (M, 1). One call of Philox gives the words of four neighbouring keys.
+    The words come from Philox as `fused_attn.attention.dropout` specifies: the counter (key // 4, query, head, batch)
+    yields the words of four neighbouring keys.
+    query: (M, 1)
     """
     group = first_key // 4 + tl.arange(0, settings.BLOCK_N // 4)[None, :]
     zero = (query + group) * 0
@@ -154,14 +165,17 @@ def dropout_keep(query, first_key, head_slice, masks, settings):
 
 @triton.jit
 def _survives(word, settings):
-    # With the top bit flipped, unsigned order becomes signed order.
+    """1 where the random uint32 `word` is at least the threshold of dropout, else 0 (int8, as tl.interleave needs)."""
+    # The threshold is stored as a signed number. Flipping the top bit maps the order of unsigned numbers to the order
+    # of signed ones.
     signed = (word ^ 0x80000000).to(tl.int32, bitcast=True)
     return (signed >= settings.dropout_threshold).to(tl.int8)
 
 
 @triton.jit
 def _exists(query, key, head_slice, IS_FULL: tl.constexpr):
-    # A full block has all of its keys; rows beyond the last query occur everywhere.
+    """Which entries of a tile lie within the sequence, so that a bias or mask may be loaded for them."""
+    # In a full block all keys exist. Queries beyond the last one can occur in every block.
     if IS_FULL:
         return (query < head_slice.seqlen_q) & (key >= 0)
     else:
@@ -170,6 +184,7 @@ def _exists(query, key, head_slice, IS_FULL: tl.constexpr):
 
 @triton.jit
 def _load_scores(x, query, key, head_slice, IS_FULL: tl.constexpr):
+    """The tile of the mask or bias x (a `Scores`) at these positions, 0 beyond the sequence's end."""
     base = x.ptr + head_slice.batch.to(tl.int64) * x.stride_b + head_slice.head.to(tl.int64) * x.stride_h
     pointer = base + query.to(tl.int64) * x.stride_row + key.to(tl.int64) * x.stride_col
     return tl.load(pointer, mask=_exists(query, key, head_slice, IS_FULL), other=0)
@@ -177,7 +192,11 @@ def _load_scores(x, query, key, head_slice, IS_FULL: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    """Relative error below 4 units of 2^-24: exp2 away from 0, the odd Taylor polynomial near 0, where exp2 cancels."""
+    """tanh with a relative error below 4 * 2^-24.
+
+    Where |x| >= 0.35: (1 - e) / (1 + e) with e = exp(-2 |x|). Near 0, the difference 1 - e would lose digits, so the
+    Taylor polynomial of degree 11 is used.
+    """
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
     far = (1.0 - e) / (1.0 + e)
     y = x * x

@@ -1,6 +1,7 @@
-"""Sums over blocks of keys or queries. In float32 they are as exact as PyTorch's, however many blocks there are.
+"""Sums over blocks of keys or queries. In float32 their error does not grow with the number of blocks.
 
-Left alone, Triton sums all products of a float32 entry by one chain of multiply-adds, whose error grows with each.
+Without these functions, Triton adds all products of an entry in one chain of float32 multiply-adds. The rounding error
+of such a chain grows with its length, beyond the error of PyTorch's matrix products.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ import triton.language as tl
 
 
 class Sum(NamedTuple):
-    """lost: what rounding has added to `total` in float32 (Kahan, CACM 8:40, 1965); elsewhere one unused number."""
+    """A compensated sum (Kahan, CACM 8:40, 1965).
+
+    total: the sum so far
+    lost: the rounding error within `total`, which `add` takes off the next term. Only float32 needs it. With 16-bit
+        inputs it is an unused tensor of one number
+    """
 
     total: tl.tensor
     lost: tl.tensor
@@ -25,7 +31,7 @@ def zero_sum(SHAPE: tl.constexpr, settings):
 
 @triton.jit
 def add(acc, x, settings):
-    """The Sum `acc` with x in it."""
+    """The Sum `acc` plus the tile x."""
     if settings.IS_FLOAT32:
         x -= acc.lost
         total = acc.total + x
@@ -36,7 +42,7 @@ def add(acc, x, settings):
 
 @triton.jit
 def add_product(acc, a, b, settings):
-    """The Sum `acc` with a @ b in it."""
+    """The Sum `acc` plus the product a @ b."""
     if settings.IS_FLOAT32:
         return add(acc, tl.dot(a, b, input_precision=settings.PRECISION), settings)
     else:
@@ -45,9 +51,13 @@ def add_product(acc, a, b, settings):
 
 @triton.jit
 def plus_product(acc, a, b, settings):
-    """acc + a @ b, for sums whose probs do not grow with their length: blocks by themselves are exact enough."""
+    """acc + a @ b, where acc is a plain tensor. In float32, the product is summed on its own before it is added.
+
+    That is exact enough for sums over keys (out and dq): the probs of a row sum to 1, however many keys there are.
+    Sums over queries (dk and dv) have no such bound and need a `Sum`.
+    """
     if settings.IS_FLOAT32:
-        # Triton would make acc + dot one chain again; it does not look for differences.
+        # The compiler would turn acc + dot(a, b) into one chain of multiply-adds. It leaves a difference as it is.
         return acc - tl.dot(-a, b, input_precision=settings.PRECISION)
     else:
         return tl.dot(a, b, acc, input_precision=settings.PRECISION)

@@ -1,4 +1,4 @@
-"""Where a program works: its rows and heads, the key blocks it has to visit, and how tiles are read."""
+"""Which block of which head a program works on, which blocks it visits in its loop, and loads and stores of tiles."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import triton.language as tl
 
 
 class HeadSlice(NamedTuple):
-    """One sequence (or batch entry) and head. Scalars; where a tile packs several heads, head is a column (M, 1).
+    """One head of one sequence (or batch entry): its indices, offsets and lengths. All fields are scalars, except head.
 
-    first_q, first_k: first row of the sequence in packed tensors, else 0
-    len_q, len_k: its lengths
-    padding_stride: keys in a row of the padding mask
-    lse_offset: of the head's first entry in tensors shaped like the LSE
-    band_offset, table_offset: constants of the diagonals of the band and of the relative bias
+    head: a scalar, or (M, 1) if the rows of a tile belong to different heads
+    q_offset, k_offset: the first row of the sequence in packed tensors, else 0
+    seqlen_q, seqlen_k: the lengths of this sequence
+    key_padding_stride: elements from one batch entry of the padding mask to the next
+    lse_offset: the index of the first query in tensors of the shape of the LSE
+    band_offset: the band's diagonal is key - query = band_offset
+    table_offset: the column of relative_bias for key - query is key - query + table_offset
     """
 
     batch: tl.tensor
@@ -32,9 +34,12 @@ class HeadSlice(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Multiples of the block size: [start, full_start) and [full_end, end) hold partial blocks, the middle full ones.
+    """The blocks that a loop visits, as positions that are multiples of the block size.
 
-    A full block lies within the sequences, the band and the keys that padding keeps, so it needs none of their tests.
+    [start, full_start): partial blocks
+    [full_start, full_end): full blocks. The sequence's end, band and padding hide no entry of these, so that the loop
+        skips the tests for all three
+    [full_end, end): partial blocks
     """
 
     start: tl.tensor
@@ -45,15 +50,17 @@ class Blocks(NamedTuple):
 
 @triton.jit
 def scheduled_tile(num_blocks, num_heads, heads_per_l2_group, LAST_FIRST: tl.constexpr):
-    """(block, unit, batch) of this program, where a unit is a head.
+    """(block, head, batch) that this program works on. A grid has a program for each block of each head.
 
-    The units of a section run side by side, so that their keys and values stay in the L2 cache. Within a section the
-    longest blocks start first (the last ones where causal queries are tiled, the first ones where keys are), so that
-    only short ones are left when the multiprocessors run out of work.
+    The heads of an L2 group run side by side, so that their keys and values stay in the L2 cache. The blocks of a group
+    that take longest start first, so that multiprocessors do not wait for a long block at the end.
+    LAST_FIRST: the last blocks take longest. Under a causal mask, these are the last queries, which see most keys. For
+        blocks of keys it is False, because the first keys are seen by most queries
     """
     program = tl.program_id(0)
     total_heads = tl.num_programs(0) // num_blocks
-    heads_per_l2_group = tl.minimum(heads_per_l2_group, total_heads)  # otherwise the product below could exceed 2^31
+    # Without this limit, the product in the next line could exceed 2^31.
+    heads_per_l2_group = tl.minimum(heads_per_l2_group, total_heads)
     l2_group = program // (heads_per_l2_group * num_blocks)
     first_head = l2_group * heads_per_l2_group
     heads_here = tl.minimum(heads_per_l2_group, total_heads - first_head)
@@ -67,7 +74,7 @@ def scheduled_tile(num_blocks, num_heads, heads_per_l2_group, LAST_FIRST: tl.con
 
 @triton.jit
 def sequence_rows(cu_seqlens, batch, seqlen):
-    """(first row, number of rows) of a sequence."""
+    """(first row, number of rows) of a sequence: from cu_seqlens in a packed call, else (0, seqlen)."""
     first = batch * 0
     length = first + seqlen
     if cu_seqlens is not None:
@@ -78,9 +85,10 @@ def sequence_rows(cu_seqlens, batch, seqlen):
 
 @triton.jit
 def head_slice_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset):
+    """The `HeadSlice` of a head of a sequence; seqlen_q and seqlen_k are the lengths of the call."""
     q_offset, length_q = sequence_rows(masks.cu_seqlens_q, batch, seqlen_q)
     k_offset, length_k = sequence_rows(masks.cu_seqlens_k, batch, seqlen_k)
-    # (B, H, L), or packed (1, H, total).
+    # The LSE is (B, H, L), or (1, H, total rows) if packed.
     if masks.cu_seqlens_q is not None:
         lse_offset = head.to(tl.int64) * lse_stride + q_offset
     else:
@@ -92,7 +100,7 @@ def head_slice_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse
 
 @triton.jit
 def key_blocks(first_row, last_row, head_slice, masks, settings):
-    """The `Blocks` of keys that the queries first_row ... last_row have to visit."""
+    """The `Blocks` of keys of which the queries first_row ... last_row may see any key."""
     start = head_slice.seqlen_k * 0
     full_start = start
     end = head_slice.seqlen_k
@@ -114,9 +122,9 @@ def key_blocks(first_row, last_row, head_slice, masks, settings):
 
 @triton.jit
 def query_blocks(first_key, last_key, is_full, head_slice, settings):
-    """The `Blocks` of queries that see any of the keys first_key ... last_key.
+    """The `Blocks` of queries that may see any of the keys first_key ... last_key.
 
-    is_full: all of these keys exist and are kept
+    is_full: all of these keys exist and none is padding. If it is false, there are no full blocks
     """
     start = head_slice.seqlen_q * 0
     full_start = start
@@ -133,6 +141,7 @@ def query_blocks(first_key, last_key, is_full, head_slice, settings):
 
 @triton.jit
 def _align(start, full_start, full_end, end, BLOCK: tl.constexpr):
+    """The `Blocks` that cover the positions [start, end), of which those within [full_start, full_end) are full."""
     start = start // BLOCK * BLOCK
     end = tl.maximum(tl.cdiv(tl.maximum(end, 0), BLOCK) * BLOCK, start)
     full_start = tl.cdiv(full_start, BLOCK) * BLOCK
@@ -143,7 +152,7 @@ def _align(start, full_start, full_end, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def split_blocks(blocks, split, num_splits, BLOCK: tl.constexpr):
-    """The share of one of several programs that divide the blocks among them."""
+    """The `Blocks` of split number `split`: one of num_splits shares of about equal size."""
     share = tl.cdiv((blocks.end - blocks.start) // BLOCK, num_splits) * BLOCK
     start = tl.minimum(blocks.start + split * share, blocks.end)
     end = tl.minimum(start + share, blocks.end)
@@ -160,17 +169,20 @@ def num_partial_blocks(blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def partial_block(blocks, index, BLOCK: tl.constexpr):
-    """Where the index-th partial block starts; one loop over both ends compiles the tests once."""
+    """Where the partial block number `index` starts.
+
+    The numbers run through both ranges of partial blocks. So one loop visits both, and its body is compiled once.
+    """
     start = blocks.start + index * BLOCK
     return tl.where(start < blocks.full_start, start, start + blocks.full_end - blocks.full_start)
 
 
 @triton.jit
 def valid_keys(head_slice, masks):
-    """(first kept key, end of the last one, whether any between them is dropped) of one batch entry's byte mask.
+    """(first valid key, last valid key + 1, whether padding lies between them) of a batch entry.
 
-    Every program reads the whole row, which is cheaper than a launch of its own: a byte a key, against at least
-    2 * BLOCK_M * head dim multiplications.
+    Every program reads all S bytes of the entry's padding mask. That is cheaper than another kernel launch, because
+    each key costs the program one byte here, and at least 2 * BLOCK_M * head dim multiplications later.
     """
     CHUNK: tl.constexpr = 1024
     offs = tl.arange(0, CHUNK)
@@ -192,7 +204,7 @@ def valid_keys(head_slice, masks):
 
 @triton.jit
 def is_valid_key(key, head_slice, masks):
-    """Which keys exist and are not dropped by padding: bool, of the shape of `key`."""
+    """Which keys exist and are no padding: bool, of the shape of `key`."""
     is_valid = key < head_slice.seqlen_k
     if masks.key_padding is not None:
         padding = masks.key_padding + head_slice.batch.to(tl.int64) * head_slice.key_padding_stride
@@ -202,7 +214,10 @@ def is_valid_key(key, head_slice, masks):
 
 @triton.jit
 def query_pointer(x, head_slice, query, BLOCK: tl.constexpr):
-    """(M, BLOCK) pointers into the rows `query` of the place's head. 64-bit: large tensors pass 2^31 elements."""
+    """(M, BLOCK) pointers to the rows `query` of the head slice in x, which is `Rows` with a row for each query.
+
+    Offsets have 64 bits, because large tensors have more than 2^31 elements.
+    """
     base = x.ptr + head_slice.batch.to(tl.int64) * x.stride_b + head_slice.head.to(tl.int64) * x.stride_h
     row = head_slice.q_offset + query
     return base + row.to(tl.int64)[:, None] * x.stride_row + tl.arange(0, BLOCK)[None, :]
@@ -210,7 +225,7 @@ def query_pointer(x, head_slice, query, BLOCK: tl.constexpr):
 
 @triton.jit
 def key_pointer(x, head_slice, key, BLOCK: tl.constexpr):
-    """(N, BLOCK) pointers into the rows `key` of the place's key head."""
+    """(N, BLOCK) pointers to the rows `key` of the head slice in x, which is `Rows` with a row for each key."""
     base = x.ptr + head_slice.batch.to(tl.int64) * x.stride_b + head_slice.kv_head.to(tl.int64) * x.stride_h
     row = head_slice.k_offset + key
     return base + row.to(tl.int64)[:, None] * x.stride_row + tl.arange(0, BLOCK)[None, :]
@@ -218,18 +233,25 @@ def key_pointer(x, head_slice, key, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_query_rows(x, head_slice, query, is_row, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """(M, BLOCK) tile of the rows `query` of x; see `_load_tile` for is_row, COLUMNS and BLOCK."""
     return _load_tile(query_pointer(x, head_slice, query, BLOCK), is_row, COLUMNS, BLOCK)
 
 
 @triton.jit
 def load_key_rows(x, head_slice, key, is_valid, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Dropped keys and values may hold NaN, which not even a weight of 0 would stop: they must not be read."""
+    """(N, BLOCK) tile of the rows `key` of x, with zeros in the rows that are not valid.
+
+    Keys and values that are padding must not be loaded, because they may be NaN, and a prob of 0 times NaN is NaN.
+    """
     return _load_tile(key_pointer(x, head_slice, key, BLOCK), is_valid, COLUMNS, BLOCK)
 
 
 @triton.jit
 def _load_tile(pointer, is_valid, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """(rows, BLOCK) tile; zeros beyond COLUMNS and in the rows where `keep` (bool, or None = everywhere) is false."""
+    """(rows, BLOCK) tile, with zeros in the columns from COLUMNS on and in the rows that are not valid.
+
+    is_valid: (rows,) bool, or None if all rows are valid
+    """
     column = tl.arange(0, BLOCK)[None, :]
     if is_valid is None and COLUMNS == BLOCK:
         return tl.load(pointer)
@@ -243,5 +265,6 @@ def _load_tile(pointer, is_valid, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_tile(pointer, tile, is_valid, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores the first COLUMNS columns of the valid rows of a (rows, BLOCK) tile, in the dtype of `pointer`."""
     column = tl.arange(0, BLOCK)[None, :]
     tl.store(pointer, tile.to(pointer.dtype.element_ty), mask=is_valid[:, None] & (column < COLUMNS))

@@ -1,8 +1,11 @@
-"""``python -m fused_attn tune``: measures tile sizes on this machine's GPU and stores those that beat the table.
+"""``python -m fused_attn tune``: measures tile sizes on a GPU of this machine, and stores those that beat `configs`.
 
-Each candidate first has to compile, run and give the results of the table's own configuration. Those that do are timed
-in turns, in reverse order every second round, each after the L2 cache has been overwritten; the median counts. One that
-is not at least 2 % faster than the table's is not worth a row: that is within what a GPU's clock does by itself.
+Each candidate first has to compile, run, and give the same results as the package's own configuration. Candidates that
+do are timed in rounds. Every second round has the reverse order, and the L2 cache is overwritten before each launch.
+The median of a candidate counts. A candidate that is less than 2 % faster than the package's own configuration is not
+stored, because a GPU's clock rate alone causes such differences.
+
+In this file, `table` is the package's own configuration for a workload, unless it is a `tuned.Table`.
 """
 
 from __future__ import annotations
@@ -33,22 +36,24 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 DEFAULT_DTYPES = ("bfloat16",)
 DEFAULT_HEAD_DIMS = (64, 128)
 PLAIN = "plain"
-#: What training runs most, first: the time may not suffice for all.
+#: The most frequent problems of training first, because --minutes may not suffice for all.
 DEFAULT_FEATURES = ("causal", "padding", "causal+padding", PLAIN, "bias", "relative_bias", "dropout")
 
-#: Enough programs for the largest GPU, and little enough memory for a small one: 256 MiB for a bias of float32.
+#: The size of all workloads. It has enough programs to occupy the largest GPU, and fits into the memory of a small one
+#: (a bias of float32 takes 256 MiB).
 BATCH, HEADS, LENGTH = 4, 16, 2048
 WINDOW = 256
 
-#: Rounds of one measurement for each candidate; after the first ones, only those near the fastest go on.
+#: A candidate is timed in ROUNDS rounds. After SCREENING_ROUNDS, those that take more than NEAR times the fastest
+#: candidate's time are dropped.
 ROUNDS, SCREENING_ROUNDS = 21, 3
 NEAR = 1.15
-#: The winner's time must be below this part of the table's.
+#: The winner is stored if its time is below this part of the time of the package's own configuration.
 WORTH_A_ROW = 0.98
 
 
 class Workload(NamedTuple):
-    """One row of the table to be: a kernel, and the problem that it is measured on."""
+    """A kernel, and the properties of the problem that it is measured on. It becomes one row of the stored table."""
 
     kernel: str
     dtype: torch.dtype
@@ -60,7 +65,9 @@ class Workload(NamedTuple):
         return f"{self.kernel} {dtype} head dim {self.head_dim} {'+'.join(self.features) or PLAIN}"
 
     def problem(self, device: torch.device | str) -> AttentionProblem:
-        """A new one each time: what is planned for one configuration does not serve another."""
+        """The problem. Each call returns a new object, so that the launcher, which caches a plan for each object, makes
+        a new plan for each configuration.
+        """
         band = Band()
         if "causal" in self.features:
             band = Band(right=0)
@@ -90,9 +97,12 @@ class Workload(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of a workload. best: the table's configuration itself where none was worth a row.
+    """The measurements of one workload.
 
-    dropped: reason by configuration
+    table: the package's own configuration
+    best: the fastest configuration, or `table` if none is fast enough to be stored
+    ms, baseline_ms: the medians of `best` and `table`
+    dropped: why a configuration does not run or gives wrong results
     """
 
     workload: Workload
@@ -113,7 +123,7 @@ class Outcome(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A workload whose configuration of the table does not run, so that there is nothing to compare with."""
+    """A workload for which the package's own configuration does not run, so that nothing can be compared."""
 
     workload: Workload
     table: Config
@@ -124,20 +134,27 @@ class Failure(NamedTuple):
 
 
 class Runner(Protocol):
-    """What touches the GPU."""
+    """The part of the measurement that needs a GPU. Tests replace it."""
 
     def results(self, workload: Workload, config: Config) -> list[Tensor]:
-        """What the kernel computes. Raises whatever compiling or launching it raises."""
+        """The tensors that the workload's kernel computes with `config`.
+
+        Raises:
+            Exception: of any type, if the kernel does not compile or cannot be launched
+        """
 
     def times(self, workload: Workload, order: Sequence[Config]) -> list[float]:
-        """Milliseconds of one launch each, in this order; only of configurations whose results were asked for."""
+        """The milliseconds of one launch of each configuration, timed in this order.
+
+        `results` has to be called for each of the configurations before.
+        """
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """The command, with the options of `fused_attn.__main__`; its exit code.
+    """Runs the command with the options that `fused_attn.__main__` has parsed, and returns its exit code.
 
     Raises:
-        ValueError: an option's value is none; the message names the option.
+        ValueError: the value of an option is not allowed. The message names the option.
     """
     if arguments.clear:
         return _clear()
@@ -172,7 +189,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _gpu(device: str) -> torch.device:
-    """The GPU of this machine that is meant, with its number."""
+    """The device "cuda" (the current GPU) or "cuda:N" as a torch.device with its index.
+
+    Raises:
+        ValueError: this machine has no such GPU
+    """
     match = re.fullmatch(r"cuda(?::(\d+))?", device)
     index = torch.cuda.current_device() if match is None or match[1] is None else int(match[1])
     if match is None or index >= torch.cuda.device_count():
@@ -181,6 +202,7 @@ def _gpu(device: str) -> torch.device:
 
 
 def _clear() -> int:
+    """Deletes the stored tables of this machine's GPU, or all of them if torch sees no GPU. Returns the exit code."""
     for path in tuned.stored(torch.cuda.get_device_name() if torch.cuda.is_available() else None):
         path.unlink()
         print(f"deleted {path}")
@@ -193,10 +215,12 @@ def workloads(
     head_dims: Iterable[int] = DEFAULT_HEAD_DIMS,
     features: Iterable[str] = DEFAULT_FEATURES,
 ) -> list[Workload]:
-    """All combinations that exist, those of the first features first.
+    """All combinations of the arguments, in the order of `features`. Kernel "bias" needs features with a bias.
+
+    features: names joined by "+", such as "causal+padding"
 
     Raises:
-        ValueError: a name or number that is none; the message names the command line's option.
+        ValueError: an argument has a value that does not exist. The message names the option of the command line.
     """
     kernels = configs.KERNELS if kernels is None else tuple(kernels)
     for kernel in kernels:
@@ -232,7 +256,7 @@ def _parse(features: str) -> tuple[str, ...]:
 
 
 def candidates(workload: Workload, device: torch.device | str) -> list[Config]:
-    """The table's configuration, then the others to be tried."""
+    """The package's own configuration of a workload, then the others that are tried."""
     problem = workload.problem(device)
     table = configs.choose(workload.kernel, problem)
     return [table, *(config for config in configs.candidates(workload.kernel, problem) if config != table)]
@@ -245,7 +269,11 @@ def measure(
     is_time_up: Callable[[], bool] = lambda: False,
     advance: Callable[[], None] = lambda: None,
 ) -> Outcome | Failure | None:
-    """Compare the configurations, of which the first is the table's; None if the time was up before the end."""
+    """Compares configurations by their results and times. None if the time is up before the end.
+
+    to_try: configurations; the first is the package's own
+    advance: is called after each configuration whose results are known, for a progress bar
+    """
     table = to_try[0]
     try:
         truth = runner.results(workload, table)
@@ -256,7 +284,7 @@ def measure(
     for config in to_try[1:]:
         if is_time_up():
             return None
-        # Compilers and drivers raise what they like; KeyboardInterrupt is no Exception.
+        # Compilers and drivers raise exceptions of many types. KeyboardInterrupt is none of them and ends the command.
         try:
             found = runner.results(workload, config)
         except Exception as error:
@@ -285,20 +313,27 @@ def measure(
 
 
 def _difference(found: list[Tensor], truth: list[Tensor], dtype: torch.dtype) -> str | None:
-    """What is wrong, or None. Tiles change the order of sums: some units of the result's dtype and of the sums'."""
+    """Why the tensors `found` differ too much from `truth`, or None if they do not.
+
+    Other tiles change the order of sums. This changes a result by some units of rounding of its dtype and of float32,
+    the dtype of sums.
+    """
     allowed = 4.0 * torch.finfo(dtype).eps + 256.0 * torch.finfo(torch.float32).eps
     for ours, theirs in zip(found, truth, strict=True):
-        # The LSE of a row that sees nothing is -inf in both.
+        # `ours == theirs` includes -inf, which is the LSE of an empty row.
         size = theirs[theirs.isfinite()].abs().max().item()
         error = torch.where(ours == theirs, 0.0, (ours - theirs).abs()).max().item()
-        # A NaN error is wrong, so the comparison stands this way round.
+        # Not `error > allowed * size`, which is False if the error is NaN.
         if not error <= allowed * size:
             return f"wrong result, off by {error:.1e} where {allowed * size:.1e} is allowed"
     return None
 
 
 def with_outcome(table: tuned.Table, outcome: Outcome) -> tuned.Table:
-    """The table with the outcome's row in place of the one there was for the same problems."""
+    """The stored table with the row of this outcome instead of an earlier row for the same problems.
+
+    There is no row for them if the package's own configuration won.
+    """
     workload = outcome.workload
     key = tuned.Key(
         workload.kernel,
@@ -314,10 +349,12 @@ def with_outcome(table: tuned.Table, outcome: Outcome) -> tuned.Table:
 
 
 def describe(config: Config) -> str:
+    """For example "block_m=128 block_n=64 num_warps=4 num_stages=3"."""
     return " ".join(f"{name}={value}" for name, value in config._asdict().items())
 
 
 def _reason(error: Exception) -> str:
+    """The type of an error, and the first line of its message."""
     first_line = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first_line}"
 
@@ -330,7 +367,10 @@ def run(
     minutes: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Measure all workloads, storing after each, so that nothing is lost if the user stops it; the exit code."""
+    """Measures all workloads, prints their outcomes and returns the exit code: 1 if one failed.
+
+    The table is stored after each workload, so that nothing is lost if the user interrupts the command.
+    """
     end = clock() + 60.0 * minutes
     table = tuned.Table(about, _stored_rows(path))
     measured = failed = 0
@@ -352,19 +392,21 @@ def run(
 
 
 def _stored_rows(path: Path) -> dict[tuned.Key, tuned.Row]:
+    """The rows of an earlier run, or none if there is no file or a damaged one."""
     try:
         return tuned.load(path).rows
     except (OSError, ValueError):
-        return {}  # without a file that can be used, everything is measured again
+        return {}
 
 
 def listing(to_try: dict[Workload, list[Config]]) -> str:
+    """What --dry-run prints: the workloads and the numbers of their configurations."""
     lines = [f"{workload}: {describe(tries[0])}, {len(tries) - 1} others" for workload, tries in to_try.items()]
     return "\n".join([*lines, f"{len(to_try)} to measure, {sum(map(len, to_try.values()))} configurations in all"])
 
 
 class GpuRunner:
-    """Launches on a real GPU and times with CUDA events."""
+    """The `Runner` that launches kernels on a GPU and times them with CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -375,10 +417,10 @@ class GpuRunner:
 
     def results(self, workload: Workload, config: Config) -> list[Tensor]:
         if workload != self._workload:
-            self._inputs, self._calls = None, {}  # frees the memory before it is needed again
+            self._inputs, self._calls = None, {}  # frees the memory of the last workload before the next one needs it
             self._workload, self._inputs = workload, _Inputs(workload, self._device)
-        # A first call makes the plan and compiles. What is loaded differs with what a mask holds: a floating-point
-        # padding mask is a bias as well, and a configuration has to have the resources for that too.
+        # The first call with each variant plans and compiles. A floating-point padding mask is a bias for the kernel,
+        # which needs more registers and shared memory than a bool mask. A configuration has to run with both.
         call = self._inputs.call(config)
         found = []
         for inputs in self._inputs.variants:
@@ -393,9 +435,9 @@ class GpuRunner:
 
 
 class _Inputs:
-    """The tensors of a workload, and what its kernel needs of the ones before it.
+    """The tensors of a workload, with the outputs of the forward kernel for measurements of backward kernels.
 
-    variants: the inputs that are timed, then others that the same configuration has to be able to run
+    variants: first the inputs that are timed, then others that the same configuration has to be able to run
     """
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
@@ -404,7 +446,8 @@ class _Inputs:
         self._workload, self._device, self._launcher = workload, device, launcher
         self._generator = torch.Generator(device).manual_seed(0)
         problem = workload.problem(device)
-        #: Half of the rows where lengths vary, so that skipping shows.
+        # With padding or packed sequences, about half of the positions exist, so that kernels that skip the others
+        # show it in their time.
         lengths = torch.tensor([LENGTH * (batch + 1) // (BATCH + 1) for batch in range(BATCH)], device=device)
         shape = (BATCH, HEADS, LENGTH, workload.head_dim)
         cu_seqlens = None
@@ -416,7 +459,7 @@ class _Inputs:
             query,
             key,
             value,
-            # float32, the widest that there is: parameters are, under mixed precision.
+            # float32, because parameters have this dtype under mixed precision, and it needs most registers.
             bias=self._randn(1, HEADS, LENGTH, LENGTH) if problem.has_bias else None,
             relative_bias=self._randn(HEADS, 2 * LENGTH - 1) if problem.has_relative_bias else None,
             seed=torch.zeros((), dtype=torch.int64, device=device) if problem.dropout_p else None,
@@ -460,7 +503,7 @@ class _Inputs:
 
 
 def about(device: torch.device) -> dict[str, object]:
-    """Where and when a table was measured."""
+    """What a stored table says about its measurement: GPU, driver, versions and date."""
     return {
         "device": torch.cuda.get_device_name(device),
         "capability": torch.cuda.get_device_capability(device),
@@ -471,7 +514,7 @@ def about(device: torch.device) -> dict[str, object]:
 
 
 def _driver() -> str:
-    # torch knows the version of CUDA that a driver offers, not the driver's own.
+    """The version of the GPU's driver, or "unknown". torch only knows the version of CUDA that the driver offers."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]

@@ -1,8 +1,9 @@
-"""Which configuration a kernel runs with: a row that ``python -m fused_attn tune`` stored for this GPU, else `configs`.
+"""The configuration that a kernel runs with: from a row that ``python -m fused_attn tune`` stored, else from `configs`.
 
 The stored table is a JSON file in the user's cache folder, one for each kind of GPU and version of Triton. A row
-replaces one configuration of the package's table for one kind of problem, so it never applies to a problem that was not
-measured, nor after the package's table has changed. The file is read once, when the first problem on a GPU is planned.
+replaces one configuration of `configs` for one kind of problem. So it never applies to a kind of problem that was not
+measured, and no longer applies after that configuration of `configs` has changed. The file is read once, when the first
+problem on a GPU is planned.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.triton import configs
 from fused_attn.backends.triton.configs import Config, padded_head_dim
 
-#: What changes a kernel's loop, and with it the registers and shared memory that a tile needs. Sinks and grouped heads
-#: act outside of it. The order is that of the names in a row.
+#: The features of a problem that change the loop of a kernel, and so the registers and shared memory that a tile needs.
+#: Sinks and head groups are missing, because the loop does not depend on them. A row lists names in this order.
 FEATURES = ("causal", "window", "padding", "varlen", "mask", "bias", "relative_bias", "softcap", "dropout")
 
 
 class Key(NamedTuple):
-    """The problems that a row is for. head_dim is padded; replaces: the package's configuration for these problems."""
+    """The problems that a row is for.
+
+    head_dim: rounded up by `padded_head_dim`
+    replaces: the configuration that `configs` had for these problems when the row was measured
+    """
 
     kernel: str
     dtype_bytes: int
@@ -41,7 +46,7 @@ class Key(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The faster configuration, its time and that of the one that it replaces."""
+    """The faster configuration, its milliseconds, and those of the configuration that it replaces."""
 
     config: Config
     ms: float
@@ -49,14 +54,14 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """about: device, capability, driver, versions and date of the measurement."""
+    """A stored table. about: device, capability, driver, versions and date of the measurement."""
 
     about: dict[str, object]
     rows: dict[Key, Row]
 
 
 def choose(kernel: str, problem: AttentionProblem) -> Config:
-    """The configuration to run `kernel` with."""
+    """The configuration that `kernel` runs with for this problem."""
     config = configs.choose(kernel, problem)
     if _forced:
         return _forced.get(kernel, config)
@@ -66,7 +71,10 @@ def choose(kernel: str, problem: AttentionProblem) -> Config:
 
 
 def key_of(kernel: str, problem: AttentionProblem, replaces: Config) -> Key | None:
-    """None where no row can be for the problem: only equal widths of keys and values are measured, and no TF32."""
+    """The key of a row for this problem, or None if `tune` does not measure such problems.
+
+    It measures neither TF32 nor values whose padded head dim differs from that of keys.
+    """
     head_dim = padded_head_dim(problem.head_dim)
     if padded_head_dim(problem.value_dim) != head_dim or problem.allows_tf32:
         return None
@@ -96,7 +104,7 @@ _forced: dict[str, Config] = {}
 
 @contextlib.contextmanager
 def forced(kernel: str, config: Config) -> Iterator[None]:
-    """For measurements: plans made inside use `config` for `kernel`, and the package's table for the others."""
+    """For measurements: plans that are made inside use `config` for `kernel`, and `configs` for other kernels."""
     _forced[kernel] = config
     try:
         yield
@@ -105,17 +113,20 @@ def forced(kernel: str, config: Config) -> Iterator[None]:
 
 
 def table_of(device: int | None) -> Table | None:
-    """The stored table for a GPU of this machine (None = the current one), or None.
+    """The stored table for a GPU of this machine, or None if there is none that can be used.
 
-    Warns, once in a process, where there is one that cannot be used.
+    device: the index of the GPU, or None for the current one
+
+    Warns, once in a process, if a table is stored but cannot be used.
     """
     return _read_table(torch.cuda.get_device_name(device))
 
 
 def _table_for(problem: AttentionProblem) -> Table | None:
+    """The stored table for the GPU of a problem, or None."""
     if problem.device.type != "cuda" or not torch.cuda.is_available():
         return None
-    # The problem may be about a GPU that is not in this machine: kernels are compiled ahead of time for others too.
+    # Kernels can be compiled ahead of time, so the GPU of the problem need not be in this machine.
     index = problem.device.index
     is_here = index is None or index < torch.cuda.device_count()
     if not is_here or problem.capability != torch.cuda.get_device_capability(index):
@@ -125,6 +136,7 @@ def _table_for(problem: AttentionProblem) -> Table | None:
 
 @functools.cache
 def _read_table(device_name: str) -> Table | None:
+    """See `table_of`. The cache keeps the file from being read, and the warning from being given, more than once."""
     path = path_of(device_name)
     try:
         if path.exists():
@@ -144,7 +156,7 @@ def _read_table(device_name: str) -> Table | None:
 
 
 def folder() -> Path:
-    """Where this platform keeps what a program can make again."""
+    """The folder for stored tables: within the cache folder that the platform has for each user."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     else:
@@ -153,16 +165,19 @@ def folder() -> Path:
 
 
 def path_of(device_name: str) -> Path:
+    """The file of the table for a kind of GPU and the installed Triton."""
     return folder() / f"{_slug(device_name)}-triton-{triton.__version__}.json"
 
 
 def stored(device_name: str | None = None) -> list[Path]:
-    """All tables in the cache folder, or those of one kind of GPU."""
+    """The files of all tables in the cache folder, or of those for one kind of GPU, for any version of Triton."""
     return sorted(folder().glob(f"{'*' if device_name is None else _slug(device_name)}-triton-*.json"))
 
 
 def save(path: Path, table: Table) -> None:
-    """Replaces the file as a whole, so that a process that reads it meanwhile sees the old or the new one."""
+    """Stores the table. The file is replaced by a rename, so that a process that reads it at the same time gets the old
+    table or the new one, never a part.
+    """
     rows = [
         {
             **key._asdict(),
@@ -180,9 +195,11 @@ def save(path: Path, table: Table) -> None:
 
 
 def load(path: Path) -> Table:
-    """
+    """The table in the file `path`.
+
     Raises:
-        ValueError: the file is corrupt, or was written by another version of fused_attn or Triton.
+        ValueError: the file is damaged, or was measured with another version of fused_attn or Triton
+        OSError: the file cannot be read
     """
     try:
         about = json.loads(path.read_text())
@@ -199,15 +216,17 @@ def load(path: Path) -> Table:
 
 
 def versions() -> dict[str, str]:
-    """The packages whose change makes a table worthless."""
-    # Not by an import, since the package itself imports this module.
+    """The versions of the packages whose kernels or compiler a table depends on."""
+    # fused_attn is not imported here, because it may be the importer of this module.
     return {"fused_attn": sys.modules["fused_attn"].__version__, "triton": triton.__version__}
 
 
 def _parse_row(row: dict) -> tuple[Key, Row]:
+    """A row of the JSON file, as `save` writes it."""
     key = Key(row["kernel"], row["dtype_bytes"], row["head_dim"], tuple(row["features"]), Config(**row["replaces"]))
     return key, Row(Config(**row["config"]), float(row["ms"]), float(row["baseline_ms"]))
 
 
 def _slug(device_name: str) -> str:
+    """The name of a GPU as a part of a file's name: "NVIDIA H100 PCIe" becomes "nvidia-h100-pcie"."""
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
