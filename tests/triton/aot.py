@@ -1,7 +1,8 @@
-"""Compiles every row of the Triton backend's table of tiles, without a GPU, and prints what each kernel needs.
+"""Compiles every row of the Triton backend's table of tiles, without a GPU, and prints the resources of each kernel.
 
-A row is compiled for the combination of features that needs most registers; with ``--all``, for every one that it is
-for. A row for anything stands for all of them at once.
+A row is compiled for the combination of features that needs most registers, or, with ``--all``, for every combination
+that it is for. A row for `configs.ANY` is compiled with all features at once. Kernels whose results are stored in
+compilations.json are not compiled again; see compilations.py.
 """
 
 from __future__ import annotations
@@ -10,23 +11,24 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
-# Read when the kernels are imported: they are to be compiled, even from a test session that interprets them.
+# Triton reads this variable when the kernels are imported. A test session that interprets kernels sets it.
 os.environ.pop("TRITON_INTERPRET", None)
 
+import compilations
 import stub_driver
 import torch
 import triton
+from compilations import Compilation
 from stub_driver import ARCHITECTURES
-from triton.compiler import CompiledKernel
 
 from fused_attn.attention.inputs import Inputs, Saved, Wanted
 from fused_attn.attention.problem import AttentionProblem, Band
@@ -43,35 +45,36 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
 class Spills(NamedTuple):
-    """stack: bytes of a thread; in_loops: instructions within loops that store to the stack or load from it."""
+    """Spilled registers. stack: bytes of a thread; in_loops: instructions in hot loops that access the stack."""
 
     stack: int
     in_loops: int
 
 
-#: A few bytes may wait on the stack while a kernel loops; that costs less than a smaller tile. The table is chosen for
-#: the newest Triton; an older one may do a little worse, even within loops.
+#: A kernel may spill a few bytes outside its loops, because that costs less than a smaller tile. The table is chosen
+#: for the newest Triton. An older one may spill a little more, even within loops.
 IS_OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 TOLERATED = Spills(128, 32) if IS_OLD_TRITON else Spills(64, 0)
-#: Exact float32 keeps whole rows of both factors in registers, which no tile is small enough for.
+#: Products of exact float32 keep whole rows of both factors in registers. At head dim 256, all tiles spill.
 TOLERATED_FLOAT32_256 = Spills(512, 512)
 
 BATCH, HEADS, KV_HEADS, LENGTH = 2, 4, 2, 1024
 
 
 EVERYTHING = "padding+sinks+bias+relative_bias+softcap+dropout"
-#: What other rows of `configs.TABLE` than those for nothing and for anything are for, the greediest first.
+#: The combinations of features that a row of `configs.TABLE` is for, those that need most registers first. PLAIN and
+#: ANY are missing, because `cells` names their combinations itself.
 MASKS = {
     configs.ONE: ("mask", "bias", "softcap", "dropout"),
     configs.ONE_AND_DROPOUT: ("bias+dropout", "mask+dropout", "softcap+dropout"),
     configs.RELATIVE_BIAS: ("relative_bias+dropout", "relative_bias"),
 }
-#: Other shapes and masks that share rows with those above, each compiled on one width.
+#: Other inputs that use rows of the combinations above. They are compiled for head dim 64 alone.
 LAYOUTS = ("varlen", "float-padding")
 
 
 class Cell(NamedTuple):
-    """One problem on one architecture. features: names joined by "+"."""
+    """A problem on an architecture, for which kernels are compiled. features: names joined by "+"."""
 
     architecture: int
     dtype: str
@@ -83,30 +86,33 @@ class Cell(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What one kernel needs.
+    """The resources that one kernel needs.
 
-    spills: bytes per thread
-    spills_in_loops: instructions within loops
-    mma: instructions of each kind
+    tile: block_m x block_n
+    seconds: the time of compiling the kernel, on average over the kernels of its cell
     """
 
     cell: Cell
     kernel: str
     tile: str
-    warps: int
     stages: int
-    registers: int
-    spills: int
-    spills_in_loops: int
-    shared: int
-    mma: dict[str, int]
+    compilation: Compilation
     seconds: float
 
     @property
+    def warps(self) -> int:
+        return self.compilation.metadata["num_warps"]
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        return self.compilation.metadata["shared"]
+
+    @property
     def blocks_per_multiprocessor(self) -> int:
-        """How many blocks fit side by side, as far as registers, shared memory and warps tell."""
+        """How many thread blocks a multiprocessor runs at a time, as registers, shared memory and warps allow."""
         limits = ARCHITECTURES[self.cell.architecture]
-        registers_per_warp = -(-self.registers * 32 // 256) * 256
+        registers_per_warp = -(-self.compilation.usage.registers * 32 // 256) * 256
         return min(
             2**16 // registers_per_warp // self.warps,
             limits.shared_per_multiprocessor * 1024 // (self.shared + 1024),
@@ -116,30 +122,35 @@ class Resources(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of the left factors of the matrix products."""
+        """How many rows the left factors of the kernel's matrix products have."""
         block_m, block_n = map(int, self.tile.split("x"))
         return block_n if self.kernel == "dkdv" else block_m
 
     @property
     def faults(self) -> list[str]:
+        """What the test of the table does not allow: spills, too much shared memory, slow matrix instructions."""
         faults = []
         tolerated = TOLERATED_FLOAT32_256 if self.cell[1:3] == ("fp32", 256) else TOLERATED
-        if self.spills > tolerated.stack or self.spills_in_loops > tolerated.in_loops:
-            faults.append(f"{self.spills} bytes spilled, {self.spills_in_loops} instructions for it in loops")
+        usage, mma = self.compilation.usage, self.compilation.mma
+        if usage.stack > tolerated.stack or usage.spills_in_loops > tolerated.in_loops:
+            faults.append(f"{usage.stack} bytes spilled, {usage.spills_in_loops} instructions for it in loops")
         limit = ARCHITECTURES[self.cell.architecture].shared_per_block * 1024
         if self.shared > limit:
             faults.append(f"{self.shared} bytes of shared memory, there are {limit}")
         if self.cell.dtype != "fp32":
             wanted = {8: "mma.sync", 9: "wgmma", 10: "tcgen05"}[self.cell.architecture // 10]
             if self.rows < 64:
-                wanted = "mma.sync"  # the others multiply 64 rows at once
-            if any(count > 0 if kind != wanted else count == 0 for kind, count in self.mma.items()):
-                faults.append(f"matrix products by {self.mma}, expected {wanted} alone")
+                wanted = "mma.sync"  # wgmma and tcgen05 multiply at least 64 rows
+            if any(count > 0 if kind != wanted else count == 0 for kind, count in mma.items()):
+                faults.append(f"matrix products by {mma}, expected {wanted} alone")
         return faults
 
 
 def cells(architectures: Iterable[int], wants_all: bool) -> Iterator[Cell]:
-    """Every row of the table; those of exact float32, which uses no matrix instructions, on one architecture."""
+    """Cells that cover every row of the table.
+
+    Rows of exact float32 are the same for all architectures, so one architecture has cells for them.
+    """
     for architecture in architectures:
         for head_dim in configs.HEAD_DIMS:
             yield Cell(architecture, "fp16", head_dim, "padding+sinks")
@@ -157,27 +168,31 @@ def cells(architectures: Iterable[int], wants_all: bool) -> Iterator[Cell]:
             yield Cell(architecture, "fp16", 64, layout)
 
 
-def compile_cell(cell: Cell) -> list[Resources]:
-    """Runs forward and backward of the cell's representative through the launcher."""
+def compile_cell(cell: Cell, is_fresh: bool = False) -> list[Resources]:
+    """Runs forward and backward of the cell's representative through the launcher.
+
+    is_fresh: kernels are compiled even if `compilations.json` has their results
+    """
     warnings.simplefilter("ignore")
     stub_driver.install(cell.architecture)
+    compilations.install(is_fresh)
     for kernel in KERNELS.values():
         stub_driver.forget(kernel)
     problem, inputs = representative(cell)
-    # As the launcher sees it.
+    # The problem as the launcher completes it.
     known = replace(problem, has_bias=inputs.bias is not None, allows_tf32=cell.dtype == "tf32")
     started = time.perf_counter()
     torch.set_float32_matmul_precision("high" if cell.dtype == "tf32" else "highest")
     if "decode" in cell.features.split("+"):
         launcher.forward(problem, inputs, needs_lse=True)
     else:
-        # Gradients of biases have rows for anything alone.
+        # The table has rows for the gradients of biases under `configs.ANY` alone.
         launch(problem, inputs, wants_bias=cell.features == EVERYTHING)
     results = []
     for name, kernel in KERNELS.items():
-        # The launcher compiles nothing that the problem does not need.
+        # One kernel, or none if the problem does not need it.
         for binary in stub_driver.compiled(kernel):
-            results.append(_resources(cell, name, known, binary))
+            results.append(_resources(cell, name, known, Compilation.of(binary)))
     seconds = (time.perf_counter() - started) / len(results)
     return [result._replace(seconds=seconds) for result in results]
 
@@ -229,6 +244,7 @@ def representative(cell: Cell) -> tuple[AttentionProblem, Inputs]:
 
 
 def launch(problem: AttentionProblem, inputs: Inputs, wants_bias: bool = True) -> None:
+    """Calls forward and backward of the launcher. wants_bias: also for the gradients of the biases."""
     out, lse = launcher.forward(problem, inputs, needs_lse=True)
     wanted = Wanted.of(*(x is not None for x in inputs))
     if not wants_bias:
@@ -236,27 +252,16 @@ def launch(problem: AttentionProblem, inputs: Inputs, wants_bias: bool = True) -
     launcher.backward(problem, inputs, Saved(out, lse, dout=out), wanted)
 
 
-def _resources(cell: Cell, name: str, problem: AttentionProblem, binary: CompiledKernel) -> Resources:
+def _resources(cell: Cell, name: str, problem: AttentionProblem, compilation: Compilation) -> Resources:
     config = configs.choose("bias" if name == "relative bias" else name, problem)
     if name == "relative bias":
         config = config._replace(block_m=config.block_n)
-    ptx = binary.asm["ptx"]
-    return Resources(
-        cell, name, f"{config.block_m}x{config.block_n}", binary.metadata.num_warps, binary.metadata.num_stages,
-        binary.n_regs, binary.module.stack, binary.module.spills_in_loops,
-        binary.metadata.shared,
-        {
-            "mma.sync": len(re.findall(r"\bmma\.sync", ptx)),
-            "wgmma": ptx.count("wgmma.mma_async"),
-            "tcgen05": ptx.count("tcgen05.mma"),
-        },
-        0.0,
-    )  # fmt: skip
+    return Resources(cell, name, f"{config.block_m}x{config.block_n}", config.num_stages, compilation, 0.0)
 
 
-def compile_all(cells: Iterable[Cell], jobs: int) -> Iterator[Resources]:
+def compile_all(cells: Iterable[Cell], jobs: int, is_fresh: bool) -> Iterator[Resources]:
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for results in pool.map(compile_cell, cells):
+        for results in pool.map(partial(compile_cell, is_fresh=is_fresh), cells):
             yield from results
 
 
@@ -267,10 +272,12 @@ HEADER = (
 
 
 def line(result: Resources) -> str:
-    mma = ", ".join(f"{count} {kind}" for kind, count in result.mma.items() if count) or "none"
+    """The line of a kernel below `HEADER`."""
+    usage = result.compilation.usage
+    mma = ", ".join(f"{count} {kind}" for kind, count in result.compilation.mma.items() if count) or "none"
     text = (
-        f"{result.cell!s:58}{result.kernel:15}{result.tile:9}{result.warps:5}{result.stages:7}{result.registers:10}"
-        f"{result.spills:8}{result.shared / 1024:8.1f}K{result.blocks_per_multiprocessor:10}{mma:>22}"
+        f"{result.cell!s:58}{result.kernel:15}{result.tile:9}{result.warps:5}{result.stages:7}{usage.registers:10}"
+        f"{usage.stack:8}{result.shared / 1024:8.1f}K{result.blocks_per_multiprocessor:10}{mma:>22}"
         f"{result.seconds:6.1f}s"
     )
     return f"{text}  {'; '.join(result.faults)}".rstrip()
@@ -280,18 +287,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--all", action="store_true", help="every combination of features that a row is for")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains this text")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations side by side")
-    parser.add_argument("--json", metavar="FILE", help="where to store what is printed")
+    parser.add_argument("--fresh", action="store_true", help="compile kernels whose results are stored, too")
+    parser.add_argument("--store", action="store_true", help=f"make {compilations.FILE.name} of these results")
+    parser.add_argument("--json", metavar="FILE", help="where to write what is printed")
     arguments = parser.parse_args()
     print(HEADER)
     results = []
-    for result in compile_all(cells(arguments.arch, arguments.all), arguments.jobs):
+    selected = [cell for cell in cells(arguments.arch, arguments.all) if arguments.only in str(cell)]
+    for result in compile_all(selected, arguments.jobs, arguments.fresh):
         print(line(result), flush=True)
         results.append(result)
+    if arguments.store:
+        compilations.store([result.compilation for result in results])
     if arguments.json:
+        rows = [
+            {"cell": str(result.cell), "kernel": result.kernel, "compilation": result.compilation,
+             "faults": result.faults}
+            for result in results
+        ]  # fmt: skip
         with open(arguments.json, "w") as file:
-            rows = ({**result._asdict(), "cell": result.cell._asdict(), "faults": result.faults} for result in results)
-            json.dump(list(rows), file, indent=1)
+            json.dump(rows, file, indent=1)
     return int(any(result.faults for result in results))
 
 

@@ -1,6 +1,6 @@
-"""Prints what a call of the launcher costs on the host, in microseconds: all of it but the driver's own launch.
+"""Prints the time that a call of the launcher takes on the host, in microseconds. The driver's launch is not included.
 
-As a program of its own, because a process that interprets kernels cannot compile them.
+test_launch.py runs this script in another process, because a process that interprets kernels cannot compile them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BATCH, HEADS, LENGTH, HEAD_DIM = 2, 4, 16, 64
 
 
 def best_of(call: Callable[[], object], rounds: int = 300, calls: int = 40) -> float:
-    """Whatever else the machine does only adds time, and not to every round."""
+    """The microseconds of a call in the fastest round. Other processes make rounds slower, but hardly all of them."""
     call()  # compiles
     best = float("inf")
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""Fails if calls that differ in batch size and lengths alone make Triton compile a kernel again."""
+"""Fails if Triton compiles a kernel again for a call that differs only in batch size and lengths."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 import aot
 import stub_driver
 import torch
+from stub_driver import UncompiledKernel
 
 from fused_attn.attention.inputs import Inputs
 from fused_attn.attention.problem import AttentionProblem, Band
@@ -37,12 +38,13 @@ def call_packed(batch: int, seqlen_q: int, seqlen_k: int) -> None:
 
 
 def main() -> int:
+    stub_driver.compile_nothing()
     stub_driver.install(90)
     failed = False
     for call in (call_padded, call_packed):
         for kernel in aot.KERNELS.values():
             stub_driver.forget(kernel)
-        # Divisible by 16 and not, one sequence and several, more keys than queries and fewer.
+        # Lengths that 16 divides and others, one sequence and several, more keys than queries and fewer.
         for sizes in ((2, 512, 512), (1, 513, 511), (7, 1000, 336), (16, 129, 2049)):
             call(*sizes)
         for name, kernel in aot.KERNELS.items():
@@ -50,6 +52,9 @@ def main() -> int:
             if count > 1:
                 print(f"{call.__name__}: the {name} kernel was compiled {count} times")
                 failed = True
+    if not UncompiledKernel.ran:
+        print("no kernel was launched")
+        failed = True
     return int(failed)
 
 

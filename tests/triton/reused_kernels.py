@@ -1,4 +1,4 @@
-"""Fails if the launcher runs a kernel that Triton would not have chosen for the tensors of the call."""
+"""Fails if the launcher runs a compiled kernel that Triton would not have chosen for the tensors of the call."""
 
 from __future__ import annotations
 
@@ -8,40 +8,21 @@ from dataclasses import replace
 import aot
 import stub_driver
 import torch
-import triton
+from stub_driver import UncompiledKernel
 
 from fused_attn.attention.inputs import Inputs, Saved, Wanted
 from fused_attn.backends.triton import launcher
 
 CELL = aot.Cell(90, "fp16", 64, "padding+sinks+bias")
-ran: list[tuple] = []
-
-
-class Kernel:
-    """Stands for a compiled kernel, which takes seconds to compile and here does not run."""
-
-    function = packed_metadata = None
-
-    def __init__(self, source, target, options):
-        self.name = (source.fn.__name__, str(source.signature), str(source.attrs), str(source.constants))
-
-    def launch_metadata(self, *args) -> None:
-        pass
-
-    def run(self, *args) -> None:
-        ran.append(self.name)
-
-    def __getitem__(self, grid):
-        return self.run
 
 
 def shifted(x: torch.Tensor) -> torch.Tensor:
-    """x from an address that is no multiple of 16 on."""
+    """A tensor of the shape and dtype of x, at an address that 16 does not divide."""
     return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
 
 
 def variants(inputs: Inputs):
-    """Inputs of one problem that Triton compiles for differently."""
+    """Inputs of one problem for which Triton compiles different kernels."""
     query, key = inputs.query, inputs.key
     yield inputs
     yield inputs._replace(query=shifted(query))
@@ -55,24 +36,26 @@ def variants(inputs: Inputs):
 
 
 def call(problem, inputs: Inputs, with_dlse: bool) -> list[tuple]:
-    ran.clear()
+    """The names of the kernels that two forward calls, with and without LSE, and one backward call launch."""
+    UncompiledKernel.ran.clear()
     out, lse = launcher.forward(problem, inputs, needs_lse=True)
     launcher.forward(problem, inputs, needs_lse=False)
     wanted = Wanted(query=True, key=with_dlse, value=True, sinks=True)
     launcher.backward(problem, inputs, Saved(out, lse, dout=out, dlse=lse if with_dlse else None), wanted)
-    return list(ran)
+    return list(UncompiledKernel.ran)
 
 
 def main() -> int:
-    triton.compiler.compile = Kernel
+    stub_driver.compile_nothing()
     stub_driver.install(CELL.architecture)
     problem, representative = aot.representative(CELL)
     failed, chosen = False, set()
-    for _ in range(2):  # the second time round, every kernel is there already
+    for _ in range(2):  # in the second round, all kernels of `problem` have been compiled
         for inputs in variants(representative):
             for with_dlse in (False, True):
                 reused = call(problem, inputs, with_dlse)
-                fresh = call(replace(problem), inputs, with_dlse)  # a new plan, which has no kernels yet
+                # `replace` makes a new problem, whose plan has no compiled kernels. So Triton itself chooses them.
+                fresh = call(replace(problem), inputs, with_dlse)
                 chosen.add(tuple(fresh))
                 if reused != fresh:
                     print(f"ran {reused}\nnot {fresh}")

@@ -1,4 +1,4 @@
-"""A Triton driver without a GPU: the launcher compiles its kernels for any NVIDIA architecture, and nothing runs."""
+"""A Triton driver that needs no GPU. The launcher compiles kernels for any NVIDIA architecture, and nothing runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import triton
@@ -19,7 +19,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 class Architecture(NamedTuple):
-    """Limits from the CUDA programming guide's table of compute capabilities, in KiB of shared memory."""
+    """Limits of an architecture, from the table of compute capabilities in the CUDA programming guide.
+
+    shared_per_block, shared_per_multiprocessor: KiB of shared memory
+    """
 
     multiprocessors: int
     shared_per_block: int
@@ -37,9 +40,10 @@ ARCHITECTURES = {
 
 
 class Usage(NamedTuple):
-    """What a thread needs. stack: bytes, all of them spilled registers, as the kernels neither call nor index arrays.
+    """The registers and stack of one thread.
 
-    spills_in_loops: instructions in hot loops that store to the stack or load from it
+    stack: bytes. All of them are spilled registers, because the kernels call no functions and index no local arrays
+    spills_in_loops: the number of instructions in hot loops that store to the stack or load from it
     """
 
     registers: int
@@ -48,6 +52,7 @@ class Usage(NamedTuple):
 
 
 def usage_of(cubin: bytes) -> Usage:
+    """The usage of the only kernel in a cubin, according to cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -64,9 +69,10 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def spills_in_loops(sass: str) -> int:
-    """In the innermost loops around a matrix product or an exponential: there a kernel spends its time.
+    """The number of instructions for spilled registers in the hot loops of a kernel's machine code.
 
-    Code far away that waits for a barrier and comes back makes no loop.
+    Hot loops are the innermost loops around a matrix product or an exponential, where a kernel spends its time. Code
+    at the end of a kernel that waits for a barrier, and then jumps back to where it came from, is not a loop.
     """
     code = {int(address, 16): text for address, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass)}
     successors = _control_flow(code)
@@ -77,7 +83,7 @@ def spills_in_loops(sass: str) -> int:
     loops = []
     for branch, following in successors.items():
         for target in following:
-            # A natural loop: all ways to the branch lead through its target.
+            # A backward branch makes a loop only if all paths to the branch lead through its target.
             if target <= branch and branch not in _reachable(successors, min(code), avoiding=target):
                 loops.append(_reachable(predecessors, branch, avoiding=target) | {target})
     loops.sort(key=len)
@@ -88,13 +94,13 @@ def spills_in_loops(sass: str) -> int:
 
 
 def _control_flow(code: dict[int, str]) -> dict[int, list[int]]:
-    """Where each instruction can lead."""
+    """The addresses that can follow each instruction."""
     addresses = sorted(code)
     next_of = dict(itertools.pairwise(addresses))
     successors = {}
     for address in addresses:
         text = code[address]
-        assert not re.search(r"\bBRX\b", text), "an indirect branch leads anywhere"
+        assert not re.search(r"\bBRX\b", text), "the targets of an indirect branch are unknown"
         is_passed = not re.match(r"(BRA 0x|BRA\.U 0x|EXIT|RET)", text.strip())
         successors[address] = [next_of[address]] if is_passed and address in next_of else []
         if target := re.search(r"\b(?:BRA|CALL)\b.*?(0x[0-9a-f]+)", text):
@@ -103,6 +109,7 @@ def _control_flow(code: dict[int, str]) -> dict[int, list[int]]:
 
 
 def _reachable(edges: dict[int, list[int]], start: int, avoiding: int) -> set[int]:
+    """All nodes on paths from start that do not pass the node `avoiding`."""
     seen, waiting = set(), [start]
     while waiting:
         address = waiting.pop()
@@ -113,21 +120,23 @@ def _reachable(edges: dict[int, list[int]], start: int, avoiding: int) -> set[in
 
 
 class _Utils:
-    """What a kernel asks of its device when it is loaded; `shared_per_block` is left to the reader of the results."""
+    """The functions that Triton calls to load a kernel."""
 
-    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[Usage, int, int, int, int]:
-        usage = usage_of(cubin)
-        # The module is what Triton keeps and hands back for nothing but unloading.
-        return usage, 1, usage.registers, usage.stack // 4, 1024
+    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[str, int, int, int, int]:
+        """(module, function, registers, spills, most threads of a block). Nothing is loaded; `usage_of` tells more."""
+        return "module", 1, 0, 0, 1024
 
-    def unload_module(self, module: Usage) -> None:
+    def unload_module(self, module: str) -> None:
         pass
 
     def get_device_properties(self, device: int) -> dict[str, int]:
+        # Without a limit, kernels that need too much shared memory are compiled too. `aot.Resources.faults` names them.
         return {"max_shared_mem": 2**30, "multiprocessor_count": ARCHITECTURES[device].multiprocessors}
 
 
 class _Launcher:
+    """The object that Triton calls to launch a kernel. It does nothing."""
+
     def __init__(self, source, metadata):
         pass
 
@@ -136,7 +145,11 @@ class _Launcher:
 
 
 class StubDriver:
-    """One device per architecture, and its number is that of the architecture: Triton caches kernels by device."""
+    """A driver with one device for each architecture.
+
+    The index of a device is the number of its architecture. Triton caches kernels by device, so each architecture has
+    its own cache.
+    """
 
     launcher_cls = _Launcher
     utils = _Utils()
@@ -161,14 +174,43 @@ class StubDriver:
 
 
 def install(architecture: int) -> None:
-    """From here on kernels are compiled for this architecture, 90 for sm_90."""
+    """From now on, Triton compiles kernels for this architecture, for example 90 for sm_90."""
     driver.set_active(StubDriver(architecture))
 
 
+class UncompiledKernel:
+    """A replacement for Triton's compiled kernel in tests that ask which kernels are compiled, or run, and when.
+
+    name: all properties of the arguments that Triton compiles a kernel for
+    ran: the names of all kernels of this class that were launched
+    """
+
+    function = packed_metadata = None
+    ran: ClassVar[list[tuple]] = []
+
+    def __init__(self, source, target, options):
+        self.name = (source.fn.__name__, str(source.signature), str(source.attrs), str(source.constants))
+
+    def launch_metadata(self, *args) -> None:
+        pass
+
+    def run(self, *args) -> None:
+        self.ran.append(self.name)
+
+    def __getitem__(self, grid):
+        return self.run
+
+
+def compile_nothing() -> None:
+    """From now on, Triton makes an `UncompiledKernel` of each kernel, which saves the seconds of compiling it."""
+    triton.compiler.compile = UncompiledKernel
+
+
 def compiled(kernel: JITFunction) -> list[CompiledKernel]:
-    """What Triton has compiled of a kernel since `forget`, for all architectures."""
+    """The kernels that Triton has compiled from a function since `forget`, for all architectures."""
     return [binary for kernels, *_ in kernel.device_caches.values() for binary in kernels.values()]
 
 
 def forget(kernel: JITFunction) -> None:
+    """Empties Triton's cache of the kernels compiled from a function."""
     kernel.device_caches.clear()

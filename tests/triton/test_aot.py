@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that this machine does not have; see `aot.py` for the table."""
+"""Kernels compiled for GPUs that this machine does not have, by `aot.py` and other scripts of this folder."""
 
 from __future__ import annotations
 
@@ -19,26 +19,44 @@ FOLDER = Path(__file__).parent
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    """In a process of its own: this one may have imported the kernels for Triton's interpreter."""
+    """Runs a script in another process, because this one may have imported the kernels for Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, FOLDER / script, *arguments], capture_output=True, text=True, env=environment
     )
 
 
+def table(path: Path, *arguments: str) -> list[dict]:
+    """The rows that `aot.py` prints; `path` is where it may write them."""
+    process = run("aot.py", "--jobs", "2", "--json", str(path), *arguments)
+    print(process.stdout)
+    assert path.exists(), process.stderr
+    return json.loads(path.read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 86, 90, 100])
 def test_every_row_of_the_table(architecture, tmp_path):
-    """No spills beyond `aot.TOLERATED`, no more shared memory than there is, the fastest matrix instructions."""
-    table = tmp_path / "table.json"
-    process = run("aot.py", "--arch", str(architecture), "--jobs", "2", "--json", str(table))
-    print(process.stdout)
-    assert table.exists(), process.stderr
-    rows = json.loads(table.read_text())
+    """No spills beyond `aot.TOLERATED`, no more shared memory than there is, the fastest matrix instructions.
+
+    Kernels that are in compilations.json are not compiled again.
+    """
+    rows = table(tmp_path / "table.json", "--arch", str(architecture))
     assert not [(row["cell"], row["kernel"], row["faults"]) for row in rows if row["faults"]]
 
 
-# Barriers are waited for at the end of the code. The outer loop holds no product of its own.
+@pytest.mark.slow
+def test_stored_compilations_are_those_of_the_compiler(tmp_path):
+    """One kernel for each architecture is compiled anew, and its result is compared with the stored one."""
+    row = "fp16 64 padding+sinks+bias+relative_bias+softcap+dropout+decode"
+    stored = table(tmp_path / "stored.json", "--only", row)
+    fresh = table(tmp_path / "fresh.json", "--only", row, "--fresh")
+    assert len(stored) == 4
+    assert stored == fresh
+
+
+# The code at 0x90 waits for a barrier, and jumps back. The outer loop, from 0x10 to 0x70, contains the inner one, from
+# 0x20 to 0x50, and no product or exponential besides.
 SASS = """
         /*0000*/  STL [R1], R0 ;
         /*0010*/  FADD R2, R2, R2 ;

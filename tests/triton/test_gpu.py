@@ -1,4 +1,4 @@
-"""What only a GPU can show of the Triton kernels; test_kernels.py has the rest, and runs there too."""
+"""Tests of the Triton kernels that need a GPU. test_kernels.py has the other ones, and runs on a GPU too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import fused_attn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-#: Between them all kernels and all masks.
+#: Cases that together use all kernels and all kinds of masks.
 MIXED = [
     Case("long-causal", seqlen_q=256, seqlen_k=256, head_dim=64, options={"is_causal": True}),
     *(
@@ -32,6 +32,7 @@ def assert_same(actual: oracle.Result, expected: oracle.Result) -> None:
 
 @EVERY_MIX
 def test_the_host_never_waits(case: Case) -> None:
+    """Torch raises an error if forward or backward make the host wait for the GPU."""
     inputs = case.make(torch.float16).on("cuda")
     expected = cases.run(inputs, "triton")  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -44,7 +45,7 @@ def test_the_host_never_waits(case: Case) -> None:
 
 @EVERY_MIX
 def test_cuda_graph(case: Case, poisoned: None) -> None:
-    """Captured once, forward and backward compute anew from whatever the tensors hold when the graph is replayed."""
+    """A replayed graph of forward and backward computes the results of the tensors' contents at that time."""
     inputs = case.make(torch.float16).on("cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -65,7 +66,7 @@ def test_cuda_graph(case: Case, poisoned: None) -> None:
 
 @EVERY_MIX
 def test_streams(case: Case) -> None:
-    """Calls that overlap do not disturb one another."""
+    """Calls on several streams, which may run at the same time, give the results of a single call."""
     inputs = case.make(torch.bfloat16).on("cuda")
     expected = cases.run(inputs, "triton")
     streams = [torch.cuda.Stream() for _ in range(4)]
@@ -81,7 +82,7 @@ def test_streams(case: Case) -> None:
 
 
 def test_more_than_2_31_elements() -> None:
-    """Every head of a query of 2.2e9 elements gets what it would get alone."""
+    """In a query of 2.2e9 elements, a head gets the results that it gets in a call of its own."""
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB on the GPU")
     heads, rows, columns, head_dim = 33, 2**20, 24, 64

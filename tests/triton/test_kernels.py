@@ -1,6 +1,6 @@
-"""The Triton kernels: on the GPU, or without one in Triton's interpreter on the CPU.
+"""The results of the Triton kernels, on the GPU, or without one in Triton's interpreter on the CPU.
 
-On a machine with a GPU everything here is marked `gpu`, so that `pytest -m gpu` is the whole proof there.
+On a machine with a GPU, all tests of this file are marked `gpu`, so that `pytest -m gpu` runs them.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ pytest.importorskip("triton.language")
 from fused_attn.backends.triton import decode, launcher
 
 IS_GPU = DEVICE == "cuda"
-# The interpreter does not multiply bfloat16.
+# The interpreter does not multiply bfloat16 correctly.
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if IS_GPU else []))
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
-#: 4 GiB each for query, key, value and the gradient in two bytes, so not in four.
+#: Cases whose query, key, value and gradient take 4 GiB each in a dtype of two bytes. They do not run in float32.
 HUGE = ("strides-past-2-31", "strides-past-2-31-mask")
 QUICK = ("gqa-4-2", "padding-nan-decode", "relative-bias-decode", "empty-rows-huge-sinks", "varlen-dropout", "rank-2")
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned", "quick_interpreter", "gpu_arithmetic"),
-    # numpy, of infinities that are wanted or thrown away.
+    # numpy warns of infinities and NaN in the interpreter. The kernels make some on purpose, and discard others.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
-    # Triton 3.6, of every loop bound.
+    # The interpreter of Triton 3.6 causes this warning for every loop bound.
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
     *([pytest.mark.gpu] if IS_GPU else []),
 ]
@@ -49,10 +49,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def quick_interpreter() -> Iterator[None]:
-    """Triton's interpreter, in less than half of its time.
+    """Makes Triton's interpreter more than twice as fast, by leaving out two things:
 
-    It patches `triton.language` whenever one kernel function calls another, where once for all tests is enough, and
-    computes whether integers overflow without telling anybody, unless it is to debug.
+    - It patches `triton.language` whenever one kernel function calls another. Here it is patched once.
+    - It checks integers for overflow even if it does not report the result, which it does in debug mode alone.
     """
     if IS_GPU:
         yield
@@ -73,9 +73,10 @@ def quick_interpreter() -> Iterator[None]:
 
 @pytest.fixture
 def gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter, with products that are added one after the other, without being rounded before.
+    """Makes the interpreter round float32 as compiled kernels do, where numpy would round differently:
 
-    That is what Triton makes of a dot product of float32, and a compiler of a * b - c.
+    - A dot product adds its terms one after the other, by multiply-adds that round once.
+    - a * b - c rounds once, because the compiler makes a multiply-add of it.
     """
     if IS_GPU:
         return
@@ -134,7 +135,7 @@ def test_case(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.quick
 def test_layouts_survive_the_way_to_the_device() -> None:
-    """A test of the test: strides, alignment and contents are what the case says."""
+    """Tests `Inputs.on`: the tensors on the device have the strides, offset and contents that the case specifies."""
     for case in CASES:
         if case.id in HUGE:
             continue
@@ -176,7 +177,7 @@ def test_dropout_bits_of_long_rows() -> None:
 
 @pytest.mark.quick
 def test_dropout_bits_of_the_backward_kernels() -> None:
-    """With all scores equal, each gradient below tells kept weights from dropped ones, if unit vectors come in."""
+    """All scores are 0, and inputs are chosen so that the sign of a gradient's entry says whether it was dropped."""
     p, seed, batch, heads, rows, columns = 0.4, 5, 2, 3, 70, 67
 
     def gradient(query: Tensor, key: Tensor, value: Tensor, dout: Tensor, wanted: int) -> Tensor:
@@ -185,9 +186,10 @@ def test_dropout_bits_of_the_backward_kernels() -> None:
         out = fused_attn.fused_attention(*leaves, dropout_p=p, dropout_seed=seed, backend="triton")
         return torch.autograd.grad(out, leaves[wanted], dout.expand(batch, heads, -1, -1).to(DEVICE))[0].cpu()
 
-    # dv[j, i] is the weight (i, j) itself.
+    # With dout = identity, dv[j, i] is the prob (i, j) after dropout.
     of_value = gradient(torch.zeros(rows, 8), torch.zeros(columns, 8), torch.zeros(columns, rows), torch.eye(rows), 2)
-    # All kept weights of a row gain by a longer value, and all dropped ones lose.
+    # Values and dout are 1, so that dprobs is positive where a prob survives, and 0 where it was dropped. Delta, their
+    # mean, lies between, so that dscores is positive where a prob survives alone. With identity keys, dq = dscores.
     one = torch.ones(columns, 1), torch.ones(rows, 1)
     of_query = gradient(torch.zeros(rows, columns), torch.eye(columns), *one, 0)
     of_key = gradient(torch.eye(rows), torch.zeros(columns, rows), *one, 1)
@@ -209,13 +211,16 @@ LONG = [
 
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
 def test_long_sums(case: Case) -> None:
-    """In float32 an error that grows with each term would be above PyTorch's, which sums in blocks."""
+    """Sums of many terms in float32. An error that grows with every term would exceed PyTorch's, which sums blocks."""
     cases.check(case, torch.float32, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("factor", [4, 12, 30])
 def test_large_logits(factor: int) -> None:
-    """Without the rule's floor, which grows with the logits: weights are normalised as exactly as PyTorch's."""
+    """Errors are below twice those of PyTorch's eager attention.
+
+    The rule of `fused_attn.tolerance` is not enough here, because what it allows grows with the logits.
+    """
     case = case_of(f"logits-of-randn-times-{factor}")
     truth, eager, *_ = cases.expected(case, torch.float32)
     result = cases.check(case, torch.float32, "triton", DEVICE)
@@ -269,7 +274,7 @@ SPLIT = [
 
 @pytest.fixture
 def decide_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., int]], None]]:
-    """Replaces `decode.num_splits`."""
+    """A function that replaces `decode.num_splits` by a rule of the test."""
 
     def decide(rule: Callable[..., int]) -> None:
         launcher._plan.cache_clear()
@@ -281,7 +286,7 @@ def decide_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callabl
 
 @pytest.mark.parametrize("case", SPLIT, ids=lambda case: case.id)
 def test_split_keys(case: Case, decide_splits) -> None:
-    """Several programs share the keys of a head, and that changes nothing."""
+    """If several programs divide the keys of a head among themselves, results are the same as without splits."""
     decided = []
     rule = decode.num_splits
 
@@ -303,7 +308,7 @@ def _large_row_bias(case: Case, dtype: torch.dtype, generator: torch.Generator) 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 def test_row_bias_and_sinks_of_a_large_size(dtype: torch.dtype) -> None:
-    """An LSE near 600 in float32 is a coarse number, for the sinks' weights too."""
+    """An LSE near 600 has a large rounding error in float32. The probability of the sink is exact nevertheless."""
     case = Case(
         "large-row-bias-sinks", batch=1, seqlen_q=48, seqlen_k=40, head_dim=32, attn_mask=_large_row_bias,
         sinks=cases.sink(603.5), has_dlse=True,
@@ -313,7 +318,7 @@ def test_row_bias_and_sinks_of_a_large_size(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case_id", ["softcap-with-everything", "gqa-6-2-causal-padded"])
 def test_deterministic(case_id: str) -> None:
-    """Bit for bit: no sum depends on the order in which programs happen to run."""
+    """Repeated calls give equal bits, because no sum depends on the order in which programs run."""
     inputs = case_of(case_id).make(torch.float16).on(DEVICE)
     first = cases.run(inputs, "triton")
     for _ in range(50 if IS_GPU else 1):
@@ -331,9 +336,10 @@ WIDE = [
 ]
 
 
-@pytest.mark.skipif(IS_GPU, reason="of the interpreter")
+@pytest.mark.skipif(IS_GPU, reason="only the interpreter checks integers")
 @pytest.mark.parametrize("case", WIDE, ids=lambda case: case.id)
 def test_integers_do_not_overflow(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its debug mode, the interpreter raises an error if a sum or product of integers overflows."""
     from triton.runtime.interpreter import interpreter_builder
 
     options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=True, debug=True)
@@ -342,17 +348,17 @@ def test_integers_do_not_overflow(case: Case, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_compiled() -> None:
-    """`torch.compile` without a graph break, forward and backward."""
+    """`torch.compile` without a graph break gives the same bits, forward and backward."""
     inputs = case_of("padding-causal").make(torch.float16).on(DEVICE)
     expected = cases.run(inputs, "triton")
-    # What differs between the compilers is how they fuse operators, and there is but one here.
+    # Compilers differ in how they fuse operators. The graph here has only one, so one compiler is enough.
     compiled = torch.compile(inputs.function, fullgraph=True, backend="inductor" if IS_GPU else "aot_eager")
     actual = cases.run(inputs._replace(function=compiled), "triton")
     for (name, x), (_, y) in zip(expected.items(), actual.items(), strict=True):
         assert torch.equal(x, y), name
 
 
-@pytest.mark.skipif(IS_GPU, reason="of the interpreter")
+@pytest.mark.skipif(IS_GPU, reason="GPUs multiply bfloat16")
 @pytest.mark.quick
 def test_interpreter_refuses_bfloat16() -> None:
     x = torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16)

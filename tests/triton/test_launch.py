@@ -1,4 +1,4 @@
-"""What the Triton backend does on the host: what it launches, that it never waits for the GPU, what a call costs."""
+"""The host's side of the Triton backend: which kernels it launches, no waiting for the GPU, and the time of a call."""
 
 from __future__ import annotations
 
@@ -39,19 +39,20 @@ KERNELS = (
     "attention_bwd_dbias_kernel",
     "attention_bwd_drelative_bias_kernel",
 )
-# Every further launch costs as much as a small call, so these are all there may be.
+# The operators of torch that the launcher may run, besides its kernels. Another operator that launches a kernel would
+# take as long as a small call as a whole.
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided"}
 VIEWS = {"aten::permute", "aten::slice", "aten::view", "aten::_unsafe_view", "aten::expand", "aten::detach"}
-#: Packed rows that no sequence owns are 0, and -inf in lse: filled by the device, which nobody waits for.
+#: Only in packed calls: rows that belong to no sequence become 0, and -inf in the LSE.
 FILLS = {"aten::zero_", "aten::fill_"}
-COPIES = {"aten::clone"}  # of tensors whose columns are not next to each other
+COPIES = {"aten::clone"}  # of tensors whose column stride is not 1
 SUMS = {"aten::sum", "aten::_to_copy", "aten::zeros", "aten::zeros_like", "aten::zero_"}
-# On one number a row: the gradient of a bias that does not depend on the key.
+# On tensors with a number for each row: the gradient of a bias that is the same for all keys.
 ROW_SUMS = {"aten::unsqueeze", "aten::eq", "aten::masked_fill", "aten::sub", "aten::exp", "aten::mul", "aten::add"}
 
 
 class Recorder(TorchDispatchMode):
-    """Names of the operators that torch runs."""
+    """Records the names of the operators that torch runs."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +69,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """How often each kernel has been launched; none runs."""
+    """Replaces the kernels. The counter says how often each of them was launched; none runs."""
     counter = Counter()
 
     class Kernel:
@@ -87,7 +88,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 
 def arguments_of_backend(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> tuple:
-    """(problem, inputs) of a call, which computes nothing."""
+    """The (problem, inputs) that a call would hand to its backend. The call itself computes nothing."""
     received = []
 
     def run(problem, backend, is_direct, inputs, return_lse):
@@ -103,9 +104,13 @@ def arguments_of_backend(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> tup
 @EVERY_CASE
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fake tensors have no contents: whoever asks for some raises."""
+    """Forward and backward launch each kernel once at most, and never read a tensor's contents on the host.
+
+    Fake tensors have no contents, so a read raises an error.
+    """
     inputs = case.make(torch.float16)
-    # Two things are read on a CPU, and only there: floating-point padding, and that only outside of transforms.
+    # On a CPU, the checks of arguments read the contents of floating-point padding masks (except in transforms of
+    # torch.func) and of cu_seqlens. On a GPU they do not. So both reads are switched off here.
     monkeypatch.setattr(modes, "in_functorch", lambda: True)
     monkeypatch.setattr(checks, "check_cu_seqlens_values", lambda *args: None)
     with FakeTensorMode() as fake:
@@ -137,7 +142,7 @@ def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkey
 @pytest.mark.slow
 @pytest.mark.timing
 def test_cost_of_a_call() -> None:
-    """Best of many, so that a busy machine passes too; small batches feel every microsecond."""
+    """The fastest of many rounds counts, so that the test passes on a busy machine too."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("overhead.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
@@ -173,7 +178,7 @@ def test_tf32_only_where_torch_allows_it() -> None:
 
 @EVERY_CASE
 def test_explain_every_case_on_gpus_that_are_not_there(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are no CUDA kernels; what comes first where there are is in tests/cuda/test_cuda_backend.py."""
+    """Without CUDA kernels, Triton is chosen for every case. tests/cuda/test_cuda_backend.py is for the choice with them."""
     monkeypatch.setattr(cuda, "_kernels", None)
 
     def explain(inputs: Inputs, architecture: str) -> dispatch.Explanation:

@@ -1,6 +1,6 @@
-"""``python -m fused_attn tune``: what it measures, what it drops, what it stores, and who uses that.
+"""``python -m fused_attn tune``: which configurations it measures, drops and stores, and when stored ones are used.
 
-The GPU is played by a `FakeRunner`, except at the end: there the real inputs run in Triton's interpreter.
+A `FakeRunner` stands in for the GPU. The tests at the end of the file run real inputs in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRUTH = [torch.linspace(-1.0, 1.0, 100)]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache folder of the test's own, and nothing read before."""
+    """Gives the test its own, empty cache folder, and forgets tables that earlier tests have read."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
     tuned._read_table.cache_clear()
@@ -42,7 +42,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """As if this machine had one GPU, of compute capability 9.0."""
+    """Makes torch report one GPU, of compute capability 9.0."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -57,7 +57,11 @@ def no_gpu(monkeypatch):
 
 
 class FakeRunner:
-    """ms: time by configuration; wrong: what `results` returns or raises for some."""
+    """Returns given times and results instead of measuring.
+
+    ms: the time of each configuration
+    wrong: the results of some configurations, or the errors that they raise
+    """
 
     def __init__(self, ms, wrong=()):
         self.ms, self.wrong = ms, dict(wrong)
@@ -71,7 +75,7 @@ class FakeRunner:
 
     def times(self, workload, order):
         self.orders.append(tuple(order))
-        # Drifts as clocks do: one round is up to 40 % slower than another, for all that run in it.
+        # As with a drifting clock rate, all times of a round are up to 40 % longer than those of another round.
         return [self.ms[config] * (1.0 + 0.1 * (len(self.orders) % 5)) for config in order]
 
 
@@ -216,7 +220,7 @@ def test_choose_takes_the_stored_row_for_its_problems_only(gpu, cache):
         workload = WORKLOAD._replace(**other)
         problem = problem_for(workload)
         assert tuned.choose(workload.kernel, problem) == configs.choose(workload.kernel, problem)
-    # An architecture that this machine does not have, and the interpreter.
+    # The row is not for an architecture that this machine does not have, and not for the interpreter.
     for device in ("sm_80", "cpu"):
         assert tuned.choose("forward", problem_for(WORKLOAD, device)) != stored
     elsewhere = dataclasses.replace(problem_for(WORKLOAD), device=torch.device("cuda", 7))
@@ -241,6 +245,7 @@ def test_the_file_is_read_once(gpu, cache, monkeypatch):
 
 
 def spoil(text):
+    """(name, contents, reason): files that cannot be used, made of the usable file `text`, with the expected reason."""
     about = json.loads(text)
     yield "cut off", text[: len(text) // 2], "is damaged"
     yield "not a table", "[]", "is damaged"
@@ -263,7 +268,7 @@ def test_a_file_of_no_use_is_ignored_with_a_warning(gpu, cache):
         with pytest.warns(UserWarning, match=f"(?s){reason}.*`python -m fused_attn tune` measures this GPU anew"):
             assert tuned.choose("forward", problem) == configs.choose("forward", problem)
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # once in a process is enough
+            warnings.simplefilter("error")  # the warning is given once in a process
             tuned.choose("forward", problem)
 
 
