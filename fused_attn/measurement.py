@@ -1,8 +1,8 @@
-"""How calls are compared in speed: two clocks, rounds in turns, and a progress bar.
+"""Compares the speed of calls. The module has a timer for the CPU, a timer for GPUs, and a progress bar.
 
-The benchmarks and `fused_attn.backends.triton.tune` measure with this module. All calls of a comparison run in turns,
-in reverse order every second round. A slow moment of the machine then meets all of them alike, and a ratio can be taken
-within a round.
+The benchmarks and `fused_attn.backends.triton.tune` measure with this module. Each round runs all calls of a
+comparison. Every second round has the reverse order. So a slow moment of the machine affects all calls alike, and
+ratios can be taken within a round.
 """
 
 from __future__ import annotations
@@ -19,41 +19,44 @@ import torch
 Call = Callable[[], Any]
 Name = TypeVar("Name", bound=Hashable)
 
-#: Seconds. A round on the CPU repeats short calls for this time: in less, the clock's own cost shows.
+#: Seconds. In a round on the CPU, a short call is repeated for this time, so that reading the clock hardly counts.
 SHORTEST_ROUND = 2e-3
 WARM_UP_CALLS = 3
-#: Seconds of a first call above which it is not worth a warm-up.
+#: Seconds. A call whose first run takes longer than this gets no further warm-up runs.
 WARM_UP_WORTH = 10 * SHORTEST_ROUND
-#: How often the L2 cache is overwritten before a call whose launching has not been timed, and at most.
+#: FLUSHES: how often the L2 cache is overwritten before a call for which `GpuTimer.first` has not been called.
+#: MOST_FLUSHES: the largest number for other calls.
 FLUSHES, MOST_FLUSHES = 4, 50
 
 
 class CallError(Exception):
-    """A measured call has raised. The argument is its name; the cause is what it raised."""
+    """A measured call has raised an error, which is the cause of this one. The argument is the name of the call."""
 
 
 class Timer(Protocol):
-    """kind: how a result says what was timed."""
+    """A way of timing calls. kind: its name in the results."""
 
     kind: str
 
     def first(self, calls: Mapping[Name, Call]) -> dict[Name, float]:
-        """Warms up; seconds that one round of each call will take."""
+        """Warms the calls up. Returns an estimate of the seconds that each call takes in a round."""
 
     def round(self, calls: Mapping[Name, Call], order: Sequence[Name]) -> dict[Name, float]:
-        """Seconds per call of each, run in this order."""
+        """Runs the calls in this order. Returns the seconds of one run of each call."""
 
 
 def measure(
     calls: Mapping[Name, Call], timer: Timer, rounds: int, seconds: float, least: int = 3
 ) -> dict[Name, list[float]]:
-    """Seconds per call, one entry a round: at most `rounds`, fewer if they take more than `seconds` together.
+    """The seconds of each call, with one entry for each round.
 
     Args:
-        least: so many rounds at any rate; of calls that take seconds, two.
+        rounds: the largest number of rounds.
+        seconds: the time for all rounds together. If `rounds` would take longer, there are fewer.
+        least: the smallest number of rounds. If one round takes 4 seconds or more, two are enough.
 
     Raises:
-        CallError: one of the calls raised.
+        CallError: one of the calls has raised an error.
     """
     if not calls:
         return {}
@@ -68,7 +71,7 @@ def measure(
 
 
 class CpuTimer:
-    """The wall clock around a loop of calls."""
+    """Reads the wall clock before and after a loop of calls."""
 
     kind = "wall clock"
 
@@ -81,7 +84,7 @@ class CpuTimer:
         for name, call in calls.items():
             with _blamed(name):
                 first[name] = self.seconds(call, 1)
-                if first[name] < WARM_UP_WORTH:  # a first call may take several times as long as the others
+                if first[name] < WARM_UP_WORTH:  # a first call may take several times as long as later ones
                     first[name] = min(self.seconds(call, 1) for _ in range(WARM_UP_CALLS))
             self._repeats[name] = max(1, math.ceil(SHORTEST_ROUND / max(first[name], 1e-9)))
         return first
@@ -94,6 +97,7 @@ class CpuTimer:
         return seconds
 
     def seconds(self, call: Call, repeats: int) -> float:
+        """The seconds of one call, as a mean of `repeats` calls."""
         start = self._clock()
         for _ in range(repeats):
             call()
@@ -101,10 +105,10 @@ class CpuTimer:
 
 
 class GpuTimer:
-    """CUDA events around each call.
+    """Records CUDA events before and after each call.
 
-    Before each call, memory larger than the L2 cache is overwritten, so the call starts with a cold cache. This is done
-    as often as the host needs to launch the call, so the time of launching is no part of the result.
+    Before each call, memory larger than the L2 cache is overwritten, so that the call starts with a cold cache. This is
+    repeated until the host has launched the call. So the GPU never waits for the host between the events.
     """
 
     kind = "events"
@@ -146,6 +150,7 @@ class GpuTimer:
         return {name: start.elapsed_time(end) * 1e-3 for name, (start, end) in events.items()}
 
     def _seconds_of_a_flush(self) -> float:
+        """The seconds in which the L2 cache is overwritten once."""
         self._scratch.zero_()
         torch.cuda.synchronize(self._device)
         start = time.perf_counter()
@@ -157,7 +162,7 @@ class GpuTimer:
 
 @contextlib.contextmanager
 def _blamed(name: Hashable) -> Iterator[None]:
-    # Packages raise what they like; KeyboardInterrupt is no Exception.
+    """Turns an error into a `CallError` with this name. KeyboardInterrupt passes, because it is not an Exception."""
     try:
         yield
     except Exception as error:
@@ -166,10 +171,10 @@ def _blamed(name: Hashable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar where rich is installed and the output is a terminal; otherwise nothing.
+    """Shows a progress bar if rich is installed and the output is a terminal. Otherwise it shows nothing.
 
-    The function that it yields is called after each of the `total` steps, with a text to show. What is printed
-    meanwhile stands above the bar.
+    It yields a function, which the caller calls after each of the `total` steps, with a text for the bar. Lines that
+    are printed in the meantime appear above the bar.
     """
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -1,9 +1,13 @@
 """Numerical self-check of every backend that can run here: ``python -m fused_attn check``.
 
-The rule is that of `tolerance`, with a float64 evaluation of the reference formula as the truth and the formula in the
-dtype under test as eager attention. The cases here cancel little, so that a smaller noise than in the tests will do:
-two units in the last place of the float32 that results are summed in (dP - delta cancels, which magnifies the rounding
-of both). For gradients of masks and sinks, sums over rows and batches in another order than eager's, those are eight.
+The rule is that of `tolerance`. The truth is the reference formula in float64, and eager attention is the formula in
+the dtype under test. The noise is smaller than in the tests, because these inputs cancel little:
+
+- two units in the last place of float32, in which results are summed,
+- eight for the gradients of masks and sinks, which are sums over rows and batches in another order than eager's.
+
+The cases are not those of the tests: those are many, include lengths and values for which a check would take minutes,
+and need the tests' own oracle.
 """
 
 from __future__ import annotations
@@ -24,6 +28,12 @@ NUM_COMMON_RESULTS = 5  # out, lse, dquery, dkey, dvalue; gradients of learned m
 
 @dataclass(frozen=True)
 class Case:
+    """One call to check.
+
+    kwargs: makes the arguments besides query, key and value
+    is_packed: the rows of the batch are packed, as three sequences, one of which has no queries
+    """
+
     name: str
     kwargs: Callable[[torch.device], dict[str, Any]] = field(default=lambda device: {})
     num_kv_heads: int = 4
@@ -31,12 +41,11 @@ class Case:
     seqlen_k: int = 130
     head_dim: int = 64
     value_dim: int | None = None  # None = head_dim
-    #: The rows of the batch one after the other, as three sequences, one of them without queries.
     is_packed: bool = False
 
 
 def _padding(device: torch.device) -> Tensor:
-    """(2, 130) True = ignore: a tail in one row, holes in the other."""
+    """(2, 130) bool, True = padding: the last keys of one batch entry, and every third key of the other."""
     position = torch.arange(130, device=device)
     return torch.stack([position >= 57, position % 3 == 0])
 
@@ -68,6 +77,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class Result:
+    """The verdict on one case, dtype and backend. `measure` is the worst of all results of the call."""
+
     backend: str
     dtype: torch.dtype
     case: str
@@ -85,13 +96,16 @@ class Result:
 
 
 def run() -> Iterator[Result]:
-    """One result for every case, dtype and backend (and every CPU instruction set) that can run on this machine."""
+    """One result for every case, dtype and backend that can run on this machine.
+
+    The CPU backend counts once for every instruction set of this CPU.
+    """
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     for device in devices:
         for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             for case in CASES:
                 inputs = _inputs(case, device, dtype)
-                exact = _evaluate(case, [x.double() for x in inputs], reference.name, torch.float64)
+                exact = _evaluate(case, [x.double() for x in inputs], reference.name, dtype)
                 eager = _evaluate(case, inputs, reference.name, dtype)
                 problem = replace(explain(*inputs, **case.kwargs(device)).problem, is_packed=case.is_packed)
                 reasons = dispatch.explain(problem, None).reasons
@@ -101,7 +115,10 @@ def run() -> Iterator[Result]:
 
 
 def _variants(runnable: list[str]) -> Iterator[tuple[str, str]]:
-    """(label, backend name); selects each CPU instruction set in turn while the consumer holds it."""
+    """(label, backend name) of all backends except the reference.
+
+    For the CPU backend, there is an entry for every instruction set. It is selected until the next entry is asked for.
+    """
     for backend in runnable:
         if backend == cpu.name:
             in_use = cpu._C.cpu_isa()
@@ -116,6 +133,7 @@ def _variants(runnable: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Query, key and value."""
     shapes = (
         (2, 4, case.seqlen_q, case.head_dim),
         (2, case.num_kv_heads, case.seqlen_k, case.head_dim),
@@ -125,13 +143,15 @@ def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> list[Tensor
 
 
 def _evaluate(case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype) -> list[Tensor]:
-    """[out, lse, dquery, dkey, dvalue, gradients of the learned masks] in float64."""
+    """[out, lse, dquery, dkey, dvalue, gradients of floating-point masks and sinks] of a backend, converted to float64.
+
+    dtype: the dtype under test. Masks are rounded to it, also if the inputs are float64 because the truth is computed.
+    """
     leaves = [x.detach().requires_grad_() for x in inputs]
     kwargs = case.kwargs(inputs[0].device)
     for name, x in kwargs.items():
         if isinstance(x, Tensor) and x.is_floating_point():
-            # The masks' values are those of the dtype under test, whatever the precision of this evaluation.
-            kwargs[name] = x.to(inputs[0].dtype).requires_grad_()
+            kwargs[name] = x.to(dtype).to(inputs[0].dtype).requires_grad_()
             leaves.append(kwargs[name])
     attention: Callable[..., Any] = _packed_attention if case.is_packed else fused_attention
     out, lse = attention(*leaves[:3], **kwargs, return_lse=True, backend=backend)
@@ -141,6 +161,7 @@ def _evaluate(case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype
 
 
 def _packed_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """`fused_attention_varlen` of the rows of (B, H, L, D) tensors, which are divided into three sequences."""
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * L, H, D)
     total_q, total_k = query.shape[0], key.shape[0]
     cu_seqlens_q, cu_seqlens_k = (
@@ -153,7 +174,7 @@ def _packed_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) 
 def _judge(
     label: str, dtype: torch.dtype, case: str, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor]
 ) -> Result:
-    """The worst of all outputs, by how much of its allowance it uses."""
+    """The result of a case: the worst measure of all tensors, which is the one with the largest error / allowed."""
     measures: list[tolerance.Measure] = []
     for index, (x, plain, truth) in enumerate(zip(ours, eager, exact, strict=True)):
         largest = tolerance.largest(truth)

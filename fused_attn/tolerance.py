@@ -1,8 +1,8 @@
-"""What error is allowed: one rule for the tests, for ``python -m fused_attn check`` and for the benchmarks.
+"""The error that a result may have: one rule for the tests, for ``python -m fused_attn check`` and for the benchmarks.
 
-PyTorch's eager attention in the dtype under test has an error, the yardstick. A kernel's error may be 1.5 times as
-large, plus a floor, which is there because the yardstick may be exact by chance. This module has the rule alone. What
-is true, and what eager attains, is for those who use the rule to compute.
+The yardstick is the error of PyTorch's eager attention in the dtype under test. A kernel's error may be 1.5 times the
+yardstick, plus a floor, because the yardstick can be 0 by chance. This module has only the rule. Its users compute the
+true results in float64, and those of eager attention.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ import torch
 from torch import Tensor
 
 SLACK = 1.5
-#: In float64 the truth is rounded as the kernels' results are, and eager is that truth, so that the floor is all.
+#: The floor for float64. There, eager attention is the truth itself, so the yardstick is 0. The truth has rounding
+#: errors as large as those of the kernels.
 FLOAT64_ULPS, FLOAT64_NOISE = 32.0, 8.0
 
 
 def allowed(yardstick: float, floor: float, slack: float = SLACK) -> float:
-    """The largest error that is not wrong."""
+    """The largest error that the rule allows."""
     return slack * yardstick + floor
 
 
 def floor(dtype: torch.dtype, stored: torch.dtype, largest: float, noise: float, largest_lse: float = 0.0) -> float:
-    """One unit in the last place of the largest entry of a result, and the result's noise.
+    """The floor of a result: one unit in the last place of its largest entry, plus its noise. In float64, several.
 
     Args:
-        dtype: of the query.
-        stored: the result's own dtype, such as float32 for the log-sum-exp.
-        noise: rounding errors that every algorithm has on these inputs.
-        largest_lse: the largest log-sum-exp, which in float64 magnifies the rounding of the exponentials.
+        dtype: the dtype of the query.
+        stored: the dtype of the result, such as float32 for the LSE.
+        largest: the largest magnitude in the result.
+        noise: the rounding error that every algorithm has on these inputs; see `noise`.
+        largest_lse: the largest LSE. It matters for float64 alone, where it magnifies rounding errors of exponentials.
     """
     ulp = torch.finfo(stored).eps * largest
     if dtype == torch.float64:
@@ -39,7 +41,12 @@ def floor(dtype: torch.dtype, stored: torch.dtype, largest: float, noise: float,
 
 
 class Measure(NamedTuple):
-    """One way to take the size of an error: ``max`` or ``rms``."""
+    """The size of an error by one norm.
+
+    name: ``max`` or ``rms``
+    error, yardstick: this norm of the error under test and of eager's error
+    allowed: the largest error that the rule allows
+    """
 
     name: str
     error: float
@@ -48,18 +55,20 @@ class Measure(NamedTuple):
 
     @property
     def is_right(self) -> bool:
-        # A NaN error is wrong, so the comparison stands this way round.
+        # Not `not (error > allowed)`, which is True if the error is NaN.
         return self.error <= self.allowed
 
 
 def measures(error: Tensor, yardstick: Tensor, floor: float) -> Iterator[Measure]:
-    """Both the largest and the root mean square error have to be right.
+    """The largest and the root mean square error of a result, both of which have to be right.
 
-    The first finds single wrong entries, the second a systematic loss of precision that hides below the worst entry.
+    The largest error finds single wrong entries. The root mean square finds a systematic loss of precision, which may
+    be smaller than the largest error that is allowed.
 
     Args:
-        error: absolute errors of all entries of a result.
-        yardstick: those of eager's result.
+        error: the absolute errors of all entries of a result.
+        yardstick: the absolute errors of all entries of eager's result.
+        floor: see `floor`.
     """
     for name, size in (("max", _max), ("rms", _rms)):
         yield Measure(name, size(error), size(yardstick), allowed(size(yardstick), floor))
@@ -77,18 +86,20 @@ def noise(
     largest_score: float,
     largest_weight_grad: float,
 ) -> dict[str, float]:
-    """Floors for results that cancel, where "an ulp of the largest entry" would ask for more than numbers can give.
+    """The rounding error of each result that no algorithm can avoid on these inputs.
 
-    A weight has the relative error that its score has absolutely, eps * |score|. A score's gradient is
-    P * (dP - delta), a difference of numbers that may be far larger than it; and delta = <dout, out> is read
-    from an ``out`` that was rounded to the dtype.
+    There are three causes:
+    - A score has the absolute error eps * |score|. The exponential turns it into a relative error of the prob.
+    - The gradient of a score is prob * (dprob - delta). The two numbers may be far larger than their difference.
+    - delta = <dout, out> is computed from an ``out`` that was rounded to the dtype.
 
     Args:
-        dtype: of the output under test.
-        truth: the float64 results ``out``, ``lse``, ``dquery``, ``dkey``, ``dvalue`` and so on; each gets its noise.
+        dtype: the dtype of the output under test.
+        truth: the float64 results ``out``, ``lse``, ``dquery``, ``dkey``, ``dvalue`` and so on. Each gets its noise.
         tensors: query, key and value.
-        largest_score: of all visible entries.
-        largest_weight_grad: the largest gradient of any weight by the output alone.
+        dout, dlse: the gradients of the loss by ``out`` and ``lse``.
+        largest_score: the largest magnitude of all visible scores.
+        largest_weight_grad: the largest magnitude of the gradients of the probs, from dout alone.
     """
     accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     relative = accumulate * max(1.0, largest_score / 4)
@@ -98,7 +109,7 @@ def noise(
     score_grad = 8 * relative * weight_grad + torch.finfo(dtype).eps / 2 * delta
     found = {
         "out": relative * factor * largest(tensors["value"]),
-        # In low precision the weights are rounded before they are summed.
+        # In low precision, probs are rounded to the dtype before they are summed.
         "lse": 2 * relative + (0.0 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps / 4),
         "dquery": score_grad * abs(scale) * largest(tensors["key"]),
         "dkey": score_grad * abs(scale) * largest(tensors["query"]),

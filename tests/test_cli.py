@@ -128,6 +128,23 @@ def test_check_finds_a_wrong_kernel(monkeypatch, capsys):
 
 
 @pytest.mark.quick
+def test_check_computes_the_truth_for_the_mask_that_kernels_get(monkeypatch):
+    """The float64 evaluation reads the mask as rounded to float16, not the mask before it was rounded."""
+    masks = []
+
+    def record(*args, attn_mask, **options):
+        masks.append(attn_mask.detach().double())
+        return fused_attn.fused_attention(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(selfcheck, "fused_attention", record)
+    case = next(case for case in selfcheck.CASES if case.name == "bias")
+    inputs = selfcheck._inputs(case, torch.device("cpu"), torch.float16)
+    for tensors in (inputs, [x.double() for x in inputs]):
+        selfcheck._evaluate(case, tensors, "reference", torch.float16)
+    assert torch.equal(*masks)
+
+
+@pytest.mark.quick
 def test_explain_describes_the_call():
     query = torch.randn(2, 4, 8, 16)
     text = str(fused_attn.explain(query, query, query, is_causal=True, key_padding_mask=torch.zeros(2, 8).bool()))

@@ -178,7 +178,7 @@ def test_tf32_only_where_torch_allows_it() -> None:
 
 @EVERY_CASE
 def test_explain_every_case_on_gpus_that_are_not_there(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without CUDA kernels, Triton is chosen for every case. tests/cuda/test_cuda_backend.py is for the choice with them."""
+    """Without CUDA kernels, Triton is chosen for every case. tests/cuda/test_cuda_backend.py tests the rest."""
     monkeypatch.setattr(cuda, "_kernels", None)
 
     def explain(inputs: Inputs, architecture: str) -> dispatch.Explanation:
