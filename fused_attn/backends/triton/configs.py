@@ -236,6 +236,7 @@ def choose(kernel: str, problem: AttentionProblem) -> Config:
         return (INTERPRETER_SMALL if longest <= 128 else INTERPRETER_LARGE)[kernel]
     head_dim = next(limit for limit in HEAD_DIMS if max(problem.head_dim, problem.value_dim) <= limit)
     dtype = TF32 if problem.allows_tf32 else problem.dtype.itemsize
+    assert problem.capability is not None, "a problem on a GPU has a compute capability"
     architecture = architecture_class(problem.capability)
     # If there are few queries, the heads that share a key head are packed into one tile.
     rows_per_kv_head = problem.seqlen_q * (problem.num_heads // max(problem.num_kv_heads, 1))
@@ -267,11 +268,11 @@ def candidates(kernel: str, problem: AttentionProblem) -> list[Config]:
     They are all combinations of tiles with the same, half and twice the area, 4 or 8 warps, and one stage more or less.
     """
     row = choose(kernel, problem)
-    tiles = [(row.block_m * m, row.block_n * n) for m, n in _PROPORTIONS]
-    tiles = [(int(m), int(n)) for m, n in tiles if min(m, n) >= 16]
+    tiles = [(int(row.block_m * m), int(row.block_n * n)) for m, n in _PROPORTIONS]
     neighbours = (
         Config(block_m, block_n, num_warps, num_stages)
         for block_m, block_n in tiles
+        if min(block_m, block_n) >= 16
         for num_warps in (4, 8)
         for num_stages in range(max(1, row.num_stages - 1), row.num_stages + 2)
     )
