@@ -151,7 +151,7 @@ def _attend(
     k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
     qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
     scores, _ = biased_scores(qk, query[:, None], key[None, :], head_slice, masks, settings, IS_FULL)
-    is_valid_column = None if IS_FULL else is_valid[None, :]
+    is_valid_column = None if IS_FULL else is_valid[None, :]  # type: ignore[index]
     scores = hide(
         scores, float("-inf"), query[:, None], key[None, :], is_valid_column, head_slice, masks, settings, IS_FULL
     )
