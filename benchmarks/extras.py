@@ -1,6 +1,7 @@
-"""What the CPU kernels promise beside the table of masks, for ``python -m benchmarks attention``.
+"""Tables for a CPU beside those of cases.py: features, small modules, instruction sets, a training step, overhead.
 
-Each table is a function of the arguments that yields rows, one list for each comparison.
+``python -m benchmarks attention --tables cpu`` measures them after the tables of cases.py. A table is a function that
+takes the arguments of the command and yields lists of rows, one list for each comparison.
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ STEP_BATCHES = 8
 
 
 def _compare(about: Row, calls: dict[str, timing.Call], arguments: argparse.Namespace, ours: str = OURS) -> list[Row]:
+    """Times the calls in turns, and returns a row for each. `about` has the fields that the rows share."""
     times = timing.measure(calls, timing.CpuTimer(), arguments.rounds, arguments.seconds)
     fields = timing.fields_of(times, ours)
     return [about | {"implementation": name, "best_ms": min(times[name]) * 1e3} | fields[name] for name in calls]
 
 
 def features(arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """Forward, with gradients to come, where torch falls back to the formula, which stores all scores.
+    """Forward, while gradients are recorded, of cases that torch's fused kernel does not support. torch then computes
+    the formula, which stores all scores.
 
-    Errors are not measured: the random numbers of torch's dropout are others.
+    Errors are not measured, because torch's dropout draws other random numbers than ours.
     """
     batch, heads, length, _ = shape = QUICK_FEATURE_SHAPE if arguments.quick else FEATURE_SHAPE
     for dtype in arguments.dtype or ("float32", "bfloat16")[: 1 if arguments.quick else None]:
@@ -69,7 +72,10 @@ def _call(function: Callable, *tensors: Tensor, **options: object) -> timing.Cal
 
 
 def small_modules(arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """Against torch.nn.MultiheadAttention, which has a path of its own in eval mode without gradients."""
+    """FusedMultiheadAttention and torch.nn.MultiheadAttention on small inputs, in training and in eval mode.
+
+    In eval mode without gradients, torch's module takes a special native path.
+    """
     for (batch, length, features, heads), training in itertools.product(MODULE_SIZES, (False, True)):
         ours = fused_attn.FusedMultiheadAttention(features, heads, batch_first=True).train(training)
         theirs = nn.MultiheadAttention(features, heads, batch_first=True).train(training)
@@ -83,7 +89,8 @@ def small_modules(arguments: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def isa(arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """Each instruction set against the best that this machine has. `speed`: the best one's time over its own."""
+    """Our kernels for each instruction set of this machine. The field "speed" is the time of the best instruction set
+    divided by the time of this one."""
     from fused_attn import _C
 
     best = _C.cpu_isa()
@@ -109,7 +116,7 @@ def isa(arguments: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def step(arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """Training steps of examples/train_g2p.py: as it is, and with torch's attention in the same model."""
+    """Training steps of examples/train_g2p.py, with our attention and with torch's in the same model."""
     sys.path.insert(0, str(ROOT / "examples"))
     try:
         import train_g2p
@@ -152,7 +159,7 @@ def _torch_in_a_module(
     query: Tensor, key: Tensor, value: Tensor, attn_mask=None, *, is_causal: bool, key_padding_mask: Tensor | None,
     scale: float, dropout_p: float, **unused: object,
 ) -> Tensor:  # fmt: skip
-    """F.scaled_dot_product_attention with the arguments that a module of ours passes on."""
+    """F.scaled_dot_product_attention with the arguments that our modules pass to `fused_attention`."""
     is_causal = is_causal or isinstance(attn_mask, CausalBias)
     if key_padding_mask is None:
         return scaled_dot_product_attention(query, key, value, None, dropout_p, is_causal, scale=scale)
@@ -163,7 +170,8 @@ def _torch_in_a_module(
 
 
 def overhead(arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """The time of a call whose work is nothing. `best_ms` counts: other programs can only add to such a time."""
+    """A call on tiny tensors, whose time is the overhead of a call. The field "best_ms", the shortest time, is what
+    counts, because other programs can only make a call slower."""
     query, key, value, dout = (torch.randn(OVERHEAD_SHAPE) for _ in range(4))
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     kinds = {
@@ -182,6 +190,7 @@ TABLES = {"features": features, "small-modules": small_modules, "isa": isa, "ste
 
 
 def describe(rows: list[Row]) -> str:
+    """One line: the sizes, then the shortest time of each implementation, then the ratios to ours."""
     first = rows[0]
     about = [str(first[name]) for name in ("shape", "batch", "length", "d_model", "dtype", "mask") if name in first]
     cells = [f"{row['implementation']} {row['best_ms']:.4f} ms" for row in rows]
