@@ -187,6 +187,7 @@ def test_g2p_scores_the_closest_listed_pronunciation(g2p, monkeypatch):
 def pretraining(monkeypatch):
     """The example of a name, on one-layer models and a part of the text."""
     pytest.importorskip("transformers", minversion="5.15", reason="pip install -e .[examples]")
+    pytest.importorskip("rich", reason="pip install -e .[examples]")
     monkeypatch.syspath_prepend(EXAMPLES)
     utils = importlib.import_module("pretraining_utils")
     monkeypatch.setattr(utils, "SIZE", utils.SIZE | {"hidden_size": 32, "num_hidden_layers": 1})
