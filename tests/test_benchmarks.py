@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: counts, errors, clocks, rows, and the tables and plots that rows become."""
+"""The benchmarks: operation counts, errors against float64, clocks, rows, and the tables and plots made of rows."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_table_covers_every_mask_at_equal_tokens() -> None:
     assert {case.length for case in table} == {512, 1024, 2048, 4096, 8192, 16384}
     drawn = [case for case in table if case.mask in cases.RANDOM_MASKS]
     assert all(case.batch * case.length == 16384 for case in table if case not in drawn)
-    assert all(case.batch == max(4, 16384 // case.length) for case in drawn)  # not made of the luck of one draw
+    assert all(case.batch == max(4, 16384 // case.length) for case in drawn)  # Few lengths could be extreme.
     assert all(case.heads * case.head_dim == 2048 for case in table if case.mask != "gqa")
     assert {(case.heads, case.kv_heads) for case in table if case.mask == "gqa"} == {(32, 8)}
 
@@ -152,13 +152,15 @@ def test_a_sample_is_spread_and_cheap(mask: str) -> None:
         assert {batch for batch, _ in pairs} == set(range(case.batch))
         heads = sorted({head for _, head in pairs})
         gaps = [after - before for before, after in itertools.pairwise([-1, *heads, case.kv_heads])]
-        assert max(gaps) <= case.kv_heads // 2  # nowhere are many left out
+        assert max(gaps) <= case.kv_heads // 2  # No large range of heads is left out.
 
 
 @pytest.mark.parametrize("name", ["out", "value"])
 def test_a_small_row_is_judged_by_its_own_size(name: str) -> None:
-    """The last rows of a causal mask are averages of many values, the last keys are seen by few: a tenth of them is
-    next to nothing of the largest entry."""
+    """A wrong row is found even where its entries are far smaller than the largest entry of the tensor.
+
+    Under a causal mask, late rows of the output are averages of many values, and few queries see the late keys.
+    """
     inputs = Inputs(Case(1, 1, 1024, 64, "causal", "bfloat16", "forward+backward"))
     reference = Reference(inputs)
     results = rivals.results_of(rivals.RIVALS[OURS].prepare(inputs), inputs)
@@ -170,7 +172,8 @@ def test_a_small_row_is_judged_by_its_own_size(name: str) -> None:
 
 
 def test_what_nearly_cancels_is_not_judged_by_what_is_left() -> None:
-    """The gradient of a query that sees one key is 0 up to the rounding of what it is the difference of."""
+    """The gradient of a query that sees one key is the difference of two equal numbers, so it is their rounding error.
+    It is judged by the size of those numbers."""
     inputs = Inputs(Case(1, 2, 64, 64, "causal", "float32", "forward+backward"))
     reference = Reference(inputs)
     results = rivals.results_of(rivals.RIVALS[OURS].prepare(inputs), inputs)
@@ -221,7 +224,7 @@ def test_a_wrong_result_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def flash_attn_module(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package of its name whose functions do what its documentation says."""
+    """Installs a fake FlashAttention under this name. Its functions do what the package's documentation says."""
 
     def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1)):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -237,7 +240,7 @@ def flash_attn_module(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             flash_attn_func(q[None, a:b], k[None, c:d], v[None, c:d], causal)[0]
             for (a, b), (c, d) in zip(itertools.pairwise(queries), itertools.pairwise(keys), strict=True)
         ]
-        return torch.cat(parts), None  # some generations return the log-sum-exp too
+        return torch.cat(parts), None  # Some generations return the log-sum-exp too.
 
     package = types.ModuleType(name)
     package.flash_attn_func, package.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
@@ -260,7 +263,7 @@ def test_flash_attn_is_asked_by_its_own_conventions(mask: str, monkeypatch: pyte
 
 
 def test_flash_attn_3_is_found_in_either_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fa3-fwd, from PyPI, has the forward alone: in backward it has no figure, and that is no error."""
+    """The package fa3-fwd has no backward. Its rows of backward say so in "cannot", and not in "failed"."""
     versions = {"fa3-fwd": "0.0.3"}
 
     def version(package: str) -> str:
@@ -274,7 +277,7 @@ def test_flash_attn_3_is_found_in_either_package(monkeypatch: pytest.MonkeyPatch
     assert found["median_ms"] > 0 and (found["package"], found["version"]) == ("fa3-fwd", "0.0.3")
     found = run(small("causal", "backward"), [OURS, "flash_attn3"])["flash_attn3"]
     assert found["cannot"] == "fa3-fwd has the forward alone" and "failed" not in found
-    flash_attn_module("flash_attn_interface", monkeypatch)  # with a backward, so it comes first
+    flash_attn_module("flash_attn_interface", monkeypatch)  # It has a backward, so it is preferred.
     versions["flash_attn_3"] = "3.0.0"
     found = run(small("causal", "backward"), [OURS, "flash_attn3"])["flash_attn3"]
     assert found["median_ms"] > 0 and (found["package"], found["version"]) == ("flash_attn_3", "3.0.0")
@@ -295,7 +298,7 @@ def test_packed_beforehand_is_right_where_padding_is_ignored(
     inputs = Inputs(case, rows_first=True)
     prepared = rivals.RIVALS["flash_attn3-packed"].prepare(inputs)
     total = sum(case.lengths)
-    assert total < case.batch * case.length  # so that the times differ from those of the whole batch
+    assert total < case.batch * case.length  # There is padding to leave out.
     assert [x.shape[0] for x in (*prepared.leaves.values(), prepared.forward(), prepared.dout)] == [total] * 5
     assert not Reference(inputs).is_right(Reference(inputs).error(rivals.results_of(prepared, inputs)))
 
@@ -351,7 +354,7 @@ def test_a_rival_is_given_the_mask_that_is_faster_for_it(faster: torch.dtype, mo
 
 
 def test_several_kernels_of_ours_have_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the kernels for GPUs have where both can run; here with those that a CPU has."""
+    """On a GPU these are triton and cuda. The test puts the backends of a CPU in their place."""
     ours = {f"{OURS}[{backend}]": backend for backend in ("cpu", "reference", "absent")}
     monkeypatch.setattr(rivals, "OUR_BACKENDS", ours)
     for name, backend in ours.items():
@@ -362,14 +365,14 @@ def test_several_kernels_of_ours_have_rows_of_their_own(monkeypatch: pytest.Monk
         assert set(found) == {OURS, f"{OURS}[cpu]", f"{OURS}[reference]", "torch"}
         assert found[f"{OURS}[reference]"]["over_ours"] > 0
     monkeypatch.setattr(rivals, "OUR_BACKENDS", {f"{OURS}[cpu]": "cpu", f"{OURS}[absent]": "absent"})
-    assert rivals.able_backends(Inputs(small("causal"))) == []  # nothing to compare
+    assert rivals.able_backends(Inputs(small("causal"))) == []  # One backend alone has nothing to be compared with.
 
 
-# ---- What fails has a row, and costs no other row
+# ---- What fails gets a row that says so, and the other rows are complete
 
 
 def failing(inputs: Inputs, after: int, error: Exception) -> rivals.Prepared:
-    """Right, until it has been called so often."""
+    """A rival that computes the right results, and raises an error after this many calls."""
     calls, right = itertools.count(1), rivals._torch(inputs)
 
     def forward() -> torch.Tensor:
@@ -390,16 +393,16 @@ def test_what_fails_while_it_is_timed_is_a_row(after: int, monkeypatch: pytest.M
     assert "failed: torch" in attention.describe(list(found.values()))
     assert any(line.startswith("FAILED: torch") for line in lines.problem_lines(found.values()))
     monkeypatch.setitem(rivals.RIVALS, OURS, rival)
-    found = run(small("causal", "forward"), [OURS, "torch"])  # nothing is left to be timed
+    found = run(small("causal", "forward"), [OURS, "torch"])  # Nothing is left to be timed.
     assert all("failed" in row for row in found.values())
 
 
 def test_memory_of_what_is_dropped_is_free_before_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch-math, which needs most, is dropped; the others find its mask gone."""
+    """If the memory does not suffice for all, torch-math is dropped. Its tensors are free when the others go on."""
     held = []
 
     class Large:
-        """What a prepared rival keeps alive."""
+        """Stands for a tensor that a prepared rival keeps alive."""
 
     def large(inputs: Inputs) -> rivals.Prepared:
         thing, right = Large(), rivals._torch(inputs)
@@ -410,7 +413,7 @@ def test_memory_of_what_is_dropped_is_free_before_the_others_go_on(monkeypatch: 
         right, calls = rivals._torch(inputs), itertools.count(1)
 
         def forward() -> torch.Tensor:
-            if next(calls) > 2 and held[0]() is not None:  # not while it is checked
+            if next(calls) > 2 and held[0]() is not None:  # The first two calls are the check.
                 raise torch.OutOfMemoryError("no room")
             return right.forward()
 
@@ -462,13 +465,13 @@ def test_a_case_that_fails_as_a_whole_costs_no_other(
 
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_module_that_fails_is_a_row(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the check, or after it."""
+    """after: the module fails in the comparison with float64 (0), or while it is timed (1)."""
     calls = itertools.count()
     owner = torch.nn.MultiheadAttention
     forward, size = owner.forward, modules.QUICK_SIZES["cpu"]
 
     def failing_forward(self, *args, **kwargs):
-        # Twice as often for a check: in float64, and in the module's own dtype.
+        # The comparison with float64 calls torch's module twice: in float64, and in the dtype of the benchmark.
         if type(self) is owner and next(calls) >= 1 + after:
             raise RuntimeError("no more")
         return forward(self, *args, **kwargs)
@@ -527,12 +530,12 @@ def test_rounds_are_interleaved_and_budgeted() -> None:
 
     calls = {"a": call("a", 1.0), "b": call("b", 2.0)}
     times = timing.measure(calls, timing.CpuTimer(lambda: now[0]), rounds=10, seconds=15.5)
-    assert times == {"a": [1.0] * 5, "b": [2.0] * 5}  # 3 seconds a round
+    assert times == {"a": [1.0] * 5, "b": [2.0] * 5}  # A round takes 3 seconds.
     assert calls_made[2:8] == ["a", "b", "b", "a", "a", "b"]
 
 
 def test_short_calls_are_repeated_within_a_round() -> None:
-    """As often as the calls after the first need, which takes longer."""
+    """The number of repeats follows from the second call, because the first call may take longer."""
     now, count = [0.0], [0]
 
     def call() -> None:
@@ -541,7 +544,7 @@ def test_short_calls_are_repeated_within_a_round() -> None:
 
     times = timing.measure({"a": call}, timing.CpuTimer(lambda: now[0]), rounds=4, seconds=1.0)
     assert times["a"] == [2.0**-13] * 4
-    assert count[0] == 1 + timing.WARM_UP_CALLS + 4 * 17  # 2 ms a round
+    assert count[0] == 1 + timing.WARM_UP_CALLS + 4 * 17  # A round takes 2 ms.
 
 
 def test_ratios_are_those_of_rounds() -> None:
@@ -549,11 +552,11 @@ def test_ratios_are_those_of_rounds() -> None:
     fields = timing.fields_of(times)
     assert fields["torch"]["over_ours"] == 2.0 and fields["torch"]["over_ours_q3"] == 2.5
     assert fields[OURS]["median_ms"] == 2000.0 and "over_ours" not in fields[OURS]
-    assert "over_ours" not in timing.fields_of({"torch": [1.0]})["torch"]  # without ours
+    assert "over_ours" not in timing.fields_of({"torch": [1.0]})["torch"]  # There is no time of ours.
 
 
 class FakeEvent:
-    """Reads the same clock as the calls."""
+    """Stands for torch.cuda.Event. The calls of a test advance its clock."""
 
     clock = 0.0
 
@@ -569,7 +572,7 @@ class FakeEvent:
 
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A device without a GPU on which the code for one runs: events and allocator statistics are made up."""
+    """A CPU device on which the code for a GPU runs, with fake events, properties and allocator statistics."""
     properties = types.SimpleNamespace(L2_cache_size=2**20, name="Fake", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
@@ -631,17 +634,17 @@ def test_memory_of_a_call_in_a_process_of_its_own() -> None:
     case = Case(1, 1, 1024, 8, "none", "float32", "forward")
     peak = memory.peak_of(case, "torch-math", torch.device("cpu"), threads=1)
     assert peak.results == 1024 * 8 * 4
-    assert peak.extra > 1024 * 1024 * 4  # a matrix of scores
+    assert peak.extra > 1024 * 1024 * 4  # the matrix of scores
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_a_mask_that_a_rival_must_be_given_counts() -> None:
     case = Case(1, 1, 2048, 8, "causal+padded", "float32", "forward")
     theirs, ours = (memory.peak_of(case, name, torch.device("cpu"), threads=1) for name in ("torch", OURS))
-    assert theirs.held > 0.9 * 2048 * 2048 > ours.held  # less what was freed before
+    assert theirs.held > 0.9 * 2048 * 2048 > ours.held  # The mask may reuse memory that was freed before.
     row = {"extra_mib": theirs.extra / memory.MIB, "held_mib": theirs.held / memory.MIB}
     assert summary.mib_of(row) > 4.0
-    assert summary.mib_of({"extra_mib": 1.0}) == 1.0  # rows of old
+    assert summary.mib_of({"extra_mib": 1.0}) == 1.0  # Old rows have no "held_mib".
 
 
 # ---- Commands
@@ -797,7 +800,8 @@ def test_the_summary_has_one_line_for_each_device_dtype_and_direction() -> None:
 
 
 def test_growth_is_that_of_one_commit() -> None:
-    """Another commit that measured the longest length alone, with half the memory, is no slower growth."""
+    """One commit has measured three lengths, a newer one a longer length alone, which takes half the expected memory.
+    The exponent must not mix the two."""
     about = {"benchmark": "memory", "device": "Test", "torch": "2.11", "date": "2026-11", "mask": "none"}
     about |= {"dtype": "float32", "direction": "forward", "implementation": OURS}
     found = [about | {"commit": "old", "shape": [1, 4, n, 64], "extra_mib": n / 64} for n in (1024, 2048, 4096)]
@@ -806,7 +810,8 @@ def test_growth_is_that_of_one_commit() -> None:
 
 
 def test_of_several_runs_the_newest_rows_count() -> None:
-    """Of every implementation; and a ratio is that of its own run, whatever ours took in another."""
+    """The newest row of each implementation counts. A ratio is the one within its own run, even if a later run has
+    measured ours again."""
     first = [row | {"date": "2026-11-01"} for row in gpu_rows()]
     causal = rows.select(gpu_rows(), mask="causal")
     second = [row | {"date": "2026-11-02", "effective_tflops": 50.0} for row in causal if row["implementation"] == OURS]
@@ -861,7 +866,7 @@ def untimed(row: rows.Row) -> rows.Row:
 
 
 def test_what_is_wrong_has_no_figure() -> None:
-    """Neither in the table nor in what it says about who leads."""
+    """A wrong implementation is neither in a table nor in the ratios to the fastest one."""
     wrong = [
         untimed(row) | {"is_right": False, "error": 2.0, "allowed": 0.1}
         if row["implementation"] == "torch-flash"
@@ -890,7 +895,7 @@ def test_versions_of_packages_are_shown_and_a_rival_without_a_backward_has_no_fi
 
 
 def test_of_a_gpu_the_newest_commit_counts(tmp_path: Path) -> None:
-    """Kernels of two commits do not stand in one table, and every device has a newest commit of its own."""
+    """A table has the kernels of one commit. Every device has a newest commit of its own."""
     old = [row | {"date": "2026-11-01"} for row in gpu_rows()]
     new = [row | {"date": "2026-11-02", "commit": "def"} for row in gpu_rows() if row["mask"] == "causal"]
     other = [row | {"device": "Another", "commit": "000"} for row in old]
@@ -917,7 +922,7 @@ def test_rows_become_plots(tmp_path: Path) -> None:
 
 
 def test_refused_kernels_are_neither_checked_nor_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the kernels for GPUs; here with those that a CPU has."""
+    """The tests of a backend have failed. On a GPU this may be triton or cuda; here it is the backend cpu."""
     ours = {f"{OURS}[{backend}]": backend for backend in ("cpu", "reference")}
     monkeypatch.setattr(rivals, "OUR_BACKENDS", ours)
     for name, backend in ours.items():
@@ -940,7 +945,7 @@ def test_refused_kernels_are_neither_checked_nor_timed(monkeypatch: pytest.Monke
 
 
 def test_only_missing_implementations_are_measured(tmp_path: Path) -> None:
-    """Beside ours, which they are compared with."""
+    """Ours is measured again with them, because ratios need both in one run."""
     out = tmp_path / "rows.jsonl"
     command = ["attention", "--device", "cpu", "--quick", "--lengths", "32", "--only", "causal", "--out", str(out)]
     command += ["--directions", "forward", "--rounds", "2", "--seconds", "0.01", "--resume"]

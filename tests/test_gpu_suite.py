@@ -1,4 +1,4 @@
-"""The suite for a GPU (tools/gpu_suite), run on a CPU: its time limit, its verdicts, its commands and its summary."""
+"""tools/gpu_suite on a CPU: its time limit, the verdicts on stages, the commands that stages run, and the summary."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_suite_keeps_its_time_limit_and_goes_on_after_a_failure(
 
 
 def test_a_time_limit_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But the summary says what it has cut short."""
+    """Stages without enough time do not fail the suite. The summary names them."""
     cut = "print('time is up: 3 of 7 cases not run')"
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     made = (
@@ -101,7 +101,12 @@ def test_what_a_stage_lacks_is_said_before_the_first(
 
 
 def report_of_tests(path: Path, *cases: str, skipped: int = 0) -> None:
-    """A report of pytest's; cases: "folder.file::outcome"."""
+    """Writes a report as pytest does.
+
+    Args:
+        cases: tests as "folder.file::outcome" with the outcomes ok, failure and error.
+        skipped: the number of skipped tests besides.
+    """
     lines = ['<testcase classname="tests.x" name="t"><skipped message="no GPU"/></testcase>'] * skipped
     for case in cases:
         name, outcome = case.split("::")
@@ -121,7 +126,7 @@ def test_skipped_tests_are_not_ok(tmp_path: Path) -> None:
     assert reports.verdict(report, verdict_of(0)) == "ok: 1 passed, 0 failed, 0 errors, 2 skipped"
     report_of_tests(report, "cuda.a::ok", "cuda.a::failure", "cuda.b::error")
     assert reports.verdict(report, verdict_of(1)) == "FAILED: 1 passed, 1 failed, 1 errors, 0 skipped"
-    # What was red before the time was up is red.
+    # A test that failed before the time was up has failed.
     assert reports.verdict(report, verdict_of(None)).startswith("FAILED")
     report_of_tests(report, "cuda.a::ok")
     assert reports.verdict(report, verdict_of(None)).startswith("stopped at its time limit: 1 passed")
@@ -154,7 +159,7 @@ def test_what_is_red_gets_no_speed(
 
 
 def stage_of(tmp_path: Path, script: str, limit: float) -> tuple[int | None, Suite]:
-    """Runs a script as a stage that is to stop after `limit` seconds and is killed three seconds later."""
+    """Runs a script in a stage that is interrupted after `limit` seconds and killed three seconds later."""
     arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
     with (tmp_path / "log.txt").open("w") as log:
         found = Suite(arguments, log)
@@ -164,7 +169,7 @@ def stage_of(tmp_path: Path, script: str, limit: float) -> tuple[int | None, Sui
 
 
 def test_a_stage_is_interrupted_before_it_is_killed(tmp_path: Path) -> None:
-    """So pytest writes its report, which says what failed until then."""
+    """pytest needs the interrupt to write its report."""
     script = (
         "import time\nprint('began', flush=True)\n"
         "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('last words', flush=True)"
@@ -180,7 +185,7 @@ def test_a_stage_is_interrupted_before_it_is_killed(tmp_path: Path) -> None:
 
 def test_commands_of_a_stage_run_at_the_same_time(tmp_path: Path) -> None:
     arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=1.0)
-    # Each waits for the file of the other.
+    # Each command waits for the file of the other one.
     script = (
         "import pathlib, sys, time\nown, other = map(pathlib.Path, sys.argv[1:])\nown.touch()\n"
         "while not other.exists(): time.sleep(0.01)"
@@ -198,7 +203,9 @@ def test_a_report_that_is_cut_off_or_old_is_no_evidence(tmp_path: Path, monkeypa
     report.write_text('<testsuites><testsuite tests="3" failures="1"><testcase name="a')
     assert reports.verdict(report, verdict_of(0)) == "ok: its report is cut off"
     assert reports.failures_of(report) == ["tests.xml is cut off"]
-    monkeypatch.setattr(Suite, "run", lambda self, *command, **options: None)  # killed before it could write
+    monkeypatch.setattr(
+        Suite, "run", lambda self, *command, **options: None
+    )  # pytest was killed before it wrote a report.
     arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
     with (tmp_path / "log.txt").open("w") as log:
         assert stages.gpu_tests(Suite(arguments, log)) == "stopped at its time limit"
@@ -227,7 +234,7 @@ def test_a_run_goes_on_from_the_rows_of_another_folder(tmp_path: Path) -> None:
     (tmp_path / "out").rename(first)
     code, text = suite(tmp_path, "--minutes", "2", "--only", "bench:decode", "--resume-from", str(first))
     assert code == 0 and "decode bf16 D128 fwd | 64: " in text
-    assert rows.read(tmp_path / "out" / "rows.jsonl") == rows.read(first / "rows.jsonl")  # nothing measured again
+    assert rows.read(tmp_path / "out" / "rows.jsonl") == rows.read(first / "rows.jsonl")  # Nothing was measured again.
 
 
 def test_the_case_of_compute_sanitizer_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +246,7 @@ def test_the_case_of_compute_sanitizer_is_small(tmp_path: Path, monkeypatch: pyt
     parser = argparse.ArgumentParser()
     attention.add_arguments(parser)
     asked = parser.parse_args(commands[0][commands[0].index("attention") + 1 :])
-    asked.device = "cuda"  # whose batches are large by default
+    asked.device = "cuda"  # By default, the batches for a GPU are large.
     table = list(cases.table(attention.scale_of(asked), asked.only, asked.directions))
     assert len({case.mask for case in table}) > 8
     assert max(case.batch * case.heads * case.length**2 for case in table) < 2**22
