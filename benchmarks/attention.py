@@ -31,16 +31,9 @@ class DeviceLostError(Exception):
 
 
 def run_case(
-    case: Case,
-    device: torch.device,
-    names: list[str],
-    reference: Reference,
-    timer: timing.Timer | None,
-    rounds: int,
-    seconds: float,
-    refused: Collection[str] = (),
-    rows_first: bool = True,
-) -> list[Row]:
+    case: Case, device: torch.device, names: list[str], reference: Reference, timer: timing.Timer | None, rounds: int,
+    seconds: float, refused: Collection[str] = (), rows_first: bool = True,
+) -> list[Row]:  # fmt: skip
     """Checks and times the implementations of one case, and returns one row for each.
 
     Args:
@@ -64,7 +57,14 @@ def run_case(
         return list(rows.values())
     calls = {}
     for name in list(right):
-        _make_call(name, inputs, rows, right, calls)
+        try:
+            calls[name] = rivals.call_of(right[name], inputs)
+            calls[name]()
+        except Exception as problem:  # Packages raise exceptions of any class.
+            rows[name]["failed"] = rivals.reason(problem)
+            calls.pop(name, None)
+            del right[name]
+            _check_device(device, rows.values())
 
     def drop(name: str, error: Exception) -> None:
         rows[name]["failed"] = rivals.reason(error)
@@ -108,33 +108,10 @@ def _check(name: str, inputs: Inputs, reference: Reference, rows: dict[str, Row]
         right[name] = prepared
 
 
-def _make_call(
-    name: str, inputs: Inputs, rows: dict[str, Row], right: dict[str, Prepared], calls: dict[str, timing.Call]
-) -> None:
-    """Makes the call that is timed, and runs it once. If it fails, the implementation is dropped from `right`."""
-    try:
-        call = rivals.call_of(right[name], inputs)
-        call()
-    except Exception as problem:
-        rows[name]["failed"] = rivals.reason(problem)
-        del right[name]
-        _check_device(inputs.device, rows.values())
-    else:
-        calls[name] = call
-
-
 def _row_of(case: Case, name: str) -> Row:
-    return {
-        "benchmark": "attention",
-        "shape": list(case.shape),
-        "seqlen_q": case.seqlen_q,
-        "kv_heads": case.kv_heads,
-        "mask": case.mask,
-        "dtype": case.dtype,
-        "direction": case.direction,
-        "implementation": name,
-        **rivals.version_of(name),
-    }
+    about = {name: getattr(case, name) for name in ("seqlen_q", "kv_heads", "mask", "dtype", "direction")}
+    about = {"benchmark": "attention", "shape": list(case.shape)} | about
+    return about | {"implementation": name} | rivals.version_of(name)
 
 
 def _graphs(

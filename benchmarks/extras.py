@@ -10,6 +10,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from unittest import mock
 
 import torch
@@ -48,11 +49,7 @@ def features(arguments: argparse.Namespace) -> Iterator[list[Row]]:
     """
     batch, heads, length, _ = shape = QUICK_FEATURE_SHAPE if arguments.quick else FEATURE_SHAPE
     for dtype in arguments.dtype or ("float32", "bfloat16")[: 1 if arguments.quick else None]:
-        generator = torch.Generator().manual_seed(0)
-
-        def randn(*sizes: int, generator=generator, dtype=dtype) -> Tensor:
-            return torch.randn(sizes, generator=generator).to(DTYPES[dtype])
-
+        randn = partial(torch.randn, dtype=DTYPES[dtype])
         query, key, value = (randn(*shape) for _ in range(3))
         bias = randn(length, length).requires_grad_()
         inputs = {
@@ -63,12 +60,8 @@ def features(arguments: argparse.Namespace) -> Iterator[list[Row]]:
         }
         for feature, (tensors, options) in inputs.items():
             about = {"benchmark": "features", "shape": list(shape), "mask": feature, "dtype": dtype}
-            calls = {name: _call(function, *tensors, **options) for name, function in FUNCTIONS.items()}
+            calls = {name: partial(function, *tensors, **options) for name, function in FUNCTIONS.items()}
             yield _compare(about | {"direction": "forward"}, calls, arguments)
-
-
-def _call(function: Callable, *tensors: Tensor, **options: object) -> timing.Call:
-    return lambda: function(*tensors, **options)
 
 
 def small_modules(arguments: argparse.Namespace) -> Iterator[list[Row]]:
@@ -83,7 +76,10 @@ def small_modules(arguments: argparse.Namespace) -> Iterator[list[Row]]:
         x = torch.randn(batch, length, features)
         about = {"benchmark": "small-modules", "batch": batch, "length": length, "d_model": features, "heads": heads}
         about |= {"mask": "none", "dtype": "float32", "direction": "training forward" if training else "inference"}
-        calls = {OURS: _call(ours, x, x, x, need_weights=False), "torch": _call(theirs, x, x, x, need_weights=False)}
+        calls = {
+            OURS: partial(ours, x, x, x, need_weights=False),
+            "torch": partial(theirs, x, x, x, need_weights=False),
+        }
         with torch.set_grad_enabled(training):
             yield _compare(about, calls, arguments)
 
@@ -108,7 +104,7 @@ def isa(arguments: argparse.Namespace) -> Iterator[list[Row]]:
 
             about = {"benchmark": "isa", "shape": list(shape), "mask": "none", "dtype": "float32"}
             about |= {"direction": direction, "best_isa": best}
-            calls = {isa: _call(run, isa) for isa in _C.cpu_isas()}
+            calls = {isa: partial(run, isa) for isa in _C.cpu_isas()}
             rows = _compare(about, calls, arguments, ours=best)
             yield [row | {"speed": 1.0 / row.get("over_ours", 1.0)} for row in rows]
     finally:
@@ -182,7 +178,7 @@ def overhead(arguments: argparse.Namespace) -> Iterator[list[Row]]:
     many = argparse.Namespace(rounds=10_000, seconds=2.0 * arguments.seconds)
     for direction, kind in kinds.items():
         about = {"benchmark": "overhead", "shape": list(OVERHEAD_SHAPE), "mask": "none", "dtype": "float32"}
-        calls = {name: _call(kind, function) for name, function in FUNCTIONS.items()}
+        calls = {name: partial(kind, function) for name, function in FUNCTIONS.items()}
         yield _compare(about | {"direction": direction}, calls, many)
 
 

@@ -55,10 +55,14 @@ class Inputs:
                 x.requires_grad_()
 
     @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+    @property
     def leaves(self) -> dict[str, Tensor]:
         """The tensors that have a gradient, by name."""
-        leaves = {"query": self.query, "key": self.key, "value": self.value}
-        return leaves if self.bias is None else leaves | {"bias": self.bias}
+        named = zip(("query", "key", "value", "bias"), (*self.qkv, self.bias), strict=True)
+        return {name: x for name, x in named if x is not None}
 
     def visible(self) -> Tensor:
         """The whole mask, (B or 1, 1, L, S) bool, True means visible. If the case is packed, the causal mask alone."""

@@ -147,14 +147,14 @@ def _sums_of_diagonals(dense: Tensor) -> Tensor:
 
 
 def _ours(inputs: Inputs, backend: str | None = None) -> Prepared:
-    tensors, options = (inputs.query, inputs.key, inputs.value), our_options(inputs)
+    tensors, options = inputs.qkv, our_options(inputs)
     function = fused_attn.fused_attention
     if inputs.case.is_packed:
         longest = max(inputs.case.lengths)
         tensors += (inputs.cu_seqlens, inputs.cu_seqlens, longest, longest)
         function = fused_attn.fused_attention_varlen
     given = ", ".join(["cu_seqlens"] * inputs.case.is_packed + list(options)) or "nothing"
-    return Prepared(lambda: function(*tensors, **options, backend=backend), inputs.leaves, given)
+    return Prepared(partial(function, *tensors, **options, backend=backend), inputs.leaves, given)
 
 
 def our_backend(inputs: Inputs) -> str | None:
@@ -162,7 +162,7 @@ def our_backend(inputs: Inputs) -> str | None:
     tensors."""
     if inputs.case.is_packed:
         return None
-    return fused_attn.explain(inputs.query, inputs.key, inputs.value, **our_options(inputs)).chosen
+    return fused_attn.explain(*inputs.qkv, **our_options(inputs)).chosen
 
 
 def backends_of(name: str, inputs: Inputs) -> set[str]:
@@ -183,8 +183,7 @@ def able_backends(inputs: Inputs) -> list[str]:
                 with torch.no_grad():
                     _ours(inputs, backend).forward()
             else:
-                tensors, options = (inputs.query, inputs.key, inputs.value), our_options(inputs)
-                fused_attn.explain(*tensors, **options, backend=backend)
+                fused_attn.explain(*inputs.qkv, **our_options(inputs), backend=backend)
         except ValueError:  # The backend does not support the case, or is not installed.
             continue
         except Exception:  # The kernel supports the case, and has failed. Its row will say so.
@@ -258,9 +257,10 @@ def _torch_causal_only(inputs: Inputs) -> Prepared:
 def _sdpa(
     inputs: Inputs, backend: str | None, leaves: dict[str, Tensor], options: dict[str, Any], given: str
 ) -> Prepared:
-    query, key, value = inputs.query, inputs.key, inputs.value
+    """F.scaled_dot_product_attention with these options, on a backend by name or on the one that torch chooses."""
+    chosen = partial(scaled_dot_product_attention, *inputs.qkv, **options)
     if backend is None:
-        return Prepared(lambda: scaled_dot_product_attention(query, key, value, **options), leaves, given)
+        return Prepared(chosen, leaves, given)
 
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -268,7 +268,7 @@ def _sdpa(
 
     def named() -> Tensor:
         with sdpa_kernel(kernel):
-            return scaled_dot_product_attention(query, key, value, **options)
+            return chosen()
 
     # torch says only in warnings why a backend cannot run. This call collects them.
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
@@ -287,16 +287,11 @@ def _torch_varlen(inputs: Inputs) -> Prepared:
     from torch.nn.attention.varlen import varlen_attn
 
     # Later versions of torch have `window_size` in place of `is_causal`.
-    options = {"window_size": (-1, 0)}
-    if "window_size" not in inspect.signature(varlen_attn).parameters:
-        options = {"is_causal": True}
-    cu_seqlens, longest = inputs.cu_seqlens, max(inputs.case.lengths)
-    query, key, value = inputs.query, inputs.key, inputs.value
-    return Prepared(
-        lambda: varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options),
-        inputs.leaves,
-        f"cu_seqlens, {next(iter(options))}",
-    )
+    has_window = "window_size" in inspect.signature(varlen_attn).parameters
+    options = {"window_size": (-1, 0)} if has_window else {"is_causal": True}
+    bounds = *[inputs.cu_seqlens] * 2, *[max(inputs.case.lengths)] * 2
+    given = f"cu_seqlens, {next(iter(options))}"
+    return Prepared(partial(varlen_attn, *inputs.qkv, *bounds, **options), inputs.leaves, given)
 
 
 def _flex(inputs: Inputs) -> Prepared:
@@ -310,9 +305,7 @@ def _flex(inputs: Inputs) -> Prepared:
     # torch limits how often one function is compiled. The limit counts anew for each case.
     torch._dynamo.reset()
     case = inputs.case
-    query, key, value = inputs.query, inputs.key, inputs.value
-    if case.is_packed:
-        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    query, key, value = (x.transpose(0, 1)[None] if case.is_packed else x for x in inputs.qkv)
     mask_mod = _flex_mask(inputs)
     block_mask = None
     if mask_mod is not None:
@@ -412,8 +405,7 @@ def _flash(inputs: Inputs, generation: int) -> Prepared:
         return prepared._replace(problem=problem)
     function = _flash_varlen(package, inputs, case.query_lengths)
     if case.is_packed:
-        query, key, value = inputs.query, inputs.key, inputs.value
-        return Prepared(lambda: function(query, key, value), inputs.leaves, "cu_seqlens, causal")
+        return Prepared(partial(function, *inputs.qkv), inputs.leaves, "cu_seqlens, causal")
     valid = (~inputs.padding).flatten().nonzero().squeeze(1)
 
     def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -443,7 +435,7 @@ def _flash_packed(inputs: Inputs, generation: int) -> Prepared:
     leaves = {name: packed(x) for name, x in inputs.leaves.items()}
     function = _flash_varlen(package, inputs, case.lengths)
     return Prepared(
-        lambda: function(*leaves.values()), leaves, "cu_seqlens", LEAVES_PADDING_OUT, packed(inputs.dout), padded
+        partial(function, *leaves.values()), leaves, "cu_seqlens", LEAVES_PADDING_OUT, packed(inputs.dout), padded
     )
 
 
@@ -456,13 +448,8 @@ def _flash_varlen(
         torch.tensor((0, *lengths), device=inputs.device).cumsum(0).to(torch.int32)
         for lengths in (query_lengths, case.lengths)
     ]
-    options = {
-        "cu_seqlens_q": starts[0],
-        "cu_seqlens_k": starts[1],
-        "max_seqlen_q": max(query_lengths),
-        "max_seqlen_k": max(case.lengths),
-        "causal": case.is_causal,
-    }
+    options = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "causal": case.is_causal}
+    options |= {"max_seqlen_q": max(query_lengths), "max_seqlen_k": max(case.lengths)}
     # Each generation of FlashAttention has some of these parameters.
     accepted = inspect.signature(function).parameters
     options = {name: value for name, value in options.items() if name in accepted}
@@ -471,10 +458,9 @@ def _flash_varlen(
 
 def _rows_first(inputs: Inputs, function: Callable[[Tensor, Tensor, Tensor], Any], given: str) -> Prepared:
     """A function that takes and returns (B, L, H, D), on the (B, H, L, D) tensors of the case."""
-    query, key, value = inputs.query, inputs.key, inputs.value
 
     def forward() -> Tensor:
-        return _first(function(*(x.transpose(1, 2) for x in (query, key, value)))).transpose(1, 2)
+        return _first(function(*(x.transpose(1, 2) for x in inputs.qkv))).transpose(1, 2)
 
     return Prepared(forward, inputs.leaves, given)
 
@@ -486,6 +472,10 @@ def _first(returned: Any) -> Tensor:
 
 def _packages_of(generation: int) -> tuple[str, ...]:
     return tuple(one.package for one in FLASH[generation])
+
+
+def _is_padded(case: Case) -> bool:
+    return case.is_padded
 
 
 def _backend_of_torch(backend: str | None) -> Rival:
@@ -502,15 +492,10 @@ RIVALS: dict[str, Rival] = {
     "torch-causal-only": Rival(_torch_causal_only, ("torch",), is_for=lambda case: case.is_causal and case.is_padded),
     "torch-varlen": Rival(_torch_varlen, ("torch",), is_for=lambda case: case.is_packed),
     "flex": Rival(_flex, ("torch",)),
+    **{f"flash_attn{n}": Rival(partial(_flash, generation=n), _packages_of(n)) for n in FLASH},
     **{
-        f"flash_attn{generation}": Rival(partial(_flash, generation=generation), _packages_of(generation))
-        for generation in FLASH
-    },
-    **{
-        f"flash_attn{generation}-packed": Rival(
-            partial(_flash_packed, generation=generation), _packages_of(generation), is_for=lambda case: case.is_padded
-        )
-        for generation in (3, 4)
+        f"flash_attn{n}-packed": Rival(partial(_flash_packed, generation=n), _packages_of(n), None, _is_padded)
+        for n in (3, 4)
     },
     # torch-math is the last, because it needs the most memory: `timing.measure_those_that_can` drops the last one.
     "torch-math": _backend_of_torch("MATH"),

@@ -13,19 +13,19 @@ import fused_attn
 from fused_attn.backends.dispatch import BACKEND_NAMES
 
 
-def argument_parser(description: str, minutes: float, quick: float, output: str) -> argparse.ArgumentParser:
+def argument_parser(description: str, minutes: float, quick: dict[str, float], output: str) -> argparse.ArgumentParser:
     """A parser with the common arguments.
 
     Args:
         minutes: the default of --minutes.
-        quick: what --quick sets --minutes to.
+        quick: the arguments that --quick sets, with their values.
         output: the default of --output.
     """
     parser = argparse.ArgumentParser(description=description)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, arguments in {
         "--minutes": {"type": positive_float, "default": minutes, "help": "time for the whole run (%(default)s)"},
-        "--quick": quick_option("minutes", quick),
+        "--quick": quick_option(**quick),
         "--backend": {"choices": BACKEND_NAMES, "help": "attention backend (the fastest that can run)"},
         "--device": {"default": device, "help": "cpu, cuda, cuda:1, ... (%(default)s)"},
         # A thread that waits for another one keeps its core busy. Two threads were slower than one where other programs
@@ -38,10 +38,16 @@ def argument_parser(description: str, minutes: float, quick: float, output: str)
     return parser
 
 
-def quick_option(name: str, value: float) -> dict:
-    """The keywords of ``add_argument`` for --quick, which sets another argument to a value."""
-    text = f"a short run that shows that all works: the same as --{name} {value:g}"
-    return {"action": "store_const", "dest": name, "const": value, "default": argparse.SUPPRESS, "help": text}
+def quick_option(**values: float) -> dict:
+    """The keywords of ``add_argument`` for --quick, which sets these other arguments, such as ``minutes=0.2``."""
+
+    class SetOthers(argparse.Action):
+        def __call__(self, parser, namespace, *_) -> None:
+            vars(namespace).update(values)
+
+    others = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in values.items())
+    text = f"a short run that shows that all works: the same as {others}"
+    return {"action": SetOthers, "nargs": 0, "default": argparse.SUPPRESS, "help": text}
 
 
 def positive_float(text: str) -> float:

@@ -17,6 +17,7 @@ from pathlib import Path
 import lightning
 import torch
 import train_g2p
+from example_utils import quick_option
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -115,11 +116,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/lightning_g2p"), help="folder for the results (%(default)s)"
     )
-    quick = "a short run that shows that all works: the same as --epochs 2 --words 2000 --test-words 200"
-    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--quick", **quick_option(epochs=2, words=2000, test_words=200))
     args = parser.parse_args(argv)
-    if args.quick:
-        args.epochs, args.words, args.test_words = 2, 2000, 200
 
     lightning.seed_everything(args.seed, workers=True)
     data = Pronunciations(args.words, args.test_words, args.seed)

@@ -41,7 +41,7 @@ def argument_parser(description: str, steps: int, quick: int) -> argparse.Argume
     """A parser with the arguments that both scripts have. quick: what --quick sets --steps to."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=steps, help="training steps (%(default)s)")
-    parser.add_argument("--quick", **quick_option("steps", quick))
+    parser.add_argument("--quick", **quick_option(steps=quick))
     parser.add_argument("--backend", choices=BACKEND_NAMES, help="attention backend (the fastest that can run)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ... (%(default)s)")

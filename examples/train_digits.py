@@ -75,7 +75,7 @@ def train(model: nn.Module, digits: Digits, seconds: float) -> list[float]:
     with progress_bar() as progress:
         task = progress.add_task("training", total=seconds, text="")
         while watch.seconds < seconds:
-            loss_sum = torch.zeros((), device=digits.labels.device)
+            loss_sum, num_images = torch.zeros((), device=digits.labels.device), 0
             order = torch.randperm(len(digits.labels), device=digits.labels.device)
             for rows in order.split(BATCH_SIZE):
                 for group in optimizer.param_groups:
@@ -85,7 +85,10 @@ def train(model: nn.Module, digits: Digits, seconds: float) -> list[float]:
                 loss.backward()
                 optimizer.step()
                 loss_sum += loss.detach() * len(rows)
-            losses.append(loss_sum.item() / len(order))
+                num_images += len(rows)
+                if watch.seconds >= seconds:
+                    break
+            losses.append(loss_sum.item() / num_images)
             progress.update(task, completed=watch.seconds, text=f"pass {len(losses)}  loss {losses[-1]:.3f}")
     return losses
 
@@ -137,7 +140,9 @@ def plot(losses: list[float], digits: Digits, predictions: Tensor, path: Path) -
 
 def main(argv: list[str] | None = None) -> float:
     """Runs the script, and returns the accuracy on the test images."""
-    args = argument_parser(__doc__.splitlines()[0], minutes=0.5, quick=0.2, output="runs/digits").parse_args(argv)
+    args = argument_parser(
+        __doc__.splitlines()[0], minutes=0.5, quick={"minutes": 0.2}, output="runs/digits"
+    ).parse_args(argv)
     set_up(args)
     watch = Stopwatch()
     train_digits, test_digits = load(args.device)

@@ -350,7 +350,8 @@ def say(model: Seq2SeqTransformer, words: list[str]) -> None:
 def main(argv: list[str] | None = None) -> Score | None:
     """Runs the script, and returns the score on the test words; None with --say."""
     watch = Stopwatch()
-    parser = argument_parser(__doc__.splitlines()[0], minutes=10.0, quick=0.5, output="runs/g2p")
+    quick = {"minutes": 0.3, "test_words": 300}
+    parser = argument_parser(__doc__.splitlines()[0], minutes=10.0, quick=quick, output="runs/g2p")
     parser.add_argument("--checkpoint", type=Path, help="file of the trained model (OUTPUT/g2p.pt)")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint; --minutes includes the time that it took"
