@@ -76,10 +76,8 @@ def small_modules(arguments: argparse.Namespace) -> Iterator[list[Row]]:
         x = torch.randn(batch, length, features)
         about = {"benchmark": "small-modules", "batch": batch, "length": length, "d_model": features, "heads": heads}
         about |= {"mask": "none", "dtype": "float32", "direction": "training forward" if training else "inference"}
-        calls = {
-            OURS: partial(ours, x, x, x, need_weights=False),
-            "torch": partial(theirs, x, x, x, need_weights=False),
-        }
+        modules = {OURS: ours, "torch": theirs}
+        calls = {name: partial(module, x, x, x, need_weights=False) for name, module in modules.items()}
         with torch.set_grad_enabled(training):
             yield _compare(about, calls, arguments)
 

@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/lightning_g2p"), help="folder for the results (%(default)s)"
     )
-    parser.add_argument("--quick", **quick_option(epochs=2, words=2000, test_words=200))
+    parser.add_argument("--quick", **quick_option(epochs=1, words=1000, test_words=100))
     args = parser.parse_args(argv)
 
     lightning.seed_everything(args.seed, workers=True)

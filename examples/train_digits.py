@@ -140,9 +140,8 @@ def plot(losses: list[float], digits: Digits, predictions: Tensor, path: Path) -
 
 def main(argv: list[str] | None = None) -> float:
     """Runs the script, and returns the accuracy on the test images."""
-    args = argument_parser(
-        __doc__.splitlines()[0], minutes=0.5, quick={"minutes": 0.2}, output="runs/digits"
-    ).parse_args(argv)
+    parser = argument_parser(__doc__.splitlines()[0], minutes=0.5, quick={"minutes": 0.2}, output="runs/digits")
+    args = parser.parse_args(argv)
     set_up(args)
     watch = Stopwatch()
     train_digits, test_digits = load(args.device)

@@ -51,6 +51,17 @@ _dictionary = None
 
 
 @pytest.mark.quick
+def test_quick_sets_other_arguments(monkeypatch):
+    for utils in example(monkeypatch, "example_utils"):
+        parser = utils.argument_parser("text", minutes=10.0, quick={"minutes": 0.5, "test_words": 3}, output="runs")
+        parser.add_argument("--test-words", type=int, default=100)
+        assert "the same as --minutes 0.5 --test-words 3" in " ".join(parser.format_help().split())
+        for words, wanted in (([], (10.0, 100)), (["--quick"], (0.5, 3)), (["--quick", "--minutes", "2"], (2.0, 3))):
+            args = parser.parse_args(words)
+            assert (args.minutes, args.test_words) == wanted
+
+
+@pytest.mark.quick
 def test_digits(digits, tmp_path, capsys):
     accuracy = digits.main(["--minutes", "0.05", "--output", str(tmp_path), "--threads", "1", "--device", "cpu"])
     assert 0.0 <= accuracy <= 1.0
