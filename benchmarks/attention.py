@@ -74,12 +74,14 @@ def run_case(
     _check_device(device, rows.values())
     shortest = min((timing.quantiles(own)[1] for own in times.values()), default=1.0)
     if device.type == "cuda" and shortest < timing.WORTH_A_GRAPH:
-        graphs = _graphs(calls, right, inputs, rows)
-        if len(graphs) == len(calls):  # Times of graphs and times of events cannot be compared with each other.
-            try:
-                times, kind = timing.measure(graphs, timer, rounds, seconds), "graph"
-            except timing.CallError:  # The rows keep the times of events.
-                _check_device(device, rows.values())
+        # All implementations are timed as graphs, or none is: times of graphs and times of events differ.
+        try:
+            graphs = {
+                name: timing.graph_of(lambda name=name: rivals.call_of(right[name], inputs), device) for name in calls
+            }
+            times, kind = timing.measure(graphs, timer, rounds, seconds), "graph"
+        except Exception:  # A call cannot be captured or replayed, so the times of events stay.
+            _check_device(device, rows.values())
     for name, fields in timing.fields_of(times).items():
         per_tera = fields["median_ms"] * 1e9
         rates = {"tflops": case.flops / per_tera, "effective_tflops": case.effective_flops / per_tera}
@@ -112,20 +114,6 @@ def _row_of(case: Case, name: str) -> Row:
     about = {name: getattr(case, name) for name in ("seqlen_q", "kv_heads", "mask", "dtype", "direction")}
     about = {"benchmark": "attention", "shape": list(case.shape)} | about
     return about | {"implementation": name} | rivals.version_of(name)
-
-
-def _graphs(
-    calls: dict[str, timing.Call], right: dict[str, Prepared], inputs: Inputs, rows: dict[str, Row]
-) -> dict[str, timing.Call]:
-    """The calls as CUDA graphs. The first call that cannot be captured ends the loop, and is missing in the result."""
-    graphs = {}
-    for name in calls:
-        try:
-            graphs[name] = timing.graph_of(lambda name=name: rivals.call_of(right[name], inputs), inputs.device)
-        except Exception:
-            _check_device(inputs.device, rows.values())
-            break
-    return graphs
 
 
 def _check_device(device: torch.device, rows: Iterable[Row]) -> None:
@@ -220,13 +208,11 @@ class Step(NamedTuple):
     case: Case
     names: list[str]
 
-    def __str__(self) -> str:
-        return str(self.case)
-
 
 def steps_of(tables: Iterable[str], arguments: argparse.Namespace, earlier: list[Row]) -> list[Step]:
     """The cases of these tables, each with the implementations that have no row in `earlier`."""
-    done = {(row["benchmark"], _key(row), row["implementation"]) for row in earlier if "shape" in row}
+    fields = ("benchmark", "mask", "dtype", "direction", "implementation")
+    done = {(*map(row.get, fields), *row["shape"]) for row in earlier if "shape" in row}
     steps = []
     for table in tables:
         if table == LENGTH:
@@ -260,7 +246,7 @@ def main(arguments: argparse.Namespace) -> int:
         if any(step.case.mask == "decode" for step in todo):
             copy_rate = machine.copy_gb_per_s(run.device, run.is_quick)
             print(f"copy {copy_rate:.4g} GB/s", flush=True)
-    for step in run.steps(todo):
+    for step in run.steps(todo, lambda step: str(step.case)):
         case = step.case
         try:
             rows = _rows_of(step, run.device, timer, arguments)
@@ -294,7 +280,8 @@ def _missing(table: str, case: Case, names: list[str], done: set[tuple]) -> list
     The result is empty if only single backends of ours have no row. They have rows only if several backends can compute
     the case, so a missing row does not mean that the case has not been measured.
     """
-    missing = [name for name in names if (table, _key(_row_of(case, name)), name) not in done]
+    about = table, case.mask, case.dtype, case.direction
+    missing = [name for name in names if (*about, name, *case.shape) not in done]
     if all(name in rivals.OUR_BACKENDS for name in missing):
         return []
     return missing if OURS in missing or OURS not in names else [OURS, *missing]
@@ -318,7 +305,3 @@ def _rows_of(step: Step, device: torch.device, timer: timing.Timer | None, argum
         row["benchmark"] = step.table
     _check_device(device, rows)
     return rows
-
-
-def _key(row: Row) -> tuple:
-    return (*row["shape"], row["mask"], row["dtype"], row["direction"])

@@ -127,10 +127,8 @@ class Case:
     @property
     def flops(self) -> float:
         """The floating-point operations by the usual formula: all scores, or half of them if causal."""
-        if self.is_packed:
-            scores = sum(length * length for length in self.lengths)
-        else:
-            scores = self.batch * self.seqlen_q * self.length
+        keys = self.lengths if self.is_packed else (self.length,) * self.batch
+        scores = sum(rows * count for rows, count in zip(self.query_lengths, keys, strict=True))
         return 2 * PRODUCTS[self.direction] * self.head_dim * self.heads * scores * (0.5 if self.is_causal else 1.0)
 
 

@@ -20,11 +20,11 @@ DEVICE_LOST = 70
 
 def commit() -> str:
     """The short hash of the commit in the source tree, with ``-dirty`` after it if the tree has other changes."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
+        return git("rev-parse", "--short", "HEAD") + "-dirty" * bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    if head.returncode:
-        return "unknown"
-    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")

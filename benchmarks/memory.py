@@ -57,7 +57,10 @@ def peak_of(case: Case, name: str, device: torch.device, threads: int | None = N
     """The memory that the implementation needs for the case. threads: of a CPU; by default torch's choice."""
     if device.type == "cuda":
         return _peak_on_gpu(case, name, device)
-    with fresh_processes() as processes:
+    # The call runs in a new process, forked from a server that has only imported this module.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as processes:
         return processes.submit(_peak_here, case, name, threads or torch.get_num_threads()).result()
 
 
@@ -98,13 +101,6 @@ def _peak_here(case: Case, name: str, threads: int) -> Peak:
     results = _results_of(inputs)
     call()
     return Peak(_resident("VmHWM") - before - results, results, held)
-
-
-def fresh_processes() -> ProcessPoolExecutor:
-    """A pool that runs each task in a new process, forked from a server that has only imported this module."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(1, context, max_tasks_per_child=1)
 
 
 def _resident(field: str) -> int:

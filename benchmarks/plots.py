@@ -84,13 +84,9 @@ def has_enough_sequences(row: Row) -> bool:
 
 def sweep_of_memory(rows: Iterable[Row]) -> list[Row]:
     """The rows of memory whose B, H and D are those of the first row, so that only the length differs."""
-    rows = [row for row in select(rows, benchmark="memory") if "extra_mib" in row]
-    return [row for row in rows if _without_length(row) == _without_length(rows[0])]
-
-
-def _without_length(row: Row) -> tuple[int, int, int]:
-    batch, heads, _, head_dim = row["shape"]
-    return batch, heads, head_dim
+    rows = [row | {"size": (*row["shape"][:2], row["shape"][3])} for row in select(rows, benchmark="memory")]
+    rows = [row for row in rows if "extra_mib" in row]
+    return select(rows, size=rows[0]["size"]) if rows else []
 
 
 def _speedup(rows: list[Row], device: str) -> Figure:

@@ -75,12 +75,8 @@ def page(rows: list[Row]) -> str:
     sections = {
         "CPU": cpu_tables(rows), "GPU": gpu_tables(rows), "Memory": memory_table(rows), "Plots": "\n\n".join(links),
     }  # fmt: skip
-    lines = [
-        "# Results",
-        "",
-        "Generated from the rows in `results/` by `python -m benchmarks report`; the method is in",
-        "[README.md](README.md).",
-    ]
+    method = "Generated from the rows in `results/` by `python -m benchmarks report`; the method is in"
+    lines = ["# Results", "", method, "[README.md](README.md)."]
     for title, text in sections.items():
         lines += ["", f"## {title}", "", text] if text else []
     return "\n".join(lines) + "\n"
