@@ -1,7 +1,7 @@
-"""Time and error of one attention call against every rival that is there: ``python -m benchmarks attention``.
+"""Time and error of one attention call, ours and every rival's: ``python -m benchmarks attention``.
 
-Every implementation of a case is first checked against float64. An implementation that is wrong, or cannot compute the
-case, has a row that says so and no time. The others are timed in turns.
+Every implementation of a case is first compared with float64. An implementation that is wrong, or that cannot compute
+the case, gets a row with the reason and without a time. All others are timed in turns.
 """
 
 from __future__ import annotations
@@ -22,30 +22,26 @@ from benchmarks.rivals import RIVALS, Prepared
 from benchmarks.rows import Row, select
 from benchmarks.session import Session
 
-#: These rivals compile for every shape, which takes a quarter of a minute. They are asked at two lengths only.
+#: These rivals compile a quarter of a minute for every shape, so they are measured at these lengths only.
 COMPILED_RIVALS, COMPILED_LENGTHS = ("flex",), (2048, 8192)
 
 
 class DeviceLostError(Exception):
-    """A kernel has failed in a way that ends the process's use of the GPU."""
+    """A kernel has made the GPU unusable for this process. The argument is the rows of the case."""
 
 
 def run_case(
-    case: Case,
-    device: torch.device,
-    names: list[str],
-    reference: Reference,
-    timer: timing.Timer | None,
-    rounds: int,
-    seconds: float,
-    refused: Collection[str] = (),
-    rows_first: bool = True,
-) -> list[Row]:
-    """One row for each implementation. Single kernels of ours have one only where several can compute the case.
+    case: Case, device: torch.device, names: list[str], reference: Reference, timer: timing.Timer | None, rounds: int,
+    seconds: float, refused: Collection[str] = (), rows_first: bool = True,
+) -> list[Row]:  # fmt: skip
+    """Checks and times the implementations of one case, and returns one row for each.
 
-    timer: None = check only
-    refused: backends of ours whose tests are red
-    rows_first: see `Inputs`
+    Args:
+        names: of `RIVALS`. A single backend of ours gets a row only if at least two backends can compute the case.
+        timer: None to check without timing.
+        rounds, seconds: at most this many rounds, and about this long for all implementations together.
+        refused: backends of ours whose tests have failed. They are neither checked nor timed.
+        rows_first: see `Inputs`.
     """
     inputs = Inputs(case, device, rows_first)
     absent = set(rivals.OUR_BACKENDS) - set(rivals.able_backends(inputs))
@@ -61,7 +57,14 @@ def run_case(
         return list(rows.values())
     calls = {}
     for name in list(right):
-        _make_call(name, inputs, rows, right, calls)
+        try:
+            calls[name] = rivals.call_of(right[name], inputs)
+            calls[name]()
+        except Exception as problem:  # Packages raise exceptions of any class.
+            rows[name]["failed"] = rivals.reason(problem)
+            calls.pop(name, None)
+            del right[name]
+            _check_device(device, rows.values())
 
     def drop(name: str, error: Exception) -> None:
         rows[name]["failed"] = rivals.reason(error)
@@ -71,12 +74,14 @@ def run_case(
     _check_device(device, rows.values())
     shortest = min((timing.quantiles(own)[1] for own in times.values()), default=1.0)
     if device.type == "cuda" and shortest < timing.WORTH_A_GRAPH:
-        graphs = _graphs(calls, right, inputs, rows)
-        if len(graphs) == len(calls):  # all or none, because times of graphs and of events cannot be compared
-            try:
-                times, kind = timing.measure(graphs, timer, rounds, seconds), "graph"
-            except timing.CallError:  # the times of events remain
-                _check_device(device, rows.values())
+        # All implementations are timed as graphs, or none is: times of graphs and times of events differ.
+        try:
+            graphs = {
+                name: timing.graph_of(lambda name=name: rivals.call_of(right[name], inputs), device) for name in calls
+            }
+            times, kind = timing.measure(graphs, timer, rounds, seconds), "graph"
+        except Exception:  # A call cannot be captured or replayed, so the times of events stay.
+            _check_device(device, rows.values())
     for name, fields in timing.fields_of(times).items():
         per_tera = fields["median_ms"] * 1e9
         rates = {"tflops": case.flops / per_tera, "effective_tflops": case.effective_flops / per_tera}
@@ -85,14 +90,16 @@ def run_case(
 
 
 def _check(name: str, inputs: Inputs, reference: Reference, rows: dict[str, Row], right: dict[str, Prepared]) -> None:
-    """Adds to `right` what is right. A function of its own keeps no variable that refers to what is dropped later."""
+    """Prepares and checks one implementation; if its results are right, adds it to `right`.
+
+    This is a function of its own so that its local variables free their tensors when it returns.
+    """
     row = rows[name]
     try:
         prepared = rivals.fastest(name, inputs)
         row |= {"given": prepared.given} | ({"problem": prepared.problem} if prepared.problem else {})
         error = reference.error(rivals.results_of(prepared, inputs), ignores_padding=prepared.problem is not None)
-    # Packages raise what they like; KeyboardInterrupt is no Exception.
-    except Exception as problem:
+    except Exception as problem:  # Packages raise exceptions of any class.
         row["cannot"] = rivals.reason(problem)
         _check_device(inputs.device, rows.values())
         return
@@ -103,50 +110,14 @@ def _check(name: str, inputs: Inputs, reference: Reference, rows: dict[str, Row]
         right[name] = prepared
 
 
-def _make_call(
-    name: str, inputs: Inputs, rows: dict[str, Row], right: dict[str, Prepared], calls: dict[str, timing.Call]
-) -> None:
-    try:
-        call = rivals.call_of(right[name], inputs)
-        call()
-    except Exception as problem:
-        rows[name]["failed"] = rivals.reason(problem)
-        del right[name]
-        _check_device(inputs.device, rows.values())
-    else:
-        calls[name] = call
-
-
 def _row_of(case: Case, name: str) -> Row:
-    return {
-        "benchmark": "attention",
-        "shape": list(case.shape),
-        "seqlen_q": case.seqlen_q,
-        "kv_heads": case.kv_heads,
-        "mask": case.mask,
-        "dtype": case.dtype,
-        "direction": case.direction,
-        "implementation": name,
-        **rivals.version_of(name),
-    }
-
-
-def _graphs(
-    calls: dict[str, timing.Call], right: dict[str, Prepared], inputs: Inputs, rows: dict[str, Row]
-) -> dict[str, timing.Call]:
-    """The calls as CUDA graphs, up to the first that cannot be captured."""
-    graphs = {}
-    for name in calls:
-        try:
-            graphs[name] = timing.graph_of(lambda name=name: rivals.call_of(right[name], inputs), inputs.device)
-        except Exception:
-            _check_device(inputs.device, rows.values())
-            break
-    return graphs
+    about = {name: getattr(case, name) for name in ("seqlen_q", "kv_heads", "mask", "dtype", "direction")}
+    about = {"benchmark": "attention", "shape": list(case.shape)} | about
+    return about | {"implementation": name} | rivals.version_of(name)
 
 
 def _check_device(device: torch.device, rows: Iterable[Row]) -> None:
-    """Raises DeviceLostError with all rows if the device can no longer finish its work."""
+    """Raises DeviceLostError if the GPU can no longer finish its work. Empties torch's cache otherwise."""
     if device.type != "cuda":
         return
     try:
@@ -156,13 +127,13 @@ def _check_device(device: torch.device, rows: Iterable[Row]) -> None:
             if "cannot" not in row and "failed" not in row:
                 row["failed"] = "another implementation of this case broke the device"
         raise DeviceLostError(list(rows)) from error
-    # Emptying the cache is refused while a stream is being captured; that says nothing about the device.
+    # torch refuses to empty the cache while a stream is captured. The device is well nevertheless.
     with contextlib.suppress(RuntimeError):
         torch.cuda.empty_cache()
 
 
 def describe(rows: list[Row]) -> str:
-    """One line: ours, the rivals from fast to slow, then those that are wrong, have failed or cannot."""
+    """One line: the time of ours, those of the rivals from fast to slow, then who is wrong, has failed or cannot."""
     timed = sorted((row for row in rows if "median_ms" in row), key=lambda row: row["median_ms"])
     cells = []
     for row in sorted(timed, key=lambda row: row["implementation"] != OURS):
@@ -180,26 +151,26 @@ def describe(rows: list[Row]) -> str:
     return " | ".join(cells)
 
 
-#: The table of every mask against length, and the tables that are for a CPU.
+#: The table that has every mask at several lengths, and the tables for a CPU.
 LENGTH, CPU = "attention", (*cases.FIXED, *extras.TABLES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     session.add_arguments(parser, "few sizes and rounds")
     parser.add_argument("--tables", nargs="+", choices=(LENGTH, "cpu", *CPU), default=[LENGTH], metavar="TABLE",
-                        help=f"{LENGTH}: every mask against length; cpu: {', '.join(CPU)}")  # fmt: skip
+                        help=f"{LENGTH}: every mask at several lengths; cpu: all of {', '.join(CPU)}")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=cases.MASKS, default=list(cases.MASKS), metavar="MASK")
-    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="B,H,L,D", help="of table masks")
-    parser.add_argument("--directions", nargs="+", choices=cases.DIRECTIONS, help="default: those of the table")
-    parser.add_argument("--rivals", nargs="+", choices=RIVALS, help="default: all; on a CPU ours and torch's")
-    parser.add_argument("--check-only", action="store_true", help="errors, no times")
+    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="B,H,L,D", help="shapes of table masks")
+    parser.add_argument("--directions", nargs="+", choices=cases.DIRECTIONS, help="directions (those of the table)")
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, help="implementations (all; on a CPU ours and torch's)")
+    parser.add_argument("--check-only", action="store_true", help="measure errors, but no times")
     parser.add_argument("--refuse", nargs="+", choices=rivals.OUR_BACKENDS.values(), default=[], metavar="BACKEND",
-                        help="of ours, whose tests are red: neither checked nor timed")  # fmt: skip
-    against_length = parser.add_argument_group(f"table {LENGTH}")
-    against_length.add_argument("--head-dim", nargs="+", type=int)
-    against_length.add_argument("--lengths", nargs="+", type=int)
-    against_length.add_argument("--tokens", type=int, help="of all sequences of a batch; default: 16384 on a GPU")
-    against_length.add_argument("--no-compile", action="store_true", help="no rivals that compile for every shape")
+                        help="backends of ours that are not run, because their tests have failed")  # fmt: skip
+    group = parser.add_argument_group(f"table {LENGTH}")
+    group.add_argument("--head-dim", nargs="+", type=int)
+    group.add_argument("--lengths", nargs="+", type=int)
+    group.add_argument("--tokens", type=int, help="batch size times length (16384 on a GPU)")
+    group.add_argument("--no-compile", action="store_true", help="leave out rivals that compile for every shape")
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -210,40 +181,38 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def rivals_of(case: Case, arguments: argparse.Namespace) -> list[str]:
-    """The rivals that the user named; by default those that are worth their time on this case."""
+    """The implementations of --rivals; by default those that are worth their time on this case."""
     if arguments.rivals:
         return [name for name in arguments.rivals if RIVALS[name].is_for(case)]
     if torch.device(arguments.device).type == "cpu":
-        # The packages have no CPU kernels, and torch itself chooses its only fast one.
+        # The other packages have no CPU kernels. torch has one fast CPU kernel, and chooses it by itself.
         return [OURS, "torch"] + ["torch-causal-only"] * RIVALS["torch-causal-only"].is_for(case)
     skipped = () if case.length in COMPILED_LENGTHS and not arguments.no_compile else COMPILED_RIVALS
     return [name for name, rival in RIVALS.items() if name not in skipped and rival.is_for(case)]
 
 
 def scale_of(arguments: argparse.Namespace) -> cases.Scale:
-    if torch.device(arguments.device).type == "cuda":
-        scale = cases.GPU_QUICK if arguments.quick else cases.GPU
-    else:
-        scale = cases.CPU_QUICK if arguments.quick else cases.CPU
+    """The sizes of the table: those for the device and --quick, changed by the other options."""
+    is_gpu = torch.device(arguments.device).type == "cuda"
+    scales = (cases.GPU, cases.GPU_QUICK) if is_gpu else (cases.CPU, cases.CPU_QUICK)
+    scale = scales[arguments.quick]
     chosen = {"dtypes": arguments.dtype, "head_dims": arguments.head_dim, "lengths": arguments.lengths}
     scale = scale._replace(**{name: tuple(values) for name, values in chosen.items() if values})
     return scale._replace(tokens=arguments.tokens or scale.tokens)
 
 
 class Step(NamedTuple):
-    """A case of a table, and who is measured on it."""
+    """A case of a table, and the names of the implementations that are measured on the case."""
 
     table: str
     case: Case
     names: list[str]
 
-    def __str__(self) -> str:
-        return str(self.case)
-
 
 def steps_of(tables: Iterable[str], arguments: argparse.Namespace, earlier: list[Row]) -> list[Step]:
-    """The cases of these tables that have no rows in `earlier`."""
-    done = {(row["benchmark"], _key(row), row["implementation"]) for row in earlier if "shape" in row}
+    """The cases of these tables, each with the implementations that have no row in `earlier`."""
+    fields = ("benchmark", "mask", "dtype", "direction", "implementation")
+    done = {(*map(row.get, fields), *row["shape"]) for row in earlier if "shape" in row}
     steps = []
     for table in tables:
         if table == LENGTH:
@@ -264,7 +233,7 @@ def steps_of(tables: Iterable[str], arguments: argparse.Namespace, earlier: list
 def main(arguments: argparse.Namespace) -> int:
     run = Session(arguments)
     tables = [one for table in arguments.tables for one in (CPU if table == "cpu" else (table,))]
-    arguments.rounds = arguments.rounds or (5 if run.is_quick else 30)
+    arguments.rounds = arguments.rounds or (3 if run.is_quick else 30)
     arguments.seconds = arguments.seconds or (0.05 if run.is_quick else 1.0)
     todo = steps_of([table for table in tables if table not in extras.TABLES], arguments, run.earlier)
     timer = None if arguments.check_only else timing.timer_for(run.device)
@@ -277,7 +246,7 @@ def main(arguments: argparse.Namespace) -> int:
         if any(step.case.mask == "decode" for step in todo):
             copy_rate = machine.copy_gb_per_s(run.device, run.is_quick)
             print(f"copy {copy_rate:.4g} GB/s", flush=True)
-    for step in run.steps(todo):
+    for step in run.steps(todo, lambda step: str(step.case)):
         case = step.case
         try:
             rows = _rows_of(step, run.device, timer, arguments)
@@ -306,15 +275,20 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _missing(table: str, case: Case, names: list[str], done: set[tuple]) -> list[str]:
-    """Those without a row, and ours, which the others are compared with. Nobody if only single kernels of ours have no
-    row, because those have rows only where several can."""
-    missing = [name for name in names if (table, _key(_row_of(case, name)), name) not in done]
+    """The names without a row in `done`, and ours, because ratios need ours in the same run.
+
+    The result is empty if only single backends of ours have no row. They have rows only if several backends can compute
+    the case, so a missing row does not mean that the case has not been measured.
+    """
+    about = table, case.mask, case.dtype, case.direction
+    missing = [name for name in names if (*about, name, *case.shape) not in done]
     if all(name in rivals.OUR_BACKENDS for name in missing):
         return []
     return missing if OURS in missing or OURS not in names else [OURS, *missing]
 
 
 def _rows_of(step: Step, device: torch.device, timer: timing.Timer | None, arguments: argparse.Namespace) -> list[Row]:
+    """The rows of one case. An error that concerns the whole case becomes the field "failed" of every row."""
     case, names, rows_first = step.case, step.names, step.table == LENGTH
     at = "the reference"
     try:
@@ -324,15 +298,10 @@ def _rows_of(step: Step, device: torch.device, timer: timing.Timer | None, argum
         rows = run_case(case, device, names, reference, timer, *limits, arguments.refuse, rows_first)
     except DeviceLostError:
         raise
-    # Packages raise what they like; KeyboardInterrupt is no Exception.
-    except Exception as error:
+    except Exception as error:  # Packages raise exceptions of any class.
         why = {"failed": f"{at}: {rivals.reason(error)}"}
         rows = [_row_of(case, name) | why for name in names if name not in rivals.OUR_BACKENDS]
     for row in rows:
         row["benchmark"] = step.table
     _check_device(device, rows)
     return rows
-
-
-def _key(row: Row) -> tuple:
-    return (*row["shape"], row["mask"], row["dtype"], row["direction"])

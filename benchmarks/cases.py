@@ -1,4 +1,4 @@
-"""The case list: what is computed, and how many operations that takes."""
+"""The cases: what is computed, and how many floating-point operations that takes."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 DIRECTIONS = ("forward", "backward", "forward+backward")
-#: Matrix products: two forward, five backward (the scores are computed again).
+#: Matrix products of a fused kernel: two in forward, five in backward, which computes the scores again.
 PRODUCTS = {"forward": 2, "backward": 5, "forward+backward": 7}
 
-#: The most useful first: a run that is cut short has measured what training does most.
+#: The masks, with their titles in tables and plots. The most useful mask is the first: a run that is cut short has then
+#: measured what training does most.
 MASKS = {
-    "causal": "query i sees the keys up to i",
-    "padded-random": "padding; lengths drawn uniformly from [1, L]",
-    "causal+padded-random": "causal, and padding with lengths drawn uniformly from [1, L]",
-    "none": "every query sees every key",
-    "padded": "padding; the second half of every sequence",
-    "causal+padded": "causal, and the second half of every sequence is padding",
-    "relative-bias": "T5's relative position bias, with its gradient",
-    "bias": "a dense bias (1, H, L, S), with its gradient",
-    "window": "causal, and at most WINDOW keys back",
-    "gqa": "causal; four query heads share one key/value head",
-    "varlen": "causal, packed sequences; lengths drawn uniformly from [1, L]",
-    "decode": "one query for each sequence against L cached keys",
+    "causal": "causal",
+    "padded-random": "padded, random lengths",  # drawn uniformly from [1, L]
+    "causal+padded-random": "causal + padded, random lengths",
+    "none": "no mask",
+    "padded": "half padded",  # the second half of every sequence is padding
+    "causal+padded": "causal + half padded",
+    "relative-bias": "relative bias with gradient",  # T5's, (H, L + S - 1)
+    "bias": "bias with gradient",  # dense, (1, H, L, S)
+    "window": "causal, window 1024",  # a query sees the last WINDOW keys
+    "gqa": "causal, GQA",  # four query heads share a KV head
+    "varlen": "causal, packed",  # the lengths of the sequences are drawn uniformly from [1, L]
+    "decode": "decode",  # one query for each sequence
 }
-#: Masks with random lengths, and the fewest sequences of a batch. With fewer, chance decides the result.
+#: Masks with random lengths. A batch has at least LEAST_SEQUENCES, because the lengths of fewer would decide the time.
 RANDOM_MASKS, LEAST_SEQUENCES = ("padded-random", "causal+padded-random", "varlen"), 4
 CAUSAL_MASKS = ("causal", "causal+padded", "causal+padded-random", "window", "gqa", "varlen")
 WINDOW = 1024
@@ -36,7 +37,11 @@ WINDOW = 1024
 
 @dataclass(frozen=True)
 class Case:
-    """length: the number of keys, and of queries except in decoding; where sequences differ, that of the longest."""
+    """One attention problem.
+
+    length: the number of keys, padding included, or of the longest packed sequence; also the number of queries, unless
+        the mask is "decode", which has one query
+    """
 
     batch: int
     heads: int
@@ -83,12 +88,12 @@ class Case:
 
     @property
     def window(self) -> int | None:
-        """The largest number of keys that a query sees, with the key at its own position."""
+        """The number of keys that a query sees at most: the key at its own position and those before."""
         return WINDOW if self.mask == "window" else None
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
-        """For each sequence, the number of keys that are no padding."""
+        """The number of valid keys of each sequence."""
         if self.mask in ("padded", "causal+padded"):
             return (max(1, self.length // 2),) * self.batch
         if self.is_packed or self.is_padded:
@@ -97,12 +102,12 @@ class Case:
 
     @property
     def query_lengths(self) -> tuple[int, ...]:
-        """For each sequence, the number of computed rows. Padding hides keys; the rows of its queries are computed."""
+        """The number of queries of each sequence whose rows are computed. Padding hides keys, but its rows count."""
         return self.lengths if self.is_packed else (self.seqlen_q,) * self.batch
 
     @property
     def visible_scores(self) -> int:
-        """Pairs of a query and a key that it sees, over the whole batch and all heads."""
+        """The number of visible entries of the scores, in the whole batch and all heads."""
         pairs = (
             _visible(rows, keys, self.is_causal, self.window)
             for rows, keys in zip(self.query_lengths, self.lengths, strict=True)
@@ -111,26 +116,25 @@ class Case:
 
     @property
     def effective_flops(self) -> int:
-        """The operations on visible scores, which are all that the result needs."""
+        """The floating-point operations on visible scores. No implementation needs more."""
         return 2 * PRODUCTS[self.direction] * self.head_dim * self.visible_scores
 
     def fewest_bytes(self, itemsize: int) -> int:
-        """The bytes of a forward that reads queries and visible keys and values once, and writes the output once."""
+        """The bytes that a forward must move: queries, valid keys and values are read once, the output is written."""
         rows, keys = sum(self.query_lengths), sum(self.lengths)
         return 2 * itemsize * self.head_dim * (self.heads * rows + self.kv_heads * keys)
 
     @property
     def flops(self) -> float:
-        """The usual formula. It knows one mask, the causal one, and counts half of all scores for that."""
-        if self.is_packed:
-            scores = sum(length * length for length in self.lengths)
-        else:
-            scores = self.batch * self.seqlen_q * self.length
+        """The floating-point operations by the usual formula: all scores, or half of them if causal."""
+        keys = self.lengths if self.is_packed else (self.length,) * self.batch
+        scores = sum(rows * count for rows, count in zip(self.query_lengths, keys, strict=True))
         return 2 * PRODUCTS[self.direction] * self.head_dim * self.heads * scores * (0.5 if self.is_causal else 1.0)
 
 
 def uniform_lengths(batch: int, length: int) -> tuple[int, ...]:
-    """Random lengths, shuffled. One is from each of `batch` equal parts of [1, length], so their mean varies little."""
+    """Random lengths. [1, length] is cut into `batch` equal parts, and one length is drawn from each part, so that the
+    mean varies little from batch to batch. The lengths are shuffled."""
     generator = random.Random(1000003 * batch + length)
     lengths = [1 + int((part + generator.random()) / batch * length) for part in range(batch)]
     generator.shuffle(lengths)
@@ -146,11 +150,11 @@ def _visible(rows: int, keys: int, is_causal: bool, window: int | None) -> int:
 
 
 class Scale(NamedTuple):
-    """How large the cases of a table are.
+    """The sizes of the cases of a table.
 
-    tokens: in a batch, so that batch = tokens / length
-    width: heads * head_dim
-    gqa_heads: of the queries, for every head_dim
+    tokens: batch size times length
+    width: heads times head_dim
+    gqa_heads: the number of query heads with mask "gqa", for every head_dim
     """
 
     tokens: int
@@ -171,14 +175,14 @@ CPU_QUICK = CPU._replace(tokens=256, width=128, lengths=(64, 256), head_dims=(64
 def table(
     scale: Scale, masks: Iterable[str] = tuple(MASKS), directions: Iterable[str] = ("forward", "backward")
 ) -> Iterator[Case]:
-    """All cases of the masks, the most useful first. Masks vary slowest; then dtype, head dim, length, direction."""
+    """All cases of a scale, the most useful first. The mask changes most slowly, the direction fastest."""
     directions = tuple(directions)
     for mask in masks:
         for dtype in scale.dtypes:
             for head_dim in scale.head_dims:
                 heads = scale.gqa_heads if mask == "gqa" else scale.width // head_dim
                 for length in scale.lengths:
-                    # A window of all keys hides nothing. A longer dense bias needs gigabytes and shows nothing new.
+                    # A window over all keys hides nothing. A dense bias beyond 4096 keys needs gigabytes.
                     if (mask == "window" and length <= WINDOW) or (mask == "bias" and length > 4096):
                         continue
                     least = LEAST_SEQUENCES if mask in RANDOM_MASKS else 1
@@ -188,7 +192,7 @@ def table(
 
 
 class Fixed(NamedTuple):
-    """A table of fixed shapes (B, H, L, D). A quick run has the first `quick` of them."""
+    """A table with fixed shapes (B, H, L, D), of which --quick takes the first `quick` ones."""
 
     shapes: tuple[tuple[int, int, int, int], ...]
     masks: tuple[str, ...]
@@ -196,10 +200,9 @@ class Fixed(NamedTuple):
     quick: int
 
     def cases(self, dtypes: Iterable[str], masks: Iterable[str] = tuple(MASKS)) -> Iterator[Case]:
-        for dtype, direction, shape in itertools.product(dtypes, self.directions, self.shapes):
-            for mask in self.masks:
-                if mask in masks:
-                    yield Case(*shape, mask, dtype, direction)
+        chosen = [mask for mask in self.masks if mask in masks]
+        for dtype, direction, shape, mask in itertools.product(dtypes, self.directions, self.shapes, chosen):
+            yield Case(*shape, mask, dtype, direction)
 
 
 #: The tables for a CPU.
@@ -211,6 +214,6 @@ FIXED = {
     "short": Fixed(
         tuple((1, 8, length, 64) for length in (8, 16, 32, 64)), ("none", "causal"), ("forward", "forward+backward"), 1
     ),
-    # The first fits into a cache, the second does not.
+    # Keys and values of the first shape fit into the cache of a CPU, those of the second do not.
     "decode": Fixed(((1, 8, 4096, 64), (1, 8, 65536, 64)), ("decode",), ("forward",), 1),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the commands and the suite agree on. Imports no torch, because the suite leaves the GPU to its stages."""
+"""Names that the commands share with tools/gpu_suite, which must not import torch. So this file does not either."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: The implementation that the others are compared with.
+#: The name of our implementation in rows. All others are compared with it.
 OURS = "fused_attn"
 
-#: Our kernels for GPUs, timed one by one where several can compute a case; `OURS` is what users get.
+#: The names in rows of our single GPU backends. They are timed one by one if several can compute a case; `OURS` is the
+#: backend that a user gets.
 OUR_BACKENDS = {f"{OURS}[{backend}]": backend for backend in ("triton", "cuda")}
 
-#: Exit code: the device no longer answers, and a new process has to go on with ``--resume``.
+#: Exit code of a command after a kernel has made the GPU unusable. A new process can go on with ``--resume``.
 DEVICE_LOST = 70
 
 
 def commit() -> str:
-    """Short hash of the tree; ``-dirty`` marks changes that are not in it."""
+    """The short hash of the commit in the source tree, with ``-dirty`` after it if the tree has other changes."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
+        return git("rev-parse", "--short", "HEAD") + "-dirty" * bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    if head.returncode:
-        return "unknown"
-    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")

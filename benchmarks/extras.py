@@ -1,6 +1,7 @@
-"""What the CPU kernels promise beside the table of masks, for ``python -m benchmarks attention``.
+"""Tables for a CPU beside those of cases.py: features, small modules, instruction sets, a training step, overhead.
 
-Each table is a function of the arguments that yields rows, one list for each comparison.
+``python -m benchmarks attention --tables cpu`` measures them after the tables of cases.py. A table is a function that
+takes the arguments of the command and yields lists of rows, one list for each comparison.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from unittest import mock
 
 import torch
@@ -33,23 +35,21 @@ STEP_BATCHES = 8
 
 
 def _compare(about: Row, calls: dict[str, timing.Call], arguments: argparse.Namespace, ours: str = OURS) -> list[Row]:
+    """Times the calls in turns, and returns a row for each. `about` has the fields that the rows share."""
     times = timing.measure(calls, timing.CpuTimer(), arguments.rounds, arguments.seconds)
     fields = timing.fields_of(times, ours)
     return [about | {"implementation": name, "best_ms": min(times[name]) * 1e3} | fields[name] for name in calls]
 
 
 def features(arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """Forward, with gradients to come, where torch falls back to the formula, which stores all scores.
+    """Forward, while gradients are recorded, of cases that torch's fused kernel does not support. torch then computes
+    the formula, which stores all scores.
 
-    Errors are not measured: the random numbers of torch's dropout are others.
+    Errors are not measured, because torch's dropout draws other random numbers than ours.
     """
     batch, heads, length, _ = shape = QUICK_FEATURE_SHAPE if arguments.quick else FEATURE_SHAPE
     for dtype in arguments.dtype or ("float32", "bfloat16")[: 1 if arguments.quick else None]:
-        generator = torch.Generator().manual_seed(0)
-
-        def randn(*sizes: int, generator=generator, dtype=dtype) -> Tensor:
-            return torch.randn(sizes, generator=generator).to(DTYPES[dtype])
-
+        randn = partial(torch.randn, dtype=DTYPES[dtype])
         query, key, value = (randn(*shape) for _ in range(3))
         bias = randn(length, length).requires_grad_()
         inputs = {
@@ -60,16 +60,15 @@ def features(arguments: argparse.Namespace) -> Iterator[list[Row]]:
         }
         for feature, (tensors, options) in inputs.items():
             about = {"benchmark": "features", "shape": list(shape), "mask": feature, "dtype": dtype}
-            calls = {name: _call(function, *tensors, **options) for name, function in FUNCTIONS.items()}
+            calls = {name: partial(function, *tensors, **options) for name, function in FUNCTIONS.items()}
             yield _compare(about | {"direction": "forward"}, calls, arguments)
 
 
-def _call(function: Callable, *tensors: Tensor, **options: object) -> timing.Call:
-    return lambda: function(*tensors, **options)
-
-
 def small_modules(arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """Against torch.nn.MultiheadAttention, which has a path of its own in eval mode without gradients."""
+    """FusedMultiheadAttention and torch.nn.MultiheadAttention on small inputs, in training and in eval mode.
+
+    In eval mode without gradients, torch's module takes a special native path.
+    """
     for (batch, length, features, heads), training in itertools.product(MODULE_SIZES, (False, True)):
         ours = fused_attn.FusedMultiheadAttention(features, heads, batch_first=True).train(training)
         theirs = nn.MultiheadAttention(features, heads, batch_first=True).train(training)
@@ -77,13 +76,15 @@ def small_modules(arguments: argparse.Namespace) -> Iterator[list[Row]]:
         x = torch.randn(batch, length, features)
         about = {"benchmark": "small-modules", "batch": batch, "length": length, "d_model": features, "heads": heads}
         about |= {"mask": "none", "dtype": "float32", "direction": "training forward" if training else "inference"}
-        calls = {OURS: _call(ours, x, x, x, need_weights=False), "torch": _call(theirs, x, x, x, need_weights=False)}
+        modules = {OURS: ours, "torch": theirs}
+        calls = {name: partial(module, x, x, x, need_weights=False) for name, module in modules.items()}
         with torch.set_grad_enabled(training):
             yield _compare(about, calls, arguments)
 
 
 def isa(arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """Each instruction set against the best that this machine has. `speed`: the best one's time over its own."""
+    """Our kernels for each instruction set of this machine. The field "speed" is the time of the best instruction set
+    divided by the time of this one."""
     from fused_attn import _C
 
     best = _C.cpu_isa()
@@ -101,7 +102,7 @@ def isa(arguments: argparse.Namespace) -> Iterator[list[Row]]:
 
             about = {"benchmark": "isa", "shape": list(shape), "mask": "none", "dtype": "float32"}
             about |= {"direction": direction, "best_isa": best}
-            calls = {isa: _call(run, isa) for isa in _C.cpu_isas()}
+            calls = {isa: partial(run, isa) for isa in _C.cpu_isas()}
             rows = _compare(about, calls, arguments, ours=best)
             yield [row | {"speed": 1.0 / row.get("over_ours", 1.0)} for row in rows]
     finally:
@@ -109,7 +110,7 @@ def isa(arguments: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def step(arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """Training steps of examples/train_g2p.py: as it is, and with torch's attention in the same model."""
+    """Training steps of examples/train_g2p.py, with our attention and with torch's in the same model."""
     sys.path.insert(0, str(ROOT / "examples"))
     try:
         import train_g2p
@@ -152,7 +153,7 @@ def _torch_in_a_module(
     query: Tensor, key: Tensor, value: Tensor, attn_mask=None, *, is_causal: bool, key_padding_mask: Tensor | None,
     scale: float, dropout_p: float, **unused: object,
 ) -> Tensor:  # fmt: skip
-    """F.scaled_dot_product_attention with the arguments that a module of ours passes on."""
+    """F.scaled_dot_product_attention with the arguments that our modules pass to `fused_attention`."""
     is_causal = is_causal or isinstance(attn_mask, CausalBias)
     if key_padding_mask is None:
         return scaled_dot_product_attention(query, key, value, None, dropout_p, is_causal, scale=scale)
@@ -163,7 +164,8 @@ def _torch_in_a_module(
 
 
 def overhead(arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """The time of a call whose work is nothing. `best_ms` counts: other programs can only add to such a time."""
+    """A call on tiny tensors, whose time is the overhead of a call. The field "best_ms", the shortest time, is what
+    counts, because other programs can only make a call slower."""
     query, key, value, dout = (torch.randn(OVERHEAD_SHAPE) for _ in range(4))
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     kinds = {
@@ -174,7 +176,7 @@ def overhead(arguments: argparse.Namespace) -> Iterator[list[Row]]:
     many = argparse.Namespace(rounds=10_000, seconds=2.0 * arguments.seconds)
     for direction, kind in kinds.items():
         about = {"benchmark": "overhead", "shape": list(OVERHEAD_SHAPE), "mask": "none", "dtype": "float32"}
-        calls = {name: _call(kind, function) for name, function in FUNCTIONS.items()}
+        calls = {name: partial(kind, function) for name, function in FUNCTIONS.items()}
         yield _compare(about | {"direction": direction}, calls, many)
 
 
@@ -182,6 +184,7 @@ TABLES = {"features": features, "small-modules": small_modules, "isa": isa, "ste
 
 
 def describe(rows: list[Row]) -> str:
+    """One line: the sizes, then the shortest time of each implementation, then the ratios to ours."""
     first = rows[0]
     about = [str(first[name]) for name in ("shape", "batch", "length", "d_model", "dtype", "mask") if name in first]
     cells = [f"{row['implementation']} {row['best_ms']:.4f} ms" for row in rows]

@@ -11,17 +11,17 @@ DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float3
 
 
 class Inputs:
-    """Random tensors. Those of packed sequences are (total, H, D), the others (B, H, L, D).
+    """The random tensors of a case.
 
-    query, key, value
-    dout: of causal cases with padding 0 in the rows of padding, where training takes no loss
-    bias: (1, H, L, S), or the table (H, L + S - 1) of a relative bias, or None
-    padding: (B, S), True = ignore, or None
-    cu_seqlens: (B + 1,) int32 of packed sequences, or None
+    query, key, value, dout: (B, H, L, D), or (total, H, D) if the case is packed. In causal cases with padding, dout is
+        0 in the rows of padding, because training takes no loss there.
+    bias: (1, H, L, S), or (H, L + S - 1) if the bias is relative, or None
+    padding: (B, S) bool, True means padding, or None
+    cu_seqlens: (B + 1,) int32 if the case is packed, or None
     """
 
     def __init__(self, case: Case, device: torch.device | str = "cpu", rows_first: bool = False) -> None:
-        """rows_first: (B, L, H, D) in memory, as the projections of a model leave it, seen as (B, H, L, D)."""
+        """rows_first: the tensors lie in memory as (B, L, H, D), as the projections of a model leave them."""
         self.case, self.device = case, torch.device(device)
         self._generator = torch.Generator(self.device).manual_seed(0)
         self._dtype = DTYPES[case.dtype]
@@ -55,13 +55,17 @@ class Inputs:
                 x.requires_grad_()
 
     @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+    @property
     def leaves(self) -> dict[str, Tensor]:
-        """The tensors that have a gradient."""
-        leaves = {"query": self.query, "key": self.key, "value": self.value}
-        return leaves if self.bias is None else leaves | {"bias": self.bias}
+        """The tensors that have a gradient, by name."""
+        named = zip(("query", "key", "value", "bias"), (*self.qkv, self.bias), strict=True)
+        return {name: x for name, x in named if x is not None}
 
     def visible(self) -> Tensor:
-        """(B or 1, 1, L, S) bool, True = attend: the mask for rivals that have no better way."""
+        """The whole mask, (B or 1, 1, L, S) bool, True means visible. If the case is packed, the causal mask alone."""
         case = self.case
         row = torch.arange(case.seqlen_q, device=self.device)[:, None]
         column = torch.arange(case.length, device=self.device)
@@ -74,9 +78,9 @@ class Inputs:
         return visible if self.padding is None else visible & ~self.padding[:, None, None, :]
 
     def dense_bias(self) -> Tensor:
-        """The relative bias as a dense one, (1, H, L, S), which is a new leaf."""
+        """The relative bias as a dense bias (1, H, L, S), which is a leaf of its own for autograd."""
         rows, keys = self.case.seqlen_q, self.case.length
-        # Row i is the window of the table that begins at column L - 1 - i, so the windows are taken in reverse order.
+        # Row i of the dense bias is the part of the relative one that begins at L - 1 - i, so the order is reversed.
         windows = self.bias.detach().unfold(1, keys, 1)[:, :rows]
         return windows.flip(1)[None].contiguous().requires_grad_(self.bias.requires_grad)
 

@@ -1,4 +1,4 @@
-"""What a reader must know to judge a figure: device, versions, and the rates that the device reaches."""
+"""What a reader needs to judge a result: the device, the versions, and the matmul and copy rates of the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.inputs import DTYPES
 
 
 def about(device: torch.device | str = "cpu", commit: str | None = None) -> dict[str, Any]:
-    """The fields that all rows of a run share. commit: for a tree without history."""
+    """The fields that all rows of a run share. commit: for a source tree without git history."""
     device = torch.device(device)
     versions = {
         "torch": torch.__version__,
@@ -61,7 +61,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    # torch knows the CUDA version that the driver supports, but not the version of the driver.
+    # torch tells the CUDA version that the driver supports, but not the version of the driver itself.
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
@@ -71,20 +71,22 @@ def _driver() -> str | None:
 
 
 def matmul_tflops(device: torch.device, dtype: str, is_quick: bool = False) -> float:
-    """The rate of a large product of random matrices, as a practical ceiling. (Zeros can run faster.)"""
+    """The rate of a large matrix product, which no attention kernel exceeds. The matrices are random, because a product
+    of zeros can run faster."""
     size = 8192 if device.type == "cuda" else 256 if is_quick else 1024
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=device).to(DTYPES[dtype]) for _ in range(2))
-    measured = timing.measure({"matmul": lambda: a @ b}, timing.timer_for(device), 30, 0.1 if is_quick else 0.5)
-    return 2 * size**3 / timing.quantiles(measured["matmul"])[1] / 1e12
+    return 2 * size**3 / _seconds(lambda: a @ b, device, is_quick) / 1e12
 
 
 def copy_gb_per_s(device: torch.device, is_quick: bool = False) -> float:
-    """The rate of a large copy, bytes read plus bytes written."""
+    """The rate of a large copy: the bytes that it reads and those that it writes."""
     count = 2**31 if device.type == "cuda" else 2**28
     source = torch.ones(count, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    measured = timing.measure(
-        {"copy": lambda: target.copy_(source)}, timing.timer_for(device), 30, 0.1 if is_quick else 0.5
-    )
-    return 2 * count / timing.quantiles(measured["copy"])[1] / 1e9
+    return 2 * count / _seconds(lambda: target.copy_(source), device, is_quick) / 1e9
+
+
+def _seconds(call: timing.Call, device: torch.device, is_quick: bool) -> float:
+    times = timing.measure({"call": call}, timing.timer_for(device), 30, 0.1 if is_quick else 0.5)
+    return timing.quantiles(times["call"])[1]

@@ -1,8 +1,8 @@
 """Peak memory of one attention call against length: ``python -m benchmarks memory``.
 
-Counted is what a call takes beyond its inputs and results, and what an implementation has to be given beside the inputs
-of the case, such as a dense mask: on a GPU by torch's allocator, to the byte; on a CPU as resident memory of a process
-that does nothing else.
+What counts is the memory that a call needs beyond its inputs and results, and the memory of what an implementation must
+be given besides the inputs, such as a dense mask. On a GPU torch's allocator tells both to the byte. On a CPU the
+resident memory of a process is read, in which nothing else happens.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from benchmarks.session import Session
 
 MASKS = ("none", "causal", "padded", "causal+padded", "relative-bias", "bias")
 HEADS, HEAD_DIM = 4, 64
-#: Not swept over lengths: flex would compile for each; torch-varlen has no masks; the others are nothing that a user
-#: chooses by memory.
+#: These are not measured. flex would compile for each length, torch-varlen supports none of MASKS, and nobody would
+#: choose the others for their memory.
 NOT_ON_GPU = ("flex", "torch-varlen", "torch-causal-only", *rivals.OUR_BACKENDS)
 ON_GPU = [name for name in RIVALS if name not in NOT_ON_GPU]
 ON_CPU = [OURS, "torch", "torch-math"]
 LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (2048, 4096, 8192, 16384, 32768)}
 QUICK_LENGTHS = (256, 512, 1024)
-#: The fields of a row that all lengths share.
+#: The fields that the rows of one sweep over lengths share.
 SWEEP = ("mask", "dtype", "direction", "implementation")
 MIB = 2**20
 
 
 class Peak(NamedTuple):
-    """Bytes.
+    """The memory of a call in bytes.
 
-    extra: at most at once during the call, beyond what was there and the results
-    results: of the output or of the gradients of the case's inputs; larger ones of an implementation are extra
-    held: of what is made for the call beforehand: a dense mask, or a dense bias in place of a table
+    extra: the peak during the call, without results and without what was allocated before
+    results: the output, or the gradients of the inputs of the case
+    held: what is made for the call beforehand: a dense mask, or a dense bias in place of a relative one
     """
 
     extra: int
@@ -54,14 +54,18 @@ class Peak(NamedTuple):
 
 
 def peak_of(case: Case, name: str, device: torch.device, threads: int | None = None) -> Peak:
+    """The memory that the implementation needs for the case. threads: of a CPU; by default torch's choice."""
     if device.type == "cuda":
         return _peak_on_gpu(case, name, device)
-    with fresh_processes() as processes:
+    # The call runs in a new process, forked from a server that has only imported this module.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as processes:
         return processes.submit(_peak_here, case, name, threads or torch.get_num_threads()).result()
 
 
 def _peak_on_gpu(case: Case, name: str, device: torch.device) -> Peak:
-    # A small case comes first, because workspaces of libraries and compiled code are no part of the call.
+    # A small case runs first. It brings compiled code and the workspaces of libraries, which do not count.
     for length in (64, case.length):
         inputs = Inputs(replace(case, length=length), device, rows_first=True)
         torch.cuda.synchronize(device)
@@ -81,12 +85,12 @@ def _peak_on_gpu(case: Case, name: str, device: torch.device) -> Peak:
 
 
 def _peak_here(case: Case, name: str, threads: int) -> Peak:
-    """The peak of a call on a CPU. Must run in a fresh process."""
+    """`peak_of` on a CPU, for the process that this function runs in. The process must be a fresh one, because memory
+    that earlier calls have freed would be used again, unseen."""
     torch.set_num_threads(threads)
+    # A small case runs first. It brings threads, code and workspaces, which do not count.
     small = Inputs(replace(case, length=64))
-    rivals.call_of(
-        RIVALS[name].prepare(small), small
-    )()  # brings threads, code and workspaces, which are no part of the call
+    rivals.call_of(RIVALS[name].prepare(small), small)()
     inputs = Inputs(case)
     given = _resident("VmRSS")
     prepared = RIVALS[name].prepare(inputs)
@@ -99,15 +103,9 @@ def _peak_here(case: Case, name: str, threads: int) -> Peak:
     return Peak(_resident("VmHWM") - before - results, results, held)
 
 
-def fresh_processes() -> ProcessPoolExecutor:
-    """A pool with one new process for each task. It is forked from a server that has only imported torch."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(1, context, max_tasks_per_child=1)
-
-
 def _resident(field: str) -> int:
-    """Bytes. VmRSS is the present size; VmHWM the largest since the mark was cleared."""
+    """The resident memory of this process in bytes: VmRSS is the present one, VmHWM is the peak since the last write to
+    clear_refs."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
@@ -119,17 +117,18 @@ def _results_of(inputs: Inputs) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     session.add_arguments(parser, "short sequences, two masks", is_timed=False)
-    parser.add_argument("--only", nargs="+", choices=MASKS, metavar="MASK")
+    parser.add_argument("--only", nargs="+", choices=MASKS, metavar="MASK", help=f"some of {', '.join(MASKS)} (all)")
     parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--directions", nargs="+", choices=cases.DIRECTIONS, default=["forward", "forward+backward"])
-    parser.add_argument("--rivals", nargs="+", choices=RIVALS, help="default: ours, torch, torch-math; on a GPU all")
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS,
+                        help=f"implementations ({', '.join(ON_CPU)}; on a GPU all)")  # fmt: skip
 
 
 def main(arguments: argparse.Namespace) -> int:
     run = Session(arguments)
     kind = run.device.type
     if kind == "cpu" and sys.platform != "linux":
-        print("on a CPU the peak is read from /proc, which only Linux has", file=sys.stderr)
+        print("--device cpu: the memory of a process is read from /proc, which only Linux has", file=sys.stderr)
         return 1
     names = arguments.rivals or (ON_GPU if kind == "cuda" else ON_CPU)
     masks = arguments.only or (("none", "causal+padded") if run.is_quick else MASKS)
@@ -145,16 +144,15 @@ def main(arguments: argparse.Namespace) -> int:
 def _sweep(
     mask: str, dtype: str, direction: str, name: str, lengths: tuple[int, ...], device: torch.device
 ) -> list[Row]:
-    """One row for each length, up to the first that is too long."""
+    """One row for each length. The first length that fails ends the sweep, because longer ones need more memory."""
     rows = []
     for length in lengths:
         case = Case(1, HEADS, length, HEAD_DIM, mask, dtype, direction)
         about = dict(zip(SWEEP, (mask, dtype, direction, name), strict=True))
         rows.append({"benchmark": "memory", "shape": list(case.shape)} | about | rivals.version_of(name))
-        # Packages raise what they like; KeyboardInterrupt is no Exception.
         try:
             peak = peak_of(case, name, device)
-        except Exception as error:
+        except Exception as error:  # Packages raise exceptions of any class.
             rows[-1]["cannot"] = rivals.reason(error)
             break
         sizes = {"extra_mib": max(0, peak.extra), "held_mib": peak.held, "results_mib": peak.results}
@@ -163,9 +161,10 @@ def _sweep(
 
 
 def describe(rows: list[Row]) -> str:
+    """One line: the MiB at each length, the exponent of growth, and why the sweep ended early."""
     sizes = [row for row in rows if "extra_mib" in row]
     cells = [f"{row['shape'][2]}: {summary.mib_of(row):.1f} MiB" for row in sizes]
-    exponent = summary.growth_exponent([row["shape"][2] for row in sizes], list(map(summary.mib_of, sizes)))
+    exponent = summary.growth_exponent(sizes)
     if exponent is not None:
         cells.append(f"~ L^{exponent:.2f}")
     cells += [f"cannot: {row['cannot']}" for row in rows if "cannot" in row]

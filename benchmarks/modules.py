@@ -1,8 +1,8 @@
 """Modules against those of torch.nn that they replace: ``python -m benchmarks modules``.
 
-Both sides of a case have the same parameters, and the same inputs with padding. They are checked first, in eval mode,
-against torch's module in float64: outputs of real tokens, and the gradients of inputs and of all parameters. They are
-then timed in training mode, with dropout, in turns.
+Ours and torch's have the same parameters, and get the same inputs with padding. First they are compared, in eval mode,
+with torch's module in float64: the outputs of valid tokens, and the gradients of inputs and of all parameters. Then
+they are timed in turns: training steps with dropout, and the generation of tokens in eval mode.
 """
 
 from __future__ import annotations
@@ -25,36 +25,40 @@ from benchmarks.rivals import reason
 from benchmarks.rows import Row, select
 from benchmarks.session import Session
 
-#: The names of the layers in torch.nn and in ours.
+#: The names of the layers, in torch.nn and in fused_attn.
 LAYERS = {"encoder-layer": "TransformerEncoderLayer", "decoder-layer": "TransformerDecoderLayer"}
-KINDS = ("seq2seq", "encoder-layer", "attention", "decoder-layer")
+#: "seq2seq" trains a whole encoder-decoder model, and "generation" generates tokens with that model.
+KINDS = ("seq2seq", "encoder-layer", "attention", "decoder-layer", "generation")
+MODELS = ("seq2seq", "generation")
 DROPOUT = 0.1
 VOCABULARY = 8192
-#: Copies of an implementation that `torch.compile` has compiled.
+#: The end of the name of an implementation under `torch.compile`.
 COMPILED = "-compiled"
+#: The comparison with float64 takes this many sequences of the batch.
 CHECKED_BATCH = 2
 
 
 class Size(NamedTuple):
-    """tokens: in a batch of the longest sequences; layers: of encoder and of decoder."""
+    """tokens: batch size times length; layers: of the encoder, and of the decoder; new_tokens: to generate"""
 
     tokens: int
     length: int
     d_model: int
     heads: int
     layers: int
+    new_tokens: int
 
     @property
     def batch(self) -> int:
         return max(1, self.tokens // self.length)
 
 
-SIZES = {"cuda": Size(32768, 1024, 1024, 16, 6), "cpu": Size(1024, 256, 256, 4, 2)}
-QUICK_SIZES = {"cuda": Size(8192, 1024, 512, 8, 2), "cpu": Size(128, 64, 64, 2, 1)}
+SIZES = {"cuda": Size(32768, 1024, 1024, 16, 6, 128), "cpu": Size(1024, 256, 256, 4, 2, 64)}
+QUICK_SIZES = {"cuda": Size(8192, 1024, 512, 8, 2, 32), "cpu": Size(128, 64, 64, 2, 1, 8)}
 
 
 class Model(nn.Module):
-    """Token ids to logits around a `torch.nn.Transformer`, or ours: nothing else differs between the two."""
+    """Token ids to logits around a `torch.nn.Transformer` or ours. All other layers are torch's in both cases."""
 
     def __init__(self, transformer: nn.Transformer) -> None:
         super().__init__()
@@ -69,9 +73,36 @@ class Model(nn.Module):
         )  # fmt: skip
         return self.generator(hidden)
 
+    def generate(self, source: Tensor, padding: Tensor, causal: Tensor, count: int, target: Tensor | None) -> Tensor:
+        """The logits (B, count, V) of `count` new tokens.
+
+        Our decoder takes a KV cache. That of torch.nn has none, so it computes all earlier tokens again for each token.
+
+        Args:
+            target: (B, L) the tokens to append; None appends the likeliest token each time.
+        """
+        encoder, decoder = self.transformer.encoder, self.transformer.decoder
+        memory, masks = (
+            encoder(self.embedding(source), src_key_padding_mask=padding),
+            {"memory_key_padding_mask": padding},
+        )
+        has_cache = isinstance(self.transformer, fused_attn.Transformer)
+        cache = fused_attn.KVCache(len(decoder.layers)) if has_cache else None
+        tokens, logits = source[:, :1], []
+        for step in range(count):
+            if has_cache:
+                hidden = decoder(self.embedding(tokens[:, -1:]), memory, cache=cache, **masks)
+            else:
+                mask = causal[: step + 1, : step + 1]
+                hidden = decoder(self.embedding(tokens), memory, tgt_mask=mask, tgt_is_causal=True, **masks)
+            logits.append(self.generator(hidden[:, -1]))
+            new = logits[-1].argmax(dim=-1) if target is None else target[:, step]
+            tokens = torch.cat([tokens, new[:, None]], dim=1)
+        return torch.stack(logits, dim=1)
+
 
 def _module(kind: str, size: Size, package: Any) -> nn.Module:
-    """package: torch.nn or fused_attn."""
+    """A module of torch.nn or of fused_attn, by `package`."""
     common = {"dropout": DROPOUT, "batch_first": True}
     if kind == "attention":
         name = "MultiheadAttention" if package is nn else "FusedMultiheadAttention"
@@ -83,18 +114,19 @@ def _module(kind: str, size: Size, package: Any) -> nn.Module:
 
 
 class Workload:
-    """A kind of module at a size: torch's and ours with one set of parameters, and what is run on them."""
+    """Torch's module and ours of one kind, with the same parameters, and the inputs for both."""
 
     def __init__(self, kind: str, size: Size, device: torch.device, dtype: torch.dtype) -> None:
-        self.kind, self.size, self.device, self.dtype = kind, size, device, dtype
+        self.kind, self.size, self.dtype = kind, size, dtype
         torch.manual_seed(0)
         theirs, ours = _module(kind, size, nn), _module(kind, size, fused_attn)
         ours.load_state_dict(theirs.state_dict())
         self.modules = {OURS: ours.to(device, dtype), "torch": theirs.to(device, dtype)}
-        # Bool like the padding, True = masked: torch merges the two without a conversion.
+        # torch merges a bool mask with the bool padding without a conversion. True means hidden, as in torch.nn.
         self.causal = torch.ones(size.length, size.length, dtype=torch.bool, device=device).triu(1)
         lengths = uniform_lengths(size.batch, size.length)
-        self.num_tokens = sum(lengths)  # real ones: padding is no work that anybody asked for
+        # Padding does not count: nobody asked for work on padding.
+        self.num_tokens = size.batch * size.new_tokens if kind == "generation" else sum(lengths)
         generator = torch.Generator(device).manual_seed(0)
         shape = (size.batch, size.length)
         position = torch.arange(size.length, device=device)
@@ -115,33 +147,48 @@ class Workload:
             return module(x, inputs["memory"], tgt_mask=causal, tgt_is_causal=True, **masks)
         return module(inputs["source"], inputs["target"], padding, causal)
 
+    @torch.no_grad()
+    def generate(self, module: Model, inputs: dict[str, Tensor], target: Tensor | None = None) -> Tensor:
+        return module.generate(inputs["source"], inputs["padding"], self.causal, self.size.new_tokens, target)
+
     def results(self, module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
-        """Outputs of real tokens and all gradients, in eval mode, of the first sequences."""
+        """What is compared with float64, in eval mode: the outputs of valid tokens and all gradients.
+
+        Of generation these are the logits along a random target. The likeliest tokens of two implementations may differ
+        where rounding decides.
+        """
         inputs = {name: x[:CHECKED_BATCH].detach() for name, x in self.inputs.items()}
         inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-        leaves = list(module.parameters())
+        module.eval()
+        if self.kind == "generation":
+            return [self.generate(module, inputs, inputs["target"])]
+        valid, leaves = ~inputs["padding"], list(module.parameters())
         if self.kind != "seq2seq":
             leaves.append(inputs["x"].requires_grad_())
-        out = self.forward(module.eval(), inputs)
-        kept = ~inputs["padding"]
+        out = self.forward(module, inputs)[valid]
         if self.kind == "seq2seq":
-            loss = F.cross_entropy(out[kept], inputs["labels"][kept], reduction="sum")
-            grads = torch.autograd.grad(loss, leaves)
+            grads = torch.autograd.grad(F.cross_entropy(out, inputs["labels"][valid], reduction="sum"), leaves)
         else:
-            grads = torch.autograd.grad(out[kept], leaves, inputs["dout"][kept])
+            grads = torch.autograd.grad(out, leaves, inputs["dout"][valid])
         module.train()
-        return [out[kept].detach(), *grads]
+        return [out.detach(), *grads]
 
     def step(self, module: nn.Module, forward: Callable | None = None) -> timing.Call:
-        """One training step: forward and backward, of the whole model with the optimizer."""
+        """The call that is timed: a step of the optimizer for "seq2seq", all new tokens for "generation", and forward
+        and backward otherwise.
+
+        forward: in place of `self.forward`, such as its compiled version
+        """
         inputs, forward = self.inputs, forward or self.forward
-        kept = ~inputs["padding"]
+        if self.kind == "generation":
+            return lambda: self.generate(module, inputs)
+        valid = ~inputs["padding"]
         if self.kind != "seq2seq":
-            dout = inputs["dout"] * kept[:, :, None]
+            dout = inputs["dout"] * valid[:, :, None]
             leaves = [inputs["x"].requires_grad_(), *module.parameters()]
             return lambda: torch.autograd.grad(forward(module, inputs), leaves, dout)
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
-        labels = inputs["labels"].masked_fill(~kept, -100)
+        labels = inputs["labels"].masked_fill(~valid, -100)
 
         def train() -> None:
             optimizer.zero_grad()
@@ -152,14 +199,15 @@ class Workload:
 
 
 def _error(workload: Workload, module: nn.Module, truth: list[Tensor]) -> float | str:
-    """The largest error of any result, relative to that tensor's largest entry; or why there are no results."""
-    # Packages raise what they like; KeyboardInterrupt is no Exception.
+    """The largest error of any result, relative to the largest entry of its tensor. If the module fails, the reason.
+
+    A tensor far smaller than the others is judged by their size, because it consists of their rounding errors: the
+    gradient of the bias of keys, for example, is 0 in exact arithmetic.
+    """
     try:
         results = workload.results(module, workload.dtype)
-    except Exception as error:
+    except Exception as error:  # Modules raise exceptions of any class.
         return reason(error)
-    # A tensor much smaller than the rest is rounding of larger ones, which it is measured by: the key bias has a
-    # gradient that is exactly zero in exact arithmetic.
     largest = max(y.abs().max().item() for y in truth)
     errors = [
         (x.double() - y).abs().max().item() / max(y.abs().max().item(), 1e-3 * largest)
@@ -171,7 +219,10 @@ def _error(workload: Workload, module: nn.Module, truth: list[Tensor]) -> float 
 def run_kind(
     kind: str, size: Size, device: torch.device, dtype: str, compiles: bool, rounds: int, seconds: float
 ) -> list[Row]:
-    """One row for each implementation, timed if it is right."""
+    """Compares and times the modules of one kind. Returns one row for each implementation; a wrong one has no time.
+
+    compiles: also time each module under `torch.compile`
+    """
     workload = Workload(kind, size, device, DTYPES[dtype])
     truth = workload.results(copy.deepcopy(workload.modules["torch"]).double(), torch.float64)
     errors = {name: _error(workload, module, truth) for name, module in workload.modules.items()}
@@ -186,18 +237,19 @@ def run_kind(
         if compiles:
             torch._dynamo.reset()
             rows[name + COMPILED] = _row(kind, size, dtype, name + COMPILED) | fields
-            # Packages raise what they like; KeyboardInterrupt is no Exception.
             try:
                 calls[name + COMPILED] = call = workload.step(module, torch.compile(workload.forward))
                 call()
-            except Exception as error:
+            except Exception as error:  # torch.compile raises exceptions of any class.
                 calls.pop(name + COMPILED, None)
                 rows[name + COMPILED]["cannot"] = reason(error)
 
     def drop(name: str, error: Exception) -> None:
         rows[name]["failed"] = reason(error)
 
-    times = timing.measure_those_that_can(calls, timing.timer_for(device), rounds, seconds, drop)
+    # While a GPU generates, it waits for the host to launch the kernels of each token. That time counts.
+    timer = timing.timer_for(device, waits=kind == "generation")
+    times = timing.measure_those_that_can(calls, timer, rounds, seconds, drop)
     for name, fields in timing.fields_of(times).items():
         rows[name] |= fields | {"tokens_per_s": workload.num_tokens / (fields["median_ms"] * 1e-3)}
         if device.type == "cuda":
@@ -207,12 +259,13 @@ def run_kind(
 
 def _row(kind: str, size: Size, dtype: str, name: str) -> Row:
     about = {"benchmark": "modules", "module": kind, "batch": size.batch, "length": size.length}
-    about |= {"d_model": size.d_model, "heads": size.heads, "layers": size.layers if kind == "seq2seq" else 1}
+    about |= {"d_model": size.d_model, "heads": size.heads, "layers": size.layers if kind in MODELS else 1}
+    about |= {"new_tokens": size.new_tokens} if kind == "generation" else {}
     return about | {"dtype": dtype, "implementation": name}
 
 
 def _verdict(error: float | str, error_of_torch: float | str, dtype: torch.dtype) -> Row:
-    """Errors are those of the results, or why there are none."""
+    """The fields of a row about correctness. An error that is a text is the reason why there are no results."""
     if isinstance(error, str):
         return {"cannot": error}
     if isinstance(error_of_torch, str):
@@ -222,7 +275,7 @@ def _verdict(error: float | str, error_of_torch: float | str, dtype: torch.dtype
 
 
 def _peak_mib(call: timing.Call, device: torch.device) -> float:
-    """Beyond what is allocated anyway: parameters, optimizer state, inputs."""
+    """The peak memory of a call, without parameters, optimizer state and inputs, which are allocated before."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -247,27 +300,26 @@ def describe(rows: list[Row]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     session.add_arguments(parser, "small modules, not compiled")
-    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND",
+                        help=f"some of {', '.join(KINDS)} (all)")  # fmt: skip
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
 
 
 def main(arguments: argparse.Namespace) -> int:
     run = Session(arguments)
     size = (QUICK_SIZES if run.is_quick else SIZES)[run.device.type]
-    compiles = not (arguments.no_compile or run.is_quick)
     limits = arguments.rounds or (3 if run.is_quick else 20), arguments.seconds or (0.5 if run.is_quick else 5.0)
     done = {(row["module"], row["dtype"], row["implementation"]) for row in select(run.earlier, benchmark="modules")}
-    todo = [
-        (kind, dtype)
-        for kind in arguments.only
-        for dtype in run.dtypes
-        if (kind, dtype, OURS + COMPILED if compiles else OURS) not in done
-    ]
-    for kind, dtype in run.steps(todo, " ".join):
-        # Packages raise what they like; KeyboardInterrupt is no Exception.
+    todo = []
+    for kind in arguments.only:
+        # A loop whose tensors grow with each token would be compiled again for each token.
+        compiles = not (arguments.no_compile or run.is_quick or kind == "generation")
+        last = OURS + COMPILED if compiles else OURS
+        todo += [(kind, dtype, compiles) for dtype in run.dtypes if (kind, dtype, last) not in done]
+    for kind, dtype, compiles in run.steps(todo, lambda step: " ".join(step[:2])):
         try:
             rows = run_kind(kind, size, run.device, dtype, compiles, *limits)
-        except Exception as error:
+        except Exception as error:  # Modules raise exceptions of any class.
             rows = [_row(kind, size, dtype, OURS) | {"cannot": reason(error)}]
         run.record(rows, f"{kind} {dtype} | {describe(rows)}")
     ours = select(run.rows, implementation=OURS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,46 +15,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TITLES = {
-    "none": "no mask",
-    "causal": "causal",
-    "padded": "half padded",
-    "padded-random": "padded, random lengths",
-    "causal+padded": "causal + half padded",
-    "causal+padded-random": "causal + padded, random lengths",
-    "bias": "bias with gradient",
-    "relative-bias": "relative bias with gradient",
-    "window": "causal, window 1024",
-    "gqa": "causal, GQA",
-    "varlen": "causal, packed",
-    "decode": "decode",
-}
-#: The same colour for the same implementation in every plot; ours stands out.
+#: The colour of each implementation, the same in every plot. Ours is red.
 COLOURS = {
-    "fused_attn": "#c1272d",
-    "fused_attn[triton]": "#ff6f69",
-    "fused_attn[cuda]": "#7a0c12",
-    "torch": "#1f77b4",
-    "torch-flash": "#17becf",
-    "torch-efficient": "#2ca02c",
-    "torch-cudnn": "#9467bd",
-    "torch-math": "#7f7f7f",
-    "torch-causal-only": "#87ceeb",
-    "torch-varlen": "#8c564b",
-    "flex": "#ff7f0e",
-    "flash_attn2": "#bcbd22",
-    "flash_attn3": "#556b2f",
-    "flash_attn4": "#000080",
-    "flash_attn3-packed": "#8fbc8f",
+    "fused_attn": "#c1272d", "fused_attn[triton]": "#ff6f69", "fused_attn[cuda]": "#7a0c12", "torch": "#1f77b4",
+    "torch-flash": "#17becf", "torch-efficient": "#2ca02c", "torch-cudnn": "#9467bd", "torch-math": "#7f7f7f",
+    "torch-causal-only": "#87ceeb", "torch-varlen": "#8c564b", "flex": "#ff7f0e", "flash_attn2": "#bcbd22",
+    "flash_attn3": "#556b2f", "flash_attn4": "#000080", "flash_attn3-packed": "#8fbc8f",
     "flash_attn4-packed": "#4169e1",
-}
+}  # fmt: skip
+#: The head dim of the plot of speed-ups.
 HEAD_DIM = 64
-INCHES_OF_A_NAME = 1.9  # in a legend
-LEAST_MIB = 0.1  # where a logarithmic axis begins
+#: The width of one name in a legend.
+INCHES_OF_A_NAME = 1.9
+#: Less memory is drawn as this, because a logarithmic axis has no 0.
+LEAST_MIB = 0.1
 
 
 class Plot(NamedTuple):
-    """rows: what it shows; draw: rows -> figure."""
+    """draw: makes the figure from the rows and the name of the device"""
 
     title: str
     rows: list[Row]
@@ -61,7 +40,7 @@ class Plot(NamedTuple):
 
 
 def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
-    """One file for each kind of plot and device that there are rows of."""
+    """Writes every plot of `plots_of` into a folder, and returns the paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -69,21 +48,20 @@ def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
     written = []
     for name, plot in plots_of(rows).items():
         path = folder / f"{name}.png"
-        # No date inside, so that the same rows give the same file.
+        # Without the version of matplotlib in the file, the same rows give the same file.
         plot.draw(plot.rows, plot.rows[0]["device"]).savefig(path, dpi=110, metadata={"Software": None})
         written.append(path)
     return written
 
 
 def plots_of(rows: Iterable[Row]) -> dict[str, Plot]:
-    """The plots that can be made of these rows, by file name."""
+    """For each device, the plots that can be made of its rows, by file name without ".png"."""
     plots = {}
     rows = list(rows)
-    devices = list(dict.fromkeys(row["device"] for row in rows))
-    slugs = [_slug(device) for device in devices]
-    for number, (device, slug) in enumerate(zip(devices, slugs, strict=True)):
-        if slug in slugs[:number]:
-            raise ValueError(f"device: expected names that differ in letters and digits, got {devices}")
+    devices = {row["device"]: _slug(row["device"]) for row in rows}
+    if len(set(devices.values())) < len(devices):
+        raise ValueError(f"device: expected names that differ in letters and digits, got {list(devices)}")
+    for device, slug in devices.items():
         own = select(rows, device=device)
         if found := select(own, benchmark="masks", implementation="torch"):
             title = f"Speed-up over F.scaled_dot_product_attention against length, {device}"
@@ -100,60 +78,57 @@ def plots_of(rows: Iterable[Row]) -> dict[str, Plot]:
 
 
 def has_enough_sequences(row: Row) -> bool:
-    """False if lengths are random and the batch has so few sequences that chance decides the result."""
+    """False if the lengths are random and the batch has few sequences, so that their lengths decide the time."""
     return row["mask"] not in cases.RANDOM_MASKS or row["shape"][0] >= cases.LEAST_SEQUENCES
 
 
 def sweep_of_memory(rows: Iterable[Row]) -> list[Row]:
-    """The rows that have the (B, H, D) of the first one."""
-    rows = [row for row in select(rows, benchmark="memory") if "extra_mib" in row]
-    sizes = [(row["shape"][0], row["shape"][1], row["shape"][3]) for row in rows]
-    return [row for row, size in zip(rows, sizes, strict=True) if size == sizes[0]]
+    """The rows of memory whose B, H and D are those of the first row, so that only the length differs."""
+    rows = [row | {"size": (*row["shape"][:2], row["shape"][3])} for row in select(rows, benchmark="memory")]
+    rows = [row for row in rows if "extra_mib" in row]
+    return select(rows, size=rows[0]["size"]) if rows else []
 
 
-def _speedup(rows: list[Row], device: str):
-    """Panels by dtype and direction, a line for each mask: each ratio with its quartiles."""
+def _speedup(rows: list[Row], device: str) -> Figure:
+    """Torch's time / ours against length: a panel for each dtype and direction, a line for each mask."""
     rows = [row for row in rows if "over_ours" in row and row["shape"][3] == HEAD_DIM]
-    panels = list(dict.fromkeys((row["dtype"], row["direction"]) for row in rows))
+    panels = summary.groups(rows, ("dtype", "direction"))
     figure, axes = _grid(len(panels), 2)
-    for axis, (dtype, direction) in zip(axes, panels, strict=False):
-        chosen = select(rows, dtype=dtype, direction=direction)
-        for mask in dict.fromkeys(row["mask"] for row in chosen):
-            points = sorted(select(chosen, mask=mask), key=lambda row: row["shape"][2])
-            lengths = [row["shape"][2] for row in points]
-            line = axis.plot(lengths, [row["over_ours"] for row in points], marker="o", ms=4, label=TITLES[mask])[0]
+    for axis, chosen in zip(axes, panels, strict=False):
+        for own in summary.groups(chosen, ("mask",)):
+            points = sorted(own, key=_length)
+            lengths = list(map(_length, points))
+            label = cases.MASKS[own[0]["mask"]]
+            line = axis.plot(lengths, [row["over_ours"] for row in points], marker="o", ms=4, label=label)[0]
             quartiles = [row["over_ours_q1"] for row in points], [row["over_ours_q3"] for row in points]
             axis.fill_between(lengths, *quartiles, alpha=0.15, color=line.get_color(), linewidth=0)
         axis.axhline(1.0, color="black", linewidth=1, linestyle=":")
-        axis.set_title(f"{dtype}, {direction}", fontsize=10)
+        axis.set_title(f"{chosen[0]['dtype']}, {chosen[0]['direction']}", fontsize=10)
         axis.set_yscale("log", base=2)
         _lengths_on_x(axis, chosen)
-        _plain_numbers(axis.yaxis, "{:g}x")
+        axis.yaxis.set_major_formatter("{x:g}x")
     figure.supylabel("torch's time / ours; shaded: quartiles over rounds", fontsize=10)
-    return _finish(
-        figure, axes, len(panels), f"Speed-up over F.scaled_dot_product_attention, head dim {HEAD_DIM}\n{device}"
-    )
+    title = f"Speed-up over F.scaled_dot_product_attention, head dim {HEAD_DIM}\n{device}"
+    return _finish(figure, axes[: len(panels)], title)
 
 
-def _memory(rows: list[Row], device: str):
-    """Panels by mask, of a training step where there is one; a line for each implementation."""
-    directions = {row["direction"] for row in rows}
-    direction = "forward+backward" if "forward+backward" in directions else next(iter(directions))
-    dtype = rows[0]["dtype"]
-    rows = [row for row in rows if row["direction"] == direction and row["dtype"] == dtype]
+def _memory(rows: list[Row], device: str) -> Figure:
+    """Memory against length, of forward and backward together if there are such rows."""
+    directions = [row["direction"] for row in rows]
+    direction = "forward+backward" if "forward+backward" in directions else directions[0]
+    rows = select(rows, direction=direction, dtype=rows[0]["dtype"])
     batch, heads, _, head_dim = rows[0]["shape"]
-    title = f"Memory of one call, {direction}, ({batch}, {heads}, L, {head_dim}), {dtype}\n{device}"
+    title = f"Memory of one call, {direction}, ({batch}, {heads}, L, {head_dim}), {rows[0]['dtype']}\n{device}"
     label = "MiB beyond inputs and results; needed masks count"
     return _by_implementation(rows, lambda row: max(summary.mib_of(row), LEAST_MIB), label, title, is_log=True)
 
 
-def _speed(rows: list[Row], device: str):
-    """Panels by mask, of the dtype and head dim with most rows."""
+def _speed(rows: list[Row], device: str) -> Figure:
+    """FLOP/s on visible scores against length, of the dtype and the head dim that most rows have."""
     timed = [row for row in rows if "median_ms" in row]
-    sizes = [(row["dtype"], row["shape"][3]) for row in timed]
-    dtype, head_dim = max(dict.fromkeys(sizes), key=sizes.count)
-    chosen = [row for row in timed if (row["dtype"], row["shape"][3]) == (dtype, head_dim)]
-    title = f"Speed on visible scores, {rows[0]['direction']}, {dtype}, head dim {head_dim}"
+    chosen = max(summary.groups(timed, ("dtype",), by_head_dim=True), key=len)
+    first = chosen[0]
+    title = f"Speed on visible scores, {first['direction']}, {first['dtype']}, head dim {first['shape'][3]}"
     tokens = {row["shape"][0] * row["shape"][2] for row in chosen}
     if len(tokens) == 1:
         title += f", {tokens.pop()} tokens a batch"
@@ -164,34 +139,37 @@ def _speed(rows: list[Row], device: str):
     )
 
 
-def _by_implementation(rows: list[Row], value_of: Callable[[Row], float], label: str, title: str, is_log: bool = False):
-    """An implementation that solves another problem than its panel's is dashed and has a * after its name."""
-    masks = list(dict.fromkeys(row["mask"] for row in rows))
-    figure, axes = _grid(len(masks), 3)
-    for axis, mask in zip(axes, masks, strict=False):
-        chosen = select(rows, mask=mask)
-        for name in dict.fromkeys(row["implementation"] for row in chosen):
-            points = sorted(select(chosen, implementation=name), key=lambda row: row["shape"][2])
-            is_other = any("problem" in row for row in points)
+def _by_implementation(
+    rows: list[Row], value_of: Callable[[Row], float], label: str, title: str, is_log: bool = False
+) -> Figure:
+    """A panel for each mask, with a line for each implementation. The line of an implementation that computes less than
+    the case is dashed, with a * after the name."""
+    panels = summary.groups(rows, ("mask",))
+    figure, axes = _grid(len(panels), 3)
+    for axis, chosen in zip(axes, panels, strict=False):
+        for own in summary.groups(chosen, ("implementation",)):
+            points, name = sorted(own, key=_length), own[0]["implementation"]
+            is_less = any("problem" in row for row in points)
             axis.plot(
-                [row["shape"][2] for row in points], list(map(value_of, points)), marker="o", ms=4,
-                label=f"{name} *" if is_other else name, color=COLOURS[name], linestyle="--" if is_other else "-",
+                list(map(_length, points)), list(map(value_of, points)), marker="o", ms=4,
+                label=f"{name} *" if is_less else name, color=COLOURS[name], linestyle="--" if is_less else "-",
                 linewidth=2.5 if name == OURS else 1.5, zorder=3 if name == OURS else 2,
             )  # fmt: skip
-        axis.set_title(TITLES[mask], fontsize=10)
+        axis.set_title(cases.MASKS[chosen[0]["mask"]], fontsize=10)
         if is_log:
             axis.set_yscale("log")
         else:
             axis.set_ylim(bottom=0)
-        _plain_numbers(axis.yaxis, "{:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
         _lengths_on_x(axis, chosen)
     figure.supylabel(label, fontsize=10)
     if any("problem" in row for row in rows):
         title += "\n* computes less than the case: right only in rows that are no padding"
-    return _finish(figure, axes, len(masks), title)
+    return _finish(figure, axes[: len(panels)], title)
 
 
-def _grid(count: int, columns: int):
+def _grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure with at least `count` panels."""
     from matplotlib.figure import Figure
 
     columns = min(columns, max(count, 1))
@@ -200,12 +178,12 @@ def _grid(count: int, columns: int):
     return figure, list(figure.subplots(lines, columns, squeeze=False).flat)
 
 
-def _finish(figure, axes: list[Axes], used: int, title: str):
-    """One legend below for all panels."""
-    for axis in axes[used:]:
+def _finish(figure: Figure, used: list[Axes], title: str) -> Figure:
+    """Hides the panels that are not used, and adds the title and one legend for all panels."""
+    for axis in set(figure.axes) - set(used):
         axis.set_visible(False)
     handles = {}
-    for axis in axes[:used]:
+    for axis in used:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     columns = min(len(handles), int(figure.get_figwidth() / INCHES_OF_A_NAME))
@@ -215,7 +193,7 @@ def _finish(figure, axes: list[Axes], used: int, title: str):
 
 
 def _lengths_on_x(axis: Axes, rows: list[Row]) -> None:
-    lengths = sorted({row["shape"][2] for row in rows})
+    lengths = sorted(set(map(_length, rows)))
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [str(length) for length in lengths])
     axis.minorticks_off()
@@ -224,9 +202,10 @@ def _lengths_on_x(axis: Axes, rows: list[Row]) -> None:
     axis.grid(alpha=0.3)
 
 
-def _plain_numbers(axis, pattern: str) -> None:
-    axis.set_major_formatter(lambda value, _: pattern.format(value))
+def _length(row: Row) -> int:
+    return row["shape"][2]
 
 
 def _slug(device: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
+    """The name of a device for a file name: "NVIDIA H200" becomes "nvidia-h200"."""
+    return "-".join(re.findall(r"[^\W_]+", device.lower()))

@@ -1,4 +1,4 @@
-"""Writes RESULTS.md, its plots and the README's summary from the committed rows: ``python -m benchmarks report``."""
+"""Writes RESULTS.md, its plots and the README's table from the committed rows: ``python -m benchmarks report``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import plots, summary
+from benchmarks import cases, plots, summary
 from benchmarks.conventions import OURS, ROOT
 from benchmarks.rows import Row, newest, read, select
 
@@ -16,16 +16,11 @@ README = ROOT / "README.md"
 PAGE = ROOT / "benchmarks" / "RESULTS.md"
 ROWS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "benchmarks" / "plots"
+#: The lines of README.md around the generated table.
 BEGIN, END = "<!-- benchmarks:summary -->", "<!-- /benchmarks:summary -->"
 
-MASKS = {
-    "none": "no mask",
-    "causal": "causal",
-    "padded": "half padded",
-    "causal+padded": "causal + padded",
-    "bias": "bias with gradient",
-}
-#: The columns of the summary. A CPU is measured with half of each sequence padding, a GPU with random lengths.
+#: The columns of the README's table, with their masks. On a CPU half of each sequence is padding, on a GPU the lengths
+#: are random.
 SUMMARY = {
     "no mask": ("none",),
     "causal": ("causal",),
@@ -33,12 +28,12 @@ SUMMARY = {
     "causal + padding": ("causal+padded", "causal+padded-random"),
     "bias with gradient": ("bias",),
 }
-#: The other implementations that have a column of their own in the tables of GPUs, if there are rows of them.
+#: The rivals with a column of their own in the tables of GPUs.
 COLUMNS = ("flash_attn4", "flash_attn3", "torch-cudnn", "torch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--no-plots", action="store_true", help="tables only; needs no matplotlib")
+    parser.add_argument("--no-plots", action="store_true", help="write tables only, without matplotlib")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -56,82 +51,69 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def all_rows(folder: Path = ROWS) -> list[Row]:
-    """The newest of what several runs have measured; of a GPU, only those of its newest commit."""
+    """The committed rows, without those that a later run has measured again. Of the attention benchmark on a GPU, only
+    the rows of the newest commit count, because one table must not mix the kernels of two commits."""
     rows = newest(row for path in sorted(folder.glob("*.jsonl")) for row in read(path))
     commits = {row["device"]: row["commit"] for row in sorted(rows, key=lambda row: row["date"]) if is_of_a_gpu(row)}
     return [row for row in rows if not is_of_a_gpu(row) or row["commit"] == commits[row["device"]]]
 
 
 def is_of_a_gpu(row: Row) -> bool:
+    """Whether the attention benchmark has measured the row on a GPU."""
     return row["benchmark"] == "attention" and "driver" in row
 
 
 def with_summary(readme: str, rows: list[Row]) -> str:
-    """The README with the summary of these rows in place of the one it has."""
+    """The text of the README with the table of these rows in place of its old table."""
     head, rest = readme.split(BEGIN)
-    _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{summary_table(rows)}\n{END}{tail}"
+    return f"{head}{BEGIN}\n{summary_table(rows)}\n{END}{rest.split(END)[1]}"
 
 
 def page(rows: list[Row]) -> str:
-    sections = {"CPU": cpu_tables(rows), "GPU": gpu_tables(rows), "Memory": memory_table(rows), "Plots": links(rows)}
-    lines = [
-        "# Results",
-        "",
-        "Generated from the rows in `results/` by `python -m benchmarks report`; the method is in",
-    ]
-    lines += ["[README.md](README.md)."]
+    """The text of RESULTS.md."""
+    links = (f"![{plot.title}]({PLOTS.name}/{name}.png)" for name, plot in plots.plots_of(rows).items())
+    sections = {
+        "CPU": cpu_tables(rows), "GPU": gpu_tables(rows), "Memory": memory_table(rows), "Plots": "\n\n".join(links),
+    }  # fmt: skip
+    method = "Generated from the rows in `results/` by `python -m benchmarks report`; the method is in"
+    lines = ["# Results", "", method, "[README.md](README.md)."]
     for title, text in sections.items():
         lines += ["", f"## {title}", "", text] if text else []
     return "\n".join(lines) + "\n"
 
 
-def links(rows: list[Row]) -> str:
-    return "\n\n".join(f"![{plot.title}]({PLOTS.name}/{name}.png)" for name, plot in plots.plots_of(rows).items())
-
-
-def _table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> list[str]:
-    header = list(header)
+def _table(header: list[str], lines: Iterable[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     head, *body = (f"| {' | '.join(cells)} |" for cells in (header, *lines))
     return [head, "|---" * len(header) + "|", *body]
 
 
 def _mean_and_range(ratios: list[float]) -> str:
-    if not ratios:
-        return "-"
-    return f"{statistics.geometric_mean(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-
-
-def _all(rows: list[Row], field: str) -> str:
-    """What rows of several runs say, each once."""
-    return ", ".join(dict.fromkeys(str(row[field]) for row in rows))
-
-
-def _dates(rows: list[Row]) -> str:
-    days = sorted({row["date"][:10] for row in rows})
-    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    """ "1.50 [1.20, 1.90]": the geometric mean, the least and the greatest."""
+    return f"{statistics.geometric_mean(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if ratios else "-"
 
 
 def _about(rows: list[Row], *fields: str) -> str:
-    versions = ", ".join(f"{field.replace('cuda', 'CUDA')} {_all(rows, field)}" for field in fields)
-    return f"{versions}; commit {_all(rows, 'commit')}, {_dates(rows)}"
+    """ "torch 2.13, CUDA 13.0; commit abc1234, 2026-11-01 to 2026-11-02": every value that the rows have."""
+
+    def values(field: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[field]) for row in rows))
+
+    versions = ", ".join(f"{field.replace('cuda', 'CUDA')} {values(field)}" for field in fields)
+    days = sorted({row["date"][:10] for row in rows})
+    return f"{versions}; commit {values('commit')}, {' to '.join(dict.fromkeys((days[0], days[-1])))}"
 
 
-# ---- The summary
+# ---- The README's table
 
 
 def summary_table(rows: list[Row]) -> str:
-    """One table of all devices."""
+    """A line for each device, dtype and direction, with the ratio of the fastest other implementation to ours."""
     measured = [row for row in rows if row["benchmark"] == "masks" or is_of_a_gpu(row)]
     lines = []
     for group in summary.groups(measured, ("device", "dtype", "direction")):
-        first = group[0]
-        cells = []
-        for masks in SUMMARY.values():
-            cases = _cases([row for row in group if row["mask"] in masks])
-            others = [row for case in cases for row in summary.fastest_others(case) if "problem" not in row]
-            cells.append(_mean_and_range([row["over_ours"] for row in others]))
-        lines.append([first["device"], f"{first['dtype']} {first['direction']}", *cells])
+        cells = [_mean_and_range(_leads([row for row in group if row["mask"] in masks])) for masks in SUMMARY.values()]
+        lines.append([group[0]["device"], f"{group[0]['dtype']} {group[0]['direction']}", *cells])
     return "\n".join(
         [
             "Time of the fastest other implementation divided by ours: above 1, ours is faster. Geometric mean "
@@ -144,17 +126,30 @@ def summary_table(rows: list[Row]) -> str:
     )
 
 
+def _leads(rows: list[Row]) -> list[float]:
+    """For each case that ours is timed on, the time of the fastest other implementation / ours."""
+    rows = [row | {"size": tuple(row["shape"])} for row in rows]
+    timed = [case for case in summary.groups(rows, ("mask", "size", "direction")) if _is_timed(case)]
+    others = [row for case in timed for row in summary.fastest_others(case)]
+    return [row["over_ours"] for row in others if "problem" not in row]
+
+
+def _is_timed(rows: list[Row]) -> bool:
+    """Whether ours has a time in one of these rows."""
+    return any("median_ms" in row for row in select(rows, implementation=OURS))
+
+
 # ---- GPU
 
 
 def gpu_tables(rows: list[Row]) -> str:
-    """One table for each GPU and dtype; nothing without rows of a GPU."""
-    groups = summary.groups(list(filter(is_of_a_gpu, rows)), ("device", "dtype"))
-    return "\n\n".join("\n".join(_gpu_table(group)) for group in groups if any(map(_ours, _cases(group))))
+    """A table for each GPU and dtype. The text is empty without rows of a GPU."""
+    groups = summary.groups(filter(is_of_a_gpu, rows), ("device", "dtype"))
+    return "\n\n".join("\n".join(_gpu_table(group)) for group in groups if _is_timed(group))
 
 
 def _gpu_table(rows: list[Row]) -> list[str]:
-    """A line for each head dim, mask and length, and in it each direction."""
+    """A line for each head dim, mask and length, and columns for each direction."""
     about = rows[0]
     timed = [row for row in rows if "median_ms" in row]
     columns = {
@@ -163,8 +158,6 @@ def _gpu_table(rows: list[Row]) -> list[str]:
     }
     peaks = [row["matmul_tflops"] for row in rows if "matmul_tflops" in row]
     peak = f"; a large matrix product reaches {statistics.median(peaks):.0f}" if peaks else ""
-    has_other = any("problem" in row for row in timed)
-    is_decode = any("gb_per_s" in row for row in timed)
     heads = [
         title
         for direction, names in columns.items()
@@ -174,17 +167,16 @@ def _gpu_table(rows: list[Row]) -> list[str]:
     for group in summary.groups(timed, ("mask",), by_head_dim=True):
         for length in sorted({row["shape"][2] for row in group}):
             case = [row for row in group if row["shape"][2] == length]
-            cells = [
-                cell
-                for direction, names in columns.items()
-                for cell in _gpu_cells(select(case, direction=direction), names)
-            ]
-            lines.append([str(case[0]["shape"][3]), plots.TITLES[case[0]["mask"]], str(length), *cells])
+            cells = [str(case[0]["shape"][3]), cases.MASKS[case[0]["mask"]], str(length)]
+            for direction, names in columns.items():
+                cells += _gpu_cells(select(case, direction=direction), names)
+            lines.append(cells)
     return [
         f"**{about['device']}, {about['dtype']}**: TFLOP/s on visible scores{peak}. *ours / best* compares with the "
         "fastest other implementation, within rounds of one run: above 1 ours is faster. "
-        + "GB/s where one query meets many keys. " * is_decode
-        + "* computes less than the case: right only in rows that are no padding. " * has_other
+        + "GB/s where one query meets many keys. " * any("gb_per_s" in row for row in timed)
+        + "* computes less than the case: right only in rows that are no padding. "
+        * any("problem" in row for row in timed)
         + f"{_lead(rows)} Driver {_about(rows, 'driver', 'cuda', 'torch').removeprefix('driver ')}.",
         "",
         *_table(["D", "mask", "L", *heads], lines),
@@ -192,44 +184,35 @@ def _gpu_table(rows: list[Row]) -> list[str]:
 
 
 def _title(rows: list[Row], name: str) -> str:
-    """With the version of its package, where that is not torch."""
+    """ "flash_attn3 (fa3-fwd 0.0.3)": an implementation, with package and version unless torch brings it."""
     row = select(rows, implementation=name)[0]
     version = row.get("version")
     return name if version is None or name.startswith("torch") else f"{name} ({row['package']} {version})"
 
 
 def _gpu_cells(rows: list[Row], names: list[str]) -> list[str]:
-    """Of one case and direction: ours, those of these names, and the ratio to the fastest other one."""
-    found = [_rate(select(rows, implementation=name)) for name in (OURS, *names)]
-    others = summary.fastest_others(rows) if _ours(rows) else []
-    ratios = [f"{row['over_ours']:.2f} {row['implementation']}{'*' * ('problem' in row)}" for row in others]
-    return [*found, ", ".join(ratios) or "-"]
+    """The cells of one case: the rate of ours, the rates of these rivals, and the ratio to the fastest rival."""
+    cells = []
+    for name in (OURS, *names):
+        own = select(rows, implementation=name)[:1]
+        cells.append("".join(f"{row.get('gb_per_s') or row['effective_tflops']:.0f}{_star(row)}" for row in own) or "-")
+    others = summary.fastest_others(rows) if _is_timed(rows) else []
+    ratios = [f"{row['over_ours']:.2f} {row['implementation']}{_star(row)}" for row in others]
+    return [*cells, ", ".join(ratios) or "-"]
 
 
-def _rate(rows: list[Row]) -> str:
-    if not rows:
-        return "-"
-    rate = rows[0]["gb_per_s"] if "gb_per_s" in rows[0] else rows[0]["effective_tflops"]
-    return f"{rate:.0f}{'*' * ('problem' in rows[0])}"
-
-
-def _ours(rows: list[Row]) -> list[Row]:
-    return [row for row in select(rows, implementation=OURS) if "median_ms" in row]
-
-
-def _cases(rows: list[Row]) -> list[list[Row]]:
-    return summary.groups([row | {"size": tuple(row["shape"])} for row in rows], ("mask", "size", "direction"))
+def _star(row: Row) -> str:
+    return "*" * ("problem" in row)
 
 
 def _lead(rows: list[Row]) -> str:
-    """In how many cases ours is the fastest, and by how much it leads or trails."""
+    """A sentence: in how many cases ours is the fastest, and the range of the ratios."""
     parts = []
-    for direction in dict.fromkeys(row["direction"] for row in rows):
-        cases = [case for case in _cases(select(rows, direction=direction)) if _ours(case)]
-        others = [row for case in cases for row in summary.fastest_others(case) if "problem" not in row]
-        if ratios := [row["over_ours"] for row in others]:
+    for group in summary.groups(rows, ("direction",)):
+        if ratios := _leads(group):
             span = f"{min(ratios):.2f} to {max(ratios):.2f}"
-            parts.append(f"{sum(ratio > 1.0 for ratio in ratios)} of {len(ratios)} cases {direction} ({span})")
+            won = sum(ratio > 1.0 for ratio in ratios)
+            parts.append(f"{won} of {len(ratios)} cases {group[0]['direction']} ({span})")
     return f"Ours is the fastest in {' and '.join(parts)}." if parts else ""
 
 
@@ -237,20 +220,22 @@ def _lead(rows: list[Row]) -> str:
 
 
 def cpu_tables(rows: list[Row]) -> str:
+    """For each CPU, the table of masks, and a list with a line about each other table."""
     tables = []
     for group in summary.groups(select(rows, benchmark="masks"), ("device",)):
         own = select(rows, device=group[0]["device"])
-        tables.append("\n".join(_masks_table(group) + _beside(own)))
+        found = [line for make in LINES for line in make(own)]
+        head = ["", "Beside that, torch's time divided by ours unless a line says otherwise:", ""] if found else []
+        tables.append("\n".join(_masks_table(group) + head + found))
     return "\n\n".join(tables)
 
 
 def _masks_table(rows: list[Row]) -> list[str]:
-    about = rows[0]
+    about, masks = rows[0], cases.FIXED["masks"].masks
     shapes = sorted({tuple(row["shape"]) for row in rows}, key=lambda shape: (shape[2], shape[3]))
     lines = [
-        [f"{dtype} {direction}", *(_mean_and_range(_ratios(own, mask=mask)) for mask in MASKS)]
+        [f"{own[0]['dtype']} {own[0]['direction']}", *(_mean_and_range(_ratios(own, mask=mask)) for mask in masks)]
         for own in summary.groups(rows, ("dtype", "direction"))
-        for dtype, direction in [(own[0]["dtype"], own[0]["direction"])]
     ]
     return [
         f"Time of `F.scaled_dot_product_attention` divided by ours, on {about['cores']} cores of {about['device']} "
@@ -258,24 +243,13 @@ def _masks_table(rows: list[Row]) -> list[str]:
         f"(B, H, L, D) = {', '.join(map(str, shapes))}; above 1, ours is faster. torch is given `is_causal`, a "
         "(B, 1, 1, S) mask for padding, and for both a (B, 1, L, S) one, which are made beforehand.",
         "",
-        *_table(["", *MASKS.values()], lines),
+        *_table(["", *map(cases.MASKS.get, masks)], lines),
     ]
 
 
 def _ratios(rows: list[Row], **wanted: object) -> list[float]:
+    """Torch's time / ours, in the rows whose fields have these values."""
     return [row["over_ours"] for row in select(rows, implementation="torch", **wanted) if "over_ours" in row]
-
-
-def _beside(rows: list[Row]) -> list[str]:
-    """What is measured beside the table of masks."""
-    found = [
-        line for make in (_short, _decode, _features, _small_modules, _isa, _step, _overhead) for line in make(rows)
-    ]
-    return ["", "Beside that, torch's time divided by ours unless a line says otherwise:", "", *found] if found else []
-
-
-def _by_direction(rows: list[Row]) -> dict[str, list[Row]]:
-    return {group[0]["direction"]: group for group in summary.groups(rows, ("direction",))}
 
 
 def _short(rows: list[Row]) -> list[str]:
@@ -284,19 +258,20 @@ def _short(rows: list[Row]) -> list[str]:
         return []
     batch, heads, _, head_dim = rows[0]["shape"]
     lengths = ", ".join(map(str, sorted({row["shape"][2] for row in rows})))
-    parts = [f"{direction} {_mean_and_range(_ratios(own))}" for direction, own in _by_direction(rows).items()]
+    groups = summary.groups(rows, ("direction",))
+    parts = [f"{own[0]['direction']} {_mean_and_range(_ratios(own))}" for own in groups]
     return [f"- ({batch}, {heads}, L, {head_dim}) with L of {lengths}: {'; '.join(parts)}"]
 
 
 def _decode(rows: list[Row]) -> list[str]:
     lines = []
     for ours in select(rows, benchmark="decode", implementation=OURS):
-        case = {name: ours[name] for name in ("benchmark", "shape", "dtype")}
-        way, rate = next((way, ours[f"{way}_gb_per_s"]) for way in ("read", "copy") if f"{way}_gb_per_s" in ours)
-        memory = f"{'a sum reads' if way == 'read' else 'a copy moves'} {rate:.0f} from main memory"
+        ratio = _ratios(rows, benchmark="decode", shape=ours["shape"], dtype=ours["dtype"])[0]
+        reads = "read_gb_per_s" in ours
+        memory = f"a {'sum reads' if reads else 'copy moves'} {ours['read_gb_per_s' if reads else 'copy_gb_per_s']:.0f}"
         lines.append(
             f"- one query of {ours['shape'][1]} heads against {ours['shape'][2]} keys, {ours['dtype']}: "
-            f"{_ratios(rows, **case)[0]:.2f}, {ours['gb_per_s']:.0f} GB/s where {memory}"
+            f"{ratio:.2f}, {ours['gb_per_s']:.0f} GB/s where {memory} from main memory"
         )
     return lines
 
@@ -311,14 +286,14 @@ def _features(rows: list[Row]) -> list[str]:
 
 def _small_modules(rows: list[Row]) -> list[str]:
     return [
-        f"- `FusedMultiheadAttention` against `nn.MultiheadAttention` at (N, L, E), {direction}: "
+        f"- `FusedMultiheadAttention` against `nn.MultiheadAttention` at (N, L, E), {own[0]['direction']}: "
         + ", ".join(f"({row['batch']}, {row['length']}, {row['d_model']}) {row['over_ours']:.2f}" for row in own)
-        for direction, own in _by_direction(select(rows, benchmark="small-modules", implementation="torch")).items()
+        for own in summary.groups(select(rows, benchmark="small-modules", implementation="torch"), ("direction",))
     ]
 
 
 def _isa(rows: list[Row]) -> list[str]:
-    """A line about the instruction sets besides the machine's best one, whose speed counts as 1."""
+    """The speed of each instruction set but the best one of the machine, whose speed counts as 1."""
     rows = [row for row in select(rows, benchmark="isa") if row["implementation"] != row["best_isa"]]
     groups = summary.groups(rows, ("implementation",))
     parts = [f"{group[0]['implementation']} {_mean_and_range([row['speed'] for row in group])}" for group in groups]
@@ -332,18 +307,22 @@ def _step(rows: list[Row]) -> list[str]:
 
 def _overhead(rows: list[Row]) -> list[str]:
     parts = []
-    for direction, own in _by_direction(select(rows, benchmark="overhead")).items():
+    for own in summary.groups(select(rows, benchmark="overhead"), ("direction",)):
         ours, theirs = (select(own, implementation=name)[0]["best_ms"] * 1e3 for name in (OURS, "torch"))
-        parts.append(f"{direction} {ours:.1f} / {theirs:.1f}")
+        parts.append(f"{own[0]['direction']} {ours:.1f} / {theirs:.1f}")
     text = "- a call at (1, 2, 4, 8), ours / torch's, best of many, in microseconds:"
     return [f"{text} {', '.join(parts)}"] if parts else []
+
+
+#: What makes the lines below the table of masks.
+LINES = (_short, _decode, _features, _small_modules, _isa, _step, _overhead)
 
 
 # ---- Memory
 
 
 def memory_table(rows: list[Row]) -> str:
-    """Of each device, the longest L that all of its rows share."""
+    """A table for each device: the memory at the longest length, and how memory grows with the length."""
     return "\n\n".join("\n".join(_memory(own)) for own in summary.groups(plots.sweep_of_memory(rows), ("device",)))
 
 
@@ -353,7 +332,7 @@ def _memory(rows: list[Row]) -> list[str]:
     longest = max(row["shape"][2] for row in rows)
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     lines = [
-        [f"{own[0]['dtype']} {own[0]['direction']}", plots.TITLES[own[0]["mask"]]]
+        [f"{own[0]['dtype']} {own[0]['direction']}", cases.MASKS[own[0]["mask"]]]
         + [_growth(select(own, implementation=name), longest) for name in names]
         for table in summary.groups(rows, ("dtype", "direction"))
         for own in summary.groups(table, ("mask",))
@@ -368,11 +347,13 @@ def _memory(rows: list[Row]) -> list[str]:
 
 
 def _growth(rows: list[Row], longest: int) -> str:
-    """The exponent is that of one commit: of the one that has most lengths."""
+    """ "64, L^1.0": the MiB at the longest length, and the exponent of growth.
+
+    Between two commits, the memory at one length may have changed. The exponent is that of the commit with most rows.
+    """
     at_longest = [row for row in rows if row["shape"][2] == longest]
     if not at_longest:
         return "-"
     mib = summary.mib_of(max(at_longest, key=lambda row: row["date"]))
-    sweep = max(summary.groups(rows, ("commit",)), key=len)
-    exponent = summary.growth_exponent([row["shape"][2] for row in sweep], list(map(summary.mib_of, sweep)))
+    exponent = summary.growth_exponent(max(summary.groups(rows, ("commit",)), key=len))
     return f"{max(0.0, mib):.0f}" + ("" if exponent is None else f", L^{abs(exponent):.1f}")

@@ -1,7 +1,10 @@
-"""Who computes a case. A rival is imported only when asked. It raises what it cannot do, and a row records that.
+"""The implementations that compute a case: `fused_attn`, torch, and other packages, which are rivals.
 
-Every rival is asked in the way that is fastest for it, and a row says what it was given. What it needs once for many
-calls (a mask, a block mask, a dense bias from a table) is made beforehand and is no part of its time.
+- A package is imported only when its rival is prepared.
+- A rival that cannot compute a case raises an exception, whose text becomes the field "cannot" of a row.
+- A rival is called in the way that is fastest for it. The field "given" of a row names the masks that it was given.
+- What a user makes once for many calls (a mask, a block mask, a dense bias from a relative one) is made before the
+  call and does not count in its time.
 """
 
 from __future__ import annotations
@@ -28,27 +31,26 @@ from benchmarks.cases import Case
 from benchmarks.conventions import OUR_BACKENDS, OURS
 from benchmarks.inputs import Inputs
 
-#: How a row marks an implementation that was asked for less than the case.
+#: The field "problem" of a row whose implementation computes less than the case.
 IGNORES_PADDING = "causal alone: right only in rows that are no padding"
 LEAVES_PADDING_OUT = "packed beforehand: rows of padding are not computed, and packing takes no part of the time"
-#: Seconds. Of longer calls, one is enough to choose between two ways of asking.
+#: Seconds. A call that takes longer is run once, and not four times, to choose between two ways of calling.
 LONG_CALL = 0.2
 
 
 class Cannot(Exception):
-    """A rival has no way to compute the case."""
+    """An implementation cannot compute the case. The message says why."""
 
 
 class Prepared(NamedTuple):
-    """A rival with the tensors of a case.
+    """An implementation with the tensors of a case.
 
     forward: computes the output, (B, H, L, D) or (total, H, D)
-    leaves: the tensors that it differentiates
-
-    given: the masks that it was given, in words
-    problem: what it computes if that is not the case, but what users compute instead
-    dout: the gradient of its output, if that has another layout than the case's
-    as_in_the_case: brings its output and its gradients back into the case's layout, for the check
+    leaves: the tensors whose gradients are computed, by name
+    given: the masks and flags that the implementation is given, in words
+    problem: what the implementation computes, if that is less than the case
+    dout: the gradient of the output, if its layout differs from that of the case
+    to_case_layout: brings the output and the gradients into the layout of the case, in which they are checked
     """
 
     forward: Callable[[], Tensor]
@@ -56,15 +58,16 @@ class Prepared(NamedTuple):
     given: str
     problem: str | None = None
     dout: Tensor | None = None
-    as_in_the_case: Callable[[Tensor], Tensor] = lambda x: x
+    to_case_layout: Callable[[Tensor], Tensor] = lambda x: x
 
 
 class Rival(NamedTuple):
-    """prepare raises what it likes where it cannot compute the case.
+    """How an implementation is called.
 
-    packages: of which the installed one's version is recorded in a row
-    other: another way to ask, which takes more memory and may take less time
-    is_for: cases for which asking makes sense
+    prepare: raises an exception of any class if the implementation cannot compute the case
+    packages: the packages that may bring the implementation; a row has the version of the installed one
+    other: another way to call it, which may take less time and more memory
+    is_for: whether the implementation is meant for a case
     """
 
     prepare: Callable[[Inputs], Prepared]
@@ -74,14 +77,16 @@ class Rival(NamedTuple):
 
 
 def fastest(name: str, inputs: Inputs) -> Prepared:
-    """A rival asked in the way that takes it least time. Raises what the first way raises, if none can."""
+    """An implementation, prepared in that of its two ways whose call takes less time.
+
+    If neither way can compute the case, the exception of the first way is raised.
+    """
     rival = RIVALS[name]
     ways, errors = [], []
     for prepare in filter(None, (rival.prepare, rival.other)):
-        # Packages raise what they like; KeyboardInterrupt is no Exception.
         try:
             ways.append(prepare(inputs))
-        except Exception as error:
+        except Exception as error:  # Packages raise exceptions of any class.
             errors.append(error)
     if not ways:
         raise errors[0]
@@ -89,7 +94,7 @@ def fastest(name: str, inputs: Inputs) -> Prepared:
 
 
 def _seconds(prepared: Prepared, inputs: Inputs) -> float:
-    """The time of about one call; infinite if the call fails, which the check will show."""
+    """The time of one call; infinite if the call fails. The later check reports the failure."""
     timer = timing.timer_for(inputs.device, waits=True)
     try:
         call = call_of(prepared, inputs)
@@ -100,7 +105,7 @@ def _seconds(prepared: Prepared, inputs: Inputs) -> float:
 
 
 def call_of(prepared: Prepared, inputs: Inputs) -> Callable[[], Any]:
-    """The call that is timed. It computes the output, or the gradients, or both."""
+    """The call that is timed. By the direction of the case, it computes the output, the gradients, or both."""
     forward, leaves = prepared.forward, list(prepared.leaves.values())
     dout = inputs.dout if prepared.dout is None else prepared.dout
     if inputs.case.direction == "forward":
@@ -112,7 +117,7 @@ def call_of(prepared: Prepared, inputs: Inputs) -> Callable[[], Any]:
 
 
 def results_of(prepared: Prepared, inputs: Inputs) -> dict[str, Tensor]:
-    """The tensors that are checked: the output and, where the case has a backward, every gradient by name."""
+    """The tensors that are checked, by name: "out" and, unless the direction is forward, the gradients."""
     with torch.set_grad_enabled(inputs.case.direction != "forward"):
         out = prepared.forward()
     results = {"out": out.detach()}
@@ -120,14 +125,17 @@ def results_of(prepared: Prepared, inputs: Inputs) -> dict[str, Tensor]:
         dout = inputs.dout if prepared.dout is None else prepared.dout
         grads = torch.autograd.grad(out, list(prepared.leaves.values()), dout)
         results |= dict(zip(prepared.leaves, grads, strict=True))
-    results = {name: prepared.as_in_the_case(x) for name, x in results.items()}
+    results = {name: prepared.to_case_layout(x) for name, x in results.items()}
     if inputs.case.mask == "relative-bias" and "bias" in results and results["bias"].dim() == 4:
         results["bias"] = _sums_of_diagonals(results["bias"])
     return results
 
 
 def _sums_of_diagonals(dense: Tensor) -> Tensor:
-    """The sums of a (1, H, L, S) tensor over entries of one distance j - i, (H, L + S - 1)."""
+    """The gradient of a relative bias from that of a dense bias: (1, H, L, S) -> (H, L + S - 1), float64.
+
+    Entry j - i + L - 1 of the result is the sum over all queries i and keys j with this distance.
+    """
     _, heads, rows, keys = dense.shape
     row, column = torch.arange(rows, device=dense.device), torch.arange(keys, device=dense.device)
     distance = (column - row[:, None] + rows - 1).flatten()
@@ -139,25 +147,26 @@ def _sums_of_diagonals(dense: Tensor) -> Tensor:
 
 
 def _ours(inputs: Inputs, backend: str | None = None) -> Prepared:
-    tensors, options = (inputs.query, inputs.key, inputs.value), our_options(inputs)
+    tensors, options = inputs.qkv, our_options(inputs)
     function = fused_attn.fused_attention
     if inputs.case.is_packed:
         longest = max(inputs.case.lengths)
         tensors += (inputs.cu_seqlens, inputs.cu_seqlens, longest, longest)
         function = fused_attn.fused_attention_varlen
     given = ", ".join(["cu_seqlens"] * inputs.case.is_packed + list(options)) or "nothing"
-    return Prepared(lambda: function(*tensors, **options, backend=backend), inputs.leaves, given)
+    return Prepared(partial(function, *tensors, **options, backend=backend), inputs.leaves, given)
 
 
 def our_backend(inputs: Inputs) -> str | None:
-    """The backend that ours chooses; None for packed sequences, which `explain` does not know."""
+    """The backend that runs when the user names none; None if the case is packed, because `explain` takes no packed
+    tensors."""
     if inputs.case.is_packed:
         return None
-    return fused_attn.explain(inputs.query, inputs.key, inputs.value, **our_options(inputs)).chosen
+    return fused_attn.explain(*inputs.qkv, **our_options(inputs)).chosen
 
 
 def backends_of(name: str, inputs: Inputs) -> set[str]:
-    """Those of `OUR_BACKENDS` that may run when this implementation is asked."""
+    """The GPU backends (values of OUR_BACKENDS) that may run when this implementation is called."""
     if name != OURS:
         return {OUR_BACKENDS[name]} if name in OUR_BACKENDS else set()
     chosen = our_backend(inputs)
@@ -165,21 +174,19 @@ def backends_of(name: str, inputs: Inputs) -> set[str]:
 
 
 def able_backends(inputs: Inputs) -> list[str]:
-    """Those of `OUR_BACKENDS` that can compute the case; empty if fewer than two can."""
+    """The names in OUR_BACKENDS of those backends that can compute the case. With fewer than two, the list is empty:
+    then there is nothing to compare."""
     able = []
     for name, backend in OUR_BACKENDS.items():
         try:
-            if (
-                inputs.case.is_packed
-            ):  # `explain` does not know them, but the call itself refuses what it cannot compute
+            if inputs.case.is_packed:  # `explain` takes no packed tensors, so the call itself has to tell.
                 with torch.no_grad():
                     _ours(inputs, backend).forward()
             else:
-                options = our_options(inputs)
-                fused_attn.explain(inputs.query, inputs.key, inputs.value, **options, backend=backend)
-        except ValueError:  # also where there is no such backend
+                fused_attn.explain(*inputs.qkv, **our_options(inputs), backend=backend)
+        except ValueError:  # The backend does not support the case, or is not installed.
             continue
-        except Exception:  # a kernel that breaks is able, and has a row that says what happened
+        except Exception:  # The kernel supports the case, and has failed. Its row will say so.
             pass
         able.append(name)
     return able if len(able) > 1 else []
@@ -205,9 +212,11 @@ def our_options(inputs: Inputs) -> dict[str, Any]:
 
 
 def _torch(inputs: Inputs, backend: str | None = None, has_float_mask: bool = False) -> Prepared:
-    """F.scaled_dot_product_attention with the backend that it chooses, or with a given one.
+    """F.scaled_dot_product_attention.
 
-    has_float_mask: a bool mask is made a float one beforehand, as torch otherwise does within each call.
+    Args:
+        backend: a name in `SDPBackend`; None lets torch choose.
+        has_float_mask: convert a bool mask to a float mask beforehand. Otherwise torch converts it within each call.
     """
     case = inputs.case
     if case.is_packed:
@@ -231,25 +240,27 @@ def _torch(inputs: Inputs, backend: str | None = None, has_float_mask: bool = Fa
     if has_float_mask:
         if mask is None or mask.dtype != torch.bool:
             raise Cannot("there is no bool mask to convert")
-        options["attn_mask"] = mask = _as_float(mask, inputs.query.dtype)
+        zeros = torch.zeros(mask.shape, dtype=inputs.query.dtype, device=mask.device)
+        options["attn_mask"] = mask = zeros.masked_fill(~mask, float("-inf"))
     given = ", ".join(options) or "nothing"
     if mask is not None:
-        given = f"{_name_of(mask.dtype)} attn_mask {tuple(mask.shape)}"
+        given = f"{str(mask.dtype).removeprefix('torch.')} attn_mask {tuple(mask.shape)}"
     return _sdpa(inputs, backend, leaves, options, given)
 
 
 def _torch_causal_only(inputs: Inputs) -> Prepared:
-    """What many decoders do: padding comes last, so no real token sees it, and the loss ignores the rows of padding."""
-    options = {"is_causal": True}
-    return _sdpa(inputs, None, inputs.leaves, options, "is_causal")._replace(problem=IGNORES_PADDING)
+    """A causal mask without the padding mask, as in many decoders. The padding stands at the end of a sequence, so no
+    valid query sees it, and the loss leaves out the rows of padding."""
+    return _sdpa(inputs, None, inputs.leaves, {"is_causal": True}, "is_causal")._replace(problem=IGNORES_PADDING)
 
 
 def _sdpa(
     inputs: Inputs, backend: str | None, leaves: dict[str, Tensor], options: dict[str, Any], given: str
 ) -> Prepared:
-    query, key, value = inputs.query, inputs.key, inputs.value
+    """F.scaled_dot_product_attention with these options, on a backend by name or on the one that torch chooses."""
+    chosen = partial(scaled_dot_product_attention, *inputs.qkv, **options)
     if backend is None:
-        return Prepared(lambda: scaled_dot_product_attention(query, key, value, **options), leaves, given)
+        return Prepared(chosen, leaves, given)
 
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -257,9 +268,9 @@ def _sdpa(
 
     def named() -> Tensor:
         with sdpa_kernel(kernel):
-            return scaled_dot_product_attention(query, key, value, **options)
+            return chosen()
 
-    # One call now, because torch says why a backend cannot run, and says so only in warnings.
+    # torch says only in warnings why a backend cannot run. This call collects them.
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
         try:
@@ -272,44 +283,29 @@ def _sdpa(
     return Prepared(named, leaves, given)
 
 
-def _as_float(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _torch_varlen(inputs: Inputs) -> Prepared:
     from torch.nn.attention.varlen import varlen_attn
 
-    # Later versions have a window in place of `is_causal`.
-    options = {"window_size": (-1, 0)}
-    if "window_size" not in inspect.signature(varlen_attn).parameters:
-        options = {"is_causal": True}
-    cu_seqlens, longest = inputs.cu_seqlens, max(inputs.case.lengths)
-    query, key, value = inputs.query, inputs.key, inputs.value
-    return Prepared(
-        lambda: varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options),
-        inputs.leaves,
-        f"cu_seqlens, {next(iter(options))}",
-    )
+    # Later versions of torch have `window_size` in place of `is_causal`.
+    has_window = "window_size" in inspect.signature(varlen_attn).parameters
+    options = {"window_size": (-1, 0)} if has_window else {"is_causal": True}
+    bounds = *[inputs.cu_seqlens] * 2, *[max(inputs.case.lengths)] * 2
+    given = f"cu_seqlens, {next(iter(options))}"
+    return Prepared(partial(varlen_attn, *inputs.qkv, *bounds, **options), inputs.leaves, given)
 
 
 def _flex(inputs: Inputs) -> Prepared:
-    """FlexAttention, compiled for the case's shapes; the block mask is made once."""
+    """FlexAttention, compiled for the shapes of the case. The block mask is made beforehand."""
     import torch._dynamo
     import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # A backward that is timed by itself runs many times on one graph.
+    # The timed backward runs many times on the graph of one forward, whose buffers must survive.
     torch._functorch.config.donated_buffer = False
-    # torch limits how much one function may be compiled; each case starts anew.
+    # torch limits how often one function is compiled. The limit counts anew for each case.
     torch._dynamo.reset()
     case = inputs.case
-    query, key, value = inputs.query, inputs.key, inputs.value
-    if case.is_packed:
-        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    query, key, value = (x.transpose(0, 1)[None] if case.is_packed else x for x in inputs.qkv)
     mask_mod = _flex_mask(inputs)
     block_mask = None
     if mask_mod is not None:
@@ -351,14 +347,14 @@ def _flex_mask(inputs: Inputs) -> Callable | None:
 
 
 class FlashModule(NamedTuple):
-    """A module that has flash_attn, and the package that brings the module."""
+    """A module with FlashAttention's functions, and the package on PyPI that brings the module."""
 
     module: str
     package: str
     has_backward: bool = True
 
 
-#: By generation of FlashAttention. The first module that is installed is asked.
+#: The modules of each generation of FlashAttention. The first installed one is called.
 FLASH = {
     2: (FlashModule("flash_attn", "flash_attn"),),
     3: (
@@ -370,6 +366,7 @@ FLASH = {
 
 
 def _flash_package(inputs: Inputs, generation: int) -> ModuleType:
+    """The installed module of a generation. Raises Cannot if the module has no function for the case."""
     modules = FLASH[generation]
     found = next((one for one in modules if _is_installed(one.module)), modules[0])
     package = importlib.import_module(found.module)
@@ -381,103 +378,104 @@ def _flash_package(inputs: Inputs, generation: int) -> ModuleType:
 
 
 def _is_installed(module: str) -> bool:
-    with contextlib.suppress(ImportError, ValueError):  # a missing parent package; a module without a spec
+    with contextlib.suppress(ImportError, ValueError):  # The parent package is missing; the module has no spec.
         return module in sys.modules or importlib.util.find_spec(module) is not None
     return False
 
 
 def _flash(inputs: Inputs, generation: int) -> Prepared:
-    """flash_attn takes (B, L, H, D) and aligns its causal mask to the lower right."""
+    """FlashAttention. Its functions take (B, L, H, D), and their causal mask is aligned to the lower right corner.
+
+    They take no padding mask. For padding without a causal mask, each call packs the valid keys, and the packing counts
+    in the time. With a causal mask that would shift the diagonal, so only the causal mask is given, as in
+    `_torch_causal_only`.
+    """
     package = _flash_package(inputs, generation)
     case = inputs.case
     options: dict[str, Any] = {"causal": case.is_causal}
     if case.window is not None:
         options["window_size"] = (case.window - 1, 0)
-    # flash_attn has no key padding. Packing the keys would move its causal diagonal, which ends at the last key.
     problem = IGNORES_PADDING if case.is_padded and case.is_causal else None
     function = package.flash_attn_func
     if problem or not (case.is_packed or case.is_padded):
         if case.mask == "decode" and "num_splits" in inspect.signature(function).parameters:
-            options["num_splits"] = 0  # 0: flash_attn chooses the number; its default is 1
+            options["num_splits"] = 0  # FlashAttention chooses the number of splits; its default is one split.
         given = ", ".join(f"{name}={value}" for name, value in options.items())
         prepared = _rows_first(inputs, lambda q, k, v: function(q, k, v, **options), given)
         return prepared._replace(problem=problem)
     function = _flash_varlen(package, inputs, case.query_lengths)
     if case.is_packed:
-        query, key, value = inputs.query, inputs.key, inputs.value
-        return Prepared(lambda: function(query, key, value), inputs.leaves, "cu_seqlens, causal")
-    # For flash_attn, padding means packed keys. They are packed in each call, which is part of its time.
-    kept = (~inputs.padding).flatten().nonzero().squeeze(1)
+        return Prepared(partial(function, *inputs.qkv), inputs.leaves, "cu_seqlens, causal")
+    valid = (~inputs.padding).flatten().nonzero().squeeze(1)
 
     def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (x.flatten(0, 1).index_select(0, kept) for x in (k, v))
+        k, v = (x.flatten(0, 1).index_select(0, valid) for x in (k, v))
         return function(q.flatten(0, 1), k, v).unflatten(0, (case.batch, case.seqlen_q))
 
     return _rows_first(inputs, padded, "cu_seqlens, keys packed in each call")
 
 
 def _flash_packed(inputs: Inputs, generation: int) -> Prepared:
-    """A caller packs a padded batch once for the whole model, so that no tensor has padding."""
+    """FlashAttention on a batch that the caller has packed once for the whole model: no tensor has padding."""
     package = _flash_package(inputs, generation)
     case = inputs.case
     if case.direction != "forward" and not case.is_causal:
         raise Cannot("the case takes a loss in rows of padding, which are not there when packed")
-    kept = (~inputs.padding).flatten().nonzero().squeeze(1)
+    valid = (~inputs.padding).flatten().nonzero().squeeze(1)
 
     def packed(x: Tensor) -> Tensor:
         """(B, H, L, D) -> (total, H, D)"""
-        return x.detach().transpose(1, 2).flatten(0, 1)[kept].requires_grad_(x.requires_grad)
+        return x.detach().transpose(1, 2).flatten(0, 1)[valid].requires_grad_(x.requires_grad)
 
     def padded(x: Tensor) -> Tensor:
-        rows = x.new_zeros(case.batch * case.length, *x.shape[1:]).index_copy(0, kept, x)
+        """(total, H, D) -> (B, H, L, D)"""
+        rows = x.new_zeros(case.batch * case.length, *x.shape[1:]).index_copy(0, valid, x)
         return rows.unflatten(0, (case.batch, case.length)).transpose(1, 2)
 
     leaves = {name: packed(x) for name, x in inputs.leaves.items()}
     function = _flash_varlen(package, inputs, case.lengths)
     return Prepared(
-        lambda: function(*leaves.values()), leaves, "cu_seqlens", LEAVES_PADDING_OUT, packed(inputs.dout), padded
+        partial(function, *leaves.values()), leaves, "cu_seqlens", LEAVES_PADDING_OUT, packed(inputs.dout), padded
     )
 
 
 def _flash_varlen(
     package: ModuleType, inputs: Inputs, query_lengths: tuple[int, ...]
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Attention of packed (total, H, D) queries, keys and values."""
+    """FlashAttention's function for packed tensors (total, H, D), with the options of the case."""
     case, function = inputs.case, package.flash_attn_varlen_func
     starts = [
         torch.tensor((0, *lengths), device=inputs.device).cumsum(0).to(torch.int32)
         for lengths in (query_lengths, case.lengths)
     ]
-    options = {
-        "cu_seqlens_q": starts[0],
-        "cu_seqlens_k": starts[1],
-        "max_seqlen_q": max(query_lengths),
-        "max_seqlen_k": max(case.lengths),
-        "causal": case.is_causal,
-    }
-    # The generations of flash_attn accept different ones of these options.
+    options = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "causal": case.is_causal}
+    options |= {"max_seqlen_q": max(query_lengths), "max_seqlen_k": max(case.lengths)}
+    # Each generation of FlashAttention has some of these parameters.
     accepted = inspect.signature(function).parameters
     options = {name: value for name, value in options.items() if name in accepted}
     return lambda q, k, v: _first(function(q, k, v, **options))
 
 
 def _rows_first(inputs: Inputs, function: Callable[[Tensor, Tensor, Tensor], Any], given: str) -> Prepared:
-    """For functions of (B, L, H, D)."""
-    query, key, value = inputs.query, inputs.key, inputs.value
+    """A function that takes and returns (B, L, H, D), on the (B, H, L, D) tensors of the case."""
 
     def forward() -> Tensor:
-        return _first(function(*(x.transpose(1, 2) for x in (query, key, value)))).transpose(1, 2)
+        return _first(function(*(x.transpose(1, 2) for x in inputs.qkv))).transpose(1, 2)
 
     return Prepared(forward, inputs.leaves, given)
 
 
 def _first(returned: Any) -> Tensor:
-    """The output, which some versions return together with the log-sum-exp."""
+    """The output. Some versions of FlashAttention return the log-sum-exp besides."""
     return returned[0] if isinstance(returned, tuple) else returned
 
 
 def _packages_of(generation: int) -> tuple[str, ...]:
     return tuple(one.package for one in FLASH[generation])
+
+
+def _is_padded(case: Case) -> bool:
+    return case.is_padded
 
 
 def _backend_of_torch(backend: str | None) -> Rival:
@@ -494,23 +492,18 @@ RIVALS: dict[str, Rival] = {
     "torch-causal-only": Rival(_torch_causal_only, ("torch",), is_for=lambda case: case.is_causal and case.is_padded),
     "torch-varlen": Rival(_torch_varlen, ("torch",), is_for=lambda case: case.is_packed),
     "flex": Rival(_flex, ("torch",)),
+    **{f"flash_attn{n}": Rival(partial(_flash, generation=n), _packages_of(n)) for n in FLASH},
     **{
-        f"flash_attn{generation}": Rival(partial(_flash, generation=generation), _packages_of(generation))
-        for generation in FLASH
+        f"flash_attn{n}-packed": Rival(partial(_flash_packed, generation=n), _packages_of(n), None, _is_padded)
+        for n in (3, 4)
     },
-    **{
-        f"flash_attn{generation}-packed": Rival(
-            partial(_flash_packed, generation=generation), _packages_of(generation), is_for=lambda case: case.is_padded
-        )
-        for generation in (3, 4)
-    },
-    # This one is last, because it needs most memory.
+    # torch-math is the last, because it needs the most memory: `timing.measure_those_that_can` drops the last one.
     "torch-math": _backend_of_torch("MATH"),
 }
 
 
 def reason(error: BaseException) -> str:
-    """The error in one line, for a row."""
+    """The text of an exception in one line, for a row."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     text = " ".join(str(error).split())
@@ -519,7 +512,7 @@ def reason(error: BaseException) -> str:
 
 
 def version_of(name: str) -> dict[str, str | None]:
-    """The fields of a row that name the package and its version; None if it is not installed."""
+    """The fields "package" and "version" of a row. The version is None if no package is installed."""
     packages = RIVALS[name].packages
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

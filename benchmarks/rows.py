@@ -1,4 +1,4 @@
-"""Results as JSON lines. Each is written at once, so that an interrupted run keeps what it has measured."""
+"""Rows: results as dictionaries, one for each case and implementation, in JSON lines. README.md lists the fields."""
 
 from __future__ import annotations
 
@@ -9,35 +9,25 @@ from typing import Any
 
 Row = dict[str, Any]
 
-#: The fields that tell what a row is about; the others are what was found.
+#: The fields that say what was measured, and where. The other fields are results.
 IDENTITY = (
     "device", "threads", "benchmark", "table", "module", "batch", "length", "d_model", "heads", "layers", "new_tokens",
     "shape", "seqlen_q", "kv_heads", "mask", "dtype", "direction", "implementation",
 )  # fmt: skip
 
 
-class Writer:
-    """rows: all that was recorded; out: the file that they are appended to, or None."""
-
-    def __init__(self, out: Path | None, about: Row) -> None:
-        self.out, self.about, self.rows = out, about, []
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-
-    def record(self, new: Iterable[Row]) -> None:
-        new = [self.about | row for row in new]
-        self.rows.extend(new)
-        if self.out is not None:
-            with self.out.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in new)
-
-
 def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
+def append(path: Path, rows: Iterable[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """Of rows about the same measurement in different runs on one device, the newest one."""
+    """The rows without those that a later run has measured again on the same device."""
     found: dict[tuple, Row] = {}
     for row in rows:
         key = tuple(json.dumps(row.get(name)) for name in IDENTITY)
@@ -47,4 +37,5 @@ def newest(rows: Iterable[Row]) -> list[Row]:
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows whose fields have these values."""
     return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]

@@ -1,4 +1,4 @@
-"""What the commands that measure share: their options, the time limit, and the file of rows."""
+"""What the commands that measure share: options, the time limit, and the file of rows."""
 
 from __future__ import annotations
 
@@ -12,48 +12,53 @@ import torch
 
 from benchmarks import machine
 from benchmarks.inputs import DTYPES
-from benchmarks.rows import Row, Writer, read
+from benchmarks.rows import Row, append, read
 from fused_attn.measurement import progress
 
 Step = TypeVar("Step")
 
 
 def add_arguments(parser: argparse.ArgumentParser, quick: str, is_timed: bool = True) -> None:
-    """quick: what --quick leaves."""
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help=f"{quick}: about a minute")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
+    """Adds the common options.
+
+    Args:
+        quick: what --quick measures, for its help.
+        is_timed: the command measures time, and not only memory.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ... (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help=f"{quick}; takes less than a minute")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes (float32 on a CPU, bfloat16 on a GPU)")
     if is_timed:
-        parser.add_argument("--rounds", type=int, help="at most so many rounds a case")
-        parser.add_argument("--seconds", type=float, help="at most so long a case")
-    parser.add_argument("--threads", type=int, help="of a CPU; default: torch's")
-    parser.add_argument("--minutes", type=float, help="begin no case after this time")
-    parser.add_argument("--resume", action="store_true", help="leave out what --out has rows of")
-    parser.add_argument("--commit", help="what rows say where the source tree has no history")
+        parser.add_argument("--rounds", type=int, help="rounds for each case, at most")
+        parser.add_argument("--seconds", type=float, help="time for each case, roughly")
+    parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
+    parser.add_argument("--minutes", type=float, help="time after which no other case is begun (no limit)")
+    parser.add_argument("--resume", action="store_true", help="leave out the cases that --out has rows of")
+    parser.add_argument("--commit", help="the commit that rows name, where the source tree has no git history")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append one row per case and implementation")
 
 
 class Session:
-    """One run of a command. earlier: the rows of --out that --resume does not measure again."""
+    """One run of a command.
+
+    rows: the rows of this run
+    earlier: with --resume, the rows that --out had before this run
+    """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.device, self.is_quick = torch.device(arguments.device), arguments.quick
+        self.device, self.is_quick, self._out = torch.device(arguments.device), arguments.quick, arguments.out
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         self.dtypes = arguments.dtype or (["bfloat16"] if self.device.type == "cuda" else ["float32"])
-        out = arguments.out
-        self.earlier: list[Row] = read(out) if arguments.resume and out is not None and out.exists() else []
-        self._writer = Writer(out, machine.about(self.device, arguments.commit))
+        self.rows: list[Row] = []
+        self.earlier = read(self._out) if arguments.resume and self._out is not None and self._out.exists() else []
+        self._about = machine.about(self.device, arguments.commit)
         self._end = float("inf") if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
-        print(" | ".join(f"{name} {value}" for name, value in self._writer.about.items()), flush=True)
-
-    @property
-    def rows(self) -> list[Row]:
-        """The rows of this run."""
-        return self._writer.rows
+        print(" | ".join(f"{name} {value}" for name, value in self._about.items()), flush=True)
 
     def steps(self, todo: Iterable[Step], label: Callable[[Step], str] = str) -> Iterator[Step]:
-        """The steps one after the other, until the time is up."""
+        """Yields the steps under a progress bar, which shows their labels. Stops when the time is up."""
         todo = list(todo)
         with progress(len(todo)) as advance:
             for number, step in enumerate(todo):
@@ -64,5 +69,9 @@ class Session:
                 advance(label(step))
 
     def record(self, rows: list[Row], text: str) -> None:
-        self._writer.record(rows)
+        """Stores the rows of a case at once, so that an interrupted run keeps them, and prints a text about them."""
+        rows = [self._about | row for row in rows]
+        self.rows += rows
+        if self._out is not None:
+            append(self._out, rows)
         print(text, flush=True)

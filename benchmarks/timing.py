@@ -1,32 +1,35 @@
-"""Seconds per call: beside `fused_attn.measurement`, what only the benchmarks need."""
+"""Seconds per call, with `fused_attn.measurement`. This file adds what only the benchmarks need."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import statistics
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.conventions import OURS
 from benchmarks.rows import Row
 from fused_attn.measurement import WARM_UP_CALLS, Call, CallError, CpuTimer, GpuTimer, Timer, measure
 
-#: Seconds. Events cost a microsecond or two; of shorter calls they would mostly see the launching of small kernels.
+#: Seconds. Of shorter calls, CUDA events mostly measure how the host launches small kernels, so a CUDA graph is timed.
 WORTH_A_GRAPH = 0.2e-3
 
 
 def measure_those_that_can(
     calls: dict[str, Call], timer: Timer, rounds: int, seconds: float, drop: Callable[[str, Exception], None]
 ) -> dict[str, list[float]]:
-    """`measure`, without those that raise.
+    """Measures the calls that do not raise.
+
+    A call that raises is removed, and all others are measured again. If the memory does not suffice for all calls, the
+    last one is removed, so the call that needs the most memory should be the last.
 
     Args:
-        calls: loses those that raise. Where memory does not suffice for all at once, `calls` loses its last entry:
-            that is to be the one that needs most.
-        drop: is told of each, and has to let go of what it holds for it: memory is what the others may lack.
+        calls: the calls that raise are deleted from it.
+        drop: gets the name and the exception of each removed call. It must delete its references to the call, because
+            the other calls may need the memory.
     """
     while True:
         try:
@@ -36,18 +39,18 @@ def measure_those_that_can(
             if isinstance(error, torch.OutOfMemoryError) and len(calls) > 1:
                 name, error = list(calls)[-1], MemoryError("out of memory beside the others")
             del calls[name]
-            drop(name, error.with_traceback(None))  # whose frames would hold what the call has made
+            drop(name, error.with_traceback(None))  # The frames of a traceback would keep the tensors of the call.
             del error
-        # Only here, where the exception is gone, does nothing refer to the call any more.
+        # After the except clause, no exception refers to the call any more, and its memory can be freed.
         gc.collect()
         if torch.cuda.is_available():
-            # Fails on a device that is lost, which is for the caller to find out.
+            # torch raises if the device no longer answers. The next measurement reports that.
             with contextlib.suppress(RuntimeError):
                 torch.cuda.empty_cache()
 
 
 class WallTimer(CpuTimer):
-    """Host and GPU together, for loops in which one waits for the other."""
+    """The wall time until the GPU has finished, for calls in which the GPU waits for the host."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -64,16 +67,21 @@ class WallTimer(CpuTimer):
 
 
 def timer_for(device: torch.device, waits: bool = False) -> Timer:
-    """waits: for calls in which the host waits for the device."""
+    """The timer for a device. waits: in the calls, host and GPU wait for each other."""
     if device.type != "cuda":
         return CpuTimer()
     return WallTimer(device) if waits else GpuTimer(device)
 
 
 def graph_of(make_call: Callable[[], Call], device: torch.device) -> Call:
-    """A call that replays what the made one launches, without the host's part. Raises where it cannot be captured.
+    """A call that replays the kernels of another call as a CUDA graph, so that the host launches once and not often.
 
-    make_call: runs on the stream of the capture, because a backward runs on that of its forward.
+    Args:
+        make_call: makes the call to capture. It runs on the stream of the capture, because a backward runs on the
+            stream of its forward.
+
+    Raises:
+        Exception: of any class, if the call cannot be captured.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -87,35 +95,28 @@ def graph_of(make_call: Callable[[], Call], device: torch.device) -> Call:
             results = call()
     torch.cuda.synchronize(device)
 
-    def replay(_keep: Any = (call, results)) -> None:  # the graph reads and writes their memory
+    def replay(_keep: Any = (call, results)) -> None:  # The graph reads and writes the memory of these tensors.
         graph.replay()
 
     return replay
 
 
-def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """20th percentile, median, 80th percentile."""
-    if len(values) < 2:
-        return (values[0],) * 3
-    cuts = statistics.quantiles(values, n=5, method="inclusive")
-    return cuts[0], statistics.median(values), cuts[3]
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    return tuple(statistics.quantiles(values, n=4, method="inclusive")) if len(values) > 1 else (values[0],) * 3
+def quantiles(values: list[float], parts: tuple[float, ...] = (0.2, 0.5, 0.8)) -> list[float]:
+    """By default the 20th percentile, the median and the 80th percentile."""
+    return np.quantile(values, parts).tolist()
 
 
 def times_of(seconds: list[float]) -> Row:
-    """The fields of a row."""
+    """The fields of a row about the time of a call."""
     p20, median, p80 = quantiles(seconds)
     return {"median_ms": median * 1e3, "p20_ms": p20 * 1e3, "p80_ms": p80 * 1e3, "rounds": len(seconds)}
 
 
 def fields_of(times: dict[str, list[float]], ours: str = OURS) -> dict[str, Row]:
-    """By name, the fields of a row: times, and of the others the median ratio of their time to ours in a round."""
+    """The fields of a row about time, by name. All but ours have the ratios of their time to ours in the same round."""
     fields = {name: times_of(seconds) for name, seconds in times.items()}
     for name in fields.keys() - {ours} if ours in times else ():
         ratios = [theirs / own for theirs, own in zip(times[name], times[ours], strict=True)]
-        low, ratio, high = quartiles(ratios)
+        low, ratio, high = quantiles(ratios, (0.25, 0.5, 0.75))
         fields[name] |= {"over_ours": ratio, "over_ours_q1": low, "over_ours_q3": high}
     return fields

@@ -1,4 +1,4 @@
-"""What the training examples share: their common arguments, the schedule over time and the progress bar."""
+"""What train_digits.py and train_g2p.py share: arguments, the schedule of the learning rate, and the progress bar."""
 
 from __future__ import annotations
 
@@ -13,15 +13,23 @@ import fused_attn
 from fused_attn.backends.dispatch import BACKEND_NAMES
 
 
-def argument_parser(description: str, minutes: float, output: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that every example has."""
+def argument_parser(description: str, minutes: float, quick: dict[str, float], output: str) -> argparse.ArgumentParser:
+    """A parser with the common arguments.
+
+    Args:
+        minutes: the default of --minutes.
+        quick: the arguments that --quick sets, with their values.
+        output: the default of --output.
+    """
     parser = argparse.ArgumentParser(description=description)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, arguments in {
         "--minutes": {"type": positive_float, "default": minutes, "help": "time for the whole run (%(default)s)"},
+        "--quick": quick_option(**quick),
         "--backend": {"choices": BACKEND_NAMES, "help": "attention backend (the fastest that can run)"},
         "--device": {"default": device, "help": "cpu, cuda, cuda:1, ... (%(default)s)"},
-        # Threads that wait for each other spin: two were slower than one where other programs used the cores.
+        # A thread that waits for another one keeps its core busy. Two threads were slower than one where other programs
+        # used the cores.
         "--threads": {"type": int, "help": "CPU threads (torch's choice); 1 is best on a busy machine"},
         "--seed": {"type": int, "default": 0, "help": "seed of weights, batches and dropout (%(default)s)"},
         "--output": {"type": Path, "default": Path(output), "help": "folder for the results (%(default)s)"},
@@ -30,7 +38,20 @@ def argument_parser(description: str, minutes: float, output: str) -> argparse.A
     return parser
 
 
+def quick_option(**values: float) -> dict:
+    """The keywords of ``add_argument`` for --quick, which sets these other arguments, such as ``minutes=0.2``."""
+
+    class SetOthers(argparse.Action):
+        def __call__(self, parser, namespace, *_) -> None:
+            vars(namespace).update(values)
+
+    others = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in values.items())
+    text = f"a short run that shows that all works: the same as {others}"
+    return {"action": SetOthers, "nargs": 0, "default": argparse.SUPPRESS, "help": text}
+
+
 def positive_float(text: str) -> float:
+    """The type of --minutes."""
     value = float(text)
     if not value > 0.0:
         raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
@@ -38,7 +59,7 @@ def positive_float(text: str) -> float:
 
 
 def set_up(args: argparse.Namespace) -> None:
-    """Threads, seed, output folder and, where none is given, the name of the backend."""
+    """Sets threads and seed, makes the output folder, and fills in the name of the backend if the user gave none."""
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -48,15 +69,19 @@ def set_up(args: argparse.Namespace) -> None:
 
 
 def learning_rate(peak: float, done: float, warm_up: float = 0.04) -> float:
-    """The rate when the fraction `done` of the time is over: up to the peak, then down to 0, in straight lines.
+    """The learning rate when the fraction `done` of the time is over.
 
-    A schedule over time rather than steps ends well for any number of minutes and on any machine.
+    The rate rises in a straight line from 0 to the peak, and then falls in a straight line to 0. The schedule counts
+    time and not steps, so the rate reaches 0 at the end of the run on a fast machine and on a slow one.
+
+    Args:
+        warm_up: the fraction of the time in which the rate rises.
     """
     return peak * max(0.0, min(done / warm_up, (1.0 - done) / (1.0 - warm_up)))
 
 
 class Stopwatch:
-    """Seconds so far, those before a resume included."""
+    """Counts seconds from `already_spent`, which is the time that a resumed run took before."""
 
     def __init__(self, already_spent: float = 0.0):
         self._zero = time.monotonic() - already_spent
@@ -67,5 +92,5 @@ class Stopwatch:
 
 
 def progress_bar() -> Progress:
-    """A bar with a text behind it."""
+    """A progress bar with the elapsed time and a text behind it."""
     return Progress(BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[text]}"))

@@ -1,11 +1,12 @@
-"""Letters to sounds with PyTorch Lightning: the task of train_g2p.py, its loop replaced by a Trainer.
+"""Letters to sounds with PyTorch Lightning: the task of train_g2p.py with a Trainer in place of a loop.
 
-    pip install -e .[examples,lightning]
+    pip install -e '.[examples,lightning]'
     python examples/lightning_g2p.py
     tensorboard --logdir runs/lightning_g2p
 
-Training stops when the phone error rate of the development words has not fallen for three passes, or after `--epochs`;
-the best checkpoint is then scored on held-out words. A run with the same seed gives the same numbers.
+Training stops after `--epochs` passes, or earlier if the phone error rate (PER) of the development words has not fallen
+for three passes. The checkpoint with the lowest rate is then scored on held-out words. A second run with the same seed
+gives the same numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import lightning
 import torch
 import train_g2p
+from example_utils import quick_option
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -30,8 +32,9 @@ class Pronunciations(lightning.LightningDataModule):
     """The CMU Pronouncing Dictionary.
 
     Args:
-        num_words: of the training words, picked at random; the rest is left out.
-        num_test: held-out words for the result.
+        num_words: the number of training words, which are drawn at random from all of them.
+        num_test: the number of held-out words for the result.
+        seed: of the draw, and of the order of the batches.
     """
 
     def __init__(self, num_words: int = 10000, num_test: int = 1000, seed: int = 0):
@@ -55,17 +58,17 @@ class Pronunciations(lightning.LightningDataModule):
     @staticmethod
     def _loader(examples: Examples, batches: list[Tensor]) -> DataLoader:
         def collate(rows: list[int]) -> Examples:
-            return examples.select(torch.tensor(rows))  # only as many columns as these rows need
+            return examples.select(torch.tensor(rows))
 
         return DataLoader(range(len(examples.src)), batch_sampler=batches, collate_fn=collate)
 
 
 class Pronouncer(lightning.LightningModule):
-    """A `Seq2SeqTransformer` from letters to phones.
+    """A `Seq2SeqTransformer` that maps letters to phones.
 
     Args:
-        model: sizes, as in `train_g2p.MODEL`.
-        backend: see `fused_attention`.
+        model: the sizes, with the names of `train_g2p.MODEL`.
+        backend: of `fused_attention`; None lets it choose.
     """
 
     def __init__(self, model: dict, peak_learning_rate: float = 3e-3, backend: str | None = None):
@@ -102,15 +105,18 @@ class Pronouncer(lightning.LightningModule):
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """The metrics of the best checkpoint."""
+    """Runs the script, and returns the metrics of the best checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=8, help="passes at most (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the training words, at most (%(default)s)")
     parser.add_argument("--words", type=int, default=10000, help="training words (%(default)s)")
     parser.add_argument("--test-words", type=int, default=1000, help="held-out words for the result (%(default)s)")
     parser.add_argument("--backend", choices=BACKEND_NAMES, help="attention backend (the fastest that can run)")
     parser.add_argument("--accelerator", default="auto", help="cpu, gpu, ... (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/lightning_g2p"), help="folder (%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/lightning_g2p"), help="folder for the results (%(default)s)"
+    )
+    parser.add_argument("--quick", **quick_option(epochs=1, words=1000, test_words=100))
     args = parser.parse_args(argv)
 
     lightning.seed_everything(args.seed, workers=True)

@@ -1,17 +1,18 @@
-"""Pre-train a small BERT, GPT-2, RoBERTa or T5 of Hugging Face transformers, with the loss that its paper trains on.
+"""Pre-train a small BERT, GPT-2, RoBERTa or T5 of Hugging Face transformers, on the task of its paper.
 
-    pip install -e .[examples]
+    pip install -e '.[examples]'
     python examples/pretrain.py --model bert
 
-- bert: masked words and next-sentence prediction (Devlin et al., 2019). A pair of paragraphs is masked once, before
-  training. Half of the pairs follow one another in the text; the head on the [CLS] token learns which half.
-- gpt: every token predicts the next one.
-- roberta: masked words (Liu et al., 2019). Other tokens are masked each time that a passage comes.
-- t5: span corruption (Raffel et al., 2020, section 3.1.4). 15 % of the tokens are cut out in spans of 3 on average. The
-  encoder sees a sentinel in place of each span; the decoder writes each sentinel and its span. T5's relative position
-  bias trains through `fused_attention(relative_bias=...)`.
+- bert: masked words and next-sentence prediction (Devlin et al., 2019). The model sees two paragraphs. In half of the
+  pairs the second one follows the first one in the text, and the head on the [CLS] token learns to tell these pairs.
+  The masked words of a pair are drawn once, before training.
+- gpt: the next token.
+- roberta: masked words (Liu et al., 2019). They are drawn anew each time that a passage is in a batch.
+- t5: span corruption (Raffel et al., 2020, section 3.1.4). 15 % of the tokens are cut out, in spans of 3 tokens on
+  average. The encoder sees a sentinel token in place of each span. The decoder learns to write each sentinel and its
+  span. T5's relative position bias trains through `fused_attention(relative_bias=...)`.
 
-Each model trains twice, on the fused kernel and on eager attention, and the losses of all steps are compared.
+Each model trains twice, with fused attention and with eager attention, and the losses of all steps are compared.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-#: A model, and a function that makes its batches: the same ones each time.
+#: A model, and a function that makes its batches. Each call of the function makes the same batches.
 Training = tuple[nn.Module, Callable[[], Iterable[Batch]]]
 
+#: T5: the fraction of the tokens that is cut out, and the mean length of a span.
 NOISE, SPAN_LENGTH = 0.15, 3
 SENTINELS = [f"<extra_id_{n}>" for n in range(24)]
 
@@ -70,12 +72,13 @@ def bert(args: argparse.Namespace) -> Training:
         **SIZE, vocab_size=len(tokenizer), max_position_embeddings=MAX_LENGTH, attention_probs_dropout_prob=0.0,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    pad = DataCollatorForTokenClassification(tokenizer)  # pads labels with -100, which counts for nothing
+    pad = DataCollatorForTokenClassification(tokenizer)  # The label of padding is -100, which the loss ignores.
     return BertForPreTraining(config), lambda: batches(rows, pad, args.steps, args.seed)
 
 
 def sentence_pairs(paragraphs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, seed: int) -> list[dict]:
-    """[CLS] A [SEP] B [SEP], with next_sentence_label 0 where B follows A in the text and 1 where it is any other."""
+    """Pairs of paragraphs as [CLS] A [SEP] B [SEP]. The next_sentence_label of a pair is 0 if B follows A in the text,
+    and 1 if B is a random paragraph."""
     choice = random.Random(seed)
     pairs = []
     for (topic, first), (next_topic, second) in itertools.pairwise(paragraphs):
@@ -106,7 +109,7 @@ def roberta(args: argparse.Namespace) -> Training:
     tokenizer, rows = _encoded_passages()
     config = RobertaConfig(
         **SIZE, vocab_size=len(tokenizer), attention_probs_dropout_prob=0.0, type_vocab_size=1,
-        max_position_embeddings=MAX_LENGTH + 1,  # RoBERTa counts positions from pad_token_id + 1
+        max_position_embeddings=MAX_LENGTH + 1,  # RoBERTa counts positions from pad_token_id + 1, which is 1.
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
@@ -115,23 +118,24 @@ def roberta(args: argparse.Namespace) -> Training:
 
 def t5(args: argparse.Namespace) -> Training:
     tokenizer, rows = _encoded_passages(*SENTINELS)
-    rows = [{"input_ids": row["input_ids"][1:-1]} for row in rows]  # without [CLS] and [SEP]
+    rows = [{"input_ids": row["input_ids"][1:-1]} for row in rows]  # T5 has no [CLS] and [SEP].
     config = T5Config(
         vocab_size=len(tokenizer), d_model=SIZE["hidden_size"], d_ff=SIZE["intermediate_size"],
         d_kv=SIZE["hidden_size"] // SIZE["num_attention_heads"], num_layers=SIZE["num_hidden_layers"],
         num_heads=SIZE["num_attention_heads"], pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        # The activation of T5 1.1. The first T5 has ReLU, whose kink makes a curve sensitive to rounding: two runs of
-        # eager attention whose weights differ in the last place end up to 5e-4 apart, and with this activation 3e-7.
+        # This is the activation of T5 1.1. The first T5 has ReLU, whose kink amplifies rounding errors: two runs with
+        # eager attention, whose first weights differ in the last bit, had losses 5e-4 apart. With this activation the
+        # losses were 3e-7 apart.
         feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,  # one rate for all, and that of attention has to be 0
+        dropout_rate=0.0,  # T5 has one rate for all dropout, and attention must have none (see SIZE).
     )  # fmt: skip
     model = T5ForConditionalGeneration(config)
     return model, lambda: batches(rows, SpanCorruption(tokenizer, model, args.seed), args.steps, args.seed)
 
 
 class SpanCorruption:
-    """A collator that corrupts a passage in another way each time that the passage comes."""
+    """A collator, which makes a batch of passages. It cuts out other spans each time that a passage is in a batch."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, model: T5ForConditionalGeneration, seed: int):
         self.pad = DataCollatorForSeq2Seq(tokenizer, model)
@@ -145,7 +149,19 @@ class SpanCorruption:
 
 
 def corrupt(ids: list[int], sentinels: list[int], end: int, choice: random.Random) -> tuple[list[int], list[int]]:
-    """(what the encoder reads, what the decoder writes). No two spans touch, or one sentinel would stand for both."""
+    """Cuts random spans out of a passage.
+
+    For example, the passage a b c d e f may become a b <0> f <end> for the encoder, and <0> c d e <1> <end> for the
+    decoder. Between two spans at least one token stays, so that every span has a sentinel of its own.
+
+    Args:
+        ids: the tokens of the passage.
+        sentinels: the tokens that may stand for a span.
+        end: the token at the end of both results.
+
+    Returns:
+        What the encoder reads, and what the decoder learns to write.
+    """
     num_noise = max(1, round(len(ids) * NOISE))
     num_spans = min(max(1, round(num_noise / SPAN_LENGTH)), len(ids) - num_noise, len(sentinels) - 1)
     spans = _split(num_noise, num_spans, choice)
@@ -159,12 +175,13 @@ def corrupt(ids: list[int], sentinels: list[int], end: int, choice: random.Rando
 
 
 def _split(total: int, parts: int, choice: random.Random) -> list[int]:
-    """`parts` numbers above 0 that add up to `total`; each such choice is equally likely."""
+    """Random numbers above 0 that add up to `total`: `parts` of them, every choice with the same probability."""
     cuts = [0, *sorted(choice.sample(range(1, total), parts - 1)), total]
     return [b - a for a, b in itertools.pairwise(cuts)]
 
 
 def _encoded_passages(*special_tokens: str) -> tuple[PreTrainedTokenizerFast, list[dict]]:
+    """A tokenizer, which also knows the special tokens, and the token ids of all passages."""
     texts = [text for _, text in passages()]
     tokenizer = train_tokenizer(texts, *special_tokens)
     return tokenizer, [{"input_ids": encode(tokenizer, text)} for text in texts]
@@ -174,8 +191,8 @@ MODELS = {"bert": bert, "gpt": gpt, "roberta": roberta, "t5": t5}
 
 
 def main(argv: list[str] | None = None) -> list[float]:
-    """The loss of every step."""
-    parser = argument_parser(__doc__.splitlines()[0], steps=100)
+    """Runs the script, and returns the loss of every step with fused attention."""
+    parser = argument_parser(__doc__.splitlines()[0], steps=100, quick=20)
     parser.add_argument("--model", choices=MODELS, default="bert", help="what to pre-train (%(default)s)")
     args = set_up(parser.parse_args(argv))
     return train_on_both(*MODELS[args.model](args), args)[1]

