@@ -88,6 +88,7 @@ GPU_DEVICE V shuffle_xor(V v, int lane_mask);
 template <class V>
 GPU_DEVICE V shuffle(V v, int lane);
 GPU_DEVICE bool warp_any(bool is_true);
+GPU_DEVICE uint32_t warp_ballot(bool is_true);  // bit l is what lane l has passed
 
 // ---- Memory. V has 1, 2, 4, 8 or 16 bytes and is as aligned as it is large.
 

@@ -89,6 +89,7 @@ GPU_DEVICE V shuffle(V v, int lane) {
 }
 
 GPU_DEVICE bool warp_any(bool is_true) { return __any_sync(0xffffffffu, is_true); }
+GPU_DEVICE uint32_t warp_ballot(bool is_true) { return __ballot_sync(0xffffffffu, is_true); }
 
 // ---- Memory
 

@@ -44,17 +44,18 @@ struct KeyGradientTileSm80<256> {
 
 // sm_90a: kConsumers warpgroups have 64 queries each, and visit kBlockN keys at a time. Shared memory holds kStages
 // tiles of keys, as many tiles of values, and kQueryStages tiles of queries.
-template <int kHeadDim, bool kHasDropout>
+template <int kHeadDim, bool kIsGeneral>
 struct ForwardTileSm90 {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kQueryStages = 2;  // 192 KiB
 };
-template <bool kHasDropout>
-struct ForwardTileSm90<64, kHasDropout> {
-  // The output takes 32 registers. This leaves room for a third consumer, unless consumers draw random numbers.
-  static constexpr int kConsumers = kHasDropout ? 2 : 3, kBlockN = 128, kStages = 3, kQueryStages = 2;
+template <bool kIsGeneral>
+struct ForwardTileSm90<64, kIsGeneral> {
+  // The output takes 32 registers. This leaves room for a third consumer, unless consumers draw random numbers or load
+  // biases.
+  static constexpr int kConsumers = kIsGeneral ? 2 : 3, kBlockN = 128, kStages = 3, kQueryStages = 2;
 };
-template <bool kHasDropout>
-struct ForwardTileSm90<256, kHasDropout> {
+template <bool kIsGeneral>
+struct ForwardTileSm90<256, kIsGeneral> {
   // The output takes 128 registers; 192 KiB.
   static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kQueryStages = 1;
 };

@@ -92,6 +92,18 @@ inline V shuffle(V v, int lane) {
   return ShuffleOperand<V>::exchange("shuffle", v, lane);
 }
 
+inline uint32_t warp_ballot(bool is_true) {
+  emulation::Warps& warps = emulation::block().warps;
+  uint32_t bits = is_true;  // of this lane, then of all
+  if (void** lanes = warps.meet_in_warp("warp_ballot", &bits)) {
+    uint32_t ballot = 0;
+    for (int i = 0; i < emulation::kWarpSize; i++) ballot |= *static_cast<uint32_t*>(lanes[i]) << i;
+    for (int i = 0; i < emulation::kWarpSize; i++) *static_cast<uint32_t*>(lanes[i]) = ballot;
+    warps.release_warp();
+  }
+  return bits;
+}
+
 inline bool warp_any(bool is_true) {
   emulation::Warps& warps = emulation::block().warps;
   if (void** lanes = warps.meet_in_warp("warp_any", &is_true)) {
