@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <string>
 
+#include "bias_gradient/plan.h"
 #include "kernels.h"
 #include "mask_bits.h"
 #include "preparation.h"
@@ -54,6 +55,8 @@ struct Pieces {
   int32_t* tile_counter = nullptr;
   MaskParams mask{};
   float* relative_bias = nullptr;
+  float* dbias_sums = nullptr;
+  float* drelative_bias_sums = nullptr;
 };
 
 constexpr double kLog2EExact = 1.44269504088896340736;
@@ -63,6 +66,10 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 bool is_fused_backward(const WorkspaceNeeds& needs) {
   return needs.is_backward && needs.wants_all_gradients && !needs.is_general && needs.architecture == 90 &&
          has_fused_backward(needs.head_dim);
+}
+
+BiasGradientSizes bias_gradient_sizes(const WorkspaceNeeds& needs) {
+  return {needs.batch, needs.num_heads, needs.seqlen_q, needs.seqlen_k, needs.head_dim};
 }
 
 Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
@@ -97,6 +104,11 @@ Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
     if (needs.is_backward)
       mask.queries_of_key = workspace.take<uint32_t>(needs.mask_entries * needs.seqlen_k * mask.query_words);
   }
+  if (needs.wants_dbias)
+    pieces.dbias_sums =
+        workspace.take<float>(sum_floats(plan_dense(bias_gradient_sizes(needs), needs.dbias_shape)));
+  if (needs.wants_drelative_bias)
+    pieces.drelative_bias_sums = workspace.take<float>(sum_floats(plan_relative(bias_gradient_sizes(needs))));
   if (needs.relative_bias_heads != 0)
     pieces.relative_bias = workspace.take<float>(needs.relative_bias_heads *
                                                  (needs.seqlen_q + needs.seqlen_k - 1 + 2 * kRelativeBiasMargin));
@@ -195,6 +207,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.dq = rows_of(a.dquery, a.head_dim);
   p.dk = rows_of(a.dkey, a.head_dim);
   p.dv = rows_of(a.dvalue, a.value_dim);
+  p.dsinks = static_cast<float*>(a.dsinks.data);
   p.row_blocks = pieces.row_blocks;
   const int64_t stride_head = int64_t{p.row_blocks} * kRowBlock;
   const int64_t stride_batch = a.cu_seqlens_q != nullptr ? 0 : a.num_heads * stride_head;
@@ -240,17 +253,18 @@ struct KernelSet {
   int head_dim;
   Launcher forward;
   Launcher backward;
+  BiasGradientLauncher bias_gradient;
 };
 
 constexpr KernelSet kKernelSets[] = {
-    {80, 64, sm80::launch_forward<64>, sm80::launch_backward<64>},
-    {80, 96, sm80::launch_forward<96>, sm80::launch_backward<96>},
-    {80, 128, sm80::launch_forward<128>, sm80::launch_backward<128>},
-    {80, 256, sm80::launch_forward<256>, sm80::launch_backward<256>},
-    {90, 64, sm90::launch_forward<64>, sm90::launch_backward<64>},
-    {90, 96, sm90::launch_forward<96>, sm90::launch_backward<96>},
-    {90, 128, sm90::launch_forward<128>, sm90::launch_backward<128>},
-    {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>},
+    {80, 64, sm80::launch_forward<64>, sm80::launch_backward<64>, launch_bias_gradient<64>},
+    {80, 96, sm80::launch_forward<96>, sm80::launch_backward<96>, launch_bias_gradient<96>},
+    {80, 128, sm80::launch_forward<128>, sm80::launch_backward<128>, launch_bias_gradient<128>},
+    {80, 256, sm80::launch_forward<256>, sm80::launch_backward<256>, launch_bias_gradient<256>},
+    {90, 64, sm90::launch_forward<64>, sm90::launch_backward<64>, launch_bias_gradient<64>},
+    {90, 96, sm90::launch_forward<96>, sm90::launch_backward<96>, launch_bias_gradient<96>},
+    {90, 128, sm90::launch_forward<128>, sm90::launch_backward<128>, launch_bias_gradient<128>},
+    {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>, launch_bias_gradient<256>},
 };
 
 // The kernels with the smallest head dim that both queries and values fit into.
@@ -289,6 +303,12 @@ void run(const Call& of_caller, bool is_backward) {
   needs.seqlen_q = a.seqlen_q;
   needs.relative_bias_heads = relative_bias_heads(a);
   needs.mask_entries = mask_entries(a);
+  needs.wants_dbias = a.dbias.data != nullptr;
+  needs.dbias_shape[0] = a.dbias.stride_batch == 0 ? 1 : a.batch;
+  needs.dbias_shape[1] = a.dbias.stride_head == 0 ? 1 : a.num_heads;
+  needs.dbias_shape[2] = a.dbias.stride_row == 0 ? 1 : a.seqlen_q;
+  needs.dbias_shape[3] = a.dbias.stride_col == 0 ? 1 : a.seqlen_k;
+  needs.wants_drelative_bias = a.drelative_bias.data != nullptr;
   if (const int64_t bytes = workspace_bytes(needs); call.workspace_bytes < bytes)
     throw std::invalid_argument("workspace: expected at least " + std::to_string(bytes) + " bytes, got " +
                                 std::to_string(call.workspace_bytes));
@@ -303,6 +323,15 @@ void run(const Call& of_caller, bool is_backward) {
   if (a.mask.data != nullptr) prepare_mask(params, a, call.stream);
   if (a.relative_bias.data != nullptr) prepare_relative_bias(a, pieces.relative_bias, call.stream);
   (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
+  // After the kernels of backward, which prepare the row statistics.
+  const BiasGradientSizes sizes = bias_gradient_sizes(needs);
+  if (needs.wants_dbias)
+    sum_dense(params, plan_dense(sizes, needs.dbias_shape), a.dbias, needs.dbias_shape, pieces.dbias_sums,
+              kernels.bias_gradient, is_bf16, call.stream);
+  if (needs.wants_drelative_bias)
+    sum_relative(params, plan_relative(sizes), bias_gradient_tile(sizes.head_dim), a.drelative_bias,
+                 pieces.drelative_bias_sums, kernels.bias_gradient, is_bf16, call.stream);
+  if (a.dsinks.data != nullptr) sum_sinks(params, call.stream);
 }
 
 }  // namespace

@@ -35,7 +35,10 @@ struct WorkspaceNeeds {
   bool is_general = false;          // a softcap, bias, mask or sinks
   int64_t seqlen_q = 0;
   int64_t relative_bias_heads = 0;  // 0 = no relative bias
-  int64_t mask_entries = 0;         // distinct pairs of a batch entry and a head in the dense mask; 0 = no mask
+  bool wants_dbias = false;
+  int64_t dbias_shape[4] = {};  // 1 in a dimension that the bias broadcasts along
+  bool wants_drelative_bias = false;
+  int64_t mask_entries = 0;  // distinct pairs of a batch entry and a head in the dense mask; 0 = no mask
 };
 
 // How many bytes the kernels need besides inputs and results.

@@ -107,45 +107,52 @@ GPU_DEVICE bool has_visible_queries(const Params& p, const HeadSlice& head_slice
 
 constexpr int kMaskThreads = 128;
 
-// Each warp packs 32 queries x 32 keys. The last granules, beyond the queries and keys, become zeros.
+// Each warp packs 32 queries x 128 keys, and writes four bytes of the map. Granules beyond the queries and keys are
+// neither visible nor hidden.
+constexpr int kGranulesPerWarp = 4;
+
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kMaskThreads, 1)
     prepare_mask_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT ScoreTensor bytes) {
   const MaskParams& mask = p.mask;
-  const int64_t granule = int64_t{block_index_x()} * (kMaskThreads / 32) + thread_index() / 32;
-  const int32_t key_word = static_cast<int32_t>(granule % mask.key_words);
-  const int32_t query_word = static_cast<int32_t>(granule / mask.key_words % mask.query_words);
-  const int64_t entry = granule / mask.key_words / mask.query_words;
+  const int64_t number = int64_t{block_index_x()} * (kMaskThreads / 32) + thread_index() / 32;
+  const int32_t words_of_warp = mask.key_words / kGranulesPerWarp;
+  const int32_t first_word = static_cast<int32_t>(number % words_of_warp) * kGranulesPerWarp;
+  const int32_t query_word = static_cast<int32_t>(number / words_of_warp % mask.query_words);
+  const int64_t entry = number / words_of_warp / mask.query_words;
   const int32_t heads = mask.entries_per_head == 0 ? 1 : p.num_heads;
   if (entry >= int64_t{mask.entries_per_batch == 0 ? 1 : p.batch} * heads) return;
-  const int32_t lane = this_lane().index;
-  const int32_t first_query = kGranule * query_word, key = kGranule * key_word + lane;
-  const uint8_t* const source = static_cast<const uint8_t*>(bytes.data) + entry / heads * bytes.stride_batch +
-                                entry % heads * bytes.stride_head + int64_t{key} * bytes.stride_key;
-  const int32_t num_queries = min(p.seqlen_q - first_query, kGranule);  // negative beyond the last query
-  const bool is_key = key < p.seqlen_k;
-  uint32_t keys_of_own_query = 0, queries_of_own_key = 0;
-  for (int32_t i = 0; i < num_queries; ++i) {
-    const bool is_visible = is_key && load_global(source + (int64_t{first_query} + i) * bytes.stride_query) != 0;
-    const uint32_t keys = warp_ballot(is_visible);
-    if (lane == i) keys_of_own_query = keys;
-    queries_of_own_key |= static_cast<uint32_t>(is_visible) << i;
+  const int32_t lane = this_lane().index, first_query = kGranule * query_word;
+  const int32_t num_queries = clamp_to(p.seqlen_q - first_query, 0, kGranule);
+  uint32_t contents = 0;
+  for (int i = 0; i < kGranulesPerWarp; ++i) {
+    const int32_t word = first_word + i, key = kGranule * word + lane;
+    const bool is_key = key < p.seqlen_k;
+    const uint8_t* const source = static_cast<const uint8_t*>(bytes.data) + entry / heads * bytes.stride_batch +
+                                  entry % heads * bytes.stride_head + int64_t{key} * bytes.stride_key;
+    uint32_t keys_of_own_query = 0, queries_of_own_key = 0;
+    for (int32_t row = 0; row < num_queries; ++row) {
+      const bool is_visible = is_key && load_global(source + (int64_t{first_query} + row) * bytes.stride_query) != 0;
+      const uint32_t keys = warp_ballot(is_visible);
+      if (lane == row) keys_of_own_query = keys;
+      queries_of_own_key |= static_cast<uint32_t>(is_visible) << row;
+    }
+    if (lane < num_queries)
+      store_global(mask.keys_of_query + (entry * p.seqlen_q + first_query + lane) * mask.key_words + word,
+                   keys_of_own_query);
+    if (is_key && mask.queries_of_key != nullptr)
+      store_global(mask.queries_of_key + (entry * p.seqlen_k + key) * mask.query_words + query_word,
+                   queries_of_own_key);
+    const bool has_visible = warp_any(queries_of_own_key != 0);
+    const bool has_hidden = warp_any(is_key && queries_of_own_key != low_bits(num_queries));
+    contents |= ((has_visible ? MaskContents::kVisible : 0) | (has_hidden ? MaskContents::kHidden : 0)) << (8 * i);
   }
-  if (lane < num_queries)
-    store_global(mask.keys_of_query + (entry * p.seqlen_q + first_query + lane) * mask.key_words + key_word,
-                 keys_of_own_query);
-  if (is_key && mask.queries_of_key != nullptr)
-    store_global(mask.queries_of_key + (entry * p.seqlen_k + key) * mask.query_words + query_word, queries_of_own_key);
-  const bool has_visible = warp_any(queries_of_own_key != 0);
-  const bool has_hidden = warp_any(is_key && queries_of_own_key != low_bits(max(num_queries, 0)));
-  if (lane == 0)
-    store_global(mask.map + granule, static_cast<uint8_t>((has_visible ? MaskContents::kVisible : 0) |
-                                                          (has_hidden ? MaskContents::kHidden : 0)));
+  uint8_t* const map = mask.map + (entry * mask.query_words + query_word) * mask.key_words + first_word;
+  if (lane == 0) store_global(reinterpret_cast<uint32_t*>(map), contents);
 }
 
 inline LaunchShape shape_of_mask_preparation(const Params& p, int64_t entries) {
-  constexpr int kWarps = kMaskThreads / 32;
-  const int64_t granules = entries * p.mask.query_words * p.mask.key_words;
-  const int64_t programs = (granules + kWarps - 1) / kWarps;
+  constexpr int kGranules = kMaskThreads / 32 * kGranulesPerWarp;
+  const int64_t programs = (entries * p.mask.query_words * p.mask.key_words + kGranules - 1) / kGranules;
   if (programs >= int64_t{1} << 31) throw std::length_error("the mask needs more blocks than a grid may have");
   return {static_cast<int>(programs), 1, 1, kMaskThreads, 0};
 }

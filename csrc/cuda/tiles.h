@@ -42,6 +42,17 @@ struct KeyGradientTileSm80<256> {
   static constexpr bool kSplitsGradients = true;
 };
 
+// The kernel for the gradient of a bias: a block has a tile of kBlockM queries and kBlockN keys, and sums it over many
+// tiles of scores. A larger tile reads less of the inputs for each product.
+template <int kHeadDim>
+struct BiasGradientTileSm80 {
+  static constexpr int kWarps = 8, kBlockM = 128, kBlockN = 64;
+};
+template <>
+struct BiasGradientTileSm80<256> {
+  static constexpr int kWarps = 4, kBlockM = 64, kBlockN = 32;  // 96 KiB with q, dout, k and v
+};
+
 // sm_90a: kConsumers warpgroups have 64 queries each, and visit kBlockN keys at a time. Shared memory holds kStages
 // tiles of keys, as many tiles of values, and kQueryStages tiles of queries.
 template <int kHeadDim, bool kIsGeneral>

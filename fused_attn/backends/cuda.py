@@ -206,6 +206,7 @@ def _workspace(problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None)
         wanted,
         0 if relative_bias is None else relative_bias.shape[0],
         0 if mask is None else _distinct_entries(mask),
+        inputs.bias.shape if wanted is not None and wanted.bias else None,
     )
     return torch.empty(size // 4, dtype=torch.float32, device=inputs.query.device) if size else None
 
@@ -225,6 +226,7 @@ def _workspace_bytes(
     wanted: Wanted | None,
     relative_bias_heads: int,
     mask_entries: int,
+    dbias_shape: torch.Size | None,
 ) -> int:
     batch_entries, num_heads, rows_q, _ = query_shape
     has_logits = problem.softcap != 0.0 or problem.has_bias or problem.has_relative_bias or problem.scale <= 0.0
@@ -245,4 +247,6 @@ def _workspace_bytes(
         is_general=has_logits or problem.has_mask or problem.has_sinks,
         relative_bias_heads=relative_bias_heads,
         mask_entries=mask_entries,
+        dbias_shape=dbias_shape,
+        wants_drelative_bias=wanted is not None and wanted.relative_bias,
     )

@@ -221,7 +221,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
       fill(dprobs[0], 0.0f);
       multiply_transposed<T, kHeadDim>(dprobs, corners, Plan::kV, Plan::kDout);
     }
-    DropoutKeep<kTiles> dropout_keep;
+    DropoutKeep<kTiles> dropout_keep{};
     if constexpr (kIsGeneral) {
       if (p.dropout_seed != nullptr) {
         dropout_keep = dropout_keep_of_key_rows<kTiles>(Dropout(p, head_slice), first_row, first_key + warp_row, lane);

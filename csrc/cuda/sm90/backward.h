@@ -167,7 +167,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
       }
     } else {
       const int first_key = block * kBlockN;
-      DropoutKeep<kTiles> dropout_keep;
+      DropoutKeep<kTiles> dropout_keep{};
       if (p.dropout_seed != nullptr)
         dropout_keep = dropout_keep_of_query_rows<kTiles>(Dropout(p, head_slice), query, first_key, lane);
       wgmma_wait<0>();  // dprobs, too: they are multiplied by the derivative of the softcap
@@ -381,7 +381,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
     const uint32_t q_tile = shared + Plan::kQ + position.slot() * QTile::kBytes;
     const uint32_t dout_tile = shared + Plan::kDout + position.slot() * QTile::kBytes;
     const uint32_t statistics_tile = shared + Plan::kStatistics + position.slot() * Plan::kStatisticsBytes;
-    DropoutKeep<kTiles> dropout_keep;
+    DropoutKeep<kTiles> dropout_keep{};
     if constexpr (kIsGeneral) {  // while few registers are in use
       if (p.dropout_seed != nullptr)
         dropout_keep =
