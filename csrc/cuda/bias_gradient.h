@@ -32,6 +32,7 @@ struct BiasGradientTile {
   int32_t keys;
 };
 constexpr BiasGradientTile bias_gradient_tile(int64_t head_dim) {
+  if (head_dim == 96) return {64, 64};
   return head_dim <= 128 ? BiasGradientTile{128, 64} : BiasGradientTile{64, 32};
 }
 

@@ -41,7 +41,7 @@ struct LogitGradients {
 // Exact to about 1e-7, unlike tanh.approx.
 GPU_DEVICE float tanh_of(float x) {
   constexpr float kTwoLog2E = 2.0f * kLog2E;
-  return 1.0f - 2.0f / (1.0f + exp2_approx(kTwoLog2E * x));
+  return multiply_add(-2.0f, reciprocal_approx(1.0f + exp2_approx(kTwoLog2E * x)), 1.0f);
 }
 
 template <int kTiles, class Gradients>
@@ -61,12 +61,18 @@ template <int kTiles, class Position>
 GPU_DEVICE void add_relative_bias(const float* bias_of_diagonal_0, float (&logits)[kTiles][4], Position at) {
   constexpr int kSign = Position::kRowsAreQueries ? 1 : -1;
   const float* const own = bias_of_diagonal_0 + (at.key - at.query);
-  float bias[kTiles + 1][2];
-  GPU_UNROLL for (int u = 0; u <= kTiles; ++u) {
-    GPU_UNROLL for (int c = 0; c < 2; ++c) bias[u][c] = load_global(own + kSign * (8 * (u - 1) + c));
-  }
+  // Two pairs of neighbouring diagonals at a time: those of the rows g + 8, and those of the rows g, of a tile.
+  const auto load_pair = [&](int tile) {
+    return Float2{load_global(own + kSign * 8 * tile), load_global(own + kSign * (8 * tile + 1))};
+  };
+  Float2 lower = load_pair(-1);
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-    GPU_UNROLL for (int j = 0; j < 4; ++j) logits[t][j] += bias[t + 1 - j / 2][j % 2];
+    const Float2 upper = load_pair(t);
+    logits[t][0] += upper.x;
+    logits[t][1] += upper.y;
+    logits[t][2] += lower.x;
+    logits[t][3] += lower.y;
+    lower = upper;
   }
 }
 
@@ -84,19 +90,22 @@ GPU_DEVICE float load_float(const Element* p) {
 template <class Element, int kTiles, class Position>
 GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, float (&logits)[kTiles][4],
                          Position at) {
-  const Element* const own = static_cast<const Element*>(bias.data) + head_slice.batch * bias.stride_batch +
-                             head_slice.head * bias.stride_head + at.query * bias.stride_query +
-                             at.key * bias.stride_key;
   constexpr bool kRowsAreQueries = Position::kRowsAreQueries;
   const int64_t stride_row = kRowsAreQueries ? bias.stride_query : bias.stride_key;
   const int64_t stride_column = kRowsAreQueries ? bias.stride_key : bias.stride_query;
-  GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-    GPU_UNROLL for (int j = 0; j < 4; ++j) {
-      const bool exists = at.query_of(t, j) < head_slice.seqlen_q && at.key_of(t, j) < head_slice.seqlen_k;
-      if (exists) {
-        const float x = load_float(own + 8 * (j / 2) * stride_row + (8 * t + j % 2) * stride_column);
-        logits[t][j] = multiply_add(x, kLog2E, logits[t][j]);
+  const int32_t rows = kRowsAreQueries ? head_slice.seqlen_q - at.query : head_slice.seqlen_k - at.key;
+  const int32_t columns = kRowsAreQueries ? head_slice.seqlen_k - at.key : head_slice.seqlen_q - at.query;
+  GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    // The pointer goes along the row: addresses of all entries would take more registers than there are.
+    const Element* next = static_cast<const Element*>(bias.data) + head_slice.batch * bias.stride_batch +
+                          head_slice.head * bias.stride_head + at.query * bias.stride_query +
+                          at.key * bias.stride_key + 8 * r * stride_row;
+    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+      GPU_UNROLL for (int c = 0; c < 2; ++c) {
+        float& logit = logits[t][2 * r + c];
+        if (8 * r < rows && 8 * t + c < columns) logit = multiply_add(load_float(next + c * stride_column), kLog2E, logit);
       }
+      next = keep_computed(next + 8 * stride_column);
     }
   }
 }

@@ -60,6 +60,7 @@ GPU_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b);  // upper half of the
 GPU_DEVICE float multiply_add(float a, float b, float c);   // a * b + c, rounded once
 GPU_DEVICE float exp2_approx(float x);                      // ex2.approx.ftz
 GPU_DEVICE float log2_approx(float x);                      // lg2.approx.ftz
+GPU_DEVICE float reciprocal_approx(float x);                // rcp.approx.ftz
 GPU_DEVICE uint32_t float_bits(float x);
 GPU_DEVICE float bits_float(uint32_t bits);
 
@@ -210,6 +211,8 @@ GPU_DEVICE void forget_registers(float (&r)[N]);
 
 // Returns x. The compiler cannot compute the result again, and so keeps it in a register.
 GPU_DEVICE uint32_t keep_computed(uint32_t x);
+template <class V>
+GPU_DEVICE const V* keep_computed(const V* p);
 
 // Descriptor of a 16-bit matrix in shared memory, swizzled by 128 bytes, at the corner `address` of the operand.
 //   contiguous along k:      rows of 128 bytes; groups of 8 rows lie stride_bytes apart; leading_bytes is not used

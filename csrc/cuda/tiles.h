@@ -49,6 +49,11 @@ struct BiasGradientTileSm80 {
   static constexpr int kWarps = 8, kBlockM = 128, kBlockN = 64;
 };
 template <>
+struct BiasGradientTileSm80<96> {
+  // Threads load chunks of 16 bytes in groups of four for a row, so 8 warps would load more than 32 rows at once.
+  static constexpr int kWarps = 4, kBlockM = 64, kBlockN = 64;
+};
+template <>
 struct BiasGradientTileSm80<256> {
   static constexpr int kWarps = 4, kBlockM = 64, kBlockN = 32;  // 96 KiB with q, dout, k and v
 };

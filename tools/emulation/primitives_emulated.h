@@ -27,6 +27,7 @@ inline uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint64_t
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float exp2_approx(float x) { return exp2f(x); }
 inline float log2_approx(float x) { return log2f(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
 inline uint32_t float_bits(float x) { return emulation::bits_of(x); }
 inline float bits_float(uint32_t bits) { return emulation::float_of(bits); }
 
@@ -269,6 +270,10 @@ inline void forget_registers(float (&r)[N]) {
 }
 
 inline uint32_t keep_computed(uint32_t x) { return x; }
+template <class V>
+inline const V* keep_computed(const V* p) {
+  return p;
+}
 
 template <int R>
 inline void increase_registers() {

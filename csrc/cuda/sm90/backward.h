@@ -449,8 +449,10 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
       const bool has_masked =
           has_masked_queries<kIsGeneral, kBlockM, kBlockN>(p, work.head_slice, work.block, work.first_key);
       if (!is_full || has_masked) {
-        VisibleColumns<kBlockM> visible = visible_queries<kBlockM>(p, is_valid, work.block, key);
-        if (has_masked) hide_masked_queries(p, work.head_slice, visible, work.block * kBlockM, key);
+        // keep_computed: otherwise the compiler keeps in registers, during the whole loop, what it computes from the key.
+        const int own_key = static_cast<int>(keep_computed(static_cast<uint32_t>(key)));
+        VisibleColumns<kBlockM> visible = visible_queries<kBlockM>(p, is_valid, work.block, own_key);
+        if (has_masked) hide_masked_queries(p, work.head_slice, visible, work.block * kBlockM, own_key);
         hide(probs, visible, lane);
       }
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
