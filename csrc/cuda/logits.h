@@ -45,12 +45,19 @@ GPU_DEVICE float tanh_of(float x) {
 }
 
 template <int kTiles, class Gradients>
-GPU_DEVICE void apply_softcap(const LogitParams& p, float (&scores)[kTiles][4], const Gradients& gradients) {
+GPU_DEVICE void apply_scale_and_softcap(const Params& p, float (&scores)[kTiles][4], const Gradients& gradients) {
+  const LogitParams& x = p.logits;
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-    GPU_UNROLL for (int j = 0; j < 4; ++j) {
-      const float x = tanh_of(scores[t][j] * p.softcap_scale);
-      scores[t][j] = p.softcap_log2 * x;
-      gradients.scale(t, j, 1.0f - x * x);
+    // The branch stands within the loop. It keeps ptxas from computing the exponentials of all tiles first, for which
+    // there are no registers.
+    if (x.softcap_log2 != 0.0f) {
+      GPU_UNROLL for (int j = 0; j < 4; ++j) {
+        const float y = tanh_of(scores[t][j] * x.softcap_scale);
+        scores[t][j] = x.softcap_log2 * y;
+        gradients.scale(t, j, 1.0f - y * y);
+      }
+    } else {
+      GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] *= p.scale_log2;
     }
   }
 }
@@ -117,11 +124,7 @@ GPU_DEVICE void to_logits(const Params& p, const HeadSlice& head_slice, float (&
                           const Gradients& gradients) {
   const LogitParams& x = p.logits;
   if (x.is_plain) return;
-  if (x.softcap_log2 != 0.0f) {
-    apply_softcap(x, scores, gradients);
-  } else {
-    GPU_UNROLL for (int t = 0; t < kTiles; ++t) { GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] *= p.scale_log2; }
-  }
+  apply_scale_and_softcap(p, scores, gradients);
   if (x.relative_bias != nullptr)
     add_relative_bias(x.relative_bias + head_slice.head * x.relative_bias_stride_head + p.seqlen_q - 1, scores, at);
   if (x.bias.data != nullptr) {

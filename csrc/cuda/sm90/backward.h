@@ -440,19 +440,22 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
           GPU_UNROLL for (int j = 0; j < 4; ++j) dprobs[t][j] -= j % 2 == 0 ? statistics.y : statistics.w;
         }
       }
-      const KeyRows at{work.block * kBlockM + 2 * lane.q, key};
+      // keep_computed: otherwise the compiler keeps in registers, during the whole loop, what it computes from the key
+      // and from the batch entry.
+      const int own_key = static_cast<int>(keep_computed(static_cast<uint32_t>(key)));
+      HeadSlice head_slice = work.head_slice;
+      head_slice.batch = static_cast<int>(keep_computed(static_cast<uint32_t>(head_slice.batch)));
+      const KeyRows at{work.block * kBlockM + 2 * lane.q, own_key};
       if constexpr (kMakesDk) {
-        to_logits<T>(p, work.head_slice, probs, at, LogitGradients<kTiles>{dprobs});
+        to_logits<T>(p, head_slice, probs, at, LogitGradients<kTiles>{dprobs});
       } else {
-        to_logits<T>(p, work.head_slice, probs, at, NoGradients{});
+        to_logits<T>(p, head_slice, probs, at, NoGradients{});
       }
       const bool has_masked =
-          has_masked_queries<kIsGeneral, kBlockM, kBlockN>(p, work.head_slice, work.block, work.first_key);
+          has_masked_queries<kIsGeneral, kBlockM, kBlockN>(p, head_slice, work.block, work.first_key);
       if (!is_full || has_masked) {
-        // keep_computed: otherwise the compiler keeps in registers, during the whole loop, what it computes from the key.
-        const int own_key = static_cast<int>(keep_computed(static_cast<uint32_t>(key)));
         VisibleColumns<kBlockM> visible = visible_queries<kBlockM>(p, is_valid, work.block, own_key);
-        if (has_masked) hide_masked_queries(p, work.head_slice, visible, work.block * kBlockM, own_key);
+        if (has_masked) hide_masked_queries(p, head_slice, visible, work.block * kBlockM, own_key);
         hide(probs, visible, lane);
       }
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
