@@ -76,9 +76,9 @@ GPU_DEVICE void left_factor(uint32_t (&a)[4], const float (&x)[kTiles][4], int k
 
 // Stores row r of the fragment times `factor`, rounded to T. A thread has 4 bytes of every tile of its row. The four
 // threads of the row exchange these, so that each thread stores whole tiles of 16 bytes. All lanes of the warp take
-// part. In memory the row has `columns` columns, a multiple of 8, or none if the row does not exist.
+// part. If the row exists (is_row), memory has `columns` of its columns, a multiple of 8.
 template <class T, int kTiles>
-GPU_DEVICE void store_row(T* row, const float (&x)[kTiles][4], int r, float factor, int columns, Lane lane) {
+GPU_DEVICE void store_row(T* row, const float (&x)[kTiles][4], int r, float factor, bool is_row, int columns, Lane lane) {
   GPU_UNROLL for (int t = 0; t < kTiles; t += 4) {
     uint32_t words[4];
     GPU_UNROLL for (int i = 0; i < 4; ++i) words[i] = pack<T>(x[t + i][2 * r] * factor, x[t + i][2 * r + 1] * factor);
@@ -95,7 +95,7 @@ GPU_DEVICE void store_row(T* row, const float (&x)[kTiles][4], int r, float fact
       words[i] = is_upper ? received : words[i];
       words[i + 2] = is_upper ? words[i + 2] : received;
     }
-    if (8 * (t + lane.q) < columns)
+    if (is_row && 8 * (t + lane.q) < columns)
       store_global(reinterpret_cast<Vec4*>(row + 8 * (t + lane.q)), Vec4{words[0], words[1], words[2], words[3]});
   }
 }

@@ -102,10 +102,12 @@ struct QueryGradientTileSm90<256> {
 
 // The kernel for dk and dv visits kBlockM queries at a time. Its two consumer warpgroups have 64 keys each, and sum
 // both gradients. If both do not fit (kSplitsGradients), they have the same 64 keys, and each sums one gradient.
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 struct KeyGradientTileSm90 {
-  static constexpr int kBlockM = 64, kStages = 2;
-  static constexpr bool kSplitsGradients = kHeadDim > 128;  // both would take 256 registers
+  // Both gradients would take 256 registers with head dim 256. With head dim 128 they take 128, which leaves too few
+  // for what a general kernel does with scores. The same holds for one gradient with head dim 256.
+  static constexpr bool kSplitsGradients = kHeadDim > 128 || (kIsGeneral && kHeadDim > 96);
+  static constexpr int kBlockM = kIsGeneral && kHeadDim > 128 ? 32 : 64, kStages = 2;
 };
 
 }  // namespace fused_attn::gpu

@@ -121,7 +121,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
   // Epilogue.
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = query + 8 * r;
-    store_row<T>(head_slice.query_row<T>(p.dq, row), dq[0], r, p.scale, row < head_slice.seqlen_q ? p.dq.columns : 0,
+    store_row<T>(head_slice.query_row<T>(p.dq, row), dq[0], r, p.scale, row < head_slice.seqlen_q, p.dq.columns,
                  lane);
   }
 }
@@ -279,12 +279,12 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
     const bool is_row = row < head_slice.seqlen_k;
     if constexpr (kMakesDk) {
       if (p.dk.data != nullptr)
-        store_row<T>(head_slice.key_row<T>(p.dk, row), dk[0], r, p.scale, is_row ? p.dk.columns : 0, lane);
+        store_row<T>(head_slice.key_row<T>(p.dk, row), dk[0], r, p.scale, is_row, p.dk.columns, lane);
     }
     if constexpr (kMakesDv) {
       const float factor = kIsGeneral ? p.dropout_scale : 1.0f;
       if (p.dv.data != nullptr)
-        store_row<T>(head_slice.key_row<T>(p.dv, row), dv[0], r, factor, is_row ? p.dv.columns : 0, lane);
+        store_row<T>(head_slice.key_row<T>(p.dv, row), dv[0], r, factor, is_row, p.dv.columns, lane);
     }
   }
 }

@@ -203,16 +203,16 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   // Epilogue.
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = query + 8 * r;
-    store_row<T>(head_slice.query_row<T>(p.dq, row), dq, r, p.scale, row < head_slice.seqlen_q ? p.dq.columns : 0,
+    store_row<T>(head_slice.query_row<T>(p.dq, row), dq, r, p.scale, row < head_slice.seqlen_q, p.dq.columns,
                  lane);
   }
 }
 
 // ---- dk and dv
 
-template <int kHeadDim>
-struct KeyGradientPlan : KeyGradientTileSm90<kHeadDim> {
-  using Sizes = KeyGradientTileSm90<kHeadDim>;
+template <int kHeadDim, bool kIsGeneral>
+struct KeyGradientPlan : KeyGradientTileSm90<kHeadDim, kIsGeneral> {
+  using Sizes = KeyGradientTileSm90<kHeadDim, kIsGeneral>;
   static constexpr int kBlockN = Sizes::kSplitsGradients ? 64 : 128;
   static constexpr int kBlockM = Sizes::kBlockM, kStages = Sizes::kStages;
   static constexpr int kTiles = kBlockM / 8;
@@ -229,9 +229,9 @@ struct KeyGradientPlan : KeyGradientTileSm90<kHeadDim> {
   static_assert(kBytes <= 227 * 1024);
 };
 
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 struct KeyGradientRings {
-  using Plan = KeyGradientPlan<kHeadDim>;
+  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   Ring<1> k;  // k and v are loaded once
   Ring<1> v;
   Ring<Plan::kStages> q;
@@ -262,7 +262,7 @@ struct KeyGradientRings {
 // them.
 template <int kHeadDim, bool kIsGeneral>
 struct KeyWork {
-  using Plan = KeyGradientPlan<kHeadDim>;
+  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   HeadSlice head_slice;  // its head is the head of the step
   int32_t first_key;
   ValidRows<Plan::kBlockN> valid;
@@ -307,8 +307,8 @@ struct KeyWork {
 
 template <int kHeadDim, bool kIsGeneral>
 GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_t shared,
-                              const KeyGradientRings<kHeadDim>& rings, KeyWork<kHeadDim, kIsGeneral>& work) {
-  using Plan = KeyGradientPlan<kHeadDim>;
+                              const KeyGradientRings<kHeadDim, kIsGeneral>& rings, KeyWork<kHeadDim, kIsGeneral>& work) {
+  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   using QTile = typename Plan::QTile;
   TileLoader loader{rings.cleaning, thread_index() == 0};
   RingPosition<Plan::kStages> position;  // in the rings for q and dout
@@ -334,9 +334,9 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
 
 // A warp of its own does this, because the warp that issues TMA has few registers.
 template <int kHeadDim, bool kIsGeneral>
-GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim>& rings,
+GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
                                     KeyWork<kHeadDim, kIsGeneral>& work) {
-  using Plan = KeyGradientPlan<kHeadDim>;
+  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   const int lane = this_lane().index;
   RingPosition<Plan::kStages> position;
   for (; work.steps_left > 0; work.advance()) {
@@ -355,9 +355,9 @@ GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared, const KeyG
 
 // kMakesDk, kMakesDv: whether this warpgroup sums dk, and dv. Its keys begin at row first_row of the block.
 template <class T, int kHeadDim, bool kIsGeneral, bool kMakesDk, bool kMakesDv>
-GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim>& rings,
+GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
                                   KeyWork<kHeadDim, kIsGeneral>& work, int first_row) {
-  using Plan = KeyGradientPlan<kHeadDim>;
+  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   using QTile = typename Plan::QTile;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
   const Lane lane = this_lane();
@@ -491,12 +491,12 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
     const bool is_row = row < head_slice.seqlen_k;
     if constexpr (kMakesDk) {
       if (p.dk.data != nullptr)
-        store_row<T>(head_slice.key_row<T>(p.dk, row), dk, r, p.scale, is_row ? p.dk.columns : 0, lane);
+        store_row<T>(head_slice.key_row<T>(p.dk, row), dk, r, p.scale, is_row, p.dk.columns, lane);
     }
     if constexpr (kMakesDv) {
       const float factor = kIsGeneral ? p.dropout_scale : 1.0f;
       if (p.dv.data != nullptr)
-        store_row<T>(head_slice.key_row<T>(p.dv, row), dv, r, factor, is_row ? p.dv.columns : 0, lane);
+        store_row<T>(head_slice.key_row<T>(p.dv, row), dv, r, factor, is_row, p.dv.columns, lane);
     }
   }
 }
@@ -504,11 +504,11 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     key_gradient_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT BackwardMaps maps) {
-  using Plan = KeyGradientPlan<kHeadDim>;
+  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   KeyWork<kHeadDim, kIsGeneral> work(p);
   if (work.is_empty()) return;
   const uint32_t shared = shared_address(shared_memory());
-  const KeyGradientRings<kHeadDim> rings(shared);
+  const KeyGradientRings<kHeadDim, kIsGeneral> rings(shared);
   if (thread_index() == 0) rings.init();
   sync_threads();
   const int warpgroup = thread_index() / kWarpgroup;

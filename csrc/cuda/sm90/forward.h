@@ -536,7 +536,7 @@ struct Consumer {
       }
       const bool is_row = row < head_slice.seqlen_q;
       if (p.lse.data != nullptr && lane.q == 0 && is_row) store_global(head_slice.query_value(p.lse, row), lse);
-      store_row<T>(head_slice.query_row<T>(p.out, row), acc, r, factor, is_row ? p.out.columns : 0, lane);
+      store_row<T>(head_slice.query_row<T>(p.out, row), acc, r, factor, is_row, p.out.columns, lane);
     }
   }
 

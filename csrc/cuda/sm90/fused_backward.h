@@ -355,10 +355,10 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
         const int row = b.number() * kKeyBlock + warp_row + lane.g + 8 * r;
         const bool is_row = row < b.seqlen_k();
         if (p.dk.data != nullptr)
-          store(b.template key_row<T>(p.dk, row), dk, r, p.scale, is_row ? p.dk.columns : 0);
+          store(b.template key_row<T>(p.dk, row), dk, r, p.scale, is_row, p.dk.columns);
         const float factor = kHasDropout ? p.dropout_scale : 1.0f;
         if (p.dv.data != nullptr)
-          store(b.template key_row<T>(p.dv, row), dv, r, factor, is_row ? p.dv.columns : 0);
+          store(b.template key_row<T>(p.dv, row), dv, r, factor, is_row, p.dv.columns);
       }
     };
     if (first == end) {
@@ -366,7 +366,9 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       key_position.release(rings.k);
       key_position.wait_full(rings.v);
       key_position.release(rings.v);
-      store_gradients([&](T* row, const auto&, int, float, int columns) { store_zeros(row, columns, lane); });
+      store_gradients([&](T* row, const auto&, int, float, bool is_row, int columns) {
+        if (is_row) store_zeros(row, columns, lane);
+      });
       reader.release_by_warp();
       continue;
     }
@@ -524,8 +526,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
     }
     propagate(step, std::true_type{});
     ++step;
-    store_gradients([&](T* row, const auto& gradient, int r, float factor, int columns) {
-      store_row<T>(row, gradient, r, factor, columns, lane);
+    store_gradients([&](T* row, const auto& gradient, int r, float factor, bool is_row, int columns) {
+      store_row<T>(row, gradient, r, factor, is_row, columns, lane);
     });
     reader.release_by_warp();
   }
@@ -608,8 +610,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU
     }
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = own_row + 8 * r;
-      const int columns = row < head_slice.seqlen_q ? p.dq.columns - (first_column + 8 * t) : 0;
-      store_row<T>(head_slice.query_row<T>(p.dq, row) + first_column + 8 * t, x, r, p.scale, columns, lane);
+      const int column = first_column + 8 * t;
+      store_row<T>(head_slice.query_row<T>(p.dq, row) + column, x, r, p.scale, row < head_slice.seqlen_q,
+                   p.dq.columns - column, lane);
     }
   }
 }

@@ -54,7 +54,7 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
 template <class T, int kHeadDim, bool kIsGeneral, class MapsOf>
 void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
   using QueryPlan = QueryGradientPlan<kHeadDim>;
-  using KeyPlan = KeyGradientPlan<kHeadDim>;
+  using KeyPlan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   run_kernel(prepare_rows_kernel<T, kHeadDim>, shape_of_row_preparation(p), stream, p);
   if (p.dq.data != nullptr)
     run_kernel(query_gradient_kernel<T, kHeadDim, kIsGeneral>,
