@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <string>
 
+#include "bias_gradient/plan.h"
 #include "kernels.h"
+#include "mask_bits.h"
 #include "preparation.h"
 
 namespace fused_attn::gpu {
@@ -17,6 +19,9 @@ constexpr int64_t kL2Bytes = 8 << 20;
 // The same for backward: bytes of queries, keys, values and dout. The sums of dq take as many bytes again. Measured on
 // an H100, (8, 16, 2048, 128): 20 MiB 490 TFLOP/s, 128 MiB 313.
 constexpr int64_t kBackwardL2Bytes = 12 << 20;
+
+// Words of bits reach to the end of the largest block of queries or keys, so that kernels need not ask where they end.
+constexpr int64_t kLargestBlock = 256;
 
 // Hands out pieces of the workspace one after another. With a null pointer, a Workspace only counts the bytes.
 class Workspace {
@@ -48,20 +53,28 @@ struct Pieces {
   int32_t* key_ranks = nullptr;
   KeyBlock* key_blocks = nullptr;
   int32_t* tile_counter = nullptr;
+  MaskParams mask{};
+  float* relative_bias = nullptr;
+  float* dbias_sums = nullptr;
+  float* drelative_bias_sums = nullptr;
 };
+
+constexpr double kLog2EExact = 1.44269504088896340736;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool is_fused_backward(const WorkspaceNeeds& needs) {
-  return needs.is_backward && needs.wants_all_gradients && needs.architecture == 90 &&
+  return needs.is_backward && needs.wants_all_gradients && !needs.is_general && needs.architecture == 90 &&
          has_fused_backward(needs.head_dim);
+}
+
+BiasGradientSizes bias_gradient_sizes(const WorkspaceNeeds& needs) {
+  return {needs.batch, needs.num_heads, needs.seqlen_q, needs.seqlen_k, needs.head_dim};
 }
 
 Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
   Pieces pieces;
   if (needs.has_key_padding) {
-    // The words reach to the end of the largest block of keys, so that kernels need not ask where they end.
-    constexpr int64_t kLargestBlock = 256;
     pieces.valid_words = static_cast<int32_t>(ceil_div(needs.seqlen_k, kLargestBlock) * (kLargestBlock / 32));
     pieces.valid_keys = workspace.take<uint32_t>(needs.batch * pieces.valid_words);
   }
@@ -82,11 +95,33 @@ Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
       if (needs.has_key_padding) pieces.key_ranks = workspace.take<int32_t>(needs.batch * (key_blocks + 1));
     }
   }
+  if (needs.mask_entries != 0) {
+    MaskParams& mask = pieces.mask;
+    mask.query_words = static_cast<int32_t>(ceil_div(needs.seqlen_q, kLargestBlock) * (kLargestBlock / 32));
+    mask.key_words = static_cast<int32_t>(ceil_div(needs.seqlen_k, kLargestBlock) * (kLargestBlock / 32));
+    mask.map = workspace.take<uint8_t>(needs.mask_entries * mask.query_words * mask.key_words);
+    mask.keys_of_query = workspace.take<uint32_t>(needs.mask_entries * needs.seqlen_q * mask.key_words);
+    if (needs.is_backward)
+      mask.queries_of_key = workspace.take<uint32_t>(needs.mask_entries * needs.seqlen_k * mask.query_words);
+  }
+  if (needs.wants_dbias)
+    pieces.dbias_sums = workspace.take<float>(sum_floats(plan_dense(bias_gradient_sizes(needs), needs.dbias_shape)));
+  if (needs.wants_drelative_bias)
+    pieces.drelative_bias_sums = workspace.take<float>(sum_floats(plan_relative(bias_gradient_sizes(needs))));
+  if (needs.relative_bias_heads != 0)
+    pieces.relative_bias = workspace.take<float>(needs.relative_bias_heads *
+                                                 (needs.seqlen_q + needs.seqlen_k - 1 + 2 * kRelativeBiasMargin));
   if (needs.architecture == 90 && (is_fused || !needs.is_backward)) pieces.tile_counter = workspace.take<int32_t>(1);
   return pieces;
 }
 
-Rows rows_of(const TensorView& x) { return {x.data, x.stride_batch, x.stride_head, x.stride_row}; }
+Rows rows_of(const TensorView& x, int64_t columns) {
+  return {x.data, x.stride_batch, x.stride_head, x.stride_row, static_cast<int32_t>(columns)};
+}
+
+ScoreTensor scores_of(const TensorView& x) {
+  return {x.data, x.stride_batch, x.stride_head, x.stride_row, x.stride_col};
+}
 
 RowValues values_of(const TensorView& x) {
   return {static_cast<float*>(x.data), x.stride_batch, x.stride_head, x.stride_row};
@@ -95,7 +130,45 @@ RowValues values_of(const TensorView& x) {
 // Whether some tiles take longer than others. Otherwise blocks need not ask which tile comes next.
 bool has_unequal_tiles(const AttentionParams& a) {
   return a.window_left != kUnbounded || a.window_right != kUnbounded || a.cu_seqlens_q != nullptr ||
-         a.key_padding.data != nullptr;
+         a.key_padding.data != nullptr || a.mask.data != nullptr;
+}
+
+int64_t mask_entries(const AttentionParams& a) {
+  if (a.mask.data == nullptr) return 0;
+  return (a.mask.stride_batch == 0 ? 1 : a.batch) * (a.mask.stride_head == 0 ? 1 : a.num_heads);
+}
+
+int64_t relative_bias_heads(const AttentionParams& a) {
+  if (a.relative_bias.data == nullptr) return 0;
+  return a.relative_bias.stride_head == 0 ? 1 : a.num_heads;
+}
+
+// Whether each group of eight keys of the bias is aligned to 16 bytes, and no group reaches beyond the last key.
+bool has_aligned_rows(const AttentionParams& a) {
+  constexpr int64_t kGroup = 8;
+  const TensorView& bias = a.bias;
+  return reinterpret_cast<uintptr_t>(bias.data) % 16 == 0 && a.seqlen_k % kGroup == 0 && bias.stride_col == 1 &&
+         bias.stride_row % kGroup == 0 && bias.stride_head % kGroup == 0 && bias.stride_batch % kGroup == 0;
+}
+
+LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
+  LogitParams x{};
+  // LazySoftmax takes the largest score for the largest logit, so its factor has to be positive.
+  const bool is_scale_positive = static_cast<float>(a.scale) > 0.0f;
+  x.is_plain = is_scale_positive && a.softcap == 0.0 && a.relative_bias.data == nullptr && a.bias.data == nullptr;
+  if (a.softcap != 0.0) {
+    x.softcap_scale = static_cast<float>(a.scale / a.softcap);
+    x.softcap_log2 = static_cast<float>(a.softcap * kLog2EExact);
+  }
+  if (relative_bias != nullptr) {
+    const int64_t stride_head = a.seqlen_q + a.seqlen_k - 1 + 2 * kRelativeBiasMargin;
+    x.relative_bias = relative_bias + kRelativeBiasMargin;
+    x.relative_bias_stride_head = a.relative_bias.stride_head == 0 ? 0 : stride_head;
+  }
+  x.bias = scores_of(a.bias);
+  x.is_bias_float = a.bias_dtype == DType::kFloat32;
+  x.has_bias_rows = !x.is_bias_float && has_aligned_rows(a);
+  return x;
 }
 
 Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
@@ -112,13 +185,21 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   const int64_t heads =
       is_backward ? kBackwardL2Bytes / (kv_bytes + p.group_size * q_bytes) : kL2Bytes * p.group_size / kv_bytes;
   p.heads_per_l2_group = static_cast<int32_t>(std::clamp<int64_t>(heads, 1, a.num_heads * a.batch));
-  p.q = rows_of(a.query);
-  p.k = rows_of(a.key);
-  p.v = rows_of(a.value);
-  p.out = rows_of(a.out);
+  p.q = rows_of(a.query, a.head_dim);
+  p.k = rows_of(a.key, a.head_dim);
+  p.v = rows_of(a.value, a.value_dim);
+  p.out = rows_of(a.out, a.value_dim);
   p.lse = values_of(a.lse);
   p.scale = static_cast<float>(a.scale);
-  p.scale_log2 = static_cast<float>(a.scale * 1.44269504088896340736);
+  p.scale_log2 = static_cast<float>(a.scale * kLog2EExact);
+  p.logits = logits_of(a, pieces.relative_bias);
+  p.softmax_scale = p.logits.is_plain ? p.scale : kLn2;
+  p.softmax_scale_log2 = p.logits.is_plain ? p.scale_log2 : 1.0f;
+  p.mask = pieces.mask;
+  p.mask.entries_per_head = a.mask.stride_head == 0 ? 0 : 1;
+  p.mask.entries_per_batch =
+      a.mask.stride_batch == 0 ? 0 : static_cast<int32_t>(a.mask.stride_head == 0 ? 1 : a.num_heads);
+  p.sinks = static_cast<const float*>(a.sinks.data);
   p.first_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.diagonal_offset - a.window_left, -kMaxRows, kMaxRows));
   p.last_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.diagonal_offset + a.window_right, -kMaxRows, kMaxRows));
   p.cu_seqlens_q = a.cu_seqlens_q;
@@ -128,11 +209,12 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.dropout_seed = a.has_dropout ? a.dropout_seed_data : nullptr;
   p.dropout_threshold = a.dropout_threshold;
   p.dropout_scale = static_cast<float>(a.dropout_scale);
-  p.dout = rows_of(a.dout);
+  p.dout = rows_of(a.dout, a.value_dim);
   p.dlse = values_of(a.dlse);
-  p.dq = rows_of(a.dquery);
-  p.dk = rows_of(a.dkey);
-  p.dv = rows_of(a.dvalue);
+  p.dq = rows_of(a.dquery, a.head_dim);
+  p.dk = rows_of(a.dkey, a.head_dim);
+  p.dv = rows_of(a.dvalue, a.value_dim);
+  p.dsinks = static_cast<float*>(a.dsinks.data);
   p.row_blocks = pieces.row_blocks;
   const int64_t stride_head = int64_t{p.row_blocks} * kRowBlock;
   const int64_t stride_batch = a.cu_seqlens_q != nullptr ? 0 : a.num_heads * stride_head;
@@ -158,6 +240,19 @@ void prepare_padding(const Params& params, const PaddingParams& padding, Stream 
   run_kernel(prepare_padding_kernel, {blocks, 1, 1, kPreparationThreads, 0}, stream, params, padding);
 }
 
+void prepare_mask(const Params& params, const AttentionParams& a, Stream stream) {
+  run_kernel(prepare_mask_kernel, shape_of_mask_preparation(params, mask_entries(a)), stream, params,
+             scores_of(a.mask));
+}
+
+void prepare_relative_bias(const AttentionParams& a, float* padded, Stream stream) {
+  const RelativeBiasParams bias{static_cast<const float*>(a.relative_bias.data), a.relative_bias.stride_head,
+                                relative_bias_heads(a), a.seqlen_q + a.seqlen_k - 1, padded};
+  const int64_t entries = bias.heads * (bias.columns + 2 * kRelativeBiasMargin);
+  run_kernel(prepare_relative_bias_kernel,
+             {static_cast<int>(ceil_div(entries, kPreparationThreads)), 1, 1, kPreparationThreads, 0}, stream, bias);
+}
+
 using Launcher = void (*)(const Params&, bool, Stream);
 
 struct KernelSet {
@@ -165,32 +260,34 @@ struct KernelSet {
   int head_dim;
   Launcher forward;
   Launcher backward;
+  BiasGradientLauncher bias_gradient;
 };
 
 constexpr KernelSet kKernelSets[] = {
-    {80, 64, sm80::launch_forward<64>, sm80::launch_backward<64>},
-    {80, 96, sm80::launch_forward<96>, sm80::launch_backward<96>},
-    {80, 128, sm80::launch_forward<128>, sm80::launch_backward<128>},
-    {80, 256, sm80::launch_forward<256>, sm80::launch_backward<256>},
-    {90, 64, sm90::launch_forward<64>, sm90::launch_backward<64>},
-    {90, 96, sm90::launch_forward<96>, sm90::launch_backward<96>},
-    {90, 128, sm90::launch_forward<128>, sm90::launch_backward<128>},
-    {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>},
+    {80, 64, sm80::launch_forward<64>, sm80::launch_backward<64>, launch_bias_gradient<64>},
+    {80, 96, sm80::launch_forward<96>, sm80::launch_backward<96>, launch_bias_gradient<96>},
+    {80, 128, sm80::launch_forward<128>, sm80::launch_backward<128>, launch_bias_gradient<128>},
+    {80, 256, sm80::launch_forward<256>, sm80::launch_backward<256>, launch_bias_gradient<256>},
+    {90, 64, sm90::launch_forward<64>, sm90::launch_backward<64>, launch_bias_gradient<64>},
+    {90, 96, sm90::launch_forward<96>, sm90::launch_backward<96>, launch_bias_gradient<96>},
+    {90, 128, sm90::launch_forward<128>, sm90::launch_backward<128>, launch_bias_gradient<128>},
+    {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>, launch_bias_gradient<256>},
 };
 
-const KernelSet& kernels_for(const Call& call) {
+// The kernels with the smallest head dim that both queries and values fit into.
+const KernelSet& kernels_for(int architecture, int64_t head_dim) {
   for (const KernelSet& set : kKernelSets) {
-    if (set.architecture == call.architecture && set.head_dim == call.params.head_dim) return set;
+    if (set.architecture == architecture && set.head_dim >= head_dim) return set;
   }
-  throw std::invalid_argument("no kernel for head dim " + std::to_string(call.params.head_dim) + " on sm_" +
-                              std::to_string(call.architecture));
+  throw std::invalid_argument("no kernel for head dim " + std::to_string(head_dim) + " on sm_" +
+                              std::to_string(architecture));
 }
 
 void run(const Call& of_caller, bool is_backward) {
   const Call& call = on_device(of_caller);
-  const KernelSet& kernels = kernels_for(call);
-  const DeviceGuard guard(call.device);
   const AttentionParams& a = call.params;
+  const KernelSet& kernels = kernels_for(call.architecture, std::max(a.head_dim, a.value_dim));
+  const DeviceGuard guard(call.device);
   if (std::max({a.seqlen_q, a.seqlen_k, call.rows_q, call.rows_k}) > kMaxRows)
     throw std::invalid_argument("more than " + std::to_string(kMaxRows) + " rows");
   if (is_backward && a.cu_seqlens_q != nullptr &&
@@ -206,9 +303,21 @@ void run(const Call& of_caller, bool is_backward) {
   needs.num_kv_heads = a.num_kv_heads;
   needs.rows_q = call.rows_q;
   needs.seqlen_k = a.seqlen_k;
-  needs.head_dim = a.head_dim;
+  needs.head_dim = kernels.head_dim;
   needs.is_packed = a.cu_seqlens_q != nullptr;
   needs.has_key_padding = a.key_padding.data != nullptr;
+  const bool is_head_dim_exact = a.head_dim == kernels.head_dim && a.value_dim == kernels.head_dim;
+  needs.is_general = !logits_of(a, nullptr).is_plain || a.mask.data != nullptr || a.sinks.data != nullptr ||
+                     (a.has_dropout && !is_head_dim_exact);
+  needs.seqlen_q = a.seqlen_q;
+  needs.relative_bias_heads = relative_bias_heads(a);
+  needs.mask_entries = mask_entries(a);
+  needs.wants_dbias = a.dbias.data != nullptr;
+  needs.dbias_shape[0] = a.dbias.stride_batch == 0 ? 1 : a.batch;
+  needs.dbias_shape[1] = a.dbias.stride_head == 0 ? 1 : a.num_heads;
+  needs.dbias_shape[2] = a.dbias.stride_row == 0 ? 1 : a.seqlen_q;
+  needs.dbias_shape[3] = a.dbias.stride_col == 0 ? 1 : a.seqlen_k;
+  needs.wants_drelative_bias = a.drelative_bias.data != nullptr;
   if (const int64_t bytes = workspace_bytes(needs); call.workspace_bytes < bytes)
     throw std::invalid_argument("workspace: expected at least " + std::to_string(bytes) + " bytes, got " +
                                 std::to_string(call.workspace_bytes));
@@ -220,13 +329,25 @@ void run(const Call& of_caller, bool is_backward) {
   // Backward resets the counter in the kernel that prepares rows.
   if (padding.padding != nullptr || (!is_backward && params.tile_counter != nullptr))
     prepare_padding(params, padding, call.stream);
+  if (a.mask.data != nullptr) prepare_mask(params, a, call.stream);
+  if (a.relative_bias.data != nullptr) prepare_relative_bias(a, pieces.relative_bias, call.stream);
   (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
+  // After the kernels of backward, which prepare the row statistics.
+  const BiasGradientSizes sizes = bias_gradient_sizes(needs);
+  if (needs.wants_dbias)
+    sum_dense(params, plan_dense(sizes, needs.dbias_shape), a.dbias, needs.dbias_shape, pieces.dbias_sums,
+              kernels.bias_gradient, is_bf16, call.stream);
+  if (needs.wants_drelative_bias)
+    sum_relative(params, plan_relative(sizes), bias_gradient_tile(sizes.head_dim), a.drelative_bias,
+                 pieces.drelative_bias_sums, kernels.bias_gradient, is_bf16, call.stream);
+  if (a.dsinks.data != nullptr) sum_sinks(params, call.stream);
 }
 
 }  // namespace
 
-int64_t workspace_bytes(const WorkspaceNeeds& needs) {
+int64_t workspace_bytes(WorkspaceNeeds needs) {
   Workspace workspace(nullptr);
+  needs.head_dim = kernels_for(needs.architecture, needs.head_dim).head_dim;
   take_pieces(needs, workspace);
   return workspace.bytes();
 }

@@ -29,13 +29,21 @@ struct WorkspaceNeeds {
   int64_t num_kv_heads = 0;
   int64_t rows_q = 0;
   int64_t seqlen_k = 0;
-  int64_t head_dim = 0;
+  int64_t head_dim = 0;  // the larger one of head_dim and value_dim
   bool is_packed = false;
   bool has_key_padding = false;
+  // A softcap, a bias, a mask, sinks or a scale that is not positive; or dropout with a head dim that no kernel has.
+  bool is_general = false;
+  int64_t seqlen_q = 0;
+  int64_t relative_bias_heads = 0;  // 0 = no relative bias
+  bool wants_dbias = false;
+  int64_t dbias_shape[4] = {};  // 1 in a dimension that the bias broadcasts along
+  bool wants_drelative_bias = false;
+  int64_t mask_entries = 0;  // distinct pairs of a batch entry and a head in the dense mask; 0 = no mask
 };
 
 // How many bytes the kernels need besides inputs and results.
-int64_t workspace_bytes(const WorkspaceNeeds& needs);
+int64_t workspace_bytes(WorkspaceNeeds needs);
 
 // Why no kernel can run on the CUDA device, for example because the driver is too old. Empty if kernels can run.
 std::string unusable_reason(int device);

@@ -1,5 +1,10 @@
 // The Python module of the CUDA kernels: fused_attn._cuda. Tests build it with the emulation in place of a GPU, too.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
 
 #include "../python/entry_points.h"
 #include "../python/problem.h"
@@ -45,11 +50,9 @@ Call read_call(const Reader& reader, const Problem& problem, PyObject* architect
   const AttentionParams& params = call.params;
   if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16)
     throw py::value_error("query: expected float16 or bfloat16");
-  if (params.value_dim != params.head_dim) throw py::value_error("value: expected the head dim of the query");
-  if (params.softcap != 0.0 || params.mask.data != nullptr || params.bias.data != nullptr ||
-      params.relative_bias.data != nullptr || params.sinks.data != nullptr)
-    throw py::value_error("masks: softcap, mask, bias, relative_bias and sinks are not supported");
-  if (!(params.scale > 0.0)) throw py::value_error("scale: expected above 0");
+  constexpr int64_t kDimStep = 8;
+  if (params.head_dim % kDimStep != 0 || params.value_dim % kDimStep != 0)
+    throw py::value_error("query, value: expected head dims that are multiples of 8");
   constexpr int64_t kChunk = 8;  // elements that are read at once
   const auto check_rows = [&](const TensorView& view, int64_t heads, int64_t rows, const char* name) {
     const bool fits = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&
@@ -127,14 +130,35 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
   module.def(
       "workspace_bytes",
       [](int architecture, bool is_backward, bool wants_all_gradients, int64_t batch, int64_t batch_entries,
-         int64_t num_heads, int64_t num_kv_heads, int64_t rows_q, int64_t seqlen_k, int64_t head_dim, bool is_packed,
-         bool has_key_padding) {
-        return gpu::workspace_bytes({architecture, is_backward, wants_all_gradients, batch, batch_entries, num_heads,
-                                     num_kv_heads, rows_q, seqlen_k, head_dim, is_packed, has_key_padding});
+         int64_t num_heads, int64_t num_kv_heads, int64_t rows_q, int64_t seqlen_q, int64_t seqlen_k, int64_t head_dim,
+         bool is_packed, bool has_key_padding, bool is_general, int64_t relative_bias_heads, int64_t mask_entries,
+         std::optional<std::array<int64_t, 4>> dbias_shape, bool wants_drelative_bias) {
+        gpu::WorkspaceNeeds needs;
+        needs.architecture = architecture;
+        needs.is_backward = is_backward;
+        needs.wants_all_gradients = wants_all_gradients;
+        needs.batch = batch;
+        needs.batch_entries = batch_entries;
+        needs.num_heads = num_heads;
+        needs.num_kv_heads = num_kv_heads;
+        needs.rows_q = rows_q;
+        needs.seqlen_q = seqlen_q;
+        needs.seqlen_k = seqlen_k;
+        needs.head_dim = head_dim;
+        needs.is_packed = is_packed;
+        needs.has_key_padding = has_key_padding;
+        needs.is_general = is_general;
+        needs.relative_bias_heads = relative_bias_heads;
+        needs.mask_entries = mask_entries;
+        needs.wants_dbias = dbias_shape.has_value();
+        if (dbias_shape) std::copy(dbias_shape->begin(), dbias_shape->end(), needs.dbias_shape);
+        needs.wants_drelative_bias = wants_drelative_bias;
+        return gpu::workspace_bytes(needs);
       },
       py::kw_only(), py::arg("architecture"), py::arg("is_backward"), py::arg("wants_all_gradients"), py::arg("batch"),
-      py::arg("batch_entries"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("rows_q"), py::arg("seqlen_k"),
-      py::arg("head_dim"), py::arg("is_packed"), py::arg("has_key_padding"),
+      py::arg("batch_entries"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("rows_q"), py::arg("seqlen_q"),
+      py::arg("seqlen_k"), py::arg("head_dim"), py::arg("is_packed"), py::arg("has_key_padding"), py::arg("is_general"),
+      py::arg("relative_bias_heads"), py::arg("mask_entries"), py::arg("dbias_shape"), py::arg("wants_drelative_bias"),
       "Size of the workspace in bytes. batch_entries and rows_q are those of the query tensor, batch counts "
       "sequences.");
   module.def("unusable_reason", &gpu::unusable_reason, py::arg("device"),

@@ -80,4 +80,12 @@ GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_key_rows(const Dropout& dropout, 
   return dropout_keep;
 }
 
+// Gradients by the probabilities before dropout, of those after dropout. With factor 1: probabilities after dropout.
+template <int kTiles>
+GPU_DEVICE void drop(float (&x)[kTiles][4], const DropoutKeep<kTiles>& dropout_keep, float factor) {
+  GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+    GPU_UNROLL for (int j = 0; j < 4; ++j) x[t][j] = dropout_keep.has(t, j) ? x[t][j] * factor : 0.0f;
+  }
+}
+
 }  // namespace fused_attn::gpu

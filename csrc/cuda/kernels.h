@@ -24,14 +24,19 @@ inline LaunchShape shape_of(int32_t rows, int block, int32_t heads, int32_t batc
   return {static_cast<int>(programs), 1, 1, threads, shared_bytes};
 }
 
-// Calls f(T{}, std::bool_constant<has_dropout>{}).
+// A plain kernel has key padding and a band. A general kernel has all that a call may ask for, as branches that all
+// threads take alike.
+inline bool is_general(const Params& p) {
+  return !p.logits.is_plain || p.mask.map != nullptr || p.sinks != nullptr || p.dropout_seed != nullptr;
+}
+
+// Calls f(T{}, std::bool_constant<flag>{}).
 template <class F>
-void for_variant(const Params& p, bool is_bf16, F f) {
-  const bool has_dropout = p.dropout_seed != nullptr;
+void for_variant(bool is_bf16, bool flag, F f) {
   if (is_bf16) {
-    has_dropout ? f(bf16_t{}, std::true_type{}) : f(bf16_t{}, std::false_type{});
+    flag ? f(bf16_t{}, std::true_type{}) : f(bf16_t{}, std::false_type{});
   } else {
-    has_dropout ? f(f16_t{}, std::true_type{}) : f(f16_t{}, std::false_type{});
+    flag ? f(f16_t{}, std::true_type{}) : f(f16_t{}, std::false_type{});
   }
 }
 

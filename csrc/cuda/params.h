@@ -15,12 +15,14 @@ constexpr int32_t kRowBlock = 128;
 constexpr int32_t kKeyBlock = 128;
 
 // A tensor (batch, head, row, column) of 16-bit numbers. Columns lie side by side, rows are aligned to 16 bytes, and
-// strides count elements.
+// strides count elements. The number of columns is a multiple of 8. A kernel for a larger head dim takes the missing
+// columns as zeros, and does not store them.
 struct Rows {
   void* data;
   int64_t stride_batch;
   int64_t stride_head;
   int64_t stride_row;
+  int32_t columns;
 };
 
 // One float for each query: (batch, head, row). Rows lie side by side unless said otherwise.
@@ -30,6 +32,44 @@ struct RowValues {
   int64_t stride_head;
   int64_t stride_row;
 };
+
+// A tensor that broadcasts to the scores (batch, head, query, key). The stride of a broadcast dimension is 0, and any
+// dimension may have any stride. Strides count elements.
+struct ScoreTensor {
+  const void* data;
+  int64_t stride_batch;
+  int64_t stride_head;
+  int64_t stride_query;
+  int64_t stride_key;
+};
+
+// What happens to a score between the two products, besides the scale (logits.h).
+struct LogitParams {
+  bool is_plain;        // nothing: the softmax multiplies the scale in
+  float softcap_scale;  // scale / softcap
+  float softcap_log2;   // softcap * log2(e); 0 = no softcap
+  // (H or 1, columns), times log2(e), with kRelativeBiasMargin zeros at both ends. The bias of query i and key j is
+  // column j - i + seqlen_q - 1, not counting the margin. Null = none.
+  const float* relative_bias;
+  int64_t relative_bias_stride_head;
+  ScoreTensor bias;    // null data = none
+  bool is_bias_float;  // float; otherwise the type of the query
+  bool has_bias_rows;  // the type of the query, and eight neighbouring keys of a query can be read at once
+};
+
+// A dense mask as bits, in words of 32 (mask_bits.h). An entry is a pair of a batch entry and a head. Null = no mask.
+struct MaskParams {
+  uint32_t* keys_of_query;    // (entries, L, key_words): bit j % 32 of word j / 32 is set if the query sees key j
+  uint32_t* queries_of_key;   // (entries, S, query_words): the transpose; null in forward
+  uint8_t* map;               // (entries, query_words, key_words): what 32 x 32 entries hold, see MaskContents
+  int32_t entries_per_batch;  // how many entries further on the next batch entry lies; 0 = broadcast
+  int32_t entries_per_head;   // likewise the next head
+  int32_t key_words;          // the words reach to the end of the largest block
+  int32_t query_words;
+};
+
+// Kernels read a relative bias also for rows of a block that do not exist, at up to this many columns past its ends.
+constexpr int32_t kRelativeBiasMargin = 256;
 
 // What a block of the fused backward works on: a block of keys of one head, and the tiles of queries that see these
 // keys.
@@ -61,6 +101,14 @@ struct PaddingParams {
   int32_t* key_ranks;    // (B, num_key_blocks + 1), output: see Params; null = not wanted
 };
 
+struct RelativeBiasParams {
+  const float* bias;  // (heads, columns)
+  int64_t stride_head;
+  int64_t heads;    // H, or 1 for all
+  int64_t columns;  // L + S - 1
+  float* padded;    // output: LogitParams::relative_bias, from the beginning of the margin on
+};
+
 // Packed (varlen) problems: tensors have one batch entry (stride_batch is 0), and row r of sequence b lies at
 // cu_seqlens[b] + r.
 struct Params {
@@ -75,12 +123,19 @@ struct Params {
 
   Rows q;         // (B, H, L, D)
   Rows k;         // (B, Hkv, S, D)
-  Rows v;         // (B, Hkv, S, D)
-  Rows out;       // (B, H, L, D)
+  Rows v;         // (B, Hkv, S, Dv)
+  Rows out;       // (B, H, L, Dv)
   RowValues lse;  // (B, H, L), natural logarithm; null data = not wanted
 
-  float scale;             // above 0
-  float scale_log2;        // scale * log2(e)
+  float scale;
+  float scale_log2;  // scale * log2(e)
+  // The softmax takes its scores times this factor as logits, and as exponents of 2. If a LogitParams has made logits of
+  // the scores, the factors are ln(2) and 1.
+  float softmax_scale;
+  float softmax_scale_log2;
+  LogitParams logits;
+  MaskParams mask;
+  const float* sinks;      // (H): a logit that joins the denominator of the softmax; null = none
   int32_t first_diagonal;  // key j is visible to query i iff first_diagonal <= j - i <= last_diagonal
   int32_t last_diagonal;
 
@@ -95,11 +150,12 @@ struct Params {
   float dropout_scale;          // factor for what dropout keeps
 
   // Backward only.
-  Rows dout;       // (B, H, L, D)
+  Rows dout;       // (B, H, L, Dv)
   RowValues dlse;  // (B, H, L), any strides; null = zero
   Rows dq;         // (B, H, L, D); null data = not wanted, also for dk and dv
   Rows dk;         // (B, Hkv, S, D)
-  Rows dv;         // (B, Hkv, S, D)
+  Rows dv;         // (B, Hkv, S, Dv)
+  float* dsinks;   // (H); null = not wanted
   // The preparation kernel writes these, in row blocks (HeadSlice::row_statistic).
   int32_t row_blocks;  // how many row blocks one head of a batch entry has
   RowValues lse_log2;  // (B, H, row_blocks * kRowBlock): lse * log2(e), or +inf for an empty row and past the last one

@@ -51,6 +51,17 @@ GPU_DEVICE void reset_tile_counter(const Params& p) {
   if (p.tile_counter != nullptr && block_index_x() == 0 && thread_index() == 0) store_global(p.tile_counter, 0);
 }
 
+// Copies a relative bias with a margin on both sides, in units of log2: see LogitParams.
+GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
+    prepare_relative_bias_kernel(const GPU_GRID_CONSTANT RelativeBiasParams p) {
+  const int64_t i = int64_t{block_index_x()} * kPreparationThreads + thread_index();
+  const int64_t stride = p.columns + 2 * kRelativeBiasMargin, head = i / stride,
+                column = i % stride - kRelativeBiasMargin;
+  if (head >= p.heads) return;
+  const bool is_inside = column >= 0 && column < p.columns;
+  store_global(p.padded + i, is_inside ? load_global(p.bias + head * p.stride_head + column) * kLog2E : 0.0f);
+}
+
 // One block for each batch entry prepares its padding. The first one resets the counter, too.
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     prepare_padding_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT PaddingParams padding) {
@@ -68,7 +79,7 @@ GPU_DEVICE void prepare_rows(const Params& p) {
   const int row = work.block * kPreparationRows + thread_index() / kThreadsPerRow;
   const bool is_row = row < head_slice.seqlen_q;
   float sum = 0.0f;
-  for (int chunk = thread_index() % kThreadsPerRow; is_row && chunk < kHeadDim / 8; chunk += kThreadsPerRow) {
+  for (int chunk = thread_index() % kThreadsPerRow; 8 * chunk < (is_row ? p.out.columns : 0); chunk += kThreadsPerRow) {
     const Vec4 out = load_global(reinterpret_cast<const Vec4*>(head_slice.query_row<T>(p.out, row) + 8 * chunk));
     const Vec4 dout = load_global(reinterpret_cast<const Vec4*>(head_slice.query_row<T>(p.dout, row) + 8 * chunk));
     const uint32_t out_words[] = {out.x, out.y, out.z, out.w}, dout_words[] = {dout.x, dout.y, dout.z, dout.w};

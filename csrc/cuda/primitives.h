@@ -60,6 +60,7 @@ GPU_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b);  // upper half of the
 GPU_DEVICE float multiply_add(float a, float b, float c);   // a * b + c, rounded once
 GPU_DEVICE float exp2_approx(float x);                      // ex2.approx.ftz
 GPU_DEVICE float log2_approx(float x);                      // lg2.approx.ftz
+GPU_DEVICE float reciprocal_approx(float x);                // rcp.approx.ftz
 GPU_DEVICE uint32_t float_bits(float x);
 GPU_DEVICE float bits_float(uint32_t bits);
 
@@ -88,6 +89,7 @@ GPU_DEVICE V shuffle_xor(V v, int lane_mask);
 template <class V>
 GPU_DEVICE V shuffle(V v, int lane);
 GPU_DEVICE bool warp_any(bool is_true);
+GPU_DEVICE uint32_t warp_ballot(bool is_true);  // bit l is what lane l has passed
 
 // ---- Memory. V has 1, 2, 4, 8 or 16 bytes and is as aligned as it is large.
 
@@ -209,6 +211,9 @@ GPU_DEVICE void forget_registers(float (&r)[N]);
 
 // Returns x. The compiler cannot compute the result again, and so keeps it in a register.
 GPU_DEVICE uint32_t keep_computed(uint32_t x);
+GPU_DEVICE int32_t keep_computed(int32_t x);
+template <class V>
+GPU_DEVICE const V* keep_computed(const V* p);
 
 // Descriptor of a 16-bit matrix in shared memory, swizzled by 128 bytes, at the corner `address` of the operand.
 //   contiguous along k:      rows of 128 bytes; groups of 8 rows lie stride_bytes apart; leading_bytes is not used

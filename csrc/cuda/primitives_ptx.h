@@ -38,6 +38,12 @@ GPU_DEVICE float log2_approx(float x) {
   return y;
 }
 
+GPU_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 GPU_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 GPU_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 
@@ -89,6 +95,7 @@ GPU_DEVICE V shuffle(V v, int lane) {
 }
 
 GPU_DEVICE bool warp_any(bool is_true) { return __any_sync(0xffffffffu, is_true); }
+GPU_DEVICE uint32_t warp_ballot(bool is_true) { return __ballot_sync(0xffffffffu, is_true); }
 
 // ---- Memory
 
@@ -355,6 +362,12 @@ GPU_DEVICE void forget_registers(float (&r)[N]) {
 GPU_DEVICE uint32_t keep_computed(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
+}
+GPU_DEVICE int32_t keep_computed(int32_t x) { return static_cast<int32_t>(keep_computed(static_cast<uint32_t>(x))); }
+template <class V>
+GPU_DEVICE const V* keep_computed(const V* p) {
+  asm volatile("" : "+l"(p));
+  return p;
 }
 
 template <int R>

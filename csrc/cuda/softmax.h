@@ -114,4 +114,13 @@ struct LazySoftmax {
   }
 };
 
+// Lets the logit `sink` join the denominator of a row that is finished: changes the row's factor and log-sum-exp.
+GPU_DEVICE void join_sink(float sink, float& factor, float& lse) {
+  const float larger = fmaxf(lse, sink);
+  if (larger == -kInfinity) return;
+  const float keys = exp2_approx((lse - larger) * kLog2E), all = keys + exp2_approx((sink - larger) * kLog2E);
+  factor *= keys / all;
+  lse = multiply_add(log2_approx(all), kLn2, larger);
+}
+
 }  // namespace fused_attn::gpu

@@ -42,19 +42,36 @@ struct KeyGradientTileSm80<256> {
   static constexpr bool kSplitsGradients = true;
 };
 
+// The kernel for the gradient of a bias: a block has a tile of kBlockM queries and kBlockN keys, and sums it over many
+// tiles of scores. A larger tile reads less of the inputs for each product.
+template <int kHeadDim>
+struct BiasGradientTileSm80 {
+  static constexpr int kWarps = 8, kBlockM = 128, kBlockN = 64;
+};
+template <>
+struct BiasGradientTileSm80<96> {
+  // Threads load chunks of 16 bytes in groups of four for a row, so 8 warps would load more than 32 rows at once.
+  static constexpr int kWarps = 4, kBlockM = 64, kBlockN = 64;
+};
+template <>
+struct BiasGradientTileSm80<256> {
+  static constexpr int kWarps = 4, kBlockM = 64, kBlockN = 32;  // 96 KiB with q, dout, k and v
+};
+
 // sm_90a: kConsumers warpgroups have 64 queries each, and visit kBlockN keys at a time. Shared memory holds kStages
 // tiles of keys, as many tiles of values, and kQueryStages tiles of queries.
-template <int kHeadDim, bool kHasDropout>
+template <int kHeadDim, bool kIsGeneral>
 struct ForwardTileSm90 {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kQueryStages = 2;  // 192 KiB
 };
-template <bool kHasDropout>
-struct ForwardTileSm90<64, kHasDropout> {
-  // The output takes 32 registers. This leaves room for a third consumer, unless consumers draw random numbers.
-  static constexpr int kConsumers = kHasDropout ? 2 : 3, kBlockN = 128, kStages = 3, kQueryStages = 2;
+template <bool kIsGeneral>
+struct ForwardTileSm90<64, kIsGeneral> {
+  // The output takes 32 registers. This leaves room for a third consumer, unless consumers draw random numbers or load
+  // biases.
+  static constexpr int kConsumers = kIsGeneral ? 2 : 3, kBlockN = 128, kStages = 3, kQueryStages = 2;
 };
-template <bool kHasDropout>
-struct ForwardTileSm90<256, kHasDropout> {
+template <bool kIsGeneral>
+struct ForwardTileSm90<256, kIsGeneral> {
   // The output takes 128 registers; 192 KiB.
   static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kQueryStages = 1;
 };
@@ -74,21 +91,28 @@ struct FusedBackwardTileSm90<64> {
 };
 
 // The kernel for dq: two consumer warpgroups have 64 queries each, and visit kBlockN keys at a time.
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 struct QueryGradientTileSm90 {
   static constexpr int kBlockN = 64, kStages = 2;
 };
 template <>
-struct QueryGradientTileSm90<256> {
+struct QueryGradientTileSm90<256, false> {
   static constexpr int kBlockN = 64, kStages = 1;  // 192 KiB with q, dout, k and v
+};
+template <>
+struct QueryGradientTileSm90<256, true> {
+  // dq takes 128 registers. This leaves too few for the scores of 64 keys and for what is added to them.
+  static constexpr int kBlockN = 32, kStages = 2;
 };
 
 // The kernel for dk and dv visits kBlockM queries at a time. Its two consumer warpgroups have 64 keys each, and sum
 // both gradients. If both do not fit (kSplitsGradients), they have the same 64 keys, and each sums one gradient.
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 struct KeyGradientTileSm90 {
-  static constexpr int kBlockM = 64, kStages = 2;
-  static constexpr bool kSplitsGradients = kHeadDim > 128;  // both would take 256 registers
+  // Both gradients would take 256 registers with head dim 256. With head dim 128 they take 128, which leaves too few
+  // for what a general kernel does with scores. The same holds for one gradient with head dim 256.
+  static constexpr bool kSplitsGradients = kHeadDim > 128 || (kIsGeneral && kHeadDim > 96);
+  static constexpr int kBlockM = kIsGeneral && kHeadDim > 128 ? 32 : 64, kStages = 2;
 };
 
 }  // namespace fused_attn::gpu

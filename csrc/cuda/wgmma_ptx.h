@@ -29,8 +29,10 @@ struct Wgmma;  // an N that is not listed below
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 
-#define WGMMA_NAMES_OF_32 WGMMA_NAMES_0 ", " WGMMA_NAMES_8 ", " WGMMA_NAMES_16 ", " WGMMA_NAMES_24
-#define WGMMA_OUT_32 WGMMA_OUT_8(0), WGMMA_OUT_8(8), WGMMA_OUT_8(16), WGMMA_OUT_8(24)
+#define WGMMA_NAMES_OF_16 WGMMA_NAMES_0 ", " WGMMA_NAMES_8
+#define WGMMA_OUT_16 WGMMA_OUT_8(0), WGMMA_OUT_8(8)
+#define WGMMA_NAMES_OF_32 WGMMA_NAMES_OF_16 ", " WGMMA_NAMES_16 ", " WGMMA_NAMES_24
+#define WGMMA_OUT_32 WGMMA_OUT_16, WGMMA_OUT_8(16), WGMMA_OUT_8(24)
 #define WGMMA_NAMES_OF_40 WGMMA_NAMES_OF_32 ", " WGMMA_NAMES_32
 #define WGMMA_OUT_40 WGMMA_OUT_32, WGMMA_OUT_8(32)
 #define WGMMA_NAMES_OF_48 WGMMA_NAMES_OF_40 ", " WGMMA_NAMES_40
@@ -79,6 +81,7 @@ struct Wgmma;  // an N that is not listed below
     }                                                                                              \
   }
 
+WGMMA_WIDTH(32, 16, 16, 17, 18, 19, 20, 21, 22);
 WGMMA_WIDTH(64, 32, 32, 33, 34, 35, 36, 37, 38);
 WGMMA_WIDTH(80, 40, 40, 41, 42, 43, 44, 45, 46);
 WGMMA_WIDTH(96, 48, 48, 49, 50, 51, 52, 53, 54);

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import native
-from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Saved, Wanted
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.base import clear_rows
@@ -29,11 +29,13 @@ is_composite = False
 Tensors = TypeVar("Tensors", Inputs, Saved)
 
 DTYPES = (torch.float16, torch.bfloat16)
+#: Head dims that have kernels of their own. Another one runs in the next larger kernel, which takes the missing columns
+#: as zeros.
 HEAD_DIMS = (64, 96, 128, 256)
+HEAD_DIM_STEP = 8
 MIN_CAPABILITY = (8, 0)
 #: kMaxRows of csrc/cuda/params.h: rows are counted in 32 bits.
 MAX_ROWS = 2**29
-MIN_SCALE = torch.finfo(torch.float32).tiny
 
 
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
@@ -51,23 +53,11 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(f"the GPU has compute capability {have}, expected {need} or higher")
     if problem.dtype not in DTYPES:
         reasons.append(f"dtype {problem.dtype} is none of {', '.join(map(str, DTYPES))}")
-    if problem.head_dim not in HEAD_DIMS:
-        reasons.append(f"head dim {problem.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}")
-    if problem.value_dim != problem.head_dim:
-        reasons.append(f"the value's head dim {problem.value_dim} differs from the query's {problem.head_dim}")
-    if not problem.scale >= MIN_SCALE:
-        reasons.append(f"scale {problem.scale} is not above 0 in float32")
+    for dim in dict.fromkeys((problem.head_dim, problem.value_dim)):
+        if not 0 < dim <= HEAD_DIMS[-1] or dim % HEAD_DIM_STEP != 0:
+            reasons.append(f"head dim {dim} is no multiple of {HEAD_DIM_STEP} up to {HEAD_DIMS[-1]}")
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_ROWS:
         reasons.append(f"more than {MAX_ROWS} rows")
-    features = (
-        ("a softcap", problem.softcap != 0.0),
-        ("a dense mask", problem.has_mask),
-        ("a bias", problem.has_bias),
-        ("floating-point key padding", problem.has_float_padding),
-        ("a relative bias", problem.has_relative_bias),
-        ("sinks", problem.has_sinks),
-    )
-    reasons += [f"{feature} is not supported" for feature, is_asked_for in features if is_asked_for]
     return reasons
 
 
@@ -77,7 +67,7 @@ def device_type() -> str:
 
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
-    inputs = _readable(inputs, "query", "key", "value")
+    inputs = _readable_inputs(problem, inputs)
     query = inputs.query
     out = empty_like_layout(query, problem.value_dim)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if needs_lse else None
@@ -86,33 +76,56 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
     if 0 in (out.numel(), problem.batch, problem.seqlen_q):  # a launch of no blocks is an error
         return out, lse
     if inputs.key.numel() == 0:
-        return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
+        return _without_keys(inputs, out, lse)
     workspace = _workspace(problem, inputs, wanted=None)
     _kernels.forward(inputs, out, lse, _config(problem), _architecture(problem), workspace)
     return out, lse
 
 
+def _without_keys(inputs: Inputs, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The result of queries that see no key: their softmax has the sinks alone."""
+    if lse is not None:
+        lse[:] = float("-inf") if inputs.sinks is None else inputs.sinks[:, None]
+    return out.zero_(), lse
+
+
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
-    inputs = _readable(inputs, "query", "key", "value")
+    read = _readable_inputs(problem, inputs)
     saved = _readable(saved, "out", "dout")
-    query, key, value = inputs.query, inputs.key, inputs.value
+    query, key, value = read.query, read.key, read.value
     grads = Gradients(
         empty_like_layout(query, problem.head_dim) if wanted.query else None,
         empty_like_layout(key, problem.head_dim) if wanted.key else None,
         empty_like_layout(value, problem.value_dim) if wanted.value else None,
+        *(_empty_shared_gradient(inputs, name) if getattr(wanted, name) else None for name in SHARED),
     )
     if problem.is_packed:
-        clear_rows(None, *grads)
+        clear_rows(None, *grads[:3])
     if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return Gradients(*(None if x is None else x.zero_() for x in grads))
+        return _without_scores(inputs, saved, grads)
     assert saved.lse is not None, "backends get one"
     saved = saved._replace(
         lse=saved.lse.contiguous(),  # under vmap it can be an expanded view
         dlse=None if saved.dlse is None else saved.dlse.resolve_neg(),
     )
-    workspace = _workspace(problem, inputs, wanted)
-    _kernels.backward(inputs, saved, grads, _config(problem), _architecture(problem), workspace)
-    return grads
+    workspace = _workspace(problem, read, wanted)
+    _kernels.backward(read, saved, grads, _config(problem), _architecture(problem), workspace)
+    if not wanted.is_any_shared:
+        return grads
+    return Gradients(*(None if dx is None else dx.to(x.dtype) for x, dx in zip(inputs, grads, strict=False)))
+
+
+def _empty_shared_gradient(inputs: Inputs, name: str) -> Tensor:
+    """Of an input that batch entries share. Kernels write sums of floats."""
+    return torch.empty(getattr(inputs, name).shape, dtype=torch.float32, device=inputs.query.device)
+
+
+def _without_scores(inputs: Inputs, saved: Saved, grads: Gradients) -> Gradients:
+    """The gradients where no query sees a key: zeros, but the log-sum-exp of a row is the sink."""
+    grads = Gradients(*(None if dx is None else dx.zero_() for dx in grads))
+    if grads.sinks is not None and saved.dlse is not None:
+        grads.sinks.copy_(saved.dlse.sum((0, 2)))
+    return Gradients(*(None if dx is None else dx.to(x.dtype) for x, dx in zip(inputs, grads, strict=False)))
 
 
 def _architecture(problem: AttentionProblem) -> int:
@@ -134,6 +147,21 @@ def _unusable_reason(index: int) -> str | None:
     """Asked of the driver once: it may be older than the nvcc that built the kernels."""
     reason = _kernels.unusable_reason(index)
     return f"the driver refuses the CUDA kernels: {reason}" if reason else None
+
+
+def _readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:
+    inputs = _readable(inputs, "query", "key", "value")
+    if not problem.has_shared:
+        return inputs
+    bias = inputs.bias
+    if bias is not None:
+        bias = bias.resolve_neg()
+        bias = bias if bias.dtype == problem.dtype else bias.float()
+
+    def small(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.resolve_neg().float().contiguous()
+
+    return inputs._replace(bias=bias, relative_bias=small(inputs.relative_bias), sinks=small(inputs.sinks))
 
 
 def _readable(tensors: Tensors, *names: str) -> Tensors:
@@ -159,6 +187,7 @@ def _config(problem: AttentionProblem) -> Any:
     left, right, offset = problem.band
     return _kernels.Config(
         scale=problem.scale,
+        softcap=problem.softcap,
         window_left=None if left == UNBOUNDED else left,
         window_right=None if right == UNBOUNDED else right,
         diagonal_offset=offset,
@@ -170,27 +199,64 @@ def _config(problem: AttentionProblem) -> Any:
 
 def _workspace(problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None) -> Tensor | None:
     """``wanted``: the gradients of a backward call."""
-    wants_all = wanted is not None and wanted.query and (wanted.key or wanted.value)
-    size = _workspace_bytes(problem, inputs.query.shape, wanted is not None, wants_all)
+    mask, relative_bias = inputs.mask, inputs.relative_bias
+    size = _workspace_bytes(
+        problem,
+        inputs.query.shape,
+        wanted,
+        0 if relative_bias is None else relative_bias.shape[0],
+        0 if mask is None else _distinct_entries(mask),
+        inputs.bias.shape if wanted is not None and wanted.bias else None,
+    )
     return torch.empty(size // 4, dtype=torch.float32, device=inputs.query.device) if size else None
+
+
+def _distinct_entries(mask: Tensor) -> int:
+    """How many pairs of a batch entry and a head have a mask of their own."""
+    count = 1
+    for dim in (0, 1):
+        count *= 1 if mask.stride(dim) == 0 else mask.shape[dim]
+    return count
 
 
 @functools.lru_cache(maxsize=4096)
 def _workspace_bytes(
-    problem: AttentionProblem, query_shape: torch.Size, is_backward: bool, wants_all_gradients: bool
+    problem: AttentionProblem,
+    query_shape: torch.Size,
+    wanted: Wanted | None,
+    relative_bias_heads: int,
+    mask_entries: int,
+    dbias_shape: torch.Size | None,
 ) -> int:
-    batch_entries, num_heads, rows_q, head_dim = query_shape
+    batch_entries, num_heads, rows_q, _ = query_shape
+    is_head_dim_exact = problem.head_dim == problem.value_dim and problem.head_dim in HEAD_DIMS
+    is_scale_positive = torch.tensor(problem.scale, dtype=torch.float32).item() > 0.0
+    is_general = (
+        problem.softcap != 0.0
+        or problem.has_bias
+        or problem.has_relative_bias
+        or problem.has_mask
+        or problem.has_sinks
+        or not is_scale_positive
+        or (problem.dropout_p > 0.0 and not is_head_dim_exact)
+    )
     return _kernels.workspace_bytes(
         architecture=_architecture(problem),
-        is_backward=is_backward,
-        wants_all_gradients=wants_all_gradients,
+        is_backward=wanted is not None,
+        wants_all_gradients=wanted is not None and wanted.query and (wanted.key or wanted.value),
         batch=problem.batch,
         batch_entries=batch_entries,
         num_heads=num_heads,
         num_kv_heads=problem.num_kv_heads,
         rows_q=rows_q,
+        seqlen_q=problem.seqlen_q,
         seqlen_k=problem.seqlen_k,
-        head_dim=head_dim,
+        head_dim=max(problem.head_dim, problem.value_dim),
         is_packed=problem.is_packed,
         has_key_padding=problem.has_key_padding,
+        is_general=is_general,
+        relative_bias_heads=relative_bias_heads,
+        mask_entries=mask_entries,
+        dbias_shape=dbias_shape,
+        wants_drelative_bias=wanted is not None and wanted.relative_bias,
     )

@@ -23,6 +23,13 @@ template <> void launch_backward<{head_dim}>(const Params&, bool, Stream) {{}}
 }}
 """
 
+STUB_BIAS_GRADIENT = """
+#include "cuda/bias_gradient.h"
+namespace fused_attn::gpu {{
+template <> void launch_bias_gradient<{head_dim}>(const Params&, const BiasGradientParams&, bool, Stream) {{}}
+}}
+"""
+
 
 class Kernels:
     """A build of all kernels, or in ``csrc`` of changed ones. With ``only``, a head dim, other kernels do nothing.
@@ -41,10 +48,11 @@ class Kernels:
     ) -> None:
         folder = csrc / "cuda"
         sources = [folder / "attention.cu", folder / "bindings.cpp", *others]
-        for source in sorted(folder.glob("sm[89]0/head_dim_*.cu")):
+        for source in sorted(folder.glob("*/head_dim_*.cu")):
             head_dim = int(source.stem.removeprefix("head_dim_"))
             if only not in (None, head_dim):
-                source.write_text(STUB.format(family=source.parent.name, head_dim=head_dim))
+                stub = STUB_BIAS_GRADIENT if source.parent.name == "bias_gradient" else STUB
+                source.write_text(stub.format(family=source.parent.name, head_dim=head_dim))
             sources.append(source)
         flags = (f"-DFUSED_ATTN_CUDA_MODULE={name}", *FLAGS, *flags)
         self._module = builder.module(name, sources, csrc, flags)

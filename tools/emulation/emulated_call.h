@@ -23,20 +23,34 @@ inline Call on_device(Call call) {
                          (rows - 1) * view.stride_row + (columns - 1) * view.stride_col;
     use(view.data, (last + 1) * element_bytes, is_writable);
   };
-  const int64_t heads = p.num_heads, kv_heads = p.num_kv_heads, dim = p.head_dim;
+  const int64_t heads = p.num_heads, kv_heads = p.num_kv_heads, dim = p.head_dim, value_dim = p.value_dim;
   const int64_t rows_q = call.rows_q, rows_k = call.rows_k;
   const bool is_backward = p.dout.data != nullptr;
   use_view(p.query, heads, rows_q, dim, 2, false);
   use_view(p.key, kv_heads, rows_k, dim, 2, false);
-  use_view(p.value, kv_heads, rows_k, dim, 2, false);
-  use_view(p.out, heads, rows_q, dim, 2, !is_backward);
+  use_view(p.value, kv_heads, rows_k, value_dim, 2, false);
+  use_view(p.out, heads, rows_q, value_dim, 2, !is_backward);
   use_view(p.lse, heads, rows_q, 1, 4, !is_backward);
   use_view(p.key_padding, 1, 1, p.seqlen_k, 1, false);
-  use_view(p.dout, heads, rows_q, dim, 2, false);
+  use_view(p.dout, heads, rows_q, value_dim, 2, false);
   use_view(p.dlse, heads, rows_q, 1, 4, false);
   use_view(p.dquery, heads, rows_q, dim, 2, true);
   use_view(p.dkey, kv_heads, rows_k, dim, 2, true);
-  use_view(p.dvalue, kv_heads, rows_k, dim, 2, true);
+  use_view(p.dvalue, kv_heads, rows_k, value_dim, 2, true);
+  // The tensors that broadcast to the scores. Their batch entries are sequences, also in a packed call.
+  const auto use_scores = [&](TensorView& view, int64_t element_bytes, bool is_writable) {
+    const int64_t last = (p.batch - 1) * view.stride_batch + (heads - 1) * view.stride_head +
+                         (p.seqlen_q - 1) * view.stride_row + (p.seqlen_k - 1) * view.stride_col;
+    use(view.data, (last + 1) * element_bytes, is_writable);
+  };
+  use_scores(p.mask, 1, false);
+  use_scores(p.bias, p.bias_dtype == DType::kFloat32 ? 4 : 2, false);
+  use_scores(p.dbias, 4, true);
+  const int64_t diagonals = p.seqlen_q + p.seqlen_k - 1;
+  use(p.relative_bias.data, ((heads - 1) * p.relative_bias.stride_head + diagonals) * 4, false);
+  use(p.drelative_bias.data, ((heads - 1) * p.drelative_bias.stride_head + diagonals) * 4, true);
+  use(p.sinks.data, ((heads - 1) * p.sinks.stride_head + 1) * 4, false);
+  use(p.dsinks.data, ((heads - 1) * p.dsinks.stride_head + 1) * 4, true);
   use(p.dropout_seed_data, sizeof(int64_t), false);
   use(p.cu_seqlens_q, (p.batch + 1) * sizeof(int32_t), false);
   use(p.cu_seqlens_k, (p.batch + 1) * sizeof(int32_t), false);

@@ -27,6 +27,7 @@ inline uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint64_t
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float exp2_approx(float x) { return exp2f(x); }
 inline float log2_approx(float x) { return log2f(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
 inline uint32_t float_bits(float x) { return emulation::bits_of(x); }
 inline float bits_float(uint32_t bits) { return emulation::float_of(bits); }
 
@@ -90,6 +91,18 @@ inline V shuffle_xor(V v, int lane_mask) {
 template <class V>
 inline V shuffle(V v, int lane) {
   return ShuffleOperand<V>::exchange("shuffle", v, lane);
+}
+
+inline uint32_t warp_ballot(bool is_true) {
+  emulation::Warps& warps = emulation::block().warps;
+  uint32_t bits = is_true;  // of this lane, then of all
+  if (void** lanes = warps.meet_in_warp("warp_ballot", &bits)) {
+    uint32_t ballot = 0;
+    for (int i = 0; i < emulation::kWarpSize; i++) ballot |= *static_cast<uint32_t*>(lanes[i]) << i;
+    for (int i = 0; i < emulation::kWarpSize; i++) *static_cast<uint32_t*>(lanes[i]) = ballot;
+    warps.release_warp();
+  }
+  return bits;
 }
 
 inline bool warp_any(bool is_true) {
@@ -257,6 +270,11 @@ inline void forget_registers(float (&r)[N]) {
 }
 
 inline uint32_t keep_computed(uint32_t x) { return x; }
+inline int32_t keep_computed(int32_t x) { return x; }
+template <class V>
+inline const V* keep_computed(const V* p) {
+  return p;
+}
 
 template <int R>
 inline void increase_registers() {

@@ -9,6 +9,8 @@
 // Here probs = exp(scale * q @ k^T - lse), dprobs = dout @ v^T and dscores = probs * (dprobs - delta).
 #pragma once
 #include "../dropout.h"
+#include "../logits.h"
+#include "../mask_bits.h"
 #include "../row_statistics.h"
 #include "../tile_scheduler.h"
 #include "../tiles.h"
@@ -29,7 +31,7 @@ struct QueryGradientPlan : QueryGradientTileSm80<kHeadDim> {
   static constexpr uint32_t kBytes = kV + Tile::kBlockN * kHeadDim * 2;
 };
 
-template <class T, int kHeadDim, bool kHasDropout>
+template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
     query_gradient_kernel(const GPU_GRID_CONSTANT Params p) {
   using Plan = QueryGradientPlan<kHeadDim>;
@@ -50,16 +52,20 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
   const uint32_t shared = shared_address(shared_memory());
   const Corners<kHeadDim> corners(shared, warp_row, lane);
   const auto load_queries = [&](uint32_t tile, const Rows& x) {
-    copy_rows<kHeadDim, kBlockM, kThreads>(
-        tile, head_slice.query_row<const T>(x, first_row), x.stride_row,
+    copy_rows<kHeadDim, kBlockM, kThreads, kIsGeneral>(
+        tile, x, head_slice.query_row<const T>(x, first_row),
         [&](int first, int offset) { return first_row + first + offset < head_slice.seqlen_q; });
   };
   const auto load_keys = [&](uint32_t tile, const Rows& x, int block, const ValidRows<kBlockN>& valid) {
-    copy_rows<kHeadDim, kBlockN, kThreads>(tile, head_slice.key_row<const T>(x, int64_t{block} * kBlockN), x.stride_row,
-                                           [&](int first, int offset) { return valid.has(first, offset); });
+    copy_rows<kHeadDim, kBlockN, kThreads, kIsGeneral>(tile, x,
+                                                       head_slice.key_row<const T>(x, int64_t{block} * kBlockN),
+                                                       [&](int first, int offset) { return valid.has(first, offset); });
     copy_async_commit();
   };
-  int block = last_valid_block<kBlockN>(p, head_slice, range.begin, range.end - 1);
+  const auto last_to_visit = [&](int block) {
+    return last_block_to_visit<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, range.begin, block);
+  };
+  int block = last_to_visit(range.end - 1);
   if (block >= range.begin) {
     load_queries(shared + Plan::kQ, p.q);
     load_queries(shared + Plan::kDout, p.dout);
@@ -82,26 +88,32 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
     copy_async_wait<0>();
     sync_threads();  // the keys have come, and every warp is done with the values
     const int this_block = block;
-    block = last_valid_block<kBlockN>(p, head_slice, range.begin, block - 1);
+    block = last_to_visit(block - 1);
     if (block >= range.begin) load_keys(shared + Plan::kV, p.v, block, valid_keys<kBlockN>(p, head_slice, block));
     float scores[1][kTiles][4];
     fill(scores[0], 0.0f);
     multiply_transposed<T, kHeadDim>(scores, corners, Plan::kQ, Plan::kK);
-    if (!(range.is_within_band(this_block) && valid.all())) {
-      hide(scores[0], visible_keys(p, valid, this_block, query), lane);
+    const int first_key = this_block * kBlockN;
+    if constexpr (kIsGeneral) {
+      if (p.dropout_seed != nullptr)
+        drop(dprobs[0], dropout_keep_of_query_rows<kTiles>(Dropout(p, head_slice), query, first_key, lane),
+             p.dropout_scale);
     }
-    if constexpr (kHasDropout) {
-      const auto dropout_keep =
-          dropout_keep_of_query_rows<kTiles>(Dropout(p, head_slice), query, this_block * kBlockN, lane);
-      GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-        GPU_UNROLL for (int j = 0; j < 4; ++j) dprobs[0][t][j] =
-            dropout_keep.has(t, j) ? dprobs[0][t][j] * p.dropout_scale : 0.0f;
-      }
+    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+      GPU_UNROLL for (int j = 0; j < 4; ++j) dprobs[0][t][j] -= statistics[j / 2].delta;
+    }
+    if constexpr (kIsGeneral)
+      to_logits<T>(p, head_slice, scores[0], QueryRows{query, first_key + 2 * lane.q},
+                   LogitGradients<kTiles>{dprobs[0]});
+    const bool has_masked = has_masked_keys<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, this_block);
+    if (!(range.is_within_band(this_block) && valid.all()) || has_masked) {
+      VisibleColumns<kBlockN> visible = visible_keys(p, valid, this_block, query);
+      if (has_masked) hide_masked_keys(p, head_slice, visible, query, first_key);
+      hide(scores[0], visible, lane);
     }
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
-        const RowStatistics& row = statistics[j / 2];
-        scores[0][t][j] = prob_of(scores[0][t][j], p.scale_log2, row.lse_log2) * (dprobs[0][t][j] - row.delta);
+        scores[0][t][j] = prob_of(scores[0][t][j], p.softmax_scale_log2, statistics[j / 2].lse_log2) * dprobs[0][t][j];
       }
     }
     multiply<T, kHeadDim>(dq, scores, corners, Plan::kK);
@@ -110,7 +122,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
   // Epilogue.
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = query + 8 * r;
-    store_row<T>(head_slice.query_row<T>(p.dq, row), dq[0], r, p.scale, row < head_slice.seqlen_q, lane);
+    store_row<T>(head_slice.query_row<T>(p.dq, row), dq[0], r, p.scale, row < head_slice.seqlen_q, p.dq.columns, lane);
   }
 }
 
@@ -130,7 +142,7 @@ struct KeyGradientPlan : KeyGradientTileSm80<kHeadDim> {
 };
 
 // kMakesDk, kMakesDv: whether this warp sums dk, and dv. Other warps of the block may sum the other gradient.
-template <class T, int kHeadDim, bool kHasDropout, bool kMakesDk, bool kMakesDv>
+template <class T, int kHeadDim, bool kIsGeneral, bool kMakesDk, bool kMakesDv>
 GPU_DEVICE void sum_key_gradients(const Params& p) {
   using Plan = KeyGradientPlan<kHeadDim>;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads, kTiles = Plan::kTiles;
@@ -144,7 +156,6 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
   const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, head_slice, work.block);
   BlockRange range = query_range<kBlockM>(p, head_slice, first_key, min(first_key + kBlockN, head_slice.seqlen_k) - 1);
   if (valid.none()) range.end = range.begin;
-  const int num_steps = max(range.end - range.begin, 0) * p.group_size;
   const Lane lane = this_lane();
   const int warp_row = thread_index() / 32 % Plan::kWarpsPerGradient * 16, key = first_key + warp_row + lane.g;
   const bool are_all_valid = valid.all(),
@@ -154,27 +165,42 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
   const uint32_t shared = shared_address(shared_memory());
   const Corners<kHeadDim> corners(shared, warp_row, lane);
   const auto load_keys = [&](uint32_t tile, const Rows& x) {
-    copy_rows<kHeadDim, kBlockN, kThreads>(tile, head_slice.key_row<const T>(x, first_key), x.stride_row,
-                                           [&](int first, int offset) { return valid.has(first, offset); });
+    copy_rows<kHeadDim, kBlockN, kThreads, kIsGeneral>(tile, x, head_slice.key_row<const T>(x, first_key),
+                                                       [&](int first, int offset) { return valid.has(first, offset); });
   };
   const auto load_queries = [&](uint32_t tile, const Rows& x, int first_row) {
-    copy_rows<kHeadDim, kBlockM, kThreads>(
-        tile, head_slice.query_row<const T>(x, first_row), x.stride_row,
+    copy_rows<kHeadDim, kBlockM, kThreads, kIsGeneral>(
+        tile, x, head_slice.query_row<const T>(x, first_row),
         [&](int first, int offset) { return first_row + first + offset < head_slice.seqlen_q; });
     copy_async_commit();
   };
-  if (num_steps > 0) {
+
+  // The steps go over the queries of all heads of the group.
+  int block = range.begin, steps_left = max(range.end - range.begin, 0) * p.group_size;
+  const auto advance = [&] {
+    --steps_left;
+    if (++block == range.end) {
+      block = range.begin;
+      ++head_slice.head;
+    }
+  };
+  const auto skip_masked_blocks = [&] {
+    if constexpr (kIsGeneral) {
+      while (steps_left > 0 && !has_visible_queries<kBlockM, kBlockN>(p, head_slice, block, first_key)) advance();
+    }
+  };
+  skip_masked_blocks();
+  if (steps_left > 0) {
     load_keys(shared + Plan::kK, p.k);
     load_keys(shared + Plan::kV, p.v);
-    load_queries(shared + Plan::kQ, p.q, range.begin * kBlockM);
+    load_queries(shared + Plan::kQ, p.q, block * kBlockM);
   }
 
-  // Loop over the queries of all heads of the group.
+  // Loop.
   float dk[1][kMakesDk ? kHeadDim / 8 : 1][4], dv[1][kMakesDv ? kHeadDim / 8 : 1][4];
   fill(dk[0], 0.0f);
   fill(dv[0], 0.0f);
-  int block = range.begin;
-  for (int step = 0; step < num_steps; ++step) {
+  while (steps_left > 0) {
     const int first_row = block * kBlockM;
     copy_async_wait<0>();
     sync_threads();  // q has come, and every warp is done with dout and the statistics before
@@ -184,57 +210,78 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
       store_shared(shared + Plan::kRowStatistics + thread_index() * sizeof(RowStatistics),
                    Float2{statistics.lse_log2, statistics.delta});
     }
-    DropoutKeep<kTiles> dropout_keep;
-    if constexpr (kHasDropout) {
-      dropout_keep = dropout_keep_of_key_rows<kTiles>(Dropout(p, head_slice), first_row, first_key + warp_row, lane);
-    }
     float probs[1][kTiles][4];
     fill(probs[0], 0.0f);
     multiply_transposed<T, kHeadDim>(probs, corners, Plan::kK, Plan::kQ);
 
     copy_async_wait<0>();
     sync_threads();  // dout and the statistics have come
-    if (!(range.is_within_band(block) && are_all_valid)) {
-      hide(probs[0], visible_queries<kBlockM>(p, is_valid, block, key), lane);
-    }
     // This thread has two queries of tile t. Returns (lse_log2, delta) of the first and then of the second.
     const auto statistics_of = [&](int t) {
       return load_shared<Float4>(shared + Plan::kRowStatistics + (8 * t + 2 * lane.q) * sizeof(RowStatistics));
     };
-    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-      const Float4 statistics = statistics_of(t);
-      GPU_UNROLL for (int j = 0; j < 4; ++j) {
-        probs[0][t][j] = prob_of(probs[0][t][j], p.scale_log2, j % 2 == 0 ? statistics.x : statistics.z);
-      }
-    }
-    if constexpr (kMakesDv) {
-      float probs_after_dropout[1][kTiles][4];
-      GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-        GPU_UNROLL for (int j = 0; j < 4; ++j) {
-          probs_after_dropout[0][t][j] = kHasDropout && !dropout_keep.has(t, j) ? 0.0f : probs[0][t][j];
-        }
-      }
-      multiply<T, kHeadDim>(dv, probs_after_dropout, corners, Plan::kDout);
-    }
-    if constexpr (kMakesDk) {
-      float dscores[1][kTiles][4];
+    const auto lse_of = [](const Float4& statistics, int j) { return j % 2 == 0 ? statistics.x : statistics.z; };
+    const auto delta_of = [](const Float4& statistics, int j) { return j % 2 == 0 ? statistics.y : statistics.w; };
+    float dscores[1][kTiles][4];
+    const auto multiply_dout_by_values = [&] {  // gives the gradients of the probabilities
       fill(dscores[0], 0.0f);
       multiply_transposed<T, kHeadDim>(dscores, corners, Plan::kV, Plan::kDout);
+    };
+    const bool is_full = range.is_within_band(block) && are_all_valid;
+    if constexpr (!kIsGeneral) {
+      if (!is_full) hide(probs[0], visible_queries<kBlockM>(p, is_valid, block, key), lane);
+      GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+        const Float4 statistics = statistics_of(t);
+        GPU_UNROLL for (int j = 0; j < 4; ++j) probs[0][t][j] =
+            prob_of(probs[0][t][j], p.scale_log2, lse_of(statistics, j));
+      }
+      if constexpr (kMakesDv) multiply<T, kHeadDim>(dv, probs, corners, Plan::kDout);
+      if constexpr (kMakesDk) {
+        multiply_dout_by_values();
+        GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+          const Float4 statistics = statistics_of(t);
+          GPU_UNROLL for (int j = 0; j < 4; ++j) dscores[0][t][j] =
+              probs[0][t][j] * (dscores[0][t][j] - delta_of(statistics, j));
+        }
+      }
+    } else {
+      DropoutKeep<kTiles> dropout_keep{};
+      if (p.dropout_seed != nullptr)
+        dropout_keep = dropout_keep_of_key_rows<kTiles>(Dropout(p, head_slice), first_row, first_key + warp_row, lane);
+      const KeyRows at{first_row + 2 * lane.q, key};
+      if constexpr (kMakesDk) {
+        multiply_dout_by_values();
+        if (p.dropout_seed != nullptr) drop(dscores[0], dropout_keep, p.dropout_scale);
+        GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+          const Float4 statistics = statistics_of(t);
+          GPU_UNROLL for (int j = 0; j < 4; ++j) dscores[0][t][j] -= delta_of(statistics, j);
+        }
+        to_logits<T>(p, head_slice, probs[0], at, LogitGradients<kTiles>{dscores[0]});
+      } else {
+        to_logits<T>(p, head_slice, probs[0], at, NoGradients{});
+      }
+      const bool has_masked = has_masked_queries<kIsGeneral, kBlockM, kBlockN>(p, head_slice, block, first_key);
+      if (!is_full || has_masked) {
+        VisibleColumns<kBlockM> visible = visible_queries<kBlockM>(p, is_valid, block, key);
+        if (has_masked) hide_masked_queries(p, head_slice, visible, first_row, key);
+        hide(probs[0], visible, lane);
+      }
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
         const Float4 statistics = statistics_of(t);
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
-          if constexpr (kHasDropout)
-            dscores[0][t][j] = dropout_keep.has(t, j) ? dscores[0][t][j] * p.dropout_scale : 0.0f;
-          dscores[0][t][j] = probs[0][t][j] * (dscores[0][t][j] - (j % 2 == 0 ? statistics.y : statistics.w));
+          probs[0][t][j] = prob_of(probs[0][t][j], p.softmax_scale_log2, lse_of(statistics, j));
+          if constexpr (kMakesDk) dscores[0][t][j] *= probs[0][t][j];
         }
       }
-      multiply<T, kHeadDim>(dk, dscores, corners, Plan::kQ);
+      if constexpr (kMakesDv) {
+        if (p.dropout_seed != nullptr) drop(probs[0], dropout_keep, 1.0f);
+        multiply<T, kHeadDim>(dv, probs, corners, Plan::kDout);
+      }
     }
-    if (++block == range.end) {
-      block = range.begin;
-      ++head_slice.head;
-    }
-    if (step + 1 < num_steps) {
+    if constexpr (kMakesDk) multiply<T, kHeadDim>(dk, dscores, corners, Plan::kQ);
+    advance();
+    skip_masked_blocks();
+    if (steps_left > 0) {
       sync_threads();  // every warp is done with q
       load_queries(shared + Plan::kQ, p.q, block * kBlockM);
     }
@@ -245,25 +292,27 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
     const int row = key + 8 * r;
     const bool is_row = row < head_slice.seqlen_k;
     if constexpr (kMakesDk) {
-      if (p.dk.data != nullptr) store_row<T>(head_slice.key_row<T>(p.dk, row), dk[0], r, p.scale, is_row, lane);
+      if (p.dk.data != nullptr)
+        store_row<T>(head_slice.key_row<T>(p.dk, row), dk[0], r, p.scale, is_row, p.dk.columns, lane);
     }
     if constexpr (kMakesDv) {
-      const float factor = kHasDropout ? p.dropout_scale : 1.0f;
-      if (p.dv.data != nullptr) store_row<T>(head_slice.key_row<T>(p.dv, row), dv[0], r, factor, is_row, lane);
+      const float factor = kIsGeneral ? p.dropout_scale : 1.0f;
+      if (p.dv.data != nullptr)
+        store_row<T>(head_slice.key_row<T>(p.dv, row), dv[0], r, factor, is_row, p.dv.columns, lane);
     }
   }
 }
 
-template <class T, int kHeadDim, bool kHasDropout>
+template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(KeyGradientPlan<kHeadDim>::kThreads, 1)
     key_gradient_kernel(const GPU_GRID_CONSTANT Params p) {
   using Plan = KeyGradientPlan<kHeadDim>;
   if constexpr (!Plan::kSplitsGradients) {
-    sum_key_gradients<T, kHeadDim, kHasDropout, true, true>(p);
+    sum_key_gradients<T, kHeadDim, kIsGeneral, true, true>(p);
   } else if (thread_index() / 32 < Plan::kWarpsPerGradient) {
-    sum_key_gradients<T, kHeadDim, kHasDropout, true, false>(p);
+    sum_key_gradients<T, kHeadDim, kIsGeneral, true, false>(p);
   } else {
-    sum_key_gradients<T, kHeadDim, kHasDropout, false, true>(p);
+    sum_key_gradients<T, kHeadDim, kIsGeneral, false, true>(p);
   }
 }
 

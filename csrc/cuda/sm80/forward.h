@@ -7,6 +7,8 @@
 #include <type_traits>
 
 #include "../dropout.h"
+#include "../logits.h"
+#include "../mask_bits.h"
 #include "../softmax.h"
 #include "../tile_scheduler.h"
 #include "../tiles.h"
@@ -26,7 +28,7 @@ struct ForwardPlan : ForwardTileSm80<kHeadDim> {
   static constexpr uint32_t kBytes = kV + Tile::kBlockN * kHeadDim * 2;
 };
 
-template <class T, int kHeadDim, bool kHasDropout>
+template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_kernel(const GPU_GRID_CONSTANT Params p) {
   using Plan = ForwardPlan<kHeadDim>;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads;
@@ -47,16 +49,20 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
   const uint32_t shared = shared_address(shared_memory());
   const Corners<kHeadDim> corners(shared, warp_row, lane);
   const auto load_keys = [&](uint32_t tile, const Rows& x, int block, const ValidRows<kBlockN>& valid) {
-    copy_rows<kHeadDim, kBlockN, kThreads>(tile, head_slice.key_row<const T>(x, int64_t{block} * kBlockN), x.stride_row,
-                                           [&](int first, int offset) { return valid.has(first, offset); });
+    copy_rows<kHeadDim, kBlockN, kThreads, kIsGeneral>(tile, x,
+                                                       head_slice.key_row<const T>(x, int64_t{block} * kBlockN),
+                                                       [&](int first, int offset) { return valid.has(first, offset); });
     copy_async_commit();
   };
-  int block = last_valid_block<kBlockN>(p, head_slice, range.begin, range.end - 1);
+  const auto last_to_visit = [&](int block) {
+    return last_block_to_visit<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, range.begin, block);
+  };
+  int block = last_to_visit(range.end - 1);
   ValidRows<kBlockN> next_valid{};
   if (block >= range.begin) {
     next_valid = valid_keys<kBlockN>(p, head_slice, block);
-    copy_rows<kHeadDim, kBlockM, kThreads>(
-        shared + Plan::kQ, head_slice.query_row<const T>(p.q, first_row), p.q.stride_row,
+    copy_rows<kHeadDim, kBlockM, kThreads, kIsGeneral>(
+        shared + Plan::kQ, p.q, head_slice.query_row<const T>(p.q, first_row),
         [&](int first, int offset) { return first_row + first + offset < head_slice.seqlen_q; });
     load_keys(shared + Plan::kK, p.k, block, next_valid);
   }
@@ -77,24 +83,35 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
     float scores[kRowTiles][kTiles][4];
     GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) fill(scores[m], 0.0f);
     multiply_transposed<T, kHeadDim>(scores, corners, Plan::kQ, Plan::kK);
-    const bool is_full = range.is_within_band(block) && valid.all();
+    const bool has_masked = has_masked_keys<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, block);
+    const bool is_full = range.is_within_band(block) && valid.all() && !has_masked;
     uint32_t probs[kRowTiles][kTiles / 2][4];
     GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
-      const int query = first_row + warp_row + 16 * m + lane.g;
-      if (!is_full) hide(scores[m], visible_keys(p, valid, block, query), lane);
-      std::conditional_t<kHasDropout, DropoutKeep<kTiles>, NoDropout> dropout_keep;
-      if constexpr (kHasDropout)
-        dropout_keep = dropout_keep_of_query_rows<kTiles>(Dropout(p, head_slice), query, block * kBlockN, lane);
-      if (!softmax[m].template try_probs<T>(scores[m], p.scale_log2, dropout_keep, probs[m])) {
+      const int query = first_row + warp_row + 16 * m + lane.g, first_key = block * kBlockN;
+      if constexpr (kIsGeneral)
+        to_logits<T>(p, head_slice, scores[m], QueryRows{query, first_key + 2 * lane.q}, NoGradients{});
+      if (!is_full) {
+        VisibleColumns<kBlockN> visible = visible_keys(p, valid, block, query);
+        if (has_masked) hide_masked_keys(p, head_slice, visible, query, first_key);
+        hide(scores[m], visible, lane);
+      }
+      const auto sum_probs = [&](const auto& dropout_keep) {
+        if (softmax[m].template try_probs<T>(scores[m], p.softmax_scale_log2, dropout_keep, probs[m])) return;
         float rescale[2];
-        softmax[m].template raise_and_compute_probs<T>(scores[m], p.scale_log2, dropout_keep, probs[m], rescale);
+        softmax[m].template raise_and_compute_probs<T>(scores[m], p.softmax_scale_log2, dropout_keep, probs[m],
+                                                       rescale);
         scale_rows(acc[m], rescale);
+      };
+      if (kIsGeneral && p.dropout_seed != nullptr) {
+        sum_probs(dropout_keep_of_query_rows<kTiles>(Dropout(p, head_slice), query, first_key, lane));
+      } else {
+        sum_probs(NoDropout{});
       }
     }
 
     copy_async_wait<0>();
     sync_threads();  // the values have come, and every warp is done with the keys
-    block = last_valid_block<kBlockN>(p, head_slice, range.begin, block - 1);
+    block = last_to_visit(block - 1);
     if (block >= range.begin) {
       next_valid = valid_keys<kBlockN>(p, head_slice, block);
       load_keys(shared + Plan::kK, p.k, block, next_valid);
@@ -107,11 +124,14 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = first_row + warp_row + 16 * m + lane.g + 8 * r;
       float factor, lse;
-      softmax[m].finish(r, p.scale, p.scale_log2, factor, lse);
-      if (kHasDropout) factor *= p.dropout_scale;
-      if (p.lse.data != nullptr && lane.q == 0 && row < head_slice.seqlen_q)
-        store_global(head_slice.query_value(p.lse, row), lse);
-      store_row<T>(head_slice.query_row<T>(p.out, row), acc[m], r, factor, row < head_slice.seqlen_q, lane);
+      softmax[m].finish(r, p.softmax_scale, p.softmax_scale_log2, factor, lse);
+      if constexpr (kIsGeneral) {
+        if (p.sinks != nullptr) join_sink(load_global(p.sinks + head_slice.head), factor, lse);
+        factor *= p.dropout_scale;
+      }
+      const bool is_row = row < head_slice.seqlen_q;
+      if (p.lse.data != nullptr && lane.q == 0 && is_row) store_global(head_slice.query_value(p.lse, row), lse);
+      store_row<T>(head_slice.query_row<T>(p.out, row), acc[m], r, factor, is_row, p.out.columns, lane);
     }
   }
 }

@@ -28,23 +28,24 @@ struct TileLayout {
   }
 };
 
-// Starts to copy kRows rows from `source` on. Row first + offset is read if is_valid(first, offset) says so. Otherwise
-// it becomes zeros: memory may hold NaN there, and NaN times a probability of 0 is NaN. `offset` is a constant, and
-// `first` and first + offset lie in the same 32 rows.
-template <int kHeadDim, int kRows, int kThreads, class T, class IsValid>
-GPU_DEVICE void copy_rows(uint32_t tile, const T* source, int64_t stride_row, IsValid is_valid) {
+// Starts to copy kRows rows of x, of which the first one is `source`. Row first + offset is read if is_valid(first, offset) says so. Otherwise it becomes zeros: memory may hold NaN there,
+// and NaN times a probability of 0 is NaN. `offset` is a constant, and `first` and first + offset lie in the same 32
+// rows. If x may have fewer columns than kHeadDim (kChecksColumns), the other ones become zeros, too.
+template <int kHeadDim, int kRows, int kThreads, bool kChecksColumns, class T, class IsValid>
+GPU_DEVICE void copy_rows(uint32_t tile, const Rows& x, const T* source, IsValid is_valid) {
   using Layout = TileLayout<kHeadDim>;
   constexpr int kRowsAtOnce = kThreads / Layout::kGroup;
   static_assert(kRows % kRowsAtOnce == 0 && kRowsAtOnce % 8 == 0 && 32 % kRowsAtOnce == 0);
   const int first_row = thread_index() / Layout::kGroup, chunk = thread_index() % Layout::kGroup;
   const uint32_t address = tile + Layout::offset(first_row, chunk);
-  source += first_row * stride_row + chunk * 8;
+  source += first_row * x.stride_row + chunk * 8;
   GPU_UNROLL for (int row = 0; row < kRows; row += kRowsAtOnce) {
     const bool is_inside = is_valid(first_row, row);
     GPU_UNROLL for (int column = 0; column < kHeadDim; column += Layout::kGroup * 8) {
-      copy_async_16(address + row * Layout::kRowBytes + column * 2, source + column, is_inside);
+      copy_async_16(address + row * Layout::kRowBytes + column * 2, source + column,
+                    is_inside && (!kChecksColumns || column + chunk * 8 < x.columns));
     }
-    source += kRowsAtOnce * stride_row;
+    source += kRowsAtOnce * x.stride_row;
   }
 }
 

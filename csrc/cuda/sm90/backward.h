@@ -5,6 +5,8 @@
 #include <cmath>
 
 #include "../dropout.h"
+#include "../logits.h"
+#include "../mask_bits.h"
 #include "../row_statistics.h"
 #include "../tile_scheduler.h"
 #include "../tiles.h"
@@ -33,11 +35,15 @@ GPU_DEVICE void round_fragment(uint32_t (&rounded)[kTiles / 2][4], const float (
 
 // ---- dq
 
-template <int kHeadDim>
-struct QueryGradientPlan : QueryGradientTileSm90<kHeadDim> {
-  using Sizes = QueryGradientTileSm90<kHeadDim>;
+template <int kHeadDim, bool kIsGeneral>
+struct QueryGradientPlan : QueryGradientTileSm90<kHeadDim, kIsGeneral> {
+  using Sizes = QueryGradientTileSm90<kHeadDim, kIsGeneral>;
   static constexpr int kBlockM = 64 * kGradientConsumers, kBlockN = Sizes::kBlockN, kStages = Sizes::kStages;
   static constexpr int kTiles = kBlockN / 8;
+  // The loading warp of a general kernel also looks for the next block that the mask shows.
+  static constexpr int kProducerRegisters = kIsGeneral ? 56 : kGradientProducerRegisters;
+  static constexpr int kConsumerRegisters = kIsGeneral ? 224 : kGradientConsumerRegisters;
+  static_assert(fits_registers(kProducerRegisters, kGradientConsumers, kConsumerRegisters));
   using QTile = Tile<kHeadDim, kBlockM>;
   using KeyTile = Tile<kHeadDim, kBlockN>;
   static constexpr uint32_t kQ = 0;
@@ -49,9 +55,9 @@ struct QueryGradientPlan : QueryGradientTileSm90<kHeadDim> {
   static_assert(kBytes <= 227 * 1024);
 };
 
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 struct QueryGradientRings {
-  using Plan = QueryGradientPlan<kHeadDim>;
+  using Plan = QueryGradientPlan<kHeadDim, kIsGeneral>;
   Ring<1> q;  // q and dout are loaded once
   Ring<1> dout;
   Ring<Plan::kStages> k;
@@ -75,10 +81,10 @@ struct QueryGradientRings {
   }
 };
 
-template <class T, int kHeadDim, bool kHasDropout>
+template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     query_gradient_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT BackwardMaps maps) {
-  using Plan = QueryGradientPlan<kHeadDim>;
+  using Plan = QueryGradientPlan<kHeadDim, kIsGeneral>;
   using KeyTile = typename Plan::KeyTile;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
 
@@ -90,24 +96,27 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   if (first_row >= head_slice.seqlen_q) return;
   const BlockRange range =
       key_range<kBlockN>(p, head_slice, first_row, min(first_row + kBlockM, head_slice.seqlen_q) - 1);
-  int block = last_valid_block<kBlockN>(p, head_slice, range.begin, range.end - 1);
+  const auto last_to_visit = [&](int block) {
+    return last_block_to_visit<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, range.begin, block);
+  };
+  int block = last_to_visit(range.end - 1);
 
   const uint32_t shared = shared_address(shared_memory());
-  const QueryGradientRings<kHeadDim> rings(shared);
+  const QueryGradientRings<kHeadDim, kIsGeneral> rings(shared);
   if (thread_index() == 0) rings.init();
   sync_threads();
   RingPosition<Plan::kStages> position;  // in the rings for k and v
 
   if (thread_index() < kWarpgroup) {
     // Load.
-    decrease_registers<kGradientProducerRegisters>();
+    decrease_registers<Plan::kProducerRegisters>();
     if (thread_index() >= 32 || block < range.begin) return;
     TileLoader loader{rings.cleaning, thread_index() == 0};
     const int row = head_slice.q_offset + first_row;
     loader.load<typename Plan::QTile>(rings.q, {}, shared + Plan::kQ, maps.q, row, head_slice.head, head_slice.batch);
     loader.load<typename Plan::QTile>(rings.dout, {}, shared + Plan::kDout, maps.dout, row, head_slice.head,
                                       head_slice.batch);
-    for (; block >= range.begin; block = last_valid_block<kBlockN>(p, head_slice, range.begin, block - 1)) {
+    for (; block >= range.begin; block = last_to_visit(block - 1)) {
       const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, head_slice, block);
       const int key = head_slice.k_offset + block * kBlockN;
       loader.load_valid<KeyTile>(rings.k, position, shared + Plan::kK + position.slot() * KeyTile::kBytes, maps.k, key,
@@ -120,7 +129,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   }
 
   // Loop.
-  increase_registers<kGradientConsumerRegisters>();
+  increase_registers<Plan::kConsumerRegisters>();
   const int consumer = thread_index() / kWarpgroup - 1;
   const Lane lane = this_lane();
   const int query = first_row + 64 * consumer + thread_index() % kWarpgroup / 32 * 16 + lane.g;
@@ -132,7 +141,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     mbarrier_wait(rings.q.full(0), 0);
     mbarrier_wait(rings.dout.full(0), 0);
   }
-  for (; block >= range.begin; block = last_valid_block<kBlockN>(p, head_slice, range.begin, block - 1)) {
+  for (; block >= range.begin; block = last_to_visit(block - 1)) {
     const uint32_t k_tile = shared + Plan::kK + position.slot() * KeyTile::kBytes;
     const uint32_t v_tile = shared + Plan::kV + position.slot() * KeyTile::kBytes;
     position.wait_full(rings.k);
@@ -143,26 +152,46 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     wgmma_fence();
     start_multiply_transposed<T, kHeadDim, kBlockM>(dprobs, shared + Plan::kDout, 64 * consumer, v_tile);
     wgmma_commit();
-    DropoutKeep<kTiles> dropout_keep;
-    if constexpr (kHasDropout)
-      dropout_keep = dropout_keep_of_query_rows<kTiles>(Dropout(p, head_slice), query, block * kBlockN, lane);
-
-    wgmma_wait<1>();
-    keep_registers(flat(scores));
     const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, head_slice, block);
-    if (!(range.is_within_band(block) && valid.all())) hide(scores, visible_keys(p, valid, block, query), lane);
-    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-      GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] =
-          prob_of(scores[t][j], p.scale_log2, statistics[j / 2].lse_log2);
-    }
-    position.wait_full(rings.v);  // again: this branch stops ptxas from moving the next wait before the exponentials
-    wgmma_wait<0>();
-    keep_registers(flat(dprobs));
-    position.release(rings.v);
-    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-      GPU_UNROLL for (int j = 0; j < 4; ++j) {
-        if constexpr (kHasDropout) dprobs[t][j] = dropout_keep.has(t, j) ? dprobs[t][j] * p.dropout_scale : 0.0f;
-        scores[t][j] *= dprobs[t][j] - statistics[j / 2].delta;
+    const bool is_full = range.is_within_band(block) && valid.all();
+    if constexpr (!kIsGeneral) {
+      wgmma_wait<1>();
+      keep_registers(flat(scores));
+      if (!is_full) hide(scores, visible_keys(p, valid, block, query), lane);
+      GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+        GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] =
+            prob_of(scores[t][j], p.scale_log2, statistics[j / 2].lse_log2);
+      }
+      position.wait_full(rings.v);  // again: this branch stops ptxas from moving the next wait before the exponentials
+      wgmma_wait<0>();
+      keep_registers(flat(dprobs));
+      position.release(rings.v);
+      GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+        GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] *= dprobs[t][j] - statistics[j / 2].delta;
+      }
+    } else {
+      const int first_key = block * kBlockN;
+      DropoutKeep<kTiles> dropout_keep{};
+      if (p.dropout_seed != nullptr)
+        dropout_keep = dropout_keep_of_query_rows<kTiles>(Dropout(p, head_slice), query, first_key, lane);
+      wgmma_wait<0>();  // dprobs, too: they are multiplied by the derivative of the softcap
+      keep_registers(flat(scores));
+      keep_registers(flat(dprobs));
+      position.release(rings.v);
+      if (p.dropout_seed != nullptr) drop(dprobs, dropout_keep, p.dropout_scale);
+      GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+        GPU_UNROLL for (int j = 0; j < 4; ++j) dprobs[t][j] -= statistics[j / 2].delta;
+      }
+      to_logits<T>(p, head_slice, scores, QueryRows{query, first_key + 2 * lane.q}, LogitGradients<kTiles>{dprobs});
+      const bool has_masked = has_masked_keys<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, block);
+      if (!is_full || has_masked) {
+        VisibleColumns<kBlockN> visible = visible_keys(p, valid, block, query);
+        if (has_masked) hide_masked_keys(p, head_slice, visible, query, first_key);
+        hide(scores, visible, lane);
+      }
+      GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+        GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] =
+            prob_of(scores[t][j], p.softmax_scale_log2, statistics[j / 2].lse_log2) * dprobs[t][j];
       }
     }
     round_fragment<T>(dscores, scores);
@@ -178,15 +207,15 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   // Epilogue.
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = query + 8 * r;
-    store_row<T>(head_slice.query_row<T>(p.dq, row), dq, r, p.scale, row < head_slice.seqlen_q, lane);
+    store_row<T>(head_slice.query_row<T>(p.dq, row), dq, r, p.scale, row < head_slice.seqlen_q, p.dq.columns, lane);
   }
 }
 
 // ---- dk and dv
 
-template <int kHeadDim>
-struct KeyGradientPlan : KeyGradientTileSm90<kHeadDim> {
-  using Sizes = KeyGradientTileSm90<kHeadDim>;
+template <int kHeadDim, bool kIsGeneral>
+struct KeyGradientPlan : KeyGradientTileSm90<kHeadDim, kIsGeneral> {
+  using Sizes = KeyGradientTileSm90<kHeadDim, kIsGeneral>;
   static constexpr int kBlockN = Sizes::kSplitsGradients ? 64 : 128;
   static constexpr int kBlockM = Sizes::kBlockM, kStages = Sizes::kStages;
   static constexpr int kTiles = kBlockM / 8;
@@ -203,9 +232,9 @@ struct KeyGradientPlan : KeyGradientTileSm90<kHeadDim> {
   static_assert(kBytes <= 227 * 1024);
 };
 
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 struct KeyGradientRings {
-  using Plan = KeyGradientPlan<kHeadDim>;
+  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   Ring<1> k;  // k and v are loaded once
   Ring<1> v;
   Ring<Plan::kStages> q;
@@ -234,9 +263,9 @@ struct KeyGradientRings {
 
 // A block of keys, and the blocks of queries that see these keys, of all heads of the group. Each step visits one of
 // them.
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 struct KeyWork {
-  using Plan = KeyGradientPlan<kHeadDim>;
+  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   HeadSlice head_slice;  // its head is the head of the step
   int32_t first_key;
   ValidRows<Plan::kBlockN> valid;
@@ -244,7 +273,9 @@ struct KeyWork {
   int32_t steps_left;
   int32_t block;  // the block of queries of the step
 
-  GPU_DEVICE explicit KeyWork(const Params& p) {
+  const Params& p;
+
+  GPU_DEVICE explicit KeyWork(const Params& params) : p(params) {
     const int num_blocks = (p.seqlen_k + Plan::kBlockN - 1) / Plan::kBlockN, kv_heads = p.num_heads / p.group_size;
     const WorkTile work = scheduled_tile(block_index_x(), num_blocks, kv_heads, p.batch, p.heads_per_l2_group, false);
     head_slice = head_slice_of(p, work.batch, work.head * p.group_size, work.head);
@@ -254,20 +285,34 @@ struct KeyWork {
         query_range<Plan::kBlockM>(p, head_slice, first_key, min(first_key + Plan::kBlockN, head_slice.seqlen_k) - 1);
     steps_left = valid.none() ? 0 : max(range.end - range.begin, 0) * p.group_size;
     block = range.begin;
+    skip_masked_blocks();
   }
   GPU_DEVICE bool is_empty() const { return first_key >= head_slice.seqlen_k; }
   GPU_DEVICE void advance() {
+    next_block();
+    skip_masked_blocks();
+  }
+
+ private:
+  GPU_DEVICE void next_block() {
     --steps_left;
     if (++block < range.end) return;
     block = range.begin;
     ++head_slice.head;
   }
+  GPU_DEVICE void skip_masked_blocks() {
+    if constexpr (kIsGeneral) {
+      while (steps_left > 0 && !has_visible_queries<Plan::kBlockM, Plan::kBlockN>(p, head_slice, block, first_key))
+        next_block();
+    }
+  }
 };
 
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_t shared,
-                              const KeyGradientRings<kHeadDim>& rings, KeyWork<kHeadDim>& work) {
-  using Plan = KeyGradientPlan<kHeadDim>;
+                              const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
+                              KeyWork<kHeadDim, kIsGeneral>& work) {
+  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   using QTile = typename Plan::QTile;
   TileLoader loader{rings.cleaning, thread_index() == 0};
   RingPosition<Plan::kStages> position;  // in the rings for q and dout
@@ -292,10 +337,11 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
 }
 
 // A warp of its own does this, because the warp that issues TMA has few registers.
-template <int kHeadDim>
-GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim>& rings,
-                                    KeyWork<kHeadDim>& work) {
-  using Plan = KeyGradientPlan<kHeadDim>;
+template <int kHeadDim, bool kIsGeneral>
+GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared,
+                                    const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
+                                    KeyWork<kHeadDim, kIsGeneral>& work) {
+  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   const int lane = this_lane().index;
   RingPosition<Plan::kStages> position;
   for (; work.steps_left > 0; work.advance()) {
@@ -313,10 +359,10 @@ GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared, const KeyG
 }
 
 // kMakesDk, kMakesDv: whether this warpgroup sums dk, and dv. Its keys begin at row first_row of the block.
-template <class T, int kHeadDim, bool kHasDropout, bool kMakesDk, bool kMakesDv>
-GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim>& rings,
-                                  KeyWork<kHeadDim>& work, int first_row) {
-  using Plan = KeyGradientPlan<kHeadDim>;
+template <class T, int kHeadDim, bool kIsGeneral, bool kMakesDk, bool kMakesDv>
+GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
+                                  KeyWork<kHeadDim, kIsGeneral>& work, int first_row) {
+  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   using QTile = typename Plan::QTile;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
   const Lane lane = this_lane();
@@ -340,10 +386,11 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
     const uint32_t q_tile = shared + Plan::kQ + position.slot() * QTile::kBytes;
     const uint32_t dout_tile = shared + Plan::kDout + position.slot() * QTile::kBytes;
     const uint32_t statistics_tile = shared + Plan::kStatistics + position.slot() * Plan::kStatisticsBytes;
-    DropoutKeep<kTiles> dropout_keep;
-    if constexpr (kHasDropout) {  // while few registers are in use
-      dropout_keep =
-          dropout_keep_of_key_rows<kTiles>(Dropout(p, work.head_slice), work.block * kBlockM, key - lane.g, lane);
+    DropoutKeep<kTiles> dropout_keep{};
+    if constexpr (kIsGeneral) {  // while few registers are in use
+      if (p.dropout_seed != nullptr)
+        dropout_keep =
+            dropout_keep_of_key_rows<kTiles>(Dropout(p, work.head_slice), work.block * kBlockM, key - lane.g, lane);
     }
     position.wait_full(rings.q);
     wgmma_fence();
@@ -356,48 +403,73 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
       wgmma_commit();
     }
 
-    // The probabilities, and dv.
-    wgmma_wait<kMakesDk ? 1 : 0>();
-    keep_registers(flat(probs));
-    if (!(work.range.is_within_band(work.block) && are_all_valid)) {
-      hide(probs, visible_queries<kBlockM>(p, is_valid, work.block, key), lane);
-    }
     // This thread has two queries of tile t. Returns (lse_log2, delta) of the first and then of the second.
     const auto statistics_of = [&](int t) {
       return load_shared<Float4>(statistics_tile + (8 * t + 2 * lane.q) * sizeof(RowStatistics));
     };
-    position.wait_full(rings.statistics);
-    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-      const Float4 statistics = statistics_of(t);
-      GPU_UNROLL for (int j = 0; j < 4; ++j) {
-        probs[t][j] = prob_of(probs[t][j], p.scale_log2, j % 2 == 0 ? statistics.x : statistics.z);
-        // A negative sign marks what dropout drops, so that the bits need no register any longer.
-        if (kHasDropout && !dropout_keep.has(t, j)) probs[t][j] = -probs[t][j];
-      }
-    }
-    if constexpr (kMakesDv) {
-      float probs_after_dropout[kTiles][4];
+    const bool is_full = work.range.is_within_band(work.block) && are_all_valid;
+    if constexpr (!kIsGeneral) {
+      // The probabilities, and dv.
+      wgmma_wait<kMakesDk ? 1 : 0>();
+      keep_registers(flat(probs));
+      if (!is_full) hide(probs, visible_queries<kBlockM>(p, is_valid, work.block, key), lane);
+      position.wait_full(rings.statistics);
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-        GPU_UNROLL for (int j = 0; j < 4; ++j) probs_after_dropout[t][j] =
-            kHasDropout && probs[t][j] < 0.0f ? 0.0f : probs[t][j];
+        const Float4 statistics = statistics_of(t);
+        GPU_UNROLL for (int j = 0; j < 4; ++j) probs[t][j] =
+            prob_of(probs[t][j], p.scale_log2, j % 2 == 0 ? statistics.x : statistics.z);
       }
-      round_fragment<T>(rounded_probs, probs_after_dropout);
-    }
+      if constexpr (kMakesDv) round_fragment<T>(rounded_probs, probs);
 
-    // The gradients of the probabilities, and dk.
-    if constexpr (kMakesDk) {
-      position.wait_full(rings.dout);  // again, as for dq: the branch stops ptxas from moving the next wait
-      wgmma_wait<0>();
-      keep_registers(flat(dprobs));
+      // The gradients of the probabilities, and dk.
+      if constexpr (kMakesDk) {
+        position.wait_full(rings.dout);  // again, as for dq: the branch stops ptxas from moving the next wait
+        wgmma_wait<0>();
+        keep_registers(flat(dprobs));
+        GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+          const Float4 statistics = statistics_of(t);
+          GPU_UNROLL for (int j = 0; j < 4; ++j) probs[t][j] *=
+              dprobs[t][j] - (j % 2 == 0 ? statistics.y : statistics.w);
+        }
+        round_fragment<T>(rounded_dscores, probs);
+      }
+    } else {
+      wgmma_wait<0>();  // dprobs, too: they are multiplied by the derivative of the softcap
+      keep_registers(flat(probs));
+      if constexpr (kMakesDk) keep_registers(flat(dprobs));
+      position.wait_full(rings.statistics);
+      if constexpr (kMakesDk) {
+        if (p.dropout_seed != nullptr) drop(dprobs, dropout_keep, p.dropout_scale);
+        GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+          const Float4 statistics = statistics_of(t);
+          GPU_UNROLL for (int j = 0; j < 4; ++j) dprobs[t][j] -= j % 2 == 0 ? statistics.y : statistics.w;
+        }
+      }
+      const KeyRows at{work.block * kBlockM + 2 * lane.q, key};
+      if constexpr (kMakesDk) {
+        to_logits<T>(p, work.head_slice, probs, at, LogitGradients<kTiles>{dprobs});
+      } else {
+        to_logits<T>(p, work.head_slice, probs, at, NoGradients{});
+      }
+      const bool has_masked =
+          has_masked_queries<kIsGeneral, kBlockM, kBlockN>(p, work.head_slice, work.block, work.first_key);
+      if (!is_full || has_masked) {
+        VisibleColumns<kBlockM> visible = visible_queries<kBlockM>(p, is_valid, work.block, key);
+        if (has_masked) hide_masked_queries(p, work.head_slice, visible, work.block * kBlockM, key);
+        hide(probs, visible, lane);
+      }
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
         const Float4 statistics = statistics_of(t);
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
-          float dprob = dprobs[t][j];
-          if constexpr (kHasDropout) dprob = probs[t][j] < 0.0f ? 0.0f : dprob * p.dropout_scale;
-          probs[t][j] = fabsf(probs[t][j]) * (dprob - (j % 2 == 0 ? statistics.y : statistics.w));
+          probs[t][j] = prob_of(probs[t][j], p.softmax_scale_log2, j % 2 == 0 ? statistics.x : statistics.z);
+          if constexpr (kMakesDk) dprobs[t][j] *= probs[t][j];
         }
       }
-      round_fragment<T>(rounded_dscores, probs);
+      if constexpr (kMakesDk) round_fragment<T>(rounded_dscores, dprobs);
+      if constexpr (kMakesDv) {
+        if (p.dropout_seed != nullptr) drop(probs, dropout_keep, 1.0f);
+        round_fragment<T>(rounded_probs, probs);
+      }
     }
     position.release(rings.statistics);
     wgmma_fence();
@@ -413,28 +485,30 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
   }
 
   // Epilogue. The head slice is computed again, because it would have taken registers during the loop.
-  const HeadSlice head_slice = KeyWork<kHeadDim>(p).head_slice;
+  const HeadSlice head_slice = KeyWork<kHeadDim, kIsGeneral>(p).head_slice;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = key + 8 * r;
     const bool is_row = row < head_slice.seqlen_k;
     if constexpr (kMakesDk) {
-      if (p.dk.data != nullptr) store_row<T>(head_slice.key_row<T>(p.dk, row), dk, r, p.scale, is_row, lane);
+      if (p.dk.data != nullptr)
+        store_row<T>(head_slice.key_row<T>(p.dk, row), dk, r, p.scale, is_row, p.dk.columns, lane);
     }
     if constexpr (kMakesDv) {
-      const float factor = kHasDropout ? p.dropout_scale : 1.0f;
-      if (p.dv.data != nullptr) store_row<T>(head_slice.key_row<T>(p.dv, row), dv, r, factor, is_row, lane);
+      const float factor = kIsGeneral ? p.dropout_scale : 1.0f;
+      if (p.dv.data != nullptr)
+        store_row<T>(head_slice.key_row<T>(p.dv, row), dv, r, factor, is_row, p.dv.columns, lane);
     }
   }
 }
 
-template <class T, int kHeadDim, bool kHasDropout>
+template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     key_gradient_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT BackwardMaps maps) {
-  using Plan = KeyGradientPlan<kHeadDim>;
-  KeyWork<kHeadDim> work(p);
+  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
+  KeyWork<kHeadDim, kIsGeneral> work(p);
   if (work.is_empty()) return;
   const uint32_t shared = shared_address(shared_memory());
-  const KeyGradientRings<kHeadDim> rings(shared);
+  const KeyGradientRings<kHeadDim, kIsGeneral> rings(shared);
   if (thread_index() == 0) rings.init();
   sync_threads();
   const int warpgroup = thread_index() / kWarpgroup;
@@ -447,11 +521,11 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   } else {
     increase_registers<kGradientConsumerRegisters>();
     if constexpr (!Plan::kSplitsGradients) {
-      sum_key_gradients<T, kHeadDim, kHasDropout, true, true>(p, shared, rings, work, 64 * (warpgroup - 1));
+      sum_key_gradients<T, kHeadDim, kIsGeneral, true, true>(p, shared, rings, work, 64 * (warpgroup - 1));
     } else if (warpgroup == 1) {
-      sum_key_gradients<T, kHeadDim, kHasDropout, true, false>(p, shared, rings, work, 0);
+      sum_key_gradients<T, kHeadDim, kIsGeneral, true, false>(p, shared, rings, work, 0);
     } else {
-      sum_key_gradients<T, kHeadDim, kHasDropout, false, true>(p, shared, rings, work, 0);
+      sum_key_gradients<T, kHeadDim, kIsGeneral, false, true>(p, shared, rings, work, 0);
     }
   }
 }

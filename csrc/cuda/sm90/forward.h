@@ -18,6 +18,8 @@
 #include <type_traits>
 
 #include "../dropout.h"
+#include "../logits.h"
+#include "../mask_bits.h"
 #include "../softmax.h"
 #include "../tile_scheduler.h"
 #include "../tiles.h"
@@ -30,9 +32,10 @@ constexpr int kTileNotes = 2;  // so that the next tile is loaded while this one
 constexpr uint32_t kTileNoteBytes = 128, kKeyNoteBytes = 64;
 constexpr int kKeyNotes = 8;
 
-template <int kHeadDim, bool kHasDropout>
-struct ForwardPlan : ForwardTileSm90<kHeadDim, kHasDropout> {
-  using Sizes = ForwardTileSm90<kHeadDim, kHasDropout>;
+template <int kHeadDim, bool kIsGeneralOption>
+struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
+  using Sizes = ForwardTileSm90<kHeadDim, kIsGeneralOption>;
+  static constexpr bool kIsGeneral = kIsGeneralOption;
   static constexpr int kConsumers = Sizes::kConsumers, kBlockN = Sizes::kBlockN;
   static constexpr int kStages = Sizes::kStages, kQueryStages = Sizes::kQueryStages;
   static constexpr int kBlockM = kConsumerRows * kConsumers;
@@ -88,6 +91,15 @@ struct TileNote {
   GPU_DEVICE HeadSlice key_slice() const {
     const Vec4 x = load_shared<Vec4>(address + 16);
     return {int32_t(x.x), 0, int32_t(x.y), 0, int32_t(x.z), 0, int32_t(x.w)};
+  }
+
+  GPU_DEVICE HeadSlice head_slice() const {
+    const Vec4 x = load_shared<Vec4>(address + 16);
+    const Vec2 queries = load_shared<Vec2>(address + 32);
+    return {int32_t(x.x), load_shared<int32_t>(address + 12),
+            int32_t(x.y), int32_t(queries.x),
+            int32_t(x.z), int32_t(queries.y),
+            int32_t(x.w)};
   }
 
   // The blocks of keys that a consumer's rows see.
@@ -224,8 +236,10 @@ struct Planner {
   }
 
   GPU_DEVICE TileNote tile() const { return rings.tile_note(tile_position); }
-  GPU_DEVICE int last_valid(int block) const {
-    return last_valid_block<kBlockN>(p, tile().key_slice(), tile().first_block(), block);
+  GPU_DEVICE int last_to_visit(int block) const {
+    const HeadSlice head_slice = Plan::kIsGeneral ? tile().head_slice() : tile().key_slice();
+    return last_block_to_visit<Plan::kIsGeneral, Plan::kBlockM, kBlockN>(p, head_slice, tile().first_row(),
+                                                                         tile().first_block(), block);
   }
 
   GPU_DEVICE void post_block(int block, int next) {
@@ -236,7 +250,10 @@ struct Planner {
       const BlockRange range = tile().range(lane);
       View view{0};
       view.set(View::kIsSeen, range.has(block));
-      view.set(View::kIsWhole, range.is_within_band(block) && valid.all());
+      const bool has_masked =
+          Plan::kIsGeneral && has_masked_keys<Plan::kIsGeneral, kConsumerRows, kBlockN>(
+                                  p, tile().head_slice(), tile().first_row() + lane * kConsumerRows, block);
+      view.set(View::kIsWhole, range.is_within_band(block) && valid.all() && !has_masked);
       view.set(View::kSeesMore, range.has(next));
       view.set(View::kIsLast, next < tile().first_block());
       note.store_view(lane, view);
@@ -267,12 +284,12 @@ struct Planner {
     if (lane < Plan::kConsumers)
       tile().store_range(lane, seen_by(head_slice, first_row + lane * kConsumerRows, kConsumerRows));
     sync_warp();
-    int block = last_valid(tile().end_block() - 1);
+    int block = last_to_visit(tile().end_block() - 1);
     sync_warp();  // all lanes have read it
     if (lane == 0) tile().store_end_block(block + 1);
     post_tile();
     while (block >= tile().first_block()) {
-      const int next = last_valid(block - 1);
+      const int next = last_to_visit(block - 1);
       post_block(block, next);
       block = next;
     }
@@ -371,9 +388,9 @@ struct Loader {
 
 // ---- The consumers
 
-template <class T, int kHeadDim, bool kHasDropout>
+template <class T, int kHeadDim, bool kIsGeneral>
 struct Consumer {
-  using Plan = ForwardPlan<kHeadDim, kHasDropout>;
+  using Plan = ForwardPlan<kHeadDim, kIsGeneral>;
   static constexpr int kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
   const Params& p;
   const ForwardRings<Plan> rings;
@@ -389,7 +406,7 @@ struct Consumer {
   LazySoftmax softmax;
   float acc[kHeadDim / 8][4], scores[kTiles][4], rescale[2];
   uint32_t probs[kBlockN / 16][4];
-  std::conditional_t<kHasDropout, DropoutKeep<kTiles>, NoDropout> dropout_keep;
+  DropoutKeep<kTiles> dropout_keep;  // of a general kernel with dropout
 
   template <int kSlots>
   static GPU_DEVICE void release(const Ring<kSlots>& ring, RingPosition<kSlots>& position) {
@@ -408,13 +425,40 @@ struct Consumer {
     start_multiply<T, kHeadDim>(acc, probs, rings.value_tile(v_position));
     wgmma_commit();
   }
+  GPU_DEVICE bool has_dropout() const { return kIsGeneral && p.dropout_seed != nullptr; }
   GPU_DEVICE void draw_dropout(TileNote tile, KeyNote<kBlockN> note) {  // to be called while products run
-    if constexpr (kHasDropout)
+    if (has_dropout())
       dropout_keep = dropout_keep_of_query_rows<kTiles>(Dropout(p, tile.query_slice()), tile.first_row() + thread_row,
                                                         note.block() * kBlockN, lane);
   }
-  GPU_DEVICE void hide_unseen(TileNote tile, KeyNote<kBlockN> note) {
-    hide(scores, visible_keys(p, note.valid(), note.block(), tile.first_row() + thread_row), lane);
+  // Turns scores into logits, and hides those that a query does not see.
+  GPU_DEVICE void finish_scores(TileNote tile, KeyNote<kBlockN> note, View view) {
+    const int query = tile.first_row() + thread_row;
+    if constexpr (kIsGeneral)
+      to_logits<T>(p, tile.head_slice(), scores, QueryRows{query, note.block() * kBlockN + 2 * lane.q}, NoGradients{});
+    if (view.has(View::kIsWhole)) return;
+    VisibleColumns<kBlockN> visible = visible_keys(p, note.valid(), note.block(), query);
+    if constexpr (kIsGeneral) {
+      if (p.mask.map != nullptr) hide_masked_keys(p, tile.head_slice(), visible, query, note.block() * kBlockN);
+    }
+    hide(scores, visible, lane);
+  }
+  // Calls f with the entries that survive dropout.
+  template <class F>
+  GPU_DEVICE void with_dropout(F f) {
+    has_dropout() ? f(dropout_keep) : f(NoDropout{});
+  }
+  GPU_DEVICE void raise_and_compute_probs() {
+    with_dropout([&](const auto& survivors) {
+      softmax.template raise_and_compute_probs<T>(scores, p.softmax_scale_log2, survivors, probs, rescale);
+    });
+  }
+  GPU_DEVICE void compute_probs() {
+    with_dropout([&](const auto& survivors) {
+      if (softmax.template try_probs<T>(scores, p.softmax_scale_log2, survivors, probs)) return;
+      softmax.template raise_and_compute_probs<T>(scores, p.softmax_scale_log2, survivors, probs, rescale);
+      scale_rows(acc, rescale);
+    });
   }
 
   GPU_DEVICE View wait_for_keys(KeyNote<kBlockN>& note) {
@@ -447,8 +491,8 @@ struct Consumer {
     keep_registers(flat(scores));
     release(rings.k, k_position);
     if (!view.has(View::kSeesMore)) release(rings.q, q_position);
-    if (!view.has(View::kIsWhole)) hide_unseen(tile, note);
-    softmax.template raise_and_compute_probs<T>(scores, p.scale_log2, dropout_keep, probs, rescale);
+    finish_scores(tile, note, view);
+    raise_and_compute_probs();
 
     // The next scores and these values.
     while (view.has(View::kSeesMore)) {
@@ -460,17 +504,14 @@ struct Consumer {
       wgmma_wait<1>();
       keep_registers(flat(scores));
       release(rings.k, k_position);
-      if (!view.has(View::kIsWhole)) hide_unseen(tile, note);
+      finish_scores(tile, note, view);
       wgmma_wait<0>();  // before the probabilities are overwritten
       keep_registers(flat(acc));
       release(rings.v, v_position);
       // This branch has to stand here. It keeps ptxas from moving the release of the values down among the
       // exponentials.
       if (!view.has(View::kSeesMore)) release(rings.q, q_position);
-      if (!softmax.template try_probs<T>(scores, p.scale_log2, dropout_keep, probs)) {
-        softmax.template raise_and_compute_probs<T>(scores, p.scale_log2, dropout_keep, probs, rescale);
-        scale_rows(acc, rescale);
-      }
+      compute_probs();
     }
 
     // The last values.
@@ -490,11 +531,14 @@ struct Consumer {
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = tile.first_row() + thread_row + 8 * r;
       float factor, lse;
-      softmax.finish(r, p.scale, p.scale_log2, factor, lse);
-      if (kHasDropout) factor *= p.dropout_scale;
-      if (p.lse.data != nullptr && lane.q == 0 && row < head_slice.seqlen_q)
-        store_global(head_slice.query_value(p.lse, row), lse);
-      store_row<T>(head_slice.query_row<T>(p.out, row), acc, r, factor, row < head_slice.seqlen_q, lane);
+      softmax.finish(r, p.softmax_scale, p.softmax_scale_log2, factor, lse);
+      if constexpr (kIsGeneral) {
+        if (p.sinks != nullptr) join_sink(load_global(p.sinks + head_slice.head), factor, lse);
+        factor *= p.dropout_scale;
+      }
+      const bool is_row = row < head_slice.seqlen_q;
+      if (p.lse.data != nullptr && lane.q == 0 && is_row) store_global(head_slice.query_value(p.lse, row), lse);
+      store_row<T>(head_slice.query_row<T>(p.out, row), acc, r, factor, is_row, p.out.columns, lane);
     }
   }
 
@@ -512,10 +556,10 @@ struct Consumer {
   }
 };
 
-template <class T, int kHeadDim, bool kHasDropout>
-GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kHasDropout>::kThreads), 1)
+template <class T, int kHeadDim, bool kIsGeneral>
+GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kIsGeneral>::kThreads), 1)
     forward_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT ForwardMaps maps, int num_tiles) {
-  using Plan = ForwardPlan<kHeadDim, kHasDropout>;
+  using Plan = ForwardPlan<kHeadDim, kIsGeneral>;
   const ForwardRings<Plan> rings(keep_computed(shared_address(shared_memory())));
   if (thread_index() == 0) rings.init();
   sync_threads();
@@ -529,7 +573,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kHasDropout>::kThreads)
     }
   } else {
     increase_registers<Plan::kConsumerRegisters>();
-    Consumer<T, kHeadDim, kHasDropout>{p, rings, warpgroup - 1}.run();
+    Consumer<T, kHeadDim, kIsGeneral>{p, rings, warpgroup - 1}.run();
   }
 }
 

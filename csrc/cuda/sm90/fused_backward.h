@@ -312,9 +312,9 @@ GPU_DEVICE void arrive_once_a_warp(uint32_t barrier) {
 }
 
 // For rows of a gradient to which nothing is added.
-template <class T, int kHeadDim>
-GPU_DEVICE void store_zeros(T* row, Lane lane) {
-  for (int chunk = lane.q; chunk < kHeadDim / 8; chunk += 4) {
+template <class T>
+GPU_DEVICE void store_zeros(T* row, int columns, Lane lane) {
+  for (int chunk = lane.q; 8 * chunk < columns; chunk += 4) {
     store_global(reinterpret_cast<Vec4*>(row + 8 * chunk), Vec4{0, 0, 0, 0});
   }
 }
@@ -353,9 +353,13 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
     const auto store_gradients = [&](auto store) {
       GPU_UNROLL for (int r = 0; r < 2; ++r) {
         const int row = b.number() * kKeyBlock + warp_row + lane.g + 8 * r;
-        if (p.dk.data != nullptr) store(b.template key_row<T>(p.dk, row), dk, r, p.scale, row < b.seqlen_k());
+        const bool is_row = row < b.seqlen_k();
+        // With dropout there is no register left for another number of columns, see is_fused_backward.
+        if (p.dk.data != nullptr)
+          store(b.template key_row<T>(p.dk, row), dk, r, p.scale, is_row, kHasDropout ? kHeadDim : p.dk.columns);
         const float factor = kHasDropout ? p.dropout_scale : 1.0f;
-        if (p.dv.data != nullptr) store(b.template key_row<T>(p.dv, row), dv, r, factor, row < b.seqlen_k());
+        if (p.dv.data != nullptr)
+          store(b.template key_row<T>(p.dv, row), dv, r, factor, is_row, kHasDropout ? kHeadDim : p.dv.columns);
       }
     };
     if (first == end) {
@@ -363,8 +367,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       key_position.release(rings.k);
       key_position.wait_full(rings.v);
       key_position.release(rings.v);
-      store_gradients([&](T* row, const auto&, int, float, bool is_row) {
-        if (is_row) store_zeros<T, kHeadDim>(row, lane);
+      store_gradients([&](T* row, const auto&, int, float, bool is_row, int columns) {
+        if (is_row) store_zeros(row, columns, lane);
       });
       reader.release_by_warp();
       continue;
@@ -523,8 +527,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
     }
     propagate(step, std::true_type{});
     ++step;
-    store_gradients([&](T* row, const auto& gradient, int r, float factor, bool is_row) {
-      store_row<T>(row, gradient, r, factor, is_row, lane);
+    store_gradients([&](T* row, const auto& gradient, int r, float factor, bool is_row, int columns) {
+      store_row<T>(row, gradient, r, factor, is_row, columns, lane);
     });
     reader.release_by_warp();
   }
@@ -595,7 +599,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU
   const int first_column = Plan::kSplitsRows ? 0 : group * Plan::kOwnColumns;
   const float* sums = p.dq_sums + tile * Plan::kDqFloats + group * Plan::kOwnDqFloats + thread_index() % kWarpgroup * 4;
   GPU_UNROLL for (int t = 0; t < Plan::kOwnColumns / 8; t += kChunk) {
-    if (first_column + 8 * t >= kHeadDim) return;
+    if (first_column + 8 * t >= p.dq.columns) return;
     float x[kChunk][4];
     GPU_UNROLL for (int i = 0; i < kChunk; ++i) {
       Float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
@@ -607,8 +611,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU
     }
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = own_row + 8 * r;
-      store_row<T>(head_slice.query_row<T>(p.dq, row) + first_column + 8 * t, x, r, p.scale, row < head_slice.seqlen_q,
-                   lane);
+      const int column = first_column + 8 * t;
+      store_row<T>(head_slice.query_row<T>(p.dq, row) + column, x, r, p.scale, row < head_slice.seqlen_q,
+                   p.dq.columns - column, lane);
     }
   }
 }

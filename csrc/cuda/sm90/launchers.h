@@ -12,9 +12,8 @@
 
 namespace fused_attn::gpu::sm90 {
 
-// Panels of `box_rows` rows of x (batch, heads, rows, head_dim).
-inline Map map_of(const Rows& x, bool is_bf16, int64_t head_dim, int64_t rows, int64_t heads, int64_t batch,
-                  int box_rows) {
+// Panels of `box_rows` rows of x (batch, heads, rows, columns).
+inline Map map_of(const Rows& x, bool is_bf16, int64_t rows, int64_t heads, int64_t batch, int box_rows) {
   Map map;
   map.head_step = x.stride_head != 0 && heads > 1;
   map.batch_step = x.stride_batch != 0 && batch > 1;
@@ -22,7 +21,7 @@ inline Map map_of(const Rows& x, bool is_bf16, int64_t head_dim, int64_t rows, i
   const TensorMapSpec spec{x.data,
                            is_bf16 ? Element::kBf16 : Element::kF16,
                            4,
-                           {head_dim, rows, map.head_step ? heads : 1, map.batch_step ? batch : 1},
+                           {x.columns, rows, map.head_step ? heads : 1, map.batch_step ? batch : 1},
                            {0, rows > 1 ? x.stride_row * kElementBytes : kAnyStride,
                             map.head_step ? x.stride_head * kElementBytes : kAnyStride,
                             map.batch_step ? x.stride_batch * kElementBytes : kAnyStride},
@@ -36,34 +35,34 @@ inline Map map_of(const Rows& x, bool is_bf16, int64_t head_dim, int64_t rows, i
 template <int kHeadDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   const int kv_heads = p.num_heads / p.group_size;
-  for_variant(p, is_bf16, [&](auto type, auto has_dropout) {
-    using Plan = ForwardPlan<kHeadDim, has_dropout()>;
-    const ForwardMaps maps{map_of(p.q, is_bf16, kHeadDim, p.rows_q, p.num_heads, p.batch, Plan::kBlockM),
-                           map_of(p.k, is_bf16, kHeadDim, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
-                           map_of(p.v, is_bf16, kHeadDim, p.rows_k, kv_heads, p.batch, Plan::kBlockN)};
+  for_variant(is_bf16, is_general(p), [&](auto type, auto general) {
+    using Plan = ForwardPlan<kHeadDim, general()>;
+    const ForwardMaps maps{map_of(p.q, is_bf16, p.rows_q, p.num_heads, p.batch, Plan::kBlockM),
+                           map_of(p.k, is_bf16, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
+                           map_of(p.v, is_bf16, p.rows_k, kv_heads, p.batch, Plan::kBlockN)};
     LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
     // The kernel is persistent: each multiprocessor runs at most one block of threads, which takes one tile after
     // another until all tiles (blocks of queries of all heads) are done.
     const int num_tiles = shape.grid_x;
     shape.grid_x = std::min(num_tiles, num_multiprocessors());
-    run_kernel(forward_kernel<decltype(type), kHeadDim, has_dropout()>, shape, stream, p, maps, num_tiles);
+    run_kernel(forward_kernel<decltype(type), kHeadDim, general()>, shape, stream, p, maps, num_tiles);
   });
 }
 
-// dq in one kernel, dk and dv in another: for head dims that the fused kernel does not have, or if some gradient is not
-// wanted.
-template <class T, int kHeadDim, bool kHasDropout, class MapsOf>
+// dq in one kernel, dk and dv in another: for head dims that the fused kernel does not have, if some gradient is not
+// wanted, and for all that only general kernels have.
+template <class T, int kHeadDim, bool kIsGeneral, class MapsOf>
 void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
-  using QueryPlan = QueryGradientPlan<kHeadDim>;
-  using KeyPlan = KeyGradientPlan<kHeadDim>;
+  using QueryPlan = QueryGradientPlan<kHeadDim, kIsGeneral>;
+  using KeyPlan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   run_kernel(prepare_rows_kernel<T, kHeadDim>, shape_of_row_preparation(p), stream, p);
   if (p.dq.data != nullptr)
-    run_kernel(query_gradient_kernel<T, kHeadDim, kHasDropout>,
+    run_kernel(query_gradient_kernel<T, kHeadDim, kIsGeneral>,
                shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch, kGradientThreads, QueryPlan::kBytes),
                stream, p, maps_of(QueryPlan::kBlockM, QueryPlan::kBlockN));
   if (p.dk.data != nullptr || p.dv.data != nullptr)
     run_kernel(
-        key_gradient_kernel<T, kHeadDim, kHasDropout>,
+        key_gradient_kernel<T, kHeadDim, kIsGeneral>,
         shape_of(p.seqlen_k, KeyPlan::kBlockN, p.num_heads / p.group_size, p.batch, kGradientThreads, KeyPlan::kBytes),
         stream, p, maps_of(KeyPlan::kBlockM, KeyPlan::kBlockN));
 }
@@ -86,17 +85,20 @@ template <int kHeadDim>
 void launch_backward(const Params& p, bool is_bf16, Stream stream) {
   const int kv_heads = p.num_heads / p.group_size;
   const auto maps_of = [&](int block_m, int block_n) {
-    return BackwardMaps{map_of(p.q, is_bf16, kHeadDim, p.rows_q, p.num_heads, p.batch, block_m),
-                        map_of(p.k, is_bf16, kHeadDim, p.rows_k, kv_heads, p.batch, block_n),
-                        map_of(p.v, is_bf16, kHeadDim, p.rows_k, kv_heads, p.batch, block_n),
-                        map_of(p.dout, is_bf16, kHeadDim, p.rows_q, p.num_heads, p.batch, block_m)};
+    return BackwardMaps{map_of(p.q, is_bf16, p.rows_q, p.num_heads, p.batch, block_m),
+                        map_of(p.k, is_bf16, p.rows_k, kv_heads, p.batch, block_n),
+                        map_of(p.v, is_bf16, p.rows_k, kv_heads, p.batch, block_n),
+                        map_of(p.dout, is_bf16, p.rows_q, p.num_heads, p.batch, block_m)};
   };
-  for_variant(p, is_bf16, [&](auto type, auto has_dropout) {
-    using T = decltype(type);
-    if constexpr (has_fused_backward(kHeadDim)) {
-      if (p.dq_sums != nullptr) return launch_fused<T, kHeadDim, has_dropout()>(p, stream, maps_of);
+  if constexpr (has_fused_backward(kHeadDim)) {
+    if (p.dq_sums != nullptr) {
+      return for_variant(is_bf16, p.dropout_seed != nullptr, [&](auto type, auto has_dropout) {
+        launch_fused<decltype(type), kHeadDim, has_dropout()>(p, stream, maps_of);
+      });
     }
-    launch_two_kernels<T, kHeadDim, has_dropout()>(p, stream, maps_of);
+  }
+  for_variant(is_bf16, is_general(p), [&](auto type, auto general) {
+    launch_two_kernels<decltype(type), kHeadDim, general()>(p, stream, maps_of);
   });
 }
 

@@ -1,0 +1,123 @@
+// Host side of the gradients of biases and sinks: how tiles are dealt to programs, and which kernels complete the sums.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "../../common/attention_params.h"
+#include "../bias_gradient.h"
+
+namespace fused_attn::gpu {
+
+// A sum over few tiles of the gradient is split, so that there are about this many programs. The number does not depend
+// on the device, because it decides the order of additions.
+constexpr int64_t kBiasGradientPrograms = 256;
+
+// The sizes that the plans depend on.
+struct BiasGradientSizes {
+  int64_t batch;
+  int64_t num_heads;
+  int64_t seqlen_q;
+  int64_t seqlen_k;
+  int64_t head_dim;  // of the kernels
+};
+
+inline int32_t splits_of(int64_t owners, int64_t tiles) {
+  const int64_t wanted = (kBiasGradientPrograms + owners - 1) / owners;
+  return static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles, 1)));
+}
+
+inline BiasGradientParams blocks_of(const BiasGradientSizes& sizes) {
+  const BiasGradientTile tile = bias_gradient_tile(sizes.head_dim);
+  BiasGradientParams g{};
+  g.query_blocks = static_cast<int32_t>((sizes.seqlen_q + tile.queries - 1) / tile.queries);
+  g.key_blocks = static_cast<int32_t>((sizes.seqlen_k + tile.keys - 1) / tile.keys);
+  return g;
+}
+
+// `shape` is that of the gradient: 1 in a dimension that the bias broadcasts along.
+inline BiasGradientParams plan_dense(const BiasGradientSizes& sizes, const int64_t (&shape)[4]) {
+  BiasGradientParams g = blocks_of(sizes);
+  g.sums_batch = shape[0] != sizes.batch;
+  g.sums_heads = shape[1] != sizes.num_heads;
+  g.sums_queries = shape[2] != sizes.seqlen_q;
+  g.sums_keys = shape[3] != sizes.seqlen_k;
+  int64_t owners = 1, tiles = 1;
+  (g.sums_batch ? tiles : owners) *= sizes.batch;
+  (g.sums_heads ? tiles : owners) *= sizes.num_heads;
+  (g.sums_queries ? tiles : owners) *= g.query_blocks;
+  (g.sums_keys ? tiles : owners) *= g.key_blocks;
+  if (std::max(owners, tiles) >= int64_t{1} << 31)
+    throw std::length_error("the gradient of the bias needs more than 2^31 tiles");
+  g.owners = static_cast<int32_t>(owners);
+  g.tiles_of_owner = static_cast<int32_t>(tiles);
+  g.splits = splits_of(owners, tiles);
+  g.stride_split = shape[0] * shape[1] * shape[2] * shape[3];
+  return g;
+}
+
+inline BiasGradientParams plan_relative(const BiasGradientSizes& sizes) {
+  const BiasGradientTile tile = bias_gradient_tile(sizes.head_dim);
+  BiasGradientParams g = blocks_of(sizes);
+  g.is_relative = true;
+  g.diagonals = (g.query_blocks - 1) * (tile.queries / tile.keys) + g.key_blocks;
+  const int64_t owners = sizes.num_heads * g.diagonals;
+  if (std::max(owners, sizes.batch * g.query_blocks) >= int64_t{1} << 31)
+    throw std::length_error("the gradient of the relative bias needs more than 2^31 tiles");
+  g.owners = static_cast<int32_t>(owners);
+  g.splits = splits_of(owners, sizes.batch * g.query_blocks);
+  g.stride_split = owners * (tile.queries + tile.keys);
+  return g;
+}
+
+// How many floats a plan needs in the workspace. The only split of a dense bias writes the gradient itself.
+inline int64_t sum_floats(const BiasGradientParams& g) {
+  return g.is_relative || g.splits > 1 ? g.splits * g.stride_split : 0;
+}
+
+using BiasGradientLauncher = void (*)(const Params&, const BiasGradientParams&, bool, Stream);
+
+inline LaunchShape shape_of_sums(int64_t entries) {
+  const int64_t programs = (entries + kSumThreads - 1) / kSumThreads;
+  if (programs >= int64_t{1} << 31) throw std::length_error("the gradient needs more blocks than a grid may have");
+  return {static_cast<int>(programs), 1, 1, kSumThreads, 0};
+}
+
+inline void sum_dense(const Params& p, BiasGradientParams g, const TensorView& gradient, const int64_t (&shape)[4],
+                      float* workspace, BiasGradientLauncher launch, bool is_bf16, Stream stream) {
+  BiasSumParams sum{g.splits, g.stride_split, workspace, static_cast<float*>(gradient.data), {}, {}};
+  std::copy(shape, shape + 4, sum.sizes);
+  const int64_t strides[4] = {gradient.stride_batch, gradient.stride_head, gradient.stride_row, gradient.stride_col};
+  std::copy(strides, strides + 4, sum.strides);
+  const bool is_split = g.splits > 1;
+  g.sums = is_split ? workspace : sum.gradient;
+  g.stride_key = is_split ? 1 : strides[3];
+  g.stride_query = is_split ? shape[3] : strides[2];
+  g.stride_head = is_split ? shape[3] * shape[2] : strides[1];
+  g.stride_batch = is_split ? shape[3] * shape[2] * shape[1] : strides[0];
+  launch(p, g, is_bf16, stream);
+  if (is_split) run_kernel(sum_bias_splits_kernel, shape_of_sums(g.stride_split), stream, sum);
+}
+
+inline void sum_relative(const Params& p, BiasGradientParams g, const BiasGradientTile& tile,
+                         const TensorView& gradient, float* workspace, BiasGradientLauncher launch, bool is_bf16,
+                         Stream stream) {
+  g.sums = workspace;
+  launch(p, g, is_bf16, stream);
+  DiagonalSumParams sum{};
+  sum.g = g;
+  sum.tile_queries = tile.queries;
+  sum.tile_keys = tile.keys;
+  sum.heads = gradient.stride_head == 0 ? 1 : p.num_heads;
+  sum.heads_of_row = p.num_heads / sum.heads;
+  sum.columns = int64_t{p.seqlen_q} + p.seqlen_k - 1;
+  sum.seqlen_q = p.seqlen_q;
+  sum.gradient = static_cast<float*>(gradient.data);
+  sum.stride_head = gradient.stride_head;
+  run_kernel(sum_diagonals_kernel, shape_of_sums(sum.heads * sum.columns), stream, sum);
+}
+
+inline void sum_sinks(const Params& p, Stream stream) {
+  run_kernel(sum_sink_gradients_kernel, {p.num_heads, 1, 1, kSumThreads, kSumThreads * 4}, stream, p);
+}
+
+}  // namespace fused_attn::gpu

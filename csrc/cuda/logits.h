@@ -1,0 +1,168 @@
+// From scores to logits: all that may happen to an entry of the scores between the product with the keys and the
+// softmax. Forward and backward call the same function, so a further modification of scores is a further step of it.
+//
+//   logit = softcap * tanh(scale * score / softcap) + relative bias + bias      (without a softcap: scale * score + ...)
+//
+// Logits are in units of log2: exp2(logit - reference) needs no factor then. Masks come afterwards (visibility.h).
+#pragma once
+#include <type_traits>
+
+#include "fragments.h"
+
+namespace fused_attn::gpu {
+
+// Which query and which key the entry x[0][0] of a thread's fragment belongs to. Entry x[t][j] lies 8 * (j / 2) rows
+// and 8 * t + j % 2 columns further on.
+template <bool kRowsAreQueriesOption>
+struct FragmentPosition {
+  static constexpr bool kRowsAreQueries = kRowsAreQueriesOption;
+  int32_t query;
+  int32_t key;
+
+  GPU_DEVICE int32_t query_of(int t, int j) const { return query + (kRowsAreQueries ? 8 * (j / 2) : 8 * t + j % 2); }
+  GPU_DEVICE int32_t key_of(int t, int j) const { return key + (kRowsAreQueries ? 8 * t + j % 2 : 8 * (j / 2)); }
+};
+using QueryRows = FragmentPosition<true>;
+using KeyRows = FragmentPosition<false>;
+
+// Takes the place of the gradients that the derivative of the softcap is multiplied into, where there are none.
+struct NoGradients {
+  GPU_DEVICE void scale(int, int, float) const {}
+};
+
+// The gradients by the logits of a fragment. Their product with the derivative of the softcap is the gradient by the
+// scores.
+template <int kTiles>
+struct LogitGradients {
+  float (&x)[kTiles][4];
+  GPU_DEVICE void scale(int t, int j, float factor) const { x[t][j] *= factor; }
+};
+
+// Exact to about 1e-7, unlike tanh.approx.
+GPU_DEVICE float tanh_of(float x) {
+  constexpr float kTwoLog2E = 2.0f * kLog2E;
+  return multiply_add(-2.0f, reciprocal_approx(1.0f + exp2_approx(kTwoLog2E * x)), 1.0f);
+}
+
+template <int kTiles, class Gradients>
+GPU_DEVICE void apply_scale_and_softcap(const Params& p, float (&scores)[kTiles][4], const Gradients& gradients) {
+  const LogitParams& x = p.logits;
+  GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+    // The branch stands within the loop. It keeps ptxas from computing the exponentials of all tiles first, for which
+    // there are no registers.
+    if (x.softcap_log2 != 0.0f) {
+      GPU_UNROLL for (int j = 0; j < 4; ++j) {
+        const float y = tanh_of(scores[t][j] * x.softcap_scale);
+        scores[t][j] = x.softcap_log2 * y;
+        gradients.scale(t, j, 1.0f - y * y);
+      }
+    } else {
+      GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] *= p.scale_log2;
+    }
+  }
+}
+
+// Entries of one diagonal have the same bias. A thread's 4 * kTiles entries lie on 2 * (kTiles + 1) diagonals: those
+// of tile t, row g + 8, are those of tile t - 1, row g.
+template <int kTiles, class Position>
+GPU_DEVICE void add_relative_bias(const float* bias_of_diagonal_0, float (&logits)[kTiles][4], Position at) {
+  constexpr int kSign = Position::kRowsAreQueries ? 1 : -1;
+  const float* const own = bias_of_diagonal_0 + (at.key - at.query);
+  // Two pairs of neighbouring diagonals at a time: those of the rows g + 8, and those of the rows g, of a tile.
+  const auto load_pair = [&](int tile) {
+    return Float2{load_global(own + kSign * 8 * tile), load_global(own + kSign * (8 * tile + 1))};
+  };
+  Float2 lower = load_pair(-1);
+  GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+    const Float2 upper = load_pair(t);
+    logits[t][0] += upper.x;
+    logits[t][1] += upper.y;
+    logits[t][2] += lower.x;
+    logits[t][3] += lower.y;
+    lower = upper;
+  }
+}
+
+// A number of type float or T, as a float.
+template <class Element>
+GPU_DEVICE float load_float(const Element* p) {
+  if constexpr (std::is_same_v<Element, float>) {
+    return load_global(p);
+  } else {
+    return unpack<Element>(load_global(reinterpret_cast<const uint16_t*>(p))).x;
+  }
+}
+
+// Adds the entries of a tensor in memory. Entries beyond the last query or key are not read.
+template <class Element, int kTiles, class Position>
+GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, float (&logits)[kTiles][4],
+                         Position at) {
+  constexpr bool kRowsAreQueries = Position::kRowsAreQueries;
+  const int64_t stride_row = kRowsAreQueries ? bias.stride_query : bias.stride_key;
+  const int64_t stride_column = kRowsAreQueries ? bias.stride_key : bias.stride_query;
+  const int32_t rows = kRowsAreQueries ? head_slice.seqlen_q - at.query : head_slice.seqlen_k - at.key;
+  const int32_t columns = kRowsAreQueries ? head_slice.seqlen_k - at.key : head_slice.seqlen_q - at.query;
+  GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    // The pointer goes along the row: addresses of all entries would take more registers than there are.
+    const Element* next = static_cast<const Element*>(bias.data) + head_slice.batch * bias.stride_batch +
+                          head_slice.head * bias.stride_head + at.query * bias.stride_query + at.key * bias.stride_key +
+                          8 * r * stride_row;
+    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+      GPU_UNROLL for (int c = 0; c < 2; ++c) {
+        float& logit = logits[t][2 * r + c];
+        if (8 * r < rows && 8 * t + c < columns)
+          logit = multiply_add(load_float(next + c * stride_column), kLog2E, logit);
+      }
+      next = keep_computed(next + 8 * stride_column);
+    }
+  }
+}
+
+// The same for a bias of type T whose rows can be read 16 bytes at a time. Each thread reads eight keys of one tile out of
+// four. The threads of a row then exchange what they have read.
+template <class T, int kTiles>
+GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_slice, float (&logits)[kTiles][4],
+                              QueryRows at) {
+  const Lane lane = this_lane();
+  const int32_t own_key = at.key - 2 * lane.q + 8 * lane.q;
+  GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    const T* next = static_cast<const T*>(bias.data) + head_slice.batch * bias.stride_batch +
+                    head_slice.head * bias.stride_head + (at.query + 8 * r) * bias.stride_query + own_key;
+    GPU_UNROLL for (int t = 0; t < kTiles; t += 4) {
+      Vec4 read{0, 0, 0, 0};
+      if (at.query + 8 * r < head_slice.seqlen_q && own_key + 8 * t < head_slice.seqlen_k)
+        read = load_global(reinterpret_cast<const Vec4*>(next));
+      uint32_t words[4] = {read.x, read.y, read.z, read.w};
+      exchange_in_row(words, lane);
+      GPU_UNROLL for (int i = 0; i < 4; ++i) {
+        const Float2 pair = unpack<T>(words[i]);
+        logits[t + i][2 * r] = multiply_add(pair.x, kLog2E, logits[t + i][2 * r]);
+        logits[t + i][2 * r + 1] = multiply_add(pair.y, kLog2E, logits[t + i][2 * r + 1]);
+      }
+      next = keep_computed(next + 32);
+    }
+  }
+}
+
+// Turns scores into logits, in place, and multiplies gradients by the derivative of the softcap. If the logits are
+// plain, scores stay as they are, and p.softmax_scale_log2 is the factor that is missing.
+template <class T, int kTiles, class Position, class Gradients>
+GPU_DEVICE void to_logits(const Params& p, HeadSlice head_slice, float (&scores)[kTiles][4], Position at,
+                          const Gradients& gradients) {
+  const LogitParams& x = p.logits;
+  if (x.is_plain) return;
+  // Otherwise the compiler computes parts of addresses before a kernel's loop, and keeps them in registers.
+  at.query = keep_computed(at.query);
+  at.key = keep_computed(at.key);
+  head_slice.batch = keep_computed(head_slice.batch);
+  apply_scale_and_softcap(p, scores, gradients);
+  if (x.relative_bias != nullptr)
+    add_relative_bias(x.relative_bias + head_slice.head * x.relative_bias_stride_head + p.seqlen_q - 1, scores, at);
+  if (x.bias.data == nullptr) return;
+  if constexpr (Position::kRowsAreQueries) {
+    if (x.has_bias_rows) return add_bias_rows<T>(x.bias, head_slice, scores, at);
+  }
+  x.is_bias_float ? add_bias<float>(x.bias, head_slice, scores, at) : add_bias<T>(x.bias, head_slice, scores, at);
+}
+
+}  // namespace fused_attn::gpu

@@ -1,0 +1,162 @@
+// Dense masks of bytes, packed to bits once for each call. A kernel then reads 32 entries of a row with one load, and
+// the map of the mask says which blocks have no visible entry, and which blocks have only visible ones.
+#pragma once
+#include "fragments.h"
+#include "kernels.h"
+
+namespace fused_attn::gpu {
+
+constexpr int32_t kGranule = 32;            // rows, and columns, of a granule of the map
+constexpr int32_t kMaskWordsAlignment = 8;  // blocks have at most 256 queries or keys
+
+// A byte of the map, or the union of several: which entries occur among those of existing queries and keys.
+struct MaskContents {
+  static constexpr uint32_t kVisible = 1, kHidden = 2;
+  uint32_t bits;
+
+  GPU_DEVICE bool has_visible() const { return (bits & kVisible * 0x01010101u) != 0; }
+  GPU_DEVICE bool has_hidden() const { return (bits & kHidden * 0x01010101u) != 0; }
+};
+
+// The entry of a mask for a head slice.
+GPU_DEVICE int64_t mask_entry(const MaskParams& mask, const HeadSlice& head_slice) {
+  return int64_t{head_slice.batch} * mask.entries_per_batch + int64_t{head_slice.head} * mask.entries_per_head;
+}
+
+// What a mask holds for the queries first_query ... first_query + kQueries - 1 and a block of kKeys keys.
+template <int kQueries, int kKeys>
+GPU_DEVICE MaskContents mask_contents(const MaskParams& mask, const HeadSlice& head_slice, int32_t first_query,
+                                      int32_t first_key) {
+  using Bytes = std::conditional_t<kKeys == 32, uint8_t, std::conditional_t<kKeys == 64, uint16_t, uint32_t>>;
+  static_assert(sizeof(Bytes) * kGranule == kKeys && kQueries % kGranule == 0);
+  const int32_t row = first_query / kGranule;
+  const uint8_t* const map =
+      mask.map + (mask_entry(mask, head_slice) * mask.query_words + row) * mask.key_words + first_key / kGranule;
+  uint32_t bits = 0;
+  GPU_UNROLL for (int r = 0; r < kQueries / kGranule; ++r) {
+    if (row + r < mask.query_words) bits |= load_global(reinterpret_cast<const Bytes*>(map + r * mask.key_words));
+  }
+  return {bits};
+}
+
+// Removes what the mask hides from the visible keys of the thread's queries `first_query` and first_query + 8.
+template <int kKeys>
+GPU_DEVICE void hide_masked_keys(const Params& p, const HeadSlice& head_slice, VisibleColumns<kKeys>& visible,
+                                 int32_t first_query, int32_t first_key) {
+  const MaskParams& mask = p.mask;
+  const uint32_t* const rows = mask.keys_of_query + mask_entry(mask, head_slice) * p.seqlen_q * mask.key_words;
+  first_query = keep_computed(first_query);  // as in to_logits
+  GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    const int32_t query = min(first_query + 8 * r, head_slice.seqlen_q - 1);
+    GPU_UNROLL for (int w = 0; w < kKeys / 32; ++w) visible.words[r][w] &=
+        load_global(rows + int64_t{query} * mask.key_words + first_key / 32 + w);
+  }
+}
+
+// Removes what the mask hides from the visible queries of the thread's keys `first_key` and first_key + 8.
+template <int kQueries>
+GPU_DEVICE void hide_masked_queries(const Params& p, const HeadSlice& head_slice, VisibleColumns<kQueries>& visible,
+                                    int32_t first_query, int32_t first_key) {
+  const MaskParams& mask = p.mask;
+  const uint32_t* const rows = mask.queries_of_key + mask_entry(mask, head_slice) * p.seqlen_k * mask.query_words;
+  first_key = keep_computed(first_key);  // as in to_logits
+  GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    const int32_t key = min(first_key + 8 * r, head_slice.seqlen_k - 1);
+    GPU_UNROLL for (int w = 0; w < kQueries / 32; ++w) visible.words[r][w] &=
+        load_global(rows + int64_t{key} * mask.query_words + first_query / 32 + w);
+  }
+}
+
+// ---- What kernels ask about blocks. A plain kernel has no mask.
+
+// The last block of [begin, block] with a valid key, and with a key that the mask shows to one of the kQueries queries
+// from first_query on. Otherwise begin - 1.
+template <bool kIsGeneral, int kQueries, int kKeys>
+GPU_DEVICE int32_t last_block_to_visit(const Params& p, const HeadSlice& head_slice, int32_t first_query, int32_t begin,
+                                       int32_t block) {
+  block = last_valid_block<kKeys>(p, head_slice, begin, block);
+  if constexpr (kIsGeneral) {
+    if (p.mask.map == nullptr) return block;
+    while (block >= begin &&
+           !mask_contents<kQueries, kKeys>(p.mask, head_slice, first_query, block * kKeys).has_visible())
+      block = last_valid_block<kKeys>(p, head_slice, begin, block - 1);
+  }
+  return block;
+}
+
+// Whether the mask hides some key of the block from one of the queries.
+template <bool kIsGeneral, int kQueries, int kKeys>
+GPU_DEVICE bool has_masked_keys(const Params& p, const HeadSlice& head_slice, int32_t first_query, int32_t block) {
+  if (!kIsGeneral || p.mask.map == nullptr) return false;
+  return mask_contents<kQueries, kKeys>(p.mask, head_slice, first_query, block * kKeys).has_hidden();
+}
+
+// Whether the mask hides some query of the block from one of the kKeys keys from first_key on.
+template <bool kIsGeneral, int kQueries, int kKeys>
+GPU_DEVICE bool has_masked_queries(const Params& p, const HeadSlice& head_slice, int32_t block, int32_t first_key) {
+  if (!kIsGeneral || p.mask.map == nullptr) return false;
+  return mask_contents<kQueries, kKeys>(p.mask, head_slice, block * kQueries, first_key).has_hidden();
+}
+
+// Whether the mask shows some query of the block to one of the kKeys keys from first_key on.
+template <int kQueries, int kKeys>
+GPU_DEVICE bool has_visible_queries(const Params& p, const HeadSlice& head_slice, int32_t block, int32_t first_key) {
+  if (p.mask.map == nullptr) return true;
+  return mask_contents<kQueries, kKeys>(p.mask, head_slice, block * kQueries, first_key).has_visible();
+}
+
+// ---- Preparation
+
+constexpr int kMaskThreads = 128;
+
+// Each warp packs 32 queries x 128 keys, and writes four bytes of the map. Granules beyond the queries and keys are
+// neither visible nor hidden.
+constexpr int kGranulesPerWarp = 4;
+
+GPU_KERNEL void GPU_LAUNCH_BOUNDS(kMaskThreads, 1)
+    prepare_mask_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT ScoreTensor bytes) {
+  const MaskParams& mask = p.mask;
+  const int64_t number = int64_t{block_index_x()} * (kMaskThreads / 32) + thread_index() / 32;
+  const int32_t words_of_warp = mask.key_words / kGranulesPerWarp;
+  const int32_t first_word = static_cast<int32_t>(number % words_of_warp) * kGranulesPerWarp;
+  const int32_t query_word = static_cast<int32_t>(number / words_of_warp % mask.query_words);
+  const int64_t entry = number / words_of_warp / mask.query_words;
+  const int32_t heads = mask.entries_per_head == 0 ? 1 : p.num_heads;
+  if (entry >= int64_t{mask.entries_per_batch == 0 ? 1 : p.batch} * heads) return;
+  const int32_t lane = this_lane().index, first_query = kGranule * query_word;
+  const int32_t num_queries = clamp_to(p.seqlen_q - first_query, 0, kGranule);
+  uint32_t contents = 0;
+  for (int i = 0; i < kGranulesPerWarp; ++i) {
+    const int32_t word = first_word + i, key = kGranule * word + lane;
+    const bool is_key = key < p.seqlen_k;
+    const uint8_t* const source = static_cast<const uint8_t*>(bytes.data) + entry / heads * bytes.stride_batch +
+                                  entry % heads * bytes.stride_head + int64_t{key} * bytes.stride_key;
+    uint32_t keys_of_own_query = 0, queries_of_own_key = 0;
+    for (int32_t row = 0; row < num_queries; ++row) {
+      const bool is_visible = is_key && load_global(source + (int64_t{first_query} + row) * bytes.stride_query) != 0;
+      const uint32_t keys = warp_ballot(is_visible);
+      if (lane == row) keys_of_own_query = keys;
+      queries_of_own_key |= static_cast<uint32_t>(is_visible) << row;
+    }
+    if (lane < num_queries)
+      store_global(mask.keys_of_query + (entry * p.seqlen_q + first_query + lane) * mask.key_words + word,
+                   keys_of_own_query);
+    if (is_key && mask.queries_of_key != nullptr)
+      store_global(mask.queries_of_key + (entry * p.seqlen_k + key) * mask.query_words + query_word,
+                   queries_of_own_key);
+    const bool has_visible = warp_any(queries_of_own_key != 0);
+    const bool has_hidden = warp_any(is_key && queries_of_own_key != low_bits(num_queries));
+    contents |= ((has_visible ? MaskContents::kVisible : 0) | (has_hidden ? MaskContents::kHidden : 0)) << (8 * i);
+  }
+  uint8_t* const map = mask.map + (entry * mask.query_words + query_word) * mask.key_words + first_word;
+  if (lane == 0) store_global(reinterpret_cast<uint32_t*>(map), contents);
+}
+
+inline LaunchShape shape_of_mask_preparation(const Params& p, int64_t entries) {
+  constexpr int kGranules = kMaskThreads / 32 * kGranulesPerWarp;
+  const int64_t programs = (entries * p.mask.query_words * p.mask.key_words + kGranules - 1) / kGranules;
+  if (programs >= int64_t{1} << 31) throw std::length_error("the mask needs more blocks than a grid may have");
+  return {static_cast<int>(programs), 1, 1, kMaskThreads, 0};
+}
+
+}  // namespace fused_attn::gpu
