@@ -149,10 +149,10 @@ def _device_lines(rows: list[Row]) -> list[str]:
         return []
     newest = max(rows, key=lambda row: row["date"])
     about = ("device", "driver", "cuda", "torch", "triton", "python", "commit", "date")
-    peaks = {row["dtype"]: row["matmul_tflops"] for row in rows if "matmul_tflops" in row}
+    rates = {row["dtype"]: row["matmul_tflops"] for row in rows if "matmul_tflops" in row}
     return [
         ", ".join(f"{name} {newest[name]}" for name in about if name in newest),
-        *(f"{dtype} matmul {peak:.3g} TFLOP/s" for dtype, peak in peaks.items()),
+        *(f"{dtype} matmul {rate:.3g} TFLOP/s" for dtype, rate in rates.items()),
     ]
 
 
