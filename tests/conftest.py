@@ -97,3 +97,11 @@ def builder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactor
         pytest.skip(reason)
     cache = getattr(pytestconfig, "cache", None)
     return emulator.Builder(cache.mkdir("cuda_emulation") if cache else tmp_path_factory.mktemp("cuda_emulation"))
+
+
+@pytest.fixture(scope="session")
+def kernels(builder):
+    """The `kernels.Kernels` of the tests in tests/cuda: a build of all CUDA kernels in the emulation."""
+    from kernels import Kernels
+
+    return Kernels(builder)
