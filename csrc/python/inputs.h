@@ -1,4 +1,5 @@
-// The tuples that Python passes, as fused_attn/attention/inputs.py declares them, in the order of its fields.
+// The tuples of tensors that Python passes. fused_attn/attention/inputs.py declares the same types. The order of the
+// fields must be the same in both files.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -8,7 +9,7 @@ namespace fused_attn {
 
 namespace py = pybind11;
 
-// The items of a tuple with exactly Count of them.
+// The items of a tuple. Throws TypeError unless it has exactly `Count` items. The references are borrowed.
 template <Py_ssize_t Count>
 PyObject* const* items_of(PyObject* tuple, const char* name) {
   if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != Count)

@@ -1,5 +1,5 @@
-// From the tuples of a call to the AttentionParams that kernels get, for every module of native code. The one place that
-// knows what shape, type and strides each tensor has to have.
+// Converts the tuples of a call to AttentionParams, for the CPU module and for the CUDA module. This file alone defines
+// which dtype, shape and strides each tensor must have, and it checks them, because a kernel trusts its parameters.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -15,16 +15,18 @@ namespace fused_attn {
 
 namespace py = pybind11;
 
-// The types and sizes that every other tensor is checked against.
+// The parameters of a kernel, and the dtypes and sizes of query, key and value that all other tensors are checked
+// against.
 struct Problem {
   AttentionParams params;
   ElementType type = ElementType::kOther;
   ElementType accumulate_type = ElementType::kOther;
-  int64_t batch_entries = 0;  // of the tensors: 1 when packed
-  int64_t rows_q = 0;         // of the tensors: the total when packed
-  int64_t rows_k = 0;
+  int64_t batch_entries = 0;  // the size of dimension 0 of query; 1 if the call is packed
+  int64_t rows_q = 0;         // the size of dimension 2 of query; the sum of all lengths if the call is packed
+  int64_t rows_k = 0;         // the size of dimension 2 of key, likewise
 };
 
+// Copies the arguments that are not tensors from the Config capsule.
 inline void set_config(AttentionParams& params, PyObject* object) {
   if (!PyCapsule_IsValid(object, kConfigName))
     throw py::type_error(std::string("config: expected what Config returns, got ") + Py_TYPE(object)->tp_name);
@@ -37,12 +39,13 @@ inline void set_config(AttentionParams& params, PyObject* object) {
   params.has_dropout = config.has_dropout;
   params.dropout_threshold = config.dropout_threshold;
   params.dropout_scale = config.dropout_scale;
-  // Of packed problems only; set_tensors overwrites them otherwise.
+  // For packed calls. In other calls, set_tensors overwrites the two lengths.
   params.seqlen_q = config.max_seqlen_q;
   params.seqlen_k = config.max_seqlen_k;
 }
 
-// A wrong offset would let the kernel read or write outside a tensor, and no later check could see it.
+// Checks the offsets of packed sequences and returns them. A wrong offset would make the kernel read and write outside
+// of a tensor. On a GPU the offsets are not read, so there only dtype and shape are checked.
 inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& cu_seqlens, int64_t batch, int64_t total,
                                          int64_t max_seqlen) {
   cu_seqlens.check_type(ElementType::kInt32);
@@ -62,6 +65,8 @@ inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& c
   return starts;
 }
 
+// Checks query, key, value, out, lse and the offsets of packed sequences, and sets the parameters that follow from
+// them.
 inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& inputs, PyObject* out_object,
                         PyObject* lse_object) {
   AttentionParams& params = problem.params;
@@ -127,29 +132,33 @@ inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& in
   for (TensorView* view : {&params.query, &params.key, &params.value, &params.out, &params.lse}) view->stride_batch = 0;
 }
 
-// One row of biases, or one value, per head; a single head stands for all of them.
+// The view of a tensor with one row, or one number, for each head. If its size is 1, all heads share this row or
+// number.
 inline TensorView per_head_view(const Argument& argument) {
   if (!argument.given) return {};
   return {argument.data(), 0, argument.size(0) == 1 ? 0 : argument.stride(0), 0, 1};
 }
 
+// Checks relative_bias or its gradient, which have the same dtype and shape.
 inline void check_relative_bias(const Argument& argument, const Problem& problem) {
   if (!argument.given) return;
   const AttentionParams& params = problem.params;
   argument.check_type(problem.accumulate_type);
   const bool one_head = argument.tensor.ndim == 2 && argument.size(0) == 1;
   argument.check_shape({one_head ? 1 : params.num_heads,
-                        // No pair of positions, no bias.
+                        // Without queries and keys there are no columns.
                         std::max<int64_t>(params.seqlen_q + params.seqlen_k - 1, 0)});
   argument.check_unit_stride(1);
 }
 
+// Checks sinks or their gradient, which have the same dtype and shape.
 inline void check_sinks(const Argument& argument, const Problem& problem) {
   if (!argument.given) return;
   argument.check_type(problem.accumulate_type);
   argument.check_shape({problem.params.num_heads});
 }
 
+// Checks the masks, the biases, the sinks and the seed of dropout, and sets their parameters.
 inline void set_masks(Problem& problem, const Reader& reader, const Inputs& inputs) {
   AttentionParams& params = problem.params;
   const int64_t scores[] = {params.batch, params.num_heads, params.seqlen_q, params.seqlen_k};
@@ -185,6 +194,7 @@ inline void set_masks(Problem& problem, const Reader& reader, const Inputs& inpu
   }
 }
 
+// The parameters of a forward call.
 inline Problem read_problem(const Reader& reader, const Inputs& inputs, PyObject* out, PyObject* lse,
                             PyObject* config) {
   Problem problem;
@@ -194,6 +204,7 @@ inline Problem read_problem(const Reader& reader, const Inputs& inputs, PyObject
   return problem;
 }
 
+// Checks the tensors that only backward has, and sets their parameters.
 inline void set_gradients(Problem& problem, const Reader& reader, const Saved& saved, const Gradients& gradients) {
   AttentionParams& params = problem.params;
   const int64_t batch = problem.batch_entries, heads = params.num_heads, kv_heads = params.num_kv_heads;
@@ -227,6 +238,7 @@ inline void set_gradients(Problem& problem, const Reader& reader, const Saved& s
   check_sinks(dsinks, problem);
   params.dsinks = per_head_view(dsinks);
 
+  // The gradient of an input requires the input.
   const auto check_input = [](const TensorView& gradient, const TensorView& input, const char* name) {
     if (gradient.data != nullptr && input.data == nullptr)
       throw py::value_error(std::string("d") + name + ": expected None, as " + name + " is None");
@@ -236,10 +248,10 @@ inline void set_gradients(Problem& problem, const Reader& reader, const Saved& s
   check_input(params.dsinks, params.sinks, "sinks");
 }
 
-// Of a backward call: the problem with its gradients.
+// The parameters of a backward call.
 inline Problem read_backward(const Reader& reader, const Inputs& inputs, const Saved& saved, const Gradients& gradients,
                              PyObject* config) {
-  reader.required(saved.lse, "lse");  // for forward an output that may be None, here an input
+  reader.required(saved.lse, "lse");  // forward accepts None for lse, an output; backward reads lse
   Problem problem = read_problem(reader, inputs, saved.out, saved.lse, config);
   set_gradients(problem, reader, saved, gradients);
   return problem;
