@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 # Runs in the interpreter that has libasan preloaded. float64 and the reference need no second look: the kernels are
 # templates over the dtype, and float16 and bfloat16 differ only in loads and stores.
