@@ -105,6 +105,15 @@ struct Argument {
       fail("stride 1 in dimension " + std::to_string(dim), "stride " + std::to_string(stride(dim)));
   }
 
+  void check_contiguous() const {
+    int64_t expected = 1;
+    for (int dim = tensor.ndim - 1; dim >= 0; --dim) {
+      if (size(dim) > 1 && stride(dim) != expected)
+        fail("a contiguous tensor", "stride " + std::to_string(stride(dim)) + " in dimension " + std::to_string(dim));
+      expected *= size(dim);
+    }
+  }
+
   // The view of a tensor (batch, head, row, column) whose rows are contiguous. None gives a view without data.
   TensorView rows_view() const {
     if (!given) return {};

@@ -113,21 +113,6 @@ const char kSelfAttentionDoc[] =
     "out_weight (E, H D), out_bias (E,) or None, key_padding (B, L) bool or None. All tensors but key_padding must\n"
     "have one dtype and be contiguous.";
 
-Argument contiguous(PyObject* object, const char* name, ElementType type, std::initializer_list<int64_t> shape) {
-  const Argument argument = kReader.optional(object, name);
-  if (!argument.given) return argument;
-  argument.check_type(type);
-  argument.check_shape(shape);
-  int64_t stride = 1;
-  for (int dim = argument.tensor.ndim - 1; dim >= 0; --dim) {
-    if (argument.size(dim) > 1 && argument.stride(dim) != stride)
-      argument.fail("a contiguous tensor",
-                    "stride " + std::to_string(argument.stride(dim)) + " in dimension " + std::to_string(dim));
-    stride *= argument.size(dim);
-  }
-  return argument;
-}
-
 PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
   check_count(count, 10, kSelfAttentionDoc);
   const Argument x = kReader.required(args[0], "x");
@@ -146,19 +131,22 @@ PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
   if (kv_heads < 1 || heads % kv_heads != 0 || features + 2 * kv_heads * head_dim != width)
     weight.fail("(H + 2 Hkv) D rows for H = " + std::to_string(heads), std::to_string(width));
 
+  const auto checked_data = [&](const Argument& argument, std::initializer_list<int64_t> shape) -> void* {
+    if (!argument.given) return nullptr;
+    argument.check_type(x.type);
+    argument.check_shape(shape);
+    argument.check_contiguous();
+    return argument.data();
+  };
   cpu::SelfAttentionParams module;
   AttentionParams& params = module.attention;
   module.features = features;
-  module.x = contiguous(args[0], "x", x.type, {batch, length, features}).data();
-  module.in_weight = contiguous(args[1], "in_weight", x.type, {width, features}).data();
-  const Argument in_bias = contiguous(args[2], "in_bias", x.type, {width});
-  module.in_bias = in_bias.given ? in_bias.data() : nullptr;
-  kReader.required(args[3], "out_weight");
-  module.out_weight = contiguous(args[3], "out_weight", x.type, {features, features}).data();
-  const Argument out_bias = contiguous(args[4], "out_bias", x.type, {features});
-  module.out_bias = out_bias.given ? out_bias.data() : nullptr;
-  kReader.required(args[5], "out");
-  module.out = contiguous(args[5], "out", x.type, {batch, length, features}).data();
+  module.x = checked_data(x, {batch, length, features});
+  module.in_weight = checked_data(weight, {width, features});
+  module.in_bias = checked_data(kReader.optional(args[2], "in_bias"), {width});
+  module.out_weight = checked_data(kReader.required(args[3], "out_weight"), {features, features});
+  module.out_bias = checked_data(kReader.optional(args[4], "out_bias"), {features});
+  module.out = checked_data(kReader.required(args[5], "out"), {batch, length, features});
   params.dtype = kernel_dtype(x.type);
   params.batch = batch;
   params.num_heads = heads;

@@ -49,7 +49,6 @@ inline void set_config(AttentionParams& params, PyObject* object) {
 inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& cu_seqlens, int64_t batch, int64_t total,
                                          int64_t max_seqlen) {
   cu_seqlens.check_type(ElementType::kInt32);
-  cu_seqlens.check_shape({batch + 1});
   cu_seqlens.check_unit_stride(0);
   const auto* starts = reinterpret_cast<const int32_t*>(cu_seqlens.data());
   if (!reader.may_look_inside()) return starts;
@@ -68,13 +67,12 @@ inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& c
 // Checks query, key, value, out, lse and the offsets of packed sequences, and sets the parameters that follow from
 // them.
 inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& inputs, PyObject* out_object,
-                        PyObject* lse_object) {
+                        const Argument& lse) {
   AttentionParams& params = problem.params;
   const Argument query = reader.required(inputs.query, "query");
   const Argument key = reader.required(inputs.key, "key");
   const Argument value = reader.required(inputs.value, "value");
   const Argument out = reader.required(out_object, "out");
-  const Argument lse = reader.optional(lse_object, "lse");
   for (const Argument* argument : {&query, &key, &value}) {
     if (argument->tensor.ndim != 4) argument->fail("4 dimensions", std::to_string(argument->tensor.ndim));
   }
@@ -127,6 +125,7 @@ inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& in
   if (cu_seqlens_q.tensor.ndim != 1 || cu_seqlens_q.size(0) < 1)
     cu_seqlens_q.fail("shape (batch + 1,)", "shape " + shape_text(cu_seqlens_q.tensor.shape, cu_seqlens_q.tensor.ndim));
   params.batch = cu_seqlens_q.size(0) - 1;
+  cu_seqlens_k.check_shape({params.batch + 1});
   params.cu_seqlens_q = checked_cu_seqlens(reader, cu_seqlens_q, params.batch, problem.rows_q, params.seqlen_q);
   params.cu_seqlens_k = checked_cu_seqlens(reader, cu_seqlens_k, params.batch, problem.rows_k, params.seqlen_k);
   for (TensorView* view : {&params.query, &params.key, &params.value, &params.out, &params.lse}) view->stride_batch = 0;
@@ -194,14 +193,20 @@ inline void set_masks(Problem& problem, const Reader& reader, const Inputs& inpu
   }
 }
 
-// The parameters of a forward call.
-inline Problem read_problem(const Reader& reader, const Inputs& inputs, PyObject* out, PyObject* lse,
-                            PyObject* config) {
+// The parameters that forward and backward share.
+inline Problem read_shared(const Reader& reader, const Inputs& inputs, PyObject* out, const Argument& lse,
+                           PyObject* config) {
   Problem problem;
   set_config(problem.params, config);
   set_tensors(problem, reader, inputs, out, lse);
   set_masks(problem, reader, inputs);
   return problem;
+}
+
+// The parameters of a forward call, which writes lse unless it is None.
+inline Problem read_problem(const Reader& reader, const Inputs& inputs, PyObject* out, PyObject* lse,
+                            PyObject* config) {
+  return read_shared(reader, inputs, out, reader.optional(lse, "lse"), config);
 }
 
 // Checks the tensors that only backward has, and sets their parameters.
@@ -248,11 +253,10 @@ inline void set_gradients(Problem& problem, const Reader& reader, const Saved& s
   check_input(params.dsinks, params.sinks, "sinks");
 }
 
-// The parameters of a backward call.
+// The parameters of a backward call, which reads lse.
 inline Problem read_backward(const Reader& reader, const Inputs& inputs, const Saved& saved, const Gradients& gradients,
                              PyObject* config) {
-  reader.required(saved.lse, "lse");  // forward accepts None for lse, an output; backward reads lse
-  Problem problem = read_problem(reader, inputs, saved.out, saved.lse, config);
+  Problem problem = read_shared(reader, inputs, saved.out, reader.required(saved.lse, "lse"), config);
   set_gradients(problem, reader, saved, gradients);
   return problem;
 }

@@ -580,9 +580,7 @@ def test_a_model_that_does_not_take_the_name_is_left_as_it_was(monkeypatch: pyte
     assert after == before
 
 
-@pytest.mark.parametrize(
-    "name", ["MPNetForMaskedLM", "BloomForCausalLM", "BigBirdPegasusForConditionalGeneration"]
-)
+@pytest.mark.parametrize("name", ["MPNetForMaskedLM", "BloomForCausalLM", "BigBirdPegasusForConditionalGeneration"])
 def test_a_name_that_would_give_wrong_results_is_refused_when_the_model_runs(name: str) -> None:
     config, settings = OWN_ATTENTION[name]
     config = getattr(transformers, config)(**settings, attn_implementation="fused_attn")
