@@ -149,7 +149,7 @@ FA_NOINLINE void query_product(const char* const* coefficients, const typename P
 
 // Adds what one tile of keys contributes to dkey or dvalue, all columns of it. The tile begins at key k of the block,
 // and the vectors of queries in `range` contribute. A tile may have more rows than the block has keys left: what these
-// rows would add goes into `absorbing_row` of the target, which nobody reads.
+// rows would add goes into `absorbing_row`, a spare row of the target that nobody reads.
 template <class Policy>
 FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, int64_t absorbing_row,
                                VectorRange range, int nq,
@@ -212,6 +212,7 @@ struct BackwardItem {
   const BackwardScratch<Policy>& scratch;
   int64_t chunk;
 
+  // The first key of the chunk.
   int64_t key_begin() const { return chunk * plan.chunk_keys; }
 };
 

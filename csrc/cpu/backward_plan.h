@@ -70,8 +70,8 @@ template <class Lane>
 struct BackwardPartials {
   Lane* dquery = nullptr;          // [chunk][batch][head][seqlen_q][row_dquery], if there is more than one chunk
   Lane* drelative_bias = nullptr;  // [chunk][batch][head][row_relative], reversed like RelativeBias
-  int64_t row_dquery = 0;          // lanes of a row of dquery
-  int64_t row_relative = 0;        // lanes of a row of drelative_bias
+  int64_t row_dquery = 0;          // the number of lanes of a row of dquery
+  int64_t row_relative = 0;        // the number of lanes of a row of drelative_bias
 
   // Takes the memory of the partial sums out of the arena.
   void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
@@ -97,6 +97,7 @@ struct RowStatistics {
   Lane* delta;       // rowsum(dout * out)
   Lane* dlse;        // the gradient by lse; stored apart from delta, because the difference of both would be rounded
 
+  // Takes the memory of the four arrays, for `rows` queries each, out of the arena.
   void layout(Arena& arena, int64_t rows) {
     lse = arena.take<Lane>(rows);
     correction = arena.take<Lane>(rows);
@@ -136,8 +137,8 @@ struct BackwardScratch {
   Lane* dbias;         // dscores^T [key of the block][kBlockQ], of the scores after softcap
   Lane* dquery;        // dquery^T [head_dim, padded][kBlockQ]
   Lane* dquery_rows;   // [query of the heads of a kv head][head_dim, padded]; the sum over slabs, if plan.sums_dquery
-  Lane* dkey;          // [key of the slab, and one absorbing row (accumulate_keys)][head_dim, padded]
-  Lane* dvalue;        // [key of the slab, and one absorbing row][value_dim, padded]
+  Lane* dkey;          // [key of the slab, and one spare row that nobody reads][head_dim, padded]
+  Lane* dvalue;        // [key of the slab, and one spare row that nobody reads][value_dim, padded]
   Lane* out;           // out^T [lanes of value_dim][kBlockQ]
   RowStatistics<Lane> statistics;  // the statistics of one block of queries, in a single pass
 

@@ -59,6 +59,7 @@ struct DecodePartials {
   Lane* row_max;  // the largest logit of the row in the split
   Lane* row_sum;  // the sum of exp(logit - row_max); 0 if the row sees no key of the split
 
+  // Takes the memory of the three arrays out of the arena.
   void layout(Arena& arena, const AttentionParams& p, const DecodePlan& plan) {
     const int64_t rows = plan.row(p, plan.splits, 0, 0, 0);
     acc = arena.take<Lane>(rows * plan.value_row);
@@ -81,6 +82,7 @@ struct DecodeScratch {
   Lane* scores;                // [key of the block]: the logits of one row, which their exponentials overwrite
   Vec<Lane>* row_sum;          // [row]: the sum of exponentials; its lanes are added up at the end
 
+  // Takes the memory of all arrays out of the arena.
   void layout(Arena& arena, const AttentionParams& p, const DecodePlan& plan) {
     const int64_t rows = plan.heads * p.seqlen_q;
     keys = arena.take<KeyBlock>(1);

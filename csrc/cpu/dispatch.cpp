@@ -16,6 +16,7 @@ extern const Kernels kernels_avx512_bf16;
 
 namespace {
 
+// Every machine for which the library is built can run the baseline kernels.
 bool runs_everywhere() { return true; }
 
 #if defined(__x86_64__)
@@ -29,6 +30,7 @@ bool runs_avx2() {
   return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
+// Whether processor and operating system can run the AVX-512 kernels.
 bool runs_avx512() {
   return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -61,6 +63,7 @@ const Candidate kCandidates[] = {
 #endif
 };
 
+// The kernels of the fastest instruction set that this machine can run.
 const Kernels* best_runnable() {
   const Kernels* best = nullptr;
   for (const Candidate& candidate : kCandidates)

@@ -59,6 +59,7 @@ FA_INLINE Vec<float> round_to_integer(Vec<float> t) {
   return reinterpret_cast<Vec<float>>(_mm512_maskz_roundscale_ps(0xffff, reinterpret_cast<__m512>(t), 0));
 }
 
+// t, rounded to the nearest integer.
 FA_INLINE Vec<double> round_to_integer(Vec<double> t) {
   return reinterpret_cast<Vec<double>>(_mm512_maskz_roundscale_pd(0xff, reinterpret_cast<__m512d>(t), 0));
 }
@@ -70,6 +71,7 @@ FA_INLINE Vec<float> scale_or_zero(Vec<float> mantissa, Vec<float> integer, Vec<
       _mm512_maskz_scalef_ps(normal, reinterpret_cast<__m512>(mantissa), reinterpret_cast<__m512>(integer)));
 }
 
+// The same for lanes of double.
 FA_INLINE Vec<double> scale_or_zero(Vec<double> mantissa, Vec<double> integer, Vec<double> t, double lowest) {
   const __mmask8 normal = _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(t), _mm512_set1_pd(lowest), _CMP_NLT_UQ);
   return reinterpret_cast<Vec<double>>(
@@ -145,6 +147,7 @@ FA_INLINE Vec<T> tanh(Vec<T> x) {
   return select<T>(magnitude < T(0.625), near_zero, select<T>(x < 0, -far, far));
 }
 
+// log and exp of a single number.
 FA_INLINE float natural_log(float x) { return __builtin_logf(x); }
 FA_INLINE double natural_log(double x) { return __builtin_log(x); }
 FA_INLINE float natural_exp(float x) { return __builtin_expf(x); }
@@ -171,6 +174,7 @@ FA_INLINE Vec<float> log(Vec<float> x) {
   return select<float>(x < FloatTraits<float>::kInfinity, e * kLog2High + (f + small), x);
 }
 
+// The natural logarithm of each lane, one lane after another, because float64 need not be fast.
 FA_INLINE Vec<double> log(Vec<double> x) {
   FA_UNROLL
   for (int i = 0; i < kLanes<double>; ++i) x[i] = natural_log(x[i]);

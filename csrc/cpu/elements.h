@@ -28,6 +28,7 @@ FA_INLINE Vec<float> widen(HalfVec h, BFloat16*) {
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(h, WordVec) << 16);
 }
 
+// Converts float16 to float, exactly, denormals, infinity and NaN included.
 FA_INLINE Vec<float> widen(HalfVec h, Float16*) {
   // The intrinsic has a mask, which selects all lanes, because GCC 12 warns about an undefined operand in the intrinsic
   // without one.
@@ -60,6 +61,7 @@ FA_INLINE HalfVec narrow(Vec<float> v, BFloat16*) {
 #endif
 }
 
+// Rounds floats to float16, to nearest, ties to even, denormals, infinity and NaN included.
 FA_INLINE HalfVec narrow(Vec<float> v, Float16*) {
 #if defined(__AVX512F__)
   return reinterpret_cast<HalfVec>(
@@ -99,6 +101,7 @@ FA_INLINE Vec<float> load_first(const float* p, int n) {
 #endif
 }
 
+// The same for double.
 FA_INLINE Vec<double> load_first(const double* p, int n) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p));
@@ -112,6 +115,7 @@ FA_INLINE Vec<double> load_first(const double* p, int n) {
 #endif
 }
 
+// The same for 16-bit elements.
 FA_INLINE HalfVec load_first(const uint16_t* p, int n) {
 #if defined(__AVX512F__)
   return reinterpret_cast<HalfVec>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));

@@ -14,7 +14,7 @@ using BFloat16Policy = ElementPolicy<BFloat16, float, 2>;
 using BFloat16Policy = ElementPolicy<BFloat16, float, 1>;
 #endif
 
-// The three kernels, instantiated for the dtype of the call.
+// The three kernels of the table. Each chooses the instance of a template for the dtype of the call.
 void forward(const AttentionParams& p) {
   switch (p.dtype) {
     case DType::kFloat32: return forward_with_policy<ElementPolicy<float, float, 1>>(p);

@@ -23,6 +23,7 @@ struct KeyBlock {
 // nq) of head (b, h) sees. Other keys cost nothing, because kernels never load them.
 class KeyStream {
  public:
+  // Finds the first and the last key. `valid_keys` are the lists of all batch entries, or null without key padding.
   KeyStream(const AttentionParams& p, const Sequence& seq, const ValidKeys* valid_keys, int64_t b, int64_t h,
             int64_t q_begin, int nq, int64_t key_begin, int64_t key_end)
       : band_{p.window_left, p.window_right, p.diagonal_offset},

@@ -19,6 +19,7 @@ FA_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 // divides the memory.
 class Arena {
  public:
+  // `base`: the allocation, or null to only add up sizes.
   explicit Arena(char* base) : base_(base) {}
 
   // The next array, of `count` elements. Its memory is not initialised.
@@ -58,6 +59,7 @@ class Buffer {
   char* data() const { return data_; }
 
  private:
+  // Sets data_ to the first cache line of a new allocation.
   void allocate(int64_t bytes) {
     if (bytes <= 0) return;
     raw_ = malloc(static_cast<size_t>(bytes + kCacheLine));

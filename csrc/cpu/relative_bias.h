@@ -29,7 +29,7 @@ FA_INLINE int64_t relative_heads(const AttentionParams& p, const TensorView& vie
   return view.stride_head == 0 ? 1 : p.num_heads;
 }
 
-// The size of the copy in bytes; 0 without a relative bias.
+// The size of the copy that make_relative_bias makes, in bytes; 0 without a relative bias.
 template <class Lane>
 int64_t relative_bias_bytes(const AttentionParams& p) {
   if (p.relative_bias.data == nullptr) return 0;

@@ -57,7 +57,7 @@ FA_INLINE Vec<typename Policy::Lane> lse_exponent(Vec<typename Policy::Lane> sco
 }
 
 // row_sum[v + c] += the sum over the keys of a tile of exp(score - lse), for kColumns vectors of queries from vector v
-// on.
+// on. correct_lse derives its corrections from these sums.
 template <class Policy, int kColumns>
 FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, const typename Policy::Lane* lse,
                           Vec<typename Policy::Lane>* row_sum) {

@@ -15,7 +15,7 @@ struct ScoreInputs {
   using Lane = typename Policy::Lane;
 
   const Lane* query = nullptr;  // query^T [depth][kBlockQ]
-  int depth = 0;                // lanes of a row of key
+  int depth = 0;                // the number of lanes of a row of key
   const KeyBlock* keys = nullptr;
   const char* const* key_rows = nullptr;  // [key of the block]: its row, as lanes
   Lane scale = 1;

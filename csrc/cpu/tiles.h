@@ -4,6 +4,9 @@
 // A vector holds one number of each of several neighbouring queries. So the softmax of a query needs no operation
 // across lanes. An element of a key or value is a scalar that is broadcast from memory to all lanes. So a key is only a
 // pointer to its row, and a kernel leaves out a hidden key by leaving out its pointer.
+//
+// Names: a tile begins at key k of the block of keys, and at vector v of the block of queries. r counts the keys of the
+// tile, and c its vectors of queries. n is the number of lanes of a vector.
 #pragma once
 #include "pack.h"
 #include "vec.h"
@@ -168,7 +171,7 @@ FA_INLINE void outer_block(const char* const* rows, int dim, const typename Poli
   for (int c = 0; c < kTileVectors; ++c) ones[c] = broadcast<Lane>(1);
 
   for (int panel = 0; panel * kTileVectors < vectors; ++panel) {
-    uint64_t rescaled = 0;  // bit v: vector v of the block has been multiplied by its factor
+    uint64_t rescaled = 0;  // bit v is set after vector v has been multiplied by rescale[v]
     int stop;
     for (int t = 0; t < tiles; t = stop) {
       const VectorRange run = clip_to_panel(ranges[t], panel);

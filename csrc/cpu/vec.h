@@ -82,6 +82,7 @@ FA_INLINE Vec<T> load(const T* p) {
   return *reinterpret_cast<const typename VecOf<T>::UnalignedVec*>(p);
 }
 
+// Stores a vector at an address without alignment.
 template <class T>
 FA_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VecOf<T>::UnalignedVec*>(p) = v;
@@ -93,6 +94,7 @@ FA_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x - 0 is x for every x, NaN and -0 included, and compiles to one broadcast instruction
 }
 
+// The vector of integers in which every lane is x.
 template <class T>
 FA_INLINE IntVec<T> broadcast_int(LaneInt<T> x) {
   return x - IntVec<T>{};

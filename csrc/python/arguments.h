@@ -79,6 +79,7 @@ struct Argument {
   ElementType type = ElementType::kOther;
   ExchangeTensor tensor{};
 
+  // The size, the stride in elements, and the address of the first element. Valid if `given`.
   int64_t size(int dim) const { return tensor.shape[dim]; }
   int64_t stride(int dim) const { return tensor.strides[dim]; }
   char* data() const { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
@@ -87,10 +88,12 @@ struct Argument {
     throw py::value_error(std::string(name) + ": expected " + expected + ", got " + got);
   }
 
+  // The dtype must be `expected`.
   void check_type(ElementType expected) const {
     if (type != expected) fail(name_of(expected), name_of(type));
   }
 
+  // The number of dimensions and all sizes must be `expected`.
   void check_shape(std::initializer_list<int64_t> expected) const {
     bool equal = tensor.ndim == static_cast<int32_t>(expected.size());
     for (int32_t i = 0; equal && i < tensor.ndim; ++i) equal = size(i) == expected.begin()[i];
@@ -105,6 +108,8 @@ struct Argument {
       fail("stride 1 in dimension " + std::to_string(dim), "stride " + std::to_string(stride(dim)));
   }
 
+  // The elements must be in the order of their indices, without gaps. The stride of a dimension of size 1 does not
+  // matter.
   void check_contiguous() const {
     int64_t expected = 1;
     for (int dim = tensor.ndim - 1; dim >= 0; --dim) {

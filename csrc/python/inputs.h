@@ -18,6 +18,7 @@ PyObject* const* items_of(PyObject* tuple, const char* name) {
   return &PyTuple_GET_ITEM(tuple, 0);
 }
 
+// The inputs of a call. Those after `value` may be None.
 struct Inputs {
   PyObject *query, *key, *value, *bias, *relative_bias, *sinks, *seed, *mask, *key_padding, *cu_seqlens_q,
       *cu_seqlens_k;
@@ -28,6 +29,7 @@ struct Inputs {
   }
 };
 
+// The tensors that backward writes, each named after its input. None means that the gradient is not wanted.
 struct Gradients {
   PyObject *query, *key, *value, *bias, *relative_bias, *sinks;
 
@@ -37,6 +39,7 @@ struct Gradients {
   }
 };
 
+// What backward gets besides the inputs: the results of forward and their gradients. dlse may be None.
 struct Saved {
   PyObject *out, *lse, *dout, *dlse;
 

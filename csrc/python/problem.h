@@ -26,7 +26,7 @@ struct Problem {
   int64_t rows_k = 0;         // the size of dimension 2 of key, likewise
 };
 
-// Copies the arguments that are not tensors from the Config capsule.
+// Copies the arguments that are not tensors from `object`, a capsule that the Python function Config has returned.
 inline void set_config(AttentionParams& params, PyObject* object) {
   if (!PyCapsule_IsValid(object, kConfigName))
     throw py::type_error(std::string("config: expected what Config returns, got ") + Py_TYPE(object)->tp_name);
@@ -253,7 +253,7 @@ inline void set_gradients(Problem& problem, const Reader& reader, const Saved& s
   check_input(params.dsinks, params.sinks, "sinks");
 }
 
-// The parameters of a backward call, which reads lse.
+// The parameters of a backward call. It reads lse, which therefore must not be None.
 inline Problem read_backward(const Reader& reader, const Inputs& inputs, const Saved& saved, const Gradients& gradients,
                              PyObject* config) {
   Problem problem = read_shared(reader, inputs, saved.out, reader.required(saved.lse, "lse"), config);
