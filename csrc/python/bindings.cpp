@@ -52,8 +52,8 @@ constexpr ElementType kSignatureTypes[] = {ElementType::kFloat32, ElementType::k
                                            ElementType::kBFloat16, ElementType::kBool};
 
 // The shapes and dtypes of the tensors of a call as bytes, by which Python finds its plan for the call (kSignatureDoc).
-// The entry point of the kernel reads the tensors again, because it needs addresses and strides as well, and because
-// Python code may replace a tensor in between. This second read takes a tenth of a microsecond.
+// The entry point of the kernel reads the tensors again, which takes tens of nanoseconds for each. A cache of the first
+// read would not be safe: in between, a tensor may be resized, or freed and its address given to another one.
 PyObject* signature(PyObject* const* args, Py_ssize_t count) {
   constexpr int kMaxTensors = 8, kMaxDims = 8;
   int64_t words[kMaxTensors * (2 + kMaxDims)];

@@ -1,5 +1,5 @@
 // Reads the metadata of torch tensors through the table of C functions that torch.Tensor publishes as
-// __dlpack_c_exchange_api__ (DLPack 1.x). To read a tensor takes some ten nanoseconds.
+// __dlpack_c_exchange_api__ (DLPack 1.x). Reading a tensor takes tens of nanoseconds.
 //
 // The types below repeat the types of that interface that this library uses. They are not included from torch's
 // ATen/dlpack.h, because the package is built without torch: the build runs in an isolated environment, and one build
