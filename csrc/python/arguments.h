@@ -119,13 +119,6 @@ struct Argument {
     }
   }
 
-  // The view of a tensor (batch, head, row, column) whose rows are contiguous. None gives a view without data.
-  TensorView rows_view() const {
-    if (!given) return {};
-    check_unit_stride(3);
-    return {data(), stride(0), stride(1), stride(2), 1};
-  }
-
   // The view of a tensor (batch, head, row, column) with any strides, which broadcasts to the sizes `expected`. A
   // dimension of size 1 gets stride 0.
   TensorView scores_view(const int64_t (&expected)[4]) const {

@@ -154,11 +154,7 @@ PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
   params.seqlen_q = params.seqlen_k = length;
   params.head_dim = params.value_dim = head_dim;
   params.scale = 1.0 / std::sqrt(static_cast<double>(head_dim));
-  if (const Argument padding = kReader.optional(args[7], "key_padding"); padding.given) {
-    padding.check_type(ElementType::kBool);
-    padding.check_shape({batch, length});
-    params.key_padding = {padding.data(), padding.stride(0), 0, 0, padding.stride(1)};
-  }
+  params.key_padding = key_padding_view(kReader.optional(args[7], "key_padding"), batch, length);
   const int is_causal = PyObject_IsTrue(args[8]);
   if (is_causal < 0) throw py::error_already_set();
   if (is_causal != 0) params.window_right = 0;
