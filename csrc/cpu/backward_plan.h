@@ -13,10 +13,10 @@ namespace {
 struct BackwardPlan {
   bool join_batches;    // a group consists of all batch entries, because they share the gradient of the bias
   bool join_heads;      // a group consists of all kv heads, because they share the gradient of the bias
-  int64_t groups;       // number of groups
-  int64_t chunks;       // number of chunks, at least 1
-  int64_t chunk_keys;   // keys of a chunk; the last chunk may have fewer
-  int64_t slab_keys;    // keys of a slab; a chunk is processed slab by slab
+  int64_t groups;       // the number of groups
+  int64_t chunks;       // the number of chunks, at least 1
+  int64_t chunk_keys;   // the number of keys of a chunk; the last chunk may have fewer
+  int64_t slab_keys;    // the number of keys of a slab; a chunk is processed slab by slab
   bool sums_dquery;     // dquery is summed over the slabs in the scratch, because the output has fewer bits than lanes
   bool is_single_pass;  // the second pass visits each row once, so it computes the row statistics itself
 };

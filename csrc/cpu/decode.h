@@ -21,10 +21,10 @@ namespace {
 struct DecodePlan {
   static constexpr int64_t kMaxSplits = 64;
 
-  int64_t heads;           // query heads of a group: those of one kv head, or one head if each head has its own mask
-  int64_t groups;          // groups of the whole batch
-  int64_t splits;          // splits of the keys of a head
-  int64_t keys_per_split;  // the last split may have fewer
+  int64_t heads;           // query heads of a group: those of one kv head, or 1 if each head has its own mask
+  int64_t groups;          // the number of groups in the whole batch
+  int64_t splits;          // the number of splits into which the keys of a head are divided
+  int64_t keys_per_split;  // the number of keys of a split; the last one may have fewer
   int64_t value_row;       // lanes of a row of DecodePartials::acc: value_dim, padded to whole vectors
 
   // The index of a row in DecodePartials, whose arrays are [split][batch][head][query].

@@ -20,11 +20,12 @@ FA_INLINE int64_t relative_columns(const AttentionParams& p) {
   return columns < 0 ? 0 : columns;
 }
 
-// The length of a row of the copy. It is longer than the number of columns, because kernels read whole blocks of
+// The length of a row of the copy of a relative bias. It is longer than the number of columns, because kernels read whole blocks of
 // queries, and the last block may reach past seqlen_q.
 FA_INLINE int64_t relative_row(const AttentionParams& p) { return round_up(relative_columns(p) + kBlockQ, kCacheLine); }
 
-// The number of rows of the copy: one if all heads share one bias (stride 0).
+// The number of rows of the copy of a relative bias: 1 if all heads share one row (stride 0), otherwise one for each
+// head.
 FA_INLINE int64_t relative_heads(const AttentionParams& p, const TensorView& view) {
   return view.stride_head == 0 ? 1 : p.num_heads;
 }

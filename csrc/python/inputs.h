@@ -23,6 +23,7 @@ struct Inputs {
   PyObject *query, *key, *value, *bias, *relative_bias, *sinks, *seed, *mask, *key_padding, *cu_seqlens_q,
       *cu_seqlens_k;
 
+  // Borrows the items of the tuple that Python has passed.
   static Inputs of(PyObject* tuple) {
     PyObject* const* x = items_of<11>(tuple, "inputs");
     return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10]};
@@ -33,6 +34,7 @@ struct Inputs {
 struct Gradients {
   PyObject *query, *key, *value, *bias, *relative_bias, *sinks;
 
+  // Borrows the items of the tuple that Python has passed.
   static Gradients of(PyObject* tuple) {
     PyObject* const* x = items_of<6>(tuple, "gradients");
     return {x[0], x[1], x[2], x[3], x[4], x[5]};
@@ -43,6 +45,7 @@ struct Gradients {
 struct Saved {
   PyObject *out, *lse, *dout, *dlse;
 
+  // Borrows the items of the tuple that Python has passed.
   static Saved of(PyObject* tuple) {
     PyObject* const* x = items_of<4>(tuple, "saved");
     return {x[0], x[1], x[2], x[3]};

@@ -64,12 +64,13 @@ inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& c
   return starts;
 }
 
-// The sequences of a packed call stand in one batch entry. So a batch index must not move the address.
+// The batch stride of a view. It is 0 in a packed call, where all sequences stand in one batch entry.
 inline int64_t batch_stride(const Problem& problem, const Argument& argument) {
   return problem.params.cu_seqlens_q != nullptr ? 0 : argument.stride(0);
 }
 
-// Checks a tensor (batch_entries, heads, rows, columns) of the dtype of query whose rows are contiguous.
+// Checks a tensor (batch_entries, heads, rows, columns), which must have the dtype of query and contiguous rows, and
+// returns its view. This and the next functions return a view without data for None.
 inline TensorView rows_view(const Problem& problem, const Argument& argument, int64_t heads, int64_t rows,
                             int64_t columns) {
   if (!argument.given) return {};
@@ -79,7 +80,7 @@ inline TensorView rows_view(const Problem& problem, const Argument& argument, in
   return {argument.data(), batch_stride(problem, argument), argument.stride(1), argument.stride(2), 1};
 }
 
-// Checks lse or its gradient: a tensor (batch_entries, num_heads, rows_q) of the accumulate type.
+// Checks lse or its gradient, a tensor (batch_entries, num_heads, rows_q) of the accumulate type, and returns its view.
 inline TensorView lse_view(const Problem& problem, const Argument& argument) {
   if (!argument.given) return {};
   argument.check_type(problem.accumulate_type);
@@ -87,7 +88,7 @@ inline TensorView lse_view(const Problem& problem, const Argument& argument) {
   return {argument.data(), batch_stride(problem, argument), argument.stride(1), argument.stride(2), 1};
 }
 
-// Checks key_padding: a bool tensor (batch, seqlen_k).
+// Checks key_padding, a bool tensor (batch, seqlen_k), and returns its view.
 inline TensorView key_padding_view(const Argument& argument, int64_t batch, int64_t seqlen_k) {
   if (!argument.given) return {};
   argument.check_type(ElementType::kBool);
@@ -163,7 +164,8 @@ inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& in
 // The stride of a tensor whose dimension 0 is the heads. If its size is 1, all heads share what it holds.
 inline int64_t head_stride(const Argument& argument) { return argument.size(0) == 1 ? 0 : argument.stride(0); }
 
-// Checks relative_bias or its gradient: a tensor (num_heads or 1, seqlen_q + seqlen_k - 1) of the accumulate type.
+// Checks relative_bias or its gradient, a tensor (num_heads or 1, seqlen_q + seqlen_k - 1) of the accumulate type, and
+// returns its view.
 inline TensorView relative_bias_view(const Problem& problem, const Argument& argument) {
   if (!argument.given) return {};
   const AttentionParams& params = problem.params;
@@ -176,7 +178,7 @@ inline TensorView relative_bias_view(const Problem& problem, const Argument& arg
   return {argument.data(), 0, head_stride(argument), 0, 1};
 }
 
-// Checks sinks or their gradient: a tensor (num_heads,) of the accumulate type.
+// Checks sinks or their gradient, a tensor (num_heads,) of the accumulate type, and returns their view.
 inline TensorView sinks_view(const Problem& problem, const Argument& argument) {
   if (!argument.given) return {};
   argument.check_type(problem.accumulate_type);
