@@ -20,8 +20,8 @@ FA_INLINE int64_t relative_columns(const AttentionParams& p) {
   return columns < 0 ? 0 : columns;
 }
 
-// The length of a row of the copy of a relative bias. It is longer than the number of columns, because kernels read whole blocks of
-// queries, and the last block may reach past seqlen_q.
+// The length of a row of the copy of a relative bias. It is longer than the number of columns, because kernels read
+// whole blocks of queries, and the last block may reach past seqlen_q.
 FA_INLINE int64_t relative_row(const AttentionParams& p) { return round_up(relative_columns(p) + kBlockQ, kCacheLine); }
 
 // The number of rows of the copy of a relative bias: 1 if all heads share one row (stride 0), otherwise one for each
