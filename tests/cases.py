@@ -1,7 +1,7 @@
-"""The curated cases that every backend must get right. Each is there for a reason; ids say which.
+"""The list of test cases that every backend must compute right. The id of a case says what the case tests.
 
-A `Case` is sizes, memory layouts and builders of the optional tensors; `Case.make` turns it into tensors of a dtype,
-the same ones every time.
+A `Case` consists of sizes, memory layouts and functions that build the optional tensors. `Case.make` makes tensors of a
+dtype from it. The numbers are the same at each call.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ INF = float("inf")
 
 Builder = Callable[["Case", torch.dtype, torch.Generator], Tensor]
 
-# Taken before a fixture poisons it: a poisoned tensor of 4 GiB would be written in full.
+# The original function, before the fixture `poisoned` replaces it: that one would fill a tensor of 4 GiB with NaN.
 _empty = torch.empty
 
 
 class Inputs(NamedTuple):
-    """One call. ``tensors`` and ``options`` are keyword arguments of `function` and of `reference`."""
+    """One call: `function` is called with the keyword arguments ``tensors`` and ``options``, and `reference` too."""
 
     function: Callable[..., tuple[Tensor, Tensor]]
     reference: Callable[..., tuple[Tensor, Tensor]]
@@ -51,9 +51,11 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """B, H, L, S, D as in the documentation; ``lengths_q``/``lengths_k`` make it a packed call instead.
+    """The description of a call: sizes B, H, L, S, D as in the documentation, layouts, masks and options.
 
-    ``edit`` changes the tensors by name before the call; ``differentiated`` None = everything that can be.
+    ``lengths_q`` and ``lengths_k``: the lengths of the sequences of a packed call. ``edit``: a function that changes
+    the tensors, which it gets by name, before the call. ``differentiated``: the names of the inputs whose gradients are
+    checked. None stands for all inputs that have one.
     """
 
     id: str
@@ -96,7 +98,7 @@ class Case:
         for name in ("attn_mask", "key_padding_mask", "relative_bias", "sinks"):
             if (build := getattr(self, name)) is not None:
                 made = build(self, dtype, generator)
-                # A CausalBias is a description, not data: nothing to copy, convert or differentiate.
+                # A CausalBias describes a mask and holds no data, so it is not copied, converted or differentiated.
                 (tensors if type(made) is Tensor else options)[name] = made
         dout = LAYOUTS[self.dout_layout](randn(out_shape, dtype, generator))
         dlse = randn(lse_shape, torch.float32, generator) if self.has_dlse else None
@@ -142,7 +144,10 @@ class Case:
 
 @functools.lru_cache(maxsize=8)
 def expected(case: Case, dtype: torch.dtype) -> oracle.Expected:
-    """What the oracle says; the tests of one case run next to one another, one for each backend."""
+    """The result of the oracle.
+
+    It is cached, because the tests of one case on different backends run one after another.
+    """
     inputs = case.make(dtype)
     return oracle.expected(
         inputs.reference, inputs.tensors, inputs.options, inputs.differentiated, inputs.dout, inputs.dlse
@@ -155,11 +160,11 @@ def run(inputs: Inputs, backend: str | None) -> oracle.Result:
 
 
 def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> oracle.Result:
-    """The result, on the CPU, after it has been found right."""
+    """Runs the case, compares the result with the oracle, and returns the result on the CPU."""
     inputs = case.make(dtype)
     result = run(inputs if device == "cpu" else inputs.on(device), backend).cpu()
     oracle.assert_close(result, expected(case, dtype))
-    # Rows that see nothing are exactly 0, not merely small.
+    # The output and the gradient of a query that sees no key must be exactly 0. A small number is not enough.
     is_empty = expected(case, dtype).truth.lse == -INF
     rows = result.out if case.lengths_q is None else result.out.transpose(0, 1)
     assert not rows[is_empty].any()
@@ -172,9 +177,11 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> 
 
 
 def check_strays(dtype: torch.dtype, backend: str, device: str = "cpu", **options) -> None:
-    """Packed rows that no sequence owns, here NaN before the first and behind the last one, are zeros, and -inf in lse.
+    """Checks packed rows that belong to no sequence: results must be zero there, and lse must be -inf.
 
-    Through the operator, which is what compiled code calls: an eager call on the CPU looks at the offsets and refuses.
+    These rows stand before the first sequence and behind the last one, and hold NaN in the inputs. The test calls the
+    registered operator, as compiled code does, because an eager call on the CPU reads the offsets and refuses such
+    rows.
     """
     generator = torch.Generator().manual_seed(0)
     options = {"window": (-1, -1), "dropout_p": 0.0, **options}
@@ -208,7 +215,7 @@ def check_strays(dtype: torch.dtype, backend: str, device: str = "cpu", **option
 
 
 def check_inference(case: Case, dtype: torch.dtype, backend: str) -> None:
-    """The output where neither gradients nor lse are wanted, for which there may be other kernels."""
+    """Checks out of a call without gradients and without lse, because a backend may have another kernel for it."""
     inputs = case.make(dtype)
     with torch.no_grad():
         out = inputs.function(**inputs.tensors, **inputs.options, backend=backend)
@@ -219,7 +226,7 @@ def check_inference(case: Case, dtype: torch.dtype, backend: str) -> None:
 
 
 def randn(shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Drawn in float32, so that all dtypes see the same numbers, rounded."""
+    """Random numbers, drawn in float32 and then rounded, so that they are the same numbers in all dtypes."""
     return torch.randn(shape, generator=generator).to(dtype)
 
 
@@ -227,11 +234,14 @@ def _offsets(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
-# ---- Memory layouts: the same values in another place
+# ---- Memory layouts: functions that return the same values with other strides
 
 
 def on_device(x: Tensor, device: str) -> Tensor:
-    """x on the device, with its strides and alignment and surrounded by NaN; `.to` would make it dense."""
+    """A copy of x on the device with the strides and the alignment of x, and with NaN in the memory around it.
+
+    `Tensor.to` would change the strides.
+    """
     if not x.numel():
         return x.to(device)
     extent = x.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -242,7 +252,7 @@ def on_device(x: Tensor, device: str) -> Tensor:
 
 
 def _sliced(x: Tensor) -> Tensor:
-    """Surrounded by NaN on every side: an overrun shows."""
+    """x as a part of a larger tensor of NaN, so that a kernel that reads beyond x gives NaN."""
     room = torch.full([n + 3 for n in x.shape], float("nan"), dtype=x.dtype)
     view = room[tuple(slice(1, 1 + n) for n in x.shape)]
     view.copy_(x)
@@ -256,7 +266,10 @@ def _every_second_column(x: Tensor) -> Tensor:
 
 
 def _huge_head_stride(x: Tensor) -> Tensor:
-    """Heads 2^31 elements apart; the pages between are never touched, so they cost no memory."""
+    """x with a stride of 2^31 elements between heads.
+
+    Nothing writes to the pages in between, so they take no memory.
+    """
     stride = 2**31 + 64
     room = _empty((x.shape[1] - 1) * stride + x[0, 0].numel(), dtype=x.dtype)
     view = room.as_strided(x.shape, (0, stride, x.shape[3], 1))  # batch 1
@@ -297,7 +310,7 @@ def float_mask(shape: str, mask_dtype: torch.dtype | None = None, offset: float 
 
 
 def float_mask_with(fill: Callable[[torch.dtype], float], shape: str = "B1LS", dropped: float = 0.4) -> Builder:
-    """0 or ``fill(dtype)``, as models write masks; the first row is dropped altogether."""
+    """A float mask as models write it: 0 where visible, else ``fill(dtype)``. No key is visible to the first query."""
 
     def build(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         mask = torch.zeros(_size(case, shape), dtype=dtype)
@@ -309,7 +322,7 @@ def float_mask_with(fill: Callable[[torch.dtype], float], shape: str = "B1LS", d
 
 
 def t5_strided_mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """(1, H, L, S) with the head stride 1, as T5's embedding lookup leaves it."""
+    """A float mask (1, H, L, S) whose stride between heads is 1, as T5's lookup in an embedding makes it."""
     return randn((case.seqlen_q, case.seqlen_k, case.heads), dtype, generator).permute(2, 0, 1)[None]
 
 
@@ -334,7 +347,7 @@ def minus_inf_rows_mask(case: Case, dtype: torch.dtype, generator: torch.Generat
 
 
 def checkerboard(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Visible and invisible blocks of 64 x 64: kernels skip, run plainly and mask within one row of blocks."""
+    """A mask of visible and hidden squares, 64 x 64 entries each: kernels meet hidden, full and partial blocks."""
     row, column = torch.arange(case.seqlen_q) // 64, torch.arange(case.seqlen_k) // 64
     return (row[:, None] + column[None, :]) % 2 == 0
 
@@ -345,13 +358,13 @@ def upper_left(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Te
 
 def lower_right(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     with warnings.catch_warnings():
-        # torch's own result would hold NaN where L > S; ours is 0 there.
+        # torch gives NaN for queries that see no key, which exist if L > S. Ours gives 0.
         warnings.simplefilter("ignore")
         return causal_lower_right(case.seqlen_q, case.seqlen_k)
 
 
 def padding(*lengths: int) -> Builder:
-    """Bool, True = ignore, the first ``lengths[b]`` keys of batch entry b kept."""
+    """A bool padding mask, True = padding: the first ``lengths[b]`` keys of batch entry b are valid."""
 
     def build(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         return torch.arange(case.seqlen_k)[None, :] >= torch.tensor(lengths)[:, None]
@@ -364,7 +377,7 @@ def scattered_padding(case: Case, dtype: torch.dtype, generator: torch.Generator
 
 
 def float_padding(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """-inf ignores, everything else is added."""
+    """A float padding mask: -inf marks padding, and other numbers are added to the logits of their key."""
     mask = randn((case.batch, case.seqlen_k), dtype, generator)
     return mask.masked_fill(torch.rand(mask.shape, generator=generator) < 0.3, -INF)
 
@@ -383,7 +396,7 @@ def shared_bias(case: Case, dtype: torch.dtype, generator: torch.Generator) -> T
 
 
 def float32_bias(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Parameters stay float32 under mixed precision."""
+    """A relative bias in float32 whatever the dtype, as a parameter of a model under mixed precision."""
     return randn((case.heads, _columns(case)), torch.promote_types(dtype, torch.float32), generator)
 
 
@@ -406,7 +419,7 @@ def sink(offset: float = 0.0, sink_dtype: torch.dtype | None = None) -> Builder:
     return lambda case, dtype, generator: randn((case.heads,), sink_dtype or dtype, generator) + offset
 
 
-# ---- Edits
+# ---- Functions for Case.edit, which change the tensors of a call
 
 
 def _scale_query(factor: float) -> Callable[[dict[str, Tensor]], None]:
@@ -424,7 +437,7 @@ def _scale_query_and_key(factor: float) -> Callable[[dict[str, Tensor]], None]:
 
 
 def _scores_near(score: float) -> Callable[[dict[str, Tensor]], None]:
-    """Every score near ``score`` (for the default scale), by the data alone: no mask takes part."""
+    """Changes query and key so that every score is near ``score`` at the default scale."""
 
     def edit(tensors: dict[str, Tensor]) -> None:
         head_dim = tensors["query"].shape[-1]
@@ -457,14 +470,14 @@ def _equal_scores(tensors: dict[str, Tensor]) -> None:
 
 
 def _late_key_dominates(tensors: dict[str, Tensor]) -> None:
-    """Scores of -32, but of 0 for the first key and of 3.5 for a late one."""
+    """Makes the score of the first key 0, that of one late key 3.5, and all others -32."""
     query, key = (tensors[name].zero_() for name in ("query", "key"))
     query[..., 0], key[..., 0] = 1.0, -32.0
     key[..., 0, 0], key[..., 40, 0] = 0.0, 3.5
 
 
 def _ascending_scores(tensors: dict[str, Tensor]) -> None:
-    """Scores that rise from key to key for even queries, where no maximum lasts, and fall for odd ones."""
+    """Makes scores rise from key to key for even queries, so that each key is a new maximum, and fall for odd ones."""
     query, key = tensors["query"], tensors["key"]
     direction = 1 - 2.0 * (torch.arange(query.shape[-2]) % 2)
     query[..., 0] = direction * query.shape[-1] ** 0.5
@@ -475,7 +488,7 @@ def _equal_keys(tensors: dict[str, Tensor]) -> None:
     tensors["key"] = tensors["key"][..., :1, :].expand(tensors["key"].shape).clone()
 
 
-# ---- The list
+# ---- The list of cases
 
 FLOATS = (torch.float32, torch.float64)
 COMMON = (torch.float32, torch.bfloat16)
@@ -530,7 +543,7 @@ EMPTY = [
     ),
     Case("empty-L", seqlen_q=0, relative_bias=per_head_bias, sinks=sink(), attn_mask=float_mask("HLS"), dtypes=FLOATS),
     Case("empty-L-and-S", seqlen_q=0, seqlen_k=0, dtypes=FLOATS),
-    # No output, but an LSE that has gradients.
+    # value_dim is 0: there is no output, but lse has gradients.
     Case("empty-value-dim", value_dim=0, sinks=sink(), has_dlse=True, dtypes=FLOATS),
     Case(
         "empty-batch", batch=0, sinks=sink(), relative_bias=per_head_bias, attn_mask=float_mask("1HLS"), dtypes=FLOATS
@@ -868,7 +881,8 @@ NUMERICS = [
     Case("lse-below-minus-88-decode", seqlen_q=1, seqlen_k=65, head_dim=128, edit=_scores_near(-300.0), has_dlse=True),
     Case("lse-above-88", seqlen_q=66, seqlen_k=66, head_dim=64, edit=_scores_near(300.0), has_dlse=True),
     Case("logits-huge", seqlen_q=70, seqlen_k=67, head_dim=64, edit=_scale_query(200.0), has_dlse=True),
-    # The largest logits are about 70, 600 and 4000: each rounding of one moves a weight by many of its own.
+    # The largest logits are about 70, 600 and 4000. The rounding error of such a logit changes a weight by far more
+    # than the rounding error of the weight itself.
     *(
         Case(
             f"logits-of-randn-times-{factor}",
@@ -1156,14 +1170,15 @@ PACKED = [
     ),
 ]
 
-# Where an exponent computed in another order of operations is off by whole powers of two. Not for every backend.
+# Logits so large that an exponent which is computed in another order of operations is wrong by whole powers of two.
+# Not every backend runs these cases.
 LOGITS_BEYOND_MILLIONS = [
     Case("logits-1e6", seqlen_q=70, seqlen_k=128, head_dim=64, edit=_scale_both(1e3), has_dlse=True),
     Case("logits-1e10", seqlen_q=70, seqlen_k=128, head_dim=64, edit=_scale_both(1e5), has_dlse=True),
     Case("logits-equal-6e6", seqlen_q=128, seqlen_k=128, edit=_equal_scores, options={"is_causal": True}),
 ]
 
-#: Some gradients alone: backends have kernels of their own for what is wanted.
+#: Cases in which only some gradients are wanted, because backends have different kernels for different gradients.
 WANTED = [
     *(
         Case(

@@ -1,12 +1,13 @@
-"""Fixtures of all tests: the backends that can run here, and allocations that show what a kernel forgot to write."""
+"""Fixtures for all tests: the backends that run on this machine, and memory in which a missing write is noticed."""
 
 from __future__ import annotations
 
 import os
 
-# Before torch starts OpenMP: threads that wait by spinning make many small operations slow on a busy machine.
+# Must be set before torch starts OpenMP. Otherwise waiting threads spin, and small operations are slow on a busy
+# machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Triton's interpreter multiplies small matrices with numpy, whose threads would only wait for one another.
+# Triton's interpreter multiplies small matrices with numpy. For such small products, more threads are slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis
@@ -17,19 +18,20 @@ from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends import dispatch
 from fused_attn.backends.triton import backend as triton_backend
 
-#: Where the Triton kernels are tested. Without a GPU in Triton's interpreter, which has to be chosen before any import
-#: of Triton.
+#: The device on which the Triton kernels are tested. Without a GPU, they run in Triton's interpreter, which must be
+#: switched on before Triton is imported.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The same examples on every run: a red pipeline must be red again when it is looked at.
+# Every run tests the same random examples, so that a failure can be repeated.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60, database=None)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("ci")
 
-# torch remembers which functions make tensors when it first meets a device context. Were that inside `poisoned`,
-# contexts such as torch.device("meta") would not know torch.empty for the rest of the process.
+# torch collects the functions that make tensors when a device context is first entered. If this happened while
+# `poisoned` has replaced torch.empty, contexts such as torch.device("meta") would ignore torch.empty for the rest of
+# the process.
 with torch.device("meta"):
     torch.zeros(())
 
@@ -37,7 +39,8 @@ with torch.device("meta"):
 def runnable_backends() -> list[str]:
     """Names of the backends that run a plain float32 problem on this machine's CPU.
 
-    Not Triton's interpreter, a thousand times slower than the others: tests/triton is for it.
+    Triton is left out, because its interpreter is a thousand times slower than the other backends. tests/triton tests
+    it.
     """
     problem = AttentionProblem(1, 1, 1, 1, 1, 8, 8, torch.float32, torch.device("cpu"), 1.0)
     return [
@@ -49,13 +52,17 @@ def runnable_backends() -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        # The last parameter varies fastest, so that the backends of one case follow one another.
+        # The last parameter varies fastest, so tests of one case on different backends run one after another, and
+        # `cases.expected` computes the result of the oracle once.
         metafunc.parametrize("backend", runnable_backends())
 
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory holds NaN (True, the lowest integer), so that an entry never written cannot pass."""
+    """Fills uninitialised tensors with NaN (bool:
+
+    True, integers: the lowest one), so that a missing write is noticed.
+    """
 
     def poisoning(allocate):
         def poisoned_allocate(*args, **kwargs):
@@ -89,7 +96,7 @@ def generator() -> torch.Generator:
 def builder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory):
     """The `emulator.Builder` of the tests in tests/cuda.
 
-    Here, because a second conftest.py would be imported under this one's name.
+    The fixture is in this file, because a second conftest.py would be imported under the same module name.
     """
     import emulator
 

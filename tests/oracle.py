@@ -1,9 +1,9 @@
-"""What is right: a dense formula of our own, with which the results of a kernel are compared.
+"""The oracle: an independent dense implementation of attention, with which the results of kernels are compared.
 
-The formula uses nothing of `fused_attn`: masks are built from the documented meaning of the arguments, and Philox is
-written from its paper. Only the rule that says how far a kernel may be from the formula is the package's own
-(`fused_attn.tolerance`). `attention` computes in the dtype of its query, so one formula gives both the truth (float64
-inputs) and the yardstick (what eager PyTorch attains in the dtype under test).
+The formula uses no code of `fused_attn`. Masks follow the documentation of the arguments, and Philox follows its paper.
+Only the rule that says how large the error of a kernel may be belongs to the package (`fused_attn.tolerance`).
+`attention` computes in the dtype of its query. In float64 its result is the true value. In the dtype under test its
+result has the error of eager PyTorch, to which the error of a kernel is compared.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def attention(
     first_sequence: int = 0,
     watch: dict[str, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of `fused_attn.fused_attention`.
+    """(out, lse), as `fused_attn.fused_attention` defines them.
 
-    ``first_sequence`` is the dropout number of batch entry 0. ``watch`` receives the largest score, and, when the
-    backward runs, the largest gradient of any weight.
+    ``first_sequence``: the batch index of entry 0 in the counter of dropout. ``watch``: a dict that receives the
+    largest score and, when backward runs, the largest gradient of a weight.
     """
-    if query.dim() == 2:  # no head dimension: one head
+    if query.dim() == 2:  # without a head dimension there is one head
         out, lse = attention(
             query[None],
             key[None],
@@ -95,7 +95,7 @@ def attention(
     if key_padding_mask is not None:
         ignored = key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == MINUS_INF
         visible = visible & ~ignored[..., None, None, :]
-        # Ignored rows may hold NaN, and 0 * NaN is NaN.
+        # Values of padding keys may be NaN, and 0 * NaN would be NaN.
         key, value = (torch.where(ignored[..., None, :, None], torch.zeros((), dtype=x.dtype), x) for x in (key, value))
         if key_padding_mask.dtype != torch.bool:
             padding_bias = torch.where(ignored, 0.0, key_padding_mask)[..., None, None, :]
@@ -113,7 +113,7 @@ def attention(
         visible = visible & attn_mask
     scores = torch.where(visible, scores, MINUS_INF)
 
-    # The sink is one more column of logits; without sinks that column is invisible.
+    # The sink is an additional column of logits. Without sinks, its logit is -inf.
     sink = torch.full((1, 1, 1), MINUS_INF, dtype=scores.dtype)
     if sinks is not None:
         sink = sinks.to(scores.dtype)[:, None, None]
@@ -124,7 +124,7 @@ def attention(
     wide = logits if logits.dtype == torch.float64 else logits.float()
     lse = torch.where(is_empty[..., 0], MINUS_INF, torch.logsumexp(wide, dim=-1))
     if watch is not None:
-        # Scores that a mask like finfo.min has made huge take part in nothing.
+        # A mask with finfo.min makes scores huge, but these scores have no effect on the result, so they do not count.
         note = scores.detach()
         watch["score"] = max(watch["score"], largest(note[note.abs() < 1e5]))
         if weights.requires_grad:
@@ -154,7 +154,10 @@ def attention_varlen(
     relative_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(out (total_q, H, Dv), lse (H, total_q)) of `fused_attn.fused_attention_varlen`: one call per sequence."""
+    """(out (total_q, H, Dv), lse (H, total_q)), as `fused_attn.fused_attention_varlen` defines them.
+
+    Calls `attention` for each sequence.
+    """
     outs, lses = [], []
     rows, columns = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for n in range(len(rows) - 1):
@@ -162,7 +165,8 @@ def attention_varlen(
         k, v = (x[columns[n] : columns[n + 1]].transpose(0, 1) for x in (key, value))
         bias = None
         if relative_bias is not None and q.shape[1] and k.shape[1]:
-            # Column of distance d is d + max_seqlen_q - 1 in the table, d + L - 1 for this sequence.
+            # The bias for distance d is in column d + max_seqlen_q - 1 of the table. `attention` wants it in column d +
+            # L - 1.
             first = max_seqlen_q - q.shape[1]
             bias = relative_bias[..., first : first + q.shape[1] + k.shape[1] - 1]
         out, lse = attention(
@@ -177,7 +181,7 @@ def attention_varlen(
 
 
 def philox4x32_10(counter: np.ndarray, seed: int) -> np.ndarray:
-    """counter (..., 4) uint32 -> (..., 4) uint32; Salmon et al., SC 2011, section 3.2."""
+    """The random words (..., 4) uint32 for counters (..., 4) uint32, after Salmon et al., SC 2011, section 3.2."""
     x = counter.astype(np.uint64)
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
     low = np.uint64(0xFFFFFFFF)
@@ -200,7 +204,7 @@ def philox4x32_10(counter: np.ndarray, seed: int) -> np.ndarray:
 def dropout_keep(
     seed: int, p: float, first_sequence: int, batch: int, heads: int, rows: int, columns: int
 ) -> np.ndarray:
-    """(batch, heads, rows, columns) bool: which weights survive."""
+    """Which weights survive dropout: (batch, heads, rows, columns) bool."""
     groups = (columns + 3) // 4
     counter = np.zeros((batch, heads, rows, groups, 4), dtype=np.uint32)
     counter[..., 0] = np.arange(groups)
@@ -211,11 +215,11 @@ def dropout_keep(
     return words >= min(round(p * 2**32), 2**32 - 1)
 
 
-# ---- The rule
+# ---- Comparison of a result with the oracle
 
 
 class Result(NamedTuple):
-    """out, lse and one gradient per differentiated input, by name."""
+    """The results of a call by name: out, lse, and the gradient of each differentiated input."""
 
     out: Tensor
     lse: Tensor
@@ -229,7 +233,10 @@ class Result(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """``noise``: rounding errors that every algorithm has on these inputs, per quantity; see `tolerance.noise`."""
+    """The results that a kernel should have, with their errors.
+
+    ``noise``: for each result, the rounding error that no algorithm avoids on these inputs (`tolerance.noise`).
+    """
 
     truth: Result
     eager: Result
@@ -245,7 +252,7 @@ def evaluate(
     dout: Tensor,
     dlse: Tensor | None,
 ) -> Result:
-    """Forward and the gradients of <out, dout> + <lse, dlse>; no gradient reaches -inf entries of the lse."""
+    """Runs forward, and backward of the loss <out, dout> + <lse, dlse>, but for the entries of lse that are -inf."""
     leaves = {name: x.detach().requires_grad_(name in differentiated) for name, x in tensors.items()}
     out, lse = function(**leaves, **options)
     if not differentiated:
@@ -266,11 +273,11 @@ def expected(
     dout: Tensor,
     dlse: Tensor | None,
 ) -> Expected:
-    """Truth in float64 and the eager result in the dtype under test, on the same inputs."""
+    """The true result (float64) and the eager result (in the dtype under test) of the same inputs."""
     wide = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
     watch = {"score": 0.0, "weight_grad": 0.0}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # many small operations: their threads would only wait for one another
+    torch.set_num_threads(1)  # for many small operations, one thread is fastest
     try:
         truth = evaluate(function, wide, options | {"watch": watch}, differentiated, dout.double(), dlse)
         eager = evaluate(function, tensors, options, differentiated, dout, dlse)
@@ -296,7 +303,7 @@ def query_scale(query: Tensor) -> float:
 
 
 def assert_close(actual: Result, expected: Expected) -> None:
-    """out, lse and every gradient obey the rule of `tolerance`."""
+    """Asserts that the errors of out, lse and every gradient are within the bounds of `tolerance`."""
     problems = []
     truth = dict(expected.truth.items())
     eager = dict(expected.eager.items())

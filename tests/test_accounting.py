@@ -1,4 +1,4 @@
-"""`FlopCounterMode` counts attention, and torch's profiler names it, on every path through the library."""
+"""`FlopCounterMode` counts the operations of attention, and torch's profiler shows its events, on all paths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fused_attn import FusedMultiheadAttention, fused_attention, fused_attention_varlen
 
 BATCH, HEADS, SEQLEN_Q, SEQLEN_K, HEAD_DIM = 2, 4, 7, 9, 8
-#: The reference is counted product by product, by torch itself.
+#: The reference backend consists of torch's operators, so torch counts its matrix products.
 KERNELS = [name for name in runnable_backends() if name != "reference"]
 
 
@@ -48,7 +48,10 @@ def attend(backend: str, **options) -> Callable:
 @pytest.mark.quick
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_as_many_as_torch_counts(kernel: str, leaves: list[Tensor]) -> None:
-    """Without a mask. On the CPU torch counts SDPA by its products, if those are what it runs."""
+    """Without a mask, our count is torch's count for SDPA.
+
+    On the CPU, SDPA has to run its version of plain products.
+    """
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         theirs = sum(count(step(F.scaled_dot_product_attention), *leaves).values())
     ours = count(step(attend(kernel)), *leaves)
@@ -95,7 +98,7 @@ def test_only_wanted_gradients_count(kernel: str, leaves: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_grouped_heads_and_packed_sequences(kernel: str, generator: torch.Generator) -> None:
-    """Each sequence has its own scores, and each query head its own products."""
+    """The count is the sum over the sequences, and key heads shared by several query heads do not lower it."""
     lengths_q, lengths_k = (3, 0, 6), (5, 2, 4)
     offsets = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k)]
     rows = [
@@ -141,10 +144,10 @@ def test_a_small_module(generator: torch.Generator) -> None:
 
 
 def test_tensors_without_contents() -> None:
-    """Where lengths cannot be read, all sequences are taken to be the longest."""
+    """The offsets of fake tensors cannot be read, so all sequences count as if they had the largest length."""
     rows, offsets = torch.randn(9, 2, 8, device="meta"), torch.zeros(3, dtype=torch.int32, device="meta")
     ours = count(lambda: fused_attention_varlen(rows, rows, rows, offsets, offsets, 6, 6))
-    assert sum(ours.values()) in (2 * 2 * 2 * 6 * 6 * 16, 2 * 2 * 2 * 9 * 9 * 8)  # ours, or the reference's products
+    assert sum(ours.values()) in (2 * 2 * 2 * 6 * 6 * 16, 2 * 2 * 2 * 9 * 9 * 8)  # a kernel's, or the reference's
 
 
 @pytest.mark.parametrize("first", ["fused_attn", "torch.utils.flop_counter"])
@@ -174,7 +177,7 @@ def named(*steps: str, backend: str) -> list[str]:
 
 @pytest.mark.quick
 def test_events(backend: str, leaves: list[Tensor]) -> None:
-    steps = ("forward",) if backend == "reference" else ("forward", "backward")  # its gradients are autograd's own
+    steps = ("forward",) if backend == "reference" else ("forward", "backward")  # the reference uses autograd
     assert events(step(attend(backend)), *leaves) == named(*steps, backend=backend)
     with torch.no_grad():
         assert events(attend(backend), *leaves) == named("forward", backend=backend)

@@ -1,4 +1,4 @@
-"""``python -m fused_attn`` and `explain`: what a user reads when something is slow or missing."""
+"""The texts of ``python -m fused_attn`` and of `explain`, which tell a user why something is slow or missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ needs_kernels = pytest.mark.skipif(cpu._C is None, reason="the native kernels ar
 
 @pytest.fixture
 def without_kernels(monkeypatch):
-    """As after an installation without a compiler."""
+    """Makes the package behave as after an installation without a compiler."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(cpu, "_C", None)
     missing = native.why_missing("_C_", "a C++ compiler", ModuleNotFoundError())
@@ -46,10 +46,10 @@ def test_info_names_what_runs(capsys):
 def test_without_kernels_everything_still_runs(without_kernels, capsys):
     assert main(["info"]) == 0
     assert "need a C++ compiler" in capsys.readouterr().out
-    # A size that no other test uses, so that no plan of it is cached.
+    # No other test uses this size, so its plan is not in the cache yet.
     query = torch.randn(1, 3, 71, 24)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # computing nothing, `explain` has nothing to warn of
+        warnings.simplefilter("error")  # `explain` computes nothing, so it must not warn
         explanation = fused_attn.explain(query, query, query)
     assert explanation.chosen == "reference"
     assert "C++ compiler" in str(explanation)
@@ -61,7 +61,7 @@ def test_without_kernels_everything_still_runs(without_kernels, capsys):
 
 @pytest.mark.quick
 def test_the_slow_reference_is_told_once(without_kernels):
-    """Whatever the calls, unless they ask for it by name."""
+    """The warning comes once for all calls together. A call that names the backend "reference" does not warn."""
     x = torch.randn(1, 3, 73, 24, requires_grad=True)
     offsets = torch.tensor([0, 73], dtype=torch.int32)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Every backend against the oracle, on every case and dtype: output, LSE and all gradients."""
+"""Every backend computes every case in every dtype like the oracle: output, lse and all gradients."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_hand_computed(backend: str) -> None:
     torch.testing.assert_close(out.tolist(), [[[[2.0, 3.0], [4.0, 2.0]]]], rtol=0, atol=1e-13)
     torch.testing.assert_close(lse.exp().tolist(), [[[4.0, 2.0]]], rtol=0, atol=1e-13)
 
-    # dout = 1 on out[0, 0] alone: dv = weights of row 0, dp = (8, 0), ds = p * (dp - 2) = (3/2, -3/2).
+    # The loss is out[0, 0], so dv = the weights of row 0, dp = (8, 0) and ds = p * (dp - 2) = (3/2, -3/2).
     dout = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]], dtype=torch.float64)
     dquery, dkey, dvalue = torch.autograd.grad(out, (query, key, value), dout)
     torch.testing.assert_close(dvalue.tolist(), [[[[0.25, 0.0], [0.75, 0.0]]]], rtol=0, atol=1e-13)
@@ -74,7 +74,7 @@ def test_inputs_are_not_changed(backend: str) -> None:
 
 @pytest.mark.quick
 def test_no_grad_and_grad_agree(backend: str) -> None:
-    """The two ways through the library (with and without a graph) reach the same kernel."""
+    """A call under no_grad takes another way through the library than a call with gradients, with the same result."""
     case = next(case for case in CASES if case.id == "padding-causal")
     inputs = case.make(torch.float32)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_no_grad_and_grad_agree(backend: str) -> None:
 
 @pytest.mark.quick
 def test_the_rule_notices_an_error() -> None:
-    """A test of the test: each quantity, moved by 100 times the allowed error, is reported by name."""
+    """`oracle.assert_close` fails, and names the result, if one result is wrong by 100 times the allowed error."""
     case = next(case for case in CASES if case.id == "softcap-with-everything")
     expected = cases.expected(case, torch.float32)
     oracle.assert_close(expected.eager, expected)

@@ -1,4 +1,4 @@
-"""The pages in docs/: their examples run, their links lead somewhere, their pictures are what the script draws."""
+"""In the pages of docs/, examples run, links have a target, and each picture can be drawn by its script."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links(page: Path) -> None:
     for name, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
-        if name.startswith("https://"):  # this machine may have no network
+        if name.startswith("https://"):  # not tested, because the machine may have no network
             continue
         target = page.parent / name if name else page
         assert target.exists(), name
@@ -42,7 +42,7 @@ def test_links(page: Path) -> None:
 
 
 def _anchors(page: Path) -> list[str]:
-    """What a page's headings are called in links."""
+    """The names by which links refer to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
     return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 

@@ -1,4 +1,4 @@
-"""The examples in docstrings run when pasted alone: each names what it imports."""
+"""Each example in a docstring runs alone, because it contains its imports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_examples_run(name: str) -> None:
         pytest.importorskip("transformers", minversion="5.15", reason="pip install -e .[huggingface]")
     module = importlib.import_module(name)
     for test in doctest.DocTestFinder(exclude_empty=True).find(module):
-        test.globs = {}  # what a reader has who pastes the example
+        test.globs = {}  # no names of the module, because a reader who pastes the example has none either
         assert doctest.DocTestRunner().run(test).failed == 0, test.name
 
 

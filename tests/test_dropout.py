@@ -1,4 +1,4 @@
-"""Dropout: the documented bits, everywhere; the right rate; reproducible."""
+"""Dropout: every backend drops the documented entries, at the documented rate, and repeats them for the same seed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ def kept(
     device: str = "cpu",
     **options,
 ) -> torch.Tensor:
-    """(B, H, L, S) bool: which weights a backend kept, read off the output for one-hot values."""
+    """Which weights a backend kept: (B, H, L, S) bool.
+
+    With one-hot values, column j of the output is the weight of key j, which is zero if dropout dropped it.
+    """
     batch, heads, rows, columns = shape
     query, key = (torch.zeros(batch, heads, length, 8, device=device) for length in (rows, columns))
-    # 256 columns at a time is what the kernels take as a head dim.
+    # The kernels take a head dim of 256 at most, so one call shows 256 keys.
     parts = [
         fused_attn.fused_attention(
             query, key, part.expand(batch, heads, -1, -1), dropout_p=p, dropout_seed=seed, backend=backend, **options
@@ -38,7 +41,7 @@ def kept(
 @pytest.mark.parametrize(
     ("counter", "seed", "words"),
     [
-        # Known answers of the authors' Random123 library, kat_vectors.
+        # The known answers in the file kat_vectors of Random123, the library of Philox's authors.
         ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((2**32 - 1,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
         (
@@ -70,7 +73,7 @@ def test_bits_of_long_rows(backend: str) -> None:
 
 @pytest.mark.quick
 def test_bits_do_not_depend_on_the_rest_of_the_problem(backend: str) -> None:
-    """A part of the batch, heads, rows and keys keeps what it keeps in the whole: no tile size takes part."""
+    """A call with fewer heads, rows and keys drops the same entries as the whole call, whatever the tile sizes are."""
     whole = kept(backend, 0.4, 5, (3, 4, 200, 130))
     for shape in ((1, 1, 1, 1), (2, 3, 1, 130), (1, 4, 65, 64), (3, 2, 199, 3)):
         part = whole[tuple(slice(n) for n in shape)]
@@ -86,11 +89,12 @@ def test_bits_do_not_depend_on_masks(backend: str) -> None:
 
 
 def test_rate_and_mean() -> None:
-    """Over 100 000 draws a rate deviates by 0.0016 at most (one sigma), a correlation by 0.0032."""
+    """The bounds: in 100 000 draws, the standard deviation of a rate is at most 0.0016, and of a correlation 0.0032."""
     for p in (0.05, 0.5, 0.9):
         keep = oracle.dropout_keep(3, p, 0, 1, 1, 100, 1000)
         assert abs(keep.mean() - (1 - p)) < 0.01
-        # Neighbours along every axis are independent: their keep bits correlate no more than chance allows.
+        # Neighbouring entries are independent along every axis: the correlation of their bits is as small as chance
+        # makes it.
         centred = keep[0, 0] - keep.mean()
         variance = p * (1 - p)
         assert abs((centred[:, 1:] * centred[:, :-1]).mean() / variance) < 0.02
@@ -110,7 +114,8 @@ def test_expectation_is_the_output_without_dropout(backend: str, generator: torc
         backend=backend,
     )
     deviation = (many.mean(0) - expected[0]).abs()
-    # Standard error of the mean, times 5: chance reaches that once in 30000 seeds, and the seed is fixed.
+    # 5 times the standard error of the mean. By chance, a larger error is very rare, and the seed of this test is
+    # fixed.
     assert (deviation <= 5 * many.std(0) / 4000**0.5).all()
 
 
@@ -151,7 +156,7 @@ def test_p_1_drops_everything(backend: str, generator: torch.Generator) -> None:
 
 
 def test_packed_sequences_are_keyed_by_their_number(backend: str) -> None:
-    """Sequence n of a packed batch drops what batch entry n of a padded one drops."""
+    """Sequence n of a packed call drops the same entries as batch entry n of a padded call."""
     lengths = (5, 9, 3)
     whole = kept(backend, 0.5, 6, (3, 2, 9, 9))
     offsets = torch.tensor([0, 5, 14, 17], dtype=torch.int32)

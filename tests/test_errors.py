@@ -1,4 +1,4 @@
-"""Wrong arguments: the exception, and a message that names the argument, what was expected and what came."""
+"""A wrong argument raises an exception that names the argument, what was expected, and what the caller passed."""
 
 from __future__ import annotations
 
@@ -238,8 +238,8 @@ def test_heads_and_rows_that_changed_places_are_told(name: str) -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        call(BLHD, BSHD[:, :, :3], BSHD[:, :, :3]),  # fits in neither layout
-        # Key heads for enable_gqa=True, and as many rows as keys: transposed it would fit, but is no likely mistake.
+        call(BLHD, BSHD[:, :, :3], BSHD[:, :, :3]),  # wrong in either layout
+        # These shapes would fit with heads and rows exchanged, but more likely the caller forgot enable_gqa=True.
         call(torch.zeros(2, 8, 64, 16), torch.zeros(2, 2, 64, 16), torch.zeros(2, 2, 64, 16)),
         call(query=Q[0, 0], sinks=torch.zeros(3)),
     ],
@@ -251,7 +251,10 @@ def test_other_shapes_get_no_advice_to_transpose(function) -> None:
 
 
 def test_a_padding_mask_of_ones_and_zeros_is_told_once() -> None:
-    """A tokenizer's attention_mask as a float: added to the scores, it hides nothing."""
+    """A tokenizer's attention_mask, converted to float, is added to the scores and hides no key.
+
+    One warning says so.
+    """
     masks._warn_of_zeros_and_ones.cache_clear()
     attention_mask = torch.ones(2, 7)
     attention_mask[1, 4:] = 0
@@ -382,7 +385,7 @@ def test_sinks_of_packed_sequences_are_checked() -> None:
 
 
 def test_named_backend_never_falls_back() -> None:
-    """A head dim that only the reference takes: alone it runs, "cpu" says why it cannot."""
+    """Only the reference computes this head dim. A call that names no backend runs; one that names "cpu" raises."""
     wide = torch.zeros(1, 1, 3, 300)
     assert fused_attn.fused_attention(wide, wide, wide).shape == (1, 1, 3, 300)
     assert fused_attn.explain(wide, wide, wide).chosen == "reference"

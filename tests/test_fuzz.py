@@ -1,4 +1,4 @@
-"""Random combinations of sizes, layouts, masks and features against the oracle."""
+"""Random combinations of sizes, layouts, masks and features, compared with the oracle."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def packed_cases(draw: st.DrawFn) -> Case:
     )
 
 
-# Poisoning is a fixture of the function, not of the example: nothing in it depends on the example.
+# Hypothesis warns of fixtures that all examples share. `poisoned` does not depend on the example, so it may be shared.
 fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 

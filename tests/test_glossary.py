@@ -1,4 +1,4 @@
-"""The sources use the words of docs/glossary.md; and the script that says so sees what it is there for."""
+"""The sources use the words of docs/glossary.md, and tools/check_glossary.py finds words that are not allowed."""
 
 from __future__ import annotations
 

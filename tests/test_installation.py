@@ -1,4 +1,4 @@
-"""Which fused_attn Python imports after an installation as in README.md, and what it says where that is a wrong one."""
+"""After an installation as in README.md, Python imports the right fused_attn, or says which other one it imports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ needs_kernels = pytest.mark.skipif(cpu._C is None, reason="the native kernels ar
 
 
 def python(*arguments: str, cwd: Path, site: Path, **environment: str) -> subprocess.CompletedProcess:
-    """With `site` in front of the installed packages, and without (-S) what editable installs have added to them."""
+    """Runs Python with the folder `site` before installed packages, and without the paths of editable installs (-S)."""
     packages = [entry for entry in sys.path if "-packages" in entry]
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONWARNINGS", "TRITON_INTERPRET")}
     environment = {**inherited, "PYTHONPATH": os.pathsep.join([str(site), *packages]), **environment}
@@ -34,7 +34,7 @@ def python(*arguments: str, cwd: Path, site: Path, **environment: str) -> subpro
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """A clone's root, in which nothing has been built."""
+    """A copy of the repository in which nothing has been built."""
     root = tmp_path / "clone" / "fused_attn"
     shutil.copytree(PACKAGE, root / "fused_attn", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
     return root
@@ -43,14 +43,17 @@ def sources(tmp_path: Path) -> Path:
 @needs_kernels
 @pytest.mark.slow
 def test_sources_that_hide_an_installed_package_say_so(sources: Path, tmp_path: Path) -> None:
-    """After `pip install .`, Python in the clone's root still imports the clone."""
+    """After `pip install .`, Python in the root of the clone imports the clone, which has no kernels.
+
+    A warning says so.
+    """
     site = tmp_path / "site-packages"
     shutil.copytree(PACKAGE, site / "fused_attn", ignore=shutil.ignore_patterns("__pycache__"))
     here, installed = str(sources / "fused_attn"), str(site / "fused_attn")
 
     shadowed = python("-m", "fused_attn", "info", cwd=sources, site=site)
     assert shadowed.returncode == 0, shadowed.stderr
-    for text in (shadowed.stdout, shadowed.stderr):  # the description, and the warning that every script gives
+    for text in (shadowed.stdout, shadowed.stderr):  # the text of `info`, and the warning at import
         assert f"Python has imported the sources in {here}, which have not been built" in text
         assert installed in text and "pip install -e ." in text
 
@@ -62,7 +65,7 @@ def test_sources_that_hide_an_installed_package_say_so(sources: Path, tmp_path: 
 def test_why_a_compiled_module_is_missing(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = sources / "fused_attn"
     monkeypatch.setattr(native, "PACKAGE", package)
-    monkeypatch.setattr(sys, "path", ["", str(sources), str(sources.parent)])  # the last would be a namespace package
+    monkeypatch.setattr(sys, "path", ["", str(sources), str(sources.parent)])  # the last would give a namespace package
     monkeypatch.chdir(sources)
 
     def why(error: ImportError) -> str:
@@ -77,7 +80,7 @@ def test_why_a_compiled_module_is_missing(sources: Path, monkeypatch: pytest.Mon
 
 
 def build_editable(sources: Path, site: Path, settings: dict[str, str], **environment: str) -> str:
-    """`pip install -e` of the sources into `site`, without pip and its isolated environment. Returns what it prints."""
+    """Does what `pip install -e` does, but without an isolated environment, and returns the output of the build."""
     pytest.importorskip("scikit_build_core")
     if not (ROOT / "pyproject.toml").exists():
         pytest.skip("installed without its sources")
@@ -93,7 +96,7 @@ def build_editable(sources: Path, site: Path, settings: dict[str, str], **enviro
 
 @pytest.mark.slow
 def test_an_editable_install_is_found_from_the_clone_s_parent(sources: Path, tmp_path: Path) -> None:
-    """Where the clone's own folder, of the same name and without an `__init__.py`, is found first."""
+    """There, the folder of the clone, which has the same name and no `__init__.py`, comes first in the search path."""
     site = tmp_path / "site-packages"
     build_editable(sources, site, {"wheel.cmake": "false"})
     other = tmp_path / "other" / "fused_attn"
@@ -103,7 +106,7 @@ def test_an_editable_install_is_found_from_the_clone_s_parent(sources: Path, tmp
     for folder in (sources.parent, sources, tmp_path):
         imported = python("-c", where, cwd=folder, site=site)
         assert imported.stdout.strip() == str(sources / "fused_attn" / "__init__.py"), imported
-    # The sources that Python is started in come first, here as everywhere.
+    # Python searches the folder in which it is started first, so there it imports the sources of this folder.
     imported = python("-c", where, cwd=other.parent, site=site)
     assert imported.stdout.strip() == str(other / "__init__.py"), imported
 
@@ -125,13 +128,13 @@ def test_an_installation_without_a_compiler_says_so(sources: Path, tmp_path: Pat
 @needs_kernels
 @pytest.mark.quick
 def test_the_kernels_are_of_this_version() -> None:
-    """CMake, too, reads it in `fused_attn/__init__.py`."""
+    """CMake reads the version in `fused_attn/__init__.py`, so the native module must have the same one."""
     assert cpu._C.build_info()["version"] == fused_attn.__version__
 
 
 @pytest.mark.quick
 def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)  # so that its import fails
+    monkeypatch.setitem(sys.modules, "transformers", None)  # makes the import of transformers fail
     monkeypatch.delitem(sys.modules, "fused_attn.integrations.huggingface", raising=False)
     with pytest.raises(ImportError, match=r"transformers 5\.15 or newer .*\.\[huggingface\]"):
         importlib.import_module("fused_attn.integrations.huggingface")

@@ -1,4 +1,4 @@
-"""Where results lie, and how much memory a call takes beyond them."""
+"""The strides of outputs and gradients, and how much memory a call needs besides its results."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ def test_output_strides_follow_the_query(backend: str, layout: str, generator: t
     theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     assert out.stride() == theirs.stride() == query.stride()
     if layout == "blhd":
-        out.transpose(1, 2).view(2, 5, 24)  # merging the heads is a view
+        out.transpose(1, 2).view(2, 5, 24)  # raises unless heads can be merged without a copy
 
 
 @pytest.mark.quick
 def test_transposed_inputs_are_not_copied(generator: torch.Generator) -> None:
-    """A model's (B, L, H, D) projections, seen as (B, H, L, D): the gradients come back in the same order."""
+    """Inputs may be views (B, H, L, D) of a model's projections (B, L, H, D).
+
+    Gradients get the strides of their inputs.
+    """
     if fused_attn.explain(*[torch.zeros(1, 1, 1, 1)] * 3).chosen == "reference":
         pytest.skip("the reference is plain PyTorch, whose matmul copies as it likes")
     leaves = [torch.randn(2, 5, 3, 8, generator=generator, requires_grad=True) for _ in range(3)]
@@ -70,7 +73,7 @@ SCRIPT = """
 
 
 def extra_kib(length: int, backward: bool, options: dict) -> int:
-    """Peak resident memory of one call beyond what was there before it, measured in a process of its own."""
+    """By how much one call raises the peak of resident memory, in KiB. The call runs in a process of its own."""
     direction = "backward" if backward else "forward"
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), str(length), direction, repr(options)],
@@ -91,7 +94,8 @@ def extra_kib(length: int, backward: bool, options: dict) -> int:
 )
 def test_memory_grows_with_the_length_not_its_square(options: dict, backward: bool) -> None:
     pytest.importorskip("fused_attn._C", reason="the native extension is not built", exc_type=ImportError)
-    # out, and with gradients dq, dk, dv, delta and scratch: each is 2 MiB; scores would be 1 GiB, 32 MiB as bits.
+    # A call allocates out and, with gradients, dq, dk, dv, delta and scratch, each 2 MiB. Scores would take 1 GiB, and
+    # 32 MiB as bits.
     allowed = (12 if backward else 4) * 2 * 1024
     measured = extra_kib(16384, backward, options)
     assert measured < allowed, f"{measured} KiB, expected less than {allowed} KiB"

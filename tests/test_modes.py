@@ -1,4 +1,4 @@
-"""Whoever watches operators must see attention, and modes around a call must not change its result."""
+"""Modes and tracers that record operators must see attention, and a mode around a call must not change its result."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def varlen(query, key, value):
 
 
 def padded(query, key, value):
-    """A padding mask that depends on the inputs, in floating point."""
+    """Attention with a float padding mask that is computed from the inputs."""
     hidden = value[:, 0, :, 0] > 0.5
     return fused_attention(
         query, key, value, key_padding_mask=torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
@@ -61,7 +61,10 @@ MODULE = FusedMultiheadAttention(8, 2, batch_first=True)
 @pytest.mark.parametrize("name", TRACED)
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic", "pre_dispatch"])
 def test_make_fx(name: str, mode: str):
-    """A graph computes with its inputs: a kernel that a tracer does not see would leave uninitialised memory in it."""
+    """The traced graph gives the right result for new inputs.
+
+    If the tracer missed the kernel, out would be uninitialised.
+    """
     if mode == "pre_dispatch" and name in ("grad", "vmap"):
         pytest.skip("torch raises AssertionError for operators that are not its own")
     options = {"pre_dispatch": True} if mode == "pre_dispatch" else {"tracing_mode": mode}

@@ -1,4 +1,4 @@
-"""Every sample that PyTorch tests its own scaled_dot_product_attention with: the call renamed, the result the same."""
+"""The samples with which PyTorch tests scaled_dot_product_attention give the same results with fused_attention."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def check(sample, dtype: torch.dtype, backend: str) -> None:
-    """Ours against the oracle in the sample's dtype, and the oracle against torch in float64."""
+    """Compares fused_attention with the oracle in the dtype of the sample, and the oracle with torch in float64."""
     tensors = dict(zip(("query", "key", "value"), (sample.input, *sample.args), strict=True))
     options = dict(sample.kwargs)
     if isinstance(options.get("attn_mask"), Tensor):
         tensors["attn_mask"] = options.pop("attn_mask")
     if options.get("dropout_p"):
-        # Another generator of bits than torch's, so there is no torch result to compare with.
+        # Dropout uses other random bits than torch's, so torch's result cannot be compared.
         options["dropout_seed"] = 5
     names = tuple(name for name, x in tensors.items() if x.requires_grad)
     dout = torch.randn_like(sample.input[..., :1].expand(*sample.input.shape[:-1], sample.args[1].shape[-1]))

@@ -15,7 +15,7 @@ import fused_attn
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 
-#: What is true after each of the examples, in the order of the page.
+#: An expression for each example, in the order of the page. It must be true after the example has run.
 CHECKS = (
     "assert out.isfinite().all() and query.grad.isfinite().all()",
     "assert out.isfinite().all() and out.shape == tokens.shape",
@@ -39,7 +39,7 @@ def test_every_example_is_checked():
 
 @pytest.mark.parametrize("number", range(len(CHECKS)))
 def test_examples_run_when_pasted_alone(number: int, tmp_path: Path):
-    """Each in a process of its own, which knows no names of the other examples."""
+    """Each example runs in a process of its own, so it cannot use names of the other examples."""
     code = _examples()[number] + CHECKS[number]
     package = Path(fused_attn.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])}

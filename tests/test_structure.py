@@ -1,4 +1,4 @@
-"""How the package hangs together: which module may import which. docs/architecture.md draws it."""
+"""Modules of the package import only what docs/architecture.md allows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fused_attn.attention.inputs import Inputs, Shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: From the lowest layer to the highest. A module imports from its own layer and from those below, nowhere else.
+#: From the lowest layer to the highest. A module may import from its own layer and from lower layers only.
 LAYERS = (
     ("fused_attn.native", "fused_attn.modes", "fused_attn.tolerance", "fused_attn.measurement"),
     ("fused_attn.attention",),
@@ -40,7 +40,7 @@ structure = load_structure()
 
 
 def layer_of(module: str) -> int:
-    """By the longest name that fits, so that ``fused_attn`` itself stands for the package's own module alone."""
+    """The layer of a module: that of the longest name that fits. ``fused_attn`` fits the module of this name only."""
     for level, names in enumerate(LAYERS):
         if any(module == name or (name != "fused_attn" and module.startswith(name + ".")) for name in names):
             return level
@@ -83,7 +83,7 @@ def test_shapes_have_the_names_of_inputs() -> None:
 
 
 def test_what_breaks_the_rules_is_seen(tmp_path: Path) -> None:
-    """Imports in functions and those for type checkers alone count."""
+    """The rules also hold for imports inside functions and for imports under ``TYPE_CHECKING``."""
     package = tmp_path / "fused_attn"
     (package / "attention").mkdir(parents=True)
     for path in (package, package / "attention"):
@@ -102,7 +102,7 @@ def test_figures_are_printed() -> None:
 
 
 def test_inputs_are_spelled_out_in_their_order() -> None:
-    """`inputs_of` checks nothing, because a call of a few microseconds feels a check."""
+    """`inputs_of` lists the fields of Inputs in order. A check at run time would make small calls slower."""
     calls = [
         node
         for path in structure.python_files(ROOT)

@@ -1,4 +1,4 @@
-"""The rule that says what error is allowed."""
+"""`fused_attn.tolerance`, the rule that says which error is allowed, finds wrong results and accepts right ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_nan_is_wrong():
 
 
 def test_the_floor_is_one_unit_of_the_stored_dtype():
-    """In float64 eager is the truth, so that the floor has to be wider."""
+    """The eager float64 result is the true result and has no error, so the smallest allowed error must be larger."""
     floor = tolerance.floor(torch.float16, torch.float32, largest=4.0, noise=1e-3, largest_lse=9.0)
     assert floor == 4.0 * 2**-23 + 1e-3
     floor = tolerance.floor(torch.float64, torch.float64, largest=4.0, noise=1e-12, largest_lse=9.0)
@@ -55,4 +55,4 @@ def test_a_score_and_a_gradient_that_are_large_make_noise():
     assert noise() == {"out": eps, "lse": 2 * eps, "dquery": 0.0, "dsinks": 0.0}
     assert noise(largest_score=40.0)["out"] == 10 * eps
     assert noise(largest_weight_grad=3.0)["dsinks"] == 24 * eps
-    assert noise(largest_weight_grad=3.0)["dquery"] == 12 * eps  # times scale and the largest key
+    assert noise(largest_weight_grad=3.0)["dquery"] == 12 * eps  # grows with the scale and the largest key as well

@@ -1,6 +1,6 @@
-"""Finds names in the sources that docs/glossary.md rules out: `python tools/check_glossary.py [PATH...]`.
+"""Finds names in the sources that docs/glossary.md does not allow: `python tools/check_glossary.py [PATH...]`.
 
-The last column of each table says which words are not used for an idea; see the page for what they mean.
+The last column of each table of the page lists the words that must not be used. The page says what an entry means.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 GLOSSARY = ROOT / "docs" / "glossary.md"
-#: What is checked if no path is given.
+#: The folders that are checked if no path is given.
 SOURCES = (ROOT / "csrc", ROOT / "fused_attn", ROOT / "tools")
-#: Attributes of torch's causal biases. Nobody here can rename them.
+#: Attributes of torch's causal biases, which cannot be renamed here.
 NAMES_OF_OTHERS = {"seq_len_q", "seq_len_kv"}
 SUFFIXES = {".h", ".cuh", ".cu", ".cpp", ".py"}
 
@@ -26,7 +26,7 @@ COMMENTS_AND_TEXTS = {
 
 
 class Word(NamedTuple):
-    """A word that is not used, and the words of the glossary that are used instead."""
+    """A word that must not be used, and the words of the glossary that take its place."""
 
     text: str
     is_whole_name: bool
@@ -43,7 +43,7 @@ def banned_words(glossary: str) -> list[Word]:
 
 
 def parts(name: str) -> list[str]:
-    """The words of a name, in lower case: KeptKeys, kept_keys and kKeptKeys all contain kept."""
+    """The words of a name in lower case. For example, KeptKeys, kept_keys and kKeptKeys all contain kept."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower().strip("_").split("_")
 
 

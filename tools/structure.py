@@ -1,10 +1,10 @@
-"""Prints how the sources hang together, as figures that a change of structure should lower.
+"""Prints figures about the structure of the sources. A change of structure should lower them.
 
     python tools/structure.py --list          # of this checkout, with names
     python tools/structure.py ANOTHER_CHECKOUT
 
-The product is ``fused_attn/**/*.py`` and ``csrc/**`` (.h, .cpp, .cu). Old checkouts have ``csrc/emulation``, which was
-for tests and does not count.
+The product is ``fused_attn/**/*.py`` and ``csrc/**`` (.h, .cpp, .cu). Old checkouts have ``csrc/emulation``, which does
+not count, because only tests used it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def occurrences(root: Path, text: str) -> list[str]:
 
 
 def functions_with_many_parameters(root: Path) -> list[str]:
-    """Python functions and methods, the first argument of methods and ``*args`` included."""
+    """The Python functions with many parameters. The first parameter of a method and ``*args`` count."""
     found = []
     for path in python_files(root):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -63,8 +63,7 @@ def module_name(root: Path, path: Path) -> str:
 
 
 def imports(root: Path) -> dict[str, set[str]]:
-    """Which modules of the package each one names in an import, wherever that stands: in functions and under
-    ``TYPE_CHECKING`` too."""
+    """For each module, the modules of the package that it imports, inside functions and under ``TYPE_CHECKING`` too."""
     modules = {module_name(root, path): path for path in python_files(root)}
     return {name: set(_imported(ast.parse(path.read_text()), modules)) - {name} for name, path in modules.items()}
 
@@ -80,7 +79,7 @@ def _imported(tree: ast.Module, modules: dict[str, Path]) -> Iterator[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of modules that import one another, directly or not (Tarjan's strongly connected components)."""
+    """The groups of modules that import one another, directly or through others (strongly connected, after Tarjan)."""
     index, low, stack, found = {}, {}, [], []
 
     def visit(name: str) -> None:

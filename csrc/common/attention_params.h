@@ -1,5 +1,5 @@
-// All that crosses from Python to a native kernel: pointers, sizes and strides. There is no torch type and no ownership
-// here.
+// What a native kernel gets from Python: pointers, sizes and strides. The structs contain no torch type, and they own
+// no memory: the caller keeps the tensors alive during the call.
 #pragma once
 #include <cstdint>
 
@@ -7,11 +7,13 @@ namespace fused_attn {
 
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
-// An unbounded side of the band. The number is small enough that adding a sequence length cannot overflow.
+// The value of window_left or window_right if this side of the band has no bound. The number is larger than every
+// sequence length, and so small that the sum of the number and a sequence length does not overflow.
 constexpr int64_t kUnbounded = int64_t{1} << 60;
 
-// A tensor (batch, head, row, column). Strides count elements, and stride 0 broadcasts. The column stride is 1, except
-// for the fields of AttentionParams whose comment allows another one.
+// A tensor with the dimensions (batch, head, row, column). Strides count elements. A dimension with stride 0 is
+// broadcast: all its indices name the same element. The column stride is 1, except for the fields of AttentionParams
+// whose comment allows another column stride.
 struct TensorView {
   void* data = nullptr;
   int64_t stride_batch = 0;
@@ -20,10 +22,12 @@ struct TensorView {
   int64_t stride_col = 1;
 };
 
-// One call. The accumulate type is double if dtype is kFloat64, otherwise float.
+// All arguments of one call. The accumulate type, which is the type of sums, is double if dtype is kFloat64, otherwise
+// float. A tensor whose `data` is null is absent.
 //
-// In a packed (varlen) call, `batch` counts the sequences, and the tensors have ONE batch entry (stride_batch is 0).
-// Row r of sequence b lies at row cu_seqlens[b] + r. seqlen_q and seqlen_k are then the longest lengths.
+// In a packed (varlen) call, `batch` counts the sequences, but the packed tensors have ONE batch entry, so their
+// stride_batch is 0. Row r of sequence b is row cu_seqlens[b] + r of the packed tensor. In such a call, seqlen_q and
+// seqlen_k are upper bounds of the lengths of all sequences.
 struct AttentionParams {
   int64_t batch = 0;
   int64_t num_heads = 0;     // H, a multiple of num_kv_heads; query head h reads key head h / (H / Hkv)
@@ -40,8 +44,8 @@ struct AttentionParams {
   TensorView out;    // (B, H, L, Dv)
   TensorView lse;    // (B, H, L, 1), accumulate type; natural log; -inf for an empty row; stride_row is 1
 
-  // logit = scale * q.k. If softcap > 0, then logit = softcap * tanh(logit / softcap). Biases and masks come after
-  // that.
+  // The kernel computes logit = scale * q.k. If softcap > 0, logit = softcap * tanh(logit / softcap) follows. The
+  // kernel applies biases and masks after the softcap.
   double scale = 1.0;
   double softcap = 0.0;
 
@@ -50,16 +54,17 @@ struct AttentionParams {
   int64_t window_right = kUnbounded;
   int64_t diagonal_offset = 0;
 
-  TensorView key_padding;  // (B, 1, 1, S) bytes, nonzero = padding, any column stride; padding is never loaded
+  TensorView key_padding;  // (B, 1, 1, S) bytes, nonzero = padding, any column stride; padding keys are not loaded
   TensorView mask;         // (B, H, L, S) bytes, nonzero = attend, any stride
   TensorView bias;         // (B, H, L, S) of bias_dtype, any stride
   DType bias_dtype = DType::kFloat32;  // dtype, or the accumulate type
-  // (1, H, 1, L + S - 1), accumulate type. The bias of (i, j) is column j - i + L - 1. stride_head may be 0.
+  // (1, H, 1, L + S - 1), accumulate type. The bias of query i and key j is in column j - i + L - 1. stride_head is 0
+  // if all heads share one row.
   TensorView relative_bias;
-  TensorView sinks;  // (1, H, 1, 1), accumulate type: a logit that joins the denominator only
+  TensorView sinks;  // (1, H, 1, 1), accumulate type: a logit that is added to the denominator of the softmax only
 
-  // Dropout keeps entry (b, h, i, j) if its Philox word is dropout_threshold or more, and multiplies it by
-  // dropout_scale.
+  // Dropout sets the probability of entry (b, h, i, j) to zero if the Philox word of the entry (philox.h) is below
+  // dropout_threshold. Otherwise dropout multiplies the probability by dropout_scale.
   bool has_dropout = false;
   uint32_t dropout_threshold = 0;
   double dropout_scale = 1.0;
@@ -69,17 +74,18 @@ struct AttentionParams {
   const int32_t* cu_seqlens_q = nullptr;  // (batch + 1), or null when not packed
   const int32_t* cu_seqlens_k = nullptr;  // (batch + 1)
 
-  // Backward only. The kernel writes every entry of an output. A null output is not wanted.
+  // For backward only. The gradients are outputs, and the kernel writes every entry of them. The caller passes a null
+  // tensor for a gradient that it does not want.
   TensorView dout;            // (B, H, L, Dv)
-  TensorView dlse;            // (B, H, L, 1), accumulate type, any stride_row; null = zero
+  TensorView dlse;            // (B, H, L, 1), accumulate type, any stride_row; null stands for zeros
   TensorView dquery;          // as query
   TensorView dkey;            // as key
   TensorView dvalue;          // as value
-  TensorView dbias;           // as bias, accumulate type; stride 0 in a broadcast dimension = summed over it
+  TensorView dbias;           // as bias, accumulate type; a dimension with stride 0 is summed over
   TensorView drelative_bias;  // as relative_bias; stride_head 0 = summed over the heads
   TensorView dsinks;          // as sinks
 
-  int32_t num_threads = 1;
+  int32_t num_threads = 1;  // the largest number of threads that a CPU kernel may use
 };
 
 }  // namespace fused_attn

@@ -1,4 +1,5 @@
-// FUSED_ATTN_HOST_DEVICE: a function that host code and kernels may call, inlined in both.
+// FUSED_ATTN_HOST_DEVICE marks a function that host code and CUDA kernels may call. The compiler inlines such a
+// function in both.
 #pragma once
 
 #if defined(__CUDACC__)

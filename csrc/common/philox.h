@@ -1,8 +1,9 @@
 // Philox4x32-10 (Salmon et al., 2011), the counter-based generator behind dropout, for host and device code.
 //
-// The random word of an entry depends on the seed and on the position of the entry alone, never on tile sizes, threads
-// or backend. The key is (seed low, seed high), the counter is (j >> 2, i, head, batch), and word j & 3 of the result
-// decides.
+// The random word of an entry of the scores depends on the seed and on the position of the entry alone, not on tile
+// sizes, threads or backend. So every backend drops the same entries. For query i and key j, the key of Philox is (low
+// half of the seed, high half), and its counter is (j >> 2, i, head, batch). One call yields four words, and the word
+// of the entry is number j & 3 of them.
 #pragma once
 #include <cstdint>
 
@@ -21,7 +22,7 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
-// The words of the keys 4 * group ... 4 * group + 3.
+// The words of one query for the four keys 4 * group ... 4 * group + 3.
 FUSED_ATTN_HOST_DEVICE PhiloxWords philox(uint64_t seed, uint32_t group, uint32_t query, uint32_t head,
                                           uint32_t batch) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);

@@ -1,11 +1,13 @@
 // The backward kernel, in two passes.
 //
-// The first pass computes the statistics of every row: delta = rowsum(dout * out), and the correction of the row's lse.
-// Where each row is visited only once, the second pass computes them when it visits the row.
+// The first pass computes the statistics of every row: delta = rowsum(dout * out), and a correction of the rounded lse.
+// If the second pass visits each row only once (BackwardPlan::is_single_pass), there is no first pass, and the second
+// pass computes the statistics of a row when it visits the row.
 //
-// In the second pass, a work item is a group of (batch, kv head) pairs and a chunk of keys. The item goes through its
-// keys in slabs, whose dkey and dvalue stay in the cache. For each slab it goes through the query blocks of its heads,
-// and for each query block through the slab's blocks of valid keys:
+// In the second pass, a work item is a group of (batch, kv head) pairs together with a chunk of keys. A thread
+// processes the chunk slab by slab. A slab is so small that its dkey and dvalue stay in the cache. For each slab, the
+// thread loops over the query blocks of all query heads of the group. For each query block, it loops over the blocks of
+// valid keys in the slab:
 //
 //   probs^T[key][query]   = exp(scores^T - lse)                                  scores as in forward (scores.h)
 //   dscores^T[key][query] = probs^T * (value[key] . dout^T - delta + dlse)
@@ -13,9 +15,9 @@
 //   dkey[key][:]         += dscores^T[key] . query                               lanes = head dim
 //   dquery^T[d][query]   += key^T[d] . dscores^T                                 (outer_block)
 //
-// The item sums dkey and dvalue in its scratch, and adds up dquery over the slabs. Items share nothing but dquery. Each
-// chunk writes a partial dquery of its own. So results do not depend on the order of the items, and no atomics are
-// needed.
+// The thread sums dkey and dvalue in its scratch, and sums dquery over the slabs. Two items write to the same rows only
+// in dquery, and there each chunk writes a partial dquery of its own. So results do not depend on the order of the
+// items, and the kernel needs no atomic operations.
 #pragma once
 #include <memory>
 
@@ -27,7 +29,9 @@
 namespace fused_attn::cpu {
 namespace {
 
-// Finds rows of `dim` elements for a product over queries: rows of lanes, or of pairs of queries.
+// Returns the rows of a query block (of query or dout) in the form that a sum over queries reads. A row consists of
+// `dim` lanes. If a lane holds a pair of elements, the pair is the same column of two neighbouring queries. The
+// function copies the rows into `scratch` unless memory already holds them in this form.
 template <class Policy>
 FA_NOINLINE Rows<const typename Policy::Lane> find_query_rows(const typename Policy::Storage* base, int64_t stride_row,
                                                               int nq, int dim, typename Policy::Lane* scratch) {
@@ -57,7 +61,9 @@ FA_NOINLINE Rows<const typename Policy::Lane> find_query_rows(const typename Pol
   }
 }
 
-// Computes probs and dscores of one tile of keys.
+// Computes probs and dscores of one tile: keys [k, k + kTileKeys) of the block, and kColumns vectors of queries from
+// vector v on. Writes them to the scratch `s`, for the products that follow. kPlain: every key of the tile is visible,
+// scores are plain products, and there is no dropout. So the compiler leaves out all code for these features.
 template <class Policy, int kColumns, bool kPlain>
 FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
                                const BackwardScratch<Policy>& s, const RowStatistics<typename Policy::Lane>& rows,
@@ -83,7 +89,7 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
       Vec<Lane> x = prob_of<Policy>(lse_exponent<Policy>(acc[r][c], to_logits, lse) + correction);
-      // A hidden key must not become NaN, even if the lse of the row is NaN.
+      // The lse of a row may be NaN, but the probability of a hidden key must still be zero.
       if (!kPlain) x = select<Lane>(acc[r][c] == -FloatTraits<Lane>::kInfinity, Vec<Lane>{}, x);
       store<Lane>(probs + (r * kColumns + c) * n, x);
       store_as<Lane>(s.probs + offset + r * kBlockQ + c * n, after_dropout(r, c, x));
@@ -102,7 +108,7 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
       if (!kPlain && dropout) x = after_dropout(r, c, x * dropout_scale);
       x = prob * (x - delta + dlse);
       if constexpr (!kPlain) {
-        x = select<Lane>(prob == 0, Vec<Lane>{}, x);  // 0 * NaN of a row that the query does not see
+        x = select<Lane>(prob == 0, Vec<Lane>{}, x);  // a hidden value may be NaN, and 0 * NaN is NaN
         if (s.dbias != nullptr) store<Lane>(s.dbias + offset + r * kBlockQ + c * n, x);
         if (in.softcap > 0) x *= load<Lane>(derivative + (r * kColumns + c) * n);
       }
@@ -122,7 +128,8 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
   }
 }
 
-// targets[r][d] += sum over queries of coefficients[r][q] * rows[q][d], for the kTileKeys rows of a tile.
+// targets[r][d] += sum over queries q of coefficients[r][q] * rows[q][d], for the kTileKeys keys of a tile and kColumns
+// vectors of columns from column d on. The targets are rows of dkey or dvalue.
 template <class Policy, int kColumns>
 FA_NOINLINE void query_product(const char* const* coefficients, const typename Policy::Lane* rows, int64_t stride,
                                int depth, typename Policy::Lane* const* targets, int d) {
@@ -140,7 +147,9 @@ FA_NOINLINE void query_product(const char* const* coefficients, const typename P
   }
 }
 
-// Adds the products over the queries [range.begin, range.end) of one tile to the rows of dkey or dvalue of its keys.
+// Adds what one tile of keys contributes to dkey or dvalue, all columns of it. The tile begins at key k of the block,
+// and the vectors of queries in `range` contribute. A tile may have more rows than the block has keys left: what these
+// rows would add goes into `absorbing_row`, a spare row of the target that nobody reads.
 template <class Policy>
 FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, int64_t absorbing_row,
                                VectorRange range, int nq,
@@ -167,7 +176,8 @@ FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, 
   }
 }
 
-// rows[q][d] = factor * columns[d][q], as elements of Policy::Storage. If `add`, this is added to the rows.
+// Writes a transposed block back as rows: rows[q][d] = factor * columns[d][q], as elements of Policy::Storage. If
+// `add`, the product is added to the rows instead.
 template <class Policy>
 FA_NOINLINE void write_transposed(const typename Policy::Lane* columns, int nq, int dim, typename Policy::Lane factor,
                                   bool add, typename Policy::Storage* rows, int64_t stride_row) {
@@ -176,7 +186,8 @@ FA_NOINLINE void write_transposed(const typename Policy::Lane* columns, int nq, 
   unpack_columns<Policy>(column, nq, dim, add, rows, stride_row);
 }
 
-// rows[j][d] = factor * source[j][d], as elements of type Out. Rows of `source` are padded to whole vectors.
+// Writes finished sums from the scratch to a tensor: rows[j][d] = factor * source[j][d], as elements of type Out. Rows
+// of `source` are padded to whole vectors.
 template <class Out, class Lane>
 FA_NOINLINE void write_rows(const Lane* source, int64_t count, int dim, Lane factor, Out* rows, int64_t stride_row) {
   constexpr int n = kLanes<Lane>;
@@ -188,7 +199,8 @@ FA_NOINLINE void write_rows(const Lane* source, int64_t count, int dim, Lane fac
   }
 }
 
-// What an item of the backward pass works on.
+// What the thread that processes a work item of backward needs: the call, its plan, the memory, and which chunk of
+// keys.
 template <class Policy>
 struct BackwardItem {
   const AttentionParams& p;
@@ -200,11 +212,13 @@ struct BackwardItem {
   const BackwardScratch<Policy>& scratch;
   int64_t chunk;
 
+  // The first key of the chunk.
   int64_t key_begin() const { return chunk * plan.chunk_keys; }
 };
 
-// Where an item sums dquery of one head: in its partial result, in the output, or in the scratch if the output cannot
-// hold lanes. Null means nowhere: there is one slab, which writes the output at once.
+// Where a work item sums dquery of one head over its slabs. There are several chunks: in the partial dquery of the
+// chunk. The output has the type of lanes: in the output. Otherwise in the scratch, because sums in 16 bits would be
+// too coarse. Null means that there is only one slab, so there is nothing to sum, and the slab writes the output.
 template <class Policy>
 Rows<typename Policy::Lane> dquery_lanes(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h) {
   using Lane = typename Policy::Lane;
@@ -221,8 +235,9 @@ Rows<typename Policy::Lane> dquery_lanes(const BackwardItem<Policy>& item, const
   return {item.scratch.dquery_rows + h % (p.num_heads / p.num_kv_heads) * p.seqlen_q * stride, stride};
 }
 
-// One query block of one head against the keys of one slab. Adds dkey and dvalue to the scratch. The first slab writes
-// dquery, and the others add to dquery.
+// Processes one query block of one head with the keys [slab_begin, slab_end). Adds the block's part of dkey and dvalue
+// to the scratch. Writes the part of dquery if this is the first slab of the item. A later slab adds its part to
+// dquery.
 template <class Policy>
 void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
                     int64_t slab_begin, int64_t slab_end) {
@@ -328,7 +343,8 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
   }
 }
 
-// All query heads of one kv head.
+// Processes all query heads of one kv head with the item's chunk of keys, slab by slab, and writes dkey and dvalue of
+// the chunk.
 template <class Policy>
 void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_head) {
   using Lane = typename Policy::Lane;
@@ -343,7 +359,7 @@ void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
   const int64_t chunk_stop = item.key_begin() + item.plan.chunk_keys;
   const int64_t chunk_end = chunk_stop < seq.seqlen_k ? chunk_stop : seq.seqlen_k;
 
-  // dquery is written even if there is no key. So the first slab is always visited.
+  // The first slab is visited even if it has no key, because dquery must be written in any case.
   int64_t slab_begin = item.key_begin();
   do {
     const int64_t slab_stop = slab_begin + item.plan.slab_keys;
@@ -378,6 +394,8 @@ void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
   }
 }
 
+// Processes one work item: all (batch, kv head) pairs of a group, in order, with one chunk of keys. Clears the bias
+// gradients of the group before, because the pairs add to them.
 template <class Policy>
 void backward_item(const BackwardItem<Policy>& item, int64_t group) {
   using Lane = typename Policy::Lane;
@@ -408,7 +426,8 @@ void backward_item(const BackwardItem<Policy>& item, int64_t group) {
   }
 }
 
-// Sums the partial dquery of one head over the chunks, in order.
+// dquery of one head = the sum of the partial dquery of all chunks. The order of the sum is fixed, so that results
+// repeat.
 template <class Policy>
 void reduce_dquery(const AttentionParams& p, const BackwardPlan& plan,
                    const BackwardPartials<typename Policy::Lane>& partials, int64_t b, int64_t h) {
@@ -429,7 +448,8 @@ void reduce_dquery(const AttentionParams& p, const BackwardPlan& plan,
   }
 }
 
-// dsinks[h] = -sum over rows of exp(sink - lse) * (delta - dlse). exp(sink - lse) is the sink's share of the row.
+// dsinks[h] -= sum over the rows of head h of exp(sink - lse) * (delta - dlse). Here exp(sink - lse) is the probability
+// of the sink in the row.
 template <class Lane>
 void compute_dsinks(const AttentionParams& p, const RowStatistics<Lane>& statistics, int64_t h) {
   const Vec<Lane> sink = broadcast<Lane>(*row_of<const Lane>(p.sinks, 0, h, 0));
@@ -445,13 +465,14 @@ void compute_dsinks(const AttentionParams& p, const RowStatistics<Lane>& statist
   *row_of<Lane>(p.dsinks, 0, h, 0) += sum_lanes<Lane>(total);
 }
 
+// Computes all gradients of one call: plans the work, allocates the scratch, and runs the two passes on threads.
 template <class Policy>
 void backward_with_policy(const AttentionParams& p) {
   using Lane = typename Policy::Lane;
   const BackwardPlan plan = plan_backward<Policy>(p);
   const double flops = 4.0 * static_cast<double>(p.batch * p.num_heads) * static_cast<double>(p.seqlen_q) *
                        static_cast<double>(p.seqlen_k) * static_cast<double>(p.head_dim + p.value_dim);
-  // dquery is written even if there is no key.
+  // At least one item for each group, which writes zeros to dquery if there is no key.
   const int64_t chunks = plan.chunks < 1 ? 1 : plan.chunks;
   const int64_t items = plan.groups * chunks;
   const int threads = choose_threads(p.num_threads, items, flops);
@@ -483,7 +504,8 @@ void backward_with_policy(const AttentionParams& p) {
     measure_rows<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, scratch[thread],
                          statistics.at(p, b, h, q_begin));
   });
-  // Under a causal mask, the first chunks hold the most work.
+  // Under a causal mask, more queries see the first keys than the last ones, so the first chunks take longest. They
+  // start first.
   const Items order = plan.chunks > 1 ? Items::kInOrder : Items::kShared;
   const auto backward_of = [&](int64_t index, int thread) {
     const int64_t chunk = index / plan.groups;
@@ -499,7 +521,7 @@ void backward_with_policy(const AttentionParams& p) {
   }
   if (p.drelative_bias.data != nullptr) reduce_drelative<Lane>(p, plan, partials);
   if (p.dsinks.data != nullptr) {
-    // The heads come one after another, because a shared sink (stride 0) is summed over them.
+    // One thread loops over the heads, because heads that share a sink (stride 0) add to the same number.
     for (int64_t h = 0; h < p.num_heads; ++h) *row_of<Lane>(p.dsinks, 0, h, 0) = 0;
     for (int64_t h = 0; h < p.num_heads; ++h) compute_dsinks<Lane>(p, statistics, h);
   }

@@ -1,4 +1,4 @@
-// How backward cuts its work, and the memory that it works in.
+// How backward divides its work among threads, and the layout of its scratch memory.
 #pragma once
 #include <type_traits>
 
@@ -7,19 +7,21 @@
 namespace fused_attn::cpu {
 namespace {
 
-// Heads whose bias gradient is summed into the same slice form one group. One thread visits them in order. If there are
-// too few groups for the threads, the keys are cut into chunks as well.
+// How the (batch, kv head) pairs and the keys of a call are divided into work items. An item is one group of pairs and
+// one chunk of keys. Pairs that add to the same entries of the gradient of the bias form one group, because one thread
+// must add them up in order. Where there are fewer groups than threads, the keys are divided into chunks as well.
 struct BackwardPlan {
-  bool join_batches;  // a group holds all batch entries
-  bool join_heads;    // a group holds all kv heads
-  int64_t groups;
-  int64_t chunks;
-  int64_t chunk_keys;
-  int64_t slab_keys;
-  bool sums_dquery;     // dquery is summed over the slabs in the scratch, because the output cannot hold lanes
-  bool is_single_pass;  // each row is visited once, and nobody needs its statistics later
+  bool join_batches;    // a group consists of all batch entries, because they share the gradient of the bias
+  bool join_heads;      // a group consists of all kv heads, because they share the gradient of the bias
+  int64_t groups;       // the number of groups
+  int64_t chunks;       // the number of chunks, at least 1
+  int64_t chunk_keys;   // the number of keys of a chunk; the last chunk may have fewer
+  int64_t slab_keys;    // the number of keys of a slab; a chunk is processed slab by slab
+  bool sums_dquery;     // dquery is summed over the slabs in the scratch, because the output has fewer bits than lanes
+  bool is_single_pass;  // the second pass visits each row once, so it computes the row statistics itself
 };
 
+// Chooses the numbers of groups, chunks and slabs for one call.
 template <class Policy>
 BackwardPlan plan_backward(const AttentionParams& p) {
   using Lane = typename Policy::Lane;
@@ -28,11 +30,12 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   plan.join_batches = has_dbias && p.dbias.stride_batch == 0 && p.batch > 1;
   plan.join_heads = has_dbias && p.dbias.stride_head == 0 && p.num_heads > 1;
   plan.groups = (plan.join_batches ? 1 : p.batch) * (plan.join_heads ? 1 : p.num_kv_heads);
-  // There should be twice as many items as threads, so that the uneven chunks of a causal problem balance. A chunk has
+  // The plan aims at two items for each thread, because the chunks of a causal problem take unequal time. A chunk has
   // at least 128 keys.
   const int64_t wanted = plan.groups > 0 ? (2 * p.num_threads + plan.groups - 1) / plan.groups : 1;
   const int64_t possible = (p.seqlen_k + 127) / 128;
-  // Every chunk has a dquery of its own. Without a bound, a large problem would need several times its own memory.
+  // Every chunk has a partial dquery of its own. Without a bound on their size, a large problem would need several
+  // times the memory of its tensors.
   constexpr int64_t kPartialBytes = int64_t{256} << 20;
   const int64_t dquery_bytes = p.batch * p.num_heads * p.seqlen_q * p.head_dim * static_cast<int64_t>(sizeof(double));
   const int64_t affordable = dquery_bytes > 0 ? kPartialBytes / dquery_bytes : possible;
@@ -42,13 +45,13 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   plan.chunk_keys = round_up((p.seqlen_k + plan.chunks - 1) / plan.chunks, 64);
   if (plan.chunk_keys > 0) plan.chunks = (p.seqlen_k + plan.chunk_keys - 1) / plan.chunk_keys;
 
-  // dkey and dvalue of a slab take half of the second-level cache that most cores have.
+  // dkey and dvalue of a slab fill 512 KiB, half of the second-level cache of most cores.
   constexpr int64_t kSlabBytes = int64_t{512} << 10;
   const int64_t head_row = round_up(p.head_dim, kLanes<Lane>);
   const int64_t key_bytes = (head_row + round_up(p.value_dim, kLanes<Lane>)) * static_cast<int64_t>(sizeof(Lane));
   plan.slab_keys = key_bytes > 0 ? kSlabBytes / key_bytes / 64 * 64 : plan.chunk_keys;
-  // Sums over slabs need dquery in lanes. If the output has another type, this costs scratch: never more than slabs
-  // save.
+  // The sum of dquery over slabs needs the precision of lanes. If the output has a smaller type, the sum needs scratch
+  // memory. The plan uses slabs only if this scratch is not larger than the dkey and dvalue rows that slabs save.
   plan.sums_dquery = !kSame<typename Policy::Storage, Lane> && plan.chunks == 1 && p.dquery.data != nullptr;
   const int64_t sums_bytes = p.num_heads / p.num_kv_heads * p.seqlen_q * head_row * static_cast<int64_t>(sizeof(Lane));
   const bool is_worth_it = !plan.sums_dquery || sums_bytes <= (plan.chunk_keys - plan.slab_keys) * key_bytes;
@@ -60,15 +63,17 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   return plan;
 }
 
-// Partial sums. A second pass adds them up in a fixed order. Results depend on the number of chunks, and so on the
-// number of threads, but never on which thread did what.
+// Partial sums of the gradients that several work items add to. After all items, the sums are added up in a fixed
+// order. So results depend on the number of chunks, which depends on the number of threads, but results do not depend
+// on which thread processes which item.
 template <class Lane>
 struct BackwardPartials {
   Lane* dquery = nullptr;          // [chunk][batch][head][seqlen_q][row_dquery], if there is more than one chunk
-  Lane* drelative_bias = nullptr;  // [chunk][batch][head][relative_row], reversed like RelativeBias
-  int64_t row_dquery = 0;
-  int64_t row_relative = 0;
+  Lane* drelative_bias = nullptr;  // [chunk][batch][head][row_relative], reversed like RelativeBias
+  int64_t row_dquery = 0;          // the number of lanes of a row of dquery
+  int64_t row_relative = 0;        // the number of lanes of a row of drelative_bias
 
+  // Takes the memory of the partial sums out of the arena.
   void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
     const int64_t heads = plan.chunks * p.batch * p.num_heads;
     row_dquery = round_up(p.head_dim, kLanes<Lane>);
@@ -78,19 +83,21 @@ struct BackwardPartials {
   }
 };
 
+// The index of a head in the partial sums, which are [chunk][batch][head].
 FA_INLINE int64_t head_index(const AttentionParams& p, int64_t chunk, int64_t b, int64_t h) {
   return (chunk * p.batch + b) * p.num_heads + h;
 }
 
-// What the tiles need of the rows: [batch][head][seqlen_q, padded to vectors]. An item's scratch has them for one
-// block.
+// What backward needs of each query besides the rows of query and dout: arrays [batch][head][seqlen_q, padded to
+// vectors]. In a single pass, the scratch holds these arrays for one block of queries only.
 template <class Lane>
 struct RowStatistics {
-  Lane* lse;         // +inf for rows that are empty or do not exist: their probs are then zero
-  Lane* correction;  // -log2 of the sum that exp(scores - lse) really gives
+  Lane* lse;         // +inf for rows that see no key or do not exist, so that their probs are zero
+  Lane* correction;  // makes up for the rounding of lse: -log2 of the sum of exp(scores - lse) over the keys
   Lane* delta;       // rowsum(dout * out)
-  Lane* dlse;        // the gradient by the lse; delta - dlse would be rounded, so both are stored
+  Lane* dlse;        // the gradient by lse; stored apart from delta, because the difference of both would be rounded
 
+  // Takes the memory of the four arrays, for `rows` queries each, out of the arena.
   void layout(Arena& arena, int64_t rows) {
     lse = arena.take<Lane>(rows);
     correction = arena.take<Lane>(rows);
@@ -98,40 +105,44 @@ struct RowStatistics {
     dlse = arena.take<Lane>(rows);
   }
 
+  // Entries of one head: its queries, padded to whole vectors.
   static int64_t rows_of_head(const AttentionParams& p) { return round_up(p.seqlen_q, kLanes<Lane>); }
 
-  // The statistics of the queries from `i` on.
+  // The statistics of head (b, h), from query i on.
   RowStatistics at(const AttentionParams& p, int64_t b, int64_t h, int64_t i) const {
     const int64_t row = (b * p.num_heads + h) * rows_of_head(p) + i;
     return {lse + row, correction + row, delta + row, dlse + row};
   }
 };
 
+// The memory in which one thread processes its work items.
 template <class Policy>
 struct BackwardScratch {
   using Lane = typename Policy::Lane;
-  // The type of what a product over queries broadcasts: whole lanes, or bfloat16, of which two neighbours form a lane.
+  // The type of the factors that a sum over queries broadcasts: lanes, or bfloat16, of which two neighbours form a
+  // lane.
   using Coefficient = std::conditional_t<Policy::kPerLane == 1, Lane, BFloat16>;
 
   KeyScratch<Policy> key;
-  const char** value_rows;
-  Lane* value_lanes;
-  SummedRows<Policy> summed_key;
-  Lane* query;           // columns [head lanes][kBlockQ]
-  Lane* dout;            // columns [value lanes][kBlockQ]
-  Lane* query_rows;      // [query (pair)][head_dim, padded]; unused where memory already holds such rows
-  Lane* dout_rows;       // [query (pair)][value_dim, padded]
-  Coefficient* probs;    // probs^T [key of the block][kBlockQ], after dropout
-  Coefficient* dscores;  // dscores^T [key of the block][kBlockQ], of the scores before softcap
-  Lane* dscore_pairs;    // dscores^T in pairs of keys [pair][kBlockQ]; dscores itself when lanes hold single elements
-  Lane* dbias;           // dscores^T [key of the block][kBlockQ], of the scores after softcap
-  Lane* dquery;          // dquery^T [head_dim, padded][kBlockQ]
-  Lane*
-      dquery_rows;  // [query of the item's heads][head_dim, padded], where dquery is summed if memory cannot hold lanes
-  Lane* dkey;       // [key of the slab, and one row that absorbs the padding of a tile][head_dim, padded]
-  Lane* dvalue;     // [key of the slab + 1][value_dim, padded]
-  Lane* out;        // columns [value lanes][kBlockQ]
-  RowStatistics<Lane> statistics;  // the statistics of the block, in a single pass
+  const char** value_rows;        // the value rows of the block's keys
+  Lane* value_lanes;              // the values as lanes, if they have to be converted
+  SummedRows<Policy> summed_key;  // the keys in the form that the sum over keys reads, which gives dquery
+  Lane* query;                    // query^T [lanes of head_dim][kBlockQ]
+  Lane* dout;                     // dout^T [lanes of value_dim][kBlockQ]
+  Lane* query_rows;               // [query or pair of queries][head_dim, padded]; not used where memory holds lanes
+  Lane* dout_rows;                // [query or pair of queries][value_dim, padded]
+  Coefficient* probs;             // probs^T [key of the block][kBlockQ], after dropout
+  Coefficient* dscores;           // dscores^T [key of the block][kBlockQ], of the scores before softcap
+  Lane* dscore_pairs;  // dscores^T [pair of keys][kBlockQ]; the same memory as dscores if a lane holds one element
+  Lane* dbias;         // dscores^T [key of the block][kBlockQ], of the scores after softcap
+  Lane* dquery;        // dquery^T [head_dim, padded][kBlockQ]
+  Lane* dquery_rows;   // [query of the heads of a kv head][head_dim, padded]; the sum over slabs, if plan.sums_dquery
+  Lane* dkey;          // [key of the slab, and one spare row that nobody reads][head_dim, padded]
+  Lane* dvalue;        // [key of the slab, and one spare row that nobody reads][value_dim, padded]
+  Lane* out;           // out^T [lanes of value_dim][kBlockQ]
+  RowStatistics<Lane> statistics;  // the statistics of one block of queries, in a single pass
+
+  // Takes the memory of all arrays out of the arena.
 
   void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
     constexpr int n = kLanes<Lane>;
@@ -168,7 +179,7 @@ struct BackwardScratch {
   }
 };
 
-// Rows that lie `stride` elements of T apart.
+// A matrix of elements T whose rows begin `stride` elements apart.
 template <class T>
 struct Rows {
   T* data;

@@ -1,12 +1,13 @@
-// The gradients of the dense and of the relative bias, from dscores of a block of keys.
+// The gradients of the dense bias and of the relative bias, which are sums of dscores.
 #pragma once
 #include "backward_plan.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Adds the block's dscores (tile[key][query]) to the gradient of the bias, summed over the dimensions whose stride is
-// 0.
+// Adds dscores of a block of keys, tile[key][query], to the gradient of the dense bias of head (b, h). A dimension in
+// which the bias is broadcast has stride 0 in `view`, so the function sums over it. The four branches: all keys share
+// an entry, all queries share an entry, entries of neighbouring keys are neighbours in memory, and any other strides.
 template <class Lane>
 FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
                                   const KeyBlock& keys, const Lane* tile) {
@@ -17,7 +18,7 @@ FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, 
     for (int q = 0; q < nq; q += n) {
       Vec<Lane> sum = {};
       for (int k = 0; k < keys.count; ++k) sum += load<Lane>(tile + k * kBlockQ + q);
-      total += sum;  // lanes beyond nq hold zeros
+      total += sum;  // clear_beyond has set the lanes of queries from nq on to zero
       for (int i = 0; view.stride_row != 0 && i < n && q + i < nq; ++i) base[(q + i) * view.stride_row] += sum[i];
     }
     if (view.stride_row == 0) *base += sum_lanes<Lane>(total);
@@ -59,7 +60,9 @@ FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, 
   }
 }
 
-// Adds the block's dscores to the gradient of the reversed relative bias. A key adds to 64 neighbouring entries.
+// Adds dscores of a block of keys, tile[key][query], to the gradient of the relative bias, which is stored reversed
+// (RelativeBias). `relative` points to the entry of the block's first query and key 0. So the dscores of one key and 64
+// neighbouring queries are added to 64 neighbouring entries, as whole vectors.
 template <class Lane>
 FA_NOINLINE void accumulate_drelative(const KeyBlock& keys, int vectors, const Lane* tile, Lane* relative) {
   constexpr int n = kLanes<Lane>;
@@ -71,7 +74,8 @@ FA_NOINLINE void accumulate_drelative(const KeyBlock& keys, int vectors, const L
   }
 }
 
-// Zeros the vectors that the range of a tile does not cover, because whole rows of the tile will be read.
+// Sets the vectors of queries outside of `range` to zero, in the rows of the tile of keys that begins at key k. The
+// tile computed dscores only for the vectors inside of `range`, but accumulate_dbias reads whole rows.
 template <class Lane>
 FA_INLINE void clear_outside(Lane* tile, int k, VectorRange range, int vectors) {
   constexpr int n = kLanes<Lane>;
@@ -81,8 +85,8 @@ FA_INLINE void clear_outside(Lane* tile, int k, VectorRange range, int vectors) 
   }
 }
 
-// Zeros the lanes of queries that do not exist. An infinite key makes them NaN, and sums over queries read whole
-// vectors.
+// Sets the lanes of queries from nq on, which do not exist, to zero. A key with an infinite element makes these lanes
+// NaN, and the sums over queries in accumulate_dbias add up whole vectors.
 template <class Lane>
 FA_INLINE void clear_beyond(Lane* tile, int keys, int nq) {
   const int end = static_cast<int>(round_up(nq, kLanes<Lane>));
@@ -92,7 +96,7 @@ FA_INLINE void clear_beyond(Lane* tile, int keys, int nq) {
   }
 }
 
-// Zeros the columns of the chunk in the bias gradients of (b, h).
+// Sets the columns [key_begin, key_end) of the gradient of the dense bias of head (b, h) to zero.
 template <class Lane>
 FA_NOINLINE void clear_dbias(const AttentionParams& p, int64_t b, int64_t h, int64_t key_begin, int64_t key_end) {
   const int64_t rows = p.dbias.stride_row == 0 ? 1 : p.seqlen_q;
@@ -106,8 +110,8 @@ FA_NOINLINE void clear_dbias(const AttentionParams& p, int64_t b, int64_t h, int
   }
 }
 
-// Sums the partial gradients of the relative bias over chunks and batch entries, in order. If heads share the bias,
-// sums over them, too.
+// The gradient of the relative bias = the sum of its partial sums over chunks and batch entries, and over heads if they
+// share one bias (stride 0). The order of the sum is fixed, so that results repeat.
 template <class Lane>
 void reduce_drelative(const AttentionParams& p, const BackwardPlan& plan, const BackwardPartials<Lane>& partials) {
   const int64_t columns = relative_columns(p);

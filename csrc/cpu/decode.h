@@ -1,12 +1,13 @@
-// The forward kernel for few queries ("decoding" against a cache of keys), where a vector of queries would be nearly
-// empty. Here lanes are the dimension that a row of memory holds, so each key and value is loaded as whole vectors:
+// The forward kernel for few queries, as in decoding against a cache of keys. The other kernel (query_blocks.h) puts
+// one query into each lane, so with few queries most lanes would be empty. Here the lanes of a vector are columns of a
+// row of key or value, so each row is loaded as whole vectors:
 //
 //   scores[key] = sum over d of key[key][d] * query[d]     a vector of keys at a time, each with an accumulator
 //   out[d]      = sum over keys of exp(scores[key] - row_max) * value[key][d]
 //
-// A work item is a split of the keys, for the query rows that share these keys: the rows of one kv head. A second pass
-// merges the splits. The number of splits depends on the shapes alone, so results do not depend on the number of
-// threads.
+// A work item is one split of the keys of a kv head, together with all queries that attend to this kv head. A second
+// pass merges the results of the splits. The number of splits depends on the shapes alone, so results do not depend on
+// the number of threads.
 #pragma once
 #include <memory>
 
@@ -16,24 +17,26 @@
 namespace fused_attn::cpu {
 namespace {
 
+// How the heads and keys of a call are divided into work items. An item is one group of query heads and one split.
 struct DecodePlan {
   static constexpr int64_t kMaxSplits = 64;
 
-  int64_t heads;   // query heads of an item: those of a kv head, or one head if each has a mask of its own
-  int64_t groups;  // how many groups of heads there are, over the batch
-  int64_t splits;  // into how many splits the keys are cut
-  int64_t keys_per_split;
-  int64_t value_row;  // lanes of a partial output
+  int64_t heads;           // query heads of a group: those of one kv head, or 1 if each head has its own mask
+  int64_t groups;          // the number of groups in the whole batch
+  int64_t splits;          // the number of splits into which the keys of a head are divided
+  int64_t keys_per_split;  // the number of keys of a split; the last one may have fewer
+  int64_t value_row;       // lanes of a row of DecodePartials::acc: value_dim, padded to whole vectors
 
-  // The row of the partial results, which are [split][batch][head][query].
+  // The index of a row in DecodePartials, whose arrays are [split][batch][head][query].
   int64_t row(const AttentionParams& p, int64_t split, int64_t b, int64_t h, int64_t i) const {
     return ((split * p.batch + b) * p.num_heads + h) * p.seqlen_q + i;
   }
 };
 
+// Chooses the number of groups and splits for one call.
 template <class Lane>
 DecodePlan plan_decode(const AttentionParams& p) {
-  // There should be enough items for many threads, and enough keys in each item that its start does not matter.
+  // Many items keep many threads busy. But each item takes time to start, which is small only beside this many keys.
   constexpr int64_t kLeastKeys = 512;
   DecodePlan plan;
   const bool own_masks = p.mask.data != nullptr && p.mask.stride_head != 0;
@@ -48,13 +51,15 @@ DecodePlan plan_decode(const AttentionParams& p) {
   return plan;
 }
 
-// The partial result of each row for each split: the output before the division, and the maximum and sum of the row.
+// The softmax of each row over the keys of one split: unnormalised output, maximum and sum. The second pass merges
+// them.
 template <class Lane>
 struct DecodePartials {
-  Lane* acc;      // [row][value_row]
-  Lane* row_max;  // the largest logit
-  Lane* row_sum;  // the sum of exp(logit - row_max); 0 if the row sees none of the keys
+  Lane* acc;      // [row][value_row]: the sum of exp(logit - row_max) * value
+  Lane* row_max;  // the largest logit of the row in the split
+  Lane* row_sum;  // the sum of exp(logit - row_max); 0 if the row sees no key of the split
 
+  // Takes the memory of the three arrays out of the arena.
   void layout(Arena& arena, const AttentionParams& p, const DecodePlan& plan) {
     const int64_t rows = plan.row(p, plan.splits, 0, 0, 0);
     acc = arena.take<Lane>(rows * plan.value_row);
@@ -63,19 +68,21 @@ struct DecodePartials {
   }
 };
 
+// The memory in which one thread processes its work items.
 template <class Policy>
 struct DecodeScratch {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
-  static constexpr int64_t kRows = kBlockK + kLanes<Lane>;  // a vector of keys may reach beyond the block
+  static constexpr int64_t kRows = kBlockK + kLanes<Lane>;  // keys are processed in whole vectors, so spare rows
 
-  KeyBlock* keys;
-  const Storage** key_rows;
-  const Storage** value_rows;
-  Lane* query;   // [row][head lanes, padded]
-  Lane* scores;  // [key of the block], then their exponentials
-  Vec<Lane>* row_sum;
+  KeyBlock* keys;              // the current block of keys
+  const Storage** key_rows;    // [key of the block]: the address of its row
+  const Storage** value_rows;  // [key of the block]: the address of its row
+  Lane* query;                 // [row][lanes of head_dim, padded]
+  Lane* scores;                // [key of the block]: the logits of one row, which their exponentials overwrite
+  Vec<Lane>* row_sum;          // [row]: the sum of exponentials; its lanes are added up at the end
 
+  // Takes the memory of all arrays out of the arena.
   void layout(Arena& arena, const AttentionParams& p, const DecodePlan& plan) {
     const int64_t rows = plan.heads * p.seqlen_q;
     keys = arena.take<KeyBlock>(1);
@@ -87,19 +94,22 @@ struct DecodeScratch {
   }
 };
 
-// How many rows ahead the kernel prefetches. The prefetcher of the hardware starts anew at every switch between keys
-// and values. A cache in main memory then comes at 19 GB/s. With 128 rows ahead it comes at 28 GB/s, of 32 that are
-// possible; 32 and 64 rows are too late. What lies in the third-level cache takes 5-10 % longer with the prefetch.
+// The distance of the software prefetch, in rows. The hardware prefetcher restarts whenever the kernel switches between
+// keys and values, so without a software prefetch the kernel reads main memory at 19 GB/s. With a distance of 128 rows
+// it reads at 28 GB/s, where 32 GB/s are possible. Distances of 32 and 64 rows are too short. The cost: if keys and
+// values are in the third-level cache, the kernel takes 5-10 % longer.
 constexpr int64_t kRowsAhead = 128;
 
-// Reads nothing, so that any address is allowed.
+// Prefetches what is `bytes_ahead` behind an address. A prefetch never faults, so the result may be an invalid address.
+// The addition is done on integers, because a pointer must not leave its allocation.
 FA_INLINE void prefetch(const void* address, int64_t bytes_ahead) {
   __builtin_prefetch(
       reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(bytes_ahead)), 0, 2);
 }
 
-// Dot products of a query with the keys of a block, kLanes of them at a time. Prefetches the row that lies `ahead`
-// bytes further on, if kPrefetch.
+// scores[k] = scale * (query . key k), for the `count` keys of a block, rounded up to whole vectors. kLanes keys are
+// processed at a time, each with an accumulator of its own. If kPrefetch, also prefetches the rows `ahead` bytes behind
+// those of the keys.
 template <class Policy, bool kPrefetch>
 FA_NOINLINE void multiply_keys(const typename Policy::Lane* query, const typename Policy::Storage* const* key_rows,
                                int count, int head_dim, typename Policy::Lane scale, int64_t ahead,
@@ -130,7 +140,7 @@ FA_NOINLINE void multiply_keys(const typename Policy::Lane* query, const typenam
   }
 }
 
-// scores[k] += what the bias view holds for the block's keys.
+// scores[k] += row[index of key k * stride_col]: adds one row of a bias to the scores of a block of keys.
 template <class Lane, class Storage>
 FA_NOINLINE void add_bias(const Storage* row, int64_t stride_col, const KeyBlock& keys, Lane* scores) {
   constexpr int n = kLanes<Lane>;
@@ -142,7 +152,8 @@ FA_NOINLINE void add_bias(const Storage* row, int64_t stride_col, const KeyBlock
   for (; k < keys.count; ++k) scores[k] += load_scalar<Lane>(row + keys.index[k] * stride_col);
 }
 
-// Logits of query i of head h. They are -inf where a key is hidden from the query, and behind the last key.
+// Writes the logits of query i of head h for the current block of keys to s.scores. The logit of a key that the query
+// does not see is -inf, and so are the entries behind the last key, up to a whole vector.
 template <class Policy, bool kPrefetch>
 void decode_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const typename Policy::Lane* query,
                    const DecodeScratch<Policy>& s) {
@@ -175,8 +186,9 @@ void decode_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t i, co
   for (int k = keys.count; k < end; ++k) s.scores[k] = hidden;
 }
 
-// Raises row_max, replaces the logits by exp(logit - row_max), and adds them to row_sum. Returns the factor by which
-// earlier sums must be multiplied.
+// One step of the online softmax of a row: raises row_max to the largest of the logits in `scores`, replaces the logits
+// by exp(logit - row_max), and adds these to row_sum. Returns the factor by which the caller must multiply sums of
+// earlier blocks, because they were made with the old row_max.
 template <class Policy>
 FA_INLINE typename Policy::Lane decode_softmax(int count, typename Policy::Lane* scores, typename Policy::Lane& row_max,
                                                Vec<typename Policy::Lane>& row_sum) {
@@ -199,15 +211,16 @@ FA_INLINE typename Policy::Lane decode_softmax(int count, typename Policy::Lane*
   return rescale[0];
 }
 
-// acc[c] = acc[c] * rescale + sum over keys of probs[key] * value_rows[key][c], for kColumns vectors of columns. `dim`
-// elements of them exist. Prefetches the row that lies `ahead` bytes further on, if kPrefetch.
+// acc[c] = acc[c] * rescale + sum over keys of probs[key] * value_rows[key][first + c], for kColumns vectors of
+// columns. `dim` of these columns exist; kWhole means that all of them do. If kPrefetch, also prefetches the rows
+// `ahead` bytes behind those of the values.
 template <class Policy, bool kPrefetch, int kColumns, bool kWhole>
 FA_INLINE void sum_values_tile(const typename Policy::Storage* const* value_rows, int64_t first,
                                const typename Policy::Lane* probs, int count, int dim, int64_t ahead,
                                typename Policy::Lane rescale, typename Policy::Lane* acc) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
-  constexpr int kKeys = 4;  // side by side, to hide the latency of the multiply-add
+  constexpr int kKeys = 4;  // independent sums, because a multiply-add that waits for the one before it would be slow
   Vec<Lane> sum[kKeys][kColumns] = {};
   const auto add_key = [&](int j, Vec<Lane>(&target)[kColumns]) {
     const typename Policy::Storage* row = value_rows[j] + first;
@@ -231,6 +244,7 @@ FA_INLINE void sum_values_tile(const typename Policy::Storage* const* value_rows
   }
 }
 
+// sum_values_tile for all value_dim columns: adds the values of a block of keys, multiplied by probs, to acc.
 template <class Policy, bool kPrefetch>
 FA_NOINLINE void sum_values(const typename Policy::Storage* const* value_rows, const typename Policy::Lane* probs,
                             int count, int value_dim, int64_t ahead, typename Policy::Lane rescale,
@@ -250,7 +264,8 @@ FA_NOINLINE void sum_values(const typename Policy::Storage* const* value_rows, c
     sum_values_tile<Policy, kPrefetch, 1, false>(value_rows, d, probs, count, value_dim - d, ahead, rescale, acc + d);
 }
 
-// The rows of one group of heads against one split of the keys.
+// Processes one work item: attention of all queries of a group of heads over the keys of one split. Writes the result
+// to `partials`.
 template <class Policy>
 void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKeys* valid_keys, int64_t group,
                  int64_t split, const DecodeScratch<Policy>& s, const DecodePartials<typename Policy::Lane>& partials) {
@@ -300,7 +315,7 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
       sum_values<Policy, kPrefetch>(s.value_rows, s.scores, keys.count, static_cast<int>(p.value_dim), values_ahead,
                                     rescale, partials.acc + row * plan.value_row);
     };
-    visit(0, Constant<1>{});  // the first row prefetches what the others will find in the cache
+    visit(0, Constant<1>{});  // only the first row prefetches, because all rows of the group read the same keys
     for (int64_t r = 1; r < plan.heads * nq; ++r) visit(r, Constant<0>{});
   }
   for (int64_t r = 0; r < plan.heads * nq; ++r) {
@@ -308,7 +323,7 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
   }
 }
 
-// Sums the splits of one row and writes its output.
+// Computes the output of query i of head h from the partial results of all splits, and writes it.
 template <class Policy>
 void merge_splits(const AttentionParams& p, const DecodePlan& plan,
                   const DecodePartials<typename Policy::Lane>& partials, int64_t b, int64_t h, int64_t i) {
@@ -329,11 +344,11 @@ void merge_splits(const AttentionParams& p, const DecodePlan& plan,
     factors[split] = natural_exp(partials.row_max[row] - keys_max);
     total += partials.row_sum[row] * factors[split];
   }
-  // A row that sees no key gives 0, whatever the sink is. NaN is not 0.
+  // A row that sees no key has the output 0, even if there is a sink. A total of NaN is not 0, so its row becomes NaN.
   const bool empty = total == 0;
   Lane keys_share = 1;
   if (p.sinks.data != nullptr) {
-    // The sink is part of the denominator alone.
+    // The sink is added to the denominator only. The maximum, the sink included, is subtracted before each exponential.
     const Lane sink = *row_of<const Lane>(p.sinks, 0, h, 0);
     const Lane reference = sink > keys_max ? sink : keys_max;
     keys_share = natural_exp(keys_max - reference);
@@ -350,6 +365,7 @@ void merge_splits(const AttentionParams& p, const DecodePlan& plan,
   }
 }
 
+// Forward for few queries: processes all work items, then merges the splits of each row.
 template <class Policy>
 void forward_split_keys(const AttentionParams& p) {
   using Lane = typename Policy::Lane;

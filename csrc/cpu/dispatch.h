@@ -1,4 +1,4 @@
-// Chooses, at run time, among the instruction sets that the CPU kernels were compiled for.
+// Chooses at run time which compiled copy of the CPU kernels runs. There is one copy for each instruction set.
 #pragma once
 #include <string>
 #include <vector>
@@ -7,13 +7,13 @@
 
 namespace fused_attn::cpu {
 
-std::vector<std::string> compiled_isas();  // smallest first
-std::vector<std::string> runnable_isas();  // those of them that this machine can execute, best last
+std::vector<std::string> compiled_isas();  // the instruction sets of this build, from the slowest to the fastest
+std::vector<std::string> runnable_isas();  // those of compiled_isas() that this machine can run, in the same order
 
-// The kernels in use: the best runnable ones, unless select_isa chose others.
+// The kernels in use: those of the fastest runnable instruction set, unless select_isa chose another one.
 const Kernels& kernels();
 
-// Returns false if this machine cannot run `isa`. The choice then stays as it was.
+// Makes kernels() return those of `isa`. Returns false, and changes nothing, if this machine cannot run them.
 bool select_isa(const std::string& isa);
 
 }  // namespace fused_attn::cpu

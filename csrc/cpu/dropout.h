@@ -1,4 +1,4 @@
-// Dropout decisions for a block of keys, 64 queries at a time.
+// Which entries of the scores survive dropout, for a block of keys and 64 queries.
 #pragma once
 #include "../common/philox.h"
 #include "key_blocks.h"
@@ -6,8 +6,9 @@
 namespace fused_attn::cpu {
 namespace {
 
-// The four words of one Philox call for 64 queries: those of keys 4 * group .. 4 * group + 3. These are plain loops,
-// because the compiler vectorises their widening multiplications well, and the vector extensions cannot express them.
+// philox() of philox.h for 64 queries at once: words[k][q] is the random word of query q_begin + q and key 4 * group +
+// k. The function consists of plain loops, because compilers vectorise the multiplication of 32 bits to 64 bits well,
+// while the vector extensions cannot express it.
 FA_NOINLINE void philox_rows(uint64_t seed, uint32_t batch, uint32_t head, uint32_t q_begin, uint32_t group,
                              uint32_t (&words)[4][kBlockQ]) {
   uint32_t k0 = static_cast<uint32_t>(seed);
@@ -32,7 +33,8 @@ FA_NOINLINE void philox_rows(uint64_t seed, uint32_t batch, uint32_t head, uint3
   }
 }
 
-// dropout_keep[key][query] = -1 or 0 for the valid keys of a block.
+// dropout_keep[key][query] = -1 (all bits set) if dropout keeps the entry, otherwise 0, for the keys of a block. Keys
+// come in ascending order, so one call of philox_rows serves up to four keys.
 template <class Int>
 FA_NOINLINE void make_dropout_keep(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin,
                                    const KeyBlock& keys, Int* dropout_keep) {

@@ -1,4 +1,4 @@
-// Element types in memory, and their conversion to lanes.
+// The types of elements in memory, and their conversion to lanes (float or double) and back.
 #pragma once
 #include "vec.h"
 
@@ -13,29 +13,33 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Whether two types are the same, as std::is_same.
 template <class A, class B>
 constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
-// A HalfVec has as many 16-bit elements as a vector has float lanes.
+// As many 16-bit elements as a vector has float lanes. So one HalfVec is converted to one Vec<float>.
 typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
 
+// Converts 16-bit elements to float. The pointer is not read: its type selects the conversion.
 FA_INLINE Vec<float> widen(HalfVec h, BFloat16*) {
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(h, WordVec) << 16);
 }
 
+// Converts float16 to float, exactly, denormals, infinity and NaN included.
 FA_INLINE Vec<float> widen(HalfVec h, Float16*) {
-  // Masked intrinsics with a full mask, because GCC 12 warns about an undefined operand inside the plain ones.
+  // The intrinsic has a mask, which selects all lanes, because GCC 12 warns about an undefined operand in the intrinsic
+  // without one.
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(h)));
 #elif defined(__F16C__)
   return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(h)));
 #else
   const WordVec w = __builtin_convertvector(h, WordVec);
-  // Read as a float, the magnitude is 2^-112 times its value, also for denormals. Infinity and NaN need their exponent
-  // back.
+  // The bits of a float16 magnitude, shifted and read as a float, give the value times 2^-112, also for denormals. The
+  // exponent of infinity and NaN has to be set to that of a float.
   const WordVec magnitude = (w & 0x7fffu) << 13;
   const WordVec scaled = reinterpret_cast<WordVec>(reinterpret_cast<Vec<float>>(magnitude) * 0x1p112f);
   const WordVec special = reinterpret_cast<WordVec>(magnitude >= 0x0f800000u);
@@ -44,18 +48,20 @@ FA_INLINE Vec<float> widen(HalfVec h, Float16*) {
 #endif
 }
 
+// Rounds floats to 16-bit elements, to nearest, ties to even. The pointer is not read: its type selects the conversion.
 FA_INLINE HalfVec narrow(Vec<float> v, BFloat16*) {
 #if defined(__AVX512BF16__)
   return reinterpret_cast<HalfVec>(
-      _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));  // this turns denormals into zero, too
+      _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));  // this instruction turns denormals into zero
 #else
   const WordVec w = reinterpret_cast<WordVec>(v);
-  const WordVec rounded = w + 0x7fffu + ((w >> 16) & 1u);  // to nearest, ties to even
+  const WordVec rounded = w + 0x7fffu + ((w >> 16) & 1u);  // the last bit that stays decides ties
   const WordVec is_nan = reinterpret_cast<WordVec>(v != v);
   return __builtin_convertvector(((is_nan & (w | 0x00400000u)) | (~is_nan & rounded)) >> 16, HalfVec);
 #endif
 }
 
+// Rounds floats to float16, to nearest, ties to even, denormals, infinity and NaN included.
 FA_INLINE HalfVec narrow(Vec<float> v, Float16*) {
 #if defined(__AVX512F__)
   return reinterpret_cast<HalfVec>(
@@ -66,8 +72,9 @@ FA_INLINE HalfVec narrow(Vec<float> v, Float16*) {
   const WordVec w = reinterpret_cast<WordVec>(v);
   const WordVec sign = (w >> 16) & 0x8000u;
   const WordVec magnitude = w & 0x7fffffffu;
-  // The two products overflow to infinity what float16 cannot hold. Adding a power of two 2^13 float units above the
-  // value (at least the smallest that float16's denormals need) then rounds to the 10 bits that stay.
+  // The two products become infinite if float16 cannot represent the value. The sum below rounds the value to the 10
+  // bits of a float16 mantissa: it adds a power of two that is so much larger than the value that the 13 lowest bits of
+  // the float do not fit any more. For denormals of float16, this power of two has a lower bound.
   const Vec<float> scaled = (reinterpret_cast<Vec<float>>(magnitude) * 0x1p112f) * 0x1p-110f;
   WordVec exponent = (w + w) & 0xff000000u;
   exponent = (exponent < 0x71000000u) ? exponent - exponent + 0x71000000u : exponent;
@@ -78,8 +85,9 @@ FA_INLINE HalfVec narrow(Vec<float> v, Float16*) {
 #endif
 }
 
-// Loads the first n < kLanes elements at p; the other lanes are zero. Nothing behind the elements is read. A copy to
-// the stack and back costs ten times as much as a load, so instruction sets that have masked loads use them.
+// Loads n < kLanes elements at p. The other lanes are zero. The function does not read memory behind the n elements,
+// which may not exist. Instruction sets with masked loads use those, because a copy to the stack and back takes ten
+// times as long.
 FA_INLINE Vec<float> load_first(const float* p, int n) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p));
@@ -93,6 +101,7 @@ FA_INLINE Vec<float> load_first(const float* p, int n) {
 #endif
 }
 
+// The same for double.
 FA_INLINE Vec<double> load_first(const double* p, int n) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p));
@@ -106,6 +115,7 @@ FA_INLINE Vec<double> load_first(const double* p, int n) {
 #endif
 }
 
+// The same for 16-bit elements.
 FA_INLINE HalfVec load_first(const uint16_t* p, int n) {
 #if defined(__AVX512F__)
   return reinterpret_cast<HalfVec>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
@@ -116,7 +126,7 @@ FA_INLINE HalfVec load_first(const uint16_t* p, int n) {
 #endif
 }
 
-// Loads `n` elements at p as lanes; the other lanes are zero. n may be kLanes<Lane> or more.
+// Loads the first min(n, kLanes) elements at p and converts them to lanes. The other lanes are zero.
 template <class Lane, class Storage>
 FA_INLINE Vec<Lane> load_as(const Storage* p, int n = kLanes<Lane>) {
   constexpr int kFull = kLanes<Lane>;
@@ -133,6 +143,7 @@ FA_INLINE Vec<Lane> load_as(const Storage* p, int n = kLanes<Lane>) {
   }
 }
 
+// Converts lanes to elements and stores the first min(n, kLanes) of them at p.
 template <class Lane, class Storage>
 FA_INLINE void store_as(Storage* p, Vec<Lane> v, int n = kLanes<Lane>) {
   constexpr int kFull = kLanes<Lane>;
@@ -148,6 +159,7 @@ FA_INLINE void store_as(Storage* p, Vec<Lane> v, int n = kLanes<Lane>) {
   }
 }
 
+// Loads one element at p as the type of a lane.
 template <class Lane, class Storage>
 FA_INLINE Lane load_scalar(const Storage* p) {
   if constexpr (kSame<Lane, Storage>) {

@@ -1,4 +1,4 @@
-// The entry of every forward: blocks of queries, or few queries against many keys.
+// Chooses between the two forward kernels: query_blocks.h for many queries, decode.h for few queries and many keys.
 #pragma once
 #include "decode.h"
 #include "query_blocks.h"
@@ -6,24 +6,27 @@
 namespace fused_attn::cpu {
 namespace {
 
-// The largest number of queries. At head dim 64 and 128, in float32 and bfloat16, 6 queries take 0.6-0.8 of the time of
-// query_blocks.h, and 8 queries take as long.
+// The largest number of queries for which decode.h is used. At head dim 64 and 128, in float32 and bfloat16, decode.h
+// takes 0.6-0.8 of the time of query_blocks.h for 6 queries, and as long as query_blocks.h for 8 queries.
 constexpr int64_t kDecodeQueries = 6;
 
-// Whether decode.h is the faster way. It is not used where an lse is wanted, because then a backward pass may follow.
-// Backward computes the scores as query_blocks.h does. Other scores would differ by rounding, and dquery would multiply
-// the difference by the mean of the keys.
+// Whether decode.h computes this call. decode.h must be faster, and the caller must not want lse. A call that wants lse
+// may be followed by backward, which computes the scores in the same order as query_blocks.h. The scores of decode.h
+// would differ from those by rounding, and this difference, multiplied by the mean of the keys, would be an error of
+// dquery.
 template <class Policy>
 bool is_decoding(const AttentionParams& p) {
   if (p.seqlen_q > kDecodeQueries || p.has_dropout || p.lse.data != nullptr) return false;
-  // Instructions for each key. decode.h takes, for each row, a load and a multiply-add for each vector, and some for
-  // the sum over its lanes. query_blocks.h takes a multiply-add, and a quarter of a load, for each element.
+  // Compares the instructions for one key. For each query, decode.h needs a load and a multiply-add for each vector of
+  // the row, and the instructions of about 4 vectors for the sum over lanes. query_blocks.h needs a multiply-add and a
+  // quarter of a load for each element of the row.
   constexpr int64_t n = kLanes<typename Policy::Lane>;
   const int64_t vectors =
       round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), n) / n + round_up(p.value_dim, n) / n;
   return 4 * p.seqlen_q * (vectors + 4) <= 3 * (p.head_dim + p.value_dim);
 }
 
+// Computes out and lse of one call.
 template <class Policy>
 void forward_with_policy(const AttentionParams& p) {
   if (is_decoding<Policy>(p)) {

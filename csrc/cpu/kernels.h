@@ -1,12 +1,13 @@
-// The CPU kernels of one instruction set, as a table that cpu/dispatch.cpp chooses from at run time.
+// The table of the CPU kernels of one instruction set. cpu/dispatch.cpp chooses one of these tables at run time.
 #pragma once
 #include "../common/attention_params.h"
 
 namespace fused_attn::cpu {
 
-// out = attention(x . in_weight^T + in_bias) . out_weight^T + out_bias. All tensors are contiguous.
+// The arguments of a whole self-attention module: out = attention(x . in_weight^T + in_bias) . out_weight^T + out_bias.
+// All tensors are contiguous.
 struct SelfAttentionParams {
-  AttentionParams attention;         // without tensors; seqlen_k = seqlen_q = L, value_dim = head_dim = D
+  AttentionParams attention;         // only key_padding is a tensor; seqlen_k = seqlen_q = L, value_dim = head_dim = D
   int64_t features = 0;              // E
   const void* x = nullptr;           // (B, L, E)
   const void* in_weight = nullptr;   // ((H + 2 Hkv) D, E): the rows of all query heads, then those of key and of value
@@ -17,7 +18,7 @@ struct SelfAttentionParams {
 };
 
 struct Kernels {
-  const char* isa;
+  const char* isa;  // the name of the instruction set
   void (*forward)(const AttentionParams&);
   void (*backward)(const AttentionParams&);
   void (*self_attention)(const SelfAttentionParams&);

@@ -1,3 +1,4 @@
-// As kernels_avx512.cpp with -mavx512bf16: Cooper Lake, Sapphire Rapids, Zen 4 and newer.
+// The kernels compiled with the flags of kernels_avx512.cpp and -mavx512bf16, for the processors Cooper Lake, Sapphire
+// Rapids, Zen 4 and newer.
 #define FUSED_ATTN_ISA avx512_bf16
 #include "kernels_body.h"

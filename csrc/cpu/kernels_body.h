@@ -1,5 +1,5 @@
-// The kernel table of one instruction set. A file that includes this header defines FUSED_ATTN_ISA, the suffix of the
-// table's name. It is compiled with the flags of the instruction set.
+// Defines the kernel table of one instruction set: all CPU kernels, compiled with the flags of the file that includes
+// this header. That file defines FUSED_ATTN_ISA, which becomes the suffix of the table's name.
 #include "backward.h"
 #include "forward.h"
 #include "self_attention.h"
@@ -7,12 +7,14 @@
 namespace fused_attn::cpu {
 namespace {
 
+// With AVX512_BF16, one instruction multiplies and adds pairs of bfloat16, so a lane holds two elements.
 #if defined(__AVX512BF16__)
 using BFloat16Policy = ElementPolicy<BFloat16, float, 2>;
 #else
 using BFloat16Policy = ElementPolicy<BFloat16, float, 1>;
 #endif
 
+// The three kernels of the table. Each chooses the instance of a template for the dtype of the call.
 void forward(const AttentionParams& p) {
   switch (p.dtype) {
     case DType::kFloat32: return forward_with_policy<ElementPolicy<float, float, 1>>(p);

@@ -1,4 +1,5 @@
-// Which keys a block of queries sees: a stream of blocks of valid keys. Each key has a bit for each query.
+// Which keys a block of queries sees, as a stream of blocks of keys. For each key, a word of 64 bits says which queries
+// of the block see the key.
 #pragma once
 #include "../common/band.h"
 #include "mask_words.h"
@@ -8,19 +9,21 @@
 namespace fused_attn::cpu {
 namespace {
 
-// Up to kBlockK valid keys in ascending order. Behind them lie kTileKeys copies of the last key that no query sees, so
-// that the last tile can be computed as a whole.
+// Up to kBlockK valid keys in ascending order. kTileKeys further entries follow: copies of the last key, with a word of
+// zeros, so that no query sees them. Thanks to them, kernels compute the last tile as a whole.
 struct KeyBlock {
-  int count;
-  bool contiguous;  // index[k] == index[0] + k
-  bool partial;     // some key is hidden from some query
+  int count;        // keys of the block, without the copies
+  bool contiguous;  // whether index[k] == index[0] + k for all keys
+  bool partial;     // whether some key is hidden from some query
   int32_t index[kBlockK + kTileKeys];
   uint64_t word[kBlockK + kTileKeys];  // bit q is set if query q of the block sees the key
 };
 
-// Yields the valid keys of [key_begin, key_end) that some of the queries [q_begin, q_begin + nq) of one head see.
+// Yields, block by block, the valid keys of [key_begin, key_end) that at least one of the queries [q_begin, q_begin +
+// nq) of head (b, h) sees. Other keys cost nothing, because kernels never load them.
 class KeyStream {
  public:
+  // Finds the first and the last key. `valid_keys` are the lists of all batch entries, or null without key padding.
   KeyStream(const AttentionParams& p, const Sequence& seq, const ValidKeys* valid_keys, int64_t b, int64_t h,
             int64_t q_begin, int nq, int64_t key_begin, int64_t key_end)
       : band_{p.window_left, p.window_right, p.diagonal_offset},
@@ -32,10 +35,11 @@ class KeyStream {
     const int64_t last = band_.last_key(q_last_);
     next_ = first > key_begin ? first : key_begin;
     end_ = last < key_end - 1 ? last + 1 : key_end;
-    if (p.window_left + p.window_right < 0) end_ = key_begin;  // otherwise some query sees each key of [next_, end_)
+    if (p.window_left + p.window_right < 0) end_ = key_begin;  // the band is empty, so no query sees a key
     if (valid_keys != nullptr) {
       valid_keys_ = valid_keys[b];
-      // From here on, next_ counts entries of the list. Find the first entry at or behind next_.
+      // With a list of valid keys, next_ is a position in the list. A binary search finds the first key of the list
+      // that is not before the first key of the band.
       int64_t low = 0, high = valid_keys_.count;
       while (low < high) {
         const int64_t middle = low + (high - low) / 2;
@@ -49,10 +53,10 @@ class KeyStream {
     }
   }
 
-  // Has a bit for each query that exists.
+  // The word whose bits of the queries that exist are set: bits 0 to nq - 1.
   uint64_t valid_queries() const { return valid_queries_; }
 
-  // False when no key is left.
+  // Writes the next keys to `block`. Returns false if no key is left.
   bool next(KeyBlock& block) {
     int count = 0;
     uint64_t common = valid_queries_;
@@ -95,6 +99,7 @@ class KeyStream {
   }
 
  private:
+  // The queries that see key j according to the band.
   uint64_t visible_bits(int64_t j) const {
     return valid_queries_ & bit_range(band_.first_query(j) - q_begin_, band_.last_query(j) - q_begin_);
   }
@@ -104,11 +109,13 @@ class KeyStream {
   ValidKeys valid_keys_;
   int64_t q_begin_, q_last_;
   uint64_t valid_queries_;
-  int64_t next_ = 0, end_ = 0;
+  int64_t next_ = 0;  // the next key, or its position in valid_keys_ if there is a list
+  int64_t end_ = 0;   // the key behind the last one
 };
 
-// The vectors of queries that see a tile of kTileKeys keys, from key k of the block on. `partial` tells whether some
-// key is hidden from some query, so that the words of the keys are needed.
+// The range of vectors of queries that contains every query that sees a key of the tile [k, k + kTileKeys) of the
+// block. Sets `partial` to whether some of these keys is hidden from some query. Only then does a kernel test the bits
+// of words.
 template <class Lane>
 FA_INLINE VectorRange tile_range(const KeyBlock& block, int k, uint64_t valid_queries, int vectors, bool& partial) {
   partial = block.partial || k + kTileKeys > block.count;

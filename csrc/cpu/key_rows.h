@@ -1,13 +1,14 @@
-// Finds the rows of a block's keys and values, or converts them to what a product reads.
+// The rows of key or value for a block of keys, in the form that the matrix products read. Where memory holds this
+// form, no row is copied.
 #pragma once
 #include "key_blocks.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Finds the rows of the block's keys as rows of lanes. If memory holds lanes, `rows` point into memory. Otherwise the
-// rows are converted into `scratch` (rows of round_up(dim, lanes) lanes). Sets kTileKeys pointers behind the last key
-// as well.
+// Sets rows[k] to the row of key k of the block, as lanes, for products that sum over the columns of a row. If memory
+// holds lanes, the pointers are addresses in the tensor. Otherwise the function converts the rows into `scratch`, where
+// rows are padded to whole vectors. The kTileKeys pointers behind the last key point to the last key.
 template <class Policy>
 FA_NOINLINE void find_rows(const typename Policy::Storage* base, int64_t stride_row, const KeyBlock& keys, int dim,
                            typename Policy::Lane* scratch, const char** rows) {
@@ -27,25 +28,28 @@ FA_NOINLINE void find_rows(const typename Policy::Storage* base, int64_t stride_
   for (int k = keys.count; k < keys.count + kTileKeys; ++k) rows[k] = rows[keys.count - 1];
 }
 
-// Rows of one head for sums over its keys. If lanes hold pairs, rows of neighbouring keys are interleaved.
+// The rows of key or value of one head for products that sum over keys. If a lane holds a pair of elements, the pair
+// must be the same column of two neighbouring keys, so the rows of the two keys are interleaved.
 //
-// A thread caches such pairs for the next blocks of queries, as long as the rows begin at the same address: they are
-// then the same rows, because one call has one stride between rows. A block that begins at an odd key, or has holes, is
-// interleaved each time.
+// A thread keeps interleaved rows in a cache, because the next block of queries needs the same rows. The cache is valid
+// while the rows begin at the same address: the stride between rows is the same during a call, so rows with the same
+// beginning are the same rows. Blocks that begin at an odd key, or that leave out keys, do not use the cache.
 template <class Policy>
 struct SummedRows {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
 
-  static constexpr int64_t kMaxCachedBytes = int64_t{1} << 20;  // what a second-level cache holds
+  static constexpr int64_t kMaxCachedBytes = int64_t{1} << 20;  // half of a typical second-level cache or less
 
-  const char** rows;            // the rows of the block's keys, or pairs of keys
-  Lane* block;                  // these rows, if memory does not hold them and they are not cached
-  int64_t pairs;                // how many pairs can be cached
-  Lane* cached;                 // [pair of keys 2 i, 2 i + 1][dim, padded]
-  uint8_t* is_cached;           // [pair]
-  const Storage** cached_base;  // where the cached rows begin; a pointer, because functions get the scratch as constant
+  const char** rows;            // the result of find(): one row for each key of the block, or for each pair of keys
+  Lane* block;                  // memory for the converted or interleaved rows of one block
+  int64_t pairs;                // the number of pairs in the cache; 0 = no cache
+  Lane* cached;                 // the cache: [pair i, of the keys 2 i and 2 i + 1][dim, padded]
+  uint8_t* is_cached;           // [pair]: whether the cache holds the pair
+  const Storage** cached_base;  // where the tensor of the cached rows begins; a pointer, because find() is const
 
+  // Takes the memory out of the arena. `visits` is the number of query blocks that a thread processes with one head of
+  // keys. With one block, a cache would be of no use.
   void layout(Arena& arena, const AttentionParams& p, int dim, int64_t visits) {
     const int64_t row = round_up(dim, kLanes<Lane>);
     pairs = Policy::kPerLane == 2 && visits > 1 ? (p.seqlen_k + 1) / 2 : 0;
@@ -58,6 +62,7 @@ struct SummedRows {
     if (cached_base != nullptr) *cached_base = nullptr;
   }
 
+  // Sets `rows` for the keys of the block. `base` is row 0 of the sequence.
   FA_NOINLINE void find(const Storage* base, int64_t stride_row, const KeyBlock& keys, int dim) const {
     if constexpr (Policy::kPerLane == 1) {
       find_rows<Policy>(base, stride_row, keys, dim, block, rows);

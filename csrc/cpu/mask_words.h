@@ -1,11 +1,12 @@
-// The dense mask as one bit for each query and key.
+// The dense mask as words of bits: one word for each key, one bit for each of 64 queries.
 #pragma once
 #include "sequence.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// A word with bits [first, last] set; none if first > last.
+// The word in which the bits first to last are set. No bit is set if first > last. The bounds may lie outside of 0 to
+// 63.
 FA_INLINE uint64_t bit_range(int64_t first, int64_t last) {
   first = first < 0 ? 0 : first;
   last = last > 63 ? 63 : last;
@@ -32,7 +33,7 @@ FA_INLINE uint64_t bits_of_bytes(const uint8_t* bytes, int64_t stride, int count
       uint64_t x;
       memcpy(&x, bytes + 8 * i, 8);
       x = ((((x & 0x7f7f7f7f7f7f7f7full) + 0x7f7f7f7f7f7f7f7full) | x) >> 7) & 0x0101010101010101ull;
-      bits |= ((x * 0x0102040810204080ull) >> 56) << (8 * i);  // gathers the eight low bits (little endian)
+      bits |= ((x * 0x0102040810204080ull) >> 56) << (8 * i);  // the top byte of the product holds the 8 low bits
     }
     return bits;
 #endif
@@ -42,6 +43,8 @@ FA_INLINE uint64_t bits_of_bytes(const uint8_t* bytes, int64_t stride, int count
   return bits;
 }
 
+// One step of the transposition of a 64 x 64 matrix of bits: in each square of 2 kStep x 2 kStep bits, exchanges the
+// upper right and the lower left quarter.
 template <int kStep>
 FA_INLINE void exchange_bits(uint64_t (&rows)[64], uint64_t mask) {
   for (int base = 0; base < 64; base += 2 * kStep) {
@@ -53,7 +56,7 @@ FA_INLINE void exchange_bits(uint64_t (&rows)[64], uint64_t mask) {
   }
 }
 
-// Bit j of row i becomes bit i of row j.
+// Transposes a 64 x 64 matrix of bits: bit j of row i becomes bit i of row j.
 FA_INLINE void transpose_bits(uint64_t (&rows)[64]) {
   exchange_bits<32>(rows, 0x00000000ffffffffull);
   exchange_bits<16>(rows, 0x0000ffff0000ffffull);
@@ -63,8 +66,8 @@ FA_INLINE void transpose_bits(uint64_t (&rows)[64]) {
   exchange_bits<1>(rows, 0x5555555555555555ull);
 }
 
-// The words of 64 neighbouring keys, made from the bytes of the dense mask when they are needed. So nothing of size L x
-// S is stored.
+// The words of one query block: word(j) has bit q set if the dense mask lets query q of the block see key j. The class
+// converts the bytes of the mask for 64 keys at a time, when they are needed, so it needs no memory of size L x S.
 class MaskWords {
  public:
   MaskWords(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq, int64_t seqlen_k)
@@ -74,6 +77,7 @@ class MaskWords {
         nq_(nq),
         seqlen_k_(seqlen_k) {}
 
+  // Whether the call has a dense mask. Without one, word() must not be called.
   bool present() const { return bytes_ != nullptr; }
 
   uint64_t word(int64_t j) {
@@ -82,6 +86,8 @@ class MaskWords {
   }
 
  private:
+  // Fills words_ for the keys 64 * chunk to 64 * chunk + 63. The three branches: the mask is the same for all queries,
+  // neighbouring queries are neighbours in memory, and any other strides, where rows are read and then transposed.
   FA_NOINLINE void load(int64_t chunk) {
     chunk_ = chunk;
     const uint8_t* bytes = bytes_ + chunk * 64 * stride_col_;
@@ -98,7 +104,9 @@ class MaskWords {
         all &= words_[q];
         any |= words_[q];
       }
-      for (int q = nq_; q < 64; ++q) words_[q] = all;  // a row that does not exist must not spoil the two short cuts
+      // If all bits are equal, the transposition changes nothing. The rows that do not exist get bits that keep this
+      // true.
+      for (int q = nq_; q < 64; ++q) words_[q] = all;
       if (any != 0 && all != ~uint64_t{0}) transpose_bits(words_);
     }
   }
@@ -107,7 +115,7 @@ class MaskWords {
   int64_t stride_row_, stride_col_;
   int nq_;
   int64_t seqlen_k_;
-  int64_t chunk_ = -1;
+  int64_t chunk_ = -1;  // which 64 keys words_ holds
   uint64_t words_[64];
 };
 

@@ -1,4 +1,4 @@
-// Scratch memory.
+// Scratch memory: one allocation, divided into aligned arrays.
 #pragma once
 #include <stdlib.h>
 
@@ -11,14 +11,18 @@ namespace {
 
 constexpr int64_t kCacheLine = 64;
 
+// The smallest multiple of `multiple` that is n or more.
 FA_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Hands out aligned pieces of one allocation. Without memory (a null base), an Arena only adds up sizes. So one layout
-// function serves both to measure and to carve.
+// Divides an allocation into arrays that begin at multiples of a cache line. If `base` is null, the arena returns null
+// pointers and only adds up sizes. So the same layout function first measures the memory that it needs, and then
+// divides the memory.
 class Arena {
  public:
+  // `base`: the allocation, or null to only add up sizes.
   explicit Arena(char* base) : base_(base) {}
 
+  // The next array, of `count` elements. Its memory is not initialised.
   template <class T>
   T* take(int64_t count) {
     char* piece = base_ == nullptr ? nullptr : base_ + used_;
@@ -26,6 +30,7 @@ class Arena {
     return reinterpret_cast<T*>(piece);
   }
 
+  // The bytes of all arrays so far.
   int64_t used() const { return used_; }
 
  private:
@@ -33,10 +38,12 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// An allocation that begins at a cache line, and is freed with the object. It holds no memory if the size is 0.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes) { allocate(bytes); }
-  // Allocates what `layout` takes of an arena. `layout` is called twice: first with an arena that only adds up sizes.
+  // Allocates as much as the function `layout` takes out of an arena. Calls `layout` twice: first with an arena that
+  // only adds up sizes, then with one that divides the new memory.
   template <class Layout, class = decltype(std::declval<const Layout&>()(std::declval<Arena&>()))>
   explicit Buffer(const Layout& layout) {
     Arena measure(nullptr);
@@ -52,6 +59,7 @@ class Buffer {
   char* data() const { return data_; }
 
  private:
+  // Sets data_ to the first cache line of a new allocation.
   void allocate(int64_t bytes) {
     if (bytes <= 0) return;
     raw_ = malloc(static_cast<size_t>(bytes + kCacheLine));

@@ -1,12 +1,13 @@
-// From rows of elements to columns of lanes, and back.
+// Transposition between tensors, where the elements of a query are neighbours, and the scratch, where neighbouring
+// queries are neighbours, so that a vector holds one element of several queries.
 #pragma once
 #include "policy.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Transposes `count` <= kBlock rows of `dim` elements into columns[lane][kBlock]. Rows from `count` up to the next full
-// vector are zero.
+// Transposes `count` <= kBlock rows of `dim` elements, converted to lanes, into columns[lane of a row][kBlock]. In
+// `columns`, the entries of rows from `count` up to the next whole vector are zero.
 template <class Policy, int kBlock>
 FA_NOINLINE void pack_columns(const typename Policy::Storage* rows, int64_t stride_row, int count, int dim,
                               typename Policy::Lane* columns) {
@@ -35,9 +36,10 @@ FA_NOINLINE void pack_columns(const typename Policy::Storage* rows, int64_t stri
   }
 }
 
-// Transposes back: writes `count` rows of `dim` elements. If `add`, adds to them, which is possible with one element in
-// each lane only. column(d, q) returns element d of the rows from q on, for any d below dim rounded up to a vector.
-// Elements that share a lane are rounded and paired first, so that half as much has to be transposed.
+// The opposite of pack_columns: writes `count` rows of `dim` elements. If `add`, adds to the elements of the rows
+// instead, which is implemented only for one element in each lane. column(d, q) must return element d of the rows from
+// q on, as a vector, for any d below dim rounded up to a vector. If a lane holds a pair, elements are rounded and
+// paired before the transposition, so that there are only half as many lanes to transpose.
 template <class Policy, class Column>
 FA_INLINE void unpack_columns(const Column& column, int count, int dim, bool add, typename Policy::Storage* rows,
                               int64_t stride_row) {

@@ -1,4 +1,4 @@
-// The parallel loop.
+// The parallel loop over work items.
 #pragma once
 #include <atomic>
 
@@ -11,9 +11,11 @@
 namespace fused_attn::cpu {
 namespace {
 
-// Below this number, a parallel region costs more than it saves. The break-even was measured between 16 and 130 kflop.
+// With fewer floating point operations than this, one thread is faster, because a parallel region takes time to start.
+// The break-even was measured between 16 and 130 kflop.
 constexpr double kSerialFlops = 130e3;
 
+// The number of threads for a loop: at most `requested`, at most one for each item, and 1 for little work.
 FA_INLINE int choose_threads(int requested, int64_t items, double flops) {
 #if defined(_OPENMP)
   if (flops < kSerialFlops || requested < 1) return 1;
@@ -24,21 +26,24 @@ FA_INLINE int choose_threads(int requested, int64_t items, double flops) {
 #endif
 }
 
-// The items that one thread begins with; others help when they have done theirs.
+// The items of one thread's share that no thread has started: [next, end). When a thread has finished its own share, it
+// takes items from the shares of other threads. Each range has a cache line of its own, because threads write to
+// `next`.
 struct alignas(kCacheLine) ItemRange {
   std::atomic<int64_t> next;
   int64_t end;
 };
 
-// How items are handed out. kInOrder means one after the other: for items of which the first ones are the largest.
+// In which order threads take items. kShared: each thread starts with its own share of neighbouring items. kInOrder:
+// all threads take items from one queue, which balances better if the first items take longest.
 enum class Items { kShared, kInOrder };
 
 // Calls body(item, thread) for every item, on at most `threads` threads. The body must not throw.
 //
-// Items::kShared: each thread begins with its own share of neighbouring items, which is the same in every call. So what
-// a thread reads and writes lies in the caches of its core: from the call before, or from an operator of torch that
-// divides its work likewise. Handing out items one by one took 1.2 (forward) and 1.5 times (backward) as long at 512
-// heads of 8 x 8 scores.
+// With Items::kShared, the share of a thread is the same in every call. So the memory that a thread reads and writes is
+// often still in the cache of its core: from the previous call, or from an operator of torch that divides its work in
+// the same way. With one queue for all threads, 512 heads of 8 x 8 scores took 1.2 times (forward) and 1.5 times
+// (backward) as long.
 template <class Body>
 void parallel_for(int threads, int64_t items, const Body& body, Items order = Items::kShared) {
 #if defined(_OPENMP)
@@ -52,7 +57,8 @@ void parallel_for(int threads, int64_t items, const Body& body, Items order = It
       const int thread = omp_get_thread_num();
       for (int i = 0; i < shares; ++i) {
         ItemRange& range = ranges[(thread + i) % shares];
-        // Relaxed: items share nothing, and the region's end orders all that they did.
+        // Relaxed order suffices: no item reads what another one writes, and the end of the parallel region makes all
+        // writes visible to the caller.
         while (range.next.load(std::memory_order_relaxed) < range.end) {
           const int64_t item = range.next.fetch_add(1, std::memory_order_relaxed);
           if (item < range.end) body(item, thread);

@@ -1,25 +1,27 @@
-// How the elements of one dtype share lanes: one element in each, or pairs of bfloat16.
+// How elements of a dtype are placed in the lanes of vectors: one element in each lane, or pairs of bfloat16.
 #pragma once
 #include "elements.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// How the elements of one dtype reach the multiply-add units. With kPerLane = 1, a lane holds one number. With kPerLane
-// = 2, a 32-bit lane holds two bfloat16 numbers, which are neighbours in the dimension that is summed over: one
-// instruction multiplies and adds both.
+// A policy: the type of elements in memory, the type of a lane, and the number of elements in a lane (kPerLane). With
+// kPerLane = 1, elements are converted to the type of lanes. With kPerLane = 2, a lane of 32 bits holds two bfloat16
+// elements as they are. The two are neighbours in the dimension that a product sums over, because one instruction
+// multiplies both pairs of elements and adds both products.
 template <class StorageType, class LaneType, int kElementsPerLane>
 struct ElementPolicy {
   using Storage = StorageType;
   using Lane = LaneType;
   static constexpr int kPerLane = kElementsPerLane;
-  static constexpr bool kCoarseExp = sizeof(StorageType) == 2;
-  static constexpr bool kConverts = !kSame<StorageType, LaneType> && kElementsPerLane == 1;
+  static constexpr bool kCoarseExp = sizeof(StorageType) == 2;  // 16-bit results need no exact exponential
+  static constexpr bool kConverts = !kSame<StorageType, LaneType> && kElementsPerLane == 1;  // memory holds no lanes
 
-  // How many lanes hold n elements.
+  // The number of lanes that n elements occupy.
   static constexpr int lanes_for(int n) { return (n + kPerLane - 1) / kPerLane; }
 };
 
+// acc + a * b in each lane. If a lane holds a pair, both products of elements are added.
 template <class Policy>
 FA_INLINE Vec<typename Policy::Lane> multiply_add(Vec<typename Policy::Lane> a, Vec<typename Policy::Lane> b,
                                                   Vec<typename Policy::Lane> acc) {
@@ -32,8 +34,8 @@ FA_INLINE Vec<typename Policy::Lane> multiply_add(Vec<typename Policy::Lane> a, 
   return a * b + acc;
 }
 
-// Broadcasts one lane of a row, which may lie at any address. Pairs go through integers, because their bits are no
-// float.
+// A vector in which every lane is lane number `lane` of a row. The address needs no alignment. A pair is broadcast as
+// an integer, because an instruction for floats might change its bits.
 template <class Policy>
 FA_INLINE Vec<typename Policy::Lane> broadcast_lane(const char* row, int64_t lane) {
   using Lane = typename Policy::Lane;
@@ -49,7 +51,8 @@ FA_INLINE Vec<typename Policy::Lane> broadcast_lane(const char* row, int64_t lan
 }
 
 #if defined(__AVX512BF16__)
-// Rounds two vectors to bfloat16 and pairs them. `low` goes into the low half of each lane.
+// Rounds two vectors of float to bfloat16. In each lane of the result, the low half is from `low`, the high half from
+// `high`.
 FA_INLINE Vec<float> round_to_pairs(Vec<float> low, Vec<float> high) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -57,8 +60,9 @@ FA_INLINE Vec<float> round_to_pairs(Vec<float> low, Vec<float> high) {
   return reinterpret_cast<Vec<float>>(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves)));
 }
 
-// Interleaves two rows of `n` bfloat16 to one row of n pairs. The first row goes into the low halves; a null row counts
-// as zeros. One shuffle reads both inputs. Widening, shifting and merging instead took 17 % of the forward pass.
+// Interleaves two rows of n bfloat16 elements into one row of n pairs: pairs[d] = (low[d], high[d]). If `high` is null,
+// zeros take its place. One shuffle instruction with two inputs makes 16 pairs. A version that widened, shifted and
+// merged elements took 17 % of the time of forward.
 FA_INLINE void interleave_rows(const uint16_t* low, const uint16_t* high, int n, float* pairs) {
   const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                          5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -74,14 +78,14 @@ FA_INLINE void interleave_rows(const uint16_t* low, const uint16_t* high, int n,
   }
 }
 
-// sum + low + high of each pair.
+// sum + both elements of the pair, in each lane.
 FA_INLINE Vec<float> add_pairs(Vec<float> sum, Vec<float> pairs) {
-  const __m512i ones = _mm512_set1_epi32(0x3f803f80);
+  const __m512i ones = _mm512_set1_epi32(0x3f803f80);  // pairs (1, 1)
   return reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(pairs),
                                                        reinterpret_cast<__m512bh>(ones)));
 }
 
-// The pairs with both numbers multiplied by the lane's factor.
+// Multiplies both elements of each pair by the factor of its lane, and rounds the products to bfloat16.
 FA_INLINE Vec<float> scale_pairs(Vec<float> pairs, Vec<float> factor) {
   const IntVec<float> bits = reinterpret_cast<IntVec<float>>(pairs);
   const Vec<float> low = reinterpret_cast<Vec<float>>(bits << 16);
@@ -90,7 +94,7 @@ FA_INLINE Vec<float> scale_pairs(Vec<float> pairs, Vec<float> factor) {
 }
 #endif
 
-// Loads kLanes lanes of a row from lane `first` on. They are zero beyond `dim` elements.
+// Loads lanes [first, first + kLanes) of a row of `dim` elements. Elements from `dim` on are zero, and are not read.
 template <class Policy>
 FA_INLINE Vec<typename Policy::Lane> load_lanes(const typename Policy::Storage* row, int first, int dim) {
   using Lane = typename Policy::Lane;
@@ -110,7 +114,7 @@ FA_INLINE Vec<typename Policy::Lane> load_lanes(const typename Policy::Storage* 
   }
 }
 
-// Stores the lanes that load_lanes loads. Elements from `dim` on stay as they are.
+// Stores lanes [first, first + kLanes) of a row of `dim` elements. Memory from element `dim` on is not written.
 template <class Policy>
 FA_INLINE void store_lanes(typename Policy::Storage* row, int first, int dim, Vec<typename Policy::Lane> v) {
   using Lane = typename Policy::Lane;

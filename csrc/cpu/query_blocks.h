@@ -1,9 +1,11 @@
-// The forward kernel for blocks of queries. A work item is kBlockQ queries of one head:
+// The forward kernel for many queries. A work item is a block of kBlockQ queries of one head. The kernel loops over the
+// blocks of keys that these queries see, and computes for each of them:
 //
 //   scores^T[key][query] = key[key] . query^T                       (scores.h)
 //   probs^T[key][query]  = exp(scores^T - reference)                (softmax.h)
 //   acc^T[d][query]      = acc^T * rescale + value^T[d] . probs^T   (outer_block)
-//   out                  = transpose(acc^T) / sum over keys of probs^T
+//
+// After the last block of keys, out = transpose(acc^T) / (sum over keys of probs^T).
 #pragma once
 #include <memory>
 
@@ -15,18 +17,19 @@
 namespace fused_attn::cpu {
 namespace {
 
+// The memory in which one thread processes its work items.
 template <class Policy>
 struct ForwardScratch {
   using Lane = typename Policy::Lane;
 
-  KeyScratch<Policy> key;
-  SummedRows<Policy> value;
-  Lane* query;  // [head lanes][kBlockQ]
-  Lane* probs;  // [key (pair) of the block][kBlockQ]
-  Lane* acc;    // acc^T [value_dim, padded to a vector][kBlockQ]
+  KeyScratch<Policy> key;    // what depends on the current block of keys
+  SummedRows<Policy> value;  // the value rows of the current block of keys
+  Lane* query;               // query^T [lanes of head_dim][kBlockQ]
+  Lane* probs;               // probs^T [key, or pair of keys, of the block][kBlockQ], after dropout
+  Lane* acc;                 // acc^T [value_dim, padded to a vector][kBlockQ]
 
-  // `visits` is the number of query blocks that a thread goes through before it comes to another head of keys and
-  // values.
+  // Takes the memory of all arrays out of the arena. `visits` is the number of query blocks that a thread processes
+  // with one kv head before it goes to the next kv head.
   void layout(Arena& arena, const AttentionParams& p, int64_t visits) {
     const int head_dim = static_cast<int>(p.head_dim);
     const int64_t value_row = round_up(p.value_dim, kLanes<Lane>);
@@ -38,8 +41,10 @@ struct ForwardScratch {
   }
 };
 
-// Computes the probabilities of one tile of keys. They go to the scratch, after dropout, and to the sums of the
-// softmax.
+// Computes the probs of one tile: keys [k, k + kTileKeys) of the block, and kColumns vectors of queries from vector v
+// on. Stores the probs after dropout in s.probs, and adds the probs before dropout to the sums of the softmax. kPlain:
+// every key of the tile is visible, scores are plain products, and there is no dropout. So the compiler leaves out all
+// code for these features.
 template <class Policy, int kColumns, bool kPlain>
 FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
                               const ForwardScratch<Policy>& s, RunningSoftmax<Policy>& softmax) {
@@ -48,8 +53,9 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
   Vec<Lane> acc[kTileKeys][kColumns];
   compute_scores<Policy, kColumns, kPlain>(in, k, v, partial, nullptr, acc);
 
-  // A NaN score does not change the maximum, and inf - inf does not change the excess. So only their own rows become
-  // NaN, in exp2.
+  // By how much the scores of the tile exceed the ceiling of their rows. A score that is NaN does not change the
+  // maximum, and a difference that is NaN (inf - inf) does not change the excess. So such a score cannot prevent that
+  // the references of other rows rise. Its own row becomes NaN in exp2.
   Vec<Lane> excess = {};
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
@@ -60,9 +66,9 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
     excess = max<Lane>(maximum - ceiling, excess);
   }
   if (__builtin_expect(any_positive<Lane>(excess), 0)) {
-    // A score is so large that the reference of its row must rise, which is rare. Only then are the scores stored in
+    // Some score is so large that the reference of its row must rise, which is rare. Only here are the scores stored in
     // an array. If they stayed in registers during the call of raise(), the compiler would spill the accumulators of
-    // every tile, not only of the rare ones.
+    // every tile, also of tiles that do not call raise().
     alignas(kVectorBytes) Lane scores[kTileKeys * kColumns * n];
     Vec<Lane> maxima[kColumns];
     FA_UNROLL
@@ -116,7 +122,8 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
   }
 }
 
-// Divides the rows of the block by their sums, transposes them and writes them. Writes their lse, too.
+// Writes the output of a block of queries: acc, divided by the sums of the softmax and transposed. Writes lse of these
+// queries if the caller wants it.
 template <class Policy>
 FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
                               int nq, const typename Policy::Lane* acc, typename Policy::Lane to_logits,
@@ -136,7 +143,7 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
     Vec<Lane> reference = softmax.reference[v] * to_logits;
     Vec<Lane> factor = broadcast<Lane>(dropout_scale);
     if (p.sinks.data != nullptr) {
-      // The sink is part of the denominator alone. So it can be added at the end.
+      // The sink is added to the denominator only, so it can be added after the loop over the keys.
       const Vec<Lane> sink = broadcast<Lane>(*row_of<const Lane>(p.sinks, 0, h, 0));
       const Vec<Lane> keys_reference = reference;
       reference = max<Lane>(sink, keys_reference);
@@ -153,7 +160,7 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
       for (int i = 0; i < n && q + i < nq; ++i) lse[(q + i) * p.lse.stride_row] = value[i];
     }
   }
-  // A row that sees no key has the sum 0. Its output is 0 and its lse is -inf, even if there is a sink.
+  // The sum of a row that sees no key is 0. Its output is 0 and its lse is -inf, even if there is a sink.
   const auto column = [&](int d, int q) {
     const Vec<Lane> x = load<Lane>(acc + d * kBlockQ + q) * factors[q / n];
     return select<Lane>(softmax.sum.row[q / n] == 0, Vec<Lane>{}, x);
@@ -162,6 +169,7 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
                          p.out.stride_row);
 }
 
+// Processes one work item: attention of the queries [q_begin, q_begin + kBlockQ) of head (b, h) over all keys.
 template <class Policy>
 void forward_block(const AttentionParams& p, const RelativeBias<typename Policy::Lane>& relative,
                    const ValidKeys* valid_keys, int64_t b, int64_t h, int64_t q_begin,
@@ -216,6 +224,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   write_output<Policy>(p, seq, b, h, q_begin, nq, s.acc, in.to_logits(), softmax);
 }
 
+// Forward for many queries: allocates the scratch and processes all work items on threads.
 template <class Policy>
 void forward_by_query_blocks(const AttentionParams& p) {
   using Lane = typename Policy::Lane;
@@ -238,8 +247,9 @@ void forward_by_query_blocks(const AttentionParams& p) {
   const ValidKeys* valid_keys = make_valid_keys(p, valid_keys_memory.data());
   const RelativeBias<Lane> relative = make_relative_bias<Lane>(p, relative_memory.data());
 
-  // The outer loop goes over heads, so that their keys and values stay in the cache (8-10 % at head dim 128). The query
-  // blocks of a head go downwards: under a causal mask, the longest one is first.
+  // Neighbouring items are query blocks of the same head, so that the keys and values of the head stay in the cache. At
+  // head dim 128, this saves 8-10 % of the time. The last query block of a head comes first, because under a causal
+  // mask it takes longest.
   parallel_for(threads, items, [&](int64_t item, int thread) {
     const int64_t head = item / blocks;
     const int64_t block = blocks - 1 - item % blocks;

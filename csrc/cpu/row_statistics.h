@@ -1,12 +1,14 @@
-// What backward knows of every row before it visits keys: lse, and delta = rowsum(dout * out).
+// The row statistics, which backward computes for every query before it loops over keys: lse with its correction, dlse,
+// and delta = rowsum(dout * out).
 #pragma once
 #include "backward_plan.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Sets the statistics of a block. Its dout lies packed in the scratch. The corrections stay zero. Returns whether the
-// lse of some row is too large to be exact enough for probs.
+// Computes the statistics `rows` of a block of queries, with corrections of zero. Expects the transposed dout of the
+// block in s.dout. Returns whether some lse is so large that its rounding would make probs inexact, so that correct_lse
+// has to follow.
 template <class Policy>
 FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h,
                                      int64_t q_begin, int nq, const BackwardScratch<Policy>& s,
@@ -14,7 +16,8 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
-  // An lse of 16 is rounded by half of 2e-6, and so are probs. Types of 16 bits do not need that accuracy.
+  // The largest lse that is exact enough. An lse of 16 has a rounding error of 1e-6 in float, and probs get a relative
+  // error of the same size. If the tensors have 16 bits, such an accuracy is not needed.
   const Lane exact_lse = kSame<Storage, Lane> ? Lane(16) : Lane(1024);
   const Lane infinity = FloatTraits<Lane>::kInfinity;
   const int64_t row = seq.q_offset + q_begin;
@@ -22,8 +25,8 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   const Lane* lse_rows = row_of<const Lane>(p.lse, b, h, row);
   const Lane* dlse_rows = p.dlse.data != nullptr ? row_of<const Lane>(p.dlse, b, h, row) : nullptr;
 
-  // delta is summed in the order of value . dout^T. Where a row sees one key, and without dropout, the two must cancel
-  // exactly.
+  // delta is summed in the order in which backward_tile sums value . dout^T. If a query sees only one key and there is
+  // no dropout, both are the same number, and their difference must be exactly zero.
   pack_columns<Policy, kBlockQ>(row_of<const Storage>(p.out, b, h, row), p.out.stride_row, nq, value_dim, s.out);
   for (int q = 0; q < nq; q += n) {
     Vec<Lane> delta = {};
@@ -45,15 +48,16 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   return inexact;
 }
 
-// The exponent of 2 that gives exp(scores - lse). A large lse is rounded; `correction` was measured with the same
-// rounding.
+// The exponent x for which 2^x = exp(score * to_logits - lse). sum_tile and backward_tile both call this function, so
+// that the correction of lse is measured with the same rounding errors that it has to correct.
 template <class Policy>
 FA_INLINE Vec<typename Policy::Lane> lse_exponent(Vec<typename Policy::Lane> score, typename Policy::Lane to_logits,
                                                   Vec<typename Policy::Lane> lse) {
   return (score * to_logits - lse) * typename Policy::Lane(kLog2E);
 }
 
-// row_sum[q] += the sum of exp(scores - lse) over the keys of a tile.
+// row_sum[v + c] += the sum over the keys of a tile of exp(score - lse), for kColumns vectors of queries from vector v
+// on. correct_lse derives its corrections from these sums.
 template <class Policy, int kColumns>
 FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, const typename Policy::Lane* lse,
                           Vec<typename Policy::Lane>* row_sum) {
@@ -71,9 +75,10 @@ FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool part
   }
 }
 
-// A large lse is a coarse number. At 1e3, its rounding changes probs by 6e-5. At -1e9 (a row under an additive mask),
-// it changes them by a factor. So the probs of such rows are summed once more, over all their keys. The sum should have
-// been 1, and the correction makes up for the difference.
+// Computes the corrections of lse for a block of queries. The rounding error of lse grows with its size: an lse of 1e3
+// has an error that changes probs by 6e-5, and an lse of -1e9, as a large negative bias makes it, changes probs several
+// times over. So this function sums exp(score - lse) over all keys of each row. Without rounding, the sum would be 1.
+// The correction, which is added to the exponent of probs, divides probs by this sum.
 template <class Policy>
 FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
                              const RelativeBias<typename Policy::Lane>& relative, const ValidKeys* valid_keys,
@@ -112,7 +117,8 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
   }
 }
 
-// Packs dout of a block and sets the block's statistics.
+// Computes the statistics `rows` of the queries [q_begin, q_begin + nq) of head (b, h). Leaves the transposed dout of
+// these queries in s.dout.
 template <class Policy>
 void measure_rows(const AttentionParams& p, const Sequence& seq, const RelativeBias<typename Policy::Lane>& relative,
                   const ValidKeys* valid_keys, int64_t b, int64_t h, int64_t q_begin, int nq,

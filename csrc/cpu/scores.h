@@ -1,4 +1,5 @@
-// Scores of one tile of keys: the code that forward and backward share, so that both see the same numbers.
+// The scores of one tile of keys and queries. forward and backward share this code, because backward must compute
+// exactly the scores that forward has computed.
 #pragma once
 #include "dropout.h"
 #include "elementary.h"
@@ -8,31 +9,32 @@
 namespace fused_attn::cpu {
 namespace {
 
-// All that the scores of a query block depend on.
+// The inputs of compute_scores for one block of queries and one block of keys.
 template <class Policy>
 struct ScoreInputs {
   using Lane = typename Policy::Lane;
 
-  const Lane* query = nullptr;  // columns [depth][kBlockQ]
-  int depth = 0;                // lanes of a key row
+  const Lane* query = nullptr;  // query^T [depth][kBlockQ]
+  int depth = 0;                // the number of lanes of a row of key
   const KeyBlock* keys = nullptr;
-  const char* const* key_rows = nullptr;  // the rows of the block's keys
+  const char* const* key_rows = nullptr;  // [key of the block]: its row, as lanes
   Lane scale = 1;
   Lane softcap = 0;                     // 0 = off
   const Lane* bias = nullptr;           // [key of the block][kBlockQ]
-  const Lane* relative_bias = nullptr;  // the bias of query q and key j is relative_bias[q - j]
+  const Lane* relative_bias = nullptr;  // of query q of the block and key j: relative_bias[q - j]
 
-  // Whether scores stay plain dot products, because nothing is added to them. The scale is then multiplied in together
-  // with the argument of the exponential, at no cost. The scale must be positive, so that the maximum of a row stays
-  // the maximum.
+  // Whether scores are products of query and key without the scale. This is the case if there is no softcap and no
+  // bias. The factor scale * log2(e), which the exponential needs in any case, then applies the scale at no cost. The
+  // scale must be positive, so that the largest score is also the largest logit.
   bool raw = true;
 
-  // Scores times this factor are logits.
+  // The factor that turns scores into logits.
   Lane to_logits() const { return raw ? scale : Lane(1); }
 };
 
-// scores = cap * tanh(scores / cap), for `count` lanes. Stores the derivative if it is wanted. This is no part of the
-// tile, because there it would spill the accumulators of the tiles that have no softcap.
+// scores[i] = cap * tanh(scores[i] / cap), for `count` scores. Stores the derivatives as well unless `derivative` is
+// null. The function is not inlined into compute_scores, because there its code would make the compiler spill the
+// accumulators, also in calls without softcap.
 template <class Lane>
 FA_NOINLINE void apply_softcap(Lane* scores, int count, Lane cap, Lane* derivative) {
   for (int i = 0; i < count; i += kLanes<Lane>) {
@@ -42,9 +44,9 @@ FA_NOINLINE void apply_softcap(Lane* scores, int count, Lane cap, Lane* derivati
   }
 }
 
-// Computes the scores of keys [k, k + kTileKeys) of the block, for kColumns vectors of queries from vector v on. If
-// kPlain, nothing but products is compiled. `derivative` receives the derivative of the softcap, [kTileKeys][kColumns]
-// vectors, if not null.
+// acc = the scores of one tile: keys [k, k + kTileKeys) of the block, and kColumns vectors of queries from vector v on.
+// The scores of hidden keys are -inf if `partial` is set. With kPlain, the function only computes products.
+// `derivative`, if not null, receives the derivative of the softcap, as [kTileKeys][kColumns] vectors.
 template <class Policy, int kColumns, bool kPlain>
 FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool partial,
                               typename Policy::Lane* derivative,
@@ -103,7 +105,8 @@ FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool 
   }
 }
 
-// 2^exponent. It will be rounded to Policy::Storage, and is no more exact than this type can show.
+// probs = 2^exponent. They will be rounded to Policy::Storage, so the exponential is only as exact as this type
+// requires.
 template <class Policy>
 FA_INLINE Vec<typename Policy::Lane> prob_of(Vec<typename Policy::Lane> exponent) {
 #if defined(__AVX512BF16__)
@@ -112,7 +115,9 @@ FA_INLINE Vec<typename Policy::Lane> prob_of(Vec<typename Policy::Lane> exponent
   return exp2<typename Policy::Lane, Policy::kCoarseExp>(exponent);
 }
 
-// Fills tile[key of the block][kBlockQ] with the bias. It is zero for queries that do not exist.
+// Copies the dense bias of a block of keys and queries, transposed, to tile[key of the block][kBlockQ]. The entries of
+// queries that do not exist are zero. The three branches: all queries share one bias, neighbouring keys are neighbours
+// in memory, and any other strides.
 template <class Lane, class Storage>
 FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
                                 const KeyBlock& keys, Lane* tile) {
@@ -155,20 +160,21 @@ FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, in
   }
 }
 
-// The scratch for a block of keys, which forward and backward both need.
+// The memory for what depends on the current block of keys, in forward and in backward.
 template <class Policy>
 struct KeyScratch {
   using Lane = typename Policy::Lane;
 
-  KeyBlock* keys;
-  const char** key_rows;
-  Lane* key_lanes;              // the keys as lanes, if they have to be converted
-  Lane* bias;                   // [kBlockK + kTileKeys][kBlockQ]
-  LaneInt<Lane>* dropout_keep;  // [kBlockK + kTileKeys][kBlockQ]
-  VectorRange* ranges;          // one for each tile
+  KeyBlock* keys;               // the current block
+  const char** key_rows;        // [key of the block]: its row, as lanes
+  Lane* key_lanes;              // memory for rows that have to be converted to lanes
+  Lane* bias;                   // [key of the block][kBlockQ]
+  LaneInt<Lane>* dropout_keep;  // [key of the block][kBlockQ]: -1 = keep, 0 = drop
+  VectorRange* ranges;          // [tile]: the vectors of queries that see a key of the tile
 
   static constexpr int64_t kRows = kBlockK + kTileKeys;
 
+  // Takes the memory of all arrays out of the arena.
   void layout(Arena& arena, const AttentionParams& p) {
     keys = arena.take<KeyBlock>(1);
     key_rows = arena.take<const char*>(kRows);
@@ -179,13 +185,14 @@ struct KeyScratch {
     bias = arena.take<Lane>(p.bias.data != nullptr ? tile : 0);
     dropout_keep = arena.take<LaneInt<Lane>>(p.has_dropout ? tile : 0);
     ranges = arena.take<VectorRange>(kBlockK / kTileKeys);
-    // The last tile reads the rows behind the last valid key, and then hides them. They only have to be initialised.
+    // The last tile reads rows behind the last key of the block, and hides their scores. Any number will do there, but
+    // the memory must be initialised.
     if (bias != nullptr && p.bias.data != nullptr) memset(bias, 0, tile * sizeof(Lane));
     if (dropout_keep != nullptr && p.has_dropout) memset(dropout_keep, 0, tile * sizeof(LaneInt<Lane>));
   }
 };
 
-// The parts of ScoreInputs that depend on the call and the head alone.
+// The ScoreInputs of one block of queries, but for the query and for what prepare_keys sets.
 template <class Policy>
 ScoreInputs<Policy> score_inputs(const AttentionParams& p, const RelativeBias<typename Policy::Lane>& relative,
                                  int64_t h, int64_t q_begin) {
@@ -197,12 +204,13 @@ ScoreInputs<Policy> score_inputs(const AttentionParams& p, const RelativeBias<ty
   if (relative.data != nullptr) {
     in.relative_bias = relative.data + h * relative.stride_head + q_begin + p.seqlen_k - 1;
   }
-  // A scale so small that it is zero or denormal as a lane is not allowed: a hidden score would become -inf * 0.
+  // A tiny scale is zero or denormal as a lane, and would turn a hidden score into -inf * 0, which is NaN.
   in.raw = p.scale > 1e-30 && !(p.softcap > 0) && p.bias.data == nullptr && p.relative_bias.data == nullptr;
   return in;
 }
 
-// Puts the key rows, the bias and the dropout decisions of the block into the scratch.
+// Prepares the current block of keys for compute_scores: puts its rows, its bias and its dropout bits into the scratch,
+// and sets the pointers in `in`.
 template <class Policy>
 FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
                             int nq, const KeyScratch<Policy>& scratch, ScoreInputs<Policy>& in) {

@@ -1,5 +1,5 @@
-// A whole self-attention module on few rows: project, attend, project. With such small steps, most of the time would go
-// into calling operators of torch.
+// A whole self-attention module for few rows in one call: input projection, attention, output projection. With so few
+// rows, calling the operators of torch one by one takes longer than the arithmetic.
 #pragma once
 #include "decode.h"
 #include "forward.h"
@@ -8,8 +8,9 @@
 namespace fused_attn::cpu {
 namespace {
 
-// y = x . weight^T + bias. Rows have `in` and `out` elements, side by side. Lanes are the input features, so that
-// weights are read where they lie. With many rows, a blocked product with packed weights would be faster.
+// y = x . weight^T + bias, for x (rows, in), weight (out, in), bias (out,) or null, y (rows, out), all contiguous. A
+// vector holds neighbouring input features, so rows of weight are read without a copy. For many rows, a product in
+// blocks with transposed weights would be faster.
 template <class Policy>
 void project(const typename Policy::Storage* x, int64_t rows, int64_t in, const typename Policy::Storage* weight,
              const typename Policy::Storage* bias, int64_t out, int num_threads, typename Policy::Storage* y) {
@@ -41,6 +42,7 @@ void project(const typename Policy::Storage* x, int64_t rows, int64_t in, const 
   });
 }
 
+// Runs the module: projects x to query, key and value, attends, and projects the result to m.out.
 template <class Policy>
 void self_attention_with_policy(const SelfAttentionParams& m) {
   using Storage = typename Policy::Storage;

@@ -1,4 +1,4 @@
-// Where a sequence lies in packed tensors, and where a row lies in a view.
+// The rows of one sequence in a packed tensor, and the address of a row in a TensorView.
 #pragma once
 #include "../common/attention_params.h"
 #include "vec.h"
@@ -6,7 +6,8 @@
 namespace fused_attn::cpu {
 namespace {
 
-// Where a sequence lies. Positions within the sequence count from these offsets.
+// One sequence of the batch: its lengths, and the rows of the tensors at which it begins. The offsets are 0 unless the
+// call is packed.
 struct Sequence {
   int64_t q_offset;
   int64_t k_offset;
@@ -14,6 +15,7 @@ struct Sequence {
   int64_t seqlen_k;
 };
 
+// Sequence number b of the batch.
 FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
   Sequence s = {0, 0, p.seqlen_q, p.seqlen_k};
   if (p.cu_seqlens_q != nullptr) {
@@ -27,7 +29,7 @@ FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
   return s;
 }
 
-// The element of a view at (b, h, row).
+// The address of the first element of row (b, h, row) of a view.
 template <class T>
 FA_INLINE T* row_of(const TensorView& view, int64_t b, int64_t h, int64_t row) {
   return static_cast<T*>(view.data) + (b * view.stride_batch + h * view.stride_head + row * view.stride_row);

@@ -1,4 +1,4 @@
-// The softmax of a block of queries, over the keys seen so far.
+// The online softmax of a block of queries: its state after some of the keys.
 #pragma once
 #include "elementary.h"
 #include "tiles.h"
@@ -6,40 +6,45 @@
 namespace fused_attn::cpu {
 namespace {
 
-// Probabilities are exp(score - reference). The reference is raised to the maximum of a row's scores only if a score
-// exceeds the reference by more than the slack. After the first keys this hardly ever happens, so scores become
-// probabilities while they are still in registers.
+// Reference and sums of each row of a block of queries. probs are exp(score - reference). The reference of a row is
+// raised, to the largest score, only if a score exceeds the reference by more than `slack`. After the first keys this
+// is rare. So a kernel can compute the probs of a tile while its scores are in registers, without a pass that searches
+// the maximum of the whole block of keys.
 template <class Policy>
 struct RunningSoftmax {
   using Lane = typename Policy::Lane;
 
-  // Probabilities stay below 2^8, so sums are at most 2^8 times as large as with the maximum as the reference.
+  // A score may exceed the reference so far that its prob is 2^8. This is far from overflow, also after summation.
   static constexpr int kSlackLog2 = 8;
 
+  // Sums of probs for each query.
   struct Sum {
-    Vec<Lane> row[kBlockVectors<Lane>];    // over the keys before this block
-    Vec<Lane> block[kBlockVectors<Lane>];  // over the keys of this block
+    Vec<Lane> row[kBlockVectors<Lane>];    // over the keys of all blocks before the current one
+    Vec<Lane> block[kBlockVectors<Lane>];  // over the keys of the current block
   };
 
-  Lane to_log2;  // scores times this factor are exponents of 2; positive
-  Lane slack;    // how far a score may exceed the reference
-  int vectors;   // how many vectors hold queries
+  Lane to_log2;  // the factor that turns scores into exponents of 2; positive
+  Lane slack;    // by how much a score may exceed the reference
+  int vectors;   // the number of vectors that hold queries
   Vec<Lane> reference[kBlockVectors<Lane>];
-  Vec<Lane> rescale[kBlockVectors<Lane>];  // the factor for sums over the keys before this block
-  Sum sum;                                 // of the probabilities, also of those that dropout drops
-  Sum rounded_sum;                         // of the probabilities as rounded for the product, if lanes hold pairs
+  Vec<Lane> rescale[kBlockVectors<Lane>];  // the factor for sums over earlier blocks, because references have risen
+  Sum sum;                                 // of probs before dropout
+  Sum rounded_sum;                         // of probs rounded to bfloat16, if lanes hold pairs
 
+  // Starts with no keys.
   RunningSoftmax(Lane scale_to_log2, int num_vectors)
       : to_log2(scale_to_log2), slack(kSlackLog2 / scale_to_log2), vectors(num_vectors) {
     for (int v = 0; v < vectors; ++v) {
-      reference[v] = broadcast<Lane>(FloatTraits<Lane>::kLowest);  // finite, so -inf minus the reference is never NaN
+      reference[v] = broadcast<Lane>(FloatTraits<Lane>::kLowest);  // finite, because -inf - (-inf) is NaN
       sum.row[v] = rounded_sum.row[v] = Vec<Lane>{};
     }
   }
 
-  // The output is divided by this sum. With the exact sum, rows that one key dominates would lose twice the accuracy.
+  // The sum that the output is divided by. The product with values uses rounded probs, so their sum must be of rounded
+  // probs as well: where one key has nearly all of the probability, the rounding errors of both cancel.
   const Sum& multiplied_sum() const { return Policy::kPerLane == 1 ? sum : rounded_sum; }
 
+  // Must be called before the tiles of a block of keys.
   void begin_block() {
     for (int v = 0; v < vectors; ++v) {
       sum.block[v] = rounded_sum.block[v] = Vec<Lane>{};
@@ -47,6 +52,7 @@ struct RunningSoftmax {
     }
   }
 
+  // Must be called after the tiles of a block of keys: adds the sums of the block to those of earlier blocks.
   void end_block() {
     for (int v = 0; v < vectors; ++v) {
       sum.row[v] = sum.row[v] * rescale[v] + sum.block[v];
@@ -54,11 +60,13 @@ struct RunningSoftmax {
     }
   }
 
+  // The largest scores for which the references of vector v need not rise.
   Vec<Lane> ceiling(int v) const { return reference[v] + slack; }
 
-  // Raises the references that maxima[c], of the scores of vector v + c, exceed by more than the slack. `probs` are the
-  // block's probabilities so far, of `count` lanes of keys. Tiles that did not reach a vector left garbage there, which
-  // stays garbage.
+  // Raises the references of the rows in which a score exceeds the ceiling. maxima[c] are the largest scores of vector
+  // v + c. Multiplies the sums of these rows, and the probs of the current block so far (the first `count` lanes of
+  // keys), by the factor that the new reference requires. Probs of tiles that skipped a vector are not initialised, and
+  // nobody reads them.
   FA_NOINLINE void raise(const Vec<Lane>* maxima, int v, int columns, Lane* probs, int count) {
     for (int c = 0; c < columns; ++c) {
       const Vec<Lane> old = reference[v + c];

@@ -1,8 +1,12 @@
-// Tile sizes, and the two register tiles of which all matrix products of attention are made.
+// Sizes of blocks and tiles, and the two products of register tiles (dot_tile and outer_tile) that all kernels for
+// blocks of queries are made of.
 //
-// Lanes are queries: a vector holds neighbouring queries of a block, so the softmax needs no operation across lanes.
-// Elements of keys and values are scalars, which are broadcast from where they lie. So a key is only a pointer, and to
-// leave out a key that nobody sees costs nothing.
+// A vector holds one number of each of several neighbouring queries. So the softmax of a query needs no operation
+// across lanes. An element of a key or value is a scalar that is broadcast from memory to all lanes. So a key is only a
+// pointer to its row, and a kernel leaves out a hidden key by leaving out its pointer.
+//
+// Names: a tile begins at key k of the block of keys, and at vector v of the block of queries. r counts the keys of the
+// tile, and c its vectors of queries. n is the number of lanes of a vector.
 #pragma once
 #include "pack.h"
 #include "vec.h"
@@ -10,29 +14,31 @@
 namespace fused_attn::cpu {
 namespace {
 
-constexpr int kBlockQ = 64;  // queries of a work item; 32 is 13-25 % slower (half the reuse of keys and values)
+constexpr int kBlockQ = 64;  // queries of a block; with 32, each loaded key serves half as many: 13-25 % slower
 
-// A tile has kTileKeys x kTileVectors vectors as accumulators. With 32 registers, 16 of them hide the latency of the
-// multiply-add and leave room for others. With 16 registers, 6 x 2 is up to 10 % faster than 4 x 2.
+// A tile has kTileKeys x kTileVectors accumulators, each one vector register. There must be enough of them that a
+// multiply-add need not wait for the previous one, and some registers must be left for operands. With 32 registers, 4 x
+// 4 accumulators do. With 16 registers, 6 x 2 is up to 10 % faster than 4 x 2.
 constexpr int kTileKeys = kVectorRegisters == 32 ? 4 : 6;
 constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
 
-// Valid keys of a block: a multiple of kTileKeys and of the lanes. 128 is 1-2 % faster than 64. With 16 registers, 144
-// is no faster than 72.
+// Keys of a block: a multiple of kTileKeys and of the lanes of a vector. 128 keys are 1-2 % faster than 64. With 16
+// registers, 144 keys are not faster than 72.
 constexpr int kBlockK = kTileKeys == 4 ? 128 : 72;
 
+// The number of vectors that hold one number for each query of a block.
 template <class T>
 constexpr int kBlockVectors = kBlockQ / kLanes<T>;
 static_assert(kBlockVectors<double> % kTileVectors == 0 && kBlockVectors<float> % kTileVectors == 0);
 static_assert(kBlockK % kTileKeys == 0 && kBlockK % kLanes<float> % 8 == 0 && kTileKeys % 2 == 0);
 
-// An integer that is known at compile time, as a function argument.
+// An integer as a type, so that a function argument can be a compile-time constant.
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
 };
 
-// Calls f(Constant<n>) for 1 <= n <= kTileVectors.
+// Calls f(Constant<n>{}), which turns n, with 1 <= n <= kTileVectors, into a compile-time constant.
 template <class F>
 FA_INLINE void with_columns(int n, const F& f) {
   if constexpr (kTileVectors == 4) {
@@ -43,7 +49,8 @@ FA_INLINE void with_columns(int n, const F& f) {
   f(Constant<1>{});
 }
 
-// acc[r][c] = sum over k < depth of rows[r][k] * columns[k][c]; columns[k] are `stride` lanes apart.
+// A product of tiles that sums over the lanes of rows: acc[r][c] = sum over k < depth of rows[r][k] * columns[k][c].
+// Lane k of row r is broadcast, and columns[k][c] is a vector. columns[k + 1] begins `stride` lanes behind columns[k].
 template <class Policy, int kRows, int kColumns>
 FA_INLINE void dot_tile(const char* const* rows, const typename Policy::Lane* columns, int64_t stride, int depth,
                         Vec<typename Policy::Lane> (&acc)[kRows][kColumns]) {
@@ -70,7 +77,8 @@ FA_INLINE void dot_tile(const char* const* rows, const typename Policy::Lane* co
   }
 }
 
-// target[r][c] = target[r][c] * rescale[c] + sum over j < count of rows[j][first + r] * coefficients[j][c].
+// A product of tiles that sums over rows: target[r][c] = target[r][c] * rescale[c] + sum over j < count of
+// rows[j][first + r] * coefficients[j][c]. Here c counts vectors of queries, and j counts keys or pairs of keys.
 template <class Policy, int kRows, int kColumns>
 FA_INLINE void outer_tile(const char* const* rows, int first, const typename Policy::Lane* coefficients,
                           const Vec<typename Policy::Lane>* rescale, int count, typename Policy::Lane* target) {
@@ -99,14 +107,14 @@ FA_INLINE void outer_tile(const char* const* rows, int first, const typename Pol
   for (int r = 0; r < kRows; ++r) {
     FA_UNROLL
     for (int c = 0; c < kColumns; ++c) {
-      // The target is added at the end. A sum of block sums is rounded far less than one long sum.
+      // The target is added after the loop. A sum of sums of blocks has smaller rounding errors than one long sum.
       Lane* sum = target + r * kBlockQ + c * n;
       store<Lane>(sum, load<Lane>(sum) * rescale[c] + acc[r][c]);
     }
   }
 }
 
-// outer_tile for all `dim` rows of the target.
+// Calls outer_tile for all `dim` rows of the target, in tiles of kTileKeys, then 4, then 1 rows.
 template <class Policy, int kColumns>
 FA_NOINLINE void outer_columns(const char* const* rows, int dim, const typename Policy::Lane* coefficients,
                                const Vec<typename Policy::Lane>* rescale, int count, typename Policy::Lane* target) {
@@ -121,7 +129,7 @@ FA_NOINLINE void outer_columns(const char* const* rows, int dim, const typename 
   for (; d < dim; ++d) outer_tile<Policy, 1, kColumns>(rows, d, coefficients, rescale, count, target + d * kBlockQ);
 }
 
-// Zeros the first `vectors` vectors of columns[dim, padded to a vector][kBlockQ].
+// Sets the first `vectors` vectors of each row of columns[dim, padded to a vector][kBlockQ] to zero.
 template <class Lane>
 FA_INLINE void clear_columns(Lane* columns, int dim, int vectors) {
   constexpr int n = kLanes<Lane>;
@@ -131,7 +139,7 @@ FA_INLINE void clear_columns(Lane* columns, int dim, int vectors) {
   }
 }
 
-// The vectors [begin, end) of a query block that see at least one key of a tile.
+// The vectors [begin, end) of a block of queries. Used for those in which some query sees a key of a tile.
 struct VectorRange {
   int begin;
   int end;
@@ -139,16 +147,19 @@ struct VectorRange {
   bool operator==(const VectorRange& other) const { return begin == other.begin && end == other.end; }
 };
 
+// The part of a range that lies in a panel. A panel is as many vectors as a tile has: kTileVectors.
 FA_INLINE VectorRange clip_to_panel(VectorRange range, int panel) {
   const int first = panel * kTileVectors;
   const int last = first + kTileVectors;
   return {range.begin < first ? first : range.begin, range.end > last ? last : range.end};
 }
 
-// target[d][q] = target[d][q] * rescale[q] + sum over keys j of rows[j][d] * coefficients[j][q], for a block of keys.
+// For a block of keys and a block of queries: target[d][q] = target[d][q] * rescale[q] + sum over keys j of rows[j][d]
+// * coefficients[j][q].
 //
-// Tile t of the block reaches only the queries ranges[t]. A run of tiles with equal ranges is one product. The first
-// run that reaches a vector rescales the vector. A vector that no tile reaches is left alone: its factor is 1.
+// Only the queries in ranges[t] see keys of tile t, and coefficients of other queries are not initialised. Neighbouring
+// tiles with equal ranges form a run, which is one product. The first run that contains a vector of queries applies the
+// factor `rescale`. A vector that is in no range stays as it is, because its factor is 1.
 template <class Policy>
 FA_INLINE void outer_block(const char* const* rows, int dim, const typename Policy::Lane* coefficients,
                            const Vec<typename Policy::Lane>* rescale, const VectorRange* ranges, int tiles,
@@ -160,7 +171,7 @@ FA_INLINE void outer_block(const char* const* rows, int dim, const typename Poli
   for (int c = 0; c < kTileVectors; ++c) ones[c] = broadcast<Lane>(1);
 
   for (int panel = 0; panel * kTileVectors < vectors; ++panel) {
-    uint64_t rescaled = 0;  // bit v: vector v of the block has been multiplied by its alpha
+    uint64_t rescaled = 0;  // bit v is set after vector v has been multiplied by rescale[v]
     int stop;
     for (int t = 0; t < tiles; t = stop) {
       const VectorRange run = clip_to_panel(ranges[t], panel);

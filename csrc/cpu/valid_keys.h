@@ -1,4 +1,4 @@
-// The keys that are no padding, listed once for each call.
+// Lists of the keys that are not padding. They are made once for each call, because all heads share them.
 #pragma once
 #include "memory.h"
 #include "sequence.h"
@@ -6,19 +6,21 @@
 namespace fused_attn::cpu {
 namespace {
 
-// The valid keys of one batch entry. All heads share them.
+// The valid keys of one batch entry.
 struct ValidKeys {
   const int32_t* index = nullptr;  // in ascending order; null = all keys are valid
   int64_t count = 0;
 };
 
+// The memory that make_valid_keys needs, in bytes; 0 without key padding.
 FA_INLINE int64_t valid_keys_bytes(const AttentionParams& p) {
   if (p.key_padding.data == nullptr) return 0;
   return p.batch * static_cast<int64_t>(sizeof(ValidKeys)) + kCacheLine +
          p.batch * p.seqlen_k * static_cast<int64_t>(sizeof(int32_t));
 }
 
-// Makes one ValidKeys for each batch entry in `memory`. Returns null without key padding.
+// Makes the lists of all batch entries in `memory`, and returns one ValidKeys for each batch entry. Returns null if
+// there is no key padding.
 inline const ValidKeys* make_valid_keys(const AttentionParams& p, char* memory) {
   if (p.key_padding.data == nullptr) return nullptr;
   Arena arena(memory);

@@ -1,8 +1,9 @@
-// A small vector layer on the vector extensions that GCC and Clang share.
+// Types and functions for SIMD vectors, based on the vector extensions that GCC and Clang share.
 //
-// The vector width is the native one of the translation unit. A wider vector, which the compiler would have to lower,
-// is ten times slower. Everything is in an anonymous namespace, because this header is compiled once for each
-// instruction set: an inline function that several of them share by name could put AVX-512 code into the baseline path.
+// A vector is as wide as a register of the instruction set that the file is compiled for. The compiler splits a wider
+// vector into parts, which is ten times slower. Everything is in an anonymous namespace, because each instruction set
+// compiles this header. If inline functions had external linkage, the linker would keep one copy for all instruction
+// sets, which could be AVX-512 code that the processor cannot run.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -18,8 +19,8 @@
 #define FA_UNROLL _Pragma("clang loop unroll(full)")
 #define FA_UNROLL_TWICE _Pragma("clang loop unroll_count(2)")
 #else
-// Every loop over an accumulator array must be unrolled. One access by a runtime index puts all accumulators into
-// memory.
+// Every loop over an array of accumulators must be unrolled. If one element is accessed by an index that is not known
+// at compile time, the compiler keeps the whole array in memory instead of registers.
 #define FA_UNROLL _Pragma("GCC unroll 64")
 #define FA_UNROLL_TWICE _Pragma("GCC unroll 2")
 #endif
@@ -42,7 +43,8 @@ constexpr int kVectorRegisters = 16;
 #endif
 #endif
 
-// The vector types of one lane type. An UnalignedVec may be loaded from any address, and may alias anything.
+// The vector types for lanes of type T: Vec, and IntVec with integers of the same size, which comparisons return. An
+// UnalignedVec may be loaded from any address, whatever the type of the memory there.
 template <class T>
 struct VecOf;
 
@@ -69,31 +71,37 @@ using IntVec = typename VecOf<T>::IntVec;
 template <class T>
 using LaneInt = typename VecOf<T>::Int;
 
+// The number of lanes of a vector.
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
-// T cannot be deduced from Vec<T>, so it is named in every call.
+// Loads a vector from an address without alignment. In all functions of this file, a call must name T, as in
+// load<float>(p), because the compiler cannot deduce T from Vec<T>.
 template <class T>
 FA_INLINE Vec<T> load(const T* p) {
   return *reinterpret_cast<const typename VecOf<T>::UnalignedVec*>(p);
 }
 
+// Stores a vector at an address without alignment.
 template <class T>
 FA_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VecOf<T>::UnalignedVec*>(p) = v;
 }
 
+// The vector in which every lane is x.
 template <class T>
 FA_INLINE Vec<T> broadcast(T x) {
-  return x - Vec<T>{};  // x - 0 is x for every x, and compiles to one broadcast
+  return x - Vec<T>{};  // x - 0 is x for every x, NaN and -0 included, and compiles to one broadcast instruction
 }
 
+// The vector of integers in which every lane is x.
 template <class T>
 FA_INLINE IntVec<T> broadcast_int(LaneInt<T> x) {
   return x - IntVec<T>{};
 }
 
-// max and min return b if a or b is NaN. So a NaN in a is lost, and a NaN in b stays.
+// max and min of each lane. If a or b is NaN, the result is b. So a NaN in `a` is ignored, and a NaN in `b` is
+// returned.
 template <class T>
 FA_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
@@ -104,17 +112,19 @@ FA_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
   return a < b ? a : b;
 }
 
+// `yes` in lanes where the condition is -1, and `no` where it is 0.
 template <class T>
 FA_INLINE Vec<T> select(IntVec<T> condition, Vec<T> yes, Vec<T> no) {
   return condition ? yes : no;
 }
 
-// `yes` where the condition is -1, and zero where it is 0.
+// `yes` in lanes where the condition is -1, and zero where it is 0.
 template <class T>
 FA_INLINE Vec<T> select_or_zero(IntVec<T> condition, Vec<T> yes) {
   return reinterpret_cast<Vec<T>>(reinterpret_cast<IntVec<T>>(yes) & condition);
 }
 
+// The sum of all lanes.
 template <class T>
 FA_INLINE T sum_lanes(Vec<T> v) {
   T total = 0;
@@ -123,7 +133,7 @@ FA_INLINE T sum_lanes(Vec<T> v) {
   return total;
 }
 
-// Lane i is -1 where bit (first + i) of the word is set.
+// The condition for select whose lane i is -1 if bit (first + i) of the word is set, otherwise 0.
 template <class T>
 FA_INLINE IntVec<T> lanes_of_bits(uint64_t word, int first) {
   IntVec<T> bit;
@@ -132,7 +142,7 @@ FA_INLINE IntVec<T> lanes_of_bits(uint64_t word, int first) {
   return (broadcast_int<T>(static_cast<LaneInt<T>>(word >> first)) & bit) != 0;
 }
 
-// Whether a lane is above zero; a NaN is not.
+// Whether some lane is larger than zero. NaN is not larger than zero.
 template <class T>
 FA_INLINE bool any_positive(Vec<T> v) {
 #if defined(__AVX512F__)
@@ -152,7 +162,8 @@ FA_INLINE bool any_positive(Vec<T> v) {
 #endif
 }
 
-// One round of the transpose network: exchanges the blocks of kStep lanes of rows i and i + kStep.
+// One step of a transposition, for the rows a = rows[i] and b = rows[i + kStep]: in each group of 2 kStep lanes,
+// exchanges the upper kStep lanes of `a` with the lower kStep lanes of `b`.
 template <class T, int kStep, int... kLane>
 FA_INLINE void exchange_blocks(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kLane...>) {
   constexpr int n = kLanes<T>;
@@ -162,7 +173,8 @@ FA_INLINE void exchange_blocks(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, 
   b = high;
 }
 
-// Lane i of the result is the sum of the lanes of rows[i]. The rows are overwritten.
+// The vector whose lane i is the sum of the lanes of rows[i]. Overwrites the rows. Callers leave kStep at 1: the
+// function calls itself with larger steps.
 template <class T, int kStep = 1>
 FA_INLINE Vec<T> sum_rows(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (kStep == kLanes<T>) {
@@ -177,6 +189,8 @@ FA_INLINE Vec<T> sum_rows(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
+// Transposes a matrix of kLanes x kLanes numbers in registers: lane j of row i becomes lane i of row j. Callers leave
+// kStep at 1: the function calls itself with larger steps.
 template <class T, int kStep = 1>
 FA_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (kStep < kLanes<T>) {

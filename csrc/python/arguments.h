@@ -1,4 +1,4 @@
-// Tensors that Python passes: read, then checked against what the problem expects of each.
+// A tensor argument of a call from Python: its metadata, and the checks of dtype, shape and strides.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -12,8 +12,10 @@ namespace fused_attn {
 
 namespace py = pybind11;
 
+// The dtypes that some argument may have. The types of query, key and value come first, up to kBFloat16.
 enum class ElementType { kFloat32, kFloat64, kFloat16, kBFloat16, kBool, kInt32, kInt64, kOther };
 
+// The name of a dtype for error messages, as PyTorch writes it.
 inline const char* name_of(ElementType type) {
   switch (type) {
     case ElementType::kFloat32: return "float32";
@@ -28,6 +30,7 @@ inline const char* name_of(ElementType type) {
   return "another type";
 }
 
+// The dtype of a tensor that DLPack describes by a type code and a number of bits.
 inline ElementType element_type(const ExchangeTensor& tensor) {
   if (tensor.lanes != 1) return ElementType::kOther;
   switch (tensor.code) {
@@ -51,6 +54,7 @@ inline ElementType element_type(const ExchangeTensor& tensor) {
   return ElementType::kOther;
 }
 
+// The dtype as kernels name it. Defined for the types of query, key and value.
 inline DType kernel_dtype(ElementType type) {
   switch (type) {
     case ElementType::kFloat64: return DType::kFloat64;
@@ -60,18 +64,22 @@ inline DType kernel_dtype(ElementType type) {
   }
 }
 
+// A shape for error messages, as Python writes a tuple.
 inline std::string shape_text(const int64_t* shape, int64_t ndim) {
   std::string text = "(";
   for (int64_t i = 0; i < ndim; ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
   return text + (ndim == 1 ? ",)" : ")");
 }
 
+// One tensor argument. `tensor` points to sizes and strides that belong to the Python tensor. Each check_ function
+// throws ValueError, with a message that names the argument, what was expected, and what the caller passed.
 struct Argument {
   const char* name;
-  bool given = false;
+  bool given = false;  // false if the caller passed None
   ElementType type = ElementType::kOther;
   ExchangeTensor tensor{};
 
+  // The size, the stride in elements, and the address of the first element. Valid if `given`.
   int64_t size(int dim) const { return tensor.shape[dim]; }
   int64_t stride(int dim) const { return tensor.strides[dim]; }
   char* data() const { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
@@ -80,10 +88,12 @@ struct Argument {
     throw py::value_error(std::string(name) + ": expected " + expected + ", got " + got);
   }
 
+  // The dtype must be `expected`.
   void check_type(ElementType expected) const {
     if (type != expected) fail(name_of(expected), name_of(type));
   }
 
+  // The number of dimensions and all sizes must be `expected`.
   void check_shape(std::initializer_list<int64_t> expected) const {
     bool equal = tensor.ndim == static_cast<int32_t>(expected.size());
     for (int32_t i = 0; equal && i < tensor.ndim; ++i) equal = size(i) == expected.begin()[i];
@@ -92,19 +102,25 @@ struct Argument {
            "shape " + shape_text(tensor.shape, tensor.ndim));
   }
 
+  // The elements along `dim` must be neighbours in memory. With one element, the stride does not matter.
   void check_unit_stride(int dim) const {
     if (stride(dim) != 1 && size(dim) > 1)
       fail("stride 1 in dimension " + std::to_string(dim), "stride " + std::to_string(stride(dim)));
   }
 
-  // (batch, head, row, column), elements of a row side by side.
-  TensorView rows_view() const {
-    if (!given) return {};
-    check_unit_stride(3);
-    return {data(), stride(0), stride(1), stride(2), 1};
+  // The elements must be in the order of their indices, without gaps. The stride of a dimension of size 1 does not
+  // matter.
+  void check_contiguous() const {
+    int64_t expected = 1;
+    for (int dim = tensor.ndim - 1; dim >= 0; --dim) {
+      if (size(dim) > 1 && stride(dim) != expected)
+        fail("a contiguous tensor", "stride " + std::to_string(stride(dim)) + " in dimension " + std::to_string(dim));
+      expected *= size(dim);
+    }
   }
 
-  // (batch, head, row, column), any strides; a dimension of size 1 stands for `expected` equal entries.
+  // The view of a tensor (batch, head, row, column) with any strides, which broadcasts to the sizes `expected`. A
+  // dimension of size 1 gets stride 0.
   TensorView scores_view(const int64_t (&expected)[4]) const {
     bool fits = tensor.ndim == 4;
     for (int dim = 0; fits && dim < 4; ++dim) fits = size(dim) == 1 || size(dim) == expected[dim];
@@ -115,12 +131,14 @@ struct Argument {
   }
 };
 
-// Where the tensors of a call have to be. On a GPU their contents are left alone: the host would have to wait for it.
+// Reads tensor arguments, and checks that they are on the device of the call.
 struct Reader {
   ExchangeDevice device;
   int32_t device_index = -1;  // -1: any
 
+  // Whether elements of a tensor may be read. On a GPU, the host would have to wait for the kernels that write them.
   bool may_look_inside() const { return device == ExchangeDevice::kCpu; }
+  // Reads an argument that must be a tensor, or one that may be None as well.
   Argument required(PyObject* object, const char* name) const;
   Argument optional(PyObject* object, const char* name) const {
     return object == Py_None ? Argument{name} : required(object, name);
@@ -134,7 +152,8 @@ inline Argument Reader::required(PyObject* object, const char* name) const {
     throw py::type_error(std::string(name) + ": expected a torch.Tensor, got " + Py_TYPE(object)->tp_name);
   ExchangeTensor& tensor = argument.tensor;
   if (torch.api->read_tensor(object, &tensor) != 0) {
-    // For instance a sparse tensor. Torch's message does not say which argument it was.
+    // This happens, for instance, for a sparse tensor. The new error adds the name of the argument, which torch does
+    // not know.
     py::error_already_set cause;
     py::raise_from(cause, PyExc_ValueError, (std::string(name) + ": not a dense tensor with data in memory").c_str());
     throw py::error_already_set();

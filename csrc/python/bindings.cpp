@@ -1,4 +1,4 @@
-// The Python module fused_attn._C: the kernels for CPUs.
+// The Python module fused_attn._C, which contains the CPU kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,6 +15,7 @@ namespace {
 
 constexpr Reader kReader{ExchangeDevice::kCpu};
 
+// The argument num_threads as a number. 65536 is a limit that no machine reaches, and it fits into int32_t.
 int32_t thread_count(PyObject* num_threads) {
   const long threads = PyLong_AsLong(num_threads);
   if (threads == -1 && PyErr_Occurred()) throw py::error_already_set();
@@ -22,9 +23,10 @@ int32_t thread_count(PyObject* num_threads) {
   return static_cast<int32_t>(std::min<long>(threads, 1 << 16));
 }
 
+// Calls a kernel. Releases the GIL during the call if the kernel takes so long that another Python thread can use the
+// time.
 void run(void (*kernel)(const AttentionParams&), const Problem& problem) {
-  // Below this many multiply-adds (some microseconds) another thread gains nothing from the GIL.
-  constexpr double kWorthReleasing = 1 << 18;
+  constexpr double kWorthReleasing = 1 << 18;  // multiply-adds, which take some microseconds
   const AttentionParams& params = problem.params;
   const double work = static_cast<double>(problem.batch_entries) * static_cast<double>(params.num_heads) *
                       static_cast<double>(problem.rows_q) * static_cast<double>(params.seqlen_k) *
@@ -37,17 +39,21 @@ void run(void (*kernel)(const AttentionParams&), const Problem& problem) {
   }
 }
 
-// ---- What Python calls at every step.
+// ---- The functions that Python calls at every attention. kModuleDoc describes their arguments.
 
 const char kSignatureDoc[] =
     "signature(query, key, value, *others)\n\n"
-    "Shapes and dtypes of plain CPU tensors as hashable bytes. They are int64 words: for each tensor the index of its\n"
-    "dtype in signature_dtypes, the number of its dimensions and its sizes; -1 for one of others that is None.\n"
-    "None if a tensor is anything else, such as of a subclass, whose methods may tell another shape than its memory.";
+    "Shapes and dtypes of plain CPU tensors as hashable bytes, which are int64 words. A tensor takes these words: the\n"
+    "index of its dtype in signature_dtypes, its number of dimensions, its sizes. A None takes one word: -1.\n"
+    "Returns None if some tensor is not a plain CPU tensor: a subclass, for instance, may report a shape that is not\n"
+    "the shape of its memory.";
 
 constexpr ElementType kSignatureTypes[] = {ElementType::kFloat32, ElementType::kFloat64, ElementType::kFloat16,
                                            ElementType::kBFloat16, ElementType::kBool};
 
+// The shapes and dtypes of the tensors of a call as bytes, by which Python finds its plan for the call (kSignatureDoc).
+// The entry point of the kernel reads the tensors again, which takes tens of nanoseconds for each. A cache of the first
+// read would not be safe: in between, a tensor may be resized, or freed and its address given to another one.
 PyObject* signature(PyObject* const* args, Py_ssize_t count) {
   constexpr int kMaxTensors = 8, kMaxDims = 8;
   int64_t words[kMaxTensors * (2 + kMaxDims)];
@@ -89,7 +95,7 @@ PyObject* forward(PyObject* const* args, Py_ssize_t count) {
 
 const char kBackwardDoc[] =
     "backward(inputs, saved, gradients, config, num_threads)\n\n"
-    "Overwrites those of the gradients that are not None. See the module's docstring for the arguments.";
+    "Overwrites the gradients that are not None. See the module's docstring for the arguments.";
 
 PyObject* backward(PyObject* const* args, Py_ssize_t count) {
   check_count(count, 5, kBackwardDoc);
@@ -102,24 +108,10 @@ PyObject* backward(PyObject* const* args, Py_ssize_t count) {
 const char kSelfAttentionDoc[] =
     "self_attention(x, in_weight, in_bias, out_weight, out_bias, out, num_heads, key_padding, is_causal, "
     "num_threads)\n\n"
-    "Projects x, attends to itself and projects the result: a module, for few rows. x, out (B, L, E), in_weight\n"
-    "((H + 2 Hkv) D, E), in_bias ((H + 2 Hkv) D,) or None, out_weight (E, H D), out_bias (E,) or None, key_padding\n"
-    "(B, L) or None. All of one dtype and contiguous, but key_padding.";
-
-Argument contiguous(PyObject* object, const char* name, ElementType type, std::initializer_list<int64_t> shape) {
-  const Argument argument = kReader.optional(object, name);
-  if (!argument.given) return argument;
-  argument.check_type(type);
-  argument.check_shape(shape);
-  int64_t stride = 1;
-  for (int dim = argument.tensor.ndim - 1; dim >= 0; --dim) {
-    if (argument.size(dim) > 1 && argument.stride(dim) != stride)
-      argument.fail("a contiguous tensor",
-                    "stride " + std::to_string(argument.stride(dim)) + " in dimension " + std::to_string(dim));
-    stride *= argument.size(dim);
-  }
-  return argument;
-}
+    "Computes a whole self-attention module for few rows: projects x to query, key and value, attends, projects the\n"
+    "result, and writes out. x, out (B, L, E), in_weight ((H + 2 Hkv) D, E), in_bias ((H + 2 Hkv) D,) or None,\n"
+    "out_weight (E, H D), out_bias (E,) or None, key_padding (B, L) bool or None. All tensors but key_padding must\n"
+    "have one dtype and be contiguous.";
 
 PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
   check_count(count, 10, kSelfAttentionDoc);
@@ -139,19 +131,22 @@ PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
   if (kv_heads < 1 || heads % kv_heads != 0 || features + 2 * kv_heads * head_dim != width)
     weight.fail("(H + 2 Hkv) D rows for H = " + std::to_string(heads), std::to_string(width));
 
+  const auto checked_data = [&](const Argument& argument, std::initializer_list<int64_t> shape) -> void* {
+    if (!argument.given) return nullptr;
+    argument.check_type(x.type);
+    argument.check_shape(shape);
+    argument.check_contiguous();
+    return argument.data();
+  };
   cpu::SelfAttentionParams module;
   AttentionParams& params = module.attention;
   module.features = features;
-  module.x = contiguous(args[0], "x", x.type, {batch, length, features}).data();
-  module.in_weight = contiguous(args[1], "in_weight", x.type, {width, features}).data();
-  const Argument in_bias = contiguous(args[2], "in_bias", x.type, {width});
-  module.in_bias = in_bias.given ? in_bias.data() : nullptr;
-  kReader.required(args[3], "out_weight");
-  module.out_weight = contiguous(args[3], "out_weight", x.type, {features, features}).data();
-  const Argument out_bias = contiguous(args[4], "out_bias", x.type, {features});
-  module.out_bias = out_bias.given ? out_bias.data() : nullptr;
-  kReader.required(args[5], "out");
-  module.out = contiguous(args[5], "out", x.type, {batch, length, features}).data();
+  module.x = checked_data(x, {batch, length, features});
+  module.in_weight = checked_data(weight, {width, features});
+  module.in_bias = checked_data(kReader.optional(args[2], "in_bias"), {width});
+  module.out_weight = checked_data(kReader.required(args[3], "out_weight"), {features, features});
+  module.out_bias = checked_data(kReader.optional(args[4], "out_bias"), {features});
+  module.out = checked_data(kReader.required(args[5], "out"), {batch, length, features});
   params.dtype = kernel_dtype(x.type);
   params.batch = batch;
   params.num_heads = heads;
@@ -159,11 +154,7 @@ PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
   params.seqlen_q = params.seqlen_k = length;
   params.head_dim = params.value_dim = head_dim;
   params.scale = 1.0 / std::sqrt(static_cast<double>(head_dim));
-  if (const Argument padding = kReader.optional(args[7], "key_padding"); padding.given) {
-    padding.check_type(ElementType::kBool);
-    padding.check_shape({batch, length});
-    params.key_padding = {padding.data(), padding.stride(0), 0, 0, padding.stride(1)};
-  }
+  params.key_padding = key_padding_view(kReader.optional(args[7], "key_padding"), batch, length);
   const int is_causal = PyObject_IsTrue(args[8]);
   if (is_causal < 0) throw py::error_already_set();
   if (is_causal != 0) params.window_right = 0;
@@ -182,6 +173,7 @@ PyMethodDef kMethods[] = {
 
 // ---- The module
 
+// cpu::select_isa, but an instruction set that this machine cannot run raises ValueError.
 void select_cpu_isa(const std::string& isa) {
   if (cpu::select_isa(isa)) return;
   std::string available;
@@ -202,16 +194,16 @@ py::dict build_info() {
 
 const char kModuleDoc[] = R"(The native kernels of fused_attn.
 
-Private: fused_attn.backends uses it. Tensors are torch tensors on the CPU, read where they lie and never kept;
-shapes, dtypes and strides are checked, and what does not fit raises ValueError. B, H, L, D and so on are the sizes of
-csrc/common/attention_params.h; "accumulate" is float64 for float64 problems and float32 otherwise.
+Private: only fused_attn uses this module. Tensors are torch tensors on the CPU. The functions do not copy or keep them.
+A shape, dtype or stride that a kernel cannot use raises ValueError. B, H, L, D and so on are the sizes of
+csrc/common/attention_params.h. "accumulate" is float64 if query is float64, otherwise float32.
 
 inputs       the tuple (query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q,
-             cu_seqlens_k); what is not among the first three may be None
+             cu_seqlens_k); all but the first three may be None
 saved        the tuple (out, lse, dout, dlse)
 gradients    the tuple (dquery, dkey, dvalue, dbias, drelative_bias, dsinks), each in the shape of its input, or None
 config       a Config
-num_threads  at most so many threads work
+num_threads  the largest number of threads that compute
 
 query (B, H, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv), out (B, H, L, Dv): one dtype, last stride 1
 lse (B, H, L)                  accumulate, last stride 1
@@ -221,11 +213,11 @@ sinks (H,)                     accumulate
 seed ()                        int64; needed when dropout_p > 0
 mask (B, H, L, S)              bool, True = attend; any strides; 1 in place of any size broadcasts
 key_padding (B, S)             bool, True = ignore
-cu_seqlens_q, _k (N + 1,)      int32. Both given: a packed problem of N sequences; the tensors have B = 1 and all rows one
-                               after another, and the masks above have B = N, L = max_seqlen_q, S = max_seqlen_k.
+cu_seqlens_q, _k (N + 1,)      int32. With both, the call is packed: N sequences stand one after another in tensors with
+                               B = 1, and the masks above have B = N, L = max_seqlen_q, S = max_seqlen_k.
 dlse (B, H, L)                 accumulate, any strides; None = zero
 
-dbias, drelative_bias and dsinks are accumulate, and what broadcasts in dbias or drelative_bias is summed over.)";
+dbias, drelative_bias and dsinks are accumulate. A broadcast dimension of dbias or drelative_bias is summed over.)";
 
 }  // namespace
 }  // namespace fused_attn
@@ -243,6 +235,7 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("cpu_isas", &cpu::runnable_isas, "The instruction sets that this machine can run, best last.");
   module.def("cpu_isa", [] { return cpu::kernels().isa; }, "The instruction set in use.");
-  module.def("select_cpu_isa", &select_cpu_isa, py::arg("isa"), "Uses another of cpu_isas(); for tests.");
+  module.def("select_cpu_isa", &select_cpu_isa, py::arg("isa"),
+             "From now on, the kernels of another of cpu_isas() are used; for tests.");
   module.def("build_info", &build_info, "How this module was built.");
 }

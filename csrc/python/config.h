@@ -1,4 +1,5 @@
-// What a problem has besides tensors: made once in Python and passed again with every call.
+// The arguments of a call that are not tensors. Python makes a Config once for each problem and passes it with every
+// call, because the conversion of ten Python numbers would take longer than a small kernel.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,8 +16,9 @@ namespace fused_attn {
 
 namespace py = pybind11;
 
-constexpr char kConfigName[] = "fused_attn.Config";
+constexpr char kConfigName[] = "fused_attn.Config";  // the name of the capsule, by which a call recognises a Config
 
+// The fields of the same names in AttentionParams. max_seqlen_q and max_seqlen_k are used by packed calls only.
 struct Config {
   double scale;
   double softcap;
@@ -30,6 +32,7 @@ struct Config {
   int64_t max_seqlen_k;
 };
 
+// The side of a window as kernels take it: None, -1 and very large numbers mean that the side has no bound.
 inline int64_t window_or_unbounded(std::optional<int64_t> window, const char* name) {
   if (!window || *window == -1 || *window > kUnbounded) return kUnbounded;
   if (*window < 0)
@@ -37,6 +40,7 @@ inline int64_t window_or_unbounded(std::optional<int64_t> window, const char* na
   return *window;
 }
 
+// Checks the arguments of Config and converts them.
 inline Config make_config(double scale, double softcap, std::optional<int64_t> window_left,
                           std::optional<int64_t> window_right, int64_t diagonal_offset, double dropout_p,
                           int64_t max_seqlen_q, int64_t max_seqlen_k) {
@@ -44,7 +48,7 @@ inline Config make_config(double scale, double softcap, std::optional<int64_t> w
     throw py::value_error("dropout_p: expected a probability, got " + std::to_string(dropout_p));
   if (std::abs(diagonal_offset) > kUnbounded)
     throw py::value_error("diagonal_offset: " + std::to_string(diagonal_offset) + " is out of range");
-  constexpr double kWords = 4294967296.0;  // 2^32 values of a Philox word
+  constexpr double kWords = 4294967296.0;  // a Philox word has 2^32 values
   Config config{};
   config.scale = scale;
   config.softcap = softcap;
@@ -53,14 +57,16 @@ inline Config make_config(double scale, double softcap, std::optional<int64_t> w
   config.diagonal_offset = diagonal_offset;
   config.has_dropout = dropout_p > 0.0;
   config.dropout_threshold = static_cast<uint32_t>(std::fmin(std::nearbyint(dropout_p * kWords), kWords - 1.0));
-  // The largest threshold still keeps one word in 2^32; scale 0 drops that one too.
+  // With dropout_p = 1, the threshold is 2^32 - 1, so one of 2^32 words still keeps its entry. The scale 0 sets this
+  // entry to zero as well.
   config.dropout_scale = dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0;
   config.max_seqlen_q = max_seqlen_q;
   config.max_seqlen_k = max_seqlen_k;
   return config;
 }
 
-// The function Config of a module. It returns a capsule, which a call reads in a tenth of the time of a pybind11 class.
+// Adds the function Config to a Python module. The function returns a Config in a capsule, because a call reads a
+// capsule in a tenth of the time that a pybind11 class takes.
 inline void define_config(py::module_& module) {
   module.def(
       "Config",
@@ -79,8 +85,8 @@ inline void define_config(py::module_& module) {
       py::arg("scale"), py::arg("softcap") = 0.0, py::arg("window_left") = py::none(),
       py::arg("window_right") = py::none(), py::arg("diagonal_offset") = 0, py::arg("dropout_p") = 0.0,
       py::arg("max_seqlen_q") = 0, py::arg("max_seqlen_k") = 0,
-      "What a problem has besides tensors. Made once, passed with every call. A window of None or -1 is unbounded.\n"
-      "max_seqlen_* are read for packed problems only.");
+      "The arguments of a call that are not tensors: made once for each problem, passed with every call. A window of\n"
+      "None or -1 has no bound. max_seqlen_q and max_seqlen_k are used by packed calls only.");
 }
 
 }  // namespace fused_attn

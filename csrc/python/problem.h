@@ -1,5 +1,5 @@
-// From the tuples of a call to the AttentionParams that kernels get, for every module of native code. The one place that
-// knows what shape, type and strides each tensor has to have.
+// Converts the tuples of a call to AttentionParams, for the CPU module and for the CUDA module. This file alone defines
+// which dtype, shape and strides each tensor must have, and it checks them, because a kernel trusts its parameters.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -15,16 +15,18 @@ namespace fused_attn {
 
 namespace py = pybind11;
 
-// The types and sizes that every other tensor is checked against.
+// The parameters of a kernel, and the dtypes and sizes of query, key and value that all other tensors are checked
+// against.
 struct Problem {
   AttentionParams params;
   ElementType type = ElementType::kOther;
   ElementType accumulate_type = ElementType::kOther;
-  int64_t batch_entries = 0;  // of the tensors: 1 when packed
-  int64_t rows_q = 0;         // of the tensors: the total when packed
-  int64_t rows_k = 0;
+  int64_t batch_entries = 0;  // the size of dimension 0 of query; 1 if the call is packed
+  int64_t rows_q = 0;         // the size of dimension 2 of query; the sum of all lengths if the call is packed
+  int64_t rows_k = 0;         // the size of dimension 2 of key, likewise
 };
 
+// Copies the arguments that are not tensors from `object`, a capsule that the Python function Config has returned.
 inline void set_config(AttentionParams& params, PyObject* object) {
   if (!PyCapsule_IsValid(object, kConfigName))
     throw py::type_error(std::string("config: expected what Config returns, got ") + Py_TYPE(object)->tp_name);
@@ -37,16 +39,16 @@ inline void set_config(AttentionParams& params, PyObject* object) {
   params.has_dropout = config.has_dropout;
   params.dropout_threshold = config.dropout_threshold;
   params.dropout_scale = config.dropout_scale;
-  // Of packed problems only; set_tensors overwrites them otherwise.
+  // For packed calls. In other calls, set_tensors overwrites the two lengths.
   params.seqlen_q = config.max_seqlen_q;
   params.seqlen_k = config.max_seqlen_k;
 }
 
-// A wrong offset would let the kernel read or write outside a tensor, and no later check could see it.
+// Checks the offsets of packed sequences and returns them. A wrong offset would make the kernel read and write outside
+// of a tensor. On a GPU the offsets are not read, so there only dtype and shape are checked.
 inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& cu_seqlens, int64_t batch, int64_t total,
                                          int64_t max_seqlen) {
   cu_seqlens.check_type(ElementType::kInt32);
-  cu_seqlens.check_shape({batch + 1});
   cu_seqlens.check_unit_stride(0);
   const auto* starts = reinterpret_cast<const int32_t*>(cu_seqlens.data());
   if (!reader.may_look_inside()) return starts;
@@ -62,51 +64,62 @@ inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& c
   return starts;
 }
 
-inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& inputs, PyObject* out_object,
-                        PyObject* lse_object) {
+// The batch stride of a view. It is 0 in a packed call, where all sequences stand in one batch entry.
+inline int64_t batch_stride(const Problem& problem, const Argument& argument) {
+  return problem.params.cu_seqlens_q != nullptr ? 0 : argument.stride(0);
+}
+
+// Checks a tensor (batch_entries, heads, rows, columns), which must have the dtype of query and contiguous rows, and
+// returns its view. This and the next functions return a view without data for None.
+inline TensorView rows_view(const Problem& problem, const Argument& argument, int64_t heads, int64_t rows,
+                            int64_t columns) {
+  if (!argument.given) return {};
+  argument.check_type(problem.type);
+  argument.check_shape({problem.batch_entries, heads, rows, columns});
+  argument.check_unit_stride(3);
+  return {argument.data(), batch_stride(problem, argument), argument.stride(1), argument.stride(2), 1};
+}
+
+// Checks lse or its gradient, a tensor (batch_entries, num_heads, rows_q) of the accumulate type, and returns its view.
+inline TensorView lse_view(const Problem& problem, const Argument& argument) {
+  if (!argument.given) return {};
+  argument.check_type(problem.accumulate_type);
+  argument.check_shape({problem.batch_entries, problem.params.num_heads, problem.rows_q});
+  return {argument.data(), batch_stride(problem, argument), argument.stride(1), argument.stride(2), 1};
+}
+
+// Checks key_padding, a bool tensor (batch, seqlen_k), and returns its view.
+inline TensorView key_padding_view(const Argument& argument, int64_t batch, int64_t seqlen_k) {
+  if (!argument.given) return {};
+  argument.check_type(ElementType::kBool);
+  argument.check_shape({batch, seqlen_k});
+  return {argument.data(), argument.stride(0), 0, 0, argument.stride(1)};
+}
+
+// Sets the dtypes and sizes that query, key and value define.
+inline void set_sizes(Problem& problem, const Argument& query, const Argument& key, const Argument& value) {
   AttentionParams& params = problem.params;
-  const Argument query = reader.required(inputs.query, "query");
-  const Argument key = reader.required(inputs.key, "key");
-  const Argument value = reader.required(inputs.value, "value");
-  const Argument out = reader.required(out_object, "out");
-  const Argument lse = reader.optional(lse_object, "lse");
   for (const Argument* argument : {&query, &key, &value}) {
     if (argument->tensor.ndim != 4) argument->fail("4 dimensions", std::to_string(argument->tensor.ndim));
   }
-
-  problem.type = query.type;
   if (query.type > ElementType::kBFloat16) query.fail("float32, float64, float16 or bfloat16", name_of(query.type));
+  problem.type = query.type;
   problem.accumulate_type = query.type == ElementType::kFloat64 ? ElementType::kFloat64 : ElementType::kFloat32;
-  key.check_type(problem.type);
-  value.check_type(problem.type);
-  out.check_type(problem.type);
-  params.dtype = kernel_dtype(query.type);
-
   problem.batch_entries = query.size(0);
   problem.rows_q = query.size(2);
   problem.rows_k = key.size(2);
+  params.dtype = kernel_dtype(query.type);
   params.num_heads = query.size(1);
   params.num_kv_heads = key.size(1);
   params.head_dim = query.size(3);
   params.value_dim = value.size(3);
   if (params.num_kv_heads == 0 ? params.num_heads != 0 : params.num_heads % params.num_kv_heads != 0)
     key.fail("a head count that divides " + std::to_string(params.num_heads), std::to_string(params.num_kv_heads));
-  const int64_t batch = problem.batch_entries, heads = params.num_heads, kv_heads = params.num_kv_heads;
-  key.check_shape({batch, kv_heads, problem.rows_k, params.head_dim});
-  value.check_shape({batch, kv_heads, problem.rows_k, params.value_dim});
-  out.check_shape({batch, heads, problem.rows_q, params.value_dim});
+}
 
-  params.query = query.rows_view();
-  params.key = key.rows_view();
-  params.value = value.rows_view();
-  params.out = out.rows_view();
-  if (lse.given) {
-    lse.check_type(problem.accumulate_type);
-    lse.check_shape({batch, heads, problem.rows_q});
-    lse.check_unit_stride(2);
-    params.lse = {lse.data(), lse.stride(0), lse.stride(1), 1, 1};
-  }
-
+// Sets the number of sequences and their lengths. Checks the offsets of packed sequences.
+inline void set_sequences(Problem& problem, const Reader& reader, const Inputs& inputs) {
+  AttentionParams& params = problem.params;
   const Argument cu_seqlens_q = reader.optional(inputs.cu_seqlens_q, "cu_seqlens_q");
   const Argument cu_seqlens_k = reader.optional(inputs.cu_seqlens_k, "cu_seqlens_k");
   if (!cu_seqlens_q.given && !cu_seqlens_k.given) {
@@ -118,47 +131,68 @@ inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& in
   if (!cu_seqlens_q.given) cu_seqlens_q.fail("a tensor, as cu_seqlens_k is one", "None");
   if (!cu_seqlens_k.given) cu_seqlens_k.fail("a tensor, as cu_seqlens_q is one", "None");
   if (problem.batch_entries != 1)
-    query.fail("one batch entry in a packed problem", std::to_string(problem.batch_entries));
+    throw py::value_error("query: expected one batch entry in a packed problem, got " +
+                          std::to_string(problem.batch_entries));
   if (cu_seqlens_q.tensor.ndim != 1 || cu_seqlens_q.size(0) < 1)
     cu_seqlens_q.fail("shape (batch + 1,)", "shape " + shape_text(cu_seqlens_q.tensor.shape, cu_seqlens_q.tensor.ndim));
   params.batch = cu_seqlens_q.size(0) - 1;
+  cu_seqlens_k.check_shape({params.batch + 1});
   params.cu_seqlens_q = checked_cu_seqlens(reader, cu_seqlens_q, params.batch, problem.rows_q, params.seqlen_q);
   params.cu_seqlens_k = checked_cu_seqlens(reader, cu_seqlens_k, params.batch, problem.rows_k, params.seqlen_k);
-  for (TensorView* view : {&params.query, &params.key, &params.value, &params.out, &params.lse}) view->stride_batch = 0;
 }
 
-// One row of biases, or one value, per head; a single head stands for all of them.
-inline TensorView per_head_view(const Argument& argument) {
+// Checks query, key, value, out, lse and the offsets of packed sequences, and sets the parameters that follow from
+// them.
+inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& inputs, PyObject* out_object,
+                        const Argument& lse) {
+  AttentionParams& params = problem.params;
+  const Argument query = reader.required(inputs.query, "query");
+  const Argument key = reader.required(inputs.key, "key");
+  const Argument value = reader.required(inputs.value, "value");
+  const Argument out = reader.required(out_object, "out");
+  set_sizes(problem, query, key, value);
+  set_sequences(problem, reader, inputs);
+  params.query = rows_view(problem, query, params.num_heads, problem.rows_q, params.head_dim);
+  params.key = rows_view(problem, key, params.num_kv_heads, problem.rows_k, params.head_dim);
+  params.value = rows_view(problem, value, params.num_kv_heads, problem.rows_k, params.value_dim);
+  params.out = rows_view(problem, out, params.num_heads, problem.rows_q, params.value_dim);
+  params.lse = lse_view(problem, lse);
+  if (lse.given) lse.check_unit_stride(2);
+  params.lse.stride_row = 1;  // the stride of a tensor with one row may be any number
+}
+
+// The stride of a tensor whose dimension 0 is the heads. If its size is 1, all heads share what it holds.
+inline int64_t head_stride(const Argument& argument) { return argument.size(0) == 1 ? 0 : argument.stride(0); }
+
+// Checks relative_bias or its gradient, a tensor (num_heads or 1, seqlen_q + seqlen_k - 1) of the accumulate type, and
+// returns its view.
+inline TensorView relative_bias_view(const Problem& problem, const Argument& argument) {
   if (!argument.given) return {};
-  return {argument.data(), 0, argument.size(0) == 1 ? 0 : argument.stride(0), 0, 1};
-}
-
-inline void check_relative_bias(const Argument& argument, const Problem& problem) {
-  if (!argument.given) return;
   const AttentionParams& params = problem.params;
   argument.check_type(problem.accumulate_type);
   const bool one_head = argument.tensor.ndim == 2 && argument.size(0) == 1;
   argument.check_shape({one_head ? 1 : params.num_heads,
-                        // No pair of positions, no bias.
+                        // Without queries and keys there are no columns.
                         std::max<int64_t>(params.seqlen_q + params.seqlen_k - 1, 0)});
   argument.check_unit_stride(1);
+  return {argument.data(), 0, head_stride(argument), 0, 1};
 }
 
-inline void check_sinks(const Argument& argument, const Problem& problem) {
-  if (!argument.given) return;
+// Checks sinks or their gradient, a tensor (num_heads,) of the accumulate type, and returns their view.
+inline TensorView sinks_view(const Problem& problem, const Argument& argument) {
+  if (!argument.given) return {};
   argument.check_type(problem.accumulate_type);
   argument.check_shape({problem.params.num_heads});
+  return {argument.data(), 0, head_stride(argument), 0, 1};
 }
 
+// Checks the masks, the biases, the sinks and the seed of dropout, and sets their parameters.
 inline void set_masks(Problem& problem, const Reader& reader, const Inputs& inputs) {
   AttentionParams& params = problem.params;
   const int64_t scores[] = {params.batch, params.num_heads, params.seqlen_q, params.seqlen_k};
 
-  if (const Argument padding = reader.optional(inputs.key_padding, "key_padding"); padding.given) {
-    padding.check_type(ElementType::kBool);
-    padding.check_shape({params.batch, params.seqlen_k});
-    params.key_padding = {padding.data(), padding.stride(0), 0, 0, padding.stride(1)};
-  }
+  params.key_padding =
+      key_padding_view(reader.optional(inputs.key_padding, "key_padding"), params.batch, params.seqlen_k);
   if (const Argument mask = reader.optional(inputs.mask, "mask"); mask.given) {
     mask.check_type(ElementType::kBool);
     params.mask = mask.scores_view(scores);
@@ -168,12 +202,8 @@ inline void set_masks(Problem& problem, const Reader& reader, const Inputs& inpu
     params.bias = bias.scores_view(scores);
     params.bias_dtype = kernel_dtype(bias.type);
   }
-  const Argument relative_bias = reader.optional(inputs.relative_bias, "relative_bias");
-  check_relative_bias(relative_bias, problem);
-  params.relative_bias = per_head_view(relative_bias);
-  const Argument sinks = reader.optional(inputs.sinks, "sinks");
-  check_sinks(sinks, problem);
-  params.sinks = per_head_view(sinks);
+  params.relative_bias = relative_bias_view(problem, reader.optional(inputs.relative_bias, "relative_bias"));
+  params.sinks = sinks_view(problem, reader.optional(inputs.sinks, "sinks"));
 
   const Argument seed = reader.optional(inputs.seed, "seed");
   if (params.has_dropout && !seed.given) seed.fail("a tensor, as dropout is on", "None");
@@ -185,8 +215,9 @@ inline void set_masks(Problem& problem, const Reader& reader, const Inputs& inpu
   }
 }
 
-inline Problem read_problem(const Reader& reader, const Inputs& inputs, PyObject* out, PyObject* lse,
-                            PyObject* config) {
+// The parameters that forward and backward share.
+inline Problem read_shared(const Reader& reader, const Inputs& inputs, PyObject* out, const Argument& lse,
+                           PyObject* config) {
   Problem problem;
   set_config(problem.params, config);
   set_tensors(problem, reader, inputs, out, lse);
@@ -194,39 +225,32 @@ inline Problem read_problem(const Reader& reader, const Inputs& inputs, PyObject
   return problem;
 }
 
+// The parameters of a forward call, which writes lse unless it is None.
+inline Problem read_problem(const Reader& reader, const Inputs& inputs, PyObject* out, PyObject* lse,
+                            PyObject* config) {
+  return read_shared(reader, inputs, out, reader.optional(lse, "lse"), config);
+}
+
+// Checks the tensors that only backward has, and sets their parameters.
 inline void set_gradients(Problem& problem, const Reader& reader, const Saved& saved, const Gradients& gradients) {
   AttentionParams& params = problem.params;
-  const int64_t batch = problem.batch_entries, heads = params.num_heads, kv_heads = params.num_kv_heads;
-  const auto rows_view = [&](const Argument& argument, int64_t num_heads, int64_t rows, int64_t columns) {
-    if (!argument.given) return TensorView{};
-    argument.check_type(problem.type);
-    argument.check_shape({batch, num_heads, rows, columns});
-    TensorView view = argument.rows_view();
-    if (params.cu_seqlens_q != nullptr) view.stride_batch = 0;
-    return view;
+  const int64_t heads = params.num_heads, kv_heads = params.num_kv_heads;
+  const auto view = [&](const Argument& argument, int64_t num_heads, int64_t rows, int64_t columns) {
+    return rows_view(problem, argument, num_heads, rows, columns);
   };
-  params.dout = rows_view(reader.required(saved.dout, "dout"), heads, problem.rows_q, params.value_dim);
-  params.dquery = rows_view(reader.optional(gradients.query, "dquery"), heads, problem.rows_q, params.head_dim);
-  params.dkey = rows_view(reader.optional(gradients.key, "dkey"), kv_heads, problem.rows_k, params.head_dim);
-  params.dvalue = rows_view(reader.optional(gradients.value, "dvalue"), kv_heads, problem.rows_k, params.value_dim);
-  if (const Argument dlse = reader.optional(saved.dlse, "dlse"); dlse.given) {
-    dlse.check_type(problem.accumulate_type);
-    dlse.check_shape({batch, heads, problem.rows_q});
-    const int64_t stride_batch = params.cu_seqlens_q != nullptr ? 0 : dlse.stride(0);
-    params.dlse = {dlse.data(), stride_batch, dlse.stride(1), dlse.stride(2), 1};
-  }
-
+  params.dout = view(reader.required(saved.dout, "dout"), heads, problem.rows_q, params.value_dim);
+  params.dquery = view(reader.optional(gradients.query, "dquery"), heads, problem.rows_q, params.head_dim);
+  params.dkey = view(reader.optional(gradients.key, "dkey"), kv_heads, problem.rows_k, params.head_dim);
+  params.dvalue = view(reader.optional(gradients.value, "dvalue"), kv_heads, problem.rows_k, params.value_dim);
+  params.dlse = lse_view(problem, reader.optional(saved.dlse, "dlse"));
   if (const Argument dbias = reader.optional(gradients.bias, "dbias"); dbias.given) {
     dbias.check_type(problem.accumulate_type);
     params.dbias = dbias.scores_view({params.batch, params.num_heads, params.seqlen_q, params.seqlen_k});
   }
-  const Argument drelative_bias = reader.optional(gradients.relative_bias, "drelative_bias");
-  check_relative_bias(drelative_bias, problem);
-  params.drelative_bias = per_head_view(drelative_bias);
-  const Argument dsinks = reader.optional(gradients.sinks, "dsinks");
-  check_sinks(dsinks, problem);
-  params.dsinks = per_head_view(dsinks);
+  params.drelative_bias = relative_bias_view(problem, reader.optional(gradients.relative_bias, "drelative_bias"));
+  params.dsinks = sinks_view(problem, reader.optional(gradients.sinks, "dsinks"));
 
+  // The gradient of an input requires the input.
   const auto check_input = [](const TensorView& gradient, const TensorView& input, const char* name) {
     if (gradient.data != nullptr && input.data == nullptr)
       throw py::value_error(std::string("d") + name + ": expected None, as " + name + " is None");
@@ -236,11 +260,10 @@ inline void set_gradients(Problem& problem, const Reader& reader, const Saved& s
   check_input(params.dsinks, params.sinks, "sinks");
 }
 
-// Of a backward call: the problem with its gradients.
+// The parameters of a backward call. It reads lse, which therefore must not be None.
 inline Problem read_backward(const Reader& reader, const Inputs& inputs, const Saved& saved, const Gradients& gradients,
                              PyObject* config) {
-  reader.required(saved.lse, "lse");  // for forward an output that may be None, here an input
-  Problem problem = read_problem(reader, inputs, saved.out, saved.lse, config);
+  Problem problem = read_shared(reader, inputs, saved.out, reader.required(saved.lse, "lse"), config);
   set_gradients(problem, reader, saved, gradients);
   return problem;
 }

@@ -1,4 +1,4 @@
-"""The transformers models that the fused kernel is tried under: tiny, with random weights."""
+"""Tiny transformers models with random weights, in which the tests use the fused kernel."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 VOCAB, BATCH, LENGTH, SOURCE_LENGTH, PADDING = 96, 2, 9, 11, 4
 SMALL = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# The names of sizes in most of the families, ...
+# The names that most model families give to sizes, ...
 ENCODER = SMALL | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
 ENCODER |= {"max_position_embeddings": 64}
-# ... in decoders with grouped queries, ...
+# ... the additional ones of decoders with grouped queries, ...
 DECODER = ENCODER | {"num_key_value_heads": 2, "head_dim": 8}
-# ... and in encoder-decoders.
+# ... and those of encoder-decoders.
 BOTH = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40}
 BOTH |= SMALL | {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 2}
 T5 = SMALL | {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
@@ -25,7 +25,7 @@ T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 1
 
 @dataclass(frozen=True)
 class Case:
-    """calls: of the attention kernel in one forward pass."""
+    """A model and its inputs. calls: how many calls of the attention kernel one forward pass makes."""
 
     id: str
     model: str
@@ -36,7 +36,10 @@ class Case:
     logits: tuple[str, ...] = ("logits",)
 
     def build(self, dtype: torch.dtype = torch.float32, **kwargs) -> torch.nn.Module:
-        """The same weights every time, none of them near zero, which would hide what is wrong."""
+        """The model, with the same weights at every call.
+
+        None is near zero, because such a weight would hide errors.
+        """
         torch.manual_seed(0)
         config = getattr(transformers, self.config)(**self.settings, **kwargs)
         for sub in (config, *(getattr(config, name) for name in config.sub_configs)):
@@ -50,7 +53,7 @@ class Case:
         return model.to(dtype).eval()
 
     def inputs(self, side: str | None, dtype: torch.dtype = torch.float32, seed: int = 1) -> dict[str, Tensor]:
-        """side: of the padding in the first batch entry."""
+        """The arguments of the model. side: where the first batch entry has padding, "left", "right" or None."""
         generator = torch.Generator().manual_seed(seed)
 
         def tokens(length: int) -> Tensor:
@@ -115,7 +118,7 @@ BY_ID = {case.id: case for case in CASES}
 
 
 def results(model: torch.nn.Module, case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The outputs and every parameter's gradient, of a sum that leaves out what padding has computed."""
+    """The outputs, and the gradient of every parameter. The loss is a sum that leaves out the rows of padding."""
     model.zero_grad()
     out = model(**inputs)
     found = {}
@@ -134,7 +137,7 @@ def results(model: torch.nn.Module, case: Case, inputs: dict[str, Tensor]) -> di
 
 
 def exact_softmax(function: Callable) -> Callable:
-    """Eager attention casts even float64 scores to float32 for the softmax; this one leaves them what they are."""
+    """A version of the softmax `function` that keeps float64, where eager attention asks for float32."""
 
     def softmax(x: Tensor, *args, dtype=None, **kwargs) -> Tensor:
         return function(x, *args, dtype=None if x.dtype == torch.float64 else dtype, **kwargs)

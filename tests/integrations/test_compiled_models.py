@@ -1,4 +1,4 @@
-"""Whole models under torch.compile, torch.export and AOTInductor: one graph, and the same numbers as without."""
+"""Whole models under torch.compile, torch.export and AOTInductor are one graph and give the same numbers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def inputs(name: str, length: int) -> dict:
 
 
 def check_same(module: nn.Module, model: nn.Module, arguments: dict) -> None:
-    """`module`, the compiled one, has the outputs and the gradients of `model`."""
+    """Asserts that the compiled `module` has the outputs and the gradients of `model`."""
     results = []
     for run in (model, module):
         model.zero_grad()
@@ -87,7 +87,10 @@ def _fresh_compiler():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_one_graph_for_all_lengths(name: str) -> None:
-    """Forward and backward in one piece; compiled for the first length and, when a second comes, for all the others."""
+    """Forward and backward are one graph each.
+
+    torch compiles once for the first length, and a second time, for all lengths, when another length comes.
+    """
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model = build(name)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -105,7 +108,7 @@ def test_inductor() -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 def test_activation_checkpointing(compiler: str | None, use_reentrant: bool) -> None:
-    """Dropout is the same when a layer runs for the second time."""
+    """When checkpointing runs a layer a second time, dropout drops the same entries."""
     if compiler and use_reentrant:
         pytest.skip("torch.compile takes only the other kind")
     torch.manual_seed(0)
@@ -136,7 +139,7 @@ def test_activation_checkpointing(compiler: str | None, use_reentrant: bool) -> 
 
 
 class Classifier(nn.Module):
-    """Token ids (B, L) to logits (B, 5), by a [CLS] token's worth of encoder."""
+    """Turns token ids (B, L) into logits (B, 5): an encoder, and a projection of the first token."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -33,7 +33,7 @@ GENERATING = [case for case in CASES if case.kind in ("decoder", "both", "audio"
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of tiny kernels: threads would only wait for one another. And float64 is float64."""
+    """One thread, because a model calls hundreds of tiny kernels. Eager attention computes its softmax in float64."""
     transformers.utils.logging.set_verbosity_error()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def fused(case: Case, dtype: torch.dtype = torch.float32, backend: str | None = 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """The arguments of every call of `fused_attention` by a model."""
+    """A list that gets the arguments of every call of `fused_attention`."""
     seen = []
 
     def spy(query, key, value, **options):
@@ -81,7 +81,7 @@ def test_equals_eager_in_float64(case: Case, side: str | None, backend: str) -> 
 
 @pytest.mark.parametrize(("case", "side"), SIDES)
 def test_float32_is_as_exact_as_eager(case: Case, side: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And it is the C++ kernel that runs, once for each attention layer."""
+    """The C++ kernel runs once for each attention layer, and is about as exact as eager attention."""
     pytest.importorskip("fused_attn._C", reason="the native extension is not built", exc_type=ImportError)
     kernel_calls = []
     forward = cpu.forward
@@ -95,9 +95,11 @@ SEEDS = 6
 
 
 def assert_no_worse(case: Case, side: str | None, three: tuple[torch.nn.Module, ...], mode) -> None:
-    """three: models in float64, on eager attention and on ours. One input alone would compare two draws of a lottery.
+    """Asserts that our error is at most 1.5 times that of eager attention.
 
-    The gradients count together: some, such as those of a bias on keys, are zero but for rounding.
+    three: the model in float64, the model on eager attention, and the model on ours. The errors are compared over
+    several inputs, because for one input it is chance which of the two is smaller. All gradients are compared as one
+    vector, because some of them, such as those of a bias of keys, consist of rounding errors alone.
     """
     squares = {}
     for seed in range(SEEDS):
@@ -126,7 +128,7 @@ def test_generates_the_same_tokens(case: Case, backend: str) -> None:
         {"use_cache": False},
     ):
         if case.id == "umt5" and options == {"use_cache": False} and VERSION < (5, 23):
-            continue  # up to 5.17 its decoder is not causal there, under "sdpa" neither
+            continue  # up to 5.17, its decoder is not causal with "sdpa" either
         expected, found = (
             model.generate(
                 **inputs, **options, max_new_tokens=7, do_sample=False, return_dict_in_generate=True, output_logits=True
@@ -134,14 +136,14 @@ def test_generates_the_same_tokens(case: Case, backend: str) -> None:
             for model in pair
         )
         assert torch.equal(found.sequences, expected.sequences), options
-        # Tokens alone would hide small errors.
+        # Logits are compared as well, because equal tokens would hide small errors.
         atol = 1e-9 if dtype == torch.float64 else 1e-4
         torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=0.0, atol=atol)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.id != "gpt-1"], ids=lambda case: case.id)
 def test_by_name_alone(case: Case) -> None:
-    """What `from_pretrained(..., attn_implementation=...)` gives; T5 then has its bias for each pair of positions."""
+    """The kernel is chosen by `attn_implementation=...`, as in `from_pretrained`. T5's bias is then a dense bias."""
     inputs = case.inputs(None if case.kind == "image" else "left", torch.float64)
     expected = results(eager(case, torch.float64), case, inputs)
     found = results(case.build(torch.float64, attn_implementation="fused_attn.reference"), case, inputs)
@@ -166,7 +168,7 @@ def test_masks_take_memory_linear_in_the_length(case: Case, side: str, calls: li
 
 
 def test_rows_that_see_nothing_stay_finite() -> None:
-    """Left padding under a causal mask gives such rows; what comes of them is not used, but must not be NaN."""
+    """With left padding and a causal mask, some queries see no key. Their output is not used, but must not be NaN."""
     for name in ("llama", "gpt-1", "modernbert", "t5"):
         model = fused(BY_ID[name])
         out = model(**BY_ID[name].inputs("left"))
@@ -177,7 +179,7 @@ def test_rows_that_see_nothing_stay_finite() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma-2", "gpt-oss"])
 def test_a_prompt_in_pieces(name: str) -> None:
-    """Several queries after a cache: neither diagonal that costs no memory would be right."""
+    """Several queries after a cache need a dense mask, because neither kind of causal mask describes what they see."""
     case = BY_ID[name]
     inputs = case.inputs("left", torch.float64)
     tokens, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -212,29 +214,29 @@ T5GEMMA = models.DECODER | {"sliding_window": 4, "query_pre_attn_scalar": 8}
 @pytest.mark.parametrize(
     "case",
     [
-        # Masks by a window and gives its attention function none.
+        # Makes a mask with a window, but does not pass the window to its attention function.
         Case(
             "phimoe", "PhimoeForCausalLM", "PhimoeConfig",
             models.DECODER | {"sliding_window": 4, "num_local_experts": 2, "experts_implementation": "eager"},
             "decoder",
         ),
-        # Cuts its masks to length in the last of four dimensions.
+        # Shortens its masks in the last of four dimensions.
         Case(
             "pix2struct", "Pix2StructTextModel", "Pix2StructTextConfig",
             models.SMALL | {"hidden_size": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4,
                             "initializer_range": 0.02}, "decoder",
         ),
-        # Its decoder does not call itself causal.
+        # The attention of its decoder has no attribute is_causal = True.
         Case("nllb-moe", "NllbMoeForConditionalGeneration", "NllbMoeConfig",
              models.BOTH | {"num_experts": 2, "encoder_sparse_step": 3, "decoder_sparse_step": 3}, "both"),
-        # Windows on both sides, whose reach is the configuration's window and not one less.
+        # Its windows reach to both sides, and as far as the configuration says. Other models reach one key less.
         Case("t5gemma", "T5GemmaForConditionalGeneration", "T5GemmaConfig",
              {"encoder": T5GEMMA, "decoder": T5GEMMA, "vocab_size": models.VOCAB}, "both"),
         Case("mistral-not-causal", "MistralModel", "MistralConfig",
              models.DECODER | {"sliding_window": 4, "is_causal": False}, "encoder", logits=("last_hidden_state",)),
         Case("gemma-2-not-causal", "Gemma2Model", "Gemma2Config",
              models.DECODER | {"sliding_window": 4, "is_causal": False}, "encoder", logits=("last_hidden_state",)),
-        # In one file with attention of its own, which reads no mask of this kind.
+        # Its file also has another kind of attention, which cannot read these masks.
         Case("longt5", "LongT5ForConditionalGeneration", "LongT5Config",
              models.T5 | {"local_radius": 3}, "both"),
     ],
@@ -243,7 +245,7 @@ T5GEMMA = models.DECODER | {"sliding_window": 4, "query_pre_attn_scalar": 8}
 @pytest.mark.parametrize("side", [None, "left"])
 def test_models_that_treat_masks_otherwise(case: Case, side: str | None) -> None:
     inputs = case.inputs(side, torch.float64)
-    if side is None:  # then many masks are not made at all
+    if side is None:  # without padding, many masks are not made
         inputs = {name: x for name, x in inputs.items() if not name.endswith("attention_mask")}
     expected = results(eager(case, torch.float64), case, inputs)
     found = results(fused(case, torch.float64, "reference"), case, inputs)
@@ -252,7 +254,7 @@ def test_models_that_treat_masks_otherwise(case: Case, side: str | None) -> None
 
 
 def test_a_decoder_without_tokens_is_causal() -> None:
-    """Informer makes its decoder's mask, but the layers do not call themselves causal."""
+    """Informer's decoder has no tokens. It makes a causal mask, but its layers do not say that they are causal."""
     outputs = []
     for name in ("eager", "fused_attn.reference"):
         torch.manual_seed(0)
@@ -274,7 +276,7 @@ def test_a_decoder_without_tokens_is_causal() -> None:
 
 @pytest.mark.parametrize("side", [None, "left"])
 def test_rows_that_a_model_cuts_out_of_its_masks(side: str | None) -> None:
-    """Gemma 4 computes its last layers for the rows that `logits_to_keep` asks for."""
+    """Gemma 4 computes its last layers only for the rows in `logits_to_keep`, so it selects rows of a mask."""
     if not hasattr(transformers, "Gemma4TextConfig"):
         pytest.skip("this transformers has no Gemma 4")
     case = Case(
@@ -317,7 +319,7 @@ def test_chunks_are_not_taken_for_windows() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "bert-cls", "modernbert"])
 def test_packed_sequences(name: str) -> None:
-    """Two sequences in one row with cu_seq_lens, against each by itself."""
+    """Two sequences in one row with cu_seq_lens give what each sequence gives alone."""
     case = BY_ID[name]
     model = fused(case, torch.float64)
     backbone = model.base_model
@@ -337,7 +339,7 @@ def test_packed_sequences(name: str) -> None:
 
 
 def packed_call(case: Case, **kwargs) -> Tensor:
-    """The hidden states of two sequences in one row; with positions, which make transformers mask them densely."""
+    """The hidden states of two sequences in one row. With positions, transformers makes a dense mask for them."""
     offsets = torch.tensor([0, 5, LENGTH], dtype=torch.int32)
     positions = torch.cat((torch.arange(5), torch.arange(LENGTH - 5)))[None]
     packing = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 5, "max_length_k": 5}
@@ -348,7 +350,7 @@ def packed_call(case: Case, **kwargs) -> Tensor:
 
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_packed_sequences_in_a_window_that_the_layer_does_not_tell(use_cache: bool) -> None:
-    """With a cache the mask tells; without one it is dense, and then nobody does."""
+    """The layer does not pass its window. With a cache, the mask shows the window. Without one, the call is refused."""
     settings = {"sliding_window": 3, "num_local_experts": 2, "experts_implementation": "eager"}
     case = Case("phimoe", "PhimoeForCausalLM", "PhimoeConfig", models.DECODER | settings, "decoder")
     if not use_cache:
@@ -450,7 +452,7 @@ def test_dropout_is_that_of_the_model(name: str, calls: list[dict]) -> None:
     ("name", "use_cache"), [("t5", True), ("llama", True), ("llama", False), ("bert-pretraining", False)]
 )
 def test_autocast(name: str, use_cache: bool) -> None:
-    """Keys and values then come in different dtypes, and T5's bias in float32."""
+    """Under autocast, keys and values have different dtypes, and T5's bias is float32."""
     case = BY_ID[name]
     three = eager(case, torch.float64), eager(case), fused(case)
     for model in three:
@@ -477,7 +479,7 @@ def test_gradient_checkpointing(name: str, use_reentrant: bool) -> None:
 
 
 def test_trainer_with_dynamic_padding(tmp_path) -> None:
-    """Batches padded to their own longest row; the loss curve is that of eager attention."""
+    """Each batch is padded to its own longest row. The losses are those of eager attention."""
     pytest.importorskip("accelerate", reason="transformers.Trainer needs it; pip install -e .[test]")
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -517,7 +519,7 @@ OWN_ATTENTION = {
     "GPTNeoForCausalLM": ("GPTNeoConfig", models.SMALL | {"hidden_size": 32, "num_layers": 2, "num_heads": 4,
                           "attention_types": [[["global", "local"], 1]]}),
     "FalconForCausalLM": ("FalconConfig", models.ENCODER),
-    # These use the interface too, but not everywhere.
+    # These classes use the attention interface for some of their attention, but not for all.
     "BigBirdPegasusForConditionalGeneration": ("BigBirdPegasusConfig", models.BOTH | {"max_position_embeddings": 64,
                                                "attention_type": "original_full"}),
     "GitForCausalLM": ("GitConfig", models.ENCODER | {"vision_config": {"hidden_size": 32, "intermediate_size": 40,
@@ -539,8 +541,8 @@ def test_models_with_attention_of_their_own_are_refused(name: str) -> None:
     assert model.config._attn_implementation == "eager"
 
 
-#: Classes without the interface that compute a softmax in a file that makes masks: vision and audio, maps for pictures,
-#: compressors, and blocks of tokens. The masks of the interface go to other classes of their files.
+#: Classes that compute a softmax of their own, in files that also make masks for the interface. Only other classes of
+#: these files get these masks.
 FOUND_HARMLESS = {
     "Apertus1p5VisionTokenizerAttnBlock", "ChameleonVQVAEEncoderAttnBlock", "ClapAudioSelfAttention",
     "ConditionalDetrMHAttentionMap",
@@ -556,7 +558,7 @@ REFUSED_CLASSES = {
 
 
 def test_files_that_mix_the_interface_with_attention_of_their_own() -> None:
-    """A new class that is found here has to be tried before it is listed above."""
+    """If this test finds a new class, try its model against eager attention before you add the class to the list."""
     found = set()
     for path in MODEL_FILES:
         text = path.read_text()
@@ -571,7 +573,8 @@ def test_files_that_mix_the_interface_with_attention_of_their_own() -> None:
 
 
 def test_a_model_that_does_not_take_the_name_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torch.nn.ModuleDict({"llama": BY_ID["llama"].build(), "bert": BY_ID["bert-cls"].build()})  # BERT is first
+    # BERT takes the name before Llama does not, so `enable` has to undo its change of BERT.
+    model = torch.nn.ModuleDict({"llama": BY_ID["llama"].build(), "bert": BY_ID["bert-cls"].build()})
     before = [m.config._attn_implementation for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
     monkeypatch.setattr(transformers.LlamaPreTrainedModel, "set_attn_implementation", lambda self, name: None)
     with pytest.raises(ValueError, match="LlamaModel did not take the attention 'fused_attn'"):
@@ -599,7 +602,7 @@ def test_what_enable_takes() -> None:
     model = BY_ID["llama"].build()
     holder = torch.nn.Sequential(model)
     assert huggingface.enable(holder) is holder and model.config._attn_implementation == "fused_attn"
-    assert huggingface.enable(huggingface.enable(holder)) is holder  # twice is once
+    assert huggingface.enable(huggingface.enable(holder)) is holder  # a second call changes nothing
 
 
 def test_what_a_call_cannot_have() -> None:
@@ -631,13 +634,13 @@ def test_what_a_call_cannot_have() -> None:
         huggingface.attention(module, packed, packed, packed, torch.ones(1, 1, 3, 3, dtype=torch.bool), **offsets)
 
 
-#: What transformers' attention layers pass by keyword that changes nothing for a kernel without weights.
+#: Keyword arguments of transformers' attention layers that have no meaning for a kernel that returns no weights.
 HARMLESS = {"position_ids", "query", "value", "embed_dim", "deterministic", "has_relative_attention_bias"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_attention_weights_are_refused_or_absent(case: Case) -> None:
-    """GPT-2 does not tell its attention function that they were asked for."""
+    """GPT-2 does not pass `output_attentions` to its attention function, so its weights are absent."""
     inputs = case.inputs(None)
     if case.id == "gpt-2":
         assert not fused(case)(**inputs, output_attentions=True).attentions
@@ -647,7 +650,7 @@ def test_attention_weights_are_refused_or_absent(case: Case) -> None:
 
 
 def test_layers_pass_no_option_that_would_be_swallowed() -> None:
-    """Of every layer in the installed transformers; a new name has to be understood before it is listed here."""
+    """Reads the calls in all files of the installed transformers. Find out what a new name means before you list it."""
     passed = set()
     for path in MODEL_FILES:
         for call in re.findall(r" = attention_interface\((.*?)\n +\)", path.read_text(), re.DOTALL):

@@ -1,4 +1,4 @@
-"""A training step of a T5 with long, padded sequences takes memory that grows with the length, not with its square."""
+"""The memory of a training step of a T5 with long, padded sequences grows with their length, not with its square."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SCRIPT = """
 
 
 def extra_mib(attention: str, length: int) -> float:
-    """Peak resident memory of a training step beyond what was there before it, measured in a process of its own."""
+    """By how much a training step raises the peak of resident memory, in MiB. It runs in a process of its own."""
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), attention, str(length)],
         cwd=Path(fused_attn.__file__).parents[1],
@@ -63,9 +63,9 @@ def extra_mib(attention: str, length: int) -> float:
 def test_t5_trains_in_memory_linear_in_the_length() -> None:
     pytest.importorskip("transformers", minversion="5.15", reason="pip install -e .[huggingface]")
     pytest.importorskip("fused_attn._C", reason="the native extension is not built", exc_type=ImportError)
-    scores = 4 * 2048 * 2048 * 4 / 2**20  # MiB of one layer's: 64
+    scores = 4 * 2048 * 2048 * 4 / 2**20  # MiB of the scores of one layer: 64
     ours = {length: extra_mib("fused", length) for length in (2048, 4096)}
     assert ours[2048] < scores
-    assert ours[4096] < 2.5 * ours[2048]  # 4 times, were it quadratic
+    assert ours[4096] < 2.5 * ours[2048]  # a quadratic growth would make it 4 times
     for theirs in ("eager", "sdpa"):
         assert extra_mib(theirs, 2048) > 4 * scores

@@ -1,4 +1,4 @@
-"""Runs a module of ours and the one of torch.nn that it replaces, and compares all that comes out."""
+"""Runs one of our modules and the torch.nn module that it replaces, and compares outputs and gradients."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def assert_same(ours: nn.Module, theirs: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Same outputs and same gradients of every parameter and every floating-point tensor among the arguments.
+    """Asserts that both modules have the same outputs and gradients.
 
-    Where torch has NaN, we must be finite.
+    The gradients are those of all parameters and of all floating-point tensors among the arguments. Where torch's
+    result is NaN, ours must be finite.
     """
     expected, actual = outcome(theirs, *args, **kwargs), outcome(ours, *args, **kwargs)
     assert actual.keys() == expected.keys()
@@ -29,7 +30,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module, *args: Any, **kwargs: Any) -
 
 
 def outcome(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor | None]:
-    """Outputs by number and gradients by name. An argument that is passed twice stays one tensor."""
+    """The outputs by number and the gradients by name. A tensor that is passed twice stays one tensor."""
     leaves: dict[int, Tensor] = {}
 
     def leaf(x: Any) -> Any:
@@ -45,7 +46,7 @@ def outcome(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor | 
     parameters = {f"d{name}": p for name, p in module.named_parameters() if p.requires_grad}
     inputs = {f"dinput {n}": x for n, x in enumerate(leaves.values())}
     inputs |= parameters
-    # Unequal weights, since a plain sum would hide gradients that cancel along a softmax row.
+    # The loss is a sum with unequal weights. In a plain sum, the gradients of one softmax row would cancel.
     loss = sum((x * torch.arange(x.numel(), dtype=x.dtype).cos().view_as(x)).sum() for x in outputs if x is not None)
     grads = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
     for (name, x), grad in zip(inputs.items(), grads, strict=True):
@@ -56,7 +57,7 @@ def outcome(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor | 
 def twins(
     ours: Callable[..., nn.Module], theirs: Callable[..., nn.Module], *args: Any, **kwargs: Any
 ) -> tuple[nn.Module, nn.Module]:
-    """One module of each class with the same float64 weights; biases are random, since torch starts them at zero."""
+    """One module of each class, with the same float64 weights and random biases, which torch would set to zero."""
     torch.manual_seed(1)
     reference = theirs(*args, dtype=torch.float64, **kwargs)
     with torch.no_grad():
@@ -72,15 +73,15 @@ def randn(*shape: int, requires_grad: bool = True) -> Tensor:
 
 
 def causal(seqlen_q: int, seqlen_k: int | None = None) -> Tensor:
-    """(L, S), True above the diagonal: what torch.nn calls masked."""
+    """A causal mask (L, S) as torch.nn takes it: True above the diagonal, where the query must not attend."""
     return torch.ones(seqlen_q, seqlen_k or seqlen_q, dtype=torch.bool).triu(1)
 
 
 def added(mask: Tensor) -> Tensor:
-    """A bool mask (True = masked) as a float64 one."""
+    """A bool mask (True = hidden) as a float64 mask, which is added to the scores."""
     return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, float("-inf"))
 
 
 def padding(*lengths: int, longest: int) -> Tensor:
-    """(N, S), True from each length on."""
+    """A padding mask (N, S): True from the length of each sequence on."""
     return torch.arange(longest) >= torch.tensor(lengths)[:, None]

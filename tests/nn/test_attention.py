@@ -1,4 +1,4 @@
-"""FusedMultiheadAttention against torch.nn.MultiheadAttention, and what only ours has."""
+"""FusedMultiheadAttention gives what torch.nn.MultiheadAttention gives, and has options that torch's module has not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ N, L, S, E, H = 3, 4, 5, 8, 2
 
 
 class Case(NamedTuple):
-    """options: of the constructor; call: the arguments of forward, built when the test runs."""
+    """options: the arguments of the constructor. call: a function that makes the arguments of forward in the test."""
 
     id: str
     call: Callable[[], tuple[Any, ...]]
@@ -56,7 +56,7 @@ PADDING = padding(5, 2, 3, longest=S)
 
 
 def some_mask(*shape: int) -> Tensor:
-    """Random bools with a visible key in every row."""
+    """A random bool mask in which every query sees a key."""
     mask = torch.rand(*shape) < 0.5
     mask[..., 0] = False
     return mask
@@ -172,7 +172,7 @@ def test_equals_torch(case: Case, weights: dict[str, bool]) -> None:
 @pytest.mark.parametrize("is_grad_enabled", [True, False], ids=["grad", "no grad"])
 @pytest.mark.parametrize("mask", ["none", "padding", "mask"])
 def test_equals_torch_in_eval_mode(mask: str, is_grad_enabled: bool) -> None:
-    """Without gradients torch takes its inference path here."""
+    """Without gradients, torch's module uses its fast inference path."""
     ours, theirs = pair(dropout=0.5, **FIRST)
     ours.eval(), theirs.eval()
     masks = {"padding": {"key_padding_mask": padding(4, 2, 3, longest=L)}, "mask": {"attn_mask": causal(L)}}
@@ -217,7 +217,7 @@ def test_same_seed_gives_the_initial_weights_of_torch() -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", ["padding", "mask", "float mask", "both"])
 def test_empty_rows_equal_torch_without_weights(kind: str) -> None:
-    """Torch is finite here: output 0 before the projection, gradients 0."""
+    """torch without weights returns 0 before the projection for a query that sees no key, with gradients of 0."""
     ours, theirs = pair(**FIRST)
     assert_same(ours, theirs, *CROSS(), **empty_rows(kind), need_weights=False)
 
@@ -265,7 +265,7 @@ def test_padded_keys_may_hold_nan(need_weights: bool) -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 1}, {"add_bias_kv": True}], ids=["plain", "gqa", "bias_kv"])
 def test_weights_are_those_that_dropout_left(options: dict[str, Any]) -> None:
-    """The output is the product of the returned weights and the values: so their dropout is that of the kernel."""
+    """The returned weights times the values are the output, so dropout drops the same weights in both."""
     torch.manual_seed(0)
     ours = FusedMultiheadAttention(E, H, dropout=0.4, batch_first=True, dtype=torch.float64, **options)
     x = randn(N, 16, E)
@@ -281,7 +281,7 @@ def test_weights_are_those_that_dropout_left(options: dict[str, Any]) -> None:
     dropped = (weights == 0).double().mean() - (0 if "add_bias_kv" in options else 15 / 32)
     assert dropped > 0.1
 
-    # The kernel's gradients, and those that flow through the product of the weights and the values.
+    # Compares the kernel's gradients with those that autograd computes through weights times values.
     names = dict(ours.named_parameters())
     for fused, through_weights in zip(
         *(torch.autograd.grad(y.cos().sum(), names.values(), retain_graph=True) for y in (out, expected)), strict=True
@@ -317,11 +317,11 @@ def test_output_does_not_depend_on_need_weights() -> None:
 
 
 class Recorder:
-    """Stands in for `fused_attention` and keeps what it gets and returns."""
+    """Replaces `fused_attention`, calls it, and keeps the arguments and the results."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self._call = attention_module.fused_attention
-        # The short way of small modules would pass it by.
+        # The native call for small modules does not call `fused_attention`, so it is switched off.
         monkeypatch.setattr(attention_module.small_inference, "MOST_PRODUCTS", 0)
         monkeypatch.setattr(attention_module, "fused_attention", self)
 
@@ -330,7 +330,7 @@ class Recorder:
         result = self._call(query, key, value, attn_mask, **kwargs)
         if isinstance(result, tuple):
             return result
-        # The memory order of the query, which the kernels keep and the reference need not.
+        # The output has the memory order of the query. Only kernels promise this, not the reference.
         self.result = empty_like_layout(query, value.shape[-1]).copy_(result)
         return self.result
 

@@ -1,4 +1,4 @@
-"""KVCache: what a decoder reads back is what it wrote, without copying all of it at every step."""
+"""KVCache returns the keys and values that were written to it, without copying all of them at every step."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_gradients_reach_every_step():
     steps = [rows(n).requires_grad_() for n in (2, 1, 3)]
     total = sum((cache.update(step, step)[0] ** 2).sum() for step in steps)
     total.backward()
-    for n, step in enumerate(steps):  # a row is seen by its own step and by all later ones
+    for n, step in enumerate(steps):  # the step that writes a row and all later steps read it
         torch.testing.assert_close(step.grad, 2.0 * (len(steps) - n) * step)
 
 
@@ -123,7 +123,7 @@ def test_cross_attention_is_filled_once():
 
 def test_another_memory_raises():
     cache, memory = CrossAttentionCache(), torch.randn(2, 5, 8)
-    memory[0, 4] = float("nan")  # as padding may be
+    memory[0, 4] = float("nan")  # padding may be NaN
     pair = cache.update(rows(5), rows(5), memory)
     for same in (memory, memory.clone(), memory.view(2, 5, 8)):
         assert cache.get(same) == pair

@@ -1,4 +1,4 @@
-"""convert_attention: the fused kernel under models that torch.nn has built."""
+"""convert_attention puts the fused kernel into models that are built of torch.nn's modules."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ign
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """One entry per call of the fused kernel, with its keyword arguments."""
+    """A list that gets the keyword arguments of each call of the fused kernel."""
     seen, run = [], attention_module.fused_attention
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         seen.append(kwargs)
         return run(*args, **kwargs)
 
-    # The short way of small modules would pass it by.
+    # The native call for small modules does not call `fused_attention`, so it is switched off.
     monkeypatch.setattr(attention_module.small_inference, "MOST_PRODUCTS", 0)
     monkeypatch.setattr(attention_module, "fused_attention", counting)
     return seen
@@ -44,7 +44,7 @@ def encoder(num_layers: int = 2, **options: Any) -> nn.TransformerEncoder:
 
 
 class Model(nn.Module):
-    """Attention in every place where a module can be registered."""
+    """A model that has attention in every place where a module can be registered."""
 
     def __init__(self):
         super().__init__()
@@ -178,7 +178,7 @@ def test_bad_arguments_raise() -> None:
 def test_encoder_reaches_the_fused_kernel_in_every_mode(mode: str, masks: Any, calls: list[dict[str, Any]]) -> None:
     model = encoder()
     src = randn(N, S, E, requires_grad=False)
-    expected = model(src, **masks)  # training mode: torch computes the rows of padding, too
+    expected = model(src, **masks)  # in training mode, torch computes the rows of padding as well
     convert_attention(model)
     model.train(mode == "train")
     with torch.inference_mode("inference_mode" in mode), torch.set_grad_enabled("no_grad" not in mode):
@@ -198,7 +198,7 @@ def test_a_single_layer_reaches_the_fused_kernel_without_gradients(calls: list[d
 
 
 class OwnLayer(nn.TransformerEncoderLayer):
-    """A subclass that inherits torch's forward, inference path included."""
+    """A subclass of torch's layer that inherits its forward and its fast inference path."""
 
 
 class OwnEncoder(nn.TransformerEncoder):
@@ -228,7 +228,7 @@ def test_layers_of_torch_call_a_fused_attention_in_every_mode(options: Any, call
     for module in (layer, model):
         expected = module.train()(src, src_key_padding_mask=PADDING)
         if module is model:
-            expected = expected.masked_fill(PADDING[..., None], 0.0)  # what torch's nested tensors leave of padding
+            expected = expected.masked_fill(PADDING[..., None], 0.0)  # torch's inference path returns 0 for padding
         calls.clear()
         with torch.no_grad():
             out = module.eval()(src, src_key_padding_mask=PADDING)
@@ -237,7 +237,7 @@ def test_layers_of_torch_call_a_fused_attention_in_every_mode(options: Any, call
 
 
 class OwnAttention(nn.TransformerEncoderLayer):
-    """A layer that makes its attention itself."""
+    """A layer whose constructor makes the attention module."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -274,7 +274,11 @@ def _pickled(model: nn.TransformerEncoder, attention: nn.Module) -> nn.Module:
 )
 @pytest.mark.parametrize("hidden", [PADDING, padding(5, 0, 3, longest=S)], ids=["padding", "an empty sequence"])
 def test_attention_that_is_swapped_into_a_stack_of_torch(swap: Any, options: Any, hidden: Tensor) -> None:
-    """The stack has decided on nested tensors before, and its layers on reading the weights of their attention."""
+    """Our attention in layers of a torch stack gives the same results.
+
+    torch decides in the constructors that a stack uses nested tensors, and that a layer reads the weights of its
+    attention directly. Both must not happen with our module.
+    """
     model = encoder()
     assert model.use_nested_tensor
     attention = FusedMultiheadAttention(E, H, batch_first=True, dtype=torch.float64, **options)

@@ -1,4 +1,4 @@
-"""Modules and what does not fit them: named arguments, what was expected and what came, before anything is trained."""
+"""Modules refuse wrong arguments with a message that names the argument, what was expected, and what was passed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_dropout_is_checked_by_the_constructor(module, dropout, exception, messa
         ({"num_heads": -2}, ValueError, "num_heads: expected at least 1, got -2"),
         ({"num_heads": 2.0}, TypeError, r"num_heads: expected an int, got float 2\.0"),
         ({"num_heads": 3}, ValueError, "num_heads: expected a divisor of embed_dim=16, got 3"),
-        ({"num_heads": 3}, AssertionError, "num_heads: expected a divisor"),  # as torch.nn
+        ({"num_heads": 3}, AssertionError, "num_heads: expected a divisor"),  # the exception of torch.nn
         ({"kdim": -1}, ValueError, "kdim: expected at least 0, got -1"),
         ({"vdim": 8.0}, TypeError, "vdim: expected an int, got float"),
     ],
@@ -96,7 +96,7 @@ def test_a_dropout_that_torch_let_pass_is_found_when_converted() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"kdim": 8, "vdim": 8}, {"num_kv_heads": 1}])
 def test_inputs_that_the_projections_do_not_take(options) -> None:
-    """With gradients and without, where small inputs have a way of their own."""
+    """The message is the same without gradients, where small inputs take the native call."""
     module = FusedMultiheadAttention(16, 2, batch_first=True, **options)
     memory = Y[..., : module.kdim]
     for grad in (True, False):

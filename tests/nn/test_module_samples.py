@@ -1,4 +1,4 @@
-"""PyTorch's own samples for its attention modules, on ours: same outputs and gradients with the same weights."""
+"""The samples with which PyTorch tests its attention modules give the same outputs and gradients with our modules."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_sample(info: Any, training: bool) -> None:
     assert samples
     for sample in samples:
         build, call = sample.constructor_input, sample.forward_input
-        # The stacks take dtype and device from the layer that they are given.
+        # A stack takes dtype and device from the layer that its constructor gets.
         factory = {} if info.module_cls is nn.TransformerEncoder else {"dtype": torch.float64}
         theirs = info.module_cls(*build.args, **{**build.kwargs, **factory})
         ours = CLASSES[info.module_cls](*copy.deepcopy(build.args), **{**build.kwargs, **factory})

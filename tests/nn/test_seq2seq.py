@@ -1,4 +1,4 @@
-"""Seq2SeqTransformer: against torch.nn.Transformer, against itself without a cache, and against exhaustive search."""
+"""Seq2SeqTransformer against torch.nn.Transformer, against itself without a cache, and against exhaustive search."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SRC_VOCAB, TGT_VOCAB = 11, 9
 
 
 def make_model(seed: int = 0, **changes) -> Seq2SeqTransformer:
-    """Small, float64, in eval mode, and with weights large enough for different sources to get different targets."""
+    """A small float64 model in eval mode. Its weights are so large that different sources give different targets."""
     torch.manual_seed(seed)
     arguments = {
         "src_vocab_size": SRC_VOCAB,
@@ -39,7 +39,7 @@ def make_model(seed: int = 0, **changes) -> Seq2SeqTransformer:
 
 
 def make_tokens(lengths: list[int], vocab: int, seed: int = 1, first: int | None = None) -> Tensor:
-    """(B, longest) random tokens without special ones, padded."""
+    """Random tokens (B, longest), padded to the longest length, without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, vocab, (len(lengths), max(lengths)), generator=generator)
     if first is not None:
@@ -56,13 +56,13 @@ def padded_to(tokens: Tensor, length: int) -> Tensor:
 
 
 def one_by_one(model: Seq2SeqTransformer, src: Tensor, max_new_tokens: int, **arguments) -> Tensor:
-    """generate() of every source alone and without its padding."""
+    """The results of generate() for each source alone, without padding."""
     rows = [model.generate(row[row != PAD][None], max_new_tokens, **arguments) for row in src]
     return torch.cat([padded_to(row, max(x.shape[1] for x in rows)) for row in rows])
 
 
 class TorchSeq2Seq(nn.Module):
-    """The same model of torch.nn parts and dense masks."""
+    """The same model, built of torch.nn's modules with dense masks."""
 
     def __init__(self, model: Seq2SeqTransformer, norm_first: bool):
         super().__init__()
@@ -165,7 +165,7 @@ def test_gradients_through_cached_steps_equal_full_recomputation():
 
 
 def naive_greedy(model: Seq2SeqTransformer, src: Tensor, max_new_tokens: int) -> Tensor:
-    """Everything from the start at each step."""
+    """Greedy decoding without a cache: each step computes all tokens again."""
     tgt = torch.full((len(src), 1), SOS)
     ended = torch.zeros(len(src), dtype=torch.bool)
     for _ in range(max_new_tokens):
@@ -180,13 +180,13 @@ def naive_greedy(model: Seq2SeqTransformer, src: Tensor, max_new_tokens: int) ->
 
 
 def assert_well_formed(tokens: Tensor, max_new_tokens: int) -> None:
-    """No special token before <eos>, nothing but padding after it."""
+    """Asserts that targets have no special token before <eos>, and only padding after it."""
     assert tokens.shape[1] <= max_new_tokens
     for row in tokens.tolist():
         body = row[: row.index(EOS)] if EOS in row else row
         assert all(token > EOS for token in body)
         assert all(token == PAD for token in row[len(body) + 1 :])
-    # ... and no column for nothing
+    # ... and the last column is not padding in all rows
     assert (tokens[:, -1] != PAD).any()
 
 
@@ -213,7 +213,7 @@ def test_the_greedy_cases_end_at_different_lengths():
 def naive_beam(
     model: Seq2SeqTransformer, src: Tensor, max_new_tokens: int, num_beams: int, penalty: float
 ) -> list[int]:
-    """Beam search for one source with lists, scoring each hypothesis anew."""
+    """Beam search for one source with plain lists. Each step computes the score of each hypothesis from the start."""
     live, ended = [(0.0, [SOS])], []
     for step in range(1, max_new_tokens + 1):
         candidates = []
@@ -245,7 +245,7 @@ def test_beam_search(num_beams, length_penalty):
 
 
 def test_wide_beam_finds_the_best_of_all_targets():
-    model = make_model(seed=5, tgt_vocab_size=6)  # three tokens beside the special ones
+    model = make_model(seed=5, tgt_vocab_size=6)  # three tokens are not special
     scores = {}
     for length in range(4):
         for body in itertools.product((3, 4, 5), repeat=length):

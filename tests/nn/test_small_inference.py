@@ -1,4 +1,4 @@
-"""Small modules without gradients: one native call, which must give what the general way gives."""
+"""A small module without gradients is one native call, which must give what the general way gives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, tor
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by one with each call that takes the short way."""
+    """A list that gets an entry with each native call."""
     found = []
     short_way = small_inference._C.self_attention
 
@@ -65,7 +65,7 @@ def test_equals_the_general_way(embed_dim, heads, kv_heads, bias, length, mask, 
 
 
 def test_padding_may_hold_anything(calls: list[str]) -> None:
-    """As in the general way: what is ignored does not reach the rows that ignore it."""
+    """Padding may hold NaN or infinity, because it has no effect on other rows, as in the general way."""
     module = FusedMultiheadAttention(16, 2, batch_first=True)
     x = torch.randn(1, 6, 16)
     ignored = torch.tensor([[False] * 4 + [True] * 2])
@@ -116,7 +116,7 @@ def _replaced_forward(module, x):
 
 
 def _offloaded(module, x):
-    """As hooks for offloading do it: the weights are on "meta" but for the call."""
+    """Offloads the weights as tools do it: hooks move the weights from "meta" to the CPU for the time of a call."""
     linear, forward = module.out_proj, module.out_proj.forward
     in_memory = dict(linear._parameters)
     away = {name: nn.Parameter(p.to("meta")) for name, p in in_memory.items()}
@@ -169,7 +169,7 @@ def _pruned(module, x):
 
 
 def _merged(module, x):
-    """As an adapter does it for the time of a call: a plain tensor in the place of the parameter."""
+    """Puts a plain tensor in the place of a parameter, as an adapter does for the time of a call."""
     merged = module.in_proj_weight.detach() + 1.0
     del module.in_proj_weight
     module.in_proj_weight = merged
@@ -177,7 +177,7 @@ def _merged(module, x):
 
 
 class Doubling(Tensor):
-    """Stands for a quantised weight: what its memory holds is not its value."""
+    """Stands for a quantised weight: a parameter whose value is not what its memory holds."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

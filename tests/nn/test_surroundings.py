@@ -1,4 +1,4 @@
-"""Modules in the hands of others: built on "meta", sharded, cast, checkpointed, hooked, wrapped, adapted."""
+"""Modules work with other tools: built on "meta", sharded, cast, checkpointed, with hooks, wrappers and adapters."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build().eval()
 
 
-# ---- what is not made by the constructor alone
+# ---- parameters and buffers that are filled after the constructor
 
 
 @EVERY_MODULE
@@ -124,7 +124,7 @@ def test_every_module_is_its_state_dict(build: Callable[[], nn.Module], way: str
 
 @EVERY_MODULE
 def test_every_module_can_be_reset_after_meta(build: Callable[[], nn.Module]) -> None:
-    """What FSDP2 does after sharding: each module that has parameters fills them."""
+    """Each module that has parameters can fill them (reset_parameters), which FSDP2 calls after sharding."""
     twin = on_meta(build).to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*twin.parameters(), *twin.buffers()):
@@ -234,18 +234,18 @@ def test_fsdp2_in_half_precision_around_the_attention_of_a_stack(mask: Tensor | 
     masks = {"tgt_mask": mask, "tgt_is_causal": None if mask is not None else True, "tgt_key_padding_mask": TGT_PADDING}
     tgt, memory = calls_of(decoder)
     expected = decoder(tgt, memory, tgt_mask=causal(T), tgt_key_padding_mask=TGT_PADDING)
-    for module in reversed(list(decoder.modules())):  # inner ones first
+    for module in reversed(list(decoder.modules())):  # inner modules come before outer ones
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerDecoderLayer)):
             fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     out = decoder(tgt, memory, **masks)
     torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.15)
 
 
-# ---- what a layer receives
+# ---- the arguments that a stack passes to its layers
 
 
 def decoder_calls() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """What a stack is called with, and what to compare it with."""
+    """Arguments of a decoder of ours, each with the arguments of torch's decoder that must give the same result."""
     return {
         "mask": ({"tgt_mask": causal(T)}, {"tgt_mask": causal(T)}),
         "mask and padding": (
@@ -270,7 +270,7 @@ def decoder_calls() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def handled(seen: list[str]) -> Callable[..., Any]:
-    """A hook that does with every tensor what tools do, and compares the mask with the flag."""
+    """A hook that copies every tensor argument, as tools do, and checks that the mask agrees with is_causal."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         def handle(x: Any) -> Any:
@@ -380,7 +380,7 @@ def test_the_flag_without_a_mask_is_the_causal_mask(options: dict[str, Any], pad
 
 
 def test_a_mask_for_appended_rows_is_made_where_the_keys_are() -> None:
-    """And not where the weights of out_proj are, which may be offloaded."""
+    """The mask is not made on the device of out_proj's weights, because they may be offloaded."""
     module = FusedMultiheadAttention(E, H, batch_first=True, add_zero_attn=True)
     x = torch.randn(N, T, E)
     expected = module(x, x, x, attn_mask=causal(T), need_weights=False)[0]
@@ -392,11 +392,11 @@ def test_a_mask_for_appended_rows_is_made_where_the_keys_are() -> None:
     torch.testing.assert_close(out, expected)
 
 
-# ---- sub-modules that are not ours
+# ---- modules of others inside of our modules
 
 
 class TorchSignatures(fused.TransformerDecoderLayer):
-    """Written for torch's layer: its methods know nothing of a cache."""
+    """A layer written for torch's stack: its methods have no argument for a cache."""
 
     def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False):
         x = self.self_attn(
@@ -416,7 +416,7 @@ class OwnCrossAttention(fused.TransformerDecoderLayer):
 
 
 class Adapter(nn.Module):
-    """Around an attention, as adapters are: passes all on, and shows some attributes."""
+    """A wrapper around an attention module, as adapters are. It passes all arguments on, and has some attributes."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -456,7 +456,7 @@ def _wrapped_attention(layer: nn.Module) -> nn.Module:
 
 
 def _offloaded(layer: nn.Module) -> nn.Module:
-    """accelerate replaces the forward on the instance, with the old one's signature behind it."""
+    """Offloads as accelerate does: the instance gets another forward, which keeps the signature of the old one."""
     layer.forward = functools.update_wrapper(
         functools.partial(lambda f, *a, **k: f(*a, **k), layer.forward), layer.forward
     )
@@ -471,7 +471,7 @@ WRAPS = pytest.mark.parametrize(
     ],
 )
 
-#: What becomes of a decoder layer, and whether it still takes a cache.
+#: Changes of a decoder layer, each with whether the changed layer still takes a cache.
 LAYERS: dict[str, tuple[Callable[[nn.Module], nn.Module], bool]] = {
     "torch's cross-attention": (lambda layer: _torch_attention(layer, "multihead_attn"), True),
     "torch's self-attention": (lambda layer: _torch_attention(layer, "self_attn"), False),
@@ -558,7 +558,10 @@ def test_wrapped_layers_of_an_encoder(wrap: Callable[[nn.Module], nn.Module], ma
 
 
 def test_an_adapter_that_merges_its_weights_for_a_call() -> None:
-    """peft's LoRA: it asks for packed weights, puts a plain tensor into their place, and looks through itself."""
+    """The module works under an adapter such as peft's LoRA for MultiheadAttention.
+
+    The adapter reads the packed weights, and puts a plain tensor into their place for the time of a call.
+    """
     module = FusedMultiheadAttention(E, H, batch_first=True, dtype=torch.float64)
     assert module._qkv_same_embed_dim
     delta = torch.randn(3 * E, E, dtype=torch.float64, requires_grad=True)

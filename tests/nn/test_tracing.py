@@ -1,4 +1,4 @@
-"""`torch.fx.symbolic_trace`: our modules are leaves, as torch's own are, and our functions nodes of the graph."""
+"""In a graph of `torch.fx.symbolic_trace`, our modules are leaves, as torch's are, and our functions are nodes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class Stacks(nn.Module):
-    """Every module of `torch.nn` around attention, from a library that has them."""
+    """A model with every layer and every stack of `torch.nn` that contains attention. `library` has the classes."""
 
     def __init__(self, library) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def test_tokens() -> None:
 
 
 def test_a_subclass_is_traced_through_and_so_refused() -> None:
-    """Its forward is more than ours: a node made by ours would run it again."""
+    """Its forward does more than ours. If our class made a leaf, the graph would run the additional work twice."""
 
     class Doubled(FusedMultiheadAttention):
         def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

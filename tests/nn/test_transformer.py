@@ -1,4 +1,4 @@
-"""Transformer* against torch.nn.Transformer*, and decoding with a cache."""
+"""Our Transformer classes give what torch.nn's give, and decode with a cache."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_decoder_layer_masks(masks: dict[str, Any]) -> None:
 
 
 def stacks(batch_first: bool = True, norm_first: bool = False) -> list[tuple[nn.Module, nn.Module]]:
-    """An encoder and a decoder of two layers, each ours and torch's."""
+    """An encoder and a decoder of two layers, each of our classes and of torch's."""
     pairs = []
     for name in ("Encoder", "Decoder"):
 
@@ -179,14 +179,14 @@ def test_same_seed_gives_the_initial_weights_of_torch() -> None:
 
 
 def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The keyword arguments of every call of the kernel, as they come."""
+    """A list that gets the keyword arguments of each call of the kernel."""
     calls, run = [], attention_module.fused_attention
 
     def counting(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, **kwargs: Any) -> Any:
         calls.append({"attn_mask": attn_mask, **kwargs})
         return run(query, key, value, attn_mask, **kwargs)
 
-    # The short way of small modules would pass it by.
+    # The native call for small modules does not call `fused_attention`, so it is switched off.
     monkeypatch.setattr(attention_module.small_inference, "MOST_PRODUCTS", 0)
     monkeypatch.setattr(attention_module, "fused_attention", counting)
     return calls
@@ -195,7 +195,10 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 @pytest.mark.quick
 @pytest.mark.parametrize("is_inference", [False, True], ids=["no_grad", "inference_mode"])
 def test_inference_equals_torch_in_training_mode(is_inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No inference path and no nested tensors: rows of padding, which those set to 0, are computed like others."""
+    """Inference gives what torch gives in training mode, rows of padding included.
+
+    torch's inference path uses nested tensors, and returns 0 for rows of padding. Ours has no such path.
+    """
     ours, theirs = stacks()[0]
     src = randn(N, S, E, requires_grad=False)
     expected = theirs(src, src_key_padding_mask=SRC_PADDING)
@@ -225,7 +228,7 @@ def test_causal_masks_cost_no_memory_in_a_stack(hint: Any, dtype: Any, monkeypat
     for padded in (None, TGT_PADDING):
         calls = counted_calls(monkeypatch)
         ours(tgt, memory, tgt_mask=mask, tgt_is_causal=hint, tgt_key_padding_mask=padded)
-        for call in calls[::2]:  # every other call is that of the memory
+        for call in calls[::2]:  # the calls between are those that attend to the memory
             assert call["is_causal"] and call["attn_mask"] is None
 
 
@@ -262,7 +265,7 @@ def test_backend_reaches_every_layer() -> None:
 
 
 class MaskReader(nn.TransformerEncoderLayer):
-    """A layer of someone's own, which relies on what torch's stack passes: float masks."""
+    """A layer by a user, which expects float masks, because torch's stack passes float masks."""
 
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
         assert src_key_padding_mask.is_floating_point()

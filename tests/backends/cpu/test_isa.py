@@ -1,4 +1,4 @@
-"""The C++ kernels on every instruction set that was compiled and that this machine can run."""
+"""The C++ kernels of every instruction set that this build contains and that this machine can run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUBSET = [
 ]
 
 
-# Up to as many queries as the decoding kernel takes, against several parts of the keys.
+# As few queries as decode.h computes, up to its limit, and so many keys that it divides them into splits.
 EVERYTHING = {
     "attn_mask": cases.float_mask("BHLS"),
     "key_padding_mask": cases.scattered_padding,
@@ -48,7 +48,7 @@ FEW_QUERIES = [
     )
 ]
 
-# Backward sums dK and dV of so many keys at once as half of a cache holds: at these head dims several times.
+# Cases in which backward processes the keys in several slabs, because dK and dV of all keys do not fit into the cache.
 SEVERAL_SLABS = [
     cases.Case("slabs", batch=1, seqlen_q=70, seqlen_k=600, head_dim=256),
     cases.Case("slabs-causal-gqa", batch=1, heads=4, kv_heads=2, seqlen_q=600, seqlen_k=600, head_dim=250,
@@ -61,7 +61,7 @@ SEVERAL_SLABS = [
     cases.Case("slabs-varlen", heads=2, head_dim=256, lengths_q=(50, 0, 20), lengths_k=(600, 300, 0)),
 ]  # fmt: skip
 
-# A thread keeps interleaved keys and values while it goes on with other queries of the same head.
+# Cases in which a thread reuses interleaved keys and values for other queries of the same head (SummedRows).
 MANY_QUERIES = [
     cases.Case(f"many-queries-{name}", **{"seqlen_q": 330, "seqlen_k": 300, "head_dim": 24} | features)
     for name, features in (
@@ -96,7 +96,7 @@ def test_case(case: cases.Case, isa: str) -> None:
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in SEVERAL_SLABS])
 def test_backward_of_several_slabs(case: cases.Case, isa: str) -> None:
-    for dtype in (torch.float32, torch.bfloat16):  # lanes in memory, and not
+    for dtype in (torch.float32, torch.bfloat16):  # a type that memory holds as lanes, and one that it does not
         cases.check(case, dtype, "cpu")
 
 
@@ -108,18 +108,21 @@ def test_huge_logits(case: cases.Case, isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("spoils", ["query", "key", "bias"])
-@pytest.mark.parametrize("row", [2, 4, 8, 16, 32])  # one of them is in the same lane as row 0, whatever the vectors
+@pytest.mark.parametrize("row", [2, 4, 8, 16, 32])  # for each vector width, one of them shares row 0's lane
 def test_a_row_that_is_not_finite_spoils_no_other(row: int, spoils: str, dtype: torch.dtype, isa: str) -> None:
-    """What is no number compares with nothing: the maximum of one row must not become another's."""
+    """A row with NaN or infinity must not change the maximum of another row.
+
+    Comparisons with NaN are false, so a maximum over a vector of rows can go wrong.
+    """
     generator = torch.Generator().manual_seed(0)
     query, key = torch.zeros(1, 1, 64, 8), torch.zeros(1, 1, 64, 8)
     value = torch.randn(1, 1, 64, 8, generator=generator)
-    query[..., row, 0], key[..., 48:, 0] = 1500.0, 3.0  # a maximum far above that of the first keys
+    query[..., row, 0], key[..., 48:, 0] = 1500.0, 3.0  # this maximum is far above that of the first keys
     mask = torch.zeros(64, 64)
     if spoils == "query":
         query[..., 0, :] = float("nan")
     elif spoils == "key":
-        mask[1:, 48] = float("-inf")  # the first key of a tile, be it of 4 or of 6
+        mask[1:, 48] = float("-inf")  # the first key of a tile, both for tiles of 4 and of 6 keys
         key[..., 48, 0] = float("nan")
     else:
         mask[0] = float("inf")
@@ -165,7 +168,10 @@ def test_decoding_does_not_depend_on_the_threads() -> None:
 
 
 def test_few_queries_have_exact_gradients_where_keys_have_an_offset() -> None:
-    """Forward and backward must see the same scores: what rounding makes of others is multiplied by the keys' mean."""
+    """dquery is exact because forward and backward compute the same scores.
+
+    If the scores of both differed by rounding, the difference would be multiplied by the mean of the keys.
+    """
     case = cases.Case("offset-keys", seqlen_q=4, seqlen_k=300, head_dim=64, edit=_offset_keys, dtypes=(torch.float32,))
     cases.check(case, torch.float32, "cpu")
 

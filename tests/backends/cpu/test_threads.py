@@ -1,4 +1,4 @@
-"""The number of threads is torch's, and no result depends on it or changes from run to run."""
+"""The kernels use torch's number of threads. Results are right for any number, and the same in every run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_runs_are_bitwise_equal(name: str, dtype: torch.dtype, backend: str) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_number_of_threads_is_right(name: str, backend: str) -> None:
-    """More threads than heads, than query blocks, than cores."""
+    """Among the numbers are more threads than heads, than blocks of queries, and than cores."""
     for threads in (1, 3, 16):
         torch.set_num_threads(threads)
         cases.check(CASE[name], torch.float32, backend)
@@ -89,14 +89,14 @@ def test_one_thread_means_one_thread() -> None:
         )
         return int(result.stdout)
 
-    # Autograd runs the backward of CPU tensors in the calling thread, so what appears is OpenMP's.
+    # Autograd runs backward of CPU tensors in the calling thread, so all new threads belong to OpenMP.
     assert started(1) == 0
     assert started(4) >= 3
 
 
 @pytest.mark.quick
 def test_calls_from_many_python_threads(backend: str) -> None:
-    """The kernels release the GIL: concurrent calls must not share scratch memory."""
+    """Concurrent calls are right. The kernels release the GIL, so two calls may run at the same time."""
     inputs = {name: CASE[name].make(torch.float32) for name in NAMES[:4]}
     expected = {name: cases.run(x, backend) for name, x in inputs.items()}
     failures = []
@@ -106,7 +106,7 @@ def test_calls_from_many_python_threads(backend: str) -> None:
             for _ in range(5):
                 result = cases.run(inputs[name], backend)
                 assert_same_bits(result, expected[name])
-        except Exception as error:  # a thread's exception would otherwise be lost
+        except Exception as error:  # kept for the main thread, where it is raised
             failures.append((name, error))
 
     threads = [threading.Thread(target=work, args=(name,)) for name in NAMES[:4] * 2]

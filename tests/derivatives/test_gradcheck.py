@@ -1,4 +1,4 @@
-"""float64 against finite differences: of the real kernels once, of the reference formula behind them twice."""
+"""float64 derivatives against finite differences: first ones of each backend, second ones of the reference formula."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ PARAMETERS = [pytest.param(case, id=case.id, marks=[pytest.mark.quick] if case.i
 
 
 def _function(case: Case, backend: str):
-    """(function of the differentiated tensors alone, those tensors); empty rows' lse is -inf and left out."""
+    """The call as a function of its differentiated tensors alone, and those tensors.
+
+    lse of a query that sees no key is -inf, so the function leaves it out.
+    """
     inputs = case.make(torch.float64)
     leaves = [inputs.tensors[name].clone().requires_grad_() for name in inputs.differentiated]
     fixed = {name: x for name, x in inputs.tensors.items() if name not in inputs.differentiated}
@@ -64,7 +67,7 @@ def test_gradcheck(case: Case, backend: str) -> None:
     assert gradcheck(function, leaves, nondet_tol=0.0)
 
 
-# Without "everything": its parts are checked one by one, and together they take half a minute.
+# The case "everything" is left out, because it takes half a minute and other cases check its parts.
 @pytest.mark.parametrize("case", PARAMETERS[:-1])
 def test_gradgradcheck(case: Case, backend: str) -> None:
     function, leaves = _function(case, backend)

@@ -1,4 +1,4 @@
-"""`fused_attention` under what PyTorch does to functions: compile, export, functorch, autocast, checkpoint, copies."""
+"""`fused_attention` works under PyTorch's transforms: compile, export, functorch, autocast, checkpoint, copies."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_compile(name: str, compiler: str, backend: str) -> None:
     expected = cases.run(inputs, backend)
     for (what, ours), (_, eager) in zip(result.items(), expected.items(), strict=True):
         assert ours.stride() == eager.stride() or what.startswith("d"), f"strides of {what}"
-        # The same kernels on the same inputs; the reference formula may be ordered in another way by autograd.
+        # A kernel gives the same bits. For the reference, autograd may add gradients in another order.
         torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5, msg=lambda text, what=what: f"{what}: {text}")
 
 
@@ -143,7 +143,7 @@ def test_export_save_load(backend: str, generator: torch.Generator) -> None:
 
 
 def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]:
-    """Arguments of ``torch.ops.fused_attn.attention``."""
+    """Calls of ``torch.ops.fused_attn.attention``: the positional arguments by the name of a case."""
     query, key, value = tensors(generator, (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6))
     seed = torch.tensor(3)
     sinks, bias, relative = tensors(generator, (4,), (1, 4, 1, 7), (4, 11))
@@ -232,7 +232,7 @@ def test_opcheck_backward(name: str, has_dlse: bool, backend: str, generator: to
     dlse = torch.randn(lse.shape, generator=generator) if has_dlse else None
     wanted = [x is not None for x in args[:6]]
     inputs = (x if x is None else x.detach() for x in args[:11])
-    # Autograd of the backward operator is the reference formula's: checked as double backward below.
+    # The derivative of the backward operator is not checked here. The tests of double backward below check it.
     outcome = torch.library.opcheck(
         torch.ops.fused_attn.attention_backward,
         (*inputs, out, lse, dout, dlse, wanted, *args[11:]),
@@ -244,7 +244,7 @@ def test_opcheck_backward(name: str, has_dlse: bool, backend: str, generator: to
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Textbook causal attention, for derivatives of every kind."""
+    """Causal attention by torch's operators, whose derivatives are those to expect."""
     scores = query @ key.mT / query.shape[-1] ** 0.5
     visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     return torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1) @ value
@@ -303,7 +303,7 @@ def test_double_backward(backend: str, generator: torch.Generator) -> None:
 
 @pytest.mark.quick
 def test_double_backward_of_sinks_where_a_row_sees_no_key(backend: str, generator: torch.Generator) -> None:
-    """The empty row leaves no trace in any derivative."""
+    """A row that sees no key adds nothing to any derivative, and no NaN."""
     args = qkv(generator, torch.float64, length=2)
     (sinks,) = tensors(generator, (args[0].shape[1],), dtype=torch.float64)
     mask = torch.tensor([[False, False], [True, True]])
@@ -423,7 +423,7 @@ def test_batched_gradients(name: str, backend: str, generator: torch.Generator) 
             for dout in zip(*batch, strict=True)
         ]
         expected = tuple(torch.stack(x) for x in zip(*loop, strict=True))
-        # Where nothing flows, torch's zeros are not batched.
+        # Where no gradient flows, torch returns zeros that are not batched.
         found = tuple(x.expand_as(y) for x, y in zip(found, expected, strict=True))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
@@ -450,7 +450,7 @@ def test_vectorized_jacobian_and_hessian(name: str, strategy: str, backend: str,
 
 
 def test_double_backward_compiled(backend: str, generator: torch.Generator) -> None:
-    """torch.compile itself refuses double backward: what may not happen is a silent wrong answer."""
+    """torch.compile does not support double backward, and must raise instead of returning a wrong gradient."""
     args = qkv(generator, torch.float64)
     compiled = torch.compile(ours(backend), fullgraph=True, backend="aot_eager")
     grads = torch.autograd.grad(compiled(*args).square().sum(), args, create_graph=True)
@@ -500,7 +500,7 @@ def test_autocast_compiled(backend: str, generator: torch.Generator) -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(backend: str, use_reentrant: bool, generator: torch.Generator) -> None:
-    """Dropout too: the recomputation must draw the seed of the first run."""
+    """Gradients are right with dropout as well, because the recomputation draws the seed of the first run."""
     args = qkv(generator)
 
     def block(query, key, value):
@@ -520,7 +520,7 @@ def test_checkpoint(backend: str, use_reentrant: bool, generator: torch.Generato
 
 @pytest.mark.quick
 def test_selective_checkpoint(backend: str, generator: torch.Generator) -> None:
-    """A policy sees attention as one operator and can have its outputs kept."""
+    """A policy sees attention as one operator, and can decide that its outputs are kept and not recomputed."""
     seen = set()
 
     def policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
@@ -547,7 +547,7 @@ def test_inference_mode(backend: str, generator: torch.Generator) -> None:
 
 
 def test_saved_tensors_hooks_and_in_place_changes(backend: str, generator: torch.Generator) -> None:
-    """Inputs overwritten between forward and backward are an error of the caller, which autograd must see."""
+    """If the caller overwrites an input between forward and backward, autograd must raise an error."""
     query, key, value = qkv(generator)
     with torch.autograd.graph.save_on_cpu():
         out = ours(backend)(query, key, value)
@@ -560,7 +560,7 @@ def test_saved_tensors_hooks_and_in_place_changes(backend: str, generator: torch
 
 
 def test_every_set_of_inputs_that_require_grad(backend: str, generator: torch.Generator) -> None:
-    """A gradient is the same whether or not the others are wanted, and no other is computed."""
+    """A gradient does not depend on which other gradients are wanted, and gradients that nobody wants are None."""
     case = Case(
         "subset",
         heads=2,
@@ -579,7 +579,7 @@ def test_every_set_of_inputs_that_require_grad(backend: str, generator: torch.Ge
 
 
 def test_deepcopy_and_pickle(backend: str) -> None:
-    """Nothing that a call leaves behind keeps a module that uses it from being copied."""
+    """A module can still be copied and pickled after it has called attention."""
     module = _Module(backend)
     x = torch.randn(1, 1, 4, 8)
     module(x, x, x, torch.zeros(1, 4, dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over a reduced list of cases."""
+"""The C++ kernels, built with AddressSanitizer and UndefinedBehaviorSanitizer, run many cases without a report."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
-# Runs in the interpreter that has libasan preloaded. float64 and the reference need no second look: the kernels are
-# templates over the dtype, and float16 and bfloat16 differ only in loads and stores.
+# A process with libasan preloaded runs this script. It leaves out most cases in float64 and float16, because the
+# kernels are templates over the dtype: only loads and stores differ.
 SCRIPT = """
 import importlib.util, sys
 
@@ -45,7 +45,7 @@ print("done", done)
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The extension, built apart from the installed one."""
+    """The path of a native module that is built with the sanitizers, in a folder of its own."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if sys.platform != "linux" or compiler is None or shutil.which("g++") is None:
         pytest.skip("needs g++ on Linux")
@@ -60,7 +60,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
-    # What this machine cannot run takes a minute to compile.
+    # Instruction sets that this machine cannot run are not compiled, because each takes a minute.
     runnable = pytest.importorskip("fused_attn._C", exc_type=ImportError).cpu_isas()
     defines |= {f"FUSED_ATTN_COMPILES_{isa}": "OFF" for isa in ("avx2", "avx512", "avx512_bf16") if isa not in runnable}
     cmake = [sys.executable, "-m", "cmake"]
@@ -83,9 +83,9 @@ def library(name: str) -> str:
 @pytest.mark.slow
 def test_no_bad_access_and_no_undefined_behaviour(sanitized: Path) -> None:
     environment = os.environ | {
-        # libstdc++ too: ASan looks up its exception functions before any module has brought it in.
+        # libstdc++ must be preloaded as well: ASan looks up its exception functions before a module loads it.
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
-        # Python and torch leave much allocated at exit, on purpose.
+        # Python and torch do not free all memory at exit, so there is no search for leaks.
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "PYTHONPATH": str(ROOT),

@@ -1,4 +1,4 @@
-"""The native reading of a call's metadata tells what Python tells, and leaves to Python what it cannot."""
+"""`signature.read` returns the shapes and dtypes that Python sees, and None where only Python can tell them."""
 
 from __future__ import annotations
 

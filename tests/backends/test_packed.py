@@ -1,4 +1,4 @@
-"""Packed rows that no sequence owns, as buffers of a fixed size have them. Every backend runs `cases.check_strays`."""
+"""Packed tensors with rows that belong to no sequence, as a buffer of a fixed size has them, on every backend."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def test_sequences_that_are_none_at_all(backend: str) -> None:
 
 
 def test_a_compiled_layer_trains(backend: str) -> None:
-    """The projections around attention see its strays, and what is no number there spoils their gradients."""
+    """The gradients of a layer are right although attention gets rows that belong to no sequence.
+
+    The projections around attention compute with these rows, so a NaN in them would reach the gradients.
+    """
     torch.manual_seed(0)
     projection = torch.nn.Linear(8, 8, bias=False)
     offsets = torch.tensor([0, 4, 9], dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Nested tensors (layout=torch.jagged) against their sequences one by one."""
+"""A call with nested tensors (layout=torch.jagged) gives what calls with the single sequences give."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
 
 
 def nested(generator: torch.Generator, lengths: tuple[int, ...], *sizes: int, like: Tensor | None = None) -> Tensor:
-    """(B, length, *sizes), made from a leaf that it keeps as ``rows``; like: with that one's offsets."""
+    """A nested tensor (B, length, *sizes). Its attribute ``rows`` is the leaf that its values are made of.
+
+    like: a nested tensor whose offsets the new one shares.
+    """
     rows = torch.randn(sum(lengths), *sizes, generator=generator, dtype=torch.float64, requires_grad=True)
     offsets = torch.tensor([0, *lengths]).cumsum(0) if like is None else like.offsets()
     x = torch.nested.nested_tensor_from_jagged(rows, offsets)
@@ -24,7 +27,7 @@ def nested(generator: torch.Generator, lengths: tuple[int, ...], *sizes: int, li
 
 
 def heads(x: Tensor) -> Tensor:
-    """(B, length, H, D) -> (B, H, length, D)"""
+    """Turns (B, length, H, D) into (B, H, length, D), as attention wants it."""
     return x.transpose(1, 2)
 
 
@@ -79,7 +82,10 @@ def test_each_sequence_by_itself(name: str, backend: str, generator: torch.Gener
 
 
 def test_the_result_has_the_lengths_of_the_query(generator: torch.Generator) -> None:
-    """So torch takes their sum, which it refuses for tensors whose lengths are equal by chance."""
+    """torch adds query and result, because they share one offsets tensor.
+
+    It refuses to add other tensors of equal lengths.
+    """
     query, key = nested(generator, LENGTHS, HEADS, HEAD_DIM), nested(generator, OTHER_LENGTHS, HEADS, HEAD_DIM)
     out = heads(query) + fused_attention(heads(query), heads(key), heads(key))
     assert [len(x) for x in out.transpose(1, 2).unbind()] == list(LENGTHS)
@@ -114,7 +120,7 @@ def test_module(options: dict, is_causal: bool, backend: str, generator: torch.G
     for q, k, v in zip(query.unbind(), key.unbind(), value.unbind(), strict=True):
         mask = torch.ones(len(q), len(k), dtype=torch.bool).triu(1) if is_causal else None
         if options.get("relative_bias"):
-            # The longest sequence sets the table, and a shorter one lies in its middle.
+            # The table of biases is made for the longest sequence. A shorter sequence uses the middle of the table.
             bias = options["relative_bias"](max(LENGTHS), max(LENGTHS))
             distance = torch.arange(len(k)) - torch.arange(len(q))[:, None]
             bias = bias[distance + max(LENGTHS) - 1]

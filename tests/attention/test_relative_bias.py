@@ -1,4 +1,4 @@
-"""`t5_relative_bias` and `alibi_bias` against plain loops and against the formula of Hugging Face's T5."""
+"""`t5_relative_bias` and `alibi_bias` give what plain loops and the formula of Hugging Face's T5 give."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import fused_attn
 
 
 def hf_bucket(distance: torch.Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> torch.Tensor:
-    """`T5Attention._relative_position_bucket` of transformers 4.x, line by line."""
+    """A copy of the computation in `T5Attention._relative_position_bucket` of transformers 4.x."""
     buckets = 0
     if bidirectional:
         num_buckets //= 2
@@ -30,7 +30,7 @@ def hf_bucket(distance: torch.Tensor, bidirectional: bool, num_buckets: int, max
 
 
 def dense(vector: torch.Tensor, seqlen_q: int, seqlen_k: int) -> torch.Tensor:
-    """(H, L + S - 1) -> (H, L, S), by two loops."""
+    """Turns a relative bias (H, L + S - 1) into a dense bias (H, L, S) by two loops."""
     out = torch.empty(vector.shape[0], seqlen_q, seqlen_k, dtype=vector.dtype)
     for i in range(seqlen_q):
         for j in range(seqlen_k):
@@ -61,7 +61,10 @@ def test_t5(seqlen_q, seqlen_k, num_buckets, max_distance, bidirectional, genera
 
 @pytest.mark.quick
 def test_t5_buckets_by_hand() -> None:
-    """8 buckets, distance 16 at most: 4 a side, of which 0 and 1 are exact; 2 covers 2..5, 3 the rest."""
+    """The 8 buckets for distances of 16 at most, by hand.
+
+    Each side has 4 buckets: distance 0, distance 1, distances 2 to 5, and all larger distances.
+    """
     table = torch.arange(8.0)[:, None]
     bias = fused_attn.t5_relative_bias(table, 9, 9, max_distance=16)[0].int().tolist()
     #       -8 -7 -6 -5 -4 -3 -2 -1  0  1  2  3  4  5  6  7  8

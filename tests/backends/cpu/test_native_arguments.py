@@ -1,0 +1,157 @@
+"""The native module checks every tensor of a call, because a kernel trusts its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fused_attn.attention.inputs import Gradients, Inputs, Saved
+
+_C = pytest.importorskip("fused_attn._C", reason="the native extension is not built", exc_type=ImportError)
+
+pytestmark = pytest.mark.quick
+
+B, H, HKV, L, S, D, DV = 2, 4, 2, 5, 7, 8, 6
+
+
+def call() -> dict[str, Any]:
+    """A right backward call with all tensors, by name. `run` makes it."""
+    lengths = {"query": (B, H, L, D), "key": (B, HKV, S, D), "value": (B, HKV, S, DV), "out": (B, H, L, DV)}
+    tensors = {name: torch.randn(shape) for name, shape in lengths.items()}
+    tensors |= {"bias": torch.randn(B, H, L, S), "relative_bias": torch.randn(H, L + S - 1), "sinks": torch.randn(H)}
+    tensors |= {f"d{name}": torch.empty_like(x) for name, x in tensors.items()}
+    tensors |= {"lse": torch.zeros(B, H, L), "dlse": torch.randn(B, H, L), "seed": torch.tensor(3)}
+    tensors |= {"mask": torch.ones(B, H, L, S, dtype=torch.bool), "key_padding": torch.zeros(B, S, dtype=torch.bool)}
+    return tensors | {"cu_seqlens_q": None, "cu_seqlens_k": None}
+
+
+def packed_call() -> dict[str, Any]:
+    tensors = dict.fromkeys(call())
+    shapes = {"query": (1, H, 9, D), "key": (1, HKV, 8, D), "value": (1, HKV, 8, DV), "out": (1, H, 9, DV)}
+    tensors |= {name: torch.randn(shape) for name, shape in shapes.items()}
+    tensors |= {"dout": torch.randn(1, H, 9, DV), "lse": torch.zeros(1, H, 9)}
+    return tensors | {"cu_seqlens_q": torch.tensor([0, 4, 9]).int(), "cu_seqlens_k": torch.tensor([0, 5, 8]).int()}
+
+
+def run(tensors: dict[str, Any]) -> None:
+    inputs = Inputs(*(tensors[name] for name in Inputs._fields))
+    saved = Saved(*(tensors[name] for name in Saved._fields))
+    gradients = Gradients(*(tensors[f"d{name}"] for name in Gradients._fields))
+    config = _C.Config(scale=0.3, dropout_p=0.1 if tensors["seed"] is not None else 0.0, max_seqlen_q=5, max_seqlen_k=5)
+    _C.forward(inputs, saved.out, saved.lse, config, 1)
+    _C.backward(inputs, saved, gradients, config, 1)
+
+
+def test_right_calls_run() -> None:
+    run(call())
+    run(packed_call())
+
+
+NAMES = [name for name, x in call().items() if x is not None]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dtype(name: str) -> None:
+    tensors = call()
+    tensors[name] = tensors[name].to(torch.int16)
+    with pytest.raises(ValueError, match=f"^{name}: expected (float32|bool|int64).*, got another type"):
+        run(tensors)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_number_of_dimensions(name: str) -> None:
+    tensors = call()
+    tensors[name] = tensors[name][None]
+    with pytest.raises(ValueError, match=f"^{name}: expected (4 dimensions|.*shape).*, got "):
+        run(tensors)
+
+
+SIZES = [(name, dim) for name, x in call().items() if x is not None for dim in range(x.ndim) if name not in ("query",)]
+
+
+@pytest.mark.parametrize(("name", "dim"), SIZES)
+def test_size(name: str, dim: int) -> None:
+    """One size is larger by one. An error names a tensor, though perhaps the other one that must have the same size."""
+    tensors = call()
+    x = tensors[name]
+    tensors[name] = torch.zeros([*x.shape[:dim], x.shape[dim] + 1, *x.shape[dim + 1 :]], dtype=x.dtype)
+    with pytest.raises(ValueError, match=r"^\w+: expected .*, got "):
+        run(tensors)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "out", "dout", "dquery", "dkey", "dvalue", "lse"])
+def test_stride_of_the_last_dimension(name: str) -> None:
+    tensors = call()
+    tensors[name] = torch.zeros(*tensors[name].shape, 2)[..., 0]
+    with pytest.raises(ValueError, match=rf"^{name}: expected stride 1 in dimension \d, got stride 2"):
+        run(tensors)
+
+
+@pytest.mark.parametrize("name", ["out", "query", "dout"])
+def test_none(name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: expected a torch.Tensor, got NoneType"):
+        run(call() | {name: None})
+
+
+def test_backward_needs_lse() -> None:
+    with pytest.raises(TypeError, match=r"^lse: expected a torch.Tensor, got NoneType"):
+        run(call() | {"lse": None})
+
+
+@pytest.mark.parametrize("name", ["bias", "relative_bias", "sinks"])
+def test_a_gradient_needs_its_input(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^d{name}: expected None, as {name} is None"):
+        run(call() | {name: None})
+
+
+def offsets(*values: int) -> Callable[[], torch.Tensor]:
+    return lambda: torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("cu_seqlens_q", lambda: None),
+        ("cu_seqlens_k", lambda: None),
+        ("cu_seqlens_q", lambda: torch.tensor([0, 4, 9])),
+        ("cu_seqlens_k", lambda: torch.zeros(3, 2, dtype=torch.int32)[:, 0]),
+        ("cu_seqlens_q", lambda: torch.zeros(3, 1, dtype=torch.int32)),
+        ("cu_seqlens_k", offsets(0, 8)),
+        ("cu_seqlens_q", offsets(0, 4, 10)),
+        ("cu_seqlens_k", offsets(-1, 4, 8)),
+        ("cu_seqlens_k", offsets(4, 3, 8)),
+        ("cu_seqlens_q", offsets(0, 3, 9)),
+    ],
+)
+def test_offsets(name: str, make: Callable[[], torch.Tensor | None]) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
+        run(packed_call() | {name: make()})
+
+
+def test_a_packed_call_has_one_batch_entry() -> None:
+    with pytest.raises(ValueError, match=r"^query: expected one batch entry in a packed problem, got 2"):
+        run(call() | {name: packed_call()[name] for name in ("cu_seqlens_q", "cu_seqlens_k")})
+
+
+@pytest.mark.parametrize("position", range(8))
+def test_the_small_module_checks_its_tensors(position: int) -> None:
+    def arguments() -> list[torch.Tensor]:
+        shapes = (2, 3, 8), (24, 8), (24,), (8, 8), (8,), (2, 3, 8)
+        return [*(torch.randn(shape) for shape in shapes), 2, torch.zeros(2, 3, dtype=torch.bool), False, 1]
+
+    _C.self_attention(*arguments())
+    names = "x", "in_weight", "in_bias", "out_weight", "out_bias", "out", "num_heads", "key_padding"
+    if names[position] == "num_heads":
+        with pytest.raises(ValueError, match=r"^num_heads: expected a divisor of 8, got 3"):
+            _C.self_attention(*(3 if i == position else x for i, x in enumerate(arguments())))
+        return
+    x = arguments()[position]
+    wrong = [x.to(torch.int16), x[None]]
+    if names[position] != "key_padding":
+        wrong.append(torch.zeros(*x.shape, 2)[..., 0])
+    for y in wrong:
+        with pytest.raises(ValueError, match=f"^{names[position]}: expected .*, got "):
+            _C.self_attention(*(y if i == position else x for i, x in enumerate(arguments())))
