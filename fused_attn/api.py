@@ -75,14 +75,15 @@ def fused_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
-    is_compiling = torch.compiler.is_compiling()
+    is_direct = modes.is_direct()
+    is_compiling = not is_direct and torch.compiler.is_compiling()
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     window_size = tuple(window_size) if isinstance(window_size, list) else window_size
     metadata = None
-    if not is_compiling and modes.is_direct():
+    if is_direct:
         metadata = signature.read(query, key, value, attn_mask, relative_bias, sinks, key_padding_mask)
-    is_direct = metadata is not None
+        is_direct = metadata is not None
     if is_direct:
         # The path of most calls, in which an argument passed on once more costs as much as a tensor's checks.
         try:  # not `contextlib.suppress`, which takes as long as finding the plan

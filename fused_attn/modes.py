@@ -1,15 +1,20 @@
-"""Which of torch's modes surround a call. The private names are the only ones that answer in 50 ns."""
+"""Which of torch's modes surround a call.
+
+The private names are the only ones that answer in 50 ns. Names are imported from torch one by one, because finding
+``torch.name`` takes as long as calling it: torch is a large module.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, compiler
 from torch._C import _are_functorch_transforms_active as in_functorch
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 __all__ = [
     "can_read",
@@ -32,7 +37,10 @@ def in_forward_mode() -> bool:
 def is_direct() -> bool:
     """True where nothing surrounds a call on plain tensors: none of the others here, autocast aside, would be true."""
     return (
-        forward_ad._current_level < 0
+        # These two are `torch.compiler.is_compiling`, which takes four times as long. Dynamo knows the first of them.
+        not is_dynamo_compiling()
+        and not compiler._is_compiling_flag
+        and forward_ad._current_level < 0
         and not in_functorch()
         and _len_torch_dispatch_stack() == 0
         and _len_torch_function_stack() == 0

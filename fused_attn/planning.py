@@ -205,9 +205,7 @@ def plan_of_packed(
         options: in that of `Options`.
     """
     names = PackedArguments._fields  # the first five are required
-    given = PackedArguments(
-        *map(checks.meta, names[:5], tensors[:5]), *map(checks.optional_meta, names[5:], tensors[5:])
-    )
+    given = *map(checks.meta, names[:5], tensors[:5]), *map(checks.optional_meta, names[5:], tensors[5:])
     arguments = (given, max_seqlen_q, max_seqlen_k, *options)
     if is_compiling:
         return _packed_problem(*arguments)
@@ -219,10 +217,12 @@ def plan_of_packed(
         return _packed_problem(*arguments)  # symbolic sizes, or an argument that this call names
 
 
-def _packed_problem(given: PackedArguments, max_seqlen_q: int, max_seqlen_k: int, *options: Any) -> AttentionProblem:
+def _packed_problem(
+    given: tuple[Meta | None, ...], max_seqlen_q: int, max_seqlen_k: int, *options: Any
+) -> AttentionProblem:
+    """given: in the order of `PackedArguments`; options: in that of `Options`."""
+    query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks = PackedArguments._make(given)
     options = Options(*options)
-    query, key, value = given.query, given.key, given.value
-    cu_seqlens_q, cu_seqlens_k = given.cu_seqlens_q, given.cu_seqlens_k
     for name, x in (("query", query), ("key", key), ("value", value)):
         if len(x.shape) != 3:
             raise checks.fail(name, "shape (total, heads, head dim)", f"shape {tuple(x.shape)}")
@@ -240,16 +240,16 @@ def _packed_problem(given: PackedArguments, max_seqlen_q: int, max_seqlen_k: int
         raise checks.fail("value", f"the rows and heads of key, {tuple(key.shape[:2])}", f"shape {tuple(value.shape)}")
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     checks.check_heads(num_heads, num_kv_heads, num_kv_heads, options.enable_gqa)
-    if given.relative_bias is not None:
-        checks.check_relative_bias(given.relative_bias, query, num_heads, max(max_seqlen_q + max_seqlen_k - 1, 0))
-    if given.sinks is not None:
-        checks.check_sinks(given.sinks, query, num_heads)
+    if relative_bias is not None:
+        checks.check_relative_bias(relative_bias, query, num_heads, max(max_seqlen_q + max_seqlen_k - 1, 0))
+    if sinks is not None:
+        checks.check_sinks(sinks, query, num_heads)
     shapes = Shapes(
         query=(1, num_heads, query.shape[0], query.shape[2]),
         key=(1, num_kv_heads, key.shape[0], key.shape[2]),
         value=(1, num_kv_heads, value.shape[0], value.shape[2]),
-        relative_bias=_shape(given.relative_bias),
-        sinks=_shape(given.sinks),
+        relative_bias=_shape(relative_bias),
+        sinks=_shape(sinks),
         cu_seqlens_q=cu_seqlens_q.shape,
         cu_seqlens_k=cu_seqlens_k.shape,
     )

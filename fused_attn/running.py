@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled  # not torch.is_grad_enabled: see `modes`
 from torch.autograd import profiler
 
 from fused_attn import modes
@@ -34,13 +33,13 @@ def run(
             return transforms.TransformableAttention.apply(*inputs, backend, problem)
         if modes.is_observed(inputs.query, inputs.key, inputs.value):
             return ops.call(problem, backend.name, inputs)
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         query, key, value = inputs.query, inputs.key, inputs.value
         if (
             query.requires_grad
             or key.requires_grad
             or value.requires_grad
-            or (problem.has_shared and inputs.requires_grad)
+            or (problem.has_shared and inputs.is_shared_grad_required())
         ):
             call = (backend, problem, return_lse, inputs)
             tensors = (query, key, value) if problem.is_plain else inputs

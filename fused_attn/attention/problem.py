@@ -85,6 +85,8 @@ class AttentionProblem:
     is_plain: bool = field(init=False, default=False)
     #: One of `inputs.SHARED` takes part.
     has_shared: bool = field(init=False, default=False)
+    #: Of the scores, the lse and the gradients of biases: float64 for float64 inputs, else float32.
+    accumulate_dtype: torch.dtype = field(init=False, default=torch.float32)
 
     @classmethod
     def of(
@@ -124,16 +126,12 @@ class AttentionProblem:
     def scalars(self) -> Scalars:
         return Scalars(self.seqlen_q, self.seqlen_k, self.scale, self.softcap, self.dropout_p, *self.band)
 
-    @property
-    def accumulate_dtype(self) -> torch.dtype:
-        """Scores, the LSE and bias gradients are float32, or float64 for float64 inputs."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
     def __post_init__(self):
         has_shared = self.has_bias or self.has_float_padding or self.has_relative_bias or self.has_sinks
         has_others = self.is_packed or self.has_mask or self.has_key_padding or self.dropout_p > 0.0
         object.__setattr__(self, "has_shared", has_shared)
         object.__setattr__(self, "is_plain", not (has_shared or has_others))
+        object.__setattr__(self, "accumulate_dtype", torch.float64 if self.dtype == torch.float64 else torch.float32)
         if self.capability is None and self.device.type == "cuda" and torch.cuda.is_available():
             object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
 

@@ -6,9 +6,9 @@ import functools
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads  # not torch.get_num_threads: see `modes`
 
-from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.inputs import SHARED_ITEMS, Gradients, Inputs, Saved, Wanted, inputs_of
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.base import clear_rows
@@ -52,7 +52,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
     if problem.is_packed:
         clear_rows(lse, out)
     try:
-        _C.forward(inputs, out, lse, _config(problem), torch.get_num_threads())
+        _C.forward(inputs, out, lse, _config(problem), get_num_threads())
     except ValueError:
         # Forgiveness instead of permission: asking three tensors for a stride costs as much as the whole kernel call.
         copied = _with_unit_strides(inputs, "query", "key", "value")
@@ -75,19 +75,20 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     dvalue = torch.empty_like(read.value) if wanted.value else None
     if problem.is_packed:
         clear_rows(None, dquery, dkey, dvalue)
-    grads = Gradients(dquery, dkey, dvalue)
-    if wanted.is_any_shared:
-        grads = grads._replace(**_empty_shared_gradients(problem, inputs, wanted))
+    wants_shared = problem.has_shared and wanted.is_any_shared
+    shared = _empty_shared_gradients(problem, inputs, wanted) if wants_shared else ()
+    grads = Gradients(dquery, dkey, dvalue, *shared)
     try:
-        _C.backward(read, saved, grads, _config(problem), torch.get_num_threads())
+        _C.backward(read, saved, grads, _config(problem), get_num_threads())
     except ValueError:
         copied, saved_copied = _with_unit_strides(inputs, "query", "key", "value"), _with_unit_strides(saved, "dout")
         if copied is inputs and saved_copied is saved:
             raise
         return backward(problem, copied, saved_copied, wanted)
-    if wanted.is_any_shared:
-        pairs = zip(inputs, grads, strict=False)
-        grads = Gradients(*(None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs))
+    if wants_shared:
+        pairs = zip(inputs[SHARED_ITEMS], shared, strict=True)
+        shared = [None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs]
+        grads = Gradients(dquery, dkey, dvalue, *shared)
     return grads
 
 
@@ -108,36 +109,36 @@ def _config(problem: AttentionProblem) -> Any:
 
 
 def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
-    """The kernels see the data alone, no lazy negation (``x.conj().imag``), and small tensors as they sum them."""
-    bias = inputs.bias
+    """The inputs in the form that the kernels read.
+
+    - No tensor is negated lazily, as ``x.conj().imag`` is: its sign is a flag that the kernels do not see.
+    - A relative bias and sinks are contiguous and have the accumulate dtype. A bias has this dtype or the query's.
+    """
+    query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q, cu_seqlens_k = inputs
+    if query.is_neg() or key.is_neg() or value.is_neg():
+        query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
     if bias is not None:
         bias = bias.resolve_neg()
         if bias.dtype != problem.dtype:
             bias = bias.to(problem.accumulate_dtype)
-
-    def small(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.resolve_neg().to(problem.accumulate_dtype).contiguous()
-
-    return inputs._replace(
-        query=inputs.query.resolve_neg(),
-        key=inputs.key.resolve_neg(),
-        value=inputs.value.resolve_neg(),
-        bias=bias,
-        relative_bias=small(inputs.relative_bias),
-        sinks=small(inputs.sinks),
+    if relative_bias is not None:
+        relative_bias = relative_bias.resolve_neg().to(problem.accumulate_dtype).contiguous()
+    if sinks is not None:
+        sinks = sinks.resolve_neg().to(problem.accumulate_dtype).contiguous()
+    return inputs_of(
+        (query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q, cu_seqlens_k)
     )
 
 
-def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: Wanted) -> dict[str, Tensor]:
-    """Of the inputs that batch entries share, in the accumulate dtype."""
+def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: Wanted) -> list[Tensor | None]:
+    """Uninitialised gradients of `inputs.SHARED` in the accumulate dtype; None for each that is not wanted."""
     # A bias that is expanded to no score at all would show the kernel nothing to write to.
     has_scores = problem.batch and problem.num_heads and problem.seqlen_q and problem.seqlen_k
     allocate = torch.empty if has_scores else torch.zeros
-    return {
-        name: allocate(getattr(inputs, name).shape, dtype=problem.accumulate_dtype, device=problem.device)
-        for name in SHARED
-        if getattr(wanted, name)
-    }
+    return [
+        allocate(x.shape, dtype=problem.accumulate_dtype, device=problem.device) if is_wanted else None
+        for x, is_wanted in zip(inputs[SHARED_ITEMS], wanted[SHARED_ITEMS], strict=True)
+    ]
 
 
 def _with_unit_strides(tensors: Tensors, *names: str) -> Tensors:

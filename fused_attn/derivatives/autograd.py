@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled  # not torch.is_grad_enabled: see `modes`
 
 from fused_attn import modes
 from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted, gradients_of_arguments
@@ -38,7 +38,10 @@ class FusedAttention(torch.autograd.Function):
         backend, problem, return_lse, inputs = call
         ctx.call = backend, problem  # not the inputs: torch keeps the tensors, and looks after them
         out, lse = backend.forward(problem, inputs, True)
-        ctx.save_for_backward(out, lse, query, key, value, *others)
+        if others:
+            ctx.save_for_backward(out, lse, query, key, value, *others)
+        else:  # without a star, which takes 0.5 us
+            ctx.save_for_backward(out, lse, query, key, value)
         if not return_lse:
             return out
         ctx.set_materialize_grads(False)
@@ -50,7 +53,7 @@ class FusedAttention(torch.autograd.Function):
         backend, problem = ctx.call
         compute: Callable[..., Gradients] = gradients.compute
         # Grad mode is on here only under create_graph, which needs gradients that are themselves differentiable.
-        if torch.is_grad_enabled():
+        if is_grad_enabled():
             backend = None
         elif modes.is_backward_observed(dout, dlse):
             compute = ops.call_backward
