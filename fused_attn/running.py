@@ -1,4 +1,4 @@
-"""Runs a call that has been planned, in the way that torch's modes around it ask for."""
+"""Runs a planned call: by a backend directly, with gradients, or as an operator, as torch's modes require."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fused_attn.derivatives.autograd import apply_fused_attention
 def run(
     problem: AttentionProblem, backend: Backend, is_direct: bool, inputs: Inputs, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, lse); lse may be None where it was not asked for.
+    """(out, lse); lse may be None if return_lse is False.
 
-    is_direct: the tensors are plain ones and `modes.is_direct`.
+    is_direct: no tensor is of a subclass, and `modes.is_direct()` is true.
     """
     if profiler._is_profiler_enabled:
         backend = events.named(backend)

@@ -1,4 +1,4 @@
-"""The C++ kernels for CPUs (csrc/cpu): fills in buffers and pointers, computes nothing itself."""
+"""The backend of the C++ kernels for CPUs (csrc/cpu): allocates the results and calls the native module."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
     try:
         _C.forward(inputs, out, lse, _config(problem), get_num_threads())
     except ValueError:
-        # Forgiveness instead of permission: asking three tensors for a stride costs as much as the whole kernel call.
+        # The kernel refuses a last stride that is not 1. Checking three tensors beforehand would take as long as a
+        # kernel of a few rows.
         copied = _with_unit_strides(inputs, "query", "key", "value")
         if copied is inputs:
             raise
@@ -75,9 +76,11 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     dvalue = torch.empty_like(read.value) if wanted.value else None
     if problem.is_packed:
         clear_rows(None, dquery, dkey, dvalue)
+    grads = Gradients(dquery, dkey, dvalue)
     wants_shared = problem.has_shared and wanted.is_any_shared
-    shared = _empty_shared_gradients(problem, inputs, wanted) if wants_shared else ()
-    grads = Gradients(dquery, dkey, dvalue, *shared)
+    if wants_shared:
+        shared = _empty_shared_gradients(problem, inputs, wanted)
+        grads = Gradients(dquery, dkey, dvalue, *shared)
     try:
         _C.backward(read, saved, grads, _config(problem), get_num_threads())
     except ValueError:
@@ -94,7 +97,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
 
 @functools.lru_cache(maxsize=4096)
 def _config(problem: AttentionProblem) -> Any:
-    """What the kernels need of a problem besides tensors, converted once."""
+    """The numbers of a problem in the form that the kernels read. Made once for each problem."""
     left, right, offset = problem.band
     return _C.Config(
         scale=problem.scale,
@@ -142,7 +145,10 @@ def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: W
 
 
 def _with_unit_strides(tensors: Tensors, *names: str) -> Tensors:
-    """The kernels take any strides but the last; only such tensors are copied. Without any, the same object."""
+    """Copies each named tensor whose last stride is not 1. Returns the same object if there is none.
+
+    The kernels accept any strides of the other dimensions.
+    """
     copies = {}
     for name in names:
         x = getattr(tensors, name)
