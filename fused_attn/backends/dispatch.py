@@ -18,11 +18,11 @@ BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
 
 
 class Preference(NamedTuple):
-    """The order in which backends are asked, for problems that fulfil the conditions; None = any.
+    """The order in which backends are asked, for problems that meet three conditions.
 
-    major: compute capability
-    min_seqlen_q: at least so many queries
-    min_tiles: at least so many tiles of 128 queries of a head
+    major: the major compute capability of the GPU; None = any device
+    min_seqlen_q: the smallest number of queries
+    min_tiles: the smallest number of tiles, each of 128 queries of one head
     """
 
     major: int | None
@@ -73,7 +73,7 @@ def choose(problem: AttentionProblem, backend: str | None) -> Backend:
 
 @functools.cache
 def _warn_of_reference(reasons: tuple[tuple[str, str], ...]) -> None:
-    """Once for each set of reasons: (backend, its first one)."""
+    """Warns once for each set of reasons. A reason is (name of a backend, why it cannot run)."""
     warnings.warn(
         "fused_attention runs on the PyTorch reference, which is slow and stores every score, because no kernel can:\n"
         + "\n".join(f"  - {backend}: {reason}" for backend, reason in reasons),
@@ -95,7 +95,7 @@ def _select(problem: AttentionProblem, backend: str | None) -> Backend:
 
 
 def preferred(problem: AttentionProblem) -> tuple[Backend, ...]:
-    """All backends, the one to be asked first in front."""
+    """All backends, in the order in which they are asked for this problem."""
     major = None if problem.capability is None else problem.capability[0]
     tiles = problem.batch * problem.num_heads * -(-problem.seqlen_q // 128)
     return next(
