@@ -1,4 +1,7 @@
-"""`fused_attention` and `fused_attention_varlen`: check, normalise, choose, run."""
+"""The functions `fused_attention`, `fused_attention_varlen` and `explain`.
+
+Each call is planned (`planning.py`: arguments are checked, a backend is chosen) and then run (`running.py`).
+"""
 
 from __future__ import annotations
 
@@ -75,22 +78,24 @@ def fused_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
-    is_compiling = torch.compiler.is_compiling()
+    is_direct = modes.is_direct()
+    is_compiling = not is_direct and torch.compiler.is_compiling()
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     window_size = tuple(window_size) if isinstance(window_size, list) else window_size
     metadata = None
-    if not is_compiling and modes.is_direct():
-        metadata = signature.read(query, key, value, attn_mask, relative_bias, sinks, key_padding_mask)
-    is_direct = metadata is not None
     if is_direct:
-        # The path of most calls, in which an argument passed on once more costs as much as a tensor's checks.
+        metadata = signature.read(query, key, value, attn_mask, relative_bias, sinks, key_padding_mask)
+        is_direct = metadata is not None
+    if is_direct:
+        # Most calls come here. They ask for a cached plan directly, because `planning.plan` would pass every argument
+        # on once more, which takes as long as checking a tensor.
         try:  # not `contextlib.suppress`, which takes as long as finding the plan
             plan = planning.cached_plan(
                 backend, metadata, None, dropout_p, is_causal, scale, enable_gqa, window_size, softcap
             )
         except TypeError:
-            plan = None  # an argument of a type that nobody expects, which is named below
+            plan = None  # An argument cannot be hashed. `planning.plan` raises an error that names the argument.
     else:
         plan = None
         arguments = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, dropout_seed)
@@ -255,7 +260,13 @@ def explain(
         TypeError, ValueError: as `fused_attention`; or for nested tensors, whose problem depends on their offsets; or
             device is none, or the number of a GPU that is not here.
 
-    >>> print(explain(query, key, value, is_causal=True, device="sm_90"))
+    >>> import torch
+    >>> from fused_attn import explain
+    >>> query = torch.empty(2, 8, 1024, 128, dtype=torch.bfloat16)
+    >>> print(explain(query, query, query, is_causal=True, device="sm_90"))  # doctest: +ELLIPSIS
+    B=2 H=8 L=1024 S=1024 D=128 bfloat16 on cuda sm_90 with band(left=-1, right=0, offset=0)
+      cpu        the tensors are on cuda, expected cpu
+    ...
     """
     call = inspect.signature(fused_attention).bind(*args, **kwargs)
     call.apply_defaults()
@@ -271,9 +282,11 @@ def explain(
 
 
 def _with_torch_function(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *others) -> tuple | None:
-    """The arguments, where one of them or a mode wants to see the call of the function itself."""
+    """The arguments if one of them, or a mode, overrides torch functions (``__torch_function__``); otherwise None."""
     if attn_mask is not None and causal_bias(attn_mask) is not None:
-        attn_mask = None  # a subclass that has nothing to say about us, and would make the output another
+        # A causal bias of torch is a subclass with an override of SDPA only. For any other function, its default would
+        # make the output a causal bias, too.
+        attn_mask = None
     seen = (query, key, value, attn_mask, *others)
     return seen if has_torch_function_variadic(*seen) and not modes.is_pre_dispatch() else None
 
@@ -287,7 +300,7 @@ def _seed(problem: AttentionProblem, dropout_seed: int | Tensor | None) -> Tenso
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast, what autocast does to the inputs of SDPA: floats but float64 take its dtype."""
+    """Casts the inputs as autocast casts those of SDPA: floating-point tensors but float64 ones get its dtype."""
     if not (isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type)):
         return query, key, value
     dtype = torch.get_autocast_dtype(query.device.type)

@@ -1,15 +1,20 @@
-"""Which of torch's modes surround a call. The private names are the only ones that answer in 50 ns."""
+"""Which of torch's modes surround a call.
+
+The private names are the only ones that answer in 50 ns. Names are imported from torch one by one, because finding
+``torch.name`` takes as long as calling it: torch is a large module.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, compiler
 from torch._C import _are_functorch_transforms_active as in_functorch
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 __all__ = [
     "can_read",
@@ -25,14 +30,20 @@ __all__ = [
 
 
 def in_forward_mode() -> bool:
-    """True inside forward-mode AD, which sees through PyTorch code but not into kernels."""
+    """True inside forward-mode AD, which can differentiate PyTorch code but not kernels."""
     return forward_ad._current_level >= 0
 
 
 def is_direct() -> bool:
-    """True where nothing surrounds a call on plain tensors: none of the others here, autocast aside, would be true."""
+    """True if no mode of torch surrounds the call: no compiler, tracer, transform, or Python mode. Autocast may be on.
+
+    A call on plain tensors then goes to a kernel without any of the other questions in this module.
+    """
     return (
-        forward_ad._current_level < 0
+        # These two are `torch.compiler.is_compiling`, which takes four times as long. Dynamo knows the first of them.
+        not is_dynamo_compiling()
+        and not compiler._is_compiling_flag
+        and forward_ad._current_level < 0
         and not in_functorch()
         and _len_torch_dispatch_stack() == 0
         and _len_torch_function_stack() == 0
@@ -41,27 +52,32 @@ def is_direct() -> bool:
 
 
 def is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """True where somebody must see an operator: tracers, `TorchDispatchMode`, tensors that are no plain ones.
+    """True if a call must be a registered operator: under tracers and `TorchDispatchMode`, and for tensor subclasses.
 
-    A kernel that is called past the dispatcher would be invisible to them, and its output uninitialised in their eyes.
+    They see operators alone. A kernel called without an operator would be missing from a trace, and the trace would
+    hold the output as memory that nothing has written.
     """
     return is_watched() or not (type(query) is type(key) is type(value) is Tensor)
 
 
 def is_watched() -> bool:
-    """The part of `is_observed` that does not depend on tensors."""
+    """True under tracers and `TorchDispatchMode`: the part of `is_observed` that does not depend on tensors."""
     return _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None or is_pre_dispatch()
 
 
 def is_pre_dispatch() -> bool:
-    """True under tracers that see operators before autograd does; they bring a `TorchFunctionMode`, asked for first."""
+    """True under tracers that record operators before autograd runs, such as `make_fx(pre_dispatch=True)`.
+
+    Such a tracer sets a `TorchFunctionMode` as well. This mode is asked for first, because asking takes less time.
+    """
     return _len_torch_function_stack() > 0 and _len_torch_dispatch_stack_pre_dispatch() > 0
 
 
 def is_backward_observed(dout: Tensor | None, dlse: Tensor | None) -> bool:
-    """`is_observed`, of a backward whose forward was not.
+    """`is_observed` for the backward of a call whose forward was not observed.
 
-    ``is_grads_batched`` brings tensors that hold several gradients each, with which only operators can do something.
+    With ``is_grads_batched``, `torch.autograd.grad` passes tensors that hold several gradients each. Only operators can
+    take such tensors.
     """
     return (
         is_watched()
@@ -71,7 +87,7 @@ def is_backward_observed(dout: Tensor | None, dlse: Tensor | None) -> bool:
 
 
 def can_read(x: Tensor) -> bool:
-    """True where the contents of a tensor are at hand, which takes no synchronisation, and nobody traces the call."""
+    """True if the contents of a tensor can be read: it is a plain one on the CPU, and no tracer records the call."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor

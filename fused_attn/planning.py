@@ -1,4 +1,7 @@
-"""From a call's metadata to its plan: checked, normalised, a backend chosen. A call that comes again finds its plan."""
+"""Makes the plan of a call from its metadata: checks the arguments, normalises them, and chooses a backend.
+
+Plans are cached, so that a second call with equal metadata is not checked again.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ from fused_attn.backends.base import Backend
 
 
 class Plan(NamedTuple):
-    """What a call's metadata determines.
+    """All that follows from the metadata of a call.
 
-    layout: None when the tensors already are (B, heads, rows, columns)
-    backend: None under compilation, where the operator chooses when it runs
+    layout: how query, key and value become (B, heads, rows, columns); None if they have this shape already
+    backend: None under compilation, because the operator chooses a backend when the compiled code runs
     """
 
     problem: AttentionProblem
@@ -32,7 +35,7 @@ class Plan(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """The tensors of `fused_attention`, or what is known of each, under the names that its user knows."""
+    """The metadata of the tensors of `fused_attention`, under the names of its arguments."""
 
     query: Meta
     key: Meta
@@ -46,12 +49,12 @@ class Arguments(NamedTuple):
 #: The tensors themselves, in the order of `Arguments`.
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-#: In that order, too, as a value that can be hashed: a `signature`, or for each tensor what `Meta` holds.
+#: The metadata of those tensors as a value that can be hashed: a `signature`, or a tuple like `Meta` for each tensor.
 Metadata = bytes | tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]
 
 
 class Options(NamedTuple):
-    """The numbers of `fused_attention` and `fused_attention_varlen`, which have the same meaning in both."""
+    """The arguments without contents that `fused_attention` and `fused_attention_varlen` share."""
 
     dropout_p: float
     is_causal: bool
@@ -71,7 +74,7 @@ def plan(
     """The plan of a call of `fused_attention`.
 
     Args:
-        metadata: the `signature` of the tensors, where it could be read.
+        metadata: the `signature` of the tensors; None if it could not be read.
         tensors: in the order of `Arguments`.
         options: in that of `Options`.
     """
@@ -79,15 +82,17 @@ def plan(
     try:
         if metadata is None:
             bias, metadata = _metadata(*tensors)
-        # Sizes under compilation are symbolic: not hashable, and traced once anyway.
+        # Under compilation sizes are symbolic, so they cannot be hashed. The cache would not help: a trace plans once.
         return (_plan if is_compiling else cached_plan)(backend, metadata, bias, *options)
     except (AttributeError, RuntimeError, TypeError) as error:
-        # Only now, because asking every time would cost as much as finding the plan.
+        # `checks.meta` names an argument that is no tensor. It runs after a failure only, because it takes as long as
+        # finding the plan.
         for name, x in zip(Arguments._fields[:3], tensors[:3], strict=True):
             checks.meta(name, x)
         if metadata is None or "unhashable" not in str(error):
             raise
-        # Raises, and says which argument it is, unless sizes are symbolic as in `make_fx`.
+        # An argument that cannot be hashed is an error, which `_plan` raises with the argument's name, or a symbolic
+        # size (`make_fx`), for which the plan is made without the cache.
         found = _plan(backend, metadata, bias, *options)
         return found._replace(backend=dispatch.choose.__wrapped__(found.problem, backend))
 
@@ -97,7 +102,7 @@ def _metadata(
 ) -> tuple[CausalBiasMeta | None, Metadata]:
     bias = None if attn_mask is None else causal_bias(attn_mask)
     if not (query.layout is key.layout is value.layout is torch.strided):
-        raise TypeError("sparse")  # whose, is said where this is caught
+        raise TypeError("sparse")  # `plan` catches the error and names the argument.
     return bias, (
         (query.shape, query.dtype, query.device),
         (key.shape, key.dtype, key.device),
@@ -126,10 +131,13 @@ def _plan(backend: str | None, metadata: Metadata, bias: CausalBiasMeta | None, 
         ) from None
 
 
-# Typed, or is_causal=1 would pass as the True that has been checked before.
+# The cache is typed. Otherwise is_causal=1, which is an error, would find the plan of is_causal=True.
 @functools.lru_cache(maxsize=4096, typed=True)
 def cached_plan(backend: str | None, *arguments) -> Plan:
-    """`plan` of arguments that are hashable: metadata, a causal bias or None, and `Options` one by one."""
+    """`plan` for arguments that can be hashed.
+
+    arguments: the metadata, a causal bias or None, and the fields of `Options` one by one
+    """
     found = _plan(backend, *arguments)
     return found._replace(backend=dispatch.choose(found.problem, backend))
 
@@ -180,7 +188,7 @@ def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMet
 
 
 class PackedArguments(NamedTuple):
-    """The tensors of `fused_attention_varlen`, or what is known of each, under the names that its user knows."""
+    """The metadata of the tensors of `fused_attention_varlen`, under the names of its arguments."""
 
     query: Meta
     key: Meta
@@ -205,9 +213,7 @@ def plan_of_packed(
         options: in that of `Options`.
     """
     names = PackedArguments._fields  # the first five are required
-    given = PackedArguments(
-        *map(checks.meta, names[:5], tensors[:5]), *map(checks.optional_meta, names[5:], tensors[5:])
-    )
+    given = *map(checks.meta, names[:5], tensors[:5]), *map(checks.optional_meta, names[5:], tensors[5:])
     arguments = (given, max_seqlen_q, max_seqlen_k, *options)
     if is_compiling:
         return _packed_problem(*arguments)
@@ -216,13 +222,15 @@ def plan_of_packed(
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
-        return _packed_problem(*arguments)  # symbolic sizes, or an argument that this call names
+        return _packed_problem(*arguments)  # sizes are symbolic, or an argument is wrong, which raises with its name
 
 
-def _packed_problem(given: PackedArguments, max_seqlen_q: int, max_seqlen_k: int, *options: Any) -> AttentionProblem:
+def _packed_problem(
+    given: tuple[Meta | None, ...], max_seqlen_q: int, max_seqlen_k: int, *options: Any
+) -> AttentionProblem:
+    """given: in the order of `PackedArguments`; options: in that of `Options`."""
+    query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks = PackedArguments._make(given)
     options = Options(*options)
-    query, key, value = given.query, given.key, given.value
-    cu_seqlens_q, cu_seqlens_k = given.cu_seqlens_q, given.cu_seqlens_k
     for name, x in (("query", query), ("key", key), ("value", value)):
         if len(x.shape) != 3:
             raise checks.fail(name, "shape (total, heads, head dim)", f"shape {tuple(x.shape)}")
@@ -240,16 +248,16 @@ def _packed_problem(given: PackedArguments, max_seqlen_q: int, max_seqlen_k: int
         raise checks.fail("value", f"the rows and heads of key, {tuple(key.shape[:2])}", f"shape {tuple(value.shape)}")
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     checks.check_heads(num_heads, num_kv_heads, num_kv_heads, options.enable_gqa)
-    if given.relative_bias is not None:
-        checks.check_relative_bias(given.relative_bias, query, num_heads, max(max_seqlen_q + max_seqlen_k - 1, 0))
-    if given.sinks is not None:
-        checks.check_sinks(given.sinks, query, num_heads)
+    if relative_bias is not None:
+        checks.check_relative_bias(relative_bias, query, num_heads, max(max_seqlen_q + max_seqlen_k - 1, 0))
+    if sinks is not None:
+        checks.check_sinks(sinks, query, num_heads)
     shapes = Shapes(
         query=(1, num_heads, query.shape[0], query.shape[2]),
         key=(1, num_kv_heads, key.shape[0], key.shape[2]),
         value=(1, num_kv_heads, value.shape[0], value.shape[2]),
-        relative_bias=_shape(given.relative_bias),
-        sinks=_shape(given.sinks),
+        relative_bias=_shape(relative_bias),
+        sinks=_shape(sinks),
         cu_seqlens_q=cu_seqlens_q.shape,
         cu_seqlens_k=cu_seqlens_k.shape,
     )
@@ -257,7 +265,7 @@ def _packed_problem(given: PackedArguments, max_seqlen_q: int, max_seqlen_k: int
     return AttentionProblem.of(shapes, query.dtype, query.device, scalars)
 
 
-# Padded batches bring many lengths; a plan is a few hundred bytes.
+# The cache is large because batches differ in their lengths. A problem takes a few hundred bytes.
 _cached_packed_problem = functools.lru_cache(maxsize=4096, typed=True)(_packed_problem)
 
 

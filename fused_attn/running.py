@@ -1,9 +1,8 @@
-"""Runs a call that has been planned, in the way that torch's modes around it ask for."""
+"""Runs a planned call: by a backend directly, with gradients, or as an operator, as torch's modes require."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled  # not torch.is_grad_enabled: see `modes`
 from torch.autograd import profiler
 
 from fused_attn import modes
@@ -19,9 +18,9 @@ from fused_attn.derivatives.autograd import apply_fused_attention
 def run(
     problem: AttentionProblem, backend: Backend, is_direct: bool, inputs: Inputs, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, lse); lse may be None where it was not asked for.
+    """(out, lse); lse may be None if return_lse is False.
 
-    is_direct: the tensors are plain ones and `modes.is_direct`.
+    is_direct: no tensor is of a subclass, and `modes.is_direct()` is true.
     """
     if profiler._is_profiler_enabled:
         backend = events.named(backend)
@@ -34,13 +33,13 @@ def run(
             return transforms.TransformableAttention.apply(*inputs, backend, problem)
         if modes.is_observed(inputs.query, inputs.key, inputs.value):
             return ops.call(problem, backend.name, inputs)
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         query, key, value = inputs.query, inputs.key, inputs.value
         if (
             query.requires_grad
             or key.requires_grad
             or value.requires_grad
-            or (problem.has_shared and inputs.requires_grad)
+            or (problem.has_shared and inputs.is_shared_grad_required())
         ):
             call = (backend, problem, return_lse, inputs)
             tensors = (query, key, value) if problem.is_plain else inputs

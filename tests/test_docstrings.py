@@ -15,7 +15,8 @@ import fused_attn.nn
 
 def _modules() -> list[str]:
     packages = (fused_attn.nn, fused_attn.integrations)
-    return [module.name for each in packages for module in pkgutil.iter_modules(each.__path__, each.__name__ + ".")]
+    modules = [module.name for each in packages for module in pkgutil.iter_modules(each.__path__, each.__name__ + ".")]
+    return ["fused_attn.api", *modules]
 
 
 @pytest.mark.parametrize("name", _modules())

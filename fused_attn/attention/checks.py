@@ -1,4 +1,4 @@
-"""Argument checks. They look at metadata only, so that their result can be cached with the plan of a call."""
+"""Argument checks. Most look at metadata only, so that their result can be cached with the plan of a call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fused_attn.attention.problem import UNBOUNDED
 
 
 class Meta(NamedTuple):
-    """What the checks need of a tensor: hashable, unlike the tensor."""
+    """The metadata of a tensor that the checks need. It is hashed by value, a tensor by identity."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -48,7 +48,7 @@ def fail(name: str, expected: str, got: object) -> ValueError:
 
 
 def check_query_key_value(query: Meta, key: Meta, value: Meta, min_dim: int) -> None:
-    """Equal floating-point dtype and device; sizes that every batch layout shares."""
+    """Checks that dtype and device are equal, and the sizes that must agree for inputs of any batch rank."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if len(x.shape) < min_dim:
             raise fail(name, f"at least {min_dim} dimensions", _shape(x))
@@ -64,11 +64,15 @@ def check_query_key_value(query: Meta, key: Meta, value: Meta, min_dim: int) -> 
 
 
 def with_heads_and_rows_swapped(query: Meta, key: Meta, value: Meta) -> list[Meta] | None:
-    """(..., L, H, D) as (..., H, L, D); None where the tensors are hardly the former by mistake."""
+    """The inputs with heads and rows exchanged, for the hint that a caller may have passed (..., L, H, D).
+
+    Returns None if this mistake is unlikely.
+    """
     if min(len(x.shape) for x in (query, key, value)) < 3:
         return None
     num_heads, num_rows = query.shape[-3:-1]
-    # Key heads that divide the query's, and fewer heads than rows: `enable_gqa` has been forgotten, no transpose.
+    # With fewer heads than rows, and key heads that divide the query heads, the caller has forgotten `enable_gqa`, not
+    # a transpose.
     if num_heads < num_rows and num_heads % max(key.shape[-3], 1) == 0:
         return None
     return [
@@ -202,7 +206,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Meta, query: Meta) -> None:
 
 
 def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
-    """Contents, where reading them needs no synchronisation."""
+    """Checks the contents. Called only if reading them needs no synchronisation with a GPU."""
     offsets = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(offsets)]
     if offsets[0] != 0 or offsets[-1] != total or min(lengths, default=0) < 0:

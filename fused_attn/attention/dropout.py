@@ -19,12 +19,12 @@ _ROUNDS = 10
 
 
 def threshold(dropout_p: float) -> int:
-    """Words below it are dropped."""
+    """The dropout_threshold: entries whose word is below this number are dropped."""
     return min(round(dropout_p * 2**32), _WORD)
 
 
 def scale(dropout_p: float) -> float:
-    """Factor for what is kept. With ``dropout_p == 1`` it is 0, which drops even the words equal to the threshold."""
+    """The factor for entries that survive. It is 0 for ``dropout_p == 1``, where one word in 2**32 still survives."""
     return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
 
 

@@ -1,4 +1,7 @@
-"""The specification: attention in plain PyTorch, on any device, differentiable to any order. Clear before fast."""
+"""The specification: attention in plain PyTorch, on any device, differentiable to any order.
+
+The code is meant to be clear first and fast second.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from fused_attn.attention.problem import AttentionProblem
 
 def forward(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """(out (B, H, L, Dv), lse (B, H, L)); shapes and meanings are those of `Inputs`."""
-    # Autocast has had its say on the inputs; the formula itself computes in the accumulate dtype.
+    # Autocast has been applied to the inputs already. The formula itself computes in the accumulate dtype.
     with _without_autocast(inputs.query.device):
         x = _to_compute(problem, inputs)
         probs, lse, _ = _softmax(problem, x)
@@ -25,15 +28,15 @@ def forward(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
             probs = probs * _dropout_factors(problem, x)
         out = (probs @ x.value).to(problem.dtype)
         if problem.is_packed:
-            # Zero already, and so must be the gradient that comes back, before any product.
+            # These rows of out are 0 already. Masking them makes their gradient 0 as well, before it enters a product.
             out = _without_strays(out, masks.positions(problem, x)[0])
         return follow_layout(out, inputs.query), lse
 
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
-    """The gradients as plain PyTorch code, so that they can be differentiated again.
+    """The gradients in plain PyTorch, so that they can be differentiated again.
 
-    Everything is recomputed: ``out`` and ``lse`` may come without their history, or not at all.
+    ``saved.out`` and ``saved.lse`` are not used, because they may have no autograd history. Both are computed again.
     """
     with _without_autocast(inputs.query.device):
         x = _to_compute(problem, inputs)
@@ -102,7 +105,7 @@ def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
 
-    # A row that sees nothing has maximum -inf; 0 in its place keeps exp and its gradients finite.
+    # The maximum of a row without visible keys is -inf. 0 in its place keeps exp and its gradients finite.
     row_max = (
         scores.detach().amax(-1, keepdim=True)
         if scores.shape[-1]
@@ -123,10 +126,10 @@ def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
 
 
 def _to_compute(problem: AttentionProblem, inputs: Inputs) -> Inputs:
-    """In the accumulate dtype, with as many key heads as query heads, and zeros where keys are ignored."""
+    """The inputs in the accumulate dtype, with as many key heads as query heads, and with zeros in padding keys."""
     query, key, value = inputs.query, inputs.key, inputs.value
     if inputs.key_padding is not None:
-        # Before any product, because 0 * NaN is NaN.
+        # Padding may hold NaN. It is replaced before any product, because 0 * NaN is NaN.
         is_padding = inputs.key_padding[:, None, :, None]
         key, value = key.masked_fill(is_padding, 0.0), value.masked_fill(is_padding, 0.0)
     if problem.is_packed:
@@ -141,12 +144,12 @@ def _to_compute(problem: AttentionProblem, inputs: Inputs) -> Inputs:
 
 
 def _without_strays(x: Tensor, positions: Positions) -> Tensor:
-    """(B, heads, rows, columns) with zeros in the rows that no packed sequence owns, which may hold NaN."""
+    """x (B, heads, rows, columns) with zeros in rows that belong to no packed sequence. Such rows may hold NaN."""
     return x.masked_fill(~positions.has_sequence[:, None], 0.0)
 
 
 def _dropout_factors(problem: AttentionProblem, x: Inputs) -> Tensor:
-    """(B, H, L, S): 0 where dropped, 1 / (1 - p) where kept."""
+    """(B, H, L, S): 0 for each dropped entry, 1 / (1 - p) for each other one."""
     assert x.seed is not None, "given where dropout_p > 0"
     rows, columns = masks.positions(problem, x)
     dropout_keep = dropout.keep_mask(x.seed, problem.dropout_p, x.query.shape[0], problem.num_heads, rows, columns)

@@ -14,9 +14,9 @@ Shape = tuple[int, ...]
 
 
 class Inputs(NamedTuple):
-    """Everything of a call that has contents. The band and all numbers are in `AttentionProblem`.
+    """All tensors of a call. The numbers of the call, such as the scale and the band, are in `AttentionProblem`.
 
-    The first six can have gradients. The order is also that of the registered operators and of the native modules.
+    The first six tensors can have gradients. Registered operators and native modules take the tensors in this order.
 
     query:         (B, H, L, D); packed problems have B = 1 and the rows of all sequences one after the other
     key:           (B, Hkv, S, D)
@@ -43,17 +43,20 @@ class Inputs(NamedTuple):
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
 
-    @property
-    def requires_grad(self) -> bool:
-        return any(x is not None and x.requires_grad for x in self)
+    def is_shared_grad_required(self) -> bool:
+        """True if one of `SHARED` requires a gradient."""
+        for x in self[SHARED_ITEMS]:  # noqa: SIM110  # any(...) makes a generator, which takes four times as long
+            if x is not None and x.requires_grad:
+                return True
+        return False
 
 
-#: `Inputs` of a tuple of all eleven. ``Inputs(...)`` takes twice the time, which calls of a few microseconds feel.
+#: `Inputs` of a tuple of all eleven tensors. ``Inputs(...)`` takes twice as long, and a call takes a few microseconds.
 inputs_of: Callable[[Iterable[Tensor | None]], Inputs] = functools.partial(tuple.__new__, Inputs)
 
 
 class Shapes(NamedTuple):
-    """The shape of each of the `Inputs`, under the same name; None for those that do not take part."""
+    """The shape of each of the `Inputs`, under the same name; None for a tensor that the call does not have."""
 
     query: Shape
     key: Shape
@@ -68,12 +71,14 @@ class Shapes(NamedTuple):
     cu_seqlens_k: Shape | None = None
 
 
-#: Those that batch entries share, so that their gradients are sums over the batch.
+#: The inputs that batch entries share, so that their gradients are sums over the batch.
 SHARED = ("bias", "relative_bias", "sinks")
+#: Where `SHARED` stand in `Inputs`, `Gradients` and `Wanted`.
+SHARED_ITEMS = slice(3, 6)
 
 
 class Gradients(NamedTuple):
-    """The gradient of each of the first `Inputs`, in their shape and dtype; None where it was not wanted."""
+    """The gradients of the first six `Inputs`, each in the shape and dtype of its input; None if it is not wanted."""
 
     query: Tensor | None = None
     key: Tensor | None = None
@@ -96,7 +101,10 @@ class Wanted(NamedTuple):
     @classmethod
     @functools.cache
     def of(cls, *needs_input_grad: bool) -> Wanted:
-        """What torch asks for, of a step whose arguments begin with `Inputs`, or are the first few of them."""
+        """The gradients that torch asks for.
+
+        needs_input_grad: of an autograd step whose arguments begin with `Inputs`, or with the first few of them
+        """
         needed = dict(zip(Inputs._fields, needs_input_grad, strict=False))
         return cls(**{name: needed[name] for name in cls._fields if name in needed})
 
@@ -105,16 +113,16 @@ class Wanted(NamedTuple):
         return self.bias or self.relative_bias or self.sinks
 
     def select(self, grads: Sequence[Tensor]) -> Gradients:
-        """grads: one for each input, those that are not wanted holding anything."""
+        """`Gradients` with None in place of each entry of grads that is not wanted."""
         return Gradients(*(grad if is_wanted else None for grad, is_wanted in zip(grads, self, strict=True)))
 
 
 class Saved(NamedTuple):
-    """What backward gets besides the inputs.
+    """The tensors that backward gets besides the inputs.
 
-    out:  (B, H, L, Dv), as forward has returned it
-    lse:  (B, H, L), likewise
-    dout: (B, H, L, Dv), the gradient of out; backends always get one
+    out:  (B, H, L, Dv), the output of forward
+    lse:  (B, H, L), the log-sum-exp of forward
+    dout: (B, H, L, Dv), the gradient of out; never None for a backend
     dlse: (B, H, L), the gradient of lse; None = zero
     """
 
@@ -125,20 +133,21 @@ class Saved(NamedTuple):
 
 
 def take(kind: type[Fields], values: Sequence[Any]) -> tuple[Fields, Sequence[Any]]:
-    """The first values as a named tuple of that kind, and the values behind them."""
+    """Splits values: a named tuple ``kind`` of the first ones, and the remaining values."""
     count = len(kind._fields)
     return kind._make(values[:count]), values[count:]
 
 
 def gradients_of_arguments(grads: Gradients, saved: Saved | None = None) -> tuple[Tensor | None, ...]:
-    """What a step's backward returns to torch: gradients of `Inputs`, perhaps of `Saved`, none of what follows.
+    """The gradients of all arguments of an autograd step, as its backward returns them to torch.
 
-    torch wants one entry for each argument, and lets there be more of them as long as these are None.
+    The arguments are `Inputs`, then `Saved` if it is given, then others, which have no gradient. Torch wants one entry
+    for each argument. It allows further entries that are None.
     """
     if saved is None:
         return grads + _NO_GRADIENTS
     return (*grads, *_NO_GRADIENTS[: len(Inputs._fields) - len(grads)], *saved, *_NO_GRADIENTS)
 
 
-#: None for every argument behind the differentiable ones. No step has more of them.
+#: None for every argument behind the differentiable ones. No autograd step has more than 16 of those.
 _NO_GRADIENTS: tuple[Tensor | None, ...] = tuple(itertools.repeat(None, 16))

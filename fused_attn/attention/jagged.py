@@ -25,13 +25,14 @@ class Packed(NamedTuple):
 
     def like(self, rows: Tensor) -> Tensor:
         """Other rows of the same sequences, as a nested tensor (B, length, ...)."""
-        # Known from here on: the next layer need not read it from a device. A mere bound must not pass for it.
+        # The result is told its longest length, so that the next layer need not read this length from a device. Under
+        # compilation max_seqlen is an upper bound only, which must not be taken for the length.
         longest = None if torch.compiler.is_compiling() else self.max_seqlen
         return torch.nested.nested_tensor_from_jagged(rows, self.offsets, max_seqlen=longest)
 
 
 def is_nested(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Any of them is a nested tensor; what is no tensor is for others to complain about."""
+    """True if any of them is a nested tensor; False if one is no tensor, which the checks of the call report."""
     try:
         return query.is_nested or key.is_nested or value.is_nested
     except AttributeError:

@@ -36,7 +36,7 @@ class Layout(NamedTuple):
         return math.prod(self.batch_shape)
 
     def fits(self, query: torch.Size, key: torch.Size, value: torch.Size) -> bool:
-        """The tensors are (B, heads, rows, columns) as they stand."""
+        """True if the tensors have the shape (B, heads, rows, columns) already."""
         expected = (*self.batch_shape, self.num_heads), *((*self.batch_shape, self.num_kv_heads),) * 2
         return len(self.batch_shape) == 1 and expected == (query[:-2], key[:-2], value[:-2])
 

@@ -1,4 +1,8 @@
-"""What masks mean: arguments become `Inputs` of their own polarity, so that none is copied, and those dense tensors."""
+"""The meaning of masks: `score_masks` turns arguments into `Inputs`, `to_dense` turns `Inputs` into dense tensors.
+
+`Inputs` keep the polarity of the arguments (True = attend in a mask, True = ignore in key padding), so that no mask is
+copied.
+"""
 
 from __future__ import annotations
 
@@ -38,20 +42,22 @@ def to_dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor | None, 
     for condition in conditions:
         visible = condition if visible is None else visible & condition
 
-    # Converted before anything is added or, in the gradient, summed: half precision would lose digits there.
+    # Biases are converted before they are added, and so before their gradients are summed. Half precision would lose
+    # digits in both.
     compute = problem.accumulate_dtype
     bias = None if inputs.bias is None else inputs.bias.to(compute)
     if inputs.relative_bias is not None:
-        # Pairs of different packed sequences can lie outside the table; they are invisible, so any entry will do.
+        # A query and a key of different packed sequences can have a distance outside the table. Such a score is hidden,
+        # so that any column will do.
         column = (distance + (problem.seqlen_q - 1)).clamp(0, inputs.relative_bias.shape[-1] - 1)
-        # Not indexed: the gradient of that is written in place, which transforms older than torch.func refuse.
+        # Not bias[:, column]: its gradient is written in place, which transforms older than torch.func refuse.
         toeplitz = inputs.relative_bias.to(compute).index_select(1, column.flatten()).unflatten(1, column.shape)
         bias = toeplitz[None] if bias is None else bias + toeplitz[None]
     return visible, bias
 
 
 def positions(problem: AttentionProblem, inputs: Inputs) -> tuple[Positions, Positions]:
-    """Where each row and each column of the score matrix lies in its own sequence."""
+    """The positions of the rows and of the columns of the scores, each counted within its own sequence."""
     if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
         return (
             Positions.of_packed(inputs.cu_seqlens_q, inputs.query.shape[2]),
@@ -75,7 +81,8 @@ class Positions(NamedTuple):
     def of_packed(cls, cu_seqlens: Tensor, total: int) -> Positions:
         offsets = cu_seqlens.long()
         row = torch.arange(total, device=offsets.device)
-        sequence = torch.searchsorted(offsets, row, right=True) - 1  # -1 before the first, as many as there are behind
+        # -1 for a row before the first sequence; the number of sequences for a row behind the last one.
+        sequence = torch.searchsorted(offsets, row, right=True) - 1
         sequence = sequence.masked_fill(sequence == offsets.shape[0] - 1, -1)
         return cls((row - offsets[sequence]).masked_fill(sequence < 0, 0), sequence)
 
@@ -99,7 +106,7 @@ def score_masks(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(bias, mask, key_padding) of a call, each in the shape and polarity of `Inputs`."""
     mask = bias = key_padding = None
-    if attn_mask is not None:  # it may also be a causal bias, which is in the problem's band
+    if attn_mask is not None:  # A causal bias of torch is neither mask nor bias here: the problem's band holds it.
         if problem.has_mask:
             mask = _to_rank_4(attn_mask, layout)
         elif problem.has_bias:
@@ -109,7 +116,7 @@ def score_masks(
             key_padding_mask = key_padding_mask.reshape(problem.batch, problem.seqlen_k)
         key_padding, padding_bias = _normalise_padding(key_padding_mask)
         if padding_bias is not None:
-            # Converted first: two large negative numbers of half precision add up to -inf.
+            # Both are converted first, because two large negative numbers of half precision add up to -inf.
             compute = problem.accumulate_dtype
             bias = padding_bias if bias is None else bias.to(compute) + padding_bias.to(compute)
     return bias, mask, key_padding
@@ -139,7 +146,7 @@ def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     if modes.can_read(mask) and not mask.requires_grad:
         least, most = (x.item() for x in bias.aminmax()) if bias.numel() else (0.0, 0.0)
         if least == most == 0.0:
-            # nn.Transformer turns bool padding into 0 / -inf; reading it back here costs nothing on a CPU.
+            # nn.Transformer turns bool padding into 0 and -inf. Such padding needs no bias.
             return is_padding, None
         if least >= 0.0 and most == 1.0 and torch.equal(mask, mask.bool().to(mask.dtype)):
             _warn_of_zeros_and_ones()

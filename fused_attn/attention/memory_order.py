@@ -1,4 +1,4 @@
-"""In which order results lie in memory: (B, heads, rows, columns) tensors that follow one of the inputs."""
+"""Results (B, heads, rows, columns) whose dimensions have the same order in memory as those of an input."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 def empty_like_layout(like: Tensor, columns: int) -> Tensor:
     """Uninitialised (B, heads, rows, columns) whose memory order follows `like`.
 
-    So the result for a transposed (B, L, H, D) or (L, B, H, D) tensor lets the heads be merged without a copy. It is
-    contiguous where the last stride of `like` is not 1.
+    For a transposed (B, L, H, D) or (L, B, H, D) tensor, the heads of the result can then be merged without a copy. The
+    result is contiguous if the last stride of `like` is not 1.
     """
     if like.stride(3) != 1:
         return torch.empty((*like.shape[:3], columns), dtype=like.dtype, device=like.device)
     if like.shape[3] == columns:
-        x = torch.empty_like(like)  # keeps the order of the dimensions, or of overlapping ones makes up another
+        x = torch.empty_like(like)  # It keeps the order of the dimensions, unless they overlap in memory (expand).
         return x if x.stride(3) == 1 or columns == 1 else x.new_empty(like.shape)
     order = _memory_order(like.stride())
     return like.new_empty((*(like.shape[dim] for dim in order), columns)).permute(*map(order.index, range(3)), 3)

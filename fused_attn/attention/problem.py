@@ -1,4 +1,4 @@
-"""What is to be computed, as one immutable description that dispatch, backends and error messages share."""
+"""`AttentionProblem`: one immutable description of a call, used by dispatch, backends and error messages."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ UNBOUNDED_BAND = Band()
 
 
 class Scalars(NamedTuple):
-    """What the shapes of a call's tensors do not tell, as flat numbers: the registered operators take no others.
+    """The numbers of a call that do not follow from the shapes of its tensors, as the registered operators take them.
 
-    max_seqlen_q, max_seqlen_k: L and S, or at least the longest packed sequences
+    max_seqlen_q, max_seqlen_k: L and S; for a packed call, at least the lengths of the longest sequences
     """
 
     max_seqlen_q: int
@@ -49,14 +49,16 @@ class Scalars(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AttentionProblem:
-    """Everything about one attention call that is not a tensor's contents.
+    """Everything about one attention call except the contents of its tensors.
 
-    Compared and hashed by identity, so that a backend can cache what it prepares for a problem at no cost.
-    ``is_packed``: ``batch`` counts sequences and ``seqlen_q``/``seqlen_k`` are the longest ones; the tensors have
-    one batch entry that holds all rows. ``has_float_padding``: the key padding is floating point, so it can turn out to
-    be a bias as well. ``allows_tf32``: the factors of float32 products may be rounded; a backend that obeys torch's
-    setting, which can change from call to call, sets it. ``capability``: compute capability of a CUDA device, which is
-    asked for it unless it is given; None where there is none.
+    Problems are compared and hashed by identity, so that a backend finds what it has cached for a problem quickly.
+
+    is_packed:         the tensors have one batch entry that holds the rows of all sequences; ``batch`` is the number of
+                       sequences, ``seqlen_q`` and ``seqlen_k`` are the largest lengths
+    has_float_padding: the key padding is floating point, so that it can be a bias as well
+    allows_tf32:       the factors of float32 products may be rounded to TF32. Torch's setting for it can change between
+                       calls, so a backend that obeys this setting fills in the field itself.
+    capability:        the compute capability of a CUDA device, read from the device if not given; None without a GPU
     """
 
     batch: int
@@ -81,10 +83,12 @@ class AttentionProblem:
     allows_tf32: bool = False
     has_float_padding: bool = False
     capability: tuple[int, int] | None = None
-    #: No tensor but query, key and value takes part.
+    #: The call has no tensors but query, key and value.
     is_plain: bool = field(init=False, default=False)
-    #: One of `inputs.SHARED` takes part.
+    #: The call has one of the tensors `inputs.SHARED`, or floating-point key padding, which can become a bias.
     has_shared: bool = field(init=False, default=False)
+    #: Of the scores, the lse and the gradients of biases: float64 for float64 inputs, else float32.
+    accumulate_dtype: torch.dtype = field(init=False, default=torch.float32)
 
     @classmethod
     def of(
@@ -124,16 +128,12 @@ class AttentionProblem:
     def scalars(self) -> Scalars:
         return Scalars(self.seqlen_q, self.seqlen_k, self.scale, self.softcap, self.dropout_p, *self.band)
 
-    @property
-    def accumulate_dtype(self) -> torch.dtype:
-        """Scores, the LSE and bias gradients are float32, or float64 for float64 inputs."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
     def __post_init__(self):
         has_shared = self.has_bias or self.has_float_padding or self.has_relative_bias or self.has_sinks
         has_others = self.is_packed or self.has_mask or self.has_key_padding or self.dropout_p > 0.0
         object.__setattr__(self, "has_shared", has_shared)
         object.__setattr__(self, "is_plain", not (has_shared or has_others))
+        object.__setattr__(self, "accumulate_dtype", torch.float64 if self.dtype == torch.float64 else torch.float32)
         if self.capability is None and self.device.type == "cuda" and torch.cuda.is_available():
             object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
 

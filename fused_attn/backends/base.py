@@ -11,7 +11,7 @@ from fused_attn.attention.problem import AttentionProblem
 
 
 class Backend(Protocol):
-    """The tensors are those of `Inputs`, query, key and value with any strides."""
+    """What dispatch and derivatives call. Query, key and value of the `Inputs` may have any strides."""
 
     name: str
     #: True if `forward` is differentiable PyTorch code. Then torch finds the gradients, and `backward` is not called.
@@ -29,10 +29,11 @@ class Backend(Protocol):
 
 
 def clear_rows(lse: Tensor | None, *tensors: Tensor | None) -> None:
-    """What a row that no packed sequence owns is to hold, since no kernel visits it: 0, and -inf in lse.
+    """Fills tensors with 0, and lse with -inf, before a kernel writes the rows of packed sequences.
 
-    All rows are written, because only the offsets say which ones have no owner, and to read those the host would have
-    to wait for a GPU.
+    A row that belongs to no sequence keeps these values, because no kernel visits such a row. All rows are filled:
+    which rows belong to no sequence is known from cu_seqlens alone, and reading cu_seqlens would make the host wait for
+    a GPU.
     """
     if lse is not None:
         lse.fill_(float("-inf"))

@@ -1,4 +1,4 @@
-"""The C++ kernels for CPUs (csrc/cpu): fills in buffers and pointers, computes nothing itself."""
+"""The backend of the C++ kernels for CPUs (csrc/cpu): allocates the results and calls the native module."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import functools
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads  # not torch.get_num_threads: see `modes`
 
-from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.inputs import SHARED_ITEMS, Gradients, Inputs, Saved, Wanted, inputs_of
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.base import clear_rows
@@ -52,9 +52,10 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
     if problem.is_packed:
         clear_rows(lse, out)
     try:
-        _C.forward(inputs, out, lse, _config(problem), torch.get_num_threads())
+        _C.forward(inputs, out, lse, _config(problem), get_num_threads())
     except ValueError:
-        # Forgiveness instead of permission: asking three tensors for a stride costs as much as the whole kernel call.
+        # The kernel refuses a last stride that is not 1. Checking three tensors beforehand would take as long as a
+        # kernel of a few rows.
         copied = _with_unit_strides(inputs, "query", "key", "value")
         if copied is inputs:
             raise
@@ -76,24 +77,27 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     if problem.is_packed:
         clear_rows(None, dquery, dkey, dvalue)
     grads = Gradients(dquery, dkey, dvalue)
-    if wanted.is_any_shared:
-        grads = grads._replace(**_empty_shared_gradients(problem, inputs, wanted))
+    wants_shared = problem.has_shared and wanted.is_any_shared
+    if wants_shared:
+        shared = _empty_shared_gradients(problem, inputs, wanted)
+        grads = Gradients(dquery, dkey, dvalue, *shared)
     try:
-        _C.backward(read, saved, grads, _config(problem), torch.get_num_threads())
+        _C.backward(read, saved, grads, _config(problem), get_num_threads())
     except ValueError:
         copied, saved_copied = _with_unit_strides(inputs, "query", "key", "value"), _with_unit_strides(saved, "dout")
         if copied is inputs and saved_copied is saved:
             raise
         return backward(problem, copied, saved_copied, wanted)
-    if wanted.is_any_shared:
-        pairs = zip(inputs, grads, strict=False)
-        grads = Gradients(*(None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs))
+    if wants_shared:
+        pairs = zip(inputs[SHARED_ITEMS], shared, strict=True)
+        shared = [None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs]
+        grads = Gradients(dquery, dkey, dvalue, *shared)
     return grads
 
 
 @functools.lru_cache(maxsize=4096)
 def _config(problem: AttentionProblem) -> Any:
-    """What the kernels need of a problem besides tensors, converted once."""
+    """The numbers of a problem in the form that the kernels read. Made once for each problem."""
     left, right, offset = problem.band
     return _C.Config(
         scale=problem.scale,
@@ -108,40 +112,43 @@ def _config(problem: AttentionProblem) -> Any:
 
 
 def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
-    """The kernels see the data alone, no lazy negation (``x.conj().imag``), and small tensors as they sum them."""
-    bias = inputs.bias
+    """The inputs in the form that the kernels read.
+
+    - No tensor is negated lazily, as ``x.conj().imag`` is: its sign is a flag that the kernels do not see.
+    - A relative bias and sinks are contiguous and have the accumulate dtype. A bias has this dtype or the query's.
+    """
+    query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q, cu_seqlens_k = inputs
+    if query.is_neg() or key.is_neg() or value.is_neg():
+        query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
     if bias is not None:
         bias = bias.resolve_neg()
         if bias.dtype != problem.dtype:
             bias = bias.to(problem.accumulate_dtype)
-
-    def small(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.resolve_neg().to(problem.accumulate_dtype).contiguous()
-
-    return inputs._replace(
-        query=inputs.query.resolve_neg(),
-        key=inputs.key.resolve_neg(),
-        value=inputs.value.resolve_neg(),
-        bias=bias,
-        relative_bias=small(inputs.relative_bias),
-        sinks=small(inputs.sinks),
+    if relative_bias is not None:
+        relative_bias = relative_bias.resolve_neg().to(problem.accumulate_dtype).contiguous()
+    if sinks is not None:
+        sinks = sinks.resolve_neg().to(problem.accumulate_dtype).contiguous()
+    return inputs_of(
+        (query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q, cu_seqlens_k)
     )
 
 
-def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: Wanted) -> dict[str, Tensor]:
-    """Of the inputs that batch entries share, in the accumulate dtype."""
+def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: Wanted) -> list[Tensor | None]:
+    """Uninitialised gradients of `inputs.SHARED` in the accumulate dtype; None for each that is not wanted."""
     # A bias that is expanded to no score at all would show the kernel nothing to write to.
     has_scores = problem.batch and problem.num_heads and problem.seqlen_q and problem.seqlen_k
     allocate = torch.empty if has_scores else torch.zeros
-    return {
-        name: allocate(getattr(inputs, name).shape, dtype=problem.accumulate_dtype, device=problem.device)
-        for name in SHARED
-        if getattr(wanted, name)
-    }
+    return [
+        allocate(x.shape, dtype=problem.accumulate_dtype, device=problem.device) if is_wanted else None
+        for x, is_wanted in zip(inputs[SHARED_ITEMS], wanted[SHARED_ITEMS], strict=True)
+    ]
 
 
 def _with_unit_strides(tensors: Tensors, *names: str) -> Tensors:
-    """The kernels take any strides but the last; only such tensors are copied. Without any, the same object."""
+    """Copies each named tensor whose last stride is not 1. Returns the same object if there is none.
+
+    The kernels accept any strides of the other dimensions.
+    """
     copies = {}
     for name in names:
         x = getattr(tensors, name)

@@ -18,10 +18,10 @@ BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
 
 
 class Preference(NamedTuple):
-    """The order in which backends are asked, for problems that fulfil the conditions.
+    """The order in which backends are asked, for problems that meet both conditions.
 
-    min_capability: at least this compute capability; None = any device
-    min_seqlen_q: at least so many queries
+    min_capability: the lowest compute capability of the GPU; None = any device
+    min_seqlen_q: the smallest number of queries
     """
 
     min_capability: tuple[int, int] | None
@@ -80,7 +80,7 @@ def choose(problem: AttentionProblem, backend: str | None) -> Backend:
 
 @functools.cache
 def _warn_of_reference(reasons: tuple[tuple[str, str], ...]) -> None:
-    """Once for each set of reasons: (backend, its first one)."""
+    """Warns once for each set of reasons. A reason is (name of a backend, why it cannot run)."""
     warnings.warn(
         "fused_attention runs on the PyTorch reference, which is slow and stores every score, because no kernel can:\n"
         + "\n".join(f"  - {backend}: {reason}" for backend, reason in reasons),
@@ -102,7 +102,7 @@ def _select(problem: AttentionProblem, backend: str | None) -> Backend:
 
 
 def preferred(problem: AttentionProblem) -> tuple[Backend, ...]:
-    """All backends, the one to be asked first in front."""
+    """All backends, in the order in which they are asked for this problem."""
     return next(row.order for row in PREFERENCES if _fits(row, problem))
 
 

@@ -11,7 +11,10 @@ from fused_attn.backends.base import Backend
 
 
 def recorded(event: str, function: Callable) -> Callable:
-    """A function that is an event of the profiler; to be asked for only while one runs, since it takes time."""
+    """The function, wrapped so that each call is an event of torch's profiler.
+
+    The wrapper takes time, so it is used only while a profiler runs.
+    """
 
     @functools.wraps(function)
     def run(*args):
@@ -36,5 +39,5 @@ _named = functools.cache(_NamedBackend)
 
 
 def named(backend: Backend) -> Backend:
-    """The backend; while a profiler runs, one whose steps are events."""
+    """The backend itself, or while a profiler runs, the same backend with steps that are events."""
     return _named(backend) if profiler._is_profiler_enabled and type(backend) is not _NamedBackend else backend

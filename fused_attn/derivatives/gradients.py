@@ -15,14 +15,14 @@ from fused_attn.backends.base import Backend
 def compute(
     backend: Backend | None, problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted
 ) -> Gradients:
-    """The gradients, where either output may have none.
+    """The gradients by the backend's backward, also if out or lse has no gradient (dout or dlse is None).
 
-    backend: None for the formula's, which are differentiable themselves
+    backend: None = the formula, whose gradients can be differentiated again
     """
     if saved.dout is None:
         if saved.dlse is None:
             return Gradients()
-        assert saved.out is not None, "a step saves its output"
+        assert saved.out is not None, "an autograd step saves its output"
         saved = saved._replace(dout=torch.zeros_like(saved.out))
     backward = formula.backward if backend is None else events.named(backend).backward
     return backward(problem, inputs, saved, wanted)
@@ -33,20 +33,29 @@ def compute(
 
 
 def differentiable(inputs: Inputs, saved: Saved) -> dict[str, Tensor]:
-    """What the gradients depend on, by name: those of dout and dlse that are there, and of the first inputs."""
+    """The tensors that the gradients depend on, by name: dout, dlse, and the inputs that can have gradients.
+
+    A tensor that the call does not have is left out.
+    """
     tensors = inputs._asdict() | {"dout": saved.dout, "dlse": saved.dlse}
     names = ("dout", "dlse", *Gradients._fields)
     return {name: tensors[name] for name in names if tensors[name] is not None}
 
 
 def of_formula(problem: AttentionProblem, inputs: Inputs, wanted: Wanted, tensors: dict[str, Tensor]) -> list[Tensor]:
-    """The wanted gradients with `tensors`, named as `differentiable` does, in place of those among the inputs."""
+    """The wanted gradients as functions of `tensors`, which replace the inputs, dout and dlse of the same names.
+
+    tensors: as `differentiable` returns them
+    """
     saved = Saved(dout=tensors["dout"], dlse=tensors.get("dlse"))
     inputs = inputs._replace(**{name: x for name, x in tensors.items() if name in Gradients._fields})
     return [grad for grad in compute(None, problem, inputs, saved, wanted) if grad is not None]
 
 
 def second_of_arguments(found: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
-    """What the backward of a step returns to torch whose arguments begin with `Inputs` and `Saved`."""
+    """`gradients_of_arguments` for an autograd step that takes `Inputs`, then `Saved`.
+
+    found: the second derivatives by the names that `differentiable` uses
+    """
     first = Gradients(**{name: x for name, x in found.items() if name in Gradients._fields})
     return gradients_of_arguments(first, Saved(dout=found.get("dout"), dlse=found.get("dlse")))
