@@ -352,7 +352,8 @@ BUGS = [
     ),
     Bug(
         "mask-map-without-visible", 80, "masked", "mask_bits.h",
-        "(has_visible ? MaskContents::kVisible : 0)", "(has_visible && (!@ || has_hidden) ? MaskContents::kVisible : 0)",
+        "(has_visible ? MaskContents::kVisible : 0)",
+        "(has_visible && (!@ || has_hidden) ? MaskContents::kVisible : 0)",
     ),
     Bug(
         "mask-not-transposed", 90, "masked", "mask_bits.h",
