@@ -105,8 +105,7 @@ Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
       mask.queries_of_key = workspace.take<uint32_t>(needs.mask_entries * needs.seqlen_k * mask.query_words);
   }
   if (needs.wants_dbias)
-    pieces.dbias_sums =
-        workspace.take<float>(sum_floats(plan_dense(bias_gradient_sizes(needs), needs.dbias_shape)));
+    pieces.dbias_sums = workspace.take<float>(sum_floats(plan_dense(bias_gradient_sizes(needs), needs.dbias_shape)));
   if (needs.wants_drelative_bias)
     pieces.drelative_bias_sums = workspace.take<float>(sum_floats(plan_relative(bias_gradient_sizes(needs))));
   if (needs.relative_bias_heads != 0)
@@ -148,8 +147,7 @@ LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
   LogitParams x{};
   // LazySoftmax takes the largest score for the largest logit, so its factor has to be positive.
   const bool is_scale_positive = static_cast<float>(a.scale) > 0.0f;
-  x.is_plain =
-      is_scale_positive && a.softcap == 0.0 && a.relative_bias.data == nullptr && a.bias.data == nullptr;
+  x.is_plain = is_scale_positive && a.softcap == 0.0 && a.relative_bias.data == nullptr && a.bias.data == nullptr;
   if (a.softcap != 0.0) {
     x.softcap_scale = static_cast<float>(a.scale / a.softcap);
     x.softcap_log2 = static_cast<float>(a.softcap * kLog2EExact);
@@ -299,7 +297,9 @@ void run(const Call& of_caller, bool is_backward) {
   needs.head_dim = kernels.head_dim;
   needs.is_packed = a.cu_seqlens_q != nullptr;
   needs.has_key_padding = a.key_padding.data != nullptr;
-  needs.is_general = !logits_of(a, nullptr).is_plain || a.mask.data != nullptr || a.sinks.data != nullptr;
+  const bool is_head_dim_exact = a.head_dim == kernels.head_dim && a.value_dim == kernels.head_dim;
+  needs.is_general = !logits_of(a, nullptr).is_plain || a.mask.data != nullptr || a.sinks.data != nullptr ||
+                     (a.has_dropout && !is_head_dim_exact);
   needs.seqlen_q = a.seqlen_q;
   needs.relative_bias_heads = relative_bias_heads(a);
   needs.mask_entries = mask_entries(a);

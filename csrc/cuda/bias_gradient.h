@@ -11,7 +11,7 @@ struct BiasGradientParams {
   bool is_relative;
   // Dense: over which dimensions the gradient is a sum, because the bias broadcasts along them.
   bool sums_batch, sums_heads, sums_queries, sums_keys;
-  int32_t query_blocks;    // blocks of queries of the longest sequence
+  int32_t query_blocks;  // blocks of queries of the longest sequence
   int32_t key_blocks;
   int32_t owners;          // dense: tiles of the gradient; relative: heads x diagonals
   int32_t tiles_of_owner;  // dense

@@ -78,7 +78,8 @@ GPU_DEVICE void left_factor(uint32_t (&a)[4], const float (&x)[kTiles][4], int k
 // threads of the row exchange these, so that each thread stores whole tiles of 16 bytes. All lanes of the warp take
 // part. If the row exists (is_row), memory has `columns` of its columns, a multiple of 8.
 template <class T, int kTiles>
-GPU_DEVICE void store_row(T* row, const float (&x)[kTiles][4], int r, float factor, bool is_row, int columns, Lane lane) {
+GPU_DEVICE void store_row(T* row, const float (&x)[kTiles][4], int r, float factor, bool is_row, int columns,
+                          Lane lane) {
   GPU_UNROLL for (int t = 0; t < kTiles; t += 4) {
     uint32_t words[4];
     GPU_UNROLL for (int i = 0; i < 4; ++i) words[i] = pack<T>(x[t + i][2 * r] * factor, x[t + i][2 * r + 1] * factor);

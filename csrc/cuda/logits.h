@@ -105,12 +105,13 @@ GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, f
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     // The pointer goes along the row: addresses of all entries would take more registers than there are.
     const Element* next = static_cast<const Element*>(bias.data) + head_slice.batch * bias.stride_batch +
-                          head_slice.head * bias.stride_head + at.query * bias.stride_query +
-                          at.key * bias.stride_key + 8 * r * stride_row;
+                          head_slice.head * bias.stride_head + at.query * bias.stride_query + at.key * bias.stride_key +
+                          8 * r * stride_row;
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int c = 0; c < 2; ++c) {
         float& logit = logits[t][2 * r + c];
-        if (8 * r < rows && 8 * t + c < columns) logit = multiply_add(load_float(next + c * stride_column), kLog2E, logit);
+        if (8 * r < rows && 8 * t + c < columns)
+          logit = multiply_add(load_float(next + c * stride_column), kLog2E, logit);
       }
       next = keep_computed(next + 8 * stride_column);
     }

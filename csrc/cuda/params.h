@@ -45,22 +45,22 @@ struct ScoreTensor {
 
 // What happens to a score between the two products, besides the scale (logits.h).
 struct LogitParams {
-  bool is_plain;  // nothing: the softmax multiplies the scale in
+  bool is_plain;        // nothing: the softmax multiplies the scale in
   float softcap_scale;  // scale / softcap
   float softcap_log2;   // softcap * log2(e); 0 = no softcap
   // (H or 1, columns), times log2(e), with kRelativeBiasMargin zeros at both ends. The bias of query i and key j is
   // column j - i + seqlen_q - 1, not counting the margin. Null = none.
   const float* relative_bias;
   int64_t relative_bias_stride_head;
-  ScoreTensor bias;  // null data = none
+  ScoreTensor bias;    // null data = none
   bool is_bias_float;  // float; otherwise the type of the query
 };
 
 // A dense mask as bits, in words of 32 (mask_bits.h). An entry is a pair of a batch entry and a head. Null = no mask.
 struct MaskParams {
-  uint32_t* keys_of_query;   // (entries, L, key_words): bit j % 32 of word j / 32 is set if the query sees key j
-  uint32_t* queries_of_key;  // (entries, S, query_words): the transpose; null in forward
-  uint8_t* map;              // (entries, query_words, key_words): what 32 x 32 entries hold, see MaskContents
+  uint32_t* keys_of_query;    // (entries, L, key_words): bit j % 32 of word j / 32 is set if the query sees key j
+  uint32_t* queries_of_key;   // (entries, S, query_words): the transpose; null in forward
+  uint8_t* map;               // (entries, query_words, key_words): what 32 x 32 entries hold, see MaskContents
   int32_t entries_per_batch;  // how many entries further on the next batch entry lies; 0 = broadcast
   int32_t entries_per_head;   // likewise the next head
   int32_t key_words;          // the words reach to the end of the largest block

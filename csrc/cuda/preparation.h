@@ -55,7 +55,8 @@ GPU_DEVICE void reset_tile_counter(const Params& p) {
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     prepare_relative_bias_kernel(const GPU_GRID_CONSTANT RelativeBiasParams p) {
   const int64_t i = int64_t{block_index_x()} * kPreparationThreads + thread_index();
-  const int64_t stride = p.columns + 2 * kRelativeBiasMargin, head = i / stride, column = i % stride - kRelativeBiasMargin;
+  const int64_t stride = p.columns + 2 * kRelativeBiasMargin, head = i / stride,
+                column = i % stride - kRelativeBiasMargin;
   if (head >= p.heads) return;
   const bool is_inside = column >= 0 && column < p.columns;
   store_global(p.padded + i, is_inside ? load_global(p.bias + head * p.stride_head + column) * kLog2E : 0.0f);

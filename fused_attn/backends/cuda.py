@@ -215,7 +215,17 @@ def _workspace_bytes(
     dbias_shape: torch.Size | None,
 ) -> int:
     batch_entries, num_heads, rows_q, _ = query_shape
-    has_logits = problem.softcap != 0.0 or problem.has_bias or problem.has_relative_bias or problem.scale <= 0.0
+    is_head_dim_exact = problem.head_dim == problem.value_dim and problem.head_dim in HEAD_DIMS
+    is_scale_positive = torch.tensor(problem.scale, dtype=torch.float32).item() > 0.0
+    is_general = (
+        problem.softcap != 0.0
+        or problem.has_bias
+        or problem.has_relative_bias
+        or problem.has_mask
+        or problem.has_sinks
+        or not is_scale_positive
+        or (problem.dropout_p > 0.0 and not is_head_dim_exact)
+    )
     return _kernels.workspace_bytes(
         architecture=_architecture(problem),
         is_backward=wanted is not None,
@@ -230,7 +240,7 @@ def _workspace_bytes(
         head_dim=max(problem.head_dim, problem.value_dim),
         is_packed=problem.is_packed,
         has_key_padding=problem.has_key_padding,
-        is_general=has_logits or problem.has_mask or problem.has_sinks,
+        is_general=is_general,
         relative_bias_heads=relative_bias_heads,
         mask_entries=mask_entries,
         dbias_shape=dbias_shape,

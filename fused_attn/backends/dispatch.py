@@ -18,26 +18,33 @@ BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
 
 
 class Preference(NamedTuple):
-    """The order in which backends are asked, for problems that fulfil the conditions; None = any.
+    """The order in which backends are asked, for problems that fulfil the conditions.
 
-    major: compute capability
+    min_capability: at least this compute capability; None = any device
     min_seqlen_q: at least so many queries
-    min_tiles: at least so many tiles of 128 queries of a head
     """
 
-    major: int | None
+    min_capability: tuple[int, int] | None
     min_seqlen_q: int
-    min_tiles: int
     order: tuple[Backend, ...]
+    reason: str
 
 
-#: The first row that fits decides. The CUDA kernels come first where they use what Triton's compiler does not reach
-#: (wgmma by specialised warps, whatever the mask). On an H100 they are about as fast as cuDNN or faster (README,
-#: Results); Triton's plain path has not been timed beside them. With so few queries that the keys of a head have to be
-#: divided among several programs, which only the Triton kernels do, these come first. An H100 has 132 multiprocessors.
+#: The first row that fits decides, for every feature alike: a backend that lacks a feature says so, and the next is
+#: asked.
 PREFERENCES = (
-    Preference(9, 64, 132, (cpu, cuda, triton, reference)),
-    Preference(None, 0, 0, (cpu, triton, cuda, reference)),
+    Preference(
+        cuda.MIN_CAPABILITY,
+        64,
+        (cpu, cuda, triton, reference),
+        "the CUDA kernels choose registers and the order of instructions by hand, which Triton's compiler does not",
+    ),
+    Preference(
+        None,
+        0,
+        (cpu, triton, cuda, reference),
+        "with few queries, the keys of a head are divided among several programs, which only the Triton kernels do",
+    ),
 )
 
 
@@ -96,13 +103,13 @@ def _select(problem: AttentionProblem, backend: str | None) -> Backend:
 
 def preferred(problem: AttentionProblem) -> tuple[Backend, ...]:
     """All backends, the one to be asked first in front."""
-    major = None if problem.capability is None else problem.capability[0]
-    tiles = problem.batch * problem.num_heads * -(-problem.seqlen_q // 128)
-    return next(
-        row.order
-        for row in PREFERENCES
-        if row.major in (None, major) and problem.seqlen_q >= row.min_seqlen_q and tiles >= row.min_tiles
-    )
+    return next(row.order for row in PREFERENCES if _fits(row, problem))
+
+
+def _fits(row: Preference, problem: AttentionProblem) -> bool:
+    if problem.seqlen_q < row.min_seqlen_q:
+        return False
+    return row.min_capability is None or (problem.capability or (0, 0)) >= row.min_capability
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> Explanation:

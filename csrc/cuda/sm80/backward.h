@@ -52,13 +52,14 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
   const uint32_t shared = shared_address(shared_memory());
   const Corners<kHeadDim> corners(shared, warp_row, lane);
   const auto load_queries = [&](uint32_t tile, const Rows& x) {
-    copy_rows<kHeadDim, kBlockM, kThreads>(
+    copy_rows<kHeadDim, kBlockM, kThreads, kIsGeneral>(
         tile, x, head_slice.query_row<const T>(x, first_row),
         [&](int first, int offset) { return first_row + first + offset < head_slice.seqlen_q; });
   };
   const auto load_keys = [&](uint32_t tile, const Rows& x, int block, const ValidRows<kBlockN>& valid) {
-    copy_rows<kHeadDim, kBlockN, kThreads>(tile, x, head_slice.key_row<const T>(x, int64_t{block} * kBlockN),
-                                           [&](int first, int offset) { return valid.has(first, offset); });
+    copy_rows<kHeadDim, kBlockN, kThreads, kIsGeneral>(tile, x,
+                                                       head_slice.key_row<const T>(x, int64_t{block} * kBlockN),
+                                                       [&](int first, int offset) { return valid.has(first, offset); });
     copy_async_commit();
   };
   const auto last_to_visit = [&](int block) {
@@ -96,13 +97,14 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
     if constexpr (kIsGeneral) {
       if (p.dropout_seed != nullptr)
         drop(dprobs[0], dropout_keep_of_query_rows<kTiles>(Dropout(p, head_slice), query, first_key, lane),
-                       p.dropout_scale);
+             p.dropout_scale);
     }
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) dprobs[0][t][j] -= statistics[j / 2].delta;
     }
     if constexpr (kIsGeneral)
-      to_logits<T>(p, head_slice, scores[0], QueryRows{query, first_key + 2 * lane.q}, LogitGradients<kTiles>{dprobs[0]});
+      to_logits<T>(p, head_slice, scores[0], QueryRows{query, first_key + 2 * lane.q},
+                   LogitGradients<kTiles>{dprobs[0]});
     const bool has_masked = has_masked_keys<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, this_block);
     if (!(range.is_within_band(this_block) && valid.all()) || has_masked) {
       VisibleColumns<kBlockN> visible = visible_keys(p, valid, this_block, query);
@@ -111,8 +113,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
     }
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
-        scores[0][t][j] =
-            prob_of(scores[0][t][j], p.softmax_scale_log2, statistics[j / 2].lse_log2) * dprobs[0][t][j];
+        scores[0][t][j] = prob_of(scores[0][t][j], p.softmax_scale_log2, statistics[j / 2].lse_log2) * dprobs[0][t][j];
       }
     }
     multiply<T, kHeadDim>(dq, scores, corners, Plan::kK);
@@ -121,8 +122,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
   // Epilogue.
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = query + 8 * r;
-    store_row<T>(head_slice.query_row<T>(p.dq, row), dq[0], r, p.scale, row < head_slice.seqlen_q, p.dq.columns,
-                 lane);
+    store_row<T>(head_slice.query_row<T>(p.dq, row), dq[0], r, p.scale, row < head_slice.seqlen_q, p.dq.columns, lane);
   }
 }
 
@@ -165,11 +165,11 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
   const uint32_t shared = shared_address(shared_memory());
   const Corners<kHeadDim> corners(shared, warp_row, lane);
   const auto load_keys = [&](uint32_t tile, const Rows& x) {
-    copy_rows<kHeadDim, kBlockN, kThreads>(tile, x, head_slice.key_row<const T>(x, first_key),
-                                           [&](int first, int offset) { return valid.has(first, offset); });
+    copy_rows<kHeadDim, kBlockN, kThreads, kIsGeneral>(tile, x, head_slice.key_row<const T>(x, first_key),
+                                                       [&](int first, int offset) { return valid.has(first, offset); });
   };
   const auto load_queries = [&](uint32_t tile, const Rows& x, int first_row) {
-    copy_rows<kHeadDim, kBlockM, kThreads>(
+    copy_rows<kHeadDim, kBlockM, kThreads, kIsGeneral>(
         tile, x, head_slice.query_row<const T>(x, first_row),
         [&](int first, int offset) { return first_row + first + offset < head_slice.seqlen_q; });
     copy_async_commit();
@@ -216,55 +216,69 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
 
     copy_async_wait<0>();
     sync_threads();  // dout and the statistics have come
-    float dprobs[1][kTiles][4];
-    if constexpr (kMakesDk) {
-      fill(dprobs[0], 0.0f);
-      multiply_transposed<T, kHeadDim>(dprobs, corners, Plan::kV, Plan::kDout);
-    }
-    DropoutKeep<kTiles> dropout_keep{};
-    if constexpr (kIsGeneral) {
-      if (p.dropout_seed != nullptr) {
-        dropout_keep = dropout_keep_of_key_rows<kTiles>(Dropout(p, head_slice), first_row, first_key + warp_row, lane);
-        if constexpr (kMakesDk) drop(dprobs[0], dropout_keep, p.dropout_scale);
-      }
-    }
     // This thread has two queries of tile t. Returns (lse_log2, delta) of the first and then of the second.
     const auto statistics_of = [&](int t) {
       return load_shared<Float4>(shared + Plan::kRowStatistics + (8 * t + 2 * lane.q) * sizeof(RowStatistics));
     };
-    if constexpr (kMakesDk) {
+    const auto lse_of = [](const Float4& statistics, int j) { return j % 2 == 0 ? statistics.x : statistics.z; };
+    const auto delta_of = [](const Float4& statistics, int j) { return j % 2 == 0 ? statistics.y : statistics.w; };
+    float dscores[1][kTiles][4];
+    const auto multiply_dout_by_values = [&] {  // gives the gradients of the probabilities
+      fill(dscores[0], 0.0f);
+      multiply_transposed<T, kHeadDim>(dscores, corners, Plan::kV, Plan::kDout);
+    };
+    const bool is_full = range.is_within_band(block) && are_all_valid;
+    if constexpr (!kIsGeneral) {
+      if (!is_full) hide(probs[0], visible_queries<kBlockM>(p, is_valid, block, key), lane);
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
         const Float4 statistics = statistics_of(t);
-        GPU_UNROLL for (int j = 0; j < 4; ++j) dprobs[0][t][j] -= j % 2 == 0 ? statistics.y : statistics.w;
+        GPU_UNROLL for (int j = 0; j < 4; ++j) probs[0][t][j] =
+            prob_of(probs[0][t][j], p.scale_log2, lse_of(statistics, j));
       }
-    }
-    if constexpr (kIsGeneral) {
+      if constexpr (kMakesDv) multiply<T, kHeadDim>(dv, probs, corners, Plan::kDout);
+      if constexpr (kMakesDk) {
+        multiply_dout_by_values();
+        GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+          const Float4 statistics = statistics_of(t);
+          GPU_UNROLL for (int j = 0; j < 4; ++j) dscores[0][t][j] =
+              probs[0][t][j] * (dscores[0][t][j] - delta_of(statistics, j));
+        }
+      }
+    } else {
+      DropoutKeep<kTiles> dropout_keep{};
+      if (p.dropout_seed != nullptr)
+        dropout_keep = dropout_keep_of_key_rows<kTiles>(Dropout(p, head_slice), first_row, first_key + warp_row, lane);
       const KeyRows at{first_row + 2 * lane.q, key};
       if constexpr (kMakesDk) {
-        to_logits<T>(p, head_slice, probs[0], at, LogitGradients<kTiles>{dprobs[0]});
+        multiply_dout_by_values();
+        if (p.dropout_seed != nullptr) drop(dscores[0], dropout_keep, p.dropout_scale);
+        GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+          const Float4 statistics = statistics_of(t);
+          GPU_UNROLL for (int j = 0; j < 4; ++j) dscores[0][t][j] -= delta_of(statistics, j);
+        }
+        to_logits<T>(p, head_slice, probs[0], at, LogitGradients<kTiles>{dscores[0]});
       } else {
         to_logits<T>(p, head_slice, probs[0], at, NoGradients{});
       }
-    }
-    const bool has_masked = has_masked_queries<kIsGeneral, kBlockM, kBlockN>(p, head_slice, block, first_key);
-    if (!(range.is_within_band(block) && are_all_valid) || has_masked) {
-      VisibleColumns<kBlockM> visible = visible_queries<kBlockM>(p, is_valid, block, key);
-      if (has_masked) hide_masked_queries(p, head_slice, visible, first_row, key);
-      hide(probs[0], visible, lane);
-    }
-    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-      const Float4 statistics = statistics_of(t);
-      GPU_UNROLL for (int j = 0; j < 4; ++j) {
-        const float prob = prob_of(probs[0][t][j], p.softmax_scale_log2, j % 2 == 0 ? statistics.x : statistics.z);
-        if constexpr (kMakesDk) dprobs[0][t][j] *= prob;
-        probs[0][t][j] = prob;
+      const bool has_masked = has_masked_queries<kIsGeneral, kBlockM, kBlockN>(p, head_slice, block, first_key);
+      if (!is_full || has_masked) {
+        VisibleColumns<kBlockM> visible = visible_queries<kBlockM>(p, is_valid, block, key);
+        if (has_masked) hide_masked_queries(p, head_slice, visible, first_row, key);
+        hide(probs[0], visible, lane);
+      }
+      GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+        const Float4 statistics = statistics_of(t);
+        GPU_UNROLL for (int j = 0; j < 4; ++j) {
+          probs[0][t][j] = prob_of(probs[0][t][j], p.softmax_scale_log2, lse_of(statistics, j));
+          if constexpr (kMakesDk) dscores[0][t][j] *= probs[0][t][j];
+        }
+      }
+      if constexpr (kMakesDv) {
+        if (p.dropout_seed != nullptr) drop(probs[0], dropout_keep, 1.0f);
+        multiply<T, kHeadDim>(dv, probs, corners, Plan::kDout);
       }
     }
-    if constexpr (kIsGeneral && kMakesDv) {
-      if (p.dropout_seed != nullptr) drop(probs[0], dropout_keep, 1.0f);
-    }
-    if constexpr (kMakesDv) multiply<T, kHeadDim>(dv, probs, corners, Plan::kDout);
-    if constexpr (kMakesDk) multiply<T, kHeadDim>(dk, dprobs, corners, Plan::kQ);
+    if constexpr (kMakesDk) multiply<T, kHeadDim>(dk, dscores, corners, Plan::kQ);
     advance();
     skip_masked_blocks();
     if (steps_left > 0) {

@@ -68,10 +68,10 @@ struct ScoreTiles {
     // A dimension is either the owner's alone, or it is visited.
     int32_t fixed = owner;
     const auto next = [&](bool is_summed, int32_t size) {
-      int32_t& number = is_summed ? i : fixed;
-      const int32_t index = number % size;
-      number /= size;
-      return index;
+      const int32_t number = is_summed ? i : fixed, rest = number / size;
+      i = is_summed ? rest : i;
+      fixed = is_summed ? fixed : rest;
+      return number - rest * size;
     };
     ScoreTile tile;
     tile.key_block = next(g.sums_keys, g.key_blocks);
@@ -82,9 +82,7 @@ struct ScoreTiles {
   }
 
   // The owner's diagonal consists of tiles whose first key is `diagonal` blocks of keys to the right of the first query.
-  GPU_DEVICE int32_t diagonal() const {
-    return owner % g.diagonals - (g.query_blocks - 1) * kRatio;
-  }
+  GPU_DEVICE int32_t diagonal() const { return owner % g.diagonals - (g.query_blocks - 1) * kRatio; }
 
  private:
   GPU_DEVICE int32_t first_query_block() const { return max((kRatio - 1 - diagonal()) / kRatio, 0); }
@@ -143,12 +141,12 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(BiasGradientPlan<kHeadDim>::kThreads, 1)
   const auto load = [&](const Next& next) {
     const HeadSlice& head_slice = next.head_slice;
     const auto load_queries = [&](uint32_t tile, const Rows& x) {
-      copy_rows<kHeadDim, kBlockM, kThreads>(
+      copy_rows<kHeadDim, kBlockM, kThreads, true>(
           tile, x, head_slice.query_row<const T>(x, next.first_query),
           [&](int first, int offset) { return next.first_query + first + offset < head_slice.seqlen_q; });
     };
     const auto load_keys = [&](uint32_t tile, const Rows& x) {
-      copy_rows<kHeadDim, kBlockN, kThreads>(
+      copy_rows<kHeadDim, kBlockN, kThreads, true>(
           tile, x, head_slice.key_row<const T>(x, int64_t{next.key_block} * kBlockN),
           [&](int first, int offset) { return next.valid.has(first, offset); });
     };
@@ -202,8 +200,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(BiasGradientPlan<kHeadDim>::kThreads, 1)
     return shared + static_cast<uint32_t>(row * Plan::kRowFloats + column) * 4;
   };
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-    GPU_UNROLL for (int j = 0; j < 4; ++j) store_shared(
-        address(warp_row + lane.g + 8 * (j / 2), 8 * t + 2 * lane.q + j % 2), sums[t][j]);
+    GPU_UNROLL for (int j = 0; j < 4; ++j)
+        store_shared(address(warp_row + lane.g + 8 * (j / 2), 8 * t + 2 * lane.q + j % 2), sums[t][j]);
   }
   sync_threads();
   float* const split_sums = g.sums + block_index_x() / g.owners * g.stride_split;
@@ -227,7 +225,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(BiasGradientPlan<kHeadDim>::kThreads, 1)
     for (int r = row; r < (g.sums_queries ? kBlockM : row + 1); ++r) {
       for (int c = column; c < (g.sums_keys ? kBlockN : column + 1); ++c) sum += load_shared<float>(address(r, c));
     }
-    const bool exists = (g.sums_queries || first_query + row < p.seqlen_q) && (g.sums_keys || first_key + column < p.seqlen_k);
+    const bool exists =
+        (g.sums_queries || first_query + row < p.seqlen_q) && (g.sums_keys || first_key + column < p.seqlen_k);
     if (exists)
       store_global(split_sums + (g.sums_batch ? 0 : tile.batch) * g.stride_batch +
                        (g.sums_heads ? 0 : tile.head) * g.stride_head + (first_query + row) * g.stride_query +

@@ -49,8 +49,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
   const uint32_t shared = shared_address(shared_memory());
   const Corners<kHeadDim> corners(shared, warp_row, lane);
   const auto load_keys = [&](uint32_t tile, const Rows& x, int block, const ValidRows<kBlockN>& valid) {
-    copy_rows<kHeadDim, kBlockN, kThreads>(tile, x, head_slice.key_row<const T>(x, int64_t{block} * kBlockN),
-                                           [&](int first, int offset) { return valid.has(first, offset); });
+    copy_rows<kHeadDim, kBlockN, kThreads, kIsGeneral>(tile, x,
+                                                       head_slice.key_row<const T>(x, int64_t{block} * kBlockN),
+                                                       [&](int first, int offset) { return valid.has(first, offset); });
     copy_async_commit();
   };
   const auto last_to_visit = [&](int block) {
@@ -60,7 +61,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
   ValidRows<kBlockN> next_valid{};
   if (block >= range.begin) {
     next_valid = valid_keys<kBlockN>(p, head_slice, block);
-    copy_rows<kHeadDim, kBlockM, kThreads>(
+    copy_rows<kHeadDim, kBlockM, kThreads, kIsGeneral>(
         shared + Plan::kQ, p.q, head_slice.query_row<const T>(p.q, first_row),
         [&](int first, int offset) { return first_row + first + offset < head_slice.seqlen_q; });
     load_keys(shared + Plan::kK, p.k, block, next_valid);

@@ -30,8 +30,8 @@ struct TileLayout {
 
 // Starts to copy kRows rows of x, of which the first one is `source`. Row first + offset is read if is_valid(first, offset) says so. Otherwise it becomes zeros: memory may hold NaN there,
 // and NaN times a probability of 0 is NaN. `offset` is a constant, and `first` and first + offset lie in the same 32
-// rows.
-template <int kHeadDim, int kRows, int kThreads, class T, class IsValid>
+// rows. If x may have fewer columns than kHeadDim (kChecksColumns), the other ones become zeros, too.
+template <int kHeadDim, int kRows, int kThreads, bool kChecksColumns, class T, class IsValid>
 GPU_DEVICE void copy_rows(uint32_t tile, const Rows& x, const T* source, IsValid is_valid) {
   using Layout = TileLayout<kHeadDim>;
   constexpr int kRowsAtOnce = kThreads / Layout::kGroup;
@@ -43,7 +43,7 @@ GPU_DEVICE void copy_rows(uint32_t tile, const Rows& x, const T* source, IsValid
     const bool is_inside = is_valid(first_row, row);
     GPU_UNROLL for (int column = 0; column < kHeadDim; column += Layout::kGroup * 8) {
       copy_async_16(address + row * Layout::kRowBytes + column * 2, source + column,
-                    is_inside && column + chunk * 8 < x.columns);
+                    is_inside && (!kChecksColumns || column + chunk * 8 < x.columns));
     }
     source += kRowsAtOnce * x.stride_row;
   }

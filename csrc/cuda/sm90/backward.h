@@ -203,8 +203,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   // Epilogue.
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = query + 8 * r;
-    store_row<T>(head_slice.query_row<T>(p.dq, row), dq, r, p.scale, row < head_slice.seqlen_q, p.dq.columns,
-                 lane);
+    store_row<T>(head_slice.query_row<T>(p.dq, row), dq, r, p.scale, row < head_slice.seqlen_q, p.dq.columns, lane);
   }
 }
 
@@ -307,7 +306,8 @@ struct KeyWork {
 
 template <int kHeadDim, bool kIsGeneral>
 GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_t shared,
-                              const KeyGradientRings<kHeadDim, kIsGeneral>& rings, KeyWork<kHeadDim, kIsGeneral>& work) {
+                              const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
+                              KeyWork<kHeadDim, kIsGeneral>& work) {
   using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   using QTile = typename Plan::QTile;
   TileLoader loader{rings.cleaning, thread_index() == 0};
@@ -334,7 +334,8 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
 
 // A warp of its own does this, because the warp that issues TMA has few registers.
 template <int kHeadDim, bool kIsGeneral>
-GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
+GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared,
+                                    const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
                                     KeyWork<kHeadDim, kIsGeneral>& work) {
   using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   const int lane = this_lane().index;

@@ -96,8 +96,10 @@ struct TileNote {
   GPU_DEVICE HeadSlice head_slice() const {
     const Vec4 x = load_shared<Vec4>(address + 16);
     const Vec2 queries = load_shared<Vec2>(address + 32);
-    return {int32_t(x.x), load_shared<int32_t>(address + 12), int32_t(x.y), int32_t(queries.x), int32_t(x.z),
-            int32_t(queries.y), int32_t(x.w)};
+    return {int32_t(x.x), load_shared<int32_t>(address + 12),
+            int32_t(x.y), int32_t(queries.x),
+            int32_t(x.z), int32_t(queries.y),
+            int32_t(x.w)};
   }
 
   // The blocks of keys that a consumer's rows see.
@@ -248,9 +250,9 @@ struct Planner {
       const BlockRange range = tile().range(lane);
       View view{0};
       view.set(View::kIsSeen, range.has(block));
-      const bool has_masked = Plan::kIsGeneral && has_masked_keys<Plan::kIsGeneral, kConsumerRows, kBlockN>(
-                                                      p, tile().head_slice(),
-                                                      tile().first_row() + lane * kConsumerRows, block);
+      const bool has_masked =
+          Plan::kIsGeneral && has_masked_keys<Plan::kIsGeneral, kConsumerRows, kBlockN>(
+                                  p, tile().head_slice(), tile().first_row() + lane * kConsumerRows, block);
       view.set(View::kIsWhole, range.is_within_band(block) && valid.all() && !has_masked);
       view.set(View::kSeesMore, range.has(next));
       view.set(View::kIsLast, next < tile().first_block());

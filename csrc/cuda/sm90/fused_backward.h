@@ -354,11 +354,12 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       GPU_UNROLL for (int r = 0; r < 2; ++r) {
         const int row = b.number() * kKeyBlock + warp_row + lane.g + 8 * r;
         const bool is_row = row < b.seqlen_k();
+        // With dropout there is no register left for another number of columns, see is_fused_backward.
         if (p.dk.data != nullptr)
-          store(b.template key_row<T>(p.dk, row), dk, r, p.scale, is_row, p.dk.columns);
+          store(b.template key_row<T>(p.dk, row), dk, r, p.scale, is_row, kHasDropout ? kHeadDim : p.dk.columns);
         const float factor = kHasDropout ? p.dropout_scale : 1.0f;
         if (p.dv.data != nullptr)
-          store(b.template key_row<T>(p.dv, row), dv, r, factor, is_row, p.dv.columns);
+          store(b.template key_row<T>(p.dv, row), dv, r, factor, is_row, kHasDropout ? kHeadDim : p.dv.columns);
       }
     };
     if (first == end) {
