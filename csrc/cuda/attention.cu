@@ -143,6 +143,14 @@ int64_t relative_bias_heads(const AttentionParams& a) {
   return a.relative_bias.stride_head == 0 ? 1 : a.num_heads;
 }
 
+// Whether each group of eight keys of the bias is aligned to 16 bytes, and no group reaches beyond the last key.
+bool has_aligned_rows(const AttentionParams& a) {
+  constexpr int64_t kGroup = 8;
+  const TensorView& bias = a.bias;
+  return reinterpret_cast<uintptr_t>(bias.data) % 16 == 0 && a.seqlen_k % kGroup == 0 && bias.stride_col == 1 &&
+         bias.stride_row % kGroup == 0 && bias.stride_head % kGroup == 0 && bias.stride_batch % kGroup == 0;
+}
+
 LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
   LogitParams x{};
   // LazySoftmax takes the largest score for the largest logit, so its factor has to be positive.
@@ -159,6 +167,7 @@ LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
   }
   x.bias = scores_of(a.bias);
   x.is_bias_float = a.bias_dtype == DType::kFloat32;
+  x.has_bias_rows = !x.is_bias_float && has_aligned_rows(a);
   return x;
 }
 

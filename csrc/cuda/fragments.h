@@ -74,28 +74,35 @@ GPU_DEVICE void left_factor(uint32_t (&a)[4], const float (&x)[kTiles][4], int k
       pack<T>(x[2 * k + i / 2][2 * (i % 2)], x[2 * k + i / 2][2 * (i % 2) + 1]);
 }
 
+// A thread has a word of each of four tiles of its row. Afterwards it has four words of one tile, and so the other way
+// round: word i of the q-th of the four threads that share a row changes places with word q of the i-th. All lanes of
+// the warp take part.
+GPU_DEVICE void exchange_in_row(uint32_t (&words)[4], Lane lane) {
+  // A 4 x 4 transpose, first within pairs of threads and tiles, then between the pairs.
+  GPU_UNROLL for (int i = 0; i < 4; i += 2) {
+    const bool is_odd = lane.q & 1;
+    const uint32_t received = shuffle_xor(is_odd ? words[i] : words[i + 1], 1);
+    words[i] = is_odd ? received : words[i];
+    words[i + 1] = is_odd ? words[i + 1] : received;
+  }
+  GPU_UNROLL for (int i = 0; i < 2; ++i) {
+    const bool is_upper = lane.q & 2;
+    const uint32_t received = shuffle_xor(is_upper ? words[i] : words[i + 2], 2);
+    words[i] = is_upper ? received : words[i];
+    words[i + 2] = is_upper ? words[i + 2] : received;
+  }
+}
+
 // Stores row r of the fragment times `factor`, rounded to T. A thread has 4 bytes of every tile of its row. The four
-// threads of the row exchange these, so that each thread stores whole tiles of 16 bytes. All lanes of the warp take
-// part. If the row exists (is_row), memory has `columns` of its columns, a multiple of 8.
+// threads of the row exchange these, so that each thread stores whole tiles of 16 bytes. If the row exists (is_row),
+// memory has `columns` of its columns, a multiple of 8.
 template <class T, int kTiles>
 GPU_DEVICE void store_row(T* row, const float (&x)[kTiles][4], int r, float factor, bool is_row, int columns,
                           Lane lane) {
   GPU_UNROLL for (int t = 0; t < kTiles; t += 4) {
     uint32_t words[4];
     GPU_UNROLL for (int i = 0; i < 4; ++i) words[i] = pack<T>(x[t + i][2 * r] * factor, x[t + i][2 * r + 1] * factor);
-    // A 4 x 4 transpose, first within pairs of threads and tiles, then between the pairs.
-    GPU_UNROLL for (int i = 0; i < 4; i += 2) {
-      const bool is_odd = lane.q & 1;
-      const uint32_t received = shuffle_xor(is_odd ? words[i] : words[i + 1], 1);
-      words[i] = is_odd ? received : words[i];
-      words[i + 1] = is_odd ? words[i + 1] : received;
-    }
-    GPU_UNROLL for (int i = 0; i < 2; ++i) {
-      const bool is_upper = lane.q & 2;
-      const uint32_t received = shuffle_xor(is_upper ? words[i] : words[i + 2], 2);
-      words[i] = is_upper ? received : words[i];
-      words[i + 2] = is_upper ? words[i + 2] : received;
-    }
+    exchange_in_row(words, lane);
     if (is_row && 8 * (t + lane.q) < columns)
       store_global(reinterpret_cast<Vec4*>(row + 8 * (t + lane.q)), Vec4{words[0], words[1], words[2], words[3]});
   }

@@ -118,19 +118,51 @@ GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, f
   }
 }
 
+// The same for a bias of type T whose rows can be read 16 bytes at a time. Each thread reads eight keys of one tile out of
+// four. The threads of a row then exchange what they have read.
+template <class T, int kTiles>
+GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_slice, float (&logits)[kTiles][4],
+                              QueryRows at) {
+  const Lane lane = this_lane();
+  const int32_t own_key = at.key - 2 * lane.q + 8 * lane.q;
+  GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    const T* next = static_cast<const T*>(bias.data) + head_slice.batch * bias.stride_batch +
+                    head_slice.head * bias.stride_head + (at.query + 8 * r) * bias.stride_query + own_key;
+    GPU_UNROLL for (int t = 0; t < kTiles; t += 4) {
+      Vec4 read{0, 0, 0, 0};
+      if (at.query + 8 * r < head_slice.seqlen_q && own_key + 8 * t < head_slice.seqlen_k)
+        read = load_global(reinterpret_cast<const Vec4*>(next));
+      uint32_t words[4] = {read.x, read.y, read.z, read.w};
+      exchange_in_row(words, lane);
+      GPU_UNROLL for (int i = 0; i < 4; ++i) {
+        const Float2 pair = unpack<T>(words[i]);
+        logits[t + i][2 * r] = multiply_add(pair.x, kLog2E, logits[t + i][2 * r]);
+        logits[t + i][2 * r + 1] = multiply_add(pair.y, kLog2E, logits[t + i][2 * r + 1]);
+      }
+      next = keep_computed(next + 32);
+    }
+  }
+}
+
 // Turns scores into logits, in place, and multiplies gradients by the derivative of the softcap. If the logits are
 // plain, scores stay as they are, and p.softmax_scale_log2 is the factor that is missing.
 template <class T, int kTiles, class Position, class Gradients>
-GPU_DEVICE void to_logits(const Params& p, const HeadSlice& head_slice, float (&scores)[kTiles][4], Position at,
+GPU_DEVICE void to_logits(const Params& p, HeadSlice head_slice, float (&scores)[kTiles][4], Position at,
                           const Gradients& gradients) {
   const LogitParams& x = p.logits;
   if (x.is_plain) return;
+  // Otherwise the compiler computes parts of addresses before a kernel's loop, and keeps them in registers.
+  at.query = keep_computed(at.query);
+  at.key = keep_computed(at.key);
+  head_slice.batch = keep_computed(head_slice.batch);
   apply_scale_and_softcap(p, scores, gradients);
   if (x.relative_bias != nullptr)
     add_relative_bias(x.relative_bias + head_slice.head * x.relative_bias_stride_head + p.seqlen_q - 1, scores, at);
-  if (x.bias.data != nullptr) {
-    x.is_bias_float ? add_bias<float>(x.bias, head_slice, scores, at) : add_bias<T>(x.bias, head_slice, scores, at);
+  if (x.bias.data == nullptr) return;
+  if constexpr (Position::kRowsAreQueries) {
+    if (x.has_bias_rows) return add_bias_rows<T>(x.bias, head_slice, scores, at);
   }
+  x.is_bias_float ? add_bias<float>(x.bias, head_slice, scores, at) : add_bias<T>(x.bias, head_slice, scores, at);
 }
 
 }  // namespace fused_attn::gpu

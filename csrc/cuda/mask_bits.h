@@ -45,6 +45,7 @@ GPU_DEVICE void hide_masked_keys(const Params& p, const HeadSlice& head_slice, V
                                  int32_t first_query, int32_t first_key) {
   const MaskParams& mask = p.mask;
   const uint32_t* const rows = mask.keys_of_query + mask_entry(mask, head_slice) * p.seqlen_q * mask.key_words;
+  first_query = keep_computed(first_query);  // as in to_logits
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int32_t query = min(first_query + 8 * r, head_slice.seqlen_q - 1);
     GPU_UNROLL for (int w = 0; w < kKeys / 32; ++w) visible.words[r][w] &=
@@ -58,6 +59,7 @@ GPU_DEVICE void hide_masked_queries(const Params& p, const HeadSlice& head_slice
                                     int32_t first_query, int32_t first_key) {
   const MaskParams& mask = p.mask;
   const uint32_t* const rows = mask.queries_of_key + mask_entry(mask, head_slice) * p.seqlen_k * mask.query_words;
+  first_key = keep_computed(first_key);  // as in to_logits
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int32_t key = min(first_key + 8 * r, head_slice.seqlen_k - 1);
     GPU_UNROLL for (int w = 0; w < kQueries / 32; ++w) visible.words[r][w] &=

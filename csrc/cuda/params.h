@@ -54,6 +54,7 @@ struct LogitParams {
   int64_t relative_bias_stride_head;
   ScoreTensor bias;    // null data = none
   bool is_bias_float;  // float; otherwise the type of the query
+  bool has_bias_rows;  // the type of the query, and eight neighbouring keys of a query can be read at once
 };
 
 // A dense mask as bits, in words of 32 (mask_bits.h). An entry is a pair of a batch entry and a head. Null = no mask.

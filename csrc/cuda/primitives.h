@@ -211,6 +211,7 @@ GPU_DEVICE void forget_registers(float (&r)[N]);
 
 // Returns x. The compiler cannot compute the result again, and so keeps it in a register.
 GPU_DEVICE uint32_t keep_computed(uint32_t x);
+GPU_DEVICE int32_t keep_computed(int32_t x);
 template <class V>
 GPU_DEVICE const V* keep_computed(const V* p);
 

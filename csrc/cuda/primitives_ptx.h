@@ -363,6 +363,7 @@ GPU_DEVICE uint32_t keep_computed(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+GPU_DEVICE int32_t keep_computed(int32_t x) { return static_cast<int32_t>(keep_computed(static_cast<uint32_t>(x))); }
 template <class V>
 GPU_DEVICE const V* keep_computed(const V* p) {
   asm volatile("" : "+l"(p));

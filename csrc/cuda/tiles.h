@@ -91,13 +91,18 @@ struct FusedBackwardTileSm90<64> {
 };
 
 // The kernel for dq: two consumer warpgroups have 64 queries each, and visit kBlockN keys at a time.
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 struct QueryGradientTileSm90 {
   static constexpr int kBlockN = 64, kStages = 2;
 };
 template <>
-struct QueryGradientTileSm90<256> {
+struct QueryGradientTileSm90<256, false> {
   static constexpr int kBlockN = 64, kStages = 1;  // 192 KiB with q, dout, k and v
+};
+template <>
+struct QueryGradientTileSm90<256, true> {
+  // dq takes 128 registers. This leaves too few for the scores of 64 keys and for what is added to them.
+  static constexpr int kBlockN = 32, kStages = 2;
 };
 
 // The kernel for dk and dv visits kBlockM queries at a time. Its two consumer warpgroups have 64 keys each, and sum

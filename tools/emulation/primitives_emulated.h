@@ -270,6 +270,7 @@ inline void forget_registers(float (&r)[N]) {
 }
 
 inline uint32_t keep_computed(uint32_t x) { return x; }
+inline int32_t keep_computed(int32_t x) { return x; }
 template <class V>
 inline const V* keep_computed(const V* p) {
   return p;

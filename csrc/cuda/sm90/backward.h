@@ -35,11 +35,15 @@ GPU_DEVICE void round_fragment(uint32_t (&rounded)[kTiles / 2][4], const float (
 
 // ---- dq
 
-template <int kHeadDim>
-struct QueryGradientPlan : QueryGradientTileSm90<kHeadDim> {
-  using Sizes = QueryGradientTileSm90<kHeadDim>;
+template <int kHeadDim, bool kIsGeneral>
+struct QueryGradientPlan : QueryGradientTileSm90<kHeadDim, kIsGeneral> {
+  using Sizes = QueryGradientTileSm90<kHeadDim, kIsGeneral>;
   static constexpr int kBlockM = 64 * kGradientConsumers, kBlockN = Sizes::kBlockN, kStages = Sizes::kStages;
   static constexpr int kTiles = kBlockN / 8;
+  // The loading warp of a general kernel also looks for the next block that the mask shows.
+  static constexpr int kProducerRegisters = kIsGeneral ? 56 : kGradientProducerRegisters;
+  static constexpr int kConsumerRegisters = kIsGeneral ? 224 : kGradientConsumerRegisters;
+  static_assert(fits_registers(kProducerRegisters, kGradientConsumers, kConsumerRegisters));
   using QTile = Tile<kHeadDim, kBlockM>;
   using KeyTile = Tile<kHeadDim, kBlockN>;
   static constexpr uint32_t kQ = 0;
@@ -51,9 +55,9 @@ struct QueryGradientPlan : QueryGradientTileSm90<kHeadDim> {
   static_assert(kBytes <= 227 * 1024);
 };
 
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 struct QueryGradientRings {
-  using Plan = QueryGradientPlan<kHeadDim>;
+  using Plan = QueryGradientPlan<kHeadDim, kIsGeneral>;
   Ring<1> q;  // q and dout are loaded once
   Ring<1> dout;
   Ring<Plan::kStages> k;
@@ -80,7 +84,7 @@ struct QueryGradientRings {
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     query_gradient_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT BackwardMaps maps) {
-  using Plan = QueryGradientPlan<kHeadDim>;
+  using Plan = QueryGradientPlan<kHeadDim, kIsGeneral>;
   using KeyTile = typename Plan::KeyTile;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
 
@@ -98,14 +102,14 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   int block = last_to_visit(range.end - 1);
 
   const uint32_t shared = shared_address(shared_memory());
-  const QueryGradientRings<kHeadDim> rings(shared);
+  const QueryGradientRings<kHeadDim, kIsGeneral> rings(shared);
   if (thread_index() == 0) rings.init();
   sync_threads();
   RingPosition<Plan::kStages> position;  // in the rings for k and v
 
   if (thread_index() < kWarpgroup) {
     // Load.
-    decrease_registers<kGradientProducerRegisters>();
+    decrease_registers<Plan::kProducerRegisters>();
     if (thread_index() >= 32 || block < range.begin) return;
     TileLoader loader{rings.cleaning, thread_index() == 0};
     const int row = head_slice.q_offset + first_row;
@@ -125,7 +129,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   }
 
   // Loop.
-  increase_registers<kGradientConsumerRegisters>();
+  increase_registers<Plan::kConsumerRegisters>();
   const int consumer = thread_index() / kWarpgroup - 1;
   const Lane lane = this_lane();
   const int query = first_row + 64 * consumer + thread_index() % kWarpgroup / 32 * 16 + lane.g;
@@ -447,22 +451,17 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
           GPU_UNROLL for (int j = 0; j < 4; ++j) dprobs[t][j] -= j % 2 == 0 ? statistics.y : statistics.w;
         }
       }
-      // keep_computed: otherwise the compiler keeps in registers, during the whole loop, what it computes from the key
-      // and from the batch entry.
-      const int own_key = static_cast<int>(keep_computed(static_cast<uint32_t>(key)));
-      HeadSlice head_slice = work.head_slice;
-      head_slice.batch = static_cast<int>(keep_computed(static_cast<uint32_t>(head_slice.batch)));
-      const KeyRows at{work.block * kBlockM + 2 * lane.q, own_key};
+      const KeyRows at{work.block * kBlockM + 2 * lane.q, key};
       if constexpr (kMakesDk) {
-        to_logits<T>(p, head_slice, probs, at, LogitGradients<kTiles>{dprobs});
+        to_logits<T>(p, work.head_slice, probs, at, LogitGradients<kTiles>{dprobs});
       } else {
-        to_logits<T>(p, head_slice, probs, at, NoGradients{});
+        to_logits<T>(p, work.head_slice, probs, at, NoGradients{});
       }
       const bool has_masked =
-          has_masked_queries<kIsGeneral, kBlockM, kBlockN>(p, head_slice, work.block, work.first_key);
+          has_masked_queries<kIsGeneral, kBlockM, kBlockN>(p, work.head_slice, work.block, work.first_key);
       if (!is_full || has_masked) {
-        VisibleColumns<kBlockM> visible = visible_queries<kBlockM>(p, is_valid, work.block, own_key);
-        if (has_masked) hide_masked_queries(p, head_slice, visible, work.block * kBlockM, own_key);
+        VisibleColumns<kBlockM> visible = visible_queries<kBlockM>(p, is_valid, work.block, key);
+        if (has_masked) hide_masked_queries(p, work.head_slice, visible, work.block * kBlockM, key);
         hide(probs, visible, lane);
       }
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {

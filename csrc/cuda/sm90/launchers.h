@@ -53,7 +53,7 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
 // wanted, and for all that only general kernels have.
 template <class T, int kHeadDim, bool kIsGeneral, class MapsOf>
 void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
-  using QueryPlan = QueryGradientPlan<kHeadDim>;
+  using QueryPlan = QueryGradientPlan<kHeadDim, kIsGeneral>;
   using KeyPlan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   run_kernel(prepare_rows_kernel<T, kHeadDim>, shape_of_row_preparation(p), stream, p);
   if (p.dq.data != nullptr)
