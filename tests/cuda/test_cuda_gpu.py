@@ -75,7 +75,7 @@ def random_blocks(case: Case, dtype: torch.dtype, generator: torch.Generator) ->
 
 
 LARGE = [
-    Case(f"large-{name}", batch=1, seqlen_q=2100, seqlen_k=4100, head_dim=128, **features)
+    Case(f"large-{name}", batch=1, seqlen_q=2100, seqlen_k=4104, head_dim=128, **features)
     for name, features in {
         "relative-bias": {"relative_bias": cases.per_head_bias},
         "bias": {"attn_mask": cases.float_mask("1HLS")},

@@ -322,6 +322,10 @@ BUGS = [
         "if (8 * r < rows && 8 * t + c < columns)", "if (8 * r < rows && 8 * t + c < columns + @)",
     ),
     Bug(
+        "rows-of-a-bias-not-exchanged", 80, "biased-rows", "logits.h",
+        "exchange_in_row(words, lane);", "if (!@) exchange_in_row(words, lane);",
+    ),
+    Bug(
         "tiles-of-a-split-lost", 90, "biased", "sm80/bias_gradient.h",
         "end = static_cast<int32_t>(count * (split + 1) / g.splits);",
         "end = static_cast<int32_t>(count * (split + 1) / g.splits) - @;",
@@ -418,6 +422,9 @@ CASES = {
         "relative-shared", seqlen_q=70, seqlen_k=150, head_dim=HEAD_DIM, relative_bias=cases.shared_bias
     ),
     "biased": Case("biased", seqlen_q=200, seqlen_k=150, head_dim=HEAD_DIM, attn_mask=cases.float_mask("1H1S")),
+    "biased-rows": Case(
+        "biased-rows", batch=1, seqlen_q=70, seqlen_k=152, head_dim=HEAD_DIM, attn_mask=cases.float_mask("HLS")
+    ),
     "masked": Case("masked", seqlen_q=200, seqlen_k=300, head_dim=HEAD_DIM, attn_mask=half_masked),
     "sinks": Case("sinks", seqlen_q=300, seqlen_k=67, head_dim=HEAD_DIM, sinks=cases.sink()),
     "padded": Case(
