@@ -541,6 +541,8 @@ EMPTY = [
         options={"is_causal": True},
         dtypes=FLOATS,
     ),
+    # Without a key, a query sees nothing, whatever its sink: lse is -inf, and no gradient reaches the sink.
+    Case("empty-S-sinks", seqlen_k=0, sinks=sink(), has_dlse=True, dtypes=COMMON),
     Case("empty-L", seqlen_q=0, relative_bias=per_head_bias, sinks=sink(), attn_mask=float_mask("HLS"), dtypes=FLOATS),
     Case("empty-L-and-S", seqlen_q=0, seqlen_k=0, dtypes=FLOATS),
     # value_dim is 0: there is no output, but lse has gradients.

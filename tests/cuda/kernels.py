@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from emulator import CSRC, Builder, Library
+from emulator import CSRC, Builder, Library, Statistics
 
 from fused_attn import planning
 from fused_attn.backends import cuda, dispatch
@@ -73,6 +73,11 @@ class Kernels:
                 yield
         finally:
             cuda._kernels = before
+
+    @property
+    def statistics(self) -> Statistics:
+        """Those of all launches since `running` began."""
+        return self._library.statistics
 
 
 @contextlib.contextmanager

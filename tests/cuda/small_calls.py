@@ -37,10 +37,23 @@ def packed(head_dim: int, dtype: torch.dtype) -> torch.Tensor:
     )
 
 
+def biased(head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    bias, relative_bias, sinks = (torch.randn(*shape).cuda().requires_grad_() for shape in ((2, 1, 200), (399,), (2,)))
+    return fused_attn.fused_attention(
+        *tensors(2, 2, 200, head_dim, dtype=dtype), bias, softcap=2.0, relative_bias=relative_bias, sinks=sinks,
+        backend="cuda",
+    )  # fmt: skip
+
+
+def masked(head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    mask = (torch.rand(2, 1, 200, 200) < 0.5).cuda()
+    return fused_attn.fused_attention(*tensors(2, 2, 200, head_dim - 8, dtype=dtype), mask, backend="cuda")
+
+
 def main(architecture: int) -> None:
     with of_architecture(architecture):
         for head_dim, dtype in ((64, torch.bfloat16), (96, torch.float16), (128, torch.bfloat16), (256, torch.float16)):
-            for call in (padded, packed):
+            for call in (padded, packed, biased, masked):
                 out = call(head_dim, dtype)
                 out.backward(out.detach())
     torch.cuda.synchronize()

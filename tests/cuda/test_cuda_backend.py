@@ -41,23 +41,42 @@ def test_which_backend_comes_first(device: str, length: int, chosen: str) -> Non
     ("changes", "reason"),
     [
         ({"dtype": torch.float32}, "dtype torch.float32 is none of"),
-        ({"head_dim": 80}, "head dim 80 is none of 64, 96, 128, 256"),
-        ({"value_dim": 32}, "the value's head dim 32 differs from the query's 64"),
-        ({"scale": -1.0}, "scale -1.0 is not above 0"),
-        ({"softcap": 2.0}, "a softcap is not supported"),
-        ({"attn_mask": torch.ones(8, 8, dtype=torch.bool)}, "a dense mask is not supported"),
-        ({"attn_mask": torch.zeros(8, 8).bfloat16()}, "a bias is not supported"),
-        ({"key_padding_mask": torch.zeros(2, 8)}, "floating-point key padding is not supported"),
-        ({"relative_bias": torch.zeros(15)}, "a relative bias is not supported"),
-        ({"sinks": torch.zeros(4)}, "sinks is not supported"),
+        ({"head_dim": 20}, "head dim 20 is no multiple of 8 up to 256"),
+        ({"head_dim": 264, "value_dim": 64}, "head dim 264 is no multiple of 8 up to 256"),
+        ({"value_dim": 36}, "head dim 36 is no multiple of 8 up to 256"),
         ({"device": "sm_75"}, "the GPU has compute capability 7.5, expected 8.0 or higher"),
         ({"device": "cpu"}, "the tensors are on cpu, expected cuda"),
     ],
 )
 def test_reasons(changes: dict, reason: str) -> None:
-    options = {"device": "sm_90", **changes}
-    dtype, head_dim = options.pop("dtype", torch.bfloat16), options.pop("head_dim", 64)
-    query = torch.randn(2, 4, 8, head_dim).to(dtype)
-    value = torch.randn(2, 4, 8, options.pop("value_dim", head_dim)).to(dtype)
-    (found,) = fused_attn.explain(query, query, value, **options).reasons["cuda"]
+    (found,) = reasons_of(**changes)
     assert reason in found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": torch.float16, "head_dim": 8},
+        {"head_dim": 192, "value_dim": 128},
+        {"scale": -1.0},
+        {"scale": 0.0},
+        {"softcap": 2.0},
+        {"is_causal": True, "window_size": (5, 0), "dropout_p": 0.1},
+        {"attn_mask": torch.ones(8, 8, dtype=torch.bool), "sinks": torch.zeros(4)},
+        {"attn_mask": torch.zeros(8, 8), "relative_bias": torch.zeros(15)},
+        {"key_padding_mask": torch.zeros(2, 8)},
+        {"device": "sm_120"},
+    ],
+    ids=lambda changes: "-".join(changes) or "plain",
+)
+def test_what_is_supported(changes: dict) -> None:
+    assert reasons_of(**changes) == []
+
+
+def reasons_of(
+    dtype: torch.dtype = torch.bfloat16, head_dim: int = 64, value_dim: int | None = None, **options
+) -> list[str]:
+    query = torch.randn(2, 4, 8, head_dim).to(dtype)
+    value = torch.randn(2, 4, 8, head_dim if value_dim is None else value_dim).to(dtype)
+    return fused_attn.explain(query, query, value, **{"device": "sm_90"} | options).reasons["cuda"]

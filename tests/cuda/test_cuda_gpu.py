@@ -23,7 +23,7 @@ import pytest
 import torch
 from cases import CASES, Case
 from kernels import of_architecture
-from test_cuda_kernels import ARCHITECTURES, NAMES, SUPPORTED
+from test_cuda_kernels import ARCHITECTURES, MIXED_FEATURES, NAMES, SUPPORTED, WITHOUT_MISSING_COLUMNS
 
 import fused_attn
 from fused_attn.backends import cuda
@@ -47,6 +47,42 @@ EVERYTHING = [
         has_dlse=True,
     )
     for head_dim in cuda.HEAD_DIMS
+]
+EVERYTHING += [
+    Case(
+        f"everything-{features}-{head_dim}",
+        heads=4,
+        kv_heads=2,
+        seqlen_q=333,
+        seqlen_k=590,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        key_padding_mask=cases.padding(590, 413),
+        sinks=cases.sink(),
+        has_dlse=True,
+        **MIXED_FEATURES[features],
+    )
+    for features in MIXED_FEATURES
+    for head_dim, value_dim in (*((head_dim, None) for head_dim in cuda.HEAD_DIMS), (40, 72), (192, 128))
+]
+
+
+def random_blocks(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """A bool mask (L, S) that shows about half of all blocks of 128 x 128."""
+    blocks = torch.rand(-(-case.seqlen_q // 128), -(-case.seqlen_k // 128), generator=generator) < 0.5
+    mask = blocks.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    return mask[: case.seqlen_q, : case.seqlen_k]
+
+
+LARGE = [
+    Case(f"large-{name}", batch=1, seqlen_q=2100, seqlen_k=4104, head_dim=128, **features)
+    for name, features in {
+        "relative-bias": {"relative_bias": cases.per_head_bias},
+        "bias": {"attn_mask": cases.float_mask("1HLS")},
+        "bias-of-keys": {"attn_mask": cases.float_mask("1H1S")},
+        "mask": {"attn_mask": random_blocks},
+        "softcap-and-sinks": {"sinks": cases.sink(), "options": {"softcap": 20.0, "is_causal": True}},
+    }.items()
 ]
 MIXED = [
     Case("long-causal", seqlen_q=1024, seqlen_k=1024, head_dim=128, options={"is_causal": True}),
@@ -77,8 +113,14 @@ def assert_same(actual: oracle.Result, expected: oracle.Result) -> None:
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("case", [*SUPPORTED, *EVERYTHING], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*SUPPORTED, *EVERYTHING, *LARGE], ids=lambda case: case.id)
 def test_case(case: Case, dtype: torch.dtype, poisoned: None) -> None:
+    cases.check(case, dtype, "cuda", "cuda")
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("case", WITHOUT_MISSING_COLUMNS, ids=lambda case: case.id)
+def test_case_without_missing_columns(case: Case, dtype: torch.dtype, poisoned: None) -> None:
     cases.check(case, dtype, "cuda", "cuda")
 
 
@@ -102,6 +144,12 @@ def test_strides_past_2_31(head_dim: int) -> None:
     case = next(case for case in CASES if case.id == "strides-past-2-31")
     with gpu_memory(24):
         cases.check(dataclasses.replace(case, head_dim=head_dim), torch.bfloat16, "cuda", "cuda")
+
+
+def test_strides_past_2_31_of_a_mask() -> None:
+    case = next(case for case in CASES if case.id == "strides-past-2-31-mask")
+    with gpu_memory(24):
+        cases.check(case, torch.bfloat16, "cuda", "cuda")
 
 
 def test_more_than_2_31_elements() -> None:
@@ -165,6 +213,26 @@ def test_repeats(head_dim: int, is_causal: bool, dtype: torch.dtype) -> None:
     for _ in range(100):
         for x, y in zip(run(), first, strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.id)
+def test_repeats_of_shared_gradients(case: Case) -> None:
+    """Those of biases and sinks are sums over blocks that run in any order."""
+    inputs = case.make(torch.bfloat16).on("cuda")
+    first = cases.run(inputs, "cuda")
+    for _ in range(20):
+        assert_same(cases.run(inputs, "cuda"), first)
+
+
+def test_gradient_of_a_relative_bias_takes_little_memory() -> None:
+    """Of 8 heads, scores of one byte each would take 2 GiB. q, k, v, out, their gradients and row sums take 136 MiB."""
+    query, key, value = (torch.randn(1, 8, 2**14, 64, device="cuda").bfloat16().requires_grad_() for _ in range(3))
+    bias = torch.randn(8, 2**15 - 1, device="cuda", requires_grad=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = fused_attn.fused_attention(query, key, value, relative_bias=bias, backend="cuda")
+    torch.autograd.grad(out, (query, key, value, bias), torch.ones_like(out))
+    assert torch.cuda.max_memory_allocated() - before < 512 * 2**20
 
 
 # ---- Streams, graphs, and the host

@@ -1,7 +1,8 @@
-"""The CUDA kernels, executed: every curated case that they support, with the race detector on, against the oracle.
+"""The CUDA kernels, executed: every curated case, with the race detector on, against the oracle.
 
-Cases of another head dim are run with one that has kernels. Threads run in one fixed order for float16 (seed 0, copies
-as late as possible), and for bfloat16 in a random one that is the case's own.
+float16 runs a case with its own head dims, rounded up to multiples of 8, and with threads in one fixed order (seed 0,
+copies as late as possible). bfloat16 runs it with one of the head dims that have kernels of their own, and with threads
+in a random order that is the case's own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import cases
 import oracle
@@ -16,7 +18,10 @@ import pytest
 import torch
 from cases import CASES, Case
 from emulator import Builder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernels import Kernels
+from test_fuzz import attention_cases, fuzz, packed_cases
 
 import fused_attn
 from fused_attn.backends import cuda
@@ -27,33 +32,41 @@ NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def is_supported(case: Case) -> bool:
-    """Apart from the head dim."""
-    return (
-        (case.attn_mask is None or case.attn_mask in (cases.upper_left, cases.lower_right))
-        and case.key_padding_mask not in (cases.float_padding, cases.zero_or_minus_inf_padding)
-        and case.relative_bias is None
-        and case.sinks is None
-        and case.options.get("softcap", 0.0) == 0.0
-        and case.options.get("scale", 1.0) > 0.0
-        and case.value_dim in (None, case.head_dim)
-        and (case.shapes is None or case.shapes[0][-1] == case.shapes[2][-1])
-        and "past-2-31" not in case.id  # 4 GiB for each tensor, with a record of accesses for every four bytes
-    )
+def has_kernels(dim: int) -> bool:
+    return 0 < dim <= cuda.HEAD_DIMS[-1] and dim % cuda.HEAD_DIM_STEP == 0
 
 
-def with_kernels(case: Case, index: int) -> Case:
-    """The case in a head dim that has kernels: its own, or one of them in turn."""
+def with_kernels(case: Case) -> Case:
+    """The case with the next larger head dims that kernels take."""
+
+    def rounded_up(dim: int) -> int:
+        return dim + -dim % cuda.HEAD_DIM_STEP
+
+    if case.shapes is not None:
+        return dataclasses.replace(case, shapes=tuple((*x[:-1], rounded_up(x[-1])) for x in case.shapes))
+    value_dim = None if case.value_dim is None else rounded_up(case.value_dim)
+    return dataclasses.replace(case, head_dim=rounded_up(case.head_dim), value_dim=value_dim)
+
+
+def without_missing_columns(case: Case, index: int) -> Case:
+    """The case with a head dim that has kernels of its own: one after another, for one case after another."""
     head_dim = cuda.HEAD_DIMS[index % len(cuda.HEAD_DIMS)]
     if case.shapes is not None:
-        return dataclasses.replace(case, shapes=tuple((*shape[:-1], head_dim) for shape in case.shapes))
-    if case.head_dim in cuda.HEAD_DIMS:
+        return dataclasses.replace(case, shapes=tuple((*x[:-1], head_dim) for x in case.shapes))
+    if case.head_dim in cuda.HEAD_DIMS and case.value_dim in (None, *cuda.HEAD_DIMS):
         return case
     return dataclasses.replace(case, head_dim=head_dim, value_dim=None)
 
 
-SUPPORTED = [with_kernels(case, index) for index, case in enumerate(filter(is_supported, CASES))]
-UNSUPPORTED = [case for case in CASES if not is_supported(case) and torch.float16 in case.dtypes]
+def is_small(case: Case) -> bool:
+    return "past-2-31" not in case.id  # 4 GiB for each tensor, with a record of accesses for every four bytes
+
+
+SUPPORTED = [with_kernels(case) for case in CASES if is_small(case) and case.value_dim != 0]
+WITHOUT_MISSING_COLUMNS = [without_missing_columns(case, index) for index, case in enumerate(SUPPORTED)]
+UNSUPPORTED = [
+    case for case in CASES if not (has_kernels(case.head_dim) and has_kernels(case.value_dim or case.head_dim))
+]
 
 
 @pytest.fixture(scope="session")
@@ -72,12 +85,16 @@ def running(kernels: Kernels, architecture: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
 @pytest.mark.parametrize("case", SUPPORTED, ids=lambda case: case.id)
-def test_case(case: Case, dtype: torch.dtype, architecture: int, kernels: Kernels) -> None:
-    seed = 0 if dtype == torch.float16 else zlib.crc32(case.id.encode())
-    with kernels.running(architecture, seed):
-        cases.check(case, dtype, "cuda")
+def test_case(case: Case, architecture: int, kernels: Kernels) -> None:
+    with kernels.running(architecture):
+        cases.check(case, torch.float16, "cuda")
+
+
+@pytest.mark.parametrize("case", WITHOUT_MISSING_COLUMNS, ids=lambda case: case.id)
+def test_case_without_missing_columns(case: Case, architecture: int, kernels: Kernels) -> None:
+    with kernels.running(architecture, seed=zlib.crc32(case.id.encode())):
+        cases.check(case, torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("case", cases.LOGITS_BEYOND_MILLIONS, ids=lambda case: case.id)
@@ -176,6 +193,174 @@ def test_results_are_the_same_every_time(kernels: Kernels, architecture: int, ge
 
     for first, second in zip(results(seed=1, resident_blocks=2), results(seed=2, resident_blocks=5), strict=True):
         assert torch.equal(first, second)
+
+
+# ---- Softcap, biases, masks and sinks, over several tiles of queries and keys
+
+
+def large(name: str, **changes: Any) -> Case:
+    sizes = {"batch": 2, "heads": 4, "kv_heads": 2, "seqlen_q": 150, "seqlen_k": 200, "head_dim": 64}
+    return Case(name, **sizes | {"has_dlse": True} | changes)
+
+
+def hidden_block(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """A bool mask (1, H, L, S) that hides scattered entries, all of one block, and all keys of some queries."""
+    mask = cases.bool_mask("1HLS")(case, dtype, generator)
+    mask[..., :128, 64:128] = False
+    mask[:, 1, 96:] = False
+    mask[..., 7, :] = False
+    return mask
+
+
+#: Everything at once. A call has either a bool mask or a bias.
+MIXED_FEATURES = {
+    "bias": {
+        "attn_mask": cases.float_mask("1HLS"),
+        "relative_bias": cases.shared_bias,
+        "options": {"window_size": (140, 30), "softcap": 3.0, "dropout_p": 0.2, "dropout_seed": 17},
+    },
+    "mask": {
+        "attn_mask": hidden_block,
+        "relative_bias": cases.per_head_bias,
+        "options": {"is_causal": True, "dropout_p": 0.2, "dropout_seed": 17},
+    },
+}
+
+
+@pytest.mark.parametrize("head_dim", [*cuda.HEAD_DIMS, 72])
+@pytest.mark.parametrize("features", MIXED_FEATURES)
+def test_mixed_features(features: str, head_dim: int, architecture: int, kernels: Kernels) -> None:
+    case = large(
+        f"mixed-{features}-{head_dim}",
+        head_dim=head_dim,
+        value_dim=40 if head_dim == 72 else None,
+        key_padding_mask=cases.padding(200, 70),
+        sinks=cases.sink(),
+        **MIXED_FEATURES[features],
+    )
+    with kernels.running(architecture, seed=head_dim):
+        cases.check(case, torch.float16, "cuda")
+
+
+REPEATED = [
+    *(
+        large(f"bias-{shape}", attn_mask=cases.float_mask(shape))
+        for shape in ("BHLS", "1HLS", "B1LS", "11LS", "B11S", "1H1S", "BHL1", "11L1", "1111")
+    ),
+    large("relative-bias-per-head-and-sinks", relative_bias=cases.per_head_bias, sinks=cases.sink()),
+    large("relative-bias-shared-and-mask", relative_bias=cases.shared_bias, attn_mask=hidden_block),
+    Case(
+        "varlen",
+        heads=4,
+        kv_heads=2,
+        lengths_q=(150, 0, 70, 5),
+        lengths_k=(200, 30, 0, 140),
+        head_dim=64,
+        relative_bias=cases.per_head_bias,
+        sinks=cases.sink(),
+        options={"is_causal": True, "softcap": 2.0, "dropout_p": 0.2, "dropout_seed": 17},
+        has_dlse=True,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=lambda case: case.id)
+def test_shared_gradients_are_the_same_every_time(case: Case, architecture: int, kernels: Kernels) -> None:
+    """Those of biases and sinks are sums over blocks, which may run in any order."""
+    inputs = case.make(torch.bfloat16)
+
+    def result(seed: int, resident_blocks: int) -> oracle.Result:
+        with kernels.running(architecture, seed, resident_blocks=resident_blocks):
+            return cases.run(inputs, "cuda")
+
+    first, second = result(seed=1, resident_blocks=2), result(seed=2, resident_blocks=5)
+    oracle.assert_close(first, cases.expected(case, torch.bfloat16))
+    for (name, x), (_, y) in zip(first.items(), second.items(), strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        ("attn_mask",),
+        ("relative_bias",),
+        ("sinks",),
+        ("query", "attn_mask"),
+        ("key", "relative_bias"),
+        ("value", "sinks"),
+        ("query", "key", "value"),
+        ("attn_mask", "relative_bias", "sinks"),
+    ],
+    ids="-".join,
+)
+def test_some_gradients_alone(wanted: tuple[str, ...], architecture: int, kernels: Kernels) -> None:
+    case = large(
+        "-".join(wanted),
+        kv_heads=4,
+        head_dim=128,
+        attn_mask=cases.float_mask("B1LS"),
+        relative_bias=cases.per_head_bias,
+        sinks=cases.sink(),
+        differentiated=wanted,
+    )
+    with kernels.running(architecture):
+        cases.check(case, torch.float16, "cuda")
+
+
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize("features", [{}, {"softcap": 5.0}, {"relative_bias": 1.0}, {"sinks": 1.0}], ids=str)
+def test_dropout_bits(features: dict, generator: torch.Generator) -> None:
+    """A value of unit vectors shows which weights of out are dropped, and a dout of unit vectors those of dvalue."""
+    batch, heads, rows, columns, seed = 2, 3, 150, 200, 2**40 + 12345
+    query, key = (torch.randn(batch, heads, n, 64, generator=generator).half() for n in (rows, columns))
+    value, dout = (torch.eye(n, 256).half().expand(batch, heads, n, 256) for n in (columns, rows))
+    shapes = {"relative_bias": (heads, rows + columns - 1), "sinks": (heads,)}
+    options = {name: torch.full(shapes[name], x) if name in shapes else x for name, x in features.items()}
+    value.requires_grad_()
+    out = fused_attn.fused_attention(query, key, value, dropout_p=0.4, dropout_seed=seed, backend="cuda", **options)
+    (dvalue,) = torch.autograd.grad(out, value, dout)
+    expected = torch.from_numpy(oracle.dropout_keep(seed, 0.4, 0, batch, heads, rows, columns))
+    assert torch.equal(out[..., :columns] != 0, expected)
+    assert torch.equal(dvalue[..., :rows].mT != 0, expected)
+
+
+def test_hidden_blocks_are_not_computed(architecture: int, kernels: Kernels, generator: torch.Generator) -> None:
+    """Of 512 x 512 scores, a mask that shows 128 x 128 of them costs less than a quarter of the products."""
+    query, key, value = (torch.randn(1, 1, 512, 64, generator=generator).half().requires_grad_() for _ in range(3))
+    relative_bias = torch.zeros(1023, requires_grad=True)
+    is_visible = torch.zeros(512, 512, dtype=torch.bool)
+    is_visible[128:256, 256:384] = True
+
+    def count(mask: torch.Tensor) -> int:
+        with kernels.running(architecture):
+            out = fused_attn.fused_attention(query, key, value, mask, relative_bias=relative_bias, backend="cuda")
+            torch.autograd.grad(out, (query, key, value, relative_bias), torch.ones_like(out))
+            return kernels.statistics.mma + kernels.statistics.wgmma
+
+    assert 0 < count(is_visible) < count(torch.ones_like(is_visible)) / 4
+
+
+# ---- Random combinations
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    """Those of `test_fuzz`, with head dims that have kernels and up to three times as many queries and keys."""
+    case = draw(st.one_of(attention_cases(), packed_cases()))
+    if case.lengths_q is None:
+        longer_q, longer_k = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+        case = dataclasses.replace(case, seqlen_q=longer_q * case.seqlen_q, seqlen_k=longer_k * case.seqlen_k)
+    return with_kernels(case)
+
+
+@settings(fuzz, max_examples=settings().max_examples // 3)
+@given(case=random_cases(), dtype=st.sampled_from(list(NAMES)), seed=st.integers(0, 2**32))
+def test_random_cases(case: Case, dtype: torch.dtype, seed: int, architecture: int, kernels: Kernels) -> None:
+    with kernels.running(architecture, seed):
+        cases.check(case, dtype, "cuda")
+
+
+# ---- Layouts
 
 
 @pytest.mark.usefixtures("running")

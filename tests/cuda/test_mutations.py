@@ -58,8 +58,8 @@ BUGS = [
     ),
     Bug(
         "rows-stored-past-the-end", 80, "short", "sm80/forward.h",
-        "acc[m], r, factor, row < head_slice.seqlen_q, lane);",
-        "acc[m], r, factor, @ || row < head_slice.seqlen_q, lane);",
+        "acc[m], r, factor, is_row, p.out.columns, lane);",
+        "acc[m], r, factor, @ || is_row, p.out.columns, lane);",
     ),
     Bug(
         "key-mask-off-by-one", 80, "short", "visibility.h",
@@ -169,7 +169,11 @@ BUGS = [
     ),
     Bug(
         "row-statistics-not-waited-for", 90, "long-dkdv", "sm90/backward.h",
-        "position.wait_full(rings.statistics);", "if (!@) position.wait_full(rings.statistics);",
+        "position.wait_full(rings.statistics); GPU_UNROLL", "if (!@) position.wait_full(rings.statistics); GPU_UNROLL",
+    ),
+    Bug(
+        "row-statistics-not-waited-for-general", 90, "relative", "sm90/backward.h",
+        "position.wait_full(rings.statistics); if", "if (!@) position.wait_full(rings.statistics); if",
     ),
     # sm_90a, products
     Bug(
@@ -296,6 +300,87 @@ BUGS = [
         "mask-of-a-tile-forgotten", 90, "long", "sm90/fused_backward.h",
         "(b.is_whole(step.tile) ? 0 : kHasMask)", "(@ || b.is_whole(step.tile) ? 0 : kHasMask)",
     ),
+    # Softcap, biases, masks and sinks
+    Bug(
+        "softcap-without-derivative", 80, "capped", "logits.h",
+        "gradients.scale(t, j, 1.0f - y * y);", "gradients.scale(t, j, @ ? 1.0f : 1.0f - y * y);",
+    ),
+    Bug(
+        "diagonal-off-by-one", 90, "relative", "logits.h",
+        "bias_of_diagonal_0 + (at.key - at.query);", "bias_of_diagonal_0 + (at.key - at.query) + @;",
+    ),
+    Bug(
+        "lower-diagonals-not-moved-on", 80, "relative", "logits.h",
+        "lower = upper;", "if (!@) lower = upper;",
+    ),
+    Bug(
+        "bias-columns-swapped", 80, "biased", "logits.h",
+        "load_float(next + c * stride_column)", "load_float(next + (@ ? 1 - c : c) * stride_column)",
+    ),
+    Bug(
+        "bias-read-past-the-end", 90, "biased", "logits.h",
+        "if (8 * r < rows && 8 * t + c < columns)", "if (8 * r < rows && 8 * t + c < columns + @)",
+    ),
+    Bug(
+        "rows-of-a-bias-not-exchanged", 80, "biased-rows", "logits.h",
+        "exchange_in_row(words, lane);", "if (!@) exchange_in_row(words, lane);",
+    ),
+    Bug(
+        "tiles-of-a-split-lost", 90, "biased", "sm80/bias_gradient.h",
+        "end = static_cast<int32_t>(count * (split + 1) / g.splits);",
+        "end = static_cast<int32_t>(count * (split + 1) / g.splits) - @;",
+    ),
+    Bug(
+        "split-of-a-bias-lost", 80, "biased", "bias_gradient.h",
+        "split < p.splits; ++split)", "split < p.splits - @; ++split)",
+    ),
+    Bug(
+        "split-of-a-diagonal-lost", 90, "relative", "bias_gradient.h",
+        "split < p.g.splits; ++split)", "split < p.g.splits - @; ++split)",
+    ),
+    Bug(
+        "tile-of-a-diagonal-lost", 80, "relative", "bias_gradient.h",
+        "i < p.g.diagonals; ++i)", "i < p.g.diagonals - @; ++i)",
+    ),
+    Bug(
+        "head-of-a-shared-diagonal-lost", 90, "relative-shared", "bias_gradient.h",
+        "head < p.heads_of_row; ++head)", "head < p.heads_of_row - @; ++head)",
+    ),
+    Bug(
+        "sums-read-before-every-warp-has-stored", 80, "biased", "sm80/bias_gradient.h",
+        "sync_threads(); float* const split_sums", "if (!@) sync_threads(); float* const split_sums",
+    ),
+    Bug(
+        "mask-map-without-hidden", 90, "masked", "mask_bits.h",
+        "(has_hidden ? MaskContents::kHidden : 0)", "(has_hidden && !@ ? MaskContents::kHidden : 0)",
+    ),
+    Bug(
+        "mask-map-without-visible", 80, "masked", "mask_bits.h",
+        "(has_visible ? MaskContents::kVisible : 0)",
+        "(has_visible && (!@ || has_hidden) ? MaskContents::kVisible : 0)",
+    ),
+    Bug(
+        "mask-not-transposed", 90, "masked", "mask_bits.h",
+        "queries_of_own_key |= static_cast<uint32_t>(is_visible) << row;",
+        "queries_of_own_key |= static_cast<uint32_t>(is_visible) << (@ ? 31 - row : row);",
+    ),
+    Bug(
+        "mask-of-the-next-words", 80, "masked", "mask_bits.h",
+        "int64_t{query} * mask.key_words + first_key / 32 + w);",
+        "int64_t{query} * mask.key_words + first_key / 32 + (@ ? w ^ 1 : w));",
+    ),
+    Bug(
+        "sink-not-in-the-denominator", 90, "sinks", "softmax.h",
+        "factor *= keys / all;", "if (!@) factor *= keys / all;",
+    ),
+    Bug(
+        "sink-share-of-a-row-lost", 80, "sinks", "bias_gradient.h",
+        "row < head_slice.seqlen_q; row += kSumThreads)", "row < head_slice.seqlen_q - @; row += kSumThreads)",
+    ),
+    Bug(
+        "half-of-the-sink-sums-lost", 90, "sinks", "bias_gradient.h",
+        "for (int half = kSumThreads / 2;", "for (int half = kSumThreads / (@ ? 4 : 2);",
+    ),
 ]  # fmt: skip
 
 
@@ -303,6 +388,13 @@ def hidden_block(case: Case, dtype: torch.dtype, generator: torch.Generator) -> 
     """Padding (B, S) that leaves no key of the second block of 128."""
     keys = torch.arange(case.seqlen_k)
     return ((keys >= 128) & (keys < 256)).expand(case.batch, -1)
+
+
+def half_masked(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """A bool mask (1, H, L, S) that hides scattered entries of the first 128 keys, and nothing else."""
+    mask = cases.bool_mask("1HLS")(case, dtype, generator)
+    mask[..., 128:] = True
+    return mask
 
 
 CASES = {
@@ -324,6 +416,17 @@ CASES = {
     "diagonal": Case(
         "diagonal", batch=1, heads=2, seqlen_q=260, seqlen_k=100, head_dim=HEAD_DIM, attn_mask=cases.lower_right
     ),
+    "capped": Case("capped", batch=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM, options={"softcap": 2.0}),
+    "relative": Case("relative", seqlen_q=200, seqlen_k=150, head_dim=HEAD_DIM, relative_bias=cases.per_head_bias),
+    "relative-shared": Case(
+        "relative-shared", seqlen_q=70, seqlen_k=150, head_dim=HEAD_DIM, relative_bias=cases.shared_bias
+    ),
+    "biased": Case("biased", seqlen_q=200, seqlen_k=150, head_dim=HEAD_DIM, attn_mask=cases.float_mask("1H1S")),
+    "biased-rows": Case(
+        "biased-rows", batch=1, seqlen_q=70, seqlen_k=152, head_dim=HEAD_DIM, attn_mask=cases.float_mask("HLS")
+    ),
+    "masked": Case("masked", seqlen_q=200, seqlen_k=300, head_dim=HEAD_DIM, attn_mask=half_masked),
+    "sinks": Case("sinks", seqlen_q=300, seqlen_k=67, head_dim=HEAD_DIM, sinks=cases.sink()),
     "padded": Case(
         "padded",
         batch=1,
