@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
 
     def is_shared_grad_required(self) -> bool:
         """True if one of `SHARED` requires a gradient."""
-        for x in self[SHARED_ITEMS]:  # noqa: SIM110  # any(...) makes a generator, which takes four times as long
+        for x in tuple(self)[SHARED_ITEMS]:  # noqa: SIM110  # any(...) makes a generator, which takes four times as long
             if x is not None and x.requires_grad:
                 return True
         return False

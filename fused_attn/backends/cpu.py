@@ -89,7 +89,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
             raise
         return backward(problem, copied, saved_copied, wanted)
     if wants_shared:
-        pairs = zip(inputs[SHARED_ITEMS], shared, strict=True)
+        pairs = zip(tuple(inputs)[SHARED_ITEMS], shared, strict=True)
         shared = [None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs]
         grads = Gradients(dquery, dkey, dvalue, *shared)
     return grads
@@ -139,8 +139,10 @@ def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: W
     has_scores = problem.batch and problem.num_heads and problem.seqlen_q and problem.seqlen_k
     allocate = torch.empty if has_scores else torch.zeros
     return [
-        allocate(x.shape, dtype=problem.accumulate_dtype, device=problem.device) if is_wanted else None
-        for x, is_wanted in zip(inputs[SHARED_ITEMS], wanted[SHARED_ITEMS], strict=True)
+        allocate(x.shape, dtype=problem.accumulate_dtype, device=problem.device)
+        if is_wanted and x is not None
+        else None
+        for x, is_wanted in zip(tuple(inputs)[SHARED_ITEMS], tuple(wanted)[SHARED_ITEMS], strict=True)
     ]
 
 

@@ -106,7 +106,13 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         _kernels.backward(read, saved, grads, _config(problem), _architecture(problem), workspace)
     if not wanted.is_any_shared:
         return grads
-    return Gradients(*(None if dx is None else dx.to(x.dtype) for x, dx in zip(inputs, grads, strict=False)))
+    return _in_dtype_of(inputs, grads)
+
+
+def _in_dtype_of(inputs: Inputs, grads: Gradients) -> Gradients:
+    """The gradients in the dtypes of the inputs: kernels write those of `inputs.SHARED` as float32."""
+    pairs = zip(inputs, grads, strict=False)
+    return Gradients(*(None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs))
 
 
 def _empty_shared_gradient(inputs: Inputs, name: str) -> Tensor:
@@ -192,7 +198,7 @@ def _workspace(problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None)
         wanted,
         0 if relative_bias is None else relative_bias.shape[0],
         0 if mask is None else _distinct_entries(mask),
-        inputs.bias.shape if wanted is not None and wanted.bias else None,
+        None if inputs.bias is None or wanted is None or not wanted.bias else inputs.bias.shape,
     )
     return torch.empty(size // 4, dtype=torch.float32, device=inputs.query.device) if size else None
 
