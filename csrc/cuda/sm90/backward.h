@@ -1,6 +1,9 @@
-// Backward for Hopper, in the same two kernels as for Ampere (sm80/backward.h says why): dq by blocks of queries, dk
-// and dv by blocks of keys. One warp loads with TMA, and two warpgroups multiply with wgmma. Probabilities and their
-// gradients stay in registers, as left factors of the products that follow.
+// Backward for Hopper in two kernels, as for Ampere (sm80/backward.h says why): query_gradient_kernel computes dq by
+// blocks of queries, key_gradient_kernel computes dk and dv by blocks of keys. In each block of threads, one warpgroup
+// loads with TMA and two consumer warpgroups multiply with wgmma. Probs and dscores stay in registers, as left factors
+// of the products for the gradients.
+//
+// Calls that the fused backward supports run fused_backward.h instead (is_fused_backward in attention.cu).
 #pragma once
 #include <cmath>
 
@@ -14,12 +17,13 @@
 
 namespace fused_attn::gpu::sm90 {
 
-constexpr int kGradientConsumers = 2;
+constexpr int kGradientConsumers = 2;  // warpgroups that multiply, in both kernels
 constexpr int kGradientThreads = kWarpgroup * (1 + kGradientConsumers);
 constexpr int kGradientConsumerWarps = kGradientConsumers * kWarpsPerWarpgroup;
 constexpr int kGradientProducerRegisters = 40, kGradientConsumerRegisters = 232;
 static_assert(fits_registers(kGradientProducerRegisters, kGradientConsumers, kGradientConsumerRegisters));
 
+// Tensor maps, by which TMA loads tiles of query, key, value and dout.
 struct BackwardMaps {
   Map q;
   Map k;
@@ -27,7 +31,7 @@ struct BackwardMaps {
   Map dout;
 };
 
-// Rounds a fragment to the left factors of the next product.
+// Rounds all columns of a fragment to T, as left factors of the next product. Each thread rounds its own entries.
 template <class T, int kTiles>
 GPU_DEVICE void round_fragment(uint32_t (&rounded)[kTiles / 2][4], const float (&x)[kTiles][4]) {
   GPU_UNROLL for (int k = 0; k < kTiles / 2; ++k) left_factor<T>(rounded[k], x, k);
@@ -35,12 +39,14 @@ GPU_DEVICE void round_fragment(uint32_t (&rounded)[kTiles / 2][4], const float (
 
 // ---- dq
 
+// Sizes of the kernel for dq: threads, registers, and where each tile and barrier lies in shared memory (byte offsets).
 template <int kHeadDim, bool kIsGeneral>
 struct QueryGradientPlan : QueryGradientTileSm90<kHeadDim, kIsGeneral> {
   using Sizes = QueryGradientTileSm90<kHeadDim, kIsGeneral>;
   static constexpr int kBlockM = 64 * kGradientConsumers, kBlockN = Sizes::kBlockN, kStages = Sizes::kStages;
   static constexpr int kTiles = kBlockN / 8;
-  // The loading warp of a general kernel also looks for the next block that the mask shows.
+  // The loading warp of a general kernel needs more registers, because it reads the map of the mask to find the next
+  // block of keys with a visible entry.
   static constexpr int kProducerRegisters = kIsGeneral ? 56 : kGradientProducerRegisters;
   static constexpr int kConsumerRegisters = kIsGeneral ? 224 : kGradientConsumerRegisters;
   static_assert(fits_registers(kProducerRegisters, kGradientConsumers, kConsumerRegisters));
@@ -55,10 +61,11 @@ struct QueryGradientPlan : QueryGradientTileSm90<kHeadDim, kIsGeneral> {
   static_assert(kBytes <= 227 * 1024);
 };
 
+// The rings of the kernel for dq. Queries and dout of the block are loaded once; keys and values block by block.
 template <int kHeadDim, bool kIsGeneral>
 struct QueryGradientRings {
   using Plan = QueryGradientPlan<kHeadDim, kIsGeneral>;
-  Ring<1> q;  // q and dout are loaded once
+  Ring<1> q;
   Ring<1> dout;
   Ring<Plan::kStages> k;
   Ring<Plan::kStages> v;
@@ -81,6 +88,8 @@ struct QueryGradientRings {
   }
 };
 
+// Computes dq of kBlockM queries of one head. The block of threads visits the blocks of keys that these queries see,
+// from the last one to the first. Every warp finds the next block of keys by itself, with last_to_visit.
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     query_gradient_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT BackwardMaps maps) {
@@ -213,6 +222,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
 
 // ---- dk and dv
 
+// Sizes of the kernel for dk and dv, and where each tile and barrier lies in shared memory (byte offsets).
 template <int kHeadDim, bool kIsGeneral>
 struct KeyGradientPlan : KeyGradientTileSm90<kHeadDim, kIsGeneral> {
   using Sizes = KeyGradientTileSm90<kHeadDim, kIsGeneral>;
@@ -232,10 +242,12 @@ struct KeyGradientPlan : KeyGradientTileSm90<kHeadDim, kIsGeneral> {
   static_assert(kBytes <= 227 * 1024);
 };
 
+// The rings of the kernel for dk and dv. Keys and values of the block are loaded once; queries, dout and the row
+// statistics tile by tile.
 template <int kHeadDim, bool kIsGeneral>
 struct KeyGradientRings {
   using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
-  Ring<1> k;  // k and v are loaded once
+  Ring<1> k;
   Ring<1> v;
   Ring<Plan::kStages> q;
   Ring<Plan::kStages> dout;
@@ -261,17 +273,18 @@ struct KeyGradientRings {
   }
 };
 
-// A block of keys, and the blocks of queries that see these keys, of all heads of the group. Each step visits one of
-// them.
+// The steps of the kernel for dk and dv. A block of threads has one block of keys, and each step visits one block of
+// queries that sees these keys, of one head of the group. Every thread has a KeyWork of its own and advances it, so
+// that the warps need not tell one another which step comes next.
 template <int kHeadDim, bool kIsGeneral>
 struct KeyWork {
   using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
-  HeadSlice head_slice;  // its head is the head of the step
+  HeadSlice head_slice;  // head_slice.head is the query head of the current step
   int32_t first_key;
-  ValidRows<Plan::kBlockN> valid;
-  BlockRange range;
-  int32_t steps_left;
-  int32_t block;  // the block of queries of the step
+  ValidRows<Plan::kBlockN> valid;  // which keys of the block are valid
+  BlockRange range;  // blocks of queries that see some key of the block, by the band
+  int32_t steps_left;  // with the current step; skipped steps count until they are skipped
+  int32_t block;  // number of the block of queries of the current step
 
   const Params& p;
 
@@ -287,19 +300,23 @@ struct KeyWork {
     block = range.begin;
     skip_masked_blocks();
   }
+  // Whether the block of keys lies beyond the end of its sequence, so that there is nothing to store.
   GPU_DEVICE bool is_empty() const { return first_key >= head_slice.seqlen_k; }
+  // Goes on to the next step that has a visible entry by the mask.
   GPU_DEVICE void advance() {
     next_block();
     skip_masked_blocks();
   }
 
  private:
+  // Goes on to the next block of queries, or to the first one of the next head of the group.
   GPU_DEVICE void next_block() {
     --steps_left;
     if (++block < range.end) return;
     block = range.begin;
     ++head_slice.head;
   }
+  // Skips steps in which the mask hides every entry.
   GPU_DEVICE void skip_masked_blocks() {
     if constexpr (kIsGeneral) {
       while (steps_left > 0 && !has_visible_queries<Plan::kBlockM, Plan::kBlockN>(p, head_slice, block, first_key))
@@ -308,6 +325,8 @@ struct KeyWork {
   }
 };
 
+// The role of the loading warp: loads keys and values once, and queries and dout for each step. All lanes of the warp
+// call this.
 template <int kHeadDim, bool kIsGeneral>
 GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_t shared,
                               const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
@@ -330,7 +349,7 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
                                             head_slice.batch, work.valid);
   for (; work.steps_left > 0; work.advance()) {
     const int first_row = work.block * Plan::kBlockM;
-    ValidRows<Plan::kBlockM> rows;  // those of the sequence: only a packed tensor has others after them
+    ValidRows<Plan::kBlockM> rows;  // rows of the sequence: only in a packed tensor do rows of another sequence follow
     GPU_UNROLL for (int w = 0; w < rows.kWords; ++w) {
       rows.words[w] = p.cu_seqlens_q != nullptr ? column_bits(0, head_slice.seqlen_q - first_row, w) : ~0u;
     }
@@ -342,7 +361,8 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
   }
 }
 
-// A warp of its own does this, because the warp that issues TMA has few registers.
+// Copies lse_log2 and delta of the queries of each step to shared memory, when the consumers have released the slot. A
+// second warp of the first warpgroup calls this, because the loading warp, which issues TMA, has too few registers.
 template <int kHeadDim, bool kIsGeneral>
 GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared,
                                     const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
@@ -364,7 +384,8 @@ GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared,
   }
 }
 
-// kMakesDk, kMakesDv: whether this warpgroup sums dk, and dv. Its keys begin at row first_row of the block.
+// Sums dk and dv of 64 keys over all steps, and stores them. All threads of a consumer warpgroup call this. kMakesDk
+// and kMakesDv say which gradients this warpgroup sums. Its keys begin at row first_row of the block.
 template <class T, int kHeadDim, bool kIsGeneral, bool kMakesDk, bool kMakesDv>
 GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
                                   KeyWork<kHeadDim, kIsGeneral>& work, int first_row) {
@@ -409,13 +430,14 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
       wgmma_commit();
     }
 
-    // This thread has two queries of tile t. Returns (lse_log2, delta) of the first and then of the second.
+    // This thread has two queries of tile t. Returns lse_log2 and delta of the first query (x, y) and of the second one
+    // (z, w).
     const auto statistics_of = [&](int t) {
       return load_shared<Float4>(statistics_tile + (8 * t + 2 * lane.q) * sizeof(RowStatistics));
     };
     const bool is_full = work.range.is_within_band(work.block) && are_all_valid;
     if constexpr (!kIsGeneral) {
-      // The probabilities, and dv.
+      // Compute probs, the left factor for dv.
       wgmma_wait<kMakesDk ? 1 : 0>();
       keep_registers(flat(probs));
       if (!is_full) hide(probs, visible_queries<kBlockM>(p, is_valid, work.block, key), lane);
@@ -427,7 +449,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
       }
       if constexpr (kMakesDv) round_fragment<T>(rounded_probs, probs);
 
-      // The gradients of the probabilities, and dk.
+      // Compute dscores, the left factor for dk.
       if constexpr (kMakesDk) {
         position.wait_full(rings.dout);  // again, as for dq: the branch stops ptxas from moving the next wait
         wgmma_wait<0>();
@@ -490,7 +512,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
     position.advance();
   }
 
-  // Epilogue. The head slice is computed again, because it would have taken registers during the loop.
+  // Epilogue. The head slice is computed again here, because keeping it would take registers during the loop.
   const HeadSlice head_slice = KeyWork<kHeadDim, kIsGeneral>(p).head_slice;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = key + 8 * r;
@@ -507,6 +529,8 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
   }
 }
 
+// Computes dk and dv of one block of keys. Warp 0 loads tiles, warp 1 loads row statistics, and the two consumer
+// warpgroups multiply. With kSplitsGradients, one consumer sums dk and the other one dv of the same 64 keys.
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     key_gradient_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT BackwardMaps maps) {

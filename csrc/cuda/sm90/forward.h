@@ -1,19 +1,24 @@
-// Forward for Hopper: softmax(scores) @ value with TMA and wgmma. A block stays on its multiprocessor and takes one
-// tile of queries after another. Its first warpgroup serves the others:
+// Forward for Hopper: out = softmax(logits) @ value, with TMA and wgmma. The kernel is persistent: a block of threads
+// stays on its multiprocessor and computes one tile of queries after another. A tile has kBlockM queries of one head.
+// The warps of the block have three roles:
 //
-//   the planning warp finds out which tile is next, and which keys the rows of each consumer see
-//   the loading warp loads queries once for each tile, and keys and values through rings
+//   planning warp   decides which tile of queries comes next, which blocks of keys the tile visits, and which of these
+//                   blocks need no mask
+//   loading warp    loads the queries of each tile, and its keys and values block by block, through rings of slots
+//   consumers       two or three warpgroups, which multiply. Each of them has 64 queries of the tile
 //
-// Both leave notes in shared memory, about each tile and about each block of keys. The other warpgroups are the
-// consumers. They read a bit of a note, where otherwise they would have to load padding and compare positions. A full
-// block costs them nothing more.
+// The planning warp writes its decisions to shared memory, as records that are called notes: a TileNote for each tile
+// of queries, and a KeyNote for each block of keys. A consumer then reads one bit of a KeyNote to learn that a block
+// needs no mask. Without notes, each consumer would load the padding and compare positions for every block.
 //
-// Each consumer has 64 queries. While the tensor cores compute the scores of the next keys and sum the values of these
-// keys, the consumer computes exponentials only (LazySoftmax), which takes less time than the products. So one consumer
-// keeps the tensor cores busy while another one waits for them, and consumers need not take turns.
+// In each step a consumer starts two products on the tensor cores: the scores of the next block of keys, and probs @
+// values of the current block. The consumer itself then computes only exponentials (LazySoftmax), which take less time
+// than the products. So one consumer keeps the tensor cores busy while another one waits for its products, and the
+// consumers need no barrier that makes them take turns.
 //
-// Padding and rows of other sequences may hold NaN, and NaN times a probability of 0 is NaN. The scores of such keys
-// are hidden. The loading warp overwrites their values with zeros before it passes the tile on.
+// Padding and rows of other sequences may hold NaN, and NaN times a probability of 0 is NaN. Scores of such keys are
+// hidden, which removes NaN from them. Values of such keys are overwritten with zeros by the loading warp, before it
+// marks their slot as full.
 #pragma once
 #include <type_traits>
 
@@ -27,11 +32,13 @@
 
 namespace fused_attn::gpu::sm90 {
 
-constexpr int kConsumerRows = 64;
-constexpr int kTileNotes = 2;  // so that the next tile is loaded while this one is computed
-constexpr uint32_t kTileNoteBytes = 128, kKeyNoteBytes = 64;
-constexpr int kKeyNotes = 8;
+constexpr int kConsumerRows = 64;  // queries of one consumer: wgmma multiplies 64 rows
+constexpr int kTileNotes = 2;  // slots of the ring of TileNotes: the next tile is loaded while this one is computed
+constexpr uint32_t kTileNoteBytes = 128, kKeyNoteBytes = 64;  // bytes from one slot to the next
+constexpr int kKeyNotes = 8;  // slots of the ring of KeyNotes: more than stages, so that the planning warp is ahead
 
+// Sizes of the forward kernel: threads, registers, and where each tile, note and barrier lies in shared memory (byte
+// offsets from its start).
 template <int kHeadDim, bool kIsGeneralOption>
 struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
   using Sizes = ForwardTileSm90<kHeadDim, kIsGeneralOption>;
@@ -40,10 +47,11 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
   static constexpr int kStages = Sizes::kStages, kQueryStages = Sizes::kQueryStages;
   static constexpr int kBlockM = kConsumerRows * kConsumers;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
-  static constexpr int kTiles = kBlockN / 8;
+  static constexpr int kTiles = kBlockN / 8;  // tiles of 8 columns in a fragment of scores
   static constexpr int kConsumerWarps = kConsumers * kWarpsPerWarpgroup;
 
-  // With setmaxnreg, the first warpgroup gives up registers, and the consumers get these.
+  // Registers of each thread. With setmaxnreg, the first warpgroup (planning and loading warps) gives up registers, and
+  // the consumers get them.
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 224;
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
@@ -64,25 +72,28 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
 
 constexpr int kNoMoreTiles = -1;
 
-// About a tile of queries. The planning warp writes it for the consumers, and for itself, because it has few registers.
+// The note about a tile of queries: its head slice, its first row, and the blocks of keys to visit. Lane 0 of the
+// planning warp writes the note, and the consumers read it. The planning warp also reads its own note again instead of
+// keeping these numbers in registers, of which it has few.
 struct TileNote {
   uint32_t address;
 
+  // Writes all fields but the ranges of the consumers.
   GPU_DEVICE void store(int32_t first_row, const BlockRange& blocks, const HeadSlice& head_slice) const {
     store_shared(address, Vec4{word(first_row), word(blocks.begin), word(blocks.end), word(head_slice.head)});
     store_shared(address + 16, Vec4{word(head_slice.batch), word(head_slice.kv_head), word(head_slice.k_offset),
                                     word(head_slice.seqlen_k)});
     store_shared(address + 32, Vec2{word(head_slice.q_offset), word(head_slice.seqlen_q)});
   }
-  GPU_DEVICE int32_t first_row() const { return load_shared<int32_t>(address); }  // or kNoMoreTiles
-  GPU_DEVICE int32_t first_block() const {
-    return load_shared<int32_t>(address + 4);
-  }  // the first block of keys to visit
+  // The first query of the tile, or kNoMoreTiles.
+  GPU_DEVICE int32_t first_row() const { return load_shared<int32_t>(address); }
+  // The blocks of keys to visit are first_block ... end_block - 1.
+  GPU_DEVICE int32_t first_block() const { return load_shared<int32_t>(address + 4); }
   GPU_DEVICE int32_t end_block() const { return load_shared<int32_t>(address + 8); }
 
   GPU_DEVICE void store_end_block(int32_t block) const { store_shared(address + 8, block); }
 
-  // The head slice, with the fields that matter for queries, or for keys.
+  // The head slice with its fields for queries alone, or for keys alone. The other fields are 0, and need no register.
   GPU_DEVICE HeadSlice query_slice() const {
     const Vec2 x = load_shared<Vec2>(address + 32);
     return {
@@ -102,7 +113,7 @@ struct TileNote {
             int32_t(x.w)};
   }
 
-  // The blocks of keys that a consumer's rows see.
+  // The blocks of keys that the 64 queries of a consumer see, by the band.
   GPU_DEVICE void store_range(int consumer, const BlockRange& range) const {
     store_shared(address + 48 + 16 * consumer,
                  Vec4{word(range.begin), word(range.end), word(range.full_begin), word(range.full_end)});
@@ -116,11 +127,11 @@ struct TileNote {
   static GPU_DEVICE uint32_t word(int32_t x) { return static_cast<uint32_t>(x); }
 };
 
-// What a consumer's rows see of a block of keys.
+// Bits about one consumer and one block of keys: what the 64 queries of the consumer see. A word of a KeyNote.
 struct View {
-  static constexpr uint32_t kIsSeen = 1;    // some row sees some key
-  static constexpr uint32_t kIsWhole = 2;   // every row sees every key
-  static constexpr uint32_t kSeesMore = 4;  // some row sees some key of the next block
+  static constexpr uint32_t kIsSeen = 1;  // some query sees some key
+  static constexpr uint32_t kIsWhole = 2;  // every query sees every key, so that no entry needs a test
+  static constexpr uint32_t kSeesMore = 4;  // some query sees some key of the block that is visited next
   static constexpr uint32_t kIsLast = 8;    // the tile visits no block after this one
   uint32_t bits;
 
@@ -128,17 +139,19 @@ struct View {
   GPU_DEVICE void set(uint32_t bit, bool is_set) { bits |= is_set ? bit : 0; }
 };
 
-// What the loading warp has to load.
+// What the loading warp has to load when a KeyNote comes. The two row numbers are rows of the tensors, as TMA counts
+// them.
 struct Boxes {
-  static constexpr int32_t kKeys = 1, kQueries = 2, kIsLast = 4;
+  static constexpr int32_t kKeys = 1, kQueries = 2, kIsLast = 4;  // kIsLast: the last block of keys of a tile
   int32_t what;  // a sum of the bits above; 0 = there is nothing more to load
-  int32_t key_row;
-  int32_t query_row;
-  int32_t all_valid;  // all keys are valid, so the values need no cleaning
+  int32_t key_row;  // first row of the block in key and value
+  int32_t query_row;  // first row of the tile in query
+  int32_t all_valid;  // not 0 if all keys of the block are valid: no row of the values is overwritten with zeros
   int32_t batch, head, kv_head;
 };
 
-// About a block of keys. The planning warp writes it for all others.
+// The note about a block of keys. Lanes of the planning warp write its fields, and the loading warp and the consumers
+// read them. Bytes: 0 views of the consumers, 12 number of the block, 16 valid keys, 32 boxes to load.
 template <int kBlockN>
 struct KeyNote {
   uint32_t address;
@@ -164,15 +177,16 @@ struct KeyNote {
   }
 };
 
+// All rings and barriers of the forward kernel, and the addresses of their slots in shared memory.
 template <class Plan>
 struct ForwardRings {
-  Ring<Plan::kQueryStages> q;
-  Ring<Plan::kStages> k;
+  Ring<Plan::kQueryStages> q;  // tiles of queries
+  Ring<Plan::kStages> k;  // tiles of keys; v: tiles of values
   Ring<Plan::kStages> v;
-  Ring<kTileNotes> tiles;
-  Ring<kKeyNotes> notes;
-  uint32_t cleaning;  // a barrier: the values have come, and some of their rows have to be overwritten
-  uint32_t shared;
+  Ring<kTileNotes> tiles;  // TileNotes
+  Ring<kKeyNotes> notes;  // KeyNotes
+  uint32_t cleaning;  // a barrier: a tile of values has arrived, and its rows that are not valid can be overwritten
+  uint32_t shared;  // address of the dynamic shared memory
 
   GPU_DEVICE explicit ForwardRings(uint32_t shared) : shared(shared) {
     q.barriers = shared + Plan::kRings;
@@ -183,16 +197,18 @@ struct ForwardRings {
     cleaning = notes.barriers + notes.kBytes;
   }
 
+  // Initialises all barriers. One thread calls this, before the block synchronises.
   GPU_DEVICE void init() const {
     q.init(Plan::kConsumerWarps);
     k.init(Plan::kConsumerWarps);
     v.init(Plan::kConsumerWarps);
     tiles.init(Plan::kConsumerWarps);
-    notes.init(1);  // the loading warp alone empties them: it knows when the consumers have read them
+    notes.init(1);  // the loading warp alone releases KeyNotes, see Loader::load_keys
     mbarrier_init(cleaning, 1);
     fence_mbarrier_init();
   }
 
+  // The slot that a position in a ring stands at.
   GPU_DEVICE TileNote tile_note(RingPosition<kTileNotes> position) const {
     return {shared + Plan::kTileNotesAt + position.slot() * kTileNoteBytes};
   }
@@ -210,7 +226,7 @@ struct ForwardRings {
   }
 };
 
-// What the kernel gets besides Params.
+// Tensor maps of query, key and value, by which TMA loads them.
 struct ForwardMaps {
   Map q;
   Map k;
@@ -219,8 +235,8 @@ struct ForwardMaps {
 
 // ---- The planning warp
 
-// Decides, ahead of the loads, which blocks of keys each consumer sees and which of them need no mask. The decisions
-// are notes in shared memory. Lane n of the warp decides for consumer n, and lane 0 for the loads.
+// The role of the planning warp. All 32 lanes run these functions. For each block of keys, lane n writes the View of
+// consumer n to the KeyNote, and lane 0 writes the Boxes for the loading warp.
 template <class Plan>
 struct Planner {
   static constexpr int kBlockN = Plan::kBlockN;
@@ -230,18 +246,25 @@ struct Planner {
   RingPosition<kTileNotes> tile_position = {};
   RingPosition<kKeyNotes> note_position = {};
 
+  // The blocks of keys that the `rows` queries from first_row on see by the band; an empty range if none of the queries
+  // exists.
   GPU_DEVICE BlockRange seen_by(const HeadSlice& head_slice, int first_row, int rows) const {
     if (first_row >= head_slice.seqlen_q) return {};
     return key_range<kBlockN>(p, head_slice, first_row, min(first_row + rows, head_slice.seqlen_q) - 1);
   }
 
+  // The note about the tile that is planned now.
   GPU_DEVICE TileNote tile() const { return rings.tile_note(tile_position); }
+  // The last block of keys up to `block` that the tile visits, or a number below the tile's first block. A plain kernel
+  // reads only the fields for keys, which saves registers.
   GPU_DEVICE int last_to_visit(int block) const {
     const HeadSlice head_slice = Plan::kIsGeneral ? tile().head_slice() : tile().key_slice();
     return last_block_to_visit<Plan::kIsGeneral, Plan::kBlockM, kBlockN>(p, head_slice, tile().first_row(),
                                                                          tile().first_block(), block);
   }
 
+  // Writes the KeyNote about `block`, when a slot is empty. `next` is the block that the tile visits after this one. A
+  // tile visits its blocks from the last one to the first.
   GPU_DEVICE void post_block(int block, int next) {
     note_position.wait_empty(rings.notes);
     const KeyNote<kBlockN> note = rings.key_note(note_position);
@@ -268,16 +291,21 @@ struct Planner {
     }
     post_note();
   }
+  // Marks the slot of the current KeyNote as full, and goes on to the next slot.
   GPU_DEVICE void post_note() {
     sync_warp();  // the note is complete
     if (lane == 0) mbarrier_arrive(rings.notes.full(note_position.slot()));
     note_position.advance();
   }
 
-  GPU_DEVICE void post_tile() {  // lane 0 has written all that others read of the note
+  // Marks the slot of the current TileNote as full. Lane 0 has written all fields that other warps read.
+  GPU_DEVICE void post_tile() {
     if (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));
   }
 
+  // Writes the TileNote about the queries from first_row on, and then the KeyNote of each block of keys that these
+  // queries visit. The end of the blocks is written twice: first by the band alone, so that last_to_visit can read the
+  // note, and then without blocks at the end that have no visible key.
   GPU_DEVICE void plan_tile(const HeadSlice& head_slice, int first_row) {
     tile_position.wait_empty(rings.tiles);
     if (lane == 0) tile().store(first_row, seen_by(head_slice, first_row, Plan::kBlockM), head_slice);
@@ -296,6 +324,8 @@ struct Planner {
     tile_position.advance();
   }
 
+  // Plans the tiles that this block of threads takes, one after another. At the end, a TileNote with kNoMoreTiles makes
+  // the consumers return, and a KeyNote with empty Boxes makes the loading warp return.
   GPU_DEVICE void run(int num_tiles) {
     int number = block_index_x();
     while (number < num_tiles) {
@@ -304,8 +334,9 @@ struct Planner {
       const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
       const int first_row = work.block * Plan::kBlockM;
       if (first_row < head_slice.seqlen_q) plan_tile(head_slice, first_row);
-      // The first tile of a block is its own. With a counter, blocks take the others one after another; without a
-      // counter, each block takes every grid_size-th tile.
+      // The first tile of a block of threads has the number of the block. Further tiles: with a counter, a block takes
+      // the next tile that no block has taken. Without a counter, all tiles take equally long, and each block takes
+      // every grid_size-th tile.
       if (p.tile_counter != nullptr) {
         if (lane == 0) number = atomic_fetch_add(p.tile_counter, 1);
         number = shuffle(number, 0);
@@ -323,6 +354,7 @@ struct Planner {
 
 // ---- The loading warp
 
+// The role of the loading warp. All 32 lanes run these functions. TileLoader says which of them issues the loads.
 template <class Plan>
 struct Loader {
   static constexpr int kBlockN = Plan::kBlockN;
@@ -334,8 +366,9 @@ struct Loader {
   RingPosition<kKeyNotes> note_position = {}, free_position = {};
   int notes_in_use = 0;
 
-  // When the slot is free, all consumers have released the keys that were in it. So they have read the note that came
-  // before the note of these keys.
+  // Loads the keys of block n (counting from 0) as soon as a slot of their ring is empty. Then releases KeyNote n -
+  // kStages - 1: the slot was empty, so every consumer has released the keys of block n - kStages. A consumer does that
+  // after it has finished with the note of the block before.
   GPU_DEVICE void load_keys(const Boxes& boxes) {
     loader.template load<typename Plan::KeyTile>(rings.k, k_position, rings.key_tile(k_position), maps.k, boxes.key_row,
                                                  boxes.kv_head, boxes.batch);
@@ -345,6 +378,8 @@ struct Loader {
     free_position.advance();
   }
 
+  // Loads the values of the block that a KeyNote is about. If some keys are not valid, their rows of the tile become
+  // zeros.
   GPU_DEVICE void load_values(KeyNote<kBlockN> note) {
     const Boxes boxes = note.boxes();
     const uint32_t tile = rings.value_tile(v_position);
@@ -358,15 +393,18 @@ struct Loader {
     v_position.advance();
   }
 
+  // Loads the queries of a tile.
   GPU_DEVICE void load_queries(const Boxes& boxes) {
     loader.template load<typename Plan::QTile>(rings.q, q_position, rings.query_tile(q_position), maps.q,
                                                boxes.query_row, boxes.head, boxes.batch);
     q_position.advance();
   }
 
-  // The keys of a step are loaded before the values of the step before, because the consumers want them in this order.
+  // Loads what each KeyNote asks for, until a note asks for nothing. The keys of a block are loaded before the values
+  // of the block before it, because the consumers multiply in this order: they compute the scores of the next block
+  // before they sum the values of this one. The queries of a tile come after the first keys of the tile.
   GPU_DEVICE void run() {
-    KeyNote<kBlockN> before{};
+    KeyNote<kBlockN> before{};  // the note about the block before, whose values have not been loaded
     while (true) {
       note_position.wait_full(rings.notes);
       const KeyNote<kBlockN> note = rings.key_note(note_position);
@@ -388,6 +426,9 @@ struct Loader {
 
 // ---- The consumers
 
+// The role of a consumer. All 128 threads of the warpgroup run these functions, and each thread has two rows of the
+// fragments: queries thread_row and thread_row + 8 of the tile. The positions say how far this consumer has got in each
+// ring.
 template <class T, int kHeadDim, bool kIsGeneral>
 struct Consumer {
   using Plan = ForwardPlan<kHeadDim, kIsGeneral>;
@@ -408,30 +449,34 @@ struct Consumer {
   uint32_t probs[kBlockN / 16][4];
   DropoutKeep<kTiles> dropout_keep;  // of a general kernel with dropout
 
+  // Marks the slot as empty for this warp, and goes on to the next slot.
   template <int kSlots>
   static GPU_DEVICE void release(const Ring<kSlots>& ring, RingPosition<kSlots>& position) {
     position.release(ring);
     position.advance();
   }
 
+  // Starts scores = queries @ keys^T on the tensor cores. wgmma_wait waits for the result.
   GPU_DEVICE void start_scores() {
     wgmma_fence();
     start_multiply_transposed<T, kHeadDim, Plan::kBlockM>(scores, rings.query_tile(q_position), kConsumerRows * number,
                                                           rings.key_tile(k_position));
     wgmma_commit();
   }
+  // Starts acc += probs @ values on the tensor cores.
   GPU_DEVICE void start_values() {
     wgmma_fence();
     start_multiply<T, kHeadDim>(acc, probs, rings.value_tile(v_position));
     wgmma_commit();
   }
   GPU_DEVICE bool has_dropout() const { return kIsGeneral && p.dropout_seed != nullptr; }
-  GPU_DEVICE void draw_dropout(TileNote tile, KeyNote<kBlockN> note) {  // to be called while products run
+  // With dropout, computes which probs of this block survive. This is called while products run on the tensor cores.
+  GPU_DEVICE void draw_dropout(TileNote tile, KeyNote<kBlockN> note) {
     if (has_dropout())
       dropout_keep = dropout_keep_of_query_rows<kTiles>(Dropout(p, tile.query_slice()), tile.first_row() + thread_row,
                                                         note.block() * kBlockN, lane);
   }
-  // Turns scores into logits, and hides those that a query does not see.
+  // Turns scores into logits (general kernels), and sets the entries to -inf that a query does not see.
   GPU_DEVICE void finish_scores(TileNote tile, KeyNote<kBlockN> note, View view) {
     const int query = tile.first_row() + thread_row;
     if constexpr (kIsGeneral)
@@ -443,16 +488,19 @@ struct Consumer {
     }
     hide(scores, visible, lane);
   }
-  // Calls f with the entries that survive dropout.
+  // Calls f with what tells which entries survive dropout: dropout_keep, or NoDropout.
   template <class F>
   GPU_DEVICE void with_dropout(F f) {
     has_dropout() ? f(dropout_keep) : f(NoDropout{});
   }
+  // Computes probs of a tile's first block, which needs a new reference in any case.
   GPU_DEVICE void raise_and_compute_probs() {
     with_dropout([&](const auto& survivors) {
       softmax.template raise_and_compute_probs<T>(scores, p.softmax_scale_log2, survivors, probs, rescale);
     });
   }
+  // Computes probs of a later block with the reference as it is. If the probs are too large, raises the reference and
+  // multiplies acc by the rescale factor.
   GPU_DEVICE void compute_probs() {
     with_dropout([&](const auto& survivors) {
       if (softmax.template try_probs<T>(scores, p.softmax_scale_log2, survivors, probs)) return;
@@ -461,19 +509,24 @@ struct Consumer {
     });
   }
 
+  // Waits until the next block of keys is in shared memory. Sets `note` to the block's KeyNote, and returns what this
+  // consumer sees of the block. The loaded keys imply a full note: the loading warp has read the note before.
   GPU_DEVICE View wait_for_keys(KeyNote<kBlockN>& note) {
     k_position.wait_full(rings.k);
     note = rings.key_note(note_position);
     note_position.advance();
     return note.view(number);
   }
-  // For a block that only other consumers see: releases its keys and values.
+  // Releases the keys and values of a block that only other consumers of this block of threads see.
   GPU_DEVICE void pass_block() {
     release(rings.k, k_position);
     v_position.wait_full(rings.v);
     release(rings.v, v_position);
   }
 
+  // Sums probs @ values over all blocks of keys of the tile into acc. The scores of the next block are computed in the
+  // same step as the values of this block are summed, so the first scores and the last values stand outside of the
+  // loop.
   GPU_DEVICE void visit_blocks(TileNote tile) {
     q_position.wait_full(rings.q);
     KeyNote<kBlockN> note;
@@ -508,8 +561,8 @@ struct Consumer {
       wgmma_wait<0>();  // before the probabilities are overwritten
       keep_registers(flat(acc));
       release(rings.v, v_position);
-      // This branch has to stand here. It keeps ptxas from moving the release of the values down among the
-      // exponentials.
+      // The order matters: this branch between the release of the values and compute_probs keeps ptxas from moving the
+      // release down among the exponentials.
       if (!view.has(View::kSeesMore)) release(rings.q, q_position);
       compute_probs();
     }
@@ -526,6 +579,7 @@ struct Consumer {
     }
   }
 
+  // Divides acc by the sums of the softmax, and writes out and lse of this thread's two rows to global memory.
   GPU_DEVICE void store(TileNote tile) {
     const HeadSlice head_slice = tile.query_slice();
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
@@ -556,6 +610,8 @@ struct Consumer {
   }
 };
 
+// The forward kernel, launched by launch_forward (launchers.h). Of the first warpgroup, warp 0 is the loading warp and
+// warp 1 the planning warp; the other two warps have nothing to do. Each further warpgroup is a consumer.
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kIsGeneral>::kThreads), 1)
     forward_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT ForwardMaps maps, int num_tiles) {

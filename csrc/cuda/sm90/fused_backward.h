@@ -1,29 +1,32 @@
-// Backward for Hopper in one kernel: five products for each pair of tiles. A block takes kKeyBlock keys of one head,
-// and goes over the queries that see these keys, kBlockM at a time. Scores and probabilities are transposed: rows are
-// keys.
+// Backward for Hopper in one kernel, which computes five products for each pair of a tile of queries and a block of
+// keys. A block of threads takes kKeyBlock keys of one head, and visits the queries that see these keys, kBlockM at a
+// time. Scores and probs are transposed: their rows are keys.
 //
 //   scores^T = k @ q^T        dprobs^T = v @ dout^T
 //   dv += probs^T @ dout      dk += dscores^T @ q        dq = dscores @ k
 //
-// Probabilities and dscores stay in registers, as left factors of dv and dk. For dq, dscores also go through shared
-// memory, once. A tile of dq is part of a sum over all blocks of keys: the copy engine adds the tile to float sums in
-// global memory. In the end a small kernel rounds these sums.
+// Probs and dscores stay in registers, as left factors of the products for dv and dk. For dq, dscores also go through
+// shared memory, once. A tile of dq is a sum over all blocks of keys: bulk copies add each part to float sums in global
+// memory (dq_sums). In the end, a small kernel rounds these sums to dq.
 //
-// The additions to a tile of dq come in a fixed order, so the result does not depend on timing. The last block of keys
-// that sees the tile adds first, then the block before, and so on. Each block waits for its turn at a counter of the
-// tile. Blocks of keys are taken in the same order, from the last one to the first, and each goes over the queries
-// upwards. This has two consequences:
+// Parts are added to a tile of dq in a fixed order, so the result does not depend on timing. The last block of keys
+// that sees the tile adds first, then the block of keys before it, and so on. Each tile has a counter (dq_turns), and a
+// block of keys waits until the counter shows the block's own number in this order. Blocks of keys are taken in the
+// same order, from the last one to the first, and each visits its tiles of queries upwards. This order has two
+// consequences:
 //
-//   - Neighbouring blocks are at different tiles at the same time, and hardly ever wait for each other.
-//   - A block waits only for blocks of the same head that were taken earlier. The unfinished block that was taken first
-//     never waits, whatever else runs on the GPU. So nothing can hang.
+//   - Neighbouring blocks of keys are at different tiles at the same time, and hardly ever wait for each other.
+//   - A block of keys waits only for blocks of the same head that were taken earlier. Of all unfinished blocks, the one
+//     that was taken first never waits, whatever else runs on the GPU. So there is no deadlock.
 //
-// Who does what:
+// The warps of a block of threads have these roles:
 //
 //   warp 0             loads keys, queries and lse
 //   warp 1             loads values, dout and delta
-//   warps 2, 3         add tiles of dq, in turns
-//   warpgroups 1, 2    multiply; each has 64 keys
+//   warps 2, 3         one thread of each adds tiles of dq to the sums; one takes even steps, the other odd steps
+//   warpgroups 1, 2    multiply; each has 64 of the keys
+//
+// A step is the work for one tile of queries.
 #pragma once
 #include <cmath>
 #include <type_traits>
@@ -39,12 +42,14 @@
 
 namespace fused_attn::gpu::sm90 {
 
-// The first loading warp tells the other roles through a ring which keys come next. So this warp can be ahead of the
-// others.
+// The ring through which the first loading warp hands the next KeyBlock to all roles. With several slots, this warp can
+// already load for the next block of keys while the other roles still work on the current one.
 constexpr int kKeyBlockSlots = 4;
 constexpr uint32_t kKeyBlockSlotBytes = 128;
 static_assert(kKeyBlockBytes <= kKeyBlockSlotBytes);
 
+// Sizes of the fused backward: threads, registers, parts of dq, and where each tile, array and barrier lies in shared
+// memory (byte offsets from its start).
 template <int kHeadDim>
 struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim> {
   using Sizes = FusedBackwardTileSm90<kHeadDim>;
@@ -55,18 +60,19 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim> {
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
 
-  // A tile of dq, and a warpgroup's part of the tile: 64 rows, or half of the columns. The columns that fill up the
-  // last panel are zeros.
+  // Each of the two consumer warpgroups computes its own part of a tile of dq: 64 of 128 rows (kSplitsRows), or half of
+  // the columns. Columns of the last panel beyond the head dim are zeros.
   static constexpr bool kSplitsRows = kBlockM == 128;
   static constexpr int kDqColumns = Tile<kHeadDim, kBlockM>::kPanels * kPanelColumns;
   static constexpr int kOwnColumns = kSplitsRows ? kDqColumns : kDqColumns / 2;
   static constexpr int kDqFloats = kBlockM * kDqColumns, kOwnDqFloats = kDqFloats / kConsumers;
-  static constexpr int kTilesPerRowBlock = kRowBlock / kBlockM;
+  static constexpr int kTilesPerRowBlock = kRowBlock / kBlockM;  // tiles of dq in a row block
 
   using KeyTile = Tile<kHeadDim, kBlockN>;
   using QTile = Tile<kHeadDim, kBlockM>;
   static constexpr uint32_t kStatisticsBytes = kBlockM * 4;
-  static constexpr uint32_t kDscoresPanelBytes = kBlockN * kPanelRowBytes;  // of 64 queries: a row for each key
+  // A panel has 64 queries as columns, and a row for each key.
+  static constexpr uint32_t kDscoresPanelBytes = kBlockN * kPanelRowBytes;
   static constexpr uint32_t kDscoresBytes = kBlockM / kPanelColumns * kDscoresPanelBytes;
   static constexpr uint32_t kOwnDqBytes = kOwnDqFloats * 4;
   static constexpr uint32_t kK = 0;
@@ -86,26 +92,29 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim> {
 
 // ---- How the roles wait for one another
 
-// What the consumers have to know about a tile of queries.
+// What the first loading warp tells the consumers about a step: which tile of queries, and of which query head of the
+// group.
 struct alignas(8) StepInfo {
-  int32_t tile;  // the number of the tile; kHasMask is set if some key is hidden from some query
+  int32_t tile;  // kTileNumber: number of the tile; kHasMask: some query does not see some key
   int32_t head;
 };
 constexpr int32_t kHasMask = 1 << 30;
 constexpr int32_t kTileNumber = kHasMask - 1;
 
+// All rings and barriers of the fused backward. A full barrier of a ring says that a tile has arrived, an empty one
+// that its slot may be written again.
 template <int kHeadDim>
 struct FusedBackwardRings {
   using Plan = FusedBackwardPlan<kHeadDim>;
-  Ring<kKeyBlockSlots> work;
+  Ring<kKeyBlockSlots> work;  // KeyBlocks, see kKeyBlockSlots
   Ring<1> k;
   Ring<1> v;
-  Ring<Plan::kQStages> q;        // with lse and StepInfo
-  Ring<Plan::kDoutStages> dout;  // with delta
-  uint32_t dscores;              // two barriers, one for each buffer: the buffer is full
-  uint32_t dq_full;              // two barriers for each warpgroup: its dq of an even, or odd, step has been written
-  uint32_t dq_empty;             // one barrier for each warpgroup: its dq may be written
-  uint32_t cleaning;             // one barrier for each loading warp: a tile has come, and rows have to be overwritten
+  Ring<Plan::kQStages> q;  // tiles of queries, each with its lse and its StepInfo
+  Ring<Plan::kDoutStages> dout;  // tiles of dout, each with its delta
+  uint32_t dscores;  // two barriers, of the buffer for even and for odd steps: all warps have written dscores
+  uint32_t dq_full;  // two barriers for each warpgroup: its part of dq of an even, or odd, step is written
+  uint32_t dq_empty;  // a barrier for each warpgroup: the buffer of its part of dq may be written again
+  uint32_t cleaning;  // a barrier for each loading warp, see TileLoader::cleaning
 
   GPU_DEVICE explicit FusedBackwardRings(uint32_t shared) {
     work.barriers = shared + Plan::kBarriers;
@@ -120,10 +129,13 @@ struct FusedBackwardRings {
     static_assert(work.kBytes + k.kBytes + v.kBytes + q.kBytes + dout.kBytes + 16 + 24 * Plan::kConsumers + 16 <=
                   Plan::kBytes - Plan::kBarriers);
   }
+  // The barrier for the part of dq that warpgroup `group` writes in `step`.
   GPU_DEVICE uint32_t dq_full_of(int group, uint32_t step) const { return dq_full + 16 * group + step % 2 * 8; }
 
+  // Initialises all barriers. One thread calls this, before the block synchronises.
   GPU_DEVICE void init() const {
-    constexpr int kOtherRoles = 4;  // both loading warps, and both threads that add, read which keys come next
+    // Both loading warps, and both threads that add tiles of dq, also read each KeyBlock.
+    constexpr int kOtherRoles = 4;
     work.init(Plan::kConsumerWarps + kOtherRoles);
     k.init(Plan::kConsumerWarps);
     v.init(Plan::kConsumerWarps);
@@ -139,7 +151,8 @@ struct FusedBackwardRings {
   }
 };
 
-// A role's way through the blocks of keys.
+// The position of one role in the ring of KeyBlocks. Every role reads every block of keys: it waits for the next one,
+// works on its steps, and releases it.
 template <int kHeadDim>
 struct KeyBlockReader {
   using Plan = FusedBackwardPlan<kHeadDim>;
@@ -147,15 +160,17 @@ struct KeyBlockReader {
   Ring<kKeyBlockSlots> ring;
   RingPosition<kKeyBlockSlots> position;
 
-  // The result may be read until it is released.
+  // Waits for the next block of keys. The caller may read the result until it calls a release function.
   GPU_DEVICE SharedKeyBlock wait() const {
     position.wait_full(ring);
     return {shared + Plan::kKeyBlocks + position.slot() * kKeyBlockSlotBytes};
   }
+  // All lanes of a warp call this when they have read the current block of keys for the last time.
   GPU_DEVICE void release_by_warp() {
     position.release(ring);
     position.advance();
   }
+  // The same for a role that is a single thread.
   GPU_DEVICE void release_by_thread() {
     mbarrier_arrive(ring.empty(position.slot()));
     position.advance();
@@ -164,8 +179,9 @@ struct KeyBlockReader {
 
 // ---- The loading warps
 
-// Takes the next block of keys that nobody has taken, and starts to tell the other roles. The leader of the first
-// loading warp calls this.
+// Takes the number of the next block of keys from the counter in global memory, and starts to copy its KeyBlock into a
+// slot of the ring. If no block is left, writes kNoMoreKeys to the slot. The leader lane of the first loading warp
+// calls this, and waits until the slot is empty.
 template <int kHeadDim>
 GPU_DEVICE void take_key_block(const Params& p, uint32_t shared, const Ring<kKeyBlockSlots>& ring,
                                RingPosition<kKeyBlockSlots> position, int num_programs) {
@@ -182,7 +198,8 @@ GPU_DEVICE void take_key_block(const Params& p, uint32_t shared, const Ring<kKey
   }
 }
 
-// What comes with a tile of queries, on the same barrier: a float for each row, and with lse a StepInfo.
+// What arrives with a tile of queries, on the same barrier: lse and a StepInfo with queries (kIsFirst), delta with
+// dout. TileLoader calls these functions.
 template <int kHeadDim, bool kIsFirst>
 struct StepLoad {
   using Plan = FusedBackwardPlan<kHeadDim>;
@@ -191,14 +208,16 @@ struct StepLoad {
   const uint32_t shared;
   const SharedKeyBlock b;
   const Step& step;
-  const int slot;
+  const int slot;  // of the ring for queries, or for dout
 
+  // Writes the StepInfo to shared memory with an ordinary store.
   GPU_DEVICE void store() const {
     if constexpr (kIsFirst) {
       const StepInfo info{step.tile | (b.is_whole(step.tile) ? 0 : kHasMask), step.head};
       store_shared(shared + Plan::kStepInfos + slot * uint32_t{sizeof(StepInfo)}, info);
     }
   }
+  // Starts to copy a float for each row: lse or delta.
   GPU_DEVICE void start(uint32_t barrier) const {
     const RowValues& sums = kIsFirst ? p.lse_log2 : p.delta;
     bulk_load(shared + (kIsFirst ? Plan::kLse : Plan::kDelta) + slot * Plan::kStatisticsBytes,
@@ -208,8 +227,9 @@ struct StepLoad {
   }
 };
 
-// The first warp (kIsFirst) takes blocks of keys, and loads keys, queries and lse. The second warp loads values, dout
-// and delta.
+// The roles of the two loading warps. The first one (kIsFirst) takes blocks of keys, and loads their keys, and queries
+// and lse for each step. The second one loads values, and dout and delta for each step. All lanes of the warp call
+// this, and return when no block of keys is left.
 template <int kHeadDim, bool kIsFirst>
 GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t shared,
                            const FusedBackwardRings<kHeadDim>& rings, int num_programs) {
@@ -222,13 +242,15 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
   KeyBlockReader<kHeadDim> reader{shared, rings.work, {}};
   RingPosition<kStages> position;
   while (true) {
-    // The next block is taken only when all is loaded for the block before. If it were taken earlier, blocks that add
-    // to dq after it would have to wait longer.
+    // The next block of keys is taken only after all loads of the current one have been issued. If it were taken
+    // earlier, other blocks of keys, which add to the same tiles of dq after it, would have to wait longer.
     if (kIsFirst && is_leader) take_key_block<kHeadDim>(p, shared, rings.work, reader.position, num_programs);
     const SharedKeyBlock b = reader.wait();
     if (b.number() == kNoMoreKeys) return;
     const Ring<1>& key_ring = kIsFirst ? rings.k : rings.v;
     const RingPosition<1> key_position{reader.position.uses};
+    // No query sees this block, so nothing is loaded. The slot is marked as full all the same, to keep the rings of all
+    // roles at the same position.
     if (b.steps() == 0) {
       if (is_leader) {
         key_position.wait_empty(key_ring);
@@ -246,7 +268,8 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
       const uint32_t tile = shared + (kIsFirst ? Plan::kQ : Plan::kDout) + position.slot() * QTile::kBytes;
       const Map& map = kIsFirst ? maps.q : maps.dout;
       const auto load = [&](const auto& ring) {
-        // Only a packed tensor has rows past the end of the sequence.
+        // Only in a packed tensor do rows of another sequence follow the rows of this one. TMA gives zeros for rows
+        // past the end of the tensor.
         const FirstRows<Plan::kBlockM> own{p.cu_seqlens_q != nullptr ? b.seqlen_q() - row : Plan::kBlockM};
         loader.template load_valid<QTile>(ring, position, tile, map, b.q_offset() + row, step.head, b.batch(), own,
                                           also);
@@ -265,6 +288,10 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
 // ---- The threads that add to dq. One works for even steps, the other for odd steps: to wait for a turn, and for an
 // addition to be complete, takes longer than a step.
 
+// Adds the tiles of dq of every second step (step % 2 == parity) to the sums in global memory. One thread calls this.
+// For each step, it waits for the turn of this block of keys at the tile, and for both warpgroups to have written their
+// parts to shared memory. After the addition, it raises the counter of the tile, so that the next block of keys has its
+// turn.
 template <int kHeadDim>
 GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRings<kHeadDim>& rings, uint32_t parity) {
   using Plan = FusedBackwardPlan<kHeadDim>;
@@ -292,11 +319,11 @@ GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRing
         }
         tma_store_commit();
       }
-      tma_store_wait_read<1>();
+      tma_store_wait_read<1>();  // the first part has been read from shared memory, and its buffer may be written again
       mbarrier_arrive(rings.dq_empty);
-      tma_store_wait_read<0>();
+      tma_store_wait_read<0>();  // and the second part
       mbarrier_arrive(rings.dq_empty + 8);
-      tma_store_wait<0>();
+      tma_store_wait<0>();  // both parts have been added in global memory
       fence_async_proxy_global();
       add_release(p.dq_turns + tile, 1);
     }
@@ -306,12 +333,15 @@ GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRing
 
 // ---- The consumers
 
+// All lanes of a warp call this when they have written or read what the barrier stands for. The barrier counts one
+// arrival for the warp.
 GPU_DEVICE void arrive_once_a_warp(uint32_t barrier) {
   sync_warp();
   if (thread_index() % 32 == 0) mbarrier_arrive(barrier);
 }
 
-// For rows of a gradient to which nothing is added.
+// Writes zeros to one row of dk or dv: the gradient of a key that no query sees. The four threads that share a row call
+// this.
 template <class T>
 GPU_DEVICE void store_zeros(T* row, int columns, Lane lane) {
   for (int chunk = lane.q; 8 * chunk < columns; chunk += 4) {
@@ -319,6 +349,9 @@ GPU_DEVICE void store_zeros(T* row, int columns, Lane lane) {
   }
 }
 
+// The role of a consumer warpgroup: sums dk and dv of 64 keys over all steps of a block of keys, and computes this
+// warpgroup's part of a tile of dq in each step. All 128 threads call this, and return when no block of keys is left.
+// `group` is 0 or 1.
 template <class T, int kHeadDim, bool kHasDropout>
 GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackwardRings<kHeadDim>& rings, int group) {
   using Plan = FusedBackwardPlan<kHeadDim>;
@@ -328,15 +361,16 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
   constexpr int kDqTiles = Plan::kOwnColumns / 8;
   const Lane lane = this_lane();
   const int warp_row = 64 * group + thread_index() % kWarpgroup / 32 * 16;  // of the keys
-  // Where this thread stores rows of dscores^T (stmatrix) and its accumulators of dq.
+  // The row of dscores^T whose address this thread gives to stmatrix, and where that row lies in shared memory.
   const int dscores_row = warp_row + lane.index / 8 % 2 * 8 + lane.index % 8;
   const uint32_t dscores_store =
       shared + Plan::kDscores + dscores_row * kPanelRowBytes + ((lane.index / 16) ^ (lane.index % 8)) * 16;
   const uint32_t thread = thread_index() % kWarpgroup;
-  // keep_computed: otherwise the compiler computes an address of its own for each load below.
+  // Where this thread's lse and delta lie in a tile without its offset. keep_computed makes the compiler add constants
+  // to one register. Otherwise it would hold an address for each load below in a register of its own.
   const uint32_t own_statistics = keep_computed(shared + 8 * lane.q);
   float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
-  // At the border between two steps, the products for scores and dprobs of the next step are in flight.
+  // When a step begins, its products for scores and dprobs are already running on the tensor cores.
   float scores[kTiles][4], dprobs[kTiles][4], dq[kDqTiles][4];
   uint32_t rounded_probs[kTiles / 2][4], rounded_dscores[kTiles / 2][4];
   Float2 lse[kTiles];
@@ -344,17 +378,19 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
   KeyBlockReader<kHeadDim> reader{shared, rings.work, {}};
   uint32_t step = 0;  // over all blocks of keys
   while (true) {
-    // The next keys. For head dim 64, registers spill unless the address is in a uniform register (shuffle). For head
-    // dim 128, they spill if it is.
+    // Wait for the next block of keys. For head dim 64, registers spill unless its address is in a uniform register,
+    // which shuffle achieves. For head dim 128, registers spill if the address is in a uniform register.
     const SharedKeyBlock b{Plan::kSplitsRows ? shuffle(reader.wait().address, 0) : reader.wait().address};
     if (b.number() == kNoMoreKeys) return;
     const RingPosition<1> key_position{reader.position.uses};
     const uint32_t first = step, end = step + shuffle(b.steps(), 0);
+    // Calls `store` for this thread's two rows of dk and of dv, as far as these gradients are wanted.
     const auto store_gradients = [&](auto store) {
       GPU_UNROLL for (int r = 0; r < 2; ++r) {
         const int row = b.number() * kKeyBlock + warp_row + lane.g + 8 * r;
         const bool is_row = row < b.seqlen_k();
-        // With dropout there is no register left for another number of columns, see is_fused_backward.
+        // With dropout there is no register left for p.dk.columns. So is_fused_backward (attention.cu) chooses this
+        // kernel with dropout only if the tensors have exactly kHeadDim columns.
         if (p.dk.data != nullptr)
           store(b.template key_row<T>(p.dk, row), dk, r, p.scale, is_row, kHasDropout ? kHeadDim : p.dk.columns);
         const float factor = kHasDropout ? p.dropout_scale : 1.0f;
@@ -362,6 +398,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
           store(b.template key_row<T>(p.dv, row), dv, r, factor, is_row, kHasDropout ? kHeadDim : p.dv.columns);
       }
     };
+    // No query sees these keys: their gradients are zeros. The loading warps have marked the slots as full, without a
+    // tile.
     if (first == end) {
       key_position.wait_full(rings.k);
       key_position.release(rings.k);
@@ -374,8 +412,10 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       continue;
     }
 
+    // Addresses of the tiles of queries and of dout of step i.
     const auto q_tile = [&](uint32_t i) { return shared + Plan::kQ + i % Plan::kQStages * QTile::kBytes; };
     const auto dout_tile = [&](uint32_t i) { return shared + Plan::kDout + i % Plan::kDoutStages * QTile::kBytes; };
+    // Waits for the queries of step i, and starts scores^T = k @ q^T on the tensor cores.
     const auto start_scores = [&](uint32_t i) {
       mbarrier_wait(rings.q.full(i % Plan::kQStages), i / Plan::kQStages & 1);
       forget_registers(flat(scores));
@@ -383,6 +423,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       start_multiply_transposed<T, kHeadDim, kBlockN>(scores, shared + Plan::kK, 64 * group, q_tile(i));
       wgmma_commit();
     };
+    // Waits for dout of step i, and starts dprobs^T = v @ dout^T on the tensor cores.
     const auto start_dprobs = [&](uint32_t i) {
       mbarrier_wait(rings.dout.full(i % Plan::kDoutStages), i / Plan::kDoutStages & 1);
       forget_registers(flat(dprobs));
@@ -390,8 +431,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       start_multiply_transposed<T, kHeadDim, kBlockN>(dprobs, shared + Plan::kV, 64 * group, dout_tile(i));
       wgmma_commit();
     };
-    // Each thread computes with two of the 8 queries of tile t in block i. These functions load their lse and their
-    // delta from shared memory.
+    // Each thread computes with two of the 8 queries of tile t in step i. lse_at and delta_at load the lse and the
+    // delta of these two queries from shared memory.
     const auto lse_at = [&](uint32_t i, int t) {
       return load_shared<Float2>(own_statistics + Plan::kLse + i % Plan::kQStages * Plan::kStatisticsBytes + t * 32);
     };
@@ -399,8 +440,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       return load_shared<Float2>(own_statistics + Plan::kDelta + i % Plan::kDoutStages * Plan::kStatisticsBytes +
                                  t * 32);
     };
-    // Loads what a step needs besides products. This comes before dprobs are started, while there are registers to
-    // spare.
+    // Loads what step i needs besides products: StepInfo, dropout, and the first kLseAhead pairs of lse. begin_step
+    // comes before start_dprobs, because the accumulators of dprobs are free registers until then.
     StepInfo info;
     DropoutKeep<kTiles> dropout_keep;
     const auto begin_step = [&](uint32_t i) {
@@ -413,12 +454,14 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       GPU_UNROLL for (int t = 0; t < Plan::kLseAhead; ++t) lse[t] = lse_at(i, t);
     };
 
-    // From scores and dprobs to probs (in place of scores) and dscores (in place of dprobs).
+    // Waits for the products of step i. Turns scores into probs and dprobs into dscores, both in place. With dropout,
+    // probs become those after dropout.
     const auto compute_dscores = [&](uint32_t i) {
       wgmma_wait<1>();
       keep_registers(flat(scores));
       if (info.tile & kHasMask) {
-        // The loop over full tiles has no registers to spare. So all of this is computed here, word by word.
+        // The loop over tiles without a mask leaves no registers for masks. So everything about the mask is computed
+        // here, one word of 32 queries at a time.
         const int own = keep_computed(thread), own_row = 64 * group + own / 32 * 16 + own % 32 / 4;
         const int tile = info.tile & kTileNumber;
         GPU_UNROLL for (int r = 0; r < 2; ++r) {
@@ -434,7 +477,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
         if (t + Plan::kLseAhead < kTiles) lse[t + Plan::kLseAhead] = lse_at(i, t + Plan::kLseAhead);
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
           scores[t][j] = prob_of(scores[t][j], p.scale_log2, j % 2 == 0 ? lse[t].x : lse[t].y);
-          // A negative sign marks what dropout drops, so that the bits need no register any longer.
+          // A negative sign marks the probs that dropout drops. So the bits of dropout_keep need no registers from here
+          // on.
           if (kHasDropout && !dropout_keep.has(t, j)) scores[t][j] = -scores[t][j];
         }
       }
@@ -457,9 +501,10 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       }
     };
 
-    // Computes dv, dk and dq of step i, and begins the next step.
+    // Adds the products of step i to dv and dk, writes this warpgroup's part of dq to shared memory, and starts the
+    // products of step i + 1. The last step of a block of keys releases keys and values instead.
     const auto propagate = [&](uint32_t i, auto is_last) {
-      constexpr bool kIsLast = decltype(is_last)::value;
+      constexpr bool kIsLast = decltype(is_last)::value;  // the last step of a block of keys
       const uint32_t buffer = i % 2 * Plan::kDscoresBytes;
       round_fragment<T>(rounded_probs, scores);
       wgmma_fence();
@@ -479,8 +524,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       arrive_once_a_warp(rings.dout.empty(i % Plan::kDoutStages));
       if constexpr (kIsLast) key_position.release(rings.v);
 
-      // dq needs the dscores of both warpgroups. The readers execute the fence, not the writers: these would have to
-      // wait for all their stores.
+      // dq = dscores @ k needs the dscores of both warpgroups. Each reading thread executes the fence that makes them
+      // visible to wgmma. If the writing threads did, each would have to wait for all its stores.
       mbarrier_wait(rings.dscores + i % 2 * 8, i / 2 & 1);
       fence_async_proxy();
       forget_registers(flat(dq));
@@ -534,6 +579,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
   }
 }
 
+// The fused backward, launched by launch_fused (launchers.h) with one block of threads for each multiprocessor.
+// num_programs is the number of blocks of keys of all heads.
 template <class T, int kHeadDim, bool kHasDropout>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(FusedBackwardPlan<kHeadDim>::kThreads, 1)
     fused_backward_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT BackwardMaps maps,
@@ -562,7 +609,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(FusedBackwardPlan<kHeadDim>::kThreads, 1)
 
 // ---- Before and after
 
-// Prepares the row statistics, turns that begin at 0, and the list of all blocks of keys.
+// Runs before the fused backward. Writes the row statistics, sets the counters dq_turns to 0, and writes the list of
+// all blocks of keys, which take_key_block reads.
 template <class T, int kHeadDim>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     prepare_fused_backward_kernel(const GPU_GRID_CONSTANT Params p, int num_programs) {
@@ -581,7 +629,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
 
 constexpr int kRoundingThreads = 256;
 
-// Rounds one tile of dq. The threads of a block are laid out like the two warpgroups that computed the tile.
+// Runs after the fused backward: multiplies one tile of the sums of dq by the scale, rounds it, and writes it to dq.
+// Thread i of a block reads the sums that thread i of the two consumer warpgroups computed.
 template <class T, int kHeadDim>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU_GRID_CONSTANT Params p) {
   using Plan = FusedBackwardPlan<kHeadDim>;

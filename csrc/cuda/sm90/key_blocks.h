@@ -1,31 +1,33 @@
-// The order of work in the fused backward: blocks of keys, the tiles of queries that see them, and whose turn it is to
-// add to a tile of dq. The preparation kernel writes the list of all blocks. The roles of the fused kernel read one
-// block after another from shared memory.
+// The order of work in the fused backward: which blocks of keys are taken when, which tiles of queries see a block of
+// keys, and when a block of keys may add to a tile of dq. prepare_fused_backward_kernel writes the list of all blocks
+// of keys. The warps of the fused backward read one entry of this list after another from shared memory.
 //
-// Blocks go from the last one of a head to the first, and tiles upwards over the queries. Measured on an H100 against
-// the opposite order, with a causal mask:
+// Blocks of keys are taken from the last one of a head to the first. Each visits its tiles of queries in ascending
+// order. Measured on an H100 against descending order of the tiles, with a causal mask:
 //
 //   4 to 8 % faster at 1k and 2k
 //   equal at 16k for head dim 128
-//   28 % faster at 16k for head dim 64, where the first additions to the last tile come one after another
+//   28 % faster at 16k for head dim 64, where in descending order all blocks first wait for one another at the last tile
 //
-// Under a causal mask, blocks start at different queries by themselves.
+// Under a causal mask, ascending order lets each block of keys start at another tile.
 #pragma once
 #include "../tile_scheduler.h"
 #include "../visibility.h"
 
 namespace fused_attn::gpu::sm90 {
 
-constexpr int32_t kNoMoreKeys = -1;
+constexpr int32_t kNoMoreKeys = -1;  // the number of a KeyBlock that ends the roles
 
 constexpr uint32_t kKeyBlockBytes = sizeof(KeyBlock);
-static_assert(kKeyBlockBytes % 16 == 0);  // bulk copies
-static_assert(kKeyBlock == 128);          // four words of KeyBlock::valid
+static_assert(kKeyBlockBytes % 16 == 0);  // bulk copies move multiples of 16 bytes
+static_assert(kKeyBlock == 128);  // SharedKeyBlock::valid reads four words
 
 GPU_DEVICE constexpr int32_t floor_log2(int32_t x) { return x <= 1 ? 0 : 1 + floor_log2(x / 2); }
 
-// Tile m of queries and block n of keys meet if some query of the tile could see some key of the block, by the band
-// alone. The two sides agree about who adds to what, because both ask about whole tiles and whole blocks.
+// Tile m of queries and block n of keys meet if, by the band alone, some query of the tile sees some key of the block.
+// first_tile and last_tile give the tiles that meet block n, and last_key_block gives the last block that meets tile m.
+// All three take whole tiles and whole blocks, also where the sequence ends within one. So both sides count the same
+// pairs.
 template <int kBlockM>
 GPU_DEVICE int32_t first_tile(const Params& p, int32_t n) {
   return (n * kKeyBlock - p.last_diagonal) >> floor_log2(kBlockM);  // rounds down, below 0, too
@@ -39,12 +41,14 @@ GPU_DEVICE int32_t last_key_block(const Params& p, int32_t m) {
   return (m * kBlockM + kBlockM - 1 + p.last_diagonal) >> floor_log2(kKeyBlock);
 }
 
-// How many of the first n blocks of keys have a valid key.
+// How many of the first n blocks of keys of a sequence have a valid key. Blocks without one add nothing to dq, and have
+// no turn.
 GPU_DEVICE int32_t key_rank(const Params& p, int32_t batch, int32_t n) {
   return p.key_ranks == nullptr ? n : load_global(p.key_ranks + int64_t{batch} * (p.num_key_blocks + 1) + n);
 }
 
-// The block of keys that is taken as number `program`. The last blocks of each head come first.
+// Computes the KeyBlock that is taken as number `program` of all. The last blocks of each head come first. One thread
+// of the preparation kernel calls this.
 template <int kBlockM>
 GPU_DEVICE KeyBlock key_block(const Params& p, int32_t program) {
   const WorkTile work =
@@ -74,7 +78,8 @@ GPU_DEVICE KeyBlock key_block(const Params& p, int32_t program) {
   return b;
 }
 
-// A block of keys in shared memory. Fields are read where they are needed, because registers are few.
+// A KeyBlock in a slot of shared memory. Each function reads one field where it is needed, because keeping the fields
+// would take registers. See KeyBlock (params.h) for what the fields mean.
 struct SharedKeyBlock {
   uint32_t address;
 
@@ -92,7 +97,7 @@ struct SharedKeyBlock {
   GPU_DEVICE int32_t rank_after() const { return read(offsetof(KeyBlock, rank_after)); }
   GPU_DEVICE int32_t steps() const { return read(offsetof(KeyBlock, steps)); }
 
-  // Whether all queries of the tile see all keys.
+  // Whether all queries of a tile see all keys of the block, so that no entry needs a test.
   GPU_DEVICE bool is_whole(int32_t tile) const {
     return tile >= read(offsetof(KeyBlock, full_begin)) && tile < read(offsetof(KeyBlock, full_end));
   }
@@ -100,15 +105,17 @@ struct SharedKeyBlock {
     const Vec4 words = load_shared<Vec4>(address + offsetof(KeyBlock, valid));
     return {{words.x, words.y, words.z, words.w}};
   }
+  // Whether key `key` of the block is valid.
   GPU_DEVICE bool is_valid(uint32_t key) const {
     return read(offsetof(KeyBlock, valid) + key / 32 * 4) >> (key % 32) & 1;
   }
+  // Address of row `row` of this key head in a tensor like key: as HeadSlice::key_row.
   template <class T>
   GPU_DEVICE T* key_row(const Rows& x, int64_t row) const {
     return static_cast<T*>(x.data) + batch() * x.stride_batch + kv_head() * x.stride_head +
            (k_offset() + row) * x.stride_row;
   }
-  // As HeadSlice::first_row_block, for a query head of the group.
+  // The number of the first row block of the sequence for a query head of the group: as HeadSlice::first_row_block.
   GPU_DEVICE int64_t row_block(const Params& p, int32_t head) const {
     const int64_t entry = p.cu_seqlens_q != nullptr ? 0 : batch();
     return (entry * p.num_heads + head) * p.row_blocks + padded_q_offset() / kRowBlock;
@@ -118,15 +125,16 @@ struct SharedKeyBlock {
   GPU_DEVICE int32_t read(uint32_t offset) const { return load_shared<int32_t>(address + offset); }
 };
 
-// How many blocks of keys add to tile m before this one.
+// The number of blocks of keys that add to tile m of dq before block b does. b has its turn when the counter of the
+// tile shows this number. Blocks with higher numbers add first.
 template <int kBlockM>
 GPU_DEVICE int32_t turn_at(const Params& p, const SharedKeyBlock& b, int32_t m) {
   const int32_t key_blocks = (b.seqlen_k() + kKeyBlock - 1) / kKeyBlock;
   return key_rank(p, b.batch(), min(last_key_block<kBlockM>(p, m) + 1, key_blocks)) - b.rank_after();
 }
 
-// How far a role has got with the steps of a block of keys: over the heads of the group, and for each head over its
-// tiles.
+// The current step of a role within a block of keys. The steps go over the query heads of the group, and for each head
+// over the tiles of queries that meet the block.
 struct Step {
   int32_t head;
   int32_t tile;

@@ -12,7 +12,8 @@
 
 namespace fused_attn::gpu::sm90 {
 
-// Panels of `box_rows` rows of x (batch, heads, rows, columns).
+// Makes the tensor map of x (batch, heads, rows, columns). One TMA load with this map moves a panel: box_rows rows of
+// kPanelColumns columns.
 inline Map map_of(const Rows& x, bool is_bf16, int64_t rows, int64_t heads, int64_t batch, int box_rows) {
   Map map;
   map.head_step = x.stride_head != 0 && heads > 1;
@@ -32,6 +33,7 @@ inline Map map_of(const Rows& x, bool is_bf16, int64_t rows, int64_t heads, int6
   return map;
 }
 
+// Launches the forward kernel, with the variant for the element type and for what the call needs.
 template <int kHeadDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   const int kv_heads = p.num_heads / p.group_size;
@@ -49,8 +51,9 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   });
 }
 
-// dq in one kernel, dk and dv in another: for head dims that the fused kernel does not have, if some gradient is not
-// wanted, and for all that only general kernels have.
+// Launches backward in two kernels: one for dq, one for dk and dv. It is for calls that the fused backward does not
+// support: larger head dims, calls that do not want all gradients, and whatever only general kernels can do.
+// maps_of(block_m, block_n) makes the tensor maps for these tile sizes.
 template <class T, int kHeadDim, bool kIsGeneral, class MapsOf>
 void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
   using QueryPlan = QueryGradientPlan<kHeadDim, kIsGeneral>;
@@ -67,6 +70,8 @@ void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
         stream, p, maps_of(KeyPlan::kBlockM, KeyPlan::kBlockN));
 }
 
+// Launches the fused backward, between the kernel that prepares its list of blocks of keys and the kernel that rounds
+// dq.
 template <class T, int kHeadDim, bool kHasDropout, class MapsOf>
 void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
   using Plan = FusedBackwardPlan<kHeadDim>;
@@ -81,6 +86,7 @@ void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
              shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, kRoundingThreads, 0), stream, p);
 }
 
+// Launches the kernels of backward. attention.cu has allocated dq_sums exactly if it chose the fused backward.
 template <int kHeadDim>
 void launch_backward(const Params& p, bool is_bf16, Stream stream) {
   const int kv_heads = p.num_heads / p.group_size;

@@ -1,4 +1,4 @@
-// The warp that loads tiles for the warpgroups that use them.
+// How a loading warp fills slots of rings with tiles, by TMA.
 #pragma once
 #include "pipeline.h"
 #include "tile_memory.h"
@@ -8,30 +8,33 @@ namespace fused_attn::gpu::sm90 {
 constexpr int kWarpgroup = 128;
 constexpr int kWarpsPerWarpgroup = 4;
 
-// Whether setmaxnreg can give `producer` registers to each thread of one loading warpgroup, and `consumer` registers to
-// each thread of `consumers` others. A block that has a multiprocessor to itself starts with equal shares of 65536
-// registers, in multiples of 8 for a thread. Later it cannot get more.
+// Whether setmaxnreg can give `producer` registers to each thread of the loading warpgroup, and `consumer` registers to
+// each thread of `consumers` other warpgroups. A block that has a multiprocessor to itself starts with equal shares of
+// 65536 registers, in multiples of 8 for a thread. setmaxnreg moves registers between the warpgroups, but cannot add
+// any.
 constexpr bool fits_registers(int producer, int consumers, int consumer) {
   const int threads = kWarpgroup * (1 + consumers), at_launch = 65536 / threads / 8 * 8;
   return kWarpgroup * (producer + consumers * consumer) <= threads * at_launch;
 }
 
-// What may come with a tile, on the same barrier: `store` stores something, and `start` starts to copy `bytes` bytes.
-// Here: nothing.
+// The default for what arrives with a tile on the same barrier: nothing. Another type's `store` writes to shared
+// memory, and its `start` starts to copy `bytes` bytes (StepLoad in fused_backward.h).
 struct NothingElse {
   static constexpr uint32_t bytes = 0;
   GPU_DEVICE void store() const {}
   GPU_DEVICE void start(uint32_t) const {}
 };
 
-// Loads tiles into the slots of rings. Only the first lane of the warp waits for slots and fills them. Another lane
-// that came late to a barrier could find the barrier one phase further on, and would wait for the phase after that.
+// Loads tiles into slots of rings. All lanes of one warp call the functions, but only the leader lane waits for empty
+// slots and issues TMA. mbarrier_wait tells phases apart by their parity only: a lane that came one phase late would
+// find the same parity only after a further phase, and would wait for that one.
 struct TileLoader {
-  uint32_t cleaning;  // a barrier: a tile has come, and some of its rows have to be overwritten
-  bool is_leader;
-  uint32_t cleaning_parity = 0;
+  uint32_t cleaning;  // a barrier: a tile has arrived, and its rows that are not valid can be overwritten
+  bool is_leader;  // this thread is the lane that issues TMA
+  uint32_t cleaning_parity = 0;  // of the next wait at `cleaning`
 
-  // Fills a slot: loads rows from `row` on into the tile at `slot_tile`.
+  // When the slot is empty, starts to load the rows from `row` on into the tile at `slot_tile`. The full barrier of the
+  // slot then counts the bytes that arrive.
   template <class SlotTile, int kSlots, class Also = NothingElse>
   GPU_DEVICE void load(const Ring<kSlots>& ring, RingPosition<kSlots> position, uint32_t slot_tile, const Map& map,
                        int row, int head, int batch, const Also& also = {}) const {
@@ -45,8 +48,9 @@ struct TileLoader {
     }
   }
 
-  // Fills a slot likewise, with zeros in the rows that are not valid. Memory may hold NaN there, and NaN times a
-  // probability of 0 is NaN.
+  // Fills a slot with zeros in the rows that are not valid: memory may hold NaN there, and NaN times a probability of 0
+  // is NaN. TMA reports the arrival at the barrier `cleaning`, the warp waits, overwrites the rows, and then marks the
+  // slot as full.
   template <class SlotTile, int kSlots, class Valid, class Also = NothingElse>
   GPU_DEVICE void load_valid(const Ring<kSlots>& ring, RingPosition<kSlots> position, uint32_t slot_tile,
                              const Map& map, int row, int head, int batch, const Valid& valid, const Also& also = {}) {

@@ -1,6 +1,7 @@
-// Tiles of 16-bit rows in shared memory, in the layout that TMA and wgmma share. A tile consists of panels of 64
-// columns, one after another. In a panel, rows have 128 bytes, with the 128-byte swizzle. If the head dim is no
-// multiple of 64, the last columns of the last panel are unused: TMA fills them with zeros.
+// Tiles of 16-bit rows in shared memory, in the layout that TMA writes and wgmma reads. A tile consists of panels of 64
+// columns, one after another. In a panel, each row has 128 bytes, in the 128-byte swizzle: the hardware permutes the
+// 16-byte chunks of a row, so that wgmma has no bank conflicts. If the head dim is no multiple of 64, the last columns
+// of the last panel are unused: TMA fills them with zeros.
 #pragma once
 #include "../fragments.h"
 
@@ -8,35 +9,38 @@ namespace fused_attn::gpu::sm90 {
 
 constexpr int kPanelColumns = 64;
 constexpr uint32_t kPanelRowBytes = 128;
-constexpr uint32_t kSwizzleBytes = 1024;  // eight rows, after which the swizzle's pattern repeats
+constexpr uint32_t kSwizzleBytes = 1024;  // eight rows, after which the pattern of the swizzle repeats
 
-// A tensor (batch, head, row, column) as TMA sees it. A dimension whose stride is 0 has one entry; its step is 0.
+// A tensor (batch, head, row, column) as TMA sees it. TMA accepts no stride of 0. So a dimension with stride 0 has one
+// entry in the tensor map, and its step is 0: every index becomes index 0.
 struct Map {
   TensorMap tensor;
-  int32_t head_step;
+  int32_t head_step;  // 1, or 0 for a dimension with one entry
   int32_t batch_step;
 };
 
+// The layout of a tile of kRows rows, and what can be done with it. `tile` is always its address in shared memory.
 template <int kHeadDim, int kRows>
 struct Tile {
   static constexpr int kPanels = (kHeadDim + kPanelColumns - 1) / kPanelColumns;
   static constexpr uint32_t kPanelBytes = kRows * kPanelRowBytes;
   static constexpr uint32_t kBytes = kPanels * kPanelBytes;
 
-  // Descriptor of columns 16 * k ... 16 * k + 15, for a product over the columns. Rows begin at first_row, a multiple
-  // of 8.
+  // Descriptor for wgmma of columns 16 * k ... 16 * k + 15, for a product that sums over the columns. Rows begin at
+  // first_row, a multiple of 8.
   static GPU_DEVICE uint64_t columns(uint32_t tile, int first_row, int k) {
     constexpr int kStepsPerPanel = kPanelColumns / 16;
     return matrix_descriptor(tile + first_row * kPanelRowBytes, 16, kSwizzleBytes) +
            matrix_descriptor_step(k / kStepsPerPanel * kPanelBytes + k % kStepsPerPanel * 32);
   }
 
-  // Descriptor of rows 16 * k ... 16 * k + 15 with all their columns, for a product over the rows.
+  // Descriptor for wgmma of rows 16 * k ... 16 * k + 15 with all their columns, for a product that sums over the rows.
   static GPU_DEVICE uint64_t rows(uint32_t tile, int k) {
     return matrix_descriptor(tile, kPanelBytes, kSwizzleBytes) + matrix_descriptor_step(16 * k * kPanelRowBytes);
   }
 
-  // Starts to load kRows rows from `row` on. One thread calls this. The barrier has to expect kBytes bytes.
+  // Starts to load kRows rows from `row` on, one panel at a time. One thread calls this. The barrier has to expect
+  // kBytes bytes.
   static GPU_DEVICE void load(uint32_t tile, const Map& map, uint32_t barrier, int row, int head, int batch) {
     GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
       tma_load_4d(tile + panel * kPanelBytes, &map.tensor, barrier, panel * kPanelColumns, row, head * map.head_step,
@@ -44,8 +48,8 @@ struct Tile {
     }
   }
 
-  // Overwrites the rows that are not valid with zeros. A warp calls this; eight lanes work on one row. The swizzle
-  // moves nothing from one row to another.
+  // Overwrites the rows that are not valid with zeros. All lanes of a warp call this, and eight lanes write one row.
+  // The order of chunks within a row does not matter, because all of them become zeros.
   template <class Valid>
   static GPU_DEVICE void clear_invalid_rows(uint32_t tile, const Valid& valid, Lane lane) {
     static_assert(Valid::kWords * 32 == kRows);
@@ -61,12 +65,14 @@ struct Tile {
   }
 };
 
+// A fragment as one array of registers, as wgmma takes it.
 template <int kTiles>
 GPU_DEVICE float (&flat(float (&x)[kTiles][4]))[4 * kTiles] {
   return reinterpret_cast<float (&)[4 * kTiles]>(x);
 }
 
-// scores = left @ right^T over the head dim: 64 rows of `left` from first_row on, all rows of `right`.
+// Starts scores = left @ right^T over the head dim on the tensor cores: 64 rows of the tile `left` from first_row on,
+// and all rows of the tile `right`. All threads of a warpgroup call this, between wgmma_fence and wgmma_commit.
 template <class T, int kHeadDim, int kLeftRows, int kTiles>
 GPU_DEVICE void start_multiply_transposed(float (&scores)[kTiles][4], uint32_t left, int first_row, uint32_t right) {
   GPU_UNROLL for (int k = 0; k < kHeadDim / 16; ++k) {
@@ -75,7 +81,8 @@ GPU_DEVICE void start_multiply_transposed(float (&scores)[kTiles][4], uint32_t l
   }
 }
 
-// acc = (accumulate ? acc : 0) + left @ right, where `left` is in registers.
+// Starts acc = (accumulate ? acc : 0) + left @ right on the tensor cores. `left` is in registers, `right` is a tile.
+// All threads of a warpgroup call this, between wgmma_fence and wgmma_commit.
 template <class T, int kHeadDim, int kSteps>
 GPU_DEVICE void start_multiply(float (&acc)[kHeadDim / 8][4], const uint32_t (&left)[kSteps][4], uint32_t right,
                                bool accumulate = true) {
