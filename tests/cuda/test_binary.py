@@ -21,7 +21,11 @@ sys.path.insert(0, str(ROOT / "cmake"))
 import checked_nvcc  # noqa: E402
 
 #: architecture -> the instructions without which its main kernels would make no sense
-PURPOSE = {"sm_80": {"HMMA", "LDSM", "LDGSTS"}, "sm_90a": {"HGMMA", "UTMALDG", "USETMAXREG"}}
+PURPOSE = {
+    "sm_80": {"HMMA", "LDSM", "LDGSTS"},
+    "sm_90": {"HMMA", "LDSM", "LDGSTS"},  # the gradients of biases
+    "sm_90a": {"HGMMA", "UTMALDG", "USETMAXREG"},
+}
 
 #: What the table counts: matrix instructions, copies, moved registers, and accesses to local memory.
 INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "LDSM", "STSM", "UTMALDG", "UTMASTG", "UTMAREDG", "USETMAXREG", "LDL", "STL")
