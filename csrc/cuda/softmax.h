@@ -114,10 +114,11 @@ struct LazySoftmax {
   }
 };
 
-// Lets the logit `sink` join the denominator of a row that is finished: changes the row's factor and log-sum-exp.
+// Lets the logit `sink` join the denominator of a row that is finished: changes the row's factor and log-sum-exp. An
+// empty row stays empty.
 GPU_DEVICE void join_sink(float sink, float& factor, float& lse) {
+  if (lse == -kInfinity) return;
   const float larger = fmaxf(lse, sink);
-  if (larger == -kInfinity) return;
   const float keys = exp2_approx((lse - larger) * kLog2E), all = keys + exp2_approx((sink - larger) * kLog2E);
   factor *= keys / all;
   lse = multiply_add(log2_approx(all), kLn2, larger);
