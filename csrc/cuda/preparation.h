@@ -51,7 +51,7 @@ GPU_DEVICE void reset_tile_counter(const Params& p) {
   if (p.tile_counter != nullptr && block_index_x() == 0 && thread_index() == 0) store_global(p.tile_counter, 0);
 }
 
-// Copies a relative bias with a margin on both sides, in units of log2: see LogitParams.
+// Copies a relative bias with a margin on both sides: see LogitParams.
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     prepare_relative_bias_kernel(const GPU_GRID_CONSTANT RelativeBiasParams p) {
   const int64_t i = int64_t{block_index_x()} * kPreparationThreads + thread_index();
@@ -59,7 +59,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
                 column = i % stride - kRelativeBiasMargin;
   if (head >= p.heads) return;
   const bool is_inside = column >= 0 && column < p.columns;
-  store_global(p.padded + i, is_inside ? load_global(p.bias + head * p.stride_head + column) * kLog2E : 0.0f);
+  store_global(p.padded + i, is_inside ? load_global(p.bias + head * p.stride_head + column) : 0.0f);
 }
 
 // One block for each batch entry prepares its padding. The first one resets the counter, too.
