@@ -307,8 +307,7 @@ void run(const Call& of_caller, bool is_backward) {
   needs.is_packed = a.cu_seqlens_q != nullptr;
   needs.has_key_padding = a.key_padding.data != nullptr;
   const bool is_head_dim_exact = a.head_dim == kernels.head_dim && a.value_dim == kernels.head_dim;
-  needs.is_general = !logits_of(a, nullptr).is_plain || a.mask.data != nullptr || a.sinks.data != nullptr ||
-                     (a.has_dropout && !is_head_dim_exact);
+  needs.is_general = !logits_of(a, nullptr).is_plain || a.mask.data != nullptr || (a.has_dropout && !is_head_dim_exact);
   needs.seqlen_q = a.seqlen_q;
   needs.relative_bias_heads = relative_bias_heads(a);
   needs.mask_entries = mask_entries(a);

@@ -227,7 +227,6 @@ def _workspace_bytes(
         or problem.has_bias
         or problem.has_relative_bias
         or problem.has_mask
-        or problem.has_sinks
         or not is_scale_positive
         or (problem.dropout_p > 0.0 and not is_head_dim_exact)
     )
