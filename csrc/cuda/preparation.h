@@ -97,9 +97,12 @@ GPU_DEVICE void prepare_rows(const Params& p) {
     lse = load_global(head_slice.query_value(p.lse, row));
   }
   // Every probability exp2(score - inf) of an empty row is 0, with no test in the large kernels. delta must be finite,
-  // so that 0 * delta is 0, too.
-  store_global(head_slice.row_statistic(p.delta, row), lse == -kInfinity ? 0.0f : sum);
-  store_global(head_slice.row_statistic(p.lse_log2, row), lse == -kInfinity ? kInfinity : lse * kLog2E);
+  // so that 0 * delta is 0, too. A row whose keys all have the smallest float as their bias counts as empty: its
+  // log-sum-exp is finite, but not in units of log2, and +inf as a probability would become NaN in sums over rows.
+  const float lse_log2 = lse * kLog2E;
+  const bool is_empty = lse_log2 == -kInfinity;
+  store_global(head_slice.row_statistic(p.delta, row), is_empty ? 0.0f : sum);
+  store_global(head_slice.row_statistic(p.lse_log2, row), is_empty ? kInfinity : lse_log2);
   if (p.dq_turns != nullptr && row % kTileRows == 0)
     store_global(p.dq_turns + head_slice.first_row_block(p) * (kRowBlock / kTileRows) + row / kTileRows, 0);
 }
