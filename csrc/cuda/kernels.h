@@ -25,10 +25,11 @@ inline LaunchShape shape_of(int32_t rows, int block, int32_t heads, int32_t batc
 }
 
 // A plain kernel has key padding and a band. A general kernel has all that a call may ask for, as branches that all
-// threads take alike.
-inline bool is_general(const Params& p) {
-  return !p.logits.is_plain || p.mask.map != nullptr || p.sinks != nullptr || p.dropout_seed != nullptr;
+// threads take alike. Only forward asks for sinks: backward finds their share of the denominator in the log-sum-exp.
+inline bool is_general_backward(const Params& p) {
+  return !p.logits.is_plain || p.mask.map != nullptr || p.dropout_seed != nullptr;
 }
+inline bool is_general_forward(const Params& p) { return is_general_backward(p) || p.sinks != nullptr; }
 
 // Calls f(T{}, std::bool_constant<flag>{}).
 template <class F>

@@ -3,7 +3,8 @@
 //
 //   logit = softcap * tanh(scale * score / softcap) + relative bias + bias      (without a softcap: scale * score + ...)
 //
-// Logits are in units of log2: exp2(logit - reference) needs no factor then. Masks come afterwards (visibility.h).
+// The first step after the product takes the scale as the factor of a multiply-add, so scaling costs no instruction of its
+// own. Masks come afterwards (visibility.h).
 #pragma once
 #include <type_traits>
 
@@ -45,19 +46,16 @@ GPU_DEVICE float tanh_of(float x) {
 }
 
 template <int kTiles, class Gradients>
-GPU_DEVICE void apply_scale_and_softcap(const Params& p, float (&scores)[kTiles][4], const Gradients& gradients) {
-  const LogitParams& x = p.logits;
+GPU_DEVICE void apply_softcap(const LogitParams& x, float (&scores)[kTiles][4], const Gradients& gradients) {
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
     // The branch stands within the loop. It keeps ptxas from computing the exponentials of all tiles first, for which
     // there are no registers.
-    if (x.softcap_log2 != 0.0f) {
+    if (x.softcap != 0.0f) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
         const float y = tanh_of(scores[t][j] * x.softcap_scale);
-        scores[t][j] = x.softcap_log2 * y;
+        scores[t][j] = x.softcap * y;
         gradients.scale(t, j, 1.0f - y * y);
       }
-    } else {
-      GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] *= p.scale_log2;
     }
   }
 }
@@ -65,7 +63,8 @@ GPU_DEVICE void apply_scale_and_softcap(const Params& p, float (&scores)[kTiles]
 // Entries of one diagonal have the same bias. A thread's 4 * kTiles entries lie on 2 * (kTiles + 1) diagonals: those
 // of tile t, row g + 8, are those of tile t - 1, row g.
 template <int kTiles, class Position>
-GPU_DEVICE void add_relative_bias(const float* bias_of_diagonal_0, float (&logits)[kTiles][4], Position at) {
+GPU_DEVICE void add_relative_bias(const float* bias_of_diagonal_0, float (&scores)[kTiles][4], float factor,
+                                  Position at) {
   constexpr int kSign = Position::kRowsAreQueries ? 1 : -1;
   const float* const own = bias_of_diagonal_0 + (at.key - at.query);
   // Two pairs of neighbouring diagonals at a time: those of the rows g + 8, and those of the rows g, of a tile.
@@ -75,10 +74,10 @@ GPU_DEVICE void add_relative_bias(const float* bias_of_diagonal_0, float (&logit
   Float2 lower = load_pair(-1);
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
     const Float2 upper = load_pair(t);
-    logits[t][0] += upper.x;
-    logits[t][1] += upper.y;
-    logits[t][2] += lower.x;
-    logits[t][3] += lower.y;
+    scores[t][0] = multiply_add(scores[t][0], factor, upper.x);
+    scores[t][1] = multiply_add(scores[t][1], factor, upper.y);
+    scores[t][2] = multiply_add(scores[t][2], factor, lower.x);
+    scores[t][3] = multiply_add(scores[t][3], factor, lower.y);
     lower = upper;
   }
 }
@@ -93,9 +92,9 @@ GPU_DEVICE float load_float(const Element* p) {
   }
 }
 
-// Adds the entries of a tensor in memory. Entries beyond the last query or key are not read.
+// Adds the entries of a tensor in memory. Entries beyond the last query or key are not read, and their scores stay.
 template <class Element, int kTiles, class Position>
-GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, float (&logits)[kTiles][4],
+GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, float (&scores)[kTiles][4], float factor,
                          Position at) {
   constexpr bool kRowsAreQueries = Position::kRowsAreQueries;
   const int64_t stride_row = kRowsAreQueries ? bias.stride_query : bias.stride_key;
@@ -109,9 +108,9 @@ GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, f
                           8 * r * stride_row;
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int c = 0; c < 2; ++c) {
-        float& logit = logits[t][2 * r + c];
+        float& score = scores[t][2 * r + c];
         if (8 * r < rows && 8 * t + c < columns)
-          logit = multiply_add(load_float(next + c * stride_column), kLog2E, logit);
+          score = multiply_add(score, factor, load_float(next + c * stride_column));
       }
       next = keep_computed(next + 8 * stride_column);
     }
@@ -121,8 +120,8 @@ GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, f
 // The same for a bias of type T whose rows can be read 16 bytes at a time. Each thread reads eight keys of one tile out of
 // four. The threads of a row then exchange what they have read.
 template <class T, int kTiles>
-GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_slice, float (&logits)[kTiles][4],
-                              QueryRows at) {
+GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_slice, float (&scores)[kTiles][4],
+                              float factor, QueryRows at) {
   const Lane lane = this_lane();
   const int32_t own_key = at.key - 2 * lane.q + 8 * lane.q;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
@@ -136,8 +135,8 @@ GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_sli
       exchange_in_row(words, lane);
       GPU_UNROLL for (int i = 0; i < 4; ++i) {
         const Float2 pair = unpack<T>(words[i]);
-        logits[t + i][2 * r] = multiply_add(pair.x, kLog2E, logits[t + i][2 * r]);
-        logits[t + i][2 * r + 1] = multiply_add(pair.y, kLog2E, logits[t + i][2 * r + 1]);
+        scores[t + i][2 * r] = multiply_add(scores[t + i][2 * r], factor, pair.x);
+        scores[t + i][2 * r + 1] = multiply_add(scores[t + i][2 * r + 1], factor, pair.y);
       }
       next = keep_computed(next + 32);
     }
@@ -155,14 +154,22 @@ GPU_DEVICE void to_logits(const Params& p, HeadSlice head_slice, float (&scores)
   at.query = keep_computed(at.query);
   at.key = keep_computed(at.key);
   head_slice.batch = keep_computed(head_slice.batch);
-  apply_scale_and_softcap(p, scores, gradients);
-  if (x.relative_bias != nullptr)
-    add_relative_bias(x.relative_bias + head_slice.head * x.relative_bias_stride_head + p.seqlen_q - 1, scores, at);
-  if (x.bias.data == nullptr) return;
-  if constexpr (Position::kRowsAreQueries) {
-    if (x.has_bias_rows) return add_bias_rows<T>(x.bias, head_slice, scores, at);
+  apply_softcap(x, scores, gradients);
+  float factor = x.softcap != 0.0f ? 1.0f : p.scale;
+  if (x.relative_bias != nullptr) {
+    const float* const own_head = x.relative_bias + head_slice.head * x.relative_bias_stride_head;
+    add_relative_bias(own_head + p.seqlen_q - 1, scores, factor, at);
+    factor = 1.0f;
   }
-  x.is_bias_float ? add_bias<float>(x.bias, head_slice, scores, at) : add_bias<T>(x.bias, head_slice, scores, at);
+  if (x.bias.data == nullptr) {
+    if (factor != 1.0f) scale_rows(scores, {factor, factor});
+    return;
+  }
+  if constexpr (Position::kRowsAreQueries) {
+    if (x.has_bias_rows) return add_bias_rows<T>(x.bias, head_slice, scores, factor, at);
+  }
+  x.is_bias_float ? add_bias<float>(x.bias, head_slice, scores, factor, at)
+                  : add_bias<T>(x.bias, head_slice, scores, factor, at);
 }
 
 }  // namespace fused_attn::gpu

@@ -47,8 +47,8 @@ struct ScoreTensor {
 struct LogitParams {
   bool is_plain;        // nothing: the softmax multiplies the scale in
   float softcap_scale;  // scale / softcap
-  float softcap_log2;   // softcap * log2(e); 0 = no softcap
-  // (H or 1, columns), times log2(e), with kRelativeBiasMargin zeros at both ends. The bias of query i and key j is
+  float softcap;        // 0 = no softcap
+  // (H or 1, columns), with kRelativeBiasMargin zeros at both ends. The bias of query i and key j is
   // column j - i + seqlen_q - 1, not counting the margin. Null = none.
   const float* relative_bias;
   int64_t relative_bias_stride_head;
@@ -130,7 +130,7 @@ struct Params {
   float scale;
   float scale_log2;  // scale * log2(e)
   // The softmax takes its scores times this factor as logits, and as exponents of 2. If a LogitParams has made logits of
-  // the scores, the factors are ln(2) and 1.
+  // the scores, the factors are 1 and log2(e).
   float softmax_scale;
   float softmax_scale_log2;
   LogitParams logits;

@@ -75,7 +75,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
         clear_rows(lse, out)
     if 0 in (out.numel(), problem.batch, problem.seqlen_q):  # a launch of no blocks is an error
         return out, lse
-    if inputs.key.numel() == 0:
+    if 0 in (inputs.key.numel(), problem.seqlen_k):
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
     workspace = _workspace(problem, inputs, wanted=None)
     _kernels.forward(inputs, out, lse, _config(problem), _architecture(problem), workspace)
@@ -90,34 +90,35 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         empty_like_layout(query, problem.head_dim) if wanted.query else None,
         empty_like_layout(key, problem.head_dim) if wanted.key else None,
         empty_like_layout(value, problem.value_dim) if wanted.value else None,
-        *(_empty_shared_gradient(inputs, name) if getattr(wanted, name) else None for name in SHARED),
+        *(_empty_shared_gradients(inputs, wanted) if wanted.is_any_shared else ()),
     )
     if problem.is_packed:
         clear_rows(None, *grads[:3])
     if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
-        grads = Gradients(*(None if dx is None else dx.zero_() for dx in grads))
-    else:
-        assert saved.lse is not None, "backends get one"
-        saved = saved._replace(
-            lse=saved.lse.contiguous(),  # under vmap it can be an expanded view
-            dlse=None if saved.dlse is None else saved.dlse.resolve_neg(),
-        )
-        workspace = _workspace(problem, read, wanted)
-        _kernels.backward(read, saved, grads, _config(problem), _architecture(problem), workspace)
-    if not wanted.is_any_shared:
-        return grads
-    return _in_dtype_of(inputs, grads)
+        return _in_dtypes_of(inputs, Gradients(*(None if dx is None else dx.zero_() for dx in grads)))
+    assert saved.lse is not None, "backends get one"
+    saved = saved._replace(
+        lse=saved.lse.contiguous(),  # under vmap it can be an expanded view
+        dlse=None if saved.dlse is None else saved.dlse.resolve_neg(),
+    )
+    workspace = _workspace(problem, read, wanted)
+    _kernels.backward(read, saved, grads, _config(problem), _architecture(problem), workspace)
+    return _in_dtypes_of(inputs, grads) if wanted.is_any_shared else grads
 
 
-def _in_dtype_of(inputs: Inputs, grads: Gradients) -> Gradients:
+def _empty_shared_gradients(inputs: Inputs, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    """Of the inputs that batch entries share. Kernels write sums of floats."""
+    device = inputs.query.device
+    return tuple(
+        torch.empty(getattr(inputs, name).shape, dtype=torch.float32, device=device) if getattr(wanted, name) else None
+        for name in SHARED
+    )
+
+
+def _in_dtypes_of(inputs: Inputs, grads: Gradients) -> Gradients:
     """The gradients in the dtypes of the inputs: kernels write those of `inputs.SHARED` as float32."""
     pairs = zip(inputs, grads, strict=False)
     return Gradients(*(None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs))
-
-
-def _empty_shared_gradient(inputs: Inputs, name: str) -> Tensor:
-    """Of an input that batch entries share. Kernels write sums of floats."""
-    return torch.empty(getattr(inputs, name).shape, dtype=torch.float32, device=inputs.query.device)
 
 
 def _architecture(problem: AttentionProblem) -> int:
@@ -235,7 +236,6 @@ def _workspace_bytes(
         or problem.has_bias
         or problem.has_relative_bias
         or problem.has_mask
-        or problem.has_sinks
         or not is_scale_positive
         or (problem.dropout_p > 0.0 and not is_head_dim_exact)
     )
