@@ -109,10 +109,10 @@ struct FusedBackwardRings {
   Ring<kKeyBlockSlots> work;  // KeyBlocks, see kKeyBlockSlots
   Ring<1> k;
   Ring<1> v;
-  Ring<Plan::kQStages> q;  // tiles of queries, each with its lse and its StepInfo
+  Ring<Plan::kQStages> q;        // tiles of queries, each with its lse and its StepInfo
   Ring<Plan::kDoutStages> dout;  // tiles of dout, each with its delta
-  uint32_t dscores;  // two barriers, of the buffer for even and for odd steps: all warps have written dscores
-  uint32_t dq_full;  // two barriers for each warpgroup: its part of dq of an even, or odd, step is written
+  uint32_t dscores;   // two barriers, of the buffer for even and for odd steps: all warps have written dscores
+  uint32_t dq_full;   // two barriers for each warpgroup: its part of dq of an even, or odd, step is written
   uint32_t dq_empty;  // a barrier for each warpgroup: the buffer of its part of dq may be written again
   uint32_t cleaning;  // a barrier for each loading warp, see TileLoader::cleaning
 
