@@ -319,11 +319,13 @@ GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRing
         }
         tma_store_commit();
       }
-      tma_store_wait_read<1>();  // the first part has been read from shared memory, and its buffer may be written again
+      // Wait until the copy engine has read the first part from shared memory, then the second part, and then until
+      // both parts have been added in global memory.
+      tma_store_wait_read<1>();
       mbarrier_arrive(rings.dq_empty);
-      tma_store_wait_read<0>();  // and the second part
+      tma_store_wait_read<0>();
       mbarrier_arrive(rings.dq_empty + 8);
-      tma_store_wait<0>();  // both parts have been added in global memory
+      tma_store_wait<0>();
       fence_async_proxy_global();
       add_release(p.dq_turns + tile, 1);
     }
