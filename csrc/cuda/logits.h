@@ -1,10 +1,12 @@
-// From scores to logits: all that may happen to an entry of the scores between the product with the keys and the
-// softmax. Forward and backward call the same function, so a further modification of scores is a further step of it.
+// From scores to logits: scale, softcap, relative bias and bias. They change the scores after the product of queries
+// and keys, and before the softmax. Forward and backward call the same function, to_logits, so a further modification
+// of scores is a further step of to_logits.
 //
-//   logit = softcap * tanh(scale * score / softcap) + relative bias + bias      (without a softcap: scale * score + ...)
+//   logit = softcap * tanh(scale * score / softcap) + relative bias + bias
+//   logit = scale * score + relative bias + bias                               (without a softcap)
 //
-// The first step after the product takes the scale as the factor of a multiply-add, so scaling costs no instruction of its
-// own. Masks come afterwards (visibility.h).
+// The first step after the product takes the scale as the factor of a multiply-add, so scaling costs no instruction of
+// its own. Masks come after the logits (visibility.h).
 #pragma once
 #include <type_traits>
 
@@ -12,8 +14,8 @@
 
 namespace fused_attn::gpu {
 
-// Which query and which key the entry x[0][0] of a thread's fragment belongs to. Entry x[t][j] lies 8 * (j / 2) rows
-// and 8 * t + j % 2 columns further on.
+// The query and the key of the entry x[0][0] of a thread's fragment. Entry x[t][j] lies 8 * (j / 2) rows and 8 * t + j
+// % 2 columns further on. Rows are queries (QueryRows), or keys where the scores are transposed (KeyRows).
 template <bool kRowsAreQueriesOption>
 struct FragmentPosition {
   static constexpr bool kRowsAreQueries = kRowsAreQueriesOption;
@@ -26,30 +28,32 @@ struct FragmentPosition {
 using QueryRows = FragmentPosition<true>;
 using KeyRows = FragmentPosition<false>;
 
-// Takes the place of the gradients that the derivative of the softcap is multiplied into, where there are none.
+// Stands for gradients in a call of to_logits that has none, such as forward's.
 struct NoGradients {
   GPU_DEVICE void scale(int, int, float) const {}
 };
 
-// The gradients by the logits of a fragment. Their product with the derivative of the softcap is the gradient by the
-// scores.
+// The gradients by the logits of a fragment. to_logits multiplies them by the derivative of the softcap, which makes
+// them gradients by the scores.
 template <int kTiles>
 struct LogitGradients {
   float (&x)[kTiles][4];
   GPU_DEVICE void scale(int t, int j, float factor) const { x[t][j] *= factor; }
 };
 
-// Exact to about 1e-7, unlike tanh.approx.
+// tanh(x), exact to about 1e-7. The instruction tanh.approx is less exact.
 GPU_DEVICE float tanh_of(float x) {
   constexpr float kTwoLog2E = 2.0f * kLog2E;
   return multiply_add(-2.0f, reciprocal_approx(1.0f + exp2_approx(kTwoLog2E * x)), 1.0f);
 }
 
+// Multiplies the scores of this thread by the scale, or applies the softcap to them. With a softcap, multiplies
+// gradients by its derivative.
 template <int kTiles, class Gradients>
 GPU_DEVICE void apply_softcap(const LogitParams& x, float (&scores)[kTiles][4], const Gradients& gradients) {
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-    // The branch stands within the loop. It keeps ptxas from computing the exponentials of all tiles first, for which
-    // there are no registers.
+    // The branch stands within the loop on purpose. Outside of the loop, ptxas would compute the exponentials of all
+    // tiles first, for which there are not enough registers.
     if (x.softcap != 0.0f) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
         const float y = tanh_of(scores[t][j] * x.softcap_scale);
@@ -60,14 +64,16 @@ GPU_DEVICE void apply_softcap(const LogitParams& x, float (&scores)[kTiles][4], 
   }
 }
 
-// Entries of one diagonal have the same bias. A thread's 4 * kTiles entries lie on 2 * (kTiles + 1) diagonals: those
-// of tile t, row g + 8, are those of tile t - 1, row g.
+// Adds the relative bias, which is the same for all entries of a diagonal (key - query). The 4 * kTiles entries of a
+// thread lie on only 2 * (kTiles + 1) diagonals: the two entries of tile t in row g + 8 lie on the diagonals of the
+// entries of tile t - 1 in row g. So each number of the bias is loaded once. bias_of_diagonal_0 points to the bias of
+// key == query.
 template <int kTiles, class Position>
 GPU_DEVICE void add_relative_bias(const float* bias_of_diagonal_0, float (&scores)[kTiles][4], float factor,
                                   Position at) {
   constexpr int kSign = Position::kRowsAreQueries ? 1 : -1;
   const float* const own = bias_of_diagonal_0 + (at.key - at.query);
-  // Two pairs of neighbouring diagonals at a time: those of the rows g + 8, and those of the rows g, of a tile.
+  // For each tile, `upper` is the bias of the two entries in row g, and `lower` that of the two entries in row g + 8.
   const auto load_pair = [&](int tile) {
     return Float2{load_global(own + kSign * 8 * tile), load_global(own + kSign * (8 * tile + 1))};
   };
@@ -82,7 +88,7 @@ GPU_DEVICE void add_relative_bias(const float* bias_of_diagonal_0, float (&score
   }
 }
 
-// A number of type float or T, as a float.
+// Loads one number of the bias, whose type is float or a 16-bit type, as a float.
 template <class Element>
 GPU_DEVICE float load_float(const Element* p) {
   if constexpr (std::is_same_v<Element, float>) {
@@ -92,7 +98,8 @@ GPU_DEVICE float load_float(const Element* p) {
   }
 }
 
-// Adds the entries of a tensor in memory. Entries beyond the last query or key are not read, and their scores stay.
+// Adds a bias of any strides, one number at a time. Numbers beyond the last query or key are not read, and the scores
+// of their entries stay as they are.
 template <class Element, int kTiles, class Position>
 GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, float (&scores)[kTiles][4], float factor,
                          Position at) {
@@ -102,7 +109,7 @@ GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, f
   const int32_t rows = kRowsAreQueries ? head_slice.seqlen_q - at.query : head_slice.seqlen_k - at.key;
   const int32_t columns = kRowsAreQueries ? head_slice.seqlen_k - at.key : head_slice.seqlen_q - at.query;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
-    // The pointer goes along the row: addresses of all entries would take more registers than there are.
+    // One pointer moves along the row. Computing an address for every entry would take more registers than there are.
     const Element* next = static_cast<const Element*>(bias.data) + head_slice.batch * bias.stride_batch +
                           head_slice.head * bias.stride_head + at.query * bias.stride_query + at.key * bias.stride_key +
                           8 * r * stride_row;
@@ -117,8 +124,9 @@ GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, f
   }
 }
 
-// The same for a bias of type T whose rows can be read 16 bytes at a time. Each thread reads eight keys of one tile out of
-// four. The threads of a row then exchange what they have read.
+// Adds a bias of type T whose rows can be read 16 bytes at a time (LogitParams::has_bias_rows), which takes an eighth
+// of the loads. Of four tiles, each of the four threads of a row reads the eight keys of one tile. The threads then
+// exchange what they have read, so that each has its two keys of all four tiles.
 template <class T, int kTiles>
 GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_slice, float (&scores)[kTiles][4],
                               float factor, QueryRows at) {
@@ -143,14 +151,16 @@ GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_sli
   }
 }
 
-// Turns scores into logits, in place, and multiplies gradients by the derivative of the softcap. If the logits are
-// plain, scores stay as they are, and p.softmax_scale_log2 is the factor that is missing.
+// Turns the scores of a thread's fragment into logits, in place, and multiplies gradients by the derivative of the
+// softcap. If there is nothing but the scale (is_plain), scores stay as they are, and the softmax multiplies by
+// p.softmax_scale_log2.
 template <class T, int kTiles, class Position, class Gradients>
 GPU_DEVICE void to_logits(const Params& p, HeadSlice head_slice, float (&scores)[kTiles][4], Position at,
                           const Gradients& gradients) {
   const LogitParams& x = p.logits;
   if (x.is_plain) return;
-  // Otherwise the compiler computes parts of addresses before a kernel's loop, and keeps them in registers.
+  // Without keep_computed, the compiler would compute parts of the addresses below before the kernel's loop over
+  // blocks, and keep them in registers all the time.
   at.query = keep_computed(at.query);
   at.key = keep_computed(at.key);
   head_slice.batch = keep_computed(head_slice.batch);

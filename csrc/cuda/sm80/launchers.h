@@ -1,4 +1,4 @@
-// Host side of the kernels for sm_80. Only their instantiations (head_dim_*.cu) include this file.
+// Launches the kernels for sm_80. Only their instantiations (head_dim_*.cu) include this file.
 #pragma once
 #include "../kernels.h"
 #include "../preparation.h"
@@ -7,12 +7,14 @@
 
 namespace fused_attn::gpu::sm80 {
 
-// Plain kernels load all columns of their head dim.
+// Whether a call needs a general kernel. Besides what is_general says, only general kernels check how many columns the
+// tensors have: plain kernels load exactly kHeadDim columns.
 template <int kHeadDim>
 bool lacks_columns(const Params& p) {
   return p.q.columns != kHeadDim || p.v.columns != kHeadDim;
 }
 
+// Launches the forward kernel, with the variant for the element type and for what the call needs.
 template <int kHeadDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   using Plan = ForwardPlan<kHeadDim>;
@@ -22,6 +24,7 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   });
 }
 
+// Launches the kernel that prepares row statistics, and then the kernels for the gradients that are wanted.
 template <int kHeadDim>
 void launch_backward(const Params& p, bool is_bf16, Stream stream) {
   using QueryPlan = QueryGradientPlan<kHeadDim>;
