@@ -1,4 +1,4 @@
-"""``python -m fused_attn info``, ``check`` and ``tune``."""
+"""The command line: ``python -m fused_attn info``, ``check`` and ``tune``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fused_attn.installation import info
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command that argv names (None = the arguments of the process); returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fused_attn", description="Fused attention for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, compiled code, hardware, which backends can run and why not")
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check() -> int:
+    """Runs and prints the self-check; returns the exit status: 1 if a result is wrong or nothing was checked."""
     checked = wrong = 0
     for result in selfcheck.run():
         print(result, flush=True)
@@ -48,7 +50,11 @@ def _check() -> int:
 
 
 def _add_tune_options(parser: argparse.ArgumentParser) -> None:
-    # Names are checked by `tune.workloads`: to list them here would take importing Triton for every other command.
+    """Adds the options of ``tune`` to its parser.
+
+    The values are not checked here but in `tune.workloads`. A check needs the module `tune`, which imports Triton, and
+    the other commands must work without Triton.
+    """
     parser.add_argument("--kernel", nargs="+", metavar="NAME", help="forward, dq, dkdv, bias; default: all")
     parser.add_argument("--dtype", nargs="+", metavar="DTYPE", help="float32, float16, bfloat16; default: bfloat16")
     parser.add_argument("--head-dim", nargs="+", metavar="D", type=int, help="default: 64 128")
@@ -67,6 +73,7 @@ def _add_tune_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _tune(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Runs ``tune``; returns the exit status, which is 1 if Triton is missing."""
     if (reason := triton.installation_problem()) is not None:
         print(reason, file=sys.stderr)
         return 1

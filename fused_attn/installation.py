@@ -1,4 +1,4 @@
-"""What this installation can run: versions, compiled code, hardware, and each backend with its reasons."""
+"""Describes what is installed: versions, compiled code, hardware, and which backends can run and why others cannot."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from fused_attn.backends.triton import backend as triton
 
 @dataclass(frozen=True)
 class Info:
-    """``print(info())`` shows it as text; the fields are for programs.
+    """The description that `info` returns. ``print(info())`` shows it as text; programs read the fields.
 
-    backends maps "cpu float32", "cuda:0 bfloat16", ... to {backend name: reasons why it cannot run; empty = it can}.
+    versions: {package: version}
+    native:   {property of the compiled CPU kernels: value}
+    triton:   {property of the Triton kernels: value}
+    devices:  {device, such as "cuda:0": name and properties}
+    backends: {device and dtype, such as "cuda:0 bfloat16": {backend: reasons why it cannot run; empty = it can}}
     """
 
     versions: dict[str, str]
@@ -46,11 +50,13 @@ class Info:
 
 
 def info() -> Info:
-    """Describe this installation and machine. Loads nothing on a GPU."""
+    """Describes this installation and this machine. No kernel is loaded onto a GPU."""
     return Info(_versions(), _native(), _triton(), _devices(), _backends())
 
 
 def _versions() -> dict[str, str]:
+    """The field `Info.versions`."""
+
     def version(package: str) -> str:
         try:
             return importlib.metadata.version(package)
@@ -67,6 +73,7 @@ def _versions() -> dict[str, str]:
 
 
 def _native() -> dict[str, str]:
+    """The field `Info.native`: how the CPU kernels were built, and which instruction set they use here."""
     if cpu._C is None:
         return {"CPU kernels": f"none, so that the slow reference runs: {cpu.missing}"}
     build = cpu._C.build_info()
@@ -80,7 +87,7 @@ def _native() -> dict[str, str]:
 
 
 def _triton() -> dict[str, str]:
-    """What the Triton kernels need, and where each GPU's tile sizes come from."""
+    """The field `Info.triton`: whether the Triton kernels can run here, and where each GPU's tile sizes come from."""
     needed = f"an NVIDIA GPU of compute capability {'.'.join(map(str, triton.MIN_CAPABILITY))} or higher"
     if not torch.cuda.is_available():
         if triton.is_interpreting():
@@ -95,7 +102,8 @@ def _triton() -> dict[str, str]:
 
 
 def _tiles(index: int) -> str:
-    # Imported here: it imports Triton, which is worth half a second only where there is a GPU.
+    """Where the tile sizes of GPU number `index` come from: the package's own table, or `tune`."""
+    # `tuned` imports Triton, which takes half a second. So the import stands here, and machines without a GPU skip it.
     from fused_attn.backends.triton import tuned
 
     table = tuned.table_of(index)
@@ -106,6 +114,7 @@ def _tiles(index: int) -> str:
 
 
 def _devices() -> dict[str, str]:
+    """The field `Info.devices`: the CPU and every GPU that torch sees."""
     devices = {
         "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()} as torch sees it, "
         f"{torch.get_num_threads()} threads"
@@ -120,6 +129,7 @@ def _devices() -> dict[str, str]:
 
 
 def _backends() -> dict[str, dict[str, list[str]]]:
+    """The field `Info.backends`: what each backend says about a typical problem, for each device and dtype."""
     places = [torch.device("cpu")] + [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     problems = {
         f"{device} {str(dtype).removeprefix('torch.')}": _typical_problem(device, dtype)
@@ -133,6 +143,7 @@ def _backends() -> dict[str, dict[str, list[str]]]:
 
 
 def _typical_problem(device: torch.device, dtype: torch.dtype) -> AttentionProblem:
+    """Padded self-attention with head dim 64, which every kernel supports."""
     return AttentionProblem(
         batch=8,
         num_heads=16,

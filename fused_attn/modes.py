@@ -1,7 +1,9 @@
-"""Which of torch's modes surround a call.
+"""Which of torch's modes surround a call: tracers, compilers, transforms, and modes written in Python.
 
-The private names are the only ones that answer in 50 ns. Names are imported from torch one by one, because finding
-``torch.name`` takes as long as calling it: torch is a large module.
+Every call asks these questions, so the answers must be fast:
+
+- The functions with private names answer in 50 ns. torch has no public ones that are as fast.
+- Functions are imported one by one, because looking up ``torch.name`` takes as long as calling the function.
 """
 
 from __future__ import annotations
@@ -30,17 +32,18 @@ __all__ = [
 
 
 def in_forward_mode() -> bool:
-    """True inside forward-mode AD, which can differentiate PyTorch code but not kernels."""
+    """True inside forward-mode AD. It differentiates PyTorch code, but no kernel has forward-mode derivatives."""
     return forward_ad._current_level >= 0
 
 
 def is_direct() -> bool:
     """True if no mode of torch surrounds the call: no compiler, tracer, transform, or Python mode. Autocast may be on.
 
-    A call on plain tensors then goes to a kernel without any of the other questions in this module.
+    A call on plain tensors can then run a kernel without asking the other questions in this module.
     """
     return (
-        # These two are `torch.compiler.is_compiling`, which takes four times as long. Dynamo knows the first of them.
+        # The next two lines do what `torch.compiler.is_compiling` does, in a quarter of its time. The first of
+        # them is True while torch.compile traces.
         not is_dynamo_compiling()
         and not compiler._is_compiling_flag
         and forward_ad._current_level < 0
@@ -54,29 +57,29 @@ def is_direct() -> bool:
 def is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """True if a call must be a registered operator: under tracers and `TorchDispatchMode`, and for tensor subclasses.
 
-    They see operators alone. A kernel called without an operator would be missing from a trace, and the trace would
-    hold the output as memory that nothing has written.
+    These record or replace operators, and see nothing else. A kernel that is called without an operator would be
+    missing from a trace. The trace would then return an output that nothing has written.
     """
     return is_watched() or not (type(query) is type(key) is type(value) is Tensor)
 
 
 def is_watched() -> bool:
-    """True under tracers and `TorchDispatchMode`: the part of `is_observed` that does not depend on tensors."""
+    """True under tracers and `TorchDispatchMode`. This is the part of `is_observed` that does not depend on tensors."""
     return _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None or is_pre_dispatch()
 
 
 def is_pre_dispatch() -> bool:
     """True under tracers that record operators before autograd runs, such as `make_fx(pre_dispatch=True)`.
 
-    Such a tracer sets a `TorchFunctionMode` as well. This mode is asked for first, because asking takes less time.
+    Such a tracer also sets a `TorchFunctionMode`. The number of these modes is read first, because that is faster.
     """
     return _len_torch_function_stack() > 0 and _len_torch_dispatch_stack_pre_dispatch() > 0
 
 
 def is_backward_observed(dout: Tensor | None, dlse: Tensor | None) -> bool:
-    """`is_observed` for the backward of a call whose forward was not observed.
+    """True if backward must be a registered operator although forward was none.
 
-    With ``is_grads_batched``, `torch.autograd.grad` passes tensors that hold several gradients each. Only operators can
+    `torch.autograd.grad` with ``is_grads_batched`` passes tensors that hold several gradients each. Only operators can
     take such tensors.
     """
     return (
@@ -87,7 +90,7 @@ def is_backward_observed(dout: Tensor | None, dlse: Tensor | None) -> bool:
 
 
 def can_read(x: Tensor) -> bool:
-    """True if the contents of a tensor can be read: it is a plain one on the CPU, and no tracer records the call."""
+    """True if the contents of x can be read at once: x is a plain tensor on the CPU, and no tracer records the call."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor

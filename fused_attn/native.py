@@ -1,4 +1,7 @@
-"""The compiled modules `fused_attn._C` and `fused_attn._cuda`: where one is missing, why, and what mends that."""
+"""The compiled modules: imports `fused_attn._C`, and explains why `_C` or `fused_attn._cuda` is missing.
+
+`_C` is the compiled module, or None. `why_no_C` is the reason, with advice; an empty text if there is a module.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,11 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def why_missing(module: str, needs: str, error: ImportError) -> str:
-    """Why ``fused_attn.{module}``, which takes `needs` to build, could not be imported; a text for `explain`."""
+    """A text for users: why ``fused_attn.{module}`` could not be imported, and what to do about it.
+
+    needs: the compiler that builds the module
+    error: what the import has raised
+    """
     if not isinstance(error, ModuleNotFoundError):
         return f"fused_attn.{module} is there but cannot be loaded: {error}"
     if (other := _installed_copy(module)) is not None:
@@ -30,12 +37,16 @@ def why_missing(module: str, needs: str, error: ImportError) -> str:
 
 
 def warn_of_sources() -> None:
-    """Called where there are no kernels: a folder of sources that hides an installed package is nobody's intention."""
+    """Warns if Python has imported sources without kernels although an installed package has kernels.
+
+    Python imports the package in the current folder before the installed one. Nobody wants the slow sources then.
+    """
     if (other := _installed_copy("_C")) is not None:
         warnings.warn(f"fused_attn runs without its native kernels: {_where_imported(other)}", stacklevel=2)
 
 
 def _where_imported(other: Path) -> str:
+    """A text for users: this package hides the installed one in the folder `other`, and what to do about it."""
     return (
         f"Python has imported the sources in {PACKAGE}, which have not been built, instead of the installed package in "
         f"{other}; start Python in another folder, or install the sources in place with `pip install -e .`"
@@ -43,10 +54,13 @@ def _where_imported(other: Path) -> str:
 
 
 def _installed_copy(module: str) -> Path | None:
-    """The folder of the fused_attn that Python would import were it not for this one, if it has the module."""
+    """The folder of another fused_attn on `sys.path` that contains the compiled module; None if there is none.
+
+    Only the first other fused_attn counts, because Python would import that one if this one did not exist.
+    """
     elsewhere = [entry for entry in sys.path if Path(entry).resolve() != PACKAGE.parent]
     package = PathFinder.find_spec("fused_attn", elsewhere)
-    if package is None or package.origin is None:  # without an origin, a folder of that name
+    if package is None or package.origin is None:  # a folder of that name without __init__.py has no origin
         return None
     compiled = PathFinder.find_spec(f"fused_attn.{module}", package.submodule_search_locations)
     return None if compiled is None else Path(package.origin).parent
@@ -55,7 +69,7 @@ def _installed_copy(module: str) -> Path | None:
 try:
     import fused_attn._C as _C
 except ImportError as error:
-    # Installed without a C++ compiler, perhaps: everything else still works, and `info` shows this text.
+    # The package may have been installed without a C++ compiler. The other backends work, and `info` shows why_no_C.
     _C = None
     why_no_C = why_missing("_C", "a C++ compiler such as g++", error)
     warn_of_sources()

@@ -1,6 +1,6 @@
 """Makes the plan of a call from its metadata: checks the arguments, normalises them, and chooses a backend.
 
-Plans are cached, so that a second call with equal metadata is not checked again.
+Plans are cached. A second call with equal metadata finds its plan in the cache and is not checked again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fused_attn.backends.base import Backend
 class Plan(NamedTuple):
     """All that follows from the metadata of a call.
 
+    problem: the description of the call for the backends
     layout: how query, key and value become (B, heads, rows, columns); None if they have this shape already
     backend: None under compilation, because the operator chooses a backend when the compiled code runs
     """
@@ -71,28 +72,30 @@ def plan(
     options: tuple[Any, ...],
     backend: str | None,
 ) -> Plan:
-    """The plan of a call of `fused_attention`.
+    """The plan of a call of `fused_attention`, from the cache if possible.
 
     Args:
-        metadata: the `signature` of the tensors; None if it could not be read.
-        tensors: in the order of `Arguments`.
-        options: in that of `Options`.
+        is_compiling: `torch.compile` traces the call, so sizes may be symbolic.
+        metadata: the `signature` of the tensors; None if the signature could not be read.
+        tensors: the tensors in the order of `Arguments`.
+        options: the other arguments in the order of `Options`.
+        backend: the name of the backend that the caller has asked for; None = choose one.
     """
     bias = None
     try:
         if metadata is None:
             bias, metadata = _metadata(*tensors)
-        # Under compilation sizes are symbolic, so they cannot be hashed. The cache would not help: a trace plans once.
+        # Under compilation, sizes are symbolic and cannot be hashed. A cache is not needed, because a trace plans once.
         return (_plan if is_compiling else cached_plan)(backend, metadata, bias, *options)
     except (AttributeError, RuntimeError, TypeError) as error:
-        # `checks.meta` names an argument that is no tensor. It runs after a failure only, because it takes as long as
-        # finding the plan.
+        # If an argument is no tensor, `checks.meta` raises an error that names it. These checks run only after a
+        # failure, because they take as long as finding the plan.
         for name, x in zip(Arguments._fields[:3], tensors[:3], strict=True):
             checks.meta(name, x)
         if metadata is None or "unhashable" not in str(error):
             raise
-        # An argument that cannot be hashed is an error, which `_plan` raises with the argument's name, or a symbolic
-        # size (`make_fx`), for which the plan is made without the cache.
+        # What cannot be hashed is a wrong argument or a symbolic size, as under `make_fx`. For a wrong argument,
+        # `_plan` raises an error that names it. For symbolic sizes, the plan is made without the cache.
         found = _plan(backend, metadata, bias, *options)
         return found._replace(backend=dispatch.choose.__wrapped__(found.problem, backend))
 
@@ -100,6 +103,7 @@ def plan(
 def _metadata(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *others: Tensor | None
 ) -> tuple[CausalBiasMeta | None, Metadata]:
+    """(the contents of a causal bias that is given as attn_mask, else None; the metadata of the other tensors)."""
     bias = None if attn_mask is None else causal_bias(attn_mask)
     if not (query.layout is key.layout is value.layout is torch.strided):
         raise TypeError("sparse")  # `plan` catches the error and names the argument.
@@ -113,6 +117,10 @@ def _metadata(
 
 
 def _plan(backend: str | None, metadata: Metadata, bias: CausalBiasMeta | None, *options) -> Plan:
+    """The plan without a chosen backend.
+
+    If the shapes are wrong but would be right as (B, L, H, D), the error message says so.
+    """
     known = signature.metas(metadata) if isinstance(metadata, bytes) else metadata
     arguments, options = Arguments._make(None if x is None else Meta(*x) for x in known), Options(*options)
     try:
@@ -134,15 +142,16 @@ def _plan(backend: str | None, metadata: Metadata, bias: CausalBiasMeta | None, 
 # The cache is typed. Otherwise is_causal=1, which is an error, would find the plan of is_causal=True.
 @functools.lru_cache(maxsize=4096, typed=True)
 def cached_plan(backend: str | None, *arguments) -> Plan:
-    """`plan` for arguments that can be hashed.
+    """The plan of a call whose metadata and options can be hashed, with a chosen backend.
 
-    arguments: the metadata, a causal bias or None, and the fields of `Options` one by one
+    arguments: the metadata; a causal bias or None; the fields of `Options` one by one
     """
     found = _plan(backend, *arguments)
     return found._replace(backend=dispatch.choose(found.problem, backend))
 
 
 def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMeta | None, options: Options) -> Plan:
+    """Checks all arguments and makes the plan, without a chosen backend."""
     query, key, value, attn_mask, relative_bias, sinks, key_padding_mask = arguments
     if backend is not None and backend not in dispatch.BACKEND_NAMES:
         raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
@@ -206,11 +215,14 @@ PackedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Ten
 def plan_of_packed(
     is_compiling: bool, tensors: PackedTensors, max_seqlen_q: int, max_seqlen_k: int, options: tuple[Any, ...]
 ) -> AttentionProblem:
-    """The problem of a call of `fused_attention_varlen`.
+    """The problem of a call of `fused_attention_varlen`, from the cache if possible.
 
     Args:
-        tensors: in the order of `PackedArguments`.
-        options: in that of `Options`.
+        is_compiling: `torch.compile` traces the call, so sizes may be symbolic.
+        tensors: the tensors in the order of `PackedArguments`.
+        max_seqlen_q: the longest sequence of queries.
+        max_seqlen_k: the longest sequence of keys.
+        options: the other arguments in the order of `Options`.
     """
     names = PackedArguments._fields  # the first five are required
     given = *map(checks.meta, names[:5], tensors[:5]), *map(checks.optional_meta, names[5:], tensors[5:])
@@ -222,13 +234,17 @@ def plan_of_packed(
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
-        return _packed_problem(*arguments)  # sizes are symbolic, or an argument is wrong, which raises with its name
+        return _packed_problem(*arguments)  # Sizes are symbolic, or an argument is wrong: then this call raises.
 
 
 def _packed_problem(
     given: tuple[Meta | None, ...], max_seqlen_q: int, max_seqlen_k: int, *options: Any
 ) -> AttentionProblem:
-    """given: in the order of `PackedArguments`; options: in that of `Options`."""
+    """Checks all arguments and makes the problem.
+
+    given: the metadata of the tensors, in the order of `PackedArguments`
+    options: in the order of `Options`
+    """
     query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks = PackedArguments._make(given)
     options = Options(*options)
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -269,15 +285,17 @@ def _packed_problem(
 _cached_packed_problem = functools.lru_cache(maxsize=4096, typed=True)(_packed_problem)
 
 
-# ---- What both share
+# ---- What batched and packed calls share
 
 
 def _check_options(options: Options) -> None:
+    """Checks the arguments that are no tensors."""
     checks.check_scalars(options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.softcap)
     checks.check_window(options.window_size)
 
 
 def _scalars(shapes: Shapes, options: Options, bias: CausalBiasMeta | None = None) -> Scalars:
+    """The numbers of a call. The default scale is 1 / sqrt(D). A causal bias makes the call causal."""
     head_dim = shapes.query[3]
     is_causal = options.is_causal or bias is not None
     band = masks.band_of(is_causal, checks.check_window(options.window_size), 0 if bias is None else bias.offset)
@@ -292,4 +310,5 @@ def _scalars(shapes: Shapes, options: Options, bias: CausalBiasMeta | None = Non
 
 
 def _shape(meta: Meta | None) -> torch.Size | None:
+    """The shape of a tensor; None for a tensor that the call does not have."""
     return None if meta is None else meta.shape

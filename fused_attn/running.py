@@ -1,4 +1,7 @@
-"""Runs a planned call: by a backend directly, with gradients, or as an operator, as torch's modes require."""
+"""Runs a planned call: on a backend directly, through autograd, or as a registered operator.
+
+Which of these is right depends on the modes of torch that surround the call (see `modes`).
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ from fused_attn.derivatives.autograd import apply_fused_attention
 def run(
     problem: AttentionProblem, backend: Backend, is_direct: bool, inputs: Inputs, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, lse); lse may be None if return_lse is False.
+    """(out (B, H, L, Dv), lse (B, H, L)). Without return_lse, lse may be None.
 
-    is_direct: no tensor is of a subclass, and `modes.is_direct()` is true.
+    is_direct: no tensor is of a subclass, and `modes.is_direct()` is true. The caller has computed this already.
     """
     if profiler._is_profiler_enabled:
         backend = events.named(backend)

@@ -47,8 +47,8 @@ GPU_DEVICE float tanh_of(float x) {
   return multiply_add(-2.0f, reciprocal_approx(1.0f + exp2_approx(kTwoLog2E * x)), 1.0f);
 }
 
-// Multiplies the scores of this thread by the scale, or applies the softcap to them. With a softcap, multiplies
-// gradients by its derivative.
+// Applies the softcap to the scores of this thread, if there is one, and multiplies gradients by the derivative of the
+// softcap.
 template <int kTiles, class Gradients>
 GPU_DEVICE void apply_softcap(const LogitParams& x, float (&scores)[kTiles][4], const Gradients& gradients) {
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {

@@ -1,4 +1,4 @@
-"""The causal biases of `torch.nn.attention.bias`: tensors by type, which hold no more than two lengths."""
+"""The causal biases of `torch.nn.attention.bias`: tensor subclasses that hold two lengths and no data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class CausalBiasMeta(NamedTuple):
-    """A `torch.nn.attention.bias` causal bias; offset is that of `Band`."""
+    """The contents of a causal bias: L, S, and the offset of its diagonal, as in `Band`."""
 
     seqlen_q: int
     seqlen_k: int
@@ -16,10 +16,10 @@ class CausalBiasMeta(NamedTuple):
 
 
 def causal_bias(attn_mask: Tensor) -> CausalBiasMeta | None:
-    """What a `torch.nn.attention.bias` causal bias says; None for any other tensor."""
+    """The contents of a `torch.nn.attention.bias` causal bias; None for any other tensor."""
     if type(attn_mask) is Tensor:
         return None
-    # Imported here: only a caller who has built such an object has paid for the module already.
+    # The import takes a second, so it stands here. A caller who passes a causal bias has imported the module already.
     from torch.nn.attention.bias import CausalBias, CausalVariant
 
     if not isinstance(attn_mask, CausalBias):
@@ -31,6 +31,6 @@ def causal_bias(attn_mask: Tensor) -> CausalBiasMeta | None:
 
 
 def causal_bias_offset(attn_mask: Tensor) -> int | None:
-    """The offset of a causal bias; None for any other tensor."""
+    """The offset of the diagonal of a causal bias, as in `Band`; None for any other tensor."""
     bias = causal_bias(attn_mask)
     return None if bias is None else bias.offset

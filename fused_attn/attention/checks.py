@@ -1,4 +1,7 @@
-"""Argument checks. Most look at metadata only, so that their result can be cached with the plan of a call."""
+"""Checks of arguments. Most checks need only metadata, so a call with cached metadata skips them (see `planning`).
+
+Each check raises TypeError or ValueError. The message names the argument, what was expected, and what came.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from fused_attn.attention.problem import UNBOUNDED
 
 
 class Meta(NamedTuple):
-    """The metadata of a tensor that the checks need. It is hashed by value, a tensor by identity."""
+    """The metadata of a tensor that the checks need. Unlike tensors, equal ones have equal hashes, as caches need."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -26,10 +29,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def meta(name: str, tensor: Tensor) -> Meta:
-    """The tensor's metadata.
+    """The tensor's metadata. `name` is the argument, for error messages.
 
     Raises:
-        TypeError: it is no tensor.
+        TypeError: the argument is no tensor, or is nested or sparse.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {_describe(tensor)}")
@@ -40,15 +43,20 @@ def meta(name: str, tensor: Tensor) -> Meta:
 
 
 def optional_meta(name: str, tensor: Tensor | None) -> Meta | None:
+    """`meta` of an argument that may be None."""
     return None if tensor is None else meta(name, tensor)
 
 
 def fail(name: str, expected: str, got: object) -> ValueError:
+    """The error, to be raised by the caller, that argument `name` should have been `expected` but was `got`."""
     return ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def check_query_key_value(query: Meta, key: Meta, value: Meta, min_dim: int) -> None:
-    """Checks that dtype and device are equal, and the sizes that must agree for inputs of any batch rank."""
+    """Checks that the three have at least min_dim dimensions, equal dtypes and devices, and that head dims agree.
+
+    Batch sizes, heads and lengths are checked elsewhere, because batched and packed inputs differ in these.
+    """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if len(x.shape) < min_dim:
             raise fail(name, f"at least {min_dim} dimensions", _shape(x))
@@ -64,9 +72,9 @@ def check_query_key_value(query: Meta, key: Meta, value: Meta, min_dim: int) -> 
 
 
 def with_heads_and_rows_swapped(query: Meta, key: Meta, value: Meta) -> list[Meta] | None:
-    """The inputs with heads and rows exchanged, for the hint that a caller may have passed (..., L, H, D).
+    """[query, key, value] with heads and rows exchanged, in case that the caller has passed (..., L, H, D).
 
-    Returns None if this mistake is unlikely.
+    The error message then suggests a transpose. Returns None if this mistake is unlikely.
     """
     if min(len(x.shape) for x in (query, key, value)) < 3:
         return None
@@ -82,12 +90,16 @@ def with_heads_and_rows_swapped(query: Meta, key: Meta, value: Meta) -> list[Met
 
 
 def check_device(name: str, x: Meta, query: Meta) -> None:
+    """Checks that x is on the device of query."""
     if x.device != query.device:
         raise fail(name, f"the device of query, {query.device}", x.device)
 
 
 def check_heads(query: int, key: int, value: int, enable_gqa: bool) -> int:
-    """The number of query heads, after broadcasting where GQA is off."""
+    """Checks the numbers of heads of query, key and value; returns the number of heads of the output.
+
+    Without GQA, a tensor may have a single head, which is broadcast.
+    """
     if enable_gqa:
         if value != key:
             raise fail("value", f"as many heads as key, {key}", f"{value} heads")
@@ -103,6 +115,7 @@ def check_heads(query: int, key: int, value: int, enable_gqa: bool) -> int:
 
 
 def check_max_seqlen(name: str, max_seqlen: int) -> None:
+    """Checks that the longest length of a packed call is an int in [0, 2**62)."""
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {_describe(max_seqlen)}")
     if max_seqlen < 0 or (isinstance(max_seqlen, int) and max_seqlen >= 2**62):  # positions have 64 bits
@@ -110,6 +123,7 @@ def check_max_seqlen(name: str, max_seqlen: int) -> None:
 
 
 def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, softcap: float) -> None:
+    """Checks the types and ranges of the flags and numbers of a call."""
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {_describe(flag)}")
@@ -124,13 +138,14 @@ def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable
 
 
 def check_probability(name: str, p: float) -> None:
+    """Checks that p is a number in [0, 1]."""
     _check_number(name, p)
     if not 0.0 <= p <= 1.0:
         raise fail(name, "a probability in [0, 1]", p)
 
 
 def check_window(window_size: Sequence[int] | None) -> tuple[int, int]:
-    """(left, right), each -1 for unbounded."""
+    """Checks the window; returns (left, right), the numbers of keys visible on each side, -1 = all."""
     if window_size is None:
         return UNBOUNDED, UNBOUNDED
     is_pair = isinstance(window_size, Sequence) and len(window_size) == 2
@@ -143,6 +158,7 @@ def check_window(window_size: Sequence[int] | None) -> tuple[int, int]:
 
 
 def check_causal_bias(bias: CausalBiasMeta, is_causal: bool, seqlen_q: int, seqlen_k: int) -> None:
+    """Checks that a causal bias has the lengths of the call and does not contradict is_causal."""
     if (bias.seqlen_q, bias.seqlen_k) != (seqlen_q, seqlen_k):
         raise fail("attn_mask", f"a causal bias for (L, S) = {(seqlen_q, seqlen_k)}", f"one for {tuple(bias[:2])}")
     if is_causal and bias.offset != 0:
@@ -150,6 +166,7 @@ def check_causal_bias(bias: CausalBiasMeta, is_causal: bool, seqlen_q: int, seql
 
 
 def check_attn_mask(mask: Meta, query: Meta, scores: tuple[int, ...]) -> None:
+    """Checks the dtype and the device of attn_mask, and that it broadcasts to the shape of the scores."""
     _check_mask_dtype("attn_mask", "attend", mask)
     check_device("attn_mask", mask, query)
     fits = len(mask.shape) <= len(scores) and all(
@@ -160,6 +177,7 @@ def check_attn_mask(mask: Meta, query: Meta, scores: tuple[int, ...]) -> None:
 
 
 def check_padding(mask: Meta, query: Meta, batch_shape: tuple[int, ...], seqlen_k: int) -> None:
+    """Checks dtype, device and shape of key_padding_mask."""
     _check_mask_dtype("key_padding_mask", "ignore", mask)
     check_device("key_padding_mask", mask, query)
     expected = (*batch_shape, seqlen_k)
@@ -168,6 +186,7 @@ def check_padding(mask: Meta, query: Meta, batch_shape: tuple[int, ...], seqlen_
 
 
 def check_relative_bias(bias: Meta, query: Meta, num_heads: int, columns: int) -> None:
+    """Checks dtype, device and shape of relative_bias. `columns` is the number of distances, L + S - 1."""
     _check_learned("relative_bias", bias, query)
     if tuple(bias.shape) not in ((num_heads, columns), (columns,)):
         raise fail(
@@ -178,13 +197,14 @@ def check_relative_bias(bias: Meta, query: Meta, num_heads: int, columns: int) -
 
 
 def check_sinks(sinks: Meta, query: Meta, num_heads: int) -> None:
+    """Checks dtype, device and shape of sinks."""
     _check_learned("sinks", sinks, query)
     if tuple(sinks.shape) != (num_heads,):
         raise fail("sinks", f"shape (H,) = {(num_heads,)}", _shape(sinks))
 
 
 def check_dropout_seed(seed: int | Tensor, device: torch.device) -> Tensor:
-    """The seed as a 0-d int64 tensor on the device."""
+    """Checks the seed of dropout; returns it as a 0-d int64 tensor on the device."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
             raise fail("dropout_seed", "an int or a 0-d int64 tensor", f"{seed.dtype} of shape {tuple(seed.shape)}")
@@ -193,11 +213,13 @@ def check_dropout_seed(seed: int | Tensor, device: torch.device) -> Tensor:
         raise TypeError(f"dropout_seed: expected an int or a 0-d int64 tensor, got {_describe(seed)}")
     if not 0 <= seed < 2**63:
         raise fail("dropout_seed", "0 <= seed < 2**63", seed)
-    # Not torch.tensor: its copy from host memory would make the host wait for a GPU, and cannot be captured in a graph.
+    # Not torch.tensor: that function copies from host memory. The host would wait for the GPU, and a CUDA graph cannot
+    # capture the copy.
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Meta, query: Meta) -> None:
+    """Checks dtype, device and rank of cu_seqlens_q or cu_seqlens_k."""
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name}: expected dtype torch.int32, got {cu_seqlens.dtype}")
     check_device(name, cu_seqlens, query)
@@ -206,7 +228,10 @@ def check_cu_seqlens(name: str, cu_seqlens: Meta, query: Meta) -> None:
 
 
 def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
-    """Checks the contents. Called only if reading them needs no synchronisation with a GPU."""
+    """Checks that cu_seqlens rises from 0 to `total` rows, and that no sequence is longer than max_seqlen.
+
+    The caller makes sure that cu_seqlens is on the CPU, because reading a tensor on a GPU would make the host wait.
+    """
     offsets = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(offsets)]
     if offsets[0] != 0 or offsets[-1] != total or min(lengths, default=0) < 0:
@@ -216,16 +241,19 @@ def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, total: int, max_seqle
 
 
 def _check_number(name: str, x: object) -> None:
+    """Checks that x is an int or a float. Bools and tensors are neither."""
     if isinstance(x, (bool, Tensor)) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: expected a number, got {_describe(x)}")
 
 
 def _check_learned(name: str, x: Meta, query: Meta) -> None:
+    """Checks the dtype and the device of a learned bias or sink."""
     _check_floating_point(name, x)
     check_device(name, x, query)
 
 
 def _check_mask_dtype(name: str, meaning: str, mask: Meta) -> None:
+    """Checks that a mask is bool or floating point. `meaning` says what True means, for the error message."""
     if mask.dtype == torch.bool:
         return
     if not mask.dtype.is_floating_point:
@@ -234,17 +262,20 @@ def _check_mask_dtype(name: str, meaning: str, mask: Meta) -> None:
 
 
 def _check_floating_point(name: str, x: Meta) -> None:
+    """Checks that x has one of `DTYPES`."""
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
-    if x.dtype not in DTYPES:  # float8 and smaller, in which torch itself neither adds nor multiplies
+    if x.dtype not in DTYPES:  # float8 and smaller, for which torch has no arithmetic
         raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
 
 
 def _shape(x: Meta) -> str:
+    """The shape of x, for an error message."""
     return f"shape {tuple(x.shape)}"
 
 
 def _describe(x: object) -> str:
+    """The type of x and, if short, its value, for an error message."""
     if isinstance(x, (int, float, str, bool, type(None))):
         return f"{type(x).__name__} {x!r}"
     module = type(x).__module__

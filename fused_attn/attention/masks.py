@@ -1,7 +1,8 @@
-"""The meaning of masks: `score_masks` turns arguments into `Inputs`, `to_dense` turns `Inputs` into dense tensors.
+"""The meaning of masks.
 
-`Inputs` keep the polarity of the arguments (True = attend in a mask, True = ignore in key padding), so that no mask is
-copied.
+`score_masks` turns the mask arguments of a call into fields of `Inputs`. `to_dense` turns these fields into dense
+tensors, which the reference formula uses. The fields have the polarity of the arguments, so that no mask needs to be
+copied: True means attend in a mask, and ignore in key padding.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from fused_attn.attention.problem import UNBOUNDED, AttentionProblem, Band
 
 
 def to_dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
-    """All masks and biases as (visible, bias), each broadcastable to (B, H, L, S) or None.
+    """All masks as visible (bool, True = attend) and all biases as bias (floating point, added to the logits).
 
-    The bias is in the accumulate dtype.
+    Both are broadcastable to (B, H, L, S). None means that everything is visible, or that there is no bias. The dtype
+    of bias is the accumulate dtype.
     """
     rows, columns = positions(problem, inputs)
     distance = columns.position[None, :] - rows.position[:, None]  # (L, S)
@@ -42,22 +44,23 @@ def to_dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor | None, 
     for condition in conditions:
         visible = condition if visible is None else visible & condition
 
-    # Biases are converted before they are added, and so before their gradients are summed. Half precision would lose
-    # digits in both.
+    # Biases are converted before they are added. So their gradients are summed in the accumulate dtype, too. Sums in
+    # half precision would lose digits.
     compute = problem.accumulate_dtype
     bias = None if inputs.bias is None else inputs.bias.to(compute)
     if inputs.relative_bias is not None:
-        # A query and a key of different packed sequences can have a distance outside the table. Such a score is hidden,
-        # so that any column will do.
+        # A query and a key of different packed sequences can have a distance that has no column. Their score is hidden,
+        # so any column can stand in.
         column = (distance + (problem.seqlen_q - 1)).clamp(0, inputs.relative_bias.shape[-1] - 1)
-        # Not bias[:, column]: its gradient is written in place, which transforms older than torch.func refuse.
+        # Not relative_bias[:, column]: the backward of that indexing writes in place. torch's older transforms, such as
+        # is_grads_batched, refuse to write in place.
         toeplitz = inputs.relative_bias.to(compute).index_select(1, column.flatten()).unflatten(1, column.shape)
         bias = toeplitz[None] if bias is None else bias + toeplitz[None]
     return visible, bias
 
 
 def positions(problem: AttentionProblem, inputs: Inputs) -> tuple[Positions, Positions]:
-    """The positions of the rows and of the columns of the scores, each counted within its own sequence."""
+    """The `Positions` of the queries (rows of the scores) and of the keys (columns)."""
     if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
         return (
             Positions.of_packed(inputs.cu_seqlens_q, inputs.query.shape[2]),
@@ -68,17 +71,23 @@ def positions(problem: AttentionProblem, inputs: Inputs) -> tuple[Positions, Pos
 
 
 class Positions(NamedTuple):
-    """position: (rows,) within the sequence; sequence: (rows,) which sequence a row belongs to, -1 for none."""
+    """Where each row of a tensor stands.
+
+    position: (rows,) int64, the index of the row within its sequence
+    sequence: (rows,) int64, the number of the sequence that the row belongs to; -1 = no sequence
+    """
 
     position: Tensor
     sequence: Tensor
 
     @classmethod
     def of_one(cls, rows: int, device: torch.device) -> Positions:
+        """The positions of `rows` rows that form a single sequence, number 0."""
         return cls(torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.long, device=device))
 
     @classmethod
     def of_packed(cls, cu_seqlens: Tensor, total: int) -> Positions:
+        """The positions of `total` packed rows, whose sequences begin at the offsets cu_seqlens."""
         offsets = cu_seqlens.long()
         row = torch.arange(total, device=offsets.device)
         # -1 for a row before the first sequence; the number of sequences for a row behind the last one.
@@ -88,11 +97,15 @@ class Positions(NamedTuple):
 
     @property
     def has_sequence(self) -> Tensor:
+        """(rows,) bool: whether the row belongs to a sequence."""
         return self.sequence >= 0
 
 
 def band_of(is_causal: bool, window_size: tuple[int, int], diagonal_offset: int = 0) -> Band:
-    """Causal and window as one band: causal is a right edge at the diagonal, and AND takes the nearer edge."""
+    """The `Band` of the scores that both the causal mask and the window leave visible.
+
+    The causal mask is a band whose right side is 0. That is never farther than the right side of the window.
+    """
     left, right = window_size
     if is_causal:
         right = 0
@@ -104,9 +117,12 @@ def band_of(is_causal: bool, window_size: tuple[int, int], diagonal_offset: int 
 def score_masks(
     problem: AttentionProblem, attn_mask: Tensor | None, key_padding_mask: Tensor | None, layout: Layout | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(bias, mask, key_padding) of a call, each in the shape and polarity of `Inputs`."""
+    """The fields (bias, mask, key_padding) of `Inputs` for the mask arguments of a call.
+
+    layout: how query, key and value were reshaped to four dimensions; None = they were not
+    """
     mask = bias = key_padding = None
-    if attn_mask is not None:  # A causal bias of torch is neither mask nor bias here: the problem's band holds it.
+    if attn_mask is not None:  # A causal bias of torch has become the problem's band: has_mask and has_bias are False.
         if problem.has_mask:
             mask = _to_rank_4(attn_mask, layout)
         elif problem.has_bias:
@@ -116,19 +132,19 @@ def score_masks(
             key_padding_mask = key_padding_mask.reshape(problem.batch, problem.seqlen_k)
         key_padding, padding_bias = _normalise_padding(key_padding_mask)
         if padding_bias is not None:
-            # Both are converted first, because two large negative numbers of half precision add up to -inf.
+            # Both biases are converted before the sum. Two large negative numbers in half precision add up to -inf.
             compute = problem.accumulate_dtype
             bias = padding_bias if bias is None else bias.to(compute) + padding_bias.to(compute)
     return bias, mask, key_padding
 
 
 def with_head_dim(relative_bias: Tensor | None) -> Tensor | None:
-    """(L + S - 1,) -> (1, L + S - 1)."""
+    """The relative bias with a dimension for heads: (L + S - 1,) -> (1, L + S - 1). Others are returned as they are."""
     return relative_bias[None] if relative_bias is not None and relative_bias.dim() == 1 else relative_bias
 
 
 def _to_rank_4(mask: Tensor, layout: Layout | None) -> Tensor:
-    """(..., L, S) -> (B|1, H|1, L|1, S|1), without expanding what broadcasts."""
+    """The mask (..., L, S) as (B|1, H|1, L|1, S|1). Batch dimensions are expanded only if one of them is not 1."""
     if layout is None:
         return mask if mask.dim() == 4 else mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
     mask = mask.reshape((1,) * (len(layout.batch_shape) + 3 - mask.dim()) + mask.shape)
@@ -138,7 +154,10 @@ def _to_rank_4(mask: Tensor, layout: Layout | None) -> Tensor:
 
 
 def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(key_padding (B, S) bool, bias (B, 1, 1, S) or None) of a (B, S) mask. Its True / -inf entries mean padding."""
+    """(key_padding (B, S) bool, bias (B, 1, 1, S) or None) of a key_padding_mask (B, S).
+
+    True and -inf in the mask mean padding. The finite numbers of a floating-point mask become the bias.
+    """
     if mask.dtype == torch.bool:
         return mask, None
     is_padding = mask == float("-inf")
@@ -146,7 +165,7 @@ def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     if modes.can_read(mask) and not mask.requires_grad:
         least, most = (x.item() for x in bias.aminmax()) if bias.numel() else (0.0, 0.0)
         if least == most == 0.0:
-            # nn.Transformer turns bool padding into 0 and -inf. Such padding needs no bias.
+            # torch.nn.Transformer turns bool padding into 0 and -inf. The bias of such padding is 0, so it is left out.
             return is_padding, None
         if least >= 0.0 and most == 1.0 and torch.equal(mask, mask.bool().to(mask.dtype)):
             _warn_of_zeros_and_ones()
@@ -155,6 +174,7 @@ def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
 
 @functools.cache
 def _warn_of_zeros_and_ones() -> None:
+    """Warns once that a floating-point key_padding_mask of 0 and 1 is probably a tokenizer's attention_mask."""
     warnings.warn(
         "key_padding_mask: the floating-point values 0 and 1 are added to the scores and hide no key. If this is a "
         "tokenizer's attention_mask (1 = token, 0 = padding), pass `attention_mask == 0`.",

@@ -1,4 +1,7 @@
-"""Biases that depend on the distance between query and key alone, as (H, L + S - 1) vectors for ``relative_bias``."""
+"""Biases that depend only on the distance between query and key: T5's and ALiBi's, for the argument `relative_bias`.
+
+A bias is (H, L + S - 1). Its column n belongs to the distance j - i = n - (L - 1) between query i and key j.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,16 @@ def t5_relative_bias(
 ) -> Tensor:
     """T5's bucketed relative position bias (Raffel et al., 2020, section 2.1), differentiable in the table.
 
-    Half of the buckets hold one distance each, the other half grow logarithmically up to ``max_distance``.
+    All distances of a bucket share a row of the table. Half of the buckets hold one distance each. The ranges of the
+    other half grow logarithmically with the distance, up to ``max_distance``.
 
     Args:
         table: (num_buckets, H), the weight of T5's ``relative_attention_bias`` embedding.
         seqlen_q: L.
         seqlen_k: S.
-        bidirectional: keys after the query have buckets of their own (encoders); otherwise they share bucket 0.
+        bidirectional: True = keys after the query have buckets of their own (encoders). False = these keys share
+            bucket 0 (causal decoders).
+        max_distance: all distances from this one on share a bucket.
 
     Returns:
         (H, L + S - 1) of the table's dtype; (H, 0) for L = S = 0.
@@ -48,7 +54,8 @@ def t5_relative_bias(
     else:
         distance = (-distance).clamp(min=0)
     num_exact = num_buckets // 2
-    # In the order of T5's own code: another rounding would move distances at the edges of buckets.
+    # The operations stand in the order of T5's own code. Another order would round differently, so distances at the
+    # edge of a bucket could move to another bucket.
     octaves = torch.log(distance.clamp(min=1) / num_exact) / math.log(max_distance / num_exact)
     logarithmic = num_exact + (octaves * (num_buckets - num_exact)).long()
     bucket = torch.where(distance < num_exact, distance, logarithmic.clamp(max=num_buckets - 1))
@@ -56,7 +63,10 @@ def t5_relative_bias(
 
 
 def check_buckets(name: str, num_buckets: int, bidirectional: bool, max_distance: int) -> None:
-    """Raises ValueError unless T5's formula has a bucket for every distance; `name` is what holds the buckets."""
+    """Raises ValueError unless T5's formula has a bucket for every distance.
+
+    name: the argument that determines num_buckets, for the error message
+    """
     least = 4 if bidirectional else 2
     if num_buckets < least:
         raise ValueError(f"{name}: expected at least {least} buckets with {bidirectional=}, got {num_buckets}")
@@ -93,6 +103,6 @@ def alibi_bias(slopes: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
 
 
 def _distances(seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
-    """j - i of every column: -(L - 1) ... S - 1."""
+    """(L + S - 1,) integers: the distance j - i that each column of a bias belongs to, from -(L - 1) to S - 1."""
     first = 1 - seqlen_q
-    return torch.arange(first, max(first, seqlen_k), device=device)  # L = S = 0: none
+    return torch.arange(first, max(first, seqlen_k), device=device)  # empty if L = S = 0

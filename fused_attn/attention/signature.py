@@ -1,7 +1,7 @@
-"""The metadata of a call's tensors as one hashable value, which the native module reads in a single call.
+"""The metadata of a call's tensors as one hashable value, the signature, which a single native call makes.
 
-Asking three tensors in Python for shape, dtype and device, and hashing the answers, takes longer than the kernel of a
-small problem. Where there is no native module, or a tensor is anything but a plain one on the CPU, `read` returns None.
+Reading shape, dtype and device of three tensors in Python, and hashing them, takes longer than the kernel of a small
+problem. `read` returns None in two cases: there is no native module, or a tensor is not a plain tensor on the CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fused_attn.native import _C
 if _C is None:
 
     def read(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> bytes | None:
+        """None, because only the native module can read a signature."""
         return None
 
 else:
@@ -24,7 +25,10 @@ else:
 
 
 def metas(signature: bytes) -> list[Meta | None]:
-    """What `read` has read, tensor by tensor."""
+    """The `Meta` of each tensor that a signature describes; None for a tensor that was None.
+
+    A signature is a row of int64: for each tensor its dtype (-1 = no tensor), its rank, and its sizes.
+    """
     words = iter(memoryview(signature).cast("q"))
     return [
         None if dtype < 0 else Meta(torch.Size([next(words) for _ in range(next(words))]), _DTYPES[dtype], _CPU)

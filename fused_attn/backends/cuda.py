@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels (csrc/cuda) for what is worth a kernel written by hand: half precision and common head dims."""
+"""The backend of the CUDA C++ kernels (csrc/cuda), which run in half precision on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fused_attn.backends.base import clear_rows
 try:
     import fused_attn._cuda as _kernels
 except ImportError as error:
-    # Installed without nvcc, perhaps: everything else still works, and `info` shows this text.
+    # The package may have been installed without nvcc. The other backends work, and `info` shows this text.
     _kernels = None
     missing = native.why_missing("_cuda", "nvcc of CUDA 12.3 or newer", error)
 else:
@@ -29,16 +29,17 @@ is_composite = False
 Tensors = TypeVar("Tensors", Inputs, Saved)
 
 DTYPES = (torch.float16, torch.bfloat16)
-#: Head dims that have kernels of their own. Another one runs in the next larger kernel, which takes the missing columns
-#: as zeros.
+#: Head dims that have kernels of their own. Another head dim runs in the next larger kernel, which reads zeros in place
+#: of the missing columns.
 HEAD_DIMS = (64, 96, 128, 256)
 HEAD_DIM_STEP = 8
 MIN_CAPABILITY = (8, 0)
-#: kMaxRows of csrc/cuda/params.h: rows are counted in 32 bits.
+#: The longest sequence, kMaxRows of csrc/cuda/params.h. Kernels count rows in 32 bits.
 MAX_ROWS = 2**29
 
 
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
+    """Why the CUDA kernels cannot run the problem; empty if they can."""
     reasons = []
     if _kernels is None:
         reasons.append(missing)
@@ -62,18 +63,19 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
 
 
 def device_type() -> str:
-    """Where the kernels run: "cuda", or "cpu" for the module with which tests execute them."""
+    """The type of device that the kernels run on: "cuda", or "cpu" for the module in which tests emulate a GPU."""
     return getattr(_kernels, "device_type", "cuda")
 
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """(out (B, H, L, Dv), lse (B, H, L) float32 or None)."""
     inputs = _readable_inputs(problem, inputs)
     query = inputs.query
     out = empty_like_layout(query, problem.value_dim)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if needs_lse else None
     if problem.is_packed:
         clear_rows(lse, out)
-    if 0 in (out.numel(), problem.batch, problem.seqlen_q):  # a launch of no blocks is an error
+    if 0 in (out.numel(), problem.batch, problem.seqlen_q):  # CUDA refuses to launch a grid without blocks
         return out, lse
     if 0 in (inputs.key.numel(), problem.seqlen_k):
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
@@ -83,6 +85,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
 
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
+    """The wanted gradients, each in the shape and dtype of its input."""
     read = _readable_inputs(problem, inputs)
     saved = _readable(saved, "out", "dout")
     query, key, value = read.query, read.key, read.value
@@ -96,9 +99,9 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         clear_rows(None, *grads[:3])
     if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
         return _in_dtypes_of(inputs, Gradients(*(None if dx is None else dx.zero_() for dx in grads)))
-    assert saved.lse is not None, "backends get one"
+    assert saved.lse is not None, "backward needs the lse of forward"
     saved = saved._replace(
-        lse=saved.lse.contiguous(),  # under vmap it can be an expanded view
+        lse=saved.lse.contiguous(),  # under vmap, lse can be an expanded view
         dlse=None if saved.dlse is None else saved.dlse.resolve_neg(),
     )
     workspace = _workspace(problem, read, wanted)
@@ -107,7 +110,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
 
 
 def _empty_shared_gradients(inputs: Inputs, wanted: Wanted) -> tuple[Tensor | None, ...]:
-    """Of the inputs that batch entries share. Kernels write sums of floats."""
+    """Memory for the gradients of `SHARED`, in the shapes of the inputs. Kernels sum these gradients in float32."""
     device = inputs.query.device
     return tuple(
         torch.empty(getattr(inputs, name).shape, dtype=torch.float32, device=device) if getattr(wanted, name) else None
@@ -116,18 +119,24 @@ def _empty_shared_gradients(inputs: Inputs, wanted: Wanted) -> tuple[Tensor | No
 
 
 def _in_dtypes_of(inputs: Inputs, grads: Gradients) -> Gradients:
-    """The gradients in the dtypes of the inputs: kernels write those of `inputs.SHARED` as float32."""
+    """The gradients, converted to the dtypes of their inputs. Kernels write the gradients of `SHARED` as float32."""
     pairs = zip(inputs, grads, strict=False)
     return Gradients(*(None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs))
 
 
 def _architecture(problem: AttentionProblem) -> int:
-    """Whose kernels run: 90 (sm_90a) on compute capability 9 alone; those for sm_80 run on all that came later."""
+    """The architecture whose kernels run: 90 on compute capability 9.x, else 80.
+
+    The kernels for 90 (sm_90a) use instructions that only Hopper has. The kernels for 80 run on every later GPU.
+    """
     return 90 if problem.capability is not None and problem.capability[0] == 9 else 80
 
 
 def _device_reason(problem: AttentionProblem) -> str | None:
-    """Why the kernels cannot run on the GPU at hand; None where they can, or where the problem is about another GPU."""
+    """Why the kernels cannot run on the GPU of the problem.
+
+    None means that they can, or that nobody can know: the GPU that the problem describes is not in this machine.
+    """
     if problem.device.type != "cuda" or not torch.cuda.is_available():
         return None
     index = torch.cuda.current_device() if problem.device.index is None else problem.device.index
@@ -137,13 +146,20 @@ def _device_reason(problem: AttentionProblem) -> str | None:
 
 @functools.cache
 def _unusable_reason(index: int) -> str | None:
-    """Asked of the driver once: it may be older than the nvcc that built the kernels."""
+    """Why the driver cannot load the kernels on GPU number `index`, or None. The driver is asked once.
+
+    A driver refuses kernels if it is older than the nvcc that has built them.
+    """
     reason = _kernels.unusable_reason(index)
     return f"the driver refuses the CUDA kernels: {reason}" if reason else None
 
 
 def _readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:
-    """The inputs as kernels read them: see `_readable`, and small tensors as contiguous float32."""
+    """The inputs in the form that kernels read.
+
+    query, key and value are as `_readable` returns them. relative_bias and sinks are contiguous float32. bias has the
+    dtype of the problem or float32, with any strides.
+    """
     inputs = _readable(inputs, "query", "key", "value")
     if not problem.has_shared:
         return inputs
@@ -159,17 +175,26 @@ def _readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:
 
 
 def _readable(tensors: Tensors, *names: str) -> Tensors:
-    """The kernels see the data alone, no lazy negation, and read rows in pieces of 16 bytes, each at another place."""
+    """The tuple with its tensors `names` in the form that kernels read; see `_with_readable_rows`.
+
+    If no tensor changes, the tuple itself is returned, because making a new tuple takes longer than all the checks.
+    """
     changed = {}
     for name in names:
         x = getattr(tensors, name)
         readable = _with_readable_rows(x)
         if readable is not x:
             changed[name] = readable
-    return tensors._replace(**changed) if changed else tensors  # _replace takes longer than all the rest
+    return tensors._replace(**changed) if changed else tensors
 
 
 def _with_readable_rows(x: Tensor) -> Tensor:
+    """x (B, H, rows, columns), or a copy if kernels cannot read x as it is.
+
+    - Kernels read a row in pieces of 16 bytes. So rows must be contiguous and begin at multiples of 16 bytes.
+    - Each row must have an address of its own, so the rows must not be expanded.
+    - Kernels read the memory and do not know torch's flag for a negation that has not been carried out.
+    """
     x = x.resolve_neg()
     is_expanded = x.stride(2) == 0 and x.shape[2] > 1
     is_aligned = (
@@ -177,13 +202,13 @@ def _with_readable_rows(x: Tensor) -> Tensor:
         and x.data_ptr() % 16 == 0
         and all(stride % 8 == 0 for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1)
     )
-    # Not .contiguous(), which leaves misaligned tensors as they are.
+    # Not .contiguous(): it returns a contiguous tensor itself, even if its memory begins at no multiple of 16 bytes.
     return x if is_aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.lru_cache(maxsize=4096)
 def _config(problem: AttentionProblem) -> Any:
-    """What the kernels need of a problem besides tensors, converted once."""
+    """The numbers of a problem as the native module takes them, converted once for each problem."""
     left, right, offset = problem.band
     return _kernels.Config(
         scale=problem.scale,
@@ -198,7 +223,10 @@ def _config(problem: AttentionProblem) -> Any:
 
 
 def _workspace(problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None) -> Tensor | None:
-    """``wanted``: the gradients of a backward call."""
+    """Uninitialised memory for intermediate results of a call, float32; None if the call needs none.
+
+    wanted: the wanted gradients of a backward call; None for forward
+    """
     mask, relative_bias = inputs.mask, inputs.relative_bias
     size = _workspace_bytes(
         problem,
@@ -212,7 +240,7 @@ def _workspace(problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None)
 
 
 def _distinct_entries(mask: Tensor) -> int:
-    """How many pairs of a batch entry and a head have a mask of their own."""
+    """The number of (L, S) masks in mask (B, H, L, S) that differ: a dimension that is expanded counts once."""
     count = 1
     for dim in (0, 1):
         count *= 1 if mask.stride(dim) == 0 else mask.shape[dim]
@@ -228,9 +256,18 @@ def _workspace_bytes(
     mask_entries: int,
     dbias_shape: torch.Size | None,
 ) -> int:
+    """The size of the workspace in bytes, as the native module computes it.
+
+    query_shape: (B, H, L, D), with B = 1 for packed problems
+    wanted: the wanted gradients of a backward call; None for forward
+    relative_bias_heads: the heads of relative_bias; 0 without one
+    mask_entries: see `_distinct_entries`; 0 without a mask
+    dbias_shape: the shape of the gradient of bias; None if it is not wanted
+    """
     batch_entries, num_heads, rows_q, _ = query_shape
     is_head_dim_exact = problem.head_dim == problem.value_dim and problem.head_dim in HEAD_DIMS
     is_scale_positive = torch.tensor(problem.scale, dtype=torch.float32).item() > 0.0
+    # Whether the general variant of the kernels runs. The plain variant knows fewer features.
     is_general = (
         problem.softcap != 0.0
         or problem.has_bias

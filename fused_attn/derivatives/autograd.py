@@ -1,8 +1,11 @@
-"""Differentiation of eager calls: a `torch.autograd.Function` with a combined forward, the cheapest way to a kernel.
+"""Differentiation of eager calls by a `torch.autograd.Function`.
 
-Under ``torch.compile`` and ``torch.export`` the same two steps are registered operators (`ops.py`).
-Derivatives that the kernels do not have (second order, forward mode, functorch transforms) are those of the reference
-formula, which is plain PyTorch.
+The forward of the Function takes ``ctx``, and there is no ``setup_context``. torch calls such a Function fastest.
+
+- Under ``torch.compile`` and ``torch.export``, forward and backward are registered operators (`ops.py`).
+- Inside `torch.func`, another Function is used (`transforms.py`).
+- The kernels compute no second derivatives and no forward-mode derivatives. These are computed by the reference
+  formula, which is plain PyTorch.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from fused_attn.derivatives import gradients, ops
 class FusedAttention(torch.autograd.Function):
     """``apply((backend, problem, return_lse, inputs), *tensors)`` -> out, or (out, lse).
 
-    tensors: those of inputs, for torch to see. Of a plain problem the first three alone: every argument of a Function
-        costs time, one that is no tensor 0.5 us, and the plain problem is the one where time per call is felt.
+    tensors: the tensors of inputs as arguments of their own, because torch looks for gradients only there. For a plain
+        problem, these are query, key and value alone: each further argument takes time, 0.5 us for a None, and a small
+        plain call takes a few microseconds in all.
     """
 
     @staticmethod
@@ -37,11 +41,11 @@ class FusedAttention(torch.autograd.Function):
         *others: Tensor | None,
     ):
         backend, problem, return_lse, inputs = call
-        ctx.call = backend, problem  # not the inputs: torch keeps the tensors, and looks after them
+        ctx.call = backend, problem  # without the inputs, which save_for_backward keeps and guards against changes
         out, lse = backend.forward(problem, inputs, True)
         if others:
             ctx.save_for_backward(out, lse, query, key, value, *others)
-        else:  # A star takes 0.5 us, which a plain problem of a few rows feels.
+        else:  # Unpacking an empty tuple would take 0.5 us, and a small plain call takes a few microseconds in all.
             ctx.save_for_backward(out, lse, query, key, value)
         if not return_lse:
             return out
@@ -54,21 +58,21 @@ class FusedAttention(torch.autograd.Function):
         inputs = Inputs(query, key, value, *others)
         backend, problem = ctx.call
         compute: Callable[..., Gradients] = gradients.compute
-        # Grad mode is on here only under create_graph, which needs gradients that are themselves differentiable.
+        # Grad mode is on in backward only with create_graph. The gradients must then be differentiable themselves.
         if is_grad_enabled():
             backend = None
         elif modes.is_backward_observed(dout, dlse):
             compute = ops.call_backward
         grads = compute(backend, problem, inputs, Saved(out, lse, dout, dlse), _wanted(ctx.needs_input_grad))
-        return (None,) + gradients_of_arguments(grads)  # noqa: RUF005  # a star would take twice as long
+        return (None,) + gradients_of_arguments(grads)  # noqa: RUF005  # unpacking would take twice as long
 
 
 @functools.cache
 def _wanted(needs_input_grad: tuple[bool, ...]) -> Wanted:
-    """The gradients that torch asks `FusedAttention` for. Its first argument is the call, which can have none."""
+    """The gradients that torch asks `FusedAttention` for. The first argument, the call, is no tensor and is skipped."""
     return Wanted.of(*needs_input_grad[1:])
 
 
-#: `FusedAttention.apply` without its preparations for `torch.func`, which cost 4 us a call. `running.run` has ruled
-#: `torch.func` out.
+#: `FusedAttention.apply` without the code that torch runs for `torch.func`, which takes 4 us for each call. The caller,
+#: `running.run`, makes sure that no transform of `torch.func` is active.
 apply_fused_attention = super(torch.autograd.Function, FusedAttention).apply

@@ -1,4 +1,7 @@
-"""How many floating-point operations `FlopCounterMode` counts for the registered operators."""
+"""The numbers of floating-point operations that torch's `FlopCounterMode` counts for the registered operators.
+
+Only matrix products count, and a multiply-add counts as two operations, as torch counts its own operators.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,21 @@ from fused_attn.attention.problem import Scalars
 
 
 def forward_flops(*arguments, out_val=None) -> int:
-    """Of ``fused_attn::attention``: both products, a multiply-add being two."""
+    """The operations of ``fused_attn::attention``: the products query @ key^T and probs @ value.
+
+    The arguments are those of the operator.
+    """
     inputs, others = take(Inputs, arguments)
     scalars, _ = take(Scalars, others)
     return 2 * _visible_scores(inputs, scalars) * (inputs.query.shape[3] + inputs.value.shape[3])
 
 
 def backward_flops(*arguments, out_val=None) -> int:
-    """Of ``fused_attn::attention_backward``: scores and their gradients, and a product for each wanted gradient."""
+    """The operations of ``fused_attn::attention_backward``, whose arguments this function takes.
+
+    The products are the scores, the gradient of the probs (dout @ value^T) unless only the gradient of the value is
+    wanted, and one product for each wanted gradient of query, key and value.
+    """
     inputs, others = take(Inputs, arguments)
     _, (wanted, *numbers) = take(Saved, others)
     scalars, _ = take(Scalars, numbers)
@@ -36,7 +46,10 @@ def backward_flops(*arguments, out_val=None) -> int:
 
 
 def _visible_scores(inputs: Inputs, scalars: Scalars) -> int:
-    """Of all heads, inside the band. What other masks hide depends on their contents, and counts."""
+    """The number of scores inside the band, over all heads and sequences.
+
+    Scores that other masks hide count as visible, because the shapes alone do not tell how many are hidden.
+    """
     query, key = inputs.query, inputs.key
     lengths: Iterable[tuple[int, int]]
     if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
@@ -52,7 +65,7 @@ def _visible_scores(inputs: Inputs, scalars: Scalars) -> int:
 
 
 def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
-    """Of packed sequences; of those that have no contents (meta and fake tensors) the longest that they may be."""
+    """The length of each packed sequence. Meta and fake tensors have no contents, so there each length is `longest`."""
     if type(cu_seqlens) is not Tensor or cu_seqlens.is_meta:
         return [longest] * (cu_seqlens.shape[0] - 1)
     return cu_seqlens.diff().tolist()
@@ -60,6 +73,7 @@ def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
 
 @functools.lru_cache(maxsize=4096)
 def _scores_in_band(seqlen_q: int, seqlen_k: int, left: int, right: int, offset: int) -> int:
+    """The number of scores of one head and one sequence inside a `Band`."""
     if left < 0 and right < 0:
         return seqlen_q * seqlen_k
     diagonal = torch.arange(seqlen_q) + offset
@@ -69,34 +83,42 @@ def _scores_in_band(seqlen_q: int, seqlen_k: int, left: int, right: int, offset:
 
 
 class _Registrar(importlib.abc.MetaPathFinder):
-    """Registers the formulas when somebody imports torch's counter, which takes half a second, as it imports Triton."""
+    """An import hook that registers the formulas as soon as a program imports torch's FLOP counter.
+
+    The hook does not import the counter itself, because that imports Triton, which takes half a second.
+    """
 
     MODULE = "torch.utils.flop_counter"
 
     def find_spec(self, name: str, path=None, target=None):
+        """The spec of `MODULE`, whose loader also registers the formulas; None for every other module."""
         if name != self.MODULE:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.loader is not None, "torch has the module"
+        assert spec is not None and spec.loader is not None, "torch contains the module"
         execute = spec.loader.exec_module
 
         def execute_and_register(module) -> None:
             execute(module)
             self.register(module)
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # of this one loader
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # changes this loader alone
         return spec
 
     @staticmethod
     def register(module) -> None:
+        """Registers both formulas with torch's counter, the imported `MODULE`."""
         operators = torch.ops.fused_attn
         module.register_flop_formula(operators.attention, get_raw=True)(forward_flops)
         module.register_flop_formula(operators.attention_backward, get_raw=True)(backward_flops)
 
     @classmethod
     def install(cls) -> None:
-        """To be called when the operators are there."""
+        """Registers the formulas now if the counter is imported already. Otherwise installs the hook.
+
+        The operators must be registered before this call.
+        """
         if cls.MODULE in sys.modules:
             cls.register(sys.modules[cls.MODULE])
         else:

@@ -1,4 +1,8 @@
-"""Gradients where a backend's backward cannot be called as it stands: one output has none, or second derivatives."""
+"""Gradients in the cases that the backward of a backend does not handle:
+
+- out or lse has no gradient,
+- the gradients must be differentiable themselves, for second derivatives.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +19,22 @@ from fused_attn.backends.base import Backend
 def compute(
     backend: Backend | None, problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted
 ) -> Gradients:
-    """The gradients by the backend's backward, also if out or lse has no gradient (dout or dlse is None).
+    """The wanted gradients, computed by the backward of the backend. A dout or dlse of None counts as zero.
 
-    backend: None = the formula, whose gradients can be differentiated again
+    backend: None = the reference formula, whose gradients are differentiable
     """
     if saved.dout is None:
         if saved.dlse is None:
             return Gradients()
-        assert saved.out is not None, "an autograd step saves its output"
+        assert saved.out is not None, "the step of autograd has saved its output"
         saved = saved._replace(dout=torch.zeros_like(saved.out))
     backward = formula.backward if backend is None else events.named(backend).backward
     return backward(problem, inputs, saved, wanted)
 
 
-# ---- Second derivatives are those of the formula's gradients, as functions of the tensors that are named here.
-# out and lse are functions of the inputs, so nothing flows to them.
+# ---- Second derivatives: `of_formula` computes the gradients as a differentiable function of the tensors that
+# `differentiable` names, and the caller differentiates that function. out and lse are no arguments of the function. The
+# formula computes both from the inputs, so they get no gradient of their own.
 
 
 def differentiable(inputs: Inputs, saved: Saved) -> dict[str, Tensor]:
@@ -53,9 +58,9 @@ def of_formula(problem: AttentionProblem, inputs: Inputs, wanted: Wanted, tensor
 
 
 def second_of_arguments(found: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
-    """`gradients_of_arguments` for an autograd step that takes `Inputs`, then `Saved`.
+    """The second derivatives as the backward of a step returns them: an entry for each of `Inputs`, then of `Saved`.
 
-    found: the second derivatives by the names that `differentiable` uses
+    found: the second derivatives, under the names that `differentiable` uses
     """
     first = Gradients(**{name: x for name, x in found.items() if name in Gradients._fields})
     return gradients_of_arguments(first, Saved(dout=found.get("dout"), dlse=found.get("dlse")))

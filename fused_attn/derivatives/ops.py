@@ -1,7 +1,7 @@
 """The registered operators ``fused_attn::attention`` and ``fused_attn::attention_backward``.
 
-`torch.compile`, `torch.export` and AOTInductor see these instead of the Python in between. Eager calls come here only
-where somebody watches operators, see `fused_attn.modes`.
+`torch.compile`, `torch.export` and AOTInductor record these operators and not the Python code inside of them. An eager
+call runs as an operator only if a tracer or a `TorchDispatchMode` records operators; `fused_attn.modes` finds out.
 """
 
 from __future__ import annotations
@@ -34,19 +34,24 @@ _library.define(f"attention_backward({_INPUTS}, {_SAVED}, bool[] wanted, {_SCALA
 
 
 def call(problem: AttentionProblem, backend: str | None, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """(out (B, H, L, Dv), lse (B, H, L)), computed by the registered operator.
+
+    backend: None = the operator chooses a backend when it runs
+    """
     if torch.compiler.is_compiling() and modes.in_functorch():
-        return formula.forward(problem, inputs)  # operators have no such rules
+        return formula.forward(problem, inputs)  # the operator has no rules for torch.func
     return torch.ops.fused_attn.attention(*inputs, *problem.scalars, backend or "")
 
 
 def call_backward(
     backend: Backend, problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted
 ) -> Gradients:
-    """`gradients.compute`, where somebody must see the operator."""
+    """`gradients.compute` as a registered operator, for calls that a tracer or a mode records."""
     return _call_backward(inputs, saved, wanted, problem.scalars, backend.name)
 
 
 def _call_backward(inputs: Inputs, saved: Saved, wanted: Wanted, scalars: Scalars, backend: str) -> Gradients:
+    """The wanted gradients by the backward operator; none if neither out nor lse has a gradient."""
     if saved.dout is None and saved.dlse is None:
         return Gradients()
     return wanted.select(torch.ops.fused_attn.attention_backward(*inputs, *saved, wanted, *scalars, backend))
@@ -54,6 +59,7 @@ def _call_backward(inputs: Inputs, saved: Saved, wanted: Wanted, scalars: Scalar
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
 def _attention(*arguments):
+    """The operator ``attention``: (out, lse) of a backend. The arguments are in the order of the schema."""
     inputs, others = take(Inputs, arguments)
     scalars, (backend,) = take(Scalars, others)
     problem = _problem_of(inputs, scalars)
@@ -62,24 +68,28 @@ def _attention(*arguments):
 
 @torch.library.register_fake("fused_attn::attention", lib=_library)
 def _attention_fake(query, key, value, *rest):
+    """Empty tensors with the shapes, dtypes and strides of (out, lse), which torch traces in place of results."""
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return empty_like_layout(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=lse_dtype)
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 def _attention_backward(*arguments):
+    """The operator ``attention_backward``: a gradient for each of `Gradients`, empty if it is not wanted."""
     inputs, others = take(Inputs, arguments)
     saved, (wanted, *options) = take(Saved, others)
     scalars, (backend,) = take(Scalars, options)
     problem = _problem_of(inputs, scalars)
     chosen = dispatch.choose(problem, backend or None)
     grads = gradients.compute(chosen, problem, inputs, saved, Wanted(*wanted))
-    # An operator returns tensors, all of its own: absent gradients are empty ones.
+    # An operator must return a tensor for each result, and no two may share memory. So each gradient that is not wanted
+    # is a new empty tensor.
     return tuple(inputs.query.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @torch.library.register_fake("fused_attn::attention_backward", lib=_library)
 def _attention_backward_fake(*arguments):
+    """Empty tensors with the shapes, dtypes and strides of the gradients, which torch traces in place of results."""
     inputs, others = take(Inputs, arguments)
     _, (wanted, *_) = take(Saved, others)
     wanted = Wanted(*wanted)
@@ -95,12 +105,14 @@ def _attention_backward_fake(*arguments):
 
 
 def _setup_context(ctx, inputs, output):
+    """Saves what `_attention_grads` needs: the arguments of ``attention`` and its (out, lse)."""
     tensors, (*ctx.scalars, ctx.backend) = take(Inputs, inputs)
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
 def _attention_grads(ctx, dout, dlse):
+    """The gradients of the arguments of ``attention``, by the operator ``attention_backward``."""
     inputs, (out, lse) = take(Inputs, ctx.saved_tensors)
     saved = Saved(out, lse, dout, dlse)
     return gradients_of_arguments(
@@ -112,20 +124,26 @@ torch.library.register_autograd("fused_attn::attention", _attention_grads, setup
 
 
 def _setup_double_backward(ctx, inputs, output):
+    """Saves what `_double_backward` needs: the inputs, dout and dlse. A missing dout is saved as zeros."""
     tensors, arguments = take(Inputs, inputs)
     (out, _, dout, dlse), (ctx.wanted, *ctx.scalars, _) = take(Saved, arguments)
-    assert out is not None, "the schema has one"
+    assert out is not None, "the schema requires out"
     ctx.save_for_backward(*tensors, torch.zeros_like(out) if dout is None else dout, dlse)
     ctx.has_dout = dout is not None
 
 
 def _double_backward(ctx, *ddgrads):
+    """The gradients of the arguments of ``attention_backward``, from those of its results (ddgrads).
+
+    The function computes the first gradients again, by the differentiable formula, and differentiates them.
+    """
     inputs, (dout, dlse) = take(Inputs, ctx.saved_tensors)
     problem, wanted = _problem_of(inputs, Scalars(*ctx.scalars)), Wanted(*ctx.wanted)
     tensors = gradients.differentiable(inputs, Saved(dout=dout, dlse=dlse))
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # The graph of this recomputation must not reach back into the caller's, unless that is to grow.
+        # Detached tensors keep the graph of this recomputation apart from the caller's graph. With create_graph, the
+        # recomputation becomes a part of the caller's graph instead.
         leaves = {
             name: x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_()
             for name, x in tensors.items()
@@ -140,7 +158,7 @@ def _double_backward(ctx, *ddgrads):
             create_graph=create_graph, allow_unused=True,
         )  # fmt: skip
     found: dict[str, Tensor | None] = dict(zip(leaves, second, strict=True))
-    if not ctx.has_dout:  # torch takes no gradient for an argument that was None
+    if not ctx.has_dout:  # torch accepts no gradient for an argument that was None
         del found["dout"]
     return gradients.second_of_arguments(found)
 
@@ -154,6 +172,7 @@ flops.register_flop_formulas()
 
 
 def _problem_of(inputs: Inputs, scalars: Scalars) -> AttentionProblem:
+    """The problem of a call of an operator. Calls with equal shapes and scalars get the same, cached problem."""
     shapes = Shapes._make(None if x is None else x.shape for x in inputs)
     known = (shapes, inputs.query.dtype, inputs.query.device, scalars)
     try:

@@ -1,7 +1,7 @@
-"""The differentiable step inside `torch.func` transforms.
+"""Attention as a `torch.autograd.Function` that works inside `torch.func` transforms.
 
-The Functions here carry ``setup_context`` and ``vmap``, which `torch.func` needs and which cost 20 us a call;
-eager calls therefore use `autograd.FusedAttention`.
+`torch.func` needs Functions with ``setup_context`` and ``vmap``. A call of such a Function takes 20 us more, so eager
+calls use `autograd.FusedAttention`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fused_attn.derivatives import gradients, ops
 
 
 class TransformableAttention(torch.autograd.Function):
-    """``apply(*inputs, backend, problem)`` -> (out, lse)."""
+    """``apply(*inputs, backend, problem)`` -> (out (B, H, L, Dv), lse (B, H, L))."""
 
     @staticmethod
     def forward(*arguments):
@@ -50,7 +50,7 @@ class TransformableAttention(torch.autograd.Function):
 
 
 class _TransformableGradients(torch.autograd.Function):
-    """``apply(*inputs, *saved, wanted, backend, problem)`` -> the wanted gradients."""
+    """``apply(*inputs, *saved, wanted, backend, problem)`` -> the wanted gradients, in the order of `Gradients`."""
 
     @staticmethod
     def forward(*arguments):
@@ -95,11 +95,17 @@ def _vmap(
     tensors: Sequence[Tensor | None],
     are_gradients_shared: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The vmapped dimension joins the batch where every tensor has a batch dimension; otherwise one call an entry.
+    """The rule of torch.func.vmap for a Function: (outputs, the vmapped dimension of each output, always 0).
 
-    One call each also serves dropout, whose bits depend on the place in the batch, and gradients summed over the batch.
+    If every tensor has a batch dimension, the vmapped dimension is folded into the batch, and one call computes all
+    entries. Otherwise each entry of the vmapped dimension is a call of its own. Two other cases need separate calls:
 
-    in_dims: of the tensors and, behind them, of what is none
+    - dropout, because the bits of dropout depend on the index of the batch entry,
+    - gradients that are sums over the batch, because one call would also add up the vmapped entries.
+
+    apply: the Function, from (problem, *tensors) to its outputs
+    size: the length of the vmapped dimension
+    in_dims: the vmapped dimension of each tensor, or None; entries for further arguments are not read
     """
     with_dims = [(x, dim) for x, dim in zip(tensors, in_dims, strict=False)]
     is_batched_throughout = replace(problem, has_key_padding=False).is_plain and not are_gradients_shared
