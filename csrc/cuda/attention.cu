@@ -1,4 +1,5 @@
-// From AttentionParams to Params: converts sizes, lays out the workspace, and chooses the kernels.
+// From AttentionParams to Params: converts sizes, divides the workspace into pieces, chooses the kernels, and launches
+// them.
 #include "attention.h"
 
 #include <algorithm>
@@ -20,14 +21,17 @@ constexpr int64_t kL2Bytes = 8 << 20;
 // an H100, (8, 16, 2048, 128): 20 MiB 490 TFLOP/s, 128 MiB 313.
 constexpr int64_t kBackwardL2Bytes = 12 << 20;
 
-// Words of bits reach to the end of the largest block of queries or keys, so that kernels need not ask where they end.
+// Arrays of bits (valid keys, masks) reach to the end of the largest block of queries or keys. So kernels read whole
+// blocks, without a test for the end of the array.
 constexpr int64_t kLargestBlock = 256;
 
-// Hands out pieces of the workspace one after another. With a null pointer, a Workspace only counts the bytes.
+// Hands out pieces of the workspace one after another, each aligned to 256 bytes. With a null pointer, a Workspace only
+// counts the bytes.
 class Workspace {
  public:
   explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
 
+  // The next piece, with room for `count` entries of type T.
   template <class T>
   T* take(int64_t count) {
     constexpr int64_t kAlignment = 256;
@@ -42,6 +46,7 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
+// The pieces of the workspace that a call needs. The other ones are null. Params says what each piece holds.
 struct Pieces {
   uint32_t* valid_keys = nullptr;
   int32_t valid_words = 0;
@@ -63,6 +68,8 @@ constexpr double kLog2EExact = 1.44269504088896340736;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Whether backward runs the fused kernel of sm_90a (sm90/fused_backward.h). It is faster than two kernels, but computes
+// all gradients, and does only what plain kernels do, and dropout.
 bool is_fused_backward(const WorkspaceNeeds& needs) {
   return needs.is_backward && needs.wants_all_gradients && !needs.is_general && needs.architecture == 90 &&
          has_fused_backward(needs.head_dim);
@@ -72,6 +79,7 @@ BiasGradientSizes bias_gradient_sizes(const WorkspaceNeeds& needs) {
   return {needs.batch, needs.num_heads, needs.seqlen_q, needs.seqlen_k, needs.head_dim};
 }
 
+// Divides a workspace into the pieces that a call needs. With a workspace that only counts, this gives the size.
 Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
   Pieces pieces;
   if (needs.has_key_padding) {
@@ -115,6 +123,7 @@ Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
   return pieces;
 }
 
+// A tensor of AttentionParams in the type that the kernels read.
 Rows rows_of(const TensorView& x, int64_t columns) {
   return {x.data, x.stride_batch, x.stride_head, x.stride_row, static_cast<int32_t>(columns)};
 }
@@ -127,17 +136,20 @@ RowValues values_of(const TensorView& x) {
   return {static_cast<float*>(x.data), x.stride_batch, x.stride_head, x.stride_row};
 }
 
-// Whether some tiles take longer than others. Otherwise blocks need not ask which tile comes next.
+// Whether some tiles of queries take longer than others. If all take equally long, blocks of threads need no counter to
+// share them evenly (Params::tile_counter).
 bool has_unequal_tiles(const AttentionParams& a) {
   return a.window_left != kUnbounded || a.window_right != kUnbounded || a.cu_seqlens_q != nullptr ||
          a.key_padding.data != nullptr || a.mask.data != nullptr;
 }
 
+// How many different masks (batch entry, head) the dense mask has; 0 without a mask.
 int64_t mask_entries(const AttentionParams& a) {
   if (a.mask.data == nullptr) return 0;
   return (a.mask.stride_batch == 0 ? 1 : a.batch) * (a.mask.stride_head == 0 ? 1 : a.num_heads);
 }
 
+// How many heads the relative bias has: 0 without one, 1 if all heads share it.
 int64_t relative_bias_heads(const AttentionParams& a) {
   if (a.relative_bias.data == nullptr) return 0;
   return a.relative_bias.stride_head == 0 ? 1 : a.num_heads;
@@ -151,14 +163,16 @@ bool has_aligned_rows(const AttentionParams& a) {
          bias.stride_row % kGroup == 0 && bias.stride_head % kGroup == 0 && bias.stride_batch % kGroup == 0;
 }
 
+// What happens to scores in this call. `relative_bias` is the piece of the workspace with the padded copy.
 LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
   LogitParams x{};
-  // LazySoftmax takes the largest score for the largest logit, so its factor has to be positive.
+  // LazySoftmax takes the largest score of a row as its reference, which is right only if the scale is positive. With
+  // another scale, to_logits multiplies the scores by the scale first.
   const bool is_scale_positive = static_cast<float>(a.scale) > 0.0f;
   x.is_plain = is_scale_positive && a.softcap == 0.0 && a.relative_bias.data == nullptr && a.bias.data == nullptr;
   if (a.softcap != 0.0) {
     x.softcap_scale = static_cast<float>(a.scale / a.softcap);
-    x.softcap_log2 = static_cast<float>(a.softcap * kLog2EExact);
+    x.softcap = static_cast<float>(a.softcap);
   }
   if (relative_bias != nullptr) {
     const int64_t stride_head = a.seqlen_q + a.seqlen_k - 1 + 2 * kRelativeBiasMargin;
@@ -171,6 +185,7 @@ LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
   return x;
 }
 
+// Fills in Params: sizes in 32 bits, tensors, and pieces of the workspace.
 Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   const AttentionParams& a = call.params;
   Params p{};
@@ -193,8 +208,8 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.scale = static_cast<float>(a.scale);
   p.scale_log2 = static_cast<float>(a.scale * kLog2EExact);
   p.logits = logits_of(a, pieces.relative_bias);
-  p.softmax_scale = p.logits.is_plain ? p.scale : kLn2;
-  p.softmax_scale_log2 = p.logits.is_plain ? p.scale_log2 : 1.0f;
+  p.softmax_scale = p.logits.is_plain ? p.scale : 1.0f;
+  p.softmax_scale_log2 = p.logits.is_plain ? p.scale_log2 : kLog2E;
   p.mask = pieces.mask;
   p.mask.entries_per_head = a.mask.stride_head == 0 ? 0 : 1;
   p.mask.entries_per_batch =
@@ -229,22 +244,27 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   return p;
 }
 
+// The arguments of the kernel that packs the key padding.
 PaddingParams padding_of(const Call& call, const Pieces& pieces) {
   const TensorView& padding = call.params.key_padding;
   return {static_cast<const uint8_t*>(padding.data), padding.stride_batch, padding.stride_col, pieces.valid_keys,
           pieces.key_ranks};
 }
 
+// Launches the kernel that packs the key padding to bits and resets the tile counter. Without padding, one block of
+// threads resets the counter.
 void prepare_padding(const Params& params, const PaddingParams& padding, Stream stream) {
   const int blocks = padding.padding != nullptr ? params.batch : 1;
   run_kernel(prepare_padding_kernel, {blocks, 1, 1, kPreparationThreads, 0}, stream, params, padding);
 }
 
+// Launches the kernel that packs the dense mask to bits.
 void prepare_mask(const Params& params, const AttentionParams& a, Stream stream) {
   run_kernel(prepare_mask_kernel, shape_of_mask_preparation(params, mask_entries(a)), stream, params,
              scores_of(a.mask));
 }
 
+// Launches the kernel that copies the relative bias with margins into the workspace.
 void prepare_relative_bias(const AttentionParams& a, float* padded, Stream stream) {
   const RelativeBiasParams bias{static_cast<const float*>(a.relative_bias.data), a.relative_bias.stride_head,
                                 relative_bias_heads(a), a.seqlen_q + a.seqlen_k - 1, padded};
@@ -255,6 +275,7 @@ void prepare_relative_bias(const AttentionParams& a, float* padded, Stream strea
 
 using Launcher = void (*)(const Params&, bool, Stream);
 
+// The launchers for one architecture and one head dim.
 struct KernelSet {
   int architecture;
   int head_dim;
@@ -274,7 +295,8 @@ constexpr KernelSet kKernelSets[] = {
     {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>, launch_bias_gradient<256>},
 };
 
-// The kernels with the smallest head dim that both queries and values fit into.
+// The kernels with the smallest head dim that queries and values both fit into. Columns beyond the tensors' own are
+// zeros.
 const KernelSet& kernels_for(int architecture, int64_t head_dim) {
   for (const KernelSet& set : kKernelSets) {
     if (set.architecture == architecture && set.head_dim >= head_dim) return set;
@@ -283,6 +305,8 @@ const KernelSet& kernels_for(int architecture, int64_t head_dim) {
                               std::to_string(architecture));
 }
 
+// Checks the sizes of a call, and launches its kernels in order: preparation, forward or backward, gradients of biases
+// and sinks. All run on the caller's stream.
 void run(const Call& of_caller, bool is_backward) {
   const Call& call = on_device(of_caller);
   const AttentionParams& a = call.params;
@@ -307,8 +331,7 @@ void run(const Call& of_caller, bool is_backward) {
   needs.is_packed = a.cu_seqlens_q != nullptr;
   needs.has_key_padding = a.key_padding.data != nullptr;
   const bool is_head_dim_exact = a.head_dim == kernels.head_dim && a.value_dim == kernels.head_dim;
-  needs.is_general = !logits_of(a, nullptr).is_plain || a.mask.data != nullptr || a.sinks.data != nullptr ||
-                     (a.has_dropout && !is_head_dim_exact);
+  needs.is_general = !logits_of(a, nullptr).is_plain || a.mask.data != nullptr || (a.has_dropout && !is_head_dim_exact);
   needs.seqlen_q = a.seqlen_q;
   needs.relative_bias_heads = relative_bias_heads(a);
   needs.mask_entries = mask_entries(a);
@@ -326,13 +349,13 @@ void run(const Call& of_caller, bool is_backward) {
   const Params params = params_of(call, pieces, is_backward);
   const PaddingParams padding = padding_of(call, pieces);
   const bool is_bf16 = call.params.dtype == DType::kBFloat16;
-  // Backward resets the counter in the kernel that prepares rows.
+  // In backward, the kernel that prepares the row statistics resets the tile counter.
   if (padding.padding != nullptr || (!is_backward && params.tile_counter != nullptr))
     prepare_padding(params, padding, call.stream);
   if (a.mask.data != nullptr) prepare_mask(params, a, call.stream);
   if (a.relative_bias.data != nullptr) prepare_relative_bias(a, pieces.relative_bias, call.stream);
   (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
-  // After the kernels of backward, which prepare the row statistics.
+  // These kernels come after those of backward, because they read the row statistics.
   const BiasGradientSizes sizes = bias_gradient_sizes(needs);
   if (needs.wants_dbias)
     sum_dense(params, plan_dense(sizes, needs.dbias_shape), a.dbias, needs.dbias_shape, pieces.dbias_sums,

@@ -7,6 +7,7 @@
 
 namespace fused_attn::gpu {
 
+// One call of forward or backward: what to compute, and where to run.
 struct Call {
   AttentionParams params;
   int64_t batch_entries = 0;  // batch entries of the tensors: 1 when packed
@@ -19,10 +20,11 @@ struct Call {
   void* stream = nullptr;  // a cudaStream_t
 };
 
+// What the size of the workspace depends on. It is known before any tensor is allocated.
 struct WorkspaceNeeds {
   int architecture = 80;
   bool is_backward = false;
-  bool wants_all_gradients = false;  // dquery, and dkey or dvalue
+  bool wants_all_gradients = false;  // dquery is wanted, and dkey or dvalue, too
   int64_t batch = 0;                 // as in AttentionParams and Call
   int64_t batch_entries = 0;
   int64_t num_heads = 0;
@@ -32,17 +34,18 @@ struct WorkspaceNeeds {
   int64_t head_dim = 0;  // the larger one of head_dim and value_dim
   bool is_packed = false;
   bool has_key_padding = false;
-  // A softcap, a bias, a mask, sinks or a scale that is not positive; or dropout with a head dim that no kernel has.
+  // Whether a general kernel has to run, because of a softcap, a bias, a mask, a scale that is not positive, or dropout
+  // with a head dim that no kernel has exactly.
   bool is_general = false;
   int64_t seqlen_q = 0;
   int64_t relative_bias_heads = 0;  // 0 = no relative bias
   bool wants_dbias = false;
   int64_t dbias_shape[4] = {};  // 1 in a dimension that the bias broadcasts along
   bool wants_drelative_bias = false;
-  int64_t mask_entries = 0;  // distinct pairs of a batch entry and a head in the dense mask; 0 = no mask
+  int64_t mask_entries = 0;  // different pairs (batch entry, head) in the dense mask; 0 = no mask
 };
 
-// How many bytes the kernels need besides inputs and results.
+// How many bytes of workspace the kernels need besides inputs and results.
 int64_t workspace_bytes(WorkspaceNeeds needs);
 
 // Why no kernel can run on the CUDA device, for example because the driver is too old. Empty if kernels can run.
@@ -51,6 +54,8 @@ std::string unusable_reason(int device);
 // Whether the tensors of a call lie in the memory of a CPU, because the emulation takes the place of a GPU.
 bool runs_on_cpu();
 
+// Launch the kernels on the call's stream, and return without waiting for them. They throw std::invalid_argument,
+// std::length_error or std::runtime_error.
 void forward(const Call& call);
 void backward(const Call& call);
 

@@ -1,32 +1,40 @@
-// The gradients of biases and sinks: what their kernels are told, and the small kernels that complete their sums.
+// The gradients of biases and sinks: the arguments of their kernels, and the small kernels that complete the sums.
+// sm80/bias_gradient.h has the large kernel. bias_gradient/plan.h fills the arguments in and launches the kernels.
 #pragma once
 #include "fragments.h"
 #include "kernels.h"
 
 namespace fused_attn::gpu {
 
-// One sum of the gradients of logits. A program has a number: owner + owners * split. It visits the split's part of the
-// tiles that belong to its owner.
+// How the gradient of a bias, a sum of the gradients of logits, is divided among programs (blocks of threads).
+//
+// An owner is a part of the gradient that one program sums in registers: a tile of the gradient of a dense bias, or a
+// diagonal of tiles of one head for a relative bias. The tiles of scores that add to this part belong to the owner. If
+// there are few owners, the tiles of each owner are divided into `splits` parts, for several programs. Program number
+// owner + owners * split visits part `split` of the tiles of `owner`.
 struct BiasGradientParams {
-  bool is_relative;
-  // Dense: over which dimensions the gradient is a sum, because the bias broadcasts along them.
+  bool is_relative;  // a relative bias; otherwise a dense one
+  // Dense: along which dimensions the bias broadcasts, so that its gradient is a sum over them.
   bool sums_batch, sums_heads, sums_queries, sums_keys;
   int32_t query_blocks;  // blocks of queries of the longest sequence
   int32_t key_blocks;
-  int32_t owners;          // dense: tiles of the gradient; relative: heads x diagonals
-  int32_t tiles_of_owner;  // dense
-  int32_t diagonals;       // relative: diagonals of tiles, of one head
+  int32_t owners;          // dense: tiles of the gradient; relative: heads x diagonals of tiles
+  int32_t tiles_of_owner;  // dense: tiles of scores that add to one tile of the gradient
+  int32_t diagonals;       // relative: diagonals of tiles of one head; a diagonal has the tiles of one key - query
   int32_t splits;
-  // Dense: entry (batch, head, query, key) of a split. Relative: (split, owner, diagonal of a tile).
+  // Where programs write their sums. Dense: (split, batch, head, query, key), or the gradient itself if there is one
+  // split. Relative: (split, owner, diagonal within a tile).
   float* sums;
   int64_t stride_split;
   int64_t stride_batch, stride_head, stride_query, stride_key;
 };
 
+// Launches bias_gradient_kernel for all owners and splits.
 template <int kHeadDim>
 void launch_bias_gradient(const Params& p, const BiasGradientParams& g, bool is_bf16, Stream stream);
 
-// The queries and keys of a tile, for all kernels that launch_bias_gradient<kHeadDim> may choose.
+// The sizes of a tile of scores in bias_gradient_kernel. They stand here, apart from the kernel, because the plans need
+// them on the host. launch_bias_gradient asserts that both agree.
 struct BiasGradientTile {
   int32_t queries;
   int32_t keys;
@@ -40,6 +48,7 @@ constexpr BiasGradientTile bias_gradient_tile(int64_t head_dim) {
 
 constexpr int kSumThreads = 256;
 
+// The arguments of sum_bias_splits_kernel.
 struct BiasSumParams {
   int32_t splits;
   int64_t stride_split;
@@ -49,7 +58,7 @@ struct BiasSumParams {
   int64_t strides[4];  // of the gradient; the sums are contiguous
 };
 
-// Dense bias: adds up the splits.
+// Dense bias: adds the sums of all splits, in the order of the splits. Each thread computes one entry of the gradient.
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kSumThreads, 1) sum_bias_splits_kernel(const GPU_GRID_CONSTANT BiasSumParams p) {
   const int64_t entry = int64_t{block_index_x()} * kSumThreads + thread_index();
   if (entry >= p.stride_split) return;
@@ -63,24 +72,27 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kSumThreads, 1) sum_bias_splits_kernel(const G
   store_global(p.gradient + offset, sum);
 }
 
+// The arguments of sum_diagonals_kernel.
 struct DiagonalSumParams {
   BiasGradientParams g;
   int32_t tile_queries;
   int32_t tile_keys;
   int32_t heads;         // of the gradient: H, or 1
-  int32_t heads_of_row;  // how many heads share a row of the gradient
+  int32_t heads_of_row;  // heads that share a row of the gradient, because the bias broadcasts along heads
   int64_t columns;       // L + S - 1
   int32_t seqlen_q;
   float* gradient;  // (heads, columns)
   int64_t stride_head;
 };
 
-// Relative bias: entry (head, diagonal) is the sum over all diagonals of tiles that contain the diagonal.
+// Relative bias: each thread computes one entry (head, diagonal) of the gradient. The diagonal passes through tiles of
+// several diagonals of tiles, so the entry is a sum over these, over splits and over heads that share the bias.
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kSumThreads, 1) sum_diagonals_kernel(const GPU_GRID_CONSTANT DiagonalSumParams p) {
   const int64_t entry = int64_t{block_index_x()} * kSumThreads + thread_index();
   const int64_t row = entry / p.columns, column = entry % p.columns;
   if (row >= p.heads) return;
-  // Of a tile whose first key minus first query is `shift`, the entry is diagonal distance - shift + tile_queries - 1.
+  // distance = key - query of this entry. In a tile whose first key minus first query is `shift`, the entry is number
+  // distance - shift + tile_queries - 1 of the tile's diagonals.
   const int32_t distance = static_cast<int32_t>(column) - (p.seqlen_q - 1);
   const int32_t first_shift = -(p.g.query_blocks - 1) * p.tile_queries;
   const int32_t window = p.tile_queries + p.tile_keys - 1;
@@ -99,11 +111,13 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kSumThreads, 1) sum_diagonals_kernel(const GPU
   store_global(p.gradient + row * p.stride_head + column, sum);
 }
 
-// The gradient of a head's sink: the sink has no value, so only its share of the denominator counts.
+// The gradient of a head's sink. A sink has a logit but no value, so it only takes a share of the denominator of each
+// row.
 //
 //   dsink = -sum over all rows of exp(sink - lse) * delta
 //
-// One block for each head. The order of additions is fixed: first those of a thread, then a tree.
+// One block of threads computes the gradient of one head. The order of additions is fixed: first the rows of a thread,
+// then a tree over the threads.
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kSumThreads, 1) sum_sink_gradients_kernel(const GPU_GRID_CONSTANT Params p) {
   const int32_t head = block_index_x();
   const float sink_log2 = load_global(p.sinks + head) * kLog2E;

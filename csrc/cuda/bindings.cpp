@@ -1,4 +1,4 @@
-// The Python module of the CUDA kernels: fused_attn._cuda. Tests build it with the emulation in place of a GPU, too.
+// The Python module of the CUDA kernels: fused_attn._cuda. Tests also build it with the emulation in place of a GPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,12 +15,13 @@ namespace {
 
 const ExchangeDevice kDevice = runs_on_cpu() ? ExchangeDevice::kCpu : ExchangeDevice::kCuda;
 
-// The device of a tensor, and torch's current stream there.
+// reader_like: a Reader that expects tensors on the device of query.
 Reader reader_like(PyObject* query) {
   const Argument argument = Reader{kDevice}.required(query, "query");
   return {kDevice, kDevice == ExchangeDevice::kCuda ? argument.tensor.device_index : -1};
 }
 
+// torch's current stream of the reader's device; null with the emulation.
 void* current_stream(const Reader& reader) {
   void* stream = nullptr;
   if (kDevice == ExchangeDevice::kCuda &&
@@ -29,6 +30,7 @@ void* current_stream(const Reader& reader) {
   return stream;
 }
 
+// Makes a Call from what Python has passed. Throws if the kernels do not support a dtype, head dim or alignment.
 Call read_call(const Reader& reader, const Problem& problem, PyObject* architecture, PyObject* workspace) {
   Call call;
   call.params = problem.params;
@@ -46,7 +48,7 @@ Call read_call(const Reader& reader, const Problem& problem, PyObject* architect
   call.stream = current_stream(reader);
   call.device = reader.device_index;
 
-  // What these kernels do not have, and what they expect of memory: Python sees to both.
+  // What the kernels need of tensors. fused_attn.backends.cuda passes nothing else, so these errors show bugs.
   const AttentionParams& params = call.params;
   if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16)
     throw py::value_error("query: expected float16 or bfloat16");
@@ -72,6 +74,7 @@ Call read_call(const Reader& reader, const Problem& problem, PyObject* architect
   return call;
 }
 
+// Runs forward or backward without Python's global lock.
 template <void (*function)(const Call&)>
 void run(const Reader& reader, const Problem& problem, PyObject* architecture, PyObject* workspace) {
   const Call call = read_call(reader, problem, architecture, workspace);

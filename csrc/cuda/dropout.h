@@ -1,11 +1,13 @@
 // Which entries of a fragment survive dropout. One call of Philox decides about four neighbouring keys of one query
-// (philox.h). These lie in several threads, which share the calls and exchange the bits.
+// (philox.h). In a fragment, these four entries lie in several threads. So these threads divide the calls among them,
+// and exchange the resulting bits by shuffles.
 #pragma once
 #include "../common/philox.h"
 #include "fragments.h"
 
 namespace fused_attn::gpu {
 
+// The inputs of Philox that are the same for a whole head.
 struct Dropout {
   uint64_t seed;
   uint32_t threshold;
@@ -19,7 +21,7 @@ struct Dropout {
         batch(of_batch) {}
   GPU_DEVICE Dropout(const Params& p, const HeadSlice& head_slice) : Dropout(p, head_slice.batch, head_slice.head) {}
 
-  // Bit i is set if key 4 * group + i survives dropout for this query.
+  // Calls Philox once for four keys of one query. Bit i of the result is set if key 4 * group + i survives dropout.
   GPU_DEVICE uint32_t draw(int32_t query, int32_t group) const {
     const PhiloxWords words = philox(seed, group, query, head, batch);
     uint32_t bits = 0;
@@ -28,7 +30,7 @@ struct Dropout {
   }
 };
 
-// Bit 4 * (t % 8) + j of word t / 8 belongs to entry x[t][j].
+// Which entries of a thread's fragment survive dropout: bit 4 * (t % 8) + j of word t / 8 belongs to entry x[t][j].
 template <int kTiles>
 struct DropoutKeep {
   uint32_t words[(kTiles + 7) / 8];
@@ -36,8 +38,9 @@ struct DropoutKeep {
   GPU_DEVICE bool has(int t, int j) const { return (words[t / 8] >> (4 * (t % 8) + j)) & 1; }
 };
 
-// Rows are queries; `first_query` is the thread's first one. Columns are keys from `first_key` on, a multiple of 8.
-// Two threads share eight keys of two queries. Each calls Philox for one query, and for its half of every tile.
+// Computes the bits of a fragment whose rows are queries. `first_query` is this thread's first query, and the columns
+// are the keys from `first_key` on, a multiple of 8. Two neighbouring threads hold four keys of two queries in each
+// tile. Each of the two threads calls Philox for one of these queries. All lanes of the warp call this.
 template <int kTiles>
 GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_query_rows(const Dropout& dropout, int32_t first_query,
                                                           int32_t first_key, Lane lane) {
@@ -57,9 +60,10 @@ GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_query_rows(const Dropout& dropout
   return dropout_keep;
 }
 
-// Rows are keys; `first_key` is the first one of the fragment, a multiple of 16. Columns are queries from `first_query`
-// on. Four threads share four keys g - g % 4 ... of two queries, and the same keys 8 rows further down. Thread m of the
-// four calls Philox for query m % 2, and for the keys that lie 8 * (m / 2) rows further down.
+// Computes the bits of a fragment whose rows are keys. `first_key` is the first key of the fragment, a multiple of 16,
+// and the columns are the queries from `first_query` on. Four threads hold four keys (g - g % 4 and the next three) of
+// two queries, and the same for the keys 8 rows further down. Thread m of the four calls Philox for query m % 2, and
+// for the keys that lie 8 * (m / 2) rows further down. All lanes of the warp call this.
 template <int kTiles>
 GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_key_rows(const Dropout& dropout, int32_t first_query, int32_t first_key,
                                                         Lane lane) {
@@ -80,7 +84,9 @@ GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_key_rows(const Dropout& dropout, 
   return dropout_keep;
 }
 
-// Gradients by the probabilities before dropout, of those after dropout. With factor 1: probabilities after dropout.
+// Applies dropout to a fragment, in place: entries that survive are multiplied by `factor`, all others become 0. With
+// factor dropout_scale, this turns gradients by the probs after dropout into gradients by the probs before. With factor
+// 1, it drops probs.
 template <int kTiles>
 GPU_DEVICE void drop(float (&x)[kTiles][4], const DropoutKeep<kTiles>& dropout_keep, float factor) {
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {

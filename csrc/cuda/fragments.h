@@ -1,4 +1,4 @@
-// How a matrix lies in the registers of a warp. mma.sync and wgmma share this layout.
+// How a matrix lies in the registers of a warp, as a fragment. mma.sync and wgmma share this layout.
 //
 // A fragment of 16 rows and 8 * kTiles columns is float x[kTiles][4] in each thread. With g = lane / 4 and q = lane %
 // 4, entry x[t][j] is row g + 8 * (j / 2) and column 8 * t + 2 * q + j % 2. So a thread has two rows, r = 0 (row g) and
@@ -13,6 +13,7 @@ constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
+// A thread's place in its warp: its number, and the g and q of the layout above.
 struct Lane {
   int32_t index;  // within the warp
   int32_t g;
@@ -24,17 +25,19 @@ GPU_DEVICE Lane this_lane() {
   return {static_cast<int32_t>(index), static_cast<int32_t>(index / 4), static_cast<int32_t>(index % 4)};
 }
 
+// Sets all entries of this thread to `value`.
 template <int kTiles>
 GPU_DEVICE void fill(float (&x)[kTiles][4], float value) {
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) { GPU_UNROLL for (int j = 0; j < 4; ++j) x[t][j] = value; }
 }
 
+// Multiplies the two rows of this thread by a factor each.
 template <int kTiles>
 GPU_DEVICE void scale_rows(float (&x)[kTiles][4], const float (&factor)[2]) {
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) { GPU_UNROLL for (int j = 0; j < 4; ++j) x[t][j] *= factor[j / 2]; }
 }
 
-// The maximum, or the sum, over the four threads that share a row.
+// The maximum, or the sum, of x over the four threads that share a row. All lanes of the warp call this.
 GPU_DEVICE float row_maximum(float x) {
   x = fmaxf(x, shuffle_xor(x, 1));
   return fmaxf(x, shuffle_xor(x, 2));
@@ -44,8 +47,8 @@ GPU_DEVICE float row_total(float x) {
   return x + shuffle_xor(x, 2);
 }
 
-// Hides the scores of row r, of the columns 32 * word ... 32 * word + 31. Bit c of `visible` is set if the row sees the
-// column 32 * word + c.
+// Sets hidden scores to -inf, in row r and in columns 32 * word ... 32 * word + 31. Bit c of `visible` is set if the
+// row sees column 32 * word + c.
 template <int kTiles>
 GPU_DEVICE void hide_word(float (&scores)[kTiles][4], int r, int word, uint32_t visible, Lane lane) {
   const uint32_t bits = visible >> (2 * lane.q);
@@ -56,7 +59,7 @@ GPU_DEVICE void hide_word(float (&scores)[kTiles][4], int r, int word, uint32_t 
   }
 }
 
-// Hides the scores whose column the row does not see: they become -inf.
+// Sets hidden scores to -inf, in both rows and all columns.
 template <int kTiles>
 GPU_DEVICE void hide(float (&scores)[kTiles][4], const VisibleColumns<8 * kTiles>& visible, Lane lane) {
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
@@ -67,16 +70,17 @@ GPU_DEVICE void hide(float (&scores)[kTiles][4], const VisibleColumns<8 * kTiles
   }
 }
 
-// Rounds columns 16 * k ... 16 * k + 15 of a fragment to T, as the left factor of the next product.
+// Rounds columns 16 * k ... 16 * k + 15 of a fragment to T, as the left factor of a product. The layout of a result is
+// also the layout of a left factor, so no thread needs entries of another thread.
 template <class T, int kTiles>
 GPU_DEVICE void left_factor(uint32_t (&a)[4], const float (&x)[kTiles][4], int k) {
   GPU_UNROLL for (int i = 0; i < 4; ++i) a[i] =
       pack<T>(x[2 * k + i / 2][2 * (i % 2)], x[2 * k + i / 2][2 * (i % 2) + 1]);
 }
 
-// A thread has a word of each of four tiles of its row. Afterwards it has four words of one tile, and so the other way
-// round: word i of the q-th of the four threads that share a row changes places with word q of the i-th. All lanes of
-// the warp take part.
+// Transposes words among the four threads that share a row: word i of thread q changes places with word q of thread i.
+// Before, a thread has one word of each of four tiles; afterwards, it has all four words of one tile (or the other way
+// round). All lanes of the warp call this.
 GPU_DEVICE void exchange_in_row(uint32_t (&words)[4], Lane lane) {
   // A 4 x 4 transpose, first within pairs of threads and tiles, then between the pairs.
   GPU_UNROLL for (int i = 0; i < 4; i += 2) {
@@ -93,9 +97,10 @@ GPU_DEVICE void exchange_in_row(uint32_t (&words)[4], Lane lane) {
   }
 }
 
-// Stores row r of the fragment times `factor`, rounded to T. A thread has 4 bytes of every tile of its row. The four
-// threads of the row exchange these, so that each thread stores whole tiles of 16 bytes. If the row exists (is_row),
-// memory has `columns` of its columns, a multiple of 8.
+// Writes row r of the fragment, multiplied by `factor` and rounded to T, to global memory. Each thread has 4 bytes of
+// every tile of its row. The four threads of the row exchange these bytes, so that each thread writes 16 bytes at once.
+// is_row says whether the row exists; memory has `columns` of its columns, a multiple of 8. All lanes of the warp call
+// this.
 template <class T, int kTiles>
 GPU_DEVICE void store_row(T* row, const float (&x)[kTiles][4], int r, float factor, bool is_row, int columns,
                           Lane lane) {

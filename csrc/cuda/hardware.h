@@ -1,5 +1,5 @@
-// What kernels run on: a GPU, or in tests the emulation of one on a CPU (tools/emulation). This file chooses between
-// the two, and no other file of the product knows about the emulation. The chosen header defines:
+// Chooses what kernels run on: a GPU, or in tests the emulation of a GPU on a CPU (tools/emulation). No other file of
+// the product knows about the emulation. The header that is chosen defines:
 //
 //   macros      GPU_DEVICE, GPU_KERNEL, GPU_LAUNCH_BOUNDS, GPU_GRID_CONSTANT, GPU_UNROLL, GPU_NO_UNROLL
 //   TensorMap   what TMA knows of a tensor (tensor_map.h)
@@ -9,6 +9,7 @@
 
 namespace fused_attn::gpu {
 
+// How many blocks and threads a launch has.
 struct LaunchShape {
   int grid_x, grid_y, grid_z;  // blocks
   int threads;                 // in each block

@@ -1,4 +1,4 @@
-// What hardware.h promises, on a GPU: for code that nvcc compiles.
+// The definitions that hardware.h lists, for a GPU. nvcc compiles this.
 #pragma once
 #include <cuda.h>  // types only: nothing links against libcuda
 #include <cuda_runtime.h>
@@ -19,21 +19,22 @@ using TensorMap = CUtensorMap;
 
 constexpr bool kRunsOnCpu = false;
 
-// The call with pointers that kernels can read: those of the caller.
+// The call with pointers that kernels can use. On a GPU, these are the caller's own. The emulation replaces them.
 template <class Call>
 const Call& on_device(const Call& call) {
   return call;
 }
 
-// The error as a text, or an empty text. Afterwards the next launch does not find the error any more.
+// An error as a text, or an empty text if there is none. Clears the error, so that the next launch does not report it
+// again.
 inline std::string take_error(cudaError_t error) {
   if (error == cudaSuccess) return "";
   cudaGetLastError();
   return cudaGetErrorString(error);
 }
 
-// Makes a device current, together with its context. A thread that has just begun has no context, and tensor maps need
-// one.
+// Makes a device current while this object exists, and creates the device's context if this thread has none. Making
+// tensor maps needs a context.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -58,18 +59,20 @@ inline int num_multiprocessors() {
   return count;
 }
 
-// Why the current device cannot run the kernel, or an empty text.
-// Why the current GPU cannot load the kernel; empty if it can. Asking for the attributes makes CUDA load the kernel.
+// Why the current GPU cannot load the kernel, or an empty text. To ask for the attributes of a kernel makes CUDA load
+// it.
 template <class... Parameters>
 std::string why_not_loadable(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes;
   return take_error(cudaFuncGetAttributes(&attributes, kernel));
 }
 
-// Returns what went wrong, or an empty text. The launch is asynchronous.
+// Launches a kernel on a stream, and returns what went wrong, or an empty text. The launch is asynchronous: errors
+// while the kernel runs come later.
 template <class... Parameters, class... Arguments>
 std::string launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
                    const Arguments&... arguments) {
+  // CUDA gives a block more shared memory than this only if the kernel's attribute allows it.
   constexpr int kSharedBytesWithoutAsking = 48 * 1024;
   if (shape.shared_bytes > kSharedBytesWithoutAsking) {
     const std::string error =

@@ -8,29 +8,33 @@
 
 namespace fused_attn::gpu {
 
-// A cudaStream_t.
+// A cudaStream_t, in a header that code without CUDA's headers includes.
 using Stream = void*;
 
+// Launches a kernel, and throws std::runtime_error if that fails.
 template <class Kernel, class... Arguments>
 void run_kernel(Kernel kernel, const LaunchShape& shape, Stream stream, const Arguments&... arguments) {
   const std::string error = launch(kernel, shape, stream, arguments...);
   if (!error.empty()) throw std::runtime_error(error);
 }
 
-// The shape of a launch with one program for each block of rows of each head.
+// The shape of a launch with one block of threads for each `block` rows of each head of each batch entry.
 inline LaunchShape shape_of(int32_t rows, int block, int32_t heads, int32_t batch, int threads, int shared_bytes) {
   const int64_t programs = (int64_t{rows} + block - 1) / block * heads * batch;
   if (programs >= int64_t{1} << 31) throw std::length_error("the problem needs more blocks than a grid may have");
   return {static_cast<int>(programs), 1, 1, threads, shared_bytes};
 }
 
-// A plain kernel has key padding and a band. A general kernel has all that a call may ask for, as branches that all
-// threads take alike.
-inline bool is_general(const Params& p) {
-  return !p.logits.is_plain || p.mask.map != nullptr || p.sinks != nullptr || p.dropout_seed != nullptr;
+// Whether a call needs a general kernel. Each large kernel is compiled twice. The plain kernel supports key padding and
+// a band. The general kernel supports all that a call may ask for, as branches that all threads of a block take alike;
+// it is slower, and needs more registers. Only forward needs the general kernel for sinks: backward finds their share of
+// the denominator in the log-sum-exp.
+inline bool is_general_backward(const Params& p) {
+  return !p.logits.is_plain || p.mask.map != nullptr || p.dropout_seed != nullptr;
 }
+inline bool is_general_forward(const Params& p) { return is_general_backward(p) || p.sinks != nullptr; }
 
-// Calls f(T{}, std::bool_constant<flag>{}).
+// Turns run-time values into template arguments: calls f(T{}, std::bool_constant<flag>{}), where T is bf16_t or f16_t.
 template <class F>
 void for_variant(bool is_bf16, bool flag, F f) {
   if (is_bf16) {
@@ -40,10 +44,11 @@ void for_variant(bool is_bf16, bool flag, F f) {
   }
 }
 
-// Whether backward for sm_90a has one kernel for all gradients. With a larger head dim, dk and dv do not fit into
-// registers.
+// Whether backward for sm_90a has a fused kernel for this head dim. With a larger one, the accumulators of dk and dv do
+// not fit into registers.
 constexpr bool has_fused_backward(int64_t head_dim) { return head_dim <= 128; }
 
+// The launchers of each architecture. head_dim_*.cu instantiates them.
 namespace sm80 {
 template <int kHeadDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream);

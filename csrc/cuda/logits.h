@@ -1,9 +1,12 @@
-// From scores to logits: all that may happen to an entry of the scores between the product with the keys and the
-// softmax. Forward and backward call the same function, so a further modification of scores is a further step of it.
+// From scores to logits: scale, softcap, relative bias and bias. They change the scores after the product of queries
+// and keys, and before the softmax. Forward and backward call the same function, to_logits, so a further modification
+// of scores is a further step of to_logits.
 //
-//   logit = softcap * tanh(scale * score / softcap) + relative bias + bias      (without a softcap: scale * score + ...)
+//   logit = softcap * tanh(scale * score / softcap) + relative bias + bias
+//   logit = scale * score + relative bias + bias                               (without a softcap)
 //
-// Logits are in units of log2: exp2(logit - reference) needs no factor then. Masks come afterwards (visibility.h).
+// The first step after the product takes the scale as the factor of a multiply-add, so scaling costs no instruction of
+// its own. Masks come after the logits (visibility.h).
 #pragma once
 #include <type_traits>
 
@@ -11,8 +14,8 @@
 
 namespace fused_attn::gpu {
 
-// Which query and which key the entry x[0][0] of a thread's fragment belongs to. Entry x[t][j] lies 8 * (j / 2) rows
-// and 8 * t + j % 2 columns further on.
+// The query and the key of the entry x[0][0] of a thread's fragment. Entry x[t][j] lies 8 * (j / 2) rows and 8 * t + j
+// % 2 columns further on. Rows are queries (QueryRows), or keys where the scores are transposed (KeyRows).
 template <bool kRowsAreQueriesOption>
 struct FragmentPosition {
   static constexpr bool kRowsAreQueries = kRowsAreQueriesOption;
@@ -25,65 +28,67 @@ struct FragmentPosition {
 using QueryRows = FragmentPosition<true>;
 using KeyRows = FragmentPosition<false>;
 
-// Takes the place of the gradients that the derivative of the softcap is multiplied into, where there are none.
+// Stands for gradients in a call of to_logits that has none, such as forward's.
 struct NoGradients {
   GPU_DEVICE void scale(int, int, float) const {}
 };
 
-// The gradients by the logits of a fragment. Their product with the derivative of the softcap is the gradient by the
-// scores.
+// The gradients by the logits of a fragment. to_logits multiplies them by the derivative of the softcap, which makes
+// them gradients by the scores.
 template <int kTiles>
 struct LogitGradients {
   float (&x)[kTiles][4];
   GPU_DEVICE void scale(int t, int j, float factor) const { x[t][j] *= factor; }
 };
 
-// Exact to about 1e-7, unlike tanh.approx.
+// tanh(x), exact to about 1e-7. The instruction tanh.approx is less exact.
 GPU_DEVICE float tanh_of(float x) {
   constexpr float kTwoLog2E = 2.0f * kLog2E;
   return multiply_add(-2.0f, reciprocal_approx(1.0f + exp2_approx(kTwoLog2E * x)), 1.0f);
 }
 
+// Applies the softcap to the scores of this thread, if there is one, and multiplies gradients by the derivative of the
+// softcap.
 template <int kTiles, class Gradients>
-GPU_DEVICE void apply_scale_and_softcap(const Params& p, float (&scores)[kTiles][4], const Gradients& gradients) {
-  const LogitParams& x = p.logits;
+GPU_DEVICE void apply_softcap(const LogitParams& x, float (&scores)[kTiles][4], const Gradients& gradients) {
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-    // The branch stands within the loop. It keeps ptxas from computing the exponentials of all tiles first, for which
-    // there are no registers.
-    if (x.softcap_log2 != 0.0f) {
+    // The branch stands within the loop on purpose. Outside of the loop, ptxas would compute the exponentials of all
+    // tiles first, for which there are not enough registers.
+    if (x.softcap != 0.0f) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
         const float y = tanh_of(scores[t][j] * x.softcap_scale);
-        scores[t][j] = x.softcap_log2 * y;
+        scores[t][j] = x.softcap * y;
         gradients.scale(t, j, 1.0f - y * y);
       }
-    } else {
-      GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] *= p.scale_log2;
     }
   }
 }
 
-// Entries of one diagonal have the same bias. A thread's 4 * kTiles entries lie on 2 * (kTiles + 1) diagonals: those
-// of tile t, row g + 8, are those of tile t - 1, row g.
+// Adds the relative bias, which is the same for all entries of a diagonal (key - query). The 4 * kTiles entries of a
+// thread lie on only 2 * (kTiles + 1) diagonals: the two entries of tile t in row g + 8 lie on the diagonals of the
+// entries of tile t - 1 in row g. So each number of the bias is loaded once. bias_of_diagonal_0 points to the bias of
+// key == query.
 template <int kTiles, class Position>
-GPU_DEVICE void add_relative_bias(const float* bias_of_diagonal_0, float (&logits)[kTiles][4], Position at) {
+GPU_DEVICE void add_relative_bias(const float* bias_of_diagonal_0, float (&scores)[kTiles][4], float factor,
+                                  Position at) {
   constexpr int kSign = Position::kRowsAreQueries ? 1 : -1;
   const float* const own = bias_of_diagonal_0 + (at.key - at.query);
-  // Two pairs of neighbouring diagonals at a time: those of the rows g + 8, and those of the rows g, of a tile.
+  // For each tile, `upper` is the bias of the two entries in row g, and `lower` that of the two entries in row g + 8.
   const auto load_pair = [&](int tile) {
     return Float2{load_global(own + kSign * 8 * tile), load_global(own + kSign * (8 * tile + 1))};
   };
   Float2 lower = load_pair(-1);
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
     const Float2 upper = load_pair(t);
-    logits[t][0] += upper.x;
-    logits[t][1] += upper.y;
-    logits[t][2] += lower.x;
-    logits[t][3] += lower.y;
+    scores[t][0] = multiply_add(scores[t][0], factor, upper.x);
+    scores[t][1] = multiply_add(scores[t][1], factor, upper.y);
+    scores[t][2] = multiply_add(scores[t][2], factor, lower.x);
+    scores[t][3] = multiply_add(scores[t][3], factor, lower.y);
     lower = upper;
   }
 }
 
-// A number of type float or T, as a float.
+// Loads one number of the bias, whose type is float or a 16-bit type, as a float.
 template <class Element>
 GPU_DEVICE float load_float(const Element* p) {
   if constexpr (std::is_same_v<Element, float>) {
@@ -93,9 +98,10 @@ GPU_DEVICE float load_float(const Element* p) {
   }
 }
 
-// Adds the entries of a tensor in memory. Entries beyond the last query or key are not read.
+// Adds a bias of any strides, one number at a time. Numbers beyond the last query or key are not read, and the scores
+// of their entries stay as they are.
 template <class Element, int kTiles, class Position>
-GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, float (&logits)[kTiles][4],
+GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, float (&scores)[kTiles][4], float factor,
                          Position at) {
   constexpr bool kRowsAreQueries = Position::kRowsAreQueries;
   const int64_t stride_row = kRowsAreQueries ? bias.stride_query : bias.stride_key;
@@ -103,26 +109,27 @@ GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, f
   const int32_t rows = kRowsAreQueries ? head_slice.seqlen_q - at.query : head_slice.seqlen_k - at.key;
   const int32_t columns = kRowsAreQueries ? head_slice.seqlen_k - at.key : head_slice.seqlen_q - at.query;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
-    // The pointer goes along the row: addresses of all entries would take more registers than there are.
+    // One pointer moves along the row. Computing an address for every entry would take more registers than there are.
     const Element* next = static_cast<const Element*>(bias.data) + head_slice.batch * bias.stride_batch +
                           head_slice.head * bias.stride_head + at.query * bias.stride_query + at.key * bias.stride_key +
                           8 * r * stride_row;
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int c = 0; c < 2; ++c) {
-        float& logit = logits[t][2 * r + c];
+        float& score = scores[t][2 * r + c];
         if (8 * r < rows && 8 * t + c < columns)
-          logit = multiply_add(load_float(next + c * stride_column), kLog2E, logit);
+          score = multiply_add(score, factor, load_float(next + c * stride_column));
       }
       next = keep_computed(next + 8 * stride_column);
     }
   }
 }
 
-// The same for a bias of type T whose rows can be read 16 bytes at a time. Each thread reads eight keys of one tile out of
-// four. The threads of a row then exchange what they have read.
+// Adds a bias of type T whose rows can be read 16 bytes at a time (LogitParams::has_bias_rows), which takes an eighth
+// of the loads. Of four tiles, each of the four threads of a row reads the eight keys of one tile. The threads then
+// exchange what they have read, so that each has its two keys of all four tiles.
 template <class T, int kTiles>
-GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_slice, float (&logits)[kTiles][4],
-                              QueryRows at) {
+GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_slice, float (&scores)[kTiles][4],
+                              float factor, QueryRows at) {
   const Lane lane = this_lane();
   const int32_t own_key = at.key - 2 * lane.q + 8 * lane.q;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
@@ -136,33 +143,43 @@ GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_sli
       exchange_in_row(words, lane);
       GPU_UNROLL for (int i = 0; i < 4; ++i) {
         const Float2 pair = unpack<T>(words[i]);
-        logits[t + i][2 * r] = multiply_add(pair.x, kLog2E, logits[t + i][2 * r]);
-        logits[t + i][2 * r + 1] = multiply_add(pair.y, kLog2E, logits[t + i][2 * r + 1]);
+        scores[t + i][2 * r] = multiply_add(scores[t + i][2 * r], factor, pair.x);
+        scores[t + i][2 * r + 1] = multiply_add(scores[t + i][2 * r + 1], factor, pair.y);
       }
       next = keep_computed(next + 32);
     }
   }
 }
 
-// Turns scores into logits, in place, and multiplies gradients by the derivative of the softcap. If the logits are
-// plain, scores stay as they are, and p.softmax_scale_log2 is the factor that is missing.
+// Turns the scores of a thread's fragment into logits, in place, and multiplies gradients by the derivative of the
+// softcap. If there is nothing but the scale (is_plain), scores stay as they are, and the softmax multiplies by
+// p.softmax_scale_log2.
 template <class T, int kTiles, class Position, class Gradients>
 GPU_DEVICE void to_logits(const Params& p, HeadSlice head_slice, float (&scores)[kTiles][4], Position at,
                           const Gradients& gradients) {
   const LogitParams& x = p.logits;
   if (x.is_plain) return;
-  // Otherwise the compiler computes parts of addresses before a kernel's loop, and keeps them in registers.
+  // Without keep_computed, the compiler would compute parts of the addresses below before the kernel's loop over
+  // blocks, and keep them in registers all the time.
   at.query = keep_computed(at.query);
   at.key = keep_computed(at.key);
   head_slice.batch = keep_computed(head_slice.batch);
-  apply_scale_and_softcap(p, scores, gradients);
-  if (x.relative_bias != nullptr)
-    add_relative_bias(x.relative_bias + head_slice.head * x.relative_bias_stride_head + p.seqlen_q - 1, scores, at);
-  if (x.bias.data == nullptr) return;
-  if constexpr (Position::kRowsAreQueries) {
-    if (x.has_bias_rows) return add_bias_rows<T>(x.bias, head_slice, scores, at);
+  apply_softcap(x, scores, gradients);
+  float factor = x.softcap != 0.0f ? 1.0f : p.scale;
+  if (x.relative_bias != nullptr) {
+    const float* const own_head = x.relative_bias + head_slice.head * x.relative_bias_stride_head;
+    add_relative_bias(own_head + p.seqlen_q - 1, scores, factor, at);
+    factor = 1.0f;
   }
-  x.is_bias_float ? add_bias<float>(x.bias, head_slice, scores, at) : add_bias<T>(x.bias, head_slice, scores, at);
+  if (x.bias.data == nullptr) {
+    if (factor != 1.0f) scale_rows(scores, {factor, factor});
+    return;
+  }
+  if constexpr (Position::kRowsAreQueries) {
+    if (x.has_bias_rows) return add_bias_rows<T>(x.bias, head_slice, scores, factor, at);
+  }
+  x.is_bias_float ? add_bias<float>(x.bias, head_slice, scores, factor, at)
+                  : add_bias<T>(x.bias, head_slice, scores, factor, at);
 }
 
 }  // namespace fused_attn::gpu

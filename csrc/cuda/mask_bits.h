@@ -1,15 +1,20 @@
-// Dense masks of bytes, packed to bits once for each call. A kernel then reads 32 entries of a row with one load, and
-// the map of the mask says which blocks have no visible entry, and which blocks have only visible ones.
+// Dense masks as bits. PyTorch stores a byte for each entry, and a small kernel packs these bytes to bits once for each
+// call. The large kernels then read 32 entries of a row with one load. The same small kernel writes a map of the mask:
+// one byte for each granule of 32 x 32 entries, which says whether the granule has visible entries, and whether it has
+// hidden ones. So the large kernels skip blocks without a visible entry, and test no entry in blocks without a hidden
+// one.
 #pragma once
 #include "fragments.h"
 #include "kernels.h"
 
 namespace fused_attn::gpu {
 
-constexpr int32_t kGranule = 32;            // rows, and columns, of a granule of the map
+constexpr int32_t kGranule = 32;            // queries, and keys, of a granule
 constexpr int32_t kMaskWordsAlignment = 8;  // blocks have at most 256 queries or keys
 
-// A byte of the map, or the union of several: which entries occur among those of existing queries and keys.
+// Whether a part of the mask has visible entries, and whether it has hidden ones. Both may be true. `bits` holds up to
+// four bytes of the map, for neighbouring granules; the functions ask about all of them together. Entries beyond the
+// last query or key count as neither.
 struct MaskContents {
   static constexpr uint32_t kVisible = 1, kHidden = 2;
   uint32_t bits;
@@ -18,12 +23,14 @@ struct MaskContents {
   GPU_DEVICE bool has_hidden() const { return (bits & kHidden * 0x01010101u) != 0; }
 };
 
-// The entry of a mask for a head slice.
+// The index of the mask that a head slice reads, among the `entries` masks of MaskParams. Heads or batch entries share
+// a mask if it broadcasts along them.
 GPU_DEVICE int64_t mask_entry(const MaskParams& mask, const HeadSlice& head_slice) {
   return int64_t{head_slice.batch} * mask.entries_per_batch + int64_t{head_slice.head} * mask.entries_per_head;
 }
 
-// What a mask holds for the queries first_query ... first_query + kQueries - 1 and a block of kKeys keys.
+// The contents of the mask for the queries first_query ... first_query + kQueries - 1 and the keys first_key ...
+// first_key + kKeys - 1: reads the map, one load for each row of granules.
 template <int kQueries, int kKeys>
 GPU_DEVICE MaskContents mask_contents(const MaskParams& mask, const HeadSlice& head_slice, int32_t first_query,
                                       int32_t first_key) {
@@ -39,13 +46,13 @@ GPU_DEVICE MaskContents mask_contents(const MaskParams& mask, const HeadSlice& h
   return {bits};
 }
 
-// Removes what the mask hides from the visible keys of the thread's queries `first_query` and first_query + 8.
+// Clears the bits of the keys that the mask hides from the thread's two queries, first_query and first_query + 8.
 template <int kKeys>
 GPU_DEVICE void hide_masked_keys(const Params& p, const HeadSlice& head_slice, VisibleColumns<kKeys>& visible,
                                  int32_t first_query, int32_t first_key) {
   const MaskParams& mask = p.mask;
   const uint32_t* const rows = mask.keys_of_query + mask_entry(mask, head_slice) * p.seqlen_q * mask.key_words;
-  first_query = keep_computed(first_query);  // as in to_logits
+  first_query = keep_computed(first_query);  // for the same reason as in to_logits (logits.h)
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int32_t query = min(first_query + 8 * r, head_slice.seqlen_q - 1);
     GPU_UNROLL for (int w = 0; w < kKeys / 32; ++w) visible.words[r][w] &=
@@ -53,13 +60,13 @@ GPU_DEVICE void hide_masked_keys(const Params& p, const HeadSlice& head_slice, V
   }
 }
 
-// Removes what the mask hides from the visible queries of the thread's keys `first_key` and first_key + 8.
+// Clears the bits of the queries from which the mask hides the thread's two keys, first_key and first_key + 8.
 template <int kQueries>
 GPU_DEVICE void hide_masked_queries(const Params& p, const HeadSlice& head_slice, VisibleColumns<kQueries>& visible,
                                     int32_t first_query, int32_t first_key) {
   const MaskParams& mask = p.mask;
   const uint32_t* const rows = mask.queries_of_key + mask_entry(mask, head_slice) * p.seqlen_k * mask.query_words;
-  first_key = keep_computed(first_key);  // as in to_logits
+  first_key = keep_computed(first_key);  // for the same reason as in to_logits (logits.h)
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int32_t key = min(first_key + 8 * r, head_slice.seqlen_k - 1);
     GPU_UNROLL for (int w = 0; w < kQueries / 32; ++w) visible.words[r][w] &=
@@ -67,10 +74,12 @@ GPU_DEVICE void hide_masked_queries(const Params& p, const HeadSlice& head_slice
   }
 }
 
-// ---- What kernels ask about blocks. A plain kernel has no mask.
+// ---- What kernels ask about blocks
+//
+// Without a mask, and in a plain kernel, the mask hides nothing.
 
-// The last block of [begin, block] with a valid key, and with a key that the mask shows to one of the kQueries queries
-// from first_query on. Otherwise begin - 1.
+// Of the blocks of keys begin ... block: the last one with a valid key and with a key that the mask shows to one of the
+// kQueries queries from first_query on. Returns begin - 1 if there is none. All lanes of a warp compute the same.
 template <bool kIsGeneral, int kQueries, int kKeys>
 GPU_DEVICE int32_t last_block_to_visit(const Params& p, const HeadSlice& head_slice, int32_t first_query, int32_t begin,
                                        int32_t block) {
@@ -84,21 +93,21 @@ GPU_DEVICE int32_t last_block_to_visit(const Params& p, const HeadSlice& head_sl
   return block;
 }
 
-// Whether the mask hides some key of the block from one of the queries.
+// Whether the mask hides some key of the block from one of the kQueries queries from first_query on.
 template <bool kIsGeneral, int kQueries, int kKeys>
 GPU_DEVICE bool has_masked_keys(const Params& p, const HeadSlice& head_slice, int32_t first_query, int32_t block) {
   if (!kIsGeneral || p.mask.map == nullptr) return false;
   return mask_contents<kQueries, kKeys>(p.mask, head_slice, first_query, block * kKeys).has_hidden();
 }
 
-// Whether the mask hides some query of the block from one of the kKeys keys from first_key on.
+// Whether the mask hides one of the kKeys keys from first_key on from some query of the block.
 template <bool kIsGeneral, int kQueries, int kKeys>
 GPU_DEVICE bool has_masked_queries(const Params& p, const HeadSlice& head_slice, int32_t block, int32_t first_key) {
   if (!kIsGeneral || p.mask.map == nullptr) return false;
   return mask_contents<kQueries, kKeys>(p.mask, head_slice, block * kQueries, first_key).has_hidden();
 }
 
-// Whether the mask shows some query of the block to one of the kKeys keys from first_key on.
+// Whether the mask shows one of the kKeys keys from first_key on to some query of the block.
 template <int kQueries, int kKeys>
 GPU_DEVICE bool has_visible_queries(const Params& p, const HeadSlice& head_slice, int32_t block, int32_t first_key) {
   if (p.mask.map == nullptr) return true;
@@ -109,10 +118,12 @@ GPU_DEVICE bool has_visible_queries(const Params& p, const HeadSlice& head_slice
 
 constexpr int kMaskThreads = 128;
 
-// Each warp packs 32 queries x 128 keys, and writes four bytes of the map. Granules beyond the queries and keys are
-// neither visible nor hidden.
+// Granules that one warp packs: 32 queries x 128 keys, whose four bytes of the map are one store.
 constexpr int kGranulesPerWarp = 4;
 
+// Packs a mask of bytes into keys_of_query, queries_of_key (backward only) and the map. Lane i of a warp reads key i of
+// a granule, for one query after another. warp_ballot then gives the word of each query, and each lane collects the
+// word of its own key. Entries beyond the last query or key count as neither visible nor hidden.
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kMaskThreads, 1)
     prepare_mask_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT ScoreTensor bytes) {
   const MaskParams& mask = p.mask;
@@ -152,6 +163,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kMaskThreads, 1)
   if (lane == 0) store_global(reinterpret_cast<uint32_t*>(map), contents);
 }
 
+// The shape of a launch with one warp for each kGranulesPerWarp granules.
 inline LaunchShape shape_of_mask_preparation(const Params& p, int64_t entries) {
   constexpr int kGranules = kMaskThreads / 32 * kGranulesPerWarp;
   const int64_t programs = (entries * p.mask.query_words * p.mask.key_words + kGranules - 1) / kGranules;

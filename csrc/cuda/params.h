@@ -1,17 +1,20 @@
-// The arguments of kernels: AttentionParams in the types that a GPU computes with. attention.cu fills them in.
+// The arguments of kernels: AttentionParams in the types that a GPU computes with. params_of in attention.cu fills them
+// in.
 #pragma once
 #include <cstdint>
 
 namespace fused_attn::gpu {
 
-// No tensor has more rows. Diagonals are clamped to this number, so that a row can be added to a diagonal in 32 bits.
+// No tensor has more rows than this. Diagonals are clamped to this number, too, so that the sum of a row and a diagonal
+// fits into 32 bits.
 constexpr int32_t kMaxRows = 1 << 29;
 
-// What backward stores of queries lies in whole blocks of this many rows. So bulk copies start at aligned rows, and
-// need not ask where a sequence ends.
+// The size of a row block. What backward stores for each query (lse_log2, delta, sums of dq) lies in whole row blocks.
+// So bulk copies of a block start at aligned addresses, and need no test for the end of a sequence.
 constexpr int32_t kRowBlock = 128;
 
-// The number of keys whose gradients one block of the fused backward sums. Their padding is looked at together.
+// The keys of a block of the fused backward: one block of threads sums their gradients. Key ranks count blocks of this
+// size.
 constexpr int32_t kKeyBlock = 128;
 
 // A tensor (batch, head, row, column) of 16-bit numbers. Columns lie side by side, rows are aligned to 16 bytes, and
@@ -43,36 +46,41 @@ struct ScoreTensor {
   int64_t stride_key;
 };
 
-// What happens to a score between the two products, besides the scale (logits.h).
+// What happens to a score between the product with the keys and the softmax. Masks are not part of it. logits.h applies
+// this.
 struct LogitParams {
-  bool is_plain;        // nothing: the softmax multiplies the scale in
+  bool is_plain;        // nothing but the scale, and the softmax multiplies by it
   float softcap_scale;  // scale / softcap
-  float softcap_log2;   // softcap * log2(e); 0 = no softcap
-  // (H or 1, columns), times log2(e), with kRelativeBiasMargin zeros at both ends. The bias of query i and key j is
-  // column j - i + seqlen_q - 1, not counting the margin. Null = none.
+  float softcap;        // 0 = no softcap
+  // The copy of the relative bias in the workspace: (H or 1, columns), with kRelativeBiasMargin zeros at both ends of a
+  // row. The pointer points behind the first margin. The bias of query i and key j is column j - i + seqlen_q - 1. Null
+  // = none.
   const float* relative_bias;
   int64_t relative_bias_stride_head;
   ScoreTensor bias;    // null data = none
-  bool is_bias_float;  // float; otherwise the type of the query
-  bool has_bias_rows;  // the type of the query, and eight neighbouring keys of a query can be read at once
+  bool is_bias_float;  // the bias has type float; otherwise the type of the query
+  // The bias has the type of the query, and any 8 keys from a multiple of 8 on are one aligned load.
+  bool has_bias_rows;
 };
 
-// A dense mask as bits, in words of 32 (mask_bits.h). An entry is a pair of a batch entry and a head. Null = no mask.
+// A dense mask as bits, in words of 32 (mask_bits.h). An entry here is the mask of one batch entry and head. All
+// pointers are null without a mask.
 struct MaskParams {
   uint32_t* keys_of_query;    // (entries, L, key_words): bit j % 32 of word j / 32 is set if the query sees key j
   uint32_t* queries_of_key;   // (entries, S, query_words): the transpose; null in forward
-  uint8_t* map;               // (entries, query_words, key_words): what 32 x 32 entries hold, see MaskContents
-  int32_t entries_per_batch;  // how many entries further on the next batch entry lies; 0 = broadcast
-  int32_t entries_per_head;   // likewise the next head
-  int32_t key_words;          // the words reach to the end of the largest block
-  int32_t query_words;
+  uint8_t* map;               // (entries, query_words, key_words): a byte for each granule of 32 x 32, see MaskContents
+  int32_t entries_per_batch;  // how many entries lie between batch entries; 0 = the mask broadcasts along them
+  int32_t entries_per_head;   // likewise between heads: 1 or 0
+  int32_t key_words;          // words, and granules, along the keys; they reach to the end of the largest block
+  int32_t query_words;        // likewise along the queries
 };
 
-// Kernels read a relative bias also for rows of a block that do not exist, at up to this many columns past its ends.
+// Kernels also read the relative bias for rows of a block that do not exist. So they may read up to this many columns
+// before the first and after the last one.
 constexpr int32_t kRelativeBiasMargin = 256;
 
-// What a block of the fused backward works on: a block of keys of one head, and the tiles of queries that see these
-// keys.
+// An entry of the list that orders the work of the fused backward: a block of keys of one head, and the tiles of
+// queries that see these keys.
 struct alignas(16) KeyBlock {
   int32_t number;    // number of the block within its sequence
   int32_t batch;     // index of the sequence
@@ -83,16 +91,17 @@ struct alignas(16) KeyBlock {
   int32_t padded_q_offset;
   int32_t k_offset;
   int32_t seqlen_k;
-  int32_t begin;       // the first tile of queries that sees the block
-  int32_t end;         // one past the last tile that does
-  int32_t full_begin;  // the first tile whose queries all see all keys
-  int32_t full_end;    // one past the last such tile
-  int32_t rank_after;  // how many blocks up to this one, and with this one, have a valid key
-  int32_t steps;       // the number of tiles to visit, over all heads of the group
-  int32_t unused;
+  int32_t begin;                   // the first tile of queries that sees the block
+  int32_t end;                     // one past the last tile that does
+  int32_t full_begin;              // the first tile whose queries all see all keys
+  int32_t full_end;                // one past the last such tile
+  int32_t rank_after;              // how many of the blocks 0 ... number have a valid key
+  int32_t steps;                   // the number of tiles to visit, over all heads of the group
+  int32_t unused;                  // fills up 16 bytes
   uint32_t valid[kKeyBlock / 32];  // one bit for each key: the key is valid
 };
 
+// The arguments of the kernel that packs key padding to bits.
 struct PaddingParams {
   const uint8_t* padding;  // (B, S), nonzero = padding; null = none
   int64_t stride_batch;
@@ -101,16 +110,17 @@ struct PaddingParams {
   int32_t* key_ranks;    // (B, num_key_blocks + 1), output: see Params; null = not wanted
 };
 
+// The arguments of the kernel that copies a relative bias with margins.
 struct RelativeBiasParams {
   const float* bias;  // (heads, columns)
   int64_t stride_head;
   int64_t heads;    // H, or 1 for all
   int64_t columns;  // L + S - 1
-  float* padded;    // output: LogitParams::relative_bias, from the beginning of the margin on
+  float* padded;    // output, from the first margin on: see LogitParams::relative_bias
 };
 
-// Packed (varlen) problems: tensors have one batch entry (stride_batch is 0), and row r of sequence b lies at
-// cu_seqlens[b] + r.
+// What every large kernel gets. In packed (varlen) problems, tensors have one batch entry (stride_batch is 0), and row
+// r of sequence b lies at row cu_seqlens[b] + r.
 struct Params {
   int32_t batch;               // B, or the number of sequences
   int32_t num_heads;           // H
@@ -129,8 +139,9 @@ struct Params {
 
   float scale;
   float scale_log2;  // scale * log2(e)
-  // The softmax takes its scores times this factor as logits, and as exponents of 2. If a LogitParams has made logits of
-  // the scores, the factors are ln(2) and 1.
+  // What the softmax multiplies its scores by, to get logits (softmax_scale) or exponents of 2 (softmax_scale_log2). If
+  // the logits are plain, these are scale and scale_log2. Otherwise the softmax gets logits, and the factors are 1 and
+  // log2(e).
   float softmax_scale;
   float softmax_scale_log2;
   LogitParams logits;
@@ -146,8 +157,8 @@ struct Params {
   int32_t valid_words;
 
   const int64_t* dropout_seed;  // null = no dropout
-  uint32_t dropout_threshold;   // dropout drops words below it
-  float dropout_scale;          // factor for what dropout keeps
+  uint32_t dropout_threshold;   // dropout drops an entry if its word of Philox is below this number
+  float dropout_scale;          // the factor for entries that survive dropout
 
   // Backward only.
   Rows dout;       // (B, H, L, Dv)
@@ -156,22 +167,22 @@ struct Params {
   Rows dk;         // (B, Hkv, S, D)
   Rows dv;         // (B, Hkv, S, Dv)
   float* dsinks;   // (H); null = not wanted
-  // The preparation kernel writes these, in row blocks (HeadSlice::row_statistic).
-  int32_t row_blocks;  // how many row blocks one head of a batch entry has
+  // The preparation kernel writes these for every query, in row blocks (HeadSlice::row_statistic).
+  int32_t row_blocks;  // row blocks of one head of a batch entry; of all sequences, if packed
   RowValues lse_log2;  // (B, H, row_blocks * kRowBlock): lse * log2(e), or +inf for an empty row and past the last one
   RowValues delta;     // (B, H, row_blocks * kRowBlock): rowsum(dout * out) - dlse, or 0 past the last row
 
-  // Fused backward only. dq is a sum to which the blocks of keys add in a fixed order.
-  float* dq_sums;     // (B, H, row_blocks, kRowBlock * padded head dim), each tile in the order of accumulators
-  int32_t* dq_turns;  // (B, H, tiles): how many blocks of keys have added to a tile so far
-  // (B, key blocks + 1): how many of the blocks before have a valid key; null = all blocks have one.
+  // Fused backward only. dq is a sum of parts, to which the blocks of keys add in a fixed order.
+  float* dq_sums;  // (B, H, row_blocks, kRowBlock * padded head dim); each tile lies in the order of its accumulators
+  int32_t* dq_turns;  // (B, H, tiles): how many blocks of keys have added to a tile of dq so far
+  // (B, key blocks + 1): entry n says how many of the blocks 0 ... n - 1 have a valid key. Null = all blocks have one.
   const int32_t* key_ranks;
   int32_t num_key_blocks;  // how many blocks of keys the longest sequence has
   KeyBlock* key_blocks;    // (blocks of keys of all heads), in the order in which they are taken
 
-  // For kernels whose blocks stay on a multiprocessor and take one tile after another. The counter is 0 at the start.
-  // Forward counts the tiles taken beyond the first one of each block; the fused backward counts the blocks of keys
-  // taken.
+  // For persistent kernels, whose blocks of threads stay on a multiprocessor and take one piece of work after another.
+  // The counter starts at 0. Forward counts the tiles of queries taken beyond the first one of each block of threads.
+  // The fused backward counts the blocks of keys taken. Null = each block takes every grid_size-th tile.
   int32_t* tile_counter;
 };
 

@@ -1,5 +1,5 @@
-// What has to be ready before the large kernels run: padding as bits, a counter at 0, and for backward the row
-// statistics.
+// The small kernels that run before the large ones. They pack key padding to bits, copy the relative bias, reset the
+// tile counter, and compute the row statistics for backward.
 #pragma once
 #include "fragments.h"
 #include "kernels.h"
@@ -8,11 +8,12 @@
 namespace fused_attn::gpu {
 
 constexpr int kPreparationThreads = 128;
-constexpr int kThreadsPerRow = 8;
+constexpr int kThreadsPerRow = 8;  // threads that compute the statistics of one query
 constexpr int kPreparationRows = kPreparationThreads / kThreadsPerRow;
 static_assert(kRowBlock % kPreparationRows == 0);
 
-// One block turns the padding of one batch entry into bits.
+// Packs the key padding of one batch entry to bits, and counts its blocks of keys that have a valid key (key ranks).
+// All threads of one block call this.
 GPU_DEVICE void prepare_padding(const Params& p, const PaddingParams& padding, int32_t batch) {
   uint32_t* const valid_keys = padding.valid_keys + int64_t{batch} * p.valid_words;
   for (int word = thread_index(); word < p.valid_words; word += kPreparationThreads) {
@@ -28,7 +29,7 @@ GPU_DEVICE void prepare_padding(const Params& p, const PaddingParams& padding, i
   sync_threads();
   if (thread_index() >= 32) return;
 
-  // Counts the blocks that have a valid key, 32 blocks at a time.
+  // The first warp computes the key ranks, a prefix sum, for 32 blocks of keys at a time.
   constexpr int kWords = kKeyBlock / 32;
   int32_t* const ranks = padding.key_ranks + int64_t{batch} * (p.num_key_blocks + 1);
   int32_t before = 0;
@@ -47,11 +48,13 @@ GPU_DEVICE void prepare_padding(const Params& p, const PaddingParams& padding, i
   if (thread_index() == 0) store_global(ranks, 0);
 }
 
+// Sets the tile counter of the next kernel to 0. One thread of the grid writes.
 GPU_DEVICE void reset_tile_counter(const Params& p) {
   if (p.tile_counter != nullptr && block_index_x() == 0 && thread_index() == 0) store_global(p.tile_counter, 0);
 }
 
-// Copies a relative bias with a margin on both sides, in units of log2: see LogitParams.
+// Copies a relative bias into the workspace, with a margin of zeros on both sides of each row: see LogitParams. Each
+// thread writes one number.
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     prepare_relative_bias_kernel(const GPU_GRID_CONSTANT RelativeBiasParams p) {
   const int64_t i = int64_t{block_index_x()} * kPreparationThreads + thread_index();
@@ -59,17 +62,19 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
                 column = i % stride - kRelativeBiasMargin;
   if (head >= p.heads) return;
   const bool is_inside = column >= 0 && column < p.columns;
-  store_global(p.padded + i, is_inside ? load_global(p.bias + head * p.stride_head + column) * kLog2E : 0.0f);
+  store_global(p.padded + i, is_inside ? load_global(p.bias + head * p.stride_head + column) : 0.0f);
 }
 
-// One block for each batch entry prepares its padding. The first one resets the counter, too.
+// Packs the key padding, with one block of threads for each batch entry, and resets the tile counter.
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     prepare_padding_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT PaddingParams padding) {
   reset_tile_counter(p);
   if (padding.padding != nullptr) prepare_padding(p, padding, block_index_x());
 }
 
-// Computes the row statistics of kPreparationRows queries of one head. A tile of dq has kTileRows queries.
+// Computes the row statistics of kPreparationRows queries of one head, and writes them to the workspace. kThreadsPerRow
+// threads share a query. For the fused backward, also sets the counters dq_turns to 0, of which each stands for
+// kTileRows queries.
 template <class T, int kHeadDim, int kTileRows>
 GPU_DEVICE void prepare_rows(const Params& p) {
   const int blocks_of_head = (p.seqlen_q + kRowBlock - 1) / kRowBlock * (kRowBlock / kPreparationRows);
@@ -96,19 +101,25 @@ GPU_DEVICE void prepare_rows(const Params& p) {
     if (p.dlse.data != nullptr) sum -= load_global(head_slice.query_value(p.dlse, row));
     lse = load_global(head_slice.query_value(p.lse, row));
   }
-  // Every probability exp2(score - inf) of an empty row is 0, with no test in the large kernels. delta must be finite,
-  // so that 0 * delta is 0, too.
-  store_global(head_slice.row_statistic(p.delta, row), lse == -kInfinity ? 0.0f : sum);
-  store_global(head_slice.row_statistic(p.lse_log2, row), lse == -kInfinity ? kInfinity : lse * kLog2E);
+  // With lse_log2 = +inf, every prob exp2(score - inf) of an empty row is 0, and the large kernels need no test. delta
+  // must be finite, so that 0 * delta is 0. A row whose keys all have the smallest float as their bias counts as empty
+  // here: its lse is finite, but not in units of log2, and probs of +inf would become NaN in sums over rows.
+  const float lse_log2 = lse * kLog2E;
+  const bool is_empty = lse_log2 == -kInfinity;
+  store_global(head_slice.row_statistic(p.delta, row), is_empty ? 0.0f : sum);
+  store_global(head_slice.row_statistic(p.lse_log2, row), is_empty ? kInfinity : lse_log2);
   if (p.dq_turns != nullptr && row % kTileRows == 0)
     store_global(p.dq_turns + head_slice.first_row_block(p) * (kRowBlock / kTileRows) + row / kTileRows, 0);
 }
 
+// Prepares the row statistics for backward in two kernels.
 template <class T, int kHeadDim>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1) prepare_rows_kernel(const GPU_GRID_CONSTANT Params p) {
   prepare_rows<T, kHeadDim, kRowBlock>(p);
 }
 
+// The shape of a launch with one block of threads for each kPreparationRows queries, up to the end of the last row
+// block.
 inline LaunchShape shape_of_row_preparation(const Params& p) {
   return shape_of((p.seqlen_q + kRowBlock - 1) / kRowBlock * kRowBlock, kPreparationRows, p.num_heads, p.batch,
                   kPreparationThreads, 0);

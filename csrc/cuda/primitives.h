@@ -2,12 +2,12 @@
 // access, no built-in variable. So the same source runs on both kinds of hardware that hardware.h knows:
 //
 //   on a GPU       primitives_ptx.h defines the functions, each as one or two instructions of PTX
-//   in the tests   tools/emulation/primitives_emulated.h does, with checks that no GPU makes
+//   in the tests   tools/emulation/primitives_emulated.h defines them, with checks that a GPU does not make
 //
 // Kernels include hardware.h, which includes this file.
 //
-// Addresses in shared memory are 32-bit numbers ("address"). Addresses in global memory are pointers. A matrix fragment
-// is a named array that lives until the operation on it is complete. Shapes are constants.
+// Addresses in shared memory are 32-bit numbers (`address`). Addresses in global memory are pointers. An array that
+// holds a fragment has to live until the operation on it is complete. Shapes are template arguments.
 #pragma once
 #include <cstdint>
 
@@ -64,7 +64,8 @@ GPU_DEVICE float reciprocal_approx(float x);                // rcp.approx.ftz
 GPU_DEVICE uint32_t float_bits(float x);
 GPU_DEVICE float bits_float(uint32_t bits);
 
-// Two floats as 16-bit numbers T, rounded to nearest even, `lo` in the lower half; and back.
+// pack: two floats as 16-bit numbers of type T, rounded to nearest even, with `lo` in the lower half of the word.
+// unpack: the two numbers as floats.
 template <class T>
 GPU_DEVICE uint32_t pack(float lo, float hi);
 template <class T>
@@ -75,15 +76,16 @@ GPU_DEVICE Float2 unpack(uint32_t pair);
 GPU_DEVICE void sync_threads();
 GPU_DEVICE void sync_warp();  // also orders the warp's accesses to memory
 
-// Named barriers 1 to 15 (0 is sync_threads). `threads` threads meet at a barrier: those that sync wait, those that
-// arrive do not. The number is a constant, because with a number in a register ptxas would reserve all sixteen
-// barriers.
+// Named barriers 1 to 15 (barrier 0 is sync_threads). `threads` threads meet at a barrier: those that call barrier_sync
+// wait for all, those that call barrier_arrive do not wait. Id is a constant, because with a number in a register ptxas
+// would reserve all sixteen barriers.
 template <int Id>
 GPU_DEVICE void barrier_sync(int threads);
 template <int Id>
 GPU_DEVICE void barrier_arrive(int threads);
 
-// All 32 lanes take part. V has four bytes.
+// All 32 lanes of a warp take part. V has four bytes. shuffle returns the v of lane `lane`, shuffle_xor that of lane
+// (own lane ^ lane_mask).
 template <class V>
 GPU_DEVICE V shuffle_xor(V v, int lane_mask);
 template <class V>
@@ -107,9 +109,9 @@ GPU_DEVICE void store_global(V* p, V v);
 GPU_DEVICE void atomic_add(float* p, float v);
 GPU_DEVICE int atomic_fetch_add(int* p, int v);  // returns what was there before
 
-// Order between blocks through a counter in global memory. `release` makes the block's earlier writes visible to
-// whoever acquires the value. One thread calls each function, with sync_threads or a named barrier around it for the
-// other threads.
+// Order between blocks of threads through a counter in global memory. add_release makes the block's earlier writes
+// visible to whoever acquires the new value. One thread calls each function, with sync_threads or a named barrier
+// around it for the other threads of its block.
 //
 // Bulk stores need fences as well. The block that writes calls tma_store_wait, fence_async_proxy_global and
 // add_release. The other block calls wait_until_equal and fence_async_proxy_global before its bulk operation.
@@ -152,10 +154,10 @@ GPU_DEVICE void mbarrier_arrive(uint32_t address);
 GPU_DEVICE void mbarrier_arrive_expect(uint32_t address, uint32_t bytes);
 GPU_DEVICE void mbarrier_wait(uint32_t address, uint32_t parity);
 
-// What ordinary instructions wrote to shared memory before the fence is visible to TMA and wgmma after the fence.
+// What ordinary instructions wrote to shared memory before this fence is visible to TMA and wgmma after it.
 GPU_DEVICE void fence_async_proxy();
-// The same for global memory, in both directions. It belongs between bulk stores and the counter that decides their
-// order, which ordinary instructions raise and wait for.
+// The same for global memory, in both directions. This fence belongs between bulk stores and the counter that decides
+// their order, because ordinary instructions raise the counter and wait for it.
 GPU_DEVICE void fence_async_proxy_global();
 
 // ---- TMA: one thread moves boxes of a tensor
@@ -170,13 +172,14 @@ GPU_DEVICE void tma_load_4d(uint32_t destination, const TensorMap* map, uint32_t
 GPU_DEVICE void tma_store_4d(const TensorMap* map, uint32_t source, int c0, int c1, int c2, int c3);
 GPU_DEVICE void tma_reduce_add_4d(const TensorMap* map, uint32_t source, int c0, int c1, int c2, int c3);
 
-// The same for contiguous memory. All addresses, and `bytes`, are multiples of 16.
+// TMA for contiguous memory, without a tensor map. All addresses, and `bytes`, are multiples of 16.
 GPU_DEVICE void bulk_load(uint32_t destination, const void* p, uint32_t bytes, uint32_t mbarrier);
 GPU_DEVICE void bulk_store(float* p, uint32_t source, uint32_t bytes);
 GPU_DEVICE void bulk_reduce_add_f32(float* p, uint32_t source, uint32_t bytes);
 
-// Groups of the thread's stores and additions. After wait_read, their sources may be written again. After wait, they
-// are complete.
+// The stores and additions that a thread has issued before a commit are a group. wait<N> waits until at most the N
+// groups committed last are incomplete. After wait_read, the sources in shared memory of the waited groups may be
+// written again. After wait, the groups are complete in global memory.
 GPU_DEVICE void tma_store_commit();
 template <int N>
 GPU_DEVICE void tma_store_wait_read();
@@ -201,15 +204,18 @@ GPU_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumul
 template <class T, int N, int TransB>
 GPU_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
 
-// Keeps values where they are: the compiler moves no access to these registers across this call.
+// An empty instruction that reads and writes the registers r. So the compiler moves no access to them across this call.
+// It follows a wgmma_wait.
 template <int N>
 GPU_DEVICE void keep_registers(float (&r)[N]);
 
-// Tells the compiler that the values are not needed any more, so that it need not preserve them for the next product.
+// Tells the compiler that the values of r are not needed any more. So it need not copy them before the next product
+// overwrites them.
 template <int N>
 GPU_DEVICE void forget_registers(float (&r)[N]);
 
-// Returns x. The compiler cannot compute the result again, and so keeps it in a register.
+// Returns x, as a value that the compiler knows nothing about. So it keeps the result in a register, instead of
+// computing it again or computing expressions of it in advance.
 GPU_DEVICE uint32_t keep_computed(uint32_t x);
 GPU_DEVICE int32_t keep_computed(int32_t x);
 template <class V>
@@ -225,12 +231,12 @@ GPU_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes, 
          kSwizzle128 << 62;
 }
 
-// What to add to a descriptor for an operand that lies `bytes` further on. Adding a constant takes one instruction in
-// uniform registers. A new descriptor for each product takes thirteen.
+// What to add to a descriptor to get the descriptor of an operand that lies `bytes` further on. Adding a constant takes
+// one instruction in uniform registers. Making a new descriptor for each product takes thirteen.
 GPU_DEVICE constexpr uint64_t matrix_descriptor_step(uint32_t bytes) { return bytes >> 4; }
 
-// From here on, each thread of the warpgroup has R registers. increase_registers waits until others have given up
-// theirs.
+// From this call on, each thread of the warpgroup has R registers (setmaxnreg). increase_registers waits until other
+// warpgroups have given up theirs.
 template <int R>
 GPU_DEVICE void increase_registers();
 template <int R>

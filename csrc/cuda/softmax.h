@@ -1,26 +1,29 @@
 // The softmax of the two rows that a thread shares with three others, block by block, and without a maximum in most
 // blocks.
 //
-// Probabilities are relative to a reference: prob = exp(score - reference). The online softmax (Milakov and Gimelshein,
-// arXiv 1805.02867) takes the maximum of all scores so far as the reference. But any number near the maximum will do,
-// as long as no probability overflows. So a block's probabilities are first computed with the reference as it is. Only
-// if their sum is too large does the block look for its maximum and raise the reference. While the reference stays, no
-// sum has to be rescaled.
+// Probs are relative to a reference: prob = exp(score - reference). The online softmax (Milakov and Gimelshein, arXiv
+// 1805.02867) takes the maximum of all scores so far as the reference. But any number near the maximum will do, as long
+// as no prob overflows. So the probs of a block are first computed with the reference as it is. Only if their sum is
+// too large is the maximum of the block computed, and the reference raised. While the reference stays, no sum has to be
+// rescaled.
 #pragma once
 #include "fragments.h"
 
 namespace fused_attn::gpu {
 
-// Takes the place of DropoutKeep where there is no dropout: every probability survives.
+// Stands for DropoutKeep where there is no dropout: every prob survives.
 struct NoDropout {
   GPU_DEVICE bool has(int, int) const { return true; }
 };
 
+// The state of the softmax of two rows. The four threads that share the rows hold the same references, and each sums
+// its own columns.
 struct LazySoftmax {
-  // The largest sum of one thread's probabilities in a block. Each probability is then finite in float16, too.
+  // The largest sum of the probs of one thread in a block. At most this size, each prob is also finite in float16.
   static constexpr float kLargestSum = 4096.0f;
-  // An offset is a reference times scale_log2. Up to this offset the rounding error is at most 1/4, which may be a
-  // factor of all probabilities. Beyond this offset the error may be of any size.
+  // An offset is a reference times scale_log2, rounded. try_probs subtracts the offset from exponents. Up to this size,
+  // the rounding error of an offset is at most 1/4, and offset_error corrects for it in the end. Beyond this size, the
+  // error may be of any size.
   static constexpr float kLargestOffset = 4194304.0f;
 
   float reference[2];  // a score; -inf as long as the row has seen no key
@@ -33,8 +36,9 @@ struct LazySoftmax {
     }
   }
 
-  // Computes the probabilities of a block, rounded, as left factors of the next product. Returns false if a row of the
-  // warp needs another reference, or if the row's offset is too large; the sums then stay as they were.
+  // Computes the probs of a block with the current references, rounded as left factors of the next product. All lanes
+  // of a warp call this. Returns false, and changes no sum, if some row of the warp needs another reference, or has too
+  // large an offset.
   template <class T, int kTiles, class AnyDropoutKeep>
   GPU_DEVICE bool try_probs(const float (&scores)[kTiles][4], float scale_log2, const AnyDropoutKeep& dropout_keep,
                             uint32_t (&probs)[kTiles / 2][4]) {
@@ -50,8 +54,8 @@ struct LazySoftmax {
     return true;
   }
 
-  // Raises the references to the maxima of the block, and then computes the same probabilities. What was summed before
-  // has to be multiplied by `rescale`.
+  // Raises the references to the maxima of the block, and computes the probs with them. The caller has to multiply acc
+  // by `rescale`.
   template <class T, int kTiles, class AnyDropoutKeep>
   GPU_DEVICE void raise_and_compute_probs(const float (&scores)[kTiles][4], float scale_log2,
                                           const AnyDropoutKeep& dropout_keep, uint32_t (&probs)[kTiles / 2][4],
@@ -61,22 +65,22 @@ struct LazySoftmax {
       float raised = reference[r];
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) raised = fmaxf(raised, fmaxf(scores[t][2 * r], scores[t][2 * r + 1]));
       raised = row_maximum(raised);
-      // -inf - -inf is NaN. So a row that has seen no key takes 0 as its reference, and its probabilities become 0.
+      // -inf - -inf is NaN. So a row that has seen no key uses 0 as its reference here, and its probs become 0.
       finite[r] = raised == -kInfinity ? 0.0f : raised;
       error[r] = offset_error(raised, scale_log2);
       rescale[r] =
           exp2_approx((reference[r] - finite[r]) * scale_log2 + (error[r] - offset_error(reference[r], scale_log2)));
       reference[r] = raised;
     }
-    // These are the same numbers as those of try_probs, and they are right for scores of any size.
+    // try_probs would compute the same numbers. This way of computing them is right for scores of any size.
     compute_probs<T>(dropout_keep, probs, sum, [&](int t, int j) {
       return multiply_add(scores[t][j] - finite[j / 2], scale_log2, error[j / 2]);
     });
     GPU_UNROLL for (int r = 0; r < 2; ++r) row_sum[r] = row_sum[r] * rescale[r] + sum[r];
   }
 
-  // Once all is summed: the factor for the output of row r, and the log-sum-exp of the row. An empty row gets 0 and
-  // -inf.
+  // After the last block: computes the factor that turns acc into the output of row r, and the log-sum-exp of the row.
+  // An empty row gets the factor 0 and the log-sum-exp -inf.
   GPU_DEVICE void finish(int r, float scale, float scale_log2, float& factor, float& lse) const {
     const float total = row_total(row_sum[r]);
     const bool is_empty = reference[r] == -kInfinity;
@@ -89,12 +93,14 @@ struct LazySoftmax {
  private:
   static GPU_DEVICE bool is_small(float offset) { return offset <= kLargestOffset && offset >= -kLargestOffset; }
 
-  // The offset was rounded, so the probabilities of try_probs are off by a factor: 2^offset_error.
+  // The exponent of the factor by which the probs of try_probs are off, because the offset was rounded.
   static GPU_DEVICE float offset_error(float reference, float scale_log2) {
     const float offset = reference * scale_log2;
     return is_small(offset) ? multiply_add(reference, scale_log2, -offset) : 0.0f;
   }
 
+  // Computes all probs of a block as exp2 of `exponent(t, j)`, their sums over this thread's columns, and the rounded
+  // left factors. Dropped probs count in the sums, but are 0 in the left factors.
   template <class T, int kSteps, class AnyDropoutKeep, class Exponent>
   static GPU_DEVICE void compute_probs(const AnyDropoutKeep& dropout_keep, uint32_t (&probs)[kSteps][4],
                                        float (&sum)[2], Exponent exponent) {
@@ -114,8 +120,8 @@ struct LazySoftmax {
   }
 };
 
-// Lets the logit `sink` join the denominator of a row that is finished: changes the row's factor and log-sum-exp. An
-// empty row stays empty.
+// Adds exp(sink) to the denominator of a finished row: changes the row's factor and log-sum-exp. An empty row stays
+// empty.
 GPU_DEVICE void join_sink(float sink, float& factor, float& lse) {
   if (lse == -kInfinity) return;
   const float larger = fmaxf(lse, sink);

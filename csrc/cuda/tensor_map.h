@@ -1,4 +1,4 @@
-// Makes tensor maps, by which TMA knows a tensor. Host code.
+// Makes tensor maps: descriptions of a tensor (address, sizes, strides, box) that TMA instructions take. Host code.
 #pragma once
 #include <string>
 
@@ -7,7 +7,7 @@
 
 namespace fused_attn::gpu {
 
-// Returns what is wrong, or an empty text; then `map` is ready.
+// Writes the tensor map to `map` and returns an empty text, or returns what the hardware does not accept.
 std::string encode_tensor_map(const TensorMapSpec& spec, TensorMap* map);
 
 }  // namespace fused_attn::gpu

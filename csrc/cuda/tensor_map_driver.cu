@@ -1,4 +1,5 @@
-// Tensor maps from the driver. Its function is looked up at run time, so that nothing links against libcuda.
+// Makes tensor maps on a GPU. cuTensorMapEncodeTiled belongs to the driver library libcuda. It is looked up at run
+// time, so that this code loads on machines without a driver.
 #include "tensor_map.h"
 
 namespace fused_attn::gpu {
@@ -6,6 +7,7 @@ namespace {
 
 using EncodeTiled = decltype(cuTensorMapEncodeTiled);
 
+// The driver's function, or null if the driver is too old.
 EncodeTiled* find_encode_tiled() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult result;

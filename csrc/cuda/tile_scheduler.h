@@ -1,20 +1,23 @@
-// The tile scheduler: which block of which head a program works on.
+// The tile scheduler: which block of queries or keys, of which head, a program (a block of threads) works on.
 #pragma once
 #include "hardware.h"
 
 namespace fused_attn::gpu {
 
+// What a program works on.
 struct WorkTile {
   int32_t block;
   int32_t head;
   int32_t batch;
 };
 
+// Which block of rows of which head program number `program` works on, of num_blocks blocks of num_heads * batch heads.
 // Programs are numbered so that the heads of an L2 group run side by side. Their keys and values then stay in the L2
 // cache.
 //
-// Within an L2 group, the longest blocks start first, so that only short ones are left when the multiprocessors run out
-// of work. Under a causal mask, these are the last blocks of queries (last_first), and the first blocks of keys.
+// Within an L2 group, the blocks that take longest start first, so that only short ones are left when the
+// multiprocessors run out of work. Under a causal mask, these are the last blocks of queries (last_first), and the
+// first blocks of keys.
 GPU_DEVICE WorkTile scheduled_tile(int32_t program, int32_t num_blocks, int32_t num_heads, int32_t batch,
                                    int32_t heads_per_l2_group, bool last_first) {
   const int32_t total_heads = num_heads * batch;

@@ -1,20 +1,21 @@
-// The tile sizes of every kernel, apart from the kernels. Each row says why it was chosen. Those of forward on sm_90a
-// have been measured.
+// The tile sizes of every kernel, in a table apart from the kernels. Comments say why a size was chosen. The sizes of
+// forward on sm_90a have been measured.
 #pragma once
 
 namespace fused_attn::gpu {
 
-// sm_80: a block of kWarps warps has kBlockM queries, and visits kBlockN keys at a time. All tiles fit into 99 KiB of
-// shared memory, which a block has on the smaller chips of the family (sm_86, sm_89, sm_120). sm_80 itself has 163 KiB.
+// Forward on sm_80: a block of threads has kWarps warps and kBlockM queries, and visits kBlockN keys at a time. In all
+// kernels for sm_80, the tiles of a block fit into 99 KiB of shared memory, which a block has on the smaller chips of
+// the family (sm_86, sm_89, sm_120). sm_80 itself has 163 KiB.
 template <int kHeadDim>
 struct ForwardTileSm80 {
-  // With 32 rows a warp instead of 16, each multiplication reads half as much shared memory. But 64 keys then need more
-  // registers than there are: from head dim 128 on, and with dropout from 96 on.
+  // A warp has 32 queries instead of 16, so that each multiplication reads half as much shared memory. With head dim
+  // 128, or with dropout and head dim 96, 64 keys would then need more registers than there are.
   static constexpr int kWarps = 4, kBlockM = 128, kBlockN = kHeadDim <= 64 ? 64 : 32;
 };
 template <>
 struct ForwardTileSm80<256> {
-  // The output takes 128 registers with 16 rows a warp already.
+  // acc takes 128 registers already with 16 queries for each warp.
   static constexpr int kWarps = 4, kBlockM = 64, kBlockN = 64;
 };
 
@@ -31,13 +32,13 @@ struct QueryGradientTileSm80<256> {
 // The kernel for dk and dv: a block has kBlockN keys, and visits kBlockM queries at a time.
 template <int kHeadDim>
 struct KeyGradientTileSm80 {
-  // 64 queries need more registers than there are: from head dim 128 on, and with dropout from 96 on.
+  // With head dim 128, or with dropout and head dim 96, 64 queries would need more registers than there are.
   static constexpr int kWarps = 4, kBlockM = kHeadDim <= 64 ? 64 : 32, kBlockN = 64;
   static constexpr bool kSplitsGradients = false;
 };
 template <>
 struct KeyGradientTileSm80<256> {
-  // Both gradients would take 256 registers. So four warps sum dk, and four others dv.
+  // Both gradients would take 256 registers of each thread. So four warps sum dk, and four other warps sum dv.
   static constexpr int kWarps = 8, kBlockM = 32, kBlockN = 64;
   static constexpr bool kSplitsGradients = true;
 };
@@ -50,7 +51,8 @@ struct BiasGradientTileSm80 {
 };
 template <>
 struct BiasGradientTileSm80<96> {
-  // Threads load chunks of 16 bytes in groups of four for a row, so 8 warps would load more than 32 rows at once.
+  // With this head dim, four threads load the chunks of a row (TileLayout::kGroup). 8 warps would load 64 rows at once,
+  // but copy_rows allows at most 32.
   static constexpr int kWarps = 4, kBlockM = 64, kBlockN = 64;
 };
 template <>
@@ -58,35 +60,36 @@ struct BiasGradientTileSm80<256> {
   static constexpr int kWarps = 4, kBlockM = 64, kBlockN = 32;  // 96 KiB with q, dout, k and v
 };
 
-// sm_90a: kConsumers warpgroups have 64 queries each, and visit kBlockN keys at a time. Shared memory holds kStages
-// tiles of keys, as many tiles of values, and kQueryStages tiles of queries.
+// Forward on sm_90a: kConsumers warpgroups have 64 queries each, and visit kBlockN keys at a time. Shared memory holds
+// kStages tiles of keys, as many tiles of values, and kQueryStages tiles of queries.
 template <int kHeadDim, bool kIsGeneral>
 struct ForwardTileSm90 {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kQueryStages = 2;  // 192 KiB
 };
 template <bool kIsGeneral>
 struct ForwardTileSm90<64, kIsGeneral> {
-  // The output takes 32 registers. This leaves room for a third consumer, unless consumers draw random numbers or load
-  // biases.
+  // acc takes 32 registers. This leaves room for a third consumer. In a general kernel there is no room, because its
+  // consumers compute dropout and load biases.
   static constexpr int kConsumers = kIsGeneral ? 2 : 3, kBlockN = 128, kStages = 3, kQueryStages = 2;
 };
 template <bool kIsGeneral>
 struct ForwardTileSm90<256, kIsGeneral> {
-  // The output takes 128 registers; 192 KiB.
+  // acc takes 128 registers, and the tiles take 192 KiB.
   static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kQueryStages = 1;
 };
 
 // The fused backward visits kBlockM queries at a time. Shared memory holds kQStages tiles of queries and kDoutStages
-// tiles of dout. Of a tile's lse (delta), 8 * kLseAhead (kDeltaAhead) queries are loaded before the kernel waits for
-// the product that they belong to. More do not fit into registers. Measured on an H100: two buffers for tiles of dq
-// instead of one, at the cost of two stages of queries, +-1 %.
+// tiles of dout. Of the lse (delta) of a tile, 8 * kLseAhead (8 * kDeltaAhead) numbers are loaded before the kernel
+// waits for the product that needs them. More do not fit into registers. An alternative was measured on an H100: two
+// buffers for tiles of dq instead of one, at the cost of two stages of queries, is within 1 %.
 template <int kHeadDim>
 struct FusedBackwardTileSm90 {
   static constexpr int kBlockM = 64, kQStages = 4, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 4;
 };
 template <>
 struct FusedBackwardTileSm90<64> {
-  // With 128 queries, each warpgroup has rows of dq of its own, and reads each key for them once.
+  // With 128 queries, the two warpgroups can divide the rows of a tile of dq between them, and each reads the keys once
+  // for its rows.
   static constexpr int kBlockM = 128, kQStages = 2, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 2;
 };
 

@@ -1,8 +1,8 @@
-// What sees what: which blocks of keys queries have to visit, which blocks of queries see keys, and which entries of a
-// block of scores are visible.
+// What sees what, by band and key padding: which blocks of keys a block of queries has to visit, which blocks of
+// queries see a block of keys, and which entries of a block of scores are visible.
 //
 // A block that lies within the band and holds only valid keys is full: no entry needs a test. A block without a visible
-// key is not visited.
+// key is not visited. Dense masks come on top (mask_bits.h).
 #pragma once
 #include "head_slice.h"
 
@@ -10,22 +10,23 @@ namespace fused_attn::gpu {
 
 GPU_DEVICE int32_t clamp_to(int32_t x, int32_t low, int32_t high) { return x < low ? low : x > high ? high : x; }
 
-// Bits 0 ... n - 1, for 0 <= n <= 32.
+// A word whose bits 0 ... n - 1 are set, for 0 <= n <= 32.
 GPU_DEVICE uint32_t low_bits(int32_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
 
-// Columns [first, end) as the bits of word `word`, which holds columns 32 * word ... 32 * word + 31.
+// The bits of the columns first ... end - 1 in word `word`, which holds columns 32 * word ... 32 * word + 31.
 GPU_DEVICE uint32_t column_bits(int32_t first, int32_t end, int32_t word) {
   return low_bits(clamp_to(end - 32 * word, 0, 32)) & ~low_bits(clamp_to(first - 32 * word, 0, 32));
 }
 
-// The keys that a query sees by the band, and the queries that see a key. They need not exist.
+// The first and the last key that a query sees by the band, and the first and the last query that sees a key. The
+// results may lie outside of the sequence.
 GPU_DEVICE int32_t first_key(const Params& p, int32_t query) { return query + p.first_diagonal; }
 GPU_DEVICE int32_t last_key(const Params& p, int32_t query) { return query + p.last_diagonal; }
 GPU_DEVICE int32_t first_query(const Params& p, int32_t key) { return key - p.last_diagonal; }
 GPU_DEVICE int32_t last_query(const Params& p, int32_t key) { return key - p.first_diagonal; }
 
-// Numbers of blocks. Those of [begin, end) have to be visited; those of [full_begin, full_end) lie wholly within the
-// band.
+// A range of blocks. Blocks begin ... end - 1 have to be visited. Of these, blocks full_begin ... full_end - 1 lie
+// wholly within the band.
 struct BlockRange {
   int32_t begin;
   int32_t end;
@@ -36,6 +37,8 @@ struct BlockRange {
   GPU_DEVICE bool is_within_band(int32_t block) const { return block >= full_begin && block < full_end; }
 };
 
+// The blocks of kBlock rows for the visible rows first ... last. Rows full_first ... full_last are those that every row
+// of the other side sees. `length` is the number of rows.
 template <int kBlock>
 GPU_DEVICE BlockRange block_range(int32_t first, int32_t last, int32_t full_first, int32_t full_last, int32_t length) {
   const int32_t end = (clamp_to(last + 1, 0, length) + kBlock - 1) / kBlock;
@@ -43,14 +46,14 @@ GPU_DEVICE BlockRange block_range(int32_t first, int32_t last, int32_t full_firs
           clamp_to(full_last + 1, 0, length) / kBlock};
 }
 
-// The blocks of keys that the queries first_row ... last_row see.
+// The blocks of keys that one of the queries first_row ... last_row sees.
 template <int kBlock>
 GPU_DEVICE BlockRange key_range(const Params& p, const HeadSlice& head_slice, int32_t first_row, int32_t last_row) {
   return block_range<kBlock>(first_key(p, first_row), last_key(p, last_row), first_key(p, last_row),
                              last_key(p, first_row), head_slice.seqlen_k);
 }
 
-// The blocks of queries that see the keys from ... to.
+// The blocks of queries that see one of the keys from ... to.
 template <int kBlock>
 GPU_DEVICE BlockRange query_range(const Params& p, const HeadSlice& head_slice, int32_t from, int32_t to) {
   return block_range<kBlock>(first_query(p, from), last_query(p, to), first_query(p, to), last_query(p, from),
@@ -79,12 +82,12 @@ struct ValidRows {
     if constexpr (kWords == 4) pair = key < 64 ? pair : uint64_t{words[3]} << 32 | words[2];
     return (pair >> (key % 64)) & 1;
   }
-  // Whether row first + offset is valid. The constant `offset` says in which word the bit lies: with an index that is
-  // no constant, the compiler would put the words into memory.
+  // Whether row first + offset is valid. `offset` is a constant, and says in which word the bit lies. With an index
+  // that is no constant, the compiler would put the words into local memory.
   GPU_DEVICE bool has(int32_t first, int32_t offset) const { return (words[offset / 32] >> (first + offset % 32)) & 1; }
 };
 
-// ValidRows of a block whose first `count` rows are the valid ones.
+// Stands for ValidRows if the first `count` rows of the block are the valid ones.
 template <int kBlock>
 struct FirstRows {
   static constexpr int kWords = kBlock / 32;
@@ -94,6 +97,7 @@ struct FirstRows {
   GPU_DEVICE bool all() const { return count >= kBlock; }
 };
 
+// Which keys of a block of keys are valid: they exist, and are no padding.
 template <int kBlock>
 GPU_DEVICE ValidRows<kBlock> valid_keys(const Params& p, const HeadSlice& head_slice, int32_t block) {
   ValidRows<kBlock> valid;
@@ -106,7 +110,7 @@ GPU_DEVICE ValidRows<kBlock> valid_keys(const Params& p, const HeadSlice& head_s
   return valid;
 }
 
-// The last block of [begin, block] with a valid key, or begin - 1.
+// Of the blocks of keys begin ... block: the last one with a valid key, or begin - 1.
 template <int kBlock>
 GPU_DEVICE int32_t last_valid_block(const Params& p, const HeadSlice& head_slice, int32_t begin, int32_t block) {
   if (p.valid_keys == nullptr) return block;  // every block below the end has a key
@@ -114,13 +118,15 @@ GPU_DEVICE int32_t last_valid_block(const Params& p, const HeadSlice& head_slice
   return block;
 }
 
-// The visible columns of the rows g and g + 8, which a thread has of a fragment (fragments.h), as bits.
+// Which columns are visible to the two rows that a thread has of a fragment, g and g + 8 (fragments.h). One bit stands
+// for one column.
 template <int kColumns>
 struct VisibleColumns {
   uint32_t words[2][kColumns / 32];
 };
 
-// Rows are queries; `first_row` is the thread's first one. Columns are the keys of a block.
+// For a fragment whose rows are queries: which keys of a block the thread's queries first_row and first_row + 8 see, by
+// band and padding.
 template <int kBlock>
 GPU_DEVICE VisibleColumns<kBlock> visible_keys(const Params& p, const ValidRows<kBlock>& valid, int32_t block,
                                                int32_t first_row) {
@@ -136,8 +142,8 @@ GPU_DEVICE VisibleColumns<kBlock> visible_keys(const Params& p, const ValidRows<
   return visible;
 }
 
-// Rows are keys; `own_key` is the thread's first one, and is_valid tells about its two keys. Columns are the queries of
-// a block.
+// For a fragment whose rows are keys: which queries of a block see the thread's keys own_key and own_key + 8, by the
+// band. is_valid says which of the two keys are valid.
 template <int kBlock>
 GPU_DEVICE VisibleColumns<kBlock> visible_queries(const Params& p, const bool (&is_valid)[2], int32_t block,
                                                   int32_t own_key) {

@@ -1,5 +1,6 @@
 // The instruction wgmma.mma_async for the widths N that the kernels use. The text of the instruction names each of the
-// N / 2 accumulators. So macros put the text together, and a new width is one more line at the end.
+// N / 2 accumulators as an operand. Macros put this text together, so a new width is one more line at the end (and
+// names for its operands).
 #pragma once
 #include "primitives.h"
 
@@ -8,7 +9,7 @@ namespace fused_attn::gpu {
 template <class T, int N>
 struct Wgmma;  // an N that is not listed below
 
-// Operands %i to %(i + 7), and the registers behind them.
+// WGMMA_NAMES_i: the operands %i to %(i + 7). WGMMA_OUT_8(i): the accumulators d[i] to d[i + 7] behind them.
 #define WGMMA_NAMES_0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define WGMMA_NAMES_8 "%8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_NAMES_16 "%16, %17, %18, %19, %20, %21, %22, %23"
@@ -47,7 +48,8 @@ struct Wgmma;  // an N that is not listed below
   WGMMA_NAMES_OF_96 ", " WGMMA_NAMES_96 ", " WGMMA_NAMES_104 ", " WGMMA_NAMES_112 ", " WGMMA_NAMES_120
 #define WGMMA_OUT_128 WGMMA_OUT_96, WGMMA_OUT_8(96), WGMMA_OUT_8(104), WGMMA_OUT_8(112), WGMMA_OUT_8(120)
 
-// R = N / 2 accumulators; p0 to p6: the numbers R to R + 6 of the operands after them.
+// WGMMA_SS: both factors in shared memory. WGMMA_RS: the left factor in registers. R = N / 2 is the number of
+// accumulators. p0 to p6 are the numbers R to R + 6, of the operands that follow the accumulators.
 #define WGMMA_SS(TYPE, N, R, p0, p1, p2, p3, p4)                                                                       \
   asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #p2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
                "k16.f32." TYPE "." TYPE " {" WGMMA_NAMES_OF_##R "}, %" #p0 ", %" #p1 ", accumulate, 1, 1, %" #p3       \

@@ -77,7 +77,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
         clear_rows(lse, out)
     if 0 in (out.numel(), problem.batch, problem.seqlen_q):  # CUDA refuses to launch a grid without blocks
         return out, lse
-    if inputs.key.numel() == 0:
+    if 0 in (inputs.key.numel(), problem.seqlen_k):
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
     workspace = _workspace(problem, inputs, wanted=None)
     _kernels.forward(inputs, out, lse, _config(problem), _architecture(problem), workspace)
@@ -93,34 +93,35 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         empty_like_layout(query, problem.head_dim) if wanted.query else None,
         empty_like_layout(key, problem.head_dim) if wanted.key else None,
         empty_like_layout(value, problem.value_dim) if wanted.value else None,
-        *(_empty_shared_gradient(inputs, name) if getattr(wanted, name) else None for name in SHARED),
+        *(_empty_shared_gradients(inputs, wanted) if wanted.is_any_shared else ()),
     )
     if problem.is_packed:
         clear_rows(None, *grads[:3])
     if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
-        grads = Gradients(*(None if dx is None else dx.zero_() for dx in grads))
-    else:
-        assert saved.lse is not None, "backward needs the lse of forward"
-        saved = saved._replace(
-            lse=saved.lse.contiguous(),  # under vmap, lse can be an expanded view
-            dlse=None if saved.dlse is None else saved.dlse.resolve_neg(),
-        )
-        workspace = _workspace(problem, read, wanted)
-        _kernels.backward(read, saved, grads, _config(problem), _architecture(problem), workspace)
-    if not wanted.is_any_shared:
-        return grads
-    return _in_dtype_of(inputs, grads)
+        return _in_dtypes_of(inputs, Gradients(*(None if dx is None else dx.zero_() for dx in grads)))
+    assert saved.lse is not None, "backward needs the lse of forward"
+    saved = saved._replace(
+        lse=saved.lse.contiguous(),  # under vmap, lse can be an expanded view
+        dlse=None if saved.dlse is None else saved.dlse.resolve_neg(),
+    )
+    workspace = _workspace(problem, read, wanted)
+    _kernels.backward(read, saved, grads, _config(problem), _architecture(problem), workspace)
+    return _in_dtypes_of(inputs, grads) if wanted.is_any_shared else grads
 
 
-def _in_dtype_of(inputs: Inputs, grads: Gradients) -> Gradients:
+def _empty_shared_gradients(inputs: Inputs, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    """Memory for the gradients of `SHARED`, in the shapes of the inputs. Kernels sum these gradients in float32."""
+    device = inputs.query.device
+    return tuple(
+        torch.empty(getattr(inputs, name).shape, dtype=torch.float32, device=device) if getattr(wanted, name) else None
+        for name in SHARED
+    )
+
+
+def _in_dtypes_of(inputs: Inputs, grads: Gradients) -> Gradients:
     """The gradients, converted to the dtypes of their inputs. Kernels write the gradients of `SHARED` as float32."""
     pairs = zip(inputs, grads, strict=False)
     return Gradients(*(None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs))
-
-
-def _empty_shared_gradient(inputs: Inputs, name: str) -> Tensor:
-    """Memory for the gradient of one of `SHARED`, in the shape of the input. Kernels sum these gradients in float32."""
-    return torch.empty(getattr(inputs, name).shape, dtype=torch.float32, device=inputs.query.device)
 
 
 def _architecture(problem: AttentionProblem) -> int:
@@ -272,7 +273,6 @@ def _workspace_bytes(
         or problem.has_bias
         or problem.has_relative_bias
         or problem.has_mask
-        or problem.has_sinks
         or not is_scale_positive
         or (problem.dropout_p > 0.0 and not is_head_dim_exact)
     )

@@ -199,7 +199,7 @@ def test_results_are_the_same_every_time(kernels: Kernels, architecture: int, ge
 
 
 def large(name: str, **changes: Any) -> Case:
-    sizes = {"batch": 2, "heads": 4, "kv_heads": 2, "seqlen_q": 150, "seqlen_k": 200, "head_dim": 64}
+    sizes = {"batch": 2, "heads": 2, "kv_heads": 1, "seqlen_q": 140, "seqlen_k": 200, "head_dim": 64}
     return Case(name, **sizes | {"has_dlse": True} | changes)
 
 
@@ -296,7 +296,7 @@ def test_shared_gradients_are_the_same_every_time(case: Case, architecture: int,
 def test_some_gradients_alone(wanted: tuple[str, ...], architecture: int, kernels: Kernels) -> None:
     case = large(
         "-".join(wanted),
-        kv_heads=4,
+        kv_heads=2,
         head_dim=128,
         attn_mask=cases.float_mask("B1LS"),
         relative_bias=cases.per_head_bias,
@@ -311,7 +311,7 @@ def test_some_gradients_alone(wanted: tuple[str, ...], architecture: int, kernel
 @pytest.mark.parametrize("features", [{}, {"softcap": 5.0}, {"relative_bias": 1.0}, {"sinks": 1.0}], ids=str)
 def test_dropout_bits(features: dict, generator: torch.Generator) -> None:
     """A value of unit vectors shows which weights of out are dropped, and a dout of unit vectors those of dvalue."""
-    batch, heads, rows, columns, seed = 2, 3, 150, 200, 2**40 + 12345
+    batch, heads, rows, columns, seed = 1, 2, 140, 200, 2**40 + 12345
     query, key = (torch.randn(batch, heads, n, 64, generator=generator).half() for n in (rows, columns))
     value, dout = (torch.eye(n, 256).half().expand(batch, heads, n, 256) for n in (columns, rows))
     shapes = {"relative_bias": (heads, rows + columns - 1), "sinks": (heads,)}

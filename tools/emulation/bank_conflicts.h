@@ -1,8 +1,9 @@
 // Counts the cycles that a warp's accesses to shared memory take. There are 32 banks of four bytes, and each bank
 // serves one word in a cycle.
 //
-// The threads of a warp run one after another here. Two accesses belong to the same instruction of the warp if they
-// come from the same place of the program, and if both lanes have been there equally often.
+// The emulation runs the threads of a warp one after another, but on a GPU their accesses are one instruction. Two
+// accesses of different lanes belong to the same instruction if they come from the same place of the program, and if
+// both lanes have been there equally often.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -15,11 +16,12 @@ namespace fused_attn::emulation {
 class BankConflicts {
  public:
   void reset() { sites_.clear(); }
-  // Counts a whole instruction, with one address for each lane that takes part.
+  // Counts one instruction of a warp, given the address of each lane that takes part.
   void add(const uint32_t* addresses, int lanes, uint32_t bytes);
-  // Adds the current thread's part of an instruction.
+  // Adds the access of the current thread to its instruction, and counts the instruction when all lanes have added
+  // theirs. `site` is the place in the program.
   void add_lane(const void* site, uint32_t address, uint32_t bytes);
-  // Counts the instructions that only some lanes of a warp have executed.
+  // At the end of a block, counts the instructions that only some lanes of a warp have executed.
   void finish();
 
  private:

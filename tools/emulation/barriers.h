@@ -9,25 +9,30 @@ namespace fused_attn::emulation {
 
 constexpr int kNumBarriers = 16;
 
+// The named barriers of the current block of threads.
 class Barriers {
  public:
+  // Makes all barriers fresh, at the start of a block. `agents` is the size of vector clocks.
   void reset(int agents);
-  // A warp arrives. If is_sync, it waits for the others.
+  // Each lane of a warp calls this. The warp arrives at barrier `id`, at which `threads` threads meet. If is_sync, the
+  // lanes wait until all of these threads have arrived. `name` is the primitive's name, for reports.
   void arrive(int id, int threads, bool is_sync, const char* name);
+  // Fails if some threads have arrived at a barrier, and others have not, when the block ends.
   void check_none_is_open() const;
   std::string describe(int id) const;
 
  private:
   struct Barrier {
-    int arrived = 0;  // threads
-    int expected = 0;
-    std::vector<int> waiting_warps;
-    VectorClock clock;  // what the threads that arrived know
+    int arrived = 0;                 // threads that have arrived
+    int expected = 0;                // threads that meet at the barrier
+    std::vector<int> waiting_warps;  // warps that have arrived and wait
+    VectorClock clock;               // what the threads that arrived know
   };
   Barrier barriers_[kNumBarriers];
   int agents_ = 0;
 };
 
+// Each lane of a warp calls this, and waits for the others. Then every lane knows what any of them knew.
 void sync_warp();
 
 }  // namespace fused_attn::emulation

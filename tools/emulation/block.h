@@ -1,4 +1,4 @@
-// All state of a thread block that is being emulated, with one member for each idea.
+// All state of an emulated block of threads. Each member stands for one idea, and has a file of its own.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -25,6 +25,7 @@ struct Index {
   int x = 0, y = 0, z = 0;
 };
 
+// An emulated thread, with its stack and what the race detector knows about it.
 struct Thread {
   explicit Thread(int index)
       : index(index), warp(index / kWarpSize), lane(index % kWarpSize), warpgroup(index / kWarpgroupSize) {}
@@ -33,21 +34,24 @@ struct Thread {
 
   void* stack_pointer = nullptr;
   bool is_done = false;
-  bool is_ready = false;
-  Wait wait;
+  bool is_ready = false;  // is in the queue of threads that can run
+  Wait wait;              // what the thread waits for
 
-  VectorClock clock;
-  CopyAsyncGroups copies;
-  BulkGroups bulk_stores;
+  VectorClock clock;             // which accesses of other agents come before what this thread does now
+  CopyAsyncGroups copies;        // its cp.async that have not been waited for
+  BulkGroups bulk_stores;        // its bulk stores that have not been waited for
   const void* polled = nullptr;  // the global address that the thread read last
   uint32_t polls = 0;            // how often in a row it has read this address
 
+  // Identifies an access that this thread makes now.
   Epoch epoch() const { return {uint16_t(index), false, clock.get(kOrdinary, index)}; }
+  // A function for RaceDetector: up to which tick this thread knows of an agent.
   auto known() const {
     return [this](Plane plane, int agent) { return clock.get(plane, agent); };
   }
 };
 
+// A running block of threads.
 struct Block {
   Options options;
   Statistics statistics;
@@ -78,12 +82,12 @@ struct Block {
   }
 };
 
-// The block that runs now, and all blocks that have started and not ended.
+// block(): the block whose thread runs now. running_blocks(): all blocks that have started and not ended.
 Block& block();
 const std::vector<Block*>& running_blocks();
 
-// Ends a tick of the current thread: what the thread does from now on is newer than what it did so far. Call this after
-// the thread has published its clock.
+// Ends a tick of the current thread's clock: accesses from now on are newer than those before. Call this after another
+// agent has received a copy of the clock.
 inline void tick() { block().current->clock.tick(block().current->index); }
 
 }  // namespace fused_attn::emulation

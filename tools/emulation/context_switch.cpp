@@ -9,7 +9,8 @@
 #include "errors.h"
 
 #if defined(__x86_64__)
-// The registers that a function must preserve under the System V ABI, and nothing else.
+// Saves the registers that a function must preserve under the System V ABI, and no others: the caller expects the other
+// ones to change.
 asm(R"(
 .text
 .globl fused_attn_switch_context
@@ -41,10 +42,11 @@ extern "C" void fused_attn_switch_context(void** from, void* to);
 namespace fused_attn::emulation {
 namespace {
 
-constexpr size_t kGuardBytes = 64 * 1024;  // a function's whole frame must not leap over it
+// Larger than any frame, so that no function writes below the guard without touching it.
+constexpr size_t kGuardBytes = 64 * 1024;
 constexpr int kSavedRegisters = 6;
 
-std::vector<std::vector<char*>> stacks;  // [slot][thread]: from the guard on, which is below
+std::vector<std::vector<char*>> stacks;  // [slot][thread]: the lowest address, where the guard begins
 
 }  // namespace
 
@@ -60,7 +62,7 @@ void switch_context(void**, void*) { abort(); }
 
 void* prepare_stack(char* top, void (*entry)()) {
   void** pointer = reinterpret_cast<void**>(uintptr_t(top) & ~uintptr_t(63));
-  *--pointer = nullptr;  // where `entry` would return to; also what aligns its frame
+  *--pointer = nullptr;  // `entry` would return to this; also aligns its frame
   *--pointer = reinterpret_cast<void*>(entry);
   for (int i = 0; i < kSavedRegisters; i++) *--pointer = nullptr;
   return pointer;

@@ -1,4 +1,5 @@
-// Switching between the stacks on which emulated threads run.
+// Switches between the stacks on which emulated threads run. Each thread of a kernel is a coroutine of one thread of
+// the host.
 #pragma once
 #include <cstddef>
 
@@ -7,16 +8,17 @@ namespace fused_attn::emulation {
 // Why this machine cannot emulate kernels, or null.
 const char* context_switch_missing();
 
-// Saves the current stack pointer in `from`, and goes on where `to` was saved.
+// Saves the registers and the stack pointer in `from`, and continues where an earlier call has saved `to`.
 void switch_context(void** from, void* to);
 
-// A stack on which the first switch calls `entry`, which must not return.
+// Prepares a fresh stack, so that the first switch to the result calls `entry`, which must not return.
 void* prepare_stack(char* top, void (*entry)());
 
-// Returns the top of the stack of a thread of the block that runs in this slot. A stack has kStackBytes bytes, and
-// below it lies a guard that cannot be accessed. Stacks are reused from launch to launch.
+// Returns the top of the stack of thread `thread` in block slot `slot` (a slot is reused by later blocks). A stack has
+// kStackBytes bytes. Below it lies a guard that cannot be accessed, so that an overflow faults.
 constexpr size_t kStackBytes = 256 * 1024;
 char* stack_top(int slot, int thread);
+// Whether a faulting address lies in the guard of a stack.
 bool is_stack_overflow(const void* address);
 
 }  // namespace fused_attn::emulation

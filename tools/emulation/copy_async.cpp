@@ -13,6 +13,7 @@ namespace {
 constexpr uint32_t kBytes = 16;
 constexpr char kName[] = "copy_async_16";
 
+// Copies the bytes.
 void carry_out(const CopyAsync& copy) {
   char* destination = block().shared.at(copy.destination, kBytes, kBytes, kName);
   if (copy.source)

@@ -1,4 +1,4 @@
-// The report of a deadlock: which threads wait for what, and how far that has come.
+// The report of a deadlock: which threads wait, for what, and how much of that has arrived.
 #include <map>
 #include <vector>
 
@@ -42,6 +42,7 @@ std::string describe(const Wait& wait, int64_t blocks_to_start) {
   return "";
 }
 
+// The numbers as text, with ranges: "0-31, 64".
 std::string ranges(const std::vector<int>& numbers) {
   std::string text;
   for (size_t i = 0; i < numbers.size(); i++) {

@@ -1,5 +1,5 @@
-// Calls whose tensors lie in the memory of a CPU. Kernels get handles in place of pointers, so that every access is
-// checked.
+// Replaces the pointers of a Call by handles, for calls whose tensors lie in the memory of a CPU. Kernels can access
+// handles only through primitives, which check every access.
 #pragma once
 #include <type_traits>
 
@@ -8,15 +8,18 @@
 
 namespace fused_attn::gpu {
 
-// The call with handles. A buffer ends where the last element of its tensor ends.
+// The call with handles in place of pointers. Each tensor becomes a buffer, which ends where the last element of the
+// tensor ends.
 inline Call on_device(Call call) {
   emulation::clear_buffers();
   AttentionParams& p = call.params;
+  // Registers `bytes` bytes at `pointer`, and replaces the pointer by the handle.
   const auto use = [](auto*& pointer, int64_t bytes, bool is_writable) {
     if (pointer == nullptr) return;
     using Pointer = std::remove_reference_t<decltype(pointer)>;
     pointer = static_cast<Pointer>(emulation::register_buffer(pointer, bytes, is_writable));
   };
+  // The same for a tensor (batch, head, row, column) with strides.
   const auto use_view = [&](TensorView& view, int64_t heads, int64_t rows, int64_t columns, int64_t element_bytes,
                             bool is_writable) {
     const int64_t last = (call.batch_entries - 1) * view.stride_batch + (heads - 1) * view.stride_head +

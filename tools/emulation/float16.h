@@ -19,7 +19,7 @@ inline float float_of(uint32_t bits) {
 }
 
 inline uint16_t to_bf16(float x) {
-  if (std::isnan(x)) return 0x7fff;  // as the hardware: the canonical NaN
+  if (std::isnan(x)) return 0x7fff;  // the canonical NaN, as the hardware returns
   const uint32_t bits = bits_of(x);
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }

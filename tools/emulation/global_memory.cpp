@@ -13,11 +13,11 @@
 namespace fused_attn::emulation {
 namespace {
 
-constexpr uintptr_t kHandle = uintptr_t(1) << 62;
+constexpr uintptr_t kHandle = uintptr_t(1) << 62;  // added to a host address; no address of x86-64 has this bit
 constexpr uint32_t kManyPolls = 1 << 20;  // of one address in a row, before it is taken for a loop that never ends
 
-// The last write to four bytes during a launch. This is enough to find most races between threads and blocks. It misses
-// a write after somebody else's read, and a missing proxy fence within a block.
+// The last write to four bytes of global memory in a launch. Remembering only the last write finds most races between
+// threads and blocks. It does not find a write after another thread's read, nor a missing proxy fence within a block.
 struct LastWrite {
   int32_t block = -1;
   Epoch access{};  // of a bulk store: its agent, and its number in the block
@@ -30,19 +30,20 @@ struct LastWrite {
 };
 
 struct Buffer {
-  uintptr_t begin, end;  // the host's
+  uintptr_t begin, end;  // addresses of the host
   bool is_writable;
-  std::vector<LastWrite> last_writes;
+  std::vector<LastWrite> last_writes;  // one for each four bytes
 };
 
 std::vector<Buffer> buffers;
 
-// What each release of a block, and the releases before it, have published: [block][number of the release - 1]. A
-// counter carries the number of the last release of each block.
+// releases[block][n - 1]: what release number n of a block, and the releases before, have made known.
+// published_with_counter: for a counter, the number of the last release of each block that it carries.
 std::map<int, std::vector<VectorClock>> releases;
 std::map<const int*, GlobalClock::Ticks> published_with_counter;
 
-// The buffer that has these bytes. Buffers may overlap, because they may be views of one tensor.
+// The buffer that contains these bytes; fails if there is none. Buffers may overlap, because they may be views of one
+// tensor.
 Buffer& find(uintptr_t handle, size_t bytes, size_t alignment, bool is_write, const char* what) {
   if (handle % alignment) fail("%s: global address %#zx is not a multiple of %zu", what, size_t(handle), alignment);
   const uintptr_t p = handle - kHandle;
@@ -69,7 +70,8 @@ Buffer& find(uintptr_t handle, size_t bytes, size_t alignment, bool is_write, co
        size_t(nearest->end - nearest->begin));
 }
 
-// Why an access of the current thread does not come after the write. Empty if it does.
+// Why nothing orders an access of the current thread after the write `last`, or an empty text if something does.
+// is_async: the access is one of the async proxy (TMA).
 std::string missing_order(const LastWrite& last, bool is_async) {
   const Block& b = block();
   const VectorClock& clock = b.current->clock;
@@ -104,6 +106,7 @@ std::string missing_order(const LastWrite& last, bool is_async) {
   return "no fence_async_proxy_global lies between the wait_until_equal and this access by the async proxy";
 }
 
+// Names the agent or block of a write in a report.
 std::string name_of_writer(const LastWrite& last) {
   const Block& b = block();
   const std::string agent = b.agents.name(last.access.agent);
@@ -111,12 +114,13 @@ std::string name_of_writer(const LastWrite& last) {
                                       : format("block number %d of the same launch", last.block);
 }
 
+// The range of last_writes for these bytes.
 std::pair<LastWrite*, LastWrite*> cells_of(Buffer& buffer, uintptr_t p, size_t bytes) {
   LastWrite* first = buffer.last_writes.data();
   return {first + (p - buffer.begin) / 4, first + (p + bytes - 1 - buffer.begin) / 4 + 1};
 }
 
-// Calls a function for each write that the bytes remember: once for all neighbouring bytes of the write.
+// Calls f for each different last write of these bytes.
 template <class F>
 void for_each_write(Buffer& buffer, uintptr_t p, size_t bytes, const F& f) {
   const auto [begin, end] = cells_of(buffer, p, bytes);
@@ -124,6 +128,7 @@ void for_each_write(Buffer& buffer, uintptr_t p, size_t bytes, const F& f) {
     if (last->block >= 0 && (last == begin || !(*last == last[-1]))) f(*last);
 }
 
+// Adds to a number in global memory, and returns the number before.
 template <class T>
 T add_to(T* handle, T value, Write kind, const char* what) {
   char* p = global_write(handle, sizeof(T), sizeof(T), what, block().current->epoch(), kind);
@@ -193,7 +198,7 @@ char* global_write(void* handle, size_t bytes, size_t alignment, const char* wha
 
 int atomic_fetch_add(int* counter, int value) {
   const int before = add_to(counter, value, Write::kCount, "atomic_fetch_add");
-  block().scheduler.yield();  // such a counter deals out work, and other blocks should get their share
+  block().scheduler.yield();  // a counter deals out work: without a pause here, this block would take all of it
   return before;
 }
 
@@ -228,7 +233,7 @@ void wait_until_equal(const int* counter, int value) {
   const GlobalClock::Ticks& published = published_with_counter[counter];
   VectorClock& clock = b.current->clock;
   clock.global.learn(published);
-  // What another thread of this block has released orders the two as a barrier would.
+  // A release by another thread of the same block orders the two threads as a barrier would.
   if (const auto own = published.find({kOrdinary, b.linear_index}); own != published.end())
     clock.join(releases[b.linear_index][own->second - 1]);
 }

@@ -1,7 +1,7 @@
 // Global memory: the buffers that a test has registered, and nothing else.
 //
-// A kernel gets handles instead of pointers, and calculates with them as usual. A handle is no address that the
-// processor accepts, so an access past the primitives faults.
+// A kernel gets handles instead of pointers, and computes with them as with pointers. A handle is an address that the
+// processor rejects. So an access that does not go through a primitive faults, and the test reports it.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,6 +11,7 @@
 
 namespace fused_attn::emulation {
 
+// Makes host memory accessible to kernels, and returns its handle. clear_buffers forgets all buffers.
 void* register_buffer(const void* memory, size_t bytes, bool is_writable);
 void clear_buffers();
 
@@ -19,28 +20,29 @@ T* register_buffer(T* memory, size_t count) {
   return static_cast<T*>(register_buffer(memory, count * sizeof(T), true));
 }
 
-// The kinds of writes. Several blocks may write to the same place without any order in two cases: to count, and to add
-// floats if the test allows that.
+// The kinds of writes. Blocks may write to the same place without any order in two cases: atomic counters (kCount), and
+// sums of floats if the test allows any order (kSum).
 enum class Write { kPlain, kCount, kSum };
 
-// Checks an access, and returns the host's pointer that belongs to the handle. `access` is the access of the current
-// thread, or of its bulk store.
+// Check an access of the current thread, or of a bulk store of this thread (is_async, access.is_async), and return the
+// host's pointer for the handle. `what` names the primitive in reports.
 const char* global_read(const void* handle, size_t bytes, size_t alignment, const char* what, bool is_async = false);
 char* global_write(void* handle, size_t bytes, size_t alignment, const char* what, const Epoch& access,
                    Write kind = Write::kPlain);
 
-// Forgets all accesses. Call this before each launch.
+// Forgets which accesses have been made. launch calls this, because launches on one stream are ordered.
 void forget_accesses();
 
+// The primitives of the same names.
 int atomic_fetch_add(int* counter, int value);
 void atomic_add(float* sum, float value);
 
-// Order between blocks. add_release publishes, with the counter, what the thread knows of all blocks. wait_until_equal
-// acquires this knowledge.
+// Order between blocks. add_release stores with the counter what the thread's vector clock knows of all blocks. A
+// thread that has waited for the value learns it.
 void add_release(int* counter, int value);
 void wait_until_equal(const int* counter, int value);
 
-// Names a counter in reports.
+// Describes a counter for a report.
 std::string describe_counter(const int* counter);
 
 }  // namespace fused_attn::emulation

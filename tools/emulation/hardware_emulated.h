@@ -1,4 +1,4 @@
-// What csrc/cuda/hardware.h promises, on a CPU: for kernels that g++ compiles.
+// The definitions that csrc/cuda/hardware.h lists, for a CPU. g++ compiles this in place of hardware_gpu.h.
 #pragma once
 #include <string>
 
@@ -19,19 +19,22 @@ using TensorMap = emulation::TensorMap;
 
 constexpr bool kRunsOnCpu = true;
 
-// There is one device.
+// Stands for the class of hardware_gpu.h. There is one device, so nothing has to be made current.
 struct DeviceGuard {
   explicit DeviceGuard(int) {}
 };
 
+// As many blocks as run side by side, so that persistent kernels take several tiles for each block.
 inline int num_multiprocessors() { return emulation::session_options().resident_blocks; }
 
+// Every kernel can be loaded, because it is part of this library.
 template <class... Parameters>
 std::string why_not_loadable(void (*)(Parameters...)) {
   return "";
 }
 
-// Returns what the emulation found, or an empty text. The stream is not read: the kernel has ended when this returns.
+// Runs a kernel, and returns the fault that the emulation has found, or an empty text. The kernel has ended when this
+// returns, so the stream does not matter.
 template <class... Parameters, class... Arguments>
 std::string launch(void (*kernel)(Parameters...), const LaunchShape& shape, void*, const Arguments&... arguments) {
   return emulation::launch({{shape.grid_x, shape.grid_y, shape.grid_z}, shape.threads, uint32_t(shape.shared_bytes)},

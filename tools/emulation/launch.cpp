@@ -18,10 +18,11 @@ constexpr size_t kSignalStackBytes = 64 * 1024;
 
 Block* current_block = nullptr;
 std::vector<Block*> running;
-std::vector<std::unique_ptr<Block>> slots;  // blocks that are reused
+std::vector<std::unique_ptr<Block>> slots;  // Block objects, which later blocks reuse
 Options options_of_session;
 Statistics statistics_of_session;
 
+// Reports a fault in a kernel as a fault of the launch. A fault elsewhere aborts the process.
 void on_segmentation_fault(int, siginfo_t* info, void*) {
   if (current_block == nullptr || current_block->current == nullptr) abort();
   fail(is_stack_overflow(info->si_addr) ? "the thread's stack overflowed"
@@ -29,7 +30,8 @@ void on_segmentation_fault(int, siginfo_t* info, void*) {
                                           "and shared memory point nowhere");
 }
 
-// Turns invalid accesses of a kernel into errors of the launch.
+// While this object exists, invalid memory accesses of a kernel become faults of the launch. The signal handler runs on
+// a stack of its own, because the kernel's stack may have overflowed.
 class FaultGuard {
  public:
   FaultGuard() {
@@ -56,6 +58,7 @@ class FaultGuard {
   struct sigaction old_segv_, old_bus_;
 };
 
+// Fails if a GPU would not accept the launch.
 void check_shape(const LaunchShape& shape) {
   if (const char* missing = context_switch_missing()) fail("%s", missing);
   if (shape.threads < 1 || shape.threads > kMaxThreads || shape.threads % kWarpSize)
@@ -66,6 +69,7 @@ void check_shape(const LaunchShape& shape) {
     fail("launch: a grid of %d x %d x %d blocks", shape.grid.x, shape.grid.y, shape.grid.z);
 }
 
+// Resets *current_block to block number `index` of the grid, with all threads ready to run. `slot` chooses the stacks.
 void start_block(const LaunchShape& shape, const Options& options, const std::function<void()>& kernel, int index,
                  int slot) {
   Block& b = *current_block;
@@ -98,6 +102,7 @@ void start_block(const LaunchShape& shape, const Options& options, const std::fu
   b.scheduler.start(slot);
 }
 
+// When all threads of a block have ended: completes its loads, and fails if something was left open.
 void check_block_is_complete() {
   Block& b = *current_block;
   while (!b.tma.is_empty()) b.tma.complete_one();
@@ -108,6 +113,7 @@ void check_block_is_complete() {
   b.bank_conflicts.finish();
 }
 
+// Adds every field, but takes the maximum of most_registers.
 void add(Statistics* sum, const Statistics& of_block) {
   constexpr size_t kFields = sizeof(Statistics) / sizeof(uint64_t);
   const uint64_t most_registers = std::max(sum->most_registers, of_block.most_registers);
@@ -119,7 +125,8 @@ void add(Statistics* sum, const Statistics& of_block) {
   sum->most_registers = most_registers;
 }
 
-// Lets each running block have a turn, and forgets those that have ended. Returns whether any thread ran.
+// Lets each running block run until it cannot go on, and removes blocks that have ended. Returns whether any thread
+// ran.
 bool run_a_turn(Statistics* statistics) {
   bool has_any_run = false;
   for (size_t i = 0; i < running.size();) {
@@ -138,6 +145,8 @@ bool run_a_turn(Statistics* statistics) {
   return has_any_run;
 }
 
+// Starts blocks in order, resident_blocks at a time, until all have ended. If no thread of any block can run, throws a
+// report of the deadlock.
 void run_blocks(const LaunchShape& shape, const Options& options, Statistics* statistics,
                 const std::function<void()>& kernel) {
   const int64_t num_blocks = int64_t(shape.grid.x) * shape.grid.y * shape.grid.z;

@@ -1,4 +1,4 @@
-// Runs a kernel's blocks, a few at a time.
+// Runs the blocks of a kernel: options.resident_blocks of them side by side.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -15,12 +15,13 @@ struct LaunchShape {
   uint32_t shared_bytes;
 };
 
-// Returns the first error, or an empty text. Adds to `statistics`.
+// Runs a kernel, and returns the first fault, or an empty text. `kernel` is called once in each thread. Adds to
+// `statistics`.
 std::string launch(const LaunchShape& shape, const Options& options, Statistics* statistics,
                    const std::function<void()>& kernel);
 
-// For launches by kernels' host code (hardware_emulated.h): the options that the test has set last, and the statistics
-// since.
+// For launches by the product's host code (hardware_emulated.h), which knows nothing of options: those that the test
+// has set last, and the statistics since then.
 Options& session_options();
 Statistics& session_statistics();
 

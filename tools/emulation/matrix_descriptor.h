@@ -1,4 +1,5 @@
-// The 64 bits by which wgmma finds a 16-bit matrix in shared memory.
+// A matrix descriptor: 64 bits that tell wgmma where a 16-bit matrix lies in shared memory. PTX ISA, "Matrix
+// descriptor":
 //
 //   bits 0-13: start address / 16     bits 16-29: leading byte offset / 16     bits 32-45: stride byte offset / 16
 //   bits 49-51: base offset           bits 62-63: swizzle (0 none, 1: 128, 2: 64, 3: 32 bytes)
@@ -23,6 +24,7 @@ struct MatrixDescriptor {
     swizzle_bytes = kSpans[bits >> 62];
   }
 
+  // Fails if the hardware, or this emulation, does not accept the descriptor.
   void check(const char* what) const {
     if (base_offset) fail("%s: a descriptor with a base offset is not emulated", what);
     if (swizzle_bytes == 128 && start & 0x380)
@@ -33,8 +35,9 @@ struct MatrixDescriptor {
            8 * swizzle_bytes);
   }
 
-  // Where element (mn, k) is. `mn` counts rows of a, or columns of b. If is_mn_major, elements along mn are contiguous,
-  // instead of elements along k.
+  // The shared address of element (mn, k) of an operand. `k` is the dimension that the product sums over. `mn` counts
+  // the rows of a, or the columns of b. If is_mn_major, elements along mn are contiguous; otherwise elements along k
+  // are.
   uint32_t address(uint32_t mn, uint32_t k, bool is_mn_major) const {
     const uint32_t span = swizzle_bytes;
     if (!is_mn_major && span == 0) return start + mn % 8 * 16 + mn / 8 * stride + k % 8 * 2 + k / 8 * leading;
@@ -44,7 +47,8 @@ struct MatrixDescriptor {
     return swizzle(start + mn % width * 2 + mn / width * leading + k % 8 * span + k / 8 * stride, span);
   }
 
-  // Calls f(address, mn, k) for each 16 contiguous bytes of the operand; they hold 8 elements from (mn, k) on.
+  // Calls f(address, mn, k) for each 16 contiguous bytes of the operand. They hold 8 elements, of which (mn, k) is the
+  // first.
   template <class F>
   void for_each_chunk(int mn_size, bool is_mn_major, const F& f) const {
     for (int mn = 0; mn < mn_size; mn += is_mn_major ? 8 : 1)
@@ -52,6 +56,7 @@ struct MatrixDescriptor {
   }
 
  private:
+  // 14 bits of the descriptor.
   static uint32_t field(uint64_t bits, int at) { return uint32_t(bits >> at) & 0x3fff; }
 };
 

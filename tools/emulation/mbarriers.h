@@ -1,5 +1,4 @@
-// mbarriers: barriers in shared memory that count, phase after phase, arrivals of threads and bytes of asynchronous
-// copies.
+// mbarriers: barriers in shared memory. In each phase, they count arrivals of threads and bytes of asynchronous copies.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -9,37 +8,44 @@
 
 namespace fused_attn::emulation {
 
+// The mbarriers of the current block of threads, by address.
 class Mbarriers {
  public:
   void reset() { mbarriers_.clear(); }
 
+  // The primitives, for the current thread.
   void init(uint32_t address, int arrivals);
   void fence_init();
   void arrive(uint32_t address, uint32_t expected_bytes);
   void wait(uint32_t address, uint32_t parity);
 
-  // The current thread issues a copy that will complete on this mbarrier. Returns the agent of the copy.
+  // begin_copy: the current thread issues a copy that will complete on this mbarrier; returns the agent of the copy.
+  // complete_copy: `bytes` bytes of it have arrived, and whoever waits learns `clock`.
   int begin_copy(uint32_t address);
   void complete_copy(uint32_t address, uint32_t bytes, const VectorClock& clock);
 
+  // Fails if a block ends while an mbarrier expects bytes.
   void check_no_bytes_are_missing() const;
   std::string describe(uint32_t address) const;
 
  private:
   struct Mbarrier {
-    int expected = 0;  // arrivals a phase
-    int pending = 0;   // arrivals that the current phase still lacks
-    int64_t missing_bytes = 0;
-    uint32_t phase = 0;     // how many phases are complete
-    VectorClock arriving;   // what the threads know that arrived in the current phase
-    VectorClock completed;  // what the threads know that arrived in the last complete phase
-    int agent = 0;
-    int init_thread = 0;
+    int expected = 0;           // arrivals a phase
+    int pending = 0;            // arrivals that the current phase still lacks
+    int64_t missing_bytes = 0;  // bytes that the current phase still lacks
+    uint32_t phase = 0;         // how many phases are complete
+    VectorClock arriving;       // what the threads know that arrived in the current phase
+    VectorClock completed;      // what the threads know that arrived in the last complete phase
+    int agent = 0;              // the agent of copies that complete on this mbarrier
+    int init_thread = 0;        // thread that called mbarrier_init, at init_tick of its clock
     uint32_t init_tick = 0;
     uint32_t fence_tick = 0;  // the tick of init_thread when it fenced its inits; 0 = not yet
   };
 
+  // The mbarrier at an address; fails if it is not initialised, or if nothing orders the current thread after
+  // mbarrier_init.
   Mbarrier& find(uint32_t address, const char* what);
+  // Begins the next phase and wakes the waiting threads, if neither arrivals nor bytes are missing.
   void complete_phase_if_due(uint32_t address, Mbarrier& mbarrier);
 
   std::unordered_map<uint32_t, Mbarrier> mbarriers_;

@@ -1,5 +1,5 @@
-// What a test may choose about an emulated launch, and what the test gets to know. This is plain data that crosses to
-// Python.
+// What a test can choose about an emulated launch (Options), and what it learns from the launch (Statistics).
+// tests/cuda/emulator.py declares the same structs with ctypes, so the order of fields counts.
 #pragma once
 #include <cstdint>
 
@@ -15,12 +15,12 @@ struct Options {
   uint64_t seed = 0;  // 0: threads run first in, first out; otherwise the seed draws their order
   int32_t timing = kTimingBySeed;
   int32_t race_detection = true;
-  int32_t poison = true;  // NaN in shared memory at the start, in what is being copied to, in accumulators in flight
-  int32_t strict_wgmma = true;  // a wait for wgmma tells a warp about itself only, not about its warpgroup
+  int32_t poison = true;        // fills shared memory, destinations of copies and accumulators in flight with NaN
+  int32_t strict_wgmma = true;  // after wgmma_wait, a warp knows only that its own part of the products is complete
   int32_t count_bank_conflicts = false;
-  int32_t resident_blocks = 2;       // so many blocks run side by side, as on so many multiprocessors
-  int32_t ordered_sums = true;       // blocks may add floats to the same place in a fixed order only
-  int32_t registers_per_thread = 0;  // at the launch; 0: all that a multiprocessor has for one block
+  int32_t resident_blocks = 2;       // blocks that run side by side, as on as many multiprocessors
+  int32_t ordered_sums = true;       // additions of floats by several blocks to one place need a fixed order
+  int32_t registers_per_thread = 0;  // at the launch; 0 = all that one block on a multiprocessor can have
 };
 
 struct Statistics {
@@ -34,9 +34,9 @@ struct Statistics {
   uint64_t tma_loads = 0;
   uint64_t tma_stores = 0;         // and reductions
   uint64_t most_registers = 0;     // of a thread, after increase_registers
-  uint64_t shared_accesses = 0;    // the instructions of warps of which bank conflicts were counted
-  uint64_t shared_wavefronts = 0;  // the cycles that they take
-  uint64_t ideal_wavefronts = 0;   // the same without conflicts
+  uint64_t shared_accesses = 0;    // instructions of warps whose bank conflicts were counted
+  uint64_t shared_wavefronts = 0;  // cycles that these instructions take
+  uint64_t ideal_wavefronts = 0;   // cycles that they would take without conflicts
 };
 
 }  // namespace fused_attn::emulation

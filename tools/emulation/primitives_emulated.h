@@ -1,4 +1,4 @@
-// primitives.h on a host: each function calls the part of the emulation that knows about it.
+// The definitions of primitives.h on a CPU: each function calls the part of the emulation that implements it.
 #pragma once
 #include <cmath>
 

@@ -1,15 +1,17 @@
-// Finds accesses to shared memory that nothing orders, in whatever order they came by chance.
+// Finds races in shared memory: two accesses that nothing orders, of which one is a write. A race is found even if the
+// accesses happen to run in the right order.
 //
 // An agent is whatever can access memory by itself:
 //
 //   - each thread
-//   - the wgmma pipeline of a warpgroup: four agents, because a warp that waits learns about itself only
+//   - the wgmma pipeline of a warpgroup: four agents, because a warp that waits learns about its own part only
 //   - the bulk stores of each warp
 //   - the loads that complete on each mbarrier
 //
-// Every four bytes of shared memory remember their last writer, and all readers since then, each with a tick of its
-// agent's clock. An access is a race if the vector clock of the accessing agent has not reached that tick. Agents of
-// the async proxy that come after ordinary writes need the tick in the fenced plane (vector_clock.h).
+// Every four bytes of shared memory remember their last writer and all readers since that write, each with a tick of
+// its agent's clock. An access is a race if the vector clock of the accessing agent has not reached such a tick. If
+// ordinary instructions have written, an access by the async proxy (TMA, wgmma) needs the tick in the fenced plane
+// (vector_clock.h).
 #pragma once
 #include <cstdint>
 #include <string>
@@ -22,6 +24,7 @@ namespace fused_attn::emulation {
 constexpr int kWarpsPerWarpgroup = 4;
 constexpr int kMaxMbarriers = 48;
 
+// The numbers of agents of a block: first threads, then wgmma pipelines, bulk stores, and loads of mbarriers.
 struct Agents {
   int threads = 0;
   int warps = 0;
@@ -35,6 +38,7 @@ struct Agents {
   std::string name(int agent) const;
 };
 
+// An access: which agent made it, at which tick of its clock.
 struct Epoch {
   uint16_t agent;
   bool is_async;  // an access by the async proxy
@@ -45,14 +49,14 @@ class RaceDetector {
  public:
   void reset(uint32_t shared_bytes, const Agents& agents);
 
-  // `known(plane, agent)` returns the tick of `agent` after which this access comes. Offsets count from the start of
-  // shared memory.
+  // Check an access, and remember it. `known(plane, agent)` returns the tick of `agent` up to which the accessing agent
+  // knows. Offsets count from the start of shared memory. `what` names the primitive in reports.
   template <class Known>
   void read(uint32_t offset, uint32_t bytes, Epoch access, const Known& known, const char* what);
   template <class Known>
   void write(uint32_t offset, uint32_t bytes, Epoch access, const Known& known, const char* what);
 
-  // Between these two calls, the bytes belong to a copy in flight, and any access is an error.
+  // Between these two calls, a copy in flight writes the bytes, and any access to them is a fault.
   void begin_copy(uint32_t offset, uint32_t bytes);
   void end_copy(uint32_t offset, uint32_t bytes, Epoch access);
 
@@ -60,8 +64,8 @@ class RaceDetector {
   void protect_mbarrier(uint32_t offset);
 
  private:
-  static constexpr uint16_t kNobody = 0xffff;
-  static constexpr int kInlineReads = 4;
+  static constexpr uint16_t kNobody = 0xffff;  // agent of a cell that nobody has written
+  static constexpr int kInlineReads = 4;       // most cells have few readers, which need no other memory
 
   struct Cell {  // four bytes of shared memory
     Epoch write{kNobody, false, 0};
@@ -72,8 +76,10 @@ class RaceDetector {
     int32_t more_reads = -1;  // index into more_reads_, which has further readers
   };
 
+  // Whether an earlier access comes before the current one, in a plane of the clocks.
   template <class Known>
   bool is_ordered(const Epoch& earlier, Plane plane, const Known& known) const;
+  // Fails if the access races with the last write of the cell.
   template <class Known>
   void check_after_write(const Cell& cell, uint32_t index, const Epoch& access, const Known& known, bool is_read,
                          const char* what) const;
@@ -82,8 +88,8 @@ class RaceDetector {
 
   Agents agents_;
   std::vector<Cell> cells_;
-  std::vector<std::vector<uint32_t>> more_reads_;  // the tick of each agent; 0 = it has not read
-  std::vector<int32_t> free_more_reads_;
+  std::vector<std::vector<uint32_t>> more_reads_;  // [index][agent]: tick of the last read; 0 = none
+  std::vector<int32_t> free_more_reads_;           // indices of more_reads_ that no cell uses
 };
 
 template <class Known>

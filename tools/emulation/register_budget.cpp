@@ -9,7 +9,7 @@ namespace fused_attn::emulation {
 namespace {
 
 constexpr int kGranularity = 8;
-constexpr int kMost = 256;  // a thread can name 255 of them
+constexpr int kMost = 256;  // setmaxnreg accepts 256, though an instruction can name only 255 registers
 constexpr int kFewest = 24;
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The registers of a block. decrease_registers gives some back, increase_registers waits until there are enough.
+// The registers of a block (setmaxnreg). decrease_registers gives registers of a warp back to the block, and
+// increase_registers waits until the block has enough free ones.
 #pragma once
 #include <deque>
 #include <string>
@@ -10,21 +11,25 @@ constexpr int kRegistersOfMultiprocessor = 64 * 1024;
 
 class RegisterBudget {
  public:
-  // per_thread: registers of a thread at the launch; 0 = as many as one block on a multiprocessor can have.
+  // At the start of a block. per_thread: registers of each thread; 0 = as many as one block on a multiprocessor can
+  // have.
   void reset(int threads, int per_thread);
+  // The primitives increase_registers and decrease_registers, for the current thread's warp.
   void change(int per_thread, bool is_increase);
+  // Fails if warps of one warpgroup end with different numbers of registers.
   void check_warpgroups_agree() const;
   std::string describe() const;
 
  private:
+  // Serves requests in order, as far as the free registers suffice.
   void grant_waiting();
 
   struct Request {
     int warp;
     int per_thread;
   };
-  int free_ = 0;
-  std::vector<int> of_warp_;  // a thread
+  int free_ = 0;              // registers that no warp has
+  std::vector<int> of_warp_;  // registers of each thread of a warp
   std::deque<Request> waiting_;
 };
 

@@ -69,7 +69,7 @@ void Scheduler::wait(const Wait& wait) {
 }
 
 void Scheduler::switch_to_next() {
-  constexpr int kSwitchesPerTurn = 256;  // of a block among others, on average, if the schedule is random
+  constexpr int kSwitchesPerTurn = 256;  // with a random order, the average number of thread switches in a turn
   Block& b = block();
   Thread& from = *b.current;
   if (b.options.seed && b.random() % kSwitchesPerTurn == 0) return leave(Progress::kSome);

@@ -1,7 +1,7 @@
-// Runs the threads of a block one at a time, each on a stack of its own, until one has to wait.
+// Runs the threads of a block one at a time, each on a stack of its own. A thread runs until it has to wait.
 //
-// The turn of a block lasts until the block ends, until none of its threads can go on, or until it yields. Then other
-// blocks run.
+// The turn of a block lasts until the block ends, until none of its threads can run, or until it yields. Then other
+// blocks have their turns.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -11,14 +11,15 @@ namespace fused_attn::emulation {
 
 struct Thread;
 
+// What a thread waits for, for reports and to find the threads to wake.
 struct Wait {
   enum What { kNothing, kWarp, kWarpgroup, kBarrier, kMbarrier, kRegisters, kCounter };
   What what = kNothing;
-  const char* name = "";  // of the operation
-  uint32_t id = 0;        // warp, warpgroup, barrier, address of the mbarrier, registers wanted
-  uint32_t parity = 0;    // of the mbarrier
-  const int* counter = nullptr;
-  int value = 0;  // the value that the counter has to reach
+  const char* name = "";         // name of the primitive
+  uint32_t id = 0;               // number of the warp, warpgroup or barrier; address of the mbarrier; registers wanted
+  uint32_t parity = 0;           // parity of the mbarrier
+  const int* counter = nullptr;  // host address of the counter in global memory
+  int value = 0;                 // the value that the counter has to reach
 };
 
 enum class Progress {
@@ -29,36 +30,38 @@ enum class Progress {
 
 class Scheduler {
  public:
-  // Call this before the first run.
+  // Makes all threads of the current block ready. `slot` chooses their stacks.
   void start(int slot);
 
+  // Gives the block a turn.
   Progress run();
   const std::string& error() const { return error_; }  // that ended the block, or an empty text
 
-  // Lets other blocks run. The current thread stays ready.
+  // Ends the turn of the block. The current thread stays ready.
   void yield();
 
-  // Lets other threads run, until somebody calls make_ready on the current one.
+  // wait: the current thread waits until another one calls make_ready on it; other threads run meanwhile.
   void wait(const Wait& wait);
   void make_ready(Thread& thread);
 
-  // Ends the block with this error; the stacks of its threads are abandoned.
+  // Ends the block with this error. The stacks of its threads are abandoned, without destructors.
   [[noreturn]] void stop(std::string error);
 
  private:
-  static void thread_main();
-  Thread* next_thread();  // null: none can run
-  void switch_to_next();
-  void leave(Progress progress);
+  static void thread_main();      // runs the kernel in a thread
+  Thread* next_thread();          // takes a thread from the ready ones; null if none can run
+  void switch_to_next();          // continues with another thread, or ends the turn
+  void leave(Progress progress);  // ends the turn: returns to run()
 
   std::deque<int> ready_;
   int num_alive_ = 0;
-  void* host_context_ = nullptr;
+  void* host_context_ = nullptr;  // stack pointer of run()
   Progress progress_ = Progress::kNone;
   std::string error_;
 };
 
-// Says what the threads of the current block wait for, when none can run and blocks_to_start blocks have not started.
+// The text that says what the threads of the current block wait for, when none can run. blocks_to_start blocks of the
+// grid have not started yet.
 std::string deadlock_report(int64_t blocks_to_start);
 
 }  // namespace fused_attn::emulation

@@ -1,5 +1,4 @@
-// The emulation as Python sees it (tests/cuda/emulator.py): the functions that each library of kernels exports besides
-// its own.
+// The functions that each library of emulated kernels exports to Python (tests/cuda/emulator.py), besides its own.
 #include "global_memory.h"
 #include "launch.h"
 
@@ -7,14 +6,14 @@ using namespace fused_attn::emulation;
 
 extern "C" {
 
-// Sets the options of all launches from now on. Statistics start at zero.
+// Sets the options of all launches from now on, sets statistics to zero, and forgets all buffers.
 void emulation_start(const Options* options) {
   session_options() = *options;
   session_statistics() = Statistics{};
   clear_buffers();
 }
 
-// The handle that kernels get for `bytes` bytes of memory.
+// Makes memory accessible to kernels, and returns the handle that they get for it.
 void* emulation_register_buffer(const void* memory, uint64_t bytes, int32_t is_writable) {
   return register_buffer(memory, bytes, is_writable);
 }

@@ -41,7 +41,7 @@ char* write_shared(uint32_t address, uint32_t bytes, const char* what) {
   return p;
 }
 
-// Not inlined: the return address tells one instruction of the kernel from another.
+// Not inlined, so that the return address tells which load of the kernel this is.
 __attribute__((noinline)) void load_shared(uint32_t address, void* value, uint32_t bytes) {
   memcpy(value, read_shared(address, bytes, "load_shared"), bytes);
   Block& b = block();

@@ -16,7 +16,8 @@ constexpr uint32_t kChunk = 16;  // bytes that swizzling keeps together
 constexpr uint32_t kTmaAlignment = 128;
 constexpr uint32_t kSwizzle128Repeat = 1024;
 
-// One row of a box: `bytes` bytes in shared memory. Bytes [begin, end) of them lie within the tensor, from `global` on.
+// One row of a box. Bytes begin ... end - 1 of the row lie within the tensor, at `global` and after it. The other ones
+// are zeros, or are not written.
 struct Row {
   char* global;
   int begin, end;
@@ -29,8 +30,8 @@ struct Box {
   uint32_t bytes() const { return uint32_t(rows.size()) * row_bytes; }
 };
 
-// Calls a function for each 16-byte chunk, with its shared address, and with its bytes [begin, end) that lie within the
-// tensor, from `global` on.
+// Calls f(address, begin, end, global) for each 16-byte chunk of a box at the shared address `shared`. Bytes begin ...
+// end - 1 of the chunk lie within the tensor, at `global` and after it.
 template <class F>
 void for_each_chunk(const Box& box, uint32_t shared, const F& f) {
   for (size_t r = 0; r < box.rows.size(); r++) {
@@ -61,7 +62,8 @@ void check_shared_address(const TensorMap& map, uint32_t address, const char* wh
     fail("%s: rows of %d bytes under a swizzle of %d are not emulated", what, row_bytes, map.swizzle_bytes);
 }
 
-// The box has to begin at a multiple of 16 bytes within its rows. Otherwise an H100 stops with an illegal instruction.
+// Fails if the box does not begin at a multiple of 16 bytes within its rows. An H100 then stops with an illegal
+// instruction.
 void check_first_coordinate(const TensorMap& map, int coordinate, const char* what) {
   const int64_t bytes = int64_t(coordinate) * map.element_bytes;
   if (bytes % kChunk)
@@ -69,9 +71,9 @@ void check_first_coordinate(const TensorMap& map, int coordinate, const char* wh
          kChunk);
 }
 
-// A box that is read may begin before the tensor, and a box that is written may not (CUDA C++ Programming Guide,
-// "Negative indices and out of bounds"). On an H100, stores and reductions then stop with an illegal instruction, for
-// every coordinate.
+// Fails if a box that is written begins before the tensor; only a box that is read may (CUDA C++ Programming Guide,
+// "Negative indices and out of bounds"). An H100 then stops with an illegal instruction, whichever coordinate is
+// negative.
 void check_begins_inside(const int* coordinates, int num_coordinates, const char* what) {
   for (int i = 0; i < num_coordinates; i++) {
     if (coordinates[i] < 0)
@@ -79,7 +81,8 @@ void check_begins_inside(const int* coordinates, int num_coordinates, const char
   }
 }
 
-// `access(handle, bytes)` checks that the bytes may be accessed, and returns where they lie in the host's memory.
+// The rows of the box at `coordinates`. access(handle, bytes) checks that the bytes may be accessed, and returns their
+// host address.
 template <class F>
 Box box_of(const TensorMap& map, const int* coordinates, const F& access) {
   Box box;
@@ -108,6 +111,7 @@ Box box_of(const TensorMap& map, const int* coordinates, const F& access) {
   return box;
 }
 
+// Issues a load of a box to shared memory, which completes on an mbarrier, now or later (completes_late).
 void load(uint32_t destination, Box box, uint32_t mbarrier, const char* what) {
   Block& b = block();
   b.statistics.tma_loads++;
@@ -137,6 +141,7 @@ void load(uint32_t destination, Box box, uint32_t mbarrier, const char* what) {
     job->complete();
 }
 
+// Adds numbers in shared memory to numbers in global memory.
 void add(char* global, const char* shared, int bytes, bool is_float32, bool is_bf16) {
   for (int i = 0; i < bytes; i += is_float32 ? 4 : 2) {
     if (is_float32) {
@@ -155,12 +160,13 @@ void add(char* global, const char* shared, int bytes, bool is_float32, bool is_b
   }
 }
 
-// The store that the current thread issues next.
+// The epoch of the bulk store that the current thread issues next.
 Epoch next_store() {
   const Block& b = block();
   return {uint16_t(b.agents.bulk_stores(b.current->warp)), true, uint32_t(b.statistics.tma_stores) + 1};
 }
 
+// Issues a bulk store or addition of a box from shared memory, which is carried out now or later (completes_late).
 void write(Box box, uint32_t source, BulkWrite write, bool is_float32, bool is_bf16, const char* what) {
   Block& b = block();
   const Epoch epoch = next_store();
@@ -197,6 +203,7 @@ void write(Box box, uint32_t source, BulkWrite write, bool is_float32, bool is_b
     job->complete();
 }
 
+// Contiguous memory as a box of one row.
 Box contiguous(char* global, uint32_t bytes) { return {{{global, 0, int(bytes)}}, int(bytes), 0}; }
 
 void check_bulk_bytes(uint32_t bytes, const char* what) {

@@ -1,4 +1,4 @@
-// TMA: boxes of tensors, and contiguous memory, between global and shared memory, asynchronously.
+// TMA: asynchronous copies between global and shared memory, of boxes of tensors and of contiguous memory.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -13,6 +13,7 @@ namespace fused_attn::emulation {
 
 struct Thread;
 
+// A TMA operation that has been issued. A bulk store has two steps, because a thread can wait for each.
 struct TmaJob {
   std::function<void()> read_source;  // reads the source of a bulk store from shared memory; null once done
   std::function<void()> carry_out;    // does the rest; null once done
@@ -26,7 +27,8 @@ struct TmaJob {
   }
 };
 
-// The operations of all threads of the block that have been issued and are not complete yet.
+// The TMA operations of all threads of the block that are not complete. complete_one completes one of them: the first,
+// or a random one if the seed is not 0.
 class TmaQueue {
  public:
   void reset() { jobs_.clear(); }
@@ -38,12 +40,12 @@ class TmaQueue {
   std::deque<std::shared_ptr<TmaJob>> jobs_;
 };
 
-// The stores and reductions of a thread, in groups that the thread waits for.
+// The bulk stores and additions of a thread, in groups. The thread commits a group and waits for groups.
 struct BulkGroups {
   struct Store {
     std::shared_ptr<TmaJob> job;
-    uint32_t tick;         // of the agent
-    bool is_free = false;  // its source has been waited for
+    uint32_t tick;         // number of the store among those of its agent
+    bool is_free = false;  // the thread has waited until the source in shared memory was read
   };
   std::vector<Store> open;
   std::deque<std::vector<Store>> committed;
@@ -51,6 +53,7 @@ struct BulkGroups {
 
 enum class BulkWrite { kStore, kAdd };
 
+// The primitives of csrc/cuda/primitives.h, for the current thread.
 void tma_load(uint32_t destination, const TensorMap& map, uint32_t mbarrier, const int* coordinates,
               int num_coordinates);
 void tma_write(const TensorMap& map, uint32_t source, const int* coordinates, int num_coordinates, BulkWrite write);
@@ -61,6 +64,7 @@ void bulk_reduce_add_f32(float* destination, uint32_t source, uint32_t bytes);
 void bulk_commit();
 void bulk_wait_read(int groups_left);
 void bulk_wait(int groups_left);
+// Fails if a thread ends with bulk stores that may still read shared memory.
 void check_no_bulk_stores_left(const Thread& thread);
 
 }  // namespace fused_attn::emulation

@@ -1,4 +1,5 @@
-// What an agent knows of the past of all agents: for each agent, a number of ticks of its clock.
+// Vector clocks: what an agent knows of the past of all agents. For each agent, a clock holds the number of its ticks
+// that come before now. Whoever waits for another agent takes over what that agent knew (join).
 //
 // There are two planes. The ordinary plane is what happened before. The fenced plane is what happened before and was
 // then made visible to the async proxy (TMA, wgmma). A proxy fence copies the ordinary plane onto the fenced one.
@@ -15,9 +16,10 @@ namespace fused_attn::emulation {
 
 enum Plane { kOrdinary = 0, kFenced = 1 };
 
-// The same for global memory, where the fence is fence_async_proxy_global. Most kernels learn little, so only what is
-// known is stored, and clocks share it. About another block, a thread knows how many of the block's releases it has
-// acquired. About the bulk stores of a warp of its own block (own_bulk_stores), it knows how many of them are complete.
+// What a thread knows about global memory, in the same two planes; here the fence is fence_async_proxy_global. About
+// another block, a thread knows how many of that block's releases it has acquired. About the bulk stores of a warp of
+// its own block (own_bulk_stores), it knows how many are complete. Most threads know little of this, so the map has
+// only entries that are not 0, and clocks share it.
 class GlobalClock {
  public:
   using Ticks = std::map<std::pair<Plane, int>, uint32_t>;
@@ -66,6 +68,7 @@ class GlobalClock {
   std::shared_ptr<const Ticks> ticks_;  // null: none
 };
 
+// What an agent knows of the agents of its block, and of global memory.
 class VectorClock {
  public:
   GlobalClock global;
@@ -78,8 +81,11 @@ class VectorClock {
 
   uint32_t get(Plane plane, int agent) const { return ticks_[plane * agents_ + agent]; }
 
+  // Begins the next tick of the clock's own agent.
   void tick(int agent) { ticks_[agent]++; }
 
+  // Learns that an agent of the async proxy has reached a tick. No fence is needed between two accesses of the async
+  // proxy, so both planes learn it.
   void learn(int agent, uint32_t tick) {
     for (uint32_t* known : {&ticks_[agent], &ticks_[agents_ + agent]}) *known = std::max(*known, tick);
   }

@@ -1,4 +1,5 @@
-// Operations that a whole warp or warpgroup executes together. The last thread to arrive carries them out for all.
+// Operations that a whole warp or warpgroup executes together: all threads wait for the last one, which carries the
+// operation out for all.
 #pragma once
 #include <vector>
 
@@ -13,15 +14,18 @@ class Warps {
   int arrived_in_warp(int warp) const { return warps_[warp].num_arrived; }
   int arrived_in_warpgroup(int warpgroup) const { return warpgroups_[warpgroup].num_arrived; }
 
-  // The last thread to arrive gets the operands of all threads of the group, in order. It must then release the others,
-  // or give them something else to wait for. The others get null once somebody has woken them. `name` names the
-  // operation: it is an error if threads of one group meet in different operations.
+  // Each thread of the warp (warpgroup) calls this with its operand. The last one to arrive gets the operands of all
+  // threads, in order. It must then release the other threads, or give them something else to wait for. The other
+  // threads get null when they have been released. `name` names the operation: threads of one group that meet in
+  // different operations are a fault.
   void** meet_in_warp(const char* name, void* operand);
   void** meet_in_warpgroup(const char* name, void* operand);
+  // Wakes the other threads of the current thread's warp (warpgroup).
   void release_warp();
   void release_warpgroup();
 
  private:
+  // The threads of a warp or warpgroup that have arrived so far.
   struct Meeting {
     int num_arrived = 0;
     const char* name = "";

@@ -21,13 +21,14 @@ struct Wgmma {
   bool is_bf16, is_a_in_registers, is_a_transposed, is_b_transposed, accumulate;
   uint64_t a_descriptor, b_descriptor;
   const uint32_t* a_registers[kWarpgroupSize];
-  uint32_t a_values[kWarpgroupSize][4];  // when the instruction was issued
-  float* accumulators;                   // of the first thread
+  uint32_t a_values[kWarpgroupSize][4];  // their values when the instruction was issued
+  float* accumulators;                   // those of the first thread, the key of Pipeline::accumulators
   bool is_done;
 };
 
 namespace {
 
+// What one thread has passed to the instruction.
 struct Operand {
   float* d;
   const uint32_t* a;
@@ -35,12 +36,14 @@ struct Operand {
   bool accumulate;
 };
 
+// Row and column of accumulator i of a thread of the warpgroup.
 int row_of(int thread, int i) { return 16 * (thread / 32) + thread % 32 / 4 + 8 * (i >> 1 & 1); }
 int column_of(int thread, int i) { return 8 * (i >> 2) + 2 * (thread % 4) + (i & 1); }
 
 const char* name_of(const Wgmma& wgmma) { return wgmma.is_a_in_registers ? "wgmma_rs" : "wgmma_ss"; }
 
-// What all threads of a warpgroup know: for each agent, the least that one of them knows. This is computed on demand.
+// What all threads of a warpgroup know: for each agent, the least tick that one of the threads knows. It is computed
+// only for the agents that are asked for.
 class CommonKnowledge {
  public:
   explicit CommonKnowledge(const Thread* threads) : threads_(threads) {}
@@ -131,7 +134,7 @@ void WgmmaPipelines::issue(float* d, int n, bool is_bf16, const uint32_t* a, uin
     for (int thread = 0; thread < kWarpgroupSize; thread++)
       for (int i = 0; i < n / 2; i++) memcpy(&all[thread]->d[i], &kPoison, sizeof(float));
 
-  // Products complete in order: one completes early only if all before it are complete.
+  // Products complete in order: a product completes early only if all products before it are complete.
   bool is_early = !b.completes_late();
   for (const auto& group : pipeline.committed)
     for (const auto& earlier : group) is_early &= earlier->is_done;

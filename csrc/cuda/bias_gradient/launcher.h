@@ -1,5 +1,5 @@
-// Host side of the kernel for gradients of biases. Only its instantiations (head_dim_*.cu) include this file. The
-// instructions are those of sm_80, on later GPUs, too.
+// Launches the kernel for gradients of biases. Only its instantiations (head_dim_*.cu) include this file. The kernel
+// uses instructions of sm_80 only, also on later GPUs.
 #pragma once
 #include "../sm80/bias_gradient.h"
 

@@ -1,4 +1,5 @@
-// Host side of the gradients of biases and sinks: how tiles are dealt to programs, and which kernels complete the sums.
+// Host code of the gradients of biases and sinks: plans that divide tiles of scores among programs, and functions that
+// launch the kernels. BiasGradientParams says what owners and splits are.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -8,24 +9,26 @@
 
 namespace fused_attn::gpu {
 
-// A sum over few tiles of the gradient is split, so that there are about this many programs. The number does not depend
-// on the device, because it decides the order of additions.
+// If there are few owners, their tiles are split so that there are about this many programs. The number is the same on
+// every device, because it decides the order of additions, and so the last bits of the result.
 constexpr int64_t kBiasGradientPrograms = 256;
 
-// The sizes that the plans depend on.
+// What the plans depend on.
 struct BiasGradientSizes {
   int64_t batch;
   int64_t num_heads;
   int64_t seqlen_q;
   int64_t seqlen_k;
-  int64_t head_dim;  // of the kernels
+  int64_t head_dim;  // head dim of the kernels: 64, 96, 128 or 256
 };
 
+// Into how many parts the tiles of each owner are split. `tiles` is the number of tiles of one owner.
 inline int32_t splits_of(int64_t owners, int64_t tiles) {
   const int64_t wanted = (kBiasGradientPrograms + owners - 1) / owners;
   return static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles, 1)));
 }
 
+// Begins a plan: the number of blocks of queries and of keys.
 inline BiasGradientParams blocks_of(const BiasGradientSizes& sizes) {
   const BiasGradientTile tile = bias_gradient_tile(sizes.head_dim);
   BiasGradientParams g{};
@@ -34,7 +37,7 @@ inline BiasGradientParams blocks_of(const BiasGradientSizes& sizes) {
   return g;
 }
 
-// `shape` is that of the gradient: 1 in a dimension that the bias broadcasts along.
+// The plan for a dense bias. `shape` is the shape of the gradient: 1 in a dimension that the bias broadcasts along.
 inline BiasGradientParams plan_dense(const BiasGradientSizes& sizes, const int64_t (&shape)[4]) {
   BiasGradientParams g = blocks_of(sizes);
   g.sums_batch = shape[0] != sizes.batch;
@@ -55,6 +58,7 @@ inline BiasGradientParams plan_dense(const BiasGradientSizes& sizes, const int64
   return g;
 }
 
+// The plan for a relative bias. An owner is a diagonal of tiles of one head.
 inline BiasGradientParams plan_relative(const BiasGradientSizes& sizes) {
   const BiasGradientTile tile = bias_gradient_tile(sizes.head_dim);
   BiasGradientParams g = blocks_of(sizes);
@@ -69,19 +73,23 @@ inline BiasGradientParams plan_relative(const BiasGradientSizes& sizes) {
   return g;
 }
 
-// How many floats a plan needs in the workspace. The only split of a dense bias writes the gradient itself.
+// How many floats the sums of a plan need in the workspace. A dense bias with one split needs none, because its
+// programs write the gradient itself.
 inline int64_t sum_floats(const BiasGradientParams& g) {
   return g.is_relative || g.splits > 1 ? g.splits * g.stride_split : 0;
 }
 
 using BiasGradientLauncher = void (*)(const Params&, const BiasGradientParams&, bool, Stream);
 
+// The shape of a launch with one thread for each entry of a gradient.
 inline LaunchShape shape_of_sums(int64_t entries) {
   const int64_t programs = (entries + kSumThreads - 1) / kSumThreads;
   if (programs >= int64_t{1} << 31) throw std::length_error("the gradient needs more blocks than a grid may have");
   return {static_cast<int>(programs), 1, 1, kSumThreads, 0};
 }
 
+// Launches the kernels that compute the gradient of a dense bias. With several splits, programs write to the workspace,
+// and a second kernel adds up the splits.
 inline void sum_dense(const Params& p, BiasGradientParams g, const TensorView& gradient, const int64_t (&shape)[4],
                       float* workspace, BiasGradientLauncher launch, bool is_bf16, Stream stream) {
   BiasSumParams sum{g.splits, g.stride_split, workspace, static_cast<float*>(gradient.data), {}, {}};
@@ -98,6 +106,8 @@ inline void sum_dense(const Params& p, BiasGradientParams g, const TensorView& g
   if (is_split) run_kernel(sum_bias_splits_kernel, shape_of_sums(g.stride_split), stream, sum);
 }
 
+// Launches the kernels that compute the gradient of a relative bias: the first one sums over the diagonals within
+// tiles, the second one adds up what belongs to the same diagonal of the scores.
 inline void sum_relative(const Params& p, BiasGradientParams g, const BiasGradientTile& tile,
                          const TensorView& gradient, float* workspace, BiasGradientLauncher launch, bool is_bf16,
                          Stream stream) {
@@ -116,6 +126,7 @@ inline void sum_relative(const Params& p, BiasGradientParams g, const BiasGradie
   run_kernel(sum_diagonals_kernel, shape_of_sums(sum.heads * sum.columns), stream, sum);
 }
 
+// Launches the kernel that computes the gradients of the sinks, one block of threads for each head.
 inline void sum_sinks(const Params& p, Stream stream) {
   run_kernel(sum_sink_gradients_kernel, {p.num_heads, 1, 1, kSumThreads, kSumThreads * 4}, stream, p);
 }

@@ -1,10 +1,10 @@
-// Backward for Ampere and later, in two kernels. Both compute the scores again, so there are 7 products instead of 5.
-// In return one block sums each gradient, in a fixed order: results are deterministic, there are no atomics, and the
-// probabilities stay in registers.
+// Backward for Ampere and later, in two kernels. Both compute the scores and dprobs, so there are 7 products instead of
+// 5. In return, each gradient is summed by one block of threads, in a fixed order: results are deterministic, there are
+// no atomics, and probs stay in registers.
 //
-//   query_gradient_kernel: a block has kBlockM queries and walks over their keys:         dq += dscores @ k
-//   key_gradient_kernel:   a block has kBlockN keys and walks over the queries that see   dv += probs^T @ dout
-//                          them, of all heads that share the keys:                        dk += dscores^T @ q
+//   query_gradient_kernel: a block has kBlockM queries, and visits the keys they see:   dq += dscores @ k
+//   key_gradient_kernel:   a block has kBlockN keys, and visits the queries that see    dv += probs^T @ dout
+//                          them, of all query heads of the group:                       dk += dscores^T @ q
 //
 // Here probs = exp(scale * q @ k^T - lse), dprobs = dout @ v^T and dscores = probs * (dprobs - delta).
 #pragma once
@@ -18,6 +18,7 @@
 
 namespace fused_attn::gpu::sm80 {
 
+// Sizes of the kernel for dq, and where its tiles lie in shared memory (byte offsets).
 template <int kHeadDim>
 struct QueryGradientPlan : QueryGradientTileSm80<kHeadDim> {
   using Tile = QueryGradientTileSm80<kHeadDim>;
@@ -31,6 +32,7 @@ struct QueryGradientPlan : QueryGradientTileSm80<kHeadDim> {
   static constexpr uint32_t kBytes = kV + Tile::kBlockN * kHeadDim * 2;
 };
 
+// Computes dq of one block of queries. Each warp has 16 of the queries, and all threads load tiles.
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
     query_gradient_kernel(const GPU_GRID_CONSTANT Params p) {
@@ -126,12 +128,13 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
   }
 }
 
+// Sizes of the kernel for dk and dv, and where its tiles and the row statistics lie in shared memory (byte offsets).
 template <int kHeadDim>
 struct KeyGradientPlan : KeyGradientTileSm80<kHeadDim> {
   using Tile = KeyGradientTileSm80<kHeadDim>;
   static constexpr int kThreads = 32 * Tile::kWarps;
   static constexpr int kTiles = Tile::kBlockM / 8;
-  static constexpr int kWarpsPerGradient = Tile::kBlockN / 16;
+  static constexpr int kWarpsPerGradient = Tile::kBlockN / 16;  // each warp has 16 keys
   static_assert(Tile::kWarps == kWarpsPerGradient * (Tile::kSplitsGradients ? 2 : 1));
   static constexpr uint32_t kK = 0;
   static constexpr uint32_t kV = kK + Tile::kBlockN * kHeadDim * 2;
@@ -141,7 +144,8 @@ struct KeyGradientPlan : KeyGradientTileSm80<kHeadDim> {
   static constexpr uint32_t kBytes = kRowStatistics + Tile::kBlockM * sizeof(RowStatistics);
 };
 
-// kMakesDk, kMakesDv: whether this warp sums dk, and dv. Other warps of the block may sum the other gradient.
+// Computes dk and dv of one block of keys: all of the kernel. Every thread of the block calls this. kMakesDk and
+// kMakesDv say which gradients this warp sums; other warps of the block may sum the other gradient of the same keys.
 template <class T, int kHeadDim, bool kIsGeneral, bool kMakesDk, bool kMakesDv>
 GPU_DEVICE void sum_key_gradients(const Params& p) {
   using Plan = KeyGradientPlan<kHeadDim>;
@@ -175,7 +179,8 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
     copy_async_commit();
   };
 
-  // The steps go over the queries of all heads of the group.
+  // Each step visits one block of queries of one query head of the group. advance goes on to the next step, and
+  // skip_masked_blocks skips steps in which the mask hides every entry.
   int block = range.begin, steps_left = max(range.end - range.begin, 0) * p.group_size;
   const auto advance = [&] {
     --steps_left;
@@ -216,14 +221,16 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
 
     copy_async_wait<0>();
     sync_threads();  // dout and the statistics have come
-    // This thread has two queries of tile t. Returns (lse_log2, delta) of the first and then of the second.
+    // This thread has two queries of tile t. Returns lse_log2 and delta of the first query (x, y) and of the second one
+    // (z, w).
     const auto statistics_of = [&](int t) {
       return load_shared<Float4>(shared + Plan::kRowStatistics + (8 * t + 2 * lane.q) * sizeof(RowStatistics));
     };
     const auto lse_of = [](const Float4& statistics, int j) { return j % 2 == 0 ? statistics.x : statistics.z; };
     const auto delta_of = [](const Float4& statistics, int j) { return j % 2 == 0 ? statistics.y : statistics.w; };
     float dscores[1][kTiles][4];
-    const auto multiply_dout_by_values = [&] {  // gives the gradients of the probabilities
+    // dprobs^T = v @ dout^T, in the registers that later hold dscores.
+    const auto multiply_dout_by_values = [&] {
       fill(dscores[0], 0.0f);
       multiply_transposed<T, kHeadDim>(dscores, corners, Plan::kV, Plan::kDout);
     };
@@ -303,6 +310,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
   }
 }
 
+// Computes dk and dv of one block of keys. With kSplitsGradients, half of the warps sum dk and the other half sum dv.
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(KeyGradientPlan<kHeadDim>::kThreads, 1)
     key_gradient_kernel(const GPU_GRID_CONSTANT Params p) {

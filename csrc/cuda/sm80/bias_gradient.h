@@ -1,13 +1,18 @@
-// The gradient of a bias, for Ampere and later. A bias is added to many scores, so its gradient is a sum of the
-// gradients of logits, over batch entries, heads, rows or diagonals. A program takes tiles of scores whose entries
-// belong, at the same place in each tile, to the same entry of the sum:
+// The gradient of a bias, with instructions of Ampere, also on later GPUs. One number of a bias is added to many
+// scores. So its gradient is the sum of the gradients of these logits: over batch entries, heads, queries or keys of a
+// dense bias, and along a diagonal of a relative bias.
+//
+// A program visits tiles of scores one after another. Its tiles are chosen so that an entry at the same place in each
+// tile adds to the same entry of the gradient:
 //
 //   dense bias      the tiles at one place, of all batch entries and heads that share the bias. If all queries (or all
-//                   keys) share one row (column) of the bias, the tiles of a whole column (row)
+//                   keys) share one row (column) of the bias, the tiles of a whole column (row) of tiles
 //   relative bias   the tiles along one diagonal, of one head and of all batch entries
 //
-// So the sum stays in registers until the last tile, the order of additions is fixed, and nothing of the size of the
-// scores is stored. The price is to compute two products again: scores, and the gradients of the probabilities.
+// So the sum stays in registers until the last tile, the order of additions is fixed, and nothing as large as the
+// scores is stored. The price is to compute two products again: the scores, and dprobs = dout @ v^T.
+//
+// The sum over splits follows in other kernels: see BiasGradientParams for owners and splits.
 #pragma once
 #include "../bias_gradient.h"
 #include "../dropout.h"
@@ -19,6 +24,7 @@
 
 namespace fused_attn::gpu::sm80 {
 
+// Sizes of the kernel, and where its tiles lie in shared memory (byte offsets).
 template <int kHeadDim>
 struct BiasGradientPlan : BiasGradientTileSm80<kHeadDim> {
   using Tile = BiasGradientTileSm80<kHeadDim>;
@@ -30,20 +36,21 @@ struct BiasGradientPlan : BiasGradientTileSm80<kHeadDim> {
   static constexpr uint32_t kK = kDout + Tile::kBlockM * kHeadDim * 2;
   static constexpr uint32_t kV = kK + Tile::kBlockN * kHeadDim * 2;
   static constexpr uint32_t kBytes = kV + Tile::kBlockN * kHeadDim * 2;
-  // In the end, the sums take the place of the tiles. A row is one float longer, so that the entries of a diagonal, and
-  // those of a column, lie in different banks.
+  // After the last tile, the sums of all threads are written over the tiles in shared memory. A row has one float more
+  // than columns, so that the entries of a diagonal, and those of a column, lie in different banks.
   static constexpr int kRowFloats = Tile::kBlockN + 1;
   static_assert(Tile::kBlockM * kRowFloats * 4 <= kBytes);
 };
 
-// The tiles that a program visits, one after another.
+// The tiles of scores that a program visits: tiles begin ... end - 1 of its owner. at(i) says where tile i lies. kRatio
+// blocks of keys are as long as one block of queries.
 template <int kBlockM, int kBlockN>
 struct ScoreTiles {
   static constexpr int kRatio = kBlockM / kBlockN;
   const Params& p;
   const BiasGradientParams& g;
   int32_t owner;
-  int32_t begin;  // of this program's part of the tiles
+  int32_t begin;  // the split of this program has the tiles begin ... end - 1
   int32_t end;
 
   GPU_DEVICE ScoreTiles(const Params& p, const BiasGradientParams& g, int32_t program)
@@ -65,7 +72,8 @@ struct ScoreTiles {
       const int32_t m = first_query_block() + i % diagonal_length();
       return {i / diagonal_length(), owner / g.diagonals, m, diagonal() + m * kRatio};
     }
-    // A dimension is either the owner's alone, or it is visited.
+    // Dense. The owner's number has the digits of the dimensions that are not summed, and i has those of the summed
+    // dimensions. `next` takes the lowest digit of one of the two numbers.
     int32_t fixed = owner;
     const auto next = [&](bool is_summed, int32_t size) {
       const int32_t number = is_summed ? i : fixed, rest = number / size;
@@ -81,10 +89,13 @@ struct ScoreTiles {
     return tile;
   }
 
-  // The owner's diagonal consists of tiles whose first key is `diagonal` blocks of keys to the right of the first query.
+  // The owner's diagonal has the tiles whose first key lies diagonal() blocks of keys to the right of their first query
+  // (to the left if negative).
   GPU_DEVICE int32_t diagonal() const { return owner % g.diagonals - (g.query_blocks - 1) * kRatio; }
 
  private:
+  // The first block of queries of the diagonal, and the number of its tiles. Above and left of the scores there are no
+  // tiles.
   GPU_DEVICE int32_t first_query_block() const { return max((kRatio - 1 - diagonal()) / kRatio, 0); }
   GPU_DEVICE int32_t diagonal_length() const {
     const int32_t right = g.key_blocks - 1 - diagonal();  // not negative
@@ -92,6 +103,8 @@ struct ScoreTiles {
   }
 };
 
+// Sums the gradients of logits over the tiles of one owner and split. One program is one block of threads, and each
+// warp has 16 queries of every tile.
 template <class T, int kHeadDim>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(BiasGradientPlan<kHeadDim>::kThreads, 1)
     bias_gradient_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT BiasGradientParams g) {
@@ -104,16 +117,18 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(BiasGradientPlan<kHeadDim>::kThreads, 1)
   const uint32_t shared = shared_address(shared_memory());
   const Corners<kHeadDim> corners(shared, warp_row, lane);
 
-  // The next tile that has a visible entry, as far as blocks tell. The last one is followed by number tiles.end.
+  // A tile of scores to visit, with what is known about its mask. Its number is tiles.end if there is none.
   struct Next {
     int32_t number;
     HeadSlice head_slice;
     int32_t first_query;
     int32_t key_block;
     ValidRows<kBlockN> valid;
-    bool has_masked;
-    bool is_full;
+    bool has_masked;  // the dense mask hides some entry
+    bool is_full;     // every entry is visible
   };
+  // The first tile from `number` on that may have a visible entry, by band, padding and the map of the mask. All
+  // threads compute the same.
   const auto find = [&](int32_t number) {
     Next next{};
     for (; number < tiles.end; ++number) {
@@ -138,6 +153,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(BiasGradientPlan<kHeadDim>::kThreads, 1)
     next.number = number;
     return next;
   };
+  // Starts to copy queries, dout, keys and values of a tile to shared memory. All threads of the block take part.
   const auto load = [&](const Next& next) {
     const HeadSlice& head_slice = next.head_slice;
     const auto load_queries = [&](uint32_t tile, const Rows& x) {
@@ -157,7 +173,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(BiasGradientPlan<kHeadDim>::kThreads, 1)
     copy_async_commit();
   };
 
-  // Loop. The next tiles are loaded during the exponentials of these.
+  // Loop. The inputs of the next tile are loaded while the exponentials of this one are computed.
   float sums[kTiles][4];
   fill(sums, 0.0f);
   Next next = find(tiles.begin);
@@ -195,7 +211,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(BiasGradientPlan<kHeadDim>::kThreads, 1)
     }
   }
 
-  // Epilogue: the sums of all warps, through shared memory.
+  // Epilogue: the sums of all threads go through shared memory, so that each thread can add up a diagonal, or store
+  // neighbouring entries.
   const auto address = [&](int row, int column) {
     return shared + static_cast<uint32_t>(row * Plan::kRowFloats + column) * 4;
   };
@@ -206,7 +223,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(BiasGradientPlan<kHeadDim>::kThreads, 1)
   sync_threads();
   float* const split_sums = g.sums + block_index_x() / g.owners * g.stride_split;
   if (g.is_relative) {
-    // Diagonal d of a tile: column - row = d - (kBlockM - 1).
+    // Each thread adds up some diagonals of the tile. Diagonal d has the entries with column - row = d - (kBlockM - 1).
     for (int d = thread_index(); d < kBlockM + kBlockN - 1; d += kThreads) {
       float sum = 0.0f;
       for (int row = max(kBlockM - 1 - d, 0); row < min(kBlockM, kBlockM + kBlockN - 1 - d); ++row)
@@ -215,6 +232,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(BiasGradientPlan<kHeadDim>::kThreads, 1)
     }
     return;
   }
+  // Dense. If the bias broadcasts along queries (or keys), each thread adds up a column (or row) of the tile.
   const auto tile = tiles.at(0);
   const int rows = g.sums_queries ? 1 : kBlockM, columns = g.sums_keys ? 1 : kBlockN;
   const int64_t first_query = g.sums_queries ? 0 : tile.query_block * kBlockM;

@@ -1,8 +1,8 @@
-// Forward for Ampere and later: softmax(scores) @ value with cp.async, ldmatrix and mma.sync.
+// Forward for Ampere and later: out = softmax(logits) @ value, with cp.async, ldmatrix and mma.sync.
 //
-// One block has kBlockM queries of one head and walks over their keys, from the last to the first. Shared memory holds
-// one tile of keys and one of values. The values of a step are loaded while its scores are computed. The keys of the
-// next step are loaded while the values of this one are summed.
+// A block of threads has kBlockM queries of one head, and visits the blocks of keys that they see, from the last one to
+// the first. Shared memory holds one tile of keys and one tile of values. The values of a step are loaded while its
+// scores are computed, and the keys of the next step are loaded while the values of this step are summed.
 #pragma once
 #include <type_traits>
 
@@ -16,6 +16,7 @@
 
 namespace fused_attn::gpu::sm80 {
 
+// Sizes of the forward kernel, and where its tiles lie in shared memory (byte offsets).
 template <int kHeadDim>
 struct ForwardPlan : ForwardTileSm80<kHeadDim> {
   using Tile = ForwardTileSm80<kHeadDim>;
@@ -28,6 +29,8 @@ struct ForwardPlan : ForwardTileSm80<kHeadDim> {
   static constexpr uint32_t kBytes = kV + Tile::kBlockN * kHeadDim * 2;
 };
 
+// Computes out and lse of one block of queries. Each warp has 16 * kRowTiles of the queries, and all threads load
+// tiles.
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_kernel(const GPU_GRID_CONSTANT Params p) {
   using Plan = ForwardPlan<kHeadDim>;
@@ -48,12 +51,14 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
   // Load.
   const uint32_t shared = shared_address(shared_memory());
   const Corners<kHeadDim> corners(shared, warp_row, lane);
+  // Starts to copy a block of keys or of values to shared memory. Rows that are not valid become zeros.
   const auto load_keys = [&](uint32_t tile, const Rows& x, int block, const ValidRows<kBlockN>& valid) {
     copy_rows<kHeadDim, kBlockN, kThreads, kIsGeneral>(tile, x,
                                                        head_slice.key_row<const T>(x, int64_t{block} * kBlockN),
                                                        [&](int first, int offset) { return valid.has(first, offset); });
     copy_async_commit();
   };
+  // The last block of keys up to `block` that these queries visit, or a number below range.begin.
   const auto last_to_visit = [&](int block) {
     return last_block_to_visit<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, range.begin, block);
   };
@@ -95,6 +100,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
         if (has_masked) hide_masked_keys(p, head_slice, visible, query, first_key);
         hide(scores[m], visible, lane);
       }
+      // Turns scores into probs, with the reference as it is if possible. Otherwise raises the reference and rescales
+      // acc.
       const auto sum_probs = [&](const auto& dropout_keep) {
         if (softmax[m].template try_probs<T>(scores[m], p.softmax_scale_log2, dropout_keep, probs[m])) return;
         float rescale[2];

@@ -1,36 +1,39 @@
-// Tiles of 16-bit rows in shared memory: how they are laid out, filled by cp.async, and read as fragments of mma.sync.
+// Tiles of 16-bit rows in shared memory: their layout, how cp.async fills them, and how mma.sync reads fragments of
+// them.
 #pragma once
 #include "../fragments.h"
 
 namespace fused_attn::gpu::sm80 {
 
-// Rows follow one another. Within a row, chunks of 16 bytes are exchanged (a swizzle): ldmatrix reads the same chunk of
-// eight neighbouring rows at once, and these eight chunks have to lie in different groups of banks. Tiles start at
-// multiples of 128 bytes.
+// The layout of a tile. Rows follow one another. Within a row, chunks of 16 bytes are permuted (a swizzle), in a way
+// that depends on the row. ldmatrix reads the same chunk of eight neighbouring rows at once. The swizzle places these
+// eight chunks in different groups of banks, so that there is no bank conflict. Tiles start at multiples of 128 bytes.
 template <int kHeadDim>
 struct TileLayout {
   static constexpr int kRowBytes = 2 * kHeadDim;
-  // Chunks are exchanged within groups of kGroup chunks. If a row is no multiple of 128 bytes, every second row starts
-  // 64 bytes further on by itself, and groups of 4 are enough.
+  // Chunks are permuted within groups of kGroup chunks. If the bytes of a row are no multiple of 128, every second row
+  // starts 64 bytes further on in the banks anyway, and groups of 4 are enough.
   static constexpr int kGroup = kHeadDim % 64 == 0 ? 8 : 4;
 
-  // Where a chunk of a row lies in the tile. The chunk is below kGroup.
+  // The byte offset of chunk `chunk` of row `row` in the tile. The chunk number is below kGroup.
   static GPU_DEVICE uint32_t offset(int row, int chunk) {
     const int swizzle = kGroup == 8 ? row & 7 : row >> 1 & 3;
     return row * kRowBytes + (chunk ^ swizzle) * 16;
   }
 
-  // The address of the chunk that lies 2 * pairs chunks after chunk 0 or 1. This takes one exclusive-or, where `offset`
-  // would need a register for the address of each chunk.
+  // Given the address of chunk 0 or 1 of a row, the address of the chunk that lies 2 * pairs chunks further on. With
+  // constant `pairs`, this takes one exclusive-or. `offset` would need a register for the address of each chunk.
   static GPU_DEVICE uint32_t advance(uint32_t address, int pairs) {
     constexpr int kPairs = kGroup / 2;
     return (address ^ pairs % kPairs * 32) + pairs / kPairs * (kPairs * 32);
   }
 };
 
-// Starts to copy kRows rows of x, of which the first one is `source`. Row first + offset is read if is_valid(first, offset) says so. Otherwise it becomes zeros: memory may hold NaN there,
-// and NaN times a probability of 0 is NaN. `offset` is a constant, and `first` and first + offset lie in the same 32
-// rows. If x may have fewer columns than kHeadDim (kChecksColumns), the other ones become zeros, too.
+// Starts to copy kRows rows of x from `source` on into a tile. All threads of the block call this, and each copies its
+// chunks of some rows. Row first + offset is read if is_valid(first, offset) is true. Otherwise its chunks become
+// zeros: memory may hold NaN there, and NaN times a probability of 0 is NaN. `offset` is a constant, and rows first and
+// first + offset lie in the same 32 rows. With kChecksColumns, x may have fewer columns than kHeadDim, and the missing
+// columns become zeros.
 template <int kHeadDim, int kRows, int kThreads, bool kChecksColumns, class T, class IsValid>
 GPU_DEVICE void copy_rows(uint32_t tile, const Rows& x, const T* source, IsValid is_valid) {
   using Layout = TileLayout<kHeadDim>;
@@ -49,13 +52,15 @@ GPU_DEVICE void copy_rows(uint32_t tile, const Rows& x, const T* source, IsValid
   }
 }
 
-// Where a lane reads the first 16 columns of a tile at `shared`. Other tiles lie a constant further on.
+// The addresses that this lane gives to ldmatrix for the first 16 columns of a tile at `shared`. Other tiles and other
+// columns lie at constant distances from these.
 //
 //   left               the warp's 16 rows, as a left factor
 //   right              the first 16 rows, as a right factor; ldmatrix transposes them
 //   right_transposed   the first 16 rows, as the transpose of a right factor
 //
-// Of the four registers that ldmatrix fills, two hold the first 8 columns of a right factor and two the next 8.
+// ldmatrix fills four registers. For a right factor, two of them hold the first 8 columns of the result and two the
+// next 8.
 template <int kHeadDim>
 struct Corners {
   uint32_t left;
@@ -70,8 +75,8 @@ struct Corners {
   }
 };
 
-// scores += left @ right^T over the head dim, for the warp's rows of the tile `left` and all rows of the tile `right`.
-// `left` and `right` are the distances of the tiles from the tile of the corners.
+// scores += left @ right^T over the head dim, for this warp's rows of the tile `left` and all rows of the tile `right`.
+// Both are given as byte distances from the tile of the corners. All lanes of a warp call this.
 template <class T, int kHeadDim, int kRowTiles, int kTiles>
 GPU_DEVICE void multiply_transposed(float (&scores)[kRowTiles][kTiles][4], const Corners<kHeadDim>& corners,
                                     uint32_t left, uint32_t right) {
@@ -92,8 +97,8 @@ GPU_DEVICE void multiply_transposed(float (&scores)[kRowTiles][kTiles][4], const
   }
 }
 
-// acc += left @ right, where `left` is in registers: as left factors (fragments.h), or as floats that are rounded to T
-// here.
+// acc += left @ right, where `left` is in registers: as left factors (fragments.h), or as floats, which are rounded to
+// T here. `right` is the byte distance of a tile from the tile of the corners. All lanes of a warp call this.
 template <class T, int kHeadDim, int kRowTiles, int kSteps>
 GPU_DEVICE void multiply(float (&acc)[kRowTiles][kHeadDim / 8][4], const uint32_t (&left)[kRowTiles][kSteps][4],
                          const Corners<kHeadDim>& corners, uint32_t right) {

@@ -282,9 +282,9 @@ struct KeyWork {
   HeadSlice head_slice;  // head_slice.head is the query head of the current step
   int32_t first_key;
   ValidRows<Plan::kBlockN> valid;  // which keys of the block are valid
-  BlockRange range;  // blocks of queries that see some key of the block, by the band
-  int32_t steps_left;  // with the current step; skipped steps count until they are skipped
-  int32_t block;  // number of the block of queries of the current step
+  BlockRange range;                // blocks of queries that see some key of the block, by the band
+  int32_t steps_left;              // with the current step; skipped steps count until they are skipped
+  int32_t block;                   // number of the block of queries of the current step
 
   const Params& p;
 

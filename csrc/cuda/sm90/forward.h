@@ -33,7 +33,7 @@
 namespace fused_attn::gpu::sm90 {
 
 constexpr int kConsumerRows = 64;  // queries of one consumer: wgmma multiplies 64 rows
-constexpr int kTileNotes = 2;  // slots of the ring of TileNotes: the next tile is loaded while this one is computed
+constexpr int kTileNotes = 2;      // slots of the ring of TileNotes: the next tile is loaded while this one is computed
 constexpr uint32_t kTileNoteBytes = 128, kKeyNoteBytes = 64;  // bytes from one slot to the next
 constexpr int kKeyNotes = 8;  // slots of the ring of KeyNotes: more than stages, so that the planning warp is ahead
 
@@ -129,8 +129,8 @@ struct TileNote {
 
 // Bits about one consumer and one block of keys: what the 64 queries of the consumer see. A word of a KeyNote.
 struct View {
-  static constexpr uint32_t kIsSeen = 1;  // some query sees some key
-  static constexpr uint32_t kIsWhole = 2;  // every query sees every key, so that no entry needs a test
+  static constexpr uint32_t kIsSeen = 1;    // some query sees some key
+  static constexpr uint32_t kIsWhole = 2;   // every query sees every key, so that no entry needs a test
   static constexpr uint32_t kSeesMore = 4;  // some query sees some key of the block that is visited next
   static constexpr uint32_t kIsLast = 8;    // the tile visits no block after this one
   uint32_t bits;
@@ -143,8 +143,8 @@ struct View {
 // them.
 struct Boxes {
   static constexpr int32_t kKeys = 1, kQueries = 2, kIsLast = 4;  // kIsLast: the last block of keys of a tile
-  int32_t what;  // a sum of the bits above; 0 = there is nothing more to load
-  int32_t key_row;  // first row of the block in key and value
+  int32_t what;       // a sum of the bits above; 0 = there is nothing more to load
+  int32_t key_row;    // first row of the block in key and value
   int32_t query_row;  // first row of the tile in query
   int32_t all_valid;  // not 0 if all keys of the block are valid: no row of the values is overwritten with zeros
   int32_t batch, head, kv_head;
@@ -181,12 +181,12 @@ struct KeyNote {
 template <class Plan>
 struct ForwardRings {
   Ring<Plan::kQueryStages> q;  // tiles of queries
-  Ring<Plan::kStages> k;  // tiles of keys; v: tiles of values
+  Ring<Plan::kStages> k;       // tiles of keys; v: tiles of values
   Ring<Plan::kStages> v;
   Ring<kTileNotes> tiles;  // TileNotes
-  Ring<kKeyNotes> notes;  // KeyNotes
+  Ring<kKeyNotes> notes;   // KeyNotes
   uint32_t cleaning;  // a barrier: a tile of values has arrived, and its rows that are not valid can be overwritten
-  uint32_t shared;  // address of the dynamic shared memory
+  uint32_t shared;    // address of the dynamic shared memory
 
   GPU_DEVICE explicit ForwardRings(uint32_t shared) : shared(shared) {
     q.barriers = shared + Plan::kRings;

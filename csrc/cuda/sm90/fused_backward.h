@@ -109,10 +109,10 @@ struct FusedBackwardRings {
   Ring<kKeyBlockSlots> work;  // KeyBlocks, see kKeyBlockSlots
   Ring<1> k;
   Ring<1> v;
-  Ring<Plan::kQStages> q;  // tiles of queries, each with its lse and its StepInfo
+  Ring<Plan::kQStages> q;        // tiles of queries, each with its lse and its StepInfo
   Ring<Plan::kDoutStages> dout;  // tiles of dout, each with its delta
-  uint32_t dscores;  // two barriers, of the buffer for even and for odd steps: all warps have written dscores
-  uint32_t dq_full;  // two barriers for each warpgroup: its part of dq of an even, or odd, step is written
+  uint32_t dscores;   // two barriers, of the buffer for even and for odd steps: all warps have written dscores
+  uint32_t dq_full;   // two barriers for each warpgroup: its part of dq of an even, or odd, step is written
   uint32_t dq_empty;  // a barrier for each warpgroup: the buffer of its part of dq may be written again
   uint32_t cleaning;  // a barrier for each loading warp, see TileLoader::cleaning
 
@@ -319,11 +319,13 @@ GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRing
         }
         tma_store_commit();
       }
-      tma_store_wait_read<1>();  // the first part has been read from shared memory, and its buffer may be written again
+      // Wait until the copy engine has read the first part from shared memory, then the second part, and then until
+      // both parts have been added in global memory.
+      tma_store_wait_read<1>();
       mbarrier_arrive(rings.dq_empty);
-      tma_store_wait_read<0>();  // and the second part
+      tma_store_wait_read<0>();
       mbarrier_arrive(rings.dq_empty + 8);
-      tma_store_wait<0>();  // both parts have been added in global memory
+      tma_store_wait<0>();
       fence_async_proxy_global();
       add_release(p.dq_turns + tile, 1);
     }

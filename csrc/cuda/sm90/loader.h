@@ -29,8 +29,8 @@ struct NothingElse {
 // slots and issues TMA. mbarrier_wait tells phases apart by their parity only: a lane that came one phase late would
 // find the same parity only after a further phase, and would wait for that one.
 struct TileLoader {
-  uint32_t cleaning;  // a barrier: a tile has arrived, and its rows that are not valid can be overwritten
-  bool is_leader;  // this thread is the lane that issues TMA
+  uint32_t cleaning;             // a barrier: a tile has arrived, and its rows that are not valid can be overwritten
+  bool is_leader;                // this thread is the lane that issues TMA
   uint32_t cleaning_parity = 0;  // of the next wait at `cleaning`
 
   // When the slot is empty, starts to load the rows from `row` on into the tile at `slot_tile`. The full barrier of the
