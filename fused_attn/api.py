@@ -48,8 +48,9 @@ def fused_attention(
         key: (B, H, S, D), or (B, Hkv, S, D) with ``enable_gqa``.
         value: (B, H, S, Dv), or (B, Hkv, S, Dv) with ``enable_gqa``.
         attn_mask: broadcastable to (B, H, L, S). Bool: True = attend. Floating point: added to the scores, and
-            differentiable. A ``torch.nn.attention.bias`` causal bias is accepted and costs no memory.
-        dropout_p: probability, in [0, 1], of dropping a weight after the softmax. Applied whenever positive.
+            differentiable. A causal bias of ``torch.nn.attention.bias`` is accepted and takes no memory.
+        dropout_p: the probability, in [0, 1], of dropping a weight after the softmax. Dropout is applied whenever this
+            number is positive, because a function knows no training mode.
         is_causal: query i sees the keys j <= i (upper-left alignment). Combines with every other mask by AND.
         scale: factor of the scores; default ``1 / sqrt(D)``.
         enable_gqa: query head h reads key/value head ``h // (H / Hkv)``.
@@ -64,11 +65,12 @@ def fused_attention(
             torch's default generator.
         return_lse: also return the log-sum-exp of the scores.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: the first that can run, the
-            reference last. A named one runs or raises with its reasons; `explain` tells them all.
+            reference last. A backend that is named here runs, or the call raises ValueError with the reasons why it
+            cannot. `explain` lists the reasons of all backends.
 
-    Query, key and value may be nested tensors (B, H, length, D) with ``layout=torch.jagged``. They need no padding mask
-    and take no `attn_mask`; each sequence is attended to by itself, as in `fused_attention_varlen`, and `relative_bias`
-    has the longest ones for L and S.
+    Query, key and value may be nested tensors (B, H, length, D) with ``layout=torch.jagged``. Masks are refused then,
+    because such sequences have no padding. No sequence sees another one, as in `fused_attention_varlen`. The L and S of
+    `relative_bias` are the longest lengths.
 
     Returns:
         out (B, H, L, Dv), whose memory order follows the query; with ``return_lse`` also lse (B, H, L), natural
@@ -135,7 +137,7 @@ def fused_attention(
         out, lse = running.run(problem, chosen, is_direct, inputs, return_lse)
     if layout is not None:
         out, lse = layout.unflatten(out), None if lse is None else layout.unflatten_lse(lse)
-    return (out, lse) if return_lse else out  # type: ignore[return-value]  # there is an lse where one is asked for
+    return (out, lse) if return_lse else out  # type: ignore[return-value]  # with return_lse, lse is a tensor
 
 
 def fused_attention_varlen(
@@ -161,8 +163,9 @@ def fused_attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over packed sequences: no padding is stored and no sequence sees another.
 
-    Arguments that `fused_attention` also has mean the same, per sequence: positions, the causal diagonal (upper-left),
-    the window, relative distances and dropout positions count from each sequence's own first row.
+    The arguments that `fused_attention` has, too, have the same meaning for each sequence. Positions count from the
+    first row of the sequence. This holds for the causal diagonal (upper-left), the window, relative distances and
+    dropout.
 
     Args:
         query: (total_q, H, D), the rows of all sequences one after the other.
@@ -172,15 +175,17 @@ def fused_attention_varlen(
         cu_seqlens_k: (num_sequences + 1,) int32, likewise for keys and values.
         max_seqlen_q: at least the longest query sequence.
         max_seqlen_k: at least the longest key sequence.
-        relative_bias: (H, max_seqlen_q + max_seqlen_k - 1) or that without H; column ``j - i + max_seqlen_q - 1``.
+        relative_bias: (H, max_seqlen_q + max_seqlen_k - 1) or (max_seqlen_q + max_seqlen_k - 1,). Column
+            ``j - i + max_seqlen_q - 1`` is added to score (i, j).
 
     Returns:
-        out (total_q, H, Dv); with ``return_lse`` also lse (H, total_q). Rows that no sequence owns, such as those
-        behind ``cu_seqlens[-1]``, have out 0, lse -inf and gradients 0 where the offsets are not checked.
+        out (total_q, H, Dv); with ``return_lse`` also lse (H, total_q). If the offsets are not checked, there may be
+        rows that belong to no sequence, such as rows behind ``cu_seqlens[-1]``. These have out 0, lse -inf and
+        gradients 0.
 
     Raises:
         TypeError, ValueError: an argument does not fit. The contents of cu_seqlens are checked on the CPU only, because
-            reading them from a GPU would stall it.
+            the host would have to wait for a GPU.
     """
     is_compiling = torch.compiler.is_compiling()
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks, dropout_seed)
@@ -226,7 +231,7 @@ def _nested_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`fused_attention` of nested tensors (B, heads, length, D): out (B, H, length, Dv), lse (B, H, length).
 
-    options: of `fused_attention_varlen`
+    options: the other keyword arguments, which `fused_attention_varlen` takes, too
     """
     for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
         if mask is not None:
@@ -252,13 +257,15 @@ def explain(
 ) -> dispatch.Explanation:
     """Which backend `fused_attention` would choose for these arguments, and why not the others. Computes nothing.
 
+    The other arguments are those of `fused_attention`.
+
     Args:
-        device: as if the tensors were there, with an int or ``"cuda:0"`` for a GPU of this machine; also an NVIDIA
-            architecture such as ``"sm_90"``, for a GPU that is not here.
+        device: answer as if the tensors were on this device. An int or ``"cuda:0"`` names a GPU of this machine. An
+            NVIDIA architecture such as ``"sm_90"`` stands for a GPU that this machine need not have.
 
     Raises:
-        TypeError, ValueError: as `fused_attention`; or for nested tensors, whose problem depends on their offsets; or
-            device is none, or the number of a GPU that is not here.
+        TypeError, ValueError: an argument does not fit, as for `fused_attention`; a tensor is nested, because the
+            problem of nested tensors depends on their contents; or there is no such device.
 
     >>> import torch
     >>> from fused_attn import explain
@@ -276,7 +283,7 @@ def explain(
     query, key, value = _autocast(*call.args[:3])
     others = (given["attn_mask"], given["relative_bias"], given["sinks"], given["key_padding_mask"])
     options = tuple(given[name] for name in planning.Options._fields)
-    # As under compilation, with no backend chosen yet.
+    # With is_compiling=True, `plan` chooses no backend. So there is no error if the named backend cannot run.
     problem = planning.plan(True, None, (query, key, value, *others), options, None).problem
     return dispatch.explain(problem if device is None else problem.on(device), backend)
 
@@ -284,14 +291,15 @@ def explain(
 def _with_torch_function(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *others) -> tuple | None:
     """The arguments if one of them, or a mode, overrides torch functions (``__torch_function__``); otherwise None."""
     if attn_mask is not None and causal_bias(attn_mask) is not None:
-        # A causal bias of torch is a subclass with an override of SDPA only. For any other function, its default would
-        # make the output a causal bias, too.
+        # torch's class of causal biases overrides only SDPA. In every other function, the class would make the output a
+        # causal bias, too.
         attn_mask = None
     seen = (query, key, value, attn_mask, *others)
     return seen if has_torch_function_variadic(*seen) and not modes.is_pre_dispatch() else None
 
 
 def _seed(problem: AttentionProblem, dropout_seed: int | Tensor | None) -> Tensor | None:
+    """The seed of dropout, a 0-d int64 tensor, drawn if the caller gives none. None without dropout."""
     if not problem.dropout_p:
         return None
     if dropout_seed is None:
@@ -300,7 +308,7 @@ def _seed(problem: AttentionProblem, dropout_seed: int | Tensor | None) -> Tenso
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Casts the inputs as autocast casts those of SDPA: floating-point tensors but float64 ones get its dtype."""
+    """Casts the inputs as autocast casts those of SDPA: all floating-point tensors except float64 get its dtype."""
     if not (isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type)):
         return query, key, value
     dtype = torch.get_autocast_dtype(query.device.type)
@@ -308,4 +316,5 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 
 def _to_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the dtype of autocast, if x is a floating-point tensor other than float64."""
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x

@@ -80,6 +80,7 @@ class CpuTimer:
         self._repeats: dict[Hashable, int] = {}
 
     def first(self, calls: Mapping[Name, Call]) -> dict[Name, float]:
+        """See `Timer.first`. Also determines how often `round` repeats each call."""
         first = {}
         for name, call in calls.items():
             with _blamed(name):
@@ -90,6 +91,7 @@ class CpuTimer:
         return first
 
     def round(self, calls: Mapping[Name, Call], order: Sequence[Name]) -> dict[Name, float]:
+        """See `Timer.round`. A short call is repeated, and the mean of its times is returned."""
         seconds = {}
         for name in order:
             with _blamed(name):
@@ -120,6 +122,7 @@ class GpuTimer:
         self._flushes: dict[Hashable, int] = {}
 
     def first(self, calls: Mapping[Name, Call]) -> dict[Name, float]:
+        """See `Timer.first`. Also determines how often `round` overwrites the cache before each call."""
         flush = self._seconds_of_a_flush()
         seconds = {}
         for name, call in calls.items():
@@ -136,6 +139,7 @@ class GpuTimer:
         return seconds
 
     def round(self, calls: Mapping[Name, Call], order: Sequence[Name]) -> dict[Name, float]:
+        """See `Timer.round`. The times are those between two CUDA events around each call."""
         events = {}
         for name in order:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -86,6 +86,7 @@ class Result:
 
     @property
     def is_right(self) -> bool:
+        """Whether the error is at most the allowed one."""
         return self.measure.is_right
 
     def __str__(self) -> str:
@@ -187,4 +188,5 @@ def _judge(
 
 
 def _random(*shape: int, device: torch.device, seed: int = 11) -> Tensor:
+    """Normally distributed float64 numbers, the same on every device. The seed determines them."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)

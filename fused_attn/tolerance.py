@@ -124,8 +124,10 @@ def largest(x: Tensor) -> float:
 
 
 def _max(x: Tensor) -> float:
+    """The largest entry; 0 for an empty tensor."""
     return x.max().item() if x.numel() else 0.0
 
 
 def _rms(x: Tensor) -> float:
+    """The root mean square of the entries; 0 for an empty tensor."""
     return x.square().mean().sqrt().item() if x.numel() else 0.0

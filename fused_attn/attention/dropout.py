@@ -2,7 +2,7 @@
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
 ``key = (seed & 0xffffffff, seed >> 32)`` and ``counter = (key_position >> 2, query_position, head, batch)``; word
-``key_position & 3`` decides. An entry is kept iff its word is at least ``threshold(dropout_p)``.
+``key_position & 3`` decides. An entry survives iff its word is at least ``threshold(dropout_p)``.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ def scale(dropout_p: float) -> float:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A fresh seed from torch's default generator, as a 0-d int64 tensor: no synchronisation with the device."""
+    """A seed from torch's default generator, a 0-d int64 tensor on the device. The host does not wait."""
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def keep_mask(
     seed: Tensor, dropout_p: float, batch: int, num_heads: int, rows: Positions, columns: Positions
 ) -> Tensor:
-    """(B, H, L, S) bool. Packed problems (batch 1) key the batch by each row's own sequence."""
+    """(B, H, L, S) bool: True = the prob survives dropout.
+
+    In packed problems (batch 1), the number of the row's sequence takes the place of the batch entry.
+    """
     device = seed.device
-    # No column lies beyond the number of columns. The last one itself would have to be read from the device.
+    # Philox makes four words for four neighbouring keys. There are groups for as many keys as there are columns. Fewer
+    # may be enough for packed keys, but finding the largest position would take reading it from the device.
     group = torch.arange(-(-columns.position.shape[0] // 4), device=device)[None, None, None, :]
     query = rows.position[None, None, :, None]
     head = torch.arange(num_heads, device=device)[None, :, None, None]
@@ -48,7 +52,10 @@ def keep_mask(
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:
-    """Four 32-bit words, as int64 tensors of the counters' broadcast shape (int64 because torch's uint32 is thin)."""
+    """The four 32-bit words of Philox4x32-10 for a counter, each an int64 tensor of the counter's broadcast shape.
+
+    The dtype is int64 because torch has few operators for uint32.
+    """
     words = list(torch.broadcast_tensors(*counter))
     keys = [seed & _WORD, (seed >> 32) & _WORD]
     for _ in range(_ROUNDS):
@@ -60,7 +67,10 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32-bit product; in halves, since the whole would overflow int64."""
+    """The high and the low 32 bits of the product of two 32-bit numbers.
+
+    The multiplier is split into halves of 16 bits, because the whole product could overflow int64.
+    """
     low_part = word * (multiplier & 0xFFFF)
     high_part = word * (multiplier >> 16) + (low_part >> 16)
     return high_part >> 16, ((high_part << 16) | (low_part & 0xFFFF)) & _WORD

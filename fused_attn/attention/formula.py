@@ -41,7 +41,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     with _without_autocast(inputs.query.device):
         x = _to_compute(problem, inputs)
         probs, lse, dcap = _softmax(problem, x)
-        assert saved.dout is not None, "backends get one"
+        assert saved.dout is not None, "backward needs the gradient of out"
         dout, dlse = saved.dout.to(problem.accumulate_dtype), saved.dlse
         if problem.is_packed:
             rows, _ = masks.positions(problem, x)
@@ -80,13 +80,19 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context that switches autocast off, if the device has autocast."""
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 class Softmax(NamedTuple):
-    """probs: (B, H, L, S); lse: (B, H, L); dcap: d softcap(x) / dx of every score, None without softcap."""
+    """The softmax of the logits.
+
+    probs: (B, H, L, S)
+    lse:   (B, H, L), the log-sum-exp of each row
+    dcap:  (B, H, L, S), the derivative of the softcap at each score; None without softcap
+    """
 
     probs: Tensor
     lse: Tensor
@@ -94,6 +100,7 @@ class Softmax(NamedTuple):
 
 
 def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
+    """The probs, the log-sum-exp, and the derivative of the softcap. x: the inputs from `_to_compute`."""
     scores = (x.query * problem.scale) @ x.key.transpose(-2, -1)  # (B, H, L, S)
     dcap = None
     if problem.softcap:
@@ -150,7 +157,7 @@ def _without_strays(x: Tensor, positions: Positions) -> Tensor:
 
 def _dropout_factors(problem: AttentionProblem, x: Inputs) -> Tensor:
     """(B, H, L, S): 0 for each dropped entry, 1 / (1 - p) for each other one."""
-    assert x.seed is not None, "given where dropout_p > 0"
+    assert x.seed is not None, "dropout_p > 0 needs a seed"
     rows, columns = masks.positions(problem, x)
     dropout_keep = dropout.keep_mask(x.seed, problem.dropout_p, x.query.shape[0], problem.num_heads, rows, columns)
     return dropout_keep.to(problem.accumulate_dtype) * dropout.scale(problem.dropout_p)

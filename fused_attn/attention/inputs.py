@@ -1,4 +1,4 @@
-"""The tensors of a call, in the one order in which they travel from the API to the kernels and gradients back."""
+"""The tensors of a call and their gradients, in the one order that every layer uses, from the API to the kernels."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Shapes(NamedTuple):
 
 #: The inputs that batch entries share, so that their gradients are sums over the batch.
 SHARED = ("bias", "relative_bias", "sinks")
-#: Where `SHARED` stand in `Inputs`, `Gradients` and `Wanted`.
+#: The indices of `SHARED` in `Inputs`, `Gradients` and `Wanted`.
 SHARED_ITEMS = slice(3, 6)
 
 
@@ -103,13 +103,15 @@ class Wanted(NamedTuple):
     def of(cls, *needs_input_grad: bool) -> Wanted:
         """The gradients that torch asks for.
 
-        needs_input_grad: of an autograd step whose arguments begin with `Inputs`, or with the first few of them
+        needs_input_grad: what torch says about the arguments of an autograd step, which are `Inputs` or the first
+            few of them, and perhaps others behind
         """
         needed = dict(zip(Inputs._fields, needs_input_grad, strict=False))
         return cls(**{name: needed[name] for name in cls._fields if name in needed})
 
     @property
     def is_any_shared(self) -> bool:
+        """Whether the gradient of one of `SHARED` is wanted."""
         return self.bias or self.relative_bias or self.sinks
 
     def select(self, grads: Sequence[Tensor]) -> Gradients:

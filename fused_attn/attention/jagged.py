@@ -1,4 +1,4 @@
-"""Nested tensors with ``layout=torch.jagged``: to the packed rows of `fused_attention_varlen`, and back."""
+"""Converts nested tensors with ``layout=torch.jagged`` to the packed rows of `fused_attention_varlen`, and back."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ class Packed(NamedTuple):
     """The rows of all sequences, one after the other.
 
     rows: (total, ...)
-    offsets: (B + 1,), where each sequence begins; the nested tensor's own, so that a result has the same lengths to
-        torch as what it was computed from
+    offsets: (B + 1,), the row at which each sequence begins. This is the tensor that the nested tensor itself holds,
+        because torch considers two nested tensors equally long only if they share this tensor.
     """
 
     rows: Tensor
     offsets: Tensor
-    max_seqlen: int  # at least the longest length, under torch.compile the number of rows
+    max_seqlen: int  # the longest length; under torch.compile, the number of all rows, which is an upper bound
 
     def like(self, rows: Tensor) -> Tensor:
         """Other rows of the same sequences, as a nested tensor (B, length, ...)."""
-        # The result is told its longest length, so that the next layer need not read this length from a device. Under
-        # compilation max_seqlen is an upper bound only, which must not be taken for the length.
+        # torch gets the longest length here, so that the next layer need not read the length from a device. Under
+        # compilation, max_seqlen is only an upper bound, and torch would take the bound for the length.
         longest = None if torch.compiler.is_compiling() else self.max_seqlen
         return torch.nested.nested_tensor_from_jagged(rows, self.offsets, max_seqlen=longest)
 
 
 def is_nested(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """True if any of them is a nested tensor; False if one is no tensor, which the checks of the call report."""
+    """True if one of the three is a nested tensor.
+
+    False if one of them is no tensor. The checks of the call raise an error in that case.
+    """
     try:
         return query.is_nested or key.is_nested or value.is_nested
     except AttributeError:
@@ -61,10 +64,11 @@ def pack(name: str, x: Tensor, length_dim: int) -> Packed:
     if x.lengths() is not None:
         raise ValueError(f"{name}: expected sequences that follow one another; close the gaps with {name}.contiguous()")
     rows = (x.transpose(1, length_dim) if length_dim != 1 else x).values()
-    # Compiled code cannot look at lengths. All rows together are the only bound that it knows.
+    # Compiled code cannot read the lengths. The number of all rows is the only bound that it knows.
     max_seqlen = rows.shape[0] if torch.compiler.is_compiling() else x._get_max_seqlen()
     return Packed(rows, x.offsets(), max_seqlen)
 
 
 def _is_jagged(x: Tensor) -> TypeGuard[NestedTensor]:
+    """Whether a nested tensor has ``layout=torch.jagged``."""
     return x.layout == torch.jagged

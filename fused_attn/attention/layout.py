@@ -1,4 +1,4 @@
-"""Inputs of any batch rank, as SDPA takes them, to the (B, heads, rows, columns) of the backends."""
+"""Reshapes inputs of any batch rank, which SDPA accepts, to the (B, heads, rows, columns) of the backends, and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from fused_attn.attention import checks
 
 
 class Layout(NamedTuple):
-    """How inputs of any batch rank become (B, heads, rows, columns), and the outputs back again."""
+    """How inputs of any batch rank become (B, heads, rows, columns), and how outputs get the rank of the inputs.
+
+    batch_shape: the dimensions before the heads, after broadcasting
+    num_heads, num_kv_heads: H and Hkv, after broadcasting
+    has_heads: one of the inputs has a dimension for heads, that is, three or more dimensions
+    """
 
     batch_shape: tuple[int, ...]
     num_heads: int
@@ -21,6 +26,11 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, query: torch.Size, key: torch.Size, value: torch.Size, enable_gqa: bool) -> Layout:
+        """The layout of inputs with these shapes, (..., heads, rows, columns) each.
+
+        Raises:
+            ValueError: the batch dimensions do not broadcast, or the numbers of heads do not fit.
+        """
         leads = [shape[:-2] for shape in (query, key, value)]
         try:
             batch_shape = tuple(torch.broadcast_shapes(*(lead[:-1] for lead in leads)))
@@ -33,6 +43,7 @@ class Layout(NamedTuple):
 
     @property
     def batch(self) -> int:
+        """B, the product of the batch dimensions."""
         return math.prod(self.batch_shape)
 
     def fits(self, query: torch.Size, key: torch.Size, value: torch.Size) -> bool:
@@ -41,6 +52,7 @@ class Layout(NamedTuple):
         return len(self.batch_shape) == 1 and expected == (query[:-2], key[:-2], value[:-2])
 
     def flatten(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The inputs as (B, H, L, D), (B, Hkv, S, D) and (B, Hkv, S, Dv)."""
         return (
             self._flat(query, self.num_heads),
             self._flat(key, self.num_kv_heads),
@@ -48,14 +60,18 @@ class Layout(NamedTuple):
         )
 
     def _flat(self, x: Tensor, heads: int) -> Tensor:
+        """x (..., rows, columns) as (B, heads, rows, columns), broadcast where needed."""
         return x.expand(*self.batch_shape, heads, *x.shape[-2:]).reshape(self.batch, heads, *x.shape[-2:])
 
     def unflatten(self, out: Tensor) -> Tensor:
+        """out (B, H, L, Dv) with the dimensions of the inputs, (..., L, Dv)."""
         return out.reshape(*self._lead, *out.shape[-2:])
 
     def unflatten_lse(self, lse: Tensor) -> Tensor:
+        """lse (B, H, L) with the dimensions of the inputs, (..., L)."""
         return lse.reshape(*self._lead, lse.shape[-1])
 
     @property
     def _lead(self) -> tuple[int, ...]:
+        """The dimensions of the output before its rows."""
         return (*self.batch_shape, self.num_heads) if self.has_heads else ()

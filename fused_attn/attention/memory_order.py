@@ -27,10 +27,10 @@ def follow_layout(x: Tensor, like: Tensor) -> Tensor:
     strides = empty_like_layout(twin, x.shape[3]).stride()
     order = _memory_order(strides)
     x = x.permute(*order, 3).contiguous().permute(*map(order.index, range(3)), 3)
-    # Only the meaningless strides of dimensions of size 1 can still differ.
+    # Only strides of dimensions of size 1 can still differ. Such strides have no effect on the memory that is read.
     return x if x.stride() == strides else x.as_strided(x.shape, strides)
 
 
 def _memory_order(strides: tuple[int, ...]) -> list[int]:
-    """The dimensions before the last, outermost first."""
+    """The first three dimensions in the order of their strides, the largest stride first."""
     return sorted(range(3), key=strides.__getitem__, reverse=True)

@@ -1,4 +1,4 @@
-"""`AttentionProblem`: one immutable description of a call, used by dispatch, backends and error messages."""
+"""`AttentionProblem`, the immutable description of a call for dispatch, backends and error messages."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Band(NamedTuple):
 
     @property
     def is_unbounded(self) -> bool:
+        """Whether the band hides nothing."""
         return self.left == UNBOUNDED and self.right == UNBOUNDED
 
 
@@ -87,18 +88,18 @@ class AttentionProblem:
     is_plain: bool = field(init=False, default=False)
     #: The call has one of the tensors `inputs.SHARED`, or floating-point key padding, which can become a bias.
     has_shared: bool = field(init=False, default=False)
-    #: Of the scores, the lse and the gradients of biases: float64 for float64 inputs, else float32.
+    #: The dtype of the scores, the lse and the gradients of biases: float64 for float64 inputs, else float32.
     accumulate_dtype: torch.dtype = field(init=False, default=torch.float32)
 
     @classmethod
     def of(
         cls, shapes: Shapes, dtype: torch.dtype, device: torch.device, scalars: Scalars, has_float_padding: bool = False
     ) -> AttentionProblem:
-        """The one place that makes a problem from a call.
+        """The problem of a call. Every call makes its problem here.
 
         Args:
             shapes: query, key and value as (B, heads, rows, columns).
-            dtype: of query, key and value.
+            dtype: the dtype of query, key and value.
         """
         offsets = shapes.cu_seqlens_q
         return cls(
@@ -126,6 +127,7 @@ class AttentionProblem:
 
     @property
     def scalars(self) -> Scalars:
+        """The numbers of the problem in the form that the registered operators take."""
         return Scalars(self.seqlen_q, self.seqlen_k, self.scale, self.softcap, self.dropout_p, *self.band)
 
     def __post_init__(self):
@@ -141,7 +143,7 @@ class AttentionProblem:
         """The same problem on another device, or on an NVIDIA architecture such as ``"sm_90"``.
 
         Raises:
-            ValueError: device is neither, or a GPU by its number which this machine does not have.
+            ValueError: device is neither, or it is the number of a GPU that this machine does not have.
         """
         capability = None
         named: torch.device | str | int = device

@@ -40,6 +40,7 @@ class FusedAttention(torch.autograd.Function):
         value: Tensor,
         *others: Tensor | None,
     ):
+        """out (B, H, L, Dv), or (out, lse (B, H, L)) with return_lse. Saves what `backward` needs."""
         backend, problem, return_lse, inputs = call
         ctx.call = backend, problem  # without the inputs, which save_for_backward keeps and guards against changes
         out, lse = backend.forward(problem, inputs, True)
@@ -54,6 +55,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None = None):
+        """The gradients of the arguments of `forward`; None for `call`, which is no tensor."""
         out, lse, query, key, value, *others = ctx.saved_tensors
         inputs = Inputs(query, key, value, *others)
         backend, problem = ctx.call

@@ -23,6 +23,7 @@ class TransformableAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
+        """(out, lse) of a backend, or of the registered operator if a tracer records operators."""
         inputs, (backend, problem) = take(Inputs, arguments)
         if modes.is_observed(inputs.query, inputs.key, inputs.value):
             return ops.call(problem, backend.name, inputs)
@@ -30,17 +31,20 @@ class TransformableAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        """Saves what `backward` needs: all arguments and results of `forward`."""
         *tensors, ctx.backend, ctx.problem = inputs
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
     def backward(ctx, dout, dlse):
+        """The gradients of all arguments, computed by `_TransformableGradients`, so that they are differentiable."""
         asked_for = Wanted.of(*ctx.needs_input_grad)
         found = iter(_TransformableGradients.apply(*ctx.saved_tensors, dout, dlse, asked_for, ctx.backend, ctx.problem))
         return gradients_of_arguments(Gradients(*(next(found) if is_wanted else None for is_wanted in asked_for)))
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
+        """(out, lse) for every entry of the vmapped dimension; see `_vmap`."""
         *tensors, backend, problem = arguments
 
         def apply(problem, *tensors):
@@ -54,6 +58,7 @@ class _TransformableGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
+        """The wanted gradients by a backend, or by the registered operator if a tracer records operators."""
         inputs, others = take(Inputs, arguments)
         saved, (asked_for, backend, problem) = take(Saved, others)
         is_observed = modes.is_observed(inputs.query, inputs.key, inputs.value)
@@ -62,11 +67,13 @@ class _TransformableGradients(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        """Saves what `backward` needs: the inputs and the gradients of out and lse."""
         *tensors, ctx.wanted, _, ctx.problem = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, *ddgrads):
+        """The second derivatives, which are those of the differentiable formula."""
         inputs, saved = take(Inputs, ctx.saved_tensors)
         tensors = gradients.differentiable(inputs, Saved(*saved))
 
@@ -79,6 +86,7 @@ class _TransformableGradients(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
+        """The wanted gradients for every entry of the vmapped dimension; see `_vmap`."""
         *tensors, asked_for, backend, problem = arguments
 
         def apply(problem, *tensors):

@@ -291,6 +291,7 @@ def attention_mask_of(
 
 
 def _register() -> None:
+    """Registers the names "fused_attn", "fused_attn.cpu" and so on with transformers."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask_of)
     for backend in BACKEND_NAMES:
@@ -373,10 +374,12 @@ def _with_position_bias(position_bias: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _is_switchable(model: PreTrainedModel) -> bool:
+    """Whether the attention of a model can be chosen by name, and reads our masks correctly."""
     return model._can_set_attn_implementation() and _kind(model.config) not in _MISREADS_MASKS
 
 
 def _kind(config) -> str | None:
+    """The ``model_type`` of a configuration. Informer with ProbSparse attention counts as a type of its own."""
     kind = getattr(config, "model_type", None)
     is_sparse = kind == "informer" and config.attention_type == "prob"
     return "informer with ProbSparse attention" if is_sparse else kind
@@ -421,6 +424,7 @@ class _RelativeBias(_Layer):
     """
 
     def compute_bias(self, query_length, key_length, device=None, past_seen_tokens=0):
+        """The position bias (H, L + S - 1); (H, 0) in a layer without one."""
         if not self._is_fused:
             return super().compute_bias(query_length, key_length, device, past_seen_tokens)
         if not self.__dict__["has_relative_attention_bias"]:
@@ -431,12 +435,14 @@ class _RelativeBias(_Layer):
 
     @property
     def has_relative_attention_bias(self) -> bool:
+        """Whether the layer calls `compute_bias`. Under the fused attention, every layer does."""
         # A layer without a bias would make zeros for every pair of positions. With True here, the layer calls
         # compute_bias instead, which returns an empty tensor.
         return self._is_fused or self.__dict__["has_relative_attention_bias"]
 
     @property
     def _is_fused(self) -> bool:
+        """Whether the model of this layer uses the fused attention at present."""
         return self.config._attn_implementation.partition(".")[0] == NAME
 
     def __reduce_ex__(self, protocol):
@@ -447,10 +453,12 @@ class _RelativeBias(_Layer):
 
 
 def _is_gpt1(module: nn.Module) -> bool:
+    """Whether the class of the module stands in the file of GPT-1."""
     return type(module).__module__ == "transformers.models.openai.modeling_openai"
 
 
 def _is_gpt1_attention(module: nn.Module) -> bool:
+    """Whether the module is an attention layer of GPT-1."""
     return _is_gpt1(module) and type(module).__name__ == "Attention"
 
 
@@ -490,6 +498,7 @@ class _FusedGPT1(_Layer):
 
 @functools.cache
 def _subclass(mixin: type, layer: type) -> type:
+    """A class with the methods of the mixin before those of the layer. The name stays that of the layer."""
     return layer if issubclass(layer, mixin) else type(layer.__name__, (mixin, layer), {})
 
 

@@ -414,6 +414,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 )
 
     def _check_cache(self, cache: AttentionCache | None) -> None:
+        """Raises an error if `cache` is not the cache of an attention module, or does not go with this module."""
         if cache is not None and not hasattr(cache, "is_static"):
             raise TypeError(
                 f"cache: expected a layer's cache such as cache.layers[i].self_attention, got {type(cache).__name__}"
@@ -470,6 +471,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 )
 
     def _project_query(self, query: Tensor) -> Tensor:
+        """query (..., E), projected to (..., E). With a filled static cache, only the query needs a projection."""
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[: self.embed_dim]
         return F.linear(query, weight, None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim])
 
@@ -515,6 +517,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
     @property
     def _num_appended(self) -> int:
+        """The number of rows that add_bias_kv and add_zero_attn append to the keys: 0, 1 or 2."""
         return (self.bias_k is not None) + self.add_zero_attn
 
     def _checked_mask(self, mask: _Mask, key_padding_mask: Tensor | None, seqlen_q: int, key: Tensor) -> _Mask:
@@ -630,7 +633,7 @@ def keep_fast_path_off(parent: nn.Module, name: str, child: nn.Module | None) ->
 
 
 def _nothing(module: nn.Module, inputs: tuple) -> None:
-    pass
+    """The forward pre-hook that `keep_fast_path_off` registers. torch looks only whether there is a hook."""
 
 
 # The hook sees every way of replacing the attention: an assignment, the constructor of a subclass, a tool.
@@ -646,6 +649,7 @@ def accepts_cache(method: Callable) -> bool:
 
 
 def _has_cache_parameter(function: Callable) -> bool:
+    """Whether a function takes the keyword ``cache``, by name or among ``**kwargs``."""
     parameters = inspect.signature(function).parameters
     return "cache" in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
 
@@ -663,6 +667,7 @@ class NotADivisorError(ValueError, AssertionError):
 
 
 def check_sizes(least: int, **sizes: int | None) -> None:
+    """Raises TypeError if a size is no integer, and ValueError if a size is below `least`. None is allowed."""
     for name, size in sizes.items():
         if size is not None and not isinstance(size, numbers.Integral):
             raise TypeError(f"{name}: expected an int, got {type(size).__name__} {size!r}")
@@ -671,6 +676,7 @@ def check_sizes(least: int, **sizes: int | None) -> None:
 
 
 def check_divides(name: str, divisor: int, whole_name: str, whole: int) -> None:
+    """Raises `NotADivisorError` unless `divisor` divides `whole`. The names are those of the arguments."""
     if whole % divisor:
         raise NotADivisorError(f"{name}: expected a divisor of {whole_name}={whole}, got {divisor}")
 
@@ -682,11 +688,13 @@ def check_backend(backend: str | None) -> None:
 
 
 def _check_mask_dtype(name: str, mask: Tensor) -> None:
+    """Raises AssertionError, as the parent class does, if a mask is neither bool nor floating point."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise AssertionError(f"{name}: expected bool or floating point, got {mask.dtype}")
 
 
 def _rotary(rotary: bool | float | None, head_dim: int) -> RotaryEmbedding | None:
+    """The module for the argument `rotary` of `FusedMultiheadAttention`; None if the argument turns it off."""
     if rotary is None or rotary is False:
         return None
     if rotary is True:

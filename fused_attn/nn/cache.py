@@ -91,9 +91,11 @@ class SelfAttentionCache:
             self._values = self._selected(self._values, indices)
 
     def _concatenated(self, buffer: Tensor | None, rows: Tensor) -> Tensor:
+        """A new buffer with exactly the rows in the cache and the new rows (B, Hkv, L, D)."""
         return rows if buffer is None else torch.cat((buffer[:, :, : self.length], rows), dim=2)
 
     def _appended(self, buffer: Tensor | None, rows: Tensor) -> Tensor:
+        """The buffer with the new rows (B, Hkv, L, D) written after the last row. If it is full, a larger buffer."""
         end = self.length + rows.shape[2]
         if buffer is None or end > buffer.shape[2]:
             capacity = self._max_length or max(end, 2 * self.length, MIN_CAPACITY)
@@ -105,6 +107,7 @@ class SelfAttentionCache:
         return buffer
 
     def _selected(self, buffer: Tensor, indices: Tensor) -> Tensor:
+        """A new buffer whose batch entry n is the entry ``indices[n]`` of the given one."""
         # This makes a new buffer, because views of the old one may still be in use. Only filled rows are copied.
         selected = buffer.new_empty(indices.shape[0], *buffer.shape[1:])
         selected[:, :, : self.length] = buffer[:, :, : self.length].index_select(0, indices)
@@ -177,6 +180,10 @@ class CrossAttentionCache:
             self._memory = None  # the next step brings the memory in the new order
 
     def _check_memory(self, memory: Tensor, batch: int) -> None:
+        """Raises ValueError if memory is not the memory that filled the cache.
+
+        batch: the batch size of the cache
+        """
         if memory is self._memory:
             return
         length = self.length
@@ -283,6 +290,7 @@ class KVCache:
 
 
 def _check_count(name: str, count: int) -> None:
+    """Raises TypeError or ValueError unless count is an int of at least 1."""
     if not isinstance(count, int):
         raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
     if count < 1:
@@ -297,6 +305,7 @@ def _is_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _check_pair(key: Tensor, value: Tensor) -> None:
+    """Raises ValueError unless key is (B, Hkv, L, D) and value is (B, Hkv, L, Dv)."""
     if key.dim() != 4:
         raise ValueError(f"key: expected shape (B, Hkv, L, D), got {tuple(key.shape)}")
     if value.dim() != 4 or value.shape[:3] != key.shape[:3]:

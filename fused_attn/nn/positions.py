@@ -59,6 +59,7 @@ class RotaryEmbedding(nn.Module):
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
     def extra_repr(self) -> str:
+        """The arguments, for ``print(module)``."""
         return f"head_dim={self.head_dim}, base={self.base}"
 
 
@@ -121,6 +122,7 @@ class T5RelativeBias(nn.Module):
         return t5_relative_bias(self.weight, seqlen_q, seqlen_k, self.bidirectional, self.max_distance)
 
     def extra_repr(self) -> str:
+        """The arguments, for ``print(module)``."""
         num_buckets, num_heads = self.weight.shape
         return (
             f"num_buckets={num_buckets}, num_heads={num_heads}, bidirectional={self.bidirectional}, "

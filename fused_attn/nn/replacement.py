@@ -1,4 +1,4 @@
-"""The modules of attention in a model, replaced by those of the fused kernel."""
+"""Replaces the attention modules of a model by those of the fused kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from fused_attn.nn.attention import FusedMultiheadAttention
 
 
 def replace_attention(model: nn.Module, backend: str | None) -> dict[nn.Module, FusedMultiheadAttention]:
-    """`fused_attn.convert_attention` without what it does to the layers around; {torch's module: ours}."""
+    """Replaces each `nn.MultiheadAttention` in a model, in place; returns {torch's module: the new module}.
+
+    Warns of modules that are left alone. The layers around the attention keep their classes.
+    """
     fused: dict[nn.Module, FusedMultiheadAttention] = {}  # one module may be registered in several places
     left_alone = []
     for name, module in model.named_modules():

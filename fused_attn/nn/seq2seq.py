@@ -120,6 +120,7 @@ class Seq2SeqTransformer(nn.Module):
         self.embedding_dropout = nn.Dropout(dropout)
 
         def attention(rotary: bool) -> FusedMultiheadAttention:
+            """An attention module for a layer; the argument says whether positions rotate queries and keys."""
             return FusedMultiheadAttention(
                 d_model,
                 nhead,
@@ -197,6 +198,7 @@ class Seq2SeqTransformer(nn.Module):
             self.generator.reset_parameters()
 
     def _apply(self, fn, recurse=True):
+        """Applies ``to``, ``to_empty``, ``half`` and so on to all parameters, and ties the weights again."""
         # to_empty and conversions to another kind of device make a new parameter for each place, which unties weights.
         weight, generator_weight = self._tied_weights()
         super()._apply(fn, recurse)
@@ -479,6 +481,7 @@ class Seq2SeqTransformer(nn.Module):
         top_p: float | None,
         length_penalty: float,
     ) -> None:
+        """Raises TypeError or ValueError for arguments of `generate` that are out of range or exclude each other."""
         for name, count in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams), ("top_k", top_k)):
             if not isinstance(count, int) and not (name == "top_k" and count is None):
                 raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
@@ -504,6 +507,7 @@ class Seq2SeqTransformer(nn.Module):
 
 
 def _tie_after_loading(model: Seq2SeqTransformer, incompatible_keys) -> None:
+    """A hook after ``load_state_dict``: the generator gets the weight of the target embedding again."""
     weights = model._tied_weights()
     if model._tie_generator and all(type(weight) is nn.Parameter for weight in weights):  # none is quantised or sharded
         model.generator.weight = model.tgt_embedding.weight
@@ -574,6 +578,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 def _check_vocabularies(
     src_vocab_size: int, tgt_vocab_size: int, pad_id: int, sos_id: int, eos_id: int, share_embeddings: bool
 ) -> None:
+    """Raises ValueError if a special token is in no vocabulary, or if the sizes or tokens contradict each other."""
     for name, size in (("src_vocab_size", src_vocab_size), ("tgt_vocab_size", tgt_vocab_size)):
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")

@@ -85,11 +85,13 @@ def is_plain(module: nn.MultiheadAttention) -> bool:
 
 
 def _is_plain_parameter(module: nn.Module, name: str) -> bool:
+    """Whether the native call can read a parameter of the module, or the parameter is None (a bias that is off)."""
     x = module._parameters.get(name, False)  # None is a bias that is off. False means: this is no parameter any more.
     return x is None or (type(x) is nn.Parameter and x.is_cpu and x.layout is torch.strided and x.is_contiguous())
 
 
 def _takes_options(module: nn.MultiheadAttention) -> bool:
+    """Whether the native call computes what the options of the module ask for."""
     return (
         module.batch_first
         and not (module.training and module.dropout)
@@ -103,6 +105,7 @@ def _takes_options(module: nn.MultiheadAttention) -> bool:
 
 
 def _takes_input(module: nn.MultiheadAttention, x: Tensor) -> bool:
+    """Whether the native call can read x (N, L, E), and is faster than the general way for this size."""
     out_proj: Any = module._modules["out_proj"]
     weight, out_weight = module._parameters["in_proj_weight"], out_proj._parameters["weight"]
     return (
@@ -119,6 +122,7 @@ def _takes_input(module: nn.MultiheadAttention, x: Tensor) -> bool:
 
 
 def _is_plain_padding(mask: Tensor | None, x: Tensor) -> bool:
+    """Whether the native call can read the mask (N, L), or there is none."""
     return mask is None or (
         type(mask) is Tensor and mask.dtype == torch.bool and mask.is_cpu and mask.shape == x.shape[:2]
     )

@@ -335,6 +335,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         *,
         cache: AttentionCache | None = None,
     ) -> Tensor:
+        """The self-attention of x, after dropout, in the shape of x. The parent class has no cache."""
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
         options: dict[str, Any] = {"is_causal": is_causal}
         if cache is not None:
@@ -351,6 +352,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         *,
         cache: AttentionCache | None = None,
     ) -> Tensor:
+        """The attention of x over mem, after dropout, in the shape of x. The parent class has no cache."""
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
         options: dict[str, Any] = {"is_causal": is_causal}
         if cache is not None and getattr(self.multihead_attn, "takes_cache", False):
@@ -543,6 +545,7 @@ class Transformer(nn.Transformer):
         check_sizes(0, num_encoder_layers=num_encoder_layers, num_decoder_layers=num_decoder_layers)
 
         def stack(stack_class: type, layer_class: type, num_layers: int) -> nn.Module:
+            """An encoder or a decoder with num_layers new layers and a final norm."""
             layer = layer_class(
                 d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
                 device, dtype, backend=backend,
@@ -622,6 +625,7 @@ def check_layer(d_model: int, nhead: int, dim_feedforward: int, dropout: float, 
 
 
 def _fuse(layers: nn.ModuleList, backend: str | None) -> None:
+    """Puts the layers of a stack on the fused kernel, in place. None leaves the backends as they are."""
     check_backend(backend)
     replace_attention(layers, backend)
     convert_layers(layers)
@@ -632,7 +636,10 @@ def _fuse(layers: nn.ModuleList, backend: str | None) -> None:
 
 
 def convert_layers(model: nn.Module) -> None:
-    """The rest of `fused_attn.convert_attention`: torch's layers and stacks around fused attention become ours."""
+    """Turns torch's layers and stacks that contain fused attention into the classes of this module, in place.
+
+    `fused_attn.convert_attention` calls this function after it has replaced the attention.
+    """
     # Layers before stacks: what a stack becomes depends on its layers.
     for module in model.modules():
         if type(module) is nn.TransformerEncoderLayer and _is_fused(module.self_attn):
@@ -643,7 +650,7 @@ def convert_layers(model: nn.Module) -> None:
             module.__class__ = TransformerDecoderLayer
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(map(_has_fused_attention, module.layers)):
-            # It was decided at construction, from the attention that was there.
+            # torch decided at construction, from the attention of that time, whether to use nested tensors.
             module.use_nested_tensor = False
             if type(module) is nn.TransformerEncoder:
                 module.__class__ = TransformerEncoder
@@ -652,14 +659,17 @@ def convert_layers(model: nn.Module) -> None:
 
 
 def _is_fused(*attention: nn.Module) -> bool:
+    """Whether all of these modules are `FusedMultiheadAttention`."""
     return all(isinstance(module, FusedMultiheadAttention) for module in attention)
 
 
 def _has_fused_attention(layer: nn.Module) -> bool:
+    """Whether a layer contains a `FusedMultiheadAttention`."""
     return any(isinstance(module, FusedMultiheadAttention) for module in layer.modules())
 
 
 def _seqlen(x: Tensor, layers: nn.ModuleList) -> int:
+    """The length L of x, (N, L, E), (L, N, E) or (L, E). The first layer knows which dimension is the batch."""
     first: Any = layers[0]
     return x.shape[1 if x.dim() == 3 and first.self_attn.batch_first else 0]
 

@@ -192,8 +192,8 @@ def test_kernels_use_the_instructions_that_they_are_for(built):
 def test_softmax_runs_while_the_tensor_cores_do(built):
     """In plain kernels of the backward, exponentials are computed while a product runs.
 
-    ptxas tends to move a wait for products up, to the branch before, which would end the overlap. A general kernel waits
-    for all products first, because it multiplies the gradients of the probs by the derivative of the softcap.
+    ptxas tends to move a wait for products up, to the branch before, which would end the overlap. A general kernel
+    waits for all products first, because it multiplies the gradients of the probs by the derivative of the softcap.
     """
     hopper = [kernel for kernel in built if kernel.architecture == "sm_90a" and kernel.instructions.get("HGMMA")]
     for kernel in hopper:
