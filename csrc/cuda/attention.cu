@@ -172,7 +172,7 @@ LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
   x.is_plain = is_scale_positive && a.softcap == 0.0 && a.relative_bias.data == nullptr && a.bias.data == nullptr;
   if (a.softcap != 0.0) {
     x.softcap_scale = static_cast<float>(a.scale / a.softcap);
-    x.softcap_log2 = static_cast<float>(a.softcap * kLog2EExact);
+    x.softcap = static_cast<float>(a.softcap);
   }
   if (relative_bias != nullptr) {
     const int64_t stride_head = a.seqlen_q + a.seqlen_k - 1 + 2 * kRelativeBiasMargin;
@@ -208,8 +208,8 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.scale = static_cast<float>(a.scale);
   p.scale_log2 = static_cast<float>(a.scale * kLog2EExact);
   p.logits = logits_of(a, pieces.relative_bias);
-  p.softmax_scale = p.logits.is_plain ? p.scale : kLn2;
-  p.softmax_scale_log2 = p.logits.is_plain ? p.scale_log2 : 1.0f;
+  p.softmax_scale = p.logits.is_plain ? p.scale : 1.0f;
+  p.softmax_scale_log2 = p.logits.is_plain ? p.scale_log2 : kLog2E;
   p.mask = pieces.mask;
   p.mask.entries_per_head = a.mask.stride_head == 0 ? 0 : 1;
   p.mask.entries_per_batch =
@@ -331,8 +331,7 @@ void run(const Call& of_caller, bool is_backward) {
   needs.is_packed = a.cu_seqlens_q != nullptr;
   needs.has_key_padding = a.key_padding.data != nullptr;
   const bool is_head_dim_exact = a.head_dim == kernels.head_dim && a.value_dim == kernels.head_dim;
-  needs.is_general = !logits_of(a, nullptr).is_plain || a.mask.data != nullptr || a.sinks.data != nullptr ||
-                     (a.has_dropout && !is_head_dim_exact);
+  needs.is_general = !logits_of(a, nullptr).is_plain || a.mask.data != nullptr || (a.has_dropout && !is_head_dim_exact);
   needs.seqlen_q = a.seqlen_q;
   needs.relative_bias_heads = relative_bias_heads(a);
   needs.mask_entries = mask_entries(a);

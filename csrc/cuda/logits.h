@@ -5,8 +5,8 @@
 //   logit = softcap * tanh(scale * score / softcap) + relative bias + bias
 //   logit = scale * score + relative bias + bias                               (without a softcap)
 //
-// Logits are multiplied by log2(e): then exp(logit - reference) is exp2 of a difference, with no further factor. Masks
-// come after the logits (visibility.h).
+// The first of these steps that is a multiply-add takes the scale as its factor, so scaling costs no instruction of its
+// own. Masks come after the logits (visibility.h).
 #pragma once
 #include <type_traits>
 
@@ -47,32 +47,29 @@ GPU_DEVICE float tanh_of(float x) {
   return multiply_add(-2.0f, reciprocal_approx(1.0f + exp2_approx(kTwoLog2E * x)), 1.0f);
 }
 
-// Multiplies the scores of this thread by the scale, or applies the softcap to them. With a softcap, multiplies
-// gradients by its derivative.
+// Applies the softcap, if there is one, to the scores of this thread, and multiplies gradients by its derivative.
 template <int kTiles, class Gradients>
-GPU_DEVICE void apply_scale_and_softcap(const Params& p, float (&scores)[kTiles][4], const Gradients& gradients) {
-  const LogitParams& x = p.logits;
+GPU_DEVICE void apply_softcap(const LogitParams& x, float (&scores)[kTiles][4], const Gradients& gradients) {
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
     // The branch stands within the loop on purpose. Outside of the loop, ptxas would compute the exponentials of all
     // tiles first, for which there are not enough registers.
-    if (x.softcap_log2 != 0.0f) {
+    if (x.softcap != 0.0f) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
         const float y = tanh_of(scores[t][j] * x.softcap_scale);
-        scores[t][j] = x.softcap_log2 * y;
+        scores[t][j] = x.softcap * y;
         gradients.scale(t, j, 1.0f - y * y);
       }
-    } else {
-      GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] *= p.scale_log2;
     }
   }
 }
 
-// Adds the relative bias, which is the same for all entries of a diagonal (key - query). The 4 * kTiles entries of a
-// thread lie on only 2 * (kTiles + 1) diagonals: the two entries of tile t in row g + 8 lie on the diagonals of the
-// entries of tile t - 1 in row g. So each number of the bias is loaded once. bias_of_diagonal_0 points to the bias of
-// key == query.
+// Multiplies scores by `factor`, and adds the relative bias, which is the same for all entries of a diagonal (key -
+// query). The 4 * kTiles entries of a thread lie on only 2 * (kTiles + 1) diagonals: the two entries of tile t in row g
+// + 8 lie on the diagonals of the entries of tile t - 1 in row g. So each number of the bias is loaded once.
+// bias_of_diagonal_0 points to the bias of key == query.
 template <int kTiles, class Position>
-GPU_DEVICE void add_relative_bias(const float* bias_of_diagonal_0, float (&logits)[kTiles][4], Position at) {
+GPU_DEVICE void add_relative_bias(const float* bias_of_diagonal_0, float (&scores)[kTiles][4], float factor,
+                                  Position at) {
   constexpr int kSign = Position::kRowsAreQueries ? 1 : -1;
   const float* const own = bias_of_diagonal_0 + (at.key - at.query);
   // For each tile, `upper` is the bias of the two entries in row g, and `lower` that of the two entries in row g + 8.
@@ -82,10 +79,10 @@ GPU_DEVICE void add_relative_bias(const float* bias_of_diagonal_0, float (&logit
   Float2 lower = load_pair(-1);
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
     const Float2 upper = load_pair(t);
-    logits[t][0] += upper.x;
-    logits[t][1] += upper.y;
-    logits[t][2] += lower.x;
-    logits[t][3] += lower.y;
+    scores[t][0] = multiply_add(scores[t][0], factor, upper.x);
+    scores[t][1] = multiply_add(scores[t][1], factor, upper.y);
+    scores[t][2] = multiply_add(scores[t][2], factor, lower.x);
+    scores[t][3] = multiply_add(scores[t][3], factor, lower.y);
     lower = upper;
   }
 }
@@ -100,9 +97,10 @@ GPU_DEVICE float load_float(const Element* p) {
   }
 }
 
-// Adds a bias of any strides, one number at a time. Numbers beyond the last query or key are not read.
+// Multiplies scores by `factor`, and adds a bias of any strides, one number at a time. Numbers beyond the last query or
+// key are not read, and the scores there stay as they are.
 template <class Element, int kTiles, class Position>
-GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, float (&logits)[kTiles][4],
+GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, float (&scores)[kTiles][4], float factor,
                          Position at) {
   constexpr bool kRowsAreQueries = Position::kRowsAreQueries;
   const int64_t stride_row = kRowsAreQueries ? bias.stride_query : bias.stride_key;
@@ -116,21 +114,22 @@ GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, f
                           8 * r * stride_row;
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int c = 0; c < 2; ++c) {
-        float& logit = logits[t][2 * r + c];
+        float& score = scores[t][2 * r + c];
         if (8 * r < rows && 8 * t + c < columns)
-          logit = multiply_add(load_float(next + c * stride_column), kLog2E, logit);
+          score = multiply_add(score, factor, load_float(next + c * stride_column));
       }
       next = keep_computed(next + 8 * stride_column);
     }
   }
 }
 
-// Adds a bias of type T whose rows can be read 16 bytes at a time (LogitParams::has_bias_rows), which takes an eighth
-// of the loads. Of four tiles, each of the four threads of a row reads the eight keys of one tile. The threads then
-// exchange what they have read, so that each has its two keys of all four tiles.
+// Multiplies scores by `factor`, and adds a bias of type T whose rows can be read 16 bytes at a time
+// (LogitParams::has_bias_rows), which takes an eighth of the loads. Of four tiles, each of the four threads of a row
+// reads the eight keys of one tile. The threads then exchange what they have read, so that each has its two keys of all
+// four tiles.
 template <class T, int kTiles>
-GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_slice, float (&logits)[kTiles][4],
-                              QueryRows at) {
+GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_slice, float (&scores)[kTiles][4],
+                              float factor, QueryRows at) {
   const Lane lane = this_lane();
   const int32_t own_key = at.key - 2 * lane.q + 8 * lane.q;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
@@ -144,8 +143,8 @@ GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_sli
       exchange_in_row(words, lane);
       GPU_UNROLL for (int i = 0; i < 4; ++i) {
         const Float2 pair = unpack<T>(words[i]);
-        logits[t + i][2 * r] = multiply_add(pair.x, kLog2E, logits[t + i][2 * r]);
-        logits[t + i][2 * r + 1] = multiply_add(pair.y, kLog2E, logits[t + i][2 * r + 1]);
+        scores[t + i][2 * r] = multiply_add(scores[t + i][2 * r], factor, pair.x);
+        scores[t + i][2 * r + 1] = multiply_add(scores[t + i][2 * r + 1], factor, pair.y);
       }
       next = keep_computed(next + 32);
     }
@@ -165,14 +164,22 @@ GPU_DEVICE void to_logits(const Params& p, HeadSlice head_slice, float (&scores)
   at.query = keep_computed(at.query);
   at.key = keep_computed(at.key);
   head_slice.batch = keep_computed(head_slice.batch);
-  apply_scale_and_softcap(p, scores, gradients);
-  if (x.relative_bias != nullptr)
-    add_relative_bias(x.relative_bias + head_slice.head * x.relative_bias_stride_head + p.seqlen_q - 1, scores, at);
-  if (x.bias.data == nullptr) return;
-  if constexpr (Position::kRowsAreQueries) {
-    if (x.has_bias_rows) return add_bias_rows<T>(x.bias, head_slice, scores, at);
+  apply_softcap(x, scores, gradients);
+  float factor = x.softcap != 0.0f ? 1.0f : p.scale;
+  if (x.relative_bias != nullptr) {
+    const float* const own_head = x.relative_bias + head_slice.head * x.relative_bias_stride_head;
+    add_relative_bias(own_head + p.seqlen_q - 1, scores, factor, at);
+    factor = 1.0f;
   }
-  x.is_bias_float ? add_bias<float>(x.bias, head_slice, scores, at) : add_bias<T>(x.bias, head_slice, scores, at);
+  if (x.bias.data == nullptr) {
+    if (factor != 1.0f) scale_rows(scores, {factor, factor});
+    return;
+  }
+  if constexpr (Position::kRowsAreQueries) {
+    if (x.has_bias_rows) return add_bias_rows<T>(x.bias, head_slice, scores, factor, at);
+  }
+  x.is_bias_float ? add_bias<float>(x.bias, head_slice, scores, factor, at)
+                  : add_bias<T>(x.bias, head_slice, scores, factor, at);
 }
 
 }  // namespace fused_attn::gpu

@@ -51,10 +51,10 @@ struct ScoreTensor {
 struct LogitParams {
   bool is_plain;        // nothing but the scale, and the softmax multiplies by it
   float softcap_scale;  // scale / softcap
-  float softcap_log2;   // softcap * log2(e); 0 = no softcap
-  // The copy of the relative bias in the workspace: (H or 1, columns), multiplied by log2(e), with kRelativeBiasMargin
-  // zeros at both ends of a row. The pointer points behind the first margin. The bias of query i and key j is column j
-  // - i + seqlen_q - 1. Null = none.
+  float softcap;        // 0 = no softcap
+  // The copy of the relative bias in the workspace: (H or 1, columns), with kRelativeBiasMargin zeros at both ends of a
+  // row. The pointer points behind the first margin. The bias of query i and key j is column j - i + seqlen_q - 1.
+  // Null = none.
   const float* relative_bias;
   int64_t relative_bias_stride_head;
   ScoreTensor bias;    // null data = none
@@ -140,8 +140,8 @@ struct Params {
   float scale;
   float scale_log2;  // scale * log2(e)
   // What the softmax multiplies its scores by, to get logits (softmax_scale) or exponents of 2 (softmax_scale_log2). If
-  // the logits are plain, these are scale and scale_log2. Otherwise the softmax gets logits times log2(e), and the
-  // factors are ln(2) and 1.
+  // the logits are plain, these are scale and scale_log2. Otherwise the softmax gets logits, and the factors are 1 and
+  // log2(e).
   float softmax_scale;
   float softmax_scale_log2;
   LogitParams logits;

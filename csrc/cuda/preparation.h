@@ -53,8 +53,8 @@ GPU_DEVICE void reset_tile_counter(const Params& p) {
   if (p.tile_counter != nullptr && block_index_x() == 0 && thread_index() == 0) store_global(p.tile_counter, 0);
 }
 
-// Copies a relative bias into the workspace, multiplied by log2(e), with a margin of zeros on both sides of each row:
-// see LogitParams. Each thread writes one number.
+// Copies a relative bias into the workspace, with a margin of zeros on both sides of each row: see LogitParams. Each
+// thread writes one number.
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     prepare_relative_bias_kernel(const GPU_GRID_CONSTANT RelativeBiasParams p) {
   const int64_t i = int64_t{block_index_x()} * kPreparationThreads + thread_index();
@@ -62,7 +62,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
                 column = i % stride - kRelativeBiasMargin;
   if (head >= p.heads) return;
   const bool is_inside = column >= 0 && column < p.columns;
-  store_global(p.padded + i, is_inside ? load_global(p.bias + head * p.stride_head + column) * kLog2E : 0.0f);
+  store_global(p.padded + i, is_inside ? load_global(p.bias + head * p.stride_head + column) : 0.0f);
 }
 
 // Packs the key padding, with one block of threads for each batch entry, and resets the tile counter.
@@ -102,9 +102,12 @@ GPU_DEVICE void prepare_rows(const Params& p) {
     lse = load_global(head_slice.query_value(p.lse, row));
   }
   // With lse_log2 = +inf, every prob exp2(score - inf) of an empty row is 0, and the large kernels need no test. delta
-  // must be finite, so that 0 * delta is 0.
-  store_global(head_slice.row_statistic(p.delta, row), lse == -kInfinity ? 0.0f : sum);
-  store_global(head_slice.row_statistic(p.lse_log2, row), lse == -kInfinity ? kInfinity : lse * kLog2E);
+  // must be finite, so that 0 * delta is 0. A row whose keys all have the smallest float as their bias counts as empty,
+  // too: its lse is finite, but lse * log2(e) is not, and a prob of +inf would become NaN in sums over rows.
+  const float lse_log2 = lse * kLog2E;
+  const bool is_empty = lse_log2 == -kInfinity;
+  store_global(head_slice.row_statistic(p.delta, row), is_empty ? 0.0f : sum);
+  store_global(head_slice.row_statistic(p.lse_log2, row), is_empty ? kInfinity : lse_log2);
   if (p.dq_turns != nullptr && row % kTileRows == 0)
     store_global(p.dq_turns + head_slice.first_row_block(p) * (kRowBlock / kTileRows) + row / kTileRows, 0);
 }

@@ -120,10 +120,11 @@ struct LazySoftmax {
   }
 };
 
-// Adds exp(sink) to the denominator of a finished row: changes the row's factor and log-sum-exp.
+// Adds exp(sink) to the denominator of a finished row: changes the row's factor and log-sum-exp. An empty row stays
+// empty.
 GPU_DEVICE void join_sink(float sink, float& factor, float& lse) {
+  if (lse == -kInfinity) return;
   const float larger = fmaxf(lse, sink);
-  if (larger == -kInfinity) return;
   const float keys = exp2_approx((lse - larger) * kLog2E), all = keys + exp2_approx((sink - larger) * kLog2E);
   factor *= keys / all;
   lse = multiply_add(log2_approx(all), kLn2, larger);

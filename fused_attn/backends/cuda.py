@@ -75,18 +75,11 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
         clear_rows(lse, out)
     if 0 in (out.numel(), problem.batch, problem.seqlen_q):  # a launch of no blocks is an error
         return out, lse
-    if inputs.key.numel() == 0:
-        return _without_keys(inputs, out, lse)
+    if 0 in (inputs.key.numel(), problem.seqlen_k):
+        return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
     workspace = _workspace(problem, inputs, wanted=None)
     _kernels.forward(inputs, out, lse, _config(problem), _architecture(problem), workspace)
     return out, lse
-
-
-def _without_keys(inputs: Inputs, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The result of queries that see no key: their softmax has the sinks alone."""
-    if lse is not None:
-        lse[:] = float("-inf") if inputs.sinks is None else inputs.sinks[:, None]
-    return out.zero_(), lse
 
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
@@ -97,12 +90,12 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         empty_like_layout(query, problem.head_dim) if wanted.query else None,
         empty_like_layout(key, problem.head_dim) if wanted.key else None,
         empty_like_layout(value, problem.value_dim) if wanted.value else None,
-        *(_empty_shared_gradient(inputs, name) if getattr(wanted, name) else None for name in SHARED),
+        *(_empty_shared_gradients(inputs, wanted) if wanted.is_any_shared else ()),
     )
     if problem.is_packed:
         clear_rows(None, *grads[:3])
     if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return _without_scores(inputs, saved, grads)
+        return _in_dtypes_of(inputs, Gradients(*(None if dx is None else dx.zero_() for dx in grads)))
     assert saved.lse is not None, "backends get one"
     saved = saved._replace(
         lse=saved.lse.contiguous(),  # under vmap it can be an expanded view
@@ -110,21 +103,19 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     )
     workspace = _workspace(problem, read, wanted)
     _kernels.backward(read, saved, grads, _config(problem), _architecture(problem), workspace)
-    if not wanted.is_any_shared:
-        return grads
-    return Gradients(*(None if dx is None else dx.to(x.dtype) for x, dx in zip(inputs, grads, strict=False)))
+    return _in_dtypes_of(inputs, grads) if wanted.is_any_shared else grads
 
 
-def _empty_shared_gradient(inputs: Inputs, name: str) -> Tensor:
-    """Of an input that batch entries share. Kernels write sums of floats."""
-    return torch.empty(getattr(inputs, name).shape, dtype=torch.float32, device=inputs.query.device)
+def _empty_shared_gradients(inputs: Inputs, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    """Of the inputs that batch entries share. Kernels write sums of floats."""
+    device = inputs.query.device
+    return tuple(
+        torch.empty(getattr(inputs, name).shape, dtype=torch.float32, device=device) if getattr(wanted, name) else None
+        for name in SHARED
+    )
 
 
-def _without_scores(inputs: Inputs, saved: Saved, grads: Gradients) -> Gradients:
-    """The gradients where no query sees a key: zeros, but the log-sum-exp of a row is the sink."""
-    grads = Gradients(*(None if dx is None else dx.zero_() for dx in grads))
-    if grads.sinks is not None and saved.dlse is not None:
-        grads.sinks.copy_(saved.dlse.sum((0, 2)))
+def _in_dtypes_of(inputs: Inputs, grads: Gradients) -> Gradients:
     return Gradients(*(None if dx is None else dx.to(x.dtype) for x, dx in zip(inputs, grads, strict=False)))
 
 
@@ -236,7 +227,6 @@ def _workspace_bytes(
         or problem.has_bias
         or problem.has_relative_bias
         or problem.has_mask
-        or problem.has_sinks
         or not is_scale_positive
         or (problem.dropout_p > 0.0 and not is_head_dim_exact)
     )

@@ -10,8 +10,8 @@ namespace fused_attn::gpu::sm80 {
 // Whether a call needs a general kernel. Besides what is_general says, only general kernels check how many columns the
 // tensors have: plain kernels load exactly kHeadDim columns.
 template <int kHeadDim>
-bool needs_general(const Params& p) {
-  return is_general(p) || p.q.columns != kHeadDim || p.v.columns != kHeadDim;
+bool lacks_columns(const Params& p) {
+  return p.q.columns != kHeadDim || p.v.columns != kHeadDim;
 }
 
 // Launches the forward kernel, with the variant for the element type and for what the call needs.
@@ -19,7 +19,7 @@ template <int kHeadDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   using Plan = ForwardPlan<kHeadDim>;
   const LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
-  for_variant(is_bf16, needs_general<kHeadDim>(p), [&](auto type, auto general) {
+  for_variant(is_bf16, is_general_forward(p) || lacks_columns<kHeadDim>(p), [&](auto type, auto general) {
     run_kernel(forward_kernel<decltype(type), kHeadDim, general()>, shape, stream, p);
   });
 }
@@ -29,7 +29,7 @@ template <int kHeadDim>
 void launch_backward(const Params& p, bool is_bf16, Stream stream) {
   using QueryPlan = QueryGradientPlan<kHeadDim>;
   using KeyPlan = KeyGradientPlan<kHeadDim>;
-  for_variant(is_bf16, needs_general<kHeadDim>(p), [&](auto type, auto general) {
+  for_variant(is_bf16, is_general_backward(p) || lacks_columns<kHeadDim>(p), [&](auto type, auto general) {
     using T = decltype(type);
     run_kernel(prepare_rows_kernel<T, kHeadDim>, shape_of_row_preparation(p), stream, p);
     if (p.dq.data != nullptr)

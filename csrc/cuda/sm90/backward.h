@@ -337,8 +337,14 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
   RingPosition<Plan::kStages> position;  // in the rings for q and dout
   const HeadSlice& head_slice = work.head_slice;
   const int key = head_slice.k_offset + work.first_key;
-  loader.load<typename Plan::KeyTile>(rings.k, {}, shared + Plan::kK, maps.k, key, head_slice.kv_head,
-                                      head_slice.batch);
+  if constexpr (kIsGeneral) {
+    // The derivative of the softcap at a score that is NaN is NaN, and so is its product with a probability of 0.
+    loader.load_valid<typename Plan::KeyTile>(rings.k, {}, shared + Plan::kK, maps.k, key, head_slice.kv_head,
+                                              head_slice.batch, work.valid);
+  } else {
+    loader.load<typename Plan::KeyTile>(rings.k, {}, shared + Plan::kK, maps.k, key, head_slice.kv_head,
+                                        head_slice.batch);
+  }
   loader.load_valid<typename Plan::KeyTile>(rings.v, {}, shared + Plan::kV, maps.v, key, head_slice.kv_head,
                                             head_slice.batch, work.valid);
   for (; work.steps_left > 0; work.advance()) {

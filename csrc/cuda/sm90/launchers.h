@@ -37,7 +37,7 @@ inline Map map_of(const Rows& x, bool is_bf16, int64_t rows, int64_t heads, int6
 template <int kHeadDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   const int kv_heads = p.num_heads / p.group_size;
-  for_variant(is_bf16, is_general(p), [&](auto type, auto general) {
+  for_variant(is_bf16, is_general_forward(p), [&](auto type, auto general) {
     using Plan = ForwardPlan<kHeadDim, general()>;
     const ForwardMaps maps{map_of(p.q, is_bf16, p.rows_q, p.num_heads, p.batch, Plan::kBlockM),
                            map_of(p.k, is_bf16, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
@@ -103,7 +103,7 @@ void launch_backward(const Params& p, bool is_bf16, Stream stream) {
       });
     }
   }
-  for_variant(is_bf16, is_general(p), [&](auto type, auto general) {
+  for_variant(is_bf16, is_general_backward(p), [&](auto type, auto general) {
     launch_two_kernels<decltype(type), kHeadDim, general()>(p, stream, maps_of);
   });
 }
