@@ -47,18 +47,35 @@ GPU_DEVICE float tanh_of(float x) {
   return multiply_add(-2.0f, reciprocal_approx(1.0f + exp2_approx(kTwoLog2E * x)), 1.0f);
 }
 
-// Applies the softcap, if there is one, to the scores of this thread, and multiplies gradients by its derivative.
+// A softcap larger than this multiplies the error of tanh_of so much that the probs would show the error.
+constexpr float kLargeSoftcap = 1024.0f;
+
+// tanh(x) with a relative error of about 1e-7 near 0, too. There, this computes a Taylor polynomial.
+GPU_DEVICE float exact_tanh_of(float x) {
+  const float square = x * x;
+  float sum = multiply_add(square, 62.0f / 2835.0f, -17.0f / 315.0f);
+  sum = multiply_add(square, sum, 2.0f / 15.0f);
+  sum = multiply_add(square, sum, -1.0f / 3.0f);
+  return square < 0.04f ? multiply_add(square * sum, x, x) : tanh_of(x);
+}
+
+// Applies the softcap to the scores of this thread, and multiplies gradients by its derivative.
 template <int kTiles, class Gradients>
 GPU_DEVICE void apply_softcap(const LogitParams& x, float (&scores)[kTiles][4], const Gradients& gradients) {
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-    // The branch stands within the loop on purpose. Outside of the loop, ptxas would compute the exponentials of all
-    // tiles first, for which there are not enough registers.
-    if (x.softcap != 0.0f) {
+    const auto apply = [&](auto tanh) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
-        const float y = tanh_of(scores[t][j] * x.softcap_scale);
+        const float y = tanh(scores[t][j] * x.softcap_scale);
         scores[t][j] = x.softcap * y;
         gradients.scale(t, j, 1.0f - y * y);
       }
+    };
+    // The branch stands within the loop on purpose. Outside of the loop, ptxas would compute the exponentials of all
+    // tiles first, for which there are not enough registers.
+    if (x.softcap > kLargeSoftcap) {
+      apply([](float z) { return exact_tanh_of(z); });
+    } else {
+      apply([](float z) { return tanh_of(z); });
     }
   }
 }
@@ -164,7 +181,7 @@ GPU_DEVICE void to_logits(const Params& p, HeadSlice head_slice, float (&scores)
   at.query = keep_computed(at.query);
   at.key = keep_computed(at.key);
   head_slice.batch = keep_computed(head_slice.batch);
-  apply_softcap(x, scores, gradients);
+  if (x.softcap != 0.0f) apply_softcap(x, scores, gradients);
   float factor = x.softcap != 0.0f ? 1.0f : p.scale;
   if (x.relative_bias != nullptr) {
     const float* const own_head = x.relative_bias + head_slice.head * x.relative_bias_stride_head;
