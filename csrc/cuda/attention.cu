@@ -171,8 +171,9 @@ LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
   const bool is_scale_positive = static_cast<float>(a.scale) > 0.0f;
   x.is_plain = is_scale_positive && a.softcap == 0.0 && a.relative_bias.data == nullptr && a.bias.data == nullptr;
   if (a.softcap != 0.0) {
-    x.softcap_scale = static_cast<float>(a.scale / a.softcap);
-    x.softcap = static_cast<float>(a.softcap);
+    const double softcap = std::clamp(a.softcap, 1e-30, 1e30);  // a float, and so is the quotient
+    x.softcap_scale = static_cast<float>(a.scale / softcap);
+    x.softcap = static_cast<float>(softcap);
   }
   if (relative_bias != nullptr) {
     const int64_t stride_head = a.seqlen_q + a.seqlen_k - 1 + 2 * kRelativeBiasMargin;

@@ -25,10 +25,10 @@ inline LaunchShape shape_of(int32_t rows, int block, int32_t heads, int32_t batc
   return {static_cast<int>(programs), 1, 1, threads, shared_bytes};
 }
 
-// Whether a call needs a general kernel. Each large kernel is compiled twice. The plain kernel supports key padding and
-// a band. The general kernel supports all that a call may ask for, as branches that all threads of a block take alike;
-// it is slower, and needs more registers. Only forward needs the general kernel for sinks: backward finds their share of
-// the denominator in the log-sum-exp.
+// Whether backward, or forward, needs a general kernel. Each large kernel is compiled twice. The plain kernel supports
+// key padding and a band. The general kernel supports all that a call may ask for, as branches that all threads of a
+// block take alike; it is slower, and needs more registers. Only forward has to know of sinks: in backward, the
+// log-sum-exp contains their share of the denominator.
 inline bool is_general_backward(const Params& p) {
   return !p.logits.is_plain || p.mask.map != nullptr || p.dropout_seed != nullptr;
 }

@@ -5,8 +5,8 @@
 //   logit = softcap * tanh(scale * score / softcap) + relative bias + bias
 //   logit = scale * score + relative bias + bias                               (without a softcap)
 //
-// The first step after the product takes the scale as the factor of a multiply-add, so scaling costs no instruction of
-// its own. Masks come after the logits (visibility.h).
+// The first of these steps that is a multiply-add takes the scale as its factor, so scaling costs no instruction of its
+// own. Masks come after the logits (visibility.h).
 #pragma once
 #include <type_traits>
 
@@ -47,27 +47,43 @@ GPU_DEVICE float tanh_of(float x) {
   return multiply_add(-2.0f, reciprocal_approx(1.0f + exp2_approx(kTwoLog2E * x)), 1.0f);
 }
 
-// Applies the softcap to the scores of this thread, if there is one, and multiplies gradients by the derivative of the
-// softcap.
+// A softcap larger than this multiplies the error of tanh_of so much that the probs would show the error.
+constexpr float kLargeSoftcap = 1024.0f;
+
+// tanh(x) with a relative error of about 1e-7 near 0, too. There, this computes a Taylor polynomial.
+GPU_DEVICE float exact_tanh_of(float x) {
+  const float square = x * x;
+  float sum = multiply_add(square, 62.0f / 2835.0f, -17.0f / 315.0f);
+  sum = multiply_add(square, sum, 2.0f / 15.0f);
+  sum = multiply_add(square, sum, -1.0f / 3.0f);
+  return square < 0.04f ? multiply_add(square * sum, x, x) : tanh_of(x);
+}
+
+// Applies the softcap to the scores of this thread, and multiplies gradients by its derivative.
 template <int kTiles, class Gradients>
 GPU_DEVICE void apply_softcap(const LogitParams& x, float (&scores)[kTiles][4], const Gradients& gradients) {
   GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-    // The branch stands within the loop on purpose. Outside of the loop, ptxas would compute the exponentials of all
-    // tiles first, for which there are not enough registers.
-    if (x.softcap != 0.0f) {
+    const auto apply = [&](auto tanh) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
-        const float y = tanh_of(scores[t][j] * x.softcap_scale);
+        const float y = tanh(scores[t][j] * x.softcap_scale);
         scores[t][j] = x.softcap * y;
         gradients.scale(t, j, 1.0f - y * y);
       }
+    };
+    // The branch stands within the loop on purpose. Outside of the loop, ptxas would compute the exponentials of all
+    // tiles first, for which there are not enough registers.
+    if (x.softcap > kLargeSoftcap) {
+      apply([](float z) { return exact_tanh_of(z); });
+    } else {
+      apply([](float z) { return tanh_of(z); });
     }
   }
 }
 
-// Adds the relative bias, which is the same for all entries of a diagonal (key - query). The 4 * kTiles entries of a
-// thread lie on only 2 * (kTiles + 1) diagonals: the two entries of tile t in row g + 8 lie on the diagonals of the
-// entries of tile t - 1 in row g. So each number of the bias is loaded once. bias_of_diagonal_0 points to the bias of
-// key == query.
+// Multiplies scores by `factor`, and adds the relative bias, which is the same for all entries of a diagonal (key -
+// query). The 4 * kTiles entries of a thread lie on only 2 * (kTiles + 1) diagonals: the two entries of tile t in row g
+// + 8 lie on the diagonals of the entries of tile t - 1 in row g. So each number of the bias is loaded once.
+// bias_of_diagonal_0 points to the bias of key == query.
 template <int kTiles, class Position>
 GPU_DEVICE void add_relative_bias(const float* bias_of_diagonal_0, float (&scores)[kTiles][4], float factor,
                                   Position at) {
@@ -98,8 +114,8 @@ GPU_DEVICE float load_float(const Element* p) {
   }
 }
 
-// Adds a bias of any strides, one number at a time. Numbers beyond the last query or key are not read, and the scores
-// of their entries stay as they are.
+// Multiplies scores by `factor`, and adds a bias of any strides, one number at a time. Numbers beyond the last query or
+// key are not read, and the scores there stay as they are.
 template <class Element, int kTiles, class Position>
 GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, float (&scores)[kTiles][4], float factor,
                          Position at) {
@@ -124,9 +140,10 @@ GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, f
   }
 }
 
-// Adds a bias of type T whose rows can be read 16 bytes at a time (LogitParams::has_bias_rows), which takes an eighth
-// of the loads. Of four tiles, each of the four threads of a row reads the eight keys of one tile. The threads then
-// exchange what they have read, so that each has its two keys of all four tiles.
+// Multiplies scores by `factor`, and adds a bias of type T whose rows can be read 16 bytes at a time
+// (LogitParams::has_bias_rows), which takes an eighth of the loads. Of four tiles, each of the four threads of a row
+// reads the eight keys of one tile. The threads then exchange what they have read, so that each has its two keys of all
+// four tiles.
 template <class T, int kTiles>
 GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_slice, float (&scores)[kTiles][4],
                               float factor, QueryRows at) {
@@ -164,7 +181,7 @@ GPU_DEVICE void to_logits(const Params& p, HeadSlice head_slice, float (&scores)
   at.query = keep_computed(at.query);
   at.key = keep_computed(at.key);
   head_slice.batch = keep_computed(head_slice.batch);
-  apply_softcap(x, scores, gradients);
+  if (x.softcap != 0.0f) apply_softcap(x, scores, gradients);
   float factor = x.softcap != 0.0f ? 1.0f : p.scale;
   if (x.relative_bias != nullptr) {
     const float* const own_head = x.relative_bias + head_slice.head * x.relative_bias_stride_head;

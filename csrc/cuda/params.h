@@ -53,8 +53,8 @@ struct LogitParams {
   float softcap_scale;  // scale / softcap
   float softcap;        // 0 = no softcap
   // The copy of the relative bias in the workspace: (H or 1, columns), with kRelativeBiasMargin zeros at both ends of a
-  // row. The pointer points behind the first margin. The bias of query i and key j is column j - i + seqlen_q - 1. Null
-  // = none.
+  // row. The pointer points behind the first margin. The bias of query i and key j is column j - i + seqlen_q - 1.
+  // Null = none.
   const float* relative_bias;
   int64_t relative_bias_stride_head;
   ScoreTensor bias;    // null data = none

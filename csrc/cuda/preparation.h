@@ -102,8 +102,8 @@ GPU_DEVICE void prepare_rows(const Params& p) {
     lse = load_global(head_slice.query_value(p.lse, row));
   }
   // With lse_log2 = +inf, every prob exp2(score - inf) of an empty row is 0, and the large kernels need no test. delta
-  // must be finite, so that 0 * delta is 0. A row whose keys all have the smallest float as their bias counts as empty
-  // here: its lse is finite, but not in units of log2, and probs of +inf would become NaN in sums over rows.
+  // must be finite, so that 0 * delta is 0. A row whose keys all have the smallest float as their bias counts as empty,
+  // too: its lse is finite, but lse * log2(e) is not, and a prob of +inf would become NaN in sums over rows.
   const float lse_log2 = lse * kLog2E;
   const bool is_empty = lse_log2 == -kInfinity;
   store_global(head_slice.row_statistic(p.delta, row), is_empty ? 0.0f : sum);

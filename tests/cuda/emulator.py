@@ -199,7 +199,7 @@ class Statistics(ctypes.Structure):
 
 
 class Library:
-    """A loaded library of kernels. Each function returns an error text, which is empty or null if all is well."""
+    """A loaded library of kernels. Each of its functions returns an error text, empty or null if all is well."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))

@@ -25,13 +25,15 @@ class BankConflicts {
   void finish();
 
  private:
+  // An instruction of a warp that not all lanes have executed yet.
   struct Instruction {
     uint32_t bytes;
     std::vector<uint32_t> addresses;
   };
-  struct Site {                                           // of one warp
-    std::vector<int> executed = std::vector<int>(32, 0);  // by each lane
-    int counted = 0;                                      // instructions that have left `open`
+  // A place in the program, for one warp.
+  struct Site {
+    std::vector<int> executed = std::vector<int>(32, 0);  // how often each lane has been at this place
+    int counted = 0;  // instructions that have been counted, and removed from `open`
     std::deque<Instruction> open;
   };
   std::map<std::pair<int, const void*>, Site> sites_;

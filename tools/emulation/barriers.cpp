@@ -20,6 +20,8 @@ void Barriers::reset(int agents) {
   }
 }
 
+// The last lane of a warp to arrive counts the whole warp. The last warp to arrive at the barrier wakes the warps that
+// wait, and passes on what all arrived threads know.
 void Barriers::arrive(int id, int threads, bool is_sync, const char* name) {
   Block& b = block();
   if (threads <= 0 || threads % kWarpSize || threads > int(b.threads.size()))

@@ -9,6 +9,7 @@
 namespace fused_attn::emulation {
 namespace {
 
+// What one thread waits for, and how much of that has arrived.
 std::string describe(const Wait& wait, int64_t blocks_to_start) {
   Block& b = block();
   switch (wait.what) {

@@ -222,6 +222,7 @@ void add_release(int* counter, int value) {
       if (thread.wait.what == Wait::kCounter) running->scheduler.make_ready(thread);
 }
 
+// Waits until a counter has this value, and learns what has been published with it.
 void wait_until_equal(const int* counter, int value) {
   Block& b = block();
   const uintptr_t handle = reinterpret_cast<uintptr_t>(counter);

@@ -82,6 +82,7 @@ void Mbarriers::arrive(uint32_t address, uint32_t expected_bytes) {
   complete_phase_if_due(address, mbarrier);
 }
 
+// Waits until the phase of this parity is complete, and takes over what the threads that arrived know.
 void Mbarriers::wait(uint32_t address, uint32_t parity) {
   if (parity > 1) fail("mbarrier_wait: parity %u, expected 0 or 1", parity);
   Mbarrier& mbarrier = find(address, "mbarrier_wait");

@@ -63,6 +63,8 @@ inline void barrier_arrive(int threads) {
   emulation::block().barriers.arrive(Id, threads, false, "barrier_arrive");
 }
 
+// What a lane passes to a shuffle: its value, and the lane whose value it wants. The last lane to arrive sets every
+// result.
 template <class V>
 struct ShuffleOperand {
   V v, result;

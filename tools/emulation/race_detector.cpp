@@ -4,6 +4,7 @@
 
 namespace fused_attn::emulation {
 
+// An agent in a report.
 std::string Agents::name(int agent) const {
   if (agent < threads) return format("thread %d (warp %d)", agent, agent / 32);
   if (is_wgmma(agent)) return format("wgmma of warpgroup %d", (agent - threads) / kWarpsPerWarpgroup);
@@ -33,6 +34,7 @@ void RaceDetector::protect_mbarrier(uint32_t offset) {
   cells_[offset / 4].is_mbarrier = cells_[offset / 4 + 1].is_mbarrier = true;
 }
 
+// Remembers a read of a cell, in the cell itself or, with many readers, in more_reads_.
 void RaceDetector::add_reader(Cell& cell, const Epoch& access) {
   for (int r = 0; r < cell.num_reads; r++)
     if (cell.reads[r].agent == access.agent) {

@@ -81,6 +81,8 @@ void Scheduler::switch_to_next() {
   switch_context(&from.stack_pointer, to->stack_pointer);
 }
 
+// The next thread to run: the first one in the queue, or a random one. TMA operations complete at random times, or when
+// no thread can run.
 Thread* Scheduler::next_thread() {
   Block& b = block();
   const bool is_random = b.options.seed != 0;

@@ -285,6 +285,7 @@ void bulk_wait_read(int groups_left) {
   }
 }
 
+// Completes all groups but the groups_left committed last.
 void bulk_wait(int groups_left) {
   bulk_wait_read(groups_left);
   Thread& thread = *block().current;

@@ -24,6 +24,7 @@ class GlobalClock {
  public:
   using Ticks = std::map<std::pair<Plane, int>, uint32_t>;
 
+  // The key of a bulk store's agent. Numbers of blocks are not negative, so it cannot be one of those.
   static int own_bulk_stores(int agent) { return -1 - agent; }
 
   uint32_t get(Plane plane, int source) const {
@@ -59,6 +60,7 @@ class GlobalClock {
   }
 
  private:
+  // Whether this clock knows everything that `other` knows.
   bool covers(const Ticks& other) const {
     for (const auto& [key, tick] : other)
       if (get(key.first, key.second) < tick) return false;

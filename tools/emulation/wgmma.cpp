@@ -73,6 +73,8 @@ void WgmmaPipelines::fence() {
   block().warps.release_warpgroup();
 }
 
+// The last thread of the warpgroup checks the operands of all threads for races, takes over the accumulators, and puts
+// the product into the pipeline. The product is computed now or in wait().
 void WgmmaPipelines::issue(float* d, int n, bool is_bf16, const uint32_t* a, uint64_t a_descriptor,
                            uint64_t b_descriptor, bool is_a_transposed, bool is_b_transposed, bool accumulate) {
   Block& b = block();
@@ -153,6 +155,7 @@ void WgmmaPipelines::check_untouched(const Accumulators& accumulators, const cha
         fail("%s: thread %d wrote accumulator %d while it was in flight", name, first + thread, i);
 }
 
+// Computes a product: reads both factors, and adds to the sums of the accumulators.
 void WgmmaPipelines::carry_out(Pipeline& pipeline, Wgmma& wgmma) {
   static float left[kM][kK], right[kK][kMaxN];
   const char* name = name_of(wgmma);
@@ -199,6 +202,8 @@ void WgmmaPipelines::commit() {
   block().warps.release_warpgroup();
 }
 
+// Completes a product that is waited for. After the last product in flight on the same accumulators, writes the sums to
+// the kernel's registers.
 void WgmmaPipelines::finish(Pipeline& pipeline, Wgmma& wgmma) {
   const int first = block().current->warpgroup * kWarpgroupSize;
   if (wgmma.is_a_in_registers)
@@ -215,6 +220,7 @@ void WgmmaPipelines::finish(Pipeline& pipeline, Wgmma& wgmma) {
   pipeline.accumulators.erase(wgmma.accumulators);
 }
 
+// Completes all groups but the groups_left committed last, and tells each thread how many groups are complete.
 void WgmmaPipelines::wait(int groups_left) {
   Block& b = block();
   if (b.warps.meet_in_warpgroup("wgmma_wait", nullptr) == nullptr) return;

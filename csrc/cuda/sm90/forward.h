@@ -208,7 +208,7 @@ struct ForwardRings {
     fence_mbarrier_init();
   }
 
-  // The slot that a position in a ring stands at.
+  // The slot in shared memory that a position in a ring stands for: a note, or the address of a tile.
   GPU_DEVICE TileNote tile_note(RingPosition<kTileNotes> position) const {
     return {shared + Plan::kTileNotesAt + position.slot() * kTileNoteBytes};
   }

@@ -1,0 +1,74 @@
+"""The general CUDA kernels, executed, at the limits: softcaps and biases of any size, rows without keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_cuda_kernels import architecture, kernels  # noqa: F401 - fixtures
+from torch import Tensor
+
+import fused_attn
+
+INF = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def running(kernels, architecture: int) -> Iterator[None]:  # noqa: F811
+    with kernels.running(architecture):
+        yield
+
+
+def make_inputs(length: int = 40, keys: int = 72) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randn(1, 2, rows, 64, generator=generator).bfloat16().requires_grad_() for rows in (length, keys, keys)
+    )
+
+
+@pytest.mark.parametrize("softcap", [1e-50, 1e-3, 1e5, 1e8, 1e35])
+def test_any_softcap(softcap: float) -> None:
+    """A tanh with a fixed absolute error would be multiplied by the softcap; a tiny softcap is 0 as a float."""
+    inputs = make_inputs()
+    results = []
+    for backend in ("cuda", "reference"):
+        out, lse = fused_attn.fused_attention(*inputs, softcap=softcap, backend=backend, return_lse=True)
+        # The reference divides by a softcap that is 0 as a float.
+        grads = torch.autograd.grad(out.float().square().sum(), inputs) if softcap > 1e-30 else ()
+        results.append((out, lse, *grads))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_rows_hidden_by_the_smallest_number(dtype: torch.dtype) -> None:
+    """Masks of other libraries: a row that they hide wholly sees all keys alike, and breaks no gradient."""
+    query, key, value = inputs = make_inputs()
+    bias = torch.zeros(1, 1, 40, 72)
+    bias[..., 60:] = torch.finfo(dtype).min
+    bias[:, :, 5] = torch.finfo(dtype).min
+    bias = bias.to(dtype)
+    out = fused_attn.fused_attention(query, key, value, attn_mask=bias, backend="cuda")
+    torch.testing.assert_close(out[:, :, 5], value.float().mean(2).bfloat16(), rtol=1e-2, atol=1e-2)
+    grads = torch.autograd.grad(out.float().square().sum(), inputs)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not grads[2][:, :, 60:].any()
+
+
+def test_sinks_beside_no_key_at_all() -> None:
+    query, key, value = make_inputs(keys=0)
+    sinks = torch.tensor([0.5, 2.0], requires_grad=True)
+    out, lse = fused_attn.fused_attention(query, key, value, sinks=sinks, backend="cuda", return_lse=True)
+    assert not out.any()
+    assert (lse == -INF).all()
+    assert not torch.autograd.grad(out.float().sum() + lse.nan_to_num(neginf=0.0).sum(), sinks)[0].any()
+
+
+def test_packed_sequences_without_keys_beside_rows_of_keys() -> None:
+    query, key = torch.randn(20, 2, 64).bfloat16(), torch.randn(8, 2, 64).bfloat16()
+    queries, keys = torch.tensor([0, 10, 20], dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    out, lse = fused_attn.fused_attention_varlen(query, key, key, queries, keys, 10, 0, backend="cuda", return_lse=True)
+    assert not out.any()
+    assert (lse == -INF).all()
