@@ -39,7 +39,8 @@ FEATURES = ("blocks", "softcap", "sinks", "dropout")
 RANDOM_MASKS, LEAST_SEQUENCES = ("padded-random", "causal+padded-random", "varlen"), 4
 CAUSAL_MASKS = ("causal", "causal+padded", "causal+padded-random", "window", "gqa", "varlen")
 WINDOW, BLOCK, DROPOUT = 1024, 128, 0.1
-#: Twice the standard deviation of the scores. With a far larger softcap, a kernel without softcap would be judged right.
+#: Twice the standard deviation of the scores. A larger softcap would hardly change the results, so an error in softcap
+#: would not show.
 SOFTCAP = 2.0
 
 
