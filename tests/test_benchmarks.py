@@ -108,12 +108,12 @@ def test_features_are_measured_where_they_are_judged() -> None:
 
 
 def test_half_of_the_blocks_are_visible_at_random() -> None:
-    case = Case(1, 1, 4096, 64, "blocks", "bfloat16", "forward")
-    assert case.visible_scores == 4096 * 4096 / 2
-    blocks = Inputs(case).visible()[0, 0].unflatten(0, (32, 128)).unflatten(2, (32, 128))
+    case = Case(1, 1, 2048, 64, "blocks", "bfloat16", "forward")
+    assert case.visible_scores == 2048 * 2048 / 2
+    blocks = Inputs(case).visible()[0, 0].unflatten(0, (16, 128)).unflatten(2, (16, 128))
     whole = blocks.all(dim=3).all(dim=1)
     assert torch.equal(whole, blocks.any(dim=3).any(dim=1)) and whole.diagonal().all()
-    assert 0.3 < whole[:16, 16:].float().mean() < 0.7 and len(set(whole.sum(dim=1).tolist())) > 3
+    assert 0.3 < whole[:8, 8:].float().mean() < 0.7 and len(set(whole.sum(dim=1).tolist())) > 3
     assert torch.equal(Inputs(case).visible(), Inputs(case).visible())
 
 
@@ -151,7 +151,11 @@ def test_a_case_that_is_none_names_the_field(change: dict, name: str) -> None:
 def test_ours_and_torch_compute_the_same_cases(mask: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "WINDOW", 7)
     small_blocks(monkeypatch)
-    inputs = Inputs(small(mask, "forward" if mask == "decode" else "forward+backward"), rows_first=True)
+    case = small(mask, "forward" if mask == "decode" else "forward+backward")
+    if mask == "dropout":  # In a smaller case, mean squares vary too much from draw to draw.
+        case = Case(4, 2, 64, 64, mask, "float32", "forward+backward")
+        torch.manual_seed(0)
+    inputs = Inputs(case, rows_first=True)
     reference = Reference(inputs)
     lacking = {"varlen": "packed", "softcap": "softcap", "sinks": "sinks"}
     if mask in lacking and name == "torch":
@@ -189,7 +193,8 @@ def test_dropout_by_other_random_numbers_must_be_scaled(scale: float, monkeypatc
         return right._replace(forward=lambda: scale * right.forward())
 
     monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(torchs, ("torch",)))
-    found = run(Case(2, 2, 256, 16, "dropout", "float32", "forward+backward"), [OURS, "torch"])
+    torch.manual_seed(0)
+    found = run(Case(4, 2, 64, 64, "dropout", "float32", "forward+backward"), [OURS, "torch"])
     assert found["torch"]["is_right"] == (scale == 1.0) and found["torch"]["allowed"] == accuracy.SQUARES_ALLOWED
     assert found[OURS]["is_right"] and found[OURS]["allowed"] < 1e-3
 
