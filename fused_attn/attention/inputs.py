@@ -151,5 +151,5 @@ def gradients_of_arguments(grads: Gradients, saved: Saved | None = None) -> tupl
     return (*grads, *_NO_GRADIENTS[: len(Inputs._fields) - len(grads)], *saved, *_NO_GRADIENTS)
 
 
-#: None for every argument behind the differentiable ones. No autograd step has more than 16 of those.
+#: The gradients of the arguments behind the differentiable ones. No autograd step has more than 16 such arguments.
 _NO_GRADIENTS: tuple[Tensor | None, ...] = tuple(itertools.repeat(None, 16))

@@ -201,7 +201,7 @@ def attention(
             raise ValueError("position_bias: expected None with cu_seq_lens_q, got one")
         masks = _packed_masks(module, attention_mask, query, is_causal, kwargs)
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (total, heads, D)
-        # transformers gives all four or none.
+        # transformers passes all four arguments of packed sequences (cu_seq_lens, max_length) or none of them.
         out: Any = fused_attention_varlen(
             query, key, value, cu_seq_lens_q, cu_seq_lens_k, int(max_length_q), int(max_length_k),  # type: ignore[arg-type]
             **masks, **options,

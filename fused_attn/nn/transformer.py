@@ -669,7 +669,7 @@ def _has_fused_attention(layer: nn.Module) -> bool:
 
 
 def _seqlen(x: Tensor, layers: nn.ModuleList) -> int:
-    """The length L of x, (N, L, E), (L, N, E) or (L, E). The first layer knows which dimension is the batch."""
+    """The length L of x, which is (N, L, E), (L, N, E) or (L, E). The batch_first of the first layer decides."""
     first: Any = layers[0]
     return x.shape[1 if x.dim() == 3 and first.self_attn.batch_first else 0]
 
