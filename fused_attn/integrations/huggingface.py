@@ -477,7 +477,8 @@ class _FusedGPT1(_Layer):
         padding = None
         if attention_mask is not None:
             padding = attention_mask[:, 0, 0].expand(q.shape[0], -1)
-            # GPT-1 marks padding by the lowest number of the dtype. The kernel skips blocks of padding only if it is -inf.
+            # GPT-1 marks padding by the lowest number of the dtype. The kernel skips blocks of padding, but only if the
+            # mark is -inf.
             padding = padding.masked_fill(padding == torch.finfo(padding.dtype).min, float("-inf"))
         out = fused_attention(
             q, k.transpose(-2, -1), v,

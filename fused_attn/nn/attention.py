@@ -324,7 +324,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return out, weights
 
     def _nested_forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
-        """query (N, length, E), key and value (N, length, kdim | vdim), all jagged -> (N, length, E)"""
+        """The output for jagged tensors: query (N, length, E), key (N, length, kdim), value (N, length, vdim).
+
+        The output is jagged, too: (N, length, E), with the lengths of the query.
+        """
         packed = [jagged.pack(name, x, 1) for name, x in (("query", query), ("key", key), ("value", value))]
         is_self, shares_kv = query is key and key is value, key is value
         if key.shape[1] != value.shape[1]:

@@ -299,8 +299,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 return node
         if cache is not None and not hasattr(cache, "self_attention"):
             raise TypeError(f"cache: expected a layer's cache such as cache.layers[i], got {type(cache).__name__}")
-        # A subclass may override _mha_block with torch's signature, which has no cache. So the cache is passed only if the
-        # method accepts it.
+        # A subclass may override _mha_block with torch's signature, which has no cache. So the cache is passed only if
+        # the method accepts it.
         own: dict[str, Any] = {} if cache is None else {"cache": cache.self_attention}
         cross: dict[str, Any] = {}
         if cache is not None and accepts_cache(self._mha_block):
