@@ -1,8 +1,9 @@
 """The error of a result against float64, and whether the result is wrong. What is wrong gets no time.
 
-The formula in this file is dense attention, differentiated by autograd. The file uses one function of `fused_attn`: the
-rule that says which error is allowed. A small case is checked as a whole. Of a large case a sample of heads is checked;
-the gradients of a sampled head are exact, because every query and key of the head is in the sample.
+The formula in this file is dense attention, differentiated by autograd. The file uses two parts of `fused_attn`:
+the rule that says which error is allowed, and the random numbers of dropout. A small case is checked as a whole. Of a
+large case a sample of heads is checked; the gradients of a sampled head are exact, because every query and key of the
+head is in the sample.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.inputs import DTYPES, Inputs
 from fused_attn import tolerance
+from fused_attn.attention import dropout
 
 #: The sample of a large case has at most this many scores, in at most this many pairs of a batch entry and a KV head.
 CHECKED_SCORES, CHECKED_PAIRS = 2**28, 64
 #: A sample has at least this many pairs. With a bias, it has at least this many heads, each with all batch entries.
 LEAST_PAIRS, LEAST_HEADS = 4, 3
+#: Dropout with other random numbers may change the mean square of a result by this fraction. The mean square of the
+#: output is 10 % too small if no probability is dropped, and 19 % too small if the survivors are not scaled.
+SQUARES_ALLOWED = 0.05
 
 
 def allowed(yardstick: float, dtype: torch.dtype) -> float:
@@ -62,23 +67,35 @@ class Reference:
         dtype = DTYPES[case.dtype]
         self.allowed = allowed(self._error(self._results(inputs, dtype)[0]), dtype)
 
-    def error(self, results: dict[str, Tensor], ignores_padding: bool = False) -> float:
+    def error(
+        self, results: dict[str, Tensor], ignores_padding: bool = False, has_other_dropout: bool = False
+    ) -> float:
         """The largest error of all rows in the sample; infinite if any result has NaN or infinity anywhere.
 
         Args:
             results: "out", and gradients by the names of `Inputs.leaves`. The output alone is enough.
             ignores_padding: do not judge the rows of the output that belong to padding.
+            has_other_dropout: dropout used other random numbers than those of `fused_attn`. Then the error is the
+                largest relative difference of the mean square of a result, in the sample.
         """
         for name, x in results.items():
             if x.shape != self._shapes[name]:
                 raise ValueError(f"{name}: expected shape {tuple(self._shapes[name])}, got {tuple(x.shape)}")
             if not torch.isfinite(x).all():
                 return float("inf")
-        return self._error({name: self._sampled(name, x.detach()) for name, x in results.items()}, ignores_padding)
+        sampled = {name: self._sampled(name, x.detach()) for name, x in results.items()}
+        if has_other_dropout:
+            squares = {name: x.double().square().mean().item() for name, x in sampled.items()}
+            return max(abs(1.0 - x / self._truth[name].square().mean().item()) for name, x in squares.items())
+        return self._error(sampled, ignores_padding)
 
-    def is_right(self, error: float) -> bool:
+    def is_right(self, error: float, has_other_dropout: bool = False) -> bool:
         # `allowed` is infinite where the formula overflows in the case's dtype. An infinite error is wrong even then.
-        return error <= self.allowed and math.isfinite(error)
+        return error <= self.allowed_error(has_other_dropout) and math.isfinite(error)
+
+    def allowed_error(self, has_other_dropout: bool = False) -> float:
+        """The largest error that is not wrong, of results whose error `error` gives with the same argument."""
+        return SQUARES_ALLOWED if has_other_dropout else self.allowed
 
     def _error(self, results: dict[str, Tensor], ignores_padding: bool = False) -> float:
         """`error` of results that hold the rows of the sample only."""
@@ -110,11 +127,12 @@ class Reference:
             for head in range(group * kv_head, group * (kv_head + 1)):
                 query, key = (batch, head), (batch, kv_head)
                 bias = (head,) if self.case.mask == "relative-bias" else (0, head)
-                found.append({"out": query, "query": query, "key": key, "value": key, "bias": bias})
+                keyed = {"key": key, "value": key, "bias": bias, "sinks": (head,)}
+                found.append({"out": query, "query": query, **keyed})
         return found
 
     def _part(self, x: Tensor, index: tuple[int, ...]) -> Tensor:
-        """One head of one sequence: (L, D), of a dense bias (L, S), of a relative bias (L + S - 1,)."""
+        """One head of one sequence: (L, D), of a dense bias (L, S), of a relative bias (L + S - 1,), of sinks ()."""
         if self._bounds is None:
             return x[index]
         sequence, head = index
@@ -134,7 +152,8 @@ class Reference:
                 name: self._part(x.detach(), indices[name]).to(dtype).requires_grad_(wants_grad)
                 for name, x in inputs.leaves.items()
             }
-            out, probs = _dense(self._visible_of(visible, indices["out"][0]), self.case.head_dim, **leaves)
+            factors = _dropout_factors(inputs, *indices["out"], dtype) if self.case.dropout_p else None
+            out, probs = _dense(self.case, self._visible_of(visible, indices["out"][0]), factors, **leaves)
             _add(parts, indices, {"out": out.detach()})
             if wants_grad:
                 dout = self._part(inputs.dout, indices["out"]).to(dtype)
@@ -156,11 +175,11 @@ def sample(case: Case) -> list[tuple[int, int]]:
     """The pairs of a batch entry and a KV head that are checked: all pairs of a small case, and of a large case some,
     spread over batch entries and heads.
 
-    A head with a bias comes with every batch entry, because the gradient of the bias is the sum over all of them.
+    A head with a bias or a sink comes with every batch entry, because the gradient is the sum over all of them.
     """
     scores = case.heads // case.kv_heads * case.seqlen_q * case.length
     count = max(LEAST_PAIRS, min(CHECKED_PAIRS, CHECKED_SCORES // scores))
-    if case.mask in ("bias", "relative-bias"):
+    if case.mask in ("bias", "relative-bias", "sinks"):
         count = min(case.kv_heads, max(LEAST_HEADS, count // case.batch))
         heads = torch.linspace(0, case.kv_heads - 1, count).round().int().tolist()
         return [(batch, head) for batch in range(case.batch) for head in heads]
@@ -183,34 +202,58 @@ def _sizes(truth: Tensor) -> Tensor:
 
 
 def _dense(
-    visible: Tensor, head_dim: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The output (L, D) and the probabilities (L, S) of one head. Every query must see a key.
+    case: Case, visible: Tensor, factors: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+    bias: Tensor | None = None, sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output (L, D) and the probabilities (L, S) of one head, after dropout. Every query must see a key.
 
+    factors: (L, S) by which dropout multiplies the probabilities, or None
     bias: (L, S); or (L + S - 1,), whose entry j - i + L - 1 belongs to query i and key j
+    sinks: (), the logit of a further key, whose value is 0
     """
-    scores = query @ key.mT * head_dim**-0.5
+    scores = query @ key.mT * case.head_dim**-0.5
+    if case.softcap:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
     if bias is not None and bias.dim() == 1:
         rows, keys = scores.shape
         bias = bias.unfold(0, keys, 1)[:rows].flip(0)
     if bias is not None:
         scores = scores + bias
-    probs = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.expand(len(scores), 1)], dim=-1)
+    probs = torch.softmax(scores, dim=-1)[:, : len(key)]
+    if factors is not None:
+        probs = probs * factors
     return probs @ value, probs
+
+
+def _dropout_factors(inputs: Inputs, batch: int, head: int, dtype: torch.dtype) -> Tensor:
+    """(L, S), the factors by which dropout multiplies the probabilities of one head."""
+    case = inputs.case
+    row, group = (torch.arange(count, device=inputs.device) for count in (case.seqlen_q, -(-case.length // 4)))
+    counter = group, row[:, None], torch.full_like(row[:, None], head), torch.full_like(row[:, None], batch)
+    words = torch.stack(dropout.philox(counter, inputs.dropout_seed), dim=-1).flatten(1)[:, : case.length]
+    return (words >= dropout.threshold(case.dropout_p)).to(dtype) * dropout.scale(case.dropout_p)
 
 
 @torch.no_grad()
 def _squares(
-    probs: Tensor, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
-) -> dict[str, Tensor]:
-    """For the gradients of query, key and dense bias: the sums of the squares of their terms, before cancellation.
+    probs: Tensor, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """For the gradients of query, key, dense bias, sinks: the sums of the squares of their terms before cancellation.
 
     The terms are those of dscores = probs * (dprobs - delta), with dprobs in place of the difference. Where a query
-    sees one key, the difference is exactly 0, and a kernel's result is the rounding error of dprobs.
+    sees one key, the difference is exactly 0, and a kernel's result is the rounding error of dprobs. A sink has a term
+    for each query: the probability of the sink times delta.
     """
-    terms = (probs * (dout @ value.mT)).square()
+    products = probs * (dout @ value.mT)
+    terms = products.square()
     scale = query.shape[-1] ** -0.5
     squares = {"query": terms @ (scale * key).square(), "key": terms.mT @ (scale * query).square()}
+    if sinks is not None:
+        squares["sinks"] = ((1.0 - probs.sum(dim=-1)) * products.sum(dim=-1)).square().sum()
     return squares | ({"bias": terms} if bias is not None and bias.dim() == 2 else {})
 
 

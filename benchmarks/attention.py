@@ -98,12 +98,14 @@ def _check(name: str, inputs: Inputs, reference: Reference, rows: dict[str, Row]
     try:
         prepared = rivals.fastest(name, inputs)
         row |= {"given": prepared.given} | ({"problem": prepared.problem} if prepared.problem else {})
-        error = reference.error(rivals.results_of(prepared, inputs), ignores_padding=prepared.problem is not None)
+        other_dropout = inputs.case.dropout_p > 0 and not name.startswith(OURS)
+        error = reference.error(rivals.results_of(prepared, inputs), prepared.problem is not None, other_dropout)
     except Exception as problem:  # Packages raise exceptions of any class.
         row["cannot"] = rivals.reason(problem)
         _check_device(inputs.device, rows.values())
         return
-    row |= {"error": error, "allowed": reference.allowed, "is_right": reference.is_right(error)}
+    allowed, is_right = reference.allowed_error(other_dropout), reference.is_right(error, other_dropout)
+    row |= {"error": error, "allowed": allowed, "is_right": is_right}
     if name == OURS:
         row["backend"] = rivals.our_backend(inputs)
     if row["is_right"]:
@@ -159,7 +161,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     session.add_arguments(parser, "few sizes and rounds")
     parser.add_argument("--tables", nargs="+", choices=(LENGTH, "cpu", *CPU), default=[LENGTH], metavar="TABLE",
                         help=f"{LENGTH}: every mask at several lengths; cpu: all of {', '.join(CPU)}")  # fmt: skip
-    parser.add_argument("--only", nargs="+", choices=cases.MASKS, default=list(cases.MASKS), metavar="MASK")
+    parser.add_argument("--only", nargs="+", choices=cases.MASKS, metavar="MASK",
+                        help=f"masks (all; on a CPU all but {', '.join(cases.FEATURES)})")  # fmt: skip
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="B,H,L,D", help="shapes of table masks")
     parser.add_argument("--directions", nargs="+", choices=cases.DIRECTIONS, help="directions (those of the table)")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, help="implementations (all; on a CPU ours and torch's)")
@@ -211,19 +214,21 @@ class Step(NamedTuple):
 
 def steps_of(tables: Iterable[str], arguments: argparse.Namespace, earlier: list[Row]) -> list[Step]:
     """The cases of these tables, each with the implementations that have no row in `earlier`."""
+    is_gpu = torch.device(arguments.device).type == "cuda"
+    masks = arguments.only or [mask for mask in cases.MASKS if is_gpu or mask not in cases.FEATURES]
     fields = ("benchmark", "mask", "dtype", "direction", "implementation")
     done = {(*map(row.get, fields), *row["shape"]) for row in earlier if "shape" in row}
     steps = []
     for table in tables:
         if table == LENGTH:
-            found = cases.table(scale_of(arguments), arguments.only, arguments.directions or ("forward", "backward"))
+            found = cases.table(scale_of(arguments), masks, arguments.directions or ("forward", "backward"))
         else:
             fixed = cases.FIXED[table]
             shapes = arguments.shapes if arguments.shapes and table == "masks" else fixed.shapes
             shapes = shapes[: fixed.quick] if arguments.quick else shapes
             directions = arguments.directions or fixed.directions
             fixed = fixed._replace(shapes=tuple(shapes), directions=tuple(directions))
-            found = fixed.cases(arguments.dtype or scale_of(arguments).dtypes, arguments.only)
+            found = fixed.cases(arguments.dtype or scale_of(arguments).dtypes, masks)
         for case in found:
             names = _missing(table, case, rivals_of(case, arguments), done)
             steps += [Step(table, case, names)] if names else []

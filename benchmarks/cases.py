@@ -28,11 +28,19 @@ MASKS = {
     "gqa": "causal, GQA",  # four query heads share a KV head
     "varlen": "causal, packed",  # the lengths of the sequences are drawn uniformly from [1, L]
     "decode": "decode",  # one query for each sequence
+    "blocks": "half of the blocks",  # a dense bool mask (1, 1, L, S), random in blocks of BLOCK x BLOCK entries
+    "softcap": "softcap",
+    "sinks": "sinks with gradient",  # (H,)
+    "dropout": "dropout 0.1",
 }
+#: Masks that are measured to be compared with "none", and therefore in fewer sizes (see `table`).
+FEATURES = ("blocks", "softcap", "sinks", "dropout")
 #: Masks with random lengths. A batch has at least LEAST_SEQUENCES, because the lengths of fewer would decide the time.
 RANDOM_MASKS, LEAST_SEQUENCES = ("padded-random", "causal+padded-random", "varlen"), 4
 CAUSAL_MASKS = ("causal", "causal+padded", "causal+padded-random", "window", "gqa", "varlen")
-WINDOW = 1024
+WINDOW, BLOCK, DROPOUT = 1024, 128, 0.1
+#: Twice the standard deviation of the scores. With a far larger softcap, a kernel without one would be judged right.
+SOFTCAP = 2.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,25 @@ class Case:
         """The number of keys that a query sees at most: the key at its own position and those before."""
         return WINDOW if self.mask == "window" else None
 
+    @property
+    def softcap(self) -> float:
+        return SOFTCAP if self.mask == "softcap" else 0.0
+
+    @property
+    def dropout_p(self) -> float:
+        return DROPOUT if self.mask == "dropout" else 0.0
+
+    @functools.cached_property
+    def visible_blocks(self) -> list[tuple[int, int]]:
+        """The visible blocks of mask "blocks", as (block of queries, block of keys): half of all blocks.
+
+        The blocks on the diagonal are visible, so that every query sees a key. The other visible blocks are random.
+        """
+        count = -(-self.length // BLOCK)
+        others = [(row, column) for row, column in itertools.product(range(count), repeat=2) if row != column]
+        drawn = random.Random(self.length).sample(others, max(0, count**2 // 2 - count))
+        return [*((block, block) for block in range(count)), *drawn]
+
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
         """The number of valid keys of each sequence."""
@@ -107,7 +134,11 @@ class Case:
 
     @property
     def visible_scores(self) -> int:
-        """The number of visible entries of the scores, in the whole batch and all heads."""
+        """The number of visible entries of the scores, in the whole batch and all heads. Entries that dropout drops are
+        visible."""
+        if self.mask == "blocks":
+            sizes = [min(BLOCK, self.length - start) for start in range(0, self.length, BLOCK)]
+            return self.batch * self.heads * sum(sizes[row] * sizes[column] for row, column in self.visible_blocks)
         pairs = (
             _visible(rows, keys, self.is_causal, self.window)
             for rows, keys in zip(self.query_lengths, self.lengths, strict=True)
@@ -175,7 +206,10 @@ CPU_QUICK = CPU._replace(tokens=256, width=128, lengths=(64, 256), head_dims=(64
 def table(
     scale: Scale, masks: Iterable[str] = tuple(MASKS), directions: Iterable[str] = ("forward", "backward")
 ) -> Iterator[Case]:
-    """All cases of a scale, the most useful first. The mask changes most slowly, the direction fastest."""
+    """All cases of a scale, the most useful first. The mask changes most slowly, the direction fastest.
+
+    A mask in FEATURES has cases in the first dtype only, with head dims up to 128 and at most 8 sequences in a batch.
+    """
     directions = tuple(directions)
     for mask in masks:
         for dtype in scale.dtypes:
@@ -184,6 +218,9 @@ def table(
                 for length in scale.lengths:
                     # A window over all keys hides nothing. A dense bias beyond 4096 keys needs gigabytes.
                     if (mask == "window" and length <= WINDOW) or (mask == "bias" and length > 4096):
+                        continue
+                    is_left_out = dtype != scale.dtypes[0] or head_dim > 128 or scale.tokens > 8 * length
+                    if mask in FEATURES and is_left_out:
                         continue
                     least = LEAST_SEQUENCES if mask in RANDOM_MASKS else 1
                     batch = max(least, scale.tokens // length)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
+from benchmarks.cases import BLOCK, Case
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
@@ -16,6 +18,8 @@ class Inputs:
     query, key, value, dout: (B, H, L, D), or (total, H, D) if the case is packed. In causal cases with padding, dout is
         0 in the rows of padding, because training takes no loss there.
     bias: (1, H, L, S), or (H, L + S - 1) if the bias is relative, or None
+    sinks: (H,), or None. A sink weighs about as much as all keys together, so that an error in it shows.
+    dropout_seed: 0-d int64 if the case has dropout, or None
     padding: (B, S) bool, True means padding, or None
     cu_seqlens: (B + 1,) int32 if the case is packed, or None
     """
@@ -41,6 +45,8 @@ class Inputs:
             self.bias = self._randn(1, case.heads, rows, keys)
         elif case.mask == "relative-bias":
             self.bias = self._randn(case.heads, rows + keys - 1)
+        self.sinks = self._randn(case.heads) + math.log(keys) if case.mask == "sinks" else None
+        self.dropout_seed = torch.tensor(7, device=self.device) if case.dropout_p else None
         self.lengths = torch.tensor(case.lengths, device=self.device)
         self.padding = None
         if case.is_padded:
@@ -61,7 +67,8 @@ class Inputs:
     @property
     def leaves(self) -> dict[str, Tensor]:
         """The tensors that have a gradient, by name."""
-        named = zip(("query", "key", "value", "bias"), (*self.qkv, self.bias), strict=True)
+        names = "query", "key", "value", "bias", "sinks"
+        named = zip(names, (*self.qkv, self.bias, self.sinks), strict=True)
         return {name: x for name, x in named if x is not None}
 
     def visible(self) -> Tensor:
@@ -74,6 +81,10 @@ class Inputs:
             visible = column <= row
         if case.window is not None:
             visible = visible & (column > row - case.window)
+        if case.mask == "blocks":
+            block = torch.zeros(-(-case.length // BLOCK), -(-case.length // BLOCK), dtype=torch.bool)
+            block[tuple(zip(*case.visible_blocks, strict=True))] = True
+            visible = block.to(self.device)[row // BLOCK, column // BLOCK]
         visible = visible[None, None]
         return visible if self.padding is None else visible & ~self.padding[:, None, None, :]
 

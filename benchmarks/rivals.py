@@ -205,7 +205,12 @@ def our_options(inputs: Inputs) -> dict[str, Any]:
         options["enable_gqa"] = True
     if inputs.bias is not None:
         options["attn_mask" if case.mask == "bias" else "relative_bias"] = inputs.bias
-    return options
+    if case.mask == "blocks":
+        options["attn_mask"] = inputs.visible()
+    if case.dropout_p:
+        options |= {"dropout_p": case.dropout_p, "dropout_seed": inputs.dropout_seed}
+    others = {"softcap": case.softcap or None, "sinks": inputs.sinks}
+    return options | {name: x for name, x in others.items() if x is not None}
 
 
 # ---- torch
@@ -221,13 +226,15 @@ def _torch(inputs: Inputs, backend: str | None = None, has_float_mask: bool = Fa
     case = inputs.case
     if case.is_packed:
         raise Cannot("scaled_dot_product_attention takes no packed sequences; torch-varlen is for them")
+    if case.mask in ("softcap", "sinks"):
+        raise Cannot(f"scaled_dot_product_attention has no {case.mask}")
     leaves = inputs.leaves
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"dropout_p": case.dropout_p} if case.dropout_p else {}
     if case.kv_heads != case.heads:
         options["enable_gqa"] = True
     if case.is_padded and not case.is_causal:
         options["attn_mask"] = (~inputs.padding)[:, None, None, :].contiguous()
-    elif case.is_padded or case.window is not None:
+    elif case.is_padded or case.window is not None or case.mask == "blocks":
         options["attn_mask"] = inputs.visible()
     elif case.is_causal:
         options["is_causal"] = True
@@ -305,6 +312,8 @@ def _flex(inputs: Inputs) -> Prepared:
     # torch limits how often one function is compiled. The limit counts anew for each case.
     torch._dynamo.reset()
     case = inputs.case
+    if case.mask in ("sinks", "dropout"):
+        raise Cannot(f"flex_attention has no {case.mask}")
     query, key, value = (x.transpose(0, 1)[None] if case.is_packed else x for x in inputs.qkv)
     mask_mod = _flex_mask(inputs)
     block_mask = None
@@ -317,6 +326,11 @@ def _flex(inputs: Inputs) -> Prepared:
 
         def score_mod(score, batch, head, row, column):
             return score + (bias[0, head, row, column] if is_dense else bias[head, column - row + last_row])
+
+    elif case.softcap:
+
+        def score_mod(score, batch, head, row, column):
+            return case.softcap * torch.tanh(score / case.softcap)
 
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     is_grouped = case.kv_heads != case.heads
@@ -340,6 +354,9 @@ def _flex_mask(inputs: Inputs) -> Callable | None:
         return lambda batch, head, row, column: column < lengths[batch]
     if window is not None:
         return lambda batch, head, row, column: (column <= row) & (column > row - window)
+    if case.mask == "blocks":
+        visible = inputs.visible()[0, 0]
+        return lambda batch, head, row, column: visible[row, column]
     return (lambda batch, head, row, column: column <= row) if case.is_causal else None
 
 
@@ -374,6 +391,8 @@ def _flash_package(inputs: Inputs, generation: int) -> ModuleType:
         raise Cannot(f"{found.package} has the forward alone")
     if inputs.bias is not None:
         raise Cannot("it has no bias with a gradient")
+    if inputs.case.mask == "blocks":
+        raise Cannot("it has no dense mask")
     return package
 
 
@@ -401,6 +420,12 @@ def _flash(inputs: Inputs, generation: int) -> Prepared:
         if case.mask == "decode" and "num_splits" in inspect.signature(function).parameters:
             options["num_splits"] = 0  # FlashAttention chooses the number of splits; its default is one split.
         given = ", ".join(f"{name}={value}" for name, value in options.items())
+        features = {"softcap": case.softcap or None, "dropout_p": case.dropout_p or None}
+        features = {name: x for name, x in (features | {"learnable_sink": inputs.sinks}).items() if x is not None}
+        # Each generation of FlashAttention has some of these parameters.
+        if lacking := features.keys() - inspect.signature(function).parameters:
+            raise Cannot(f"it has no {', '.join(lacking)}")
+        options, given = options | features, ", ".join([given, *features])
         prepared = _rows_first(inputs, lambda q, k, v: function(q, k, v, **options), given)
         return prepared._replace(problem=problem)
     function = _flash_varlen(package, inputs, case.query_lengths)

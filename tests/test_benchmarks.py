@@ -34,6 +34,7 @@ from benchmarks import (  # noqa: E402
     summary,
     timing,
 )
+from benchmarks import inputs as inputs_module  # noqa: E402
 from benchmarks.accuracy import Reference  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
 from benchmarks.conventions import OURS  # noqa: E402
@@ -46,12 +47,19 @@ def small(mask: str, direction: str = "forward+backward", dtype: str = "float32"
     return Case(3, 4, 40, 8, mask, dtype, direction)
 
 
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask "blocks" of a case of `small` has 5 x 5 blocks, of which those at the end are smaller."""
+    for module in (cases, inputs_module):
+        monkeypatch.setattr(module, "BLOCK", 9)
+
+
 # ---- Cases
 
 
 @pytest.mark.parametrize("mask", cases.MASKS)
 def test_visible_scores_are_those_of_the_mask(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "WINDOW", 7)
+    small_blocks(monkeypatch)
     case = small(mask, "forward")
     inputs = Inputs(case)
     visible = inputs.visible().expand(case.batch, 1, -1, -1)
@@ -82,6 +90,31 @@ def test_table_covers_every_mask_at_equal_tokens() -> None:
     assert all(case.batch == max(4, 16384 // case.length) for case in drawn)  # Few lengths could be extreme.
     assert all(case.heads * case.head_dim == 2048 for case in table if case.mask != "gqa")
     assert {(case.heads, case.kv_heads) for case in table if case.mask == "gqa"} == {(32, 8)}
+
+
+def test_features_are_measured_where_they_are_judged() -> None:
+    """On a GPU in the sizes of the goal, on a CPU only if they are asked for."""
+    sizes = {(case.mask, case.dtype, case.head_dim, case.length) for case in cases.table(cases.GPU, cases.FEATURES)}
+    lengths = (2048, 4096, 8192, 16384)
+    assert sizes == set(itertools.product(cases.FEATURES, ("bfloat16",), (64, 128), lengths))
+    parser = argparse.ArgumentParser()
+    attention.add_arguments(parser)
+    for device, only, masks in (
+        ("cpu", [], cases.MASKS.keys() - cases.FEATURES), ("cuda", [], cases.MASKS.keys()),
+        ("cpu", ["--only", *cases.FEATURES], set(cases.FEATURES)),
+    ):  # fmt: skip
+        steps = attention.steps_of([attention.LENGTH], parser.parse_args(["--device", device, *only]), [])
+        assert {step.case.mask for step in steps} == masks
+
+
+def test_half_of_the_blocks_are_visible_at_random() -> None:
+    case = Case(1, 1, 4096, 64, "blocks", "bfloat16", "forward")
+    assert case.visible_scores == 4096 * 4096 / 2
+    blocks = Inputs(case).visible()[0, 0].unflatten(0, (32, 128)).unflatten(2, (32, 128))
+    whole = blocks.all(dim=3).all(dim=1)
+    assert torch.equal(whole, blocks.any(dim=3).any(dim=1)) and whole.diagonal().all()
+    assert 0.3 < whole[:16, 16:].float().mean() < 0.7 and len(set(whole.sum(dim=1).tolist())) > 3
+    assert torch.equal(Inputs(case).visible(), Inputs(case).visible())
 
 
 @pytest.mark.parametrize("table", cases.FIXED)
@@ -117,18 +150,51 @@ def test_a_case_that_is_none_names_the_field(change: dict, name: str) -> None:
 @pytest.mark.parametrize("name", [OURS, "torch"])
 def test_ours_and_torch_compute_the_same_cases(mask: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "WINDOW", 7)
+    small_blocks(monkeypatch)
     inputs = Inputs(small(mask, "forward" if mask == "decode" else "forward+backward"), rows_first=True)
     reference = Reference(inputs)
-    if mask == "varlen" and name == "torch":
-        with pytest.raises(rivals.Cannot, match="packed"):
+    lacking = {"varlen": "packed", "softcap": "softcap", "sinks": "sinks"}
+    if mask in lacking and name == "torch":
+        with pytest.raises(rivals.Cannot, match=lacking[mask]):
             rivals.RIVALS[name].prepare(inputs)
         return
     results = rivals.results_of(rivals.RIVALS[name].prepare(inputs), inputs)
     assert set(results) == {"out"} | (set(inputs.leaves) if mask != "decode" else set())
-    assert reference.is_right(reference.error(results))
+    has_other_dropout = mask == "dropout" and name == "torch"
+    error = reference.error(results, has_other_dropout=has_other_dropout)
+    assert reference.is_right(error, has_other_dropout)
+    if has_other_dropout:  # Its random numbers are others indeed.
+        assert not reference.is_right(reference.error(results))
 
 
-@pytest.mark.parametrize("mask", ["gqa", "bias", "relative-bias", "varlen", "causal+padded"])
+@pytest.mark.parametrize("mask", cases.FEATURES)
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_what_ignores_a_feature_is_wrong(mask: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An implementation that computes the case without its mask, softcap, sinks or dropout gets no time."""
+
+    def plain(inputs: Inputs) -> rivals.Prepared:
+        leaves = {name: x for name, x in inputs.leaves.items() if name != "sinks"}
+        return rivals._sdpa(inputs, None, leaves, {}, "nothing")
+
+    monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(plain, ("torch",)))
+    found = run(Case(2, 2, 256, 16, mask, "bfloat16", direction), [OURS, "torch"])
+    assert found["torch"]["is_right"] is False and "median_ms" not in found["torch"]
+    assert found[OURS]["is_right"] and found[OURS]["median_ms"] > 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.9])
+def test_dropout_by_other_random_numbers_must_be_scaled(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torchs(inputs: Inputs) -> rivals.Prepared:
+        right = rivals._torch(inputs)
+        return right._replace(forward=lambda: scale * right.forward())
+
+    monkeypatch.setitem(rivals.RIVALS, "torch", rivals.Rival(torchs, ("torch",)))
+    found = run(Case(2, 2, 256, 16, "dropout", "float32", "forward+backward"), [OURS, "torch"])
+    assert found["torch"]["is_right"] == (scale == 1.0) and found["torch"]["allowed"] == accuracy.SQUARES_ALLOWED
+    assert found[OURS]["is_right"] and found[OURS]["allowed"] < 1e-3
+
+
+@pytest.mark.parametrize("mask", ["gqa", "bias", "relative-bias", "varlen", "causal+padded", "sinks"])
 def test_a_sample_finds_what_is_wrong_in_it(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "CHECKED_SCORES", 1)
     case = Case(3, 16, 24, 8, mask, "float32", "forward+backward")
@@ -260,6 +326,34 @@ def test_flash_attn_is_asked_by_its_own_conventions(mask: str, monkeypatch: pyte
     results = rivals.results_of(prepared, inputs)
     assert reference.is_right(reference.error(results, ignores_padding=mask == "causal+padded"))
     assert (prepared.problem is not None) == (mask == "causal+padded")
+
+
+@pytest.mark.parametrize(
+    ("mask", "parameter"),
+    [("softcap", "softcap"), ("dropout", "dropout_p"), ("sinks", "learnable_sink"), ("blocks", None)],
+)
+def test_flash_attn_is_given_the_features_that_its_function_takes(
+    mask: str, parameter: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generations of FlashAttention differ in these parameters."""
+    flash_attn_module("flash_attn", monkeypatch)
+    inputs, given = Inputs(small(mask, "forward")), []
+    with pytest.raises(rivals.Cannot, match=parameter or "dense mask"):
+        rivals.RIVALS["flash_attn2"].prepare(inputs)
+
+    def flash_attn_func(q, k, v, causal=False, softcap=0.0, dropout_p=0.0, learnable_sink=None):
+        given.append({"softcap": softcap, "dropout_p": dropout_p, "learnable_sink": learnable_sink})
+        return q
+
+    sys.modules["flash_attn"].flash_attn_func = flash_attn_func
+    if parameter is None:
+        return
+    prepared = rivals.RIVALS["flash_attn2"].prepare(inputs)
+    prepared.forward()
+    wanted = {"softcap": cases.SOFTCAP, "dropout_p": cases.DROPOUT, "learnable_sink": inputs.sinks}
+    defaults = {"softcap": 0.0, "dropout_p": 0.0, "learnable_sink": None}
+    assert given == [defaults | {parameter: wanted[parameter]}]
+    assert prepared.given == f"causal=False, {parameter}"
 
 
 def test_flash_attn_3_is_found_in_either_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,16 @@ BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
 
 
 class Preference(NamedTuple):
-    """The order in which backends are asked, for problems that meet both conditions.
+    """The order in which backends are asked, for problems that meet all conditions.
 
     min_capability: the lowest compute capability of the GPU; None = any device
     min_seqlen_q: the smallest number of queries
+    min_tiles: the smallest number of tiles, each of 128 queries of one head
     """
 
     min_capability: tuple[int, int] | None
     min_seqlen_q: int
+    min_tiles: int
     order: tuple[Backend, ...]
     reason: str
 
@@ -35,12 +37,21 @@ class Preference(NamedTuple):
 PREFERENCES = (
     Preference(
         cuda.MIN_CAPABILITY,
-        64,
+        129,
+        0,
         (cpu, cuda, triton, reference),
         "the CUDA kernels choose registers and the order of instructions by hand, which Triton's compiler does not",
     ),
     Preference(
+        cuda.MIN_CAPABILITY,
+        64,
+        132,
+        (cpu, cuda, triton, reference),
+        "a head has one tile of queries, and the heads alone occupy the multiprocessors: an H100 has 132",
+    ),
+    Preference(
         None,
+        0,
         0,
         (cpu, triton, cuda, reference),
         "with few queries, the keys of a head are divided among several programs, which only the Triton kernels do",
@@ -107,7 +118,8 @@ def preferred(problem: AttentionProblem) -> tuple[Backend, ...]:
 
 
 def _fits(row: Preference, problem: AttentionProblem) -> bool:
-    if problem.seqlen_q < row.min_seqlen_q:
+    tiles = problem.batch * problem.num_heads * -(-problem.seqlen_q // 128)
+    if problem.seqlen_q < row.min_seqlen_q or tiles < row.min_tiles:
         return False
     return row.min_capability is None or (problem.capability or (0, 0)) >= row.min_capability
 

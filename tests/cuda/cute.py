@@ -1,8 +1,11 @@
-"""Layouts in the notation of CuTe, with the ones that NVIDIA documents for the instructions under test.
+"""Layouts of instructions' operands in the notation of CuTe, as NVIDIA documents them.
 
-A layout (shape : stride) maps a coordinate to an index. A nested mode is counted through from its first entry on, the
-fastest. The constants below were written down from CUTLASS's atom traits (`mma_traits_sm80.hpp`,
-`mma_traits_sm90_gmma.hpp`); the emulation was not, so that both agreeing means something.
+A layout (shape : stride) maps a coordinate to an index, the sum of coordinate * stride over all modes. A mode may be a
+nested tuple: one number then counts through its entries, the first entry fastest. For example, in the mode (4, 8), the
+number 5 is the coordinate (1, 1).
+
+The constants below come from CUTLASS's atom traits (`mma_traits_sm80.hpp`, `mma_traits_sm90_gmma.hpp`). The emulation
+was written from another source, NVIDIA's PTX manual. So it means something if both agree.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from typing import NamedTuple
 
 
 class Layout(NamedTuple):
+    """A map from a coordinate, with a number for each mode, to an index."""
+
     shape: tuple
     stride: tuple
 
@@ -27,6 +32,7 @@ class Layout(NamedTuple):
 
 
 def _size(shape: int | tuple) -> int:
+    """The number of coordinates of a mode."""
     if isinstance(shape, int):
         return shape
     product = 1
@@ -36,6 +42,7 @@ def _size(shape: int | tuple) -> int:
 
 
 def _index(coordinate: int, shape: int | tuple, stride: int | tuple) -> int:
+    """The index of a number in a mode."""
     if isinstance(shape, int):
         return coordinate * stride
     index = 0
@@ -45,7 +52,7 @@ def _index(coordinate: int, shape: int | tuple, stride: int | tuple) -> int:
     return index
 
 
-# ---- (thread, value) -> row + rows * column
+# ---- Fragments in registers: (thread, value) -> row + rows * column
 
 MMA_A = Layout(((4, 8), (2, 2, 2)), ((32, 1), (16, 8, 128)))  # 16 x 16
 MMA_B = Layout(((4, 8), (2, 2)), ((16, 1), (8, 64)))  # 8 x 16: (n, k)
@@ -58,7 +65,8 @@ def wgmma_c(n: int) -> Layout:  # 64 x n
     return Layout(((4, 8, 4), (2, 2, n // 8)), ((128, 1, 16), (64, 8, 512)))
 
 
-# ---- (mn, k) -> element of shared memory before swizzling, for 16-bit elements; strides in elements
+# ---- Operands in shared memory: (mn, k) -> number of the 16-bit element, before swizzling. mn counts rows of the left
+# factor or columns of the right one, and the product sums over k.
 
 CHUNK = 8  # elements in 16 bytes, T in CuTe's comments
 

@@ -1,4 +1,5 @@
-// Small kernels for test_detectors.py. Most have one deliberate bug, and the emulation has to report each bug.
+// Small kernels for test_detectors.py. Most of them have one deliberate bug, which the kernel's name tells, and which
+// the emulation has to report. The others are correct, and often differ from a kernel with a bug in one line.
 #include <cstring>
 
 #include "cuda/hardware.h"
@@ -7,6 +8,7 @@
 namespace fused_attn::gpu {
 namespace {
 
+// The global memory that every kernel gets.
 struct Memory {
   float* floats;              // 4096 of them
   const float* read_only;     // 1024
@@ -23,7 +25,8 @@ struct Kernel {
 Kernel kernels[160];
 int num_kernels = 0;
 
-// KERNEL(name, blocks, threads, shared bytes) { body }. In the body, `shared` is the address of the first byte.
+// KERNEL(name, blocks, threads, shared bytes) { body } defines a kernel, and adds it to `kernels`. In the body,
+// `thread` is the index of the thread, and `shared` is the address of the first byte of shared memory.
 #define KERNEL(name, blocks, threads, shared_bytes)                                                                  \
   void name(Memory memory, int thread, uint32_t shared);                                                             \
   const int name##_index =                                                                                           \
@@ -76,7 +79,7 @@ KERNEL(shuffle_orders_no_memory, 1, 32, 1024) {
   load_word_of(thread ^ 1, shared);
 }
 
-// There are more readers than the detector stores together with a word.
+// The word has more readers than a cell of the race detector stores in itself (kInlineReads).
 KERNEL(store_after_many_readers, 1, 128, 1024) {
   if (thread == 0) store_shared(shared, 1);
   sync_threads();
@@ -93,7 +96,8 @@ KERNEL(store_after_many_ordered_readers, 1, 128, 1024) {
   if (thread == 127) store_shared(shared, 2);
 }
 
-// barrier_arrive orders what came before the arrival, and nothing after it.
+// barrier_arrive orders accesses before the arrival, but none after it. The first kernel is correct, the second one is
+// not.
 KERNEL(ordered_by_arrival, 1, 64, 1024) {
   if (thread < 32) {
     store_own_word(thread, shared);
@@ -114,7 +118,7 @@ KERNEL(store_after_arrival, 1, 64, 1024) {
   }
 }
 
-// Two warpgroups take turns. The caller checks the order.
+// Two warpgroups take turns, by two named barriers. The test checks that their stores alternate.
 KERNEL(ping_pong, 1, 256, 1024) {
   const bool is_first = thread < 128;
   const auto my_turn = [&] { is_first ? barrier_sync<1>(256) : barrier_sync<2>(256); };
@@ -185,7 +189,8 @@ KERNEL(threads_exchange_in_global, 1, 64, 0) {
   load_global(memory.floats + (thread + 32) % 64);
 }
 
-// Block 0 writes, and block 1 reads what another thread wrote.
+// Block 0 writes and raises a counter. Block 1 waits for the counter and reads what another thread of block 0 wrote.
+// The flags leave out a synchronisation, or write after the counter was raised.
 void pass_on(const Memory& memory, int thread, bool syncs_before, bool syncs_after, bool writes_later = false) {
   if (block_index_x() == 0) {
     if (!writes_later) store_global(memory.floats + thread, 1.f);
@@ -483,7 +488,8 @@ KERNEL(tma_expects_half_the_bytes, 1, 32, 2048) {
 
 constexpr int kSumBytes = 128;
 
-// A step that one of the kernels below leaves out, or gets wrong.
+// The step of the protocol between blocks that a kernel below leaves out or gets wrong. primitives.h describes the
+// protocol at add_release.
 enum class Fault {
   kNone,
   kNoTurn,
@@ -496,13 +502,14 @@ enum class Fault {
   kNoFenceAfter,
 };
 
-// Stores floats of 1 at `source`, ready for bulk stores.
+// Writes 32 ones to shared memory at `source`, as the source of bulk stores.
 void store_ones(int thread, uint32_t source) {
   store_shared(source + 4 * thread, 1.f);
   fence_async_proxy();
   sync_threads();
 }
 
+// Waits until the bulk stores of this thread are complete, and raises the counter that tells other blocks.
 void publish(int* counter, Fault fault) {
   tma_store_commit();
   if (fault == Fault::kSourceWaitedFor) tma_store_wait_read<0>();
@@ -512,7 +519,7 @@ void publish(int* counter, Fault fault) {
   tma_store_wait<0>();
 }
 
-// Blocks add to the same sums, one after another.
+// Each block adds 32 ones to the same sums when the counter shows its turn. The first one stores instead.
 void add_in_turn(const Memory& memory, int thread, uint32_t shared, int turn, Fault fault) {
   store_ones(thread, shared);
   if (thread != 0) return;
@@ -579,7 +586,8 @@ HAND_OVER(box_not_complete, kOrdinary, kSourceWaitedFor)
 HAND_OVER(box_not_fenced_before_a_bulk_load, kBulk, kNoFenceBefore)
 HAND_OVER(box_not_fenced_before_tma, kTma, kNoFenceBefore)
 
-// The reader needs a fence, too, for what another block has written with ordinary stores.
+// Block 0 writes with ordinary stores, and block 1 adds with a bulk operation. Then, too, block 1 needs a fence after
+// its wait.
 void add_to_stored(const Memory& memory, int thread, uint32_t shared, bool fences) {
   store_ones(thread, shared);
   if (thread != 0) return;
@@ -597,7 +605,8 @@ void add_to_stored(const Memory& memory, int thread, uint32_t shared, bool fence
 KERNEL(sum_onto_stored_values, 2, 32, 1024) { add_to_stored(memory, thread, shared, true); }
 KERNEL(sum_onto_stored_values_without_fence, 2, 32, 1024) { add_to_stored(memory, thread, shared, false); }
 
-// A fence counts for the accesses that come after it, not for the whole block.
+// A proxy fence counts for accesses after it by the thread that executes it. Here another thread of the block makes the
+// access.
 KERNEL(fence_of_another_thread, 2, 64, 1024) {
   store_ones(thread, shared);
   if (block_index_x() == 0) {
@@ -615,7 +624,8 @@ KERNEL(fence_of_another_thread, 2, 64, 1024) {
   tma_store_wait<0>();
 }
 
-// The source may be overwritten after wait_read, and the store still has the old values. The caller checks them.
+// After wait_read, the source may be overwritten, and global memory still gets the old values. The test checks the
+// values.
 KERNEL(source_reused_after_wait_read, 1, 32, 1024) {
   store_ones(thread, shared);
   if (thread == 0) {
@@ -649,7 +659,8 @@ KERNEL(own_sums_in_any_order, 1, 32, 1024) {
   tma_store_wait<0>();
 }
 
-// One warp fills a slot again and again. A thread of another warp stores the slot.
+// The first warp fills the same slot of shared memory three times. A thread of the second warp stores the slot to
+// global memory each time, and then frees the slot.
 void store_by_way_of_a_slot(const Memory& memory, int thread, uint32_t shared, bool fences, bool frees_late) {
   const uint32_t full = shared + 512, empty = full + 8;
   if (thread == 0) {
@@ -724,8 +735,8 @@ KERNEL(wgmma_without_proxy_fence, 1, 128, kTileBytes) {
   wgmma_wait<0>();
 }
 
-// One warpgroup writes with ordinary stores, and arrives. The other one waits, fences and multiplies: the reader
-// executes the fence.
+// One warpgroup writes to shared memory with ordinary stores, and arrives at an mbarrier. The other warpgroup waits,
+// executes the proxy fence, and multiplies. This is correct, though the writing threads execute no fence.
 void multiply_what_another_wrote(int thread, uint32_t shared, bool fences_before, bool fences_after) {
   const uint32_t mbarrier = shared + kTileBytes;
   if (thread == 0) mbarrier_init(mbarrier, 128);
@@ -754,7 +765,7 @@ KERNEL(wgmma_fenced_before_its_wait, 1, 256, kTileBytes + 16) {
   multiply_what_another_wrote(thread, shared, true, false);
 }
 
-// Only the first product of a chain overwrites.
+// Two products on the same accumulators, which have been forgotten before. The first product must overwrite them.
 void multiply_after_forgetting(int thread, uint32_t shared, bool accumulates) {
   float d[32];
   store_and_sync(thread, shared);
@@ -849,7 +860,8 @@ KERNEL(wgmma_source_overwritten, 1, 128, kTileBytes) {
   wgmma_wait<0>();
 }
 
-// From its wait, a warp knows that its own part of the product is complete. It does not know this about other warps.
+// After wgmma_wait, a warp knows that its own part of the product is complete, but not that the parts of other warps
+// are. So it must not overwrite the operands yet.
 KERNEL(wgmma_wait_is_of_a_warp, 1, 128, kTileBytes) {
   float d[32];
   store_and_sync(thread, shared);

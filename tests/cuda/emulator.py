@@ -1,8 +1,8 @@
 """Builds CUDA kernels for the emulation (tools/emulation), and calls them from Python.
 
-A library of kernels is compiled by g++ from the sources that nvcc compiles and linked with the emulation. It exports
-plain C functions that return an error text, or is a Python module. Builds are kept in pytest's cache, by the contents
-of all that they are made of.
+g++ compiles the sources that nvcc compiles, and links them with the emulation to a library. The library exports plain C
+functions that return an error text, or it is a Python module. Builds are kept in pytest's cache, under a name that is a
+hash of all files and flags that they are made from.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CSRC = ROOT / "csrc"
 TOOLS = ROOT / "tools"
 EMULATION = TOOLS / "emulation"
 
-# Without -march=native, 16-bit conversions would be calls.
+# Without -march=native, each conversion of a 16-bit float would be a function call.
 FLAGS = (
     "-std=c++17",
     "-O2",
@@ -49,7 +49,7 @@ SHARED_SOURCES = ("cuda/tensor_map_rules.cpp",)
 
 
 class EmulationError(AssertionError):
-    """What the emulation found wrong with a kernel."""
+    """A fault that the emulation has found in a kernel."""
 
 
 # ---- Building
@@ -65,21 +65,22 @@ def why_unavailable() -> str:
 
 
 class Builder:
-    """Compiles into ``cache``, a folder that may live from run to run and be shared by processes."""
+    """Compiles into the folder ``cache``, where later runs find the files. Several processes may share the folder."""
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
         cache.mkdir(parents=True, exist_ok=True)
 
     def library(self, sources: Sequence[Path], csrc: Path = CSRC, flags: Sequence[str] = ()) -> Library:
-        """The loaded library of these sources (files in C++, whatever their suffix) and the emulation.
+        """Compiles these sources (C++, whatever their suffix), links them with the emulation, and loads the library.
 
-        ``csrc`` is what they include from: the product's, or for a mutation a copy of it with some lines changed.
+        ``csrc`` is the folder that they include headers from: the product's, or for a test of mutations a copy of that
+        folder with some lines changed.
         """
         return Library(self._link(sources, csrc, flags))
 
     def module(self, name: str, sources: Sequence[Path], csrc: Path = CSRC, flags: Sequence[str] = ()) -> ModuleType:
-        """The same as a Python module ``name``, written with pybind11. Each call loads a module of its own."""
+        """The same for sources that are a pybind11 module ``name``. Each call loads another module object."""
         pybind11 = pytest.importorskip("pybind11", reason="needs the Python package pybind11")
         includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
         linked = self._link(sources, csrc, (*flags, *includes, "-fvisibility=hidden"))
@@ -90,6 +91,7 @@ class Builder:
         return module
 
     def _link(self, sources: Sequence[Path], csrc: Path, flags: Sequence[str]) -> Path:
+        """Compiles all sources in parallel, and links them. Returns the path of the library."""
         emulation = [*sorted(EMULATION.glob("*.cpp")), *(csrc / name for name in SHARED_SOURCES)]
         compiled = [(source, csrc, (*FLAGS, *flags)) for source in sources]
         compiled += [(source, csrc, FLAGS) for source in emulation]  # the same for all libraries
@@ -102,8 +104,9 @@ class Builder:
         return linked
 
     def _object(self, source: Path, csrc: Path, flags: Sequence[str]) -> Path:
+        """Compiles one source, unless the cache has an object of the same contents and flags. Returns its path."""
         compile_command = ["g++", *flags, f"-I{csrc}", f"-I{TOOLS}", "-x", "c++", str(source)]
-        # The rule that make would read: "target: source header header ...".
+        # -MM prints the files that the source includes, as a rule for make: "target: source header header ...".
         rule = _run([*compile_command, "-MM", "-MT", "target"]).replace("\\\n", " ")
         dependencies = [Path(name).read_bytes() for name in rule.split()[1:]]
         key = _digest(_compiler_version(), *flags, *dependencies)
@@ -113,7 +116,11 @@ class Builder:
         return compiled
 
     def _produce(self, target: Path, command: list[str]) -> None:
-        """Writes to another name first: another process may write the same file, or be killed half-way."""
+        """Runs a command that writes ``target``.
+
+        The command writes under a temporary name, because another process may write the same file at the same time, or
+        may be killed half-way.
+        """
         handle, temporary = tempfile.mkstemp(dir=self.cache, prefix=target.stem, suffix=target.suffix)
         os.close(handle)
         try:
@@ -125,12 +132,14 @@ class Builder:
 
 
 def _run(command: list[str]) -> str:
+    """Runs a command, and returns its output. Fails with its error output if it fails."""
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
     return result.stdout
 
 
 def _digest(*parts: str | bytes) -> str:
+    """A short hash of the parts."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -140,7 +149,7 @@ def _digest(*parts: str | bytes) -> str:
 
 @functools.cache
 def _compiler_version() -> str:
-    # -march=native is different flags on different machines.
+    # The output includes the target flags: -march=native means other flags on another machine.
     return _run(["g++", "-march=native", "-Q", "--help=target", "--version"])
 
 
@@ -148,7 +157,7 @@ def _compiler_version() -> str:
 
 
 class Options(ctypes.Structure):
-    """tools/emulation/options.h, which says what they mean."""
+    """The struct Options of tools/emulation/options.h, which says what each field means."""
 
     _fields_ = (
         ("seed", ctypes.c_uint64),
@@ -167,7 +176,7 @@ BY_SEED, EARLY, LATE = range(3)
 
 
 class Statistics(ctypes.Structure):
-    """tools/emulation/options.h, which says what they mean."""
+    """The struct Statistics of tools/emulation/options.h, which says what each field means."""
 
     _fields_ = tuple(
         (name, ctypes.c_uint64)
@@ -190,7 +199,7 @@ class Statistics(ctypes.Structure):
 
 
 class Library:
-    """The functions of a library of kernels. Each returns an error text, empty or null if all was well."""
+    """A loaded library of kernels. Each function returns an error text, which is empty or null if all is well."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
@@ -228,10 +237,13 @@ class Library:
         self._buffers.clear()
 
     def buffer(self, tensor: torch.Tensor | None, *, is_writable: bool = False) -> ctypes.c_void_p:
-        """What kernels get instead of a pointer to the first element. They may access all that the strides span."""
+        """Registers the memory of a tensor, and returns the handle that kernels get in place of a pointer.
+
+        Kernels may access all elements from the first one to the last one, also those between strided rows.
+        """
         if tensor is None:
             return ctypes.c_void_p(None)
-        self._buffers.append(tensor)  # keeps the memory
+        self._buffers.append(tensor)  # keeps the memory alive until the next start
         elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         bytes_spanned = elements * tensor.element_size() if tensor.numel() else 0
         return ctypes.c_void_p(
@@ -244,7 +256,7 @@ class Library:
         """Calls a function of the library. Python's integers become C's int, floats become float.
 
         Raises:
-            EmulationError: with the text that it returned.
+            EmulationError: with the text that the function has returned.
         """
         converted = [ctypes.c_float(x) if isinstance(x, float) else x for x in arguments]
         entry = getattr(self._library, function)

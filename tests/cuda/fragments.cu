@@ -1,6 +1,6 @@
-// Each kernel executes one primitive, and writes down what it does to registers and shared memory. test_fragments.py
-// compares this with layouts from another source. The file is compiled for the emulation, and on a machine with a GPU
-// also for the GPU.
+// Each kernel executes one primitive, and copies the registers or the shared memory after it to global memory.
+// test_fragments.py compares them with layouts from another source (cute.py). The file is compiled for the emulation,
+// and on a machine with a GPU also for the GPU.
 #include <cmath>
 
 #include "cuda/hardware.h"
@@ -12,7 +12,8 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
 
-// Copies an image in global memory to shared memory, and back. Sizes are multiples of 16 bytes.
+// Copy `bytes` bytes (an image of shared memory) from global to shared memory, and back. All threads take part. Sizes
+// are multiples of 16 bytes.
 GPU_DEVICE void read_image(const char* image, int bytes, uint32_t shared, int threads) {
   for (int i = 16 * thread_index(); i < bytes; i += 16 * threads)
     store_shared(shared + i, load_global(reinterpret_cast<const Vec4*>(image + i)));
@@ -76,7 +77,8 @@ GPU_KERNEL void store_matrix_kernel(const uint32_t* registers, const int* offset
   write_image(image, bytes, shared, kWarp);
 }
 
-// Descriptors are those of shared memory that starts at 0. `a` has registers [step][128][4], if not null.
+// d = a @ b in `steps` products, one for each descriptor. Descriptors are those of shared memory that starts at 0, and
+// the kernel adds the real start. If `a` is not null, it has the left factors in registers [step][128][4].
 template <class T, int N, int TransA, int TransB>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kWarpgroup, 1)
     wgmma_kernel(const char* image, int bytes, const uint32_t* a, const uint64_t* a_descriptors,
@@ -87,7 +89,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kWarpgroup, 1)
   fence_async_proxy();
   sync_threads();
   float sum[N / 2];
-  for (int i = 0; i < N / 2; i++) sum[i] = NAN;  // which the first step must not add to
+  for (int i = 0; i < N / 2; i++) sum[i] = NAN;  // NaN would stay in the result if the first product added to these
   uint32_t left[4];
   for (int step = 0; step < steps; step++) {
     const uint64_t right = load_global(b_descriptors + step) + (shared >> 4);
@@ -144,7 +146,8 @@ GPU_KERNEL void tma_kernel(const GPU_GRID_CONSTANT TensorMap map, int operation,
   }
 }
 
-// destination = source, or destination += source, by way of shared memory, with both kinds of bulk instructions.
+// destination = source, or destination += source: a bulk load to shared memory, and a bulk store or addition from
+// there.
 GPU_KERNEL void bulk_kernel(int operation, const float* source, float* destination, int bytes) {
   const uint32_t shared = shared_address(shared_memory());
   const uint32_t mbarrier = shared + bytes;
@@ -160,8 +163,8 @@ GPU_KERNEL void bulk_kernel(int operation, const float* source, float* destinati
   tma_store_wait<0>();
 }
 
-// Stores a slot of shared memory to one row of `rows` after another. The slot is written again as soon as it has been
-// read.
+// Stores the same slot of shared memory to each row of `rows`, with other numbers each time. The slot is written again
+// as soon as the bulk store has read it.
 GPU_KERNEL void reused_source_kernel(float* rows, int num_rows) {
   const uint32_t shared = shared_address(shared_memory());
   const int lane = thread_index();
@@ -179,7 +182,8 @@ GPU_KERNEL void reused_source_kernel(float* rows, int num_rows) {
   if (lane == 0) tma_store_wait<0>();
 }
 
-// Block b adds row b of `rows` to `sums`, which need not be initialised. The numbers in `turns` give the order.
+// Block b adds row b of `rows` to `sums`, in its turn. `turns` gives the order of the blocks. The first block stores
+// instead, so `sums` need not be initialised.
 GPU_KERNEL void ordered_sums_kernel(const float* rows, const int* turns, float* sums, int* counter) {
   const uint32_t shared = shared_address(shared_memory());
   const int lane = thread_index(), block = block_index_x();
@@ -201,7 +205,7 @@ GPU_KERNEL void ordered_sums_kernel(const float* rows, const int* turns, float* 
   add_release(counter, 1);
 }
 
-// out: [function][32] for one warp with the values x.
+// Applies each arithmetic primitive to the 32 values x of a warp. out: [function][32].
 template <class T>
 GPU_KERNEL void arithmetic_kernel(const float* x, uint32_t* out) {
   const int lane = thread_index();
@@ -221,7 +225,7 @@ GPU_KERNEL void arithmetic_kernel(const float* x, uint32_t* out) {
   for (uint32_t result : results) store_global(out + kWarp * i++ + lane, result);
 }
 
-std::string result;  // of the last function below
+std::string result;  // text of the last exported function, which returns a pointer to it
 
 const char* keep(std::string error) {
   result = std::move(error);

@@ -1,4 +1,4 @@
-"""The CUDA kernels in the emulation, behind the public API: meanwhile, backend="cuda" takes CPU tensors."""
+"""Runs the CUDA kernels in the emulation, under the public API. backend="cuda" then takes tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from fused_attn import planning
 from fused_attn.backends import cuda, dispatch
 from fused_attn.derivatives import ops
 
-FLAGS = ("-Wno-psabi",)
+FLAGS = ("-Wno-psabi",)  # otherwise g++ warns about how it passes vector types
 
 
+#: Launchers that do nothing, in place of those of a head dim that a test does not need: this saves compile time.
 STUB = """
 #include "cuda/kernels.h"
 namespace fused_attn::gpu::{family} {{
@@ -32,9 +33,11 @@ template <> void launch_bias_gradient<{head_dim}>(const Params&, const BiasGradi
 
 
 class Kernels:
-    """A build of all kernels, or in ``csrc`` of changed ones. With ``only``, a head dim, other kernels do nothing.
+    """A build of all kernels of ``csrc``: the product's, or a copy with changes.
 
-    Each build has a ``name`` of its own: pybind11 loads a module once for each name, wherever its file is.
+    If ``only`` is a head dim, the launchers of other head dims do nothing: their sources in the copy are overwritten.
+
+    ``others`` are further sources. Each build needs another ``name``: pybind11 loads a module once for each name.
     """
 
     def __init__(
@@ -61,7 +64,9 @@ class Kernels:
 
     @contextlib.contextmanager
     def running(self, architecture: int, seed: int = 0, **options: int) -> Iterator[None]:
-        """backend="cuda" is this build's kernels for sm_80 or sm_90a, in the order of threads that the seed draws.
+        """Within this context, backend="cuda" runs this build's kernels for sm_80 (80) or sm_90a (90).
+
+        ``seed`` draws the order of threads.
 
         ``options`` are those of `Library.start`.
         """
@@ -82,7 +87,7 @@ class Kernels:
 
 @contextlib.contextmanager
 def of_architecture(architecture: int) -> Iterator[None]:
-    """backend="cuda" runs its kernels for sm_80 or sm_90a, whatever the device."""
+    """Within this context, backend="cuda" runs its kernels for sm_80 (80) or sm_90a (90), whatever the device is."""
     before = cuda._architecture
     _forget_plans()
     cuda._architecture = lambda problem: architecture
@@ -94,6 +99,7 @@ def of_architecture(architecture: int) -> Iterator[None]:
 
 
 def _forget_plans() -> None:
+    """Clears the caches of plans, which hold the architecture and the kernels that were chosen before."""
     plans = (planning.cached_plan, planning._cached_packed_problem, ops._problem_of_shapes, dispatch.choose)
     for function in (*plans, cuda._config, cuda._workspace_bytes):
         function.cache_clear()

@@ -1,8 +1,8 @@
-"""Finds what kernels do past the primitives, where the emulation cannot see it.
+"""Finds code of kernels that uses the hardware without the primitives (csrc/cuda/primitives.h), for example asm.
 
-`python tests/cuda/lint.py` prints it. The files are read as text, which is enough for rules as simple as these. What
-they let through, such as a pointer that has the name of an array elsewhere, faults under the emulation, where pointers
-are handles.
+The emulation could not check such code. `python tests/cuda/lint.py` prints what it finds. The files are read as text,
+with regular expressions. These miss some accesses, such as one through a pointer that has the name of an array in
+another file. Such an access faults in the emulation, where pointers are handles.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
-#: These files may name the hardware. The others use the primitives.
+#: These files implement the primitives or call the CUDA runtime. All other files are checked.
 EXEMPT = {"primitives.h", "primitives_ptx.h", "wgmma_ptx.h", "tensor_map_driver.cu", "hardware_gpu.h"}
 
+#: A pattern that must not occur -> what it stands for in the message.
 RULES = {
     r"\b(__)?asm(__)?\b": "asm",
     r"\b__(shared|device|global|constant|host|grid_constant|launch_bounds|forceinline|align)__\b": "a CUDA specifier",
@@ -32,8 +33,8 @@ INCLUDE = re.compile(r"#\s*include\s*[<\"](cuda|mma|cooperative|cub|cutlass|cute
 DEREFERENCE = re.compile(r"(?:^|[=({\[,;!&|?:<>+\-/%]|\breturn)\s*\*\s*[A-Za-z_(]", re.MULTILINE)
 ARROW = re.compile(r"\b(\w+)\s*->\s*(?!\s*(?:auto|void|bool|int|float|uint|std)\b)")
 SUBSCRIPT = re.compile(r"\b([A-Za-z_]\w*)\s*\[")
-#: `float acc[4]`, `uint32_t (&r)[4]`: names whose subscripts stay in registers. Then `, b[2]` of `float a[2], b[2];`,
-#: and `, b[] = {`.
+#: Declarations of arrays, whose subscripts are allowed because arrays stay in registers:
+#: `float acc[4]` and `uint32_t (&r)[4]`; `, b[2]` of `float a[2], b[2];`; `, b[] = {`.
 ARRAYS = (
     re.compile(r"[\w>]\s*(?:\(&\s*|\s|&\s*)(\w+)\)?\s*(?:\[[^\]]*\])+\s*(?=[;,=)\[{])"),
     re.compile(r",\s*(\w+)(?:\[[^\],()]*\])+(?=\s*(?:,\s*\w+(?:\[[^\],()]*\])+\s*)*;)"),
@@ -56,12 +57,12 @@ def without_comments(source: str) -> str:
 
 
 def is_device_code(path: Path) -> bool:
-    """Host code handles pointers as it likes: bindings and launchers, which call `launch` or read Python's objects."""
+    """Whether a file has code of kernels. Other files are host code, which may dereference pointers."""
     return path.suffix in (".h", ".cuh") and "GPU_" in path.read_text()
 
 
 def findings(path: Path, arrays: set[str]) -> Iterator[tuple[int, str]]:
-    """(line, what is wrong) in one file; `arrays` are the names of arrays in all of them."""
+    """(line, what is wrong) for each finding in one file. `arrays` are the names of arrays in all files."""
     source = without_comments(path.read_text())
 
     def line(match: re.Match) -> int:
@@ -84,10 +85,12 @@ def findings(path: Path, arrays: set[str]) -> Iterator[tuple[int, str]]:
 
 
 def arrays_in(source: str) -> set[str]:
+    """The names of arrays that a source declares."""
     return {name for pattern in ARRAYS for name in pattern.findall(source)} - KEYWORDS
 
 
 def check(folder: Path = CUDA) -> list[str]:
+    """All findings in the files of a folder, as "file:line: what is wrong"."""
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
     declaring = [*paths, *(folder.parent / "common").glob("*.h")]  # kernels use structs of this folder
     arrays = set().union(*(arrays_in(without_comments(path.read_text())) for path in declaring))

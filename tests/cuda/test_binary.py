@@ -1,4 +1,5 @@
-"""What nvcc made of the kernels: no spills, no local memory, the instructions that they were written for. Needs no GPU.
+"""Reads the machine code (SASS) of the built kernels: they must not spill, and must use the instructions that they were
+written for. Needs no GPU.
 
 `python tests/cuda/test_binary.py` prints a table of all kernels.
 """
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "cmake"))
 import checked_nvcc  # noqa: E402
 
-#: architecture -> the instructions without which its main kernels would make no sense
+#: architecture -> instructions that each of its large kernels must have: products, loads, and on sm_90a setmaxnreg
 PURPOSE = {
     "sm_80": {"HMMA", "LDSM", "LDGSTS"},
     "sm_90": {"HMMA", "LDSM", "LDGSTS"},  # the gradients of biases
@@ -31,25 +32,28 @@ PURPOSE = {
 INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "LDSM", "STSM", "UTMALDG", "UTMASTG", "UTMAREDG", "USETMAXREG", "LDL", "STL")
 
 
-#: In a step of the forward kernel for sm_90a, with 128 keys: 64 exponentials a thread, and what belongs to them.
+#: The most instructions of a step of the forward kernel for sm_90a. A step visits 128 keys, so a thread computes 64
+#: exponentials in it.
 MOST_INSTRUCTIONS = 345
-#: The same of the fused backward, for each head dim: 584, 405 and 427 when they were measured.
+#: The same for the fused backward, for each head dim. 584, 405 and 427 were counted when these limits were set.
 MOST_INSTRUCTIONS_BACKWARD = {64: 600, 96: 420, 128: 440}
 
 
 class Kernel(NamedTuple):
+    """What cuobjdump says about one kernel."""
+
     architecture: str
     name: str
-    registers: int  # of a thread, at launch
-    stack: int  # bytes
-    local: int
-    instructions: dict[str, int]
-    overlapped: int  # exponentials between the wait for all products but one and the wait for that one
-    step: list[str]  # instructions of the loop around that wait where nothing is out of the ordinary
+    registers: int  # registers of a thread at launch
+    stack: int  # bytes of a stack frame
+    local: int  # bytes of local memory
+    instructions: dict[str, int]  # how often each instruction occurs
+    overlapped: int  # see overlapped_exponentials
+    step: list[str]  # see steady_step
 
 
 def cuobjdump() -> str:
-    """The one on the PATH, or that of the triton wheel."""
+    """The path of cuobjdump: the one on the PATH, or the one in the triton wheel."""
     if found := shutil.which("cuobjdump"):
         return found
     triton = importlib.util.find_spec("triton")
@@ -73,6 +77,7 @@ def readable(symbol: str) -> str:
 
 
 def kernels() -> list[Kernel]:
+    """Reads all kernels of the installed module with cuobjdump: their instructions, and their registers and memory."""
     module = importlib.util.find_spec("fused_attn._cuda")
     if module is None:
         pytest.skip("installed without nvcc, so that there is no fused_attn._cuda")
@@ -112,6 +117,9 @@ def kernels() -> list[Kernel]:
 
 
 def overlapped_exponentials(sass: list[str]) -> int:
+    """How many exponentials are computed while a product still runs: those between the wait for all products but one
+    and the wait for the last one.
+    """
     most, here = 0, None
     for line in sass:
         if "WARPGROUP.DEPBAR" in line:
@@ -123,15 +131,17 @@ def overlapped_exponentials(sass: list[str]) -> int:
 
 
 def steady_step(sass: list[str]) -> list[str]:
-    """The shortest way round from a wait for all products but one to the same wait, by number of instructions.
+    """The instructions of one round of the main loop, when no entry has to be masked.
 
-    It leaves out what a loop does on some of its rounds alone: masks, and what comes at the end.
+    The loop contains the wait for all products but one. The result is the shortest cycle of instructions through this
+    wait. Code that runs in some rounds only, such as masks and the end of the loop, makes a longer cycle.
     """
     lines = [re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line) for line in sass]
     texts = [line[2] for line in lines]
     index = {int(line[1], 16): i for i, line in enumerate(lines)}
 
     def next_ones(i: int) -> list[int]:
+        """The numbers of the instructions that may follow instruction i."""
         following = [i + 1] if i + 1 < len(texts) else []
         if match := re.match(r"(@!?U?P\w+ )?(?:EXIT|RET|BRA)\b.*?(0x[0-9a-f]+)?$", texts[i]):
             target = [index[int(match[2], 16)]] if match[2] else []
@@ -180,14 +190,14 @@ def test_kernels_use_the_instructions_that_they_are_for(built):
 
 @pytest.mark.slow
 def test_softmax_runs_while_the_tensor_cores_do(built):
-    """In plain kernels of the backward, exponentials are computed while products run.
+    """In plain kernels of the backward, exponentials are computed while a product runs.
 
-    ptxas likes to wait for products earlier than the source says, up to the branch before. A general kernel waits for
-    all products first: it multiplies the gradients of the probabilities by the derivative of the softcap.
+    ptxas tends to move a wait for products up, to the branch before, which would end the overlap. A general kernel
+    waits for all products first, because it multiplies the gradients of the probs by the derivative of the softcap.
     """
     hopper = [kernel for kernel in built if kernel.architecture == "sm_90a" and kernel.instructions.get("HGMMA")]
     for kernel in hopper:
-        # There the consumers overlap with one another.
+        # In these kernels, one consumer computes exponentials while the products of another one run.
         if "forward" in kernel.name or "fused_backward" in kernel.name:
             continue
         if kernel.name.endswith(", 0>"):
@@ -195,10 +205,10 @@ def test_softmax_runs_while_the_tensor_cores_do(built):
 
 
 def assert_lean(name: str, step: list[str], most: int) -> None:
-    """A step of the forward kernel: all that is not a product keeps the tensor cores waiting."""
+    """Checks a step of the forward kernel: any instruction besides products keeps the tensor cores waiting."""
     assert 0 < len(step) <= most, f"{name}: {len(step)} instructions, expected at most {most}"
     assert not [text for text in step if re.search(r"\b(LDG|LDL|STL)\b", text)], f"{name} reads global memory"
-    # From the wait on: slots are released, then come the exponentials, then the two products.
+    # The step begins with the wait. Then it releases slots, computes exponentials, and starts the two products.
     first_exponential = next(i for i, text in enumerate(step) if "MUFU.EX2" in text)
     late = [text for text in step[first_exponential:] if "SYNCS.ARRIVE" in text]
     assert not late, f"{name} releases a slot after the exponentials have begun"
@@ -207,7 +217,7 @@ def assert_lean(name: str, step: list[str], most: int) -> None:
     assert len(products) == 2
     for product in products:
         between = product[product.index("HGMMA") : product.rindex("HGMMA")]
-        # At head dim 256, sixteen products with descriptors of their own need more uniform registers than there are.
+        # At head dim 256, the descriptors of sixteen products need more uniform registers than there are.
         if ", 256," not in name:
             assert "R2UR" not in between, f"{name} moves a descriptor to uniform registers between products"
 
@@ -223,7 +233,7 @@ def test_forward_steps_are_lean(built):
 
 @pytest.mark.slow
 def test_fused_backward_steps_are_lean(built):
-    """Five products a step; all operands in shared memory have their descriptors ready."""
+    """A step has five products, and computes no descriptor between them."""
     fused = [kernel for kernel in built if " fused_backward_kernel" in kernel.name and kernel.name.endswith(", 0>")]
     assert len(fused) == 2 * len(MOST_INSTRUCTIONS_BACKWARD)
     for kernel in fused:
@@ -235,13 +245,16 @@ def test_fused_backward_steps_are_lean(built):
         assert len(products) == 5
         for product in products:
             assert "R2UR" not in product[product.index("HGMMA") : product.rindex("HGMMA")], kernel.name
-        # Tiles of queries and of dout are released, dscores and the tile of dq passed on.
+        # Four arrivals: queries and dout are released, dscores are complete, and the part of dq is complete.
         assert sum("SYNCS.ARRIVE" in text for text in kernel.step) == 4
 
 
 @pytest.mark.slow
 def test_registers_can_be_shared_out(built):
-    """What setmaxnreg takes and gives adds up to what a block of three or four warpgroups is launched with."""
+    """A thread starts with 168 registers in a block of three warpgroups, and with 128 in a block of four.
+
+    setmaxnreg then moves them between the warpgroups (fits_registers in sm90/loader.h).
+    """
     for kernel in built:
         if kernel.instructions.get("USETMAXREG"):
             assert kernel.registers in (128, 168), kernel
@@ -259,7 +272,7 @@ def table(built: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
-# ---- The gate that the build has
+# ---- cmake/checked_nvcc.py, which lets the build fail if ptxas reports spills
 
 
 @pytest.mark.parametrize(
@@ -285,7 +298,7 @@ def test_build_fails_on_what_ptxas_says(line, why):
 
 
 def test_launcher_removes_what_it_refuses(tmp_path):
-    """With a compiler that says what ptxas would."""
+    """A shell script stands for the compiler. It writes its output file, and prints what ptxas prints about spills."""
     compiler = tmp_path / "nvcc"
     compiler.write_text('#!/bin/sh\ntouch "$3"\necho "    8 bytes spill stores, 8 bytes spill loads"\n')
     compiler.chmod(0o755)

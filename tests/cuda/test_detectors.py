@@ -1,4 +1,7 @@
-"""The emulation reports each kind of bug that `detectors.cu` plants, in words that lead to it, and no others."""
+"""The emulation reports each bug of the small kernels in `detectors.cu`, in words that say what is wrong.
+
+It reports nothing for the kernels without a bug.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ CORRECT = [
     "registers_within_budget",
 ]
 
-# Of two accesses that nothing orders, the one that happens to come second is reported.
+# In a race, the report names the access that happens to come second. So some patterns allow either of two accesses.
 UNORDERED = (
     r"RACE: load_shared at shared offset \d+ reads what is not ordered after the write of thread \d+"
     r"|RACE: store_shared at shared offset \d+ is not ordered after the read of thread \d+"
@@ -168,7 +171,7 @@ def detectors(builder: Builder) -> Library:
 
 
 def run(detectors: Library, kernel: str, seed: int = 0, **options) -> torch.Tensor:
-    """Returns the floats that the kernel may write."""
+    """Runs a kernel of detectors.cu with fresh memory, and returns the 4096 floats that the kernel may write."""
     detectors.start(seed, **options)
     memory = torch.zeros(4096)
     detectors.call(
@@ -196,6 +199,7 @@ def test_bug_is_reported(detectors, kernel):
 
 
 def test_every_kernel_is_run(detectors):
+    """No kernel of detectors.cu is missing in the lists of this file."""
     source = (Path(__file__).parent / "detectors.cu").read_text()
     kernels = set(re.findall(r"^(?:KERNEL|ADD_IN_TURN|HAND_OVER)\((\w+),", source, re.MULTILINE))
     assert kernels == {*CORRECT, *BUGS, *CYCLES}
@@ -213,7 +217,7 @@ def test_blocks_side_by_side_share_the_work(detectors):
 
 
 def test_sums_are_in_turn(detectors):
-    """As soon as all blocks that wait for one another are resident, their order does not matter."""
+    """Blocks may wait for blocks that start later, if all of them are resident at the same time."""
     for seed in SEEDS:
         assert run(detectors, "sums_in_turn", seed, resident_blocks=1)[:32].tolist() == [3] * 32
         assert run(detectors, "sums_from_the_last_block_on", seed, resident_blocks=3)[:32].tolist() == [3] * 32
@@ -231,6 +235,7 @@ def test_forgotten_registers_are_nan(detectors):
 
 def test_schedules_are_drawn_from_the_seed(detectors):
     def first_race(seed: int) -> str:
+        """The report of the race that this seed finds."""
         with pytest.raises(EmulationError) as error:
             run(detectors, "load_without_sync", seed)
         return str(error.value)
@@ -260,13 +265,14 @@ def test_fewer_registers_at_launch(detectors):
 
 
 def test_an_error_leaves_nothing_behind(detectors):
+    """After a launch that ended with a fault, the next launch works."""
     for kernel in ("raw_access_to_global", "stack_overflow", "sync_in_half_a_warp"):
         with pytest.raises(EmulationError):
             run(detectors, kernel)
         run(detectors, "ordered_exchange")
 
 
-#: kernel -> (cycles that its one access to shared memory takes, at best)
+#: kernel -> (cycles that its one access to shared memory takes, cycles that it would take without bank conflicts)
 CYCLES = {
     "consecutive_words": (1, 1),
     "words_128_bytes_apart": (32, 1),

@@ -1,4 +1,4 @@
-"""What `emulator.py` promises: builds by content, of changed sources too; a reason where nothing can be emulated."""
+"""emulator.py builds anew if and only if a source has changed, and says why a machine cannot emulate kernels."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ KERNELS = [Path(__file__).parent / "fragments.cu"]
 
 
 def descriptor(library: Library) -> int:
+    """What the primitive matrix_descriptor returns for a stride of 1024 bytes, without the bits of the swizzle."""
     library.start()
     out = torch.zeros(1, dtype=torch.int64)
     library.call("descriptor", 0, 0, 1024, library.buffer(out, is_writable=True))
@@ -46,7 +47,7 @@ def test_other_machines_get_a_reason(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_options_and_statistics_are_those_of_the_library():
-    """Field by field, in order, as options.h has them."""
+    """The ctypes structures of emulator.py have the fields of options.h, in the same order and with the same types."""
     source = (EMULATION / "options.h").read_text()
     for structure in (emulator.Options, emulator.Statistics):
         body = source.partition(f"struct {structure.__name__} {{")[2].partition("};")[0]

@@ -1,4 +1,7 @@
-"""Each primitive against layouts that were written down independently: as emulated, and on a GPU if there is one."""
+"""Compares what each primitive does with layouts from another source (cute.py).
+
+The primitives run in the emulation, and on a GPU if there is one.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ DTYPES = {True: torch.bfloat16, False: torch.float16}
 def fragments(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> emulator.Library | gpu.GpuLibrary:
+    """The kernels of fragments.cu, as a library for the emulation or for the GPU."""
     if request.param == "gpu":
         return gpu.library(KERNELS, tmp_path_factory)
     return request.getfixturevalue("builder").library([KERNELS])
@@ -27,24 +31,25 @@ def fragments(
 
 @pytest.fixture(autouse=True)
 def fresh(fragments: emulator.Library | gpu.GpuLibrary) -> None:
+    """Before each test: default options, and the same random numbers."""
     fragments.start()
     torch.manual_seed(0)
 
 
 def small_integers(*shape: int) -> torch.Tensor:
-    """Products and sums of these are exact in every dtype that takes part."""
+    """Random integers. Their products, and sums of these, are exact in every dtype of the tests, whatever the order."""
     return torch.randint(-4, 5, shape).float()
 
 
 def gather(matrix: torch.Tensor, layout: cute.Layout) -> torch.Tensor:
-    """[thread][value] of a matrix, as `layout` distributes it."""
+    """The registers of all threads, [thread][value], that hold a matrix in this layout."""
     threads, values = layout.sizes
     flat = matrix.t().reshape(-1)  # column-major
     return torch.stack([torch.stack([flat[layout(t, v)] for v in range(values)]) for t in range(threads)])
 
 
 def scatter(fragment: torch.Tensor, layout: cute.Layout, rows: int, columns: int) -> torch.Tensor:
-    """The matrix of which `fragment` is [thread][value]."""
+    """The inverse of `gather`: the matrix that the registers `fragment` [thread][value] hold."""
     flat = torch.full((rows * columns,), float("nan"))
     for t in range(fragment.shape[0]):
         for v in range(fragment.shape[1]):
@@ -53,7 +58,7 @@ def scatter(fragment: torch.Tensor, layout: cute.Layout, rows: int, columns: int
 
 
 def as_pairs(fragment: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[thread][value] -> [thread][register], two 16-bit values in each, the first one lower."""
+    """Packs [thread][value] to registers [thread][register] of two 16-bit values. The first value is the lower half."""
     return fragment.to(dtype).contiguous().view(torch.int32)
 
 
@@ -123,23 +128,23 @@ def test_store_matrix(fragments, is_transposed):
 
 # ---- wgmma
 
-STEPS = 8  # of 16 along k: a head dim of 128
-BOX_BYTES = 128  # of a row that TMA with the 128-byte swizzle writes
+STEPS = 8  # products of 16 along k, together a head dim of 128
+BOX_BYTES = 128  # bytes of a row of a box, with the 128-byte swizzle
 
 
 def operand(matrix: torch.Tensor, is_mn_major: bool, start: int) -> tuple[dict[int, torch.Tensor], list[int], int]:
-    """A matrix (mn, 128) as TMA would put it into shared memory from `start` on, in boxes of 64 columns.
+    """A matrix (mn, 128) as TMA would write it to shared memory from the address `start` on, in boxes of 128-byte rows.
 
-    Returns its bytes' places, the descriptors of its steps along k, and where it ends.
+    Returns {address: element}, the descriptors of the steps along k, and the address after the last byte.
     """
     mn, k = matrix.shape
     places, descriptors = {}, []
-    if is_mn_major:  # boxes of 64 mn and all of k
+    if is_mn_major:  # boxes of 64 along mn and all of k
         leading, stride, step_bytes = BOX_BYTES * k, 1024, 16 * BOX_BYTES
         starts = [start + step * step_bytes for step in range(STEPS)]
         layout = cute.mn_major_128(leading, stride, mn)
         end = start + leading * -(-mn // 64)
-    else:  # boxes of all mn and 64 along k
+    else:  # boxes of all of mn and 64 along k
         leading, stride = 0, 1024
         starts = [start + step // 4 * BOX_BYTES * mn + step % 4 * 32 for step in range(STEPS)]
         layout = cute.k_major_128(stride, mn)
@@ -153,6 +158,7 @@ def operand(matrix: torch.Tensor, is_mn_major: bool, start: int) -> tuple[dict[i
 
 
 def run_wgmma(fragments, is_bf16, n, trans_a, trans_b, is_a_in_registers=False):
+    """Multiplies a (64, 128) by the transpose of b (n, 128) with wgmma, and compares the result with torch."""
     dtype = DTYPES[is_bf16]
     a, b = small_integers(64, 128), small_integers(n, 128)
     places, a_descriptors, end = ({}, [0] * STEPS, 0) if is_a_in_registers else operand(a, trans_a, 0)
@@ -205,12 +211,13 @@ def test_wgmma_from_registers(fragments, n, is_bf16, trans_b):
 @pytest.mark.parametrize(
     "leading, stride, expected",
     [
-        # What Triton emits for 128 x 128 operands on sm_90: q and k, contiguous along the head dim, then v, along n.
+        # What Triton emits for 128 x 128 operands on sm_90. The first row is for q and k, contiguous along k of the
+        # product. The second row is for v, contiguous along n.
         (0, 1024, 0x4000004000000000),
         (16384, 1024, 0x4000004004000000),
     ],
 )
-@pytest.mark.parametrize("offset", [0, 32, 64, 96, 2048, 8192, 16384, 16384 + 32])  # of Triton's steps along k and m
+@pytest.mark.parametrize("offset", [0, 32, 64, 96, 2048, 8192, 16384, 16384 + 32])  # of Triton's steps along k, m
 def test_descriptors_are_those_of_triton(fragments, leading, stride, expected, offset):
     out = torch.zeros(1, dtype=torch.int64)
     fragments.call("descriptor", offset, leading, stride, fragments.buffer(out, is_writable=True))
@@ -224,7 +231,7 @@ LOAD, STORE, REDUCE = range(3)
 
 
 def run_tma(fragments, operation, tensor, box, swizzle, coordinates, image):
-    """`tensor` [c3][c2][c1][c0], `box` and `coordinates` from c0 on."""
+    """Runs one TMA operation. `tensor` has dimensions [c3][c2][c1][c0]; `box` and `coordinates` begin with c0."""
     fragments.call(
         "tma",
         operation,
@@ -241,7 +248,7 @@ def run_tma(fragments, operation, tensor, box, swizzle, coordinates, image):
 
 
 def box_of(tensor: torch.Tensor, box: list[int], coordinates: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, columns) of the box, with zeros outside of the tensor, and what of it is inside."""
+    """The contents (rows, columns) of a box, with zeros outside of the tensor, and which elements are inside of it."""
     rows, inside = [], []
     for c3 in range(coordinates[3], coordinates[3] + box[3]):
         for c2 in range(coordinates[2], coordinates[2] + box[2]):
@@ -253,7 +260,10 @@ def box_of(tensor: torch.Tensor, box: list[int], coordinates: list[int]) -> tupl
 
 
 def swizzled(rows: torch.Tensor, swizzle: int) -> torch.Tensor:
-    """The image in shared memory of the rows of a box. 64 and 32 bytes permute by two and one bits fewer."""
+    """The bytes of shared memory that hold the rows of a box.
+
+    A swizzle of 128 bytes permutes chunks by three bits of the address, one of 64 bytes by two, one of 32 bytes by one.
+    """
     mask = {0: 0, 32: 0b001, 64: 0b011, 128: 0b111}[swizzle]
     data = rows.contiguous().view(torch.uint8).reshape(-1, 16)
     image = torch.empty_like(data)
@@ -304,7 +314,7 @@ def test_tma_write(fragments, operation, dtype, box, swizzle, coordinates):
     run_tma(fragments, operation, target, box, swizzle, coordinates, swizzled(written, swizzle))
     expected = torch.where(inside, written + rows if operation == REDUCE else written, 0)
     assert torch.equal(box_of(target, box, coordinates)[0], expected)
-    # What lies outside of the box has not changed: with the box put back, it is the tensor that it was.
+    # Nothing outside of the box has changed: after the box is restored, the tensor is as it was.
     fragments.start()
     run_tma(fragments, STORE, target, box, swizzle, coordinates, swizzled(rows, swizzle))
     assert torch.equal(target, tensor)
@@ -370,7 +380,7 @@ def test_tensor_maps_that_the_hardware_refuses(fragments, change, message):
 @pytest.mark.parametrize("operation", [STORE, REDUCE])
 @pytest.mark.parametrize("first, count", [(0, 64), (4, 4), (20, 40)])
 def test_bulk_copies(fragments, operation, first, count):
-    """All of the bytes, from any multiple of 16 on, and no others."""
+    """A bulk copy moves all of its bytes and no others, from any multiple of 16 bytes on."""
     source, destination = small_integers(count), small_integers(64)
     expected = destination.clone()
     expected[first : first + count] = source + (destination[first : first + count] if operation == REDUCE else 0)
@@ -387,7 +397,7 @@ def test_the_source_of_a_bulk_store_is_free_once_it_is_read(fragments):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_sums_in_a_fixed_order(fragments, seed):
-    """To the last bit those of additions one after another, whichever block is the first."""
+    """The sums are equal, bit by bit, to additions in the order of the turns, whichever block runs first."""
     blocks = 16
     fragments.start(seed, resident_blocks=blocks)
     rows = torch.randn(blocks, 32) * 10.0 ** torch.arange(-3, 5).repeat(2)[:, None]
@@ -407,7 +417,7 @@ def test_sums_in_a_fixed_order(fragments, seed):
     for block in order[1:]:
         expected += rows[block]
     assert torch.equal(sums, expected)
-    assert not torch.equal(rows.sum(0), expected)  # another order would be noticed
+    assert not torch.equal(rows.sum(0), expected)  # so the test would notice another order
 
 
 @pytest.mark.parametrize("is_bf16", [True, False])
@@ -417,7 +427,7 @@ def test_arithmetic(fragments, is_bf16):
     out = torch.zeros(8, 32, dtype=torch.int32)
     fragments.call("arithmetic", is_bf16, fragments.buffer(x), fragments.buffer(out, is_writable=True))
     floats, following = out.view(torch.float32), x.roll(-1)
-    # ex2.approx and lg2.approx: the PTX manual gives 2^-22 relative and (outside of [0.5, 2]) 2^-22 as well.
+    # Error bounds of the PTX manual for ex2.approx and lg2.approx: 2^-22, relative (lg2: outside of [0.5, 2]).
     torch.testing.assert_close(floats[0], x.double().exp2().float(), rtol=2**-21, atol=0)
     positive = x > 0
     torch.testing.assert_close(floats[1][positive], x[positive].log2(), rtol=2**-21, atol=2**-21)

@@ -1,10 +1,11 @@
-"""Kernels touch the hardware through the primitives alone; and the lint that says so sees what it is there for."""
+"""lint.py finds nothing in csrc/cuda, and it finds each kind of forbidden code that is planted in a small kernel."""
 
 from __future__ import annotations
 
 import lint
 import pytest
 
+#: A kernel without fault. A test replaces BUG by a statement.
 KERNEL = """
 #include "primitives.h"
 namespace fused_attn::gpu {
@@ -28,6 +29,7 @@ def test_csrc_is_clean():
 
 
 def found(tmp_path, statement: str) -> list[str]:
+    """The findings in a folder with only KERNEL, in which `statement` replaces BUG."""
     folder = tmp_path / "cuda"
     folder.mkdir()
     (folder / "kernel.h").write_text(KERNEL.replace("BUG", statement))
