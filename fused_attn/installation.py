@@ -58,6 +58,7 @@ def _versions() -> dict[str, str]:
     """The field `Info.versions`."""
 
     def version(package: str) -> str:
+        """The version of a package, or "not installed"."""
         try:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -72,8 +72,8 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
             diagonals = _sum_diagonals(problem, dbiased, x, *inputs.relative_bias.shape)
             grads["relative_bias"] = diagonals.to(inputs.relative_bias.dtype)
         if wanted.sinks and inputs.sinks is not None and x.sinks is not None:
-            # exp(sink - lse) is the weight of the sink; an empty row has none. The exponent is masked, not its
-            # exponential, whose own derivative would be infinity times zero.
+            # exp(sink - lse) is the weight of the sink, which is 0 in an empty row. The exponent is masked. If exp were
+            # masked instead, second derivatives would be infinity times 0, which is NaN.
             sink_weight = torch.exp((x.sinks[:, None] - lse).masked_fill(lse == float("-inf"), float("-inf")))
             grads["sinks"] = -(sink_weight * delta.squeeze(-1)).sum((0, 2)).to(inputs.sinks.dtype)
         return Gradients(**grads)

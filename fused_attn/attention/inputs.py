@@ -103,8 +103,8 @@ class Wanted(NamedTuple):
     def of(cls, *needs_input_grad: bool) -> Wanted:
         """The gradients that torch asks for.
 
-        needs_input_grad: what torch says about the arguments of an autograd step, which are `Inputs` or the first
-            few of them, and perhaps others behind
+        needs_input_grad: a flag for each argument of an autograd step, as torch gives them. The arguments begin with
+            all or the first few of `Inputs`. Flags of further arguments are not read.
         """
         needed = dict(zip(Inputs._fields, needs_input_grad, strict=False))
         return cls(**{name: needed[name] for name in cls._fields if name in needed})
@@ -151,5 +151,5 @@ def gradients_of_arguments(grads: Gradients, saved: Saved | None = None) -> tupl
     return (*grads, *_NO_GRADIENTS[: len(Inputs._fields) - len(grads)], *saved, *_NO_GRADIENTS)
 
 
-#: None for every argument behind the differentiable ones. No autograd step has more than 16 of those.
+#: The gradients of the arguments behind the differentiable ones. No autograd step has more than 16 such arguments.
 _NO_GRADIENTS: tuple[Tensor | None, ...] = tuple(itertools.repeat(None, 16))

@@ -90,7 +90,8 @@ class Positions(NamedTuple):
         """The positions of `total` packed rows, whose sequences begin at the offsets cu_seqlens."""
         offsets = cu_seqlens.long()
         row = torch.arange(total, device=offsets.device)
-        # -1 for a row before the first sequence; the number of sequences for a row behind the last one.
+        # searchsorted - 1 is -1 for a row before the first sequence, and the number of sequences for a row behind the
+        # last one. Neither row has a sequence.
         sequence = torch.searchsorted(offsets, row, right=True) - 1
         sequence = sequence.masked_fill(sequence == offsets.shape[0] - 1, -1)
         return cls((row - offsets[sequence]).masked_fill(sequence < 0, 0), sequence)

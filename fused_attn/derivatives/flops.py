@@ -100,6 +100,7 @@ class _Registrar(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_register(module) -> None:
+            """Executes the code of the imported module, then registers the formulas with it."""
             execute(module)
             self.register(module)
 

@@ -95,6 +95,7 @@ def _attention_backward_fake(*arguments):
     wanted = Wanted(*wanted)
 
     def make(name: str) -> Tensor:
+        """An empty tensor like the gradient of the input of this name."""
         x = getattr(inputs, name)
         if not getattr(wanted, name):
             return inputs.query.new_empty(0)

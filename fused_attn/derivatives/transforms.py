@@ -106,7 +106,7 @@ def _vmap(
     """The rule of torch.func.vmap for a Function: (outputs, the vmapped dimension of each output, always 0).
 
     If every tensor has a batch dimension, the vmapped dimension is folded into the batch, and one call computes all
-    entries. Otherwise each entry of the vmapped dimension is a call of its own. Two other cases need separate calls:
+    entries. Otherwise each entry of the vmapped dimension is a call of its own. Two more cases need separate calls:
 
     - dropout, because the bits of dropout depend on the index of the batch entry,
     - gradients that are sums over the batch, because one call would also add up the vmapped entries.

@@ -201,7 +201,7 @@ def attention(
             raise ValueError("position_bias: expected None with cu_seq_lens_q, got one")
         masks = _packed_masks(module, attention_mask, query, is_causal, kwargs)
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (total, heads, D)
-        # transformers gives all four or none.
+        # transformers passes all four arguments of packed sequences (cu_seq_lens, max_length) or none of them.
         out: Any = fused_attention_varlen(
             query, key, value, cu_seq_lens_q, cu_seq_lens_k, int(max_length_q), int(max_length_k),  # type: ignore[arg-type]
             **masks, **options,
@@ -477,7 +477,8 @@ class _FusedGPT1(_Layer):
         padding = None
         if attention_mask is not None:
             padding = attention_mask[:, 0, 0].expand(q.shape[0], -1)
-            # The lowest number stands for padding. As -inf, blocks of padding are skipped.
+            # GPT-1 marks padding by the lowest number of the dtype. The kernel skips blocks of padding, but only if the
+            # mark is -inf.
             padding = padding.masked_fill(padding == torch.finfo(padding.dtype).min, float("-inf"))
         out = fused_attention(
             q, k.transpose(-2, -1), v,

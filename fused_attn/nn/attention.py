@@ -324,7 +324,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return out, weights
 
     def _nested_forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
-        """query (N, length, E), key and value (N, length, kdim | vdim), all jagged -> (N, length, E)"""
+        """The output for jagged tensors: query (N, length, E), key (N, length, kdim), value (N, length, vdim).
+
+        The output is jagged, too: (N, length, E), with the lengths of the query.
+        """
         packed = [jagged.pack(name, x, 1) for name, x in (("query", query), ("key", key), ("value", value))]
         is_self, shares_kv = query is key and key is value, key is value
         if key.shape[1] != value.shape[1]:
@@ -448,10 +451,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return tuple(F.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
 
     def _check_projected(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Raises RuntimeError that names the input which the projections do not take.
+        """Raises a RuntimeError that names the input whose layout, size, device or dtype does not fit the projections.
 
-        The projections have failed before this is called, so calls that succeed do not wait for the checks. torch's own
-        operators raise RuntimeError, too, but their messages name no argument.
+        This method is called only after a projection has failed, so other calls do not wait for the checks. torch's
+        operators have raised RuntimeError, too, but their messages name no argument.
         """
         weight = self.out_proj.weight
         for name, x, features in (
@@ -578,9 +581,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 class _Mask(NamedTuple):
     """The attn_mask of one call."""
 
-    #: None, (L, S) or (N, H, L, S). With a diagonal: the causal bias of that diagonal, or None for the diagonal 0.
+    #: A mask (L, S) or (N, H, L, S), or None. If `diagonal` is set, this is the causal bias of that diagonal, or None
+    #: for the diagonal 0.
     attn_mask: Tensor | None
-    #: None, or query i sees the keys j <= i + diagonal.
+    #: With a number, query i sees the keys j <= i + diagonal. None means that there is no causal mask.
     diagonal: int | None
 
 
@@ -616,7 +620,9 @@ def _above(diagonal: int, seqlen_q: int, key: Tensor) -> Tensor:
 
 
 def keep_fast_path_off(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """This hook on registering modules makes torch's encoder layer call a fused self-attention in inference, too.
+    """Makes torch's encoder layer call a fused self-attention in inference, too.
+
+    torch calls this function whenever a module, `child`, is registered in another one, `parent`, under `name`.
 
     The encoder layer has a fast path, which computes plain attention from the parameters of ``self_attn`` and does not
     call ``self_attn``. torch leaves the fast path if the layer has a hook. So the layer gets a hook that does nothing.
@@ -643,7 +649,7 @@ register_module_module_registration_hook(keep_fast_path_off)
 def accepts_cache(method: Callable) -> bool:
     """Whether a method takes the keyword ``cache``. Methods with torch's own signature do not."""
     function = getattr(method, "__func__", None)
-    if function is None or torch.compiler.is_compiling():  # remembering a callable would keep its instance alive
+    if function is None or torch.compiler.is_compiling():  # a cache entry would keep the callable alive, and its module
         return _has_cache_parameter(method)
     return _remembered_cache_parameter(function)
 

@@ -153,7 +153,7 @@ class Seq2SeqTransformer(nn.Module):
         self.decoder = TransformerDecoder(decoder_layer, num_decoder_layers, norms[1])
         self.generator = nn.Linear(d_model, tgt_vocab_size, **factory)
         self._tie_generator = tie_generator
-        # Loading with assign=True makes a parameter of each entry, which unties the weights.
+        # load_state_dict(assign=True) makes a separate parameter of each entry. The hook ties the weights again.
         self.register_load_state_dict_post_hook(_tie_after_loading)
         self._init_weights()
 
@@ -346,7 +346,11 @@ class Seq2SeqTransformer(nn.Module):
     def _extend(
         self, memory: Tensor, padding: Tensor, max_new_tokens: int, choose: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Appends one token at a time to every target; returns (B, N). `choose` maps logits (B, V) to tokens (B,)."""
+        """Generates targets one token at a time; returns their tokens (B, N).
+
+        memory, padding: the results of `encode`
+        choose: maps logits (B, V) to the next tokens (B,)
+        """
         batch = memory.shape[0]
         cache = self._new_cache()
         tokens = torch.full((batch, 1 + max_new_tokens), self.pad_id, device=memory.device)
@@ -363,12 +367,12 @@ class Seq2SeqTransformer(nn.Module):
     def _beam_search(
         self, memory: Tensor, padding: Tensor, max_new_tokens: int, num_beams: int, length_penalty: float
     ) -> Tensor:
-        """The best hypothesis of each source, (B, N). K is `num_beams`.
+        """The best hypothesis of each source, (B, N). K is `num_beams`. memory and padding are the results of `encode`.
 
-        live:  (B, K, 1 + max_new_tokens) holds the likeliest unfinished hypotheses, best first.
-               open_log_p (B, K) holds their log-probabilities.
-        ended: (B, K, 1 + max_new_tokens) holds the best finished hypotheses, best first.
-               ended_scores (B, K) holds their scores. -inf means that there is no such hypothesis yet.
+        open_beams:   (B, K, 1 + max_new_tokens), the likeliest unfinished hypotheses, best first
+        open_log_p:   (B, K), the log-probabilities of open_beams
+        ended:        (B, K, 1 + max_new_tokens), the best finished hypotheses, best first
+        ended_scores: (B, K), the scores of ended; -inf = there is no such hypothesis yet
         """
         batch, device = memory.shape[0], memory.device
         memory, padding = (x.repeat_interleave(num_beams, dim=0) for x in (memory, padding))
@@ -387,7 +391,7 @@ class Seq2SeqTransformer(nn.Module):
             log_p = self._next_logits(open_beams[:, :, :end].flatten(0, 1), memory, padding, cache).log_softmax(dim=-1)
             vocab = log_p.shape[1]
             log_p = open_log_p[:, :, None] + log_p.view(batch, num_beams, vocab)  # (B, K, V)
-            # At most K of these 2K hypotheses end, so at least K go on.
+            # At most one hypothesis of each of the K beams ends with eos_id, so at least K of these 2K go on.
             log_p, index = log_p.flatten(1).topk(2 * num_beams)  # (B, 2K)
             beam, token = index // vocab, index % vocab
             hypotheses = _select(open_beams, beam)
@@ -466,7 +470,7 @@ class Seq2SeqTransformer(nn.Module):
         if table is None or table.dtype != x.dtype or table.device != x.device or table.shape[0] != self.max_len:
             with torch.inference_mode(False):
                 table = sinusoidal_positions(self.max_len, self.d_model, device=x.device, dtype=x.dtype)
-            # A table that was made under a tracer or a transform is of no use afterwards, so it is not stored.
+            # A table that was made under a tracer or a transform belongs to that trace. Only other tables are stored.
             if type(x) is Tensor and modes.is_direct() and not torch.compiler.is_compiling():
                 self._sinusoids = table
         return table

@@ -299,7 +299,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 return node
         if cache is not None and not hasattr(cache, "self_attention"):
             raise TypeError(f"cache: expected a layer's cache such as cache.layers[i], got {type(cache).__name__}")
-        # Methods of subclasses may have torch's own signatures.
+        # A subclass may override _mha_block with torch's signature, which has no cache. So the cache is passed only if
+        # the method accepts it.
         own: dict[str, Any] = {} if cache is None else {"cache": cache.self_attention}
         cross: dict[str, Any] = {}
         if cache is not None and accepts_cache(self._mha_block):
@@ -669,7 +670,7 @@ def _has_fused_attention(layer: nn.Module) -> bool:
 
 
 def _seqlen(x: Tensor, layers: nn.ModuleList) -> int:
-    """The length L of x, (N, L, E), (L, N, E) or (L, E). The first layer knows which dimension is the batch."""
+    """The length L of x, which is (N, L, E), (L, N, E) or (L, E). The batch_first of the first layer decides."""
     first: Any = layers[0]
     return x.shape[1 if x.dim() == 3 and first.self_attn.batch_first else 0]
 
