@@ -22,11 +22,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("device", "length", "chosen"),
     [
-        ("sm_90", 2112, "cuda"),  # 136 tiles
-        ("sm_90", 2048, "triton"),  # 128 tiles
+        ("sm_90", 2048, "cuda"),
+        ("sm_90", 129, "cuda"),
+        ("sm_90", 128, "triton"),  # 8 heads with one tile of queries each, so the keys are divided
         ("sm_90", 8, "triton"),
-        ("sm_80", 2112, "triton"),
-        ("sm_100", 2112, "triton"),
+        ("sm_80", 2048, "cuda"),
+        ("sm_100", 2048, "cuda"),
     ],
 )
 def test_which_backend_comes_first(device: str, length: int, chosen: str) -> None:

@@ -17,7 +17,6 @@ import oracle
 import pytest
 import torch
 from cases import CASES, Case
-from emulator import Builder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import Kernels
@@ -67,11 +66,6 @@ WITHOUT_MISSING_COLUMNS = [without_missing_columns(case, index) for index, case 
 UNSUPPORTED = [
     case for case in CASES if not (has_kernels(case.head_dim) and has_kernels(case.value_dim or case.head_dim))
 ]
-
-
-@pytest.fixture(scope="session")
-def kernels(builder: Builder) -> Kernels:
-    return Kernels(builder)
 
 
 @pytest.fixture(params=ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")

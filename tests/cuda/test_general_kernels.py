@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_cuda_kernels import architecture, kernels  # noqa: F401 - fixtures
+from kernels import Kernels
 from torch import Tensor
 
 import fused_attn
@@ -14,9 +14,9 @@ import fused_attn
 INF = float("inf")
 
 
-@pytest.fixture(autouse=True)
-def running(kernels, architecture: int) -> Iterator[None]:  # noqa: F811
-    with kernels.running(architecture):
+@pytest.fixture(autouse=True, params=(80, 90), ids=lambda architecture: f"sm_{architecture}")
+def running(kernels: Kernels, request: pytest.FixtureRequest) -> Iterator[None]:
+    with kernels.running(request.param):
         yield
 
 
