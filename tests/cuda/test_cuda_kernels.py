@@ -85,9 +85,9 @@ def test_case(case: Case, architecture: int, kernels: Kernels) -> None:
         cases.check(case, torch.float16, "cuda")
 
 
-#: In these cases, some rows have finfo.min as the bias of every key. In bfloat16, the log-sum-exp of such a row is about
-#: -3e38: as a float, it says nothing about how many keys share the row. So backward takes the gradients of such a row
-#: for 0, where they should be those of a mean (docs/numerics.md, "Limits").
+#: In these cases, some rows have finfo.min as the bias of every key. In bfloat16, the log-sum-exp of such a row is
+#: about -3e38: as a float, it says nothing about how many keys share the row. So backward takes the gradients of such a
+#: row for 0, where they should be those of a mean (docs/numerics.md, "Limits").
 LOST_ROWS = ("float-mask-finfo-min", "float-mask-finfo-min-padding")
 
 
