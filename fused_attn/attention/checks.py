@@ -108,7 +108,7 @@ def check_heads(query: int, key: int, value: int, enable_gqa: bool) -> int:
         return query
     num_heads = max(query, key, value)
     for name, heads in (("query", query), ("key", key), ("value", value)):
-        if heads not in (1, num_heads):
+        if heads != 1 and heads != num_heads:  # torch.compile does not find a symbolic size in a tuple
             hint = "; enable_gqa=True shares key heads among query heads" if name != "query" else ""
             raise fail(name, f"{num_heads} heads{hint}", f"{heads} heads")
     return num_heads

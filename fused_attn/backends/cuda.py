@@ -86,6 +86,9 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
     """The wanted gradients, each in the shape and dtype of its input."""
+    if wanted.bias and _is_bias_without_effect(problem, inputs):
+        others = backward(problem, inputs, saved, wanted._replace(bias=False))
+        return others._replace(bias=_gradient_by_lse_alone(inputs, saved))
     read = _readable_inputs(problem, inputs)
     saved = _readable(saved, "out", "dout")
     query, key, value = read.query, read.key, read.value
@@ -107,6 +110,24 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     workspace = _workspace(problem, read, wanted)
     _kernels.backward(read, saved, grads, _config(problem), _architecture(problem), workspace)
     return _in_dtypes_of(inputs, grads) if wanted.is_any_shared else grads
+
+
+def _is_bias_without_effect(problem: AttentionProblem, inputs: Inputs) -> bool:
+    """Whether the bias moves all logits of a row alike. The softmax does not change then, and lse moves by the bias."""
+    return inputs.bias is not None and inputs.bias.shape[3] == 1 and not (problem.has_sinks or problem.is_packed)
+
+
+def _gradient_by_lse_alone(inputs: Inputs, saved: Saved) -> Tensor:
+    """The gradient of a bias without effect on the softmax: dlse, summed to the bias's shape; 0 for empty rows.
+
+    The kernel would find the same as a sum of rounding errors that nearly cancel.
+    """
+    bias, lse, dlse = inputs.bias, saved.lse, saved.dlse
+    assert bias is not None and lse is not None, "the caller has asked for the gradient"
+    if dlse is None:
+        return torch.zeros_like(bias)
+    seen = dlse.masked_fill(lse == float("-inf"), 0.0)
+    return seen.sum_to_size(bias.shape[:3]).unsqueeze(3).to(bias.dtype)
 
 
 def _empty_shared_gradients(inputs: Inputs, wanted: Wanted) -> tuple[Tensor | None, ...]:
