@@ -158,7 +158,7 @@ LENGTH, CPU = "attention", (*cases.FIXED, *extras.TABLES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    session.add_arguments(parser, "few sizes and rounds")
+    session.add_arguments(parser, quick="few sizes and rounds")
     parser.add_argument("--tables", nargs="+", choices=(LENGTH, "cpu", *CPU), default=[LENGTH], metavar="TABLE",
                         help=f"{LENGTH}: every mask at several lengths; cpu: all of {', '.join(CPU)}")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=cases.MASKS, metavar="MASK",

@@ -299,7 +299,7 @@ def describe(rows: list[Row]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    session.add_arguments(parser, "small modules, not compiled")
+    session.add_arguments(parser, quick="small modules, not compiled")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND",
                         help=f"some of {', '.join(KINDS)} (all)")  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")

@@ -208,7 +208,7 @@ class PackedArguments(NamedTuple):
     sinks: Meta | None
 
 
-#: The tensors themselves, in the order of `PackedArguments`.
+#: The tensors that `PackedArguments` describes, in the same order.
 PackedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 

@@ -77,8 +77,8 @@ struct DiagonalSumParams {
   BiasGradientParams g;
   int32_t tile_queries;
   int32_t tile_keys;
-  int32_t heads;         // of the gradient: H, or 1
-  int32_t heads_of_row;  // heads that share a row of the gradient, because the bias broadcasts along heads
+  int32_t heads;         // rows of the gradient: H, or 1 if all heads share the bias
+  int32_t heads_of_row;  // heads that share a row of the gradient: 1, or H
   int64_t columns;       // L + S - 1
   int32_t seqlen_q;
   float* gradient;  // (heads, columns)
@@ -95,14 +95,12 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kSumThreads, 1) sum_diagonals_kernel(const GPU
   // distance - shift + tile_queries - 1 of the tile's diagonals.
   const int32_t distance = static_cast<int32_t>(column) - (p.seqlen_q - 1);
   const int32_t first_shift = -(p.g.query_blocks - 1) * p.tile_queries;
-  const int32_t window = p.tile_queries + p.tile_keys - 1;
   float sum = 0.0f;
   for (int32_t head = 0; head < p.heads_of_row; ++head) {
-    for (int32_t i = max((distance - p.tile_keys + 1 - first_shift + p.tile_keys - 1) / p.tile_keys, 0);
-         i < p.g.diagonals; ++i) {
+    // Begins at the first diagonal of tiles that the entry passes through, and ends after the last one.
+    for (int32_t i = max((distance - first_shift) / p.tile_keys, 0); i < p.g.diagonals; ++i) {
       const int32_t d = distance - (first_shift + i * p.tile_keys) + p.tile_queries - 1;
       if (d < 0) break;
-      if (d >= window) continue;
       const int64_t owner = (row + head) * p.g.diagonals + i;
       for (int split = 0; split < p.g.splits; ++split)
         sum += load_global(p.g.sums + split * p.g.stride_split + owner * (p.tile_queries + p.tile_keys) + d);

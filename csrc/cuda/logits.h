@@ -168,9 +168,9 @@ GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_sli
   }
 }
 
-// Turns the scores of a thread's fragment into logits, in place, and multiplies gradients by the derivative of the
-// softcap. If there is nothing but the scale (is_plain), scores stay as they are, and the softmax multiplies by
-// p.softmax_scale_log2.
+// Turns the scores of a thread's fragment into logits, in place. Backward passes the gradients by the logits, before
+// their factor prob: to_logits multiplies them by the derivative of the softcap. Forward passes NoGradients. If there is
+// nothing but the scale (is_plain), scores stay as they are, and the softmax multiplies by p.softmax_scale_log2.
 template <class T, int kTiles, class Position, class Gradients>
 GPU_DEVICE void to_logits(const Params& p, HeadSlice head_slice, float (&scores)[kTiles][4], Position at,
                           const Gradients& gradients) {

@@ -15,7 +15,7 @@ struct ForwardTileSm80 {
 };
 template <>
 struct ForwardTileSm80<256> {
-  // acc takes 128 registers already with 16 queries for each warp.
+  // Even with only 16 queries for each warp, acc takes 128 registers of each thread. So a block has fewer queries.
   static constexpr int kWarps = 4, kBlockM = 64, kBlockN = 64;
 };
 

@@ -401,7 +401,7 @@ CASES = {
     "hole": Case("hole", batch=1, heads=1, seqlen_q=70, seqlen_k=400, head_dim=HEAD_DIM, key_padding_mask=hidden_block),
     "short": Case("short", batch=1, heads=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM),
     "long": Case("long", batch=1, heads=2, seqlen_q=200, seqlen_k=520, head_dim=HEAD_DIM, attn_mask=cases.lower_right),
-    # On Hopper, a kernel of its own for each.
+    # On Hopper, one kernel computes dq, and another one dk and dv.
     **{
         f"long-{name}": Case(
             f"long-{name}", batch=1, heads=2, seqlen_q=200, seqlen_k=520, head_dim=HEAD_DIM, differentiated=wanted

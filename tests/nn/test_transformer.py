@@ -387,14 +387,14 @@ def test_compiles_to_one_graph() -> None:
         "memory_key_padding_mask": SRC_PADDING,
     }
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    grads = []
+    results = []
     for run in (model, compiled):
         model.zero_grad()
         out = run(src, tgt, **masks)
         out.cos().sum().backward()
-        grads.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
-    for mine, reference in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, reference)
+        results.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_training_reduces_the_loss_as_in_torch() -> None:

@@ -72,8 +72,8 @@ struct ScoreTiles {
       const int32_t m = first_query_block() + i % diagonal_length();
       return {i / diagonal_length(), owner / g.diagonals, m, diagonal() + m * kRatio};
     }
-    // Dense. The owner's number has the digits of the dimensions that are not summed, and i has those of the summed
-    // dimensions. `next` takes the lowest digit of one of the two numbers.
+    // Dense. The owner is a mixed-radix number over the dimensions that are not summed, and i is one over the summed
+    // dimensions. `next` takes the lowest digit, with base `size`, off one of the two numbers.
     int32_t fixed = owner;
     const auto next = [&](bool is_summed, int32_t size) {
       const int32_t number = is_summed ? i : fixed, rest = number / size;
