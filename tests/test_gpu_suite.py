@@ -247,7 +247,7 @@ def test_the_case_of_compute_sanitizer_is_small(tmp_path: Path, monkeypatch: pyt
     attention.add_arguments(parser)
     asked = parser.parse_args(commands[0][commands[0].index("attention") + 1 :])
     asked.device = "cuda"  # By default, the batches for a GPU are large.
-    table = list(cases.table(attention.scale_of(asked), asked.only, asked.directions))
+    table = list(cases.table(attention.scale_of(asked), asked.only or cases.MASKS, asked.directions))
     assert len({case.mask for case in table}) > 8
     assert max(case.batch * case.heads * case.length**2 for case in table) < 2**22
 
