@@ -1,13 +1,14 @@
-// The gradients of the dense bias and of the relative bias, which are sums of dscores.
+// The gradients of the dense bias, the key bias and the relative bias, which are sums of dscores.
 #pragma once
 #include "backward_plan.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Adds dscores of a block of keys, tile[key][query], to the gradient of the dense bias of head (b, h). A dimension in
-// which the bias is broadcast has stride 0 in `view`, so the function sums over it. The four branches: all keys share
-// an entry, all queries share an entry, entries of neighbouring keys are neighbours in memory, and any other strides.
+// Adds dscores of a block of keys, tile[key][query], to the gradient of the dense bias, or of the key bias, of head (b,
+// h). A dimension in which the bias is broadcast has stride 0 in `view`, so the function sums over it. The four
+// branches: all keys share an entry, all queries share an entry, entries of neighbouring keys are neighbours in memory,
+// and any other strides.
 template <class Lane>
 FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
                                   const KeyBlock& keys, const Lane* tile) {
@@ -96,16 +97,17 @@ FA_INLINE void clear_beyond(Lane* tile, int keys, int nq) {
   }
 }
 
-// Sets the columns [key_begin, key_end) of the gradient of the dense bias of head (b, h) to zero.
+// Sets the columns [key_begin, key_end) of a gradient that accumulate_dbias adds to, for head (b, h), to zero.
 template <class Lane>
-FA_NOINLINE void clear_dbias(const AttentionParams& p, int64_t b, int64_t h, int64_t key_begin, int64_t key_end) {
-  const int64_t rows = p.dbias.stride_row == 0 ? 1 : p.seqlen_q;
+FA_NOINLINE void clear_dbias(const TensorView& view, int64_t b, int64_t h, int64_t seqlen_q, int64_t key_begin,
+                             int64_t key_end) {
+  const int64_t rows = view.stride_row == 0 ? 1 : seqlen_q;
   for (int64_t i = 0; i < rows; ++i) {
-    Lane* row = row_of<Lane>(p.dbias, b, h, i);
-    if (p.dbias.stride_col == 1) {
+    Lane* row = row_of<Lane>(view, b, h, i);
+    if (view.stride_col == 1) {
       memset(row + key_begin, 0, (key_end - key_begin) * sizeof(Lane));
     } else {
-      for (int64_t j = key_begin; j < key_end; ++j) row[j * p.dbias.stride_col] = 0;
+      for (int64_t j = key_begin; j < key_end; ++j) row[j * view.stride_col] = 0;
     }
   }
 }
