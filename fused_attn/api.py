@@ -37,8 +37,9 @@ def fused_attention(
     sinks: Tensor | None = None,
     dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
+    return_max: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Scaled-dot-product attention, ``softmax(scale * query @ key^T + masks) @ value``, in one fused kernel.
 
     The first eight arguments are those of `torch.nn.functional.scaled_dot_product_attention`, with the same meaning.
@@ -64,6 +65,7 @@ def fused_attention(
         dropout_seed: int or 0-d int64 tensor that fixes the dropout pattern on every backend; default: drawn from
             torch's default generator.
         return_lse: also return the log-sum-exp of the scores.
+        return_max: also return the largest score of each row. On a GPU, this makes the forward pass slower.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: the first that can run, the
             reference last. A backend that is named here runs, or the call raises ValueError with the reasons why it
             cannot. `explain` lists the reasons of all backends.
@@ -73,9 +75,14 @@ def fused_attention(
     `relative_bias` are the longest lengths.
 
     Returns:
-        out (B, H, L, Dv), whose memory order follows the query; with ``return_lse`` also lse (B, H, L), natural
-        logarithm, float32 (float64 for float64 inputs), differentiable. A row that sees no key has out 0, lse -inf and
-        gradients 0.
+        out (B, H, L, Dv), whose memory order follows the query; or a tuple of out and what is asked for, in this order:
+
+        - with ``return_lse``, lse (B, H, L), natural logarithm, float32 (float64 for float64 inputs), differentiable;
+        - with ``return_max``, max (B, H, L), in the dtype of lse, without gradient: the largest score of the visible
+          keys, as the score enters the softmax, after scale, softcap and biases. Sinks and dropout take no part.
+          QK-clip (Kimi K2, arXiv 2507.20534) watches this number; see docs/numerics.md.
+
+        A row that sees no key has out 0, lse -inf, max -inf and gradients 0.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
@@ -107,11 +114,11 @@ def fused_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 key_padding_mask=key_padding_mask, window_size=window_size, softcap=softcap,
                 relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, return_lse=return_lse,
-                backend=backend,
+                return_max=return_max, backend=backend,
             )  # fmt: skip
         if jagged.is_nested(query, key, value):
             return _nested_attention(
-                query, key, value, attn_mask, key_padding_mask, return_lse,
+                query, key, value, attn_mask, key_padding_mask, return_lse=return_lse, return_max=return_max,
                 dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, window_size=window_size,
                 softcap=softcap, relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, backend=backend,
             )  # fmt: skip
@@ -123,21 +130,24 @@ def fused_attention(
     if layout is not None:
         query, key, value = layout.flatten(query, key, value)
     if problem.is_plain:
-        inputs = inputs_of((query, key, value, None, None, None, None, None, None, None, None))
+        inputs = inputs_of((query, key, value, None, None, None, None, None, None, None, None, None))
     else:
-        bias, mask, key_padding = masks.score_masks(problem, attn_mask, key_padding_mask, layout)
+        bias, key_bias, mask, key_padding = masks.score_masks(problem, attn_mask, key_padding_mask, layout)
         if relative_bias is not None:
             relative_bias = masks.with_head_dim(relative_bias)
         seed = _seed(problem, dropout_seed) if problem.dropout_p else None
-        inputs = inputs_of((query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, None, None))
-    lse: Tensor | None
+        inputs = inputs_of(
+            (query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, None, None)
+        )
     if chosen is None:
-        out, lse = ops.call(problem, backend, inputs)
+        out, lse, row_max = ops.call(problem, backend, inputs, return_max)
     else:
-        out, lse = running.run(problem, chosen, is_direct, inputs, return_lse)
+        out, lse, row_max = running.run(problem, chosen, is_direct, inputs, return_lse, return_max)
     if layout is not None:
-        out, lse = layout.unflatten(out), None if lse is None else layout.unflatten_lse(lse)
-    return (out, lse) if return_lse else out  # type: ignore[return-value]  # with return_lse, lse is a tensor
+        out = layout.unflatten(out)
+        lse = None if lse is None else layout.unflatten_lse(lse)
+        row_max = None if row_max is None else layout.unflatten_lse(row_max)
+    return _asked_for(out, lse, row_max, return_lse, return_max) if return_lse or return_max else out
 
 
 def fused_attention_varlen(
@@ -159,8 +169,9 @@ def fused_attention_varlen(
     sinks: Tensor | None = None,
     dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
+    return_max: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Attention over packed sequences: no padding is stored and no sequence sees another.
 
     The arguments that `fused_attention` has, too, have the same meaning for each sequence. Positions count from the
@@ -179,9 +190,9 @@ def fused_attention_varlen(
             ``j - i + max_seqlen_q - 1`` is added to score (i, j).
 
     Returns:
-        out (total_q, H, Dv); with ``return_lse`` also lse (H, total_q). If the offsets are not checked, there may be
-        rows that belong to no sequence, such as rows behind ``cu_seqlens[-1]``. These have out 0, lse -inf and
-        gradients 0.
+        out (total_q, H, Dv); with ``return_lse`` also lse (H, total_q), and with ``return_max`` also max (H, total_q).
+        If the offsets are not checked, there may be rows that belong to no sequence, such as rows behind
+        ``cu_seqlens[-1]``. These have out 0, lse -inf, max -inf and gradients 0.
 
     Raises:
         TypeError, ValueError: an argument does not fit. The contents of cu_seqlens are checked on the CPU only, because
@@ -195,7 +206,7 @@ def fused_attention_varlen(
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             dropout_p, is_causal, scale, enable_gqa,
             window_size=window_size, softcap=softcap, relative_bias=relative_bias, sinks=sinks,
-            dropout_seed=dropout_seed, return_lse=return_lse, backend=backend,
+            dropout_seed=dropout_seed, return_lse=return_lse, return_max=return_max, backend=backend,
         )  # fmt: skip
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
@@ -208,16 +219,18 @@ def fused_attention_varlen(
         checks.check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, key.shape[0], max_seqlen_k)
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, total, D)
     inputs = Inputs(
-        query, key, value, None, masks.with_head_dim(relative_bias), sinks, _seed(problem, dropout_seed),
+        query, key, value, None, None, masks.with_head_dim(relative_bias), sinks, _seed(problem, dropout_seed),
         cu_seqlens_q=cu_seqlens_q.contiguous(), cu_seqlens_k=cu_seqlens_k.contiguous(),
     )  # fmt: skip
-    lse: Tensor | None
     if is_compiling:
-        out, lse = ops.call(problem, backend, inputs)
+        out, lse, row_max = ops.call(problem, backend, inputs, return_max)
     else:
-        out, lse = running.run(problem, dispatch.choose(problem, backend), False, inputs, return_lse)
+        chosen = dispatch.choose(problem, backend)
+        out, lse, row_max = running.run(problem, chosen, False, inputs, return_lse, return_max)
     out = out.squeeze(0).transpose(0, 1)
-    return (out, lse.squeeze(0)) if return_lse else out  # type: ignore[union-attr]  # as in fused_attention
+    lse = None if lse is None else lse.squeeze(0)
+    row_max = None if row_max is None else row_max.squeeze(0)
+    return _asked_for(out, lse, row_max, return_lse, return_max) if return_lse or return_max else out
 
 
 def _nested_attention(
@@ -226,10 +239,9 @@ def _nested_attention(
     value: Tensor,
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
-    return_lse: bool,
     **options,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`fused_attention` of nested tensors (B, heads, length, D): out (B, H, length, Dv), lse (B, H, length).
+) -> Tensor | tuple[Tensor, ...]:
+    """`fused_attention` of nested tensors (B, heads, length, D): out (B, H, length, Dv), lse and max (B, H, length).
 
     options: the other keyword arguments, which `fused_attention_varlen` takes, too
     """
@@ -243,13 +255,12 @@ def _nested_attention(
     if value.shape[2] != key.shape[2]:
         raise checks.fail("value", "the offsets of key, the same tensor", "others")
     result = fused_attention_varlen(
-        q.rows, k.rows, v.rows, q.offsets.int(), k.offsets.int(), q.max_seqlen, k.max_seqlen,
-        return_lse=return_lse, **options,
-    )  # fmt: skip
+        q.rows, k.rows, v.rows, q.offsets.int(), k.offsets.int(), q.max_seqlen, k.max_seqlen, **options
+    )
     if isinstance(result, Tensor):
         return q.like(result).transpose(1, 2)
-    out, lse = result
-    return q.like(out).transpose(1, 2), q.like(lse.transpose(0, 1)).transpose(1, 2)
+    out, *of_rows = result
+    return q.like(out).transpose(1, 2), *(q.like(x.transpose(0, 1)).transpose(1, 2) for x in of_rows)
 
 
 def explain(
@@ -296,6 +307,15 @@ def _with_torch_function(query: Tensor, key: Tensor, value: Tensor, attn_mask: T
         attn_mask = None
     seen = (query, key, value, attn_mask, *others)
     return seen if has_torch_function_variadic(*seen) and not modes.is_pre_dispatch() else None
+
+
+def _asked_for(
+    out: Tensor, lse: Tensor | None, row_max: Tensor | None, return_lse: bool, return_max: bool
+) -> tuple[Tensor, ...]:
+    """The results that the caller asks for, besides out one or both of the others."""
+    if not return_max:
+        return out, lse  # type: ignore[return-value]  # what is asked for is no None
+    return (out, lse, row_max) if return_lse else (out, row_max)  # type: ignore[return-value]
 
 
 def _seed(problem: AttentionProblem, dropout_seed: int | Tensor | None) -> Tensor | None:

@@ -173,23 +173,19 @@ def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMet
     if sinks is not None:
         checks.check_sinks(sinks, query, layout.num_heads)
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
+    is_padding_bool = key_padding_mask is not None and key_padding_mask.dtype == torch.bool
     shapes = Shapes(
         query=(layout.batch, layout.num_heads, seqlen_q, head_dim),
         key=(layout.batch, layout.num_kv_heads, seqlen_k, head_dim),
         value=(layout.batch, layout.num_kv_heads, seqlen_k, value_dim),
         bias=None if is_bool else _shape(attn_mask),
+        key_bias=None if is_padding_bool else _shape(key_padding_mask),
         relative_bias=_shape(relative_bias),
         sinks=_shape(sinks),
         mask=_shape(attn_mask) if is_bool else None,
         key_padding=_shape(key_padding_mask),
     )
-    problem = AttentionProblem.of(
-        shapes,
-        query.dtype,
-        query.device,
-        _scalars(shapes, options, bias),
-        has_float_padding=key_padding_mask is not None and key_padding_mask.dtype != torch.bool,
-    )
+    problem = AttentionProblem.of(shapes, query.dtype, query.device, _scalars(shapes, options, bias))
     return Plan(problem, None if layout.fits(query.shape, key.shape, value.shape) else layout, None)
 
 

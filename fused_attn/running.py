@@ -5,12 +5,12 @@ Which of these is right depends on the modes of torch that surround the call (se
 
 from __future__ import annotations
 
-from torch import Tensor, is_grad_enabled  # not torch.is_grad_enabled: see `modes`
+from torch import is_grad_enabled  # not torch.is_grad_enabled: see `modes`
 from torch.autograd import profiler
 
 from fused_attn import modes
 from fused_attn.attention import formula
-from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.inputs import Inputs, Results
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends import events
 from fused_attn.backends.base import Backend
@@ -19,23 +19,23 @@ from fused_attn.derivatives.autograd import apply_fused_attention
 
 
 def run(
-    problem: AttentionProblem, backend: Backend, is_direct: bool, inputs: Inputs, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(out (B, H, L, Dv), lse (B, H, L)). Without return_lse, lse may be None.
+    problem: AttentionProblem, backend: Backend, is_direct: bool, inputs: Inputs, return_lse: bool, return_max: bool
+) -> Results:
+    """The results of the call. Without return_lse, lse may be None, and without return_max, row_max may be.
 
     is_direct: no tensor is of a subclass, and `modes.is_direct()` is true. The caller has computed this already.
     """
     if profiler._is_profiler_enabled:
         backend = events.named(backend)
     if backend.is_composite:
-        return backend.forward(problem, inputs, True)
+        return backend.forward(problem, inputs, True, return_max)
     if not is_direct:
         if modes.in_forward_mode():
             return formula.forward(problem, inputs)
         if modes.in_functorch():
-            return transforms.TransformableAttention.apply(*inputs, backend, problem)
+            return transforms.call(problem, backend, inputs, return_max)
         if modes.is_observed(inputs.query, inputs.key, inputs.value):
-            return ops.call(problem, backend.name, inputs)
+            return ops.call(problem, backend.name, inputs, return_max)
     if is_grad_enabled():
         query, key, value = inputs.query, inputs.key, inputs.value
         if (
@@ -44,8 +44,8 @@ def run(
             or value.requires_grad
             or (problem.has_shared and inputs.is_shared_grad_required())
         ):
-            call = (backend, problem, return_lse, inputs)
+            call = (backend, problem, return_lse, return_max, inputs)
             tensors = (query, key, value) if problem.is_plain else inputs
             result = apply_fused_attention(call, *tensors)
-            return result if return_lse else (result, None)
-    return backend.forward(problem, inputs, return_lse)
+            return result if return_lse or return_max else (result, None, None)
+    return backend.forward(problem, inputs, return_lse, return_max)

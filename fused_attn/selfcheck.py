@@ -161,7 +161,7 @@ def _evaluate(case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype
     return [x.detach().double() for x in (out, lse.nan_to_num(neginf=0.0), *grads)]
 
 
-def _packed_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
+def _packed_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
     """`fused_attention_varlen` of the rows of (B, H, L, D) tensors, which are divided into three sequences."""
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * L, H, D)
     total_q, total_k = query.shape[0], key.shape[0]

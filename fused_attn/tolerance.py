@@ -95,7 +95,7 @@ def noise(
 
     Args:
         dtype: the dtype of the output under test.
-        truth: the float64 results ``out``, ``lse``, ``dquery``, ``dkey``, ``dvalue`` and so on. Each gets its noise.
+        truth: the float64 results ``out``, ``lse``, ``max``, ``dquery``, ``dkey`` and so on. Each gets its noise.
         tensors: query, key and value.
         dout, dlse: the gradients of the loss by ``out`` and ``lse``.
         largest_score: the largest magnitude of all visible scores.
@@ -111,6 +111,7 @@ def noise(
         "out": relative * factor * largest(tensors["value"]),
         # In low precision, probs are rounded to the dtype before they are summed.
         "lse": 2 * relative + (0.0 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps / 4),
+        "max": relative,
         "dquery": score_grad * abs(scale) * largest(tensors["key"]),
         "dkey": score_grad * abs(scale) * largest(tensors["query"]),
         "dvalue": 4 * relative * factor * largest(dout),

@@ -168,6 +168,8 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> 
     is_empty = expected(case, dtype).truth.lse == -INF
     rows = result.out if case.lengths_q is None else result.out.transpose(0, 1)
     assert not rows[is_empty].any()
+    if result.max is not None:
+        assert not result.max.requires_grad
     if case.key_padding_mask is not None:
         mask = inputs.tensors["key_padding_mask"]
         ignored = mask if mask.dtype == torch.bool else mask == -INF
@@ -177,14 +179,14 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> 
 
 
 def check_strays(dtype: torch.dtype, backend: str, device: str = "cpu", **options) -> None:
-    """Checks packed rows that belong to no sequence: results must be zero there, and lse must be -inf.
+    """Checks packed rows that belong to no sequence: results must be zero there, lse and max must be -inf.
 
     These rows stand before the first sequence and behind the last one, and hold NaN in the inputs. The test calls the
     registered operator, as compiled code does, because an eager call on the CPU reads the offsets and refuses such
     rows.
     """
     generator = torch.Generator().manual_seed(0)
-    options = {"window": (-1, -1), "dropout_p": 0.0, **options}
+    options = {"window": (-1, -1), "dropout_p": 0.0, "needs_max": False, **options}
     lengths_q, lengths_k = (70, 0, 5), (40, 3, 33)
     first, behind = 3, 140
     owned_q, owned_k = sum(lengths_q), sum(lengths_k)
@@ -194,12 +196,13 @@ def check_strays(dtype: torch.dtype, backend: str, device: str = "cpu", **option
         leaves = [rows[name].requires_grad_() for name in ("query", "key", "value")]
         offsets = [(_offsets(lengths) + first).to(device) for lengths in (lengths_q, lengths_k)]
         seed = torch.tensor(7, device=device) if options["dropout_p"] else None
-        out, lse = torch.ops.fused_attn.attention(
-            *leaves, None, None, None, seed, None, None, *offsets, max(lengths_q), max(lengths_k),
-            0.3, 0.0, options["dropout_p"], *options["window"], 0, backend,
+        out, lse, row_max = torch.ops.fused_attn.attention(
+            *leaves, None, None, None, None, seed, None, None, *offsets, max(lengths_q), max(lengths_k),
+            0.3, 0.0, options["dropout_p"], *options["window"], 0, backend, options["needs_max"],
         )  # fmt: skip
         gradients = torch.autograd.grad((out, lse), leaves, (rows["dout"], rows["dlse"][..., 0].to(lse.dtype)))
-        return {"out": out, "lse": lse[..., None], **dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))}
+        of_rows = {"lse": lse[..., None]} | ({"max": row_max[..., None]} if options["needs_max"] else {})
+        return {"out": out, **of_rows, **dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))}
 
     shapes = {
         "query": (1, 4, owned_q, 64), "key": (1, 2, owned_k, 64), "value": (1, 2, owned_k, 64),
@@ -211,16 +214,17 @@ def check_strays(dtype: torch.dtype, backend: str, device: str = "cpu", **option
         owned = x[:, :, first:-behind]
         torch.testing.assert_close(owned, expected[name], msg=lambda text, name=name: f"{name}: {text}")
         strays = torch.cat([x[:, :, :first], x[:, :, -behind:]], dim=2)
-        assert (strays == (float("-inf") if name == "lse" else 0.0)).all(), f"strays of {name}"
+        assert (strays == (float("-inf") if name in ("lse", "max") else 0.0)).all(), f"strays of {name}"
 
 
 def check_inference(case: Case, dtype: torch.dtype, backend: str) -> None:
-    """Checks out of a call without gradients and without lse, because a backend may have another kernel for it."""
+    """Checks a call without gradients and without lse, because a backend may have another kernel for it."""
     inputs = case.make(dtype)
     with torch.no_grad():
-        out = inputs.function(**inputs.tensors, **inputs.options, backend=backend)
+        results = inputs.function(**inputs.tensors, **inputs.options, backend=backend)
+    out, row_max = results if inputs.options.get("return_max") else (results, None)
     truth, eager, *_ = expected(case, dtype)
-    oracle.assert_close(eager._replace(out=out), expected(case, dtype))
+    oracle.assert_close(eager._replace(out=out, max=row_max), expected(case, dtype))
     rows = out if case.lengths_q is None else out.transpose(0, 1)
     assert not rows[truth.lse == -INF].any()
 
@@ -806,6 +810,41 @@ PADDING = [
     Case("padding-float-mask", seqlen_q=70, seqlen_k=67, key_padding_mask=padding(60, 30), attn_mask=float_mask("HLS")),
     Case("padding-float-and-float-mask", key_padding_mask=float_padding, attn_mask=float_mask("LS")),
     Case(
+        "padding-float-and-pair-bias",  # as in AlphaFold: one bias for keys, and one for pairs that the batch shares
+        heads=4,
+        kv_heads=2,
+        seqlen_q=70,
+        seqlen_k=150,
+        head_dim=64,
+        key_padding_mask=float_padding,
+        attn_mask=float_mask("1HLS"),
+        has_dlse=True,
+    ),
+    Case(
+        "padding-float-everything",
+        seqlen_q=66,
+        seqlen_k=67,
+        key_padding_mask=float_padding,
+        attn_mask=float_mask("B1LS", torch.float32),
+        relative_bias=per_head_bias,
+        sinks=sink(),
+        options={"softcap": 3.0, "dropout_p": 0.2, "dropout_seed": 3, "is_causal": True, "scale": -0.3},
+    ),
+    Case(
+        "padding-float-and-row-bias",
+        key_padding_mask=float_padding,
+        attn_mask=float_mask("BHL1"),
+        differentiated=("attn_mask", "key_padding_mask"),
+    ),
+    Case(
+        "padding-float-decode",
+        seqlen_q=1,
+        seqlen_k=1200,
+        key_padding_mask=float_padding,
+        attn_mask=float_mask("1H1S"),
+        dtypes=COMMON,
+    ),
+    Case(
         "padding-float-and-bool-mask-causal",
         key_padding_mask=float_padding,
         attn_mask=bool_mask("B1LS", 0.9),
@@ -1218,6 +1257,57 @@ WANTED = [
     ),
 ]
 
+#: Calls that return the largest logit of each row.
+MAXIMA = [
+    Case("max", seqlen_q=70, seqlen_k=300, head_dim=64, options={"return_max": True}, has_dlse=True, is_quick=True),
+    Case(
+        "max-everything",
+        heads=4,
+        kv_heads=2,
+        seqlen_q=66,
+        seqlen_k=150,
+        key_padding_mask=float_padding,
+        attn_mask=float_mask("1HLS"),
+        relative_bias=per_head_bias,
+        sinks=sink(20.0),
+        options={"return_max": True, "softcap": 3.0, "dropout_p": 0.5, "dropout_seed": 3},
+        edit=_scale_query(5.0),
+    ),
+    Case(
+        "max-empty-rows",
+        seqlen_q=140,
+        seqlen_k=150,
+        attn_mask=empty_rows_mask,
+        key_padding_mask=padding(150, 67),
+        sinks=sink(),
+        options={"return_max": True},
+        edit=_nan_in_padding,
+        has_dlse=True,
+    ),
+    Case(
+        "max-window",
+        seqlen_q=150,
+        seqlen_k=40,
+        options={"return_max": True, "window_size": (20, 3), "scale": -0.4},
+    ),
+    Case("max-scale-0", options={"return_max": True, "scale": 0.0}, dtypes=COMMON),
+    Case("max-ascending", seqlen_q=70, seqlen_k=300, edit=_ascending_scores, options={"return_max": True}),
+    Case("max-far-below-0", attn_mask=float_mask("LS", offset=-150.0), options={"return_max": True}),
+    Case("max-no-keys", seqlen_k=0, options={"return_max": True}, dtypes=COMMON),
+    Case("max-2d", shapes=((5, 8), (7, 8), (7, 8)), options={"return_max": True}, dtypes=COMMON),
+    Case(
+        "max-varlen",
+        heads=4,
+        kv_heads=2,
+        lengths_q=(5, 0, 70, 3),
+        lengths_k=(9, 4, 67, 0),
+        relative_bias=per_head_bias,
+        sinks=sink(),
+        options={"return_max": True, "is_causal": True},
+        has_dlse=True,
+    ),
+]
+
 CASES: tuple[Case, ...] = (
     *LENGTHS,
     *EMPTY,
@@ -1234,5 +1324,6 @@ CASES: tuple[Case, ...] = (
     *DROPOUT,
     *PACKED,
     *WANTED,
+    *MAXIMA,
 )
 assert len({case.id for case in CASES}) == len(CASES), "two cases of one id"

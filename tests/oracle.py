@@ -41,14 +41,15 @@ def attention(
     dropout_seed: int | None = None,
     first_sequence: int = 0,
     watch: dict[str, float] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse), as `fused_attn.fused_attention` defines them.
+    return_max: bool = False,
+) -> tuple[Tensor, ...]:
+    """(out, lse), or with return_max (out, lse, max), as `fused_attn.fused_attention` defines them.
 
     ``first_sequence``: the batch index of entry 0 in the counter of dropout. ``watch``: a dict that receives the
     largest score and, when backward runs, the largest gradient of a weight.
     """
     if query.dim() == 2:  # without a head dimension there is one head
-        out, lse = attention(
+        results = attention(
             query[None],
             key[None],
             value[None],
@@ -65,8 +66,9 @@ def attention(
             dropout_seed=dropout_seed,
             first_sequence=first_sequence,
             watch=watch,
+            return_max=return_max,
         )
-        return out[0], lse[0]
+        return tuple(x[0] for x in results)
 
     seqlen_q, seqlen_k = query.shape[-2], key.shape[-2]
     offset = 0
@@ -135,7 +137,11 @@ def attention(
         keep = dropout_keep(dropout_seed, dropout_p, first_sequence, batch, heads, seqlen_q, seqlen_k)
         factor = 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
         weights = weights * torch.from_numpy(keep).reshape(weights.shape) * factor
-    return weights @ value, lse
+    if not return_max:
+        return weights @ value, lse
+    wide = scores.detach().to(lse.dtype)
+    row_max = wide.amax(-1) if seqlen_k else torch.full_like(lse.detach(), MINUS_INF)
+    return weights @ value, lse, row_max
 
 
 def attention_varlen(
@@ -153,12 +159,13 @@ def attention_varlen(
     *,
     relative_bias: Tensor | None = None,
     **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """(out (total_q, H, Dv), lse (H, total_q)), as `fused_attn.fused_attention_varlen` defines them.
+) -> tuple[Tensor, ...]:
+    """(out (total_q, H, Dv), lse (H, total_q)), and with return_max max (H, total_q), as
+    `fused_attn.fused_attention_varlen` defines them.
 
     Calls `attention` for each sequence.
     """
-    outs, lses = [], []
+    outs, of_rows = [], []
     rows, columns = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for n in range(len(rows) - 1):
         q = query[rows[n] : rows[n + 1]].transpose(0, 1)
@@ -169,12 +176,12 @@ def attention_varlen(
             # L - 1.
             first = max_seqlen_q - q.shape[1]
             bias = relative_bias[..., first : first + q.shape[1] + k.shape[1] - 1]
-        out, lse = attention(
+        out, *others = attention(
             q, k, v, None, dropout_p, is_causal, scale, enable_gqa, relative_bias=bias, first_sequence=n, **options
         )
         outs.append(out.transpose(0, 1))
-        lses.append(lse)
-    return torch.cat(outs), torch.cat(lses, dim=-1)
+        of_rows.append(others)
+    return torch.cat(outs), *(torch.cat(parts, dim=-1) for parts in zip(*of_rows, strict=True))
 
 
 # ---- Dropout
@@ -219,17 +226,21 @@ def dropout_keep(
 
 
 class Result(NamedTuple):
-    """The results of a call by name: out, lse, and the gradient of each differentiated input."""
+    """The results of a call by name: out, lse, max if the call asks for it, and the gradients of its inputs."""
 
     out: Tensor
     lse: Tensor
     grads: dict[str, Tensor]
+    max: Tensor | None = None
 
     def cpu(self) -> Result:
-        return Result(self.out.cpu(), self.lse.cpu(), {name: grad.cpu() for name, grad in self.grads.items()})
+        row_max = None if self.max is None else self.max.cpu()
+        return Result(self.out.cpu(), self.lse.cpu(), {name: grad.cpu() for name, grad in self.grads.items()}, row_max)
 
     def items(self) -> list[tuple[str, Tensor]]:
-        return [("out", self.out), ("lse", self.lse), *((f"d{name}", grad) for name, grad in self.grads.items())]
+        row_max = [] if self.max is None else [("max", self.max)]
+        grads = [(f"d{name}", grad) for name, grad in self.grads.items()]
+        return [("out", self.out), ("lse", self.lse), *row_max, *grads]
 
 
 class Expected(NamedTuple):
@@ -245,7 +256,7 @@ class Expected(NamedTuple):
 
 
 def evaluate(
-    function: Callable[..., tuple[Tensor, Tensor]],
+    function: Callable[..., tuple[Tensor, ...]],
     tensors: dict[str, Tensor],
     options: dict[str, Any],
     differentiated: tuple[str, ...],
@@ -254,15 +265,15 @@ def evaluate(
 ) -> Result:
     """Runs forward, and backward of the loss <out, dout> + <lse, dlse>, but for the entries of lse that are -inf."""
     leaves = {name: x.detach().requires_grad_(name in differentiated) for name, x in tensors.items()}
-    out, lse = function(**leaves, **options)
+    out, lse, *row_max = function(**leaves, **options)
     if not differentiated:
-        return Result(out, lse, {})
+        return Result(out, lse, {}, *row_max)
     outputs, cotangents = [out], [dout]
     if dlse is not None:
         outputs.append(lse)
         cotangents.append(dlse.to(lse.dtype))
     grads = torch.autograd.grad(outputs, [leaves[name] for name in differentiated], cotangents)
-    return Result(out.detach(), lse.detach(), dict(zip(differentiated, grads, strict=True)))
+    return Result(out.detach(), lse.detach(), dict(zip(differentiated, grads, strict=True)), *row_max)
 
 
 def expected(
@@ -341,6 +352,6 @@ def assert_close(actual: Result, expected: Expected) -> None:
 
 
 def _dtype_of(name: str, expected: Expected) -> torch.dtype:
-    if name == "lse":
+    if name in ("lse", "max"):
         return torch.float64 if expected.dtype == torch.float64 else torch.float32
     return dict(expected.eager.items())[name].dtype

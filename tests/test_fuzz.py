@@ -32,6 +32,8 @@ def attention_cases(draw: st.DrawFn) -> Case:
         side = st.one_of(st.integers(-1, 12), st.integers(40, 140))
         options["window_size"] = (draw(side), draw(side))
     if draw(st.integers(0, 3)) == 0:
+        options["return_max"] = True
+    if draw(st.integers(0, 3)) == 0:
         options |= {
             "dropout_p": draw(st.sampled_from([0.1, 0.5, 0.9, 1.0])),
             "dropout_seed": draw(st.integers(0, 2**63 - 1)),
@@ -91,6 +93,8 @@ def packed_cases(draw: st.DrawFn) -> Case:
         options["window_size"] = (draw(st.integers(-1, 20)), draw(st.integers(-1, 20)))
     if draw(st.booleans()):
         options |= {"dropout_p": 0.3, "dropout_seed": draw(st.integers(0, 2**63 - 1))}
+    if draw(st.integers(0, 3)) == 0:
+        options["return_max"] = True
     has_columns = max(lengths_q) and max(lengths_k)
     return Case(
         id=f"fuzz-packed-{draw(st.integers(0, 999))}",

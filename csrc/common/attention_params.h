@@ -43,6 +43,8 @@ struct AttentionParams {
   TensorView value;  // (B, Hkv, S, Dv)
   TensorView out;    // (B, H, L, Dv)
   TensorView lse;    // (B, H, L, 1), accumulate type; natural log; -inf for an empty row; stride_row is 1
+  // As lse, for forward only: the largest logit of each row; -inf for an empty row. Null = not wanted.
+  TensorView row_max;
 
   // The kernel computes logit = scale * q.k. If softcap > 0, logit = softcap * tanh(logit / softcap) follows. The
   // kernel applies biases and masks after the softcap.
@@ -58,6 +60,7 @@ struct AttentionParams {
   TensorView mask;         // (B, H, L, S) bytes, nonzero = attend, any stride
   TensorView bias;         // (B, H, L, S) of bias_dtype, any stride
   DType bias_dtype = DType::kFloat32;  // dtype, or the accumulate type
+  TensorView key_bias;  // (B, 1, 1, S), accumulate type: a bias for each key, the same for all queries and heads
   // (1, H, 1, L + S - 1), accumulate type. The bias of query i and key j is in column j - i + L - 1. stride_head is 0
   // if all heads share one row.
   TensorView relative_bias;
@@ -82,6 +85,7 @@ struct AttentionParams {
   TensorView dkey;            // as key
   TensorView dvalue;          // as value
   TensorView dbias;           // as bias, accumulate type; a dimension with stride 0 is summed over
+  TensorView dkey_bias;       // as key_bias
   TensorView drelative_bias;  // as relative_bias; stride_head 0 = summed over the heads
   TensorView dsinks;          // as sinks
 

@@ -330,7 +330,9 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
                             s.key.ranges, tiles, keys.count, vectors, s.dquery);
       }
       if (s.dbias != nullptr) clear_beyond<Lane>(s.dbias, keys.count, nq);
-      if (p.dbias.data != nullptr) accumulate_dbias<Lane>(p.dbias, b, h, q_begin, nq, keys, s.dbias);
+      for (const TensorView* view : {&p.dbias, &p.dkey_bias}) {
+        if (view->data != nullptr) accumulate_dbias<Lane>(*view, b, h, q_begin, nq, keys, s.dbias);
+      }
       if (p.drelative_bias.data != nullptr) {
         Lane* partial = item.partials.drelative_bias + head_index(p, item.chunk, b, h) * item.partials.row_relative;
         accumulate_drelative<Lane>(keys, vectors, s.dbias, partial + q_begin + p.seqlen_k - 1);
@@ -417,13 +419,15 @@ void backward_item(const BackwardItem<Policy>& item, int64_t group) {
   const int64_t kv_end = plan.join_heads ? p.num_kv_heads : kv_begin + 1;
   const int64_t heads = p.num_heads / p.num_kv_heads;
 
-  // Where batch entries or heads share the gradient of the bias, entry 0 or head 0 stands for all of them.
-  if (p.dbias.data != nullptr) {
-    const int64_t key_stop = item.key_begin() + plan.chunk_keys;
-    const int64_t key_end = key_stop < p.seqlen_k ? key_stop : p.seqlen_k;
-    for (int64_t b = b_begin; b < (plan.join_batches ? 1 : b_end); ++b) {
-      for (int64_t h = kv_begin * heads; h < (plan.join_heads ? 1 : kv_end * heads); ++h) {
-        clear_dbias<Lane>(p, b, h, item.key_begin(), key_end);
+  // Where batch entries or heads share the gradient of a bias, entry 0 or head 0 stands for all of them.
+  const int64_t key_stop = item.key_begin() + plan.chunk_keys;
+  const int64_t key_end = key_stop < p.seqlen_k ? key_stop : p.seqlen_k;
+  for (const TensorView* view : {&p.dbias, &p.dkey_bias}) {
+    const int64_t own_batches = view->stride_batch == 0 ? b_begin + 1 : b_end;
+    const int64_t own_heads = view->stride_head == 0 ? kv_begin * heads + 1 : kv_end * heads;
+    for (int64_t b = b_begin; view->data != nullptr && b < own_batches; ++b) {
+      for (int64_t h = kv_begin * heads; h < own_heads; ++h) {
+        clear_dbias<Lane>(*view, b, h, p.seqlen_q, item.key_begin(), key_end);
       }
     }
   }

@@ -28,7 +28,7 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   BackwardPlan plan;
   const bool has_dbias = p.dbias.data != nullptr;
   plan.join_batches = has_dbias && p.dbias.stride_batch == 0 && p.batch > 1;
-  plan.join_heads = has_dbias && p.dbias.stride_head == 0 && p.num_heads > 1;
+  plan.join_heads = ((has_dbias && p.dbias.stride_head == 0) || p.dkey_bias.data != nullptr) && p.num_heads > 1;
   plan.groups = (plan.join_batches ? 1 : p.batch) * (plan.join_heads ? 1 : p.num_kv_heads);
   // The plan aims at two items for each thread, because the chunks of a causal problem take unequal time. A chunk has
   // at least 128 keys.
@@ -168,7 +168,7 @@ struct BackwardScratch {
     dscores = arena.take<Coefficient>(tile);
     dscore_pairs = pairs ? arena.take<Lane>(tile / 2) : reinterpret_cast<Lane*>(dscores);
     dbias = nullptr;
-    if (p.dbias.data != nullptr || p.drelative_bias.data != nullptr) {
+    if (p.dbias.data != nullptr || p.dkey_bias.data != nullptr || p.drelative_bias.data != nullptr) {
       dbias = pairs || p.softcap > 0 ? arena.take<Lane>(tile) : reinterpret_cast<Lane*>(dscores);
     }
     dquery = arena.take<Lane>(head_row * kBlockQ);

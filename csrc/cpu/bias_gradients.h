@@ -1,12 +1,13 @@
-// The gradients of the dense bias and of the relative bias, which are sums of dscores.
+// The gradients of the dense bias, the key bias and the relative bias, which are sums of dscores.
 #pragma once
 #include "backward_plan.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Adds dscores of a block of keys, tile[key][query], to the gradient of the dense bias of head (b, h). A dimension in
-// which the bias is broadcast has stride 0 in `view`, so the function sums over it. There are four branches:
+// Adds dscores of a block of keys, tile[key][query], to the gradient of the dense bias, or of the key bias, of head (b,
+// h). A dimension in which the bias is broadcast has stride 0 in `view`, so the function sums over it. There are four
+// branches:
 //
 //   stride_col is 0                    all keys share an entry, so the function sums over the keys
 //   stride_row is 0                    all queries share an entry, so the function sums over the queries
@@ -100,16 +101,17 @@ FA_INLINE void clear_beyond(Lane* tile, int keys, int nq) {
   }
 }
 
-// Sets the columns [key_begin, key_end) of the gradient of the dense bias of head (b, h) to zero.
+// Sets the columns [key_begin, key_end) of a gradient that accumulate_dbias adds to, for head (b, h), to zero.
 template <class Lane>
-FA_NOINLINE void clear_dbias(const AttentionParams& p, int64_t b, int64_t h, int64_t key_begin, int64_t key_end) {
-  const int64_t rows = p.dbias.stride_row == 0 ? 1 : p.seqlen_q;
+FA_NOINLINE void clear_dbias(const TensorView& view, int64_t b, int64_t h, int64_t seqlen_q, int64_t key_begin,
+                             int64_t key_end) {
+  const int64_t rows = view.stride_row == 0 ? 1 : seqlen_q;
   for (int64_t i = 0; i < rows; ++i) {
-    Lane* row = row_of<Lane>(p.dbias, b, h, i);
-    if (p.dbias.stride_col == 1) {
+    Lane* row = row_of<Lane>(view, b, h, i);
+    if (view.stride_col == 1) {
       memset(row + key_begin, 0, (key_end - key_begin) * sizeof(Lane));
     } else {
-      for (int64_t j = key_begin; j < key_end; ++j) row[j * p.dbias.stride_col] = 0;
+      for (int64_t j = key_begin; j < key_end; ++j) row[j * view.stride_col] = 0;
     }
   }
 }

@@ -173,6 +173,7 @@ void decode_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t i, co
       add_bias<Lane>(row_of<const Lane>(p.bias, b, h, i), p.bias.stride_col, keys, s.scores);
     }
   }
+  if (p.key_bias.data != nullptr) add_bias<Lane>(row_of<const Lane>(p.key_bias, b, 0, 0), 1, keys, s.scores);
   if (p.relative_bias.data != nullptr) {
     const int64_t stride_col = p.relative_bias.stride_col;
     const Lane* row = row_of<const Lane>(p.relative_bias, 0, h, 0) + (p.seqlen_q - 1 - i) * stride_col;
@@ -351,6 +352,9 @@ void merge_splits(const AttentionParams& p, const DecodePlan& plan,
   }
   // A row that sees no key has the output 0, even if there is a sink. A total of NaN is not 0, so its row becomes NaN.
   const bool empty = total == 0;
+  if (p.row_max.data != nullptr) {
+    *row_of<Lane>(p.row_max, b, h, seq.q_offset + i) = empty ? -FloatTraits<Lane>::kInfinity : keys_max;
+  }
   Lane keys_share = 1;
   if (p.sinks.data != nullptr) {
     // The sink is added to the denominator only. The maximum, the sink included, is subtracted before each exponential.

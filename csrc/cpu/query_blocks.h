@@ -43,8 +43,8 @@ struct ForwardScratch {
 
 // Computes the probs of one tile: keys [k, k + kTileKeys) of the block, and kColumns vectors of queries from vector v
 // on. Stores the probs after dropout in s.probs, and adds the probs before dropout to the sums of the softmax. kPlain:
-// every key of the tile is visible, scores are plain products, and there is no dropout. So the compiler leaves out all
-// code for these features.
+// every key of the tile is visible, scores are plain products, and there is neither dropout nor row_max. So the
+// compiler leaves out all code for these features.
 template <class Policy, int kColumns, bool kPlain>
 FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
                               const ForwardScratch<Policy>& s, RunningSoftmax<Policy>& softmax) {
@@ -52,6 +52,7 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
   constexpr int n = kLanes<Lane>;
   Vec<Lane> acc[kTileKeys][kColumns];
   compute_scores<Policy, kColumns, kPlain>(in, k, v, partial, nullptr, acc);
+  if (!kPlain && softmax.tracks_max) softmax.track_max(acc, v);
 
   // `excess` says by how much the scores of the tile exceed the ceilings of their rows. A score that is NaN does not
   // change the maximum, and a difference that is NaN (inf - inf) does not change the excess. So a NaN in one row does
@@ -122,8 +123,8 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
   }
 }
 
-// Writes the output of a block of queries: acc, divided by the sums of the softmax and transposed. Writes lse of these
-// queries if the caller wants it.
+// Writes the output of a block of queries: acc, divided by the sums of the softmax and transposed. Writes lse and
+// row_max of these queries if the caller wants them.
 template <class Policy>
 FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
                               int nq, const typename Policy::Lane* acc, typename Policy::Lane to_logits,
@@ -133,6 +134,7 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
   constexpr int n = kLanes<Lane>;
   const int64_t row = seq.q_offset + q_begin;
   Lane* lse = p.lse.data != nullptr ? row_of<Lane>(p.lse, b, h, row) : nullptr;
+  Lane* row_max = p.row_max.data != nullptr ? row_of<Lane>(p.row_max, b, h, row) : nullptr;
   const Lane dropout_scale = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
   Vec<Lane> factors[kBlockVectors<Lane>];
 
@@ -159,6 +161,7 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
       const Vec<Lane> value = select<Lane>(softmax.sum.row[v] == 0, none, reference + log(total));
       for (int i = 0; i < n && q + i < nq; ++i) lse[(q + i) * p.lse.stride_row] = value[i];
     }
+    for (int i = 0; row_max != nullptr && i < n && q + i < nq; ++i) row_max[q + i] = softmax.row_max[v][i] * to_logits;
   }
   // The sum of a row that sees no key is 0. Its output is 0 and its lse is -inf, even if there is a sink.
   const auto column = [&](int d, int q) {
@@ -189,7 +192,8 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
                                 static_cast<int>(p.head_dim), s.query);
   ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, h, q_begin);
   in.query = s.query;
-  RunningSoftmax<Policy> softmax(static_cast<Lane>((in.raw ? p.scale : 1.0) * kLog2E), vectors);
+  RunningSoftmax<Policy> softmax(static_cast<Lane>((in.raw ? p.scale : 1.0) * kLog2E), vectors,
+                                 p.row_max.data != nullptr);
   clear_columns<Lane>(s.acc, value_dim, vectors);
 
   KeyBlock& keys = *s.key.keys;
@@ -209,7 +213,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
         if (part.begin >= part.end) continue;
         with_columns(part.end - part.begin, [&](auto columns) {
           constexpr int kColumns = decltype(columns)::value;
-          if (partial || !in.raw || p.has_dropout) {
+          if (partial || !in.raw || p.has_dropout || softmax.tracks_max) {
             forward_tile<Policy, kColumns, /*kPlain=*/false>(in, t * kTileKeys, part.begin, partial, p.has_dropout, s,
                                                              softmax);
           } else {

@@ -21,6 +21,7 @@ struct ScoreInputs {
   Lane scale = 1;
   Lane softcap = 0;                     // 0 = off
   const Lane* bias = nullptr;           // [key of the block][kBlockQ]
+  const Lane* key_bias = nullptr;       // [key of the batch entry]
   const Lane* relative_bias = nullptr;  // of query q of the block and key j: relative_bias[q - j]
 
   // Whether scores are products of query and key without the scale. They are if there is no softcap and no bias. The
@@ -82,6 +83,14 @@ FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool 
     for (int r = 0; r < kTileKeys; ++r) {
       FA_UNROLL
       for (int c = 0; c < kColumns; ++c) acc[r][c] += load<Lane>(bias + r * kBlockQ + c * n);
+    }
+  }
+  if (in.key_bias != nullptr) {
+    FA_UNROLL
+    for (int r = 0; r < kTileKeys; ++r) {
+      const Vec<Lane> bias = broadcast<Lane>(in.key_bias[in.keys->index[k + r]]);
+      FA_UNROLL
+      for (int c = 0; c < kColumns; ++c) acc[r][c] += bias;
     }
   }
   if (in.relative_bias != nullptr) {
@@ -208,7 +217,8 @@ ScoreInputs<Policy> score_inputs(const AttentionParams& p, const RelativeBias<ty
     in.relative_bias = relative.data + h * relative.stride_head + q_begin + p.seqlen_k - 1;
   }
   // A tiny scale is zero or denormal as a lane, and would turn a hidden score into -inf * 0, which is NaN.
-  in.raw = p.scale > 1e-30 && !(p.softcap > 0) && p.bias.data == nullptr && p.relative_bias.data == nullptr;
+  in.raw = p.scale > 1e-30 && !(p.softcap > 0) && p.bias.data == nullptr && p.key_bias.data == nullptr &&
+           p.relative_bias.data == nullptr;
   return in;
 }
 
@@ -233,6 +243,7 @@ FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64
     }
     in.bias = scratch.bias;
   }
+  if (p.key_bias.data != nullptr) in.key_bias = row_of<const Lane>(p.key_bias, b, 0, 0);
   if (p.has_dropout) make_dropout_keep(p, b, h, q_begin, keys, scratch.dropout_keep);
 }
 

@@ -23,19 +23,22 @@ struct RunningSoftmax {
     Vec<Lane> block[kBlockVectors<Lane>];  // over the keys of the current block
   };
 
-  Lane to_log2;  // the factor that turns scores into exponents of 2; positive
-  Lane slack;    // by how much a score may exceed the reference
-  int vectors;   // the number of vectors that hold queries
+  Lane to_log2;     // the factor that turns scores into exponents of 2; positive
+  Lane slack;       // by how much a score may exceed the reference
+  int vectors;      // the number of vectors that hold queries
+  bool tracks_max;  // whether the caller wants the largest score of each row, which the reference is only near
   Vec<Lane> reference[kBlockVectors<Lane>];
+  Vec<Lane> row_max[kBlockVectors<Lane>];  // the largest score so far, if tracks_max
   Vec<Lane> rescale[kBlockVectors<Lane>];  // the factor for sums over earlier blocks, because references have risen
   Sum sum;                                 // of probs before dropout
   Sum rounded_sum;                         // of probs rounded to bfloat16, if lanes hold pairs
 
   // Starts with no keys.
-  RunningSoftmax(Lane scale_to_log2, int num_vectors)
-      : to_log2(scale_to_log2), slack(kSlackLog2 / scale_to_log2), vectors(num_vectors) {
+  RunningSoftmax(Lane scale_to_log2, int num_vectors, bool wants_max)
+      : to_log2(scale_to_log2), slack(kSlackLog2 / scale_to_log2), vectors(num_vectors), tracks_max(wants_max) {
     for (int v = 0; v < vectors; ++v) {
       reference[v] = broadcast<Lane>(FloatTraits<Lane>::kLowest);  // finite, because -inf - (-inf) is NaN
+      if (tracks_max) row_max[v] = broadcast<Lane>(-FloatTraits<Lane>::kInfinity);
       sum.row[v] = rounded_sum.row[v] = Vec<Lane>{};
     }
   }
@@ -57,6 +60,16 @@ struct RunningSoftmax {
     for (int v = 0; v < vectors; ++v) {
       sum.row[v] = sum.row[v] * rescale[v] + sum.block[v];
       rounded_sum.row[v] = rounded_sum.row[v] * rescale[v] + rounded_sum.block[v];
+    }
+  }
+
+  // Takes the scores of a tile, whose first vector of queries is v, into account for row_max.
+  template <int kColumns>
+  void track_max(const Vec<Lane> (&scores)[kTileKeys][kColumns], int v) {
+    FA_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      FA_UNROLL
+      for (int r = 0; r < kTileKeys; ++r) row_max[v + c] = max<Lane>(scores[r][c], row_max[v + c]);
     }
   }
 

@@ -61,6 +61,7 @@ struct Pieces {
   MaskParams mask{};
   float* relative_bias = nullptr;
   float* dbias_sums = nullptr;
+  float* dkey_bias_sums = nullptr;
   float* drelative_bias_sums = nullptr;
 };
 
@@ -78,6 +79,9 @@ bool is_fused_backward(const WorkspaceNeeds& needs) {
 BiasGradientSizes bias_gradient_sizes(const WorkspaceNeeds& needs) {
   return {needs.batch, needs.num_heads, needs.seqlen_q, needs.seqlen_k, needs.head_dim};
 }
+
+// The shape of the gradient of a key bias: that of a dense bias that heads and queries share.
+std::array<int64_t, 4> dkey_bias_shape(const WorkspaceNeeds& needs) { return {needs.batch, 1, 1, needs.seqlen_k}; }
 
 // Divides a workspace into the pieces that a call needs. With a workspace that only counts, this gives the size.
 Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
@@ -114,6 +118,9 @@ Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
   }
   if (needs.wants_dbias)
     pieces.dbias_sums = workspace.take<float>(sum_floats(plan_dense(bias_gradient_sizes(needs), needs.dbias_shape)));
+  if (needs.wants_dkey_bias)
+    pieces.dkey_bias_sums =
+        workspace.take<float>(sum_floats(plan_dense(bias_gradient_sizes(needs), dkey_bias_shape(needs))));
   if (needs.wants_drelative_bias)
     pieces.drelative_bias_sums = workspace.take<float>(sum_floats(plan_relative(bias_gradient_sizes(needs))));
   if (needs.relative_bias_heads != 0)
@@ -169,7 +176,8 @@ LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
   // LazySoftmax takes the largest score of a row as its reference, which is right only if the scale is positive. With
   // another scale, to_logits multiplies the scores by the scale first.
   const bool is_scale_positive = static_cast<float>(a.scale) > 0.0f;
-  x.is_plain = is_scale_positive && a.softcap == 0.0 && a.relative_bias.data == nullptr && a.bias.data == nullptr;
+  x.is_plain = is_scale_positive && a.softcap == 0.0 && a.relative_bias.data == nullptr && a.key_bias.data == nullptr &&
+               a.bias.data == nullptr;
   if (a.softcap != 0.0) {
     const double softcap = std::clamp(a.softcap, 1e-30, 1e30);  // a float, and so is the quotient
     x.softcap_scale = static_cast<float>(a.scale / softcap);
@@ -180,6 +188,8 @@ LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
     x.relative_bias = relative_bias + kRelativeBiasMargin;
     x.relative_bias_stride_head = a.relative_bias.stride_head == 0 ? 0 : stride_head;
   }
+  x.key_bias = static_cast<const float*>(a.key_bias.data);
+  x.key_bias_stride_batch = a.key_bias.stride_batch;
   x.bias = scores_of(a.bias);
   x.is_bias_float = a.bias_dtype == DType::kFloat32;
   x.has_bias_rows = !x.is_bias_float && has_aligned_rows(a);
@@ -206,6 +216,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.v = rows_of(a.value, a.value_dim);
   p.out = rows_of(a.out, a.value_dim);
   p.lse = values_of(a.lse);
+  p.row_max = values_of(a.row_max);
   p.scale = static_cast<float>(a.scale);
   p.scale_log2 = static_cast<float>(a.scale * kLog2EExact);
   p.logits = logits_of(a, pieces.relative_bias);
@@ -341,6 +352,7 @@ void run(const Call& of_caller, bool is_backward) {
   needs.dbias_shape[1] = a.dbias.stride_head == 0 ? 1 : a.num_heads;
   needs.dbias_shape[2] = a.dbias.stride_row == 0 ? 1 : a.seqlen_q;
   needs.dbias_shape[3] = a.dbias.stride_col == 0 ? 1 : a.seqlen_k;
+  needs.wants_dkey_bias = a.dkey_bias.data != nullptr;
   needs.wants_drelative_bias = a.drelative_bias.data != nullptr;
   if (const int64_t bytes = workspace_bytes(needs); call.workspace_bytes < bytes)
     throw std::invalid_argument("workspace: expected at least " + std::to_string(bytes) + " bytes, got " +
@@ -361,6 +373,9 @@ void run(const Call& of_caller, bool is_backward) {
   if (needs.wants_dbias)
     sum_dense(params, plan_dense(sizes, needs.dbias_shape), a.dbias, needs.dbias_shape, pieces.dbias_sums,
               kernels.bias_gradient, is_bf16, call.stream);
+  if (needs.wants_dkey_bias)
+    sum_dense(params, plan_dense(sizes, dkey_bias_shape(needs)), a.dkey_bias, dkey_bias_shape(needs),
+              pieces.dkey_bias_sums, kernels.bias_gradient, is_bf16, call.stream);
   if (needs.wants_drelative_bias)
     sum_relative(params, plan_relative(sizes), bias_gradient_tile(sizes.head_dim), a.drelative_bias,
                  pieces.drelative_bias_sums, kernels.bias_gradient, is_bf16, call.stream);

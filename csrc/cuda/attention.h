@@ -1,5 +1,6 @@
 // The CUDA kernels as their callers see them: they compute what an AttentionParams describes, on a stream.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <string>
 
@@ -40,7 +41,8 @@ struct WorkspaceNeeds {
   int64_t seqlen_q = 0;
   int64_t relative_bias_heads = 0;  // 0 = no relative bias
   bool wants_dbias = false;
-  int64_t dbias_shape[4] = {};  // 1 in a dimension that the bias broadcasts along
+  std::array<int64_t, 4> dbias_shape{};  // 1 in a dimension that the bias broadcasts along
+  bool wants_dkey_bias = false;
   bool wants_drelative_bias = false;
   int64_t mask_entries = 0;  // different pairs (batch entry, head) in the dense mask; 0 = no mask
 };

@@ -83,14 +83,14 @@ void run(const Reader& reader, const Problem& problem, PyObject* architecture, P
 }
 
 const char kForwardDoc[] =
-    "forward(inputs, out, lse, config, architecture, workspace)\n\n"
-    "Writes out, and lse unless it is None. See the module's docstring for the arguments.";
+    "forward(inputs, results, config, architecture, workspace)\n\n"
+    "Writes those of the results that are not None. See the module's docstring for the arguments.";
 
 PyObject* forward(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 6, kForwardDoc);
+  check_count(count, 5, kForwardDoc);
   const Inputs inputs = Inputs::of(args[0]);
   const Reader reader = reader_like(inputs.query);
-  run<gpu::forward>(reader, read_problem(reader, inputs, args[1], args[2], args[3]), args[4], args[5]);
+  run<gpu::forward>(reader, read_forward(reader, inputs, Results::of(args[1]), args[2]), args[3], args[4]);
   Py_RETURN_NONE;
 }
 
@@ -135,7 +135,7 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
       [](int architecture, bool is_backward, bool wants_all_gradients, int64_t batch, int64_t batch_entries,
          int64_t num_heads, int64_t num_kv_heads, int64_t rows_q, int64_t seqlen_q, int64_t seqlen_k, int64_t head_dim,
          bool is_packed, bool has_key_padding, bool is_general, int64_t relative_bias_heads, int64_t mask_entries,
-         std::optional<std::array<int64_t, 4>> dbias_shape, bool wants_drelative_bias) {
+         std::optional<std::array<int64_t, 4>> dbias_shape, bool wants_dkey_bias, bool wants_drelative_bias) {
         gpu::WorkspaceNeeds needs;
         needs.architecture = architecture;
         needs.is_backward = is_backward;
@@ -154,14 +154,16 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
         needs.relative_bias_heads = relative_bias_heads;
         needs.mask_entries = mask_entries;
         needs.wants_dbias = dbias_shape.has_value();
-        if (dbias_shape) std::copy(dbias_shape->begin(), dbias_shape->end(), needs.dbias_shape);
+        needs.dbias_shape = dbias_shape.value_or(needs.dbias_shape);
+        needs.wants_dkey_bias = wants_dkey_bias;
         needs.wants_drelative_bias = wants_drelative_bias;
         return gpu::workspace_bytes(needs);
       },
       py::kw_only(), py::arg("architecture"), py::arg("is_backward"), py::arg("wants_all_gradients"), py::arg("batch"),
       py::arg("batch_entries"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("rows_q"), py::arg("seqlen_q"),
       py::arg("seqlen_k"), py::arg("head_dim"), py::arg("is_packed"), py::arg("has_key_padding"), py::arg("is_general"),
-      py::arg("relative_bias_heads"), py::arg("mask_entries"), py::arg("dbias_shape"), py::arg("wants_drelative_bias"),
+      py::arg("relative_bias_heads"), py::arg("mask_entries"), py::arg("dbias_shape"), py::arg("wants_dkey_bias"),
+      py::arg("wants_drelative_bias"),
       "Size of the workspace in bytes. batch_entries and rows_q are those of the query tensor, batch counts "
       "sequences.");
   module.def("unusable_reason", &gpu::unusable_reason, py::arg("device"),

@@ -1,9 +1,9 @@
-// From scores to logits: scale, softcap, relative bias and bias. They change the scores after the product of queries
-// and keys, and before the softmax. Forward and backward call the same function, to_logits, so a further modification
-// of scores is a further step of to_logits.
+// From scores to logits: scale, softcap, relative bias, key bias and bias. They change the scores after the product of
+// queries and keys, and before the softmax. Forward and backward call the same function, to_logits, so a further
+// modification of scores is a further step of to_logits.
 //
-//   logit = softcap * tanh(scale * score / softcap) + relative bias + bias
-//   logit = scale * score + relative bias + bias                               (without a softcap)
+//   logit = softcap * tanh(scale * score / softcap) + relative bias + key bias + bias
+//   logit = scale * score + relative bias + key bias + bias                               (without a softcap)
 //
 // The first of these steps that is a multiply-add takes the scale as its factor, so scaling costs no instruction of its
 // own. Masks come after the logits (visibility.h).
@@ -104,6 +104,25 @@ GPU_DEVICE void add_relative_bias(const float* bias_of_diagonal_0, float (&score
   }
 }
 
+// Multiplies scores by `factor`, and adds the key bias, of which own_batch is the part for the batch entry. Keys beyond
+// the last one get 0.
+template <int kTiles, class Position>
+GPU_DEVICE void add_key_bias(const float* own_batch, int32_t seqlen_k, float (&scores)[kTiles][4], float factor,
+                             Position at) {
+  const auto load = [&](int32_t key) { return key < seqlen_k ? load_global(own_batch + key) : 0.0f; };
+  if constexpr (Position::kRowsAreQueries) {
+    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+      const float of_column[2] = {load(at.key_of(t, 0)), load(at.key_of(t, 1))};
+      GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] = multiply_add(scores[t][j], factor, of_column[j % 2]);
+    }
+  } else {
+    const float of_row[2] = {load(at.key_of(0, 0)), load(at.key_of(0, 2))};
+    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+      GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] = multiply_add(scores[t][j], factor, of_row[j / 2]);
+    }
+  }
+}
+
 // Loads one number of the bias, whose type is float or a 16-bit type, as a float.
 template <class Element>
 GPU_DEVICE float load_float(const Element* p) {
@@ -186,6 +205,10 @@ GPU_DEVICE void to_logits(const Params& p, HeadSlice head_slice, float (&scores)
   if (x.relative_bias != nullptr) {
     const float* const own_head = x.relative_bias + head_slice.head * x.relative_bias_stride_head;
     add_relative_bias(own_head + p.seqlen_q - 1, scores, factor, at);
+    factor = 1.0f;
+  }
+  if (x.key_bias != nullptr) {
+    add_key_bias(x.key_bias + head_slice.batch * x.key_bias_stride_batch, head_slice.seqlen_k, scores, factor, at);
     factor = 1.0f;
   }
   if (x.bias.data == nullptr) {

@@ -57,6 +57,8 @@ struct LogitParams {
   // Null = none.
   const float* relative_bias;
   int64_t relative_bias_stride_head;
+  const float* key_bias;  // (B, S): a bias for each key, the same for all queries and heads; null = none
+  int64_t key_bias_stride_batch;
   ScoreTensor bias;    // null data = none
   bool is_bias_float;  // the bias has type float; otherwise the type of the query
   // The bias has the type of the query, and any 8 keys from a multiple of 8 on are one aligned load.
@@ -131,11 +133,12 @@ struct Params {
   int32_t rows_k;              // S, or the total when packed
   int32_t heads_per_l2_group;  // heads that run side by side, so that their tensors stay in the L2 cache
 
-  Rows q;         // (B, H, L, D)
-  Rows k;         // (B, Hkv, S, D)
-  Rows v;         // (B, Hkv, S, Dv)
-  Rows out;       // (B, H, L, Dv)
-  RowValues lse;  // (B, H, L), natural logarithm; null data = not wanted
+  Rows q;             // (B, H, L, D)
+  Rows k;             // (B, Hkv, S, D)
+  Rows v;             // (B, Hkv, S, Dv)
+  Rows out;           // (B, H, L, Dv)
+  RowValues lse;      // (B, H, L), natural logarithm; null data = not wanted
+  RowValues row_max;  // (B, H, L), the largest logit of each row, in forward; null data = not wanted
 
   float scale;
   float scale_log2;  // scale * log2(e)

@@ -120,6 +120,23 @@ struct LazySoftmax {
   }
 };
 
+// The largest scores of two rows. LazySoftmax does not know them: its references are only near them.
+struct RowMaxima {
+  float value[2];  // of this thread's columns alone
+
+  GPU_DEVICE void init() { value[0] = value[1] = -kInfinity; }
+
+  template <int kTiles>
+  GPU_DEVICE void add(const float (&scores)[kTiles][4]) {
+    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+      GPU_UNROLL for (int j = 0; j < 4; ++j) value[j / 2] = fmaxf(value[j / 2], scores[t][j]);
+    }
+  }
+
+  // The largest logit of row r, if a score times `scale` is a logit. All lanes of a warp call this.
+  GPU_DEVICE float of_row(int r, float scale) const { return row_maximum(value[r]) * scale; }
+};
+
 // Adds exp(sink) to the denominator of a finished row: changes the row's factor and log-sum-exp. An empty row stays
 // empty.
 GPU_DEVICE void join_sink(float sink, float& factor, float& lse) {

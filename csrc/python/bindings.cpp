@@ -82,13 +82,13 @@ PyObject* signature(PyObject* const* args, Py_ssize_t count) {
 }
 
 const char kForwardDoc[] =
-    "forward(inputs, out, lse, config, num_threads)\n\n"
-    "Writes out, and lse unless it is None. See the module's docstring for the arguments.";
+    "forward(inputs, results, config, num_threads)\n\n"
+    "Writes those of the results that are not None. See the module's docstring for the arguments.";
 
 PyObject* forward(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 5, kForwardDoc);
-  Problem problem = read_problem(kReader, Inputs::of(args[0]), args[1], args[2], args[3]);
-  problem.params.num_threads = thread_count(args[4]);
+  check_count(count, 4, kForwardDoc);
+  Problem problem = read_forward(kReader, Inputs::of(args[0]), Results::of(args[1]), args[2]);
+  problem.params.num_threads = thread_count(args[3]);
   run(cpu::kernels().forward, problem);
   Py_RETURN_NONE;
 }
@@ -198,16 +198,19 @@ Private: only fused_attn uses this module. Tensors are torch tensors on the CPU.
 A shape, dtype or stride that a kernel cannot use raises ValueError. B, H, L, D and so on are the sizes of
 csrc/common/attention_params.h. "accumulate" is float64 if query is float64, otherwise float32.
 
-inputs       the tuple (query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q,
+inputs       the tuple (query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q,
              cu_seqlens_k); all but the first three may be None
+results      the tuple (out, lse, row_max); lse and row_max may be None
 saved        the tuple (out, lse, dout, dlse)
-gradients    the tuple (dquery, dkey, dvalue, dbias, drelative_bias, dsinks), each in the shape of its input, or None
+gradients    the tuple (dquery, dkey, dvalue, dbias, dkey_bias, drelative_bias, dsinks), each in the shape of its
+             input, or None
 config       a Config
 num_threads  the largest number of threads that compute
 
 query (B, H, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv), out (B, H, L, Dv): one dtype, last stride 1
-lse (B, H, L)                  accumulate, last stride 1
+lse, row_max (B, H, L)         accumulate, last stride 1
 bias (B, H, L, S)              the dtype or accumulate; any strides; 1 in place of any size broadcasts
+key_bias (B, S)                accumulate, last stride 1
 relative_bias (H or 1, L+S-1)  accumulate, last stride 1
 sinks (H,)                     accumulate
 seed ()                        int64; needed when dropout_p > 0
@@ -217,7 +220,8 @@ cu_seqlens_q, _k (N + 1,)      int32. With both, the call is packed: N sequences
                                B = 1, and the masks above have B = N, L = max_seqlen_q, S = max_seqlen_k.
 dlse (B, H, L)                 accumulate, any strides; None = zero
 
-dbias, drelative_bias and dsinks are accumulate. A broadcast dimension of dbias or drelative_bias is summed over.)";
+dbias, dkey_bias, drelative_bias and dsinks are accumulate. A broadcast dimension of dbias or drelative_bias is summed
+over.)";
 
 }  // namespace
 }  // namespace fused_attn

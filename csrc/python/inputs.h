@@ -20,24 +20,35 @@ PyObject* const* items_of(PyObject* tuple, const char* name) {
 
 // The inputs of a call. Those after `value` may be None.
 struct Inputs {
-  PyObject *query, *key, *value, *bias, *relative_bias, *sinks, *seed, *mask, *key_padding, *cu_seqlens_q,
+  PyObject *query, *key, *value, *bias, *key_bias, *relative_bias, *sinks, *seed, *mask, *key_padding, *cu_seqlens_q,
       *cu_seqlens_k;
 
   // Borrows the items of the tuple that Python has passed.
   static Inputs of(PyObject* tuple) {
-    PyObject* const* x = items_of<11>(tuple, "inputs");
-    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10]};
+    PyObject* const* x = items_of<12>(tuple, "inputs");
+    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11]};
+  }
+};
+
+// The tensors that forward writes. lse and row_max may be None.
+struct Results {
+  PyObject *out, *lse, *row_max;
+
+  // Borrows the items of the tuple that Python has passed.
+  static Results of(PyObject* tuple) {
+    PyObject* const* x = items_of<3>(tuple, "results");
+    return {x[0], x[1], x[2]};
   }
 };
 
 // The tensors that backward writes, each named after its input. None means that the gradient is not wanted.
 struct Gradients {
-  PyObject *query, *key, *value, *bias, *relative_bias, *sinks;
+  PyObject *query, *key, *value, *bias, *key_bias, *relative_bias, *sinks;
 
   // Borrows the items of the tuple that Python has passed.
   static Gradients of(PyObject* tuple) {
-    PyObject* const* x = items_of<6>(tuple, "gradients");
-    return {x[0], x[1], x[2], x[3], x[4], x[5]};
+    PyObject* const* x = items_of<7>(tuple, "gradients");
+    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6]};
   }
 };
 

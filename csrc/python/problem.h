@@ -80,7 +80,8 @@ inline TensorView rows_view(const Problem& problem, const Argument& argument, in
   return {argument.data(), batch_stride(problem, argument), argument.stride(1), argument.stride(2), 1};
 }
 
-// Checks lse or its gradient, a tensor (batch_entries, num_heads, rows_q) of the accumulate type, and returns its view.
+// Checks lse, its gradient, or row_max: a tensor (batch_entries, num_heads, rows_q) of the accumulate type. Returns its
+// view.
 inline TensorView lse_view(const Problem& problem, const Argument& argument) {
   if (!argument.given) return {};
   argument.check_type(problem.accumulate_type);
@@ -141,6 +142,14 @@ inline void set_sequences(Problem& problem, const Reader& reader, const Inputs& 
   params.cu_seqlens_k = checked_cu_seqlens(reader, cu_seqlens_k, params.batch, problem.rows_k, params.seqlen_k);
 }
 
+// As lse_view, for a result of forward, whose rows lie side by side.
+inline TensorView row_results_view(const Problem& problem, const Argument& argument) {
+  TensorView view = lse_view(problem, argument);
+  if (argument.given) argument.check_unit_stride(2);
+  view.stride_row = 1;  // the stride of a tensor with one row may be any number
+  return view;
+}
+
 // Checks query, key, value, out, lse and the offsets of packed sequences, and sets the parameters that follow from
 // them.
 inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& inputs, PyObject* out_object,
@@ -156,13 +165,20 @@ inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& in
   params.key = rows_view(problem, key, params.num_kv_heads, problem.rows_k, params.head_dim);
   params.value = rows_view(problem, value, params.num_kv_heads, problem.rows_k, params.value_dim);
   params.out = rows_view(problem, out, params.num_heads, problem.rows_q, params.value_dim);
-  params.lse = lse_view(problem, lse);
-  if (lse.given) lse.check_unit_stride(2);
-  params.lse.stride_row = 1;  // the stride of a tensor with one row may be any number
+  params.lse = row_results_view(problem, lse);
 }
 
 // The stride of a tensor whose dimension 0 is the heads. If its size is 1, all heads share what it holds.
 inline int64_t head_stride(const Argument& argument) { return argument.size(0) == 1 ? 0 : argument.stride(0); }
+
+// Checks key_bias or its gradient, a tensor (batch, seqlen_k) of the accumulate type, and returns its view.
+inline TensorView key_bias_view(const Problem& problem, const Argument& argument) {
+  if (!argument.given) return {};
+  argument.check_type(problem.accumulate_type);
+  argument.check_shape({problem.params.batch, problem.params.seqlen_k});
+  argument.check_unit_stride(1);
+  return {argument.data(), argument.stride(0), 0, 0, 1};
+}
 
 // Checks relative_bias or its gradient, a tensor (num_heads or 1, seqlen_q + seqlen_k - 1) of the accumulate type, and
 // returns its view.
@@ -202,6 +218,7 @@ inline void set_masks(Problem& problem, const Reader& reader, const Inputs& inpu
     params.bias = bias.scores_view(scores);
     params.bias_dtype = kernel_dtype(bias.type);
   }
+  params.key_bias = key_bias_view(problem, reader.optional(inputs.key_bias, "key_bias"));
   params.relative_bias = relative_bias_view(problem, reader.optional(inputs.relative_bias, "relative_bias"));
   params.sinks = sinks_view(problem, reader.optional(inputs.sinks, "sinks"));
 
@@ -225,10 +242,11 @@ inline Problem read_shared(const Reader& reader, const Inputs& inputs, PyObject*
   return problem;
 }
 
-// The parameters of a forward call, which writes lse unless it is None.
-inline Problem read_problem(const Reader& reader, const Inputs& inputs, PyObject* out, PyObject* lse,
-                            PyObject* config) {
-  return read_shared(reader, inputs, out, reader.optional(lse, "lse"), config);
+// The parameters of a forward call, which writes those of the results that are not None.
+inline Problem read_forward(const Reader& reader, const Inputs& inputs, const Results& results, PyObject* config) {
+  Problem problem = read_shared(reader, inputs, results.out, reader.optional(results.lse, "lse"), config);
+  problem.params.row_max = row_results_view(problem, reader.optional(results.row_max, "row_max"));
+  return problem;
 }
 
 // Checks the tensors that only backward has, and sets their parameters.
@@ -247,6 +265,7 @@ inline void set_gradients(Problem& problem, const Reader& reader, const Saved& s
     dbias.check_type(problem.accumulate_type);
     params.dbias = dbias.scores_view({params.batch, params.num_heads, params.seqlen_q, params.seqlen_k});
   }
+  params.dkey_bias = key_bias_view(problem, reader.optional(gradients.key_bias, "dkey_bias"));
   params.drelative_bias = relative_bias_view(problem, reader.optional(gradients.relative_bias, "drelative_bias"));
   params.dsinks = sinks_view(problem, reader.optional(gradients.sinks, "dsinks"));
 
@@ -256,6 +275,7 @@ inline void set_gradients(Problem& problem, const Reader& reader, const Saved& s
       throw py::value_error(std::string("d") + name + ": expected None, as " + name + " is None");
   };
   check_input(params.dbias, params.bias, "bias");
+  check_input(params.dkey_bias, params.key_bias, "key_bias");
   check_input(params.drelative_bias, params.relative_bias, "relative_bias");
   check_input(params.dsinks, params.sinks, "sinks");
 }

@@ -18,19 +18,19 @@ from fused_attn.attention.memory_order import follow_layout
 from fused_attn.attention.problem import AttentionProblem
 
 
-def forward(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """(out (B, H, L, Dv), lse (B, H, L)); shapes and meanings are those of `Inputs`."""
+def forward(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """All `Results`. row_max has no gradient."""
     # Autocast has been applied to the inputs already. The formula itself computes in the accumulate dtype.
     with _without_autocast(inputs.query.device):
         x = _to_compute(problem, inputs)
-        probs, lse, _ = _softmax(problem, x)
+        probs, lse, row_max, _ = _softmax(problem, x)
         if problem.dropout_p:
             probs = probs * _dropout_factors(problem, x)
         out = (probs @ x.value).to(problem.dtype)
         if problem.is_packed:
             # These rows of out are 0 already. Masking them makes their gradient 0 as well, before it enters a product.
             out = _without_strays(out, masks.positions(problem, x)[0])
-        return follow_layout(out, inputs.query), lse
+        return follow_layout(out, inputs.query), lse, row_max
 
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
@@ -40,7 +40,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     """
     with _without_autocast(inputs.query.device):
         x = _to_compute(problem, inputs)
-        probs, lse, dcap = _softmax(problem, x)
+        probs, lse, _, dcap = _softmax(problem, x)
         assert saved.dout is not None, "backward needs the gradient of out"
         dout, dlse = saved.dout.to(problem.accumulate_dtype), saved.dlse
         if problem.is_packed:
@@ -68,6 +68,8 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
             grads["value"] = follow_layout(_sum_groups(problem, dropped_probs.transpose(-2, -1) @ dout), inputs.value)
         if wanted.bias and inputs.bias is not None:
             grads["bias"] = dbiased.sum_to_size(inputs.bias.shape).to(inputs.bias.dtype)
+        if wanted.key_bias and inputs.key_bias is not None:
+            grads["key_bias"] = dbiased.sum((1, 2)).to(inputs.key_bias.dtype)
         if wanted.relative_bias and inputs.relative_bias is not None:
             diagonals = _sum_diagonals(problem, dbiased, x, *inputs.relative_bias.shape)
             grads["relative_bias"] = diagonals.to(inputs.relative_bias.dtype)
@@ -89,18 +91,20 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
 class Softmax(NamedTuple):
     """The softmax of the logits.
 
-    probs: (B, H, L, S)
-    lse:   (B, H, L), the log-sum-exp of each row
-    dcap:  (B, H, L, S), the derivative of the softcap at each score; None without softcap
+    probs:   (B, H, L, S)
+    lse:     (B, H, L), the log-sum-exp of each row
+    row_max: (B, H, L), the largest logit of each row, without the sink and without gradient
+    dcap:    (B, H, L, S), the derivative of the softcap at each score; None without softcap
     """
 
     probs: Tensor
     lse: Tensor
+    row_max: Tensor
     dcap: Tensor | None
 
 
 def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
-    """The probs, the log-sum-exp, and the derivative of the softcap. x: the inputs from `_to_compute`."""
+    """The softmax of the logits. x: the inputs from `_to_compute`."""
     scores = (x.query * problem.scale) @ x.key.transpose(-2, -1)  # (B, H, L, S)
     dcap = None
     if problem.softcap:
@@ -119,17 +123,18 @@ def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
         else scores.new_full((*scores.shape[:-1], 1), float("-inf"))
     )
     is_empty = row_max == float("-inf")
+    reference = row_max
     sink = None if x.sinks is None else x.sinks[:, None, None]  # (H, 1, 1)
     if sink is not None:
-        row_max = torch.maximum(row_max, sink.detach())
-    row_max = row_max.masked_fill(is_empty, 0.0)
-    probs = torch.exp(scores - row_max)
+        reference = torch.maximum(reference, sink.detach())
+    reference = reference.masked_fill(is_empty, 0.0)
+    probs = torch.exp(scores - reference)
     row_sum = probs.sum(-1, keepdim=True)
     if sink is not None:
-        row_sum = row_sum + torch.exp(sink - row_max)
+        row_sum = row_sum + torch.exp(sink - reference)
     row_sum = row_sum.masked_fill(is_empty, 1.0)
-    lse = (row_max + row_sum.log()).masked_fill(is_empty, float("-inf")).squeeze(-1)
-    return Softmax(probs / row_sum, lse, dcap)
+    lse = (reference + row_sum.log()).masked_fill(is_empty, float("-inf")).squeeze(-1)
+    return Softmax(probs / row_sum, lse, row_max.squeeze(-1), dcap)
 
 
 def _to_compute(problem: AttentionProblem, inputs: Inputs) -> Inputs:

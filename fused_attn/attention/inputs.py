@@ -16,12 +16,13 @@ Shape = tuple[int, ...]
 class Inputs(NamedTuple):
     """All tensors of a call. The numbers of the call, such as the scale and the band, are in `AttentionProblem`.
 
-    The first six tensors can have gradients. Registered operators and native modules take the tensors in this order.
+    The first seven tensors can have gradients. Registered operators and native modules take the tensors in this order.
 
     query:         (B, H, L, D); packed problems have B = 1 and the rows of all sequences one after the other
     key:           (B, Hkv, S, D)
     value:         (B, Hkv, S, Dv)
     bias:          (B|1, H|1, L|1, S|1) floating point, added to the scores
+    key_bias:      (B, S) floating point, added to the scores of a key: floating-point key padding without its -inf
     relative_bias: (H|1, L + S - 1) floating point; column ``j - i + L - 1`` is added to score (i, j)
     sinks:         (H,) floating point, a logit for each head that joins the softmax denominator only
     seed:          () int64, given where ``dropout_p > 0``
@@ -35,6 +36,7 @@ class Inputs(NamedTuple):
     key: Tensor
     value: Tensor
     bias: Tensor | None = None
+    key_bias: Tensor | None = None
     relative_bias: Tensor | None = None
     sinks: Tensor | None = None
     seed: Tensor | None = None
@@ -51,7 +53,7 @@ class Inputs(NamedTuple):
         return False
 
 
-#: `Inputs` of a tuple of all eleven tensors. ``Inputs(...)`` takes twice as long, and a call takes a few microseconds.
+#: `Inputs` of a tuple of all twelve tensors. ``Inputs(...)`` takes twice as long, and a call takes a few microseconds.
 inputs_of: Callable[[Iterable[Tensor | None]], Inputs] = functools.partial(tuple.__new__, Inputs)
 
 
@@ -62,6 +64,7 @@ class Shapes(NamedTuple):
     key: Shape
     value: Shape
     bias: Shape | None = None
+    key_bias: Shape | None = None
     relative_bias: Shape | None = None
     sinks: Shape | None = None
     seed: Shape | None = None
@@ -71,19 +74,20 @@ class Shapes(NamedTuple):
     cu_seqlens_k: Shape | None = None
 
 
-#: The inputs that batch entries share, so that their gradients are sums over the batch.
-SHARED = ("bias", "relative_bias", "sinks")
+#: The inputs that batch entries or heads share, so that their gradients are sums over these.
+SHARED = ("bias", "key_bias", "relative_bias", "sinks")
 #: The indices of `SHARED` in `Inputs`, `Gradients` and `Wanted`.
-SHARED_ITEMS = slice(3, 6)
+SHARED_ITEMS = slice(3, 7)
 
 
 class Gradients(NamedTuple):
-    """The gradients of the first six `Inputs`, each in the shape and dtype of its input; None if it is not wanted."""
+    """The gradients of the first seven `Inputs`, each in the shape and dtype of its input; None if it is not wanted."""
 
     query: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None
     bias: Tensor | None = None
+    key_bias: Tensor | None = None
     relative_bias: Tensor | None = None
     sinks: Tensor | None = None
 
@@ -95,6 +99,7 @@ class Wanted(NamedTuple):
     key: bool = False
     value: bool = False
     bias: bool = False
+    key_bias: bool = False
     relative_bias: bool = False
     sinks: bool = False
 
@@ -112,7 +117,7 @@ class Wanted(NamedTuple):
     @property
     def is_any_shared(self) -> bool:
         """Whether the gradient of one of `SHARED` is wanted."""
-        return self.bias or self.relative_bias or self.sinks
+        return self.bias or self.key_bias or self.relative_bias or self.sinks
 
     def select(self, grads: Sequence[Tensor]) -> Gradients:
         """`Gradients` with None in place of each entry of grads that is not wanted."""
@@ -134,6 +139,11 @@ class Saved(NamedTuple):
     dlse: Tensor | None = None
 
 
+#: The results of a forward call: out (B, H, L, Dv) in the dtype of the query, and in the accumulate dtype lse (B, H, L)
+#: and row_max (B, H, L), the largest logit of each row. An entry that the caller does not need may be None.
+Results = tuple[Tensor, Tensor | None, Tensor | None]
+
+
 def take(kind: type[Fields], values: Sequence[Any]) -> tuple[Fields, Sequence[Any]]:
     """Splits values: a named tuple ``kind`` of the first ones, and the remaining values."""
     count = len(kind._fields)
@@ -151,5 +161,5 @@ def gradients_of_arguments(grads: Gradients, saved: Saved | None = None) -> tupl
     return (*grads, *_NO_GRADIENTS[: len(Inputs._fields) - len(grads)], *saved, *_NO_GRADIENTS)
 
 
-#: The gradients of the arguments behind the differentiable ones. No autograd step has more than 16 such arguments.
-_NO_GRADIENTS: tuple[Tensor | None, ...] = tuple(itertools.repeat(None, 16))
+#: The gradients of the arguments behind the differentiable ones. No autograd step has more than 20 such arguments.
+_NO_GRADIENTS: tuple[Tensor | None, ...] = tuple(itertools.repeat(None, 20))

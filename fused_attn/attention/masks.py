@@ -48,6 +48,9 @@ def to_dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor | None, 
     # half precision would lose digits.
     compute = problem.accumulate_dtype
     bias = None if inputs.bias is None else inputs.bias.to(compute)
+    if inputs.key_bias is not None:
+        of_keys = inputs.key_bias.to(compute)[:, None, None, :]
+        bias = of_keys if bias is None else bias + of_keys
     if inputs.relative_bias is not None:
         # A query and a key of different packed sequences can have a distance that has no column. Their score is hidden,
         # so any column can stand in.
@@ -117,12 +120,12 @@ def band_of(is_causal: bool, window_size: tuple[int, int], diagonal_offset: int 
 
 def score_masks(
     problem: AttentionProblem, attn_mask: Tensor | None, key_padding_mask: Tensor | None, layout: Layout | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The fields (bias, mask, key_padding) of `Inputs` for the mask arguments of a call.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The fields (bias, key_bias, mask, key_padding) of `Inputs` for the mask arguments of a call.
 
     layout: how query, key and value were reshaped to four dimensions; None = they were not
     """
-    mask = bias = key_padding = None
+    mask = bias = key_bias = key_padding = None
     if attn_mask is not None:  # A causal bias of torch has become the problem's band: has_mask and has_bias are False.
         if problem.has_mask:
             mask = _to_rank_4(attn_mask, layout)
@@ -131,12 +134,8 @@ def score_masks(
     if key_padding_mask is not None:
         if layout is not None:
             key_padding_mask = key_padding_mask.reshape(problem.batch, problem.seqlen_k)
-        key_padding, padding_bias = _normalise_padding(key_padding_mask)
-        if padding_bias is not None:
-            # Both biases are converted before the sum. Two large negative numbers in half precision add up to -inf.
-            compute = problem.accumulate_dtype
-            bias = padding_bias if bias is None else bias.to(compute) + padding_bias.to(compute)
-    return bias, mask, key_padding
+        key_padding, key_bias = _normalise_padding(key_padding_mask)
+    return bias, key_bias, mask, key_padding
 
 
 def with_head_dim(relative_bias: Tensor | None) -> Tensor | None:
@@ -155,9 +154,9 @@ def _to_rank_4(mask: Tensor, layout: Layout | None) -> Tensor:
 
 
 def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(key_padding (B, S) bool, bias (B, 1, 1, S) or None) of a key_padding_mask (B, S).
+    """(key_padding (B, S) bool, key_bias (B, S) or None) of a key_padding_mask (B, S).
 
-    True and -inf in the mask mean padding. The finite numbers of a floating-point mask become the bias.
+    True and -inf in the mask mean padding. The finite numbers of a floating-point mask become the key bias.
     """
     if mask.dtype == torch.bool:
         return mask, None
@@ -170,7 +169,7 @@ def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
             return is_padding, None
         if least >= 0.0 and most == 1.0 and torch.equal(mask, mask.bool().to(mask.dtype)):
             _warn_of_zeros_and_ones()
-    return is_padding, bias[:, None, None, :]
+    return is_padding, bias
 
 
 @functools.cache

@@ -54,12 +54,13 @@ class AttentionProblem:
 
     Problems are compared and hashed by identity, so that a backend finds what it has cached for a problem quickly.
 
-    is_packed:         the tensors have one batch entry that holds the rows of all sequences; ``batch`` is the number of
-                       sequences, ``seqlen_q`` and ``seqlen_k`` are the largest lengths
-    has_float_padding: the key padding is floating point, so that it can be a bias as well
-    allows_tf32:       the factors of float32 products may be rounded to TF32. Torch's setting for it can change between
-                       calls, so a backend that obeys this setting fills in the field itself.
-    capability:        the compute capability of a CUDA device, read from the device if not given; None without a GPU
+    is_packed:    the tensors have one batch entry that holds the rows of all sequences; ``batch`` is the number of
+                  sequences, ``seqlen_q`` and ``seqlen_k`` are the largest lengths
+    has_key_bias: the key padding is floating point. The call may have no key bias nevertheless, if all entries of the
+                  padding are 0 or -inf.
+    allows_tf32:  the factors of float32 products may be rounded to TF32. Torch's setting for it can change between
+                  calls, so a backend that obeys this setting fills in the field itself.
+    capability:   the compute capability of a CUDA device, read from the device if not given; None without a GPU
     """
 
     batch: int
@@ -79,22 +80,20 @@ class AttentionProblem:
     has_mask: bool = False
     has_key_padding: bool = False
     has_bias: bool = False
+    has_key_bias: bool = False
     has_relative_bias: bool = False
     has_sinks: bool = False
     allows_tf32: bool = False
-    has_float_padding: bool = False
     capability: tuple[int, int] | None = None
     #: The call has no tensors but query, key and value.
     is_plain: bool = field(init=False, default=False)
-    #: The call has one of the tensors `inputs.SHARED`, or floating-point key padding, which can become a bias.
+    #: The call may have one of the tensors `inputs.SHARED`.
     has_shared: bool = field(init=False, default=False)
     #: The dtype of the scores, the lse and the gradients of biases: float64 for float64 inputs, else float32.
     accumulate_dtype: torch.dtype = field(init=False, default=torch.float32)
 
     @classmethod
-    def of(
-        cls, shapes: Shapes, dtype: torch.dtype, device: torch.device, scalars: Scalars, has_float_padding: bool = False
-    ) -> AttentionProblem:
+    def of(cls, shapes: Shapes, dtype: torch.dtype, device: torch.device, scalars: Scalars) -> AttentionProblem:
         """The problem of a call. Every call makes its problem here.
 
         Args:
@@ -120,9 +119,9 @@ class AttentionProblem:
             has_mask=shapes.mask is not None,
             has_key_padding=shapes.key_padding is not None,
             has_bias=shapes.bias is not None,
+            has_key_bias=shapes.key_bias is not None,
             has_relative_bias=shapes.relative_bias is not None,
             has_sinks=shapes.sinks is not None,
-            has_float_padding=has_float_padding,
         )
 
     @property
@@ -131,7 +130,7 @@ class AttentionProblem:
         return Scalars(self.seqlen_q, self.seqlen_k, self.scale, self.softcap, self.dropout_p, *self.band)
 
     def __post_init__(self):
-        has_shared = self.has_bias or self.has_float_padding or self.has_relative_bias or self.has_sinks
+        has_shared = self.has_bias or self.has_key_bias or self.has_relative_bias or self.has_sinks
         has_others = self.is_packed or self.has_mask or self.has_key_padding or self.dropout_p > 0.0
         object.__setattr__(self, "has_shared", has_shared)
         object.__setattr__(self, "is_plain", not (has_shared or has_others))

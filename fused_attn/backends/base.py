@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.problem import AttentionProblem
 
 
@@ -22,21 +22,19 @@ class Backend(Protocol):
     def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:
         """Why this backend cannot run the problem; empty when it can."""
 
-    def forward(self, problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
-        """(out (B, H, L, Dv) of the query's dtype, lse (B, H, L) of the accumulate dtype, or None if not needed)."""
+    def forward(self, problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
+        """The results of the call. Without needs_lse, lse may be None, and without needs_max, row_max may be."""
 
     def backward(self, problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients: ...
 
 
-def clear_rows(lse: Tensor | None, *tensors: Tensor | None) -> None:
-    """Fills tensors with 0, and lse with -inf, before a kernel writes the rows of packed sequences.
+def clear_rows(*tensors: Tensor | None, value: float = 0.0) -> None:
+    """Fills tensors with a value, before a kernel writes the rows of packed sequences.
 
-    A row that belongs to no sequence keeps these values, because no kernel visits such a row. All rows are filled:
+    A row that belongs to no sequence keeps this value, because no kernel visits such a row. All rows are filled:
     which rows belong to no sequence is known from cu_seqlens alone, and reading cu_seqlens would make the host wait for
     a GPU.
     """
-    if lse is not None:
-        lse.fill_(float("-inf"))
     for x in tensors:
         if x is not None:
-            x.zero_()
+            x.fill_(value)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, get_num_threads  # not torch.get_num_threads: see `modes`
 
-from fused_attn.attention.inputs import SHARED_ITEMS, Gradients, Inputs, Saved, Wanted, inputs_of
+from fused_attn.attention.inputs import SHARED_ITEMS, Gradients, Inputs, Results, Saved, Wanted, inputs_of
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.base import clear_rows
@@ -38,29 +38,33 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
-def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
+def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
     query = inputs.query
     if problem.has_shared or query.is_neg() or inputs.key.is_neg() or inputs.value.is_neg():
         inputs = _readable(problem, inputs)
         query = inputs.query
     is_same = problem.value_dim == problem.head_dim
     out = torch.empty_like(query) if is_same else empty_like_layout(query, problem.value_dim)
-    lse = None
-    if needs_lse:
+    lse = row_max = None
+    if needs_lse or needs_max:
         batch, heads, rows, _ = query.shape
-        lse = torch.empty(batch, heads, rows, dtype=problem.accumulate_dtype, device=problem.device)
+        of_rows = torch.empty(batch, heads, rows, dtype=problem.accumulate_dtype, device=problem.device)
+        lse = of_rows if needs_lse else None
+        row_max = torch.empty_like(of_rows) if needs_max else None
     if problem.is_packed:
-        clear_rows(lse, out)
+        clear_rows(out)
+        clear_rows(lse, row_max, value=float("-inf"))
+    results = out, lse, row_max
     try:
-        _C.forward(inputs, out, lse, _config(problem), get_num_threads())
+        _C.forward(inputs, results, _config(problem), get_num_threads())
     except ValueError:
         # The kernel refuses a last stride that is not 1. Checking three tensors beforehand would take as long as a
         # kernel of a few rows.
         copied = _with_unit_strides(inputs, "query", "key", "value")
         if copied is inputs:
             raise
-        return forward(problem, copied, needs_lse)
-    return out, lse
+        return forward(problem, copied, needs_lse, needs_max)
+    return results
 
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
@@ -75,7 +79,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     dkey = torch.empty_like(read.key) if wanted.key else None
     dvalue = torch.empty_like(read.value) if wanted.value else None
     if problem.is_packed:
-        clear_rows(None, dquery, dkey, dvalue)
+        clear_rows(dquery, dkey, dvalue)
     grads = Gradients(dquery, dkey, dvalue)
     wants_shared = problem.has_shared and wanted.is_any_shared
     if wants_shared:
@@ -115,21 +119,26 @@ def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     """The inputs in the form that the kernels read.
 
     - No tensor is negated lazily, as ``x.conj().imag`` is: its sign is a flag that the kernels do not see.
-    - A relative bias and sinks are contiguous and have the accumulate dtype. A bias has this dtype or the query's.
+    - A bias has the accumulate dtype or the query's. The other `inputs.SHARED` are contiguous and have the accumulate
+      dtype.
     """
-    query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q, cu_seqlens_k = inputs
+    query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q, cu_seqlens_k = (
+        inputs
+    )
     if query.is_neg() or key.is_neg() or value.is_neg():
         query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
     if bias is not None:
         bias = bias.resolve_neg()
         if bias.dtype != problem.dtype:
             bias = bias.to(problem.accumulate_dtype)
+    if key_bias is not None:
+        key_bias = key_bias.resolve_neg().to(problem.accumulate_dtype).contiguous()
     if relative_bias is not None:
         relative_bias = relative_bias.resolve_neg().to(problem.accumulate_dtype).contiguous()
     if sinks is not None:
         sinks = sinks.resolve_neg().to(problem.accumulate_dtype).contiguous()
     return inputs_of(
-        (query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q, cu_seqlens_k)
+        (query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q, cu_seqlens_k)
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import native
-from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.base import clear_rows
@@ -67,21 +67,24 @@ def device_type() -> str:
     return getattr(_kernels, "device_type", "cuda")
 
 
-def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """(out (B, H, L, Dv), lse (B, H, L) float32 or None)."""
+def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
+    """The results of the call. lse and row_max are float32, or None if they are not needed."""
     inputs = _readable_inputs(problem, inputs)
     query = inputs.query
     out = empty_like_layout(query, problem.value_dim)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if needs_lse else None
-    if problem.is_packed:
-        clear_rows(lse, out)
-    if 0 in (out.numel(), problem.batch, problem.seqlen_q):  # CUDA refuses to launch a grid without blocks
-        return out, lse
-    if 0 in (inputs.key.numel(), problem.seqlen_k):
-        return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
+    row_max = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if needs_max else None
+    results = out, lse, row_max
+    has_no_keys = 0 in (inputs.key.numel(), problem.seqlen_k)
+    if problem.is_packed or has_no_keys:
+        clear_rows(out)
+        clear_rows(lse, row_max, value=float("-inf"))
+    # CUDA refuses to launch a grid without blocks.
+    if has_no_keys or 0 in (out.numel(), problem.batch, problem.seqlen_q):
+        return results
     workspace = _workspace(problem, inputs, wanted=None)
-    _kernels.forward(inputs, out, lse, _config(problem), _architecture(problem), workspace)
-    return out, lse
+    _kernels.forward(inputs, results, _config(problem), _architecture(problem), workspace)
+    return results
 
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
@@ -99,7 +102,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         *(_empty_shared_gradients(inputs, wanted) if wanted.is_any_shared else ()),
     )
     if problem.is_packed:
-        clear_rows(None, *grads[:3])
+        clear_rows(*grads[:3])
     if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
         return _in_dtypes_of(inputs, Gradients(*(None if dx is None else dx.zero_() for dx in grads)))
     assert saved.lse is not None, "backward needs the lse of forward"
@@ -178,8 +181,8 @@ def _unusable_reason(index: int) -> str | None:
 def _readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     """The inputs in the form that kernels read.
 
-    query, key and value are as `_readable` returns them. relative_bias and sinks are contiguous float32. bias has the
-    dtype of the problem or float32, with any strides.
+    query, key and value are as `_readable` returns them. bias has the dtype of the problem or float32, with any
+    strides. The other `inputs.SHARED` are contiguous float32.
     """
     inputs = _readable(inputs, "query", "key", "value")
     if not problem.has_shared:
@@ -192,7 +195,12 @@ def _readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     def small(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.resolve_neg().float().contiguous()
 
-    return inputs._replace(bias=bias, relative_bias=small(inputs.relative_bias), sinks=small(inputs.sinks))
+    return inputs._replace(
+        bias=bias,
+        key_bias=small(inputs.key_bias),
+        relative_bias=small(inputs.relative_bias),
+        sinks=small(inputs.sinks),
+    )
 
 
 def _readable(tensors: Tensors, *names: str) -> Tensors:
@@ -253,6 +261,7 @@ def _workspace(problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None)
         problem,
         inputs.query.shape,
         wanted,
+        inputs.key_bias is not None,
         0 if relative_bias is None else relative_bias.shape[0],
         0 if mask is None else _distinct_entries(mask),
         None if inputs.bias is None or wanted is None or not wanted.bias else inputs.bias.shape,
@@ -273,6 +282,7 @@ def _workspace_bytes(
     problem: AttentionProblem,
     query_shape: torch.Size,
     wanted: Wanted | None,
+    has_key_bias: bool,
     relative_bias_heads: int,
     mask_entries: int,
     dbias_shape: torch.Size | None,
@@ -281,6 +291,7 @@ def _workspace_bytes(
 
     query_shape: (B, H, L, D), with B = 1 for packed problems
     wanted: the wanted gradients of a backward call; None for forward
+    has_key_bias: whether the call has a key bias. `AttentionProblem.has_key_bias` says only that it may have one
     relative_bias_heads: the heads of relative_bias; 0 without one
     mask_entries: see `_distinct_entries`; 0 without a mask
     dbias_shape: the shape of the gradient of bias; None if it is not wanted
@@ -292,6 +303,7 @@ def _workspace_bytes(
     is_general = (
         problem.softcap != 0.0
         or problem.has_bias
+        or has_key_bias
         or problem.has_relative_bias
         or problem.has_mask
         or not is_scale_positive
@@ -315,5 +327,6 @@ def _workspace_bytes(
         relative_bias_heads=relative_bias_heads,
         mask_entries=mask_entries,
         dbias_shape=dbias_shape,
+        wants_dkey_bias=wanted is not None and wanted.key_bias,
         wants_drelative_bias=wanted is not None and wanted.relative_bias,
     )

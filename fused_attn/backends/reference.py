@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from fused_attn.attention import formula
-from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.inputs import Inputs, Results
 from fused_attn.attention.problem import AttentionProblem
 
 name = "reference"
@@ -16,7 +14,7 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     return []
 
 
-def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor]:
+def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
     return formula.forward(problem, inputs)
 
 

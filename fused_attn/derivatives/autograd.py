@@ -24,7 +24,7 @@ from fused_attn.derivatives import gradients, ops
 
 
 class FusedAttention(torch.autograd.Function):
-    """``apply((backend, problem, return_lse, inputs), *tensors)`` -> out, or (out, lse).
+    """``apply((backend, problem, return_lse, return_max, inputs), *tensors)`` -> out, or (out, lse, row_max).
 
     tensors: the tensors of inputs as arguments of their own, because torch looks for gradients only there. For a plain
         problem, these are query, key and value alone: each further argument takes time, 0.5 us for a None, and a small
@@ -34,27 +34,29 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        call: tuple[Backend, AttentionProblem, bool, Inputs],
+        call: tuple[Backend, AttentionProblem, bool, bool, Inputs],
         query: Tensor,
         key: Tensor,
         value: Tensor,
         *others: Tensor | None,
     ):
-        """out (B, H, L, Dv), or (out, lse (B, H, L)) with return_lse. Saves what `backward` needs."""
-        backend, problem, return_lse, inputs = call
+        """out (B, H, L, Dv), or all `Results` with return_lse or return_max. Saves what `backward` needs."""
+        backend, problem, return_lse, return_max, inputs = call
         ctx.call = backend, problem  # without the inputs, which save_for_backward keeps and guards against changes
-        out, lse = backend.forward(problem, inputs, True)
+        out, lse, row_max = backend.forward(problem, inputs, True, return_max)
         if others:
             ctx.save_for_backward(out, lse, query, key, value, *others)
         else:  # Unpacking an empty tuple would take 0.5 us, and a small plain call takes a few microseconds in all.
             ctx.save_for_backward(out, lse, query, key, value)
-        if not return_lse:
+        if not (return_lse or return_max):
             return out
         ctx.set_materialize_grads(False)
-        return out, lse
+        if return_max:
+            ctx.mark_non_differentiable(row_max)
+        return out, lse, row_max
 
     @staticmethod
-    def backward(ctx, dout: Tensor | None, dlse: Tensor | None = None):
+    def backward(ctx, dout: Tensor | None, dlse: Tensor | None = None, _: None = None):
         """The gradients of the arguments of `forward`; None for `call`, which is no tensor."""
         out, lse, query, key, value, *others = ctx.saved_tensors
         inputs = Inputs(query, key, value, *others)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_attn import modes
 from fused_attn.attention import formula
-from fused_attn.attention.inputs import Gradients, Inputs, Saved, Shapes, Wanted, gradients_of_arguments, take
+from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Shapes, Wanted, gradients_of_arguments, take
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem, Scalars
 from fused_attn.backends import dispatch, events
@@ -29,18 +29,21 @@ _SCALARS = (
 )
 
 _library = torch.library.Library("fused_attn", "DEF")
-_library.define(f"attention({_INPUTS}, {_SCALARS}, str backend) -> (Tensor out, Tensor lse)")
+_library.define(
+    f"attention({_INPUTS}, {_SCALARS}, str backend, bool needs_max) -> (Tensor out, Tensor lse, Tensor row_max)"
+)
 _library.define(f"attention_backward({_INPUTS}, {_SAVED}, bool[] wanted, {_SCALARS}, str backend) -> ({_GRADIENTS})")
 
 
-def call(problem: AttentionProblem, backend: str | None, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """(out (B, H, L, Dv), lse (B, H, L)), computed by the registered operator.
+def call(problem: AttentionProblem, backend: str | None, inputs: Inputs, needs_max: bool) -> Results:
+    """The `Results`, computed by the registered operator.
 
     backend: None = the operator chooses a backend when it runs
     """
     if torch.compiler.is_compiling() and modes.in_functorch():
         return formula.forward(problem, inputs)  # the operator has no rules for torch.func
-    return torch.ops.fused_attn.attention(*inputs, *problem.scalars, backend or "")
+    out, lse, row_max = torch.ops.fused_attn.attention(*inputs, *problem.scalars, backend or "", needs_max)
+    return out, lse, row_max if needs_max else None
 
 
 def call_backward(
@@ -59,18 +62,22 @@ def _call_backward(inputs: Inputs, saved: Saved, wanted: Wanted, scalars: Scalar
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
 def _attention(*arguments):
-    """The operator ``attention``: (out, lse) of a backend. The arguments are in the order of the schema."""
+    """The operator ``attention``: the `Results` of a backend. The arguments are in the order of the schema."""
     inputs, others = take(Inputs, arguments)
-    scalars, (backend,) = take(Scalars, others)
+    scalars, (backend, needs_max) = take(Scalars, others)
     problem = _problem_of(inputs, scalars)
-    return events.named(dispatch.choose(problem, backend or None)).forward(problem, inputs, True)
+    chosen = events.named(dispatch.choose(problem, backend or None))
+    out, lse, row_max = chosen.forward(problem, inputs, True, needs_max)
+    # An operator must return a tensor for each result.
+    return out, lse, row_max if needs_max else inputs.query.new_empty(0, dtype=problem.accumulate_dtype)
 
 
 @torch.library.register_fake("fused_attn::attention", lib=_library)
 def _attention_fake(query, key, value, *rest):
-    """Empty tensors with the shapes, dtypes and strides of (out, lse), which torch traces in place of results."""
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return empty_like_layout(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=lse_dtype)
+    """Empty tensors with the shapes, dtypes and strides of the results, which torch traces in their place."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    row_max = query.new_empty(query.shape[:3] if rest[-1] else 0, dtype=dtype)
+    return empty_like_layout(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=dtype), row_max
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
@@ -106,13 +113,15 @@ def _attention_backward_fake(*arguments):
 
 
 def _setup_context(ctx, inputs, output):
-    """Saves what `_attention_grads` needs: the arguments of ``attention`` and its (out, lse)."""
-    tensors, (*ctx.scalars, ctx.backend) = take(Inputs, inputs)
-    ctx.save_for_backward(*tensors, *output)
+    """Saves what `_attention_grads` needs: the arguments of ``attention``, its out and its lse."""
+    tensors, (*ctx.scalars, ctx.backend, _) = take(Inputs, inputs)
+    out, lse, row_max = output
+    ctx.save_for_backward(*tensors, out, lse)
+    ctx.mark_non_differentiable(row_max)
     ctx.set_materialize_grads(False)
 
 
-def _attention_grads(ctx, dout, dlse):
+def _attention_grads(ctx, dout, dlse, _):
     """The gradients of the arguments of ``attention``, by the operator ``attention_backward``."""
     inputs, (out, lse) = take(Inputs, ctx.saved_tensors)
     saved = Saved(out, lse, dout, dlse)

@@ -13,30 +13,41 @@ import torch
 from torch import Tensor
 
 from fused_attn import modes
-from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted, gradients_of_arguments, take
+from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted, gradients_of_arguments, take
 from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends.base import Backend
 from fused_attn.derivatives import gradients, ops
 
 
+def call(problem: AttentionProblem, backend: Backend, inputs: Inputs, needs_max: bool) -> Results:
+    """The `Results` of a backend, differentiable inside `torch.func` transforms."""
+    out, lse, *row_max = TransformableAttention.apply(*inputs, backend, problem, needs_max)
+    return out, lse, row_max[0] if needs_max else None
+
+
 class TransformableAttention(torch.autograd.Function):
-    """``apply(*inputs, backend, problem)`` -> (out (B, H, L, Dv), lse (B, H, L))."""
+    """``apply(*inputs, backend, problem, needs_max)`` -> (out, lse), or with needs_max (out, lse, row_max)."""
 
     @staticmethod
     def forward(*arguments):
-        """(out, lse) of a backend, or of the registered operator if a tracer records operators."""
-        inputs, (backend, problem) = take(Inputs, arguments)
+        """The results of a backend, or of the registered operator if a tracer records operators."""
+        inputs, (backend, problem, needs_max) = take(Inputs, arguments)
         if modes.is_observed(inputs.query, inputs.key, inputs.value):
-            return ops.call(problem, backend.name, inputs)
-        return backend.forward(problem, inputs, True)
+            results = ops.call(problem, backend.name, inputs, needs_max)
+        else:
+            results = backend.forward(problem, inputs, True, needs_max)
+        return results if needs_max else results[:2]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        """Saves what `backward` needs: all arguments and results of `forward`."""
-        *tensors, ctx.backend, ctx.problem = inputs
-        ctx.save_for_backward(*tensors, *output)
+        """Saves what `backward` needs: all arguments of `forward`, out and lse."""
+        *tensors, ctx.backend, ctx.problem, _ = inputs
+        out, lse, *row_max = output
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.mark_non_differentiable(*row_max)
 
     @staticmethod
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout, dlse, _=None):
         """The gradients of all arguments, computed by `_TransformableGradients`, so that they are differentiable."""
         asked_for = Wanted.of(*ctx.needs_input_grad)
         found = iter(_TransformableGradients.apply(*ctx.saved_tensors, dout, dlse, asked_for, ctx.backend, ctx.problem))
@@ -44,11 +55,11 @@ class TransformableAttention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        """(out, lse) for every entry of the vmapped dimension; see `_vmap`."""
-        *tensors, backend, problem = arguments
+        """The results for every entry of the vmapped dimension; see `_vmap`."""
+        *tensors, backend, problem, needs_max = arguments
 
         def apply(problem, *tensors):
-            return TransformableAttention.apply(*tensors, backend, problem)
+            return TransformableAttention.apply(*tensors, backend, problem, needs_max)
 
         return _vmap(apply, info.batch_size, problem, in_dims, tensors, are_gradients_shared=False)
 

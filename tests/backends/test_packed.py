@@ -14,18 +14,20 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [{}, {"window": (9, 0), "dropout_p": 0.3}], ids=["plain", "window-dropout"])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": (9, 0), "dropout_p": 0.3}, {"needs_max": True}], ids=["plain", "window-dropout", "max"]
+)
 def test_strays(dtype: torch.dtype, options: dict, backend: str) -> None:
     cases.check_strays(dtype, backend, **options)
 
 
 def test_sequences_that_are_none_at_all(backend: str) -> None:
     query, offsets = torch.full((1, 2, 5, 8), float("nan")).requires_grad_(), torch.zeros(1, dtype=torch.int32)
-    out, lse = torch.ops.fused_attn.attention(
-        query, query, query, *(None,) * 6, offsets, offsets, 5, 5, 0.3, 0.0, 0.0, -1, -1, 0, backend
+    out, lse, row_max = torch.ops.fused_attn.attention(
+        query, query, query, *(None,) * 7, offsets, offsets, 5, 5, 0.3, 0.0, 0.0, -1, -1, 0, backend, True
     )
     (dquery,) = torch.autograd.grad(out, query, torch.full_like(out, float("nan")))
-    assert (out == 0).all() and (lse == float("-inf")).all() and (dquery == 0).all()
+    assert (out == 0).all() and (lse == float("-inf")).all() and torch.equal(row_max, lse) and (dquery == 0).all()
 
 
 def test_a_compiled_layer_trains(backend: str) -> None:

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import Kernels
 from test_fuzz import attention_cases, fuzz, packed_cases
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
 from fused_attn.backends import cuda
@@ -219,7 +220,13 @@ MIXED_FEATURES = {
     "bias": {
         "attn_mask": cases.float_mask("1HLS"),
         "relative_bias": cases.shared_bias,
-        "options": {"window_size": (140, 30), "softcap": 3.0, "dropout_p": 0.2, "dropout_seed": 17},
+        "options": {
+            "window_size": (140, 30),
+            "softcap": 3.0,
+            "dropout_p": 0.2,
+            "dropout_seed": 17,
+            "return_max": True,
+        },
     },
     "mask": {
         "attn_mask": hidden_block,
@@ -249,6 +256,8 @@ REPEATED = [
         large(f"bias-{shape}", attn_mask=cases.float_mask(shape))
         for shape in ("BHLS", "1HLS", "B1LS", "11LS", "B11S", "1H1S", "BHL1", "11L1", "1111")
     ),
+    large("key-bias", key_padding_mask=cases.float_padding),
+    large("key-bias-and-pair-bias", key_padding_mask=cases.float_padding, attn_mask=cases.float_mask("1HLS")),
     large("relative-bias-per-head-and-sinks", relative_bias=cases.per_head_bias, sinks=cases.sink()),
     large("relative-bias-shared-and-mask", relative_bias=cases.shared_bias, attn_mask=hidden_block),
     Case(
@@ -287,7 +296,9 @@ def test_shared_gradients_are_the_same_every_time(case: Case, architecture: int,
         ("attn_mask",),
         ("relative_bias",),
         ("sinks",),
+        ("key_padding_mask",),
         ("query", "attn_mask"),
+        ("attn_mask", "key_padding_mask"),
         ("key", "relative_bias"),
         ("value", "sinks"),
         ("query", "key", "value"),
@@ -301,6 +312,7 @@ def test_some_gradients_alone(wanted: tuple[str, ...], architecture: int, kernel
         kv_heads=2,
         head_dim=128,
         attn_mask=cases.float_mask("B1LS"),
+        key_padding_mask=cases.float_padding,
         relative_bias=cases.per_head_bias,
         sinks=cases.sink(),
         differentiated=wanted,
@@ -324,6 +336,41 @@ def test_dropout_bits(features: dict, generator: torch.Generator) -> None:
     expected = torch.from_numpy(oracle.dropout_keep(seed, 0.4, 0, batch, heads, rows, columns))
     assert torch.equal(out[..., :columns] != 0, expected)
     assert torch.equal(dvalue[..., :rows].mT != 0, expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches how many bytes the largest memory has that an operator returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("is_expanded", [False, True], ids=["shared", "expanded"])
+def test_padding_beside_a_shared_bias_stores_no_sum(
+    is_expanded: bool, architecture: int, kernels: Kernels, generator: torch.Generator
+) -> None:
+    """AlphaFold adds a bias (B, 1, 1, S) and a bias (1, H, L, S). Nothing as large as their sum is stored.
+
+    A bias that the caller has expanded to the shape of the sum is not copied. Its gradient would have that shape.
+    """
+    batch, heads, length, head_dim = 16, 2, 96, 8
+    leaves = [torch.randn(batch, heads, length, head_dim, generator=generator).half() for _ in range(3)]
+    pair_bias = torch.randn(1, heads, length, length, generator=generator).half()
+    padding = torch.randn(batch, length, generator=generator)
+    leaves = [x.requires_grad_() for x in leaves]
+    padding.requires_grad_()
+    pair_bias.requires_grad_(not is_expanded)
+    attn_mask = pair_bias.expand(batch, -1, -1, -1) if is_expanded else pair_bias
+    with kernels.running(architecture), LargestTensor() as largest:
+        out = fused_attn.fused_attention(*leaves, attn_mask, key_padding_mask=padding, backend="cuda")
+        out.backward(torch.ones_like(out))
+    assert 0 < largest.bytes < batch * heads * length * length
 
 
 def test_hidden_blocks_are_not_computed(architecture: int, kernels: Kernels, generator: torch.Generator) -> None:

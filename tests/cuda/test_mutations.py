@@ -322,6 +322,23 @@ BUGS = [
         "if (8 * r < rows && 8 * t + c < columns)", "if (8 * r < rows && 8 * t + c < columns + @)",
     ),
     Bug(
+        "key-bias-lost", 90, "key-biased", "logits.h",
+        "if (x.key_bias != nullptr) {", "if (x.key_bias != nullptr && !@) {",
+    ),
+    Bug(
+        "key-bias-of-the-first-batch-entry", 80, "key-biased", "logits.h",
+        "x.key_bias + head_slice.batch * x.key_bias_stride_batch,",
+        "x.key_bias + (@ ? 0 : head_slice.batch) * x.key_bias_stride_batch,",
+    ),
+    Bug(
+        "key-bias-of-rows-swapped", 90, "key-biased", "logits.h", "of_row[j / 2]", "of_row[@ ? 1 - j / 2 : j / 2]",
+    ),
+    Bug(
+        "key-bias-read-past-the-end", 80, "key-biased", "logits.h",
+        "return key < seqlen_k ? load_global(own_batch + key)",
+        "return key < seqlen_k + @ ? load_global(own_batch + key)",
+    ),
+    Bug(
         "rows-of-a-bias-not-exchanged", 80, "biased-rows", "logits.h",
         "exchange_in_row(words, lane);", "if (!@) exchange_in_row(words, lane);",
     ),
@@ -377,6 +394,27 @@ BUGS = [
         "sink-share-of-a-row-lost", 80, "sinks", "bias_gradient.h",
         "row < head_slice.seqlen_q; row += kSumThreads)", "row < head_slice.seqlen_q - @; row += kSumThreads)",
     ),
+    # The largest logits
+    Bug(
+        "max-without-the-last-block", 90, "max", "sm90/forward.h",
+        "if (kIsGeneral && p.row_max.data != nullptr) maxima.add(scores);",
+        "if (kIsGeneral && p.row_max.data != nullptr && !(@ && view.has(View::kIsLast))) maxima.add(scores);",
+    ),
+    Bug(
+        "max-before-scores-are-hidden", 80, "max-padded", "sm80/forward.h",
+        "VisibleColumns<kBlockN> visible = visible_keys(p, valid, block, query); if (has_masked)",
+        "if (@) maxima[m].add(scores[m]); VisibleColumns<kBlockN> visible = visible_keys(p, valid, block, query);"
+        " if (has_masked)",
+    ),
+    Bug(
+        "max-is-the-reference", 80, "max", "sm80/forward.h",
+        "const float row_max = maxima[m].of_row(r, p.softmax_scale);",
+        "const float row_max = @ ? softmax[m].reference[r] * p.softmax_scale : maxima[m].of_row(r, p.softmax_scale);",
+    ),
+    Bug(
+        "max-of-one-thread", 90, "max", "softmax.h",
+        "return row_maximum(value[r]) * scale;", "return (@ ? value[r] : row_maximum(value[r])) * scale;",
+    ),
     Bug(
         "half-of-the-sink-sums-lost", 90, "sinks", "bias_gradient.h",
         "for (int half = kSumThreads / 2;", "for (int half = kSumThreads / (@ ? 4 : 2);",
@@ -424,6 +462,25 @@ CASES = {
     "biased": Case("biased", seqlen_q=200, seqlen_k=150, head_dim=HEAD_DIM, attn_mask=cases.float_mask("1H1S")),
     "biased-rows": Case(
         "biased-rows", batch=1, seqlen_q=70, seqlen_k=152, head_dim=HEAD_DIM, attn_mask=cases.float_mask("HLS")
+    ),
+    "key-biased": Case(
+        "key-biased",
+        seqlen_q=70,
+        seqlen_k=151,
+        head_dim=HEAD_DIM,
+        key_padding_mask=cases.float_padding,
+        attn_mask=cases.float_mask("1HLS"),
+    ),
+    "max": Case("max", seqlen_q=70, seqlen_k=520, head_dim=HEAD_DIM, options={"return_max": True}, differentiated=()),
+    "max-padded": Case(
+        "max-padded",
+        seqlen_q=70,
+        seqlen_k=150,
+        head_dim=HEAD_DIM,
+        key_padding_mask=cases.scattered_padding,
+        edit=cases._scores_near(-20.0),  # padding keys count as zeros, whose score 0 is the largest then
+        options={"return_max": True},
+        differentiated=(),
     ),
     "masked": Case("masked", seqlen_q=200, seqlen_k=300, head_dim=HEAD_DIM, attn_mask=half_masked),
     "sinks": Case("sinks", seqlen_q=300, seqlen_k=67, head_dim=HEAD_DIM, sinks=cases.sink()),

@@ -146,22 +146,23 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
     """Calls of ``torch.ops.fused_attn.attention``: the positional arguments by the name of a case."""
     query, key, value = tensors(generator, (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6))
     seed = torch.tensor(3)
-    sinks, bias, relative = tensors(generator, (4,), (1, 4, 1, 7), (4, 11))
+    sinks, bias, key_bias, relative = tensors(generator, (4,), (1, 4, 1, 7), (2, 7), (4, 11))
     mask = torch.rand(2, 1, 5, 7, generator=generator) < 0.7
     padding = torch.arange(7).expand(2, 7) < torch.tensor([[7], [4]])
     packed_q, packed_k, packed_v = tensors(generator, (1, 2, 9, 8), (1, 2, 8, 8), (1, 2, 8, 8))
     offsets_q, offsets_k = torch.tensor([0, 4, 9]).int(), torch.tensor([0, 5, 8]).int()
-    none = (None,) * 8
+    none = (None,) * 9
     blhd = tuple(x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (query, key, value))
     return {
-        "plain": (query, key, value, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, backend),
-        "blhd": (*blhd, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, backend),
-        "no-grad": (query.detach(), key.detach(), value.detach(), *none, 5, 7, 0.3, 0.0, 0.0, -1, 0, 0, backend),
+        "plain": (query, key, value, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, backend, False),
+        "blhd": (*blhd, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, backend, True),
+        "no-grad": (query.detach(), key.detach(), value.detach(), *none, 5, 7, 0.3, 0.0, 0.0, -1, 0, 0, backend, False),
         "everything": (
             query,
             key,
             value,
             bias,
+            key_bias,
             relative,
             sinks,
             seed,
@@ -178,13 +179,14 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             3,
             0,
             backend,
+            True,
         ),
         "bias-only": (
             query.detach(),
             key.detach(),
             value.detach(),
             bias,
-            *(None,) * 7,
+            *(None,) * 8,
             5,
             7,
             0.3,
@@ -194,12 +196,13 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             -1,
             0,
             backend,
+            False,
         ),
         "packed": (
             packed_q,
             packed_k,
             packed_v,
-            *(None,) * 6,
+            *(None,) * 7,
             offsets_q,
             offsets_k,
             5,
@@ -211,6 +214,7 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             0,
             0,
             backend,
+            True,
         ),
     }
 
@@ -227,15 +231,15 @@ def test_opcheck_forward(name: str, backend: str, generator: torch.Generator) ->
 def test_opcheck_backward(name: str, has_dlse: bool, backend: str, generator: torch.Generator) -> None:
     args = operator_calls(backend, generator)[name]
     with torch.no_grad():
-        out, lse = torch.ops.fused_attn.attention(*args)
+        out, lse, _ = torch.ops.fused_attn.attention(*args)
     dout = torch.randn(out.shape, generator=generator)
     dlse = torch.randn(lse.shape, generator=generator) if has_dlse else None
-    wanted = [x is not None for x in args[:6]]
-    inputs = (x if x is None else x.detach() for x in args[:11])
+    wanted = [x is not None for x in args[:7]]
+    inputs = (x if x is None else x.detach() for x in args[:12])
     # The derivative of the backward operator is not checked here. The tests of double backward below check it.
     outcome = torch.library.opcheck(
         torch.ops.fused_attn.attention_backward,
-        (*inputs, out, lse, dout, dlse, wanted, *args[11:]),
+        (*inputs, out, lse, dout, dlse, wanted, *args[12:-1]),
     )
     assert set(outcome.values()) == {"SUCCESS"} and len(outcome) >= 4
 

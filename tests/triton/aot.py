@@ -180,11 +180,11 @@ def compile_cell(cell: Cell, is_fresh: bool = False) -> list[Resources]:
         stub_driver.forget(kernel)
     problem, inputs = representative(cell)
     # The problem as the launcher completes it.
-    known = replace(problem, has_bias=inputs.bias is not None, allows_tf32=cell.dtype == "tf32")
+    known = replace(problem, has_bias=problem.has_bias or problem.has_key_bias, allows_tf32=cell.dtype == "tf32")
     started = time.perf_counter()
     torch.set_float32_matmul_precision("high" if cell.dtype == "tf32" else "highest")
     if "decode" in cell.features.split("+"):
-        launcher.forward(problem, inputs, needs_lse=True)
+        launcher.forward(problem, inputs, needs_lse=True, needs_max=False)
     else:
         # The table has rows for the gradients of biases under `configs.ANY` alone.
         launch(problem, inputs, wants_bias=cell.features == EVERYTHING)
@@ -212,6 +212,7 @@ def representative(cell: Cell) -> tuple[AttentionProblem, Inputs]:
         has_mask="mask" in features,
         has_key_padding="padding" in features,
         has_bias="bias" in features,
+        has_key_bias="float-padding" in features,
         has_relative_bias="relative_bias" in features,
         has_sinks="sinks" in features,
         capability=divmod(cell.architecture, 10),
@@ -222,11 +223,6 @@ def representative(cell: Cell) -> tuple[AttentionProblem, Inputs]:
         return torch.empty(*shape, head_dim, dtype=dtype)
 
     cu_seqlens = torch.empty(BATCH + 1, dtype=torch.int32) if is_packed else None
-    bias = None
-    if "bias" in features:
-        bias = torch.empty(BATCH, HEADS, seqlen_q, LENGTH, dtype=dtype)
-    elif "float-padding" in features:
-        bias = torch.empty(BATCH, 1, 1, LENGTH, dtype=dtype)
     inputs = Inputs(
         rows(HEADS, seqlen_q),
         rows(KV_HEADS, LENGTH),
@@ -234,7 +230,8 @@ def representative(cell: Cell) -> tuple[AttentionProblem, Inputs]:
         sinks=torch.empty(HEADS) if problem.has_sinks else None,
         seed=torch.empty((), dtype=torch.int64) if problem.dropout_p else None,
         mask=torch.empty(BATCH, 1, seqlen_q, LENGTH, dtype=torch.bool) if "mask" in features else None,
-        bias=bias,
+        bias=torch.empty(BATCH, HEADS, seqlen_q, LENGTH, dtype=dtype) if problem.has_bias else None,
+        key_bias=torch.empty(BATCH, LENGTH, dtype=dtype) if "float-padding" in features else None,
         relative_bias=torch.empty(HEADS, seqlen_q + LENGTH - 1, dtype=dtype) if problem.has_relative_bias else None,
         key_padding=torch.empty(BATCH, LENGTH, dtype=torch.bool) if problem.has_key_padding else None,
         cu_seqlens_q=cu_seqlens,
@@ -245,10 +242,10 @@ def representative(cell: Cell) -> tuple[AttentionProblem, Inputs]:
 
 def launch(problem: AttentionProblem, inputs: Inputs, wants_bias: bool = True) -> None:
     """Calls forward and backward of the launcher. wants_bias: also for the gradients of the biases."""
-    out, lse = launcher.forward(problem, inputs, needs_lse=True)
+    out, lse, _ = launcher.forward(problem, inputs, needs_lse=True, needs_max=False)
     wanted = Wanted.of(*(x is not None for x in inputs))
     if not wants_bias:
-        wanted = wanted._replace(bias=False, relative_bias=False)
+        wanted = wanted._replace(bias=False, key_bias=False, relative_bias=False)
     launcher.backward(problem, inputs, Saved(out, lse, dout=out), wanted)
 
 

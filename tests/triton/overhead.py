@@ -61,9 +61,10 @@ def main() -> None:
         ),
     }  # fmt: skip
     costs = {
-        f"forward {name}": best_of(lambda call=call: launcher.forward(*call, True)) for name, call in calls.items()
+        f"forward {name}": best_of(lambda call=call: launcher.forward(*call, True, False))
+        for name, call in calls.items()
     }
-    out, lse = launcher.forward(*calls["plain"], True)
+    out, lse, _ = launcher.forward(*calls["plain"], True, False)
     wanted = Wanted(query=True, key=True, value=True)
     saved = Saved(out, lse, dout)
     costs["backward plain"] = best_of(lambda: launcher.backward(*calls["plain"], saved, wanted))

@@ -38,8 +38,8 @@ def variants(inputs: Inputs):
 def call(problem, inputs: Inputs, with_dlse: bool) -> list[tuple]:
     """The names of the kernels that two forward calls, with and without LSE, and one backward call launch."""
     UncompiledKernel.ran.clear()
-    out, lse = launcher.forward(problem, inputs, needs_lse=True)
-    launcher.forward(problem, inputs, needs_lse=False)
+    out, lse, _ = launcher.forward(problem, inputs, needs_lse=True, needs_max=False)
+    launcher.forward(problem, inputs, needs_lse=False, needs_max=True)
     wanted = Wanted(query=True, key=with_dlse, value=True, sinks=True)
     launcher.backward(problem, inputs, Saved(out, lse, dout=out, dlse=lse if with_dlse else None), wanted)
     return list(UncompiledKernel.ran)

@@ -42,13 +42,16 @@ KERNELS = (
 # The operators of torch that the launcher may run, besides its kernels. Another operator that launches a kernel would
 # take as long as a small call as a whole.
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided"}
-VIEWS = {"aten::permute", "aten::slice", "aten::view", "aten::_unsafe_view", "aten::expand", "aten::detach"}
+VIEWS = {
+    *("aten::permute", "aten::slice", "aten::view", "aten::_unsafe_view", "aten::expand", "aten::detach"),
+    *("aten::select", "aten::unsqueeze"),
+}
 #: Only in packed calls: rows that belong to no sequence become 0, and -inf in the LSE.
 FILLS = {"aten::zero_", "aten::fill_"}
 COPIES = {"aten::clone"}  # of tensors whose column stride is not 1
 SUMS = {"aten::sum", "aten::_to_copy", "aten::zeros", "aten::zeros_like", "aten::zero_"}
 # On tensors with a number for each row: the gradient of a bias that is the same for all keys.
-ROW_SUMS = {"aten::unsqueeze", "aten::eq", "aten::masked_fill", "aten::sub", "aten::exp", "aten::mul", "aten::add"}
+ROW_SUMS = {"aten::eq", "aten::masked_fill", "aten::sub", "aten::exp", "aten::mul", "aten::add"}
 
 
 class Recorder(TorchDispatchMode):
@@ -91,10 +94,11 @@ def arguments_of_backend(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> tup
     """The (problem, inputs) that a call would hand to its backend. The call itself computes nothing."""
     received = []
 
-    def run(problem, backend, is_direct, inputs, return_lse):
+    def run(problem, backend, is_direct, inputs, return_lse, return_max):
         query, value = inputs.query, inputs.value
         received.append((problem, inputs))
-        return query.new_empty((*query.shape[:3], value.shape[3])), query.new_empty(query.shape[:3])
+        of_rows = query.new_empty(query.shape[:3])
+        return query.new_empty((*query.shape[:3], value.shape[3])), of_rows, of_rows
 
     monkeypatch.setattr(running, "run", run)
     inputs.function(**inputs.tensors, **inputs.options, return_lse=True)
@@ -104,7 +108,7 @@ def arguments_of_backend(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> tup
 @EVERY_CASE
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward launch each kernel once at most, and never read a tensor's contents on the host.
+    """Forward and backward launch no kernel twice for the same result, and never read a tensor's contents on the host.
 
     Fake tensors have no contents, so a read raises an error.
     """
@@ -118,7 +122,8 @@ def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkey
         problem, inputs = arguments_of_backend(inputs, monkeypatch)
         problem = problem.on("sm_90")
         with Recorder() as recorder:
-            out, lse = launcher.forward(problem, inputs, True)
+            out, lse, row_max = launcher.forward(problem, inputs, True, True)
+        assert row_max.shape == lse.shape and row_max.dtype == lse.dtype
         fills = FILLS if inputs.cu_seqlens_q is not None else set()
         assert recorder.names <= ALLOCATIONS | VIEWS | COPIES | fills
         splits = launcher._plan(problem, problem.has_bias, False).num_splits > 1 if lse.numel() else False
@@ -133,6 +138,8 @@ def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkey
             gradients = launcher.backward(problem, inputs, Saved(out, lse, dout, dlse), wanted)
         is_row_bias = inputs.bias is not None and inputs.bias.shape[3] == 1 < problem.seqlen_k
         assert recorder.names <= ALLOCATIONS | VIEWS | COPIES | fills | SUMS | (ROW_SUMS if is_row_bias else set())
+        of_biases = launches.pop("attention_bwd_dbias_kernel", 0)  # once for each of the two dense biases
+        assert of_biases == ((wanted.bias and not is_row_bias) + wanted.key_bias if launches else 0)
         assert max(launches.values(), default=1) == 1
         for is_wanted, gradient, x in zip(wanted, gradients, inputs, strict=False):
             assert (gradient is not None) == is_wanted

@@ -34,6 +34,7 @@ inline Call on_device(Call call) {
   use_view(p.value, kv_heads, rows_k, value_dim, 2, false);
   use_view(p.out, heads, rows_q, value_dim, 2, !is_backward);
   use_view(p.lse, heads, rows_q, 1, 4, !is_backward);
+  use_view(p.row_max, heads, rows_q, 1, 4, true);
   use_view(p.key_padding, 1, 1, p.seqlen_k, 1, false);
   use_view(p.dout, heads, rows_q, value_dim, 2, false);
   use_view(p.dlse, heads, rows_q, 1, 4, false);
@@ -49,6 +50,8 @@ inline Call on_device(Call call) {
   use_scores(p.mask, 1, false);
   use_scores(p.bias, p.bias_dtype == DType::kFloat32 ? 4 : 2, false);
   use_scores(p.dbias, 4, true);
+  use_scores(p.key_bias, 4, false);
+  use_scores(p.dkey_bias, 4, true);
   const int64_t diagonals = p.seqlen_q + p.seqlen_k - 1;
   use(p.relative_bias.data, ((heads - 1) * p.relative_bias.stride_head + diagonals) * 4, false);
   use(p.drelative_bias.data, ((heads - 1) * p.drelative_bias.stride_head + diagonals) * 4, true);

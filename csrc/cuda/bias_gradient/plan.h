@@ -2,6 +2,7 @@
 // launch the kernels. BiasGradientParams says what owners and splits are.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstdint>
 
 #include "../../common/attention_params.h"
@@ -38,7 +39,7 @@ inline BiasGradientParams blocks_of(const BiasGradientSizes& sizes) {
 }
 
 // The plan for a dense bias. `shape` is the shape of the gradient: 1 in a dimension that the bias broadcasts along.
-inline BiasGradientParams plan_dense(const BiasGradientSizes& sizes, const int64_t (&shape)[4]) {
+inline BiasGradientParams plan_dense(const BiasGradientSizes& sizes, const std::array<int64_t, 4>& shape) {
   BiasGradientParams g = blocks_of(sizes);
   g.sums_batch = shape[0] != sizes.batch;
   g.sums_heads = shape[1] != sizes.num_heads;
@@ -96,10 +97,11 @@ inline LaunchShape shape_of_sums(int64_t entries) {
 
 // Launches the kernels that compute the gradient of a dense bias. With several splits, programs write to the workspace,
 // and a second kernel adds up the splits.
-inline void sum_dense(const Params& p, BiasGradientParams g, const TensorView& gradient, const int64_t (&shape)[4],
-                      float* workspace, BiasGradientLauncher launch, bool is_bf16, Stream stream) {
+inline void sum_dense(const Params& p, BiasGradientParams g, const TensorView& gradient,
+                      const std::array<int64_t, 4>& shape, float* workspace, BiasGradientLauncher launch, bool is_bf16,
+                      Stream stream) {
   BiasSumParams sum{g.splits, g.stride_split, workspace, static_cast<float*>(gradient.data), {}, {}};
-  std::copy(shape, shape + 4, sum.sizes);
+  std::copy(shape.begin(), shape.end(), sum.sizes);
   const int64_t strides[4] = {gradient.stride_batch, gradient.stride_head, gradient.stride_row, gradient.stride_col};
   std::copy(strides, strides + 4, sum.strides);
   const bool is_split = g.splits > 1;

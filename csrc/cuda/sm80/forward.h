@@ -74,9 +74,11 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
 
   // Loop.
   LazySoftmax softmax[kRowTiles];
+  RowMaxima maxima[kRowTiles];  // of a general kernel, if the caller wants row_max
   float acc[kRowTiles][kHeadDim / 8][4];
   GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
     softmax[m].init();
+    maxima[m].init();
     fill(acc[m], 0.0f);
   }
   while (block >= range.begin) {
@@ -100,6 +102,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
         if (has_masked) hide_masked_keys(p, head_slice, visible, query, first_key);
         hide(scores[m], visible, lane);
       }
+      if (kIsGeneral && p.row_max.data != nullptr) maxima[m].add(scores[m]);
       // Turns scores into probs, with the reference as it is if possible. Otherwise raises the reference and rescales
       // acc.
       const auto sum_probs = [&](const auto& dropout_keep) {
@@ -137,6 +140,10 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
         factor *= p.dropout_scale;
       }
       const bool is_row = row < head_slice.seqlen_q;
+      if (kIsGeneral && p.row_max.data != nullptr) {
+        const float row_max = maxima[m].of_row(r, p.softmax_scale);
+        if (lane.q == 0 && is_row) store_global(head_slice.query_value(p.row_max, row), row_max);
+      }
       if (p.lse.data != nullptr && lane.q == 0 && is_row) store_global(head_slice.query_value(p.lse, row), lse);
       store_row<T>(head_slice.query_row<T>(p.out, row), acc[m], r, factor, is_row, p.out.columns, lane);
     }

@@ -445,6 +445,7 @@ struct Consumer {
   RingPosition<kKeyNotes> note_position = {};
 
   LazySoftmax softmax;
+  RowMaxima maxima;  // of a general kernel, if the caller wants row_max
   float acc[kHeadDim / 8][4], scores[kTiles][4], rescale[2];
   uint32_t probs[kBlockN / 16][4];
   DropoutKeep<kTiles> dropout_keep;  // of a general kernel with dropout
@@ -476,17 +477,20 @@ struct Consumer {
       dropout_keep = dropout_keep_of_query_rows<kTiles>(Dropout(p, tile.query_slice()), tile.first_row() + thread_row,
                                                         note.block() * kBlockN, lane);
   }
-  // Turns scores into logits (general kernels), and sets the entries to -inf that a query does not see.
+  // Turns scores into logits (general kernels), sets the entries to -inf that a query does not see, and takes the
+  // scores into account for row_max.
   GPU_DEVICE void finish_scores(TileNote tile, KeyNote<kBlockN> note, View view) {
     const int query = tile.first_row() + thread_row;
     if constexpr (kIsGeneral)
       to_logits<T>(p, tile.head_slice(), scores, QueryRows{query, note.block() * kBlockN + 2 * lane.q}, NoGradients{});
-    if (view.has(View::kIsWhole)) return;
-    VisibleColumns<kBlockN> visible = visible_keys(p, note.valid(), note.block(), query);
-    if constexpr (kIsGeneral) {
-      if (p.mask.map != nullptr) hide_masked_keys(p, tile.head_slice(), visible, query, note.block() * kBlockN);
+    if (!view.has(View::kIsWhole)) {
+      VisibleColumns<kBlockN> visible = visible_keys(p, note.valid(), note.block(), query);
+      if constexpr (kIsGeneral) {
+        if (p.mask.map != nullptr) hide_masked_keys(p, tile.head_slice(), visible, query, note.block() * kBlockN);
+      }
+      hide(scores, visible, lane);
     }
-    hide(scores, visible, lane);
+    if (kIsGeneral && p.row_max.data != nullptr) maxima.add(scores);
   }
   // Calls f with what tells which entries survive dropout: dropout_keep, or NoDropout.
   template <class F>
@@ -591,6 +595,10 @@ struct Consumer {
         factor *= p.dropout_scale;
       }
       const bool is_row = row < head_slice.seqlen_q;
+      if (kIsGeneral && p.row_max.data != nullptr) {
+        const float row_max = maxima.of_row(r, p.softmax_scale);
+        if (lane.q == 0 && is_row) store_global(head_slice.query_value(p.row_max, row), row_max);
+      }
       if (p.lse.data != nullptr && lane.q == 0 && is_row) store_global(head_slice.query_value(p.lse, row), lse);
       store_row<T>(head_slice.query_row<T>(p.out, row), acc, r, factor, is_row, p.out.columns, lane);
     }
@@ -602,6 +610,7 @@ struct Consumer {
       const TileNote tile = rings.tile_note(tile_position);
       if (tile.first_row() == kNoMoreTiles) return;
       softmax.init();
+      maxima.init();
       fill(acc, 0.0f);
       if (tile.first_block() < tile.end_block()) visit_blocks(tile);
       store(tile);

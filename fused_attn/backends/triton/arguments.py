@@ -73,6 +73,7 @@ class Masks(NamedTuple):
 
     mask: bool, broadcasts to (B, H, L, S). True = visible
     bias: broadcasts to (B, H, L, S)
+    key_bias: (B, S), contiguous
     key_padding: (B, S) bytes, nonzero = padding
     relative_bias: (H|1, L + S - 1)
     relative_bias_stride_h: elements from one head to the next; 0 if all heads share one row
@@ -83,6 +84,7 @@ class Masks(NamedTuple):
 
     mask: Scores
     bias: Scores
+    key_bias: Tensor | None
     key_padding: Tensor | None
     relative_bias: Tensor | None
     relative_bias_stride_h: int
@@ -97,6 +99,7 @@ class Masks(NamedTuple):
         return (
             kind_of(self.mask),
             kind_of(self.bias),
+            kind_of_pointer(self.key_bias),
             kind_of_pointer(self.key_padding),
             kind_of_pointer(self.relative_bias),
             self.relative_bias_stride_h,
@@ -116,6 +119,7 @@ class Masks(NamedTuple):
             (
                 Scores.of(inputs.mask),
                 NO_SCORES if inputs.bias is None else Scores.of(inputs.bias.resolve_neg()),
+                None if inputs.key_bias is None else inputs.key_bias.resolve_neg().contiguous(),
                 None if inputs.key_padding is None else inputs.key_padding.contiguous(),
                 table,
                 0 if table is None or table.shape[0] == 1 else table.shape[1],
@@ -146,7 +150,7 @@ _new = tuple.__new__
 
 NO_ROWS = Rows(None)
 NO_SCORES = Scores(None)
-NO_MASKS = Masks(NO_SCORES, NO_SCORES, None, None, 0, None, None, None, None)
+NO_MASKS = Masks(NO_SCORES, NO_SCORES, None, None, None, 0, None, None, None, None)
 NO_MASKS_KIND = NO_MASKS.kind
 
 #: The smallest and the largest scale for which `Settings.is_scale_folded` may be 1.

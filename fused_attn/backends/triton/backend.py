@@ -10,9 +10,8 @@ import importlib.util
 import re
 
 import torch
-from torch import Tensor
 
-from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.triton.interpreter import is_interpreting
 
@@ -48,10 +47,10 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
-def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
+def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
     from fused_attn.backends.triton import launcher
 
-    return launcher.forward(problem, inputs, needs_lse)
+    return launcher.forward(problem, inputs, needs_lse, needs_max)
 
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:

@@ -31,6 +31,7 @@ def merge_splits_kernel(
     partial_sums,  # (2, num_splits, B, H, L) float32: first row_max, then row_sum
     out,  # Rows (B, H, L, Dv), written
     lse,  # (B, H, L) float32 or None, written
+    max_out,  # (B, H, L) float32 or None, the largest logit of each row, written
     sinks,  # (H,) or None
     num_heads,
     num_splits,
@@ -70,6 +71,7 @@ def merge_splits_kernel(
         acc = acc * rescale[:, None] + tile * weight[:, None]
         row_sum = row_sum * rescale + weight
         row_max = new_max
+    keys_max = row_max
     if sinks is not None:
         acc, row_max, row_sum = add_sink(acc, row_max, row_sum, tl.load(sinks + head).to(tl.float32))
     row_sum = tl.where(row_max == float("-inf"), 1.0, row_sum)
@@ -79,3 +81,5 @@ def merge_splits_kernel(
     store_tile((out_base + out_row)[:, None] + column[None, :], acc / row_sum[:, None], is_row, VALUE_DIM, BLOCK_DV)
     if lse is not None:
         tl.store(lse + row, row_max + tl.log(row_sum), mask=is_row)
+    if max_out is not None:
+        tl.store(max_out + row, keys_max, mask=is_row)

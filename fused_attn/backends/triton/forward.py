@@ -39,6 +39,7 @@ def attention_fwd_kernel(
     v,  # Rows (B, Hkv, S, Dv)
     out,  # Rows (B, H, L, Dv), written. If IS_SPLIT: the first split of (num_splits, B, H, L, Dv) float32
     lse,  # (B, H, L) float32 or None, written. If IS_SPLIT: (2, num_splits, B, H, L), first row_max, then row_sum
+    max_out,  # (B, H, L) float32 or None, the largest logit of each row, written unless IS_SPLIT
     masks,
     settings,
     seqlen_q,
@@ -101,6 +102,7 @@ def attention_fwd_kernel(
     # Divide by row_sum and store. An empty row has row_max = -inf, row_sum = 0 and acc = 0. With row_sum = 1 instead,
     # its output becomes 0 and its LSE -inf.
     row_max *= exponent_unit(settings)
+    keys_max = row_max
     if masks.sinks is not None and not IS_SPLIT:
         sink = tl.load(masks.sinks + head).to(tl.float32)
         if PACK_HEADS:
@@ -123,6 +125,8 @@ def attention_fwd_kernel(
     store_tile(out_pointer, out_tile, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
     if lse is not None:
         tl.store(lse + lse_offset, row_lse[:, None], mask=is_row[:, None])
+    if max_out is not None and not IS_SPLIT:
+        tl.store(max_out + lse_offset, keys_max[:, None], mask=is_row[:, None])
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton import JITFunction
 from triton.compiler import CompiledKernel
 
-from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import clear_rows
@@ -77,16 +77,19 @@ class Plan(NamedTuple):
     dtable: Launch
 
 
-def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
+def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
     query, key, value = _readable(inputs.query, inputs.key, inputs.value)
     out = empty_like_layout(query, problem.value_dim)
     batch, heads, rows, _ = query.shape
     lse = query.new_empty((batch, heads, rows), dtype=torch.float32) if needs_lse else None
+    row_max = query.new_empty((batch, heads, rows), dtype=torch.float32) if needs_max else None
+    results = out, lse, row_max
     if problem.is_packed:
-        clear_rows(lse, out)
-    if out.numel() == 0 and (lse is None or lse.numel() == 0):
-        return out, lse
-    plan = _plan(problem, inputs.bias is not None, _allows_tf32(problem.dtype))
+        clear_rows(out)
+        clear_rows(lse, row_max, value=float("-inf"))
+    if all(x is None or x.numel() == 0 for x in results):
+        return results
+    plan = _plan(problem, _is_biased(inputs), _allows_tf32(problem.dtype))
     masks, masks_kind = _masks(problem, inputs)
     kernel_out, kernel_lse, num_rows = out, lse, batch * heads * rows
     if plan.num_splits > 1:
@@ -106,6 +109,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
                 kind_of(v),
                 kind_of(o),
                 kind_of_pointer(kernel_lse),
+                kind_of_pointer(row_max),
                 masks_kind,
                 rows >= WIDE,
                 num_rows >= WIDE,
@@ -115,6 +119,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
             v,
             o,
             kernel_lse,
+            row_max,
             masks,
             plan.forward.settings,
             problem.seqlen_q,
@@ -132,6 +137,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
                 kernel_lse,
                 Rows.of(out),
                 lse,
+                row_max,
                 masks.sinks,
                 heads,
                 plan.num_splits,
@@ -141,7 +147,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
                 BLOCK_DV=configs.padded_head_dim(problem.value_dim),
                 BLOCK_M=block_m,
             )
-    return out, lse
+    return results
 
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
@@ -151,16 +157,15 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     dkey = empty_like_layout(key, problem.head_dim) if wanted.key else None
     dvalue = empty_like_layout(value, problem.value_dim) if wanted.value else None
     if problem.is_packed:
-        clear_rows(None, dquery, dkey, dvalue)
+        clear_rows(dquery, dkey, dvalue)
     if query.numel() == 0 or key.numel() == 0:
         return _empty_gradients(inputs, wanted, Gradients(dquery, dkey, dvalue))
 
-    plan = _plan(problem, inputs.bias is not None, _allows_tf32(problem.dtype))
+    plan = _plan(problem, _is_biased(inputs), _allows_tf32(problem.dtype))
     masks, masks_kind = _masks(problem, inputs)
     lse = saved.lse.contiguous()  # the LSE is an expanded view under some vmaps
     delta = torch.empty_like(lse)
-    is_biased = inputs.bias is not None or inputs.relative_bias is not None
-    needs_factor = is_biased or plan.dq.settings.IS_FLOAT32.value
+    needs_factor = _is_biased(inputs) or inputs.relative_bias is not None or plan.dq.settings.IS_FLOAT32.value
     factor = torch.empty_like(lse) if needs_factor else None
     dsinks = None
     if wanted.sinks:
@@ -214,25 +219,32 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
                 plan.heads_per_l2_group,
             )
         tensors = (q, k, v, dout_rows, lse, delta, factor)
-        dbias = drelative_bias = None
+        dbias = dkey_bias = drelative_bias = None
         if wanted.bias:
             if inputs.bias.shape[3] == 1 < problem.seqlen_k:
                 dbias = _row_bias_gradient(inputs, lse, dlse, delta, factor)
             else:
-                dbias = _dense_bias_gradient(problem, plan.dbias, inputs, tensors, masks, sizes)
+                dbias = _dense_bias_gradient(problem, plan.dbias, inputs.bias, tensors, masks, sizes)
+        if wanted.key_bias:
+            as_bias = inputs.key_bias[:, None, None, :]
+            dkey_bias = _dense_bias_gradient(problem, plan.dbias, as_bias, tensors, masks, sizes)[:, 0, 0, :]
         if wanted.relative_bias:
             drelative_bias = _relative_bias_gradient(problem, plan.dtable, inputs, tensors, masks, sizes)
     if dsinks is not None:
         dsinks = dsinks.sum((0, 2)).to(inputs.sinks.dtype)
-    return Gradients(dquery, dkey, dvalue, dbias, drelative_bias, dsinks)
+    return Gradients(dquery, dkey, dvalue, dbias, dkey_bias, drelative_bias, dsinks)
 
 
-def _dense_bias_gradient(problem, launch, inputs, tensors, masks, sizes) -> Tensor:
-    """The gradient of attn_mask: (B|1, H|1, L|1, S), in the dtype of the bias.
+def _is_biased(inputs: Inputs) -> bool:
+    """Whether the call has a bias of attn_mask or of the keys."""
+    return inputs.bias is not None or inputs.key_bias is not None
+
+
+def _dense_bias_gradient(problem, launch, bias, tensors, masks, sizes) -> Tensor:
+    """The gradient of a bias (B|1, H|1, L|1, S), in its shape and dtype.
 
     tensors, sizes: the arguments of the kernel before and after those that are its own
     """
-    bias = inputs.bias
     batch, heads, rows, columns = bias.shape
     row_blocks, column_blocks, _ = launch.grid
     sums_rows = rows == 1 < problem.seqlen_q
@@ -306,7 +318,7 @@ def _empty_gradients(inputs: Inputs, wanted: Wanted, grads: Gradients) -> Gradie
 def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
     """The launches for a problem.
 
-    has_bias: whether the call has a bias. `problem.has_bias` is False if the bias is a floating-point padding mask
+    has_bias: whether the call has a bias of attn_mask or of the keys. The tiles for both are the same.
     """
     problem = replace(problem, has_bias=has_bias, allows_tf32=allows_tf32)
     seqlen_q, seqlen_k, heads, kv_heads = problem.seqlen_q, problem.seqlen_k, problem.num_heads, problem.num_kv_heads

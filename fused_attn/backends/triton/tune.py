@@ -470,8 +470,10 @@ class _Inputs:
         )
         self.variants = [inputs]
         if problem.has_key_padding and not problem.has_bias:
-            self.variants.append(inputs._replace(bias=self._randn(BATCH, 1, 1, LENGTH)))
-        self._outputs = {id(inputs): self._launcher.forward(problem, inputs, True) for inputs in self.variants}
+            self.variants.append(inputs._replace(key_bias=self._randn(BATCH, LENGTH)))
+        self._outputs = {
+            id(inputs): self._launcher.forward(problem, inputs, True, False)[:2] for inputs in self.variants
+        }
 
     def call(self, config: Config) -> Callable[[Inputs], list[Tensor]]:
         """A function that runs the workload's kernel with `config`.
@@ -491,7 +493,7 @@ class _Inputs:
         def run(inputs: Inputs) -> list[Tensor]:
             with tuned.forced(kernel, config):
                 if kernel == "forward":
-                    return list(self._launcher.forward(problem, inputs, True))
+                    return list(self._launcher.forward(problem, inputs, True, False)[:2])
                 saved = Saved(*self._outputs[id(inputs)], self._dout)
                 grads = self._launcher.backward(problem, inputs, saved, wanted)
                 return [x for x in grads if x is not None]

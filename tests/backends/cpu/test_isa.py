@@ -44,9 +44,15 @@ FEW_QUERIES = [
     )
 ] + [
     cases.Case(
-        "few-queries-varlen", heads=4, kv_heads=1, head_dim=40, lengths_q=(1, 0, 3, 6), lengths_k=(1030, 7, 0, 520)
-    )
-]
+        "few-queries-varlen", heads=4, kv_heads=1, head_dim=40, lengths_q=(1, 0, 3, 6), lengths_k=(1030, 7, 0, 520),
+        options={"return_max": True},
+    ),
+    cases.Case(
+        "few-queries-max-and-key-bias", heads=4, kv_heads=2, seqlen_q=3, seqlen_k=1100, head_dim=64,
+        key_padding_mask=cases.float_padding, attn_mask=cases.empty_rows_mask, sinks=cases.sink(20.0),
+        options={"return_max": True, "softcap": 5.0},
+    ),
+]  # fmt: skip
 
 # Cases in which backward processes the keys in several slabs, because dK and dV of all keys do not fit into the cache.
 SEVERAL_SLABS = [

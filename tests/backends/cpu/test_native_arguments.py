@@ -21,9 +21,19 @@ def call() -> dict[str, Any]:
     """A right backward call with all tensors, by name. `run` makes it."""
     lengths = {"query": (B, H, L, D), "key": (B, HKV, S, D), "value": (B, HKV, S, DV), "out": (B, H, L, DV)}
     tensors = {name: torch.randn(shape) for name, shape in lengths.items()}
-    tensors |= {"bias": torch.randn(B, H, L, S), "relative_bias": torch.randn(H, L + S - 1), "sinks": torch.randn(H)}
+    tensors |= {
+        "bias": torch.randn(B, H, L, S),
+        "key_bias": torch.randn(B, S),
+        "relative_bias": torch.randn(H, L + S - 1),
+        "sinks": torch.randn(H),
+    }
     tensors |= {f"d{name}": torch.empty_like(x) for name, x in tensors.items()}
-    tensors |= {"lse": torch.zeros(B, H, L), "dlse": torch.randn(B, H, L), "seed": torch.tensor(3)}
+    tensors |= {
+        "lse": torch.zeros(B, H, L),
+        "row_max": torch.zeros(B, H, L),
+        "dlse": torch.randn(B, H, L),
+        "seed": torch.tensor(3),
+    }
     tensors |= {"mask": torch.ones(B, H, L, S, dtype=torch.bool), "key_padding": torch.zeros(B, S, dtype=torch.bool)}
     return tensors | {"cu_seqlens_q": None, "cu_seqlens_k": None}
 
@@ -32,7 +42,7 @@ def packed_call() -> dict[str, Any]:
     tensors = dict.fromkeys(call())
     shapes = {"query": (1, H, 9, D), "key": (1, HKV, 8, D), "value": (1, HKV, 8, DV), "out": (1, H, 9, DV)}
     tensors |= {name: torch.randn(shape) for name, shape in shapes.items()}
-    tensors |= {"dout": torch.randn(1, H, 9, DV), "lse": torch.zeros(1, H, 9)}
+    tensors |= {"dout": torch.randn(1, H, 9, DV), "lse": torch.zeros(1, H, 9), "row_max": None}
     return tensors | {"cu_seqlens_q": torch.tensor([0, 4, 9]).int(), "cu_seqlens_k": torch.tensor([0, 5, 8]).int()}
 
 
@@ -41,7 +51,7 @@ def run(tensors: dict[str, Any]) -> None:
     saved = Saved(*(tensors[name] for name in Saved._fields))
     gradients = Gradients(*(tensors[f"d{name}"] for name in Gradients._fields))
     config = _C.Config(scale=0.3, dropout_p=0.1 if tensors["seed"] is not None else 0.0, max_seqlen_q=5, max_seqlen_k=5)
-    _C.forward(inputs, saved.out, saved.lse, config, 1)
+    _C.forward(inputs, (saved.out, saved.lse, tensors["row_max"]), config, 1)
     _C.backward(inputs, saved, gradients, config, 1)
 
 
@@ -82,7 +92,7 @@ def test_size(name: str, dim: int) -> None:
         run(tensors)
 
 
-@pytest.mark.parametrize("name", ["query", "key", "value", "out", "dout", "dquery", "dkey", "dvalue", "lse"])
+@pytest.mark.parametrize("name", ["query", "key", "value", "out", "dout", "dquery", "dkey", "dvalue", "lse", "row_max"])
 def test_stride_of_the_last_dimension(name: str) -> None:
     tensors = call()
     tensors[name] = torch.zeros(*tensors[name].shape, 2)[..., 0]
@@ -101,7 +111,7 @@ def test_backward_needs_lse() -> None:
         run(call() | {"lse": None})
 
 
-@pytest.mark.parametrize("name", ["bias", "relative_bias", "sinks"])
+@pytest.mark.parametrize("name", ["bias", "key_bias", "relative_bias", "sinks"])
 def test_a_gradient_needs_its_input(name: str) -> None:
     with pytest.raises(ValueError, match=f"^d{name}: expected None, as {name} is None"):
         run(call() | {name: None})
