@@ -159,7 +159,8 @@ def _dropout_factors(problem: AttentionProblem, x: Inputs) -> Tensor:
     """(B, H, L, S): 0 for each dropped entry, 1 / (1 - p) for each other one."""
     assert x.seed is not None, "dropout_p > 0 needs a seed"
     rows, columns = masks.positions(problem, x)
-    dropout_keep = dropout.keep_mask(x.seed, problem.dropout_p, x.query.shape[0], problem.num_heads, rows, columns)
+    batch, origin = x.query.shape[0], problem.dropout_origin
+    dropout_keep = dropout.keep_mask(x.seed, problem.dropout_p, batch, problem.num_heads, rows, columns, origin)
     return dropout_keep.to(problem.accumulate_dtype) * dropout.scale(problem.dropout_p)
 
 
