@@ -83,11 +83,18 @@ def attention_partial(query: Tensor, key: Tensor, value: Tensor, **options) -> t
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
-    chosen = PartialOptions.of("attention_partial", options)
-    problem, backend, inputs, _ = _planned(query, key, value, chosen)
+    out, lse = attend(query, key, value, PartialOptions.of("attention_partial", options))
+    return out.to(lse.dtype), lse
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, options: PartialOptions, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attention_partial` with an out of the query's dtype. Sinks are right only if all keys are here."""
+    problem, backend, inputs, _ = _planned(query, key, value, options, sinks)
     out, lse = running.run(problem, backend, modes.is_direct(), inputs, True)
     assert lse is not None, "it was asked for"
-    return out.to(lse.dtype), lse
+    return out, lse
 
 
 def attention_partial_backward(
@@ -196,7 +203,7 @@ def join_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _planned(
-    query: Tensor, key: Tensor, value: Tensor, options: PartialOptions
+    query: Tensor, key: Tensor, value: Tensor, options: PartialOptions, sinks: Tensor | None = None
 ) -> tuple[AttentionProblem, Backend, Inputs, slice]:
     """(the problem, the backend, the tensors of the call, the columns of the relative bias that belong to the part)."""
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -212,7 +219,7 @@ def _planned(
         seed = checks.check_dropout_seed(options.dropout_seed, query.device)
     columns = _columns(query.shape[2], key.shape[2], options)
     relative_bias = None if options.relative_bias is None else options.relative_bias[..., columns]
-    tensors = (query, key, value, options.attn_mask, relative_bias, None, options.key_padding_mask)
+    tensors = (query, key, value, options.attn_mask, relative_bias, sinks, options.key_padding_mask)
     numbers = (
         options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.window_size, options.softcap,
     )  # fmt: skip
@@ -222,7 +229,15 @@ def _planned(
     bias, mask, key_padding = masks.score_masks(problem, options.attn_mask, options.key_padding_mask, None)
     relative_bias = None if relative_bias is None else masks.with_head_dim(relative_bias)
     inputs = Inputs(
-        query, key, value, bias=bias, relative_bias=relative_bias, seed=seed, mask=mask, key_padding=key_padding
+        query,
+        key,
+        value,
+        bias=bias,
+        relative_bias=relative_bias,
+        sinks=sinks,
+        seed=seed,
+        mask=mask,
+        key_padding=key_padding,
     )
     return problem, dispatch.choose(problem, options.backend), inputs, columns
 
