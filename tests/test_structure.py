@@ -21,6 +21,7 @@ LAYERS = (
     ("fused_attn.backends",),
     ("fused_attn.derivatives",),
     ("fused_attn.planning", "fused_attn.running", "fused_attn.api", "fused_attn.partial"),
+    ("fused_attn.distributed",),
     ("fused_attn.nn",),
     ("fused_attn.integrations",),
     ("fused_attn.installation", "fused_attn.selfcheck", "fused_attn.__main__", "fused_attn"),

@@ -74,7 +74,7 @@ def group_of(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
     if mesh.ndim != 2:
         raise checks.fail("mesh", "one or two dimensions", f"{mesh.ndim}")
     if mesh.mesh.flatten().tolist() == list(range(dist.get_world_size())):
-        return dist.group.WORLD
+        return dist.distributed_c10d._get_default_group()
     if mesh.mesh_dim_names is None:
         raise checks.fail("mesh", "mesh_dim_names, as its two dimensions are a part of all ranks", "none")
     return mesh._flatten().get_group()
