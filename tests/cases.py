@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fused_attn
+from fused_attn.attention import inputs as tensors_of_call
+from fused_attn.attention.problem import Scalars
 
 INF = float("inf")
 
@@ -197,8 +199,9 @@ def check_strays(dtype: torch.dtype, backend: str, device: str = "cpu", **option
         offsets = [(_offsets(lengths) + first).to(device) for lengths in (lengths_q, lengths_k)]
         seed = torch.tensor(7, device=device) if options["dropout_p"] else None
         out, lse, row_max = torch.ops.fused_attn.attention(
-            *leaves, None, None, None, None, seed, None, None, *offsets, max(lengths_q), max(lengths_k),
-            0.3, 0.0, options["dropout_p"], *options["window"], 0, backend, options["needs_max"],
+            *tensors_of_call.Inputs(*leaves, seed=seed, cu_seqlens_q=offsets[0], cu_seqlens_k=offsets[1]),
+            *Scalars(max(lengths_q), max(lengths_k), 0.3, 0.0, options["dropout_p"], *options["window"]),
+            backend, options["needs_max"],
         )  # fmt: skip
         gradients = torch.autograd.grad((out, lse), leaves, (rows["dout"], rows["dlse"][..., 0].to(lse.dtype)))
         of_rows = {"lse": lse[..., None]} | ({"max": row_max[..., None]} if options["needs_max"] else {})

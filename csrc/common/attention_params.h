@@ -22,6 +22,15 @@ struct TensorView {
   int64_t stride_col = 1;
 };
 
+// The position of the first entry of the scores among the scores that dropout numbers. A call that computes a part of a
+// larger attention drops the entries that the whole call would drop.
+struct DropoutOrigin {
+  int64_t batch = 0;
+  int64_t head = 0;
+  int64_t query = 0;
+  int64_t key = 0;
+};
+
 // All arguments of one call. The accumulate type, which is the type of sums, is double if dtype is kFloat64, otherwise
 // float. A tensor whose `data` is null is absent.
 //
@@ -67,10 +76,11 @@ struct AttentionParams {
   TensorView sinks;  // (1, H, 1, 1), accumulate type: a logit that is added to the denominator of the softmax only
 
   // Dropout sets the probability of entry (b, h, i, j) to zero if the Philox word of the entry (philox.h) is below
-  // dropout_threshold. Otherwise dropout multiplies the probability by dropout_scale.
+  // dropout_threshold. Philox numbers the entries from dropout_origin on. Otherwise dropout multiplies the probability by dropout_scale.
   bool has_dropout = false;
   uint32_t dropout_threshold = 0;
   double dropout_scale = 1.0;
+  DropoutOrigin dropout_origin;
   uint64_t dropout_seed = 0;                   // for kernels on a CPU
   const int64_t* dropout_seed_data = nullptr;  // the address of the seed, for kernels on a GPU; null = no dropout
 

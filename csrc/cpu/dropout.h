@@ -39,14 +39,16 @@ template <class Int>
 FA_NOINLINE void make_dropout_keep(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin,
                                    const KeyBlock& keys, Int* dropout_keep) {
   uint32_t words[4][kBlockQ];
-  int32_t group = -1;
+  const DropoutOrigin& origin = p.dropout_origin;
+  int64_t group = -1;
   for (int k = 0; k < keys.count; ++k) {
-    if (keys.index[k] >> 2 != group) {
-      group = keys.index[k] >> 2;
-      philox_rows(p.dropout_seed, static_cast<uint32_t>(b), static_cast<uint32_t>(h), static_cast<uint32_t>(q_begin),
-                  static_cast<uint32_t>(group), words);
+    const int64_t key = keys.index[k] + origin.key;
+    if (key >> 2 != group) {
+      group = key >> 2;
+      philox_rows(p.dropout_seed, static_cast<uint32_t>(b + origin.batch), static_cast<uint32_t>(h + origin.head),
+                  static_cast<uint32_t>(q_begin + origin.query), static_cast<uint32_t>(group), words);
     }
-    const uint32_t* word = words[keys.index[k] & 3];
+    const uint32_t* word = words[key & 3];
     for (int q = 0; q < kBlockQ; ++q) dropout_keep[k * kBlockQ + q] = -static_cast<Int>(word[q] >= p.dropout_threshold);
   }
 }

@@ -143,6 +143,13 @@ RowValues values_of(const TensorView& x) {
   return {static_cast<float*>(x.data), x.stride_batch, x.stride_head, x.stride_row};
 }
 
+// Where Philox begins to number the entries of the scores.
+DropoutOrigin dropout_origin_of(const AttentionParams& a) {
+  const fused_attn::DropoutOrigin& x = a.dropout_origin;
+  return {static_cast<int32_t>(x.batch), static_cast<int32_t>(x.head), static_cast<int32_t>(x.query),
+          static_cast<int32_t>(x.key / 4)};
+}
+
 // Whether some tiles of queries take longer than others. If all take equally long, blocks of threads need no counter to
 // share them evenly (Params::tile_counter).
 bool has_unequal_tiles(const AttentionParams& a) {
@@ -236,6 +243,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.dropout_seed = a.has_dropout ? a.dropout_seed_data : nullptr;
   p.dropout_threshold = a.dropout_threshold;
   p.dropout_scale = static_cast<float>(a.dropout_scale);
+  p.dropout_origin = dropout_origin_of(a);
   p.dout = rows_of(a.dout, a.value_dim);
   p.dlse = values_of(a.dlse);
   p.dq = rows_of(a.dquery, a.head_dim);

@@ -11,19 +11,21 @@ namespace fused_attn::gpu {
 struct Dropout {
   uint64_t seed;
   uint32_t threshold;
+  DropoutOrigin origin;
   int32_t head;
   int32_t batch;
 
   GPU_DEVICE Dropout(const Params& p, int32_t of_batch, int32_t of_head)
       : seed(static_cast<uint64_t>(load_global(p.dropout_seed))),
         threshold(p.dropout_threshold),
-        head(of_head),
-        batch(of_batch) {}
+        origin(p.dropout_origin),
+        head(of_head + origin.head),
+        batch(of_batch + origin.batch) {}
   GPU_DEVICE Dropout(const Params& p, const HeadSlice& head_slice) : Dropout(p, head_slice.batch, head_slice.head) {}
 
   // Calls Philox once for four keys of one query. Bit i of the result is set if key 4 * group + i survives dropout.
   GPU_DEVICE uint32_t draw(int32_t query, int32_t group) const {
-    const PhiloxWords words = philox(seed, group, query, head, batch);
+    const PhiloxWords words = philox(seed, group + origin.key_group, query + origin.query, head, batch);
     uint32_t bits = 0;
     GPU_UNROLL for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(words.word[i] >= threshold) << i;
     return bits;

@@ -121,6 +121,15 @@ struct RelativeBiasParams {
   float* padded;    // output, from the first margin on: see LogitParams::relative_bias
 };
 
+// What is added to the position of an entry of the scores before Philox numbers the entry: see DropoutOrigin in
+// common/attention_params.h.
+struct DropoutOrigin {
+  int32_t batch;
+  int32_t head;
+  int32_t query;
+  int32_t key_group;  // four neighbouring keys form a group
+};
+
 // What every large kernel gets. In packed (varlen) problems, tensors have one batch entry (stride_batch is 0), and row
 // r of sequence b lies at row cu_seqlens[b] + r.
 struct Params {
@@ -162,6 +171,7 @@ struct Params {
   const int64_t* dropout_seed;  // null = no dropout
   uint32_t dropout_threshold;   // dropout drops an entry if its word of Philox is below this number
   float dropout_scale;          // the factor for entries that survive dropout
+  DropoutOrigin dropout_origin;
 
   // Backward only.
   Rows dout;       // (B, H, L, Dv)

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -28,6 +29,7 @@ struct Config {
   bool has_dropout;
   uint32_t dropout_threshold;
   double dropout_scale;
+  DropoutOrigin dropout_origin;
   int64_t max_seqlen_q;
   int64_t max_seqlen_k;
 };
@@ -43,7 +45,7 @@ inline int64_t window_or_unbounded(std::optional<int64_t> window, const char* na
 // Checks the arguments of Config and converts them.
 inline Config make_config(double scale, double softcap, std::optional<int64_t> window_left,
                           std::optional<int64_t> window_right, int64_t diagonal_offset, double dropout_p,
-                          int64_t max_seqlen_q, int64_t max_seqlen_k) {
+                          std::array<int64_t, 4> dropout_origin, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   if (!(dropout_p >= 0.0 && dropout_p <= 1.0))
     throw py::value_error("dropout_p: expected a probability, got " + std::to_string(dropout_p));
   if (std::abs(diagonal_offset) > kUnbounded)
@@ -60,6 +62,8 @@ inline Config make_config(double scale, double softcap, std::optional<int64_t> w
   // With dropout_p = 1, the threshold is 2^32 - 1, so one of 2^32 words still keeps its entry. The scale 0 sets this
   // entry to zero as well.
   config.dropout_scale = dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0;
+  const auto [batch, head, query, key] = dropout_origin;
+  config.dropout_origin = {batch, head, query, key};
   config.max_seqlen_q = max_seqlen_q;
   config.max_seqlen_k = max_seqlen_k;
   return config;
@@ -71,9 +75,10 @@ inline void define_config(py::module_& module) {
   module.def(
       "Config",
       [](double scale, double softcap, std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-         int64_t diagonal_offset, double dropout_p, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+         int64_t diagonal_offset, double dropout_p, std::array<int64_t, 4> dropout_origin, int64_t max_seqlen_q,
+         int64_t max_seqlen_k) {
         auto config = std::make_unique<Config>(make_config(scale, softcap, window_left, window_right, diagonal_offset,
-                                                           dropout_p, max_seqlen_q, max_seqlen_k));
+                                                           dropout_p, dropout_origin, max_seqlen_q, max_seqlen_k));
         const auto free = [](PyObject* capsule) {
           delete static_cast<Config*>(PyCapsule_GetPointer(capsule, kConfigName));
         };
@@ -84,9 +89,10 @@ inline void define_config(py::module_& module) {
       },
       py::arg("scale"), py::arg("softcap") = 0.0, py::arg("window_left") = py::none(),
       py::arg("window_right") = py::none(), py::arg("diagonal_offset") = 0, py::arg("dropout_p") = 0.0,
-      py::arg("max_seqlen_q") = 0, py::arg("max_seqlen_k") = 0,
+      py::arg("dropout_origin") = std::array<int64_t, 4>{}, py::arg("max_seqlen_q") = 0, py::arg("max_seqlen_k") = 0,
       "The arguments of a call that are not tensors: made once for each problem, passed with every call. A window of\n"
-      "None or -1 has no bound. max_seqlen_q and max_seqlen_k are used by packed calls only.");
+      "None or -1 has no bound. dropout_origin is (batch, head, query, key). max_seqlen_q and max_seqlen_k are used by "
+      "packed calls only.");
 }
 
 }  // namespace fused_attn

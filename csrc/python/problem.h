@@ -39,6 +39,7 @@ inline void set_config(AttentionParams& params, PyObject* object) {
   params.has_dropout = config.has_dropout;
   params.dropout_threshold = config.dropout_threshold;
   params.dropout_scale = config.dropout_scale;
+  params.dropout_origin = config.dropout_origin;
   // For packed calls. In other calls, set_tensors overwrites the two lengths.
   params.seqlen_q = config.max_seqlen_q;
   params.seqlen_k = config.max_seqlen_k;

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from fused_attn.attention.masks import Positions
+from fused_attn.attention.problem import NO_ORIGIN, DropoutOrigin
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+
+#: One call of Philox makes words for this many neighbouring keys.
+GROUP = 4
 
 
 def threshold(dropout_p: float) -> int:
@@ -34,7 +38,13 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def keep_mask(
-    seed: Tensor, dropout_p: float, batch: int, num_heads: int, rows: Positions, columns: Positions
+    seed: Tensor,
+    dropout_p: float,
+    batch: int,
+    num_heads: int,
+    rows: Positions,
+    columns: Positions,
+    origin: DropoutOrigin = NO_ORIGIN,
 ) -> Tensor:
     """(B, H, L, S) bool: True = the prob survives dropout.
 
@@ -43,12 +53,14 @@ def keep_mask(
     device = seed.device
     # Philox makes four words for four neighbouring keys. There are groups for as many keys as there are columns. Fewer
     # may be enough for packed keys, but finding the largest position would take reading it from the device.
-    group = torch.arange(-(-columns.position.shape[0] // 4), device=device)[None, None, None, :]
-    query = rows.position[None, None, :, None]
-    head = torch.arange(num_heads, device=device)[None, :, None, None]
+    first_key = origin.key % GROUP
+    group = torch.arange(-(-(columns.position.shape[0] + first_key) // GROUP), device=device) + origin.key // GROUP
+    query = (rows.position + origin.query)[None, None, :, None]
+    head = (torch.arange(num_heads, device=device) + origin.head)[None, :, None, None]
     sequence = torch.arange(batch, device=device)[:, None, None, None] + rows.sequence[None, None, :, None]
-    words = torch.stack(philox((group, query, head, sequence), seed), dim=-1)  # (B, H, L, groups, 4)
-    return words.flatten(-2)[..., columns.position] >= threshold(dropout_p)
+    counter = (group[None, None, None, :], query, head, sequence + origin.batch)
+    words = torch.stack(philox(counter, seed), dim=-1)  # (B, H, L, groups, 4)
+    return words.flatten(-2)[..., columns.position + first_key] >= threshold(dropout_p)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:

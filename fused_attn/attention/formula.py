@@ -38,10 +38,28 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
 
     ``saved.out`` and ``saved.lse`` are not used, because they may have no autograd history. Both are computed again.
     """
+    return _backward(problem, inputs, saved, wanted, uses_saved=False)
+
+
+def backward_from_saved(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
+    """The gradients from ``saved.out`` and ``saved.lse``, as kernels compute them.
+
+    These two may be those of a softmax over more keys than this problem has; see `fused_attn.partial`.
+    """
+    return _backward(problem, inputs, saved, wanted, uses_saved=True)
+
+
+def _backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted, uses_saved: bool) -> Gradients:
     with _without_autocast(inputs.query.device):
         x = _to_compute(problem, inputs)
-        probs, lse, _, dcap = _softmax(problem, x)
         assert saved.dout is not None, "backward needs the gradient of out"
+        if uses_saved:
+            assert saved.out is not None and saved.lse is not None, "the caller has saved both"
+            scores, dcap = _scores(problem, x)
+            lse = saved.lse.to(problem.accumulate_dtype)
+            probs = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
+        else:
+            probs, lse, _, dcap = _softmax(problem, x)
         dout, dlse = saved.dout.to(problem.accumulate_dtype), saved.dlse
         if problem.is_packed:
             rows, _ = masks.positions(problem, x)
@@ -53,7 +71,10 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         if problem.dropout_p:
             factors = _dropout_factors(problem, x)
             dropped_probs, dprobs = probs * factors, dprobs * factors
-        delta = (probs * dprobs).sum(-1, keepdim=True)  # (B, H, L, 1)
+        if uses_saved and saved.out is not None:
+            delta = (dout * saved.out.to(problem.accumulate_dtype)).sum(-1, keepdim=True)
+        else:
+            delta = (probs * dprobs).sum(-1, keepdim=True)  # (B, H, L, 1)
         if dlse is not None:
             delta = delta - dlse.unsqueeze(-1)
         dbiased = probs * (dprobs - delta)  # the gradient of the scores after softcap and bias
@@ -103,8 +124,11 @@ class Softmax(NamedTuple):
     dcap: Tensor | None
 
 
-def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
-    """The softmax of the logits. x: the inputs from `_to_compute`."""
+def _scores(problem: AttentionProblem, x: Inputs) -> tuple[Tensor, Tensor | None]:
+    """The scores with all masks and biases (hidden ones are -inf), and the derivative of the softcap.
+
+    x: the inputs from `_to_compute`
+    """
     scores = (x.query * problem.scale) @ x.key.transpose(-2, -1)  # (B, H, L, S)
     dcap = None
     if problem.softcap:
@@ -115,7 +139,12 @@ def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
         scores = scores + bias
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
+    return scores, dcap
 
+
+def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
+    """The probs, the log-sum-exp, and the derivative of the softcap. x: the inputs from `_to_compute`."""
+    scores, dcap = _scores(problem, x)
     # The maximum of a row without visible keys is -inf. 0 in its place keeps exp and its gradients finite.
     row_max = (
         scores.detach().amax(-1, keepdim=True)
@@ -164,7 +193,8 @@ def _dropout_factors(problem: AttentionProblem, x: Inputs) -> Tensor:
     """(B, H, L, S): 0 for each dropped entry, 1 / (1 - p) for each other one."""
     assert x.seed is not None, "dropout_p > 0 needs a seed"
     rows, columns = masks.positions(problem, x)
-    dropout_keep = dropout.keep_mask(x.seed, problem.dropout_p, x.query.shape[0], problem.num_heads, rows, columns)
+    batch, origin = x.query.shape[0], problem.dropout_origin
+    dropout_keep = dropout.keep_mask(x.seed, problem.dropout_p, batch, problem.num_heads, rows, columns, origin)
     return dropout_keep.to(problem.accumulate_dtype) * dropout.scale(problem.dropout_p)
 
 

@@ -32,10 +32,26 @@ class Band(NamedTuple):
 UNBOUNDED_BAND = Band()
 
 
+class DropoutOrigin(NamedTuple):
+    """The position of the first entry of the scores among the scores that dropout numbers.
+
+    A call that computes a part of a larger attention drops the entries that the whole call would drop.
+    """
+
+    batch: int = 0
+    head: int = 0
+    query: int = 0
+    key: int = 0
+
+
+NO_ORIGIN = DropoutOrigin()
+
+
 class Scalars(NamedTuple):
     """The numbers of a call that do not follow from the shapes of its tensors, as the registered operators take them.
 
     max_seqlen_q, max_seqlen_k: L and S; for a packed call, at least the lengths of the longest sequences
+    dropout_batch, dropout_head, dropout_query, dropout_key: the `DropoutOrigin`
     """
 
     max_seqlen_q: int
@@ -46,6 +62,10 @@ class Scalars(NamedTuple):
     band_left: int = UNBOUNDED
     band_right: int = UNBOUNDED
     band_offset: int = 0
+    dropout_batch: int = 0
+    dropout_head: int = 0
+    dropout_query: int = 0
+    dropout_key: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +74,14 @@ class AttentionProblem:
 
     Problems are compared and hashed by identity, so that a backend finds what it has cached for a problem quickly.
 
-    is_packed:    the tensors have one batch entry that holds the rows of all sequences; ``batch`` is the number of
-                  sequences, ``seqlen_q`` and ``seqlen_k`` are the largest lengths
-    has_key_bias: the key padding is floating point. The call may have no key bias nevertheless, if all entries of the
-                  padding are 0 or -inf.
-    allows_tf32:  the factors of float32 products may be rounded to TF32. Torch's setting for it can change between
-                  calls, so a backend that obeys this setting fills in the field itself.
-    capability:   the compute capability of a CUDA device, read from the device if not given; None without a GPU
+    is_packed:      the tensors have one batch entry that holds the rows of all sequences; ``batch`` is the number of
+                    sequences, ``seqlen_q`` and ``seqlen_k`` are the largest lengths
+    has_key_bias:   the key padding is floating point. The call may have no key bias nevertheless, if all entries of the
+                    padding are 0 or -inf.
+    allows_tf32:    the factors of float32 products may be rounded to TF32. Torch's setting for it can change between
+                    calls, so a backend that obeys this setting fills in the field itself.
+    dropout_origin: where the scores of this call lie in the scores of a larger attention
+    capability:     the compute capability of a CUDA device, read from the device if not given; None without a GPU
     """
 
     batch: int
@@ -84,6 +105,7 @@ class AttentionProblem:
     has_relative_bias: bool = False
     has_sinks: bool = False
     allows_tf32: bool = False
+    dropout_origin: DropoutOrigin = NO_ORIGIN
     capability: tuple[int, int] | None = None
     #: The call has no tensors but query, key and value.
     is_plain: bool = field(init=False, default=False)
@@ -115,6 +137,9 @@ class AttentionProblem:
             softcap=scalars.softcap,
             dropout_p=scalars.dropout_p,
             band=Band(scalars.band_left, scalars.band_right, scalars.band_offset),
+            dropout_origin=DropoutOrigin(
+                scalars.dropout_batch, scalars.dropout_head, scalars.dropout_query, scalars.dropout_key
+            ),
             is_packed=offsets is not None,
             has_mask=shapes.mask is not None,
             has_key_padding=shapes.key_padding is not None,
@@ -127,7 +152,8 @@ class AttentionProblem:
     @property
     def scalars(self) -> Scalars:
         """The numbers of the problem in the form that the registered operators take."""
-        return Scalars(self.seqlen_q, self.seqlen_k, self.scale, self.softcap, self.dropout_p, *self.band)
+        numbers = (self.seqlen_q, self.seqlen_k, self.scale, self.softcap, self.dropout_p)
+        return Scalars(*numbers, *self.band, *self.dropout_origin)
 
     def __post_init__(self):
         has_shared = self.has_bias or self.has_key_bias or self.has_relative_bias or self.has_sinks

@@ -110,6 +110,7 @@ def _config(problem: AttentionProblem) -> Any:
         window_right=None if right == UNBOUNDED else right,
         diagonal_offset=offset,
         dropout_p=problem.dropout_p,
+        dropout_origin=problem.dropout_origin,
         max_seqlen_q=problem.seqlen_q,
         max_seqlen_k=problem.seqlen_k,
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import native
+from fused_attn.attention import dropout
 from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
@@ -59,6 +60,10 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
             reasons.append(f"head dim {dim} is no multiple of {HEAD_DIM_STEP} up to {HEAD_DIMS[-1]}")
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_ROWS:
         reasons.append(f"more than {MAX_ROWS} rows")
+    if problem.dropout_origin.key % dropout.GROUP != 0:
+        reasons.append(
+            f"dropout numbers the keys from {problem.dropout_origin.key} on, expected a multiple of {dropout.GROUP}"
+        )
     return reasons
 
 
@@ -246,6 +251,7 @@ def _config(problem: AttentionProblem) -> Any:
         window_right=None if right == UNBOUNDED else right,
         diagonal_offset=offset,
         dropout_p=problem.dropout_p,
+        dropout_origin=problem.dropout_origin,
         max_seqlen_q=problem.seqlen_q,
         max_seqlen_k=problem.seqlen_k,
     )

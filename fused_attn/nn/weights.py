@@ -81,7 +81,7 @@ def attention_weights(
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     if dropout_p:
         assert dropout_seed is not None, "dropout_p needs the seed that forward has drawn"
-        positions = (Positions(index, torch.zeros_like(index)) for index in (rows, columns))
-        dropout_keep = dropout.keep_mask(dropout_seed, dropout_p, batch, num_heads, *positions)
+        queries, keys = (Positions(index, torch.zeros_like(index)) for index in (rows, columns))
+        dropout_keep = dropout.keep_mask(dropout_seed, dropout_p, batch, num_heads, queries, keys)
         weights = weights * dropout_keep * dropout.scale(dropout_p)
     return weights

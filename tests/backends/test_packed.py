@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from fused_attn import fused_attention_varlen
+from fused_attn.attention.inputs import Inputs
+from fused_attn.attention.problem import Scalars
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("poisoned")]
 
@@ -24,7 +26,7 @@ def test_strays(dtype: torch.dtype, options: dict, backend: str) -> None:
 def test_sequences_that_are_none_at_all(backend: str) -> None:
     query, offsets = torch.full((1, 2, 5, 8), float("nan")).requires_grad_(), torch.zeros(1, dtype=torch.int32)
     out, lse, row_max = torch.ops.fused_attn.attention(
-        query, query, query, *(None,) * 7, offsets, offsets, 5, 5, 0.3, 0.0, 0.0, -1, -1, 0, backend, True
+        *Inputs(query, query, query, cu_seqlens_q=offsets, cu_seqlens_k=offsets), *Scalars(5, 5, 0.3), backend, True
     )
     (dquery,) = torch.autograd.grad(out, query, torch.full_like(out, float("nan")))
     assert (out == 0).all() and (lse == float("-inf")).all() and torch.equal(row_max, lse) and (dquery == 0).all()

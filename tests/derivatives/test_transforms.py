@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fused_attn
+from fused_attn.attention.inputs import Gradients, Inputs, take
+from fused_attn.attention.problem import Scalars
 
 CASE = {case.id: case for case in CASES}
 
@@ -151,71 +153,19 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
     padding = torch.arange(7).expand(2, 7) < torch.tensor([[7], [4]])
     packed_q, packed_k, packed_v = tensors(generator, (1, 2, 9, 8), (1, 2, 8, 8), (1, 2, 8, 8))
     offsets_q, offsets_k = torch.tensor([0, 4, 9]).int(), torch.tensor([0, 5, 8]).int()
-    none = (None,) * 9
     blhd = tuple(x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (query, key, value))
+    detached = (query.detach(), key.detach(), value.detach())
+    everything = Inputs(query, key, value, bias, key_bias, relative, sinks, seed, mask, padding)
+    packed = Inputs(packed_q, packed_k, packed_v, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k)
+    plain, causal = Scalars(5, 7, 0.3), Scalars(5, 7, 0.3, band_right=0)
+    of_all = Scalars(5, 7, 0.3, 2.0, 0.3, 4, 3, 0, dropout_batch=1, dropout_head=2, dropout_query=3, dropout_key=4)
     return {
-        "plain": (query, key, value, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, backend, False),
-        "blhd": (*blhd, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, backend, True),
-        "no-grad": (query.detach(), key.detach(), value.detach(), *none, 5, 7, 0.3, 0.0, 0.0, -1, 0, 0, backend, False),
-        "everything": (
-            query,
-            key,
-            value,
-            bias,
-            key_bias,
-            relative,
-            sinks,
-            seed,
-            mask,
-            padding,
-            None,
-            None,
-            5,
-            7,
-            0.3,
-            2.0,
-            0.3,
-            4,
-            3,
-            0,
-            backend,
-            True,
-        ),
-        "bias-only": (
-            query.detach(),
-            key.detach(),
-            value.detach(),
-            bias,
-            *(None,) * 8,
-            5,
-            7,
-            0.3,
-            0.0,
-            0.0,
-            -1,
-            -1,
-            0,
-            backend,
-            False,
-        ),
-        "packed": (
-            packed_q,
-            packed_k,
-            packed_v,
-            *(None,) * 7,
-            offsets_q,
-            offsets_k,
-            5,
-            5,
-            0.3,
-            0.0,
-            0.0,
-            -1,
-            0,
-            0,
-            backend,
-            True,
-        ),
+        "plain": (*Inputs(query, key, value), *plain, backend, False),
+        "blhd": (*Inputs(*blhd), *plain, backend, True),
+        "no-grad": (*Inputs(*detached), *causal, backend, False),
+        "everything": (*everything, *of_all, backend, True),
+        "bias-only": (*Inputs(*detached, bias=bias), *plain, backend, False),
+        "packed": (*packed, *Scalars(5, 5, 0.3, band_right=0), backend, True),
     }
 
 
@@ -234,12 +184,13 @@ def test_opcheck_backward(name: str, has_dlse: bool, backend: str, generator: to
         out, lse, _ = torch.ops.fused_attn.attention(*args)
     dout = torch.randn(out.shape, generator=generator)
     dlse = torch.randn(lse.shape, generator=generator) if has_dlse else None
-    wanted = [x is not None for x in args[:7]]
-    inputs = (x if x is None else x.detach() for x in args[:12])
+    inputs, others = take(Inputs, args)
+    wanted = [x is not None for x in inputs[: len(Gradients._fields)]]
+    inputs = (x if x is None else x.detach() for x in inputs)
     # The derivative of the backward operator is not checked here. The tests of double backward below check it.
     outcome = torch.library.opcheck(
         torch.ops.fused_attn.attention_backward,
-        (*inputs, out, lse, dout, dlse, wanted, *args[12:-1]),
+        (*inputs, out, lse, dout, dlse, wanted, *others[:-1]),
     )
     assert set(outcome.values()) == {"SUCCESS"} and len(outcome) >= 4
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_attn.attention import dropout
 from fused_attn.attention.inputs import Inputs
-from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
+from fused_attn.attention.problem import NO_ORIGIN, UNBOUNDED, AttentionProblem, DropoutOrigin
 from fused_attn.backends.triton.configs import Config, padded_head_dim
 
 #: Arguments of kernels whose value never causes another compilation.
@@ -170,6 +170,7 @@ class Settings(NamedTuple):
     band_left, band_right: how many keys a query sees before and after its diagonal; None = unbounded
     dropout_threshold: a signed number. Flip the top bit of a random word, and read the word as a signed number. The
         entry survives dropout if this number is at least the threshold
+    dropout_origin: None = zeros
     IS_FLOAT32: inputs are float32, and their products must not be rounded to TF32
     """
 
@@ -182,6 +183,7 @@ class Settings(NamedTuple):
     band_right: int | None
     dropout_threshold: int
     dropout_scale: float
+    dropout_origin: DropoutOrigin | None
     HEAD_DIM: tl.constexpr
     VALUE_DIM: tl.constexpr
     BLOCK_D: tl.constexpr
@@ -209,6 +211,7 @@ class Settings(NamedTuple):
             None if band.right == UNBOUNDED or band.right >= reach else band.right,
             dropout.threshold(problem.dropout_p) - 2**31,
             dropout.scale(problem.dropout_p),
+            None if problem.dropout_origin == NO_ORIGIN else problem.dropout_origin,
             *map(
                 tl.constexpr,
                 (

@@ -11,6 +11,7 @@ import re
 
 import torch
 
+from fused_attn.attention import dropout
 from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.triton.interpreter import is_interpreting
@@ -44,6 +45,10 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(f"dtype {problem.dtype} is none of {', '.join(map(str, DTYPES))}")
     if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
         reasons.append(f"head dim {max(problem.head_dim, problem.value_dim)} is above {MAX_HEAD_DIM}")
+    if problem.dropout_origin.key % dropout.GROUP != 0:
+        reasons.append(
+            f"dropout numbers the keys from {problem.dropout_origin.key} on, expected a multiple of {dropout.GROUP}"
+        )
     return reasons
 
 

@@ -153,13 +153,19 @@ def dropout_keep(query, first_key, head_slice, masks, settings):
     query: (M, 1)
     """
     group = first_key // 4 + tl.arange(0, settings.BLOCK_N // 4)[None, :]
+    batch, head = head_slice.batch, head_slice.head
+    if settings.dropout_origin is not None:
+        batch += settings.dropout_origin.batch
+        head += settings.dropout_origin.head
+        query += settings.dropout_origin.query
+        group += settings.dropout_origin.key // 4
     zero = (query + group) * 0
     word0, word1, word2, word3 = tl.philox(
         tl.load(masks.seed),
         (zero + group).to(tl.uint32),
         (zero + query).to(tl.uint32),
-        (zero + head_slice.head).to(tl.uint32),
-        (zero + head_slice.batch).to(tl.uint32),
+        (zero + head).to(tl.uint32),
+        (zero + batch).to(tl.uint32),
     )
     survives02 = tl.interleave(_survives(word0, settings), _survives(word2, settings))
     survives13 = tl.interleave(_survives(word1, settings), _survives(word3, settings))

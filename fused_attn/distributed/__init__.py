@@ -1,0 +1,15 @@
+"""Attention over sequences that several processes share, with the results of one process.
+
+sequence.py   which rows of a sequence each rank holds; shards of a tensor
+blocks.py     which blocks of the scores a rank computes, and which keys it needs from which rank
+exchange.py   messages between ranks, and how many bytes they have
+ring.py       the queries stay, the keys and values travel
+ulysses.py    each rank gets all rows of some of the heads
+attention.py  `context_parallel_attention`
+"""
+
+from fused_attn.distributed.attention import context_parallel_attention
+from fused_attn.distributed.exchange import count_traffic
+from fused_attn.distributed.sequence import shard_sequence, unshard_sequence
+
+__all__ = ["context_parallel_attention", "count_traffic", "shard_sequence", "unshard_sequence"]

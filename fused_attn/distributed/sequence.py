@@ -1,0 +1,154 @@
+"""Which rows of a sequence each rank holds.
+
+With W ranks, a sequence is cut into 2 W chunks, and rank r holds the chunks r and 2 W - 1 - r. Under a causal mask,
+late queries see more keys than early ones. A rank with an early and a late chunk has as much work as every other rank.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from fused_attn.attention import checks
+from fused_attn.attention.dropout import GROUP
+
+
+class Segment(NamedTuple):
+    """Rows of the whole sequence that a rank holds side by side.
+
+    begin, end: positions in the whole sequence
+    at: the index of the first row in the shard of the rank
+    """
+
+    begin: int
+    end: int
+    at: int
+
+
+class Sharding(NamedTuple):
+    """How a sequence of `length` rows is divided among `world` ranks. The last chunks can be shorter than `chunk`."""
+
+    length: int
+    world: int
+    chunk: int
+
+    @classmethod
+    def of(cls, length: int, world: int) -> Sharding:
+        # Chunks begin at multiples of GROUP, so that the keys that share a call of Philox stay together.
+        return cls(length, world, -(-length // (2 * world * GROUP)) * GROUP)
+
+    def of_groups(self, size: int) -> Sharding:
+        """The sharding among groups of `size` neighbouring ranks, each of which holds what its ranks hold."""
+        return Sharding(self.length, self.world // size, self.chunk * size)
+
+    def segments(self, rank: int) -> list[Segment]:
+        """The rows of a rank, in ascending order. Neighbouring chunks are one segment; empty chunks are left out."""
+        found: list[Segment] = []
+        for number in (rank, 2 * self.world - 1 - rank):
+            begin, end = (min(edge * self.chunk, self.length) for edge in (number, number + 1))
+            if begin == end:
+                continue
+            if found and found[-1].end == begin:
+                found[-1] = found[-1]._replace(end=end)
+            else:
+                found.append(Segment(begin, end, sum(x.end - x.begin for x in found)))
+        return found
+
+    def rows(self, rank: int) -> int:
+        """The number of rows that the rank holds."""
+        return sum(segment.end - segment.begin for segment in self.segments(rank))
+
+
+def group_of(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
+    """The process group of a mesh; of all its ranks in row-major order if the mesh has two dimensions."""
+    if isinstance(mesh, dist.ProcessGroup):
+        return mesh
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh: expected a DeviceMesh or a ProcessGroup, got {type(mesh).__name__}")
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.ndim != 2:
+        raise checks.fail("mesh", "one or two dimensions", f"{mesh.ndim}")
+    if mesh.mesh.flatten().tolist() == list(range(dist.get_world_size())):
+        return dist.distributed_c10d._get_default_group()
+    if mesh.mesh_dim_names is None:
+        raise checks.fail("mesh", "mesh_dim_names, as its two dimensions are a part of all ranks", "none")
+    return mesh._flatten().get_group()
+
+
+def shard_sequence(x: Tensor, mesh: DeviceMesh | dist.ProcessGroup, dim: int) -> Tensor:
+    """The rows of a whole tensor that this rank holds; see the head of this module.
+
+    Args:
+        x: the whole tensor, the same on all ranks. For padding masks, dim is that of the keys.
+        mesh: the ranks that share the sequence.
+        dim: the dimension of the sequence, 2 for (B, H, L, D).
+
+    Returns:
+        A copy of the rows of this rank. Gradients flow to the rows of x that the rank holds.
+    """
+    group = group_of(mesh)
+    sharding = Sharding.of(x.shape[dim], dist.get_world_size(group))
+    parts = [x.narrow(dim, begin, end - begin) for begin, end, _ in sharding.segments(dist.get_rank(group))]
+    return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0).clone()
+
+
+@torch.no_grad()
+def unshard_sequence(x: Tensor, mesh: DeviceMesh | dist.ProcessGroup, dim: int) -> Tensor:
+    """The whole tensor, from the shards of all ranks. No gradient flows through this function.
+
+    Args:
+        x: the shard of this rank, as `shard_sequence` makes it.
+        mesh: the ranks that share the sequence.
+        dim: the dimension of the sequence.
+
+    Raises:
+        ValueError: the shards have other lengths than `shard_sequence` gives them.
+    """
+    group = group_of(mesh)
+    (sharding,) = shardings_of({"x": x.shape[dim]}, group, x.device)
+    longest = max(map(sharding.rows, range(sharding.world)))
+    # Collectives want tensors of one shape, so each shard is filled up to the longest one.
+    filled = x.new_zeros(*x.shape[:dim], longest, *x.shape[dim + 1 :])
+    filled.narrow(dim, 0, x.shape[dim]).copy_(x)
+    shards = [torch.empty_like(filled) for _ in range(sharding.world)]
+    dist.all_gather(shards, filled, group=group)
+    placed = [
+        (begin, shard.narrow(dim, at, end - begin))
+        for rank, shard in enumerate(shards)
+        for begin, end, at in sharding.segments(rank)
+    ]
+    return torch.cat([part for _, part in sorted(placed, key=lambda pair: pair[0])], dim) if placed else x.clone()
+
+
+def shardings_of(
+    lengths: dict[str, int], group: dist.ProcessGroup, device: torch.device, fingerprint: int = 0
+) -> list[Sharding]:
+    """The `Sharding` of each named tensor, from the lengths of all shards. The host waits for a small collective.
+
+    fingerprint: a number that must be the same on all ranks, because it stands for the other arguments
+
+    Raises:
+        ValueError: on every rank alike, if the shards of a tensor are not those of `shard_sequence`, or if the
+            fingerprints differ.
+    """
+    world = dist.get_world_size(group)
+    own = torch.tensor([*lengths.values(), fingerprint], dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(gathered, own, group=group)
+    *rows_of_ranks, fingerprints = torch.stack(gathered).t().tolist()  # (tensors, ranks)
+    if len(set(fingerprints)) > 1:
+        differing = [rank for rank, x in enumerate(fingerprints) if x != fingerprints[0]]
+        raise checks.fail("options and shapes", "the same on all ranks", f"others on the ranks {differing} than on 0")
+    found = []
+    for name, rows in zip(lengths, rows_of_ranks, strict=True):
+        sharding = Sharding.of(sum(rows), world)
+        expected = [sharding.rows(rank) for rank in range(world)]
+        if expected != list(rows):
+            raise checks.fail(name, f"shards as shard_sequence makes them, of {expected} rows", f"{list(rows)}")
+        found.append(sharding)
+    return found

@@ -1,0 +1,64 @@
+"""What the processes of `test_context_parallel.py` run."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from fused_attn.distributed import context_parallel_attention, count_traffic, shard_sequence
+
+SEQUENCE_DIM = {"query": 2, "key": 2, "value": 2, "key_padding_mask": 1}
+
+
+def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+    """A mesh of all processes."""
+    return DeviceMesh("cpu", torch.arange(dist.get_world_size()).view(shape))
+
+
+def attention(
+    mesh_shape: tuple[int, ...], method: str, tensors: dict[str, Tensor], weights: tuple[Tensor, Tensor],
+    options: dict[str, Any], knows_lengths: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """The shards of out, lse and all gradients of this rank, by name, and the bytes that it has sent."""
+    mesh = mesh_of(mesh_shape)
+    shards = {
+        name: shard_sequence(x.detach(), mesh, SEQUENCE_DIM[name]) if name in SEQUENCE_DIM else x.detach().clone()
+        for name, x in tensors.items()
+    }
+    for name, x in shards.items():
+        x.requires_grad_(tensors[name].requires_grad)
+    seqlens = (tensors["query"].shape[2], tensors["key"].shape[2]) if knows_lengths else None
+    with count_traffic() as traffic:
+        out, lse = context_parallel_attention(
+            **shards, mesh=mesh, method=method, seqlens=seqlens, return_lse=True, **options
+        )
+        forward_bytes = traffic.sent_bytes
+        w, w_lse = (shard_sequence(x, mesh, 2) for x in weights)
+        loss = (out.to(w.dtype) * w).sum() + (lse.masked_fill(lse == float("-inf"), 0.0) * w_lse).sum()
+        loss.backward()
+    grads = {f"d{name}": x.grad for name, x in shards.items() if x.requires_grad}
+    return {"out": out.detach(), "lse": lse.detach(), **grads, "bytes": forward_bytes}
+
+
+def options_differ() -> None:
+    """A call whose ranks have different options."""
+    x = torch.randn(1, 2, 8, 16)
+    context_parallel_attention(x, x, x, mesh=mesh_of((dist.get_world_size(),)), is_causal=dist.get_rank() == 0)
+
+
+def warm_up() -> None:
+    """A call of all ranks, so that the connections between them stand."""
+    x = torch.randn(1, 2, 24, 16)
+    context_parallel_attention(x, x, x, mesh=mesh_of((dist.get_world_size(),)), method="ring")
+
+
+def one_rank_dies() -> None:
+    """Rank 1 ends while the others compute."""
+    if dist.get_rank() == 1:
+        os._exit(1)
+    warm_up()

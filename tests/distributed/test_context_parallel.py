@@ -1,0 +1,172 @@
+"""Attention over shards of a sequence: on 2, 3 and 4 processes, the results are those of one process."""
+
+from __future__ import annotations
+
+import time
+
+import jobs
+import pytest
+import torch
+from processes import Team
+
+from fused_attn import fused_attention
+from fused_attn.attention.masks import band_of
+from fused_attn.distributed.blocks import Positions
+from fused_attn.distributed.planning import ring_elements, ulysses_elements
+from fused_attn.distributed.sequence import Sharding
+
+MESHES = {"2": (2,), "3": (3,), "4": (4,), "2x2": (2, 2)}
+DIM = 16
+
+# name: (L, S, query heads, key heads, options, further tensors)
+CASES = {
+    "causal": (37, 37, 12, 12, {"is_causal": True}, ()),
+    "window, sinks and grouped heads": (
+        61, 61, 12, 6, {"is_causal": True, "enable_gqa": True, "window_size": (9, 3)}, ("sinks",),
+    ),
+    "other keys with padding and a relative bias": (50, 37, 12, 12, {"softcap": 2.0}, ("padding", "relative_bias")),
+    "shared relative bias and float padding": (24, 24, 12, 12, {"scale": 0.3}, ("float padding", "shared bias")),
+    "dropout with everything": (
+        64, 64, 12, 4, {"enable_gqa": True, "dropout_p": 0.3, "dropout_seed": 5, "is_causal": True},
+        ("sinks", "padding", "relative_bias"),
+    ),
+    "a shard that is all padding": (32, 32, 12, 12, {}, ("padded rank",)),
+    "shorter than the ranks": (5, 3, 12, 12, {"is_causal": True}, ()),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def mesh(request, tmp_path_factory):
+    """(the shape of a mesh, the processes that form it)."""
+    shape = MESHES[request.param]
+    world = torch.Size(shape).numel()
+    with Team(world, tmp_path_factory.mktemp("team") / "store") as team:
+        yield shape, team
+
+
+def problem(case: str, generator: torch.Generator, dtype: torch.dtype = torch.float64):
+    """(tensors by the names of arguments, weights of out and lse in the loss, options)."""
+    seqlen_q, seqlen_k, heads, kv_heads, options, further = CASES[case]
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype, generator=generator)
+
+    tensors = {
+        "query": random(2, heads, seqlen_q, DIM),
+        "key": random(2, kv_heads, seqlen_k, DIM),
+        "value": random(2, kv_heads, seqlen_k, DIM),
+    }
+    if "sinks" in further:
+        tensors["sinks"] = random(heads)
+    if "relative_bias" in further:
+        tensors["relative_bias"] = random(heads, seqlen_q + seqlen_k - 1)
+    if "shared bias" in further:
+        tensors["relative_bias"] = random(seqlen_q + seqlen_k - 1)
+    for x in tensors.values():
+        x.requires_grad_()
+    if "padding" in further or "padded rank" in further:
+        padding = torch.rand(2, seqlen_k, generator=generator) < 0.3
+        padding[1, seqlen_k // 2 :] = True
+        if "padded rank" in further:  # rank 0 of two holds the first and the last quarter
+            padding[:, : seqlen_k // 4] = padding[:, -(seqlen_k // 4) :] = True
+        tensors["key_padding_mask"] = padding
+    if "float padding" in further:
+        tensors["key_padding_mask"] = random(2, seqlen_k)
+    weights = random(*tensors["query"].shape), random(*tensors["query"].shape[:3])
+    return tensors, weights, options
+
+
+def expected_of(tensors, weights, options) -> dict[str, torch.Tensor]:
+    """The results of one process, by name."""
+    out, lse = fused_attention(**tensors, return_lse=True, **options)
+    loss = (out * weights[0]).sum() + (lse.masked_fill(lse == float("-inf"), 0.0) * weights[1]).sum()
+    loss.backward()
+    grads = {f"d{name}": x.grad for name, x in tensors.items() if x.grad is not None}
+    return {"out": out.detach(), "lse": lse.detach(), **grads}
+
+
+def unsharded(name: str, shards: list[torch.Tensor], tensors) -> torch.Tensor:
+    """The whole tensor from the shards of all ranks. What all ranks hold is the same on all, and one is returned."""
+    owner = {"out": "query", "lse": "query"}.get(name, name.removeprefix("d"))
+    if owner not in jobs.SEQUENCE_DIM:
+        assert all(torch.equal(x, shards[0]) for x in shards)
+        return shards[0]
+    sharding = Sharding.of(tensors[owner].shape[2], len(shards))
+    whole = torch.full((*shards[0].shape[:2], sharding.length, *shards[0].shape[3:]), float("nan")).to(shards[0].dtype)
+    for rank, shard in enumerate(shards):
+        for begin, end, at in sharding.segments(rank):
+            whole[:, :, begin:end] = shard[:, :, at : at + end - begin]
+    return whole
+
+
+def methods(shape: tuple[int, ...]) -> tuple[str, ...]:
+    return ("ring", "ulysses") if len(shape) == 1 else ("auto",)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_are_those_of_one_process(mesh, case: str, generator: torch.Generator) -> None:
+    shape, team = mesh
+    tensors, weights, options = problem(case, generator)
+    expected = expected_of(tensors, weights, options)
+    plain = {name: x.detach().requires_grad_(x.requires_grad) for name, x in tensors.items()}
+    for method in methods(shape):
+        results = team.run(jobs.attention, shape, method, plain, weights, options)
+        for name, x in expected.items():
+            found = unsharded(name, [result[name] for result in results], tensors)
+            torch.testing.assert_close(found, x, rtol=1e-12, atol=1e-12, msg=lambda m: f"{method} {name}: {m}")  # noqa: B023
+
+
+def test_repeats_have_equal_bits(mesh, generator: torch.Generator) -> None:
+    shape, team = mesh
+    tensors, weights, options = problem("dropout with everything", generator, torch.float32)
+    for method in methods(shape):
+        first, second = (team.run(jobs.attention, shape, method, tensors, weights, options) for _ in range(2))
+        for a, b in zip(first, second, strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a if name != "bytes"), method
+
+
+def test_bytes_are_those_of_the_plan(mesh, generator: torch.Generator) -> None:
+    shape, team = mesh
+    if len(shape) == 2:
+        pytest.skip("the plan knows meshes of one dimension")
+    for case in ("causal", "window, sinks and grouped heads"):
+        tensors, weights, options = problem(case, generator)
+        band = band_of(True, options.get("window_size", (-1, -1)))
+        seqlen_q, seqlen_k = tensors["query"].shape[2], tensors["key"].shape[2]
+        positions = Positions(Sharding.of(seqlen_q, *shape), Sharding.of(seqlen_k, *shape), band, are_needed=False)
+        shapes = [tensors[name].shape for name in ("query", "key", "value")]
+        ring = team.run(jobs.attention, shape, "ring", tensors, weights, options, True)
+        assert [result["bytes"] for result in ring] == [8 * n for n in ring_elements(positions, *shapes[1:])]
+        ulysses = team.run(jobs.attention, shape, "ulysses", tensors, weights, options, True)
+        lse = [8 * 2 * 12 // shape[0] * (seqlen_q - positions.query.rows(rank)) for rank in range(*shape)]
+        planned = [8 * n for n in ulysses_elements(positions, *shapes)]
+        assert [result["bytes"] for result in ulysses] == [a + b for a, b in zip(planned, lse, strict=True)]
+
+
+def test_window_sends_no_keys_that_nobody_sees() -> None:
+    """With 4 ranks and a window of 8 before each query, a rank sends the last 8 rows of its chunks at most."""
+    sharding = Sharding.of(1024, 4)
+    positions = Positions(sharding, sharding, band_of(True, (8, 0)), are_needed=False)
+    assert max(ring_elements(positions, (1, 1, 0, 1), (1, 1, 0, 0))) <= 2 * 8
+
+
+def test_different_options_raise_on_all_ranks(mesh) -> None:
+    shape, team = mesh
+    if len(shape) == 2:
+        pytest.skip("as with one dimension")
+    for is_right, result in team.outcomes(jobs.options_differ):
+        assert not is_right
+        assert "options and shapes: expected the same on all ranks" in result[0]
+
+
+def test_other_ranks_raise_when_one_dies(tmp_path) -> None:
+    """Nobody hangs: the ranks that wait for the dead one raise within the time limit of the process group."""
+    with Team(3, tmp_path / "store", timeout=10.0) as team:
+        team.run(jobs.warm_up)
+        start = time.monotonic()
+        outcomes = team.outcomes(jobs.one_rank_dies)
+        assert time.monotonic() - start < 60.0
+    assert [is_right for is_right, _ in outcomes] == [False] * 3
+    assert outcomes[1][1][0] == "the process has ended"
+    for rank in (0, 2):
+        assert "RuntimeError" in outcomes[rank][1][0] or "DistBackendError" in outcomes[rank][1][0]

@@ -1,0 +1,196 @@
+"""Attention in parts: merged parts are the whole, with all masks, biases and dropout bits."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fused_attn import fused_attention
+from fused_attn.attention.inputs import Gradients
+from fused_attn.partial import attention_partial, attention_partial_backward, join_sinks, merge
+
+CUTS = ((0, 12), (12, 40), (40, 53))
+
+CASES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "window and softcap": {"window_size": (11, 4), "softcap": 2.0},
+    "relative bias": {"is_causal": True, "relative_bias": (4, 105)},
+    "shared relative bias": {"relative_bias": (105,)},
+    "padding": {"key_padding_mask": (2, 53)},
+    "dropout": {"dropout_p": 0.4, "dropout_seed": 11, "is_causal": True},
+}
+
+
+def problem(case: str, generator: torch.Generator):
+    """(query, key, value, options of the whole call). All keys of the second part are padding in batch entry 1."""
+    query, key, value = (
+        torch.randn(2, heads, 53, 16, dtype=torch.float64, generator=generator, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    options = {"enable_gqa": True, **CASES[case]}
+    if "relative_bias" in options:
+        shape = options["relative_bias"]
+        options["relative_bias"] = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+    if "key_padding_mask" in options:
+        padding = torch.rand(2, 53, generator=generator) < 0.3
+        padding[1, slice(*CUTS[1])] = True
+        options["key_padding_mask"] = padding
+    return query, key, value, options
+
+
+def options_of_part(options: dict, queries: tuple[int, int], keys: tuple[int, int]) -> dict:
+    part = {**options, "query_offset": queries[0], "key_offset": keys[0]}
+    if "key_padding_mask" in options:
+        part["key_padding_mask"] = options["key_padding_mask"][:, slice(*keys)]
+    return part
+
+
+def in_parts(query, key, value, options, backend=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of all queries, computed by one call for each pair of cuts."""
+    rows = []
+    for queries in CUTS:
+        parts = [
+            attention_partial(
+                query[:, :, slice(*queries)], key[:, :, slice(*keys)], value[:, :, slice(*keys)],
+                backend=backend, **options_of_part(options, queries, keys),
+            )
+            for keys in CUTS
+        ]  # fmt: skip
+        rows.append(merge(*zip(*parts, strict=True)))
+    out, lse = zip(*rows, strict=True)
+    return torch.cat(out, 2), torch.cat(lse, 2)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("case", CASES)
+def test_merged_parts_are_the_whole(case: str, backend: str, generator: torch.Generator) -> None:
+    query, key, value, options = problem(case, generator)
+    whole, whole_lse = fused_attention(query, key, value, return_lse=True, backend=backend, **options)
+    out, lse = in_parts(query, key, value, options, backend)
+    close(out, whole)
+    close(lse, whole_lse)
+    weight = torch.randn(out.shape, dtype=torch.float64, generator=generator)
+    inputs = [query, key, value, *([options["relative_bias"]] if "relative_bias" in options else [])]
+    expected = torch.autograd.grad((whole * weight).sum() + whole_lse.sum(), inputs)
+    found = torch.autograd.grad((out * weight).sum() + lse.sum(), inputs)
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_backward_of_the_parts_adds_up(case: str, backend: str, generator: torch.Generator) -> None:
+    query, key, value, options = problem(case, generator)
+    whole, whole_lse = fused_attention(query, key, value, return_lse=True, backend=backend, **options)
+    dout = torch.randn(whole.shape, dtype=torch.float64, generator=generator)
+    dlse = torch.randn(whole_lse.shape, dtype=torch.float64, generator=generator)
+    bias = options.get("relative_bias")
+    inputs = [x for x in (query, key, value, bias) if x is not None]
+    expected = torch.autograd.grad((whole * dout).sum() + (whole_lse * dlse).sum(), inputs)
+    sums = [torch.zeros_like(x) for x in inputs]
+    for queries, keys in itertools.product(CUTS, CUTS):
+        rows, columns = slice(*queries), slice(*keys)
+        attention_partial_backward(
+            dout[:, :, rows], query[:, :, rows], key[:, :, columns], value[:, :, columns],
+            whole[:, :, rows].detach(), whole_lse[:, :, rows].detach(), dlse=dlse[:, :, rows], backend=backend,
+            into=Gradients(
+                sums[0][:, :, rows], sums[1][:, :, columns], sums[2][:, :, columns],
+                relative_bias=None if bias is None else sums[3],
+            ),
+            **options_of_part(options, queries, keys),
+        )  # fmt: skip
+    for a, b in zip(sums, expected, strict=True):
+        close(a, b)
+
+
+def test_sinks_join_once(backend: str, generator: torch.Generator) -> None:
+    query, key, value, options = problem("causal", generator)
+    sinks = torch.randn(4, dtype=torch.float64, generator=generator, requires_grad=True)
+    whole, whole_lse = fused_attention(query, key, value, sinks=sinks, return_lse=True, backend=backend, **options)
+    out, lse = join_sinks(*in_parts(query, key, value, options, backend), sinks)
+    close(out, whole)
+    close(lse, whole_lse)
+    (expected,) = torch.autograd.grad(whole.square().sum() + whole_lse.sum(), sinks)
+    (found,) = torch.autograd.grad(out.square().sum() + lse.sum(), sinks)
+    close(found, expected)
+
+
+@pytest.mark.quick
+def test_dropout_of_a_part_is_that_of_the_whole(backend: str) -> None:
+    """With one-hot values, the outputs are the weights. Batch entries, heads, queries and keys begin anywhere."""
+    whole = torch.zeros(3, 4, 30, 1, dtype=torch.float64)
+    keys, values = torch.zeros(3, 4, 45, 1, dtype=torch.float64), torch.eye(45, dtype=torch.float64)
+    drops = {"dropout_p": 0.5, "dropout_seed": 3, "backend": backend}
+    bits = fused_attention(whole, keys, values.expand(3, 4, -1, -1), **drops) != 0
+    part, _ = attention_partial(
+        whole[1:, 2:, 7:20], keys[1:, 2:, 9:], values[9:].expand(2, 2, -1, -1),
+        batch_offset=1, head_offset=2, query_offset=7, key_offset=9, **drops,
+    )  # fmt: skip
+    assert torch.equal(part[..., 9:] != 0, bits[1:, 2:, 7:20, 9:])
+
+
+def test_operator_keeps_the_offsets(generator: torch.Generator) -> None:
+    """torch.compile and dispatch modes see a registered operator, which gets the offsets as numbers."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    query, key, value, options = problem("dropout", generator)
+    call = {**options, "query_offset": 8, "key_offset": 4}
+    expected, _ = attention_partial(query, key, value, **call)
+    with FlopCounterMode(display=False):
+        found, _ = attention_partial(query, key, value, **call)
+    assert torch.equal(found, expected)
+
+
+def test_half_precision_returns_float32(generator: torch.Generator) -> None:
+    query = torch.randn(1, 2, 8, 16, generator=generator).bfloat16()
+    out, lse = attention_partial(query, query, query)
+    assert out.dtype == lse.dtype == torch.float32
+    grads = attention_partial_backward(out, query, query, query, out, lse)
+    assert {x.dtype for x in grads if x is not None} == {torch.float32}
+
+
+def test_rows_without_keys(generator: torch.Generator) -> None:
+    outs, lses = torch.zeros(2, 1, 1, 2, 4), torch.full((2, 1, 1, 2), float("-inf"))
+    lses[0, 0, 0, 1] = 3.0
+    outs[0, 0, 0, 1] = 5.0
+    leaves = outs.requires_grad_(), lses.requires_grad_()
+    out, lse = merge(list(leaves[0]), list(leaves[1]))
+    assert lse[0, 0].tolist() == [float("-inf"), 3.0]
+    assert out[0, 0].tolist() == [[0.0] * 4, [5.0] * 4]
+    grads = torch.autograd.grad(out.sum() + lse[0, 0, 1], leaves)
+    assert all(grad.isfinite().all() for grad in grads)
+    out, lse = join_sinks(out.detach(), lse.detach(), torch.tensor([3.0]))
+    assert lse[0, 0, 0] == float("-inf")
+    assert out[0, 0].tolist() == [[0.0] * 4, [2.5] * 4]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"query_offset": -1}, "query_offset: expected an int of at least 0, got -1"),
+        ({"key_offset": 1.5}, "key_offset: expected an int of at least 0, got 1.5"),
+        ({"dropout_p": 0.5}, "dropout_seed: expected a seed, which all parts share, got None"),
+        ({"relative_bias": torch.zeros(4)}, "seqlen_q: expected an int, as relative_bias has an even number"),
+        ({"relative_bias": torch.zeros(5), "key_offset": 3}, "relative_bias: expected the L \\+ S - 1 columns"),
+        ({"sinks": torch.zeros(2)}, "attention_partial: expected options among .*, got sinks"),
+    ],
+)
+def test_errors(options: dict, message: str) -> None:
+    x = torch.zeros(1, 2, 3, 8)
+    with pytest.raises((TypeError, ValueError), match=message):
+        attention_partial(x, x, x, **options)
+
+
+def test_merge_errors() -> None:
+    with pytest.raises(ValueError, match="lses: expected one for each of the outs"):
+        merge([torch.zeros(1, 1, 1, 1)], [])
+    x = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="lse: expected shape \\(1, 2, 3\\), got shape \\(1, 2\\)"):
+        attention_partial_backward(x, x, x, x, x, torch.zeros(1, 2))
