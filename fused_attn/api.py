@@ -147,7 +147,10 @@ def fused_attention(
         out = layout.unflatten(out)
         lse = None if lse is None else layout.unflatten_lse(lse)
         row_max = None if row_max is None else layout.unflatten_lse(row_max)
-    return _asked_for(out, lse, row_max, return_lse, return_max) if return_lse or return_max else out
+    # What is asked for is no None.
+    if return_max:
+        return (out, lse, row_max) if return_lse else (out, row_max)  # type: ignore[return-value]
+    return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
 def fused_attention_varlen(
@@ -230,7 +233,10 @@ def fused_attention_varlen(
     out = out.squeeze(0).transpose(0, 1)
     lse = None if lse is None else lse.squeeze(0)
     row_max = None if row_max is None else row_max.squeeze(0)
-    return _asked_for(out, lse, row_max, return_lse, return_max) if return_lse or return_max else out
+    # What is asked for is no None.
+    if return_max:
+        return (out, lse, row_max) if return_lse else (out, row_max)  # type: ignore[return-value]
+    return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
 def _nested_attention(
@@ -307,15 +313,6 @@ def _with_torch_function(query: Tensor, key: Tensor, value: Tensor, attn_mask: T
         attn_mask = None
     seen = (query, key, value, attn_mask, *others)
     return seen if has_torch_function_variadic(*seen) and not modes.is_pre_dispatch() else None
-
-
-def _asked_for(
-    out: Tensor, lse: Tensor | None, row_max: Tensor | None, return_lse: bool, return_max: bool
-) -> tuple[Tensor, ...]:
-    """The results that the caller asks for, besides out one or both of the others."""
-    if not return_max:
-        return out, lse  # type: ignore[return-value]  # what is asked for is no None
-    return (out, lse, row_max) if return_lse else (out, row_max)  # type: ignore[return-value]
 
 
 def _seed(problem: AttentionProblem, dropout_seed: int | Tensor | None) -> Tensor | None:

@@ -756,6 +756,19 @@ MASKS += [
         dtypes=COMMON,
     ),
     Case("float-mask-float32", attn_mask=float_mask("BHLS", torch.float32), dtypes=(torch.bfloat16, torch.float16)),
+    Case(
+        "float-mask-float32-even",
+        seqlen_q=70,
+        seqlen_k=150,
+        attn_mask=float_mask("1HLS", torch.float32),
+        dtypes=(torch.bfloat16, torch.float16),
+    ),
+    Case(
+        "float-mask-float32-from-an-odd-column",
+        seqlen_k=22,
+        attn_mask=lambda case, dtype, generator: torch.randn(2, 2, 19, 24, generator=generator)[..., 1:23],
+        dtypes=(torch.bfloat16, torch.float16),
+    ),
     Case("float-mask-bfloat16", attn_mask=float_mask("B1LS", torch.bfloat16), dtypes=(torch.float16, torch.float32)),
     Case(
         "float-mask-only-requires-grad",

@@ -419,7 +419,7 @@ void backward_item(const BackwardItem<Policy>& item, int64_t group) {
   const int64_t kv_end = plan.join_heads ? p.num_kv_heads : kv_begin + 1;
   const int64_t heads = p.num_heads / p.num_kv_heads;
 
-  // Where batch entries or heads share the gradient of a bias, entry 0 or head 0 stands for all of them.
+  // Where batch entries or heads share a gradient, the first one of the group stands for all of them.
   const int64_t key_stop = item.key_begin() + plan.chunk_keys;
   const int64_t key_end = key_stop < p.seqlen_k ? key_stop : p.seqlen_k;
   for (const TensorView* view : {&p.dbias, &p.dkey_bias}) {

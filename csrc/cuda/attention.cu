@@ -169,12 +169,12 @@ int64_t relative_bias_heads(const AttentionParams& a) {
   return a.relative_bias.stride_head == 0 ? 1 : a.num_heads;
 }
 
-// Whether each group of eight keys of the bias is aligned to 16 bytes, and no group reaches beyond the last key.
-bool has_aligned_rows(const AttentionParams& a) {
-  constexpr int64_t kGroup = 8;
+// Whether each group of `keys` keys of the bias is one aligned load of `bytes` bytes, and no group reaches beyond the
+// last key.
+bool has_aligned_groups(const AttentionParams& a, int64_t keys, uintptr_t bytes) {
   const TensorView& bias = a.bias;
-  return reinterpret_cast<uintptr_t>(bias.data) % 16 == 0 && a.seqlen_k % kGroup == 0 && bias.stride_col == 1 &&
-         bias.stride_row % kGroup == 0 && bias.stride_head % kGroup == 0 && bias.stride_batch % kGroup == 0;
+  return reinterpret_cast<uintptr_t>(bias.data) % bytes == 0 && a.seqlen_k % keys == 0 && bias.stride_col == 1 &&
+         bias.stride_row % keys == 0 && bias.stride_head % keys == 0 && bias.stride_batch % keys == 0;
 }
 
 // What happens to scores in this call. `relative_bias` is the piece of the workspace with the padded copy.
@@ -199,7 +199,8 @@ LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
   x.key_bias_stride_batch = a.key_bias.stride_batch;
   x.bias = scores_of(a.bias);
   x.is_bias_float = a.bias_dtype == DType::kFloat32;
-  x.has_bias_rows = !x.is_bias_float && has_aligned_rows(a);
+  x.has_bias_rows = !x.is_bias_float && has_aligned_groups(a, 8, 16);
+  x.has_bias_pairs = x.is_bias_float && has_aligned_groups(a, 2, 8);
   return x;
 }
 

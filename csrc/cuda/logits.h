@@ -159,6 +159,30 @@ GPU_DEVICE void add_bias(const ScoreTensor& bias, const HeadSlice& head_slice, f
   }
 }
 
+// Multiplies scores by `factor`, and adds a bias of type float of which each thread can read the two keys of a tile at
+// once (LogitParams::has_bias_pairs), which takes half of the loads. Scores beyond the last query or key need not be
+// right.
+template <int kTiles>
+GPU_DEVICE void add_bias_pairs(const ScoreTensor& bias, const HeadSlice& head_slice, float (&scores)[kTiles][4],
+                               float factor, QueryRows at) {
+  GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    const float* const row = static_cast<const float*>(bias.data) + head_slice.batch * bias.stride_batch +
+                             head_slice.head * bias.stride_head + (at.query + 8 * r) * bias.stride_query + at.key;
+    const int32_t columns = at.query + 8 * r < head_slice.seqlen_q ? head_slice.seqlen_k - at.key : 0;
+    GPU_UNROLL for (int first = 0; first < kTiles; first += 4) {
+      // The branch is there for ptxas. Without it, ptxas would load the pairs of all tiles at once, for which there are
+      // not enough registers at head dim 256.
+      if (8 * first >= columns) break;
+      GPU_UNROLL for (int t = first; t < first + 4; ++t) {
+        Float2 pair{0.0f, 0.0f};
+        if (8 * t < columns) pair = load_global(reinterpret_cast<const Float2*>(row + 8 * t));
+        scores[t][2 * r] = multiply_add(scores[t][2 * r], factor, pair.x);
+        scores[t][2 * r + 1] = multiply_add(scores[t][2 * r + 1], factor, pair.y);
+      }
+    }
+  }
+}
+
 // Multiplies scores by `factor`, and adds a bias of type T whose rows can be read 16 bytes at a time
 // (LogitParams::has_bias_rows), which takes an eighth of the loads. Of four tiles, each of the four threads of a row
 // reads the eight keys of one tile. The threads then exchange what they have read, so that each has its two keys of all
@@ -217,6 +241,7 @@ GPU_DEVICE void to_logits(const Params& p, HeadSlice head_slice, float (&scores)
   }
   if constexpr (Position::kRowsAreQueries) {
     if (x.has_bias_rows) return add_bias_rows<T>(x.bias, head_slice, scores, factor, at);
+    if (x.has_bias_pairs) return add_bias_pairs(x.bias, head_slice, scores, factor, at);
   }
   x.is_bias_float ? add_bias<float>(x.bias, head_slice, scores, factor, at)
                   : add_bias<T>(x.bias, head_slice, scores, factor, at);

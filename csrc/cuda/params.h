@@ -63,6 +63,8 @@ struct LogitParams {
   bool is_bias_float;  // the bias has type float; otherwise the type of the query
   // The bias has the type of the query, and any 8 keys from a multiple of 8 on are one aligned load.
   bool has_bias_rows;
+  // The bias has type float, and any 2 keys from a multiple of 2 on are one aligned load.
+  bool has_bias_pairs;
 };
 
 // A dense mask as bits, in words of 32 (mask_bits.h). An entry here is the mask of one batch entry and head. All

@@ -46,11 +46,11 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
     is_same = problem.value_dim == problem.head_dim
     out = torch.empty_like(query) if is_same else empty_like_layout(query, problem.value_dim)
     lse = row_max = None
-    if needs_lse or needs_max:
+    if needs_lse:
         batch, heads, rows, _ = query.shape
-        of_rows = torch.empty(batch, heads, rows, dtype=problem.accumulate_dtype, device=problem.device)
-        lse = of_rows if needs_lse else None
-        row_max = torch.empty_like(of_rows) if needs_max else None
+        lse = torch.empty(batch, heads, rows, dtype=problem.accumulate_dtype, device=problem.device)
+    if needs_max:
+        row_max = torch.empty(query.shape[:3], dtype=problem.accumulate_dtype, device=problem.device)
     if problem.is_packed:
         clear_rows(out)
         clear_rows(lse, row_max, value=float("-inf"))

@@ -343,6 +343,15 @@ BUGS = [
         "exchange_in_row(words, lane);", "if (!@) exchange_in_row(words, lane);",
     ),
     Bug(
+        "pairs-of-a-bias-swapped", 90, "biased-float", "logits.h",
+        "scores[t][2 * r + 1] = multiply_add(scores[t][2 * r + 1], factor, pair.y);",
+        "scores[t][2 * r + 1] = multiply_add(scores[t][2 * r + 1], factor, @ ? pair.x : pair.y);",
+    ),
+    Bug(
+        "pairs-of-a-bias-misaligned", 80, "biased-odd", "attention.cu",
+        "has_aligned_groups(a, 2, 8)", "has_aligned_groups(a, 2, (@ ? 4 : 8))",
+    ),
+    Bug(
         "tiles-of-a-split-lost", 90, "biased", "sm80/bias_gradient.h",
         "end = static_cast<int32_t>(count * (split + 1) / g.splits);",
         "end = static_cast<int32_t>(count * (split + 1) / g.splits) - @;",
@@ -481,6 +490,22 @@ CASES = {
         edit=cases._scores_near(-20.0),  # padding keys count as zeros, whose score 0 is the largest then
         options={"return_max": True},
         differentiated=(),
+    ),
+    "biased-float": Case(
+        "biased-float",
+        batch=1,
+        seqlen_q=70,
+        seqlen_k=150,
+        head_dim=HEAD_DIM,
+        attn_mask=cases.float_mask("HLS", torch.float32),
+    ),
+    "biased-odd": Case(
+        "biased-odd",
+        batch=1,
+        seqlen_q=70,
+        seqlen_k=150,
+        head_dim=HEAD_DIM,
+        attn_mask=lambda case, dtype, generator: torch.randn(70, 152, generator=generator)[:, 1:151],
     ),
     "masked": Case("masked", seqlen_q=200, seqlen_k=300, head_dim=HEAD_DIM, attn_mask=half_masked),
     "sinks": Case("sinks", seqlen_q=300, seqlen_k=67, head_dim=HEAD_DIM, sinks=cases.sink()),
