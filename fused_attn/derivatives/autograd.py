@@ -40,7 +40,7 @@ class FusedAttention(torch.autograd.Function):
         value: Tensor,
         *others: Tensor | None,
     ):
-        """out (B, H, L, Dv), or (out, lse (B, H, L)) with return_lse. Saves what `backward` needs."""
+        """Returns out (B, H, L, Dv), or (out, lse (B, H, L)) with return_lse. Saves what `backward` needs."""
         backend, problem, return_lse, inputs = call
         ctx.call = backend, problem  # without the inputs, which save_for_backward keeps and guards against changes
         out, lse = backend.forward(problem, inputs, True)
@@ -50,7 +50,7 @@ class FusedAttention(torch.autograd.Function):
             ctx.save_for_backward(out, lse, query, key, value)
         if not return_lse:
             return out
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # torch then passes None, not zeros, for an output without a gradient
         return out, lse
 
     @staticmethod
