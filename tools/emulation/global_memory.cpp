@@ -159,7 +159,7 @@ void forget_accesses() {
 const char* global_read(const void* handle, size_t bytes, size_t alignment, const char* what, bool is_async) {
   Block& b = block();
   const uintptr_t address = reinterpret_cast<uintptr_t>(handle);
-  Buffer& buffer = find(address, bytes, alignment, false, what);
+  Buffer& buffer = find(address, bytes, alignment, /*is_write=*/false, what);
   Thread& thread = *b.current;
   thread.polls = handle == thread.polled ? thread.polls + 1 : 0;
   thread.polled = handle;
@@ -180,7 +180,7 @@ const char* global_read(const void* handle, size_t bytes, size_t alignment, cons
 char* global_write(void* handle, size_t bytes, size_t alignment, const char* what, const Epoch& access, Write kind) {
   Block& b = block();
   const uintptr_t address = reinterpret_cast<uintptr_t>(handle);
-  Buffer& buffer = find(address, bytes, alignment, true, what);
+  Buffer& buffer = find(address, bytes, alignment, /*is_write=*/true, what);
   const uintptr_t p = address - kHandle;
   if (b.options.race_detection) {
     for_each_write(buffer, p, bytes, [&](const LastWrite& last) {
@@ -226,7 +226,7 @@ void add_release(int* counter, int value) {
 void wait_until_equal(const int* counter, int value) {
   Block& b = block();
   const uintptr_t handle = reinterpret_cast<uintptr_t>(counter);
-  find(handle, sizeof(int), sizeof(int), false, "wait_until_equal");
+  find(handle, sizeof(int), sizeof(int), /*is_write=*/false, "wait_until_equal");
   Wait wait = {Wait::kCounter, "wait_until_equal"};
   wait.counter = reinterpret_cast<const int*>(handle - kHandle);
   wait.value = value;

@@ -226,7 +226,7 @@ void tma_load(uint32_t destination, const TensorMap& map, uint32_t mbarrier, con
   check_shared_address(map, destination, what);
   check_first_coordinate(map, coordinates[0], what);
   Box box = box_of(map, coordinates, [&](char* handle, size_t bytes) {
-    return const_cast<char*>(global_read(handle, bytes, 1, what, true));
+    return const_cast<char*>(global_read(handle, bytes, 1, what, /*is_async=*/true));
   });
   load(destination, std::move(box), mbarrier, what);
 }
@@ -249,7 +249,7 @@ void tma_prefetch(const TensorMap& map) { check_map(map, map.rank, "tma_prefetch
 void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t mbarrier) {
   const char* what = "bulk_load";
   check_bulk_bytes(bytes, what);
-  char* global = const_cast<char*>(global_read(source, bytes, kChunk, what, true));
+  char* global = const_cast<char*>(global_read(source, bytes, kChunk, what, /*is_async=*/true));
   load(destination, contiguous(global, bytes), mbarrier, what);
 }
 
@@ -257,14 +257,14 @@ void bulk_store(float* destination, uint32_t source, uint32_t bytes) {
   const char* what = "bulk_store";
   check_bulk_bytes(bytes, what);
   char* global = global_write(destination, bytes, kChunk, what, next_store());
-  write(contiguous(global, bytes), source, BulkWrite::kStore, true, false, what);
+  write(contiguous(global, bytes), source, BulkWrite::kStore, /*is_float32=*/true, /*is_bf16=*/false, what);
 }
 
 void bulk_reduce_add_f32(float* destination, uint32_t source, uint32_t bytes) {
   const char* what = "bulk_reduce_add_f32";
   check_bulk_bytes(bytes, what);
   char* global = global_write(destination, bytes, kChunk, what, next_store(), Write::kSum);
-  write(contiguous(global, bytes), source, BulkWrite::kAdd, true, false, what);
+  write(contiguous(global, bytes), source, BulkWrite::kAdd, /*is_float32=*/true, /*is_bf16=*/false, what);
 }
 
 void bulk_commit() {

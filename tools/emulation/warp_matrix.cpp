@@ -67,7 +67,7 @@ void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, bool is_bf16) 
 
 void load_matrix(uint32_t* r, uint32_t address, int matrices, bool is_transposed) {
   Block& b = block();
-  const char* name = matrix_name(true, matrices, is_transposed);
+  const char* name = matrix_name(/*is_load=*/true, matrices, is_transposed);
   MatrixOperand operand = {r, address};
   if (b.current->lane < kRows * matrices) read_shared(address, kRowBytes, name);
   void** lanes = b.warps.meet_in_warp(name, &operand);
@@ -90,7 +90,7 @@ void load_matrix(uint32_t* r, uint32_t address, int matrices, bool is_transposed
 
 void store_matrix(uint32_t address, const uint32_t* r, int matrices, bool is_transposed) {
   Block& b = block();
-  const char* name = matrix_name(false, matrices, is_transposed);
+  const char* name = matrix_name(/*is_load=*/false, matrices, is_transposed);
   MatrixOperand operand = {const_cast<uint32_t*>(r), address};
   if (b.current->lane < kRows * matrices) write_shared(address, kRowBytes, name);
   void** lanes = b.warps.meet_in_warp(name, &operand);
