@@ -102,7 +102,8 @@ void start_block(const LaunchShape& shape, const Options& options, const std::fu
   b.scheduler.start(slot);
 }
 
-// When all threads of a block have ended: completes its loads, and fails if something was left open.
+// Must be called when all threads of a block have ended. Completes the loads of the block. Fails if a product is still
+// in flight, an mbarrier still expects bytes, or threads wait at a barrier for others that have ended.
 void check_block_is_complete() {
   Block& b = *current_block;
   while (!b.tma.is_empty()) b.tma.complete_one();

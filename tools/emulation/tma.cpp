@@ -16,8 +16,8 @@ constexpr uint32_t kChunk = 16;  // bytes that swizzling keeps together
 constexpr uint32_t kTmaAlignment = 128;
 constexpr uint32_t kSwizzle128Repeat = 1024;
 
-// One row of a box. Bytes begin ... end - 1 of the row lie within the tensor, at `global` and after it. The other ones
-// are zeros, or are not written.
+// One row of a box. Bytes begin ... end - 1 of the row lie within the tensor, and `global` is the address of the first
+// of them. For the other bytes, a load writes zeros, and a store writes nothing.
 struct Row {
   char* global;
   int begin, end;
@@ -30,8 +30,9 @@ struct Box {
   uint32_t bytes() const { return uint32_t(rows.size()) * row_bytes; }
 };
 
-// Calls f(address, begin, end, global) for each 16-byte chunk of a box at the shared address `shared`. Bytes begin ...
-// end - 1 of the chunk lie within the tensor, at `global` and after it.
+// Calls f(address, begin, end, global) for each 16-byte chunk of a box at the shared address `shared`. The chunk itself
+// is at `address`, where the swizzle puts it. Its bytes begin ... end - 1 lie within the tensor, and `global` is the
+// address of the first of them there.
 template <class F>
 void for_each_chunk(const Box& box, uint32_t shared, const F& f) {
   for (size_t r = 0; r < box.rows.size(); r++) {
@@ -125,6 +126,7 @@ void load(uint32_t destination, Box box, uint32_t mbarrier, const char* what) {
     clock.learn(epoch.agent, epoch.tick);
   }
   if (b.options.poison) b.shared.fill_with_poison(destination, bytes);
+  // The bytes arrive when somebody calls job->complete(): at once, or later from the queue of the block.
   auto job = std::make_shared<TmaJob>();
   job->carry_out = [=, box = std::move(box)] {
     for_each_chunk(box, destination, [&](uint32_t address, int begin, int end, const char* global) {
