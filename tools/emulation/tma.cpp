@@ -287,7 +287,7 @@ void bulk_wait_read(int groups_left) {
   }
 }
 
-// Completes all groups but the groups_left committed last.
+// Completes all groups except the last groups_left that were committed.
 void bulk_wait(int groups_left) {
   bulk_wait_read(groups_left);
   Thread& thread = *block().current;
