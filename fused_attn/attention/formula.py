@@ -180,6 +180,7 @@ def _sum_diagonals(problem: AttentionProblem, dbiased: Tensor, x: Inputs, heads:
     """
     rows, columns = masks.positions(problem, x)
     distance = columns.position[None, :] - rows.position[:, None]
+    # A distance between different packed sequences may have no column. Its gradient is 0, so any column can stand in.
     column = (distance + (problem.seqlen_q - 1)).clamp(0, max(num_columns - 1, 0))
     per_head = dbiased.sum(0).flatten(1)  # (H, L * S)
     diagonals = per_head.new_zeros(per_head.shape[0], num_columns).index_add(1, column.flatten(), per_head)

@@ -231,7 +231,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
     const auto lse_of = [](const Float4& statistics, int j) { return j % 2 == 0 ? statistics.x : statistics.z; };
     const auto delta_of = [](const Float4& statistics, int j) { return j % 2 == 0 ? statistics.y : statistics.w; };
     float dscores[1][kTiles][4];
-    // dprobs^T = v @ dout^T, in the registers that later hold dscores.
+    // Computes dprobs^T = v @ dout^T in the registers of dscores, because dscores will take the place of dprobs.
     const auto multiply_dout_by_values = [&] {
       fill(dscores[0], 0.0f);
       multiply_transposed<T, kHeadDim>(dscores, corners, Plan::kV, Plan::kDout);
