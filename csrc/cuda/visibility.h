@@ -84,8 +84,8 @@ struct ValidRows {
     if constexpr (kWords == 4) pair = key < 64 ? pair : uint64_t{words[3]} << 32 | words[2];
     return (pair >> (key % 64)) & 1;
   }
-  // Whether row first + offset is valid. `offset` is a constant, and both rows lie in the same word, so the index of the
-  // word is a constant.
+  // Whether row first + offset is valid. `offset` is a constant, and both rows lie in the same word, so the index of
+  // the word is a constant.
   GPU_DEVICE bool has(int32_t first, int32_t offset) const { return (words[offset / 32] >> (first + offset % 32)) & 1; }
 };
 

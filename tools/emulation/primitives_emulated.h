@@ -63,8 +63,8 @@ inline void barrier_arrive(int threads) {
   emulation::block().barriers.arrive(Id, threads, /*is_sync=*/false, "barrier_arrive");
 }
 
-// What a lane passes to a shuffle: its value, and the number of the lane whose value it wants. The last lane of the warp
-// to arrive sets the results of all lanes.
+// What a lane passes to a shuffle: its value, and the number of the lane whose value it wants. The last lane of the
+// warp to arrive sets the results of all lanes.
 template <class V>
 struct ShuffleOperand {
   V v, result;

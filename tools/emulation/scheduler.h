@@ -30,8 +30,8 @@ enum class Progress {
 
 class Scheduler {
  public:
-  // Makes all threads of the current block ready. Each block that runs has a slot, a number that later blocks reuse, and
-  // the threads run on the stacks of this slot.
+  // Makes all threads of the current block ready. Each block that runs has a slot, a number that later blocks reuse,
+  // and the threads run on the stacks of this slot.
   void start(int slot);
 
   // Gives the block a turn, and returns what became of the block in this turn.

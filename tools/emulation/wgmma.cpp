@@ -42,8 +42,8 @@ int column_of(int thread, int i) { return 8 * (i >> 2) + 2 * (thread % 4) + (i &
 
 const char* name_of(const Wgmma& wgmma) { return wgmma.is_a_in_registers ? "wgmma_rs" : "wgmma_ss"; }
 
-// What all threads of a warpgroup know: for each agent, the least tick that one of the threads knows. The class computes
-// this tick when somebody asks for the agent, because most agents are never asked for.
+// What all threads of a warpgroup know: for each agent, the least tick that one of the threads knows. The class
+// computes this tick when somebody asks for the agent, because most agents are never asked for.
 class CommonKnowledge {
  public:
   explicit CommonKnowledge(const Thread* threads) : threads_(threads) {}

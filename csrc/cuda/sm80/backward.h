@@ -146,7 +146,8 @@ struct KeyGradientPlan : KeyGradientTileSm80<kHeadDim> {
 };
 
 // Computes dk and dv of one block of keys. This is the whole kernel, and every thread of the block calls it. kMakesDk
-// and kMakesDv say which gradients this warp sums. Other warps of the block may sum the other gradient of the same keys.
+// and kMakesDv say which gradients this warp sums. Other warps of the block may sum the other gradient of the same
+// keys.
 template <class T, int kHeadDim, bool kIsGeneral, bool kMakesDk, bool kMakesDv>
 GPU_DEVICE void sum_key_gradients(const Params& p) {
   using Plan = KeyGradientPlan<kHeadDim>;
