@@ -32,7 +32,7 @@ __all__ = [
 
 
 def in_forward_mode() -> bool:
-    """True inside forward-mode AD. It differentiates PyTorch code, but no kernel has forward-mode derivatives."""
+    """True inside forward-mode AD, which can differentiate PyTorch code, but no kernel."""
     return forward_ad._current_level >= 0
 
 
@@ -57,8 +57,8 @@ def is_direct() -> bool:
 def is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """True if a call must be a registered operator: under tracers and `TorchDispatchMode`, and for tensor subclasses.
 
-    These record or replace operators, and see nothing else. A kernel that is called without an operator would be
-    missing from a trace. The trace would then return an output that nothing has written.
+    Tracers, modes and subclasses record or replace operators, and see nothing else. A kernel that is called without an
+    operator would be missing from a trace. The trace would then return an output that nothing has written.
     """
     return is_watched() or not (type(query) is type(key) is type(value) is Tensor)
 

@@ -55,7 +55,7 @@ class Measure(NamedTuple):
 
     @property
     def is_right(self) -> bool:
-        # Not `not (error > allowed)`, which is True if the error is NaN.
+        # `not (error > allowed)` would be True if the error is NaN.
         return self.error <= self.allowed
 
 

@@ -34,6 +34,7 @@ class Word(NamedTuple):
 
 
 def banned_words(glossary: str) -> list[Word]:
+    """The words that the last column of the glossary's tables forbids; see docs/glossary.md for their notation."""
     rows = [line.strip("|").split(" | ") for line in glossary.splitlines() if line.startswith("| ")]
     return [
         Word(word.lstrip("="), word.startswith("="), instead.strip())
@@ -48,6 +49,7 @@ def parts(name: str) -> list[str]:
 
 
 def is_banned(word: Word, name: str) -> bool:
+    """Whether a name contains a forbidden word, or, for a word of the form ``=word``, whether the name is this word."""
     if name in NAMES_OF_OTHERS:
         return False
     if word.is_whole_name:
@@ -56,6 +58,9 @@ def is_banned(word: Word, name: str) -> bool:
 
 
 def findings(path: Path, words: Sequence[Word]) -> Iterator[str]:
+    """A line for each forbidden name in a file. Comments and texts are removed first, but their line breaks stay, so
+    that the numbers of lines are right.
+    """
     pattern = COMMENTS_AND_TEXTS[".py" if path.suffix == ".py" else ".h"]
     code = re.sub(pattern, lambda match: "\n" * match[0].count("\n"), path.read_text(), flags=re.DOTALL)
     for number, line in enumerate(code.split("\n"), start=1):
@@ -66,6 +71,7 @@ def findings(path: Path, words: Sequence[Word]) -> Iterator[str]:
 
 
 def check(paths: Sequence[Path] = SOURCES) -> list[str]:
+    """The findings in all files, and in all files of the folders, that are named."""
     words = banned_words(GLOSSARY.read_text())
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
     return [line for file in files if file.suffix in SUFFIXES for line in findings(file, words)]

@@ -23,15 +23,18 @@ def python_files(root: Path) -> list[Path]:
 
 
 def product_files(root: Path) -> list[Path]:
+    """The sources of the product: the Python package and the native code."""
     native = (path for path in (root / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
     return python_files(root) + sorted(path for path in native if "emulation" not in path.parts)
 
 
 def files_with(root: Path, word: str) -> list[str]:
+    """The files of the product, Python and native, that contain a word."""
     return [str(path.relative_to(root)) for path in product_files(root) if re.search(word, path.read_text())]
 
 
 def occurrences(root: Path, text: str) -> list[str]:
+    """The places, as path:line, where a text occurs in the Python files of the package."""
     return [
         f"{path.relative_to(root)}:{number}"
         for path in python_files(root)
@@ -69,6 +72,7 @@ def imports(root: Path) -> dict[str, set[str]]:
 
 
 def _imported(tree: ast.Module, modules: dict[str, Path]) -> Iterator[str]:
+    """The names of those `modules` that a syntax tree imports. ``from package import name`` may import a submodule."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in modules)
@@ -83,6 +87,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     index, low, stack, found = {}, {}, [], []
 
     def visit(name: str) -> None:
+        """Searches depth first. A module whose low number is its own index is the first one of its group."""
         index[name] = low[name] = len(index)
         stack.append(name)
         for other in sorted(graph[name]):
@@ -108,6 +113,7 @@ def lines(paths: list[Path]) -> int:
 
 
 def main() -> None:
+    """Prints the figures, each with its goal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).resolve().parents[1])
     parser.add_argument("--list", action="store_true", help="also name the files, functions and modules")

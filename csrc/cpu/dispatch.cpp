@@ -49,7 +49,8 @@ struct Candidate {
   bool (*runs_here)();
 };
 
-// From the slowest to the fastest instruction set. CMake defines FUSED_ATTN_HAVE_<ISA> for each one that it compiles.
+// The list goes from the slowest to the fastest instruction set. CMake defines FUSED_ATTN_HAVE_<ISA> for each
+// instruction set that it compiles.
 const Candidate kCandidates[] = {
     {&kernels_baseline, runs_everywhere},
 #if defined(FUSED_ATTN_HAVE_AVX2)

@@ -162,8 +162,8 @@ FA_INLINE Vec<float> log(Vec<float> x) {
                                      -0.166233569f,  0.200012267f, -0.250008196f, 0.333333313f};
   constexpr float kLog2High = 0x1.62e4p-1f;  // has so few bits that its product with an exponent is exact
   constexpr float kLog2Low = 1.42860677e-6f;
-  // x = (1 + f) 2^e, with 1 + f between sqrt(1/2) and sqrt(2). If x is near 1, e is 0, so the small result is not the
-  // difference of two large numbers.
+  // The number is split into x = (1 + f) 2^e, with 1 + f between sqrt(1/2) and sqrt(2). If x is near 1, then e is 0, so
+  // the small result is not the difference of two large numbers.
   constexpr int32_t kRootOfHalf = 0x3f3504f3;
   const IntVec<float> bits = reinterpret_cast<IntVec<float>>(x);
   const IntVec<float> exponent = (bits - kRootOfHalf) >> 23;

@@ -19,7 +19,7 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
-// As many 16-bit elements as a vector has float lanes. So one HalfVec is converted to one Vec<float>.
+// A HalfVec has as many 16-bit elements as a vector has float lanes. So one HalfVec is converted to one Vec<float>.
 typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
 

@@ -34,8 +34,10 @@ struct alignas(kCacheLine) ItemRange {
   int64_t end;
 };
 
-// In which order threads take items. kShared: each thread starts with its own share of neighbouring items. kInOrder:
-// all threads take items from one queue, which balances better if the first items take longest.
+// The order in which threads take items:
+//
+//   kShared    each thread starts with its own share of neighbouring items
+//   kInOrder   all threads take items from one queue, which balances better if the first items take longest
 enum class Items { kShared, kInOrder };
 
 // Calls body(item, thread) for every item, on at most `threads` threads. The body must not throw.

@@ -21,7 +21,7 @@ struct ElementPolicy {
   static constexpr int lanes_for(int n) { return (n + kPerLane - 1) / kPerLane; }
 };
 
-// acc + a * b in each lane. If a lane holds a pair, both products of elements are added.
+// Returns acc + a * b in each lane. If a lane holds a pair, the products of both elements are added.
 template <class Policy>
 FA_INLINE Vec<typename Policy::Lane> multiply_add(Vec<typename Policy::Lane> a, Vec<typename Policy::Lane> b,
                                                   Vec<typename Policy::Lane> acc) {

@@ -154,8 +154,9 @@ FA_INLINE VectorRange clip_to_panel(VectorRange range, int panel) {
   return {range.begin < first ? first : range.begin, range.end > last ? last : range.end};
 }
 
-// For a block of keys and a block of queries: target[d][q] = target[d][q] * rescale[q] + sum over keys j of rows[j][d]
-// * coefficients[j][q].
+// Computes a product for a block of keys and a block of queries:
+//
+//   target[d][q] = target[d][q] * rescale[q] + sum over keys j of rows[j][d] * coefficients[j][q]
 //
 // Only the queries in ranges[t] see keys of tile t, and coefficients of other queries are not initialised. Neighbouring
 // tiles with equal ranges form a run, which is one product. The first run that contains a vector of queries applies the

@@ -12,7 +12,8 @@ struct ValidKeys {
   int64_t count = 0;
 };
 
-// The memory that make_valid_keys needs, in bytes; 0 without key padding.
+// The memory that make_valid_keys needs, in bytes; 0 without key padding. One cache line is added, because the second
+// array that the function takes from its arena begins at a cache line.
 FA_INLINE int64_t valid_keys_bytes(const AttentionParams& p) {
   if (p.key_padding.data == nullptr) return 0;
   return p.batch * static_cast<int64_t>(sizeof(ValidKeys)) + kCacheLine +

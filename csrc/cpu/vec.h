@@ -1,9 +1,9 @@
 // Types and functions for SIMD vectors, based on the vector extensions that GCC and Clang share.
 //
 // A vector is as wide as a register of the instruction set that the file is compiled for. The compiler splits a wider
-// vector into parts, which is ten times slower. Everything is in an anonymous namespace, because this header is compiled
-// once for each instruction set. If inline functions had external linkage, the linker would keep one copy for all instruction
-// sets, which could be AVX-512 code that the processor cannot run.
+// vector into parts, which is ten times slower. Everything is in an anonymous namespace, because this header is
+// compiled once for each instruction set. If inline functions had external linkage, the linker would keep one copy for
+// all instruction sets, which could be AVX-512 code that the processor cannot run.
 #pragma once
 #include <cstdint>
 #include <cstring>

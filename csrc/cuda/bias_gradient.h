@@ -34,8 +34,8 @@ struct BiasGradientParams {
 template <int kHeadDim>
 void launch_bias_gradient(const Params& p, const BiasGradientParams& g, bool is_bf16, Stream stream);
 
-// The sizes of a tile of scores in bias_gradient_kernel. They stand here, apart from the kernel, because the plans need
-// them on the host. launch_bias_gradient asserts that both agree.
+// The sizes of a tile of scores in bias_gradient_kernel. These sizes stand here, apart from the kernel, because the
+// plans on the host need them. launch_bias_gradient asserts that the kernel has the same sizes.
 struct BiasGradientTile {
   int32_t queries;
   int32_t keys;

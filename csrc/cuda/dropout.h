@@ -81,7 +81,8 @@ GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_key_rows(const Dropout& dropout, 
     }
     dropout_keep.words[word] = 0;
     GPU_UNROLL for (int j = 0; j < 4; ++j) {
-      // Entry j needs what the lane whose m is j has drawn, and of that the bit of this thread's key m.
+      // Entry j of a tile has query j % 2, and the key 8 * (j / 2) rows further down. The lane with m = j has drawn for
+      // them. Of the four bits that it has drawn for a tile, bit m belongs to the key of this thread.
       const uint32_t of_j = shuffle(own, 4 * (lane.g - m + j) + lane.q);
       dropout_keep.words[word] |= (of_j >> m & 0x11111111u) << j;
     }

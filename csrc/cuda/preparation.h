@@ -75,8 +75,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
 }
 
 // Computes the row statistics of kPreparationRows queries of one head, and writes them to the workspace. kThreadsPerRow
-// threads share a query. For the fused backward, the function also sets the counters dq_turns to 0. There is one counter
-// for each kTileRows queries.
+// threads share a query. For the fused backward, the function also sets the counters dq_turns to 0. There is one
+// counter for each kTileRows queries.
 template <class T, int kHeadDim, int kTileRows>
 GPU_DEVICE void prepare_rows(const Params& p) {
   const int blocks_of_head = (p.seqlen_q + kRowBlock - 1) / kRowBlock * (kRowBlock / kPreparationRows);

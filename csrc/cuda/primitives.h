@@ -205,13 +205,13 @@ template <class T, int N, int TransB>
 GPU_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
 
 // An empty instruction that reads and writes the registers r. So the compiler moves no access to these registers across
-// this call. A kernel calls it after wgmma_wait: the compiler does not know that the tensor cores write to the registers
-// until then.
+// this call. A kernel calls it after wgmma_wait: the compiler does not know that the tensor cores write to the
+// registers until then.
 template <int N>
 GPU_DEVICE void keep_registers(float (&r)[N]);
 
-// Tells the compiler that the values of r are not needed any more. So the compiler need not copy these values before the
-// next product overwrites them.
+// Tells the compiler that the values of r are not needed any more. So the compiler need not copy these values before
+// the next product overwrites them.
 template <int N>
 GPU_DEVICE void forget_registers(float (&r)[N]);
 

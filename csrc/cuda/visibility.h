@@ -84,8 +84,8 @@ struct ValidRows {
     if constexpr (kWords == 4) pair = key < 64 ? pair : uint64_t{words[3]} << 32 | words[2];
     return (pair >> (key % 64)) & 1;
   }
-  // Whether row first + offset is valid. `offset` is a constant, and both rows lie in the same word, so the index of the
-  // word is a constant.
+  // Whether row first + offset is valid. `offset` is a constant, and both rows lie in the same word, so the index of
+  // the word is a constant.
   GPU_DEVICE bool has(int32_t first, int32_t offset) const { return (words[offset / 32] >> (first + offset % 32)) & 1; }
 };
 
@@ -127,8 +127,8 @@ struct VisibleColumns {
   uint32_t words[2][kColumns / 32];
 };
 
-// For a fragment whose rows are queries: which keys of a block the thread's queries first_row and first_row + 8 see, by
-// band and padding.
+// Returns which keys of a block the thread's queries first_row and first_row + 8 see, by band and padding. The rows of
+// the fragment are queries.
 template <int kBlock>
 GPU_DEVICE VisibleColumns<kBlock> visible_keys(const Params& p, const ValidRows<kBlock>& valid, int32_t block,
                                                int32_t first_row) {
@@ -144,8 +144,8 @@ GPU_DEVICE VisibleColumns<kBlock> visible_keys(const Params& p, const ValidRows<
   return visible;
 }
 
-// For a fragment whose rows are keys: which queries of a block see the thread's keys own_key and own_key + 8, by the
-// band. is_valid says which of the two keys are valid.
+// Returns which queries of a block see the thread's keys own_key and own_key + 8, by the band. The rows of the fragment
+// are keys. is_valid says which of the two keys are valid.
 template <int kBlock>
 GPU_DEVICE VisibleColumns<kBlock> visible_queries(const Params& p, const bool (&is_valid)[2], int32_t block,
                                                   int32_t own_key) {

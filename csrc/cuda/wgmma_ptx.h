@@ -48,8 +48,9 @@ struct Wgmma;  // an N that is not listed below
   WGMMA_NAMES_OF_96 ", " WGMMA_NAMES_96 ", " WGMMA_NAMES_104 ", " WGMMA_NAMES_112 ", " WGMMA_NAMES_120
 #define WGMMA_OUT_128 WGMMA_OUT_96, WGMMA_OUT_8(96), WGMMA_OUT_8(104), WGMMA_OUT_8(112), WGMMA_OUT_8(120)
 
-// WGMMA_SS: both factors in shared memory. WGMMA_RS: the left factor in registers. R = N / 2 is the number of
-// accumulators. p0 to p6 are the numbers R to R + 6, of the operands that follow the accumulators.
+// WGMMA_SS is the instruction whose factors are both in shared memory. WGMMA_RS is the one whose left factor is in
+// registers. A thread has R = N / 2 accumulators. In the text of the asm statement, they are the operands %0 to %(R -
+// 1), and p0 to p6 are the numbers of the operands behind them: R to R + 6.
 #define WGMMA_SS(TYPE, N, R, p0, p1, p2, p3, p4)                                                                       \
   asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #p2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
                "k16.f32." TYPE "." TYPE " {" WGMMA_NAMES_OF_##R "}, %" #p0 ", %" #p1 ", accumulate, 1, 1, %" #p3       \

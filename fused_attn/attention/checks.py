@@ -213,8 +213,8 @@ def check_dropout_seed(seed: int | Tensor, device: torch.device) -> Tensor:
         raise TypeError(f"dropout_seed: expected an int or a 0-d int64 tensor, got {_describe(seed)}")
     if not 0 <= seed < 2**63:
         raise fail("dropout_seed", "0 <= seed < 2**63", seed)
-    # Not torch.tensor: that function copies from host memory. The host would wait for the GPU, and a CUDA graph cannot
-    # capture the copy.
+    # torch.tensor would copy from host memory. The host would wait for the GPU, and a CUDA graph cannot capture such a
+    # copy.
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 

@@ -1,8 +1,13 @@
-"""Position-keyed dropout: the bit of (batch, head, query, key) depends on the seed and the position alone.
+"""Dropout whose decision for an entry (batch, head, query, key) depends on the seed and the position alone.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
-``key = (seed & 0xffffffff, seed >> 32)`` and ``counter = (key_position >> 2, query_position, head, batch)``; word
-``key_position & 3`` decides. An entry survives iff its word is at least ``threshold(dropout_p)``.
+So every backend drops the same entries, whatever its tiles and threads are. The random numbers come from Philox4x32-10
+(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
+
+- Its key is ``(seed & 0xffffffff, seed >> 32)``.
+- Its counter is ``(key_position >> 2, query_position, head, batch)``.
+- One call yields four words of 32 bits. Word ``key_position & 3`` belongs to the entry.
+
+An entry survives if its word is at least ``threshold(dropout_p)``.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from torch import Tensor
 from fused_attn.attention.masks import Positions
 from fused_attn.attention.problem import NO_ORIGIN, DropoutOrigin
 
+#: The largest word of 32 bits, which is also the mask that takes the low 32 bits of an integer.
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -48,7 +54,10 @@ def keep_mask(
 ) -> Tensor:
     """(B, H, L, S) bool: True = the prob survives dropout.
 
-    In packed problems (batch 1), the number of the row's sequence takes the place of the batch entry.
+    A packed problem has batch 1. There, the number of the row's sequence takes the place of the index of the batch
+    entry.
+
+    rows, columns: the positions of the queries and of the keys
     """
     device = seed.device
     # Philox makes four words for four neighbouring keys. There are groups for as many keys as there are columns. Fewer

@@ -95,8 +95,9 @@ def _backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: W
             diagonals = _sum_diagonals(problem, dbiased, x, *inputs.relative_bias.shape)
             grads["relative_bias"] = diagonals.to(inputs.relative_bias.dtype)
         if wanted.sinks and inputs.sinks is not None and x.sinks is not None:
-            # exp(sink - lse) is the weight of the sink, which is 0 in an empty row. The exponent is masked. If exp were
-            # masked instead, second derivatives would be infinity times 0, which is NaN.
+            # exp(sink - lse) is the weight of the sink. In an empty row, lse is -inf, and the weight must be 0. So the
+            # exponent is set to -inf there. If the result of exp were set to 0 instead, second derivatives would be
+            # infinity times 0, which is NaN.
             sink_weight = torch.exp((x.sinks[:, None] - lse).masked_fill(lse == float("-inf"), float("-inf")))
             grads["sinks"] = -(sink_weight * delta.squeeze(-1)).sum((0, 2)).to(inputs.sinks.dtype)
         return Gradients(**grads)
@@ -145,7 +146,8 @@ def _scores(problem: AttentionProblem, x: Inputs) -> tuple[Tensor, Tensor | None
 def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
     """The probs, the log-sum-exp, and the derivative of the softcap. x: the inputs from `_to_compute`."""
     scores, dcap = _scores(problem, x)
-    # The maximum of a row without visible keys is -inf. 0 in its place keeps exp and its gradients finite.
+    # The maximum of a row without visible keys is -inf. The row gets 0 as its maximum instead, which keeps exp and the
+    # gradients of exp finite.
     row_max = (
         scores.detach().amax(-1, keepdim=True)
         if scores.shape[-1]
@@ -199,16 +201,21 @@ def _dropout_factors(problem: AttentionProblem, x: Inputs) -> Tensor:
 
 
 def _sum_groups(problem: AttentionProblem, dx: Tensor) -> Tensor:
-    """(B, H, S, D) -> (B, Hkv, S, D): a shared key head collects the gradients of the query heads that it serves."""
+    """Turns the gradients (B, H, S, D) of repeated key heads into (B, Hkv, S, D): the sum over each head group."""
     batch, _, rows, columns = dx.shape
     group = problem.num_heads // max(problem.num_kv_heads, 1)
     return dx.reshape(batch, problem.num_kv_heads, group, rows, columns).sum(2).to(problem.dtype)
 
 
 def _sum_diagonals(problem: AttentionProblem, dbiased: Tensor, x: Inputs, heads: int, num_columns: int) -> Tensor:
-    """(B, H, L, S) -> (heads, num_columns): the gradient of a Toeplitz bias is the sum along each diagonal."""
+    """The gradient (heads, num_columns) of a relative bias: the sum of dbiased (B, H, L, S) along each diagonal.
+
+    heads: H, or 1 if all heads share one bias
+    num_columns: L + S - 1
+    """
     rows, columns = masks.positions(problem, x)
     distance = columns.position[None, :] - rows.position[:, None]
+    # A distance between different packed sequences may have no column. Its gradient is 0, so any column can stand in.
     column = (distance + (problem.seqlen_q - 1)).clamp(0, max(num_columns - 1, 0))
     per_head = dbiased.sum(0).flatten(1)  # (H, L * S)
     diagonals = per_head.new_zeros(per_head.shape[0], num_columns).index_add(1, column.flatten(), per_head)

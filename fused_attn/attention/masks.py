@@ -55,7 +55,7 @@ def to_dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor | None, 
         # A query and a key of different packed sequences can have a distance that has no column. Their score is hidden,
         # so any column can stand in.
         column = (distance + (problem.seqlen_q - 1)).clamp(0, inputs.relative_bias.shape[-1] - 1)
-        # Not relative_bias[:, column]: the backward of that indexing writes in place. torch's older transforms, such as
+        # The backward of relative_bias[:, column] would write in place. torch's older transforms, such as
         # is_grads_batched, refuse to write in place.
         toeplitz = inputs.relative_bias.to(compute).index_select(1, column.flatten()).unflatten(1, column.shape)
         bias = toeplitz[None] if bias is None else bias + toeplitz[None]

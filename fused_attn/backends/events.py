@@ -1,4 +1,4 @@
-"""What torch's profiler sees of attention: each step of a backend as an event."""
+"""Events for torch's profiler: a profile shows each forward and each backward of a backend as one entry."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fused_attn.backends.base import Backend
 
 
 def recorded(event: str, function: Callable) -> Callable:
-    """The function, wrapped so that each call is an event of torch's profiler.
+    """The function, wrapped so that torch's profiler records each call under the name ``fused_attn::event``.
 
-    The wrapper takes time, so it is used only while a profiler runs.
+    The wrapper takes time, so callers use it only while a profiler runs.
     """
 
     @functools.wraps(function)
@@ -25,7 +25,10 @@ def recorded(event: str, function: Callable) -> Callable:
 
 
 class _NamedBackend:
-    """A backend whose steps are the events ``fused_attn::forward[name]`` and ``fused_attn::backward[name]``."""
+    """A backend that records its steps for torch's profiler, and otherwise does what the given backend does.
+
+    The profile shows them as ``fused_attn::forward[name]`` and ``fused_attn::backward[name]``.
+    """
 
     def __init__(self, backend: Backend):
         self.name, self.is_composite = backend.name, backend.is_composite
@@ -39,5 +42,5 @@ _named = functools.cache(_NamedBackend)
 
 
 def named(backend: Backend) -> Backend:
-    """The backend itself, or while a profiler runs, the same backend with steps that are events."""
+    """The backend itself. While a profiler runs: the same backend, wrapped so that it records its steps."""
     return _named(backend) if profiler._is_profiler_enabled and type(backend) is not _NamedBackend else backend

@@ -40,7 +40,7 @@ class FusedAttention(torch.autograd.Function):
         value: Tensor,
         *others: Tensor | None,
     ):
-        """out (B, H, L, Dv), or all `Results` with return_lse or return_max. Saves what `backward` needs."""
+        """Returns out (B, H, L, Dv), or all `Results` with return_lse or return_max. Saves what `backward` needs."""
         backend, problem, return_lse, return_max, inputs = call
         ctx.call = backend, problem  # without the inputs, which save_for_backward keeps and guards against changes
         out, lse, row_max = backend.forward(problem, inputs, True, return_max)
@@ -50,7 +50,7 @@ class FusedAttention(torch.autograd.Function):
             ctx.save_for_backward(out, lse, query, key, value)
         if not (return_lse or return_max):
             return out
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # torch then passes None, not zeros, for an output without a gradient
         if return_max:
             ctx.mark_non_differentiable(row_max)
         return out, lse, row_max

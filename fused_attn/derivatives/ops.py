@@ -55,7 +55,7 @@ def call_backward(
 
 
 def _call_backward(inputs: Inputs, saved: Saved, wanted: Wanted, scalars: Scalars, backend: str) -> Gradients:
-    """The wanted gradients by the backward operator; none if neither out nor lse has a gradient."""
+    """The wanted gradients, computed by the backward operator. All are None if neither out nor lse has a gradient."""
     if saved.dout is None and saved.dlse is None:
         return Gradients()
     return wanted.select(torch.ops.fused_attn.attention_backward(*inputs, *saved, wanted, *scalars, backend))
@@ -119,7 +119,7 @@ def _setup_context(ctx, inputs, output):
     out, lse, row_max = output
     ctx.save_for_backward(*tensors, out, lse)
     ctx.mark_non_differentiable(row_max)
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # torch then passes None, not zeros, for an output without a gradient
 
 
 def _attention_grads(ctx, dout, dlse, _):

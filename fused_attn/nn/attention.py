@@ -237,6 +237,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             TypeError: query, key or value is no tensor, or `cache` is not the cache of an attention module.
             ValueError: the cache does not fit the call, or a static cache was filled with another `key`.
         """
+        # Calls that take another way: those that fx traces, nested tensors, and small calls without gradients.
         if has_torch_function_variadic(query, key, value):
             options = {} if cache is None else {"cache": cache}
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
@@ -258,7 +259,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 if short is not None:
                     return short, None
         self._check_cache(cache)
-        store: Any = cache  # a static one has methods of its own
+
+        # Project the inputs to q (N, H, L, D), k and v (N, Hkv, S, D), or take k and v from the cache.
+        store: Any = cache  # typed as Any, because only a static cache has `get`, and only its `update` takes `memory`
         stored = store.get(key) if cache is not None and cache.is_static else None
         memory, is_batched = key, query.dim() == 3
         if not is_batched:
@@ -287,6 +290,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 f"key: expected the batch size of query, {batch}, got {k.shape[0]}; {batch_layout(self.batch_first)}"
             )
 
+        # Make one mask of attn_mask, is_causal and the position of the first query.
         if is_growing:
             mask = _cached_mask(attn_mask, is_causal, position, seqlen_q)
         elif is_causal and attn_mask is None:
@@ -297,6 +301,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         else:
             mask = _believed_mask(attn_mask, is_causal, key_padding_mask is None and not need_weights)
         mask = self._checked_mask(mask, key_padding_mask, seqlen_q, k)
+
+        # Attend. The weights are computed from the log-sum-exp, with the same arguments and the same bits of dropout.
         k, v = self._append_rows(k, self.bias_k), self._append_rows(v, self.bias_v)
         arguments: dict[str, Any] = {
             "key_padding_mask": self._padded(key_padding_mask),
@@ -317,8 +323,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             weights = attention_weights(q, k, lse, attn_mask=attn_mask, diagonal=mask.diagonal, **arguments)
             weights = (weights.mean(dim=1) if average_attn_weights else weights).to(out.dtype)
 
+        # Merge the heads, (N, L, E) or (L, N, E). No copy is made, because the memory order of out follows that of q.
         out = out.transpose(1, 2) if seq_dim == 1 else out.permute(2, 0, 1, 3)
-        out = self.out_proj(out.flatten(-2))  # a view (N, L, E) or (L, N, E), since the memory order follows q
+        out = self.out_proj(out.flatten(-2))
         if not is_batched:
             out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out, weights
@@ -351,7 +358,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return q.like(self.out_proj(out.flatten(-2)))
 
     def _strided_forward(self, x: Tensor, is_causal: bool) -> Tensor:
-        """(N, length, E) from a nested x of the same shape, by way of a padded copy, which goes with every option."""
+        """The self-attention of x, a nested tensor (N, length, E); the output has the same layout and shape.
+
+        The method calls `forward` with a padded copy of x, because all options of the module work with padded tensors.
+        """
         lengths = [row.shape[0] for row in x.unbind()]
         padded = x.to_padded_tensor(0.0)
         positions = torch.arange(padded.shape[1], device=x.device)
@@ -386,7 +396,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
     ) -> None:
-        """Raises AssertionError, as the parent class does, if shapes do not fit, and TypeError if one is no tensor."""
+        """Raises AssertionError, as the parent class does, if a shape does not fit.
+
+        Raises TypeError if query, key or value is no tensor.
+        """
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -428,9 +441,12 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             raise ValueError("cache: expected none that is static in a module with rotary or relative_bias, got one")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool) -> tuple[Tensor, ...]:
-        """query (..., E), key and value (..., Hkv * D), projected.
+        """The projections of query (..., E), key (..., kdim) and value (..., vdim).
 
-        Self-attention takes one matrix product. If value is key, two products are enough.
+        Their shapes are (..., E), (..., Hkv * D) and (..., Hkv * D).
+
+        is_self: query, key and value are one tensor, so that one matrix product computes all three projections
+        shares_kv: key and value are one tensor, so that two products are enough
         """
         kv_dim = self.num_kv_heads * self.head_dim
         sizes: tuple[int, ...] = (self.embed_dim, kv_dim, kv_dim)
@@ -453,8 +469,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     def _check_projected(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Raises a RuntimeError that names the input whose layout, size, device or dtype does not fit the projections.
 
-        This method is called only after a projection has failed, so other calls do not wait for the checks. torch's
-        operators have raised RuntimeError, too, but their messages name no argument.
+        `forward` calls this method only after a projection has raised a RuntimeError, so that other calls do not wait
+        for the checks. The message of torch's own error names no argument.
         """
         weight = self.out_proj.weight
         for name, x, features in (
@@ -474,14 +490,16 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 )
 
     def _project_query(self, query: Tensor) -> Tensor:
-        """query (..., E), projected to (..., E). With a filled static cache, only the query needs a projection."""
+        """The projection (..., E) of query (..., E) alone, for calls whose static cache holds the keys and values."""
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[: self.embed_dim]
         return F.linear(query, weight, None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim])
 
     def _split_heads(self, x: Tensor, seq_dim: int, position: int | None = None) -> Tensor:
-        """(N, L, heads * D) or (L, N, heads * D) -> (N, heads, L, D), without a copy.
+        """Turns x, (N, L, heads * D) or (L, N, heads * D), into a view (N, heads, L, D).
 
-        With a position, rows are rotated: the first row of x has that position. A module without `rotary` rotates none.
+        seq_dim: the dimension of x that counts positions, 1 or 0
+        position: the position of the first row. A module with `rotary` rotates the rows by their positions. None means
+            that no row is rotated, as values need it
         """
         x = x.view(*x.shape[:2], x.shape[2] // self.head_dim, self.head_dim)
         if self.rotary is not None and position is not None:
@@ -489,17 +507,23 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return x.transpose(1, 2) if seq_dim == 1 else x.permute(1, 2, 0, 3)
 
     def _relative_bias(self, position: int, seqlen_q: int, seqlen_k: int) -> Tensor | None:
-        """(H, L + S - 1) or (L + S - 1,). The first query has the position `position`."""
+        """The relative bias of a call, (H, L + S - 1) or (L + S - 1,); None if the module has none.
+
+        position: the position of the first query
+        """
         if self.relative_bias is None:
             return None
+        # The callable returns the bias of queries that begin at position 0. The queries of this call are the last L of
+        # these. The bias begins with the most negative distances between key and query, which belong to the last
+        # queries. So the first L + S - 1 columns are the bias of this call.
         bias = self.relative_bias(position + seqlen_q, seqlen_k)
-        # The queries are the last L rows of a longer matrix. These lie on the first L + S - 1 diagonals of that matrix.
         return bias[..., : seqlen_q + seqlen_k - 1] if position else bias
 
     def _append_rows(self, x: Tensor, row: Tensor | None) -> Tensor:
-        """x (N, Hkv, S, D) with the rows of add_bias_kv and add_zero_attn at its end.
+        """x (N, Hkv, S, D), the keys or the values, with the rows of add_bias_kv and add_zero_attn at its end.
 
-        row: bias_k or bias_v, (1, 1, Hkv * D), or None.
+        row: the learnable row, which is bias_k for keys and bias_v for values, (1, 1, Hkv * D). None without
+            add_bias_kv
         """
         rows = [x]
         if row is not None:
@@ -524,9 +548,16 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return (self.bias_k is not None) + self.add_zero_attn
 
     def _checked_mask(self, mask: _Mask, key_padding_mask: Tensor | None, seqlen_q: int, key: Tensor) -> _Mask:
-        """The mask with the polarity and the dimensions (N, H, L, S) of `fused_attention`; key is (N, Hkv, S, D).
+        """Turns a mask of this module into a mask of `fused_attention`, and checks its shape and that of the padding.
 
-        Raises AssertionError or RuntimeError if a mask has the wrong shape.
+        In a bool mask of `fused_attention`, True means that the query sees the key, which is the opposite of the
+        meaning here. A mask for each head has the shape (N, H, L, S) there and (N * H, L, S) here.
+
+        key: the projected keys, (N, Hkv, S, D)
+
+        Raises:
+            AssertionError: key_padding_mask has the wrong shape.
+            RuntimeError: attn_mask has the wrong shape.
         """
         batch, seqlen_k = key.shape[0], key.shape[2]
         if key_padding_mask is not None and key_padding_mask.shape != (batch, seqlen_k):
@@ -539,6 +570,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             return mask
         sizes = (seqlen_q, seqlen_k)
         if diagonal is not None:
+            # attn_mask is a causal bias of torch.nn.attention.bias, which holds two lengths and no data. It stays as it
+            # is, unless rows are appended. Every query sees these, so the mask becomes dense.
             bias: Any = attn_mask
             got: tuple[int, ...] = (bias.seq_len_q, bias.seq_len_kv)
             if got != sizes:
@@ -556,14 +589,18 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return _Mask(padded.logical_not() if padded.dtype == torch.bool else padded, None)
 
     def _padded(self, mask: Tensor | None) -> Tensor | None:
-        """The mask (..., S) with columns for the appended rows.
+        """A mask (..., S) of this module, with further columns for the rows that `_append_rows` appends to the keys.
 
-        The columns hold False or 0.0, which means visible in a mask of this module.
+        These columns hold False in a bool mask and 0.0 in a floating-point mask. Both mean that every query sees the
+        row.
         """
         return F.pad(mask, (0, self._num_appended)) if mask is not None and self._num_appended else mask
 
     def _drop_kv_rows(self) -> None:
-        """Shrinks the parameters of the parent class to `num_kv_heads` heads of keys and values."""
+        """Removes rows of the parameters, so that keys and values have `num_kv_heads` heads instead of `num_heads`.
+
+        The caller initialises the parameters again.
+        """
         kv_dim = self.num_kv_heads * self.head_dim
         packed = self.embed_dim + 2 * kv_dim
         for name, size in (
@@ -589,7 +626,11 @@ class _Mask(NamedTuple):
 
 
 def _believed_mask(attn_mask: Tensor | None, is_causal: bool, is_believed: bool) -> _Mask:
-    """The mask of a call with the hint `is_causal`. If the hint is not believed, attn_mask alone decides."""
+    """The mask of a call without a self-attention cache.
+
+    is_causal: the hint that attn_mask is the causal mask
+    is_believed: whether the hint is followed without a look at attn_mask. If not, attn_mask alone decides
+    """
     diagonal = None if attn_mask is None else causal_bias_offset(attn_mask)
     if is_causal and is_believed and diagonal is None:
         # The diagonal hides the appended rows, too. The parent class does the same.
@@ -598,9 +639,11 @@ def _believed_mask(attn_mask: Tensor | None, is_causal: bool, is_believed: bool)
 
 
 def _cached_mask(attn_mask: Tensor | None, is_causal: bool, position: int, seqlen_q: int) -> _Mask:
-    """The mask of L new rows, the first of which has the position `position`.
+    """The mask of a call with a self-attention cache, whose queries are L new rows.
 
-    The new rows see all earlier rows, and they are causal among themselves.
+    The new rows see all rows that the cache holds, and they are causal among themselves.
+
+    position: the position of the first new row, which is the number of rows that the cache holds
     """
     if attn_mask is not None and not is_causal and causal_bias_offset(attn_mask) is None:
         raise ValueError("attn_mask: expected None, or is_causal=True, with a self-attention cache, got a tensor")
@@ -615,7 +658,7 @@ def _cached_mask(attn_mask: Tensor | None, is_causal: bool, position: int, seqle
 
 
 def _above(diagonal: int, seqlen_q: int, key: Tensor) -> Tensor:
-    """(L, S) bool. True stands for the keys j > i + diagonal; key is (N, Hkv, S, D)."""
+    """A mask (L, S) of this module, which hides the keys j > i + diagonal from query i. key: (N, Hkv, S, D)."""
     return torch.ones(seqlen_q, key.shape[2], dtype=torch.bool, device=key.device).triu(diagonal + 1)
 
 
@@ -647,9 +690,13 @@ register_module_module_registration_hook(keep_fast_path_off)
 
 
 def accepts_cache(method: Callable) -> bool:
-    """Whether a method takes the keyword ``cache``. Methods with torch's own signature do not."""
+    """Whether a method takes the keyword ``cache``. Methods with torch's own signature do not.
+
+    The answer for a method of a class is remembered. An answer for another callable is not, because the memory would
+    keep the callable alive, and with it a module.
+    """
     function = getattr(method, "__func__", None)
-    if function is None or torch.compiler.is_compiling():  # a cache entry would keep the callable alive, and its module
+    if function is None or torch.compiler.is_compiling():
         return _has_cache_parameter(method)
     return _remembered_cache_parameter(function)
 
@@ -664,12 +711,18 @@ _remembered_cache_parameter = functools.lru_cache(maxsize=256)(_has_cache_parame
 
 
 def batch_layout(batch_first: bool) -> str:
-    """The layout of the inputs, for messages about sizes: a wrong layout is the most common mistake."""
+    """A text about the layout of the inputs. Messages about sizes end with it, because most such errors come from
+    inputs in the wrong layout.
+    """
     return f"batch_first={batch_first} means inputs {'(N, L, E)' if batch_first else '(L, N, E)'}"
 
 
 class NotADivisorError(ValueError, AssertionError):
-    """The heads do not divide the features. torch.nn raises an AssertionError there, and this library a ValueError."""
+    """The number of heads does not divide the number of features.
+
+    torch.nn raises an AssertionError in this case, and this library raises ValueError for wrong values. So the error is
+    both.
+    """
 
 
 def check_sizes(least: int, **sizes: int | None) -> None:

@@ -38,7 +38,7 @@ class RotaryEmbedding(nn.Module):
         self.base = base
 
     def forward(self, x: Tensor, seq_dim: int = -2, offset: int = 0) -> Tensor:
-        """x (..., D), rotated. Row n of dimension `seq_dim` has the position ``offset + n``.
+        """Rotates the rows of x by their positions. Row n of dimension `seq_dim` has the position ``offset + n``.
 
         Args:
             x: (..., D), floating point.

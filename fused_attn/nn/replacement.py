@@ -10,9 +10,9 @@ from fused_attn.nn.attention import FusedMultiheadAttention
 
 
 def replace_attention(model: nn.Module, backend: str | None) -> dict[nn.Module, FusedMultiheadAttention]:
-    """Replaces each `nn.MultiheadAttention` in a model, in place; returns {torch's module: the new module}.
+    """Replaces each `nn.MultiheadAttention` in a model, in place. Returns a dict from torch's module to the new one.
 
-    Warns of modules that are left alone. The layers around the attention keep their classes.
+    The function warns of the modules that it leaves alone. The layers around the attention keep their classes.
     """
     fused: dict[nn.Module, FusedMultiheadAttention] = {}  # one module may be registered in several places
     left_alone = []

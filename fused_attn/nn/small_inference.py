@@ -20,8 +20,8 @@ from fused_attn.backends.cpu import DTYPES, MAX_HEAD_DIM
 from fused_attn.native import _C
 
 #: The largest number of multiply-adds in the projections for which `self_attention` makes the native call. Up to this
-#: size, the native call takes at most 0.85 times as long as `FusedMultiheadAttention.forward` otherwise does, measured
-#: on one core and on two. With few rows, the native call takes a third of the time.
+#: size, the native call takes at most 0.85 of the time that `FusedMultiheadAttention.forward` takes without the native
+#: call. This was measured on one core and on two. With few rows, the native call takes a third of the time.
 MOST_PRODUCTS = 2_000_000
 
 
@@ -56,9 +56,10 @@ def self_attention(
 
 
 def is_plain(module: nn.MultiheadAttention) -> bool:
-    """Whether nobody can tell that the native call reads the weights and does not call ``out_proj``.
+    """Whether the native call can take the place of the module's own operators, so that nobody sees a difference.
 
-    This function is the only place that decides so. These are not plain:
+    The native call reads the weights, and does not call ``out_proj``. This function alone decides whether that is
+    allowed. These modules and calls are not plain:
 
     - Subclasses of the module or of ``out_proj``, such as parametrisations and FSDP2 make, and adapters in the place of
       ``out_proj``.
@@ -87,7 +88,8 @@ def is_plain(module: nn.MultiheadAttention) -> bool:
 
 def _is_plain_parameter(module: nn.Module, name: str) -> bool:
     """Whether the native call can read a parameter of the module, or the parameter is None (a bias that is off)."""
-    x = module._parameters.get(name, False)  # None is a bias that is off. False means: this is no parameter any more.
+    # None is a bias that is off. False means that the module has no parameter of this name any more.
+    x = module._parameters.get(name, False)
     return x is None or (type(x) is nn.Parameter and x.is_cpu and x.layout is torch.strided and x.is_contiguous())
 
 

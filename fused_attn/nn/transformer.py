@@ -641,7 +641,7 @@ def convert_layers(model: nn.Module) -> None:
 
     `fused_attn.convert_attention` calls this function after it has replaced the attention.
     """
-    # Layers before stacks: what a stack becomes depends on its layers.
+    # The layers come before the stacks, because the class of a stack depends on its layers.
     for module in model.modules():
         if type(module) is nn.TransformerEncoderLayer and _is_fused(module.self_attn):
             module.__class__ = TransformerEncoderLayer
@@ -700,9 +700,9 @@ def _causal_mask(
 
 
 def _dense_mask(mask: Tensor | None, is_causal: bool | None, seqlen: int, device: torch.device) -> Tensor | None:
-    """The mask for layers that read masks.
+    """The mask for layers of other classes, which read a mask and not the flag is_causal.
 
-    A causal bias, or is_causal=True without a mask, becomes a bool mask (L, S), True = hidden.
+    A causal bias, or is_causal=True without a mask, becomes a bool mask (L, S), in which True hides the key.
     """
     bias = None if mask is None else causal_bias(mask)
     if bias is None and not (mask is None and is_causal):

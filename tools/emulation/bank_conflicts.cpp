@@ -30,8 +30,8 @@ void BankConflicts::add(const uint32_t* addresses, int lanes, uint32_t bytes) {
   }
 }
 
-// The current thread's access belongs to the instruction number executed[lane] at this place. If all lanes have
-// executed that instruction, it is counted.
+// executed[lane] says how often the current lane has been at this place before. So the access belongs to the warp's
+// instruction of that number at this place. When all lanes have executed an instruction, the function counts it.
 void BankConflicts::add_lane(const void* site, uint32_t address, uint32_t bytes) {
   const Thread& thread = *block().current;
   Site& here = sites_[{thread.warp, site}];

@@ -20,8 +20,9 @@ void Barriers::reset(int agents) {
   }
 }
 
-// The last lane of a warp to arrive counts the whole warp. The last warp to arrive at the barrier wakes the warps that
-// wait, and passes on what all arrived threads know.
+// The last lane of a warp to arrive does the work for the whole warp: it adds 32 threads to the barrier, and what they
+// know to the clock of the barrier. The last warp to arrive at the barrier wakes the warps that wait, whose clocks then
+// join that of the barrier.
 void Barriers::arrive(int id, int threads, bool is_sync, const char* name) {
   Block& b = block();
   if (threads <= 0 || threads % kWarpSize || threads > int(b.threads.size()))

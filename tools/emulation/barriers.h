@@ -32,7 +32,8 @@ class Barriers {
   int agents_ = 0;
 };
 
-// Each lane of a warp calls this, and waits for the others. Then every lane knows what any of them knew.
+// Each lane of a warp calls this, and waits for the other lanes. Afterwards, the vector clock of every lane contains
+// what any of the lanes knew before.
 void sync_warp();
 
 }  // namespace fused_attn::emulation

@@ -44,7 +44,7 @@ struct Thread {
   uint32_t polls = 0;            // how often in a row it has read this address
 
   // Identifies an access that this thread makes now.
-  Epoch epoch() const { return {uint16_t(index), false, clock.get(kOrdinary, index)}; }
+  Epoch epoch() const { return {uint16_t(index), /*is_async=*/false, clock.get(kOrdinary, index)}; }
   // A function for RaceDetector: up to which tick this thread knows of an agent.
   auto known() const {
     return [this](Plane plane, int agent) { return clock.get(plane, agent); };

@@ -62,7 +62,7 @@ void switch_context(void**, void*) { abort(); }
 
 void* prepare_stack(char* top, void (*entry)()) {
   void** pointer = reinterpret_cast<void**>(uintptr_t(top) & ~uintptr_t(63));
-  *--pointer = nullptr;  // `entry` would return to this; also aligns its frame
+  *--pointer = nullptr;  // the address to which `entry` would return; this word also aligns the frame of `entry`
   *--pointer = reinterpret_cast<void*>(entry);
   for (int i = 0; i < kSavedRegisters; i++) *--pointer = nullptr;
   return pointer;

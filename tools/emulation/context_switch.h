@@ -5,7 +5,7 @@
 
 namespace fused_attn::emulation {
 
-// Why this machine cannot emulate kernels, or null.
+// Returns why this machine cannot emulate kernels, or null if it can.
 const char* context_switch_missing();
 
 // Saves the registers and the stack pointer in `from`, and continues where an earlier call has saved `to`.

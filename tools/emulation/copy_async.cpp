@@ -13,7 +13,7 @@ namespace {
 constexpr uint32_t kBytes = 16;
 constexpr char kName[] = "copy_async_16";
 
-// Copies the bytes.
+// Copies the bytes of a copy that copy_async_16 has issued.
 void carry_out(const CopyAsync& copy) {
   char* destination = block().shared.at(copy.destination, kBytes, kBytes, kName);
   if (copy.source)
@@ -24,6 +24,8 @@ void carry_out(const CopyAsync& copy) {
 
 }  // namespace
 
+// Until the thread has waited for the copy, every access to its destination is a race, and the destination holds NaN if
+// the copy is late.
 void copy_async_16(uint32_t destination, const void* source, bool is_inside) {
   Block& b = block();
   b.statistics.async_copies++;

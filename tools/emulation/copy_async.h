@@ -15,7 +15,7 @@ struct CopyAsync {
   bool is_done;        // the bytes have been copied
 };
 
-// The copies of one thread that it has not waited for. `open`: since the last commit.
+// The copies of one thread that the thread has not waited for. `open` has the copies since the last commit.
 struct CopyAsyncGroups {
   std::vector<CopyAsync> open;
   std::deque<std::vector<CopyAsync>> committed;

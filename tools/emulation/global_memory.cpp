@@ -16,8 +16,9 @@ namespace {
 constexpr uintptr_t kHandle = uintptr_t(1) << 62;  // added to a host address; no address of x86-64 has this bit
 constexpr uint32_t kManyPolls = 1 << 20;  // of one address in a row, before it is taken for a loop that never ends
 
-// The last write to four bytes of global memory in a launch. Remembering only the last write finds most races between
-// threads and blocks. It does not find a write after another thread's read, nor a missing proxy fence within a block.
+// The last write to four bytes of global memory in a launch. The emulation remembers no other accesses to them. This
+// finds most races between threads and blocks, but not a write after another thread's read, nor a missing proxy fence
+// within a block.
 struct LastWrite {
   int32_t block = -1;
   Epoch access{};  // of a bulk store: its agent, and its number in the block
@@ -37,8 +38,9 @@ struct Buffer {
 
 std::vector<Buffer> buffers;
 
-// releases[block][n - 1]: what release number n of a block, and the releases before, have made known.
-// published_with_counter: for a counter, the number of the last release of each block that it carries.
+// releases[block][n - 1] is what the block's release number n, and the releases before, have made known.
+// published_with_counter tells for each counter which releases a thread acquires that waits for the counter: for each
+// block, the number of its last release that the counter stands for.
 std::map<int, std::vector<VectorClock>> releases;
 std::map<const int*, GlobalClock::Ticks> published_with_counter;
 
@@ -70,8 +72,8 @@ Buffer& find(uintptr_t handle, size_t bytes, size_t alignment, bool is_write, co
        size_t(nearest->end - nearest->begin));
 }
 
-// Why nothing orders an access of the current thread after the write `last`, or an empty text if something does.
-// is_async: the access is one of the async proxy (TMA).
+// Returns why the access of the current thread is not ordered after the write `last`, or an empty text if it is. The
+// reason names the primitive that is missing. is_async: the access is one of the async proxy (TMA).
 std::string missing_order(const LastWrite& last, bool is_async) {
   const Block& b = block();
   const VectorClock& clock = b.current->clock;
@@ -159,7 +161,7 @@ void forget_accesses() {
 const char* global_read(const void* handle, size_t bytes, size_t alignment, const char* what, bool is_async) {
   Block& b = block();
   const uintptr_t address = reinterpret_cast<uintptr_t>(handle);
-  Buffer& buffer = find(address, bytes, alignment, false, what);
+  Buffer& buffer = find(address, bytes, alignment, /*is_write=*/false, what);
   Thread& thread = *b.current;
   thread.polls = handle == thread.polled ? thread.polls + 1 : 0;
   thread.polled = handle;
@@ -180,7 +182,7 @@ const char* global_read(const void* handle, size_t bytes, size_t alignment, cons
 char* global_write(void* handle, size_t bytes, size_t alignment, const char* what, const Epoch& access, Write kind) {
   Block& b = block();
   const uintptr_t address = reinterpret_cast<uintptr_t>(handle);
-  Buffer& buffer = find(address, bytes, alignment, true, what);
+  Buffer& buffer = find(address, bytes, alignment, /*is_write=*/true, what);
   const uintptr_t p = address - kHandle;
   if (b.options.race_detection) {
     for_each_write(buffer, p, bytes, [&](const LastWrite& last) {
@@ -222,11 +224,12 @@ void add_release(int* counter, int value) {
       if (thread.wait.what == Wait::kCounter) running->scheduler.make_ready(thread);
 }
 
-// Waits until a counter has this value, and learns what has been published with it.
+// Waits until a counter has this value. From then on, the thread knows what the releases have made known that the
+// counter stands for.
 void wait_until_equal(const int* counter, int value) {
   Block& b = block();
   const uintptr_t handle = reinterpret_cast<uintptr_t>(counter);
-  find(handle, sizeof(int), sizeof(int), false, "wait_until_equal");
+  find(handle, sizeof(int), sizeof(int), /*is_write=*/false, "wait_until_equal");
   Wait wait = {Wait::kCounter, "wait_until_equal"};
   wait.counter = reinterpret_cast<const int*>(handle - kHandle);
   wait.value = value;

@@ -17,15 +17,16 @@ void clear_buffers();
 
 template <class T>
 T* register_buffer(T* memory, size_t count) {
-  return static_cast<T*>(register_buffer(memory, count * sizeof(T), true));
+  return static_cast<T*>(register_buffer(memory, count * sizeof(T), /*is_writable=*/true));
 }
 
 // The kinds of writes. Blocks may write to the same place without any order in two cases: atomic counters (kCount), and
 // sums of floats if the test allows any order (kSum).
 enum class Write { kPlain, kCount, kSum };
 
-// Check an access of the current thread, or of a bulk store of this thread (is_async, access.is_async), and return the
-// host's pointer for the handle. `what` names the primitive in reports.
+// Check an access, and return the host's pointer for the handle. The access is one of the current thread, or, if
+// is_async or access.is_async is set, one of a bulk copy that this thread has issued. `what` names the primitive in
+// reports.
 const char* global_read(const void* handle, size_t bytes, size_t alignment, const char* what, bool is_async = false);
 char* global_write(void* handle, size_t bytes, size_t alignment, const char* what, const Epoch& access,
                    Write kind = Write::kPlain);
@@ -37,8 +38,8 @@ void forget_accesses();
 int atomic_fetch_add(int* counter, int value);
 void atomic_add(float* sum, float value);
 
-// Order between blocks. add_release stores with the counter what the thread's vector clock knows of all blocks. A
-// thread that has waited for the value learns it.
+// Order between blocks. add_release adds to the counter, and stores with the counter what the thread's vector clock
+// knows of all blocks. A thread for which wait_until_equal has returned knows the same from then on.
 void add_release(int* counter, int value);
 void wait_until_equal(const int* counter, int value);
 

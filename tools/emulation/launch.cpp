@@ -18,7 +18,7 @@ constexpr size_t kSignalStackBytes = 64 * 1024;
 
 Block* current_block = nullptr;
 std::vector<Block*> running;
-std::vector<std::unique_ptr<Block>> slots;  // Block objects, which later blocks reuse
+std::vector<std::unique_ptr<Block>> slots;  // a Block for each block that can run at a time; later blocks reuse them
 Options options_of_session;
 Statistics statistics_of_session;
 
@@ -69,7 +69,7 @@ void check_shape(const LaunchShape& shape) {
     fail("launch: a grid of %d x %d x %d blocks", shape.grid.x, shape.grid.y, shape.grid.z);
 }
 
-// Resets *current_block to block number `index` of the grid, with all threads ready to run. `slot` chooses the stacks.
+// Resets *current_block to block number `index` of the grid, with all threads ready to run on the stacks of `slot`.
 void start_block(const LaunchShape& shape, const Options& options, const std::function<void()>& kernel, int index,
                  int slot) {
   Block& b = *current_block;
@@ -102,7 +102,8 @@ void start_block(const LaunchShape& shape, const Options& options, const std::fu
   b.scheduler.start(slot);
 }
 
-// When all threads of a block have ended: completes its loads, and fails if something was left open.
+// Must be called when all threads of a block have ended. Completes the loads of the block. Fails if a product is still
+// in flight, an mbarrier still expects bytes, or threads wait at a barrier for others that have ended.
 void check_block_is_complete() {
   Block& b = *current_block;
   while (!b.tma.is_empty()) b.tma.complete_one();
@@ -113,7 +114,8 @@ void check_block_is_complete() {
   b.bank_conflicts.finish();
 }
 
-// Adds every field, but takes the maximum of most_registers.
+// Adds the statistics of a block to `sum`. All fields are uint64_t, so the function adds them as arrays. For
+// most_registers, the result is the maximum instead of the sum.
 void add(Statistics* sum, const Statistics& of_block) {
   constexpr size_t kFields = sizeof(Statistics) / sizeof(uint64_t);
   const uint64_t most_registers = std::max(sum->most_registers, of_block.most_registers);
@@ -145,8 +147,8 @@ bool run_a_turn(Statistics* statistics) {
   return has_any_run;
 }
 
-// Starts blocks in order, resident_blocks at a time, until all have ended. If no thread of any block can run, throws a
-// report of the deadlock.
+// Starts blocks in order, so that at most resident_blocks run at a time, and returns when all have ended. If no thread
+// of any block can run, the function throws an error that describes the deadlock.
 void run_blocks(const LaunchShape& shape, const Options& options, Statistics* statistics,
                 const std::function<void()>& kernel) {
   const int64_t num_blocks = int64_t(shape.grid.x) * shape.grid.y * shape.grid.z;

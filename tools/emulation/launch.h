@@ -20,8 +20,8 @@ struct LaunchShape {
 std::string launch(const LaunchShape& shape, const Options& options, Statistics* statistics,
                    const std::function<void()>& kernel);
 
-// For launches by the product's host code (hardware_emulated.h), which knows nothing of options: those that the test
-// has set last, and the statistics since then.
+// The product's host code (hardware_emulated.h) launches kernels without options. Its launches use the options that the
+// test has set last (session_options), and add to the statistics since then (session_statistics).
 Options& session_options();
 Statistics& session_statistics();
 

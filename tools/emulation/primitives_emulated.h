@@ -46,7 +46,7 @@ inline Float2 unpack(uint32_t pair) {
 
 inline void sync_threads() {
   emulation::Block& b = emulation::block();
-  b.barriers.arrive(0, int(b.threads.size()), true, "sync_threads");
+  b.barriers.arrive(0, int(b.threads.size()), /*is_sync=*/true, "sync_threads");
 }
 
 inline void sync_warp() { emulation::sync_warp(); }
@@ -54,17 +54,17 @@ inline void sync_warp() { emulation::sync_warp(); }
 template <int Id>
 inline void barrier_sync(int threads) {
   static_assert(Id > 0 && Id < emulation::kNumBarriers);
-  emulation::block().barriers.arrive(Id, threads, true, "barrier_sync");
+  emulation::block().barriers.arrive(Id, threads, /*is_sync=*/true, "barrier_sync");
 }
 
 template <int Id>
 inline void barrier_arrive(int threads) {
   static_assert(Id > 0 && Id < emulation::kNumBarriers);
-  emulation::block().barriers.arrive(Id, threads, false, "barrier_arrive");
+  emulation::block().barriers.arrive(Id, threads, /*is_sync=*/false, "barrier_arrive");
 }
 
-// What a lane passes to a shuffle: its value, and the lane whose value it wants. The last lane to arrive sets every
-// result.
+// What a lane passes to a shuffle: its value, and the number of the lane whose value it wants. The last lane of the
+// warp to arrive sets the results of all lanes.
 template <class V>
 struct ShuffleOperand {
   V v, result;
@@ -97,7 +97,7 @@ inline V shuffle(V v, int lane) {
 
 inline uint32_t warp_ballot(bool is_true) {
   emulation::Warps& warps = emulation::block().warps;
-  uint32_t bits = is_true;  // of this lane, then of all
+  uint32_t bits = is_true;  // at first the bit of this lane; the last lane to arrive replaces it by the bits of all
   if (void** lanes = warps.meet_in_warp("warp_ballot", &bits)) {
     uint32_t ballot = 0;
     for (int i = 0; i < emulation::kWarpSize; i++) ballot |= *static_cast<uint32_t*>(lanes[i]) << i;
@@ -169,17 +169,23 @@ inline void copy_async_wait() {
 
 // ---- Matrix fragments of a warp
 
-inline void load_matrix_x4(uint32_t (&r)[4], uint32_t address) { emulation::load_matrix(r, address, 4, false); }
+inline void load_matrix_x4(uint32_t (&r)[4], uint32_t address) {
+  emulation::load_matrix(r, address, 4, /*is_transposed=*/false);
+}
 inline void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t address) {
-  emulation::load_matrix(r, address, 4, true);
+  emulation::load_matrix(r, address, 4, /*is_transposed=*/true);
 }
-inline void load_matrix_x2(uint32_t (&r)[2], uint32_t address) { emulation::load_matrix(r, address, 2, false); }
+inline void load_matrix_x2(uint32_t (&r)[2], uint32_t address) {
+  emulation::load_matrix(r, address, 2, /*is_transposed=*/false);
+}
 inline void load_matrix_x2_transposed(uint32_t (&r)[2], uint32_t address) {
-  emulation::load_matrix(r, address, 2, true);
+  emulation::load_matrix(r, address, 2, /*is_transposed=*/true);
 }
-inline void store_matrix_x4(uint32_t address, const uint32_t (&r)[4]) { emulation::store_matrix(address, r, 4, false); }
+inline void store_matrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+  emulation::store_matrix(address, r, 4, /*is_transposed=*/false);
+}
 inline void store_matrix_x4_transposed(uint32_t address, const uint32_t (&r)[4]) {
-  emulation::store_matrix(address, r, 4, true);
+  emulation::store_matrix(address, r, 4, /*is_transposed=*/true);
 }
 
 template <class T>
@@ -254,18 +260,21 @@ inline void wgmma_wait() {
 template <class T, int N, int TransA, int TransB>
 inline void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256);
-  emulation::block().wgmma.issue(d, N, kIsBf16<T>, nullptr, a, b, TransA, TransB, accumulate);
+  emulation::block().wgmma.issue(d, N, kIsBf16<T>, /*a=*/nullptr, a, b, TransA, TransB, accumulate);
 }
 
 template <class T, int N, int TransB>
 inline void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256);
-  emulation::block().wgmma.issue(d, N, kIsBf16<T>, a, 0, b, false, TransB, accumulate);
+  emulation::block().wgmma.issue(d, N, kIsBf16<T>, a, /*a_descriptor=*/0, b, /*is_a_transposed=*/false, TransB,
+                                 accumulate);
 }
 
+// keep_registers and keep_computed only concern the compiler for GPUs, so they do nothing here.
 template <int N>
 inline void keep_registers(float (&)[N]) {}
 
+// Fills the registers with NaN, so that a test notices a kernel that still uses their values.
 template <int N>
 inline void forget_registers(float (&r)[N]) {
   emulation::block().wgmma.forget(r, N);
@@ -280,11 +289,11 @@ inline const V* keep_computed(const V* p) {
 
 template <int R>
 inline void increase_registers() {
-  emulation::block().registers.change(R, true);
+  emulation::block().registers.change(R, /*is_increase=*/true);
 }
 template <int R>
 inline void decrease_registers() {
-  emulation::block().registers.change(R, false);
+  emulation::block().registers.change(R, /*is_increase=*/false);
 }
 
 }  // namespace fused_attn::gpu

@@ -4,7 +4,7 @@
 
 namespace fused_attn::emulation {
 
-// An agent in a report.
+// The name of an agent in reports.
 std::string Agents::name(int agent) const {
   if (agent < threads) return format("thread %d (warp %d)", agent, agent / 32);
   if (is_wgmma(agent)) return format("wgmma of warpgroup %d", (agent - threads) / kWarpsPerWarpgroup);
@@ -34,7 +34,8 @@ void RaceDetector::protect_mbarrier(uint32_t offset) {
   cells_[offset / 4].is_mbarrier = cells_[offset / 4 + 1].is_mbarrier = true;
 }
 
-// Remembers a read of a cell, in the cell itself or, with many readers, in more_reads_.
+// Remembers a read of a cell. A cell has room for kInlineReads readers. Further readers get an entry of more_reads_,
+// which has one tick for each agent.
 void RaceDetector::add_reader(Cell& cell, const Epoch& access) {
   for (int r = 0; r < cell.num_reads; r++)
     if (cell.reads[r].agent == access.agent) {

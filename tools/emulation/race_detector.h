@@ -68,7 +68,7 @@ class RaceDetector {
   static constexpr int kInlineReads = 4;       // most cells have few readers, which need no other memory
 
   struct Cell {  // four bytes of shared memory
-    Epoch write{kNobody, false, 0};
+    Epoch write{kNobody, /*is_async=*/false, 0};
     Epoch reads[kInlineReads];
     uint8_t num_reads = 0;
     bool is_copied_to = false;
@@ -117,7 +117,7 @@ void RaceDetector::check_after_write(const Cell& cell, uint32_t index, const Epo
 template <class Known>
 void RaceDetector::read(uint32_t offset, uint32_t bytes, Epoch access, const Known& known, const char* what) {
   for (uint32_t i = offset / 4, last = (offset + bytes - 1) / 4; i <= last; i++) {
-    check_after_write(cells_[i], i, access, known, true, what);
+    check_after_write(cells_[i], i, access, known, /*is_read=*/true, what);
     add_reader(cells_[i], access);
   }
 }
@@ -126,14 +126,14 @@ template <class Known>
 void RaceDetector::write(uint32_t offset, uint32_t bytes, Epoch access, const Known& known, const char* what) {
   for (uint32_t i = offset / 4, last = (offset + bytes - 1) / 4; i <= last; i++) {
     Cell& cell = cells_[i];
-    check_after_write(cell, i, access, known, false, what);
+    check_after_write(cell, i, access, known, /*is_read=*/false, what);
     for (int r = 0; r < cell.num_reads; r++)
       if (cell.reads[r].agent != access.agent && !is_ordered(cell.reads[r], kOrdinary, known))
         report(i, what, "is not ordered after the read of", cell.reads[r]);
     if (cell.more_reads >= 0) {
       std::vector<uint32_t>& ticks = more_reads_[cell.more_reads];
       for (int agent = 0; agent < agents_.count(); agent++) {
-        const Epoch earlier{uint16_t(agent), false, ticks[agent]};
+        const Epoch earlier{uint16_t(agent), /*is_async=*/false, ticks[agent]};
         if (ticks[agent] && agent != access.agent && !is_ordered(earlier, kOrdinary, known))
           report(i, what, "is not ordered after the read of", earlier);
         ticks[agent] = 0;

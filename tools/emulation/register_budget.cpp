@@ -27,7 +27,8 @@ void RegisterBudget::reset(int threads, int per_thread) {
   free_ = 0;
 }
 
-// The last lane of a warp gives registers back at once, or adds a request and waits until it is granted.
+// The last lane of a warp to arrive does the work for the whole warp. It gives registers back at once, or it adds a
+// request for more and waits until the request is granted.
 void RegisterBudget::change(int per_thread, bool is_increase) {
   Block& b = block();
   const char* name = is_increase ? "increase_registers" : "decrease_registers";

@@ -11,7 +11,7 @@ constexpr int kRegistersOfMultiprocessor = 64 * 1024;
 
 class RegisterBudget {
  public:
-  // At the start of a block. per_thread: registers of each thread; 0 = as many as one block on a multiprocessor can
+  // Starts a block whose threads have per_thread registers each. 0 means as many as one block on a multiprocessor can
   // have.
   void reset(int threads, int per_thread);
   // The primitives increase_registers and decrease_registers, for the current thread's warp.

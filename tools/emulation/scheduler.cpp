@@ -81,8 +81,8 @@ void Scheduler::switch_to_next() {
   switch_context(&from.stack_pointer, to->stack_pointer);
 }
 
-// The next thread to run: the first one in the queue, or a random one. TMA operations complete at random times, or when
-// no thread can run.
+// Returns the next thread to run. With seed 0, this is the first thread in the queue, and TMA operations complete when
+// no thread can run. With another seed, it is a random thread, and TMA operations also complete at random times.
 Thread* Scheduler::next_thread() {
   Block& b = block();
   const bool is_random = b.options.seed != 0;

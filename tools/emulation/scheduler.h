@@ -30,17 +30,19 @@ enum class Progress {
 
 class Scheduler {
  public:
-  // Makes all threads of the current block ready. `slot` chooses their stacks.
+  // Makes all threads of the current block ready. Each block that runs has a slot, a number that later blocks reuse,
+  // and the threads run on the stacks of this slot.
   void start(int slot);
 
-  // Gives the block a turn.
+  // Gives the block a turn, and returns what became of the block in this turn.
   Progress run();
-  const std::string& error() const { return error_; }  // that ended the block, or an empty text
+  // The error that ended the block, or an empty text.
+  const std::string& error() const { return error_; }
 
   // Ends the turn of the block. The current thread stays ready.
   void yield();
 
-  // wait: the current thread waits until another one calls make_ready on it; other threads run meanwhile.
+  // wait: the current thread waits until another thread passes it to make_ready. Other threads run in the meantime.
   void wait(const Wait& wait);
   void make_ready(Thread& thread);
 

@@ -41,7 +41,8 @@ char* write_shared(uint32_t address, uint32_t bytes, const char* what) {
   return p;
 }
 
-// Not inlined, so that the return address tells which load of the kernel this is.
+// load_shared and store_shared are not inlined, so that their return address tells which place of the kernel calls
+// them.
 __attribute__((noinline)) void load_shared(uint32_t address, void* value, uint32_t bytes) {
   memcpy(value, read_shared(address, bytes, "load_shared"), bytes);
   Block& b = block();

@@ -16,8 +16,8 @@ constexpr uint32_t kChunk = 16;  // bytes that swizzling keeps together
 constexpr uint32_t kTmaAlignment = 128;
 constexpr uint32_t kSwizzle128Repeat = 1024;
 
-// One row of a box. Bytes begin ... end - 1 of the row lie within the tensor, at `global` and after it. The other ones
-// are zeros, or are not written.
+// One row of a box. Bytes begin ... end - 1 of the row lie within the tensor, and `global` is the address of the first
+// of them. For the other bytes, a load writes zeros, and a store writes nothing.
 struct Row {
   char* global;
   int begin, end;
@@ -30,8 +30,9 @@ struct Box {
   uint32_t bytes() const { return uint32_t(rows.size()) * row_bytes; }
 };
 
-// Calls f(address, begin, end, global) for each 16-byte chunk of a box at the shared address `shared`. Bytes begin ...
-// end - 1 of the chunk lie within the tensor, at `global` and after it.
+// Calls f(address, begin, end, global) for each 16-byte chunk of a box at the shared address `shared`. The chunk itself
+// is at `address`, where the swizzle puts it. Its bytes begin ... end - 1 lie within the tensor, and `global` is the
+// address of the first of them there.
 template <class F>
 void for_each_chunk(const Box& box, uint32_t shared, const F& f) {
   for (size_t r = 0; r < box.rows.size(); r++) {
@@ -125,6 +126,7 @@ void load(uint32_t destination, Box box, uint32_t mbarrier, const char* what) {
     clock.learn(epoch.agent, epoch.tick);
   }
   if (b.options.poison) b.shared.fill_with_poison(destination, bytes);
+  // The bytes arrive when somebody calls job->complete(): at once, or later from the queue of the block.
   auto job = std::make_shared<TmaJob>();
   job->carry_out = [=, box = std::move(box)] {
     for_each_chunk(box, destination, [&](uint32_t address, int begin, int end, const char* global) {
@@ -226,7 +228,7 @@ void tma_load(uint32_t destination, const TensorMap& map, uint32_t mbarrier, con
   check_shared_address(map, destination, what);
   check_first_coordinate(map, coordinates[0], what);
   Box box = box_of(map, coordinates, [&](char* handle, size_t bytes) {
-    return const_cast<char*>(global_read(handle, bytes, 1, what, true));
+    return const_cast<char*>(global_read(handle, bytes, 1, what, /*is_async=*/true));
   });
   load(destination, std::move(box), mbarrier, what);
 }
@@ -249,7 +251,7 @@ void tma_prefetch(const TensorMap& map) { check_map(map, map.rank, "tma_prefetch
 void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t mbarrier) {
   const char* what = "bulk_load";
   check_bulk_bytes(bytes, what);
-  char* global = const_cast<char*>(global_read(source, bytes, kChunk, what, true));
+  char* global = const_cast<char*>(global_read(source, bytes, kChunk, what, /*is_async=*/true));
   load(destination, contiguous(global, bytes), mbarrier, what);
 }
 
@@ -257,14 +259,14 @@ void bulk_store(float* destination, uint32_t source, uint32_t bytes) {
   const char* what = "bulk_store";
   check_bulk_bytes(bytes, what);
   char* global = global_write(destination, bytes, kChunk, what, next_store());
-  write(contiguous(global, bytes), source, BulkWrite::kStore, true, false, what);
+  write(contiguous(global, bytes), source, BulkWrite::kStore, /*is_float32=*/true, /*is_bf16=*/false, what);
 }
 
 void bulk_reduce_add_f32(float* destination, uint32_t source, uint32_t bytes) {
   const char* what = "bulk_reduce_add_f32";
   check_bulk_bytes(bytes, what);
   char* global = global_write(destination, bytes, kChunk, what, next_store(), Write::kSum);
-  write(contiguous(global, bytes), source, BulkWrite::kAdd, true, false, what);
+  write(contiguous(global, bytes), source, BulkWrite::kAdd, /*is_float32=*/true, /*is_bf16=*/false, what);
 }
 
 void bulk_commit() {
@@ -285,7 +287,7 @@ void bulk_wait_read(int groups_left) {
   }
 }
 
-// Completes all groups but the groups_left committed last.
+// Completes all groups except the last groups_left that were committed.
 void bulk_wait(int groups_left) {
   bulk_wait_read(groups_left);
   Thread& thread = *block().current;

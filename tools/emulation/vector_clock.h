@@ -16,15 +16,18 @@ namespace fused_attn::emulation {
 
 enum Plane { kOrdinary = 0, kFenced = 1 };
 
-// What a thread knows about global memory, in the same two planes; here the fence is fence_async_proxy_global. About
-// another block, a thread knows how many of that block's releases it has acquired. About the bulk stores of a warp of
-// its own block (own_bulk_stores), it knows how many are complete. Most threads know little of this, so the map has
-// only entries that are not 0, and clocks share it.
+// What a thread knows about global memory, in the same two planes. The fence is fence_async_proxy_global here. A clock
+// has one number for each source:
+//
+//   another block                                     how many releases of that block the thread has acquired
+//   the bulk stores of a warp of the thread's block   how many of these stores are complete (own_bulk_stores)
+//
+// Most of these numbers are 0. So the clock is a map without zeros, and clocks with equal contents share one map.
 class GlobalClock {
  public:
   using Ticks = std::map<std::pair<Plane, int>, uint32_t>;
 
-  // The key of a bulk store's agent. Numbers of blocks are not negative, so it cannot be one of those.
+  // The source that stands for the bulk stores of an agent. It is negative, so it is not the number of a block.
   static int own_bulk_stores(int agent) { return -1 - agent; }
 
   uint32_t get(Plane plane, int source) const {
@@ -60,7 +63,7 @@ class GlobalClock {
   }
 
  private:
-  // Whether this clock knows everything that `other` knows.
+  // Whether this clock has no smaller number than `other` for any source.
   bool covers(const Ticks& other) const {
     for (const auto& [key, tick] : other)
       if (get(key.first, key.second) < tick) return false;
@@ -87,7 +90,7 @@ class VectorClock {
   void tick(int agent) { ticks_[agent]++; }
 
   // Learns that an agent of the async proxy has reached a tick. No fence is needed between two accesses of the async
-  // proxy, so both planes learn it.
+  // proxy, so the tick goes into both planes.
   void learn(int agent, uint32_t tick) {
     for (uint32_t* known : {&ticks_[agent], &ticks_[agents_ + agent]}) *known = std::max(*known, tick);
   }

@@ -12,24 +12,29 @@ namespace {
 constexpr int kRows = 8;  // of the matrices that ldmatrix and stmatrix move
 constexpr uint32_t kRowBytes = 16;
 
+// What a lane passes to load_matrix or store_matrix: its registers, one for each matrix, and the address of one row.
 struct MatrixOperand {
   uint32_t* r;
   uint32_t address;
 };
 
+// What a lane passes to mma_m16n8k16: its registers of the result and of both factors.
 struct MmaOperand {
   float* c;
   const uint32_t *a, *b;
 };
 
+// The lower half of a register (half = 0) or the upper one.
 uint16_t half_of(uint32_t pair, int half) { return uint16_t(pair >> (16 * half)); }
 
+// The name of the primitive, for reports.
 const char* matrix_name(bool is_load, int matrices, bool is_transposed) {
   if (!is_load) return is_transposed ? "store_matrix_x4_transposed" : "store_matrix_x4";
   if (matrices == 2) return is_transposed ? "load_matrix_x2_transposed" : "load_matrix_x2";
   return is_transposed ? "load_matrix_x4_transposed" : "load_matrix_x4";
 }
 
+// Counts the bank conflicts of one instruction. Only the lanes whose addresses name a row take part.
 void count_conflicts(void** lanes, int matrices) {
   uint32_t addresses[kWarpSize];
   for (int i = 0; i < kRows * matrices; i++) addresses[i] = static_cast<MatrixOperand*>(lanes[i])->address;
@@ -38,6 +43,8 @@ void count_conflicts(void** lanes, int matrices) {
 
 }  // namespace
 
+// The last lane of the warp to arrive gathers the factors from the registers of all lanes, multiplies, and writes the
+// results. PTX ISA, "Matrix fragments for mma.m16n8k16", says which element lies where.
 void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, bool is_bf16) {
   Block& block_ = block();
   MmaOperand operand = {c, a, b};
@@ -65,9 +72,12 @@ void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, bool is_bf16) 
   block_.warps.release_warp();
 }
 
+// Lane i gives the address of row i % 8 of matrix i / 8. Lanes beyond the last matrix give none. The last lane of the
+// warp to arrive reads all matrices. Each lane gets two neighbouring elements of row lane / 4 of each matrix, or, if
+// is_transposed, of column lane / 4.
 void load_matrix(uint32_t* r, uint32_t address, int matrices, bool is_transposed) {
   Block& b = block();
-  const char* name = matrix_name(true, matrices, is_transposed);
+  const char* name = matrix_name(/*is_load=*/true, matrices, is_transposed);
   MatrixOperand operand = {r, address};
   if (b.current->lane < kRows * matrices) read_shared(address, kRowBytes, name);
   void** lanes = b.warps.meet_in_warp(name, &operand);
@@ -88,9 +98,10 @@ void load_matrix(uint32_t* r, uint32_t address, int matrices, bool is_transposed
   b.warps.release_warp();
 }
 
+// The opposite of load_matrix, with the same addresses and the same places of the elements.
 void store_matrix(uint32_t address, const uint32_t* r, int matrices, bool is_transposed) {
   Block& b = block();
-  const char* name = matrix_name(false, matrices, is_transposed);
+  const char* name = matrix_name(/*is_load=*/false, matrices, is_transposed);
   MatrixOperand operand = {const_cast<uint32_t*>(r), address};
   if (b.current->lane < kRows * matrices) write_shared(address, kRowBytes, name);
   void** lanes = b.warps.meet_in_warp(name, &operand);

@@ -12,7 +12,7 @@ void Warps::reset(int warps, int warpgroups) {
   warpgroups_.assign(warpgroups, Meeting{});
 }
 
-// The current thread arrives with its operand. All lanes but the last one wait here.
+// The current thread arrives with its operand. All lanes except the last one to arrive wait here.
 void** Warps::meet_in_warp(const char* name, void* operand) {
   Block& b = block();
   Meeting& meeting = warps_[b.current->warp];

@@ -14,10 +14,10 @@ class Warps {
   int arrived_in_warp(int warp) const { return warps_[warp].num_arrived; }
   int arrived_in_warpgroup(int warpgroup) const { return warpgroups_[warpgroup].num_arrived; }
 
-  // Each thread of the warp (warpgroup) calls this with its operand. The last one to arrive gets the operands of all
-  // threads, in order. It must then release the other threads, or give them something else to wait for. The other
-  // threads get null when they have been released. `name` names the operation: threads of one group that meet in
-  // different operations are a fault.
+  // Each thread of the warp (warpgroup) calls this with its operand, and waits for the others. The last thread to
+  // arrive gets the operands of all threads, in the order of the threads. That thread must then release the other
+  // threads, or give them something else to wait for. The other threads get null when they have been released. `name`
+  // is the name of the operation. It is a fault if threads of one group meet in different operations.
   void** meet_in_warp(const char* name, void* operand);
   void** meet_in_warpgroup(const char* name, void* operand);
   // Wakes the other threads of the current thread's warp (warpgroup).

@@ -42,8 +42,8 @@ int column_of(int thread, int i) { return 8 * (i >> 2) + 2 * (thread % 4) + (i &
 
 const char* name_of(const Wgmma& wgmma) { return wgmma.is_a_in_registers ? "wgmma_rs" : "wgmma_ss"; }
 
-// What all threads of a warpgroup know: for each agent, the least tick that one of the threads knows. It is computed
-// only for the agents that are asked for.
+// What all threads of a warpgroup know: for each agent, the least tick that one of the threads knows. The class
+// computes this tick when somebody asks for the agent, because most agents are never asked for.
 class CommonKnowledge {
  public:
   explicit CommonKnowledge(const Thread* threads) : threads_(threads) {}
@@ -73,8 +73,12 @@ void WgmmaPipelines::fence() {
   block().warps.release_warpgroup();
 }
 
-// The last thread of the warpgroup checks the operands of all threads for races, takes over the accumulators, and puts
-// the product into the pipeline. The product is computed now or in wait().
+// The last thread of the warpgroup to arrive does the work of all threads:
+//
+//   - It checks that the operands of all threads belong to one instruction.
+//   - It checks the reads of both factors for races.
+//   - It copies the accumulators, and fills the kernel's registers with NaN until the product is complete.
+//   - It puts the product into the pipeline. The product is computed at once, or in wait().
 void WgmmaPipelines::issue(float* d, int n, bool is_bf16, const uint32_t* a, uint64_t a_descriptor,
                            uint64_t b_descriptor, bool is_a_transposed, bool is_b_transposed, bool accumulate) {
   Block& b = block();
@@ -100,6 +104,7 @@ void WgmmaPipelines::issue(float* d, int n, bool is_bf16, const uint32_t* a, uin
   }
   if (!pipeline.is_fenced) fail("%s: no wgmma_fence since the last commit or wait", name);
 
+  // A race exists if one of the threads does not know of a write to a factor.
   const MatrixDescriptor left(a_descriptor), right(b_descriptor);
   right.check(name);
   if (!a) left.check(name);
@@ -202,8 +207,8 @@ void WgmmaPipelines::commit() {
   block().warps.release_warpgroup();
 }
 
-// Completes a product that is waited for. After the last product in flight on the same accumulators, writes the sums to
-// the kernel's registers.
+// Completes a product that wait() waits for. After the last product in flight on the same accumulators, the function
+// writes the sums to the kernel's registers.
 void WgmmaPipelines::finish(Pipeline& pipeline, Wgmma& wgmma) {
   const int first = block().current->warpgroup * kWarpgroupSize;
   if (wgmma.is_a_in_registers)
@@ -220,7 +225,8 @@ void WgmmaPipelines::finish(Pipeline& pipeline, Wgmma& wgmma) {
   pipeline.accumulators.erase(wgmma.accumulators);
 }
 
-// Completes all groups but the groups_left committed last, and tells each thread how many groups are complete.
+// Completes all groups except the last groups_left that were committed. The clock of each thread then learns how many
+// groups are complete: with strict_wgmma, only for the part of the products that the thread's own warp has.
 void WgmmaPipelines::wait(int groups_left) {
   Block& b = block();
   if (b.warps.meet_in_warpgroup("wgmma_wait", nullptr) == nullptr) return;

@@ -17,8 +17,8 @@ class WgmmaPipelines {
   void reset(int warpgroups) { pipelines_.assign(warpgroups, Pipeline{}); }
 
   void fence();
-  // Issues d = a * b (+ d if accumulate) of width n. a: four registers; null = the left factor is given by
-  // a_descriptor.
+  // Issues the product d = a * b, or d += a * b if accumulate; d has n columns. The left factor is either in the four
+  // registers `a`, or, if `a` is null, in shared memory at a_descriptor.
   void issue(float* d, int n, bool is_bf16, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor,
              bool is_a_transposed, bool is_b_transposed, bool accumulate);
   void commit();
@@ -49,7 +49,7 @@ class WgmmaPipelines {
   // Fails if the kernel has written to accumulators in flight: they no longer hold the NaN that they got when their
   // first product was issued.
   void check_untouched(const Accumulators& accumulators, const char* name) const;
-  // carry_out computes a product; finish makes its result visible in the registers.
+  // carry_out computes a product, and finish makes its result visible in the registers of the kernel.
   void carry_out(Pipeline& pipeline, Wgmma& wgmma);
   void finish(Pipeline& pipeline, Wgmma& wgmma);
   Pipeline& current();

@@ -44,6 +44,11 @@ def selected(only: list[str] | None) -> list[Stage]:
 
 
 def run_stages(suite: Suite, stages: list[Stage]) -> list[Outcome]:
+    """Runs the stages one after another, and returns what became of each of them.
+
+    A stage gets its share of the time that is left. The last stage gets all of it. A stage that fails does not stop the
+    others.
+    """
     outcomes = []
     for stage in stages:
         if stage.missing:
@@ -69,6 +74,7 @@ def run_stages(suite: Suite, stages: list[Stage]) -> list[Outcome]:
 
 
 def _earlier_run(text: str) -> Path:
+    """The folder that --resume-from names, checked to be that of an earlier run."""
     path = Path(text)
     if not (path / "rows.jsonl").exists():
         raise argparse.ArgumentTypeError(f"expected a folder with rows.jsonl, got {path}")
@@ -76,6 +82,7 @@ def _earlier_run(text: str) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the suite, and returns the exit code: 1 if a stage has failed."""
     names = ["bench", *(stage.name for stage in STAGES)]
     parser = argparse.ArgumentParser(
         "python -m tools.gpu_suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

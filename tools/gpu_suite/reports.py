@@ -61,6 +61,7 @@ def failures(folder: Path) -> list[str]:
 
 
 def failures_of(report: Path) -> list[str]:
+    """A line for each failed test in a report of pytest, with the beginning of its message."""
     if report.exists() and _read(report) is None:
         return [f"{report.name} is cut off"]
     lines = []

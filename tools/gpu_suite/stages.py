@@ -23,6 +23,7 @@ NO_TESTS = 5
 
 
 def environment(suite: Suite) -> str:
+    """Logs the GPU, the driver, the CUDA compiler, and what fused_attn finds on this machine."""
     for tool in (("nvidia-smi",), ("nvcc", "--version")):
         if shutil.which(tool[0]):
             suite.run(*tool)
@@ -150,6 +151,7 @@ def modules(*options: str) -> Callable[[Suite], str]:
 
 
 def memory(suite: Suite) -> str:
+    """Measures the memory that each implementation needs, with ``python -m benchmarks memory``."""
     dry = ("--only", "none", "--directions", "forward") if suite.is_dry else ()
     return suite.benchmark("memory", "--resume", *dry)
 

@@ -158,14 +158,17 @@ class Suite:
         return reports.red_backends(self.out)
 
     def _copy(self, stream: TextIO) -> None:
+        """Prints and logs what a command writes. A benchmark whose time is up says so in a line of its own."""
         for line in stream:
             self.is_cut_short |= line.startswith("time is up")
             self.say(line.rstrip("\n"))
 
 
 def _accept_interrupts() -> None:
-    """Lets SIGINT end the process. A process that a shell starts in the background ignores SIGINT, and would pass that
-    on to its children."""
+    """Lets SIGINT end the process.
+
+    A process that a shell starts in the background ignores SIGINT, and so do the processes that it starts itself.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -95,6 +95,7 @@ def _cell(rows: list[Row]) -> str:
 
 
 def _part(row: Row) -> float:
+    """The part of the device's copy rate (decoding) or matmul rate (other cases) that a row reaches."""
     return row["gb_per_s"] / row["copy_gb_per_s"] if "gb_per_s" in row else row["matmul_fraction"]
 
 

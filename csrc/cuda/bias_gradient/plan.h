@@ -115,8 +115,8 @@ inline void sum_dense(const Params& p, BiasGradientParams g, const TensorView& g
 }
 
 // Launches the two kernels that compute the gradient of a relative bias. The first kernel sums along the diagonals of
-// each owner's tiles. A diagonal of the scores passes through the tiles of several owners, and the second kernel adds up
-// the sums of these owners.
+// each owner's tiles. A diagonal of the scores passes through the tiles of several owners, and the second kernel adds
+// up the sums of these owners.
 inline void sum_relative(const Params& p, BiasGradientParams g, const BiasGradientTile& tile,
                          const TensorView& gradient, float* workspace, BiasGradientLauncher launch, bool is_bf16,
                          Stream stream) {

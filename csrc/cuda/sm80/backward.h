@@ -146,7 +146,8 @@ struct KeyGradientPlan : KeyGradientTileSm80<kHeadDim> {
 };
 
 // Computes dk and dv of one block of keys. This is the whole kernel, and every thread of the block calls it. kMakesDk
-// and kMakesDv say which gradients this warp sums. Other warps of the block may sum the other gradient of the same keys.
+// and kMakesDv say which gradients this warp sums. Other warps of the block may sum the other gradient of the same
+// keys.
 template <class T, int kHeadDim, bool kIsGeneral, bool kMakesDk, bool kMakesDv>
 GPU_DEVICE void sum_key_gradients(const Params& p) {
   using Plan = KeyGradientPlan<kHeadDim>;
@@ -231,7 +232,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
     const auto lse_of = [](const Float4& statistics, int j) { return j % 2 == 0 ? statistics.x : statistics.z; };
     const auto delta_of = [](const Float4& statistics, int j) { return j % 2 == 0 ? statistics.y : statistics.w; };
     float dscores[1][kTiles][4];
-    // dprobs^T = v @ dout^T, in the registers that later hold dscores.
+    // Computes dprobs^T = v @ dout^T in the registers of dscores, because dscores will take the place of dprobs.
     const auto multiply_dout_by_values = [&] {
       fill(dscores[0], 0.0f);
       multiply_transposed<T, kHeadDim>(dscores, corners, Plan::kV, Plan::kDout);

@@ -73,9 +73,9 @@ struct ScoreTiles {
       const int32_t m = first_query_block() + i % diagonal_length();
       return {i / diagonal_length(), owner / g.diagonals, m, diagonal() + m * kRatio};
     }
-    // Dense. The number of the owner encodes the indices of the dimensions that are not summed over, and i encodes those
-    // of the dimensions that are. Both are mixed-radix numbers: each index is a digit, whose base is the size of the
-    // dimension. `next` takes the lowest digit off one of the two numbers.
+    // Dense. The number of the owner encodes the indices of the dimensions that are not summed over, and i encodes
+    // those of the dimensions that are. Both are mixed-radix numbers: each index is a digit, whose base is the size of
+    // the dimension. `next` takes the lowest digit off one of the two numbers.
     int32_t fixed = owner;
     const auto next = [&](bool is_summed, int32_t size) {
       const int32_t number = is_summed ? i : fixed, rest = number / size;

@@ -21,8 +21,9 @@ struct TileLayout {
     return row * kRowBytes + (chunk ^ swizzle) * 16;
   }
 
-  // Given the address of chunk 0 or 1 of a row, the address of the chunk that lies 2 * pairs chunks further on. With
-  // constant `pairs`, this takes one exclusive-or. `offset` would need a register for the address of each chunk.
+  // Takes the address of chunk 0 or 1 of a row, and returns the address of the chunk that lies 2 * pairs chunks further
+  // on. If `pairs` is a constant, this takes one exclusive-or, because the swizzle itself is an exclusive-or with the
+  // number of the chunk. `offset` would need a register for the address of each chunk.
   static GPU_DEVICE uint32_t advance(uint32_t address, int pairs) {
     constexpr int kPairs = kGroup / 2;
     return (address ^ pairs % kPairs * 32) + pairs / kPairs * (kPairs * 32);

@@ -247,14 +247,17 @@ def choose(kernel: str, problem: AttentionProblem) -> Config:
 
 
 def features_of(problem: AttentionProblem) -> Features:
-    """The class of features in `TABLE` that the problem belongs to."""
+    """The `Features` of a problem, by which `TABLE` has its rows.
+
+    A relative bias has rows of its own, with and without dropout. Otherwise the number of features counts.
+    """
     has_dropout = problem.dropout_p > 0.0
-    others = [problem.has_mask, problem.has_bias, problem.softcap > 0.0]
+    num_features = problem.has_mask + problem.has_bias + (problem.softcap > 0.0)
     if problem.has_relative_bias:
-        return ANY if any(others) else RELATIVE_BIAS
-    if sum(others) == 1 and has_dropout:
+        return ANY if num_features else RELATIVE_BIAS
+    if num_features == 1 and has_dropout:
         return ONE_AND_DROPOUT
-    return {0: PLAIN, 1: ONE}.get(sum(others) + has_dropout, ANY)
+    return {0: PLAIN, 1: ONE}.get(num_features + has_dropout, ANY)
 
 
 def architecture_class(capability: tuple[int, int]) -> str:
@@ -263,9 +266,10 @@ def architecture_class(capability: tuple[int, int]) -> str:
 
 
 def candidates(kernel: str, problem: AttentionProblem) -> list[Config]:
-    """The configurations that `tune` tries: the one of the table, then others, those that differ least from it first.
+    """The configurations that `tune` tries. The first is that of the table, and those that differ least come next.
 
-    They are all combinations of tiles with the same, half and twice the area, 4 or 8 warps, and one stage more or less.
+    All combinations are tried of tiles with the same, half and twice the area, of 4 or 8 warps, and of as many stages
+    as in the table, one more or one less.
     """
     row = choose(kernel, problem)
     tiles = [(int(row.block_m * m), int(row.block_n * n)) for m, n in _PROPORTIONS]

@@ -151,6 +151,10 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
 
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
+    """The wanted gradients; see `Backend.backward`.
+
+    The kernel for dq runs in any case, because it computes delta and the factor, which the other kernels read.
+    """
     dout, query, key, value = _readable(saved.dout, inputs.query, inputs.key, inputs.value)
     out, dlse = saved.out, saved.dlse
     dquery = empty_like_layout(query, problem.head_dim) if wanted.query else None
@@ -243,7 +247,7 @@ def _is_biased(inputs: Inputs) -> bool:
 def _dense_bias_gradient(problem, launch, bias, tensors, masks, sizes) -> Tensor:
     """The gradient of a bias (B|1, H|1, L|1, S), in its shape and dtype.
 
-    tensors, sizes: the arguments of the kernel before and after those that are its own
+    tensors, sizes: arguments that the kernels of both biases share; `backward` makes them
     """
     batch, heads, rows, columns = bias.shape
     row_blocks, column_blocks, _ = launch.grid
@@ -280,9 +284,9 @@ def _row_bias_gradient(inputs: Inputs, lse: Tensor, dlse: Tensor | None, delta: 
 
 
 def _relative_bias_gradient(problem, launch, inputs, tensors, masks, sizes) -> Tensor:
-    """The gradient of relative_bias: (H|1, L + S - 1), in its dtype.
+    """The gradient of relative_bias: (H|1, L + S - 1), in the dtype of relative_bias.
 
-    tensors, sizes: the arguments of the kernel before and after those that are its own
+    tensors, sizes: arguments that the kernels of both biases share; `backward` makes them
     """
     table = inputs.relative_bias
     block = launch.settings.BLOCK_N.value
@@ -372,10 +376,11 @@ def _launch(problem: AttentionProblem, config: Config, grid: tuple[int, int, int
 
 
 def _run(kernel: JITFunction, launch: Launch, kinds: tuple, *arguments) -> None:
-    """Runs kernel[launch.grid](*arguments, ...). From the second call on, it takes the compiled kernel from `launch`.
+    """Runs kernel[launch.grid](*arguments, ...). From the second call on, the compiled kernel comes from `launch`.
 
-    Triton itself would inspect every argument to find the compiled kernel. That takes several times as long as the rest
-    of a call. Most of the inspected properties are fixed by the plan, so that `kinds` suffices to find it.
+    Triton itself would inspect every argument to find the compiled kernel, which takes several times as long as the
+    rest of a call. The plan fixes most of the inspected properties. So the compiled kernel can be found by `kinds`, the
+    properties that are left.
 
     Args:
         kinds: all properties that Triton compiles a kernel for and that can differ between two calls of one plan:
@@ -394,7 +399,7 @@ def _run(kernel: JITFunction, launch: Launch, kinds: tuple, *arguments) -> None:
 
 
 def _num_blocks(launch: Launch, problem: AttentionProblem) -> int:
-    """The blocks of queries of one head in a launch with a program for each of them."""
+    """The number of blocks of queries of one head, in a launch that has a program for each block of each head."""
     return launch.grid[0] // (problem.batch * problem.num_heads)
 
 

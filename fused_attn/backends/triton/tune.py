@@ -323,7 +323,7 @@ def _difference(found: list[Tensor], truth: list[Tensor], dtype: torch.dtype) ->
         # `ours == theirs` includes -inf, which is the LSE of an empty row.
         size = theirs[theirs.isfinite()].abs().max().item()
         error = torch.where(ours == theirs, 0.0, (ours - theirs).abs()).max().item()
-        # Not `error > allowed * size`, which is False if the error is NaN.
+        # `error > allowed * size` would be False if the error is NaN.
         if not error <= allowed * size:
             return f"wrong result, off by {error:.1e} where {allowed * size:.1e} is allowed"
     return None
