@@ -61,8 +61,10 @@ def choose(mode: str, architectures: str, build_folder: Path) -> Choice:
     """
     if mode not in MODES:
         raise ValueError(f"FUSED_ATTN_CUDA: expected {', '.join(MODES)}, got {mode!r}")
-    if mode == "OFF" or sys.platform != "linux":
+    if mode == "OFF":
         return Choice()
+    if sys.platform != "linux":
+        return Choice(notes=("they are built on Linux alone",))
     driver = find_driver()
     wanted = wanted_architectures(architectures, driver)
     is_wanted = mode != "auto" or driver is not None
@@ -81,7 +83,9 @@ def choose(mode: str, architectures: str, build_folder: Path) -> Choice:
             notes.append(f"{nvcc} ({where}) is not used: {reason}")
         notes = notes or ["no nvcc in CUDACXX, CUDA_HOME, CUDA_PATH, on the PATH or in /usr/local/cuda"]
         if mode == "auto" and driver is None:
-            return Choice(notes=(*notes, "no NVIDIA driver (libcuda.so.1), so that no compiler is fetched"))
+            notes.append("no NVIDIA driver (libcuda.so.1), so that no compiler is fetched")
+            notes.append("-C cmake.define.FUSED_ATTN_CUDA=wheels builds them with a compiler from PyPI")
+            return Choice(notes=tuple(notes))
     version = wheel_version(driver)
     if version is None:
         notes.append(
