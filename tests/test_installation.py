@@ -86,7 +86,11 @@ def build_editable(sources: Path, site: Path, settings: dict[str, str], **enviro
         pytest.skip("installed without its sources")
     for name in ("pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"):
         shutil.copy(ROOT / name, sources)
-    build = f"import scikit_build_core.build as b; print(b.build_editable({str(site.parent)!r}, {settings!r}))"
+    shutil.copytree(ROOT / "cmake", sources / "cmake", ignore=shutil.ignore_patterns("__pycache__"))
+    build = (
+        "import sys; sys.path.insert(0, 'cmake'); import build_backend as b; "
+        f"print(b.build_editable({str(site.parent)!r}, {settings!r}))"
+    )
     built = python("-c", build, cwd=sources, site=site, **environment)
     assert built.returncode == 0, built.stdout + built.stderr
     with zipfile.ZipFile(site.parent / built.stdout.splitlines()[-1]) as wheel:

@@ -305,15 +305,20 @@ struct KernelSet {
   BiasGradientLauncher bias_gradient;
 };
 
+// CMake can leave an architecture out.
 constexpr KernelSet kKernelSets[] = {
+#ifndef FUSED_ATTN_WITHOUT_SM80
     {80, 64, sm80::launch_forward<64>, sm80::launch_backward<64>, launch_bias_gradient<64>},
     {80, 96, sm80::launch_forward<96>, sm80::launch_backward<96>, launch_bias_gradient<96>},
     {80, 128, sm80::launch_forward<128>, sm80::launch_backward<128>, launch_bias_gradient<128>},
     {80, 256, sm80::launch_forward<256>, sm80::launch_backward<256>, launch_bias_gradient<256>},
+#endif
+#ifndef FUSED_ATTN_WITHOUT_SM90
     {90, 64, sm90::launch_forward<64>, sm90::launch_backward<64>, launch_bias_gradient<64>},
     {90, 96, sm90::launch_forward<96>, sm90::launch_backward<96>, launch_bias_gradient<96>},
     {90, 128, sm90::launch_forward<128>, sm90::launch_backward<128>, launch_bias_gradient<128>},
     {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>, launch_bias_gradient<256>},
+#endif
 };
 
 // The kernels with the smallest head dim that queries and values both fit into. Columns beyond the tensors' own are

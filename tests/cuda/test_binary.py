@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "cmake"))
@@ -182,7 +183,10 @@ def test_no_kernel_uses_local_memory(built):
 @pytest.mark.slow
 def test_kernels_use_the_instructions_that_they_are_for(built):
     main = [kernel for kernel in built if re.search(r"(forward|gradient)_kernel", kernel.name)]
-    assert {kernel.architecture for kernel in main} == PURPOSE.keys()
+    architectures = {kernel.architecture for kernel in main}
+    # On a machine with a GPU, a build has by default only the kernels for that GPU.
+    alone = [{"sm_80"}, {"sm_90", "sm_90a"}] if torch.cuda.is_available() else []
+    assert architectures in [set(PURPOSE), *alone]
     for kernel in main:
         missing = {name for name in PURPOSE[kernel.architecture] if not kernel.instructions.get(name)}
         assert not missing, f"{kernel.architecture} {kernel.name} has no {missing}"
