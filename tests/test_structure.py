@@ -24,7 +24,7 @@ LAYERS = (
     ("fused_attn.planning", "fused_attn.running", "fused_attn.api"),
     ("fused_attn.nn",),
     ("fused_attn.integrations",),
-    ("fused_attn.installation", "fused_attn.selfcheck", "fused_attn.__main__", "fused_attn"),
+    ("fused_attn.installation", "fused_attn.selfcheck", "fused_attn.speed", "fused_attn.__main__", "fused_attn"),
 )
 
 pytestmark = pytest.mark.quick
