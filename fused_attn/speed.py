@@ -22,8 +22,9 @@ from torch import Tensor
 
 from fused_attn import measurement
 from fused_attn.api import explain, fused_attention
-from fused_attn.backends import cpu, cuda, dispatch
+from fused_attn.backends import cpu, cuda
 from fused_attn.backends.triton import backend as triton
+from fused_attn.measurement import Call
 
 FORWARD, BACKWARD, DECODE = "forward", "backward", "decode"
 PRODUCTS = {FORWARD: 2, BACKWARD: 5, DECODE: 2}
@@ -55,13 +56,13 @@ class Feature(NamedTuple):
     """What a call has besides query, key and value.
 
     ours, torchs: the arguments of `fused_attention` and of torch's function. torchs is None if torch lacks the feature.
-    learned: the name of the argument that gets a gradient, in each of the two; None if none does
+    learned: the tensor of `ours` that gets a gradient, and that of `torchs`; None if none does
     visible: the part of the scores that is visible
     """
 
     ours: dict[str, Any]
     torchs: dict[str, Any] | None
-    learned: tuple[str, str] | None = None
+    learned: tuple[Tensor | None, Tensor | None] = (None, None)
     visible: float = 1.0
 
 
@@ -89,7 +90,7 @@ def _mask(sizes: Sizes, device: torch.device) -> Feature:
 
 def _bias(sizes: Sizes, device: torch.device) -> Feature:
     bias = _random(1, sizes.heads, sizes.length, sizes.length, dtype=sizes.dtype, device=device).requires_grad_()
-    return Feature({"attn_mask": bias}, {"attn_mask": bias}, ("attn_mask", "attn_mask"))
+    return Feature({"attn_mask": bias}, {"attn_mask": bias}, (bias, bias))
 
 
 def _relative_bias(sizes: Sizes, device: torch.device) -> Feature:
@@ -98,8 +99,8 @@ def _relative_bias(sizes: Sizes, device: torch.device) -> Feature:
     bias = _random(sizes.heads, 2 * length - 1, dtype=sizes.dtype, device=device)
     position = torch.arange(length, device=device)
     dense = bias[:, position[None, :] - position[:, None] + length - 1][None].contiguous()
-    ours, torchs = {"relative_bias": bias.requires_grad_()}, {"attn_mask": dense.requires_grad_()}
-    return Feature(ours, torchs, ("relative_bias", "attn_mask"))
+    dense.requires_grad_()
+    return Feature({"relative_bias": bias.requires_grad_()}, {"attn_mask": dense}, (bias, dense))
 
 
 def _softcap(sizes: Sizes, device: torch.device) -> Feature:
@@ -213,9 +214,8 @@ def matmul_rates(speeds: list[Speed]) -> dict[str, float]:
 def _can_run(line: Line) -> bool:
     """Whether the backend can run calls of this head dim on the device."""
     device, sizes = torch.device(line.device), SIZES[line.device]
-    query = torch.empty(1, 1, 1, line.head_dim, dtype=sizes.dtype, device="meta")
-    reasons = dispatch.explain(explain(query, query, query).problem.on(device), None).reasons
-    return not reasons[line.backend]
+    query = torch.empty(1, 1, 1, line.head_dim, dtype=sizes.dtype, device=device)
+    return not explain(query, query, query).reasons[line.backend]
 
 
 def run(chosen: list[Line]) -> Iterator[Speed]:
@@ -238,13 +238,15 @@ def _measured(line: Line, dtype: str) -> Speed:
         for length in (rows, sizes.length, sizes.length)
     ]
     matrices = [_random(sizes.matrix, sizes.matrix, dtype=sizes.dtype, device=device) for _ in range(2)]
-    ours = functools.partial(fused_attention, *leaves, **feature.ours, backend=line.backend)
-    calls: dict[str, Callable[[], Any]] = {"matmul": lambda: matrices[0] @ matrices[1]}
-    learned = feature.learned or (None, None)
-    calls["ours"] = _call(ours, leaves, feature.ours.get(learned[0]), line.direction)
+    ours: Call = functools.partial(fused_attention, *leaves, **feature.ours, backend=line.backend)
+    calls: dict[str, Call] = {
+        "matmul": lambda: matrices[0] @ matrices[1],
+        "ours": _call(ours, leaves, feature.learned[0], line.direction),
+    }
     if feature.torchs is not None:
-        theirs = functools.partial(F.scaled_dot_product_attention, *leaves, **feature.torchs)
-        calls["torch"] = _call(theirs, leaves, feature.torchs.get(learned[1]), line.direction)
+        query, key, value = leaves
+        theirs: Call = functools.partial(F.scaled_dot_product_attention, query, key, value, **feature.torchs)
+        calls["torch"] = _call(theirs, leaves, feature.learned[1], line.direction)
     with torch.set_grad_enabled(line.direction == BACKWARD):
         times = measurement.measure(calls, _timer(line.device), ROUNDS, SECONDS)
     seconds = {name: median(own) for name, own in times.items()}
@@ -260,9 +262,7 @@ def _measured(line: Line, dtype: str) -> Speed:
     )
 
 
-def _call(
-    attention: Callable[..., Tensor], leaves: list[Tensor], learned: Tensor | None, direction: str
-) -> Callable[[], Any]:
+def _call(attention: Call, leaves: list[Tensor], learned: Tensor | None, direction: str) -> Call:
     """The call that is timed: forward without gradients, or backward alone.
 
     learned: the bias that gets a gradient, too; None without one
