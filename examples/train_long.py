@@ -1,0 +1,156 @@
+"""Train a small language model on one long text that several processes share.
+
+    pip install -e '.[examples]'
+    torchrun --nproc-per-node 2 examples/train_long.py
+
+Each process holds a part of the sequence. The losses are those of one process, which `python examples/train_long.py`
+shows. A run that was stopped goes on with `--resume`, also on another number of processes.
+
+The text is Python's own language reference, byte by byte. Every step sees a sequence of --length bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from example_utils import progress_bar, quick_option
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fused_attn import alibi_bias
+from fused_attn.distributed import context_parallel_attention, shard_sequence
+
+WIDTH, HEADS, LAYERS, BYTES = 128, 4, 2, 256
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer layer, whose attention sees the rows of all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.in_proj, self.out_proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.feed_forward = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, bias: Tensor, mesh: DeviceMesh, length: int, dropout_seed: int) -> Tensor:
+        """(N, rows of this rank, WIDTH) -> the same shape. bias: ALiBi of the whole sequence; length: its rows."""
+        projected = self.in_proj(self.norms[0](x)).unflatten(2, (3, HEADS, WIDTH // HEADS))
+        query, key, value = projected.permute(2, 0, 3, 1, 4)  # each (N, HEADS, rows, WIDTH / HEADS)
+        out = context_parallel_attention(
+            query, key, value, mesh=mesh, seqlens=(length, length), is_causal=True, relative_bias=bias,
+            dropout_p=0.1 if self.training else 0.0, dropout_seed=dropout_seed,
+        )  # fmt: skip
+        x = x + self.out_proj(out.transpose(1, 2).flatten(2))
+        return x + self.feed_forward(self.norms[1](x))
+
+
+class LanguageModel(nn.Module):
+    """Predicts each byte from those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(BYTES, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, BYTES)
+
+    def forward(self, tokens: Tensor, mesh: DeviceMesh, length: int, step: int) -> Tensor:
+        """Logits (N, rows of this rank, BYTES) of the bytes (N, rows of this rank)."""
+        slopes = 2.0 ** (-8.0 * torch.arange(1, HEADS + 1, device=tokens.device) / HEADS)  # those of the ALiBi paper
+        bias = alibi_bias(slopes, length, length)
+        x = self.embedding(tokens)
+        for number, block in enumerate(self.blocks):
+            x = block(x, bias, mesh, length, dropout_seed=step * LAYERS + number)
+        return self.head(self.norm(x))
+
+
+def sequence(length: int, step: int) -> Tensor:
+    """The length + 1 bytes of a step, (1, length + 1). Every rank computes the same ones."""
+    text = "\n".join(topics[name] for name in sorted(topics)).encode()
+    start = step * length % max(len(text) - length - 1, 1)
+    return torch.tensor(list(text[start : start + length + 1]))[None]
+
+
+def loss_of(model: LanguageModel, mesh: DeviceMesh, length: int, step: int, device: torch.device) -> Tensor:
+    """The part of this rank of the mean loss of a step. The sum over all ranks is the mean."""
+    tokens = sequence(length, step).to(device)
+    inputs, targets = (shard_sequence(x, mesh, 1) for x in (tokens[:, :-1], tokens[:, 1:]))
+    logits = model(inputs, mesh, tokens.shape[1] - 1, step)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / (tokens.shape[1] - 1)
+
+
+def train(args: argparse.Namespace) -> list[float]:
+    """The loss of every step of this run."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    is_first = dist.get_rank() == 0
+    torch.manual_seed(0)  # the same weights on every rank
+    model = LanguageModel().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate)
+    checkpoint, losses, first = args.output / "long.pt", [], 0
+    if args.resume:
+        saved = torch.load(checkpoint, map_location=device)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+    bar = progress_bar() if is_first else contextlib.nullcontext()
+    with bar:
+        task = bar.add_task("", total=args.steps, completed=first, text="") if is_first else None
+        for step in range(first, args.steps):
+            loss = loss_of(model, mesh, args.length, step, device)
+            optimizer.zero_grad()
+            loss.backward()
+            loss = loss.detach()
+            for x in (loss, *(parameter.grad for parameter in model.parameters())):
+                dist.all_reduce(x)
+            optimizer.step()
+            losses.append(loss.item())
+            if is_first:
+                bar.update(task, completed=step + 1, text=f"step {step + 1}  loss {losses[-1]:.4f}")
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                    # The file is complete at every moment, also if the process ends while it writes.
+                    torch.save(state, checkpoint.with_suffix(".new"))
+                    checkpoint.with_suffix(".new").replace(checkpoint)
+    return losses
+
+
+def main(argv: list[str] | None = None) -> list[float]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=8192, help="bytes of a sequence (%(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="steps of the whole training (%(default)s)")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (%(default)s)")
+    parser.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--quick", **quick_option(length=1024, steps=10))
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/long"), help="folder for the checkpoint (%(default)s)"
+    )
+    args = parser.parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    is_alone = "RANK" not in os.environ  # started without torchrun
+    if is_alone:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group()
+    try:
+        losses = train(args)
+        if dist.get_rank() == 0:
+            print(f"loss {losses[-1]:.4f} after {args.steps} steps" if losses else "nothing left to train")
+            print(f"checkpoint: {args.output / 'long.pt'}")
+        return losses
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
