@@ -56,7 +56,7 @@ def fused_attention(
         scale: factor of the scores; default ``1 / sqrt(D)``.
         enable_gqa: query head h reads key/value head ``h // (H / Hkv)``.
         key_padding_mask: (B, S). Bool: True = IGNORE the key (as in `torch.nn.MultiheadAttention`). Floating point:
-            added to the scores; -inf ignores the key. Ignored keys and values may hold NaN.
+            added to the scores, and differentiable; -inf ignores the key. Ignored keys and values may hold NaN.
         window_size: (left, right), how many keys before and after its diagonal a query sees; -1 = unbounded.
         softcap: scores become ``softcap * tanh(score / softcap)`` before masks and bias; 0 = off.
         relative_bias: (H, L + S - 1) or (L + S - 1,). Column ``j - i + L - 1`` is added to score (i, j).
@@ -65,7 +65,7 @@ def fused_attention(
         dropout_seed: int or 0-d int64 tensor that fixes the dropout pattern on every backend; default: drawn from
             torch's default generator.
         return_lse: also return the log-sum-exp of the scores.
-        return_max: also return the largest score of each row. On a GPU, this makes the forward pass slower.
+        return_max: also return the largest score of each row. On an NVIDIA GPU, this can make the forward pass slower.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: the first that can run, the
             reference last. A backend that is named here runs, or the call raises ValueError with the reasons why it
             cannot. `explain` lists the reasons of all backends.

@@ -87,7 +87,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
     if problem.is_packed:
         clear_rows(out)
         clear_rows(lse, row_max, value=float("-inf"))
-    if all(x is None or x.numel() == 0 for x in results):
+    if out.numel() == 0 and all(x is None or x.numel() == 0 for x in results):
         return results
     plan = _plan(problem, _is_biased(inputs), _allows_tf32(problem.dtype))
     masks, masks_kind = _masks(problem, inputs)
