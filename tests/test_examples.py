@@ -319,7 +319,7 @@ def test_lightning_g2p(g2p, tmp_path, capsys):
 
 def train_long(processes: int, output: Path, *arguments: str) -> str:
     """The last lines of examples/train_long.py, run by torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     script = [str(EXAMPLES / "train_long.py"), "--length", "200", "--output", str(output), *arguments]
     done = subprocess.run([*command, *script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
