@@ -23,20 +23,34 @@ int32_t thread_count(PyObject* num_threads) {
   return static_cast<int32_t>(std::min<long>(threads, 1 << 16));
 }
 
-// Calls a kernel. Releases the GIL during the call if the kernel takes so long that another Python thread can use the
-// time.
-void run(void (*kernel)(const AttentionParams&), const Problem& problem) {
+// Calls a kernel of `work` multiply-adds. Releases the GIL during the call if the kernel takes so long that another
+// Python thread can use the time.
+template <class Kernel>
+void run_kernel(double work, const Kernel& kernel) {
   constexpr double kWorthReleasing = 1 << 18;  // multiply-adds, which take some microseconds
+  if (work < kWorthReleasing) {
+    kernel();
+  } else {
+    const py::gil_scoped_release released;
+    kernel();
+  }
+}
+
+void run(void (*kernel)(const AttentionParams&), const Problem& problem) {
   const AttentionParams& params = problem.params;
   const double work = static_cast<double>(problem.batch_entries) * static_cast<double>(params.num_heads) *
                       static_cast<double>(problem.rows_q) * static_cast<double>(params.seqlen_k) *
                       static_cast<double>(params.head_dim + params.value_dim);
-  if (work < kWorthReleasing) {
-    kernel(params);
-  } else {
-    const py::gil_scoped_release released;
-    kernel(params);
-  }
+  run_kernel(work, [&] { kernel(params); });
+}
+
+// The address of a contiguous tensor of this dtype and shape. Null if the caller passed None.
+void* checked_contiguous(const Argument& argument, ElementType type, std::initializer_list<int64_t> shape) {
+  if (!argument.given) return nullptr;
+  argument.check_type(type);
+  argument.check_shape(shape);
+  argument.check_contiguous();
+  return argument.data();
 }
 
 // ---- The functions that Python calls at every attention. kModuleDoc describes their arguments.
@@ -132,11 +146,7 @@ PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
     weight.fail("(H + 2 Hkv) D rows for H = " + std::to_string(heads), std::to_string(width));
 
   const auto checked_data = [&](const Argument& argument, std::initializer_list<int64_t> shape) -> void* {
-    if (!argument.given) return nullptr;
-    argument.check_type(x.type);
-    argument.check_shape(shape);
-    argument.check_contiguous();
-    return argument.data();
+    return checked_contiguous(argument, x.type, shape);
   };
   cpu::SelfAttentionParams module;
   AttentionParams& params = module.attention;
@@ -163,11 +173,42 @@ PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+const char kLinearDoc[] =
+    "linear(x, weight, bias, out, num_threads)\n\n"
+    "Writes x . weight^T + bias to out, for few rows: x (rows, in), weight (out, in), bias (out,) or None, out\n"
+    "(rows, out). All tensors must have one dtype and be contiguous.";
+
+PyObject* linear(PyObject* const* args, Py_ssize_t count) {
+  check_count(count, 5, kLinearDoc);
+  const Argument x = kReader.required(args[0], "x");
+  const Argument weight = kReader.required(args[1], "weight");
+  if (x.tensor.ndim != 2) x.fail("2 dimensions", std::to_string(x.tensor.ndim));
+  if (x.type > ElementType::kBFloat16) x.fail("float32, float64, float16 or bfloat16", name_of(x.type));
+  if (weight.tensor.ndim != 2) weight.fail("2 dimensions", std::to_string(weight.tensor.ndim));
+  cpu::LinearParams p;
+  p.dtype = kernel_dtype(x.type);
+  p.rows = x.size(0);
+  p.in = x.size(1);
+  p.out = weight.size(0);
+  const auto checked_data = [&](const Argument& argument, std::initializer_list<int64_t> shape) -> void* {
+    return checked_contiguous(argument, x.type, shape);
+  };
+  p.x = checked_data(x, {p.rows, p.in});
+  p.weight = checked_data(weight, {p.out, p.in});
+  p.bias = checked_data(kReader.optional(args[2], "bias"), {p.out});
+  p.y = checked_data(kReader.required(args[3], "out"), {p.rows, p.out});
+  p.num_threads = thread_count(args[4]);
+  const double work = static_cast<double>(p.rows) * static_cast<double>(p.in) * static_cast<double>(p.out);
+  run_kernel(work, [&] { cpu::kernels().linear(p); });
+  Py_RETURN_NONE;
+}
+
 PyMethodDef kMethods[] = {
     {"signature", as_c_function(entry_point<signature>), METH_FASTCALL, kSignatureDoc},
     {"forward", as_c_function(entry_point<forward>), METH_FASTCALL, kForwardDoc},
     {"backward", as_c_function(entry_point<backward>), METH_FASTCALL, kBackwardDoc},
     {"self_attention", as_c_function(entry_point<self_attention>), METH_FASTCALL, kSelfAttentionDoc},
+    {"linear", as_c_function(entry_point<linear>), METH_FASTCALL, kLinearDoc},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -22,14 +22,23 @@ from fused_attn.attention.dropout import draw_seed
 from fused_attn.backends.dispatch import BACKEND_NAMES
 from fused_attn.nn import small_inference
 from fused_attn.nn.positions import RotaryEmbedding
+from fused_attn.nn.self_attention_cache import (
+    CachedRows,
+    SlidingSelfAttentionCache,
+    StaticSelfAttentionCache,
+    lower_right,
+)
 from fused_attn.nn.tracing import call_node
 from fused_attn.nn.weights import attention_weights
 
 
 class AttentionCache(Protocol):
-    """What `FusedMultiheadAttention` asks of a cache; `fused_attn.nn.cache` has the implementations.
+    """What `FusedMultiheadAttention` asks of a cache of rows that are appended.
 
-    A static cache is filled once, with a memory that does not grow. Such a cache has two more methods:
+    `fused_attn.nn.self_attention_cache` has the implementations.
+
+    A cache with ``is_static = True`` is filled once, with a memory that does not grow, see `CrossAttentionCache`. Such
+    a cache has two other methods:
 
     - ``get(memory)`` returns (keys, values), or None before the cache is filled. For another memory than that of the
       cache, ``get`` raises ValueError.
@@ -40,11 +49,11 @@ class AttentionCache(Protocol):
     is_static: bool
 
     @property
-    def length(self) -> int:
-        """Number of rows in the cache."""
+    def position(self) -> int | Tensor:
+        """The position of the next row: an int, or (B,) int64 on the device."""
 
-    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends key (B, Hkv, L, D) and value (B, Hkv, L, D); returns all rows so far, (B, Hkv, length, D) each."""
+    def append(self, key: Tensor, value: Tensor) -> CachedRows:
+        """Appends key (B, Hkv, L, D) and value (B, Hkv, L, D), and returns what attention of these rows reads."""
 
 
 class FusedMultiheadAttention(nn.MultiheadAttention):
@@ -214,8 +223,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 is_causal=True means the causal mask itself. The parent class raises there. This class raises only if
                 weights are wanted.
             cache: the keys and values of earlier calls.
-                A `SelfAttentionCache` makes the call causal: query i has the position ``cache.length + i`` and sees all
-                rows up to its own. key_padding_mask then covers all rows so far.
+                A `SelfAttentionCache` makes the call causal: query i has the position ``cache.position + i`` and sees
+                all rows up to its own. key_padding_mask then covers all rows so far. With a `StaticSelfAttentionCache`,
+                key_padding_mask covers the whole buffer. With a `SlidingSelfAttentionCache`, a query sees a window, and
+                key_padding_mask must be None.
                 A static cache, such as `CrossAttentionCache`, keeps the projections of the first `key` and `value`.
                 Later calls must bring the same `key`.
 
@@ -257,7 +268,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 short = small_inference.self_attention(self, query, key_padding_mask, is_causal)
                 if short is not None:
                     return short, None
-        self._check_cache(cache)
+        self._check_cache(cache, key_padding_mask, need_weights)
         store: Any = cache  # a static one has methods of its own
         stored = store.get(key) if cache is not None and cache.is_static else None
         memory, is_batched = key, query.dim() == 3
@@ -268,7 +279,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         seqlen_q, batch = query.shape[seq_dim], query.shape[1 - seq_dim]
 
         is_growing = cache is not None and not cache.is_static
-        position = store.length if is_growing else 0
+        position = store.position if is_growing else 0
+        cached: CachedRows | None = None
         if stored is not None:
             q = self._split_heads(self._project_query(query), seq_dim)
             k, v = stored
@@ -280,15 +292,18 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 raise
             q, k = self._split_heads(q, seq_dim, position), self._split_heads(k, seq_dim, position)
             v = self._split_heads(v, seq_dim)
-            if cache is not None:
-                k, v = store.update(k, v) if is_growing else store.update(k, v, memory)
+            if is_growing:
+                cached = store.append(k, v)
+                k, v = cached.keys, cached.values
+            elif cache is not None:
+                k, v = store.update(k, v, memory)
         if k.shape[0] != batch:
             raise RuntimeError(
                 f"key: expected the batch size of query, {batch}, got {k.shape[0]}; {batch_layout(self.batch_first)}"
             )
 
-        if is_growing:
-            mask = _cached_mask(attn_mask, is_causal, position, seqlen_q)
+        if cached is not None:
+            mask = _cached_mask(attn_mask, is_causal, cached, seqlen_q)
         elif is_causal and attn_mask is None:
             if need_weights:
                 raise RuntimeError("attn_mask: expected the causal mask of which is_causal=True is a hint, got None")
@@ -300,10 +315,16 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         k, v = self._append_rows(k, self.bias_k), self._append_rows(v, self.bias_v)
         arguments: dict[str, Any] = {
             "key_padding_mask": self._padded(key_padding_mask),
-            "relative_bias": self._relative_bias(position, seqlen_q, k.shape[2]),
             "dropout_p": self.dropout if self.training else 0.0,
             "scale": 1.0 / math.sqrt(self.head_dim),
         }
+        if cached is None or not cached.options:
+            arguments["relative_bias"] = self._relative_bias(position, seqlen_q, k.shape[2])
+        else:
+            arguments |= _shim(cached.options, k, seqlen_q)
+            mask = _Mask(arguments.pop("attn_mask", None), None)
+            if self.relative_bias is not None:
+                mask = _Mask(self._dense_bias(cached.options["key_lengths"], seqlen_q, k.shape[2]), None)
         if need_weights and arguments["dropout_p"]:
             arguments["dropout_seed"] = draw_seed(q.device)
         out: Any = fused_attention(
@@ -416,16 +437,25 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                     f"attn_mask: expected shape (L, S) or (N * num_heads, L, S), got {tuple(attn_mask.shape)}"
                 )
 
-    def _check_cache(self, cache: AttentionCache | None) -> None:
-        """Raises an error if `cache` is not the cache of an attention module, or does not go with this module."""
-        if cache is not None and not hasattr(cache, "is_static"):
+    def _check_cache(self, cache: AttentionCache | None, key_padding_mask: Tensor | None, need_weights: bool) -> None:
+        """Raises an error if `cache` is not the cache of an attention module, or does not go with this call."""
+        if cache is None:
+            return
+        if not hasattr(cache, "is_static"):
             raise TypeError(
                 f"cache: expected a layer's cache such as cache.layers[i].self_attention, got {type(cache).__name__}"
             )
-        if cache is not None and self._num_appended:
+        if self._num_appended:
             raise ValueError("cache: expected None in a module with add_bias_kv or add_zero_attn, got a cache")
-        if cache is not None and cache.is_static and (self.rotary is not None or self.relative_bias is not None):
+        if cache.is_static and (self.rotary is not None or self.relative_bias is not None):
             raise ValueError("cache: expected none that is static in a module with rotary or relative_bias, got one")
+        if isinstance(cache, StaticSelfAttentionCache) and need_weights:
+            raise ValueError(f"need_weights: expected False with a {type(cache).__name__}, got True")
+        if isinstance(cache, SlidingSelfAttentionCache):
+            if self.relative_bias is not None:
+                raise ValueError("cache: expected no sliding window in a module with relative_bias, got one")
+            if key_padding_mask is not None:
+                raise ValueError("key_padding_mask: expected None with a sliding window, whose rows move, got a mask")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool) -> tuple[Tensor, ...]:
         """query (..., E), key and value (..., Hkv * D), projected.
@@ -478,23 +508,36 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[: self.embed_dim]
         return F.linear(query, weight, None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim])
 
-    def _split_heads(self, x: Tensor, seq_dim: int, position: int | None = None) -> Tensor:
+    def _split_heads(self, x: Tensor, seq_dim: int, position: int | Tensor | None = None) -> Tensor:
         """(N, L, heads * D) or (L, N, heads * D) -> (N, heads, L, D), without a copy.
 
-        With a position, rows are rotated: the first row of x has that position. A module without `rotary` rotates none.
+        With a position, rows are rotated: the first row of x has that position, or entry n has position[n]. A module without `rotary` rotates none.
         """
         x = x.view(*x.shape[:2], x.shape[2] // self.head_dim, self.head_dim)
         if self.rotary is not None and position is not None:
             x = self.rotary(x, seq_dim, position)
         return x.transpose(1, 2) if seq_dim == 1 else x.permute(1, 2, 0, 3)
 
-    def _relative_bias(self, position: int, seqlen_q: int, seqlen_k: int) -> Tensor | None:
+    def _relative_bias(self, position: int | Tensor, seqlen_q: int, seqlen_k: int) -> Tensor | None:
         """(H, L + S - 1) or (L + S - 1,). The first query has the position `position`."""
         if self.relative_bias is None:
             return None
         bias = self.relative_bias(position + seqlen_q, seqlen_k)
         # The queries are the last L rows of a longer matrix. These lie on the first L + S - 1 diagonals of that matrix.
         return bias[..., : seqlen_q + seqlen_k - 1] if position else bias
+
+    def _dense_bias(self, key_lengths: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
+        """(N, H, L, S): the relative bias of the last L rows of each batch entry, and -inf for later keys.
+
+        Batch entries may have different lengths, so the distances of a query to the same column differ.
+        """
+        bias: Any = self.relative_bias
+        key = torch.arange(seqlen_k, device=key_lengths.device)
+        query = (key_lengths - seqlen_q)[:, None] + key[:seqlen_q]  # (N, L)
+        distance = key - query[:, :, None]  # (N, L, S)
+        by_distance = bias(seqlen_k, seqlen_k).expand(self.num_heads, -1)
+        dense = by_distance[:, distance + (seqlen_k - 1)].transpose(0, 1)
+        return dense.masked_fill(distance[:, None] > 0, -math.inf)
 
     def _append_rows(self, x: Tensor, row: Tensor | None) -> Tensor:
         """x (N, Hkv, S, D) with the rows of add_bias_kv and add_zero_attn at its end.
@@ -597,21 +640,25 @@ def _believed_mask(attn_mask: Tensor | None, is_causal: bool, is_believed: bool)
     return _Mask(attn_mask, diagonal)
 
 
-def _cached_mask(attn_mask: Tensor | None, is_causal: bool, position: int, seqlen_q: int) -> _Mask:
-    """The mask of L new rows, the first of which has the position `position`.
-
-    The new rows see all earlier rows, and they are causal among themselves.
-    """
+def _cached_mask(attn_mask: Tensor | None, is_causal: bool, cached: CachedRows, seqlen_q: int) -> _Mask:
+    """The mask of L new rows, which see all earlier rows, and are causal among themselves."""
     if attn_mask is not None and not is_causal and causal_bias_offset(attn_mask) is None:
         raise ValueError("attn_mask: expected None, or is_causal=True, with a self-attention cache, got a tensor")
-    if seqlen_q == 1:
-        return _Mask(None, None)
-    if position == 0:
-        return _Mask(None, 0)
-    # This import stands here because the import takes a second, and only prefilling in chunks needs the module.
-    from torch.nn.attention.bias import causal_lower_right
+    if not cached.diagonal:
+        return _Mask(None, cached.diagonal)
+    return _Mask(lower_right(seqlen_q, cached.keys.shape[2]), cached.diagonal)
 
-    return _Mask(causal_lower_right(seqlen_q, position + seqlen_q), position)
+
+def _shim(options, k, seqlen_q):
+    options = dict(options)
+    if "key_lengths" in options:
+        lengths = options.pop("key_lengths")
+        j = torch.arange(k.shape[2], device=k.device)
+        if seqlen_q > 1:
+            q = (lengths - seqlen_q)[:, None] + torch.arange(seqlen_q, device=k.device)
+            options["attn_mask"] = (j <= q[:, :, None])[:, None]
+        options["key_padding_mask"] = j >= lengths[:, None]
+    return options
 
 
 def _above(diagonal: int, seqlen_q: int, key: Tensor) -> Tensor:
