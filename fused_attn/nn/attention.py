@@ -511,7 +511,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     def _split_heads(self, x: Tensor, seq_dim: int, position: int | Tensor | None = None) -> Tensor:
         """(N, L, heads * D) or (L, N, heads * D) -> (N, heads, L, D), without a copy.
 
-        With a position, rows are rotated: the first row of x has that position, or entry n has position[n]. A module without `rotary` rotates none.
+        With a position, rows are rotated: the first row of x has that position, that of batch entry n has position[n].
+        A module without `rotary` rotates none.
         """
         x = x.view(*x.shape[:2], x.shape[2] // self.head_dim, self.head_dim)
         if self.rotary is not None and position is not None:

@@ -112,7 +112,7 @@ class Search:
             self.cache.crop(self.position)  # rows of shorter prefixes hold padding behind their tokens
 
     def reserve(self, length: int) -> bool:
-        """Makes room for `length` tokens in the cache. True = the buffers are new, so the step must be captured again."""
+        """Makes room for `length` tokens in the cache. True = the buffers are new: the step must be captured again."""
         if self.cache is None or length <= (capacity := self.cache.max_length):
             return False
         self.cache.reserve(min(2 * capacity, self.tokens.shape[1]))
