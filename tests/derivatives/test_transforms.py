@@ -151,12 +151,28 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
     padding = torch.arange(7).expand(2, 7) < torch.tensor([[7], [4]])
     packed_q, packed_k, packed_v = tensors(generator, (1, 2, 9, 8), (1, 2, 8, 8), (1, 2, 8, 8))
     offsets_q, offsets_k = torch.tensor([0, 4, 9]).int(), torch.tensor([0, 5, 8]).int()
-    none = (None,) * 8
+    none = (None,) * 10
     blhd = tuple(x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (query, key, value))
     return {
-        "plain": (query, key, value, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, backend),
-        "blhd": (*blhd, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, backend),
-        "no-grad": (query.detach(), key.detach(), value.detach(), *none, 5, 7, 0.3, 0.0, 0.0, -1, 0, 0, backend),
+        "plain": (query, key, value, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, False, 0, backend),
+        "blhd": (*blhd, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, False, 0, backend),
+        "no-grad": (
+            query.detach(),
+            key.detach(),
+            value.detach(),
+            *none,
+            5,
+            7,
+            0.3,
+            0.0,
+            0.0,
+            -1,
+            0,
+            0,
+            False,
+            0,
+            backend,
+        ),
         "everything": (
             query,
             key,
@@ -167,6 +183,8 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             seed,
             mask,
             padding,
+            torch.tensor([7, 6]).int(),
+            None,
             None,
             None,
             5,
@@ -177,6 +195,8 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             4,
             3,
             0,
+            True,
+            2,
             backend,
         ),
         "bias-only": (
@@ -184,7 +204,7 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             key.detach(),
             value.detach(),
             bias,
-            *(None,) * 7,
+            *(None,) * 9,
             5,
             7,
             0.3,
@@ -193,15 +213,18 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             -1,
             -1,
             0,
+            False,
+            0,
             backend,
         ),
         "packed": (
             packed_q,
             packed_k,
             packed_v,
-            *(None,) * 6,
+            *(None,) * 7,
             offsets_q,
             offsets_k,
+            None,
             5,
             5,
             0.3,
@@ -209,6 +232,8 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             0.0,
             -1,
             0,
+            0,
+            False,
             0,
             backend,
         ),
