@@ -20,7 +20,7 @@ from fused_attn.attention import checks, jagged
 from fused_attn.attention.causal_bias import causal_bias_offset
 from fused_attn.attention.dropout import draw_seed
 from fused_attn.backends.dispatch import BACKEND_NAMES
-from fused_attn.nn import small_inference
+from fused_attn.nn import few_rows, small_inference
 from fused_attn.nn.positions import RotaryEmbedding
 from fused_attn.nn.self_attention_cache import (
     CachedRows,
@@ -321,10 +321,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if cached is None or not cached.options:
             arguments["relative_bias"] = self._relative_bias(position, seqlen_q, k.shape[2])
         else:
-            arguments |= _shim(cached.options, k, seqlen_q)
+            arguments |= cached.options
             mask = _Mask(arguments.pop("attn_mask", None), None)
             if self.relative_bias is not None:
-                mask = _Mask(self._dense_bias(cached.options["key_lengths"], seqlen_q, k.shape[2]), None)
+                mask = _Mask(self._dense_bias(arguments["key_lengths"], seqlen_q, k.shape[2]), None)
         if need_weights and arguments["dropout_p"]:
             arguments["dropout_seed"] = draw_seed(q.device)
         out: Any = fused_attention(
@@ -339,7 +339,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             weights = (weights.mean(dim=1) if average_attn_weights else weights).to(out.dtype)
 
         out = out.transpose(1, 2) if seq_dim == 1 else out.permute(2, 0, 1, 3)
-        out = self.out_proj(out.flatten(-2))  # a view (N, L, E) or (L, N, E), since the memory order follows q
+        out = few_rows.call(
+            self.out_proj, out.flatten(-2)
+        )  # a view (N, L, E) or (L, N, E), since the memory order follows q
         if not is_batched:
             out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out, weights
@@ -468,17 +470,17 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if self.in_proj_weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif is_self:
-            return F.linear(query, self.in_proj_weight, bias).split(sizes, dim=-1)
+            return few_rows.linear(query, self.in_proj_weight, bias).split(sizes, dim=-1)
         elif shares_kv:
             sizes = (self.embed_dim, 2 * kv_dim)
             weights = self.in_proj_weight.split(sizes)
             biases = (None, None) if bias is None else bias.split(sizes)
-            keys_values = F.linear(key, weights[1], biases[1])
-            return F.linear(query, weights[0], biases[0]), *keys_values.chunk(2, dim=-1)
+            keys_values = few_rows.linear(key, weights[1], biases[1])
+            return few_rows.linear(query, weights[0], biases[0]), *keys_values.chunk(2, dim=-1)
         else:
             weights = self.in_proj_weight.split(sizes)
         biases = (None, None, None) if bias is None else bias.split(sizes)
-        return tuple(F.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
+        return tuple(few_rows.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
 
     def _check_projected(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Raises a RuntimeError that names the input whose layout, size, device or dtype does not fit the projections.
@@ -506,7 +508,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     def _project_query(self, query: Tensor) -> Tensor:
         """query (..., E), projected to (..., E). With a filled static cache, only the query needs a projection."""
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[: self.embed_dim]
-        return F.linear(query, weight, None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim])
+        return few_rows.linear(
+            query, weight, None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim]
+        )
 
     def _split_heads(self, x: Tensor, seq_dim: int, position: int | Tensor | None = None) -> Tensor:
         """(N, L, heads * D) or (L, N, heads * D) -> (N, heads, L, D), without a copy.
@@ -648,18 +652,6 @@ def _cached_mask(attn_mask: Tensor | None, is_causal: bool, cached: CachedRows, 
     if not cached.diagonal:
         return _Mask(None, cached.diagonal)
     return _Mask(lower_right(seqlen_q, cached.keys.shape[2]), cached.diagonal)
-
-
-def _shim(options, k, seqlen_q):
-    options = dict(options)
-    if "key_lengths" in options:
-        lengths = options.pop("key_lengths")
-        j = torch.arange(k.shape[2], device=k.device)
-        if seqlen_q > 1:
-            q = (lengths - seqlen_q)[:, None] + torch.arange(seqlen_q, device=k.device)
-            options["attn_mask"] = (j <= q[:, :, None])[:, None]
-        options["key_padding_mask"] = j >= lengths[:, None]
-    return options
 
 
 def _above(diagonal: int, seqlen_q: int, key: Tensor) -> Tensor:

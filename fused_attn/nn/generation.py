@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn.measurement import progress as progress_bar
+from fused_attn.nn import few_rows
 from fused_attn.nn.cache import StaticKVCache
 from fused_attn.nn.replay import EndWatch, Replayed
 
@@ -152,7 +153,7 @@ class Search:
         else:
             newest = self.tokens.gather(1, self.position[:, None])
             hidden = self.model.decode_hidden(newest, self.memory, self.padding, cache=self.cache)[:, 0]
-        logits = self.model.generator(hidden)
+        logits = few_rows.call(self.model.generator, hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(self.is_excluded, MINUS_INF)
         if self.seen is not None:
             penalty = self.settings.repetition_penalty

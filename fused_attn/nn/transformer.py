@@ -30,6 +30,7 @@ from torch.overrides import has_torch_function_variadic
 
 from fused_attn.attention import checks
 from fused_attn.attention.causal_bias import causal_bias
+from fused_attn.nn import few_rows
 from fused_attn.nn.attention import (
     AttentionCache,
     FusedMultiheadAttention,
@@ -359,6 +360,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         if cache is not None and getattr(self.multihead_attn, "takes_cache", False):
             options["cache"] = cache
         return self.dropout2(self.multihead_attn(x, mem, mem, need_weights=False, **masks, **options)[0])
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        """The feed-forward block of x, after dropout, in the shape of x."""
+        hidden = self.dropout(self.activation(few_rows.call(self.linear1, x)))
+        return self.dropout3(few_rows.call(self.linear2, hidden))
 
 
 class TransformerDecoder(nn.TransformerDecoder):

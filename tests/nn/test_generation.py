@@ -208,7 +208,7 @@ def test_a_larger_cache_is_captured_again(monkeypatch):
     expected = model.generate(SRC, 24)
     events = replaying(monkeypatch)
     assert torch.equal(model.generate(SRC, 24), expected)
-    assert events.count("capture") == 2
+    assert events.count("capture") == 3  # for 9, 18 and 25 rows
 
 
 def test_the_host_does_the_same_for_every_replayed_token(monkeypatch):
@@ -229,6 +229,8 @@ def test_a_failed_capture_warns_and_goes_on(monkeypatch):
     monkeypatch.setattr(replay, "why_not", lambda device, model: "")
     monkeypatch.setattr(replay, "capture", fail)
     model = make_model(seed=3)
+    with torch.no_grad():
+        model.generator.bias[EOS] -= 1e4
     expected = model.generate(SRC, 12, cuda_graph=False)
     with pytest.warns(UserWarning, match="the step is not replayed, because its capture failed: operation not"):
         found = model.generate(SRC, 12)
@@ -252,6 +254,7 @@ def test_what_is_not_captured():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beam", "sampled"])
 def test_a_cuda_graph_gives_the_tokens_of_ordinary_steps(options):
     model = make_model(seed=3, dtype=torch.float32).cuda()
