@@ -256,11 +256,11 @@ def test_opcheck_backward(name: str, has_dlse: bool, backend: str, generator: to
     dout = torch.randn(out.shape, generator=generator)
     dlse = torch.randn(lse.shape, generator=generator) if has_dlse else None
     wanted = [x is not None for x in args[:6]]
-    inputs = (x if x is None else x.detach() for x in args[:11])
+    inputs = (x if x is None else x.detach() for x in args[: len(Inputs._fields)])
     # The derivative of the backward operator is not checked here. The tests of double backward below check it.
     outcome = torch.library.opcheck(
         torch.ops.fused_attn.attention_backward,
-        (*inputs, out, lse, dout, dlse, wanted, *args[11:]),
+        (*inputs, out, lse, dout, dlse, wanted, *args[len(Inputs._fields) :]),
     )
     assert set(outcome.values()) == {"SUCCESS"} and len(outcome) >= 4
 
