@@ -527,6 +527,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         """(H, L + S - 1) or (L + S - 1,). The first query has the position `position`."""
         if self.relative_bias is None:
             return None
+        assert isinstance(position, int), "a cache that counts on the device takes a dense bias"
         bias = self.relative_bias(position + seqlen_q, seqlen_k)
         # The queries are the last L rows of a longer matrix. These lie on the first L + S - 1 diagonals of that matrix.
         return bias[..., : seqlen_q + seqlen_k - 1] if position else bias

@@ -20,7 +20,6 @@ from fused_attn.nn.self_attention_cache import (
     SlidingSelfAttentionCache,
     StaticSelfAttentionCache,
     check_count,
-    check_crop,
     check_pair,
 )
 
@@ -216,8 +215,6 @@ class KVCache:
             TypeError: length is neither an int nor a tensor that this cache takes.
             ValueError: length is negative, or not 0 for a `SlidingKVCache`.
         """
-        if not isinstance(length, Tensor):
-            check_crop(length)
         for layer in self.layers:
             layer.self_attention.crop(length)
 
@@ -307,7 +304,8 @@ class StaticKVCache(KVCache):
     def __init__(self, num_layers: int, max_length: int):
         check_count("num_layers", num_layers)
         self.max_length = max_length
-        self.layers = [LayerCache(self_attention=StaticSelfAttentionCache(max_length)) for _ in range(num_layers)]
+        self._parts = [StaticSelfAttentionCache(max_length) for _ in range(num_layers)]
+        self.layers = [LayerCache(self_attention=part) for part in self._parts]
 
     def reserve(self, max_length: int) -> None:
         """Give the buffers more rows, which copies them. A captured step must be captured again.
@@ -316,8 +314,8 @@ class StaticKVCache(KVCache):
             TypeError: max_length is no int.
             ValueError: max_length is below 1.
         """
-        for layer in self.layers:
-            layer.self_attention.reserve(max_length)
+        for part in self._parts:
+            part.reserve(max_length)
         self.max_length = max(self.max_length, max_length)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,35 @@ from fused_attn.nn import few_rows
 from fused_attn.nn.cache import StaticKVCache
 from fused_attn.nn.replay import EndWatch, Replayed
 
-if TYPE_CHECKING:
-    from fused_attn.nn.seq2seq import Seq2SeqTransformer
-
 MINUS_INF = float("-inf")
 
 #: Rows of the first buffers of the cache. They double when they are full, so a large max_new_tokens costs no memory as
 #: long as targets are short.
 FIRST_CAPACITY = 128
+
+
+class Model(Protocol):
+    """What a generation asks of a model, which is a `torch.nn.Module`; `Seq2SeqTransformer` has all of this."""
+
+    pad_id: int
+    sos_id: int
+    eos_id: int
+    max_len: int
+    tgt_embedding: nn.Embedding
+    decoder: Any
+    generator: Any
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether `decode_hidden` takes a cache."""
+
+    def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
+        """(memory (B, S, E), its padding (B, S) bool) of source tokens (B, S)."""
+
+    def decode_hidden(
+        self, tgt: Tensor, memory: Tensor, memory_key_padding_mask: Tensor | None, *, cache: StaticKVCache | None = None
+    ) -> Tensor:
+        """The output (B, T, E) of the decoder for target tokens (B, T)."""
 
 
 class Settings(NamedTuple):
@@ -73,7 +94,7 @@ class Search:
     seen: (rows, V) bool, the tokens of the row so far, for the repetition penalty; else None
     """
 
-    def __init__(self, model: Seq2SeqTransformer, src: Tensor, prefix: Tensor | None, settings: Settings):
+    def __init__(self, model: Model, src: Tensor, prefix: Tensor | None, settings: Settings):
         self.model, self.settings = model, settings
         memory, padding = model.encode(src)
         batch, device = memory.shape[0], memory.device
@@ -186,7 +207,7 @@ class BeamSearch(Search):
     is_finished:  (B, 1) bool: no open hypothesis can become better than the ended ones
     """
 
-    def __init__(self, model: Seq2SeqTransformer, src: Tensor, prefix: Tensor | None, settings: Settings):
+    def __init__(self, model: Model, src: Tensor, prefix: Tensor | None, settings: Settings):
         super().__init__(model, src, prefix, settings)
         batch, beams, device = self.batch, settings.num_beams, self.device
         # All beams of a source begin as the same hypothesis, so only one of them may count.
@@ -270,7 +291,7 @@ class BeamSearch(Search):
 
 
 def generate(
-    model: Seq2SeqTransformer,
+    model: Any,
     src: Tensor,
     prefix: Tensor | None,
     settings: Settings,
@@ -279,7 +300,10 @@ def generate(
     progress: bool,
     cuda_graph: bool | None,
 ) -> Generation:
-    """Generates targets for sources. The arguments are those of `Seq2SeqTransformer.generate`."""
+    """Generates targets for sources. The arguments are those of `Seq2SeqTransformer.generate`.
+
+    model: a `torch.nn.Module` that is a `Model`
+    """
     search = (BeamSearch if settings.num_beams > 1 else Search)(model, src, prefix, settings)
     if model.takes_cache:
         search.start_cache(len(model.decoder.layers))
@@ -345,7 +369,7 @@ def _trimmed(tokens: Tensor, log_probs: Tensor, pad_id: int, scores: Tensor) -> 
     return tokens[:, 1:end], scores, log_probs[:, 1:end]
 
 
-def check(model: Seq2SeqTransformer, src: Tensor, prefix: Tensor | None, settings: Settings, streams: bool) -> None:
+def check(model: Model, src: Tensor, prefix: Tensor | None, settings: Settings, streams: bool) -> None:
     """Raises TypeError or ValueError for arguments of `Seq2SeqTransformer.generate` that do not fit.
 
     streams: whether there is a callback for tokens
@@ -393,7 +417,7 @@ def check(model: Seq2SeqTransformer, src: Tensor, prefix: Tensor | None, setting
         _check_prefix(model, src, prefix, settings)
 
 
-def _check_prefix(model: Seq2SeqTransformer, src: Tensor, prefix: Tensor, settings: Settings) -> None:
+def _check_prefix(model: Model, src: Tensor, prefix: Tensor, settings: Settings) -> None:
     """Raises TypeError or ValueError if the prefix does not fit."""
     if prefix.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"prefix: expected int64 or int32 tokens, got {prefix.dtype}")

@@ -115,10 +115,9 @@ class SelfAttentionCache:
         # One query is the newest token, which sees every key.
         return CachedRows(*self.update(key, value), None if seqlen_q == 1 else position, {})
 
-    def crop(self, length: int) -> None:
-        """Forget all rows from row `length` on; see `KVCache.crop`."""
-        check_crop(length)
-        self.length = min(self.length, length)
+    def crop(self, length: int | Tensor) -> None:
+        """Forget all rows from row `length` on; see `KVCache.crop`. The length must be an int."""
+        self.length = min(self.length, _checked_length(length))
 
     def reorder(self, indices: Tensor) -> None:
         """Batch entry n becomes what entry ``indices[n]`` was; see `KVCache.reorder`."""
@@ -223,15 +222,16 @@ class StaticSelfAttentionCache:
 
     def crop(self, length: int | Tensor) -> None:
         """Forget all rows from row `length` on; see `KVCache.crop`."""
-        if not isinstance(length, Tensor):
-            check_crop(length)
-        if self._rows is not None:
-            lengths = self._rows.lengths
-            lengths.clamp_(max=length) if isinstance(length, int) else lengths.copy_(torch.minimum(lengths, length))
         if isinstance(length, Tensor):
             self._at_most = None
-        elif self._at_most is not None:
+            if self._rows is not None:
+                self._rows.lengths.clamp_(max=length)
+            return
+        length = _checked_length(length)
+        if self._at_most is not None:
             self._at_most = min(self._at_most, length)
+        if self._rows is not None:
+            self._rows.lengths.clamp_(max=length)
 
     def reorder(self, indices: Tensor) -> None:
         """Batch entry n becomes what entry ``indices[n]`` was; see `KVCache.reorder`."""
@@ -435,12 +435,13 @@ def check_count(name: str, count: int) -> None:
         raise ValueError(f"{name}: expected at least 1, got {count}")
 
 
-def check_crop(length: int) -> None:
-    """Raises TypeError or ValueError unless a cache can be cropped to this length."""
+def _checked_length(length: int | Tensor) -> int:
+    """The length to which a cache is cropped. Raises TypeError or ValueError unless it is an int of at least 0."""
     if not isinstance(length, int):
         raise TypeError(f"length: expected an int, got {type(length).__name__}")
     if length < 0:
         raise ValueError(f"length: expected at least 0, got {length}")
+    return length
 
 
 def check_pair(key: Tensor, value: Tensor) -> None:

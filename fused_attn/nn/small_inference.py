@@ -66,7 +66,7 @@ def is_plain(module: nn.MultiheadAttention) -> bool:
     - Parameters whose data are elsewhere than they seem: on another device, on "meta" until the call, sparse.
     - Calls under a mode that sees operators or functions, or that changes dtypes (autocast).
     """
-    out_proj = module._modules["out_proj"]  # the dicts, since attributes of modules take three times as long
+    out_proj: Any = module._modules["out_proj"]  # the dicts, since attributes of modules take three times as long
     return (
         type(module).__base__ is nn.MultiheadAttention  # FusedMultiheadAttention itself, which cannot be imported here
         and few_rows.is_plain(out_proj)

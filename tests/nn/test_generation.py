@@ -160,7 +160,7 @@ def state_of(search: Search) -> list[Tensor]:
 
 
 def replaying(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Makes generate() capture its steps with the recorder. Returns a list with an entry for each capture and replay."""
+    """Makes generate() capture its steps with the recorder. Each capture and each replay adds an entry to the list."""
     events: list[str] = []
 
     def capture(step, device, generator):
