@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import warnings
 from collections.abc import Callable
 
@@ -112,19 +111,22 @@ class EndWatch:
 
     def __init__(self, is_done: Callable[[], Tensor], device: torch.device):
         self._is_done, self._is_cuda = is_done, device.type == "cuda"
-        self._waiting: collections.deque[tuple[torch.cuda.Event, Tensor]] = collections.deque()
+        self._steps = 0
+        if self._is_cuda:
+            # The flags are in memory from which the host can read while the GPU works, one for each step in flight.
+            self._flags = torch.zeros(STEPS_AHEAD, dtype=torch.bool).pin_memory().unbind()
+            self._events = [torch.cuda.Event() for _ in self._flags]
 
     def has_ended(self) -> bool:
         """Whether the result is final. Called once after each step."""
         if not self._is_cuda:
             return bool(self._is_done())
-        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-        flag.copy_(self._is_done(), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._waiting.append((event, flag))
-        if len(self._waiting) <= STEPS_AHEAD:
-            return False
-        event, flag = self._waiting.popleft()
-        event.synchronize()
-        return bool(flag)
+        slot = self._steps % STEPS_AHEAD
+        if self._steps >= STEPS_AHEAD:
+            self._events[slot].synchronize()
+            if self._flags[slot]:
+                return True
+        self._flags[slot].copy_(self._is_done(), non_blocking=True)
+        self._events[slot].record()
+        self._steps += 1
+        return False

@@ -327,3 +327,27 @@ def test_checkpointed_layers_generate():
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         make_model().generate(SRC, 4, **arguments)
+
+
+def test_the_host_waits_for_an_earlier_step_alone(monkeypatch):
+    """On a GPU, the end is noticed STEPS_AHEAD steps later, and each step waits for the one so many steps before."""
+    events = []
+
+    class Event:
+        def __init__(self):
+            self.step = None
+
+        def record(self):
+            self.step = step
+
+        def synchronize(self):
+            events.append(step - self.step)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    watch = replay.EndWatch(lambda: torch.tensor(step >= 10), torch.device("cuda"))
+    for step in range(30):  # noqa: B007
+        if watch.has_ended():
+            break
+    assert step == 10 + replay.STEPS_AHEAD
+    assert set(events) == {replay.STEPS_AHEAD}
