@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -351,3 +352,33 @@ def test_the_host_waits_for_an_earlier_step_alone(monkeypatch):
             break
     assert step == 10 + replay.STEPS_AHEAD
     assert set(events) == {replay.STEPS_AHEAD}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_fuzz_of_options(seed, monkeypatch):
+    """Random models and options: a replayed batch gives what each source alone gives in ordinary steps."""
+    draw = random.Random(seed)
+    positional = draw.choice(["sinusoidal", "learned", "rotary"])
+    model = make_model(seed, positional=positional, norm_first=draw.random() < 0.5, num_kv_heads=draw.choice([1, 2, 4]))
+    with torch.no_grad():
+        model.generator.bias[EOS] -= draw.choice([0, 1, 3])
+    options = {"return_scores": True, "repetition_penalty": draw.choice([1.0, 1.3, 0.9])}
+    if draw.random() < 0.6:
+        options |= {"num_beams": draw.choice([2, 3, 5]), "length_penalty": draw.choice([0.0, 1.0, 0.7])}
+    if draw.random() < 0.5:
+        options["stop_ids"] = [draw.choice([4, 5, 6])]
+    prefix = padded(PREFIXES) if draw.random() < 0.5 else None
+    count = draw.choice([3, 9, 14])
+    alone = [
+        model.generate(row[row != PAD][None], count, prefix=part, **options)
+        for row, part in zip(SRC, [None] * len(SRC) if prefix is None else map(unpadded, prefix), strict=True)
+    ]
+    replaying(monkeypatch)
+    found = model.generate(SRC, count, prefix=prefix, **options)
+    for n, one in enumerate(alone):
+        assert without_padding(found.tokens[n]) == without_padding(one.tokens[0])
+        torch.testing.assert_close(found.scores[n], one.scores[0])
+
+
+def unpadded(prefix: Tensor) -> Tensor:
+    return prefix[prefix != PAD][None]
