@@ -3,6 +3,7 @@
 from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.cache import CrossAttentionCache, KVCache, LayerCache, SelfAttentionCache
 from fused_attn.nn.convert import convert_attention
+from fused_attn.nn.paged_cache import OutOfPages, PagedKVCache
 from fused_attn.nn.positions import RotaryEmbedding, T5RelativeBias
 from fused_attn.nn.seq2seq import Seq2SeqTransformer
 from fused_attn.nn.transformer import (
@@ -18,6 +19,8 @@ __all__ = [
     "FusedMultiheadAttention",
     "KVCache",
     "LayerCache",
+    "OutOfPages",
+    "PagedKVCache",
     "RotaryEmbedding",
     "SelfAttentionCache",
     "Seq2SeqTransformer",
