@@ -6,6 +6,7 @@ from fused_attn.installation import info
 from fused_attn.nn import (
     FusedMultiheadAttention,
     KVCache,
+    PagedKVCache,
     Seq2SeqTransformer,
     Transformer,
     TransformerDecoder,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FusedMultiheadAttention",
     "KVCache",
+    "PagedKVCache",
     "Seq2SeqTransformer",
     "Transformer",
     "TransformerDecoder",

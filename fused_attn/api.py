@@ -303,12 +303,10 @@ def fused_attention_paged(
                     name, "a tensor without gradient, because fused_attention_paged is for inference "
                     "(call it under torch.no_grad())", "one that requires a gradient",
                 )  # fmt: skip
+    key, value, key_padding = key_pages.transpose(1, 2), value_pages.transpose(1, 2), key_padding_mask
     inputs = inputs_of(
-        (
-            query, key_pages.transpose(1, 2), value_pages.transpose(1, 2), None, None, sinks, None, None,
-            key_padding_mask, key_lengths, None, None, block_table,
-        )
-    )  # fmt: skip
+        (query, key, value, None, None, sinks, None, None, key_padding, key_lengths, None, None, block_table)
+    )
     lse: Tensor | None
     if chosen is None:
         out, lse = ops.call(problem, backend, inputs)

@@ -343,6 +343,9 @@ def _paged_plan(backend: str | None, metadata: Metadata, *options: Any) -> Plan:
     if backend is not None and backend not in dispatch.BACKEND_NAMES:
         raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
     known = signature.metas(metadata) if isinstance(metadata, bytes) else metadata
+    for name, given in zip(PagedArguments._fields[:5], known, strict=False):
+        if given is None:
+            raise TypeError(f"{name}: expected a torch.Tensor, got NoneType None")
     arguments = PagedArguments._make(None if x is None else Meta(*x) for x in known)
     query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask = arguments
     checked = Options(*options)

@@ -35,7 +35,7 @@ void project(const typename Policy::Storage* x, int64_t rows, int64_t in, const 
     const Vec<Lane> offset = bias != nullptr ? load_as<Lane>(bias + first, count) : Vec<Lane>{};
     alignas(kVectorBytes) Lane sums[n];
     for (int64_t r = 0; r < rows; ++r) {
-      multiply_keys<Policy, false>(lanes + r * row_lanes, weights, count, features, Lane(1), 0, sums);
+      multiply_keys<Policy>(lanes + r * row_lanes, weights, count, features, Lane(1), PrefetchNothing{}, sums);
       store_as<Lane>(y + r * out + first, load<Lane>(sums) + offset, count);
     }
   });

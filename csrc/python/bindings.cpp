@@ -62,8 +62,8 @@ const char kSignatureDoc[] =
     "Returns None if some tensor is not a plain CPU tensor: a subclass, for instance, may report a shape that is not\n"
     "the shape of its memory.";
 
-constexpr ElementType kSignatureTypes[] = {ElementType::kFloat32, ElementType::kFloat64, ElementType::kFloat16,
-                                           ElementType::kBFloat16, ElementType::kBool, ElementType::kInt32};
+constexpr ElementType kSignatureTypes[] = {ElementType::kFloat32,  ElementType::kFloat64, ElementType::kFloat16,
+                                           ElementType::kBFloat16, ElementType::kBool,    ElementType::kInt32};
 
 // The shapes and dtypes of the tensors of a call as bytes, by which Python finds its plan for the call (kSignatureDoc).
 // The entry point of the kernel reads the tensors again, which takes tens of nanoseconds for each. A cache of the first

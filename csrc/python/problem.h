@@ -151,7 +151,7 @@ inline void check_lengths(const AttentionParams& params, const Argument& key_len
     if (length < 0 || length > params.seqlen_k)
       key_lengths.fail("lengths from 0 to " + std::to_string(params.seqlen_k) + ", the number of keys",
                        std::to_string(length));
-    if (params.block_table == nullptr) continue;
+    if (params.page_size == 0) continue;
     const int32_t* row = params.block_table + b * params.block_table_stride;
     const auto last_page = static_cast<uint32_t>(params.num_pages - 1);
     uint32_t largest = 0;  // a negative number counts as a large one
@@ -217,7 +217,7 @@ inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& in
   set_sizes(problem, query, key, value);
   set_sequences(problem, reader, inputs);
   set_key_lengths(problem, reader, inputs, key);
-  const int64_t key_entries = params.block_table != nullptr ? params.num_pages : problem.batch_entries;
+  const int64_t key_entries = params.page_size > 0 ? params.num_pages : problem.batch_entries;
   params.query = rows_view(problem, query, params.num_heads, problem.rows_q, params.head_dim);
   params.key = entries_view(problem, key, key_entries, params.num_kv_heads, problem.rows_k, params.head_dim);
   params.value = entries_view(problem, value, key_entries, params.num_kv_heads, problem.rows_k, params.value_dim);

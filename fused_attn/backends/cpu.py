@@ -35,8 +35,6 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(f"dtype {problem.dtype} is none of {', '.join(map(str, DTYPES))}")
     if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
         reasons.append(f"head dim {max(problem.head_dim, problem.value_dim)} is above {MAX_HEAD_DIM}")
-    if problem.is_paged:
-        reasons.append("the kernels do not read pages")
     return reasons
 
 

@@ -3,6 +3,7 @@
 from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.cache import CrossAttentionCache, KVCache, LayerCache, SlidingKVCache, StaticKVCache
 from fused_attn.nn.convert import convert_attention
+from fused_attn.nn.paged_cache import OutOfPages, PagedKVCache
 from fused_attn.nn.positions import RotaryEmbedding, T5RelativeBias
 from fused_attn.nn.self_attention_cache import (
     SelfAttentionCache,
@@ -23,6 +24,8 @@ __all__ = [
     "FusedMultiheadAttention",
     "KVCache",
     "LayerCache",
+    "OutOfPages",
+    "PagedKVCache",
     "RotaryEmbedding",
     "SelfAttentionCache",
     "Seq2SeqTransformer",

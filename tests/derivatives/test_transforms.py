@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fused_attn
+from fused_attn.attention.inputs import Inputs
 
 CASE = {case.id: case for case in CASES}
 
