@@ -11,7 +11,8 @@ A case is one attention problem: sizes, mask, dtype and direction. A rival is an
 - machine.py: device and versions, which every row names; the device's matmul and copy rates
 - conventions.py: names that the commands share with tools/gpu_suite
 - session.py: what the commands that measure share: options, time limit, file of rows
-- attention.py, memory.py, modules.py: the commands that measure; extras.py: further tables of attention.py for a CPU
+- attention.py, generation.py, memory.py, modules.py: the commands that measure
+- extras.py: further tables of attention.py for a CPU
 - rows.py: results as JSON lines
 - summary.py: ratios and groups of rows
 - report.py, plots.py: the command that turns rows into RESULTS.md, plots, and the README's table

@@ -21,7 +21,7 @@ COLOURS = {
     "torch-flash": "#17becf", "torch-efficient": "#2ca02c", "torch-cudnn": "#9467bd", "torch-math": "#7f7f7f",
     "torch-causal-only": "#87ceeb", "torch-varlen": "#8c564b", "flex": "#ff7f0e", "flash_attn2": "#bcbd22",
     "flash_attn3": "#556b2f", "flash_attn4": "#000080", "flash_attn3-packed": "#8fbc8f",
-    "flash_attn4-packed": "#4169e1",
+    "flash_attn4-packed": "#4169e1", "torch-cache": "#17becf",
 }  # fmt: skip
 #: The head dim of the plot of speed-ups.
 HEAD_DIM = 64
@@ -29,6 +29,10 @@ HEAD_DIM = 64
 INCHES_OF_A_NAME = 1.9
 #: Less memory is drawn as this, because a logarithmic axis has no 0.
 LEAST_MIB = 0.1
+
+
+#: The panels of the plot of decoding: tables of `benchmarks.generation`, with their titles.
+LATENCY = {"step": "a step of a whole model", "cache": "attention of one query"}
 
 
 class Plot(NamedTuple):
@@ -71,6 +75,9 @@ def plots_of(rows: Iterable[Row]) -> dict[str, Plot]:
             title = f"FLOP/s on visible scores against length, {direction}, {device}"
             name = f"speed-{slug}-{direction.replace('+', '-')}"
             plots[name] = Plot(title, select(attention, direction=direction), _speed)
+        timed = [row for row in select(own, benchmark="generation") if "median_ms" in row]
+        if found := [row for row in timed if row["table"] in LATENCY]:
+            plots[f"decoding-{slug}"] = Plot(f"Time of decoding against tokens in the cache, {device}", found, _latency)
         if found := [row for row in sweep_of_memory(own) if "table" not in row]:
             title = f"Memory beyond inputs and results against length, {device}"
             plots[f"memory-{slug}"] = Plot(title, found, _memory)
@@ -121,6 +128,31 @@ def _memory(rows: list[Row], device: str) -> Figure:
     title = f"Memory of one call, {direction}, ({batch}, {heads}, L, {head_dim}), {rows[0]['dtype']}\n{device}"
     label = "MiB beyond inputs and results; needed masks count"
     return _by_implementation(rows, lambda row: max(summary.mib_of(row), LEAST_MIB), label, title, is_log=True)
+
+
+def _latency(rows: list[Row], device: str) -> Figure:
+    """Milliseconds against the number of tokens in the cache: a panel for each table and dtype."""
+    panels = summary.groups(rows, ("table", "dtype"))
+    figure, axes = _grid(len(panels), 2)
+    for axis, chosen in zip(axes, panels, strict=False):
+        for own in summary.groups(chosen, ("implementation",)):
+            points, name = sorted(own, key=_cached), own[0]["implementation"]
+            times = [row["median_ms"] for row in points]
+            axis.plot(list(map(_cached, points)), times, marker="o", ms=4, label=name, color=COLOURS[name])
+        axis.set_title(f"{LATENCY[chosen[0]['table']]}, {chosen[0]['dtype']}", fontsize=10)
+        axis.set_yscale("log")
+        lengths = sorted(set(map(_cached, chosen)))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.set_xlabel("tokens in the cache", fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.supylabel("milliseconds", fontsize=10)
+    return _finish(figure, axes[: len(panels)], f"Decoding against the length of the cache\n{device}")
+
+
+def _cached(row: Row) -> int:
+    """The number of tokens in the cache."""
+    return row["length"] if row["table"] == "step" else row["shape"][2]
 
 
 def _speed(rows: list[Row], device: str) -> Figure:

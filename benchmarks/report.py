@@ -276,6 +276,20 @@ def _decode(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _generation(rows: list[Row]) -> list[str]:
+    lines = []
+    for ours in select(rows, benchmark="generation", table="generation", implementation=OURS):
+        same = {name: ours[name] for name in ("benchmark", "table", "new_tokens", "dtype")}
+        others = [row for row in select(rows, **same) if "over_ours" in row]
+        lines.append(
+            f"- greedy generation of {ours['new_tokens']} tokens for {ours['batch']} sources of {ours['length']} "
+            f"tokens, {ours['layers']} + {ours['layers']} layers of {ours['d_model']} features, {ours['dtype']}: ours "
+            f"{ours['tokens_per_s']:.0f} tokens/s; time / ours: "
+            + ", ".join(f"{row['implementation']} {row['over_ours']:.2f}" for row in others)
+        )
+    return lines
+
+
 def _features(rows: list[Row]) -> list[str]:
     return [
         f"- where torch leaves its fused kernel, forward at {tuple(own[0]['shape'])}, {own[0]['dtype']}: "
@@ -315,7 +329,7 @@ def _overhead(rows: list[Row]) -> list[str]:
 
 
 #: What makes the lines below the table of masks.
-LINES = (_short, _decode, _features, _small_modules, _isa, _step, _overhead)
+LINES = (_short, _decode, _generation, _features, _small_modules, _isa, _step, _overhead)
 
 
 # ---- Memory

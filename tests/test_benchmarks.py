@@ -786,6 +786,31 @@ def test_quick_cpu_modules_and_report_rows(tmp_path: Path, capsys: pytest.Captur
     assert len(rows.select(rows.read(out), benchmark="modules")) == len(found)
 
 
+def test_quick_generation_and_its_plot(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    quick = ["--quick", "--device", "cpu", "--rounds", "1", "--seconds", "0.01", "--out", str(out)]
+    assert __main__.main(["generation", *quick]) == 0
+    found = rows.read(out)
+    ours = rows.select(found, implementation=OURS)
+    assert [row["table"] for row in ours] == ["generation", "step", "step", "cache", "cache"]
+    assert all(row["median_ms"] > 0 for row in ours)
+    first = rows.select(found, table="generation")
+    assert {row["implementation"] for row in first} == {OURS, "torch", "torch-cache", "transformers-static"}
+    assert [row["same_tokens"] for row in first if "same_tokens" in row] == [1.0] * 3
+    assert all(row["error"] < 1e-5 and row["gb_per_s"] > 0 for row in rows.select(ours, table="cache"))
+    assert __main__.main(["generation", *quick, "--resume"]) == 0
+    assert len(rows.read(out)) == len(found)
+    assert len(lines.generation_lines(found)) == 5
+    mask = attention._row_of(Case(1, 4, 8192, 64, "none", "float32", "forward"), "torch") | {"benchmark": "masks"}
+    page = report.cpu_tables([found[0] | mask | {"over_ours": 2.0}, *found])
+    assert "- greedy generation of 8 tokens for 2 sources of 16 tokens, 1 + 1 layers of 64 features, float32: " in page
+    name, plot = next(iter(plots.plots_of(found).items()))
+    assert name.startswith("decoding-")
+    figure = plot.draw(plot.rows, "a device")
+    lines_drawn = [line for axis in figure.axes for line in axis.get_lines()]
+    assert len(lines_drawn) == 4 and all(list(line.get_xdata()) == [8, 16] for line in lines_drawn)
+
+
 def test_a_table_with_rows_is_not_measured_again(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     command = [

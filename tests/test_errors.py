@@ -304,6 +304,98 @@ def int32(*offsets: int) -> torch.Tensor:
     return torch.tensor(offsets, dtype=torch.int32)
 
 
+def paged(**changes):
+    pages = torch.zeros(9, 4, 2, 8)
+    arguments = {
+        "query": Q,
+        "key_pages": pages,
+        "value_pages": pages,
+        "block_table": torch.zeros(2, 3, dtype=torch.int32),
+        "key_lengths": int32(3, 12),
+    }
+    return lambda: fused_attn.fused_attention_paged(**(arguments | changes))
+
+
+PAGED = {
+    "no-tensor": (paged(key_pages=None), TypeError, r"key_pages: expected a torch\.Tensor, got NoneType"),
+    "table-none": (paged(block_table=None), TypeError, r"block_table: expected a torch\.Tensor, got NoneType"),
+    "rank": (paged(query=Q[0]), ValueError, r"query: expected shape \(B, H, L, D\), got shape \(4, 5, 8\)"),
+    "dtype": (paged(key_pages=torch.zeros(9, 4, 2, 8).half()), TypeError, r"key_pages: expected the dtype of query"),
+    "head-dim": (paged(key_pages=torch.zeros(9, 4, 2, 9)), ValueError, r"key_pages: expected the head dim of query, 8"),
+    "heads": (
+        paged(key_pages=torch.zeros(9, 4, 3, 8), value_pages=torch.zeros(9, 4, 3, 8)),
+        ValueError,
+        r"key_pages: expected a number of heads that divides the 4 of query, got 3 heads",
+    ),
+    "value": (
+        paged(value_pages=torch.zeros(9, 5, 2, 8)),
+        ValueError,
+        r"value_pages: expected the pages, rows and heads of key_pages, \(9, 4, 2\), got shape \(9, 5, 2, 8\)",
+    ),
+    "page-size": (
+        paged(key_pages=torch.zeros(9, 0, 2, 8), value_pages=torch.zeros(9, 0, 2, 8)),
+        ValueError,
+        r"key_pages: expected pages of at least one row",
+    ),
+    "no-page": (
+        paged(key_pages=torch.zeros(0, 4, 2, 8), value_pages=torch.zeros(0, 4, 2, 8)),
+        ValueError,
+        r"key_pages: expected at least one page",
+    ),
+    "table-dtype": (
+        paged(block_table=torch.zeros(2, 3, dtype=torch.int64)),
+        TypeError,
+        r"block_table: expected dtype torch\.int32, got torch\.int64",
+    ),
+    "table-shape": (
+        paged(block_table=torch.zeros(3, 3, dtype=torch.int32)),
+        ValueError,
+        r"block_table: expected shape \(B, pages of the longest sequence\) with B = 2, got shape \(3, 3\)",
+    ),
+    "lengths-shape": (paged(key_lengths=int32(3)), ValueError, r"key_lengths: expected shape \(B,\) = \(2,\), got"),
+    "lengths-device": (
+        paged(key_lengths=int32(3, 3).to(META)),
+        ValueError,
+        r"key_lengths: expected the device of query",
+    ),
+    "padding-dtype": (
+        paged(key_padding_mask=torch.zeros(2, 12)),
+        TypeError,
+        r"key_padding_mask: expected bool for paged",
+    ),
+    "padding-shape": (
+        paged(key_padding_mask=torch.zeros(2, 11, dtype=torch.bool)),
+        ValueError,
+        r"key_padding_mask: expected shape \(B, S\) = \(2, 12\)",
+    ),
+    "sinks": (paged(sinks=torch.zeros(3)), ValueError, r"sinks: expected shape \(H,\) = \(4,\)"),
+    "is-causal": (paged(is_causal=1), TypeError, r"is_causal: expected a bool, got int 1"),
+    "splits-type": (paged(num_splits=2.0), TypeError, r"num_splits: expected None or an int, got float 2\.0"),
+    "splits": (paged(num_splits=257), ValueError, r"num_splits: expected a number from 1 to 256, got 257"),
+    "backend": (paged(backend="gpu"), ValueError, r"backend: expected None or one of"),
+    "call-lengths-dtype": (
+        call(key_lengths=torch.tensor([3, 3])),
+        TypeError,
+        r"key_lengths: expected dtype torch\.int32, got torch\.int64",
+    ),
+    "call-lengths-shape": (
+        call(key_lengths=int32(3, 3, 3)),
+        ValueError,
+        r"key_lengths: expected shape \(B,\) = \(2,\)",
+    ),
+    "call-lengths-list": (call(key_lengths=[3, 3]), TypeError, r"key_lengths: expected a torch\.Tensor, got list"),
+    "call-splits": (call(num_splits=0), ValueError, r"num_splits: expected a number from 1 to 256, got 0"),
+    "call-splits-bool": (call(num_splits=True), TypeError, r"num_splits: expected None or an int, got bool True"),
+}
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_paged(name: str) -> None:
+    function, error, message = PAGED[name]
+    with pytest.raises(error, match=f"^{message}"):
+        function()
+
+
 VARLEN = {
     "rank": (
         varlen(query=torch.zeros(1, 9, 2, 8)),

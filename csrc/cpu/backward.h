@@ -260,8 +260,8 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
   const Lane dropout_scale = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
   const Storage* query = row_of<const Storage>(p.query, b, h, row);
   const Storage* dout = row_of<const Storage>(p.dout, b, h, row);
-  const Storage* keys_base = row_of<const Storage>(p.key, b, kv_head, seq.k_offset);
-  const Storage* values_base = row_of<const Storage>(p.value, b, kv_head, seq.k_offset);
+  const RowSource<Storage> key_source = row_source<Storage>(p, p.key, seq, b, kv_head);
+  const RowSource<Storage> value_source = row_source<Storage>(p, p.value, seq, b, kv_head);
 
   if (is_single_pass) measure_rows<Policy>(p, seq, item.relative, item.valid_keys, b, h, q_begin, nq, s, rows);
   // Stop here if no query of the block sees a key of the slab. In the first slab, dquery must still be written.
@@ -287,9 +287,9 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
 
     do {
       prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
-      find_rows<Policy>(values_base, p.value.stride_row, keys, value_dim, s.value_lanes, s.value_rows);
+      find_rows<Policy>(value_source, keys, value_dim, s.value_lanes, s.value_rows);
       if (Policy::kPerLane == 2 && wants_dquery) {
-        s.summed_key.find(keys_base, p.key.stride_row, keys, head_dim);
+        s.summed_key.find(key_source, keys, head_dim);
       }
       // For each tile of keys: compute probs and dscores, then add the tile's part of dvalue and dkey.
       const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;

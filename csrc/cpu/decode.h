@@ -19,18 +19,19 @@ namespace {
 
 // How the heads and keys of a call are divided into work items. An item is one group of query heads and one split.
 struct DecodePlan {
-  static constexpr int64_t kMaxSplits = 64;
-
-  int64_t heads;           // query heads of a group: those of one kv head, or 1 if each head has its own mask
-  int64_t groups;          // the number of groups in the whole batch
-  int64_t splits;          // the number of splits into which the keys of a head are divided
-  int64_t keys_per_split;  // the number of keys of a split; the last one may have fewer
-  int64_t value_row;       // lanes of a row of DecodePartials::acc: value_dim, padded to whole vectors
+  int64_t heads;      // query heads of a group: those of one kv head, or 1 if each head has its own mask
+  int64_t groups;     // the number of groups in the whole batch
+  int64_t splits;     // the number of splits into which the keys of a head are divided
+  int64_t value_row;  // lanes of a row of DecodePartials::acc: value_dim, padded to whole vectors
 
   // The index of a row in DecodePartials, whose arrays are [split][batch][head][query].
   int64_t row(const AttentionParams& p, int64_t split, int64_t b, int64_t h, int64_t i) const {
     return ((split * p.batch + b) * p.num_heads + h) * p.seqlen_q + i;
   }
+
+  // The number of keys of a split of a sequence, in whole blocks. The last splits may have fewer keys, or none. The
+  // number depends on no other sequence of the batch, so that with num_splits the results of a sequence do not either.
+  int64_t keys_per_split(const Sequence& seq) const { return round_up((seq.seqlen_k + splits - 1) / splits, kBlockK); }
 };
 
 // Chooses the number of groups and splits for one call.
@@ -42,11 +43,12 @@ DecodePlan plan_decode(const AttentionParams& p) {
   const bool own_masks = p.mask.data != nullptr && p.mask.stride_head != 0;
   plan.heads = own_masks ? 1 : p.num_heads / p.num_kv_heads;
   plan.groups = p.batch * p.num_heads / plan.heads;
-  const int64_t wanted = (DecodePlan::kMaxSplits + plan.groups - 1) / plan.groups;
+  constexpr int64_t kItems = 64;
+  const int64_t wanted = (kItems + plan.groups - 1) / plan.groups;
   const int64_t possible = p.seqlen_k / kLeastKeys;
   plan.splits = wanted < possible ? wanted : possible;
+  if (p.num_splits > 0) plan.splits = p.num_splits;
   if (plan.splits < 1) plan.splits = 1;
-  plan.keys_per_split = (p.seqlen_k + plan.splits - 1) / plan.splits;
   plan.value_row = round_up(p.value_dim, kLanes<Lane>);
   return plan;
 }
@@ -78,9 +80,11 @@ struct DecodeScratch {
   KeyBlock* keys;              // the current block of keys
   const Storage** key_rows;    // [key of the block]: the address of its row
   const Storage** value_rows;  // [key of the block]: the address of its row
-  Lane* query;                 // [row][lanes of head_dim, padded]
-  Lane* scores;                // [key of the block]: the logits of one row, which their exponentials overwrite
-  Vec<Lane>* row_sum;          // [row]: the sum of exponentials; its lanes are added up at the end
+  const Storage** next_keys;   // [key of the block]: the row of a later key, for the prefetch from pages
+  const Storage** next_values;
+  Lane* query;         // [row][lanes of head_dim, padded]
+  Lane* scores;        // [key of the block]: the logits of one row, which their exponentials overwrite
+  Vec<Lane>* row_sum;  // [row]: the sum of exponentials; its lanes are added up at the end
 
   // Takes the memory of all arrays out of the arena.
   void layout(Arena& arena, const AttentionParams& p, const DecodePlan& plan) {
@@ -88,6 +92,8 @@ struct DecodeScratch {
     keys = arena.take<KeyBlock>(1);
     key_rows = arena.take<const Storage*>(kRows);
     value_rows = arena.take<const Storage*>(kRows);
+    next_keys = arena.take<const Storage*>(kRows);
+    next_values = arena.take<const Storage*>(kRows);
     query = arena.take<Lane>(rows * round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>));
     scores = arena.take<Lane>(kRows);
     row_sum = arena.take<Vec<Lane>>(rows);
@@ -107,12 +113,30 @@ FA_INLINE void prefetch(const void* address, int64_t bytes_ahead) {
       reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(bytes_ahead)), 0, 2);
 }
 
+// What multiply_keys and sum_values prefetch while they read column `d` of row k: nothing, what is `bytes` behind that
+// address, or the same column of another row, where rows lie in pages.
+struct PrefetchNothing {
+  template <class Storage>
+  void operator()(const Storage* const*, int, int64_t) const {}
+};
+struct PrefetchBehind {
+  int64_t bytes;
+  template <class Storage>
+  void operator()(const Storage* const* rows, int k, int64_t d) const {
+    prefetch(rows[k] + d, bytes);
+  }
+};
+template <class Storage>
+struct PrefetchRows {
+  const Storage* const* next;
+  void operator()(const Storage* const*, int k, int64_t d) const { prefetch(next[k] + d, 0); }
+};
+
 // scores[k] = scale * (query . key k), for the `count` keys of a block, rounded up to whole vectors. kLanes keys are
-// processed at a time, each with an accumulator of its own. If kPrefetch, also prefetches the rows `ahead` bytes behind
-// those of the keys.
-template <class Policy, bool kPrefetch>
+// processed at a time, each with an accumulator of its own.
+template <class Policy, class Prefetch>
 FA_NOINLINE void multiply_keys(const typename Policy::Lane* query, const typename Policy::Storage* const* key_rows,
-                               int count, int head_dim, typename Policy::Lane scale, int64_t ahead,
+                               int count, int head_dim, typename Policy::Lane scale, const Prefetch& ahead,
                                typename Policy::Lane* scores) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
@@ -127,7 +151,7 @@ FA_NOINLINE void multiply_keys(const typename Policy::Lane* query, const typenam
       FA_UNROLL
       for (int i = 0; i < n; ++i) {
         acc[i] = multiply_add<Policy>(load_lanes<Policy>(key_rows[k + i], d, (d + n) * Policy::kPerLane), q, acc[i]);
-        if constexpr (kPrefetch) prefetch(key_rows[k + i] + d * Policy::kPerLane, ahead);
+        ahead(key_rows, k + i, d * Policy::kPerLane);
       }
     }
     if (d < lanes) {
@@ -154,16 +178,15 @@ FA_NOINLINE void add_bias(const Storage* row, int64_t stride_col, const KeyBlock
 
 // Writes the logits of query i of head h for the current block of keys to s.scores. The logit of a key that the query
 // does not see is -inf, and so are the entries behind the last key, up to a whole vector.
-template <class Policy, bool kPrefetch>
+template <class Policy, class Prefetch>
 void decode_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const typename Policy::Lane* query,
-                   const DecodeScratch<Policy>& s) {
+                   const Prefetch& ahead, const DecodeScratch<Policy>& s) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   const KeyBlock& keys = *s.keys;
   const Lane hidden = -FloatTraits<Lane>::kInfinity;
-  const int64_t ahead = kRowsAhead * p.key.stride_row * static_cast<int64_t>(sizeof(Storage));
-  multiply_keys<Policy, kPrefetch>(query, s.key_rows, keys.count, static_cast<int>(p.head_dim),
-                                   static_cast<Lane>(p.scale), ahead, s.scores);
+  multiply_keys<Policy, Prefetch>(query, s.key_rows, keys.count, static_cast<int>(p.head_dim),
+                                  static_cast<Lane>(p.scale), ahead, s.scores);
   const int end = static_cast<int>(round_up(keys.count, kLanes<Lane>));
   if (p.softcap > 0) apply_softcap<Lane>(s.scores, end, static_cast<Lane>(p.softcap), nullptr);
   if (p.bias.data != nullptr) {
@@ -213,11 +236,10 @@ FA_INLINE typename Policy::Lane decode_softmax(int count, typename Policy::Lane*
 }
 
 // acc[c] = acc[c] * rescale + sum over keys of probs[key] * value_rows[key][first + c], for kColumns vectors of
-// columns. `dim` of these columns exist; kWhole means that all of them do. If kPrefetch, also prefetches the rows
-// `ahead` bytes behind those of the values.
-template <class Policy, bool kPrefetch, int kColumns, bool kWhole>
+// columns. `dim` of these columns exist; kWhole means that all of them do.
+template <class Policy, class Prefetch, int kColumns, bool kWhole>
 FA_INLINE void sum_values_tile(const typename Policy::Storage* const* value_rows, int64_t first,
-                               const typename Policy::Lane* probs, int count, int dim, int64_t ahead,
+                               const typename Policy::Lane* probs, int count, int dim, const Prefetch& ahead,
                                typename Policy::Lane rescale, typename Policy::Lane* acc) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
@@ -229,7 +251,7 @@ FA_INLINE void sum_values_tile(const typename Policy::Storage* const* value_rows
     FA_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       target[c] = load_as<Lane>(row + c * n, kWhole ? n : dim - c * n) * prob + target[c];
-      if constexpr (kPrefetch) prefetch(row + c * n, ahead);
+      ahead(value_rows, j, first + c * n);
     }
   };
   int j = 0;
@@ -247,9 +269,9 @@ FA_INLINE void sum_values_tile(const typename Policy::Storage* const* value_rows
 
 // Adds the values of a block of keys, multiplied by probs, to acc. Calls sum_values_tile until all value_dim columns
 // are done: first for whole vectors, then for the columns that are left.
-template <class Policy, bool kPrefetch>
+template <class Policy, class Prefetch>
 FA_NOINLINE void sum_values(const typename Policy::Storage* const* value_rows, const typename Policy::Lane* probs,
-                            int count, int value_dim, int64_t ahead, typename Policy::Lane rescale,
+                            int count, int value_dim, const Prefetch& ahead, typename Policy::Lane rescale,
                             typename Policy::Lane* acc) {
   constexpr int n = kLanes<typename Policy::Lane>;
   int d = 0;
@@ -257,14 +279,22 @@ FA_NOINLINE void sum_values(const typename Policy::Storage* const* value_rows, c
     const int columns = (value_dim - d) / n;
     with_columns(columns < kTileVectors ? columns : kTileVectors, [&](auto constant) {
       constexpr int kColumns = decltype(constant)::value;
-      sum_values_tile<Policy, kPrefetch, kColumns, /*kWhole=*/true>(value_rows, d, probs, count, kColumns * n, ahead,
-                                                                    rescale, acc + d);
+      sum_values_tile<Policy, Prefetch, kColumns, /*kWhole=*/true>(value_rows, d, probs, count, kColumns * n, ahead,
+                                                                   rescale, acc + d);
       d += kColumns * n;
     });
   }
   if (d < value_dim)
-    sum_values_tile<Policy, kPrefetch, 1, /*kWhole=*/false>(value_rows, d, probs, count, value_dim - d, ahead, rescale,
-                                                            acc + d);
+    sum_values_tile<Policy, Prefetch, 1, /*kWhole=*/false>(value_rows, d, probs, count, value_dim - d, ahead, rescale,
+                                                           acc + d);
+}
+
+// RowSource::find for the keys of a block, with copies of the last row up to a multiple of n.
+template <class Storage>
+FA_INLINE void find_rows_to(const RowSource<Storage>& source, const KeyBlock& keys, int64_t shift, int64_t last, int n,
+                            const Storage** rows) {
+  source.find(keys.index, keys.count, shift, last, rows);
+  for (int k = keys.count; k < round_up(keys.count, n); ++k) rows[k] = rows[keys.count - 1];
 }
 
 // Processes one work item: attention of all queries of a group of heads over the keys of one split. Writes the result
@@ -297,37 +327,42 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
   }
 
   KeyBlock& keys = *s.keys;
-  const Storage* key_base = row_of<const Storage>(p.key, b, kv_head, seq.k_offset);
-  const Storage* value_base = row_of<const Storage>(p.value, b, kv_head, seq.k_offset);
-  const int64_t values_ahead = kRowsAhead * p.value.stride_row * static_cast<int64_t>(sizeof(Storage));
-  const int64_t key_begin = split * plan.keys_per_split;
-  const int64_t key_end =
-      key_begin + plan.keys_per_split < seq.seqlen_k ? key_begin + plan.keys_per_split : seq.seqlen_k;
+  const RowSource<Storage> key_source = row_source<Storage>(p, p.key, seq, b, kv_head);
+  const RowSource<Storage> value_source = row_source<Storage>(p, p.value, seq, b, kv_head);
+  const auto bytes_ahead = [](const TensorView& x) {
+    return kRowsAhead * x.stride_row * static_cast<int64_t>(sizeof(Storage));
+  };
+  const int64_t key_begin = split * plan.keys_per_split(seq);
+  const int64_t key_stop = key_begin + plan.keys_per_split(seq);
+  const int64_t key_end = key_stop < seq.seqlen_k ? key_stop : seq.seqlen_k;
   KeyStream stream(p, seq, valid_keys, b, first_head, 0, nq, key_begin, key_end);
   while (stream.next(keys)) {
-    for (int k = 0; k < round_up(keys.count, n); ++k) {
-      const int64_t index = keys.index[k < keys.count ? k : keys.count - 1];
-      s.key_rows[k] = key_base + index * p.key.stride_row;
-      s.value_rows[k] = value_base + index * p.value.stride_row;
-    }
-    const auto visit = [&](int64_t r, auto is_first) {
-      constexpr bool kPrefetch = decltype(is_first)::value != 0;
+    find_rows_to(key_source, keys, 0, key_end - 1, n, s.key_rows);
+    find_rows_to(value_source, keys, 0, key_end - 1, n, s.value_rows);
+    const auto visit = [&](int64_t r, const auto& keys_ahead, const auto& values_ahead) {
       const int64_t h = first_head + r / nq;
       const int64_t row = plan.row(p, split, b, h, r % nq);
-      decode_scores<Policy, kPrefetch>(p, b, h, r % nq, s.query + r * query_row, s);
+      decode_scores<Policy>(p, b, h, r % nq, s.query + r * query_row, keys_ahead, s);
       const Lane rescale = decode_softmax<Policy>(keys.count, s.scores, partials.row_max[row], s.row_sum[r]);
-      sum_values<Policy, kPrefetch>(s.value_rows, s.scores, keys.count, static_cast<int>(p.value_dim), values_ahead,
-                                    rescale, partials.acc + row * plan.value_row);
+      sum_values<Policy>(s.value_rows, s.scores, keys.count, static_cast<int>(p.value_dim), values_ahead, rescale,
+                         partials.acc + row * plan.value_row);
     };
-    visit(0, Constant<1>{});  // only the first row prefetches, because all rows of the group read the same keys
-    for (int64_t r = 1; r < plan.heads * nq; ++r) visit(r, Constant<0>{});
+    // Only the first row prefetches, because all rows of the group read the same keys.
+    if (p.page_size > 0) {
+      find_rows_to(key_source, keys, kRowsAhead, key_end - 1, n, s.next_keys);
+      find_rows_to(value_source, keys, kRowsAhead, key_end - 1, n, s.next_values);
+      visit(0, PrefetchRows<Storage>{s.next_keys}, PrefetchRows<Storage>{s.next_values});
+    } else {
+      visit(0, PrefetchBehind{bytes_ahead(p.key)}, PrefetchBehind{bytes_ahead(p.value)});
+    }
+    for (int64_t r = 1; r < plan.heads * nq; ++r) visit(r, PrefetchNothing{}, PrefetchNothing{});
   }
   for (int64_t r = 0; r < plan.heads * nq; ++r) {
     partials.row_sum[plan.row(p, split, b, first_head + r / nq, r % nq)] = sum_lanes<Lane>(s.row_sum[r]);
   }
 }
 
-// Computes the output of query i of head h from the partial results of all splits, and writes it.
+// Computes the output of query i of head h from the partial results of all splits, and writes it, and lse if wanted.
 template <class Policy>
 void merge_splits(const AttentionParams& p, const DecodePlan& plan,
                   const DecodePartials<typename Policy::Lane>& partials, int64_t b, int64_t h, int64_t i) {
@@ -343,7 +378,7 @@ void merge_splits(const AttentionParams& p, const DecodePlan& plan,
     const Lane other = partials.row_max[plan.row(p, split, b, h, i)];
     keys_max = other > keys_max ? other : keys_max;
   }
-  Lane factors[DecodePlan::kMaxSplits];
+  Lane factors[kMaxSplits];
   Lane total = 0;
   for (int64_t split = 0; split < plan.splits; ++split) {
     const int64_t row = plan.row(p, split, b, h, i);
@@ -355,15 +390,19 @@ void merge_splits(const AttentionParams& p, const DecodePlan& plan,
   if (p.row_max.data != nullptr) {
     *row_of<Lane>(p.row_max, b, h, seq.q_offset + i) = empty ? -FloatTraits<Lane>::kInfinity : keys_max;
   }
-  Lane keys_share = 1;
+  Lane keys_share = 1, reference = keys_max;
   if (p.sinks.data != nullptr) {
     // The sink is added to the denominator only. The maximum, the sink included, is subtracted before each exponential.
     const Lane sink = *row_of<const Lane>(p.sinks, 0, h, 0);
-    const Lane reference = sink > keys_max ? sink : keys_max;
+    reference = sink > keys_max ? sink : keys_max;
     keys_share = natural_exp(keys_max - reference);
     total = total * keys_share + natural_exp(sink - reference);
   }
   for (int64_t split = 0; split < plan.splits; ++split) factors[split] *= keys_share / total;
+  if (p.lse.data != nullptr) {
+    *row_of<Lane>(p.lse, b, h, seq.q_offset + i) =
+        empty ? -FloatTraits<Lane>::kInfinity : reference + natural_log(total);
+  }
   Storage* out = row_of<Storage>(p.out, b, h, seq.q_offset + i);
   for (int64_t d = 0; d < p.value_dim; d += n) {
     Vec<Lane> sum = {};

@@ -10,13 +10,14 @@ namespace {
 // takes 0.6-0.8 of the time of query_blocks.h for 6 queries, and as long as query_blocks.h for 8 queries.
 constexpr int64_t kDecodeQueries = 6;
 
-// Whether decode.h computes this call. decode.h must be faster, and the caller must not want lse. A call that wants lse
-// may be followed by backward, which computes the scores in the same order as query_blocks.h. The scores of decode.h
-// would differ from those by rounding, and this difference, multiplied by the mean of the keys, would be an error of
-// dquery.
+// Whether decode.h computes this call. decode.h must be faster, and backward must not follow, as it may if the caller
+// wants lse of keys that are not paged. Backward computes the scores in the same order as query_blocks.h. The scores of
+// decode.h would differ from those by rounding, and this difference, multiplied by the mean of the keys, would be an
+// error of dquery.
 template <class Policy>
 bool is_decoding(const AttentionParams& p) {
-  if (p.seqlen_q > kDecodeQueries || p.has_dropout || p.lse.data != nullptr) return false;
+  if (p.seqlen_q > kDecodeQueries || p.has_dropout) return false;
+  if (p.lse.data != nullptr && p.page_size == 0) return false;
   // Compares the instructions for one key. For each query, decode.h needs a load and a multiply-add for each vector of
   // the row, and the instructions of about 4 vectors for the sum over lanes. query_blocks.h needs a multiply-add and a
   // quarter of a load for each element of the row.

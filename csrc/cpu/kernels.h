@@ -17,11 +17,25 @@ struct SelfAttentionParams {
   void* out = nullptr;               // (B, L, E)
 };
 
+// The arguments of a linear layer for few rows: y = x . weight^T + bias. All tensors are contiguous.
+struct LinearParams {
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0;
+  int64_t in = 0;
+  int64_t out = 0;
+  const void* x = nullptr;       // (rows, in)
+  const void* weight = nullptr;  // (out, in)
+  const void* bias = nullptr;    // (out,); null = none
+  void* y = nullptr;             // (rows, out)
+  int32_t num_threads = 1;
+};
+
 struct Kernels {
   const char* isa;  // the name of the instruction set
   void (*forward)(const AttentionParams&);
   void (*backward)(const AttentionParams&);
   void (*self_attention)(const SelfAttentionParams&);
+  void (*linear)(const LinearParams&);
 };
 
 }  // namespace fused_attn::cpu

@@ -14,7 +14,7 @@ using BFloat16Policy = ElementPolicy<BFloat16, float, 2>;
 using BFloat16Policy = ElementPolicy<BFloat16, float, 1>;
 #endif
 
-// The three kernels of the table. Each chooses the instance of a template for the dtype of the call.
+// The kernels of the table. Each chooses the instance of a template for the dtype of the call.
 void forward(const AttentionParams& p) {
   switch (p.dtype) {
     case DType::kFloat32: return forward_with_policy<ElementPolicy<float, float, 1>>(p);
@@ -42,6 +42,15 @@ void self_attention(const SelfAttentionParams& m) {
   }
 }
 
+void linear(const LinearParams& p) {
+  switch (p.dtype) {
+    case DType::kFloat32: return linear_with_policy<ElementPolicy<float, float, 1>>(p);
+    case DType::kFloat64: return linear_with_policy<ElementPolicy<double, double, 1>>(p);
+    case DType::kFloat16: return linear_with_policy<ElementPolicy<Float16, float, 1>>(p);
+    case DType::kBFloat16: return linear_with_policy<BFloat16Policy>(p);
+  }
+}
+
 #define FUSED_ATTN_JOIN_(a, b) a##b
 #define FUSED_ATTN_JOIN(a, b) FUSED_ATTN_JOIN_(a, b)
 #define FUSED_ATTN_TEXT_(a) #a
@@ -51,6 +60,6 @@ void self_attention(const SelfAttentionParams& m) {
 
 extern const Kernels FUSED_ATTN_JOIN(kernels_, FUSED_ATTN_ISA);
 const Kernels FUSED_ATTN_JOIN(kernels_, FUSED_ATTN_ISA) = {FUSED_ATTN_TEXT(FUSED_ATTN_ISA), forward, backward,
-                                                           self_attention};
+                                                           self_attention, linear};
 
 }  // namespace fused_attn::cpu

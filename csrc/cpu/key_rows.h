@@ -1,7 +1,7 @@
 // The rows of key or value for a block of keys, in the form that the matrix products read. Where memory holds this
 // form, no row is copied.
 #pragma once
-#include "key_blocks.h"
+#include "row_source.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -10,18 +10,19 @@ namespace {
 // holds lanes, the pointers are addresses in the tensor. Otherwise the function converts the rows into `scratch`, where
 // rows are padded to whole vectors. The kTileKeys pointers behind the last key point to the last key.
 template <class Policy>
-FA_NOINLINE void find_rows(const typename Policy::Storage* base, int64_t stride_row, const KeyBlock& keys, int dim,
+FA_NOINLINE void find_rows(const RowSource<typename Policy::Storage>& source, const KeyBlock& keys, int dim,
                            typename Policy::Lane* scratch, const char** rows) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
+  const typename Policy::Storage* found[kBlockK];
+  source.find(keys, found);
   if (Policy::kPerLane == 1 ? !Policy::kConverts : dim % 2 == 0) {
-    for (int k = 0; k < keys.count; ++k) rows[k] = reinterpret_cast<const char*>(base + keys.index[k] * stride_row);
+    for (int k = 0; k < keys.count; ++k) rows[k] = reinterpret_cast<const char*>(found[k]);
   } else {
     const int lanes = Policy::lanes_for(dim);
     const int64_t row = round_up(lanes, n);
     for (int k = 0; k < keys.count; ++k) {
-      const typename Policy::Storage* source = base + keys.index[k] * stride_row;
-      for (int d = 0; d < lanes; d += n) store<Lane>(scratch + k * row + d, load_lanes<Policy>(source, d, dim));
+      for (int d = 0; d < lanes; d += n) store<Lane>(scratch + k * row + d, load_lanes<Policy>(found[k], d, dim));
       rows[k] = reinterpret_cast<const char*>(scratch + k * row);
     }
   }
@@ -32,8 +33,8 @@ FA_NOINLINE void find_rows(const typename Policy::Storage* base, int64_t stride_
 // must be the same column of two neighbouring keys, so the rows of the two keys are interleaved.
 //
 // A thread keeps interleaved rows in a cache, because the next block of queries needs the same rows. The cache is valid
-// while the rows begin at the same address: the stride between rows is the same during a call, so rows with the same
-// beginning are the same rows. Blocks that begin at an odd key, or that leave out keys, do not use the cache.
+// while the rows begin at the same address and have the same pages: strides are the same during a call, so these are the
+// same rows. Blocks that begin at an odd key, or that leave out keys, do not use the cache.
 template <class Policy>
 struct SummedRows {
   using Lane = typename Policy::Lane;
@@ -41,12 +42,12 @@ struct SummedRows {
 
   static constexpr int64_t kMaxCachedBytes = int64_t{1} << 20;  // half of a typical second-level cache or less
 
-  const char** rows;            // the result of find(): one row for each key of the block, or for each pair of keys
-  Lane* block;                  // memory for the converted or interleaved rows of one block
-  int64_t pairs;                // the number of pairs in the cache; 0 = no cache
-  Lane* cached;                 // the cache: [pair i, of the keys 2 i and 2 i + 1][dim, padded]
-  uint8_t* is_cached;           // [pair]: whether the cache holds the pair
-  const Storage** cached_base;  // where the tensor of the cached rows begins; a pointer, because find() is const
+  const char** rows;   // the result of find(): one row for each key of the block, or for each pair of keys
+  Lane* block;         // memory for the converted or interleaved rows of one block
+  int64_t pairs;       // the number of pairs in the cache; 0 = no cache
+  Lane* cached;        // the cache: [pair i, of the keys 2 i and 2 i + 1][dim, padded]
+  uint8_t* is_cached;  // [pair]: whether the cache holds the pair
+  RowSource<Storage>* cached_source;  // where the cached rows come from; a pointer, because find() is const
 
   // Takes the memory out of the arena. `visits` is the number of query blocks that a thread processes with one head of
   // keys. With one block, a cache would be of no use.
@@ -58,28 +59,30 @@ struct SummedRows {
     block = arena.take<Lane>(Policy::kConverts || Policy::kPerLane == 2 ? (kBlockK + kTileKeys) * row : 0);
     cached = arena.take<Lane>(pairs * row);
     is_cached = arena.take<uint8_t>(pairs);
-    cached_base = arena.take<const Storage*>(1);
-    if (cached_base != nullptr) *cached_base = nullptr;
+    cached_source = arena.take<RowSource<Storage>>(1);
+    if (cached_source != nullptr) *cached_source = {};
   }
 
-  // Sets `rows` for the keys of the block. `base` is row 0 of the sequence.
-  FA_NOINLINE void find(const Storage* base, int64_t stride_row, const KeyBlock& keys, int dim) const {
+  // Sets `rows` for the keys of the block.
+  FA_NOINLINE void find(const RowSource<Storage>& source, const KeyBlock& keys, int dim) const {
     if constexpr (Policy::kPerLane == 1) {
-      find_rows<Policy>(base, stride_row, keys, dim, block, rows);
+      find_rows<Policy>(source, keys, dim, block, rows);
     } else {
 #if defined(__AVX512BF16__)
       const int64_t row = round_up(dim, kLanes<Lane>);
-      const auto source = [&](int k) { return reinterpret_cast<const uint16_t*>(base + keys.index[k] * stride_row); };
+      const Storage* found[kBlockK];
+      source.find(keys, found);
+      const auto row_of_key = [&](int k) { return reinterpret_cast<const uint16_t*>(found[k]); };
       const bool caches = pairs > 0 && keys.contiguous && keys.index[0] % 2 == 0 && keys.count % 2 == 0;
-      if (caches && *cached_base != base) {
+      if (caches && !(*cached_source == source)) {
         memset(is_cached, 0, pairs);
-        *cached_base = base;
+        *cached_source = source;
       }
       for (int k = 0; k < keys.count; k += 2) {
         const int64_t pair = keys.index[k] / 2;
         Lane* target = caches ? cached + pair * row : block + k / 2 * row;
         if (!caches || is_cached[pair] == 0) {
-          interleave_rows(source(k), k + 1 < keys.count ? source(k + 1) : nullptr, dim, target);
+          interleave_rows(row_of_key(k), k + 1 < keys.count ? row_of_key(k + 1) : nullptr, dim, target);
         }
         if (caches) is_cached[pair] = 1;
         rows[k / 2] = reinterpret_cast<const char*>(target);

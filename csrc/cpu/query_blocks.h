@@ -186,7 +186,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   const int panels = (vectors + kTileVectors - 1) / kTileVectors;
   const int value_dim = static_cast<int>(p.value_dim);
   const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
-  const Storage* values = row_of<const Storage>(p.value, b, kv_head, seq.k_offset);
+  const RowSource<Storage> values = row_source<Storage>(p, p.value, seq, b, kv_head);
 
   pack_columns<Policy, kBlockQ>(row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin), p.query.stride_row, nq,
                                 static_cast<int>(p.head_dim), s.query);
@@ -200,7 +200,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   KeyStream stream(p, seq, valid_keys, b, h, q_begin, nq, 0, seq.seqlen_k);
   while (stream.next(keys)) {
     prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
-    s.value.find(values, p.value.stride_row, keys, value_dim);
+    s.value.find(values, keys, value_dim);
 
     const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
     softmax.begin_block();

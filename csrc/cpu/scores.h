@@ -231,8 +231,8 @@ FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64
   using Storage = typename Policy::Storage;
   const KeyBlock& keys = *scratch.keys;
   const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
-  find_rows<Policy>(row_of<const Storage>(p.key, b, kv_head, seq.k_offset), p.key.stride_row, keys,
-                    static_cast<int>(p.head_dim), scratch.key_lanes, scratch.key_rows);
+  find_rows<Policy>(row_source<Storage>(p, p.key, seq, b, kv_head), keys, static_cast<int>(p.head_dim),
+                    scratch.key_lanes, scratch.key_rows);
   in.keys = &keys;
   in.key_rows = scratch.key_rows;
   if (p.bias.data != nullptr) {

@@ -23,20 +23,34 @@ int32_t thread_count(PyObject* num_threads) {
   return static_cast<int32_t>(std::min<long>(threads, 1 << 16));
 }
 
-// Calls a kernel. Releases the GIL during the call if the kernel takes so long that another Python thread can use the
-// time.
-void run(void (*kernel)(const AttentionParams&), const Problem& problem) {
+// Calls a kernel of `work` multiply-adds. Releases the GIL during the call if the kernel takes so long that another
+// Python thread can use the time.
+template <class Kernel>
+void run_kernel(double work, const Kernel& kernel) {
   constexpr double kWorthReleasing = 1 << 18;  // multiply-adds, which take some microseconds
+  if (work < kWorthReleasing) {
+    kernel();
+  } else {
+    const py::gil_scoped_release released;
+    kernel();
+  }
+}
+
+void run(void (*kernel)(const AttentionParams&), const Problem& problem) {
   const AttentionParams& params = problem.params;
   const double work = static_cast<double>(problem.batch_entries) * static_cast<double>(params.num_heads) *
                       static_cast<double>(problem.rows_q) * static_cast<double>(params.seqlen_k) *
                       static_cast<double>(params.head_dim + params.value_dim);
-  if (work < kWorthReleasing) {
-    kernel(params);
-  } else {
-    const py::gil_scoped_release released;
-    kernel(params);
-  }
+  run_kernel(work, [&] { kernel(params); });
+}
+
+// The address of a contiguous tensor of this dtype and shape. Null if the caller passed None.
+void* checked_contiguous(const Argument& argument, ElementType type, std::initializer_list<int64_t> shape) {
+  if (!argument.given) return nullptr;
+  argument.check_type(type);
+  argument.check_shape(shape);
+  argument.check_contiguous();
+  return argument.data();
 }
 
 // ---- The functions that Python calls at every attention. kModuleDoc describes their arguments.
@@ -48,14 +62,14 @@ const char kSignatureDoc[] =
     "Returns None if some tensor is not a plain CPU tensor: a subclass, for instance, may report a shape that is not\n"
     "the shape of its memory.";
 
-constexpr ElementType kSignatureTypes[] = {ElementType::kFloat32, ElementType::kFloat64, ElementType::kFloat16,
-                                           ElementType::kBFloat16, ElementType::kBool};
+constexpr ElementType kSignatureTypes[] = {ElementType::kFloat32,  ElementType::kFloat64, ElementType::kFloat16,
+                                           ElementType::kBFloat16, ElementType::kBool,    ElementType::kInt32};
 
 // The shapes and dtypes of the tensors of a call as bytes, by which Python finds its plan for the call (kSignatureDoc).
 // The entry point of the kernel reads the tensors again, which takes tens of nanoseconds for each. A cache of the first
 // read would not be safe: in between, a tensor may be resized, or freed and its address given to another one.
 PyObject* signature(PyObject* const* args, Py_ssize_t count) {
-  constexpr int kMaxTensors = 8, kMaxDims = 8;
+  constexpr int kMaxTensors = 10, kMaxDims = 8;
   int64_t words[kMaxTensors * (2 + kMaxDims)];
   int64_t* end = words;
   const TorchTensors& torch = torch_tensors();
@@ -132,11 +146,7 @@ PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
     weight.fail("(H + 2 Hkv) D rows for H = " + std::to_string(heads), std::to_string(width));
 
   const auto checked_data = [&](const Argument& argument, std::initializer_list<int64_t> shape) -> void* {
-    if (!argument.given) return nullptr;
-    argument.check_type(x.type);
-    argument.check_shape(shape);
-    argument.check_contiguous();
-    return argument.data();
+    return checked_contiguous(argument, x.type, shape);
   };
   cpu::SelfAttentionParams module;
   AttentionParams& params = module.attention;
@@ -163,11 +173,42 @@ PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+const char kLinearDoc[] =
+    "linear(x, weight, bias, out, num_threads)\n\n"
+    "Writes x . weight^T + bias to out, for few rows: x (rows, in), weight (out, in), bias (out,) or None, out\n"
+    "(rows, out). All tensors must have one dtype and be contiguous.";
+
+PyObject* linear(PyObject* const* args, Py_ssize_t count) {
+  check_count(count, 5, kLinearDoc);
+  const Argument x = kReader.required(args[0], "x");
+  const Argument weight = kReader.required(args[1], "weight");
+  if (x.tensor.ndim != 2) x.fail("2 dimensions", std::to_string(x.tensor.ndim));
+  if (x.type > ElementType::kBFloat16) x.fail("float32, float64, float16 or bfloat16", name_of(x.type));
+  if (weight.tensor.ndim != 2) weight.fail("2 dimensions", std::to_string(weight.tensor.ndim));
+  cpu::LinearParams p;
+  p.dtype = kernel_dtype(x.type);
+  p.rows = x.size(0);
+  p.in = x.size(1);
+  p.out = weight.size(0);
+  const auto checked_data = [&](const Argument& argument, std::initializer_list<int64_t> shape) -> void* {
+    return checked_contiguous(argument, x.type, shape);
+  };
+  p.x = checked_data(x, {p.rows, p.in});
+  p.weight = checked_data(weight, {p.out, p.in});
+  p.bias = checked_data(kReader.optional(args[2], "bias"), {p.out});
+  p.y = checked_data(kReader.required(args[3], "out"), {p.rows, p.out});
+  p.num_threads = thread_count(args[4]);
+  const double work = static_cast<double>(p.rows) * static_cast<double>(p.in) * static_cast<double>(p.out);
+  run_kernel(work, [&] { cpu::kernels().linear(p); });
+  Py_RETURN_NONE;
+}
+
 PyMethodDef kMethods[] = {
     {"signature", as_c_function(entry_point<signature>), METH_FASTCALL, kSignatureDoc},
     {"forward", as_c_function(entry_point<forward>), METH_FASTCALL, kForwardDoc},
     {"backward", as_c_function(entry_point<backward>), METH_FASTCALL, kBackwardDoc},
     {"self_attention", as_c_function(entry_point<self_attention>), METH_FASTCALL, kSelfAttentionDoc},
+    {"linear", as_c_function(entry_point<linear>), METH_FASTCALL, kLinearDoc},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -198,8 +239,8 @@ Private: only fused_attn uses this module. Tensors are torch tensors on the CPU.
 A shape, dtype or stride that a kernel cannot use raises ValueError. B, H, L, D and so on are the sizes of
 csrc/common/attention_params.h. "accumulate" is float64 if query is float64, otherwise float32.
 
-inputs       the tuple (query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q,
-             cu_seqlens_k); all but the first three may be None
+inputs       the tuple (query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, key_lengths,
+             cu_seqlens_q, cu_seqlens_k, block_table); all but the first three may be None
 results      the tuple (out, lse, row_max); lse and row_max may be None
 saved        the tuple (out, lse, dout, dlse)
 gradients    the tuple (dquery, dkey, dvalue, dbias, dkey_bias, drelative_bias, dsinks), each in the shape of its
@@ -216,6 +257,9 @@ sinks (H,)                     accumulate
 seed ()                        int64; needed when dropout_p > 0
 mask (B, H, L, S)              bool, True = attend; any strides; 1 in place of any size broadcasts
 key_padding (B, S)             bool, True = ignore
+key_lengths (B,)               int32, at most S
+block_table (B, P)             int32; needs key_lengths. The call is paged: key (num_pages, Hkv, page_size, D) and value
+                               (num_pages, Hkv, page_size, Dv) hold pages, and S = P * page_size.
 cu_seqlens_q, _k (N + 1,)      int32. With both, the call is packed: N sequences stand one after another in tensors with
                                B = 1, and the masks above have B = N, L = max_seqlen_q, S = max_seqlen_k.
 dlse (B, H, L)                 accumulate, any strides; None = zero

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from fused_attn.api import fused_attention, fused_attention_varlen
 from fused_attn.backends.dispatch import BACKEND_NAMES
@@ -186,7 +187,10 @@ def attention(
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: expected None, since the fused kernel cannot honour it, got one")
     if kwargs.get("cache") is not None:
-        raise ValueError("cache: expected None, since a paged cache (continuous batching) is not supported, got one")
+        raise ValueError(
+            "cache: expected None, got a paged cache; transformers allows only its own attention in continuous "
+            'batching, such as "sdpa"'
+        )
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options: dict[str, Any] = {
         "dropout_p": dropout,
@@ -209,7 +213,7 @@ def attention(
         return out.unsqueeze(0).contiguous(), None
 
     # A single query is the newest token, which sees every key.
-    masks = _masks(module, attention_mask, query, is_causal and query.shape[2] > 1)
+    masks = _masks(module, attention_mask, query, key.shape[2], is_causal and query.shape[2] > 1)
     if position_bias is not None and position_bias.numel() > 0:
         if position_bias.ndim == 2:
             options["relative_bias"] = position_bias
@@ -239,7 +243,7 @@ def attention_mask_of(
     those of transformers' own mask functions.
 
     Returns:
-        One of four:
+        One of five:
 
         - None: nothing is hidden.
         - A band, (B, sides, 1, reach + 2, S) bool. True = the key is no padding. Without padding, B and S are 1. The
@@ -247,6 +251,7 @@ def attention_mask_of(
           ``sides`` is 1 for a causal band (upper left) and 2 for a band on both sides;
           ``reach`` is how far a query sees on each side, and -1 means all.
           A band is expanded, so it takes O(B S) memory. A band that is given as `attention_mask` is returned.
+        - (B|1, 1, 1, 1, 1) int32: the number of keys so far. The queries are the newest ones, and causal.
         - (B, 1, 1, S) bool: padding. True = attend.
         - (B, 1, L, S) bool, made by transformers' own ``sdpa_mask``: every other mask. True = attend.
 
@@ -281,6 +286,12 @@ def attention_mask_of(
         if allow_is_causal_skip and (is_window or mask_function is causal_mask_function):
             reach = size - 1 if is_window and q_length > size else -1
             return _band(padding, 1, reach, kwargs.get("device"))
+    if (
+        padding is None and local_size is None and kv_offset == 0 and not needs_dense
+        and mask_function is causal_mask_function and isinstance(q_offset, Tensor)
+    ):  # fmt: skip
+        # The tokens after a static cache. Its length is a tensor, which nobody reads on the host.
+        return (q_offset + q_length).to(torch.int32).view(-1, 1, 1, 1, 1)
     if q_length == 1 and allow_is_causal_skip and padding is None and (local_size is None or kv_length < local_size):
         return None
     return sdpa_mask(
@@ -319,7 +330,7 @@ def _band(padding: Tensor | None, sides: int, reach: int, device: torch.device |
     return padding[:, None, None, None].expand(-1, sides, -1, reach + 2, -1)
 
 
-def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: bool) -> dict[str, Any]:
+def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, seqlen_k: int, is_causal: bool) -> dict[str, Any]:
     """The arguments of `fused_attention` for a mask, whether `attention_mask_of` or other code has made it."""
     if mask is None:
         return {"is_causal": is_causal}
@@ -327,6 +338,11 @@ def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: boo
         if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
             return {"key_padding_mask": ~mask[:, 0, 0].expand(query.shape[0], -1)}
         return {"attn_mask": mask}
+    if mask.ndim == 5 and mask.dtype == torch.int32:
+        lengths = mask.flatten().expand(query.shape[0])
+        if query.shape[2] == 1:
+            return {"key_lengths": lengths}
+        return {"key_lengths": lengths, "attn_mask": causal_lower_right(query.shape[2], seqlen_k)}
     if mask.ndim != 5 or mask.dtype != torch.bool:
         raise ValueError(
             f"attention_mask: expected a mask of transformers' mask functions or of shape (B, H, L, S), got "
@@ -345,8 +361,8 @@ def _packed_masks(
     """The arguments of `fused_attention_varlen` for a mask."""
     is_dense = mask is not None and mask.ndim == 4 and mask.shape[2] > 1 and mask.dtype == torch.bool
     if not is_dense:
-        masks = _masks(module, mask, query, is_causal)
-        if masks.keys() & {"attn_mask", "key_padding_mask"}:
+        masks = _masks(module, mask, query, 0, is_causal)
+        if masks.keys() & {"attn_mask", "key_padding_mask", "key_lengths"}:
             raise ValueError("attention_mask: expected None with cu_seq_lens_q, which says all about packed sequences")
         return masks
     # transformers makes dense masks of packed sequences only for causal models.

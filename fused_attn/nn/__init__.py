@@ -1,9 +1,15 @@
 """Modules on the fused kernel: `torch.nn.MultiheadAttention`, `torch.nn.Transformer*`, and models built of these."""
 
 from fused_attn.nn.attention import FusedMultiheadAttention
-from fused_attn.nn.cache import CrossAttentionCache, KVCache, LayerCache, SelfAttentionCache
+from fused_attn.nn.cache import CrossAttentionCache, KVCache, LayerCache, SlidingKVCache, StaticKVCache
 from fused_attn.nn.convert import convert_attention
+from fused_attn.nn.paged_cache import OutOfPages, PagedKVCache
 from fused_attn.nn.positions import RotaryEmbedding, T5RelativeBias
+from fused_attn.nn.self_attention_cache import (
+    SelfAttentionCache,
+    SlidingSelfAttentionCache,
+    StaticSelfAttentionCache,
+)
 from fused_attn.nn.seq2seq import Seq2SeqTransformer
 from fused_attn.nn.transformer import (
     Transformer,
@@ -18,9 +24,15 @@ __all__ = [
     "FusedMultiheadAttention",
     "KVCache",
     "LayerCache",
+    "OutOfPages",
+    "PagedKVCache",
     "RotaryEmbedding",
     "SelfAttentionCache",
     "Seq2SeqTransformer",
+    "SlidingKVCache",
+    "SlidingSelfAttentionCache",
+    "StaticKVCache",
+    "StaticSelfAttentionCache",
     "T5RelativeBias",
     "Transformer",
     "TransformerDecoder",

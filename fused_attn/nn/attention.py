@@ -20,16 +20,25 @@ from fused_attn.attention import checks, jagged
 from fused_attn.attention.causal_bias import causal_bias_offset
 from fused_attn.attention.dropout import draw_seed
 from fused_attn.backends.dispatch import BACKEND_NAMES
-from fused_attn.nn import small_inference
+from fused_attn.nn import few_rows, small_inference
 from fused_attn.nn.positions import RotaryEmbedding
+from fused_attn.nn.self_attention_cache import (
+    CachedRows,
+    SlidingSelfAttentionCache,
+    StaticSelfAttentionCache,
+    lower_right,
+)
 from fused_attn.nn.tracing import call_node
 from fused_attn.nn.weights import attention_weights
 
 
 class AttentionCache(Protocol):
-    """What `FusedMultiheadAttention` asks of a cache; `fused_attn.nn.cache` has the implementations.
+    """What `FusedMultiheadAttention` asks of a cache of rows that are appended.
 
-    A static cache is filled once, with a memory that does not grow. Such a cache has two more methods:
+    `fused_attn.nn.self_attention_cache` has the implementations.
+
+    A cache with ``is_static = True`` is filled once, with a memory that does not grow, see `CrossAttentionCache`. Such
+    a cache has two other methods:
 
     - ``get(memory)`` returns (keys, values), or None before the cache is filled. For another memory than that of the
       cache, ``get`` raises ValueError.
@@ -40,11 +49,11 @@ class AttentionCache(Protocol):
     is_static: bool
 
     @property
-    def length(self) -> int:
-        """Number of rows in the cache."""
+    def position(self) -> int | Tensor:
+        """The position of the next row: an int, or (B,) int64 on the device."""
 
-    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends key (B, Hkv, L, D) and value (B, Hkv, L, D); returns all rows so far, (B, Hkv, length, D) each."""
+    def append(self, key: Tensor, value: Tensor) -> CachedRows:
+        """Appends key (B, Hkv, L, D) and value (B, Hkv, L, D), and returns what attention of these rows reads."""
 
 
 class FusedMultiheadAttention(nn.MultiheadAttention):
@@ -214,8 +223,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 is_causal=True means the causal mask itself. The parent class raises there. This class raises only if
                 weights are wanted.
             cache: the keys and values of earlier calls.
-                A `SelfAttentionCache` makes the call causal: query i has the position ``cache.length + i`` and sees all
-                rows up to its own. key_padding_mask then covers all rows so far.
+                A `SelfAttentionCache` makes the call causal: query i has the position ``cache.position + i`` and sees
+                all rows up to its own. key_padding_mask then covers all rows so far. With a `StaticSelfAttentionCache`,
+                key_padding_mask covers the whole buffer. With a `SlidingSelfAttentionCache`, a query sees a window, and
+                key_padding_mask must be None.
                 A static cache, such as `CrossAttentionCache`, keeps the projections of the first `key` and `value`.
                 Later calls must bring the same `key`.
 
@@ -258,7 +269,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 short = small_inference.self_attention(self, query, key_padding_mask, is_causal)
                 if short is not None:
                     return short, None
-        self._check_cache(cache)
+        self._check_cache(cache, key_padding_mask, need_weights)
 
         # Project the inputs to q (N, H, L, D), k and v (N, Hkv, S, D), or take k and v from the cache.
         store: Any = cache  # typed as Any, because only a static cache has `get`, and only its `update` takes `memory`
@@ -271,7 +282,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         seqlen_q, batch = query.shape[seq_dim], query.shape[1 - seq_dim]
 
         is_growing = cache is not None and not cache.is_static
-        position = store.length if is_growing else 0
+        position = store.position if is_growing else 0
+        cached: CachedRows | None = None
         if stored is not None:
             q = self._split_heads(self._project_query(query), seq_dim)
             k, v = stored
@@ -283,16 +295,19 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 raise
             q, k = self._split_heads(q, seq_dim, position), self._split_heads(k, seq_dim, position)
             v = self._split_heads(v, seq_dim)
-            if cache is not None:
-                k, v = store.update(k, v) if is_growing else store.update(k, v, memory)
+            if is_growing:
+                cached = store.append(k, v)
+                k, v = cached.keys, cached.values
+            elif cache is not None:
+                k, v = store.update(k, v, memory)
         if k.shape[0] != batch:
             raise RuntimeError(
                 f"key: expected the batch size of query, {batch}, got {k.shape[0]}; {batch_layout(self.batch_first)}"
             )
 
         # Make one mask of attn_mask, is_causal and the position of the first query.
-        if is_growing:
-            mask = _cached_mask(attn_mask, is_causal, position, seqlen_q)
+        if cached is not None:
+            mask = _cached_mask(attn_mask, is_causal, cached, seqlen_q)
         elif is_causal and attn_mask is None:
             if need_weights:
                 raise RuntimeError("attn_mask: expected the causal mask of which is_causal=True is a hint, got None")
@@ -306,10 +321,16 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         k, v = self._append_rows(k, self.bias_k), self._append_rows(v, self.bias_v)
         arguments: dict[str, Any] = {
             "key_padding_mask": self._padded(key_padding_mask),
-            "relative_bias": self._relative_bias(position, seqlen_q, k.shape[2]),
             "dropout_p": self.dropout if self.training else 0.0,
             "scale": 1.0 / math.sqrt(self.head_dim),
         }
+        if cached is None or not cached.options:
+            arguments["relative_bias"] = self._relative_bias(position, seqlen_q, k.shape[2])
+        else:
+            arguments |= cached.options
+            mask = _Mask(arguments.pop("attn_mask", None), None)
+            if self.relative_bias is not None:
+                mask = _Mask(self._dense_bias(arguments["key_lengths"], seqlen_q, k.shape[2]), None)
         if need_weights and arguments["dropout_p"]:
             arguments["dropout_seed"] = draw_seed(q.device)
         out: Any = fused_attention(
@@ -325,7 +346,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
         # Merge the heads, (N, L, E) or (L, N, E). No copy is made, because the memory order of out follows that of q.
         out = out.transpose(1, 2) if seq_dim == 1 else out.permute(2, 0, 1, 3)
-        out = self.out_proj(out.flatten(-2))
+        out = few_rows.call(self.out_proj, out.flatten(-2))
         if not is_batched:
             out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out, weights
@@ -429,16 +450,25 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                     f"attn_mask: expected shape (L, S) or (N * num_heads, L, S), got {tuple(attn_mask.shape)}"
                 )
 
-    def _check_cache(self, cache: AttentionCache | None) -> None:
-        """Raises an error if `cache` is not the cache of an attention module, or does not go with this module."""
-        if cache is not None and not hasattr(cache, "is_static"):
+    def _check_cache(self, cache: AttentionCache | None, key_padding_mask: Tensor | None, need_weights: bool) -> None:
+        """Raises an error if `cache` is not the cache of an attention module, or does not go with this call."""
+        if cache is None:
+            return
+        if not hasattr(cache, "is_static"):
             raise TypeError(
                 f"cache: expected a layer's cache such as cache.layers[i].self_attention, got {type(cache).__name__}"
             )
-        if cache is not None and self._num_appended:
+        if self._num_appended:
             raise ValueError("cache: expected None in a module with add_bias_kv or add_zero_attn, got a cache")
-        if cache is not None and cache.is_static and (self.rotary is not None or self.relative_bias is not None):
+        if cache.is_static and (self.rotary is not None or self.relative_bias is not None):
             raise ValueError("cache: expected none that is static in a module with rotary or relative_bias, got one")
+        if isinstance(cache, StaticSelfAttentionCache) and need_weights:
+            raise ValueError(f"need_weights: expected False with a {type(cache).__name__}, got True")
+        if isinstance(cache, SlidingSelfAttentionCache):
+            if self.relative_bias is not None:
+                raise ValueError("cache: expected no sliding window in a module with relative_bias, got one")
+            if key_padding_mask is not None:
+                raise ValueError("key_padding_mask: expected None with a sliding window, whose rows move, got a mask")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool) -> tuple[Tensor, ...]:
         """The projections of query (..., E), key (..., kdim) and value (..., vdim).
@@ -454,17 +484,17 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if self.in_proj_weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif is_self:
-            return F.linear(query, self.in_proj_weight, bias).split(sizes, dim=-1)
+            return few_rows.linear(query, self.in_proj_weight, bias).split(sizes, dim=-1)
         elif shares_kv:
             sizes = (self.embed_dim, 2 * kv_dim)
             weights = self.in_proj_weight.split(sizes)
             biases = (None, None) if bias is None else bias.split(sizes)
-            keys_values = F.linear(key, weights[1], biases[1])
-            return F.linear(query, weights[0], biases[0]), *keys_values.chunk(2, dim=-1)
+            keys_values = few_rows.linear(key, weights[1], biases[1])
+            return few_rows.linear(query, weights[0], biases[0]), *keys_values.chunk(2, dim=-1)
         else:
             weights = self.in_proj_weight.split(sizes)
         biases = (None, None, None) if bias is None else bias.split(sizes)
-        return tuple(F.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
+        return tuple(few_rows.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
 
     def _check_projected(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Raises a RuntimeError that names the input whose layout, size, device or dtype does not fit the projections.
@@ -492,32 +522,48 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     def _project_query(self, query: Tensor) -> Tensor:
         """The projection (..., E) of query (..., E) alone, for calls whose static cache holds the keys and values."""
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[: self.embed_dim]
-        return F.linear(query, weight, None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim])
+        return few_rows.linear(
+            query, weight, None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim]
+        )
 
-    def _split_heads(self, x: Tensor, seq_dim: int, position: int | None = None) -> Tensor:
+    def _split_heads(self, x: Tensor, seq_dim: int, position: int | Tensor | None = None) -> Tensor:
         """Turns x, (N, L, heads * D) or (L, N, heads * D), into a view (N, heads, L, D).
 
         seq_dim: the dimension of x that counts positions, 1 or 0
-        position: the position of the first row. A module with `rotary` rotates the rows by their positions. None means
-            that no row is rotated, as values need it
+        position: the position of the first row, or that of each batch entry (N,). A module with `rotary` rotates the
+            rows by their positions. None means that no row is rotated, as values need it
         """
         x = x.view(*x.shape[:2], x.shape[2] // self.head_dim, self.head_dim)
         if self.rotary is not None and position is not None:
             x = self.rotary(x, seq_dim, position)
         return x.transpose(1, 2) if seq_dim == 1 else x.permute(1, 2, 0, 3)
 
-    def _relative_bias(self, position: int, seqlen_q: int, seqlen_k: int) -> Tensor | None:
+    def _relative_bias(self, position: int | Tensor, seqlen_q: int, seqlen_k: int) -> Tensor | None:
         """The relative bias of a call, (H, L + S - 1) or (L + S - 1,); None if the module has none.
 
         position: the position of the first query
         """
         if self.relative_bias is None:
             return None
+        assert isinstance(position, int), "a cache that counts on the device takes a dense bias"
         # The callable returns the bias of queries that begin at position 0. The queries of this call are the last L of
         # these. The bias begins with the most negative distances between key and query, which belong to the last
         # queries. So the first L + S - 1 columns are the bias of this call.
         bias = self.relative_bias(position + seqlen_q, seqlen_k)
         return bias[..., : seqlen_q + seqlen_k - 1] if position else bias
+
+    def _dense_bias(self, key_lengths: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
+        """(N, H, L, S): the relative bias of the last L rows of each batch entry, and -inf for later keys.
+
+        Batch entries may have different lengths, so the distances of a query to the same column differ.
+        """
+        bias: Any = self.relative_bias
+        key = torch.arange(seqlen_k, device=key_lengths.device)
+        query = (key_lengths - seqlen_q)[:, None] + key[:seqlen_q]  # (N, L)
+        distance = key - query[:, :, None]  # (N, L, S)
+        by_distance = bias(seqlen_k, seqlen_k).expand(self.num_heads, -1)
+        dense = by_distance[:, distance + (seqlen_k - 1)].transpose(0, 1)
+        return dense.masked_fill(distance[:, None] > 0, -math.inf)
 
     def _append_rows(self, x: Tensor, row: Tensor | None) -> Tensor:
         """x (N, Hkv, S, D), the keys or the values, with the rows of add_bias_kv and add_zero_attn at its end.
@@ -638,23 +684,16 @@ def _believed_mask(attn_mask: Tensor | None, is_causal: bool, is_believed: bool)
     return _Mask(attn_mask, diagonal)
 
 
-def _cached_mask(attn_mask: Tensor | None, is_causal: bool, position: int, seqlen_q: int) -> _Mask:
+def _cached_mask(attn_mask: Tensor | None, is_causal: bool, cached: CachedRows, seqlen_q: int) -> _Mask:
     """The mask of a call with a self-attention cache, whose queries are L new rows.
 
-    The new rows see all rows that the cache holds, and they are causal among themselves.
-
-    position: the position of the first new row, which is the number of rows that the cache holds
+    The new rows see all earlier rows, and they are causal among themselves.
     """
     if attn_mask is not None and not is_causal and causal_bias_offset(attn_mask) is None:
         raise ValueError("attn_mask: expected None, or is_causal=True, with a self-attention cache, got a tensor")
-    if seqlen_q == 1:
-        return _Mask(None, None)
-    if position == 0:
-        return _Mask(None, 0)
-    # This import stands here because the import takes a second, and only prefilling in chunks needs the module.
-    from torch.nn.attention.bias import causal_lower_right
-
-    return _Mask(causal_lower_right(seqlen_q, position + seqlen_q), position)
+    if not cached.diagonal:
+        return _Mask(None, cached.diagonal)
+    return _Mask(lower_right(seqlen_q, cached.keys.shape[2]), cached.diagonal)
 
 
 def _above(diagonal: int, seqlen_q: int, key: Tensor) -> Tensor:

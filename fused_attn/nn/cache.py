@@ -6,6 +6,8 @@ A decoder gets one `KVCache`. The parts of the cache go to the parts of the deco
 - ``cache.layers[i].self_attention`` goes to the self-attention of that layer. Its keys grow with every step.
 - ``cache.layers[i].cross_attention`` goes to the cross-attention of that layer. Its keys are those of the encoder
   memory, and are computed once.
+
+There are three kinds of `KVCache`. docs/caches.md says what each costs.
 """
 
 from __future__ import annotations
@@ -13,105 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Rows of the first buffer of a cache without max_length. The buffer doubles whenever it is full.
-MIN_CAPACITY = 16
-
-
-class SelfAttentionCache:
-    """The keys and values of every token so far.
-
-    >>> import torch
-    >>> from fused_attn.nn import SelfAttentionCache
-    >>> cache = SelfAttentionCache()
-    >>> row = torch.randn(2, 8, 1, 64)  # (B, Hkv, L, D), one new token
-    >>> with torch.no_grad():
-    ...     _ = cache.update(row, row)
-    ...     keys, values = cache.update(row, row)
-    >>> keys.shape
-    torch.Size([2, 8, 2, 64])
-
-    Rows are written into a buffer. A full buffer doubles. With max_length, the buffer has all rows from the start. So a
-    step copies its own rows and, on average, at most one older row for each of these.
-
-    With gradients enabled, every step concatenates, which copies all rows. Autograd needs the tensors of earlier steps
-    unchanged, even if only a query has a gradient. So decode under ``torch.no_grad()`` if you need no gradient.
-
-    Args:
-        max_length: the most rows. None means no limit.
-
-    Raises:
-        TypeError: max_length is no int.
-        ValueError: max_length is below 1.
-    """
-
-    is_static = False  # the cache grows
-
-    def __init__(self, max_length: int | None = None):
-        if max_length is not None:
-            _check_count("max_length", max_length)
-        self.length = 0
-        self._max_length = max_length
-        self._keys: Tensor | None = None  # (B, Hkv, capacity, D)
-        self._values: Tensor | None = None  # (B, Hkv, capacity, Dv)
-
-    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new rows and return all rows so far.
-
-        Args:
-            key: (B, Hkv, L, D), the keys of L new tokens, of the dtype and device of the first ones.
-            value: (B, Hkv, L, Dv), the values of these tokens.
-
-        Returns:
-            keys: (B, Hkv, length, D), the new rows included.
-            values: (B, Hkv, length, Dv), the new rows included.
-                Both are views of the buffers. A later update does not change their contents.
-
-        Raises:
-            ValueError: key and value have shapes that do not fit each other or the rows in the cache, another dtype or
-                device, or too many rows for max_length.
-        """
-        _check_pair(key, value)
-        if self._keys is not None and self._values is not None:
-            _check_continues("key", self._keys, key)
-            _check_continues("value", self._values, value)
-        length = self.length + key.shape[2]
-        if self._max_length is not None and length > self._max_length:
-            raise ValueError(f"key: expected at most max_length={self._max_length} rows in the cache, got {length}")
-        if torch.is_grad_enabled():
-            self._keys, self._values = self._concatenated(self._keys, key), self._concatenated(self._values, value)
-        else:
-            self._keys, self._values = self._appended(self._keys, key), self._appended(self._values, value)
-        self.length = length
-        return self._keys[:, :, :length], self._values[:, :, :length]
-
-    def reorder(self, indices: Tensor) -> None:
-        """Batch entry n becomes what entry ``indices[n]`` was; see `KVCache.reorder`."""
-        if self._keys is not None and self._values is not None:
-            self._keys = self._selected(self._keys, indices)
-            self._values = self._selected(self._values, indices)
-
-    def _concatenated(self, buffer: Tensor | None, rows: Tensor) -> Tensor:
-        """A new buffer with exactly the rows in the cache and the new rows (B, Hkv, L, D)."""
-        return rows if buffer is None else torch.cat((buffer[:, :, : self.length], rows), dim=2)
-
-    def _appended(self, buffer: Tensor | None, rows: Tensor) -> Tensor:
-        """The buffer with the new rows (B, Hkv, L, D) written after the last row. If it is full, a larger buffer."""
-        end = self.length + rows.shape[2]
-        if buffer is None or end > buffer.shape[2]:
-            capacity = self._max_length or max(end, 2 * self.length, MIN_CAPACITY)
-            larger = rows.new_empty(*rows.shape[:2], capacity, rows.shape[3])
-            if buffer is not None:
-                larger[:, :, : self.length] = buffer[:, :, : self.length]
-            buffer = larger
-        buffer[:, :, self.length : end] = rows
-        return buffer
-
-    def _selected(self, buffer: Tensor, indices: Tensor) -> Tensor:
-        """A new buffer whose batch entry n is the entry ``indices[n]`` of the given one."""
-        # This makes a new buffer, because views of the old one may still be in use. Only filled rows are copied.
-        selected = buffer.new_empty(indices.shape[0], *buffer.shape[1:])
-        selected[:, :, : self.length] = buffer[:, :, : self.length].index_select(0, indices)
-        return selected
+from fused_attn.nn.self_attention_cache import (
+    SelfAttentionCache,
+    SlidingSelfAttentionCache,
+    StaticSelfAttentionCache,
+    check_count,
+    check_pair,
+)
 
 
 class CrossAttentionCache:
@@ -134,10 +44,14 @@ class CrossAttentionCache:
         self._pair: tuple[Tensor, Tensor] | None = None
         self._memory: Tensor | None = None
 
+    def __len__(self) -> int:
+        """Number of rows of the memory; 0 before the first step."""
+        return 0 if self._pair is None else self._pair[0].shape[2]
+
     @property
     def length(self) -> int:
         """Number of rows of the memory; 0 before the first step."""
-        return 0 if self._pair is None else self._pair[0].shape[2]
+        return len(self)
 
     def get(self, memory: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """(keys (B, Hkv, S, D), values (B, Hkv, S, Dv)), or None before the first step.
@@ -166,7 +80,7 @@ class CrossAttentionCache:
             ValueError: key and value have shapes that do not fit each other.
             RuntimeError: the cache is filled already. Another memory needs another cache.
         """
-        _check_pair(key, value)
+        check_pair(key, value)
         if self._pair is not None:
             raise RuntimeError("cross_attention cache: filled already; use a new KVCache for another memory")
         self._pair, self._memory = (key, value), memory
@@ -178,6 +92,13 @@ class CrossAttentionCache:
             key, value = self._pair
             self._pair = key.index_select(0, indices), value.index_select(0, indices)
             self._memory = None  # the next step brings the memory in the new order
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        """Move or convert the rows; see `KVCache.to`."""
+        if self._pair is not None:
+            key, value = self._pair
+            self._pair = key.to(device, dtype), value.to(device, dtype)
+            self._memory = None  # the next step brings the memory of the new device
 
     def _check_memory(self, memory: Tensor, batch: int) -> None:
         """Raises ValueError if memory is not the memory that filled the cache.
@@ -215,15 +136,21 @@ class LayerCache:
 
     Args:
         max_length: see `KVCache`.
+        self_attention: the cache of the self-attention. The default is a `SelfAttentionCache` with max_length.
     """
 
-    def __init__(self, max_length: int | None = None):
-        self.self_attention = SelfAttentionCache(max_length)
+    def __init__(
+        self,
+        max_length: int | None = None,
+        *,
+        self_attention: SelfAttentionCache | StaticSelfAttentionCache | None = None,
+    ):
+        self.self_attention = SelfAttentionCache(max_length) if self_attention is None else self_attention
         self.cross_attention = CrossAttentionCache()
 
 
 class KVCache:
-    """The keys and values that a decoder keeps between decoding steps.
+    """The keys and values that a decoder keeps between decoding steps. The buffers grow with the target.
 
     >>> import torch
     >>> from fused_attn import KVCache, TransformerDecoder, TransformerDecoderLayer
@@ -246,17 +173,50 @@ class KVCache:
     """
 
     def __init__(self, num_layers: int, max_length: int | None = None):
-        _check_count("num_layers", num_layers)
+        check_count("num_layers", num_layers)
         self.layers = [LayerCache(max_length) for _ in range(num_layers)]
 
     def __len__(self) -> int:
-        """Number of layers."""
+        """Number of layers. The number of tokens is `length`."""
         return len(self.layers)
 
     @property
     def length(self) -> int:
-        """Number of tokens in the cache. This is also the position of the next token."""
+        """Number of tokens in the cache, of the longest batch entry."""
         return self.layers[0].self_attention.length
+
+    @property
+    def position(self) -> int | Tensor:
+        """The position of the next token: an int, or (B,) int64 on the device if the cache counts there."""
+        return self.layers[0].self_attention.position
+
+    def crop(self, length: int | Tensor) -> None:
+        """Forget the tokens from token `length` on. Shorter batch entries stay as they are.
+
+        Speculative decoding needs this: the main model reads several drafted tokens at once, and those that it does not
+        accept are forgotten. The next tokens overwrite the forgotten ones. So results of ``update`` must no longer be
+        used.
+
+        >>> import torch
+        >>> from fused_attn import KVCache
+        >>> cache = KVCache(num_layers=1)
+        >>> rows = torch.randn(3, 8, 5, 64)  # (B, Hkv, L, D)
+        >>> _ = cache.layers[0].self_attention.update(rows, rows)
+        >>> cache.crop(2)
+        >>> cache.length
+        2
+
+        Args:
+            length: the number of tokens that stay. A `StaticKVCache` also takes a tensor (B,) of integers on its
+                device, a length for each batch entry. The host does not wait for it. From then on, the host no longer
+                knows how full the cache is. Too many tokens then raise an error on the device, and not before.
+
+        Raises:
+            TypeError: length is neither an int nor a tensor that this cache takes.
+            ValueError: length is negative, or not 0 for a `SlidingKVCache`.
+        """
+        for layer in self.layers:
+            layer.self_attention.crop(length)
 
     def reorder(self, indices: Tensor, *, include_cross_attention: bool = True) -> None:
         """Batch entry n becomes what entry ``indices[n]`` was. Beam search needs this.
@@ -269,7 +229,8 @@ class KVCache:
         >>> cache.reorder(torch.tensor([2, 0, 0]))  # keeps entry 2 once, entry 0 twice, and drops entry 1
 
         Args:
-            indices: (new B,) int64 or int32, on the device of the cache. The new batch may be smaller or larger.
+            indices: (new B,) int64 or int32, on the device of the cache. The new batch may be smaller or larger, except
+                in a `StaticKVCache` or a `SlidingKVCache`, which are written in place.
             include_cross_attention: False saves a copy. Pass False if every entry keeps its memory, as when hypotheses
                 change places among the beams of one source.
 
@@ -288,13 +249,105 @@ class KVCache:
             if include_cross_attention:
                 layer.cross_attention.reorder(indices)
 
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KVCache:
+        """Move the cache to a device, or convert keys and values to a dtype, in place.
 
-def _check_count(name: str, count: int) -> None:
-    """Raises TypeError or ValueError unless count is an int of at least 1."""
-    if not isinstance(count, int):
-        raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
-    if count < 1:
-        raise ValueError(f"{name}: expected at least 1, got {count}")
+        >>> import torch
+        >>> from fused_attn import KVCache
+        >>> cache = KVCache(num_layers=1)
+        >>> rows = torch.randn(3, 8, 5, 64)  # (B, Hkv, L, D)
+        >>> _ = cache.layers[0].self_attention.update(rows, rows)
+        >>> keys, values = cache.to(dtype=torch.float64).layers[0].self_attention.update(rows.double(), rows.double())
+        >>> keys.dtype
+        torch.float64
+
+        Args:
+            device: the new device. None leaves the cache where it is.
+            dtype: the new dtype. None leaves the dtype as it is.
+
+        Returns:
+            The cache.
+        """
+        for layer in self.layers:
+            layer.self_attention.to(device, dtype)
+            layer.cross_attention.to(device, dtype)
+        return self
+
+
+class StaticKVCache(KVCache):
+    """A `KVCache` with buffers of a fixed size, which are written in place at positions that the device knows.
+
+    Every decoding step has the same shapes, and its Python code reads no length. So a step can be captured as a CUDA
+    graph, and a compiled decoder is compiled once. `Seq2SeqTransformer.generate` uses this cache.
+
+    >>> import torch
+    >>> from fused_attn import TransformerDecoder, TransformerDecoderLayer
+    >>> from fused_attn.nn import StaticKVCache
+    >>> decoder = TransformerDecoder(TransformerDecoderLayer(64, 4, batch_first=True), num_layers=2)
+    >>> memory, newest_token = torch.randn(2, 10, 64), torch.randn(2, 1, 64)
+    >>> cache = StaticKVCache(num_layers=2, max_length=16)
+    >>> with torch.no_grad():
+    ...     for _ in range(3):
+    ...         newest_token = decoder(newest_token, memory, cache=cache)  # (B, 1, E), sees all earlier tokens
+    >>> cache.position
+    tensor([3, 3])
+
+    Args:
+        num_layers: the number of decoder layers.
+        max_length: the longest target.
+
+    Raises:
+        TypeError: a number is no int.
+        ValueError: a number is below 1.
+    """
+
+    def __init__(self, num_layers: int, max_length: int):
+        check_count("num_layers", num_layers)
+        self.max_length = max_length
+        self._parts = [StaticSelfAttentionCache(max_length) for _ in range(num_layers)]
+        self.layers = [LayerCache(self_attention=part) for part in self._parts]
+
+    def reserve(self, max_length: int) -> None:
+        """Give the buffers more rows, which copies them. A captured step must be captured again.
+
+        Raises:
+            TypeError: max_length is no int.
+            ValueError: max_length is below 1.
+        """
+        for part in self._parts:
+            part.reserve(max_length)
+        self.max_length = max(self.max_length, max_length)
+
+
+class SlidingKVCache(KVCache):
+    """A `KVCache` of the newest tokens. A new token overwrites the oldest one, so the memory does not grow.
+
+    Self-attention then has a sliding window: a token sees itself and the ``window - 1`` tokens before it.
+
+    >>> import torch
+    >>> from fused_attn import TransformerDecoder, TransformerDecoderLayer
+    >>> from fused_attn.nn import SlidingKVCache
+    >>> decoder = TransformerDecoder(TransformerDecoderLayer(64, 4, batch_first=True), num_layers=2)
+    >>> memory, newest_token = torch.randn(2, 10, 64), torch.randn(2, 1, 64)
+    >>> cache = SlidingKVCache(num_layers=2, window=4)
+    >>> with torch.no_grad():
+    ...     for _ in range(10):
+    ...         newest_token = decoder(newest_token, memory, cache=cache)  # (B, 1, E), sees the last 4 tokens
+    >>> cache.position
+    tensor([10, 10])
+
+    Args:
+        num_layers: the number of decoder layers.
+        window: the number of tokens that a token sees, itself included.
+
+    Raises:
+        TypeError: a number is no int.
+        ValueError: a number is below 1.
+    """
+
+    def __init__(self, num_layers: int, window: int):
+        check_count("num_layers", num_layers)
+        self.layers = [LayerCache(self_attention=SlidingSelfAttentionCache(window)) for _ in range(num_layers)]
 
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:
@@ -302,24 +355,3 @@ def _is_equal(a: Tensor, b: Tensor) -> bool:
     if (a.dtype, a.device, a.shape) != (b.dtype, b.device, b.shape):
         return False
     return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
-
-
-def _check_pair(key: Tensor, value: Tensor) -> None:
-    """Raises ValueError unless key is (B, Hkv, L, D) and value is (B, Hkv, L, Dv)."""
-    if key.dim() != 4:
-        raise ValueError(f"key: expected shape (B, Hkv, L, D), got {tuple(key.shape)}")
-    if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value: expected shape {(*key.shape[:3], 'Dv')}, got {tuple(value.shape)}")
-
-
-def _check_continues(name: str, buffer: Tensor, rows: Tensor) -> None:
-    """Raises ValueError unless the new rows have the sizes, dtype and device of the rows in the cache."""
-    batch, heads, _, columns = buffer.shape
-    if (batch, heads, columns) != (rows.shape[0], rows.shape[1], rows.shape[3]):
-        raise ValueError(
-            f"{name}: expected shape {(batch, heads, 'L', columns)}, as in the cache, got {tuple(rows.shape)}"
-        )
-    if (buffer.dtype, buffer.device) != (rows.dtype, rows.device):
-        raise ValueError(
-            f"{name}: expected {buffer.dtype} on {buffer.device}, as in the cache, got {rows.dtype} on {rows.device}"
-        )

@@ -37,13 +37,14 @@ class RotaryEmbedding(nn.Module):
         self.head_dim = head_dim
         self.base = base
 
-    def forward(self, x: Tensor, seq_dim: int = -2, offset: int = 0) -> Tensor:
+    def forward(self, x: Tensor, seq_dim: int = -2, offset: int | Tensor = 0) -> Tensor:
         """Rotates the rows of x by their positions. Row n of dimension `seq_dim` has the position ``offset + n``.
 
         Args:
             x: (..., D), floating point.
             seq_dim: the dimension of x that counts positions.
-            offset: the position of the first row.
+            offset: the position of the first row. With a tensor (B,) of integers, each batch entry has its own first
+                position. The batch is then the other one of the first two dimensions of x.
 
         Returns:
             A tensor of the shape and dtype of x.
@@ -51,9 +52,15 @@ class RotaryEmbedding(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         seq_dim %= x.dim()
         exponent = torch.arange(0, self.head_dim, 2, device=x.device, dtype=dtype) / self.head_dim
-        position = torch.arange(offset, offset + x.shape[seq_dim], device=x.device, dtype=dtype)
-        angle = position[:, None] * self.base**-exponent  # (L, D/2)
-        angle = angle.view(*(x.shape[d] if d == seq_dim else 1 for d in range(x.dim() - 1)), -1)
+        if isinstance(offset, Tensor):
+            row = torch.arange(x.shape[seq_dim], device=x.device)
+            position = (offset + row[:, None] if seq_dim == 0 else offset[:, None] + row).to(dtype)
+            sizes = (*x.shape[:2], *(1 for _ in range(x.dim() - 3)))
+        else:
+            position = torch.arange(offset, offset + x.shape[seq_dim], device=x.device, dtype=dtype)
+            sizes = tuple(x.shape[d] if d == seq_dim else 1 for d in range(x.dim() - 1))
+        angle = position[..., None] * self.base**-exponent
+        angle = angle.view(*sizes, -1)
         cos, sin = angle.cos(), angle.sin()
         first, second = x.to(dtype).chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_variadic
 
 from fused_attn import modes
+from fused_attn.nn import generation
 from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.cache import KVCache
+from fused_attn.nn.generation import Generation, Settings
 from fused_attn.nn.tracing import call_node
 from fused_attn.nn.transformer import (
     TransformerDecoder,
@@ -25,8 +26,6 @@ from fused_attn.nn.transformer import (
 )
 
 POSITIONAL = ("sinusoidal", "learned", "rotary")
-
-MINUS_INF = float("-inf")
 
 
 class Seq2SeqTransformer(nn.Module):
@@ -272,7 +271,21 @@ class Seq2SeqTransformer(nn.Module):
             TypeError: the tokens have another dtype, or the cache is no `KVCache`.
             ValueError: the tokens have a wrong shape, some are out of range, or the cache does not fit.
         """
-        start = 0 if cache is None else cache.length
+        return self.generator(self.decode_hidden(tgt, memory, memory_key_padding_mask, cache=cache))
+
+    def decode_hidden(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        memory_key_padding_mask: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The output (B, T, E) of the decoder, from which the generator computes the logits of `decode`.
+
+        The arguments and errors are those of `decode`.
+        """
+        start = 0 if cache is None else cache.position
         x = self._embed("tgt", tgt, self.tgt_embedding, start)
         arguments: dict[str, Any] = {"memory_key_padding_mask": memory_key_padding_mask}
         if cache is not None:  # self-attention with a cache is causal by itself
@@ -281,8 +294,7 @@ class Seq2SeqTransformer(nn.Module):
             arguments |= {"tgt_key_padding_mask": tgt == self.pad_id, "tgt_is_causal": True}
             if not getattr(self.decoder, "takes_is_causal", False):
                 arguments["tgt_mask"] = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        x = self.decoder(x, memory, **arguments)
-        return self.generator(x)
+        return self.decoder(x, memory, **arguments)
 
     @torch.no_grad()
     def generate(
@@ -297,7 +309,15 @@ class Seq2SeqTransformer(nn.Module):
         top_p: float | None = None,
         length_penalty: float = 1.0,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
+        repetition_penalty: float = 1.0,
+        prefix: Tensor | None = None,
+        num_return_sequences: int = 1,
+        stop_ids: int | Sequence[int] = (),
+        return_scores: bool = False,
+        on_tokens: Callable[[Tensor], None] | None = None,
+        progress: bool = False,
+        cuda_graph: bool | None = None,
+    ) -> Tensor | Generation:
         """Generate a target for each source: greedily, by sampling, or by beam search.
 
         - Dropout is off during the generation.
@@ -305,10 +325,11 @@ class Seq2SeqTransformer(nn.Module):
         - ``pad_id`` and ``sos_id`` are never generated.
         - If a layer of the decoder, or its self-attention, is of a class that takes no cache, each step computes all
           tokens again, and a warning says so.
+        - On a GPU, a step is captured as a CUDA graph after two ordinary steps, and then replayed.
 
         Args:
             src: (B, S) int64 or int32, padded with ``pad_id``.
-            max_new_tokens: the most tokens of a target, ``eos_id`` included; at most ``max_len``.
+            max_new_tokens: the most tokens that are appended, ``eos_id`` included; at most ``max_len``.
             num_beams: the number of hypotheses for each source; 1 = no beam search. A search ends when ``num_beams``
                 hypotheses have ended and no unfinished one scores better. An ended hypothesis wins over unfinished
                 ones.
@@ -316,134 +337,77 @@ class Seq2SeqTransformer(nn.Module):
             temperature: divides the logits before sampling.
             top_k: sample among the k likeliest tokens.
             top_p: sample among the fewest likeliest tokens whose probabilities add up to at least top_p.
-            length_penalty: for beam search. A hypothesis of n tokens scores ``log-probability / n ** length_penalty``.
+            length_penalty: for beam search. A hypothesis of n new tokens scores
+                ``log-probability / n ** length_penalty``.
             generator: source of the random numbers. The default is torch's generator.
+            repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that the target
+                contains already, its prefix included (Keskar et al., 2019). 1.0 changes nothing.
+            prefix: (B, P) int64 or int32, tokens that each target begins with, after ``sos_id``. Shorter prefixes are
+                padded with ``pad_id`` on the right. P + max_new_tokens is at most ``max_len``.
+            num_return_sequences: R, the number of targets for each source: samples, or the best hypotheses of a beam
+                search.
+            stop_ids: tokens that end a target, besides ``eos_id``.
+            return_scores: return a `Generation`, which also has the log-probabilities.
+            on_tokens: called after each step with the new tokens (B * R,), on the device of the model. Targets that
+                have ended get ``pad_id``. On a GPU, up to four calls may follow after all targets have ended.
+            progress: show a progress bar, if rich is installed and the output is a terminal.
+            cuda_graph: None = capture the step as a CUDA graph if possible. False = never. True = raise an error if
+                this is not possible.
 
         Returns:
-            tokens: (B, N) int64, N <= max_new_tokens. Each target is without ``sos_id`` and ends with ``eos_id``, which
-                ``pad_id`` follows. A target of max_new_tokens may be without ``eos_id``. An empty batch has N = 0.
+            tokens: (B * R, N) int64, N <= P + max_new_tokens. The R targets of a source follow one another. Each target
+                is without ``sos_id``, begins with its prefix, and ends with ``eos_id`` or a stop token, which
+                ``pad_id`` follows. A target of max_new_tokens may be without these. An empty batch has N = 0.
+                With ``return_scores``, a `Generation`.
 
         Raises:
             TypeError: the tokens have another dtype, or a number is no int.
             ValueError: an argument is out of range, or two arguments exclude each other.
         """
-        self._check_generate(max_new_tokens, num_beams, do_sample, temperature, top_k, top_p, length_penalty)
-        with _evaluating(self):
-            memory, padding = self.encode(src)
+        settings = Settings(
+            max_new_tokens, num_beams, do_sample, temperature, top_k, top_p, repetition_penalty, length_penalty,
+            num_return_sequences, stop_ids, generator,
+        )  # fmt: skip
+        generation.check(self, src, prefix, settings, streams=on_tokens is not None)
+        with generation.evaluating(self):
             if not src.shape[0]:
-                return torch.empty(0, 0, dtype=torch.int64, device=memory.device)
-            if num_beams > 1:
-                return self._beam_search(memory, padding, max_new_tokens, num_beams, length_penalty)
+                memory, _ = self.encode(src)
+                tokens = torch.empty(0, 0, dtype=torch.int64, device=memory.device)
+                empty = torch.empty(0, device=memory.device)
+                return Generation(tokens, empty, empty[:, None]) if return_scores else tokens
+            if not self.takes_cache:
+                warnings.warn(
+                    "generate: each step computes all tokens anew, since a layer of the decoder, or its "
+                    "self-attention, takes no cache (fused_attn.TransformerDecoderLayer and FusedMultiheadAttention "
+                    "do)",
+                    stacklevel=3,  # the caller of generate; no_grad adds a frame in between
+                )
+            result = generation.generate(
+                self, src, prefix, settings, on_tokens=on_tokens, progress=progress, cuda_graph=cuda_graph
+            )
+        return result if return_scores else result.tokens
 
-            def choose(logits: Tensor) -> Tensor:  # (B, V) -> (B,)
-                if not do_sample:
-                    return logits.argmax(dim=-1)
-                probabilities = sampling_probabilities(logits, temperature, top_k, top_p)
-                return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    @property
+    def takes_cache(self) -> bool:
+        """Whether `decode` takes a cache. Every layer of the decoder must take its part of the cache."""
+        return getattr(self.decoder, "takes_cache", False)
 
-            return self._extend(memory, padding, max_new_tokens, choose)
+    def _embed(self, name: str, tokens: Tensor, embedding: nn.Embedding, start: int | Tensor = 0) -> Tensor:
+        """Embeds tokens (B, L), the first of which has the position `start`; returns (B, L, E).
 
-    def _extend(
-        self, memory: Tensor, padding: Tensor, max_new_tokens: int, choose: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Generates targets one token at a time; returns their tokens (B, N).
-
-        memory, padding: the results of `encode`
-        choose: maps logits (B, V) to the next tokens (B,)
+        start: an int, or (B,) on the device. The host does not read such a tensor, so it cannot check max_len
         """
-        batch = memory.shape[0]
-        cache = self._new_cache()
-        tokens = torch.full((batch, 1 + max_new_tokens), self.pad_id, device=memory.device)
-        tokens[:, 0] = self.sos_id
-        has_ended = torch.zeros(batch, dtype=torch.bool, device=memory.device)
-        for end in range(1, 1 + max_new_tokens):
-            newest = choose(self._next_logits(tokens[:, :end], memory, padding, cache))
-            tokens[:, end] = newest.masked_fill(has_ended, self.pad_id)
-            has_ended |= tokens[:, end] == self.eos_id
-            if has_ended.all():
-                break
-        return tokens[:, 1 : 1 + end]
-
-    def _beam_search(
-        self, memory: Tensor, padding: Tensor, max_new_tokens: int, num_beams: int, length_penalty: float
-    ) -> Tensor:
-        """The best hypothesis of each source, (B, N). K is `num_beams`. memory and padding are the results of `encode`.
-
-        open_beams:   (B, K, 1 + max_new_tokens), the likeliest unfinished hypotheses, best first
-        open_log_p:   (B, K), the log-probabilities of open_beams
-        ended:        (B, K, 1 + max_new_tokens), the best finished hypotheses, best first
-        ended_scores: (B, K), the scores of ended; -inf = there is no such hypothesis yet
-        """
-        batch, device = memory.shape[0], memory.device
-        memory, padding = (x.repeat_interleave(num_beams, dim=0) for x in (memory, padding))
-        cache = self._new_cache()
-        open_beams = torch.full((batch, num_beams, 1 + max_new_tokens), self.pad_id, device=device)
-        open_beams[:, :, 0] = self.sos_id
-        ended = open_beams
-        # All beams of a source begin as the same hypothesis, so only one of them may count.
-        open_log_p = torch.full((batch, num_beams), MINUS_INF, device=device, dtype=_float_dtype(memory))
-        open_log_p[:, :1] = 0.0
-        ended_scores = torch.full_like(open_log_p, MINUS_INF)
-        is_done = torch.zeros(batch, 1, dtype=torch.bool, device=device)
-        first_row = torch.arange(batch, device=device)[:, None] * num_beams  # the first row of each source in memory
-
-        for end in range(1, 1 + max_new_tokens):
-            log_p = self._next_logits(open_beams[:, :, :end].flatten(0, 1), memory, padding, cache).log_softmax(dim=-1)
-            vocab = log_p.shape[1]
-            log_p = open_log_p[:, :, None] + log_p.view(batch, num_beams, vocab)  # (B, K, V)
-            # At most one hypothesis of each of the K beams ends with eos_id, so at least K of these 2K go on.
-            log_p, index = log_p.flatten(1).topk(2 * num_beams)  # (B, 2K)
-            beam, token = index // vocab, index % vocab
-            hypotheses = _select(open_beams, beam)
-            hypotheses[:, :, end] = token
-            ends = token == self.eos_id
-
-            scores = log_p / end**length_penalty
-            scores = scores.masked_fill(~ends | is_done, MINUS_INF)
-            ended_scores, best = torch.cat((ended_scores, scores), dim=1).topk(num_beams)
-            ended = _select(torch.cat((ended, hypotheses), dim=1), best)
-
-            open_log_p, best = log_p.masked_fill(ends, MINUS_INF).topk(num_beams)
-            open_beams = _select(hypotheses, best)
-            is_done |= ended_scores[:, -1:] >= open_log_p[:, :1] / end**length_penalty
-            if is_done.all():
-                break
-            if cache is not None:
-                cache.reorder((first_row + beam.gather(1, best)).flatten(), include_cross_attention=False)
-
-        tokens = torch.where(ended_scores[:, :1] > MINUS_INF, ended[:, 0], open_beams[:, 0])[:, 1:]
-        return tokens[:, : int((tokens != self.pad_id).sum(dim=1).amax())]
-
-    def _new_cache(self) -> KVCache | None:
-        """A new cache, or None with a warning if a layer or an attention of another class takes no cache."""
-        if getattr(self.decoder, "takes_cache", False):
-            return KVCache(len(self.decoder.layers))
-        warnings.warn(
-            "generate: each step computes all tokens anew, since a layer of the decoder, or its self-attention, takes "
-            "no cache (fused_attn.TransformerDecoderLayer and FusedMultiheadAttention do)",
-            stacklevel=5,  # the caller of generate; no_grad adds frames in between
-        )
-        return None
-
-    def _next_logits(self, tokens: Tensor, memory: Tensor, padding: Tensor, cache: KVCache | None) -> Tensor:
-        """Logits (B, V), at least float32, of the token that follows the tokens (B, L).
-
-        A cache already has all of these tokens except the last.
-        """
-        logits = self.decode(tokens if cache is None else tokens[:, -1:], memory, padding, cache=cache)[:, -1]
-        logits = logits.to(_float_dtype(logits))
-        logits[:, [self.pad_id, self.sos_id]] = MINUS_INF
-        return logits
-
-    def _embed(self, name: str, tokens: Tensor, embedding: nn.Embedding, start: int = 0) -> Tensor:
-        """Embeds tokens (B, L), the first of which has the position `start`; returns (B, L, E)."""
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}: expected int64 or int32 tokens, got {tokens.dtype}")
         if tokens.dim() != 2:
             raise ValueError(f"{name}: expected shape (B, L), got {tuple(tokens.shape)}")
-        end = start + tokens.shape[1]
-        if end > self.max_len:
-            raise ValueError(f"{name}: expected at most max_len={self.max_len} tokens, got {end}")
+        count = tokens.shape[1]
+        if isinstance(start, int):
+            rows: Any = slice(start, start + count)
+            if rows.stop > self.max_len:
+                raise ValueError(f"{name}: expected at most max_len={self.max_len} tokens, got {rows.stop}")
+        else:
+            rows = start[:, None] if count == 1 else start[:, None] + torch.arange(count, device=start.device)
         try:
             x = embedding(tokens)
         except IndexError:
@@ -454,9 +418,9 @@ class Seq2SeqTransformer(nn.Module):
         x = x * math.sqrt(self.d_model)
         if self.positional == "learned":
             positions: Any = self.src_positions if name == "src" else self.tgt_positions
-            x = x + positions[start:end]
+            x = x + positions[rows]
         elif self.positional == "sinusoidal":
-            x = x + self._sinusoidal(x)[start:end]
+            x = x + self._sinusoidal(x)[rows]
         return self.embedding_dropout(x)
 
     def _sinusoidal(self, x: Tensor) -> Tensor:
@@ -474,40 +438,6 @@ class Seq2SeqTransformer(nn.Module):
             if type(x) is Tensor and modes.is_direct() and not torch.compiler.is_compiling():
                 self._sinusoids = table
         return table
-
-    def _check_generate(
-        self,
-        max_new_tokens: int,
-        num_beams: int,
-        do_sample: bool,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        length_penalty: float,
-    ) -> None:
-        """Raises TypeError or ValueError for arguments of `generate` that are out of range or exclude each other."""
-        for name, count in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams), ("top_k", top_k)):
-            if not isinstance(count, int) and not (name == "top_k" and count is None):
-                raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
-        if not 1 <= max_new_tokens <= self.max_len:
-            raise ValueError(f"max_new_tokens: expected 1 to max_len={self.max_len}, got {max_new_tokens}")
-        if num_beams < 1:
-            raise ValueError(f"num_beams: expected at least 1, got {num_beams}")
-        if do_sample and num_beams > 1:
-            raise ValueError(f"num_beams: expected 1 with do_sample=True, got {num_beams}")
-        if not do_sample:
-            settings = (("temperature", temperature, 1.0), ("top_k", top_k, None), ("top_p", top_p, None))
-            for name, value, default in settings:
-                if value != default:
-                    raise ValueError(f"{name}: expected {default} with do_sample=False, got {value}")
-        if not temperature > 0.0:
-            raise ValueError(f"temperature: expected a number > 0, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k: expected None or at least 1, got {top_k}")
-        if top_p is not None and not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p: expected None or a number in (0, 1], got {top_p}")
-        if not math.isfinite(length_penalty):
-            raise ValueError(f"length_penalty: expected a finite number, got {length_penalty}")
 
 
 def _tie_after_loading(model: Seq2SeqTransformer, incompatible_keys) -> None:
@@ -531,52 +461,6 @@ def sinusoidal_positions(length: int, d_model: int, *, device=None, dtype=None) 
     rate = torch.exp(torch.arange(0, d_model, 2, device=device, dtype=torch.float64) * (-math.log(10000.0) / d_model))
     table = torch.stack(((position * rate).sin(), (position * rate).cos()), dim=-1).flatten(1)
     return table[:, :d_model].to(dtype or torch.get_default_dtype())
-
-
-def sampling_probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """Probabilities (B, V) to draw from.
-
-    Tokens that top_k excludes have the probability 0, and so have those that top_p then excludes. The likeliest token
-    always stays.
-
-    >>> import torch
-    >>> from fused_attn.nn.seq2seq import sampling_probabilities
-    >>> sampling_probabilities(torch.tensor([[0.0, 0.0, -1.0]]), temperature=1.0, top_k=2, top_p=None)
-    tensor([[0.5000, 0.5000, 0.0000]])
-    """
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, MINUS_INF)
-    probabilities = logits.softmax(dim=-1)
-    if top_p is None:
-        return probabilities
-    ordered, order = probabilities.sort(dim=-1, descending=True)
-    before = ordered.cumsum(dim=-1) - ordered  # the sum over the likelier tokens
-    likeliest = ordered.masked_fill(before >= top_p, 0.0)
-    return torch.zeros_like(probabilities).scatter(-1, order, likeliest / likeliest.sum(dim=-1, keepdim=True))
-
-
-def _select(hypotheses: Tensor, index: Tensor) -> Tensor:
-    """From hypotheses (B, N, length) those with the numbers index (B, K); returns (B, K, length)."""
-    return hypotheses.gather(1, index[:, :, None].expand(-1, -1, hypotheses.shape[2]))
-
-
-def _float_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which probabilities of many tokens are added up: at least float32."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts every submodule into eval mode, and afterwards back into the mode that it had."""
-    training = [submodule for submodule in module.modules() if submodule.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule in training:
-            submodule.training = True
 
 
 def _check_vocabularies(

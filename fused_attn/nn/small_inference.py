@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
-from torch.nn.modules import module as nn_module
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fused_attn import modes
 from fused_attn.backends import events
 from fused_attn.backends.cpu import DTYPES, MAX_HEAD_DIM
 from fused_attn.native import _C
+from fused_attn.nn import few_rows
 
 #: The largest number of multiply-adds in the projections for which `self_attention` makes the native call. Up to this
 #: size, the native call takes at most 0.85 of the time that `FusedMultiheadAttention.forward` takes without the native
@@ -68,15 +67,10 @@ def is_plain(module: nn.MultiheadAttention) -> bool:
     - Parameters whose data are elsewhere than they seem: on another device, on "meta" until the call, sparse.
     - Calls under a mode that sees operators or functions, or that changes dtypes (autocast).
     """
-    out_proj = module._modules["out_proj"]  # the dicts, since attributes of modules take three times as long
+    out_proj: Any = module._modules["out_proj"]  # the dicts, since attributes of modules take three times as long
     return (
         type(module).__base__ is nn.MultiheadAttention  # FusedMultiheadAttention itself, which cannot be imported here
-        and type(out_proj) is NonDynamicallyQuantizableLinear
-        and "forward" not in out_proj.__dict__
-        and not (out_proj._forward_hooks or out_proj._forward_pre_hooks)
-        and not (out_proj._backward_hooks or out_proj._backward_pre_hooks)
-        and out_proj._compiled_call_impl is None
-        and not nn_module._has_any_global_hook()
+        and few_rows.is_plain(out_proj)
         and _is_plain_parameter(module, "in_proj_weight")
         and _is_plain_parameter(module, "in_proj_bias")
         and _is_plain_parameter(out_proj, "weight")

@@ -30,6 +30,7 @@ from torch.overrides import has_torch_function_variadic
 
 from fused_attn.attention import checks
 from fused_attn.attention.causal_bias import causal_bias
+from fused_attn.nn import few_rows
 from fused_attn.nn.attention import (
     AttentionCache,
     FusedMultiheadAttention,
@@ -359,6 +360,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         if cache is not None and getattr(self.multihead_attn, "takes_cache", False):
             options["cache"] = cache
         return self.dropout2(self.multihead_attn(x, mem, mem, need_weights=False, **masks, **options)[0])
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        """The feed-forward block of x, after dropout, in the shape of x."""
+        hidden = self.dropout(self.activation(few_rows.call(self.linear1, x)))
+        return self.dropout3(few_rows.call(self.linear2, hidden))
 
 
 class TransformerDecoder(nn.TransformerDecoder):
@@ -691,7 +697,7 @@ def _causal_mask(
     bias = causal_bias(mask)
     if bias is not None:
         # A causal bias holds no data, so the flag replaces the bias. If the sizes do not fit, attention raises.
-        return (None, True) if bias == (seqlen, seqlen, 0) else (mask, bool(is_causal))
+        return (None, True) if bias[:3] == (seqlen, seqlen, 0) else (mask, bool(is_causal))
     if is_causal is not None and key_padding_mask is None:
         return mask, is_causal
     if is_causal is False or not _can_look_at(mask) or not _is_causal(mask, seqlen):
@@ -707,7 +713,7 @@ def _dense_mask(mask: Tensor | None, is_causal: bool | None, seqlen: int, device
     bias = None if mask is None else causal_bias(mask)
     if bias is None and not (mask is None and is_causal):
         return mask
-    rows, columns, offset = bias or (seqlen, seqlen, 0)
+    rows, columns, offset = (seqlen, seqlen, 0) if bias is None else bias[:3]
     return torch.ones(rows, columns, dtype=torch.bool, device=device).triu(offset + 1)
 
 

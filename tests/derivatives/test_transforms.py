@@ -155,10 +155,14 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
     offsets_q, offsets_k = torch.tensor([0, 4, 9]).int(), torch.tensor([0, 5, 8]).int()
     blhd = tuple(x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (query, key, value))
     detached = (query.detach(), key.detach(), value.detach())
-    everything = Inputs(query, key, value, bias, key_bias, relative, sinks, seed, mask, padding)
+    everything = Inputs(
+        query, key, value, bias, key_bias, relative, sinks, seed, mask, padding, torch.tensor([7, 6]).int()
+    )
     packed = Inputs(packed_q, packed_k, packed_v, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k)
     plain, causal = Scalars(5, 7, 0.3), Scalars(5, 7, 0.3, band_right=0)
-    of_all = Scalars(5, 7, 0.3, 2.0, 0.3, 4, 3, 0, dropout_batch=1, dropout_head=2, dropout_query=3, dropout_key=4)
+    of_all = Scalars(
+        5, 7, 0.3, 2.0, 0.3, 4, 3, 0, True, 2, dropout_batch=1, dropout_head=2, dropout_query=3, dropout_key=4
+    )
     return {
         "plain": (*Inputs(query, key, value), *plain, backend, False),
         "blhd": (*Inputs(*blhd), *plain, backend, True),

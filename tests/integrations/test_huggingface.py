@@ -151,6 +151,49 @@ def test_by_name_alone(case: Case) -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=0.0, atol=1e-9)
 
 
+# GPT-1 has no cache, and transformers offers no assisted decoding without one.
+ASSISTED = [case for case in GENERATING if case.kind == "decoder" and case.id != "gpt-1"]
+
+
+@pytest.mark.parametrize("case", ASSISTED, ids=lambda case: case.id)
+def test_assisted_decoding_gives_the_same_tokens(case: Case, backend: str) -> None:
+    """The model reads several drafted tokens at once, and crops the cache behind the accepted ones."""
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    inputs = {name: x[:1] for name, x in case.inputs(None, dtype).items() if not name.startswith("decoder")}
+    plain, model = eager(case, dtype), fused(case, dtype, backend)
+    expected = plain.generate(**inputs, max_new_tokens=9, do_sample=False)
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": fused(case, dtype, backend)}):
+        assert torch.equal(model.generate(**inputs, **options, max_new_tokens=9, do_sample=False), expected), options
+
+
+@torch.no_grad()
+def test_a_static_cache_tells_its_lengths(calls: list[dict]) -> None:
+    """Steps with a static cache and no padding: the kernel gets a length for each sequence, and no mask of all keys."""
+    case = BY_ID["llama"]
+    model, tokens = fused(case), case.inputs(None)["input_ids"]
+    full = model(tokens).logits
+    cache = transformers.StaticCache(config=model.config, max_cache_len=tokens.shape[1] + 5)
+    logits, start = [], 0
+    for count in (2, 1, 3, tokens.shape[1] - 6):
+        calls.clear()
+        logits.append(model(tokens[:, start : start + count], past_key_values=cache, use_cache=True).logits)
+        for call in calls if start else ():
+            assert call.get("key_padding_mask") is None
+            assert call["key_lengths"].tolist() == [start + count] * len(tokens)
+            assert (call.get("attn_mask") is None) == (count == 1)
+        start += count
+    torch.testing.assert_close(torch.cat(logits, dim=1), full)
+
+
+@pytest.mark.skipif(VERSION < (5, 23), reason="earlier versions check the name of the attention elsewhere")
+def test_transformers_refuses_continuous_batching() -> None:
+    """transformers allows only names of its own attention there, so nothing can reach our attention function."""
+    model = fused(BY_ID["llama"])
+    inputs = BY_ID["llama"].inputs(None)["input_ids"].tolist()
+    with pytest.raises(ValueError, match="Implementation fused_attn is not supported for continuous batching"):
+        model.generate_batch(inputs, generation_config=model.generation_config)
+
+
 # ---- Masks
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_attn.nn.cache import KVCache
-from fused_attn.nn.seq2seq import Seq2SeqTransformer, sampling_probabilities, sinusoidal_positions
+from fused_attn.nn.generation import sampling_probabilities
+from fused_attn.nn.seq2seq import Seq2SeqTransformer, sinusoidal_positions
 
 PAD, SOS, EOS = 0, 1, 2
 SRC_VOCAB, TGT_VOCAB = 11, 9

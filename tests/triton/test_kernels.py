@@ -399,3 +399,48 @@ def test_what_triton_cannot_run_is_refused_with_all_reasons(monkeypatch: pytest.
 @pytest.mark.parametrize("options", [{}, {"window": (9, 0), "dropout_p": 0.3}], ids=["plain", "window-dropout"])
 def test_packed_rows_that_no_sequence_owns(dtype: torch.dtype, options: dict) -> None:
     cases.check_strays(dtype, "triton", DEVICE, **options)
+
+
+# ---- Lengths of keys and pages, whose contents the host does not read
+
+
+def _paged_call(batch: int = 3) -> dict[str, Tensor]:
+    case = dataclasses.replace(case_of("paged-splits"), batch=batch, seqlen_q=1)
+    return {name: x.to(DEVICE) for name, x in case.make(torch.float16).tensors.items()}
+
+
+def test_lengths_are_clipped() -> None:
+    query, key = (torch.randn(3, 2, n, 16, dtype=torch.float16, device=DEVICE) for n in (2, 40))
+    wrong = torch.tensor([2**31 - 1, -5, 41], dtype=torch.int32, device=DEVICE)
+    right = torch.tensor([40, 0, 40], dtype=torch.int32, device=DEVICE)
+    found, expected = (
+        fused_attn.fused_attention(query, key, key, key_lengths=lengths, backend="triton") for lengths in (wrong, right)
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("number", [-1, 10**6, 2**31 - 1])
+def test_numbers_of_pages_are_clipped(number: int) -> None:
+    tensors = _paged_call()
+    table = tensors["block_table"]
+    last = tensors["key_pages"].shape[0] - 1
+    wrong, right = table.clone(), table.clone()
+    wrong[0, 3], right[0, 3] = number, min(max(number, 0), last)
+    found, expected = (
+        fused_attn.fused_attention_paged(**tensors | {"block_table": x}, backend="triton") for x in (wrong, right)
+    )
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+def test_no_bit_depends_on_the_other_entries() -> None:
+    """With num_splits, entries give the same bits alone, beside others, and with a narrower table."""
+    tensors = _paged_call()
+
+    def rows(entries: list[int], columns: int) -> Tensor:
+        chosen = {name: tensors[name][entries] for name in ("query", "block_table", "key_lengths")}
+        chosen["block_table"] = chosen["block_table"][:, :columns]
+        return fused_attn.fused_attention_paged(**tensors | chosen, is_causal=True, num_splits=3, backend="triton")
+
+    together = rows([0, 1, 2], 69)
+    for entries, columns in (([0], 69), ([1], 33), ([2, 1], 40), ([1] * 5, 69)):
+        assert torch.equal(rows(entries, columns), together[entries])

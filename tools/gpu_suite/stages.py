@@ -140,13 +140,13 @@ def bench(*options: str, dry: tuple[str, ...] = ()) -> Callable[[Suite], str]:
     return run
 
 
-def modules(*options: str) -> Callable[[Suite], str]:
-    """A stage that runs the benchmark of modules with these options."""
+def modules(*options: str, command: str = "modules") -> Callable[[Suite], str]:
+    """A stage that runs the benchmark of modules, or that of generation, with these options."""
 
     def run(suite: Suite) -> str:
         if suite.red:  # A module may call the kernels of any backend.
             return f"FAILED: no speed while tests are red ({', '.join(sorted(suite.red))})"
-        return suite.benchmark("modules", *options, "--resume")
+        return suite.benchmark(command, *options, "--resume")
 
     return run
 
@@ -189,6 +189,7 @@ STAGES = (
     Stage("sanitizer", sanitizer, 0.3),
     *(Stage(f"bench:{mask}", bench("--only", mask, *FIRST, "--no-compile"), 0.2) for mask in MASKS),
     Stage("modules", modules("--no-compile"), 0.3),
+    Stage("generation", modules(command="generation"), 0.3),
     Stage("memory", memory, 0.3),
     Stage("tune", tune, 0.5, ("triton",)),
     Stage("bench:flex", bench(*FLEX, dry=DRY_FLEX), 0.4, ("triton",)),

@@ -48,6 +48,7 @@ def of_run(out: Path, outcomes: list[Outcome], minutes: float | None) -> list[st
         "copy rate": attention_lines(found)[::-1],
         "memory beyond inputs and results": memory_lines(found),
         "modules": module_lines(found),
+        "generation": generation_lines(found),
         "problems": problem_lines(found),
         "failed tests": reports.failures(out),
         "measured on": _device_lines(found),
@@ -121,6 +122,18 @@ def module_lines(rows: Iterable[Row]) -> list[str]:
             if "tokens_per_s" in row
         ]
         lines.append(f"{group[0]['module']} {_short(group[0]['dtype'])} tokens/s | {' | '.join(cells) or 'no time'}")
+    return lines
+
+
+def generation_lines(rows: Iterable[Row]) -> list[str]:
+    """One line for each table of generation, dtype and size: the time of each implementation."""
+    lines = []
+    found = [row | {"size": str(row.get("new_tokens") or row.get("shape") or row["length"])}
+             for row in select(rows, benchmark="generation")]  # fmt: skip
+    for group in groups(found, ("table", "dtype", "size")):
+        cells = [f"{row['implementation']} {row['median_ms']:.3f}" for row in group if "median_ms" in row]
+        label = f"{group[0]['table']} {group[0]['size']} {_short(group[0]['dtype'])}"
+        lines.append(f"{label} ms | {' | '.join(cells) or 'no time'}")
     return lines
 
 

@@ -1,0 +1,54 @@
+// The product of few rows with a weight, as in a decoding step: the time is that of reading the weight once. A product in
+// blocks, which is best for many rows, first copies the weight into another order.
+#pragma once
+#include "decode.h"
+#include "parallel.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+// y = x . weight^T + bias, for x (rows, in), weight (out, in), bias (out,) or null, y (rows, out), all contiguous. A
+// vector holds neighbouring input features, so rows of weight are read without a copy. For many rows, a product in
+// blocks with transposed weights would be faster.
+template <class Policy>
+void project(const typename Policy::Storage* x, int64_t rows, int64_t in, const typename Policy::Storage* weight,
+             const typename Policy::Storage* bias, int64_t out, int num_threads, typename Policy::Storage* y) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
+  constexpr int n = kLanes<Lane>;
+  const int features = static_cast<int>(in);
+  const int64_t row_lanes = round_up(Policy::lanes_for(features), n);
+  const Buffer memory(rows * row_lanes * static_cast<int64_t>(sizeof(Lane)));
+  Lane* lanes = reinterpret_cast<Lane*>(memory.data());
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int d = 0; d < Policy::lanes_for(features); d += n) {
+      store<Lane>(lanes + r * row_lanes + d, load_lanes<Policy>(x + r * in, d, features));
+    }
+  }
+  const int64_t blocks = (out + n - 1) / n;
+  const double flops = 2.0 * static_cast<double>(rows) * static_cast<double>(in) * static_cast<double>(out);
+  parallel_for(choose_threads(num_threads, blocks, flops), blocks, [&](int64_t block, int) {
+    const int64_t first = block * n;
+    const int count = out - first < n ? static_cast<int>(out - first) : n;
+    const Storage* weights[n];
+    for (int i = 0; i < n; ++i) weights[i] = weight + (first + (i < count ? i : count - 1)) * in;
+    const Vec<Lane> offset = bias != nullptr ? load_as<Lane>(bias + first, count) : Vec<Lane>{};
+    alignas(kVectorBytes) Lane sums[n];
+    for (int64_t r = 0; r < rows; ++r) {
+      multiply_keys<Policy>(lanes + r * row_lanes, weights, count, features, Lane(1), PrefetchNothing{}, sums);
+      store_as<Lane>(y + r * out + first, load<Lane>(sums) + offset, count);
+    }
+  });
+}
+
+// Runs the product of LinearParams.
+template <class Policy>
+void linear_with_policy(const LinearParams& p) {
+  using Storage = typename Policy::Storage;
+  const auto data = [](const void* pointer) { return static_cast<const Storage*>(pointer); };
+  project<Policy>(data(p.x), p.rows, p.in, data(p.weight), data(p.bias), p.out, p.num_threads,
+                  static_cast<Storage*>(p.y));
+}
+
+}  // namespace
+}  // namespace fused_attn::cpu

@@ -1,0 +1,91 @@
+"""Linear layers for few rows without gradients, as in a decoding step on a CPU.
+
+Such a product takes as long as reading the weight. torch's product is made for many rows: with 4 rows, it takes 2 to 5
+times as long as the native one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from fused_attn import modes
+from fused_attn.backends.cpu import DTYPES
+from fused_attn.native import _C
+
+#: The most rows for which the native product is used. With 16 rows of float32, it takes at most 0.6 times as long as
+#: torch's.
+MOST_ROWS = 16
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., in) . weight (out, in)^T + bias (out,), as `torch.nn.functional.linear`."""
+    if torch.is_grad_enabled() or not _takes(x, weight, bias):
+        return F.linear(x, weight, bias)
+    features = weight.shape[0]
+    out = torch.empty((*x.shape[:-1], features), dtype=x.dtype)
+    _C.linear(x.view(-1, x.shape[-1]), weight, bias, out.view(-1, features), torch.get_num_threads())
+    return out
+
+
+def call(module: Any, x: Tensor) -> Tensor:
+    """``module(x)``. The module may be of any class. Only plain linear layers are computed by `linear`."""
+    if torch.is_grad_enabled() or not is_plain(module):
+        return module(x)
+    return linear(x, module._parameters["weight"], module._parameters["bias"])
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether nobody can tell that the module is not called.
+
+    These are not plain: subclasses such as parametrisations and FSDP2 make, modules with hooks or with a forward of
+    their own, such as offloading installs. Global hooks count, too.
+    """
+    return (
+        type(module) in (nn.Linear, NonDynamicallyQuantizableLinear)
+        and "forward" not in module.__dict__
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and module._compiled_call_impl is None
+        and not nn_module._has_any_global_hook()
+        and type(module._parameters.get("weight")) is nn.Parameter
+        and type(module._parameters.get("bias", False)) in (nn.Parameter, type(None))
+    )
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the native product can read the tensors, and is faster."""
+    return (
+        _C is not None
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and x.is_cpu
+        and weight.is_cpu
+        and x.dtype == weight.dtype
+        and x.dtype in DTYPES
+        and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+        and x.shape[-1] == weight.shape[-1]
+        and x.is_contiguous()
+        and weight.layout is torch.strided
+        and weight.is_contiguous()
+        and (bias is None or _is_plain_bias(bias, x.dtype))
+        and not (x.is_neg() or weight.is_neg())
+        and not modes.is_any_autocast_enabled()
+        and modes.is_direct()
+    )
+
+
+def _is_plain_bias(bias: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the native product can read the bias."""
+    return (
+        type(bias) in (Tensor, nn.Parameter)
+        and bias.dtype == dtype
+        and bias.is_cpu
+        and bias.is_contiguous()
+        and not bias.is_neg()
+    )

@@ -1,0 +1,443 @@
+"""Generates targets token by token: greedily, by sampling, or by beam search.
+
+A step is a function without arguments or results. It reads the newest tokens from tensors of a `Search`, and writes the
+next tokens into these tensors, in place. It reads no number from the host, and all its shapes are fixed. So a GPU can
+replay a captured step, see `fused_attn.nn.replay`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fused_attn.measurement import progress as progress_bar
+from fused_attn.nn import few_rows
+from fused_attn.nn.cache import StaticKVCache
+from fused_attn.nn.replay import EndWatch, Replayed
+
+MINUS_INF = float("-inf")
+
+#: Rows of the first buffers of the cache. They double when they are full, so a large max_new_tokens costs no memory as
+#: long as targets are short.
+FIRST_CAPACITY = 128
+
+
+class Model(Protocol):
+    """What a generation asks of a model, which is a `torch.nn.Module`; `Seq2SeqTransformer` has all of this."""
+
+    pad_id: int
+    sos_id: int
+    eos_id: int
+    max_len: int
+    tgt_embedding: nn.Embedding
+    decoder: Any
+    generator: Any
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether `decode_hidden` takes a cache."""
+
+    def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
+        """(memory (B, S, E), its padding (B, S) bool) of source tokens (B, S)."""
+
+    def decode_hidden(
+        self, tgt: Tensor, memory: Tensor, memory_key_padding_mask: Tensor | None, *, cache: StaticKVCache | None = None
+    ) -> Tensor:
+        """The output (B, T, E) of the decoder for target tokens (B, T)."""
+
+
+class Settings(NamedTuple):
+    """The arguments of `Seq2SeqTransformer.generate` that say how a token is chosen, and when a target ends."""
+
+    max_new_tokens: int
+    num_beams: int = 1
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    length_penalty: float = 1.0
+    num_return_sequences: int = 1
+    stop_ids: int | Sequence[int] = ()
+    generator: torch.Generator | None = None
+
+
+class Generation(NamedTuple):
+    """What `Seq2SeqTransformer.generate` returns with ``return_scores=True``. R is ``num_return_sequences``.
+
+    Probabilities are those of the model, without pad_id and sos_id, after the repetition penalty, and before
+    temperature, top_k and top_p.
+
+    tokens: (B * R, N) int64. The R targets of a source follow one another
+    scores: (B * R,), the sum of the log-probabilities of the new tokens; for beam search divided by
+        ``n ** length_penalty``
+    log_probs: (B * R, N), the log-probability of each token; 0 for padding and for tokens of the prefix
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    log_probs: Tensor
+
+
+class Search:
+    """The state of a generation, with one row for each target or hypothesis. T is 1 + prefix + max_new_tokens.
+
+    tokens: (rows, T) int64, from ``sos_id`` on
+    log_probs: (rows, T), the log-probability of each token
+    position: (rows,) int64, the index of the newest token in its row
+    has_ended: (rows,) bool
+    seen: (rows, V) bool, the tokens of the row so far, for the repetition penalty; else None
+    """
+
+    def __init__(self, model: Model, src: Tensor, prefix: Tensor | None, settings: Settings):
+        self.model, self.settings = model, settings
+        memory, padding = model.encode(src)
+        batch, device = memory.shape[0], memory.device
+        self.batch, self.device = batch, device
+        self.repeats = max(settings.num_beams, settings.num_return_sequences if settings.do_sample else 1)
+        self.memory, self.padding = (x.repeat_interleave(self.repeats, dim=0) for x in (memory, padding))
+        starts = torch.full((batch, 1), model.sos_id, dtype=torch.int64, device=device)
+        if prefix is not None:
+            starts = torch.cat((starts, prefix.to(torch.int64)), dim=1)
+        starts = starts.repeat_interleave(self.repeats, dim=0)
+        rows, self.first = starts.shape
+        self.tokens = starts.new_full((rows, self.first + settings.max_new_tokens), model.pad_id)
+        self.tokens[:, : self.first] = starts
+        self.position = (starts != model.pad_id).sum(dim=1) - 1
+        self.start = self.position.clone()
+        self.float_dtype = torch.promote_types(memory.dtype, torch.float32)
+        self.log_probs = torch.zeros(self.tokens.shape, dtype=self.float_dtype, device=device)
+        self.has_ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        vocab = model.tgt_embedding.num_embeddings
+        self.is_stop = torch.zeros(vocab, dtype=torch.bool, device=device)
+        stop_ids = (settings.stop_ids,) if isinstance(settings.stop_ids, int) else tuple(settings.stop_ids)
+        self.is_stop[torch.tensor([model.eos_id, *stop_ids], device=device)] = True
+        self.is_excluded = torch.zeros(vocab, dtype=torch.bool, device=device)
+        self.is_excluded[torch.tensor([model.pad_id, model.sos_id], device=device)] = True
+        self.seen: Tensor | None = None
+        if settings.repetition_penalty != 1.0:
+            self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device).scatter_(1, starts, True)
+        self.cache: StaticKVCache | None = None
+
+    def start_cache(self, num_layers: int) -> None:
+        """Makes a cache and fills it with the prefix. Without a cache, each step computes all tokens again."""
+        total = self.tokens.shape[1]
+        self.cache = StaticKVCache(num_layers, min(total, self.first + FIRST_CAPACITY))
+        if self.first > 1:
+            earlier = self.tokens[:, : self.first - 1]
+            self.model.decode_hidden(earlier, self.memory, self.padding, cache=self.cache)
+            self.cache.crop(self.position)  # rows of shorter prefixes hold padding behind their tokens
+
+    def reserve(self, length: int) -> bool:
+        """Makes room for `length` tokens in the cache. True = the buffers are new: the step must be captured again."""
+        if self.cache is None or length <= (capacity := self.cache.max_length):
+            return False
+        self.cache.reserve(min(2 * capacity, self.tokens.shape[1]))
+        return True
+
+    def step(self) -> None:
+        """Appends a token to each row that has not ended."""
+        log_probs = self._next_log_probs()
+        if self.settings.do_sample:
+            token = _draw(self._sampled_from(log_probs), self.settings.generator)
+        else:
+            token = log_probs.argmax(dim=-1)
+        log_prob = log_probs.gather(1, token[:, None])[:, 0].masked_fill(self.has_ended, 0.0)
+        self._append(token.masked_fill(self.has_ended, self.model.pad_id), log_prob)
+        self.has_ended.logical_or_(self.is_stop[token])
+
+    def is_done(self) -> Tensor:
+        """() bool: whether no step can change the result."""
+        return self.has_ended.all()
+
+    def newest(self) -> Tensor:
+        """(rows,) int64: the tokens of the last step; pad_id for rows that had ended before."""
+        return self.tokens.gather(1, self.position[:, None])[:, 0]
+
+    def result(self) -> Generation:
+        """The targets so far."""
+        is_new = torch.arange(self.tokens.shape[1], device=self.device) > self.start[:, None]
+        scores = self.log_probs.masked_fill(~is_new, 0.0).sum(dim=1)
+        return Generation(*_trimmed(self.tokens, self.log_probs, self.model.pad_id, scores))
+
+    def _next_log_probs(self) -> Tensor:
+        """(rows, V): the log-probabilities of the next token of each row, at least float32."""
+        if self.cache is None:
+            # The host knows the longest row, because all rows grow together.
+            hidden = self.model.decode_hidden(self.tokens[:, : int(self.position.max()) + 1], self.memory, self.padding)
+            hidden = hidden[torch.arange(hidden.shape[0], device=self.device), self.position]
+        else:
+            newest = self.tokens.gather(1, self.position[:, None])
+            hidden = self.model.decode_hidden(newest, self.memory, self.padding, cache=self.cache)[:, 0]
+        logits = few_rows.call(self.model.generator, hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(self.is_excluded, MINUS_INF)
+        if self.seen is not None:
+            penalty = self.settings.repetition_penalty
+            logits = torch.where(self.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        return logits.log_softmax(dim=-1)
+
+    def _sampled_from(self, log_probs: Tensor) -> Tensor:
+        """(rows, V): the probabilities to draw the next token from."""
+        settings = self.settings
+        return sampling_probabilities(log_probs, settings.temperature, settings.top_k, settings.top_p)
+
+    def _append(self, token: Tensor, log_prob: Tensor) -> None:
+        """Appends a token (rows,), and its log-probability, to each row."""
+        self.position.add_(1)
+        column = self.position[:, None]
+        self.tokens.scatter_(1, column, token[:, None])
+        self.log_probs.scatter_(1, column, log_prob[:, None].to(self.log_probs.dtype))
+        if self.seen is not None:
+            self.seen.scatter_(1, token[:, None], True)
+
+
+class BeamSearch(Search):
+    """Beam search. The rows are the K open hypotheses of each source, best first; K is ``num_beams``.
+
+    open_score:   (B, K), the log-probabilities of the open hypotheses
+    ended_tokens: (B, K, T), the best ended hypotheses, best first
+    ended_probs:  (B, K, T), the log-probabilities of their tokens
+    ended_scores: (B, K), their scores; -inf = there is no such hypothesis yet
+    count:        () float, the number of new tokens
+    is_finished:  (B, 1) bool: no open hypothesis can become better than the ended ones
+    """
+
+    def __init__(self, model: Model, src: Tensor, prefix: Tensor | None, settings: Settings):
+        super().__init__(model, src, prefix, settings)
+        batch, beams, device = self.batch, settings.num_beams, self.device
+        # All beams of a source begin as the same hypothesis, so only one of them may count.
+        self.open_score = torch.full((batch, beams), MINUS_INF, dtype=self.float_dtype, device=device)
+        self.open_score[:, 0] = 0.0
+        self.ended_tokens = self.tokens.view(batch, beams, -1).clone()
+        self.ended_probs = self.log_probs.view(batch, beams, -1).clone()
+        self.ended_scores = torch.full_like(self.open_score, MINUS_INF)
+        self.count = torch.zeros((), dtype=self.float_dtype, device=device)
+        self.is_finished = torch.zeros(batch, 1, dtype=torch.bool, device=device)
+        self.first_row = torch.arange(batch, device=device)[:, None] * beams
+
+    def step(self) -> None:
+        """Extends the open hypotheses by a token, and keeps the best open and the best ended ones."""
+        beams = self.settings.num_beams
+        log_probs = self._next_log_probs()
+        vocab = log_probs.shape[1]
+        self.count.add_(1)
+        length_factor = self.count**self.settings.length_penalty
+        total = self.open_score[:, :, None] + log_probs.view(-1, beams, vocab)  # (B, K, V)
+        # At most one token in each beam for each stop token ends a hypothesis. So, of so many, at least K go on.
+        candidates = min(beams * (1 + self._num_stops), beams * vocab)
+        score, index = total.flatten(1).topk(candidates)
+        beam, token = index // vocab, index % vocab
+        ends = self.is_stop[token]
+        tokens, probs = (self._of_beams(x, beam) for x in (self.tokens, self.log_probs))
+        column = self._of_beams(self.position[:, None], beam) + 1
+        tokens = tokens.scatter(2, column, token[:, :, None])
+        own = score - self.open_score.gather(1, beam)
+        probs = probs.scatter(2, column, own[:, :, None].to(probs.dtype))
+
+        ended_score = (score / length_factor).masked_fill(~ends | self.is_finished, MINUS_INF)
+        scores, best = torch.cat((self.ended_scores, ended_score), dim=1).topk(beams)
+        self.ended_tokens.copy_(_select(torch.cat((self.ended_tokens, tokens), dim=1), best))
+        self.ended_probs.copy_(_select(torch.cat((self.ended_probs, probs), dim=1), best))
+        self.ended_scores.copy_(scores)
+
+        scores, best = score.masked_fill(ends, MINUS_INF).topk(beams)
+        self.open_score.copy_(scores)
+        self.tokens.copy_(_select(tokens, best).flatten(0, 1))
+        self.log_probs.copy_(_select(probs, best).flatten(0, 1))
+        self.position.add_(1)
+        rows = (self.first_row + beam.gather(1, best)).flatten()
+        if self.cache is not None:
+            self.cache.reorder(rows, include_cross_attention=False)
+        if self.seen is not None:
+            self.seen.copy_(self.seen.index_select(0, rows).scatter(1, self.newest()[:, None], True))
+        self.is_finished.logical_or_(self.ended_scores[:, -1:] >= self.open_score[:, :1] / length_factor)
+
+    def is_done(self) -> Tensor:
+        return self.is_finished.all()
+
+    def result(self) -> Generation:
+        """The best hypotheses of each source. Ended ones come before open ones."""
+        count = self.settings.num_return_sequences
+        length_factor = self.count**self.settings.length_penalty
+        has_ended = self.ended_scores > MINUS_INF  # these come first
+        # Ended hypotheses, then the open ones: the first `count` of them.
+        order = torch.cat((~has_ended, torch.zeros_like(has_ended)), dim=1).sort(dim=1, stable=True).indices[:, :count]
+        shape = self.ended_tokens.shape
+        tokens, probs, scores = (
+            torch.cat((ended, opened.view(ended.shape)), dim=1)
+            for ended, opened in (
+                (self.ended_tokens, self.tokens),
+                (self.ended_probs, self.log_probs),
+                (self.ended_scores, self.open_score / length_factor),
+            )
+        )
+        tokens, probs = (_select(x, order).view(-1, shape[2]) for x in (tokens, probs))
+        return Generation(*_trimmed(tokens, probs, self.model.pad_id, scores.gather(1, order).flatten()))
+
+    @property
+    def _num_stops(self) -> int:
+        """The number of tokens that end a hypothesis."""
+        stops = self.settings.stop_ids
+        return 1 + (1 if isinstance(stops, int) else len(stops))
+
+    def _of_beams(self, x: Tensor, beam: Tensor) -> Tensor:
+        """From x (B * K, n) the rows of the beams (B, C); returns (B, C, n)."""
+        return _select(x.view(self.batch, -1, x.shape[1]), beam)
+
+
+def generate(
+    model: Any,
+    src: Tensor,
+    prefix: Tensor | None,
+    settings: Settings,
+    *,
+    on_tokens: Callable[[Tensor], None] | None,
+    progress: bool,
+    cuda_graph: bool | None,
+) -> Generation:
+    """Generates targets for sources. The arguments are those of `Seq2SeqTransformer.generate`.
+
+    model: a `torch.nn.Module` that is a `Model`
+    """
+    search = (BeamSearch if settings.num_beams > 1 else Search)(model, src, prefix, settings)
+    if model.takes_cache:
+        search.start_cache(len(model.decoder.layers))
+    step = Replayed(
+        search.step, search.device, settings.generator, cuda_graph, model if search.cache is not None else None
+    )
+    watch = EndWatch(search.is_done, search.device)
+    with progress_bar(settings.max_new_tokens) if progress else contextlib.nullcontext(lambda text: None) as advance:
+        for count in range(settings.max_new_tokens):
+            if search.reserve(search.first + count):
+                step.forget()
+            step(remaining=settings.max_new_tokens - count)
+            if on_tokens is not None:
+                on_tokens(search.newest())
+            advance(f"{count + 1} tokens")
+            if watch.has_ended():
+                break
+    return search.result()
+
+
+def sampling_probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """Probabilities (B, V) to draw from.
+
+    Tokens that top_k excludes have the probability 0, and so have those that top_p then excludes. The likeliest token
+    always stays.
+
+    >>> import torch
+    >>> from fused_attn.nn.generation import sampling_probabilities
+    >>> sampling_probabilities(torch.tensor([[0.0, 0.0, -1.0]]), temperature=1.0, top_k=2, top_p=None)
+    tensor([[0.5000, 0.5000, 0.0000]])
+    """
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, MINUS_INF)
+    probabilities = logits.softmax(dim=-1)
+    if top_p is None:
+        return probabilities
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered  # the sum over the likelier tokens
+    likeliest = ordered.masked_fill(before >= top_p, 0.0)
+    return torch.zeros_like(probabilities).scatter(-1, order, likeliest / likeliest.sum(dim=-1, keepdim=True))
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A token (rows,) for each row of probabilities (rows, V).
+
+    The smallest of exponential numbers with these rates is a token with these probabilities. `torch.multinomial` does
+    the same, but it first reads on the host whether the probabilities are valid.
+    """
+    numbers = torch.empty_like(probabilities).exponential_(1.0, generator=generator)
+    return (probabilities / numbers).argmax(dim=-1)
+
+
+def _select(hypotheses: Tensor, index: Tensor) -> Tensor:
+    """From hypotheses (B, N, length) those with the numbers index (B, K); returns (B, K, length)."""
+    return hypotheses.gather(1, index[:, :, None].expand(-1, -1, hypotheses.shape[2]))
+
+
+def _trimmed(tokens: Tensor, log_probs: Tensor, pad_id: int, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, scores, log_probs) without sos_id, and without the columns that hold only padding."""
+    end = 1 + int((tokens[:, 1:] != pad_id).sum(dim=1).amax())
+    return tokens[:, 1:end], scores, log_probs[:, 1:end]
+
+
+def check(model: Model, src: Tensor, prefix: Tensor | None, settings: Settings, streams: bool) -> None:
+    """Raises TypeError or ValueError for arguments of `Seq2SeqTransformer.generate` that do not fit.
+
+    streams: whether there is a callback for tokens
+    """
+    optional = ("top_k",)
+    for name in ("max_new_tokens", "num_beams", "num_return_sequences", "top_k"):
+        count = getattr(settings, name)
+        if not isinstance(count, int) and not (name in optional and count is None):
+            raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
+    if not 1 <= settings.max_new_tokens <= model.max_len:
+        raise ValueError(f"max_new_tokens: expected 1 to max_len={model.max_len}, got {settings.max_new_tokens}")
+    for name in ("num_beams", "num_return_sequences"):
+        if (count := getattr(settings, name)) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {count}")
+    if settings.do_sample and settings.num_beams > 1:
+        raise ValueError(f"num_beams: expected 1 with do_sample=True, got {settings.num_beams}")
+    if not settings.do_sample:
+        for name, default in (("temperature", 1.0), ("top_k", None), ("top_p", None)):
+            if (value := getattr(settings, name)) != default:
+                raise ValueError(f"{name}: expected {default} with do_sample=False, got {value}")
+        if settings.num_return_sequences > settings.num_beams:
+            raise ValueError(
+                f"num_return_sequences: expected at most num_beams={settings.num_beams} with do_sample=False, got "
+                f"{settings.num_return_sequences}"
+            )
+    if not settings.temperature > 0.0:
+        raise ValueError(f"temperature: expected a number > 0, got {settings.temperature}")
+    if settings.top_k is not None and settings.top_k < 1:
+        raise ValueError(f"top_k: expected None or at least 1, got {settings.top_k}")
+    if settings.top_p is not None and not 0.0 < settings.top_p <= 1.0:
+        raise ValueError(f"top_p: expected None or a number in (0, 1], got {settings.top_p}")
+    if not (settings.repetition_penalty > 0.0 and math.isfinite(settings.repetition_penalty)):
+        raise ValueError(f"repetition_penalty: expected a finite number > 0, got {settings.repetition_penalty}")
+    if not math.isfinite(settings.length_penalty):
+        raise ValueError(f"length_penalty: expected a finite number, got {settings.length_penalty}")
+    vocab = model.tgt_embedding.num_embeddings
+    for token in (settings.stop_ids,) if isinstance(settings.stop_ids, int) else settings.stop_ids:
+        if not isinstance(token, int):
+            raise TypeError(f"stop_ids: expected an int or a sequence of ints, got {type(token).__name__}")
+        if not 0 <= token < vocab or token in (model.pad_id, model.sos_id):
+            raise ValueError(f"stop_ids: expected tokens in [0, {vocab}) without pad_id and sos_id, got {token}")
+    if streams and settings.num_beams > 1:
+        raise ValueError("on_tokens: expected None with num_beams > 1, whose hypotheses change later, got a callback")
+    if prefix is not None:
+        _check_prefix(model, src, prefix, settings)
+
+
+def _check_prefix(model: Model, src: Tensor, prefix: Tensor, settings: Settings) -> None:
+    """Raises TypeError or ValueError if the prefix does not fit."""
+    if prefix.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"prefix: expected int64 or int32 tokens, got {prefix.dtype}")
+    if prefix.dim() != 2 or prefix.shape[0] != src.shape[0]:
+        raise ValueError(f"prefix: expected shape (B, P) with B = {src.shape[0]}, got {tuple(prefix.shape)}")
+    most = model.max_len - settings.max_new_tokens
+    if prefix.shape[1] > most:
+        raise ValueError(f"prefix: expected at most max_len - max_new_tokens = {most} tokens, got {prefix.shape[1]}")
+    is_padding = prefix == model.pad_id
+    if (is_padding[:, :-1] & ~is_padding[:, 1:]).any():
+        raise ValueError("prefix: expected padding behind the tokens, got padding before a token")
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Puts every submodule into eval mode, and afterwards back into the mode that it had."""
+    training = [submodule for submodule in module.modules() if submodule.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule in training:
+            submodule.training = True

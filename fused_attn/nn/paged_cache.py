@@ -1,0 +1,275 @@
+"""A cache of keys and values in pages, for many sequences of different lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class OutOfPages(RuntimeError):
+    """A `PagedKVCache` has too few free pages for an append. The cache is as it was before the call.
+
+    >>> import torch
+    >>> from fused_attn.nn import OutOfPages, PagedKVCache
+    >>> cache = PagedKVCache(num_pages=1, page_size=4, num_kv_heads=2, head_dim=8)
+    >>> rows = torch.randn(1, 2, 5, 8)
+    >>> try:
+    ...     cache.append([cache.add()], rows, rows)
+    ... except OutOfPages:
+    ...     print("wait until another sequence has ended")
+    wait until another sequence has ended
+    """
+
+
+class PagedKVCache:
+    """The keys and values of one attention layer for many sequences, in pages that the sequences share.
+
+    A sequence takes a page whenever its last one is full, so a sequence wastes less than one page. `fork` copies no
+    row: both sequences have the same pages, and a page is copied when one of them writes to it. Sequences are named by
+    numbers. ``len(cache)`` is how many there are.
+
+    >>> import torch
+    >>> from fused_attn import PagedKVCache, fused_attention_paged
+    >>> cache = PagedKVCache(num_pages=100, page_size=16, num_kv_heads=2, head_dim=64)
+    >>> sequences = [cache.add(), cache.add()]
+    >>> cache.append(sequences, torch.randn(2, 2, 5, 64), torch.randn(2, 2, 5, 64))  # 5 tokens each
+    >>> beam = cache.fork(sequences[0])
+    >>> query = torch.randn(3, 8, 1, 64)
+    >>> out = fused_attention_paged(query, cache.key_pages, cache.value_pages, *cache.table([*sequences, beam]))
+    >>> cache.length(beam), cache.num_free_pages
+    (5, 98)
+
+    The numbers of the pages are kept on the host. `append` and `table` copy a few numbers for each sequence to the
+    device and do not wait for it.
+
+    Args:
+        num_pages: how many pages there are.
+        page_size: the rows of a page.
+        num_kv_heads: Hkv.
+        head_dim: D.
+        value_dim: Dv; default: D.
+        dtype: of keys and values; default: torch's default dtype.
+        device: default: torch's default device.
+
+    Attributes:
+        key_pages: (num_pages, page_size, Hkv, D), as `fused_attention_paged` takes them. In memory, the rows of a head
+            follow one another within a page.
+        value_pages: (num_pages, page_size, Hkv, Dv).
+
+    Raises:
+        ValueError: a size is below 1.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        value_dim = head_dim if value_dim is None else value_dim
+        sizes = {
+            "num_pages": num_pages, "page_size": page_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+            "value_dim": value_dim,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
+        self.key_pages, self.value_pages = (
+            torch.zeros(num_pages, num_kv_heads, page_size, dim, dtype=dtype, device=device).transpose(1, 2)
+            for dim in (head_dim, value_dim)
+        )
+        self._free = list(range(num_pages - 1, -1, -1))  # the last one is taken first
+        self._users = [0] * num_pages  # how many sequences have each page
+        self._pages: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        self._next_sequence = 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def page_size(self) -> int:
+        """The rows of a page."""
+        return self.key_pages.shape[1]
+
+    @property
+    def num_free_pages(self) -> int:
+        """How many pages belong to no sequence."""
+        return len(self._free)
+
+    def add(self) -> int:
+        """A new, empty sequence. It takes no page yet."""
+        sequence = self._next_sequence
+        self._next_sequence += 1
+        self._pages[sequence], self._lengths[sequence] = [], 0
+        return sequence
+
+    def length(self, sequence: int) -> int:
+        """How many rows the sequence has."""
+        self._check_known(sequence)
+        return self._lengths[sequence]
+
+    def append(self, sequences: Sequence[int], key: Tensor, value: Tensor) -> None:
+        """Appends L rows to each of the sequences.
+
+        Args:
+            sequences: B different sequences.
+            key: (B, Hkv, L, D), of the dtype and device of the cache.
+            value: (B, Hkv, L, Dv), likewise.
+
+        Raises:
+            OutOfPages: there are too few free pages. No sequence has changed.
+            ValueError: a sequence is unknown or named twice, key or value does not fit, or a gradient is asked for.
+        """
+        rows = self._check_rows("key", key, self.key_pages, len(sequences))
+        if self._check_rows("value", value, self.value_pages, len(sequences)) != rows:
+            raise ValueError(f"value: expected as many rows as key, {rows}, got shape {tuple(value.shape)}")
+        if len(set(sequences)) != len(sequences):
+            raise ValueError(f"sequences: expected each sequence once, got {list(sequences)}")
+        for sequence in sequences:
+            self._check_known(sequence)
+        if rows == 0 or not sequences:
+            return
+        self._reserve(sequences, rows)
+        slots = []
+        for sequence in sequences:
+            start, numbers = self._lengths[sequence], self._pages[sequence]
+            slots += [
+                numbers[j // self.page_size] * self.page_size + j % self.page_size for j in range(start, start + rows)
+            ]
+            self._lengths[sequence] = start + rows
+        slot = self._on_device(slots, torch.int64)
+        page, row = slot // self.page_size, slot % self.page_size
+        with torch.no_grad():
+            for pages, x in ((self.key_pages, key), (self.value_pages, value)):
+                pages[page, row] = x.transpose(1, 2).flatten(0, 1)
+
+    def table(self, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(block_table (B, pages of the longest) int32, key_lengths (B,) int32), as `fused_attention_paged` takes them.
+
+        A sequence may occur several times.
+        """
+        for sequence in sequences:
+            self._check_known(sequence)
+        lists = [self._pages[sequence] for sequence in sequences]
+        columns = max(map(len, lists), default=0)
+        numbers = [number for pages in lists for number in (*pages, *[0] * (columns - len(pages)))]
+        table = self._on_device(numbers, torch.int32).view(len(lists), columns)
+        return table, self._on_device([self._lengths[sequence] for sequence in sequences], torch.int32)
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence with the rows of `sequence`. No row is copied until one of the two writes to a shared page."""
+        self._check_known(sequence)
+        copy = self.add()
+        self._pages[copy] = list(self._pages[sequence])
+        self._lengths[copy] = self._lengths[sequence]
+        for page in self._pages[copy]:
+            self._users[page] += 1
+        return copy
+
+    def free(self, sequence: int) -> None:
+        """Removes the sequence. The pages that no other sequence has become free."""
+        self._check_known(sequence)
+        for page in self._pages.pop(sequence):
+            self._release(page)
+        del self._lengths[sequence]
+
+    def crop(self, sequence: int, length: int) -> None:
+        """Removes all rows of the sequence but the first `length`, as after rejected speculative tokens.
+
+        Raises:
+            ValueError: length is below 0 or above the length of the sequence.
+        """
+        self._check_known(sequence)
+        if not 0 <= length <= self._lengths[sequence]:
+            raise ValueError(f"length: expected 0 to {self._lengths[sequence]}, got {length}")
+        pages = self._pages[sequence]
+        while len(pages) * self.page_size >= length + self.page_size:
+            self._release(pages.pop())
+        self._lengths[sequence] = length
+
+    def reorder(self, sequences: Sequence[int], indices: Sequence[int]) -> list[int]:
+        """New sequences for the next step of a beam search: number n continues ``sequences[indices[n]]``.
+
+        The old sequences are removed.
+        """
+        chosen = [self.fork(sequences[index]) for index in indices]
+        for sequence in sequences:
+            self.free(sequence)
+        return chosen
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PagedKVCache:
+        """Moves the pages to a device, or converts them to a dtype. Returns the cache itself."""
+        self.key_pages = self.key_pages.to(device=device, dtype=dtype)
+        self.value_pages = self.value_pages.to(device=device, dtype=dtype)
+        return self
+
+    def _reserve(self, sequences: Sequence[int], rows: int) -> None:
+        """Makes every page that the next `rows` rows of the sequences go to their own, or raises `OutOfPages`."""
+        users = {page: self._users[page] for sequence in sequences for page in self._pages[sequence][-1:]}
+        needed, shared = 0, []
+        for sequence in sequences:
+            pages, length = self._pages[sequence], self._lengths[sequence]
+            needed += -(-(length + rows) // self.page_size) - len(pages)
+            if length % self.page_size and users[pages[-1]] > 1:
+                users[pages[-1]] -= 1  # the last of the sequences that share a page keeps it
+                shared.append(sequence)
+        if needed + len(shared) > len(self._free):
+            raise OutOfPages(
+                f"expected {needed + len(shared)} free pages for {rows} more rows of {len(sequences)} sequences, got "
+                f"{len(self._free)} of {len(self._users)}: free or crop a sequence, or make a cache of more pages"
+            )
+        if shared:
+            old = [self._pages[sequence][-1] for sequence in shared]
+            new = [self._take() for _ in shared]
+            for sequence, page, copy in zip(shared, old, new, strict=True):
+                self._pages[sequence][-1] = copy
+                self._release(page)
+            source, target = self._on_device(old, torch.int64), self._on_device(new, torch.int64)
+            for x in (self.key_pages, self.value_pages):
+                x[target] = x[source]
+        for sequence in sequences:
+            pages = self._pages[sequence]
+            while len(pages) * self.page_size < self._lengths[sequence] + rows:
+                pages.append(self._take())
+
+    def _take(self) -> int:
+        """A free page, which has one user from now on."""
+        page = self._free.pop()
+        self._users[page] = 1
+        return page
+
+    def _release(self, page: int) -> None:
+        """One sequence less has the page."""
+        self._users[page] -= 1
+        if self._users[page] == 0:
+            self._free.append(page)
+
+    def _on_device(self, numbers: list[int], dtype: torch.dtype) -> Tensor:
+        """The numbers as a tensor on the device of the pages. The host does not wait for a GPU."""
+        device = self.key_pages.device
+        x = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+        return x.to(device, non_blocking=True)
+
+    def _check_known(self, sequence: int) -> None:
+        if sequence not in self._lengths:
+            raise ValueError(f"sequence: expected one of the {len(self)} sequences of the cache, got {sequence!r}")
+
+    @staticmethod
+    def _check_rows(name: str, x: Tensor, pages: Tensor, batch: int) -> int:
+        """Checks new keys or values; returns how many rows each sequence gets."""
+        _, _, heads, dim = pages.shape
+        if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, dim):
+            raise ValueError(f"{name}: expected shape ({batch}, {heads}, L, {dim}), got {tuple(x.shape)}")
+        if x.dtype != pages.dtype or x.device != pages.device:
+            raise ValueError(f"{name}: expected {pages.dtype} on {pages.device}, got {x.dtype} on {x.device}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: expected a tensor without gradient: append under torch.no_grad()")
+        return x.shape[2]

@@ -1,0 +1,296 @@
+"""All kinds of self-attention caches against plain lists of rows, and in modules against attention without a cache."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+import fused_attn as fused
+from fused_attn import FusedMultiheadAttention
+from fused_attn.nn import (
+    KVCache,
+    SelfAttentionCache,
+    SlidingKVCache,
+    SlidingSelfAttentionCache,
+    StaticKVCache,
+    StaticSelfAttentionCache,
+    T5RelativeBias,
+)
+
+BATCH, HEADS, COLUMNS, WINDOW, CAPACITY = 3, 2, 4, 5, 64
+
+KINDS = {
+    "growing": lambda: SelfAttentionCache(),
+    "preallocated": lambda: SelfAttentionCache(CAPACITY),
+    "static": lambda: StaticSelfAttentionCache(CAPACITY),
+    "sliding": lambda: SlidingSelfAttentionCache(WINDOW),
+}
+
+
+def attended(rows, query: Tensor) -> Tensor:
+    """What attention over the rows of a cache gives, by the module's own way of passing the masks on."""
+    options = dict(rows.options)
+    if rows.diagonal:
+        options["attn_mask"] = causal_lower_right(query.shape[2], rows.keys.shape[2])
+    elif rows.diagonal == 0:
+        options["is_causal"] = True
+    return fused.fused_attention(query, rows.keys, rows.values, **options)
+
+
+def expected(history: list[list[tuple[Tensor, Tensor]]], query: Tensor, window: int | None) -> Tensor:
+    """The same from lists of (key (Hkv, D), value (Hkv, D)), one list for each batch entry."""
+    out = torch.empty_like(query)
+    count = query.shape[2]
+    for b, entry in enumerate(history):
+        for i in range(count):
+            end = len(entry) - count + i + 1
+            seen = entry[max(0, end - window) if window else 0 : end]
+            keys, values = (torch.stack(x, dim=1) for x in zip(*seen, strict=True))  # (Hkv, S, D)
+            weights = (keys @ query[b, :, i, :, None] / COLUMNS**0.5).softmax(dim=1)
+            out[b, :, i] = (weights * values).sum(dim=1)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_fuzz_against_lists(kind, seed):
+    """append, crop, reorder, moves between dtypes and wraps of the ring, in random order."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    cache, dtype, window = KINDS[kind](), torch.float64, WINDOW if kind == "sliding" else None
+    history: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(BATCH)]
+    lengths_seen = set()
+    for _ in range(40):
+        action = draw.choice(["append", "append", "append", "crop", "reorder", "to"])
+        longest = max(map(len, history))
+        if action == "append" and longest < CAPACITY - 8:
+            count = draw.choice([1, 1, 1, 2, WINDOW, 8])
+            key, value, query = (
+                torch.randn(BATCH, HEADS, count, COLUMNS, generator=generator, dtype=dtype) for _ in range(3)
+            )
+            for b, entry in enumerate(history):
+                entry += [(key[b, :, i], value[b, :, i]) for i in range(count)]
+            torch.testing.assert_close(attended(cache.append(key, value), query), expected(history, query, window))
+            lengths_seen.add(longest + count)
+        elif action == "crop" and kind != "sliding":
+            length = draw.randint(0, longest + 1)
+            if kind == "static" and draw.random() < 0.5:
+                lengths = [draw.randint(1, longest + 1) for _ in history]
+                cache.crop(torch.tensor(lengths))
+            else:
+                lengths = [length] * BATCH
+                cache.crop(length)
+            for entry, most in zip(history, lengths, strict=True):
+                del entry[most:]
+        elif action == "crop" and draw.random() < 0.2:
+            cache.crop(0)
+            history = [[] for _ in range(BATCH)]
+        elif action == "reorder":
+            order = [draw.randrange(BATCH) for _ in range(BATCH)]
+            cache.reorder(torch.tensor(order))
+            history = [list(history[n]) for n in order]
+        elif action == "to":
+            cache.to(dtype=torch.float32)
+            cache.to("cpu", torch.float64)
+            history = [[(k.float().double(), v.float().double()) for k, v in entry] for entry in history]
+        assert len(cache) == cache.length == max(map(len, history))
+    assert len(lengths_seen) > 8
+
+
+# ---- in modules
+
+MODULES = {
+    "plain": {},
+    "gqa": {"num_kv_heads": 2},
+    "rotary": {"rotary": True},
+    "relative-bias": {"relative_bias": "t5"},
+    "sequence-first": {"batch_first": False},
+    "rotary-sequence-first": {"batch_first": False, "rotary": True},
+}
+
+
+def make_module(options: dict) -> FusedMultiheadAttention:
+    torch.manual_seed(0)
+    options = {"batch_first": True, "dtype": torch.float64} | options
+    if "relative_bias" in options:
+        options["relative_bias"] = T5RelativeBias(8, 4, bidirectional=False, max_distance=16, dtype=torch.float64)
+        torch.nn.init.normal_(options["relative_bias"].weight)
+    return FusedMultiheadAttention(16, 4, **options).eval()
+
+
+@pytest.mark.parametrize("chunks", [(1,) * 9, (4, 1, 3, 1), (9,)], ids=str)
+@pytest.mark.parametrize("name", MODULES)
+@torch.no_grad()
+def test_a_static_cache_gives_causal_attention(name, chunks):
+    module = make_module(MODULES[name])
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    full, _ = module(x, x, x, need_weights=False, is_causal=True) if module.batch_first else _transposed(module, x)
+    cache, out = StaticSelfAttentionCache(12), []
+    for part in x.split(chunks, dim=1):
+        part = part if module.batch_first else part.transpose(0, 1)
+        y = module(part, part, part, need_weights=False, cache=cache)[0]
+        out.append(y if module.batch_first else y.transpose(0, 1))
+    torch.testing.assert_close(torch.cat(out, dim=1), full)
+
+
+def _transposed(module: FusedMultiheadAttention, x: Tensor) -> tuple[Tensor, None]:
+    x = x.transpose(0, 1)
+    return module(x, x, x, need_weights=False, is_causal=True)[0].transpose(0, 1), None
+
+
+@pytest.mark.parametrize("chunks", [(1,) * 12, (4, 1, 6, 1), (12,), (2, 10)], ids=str)
+@pytest.mark.parametrize("name", ["plain", "gqa", "rotary"])
+@torch.no_grad()
+def test_a_ring_gives_attention_with_a_window(name, chunks):
+    module = make_module(MODULES[name])
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    distance = torch.arange(12) - torch.arange(12)[:, None]
+    full, _ = module(x, x, x, need_weights=False, attn_mask=(distance > 0) | (distance <= -WINDOW))
+    cache = SlidingSelfAttentionCache(WINDOW)
+    out = [module(part, part, part, need_weights=False, cache=cache)[0] for part in x.split(chunks, dim=1)]
+    torch.testing.assert_close(torch.cat(out, dim=1), full)
+    assert len(cache) == 12
+
+
+@torch.no_grad()
+def test_batch_entries_of_different_lengths():
+    """After a crop by a tensor, each entry goes on at its own position."""
+    module = make_module(MODULES["rotary"])
+    x, lengths = torch.randn(3, 8, 16, dtype=torch.float64), [5, 1, 3]
+    cache = StaticSelfAttentionCache(12)
+    module(x[:, :5], x[:, :5], x[:, :5], need_weights=False, cache=cache)
+    cache.crop(torch.tensor(lengths))
+    new = torch.stack([x[b, n : n + 2] for b, n in enumerate(lengths)])
+    out = [module(part, part, part, need_weights=False, cache=cache)[0] for part in new.split(1, dim=1)]
+    for b, n in enumerate(lengths):
+        one = x[b : b + 1, : n + 2]
+        full, _ = module(one, one, one, need_weights=False, is_causal=True)
+        torch.testing.assert_close(torch.cat(out, dim=1)[b], full[0, n:])
+    assert cache.position.tolist() == [7, 3, 5] and len(cache) == 7
+
+
+@torch.no_grad()
+def test_left_padding_in_a_static_cache():
+    module = make_module({})
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    cache = StaticSelfAttentionCache(8)
+    is_padding = torch.zeros(2, 8, dtype=torch.bool)
+    is_padding[0, :2] = True
+    out = [
+        module(part, part, part, is_padding, need_weights=False, cache=cache)[0] for part in x.split((4, 1, 1), dim=1)
+    ]
+    alone = x[:1, 2:]
+    full, _ = module(alone, alone, alone, need_weights=False, is_causal=True)
+    torch.testing.assert_close(torch.cat(out, dim=1)[0, 2:], full[0])
+
+
+@pytest.mark.parametrize("make", [lambda: StaticKVCache(2, 16), lambda: SlidingKVCache(2, 16)], ids=["static", "ring"])
+@torch.no_grad()
+def test_speculative_decoding_with_a_decoder(make):
+    """A decoder reads drafted tokens at once, forgets those behind the accepted ones, and goes on."""
+    torch.manual_seed(0)
+    layer = fused.TransformerDecoderLayer(16, 4, 24, dropout=0.0, batch_first=True, dtype=torch.float64)
+    decoder = fused.TransformerDecoder(layer, 2).eval()
+    tgt, memory = (torch.randn(2, n, 16, dtype=torch.float64) for n in (8, 5))
+    full = decoder(tgt, memory, tgt_is_causal=True)
+    cache = make()
+    out = [decoder(tgt[:, :3], memory, cache=cache)]
+    if isinstance(cache, StaticKVCache):  # a ring cannot be cropped
+        decoder(torch.randn(2, 4, 16, dtype=torch.float64), memory, cache=cache)
+        cache.crop(3)
+    out += [decoder(part, memory, cache=cache) for part in tgt[:, 3:].split((3, 1, 1), dim=1)]
+    torch.testing.assert_close(torch.cat(out, dim=1), full)
+    assert cache.length == 8
+
+
+# ---- memory, moves, errors
+
+
+@torch.no_grad()
+def test_buffers_never_move():
+    row = torch.randn(2, 2, 1, 4)
+    for make in (KINDS["static"], KINDS["sliding"]):
+        cache, places = make(), set()
+        for _ in range(40):
+            rows = cache.append(row, row)
+            places.add((rows.keys.data_ptr(), rows.values.data_ptr(), rows.options["key_lengths"].data_ptr()))
+        cache.reorder(torch.tensor([1, 0]))
+        rows = cache.append(row, row)
+        places.add((rows.keys.data_ptr(), rows.values.data_ptr(), rows.options["key_lengths"].data_ptr()))
+        assert len(places) == 1
+
+
+@torch.no_grad()
+def test_reserve_keeps_the_rows():
+    cache, x = StaticKVCache(1, 3), torch.randn(2, 2, 3, 4)
+    part = cache.layers[0].self_attention
+    part.append(x, x)
+    with pytest.raises(ValueError, match="key: expected at most max_length=3 rows in the cache, got 4"):
+        part.append(x[:, :, :1], x[:, :, :1])
+    cache.reserve(8)
+    rows = part.append(x, x)
+    assert rows.keys.shape[2] == 8 == cache.max_length and cache.length == 6
+    assert torch.equal(rows.keys[:, :, :6], torch.cat((x, x), dim=2))
+
+
+@pytest.mark.parametrize("make", [lambda: KVCache(1), lambda: StaticKVCache(1, 8), lambda: SlidingKVCache(1, 8)])
+@torch.no_grad()
+def test_to_moves_every_part(make):
+    cache, x = make(), torch.randn(2, 2, 3, 4)
+    assert cache.to(dtype=torch.float64) is cache  # an empty cache
+    cache.layers[0].self_attention.append(x, x)
+    cache.layers[0].cross_attention.update(x, x)
+    cache.to(dtype=torch.bfloat16)
+    assert cache.layers[0].cross_attention.get()[0].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"key: expected torch.bfloat16 on cpu, as in the cache, got torch.float32"):
+        cache.layers[0].self_attention.append(x, x)
+    rows = cache.layers[0].self_attention.append(x.bfloat16(), x.bfloat16())
+    assert rows.keys.dtype == torch.bfloat16 and cache.length == 6
+    assert {x.device.type for x in (cache.to("meta").layers[0].cross_attention.get())} == {"meta"}
+
+
+@torch.no_grad()
+def test_inference_mode_and_no_grad_mix():
+    cache, x = StaticSelfAttentionCache(8), torch.randn(2, 2, 1, 4)
+    with torch.inference_mode():
+        cache.append(x, x)
+    assert len(cache) == 1
+    cache.append(x, x)
+    assert len(cache) == 2
+
+
+def test_errors():
+    x = torch.randn(2, 2, 1, 4)
+    static, ring = StaticSelfAttentionCache(8), SlidingSelfAttentionCache(4)
+    static.append(x, x)
+    ring.append(x, x)
+    with pytest.raises(ValueError, match=r"key: expected no gradient in a static cache, got one; use torch\.no_grad"):
+        static.append(x.clone().requires_grad_(), x)
+    with pytest.raises(ValueError, match="indices: expected the batch size of a static cache, 2, got 3"):
+        static.reorder(torch.tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match=r"length: expected 0 for a sliding window, .*, got 1"):
+        ring.crop(1)
+    for cache in (KVCache(1), StaticKVCache(1, 4)):
+        with pytest.raises(ValueError, match="length: expected at least 0, got -1"):
+            cache.crop(-1)
+        with pytest.raises(TypeError, match="length: expected an int, got float"):
+            cache.crop(1.0)
+    with pytest.raises(TypeError, match="length: expected an int, got Tensor"):
+        KVCache(1).crop(torch.tensor([1]))
+    with pytest.raises(ValueError, match="max_length: expected at least 1, got 0"):
+        StaticKVCache(1, 0)
+    with pytest.raises(TypeError, match="window: expected an int, got float"):
+        SlidingKVCache(1, 2.0)
+    y = torch.randn(2, 1, 16, dtype=torch.float64)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="need_weights: expected False with a StaticSelfAttentionCache, got True"):
+            make_module({})(y, y, y, cache=StaticSelfAttentionCache(4))
+        with pytest.raises(ValueError, match="cache: expected no sliding window in a module with relative_bias"):
+            make_module(MODULES["relative-bias"])(y, y, y, need_weights=False, cache=SlidingSelfAttentionCache(4))
+        with pytest.raises(ValueError, match="key_padding_mask: expected None with a sliding window"):
+            padding = torch.zeros(2, 1, dtype=torch.bool)
+            make_module({})(y, y, y, padding, need_weights=False, cache=SlidingSelfAttentionCache(4))

@@ -1,0 +1,114 @@
+"""The native product for few rows gives what torch's linear layers give, and is used for nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fused_attn.backends import cpu
+from fused_attn.nn import few_rows
+
+pytestmark = pytest.mark.skipif(cpu._C is None, reason="the native extension is not built")
+
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that gets an entry with each native product."""
+    found: list[str] = []
+    product = few_rows._C.linear
+
+    class Counted:
+        @staticmethod
+        def linear(*arguments):
+            found.append("linear")
+            return product(*arguments)
+
+    monkeypatch.setattr(few_rows, "_C", Counted)
+    return found
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 256), (16, 33)], ids=str)
+@pytest.mark.parametrize("features", [1, 7, 40])
+@pytest.mark.parametrize("has_bias", [False, True])
+@torch.no_grad()
+def test_equals_torch(shape, features, has_bias, dtype, native):
+    torch.manual_seed(0)
+    module = nn.Linear(shape[1], features, bias=has_bias, dtype=dtype)
+    x = torch.randn(shape, dtype=dtype)
+    out = few_rows.call(module, x[:, None])
+    assert native and out.shape == (shape[0], 1, features) and out.dtype == dtype
+    expected = nn.functional.linear(x.double(), module.weight.double(), module.bias.double() if has_bias else None)
+    assert (out[:, 0].double() - expected).abs().max() <= TOLERANCE[dtype] * (1.0 + expected.abs().max())
+
+
+@torch.no_grad()
+def test_a_row_does_not_depend_on_the_others(native):
+    module, x = nn.Linear(70, 50), torch.randn(16, 70)
+    rows = torch.cat([few_rows.call(module, row[None]) for row in x])
+    assert torch.equal(rows, few_rows.call(module, x)) and len(native) == 17
+
+
+class Subclass(Tensor):
+    pass
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def hooked(module):
+    module.register_forward_hook(lambda each, inputs, out: 2 * out)
+
+
+def replaced(module):
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, None], ids=["hook", "forward", "subclass"])
+@torch.no_grad()
+def test_modules_of_another_kind_are_called(change, native):
+    module = nn.Linear(4, 4) if change else Doubled(4, 4)
+    x = torch.randn(2, 4)
+    expected = 2 * nn.functional.linear(x, module.weight, module.bias)
+    if change:
+        change(module)
+    torch.testing.assert_close(few_rows.call(module, x), expected)
+    assert not native
+
+
+def test_tensors_of_another_kind_are_left_to_torch(native):
+    weight, bias = torch.randn(4, 4), torch.randn(4)
+    x = torch.randn(2, 4)
+    few_rows.linear(x, weight, bias)
+    with torch.no_grad():
+        for other in (torch.randn(17, 4), torch.randn(4, 2).t(), torch.randn(0, 4), x.to("meta")):
+            few_rows.linear(other, weight.to(other.device), bias.to(other.device))
+        few_rows.linear(x, torch.randn(4, 4).t(), bias)
+        few_rows.linear(x, weight, bias.as_subclass(Subclass))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert few_rows.linear(x, weight, bias).dtype == torch.bfloat16
+        assert not native
+        with pytest.raises(RuntimeError):
+            few_rows.linear(x.double(), weight, bias)
+        few_rows.linear(x, weight, bias)
+    assert len(native) == 1
+
+
+def test_errors_of_the_native_call():
+    x, weight, bias = torch.randn(2, 4), torch.randn(3, 4), torch.randn(3)
+    out = torch.empty(2, 3)
+    for arguments, message in (
+        ((x[0], weight, bias, out), "x: expected 2 dimensions, got 1"),
+        ((x, weight, bias, out.double()), "out: expected float32, got float64"),
+        ((x, weight, bias[:2], out), r"bias: expected shape \(3,\), got shape \(2,\)"),
+        ((x, weight[:, :3], bias, out), r"weight: expected shape \(3, 4\), got shape \(3, 3\)"),
+        ((x, weight.t().contiguous().t(), bias, out), "weight: expected a contiguous tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpu._C.linear(*arguments, 1)

@@ -1,0 +1,166 @@
+"""`PagedKVCache` behaves as a plain list of rows for each sequence, whatever pages it shares."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_attn import PagedKVCache, fused_attention, fused_attention_paged
+from fused_attn.nn import OutOfPages
+
+pytestmark = pytest.mark.quick
+
+HEADS, DIM, VALUE_DIM = 2, 4, 3
+
+
+def make(num_pages: int, page_size: int, **options) -> PagedKVCache:
+    return PagedKVCache(num_pages, page_size, HEADS, DIM, VALUE_DIM, **options)
+
+
+def rows(batch: int, count: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, HEADS, count, DIM), torch.randn(batch, HEADS, count, VALUE_DIM)
+
+
+def contents(cache: PagedKVCache, sequence: int) -> tuple[Tensor, Tensor]:
+    """The keys (Hkv, length, D) and values of a sequence, read through its table."""
+    table, lengths = cache.table([sequence])
+    length = int(lengths[0])
+    places = torch.arange(length)
+    page, row = table[0].long()[places // cache.page_size], places % cache.page_size
+    return cache.key_pages[page, row].transpose(0, 1), cache.value_pages[page, row].transpose(0, 1)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_operations_against_plain_lists(page_size: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    choose = random.Random(seed)
+    num_pages = choose.choice((40, 12))
+    cache, plain = make(num_pages, page_size), {}
+    refused = 0
+    for _ in range(120):
+        operation = choose.choice(("add", "append", "append", "append", "fork", "crop", "free", "reorder"))
+        known = list(plain)
+        if operation == "add" and len(known) < 5:
+            plain[cache.add()] = (torch.empty(HEADS, 0, DIM), torch.empty(HEADS, 0, VALUE_DIM))
+        elif operation == "append" and known:
+            chosen = choose.sample(known, choose.randint(1, len(known)))
+            new = rows(len(chosen), choose.randint(0, 2 * page_size))
+            try:
+                cache.append(chosen, *new)
+            except OutOfPages:
+                refused += 1
+            else:
+                for n, sequence in enumerate(chosen):
+                    plain[sequence] = tuple(
+                        torch.cat((old, x[n]), 1) for old, x in zip(plain[sequence], new, strict=True)
+                    )
+        elif operation == "fork" and known and len(known) < 7:
+            source = choose.choice(known)
+            plain[cache.fork(source)] = plain[source]
+        elif operation == "crop" and known:
+            sequence = choose.choice(known)
+            length = choose.randint(0, plain[sequence][0].shape[1])
+            cache.crop(sequence, length)
+            plain[sequence] = tuple(x[:, :length] for x in plain[sequence])
+        elif operation == "free" and known and choose.random() < 0.5:
+            sequence = choose.choice(known)
+            cache.free(sequence)
+            del plain[sequence]
+        elif operation == "reorder" and len(known) > 1:
+            beams = known[:2]
+            indices = [choose.randint(0, 1) for _ in range(2)]
+            new_beams = cache.reorder(beams, indices)
+            kept = [plain.pop(beam) for beam in beams]
+            plain |= {beam: kept[index] for beam, index in zip(new_beams, indices, strict=True)}
+        assert len(cache) == len(plain)
+        for sequence, (keys, values) in plain.items():
+            found_keys, found_values = contents(cache, sequence)
+            assert torch.equal(found_keys, keys) and torch.equal(found_values, values)
+            assert cache.length(sequence) == keys.shape[1]
+        used = {page for sequence in plain for page in cache._pages[sequence]}
+        assert len(used) + cache.num_free_pages == num_pages
+    assert refused or num_pages == 40
+    for sequence in list(plain):
+        cache.free(sequence)
+    assert len(cache) == 0 and cache.num_free_pages == num_pages
+
+
+def test_a_page_is_copied_when_one_of_its_sequences_writes() -> None:
+    cache = make(4, 4)
+    first = cache.add()
+    cache.append([first], *rows(1, 6))
+    second = cache.fork(first)
+    assert cache.num_free_pages == 2
+    cache.append([first, second], *rows(2, 1))  # one of the two keeps the page
+    assert cache.num_free_pages == 1
+    cache.append([first, second], *rows(2, 1))
+    assert cache.num_free_pages == 1
+
+
+def test_too_few_pages_change_nothing() -> None:
+    cache = make(3, 2)
+    first, second = cache.add(), cache.add()
+    cache.append([first, second], *rows(2, 1))
+    before = [contents(cache, x) for x in (first, second)]
+    with pytest.raises(OutOfPages, match="expected 2 free pages for 2 more rows of 2 sequences, got 1 of 3"):
+        cache.append([first, second], *rows(2, 2))
+    for sequence, (keys, values) in zip((first, second), before, strict=True):
+        found = contents(cache, sequence)
+        assert torch.equal(found[0], keys) and torch.equal(found[1], values)
+    cache.append([first], *rows(1, 3))
+    assert cache.num_free_pages == 0
+
+
+def test_decoding_equals_a_contiguous_cache(backend: str) -> None:
+    torch.manual_seed(0)
+    cache = make(20, 4)
+    sequences = [cache.add() for _ in range(3)]
+    for sequence, length in zip(sequences, (7, 0, 12), strict=True):
+        cache.append([sequence], *rows(1, length))
+    for _ in range(3):
+        cache.append(sequences, *rows(3, 1))
+        query = torch.randn(3, 4, 1, DIM)
+        out = fused_attention_paged(
+            query, cache.key_pages, cache.value_pages, *cache.table(sequences), is_causal=True, backend=backend
+        )
+        for n, sequence in enumerate(sequences):
+            keys, values = (x[None] for x in contents(cache, sequence))
+            expected = fused_attention(query[n : n + 1], keys, values, enable_gqa=True, backend="reference")
+            torch.testing.assert_close(out[n : n + 1], expected)
+
+
+def test_moves() -> None:
+    cache = make(3, 2)
+    sequence = cache.add()
+    cache.append([sequence], *rows(1, 3))
+    keys, values = contents(cache, sequence)
+    assert cache.to(dtype=torch.float64) is cache
+    assert torch.equal(contents(cache, sequence)[0], keys.double())
+    assert torch.equal(contents(cache, sequence)[1], values.double())
+    assert cache.to("meta").key_pages.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda cache: make(0, 2), "num_pages: expected an int of at least 1, got 0"),
+        (lambda cache: make(2, True), "page_size: expected an int of at least 1, got True"),
+        (lambda cache: cache.length(7), "sequence: expected one of the 1 sequences of the cache, got 7"),
+        (lambda cache: cache.free(7), "sequence: expected one of"),
+        (lambda cache: cache.crop(0, 3), "length: expected 0 to 2, got 3"),
+        (lambda cache: cache.append([0, 0], *rows(2, 1)), r"sequences: expected each sequence once, got \[0, 0\]"),
+        (lambda cache: cache.append([0], *rows(2, 1)), r"key: expected shape \(1, 2, L, 4\), got \(2, 2, 1, 4\)"),
+        (lambda cache: cache.append([0], rows(1, 1)[0], rows(1, 2)[1]), "value: expected as many rows as key, 1"),
+        (lambda cache: cache.append([0], rows(1, 1)[0].double(), rows(1, 1)[1]), "key: expected torch.float32 on cpu"),
+        (lambda cache: cache.append([0], rows(1, 1)[0].requires_grad_(), rows(1, 1)[1]), "key: expected a tensor with"),
+    ],
+)
+def test_errors(call, message: str) -> None:
+    cache = make(4, 2)
+    cache.append([cache.add()], *rows(1, 2))
+    with pytest.raises(ValueError, match=message):
+        call(cache)
