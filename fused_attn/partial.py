@@ -220,9 +220,10 @@ def _planned(
         seed = checks.check_dropout_seed(options.dropout_seed, query.device)
     columns = _columns(query.shape[2], key.shape[2], options)
     relative_bias = None if options.relative_bias is None else options.relative_bias[..., columns]
-    tensors = (query, key, value, options.attn_mask, relative_bias, sinks, options.key_padding_mask)
+    tensors = (query, key, value, options.attn_mask, relative_bias, sinks, options.key_padding_mask, None)
     numbers = (
         options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.window_size, options.softcap,
+        None,
     )  # fmt: skip
     plan = planning.plan(False, None, tensors, numbers, options.backend)
     origin = DropoutOrigin(options.batch_offset, options.head_offset, options.query_offset, options.key_offset)
