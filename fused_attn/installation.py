@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from fused_attn import architectures
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends import cpu, dispatch
+from fused_attn.backends import cpu, cuda, dispatch
 from fused_attn.backends.triton import backend as triton
+from fused_attn.driver import driver
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Info:
 
     versions: {package: version}
     native:   {property of the compiled CPU kernels: value}
+    cuda:     {property of the NVIDIA driver and of the compiled CUDA kernels: value}
     triton:   {property of the Triton kernels: value}
     devices:  {device, such as "cuda:0": name and properties}
     backends: {device and dtype, such as "cuda:0 bfloat16": {backend: reasons why it cannot run; empty = it can}}
@@ -27,6 +30,7 @@ class Info:
 
     versions: dict[str, str]
     native: dict[str, str]
+    cuda: dict[str, str]
     triton: dict[str, str]
     devices: dict[str, str]
     backends: dict[str, dict[str, list[str]]]
@@ -36,6 +40,7 @@ class Info:
         sections = {
             "versions": self.versions,
             "native code": self.native,
+            "CUDA kernels": self.cuda,
             "Triton kernels": self.triton,
             "devices": self.devices,
         }
@@ -51,7 +56,7 @@ class Info:
 
 def info() -> Info:
     """Describes this installation and this machine. No kernel is loaded onto a GPU."""
-    return Info(_versions(), _native(), _triton(), _devices(), _backends())
+    return Info(_versions(), _native(), _cuda(), _triton(), _devices(), _backends())
 
 
 def _versions() -> dict[str, str]:
@@ -85,6 +90,26 @@ def _native() -> dict[str, str]:
         "CPU kernels": ", ".join(build["cpu_isas"]),
         "in use here": cpu._C.cpu_isa(),
     }
+
+
+def _cuda() -> dict[str, str]:
+    """The field `Info.cuda`: the driver, how the CUDA kernels were built, and for each GPU how they run or why not."""
+    found = {"driver": str(driver())}
+    if cuda._kernels is None:
+        return found | {"kernels": f"none: {cuda.missing}"}
+    build = cuda._kernels.build_info()
+    built = architectures.parsed(build["architectures"])
+    found |= {
+        "version": build["version"],
+        "compiler": build["compiler"],
+        "architectures": ", ".join(map(str, built)),
+    }
+    for index in range(torch.cuda.device_count()):
+        problem = _typical_problem(torch.device("cuda", index), torch.bfloat16)
+        reasons = cuda.unsupported_reasons(problem)
+        way = None if problem.capability is None else architectures.way_on(built, problem.capability)
+        found[f"on cuda:{index}"] = f"no: {'; '.join(reasons)}" if reasons else f"yes, {way}"
+    return found
 
 
 def _triton() -> dict[str, str]:

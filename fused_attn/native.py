@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import sysconfig
 import warnings
@@ -12,13 +13,15 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+WITH_COMPILER = "with that on the PATH, install fused_attn again"
 
 
-def why_missing(module: str, needs: str, error: ImportError) -> str:
+def why_missing(module: str, needs: str, error: ImportError, remedy: str = WITH_COMPILER) -> str:
     """A text for users: why ``fused_attn.{module}`` could not be imported, and what to do about it.
 
     needs: the compiler that builds the module
     error: what the import has raised
+    remedy: what to do if the package was installed without the module
     """
     if not isinstance(error, ModuleNotFoundError):
         return f"fused_attn.{module} is there but cannot be loaded: {error}"
@@ -30,10 +33,15 @@ def why_missing(module: str, needs: str, error: ImportError) -> str:
             f"{PACKAGE} has been built for another Python than {sysconfig.get_config_var('SOABI')} ({others}); "
             "install fused_attn again with this one"
         )
-    return (
-        f"installed without fused_attn.{module}, whose sources need {needs}; with that on the PATH, install fused_attn "
-        "again"
-    )
+    return f"installed without fused_attn.{module}, whose sources need {needs}; {remedy}"
+
+
+def install_command() -> str:
+    """A text for users: the command that builds the compiled modules and installs the package again."""
+    root = PACKAGE.parent
+    if (root / "pyproject.toml").exists():
+        return f"`pip install -e {shlex.quote(str(root))}`"
+    return "`pip install -e .` in a clone of the repository"
 
 
 def warn_of_sources() -> None:

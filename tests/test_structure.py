@@ -16,14 +16,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: From the lowest layer to the highest. A module may import from its own layer and from lower layers only.
 LAYERS = (
-    ("fused_attn.native", "fused_attn.modes", "fused_attn.tolerance", "fused_attn.measurement"),
+    ("fused_attn.native", "fused_attn.driver", "fused_attn.architectures", "fused_attn.subinterpreters"),
+    ("fused_attn.modes", "fused_attn.tolerance", "fused_attn.measurement"),
     ("fused_attn.attention",),
     ("fused_attn.backends",),
     ("fused_attn.derivatives",),
     ("fused_attn.planning", "fused_attn.running", "fused_attn.api"),
     ("fused_attn.nn",),
     ("fused_attn.integrations",),
-    ("fused_attn.installation", "fused_attn.selfcheck", "fused_attn.__main__", "fused_attn"),
+    ("fused_attn.installation", "fused_attn.selfcheck", "fused_attn.speed", "fused_attn.__main__", "fused_attn"),
 )
 
 pytestmark = pytest.mark.quick

@@ -380,6 +380,8 @@ std::string unusable_reason(int device) {
   try {
     const DeviceGuard guard(device);
     return why_not_loadable(prepare_padding_kernel);
+  } catch (const OutOfMemory&) {
+    throw;
   } catch (const std::runtime_error& error) {
     return error.what();
   }

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "../common/attention_params.h"
+#include "errors.h"
 
 namespace fused_attn::gpu {
 
@@ -48,14 +49,25 @@ struct WorkspaceNeeds {
 // How many bytes of workspace the kernels need besides inputs and results.
 int64_t workspace_bytes(WorkspaceNeeds needs);
 
-// Why no kernel can run on the CUDA device, for example because the driver is too old. Empty if kernels can run.
+// Why no kernel can run on the CUDA device, for example because the driver is too old. Empty if kernels can run. Throws
+// OutOfMemory: a lack of memory says nothing about the next call.
 std::string unusable_reason(int device);
+
+// How the module was built: its version, its compiler, and the architectures of its kernels in CMake's notation, such
+// as "80,90a-real".
+struct BuildInfo {
+  const char* version;
+  const char* compiler;
+  const char* architectures;
+};
+BuildInfo build_info();
 
 // Whether the tensors of a call lie in the memory of a CPU, because the emulation takes the place of a GPU.
 bool runs_on_cpu();
 
 // Launch the kernels on the call's stream, and return without waiting for them. They throw std::invalid_argument,
-// std::length_error or std::runtime_error.
+// std::length_error, OutOfMemory or another std::runtime_error. A call that throws leaves nothing behind: the next call
+// runs as if there had been none.
 void forward(const Call& call);
 void backward(const Call& call);
 

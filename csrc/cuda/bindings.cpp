@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <array>
+#include <map>
 #include <optional>
+#include <string>
 
 #include "../python/entry_points.h"
 #include "../python/problem.h"
@@ -74,12 +76,23 @@ Call read_call(const Reader& reader, const Problem& problem, PyObject* architect
   return call;
 }
 
-// Runs forward or backward without Python's global lock.
+// Calls a function without Python's global lock. A lack of memory on the GPU becomes the error that torch raises for it.
+template <class Function>
+auto call_unlocked(Function function) {
+  try {
+    const py::gil_scoped_release released;
+    return function();
+  } catch (const OutOfMemory& error) {
+    py::set_error(py::module_::import("torch").attr("OutOfMemoryError"), error.what());
+    throw py::error_already_set();
+  }
+}
+
+// Runs forward or backward.
 template <void (*function)(const Call&)>
 void run(const Reader& reader, const Problem& problem, PyObject* architecture, PyObject* workspace) {
   const Call call = read_call(reader, problem, architecture, workspace);
-  const py::gil_scoped_release released;
-  function(call);
+  call_unlocked([&] { function(call); });
 }
 
 const char kForwardDoc[] =
@@ -164,7 +177,18 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
       py::arg("relative_bias_heads"), py::arg("mask_entries"), py::arg("dbias_shape"), py::arg("wants_drelative_bias"),
       "Size of the workspace in bytes. batch_entries and rows_q are those of the query tensor, batch counts "
       "sequences.");
-  module.def("unusable_reason", &gpu::unusable_reason, py::arg("device"),
-             "Why no kernel can run on the CUDA device with this number; empty where they can.");
+  module.def(
+      "unusable_reason", [](int device) { return gpu::call_unlocked([&] { return gpu::unusable_reason(device); }); },
+      py::arg("device"),
+      "Why no kernel can run on the CUDA device with this number; empty where they can. Raises "
+      "torch.OutOfMemoryError.");
+  module.def(
+      "build_info",
+      [] {
+        const gpu::BuildInfo info = gpu::build_info();
+        return std::map<std::string, std::string>{
+            {"version", info.version}, {"compiler", info.compiler}, {"architectures", info.architectures}};
+      },
+      "How this module was built. architectures are those of the kernels, in CMake's notation, such as 80,90a-real.");
   if (gpu::runs_on_cpu()) module.attr("device_type") = "cpu";
 }

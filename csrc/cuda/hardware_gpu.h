@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "errors.h"
+
 #define GPU_DEVICE __device__ __forceinline__
 #define GPU_KERNEL static __global__
 #define GPU_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
@@ -26,27 +28,38 @@ const Call& on_device(const Call& call) {
 }
 
 // An error as a text, or an empty text if there is none. Clears the error, so that the next launch does not report it
-// again.
+// again. Throws OutOfMemory for a lack of memory.
 inline std::string take_error(cudaError_t error) {
   if (error == cudaSuccess) return "";
   cudaGetLastError();
-  return cudaGetErrorString(error);
+  const std::string text = cudaGetErrorString(error);
+  switch (error) {
+    case cudaErrorMemoryAllocation: throw OutOfMemory("CUDA " + text);
+    case cudaErrorInitializationError:
+      return text +
+             "; a process that was forked from one that had used CUDA cannot use CUDA: start it with the "
+             "method spawn of torch.multiprocessing";
+    default: return text;
+  }
 }
 
 // Makes a device current while this object exists, and creates the device's context if this thread has none. Making
 // tensor maps needs a context.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
+  explicit DeviceGuard(int device) : device_(device) {
     cudaError_t error = cudaGetDevice(&before_);
     if (error == cudaSuccess) error = cudaSetDevice(device);
     if (error != cudaSuccess) throw std::runtime_error(take_error(error));
   }
-  ~DeviceGuard() { cudaSetDevice(before_); }
+  ~DeviceGuard() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  int device_ = 0;
   int before_ = 0;
 };
 

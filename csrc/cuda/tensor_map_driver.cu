@@ -1,5 +1,7 @@
 // Makes tensor maps on a GPU. cuTensorMapEncodeTiled belongs to the driver library libcuda. It is looked up at run
 // time, so that this code loads on machines without a driver.
+#include <atomic>
+
 #include "tensor_map.h"
 
 namespace fused_attn::gpu {
@@ -42,7 +44,10 @@ CUtensorMapSwizzle swizzle(int bytes) {
 }  // namespace
 
 std::string encode_tensor_map(const TensorMapSpec& spec, TensorMap* map) {
-  static EncodeTiled* const encode_tiled = find_encode_tiled();
+  // Kept once it has been found. A failure is not kept, because its cause may pass: the GPU may lack memory, for example.
+  static std::atomic<EncodeTiled*> found{nullptr};
+  EncodeTiled* encode_tiled = found.load(std::memory_order_relaxed);
+  if (encode_tiled == nullptr) found = encode_tiled = find_encode_tiled();
   if (encode_tiled == nullptr) return "the driver has no cuTensorMapEncodeTiled; expected one for CUDA 12.0 or later";
   if (std::string error = tensor_map_error(spec); !error.empty()) return error;
   cuuint64_t sizes[TensorMapSpec::kMaxRank], strides[TensorMapSpec::kMaxRank];

@@ -8,18 +8,25 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fused_attn import native
+from fused_attn import architectures, driver, native
 from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Saved, Wanted
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.base import clear_rows
+
+
+def why_not_installed(error: ImportError) -> str:
+    """A text for users: why ``fused_attn._cuda`` could not be imported, and what to do about it."""
+    remedy = f"on a machine with an NVIDIA driver, {native.install_command()} gets nvcc and builds them"
+    return native.why_missing("_cuda", "nvcc", error, remedy)
+
 
 try:
     import fused_attn._cuda as _kernels
 except ImportError as error:
     # The package may have been installed without nvcc. The other backends work, and `info` shows this text.
     _kernels = None
-    missing = native.why_missing("_cuda", "nvcc of CUDA 12.3 or newer", error)
+    missing = why_not_installed(error)
 else:
     missing = ""
 
@@ -41,12 +48,10 @@ MAX_ROWS = 2**29
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     """Why the CUDA kernels cannot run the problem; empty if they can."""
     reasons = []
-    if _kernels is None:
-        reasons.append(missing)
+    if (reason := build_reason(problem)) is not None:
+        reasons.append(reason)
     elif problem.device.type != device_type():
         reasons.append(f"the tensors are on {problem.device}, expected {device_type()}")
-    elif (reason := _device_reason(problem)) is not None:
-        reasons.append(reason)
     if torch.version.hip is not None and problem.device.type == "cuda":
         reasons.append("the kernels have been written for NVIDIA GPUs only")
     elif problem.capability is not None and problem.capability < MIN_CAPABILITY:
@@ -60,6 +65,25 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_ROWS:
         reasons.append(f"more than {MAX_ROWS} rows")
     return reasons
+
+
+def build_reason(problem: AttentionProblem) -> str | None:
+    """Why this installation has no kernels for the GPU of the problem, and what to do about it; None if it has.
+
+    Another installation would have the kernels, so `dispatch` warns if a slower backend runs for this reason alone.
+    """
+    if _kernels is None:
+        return missing
+    capability = problem.capability
+    if problem.device.type != "cuda" or capability is None or capability < MIN_CAPABILITY:
+        return None
+    built = architectures.parsed(_kernels.build_info()["architectures"])
+    if architectures.way_on(built, capability) is None:
+        return (
+            f"the CUDA kernels have been built for {', '.join(map(str, built))}, expected sm_{capability[0]}"
+            f"{capability[1]}; on the machine with the GPU, {native.install_command()} builds them for it"
+        )
+    return _device_reason(problem)
 
 
 def device_type() -> str:
@@ -146,11 +170,17 @@ def _in_dtypes_of(inputs: Inputs, grads: Gradients) -> Gradients:
 
 
 def _architecture(problem: AttentionProblem) -> int:
-    """The architecture whose kernels run: 90 on compute capability 9.x, else 80.
+    """The architecture whose kernels run: 90 on compute capability 9.0 if the binary has them, else 80.
 
     The kernels for 90 (sm_90a) use instructions that only Hopper has. The kernels for 80 run on every later GPU.
     """
-    return 90 if problem.capability is not None and problem.capability[0] == 9 else 80
+    return 90 if problem.capability == (9, 0) and _has_hopper_kernels() else 80
+
+
+@functools.cache
+def _has_hopper_kernels() -> bool:
+    """Whether the binary has the kernels for sm_90a."""
+    return any(built.name == "90a" for built in architectures.parsed(_kernels.build_info()["architectures"]))
 
 
 def _device_reason(problem: AttentionProblem) -> str | None:
@@ -172,7 +202,13 @@ def _unusable_reason(index: int) -> str | None:
     A driver refuses kernels if it is older than the nvcc that has built them.
     """
     reason = _kernels.unusable_reason(index)
-    return f"the driver refuses the CUDA kernels: {reason}" if reason else None
+    if not reason:
+        return None
+    return (
+        f"the driver refuses the CUDA kernels: {reason} (driver: {driver.driver()}; the kernels were built by "
+        f"{_kernels.build_info()['compiler']}); update the driver, or build the kernels with an nvcc that the driver "
+        f"supports: {native.install_command()} on this machine"
+    )
 
 
 def _readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:

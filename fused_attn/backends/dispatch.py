@@ -77,16 +77,38 @@ class Explanation:
 
 @functools.lru_cache(maxsize=4096)
 def choose(problem: AttentionProblem, backend: str | None) -> Backend:
-    """The named backend, or the first that can run the problem; warns where that is the reference.
+    """The named backend, or the first that can run the problem; warns where a faster one would be expected.
+
+    The cache keeps the answer for each problem, so that a warning costs later calls nothing.
 
     Raises:
         ValueError: the name is unknown, or the named backend cannot run the problem (with all its reasons).
     """
     chosen = _select(problem, backend)
-    if backend is None and chosen is reference and problem.device.type != "meta":
+    if backend is not None or problem.device.type == "meta":
+        return chosen
+    if chosen is reference:
         kernels = (cpu,) if problem.device.type == "cpu" else (triton, cuda)
         _warn_of_reference(tuple((kernel.name, kernel.unsupported_reasons(problem)[0]) for kernel in kernels))
+    elif chosen is triton and _comes_before(cuda, triton, problem):
+        reason = cuda.build_reason(problem)
+        if cuda.unsupported_reasons(problem) == [reason]:
+            _warn_of_triton(reason)
     return chosen
+
+
+def _comes_before(first: Backend, second: Backend, problem: AttentionProblem) -> bool:
+    order = preferred(problem)
+    return order.index(first) < order.index(second)
+
+
+@functools.cache
+def _warn_of_triton(reason: str) -> None:
+    """Warns once for each reason why the installation lacks CUDA kernels."""
+    warnings.warn(
+        f"fused_attention runs on the Triton kernels in place of the faster CUDA kernels, because {reason}",
+        stacklevel=2,
+    )
 
 
 @functools.cache

@@ -1,0 +1,168 @@
+"""A GPU call that another installation would run on faster kernels says so, once, with the command that mends it."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fused_attn
+from fused_attn import native
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends import cuda, dispatch
+from fused_attn.backends.triton import backend as triton
+
+pytestmark = pytest.mark.quick
+
+#: A binary for sm_86 alone, and the default build.
+ONLY_86, DEFAULT = "86-real", "80,90a-real"
+
+
+@pytest.fixture(autouse=True)
+def installation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An installation with Triton and without CUDA kernels, which has not warned yet."""
+    monkeypatch.setattr(cuda, "_kernels", None)
+    monkeypatch.setattr(cuda, "missing", cuda.why_not_installed(ModuleNotFoundError()))
+    monkeypatch.setattr(triton, "installation_problem", lambda: None)
+    caches = (dispatch.choose, dispatch._warn_of_triton, dispatch._warn_of_reference, cuda._unusable_reason)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def built(monkeypatch: pytest.MonkeyPatch, architectures: str, refusal: str = "") -> None:
+    """As if CUDA kernels had been built for these architectures. The driver refuses them with a text, or takes them."""
+    build = {"version": "1", "compiler": "nvcc 13.0", "architectures": architectures}
+    module = types.SimpleNamespace(build_info=lambda: build, unusable_reason=lambda index: refusal)
+    monkeypatch.setattr(cuda, "_kernels", module)
+
+
+def problem(length: int = 2048, capability: tuple[int, int] = (9, 0), **changes) -> AttentionProblem:
+    """A problem on a GPU that is not here."""
+    options = {"dtype": torch.bfloat16, "device": torch.device("cuda"), "head_dim": 64} | changes
+    head_dim = options.pop("head_dim")
+    return AttentionProblem(2, 8, 8, length, length, head_dim, head_dim, scale=0.125, capability=capability, **options)
+
+
+def chosen(*problems: AttentionProblem) -> tuple[list[str], list[str]]:
+    """(the names of the backends that run the problems, the warnings)."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        names = [dispatch.choose(each, None).name for each in problems]
+    return names, [str(warning.message) for warning in caught]
+
+
+def test_without_cuda_kernels_one_warning_names_the_command() -> None:
+    first = problem()
+    names, (warning,) = chosen(first, first, problem(4096), problem(capability=(8, 6)), problem(dtype=torch.float16))
+    assert set(names) == {"triton"}
+    assert "runs on the Triton kernels in place of the faster CUDA kernels" in warning
+    assert native.install_command() in warning and "pip install -e " in warning
+
+
+@pytest.mark.parametrize(
+    "quiet",
+    [
+        problem(8),  # Triton comes first for few queries
+        problem(dtype=torch.float32),  # no installation has CUDA kernels for these
+        problem(head_dim=20),
+        problem(device=torch.device("meta")),
+    ],
+    ids=["few-queries", "float32", "head-dim-20", "meta"],
+)
+def test_no_warning_where_another_installation_would_not_help(quiet: AttentionProblem) -> None:
+    assert chosen(quiet)[1] == []
+
+
+def test_no_warning_where_the_caller_has_named_the_backend() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.choose(problem(), "triton") is triton
+
+
+def test_a_second_call_looks_the_answer_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warning is decided when the plan is made. A later call asks no backend anything."""
+    asked = problem()
+    chosen(asked)
+    for backend in dispatch.BACKENDS:
+        monkeypatch.setattr(backend, "unsupported_reasons", None)
+    monkeypatch.setattr(cuda, "build_reason", None)
+    assert chosen(asked) == (["triton"], [])
+
+
+def test_without_any_gpu_kernel_the_warning_names_both_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "installation_problem", lambda: "triton is not installed (pip install triton)")
+    names, (warning,) = chosen(problem(), problem(4096))
+    assert names == ["reference", "reference"]
+    assert "which is slow" in warning and "pip install triton" in warning and native.install_command() in warning
+
+
+def test_a_binary_for_other_gpus_falls_back_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    built(monkeypatch, ONLY_86)
+    names, (warning,) = chosen(problem(capability=(8, 6)), problem(capability=(8, 9)), problem(capability=(9, 0)))
+    assert names == ["cuda", "cuda", "triton"]
+    assert "have been built for sm_86 (machine code), expected sm_90" in warning
+    assert native.install_command() in warning
+
+
+def test_ptx_runs_on_later_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    built(monkeypatch, DEFAULT)
+    assert chosen(*(problem(capability=capability) for capability in ((8, 9), (9, 0), (12, 0)))) == (["cuda"] * 3, [])
+
+
+def test_a_binary_without_kernels_for_hopper_runs_those_for_sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper, the kernels for sm_80 run from their PTX if those for sm_90a have not been built."""
+    for architectures, expected in ((DEFAULT, 90), ("80", 80)):
+        built(monkeypatch, architectures)
+        cuda._has_hopper_kernels.cache_clear()
+        assert cuda._architecture(problem()) == expected
+        assert cuda._architecture(problem(capability=(8, 0))) == 80
+    cuda._has_hopper_kernels.cache_clear()
+
+
+def test_explain_says_what_a_binary_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    built(monkeypatch, ONLY_86)
+    query = torch.randn(2, 4, 2048, 64, dtype=torch.bfloat16)
+    explanation = fused_attn.explain(query, query, query, device="sm_100")
+    assert explanation.chosen == "triton"
+    (reason,) = explanation.reasons["cuda"]
+    assert "built for sm_86 (machine code), expected sm_100" in reason
+
+
+def as_if_here(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
+    """As if torch saw one GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+
+def test_a_driver_that_refuses_the_kernels_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_if_here(monkeypatch)
+    built(monkeypatch, DEFAULT, refusal="the driver is too old")
+    names, (warning,) = chosen(problem(), problem(4096))
+    assert names == ["triton", "triton"]
+    for text in ("the driver refuses the CUDA kernels: the driver is too old", "nvcc 13.0", "update the driver"):
+        assert text in warning
+
+
+def test_a_lack_of_memory_is_no_lasting_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call raises what torch raises. The next call asks the driver again."""
+    as_if_here(monkeypatch)
+    built(monkeypatch, DEFAULT)
+
+    def fails(index: int) -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    asked = problem()
+    works = cuda._kernels.unusable_reason
+    cuda._kernels.unusable_reason = fails
+    with pytest.raises(torch.OutOfMemoryError):
+        dispatch.choose(asked, None)
+    cuda._kernels.unusable_reason = works
+    assert chosen(asked) == (["cuda"], [])
