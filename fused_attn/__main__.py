@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
+from typing import Any
 
-from fused_attn import selfcheck
+from fused_attn import measurement, selfcheck, speed
 from fused_attn.backends.triton import backend as triton
 from fused_attn.installation import info
 
@@ -15,10 +18,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_attn", description="Fused attention for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, compiled code, hardware, which backends can run and why not")
-    commands.add_parser(
+    check = commands.add_parser(
         "check",
-        help="numerical self-check of every backend that can run here; the exit status is 1 if one is wrong or none is",
+        help="numerical self-check of every backend that can run here, and its speed; the exit status is 1 if a result "
+        "is wrong or nothing was checked",
     )
+    check.add_argument("--json", action="store_true", help="print everything as JSON, with `info`, for bug reports")
+    check.add_argument("--no-speed", action="store_true", help="leave the speed out")
     tune = commands.add_parser(
         "tune",
         help="measure tile sizes of the Triton kernels on this GPU and store the better ones",
@@ -31,22 +37,67 @@ def main(argv: list[str] | None = None) -> int:
         print(info())
         return 0
     if arguments.command == "check":
-        return _check()
+        return _check(arguments.json, not arguments.no_speed)
     return _tune(arguments, tune)
 
 
-def _check() -> int:
-    """Runs and prints the self-check; returns the exit status: 1 if a result is wrong or nothing was checked."""
-    checked = wrong = 0
-    for result in selfcheck.run():
-        print(result, flush=True)
-        checked += 1
-        wrong += not result.is_right
-    if not checked:
-        print("Nothing checked: no backend but the reference can run here; `python -m fused_attn info` says why.")
+def _check(is_json: bool, has_speed: bool) -> int:
+    """Runs and prints the self-check; returns the exit status: 1 if a result is wrong or nothing was checked.
+
+    Args:
+        is_json: print one JSON object in place of lines.
+        has_speed: measure the speed, too.
+    """
+
+    def say(line: object) -> None:
+        if not is_json:
+            print(line, flush=True)
+
+    jobs, lines = selfcheck.jobs(), speed.lines() if has_speed else []
+    results: list[selfcheck.Result] = []
+    speeds: list[speed.Speed] = []
+    with measurement.progress(len(jobs) + len(lines)) as advance:
+        for found in selfcheck.run(jobs, selfcheck.num_processes()):
+            for result in found:
+                results.append(result)
+                say(result)
+            advance("comparing every kernel with float64")
+        for measured in speed.run(lines):
+            speeds.append(measured)
+            say(measured)
+            advance("measuring the speed of every kernel")
+    wrong = sum(not result.is_right for result in results)
+    if is_json:
+        print(json.dumps(_report(results, speeds), indent=1))
+    for device, rate in speed.matmul_rates(speeds).items():
+        say(f"matrix product on {device}: {rate:.3g} TFLOP/s")
+    if not results:
+        say("Nothing checked: no backend but the reference can run here; `python -m fused_attn info` says why.")
         return 1
-    print(f"{checked - wrong} of {checked} right")
+    say(f"{len(results) - wrong} of {len(results)} right")
     return 1 if wrong else 0
+
+
+def _report(results: list[selfcheck.Result], speeds: list[speed.Speed]) -> dict[str, Any]:
+    """What ``check --json`` prints: the fields of `info`, of all results, and of all speeds."""
+    return {
+        "info": asdict(info()),
+        "checked": len(results),
+        "wrong": sum(not result.is_right for result in results),
+        "results": [
+            {
+                "backend": result.backend,
+                "dtype": str(result.dtype).removeprefix("torch."),
+                "case": result.case,
+                "is_right": result.is_right,
+                "error": None if result.measure is None else result.measure.error,
+                "allowed": None if result.measure is None else result.measure.allowed,
+                "failure": result.failure,
+            }
+            for result in results
+        ],
+        "speed": [asdict(found) | {"line": found.line._asdict()} for found in speeds],
+    }
 
 
 def _add_tune_options(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,14 @@ and need the tests' own oracle.
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +28,9 @@ from fused_attn import tolerance
 from fused_attn.api import explain, fused_attention, fused_attention_varlen
 from fused_attn.backends import cpu, dispatch, reference
 
-NUM_COMMON_RESULTS = 5  # out, lse, dquery, dkey, dvalue; gradients of learned masks follow
+#: out of a call without gradients; out, lse, dquery, dkey, dvalue. Gradients of learned masks follow.
+NUM_COMMON_RESULTS = 6
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,9 @@ class Case:
 
     kwargs: makes the arguments besides query, key and value
     is_packed: the rows of the batch are packed, as three sequences, one of which has no queries
+    has_dlse: the loss depends on the lse, too
+    has_gradients: gradients are checked. Those of one query are differences of nearly equal numbers, and calls of one
+        query have no gradients where they matter, which is in decoding.
     """
 
     name: str
@@ -42,6 +52,8 @@ class Case:
     head_dim: int = 64
     value_dim: int | None = None  # None = head_dim
     is_packed: bool = False
+    has_dlse: bool = False
+    has_gradients: bool = True
 
 
 def _padding(device: torch.device) -> Tensor:
@@ -63,60 +75,127 @@ CASES = (
     Case("bool mask", lambda device: {"attn_mask": _random(2, 1, 93, 130, device=device) > 0}),
     Case("bias", lambda device: {"attn_mask": _random(1, 4, 93, 130, device=device)}),
     Case("relative bias", lambda device: {"relative_bias": _random(4, 222, device=device)}),
+    Case("float padding", lambda device: {"key_padding_mask": _random(2, 130, device=device)}),
+    Case("negative scale", lambda device: {"scale": -0.1}),
     Case("softcap + sinks", lambda device: {"softcap": 5.0, "sinks": _random(4, device=device)}),
     Case("dropout", lambda device: {"dropout_p": 0.2, "dropout_seed": 7}),
     Case("GQA", lambda device: {"enable_gqa": True, "is_causal": True}, num_kv_heads=2),
+    Case("gradient of lse", has_dlse=True),
+    Case("long", lambda device: {"is_causal": True}, seqlen_q=333, seqlen_k=590),
     Case("head dim 40", head_dim=40),
+    Case("head dim 96", lambda device: {"is_causal": True}, head_dim=96),
+    Case("head dim 128", lambda device: {"is_causal": True}, head_dim=128),
     Case("head dim 256", head_dim=256),
     Case("value dim 80", value_dim=80),
     Case("packed", lambda device: {"is_causal": True}, is_packed=True),
     Case("packed + dropout", lambda device: {"dropout_p": 0.2, "dropout_seed": 7}, is_packed=True),
     Case("one query", lambda device: {"key_padding_mask": _padding(device)}, seqlen_q=1),
+    Case("one of many keys", seqlen_q=1, seqlen_k=4096, has_gradients=False),
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """The verdict on one case, dtype and backend. `measure` is the worst of all results of the call."""
+    """The verdict on one case, dtype and backend.
+
+    measure: the worst of all results of the call; None if the call has failed
+    failure: the error that the call has raised
+    """
 
     backend: str
     dtype: torch.dtype
     case: str
-    measure: tolerance.Measure
+    measure: tolerance.Measure | None
+    failure: str = ""
 
     @property
     def is_right(self) -> bool:
         """Whether the error is at most the allowed one."""
-        return self.measure.is_right
+        return self.measure is not None and self.measure.is_right
 
     def __str__(self) -> str:
         verdict = "ok" if self.is_right else "WRONG"
         dtype = str(self.dtype).removeprefix("torch.")
+        if self.measure is None:
+            return f"{self.backend:<18} {dtype:<9} {self.case:<18} failed: {self.failure}  {verdict}"
         figures = f"error {self.measure.error:8.1e}  allowed {self.measure.allowed:8.1e}"
         return f"{self.backend:<18} {dtype:<9} {self.case:<18} {figures}  {verdict}"
 
 
-def run() -> Iterator[Result]:
-    """One result for every case, dtype and backend that can run on this machine.
+class Job(NamedTuple):
+    """One case in one dtype, on all backends that can run it on a device of this type."""
+
+    device: str
+    dtype: torch.dtype
+    case: str
+
+
+def jobs() -> list[Job]:
+    """All jobs of this machine."""
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    return [Job(device, dtype, case.name) for device in devices for dtype in DTYPES for case in CASES]
+
+
+def num_processes() -> int:
+    """How many processes share the jobs of the GPU. Most of their time goes into compiling Triton kernels."""
+    return max(1, min(8, (os.cpu_count() or 1) // 2))
+
+
+def run(chosen: list[Job], processes: int) -> Iterator[list[Result]]:
+    """The results of the jobs, in order.
+
+    processes: how many processes share the jobs for GPUs. A fault of a kernel then ends its own process.
+    """
+    on_cpu = [job for job in chosen if job.device == "cpu"]
+    on_gpu = [job for job in chosen if job.device != "cpu"]
+    yield from map(results_of, on_cpu)
+    if processes == 1:
+        yield from map(results_of, on_gpu)
+    elif on_gpu:
+        yield from _results_in_processes(on_gpu, processes)
+
+
+def _results_in_processes(chosen: list[Job], processes: int) -> Iterator[list[Result]]:
+    """`results_of` each job, in order. CUDA does not work in forked processes, so they are spawned."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,)) as pool:
+        futures: list[Future[list[Result]]] = [pool.submit(results_of, job) for job in chosen]
+        for job, future in zip(chosen, futures, strict=True):
+            try:
+                yield future.result()
+            except BrokenProcessPool as error:
+                yield [Result(job.device, job.dtype, job.case, None, f"a process has ended abruptly: {error}")]
+
+
+def results_of(job: Job) -> list[Result]:
+    """One result for each backend that can run the job.
 
     The CPU backend counts once for every instruction set of this CPU.
     """
-    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
-    for device in devices:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            for case in CASES:
-                inputs = _inputs(case, device, dtype)
-                exact = _evaluate(case, [x.double() for x in inputs], reference.name, dtype)
-                eager = _evaluate(case, inputs, reference.name, dtype)
-                problem = replace(explain(*inputs, **case.kwargs(device)).problem, is_packed=case.is_packed)
-                reasons = dispatch.explain(problem, None).reasons
-                for label, backend in _variants([name for name, why_not in reasons.items() if not why_not]):
-                    ours = _evaluate(case, inputs, backend, dtype)
-                    yield _judge(label, dtype, case.name, ours, eager, exact)
+    device, dtype = torch.device(job.device), job.dtype
+    case = next(case for case in CASES if case.name == job.case)
+    inputs = _inputs(case, device, dtype)
+    problem = replace(explain(*inputs, **case.kwargs(device)).problem, is_packed=case.is_packed)
+    reasons = dispatch.explain(problem, None).reasons
+    runnable = [name for name, why_not in reasons.items() if not why_not and name != reference.name]
+    if not runnable:
+        return []
+    exact = _evaluate(case, [x.double() for x in inputs], reference.name, dtype)
+    eager = _evaluate(case, inputs, reference.name, dtype)
+    results = []
+    for label, backend in _variants(runnable):
+        try:
+            ours = _evaluate(case, inputs, backend, dtype)
+        except Exception as error:  # The check goes on whatever a kernel or its compiler raises.
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            results.append(Result(label, dtype, case.name, None, reason))
+        else:
+            results.append(_judge(label, dtype, case.name, ours, eager, exact))
+    return results
 
 
 def _variants(runnable: list[str]) -> Iterator[tuple[str, str]]:
-    """(label, backend name) of all backends except the reference.
+    """(label, backend name) of the backends.
 
     For the CPU backend, there is an entry for every instruction set. It is selected until the next entry is asked for.
     """
@@ -129,7 +208,7 @@ def _variants(runnable: list[str]) -> Iterator[tuple[str, str]]:
                     yield f"cpu {isa}", cpu.name
                 finally:
                     cpu._C.select_cpu_isa(in_use)
-        elif backend != reference.name:
+        else:
             yield backend, backend
 
 
@@ -144,7 +223,10 @@ def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> list[Tensor
 
 
 def _evaluate(case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype) -> list[Tensor]:
-    """[out, lse, dquery, dkey, dvalue, gradients of floating-point masks and sinks] of a backend, converted to float64.
+    """All results of a backend, converted to float64.
+
+    They are out of a call without gradients and without lse, for which some backends have other kernels; then, if the
+    case has gradients, out, lse, dquery, dkey, dvalue, and the gradients of floating-point masks and sinks.
 
     dtype: the dtype under test. Masks are rounded to it, also if the inputs are float64 because the truth is computed.
     """
@@ -154,11 +236,25 @@ def _evaluate(case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype
         if isinstance(x, Tensor) and x.is_floating_point():
             kwargs[name] = x.to(dtype).to(inputs[0].dtype).requires_grad_()
             leaves.append(kwargs[name])
-    attention: Callable[..., Any] = _packed_attention if case.is_packed else fused_attention
-    out, lse = attention(*leaves[:3], **kwargs, return_lse=True, backend=backend)
+    function: Callable[..., Any] = _packed_attention if case.is_packed else fused_attention
+    attention = functools.partial(function, *leaves[:3], **kwargs, backend=backend)
+    with torch.no_grad():
+        results = [attention()]
+    if case.has_gradients:
+        results += _with_gradients(case, attention, leaves)
+    return [x.detach().double() for x in results]
+
+
+def _with_gradients(case: Case, attention: Callable[..., Any], leaves: list[Tensor]) -> list[Tensor]:
+    """[out, lse, the gradients of the leaves] of a call. Empty rows get the lse 0 in place of -inf."""
+    out, lse = attention(return_lse=True)
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)
     dout = _random(*out.shape, device=out.device, seed=3).to(out.dtype)
-    grads = torch.autograd.grad(out, leaves, dout)
-    return [x.detach().double() for x in (out, lse.nan_to_num(neginf=0.0), *grads)]
+    outputs, douts = [out], [dout]
+    if case.has_dlse:
+        outputs.append(lse)
+        douts.append(_random(*lse.shape, device=lse.device, seed=4).to(lse.dtype))
+    return [out, lse, *torch.autograd.grad(outputs, leaves, douts)]
 
 
 def _packed_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
