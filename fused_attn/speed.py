@@ -237,14 +237,14 @@ def _measured(line: Line, dtype: str) -> Speed:
         _random(sizes.batch, sizes.heads, length, line.head_dim, dtype=sizes.dtype, device=device)
         for length in (rows, sizes.length, sizes.length)
     ]
+    query, key, value = leaves
     matrices = [_random(sizes.matrix, sizes.matrix, dtype=sizes.dtype, device=device) for _ in range(2)]
-    ours: Call = functools.partial(fused_attention, *leaves, **feature.ours, backend=line.backend)
+    ours: Call = functools.partial(fused_attention, query, key, value, **feature.ours, backend=line.backend)
     calls: dict[str, Call] = {
         "matmul": lambda: matrices[0] @ matrices[1],
         "ours": _call(ours, leaves, feature.learned[0], line.direction),
     }
     if feature.torchs is not None:
-        query, key, value = leaves
         theirs: Call = functools.partial(F.scaled_dot_product_attention, query, key, value, **feature.torchs)
         calls["torch"] = _call(theirs, leaves, feature.learned[1], line.direction)
     with torch.set_grad_enabled(line.direction == BACKWARD):

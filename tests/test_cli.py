@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
+import types
 import warnings
 
 import pytest
@@ -10,9 +13,9 @@ import torch
 from conftest import DEVICE
 
 import fused_attn
-from fused_attn import native, selfcheck
+from fused_attn import native, selfcheck, speed
 from fused_attn.__main__ import main
-from fused_attn.backends import cpu, dispatch
+from fused_attn.backends import cpu, cuda, dispatch
 from fused_attn.backends.triton import backend as triton_backend
 
 needs_kernels = pytest.mark.skipif(cpu._C is None, reason="the native kernels are not built")
@@ -92,7 +95,7 @@ def test_a_head_dim_beyond_the_kernels_is_told_once():
 @pytest.mark.slow
 def test_check_passes(capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert main(["check"]) == 0
+    assert main(["check", "--no-speed"]) == 0
     lines = capsys.readouterr().out.splitlines()
     variants = len(cpu._C.cpu_isas())
     assert len(lines) == 4 * len(selfcheck.CASES) * variants + 1
@@ -105,8 +108,8 @@ def test_check_passes(capsys, monkeypatch):
 @pytest.mark.quick
 def test_check_includes_the_interpreter_where_it_is_switched_on(monkeypatch, capsys):
     pytest.importorskip("triton.language")
-    monkeypatch.setattr(selfcheck, "CASES", selfcheck.CASES[-1:])
-    assert main(["check"]) == 0
+    monkeypatch.setattr(selfcheck, "CASES", selfcheck.CASES[-2:-1])
+    assert main(["check", "--no-speed"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("triton")]
     assert len(lines) == 2 and "float32" in lines[0] and "float16" in lines[1]
 
@@ -123,8 +126,158 @@ def test_check_finds_a_wrong_kernel(monkeypatch, capsys):
 
     monkeypatch.setattr(cpu, "forward", wrong)
     monkeypatch.setattr(selfcheck, "CASES", selfcheck.CASES[:1])
-    assert main(["check"]) == 1
+    assert main(["check", "--no-speed"]) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+@needs_kernels
+@pytest.mark.quick
+def test_check_finds_a_kernel_that_is_wrong_without_gradients_alone(monkeypatch, capsys):
+    """Decoding has kernels of its own, which no call with gradients runs."""
+    right = cpu.forward
+
+    def wrong(*args):
+        out, lse = right(*args)
+        return (out, lse) if args[2] else (out + 0.01, lse)  # args[2]: whether the caller needs the lse
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(cpu, "forward", wrong)
+    for case in (selfcheck.CASES[0], selfcheck.CASES[-1]):
+        monkeypatch.setattr(selfcheck, "CASES", (case,))
+        assert main(["check", "--no-speed"]) == 1
+    assert "0 of" in capsys.readouterr().out.splitlines()[-1]
+
+
+@needs_kernels
+@pytest.mark.quick
+def test_check_goes_on_after_a_kernel_that_raises(monkeypatch, capsys):
+    def fails(*args):
+        raise RuntimeError("an illegal memory access was encountered\nmore")
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(cpu, "forward", fails)
+    monkeypatch.setattr(selfcheck, "CASES", selfcheck.CASES[:2])
+    assert main(["check", "--no-speed"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    checks = 2 * 4 * len(cpu._C.cpu_isas())
+    assert len(lines) == checks + 1 and lines[-1] == f"0 of {checks} right"
+    failure = "failed: RuntimeError: an illegal memory access was encountered  WRONG"
+    assert all(line.endswith(failure) for line in lines[:-1])
+
+
+SMALL = speed.Sizes(1, 2, 64, 64, torch.float32)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A check of one case, and speeds of small calls, in a fraction of a second."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(selfcheck, "CASES", selfcheck.CASES[:1])
+    monkeypatch.setattr(speed, "SIZES", speed.SIZES | {"cpu": SMALL})
+    monkeypatch.setattr(speed, "SECONDS", 0.0)
+
+
+@needs_kernels
+@pytest.mark.quick
+def test_check_has_a_line_for_the_speed_of_each_kernel(small, capsys):
+    assert main(["check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    speeds = [line for line in lines if "TFLOP/s" in line and "head dim" in line]
+    assert len(speeds) == len(speed.lines()) >= 11
+    for words in (("forward", "plain"), ("backward", "relative bias"), ("decode", "plain")):
+        assert any(all(word in line for word in words) for line in speeds)
+    assert all("% of a matrix product" in line and "torch " in line and "times as long" in line for line in speeds)
+    assert any(line.startswith("matrix product on cpu: ") for line in lines)
+
+
+@needs_kernels
+@pytest.mark.quick
+def test_check_as_json(small, capsys):
+    assert main(["check", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["checked"] == len(report["results"]) == 4 * len(cpu._C.cpu_isas()) and report["wrong"] == 0
+    assert report["info"]["versions"]["torch"] == torch.__version__
+    for result in report["results"]:
+        assert result["is_right"] and result["error"] <= result["allowed"] and result["failure"] == ""
+    for measured in report["speed"]:
+        assert measured["line"]["backend"] == "cpu" and measured["tflops"] > 0 and measured["torch_milliseconds"] > 0
+
+
+@needs_kernels
+@pytest.mark.quick
+def test_speeds_are_medians_of_calls_in_turns(small, monkeypatch):
+    """Of a clock on which a matrix product takes 1 s, ours 2 s and torch's 5 s in most rounds."""
+    asked = []
+
+    def measure(calls, timer, rounds, seconds):
+        asked.append(list(calls))
+        for call in calls.values():
+            call()
+        return {"matmul": [1.0, 1.0, 9.0], "ours": [2.0, 0.1, 2.0], "torch": [5.0, 5.0, 0.1]}
+
+    monkeypatch.setattr(speed.measurement, "measure", measure)
+    causal, backward = (
+        next(speed.run([speed.Line("cpu", "cpu", direction, feature, 64)]))
+        for direction, feature in (("forward", "causal"), ("backward", "bias"))
+    )
+    assert asked == [["matmul", "ours", "torch"]] * 2
+    assert (causal.milliseconds, causal.torch_milliseconds) == (2000.0, 5000.0)
+    visible = 64 * 65 // 2  # of a causal mask
+    assert causal.tflops == pytest.approx(2 * 2 * 64 * 2 * visible / 2.0 / 1e12)
+    assert causal.matmul_tflops == pytest.approx(2 * 64**3 / 1e12)
+    assert backward.tflops == pytest.approx(2 * 5 * 64 * 2 * 64 * 64 / 2.0 / 1e12)
+    assert speed.matmul_rates([causal, backward]) == {"cpu": causal.matmul_tflops}
+
+
+@needs_kernels
+@pytest.mark.quick
+@pytest.mark.parametrize("feature", speed.FEATURES)
+def test_torch_computes_the_same_as_the_line_beside_it(feature):
+    sizes, device = SMALL._replace(batch=2), torch.device("cpu")
+    made = speed.FEATURES[feature](sizes, device)
+    if made.torchs is None or "dropout_p" in made.torchs:
+        pytest.skip("torch computes nothing like it")
+    leaves = [speed._random(2, 2, 64, 16, dtype=torch.float32, device=device) for _ in range(3)]
+    ours = fused_attn.fused_attention(*leaves, **made.ours)
+    torch.testing.assert_close(ours, torch.nn.functional.scaled_dot_product_attention(*leaves, **made.torchs))
+
+
+@needs_kernels
+@pytest.mark.quick
+def test_a_line_that_cannot_be_measured_says_why(small, monkeypatch, capsys):
+    def fails(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    monkeypatch.setattr(speed, "fused_attention", fails)
+    assert main(["check"]) == 0  # nothing is wrong
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not measured" in line]
+    assert len(lines) == len(speed.lines())
+    assert all(line.endswith("not measured: CUDA out of memory. Tried to allocate") for line in lines)
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_several_processes_share_jobs(monkeypatch):
+    """As the jobs of a GPU, whose Triton kernels take long to compile. The results come in the order of the jobs."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    jobs = [selfcheck.Job("cpu", dtype, case) for dtype in selfcheck.DTYPES[:2] for case in ("plain", "causal")]
+    together = list(selfcheck._results_in_processes(jobs, 2))
+    assert [str(result) for results in together for result in results] == [
+        str(result) for job in jobs for result in selfcheck.results_of(job)
+    ]
+
+
+def end_the_process(job: selfcheck.Job) -> None:
+    """What a process does that a fault of a kernel ends. It stands for `selfcheck.results_of`."""
+    os._exit(1)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_a_wrong_result(monkeypatch):
+    monkeypatch.setattr(selfcheck, "results_of", end_the_process)
+    jobs = [selfcheck.Job("cuda", torch.float16, case) for case in ("plain", "causal")]
+    for (result,) in selfcheck.run(jobs, 2):
+        assert not result.is_right and "a process has ended abruptly" in str(result)
 
 
 @pytest.mark.quick
@@ -141,7 +294,7 @@ def test_check_computes_the_truth_for_the_mask_that_kernels_get(monkeypatch):
     inputs = selfcheck._inputs(case, torch.device("cpu"), torch.float16)
     for tensors in (inputs, [x.double() for x in inputs]):
         selfcheck._evaluate(case, tensors, "reference", torch.float16)
-    assert torch.equal(*masks)
+    assert len(masks) == 4 and all(torch.equal(mask, masks[0]) for mask in masks)
 
 
 @pytest.mark.quick
@@ -235,6 +388,41 @@ def test_info_says_what_the_triton_kernels_need(monkeypatch, capsys):
     assert "no: they need an NVIDIA GPU of compute capability 8.0 or higher, and" in capsys.readouterr().out
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "interpreter" in fused_attn.info().triton["run here"]
+
+
+@pytest.mark.quick
+def test_info_says_how_the_cuda_kernels_run(monkeypatch, capsys):
+    """On a GPU of the binary's architectures, on a later one, and on one that the binary does not fit."""
+    build = {"version": "1", "compiler": "nvcc 13.0.88", "architectures": "90a-real,100"}
+    module = types.SimpleNamespace(build_info=lambda: build, unusable_reason=lambda index: "")
+    monkeypatch.setattr(cuda, "_kernels", module)
+    capabilities = [(9, 0), (12, 0), (8, 6)]
+
+    def properties(device):
+        major, minor = capabilities[torch.device(device).index]
+        return types.SimpleNamespace(name=f"GPU {device}", major=major, minor=minor, total_memory=2**34)
+
+    def capability(device=None):
+        return capabilities[torch.device("cuda", device).index if isinstance(device, int) else device.index]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties(torch.device("cuda", index)))
+    monkeypatch.setattr(triton_backend, "installation_problem", lambda: "triton is not installed")
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for expected in (
+        "compiler           nvcc 13.0.88",
+        "architectures      sm_90a (machine code), sm_100 (machine code and PTX)",
+        "on cuda:0          yes, machine code of sm_90a",
+        "on cuda:1          yes, PTX of sm_100, which the driver compiles at first use",
+        "on cuda:2          no: the CUDA kernels have been built for sm_90a (machine code), sm_100 (machine code and "
+        f"PTX), expected sm_86; on the machine with the GPU, {native.install_command()} builds them for it",
+    ):
+        assert expected in text
+    (reason,) = fused_attn.info().backends["cuda:2 bfloat16"]["cuda"]
+    assert "expected sm_86" in reason
 
 
 @pytest.mark.quick

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: From the lowest layer to the highest. A module may import from its own layer and from lower layers only.
 LAYERS = (
-    ("fused_attn.native", "fused_attn.driver", "fused_attn.architectures"),
+    ("fused_attn.native", "fused_attn.driver", "fused_attn.architectures", "fused_attn.subinterpreters"),
     ("fused_attn.modes", "fused_attn.tolerance", "fused_attn.measurement"),
     ("fused_attn.attention",),
     ("fused_attn.backends",),

@@ -182,7 +182,8 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
   module.def(
       "unusable_reason", [](int device) { return gpu::call_unlocked([&] { return gpu::unusable_reason(device); }); },
       py::arg("device"),
-      "Why no kernel can run on the CUDA device with this number; empty where they can. Raises torch.OutOfMemoryError.");
+      "Why no kernel can run on the CUDA device with this number; empty where they can. Raises "
+      "torch.OutOfMemoryError.");
   module.def(
       "build_info",
       [] {

@@ -36,8 +36,9 @@ inline std::string take_error(cudaError_t error) {
   switch (error) {
     case cudaErrorMemoryAllocation: throw OutOfMemory("CUDA " + text);
     case cudaErrorInitializationError:
-      return text + "; a process that was forked from one that had used CUDA cannot use CUDA: start it with the "
-                    "method spawn of torch.multiprocessing";
+      return text +
+             "; a process that was forked from one that had used CUDA cannot use CUDA: start it with the "
+             "method spawn of torch.multiprocessing";
     default: return text;
   }
 }
