@@ -373,8 +373,8 @@ class Seq2SeqTransformer(nn.Module):
             if not src.shape[0]:
                 memory, _ = self.encode(src)
                 tokens = torch.empty(0, 0, dtype=torch.int64, device=memory.device)
-                empty = torch.empty(0, device=memory.device)
-                return Generation(tokens, empty, empty[:, None]) if return_scores else tokens
+                scores = torch.empty(0, device=memory.device)
+                return Generation(tokens, scores, scores[:, None][:, :0]) if return_scores else tokens
             if not self.takes_cache:
                 warnings.warn(
                     "generate: each step computes all tokens anew, since a layer of the decoder, or its "

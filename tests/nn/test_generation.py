@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fused_attn.nn import replay
 from fused_attn.nn.generation import Search
+from fused_attn.nn.seq2seq import Seq2SeqTransformer
 from tests.nn.recorded_graph import record
 from tests.nn.test_seq2seq import EOS, PAD, SOS, SRC, TGT_VOCAB, VARIANTS, make_model
 
@@ -266,6 +268,33 @@ def test_a_cuda_graph_gives_the_tokens_of_ordinary_steps(options):
         drawn = {"generator": torch.Generator("cuda").manual_seed(0)} if "do_sample" in options else {}
         found.append(model.generate(SRC.cuda(), 14, cuda_graph=cuda_graph, **options, **drawn))
     assert torch.equal(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.timing
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_host_spends_30_microseconds_on_a_replayed_token(monkeypatch):
+    """The time of a replay and of the question whether all targets have ended, without the time of waiting."""
+    model = Seq2SeqTransformer(1000, 1000, 256, 4, 2, 2, 512, dtype=torch.bfloat16, device="cuda").eval()
+    with torch.no_grad():
+        model.generator.bias[EOS] = -1e4
+    seconds: list[float] = []
+
+    def timed(method):
+        def call(*args, **kwargs):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            result = method(*args, **kwargs)
+            seconds.append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    monkeypatch.setattr(replay.Replayed, "__call__", timed(replay.Replayed.__call__))
+    monkeypatch.setattr(replay.EndWatch, "has_ended", timed(replay.EndWatch.has_ended))
+    model.generate(SRC.cuda(), 100)
+    replays, questions = sorted(seconds[20::2]), sorted(seconds[21::2])
+    assert replays[len(replays) // 2] + questions[len(questions) // 2] < 30e-6
 
 
 # ---- wrapped and compiled layers
