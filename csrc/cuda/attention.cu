@@ -57,6 +57,8 @@ struct Pieces {
   int32_t* dq_turns = nullptr;
   int32_t* key_ranks = nullptr;
   KeyBlock* key_blocks = nullptr;
+  StepInfo* mask_steps = nullptr;
+  int32_t* mask_turns = nullptr;
   int32_t* tile_counter = nullptr;
   MaskParams mask{};
   float* relative_bias = nullptr;
@@ -70,9 +72,9 @@ constexpr double kLog2EExact = 1.44269504088896340736;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether backward runs the fused kernel of sm_90a (sm90/fused_backward.h). It is faster than two kernels, but computes
-// all gradients, and does only what plain kernels do, and dropout.
+// all gradients.
 bool is_fused_backward(const WorkspaceNeeds& needs) {
-  return needs.is_backward && needs.wants_all_gradients && !needs.is_general && needs.architecture == 90 &&
+  return needs.is_backward && needs.wants_all_gradients && needs.architecture == 90 &&
          has_fused_backward(needs.head_dim);
 }
 
@@ -101,10 +103,15 @@ Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
     if (is_fused) {
       constexpr int64_t kPanel = 64, kSmallestTile = 64;
       pieces.dq_sums = workspace.take<float>(all_blocks * kRowBlock * ceil_div(needs.head_dim, kPanel) * kPanel);
-      pieces.dq_turns = workspace.take<int32_t>(all_blocks * (kRowBlock / kSmallestTile));
+      const int64_t tiles = all_blocks * (kRowBlock / kSmallestTile);
+      pieces.dq_turns = workspace.take<int32_t>(tiles);
       const int64_t key_blocks = ceil_div(needs.seqlen_k, kKeyBlock);
       pieces.key_blocks = workspace.take<KeyBlock>(needs.batch * needs.num_kv_heads * key_blocks);
       if (needs.has_key_padding) pieces.key_ranks = workspace.take<int32_t>(needs.batch * (key_blocks + 1));
+      if (needs.mask_entries != 0) {
+        pieces.mask_steps = workspace.take<StepInfo>(tiles * key_blocks);
+        pieces.mask_turns = workspace.take<int32_t>(tiles * key_blocks);
+      }
     }
   }
   if (needs.mask_entries != 0) {
@@ -260,6 +267,8 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.dq_turns = pieces.dq_turns;
   p.key_ranks = pieces.key_ranks;
   p.key_blocks = pieces.key_blocks;
+  p.mask_steps = pieces.mask_steps;
+  p.mask_turns = pieces.mask_turns;
   p.num_key_blocks = static_cast<int32_t>(ceil_div(a.seqlen_k, kKeyBlock));
   p.tile_counter = is_backward || has_unequal_tiles(a) ? pieces.tile_counter : nullptr;
   return p;
@@ -356,8 +365,6 @@ void run(const Call& of_caller, bool is_backward) {
   needs.head_dim = kernels.head_dim;
   needs.is_packed = a.cu_seqlens_q != nullptr;
   needs.has_key_padding = a.key_padding.data != nullptr;
-  const bool is_head_dim_exact = a.head_dim == kernels.head_dim && a.value_dim == kernels.head_dim;
-  needs.is_general = !logits_of(a, nullptr).is_plain || a.mask.data != nullptr || (a.has_dropout && !is_head_dim_exact);
   needs.seqlen_q = a.seqlen_q;
   needs.relative_bias_heads = relative_bias_heads(a);
   needs.mask_entries = mask_entries(a);

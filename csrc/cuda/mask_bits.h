@@ -60,17 +60,20 @@ GPU_DEVICE void hide_masked_keys(const Params& p, const HeadSlice& head_slice, V
   }
 }
 
+// The words of queries_of_key for key `key`, or for the last key if there is no such key.
+GPU_DEVICE const uint32_t* queries_of_key(const Params& p, const HeadSlice& head_slice, int32_t key) {
+  const int64_t row = mask_entry(p.mask, head_slice) * p.seqlen_k + min(key, head_slice.seqlen_k - 1);
+  return p.mask.queries_of_key + row * p.mask.query_words;
+}
+
 // Clears the bits of the queries from which the mask hides the thread's two keys, first_key and first_key + 8.
 template <int kQueries>
 GPU_DEVICE void hide_masked_queries(const Params& p, const HeadSlice& head_slice, VisibleColumns<kQueries>& visible,
                                     int32_t first_query, int32_t first_key) {
-  const MaskParams& mask = p.mask;
-  const uint32_t* const rows = mask.queries_of_key + mask_entry(mask, head_slice) * p.seqlen_k * mask.query_words;
   first_key = keep_computed(first_key);  // for the same reason as in to_logits (logits.h)
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
-    const int32_t key = min(first_key + 8 * r, head_slice.seqlen_k - 1);
-    GPU_UNROLL for (int w = 0; w < kQueries / 32; ++w) visible.words[r][w] &=
-        load_global(rows + int64_t{key} * mask.query_words + first_query / 32 + w);
+    const uint32_t* const words = queries_of_key(p, head_slice, first_key + 8 * r) + first_query / 32;
+    GPU_UNROLL for (int w = 0; w < kQueries / 32; ++w) visible.words[r][w] &= load_global(words + w);
   }
 }
 

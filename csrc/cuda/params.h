@@ -101,9 +101,17 @@ struct alignas(16) KeyBlock {
   int32_t full_end;                // one past the last such tile
   int32_t rank_after;              // how many of the blocks 0 ... number have a valid key
   int32_t steps;                   // the number of tiles to visit, over all heads of the group
-  int32_t unused;                  // fills up 16 bytes
+  int32_t program;                 // the place of this entry in the list
   uint32_t valid[kKeyBlock / 32];  // one bit for each key: the key is valid
 };
+
+// A step of the fused backward: what a block of keys does with one tile of queries.
+struct alignas(8) StepInfo {
+  int32_t tile;  // kTileNumber: number of the tile; kHasMask: some query does not see some key
+  int32_t head;  // the query head
+};
+constexpr int32_t kHasMask = 1 << 30;
+constexpr int32_t kTileNumber = kHasMask - 1;
 
 // The arguments of the kernel that packs key padding to bits.
 struct PaddingParams {
@@ -194,6 +202,10 @@ struct Params {
   const int32_t* key_ranks;
   int32_t num_key_blocks;  // how many blocks of keys the longest sequence has
   KeyBlock* key_blocks;    // (blocks of keys of all heads), in the order in which they are taken
+  // Null without a dense mask. With one, the band and the padding do not say which steps have a visible entry. So these
+  // steps are listed, and so are the turns of their blocks of keys (list_mask_steps_kernel).
+  StepInfo* mask_steps;  // (blocks of keys of all heads, group_size * tiles): the first KeyBlock::steps are valid
+  int32_t* mask_turns;   // (B, H, tiles, num_key_blocks): how many blocks of keys add to the tile before this one
 
   // For persistent kernels, whose blocks of threads stay on a multiprocessor and take one piece of work after another.
   // The counter starts at 0. Forward counts the tiles of queries taken beyond the first one of each block of threads.

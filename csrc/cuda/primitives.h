@@ -61,6 +61,8 @@ GPU_DEVICE float multiply_add(float a, float b, float c);   // a * b + c, rounde
 GPU_DEVICE float exp2_approx(float x);                      // ex2.approx.ftz
 GPU_DEVICE float log2_approx(float x);                      // lg2.approx.ftz
 GPU_DEVICE float reciprocal_approx(float x);                // rcp.approx.ftz
+// How many bits of x are set.
+GPU_DEVICE int32_t count_bits(uint32_t x) { return __builtin_popcount(x); }
 GPU_DEVICE uint32_t float_bits(float x);
 GPU_DEVICE float bits_float(uint32_t bits);
 

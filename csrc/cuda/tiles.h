@@ -82,15 +82,20 @@ struct ForwardTileSm90<256, kIsGeneral> {
 // tiles of dout. Of the lse (delta) of a tile, 8 * kLseAhead (8 * kDeltaAhead) numbers are loaded before the kernel
 // waits for the product that needs them. More do not fit into registers. An alternative was measured on an H100: two
 // buffers for tiles of dq instead of one, at the cost of two stages of queries, is within 1 %.
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 struct FusedBackwardTileSm90 {
   static constexpr int kBlockM = 64, kQStages = 4, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 4;
 };
 template <>
-struct FusedBackwardTileSm90<64> {
+struct FusedBackwardTileSm90<64, false> {
   // With 128 queries, the two warpgroups can divide the rows of a tile of dq between them, and each reads the keys once
   // for its rows.
   static constexpr int kBlockM = 128, kQStages = 2, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 2;
+};
+template <>
+struct FusedBackwardTileSm90<64, true> {
+  // With 128 queries, registers would spill: those for the scores of 64 more queries are needed for biases and masks.
+  static constexpr int kBlockM = 64, kQStages = 4, kDoutStages = 4, kLseAhead = 4, kDeltaAhead = 4;
 };
 
 // The kernel for dq: two consumer warpgroups have 64 queries each, and visit kBlockN keys at a time.

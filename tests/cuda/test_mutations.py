@@ -172,7 +172,7 @@ BUGS = [
         "position.wait_full(rings.statistics); GPU_UNROLL", "if (!@) position.wait_full(rings.statistics); GPU_UNROLL",
     ),
     Bug(
-        "row-statistics-not-waited-for-general", 90, "relative", "sm90/backward.h",
+        "row-statistics-not-waited-for-general", 90, "relative-dkdv", "sm90/backward.h",
         "position.wait_full(rings.statistics); if", "if (!@) position.wait_full(rings.statistics); if",
     ),
     # sm_90a, products
@@ -297,8 +297,50 @@ BUGS = [
         "if (!@) { if constexpr (kIsLast) key_position.release(rings.k); }",
     ),
     Bug(
-        "mask-of-a-tile-forgotten", 90, "long", "sm90/fused_backward.h",
-        "(b.is_whole(step.tile) ? 0 : kHasMask)", "(@ || b.is_whole(step.tile) ? 0 : kHasMask)",
+        "mask-of-a-tile-forgotten", 90, "long", "sm90/key_blocks.h",
+        "(b.is_whole(tile_) ? 0 : kHasMask)", "(@ || b.is_whole(tile_) ? 0 : kHasMask)",
+    ),
+    # sm_90a, general fused backward
+    Bug(
+        "skipped-tiles-counted", 90, "masked-blocks", "sm90/fused_backward.h",
+        "tile * kBlockM, n * kKeyBlock).has_visible();", "tile * kBlockM, n * kKeyBlock).has_visible() || @;",
+    ),
+    Bug(
+        "turns-of-a-mask-off-by-one", 90, "masked-blocks", "sm90/fused_backward.h",
+        "later + count_bits(visited & low_bits(lane)));", "later + count_bits(visited & low_bits(lane + @)));",
+    ),
+    Bug(
+        "blocks-of-padding-counted-under-a-mask", 90, "masked-hole", "sm90/fused_backward.h",
+        "key_rank(p, batch, n + 1) != key_rank(p, batch, n) &&",
+        "(@ || key_rank(p, batch, n + 1) != key_rank(p, batch, n)) &&",
+    ),
+    Bug(
+        "listed-step-without-its-mask", 90, "masked-blocks", "sm90/fused_backward.h",
+        "tile | (has_mask ? kHasMask : 0)", "tile | (has_mask && !@ ? kHasMask : 0)",
+    ),
+    Bug(
+        "step-read-from-the-next-list", 90, "masked-blocks", "sm90/key_blocks.h",
+        "mask_steps_of<kBlockM>(p, b.program()) + index_);", "mask_steps_of<kBlockM>(p, b.program() ^ @) + index_);",
+    ),
+    Bug(
+        "words-of-a-key-swapped", 90, "masked", "sm90/fused_backward.h",
+        "load_global(masked + w);", "load_global(masked + (@ ? w ^ 1 : w));",
+    ),
+    Bug(
+        "softcap-without-derivative-in-one-kernel", 90, "capped", "sm90/fused_backward.h",
+        "to_logits<T>(p, b.score_slice(info.head), scores, at, LogitGradients<kTiles>{dprobs});",
+        "if (@) { to_logits<T>(p, b.score_slice(info.head), scores, at, NoGradients{}); } else {"
+        "to_logits<T>(p, b.score_slice(info.head), scores, at, LogitGradients<kTiles>{dprobs}); }",
+    ),
+    Bug(
+        "dprobs-read-in-flight", 90, "relative", "sm90/fused_backward.h",
+        "wgmma_wait<kIsGeneral ? 0 : 1>();",
+        "if (@) { wgmma_wait<1>(); } else { wgmma_wait<kIsGeneral ? 0 : 1>(); }",
+    ),
+    Bug(
+        "keys-of-a-general-block-off-by-eight", 90, "relative", "sm90/fused_backward.h",
+        "own_row = 64 * group + own / 32 * 16 + own % 32 / 4; const KeyRows at",
+        "own_row = 64 * group + own / 32 * 16 + own % 32 / 4 + 8 * @; const KeyRows at",
     ),
     # Softcap, biases, masks and sinks
     Bug(
@@ -444,6 +486,17 @@ def half_masked(case: Case, dtype: torch.dtype, generator: torch.Generator) -> t
     return mask
 
 
+def far_masked(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """A bool mask (1, H, L, S) that hides scattered entries, and all of some blocks: others for each head."""
+    mask = cases.bool_mask("1HLS")(case, dtype, generator)
+    mask[:, 0, 64:, 128:256] = False
+    mask[:, 1, :128, :128] = False
+    mask[:, 1, :, 256:] = True
+    return mask
+
+
+MASKED = {"batch": 1, "kv_heads": 1, "seqlen_q": 200, "seqlen_k": 400, "head_dim": HEAD_DIM}
+
 CASES = {
     "hole": Case("hole", batch=1, heads=1, seqlen_q=70, seqlen_k=400, head_dim=HEAD_DIM, key_padding_mask=hidden_block),
     "short": Case("short", batch=1, heads=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM),
@@ -465,6 +518,15 @@ CASES = {
     ),
     "capped": Case("capped", batch=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM, options={"softcap": 2.0}),
     "relative": Case("relative", seqlen_q=200, seqlen_k=150, head_dim=HEAD_DIM, relative_bias=cases.per_head_bias),
+    # Without the gradient of queries, sm_90a runs two kernels.
+    "relative-dkdv": Case(
+        "relative-dkdv",
+        seqlen_q=200,
+        seqlen_k=150,
+        head_dim=HEAD_DIM,
+        relative_bias=cases.per_head_bias,
+        differentiated=("key", "value"),
+    ),
     "relative-shared": Case(
         "relative-shared", seqlen_q=70, seqlen_k=150, head_dim=HEAD_DIM, relative_bias=cases.shared_bias
     ),
@@ -508,6 +570,8 @@ CASES = {
         attn_mask=lambda case, dtype, generator: torch.randn(70, 152, generator=generator)[:, 1:151],
     ),
     "masked": Case("masked", seqlen_q=200, seqlen_k=300, head_dim=HEAD_DIM, attn_mask=half_masked),
+    "masked-blocks": Case("masked-blocks", **MASKED, attn_mask=far_masked),
+    "masked-hole": Case("masked-hole", **MASKED, attn_mask=far_masked, key_padding_mask=hidden_block),
     "sinks": Case("sinks", seqlen_q=300, seqlen_k=67, head_dim=HEAD_DIM, sinks=cases.sink()),
     "padded": Case(
         "padded",

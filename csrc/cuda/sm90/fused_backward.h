@@ -19,6 +19,9 @@
 //   - A block of keys waits only for blocks of the same head that were taken earlier. Of all unfinished blocks, the one
 //     that was taken first never waits, whatever else runs on the GPU. So there is no deadlock.
 //
+// Blocks of keys that do not see the tile add nothing, and have no number. Which ones see it follows from the band and
+// the padding. A dense mask has to be read for it, so a small kernel lists all steps and turns (list_mask_steps_kernel).
+//
 // The warps of a block of threads have these roles:
 //
 //   warp 0             loads keys, queries and lse
@@ -27,11 +30,16 @@
 //   warpgroups 1, 2    multiply; each has 64 of the keys
 //
 // A step is the work for one tile of queries.
+//
+// The general kernel (kIsGeneral) also supports dropout, softcap, biases, dense masks and any scale, as branches that
+// all threads take alike. All of it is done between the products for scores and dprobs and those that use them.
 #pragma once
 #include <cmath>
 #include <type_traits>
 
 #include "../dropout.h"
+#include "../logits.h"
+#include "../mask_bits.h"
 #include "../preparation.h"
 #include "../row_statistics.h"
 #include "../tile_scheduler.h"
@@ -48,15 +56,17 @@ constexpr int kKeyBlockSlots = 4;
 constexpr uint32_t kKeyBlockSlotBytes = 128;
 static_assert(kKeyBlockBytes <= kKeyBlockSlotBytes);
 
+constexpr int kFusedBackwardThreads = kWarpgroup * (1 + kKeyBlock / 64);  // each consumer warpgroup has 64 keys
+
 // Sizes of the fused backward: threads, registers, parts of dq, and where each tile, array and barrier lies in shared
 // memory (byte offsets from its start).
-template <int kHeadDim>
-struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim> {
-  using Sizes = FusedBackwardTileSm90<kHeadDim>;
+template <int kHeadDim, bool kIsGeneral>
+struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim, kIsGeneral> {
+  using Sizes = FusedBackwardTileSm90<kHeadDim, kIsGeneral>;
   static constexpr int kBlockM = Sizes::kBlockM, kQStages = Sizes::kQStages, kDoutStages = Sizes::kDoutStages;
   static constexpr int kBlockN = kKeyBlock, kTiles = kBlockM / 8;
   static constexpr int kConsumers = kBlockN / 64, kConsumerWarps = kConsumers * kWarpsPerWarpgroup;
-  static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+  static_assert(kFusedBackwardThreads == kWarpgroup * (1 + kConsumers));
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
 
@@ -92,20 +102,11 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim> {
 
 // ---- How the roles wait for one another
 
-// What the first loading warp tells the consumers about a step: which tile of queries, and of which query head of the
-// group.
-struct alignas(8) StepInfo {
-  int32_t tile;  // kTileNumber: number of the tile; kHasMask: some query does not see some key
-  int32_t head;
-};
-constexpr int32_t kHasMask = 1 << 30;
-constexpr int32_t kTileNumber = kHasMask - 1;
-
 // All rings and barriers of the fused backward. A full barrier of a ring says that a tile has arrived, an empty one
 // that its slot may be written again.
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 struct FusedBackwardRings {
-  using Plan = FusedBackwardPlan<kHeadDim>;
+  using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
   Ring<kKeyBlockSlots> work;  // KeyBlocks, see kKeyBlockSlots
   Ring<1> k;
   Ring<1> v;
@@ -153,9 +154,9 @@ struct FusedBackwardRings {
 
 // The position of one role in the ring of KeyBlocks. Every role reads every block of keys: it waits for the next one,
 // works on its steps, and releases it.
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 struct KeyBlockReader {
-  using Plan = FusedBackwardPlan<kHeadDim>;
+  using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
   uint32_t shared;
   Ring<kKeyBlockSlots> ring;
   RingPosition<kKeyBlockSlots> position;
@@ -182,10 +183,10 @@ struct KeyBlockReader {
 // Takes the number of the next block of keys from the counter in global memory, and starts to copy its KeyBlock into a
 // slot of the ring. If no block is left, writes kNoMoreKeys to the slot. The leader lane of the first loading warp
 // calls this, and waits until the slot is empty.
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 GPU_DEVICE void take_key_block(const Params& p, uint32_t shared, const Ring<kKeyBlockSlots>& ring,
                                RingPosition<kKeyBlockSlots> position, int num_programs) {
-  using Plan = FusedBackwardPlan<kHeadDim>;
+  using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
   const int number = atomic_fetch_add(p.tile_counter, 1);
   const uint32_t slot = shared + Plan::kKeyBlocks + position.slot() * kKeyBlockSlotBytes;
   position.wait_empty(ring);
@@ -200,29 +201,26 @@ GPU_DEVICE void take_key_block(const Params& p, uint32_t shared, const Ring<kKey
 
 // What arrives with a tile of queries, on the same barrier: lse and a StepInfo with queries (kIsFirst), delta with
 // dout. TileLoader calls these functions.
-template <int kHeadDim, bool kIsFirst>
+template <int kHeadDim, bool kIsFirst, bool kIsGeneral>
 struct StepLoad {
-  using Plan = FusedBackwardPlan<kHeadDim>;
+  using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
   static constexpr uint32_t bytes = Plan::kStatisticsBytes;
   const Params& p;
   const uint32_t shared;
   const SharedKeyBlock b;
-  const Step& step;
+  const Step<Plan::kBlockM, kIsGeneral>& step;
   const int slot;  // of the ring for queries, or for dout
 
   // Writes the StepInfo to shared memory with an ordinary store.
   GPU_DEVICE void store() const {
-    if constexpr (kIsFirst) {
-      const StepInfo info{step.tile | (b.is_whole(step.tile) ? 0 : kHasMask), step.head};
-      store_shared(shared + Plan::kStepInfos + slot * uint32_t{sizeof(StepInfo)}, info);
-    }
+    if constexpr (kIsFirst) store_shared(shared + Plan::kStepInfos + slot * uint32_t{sizeof(StepInfo)}, step.info(b));
   }
   // Starts to copy a float for each row: lse or delta.
   GPU_DEVICE void start(uint32_t barrier) const {
     const RowValues& sums = kIsFirst ? p.lse_log2 : p.delta;
     bulk_load(shared + (kIsFirst ? Plan::kLse : Plan::kDelta) + slot * Plan::kStatisticsBytes,
-              sums.data + b.batch() * sums.stride_batch + step.head * sums.stride_head + b.padded_q_offset() +
-                  step.tile * Plan::kBlockM,
+              sums.data + b.batch() * sums.stride_batch + step.head() * sums.stride_head + b.padded_q_offset() +
+                  step.tile() * Plan::kBlockM,
               bytes, barrier);
   }
 };
@@ -230,21 +228,22 @@ struct StepLoad {
 // The roles of the two loading warps. The first one (kIsFirst) takes blocks of keys, and loads their keys, and queries
 // and lse for each step. The second one loads values, and dout and delta for each step. All lanes of the warp call
 // this, and return when no block of keys is left.
-template <int kHeadDim, bool kIsFirst>
+template <int kHeadDim, bool kIsGeneral, bool kIsFirst>
 GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t shared,
-                           const FusedBackwardRings<kHeadDim>& rings, int num_programs) {
-  using Plan = FusedBackwardPlan<kHeadDim>;
+                           const FusedBackwardRings<kHeadDim, kIsGeneral>& rings, int num_programs) {
+  using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
   using QTile = typename Plan::QTile;
   using KeyTile = typename Plan::KeyTile;
   constexpr int kStages = kIsFirst ? Plan::kQStages : Plan::kDoutStages;
   const bool is_leader = thread_index() % 32 == 0;
   TileLoader loader{rings.cleaning + (kIsFirst ? 0 : 8), is_leader};
-  KeyBlockReader<kHeadDim> reader{shared, rings.work, {}};
+  KeyBlockReader<kHeadDim, kIsGeneral> reader{shared, rings.work, {}};
   RingPosition<kStages> position;
   while (true) {
     // The next block of keys is taken only after all loads of the current one have been issued. If it were taken
     // earlier, other blocks of keys, which add to the same tiles of dq after it, would have to wait longer.
-    if (kIsFirst && is_leader) take_key_block<kHeadDim>(p, shared, rings.work, reader.position, num_programs);
+    if (kIsFirst && is_leader)
+      take_key_block<kHeadDim, kIsGeneral>(p, shared, rings.work, reader.position, num_programs);
     const SharedKeyBlock b = reader.wait();
     if (b.number() == kNoMoreKeys) return;
     const Ring<1>& key_ring = kIsFirst ? rings.k : rings.v;
@@ -262,16 +261,16 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
     loader.template load_valid<KeyTile>(key_ring, key_position, shared + (kIsFirst ? Plan::kK : Plan::kV),
                                         kIsFirst ? maps.k : maps.v, b.k_offset() + b.number() * kKeyBlock, b.kv_head(),
                                         b.batch(), b.valid());
-    GPU_NO_UNROLL for (Step step(b); step.head < b.head() + p.group_size; step.advance(b)) {
-      const int32_t row = step.tile * Plan::kBlockM;
-      const StepLoad<kHeadDim, kIsFirst> also{p, shared, b, step, position.slot()};
+    GPU_NO_UNROLL for (Step<Plan::kBlockM, kIsGeneral> step(p, b); step.is_left(p, b); step.advance(p, b)) {
+      const int32_t row = step.tile() * Plan::kBlockM;
+      const StepLoad<kHeadDim, kIsFirst, kIsGeneral> also{p, shared, b, step, position.slot()};
       const uint32_t tile = shared + (kIsFirst ? Plan::kQ : Plan::kDout) + position.slot() * QTile::kBytes;
       const Map& map = kIsFirst ? maps.q : maps.dout;
       const auto load = [&](const auto& ring) {
         // Only in a packed tensor do rows of another sequence follow the rows of this one. TMA gives zeros for rows
         // past the end of the tensor.
         const FirstRows<Plan::kBlockM> own{p.cu_seqlens_q != nullptr ? b.seqlen_q() - row : Plan::kBlockM};
-        loader.template load_valid<QTile>(ring, position, tile, map, b.q_offset() + row, step.head, b.batch(), own,
+        loader.template load_valid<QTile>(ring, position, tile, map, b.q_offset() + row, step.head(), b.batch(), own,
                                           also);
       };
       if constexpr (kIsFirst) {
@@ -292,19 +291,21 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
 // For each step, it waits for the turn of this block of keys at the tile, and for both warpgroups to have written their
 // parts to shared memory. After the addition, it raises the counter of the tile, so that the next block of keys has its
 // turn.
-template <int kHeadDim>
-GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRings<kHeadDim>& rings, uint32_t parity) {
-  using Plan = FusedBackwardPlan<kHeadDim>;
-  KeyBlockReader<kHeadDim> reader{shared, rings.work, {}};
+template <int kHeadDim, bool kIsGeneral>
+GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRings<kHeadDim, kIsGeneral>& rings,
+                       uint32_t parity) {
+  using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
+  KeyBlockReader<kHeadDim, kIsGeneral> reader{shared, rings.work, {}};
   uint32_t step = 0;  // over all blocks of keys
   while (true) {
     const SharedKeyBlock b = reader.wait();
     if (b.number() == kNoMoreKeys) return;
-    Step at(b);
-    GPU_NO_UNROLL for (int left = b.steps(); left > 0; --left, ++step, at.advance(b)) {
+    Step<Plan::kBlockM, kIsGeneral> at(p, b);
+    const auto is_left = [&](int left) { return kIsGeneral ? at.is_left(p, b) : left > 0; };  // fewest registers
+    GPU_NO_UNROLL for (int left = b.steps(); is_left(left); --left, ++step, at.advance(p, b)) {
       if (step % 2 != parity) continue;
-      const int64_t tile = b.row_block(p, at.head) * Plan::kTilesPerRowBlock + at.tile;
-      const int32_t turn = turn_at<Plan::kBlockM>(p, b, at.tile);
+      const int64_t tile = b.row_block(p, at.head()) * Plan::kTilesPerRowBlock + at.tile();
+      const int32_t turn = at.turn(p, b);
       wait_until_equal(p.dq_turns + tile, turn);
       fence_async_proxy_global();
       GPU_UNROLL for (int group = 0; group < Plan::kConsumers; ++group) {
@@ -354,9 +355,10 @@ GPU_DEVICE void store_zeros(T* row, int columns, Lane lane) {
 // The role of a consumer warpgroup: sums dk and dv of 64 keys over all steps of a block of keys, and computes this
 // warpgroup's part of a tile of dq in each step. All 128 threads call this, and return when no block of keys is left.
 // `group` is 0 or 1.
-template <class T, int kHeadDim, bool kHasDropout>
-GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackwardRings<kHeadDim>& rings, int group) {
-  using Plan = FusedBackwardPlan<kHeadDim>;
+template <class T, int kHeadDim, bool kIsGeneral>
+GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackwardRings<kHeadDim, kIsGeneral>& rings,
+                              int group) {
+  using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
   using QTile = typename Plan::QTile;
   using KeyTile = typename Plan::KeyTile;
   constexpr int kTiles = Plan::kTiles, kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN;
@@ -377,7 +379,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
   uint32_t rounded_probs[kTiles / 2][4], rounded_dscores[kTiles / 2][4];
   Float2 lse[kTiles];
 
-  KeyBlockReader<kHeadDim> reader{shared, rings.work, {}};
+  KeyBlockReader<kHeadDim, kIsGeneral> reader{shared, rings.work, {}};
   uint32_t step = 0;  // over all blocks of keys
   while (true) {
     // Wait for the next block of keys. For head dim 64, registers spill unless its address is in a uniform register,
@@ -391,13 +393,9 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       GPU_UNROLL for (int r = 0; r < 2; ++r) {
         const int row = b.number() * kKeyBlock + warp_row + lane.g + 8 * r;
         const bool is_row = row < b.seqlen_k();
-        // With dropout there is no register left for p.dk.columns. So is_fused_backward (attention.cu) chooses this
-        // kernel with dropout only if the tensors have exactly kHeadDim columns.
-        if (p.dk.data != nullptr)
-          store(b.template key_row<T>(p.dk, row), dk, r, p.scale, is_row, kHasDropout ? kHeadDim : p.dk.columns);
-        const float factor = kHasDropout ? p.dropout_scale : 1.0f;
-        if (p.dv.data != nullptr)
-          store(b.template key_row<T>(p.dv, row), dv, r, factor, is_row, kHasDropout ? kHeadDim : p.dv.columns);
+        if (p.dk.data != nullptr) store(b.template key_row<T>(p.dk, row), dk, r, p.scale, is_row, p.dk.columns);
+        const float factor = kIsGeneral ? p.dropout_scale : 1.0f;
+        if (p.dv.data != nullptr) store(b.template key_row<T>(p.dv, row), dv, r, factor, is_row, p.dv.columns);
       }
     };
     // No query sees these keys: their gradients are zeros. The loading warps have marked the slots as full, without a
@@ -448,40 +446,71 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
     DropoutKeep<kTiles> dropout_keep;
     const auto begin_step = [&](uint32_t i) {
       info = load_shared<StepInfo>(shared + Plan::kStepInfos + i % Plan::kQStages * uint32_t{sizeof(StepInfo)});
-      if constexpr (kHasDropout) {
-        dropout_keep =
-            dropout_keep_of_key_rows<kTiles>(Dropout(p, b.batch(), info.head), (info.tile & kTileNumber) * kBlockM,
-                                             b.number() * kKeyBlock + warp_row, lane);
+      if constexpr (kIsGeneral) {
+        if (p.dropout_seed != nullptr)
+          dropout_keep =
+              dropout_keep_of_key_rows<kTiles>(Dropout(p, b.batch(), info.head), (info.tile & kTileNumber) * kBlockM,
+                                               b.number() * kKeyBlock + warp_row, lane);
+      } else {
+        GPU_UNROLL for (int t = 0; t < Plan::kLseAhead; ++t) lse[t] = lse_at(i, t);
       }
-      GPU_UNROLL for (int t = 0; t < Plan::kLseAhead; ++t) lse[t] = lse_at(i, t);
+    };
+
+    // Sets the scores of the current step to -inf where a query does not see a key. Loops over tiles without a mask leave
+    // no registers for masks. So everything about the mask is computed here, one word of 32 queries at a time.
+    const auto hide_scores = [&] {
+      const int own = keep_computed(thread), own_row = 64 * group + own / 32 * 16 + own % 32 / 4;
+      const int tile = info.tile & kTileNumber;
+      GPU_UNROLL for (int r = 0; r < 2; ++r) {
+        const bool is_valid = b.is_valid(own_row + 8 * r);
+        const int key = b.number() * kKeyBlock + own_row + 8 * r;
+        const int first = first_query(p, key) - tile * kBlockM, end = last_query(p, key) + 1 - tile * kBlockM;
+        const uint32_t* masked = nullptr;
+        if constexpr (kIsGeneral) {
+          if (p.mask.map != nullptr) masked = queries_of_key(p, b.score_slice(info.head), key) + tile * (kBlockM / 32);
+        }
+        GPU_UNROLL for (int w = 0; w < kBlockM / 32; ++w) {
+          uint32_t visible = is_valid ? column_bits(first, end, w) : 0;
+          if constexpr (kIsGeneral) {
+            if (masked != nullptr) visible &= load_global(masked + w);
+          }
+          hide_word(scores, r, w, visible, lane);
+        }
+      }
     };
 
     // Waits for the products of step i. Turns scores into probs and dprobs into dscores, both in place. With dropout,
     // probs become those after dropout.
     const auto compute_dscores = [&](uint32_t i) {
-      wgmma_wait<1>();
+      wgmma_wait<kIsGeneral ? 0 : 1>();
       keep_registers(flat(scores));
-      if (info.tile & kHasMask) {
-        // The loop over tiles without a mask leaves no registers for masks. So everything about the mask is computed
-        // here, one word of 32 queries at a time.
+      if constexpr (kIsGeneral) {
+        // dprobs are needed first: the derivative of the softcap multiplies them.
+        keep_registers(flat(dprobs));
+        if (p.dropout_seed != nullptr) drop(dprobs, dropout_keep, p.dropout_scale);
+        GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+          const Float2 delta = delta_at(i, t);
+          GPU_UNROLL for (int j = 0; j < 4; ++j) dprobs[t][j] -= j % 2 == 0 ? delta.x : delta.y;
+        }
         const int own = keep_computed(thread), own_row = 64 * group + own / 32 * 16 + own % 32 / 4;
-        const int tile = info.tile & kTileNumber;
-        GPU_UNROLL for (int r = 0; r < 2; ++r) {
-          const bool is_valid = b.is_valid(own_row + 8 * r);
-          const int key = b.number() * kKeyBlock + own_row + 8 * r;
-          const int first = first_query(p, key) - tile * kBlockM, end = last_query(p, key) + 1 - tile * kBlockM;
-          GPU_UNROLL for (int w = 0; w < kBlockM / 32; ++w) {
-            hide_word(scores, r, w, is_valid ? column_bits(first, end, w) : 0, lane);
+        const KeyRows at{(info.tile & kTileNumber) * kBlockM + own % 4 * 2, b.number() * kKeyBlock + own_row};
+        to_logits<T>(p, b.score_slice(info.head), scores, at, LogitGradients<kTiles>{dprobs});
+        if (info.tile & kHasMask) hide_scores();
+        GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+          const Float2 lse_pair = lse_at(i, t);
+          GPU_UNROLL for (int j = 0; j < 4; ++j) {
+            scores[t][j] = prob_of(scores[t][j], p.softmax_scale_log2, j % 2 == 0 ? lse_pair.x : lse_pair.y);
+            dprobs[t][j] *= scores[t][j];
           }
         }
+        if (p.dropout_seed != nullptr) drop(scores, dropout_keep, 1.0f);
+        return;
       }
+      if (info.tile & kHasMask) hide_scores();
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
         if (t + Plan::kLseAhead < kTiles) lse[t + Plan::kLseAhead] = lse_at(i, t + Plan::kLseAhead);
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
           scores[t][j] = prob_of(scores[t][j], p.scale_log2, j % 2 == 0 ? lse[t].x : lse[t].y);
-          // A negative sign marks the probs that dropout drops. So the bits of dropout_keep need no registers from here
-          // on.
-          if (kHasDropout && !dropout_keep.has(t, j)) scores[t][j] = -scores[t][j];
         }
       }
       Float2 delta[kTiles];
@@ -491,14 +520,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
         if (t + Plan::kDeltaAhead < kTiles) delta[t + Plan::kDeltaAhead] = delta_at(i, t + Plan::kDeltaAhead);
         GPU_UNROLL for (int j = 0; j < 4; ++j) {
-          float dprob = dprobs[t][j], prob = scores[t][j];
-          if constexpr (kHasDropout) {
-            const bool is_dropped = prob < 0.0f;  // false for NaN, which must not be lost
-            dprob = is_dropped ? 0.0f : dprob * p.dropout_scale;
-            scores[t][j] = is_dropped ? 0.0f : prob;
-            prob = fabsf(prob);
-          }
-          dprobs[t][j] = prob * (dprob - (j % 2 == 0 ? delta[t].x : delta[t].y));
+          dprobs[t][j] = scores[t][j] * (dprobs[t][j] - (j % 2 == 0 ? delta[t].x : delta[t].y));
         }
       }
     };
@@ -565,12 +587,24 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
     begin_step(step);
     key_position.wait_full(rings.v);
     start_dprobs(step);
-    compute_dscores(step);
-    forget_registers(flat(dk));
-    forget_registers(flat(dv));
-    GPU_NO_UNROLL for (; step != end - 1; ++step) {
-      propagate(step, std::false_type{});
-      compute_dscores(step + 1);
+    if constexpr (kIsGeneral) {  // with one copy of the long code of compute_dscores
+      forget_registers(flat(dk));
+      forget_registers(flat(dv));
+      bool is_last;
+      GPU_NO_UNROLL do {
+        compute_dscores(step);
+        is_last = shuffle(static_cast<uint32_t>(step == end - 1), 0);
+        if (!is_last) propagate(step++, std::false_type{});
+      }
+      while (!is_last);
+    } else {
+      compute_dscores(step);
+      forget_registers(flat(dk));
+      forget_registers(flat(dv));
+      GPU_NO_UNROLL for (; step != end - 1; ++step) {
+        propagate(step, std::false_type{});
+        compute_dscores(step + 1);
+      }
     }
     propagate(step, std::true_type{});
     ++step;
@@ -583,13 +617,13 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
 
 // The fused backward, launched by launch_fused (launchers.h) with one block of threads for each multiprocessor.
 // num_programs is the number of blocks of keys of all heads.
-template <class T, int kHeadDim, bool kHasDropout>
-GPU_KERNEL void GPU_LAUNCH_BOUNDS(FusedBackwardPlan<kHeadDim>::kThreads, 1)
+template <class T, int kHeadDim, bool kIsGeneral>
+GPU_KERNEL void GPU_LAUNCH_BOUNDS(kFusedBackwardThreads, 1)
     fused_backward_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT BackwardMaps maps,
                           int num_programs) {
-  using Plan = FusedBackwardPlan<kHeadDim>;
+  using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
   const uint32_t shared = shared_address(shared_memory());
-  const FusedBackwardRings<kHeadDim> rings(shared);
+  const FusedBackwardRings<kHeadDim, kIsGeneral> rings(shared);
   if (thread_index() == 0) rings.init();
   sync_threads();
   const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // tells the compiler that a warp agrees about it
@@ -597,15 +631,15 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(FusedBackwardPlan<kHeadDim>::kThreads, 1)
     decrease_registers<Plan::kProducerRegisters>();
     const int warp = shuffle(thread_index() / 32, 0);
     if (warp == 0) {
-      load_tiles<kHeadDim, true>(p, maps, shared, rings, num_programs);
+      load_tiles<kHeadDim, kIsGeneral, true>(p, maps, shared, rings, num_programs);
     } else if (warp == 1) {
-      load_tiles<kHeadDim, false>(p, maps, shared, rings, num_programs);
+      load_tiles<kHeadDim, kIsGeneral, false>(p, maps, shared, rings, num_programs);
     } else if (thread_index() % 32 == 0) {
-      add_dq<kHeadDim>(p, shared, rings, warp % 2);
+      add_dq<kHeadDim, kIsGeneral>(p, shared, rings, warp % 2);
     }
   } else {
     increase_registers<Plan::kConsumerRegisters>();
-    sum_gradients<T, kHeadDim, kHasDropout>(p, shared, rings, warpgroup - 1);
+    sum_gradients<T, kHeadDim, kIsGeneral>(p, shared, rings, warpgroup - 1);
   }
 }
 
@@ -613,10 +647,10 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(FusedBackwardPlan<kHeadDim>::kThreads, 1)
 
 // Runs before the fused backward. Writes the row statistics, sets the counters dq_turns to 0, and writes the list of
 // all blocks of keys, which take_key_block reads.
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     prepare_fused_backward_kernel(const GPU_GRID_CONSTANT Params p, int num_programs) {
-  using Plan = FusedBackwardPlan<kHeadDim>;
+  using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
   reset_tile_counter(p);
   prepare_rows<T, kHeadDim, Plan::kBlockM>(p);
   const int64_t threads = int64_t{grid_size_x()} * kPreparationThreads;
@@ -629,13 +663,77 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
   }
 }
 
+// Lists the steps of block `program` of the list of blocks of keys, and writes their number into its KeyBlock. One warp
+// calls this. It reads the map of the mask for 32 tiles of queries at a time.
+template <int kBlockM>
+GPU_DEVICE void list_mask_steps(const Params& p, int32_t program) {
+  KeyBlock& b = p.key_blocks[program];
+  const int32_t lane = this_lane().index, begin = load_global(&b.begin), end = load_global(&b.end);
+  const int32_t number = load_global(&b.number), head = load_global(&b.head);
+  const int32_t full_begin = load_global(&b.full_begin), full_end = load_global(&b.full_end);
+  if (load_global(&b.steps) == 0) return;
+  HeadSlice head_slice{};
+  head_slice.batch = load_global(&b.batch);
+  StepInfo* const steps = mask_steps_of<kBlockM>(p, program);
+  int32_t count = 0;
+  for (head_slice.head = head; head_slice.head < head + p.group_size; ++head_slice.head) {
+    for (int32_t first = begin; first < end; first += 32) {
+      const int32_t tile = first + lane;
+      MaskContents contents{0};
+      if (tile < end)
+        contents = mask_contents<kBlockM, kKeyBlock>(p.mask, head_slice, tile * kBlockM, number * kKeyBlock);
+      const uint32_t visited = warp_ballot(contents.has_visible());
+      const bool has_mask = contents.has_hidden() || tile < full_begin || tile >= full_end;
+      if (contents.has_visible())
+        store_global(steps + count + count_bits(visited & low_bits(lane)),
+                     StepInfo{tile | (has_mask ? kHasMask : 0), head_slice.head});
+      count += count_bits(visited);
+    }
+  }
+  sync_warp();  // all lanes have read b.steps
+  if (lane == 0) store_global(&b.steps, count);
+}
+
+// Writes the turns of all blocks of keys at tile `tile` of queries: for each block that visits the tile, how many later
+// blocks do so, too. One warp calls this. A block visits the tile exactly if list_mask_steps lists the tile.
+template <int kBlockM>
+GPU_DEVICE void list_mask_turns(const Params& p, int32_t batch, int32_t head, int32_t tile) {
+  const HeadSlice head_slice = head_slice_of(p, batch, head, head / p.group_size);
+  const int32_t lane = this_lane().index;
+  int32_t* const turns = mask_turns_of<kBlockM>(p, batch, head, tile);
+  int32_t later = 0;
+  for (int32_t last = p.num_key_blocks - 1; last >= 0; last -= 32) {
+    const int32_t n = last - lane;
+    const bool is_visited =
+        n >= 0 && tile >= first_tile<kBlockM>(p, n) && tile <= last_tile<kBlockM>(p, n) &&
+        key_rank(p, batch, n + 1) != key_rank(p, batch, n) &&
+        mask_contents<kBlockM, kKeyBlock>(p.mask, head_slice, tile * kBlockM, n * kKeyBlock).has_visible();
+    const uint32_t visited = warp_ballot(is_visited);
+    if (is_visited) store_global(turns + n, later + count_bits(visited & low_bits(lane)));
+    later += count_bits(visited);
+  }
+}
+
+// Runs before the fused backward if there is a dense mask: fills Params::mask_steps and Params::mask_turns. The first
+// warps list the steps of a block of keys each, and the other ones the turns at a tile of queries.
+template <int kBlockM>
+GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
+    list_mask_steps_kernel(const GPU_GRID_CONSTANT Params p, int num_programs) {
+  const int64_t warp = int64_t{block_index_x()} * (kPreparationThreads / 32) + thread_index() / 32;
+  if (warp < num_programs) return list_mask_steps<kBlockM>(p, static_cast<int32_t>(warp));
+  const int64_t number = warp - num_programs, tiles = tiles_of_head<kBlockM>(p), head = number / tiles;
+  if (head >= int64_t{p.batch} * p.num_heads) return;
+  list_mask_turns<kBlockM>(p, static_cast<int32_t>(head / p.num_heads), static_cast<int32_t>(head % p.num_heads),
+                           static_cast<int32_t>(number % tiles));
+}
+
 constexpr int kRoundingThreads = 256;
 
 // Runs after the fused backward: multiplies one tile of the sums of dq by the scale, rounds it, and writes it to dq.
 // Thread i of a block reads the sums that thread i of the two consumer warpgroups computed.
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU_GRID_CONSTANT Params p) {
-  using Plan = FusedBackwardPlan<kHeadDim>;
+  using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
   constexpr int kChunk = 4;  // tiles of 8 columns that are stored together
   const int num_tiles = (p.seqlen_q + Plan::kBlockM - 1) / Plan::kBlockM;
   const WorkTile work = scheduled_tile(block_index_x(), num_tiles, p.num_heads, p.batch, p.heads_per_l2_group, true);

@@ -12,8 +12,8 @@
 //
 // Under a causal mask, each block of keys begins with another tile of queries, so no block waits at its beginning.
 #pragma once
+#include "../mask_bits.h"
 #include "../tile_scheduler.h"
-#include "../visibility.h"
 
 namespace fused_attn::gpu::sm90 {
 
@@ -75,7 +75,7 @@ GPU_DEVICE KeyBlock key_block(const Params& p, int32_t program) {
   b.full_end = valid.all() ? range.full_end : range.full_begin;
   b.rank_after = key_rank(p, work.batch, work.block + 1);
   b.steps = valid.none() ? 0 : max(b.end - b.begin, 0) * p.group_size;
-  b.unused = 0;
+  b.program = program;
   GPU_UNROLL for (int w = 0; w < valid.kWords; ++w) b.valid[w] = valid.words[w];
   return b;
 }
@@ -98,6 +98,7 @@ struct SharedKeyBlock {
   GPU_DEVICE int32_t end() const { return read(offsetof(KeyBlock, end)); }
   GPU_DEVICE int32_t rank_after() const { return read(offsetof(KeyBlock, rank_after)); }
   GPU_DEVICE int32_t steps() const { return read(offsetof(KeyBlock, steps)); }
+  GPU_DEVICE int32_t program() const { return read(offsetof(KeyBlock, program)); }
 
   // Whether all queries of a tile see all keys of the block, so that no entry needs a test.
   GPU_DEVICE bool is_whole(int32_t tile) const {
@@ -111,6 +112,8 @@ struct SharedKeyBlock {
   GPU_DEVICE bool is_valid(uint32_t key) const {
     return read(offsetof(KeyBlock, valid) + key / 32 * 4) >> (key % 32) & 1;
   }
+  // What to_logits and the dense mask need to know of the head slice of a query head.
+  GPU_DEVICE HeadSlice score_slice(int32_t head) const { return {batch(), head, 0, 0, 0, seqlen_q(), seqlen_k(), 0}; }
   // Address of row `row` of this key head in a tensor like key: as HeadSlice::key_row.
   template <class T>
   GPU_DEVICE T* key_row(const Rows& x, int64_t row) const {
@@ -137,17 +140,86 @@ GPU_DEVICE int32_t turn_at(const Params& p, const SharedKeyBlock& b, int32_t m) 
 }
 
 // The current step of a role within a block of keys. The steps go over the query heads of the group, and for each head
-// over the tiles of queries that meet the block.
-struct Step {
-  int32_t head;
-  int32_t tile;
+// over the tiles of queries that meet the block. In a general kernel, steps without a visible entry are left out.
+template <int kBlockM, bool kIsGeneral>
+class Step;
 
-  GPU_DEVICE explicit Step(const SharedKeyBlock& b) : head(b.head()), tile(b.begin()) {}
-  GPU_DEVICE void advance(const SharedKeyBlock& b) {
-    if (++tile < b.end()) return;
-    tile = b.begin();
-    ++head;
+template <int kBlockM>
+class Step<kBlockM, false> {
+ public:
+  GPU_DEVICE Step(const Params&, const SharedKeyBlock& b) : head_(b.head()), tile_(b.begin()) {}
+  GPU_DEVICE bool is_left(const Params& p, const SharedKeyBlock& b) const { return head_ < b.head() + p.group_size; }
+  GPU_DEVICE void advance(const Params&, const SharedKeyBlock& b) {
+    if (++tile_ < b.end()) return;
+    tile_ = b.begin();
+    ++head_;
   }
+  GPU_DEVICE int32_t head() const { return head_; }
+  GPU_DEVICE int32_t tile() const { return tile_; }
+  GPU_DEVICE StepInfo info(const SharedKeyBlock& b) const {
+    return {tile_ | (b.is_whole(tile_) ? 0 : kHasMask), head_};
+  }
+  // The number of blocks of keys that add to this tile of dq before block b.
+  GPU_DEVICE int32_t turn(const Params& p, const SharedKeyBlock& b) const { return turn_at<kBlockM>(p, b, tile_); }
+
+ private:
+  int32_t head_;
+  int32_t tile_;
+};
+
+// How many tiles of queries a head has in the arrays of the workspace.
+template <int kBlockM>
+GPU_DEVICE int32_t tiles_of_head(const Params& p) {
+  return p.row_blocks * (kRowBlock / kBlockM);
+}
+
+// The list of steps of the block of keys that is taken as number `program`.
+template <int kBlockM>
+GPU_DEVICE StepInfo* mask_steps_of(const Params& p, int32_t program) {
+  return p.mask_steps + int64_t{program} * p.group_size * tiles_of_head<kBlockM>(p);
+}
+
+// The turns of all blocks of keys at a tile of queries.
+template <int kBlockM>
+GPU_DEVICE int32_t* mask_turns_of(const Params& p, int32_t batch, int32_t head, int32_t tile) {
+  const int64_t tiles = tiles_of_head<kBlockM>(p);
+  return p.mask_turns + ((int64_t{batch} * p.num_heads + head) * tiles + tile) * p.num_key_blocks;
+}
+
+template <int kBlockM>
+class Step<kBlockM, true> {
+ public:
+  GPU_DEVICE Step(const Params& p, const SharedKeyBlock& b) : info_{b.begin(), b.head()} { look_up(p, b); }
+  GPU_DEVICE bool is_left(const Params&, const SharedKeyBlock& b) const { return index_ < b.steps(); }
+  GPU_DEVICE void advance(const Params& p, const SharedKeyBlock& b) {
+    ++index_;
+    info_.tile = tile() + 1;
+    if (info_.tile == b.end()) {
+      info_.tile = b.begin();
+      ++info_.head;
+    }
+    look_up(p, b);
+  }
+  GPU_DEVICE int32_t head() const { return info_.head; }
+  GPU_DEVICE int32_t tile() const { return info_.tile & kTileNumber; }
+  GPU_DEVICE StepInfo info(const SharedKeyBlock&) const { return info_; }
+  GPU_DEVICE int32_t turn(const Params& p, const SharedKeyBlock& b) const {
+    if (p.mask_turns == nullptr) return turn_at<kBlockM>(p, b, tile());
+    return load_global(mask_turns_of<kBlockM>(p, b.batch(), head(), tile()) + b.number());
+  }
+
+ private:
+  // Completes the step, which may lie past the last one. With a dense mask, reads it from the list.
+  GPU_DEVICE void look_up(const Params& p, const SharedKeyBlock& b) {
+    if (p.mask_steps != nullptr) {
+      if (index_ < b.steps()) info_ = load_global(mask_steps_of<kBlockM>(p, b.program()) + index_);
+    } else if (!b.is_whole(info_.tile)) {
+      info_.tile |= kHasMask;
+    }
+  }
+
+  StepInfo info_;
+  int32_t index_ = 0;  // of this step among those of the block
 };
 
 }  // namespace fused_attn::gpu::sm90

@@ -52,7 +52,7 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
 }
 
 // Launches backward in two kernels: one for dq, one for dk and dv. It is for calls that the fused backward does not
-// support: larger head dims, calls that do not want all gradients, and whatever only general kernels can do.
+// support: larger head dims, and calls that do not want all gradients.
 // maps_of(block_m, block_n) makes the tensor maps for these tile sizes.
 template <class T, int kHeadDim, bool kIsGeneral, class MapsOf>
 void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
@@ -72,17 +72,25 @@ void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
 
 // Launches the fused backward, between the kernel that prepares its list of blocks of keys and the kernel that rounds
 // dq.
-template <class T, int kHeadDim, bool kHasDropout, class MapsOf>
+template <class T, int kHeadDim, bool kIsGeneral, class MapsOf>
 void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
-  using Plan = FusedBackwardPlan<kHeadDim>;
+  using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
   LaunchShape shape =
-      shape_of(p.seqlen_k, Plan::kBlockN, p.num_heads / p.group_size, p.batch, Plan::kThreads, Plan::kBytes);
+      shape_of(p.seqlen_k, Plan::kBlockN, p.num_heads / p.group_size, p.batch, kFusedBackwardThreads, Plan::kBytes);
   const int num_programs = shape.grid_x;  // blocks of keys of all heads
   shape.grid_x = std::min(num_programs, num_multiprocessors());
-  run_kernel(prepare_fused_backward_kernel<T, kHeadDim>, shape_of_row_preparation(p), stream, p, num_programs);
-  run_kernel(fused_backward_kernel<T, kHeadDim, kHasDropout>, shape, stream, p, maps_of(Plan::kBlockM, Plan::kBlockN),
+  run_kernel(prepare_fused_backward_kernel<T, kHeadDim, kIsGeneral>, shape_of_row_preparation(p), stream, p,
              num_programs);
-  run_kernel(round_dq_kernel<T, kHeadDim>,
+  if (p.mask_steps != nullptr) {
+    const int64_t warps = num_programs + int64_t{p.batch} * p.num_heads * tiles_of_head<Plan::kBlockM>(p);
+    constexpr int kWarps = kPreparationThreads / 32;
+    run_kernel(list_mask_steps_kernel<Plan::kBlockM>,
+               {static_cast<int>((warps + kWarps - 1) / kWarps), 1, 1, kPreparationThreads, 0}, stream, p,
+               num_programs);
+  }
+  run_kernel(fused_backward_kernel<T, kHeadDim, kIsGeneral>, shape, stream, p, maps_of(Plan::kBlockM, Plan::kBlockN),
+             num_programs);
+  run_kernel(round_dq_kernel<T, kHeadDim, kIsGeneral>,
              shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, kRoundingThreads, 0), stream, p);
 }
 
@@ -98,8 +106,8 @@ void launch_backward(const Params& p, bool is_bf16, Stream stream) {
   };
   if constexpr (has_fused_backward(kHeadDim)) {
     if (p.dq_sums != nullptr) {
-      return for_variant(is_bf16, p.dropout_seed != nullptr, [&](auto type, auto has_dropout) {
-        launch_fused<decltype(type), kHeadDim, has_dropout()>(p, stream, maps_of);
+      return for_variant(is_bf16, is_general_backward(p), [&](auto type, auto general) {
+        launch_fused<decltype(type), kHeadDim, general()>(p, stream, maps_of);
       });
     }
   }
