@@ -1,6 +1,6 @@
 """Fused attention for PyTorch that stays fast when there is a mask."""
 
-from fused_attn.api import explain, fused_attention, fused_attention_varlen
+from fused_attn.api import explain, fused_attention, fused_attention_paged, fused_attention_varlen
 from fused_attn.attention.relative_bias import alibi_bias, t5_relative_bias
 from fused_attn.installation import info
 from fused_attn.nn import (
@@ -30,6 +30,7 @@ __all__ = [
     "convert_attention",
     "explain",
     "fused_attention",
+    "fused_attention_paged",
     "fused_attention_varlen",
     "info",
     "t5_relative_bias",

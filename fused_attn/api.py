@@ -1,4 +1,4 @@
-"""The functions `fused_attention`, `fused_attention_varlen` and `explain`.
+"""The functions `fused_attention`, `fused_attention_varlen`, `fused_attention_paged` and `explain`.
 
 Each call is planned (`planning.py`: arguments are checked, a backend is chosen) and then run (`running.py`).
 """
@@ -31,11 +31,13 @@ def fused_attention(
     enable_gqa: bool = False,
     *,
     key_padding_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     window_size: tuple[int, int] | None = None,
     softcap: float = 0.0,
     relative_bias: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_seed: int | Tensor | None = None,
+    num_splits: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -56,6 +58,11 @@ def fused_attention(
         enable_gqa: query head h reads key/value head ``h // (H / Hkv)``.
         key_padding_mask: (B, S). Bool: True = IGNORE the key (as in `torch.nn.MultiheadAttention`). Floating point:
             added to the scores; -inf ignores the key. Ignored keys and values may hold NaN.
+        key_lengths: (B,) int32 on the device of query. Batch entry b has the keys j < key_lengths[b]. All others are
+            ignored and may hold NaN. Combines with every other mask by AND. The host does not read the lengths of a GPU
+            tensor, so a CUDA graph can be replayed with others. With ``causal_lower_right(L, S)`` as `attn_mask`, the
+            diagonal ends at the last key of each entry: query i stands at ``key_lengths[b] - L + i``, and a window
+            follows that diagonal. Other causal masks, windows and `relative_bias` are not shifted.
         window_size: (left, right), how many keys before and after its diagonal a query sees; -1 = unbounded.
         softcap: scores become ``softcap * tanh(score / softcap)`` before masks and bias; 0 = off.
         relative_bias: (H, L + S - 1) or (L + S - 1,). Column ``j - i + L - 1`` is added to score (i, j).
@@ -63,6 +70,9 @@ def fused_attention(
         sinks: (H,), a logit per head that joins the softmax denominator only. Differentiable.
         dropout_seed: int or 0-d int64 tensor that fixes the dropout pattern on every backend; default: drawn from
             torch's default generator.
+        num_splits: into how many parts the keys are cut for a kernel that computes few queries with many keys, 1 to
+            256. The parts are equal shares of the keys of each batch entry. So no bit of a result depends on the other
+            entries of the batch. The default follows from the shapes of the whole batch.
         return_lse: also return the log-sum-exp of the scores.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: the first that can run, the
             reference last. A backend that is named here runs, or the call raises ValueError with the reasons why it
@@ -78,7 +88,8 @@ def fused_attention(
         gradients 0.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
+        TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came. The
+            contents of key_lengths are checked on the CPU only. Elsewhere, a length counts as the nearest in [0, S].
     """
     is_direct = modes.is_direct()
     is_compiling = not is_direct and torch.compiler.is_compiling()
@@ -87,49 +98,57 @@ def fused_attention(
     window_size = tuple(window_size) if isinstance(window_size, list) else window_size
     metadata = None
     if is_direct:
-        metadata = signature.read(query, key, value, attn_mask, relative_bias, sinks, key_padding_mask)
+        metadata = signature.read(query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths)
         is_direct = metadata is not None
     if is_direct:
         # Most calls come here. They ask for a cached plan directly, because `planning.plan` would pass every argument
         # on once more, which takes as long as checking a tensor.
         try:  # not `contextlib.suppress`, which takes as long as finding the plan
             plan = planning.cached_plan(
-                backend, metadata, None, dropout_p, is_causal, scale, enable_gqa, window_size, softcap
+                backend, metadata, None, dropout_p, is_causal, scale, enable_gqa, window_size, softcap, num_splits
             )
         except TypeError:
             plan = None  # An argument cannot be hashed. `planning.plan` raises an error that names the argument.
     else:
         plan = None
-        arguments = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, dropout_seed)
+        arguments = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, dropout_seed)
         if not is_compiling and (seen := _with_torch_function(*arguments)):
             return handle_torch_function(
                 fused_attention, seen,
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                key_padding_mask=key_padding_mask, window_size=window_size, softcap=softcap,
-                relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, return_lse=return_lse,
-                backend=backend,
+                key_padding_mask=key_padding_mask, key_lengths=key_lengths, window_size=window_size, softcap=softcap,
+                relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, num_splits=num_splits,
+                return_lse=return_lse, backend=backend,
             )  # fmt: skip
         if jagged.is_nested(query, key, value):
+            masks_given = {
+                "attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "key_lengths": key_lengths,
+                "num_splits": num_splits,
+            }  # fmt: skip
             return _nested_attention(
-                query, key, value, attn_mask, key_padding_mask, return_lse,
+                query, key, value, masks_given, return_lse,
                 dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, window_size=window_size,
                 softcap=softcap, relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, backend=backend,
             )  # fmt: skip
     if plan is None:
-        tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask)
-        options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap)
+        tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths)
+        options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap, num_splits)
         plan = planning.plan(is_compiling, metadata, tensors, options, backend)
     problem, layout, chosen = plan
     if layout is not None:
         query, key, value = layout.flatten(query, key, value)
     if problem.is_plain:
-        inputs = inputs_of((query, key, value, None, None, None, None, None, None, None, None))
+        inputs = inputs_of((query, key, value, None, None, None, None, None, None, None, None, None, None))
     else:
         bias, mask, key_padding = masks.score_masks(problem, attn_mask, key_padding_mask, layout)
         if relative_bias is not None:
             relative_bias = masks.with_head_dim(relative_bias)
         seed = _seed(problem, dropout_seed) if problem.dropout_p else None
-        inputs = inputs_of((query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, None, None))
+        if key_lengths is not None and layout is not None:
+            key_lengths = key_lengths.reshape(problem.batch)
+        inputs = inputs_of(
+            (query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, key_lengths, None, None, None)
+        )
     lse: Tensor | None
     if chosen is None:
         out, lse = ops.call(problem, backend, inputs)
@@ -220,22 +239,101 @@ def fused_attention_varlen(
     return (out, lse.squeeze(0)) if return_lse else out  # type: ignore[union-attr]  # as in fused_attention
 
 
+def fused_attention_paged(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_table: Tensor,
+    key_lengths: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    window_size: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    num_splits: int | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over keys and values that lie in pages, as `PagedKVCache` stores them. For inference only.
+
+    The queries are the last rows of their sequence: query i of batch entry b stands at position
+    ``key_lengths[b] - L + i``. The causal mask and the window follow this diagonal. The arguments that
+    `fused_attention` has, too, have the same meaning.
+
+    Args:
+        query: (B, H, L, D).
+        key_pages: (num_pages, page_size, Hkv, D). Query head h reads head ``h // (H / Hkv)``. Any page size.
+        value_pages: (num_pages, page_size, Hkv, Dv).
+        block_table: (B, pages of the longest sequence) int32. Key j of batch entry b is row ``j % page_size`` of page
+            ``block_table[b, j // page_size]``. Entries may share pages. A number behind the last key is not used.
+        key_lengths: (B,) int32, the number of keys of each batch entry, the queries' own keys included.
+        key_padding_mask: (B, S) bool, True = IGNORE; S is ``block_table.shape[1] * page_size``.
+        num_splits: as in `fused_attention`. With it, no bit of a result depends on the other entries of the batch.
+
+    Returns:
+        out (B, H, L, Dv); with ``return_lse`` also lse (B, H, L). A row that sees no key has out 0 and lse -inf.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or a tensor requires a gradient while gradients are recorded.
+            The contents of block_table and key_lengths are checked on the CPU only. Elsewhere, a length counts as the
+            nearest in [0, S], and the number of a page as the nearest that exists.
+    """
+    is_direct = modes.is_direct()
+    is_compiling = not is_direct and torch.compiler.is_compiling()
+    tensors = (query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask)
+    if not is_direct and not is_compiling and has_torch_function_variadic(*tensors) and not modes.is_pre_dispatch():
+        return handle_torch_function(
+            fused_attention_paged, tensors, query, key_pages, value_pages, block_table, key_lengths,
+            is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask, window_size=window_size,
+            softcap=softcap, sinks=sinks, num_splits=num_splits, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
+    if is_compiling or modes.is_any_autocast_enabled():
+        query, key_pages, value_pages = _autocast(query, key_pages, value_pages)
+        tensors = (query, key_pages, value_pages, *tensors[3:])
+    metadata = signature.read(*tensors) if is_direct else None
+    window_size = tuple(window_size) if isinstance(window_size, list) else window_size
+    options = (0.0, is_causal, scale, True, window_size, softcap, num_splits)
+    problem, _, chosen = planning.plan_of_paged(is_compiling, metadata, tensors, options, backend)
+    if torch.is_grad_enabled():
+        for name, x in (("query", query), ("key_pages", key_pages), ("value_pages", value_pages), ("sinks", sinks)):
+            if x is not None and x.requires_grad:
+                raise checks.fail(
+                    name, "a tensor without gradient, because fused_attention_paged is for inference "
+                    "(call it under torch.no_grad())", "one that requires a gradient",
+                )  # fmt: skip
+    inputs = inputs_of(
+        (
+            query, key_pages.transpose(1, 2), value_pages.transpose(1, 2), None, None, sinks, None, None,
+            key_padding_mask, key_lengths, None, None, block_table,
+        )
+    )  # fmt: skip
+    lse: Tensor | None
+    if chosen is None:
+        out, lse = ops.call(problem, backend, inputs)
+    else:
+        out, lse = running.run(problem, chosen, is_direct and metadata is not None, inputs, return_lse)
+    return (out, lse) if return_lse else out  # type: ignore[return-value]  # as in fused_attention
+
+
 def _nested_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
+    refused: dict[str, Tensor | int | None],
     return_lse: bool,
     **options,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`fused_attention` of nested tensors (B, heads, length, D): out (B, H, length, Dv), lse (B, H, length).
 
+    refused: arguments that must be None, by name
     options: the other keyword arguments, which `fused_attention_varlen` takes, too
     """
-    for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
-        if mask is not None:
-            raise checks.fail(name, "None with nested tensors, whose sequences have no padding", "a mask")
+    for name, given in refused.items():
+        if given is not None:
+            expected = "None with nested tensors, whose sequences have no padding and are not split"
+            raise checks.fail(name, expected, "a tensor" if isinstance(given, Tensor) else given)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if isinstance(x, Tensor) and x.dim() != 4:
             raise checks.fail(name, "a nested tensor (B, heads, length, head dim)", f"{x.dim()} dimensions")
@@ -281,7 +379,7 @@ def explain(
     if jagged.is_nested(*call.args[:3]):
         raise checks.fail("query, key and value", "dense tensors for explain", "nested ones")
     query, key, value = _autocast(*call.args[:3])
-    others = (given["attn_mask"], given["relative_bias"], given["sinks"], given["key_padding_mask"])
+    others = tuple(given[name] for name in planning.Arguments._fields[3:])
     options = tuple(given[name] for name in planning.Options._fields)
     # With is_compiling=True, `plan` chooses no backend. So there is no error if the named backend cannot run.
     problem = planning.plan(True, None, (query, key, value, *others), options, None).problem

@@ -17,7 +17,7 @@ from fused_attn.attention.causal_bias import CausalBiasMeta, causal_bias
 from fused_attn.attention.checks import Meta
 from fused_attn.attention.inputs import Shapes
 from fused_attn.attention.layout import Layout
-from fused_attn.attention.problem import AttentionProblem, Scalars
+from fused_attn.attention.problem import AttentionProblem, Band, Scalars
 from fused_attn.backends import dispatch
 from fused_attn.backends.base import Backend
 
@@ -45,17 +45,18 @@ class Arguments(NamedTuple):
     relative_bias: Meta | None
     sinks: Meta | None
     key_padding_mask: Meta | None
+    key_lengths: Meta | None
 
 
 #: The tensors themselves, in the order of `Arguments`.
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 #: The metadata of those tensors as a value that can be hashed: a `signature`, or a tuple like `Meta` for each tensor.
 Metadata = bytes | tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]
 
 
 class Options(NamedTuple):
-    """The arguments without contents that `fused_attention` and `fused_attention_varlen` share."""
+    """The arguments without contents that the functions share. Those of `fused_attention_varlen` end with softcap."""
 
     dropout_p: float
     is_causal: bool
@@ -63,6 +64,7 @@ class Options(NamedTuple):
     enable_gqa: bool
     window_size: tuple[int, int] | None
     softcap: float
+    num_splits: int | None = None
 
 
 def plan(
@@ -152,7 +154,7 @@ def cached_plan(backend: str | None, *arguments) -> Plan:
 
 def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMeta | None, options: Options) -> Plan:
     """Checks all arguments and makes the plan, without a chosen backend."""
-    query, key, value, attn_mask, relative_bias, sinks, key_padding_mask = arguments
+    query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths = arguments
     if backend is not None and backend not in dispatch.BACKEND_NAMES:
         raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
     checks.check_query_key_value(query, key, value, min_dim=2)
@@ -163,11 +165,13 @@ def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMet
     layout = Layout.of(query.shape, key.shape, value.shape, options.enable_gqa)
     (seqlen_q, head_dim), (seqlen_k, value_dim) = query.shape[-2:], value.shape[-2:]
     if bias is not None:
-        checks.check_causal_bias(bias, options.is_causal, seqlen_q, seqlen_k)
+        checks.check_causal_bias(bias, options.is_causal, seqlen_q, seqlen_k, key_lengths is not None)
     if attn_mask is not None:
         checks.check_attn_mask(attn_mask, query, (*layout.batch_shape, layout.num_heads, seqlen_q, seqlen_k))
     if key_padding_mask is not None:
         checks.check_padding(key_padding_mask, query, layout.batch_shape, seqlen_k)
+    if key_lengths is not None:
+        checks.check_key_lengths(key_lengths, query, layout.batch_shape)
     if relative_bias is not None:
         checks.check_relative_bias(relative_bias, query, layout.num_heads, max(seqlen_q + seqlen_k - 1, 0))
     if sinks is not None:
@@ -182,12 +186,13 @@ def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMet
         sinks=_shape(sinks),
         mask=_shape(attn_mask) if is_bool else None,
         key_padding=_shape(key_padding_mask),
+        key_lengths=_shape(key_lengths),
     )
     problem = AttentionProblem.of(
         shapes,
         query.dtype,
         query.device,
-        _scalars(shapes, options, bias),
+        _scalars(shapes, options, _band(shapes, options, bias)),
         has_float_padding=key_padding_mask is not None and key_padding_mask.dtype != torch.bool,
     )
     return Plan(problem, None if layout.fits(query.shape, key.shape, value.shape) else layout, None)
@@ -277,7 +282,8 @@ def _packed_problem(
         cu_seqlens_q=cu_seqlens_q.shape,
         cu_seqlens_k=cu_seqlens_k.shape,
     )
-    scalars = _scalars(shapes, options)._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    scalars = _scalars(shapes, options, _band(shapes, options))
+    scalars = scalars._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     return AttentionProblem.of(shapes, query.dtype, query.device, scalars)
 
 
@@ -285,20 +291,140 @@ def _packed_problem(
 _cached_packed_problem = functools.lru_cache(maxsize=4096, typed=True)(_packed_problem)
 
 
-# ---- What batched and packed calls share
+# ---- Keys and values in pages
+
+
+class PagedArguments(NamedTuple):
+    """The metadata of the tensors of `fused_attention_paged`, under the names of its arguments."""
+
+    query: Meta
+    key_pages: Meta
+    value_pages: Meta
+    block_table: Meta
+    key_lengths: Meta
+    sinks: Meta | None
+    key_padding_mask: Meta | None
+
+
+#: The tensors that `PagedArguments` describes, in the same order.
+PagedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def plan_of_paged(
+    is_compiling: bool,
+    metadata: bytes | None,
+    tensors: PagedTensors,
+    options: tuple[Any, ...],
+    backend: str | None,
+) -> Plan:
+    """The plan of a call of `fused_attention_paged`, from the cache if possible. The arguments are those of `plan`.
+
+    tensors: in the order of `PagedArguments`
+    """
+    names = PagedArguments._fields  # the first five are required
+    known: Metadata
+    if metadata is None:
+        known = *map(checks.meta, names[:5], tensors[:5]), *map(checks.optional_meta, names[5:], tensors[5:])
+    else:
+        known = metadata
+    if is_compiling:
+        return _paged_plan(backend, known, *options)
+    try:
+        return cached_paged_plan(backend, known, *options)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        found = _paged_plan(backend, known, *options)  # Sizes are symbolic, or an argument is wrong: then it raises.
+        return found._replace(backend=dispatch.choose.__wrapped__(found.problem, backend))
+
+
+def _paged_plan(backend: str | None, metadata: Metadata, *options: Any) -> Plan:
+    """Checks all arguments and makes the plan, without a chosen backend. options: the fields of `Options`."""
+    if backend is not None and backend not in dispatch.BACKEND_NAMES:
+        raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
+    known = signature.metas(metadata) if isinstance(metadata, bytes) else metadata
+    arguments = PagedArguments._make(None if x is None else Meta(*x) for x in known)
+    query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask = arguments
+    checked = Options(*options)
+    for name, x, dims in (
+        ("query", query, "(B, H, L, D)"),
+        ("key_pages", key_pages, "(num_pages, page_size, Hkv, D)"),
+        ("value_pages", value_pages, "(num_pages, page_size, Hkv, Dv)"),
+    ):
+        if len(x.shape) != 4:
+            raise checks.fail(name, f"shape {dims}", f"shape {tuple(x.shape)}")
+    checks.check_query_key_value(query, key_pages, value_pages, 4, names=("query", "key_pages", "value_pages"))
+    _check_options(checked)
+    batch, num_heads, seqlen_q, head_dim = query.shape
+    num_pages, page_size, num_kv_heads, value_dim = value_pages.shape
+    if value_pages.shape[:3] != key_pages.shape[:3]:
+        expected = f"the pages, rows and heads of key_pages, {tuple(key_pages.shape[:3])}"
+        raise checks.fail("value_pages", expected, f"shape {tuple(value_pages.shape)}")
+    if page_size == 0:
+        raise checks.fail("key_pages", "pages of at least one row", f"shape {tuple(key_pages.shape)}")
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        expected = f"a number of heads that divides the {num_heads} of query"
+        raise checks.fail("key_pages", expected, f"{num_kv_heads} heads")
+    checks.check_block_table(block_table, query)
+    checks.check_key_lengths(key_lengths, query, (batch,))
+    seqlen_k = block_table.shape[1] * page_size
+    if num_pages == 0 and seqlen_k:
+        raise checks.fail("key_pages", "at least one page", f"shape {tuple(key_pages.shape)}")
+    if sinks is not None:
+        checks.check_sinks(sinks, query, num_heads)
+    if key_padding_mask is not None:
+        checks.check_padding(key_padding_mask, query, (batch,), seqlen_k)
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask: expected bool for paged keys, got {key_padding_mask.dtype}")
+    shapes = Shapes(
+        query=(batch, num_heads, seqlen_q, head_dim),
+        key=(num_pages, num_kv_heads, page_size, head_dim),
+        value=(num_pages, num_kv_heads, page_size, value_dim),
+        sinks=_shape(sinks),
+        key_padding=_shape(key_padding_mask),
+        key_lengths=key_lengths.shape,
+        block_table=block_table.shape,
+    )
+    band = masks.band_of(checked.is_causal, checks.check_window(checked.window_size), is_from_end=True)
+    scalars = _scalars(shapes, checked, band)._replace(max_seqlen_k=seqlen_k)
+    return Plan(AttentionProblem.of(shapes, query.dtype, query.device, scalars), None, None)
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def cached_paged_plan(backend: str | None, *arguments) -> Plan:
+    """The plan of a paged call whose metadata and options can be hashed, with a chosen backend.
+
+    arguments: the metadata; the fields of `Options` one by one
+    """
+    found = _paged_plan(backend, *arguments)
+    return found._replace(backend=dispatch.choose(found.problem, backend))
+
+
+# ---- What all calls share
 
 
 def _check_options(options: Options) -> None:
     """Checks the arguments that are no tensors."""
     checks.check_scalars(options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.softcap)
     checks.check_window(options.window_size)
+    checks.check_num_splits(options.num_splits)
 
 
-def _scalars(shapes: Shapes, options: Options, bias: CausalBiasMeta | None = None) -> Scalars:
-    """The numbers of a call. The default scale is 1 / sqrt(D). A causal bias makes the call causal."""
+def _band(shapes: Shapes, options: Options, bias: CausalBiasMeta | None = None) -> Band:
+    """The band of a call. A causal bias makes the call causal.
+
+    A lower-right bias for keys with lengths aligns the last query with the last key that its batch entry has.
+    """
+    window = checks.check_window(options.window_size)
+    if bias is None:
+        return masks.band_of(options.is_causal, window)
+    is_from_end = bias.is_lower_right and shapes.key_lengths is not None
+    return masks.band_of(True, window, 0 if is_from_end else bias.offset, is_from_end)
+
+
+def _scalars(shapes: Shapes, options: Options, band: Band) -> Scalars:
+    """The numbers of a call. The default scale is 1 / sqrt(D)."""
     head_dim = shapes.query[3]
-    is_causal = options.is_causal or bias is not None
-    band = masks.band_of(is_causal, checks.check_window(options.window_size), 0 if bias is None else bias.offset)
     return Scalars(
         shapes.query[2],
         shapes.key[2],
@@ -306,6 +432,7 @@ def _scalars(shapes: Shapes, options: Options, bias: CausalBiasMeta | None = Non
         float(options.softcap),
         float(options.dropout_p),
         *band,
+        checks.check_num_splits(options.num_splits),
     )
 
 

@@ -53,9 +53,11 @@ class Inputs(NamedTuple):
 class Case:
     """The description of a call: sizes B, H, L, S, D as in the documentation, layouts, masks and options.
 
-    ``lengths_q`` and ``lengths_k``: the lengths of the sequences of a packed call. ``edit``: a function that changes
-    the tensors, which it gets by name, before the call. ``differentiated``: the names of the inputs whose gradients are
-    checked. None stands for all inputs that have one.
+    ``lengths_q`` and ``lengths_k``: the lengths of the sequences of a packed call. ``key_lengths``: the numbers of keys
+    of the batch entries. ``page_size``: keys and values lie in pages of so many rows; ``shares_pages``: an entry has
+    the pages of the entry before it, as far as both are full. ``edit``: a function that changes the tensors, which it
+    gets by name, before the call. ``differentiated``: the names of the inputs whose gradients are checked. None stands
+    for all inputs that have one.
     """
 
     id: str
@@ -76,6 +78,9 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     lengths_q: tuple[int, ...] | None = None
     lengths_k: tuple[int, ...] | None = None
+    key_lengths: tuple[int, ...] | None = None
+    page_size: int | None = None
+    shares_pages: bool = False
     shapes: tuple[tuple[int, ...], ...] | None = None
     edit: Callable[[dict[str, Tensor]], None] | None = None
     differentiated: tuple[str, ...] | None = None
@@ -90,10 +95,13 @@ class Case:
             function, reference = fused_attn.fused_attention_varlen, oracle.attention_varlen
             tensors, out_shape, lse_shape = self._packed(dtype, generator)
             options |= {"max_seqlen_q": max(self.lengths_q), "max_seqlen_k": max(self.lengths_k)} | self.options
+        elif self.page_size is not None:
+            function, reference = fused_attn.fused_attention_paged, oracle.attention_paged
+            tensors, out_shape, lse_shape = self._paged(dtype, generator)
         else:
             function, reference = fused_attn.fused_attention, oracle.attention
             tensors, out_shape, lse_shape = self._padded(dtype, generator)
-        if self.kv_heads is not None:
+        if self.kv_heads is not None and self.page_size is None:
             options["enable_gqa"] = True
         for name in ("attn_mask", "key_padding_mask", "relative_bias", "sinks"):
             if (build := getattr(self, name)) is not None:
@@ -104,7 +112,7 @@ class Case:
         dlse = randn(lse_shape, torch.float32, generator) if self.has_dlse else None
         if self.edit is not None:
             self.edit(tensors)
-        differentiated = self.differentiated
+        differentiated = () if self.page_size is not None else self.differentiated
         if differentiated is None:
             differentiated = tuple(name for name, x in tensors.items() if x.is_floating_point())
         return Inputs(function, reference, tensors, options, differentiated, dout, dlse)
@@ -123,6 +131,8 @@ class Case:
             "key": LAYOUTS[self.kv_layout](randn(key, dtype, generator)),
             "value": LAYOUTS[self.kv_layout](randn(value, dtype, generator)),
         }
+        if self.key_lengths is not None:
+            tensors["key_lengths"] = torch.tensor(self.key_lengths, dtype=torch.int32)
         lead = query[:-1]
         if self.kv_heads is None:
             lead = torch.broadcast_shapes(query[:-2], key[:-2], value[:-2]) + query[-2:-1]
@@ -140,6 +150,41 @@ class Case:
             "cu_seqlens_k": _offsets(self.lengths_k),
         }
         return tensors, (total_q, self.heads, value_dim), (self.heads, total_q)
+
+    def _paged(self, dtype, generator):
+        """The pages of all entries in random order, and NaN in pages and rows that belong to no key.
+
+        The table has a column for each page of ``seqlen_k`` keys. Its entries behind the last page name no page.
+        """
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        columns = -(-self.seqlen_k // self.page_size)
+        used = [-(-length // self.page_size) for length in self.key_lengths]
+        order = torch.randperm(sum(used) + 1, generator=generator)[: sum(used)].tolist()  # one page stays free
+        table = torch.full((self.batch, columns), -7, dtype=torch.int32)
+        pages = [
+            torch.full((sum(used) + 1, self.page_size, kv_heads, dim), float("nan"), dtype=dtype)
+            for dim in (self.head_dim, value_dim)
+        ]
+        for entry, length in enumerate(self.key_lengths):
+            for column in range(used[entry]):
+                rows = min(self.page_size, length - column * self.page_size)
+                page = order.pop()
+                if self.shares_pages and entry and rows == self.page_size and table[entry - 1, column] >= 0:
+                    page = int(table[entry - 1, column])
+                table[entry, column] = page
+                for x in pages:
+                    x[page, :rows] = randn((rows, *x.shape[2:]), dtype, generator)
+        query = randn((self.batch, self.heads, self.seqlen_q, self.head_dim), dtype, generator)
+        tensors = {
+            "query": LAYOUTS[self.query_layout](query),
+            "key_pages": LAYOUTS[self.kv_layout](pages[0]),
+            "value_pages": LAYOUTS[self.kv_layout](pages[1]),
+            "block_table": table,
+            "key_lengths": torch.tensor(self.key_lengths, dtype=torch.int32),
+        }
+        lead = (self.batch, self.heads, self.seqlen_q)
+        return tensors, (*lead, value_dim), lead
 
 
 @functools.lru_cache(maxsize=8)
@@ -173,6 +218,10 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> 
         ignored = mask if mask.dtype == torch.bool else mask == -INF
         for name in result.grads.keys() & {"key", "value"}:
             assert not result.grads[name].movedim(-3, 0)[:, ignored].any(), f"d{name} of ignored keys"
+    if case.key_lengths is not None:
+        behind = torch.arange(case.seqlen_k) >= torch.tensor(case.key_lengths)[:, None]
+        for name in result.grads.keys() & {"key", "value"}:
+            assert not result.grads[name].transpose(1, 2)[behind].any(), f"d{name} behind the lengths"
     return result
 
 
@@ -195,8 +244,8 @@ def check_strays(dtype: torch.dtype, backend: str, device: str = "cpu", **option
         offsets = [(_offsets(lengths) + first).to(device) for lengths in (lengths_q, lengths_k)]
         seed = torch.tensor(7, device=device) if options["dropout_p"] else None
         out, lse = torch.ops.fused_attn.attention(
-            *leaves, None, None, None, seed, None, None, *offsets, max(lengths_q), max(lengths_k),
-            0.3, 0.0, options["dropout_p"], *options["window"], 0, backend,
+            *leaves, None, None, None, seed, None, None, None, *offsets, None, max(lengths_q), max(lengths_k),
+            0.3, 0.0, options["dropout_p"], *options["window"], 0, False, 0, backend,
         )  # fmt: skip
         gradients = torch.autograd.grad((out, lse), leaves, (rows["dout"], rows["dlse"][..., 0].to(lse.dtype)))
         return {"out": out, "lse": lse[..., None], **dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))}
@@ -455,6 +504,14 @@ def _nan_in_padding(tensors: dict[str, Tensor]) -> None:
         x = tensors[name].masked_fill(ignored[:, None, :, None], poison)
         x[..., ::2] = x[..., ::2].masked_fill(ignored[:, None, :, None], float("nan"))
         tensors[name] = x
+
+
+def _nan_behind_lengths(tensors: dict[str, Tensor]) -> None:
+    lengths = tensors["key_lengths"]
+    for name in ("key", "value"):
+        x = tensors[name]
+        behind = torch.arange(x.shape[2]) >= lengths[:, None]
+        tensors[name] = x.masked_fill(behind[:, None, :, None], float("nan"))
 
 
 def _scale_both(factor: float) -> Callable[[dict[str, Tensor]], None]:
@@ -1172,6 +1229,122 @@ PACKED = [
     ),
 ]
 
+KEY_LENGTHS = [
+    Case(
+        "key-lengths",
+        batch=4,
+        key_lengths=(23, 9, 0, 1),
+        edit=_nan_behind_lengths,
+        has_dlse=True,
+        is_quick=True,
+    ),
+    Case(
+        "key-lengths-causal",
+        seqlen_q=70,
+        seqlen_k=130,
+        key_lengths=(130, 61),
+        options={"is_causal": True},
+        edit=_nan_behind_lengths,
+    ),
+    Case(
+        "key-lengths-lower-right",
+        batch=4,
+        seqlen_q=40,
+        seqlen_k=130,
+        key_lengths=(130, 64, 13, 0),
+        attn_mask=lower_right,
+        edit=_nan_behind_lengths,
+        has_dlse=True,
+    ),
+    Case(
+        "key-lengths-lower-right-window-gqa",
+        heads=4,
+        kv_heads=2,
+        batch=3,
+        seqlen_q=5,
+        seqlen_k=150,
+        head_dim=64,
+        key_lengths=(150, 129, 3),
+        attn_mask=lower_right,
+        sinks=sink(),
+        options={"window_size": (30, 0), "num_splits": 3},
+        edit=_nan_behind_lengths,
+    ),
+    Case(
+        "key-lengths-window",
+        seqlen_q=70,
+        seqlen_k=70,
+        key_lengths=(70, 40),
+        options={"window_size": (9, 4)},
+        edit=_nan_behind_lengths,
+    ),
+    Case(
+        "key-lengths-padding-mask-bias",
+        seqlen_q=70,
+        seqlen_k=67,
+        key_lengths=(50, 67),
+        attn_mask=bool_mask("B1LS"),
+        key_padding_mask=scattered_padding,
+        relative_bias=per_head_bias,
+        edit=_nan_behind_lengths,
+    ),
+    Case(
+        "key-lengths-float-mask",
+        seqlen_q=19,
+        key_lengths=(7, 20),
+        attn_mask=float_mask("BHLS"),
+        edit=_nan_behind_lengths,
+        has_dlse=True,
+    ),
+    Case(
+        "key-lengths-dropout",
+        seqlen_q=70,
+        seqlen_k=67,
+        key_lengths=(7, 67),
+        options={"dropout_p": 0.3, "dropout_seed": 3},
+        edit=_nan_behind_lengths,
+    ),
+]
+
+#: A key more or less than whole pages, sequences of no key and of one, and every size of pages.
+PAGED = [
+    *(
+        Case(
+            f"paged-{page_size}-{'decode' if seqlen_q == 1 else seqlen_q}",
+            batch=6,
+            heads=4,
+            kv_heads=2,
+            seqlen_q=seqlen_q,
+            seqlen_k=2 * page_size + 130,
+            page_size=page_size,
+            key_lengths=(2 * page_size + 130, page_size, page_size + 1, max(page_size - 1, 0), 1, 0),
+            head_dim=64 if page_size == 16 else 24,
+            is_quick=page_size == 16,
+        )
+        for page_size in (1, 16, 64, 100)
+        for seqlen_q in (1, 5)
+    ),
+    Case("paged-causal", batch=3, seqlen_q=40, seqlen_k=150, page_size=16, key_lengths=(150, 41, 7),
+         options={"is_causal": True}),
+    Case("paged-causal-one-page", batch=3, heads=6, kv_heads=2, seqlen_q=3, seqlen_k=128, page_size=128,
+         key_lengths=(128, 3, 50), options={"is_causal": True}, head_dim=80, value_dim=48),
+    Case("paged-shared", batch=4, seqlen_q=2, seqlen_k=100, page_size=16, shares_pages=True,
+         key_lengths=(100, 48, 70, 20), options={"is_causal": True}),
+    Case("paged-window-sinks", batch=2, heads=4, kv_heads=1, seqlen_q=2, seqlen_k=300, page_size=64,
+         key_lengths=(300, 130), sinks=sink(), options={"window_size": (50, 0), "softcap": 5.0, "scale": 0.4}),
+    Case("paged-padding", batch=2, seqlen_q=1, seqlen_k=96, page_size=32, key_lengths=(90, 40),
+         key_padding_mask=scattered_padding),
+    Case("paged-splits", batch=3, heads=4, kv_heads=2, seqlen_q=4, seqlen_k=1100, page_size=16, head_dim=64,
+         key_lengths=(1100, 513, 2), options={"is_causal": True, "num_splits": 7}),
+    Case("paged-heads-before-rows", batch=2, seqlen_q=1, seqlen_k=70, page_size=16, key_lengths=(70, 33),
+         kv_layout="blhd"),
+    Case("paged-many-queries", batch=2, heads=4, kv_heads=2, seqlen_q=200, seqlen_k=330, page_size=16, head_dim=64,
+         key_lengths=(330, 220), options={"is_causal": True}),
+    Case("paged-sliced", batch=2, seqlen_q=1, seqlen_k=70, page_size=16, key_lengths=(70, 33), kv_layout="sliced",
+         query_layout="every_second_column", dtypes=COMMON),
+    Case("paged-no-pages", batch=2, seqlen_q=3, seqlen_k=0, page_size=4, key_lengths=(0, 0), dtypes=FLOATS),
+]  # fmt: skip
+
 # Logits so large that an exponent which is computed in another order of operations is wrong by whole powers of two.
 # Not every backend runs these cases.
 LOGITS_BEYOND_MILLIONS = [
@@ -1233,6 +1406,8 @@ CASES: tuple[Case, ...] = (
     *RANKS,
     *DROPOUT,
     *PACKED,
+    *KEY_LENGTHS,
+    *PAGED,
     *WANTED,
 )
 assert len({case.id for case in CASES}) == len(CASES), "two cases of one id"

@@ -34,18 +34,20 @@ def attention(
     enable_gqa: bool = False,
     *,
     key_padding_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     window_size: tuple[int, int] | None = None,
     softcap: float = 0.0,
     relative_bias: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_seed: int | None = None,
+    num_splits: int | None = None,
     first_sequence: int = 0,
     watch: dict[str, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), as `fused_attn.fused_attention` defines them.
 
     ``first_sequence``: the batch index of entry 0 in the counter of dropout. ``watch``: a dict that receives the
-    largest score and, when backward runs, the largest gradient of a weight.
+    largest score and, when backward runs, the largest gradient of a weight. ``num_splits`` changes no value.
     """
     if query.dim() == 2:  # without a head dimension there is one head
         out, lse = attention(
@@ -74,6 +76,8 @@ def attention(
         is_causal = True
         if attn_mask.variant == CausalVariant.LOWER_RIGHT:
             offset = seqlen_k - seqlen_q
+            if key_lengths is not None:
+                offset = key_lengths.numpy()[:, None, None, None] - seqlen_q
         attn_mask = None
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
@@ -82,14 +86,20 @@ def attention(
     row, column = np.arange(seqlen_q)[:, None], np.arange(seqlen_k)[None, :]
     visible = np.ones((seqlen_q, seqlen_k), dtype=bool)
     if is_causal:
-        visible &= column <= row + offset
+        visible = visible & (column <= row + offset)
     if window_size is not None:
         left, right = window_size
         if left != -1:
-            visible &= column >= row + offset - left
+            visible = visible & (column >= row + offset - left)
         if right != -1:
-            visible &= column <= row + offset + right
+            visible = visible & (column <= row + offset + right)
     visible = torch.from_numpy(visible)
+
+    if key_lengths is not None:
+        is_key = torch.from_numpy(column) < key_lengths[:, None]  # (B, S)
+        visible = visible & is_key[:, None, None, :]
+        # Rows behind the last key may be NaN, as padding may.
+        key, value = (torch.where(is_key[:, None, :, None], x, torch.zeros((), dtype=x.dtype)) for x in (key, value))
 
     padding_bias = None
     if key_padding_mask is not None:
@@ -175,6 +185,46 @@ def attention_varlen(
         outs.append(out.transpose(0, 1))
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses, dim=-1)
+
+
+def attention_paged(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_table: Tensor,
+    key_lengths: Tensor,
+    *,
+    is_causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    key_padding_mask: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse), as `fused_attn.fused_attention_paged` defines them.
+
+    Calls `attention` for each batch entry with its own keys. The mask of an entry is made here, row by row.
+    """
+    page_size = key_pages.shape[1]
+    left, right = (-1, -1) if window_size is None else window_size
+    right = 0 if is_causal else right
+    outs, lses = [], []
+    for entry, length in enumerate(key_lengths.tolist()):
+        rows = [(int(block_table[entry, j // page_size]), j % page_size) for j in range(length)]
+        pages, places = (
+            (torch.tensor(column, dtype=torch.long) for column in zip(*rows, strict=True)) if rows else ((), ())
+        )
+        k, v = ((x[pages, places] if rows else x.reshape(-1, *x.shape[2:])[:0]).transpose(0, 1)
+                for x in (key_pages, value_pages))  # fmt: skip
+        mask = torch.ones(query.shape[2], length, dtype=torch.bool)
+        for i in range(query.shape[2]):
+            position = length - query.shape[2] + i
+            for j in range(length):
+                is_near = (left == -1 or j >= position - left) and (right == -1 or j <= position + right)
+                is_valid = key_padding_mask is None or not key_padding_mask[entry, j]
+                mask[i, j] = is_near and is_valid
+        out, lse = attention(query[entry], k, v, mask, enable_gqa=True, **options)
+        outs.append(out)
+        lses.append(lse)
+    return torch.stack(outs), torch.stack(lses)
 
 
 # ---- Dropout
@@ -287,7 +337,7 @@ def expected(
     noise = tolerance.noise(
         eager.out.dtype,
         dict(truth.items()),
-        wide,
+        {name.removesuffix("_pages"): x for name, x in wide.items()},
         dout,
         dlse,
         scale=query_scale(wide["query"]) if scale is None else scale,

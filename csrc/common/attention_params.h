@@ -11,6 +11,9 @@ enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 // sequence length, and so small that the sum of the number and a sequence length does not overflow.
 constexpr int64_t kUnbounded = int64_t{1} << 60;
 
+// The largest num_splits.
+constexpr int64_t kMaxSplits = 256;
+
 // A tensor with the dimensions (batch, head, row, column). Strides count elements. A dimension with stride 0 is
 // broadcast: all its indices name the same element. The column stride is 1, except for the fields of AttentionParams
 // whose comment allows another column stride.
@@ -28,6 +31,10 @@ struct TensorView {
 // In a packed (varlen) call, `batch` counts the sequences, but the packed tensors have ONE batch entry, so their
 // stride_batch is 0. Row r of sequence b is row cu_seqlens[b] + r of the packed tensor. In such a call, seqlen_q and
 // seqlen_k are upper bounds of the lengths of all sequences.
+//
+// In a paged call, keys and values have the dimensions (page, head, row of the page, column), so their stride_batch is
+// the stride between pages. Key j of entry b is row j % page_size of page block_table[b][j / page_size]. seqlen_k is
+// the number of columns of the table times page_size. Entries of the table behind the last key may be any number.
 struct AttentionParams {
   int64_t batch = 0;
   int64_t num_heads = 0;     // H, a multiple of num_kv_heads; query head h reads key head h / (H / Hkv)
@@ -49,10 +56,12 @@ struct AttentionParams {
   double scale = 1.0;
   double softcap = 0.0;
 
-  // The band: key j is visible to query i if -window_left <= j - (i + diagonal_offset) <= window_right.
+  // The band: key j is visible to query i if -window_left <= j - (i + offset) <= window_right. The offset of a batch
+  // entry is diagonal_offset. If band_from_end, (its number of keys) - (its number of queries) is added.
   int64_t window_left = kUnbounded;
   int64_t window_right = kUnbounded;
   int64_t diagonal_offset = 0;
+  bool band_from_end = false;
 
   TensorView key_padding;  // (B, 1, 1, S) bytes, nonzero = padding, any column stride; padding keys are not loaded
   TensorView mask;         // (B, H, L, S) bytes, nonzero = attend, any stride
@@ -73,6 +82,21 @@ struct AttentionParams {
 
   const int32_t* cu_seqlens_q = nullptr;  // (batch + 1), or null when not packed
   const int32_t* cu_seqlens_k = nullptr;  // (batch + 1)
+
+  // (batch), or null: entry b has the keys [0, key_lengths[b]), and rows behind them are not loaded. Lengths on a CPU
+  // lie in [0, seqlen_k]. Kernels on a GPU must clip them to this range. Never given in a packed call.
+  const int32_t* key_lengths = nullptr;
+
+  // Null when not paged. A paged call has key_lengths, too. The numbers of pages up to the last key lie in
+  // [0, num_pages) on a CPU. Kernels on a GPU must clip them to this range.
+  const int32_t* block_table = nullptr;  // (batch, seqlen_k / page_size)
+  int64_t block_table_stride = 0;        // from one batch entry to the next
+  int64_t page_size = 0;
+  int64_t num_pages = 0;
+
+  // Into how many parts the keys of each entry are cut, if the kernel cuts them; 0 = the kernel chooses. The parts of
+  // an entry must not depend on other entries: they are shares of its own keys.
+  int64_t num_splits = 0;
 
   // For backward only. The gradients are outputs, and the kernel writes every entry of them. The caller passes a null
   // tensor for a gradient that it does not want.

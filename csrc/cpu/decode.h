@@ -19,17 +19,20 @@ namespace {
 
 // How the heads and keys of a call are divided into work items. An item is one group of query heads and one split.
 struct DecodePlan {
-  static constexpr int64_t kMaxSplits = 64;
-
-  int64_t heads;           // query heads of a group: those of one kv head, or 1 if each head has its own mask
-  int64_t groups;          // the number of groups in the whole batch
-  int64_t splits;          // the number of splits into which the keys of a head are divided
-  int64_t keys_per_split;  // the number of keys of a split; the last one may have fewer
-  int64_t value_row;       // lanes of a row of DecodePartials::acc: value_dim, padded to whole vectors
+  int64_t heads;      // query heads of a group: those of one kv head, or 1 if each head has its own mask
+  int64_t groups;     // the number of groups in the whole batch
+  int64_t splits;     // the number of splits into which the keys of a head are divided
+  int64_t value_row;  // lanes of a row of DecodePartials::acc: value_dim, padded to whole vectors
 
   // The index of a row in DecodePartials, whose arrays are [split][batch][head][query].
   int64_t row(const AttentionParams& p, int64_t split, int64_t b, int64_t h, int64_t i) const {
     return ((split * p.batch + b) * p.num_heads + h) * p.seqlen_q + i;
+  }
+
+  // The number of keys of a split of a sequence, in whole blocks. The last splits may have fewer keys, or none. The
+  // number depends on no other sequence of the batch, so that with num_splits the results of a sequence do not either.
+  int64_t keys_per_split(const Sequence& seq) const {
+    return round_up((seq.seqlen_k + splits - 1) / splits, kBlockK);
   }
 };
 
@@ -42,11 +45,12 @@ DecodePlan plan_decode(const AttentionParams& p) {
   const bool own_masks = p.mask.data != nullptr && p.mask.stride_head != 0;
   plan.heads = own_masks ? 1 : p.num_heads / p.num_kv_heads;
   plan.groups = p.batch * p.num_heads / plan.heads;
-  const int64_t wanted = (DecodePlan::kMaxSplits + plan.groups - 1) / plan.groups;
+  constexpr int64_t kItems = 64;
+  const int64_t wanted = (kItems + plan.groups - 1) / plan.groups;
   const int64_t possible = p.seqlen_k / kLeastKeys;
   plan.splits = wanted < possible ? wanted : possible;
+  if (p.num_splits > 0) plan.splits = p.num_splits;
   if (plan.splits < 1) plan.splits = 1;
-  plan.keys_per_split = (p.seqlen_k + plan.splits - 1) / plan.splits;
   plan.value_row = round_up(p.value_dim, kLanes<Lane>);
   return plan;
 }
@@ -296,9 +300,9 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
   const Storage* key_base = row_of<const Storage>(p.key, b, kv_head, seq.k_offset);
   const Storage* value_base = row_of<const Storage>(p.value, b, kv_head, seq.k_offset);
   const int64_t values_ahead = kRowsAhead * p.value.stride_row * static_cast<int64_t>(sizeof(Storage));
-  const int64_t key_begin = split * plan.keys_per_split;
-  const int64_t key_end =
-      key_begin + plan.keys_per_split < seq.seqlen_k ? key_begin + plan.keys_per_split : seq.seqlen_k;
+  const int64_t key_begin = split * plan.keys_per_split(seq);
+  const int64_t key_stop = key_begin + plan.keys_per_split(seq);
+  const int64_t key_end = key_stop < seq.seqlen_k ? key_stop : seq.seqlen_k;
   KeyStream stream(p, seq, valid_keys, b, first_head, 0, nq, key_begin, key_end);
   while (stream.next(keys)) {
     for (int k = 0; k < round_up(keys.count, n); ++k) {
@@ -337,7 +341,7 @@ void merge_splits(const AttentionParams& p, const DecodePlan& plan,
     const Lane other = partials.row_max[plan.row(p, split, b, h, i)];
     keys_max = other > keys_max ? other : keys_max;
   }
-  Lane factors[DecodePlan::kMaxSplits];
+  Lane factors[kMaxSplits];
   Lane total = 0;
   for (int64_t split = 0; split < plan.splits; ++split) {
     const int64_t row = plan.row(p, split, b, h, i);

@@ -26,7 +26,7 @@ class KeyStream {
   // Finds the first and the last key. `valid_keys` are the lists of all batch entries, or null without key padding.
   KeyStream(const AttentionParams& p, const Sequence& seq, const ValidKeys* valid_keys, int64_t b, int64_t h,
             int64_t q_begin, int nq, int64_t key_begin, int64_t key_end)
-      : band_{p.window_left, p.window_right, p.diagonal_offset},
+      : band_{p.window_left, p.window_right, seq.diagonal_offset},
         mask_(p.mask, b, h, q_begin, nq, seq.seqlen_k),
         q_begin_(q_begin),
         q_last_(q_begin + nq - 1),

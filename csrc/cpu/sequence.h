@@ -6,18 +6,19 @@
 namespace fused_attn::cpu {
 namespace {
 
-// One sequence of the batch: its lengths, and the rows of the tensors at which it begins. The offsets are 0 unless the
-// call is packed.
+// One sequence of the batch: its lengths, the rows of the tensors at which it begins, and the diagonal of its band. The
+// first two offsets are 0 unless the call is packed.
 struct Sequence {
   int64_t q_offset;
   int64_t k_offset;
   int64_t seqlen_q;
   int64_t seqlen_k;
+  int64_t diagonal_offset;
 };
 
 // Sequence number b of the batch.
 FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
-  Sequence s = {0, 0, p.seqlen_q, p.seqlen_k};
+  Sequence s = {0, 0, p.seqlen_q, p.seqlen_k, p.diagonal_offset};
   if (p.cu_seqlens_q != nullptr) {
     s.q_offset = p.cu_seqlens_q[b];
     s.seqlen_q = p.cu_seqlens_q[b + 1] - s.q_offset;
@@ -26,6 +27,8 @@ FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
     s.k_offset = p.cu_seqlens_k[b];
     s.seqlen_k = p.cu_seqlens_k[b + 1] - s.k_offset;
   }
+  if (p.key_lengths != nullptr) s.seqlen_k = p.key_lengths[b];
+  if (p.band_from_end) s.diagonal_offset += s.seqlen_k - s.seqlen_q;
   return s;
 }
 

@@ -49,13 +49,13 @@ const char kSignatureDoc[] =
     "the shape of its memory.";
 
 constexpr ElementType kSignatureTypes[] = {ElementType::kFloat32, ElementType::kFloat64, ElementType::kFloat16,
-                                           ElementType::kBFloat16, ElementType::kBool};
+                                           ElementType::kBFloat16, ElementType::kBool, ElementType::kInt32};
 
 // The shapes and dtypes of the tensors of a call as bytes, by which Python finds its plan for the call (kSignatureDoc).
 // The entry point of the kernel reads the tensors again, which takes tens of nanoseconds for each. A cache of the first
 // read would not be safe: in between, a tensor may be resized, or freed and its address given to another one.
 PyObject* signature(PyObject* const* args, Py_ssize_t count) {
-  constexpr int kMaxTensors = 8, kMaxDims = 8;
+  constexpr int kMaxTensors = 10, kMaxDims = 8;
   int64_t words[kMaxTensors * (2 + kMaxDims)];
   int64_t* end = words;
   const TorchTensors& torch = torch_tensors();
@@ -198,8 +198,8 @@ Private: only fused_attn uses this module. Tensors are torch tensors on the CPU.
 A shape, dtype or stride that a kernel cannot use raises ValueError. B, H, L, D and so on are the sizes of
 csrc/common/attention_params.h. "accumulate" is float64 if query is float64, otherwise float32.
 
-inputs       the tuple (query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q,
-             cu_seqlens_k); all but the first three may be None
+inputs       the tuple (query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, key_lengths,
+             cu_seqlens_q, cu_seqlens_k, block_table); all but the first three may be None
 saved        the tuple (out, lse, dout, dlse)
 gradients    the tuple (dquery, dkey, dvalue, dbias, drelative_bias, dsinks), each in the shape of its input, or None
 config       a Config
@@ -213,6 +213,9 @@ sinks (H,)                     accumulate
 seed ()                        int64; needed when dropout_p > 0
 mask (B, H, L, S)              bool, True = attend; any strides; 1 in place of any size broadcasts
 key_padding (B, S)             bool, True = ignore
+key_lengths (B,)               int32, at most S
+block_table (B, P)             int32; needs key_lengths. The call is paged: key (num_pages, Hkv, page_size, D) and value
+                               (num_pages, Hkv, page_size, Dv) hold pages, and S = P * page_size.
 cu_seqlens_q, _k (N + 1,)      int32. With both, the call is packed: N sequences stand one after another in tensors with
                                B = 1, and the masks above have B = N, L = max_seqlen_q, S = max_seqlen_k.
 dlse (B, H, L)                 accumulate, any strides; None = zero

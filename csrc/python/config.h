@@ -30,6 +30,8 @@ struct Config {
   double dropout_scale;
   int64_t max_seqlen_q;
   int64_t max_seqlen_k;
+  bool band_from_end;
+  int64_t num_splits;
 };
 
 // The side of a window as kernels take it: None, -1 and very large numbers mean that the side has no bound.
@@ -43,11 +45,14 @@ inline int64_t window_or_unbounded(std::optional<int64_t> window, const char* na
 // Checks the arguments of Config and converts them.
 inline Config make_config(double scale, double softcap, std::optional<int64_t> window_left,
                           std::optional<int64_t> window_right, int64_t diagonal_offset, double dropout_p,
-                          int64_t max_seqlen_q, int64_t max_seqlen_k) {
+                          int64_t max_seqlen_q, int64_t max_seqlen_k, bool band_from_end, int64_t num_splits) {
   if (!(dropout_p >= 0.0 && dropout_p <= 1.0))
     throw py::value_error("dropout_p: expected a probability, got " + std::to_string(dropout_p));
   if (std::abs(diagonal_offset) > kUnbounded)
     throw py::value_error("diagonal_offset: " + std::to_string(diagonal_offset) + " is out of range");
+  if (num_splits < 0 || num_splits > kMaxSplits)
+    throw py::value_error("num_splits: expected 0 to " + std::to_string(kMaxSplits) + ", got " +
+                          std::to_string(num_splits));
   constexpr double kWords = 4294967296.0;  // a Philox word has 2^32 values
   Config config{};
   config.scale = scale;
@@ -62,6 +67,8 @@ inline Config make_config(double scale, double softcap, std::optional<int64_t> w
   config.dropout_scale = dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0;
   config.max_seqlen_q = max_seqlen_q;
   config.max_seqlen_k = max_seqlen_k;
+  config.band_from_end = band_from_end;
+  config.num_splits = num_splits;
   return config;
 }
 
@@ -71,9 +78,11 @@ inline void define_config(py::module_& module) {
   module.def(
       "Config",
       [](double scale, double softcap, std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-         int64_t diagonal_offset, double dropout_p, int64_t max_seqlen_q, int64_t max_seqlen_k) {
-        auto config = std::make_unique<Config>(make_config(scale, softcap, window_left, window_right, diagonal_offset,
-                                                           dropout_p, max_seqlen_q, max_seqlen_k));
+         int64_t diagonal_offset, double dropout_p, int64_t max_seqlen_q, int64_t max_seqlen_k, bool band_from_end,
+         int64_t num_splits) {
+        auto config =
+            std::make_unique<Config>(make_config(scale, softcap, window_left, window_right, diagonal_offset, dropout_p,
+                                                 max_seqlen_q, max_seqlen_k, band_from_end, num_splits));
         const auto free = [](PyObject* capsule) {
           delete static_cast<Config*>(PyCapsule_GetPointer(capsule, kConfigName));
         };
@@ -84,9 +93,11 @@ inline void define_config(py::module_& module) {
       },
       py::arg("scale"), py::arg("softcap") = 0.0, py::arg("window_left") = py::none(),
       py::arg("window_right") = py::none(), py::arg("diagonal_offset") = 0, py::arg("dropout_p") = 0.0,
-      py::arg("max_seqlen_q") = 0, py::arg("max_seqlen_k") = 0,
+      py::arg("max_seqlen_q") = 0, py::arg("max_seqlen_k") = 0, py::arg("band_from_end") = false,
+      py::arg("num_splits") = 0,
       "The arguments of a call that are not tensors: made once for each problem, passed with every call. A window of\n"
-      "None or -1 has no bound. max_seqlen_q and max_seqlen_k are used by packed calls only.");
+      "None or -1 has no bound. max_seqlen_q and max_seqlen_k are used by packed calls only. num_splits of 0 lets the\n"
+      "kernel choose.");
 }
 
 }  // namespace fused_attn

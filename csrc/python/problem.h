@@ -23,7 +23,7 @@ struct Problem {
   ElementType accumulate_type = ElementType::kOther;
   int64_t batch_entries = 0;  // the size of dimension 0 of query; 1 if the call is packed
   int64_t rows_q = 0;         // the size of dimension 2 of query; the sum of all lengths if the call is packed
-  int64_t rows_k = 0;         // the size of dimension 2 of key, likewise
+  int64_t rows_k = 0;         // the size of dimension 2 of key, likewise; the rows of a page if the call is paged
 };
 
 // Copies the arguments that are not tensors from `object`, a capsule that the Python function Config has returned.
@@ -36,6 +36,8 @@ inline void set_config(AttentionParams& params, PyObject* object) {
   params.window_left = config.window_left;
   params.window_right = config.window_right;
   params.diagonal_offset = config.diagonal_offset;
+  params.band_from_end = config.band_from_end;
+  params.num_splits = config.num_splits;
   params.has_dropout = config.has_dropout;
   params.dropout_threshold = config.dropout_threshold;
   params.dropout_scale = config.dropout_scale;
@@ -69,15 +71,21 @@ inline int64_t batch_stride(const Problem& problem, const Argument& argument) {
   return problem.params.cu_seqlens_q != nullptr ? 0 : argument.stride(0);
 }
 
-// Checks a tensor (batch_entries, heads, rows, columns), which must have the dtype of query and contiguous rows, and
-// returns its view. This and the next functions return a view without data for None.
-inline TensorView rows_view(const Problem& problem, const Argument& argument, int64_t heads, int64_t rows,
-                            int64_t columns) {
+// Checks a tensor (entries, heads, rows, columns), which must have the dtype of query and contiguous rows, and returns
+// its view. This and the next functions return a view without data for None.
+inline TensorView entries_view(const Problem& problem, const Argument& argument, int64_t entries, int64_t heads,
+                               int64_t rows, int64_t columns) {
   if (!argument.given) return {};
   argument.check_type(problem.type);
-  argument.check_shape({problem.batch_entries, heads, rows, columns});
+  argument.check_shape({entries, heads, rows, columns});
   argument.check_unit_stride(3);
   return {argument.data(), batch_stride(problem, argument), argument.stride(1), argument.stride(2), 1};
+}
+
+// entries_view of a tensor with an entry for each batch entry.
+inline TensorView rows_view(const Problem& problem, const Argument& argument, int64_t heads, int64_t rows,
+                            int64_t columns) {
+  return entries_view(problem, argument, problem.batch_entries, heads, rows, columns);
 }
 
 // Checks lse or its gradient, a tensor (batch_entries, num_heads, rows_q) of the accumulate type, and returns its view.
@@ -117,6 +125,62 @@ inline void set_sizes(Problem& problem, const Argument& query, const Argument& k
     key.fail("a head count that divides " + std::to_string(params.num_heads), std::to_string(params.num_kv_heads));
 }
 
+// Sets the pages of keys and values, and checks dtype and shape of the block table.
+inline void set_pages(Problem& problem, const Argument& key, const Argument& block_table) {
+  AttentionParams& params = problem.params;
+  block_table.check_type(ElementType::kInt32);
+  if (block_table.tensor.ndim != 2 || block_table.size(0) != params.batch)
+    block_table.fail("shape (" + std::to_string(params.batch) + ", pages)",
+                     "shape " + shape_text(block_table.tensor.shape, block_table.tensor.ndim));
+  block_table.check_unit_stride(1);
+  if (params.key_lengths == nullptr && params.batch > 0) block_table.fail("None, as key_lengths is None", "a tensor");
+  params.block_table = reinterpret_cast<const int32_t*>(block_table.data());
+  params.block_table_stride = block_table.stride(0);
+  params.num_pages = key.size(0);
+  params.page_size = key.size(2);
+  params.seqlen_k = block_table.size(1) * params.page_size;
+  if (params.page_size < 1 || (params.num_pages == 0 && params.seqlen_k > 0))
+    key.fail("at least one page of at least one row", "shape " + shape_text(key.tensor.shape, 4));
+}
+
+// Checks the length of each entry, and the number of each page that holds a key. A wrong number would make the kernel
+// read outside of a tensor.
+inline void check_lengths(const AttentionParams& params, const Argument& key_lengths, const Argument& block_table) {
+  for (int64_t b = 0; b < params.batch; ++b) {
+    const int64_t length = params.key_lengths[b];
+    if (length < 0 || length > params.seqlen_k)
+      key_lengths.fail("lengths from 0 to " + std::to_string(params.seqlen_k) + ", the number of keys",
+                       std::to_string(length));
+    if (params.block_table == nullptr) continue;
+    const int32_t* row = params.block_table + b * params.block_table_stride;
+    const auto last_page = static_cast<uint32_t>(params.num_pages - 1);
+    uint32_t largest = 0;  // a negative number counts as a large one
+    const int64_t used = (length + params.page_size - 1) / params.page_size;
+    for (int64_t i = 0; i < used; ++i) largest = std::max(largest, static_cast<uint32_t>(row[i]));
+    if (used > 0 && largest > last_page)
+      block_table.fail("numbers of pages from 0 to " + std::to_string(last_page),
+                       std::to_string(static_cast<int32_t>(largest)) + " in row " + std::to_string(b));
+  }
+}
+
+// Sets the lengths of the keys, and the pages in which they lie. Checks their contents where the host may read them.
+inline void set_key_lengths(Problem& problem, const Reader& reader, const Inputs& inputs, const Argument& key) {
+  AttentionParams& params = problem.params;
+  const Argument key_lengths = reader.optional(inputs.key_lengths, "key_lengths");
+  const Argument block_table = reader.optional(inputs.block_table, "block_table");
+  for (const Argument* argument : {&key_lengths, &block_table}) {
+    if (argument->given && params.cu_seqlens_q != nullptr) argument->fail("None in a packed problem", "a tensor");
+  }
+  if (key_lengths.given) {
+    key_lengths.check_type(ElementType::kInt32);
+    key_lengths.check_shape({params.batch});
+    key_lengths.check_unit_stride(0);
+    params.key_lengths = reinterpret_cast<const int32_t*>(key_lengths.data());
+  }
+  if (block_table.given) set_pages(problem, key, block_table);
+  if (key_lengths.given && reader.may_look_inside()) check_lengths(params, key_lengths, block_table);
+}
+
 // Sets the number of sequences and their lengths. Checks the offsets of packed sequences.
 inline void set_sequences(Problem& problem, const Reader& reader, const Inputs& inputs) {
   AttentionParams& params = problem.params;
@@ -141,8 +205,8 @@ inline void set_sequences(Problem& problem, const Reader& reader, const Inputs& 
   params.cu_seqlens_k = checked_cu_seqlens(reader, cu_seqlens_k, params.batch, problem.rows_k, params.seqlen_k);
 }
 
-// Checks query, key, value, out, lse and the offsets of packed sequences, and sets the parameters that follow from
-// them.
+// Checks query, key, value, out, lse, the offsets of packed sequences, the lengths of keys and the block table, and sets
+// the parameters that follow from them.
 inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& inputs, PyObject* out_object,
                         const Argument& lse) {
   AttentionParams& params = problem.params;
@@ -152,9 +216,11 @@ inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& in
   const Argument out = reader.required(out_object, "out");
   set_sizes(problem, query, key, value);
   set_sequences(problem, reader, inputs);
+  set_key_lengths(problem, reader, inputs, key);
+  const int64_t key_entries = params.block_table != nullptr ? params.num_pages : problem.batch_entries;
   params.query = rows_view(problem, query, params.num_heads, problem.rows_q, params.head_dim);
-  params.key = rows_view(problem, key, params.num_kv_heads, problem.rows_k, params.head_dim);
-  params.value = rows_view(problem, value, params.num_kv_heads, problem.rows_k, params.value_dim);
+  params.key = entries_view(problem, key, key_entries, params.num_kv_heads, problem.rows_k, params.head_dim);
+  params.value = entries_view(problem, value, key_entries, params.num_kv_heads, problem.rows_k, params.value_dim);
   params.out = rows_view(problem, out, params.num_heads, problem.rows_q, params.value_dim);
   params.lse = lse_view(problem, lse);
   if (lse.given) lse.check_unit_stride(2);

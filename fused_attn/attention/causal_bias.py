@@ -8,11 +8,12 @@ from torch import Tensor
 
 
 class CausalBiasMeta(NamedTuple):
-    """The contents of a causal bias: L, S, and the offset of its diagonal, as in `Band`."""
+    """The contents of a causal bias: L, S, the offset of its diagonal, as in `Band`, and its alignment."""
 
     seqlen_q: int
     seqlen_k: int
     offset: int
+    is_lower_right: bool
 
 
 def causal_bias(attn_mask: Tensor) -> CausalBiasMeta | None:
@@ -25,9 +26,8 @@ def causal_bias(attn_mask: Tensor) -> CausalBiasMeta | None:
     if not isinstance(attn_mask, CausalBias):
         return None
     seqlen_q, seqlen_k = attn_mask.seq_len_q, attn_mask.seq_len_kv
-    return CausalBiasMeta(
-        seqlen_q, seqlen_k, seqlen_k - seqlen_q if attn_mask.variant == CausalVariant.LOWER_RIGHT else 0
-    )
+    is_lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
+    return CausalBiasMeta(seqlen_q, seqlen_k, seqlen_k - seqlen_q if is_lower_right else 0, is_lower_right)
 
 
 def causal_bias_offset(attn_mask: Tensor) -> int | None:

@@ -25,6 +25,9 @@ class Meta(NamedTuple):
     device: torch.device
 
 
+#: The largest `num_splits`, kMaxSplits of csrc/common/attention_params.h.
+MAX_SPLITS = 256
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -52,21 +55,25 @@ def fail(name: str, expected: str, got: object) -> ValueError:
     return ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def check_query_key_value(query: Meta, key: Meta, value: Meta, min_dim: int) -> None:
+def check_query_key_value(
+    query: Meta, key: Meta, value: Meta, min_dim: int, names: tuple[str, str, str] = ("query", "key", "value")
+) -> None:
     """Checks that the three have at least min_dim dimensions, equal dtypes and devices, and that head dims agree.
 
-    Batch sizes, heads and lengths are checked elsewhere, because batched and packed inputs differ in these.
+    Batch sizes, heads and lengths are checked elsewhere, because batched, packed and paged inputs differ in these.
+
+    names: the arguments, for error messages
     """
-    for name, x in (("query", query), ("key", key), ("value", value)):
+    for name, x in zip(names, (query, key, value), strict=True):
         if len(x.shape) < min_dim:
             raise fail(name, f"at least {min_dim} dimensions", _shape(x))
         _check_floating_point(name, x)
-    for name, x in (("key", key), ("value", value)):
+    for name, x in zip(names[1:], (key, value), strict=True):
         if x.dtype != query.dtype:
             raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {x.dtype}")
         check_device(name, x, query)
     if key.shape[-1] != query.shape[-1]:
-        raise fail("key", f"the head dim of query, {query.shape[-1]}", _shape(key))
+        raise fail(names[1], f"the head dim of query, {query.shape[-1]}", _shape(key))
     if query.shape[-1] == 0:
         raise fail("query", "a head dim of at least 1", _shape(query))
 
@@ -157,11 +164,13 @@ def check_window(window_size: Sequence[int] | None) -> tuple[int, int]:
     return left, right
 
 
-def check_causal_bias(bias: CausalBiasMeta, is_causal: bool, seqlen_q: int, seqlen_k: int) -> None:
+def check_causal_bias(
+    bias: CausalBiasMeta, is_causal: bool, seqlen_q: int, seqlen_k: int, has_key_lengths: bool
+) -> None:
     """Checks that a causal bias has the lengths of the call and does not contradict is_causal."""
     if (bias.seqlen_q, bias.seqlen_k) != (seqlen_q, seqlen_k):
         raise fail("attn_mask", f"a causal bias for (L, S) = {(seqlen_q, seqlen_k)}", f"one for {tuple(bias[:2])}")
-    if is_causal and bias.offset != 0:
+    if is_causal and bias.is_lower_right and (bias.offset != 0 or has_key_lengths):
         raise fail("is_causal", "False with a lower-right causal bias as attn_mask", is_causal)
 
 
@@ -183,6 +192,48 @@ def check_padding(mask: Meta, query: Meta, batch_shape: tuple[int, ...], seqlen_
     expected = (*batch_shape, seqlen_k)
     if tuple(mask.shape) != expected:
         raise fail("key_padding_mask", f"shape (B, S) = {expected}", _shape(mask))
+
+
+def check_key_lengths(lengths: Meta, query: Meta, batch_shape: tuple[int, ...]) -> None:
+    """Checks dtype, device and shape of key_lengths."""
+    _check_int32("key_lengths", lengths)
+    check_device("key_lengths", lengths, query)
+    if tuple(lengths.shape) != tuple(batch_shape):
+        raise fail("key_lengths", f"shape (B,) = {tuple(batch_shape)}", _shape(lengths))
+
+
+def check_key_lengths_values(key_lengths: Tensor, seqlen_k: int) -> None:
+    """Checks that each length is in [0, seqlen_k]. The tensor is on the CPU."""
+    lengths = key_lengths.tolist()
+    if lengths and not 0 <= min(lengths) <= max(lengths) <= seqlen_k:
+        raise fail("key_lengths", f"lengths from 0 to {seqlen_k}, the number of keys", lengths)
+
+
+def check_block_table(table: Meta, query: Meta) -> None:
+    """Checks dtype, device and shape of block_table."""
+    _check_int32("block_table", table)
+    check_device("block_table", table, query)
+    if len(table.shape) != 2 or table.shape[0] != query.shape[0]:
+        raise fail("block_table", f"shape (B, pages of the longest sequence) with B = {query.shape[0]}", _shape(table))
+
+
+def check_block_table_values(block_table: Tensor, key_lengths: Tensor, page_size: int, num_pages: int) -> None:
+    """Checks that the table names a page for each key. The tensors are on the CPU, and the lengths are right."""
+    for entry, (row, length) in enumerate(zip(block_table.tolist(), key_lengths.tolist(), strict=True)):
+        used = row[: -(-length // page_size)]
+        if used and not 0 <= min(used) <= max(used) < num_pages:
+            raise fail("block_table", f"numbers of pages from 0 to {num_pages - 1}", f"{used} in row {entry}")
+
+
+def check_num_splits(num_splits: int | None) -> int:
+    """Checks num_splits; returns 0 for None."""
+    if num_splits is None:
+        return 0
+    if isinstance(num_splits, bool) or not isinstance(num_splits, int):
+        raise TypeError(f"num_splits: expected None or an int, got {_describe(num_splits)}")
+    if not 1 <= num_splits <= MAX_SPLITS:
+        raise fail("num_splits", f"a number from 1 to {MAX_SPLITS}", num_splits)
+    return num_splits
 
 
 def check_relative_bias(bias: Meta, query: Meta, num_heads: int, columns: int) -> None:
@@ -220,8 +271,7 @@ def check_dropout_seed(seed: int | Tensor, device: torch.device) -> Tensor:
 
 def check_cu_seqlens(name: str, cu_seqlens: Meta, query: Meta) -> None:
     """Checks dtype, device and rank of cu_seqlens_q or cu_seqlens_k."""
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{name}: expected dtype torch.int32, got {cu_seqlens.dtype}")
+    _check_int32(name, cu_seqlens)
     check_device(name, cu_seqlens, query)
     if len(cu_seqlens.shape) != 1 or cu_seqlens.shape[0] < 1:
         raise fail(name, "shape (num_sequences + 1,)", _shape(cu_seqlens))
@@ -244,6 +294,12 @@ def _check_number(name: str, x: object) -> None:
     """Checks that x is an int or a float. Bools and tensors are neither."""
     if isinstance(x, (bool, Tensor)) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: expected a number, got {_describe(x)}")
+
+
+def _check_int32(name: str, x: Meta) -> None:
+    """Checks that x has the dtype int32."""
+    if x.dtype != torch.int32:
+        raise TypeError(f"{name}: expected dtype torch.int32, got {x.dtype}")
 
 
 def _check_learned(name: str, x: Meta, query: Meta) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn.attention import dropout, masks
+from fused_attn.attention import dropout, masks, pages
 from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted
 from fused_attn.attention.masks import Positions
 from fused_attn.attention.memory_order import follow_layout
@@ -133,12 +133,17 @@ def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
 
 
 def _to_compute(problem: AttentionProblem, inputs: Inputs) -> Inputs:
-    """The inputs in the accumulate dtype, with as many key heads as query heads, and with zeros in padding keys."""
+    """The inputs in the accumulate dtype, with as many key heads as query heads, and with zeros in hidden keys.
+
+    Pages are gathered, so that key and value are (B, H, S, D) and (B, H, S, Dv).
+    """
     query, key, value = inputs.query, inputs.key, inputs.value
-    if inputs.key_padding is not None:
-        # Padding may hold NaN. It is replaced before any product, because 0 * NaN is NaN.
-        is_padding = inputs.key_padding[:, None, :, None]
-        key, value = key.masked_fill(is_padding, 0.0), value.masked_fill(is_padding, 0.0)
+    if inputs.block_table is not None:
+        key, value = (pages.gather(x, inputs.block_table) for x in (key, value))
+    hidden = masks.hidden_keys(problem, inputs)
+    if hidden is not None:
+        # Hidden keys may hold NaN. They are replaced before any product, because 0 * NaN is NaN.
+        key, value = (x.masked_fill(hidden[:, None, :, None], 0.0) for x in (key, value))
     if problem.is_packed:
         rows, columns = masks.positions(problem, inputs)
         query, key, value = (_without_strays(x, at) for x, at in ((query, rows), (key, columns), (value, columns)))

@@ -19,16 +19,20 @@ class Inputs(NamedTuple):
     The first six tensors can have gradients. Registered operators and native modules take the tensors in this order.
 
     query:         (B, H, L, D); packed problems have B = 1 and the rows of all sequences one after the other
-    key:           (B, Hkv, S, D)
-    value:         (B, Hkv, S, Dv)
+    key:           (B, Hkv, S, D); paged problems have (num_pages, Hkv, page_size, D)
+    value:         (B, Hkv, S, Dv); paged problems have (num_pages, Hkv, page_size, Dv)
     bias:          (B|1, H|1, L|1, S|1) floating point, added to the scores
     relative_bias: (H|1, L + S - 1) floating point; column ``j - i + L - 1`` is added to score (i, j)
     sinks:         (H,) floating point, a logit for each head that joins the softmax denominator only
     seed:          () int64, given where ``dropout_p > 0``
     mask:          (B|1, H|1, L|1, S|1) bool, True = attend
     key_padding:   (B, S) bool, True = IGNORE; ignored keys may hold NaN
+    key_lengths:   (B,) int32; batch entry b has the keys j < key_lengths[b], and all others may hold NaN
     cu_seqlens_q:  (num_sequences + 1,) int32, row offsets of packed queries
     cu_seqlens_k:  (num_sequences + 1,) int32, row offsets of packed keys
+    block_table:   (B, pages of an entry) int32; key j of batch entry b is row ``j % page_size`` of page
+                   ``block_table[b, j // page_size]``. S is the number of columns times page_size. Entries of the table
+                   behind the last key may hold any number
     """
 
     query: Tensor
@@ -40,8 +44,10 @@ class Inputs(NamedTuple):
     seed: Tensor | None = None
     mask: Tensor | None = None
     key_padding: Tensor | None = None
+    key_lengths: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+    block_table: Tensor | None = None
 
     def is_shared_grad_required(self) -> bool:
         """True if one of `SHARED` requires a gradient."""
@@ -51,7 +57,7 @@ class Inputs(NamedTuple):
         return False
 
 
-#: `Inputs` of a tuple of all eleven tensors. ``Inputs(...)`` takes twice as long, and a call takes a few microseconds.
+#: `Inputs` of a tuple of all its tensors. ``Inputs(...)`` takes twice as long, and a call takes a few microseconds.
 inputs_of: Callable[[Iterable[Tensor | None]], Inputs] = functools.partial(tuple.__new__, Inputs)
 
 
@@ -67,8 +73,10 @@ class Shapes(NamedTuple):
     seed: Shape | None = None
     mask: Shape | None = None
     key_padding: Shape | None = None
+    key_lengths: Shape | None = None
     cu_seqlens_q: Shape | None = None
     cu_seqlens_k: Shape | None = None
+    block_table: Shape | None = None
 
 
 #: The inputs that batch entries share, so that their gradients are sums over the batch.
@@ -151,5 +159,5 @@ def gradients_of_arguments(grads: Gradients, saved: Saved | None = None) -> tupl
     return (*grads, *_NO_GRADIENTS[: len(Inputs._fields) - len(grads)], *saved, *_NO_GRADIENTS)
 
 
-#: The gradients of the arguments behind the differentiable ones. No autograd step has more than 16 such arguments.
-_NO_GRADIENTS: tuple[Tensor | None, ...] = tuple(itertools.repeat(None, 16))
+#: The gradients of the arguments behind the differentiable ones. No autograd step has more than 24 such arguments.
+_NO_GRADIENTS: tuple[Tensor | None, ...] = tuple(itertools.repeat(None, 24))

@@ -29,15 +29,15 @@ def to_dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor | None, 
     rows, columns = positions(problem, inputs)
     distance = columns.position[None, :] - rows.position[:, None]  # (L, S)
     conditions = []
-    band = problem.band
+    band, offset = problem.band, _diagonal_offset(problem, inputs)
     if band.left != UNBOUNDED:
-        conditions.append(distance - band.offset >= -band.left)
+        conditions.append(distance - offset >= -band.left)
     if band.right != UNBOUNDED:
-        conditions.append(distance - band.offset <= band.right)
+        conditions.append(distance - offset <= band.right)
     if problem.is_packed:
         conditions.append((columns.sequence[None, :] == rows.sequence[:, None]) & rows.has_sequence[:, None])
-    if inputs.key_padding is not None:
-        conditions.append(~inputs.key_padding[:, None, None, :])
+    if (hidden := hidden_keys(problem, inputs)) is not None:
+        conditions.append(~hidden[:, None, None, :])
     if inputs.mask is not None:
         conditions.append(inputs.mask)
     visible = None
@@ -57,6 +57,26 @@ def to_dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor | None, 
         toeplitz = inputs.relative_bias.to(compute).index_select(1, column.flatten()).unflatten(1, column.shape)
         bias = toeplitz[None] if bias is None else bias + toeplitz[None]
     return visible, bias
+
+
+def hidden_keys(problem: AttentionProblem, inputs: Inputs) -> Tensor | None:
+    """(B, S) bool, True = the key is padding, or lies behind the length of its batch entry; None = no key is hidden."""
+    hidden = inputs.key_padding
+    if inputs.key_lengths is not None:
+        behind = torch.arange(problem.seqlen_k, device=inputs.key_lengths.device) >= inputs.key_lengths[:, None]
+        hidden = behind if hidden is None else hidden | behind
+    return hidden
+
+
+def _diagonal_offset(problem: AttentionProblem, inputs: Inputs) -> int | Tensor:
+    """The offset of the band's diagonal: a number, or (B, 1, 1, 1) if the diagonal ends at the last key of an entry."""
+    band = problem.band
+    if not band.is_from_end:
+        return band.offset
+    if inputs.key_lengths is None:
+        return band.offset + problem.seqlen_k - problem.seqlen_q
+    lengths = inputs.key_lengths.clamp(0, problem.seqlen_k)
+    return (lengths + (band.offset - problem.seqlen_q))[:, None, None, None]
 
 
 def positions(problem: AttentionProblem, inputs: Inputs) -> tuple[Positions, Positions]:
@@ -102,7 +122,7 @@ class Positions(NamedTuple):
         return self.sequence >= 0
 
 
-def band_of(is_causal: bool, window_size: tuple[int, int], diagonal_offset: int = 0) -> Band:
+def band_of(is_causal: bool, window_size: tuple[int, int], diagonal_offset: int = 0, is_from_end: bool = False) -> Band:
     """The `Band` of the scores that both the causal mask and the window leave visible.
 
     The causal mask is a band whose right side is 0. That is never farther than the right side of the window.
@@ -112,7 +132,7 @@ def band_of(is_causal: bool, window_size: tuple[int, int], diagonal_offset: int 
         right = 0
     if left == UNBOUNDED and right == UNBOUNDED:
         return Band()
-    return Band(left, right, diagonal_offset)
+    return Band(left, right, diagonal_offset, is_from_end)
 
 
 def score_masks(

@@ -17,11 +17,15 @@ class Band(NamedTuple):
     """Visible diagonals: query ``i`` sees key ``j`` iff ``-left <= j - (i + offset) <= right``; -1 = unbounded side.
 
     Causal is ``right=0``; ``offset=0`` aligns the diagonal to the upper left, ``offset=S - L`` to the lower right.
+
+    is_from_end: the diagonal ends at the last key that a batch entry has. Its offset is then ``offset`` + (the number
+        of keys of the entry) - (the number of its queries), so that the queries are the last rows of their sequence.
     """
 
     left: int = UNBOUNDED
     right: int = UNBOUNDED
     offset: int = 0
+    is_from_end: bool = False
 
     @property
     def is_unbounded(self) -> bool:
@@ -36,6 +40,7 @@ class Scalars(NamedTuple):
     """The numbers of a call that do not follow from the shapes of its tensors, as the registered operators take them.
 
     max_seqlen_q, max_seqlen_k: L and S; for a packed call, at least the lengths of the longest sequences
+    num_splits: into how many parts the keys of a row are cut, if the kernel cuts them; 0 = the backend chooses
     """
 
     max_seqlen_q: int
@@ -46,6 +51,8 @@ class Scalars(NamedTuple):
     band_left: int = UNBOUNDED
     band_right: int = UNBOUNDED
     band_offset: int = 0
+    band_from_end: bool = False
+    num_splits: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +63,8 @@ class AttentionProblem:
 
     is_packed:         the tensors have one batch entry that holds the rows of all sequences; ``batch`` is the number of
                        sequences, ``seqlen_q`` and ``seqlen_k`` are the largest lengths
+    page_size:         the rows of a page of keys; 0 = keys and values are not paged
+    num_splits:        as in `Scalars`
     has_float_padding: the key padding is floating point, so that it can be a bias as well
     allows_tf32:       the factors of float32 products may be rounded to TF32. Torch's setting for it can change between
                        calls, so a backend that obeys this setting fills in the field itself.
@@ -78,6 +87,9 @@ class AttentionProblem:
     is_packed: bool = False
     has_mask: bool = False
     has_key_padding: bool = False
+    has_key_lengths: bool = False
+    page_size: int = 0
+    num_splits: int = 0
     has_bias: bool = False
     has_relative_bias: bool = False
     has_sinks: bool = False
@@ -98,7 +110,8 @@ class AttentionProblem:
         """The problem of a call. Every call makes its problem here.
 
         Args:
-            shapes: query, key and value as (B, heads, rows, columns).
+            shapes: query, key and value as (B, heads, rows, columns); paged keys and values as (num_pages, heads,
+                page_size, columns).
             dtype: the dtype of query, key and value.
         """
         offsets = shapes.cu_seqlens_q
@@ -115,10 +128,13 @@ class AttentionProblem:
             scale=scalars.scale,
             softcap=scalars.softcap,
             dropout_p=scalars.dropout_p,
-            band=Band(scalars.band_left, scalars.band_right, scalars.band_offset),
+            band=Band(scalars.band_left, scalars.band_right, scalars.band_offset, scalars.band_from_end),
             is_packed=offsets is not None,
             has_mask=shapes.mask is not None,
             has_key_padding=shapes.key_padding is not None,
+            has_key_lengths=shapes.key_lengths is not None,
+            page_size=0 if shapes.block_table is None else shapes.key[2],
+            num_splits=scalars.num_splits,
             has_bias=shapes.bias is not None,
             has_relative_bias=shapes.relative_bias is not None,
             has_sinks=shapes.sinks is not None,
@@ -128,11 +144,20 @@ class AttentionProblem:
     @property
     def scalars(self) -> Scalars:
         """The numbers of the problem in the form that the registered operators take."""
-        return Scalars(self.seqlen_q, self.seqlen_k, self.scale, self.softcap, self.dropout_p, *self.band)
+        return Scalars(
+            self.seqlen_q, self.seqlen_k, self.scale, self.softcap, self.dropout_p, *self.band, self.num_splits
+        )
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether keys and values lie in pages, to which a block table leads."""
+        return self.page_size != 0
 
     def __post_init__(self):
         has_shared = self.has_bias or self.has_float_padding or self.has_relative_bias or self.has_sinks
-        has_others = self.is_packed or self.has_mask or self.has_key_padding or self.dropout_p > 0.0
+        has_others = (
+            self.is_packed or self.has_mask or self.has_key_padding or self.has_key_lengths or self.dropout_p > 0.0
+        )
         object.__setattr__(self, "has_shared", has_shared)
         object.__setattr__(self, "is_plain", not (has_shared or has_others))
         object.__setattr__(self, "accumulate_dtype", torch.float64 if self.dtype == torch.float64 else torch.float32)
@@ -176,11 +201,16 @@ class AttentionProblem:
             if f.init and getattr(self, f.name) is True
         ]
         if not self.band.is_unbounded:
-            flags.append(f"band(left={self.band.left}, right={self.band.right}, offset={self.band.offset})")
+            end = ", from the end" if self.band.is_from_end else ""
+            flags.append(f"band(left={self.band.left}, right={self.band.right}, offset={self.band.offset}{end})")
         if self.softcap:
             flags.append(f"softcap={self.softcap}")
         if self.dropout_p:
             flags.append(f"dropout_p={self.dropout_p}")
+        if self.is_paged:
+            flags.append(f"page_size={self.page_size}")
+        if self.num_splits:
+            flags.append(f"num_splits={self.num_splits}")
         dtype = str(self.dtype).removeprefix("torch.")
         where = (
             str(self.device) if self.capability is None else f"{self.device} sm_{''.join(map(str, self.capability))}"

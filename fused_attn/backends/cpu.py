@@ -35,6 +35,8 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(f"dtype {problem.dtype} is none of {', '.join(map(str, DTYPES))}")
     if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
         reasons.append(f"head dim {max(problem.head_dim, problem.value_dim)} is above {MAX_HEAD_DIM}")
+    if problem.is_paged:
+        reasons.append("the kernels do not read pages")
     return reasons
 
 
@@ -56,7 +58,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple
     except ValueError:
         # The kernel refuses a last stride that is not 1. Checking three tensors beforehand would take as long as a
         # kernel of a few rows.
-        copied = _with_unit_strides(inputs, "query", "key", "value")
+        copied = _with_unit_strides(inputs, "query", "key", "value", "key_lengths", "block_table")
         if copied is inputs:
             raise
         return forward(problem, copied, needs_lse)
@@ -76,6 +78,8 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     dvalue = torch.empty_like(read.value) if wanted.value else None
     if problem.is_packed:
         clear_rows(None, dquery, dkey, dvalue)
+    if problem.has_key_lengths:
+        clear_rows(None, dkey, dvalue)  # no kernel visits the keys behind the length of their batch entry
     grads = Gradients(dquery, dkey, dvalue)
     wants_shared = problem.has_shared and wanted.is_any_shared
     if wants_shared:
@@ -84,7 +88,8 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     try:
         _C.backward(read, saved, grads, _config(problem), get_num_threads())
     except ValueError:
-        copied, saved_copied = _with_unit_strides(inputs, "query", "key", "value"), _with_unit_strides(saved, "dout")
+        copied = _with_unit_strides(inputs, "query", "key", "value", "key_lengths")
+        saved_copied = _with_unit_strides(saved, "dout")
         if copied is inputs and saved_copied is saved:
             raise
         return backward(problem, copied, saved_copied, wanted)
@@ -98,16 +103,18 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
 @functools.lru_cache(maxsize=4096)
 def _config(problem: AttentionProblem) -> Any:
     """The numbers of a problem in the form that the kernels read. Made once for each problem."""
-    left, right, offset = problem.band
+    band = problem.band
     return _C.Config(
         scale=problem.scale,
         softcap=problem.softcap,
-        window_left=None if left == UNBOUNDED else left,
-        window_right=None if right == UNBOUNDED else right,
-        diagonal_offset=offset,
+        window_left=None if band.left == UNBOUNDED else band.left,
+        window_right=None if band.right == UNBOUNDED else band.right,
+        diagonal_offset=band.offset,
+        band_from_end=band.is_from_end,
         dropout_p=problem.dropout_p,
         max_seqlen_q=problem.seqlen_q,
         max_seqlen_k=problem.seqlen_k,
+        num_splits=problem.num_splits,
     )
 
 
@@ -117,7 +124,8 @@ def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     - No tensor is negated lazily, as ``x.conj().imag`` is: its sign is a flag that the kernels do not see.
     - A relative bias and sinks are contiguous and have the accumulate dtype. A bias has this dtype or the query's.
     """
-    query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q, cu_seqlens_k = inputs
+    query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, key_lengths, *offsets, block_table = inputs
+    cu_seqlens_q, cu_seqlens_k = offsets
     if query.is_neg() or key.is_neg() or value.is_neg():
         query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
     if bias is not None:
@@ -129,8 +137,11 @@ def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     if sinks is not None:
         sinks = sinks.resolve_neg().to(problem.accumulate_dtype).contiguous()
     return inputs_of(
-        (query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, cu_seqlens_q, cu_seqlens_k)
-    )
+        (
+            query, key, value, bias, relative_bias, sinks, seed, mask, key_padding, key_lengths, cu_seqlens_q,
+            cu_seqlens_k, block_table,
+        )
+    )  # fmt: skip
 
 
 def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: Wanted) -> list[Tensor | None]:
@@ -154,7 +165,7 @@ def _with_unit_strides(tensors: Tensors, *names: str) -> Tensors:
     copies = {}
     for name in names:
         x = getattr(tensors, name)
-        if x.stride(-1) != 1:
+        if x is not None and x.stride(-1) != 1:
             # Not .contiguous(), which leaves empty tensors and last dimensions of size 1 as they are.
             copies[name] = x.clone(memory_format=torch.contiguous_format)
     return tensors._replace(**copies) if copies else tensors

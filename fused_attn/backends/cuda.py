@@ -57,6 +57,10 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     for dim in dict.fromkeys((problem.head_dim, problem.value_dim)):
         if not 0 < dim <= HEAD_DIMS[-1] or dim % HEAD_DIM_STEP != 0:
             reasons.append(f"head dim {dim} is no multiple of {HEAD_DIM_STEP} up to {HEAD_DIMS[-1]}")
+    if problem.has_key_lengths:
+        reasons.append("the kernels do not read key_lengths")
+    if problem.is_paged:
+        reasons.append("the kernels do not read pages")
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_ROWS:
         reasons.append(f"more than {MAX_ROWS} rows")
     return reasons
@@ -230,16 +234,18 @@ def _with_readable_rows(x: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=4096)
 def _config(problem: AttentionProblem) -> Any:
     """The numbers of a problem as the native module takes them, converted once for each problem."""
-    left, right, offset = problem.band
+    band = problem.band
     return _kernels.Config(
         scale=problem.scale,
         softcap=problem.softcap,
-        window_left=None if left == UNBOUNDED else left,
-        window_right=None if right == UNBOUNDED else right,
-        diagonal_offset=offset,
+        window_left=None if band.left == UNBOUNDED else band.left,
+        window_right=None if band.right == UNBOUNDED else band.right,
+        diagonal_offset=band.offset,
+        band_from_end=band.is_from_end,
         dropout_p=problem.dropout_p,
         max_seqlen_q=problem.seqlen_q,
         max_seqlen_k=problem.seqlen_k,
+        num_splits=problem.num_splits,
     )
 
 

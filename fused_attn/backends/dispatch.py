@@ -118,6 +118,8 @@ def preferred(problem: AttentionProblem) -> tuple[Backend, ...]:
 
 
 def _fits(row: Preference, problem: AttentionProblem) -> bool:
+    if problem.num_splits and row.min_tiles:
+        return False  # A fixed cut promises results that do not depend on the batch, so neither may the backend.
     tiles = problem.batch * problem.num_heads * -(-problem.seqlen_q // 128)
     if problem.seqlen_q < row.min_seqlen_q or tiles < row.min_tiles:
         return False

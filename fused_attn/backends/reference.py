@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fused_attn.attention import formula
+from fused_attn import modes
+from fused_attn.attention import checks, formula
 from fused_attn.attention.inputs import Inputs
 from fused_attn.attention.problem import AttentionProblem
 
@@ -17,6 +18,11 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
 
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool) -> tuple[Tensor, Tensor]:
+    lengths, table = inputs.key_lengths, inputs.block_table
+    if lengths is not None and modes.can_read(lengths):
+        checks.check_key_lengths_values(lengths, problem.seqlen_k)
+        if table is not None and modes.can_read(table):
+            checks.check_block_table_values(table, lengths, problem.page_size, inputs.key.shape[0])
     return formula.forward(problem, inputs)
 
 

@@ -48,20 +48,27 @@ def backward_flops(*arguments, out_val=None) -> int:
 def _visible_scores(inputs: Inputs, scalars: Scalars) -> int:
     """The number of scores inside the band, over all heads and sequences.
 
-    Scores that other masks hide count as visible, because the shapes alone do not tell how many are hidden.
+    Scores that other masks hide, and those of keys behind the length of their batch entry, count as visible, because
+    the shapes alone do not tell how many are hidden.
     """
-    query, key = inputs.query, inputs.key
+    query = inputs.query
     lengths: Iterable[tuple[int, int]]
     if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
-        lengths = [(query.shape[2], key.shape[2])] * query.shape[0]
+        lengths = [(scalars.max_seqlen_q, scalars.max_seqlen_k)] * query.shape[0]
     else:
         lengths = zip(
             _lengths(inputs.cu_seqlens_q, scalars.max_seqlen_q),
             _lengths(inputs.cu_seqlens_k, scalars.max_seqlen_k),
             strict=True,
         )
-    band = scalars.band_left, scalars.band_right, scalars.band_offset
-    return query.shape[1] * sum(_scores_in_band(*sizes, *band) for sizes in lengths)
+
+    def visible(seqlen_q: int, seqlen_k: int) -> int:
+        """The number of scores of one head of one sequence that the band shows."""
+        from_end = seqlen_k - seqlen_q if scalars.band_from_end else 0
+        offset = scalars.band_offset + from_end
+        return _scores_in_band(seqlen_q, seqlen_k, scalars.band_left, scalars.band_right, offset)
+
+    return query.shape[1] * sum(visible(*sizes) for sizes in lengths)
 
 
 def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:

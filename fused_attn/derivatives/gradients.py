@@ -23,6 +23,8 @@ def compute(
 
     backend: None = the reference formula, whose gradients are differentiable
     """
+    if problem.is_paged:
+        raise NotImplementedError("fused_attention_paged has no gradients; detach its inputs")
     if saved.dout is None:
         if saved.dlse is None:
             return Gradients()

@@ -25,7 +25,7 @@ _SAVED = "Tensor out, Tensor lse, Tensor? dout, Tensor? dlse"
 _GRADIENTS = ", ".join(f"Tensor d{name}" for name in Gradients._fields)
 _SCALARS = (
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float softcap, float dropout_p, "
-    "SymInt band_left, SymInt band_right, SymInt band_offset"
+    "SymInt band_left, SymInt band_right, SymInt band_offset, bool band_from_end, int num_splits"
 )
 
 _library = torch.library.Library("fused_attn", "DEF")

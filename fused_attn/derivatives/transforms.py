@@ -116,7 +116,8 @@ def _vmap(
     in_dims: the vmapped dimension of each tensor, or None; entries for further arguments are not read
     """
     with_dims = [(x, dim) for x, dim in zip(tensors, in_dims, strict=False)]
-    is_batched_throughout = replace(problem, has_key_padding=False).is_plain and not are_gradients_shared
+    unpadded = replace(problem, has_key_padding=False, has_key_lengths=False)
+    is_batched_throughout = unpadded.is_plain and not are_gradients_shared
     if not is_batched_throughout:
         entries = [
             apply(problem, *(x if x is None or dim is None else x.select(dim, n) for x, dim in with_dims))

@@ -691,7 +691,7 @@ def _causal_mask(
     bias = causal_bias(mask)
     if bias is not None:
         # A causal bias holds no data, so the flag replaces the bias. If the sizes do not fit, attention raises.
-        return (None, True) if bias == (seqlen, seqlen, 0) else (mask, bool(is_causal))
+        return (None, True) if bias[:3] == (seqlen, seqlen, 0) else (mask, bool(is_causal))
     if is_causal is not None and key_padding_mask is None:
         return mask, is_causal
     if is_causal is False or not _can_look_at(mask) or not _is_causal(mask, seqlen):
@@ -707,7 +707,7 @@ def _dense_mask(mask: Tensor | None, is_causal: bool | None, seqlen: int, device
     bias = None if mask is None else causal_bias(mask)
     if bias is None and not (mask is None and is_causal):
         return mask
-    rows, columns, offset = bias or (seqlen, seqlen, 0)
+    rows, columns, offset = (seqlen, seqlen, 0) if bias is None else bias[:3]
     return torch.ones(rows, columns, dtype=torch.bool, device=device).triu(offset + 1)
 
 

@@ -22,7 +22,7 @@ def test_strays(dtype: torch.dtype, options: dict, backend: str) -> None:
 def test_sequences_that_are_none_at_all(backend: str) -> None:
     query, offsets = torch.full((1, 2, 5, 8), float("nan")).requires_grad_(), torch.zeros(1, dtype=torch.int32)
     out, lse = torch.ops.fused_attn.attention(
-        query, query, query, *(None,) * 6, offsets, offsets, 5, 5, 0.3, 0.0, 0.0, -1, -1, 0, backend
+        query, query, query, *(None,) * 7, offsets, offsets, None, 5, 5, 0.3, 0.0, 0.0, -1, -1, 0, False, 0, backend
     )
     (dquery,) = torch.autograd.grad(out, query, torch.full_like(out, float("nan")))
     assert (out == 0).all() and (lse == float("-inf")).all() and (dquery == 0).all()

@@ -151,12 +151,28 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
     padding = torch.arange(7).expand(2, 7) < torch.tensor([[7], [4]])
     packed_q, packed_k, packed_v = tensors(generator, (1, 2, 9, 8), (1, 2, 8, 8), (1, 2, 8, 8))
     offsets_q, offsets_k = torch.tensor([0, 4, 9]).int(), torch.tensor([0, 5, 8]).int()
-    none = (None,) * 8
+    none = (None,) * 10
     blhd = tuple(x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (query, key, value))
     return {
-        "plain": (query, key, value, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, backend),
-        "blhd": (*blhd, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, backend),
-        "no-grad": (query.detach(), key.detach(), value.detach(), *none, 5, 7, 0.3, 0.0, 0.0, -1, 0, 0, backend),
+        "plain": (query, key, value, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, False, 0, backend),
+        "blhd": (*blhd, *none, 5, 7, 0.3, 0.0, 0.0, -1, -1, 0, False, 0, backend),
+        "no-grad": (
+            query.detach(),
+            key.detach(),
+            value.detach(),
+            *none,
+            5,
+            7,
+            0.3,
+            0.0,
+            0.0,
+            -1,
+            0,
+            0,
+            False,
+            0,
+            backend,
+        ),
         "everything": (
             query,
             key,
@@ -167,6 +183,8 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             seed,
             mask,
             padding,
+            torch.tensor([7, 6]).int(),
+            None,
             None,
             None,
             5,
@@ -177,6 +195,8 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             4,
             3,
             0,
+            True,
+            2,
             backend,
         ),
         "bias-only": (
@@ -184,7 +204,7 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             key.detach(),
             value.detach(),
             bias,
-            *(None,) * 7,
+            *(None,) * 9,
             5,
             7,
             0.3,
@@ -193,15 +213,18 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             -1,
             -1,
             0,
+            False,
+            0,
             backend,
         ),
         "packed": (
             packed_q,
             packed_k,
             packed_v,
-            *(None,) * 6,
+            *(None,) * 7,
             offsets_q,
             offsets_k,
+            None,
             5,
             5,
             0.3,
@@ -209,6 +232,8 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
             0.0,
             -1,
             0,
+            0,
+            False,
             0,
             backend,
         ),
@@ -231,11 +256,11 @@ def test_opcheck_backward(name: str, has_dlse: bool, backend: str, generator: to
     dout = torch.randn(out.shape, generator=generator)
     dlse = torch.randn(lse.shape, generator=generator) if has_dlse else None
     wanted = [x is not None for x in args[:6]]
-    inputs = (x if x is None else x.detach() for x in args[:11])
+    inputs = (x if x is None else x.detach() for x in args[: len(Inputs._fields)])
     # The derivative of the backward operator is not checked here. The tests of double backward below check it.
     outcome = torch.library.opcheck(
         torch.ops.fused_attn.attention_backward,
-        (*inputs, out, lse, dout, dlse, wanted, *args[11:]),
+        (*inputs, out, lse, dout, dlse, wanted, *args[len(Inputs._fields) :]),
     )
     assert set(outcome.values()) == {"SUCCESS"} and len(outcome) >= 4
 

@@ -78,7 +78,11 @@ class Masks(NamedTuple):
     relative_bias_stride_h: elements from one head to the next; 0 if all heads share one row
     sinks: (H,)
     seed: 0-d int64, of dropout
+    key_lengths: (B,) int32
     cu_seqlens_q, cu_seqlens_k: (num_sequences + 1,) int32
+    block_table: (B, pages of an entry) int32, or None if keys and values are not paged
+    block_table_stride: elements from one batch entry of the table to the next
+    num_pages: how many pages there are
     """
 
     mask: Scores
@@ -88,8 +92,12 @@ class Masks(NamedTuple):
     relative_bias_stride_h: int
     sinks: Tensor | None
     seed: Tensor | None
+    key_lengths: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
+    block_table: Tensor | None
+    block_table_stride: int
+    num_pages: int
 
     @property
     def kind(self) -> tuple:
@@ -102,8 +110,12 @@ class Masks(NamedTuple):
             self.relative_bias_stride_h,
             kind_of_pointer(self.sinks),
             kind_of_pointer(self.seed),
+            kind_of_pointer(self.key_lengths),
             kind_of_pointer(self.cu_seqlens_q),
             kind_of_pointer(self.cu_seqlens_k),
+            kind_of_pointer(self.block_table),
+            self.block_table_stride,
+            self.num_pages,
         )
 
     @classmethod
@@ -111,6 +123,9 @@ class Masks(NamedTuple):
         table = inputs.relative_bias
         if table is not None:
             table = table.resolve_neg().contiguous()
+        pages = inputs.block_table
+        if pages is not None:
+            pages = pages.contiguous()
         return _new(
             cls,
             (
@@ -121,8 +136,12 @@ class Masks(NamedTuple):
                 0 if table is None or table.shape[0] == 1 else table.shape[1],
                 None if inputs.sinks is None else inputs.sinks.resolve_neg().contiguous(),
                 inputs.seed,
+                None if inputs.key_lengths is None else inputs.key_lengths.contiguous(),
                 inputs.cu_seqlens_q,
                 inputs.cu_seqlens_k,
+                pages,
+                0 if pages is None else pages.shape[1],
+                0 if pages is None else inputs.key.shape[0],
             ),
         )
 
@@ -146,7 +165,7 @@ _new = tuple.__new__
 
 NO_ROWS = Rows(None)
 NO_SCORES = Scores(None)
-NO_MASKS = Masks(NO_SCORES, NO_SCORES, None, None, 0, None, None, None, None)
+NO_MASKS = Masks(NO_SCORES, NO_SCORES, None, None, 0, *(None,) * 6, 0, 0)
 NO_MASKS_KIND = NO_MASKS.kind
 
 #: The smallest and the largest scale for which `Settings.is_scale_folded` may be 1.
@@ -164,9 +183,11 @@ class Settings(NamedTuple):
         - The products are not exact float32, where the rounding of large unscaled scores would be visible.
     softcap: None = off
     band_left, band_right: how many keys a query sees before and after its diagonal; None = unbounded
+    is_band_from_end: 1 if the diagonal ends at the last key of a batch entry (`Band.is_from_end`), else None
     dropout_threshold: a signed number. Flip the top bit of a random word, and read the word as a signed number. The
         entry survives dropout if this number is at least the threshold
     IS_FLOAT32: inputs are float32, and their products must not be rounded to TF32
+    PAGE_SIZE: the rows of a page of keys; 0 = keys are not paged
     """
 
     num_heads: int
@@ -176,6 +197,7 @@ class Settings(NamedTuple):
     softcap: float | None
     band_left: int | None
     band_right: int | None
+    is_band_from_end: int | None
     dropout_threshold: int
     dropout_scale: float
     HEAD_DIM: tl.constexpr
@@ -186,13 +208,14 @@ class Settings(NamedTuple):
     BLOCK_N: tl.constexpr
     PRECISION: tl.constexpr
     IS_FLOAT32: tl.constexpr
+    PAGE_SIZE: tl.constexpr
 
     @classmethod
     def of(cls, problem: AttentionProblem, config: Config) -> Settings:
         band = problem.band
         # A bound beyond the largest distance hides no key, so it becomes None. This also keeps sums of positions
         # and bounds within 32 bits.
-        reach = problem.seqlen_q + problem.seqlen_k + abs(band.offset)
+        reach = (problem.seqlen_q + problem.seqlen_k) * (2 if band.is_from_end else 1) + abs(band.offset)
         is_float32 = problem.dtype.itemsize == 4 and not problem.allows_tf32
         is_changed = is_float32 or problem.softcap or problem.has_bias or problem.has_relative_bias
         return cls(
@@ -203,6 +226,7 @@ class Settings(NamedTuple):
             problem.softcap or None,
             None if band.left == UNBOUNDED or band.left >= reach else band.left,
             None if band.right == UNBOUNDED or band.right >= reach else band.right,
+            1 if band.is_from_end else None,
             dropout.threshold(problem.dropout_p) - 2**31,
             dropout.scale(problem.dropout_p),
             *map(
@@ -216,6 +240,7 @@ class Settings(NamedTuple):
                     config.block_n,
                     "tf32" if problem.allows_tf32 else "ieee",
                     is_float32,
+                    problem.page_size,
                 ),
             ),
         )

@@ -150,12 +150,16 @@ def attention_bwd_drelative_bias_kernel(
 
 @triton.jit
 def _is_in_band(nearest, farthest, settings):
-    """1 if the band shows any of the diagonals nearest ... farthest, counted from the band's own diagonal, else 0."""
+    """1 if the band shows any of the diagonals nearest ... farthest, counted from the band's own diagonal, else 0.
+
+    If the band's diagonal differs between batch entries, the result is always 1.
+    """
     visible = nearest <= farthest
-    if settings.band_right is not None:
-        visible = visible & (nearest <= settings.band_right)
-    if settings.band_left is not None:
-        visible = visible & (farthest >= -settings.band_left)
+    if settings.is_band_from_end is None:
+        if settings.band_right is not None:
+            visible = visible & (nearest <= settings.band_right)
+        if settings.band_left is not None:
+            visible = visible & (farthest >= -settings.band_left)
     return visible.to(tl.int32)
 
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fused_attn.backends.triton.arguments import UNSPECIALIZED
+from fused_attn.backends.triton.pages import load_paged_rows, page_of
 from fused_attn.backends.triton.scores import (
     add_sink,
     biased_scores,
@@ -35,8 +36,8 @@ from fused_attn.backends.triton.tiles import (
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "num_splits", "split_rows"))
 def attention_fwd_kernel(
     q,  # Rows (B, H, L, D)
-    k,  # Rows (B, Hkv, S, D)
-    v,  # Rows (B, Hkv, S, Dv)
+    k,  # Rows (B, Hkv, S, D); paged: (num_pages, Hkv, page_size, D)
+    v,  # Rows (B, Hkv, S, Dv); paged: (num_pages, Hkv, page_size, Dv)
     out,  # Rows (B, H, L, Dv), written. If IS_SPLIT: the first split of (num_splits, B, H, L, Dv) float32
     lse,  # (B, H, L) float32 or None, written. If IS_SPLIT: (2, num_splits, B, H, L), first row_max, then row_sum
     masks,
@@ -148,7 +149,11 @@ def _attend(
     """
     key = first_key + tl.arange(0, settings.BLOCK_N)
     is_valid = None if IS_FULL else is_valid_key(key, head_slice, masks)
-    k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
+    if masks.block_table is not None:
+        page, row = page_of(key, first_key, head_slice, masks, settings)
+        k_tile = load_paged_rows(k, page, row, head_slice, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
+    else:
+        k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
     qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
     scores, _ = biased_scores(qk, query[:, None], key[None, :], head_slice, masks, settings, IS_FULL)
     is_valid_column = None if IS_FULL else is_valid[None, :]  # type: ignore[index]
@@ -165,6 +170,9 @@ def _attend(
     row_sum = row_sum * rescale + tl.sum(probs, 1)
     if masks.seed is not None:
         probs = tl.where(dropout_keep(query[:, None], first_key, head_slice, masks, settings), probs, 0.0)
-    v_tile = load_key_rows(v, head_slice, key, is_valid, settings.VALUE_DIM, settings.BLOCK_DV)
+    if masks.block_table is not None:
+        v_tile = load_paged_rows(v, page, row, head_slice, is_valid, settings.VALUE_DIM, settings.BLOCK_DV)
+    else:
+        v_tile = load_key_rows(v, head_slice, key, is_valid, settings.VALUE_DIM, settings.BLOCK_DV)
     acc = plus_product(acc * rescale[:, None], probs.to(v_tile.dtype), v_tile, settings)
     return acc, new_max, row_sum

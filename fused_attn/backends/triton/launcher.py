@@ -152,6 +152,8 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     dvalue = empty_like_layout(value, problem.value_dim) if wanted.value else None
     if problem.is_packed:
         clear_rows(None, dquery, dkey, dvalue)
+    if problem.has_key_lengths:
+        clear_rows(None, dkey, dvalue)  # no program visits blocks of keys behind the length of their batch entry
     if query.numel() == 0 or key.numel() == 0:
         return _empty_gradients(inputs, wanted, Gradients(dquery, dkey, dvalue))
 
@@ -320,7 +322,7 @@ def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
     programs = triton.cdiv(rows, fwd.block_m) * num_tile_heads * problem.batch
     num_splits = 1
     if not problem.is_packed and 0 < rows <= fwd.block_m:
-        num_splits = decode.num_splits(programs, seqlen_k, _multiprocessors(problem.device))
+        num_splits = problem.num_splits or decode.num_splits(programs, seqlen_k, _multiprocessors(problem.device))
 
     square = bias._replace(block_m=bias.block_n)
     diagonals = triton.cdiv(seqlen_q, square.block_m) + triton.cdiv(seqlen_k, square.block_n) - 1

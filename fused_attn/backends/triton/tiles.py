@@ -88,6 +88,11 @@ def head_slice_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse
     """The `HeadSlice` of a head of a sequence; seqlen_q and seqlen_k are the lengths of the call."""
     q_offset, length_q = sequence_rows(masks.cu_seqlens_q, batch, seqlen_q)
     k_offset, length_k = sequence_rows(masks.cu_seqlens_k, batch, seqlen_k)
+    if masks.key_lengths is not None:
+        # The host has not checked the lengths, because reading them would make it wait.
+        length_k = tl.minimum(tl.maximum(tl.load(masks.key_lengths + batch), 0), length_k)
+    if settings.is_band_from_end is not None:
+        band_offset += length_k - length_q
     # The LSE is (B, H, L), or (1, H, total rows) if packed.
     if masks.cu_seqlens_q is not None:
         lse_offset = head.to(tl.int64) * lse_stride + q_offset
@@ -233,8 +238,8 @@ def key_pointer(x, head_slice, key, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_query_rows(x, head_slice, query, is_row, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """(M, BLOCK) tile of the rows `query` of x; see `_load_tile` for is_row, COLUMNS and BLOCK."""
-    return _load_tile(query_pointer(x, head_slice, query, BLOCK), is_row, COLUMNS, BLOCK)
+    """(M, BLOCK) tile of the rows `query` of x; see `load_tile` for is_row, COLUMNS and BLOCK."""
+    return load_tile(query_pointer(x, head_slice, query, BLOCK), is_row, COLUMNS, BLOCK)
 
 
 @triton.jit
@@ -243,11 +248,11 @@ def load_key_rows(x, head_slice, key, is_valid, COLUMNS: tl.constexpr, BLOCK: tl
 
     Keys and values that are padding must not be loaded, because they may be NaN, and a prob of 0 times NaN is NaN.
     """
-    return _load_tile(key_pointer(x, head_slice, key, BLOCK), is_valid, COLUMNS, BLOCK)
+    return load_tile(key_pointer(x, head_slice, key, BLOCK), is_valid, COLUMNS, BLOCK)
 
 
 @triton.jit
-def _load_tile(pointer, is_valid, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def load_tile(pointer, is_valid, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """(rows, BLOCK) tile, with zeros in the columns from COLUMNS on and in the rows that are not valid.
 
     is_valid: (rows,) bool, or None if all rows are valid

@@ -1,0 +1,21 @@
+"""Keys and values in pages, as caches for inference store them. A block table lists the pages of each batch entry."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def gather(pages: Tensor, block_table: Tensor) -> Tensor:
+    """A copy of pages (num_pages, heads, page_size, columns) as rows (B, heads, S, columns).
+
+    S is the number of columns of the table times page_size. An entry of the table that names no page, which may stand
+    behind the last key only, gets the rows of any page.
+
+    block_table: (B, pages of an entry) int32
+    """
+    batch, columns = block_table.shape
+    num_pages, heads, page_size, row = pages.shape
+    # Not pages[table], whose backward writes in place, which torch's older transforms refuse.
+    table = block_table.flatten().clamp(0, max(num_pages - 1, 0))
+    found = pages.index_select(0, table).view(batch, columns, heads, page_size, row)
+    return found.transpose(1, 2).reshape(batch, heads, columns * page_size, row)
