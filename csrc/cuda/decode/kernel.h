@@ -40,48 +40,66 @@ struct DecodePlan {
   static_assert(kSums + kWarps * kDecodeRows * 8 <= kValid);
 };
 
+// The v of another lane, for eight bytes.
+GPU_DEVICE int64_t shuffle_wide(int64_t v, int lane) {
+  const uint32_t low = shuffle(static_cast<uint32_t>(v), lane), high = shuffle(static_cast<uint32_t>(v >> 32), lane);
+  return static_cast<int64_t>(uint64_t{high} << 32 | low);
+}
+
 // Fills the ring of a warp. Each lane looks up one key of a step, number lane % kDecodeKeys: whether it is valid, and
-// where its rows lie. The look-up of a step is made one step before its copies, so that copies do not wait for it.
+// where its rows lie. What a look-up loads is used one step later, so that no copy waits for it.
 template <class T, int kHeadDim>
 class KeyLoader {
  public:
   using Plan = DecodePlan<kHeadDim>;
   using Layout = sm80::TileLayout<kHeadDim>;
 
-  // warp_ring: the address of the warp's ring; valid: the address of its words of valid keys
+  // ring: the address of the warp's ring; valid_words: the address of its words of valid keys
   GPU_DEVICE KeyLoader(const Params& p, const DecodeParams& d, const HeadSlice& head_slice, const SplitKeys& keys,
-                       uint32_t warp_ring, uint32_t valid, int32_t first_key)
-      : p_(p), d_(d), head_slice_(head_slice), keys_(keys), lane_(this_lane()), ring_(warp_ring), valid_(valid) {
-    look_up(first_key);
+                       uint32_t ring, uint32_t valid_words)
+      : p_(p),
+        d_(d),
+        head_slice_(head_slice),
+        keys_(keys),
+        ring_(ring),
+        valid_words_(valid_words),
+        lane_(this_lane()) {}
+
+  // Looks up the step whose first key is first_key, for the next call of `load`.
+  GPU_DEVICE void look_up(int32_t first_key) {
+    const int32_t key = first_key + lane_.index % kDecodeKeys;
+    is_in_range_ = key >= keys_.begin && key < keys_.end;
+    row_ = is_in_range_ ? key : keys_.begin;
+    padding_ = 0;
+    if (d_.padding != nullptr)
+      padding_ = load_global(d_.padding + head_slice_.batch * d_.padding_stride_batch + row_ * d_.padding_stride_key);
+    if (d_.block_table != nullptr) {
+      entry_ = load_global(d_.block_table + head_slice_.batch * d_.block_table_stride + row_ / d_.page_size);
+      row_ %= d_.page_size;
+    }
   }
 
-  // Starts to copy the keys and values of the step that was looked up last, and looks up the step from next_key on.
-  GPU_DEVICE void load(int slot, int32_t next_key) {
-    const uint32_t valid = warp_ballot(is_valid_);
-    if (lane_.index == 0) store_shared(valid_ + slot * 4, valid);
+  // Starts to copy the keys and values that were looked up last.
+  GPU_DEVICE void load(int slot) const {
+    const uint32_t valid = warp_ballot(is_in_range_ && padding_ == 0);
+    if (lane_.index == 0) store_shared(valid_words_ + slot * 4, valid);
     const uint32_t stage = ring_ + slot * Plan::kStageBytes;
     copy_tile(stage, p_.k, valid);
     copy_tile(stage + Plan::kTileBytes, p_.v, valid);
-    look_up(next_key);
   }
 
  private:
-  GPU_DEVICE void look_up(int32_t first_key) {
-    const int32_t key = first_key + lane_.index % kDecodeKeys;
-    is_valid_ = key >= keys_.begin && key < keys_.end;
-    if (d_.padding != nullptr && is_valid_)
-      is_valid_ = load_global(d_.padding + head_slice_.batch * d_.padding_stride_batch +
-                              key * d_.padding_stride_key) == 0;
-    row_ = is_valid_ ? key : 0;
-  }
-
   // Copies a tile of keys or values. Rows that are not valid become zeros: see sm80::copy_rows.
   GPU_DEVICE void copy_tile(uint32_t tile, const Rows& x, uint32_t valid) const {
+    const bool is_paged = d_.block_table != nullptr;
+    const int64_t entry = is_paged ? clamp_to(entry_, 0, d_.num_pages - 1) : head_slice_.batch;
+    const int64_t own_offset =
+        entry * x.stride_batch + head_slice_.kv_head * x.stride_head + (head_slice_.k_offset + row_) * x.stride_row;
     constexpr int kRowsAtOnce = 32 / Layout::kGroup;
     const int first_row = lane_.index / Layout::kGroup, chunk = lane_.index % Layout::kGroup;
     GPU_UNROLL for (int i = 0; i < kDecodeKeys; i += kRowsAtOnce) {
       const int row = first_row + i;
-      const T* const source = head_slice_.key_row<const T>(x, shuffle(row_, row)) + chunk * 8;
+      const T* const source = static_cast<const T*>(x.data) + shuffle_wide(own_offset, row) + chunk * 8;
       const bool is_valid = valid >> row & 1;
       GPU_UNROLL for (int column = 0; column < kHeadDim; column += Layout::kGroup * 8) {
         copy_async_16(tile + Layout::offset(row, chunk) + column * 2, source + column,
@@ -94,12 +112,14 @@ class KeyLoader {
   const DecodeParams& d_;
   const HeadSlice& head_slice_;
   const SplitKeys& keys_;
-  Lane lane_;
   uint32_t ring_;
-  uint32_t valid_;
+  uint32_t valid_words_;
+  Lane lane_;
   // The key that this lane has looked up.
-  bool is_valid_;
-  int32_t row_;
+  bool is_in_range_;
+  uint8_t padding_;
+  int32_t entry_;  // its page, if keys are paged
+  int32_t row_;    // its row, within the page or the batch entry
 };
 
 // The two rows of a tile that a thread has in fragments. Rows beyond the last one repeat the last one, but zeros are
@@ -169,8 +189,8 @@ GPU_DEVICE void add_biases(float (&scores)[2][4], const Params& p, const DecodeR
 }
 
 // Clears the bits of keys that the dense mask hides from a row. `visible` has a bit for each key of a step.
-GPU_DEVICE uint32_t masked(uint32_t visible, const ScoreTensor& mask, HeadSlice own, int32_t query,
-                           int32_t first_key, Lane lane) {
+GPU_DEVICE uint32_t masked(uint32_t visible, const ScoreTensor& mask, HeadSlice own, int32_t query, int32_t first_key,
+                           Lane lane) {
   const uint8_t* const source = static_cast<const uint8_t*>(mask.data) + own.batch * mask.stride_batch +
                                 own.head * mask.stride_head + query * mask.stride_query;
   GPU_UNROLL for (int i = 0; i < 4; ++i) {
@@ -196,10 +216,10 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
   const int32_t split = program % d.num_splits;
   program /= d.num_splits;
   const int32_t kv_heads = p.num_heads / p.group_size, kv_head = program % kv_heads;
-  const HeadSlice head_slice = head_slice_of(p, program / kv_heads, kv_head * p.group_size, kv_head);
+  const HeadSlice head_slice = decode_head_slice(p, d, program / kv_heads, kv_head * p.group_size);
   const int32_t num_rows = head_slice.seqlen_q * p.group_size;
   if (first_row >= num_rows) return;
-  const SplitKeys keys = split_keys(p, d.num_splits, head_slice, first_row);
+  const SplitKeys keys = split_keys(p, d, head_slice, first_row);
   if (split >= max(keys.used_splits, d.num_splits == 1)) return;
 
   // Load.
@@ -210,12 +230,14 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
   constexpr int32_t kStride = kWarps * kDecodeKeys;  // between two steps of a warp
   const int32_t begin = keys.first + split * keys.keys_per_split + warp * kDecodeKeys;
   const int32_t end = min(keys.first + (split + 1) * keys.keys_per_split, keys.end);
-  KeyLoader<T, kHeadDim> loader(p, d, head_slice, keys, ring, valid_words, begin);
+  KeyLoader<T, kHeadDim> loader(p, d, head_slice, keys, ring, valid_words);
+  if (begin < end) loader.look_up(begin);
   int32_t next_key = begin;
   const auto load_next = [&](int slot) {
-    if (next_key < end) loader.load(slot, next_key + kStride);
+    if (next_key < end) loader.load(slot);
     copy_async_commit();
     next_key += kStride;
+    if (next_key < end) loader.look_up(next_key);
   };
   GPU_UNROLL for (int slot = 0; slot < kStages - 1; ++slot) load_next(slot);
   const DecodeRowPair rows(p, head_slice, first_row, lane);
@@ -265,9 +287,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
     }
     const uint32_t valid = load_shared<uint32_t>(valid_words + slot * 4);
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
-      const int32_t query = rows.queries[r];
-      uint32_t visible = valid & column_bits(first_key(p, query) - key, last_key(p, query) + 1 - key, 0);
-      if (d.mask.data != nullptr) visible = masked(visible, d.mask, rows.head_slice(r), query, key, lane);
+      const int32_t position = rows.queries[r] + keys.diagonal_shift;
+      uint32_t visible = valid & column_bits(first_key(p, position) - key, last_key(p, position) + 1 - key, 0);
+      if (d.mask.data != nullptr) visible = masked(visible, d.mask, rows.head_slice(r), rows.queries[r], key, lane);
       GPU_UNROLL for (int i = 0; i < 4; ++i) {
         if (!(visible >> (2 * lane.q + 8 * (i / 2) + i % 2) & 1)) scores[i / 2][2 * r + i % 2] = -kInfinity;
       }
@@ -296,15 +318,15 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
     if (!rows.exist[r]) continue;
     if (lane.q == 0) store_shared(sums_address(warp, row), Float2{softmax.reference[r], total});
     GPU_UNROLL for (int t = 0; t < kHeadDim / 8; ++t)
-      store_shared(acc_address(warp, row, 8 * t + 2 * lane.q), Float2{acc[0][t][2 * r], acc[0][t][2 * r + 1]});
+        store_shared(acc_address(warp, row, 8 * t + 2 * lane.q), Float2{acc[0][t][2 * r], acc[0][t][2 * r + 1]});
   }
-  sync_threads();
+  sync_threads();  // the sums of all warps are stored
   constexpr int kChunks = kHeadDim / 8;
   for (int i = thread_index(); i < min(num_rows - first_row, kDecodeRows) * kChunks; i += kThreads) {
     const int row = i / kChunks, column = i % kChunks * 8;
     float reference = -kInfinity, total = 0.0f, sum[8] = {};
-    GPU_UNROLL for (int w = 0; w < kWarps; ++w)
-      reference = fmaxf(reference, load_shared<Float2>(sums_address(w, row)).x);
+    GPU_UNROLL for (int w = 0; w < kWarps; ++w) reference =
+        fmaxf(reference, load_shared<Float2>(sums_address(w, row)).x);
     GPU_UNROLL for (int w = 0; w < kWarps; ++w) {
       const Float2 sums = load_shared<Float2>(sums_address(w, row));
       const float factor = LazySoftmax::factor_between(sums.x, reference, p.softmax_scale_log2);
