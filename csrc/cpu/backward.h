@@ -216,9 +216,12 @@ struct BackwardItem {
   int64_t key_begin() const { return chunk * plan.chunk_keys; }
 };
 
-// Where a work item sums dquery of one head over its slabs. There are several chunks: in the partial dquery of the
-// chunk. The output has the type of lanes: in the output. Otherwise in the scratch, because sums in 16 bits would be
-// too coarse. Null means that there is only one slab, so there is nothing to sum, and the slab writes the output.
+// Returns where a work item sums dquery of one head over its slabs:
+//
+//   the partial dquery of the chunk   if there are several chunks
+//   the output                        if its elements have the type of lanes
+//   the scratch                       if the output has 16-bit elements, in which sums would be too coarse
+//   null                              if there is only one slab, which then writes the output without a sum
 template <class Policy>
 Rows<typename Policy::Lane> dquery_lanes(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h) {
   using Lane = typename Policy::Lane;
@@ -261,6 +264,7 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
   const Storage* values_base = row_of<const Storage>(p.value, b, kv_head, seq.k_offset);
 
   if (is_single_pass) measure_rows<Policy>(p, seq, item.relative, item.valid_keys, b, h, q_begin, nq, s, rows);
+  // Stop here if no query of the block sees a key of the slab. In the first slab, dquery must still be written.
   KeyBlock& keys = *s.key.keys;
   KeyStream stream(p, seq, item.valid_keys, b, h, q_begin, nq, slab_begin, slab_end);
   const bool is_first = slab_begin == item.key_begin();
@@ -271,6 +275,7 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
   if (wants_dquery) clear_columns<Lane>(s.dquery, head_dim, vectors);
 
   if (has_keys) {
+    // Bring the queries and dout into both forms that products read: transposed (s.query, s.dout), and as rows.
     pack_columns<Policy, kBlockQ>(query, p.query.stride_row, nq, head_dim, s.query);
     if (!is_single_pass) pack_columns<Policy, kBlockQ>(dout, p.dout.stride_row, nq, value_dim, s.dout);
     const Rows<const Lane> query_rows = find_query_rows<Policy>(query, p.query.stride_row, nq, head_dim, s.query_rows);
@@ -286,6 +291,7 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
       if (Policy::kPerLane == 2 && wants_dquery) {
         s.summed_key.find(keys_base, p.key.stride_row, keys, head_dim);
       }
+      // For each tile of keys: compute probs and dscores, then add the tile's part of dvalue and dkey.
       const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
       for (int t = 0; t < tiles; ++t) {
         const int k = t * kTileKeys;
@@ -300,11 +306,11 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
             constexpr int kColumns = decltype(columns)::value;
             const int value_depth = Policy::lanes_for(value_dim);
             if (plain) {
-              backward_tile<Policy, kColumns, true>(in, k, part.begin, false, false, s, rows, value_depth,
-                                                    dropout_scale);
+              backward_tile<Policy, kColumns, /*kPlain=*/true>(in, k, part.begin, /*partial=*/false, /*dropout=*/false,
+                                                               s, rows, value_depth, dropout_scale);
             } else {
-              backward_tile<Policy, kColumns, false>(in, k, part.begin, partial, p.has_dropout, s, rows, value_depth,
-                                                     dropout_scale);
+              backward_tile<Policy, kColumns, /*kPlain=*/false>(in, k, part.begin, partial, p.has_dropout, s, rows,
+                                                                value_depth, dropout_scale);
             }
           });
         }
@@ -318,6 +324,7 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
                                   s.dkey);
         }
       }
+      // For the whole block of keys: add its part of dquery and of the gradients of the biases.
       if (wants_dquery) {
         outer_block<Policy>(Policy::kPerLane == 2 ? s.summed_key.rows : s.key.key_rows, head_dim, s.dscore_pairs, ones,
                             s.key.ranges, tiles, keys.count, vectors, s.dquery);
@@ -331,14 +338,15 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
     } while (stream.next(keys));
   }
 
+  // Write dquery, or add dquery to the sum of the slabs before this one.
   if (!wants_dquery) return;
   const Lane scale = static_cast<Lane>(p.scale);
   const Rows<Lane> sums = dquery_lanes(item, seq, b, h);
   if (sums.data != nullptr) {
-    write_transposed<ElementPolicy<Lane, Lane, 1>>(s.dquery, nq, head_dim, scale, !is_first,
+    write_transposed<ElementPolicy<Lane, Lane, 1>>(s.dquery, nq, head_dim, scale, /*add=*/!is_first,
                                                    sums.data + q_begin * sums.stride, sums.stride);
   } else {
-    write_transposed<Policy>(s.dquery, nq, head_dim, scale, false, row_of<Storage>(p.dquery, b, h, row),
+    write_transposed<Policy>(s.dquery, nq, head_dim, scale, /*add=*/false, row_of<Storage>(p.dquery, b, h, row),
                              p.dquery.stride_row);
   }
 }
@@ -359,7 +367,7 @@ void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
   const int64_t chunk_stop = item.key_begin() + item.plan.chunk_keys;
   const int64_t chunk_end = chunk_stop < seq.seqlen_k ? chunk_stop : seq.seqlen_k;
 
-  // The first slab is visited even if it has no key, because dquery must be written in any case.
+  // The loop visits the first slab even if the slab has no key, because dquery must be written in any case.
   int64_t slab_begin = item.key_begin();
   do {
     const int64_t slab_stop = slab_begin + item.plan.slab_keys;
@@ -385,6 +393,7 @@ void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
     slab_begin = slab_stop;
   } while (slab_begin < chunk_end);
 
+  // Round the sums of dquery in the scratch to the output.
   if constexpr (!kSame<Storage, Lane>) {
     if (!item.plan.sums_dquery) return;
     for (int64_t h = first_head; h < first_head + heads; ++h) {
@@ -394,8 +403,8 @@ void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
   }
 }
 
-// Processes one work item: all (batch, kv head) pairs of a group, in order, with one chunk of keys. Clears the bias
-// gradients of the group before, because the pairs add to them.
+// Processes one work item: all (batch, kv head) pairs of a group, in order, with one chunk of keys. First sets the
+// gradients of the biases to zero, because each pair adds to these gradients.
 template <class Policy>
 void backward_item(const BackwardItem<Policy>& item, int64_t group) {
   using Lane = typename Policy::Lane;
@@ -408,6 +417,7 @@ void backward_item(const BackwardItem<Policy>& item, int64_t group) {
   const int64_t kv_end = plan.join_heads ? p.num_kv_heads : kv_begin + 1;
   const int64_t heads = p.num_heads / p.num_kv_heads;
 
+  // Where batch entries or heads share the gradient of the bias, entry 0 or head 0 stands for all of them.
   if (p.dbias.data != nullptr) {
     const int64_t key_stop = item.key_begin() + plan.chunk_keys;
     const int64_t key_end = key_stop < p.seqlen_k ? key_stop : p.seqlen_k;
@@ -426,8 +436,8 @@ void backward_item(const BackwardItem<Policy>& item, int64_t group) {
   }
 }
 
-// dquery of one head = the sum of the partial dquery of all chunks. The order of the sum is fixed, so that results
-// repeat.
+// Computes dquery of one head: the sum of the partial dquery of all chunks. The order of the sum is fixed, so that a
+// second call gives the same bits.
 template <class Policy>
 void reduce_dquery(const AttentionParams& p, const BackwardPlan& plan,
                    const BackwardPartials<typename Policy::Lane>& partials, int64_t b, int64_t h) {
@@ -472,7 +482,7 @@ void backward_with_policy(const AttentionParams& p) {
   const BackwardPlan plan = plan_backward<Policy>(p);
   const double flops = 4.0 * static_cast<double>(p.batch * p.num_heads) * static_cast<double>(p.seqlen_q) *
                        static_cast<double>(p.seqlen_k) * static_cast<double>(p.head_dim + p.value_dim);
-  // At least one item for each group, which writes zeros to dquery if there is no key.
+  // Each group has at least one item. Without keys, this item writes zeros to dquery.
   const int64_t chunks = plan.chunks < 1 ? 1 : plan.chunks;
   const int64_t items = plan.groups * chunks;
   const int threads = choose_threads(p.num_threads, items, flops);
@@ -492,6 +502,7 @@ void backward_with_policy(const AttentionParams& p) {
   const ValidKeys* valid_keys = make_valid_keys(p, valid_keys_memory.data());
   const RelativeBias<Lane> relative = make_relative_bias<Lane>(p, relative_memory.data());
 
+  // The first pass: the statistics of all rows.
   const int64_t heads = p.batch * p.num_heads;
   const int64_t blocks = (p.seqlen_q + kBlockQ - 1) / kBlockQ;
   parallel_for(threads, plan.is_single_pass ? 0 : heads * blocks, [&](int64_t index, int thread) {
@@ -504,8 +515,8 @@ void backward_with_policy(const AttentionParams& p) {
     measure_rows<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, scratch[thread],
                          statistics.at(p, b, h, q_begin));
   });
-  // Under a causal mask, more queries see the first keys than the last ones, so the first chunks take longest. They
-  // start first.
+  // The second pass: the gradients. Under a causal mask, more queries see the first keys than the last ones. So the
+  // first chunks take longest, and the threads start with the first chunks.
   const Items order = plan.chunks > 1 ? Items::kInOrder : Items::kShared;
   const auto backward_of = [&](int64_t index, int thread) {
     const int64_t chunk = index / plan.groups;

@@ -41,6 +41,7 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   const int64_t affordable = dquery_bytes > 0 ? kPartialBytes / dquery_bytes : possible;
   plan.chunks = wanted < possible ? wanted : possible;
   if (plan.chunks > affordable) plan.chunks = affordable;
+  // If all keys share an entry of the bias (stride 0), all chunks would add to that entry.
   if (plan.chunks < 1 || (has_dbias && p.dbias.stride_col == 0)) plan.chunks = 1;
   plan.chunk_keys = round_up((p.seqlen_k + plan.chunks - 1) / plan.chunks, 64);
   if (plan.chunk_keys > 0) plan.chunks = (p.seqlen_k + plan.chunk_keys - 1) / plan.chunk_keys;
@@ -51,7 +52,8 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   const int64_t key_bytes = (head_row + round_up(p.value_dim, kLanes<Lane>)) * static_cast<int64_t>(sizeof(Lane));
   plan.slab_keys = key_bytes > 0 ? kSlabBytes / key_bytes / 64 * 64 : plan.chunk_keys;
   // The sum of dquery over slabs needs the precision of lanes. If the output has a smaller type, the sum needs scratch
-  // memory. The plan uses slabs only if this scratch is not larger than the dkey and dvalue rows that slabs save.
+  // memory. In return, slabs save scratch memory: it holds dkey and dvalue of one slab only, not of the whole chunk.
+  // The plan uses slabs only if they save at least as much as they need.
   plan.sums_dquery = !kSame<typename Policy::Storage, Lane> && plan.chunks == 1 && p.dquery.data != nullptr;
   const int64_t sums_bytes = p.num_heads / p.num_kv_heads * p.seqlen_q * head_row * static_cast<int64_t>(sizeof(Lane));
   const bool is_worth_it = !plan.sums_dquery || sums_bytes <= (plan.chunk_keys - plan.slab_keys) * key_bytes;
@@ -83,7 +85,7 @@ struct BackwardPartials {
   }
 };
 
-// The index of a head in the partial sums, which are [chunk][batch][head].
+// The index of a head in the partial sums, whose first dimensions are [chunk][batch][head].
 FA_INLINE int64_t head_index(const AttentionParams& p, int64_t chunk, int64_t b, int64_t h) {
   return (chunk * p.batch + b) * p.num_heads + h;
 }
@@ -143,7 +145,6 @@ struct BackwardScratch {
   RowStatistics<Lane> statistics;  // the statistics of one block of queries, in a single pass
 
   // Takes the memory of all arrays out of the arena.
-
   void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
     constexpr int n = kLanes<Lane>;
     const int head_dim = static_cast<int>(p.head_dim);

@@ -6,8 +6,12 @@ namespace fused_attn::cpu {
 namespace {
 
 // Adds dscores of a block of keys, tile[key][query], to the gradient of the dense bias of head (b, h). A dimension in
-// which the bias is broadcast has stride 0 in `view`, so the function sums over it. The four branches: all keys share
-// an entry, all queries share an entry, entries of neighbouring keys are neighbours in memory, and any other strides.
+// which the bias is broadcast has stride 0 in `view`, so the function sums over it. There are four branches:
+//
+//   stride_col is 0                    all keys share an entry, so the function sums over the keys
+//   stride_row is 0                    all queries share an entry, so the function sums over the queries
+//   stride_col is 1, contiguous keys   the function transposes the tile, and adds whole vectors
+//   otherwise                          the function adds one number at a time
 template <class Lane>
 FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
                                   const KeyBlock& keys, const Lane* tile) {
@@ -110,8 +114,9 @@ FA_NOINLINE void clear_dbias(const AttentionParams& p, int64_t b, int64_t h, int
   }
 }
 
-// The gradient of the relative bias = the sum of its partial sums over chunks and batch entries, and over heads if they
-// share one bias (stride 0). The order of the sum is fixed, so that results repeat.
+// Computes the gradient of the relative bias: the sum of its partial sums over chunks and batch entries. If all heads
+// share one bias (stride 0), the sum also goes over the heads. The order of the sum is fixed, so that a second call
+// gives the same bits.
 template <class Lane>
 void reduce_drelative(const AttentionParams& p, const BackwardPlan& plan, const BackwardPartials<Lane>& partials) {
   const int64_t columns = relative_columns(p);

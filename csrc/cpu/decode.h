@@ -55,8 +55,8 @@ DecodePlan plan_decode(const AttentionParams& p) {
   return plan;
 }
 
-// The softmax of each row over the keys of one split: unnormalised output, maximum and sum. The second pass merges
-// them.
+// The softmax of each row over the keys of one split, before the division by the sum of exponentials. The second pass
+// (merge_splits) merges the splits of a row.
 template <class Lane>
 struct DecodePartials {
   Lane* acc;      // [row][value_row]: the sum of exp(logit - row_max) * value
@@ -248,7 +248,8 @@ FA_INLINE void sum_values_tile(const typename Policy::Storage* const* value_rows
   }
 }
 
-// sum_values_tile for all value_dim columns: adds the values of a block of keys, multiplied by probs, to acc.
+// Adds the values of a block of keys, multiplied by probs, to acc. Calls sum_values_tile until all value_dim columns
+// are done: first for whole vectors, then for the columns that are left.
 template <class Policy, bool kPrefetch>
 FA_NOINLINE void sum_values(const typename Policy::Storage* const* value_rows, const typename Policy::Lane* probs,
                             int count, int value_dim, int64_t ahead, typename Policy::Lane rescale,
@@ -259,13 +260,14 @@ FA_NOINLINE void sum_values(const typename Policy::Storage* const* value_rows, c
     const int columns = (value_dim - d) / n;
     with_columns(columns < kTileVectors ? columns : kTileVectors, [&](auto constant) {
       constexpr int kColumns = decltype(constant)::value;
-      sum_values_tile<Policy, kPrefetch, kColumns, true>(value_rows, d, probs, count, kColumns * n, ahead, rescale,
-                                                         acc + d);
+      sum_values_tile<Policy, kPrefetch, kColumns, /*kWhole=*/true>(value_rows, d, probs, count, kColumns * n, ahead,
+                                                                    rescale, acc + d);
       d += kColumns * n;
     });
   }
   if (d < value_dim)
-    sum_values_tile<Policy, kPrefetch, 1, false>(value_rows, d, probs, count, value_dim - d, ahead, rescale, acc + d);
+    sum_values_tile<Policy, kPrefetch, 1, /*kWhole=*/false>(value_rows, d, probs, count, value_dim - d, ahead, rescale,
+                                                            acc + d);
 }
 
 // Processes one work item: attention of all queries of a group of heads over the keys of one split. Writes the result
@@ -285,6 +287,7 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
   if (nq == 0) return;
   const int head_dim = static_cast<int>(p.head_dim);
   const int64_t query_row = round_up(Policy::lanes_for(head_dim), n);
+  // Convert the queries to lanes, and start the softmax of each row. Row r is query r % nq of head first_head + r / nq.
   for (int64_t r = 0; r < plan.heads * nq; ++r) {
     const Storage* source = row_of<const Storage>(p.query, b, first_head + r / nq, seq.q_offset + r % nq);
     for (int d = 0; d < Policy::lanes_for(head_dim); d += n) {
@@ -336,6 +339,8 @@ void merge_splits(const AttentionParams& p, const DecodePlan& plan,
   constexpr int n = kLanes<Lane>;
   const Sequence seq = sequence_of(p, b);
   if (i >= seq.seqlen_q) return;
+  // The splits subtracted different maxima before their exponentials. Multiply each by a factor that refers it to the
+  // largest of these maxima.
   Lane keys_max = FloatTraits<Lane>::kLowest;
   for (int64_t split = 0; split < plan.splits; ++split) {
     const Lane other = partials.row_max[plan.row(p, split, b, h, i)];

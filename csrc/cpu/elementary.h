@@ -147,7 +147,7 @@ FA_INLINE Vec<T> tanh(Vec<T> x) {
   return select<T>(magnitude < T(0.625), near_zero, select<T>(x < 0, -far, far));
 }
 
-// log and exp of a single number.
+// The logarithm and the exponential of a single number.
 FA_INLINE float natural_log(float x) { return __builtin_logf(x); }
 FA_INLINE double natural_log(double x) { return __builtin_log(x); }
 FA_INLINE float natural_exp(float x) { return __builtin_expf(x); }

@@ -72,7 +72,8 @@ FA_INLINE HalfVec narrow(Vec<float> v, Float16*) {
   const WordVec w = reinterpret_cast<WordVec>(v);
   const WordVec sign = (w >> 16) & 0x8000u;
   const WordVec magnitude = w & 0x7fffffffu;
-  // The two products become infinite if float16 cannot represent the value. The sum below rounds the value to the 10
+  // 2^112 * 2^-110 = 4. The first product becomes infinite if float16 cannot represent the value, and otherwise the
+  // second product is four times the value. The sum below rounds the value to the 10
   // bits of a float16 mantissa: it adds a power of two that is so much larger than the value that the 13 lowest bits of
   // the float do not fit any more. For denormals of float16, this power of two has a lower bound.
   const Vec<float> scaled = (reinterpret_cast<Vec<float>>(magnitude) * 0x1p112f) * 0x1p-110f;
@@ -139,7 +140,7 @@ FA_INLINE Vec<Lane> load_as(const Storage* p, int n = kLanes<Lane>) {
     } else {
       h = load_first(&p->bits, n);
     }
-    return widen(h, static_cast<Storage*>(nullptr));
+    return widen(h, static_cast<Storage*>(nullptr));  // the pointer selects the conversion
   }
 }
 
@@ -154,7 +155,7 @@ FA_INLINE void store_as(Storage* p, Vec<Lane> v, int n = kLanes<Lane>) {
       memcpy(p, &v, n * sizeof(Lane));
     }
   } else {
-    const HalfVec h = narrow(v, static_cast<Storage*>(nullptr));
+    const HalfVec h = narrow(v, static_cast<Storage*>(nullptr));  // the pointer selects the conversion
     memcpy(p, &h, (n >= kFull ? kFull : n) * sizeof(uint16_t));
   }
 }

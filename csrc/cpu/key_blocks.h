@@ -10,7 +10,7 @@ namespace fused_attn::cpu {
 namespace {
 
 // Up to kBlockK valid keys in ascending order. kTileKeys further entries follow: copies of the last key, with a word of
-// zeros, so that no query sees them. Thanks to them, kernels compute the last tile as a whole.
+// zeros, so that no query sees them. The copies fill the last tile up, so kernels compute every tile as a whole.
 struct KeyBlock {
   int count;        // keys of the block, without the copies
   bool contiguous;  // whether index[k] == index[0] + k for all keys
@@ -114,8 +114,8 @@ class KeyStream {
 };
 
 // The range of vectors of queries that contains every query that sees a key of the tile [k, k + kTileKeys) of the
-// block. Sets `partial` to whether some of these keys is hidden from some query. Only then does a kernel test the bits
-// of words.
+// block. Sets `partial` to true if one of these keys is hidden from some query. A kernel tests the bits of words only
+// in tiles that are partial.
 template <class Lane>
 FA_INLINE VectorRange tile_range(const KeyBlock& block, int k, uint64_t valid_queries, int vectors, bool& partial) {
   partial = block.partial || k + kTileKeys > block.count;

@@ -32,8 +32,10 @@ FA_INLINE uint64_t bits_of_bytes(const uint8_t* bytes, int64_t stride, int count
     for (int i = 0; i < 8; ++i) {
       uint64_t x;
       memcpy(&x, bytes + 8 * i, 8);
+      // Set bit 0 of each byte if the byte is not zero, and clear its other bits. The addition sets bit 7 of a byte if
+      // one of its lower bits is set. The product then moves bit 0 of all eight bytes into the top byte.
       x = ((((x & 0x7f7f7f7f7f7f7f7full) + 0x7f7f7f7f7f7f7f7full) | x) >> 7) & 0x0101010101010101ull;
-      bits |= ((x * 0x0102040810204080ull) >> 56) << (8 * i);  // the top byte of the product holds the 8 low bits
+      bits |= ((x * 0x0102040810204080ull) >> 56) << (8 * i);
     }
     return bits;
 #endif
@@ -86,8 +88,11 @@ class MaskWords {
   }
 
  private:
-  // Fills words_ for the keys 64 * chunk to 64 * chunk + 63. The three branches: the mask is the same for all queries,
-  // neighbouring queries are neighbours in memory, and any other strides, where rows are read and then transposed.
+  // Fills words_ for the keys 64 * chunk to 64 * chunk + 63. There are three branches:
+  //
+  //   stride_row_ is 0   the mask is the same for all queries, so each word has all bits set or none
+  //   stride_row_ is 1   neighbouring queries are neighbours in memory, so the function reads one key at a time
+  //   otherwise          the function reads one query at a time, and transposes the bits
   FA_NOINLINE void load(int64_t chunk) {
     chunk_ = chunk;
     const uint8_t* bytes = bytes_ + chunk * 64 * stride_col_;
@@ -104,8 +109,8 @@ class MaskWords {
         all &= words_[q];
         any |= words_[q];
       }
-      // If all bits are equal, the transposition changes nothing. The rows that do not exist get bits that keep this
-      // true.
+      // If all bits are equal, a transposition would change nothing, and is left out. Rows that do not exist get the
+      // bits `all`: zeros if all bits are zero, and ones if all bits are one.
       for (int q = nq_; q < 64; ++q) words_[q] = all;
       if (any != 0 && all != ~uint64_t{0}) transpose_bits(words_);
     }

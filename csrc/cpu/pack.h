@@ -36,10 +36,10 @@ FA_NOINLINE void pack_columns(const typename Policy::Storage* rows, int64_t stri
   }
 }
 
-// The opposite of pack_columns: writes `count` rows of `dim` elements. If `add`, adds to the elements of the rows
-// instead, which is implemented only for one element in each lane. column(d, q) must return element d of the rows from
-// q on, as a vector, for any d below dim rounded up to a vector. If a lane holds a pair, elements are rounded and
-// paired before the transposition, so that there are only half as many lanes to transpose.
+// The opposite of pack_columns: writes `count` rows of `dim` elements. If `add`, the function adds to the elements of
+// the rows instead. It can add only if a lane holds one element. column(d, q) must return element d of the rows from q
+// on, as a vector, for any d below dim rounded up to a vector. If a lane holds a pair, elements are rounded and paired
+// before the transposition, so that there are only half as many lanes to transpose.
 template <class Policy, class Column>
 FA_INLINE void unpack_columns(const Column& column, int count, int dim, bool add, typename Policy::Storage* rows,
                               int64_t stride_row) {

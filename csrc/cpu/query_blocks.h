@@ -53,9 +53,9 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
   Vec<Lane> acc[kTileKeys][kColumns];
   compute_scores<Policy, kColumns, kPlain>(in, k, v, partial, nullptr, acc);
 
-  // By how much the scores of the tile exceed the ceiling of their rows. A score that is NaN does not change the
-  // maximum, and a difference that is NaN (inf - inf) does not change the excess. So such a score cannot prevent that
-  // the references of other rows rise. Its own row becomes NaN in exp2.
+  // `excess` says by how much the scores of the tile exceed the ceilings of their rows. A score that is NaN does not
+  // change the maximum, and a difference that is NaN (inf - inf) does not change the excess. So a NaN in one row does
+  // not keep the references of other rows from rising. The row of the NaN becomes NaN in exp2.
   Vec<Lane> excess = {};
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
@@ -165,7 +165,7 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
     const Vec<Lane> x = load<Lane>(acc + d * kBlockQ + q) * factors[q / n];
     return select<Lane>(softmax.sum.row[q / n] == 0, Vec<Lane>{}, x);
   };
-  unpack_columns<Policy>(column, nq, static_cast<int>(p.value_dim), false, row_of<Storage>(p.out, b, h, row),
+  unpack_columns<Policy>(column, nq, static_cast<int>(p.value_dim), /*add=*/false, row_of<Storage>(p.out, b, h, row),
                          p.out.stride_row);
 }
 
@@ -210,9 +210,11 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
         with_columns(part.end - part.begin, [&](auto columns) {
           constexpr int kColumns = decltype(columns)::value;
           if (partial || !in.raw || p.has_dropout) {
-            forward_tile<Policy, kColumns, false>(in, t * kTileKeys, part.begin, partial, p.has_dropout, s, softmax);
+            forward_tile<Policy, kColumns, /*kPlain=*/false>(in, t * kTileKeys, part.begin, partial, p.has_dropout, s,
+                                                             softmax);
           } else {
-            forward_tile<Policy, kColumns, true>(in, t * kTileKeys, part.begin, false, false, s, softmax);
+            forward_tile<Policy, kColumns, /*kPlain=*/true>(in, t * kTileKeys, part.begin, /*partial=*/false,
+                                                            /*dropout=*/false, s, softmax);
           }
         });
       }
@@ -237,6 +239,7 @@ void forward_by_query_blocks(const AttentionParams& p) {
 
   const Buffer valid_keys_memory(valid_keys_bytes(p));
   const Buffer relative_memory(relative_bias_bytes<Lane>(p));
+  // A thread visits one kv head with as many query blocks as its head group has, but with no more than its share.
   const int64_t group_blocks = p.num_heads / p.num_kv_heads * blocks;
   const int64_t share = items / threads;
   const int64_t visits = group_blocks < share ? group_blocks : share;

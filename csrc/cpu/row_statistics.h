@@ -63,7 +63,7 @@ FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool part
                           Vec<typename Policy::Lane>* row_sum) {
   using Lane = typename Policy::Lane;
   Vec<Lane> acc[kTileKeys][kColumns];
-  compute_scores<Policy, kColumns, false>(in, k, v, partial, nullptr, acc);
+  compute_scores<Policy, kColumns, /*kPlain=*/false>(in, k, v, partial, /*derivative=*/nullptr, acc);
   const Lane to_logits = in.to_logits();
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {

@@ -23,9 +23,9 @@ struct ScoreInputs {
   const Lane* bias = nullptr;           // [key of the block][kBlockQ]
   const Lane* relative_bias = nullptr;  // of query q of the block and key j: relative_bias[q - j]
 
-  // Whether scores are products of query and key without the scale. This is the case if there is no softcap and no
-  // bias. The factor scale * log2(e), which the exponential needs in any case, then applies the scale at no cost. The
-  // scale must be positive, so that the largest score is also the largest logit.
+  // Whether scores are products of query and key without the scale. They are if there is no softcap and no bias. The
+  // exponential multiplies its argument by log2(e) in any case, so the factor scale * log2(e) applies the scale at no
+  // cost. The scale must be positive, so that the largest score is also the largest logit.
   bool raw = true;
 
   // The factor that turns scores into logits.
@@ -116,8 +116,11 @@ FA_INLINE Vec<typename Policy::Lane> prob_of(Vec<typename Policy::Lane> exponent
 }
 
 // Copies the dense bias of a block of keys and queries, transposed, to tile[key of the block][kBlockQ]. The entries of
-// queries that do not exist are zero. The three branches: all queries share one bias, neighbouring keys are neighbours
-// in memory, and any other strides.
+// queries that do not exist are zero. There are three branches:
+//
+//   stride_row is 0                    all queries share one bias, so the function broadcasts a number to each row
+//   stride_col is 1, contiguous keys   the function loads whole vectors of keys, and transposes them
+//   otherwise                          the function loads one number at a time
 template <class Lane, class Storage>
 FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
                                 const KeyBlock& keys, Lane* tile) {
@@ -185,8 +188,8 @@ struct KeyScratch {
     bias = arena.take<Lane>(p.bias.data != nullptr ? tile : 0);
     dropout_keep = arena.take<LaneInt<Lane>>(p.has_dropout ? tile : 0);
     ranges = arena.take<VectorRange>(kBlockK / kTileKeys);
-    // The last tile reads rows behind the last key of the block, and hides their scores. Any number will do there, but
-    // the memory must be initialised.
+    // The last tile reads rows behind the last key of the block, and hides their scores. Any numbers will do in these
+    // rows, but the memory must be initialised.
     if (bias != nullptr && p.bias.data != nullptr) memset(bias, 0, tile * sizeof(Lane));
     if (dropout_keep != nullptr && p.has_dropout) memset(dropout_keep, 0, tile * sizeof(LaneInt<Lane>));
   }

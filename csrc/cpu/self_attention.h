@@ -18,6 +18,7 @@ void project(const typename Policy::Storage* x, int64_t rows, int64_t in, const 
   using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
   const int features = static_cast<int>(in);
+  // Convert the rows of x to lanes, which multiply_keys (decode.h) reads.
   const int64_t row_lanes = round_up(Policy::lanes_for(features), n);
   const Buffer memory(rows * row_lanes * static_cast<int64_t>(sizeof(Lane)));
   Lane* lanes = reinterpret_cast<Lane*>(memory.data());
@@ -26,6 +27,8 @@ void project(const typename Policy::Storage* x, int64_t rows, int64_t in, const 
       store<Lane>(lanes + r * row_lanes + d, load_lanes<Policy>(x + r * in, d, features));
     }
   }
+  // Each item computes one vector of output features for all rows. In the last block, copies of the last row of weight
+  // take the place of rows that do not exist.
   const int64_t blocks = (out + n - 1) / n;
   const double flops = 2.0 * static_cast<double>(rows) * static_cast<double>(in) * static_cast<double>(out);
   parallel_for(choose_threads(num_threads, blocks, flops), blocks, [&](int64_t block, int) {
@@ -36,7 +39,8 @@ void project(const typename Policy::Storage* x, int64_t rows, int64_t in, const 
     const Vec<Lane> offset = bias != nullptr ? load_as<Lane>(bias + first, count) : Vec<Lane>{};
     alignas(kVectorBytes) Lane sums[n];
     for (int64_t r = 0; r < rows; ++r) {
-      multiply_keys<Policy, false>(lanes + r * row_lanes, weights, count, features, Lane(1), 0, sums);
+      multiply_keys<Policy, /*kPrefetch=*/false>(lanes + r * row_lanes, weights, count, features, /*scale=*/Lane(1),
+                                                 /*ahead=*/0, sums);
       store_as<Lane>(y + r * out + first, load<Lane>(sums) + offset, count);
     }
   });

@@ -179,6 +179,7 @@ FA_INLINE void outer_block(const char* const* rows, int dim, const typename Poli
       }
       if (run.begin >= run.end) continue;
       const uint64_t reached = ((uint64_t{1} << run.end) - 1) & ~((uint64_t{1} << run.begin) - 1);
+      // If an earlier run has rescaled some vectors of this run, rescale the others here, and none in the product.
       const Vec<Lane>* scales = rescale + run.begin;
       if ((rescaled & reached) != 0) {
         for (int v = run.begin; v < run.end; ++v) {

@@ -13,8 +13,8 @@ namespace fused_attn::gpu {
 // there are few owners, the tiles of each owner are divided into `splits` parts, for several programs. Program number
 // owner + owners * split visits part `split` of the tiles of `owner`.
 struct BiasGradientParams {
-  bool is_relative;  // a relative bias; otherwise a dense one
-  // Dense: along which dimensions the bias broadcasts, so that its gradient is a sum over them.
+  bool is_relative;  // the bias is a relative one; otherwise it is a dense one
+  // Dense: the bias broadcasts along these dimensions, so its gradient is a sum over them.
   bool sums_batch, sums_heads, sums_queries, sums_keys;
   int32_t query_blocks;  // blocks of queries of the longest sequence
   int32_t key_blocks;
@@ -22,8 +22,9 @@ struct BiasGradientParams {
   int32_t tiles_of_owner;  // dense: tiles of scores that add to one tile of the gradient
   int32_t diagonals;       // relative: diagonals of tiles of one head; a diagonal has the tiles of one key - query
   int32_t splits;
-  // Where programs write their sums. Dense: (split, batch, head, query, key), or the gradient itself if there is one
-  // split. Relative: (split, owner, diagonal within a tile).
+  // The array into which programs write their sums. Dense: (split, batch, head, query, key), or the gradient itself if
+  // there is one split. Relative: (split, owner, diagonal within a tile), with tile queries + tile keys numbers for
+  // each owner, because a tile has one diagonal fewer than this.
   float* sums;
   int64_t stride_split;
   int64_t stride_batch, stride_head, stride_query, stride_key;
@@ -65,6 +66,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kSumThreads, 1) sum_bias_splits_kernel(const G
   float sum = 0.0f;
   for (int split = 0; split < p.splits; ++split) sum += load_global(p.sums + split * p.stride_split + entry);
   int64_t rest = entry, offset = 0;
+  // Split the number of the entry into its four indices, the last dimension first.
   GPU_UNROLL for (int dim = 3; dim >= 0; --dim) {
     offset += rest % p.sizes[dim] * p.strides[dim];
     rest /= p.sizes[dim];

@@ -52,8 +52,10 @@ GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_query_rows(const Dropout& dropout
       const int32_t group = first_key / 4 + 2 * (8 * word + t) + lane.q / 2;
       own |= dropout.draw(first_query + (is_odd ? 8 : 0), group) << (4 * t);
     }
+    // Four bits of a word belong to the four keys of a tile. An even thread has the entries of keys 0 and 1 (mask 3),
+    // and an odd thread has those of keys 2 and 3 (mask C), both for two queries: bits 0 and 1 of four are for the
+    // first query, bits 2 and 3 for the second one.
     const uint32_t other = shuffle_xor(own, 1);
-    // Even threads have keys 0 and 1 of four, odd threads have keys 2 and 3.
     dropout_keep.words[word] =
         is_odd ? (other & 0xCCCCCCCCu) >> 2 | (own & 0xCCCCCCCCu) : (own & 0x33333333u) | (other & 0x33333333u) << 2;
   }
@@ -77,7 +79,8 @@ GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_key_rows(const Dropout& dropout, 
     }
     dropout_keep.words[word] = 0;
     GPU_UNROLL for (int j = 0; j < 4; ++j) {
-      const uint32_t of_j = shuffle(own, 4 * (lane.g - m + j) + lane.q);  // the lane whose m is j
+      // Entry j needs what the lane whose m is j has drawn, and of that the bit of this thread's key m.
+      const uint32_t of_j = shuffle(own, 4 * (lane.g - m + j) + lane.q);
       dropout_keep.words[word] |= (of_j >> m & 0x11111111u) << j;
     }
   }

@@ -14,10 +14,11 @@ struct HeadSlice {
   int32_t k_offset;  // the same for keys
   int32_t seqlen_q;
   int32_t seqlen_k;
-  int32_t
-      padded_q_offset;  // first row of the sequence in arrays that have whole row blocks (kRowBlock) for each sequence
+  // First row of the sequence in arrays that have whole row blocks (kRowBlock) for each sequence.
+  int32_t padded_q_offset;
 
-  // Address of row `row` of this head in a tensor with a row for each query; key_row: for each key of the key head.
+  // query_row returns the address of row `row` of this head in a tensor with a row for each query. key_row does the
+  // same for the key head, in a tensor with a row for each key.
   template <class T>
   GPU_DEVICE T* query_row(const Rows& x, int64_t row) const {
     return static_cast<T*>(x.data) + batch * x.stride_batch + head * x.stride_head + (q_offset + row) * x.stride_row;

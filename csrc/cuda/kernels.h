@@ -27,8 +27,8 @@ inline LaunchShape shape_of(int32_t rows, int block, int32_t heads, int32_t batc
 
 // Whether backward, or forward, needs a general kernel. Each large kernel is compiled twice. The plain kernel supports
 // key padding and a band. The general kernel supports all that a call may ask for, as branches that all threads of a
-// block take alike; it is slower, and needs more registers. Only forward has to know of sinks: in backward, the
-// log-sum-exp contains their share of the denominator.
+// block take alike. It is slower than the plain kernel, and needs more registers. A sink needs a general kernel in
+// forward only: backward reads the log-sum-exp, which already contains the share of the sink in the denominator.
 inline bool is_general_backward(const Params& p) {
   return !p.logits.is_plain || p.mask.map != nullptr || p.dropout_seed != nullptr;
 }

@@ -76,10 +76,11 @@ GPU_DEVICE void hide_masked_queries(const Params& p, const HeadSlice& head_slice
 
 // ---- What kernels ask about blocks
 //
-// Without a mask, and in a plain kernel, the mask hides nothing.
+// The answers are those of a mask that hides nothing if the call has no mask, and in a plain kernel.
 
-// Of the blocks of keys begin ... block: the last one with a valid key and with a key that the mask shows to one of the
-// kQueries queries from first_query on. Returns begin - 1 if there is none. All lanes of a warp compute the same.
+// Returns the last one of the blocks of keys begin ... block that has a valid key, and a key that the mask shows to one
+// of the kQueries queries from first_query on. Returns begin - 1 if no block has both. All lanes of a warp compute the
+// same number.
 template <bool kIsGeneral, int kQueries, int kKeys>
 GPU_DEVICE int32_t last_block_to_visit(const Params& p, const HeadSlice& head_slice, int32_t first_query, int32_t begin,
                                        int32_t block) {
@@ -127,6 +128,7 @@ constexpr int kGranulesPerWarp = 4;
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kMaskThreads, 1)
     prepare_mask_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT ScoreTensor bytes) {
   const MaskParams& mask = p.mask;
+  // Which granules this warp packs: kGranulesPerWarp of them, from word first_word of row query_word of the map on.
   const int64_t number = int64_t{block_index_x()} * (kMaskThreads / 32) + thread_index() / 32;
   const int32_t words_of_warp = mask.key_words / kGranulesPerWarp;
   const int32_t first_word = static_cast<int32_t>(number % words_of_warp) * kGranulesPerWarp;

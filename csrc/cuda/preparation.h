@@ -29,7 +29,8 @@ GPU_DEVICE void prepare_padding(const Params& p, const PaddingParams& padding, i
   sync_threads();
   if (thread_index() >= 32) return;
 
-  // The first warp computes the key ranks, a prefix sum, for 32 blocks of keys at a time.
+  // The first warp computes the key ranks: entry n counts those of the first n blocks of keys that have a valid key. A
+  // pass of the loop computes 32 entries as a prefix sum over the lanes.
   constexpr int kWords = kKeyBlock / 32;
   int32_t* const ranks = padding.key_ranks + int64_t{batch} * (p.num_key_blocks + 1);
   int32_t before = 0;
@@ -48,7 +49,7 @@ GPU_DEVICE void prepare_padding(const Params& p, const PaddingParams& padding, i
   if (thread_index() == 0) store_global(ranks, 0);
 }
 
-// Sets the tile counter of the next kernel to 0. One thread of the grid writes.
+// Sets the counter from which the programs of the next kernel take their tiles to 0. One thread of the grid writes.
 GPU_DEVICE void reset_tile_counter(const Params& p) {
   if (p.tile_counter != nullptr && block_index_x() == 0 && thread_index() == 0) store_global(p.tile_counter, 0);
 }
@@ -65,7 +66,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
   store_global(p.padded + i, is_inside ? load_global(p.bias + head * p.stride_head + column) : 0.0f);
 }
 
-// Packs the key padding, with one block of threads for each batch entry, and resets the tile counter.
+// Packs the key padding, with one block of threads for each batch entry, and resets the tile counter. If there is no
+// padding, the kernel only resets the counter.
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     prepare_padding_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT PaddingParams padding) {
   reset_tile_counter(p);
@@ -73,13 +75,13 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
 }
 
 // Computes the row statistics of kPreparationRows queries of one head, and writes them to the workspace. kThreadsPerRow
-// threads share a query. For the fused backward, also sets the counters dq_turns to 0, of which each stands for
-// kTileRows queries.
+// threads share a query. For the fused backward, the function also sets the counters dq_turns to 0. There is one counter
+// for each kTileRows queries.
 template <class T, int kHeadDim, int kTileRows>
 GPU_DEVICE void prepare_rows(const Params& p) {
   const int blocks_of_head = (p.seqlen_q + kRowBlock - 1) / kRowBlock * (kRowBlock / kPreparationRows);
   const WorkTile work =
-      scheduled_tile(block_index_x(), blocks_of_head, p.num_heads, p.batch, p.heads_per_l2_group, true);
+      scheduled_tile(block_index_x(), blocks_of_head, p.num_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int row = work.block * kPreparationRows + thread_index() / kThreadsPerRow;
   const bool is_row = row < head_slice.seqlen_q;

@@ -154,7 +154,7 @@ GPU_DEVICE void mbarrier_arrive(uint32_t address);
 GPU_DEVICE void mbarrier_arrive_expect(uint32_t address, uint32_t bytes);
 GPU_DEVICE void mbarrier_wait(uint32_t address, uint32_t parity);
 
-// What ordinary instructions wrote to shared memory before this fence is visible to TMA and wgmma after it.
+// This fence makes what ordinary instructions wrote to shared memory before it visible to TMA and wgmma after it.
 GPU_DEVICE void fence_async_proxy();
 // The same for global memory, in both directions. This fence belongs between bulk stores and the counter that decides
 // their order, because ordinary instructions raise the counter and wait for it.
@@ -204,18 +204,19 @@ GPU_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumul
 template <class T, int N, int TransB>
 GPU_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
 
-// An empty instruction that reads and writes the registers r. So the compiler moves no access to them across this call.
-// It follows a wgmma_wait.
+// An empty instruction that reads and writes the registers r. So the compiler moves no access to these registers across
+// this call. A kernel calls it after wgmma_wait: the compiler does not know that the tensor cores write to the registers
+// until then.
 template <int N>
 GPU_DEVICE void keep_registers(float (&r)[N]);
 
-// Tells the compiler that the values of r are not needed any more. So it need not copy them before the next product
-// overwrites them.
+// Tells the compiler that the values of r are not needed any more. So the compiler need not copy these values before the
+// next product overwrites them.
 template <int N>
 GPU_DEVICE void forget_registers(float (&r)[N]);
 
-// Returns x, as a value that the compiler knows nothing about. So it keeps the result in a register, instead of
-// computing it again or computing expressions of it in advance.
+// Returns x, as a value that the compiler knows nothing about. So the compiler keeps the result in a register. Without
+// this call, it might compute x again, or compute expressions of x in advance and keep these in registers.
 GPU_DEVICE uint32_t keep_computed(uint32_t x);
 GPU_DEVICE int32_t keep_computed(int32_t x);
 template <class V>

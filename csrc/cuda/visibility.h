@@ -77,13 +77,15 @@ struct ValidRows {
     GPU_UNROLL for (int w = 0; w < kWords; ++w) any |= words[w];
     return any == 0;
   }
+  // Whether row `key` is valid. The function chooses a pair of words by a condition, not by an index, because an index
+  // that is no constant would make the compiler put the words into local memory.
   GPU_DEVICE bool has(int32_t key) const {
     uint64_t pair = uint64_t{words[1]} << 32 | words[0];
     if constexpr (kWords == 4) pair = key < 64 ? pair : uint64_t{words[3]} << 32 | words[2];
     return (pair >> (key % 64)) & 1;
   }
-  // Whether row first + offset is valid. `offset` is a constant, and says in which word the bit lies. With an index
-  // that is no constant, the compiler would put the words into local memory.
+  // Whether row first + offset is valid. `offset` is a constant, and both rows lie in the same word, so the index of the
+  // word is a constant.
   GPU_DEVICE bool has(int32_t first, int32_t offset) const { return (words[offset / 32] >> (first + offset % 32)) & 1; }
 };
 
@@ -110,7 +112,7 @@ GPU_DEVICE ValidRows<kBlock> valid_keys(const Params& p, const HeadSlice& head_s
   return valid;
 }
 
-// Of the blocks of keys begin ... block: the last one with a valid key, or begin - 1.
+// Returns the last one of the blocks of keys begin ... block that has a valid key, or begin - 1 if none has.
 template <int kBlock>
 GPU_DEVICE int32_t last_valid_block(const Params& p, const HeadSlice& head_slice, int32_t begin, int32_t block) {
   if (p.valid_keys == nullptr) return block;  // every block below the end has a key

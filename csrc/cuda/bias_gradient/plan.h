@@ -22,13 +22,13 @@ struct BiasGradientSizes {
   int64_t head_dim;  // head dim of the kernels: 64, 96, 128 or 256
 };
 
-// Into how many parts the tiles of each owner are split. `tiles` is the number of tiles of one owner.
+// Returns into how many parts the tiles of each owner are split. `tiles` is the number of tiles of one owner.
 inline int32_t splits_of(int64_t owners, int64_t tiles) {
   const int64_t wanted = (kBiasGradientPrograms + owners - 1) / owners;
   return static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles, 1)));
 }
 
-// Begins a plan: the number of blocks of queries and of keys.
+// Begins a plan: returns parameters that have the numbers of blocks of queries and of keys, and zeros otherwise.
 inline BiasGradientParams blocks_of(const BiasGradientSizes& sizes) {
   const BiasGradientTile tile = bias_gradient_tile(sizes.head_dim);
   BiasGradientParams g{};
@@ -44,6 +44,8 @@ inline BiasGradientParams plan_dense(const BiasGradientSizes& sizes, const int64
   g.sums_heads = shape[1] != sizes.num_heads;
   g.sums_queries = shape[2] != sizes.seqlen_q;
   g.sums_keys = shape[3] != sizes.seqlen_k;
+  // A dimension that the gradient has multiplies the number of owners. A dimension that the gradient is summed over
+  // multiplies the number of tiles of each owner.
   int64_t owners = 1, tiles = 1;
   (g.sums_batch ? tiles : owners) *= sizes.batch;
   (g.sums_heads ? tiles : owners) *= sizes.num_heads;
@@ -63,13 +65,16 @@ inline BiasGradientParams plan_relative(const BiasGradientSizes& sizes) {
   const BiasGradientTile tile = bias_gradient_tile(sizes.head_dim);
   BiasGradientParams g = blocks_of(sizes);
   g.is_relative = true;
+  // A diagonal of tiles has the tiles with the same (first key - first query). In blocks of keys, this difference goes
+  // from -(query_blocks - 1) * (tile.queries / tile.keys) up to key_blocks - 1.
   g.diagonals = (g.query_blocks - 1) * (tile.queries / tile.keys) + g.key_blocks;
   const int64_t owners = sizes.num_heads * g.diagonals;
   if (std::max(owners, sizes.batch * g.query_blocks) >= int64_t{1} << 31)
     throw std::length_error("the gradient of the relative bias needs more than 2^31 tiles");
   g.owners = static_cast<int32_t>(owners);
+  // No diagonal has more tiles than one for each block of queries of each batch entry.
   g.splits = splits_of(owners, sizes.batch * g.query_blocks);
-  g.stride_split = owners * (tile.queries + tile.keys);
+  g.stride_split = owners * (tile.queries + tile.keys);  // see BiasGradientParams::sums
   return g;
 }
 
@@ -79,7 +84,8 @@ inline int64_t sum_floats(const BiasGradientParams& g) {
   return g.is_relative || g.splits > 1 ? g.splits * g.stride_split : 0;
 }
 
-using BiasGradientLauncher = void (*)(const Params&, const BiasGradientParams&, bool, Stream);
+// launch_bias_gradient of one head dim.
+using BiasGradientLauncher = void (*)(const Params&, const BiasGradientParams&, bool is_bf16, Stream);
 
 // The shape of a launch with one thread for each entry of a gradient.
 inline LaunchShape shape_of_sums(int64_t entries) {
@@ -106,8 +112,9 @@ inline void sum_dense(const Params& p, BiasGradientParams g, const TensorView& g
   if (is_split) run_kernel(sum_bias_splits_kernel, shape_of_sums(g.stride_split), stream, sum);
 }
 
-// Launches the kernels that compute the gradient of a relative bias: the first one sums over the diagonals within
-// tiles, the second one adds up what belongs to the same diagonal of the scores.
+// Launches the two kernels that compute the gradient of a relative bias. The first kernel sums along the diagonals of
+// each owner's tiles. A diagonal of the scores passes through the tiles of several owners, and the second kernel adds up
+// the sums of these owners.
 inline void sum_relative(const Params& p, BiasGradientParams g, const BiasGradientTile& tile,
                          const TensorView& gradient, float* workspace, BiasGradientLauncher launch, bool is_bf16,
                          Stream stream) {

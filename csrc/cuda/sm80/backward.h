@@ -41,7 +41,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
 
   // Find the rows.
   const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
-  const WorkTile work = scheduled_tile(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, true);
+  const WorkTile work =
+      scheduled_tile(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int first_row = work.block * kBlockM;
   if (first_row >= head_slice.seqlen_q) return;
@@ -144,8 +145,8 @@ struct KeyGradientPlan : KeyGradientTileSm80<kHeadDim> {
   static constexpr uint32_t kBytes = kRowStatistics + Tile::kBlockM * sizeof(RowStatistics);
 };
 
-// Computes dk and dv of one block of keys: all of the kernel. Every thread of the block calls this. kMakesDk and
-// kMakesDv say which gradients this warp sums; other warps of the block may sum the other gradient of the same keys.
+// Computes dk and dv of one block of keys. This is the whole kernel, and every thread of the block calls it. kMakesDk
+// and kMakesDv say which gradients this warp sums. Other warps of the block may sum the other gradient of the same keys.
 template <class T, int kHeadDim, bool kIsGeneral, bool kMakesDk, bool kMakesDv>
 GPU_DEVICE void sum_key_gradients(const Params& p) {
   using Plan = KeyGradientPlan<kHeadDim>;
@@ -153,7 +154,8 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
 
   // Find the rows.
   const int num_blocks = (p.seqlen_k + kBlockN - 1) / kBlockN, kv_heads = p.num_heads / p.group_size;
-  const WorkTile work = scheduled_tile(block_index_x(), num_blocks, kv_heads, p.batch, p.heads_per_l2_group, false);
+  const WorkTile work =
+      scheduled_tile(block_index_x(), num_blocks, kv_heads, p.batch, p.heads_per_l2_group, /*last_first=*/false);
   HeadSlice head_slice = head_slice_of(p, work.batch, work.head * p.group_size, work.head);
   const int first_key = work.block * kBlockN;
   if (first_key >= head_slice.seqlen_k) return;
@@ -221,8 +223,8 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
 
     copy_async_wait<0>();
     sync_threads();  // dout and the statistics have come
-    // This thread has two queries of tile t. Returns lse_log2 and delta of the first query (x, y) and of the second one
-    // (z, w).
+    // The columns of a fragment are queries here, and this thread has two of the 8 queries of tile t. The function
+    // returns lse_log2 and delta of the first query (x, y) and of the second one (z, w).
     const auto statistics_of = [&](int t) {
       return load_shared<Float4>(shared + Plan::kRowStatistics + (8 * t + 2 * lane.q) * sizeof(RowStatistics));
     };
@@ -316,11 +318,11 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(KeyGradientPlan<kHeadDim>::kThreads, 1)
     key_gradient_kernel(const GPU_GRID_CONSTANT Params p) {
   using Plan = KeyGradientPlan<kHeadDim>;
   if constexpr (!Plan::kSplitsGradients) {
-    sum_key_gradients<T, kHeadDim, kIsGeneral, true, true>(p);
+    sum_key_gradients<T, kHeadDim, kIsGeneral, /*kMakesDk=*/true, /*kMakesDv=*/true>(p);
   } else if (thread_index() / 32 < Plan::kWarpsPerGradient) {
-    sum_key_gradients<T, kHeadDim, kIsGeneral, true, false>(p);
+    sum_key_gradients<T, kHeadDim, kIsGeneral, /*kMakesDk=*/true, /*kMakesDv=*/false>(p);
   } else {
-    sum_key_gradients<T, kHeadDim, kIsGeneral, false, true>(p);
+    sum_key_gradients<T, kHeadDim, kIsGeneral, /*kMakesDk=*/false, /*kMakesDv=*/true>(p);
   }
 }
 

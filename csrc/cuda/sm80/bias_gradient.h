@@ -5,8 +5,9 @@
 // A program visits tiles of scores one after another. Its tiles are chosen so that an entry at the same place in each
 // tile adds to the same entry of the gradient:
 //
-//   dense bias      the tiles at one place, of all batch entries and heads that share the bias. If all queries (or all
-//                   keys) share one row (column) of the bias, the tiles of a whole column (row) of tiles
+//   dense bias      the tiles at one place, of all batch entries and heads that share the bias. If all queries share
+//                   one row of the bias, the tiles of a whole column of tiles. If all keys share one column of the
+//                   bias, the tiles of a whole row of tiles
 //   relative bias   the tiles along one diagonal, of one head and of all batch entries
 //
 // So the sum stays in registers until the last tile, the order of additions is fixed, and nothing as large as the
@@ -72,8 +73,9 @@ struct ScoreTiles {
       const int32_t m = first_query_block() + i % diagonal_length();
       return {i / diagonal_length(), owner / g.diagonals, m, diagonal() + m * kRatio};
     }
-    // Dense. The owner is a mixed-radix number over the dimensions that are not summed, and i is one over the summed
-    // dimensions. `next` takes the lowest digit, with base `size`, off one of the two numbers.
+    // Dense. The number of the owner encodes the indices of the dimensions that are not summed over, and i encodes those
+    // of the dimensions that are. Both are mixed-radix numbers: each index is a digit, whose base is the size of the
+    // dimension. `next` takes the lowest digit off one of the two numbers.
     int32_t fixed = owner;
     const auto next = [&](bool is_summed, int32_t size) {
       const int32_t number = is_summed ? i : fixed, rest = number / size;
@@ -94,11 +96,12 @@ struct ScoreTiles {
   GPU_DEVICE int32_t diagonal() const { return owner % g.diagonals - (g.query_blocks - 1) * kRatio; }
 
  private:
-  // The first block of queries of the diagonal, and the number of its tiles. Above and left of the scores there are no
-  // tiles.
+  // The first block of queries of the diagonal, and the number of its tiles. The tile of block of queries m is in block
+  // of keys diagonal() + m * kRatio. The diagonal has only those tiles whose block of keys exists: it is not negative,
+  // and below key_blocks.
   GPU_DEVICE int32_t first_query_block() const { return max((kRatio - 1 - diagonal()) / kRatio, 0); }
   GPU_DEVICE int32_t diagonal_length() const {
-    const int32_t right = g.key_blocks - 1 - diagonal();  // not negative
+    const int32_t right = g.key_blocks - 1 - diagonal();  // not negative, because diagonal() < key_blocks
     return min(right / kRatio, g.query_blocks - 1) + 1 - first_query_block();
   }
 };
@@ -153,16 +156,18 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(BiasGradientPlan<kHeadDim>::kThreads, 1)
     next.number = number;
     return next;
   };
-  // Starts to copy queries, dout, keys and values of a tile to shared memory. All threads of the block take part.
+  // Starts to copy queries, dout, keys and values of a tile to shared memory. All threads of the block take part. This
+  // kernel also runs for tensors with fewer columns than kHeadDim, so copy_rows checks the columns.
+  constexpr bool kChecksColumns = true;
   const auto load = [&](const Next& next) {
     const HeadSlice& head_slice = next.head_slice;
     const auto load_queries = [&](uint32_t tile, const Rows& x) {
-      copy_rows<kHeadDim, kBlockM, kThreads, true>(
+      copy_rows<kHeadDim, kBlockM, kThreads, kChecksColumns>(
           tile, x, head_slice.query_row<const T>(x, next.first_query),
           [&](int first, int offset) { return next.first_query + first + offset < head_slice.seqlen_q; });
     };
     const auto load_keys = [&](uint32_t tile, const Rows& x) {
-      copy_rows<kHeadDim, kBlockN, kThreads, true>(
+      copy_rows<kHeadDim, kBlockN, kThreads, kChecksColumns>(
           tile, x, head_slice.key_row<const T>(x, int64_t{next.key_block} * kBlockN),
           [&](int first, int offset) { return next.valid.has(first, offset); });
     };

@@ -7,8 +7,8 @@
 
 namespace fused_attn::gpu::sm80 {
 
-// Whether a call needs a general kernel. Besides what is_general says, only general kernels check how many columns the
-// tensors have: plain kernels load exactly kHeadDim columns.
+// Whether the tensors have fewer columns than kHeadDim. A call with such tensors needs a general kernel, because plain
+// kernels load exactly kHeadDim columns.
 template <int kHeadDim>
 bool lacks_columns(const Params& p) {
   return p.q.columns != kHeadDim || p.v.columns != kHeadDim;

@@ -99,7 +99,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
 
   // Find the rows.
   const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
-  const WorkTile work = scheduled_tile(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, true);
+  const WorkTile work =
+      scheduled_tile(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int first_row = work.block * kBlockM;
   if (first_row >= head_slice.seqlen_q) return;
@@ -171,7 +172,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
         GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] =
             prob_of(scores[t][j], p.scale_log2, statistics[j / 2].lse_log2);
       }
-      position.wait_full(rings.v);  // again: this branch stops ptxas from moving the next wait before the exponentials
+      // The second wait for the same tile returns at once. It is here for its branch, which keeps ptxas from moving
+      // wgmma_wait before the exponentials.
+      position.wait_full(rings.v);
       wgmma_wait<0>();
       keep_registers(flat(dprobs));
       position.release(rings.v);
@@ -183,7 +186,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
       DropoutKeep<kTiles> dropout_keep{};
       if (p.dropout_seed != nullptr)
         dropout_keep = dropout_keep_of_query_rows<kTiles>(Dropout(p, head_slice), query, first_key, lane);
-      wgmma_wait<0>();  // dprobs, too: they are multiplied by the derivative of the softcap
+      wgmma_wait<0>();  // waits for dprobs, too, because to_logits multiplies them by the derivative of the softcap
       keep_registers(flat(scores));
       keep_registers(flat(dprobs));
       position.release(rings.v);
@@ -290,7 +293,8 @@ struct KeyWork {
 
   GPU_DEVICE explicit KeyWork(const Params& params) : p(params) {
     const int num_blocks = (p.seqlen_k + Plan::kBlockN - 1) / Plan::kBlockN, kv_heads = p.num_heads / p.group_size;
-    const WorkTile work = scheduled_tile(block_index_x(), num_blocks, kv_heads, p.batch, p.heads_per_l2_group, false);
+    const WorkTile work =
+        scheduled_tile(block_index_x(), num_blocks, kv_heads, p.batch, p.heads_per_l2_group, /*last_first=*/false);
     head_slice = head_slice_of(p, work.batch, work.head * p.group_size, work.head);
     first_key = work.block * Plan::kBlockN;
     valid = valid_keys<Plan::kBlockN>(p, head_slice, work.block);
@@ -338,7 +342,8 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
   const HeadSlice& head_slice = work.head_slice;
   const int key = head_slice.k_offset + work.first_key;
   if constexpr (kIsGeneral) {
-    // The derivative of the softcap at a score that is NaN is NaN, and so is its product with a probability of 0.
+    // Keys that are not valid may hold NaN, and then their scores are NaN. The plain kernel hides these scores. In the
+    // general kernel, the derivative of the softcap would be NaN as well, and so would its product with a prob of 0.
     loader.load_valid<typename Plan::KeyTile>(rings.k, {}, shared + Plan::kK, maps.k, key, head_slice.kv_head,
                                               head_slice.batch, work.valid);
   } else {
@@ -349,7 +354,9 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
                                             head_slice.batch, work.valid);
   for (; work.steps_left > 0; work.advance()) {
     const int first_row = work.block * Plan::kBlockM;
-    ValidRows<Plan::kBlockM> rows;  // rows of the sequence: only in a packed tensor do rows of another sequence follow
+    // The rows that belong to the sequence. In a packed tensor, rows of another sequence follow. Otherwise TMA loads
+    // zeros behind the last row, and no row needs a test.
+    ValidRows<Plan::kBlockM> rows;
     GPU_UNROLL for (int w = 0; w < rows.kWords; ++w) {
       rows.words[w] = p.cu_seqlens_q != nullptr ? column_bits(0, head_slice.seqlen_q - first_row, w) : ~0u;
     }
@@ -362,7 +369,8 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
 }
 
 // Copies lse_log2 and delta of the queries of each step to shared memory, when the consumers have released the slot. A
-// second warp of the first warpgroup calls this, because the loading warp, which issues TMA, has too few registers.
+// second warp of the first warpgroup calls this, because the first warp, which issues TMA, would need more registers
+// than it has.
 template <int kHeadDim, bool kIsGeneral>
 GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared,
                                     const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
@@ -414,7 +422,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
     const uint32_t dout_tile = shared + Plan::kDout + position.slot() * QTile::kBytes;
     const uint32_t statistics_tile = shared + Plan::kStatistics + position.slot() * Plan::kStatisticsBytes;
     DropoutKeep<kTiles> dropout_keep{};
-    if constexpr (kIsGeneral) {  // while few registers are in use
+    if constexpr (kIsGeneral) {  // Philox runs before the products, while few registers are in use
       if (p.dropout_seed != nullptr)
         dropout_keep =
             dropout_keep_of_key_rows<kTiles>(Dropout(p, work.head_slice), work.block * kBlockM, key - lane.g, lane);
@@ -430,8 +438,8 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
       wgmma_commit();
     }
 
-    // This thread has two queries of tile t. Returns lse_log2 and delta of the first query (x, y) and of the second one
-    // (z, w).
+    // The columns of a fragment are queries here, and this thread has two of the 8 queries of tile t. The function
+    // returns lse_log2 and delta of the first query (x, y) and of the second one (z, w).
     const auto statistics_of = [&](int t) {
       return load_shared<Float4>(statistics_tile + (8 * t + 2 * lane.q) * sizeof(RowStatistics));
     };
@@ -451,7 +459,9 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
 
       // Compute dscores, the left factor for dk.
       if constexpr (kMakesDk) {
-        position.wait_full(rings.dout);  // again, as for dq: the branch stops ptxas from moving the next wait
+        // The second wait for the same tile returns at once. It is here for its branch, which keeps ptxas from moving
+        // wgmma_wait before the exponentials.
+        position.wait_full(rings.dout);
         wgmma_wait<0>();
         keep_registers(flat(dprobs));
         GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
@@ -462,7 +472,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
         round_fragment<T>(rounded_dscores, probs);
       }
     } else {
-      wgmma_wait<0>();  // dprobs, too: they are multiplied by the derivative of the softcap
+      wgmma_wait<0>();  // waits for dprobs, too, because to_logits multiplies them by the derivative of the softcap
       keep_registers(flat(probs));
       if constexpr (kMakesDk) keep_registers(flat(dprobs));
       position.wait_full(rings.statistics);
@@ -551,11 +561,12 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   } else {
     increase_registers<kGradientConsumerRegisters>();
     if constexpr (!Plan::kSplitsGradients) {
-      sum_key_gradients<T, kHeadDim, kIsGeneral, true, true>(p, shared, rings, work, 64 * (warpgroup - 1));
+      sum_key_gradients<T, kHeadDim, kIsGeneral, /*kMakesDk=*/true, /*kMakesDv=*/true>(p, shared, rings, work,
+                                                                                       64 * (warpgroup - 1));
     } else if (warpgroup == 1) {
-      sum_key_gradients<T, kHeadDim, kIsGeneral, true, false>(p, shared, rings, work, 0);
+      sum_key_gradients<T, kHeadDim, kIsGeneral, /*kMakesDk=*/true, /*kMakesDv=*/false>(p, shared, rings, work, 0);
     } else {
-      sum_key_gradients<T, kHeadDim, kIsGeneral, false, true>(p, shared, rings, work, 0);
+      sum_key_gradients<T, kHeadDim, kIsGeneral, /*kMakesDk=*/false, /*kMakesDv=*/true>(p, shared, rings, work, 0);
     }
   }
 }

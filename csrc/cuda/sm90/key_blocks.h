@@ -17,7 +17,7 @@
 
 namespace fused_attn::gpu::sm90 {
 
-constexpr int32_t kNoMoreKeys = -1;  // the number of a KeyBlock that ends the roles
+constexpr int32_t kNoMoreKeys = -1;  // the number of a KeyBlock that tells a warp that no work is left
 
 constexpr uint32_t kKeyBlockBytes = sizeof(KeyBlock);
 static_assert(kKeyBlockBytes % 16 == 0);  // bulk copies move multiples of 16 bytes
@@ -42,8 +42,8 @@ GPU_DEVICE int32_t last_key_block(const Params& p, int32_t m) {
   return (m * kBlockM + kBlockM - 1 + p.last_diagonal) >> floor_log2(kKeyBlock);
 }
 
-// How many of the first n blocks of keys of a sequence have a valid key. Blocks without one add nothing to dq, and have
-// no turn.
+// Returns how many of the first n blocks of keys of a sequence have a valid key. A block without a valid key adds
+// nothing to dq, so it has no turn (turn_at).
 GPU_DEVICE int32_t key_rank(const Params& p, int32_t batch, int32_t n) {
   return p.key_ranks == nullptr ? n : load_global(p.key_ranks + int64_t{batch} * (p.num_key_blocks + 1) + n);
 }
@@ -53,7 +53,8 @@ GPU_DEVICE int32_t key_rank(const Params& p, int32_t batch, int32_t n) {
 template <int kBlockM>
 GPU_DEVICE KeyBlock key_block(const Params& p, int32_t program) {
   const WorkTile work =
-      scheduled_tile(program, p.num_key_blocks, p.num_heads / p.group_size, p.batch, p.heads_per_l2_group, true);
+      scheduled_tile(program, p.num_key_blocks, p.num_heads / p.group_size, p.batch, p.heads_per_l2_group,
+                     /*last_first=*/true);
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head * p.group_size, work.head);
   const int32_t first_key = work.block * kKeyBlock;
   const ValidRows<kKeyBlock> valid = valid_keys<kKeyBlock>(p, head_slice, work.block);
@@ -126,8 +127,9 @@ struct SharedKeyBlock {
   GPU_DEVICE int32_t read(uint32_t offset) const { return load_shared<int32_t>(address + offset); }
 };
 
-// The number of blocks of keys that add to tile m of dq before block b does. b has its turn when the counter of the
-// tile shows this number. Blocks with higher numbers add first.
+// Returns the number of blocks of keys that add to tile m of dq before block b does. Each tile of dq has a counter of
+// the blocks that have added to it, and b has its turn when the counter shows this number. Blocks with higher numbers
+// add first. So the order of the additions is fixed.
 template <int kBlockM>
 GPU_DEVICE int32_t turn_at(const Params& p, const SharedKeyBlock& b, int32_t m) {
   const int32_t key_blocks = (b.seqlen_k() + kKeyBlock - 1) / kKeyBlock;

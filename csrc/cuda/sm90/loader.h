@@ -17,8 +17,9 @@ constexpr bool fits_registers(int producer, int consumers, int consumer) {
   return kWarpgroup * (producer + consumers * consumer) <= threads * at_launch;
 }
 
-// The default for what arrives with a tile on the same barrier: nothing. Another type's `store` writes to shared
-// memory, and its `start` starts to copy `bytes` bytes (StepLoad in fused_backward.h).
+// A caller of TileLoader can load something else together with a tile, for which consumers wait at the same barrier.
+// This type, the default, loads nothing else. In another type (StepLoad in fused_backward.h), `store` writes to shared
+// memory, and `start` starts to copy `bytes` bytes.
 struct NothingElse {
   static constexpr uint32_t bytes = 0;
   GPU_DEVICE void store() const {}
@@ -26,8 +27,8 @@ struct NothingElse {
 };
 
 // Loads tiles into slots of rings. All lanes of one warp call the functions, but only the leader lane waits for empty
-// slots and issues TMA. mbarrier_wait tells phases apart by their parity only: a lane that came one phase late would
-// find the same parity only after a further phase, and would wait for that one.
+// slots and issues TMA. If every lane waited, a late lane could miss a phase: mbarrier_wait knows a phase by its parity
+// only, so a lane that came one phase late would wait until the same parity comes again.
 struct TileLoader {
   uint32_t cleaning;             // a barrier: a tile has arrived, and its rows that are not valid can be overwritten
   bool is_leader;                // this thread is the lane that issues TMA

@@ -6,6 +6,8 @@ deterministic. For this, both kernels compute the scores and dprobs: 7 matrix pr
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -38,6 +40,57 @@ from fused_attn.backends.triton.tiles import (
 #: 1 +- 3e-5 for 16-bit inputs, and 1 +- 1e-6 for float32 inputs. Beyond it, `_exact_factor` corrects the probs.
 EXACT_LSE = tl.constexpr(512.0)
 EXACT_LSE_FLOAT32 = tl.constexpr(16.0)
+
+
+class QueryTensors(NamedTuple):
+    """The tensors from which a kernel loads its blocks of queries.
+
+    q, dout: `Rows`
+    lse, delta: (B, H, L) float32
+    factor: (B, H, L) float32, or None
+    """
+
+    q: tl.tensor
+    dout: tl.tensor
+    lse: tl.tensor
+    delta: tl.tensor
+    factor: tl.tensor
+
+
+class QueryBlock(NamedTuple):
+    """What backward needs of a block of queries.
+
+    index: (M,) positions in the sequence
+    q: (M, BLOCK_D)
+    dout: (M, BLOCK_DV)
+    lse: (M,) after `finite_lse`
+    delta: (M,)
+    factor: (M,), the correction of the probs by `_exact_factor`; None if the LSE is exact enough
+    """
+
+    index: tl.tensor
+    q: tl.tensor
+    dout: tl.tensor
+    lse: tl.tensor
+    delta: tl.tensor
+    factor: tl.tensor
+
+
+class KeyBlock(NamedTuple):
+    """What backward needs of a block of keys.
+
+    first: the position of the first key in the sequence
+    index: (N,) positions in the sequence
+    is_valid: (N,) bool; None if the block is full
+    k: (N, BLOCK_D)
+    v: (N, BLOCK_DV)
+    """
+
+    first: tl.tensor
+    index: tl.tensor
+    is_valid: tl.tensor
+    k: tl.tensor
+    v: tl.tensor
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -106,18 +159,13 @@ def attention_bwd_dq_kernel(
         tl.store(dsinks + dsinks_entry, -tl.sum(sink_prob * row_delta, 0))
     # Visit the full blocks, which need no tests, then the partial ones.
     if dq.ptr is not None:
+        queries = QueryBlock(query, q_tile, dout_tile, row_lse, row_delta, row_factor)
         acc = tl.zeros([settings.BLOCK_M, settings.BLOCK_D], tl.float32)
         for first_key in tl.range(blocks.full_start, blocks.full_end, settings.BLOCK_N):
-            acc = _add_dq(
-                acc, q_tile, dout_tile, row_lse, row_factor, row_delta, query, first_key, k, v,
-                head_slice, masks, settings, IS_FULL=True,
-            )  # fmt: skip
+            acc = _add_dq(acc, queries, first_key, k, v, head_slice, masks, settings, IS_FULL=True)
         for index in tl.range(0, num_partial_blocks(blocks, settings.BLOCK_N)):
             first_key = partial_block(blocks, index, settings.BLOCK_N)
-            acc = _add_dq(
-                acc, q_tile, dout_tile, row_lse, row_factor, row_delta, query, first_key, k, v,
-                head_slice, masks, settings, IS_FULL=False,
-            )  # fmt: skip
+            acc = _add_dq(acc, queries, first_key, k, v, head_slice, masks, settings, IS_FULL=False)
         dq_pointer = query_pointer(dq, head_slice, query, settings.BLOCK_D)
         store_tile(dq_pointer, acc * settings.scale, is_row, settings.HEAD_DIM, settings.BLOCK_D)
 
@@ -147,35 +195,14 @@ def _exact_factor(q_tile, row_lse, query, blocks, k, head_slice, masks, settings
 
 
 @triton.jit
-def _add_dq(
-    acc,  # (M, BLOCK_D)
-    q_tile,
-    dout_tile,
-    row_lse,
-    row_factor,
-    row_delta,
-    query,
-    first_key,
-    k,
-    v,
-    head_slice,
-    masks,
-    settings,
-    IS_FULL: tl.constexpr,
-):
-    """acc + the part of dq / scale that comes from the block of keys that begins at first_key."""
-    key = first_key + tl.arange(0, settings.BLOCK_N)
-    is_valid = None if IS_FULL else is_valid_key(key, head_slice, masks)
-    k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
-    v_tile = load_key_rows(v, head_slice, key, is_valid, settings.VALUE_DIM, settings.BLOCK_DV)
-    qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
-    dprobs = tl.dot(dout_tile, tl.trans(v_tile), input_precision=settings.PRECISION)
-    _, _, dscores = probs_and_gradients(
-        qk, dprobs, query[:, None], key[None, :], first_key, None if IS_FULL else is_valid[None, :],
-        row_lse[:, None], None if row_factor is None else row_factor[:, None], row_delta[:, None],
-        head_slice, masks, settings, IS_FULL, IS_TRANSPOSED=False,
-    )  # fmt: skip
-    return plus_product(acc, dscores.to(k_tile.dtype), k_tile, settings)
+def _add_dq(acc, queries, first_key, k, v, head_slice, masks, settings, IS_FULL: tl.constexpr):
+    """acc, (M, BLOCK_D), plus the part of dq / scale that comes from the block of keys that begins at first_key.
+
+    queries: the `QueryBlock` of acc
+    """
+    keys = load_keys(k, v, first_key, head_slice, masks, settings, IS_FULL)
+    _, _, dscores = probs_and_gradients(queries, keys, head_slice, masks, settings, IS_FULL, IS_TRANSPOSED=False)
+    return plus_product(acc, dscores.to(keys.k.dtype), keys.k, settings)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -206,17 +233,15 @@ def attention_bwd_dkdv_kernel(
     num_kv_heads = settings.num_heads // settings.group_size
     block, kv_head, batch = scheduled_tile(num_blocks, num_kv_heads, heads_per_l2_group, LAST_FIRST=False)
     first_key = block * settings.BLOCK_N
-    key = first_key + tl.arange(0, settings.BLOCK_N)
     first_head = kv_head * settings.group_size
     head_slice = head_slice_of(batch, first_head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
     if first_key >= head_slice.seqlen_k:
         return
 
     # Load.
-    is_valid = is_valid_key(key, head_slice, masks)
-    num_valid = tl.sum(is_valid.to(tl.int32), 0)
-    k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
-    v_tile = load_key_rows(v, head_slice, key, is_valid, settings.VALUE_DIM, settings.BLOCK_DV)
+    keys = load_keys(k, v, first_key, head_slice, masks, settings, IS_FULL=False)
+    num_valid = tl.sum(keys.is_valid.to(tl.int32), 0)
+    query_tensors = QueryTensors(q, dout, lse, delta, factor)
 
     # Visit the blocks of queries of all heads. One loop runs over heads and blocks together, because nested loops would
     # need registers for the addresses of both.
@@ -236,83 +261,70 @@ def attention_bwd_dkdv_kernel(
         first_row = blocks.full_start + step % full_divisor * settings.BLOCK_M
         head_slice = head_slice_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
         dk_acc, dv_acc = _add_dkdv(
-            dk_acc, dv_acc, k_tile, v_tile, key, is_valid, first_key, first_row, q, dout, lse, delta, factor,
-            head_slice, masks, settings, IS_FULL=True,
-        )  # fmt: skip
+            dk_acc, dv_acc, keys, query_tensors, first_row, head_slice, masks, settings, IS_FULL=True
+        )
     for step in tl.range(0, num_partial * num_heads):
         head = first_head + step // partial_divisor
         first_row = partial_block(blocks, step % partial_divisor, settings.BLOCK_M)
         head_slice = head_slice_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset)
         dk_acc, dv_acc = _add_dkdv(
-            dk_acc, dv_acc, k_tile, v_tile, key, is_valid, first_key, first_row, q, dout, lse, delta, factor,
-            head_slice, masks, settings, IS_FULL=False,
-        )  # fmt: skip
+            dk_acc, dv_acc, keys, query_tensors, first_row, head_slice, masks, settings, IS_FULL=False
+        )
 
     # Store. `is_row` includes padding, whose gradients are 0.
-    is_row = key < head_slice.seqlen_k
+    is_row = keys.index < head_slice.seqlen_k
     if dk.ptr is not None:
-        dk_pointer = key_pointer(dk, head_slice, key, settings.BLOCK_D)
+        dk_pointer = key_pointer(dk, head_slice, keys.index, settings.BLOCK_D)
         store_tile(dk_pointer, dk_acc.total * settings.scale, is_row, settings.HEAD_DIM, settings.BLOCK_D)
     if dv.ptr is not None:
-        dv_pointer = key_pointer(dv, head_slice, key, settings.BLOCK_DV)
+        dv_pointer = key_pointer(dv, head_slice, keys.index, settings.BLOCK_DV)
         store_tile(dv_pointer, dv_acc.total, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
 
 
 @triton.jit
-def _add_dkdv(
-    dk_acc,  # Sum (N, BLOCK_D)
-    dv_acc,  # Sum (N, BLOCK_DV)
-    k_tile,
-    v_tile,
-    key,
-    is_valid,
-    first_key,
-    first_row,
-    q,
-    dout,
-    lse,
-    delta,
-    factor,
-    head_slice,
-    masks,
-    settings,
-    IS_FULL: tl.constexpr,
-):
+def _add_dkdv(dk_acc, dv_acc, keys, query_tensors, first_row, head_slice, masks, settings, IS_FULL: tl.constexpr):
     """(dk_acc, dv_acc) plus the parts of dk / scale and dv that come from the block of queries at first_row.
 
     Scores are computed as (keys, queries) here. So probs and dscores are left factors of the products for dv and dk
     without a transposition.
+    dk_acc, dv_acc: `Sum` of (N, BLOCK_D) and (N, BLOCK_DV)
+    keys: the `KeyBlock` of both
+    query_tensors: `QueryTensors`
     """
     query = first_row + tl.arange(0, settings.BLOCK_M)
     is_row = None if IS_FULL else query < head_slice.seqlen_q
-    q_tile = load_query_rows(q, head_slice, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
-    dout_tile = load_query_rows(dout, head_slice, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
-    row_lse, row_delta, row_factor = load_row_sums(lse, delta, factor, head_slice, query, is_row, settings)
-    qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=settings.PRECISION)
-    dprobs = tl.dot(v_tile, tl.trans(dout_tile), input_precision=settings.PRECISION)
-    probs, _, dscores = probs_and_gradients(
-        qk, dprobs, query[None, :], key[:, None], first_key, is_valid[:, None],
-        row_lse[None, :], None if factor is None else row_factor[None, :], row_delta[None, :],
-        head_slice, masks, settings, IS_FULL, IS_TRANSPOSED=True,
-    )  # fmt: skip
-    dv_acc = add_product(dv_acc, probs.to(dout_tile.dtype), dout_tile, settings)
-    dk_acc = add_product(dk_acc, dscores.to(q_tile.dtype), q_tile, settings)
+    queries = load_queries(query_tensors, query, is_row, head_slice, settings)
+    probs, _, dscores = probs_and_gradients(queries, keys, head_slice, masks, settings, IS_FULL, IS_TRANSPOSED=True)
+    dv_acc = add_product(dv_acc, probs.to(queries.dout.dtype), queries.dout, settings)
+    dk_acc = add_product(dk_acc, dscores.to(queries.q.dtype), queries.q, settings)
     return dk_acc, dv_acc
 
 
 @triton.jit
-def load_row_sums(lse, delta, factor, head_slice, query, is_row, settings):
-    """(LSE after `finite_lse`, delta, factor) of the queries, (M,) each. The factor is 1.0 if `factor` is None.
+def load_queries(query_tensors, query, is_row, head_slice, settings):
+    """The `QueryBlock` of the positions `query`, (M,), loaded from `QueryTensors`.
 
-    is_row: which queries exist, or None if all do
+    is_row: which of these queries exist, or None if all do
     """
+    q_tile = load_query_rows(query_tensors.q, head_slice, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
+    dout_tile = load_query_rows(query_tensors.dout, head_slice, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
     offset = head_slice.lse_offset + query
-    row_lse = finite_lse(_load_vector(lse + offset, is_row), settings)
-    row_delta = _load_vector(delta + offset, is_row)
-    row_factor = 1.0
-    if factor is not None:
-        row_factor = _load_vector(factor + offset, is_row)
-    return row_lse, row_delta, row_factor
+    row_lse = finite_lse(_load_vector(query_tensors.lse + offset, is_row), settings)
+    row_delta = _load_vector(query_tensors.delta + offset, is_row)
+    row_factor = None
+    if query_tensors.factor is not None:
+        row_factor = _load_vector(query_tensors.factor + offset, is_row)
+    return QueryBlock(query, q_tile, dout_tile, row_lse, row_delta, row_factor)
+
+
+@triton.jit
+def load_keys(k, v, first_key, head_slice, masks, settings, IS_FULL: tl.constexpr):
+    """The `KeyBlock` that begins at first_key. IS_FULL: all its keys exist and none is padding."""
+    key = first_key + tl.arange(0, settings.BLOCK_N)
+    is_valid = None if IS_FULL else is_valid_key(key, head_slice, masks)
+    k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
+    v_tile = load_key_rows(v, head_slice, key, is_valid, settings.VALUE_DIM, settings.BLOCK_DV)
+    return KeyBlock(first_key, key, is_valid, k_tile, v_tile)
 
 
 @triton.jit
@@ -334,28 +346,30 @@ def finite_lse(row_lse, settings):
 
 
 @triton.jit
-def probs_and_gradients(
-    qk,
-    dprobs,  # dout @ value^T
-    query,
-    key,
-    first_key,
-    is_valid,
-    row_lse,  # after `finite_lse`
-    row_factor,  # None if the LSE is exact enough
-    row_delta,
-    head_slice,
-    masks,
-    settings,
-    IS_FULL: tl.constexpr,
-    IS_TRANSPOSED: tl.constexpr,
-):
-    """(probs after dropout, gradient of the logits, gradient of scale * qk) of a tile.
+def probs_and_gradients(queries, keys, head_slice, masks, settings, IS_FULL: tl.constexpr, IS_TRANSPOSED: tl.constexpr):
+    """(probs after dropout, gradient of the logits, gradient of scale * query @ key^T) of a tile.
 
     The last two differ by the derivative of the softcap alone.
-    IS_TRANSPOSED: tiles are (keys, queries), else (queries, keys). row_lse, row_factor and row_delta broadcast along
-        the keys: (1, M) or (M, 1)
+    queries: a `QueryBlock`
+    keys: a `KeyBlock`; its is_valid is not read if IS_FULL
+    IS_TRANSPOSED: tiles are (keys, queries), else (queries, keys)
     """
+    if IS_TRANSPOSED:
+        qk = tl.dot(keys.k, tl.trans(queries.q), input_precision=settings.PRECISION)
+        dprobs = tl.dot(keys.v, tl.trans(queries.dout), input_precision=settings.PRECISION)
+    else:
+        qk = tl.dot(queries.q, tl.trans(keys.k), input_precision=settings.PRECISION)
+        dprobs = tl.dot(queries.dout, tl.trans(keys.v), input_precision=settings.PRECISION)
+    # What a tile has once for each query is broadcast along the keys, and the other way round.
+    QUERY_AXIS: tl.constexpr = 1 if IS_TRANSPOSED else 0
+    KEY_AXIS: tl.constexpr = 1 - QUERY_AXIS
+    query = tl.expand_dims(queries.index, KEY_AXIS)
+    key = tl.expand_dims(keys.index, QUERY_AXIS)
+    is_valid = None if IS_FULL else tl.expand_dims(keys.is_valid, QUERY_AXIS)
+    row_lse = tl.expand_dims(queries.lse, KEY_AXIS)
+    row_factor = None if queries.factor is None else tl.expand_dims(queries.factor, KEY_AXIS)
+    row_delta = tl.expand_dims(queries.delta, KEY_AXIS)
+
     scores, dcap = biased_scores(qk, query, key, head_slice, masks, settings, IS_FULL)
     probs = exp_difference(scores, row_lse, settings)
     if row_factor is not None:
@@ -363,14 +377,13 @@ def probs_and_gradients(
     probs = hide(probs, 0.0, query, key, is_valid, head_slice, masks, settings, IS_FULL)
     dropped = probs
     if masks.seed is not None:
+        survives = dropout_keep(queries.index[:, None], keys.first, head_slice, masks, settings)
         if IS_TRANSPOSED:
-            survives = tl.trans(dropout_keep(tl.trans(query), first_key, head_slice, masks, settings))
-        else:
-            survives = dropout_keep(query, first_key, head_slice, masks, settings)
+            survives = tl.trans(survives)
         dropped = tl.where(survives, probs * settings.dropout_scale, 0.0)
         dprobs = tl.where(survives, dprobs * settings.dropout_scale, 0.0)
-    dbiased = probs * (dprobs - row_delta)
-    dscores = dbiased
+    dlogits = probs * (dprobs - row_delta)
+    dscores = dlogits
     if settings.softcap is not None:
-        dscores = dbiased * dcap
-    return dropped, dbiased, dscores
+        dscores = dlogits * dcap
+    return dropped, dlogits, dscores

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from fused_attn.backends.triton.arguments import UNSPECIALIZED
-from fused_attn.backends.triton.backward import load_row_sums, probs_and_gradients
+from fused_attn.backends.triton.backward import QueryTensors, load_keys, load_queries, probs_and_gradients
 from fused_attn.backends.triton.sums import add, zero_sum
-from fused_attn.backends.triton.tiles import head_slice_of, is_valid_key, load_key_rows, load_query_rows
+from fused_attn.backends.triton.tiles import head_slice_of
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "num_batches"))
@@ -62,6 +62,7 @@ def attention_bwd_dbias_kernel(
     nearest = first_key - (row_block * settings.BLOCK_M + settings.BLOCK_M - 1)
     farthest = first_key + settings.BLOCK_N - 1 - row_block * settings.BLOCK_M
     terms = heads_here * batches_here * _is_in_band(nearest - band_offset, farthest - band_offset, settings)
+    query_tensors = QueryTensors(q, dout, lse, delta, factor)
     acc = zero_sum([settings.BLOCK_M, settings.BLOCK_N], settings)
     for term in range(terms):
         batch = first_batch + term // heads_here
@@ -69,7 +70,7 @@ def attention_bwd_dbias_kernel(
         head_slice = head_slice_of(
             batch, head, head // settings.group_size, masks, settings, seqlen_q, seqlen_k, lse_stride, band_offset
         )
-        tile = _score_gradient(q, k, v, dout, lse, delta, factor, query, key, first_key, head_slice, masks, settings)
+        tile = _logit_gradient(query_tensors, query, k, v, first_key, head_slice, masks, settings)
         acc = add(acc, tile, settings)
 
     # Store the tile, or the sum of its rows.
@@ -119,6 +120,7 @@ def attention_bwd_drelative_bias_kernel(
     # key - query = c of the tile where c + r < BLOCK_N, and key - query = c - BLOCK_N in the other rows.
     index = tl.arange(0, settings.BLOCK_N)
     unwrapped = index[:, None] + index[None, :]
+    query_tensors = QueryTensors(q, dout, lse, delta, factor)
     above = zero_sum([settings.BLOCK_N], settings)
     below = zero_sum([settings.BLOCK_N], settings)
     distance = shift * settings.BLOCK_N - band_offset
@@ -133,9 +135,7 @@ def attention_bwd_drelative_bias_kernel(
         for row_block in range(tl.maximum(0, -shift), last_block):
             query = row_block * settings.BLOCK_N + index
             first_key = (row_block + shift) * settings.BLOCK_N
-            tile = _score_gradient(
-                q, k, v, dout, lse, delta, factor, query, first_key + index, first_key, head_slice, masks, settings
-            )
+            tile = _logit_gradient(query_tensors, query, k, v, first_key, head_slice, masks, settings)
             skewed = tl.gather(tile, unwrapped % settings.BLOCK_N, 1)
             above = add(above, tl.sum(tl.where(unwrapped < settings.BLOCK_N, skewed, 0.0), 0), settings)
             below = add(below, tl.sum(tl.where(unwrapped < settings.BLOCK_N, 0.0, skewed), 0), settings)
@@ -164,20 +164,13 @@ def _is_in_band(nearest, farthest, settings):
 
 
 @triton.jit
-def _score_gradient(q, k, v, dout, lse, delta, factor, query, key, first_key, head_slice, masks, settings):
-    """(queries, keys) tile of the gradient of the logits, 0 beyond the sequence's end and where entries are hidden."""
-    is_row = query < head_slice.seqlen_q
-    is_valid = is_valid_key(key, head_slice, masks)
-    q_tile = load_query_rows(q, head_slice, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
-    dout_tile = load_query_rows(dout, head_slice, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
-    k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
-    v_tile = load_key_rows(v, head_slice, key, is_valid, settings.VALUE_DIM, settings.BLOCK_DV)
-    row_lse, row_delta, row_factor = load_row_sums(lse, delta, factor, head_slice, query, is_row, settings)
-    qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
-    dprobs = tl.dot(dout_tile, tl.trans(v_tile), input_precision=settings.PRECISION)
-    _, dbiased, _ = probs_and_gradients(
-        qk, dprobs, query[:, None], key[None, :], first_key, is_valid[None, :],
-        row_lse[:, None], row_factor[:, None], row_delta[:, None],
-        head_slice, masks, settings, IS_FULL=False, IS_TRANSPOSED=False,
-    )  # fmt: skip
-    return dbiased
+def _logit_gradient(query_tensors, query, k, v, first_key, head_slice, masks, settings):
+    """The gradient of the logits of a (M, N) tile, 0 beyond the sequence's end and where entries are hidden.
+
+    query_tensors: `QueryTensors`
+    query: (M,) positions of the tile's rows. Its columns begin at first_key
+    """
+    queries = load_queries(query_tensors, query, query < head_slice.seqlen_q, head_slice, settings)
+    keys = load_keys(k, v, first_key, head_slice, masks, settings, IS_FULL=False)
+    _, dlogits, _ = probs_and_gradients(queries, keys, head_slice, masks, settings, IS_FULL=False, IS_TRANSPOSED=False)
+    return dlogits
