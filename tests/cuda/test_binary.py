@@ -40,8 +40,8 @@ MOST_INSTRUCTIONS_BACKWARD = {64: 600, 96: 420, 128: 440}
 
 #: The most instructions of a step of the decode kernel: those that start the copies of a later step, and the others. A
 #: step visits 16 keys with all 16 rows of a tile. 224, 218, 261, 294 and 158, 200, 221, 278 were counted when these
-#: limits were set. Memory is the bound as long as both take fewer cycles than the copies: an H200 reads the 8 KiB of a step at
-#: head dim 128 in about 400 cycles of a multiprocessor, which can issue four instructions in each.
+#: limits were set. Memory is the bound as long as both take fewer cycles than the copies: an H200 reads the 8 KiB of a
+#: step at head dim 128 in about 400 cycles of a multiprocessor, which can issue four instructions in each.
 MOST_INSTRUCTIONS_DECODE = {64: (240, 170), 96: (235, 215), 128: (280, 240), 256: (315, 300)}
 
 
@@ -142,7 +142,8 @@ def steady_step(sass: list[str]) -> list[str]:
     """The instructions of one round of the main loop, when no entry has to be masked.
 
     The loop contains the wait for all products but one, or in decode the wait for copies. The result is the shortest
-    cycle of instructions through this wait. Code that runs in some rounds only, such as masks and the end of the loop, makes a longer cycle.
+    cycle of instructions through this wait. Code that runs in some rounds only, such as masks and the end of the loop,
+    makes a longer cycle.
     """
     lines = [re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line) for line in sass]
     texts = [line[2] for line in lines]
