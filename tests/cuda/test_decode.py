@@ -55,7 +55,7 @@ CASES = [
     decode("mask", seqlen_q=5, attn_mask=cases.bool_mask("BHLS"), options={"num_splits": 2}),
     decode("mask-empty-rows", seqlen_q=5, attn_mask=cases.empty_rows_mask, sinks=cases.sink()),
     decode("bias", seqlen_q=5, attn_mask=cases.float_mask("B1LS"), options={"num_splits": 2}),
-    decode("bias-float32", attn_mask=cases.float32_bias, options={"softcap": 3.0}),
+    decode("bias-float32", attn_mask=cases.float_mask("BHLS", torch.float32), options={"softcap": 3.0}),
     decode("relative-bias", seqlen_q=5, relative_bias=cases.per_head_bias, options={"num_splits": 2, "softcap": 2.0}),
     decode("relative-bias-shared", relative_bias=cases.shared_bias, sinks=cases.sink(), options={"num_splits": 3}),
     decode("scale-negative", options={"scale": -0.2, "num_splits": 2}),
