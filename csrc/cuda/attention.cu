@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bias_gradient/plan.h"
+#include "decode.h"
 #include "kernels.h"
 #include "mask_bits.h"
 #include "preparation.h"
@@ -65,6 +66,8 @@ struct Pieces {
   float* dbias_sums = nullptr;
   float* dkey_bias_sums = nullptr;
   float* drelative_bias_sums = nullptr;
+  float* partial_acc = nullptr;
+  Float2* partial_sums = nullptr;
 };
 
 constexpr double kLog2EExact = 1.44269504088896340736;
@@ -88,6 +91,12 @@ std::array<int64_t, 4> dkey_bias_shape(const WorkspaceNeeds& needs) { return {ne
 // Divides a workspace into the pieces that a call needs. With a workspace that only counts, this gives the size.
 Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
   Pieces pieces;
+  if (needs.num_splits > 0) {
+    const int64_t rows = needs.num_splits > 1 ? needs.num_splits * needs.batch * needs.num_heads * needs.seqlen_q : 0;
+    pieces.partial_acc = workspace.take<float>(rows * needs.value_dim);
+    pieces.partial_sums = workspace.take<Float2>(rows);
+    return pieces;
+  }
   if (needs.has_key_padding) {
     pieces.valid_words = static_cast<int32_t>(ceil_div(needs.seqlen_k, kLargestBlock) * (kLargestBlock / 32));
     pieces.valid_keys = workspace.take<uint32_t>(needs.batch * pieces.valid_words);
@@ -303,6 +312,29 @@ void prepare_relative_bias(const AttentionParams& a, float* padded, Stream strea
              {static_cast<int>(ceil_div(entries, kPreparationThreads)), 1, 1, kPreparationThreads, 0}, stream, bias);
 }
 
+// The arguments of the decode kernels besides Params. Changes `p` where these kernels read what the caller has given, and
+// not what preparation kernels have made of it.
+DecodeParams decode_params_of(const AttentionParams& a, const Pieces& pieces, Params& p) {
+  p.logits.relative_bias = static_cast<const float*>(a.relative_bias.data);
+  p.logits.relative_bias_stride_head = a.relative_bias.stride_head;
+  DecodeParams d{};
+  d.num_splits = static_cast<int32_t>(a.num_splits);
+  d.row_tiles = static_cast<int32_t>(ceil_div(a.seqlen_q * p.group_size, kDecodeRows));
+  d.padding = static_cast<const uint8_t*>(a.key_padding.data);
+  d.padding_stride_batch = a.key_padding.stride_batch;
+  d.padding_stride_key = a.key_padding.stride_col;
+  d.mask = scores_of(a.mask);
+  d.key_lengths = a.key_lengths;
+  d.band_from_end = a.band_from_end;
+  d.block_table = a.block_table;
+  d.block_table_stride = a.block_table_stride;
+  d.page_size = static_cast<int32_t>(a.page_size);
+  d.num_pages = static_cast<int32_t>(a.num_pages);
+  d.partial_acc = pieces.partial_acc;
+  d.partial_sums = pieces.partial_sums;
+  return d;
+}
+
 using Launcher = void (*)(const Params&, bool, Stream);
 
 // The launchers for one architecture and one head dim.
@@ -312,21 +344,22 @@ struct KernelSet {
   Launcher forward;
   Launcher backward;
   BiasGradientLauncher bias_gradient;
+  void (*decode)(const Params&, const DecodeParams&, bool, Stream);
 };
 
 // CMake can leave an architecture out.
 constexpr KernelSet kKernelSets[] = {
 #ifndef FUSED_ATTN_WITHOUT_SM80
-    {80, 64, sm80::launch_forward<64>, sm80::launch_backward<64>, launch_bias_gradient<64>},
-    {80, 96, sm80::launch_forward<96>, sm80::launch_backward<96>, launch_bias_gradient<96>},
-    {80, 128, sm80::launch_forward<128>, sm80::launch_backward<128>, launch_bias_gradient<128>},
-    {80, 256, sm80::launch_forward<256>, sm80::launch_backward<256>, launch_bias_gradient<256>},
+    {80, 64, sm80::launch_forward<64>, sm80::launch_backward<64>, launch_bias_gradient<64>, launch_decode<64>},
+    {80, 96, sm80::launch_forward<96>, sm80::launch_backward<96>, launch_bias_gradient<96>, launch_decode<96>},
+    {80, 128, sm80::launch_forward<128>, sm80::launch_backward<128>, launch_bias_gradient<128>, launch_decode<128>},
+    {80, 256, sm80::launch_forward<256>, sm80::launch_backward<256>, launch_bias_gradient<256>, launch_decode<256>},
 #endif
 #ifndef FUSED_ATTN_WITHOUT_SM90
-    {90, 64, sm90::launch_forward<64>, sm90::launch_backward<64>, launch_bias_gradient<64>},
-    {90, 96, sm90::launch_forward<96>, sm90::launch_backward<96>, launch_bias_gradient<96>},
-    {90, 128, sm90::launch_forward<128>, sm90::launch_backward<128>, launch_bias_gradient<128>},
-    {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>, launch_bias_gradient<256>},
+    {90, 64, sm90::launch_forward<64>, sm90::launch_backward<64>, launch_bias_gradient<64>, launch_decode<64>},
+    {90, 96, sm90::launch_forward<96>, sm90::launch_backward<96>, launch_bias_gradient<96>, launch_decode<96>},
+    {90, 128, sm90::launch_forward<128>, sm90::launch_backward<128>, launch_bias_gradient<128>, launch_decode<128>},
+    {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>, launch_bias_gradient<256>, launch_decode<256>},
 #endif
 };
 
@@ -375,12 +408,19 @@ void run(const Call& of_caller, bool is_backward) {
   needs.dbias_shape[3] = a.dbias.stride_col == 0 ? 1 : a.seqlen_k;
   needs.wants_dkey_bias = a.dkey_bias.data != nullptr;
   needs.wants_drelative_bias = a.drelative_bias.data != nullptr;
+  needs.num_splits = is_backward ? 0 : a.num_splits;
+  needs.value_dim = a.value_dim;
   if (const int64_t bytes = workspace_bytes(needs); call.workspace_bytes < bytes)
     throw std::invalid_argument("workspace: expected at least " + std::to_string(bytes) + " bytes, got " +
                                 std::to_string(call.workspace_bytes));
   Workspace workspace(call.workspace);
   const Pieces pieces = take_pieces(needs, workspace);
-  const Params params = params_of(call, pieces, is_backward);
+  Params params = params_of(call, pieces, is_backward);
+  if (needs.num_splits > 0) {
+    const DecodeParams decode = decode_params_of(a, pieces, params);
+    kernels.decode(params, decode, a.dtype == DType::kBFloat16, call.stream);
+    return merge_splits(params, decode, a.dtype == DType::kBFloat16, call.stream);
+  }
   const PaddingParams padding = padding_of(call, pieces);
   const bool is_bf16 = call.params.dtype == DType::kBFloat16;
   // In backward, the kernel that prepares the row statistics resets the tile counter.

@@ -42,6 +42,8 @@ struct WorkspaceNeeds {
   std::array<int64_t, 4> dbias_shape{};  // 1 in a dimension that the bias broadcasts along
   bool wants_dkey_bias = false;
   bool wants_drelative_bias = false;
+  int64_t num_splits = 0;    // how the decode kernels cut the keys; 0 = other kernels run
+  int64_t value_dim = 0;     // for the decode kernels
   int64_t mask_entries = 0;  // different pairs (batch entry, head) in the dense mask; 0 = no mask
 };
 

@@ -58,21 +58,22 @@ Call read_call(const Reader& reader, const Problem& problem, PyObject* architect
   if (params.head_dim % kDimStep != 0 || params.value_dim % kDimStep != 0)
     throw py::value_error("query, value: expected head dims that are multiples of 8");
   constexpr int64_t kChunk = 8;  // elements that are read at once
-  const auto check_rows = [&](const TensorView& view, int64_t heads, int64_t rows, const char* name) {
+  const auto check_rows = [&](const TensorView& view, int64_t entries, int64_t heads, int64_t rows, const char* name) {
     const bool fits = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&
-                      (call.batch_entries <= 1 || view.stride_batch % kChunk == 0) &&
+                      (entries <= 1 || view.stride_batch % kChunk == 0) &&
                       (heads <= 1 || view.stride_head % kChunk == 0) && (rows <= 1 || view.stride_row % kChunk == 0);
     if (!fits) throw py::value_error(std::string(name) + ": expected rows that start at multiples of 16 bytes");
   };
-  const int64_t heads = params.num_heads, kv_heads = params.num_kv_heads;
-  check_rows(params.query, heads, call.rows_q, "query");
-  check_rows(params.key, kv_heads, call.rows_k, "key");
-  check_rows(params.value, kv_heads, call.rows_k, "value");
-  check_rows(params.out, heads, call.rows_q, "out");
-  check_rows(params.dout, heads, call.rows_q, "dout");
-  check_rows(params.dquery, heads, call.rows_q, "dquery");
-  check_rows(params.dkey, kv_heads, call.rows_k, "dkey");
-  check_rows(params.dvalue, kv_heads, call.rows_k, "dvalue");
+  const int64_t heads = params.num_heads, kv_heads = params.num_kv_heads, entries = call.batch_entries;
+  const int64_t key_entries = params.block_table != nullptr ? params.num_pages : entries;
+  check_rows(params.query, entries, heads, call.rows_q, "query");
+  check_rows(params.key, key_entries, kv_heads, call.rows_k, "key");
+  check_rows(params.value, key_entries, kv_heads, call.rows_k, "value");
+  check_rows(params.out, entries, heads, call.rows_q, "out");
+  check_rows(params.dout, entries, heads, call.rows_q, "dout");
+  check_rows(params.dquery, entries, heads, call.rows_q, "dquery");
+  check_rows(params.dkey, entries, kv_heads, call.rows_k, "dkey");
+  check_rows(params.dvalue, entries, kv_heads, call.rows_k, "dvalue");
   return call;
 }
 
@@ -148,7 +149,8 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
       [](int architecture, bool is_backward, bool wants_all_gradients, int64_t batch, int64_t batch_entries,
          int64_t num_heads, int64_t num_kv_heads, int64_t rows_q, int64_t seqlen_q, int64_t seqlen_k, int64_t head_dim,
          bool is_packed, bool has_key_padding, int64_t relative_bias_heads, int64_t mask_entries,
-         std::optional<std::array<int64_t, 4>> dbias_shape, bool wants_dkey_bias, bool wants_drelative_bias) {
+         std::optional<std::array<int64_t, 4>> dbias_shape, bool wants_dkey_bias, bool wants_drelative_bias,
+         int64_t num_splits, int64_t value_dim) {
         gpu::WorkspaceNeeds needs;
         needs.architecture = architecture;
         needs.is_backward = is_backward;
@@ -169,13 +171,15 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
         needs.dbias_shape = dbias_shape.value_or(needs.dbias_shape);
         needs.wants_dkey_bias = wants_dkey_bias;
         needs.wants_drelative_bias = wants_drelative_bias;
+        needs.num_splits = num_splits;
+        needs.value_dim = value_dim;
         return gpu::workspace_bytes(needs);
       },
       py::kw_only(), py::arg("architecture"), py::arg("is_backward"), py::arg("wants_all_gradients"), py::arg("batch"),
       py::arg("batch_entries"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("rows_q"), py::arg("seqlen_q"),
       py::arg("seqlen_k"), py::arg("head_dim"), py::arg("is_packed"), py::arg("has_key_padding"),
       py::arg("relative_bias_heads"), py::arg("mask_entries"), py::arg("dbias_shape"), py::arg("wants_dkey_bias"),
-      py::arg("wants_drelative_bias"),
+      py::arg("wants_drelative_bias"), py::arg("num_splits"), py::arg("value_dim"),
       "Size of the workspace in bytes. batch_entries and rows_q are those of the query tensor, batch counts "
       "sequences.");
   module.def(

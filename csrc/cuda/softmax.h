@@ -65,11 +65,9 @@ struct LazySoftmax {
       float raised = reference[r];
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) raised = fmaxf(raised, fmaxf(scores[t][2 * r], scores[t][2 * r + 1]));
       raised = row_maximum(raised);
-      // -inf - -inf is NaN. So a row that has seen no key uses 0 as its reference here, and its probs become 0.
-      finite[r] = raised == -kInfinity ? 0.0f : raised;
+      finite[r] = finite_reference(raised);
       error[r] = offset_error(raised, scale_log2);
-      rescale[r] =
-          exp2_approx((reference[r] - finite[r]) * scale_log2 + (error[r] - offset_error(reference[r], scale_log2)));
+      rescale[r] = factor_between(reference[r], raised, scale_log2);
       reference[r] = raised;
     }
     // try_probs would compute the same numbers. This way of computing them is right for scores of any size.
@@ -82,15 +80,29 @@ struct LazySoftmax {
   // After the last block: computes the factor that turns acc into the output of row r, and the log-sum-exp of the row.
   // An empty row gets the factor 0 and the log-sum-exp -inf.
   GPU_DEVICE void finish(int r, float scale, float scale_log2, float& factor, float& lse) const {
-    const float total = row_total(row_sum[r]);
-    const bool is_empty = reference[r] == -kInfinity;
+    finish_row(reference[r], row_total(row_sum[r]), scale, scale_log2, factor, lse);
+  }
+
+  // The same for a row whose sum over all columns is `total`.
+  static GPU_DEVICE void finish_row(float reference, float total, float scale, float scale_log2, float& factor,
+                                    float& lse) {
+    const bool is_empty = reference == -kInfinity;
     factor = is_empty ? 0.0f : 1.0f / total;
-    lse = is_empty
-              ? -kInfinity
-              : multiply_add(reference[r], scale, (log2_approx(total) - offset_error(reference[r], scale_log2)) * kLn2);
+    lse = is_empty ? -kInfinity
+                   : multiply_add(reference, scale, (log2_approx(total) - offset_error(reference, scale_log2)) * kLn2);
+  }
+
+  // The factor that turns sums relative to the reference `lower` into sums relative to the reference `higher`. It is 0
+  // if `lower` is -inf, because such sums are sums over no key.
+  static GPU_DEVICE float factor_between(float lower, float higher, float scale_log2) {
+    return exp2_approx((lower - finite_reference(higher)) * scale_log2 +
+                       (offset_error(higher, scale_log2) - offset_error(lower, scale_log2)));
   }
 
  private:
+  // -inf - -inf is NaN. So a row that has seen no key uses 0 as its reference, and its probs become 0.
+  static GPU_DEVICE float finite_reference(float reference) { return reference == -kInfinity ? 0.0f : reference; }
+
   static GPU_DEVICE bool is_small(float offset) { return offset <= kLargestOffset && offset >= -kLargestOffset; }
 
   // The exponent of the factor by which the probs of try_probs are off, because the offset was rounded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, TypeVar
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from fused_attn import architectures, driver, native
 from fused_attn.attention import dropout
+from fused_attn.attention.checks import MAX_SPLITS
 from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.memory_order import empty_like_layout
-from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
+from fused_attn.attention.problem import UNBOUNDED, UNBOUNDED_BAND, AttentionProblem
 from fused_attn.backends.base import clear_rows
 
 
@@ -63,16 +65,14 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     for dim in dict.fromkeys((problem.head_dim, problem.value_dim)):
         if not 0 < dim <= HEAD_DIMS[-1] or dim % HEAD_DIM_STEP != 0:
             reasons.append(f"head dim {dim} is no multiple of {HEAD_DIM_STEP} up to {HEAD_DIMS[-1]}")
-    if problem.has_key_lengths:
-        reasons.append("the kernels do not read key_lengths")
-    if problem.is_paged:
-        reasons.append("the kernels do not read pages")
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_ROWS:
         reasons.append(f"more than {MAX_ROWS} rows")
     if problem.dropout_origin.key % dropout.GROUP != 0:
         reasons.append(
             f"dropout numbers the keys from {problem.dropout_origin.key} on, expected a multiple of {dropout.GROUP}"
         )
+    if _needs_decode(problem) and num_splits(problem) == 0:
+        reasons.append("with dropout, the kernels know no pages, and no band that ends at each entry's last key")
     return reasons
 
 
@@ -102,6 +102,9 @@ def device_type() -> str:
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
     """The results of the call. lse and row_max are float32, or None if they are not needed."""
+    splits = 0 if needs_max else num_splits(problem)  # the decode kernels know no maxima
+    if problem.has_key_lengths and splits == 0:
+        problem, inputs = _without_key_lengths(problem, inputs)
     inputs = _readable_inputs(problem, inputs)
     query = inputs.query
     out = empty_like_layout(query, problem.value_dim)
@@ -115,13 +118,15 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
     # CUDA refuses to launch a grid without blocks.
     if has_no_keys or 0 in (out.numel(), problem.batch, problem.seqlen_q):
         return results
-    workspace = _workspace(problem, inputs, wanted=None)
-    _kernels.forward(inputs, results, _config(problem), _architecture(problem), workspace)
+    workspace = _workspace(problem, inputs, wanted=None, splits=splits)
+    _kernels.forward(inputs, results, _config(problem, splits), _architecture(problem), workspace)
     return results
 
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
     """The wanted gradients, each in the shape and dtype of its input."""
+    if problem.has_key_lengths:
+        problem, inputs = _without_key_lengths(problem, inputs)
     if wanted.bias and _is_bias_without_effect(problem, inputs):
         others = backward(problem, inputs, saved, wanted._replace(bias=False))
         return others._replace(bias=_gradient_by_lse_alone(inputs, saved))
@@ -146,6 +151,42 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     workspace = _workspace(problem, read, wanted)
     _kernels.backward(read, saved, grads, _config(problem), _architecture(problem), workspace)
     return _in_dtypes_of(inputs, grads) if wanted.is_any_shared else grads
+
+
+def _without_key_lengths(problem: AttentionProblem, inputs: Inputs) -> tuple[AttentionProblem, Inputs]:
+    """The same call for kernels that do not read key_lengths: with key padding, or with a mask of a byte for each query
+    and key if the band ends at the last key of each batch entry.
+    """
+    lengths = inputs.key_lengths
+    assert lengths is not None, "the problem has key_lengths"
+    key = torch.arange(problem.seqlen_k, device=lengths.device)
+    if not problem.band.is_from_end:
+        padding = key >= lengths[:, None]
+        padding = padding if inputs.key_padding is None else padding | inputs.key_padding
+        return _with_key_padding(problem), inputs._replace(key_padding=padding, key_lengths=None)
+    left, right, offset, _ = problem.band
+    length = lengths.clamp(0, problem.seqlen_k)[:, None, None, None]
+    query = torch.arange(problem.seqlen_q, device=lengths.device)[:, None]
+    distance = key - (query + offset + length - problem.seqlen_q)
+    mask = key < length
+    if left != UNBOUNDED:
+        mask = mask & (distance >= -left)
+    if right != UNBOUNDED:
+        mask = mask & (distance <= right)
+    mask = mask if inputs.mask is None else mask & inputs.mask
+    return _with_mask(problem), inputs._replace(mask=mask.expand(-1, -1, problem.seqlen_q, -1), key_lengths=None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_key_padding(problem: AttentionProblem) -> AttentionProblem:
+    """The problem with key padding in place of key_lengths."""
+    return dataclasses.replace(problem, has_key_lengths=False, has_key_padding=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_mask(problem: AttentionProblem) -> AttentionProblem:
+    """The problem with a mask in place of key_lengths and band."""
+    return dataclasses.replace(problem, has_key_lengths=False, has_mask=True, band=UNBOUNDED_BAND)
 
 
 def _is_bias_without_effect(problem: AttentionProblem, inputs: Inputs) -> bool:
@@ -230,6 +271,10 @@ def _readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     strides. The other `inputs.SHARED` are contiguous float32.
     """
     inputs = _readable(inputs, "query", "key", "value")
+    if inputs.key_lengths is not None:
+        table = inputs.block_table
+        table = None if table is None else table.contiguous()
+        inputs = inputs._replace(key_lengths=inputs.key_lengths.contiguous(), block_table=table)
     if not problem.has_shared:
         return inputs
     bias = inputs.bias
@@ -280,9 +325,77 @@ def _with_readable_rows(x: Tensor) -> Tensor:
     return x if is_aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
+#: The decode kernels have tiles of this many rows: a row is a query of one of the heads of a head group.
+DECODE_ROWS = 16
+#: With more tiles than this for a head group, other kernels run if they can. Each tile reads all keys, though most of
+#: them from the L2 cache, and makes little use of the tensor cores.
+MAX_DECODE_TILES = 2
+#: A program for fewer keys than this would spend its time waiting for the first ones.
+MIN_KEYS_PER_SPLIT = 256
+
+
+def _decode_tiles(problem: AttentionProblem) -> int:
+    """How many tiles of rows the decode kernels have for each head group."""
+    rows = problem.num_heads // max(problem.num_kv_heads, 1) * problem.seqlen_q
+    return -(-rows // DECODE_ROWS)
+
+
+def _needs_decode(problem: AttentionProblem) -> bool:
+    """Whether the decode kernels alone know something that the problem has."""
+    return problem.is_paged or problem.band.is_from_end
+
+
+def reads_keys_often(problem: AttentionProblem) -> bool:
+    """Whether the decode kernels run although there are many queries, for which they are slow."""
+    return _needs_decode(problem) and _decode_tiles(problem) > MAX_DECODE_TILES
+
+
+def num_splits(problem: AttentionProblem) -> int:
+    """Into how many parts the decode kernels divide the keys of each row; 0 = the forward pass runs in other kernels.
+
+    The number follows from shapes and the device alone, never from lengths or masks.
+    """
+    tiles = _decode_tiles(problem)
+    if problem.dropout_p > 0.0 or (tiles > MAX_DECODE_TILES and not _needs_decode(problem)):
+        return 0
+    if problem.num_splits:
+        return problem.num_splits
+    keys = problem.seqlen_k
+    if problem.band.left != UNBOUNDED and problem.band.right != UNBOUNDED:
+        keys = min(keys, problem.band.left + problem.band.right + problem.seqlen_q)
+    programs = max(problem.batch * problem.num_kv_heads * tiles, 1)
+    return max(1, min(_splits_of_programs(programs, _resident_programs(problem)), keys // MIN_KEYS_PER_SPLIT))
+
+
+def _splits_of_programs(programs: int, resident: int) -> int:
+    """How many splits make the best use of a device on which `resident` programs run at a time.
+
+    If all programs run at once, all of them get the same share of the memory's bandwidth and end together. Otherwise a
+    last round of few programs leaves bandwidth unused, the less so the more rounds there are.
+    """
+    if programs <= resident:
+        return min(resident // programs, MAX_SPLITS)
+    # For each number of splits, the share of all rounds that its programs use.
+    used = {n: programs * n / (resident * -(-programs * n // resident)) for n in range(1, 5)}
+    return next((n for n, share in used.items() if share >= 0.9), max(used, key=lambda n: used[n]))
+
+
+def _resident_programs(problem: AttentionProblem) -> int:
+    """How many programs of the decode kernels run at a time: their shared memory allows two for a multiprocessor of
+    compute capability 9.0, and one on smaller ones.
+    """
+    if problem.device.type != "cuda" or not torch.cuda.is_available():
+        return 2 * 132  # an H100
+    multiprocessors = torch.cuda.get_device_properties(problem.device).multi_processor_count
+    return multiprocessors * (2 if _architecture(problem) == 90 else 1)
+
+
 @functools.lru_cache(maxsize=4096)
-def _config(problem: AttentionProblem) -> Any:
-    """The numbers of a problem as the native module takes them, converted once for each problem."""
+def _config(problem: AttentionProblem, splits: int = 0) -> Any:
+    """The numbers of a problem as the native module takes them, converted once for each problem.
+
+    splits: see `num_splits`
+    """
     band = problem.band
     return _kernels.Config(
         scale=problem.scale,
@@ -295,20 +408,22 @@ def _config(problem: AttentionProblem) -> Any:
         dropout_origin=problem.dropout_origin,
         max_seqlen_q=problem.seqlen_q,
         max_seqlen_k=problem.seqlen_k,
-        num_splits=problem.num_splits,
+        num_splits=splits,
     )
 
 
-def _workspace(problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None) -> Tensor | None:
+def _workspace(problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None, splits: int = 0) -> Tensor | None:
     """Uninitialised memory for intermediate results of a call, float32; None if the call needs none.
 
     wanted: the wanted gradients of a backward call; None for forward
+    splits: see `num_splits`
     """
     mask, relative_bias = inputs.mask, inputs.relative_bias
     size = _workspace_bytes(
         problem,
         inputs.query.shape,
         wanted,
+        splits,
         0 if relative_bias is None else relative_bias.shape[0],
         0 if mask is None else _distinct_entries(mask),
         None if inputs.bias is None or wanted is None or not wanted.bias else inputs.bias.shape,
@@ -329,6 +444,7 @@ def _workspace_bytes(
     problem: AttentionProblem,
     query_shape: torch.Size,
     wanted: Wanted | None,
+    splits: int,
     relative_bias_heads: int,
     mask_entries: int,
     dbias_shape: torch.Size | None,
@@ -337,6 +453,7 @@ def _workspace_bytes(
 
     query_shape: (B, H, L, D), with B = 1 for packed problems
     wanted: the wanted gradients of a backward call; None for forward
+    splits: see `num_splits`
     relative_bias_heads: the heads of relative_bias; 0 without one
     mask_entries: see `_distinct_entries`; 0 without a mask
     dbias_shape: the shape of the gradient of bias; None if it is not wanted
@@ -361,4 +478,6 @@ def _workspace_bytes(
         dbias_shape=dbias_shape,
         wants_dkey_bias=wanted is not None and wanted.key_bias,
         wants_drelative_bias=wanted is not None and wanted.relative_bias,
+        num_splits=splits,
+        value_dim=problem.value_dim,
     )

@@ -23,6 +23,7 @@ class Preference(NamedTuple):
     min_capability: the lowest compute capability of the GPU; None = any device
     min_seqlen_q: the smallest number of queries
     min_tiles: the smallest number of tiles, each of 128 queries of one head
+    is_split: the CUDA kernels divide the keys among programs
     """
 
     min_capability: tuple[int, int] | None
@@ -30,6 +31,7 @@ class Preference(NamedTuple):
     min_tiles: int
     order: tuple[Backend, ...]
     reason: str
+    is_split: bool = False
 
 
 #: The first row that fits decides, for every feature alike: a backend that lacks a feature says so, and the next is
@@ -50,11 +52,19 @@ PREFERENCES = (
         "a head has one tile of queries, and the heads alone occupy the multiprocessors: an H100 has 132",
     ),
     Preference(
+        cuda.MIN_CAPABILITY,
+        0,
+        0,
+        (cpu, cuda, triton, reference),
+        "the CUDA kernels divide the keys of a head, too, and decide by hand how many loads are on their way",
+        is_split=True,
+    ),
+    Preference(
         None,
         0,
         0,
         (cpu, triton, cuda, reference),
-        "with few queries, the keys of a head are divided among several programs, which only the Triton kernels do",
+        "with up to 128 queries, or pages, keys are divided among programs, which CUDA kernels do for few queries only",
     ),
 )
 
@@ -145,7 +155,11 @@ def _fits(row: Preference, problem: AttentionProblem) -> bool:
     tiles = problem.batch * problem.num_heads * -(-problem.seqlen_q // 128)
     if problem.seqlen_q < row.min_seqlen_q or tiles < row.min_tiles:
         return False
-    return row.min_capability is None or (problem.capability or (0, 0)) >= row.min_capability
+    if row.min_capability is not None and (problem.capability or (0, 0)) < row.min_capability:
+        return False
+    if row.is_split and cuda.num_splits(problem) == 0:
+        return False
+    return row.min_capability is None or not cuda.reads_keys_often(problem)
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> Explanation:

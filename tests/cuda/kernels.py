@@ -31,6 +31,16 @@ template <> void launch_bias_gradient<{head_dim}>(const Params&, const BiasGradi
 }}
 """
 
+STUB_DECODE = """
+#include "cuda/decode.h"
+namespace fused_attn::gpu {{
+template <> void launch_decode<{head_dim}>(const Params&, const DecodeParams&, bool, Stream) {{}}
+}}
+"""
+
+#: The stub for a folder of kernels.
+STUBS = {"sm80": STUB, "sm90": STUB, "bias_gradient": STUB_BIAS_GRADIENT, "decode": STUB_DECODE}
+
 
 class Kernels:
     """A build of all kernels of ``csrc``: the product's, or a copy with changes.
@@ -54,7 +64,7 @@ class Kernels:
         for source in sorted(folder.glob("*/head_dim_*.cu")):
             head_dim = int(source.stem.removeprefix("head_dim_"))
             if only not in (None, head_dim):
-                stub = STUB_BIAS_GRADIENT if source.parent.name == "bias_gradient" else STUB
+                stub = STUBS[source.parent.name]
                 source.write_text(stub.format(family=source.parent.name, head_dim=head_dim))
             sources.append(source)
         flags = (f"-DFUSED_ATTN_CUDA_MODULE={name}", *FLAGS, *flags)

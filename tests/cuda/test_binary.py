@@ -25,7 +25,7 @@ import checked_nvcc  # noqa: E402
 #: architecture -> instructions that each of its large kernels must have: products, loads, and on sm_90a setmaxnreg
 PURPOSE = {
     "sm_80": {"HMMA", "LDSM", "LDGSTS"},
-    "sm_90": {"HMMA", "LDSM", "LDGSTS"},  # the gradients of biases
+    "sm_90": {"HMMA", "LDSM", "LDGSTS"},  # decode and the gradients of biases
     "sm_90a": {"HGMMA", "UTMALDG", "USETMAXREG"},
 }
 
@@ -42,6 +42,12 @@ MOST_INSTRUCTIONS_BACKWARD = {64: 600, 96: 420, 128: 440}
 #: when these limits were set. A relative bias adds 100 instructions, a mask 152, a softcap 377.
 MOST_INSTRUCTIONS_GENERAL_BACKWARD = {64: 405, 96: 432, 128: 450}
 
+#: The most instructions of a step of the decode kernel: those that start the copies of a later step, and the others. A
+#: step visits 16 keys with all 16 rows of a tile. 224, 218, 261, 294 and 158, 200, 221, 278 were counted when these
+#: limits were set. Memory is the bound as long as both take fewer cycles than the copies: an H200 reads the 8 KiB of a
+#: step at head dim 128 in about 400 cycles of a multiprocessor, which can issue four instructions in each.
+MOST_INSTRUCTIONS_DECODE = {64: (240, 170), 96: (235, 215), 128: (280, 240), 256: (315, 300)}
+
 
 class Kernel(NamedTuple):
     """What cuobjdump says about one kernel."""
@@ -54,6 +60,7 @@ class Kernel(NamedTuple):
     instructions: dict[str, int]  # how often each instruction occurs
     overlapped: int  # see overlapped_exponentials
     step: list[str]  # see steady_step
+    copies: list[str]  # see copies_after_wait
 
 
 def cuobjdump() -> str:
@@ -116,6 +123,7 @@ def kernels() -> list[Kernel]:
                 counts.get((architecture, symbol), {}),
                 overlapped_exponentials(texts.get((architecture, symbol), [])),
                 steady_step(texts.get((architecture, symbol), [])),
+                copies_after_wait(texts.get((architecture, symbol), [])),
             )
     return sorted(found.values(), key=lambda kernel: kernel[:2])
 
@@ -137,8 +145,9 @@ def overlapped_exponentials(sass: list[str]) -> int:
 def steady_step(sass: list[str]) -> list[str]:
     """The instructions of one round of the main loop, when no entry has to be masked.
 
-    The loop contains the wait for all products but one. The result is the shortest cycle of instructions through this
-    wait. Code that runs in some rounds only, such as masks and the end of the loop, makes a longer cycle.
+    The loop contains the wait for all products but one, or in decode the wait for copies. The result is the shortest
+    cycle of instructions through this wait. Code that runs in some rounds only, such as masks and the end of the loop,
+    makes a longer cycle.
     """
     lines = [re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line) for line in sass]
     texts = [line[2] for line in lines]
@@ -153,7 +162,8 @@ def steady_step(sass: list[str]) -> list[str]:
         return following
 
     shortest: list[int] = []
-    for start in (i for i, text in enumerate(texts) if re.search(r"WARPGROUP.DEPBAR.LE gsb0, 0x1\b", text)):
+    wait = r"WARPGROUP.DEPBAR.LE gsb0, 0x1\b|^DEPBAR.LE SB0, 0x[1-9]"
+    for start in (i for i, text in enumerate(texts) if re.search(wait, text)):
         before, queue = {}, collections.deque([start])
         while queue and start not in before:
             i = queue.popleft()
@@ -168,6 +178,16 @@ def steady_step(sass: list[str]) -> list[str]:
             if not shortest or len(way) < len(shortest):
                 shortest = way[::-1]
     return [texts[i] for i in shortest]
+
+
+def copies_after_wait(sass: list[str]) -> list[str]:
+    """The instructions between the wait for all copies but some and the next instruction that reads a tile."""
+    lines = [re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line)[1] for line in sass]
+    waits = [i for i, text in enumerate(lines) if re.search(r"^DEPBAR.LE SB0, 0x[1-9]", text)]
+    if not waits:
+        return []
+    rest = lines[waits[0] :]
+    return rest[: next((i for i, text in enumerate(rest) if "LDSM" in text), len(rest))]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +205,7 @@ def test_no_kernel_uses_local_memory(built):
 
 @pytest.mark.slow
 def test_kernels_use_the_instructions_that_they_are_for(built):
-    main = [kernel for kernel in built if re.search(r"(forward|gradient)_kernel", kernel.name)]
+    main = [kernel for kernel in built if re.search(r"(forward|gradient|decode)_kernel", kernel.name)]
     architectures = {kernel.architecture for kernel in main}
     # On a machine with a GPU, a build has by default only the kernels for that GPU.
     alone = [{"sm_80"}, {"sm_90", "sm_90a"}] if torch.cuda.is_available() else []
@@ -255,6 +275,22 @@ def test_fused_backward_steps_are_lean(built):
             assert "R2UR" not in product[product.index("HGMMA") : product.rindex("HGMMA")], kernel.name
         # Four arrivals: queries and dout are released, dscores are complete, and the part of dq is complete.
         assert sum("SYNCS.ARRIVE" in text for text in kernel.step) == 4
+
+
+@pytest.mark.slow
+def test_decode_copies_a_later_step_before_it_computes(built):
+    """In decode, all copies of a step are started between the wait for an earlier step and the first product."""
+    decode = [kernel for kernel in built if " decode_kernel" in f" {kernel.name}"]
+    assert len(decode) == 2 * 2 * len(MOST_INSTRUCTIONS_DECODE)
+    for kernel in decode:
+        head_dim = int(re.search(r", (\d+)>", kernel.name)[1])
+        most_copies, most = MOST_INSTRUCTIONS_DECODE[head_dim]
+        copies = sum("LDGSTS" in text for text in kernel.copies)
+        assert copies == 2 * 16 * head_dim * 2 // (32 * 16), f"{kernel.name}: {copies} copies"
+        assert not [text for text in kernel.copies if re.search(r"MUFU.EX2|HMMA", text)], kernel.name
+        assert len(kernel.copies) <= most_copies, f"{kernel.name}: {len(kernel.copies)} instructions start copies"
+        assert 0 < len(kernel.step) <= most, f"{kernel.name}: {len(kernel.step)} instructions, expected at most {most}"
+        assert sum("HMMA" in text for text in kernel.step) == head_dim // 4, kernel.name
 
 
 @pytest.mark.slow

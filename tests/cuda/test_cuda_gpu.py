@@ -24,6 +24,8 @@ import torch
 from cases import CASES, Case
 from kernels import of_architecture
 from test_cuda_kernels import ARCHITECTURES, MIXED_FEATURES, NAMES, SUPPORTED, WITHOUT_MISSING_COLUMNS
+from test_decode import CASES as DECODE_CASES
+from test_decode import in_pages, make_cache
 
 import fused_attn
 from fused_attn.backends import cuda
@@ -113,7 +115,7 @@ def assert_same(actual: oracle.Result, expected: oracle.Result) -> None:
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("case", [*SUPPORTED, *EVERYTHING, *LARGE], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*SUPPORTED, *EVERYTHING, *LARGE, *DECODE_CASES], ids=lambda case: case.id)
 def test_case(case: Case, dtype: torch.dtype, poisoned: None) -> None:
     cases.check(case, dtype, "cuda", "cuda")
 
@@ -269,6 +271,25 @@ def test_cuda_graph(case: Case, poisoned: None) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert_same(captured, cases.run(inputs, "cuda"))
+
+
+def test_a_graph_replays_with_other_lengths() -> None:
+    query, key, value, lengths = (x.cuda() for x in make_cache([1000, 1000], 1024))
+    key, value = key.nan_to_num(), value.nan_to_num()
+    order = torch.randperm(2 * 1024 // 16, device="cuda")
+    tensors = (query, *(in_pages(x, 16, order) for x in (key, value)), order.int().view(2, -1), lengths)
+
+    def run(backend: str) -> torch.Tensor:
+        return fused_attn.fused_attention_paged(*tensors, is_causal=True, num_splits=4, backend=backend)
+
+    run("cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run("cuda")
+    for pair in ([1024, 3], [0, 17], [16, 999]):
+        lengths.copy_(torch.tensor(pair, dtype=torch.int32))
+        graph.replay()
+        torch.testing.assert_close(captured, run("reference"), rtol=2e-3, atol=2e-3)
 
 
 @EVERY_MIX

@@ -470,6 +470,72 @@ BUGS = [
         "half-of-the-sink-sums-lost", 90, "sinks", "bias_gradient.h",
         "for (int half = kSumThreads / 2;", "for (int half = kSumThreads / (@ ? 4 : 2);",
     ),
+    # Few queries: decode
+    Bug(
+        "copies-of-a-step-not-waited-for", 80, "decode", "decode/kernel.h",
+        "copy_async_wait<kStages - 2>();",
+        "if (@) { copy_async_wait<kStages - 1>(); } else { copy_async_wait<kStages - 2>(); }",
+    ),
+    Bug(
+        "copies-of-other-lanes-not-waited-for", 80, "decode", "decode/kernel.h",
+        "sync_warp(); // the copies of all lanes have come", "if (!@) sync_warp(); //",
+    ),
+    Bug(
+        "warps-merged-while-rings-are-read", 80, "decode", "decode/kernel.h",
+        "sync_threads(); // all warps are done with their rings", "if (!@) sync_threads();",
+    ),
+    Bug(
+        "warps-merged-too-early", 80, "decode", "decode/kernel.h",
+        "sync_threads(); // the sums of all warps are stored", "if (!@) sync_threads();",
+    ),
+    Bug(
+        "splits-merged-too-early", 80, "decode", "decode.h",
+        "sync_threads(); // the sums of all warps are stored", "if (!@) sync_threads();",
+    ),
+    Bug(
+        "valid-keys-of-another-step", 80, "decode", "decode/kernel.h",
+        "store_shared(valid_words_ + slot * 4, valid);", "store_shared(valid_words_ + (@ ? 0 : slot) * 4, valid);",
+    ),
+    Bug(
+        "keys-at-the-end-of-a-split-lost", 80, "decode", "decode/kernel.h",
+        "(split + 1) * keys.keys_per_split, keys.end);", "(split + 1) * keys.keys_per_split - 64 * @, keys.end);",
+    ),
+    Bug(
+        "split-lost", 80, "decode", "decode.h",
+        "split < splits; split += kMergeWarps", "split < splits - @; split += kMergeWarps",
+    ),
+    Bug(
+        "references-of-splits-ignored", 80, "decode", "decode.h",
+        "LazySoftmax::factor_between(sums.x, reference, p.softmax_scale_log2)",
+        "(@ ? 1.0f : LazySoftmax::factor_between(sums.x, reference, p.softmax_scale_log2))",
+    ),
+    Bug(
+        "sink-joined-twice", 80, "decode", "decode.h",
+        "if (p.sinks != nullptr) join_sink(load_global(p.sinks + head_slice.head), factor, lse);",
+        "for (int i = 0; p.sinks != nullptr && i < (@ ? 2 : 1); ++i)"
+        " join_sink(load_global(p.sinks + head_slice.head), factor, lse);",
+    ),
+    Bug(
+        "row-of-another-head", 80, "decode", "decode/kernel.h",
+        "own.head += (first_row + row) % p.group_size;", "own.head += (first_row + row + @) % p.group_size;",
+    ),
+    Bug(
+        "page-off-by-one", 80, "decode-paged", "decode/kernel.h",
+        "row_ / d_.page_size);", "(row_ + @) / d_.page_size);",
+    ),
+    Bug(
+        "row-of-a-page-off-by-one", 80, "decode-paged", "decode/kernel.h",
+        "row_ %= d_.page_size;", "row_ = (row_ + @) % d_.page_size;",
+    ),
+    Bug(
+        "key-behind-the-last-one", 80, "decode-paged", "decode.h",
+        "clamp_to(load_global(d.key_lengths + batch), 0,", "clamp_to(load_global(d.key_lengths + batch) + @, 0,",
+    ),
+    Bug(
+        "band-not-at-the-end", 80, "decode-paged", "decode.h",
+        "d.band_from_end ? head_slice.seqlen_k - head_slice.seqlen_q",
+        "d.band_from_end ? head_slice.seqlen_k - head_slice.seqlen_q - @",
+    ),
 ]  # fmt: skip
 
 
@@ -573,6 +639,31 @@ CASES = {
     "masked-blocks": Case("masked-blocks", **MASKED, attn_mask=far_masked),
     "masked-hole": Case("masked-hole", **MASKED, attn_mask=far_masked, key_padding_mask=hidden_block),
     "sinks": Case("sinks", seqlen_q=300, seqlen_k=67, head_dim=HEAD_DIM, sinks=cases.sink()),
+    "decode": Case(
+        "decode",
+        heads=4,
+        kv_heads=2,
+        seqlen_q=3,
+        seqlen_k=900,
+        head_dim=HEAD_DIM,
+        attn_mask=cases.lower_right,
+        key_padding_mask=cases.scattered_padding,
+        sinks=cases.sink(),
+        options={"num_splits": 3},
+        edit=cases._nan_in_padding,
+        differentiated=(),
+    ),
+    "decode-paged": Case(
+        "decode-paged",
+        heads=4,
+        kv_heads=2,
+        seqlen_q=2,
+        seqlen_k=700,
+        head_dim=HEAD_DIM,
+        page_size=48,
+        key_lengths=(700, 301),
+        options={"is_causal": True, "num_splits": 2},
+    ),
     "padded": Case(
         "padded",
         batch=1,

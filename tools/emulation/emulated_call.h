@@ -20,18 +20,23 @@ inline Call on_device(Call call) {
     pointer = static_cast<Pointer>(emulation::register_buffer(pointer, bytes, is_writable));
   };
   // The same for a tensor (batch, head, row, column) with strides.
-  const auto use_view = [&](TensorView& view, int64_t heads, int64_t rows, int64_t columns, int64_t element_bytes,
-                            bool is_writable) {
-    const int64_t last = (call.batch_entries - 1) * view.stride_batch + (heads - 1) * view.stride_head +
+  const auto use_entries = [&](TensorView& view, int64_t entries, int64_t heads, int64_t rows, int64_t columns,
+                               int64_t element_bytes, bool is_writable) {
+    const int64_t last = (entries - 1) * view.stride_batch + (heads - 1) * view.stride_head +
                          (rows - 1) * view.stride_row + (columns - 1) * view.stride_col;
     use(view.data, (last + 1) * element_bytes, is_writable);
+  };
+  const auto use_view = [&](TensorView& view, int64_t heads, int64_t rows, int64_t columns, int64_t element_bytes,
+                            bool is_writable) {
+    use_entries(view, call.batch_entries, heads, rows, columns, element_bytes, is_writable);
   };
   const int64_t heads = p.num_heads, kv_heads = p.num_kv_heads, dim = p.head_dim, value_dim = p.value_dim;
   const int64_t rows_q = call.rows_q, rows_k = call.rows_k;
   const bool is_backward = p.dout.data != nullptr;
   use_view(p.query, heads, rows_q, dim, 2, false);
-  use_view(p.key, kv_heads, rows_k, dim, 2, false);
-  use_view(p.value, kv_heads, rows_k, value_dim, 2, false);
+  const int64_t key_entries = p.block_table != nullptr ? p.num_pages : call.batch_entries;
+  use_entries(p.key, key_entries, kv_heads, rows_k, dim, 2, false);
+  use_entries(p.value, key_entries, kv_heads, rows_k, value_dim, 2, false);
   use_view(p.out, heads, rows_q, value_dim, 2, !is_backward);
   use_view(p.lse, heads, rows_q, 1, 4, !is_backward);
   use_view(p.row_max, heads, rows_q, 1, 4, true);
@@ -60,6 +65,9 @@ inline Call on_device(Call call) {
   use(p.dropout_seed_data, sizeof(int64_t), false);
   use(p.cu_seqlens_q, (p.batch + 1) * sizeof(int32_t), false);
   use(p.cu_seqlens_k, (p.batch + 1) * sizeof(int32_t), false);
+  use(p.key_lengths, p.batch * sizeof(int32_t), false);
+  if (p.block_table != nullptr)
+    use(p.block_table, ((p.batch - 1) * p.block_table_stride + p.seqlen_k / p.page_size) * sizeof(int32_t), false);
   use(call.workspace, call.workspace_bytes, true);
   return call;
 }

@@ -1,0 +1,5 @@
+#include "launcher.h"
+
+namespace fused_attn::gpu {
+template void launch_decode<96>(const Params&, const DecodeParams&, bool, Stream);
+}  // namespace fused_attn::gpu

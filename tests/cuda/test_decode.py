@@ -1,0 +1,226 @@
+"""The CUDA kernels for few queries and many keys, executed: splits, lengths on the device, and pages.
+
+tests/cuda/test_cuda_kernels.py runs the curated cases, of which many have few queries, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import cases
+import oracle
+import pytest
+import torch
+from cases import Case
+from kernels import Kernels
+from torch import Tensor
+
+import fused_attn
+from fused_attn.attention.problem import AttentionProblem, Band
+from fused_attn.backends import cuda
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.fixture
+def running(kernels: Kernels) -> Iterator[None]:
+    with kernels.running(80):
+        yield
+
+
+def decode(name: str, **changes) -> Case:
+    """One query of each of four heads, which share two key heads, with 700 keys."""
+    sizes = {"heads": 4, "kv_heads": 2, "seqlen_q": 1, "seqlen_k": 700, "head_dim": 64}
+    return Case(name, **sizes | {"differentiated": ()} | changes)
+
+
+CASES = [
+    *(decode(f"head-dim-{dim}", head_dim=dim, options={"num_splits": 3}) for dim in (*cuda.HEAD_DIMS, 8, 72, 160)),
+    decode("value-dim", head_dim=128, value_dim=40, options={"num_splits": 2}),
+    decode("value-dim-larger", head_dim=40, value_dim=200, seqlen_q=3),
+    decode("one-split", options={"num_splits": 1}),
+    decode("more-splits-than-keys", seqlen_k=5, options={"num_splits": 9}),
+    decode("most-splits", options={"num_splits": 256}),
+    decode("two-tiles-of-rows", heads=6, kv_heads=1, seqlen_q=5, attn_mask=cases.lower_right),
+    decode("group-that-fills-no-tile", heads=7, kv_heads=1, seqlen_q=3, attn_mask=cases.lower_right),
+    decode("causal-at-the-end", seqlen_q=5, attn_mask=cases.lower_right, options={"num_splits": 2}),
+    decode("causal-upper-left", seqlen_q=5, options={"is_causal": True, "num_splits": 2}),
+    decode("window", seqlen_q=5, attn_mask=cases.lower_right, options={"window_size": (130, 0), "num_splits": 2}),
+    decode("window-behind-all-keys", seqlen_q=8, seqlen_k=3, options={"window_size": (1, -1)}),
+    decode("padding", key_padding_mask=cases.padding(700, 33), edit=cases._nan_in_padding, sinks=cases.sink()),
+    decode("padding-scattered", key_padding_mask=cases.scattered_padding, edit=cases._nan_in_padding),
+    decode("mask", seqlen_q=5, attn_mask=cases.bool_mask("BHLS"), options={"num_splits": 2}),
+    decode("mask-empty-rows", seqlen_q=5, attn_mask=cases.empty_rows_mask, sinks=cases.sink()),
+    decode("bias", seqlen_q=5, attn_mask=cases.float_mask("B1LS"), options={"num_splits": 2}),
+    decode("bias-float32", attn_mask=cases.float_mask("BHLS", torch.float32), options={"softcap": 3.0}),
+    decode("relative-bias", seqlen_q=5, relative_bias=cases.per_head_bias, options={"num_splits": 2, "softcap": 2.0}),
+    decode("relative-bias-shared", relative_bias=cases.shared_bias, sinks=cases.sink(), options={"num_splits": 3}),
+    decode("scale-negative", options={"scale": -0.2, "num_splits": 2}),
+    decode("scores-that-rise", seqlen_q=2, edit=cases._ascending_scores, options={"num_splits": 3}),
+    decode("layout", kv_layout="blhd", query_layout="blhd"),
+    Case(
+        "packed",
+        heads=4,
+        kv_heads=2,
+        lengths_q=(1, 0, 3, 4),
+        lengths_k=(300, 30, 0, 140),
+        head_dim=64,
+        sinks=cases.sink(),
+        options={"is_causal": True},
+        differentiated=(),
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_case(case: Case, dtype: str, kernels: Kernels) -> None:
+    with kernels.running(80, seed=len(case.id)):
+        cases.check(case, DTYPES[dtype], "cuda")
+
+
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize("case", cases.LOGITS_BEYOND_MILLIONS, ids=lambda case: case.id)
+def test_huge_logits_are_merged_exactly(case: Case) -> None:
+    """The weight of a split is no difference of two log-sum-exps, which are inexact for such logits."""
+    case = dataclasses.replace(
+        case, seqlen_q=2, seqlen_k=300, head_dim=64, has_dlse=False, differentiated=(), options={"num_splits": 3}
+    )
+    cases.check(case, torch.bfloat16, "cuda")
+
+
+# ---- Lengths and pages
+
+
+def make_cache(lengths: list[int], rows: int, *, heads: int = 2, head_dim: int = 64) -> tuple[Tensor, ...]:
+    """Queries (B, 2 * heads, 2, head_dim), keys and values (B, heads, rows, head_dim), and lengths (B,). Rows behind
+    the lengths hold NaN.
+    """
+    generator = torch.Generator().manual_seed(len(lengths))
+    query = torch.randn(len(lengths), 2 * heads, 2, head_dim, generator=generator).half()
+    key, value = (torch.randn(len(lengths), heads, rows, head_dim, generator=generator).half() for _ in range(2))
+    key_lengths = torch.tensor(lengths, dtype=torch.int32)
+    behind = (torch.arange(rows) >= key_lengths[:, None])[:, None, :, None]
+    return query, key.masked_fill(behind, float("nan")), value.masked_fill(behind, float("nan")), key_lengths
+
+
+def in_pages(x: Tensor, page_size: int, order: Tensor) -> Tensor:
+    """Rows (B, heads, rows, D) as pages (num_pages, page_size, heads, D); page `order[n]` is number n of all."""
+    pages = x.transpose(1, 2).reshape(-1, page_size, x.shape[1], x.shape[3])
+    return torch.empty_like(pages).index_copy_(0, order, pages)
+
+
+LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 300, 511, 512]
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16, 64, 128, 512])
+def test_pages_give_the_bits_of_a_contiguous_cache(page_size: int, kernels: Kernels) -> None:
+    query, key, value, lengths = make_cache(LENGTHS, 512)
+    order = torch.randperm(len(LENGTHS) * 512 // page_size, generator=torch.Generator().manual_seed(0))
+    table = order.to(torch.int32).view(len(LENGTHS), -1)
+    bias = torch.nn.attention.bias.causal_lower_right(2, 512)
+    options = {"num_splits": 3, "return_lse": True, "backend": "cuda"}
+    with kernels.running(80):
+        expected = fused_attn.fused_attention(query, key, value, bias, key_lengths=lengths, enable_gqa=True, **options)
+        pages = (in_pages(x, page_size, order) for x in (key, value))
+        actual = fused_attn.fused_attention_paged(query, *pages, table, lengths, is_causal=True, **options)
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
+    assert not actual[0].isnan().any()
+
+
+@pytest.mark.parametrize("length", [1, 17, 300, 512])
+def test_a_row_does_not_depend_on_the_rest_of_the_batch(length: int, kernels: Kernels) -> None:
+    """With num_splits, the bits are the same alone, in a batch, and in a cache with room for more keys."""
+    query, key, value, lengths = make_cache([length, 512, 3], 512)
+
+    def run(batch: slice, rows: int) -> tuple[Tensor, Tensor]:
+        with kernels.running(80):
+            return fused_attn.fused_attention(
+                query[batch], key[batch, :, :rows], value[batch, :, :rows], key_lengths=lengths[batch],
+                enable_gqa=True, num_splits=4, return_lse=True, backend="cuda",
+            )  # fmt: skip
+
+    together, alone, small = run(slice(3), 512), run(slice(1), 512), run(slice(1), length)
+    for x, y, z in zip(together, alone, small, strict=True):
+        assert torch.equal(x[:1], y)
+        assert torch.equal(y, z)
+
+
+def test_repeats_give_the_same_bits(kernels: Kernels) -> None:
+    query, key, value, lengths = make_cache([512, 200], 512)
+
+    def run(seed: int, resident_blocks: int) -> Tensor:
+        with kernels.running(80, seed, resident_blocks=resident_blocks):
+            return fused_attn.fused_attention(
+                query, key, value, key_lengths=lengths, enable_gqa=True, num_splits=5, backend="cuda"
+            )
+
+    first = run(seed=1, resident_blocks=2)
+    assert torch.equal(first, run(seed=2, resident_blocks=7))
+    expected = fused_attn.fused_attention(query, key, value, key_lengths=lengths, enable_gqa=True, backend="reference")
+    torch.testing.assert_close(first, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_numbers_of_splits_agree(kernels: Kernels) -> None:
+    case = decode("any-splits", seqlen_q=3, sinks=cases.sink(), attn_mask=cases.lower_right)
+    inputs, expected = case.make(torch.float16), cases.expected(case, torch.float16)
+    for splits in (1, 2, 5, 11, 100):
+        with kernels.running(80):
+            result = cases.run(inputs._replace(options=inputs.options | {"num_splits": splits}), "cuda")
+        oracle.assert_close(result, expected)
+
+
+def test_hidden_keys_are_not_visited(kernels: Kernels) -> None:
+    """Of 4096 keys, a window of 128 costs less than a tenth of the products, and a length of 128 does, too."""
+    query, key, value, lengths = make_cache([128], 4096)
+    key, value = key.nan_to_num(), value.nan_to_num()
+
+    def products(**options) -> int:
+        with kernels.running(80):
+            fused_attn.fused_attention(query, key, value, enable_gqa=True, num_splits=2, backend="cuda", **options)
+            return kernels.statistics.mma
+
+    few = [products(window_size=(64, 63)), products(key_lengths=lengths)]
+    assert 0 < max(few) < products() / 10
+
+
+# ---- The plan
+
+
+def problem_of(batch=1, heads=32, kv_heads=32, queries=1, keys=65536, head_dim=128, **others) -> AttentionProblem:
+    """A problem for an H100, which has 132 multiprocessors, each with room for two programs."""
+    device = others.pop("device", torch.device("cpu"))
+    sizes = (batch, heads, kv_heads, queries, keys, head_dim, head_dim)
+    return AttentionProblem(*sizes, torch.bfloat16, device, 1.0, **others)
+
+
+@pytest.mark.parametrize(
+    ("changes", "splits"),
+    [
+        ({}, 8),  # 256 programs
+        ({"kv_heads": 8}, 33),
+        ({"heads": 1, "kv_heads": 1}, 256),
+        ({"keys": 2048}, 8),
+        ({"keys": 511}, 1),
+        ({"keys": 0}, 1),
+        ({"batch": 5}, 1),  # 160 programs run at once
+        ({"batch": 9}, 4),  # 288 programs would be one round and a bit
+        ({"batch": 64}, 1),  # many rounds
+        ({"band": Band(1023, 0)}, 4),
+        ({"heads": 64, "kv_heads": 2, "queries": 1}, 66),
+        ({"heads": 64, "kv_heads": 1, "queries": 1}, 0),  # four tiles of rows
+        ({"heads": 64, "kv_heads": 1, "queries": 1, "page_size": 16}, 66),  # nothing else reads pages
+        ({"queries": 33}, 0),
+        ({"queries": 33, "band": Band(right=0, is_from_end=True)}, 2),  # nothing else knows where each entry ends
+        ({"dropout_p": 0.1}, 0),
+        ({"num_splits": 5}, 5),
+        ({"num_splits": 5, "queries": 64}, 0),
+    ],
+    ids=str,
+)
+def test_number_of_splits(changes: dict, splits: int) -> None:
+    assert cuda.num_splits(problem_of(**changes)) == splits
