@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 MODES = ("auto", "ON", "OFF", "wheels")
 OLDEST_NVCC = (12, 3)
-#: The CUDA version of the compiler that is taken from wheels. It is the oldest that PyPI has a whole compiler of, so the
-#: most drivers run its programs, PTX included. And the kernels are written for it: 13.5 spills registers in some.
+#: The CUDA version of the compiler that is taken from wheels. PyPI has no older one that is whole, so this is the one
+#: whose programs the most drivers run, PTX included. And the kernels are written for it: 13.5 spills registers in some.
 WHEEL_VERSION = (13, 0)
 #: The wheels of a compiler, each with a path in it that the compiler cannot do without.
 WHEELS = {
