@@ -86,7 +86,7 @@ def choose(mode: str, architectures: str, build_folder: Path) -> Choice:
             notes.append("no NVIDIA driver (libcuda.so.1), so that no compiler is fetched")
             notes.append("-C cmake.define.FUSED_ATTN_CUDA=wheels builds them with a compiler from PyPI")
             return Choice(notes=tuple(notes))
-    if driver is not None and driver.cuda < WHEEL_VERSION:
+    if mode != "wheels" and driver is not None and driver.cuda < WHEEL_VERSION:
         notes.append(
             f"the driver runs programs of CUDA {text(driver.cuda)} at most, and PyPI's compiler is for CUDA "
             f"{text(WHEEL_VERSION)}: update the driver (580 or newer), or install a CUDA toolkit that it can run, "

@@ -132,7 +132,9 @@ def test_newer_drivers_get_the_version_that_the_kernels_are_written_for(
 
 
 def test_a_driver_that_is_too_old_for_the_wheels_says_so(machine: Machine) -> None:
-    choice = machine._replace(cuda=(12, 4), capability="8.6").choice()
+    old = machine._replace(cuda=(12, 4), capability="8.6")
+    assert old.choice("wheels")["wheels"] == WHEELS_13_0, "for wheels that travel"
+    choice = old.choice()
     assert choice["wheels"] == [] and choice["is_wanted"]
     assert "CUDA 12.4 at most" in choice["notes"] and "a CUDA toolkit that it can run, 12.3 or newer" in choice["notes"]
 
