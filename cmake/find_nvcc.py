@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 MODES = ("auto", "ON", "OFF", "wheels")
 OLDEST_NVCC = (12, 3)
-#: The CUDA versions whose compiler is taken from wheels: the oldest that PyPI has a whole compiler of, and the newest
-#: that has been tried with the kernels.
-WHEEL_VERSIONS = ((13, 0), (13, 5))
+#: The CUDA version of the compiler that is taken from wheels. PyPI has no older one that is whole, so this is the one
+#: whose programs the most drivers run, PTX included. And the kernels are written for it: 13.5 spills registers in some.
+WHEEL_VERSION = (13, 0)
 #: The wheels of a compiler, each with a path in it that the compiler cannot do without.
 WHEELS = {
     "nvidia-cuda-nvcc": "bin/nvcc",
@@ -86,23 +86,22 @@ def choose(mode: str, architectures: str, build_folder: Path) -> Choice:
             notes.append("no NVIDIA driver (libcuda.so.1), so that no compiler is fetched")
             notes.append("-C cmake.define.FUSED_ATTN_CUDA=wheels builds them with a compiler from PyPI")
             return Choice(notes=tuple(notes))
-    version = wheel_version(driver)
-    if version is None:
+    if mode != "wheels" and driver is not None and driver.cuda < WHEEL_VERSION:
         notes.append(
-            f"the driver runs programs of CUDA {text(driver.cuda)} at most, and PyPI's compilers are for CUDA "
-            f"{text(WHEEL_VERSIONS[0])} or newer: update the driver (580 or newer), or install a CUDA toolkit from "
-            f"{text(OLDEST_NVCC)} to {text(driver.cuda)}"
+            f"the driver runs programs of CUDA {text(driver.cuda)} at most, and PyPI's compiler is for CUDA "
+            f"{text(WHEEL_VERSION)}: update the driver (580 or newer), or install a CUDA toolkit that it can run, "
+            f"{text(OLDEST_NVCC)} or newer"
         )
         return Choice(notes=tuple(notes), is_wanted=True)
     for root in wheel_roots(build_folder):
         if all((root / part).exists() for part in WHEELS.values()):
             found = version_of(root / "bin/nvcc")
-            if found is not None and found[:2] == version:
+            if found is not None and found[:2] == WHEEL_VERSION:
                 notes.append(f"nvcc {text(found)} comes from wheels, in {root}")
                 return Choice(str(root / "bin/nvcc"), wanted, notes=tuple(notes), is_wanted=True)
     searched = ", ".join(map(str, wheel_roots(build_folder))) or "no folder nvidia/cu13 on Python's path"
-    notes.append(f"no compiler wheels of CUDA {text(version)} for {sys.executable} (looked in: {searched})")
-    return Choice("", wanted, requirements(version), tuple(notes), is_wanted=True)
+    notes.append(f"no compiler wheels of CUDA {text(WHEEL_VERSION)} for {sys.executable} (looked in: {searched})")
+    return Choice("", wanted, requirements(), tuple(notes), is_wanted=True)
 
 
 def text(version: tuple[int, ...]) -> str:
@@ -188,20 +187,10 @@ def why_not(nvcc: Path, driver: Driver | None) -> str | None:
     return None
 
 
-def wheel_version(driver: Driver | None) -> tuple[int, int] | None:
-    """The CUDA version of the wheels: the newest that the driver runs, PTX included. None if it runs none.
-
-    Without a driver, it is the oldest: the wheels of fused_attn that are built then run with the most drivers.
-    """
-    oldest, newest = WHEEL_VERSIONS
-    version = oldest if driver is None else min(driver.cuda, newest)
-    return version if version >= oldest else None
-
-
-def requirements(version: tuple[int, int]) -> tuple[str, ...]:
-    """The wheels of the compiler of a CUDA version. CCCL has versions of its own, and any does: one header is used."""
+def requirements() -> tuple[str, ...]:
+    """The wheels of the compiler. CCCL has versions of its own, and any of them does, because one header is used."""
     return tuple(
-        f"{wheel}>=13,<14" if wheel == "nvidia-cuda-cccl" else f"{wheel}=={text(version)}.*" for wheel in WHEELS
+        f"{wheel}>=13,<14" if wheel == "nvidia-cuda-cccl" else f"{wheel}=={text(WHEEL_VERSION)}.*" for wheel in WHEELS
     )
 
 
@@ -216,8 +205,9 @@ def wheel_roots(build_folder: Path) -> list[Path]:
 def keep(choice: Choice, build_folder: Path) -> Choice:
     """Copies a compiler from wheels into the build folder, and chooses the copy.
 
-    pip deletes the wheels after the build. With the copy, the next build fetches nothing. And as the path of the copy
-    stays the same, the next build compiles only what has changed.
+    - pip deletes the wheels after the build. With the copy, the next build fetches nothing.
+    - The path of the copy stays the same, so the next build compiles only what has changed.
+    - nvcc 13.0 looks for its libraries in lib64, but the wheels have them in lib.
     """
     nvcc = Path(choice.nvcc)
     root = nvcc.parent.parent
@@ -228,6 +218,8 @@ def keep(choice: Choice, build_folder: Path) -> Choice:
     kept = build_folder / f"nvcc-{text(version)}"
     unfinished = build_folder / f"unfinished-{kept.name}-{os.getpid()}"
     shutil.copytree(root, unfinished)
+    if not (unfinished / "lib64").exists():
+        (unfinished / "lib64").symlink_to("lib")
     shutil.rmtree(kept, ignore_errors=True)
     unfinished.rename(kept)
     return choice._replace(nvcc=str(kept / "bin/nvcc"))
@@ -238,14 +230,14 @@ def main() -> None:
     parser.add_argument("mode", help=f"FUSED_ATTN_CUDA: {', '.join(MODES)}")
     parser.add_argument("architectures", help="FUSED_ATTN_CUDA_ARCHITECTURES")
     parser.add_argument("build_folder", type=Path)
-    parser.add_argument("--keep", action="store_true", help="keep a compiler from wheels in the build folder")
     options = parser.parse_args()
     try:
-        choice = choose(options.mode, options.architectures, options.build_folder)
+        choice = keep(
+            choose(options.mode, options.architectures, options.build_folder),
+            options.build_folder,
+        )
     except ValueError as error:
         sys.exit(str(error))
-    if options.keep:
-        choice = keep(choice, options.build_folder)
     lists = {"architectures": ";".join(map(str, choice.architectures)), "notes": "; ".join(choice.notes)}
     print(json.dumps(choice._asdict() | lists))
 
