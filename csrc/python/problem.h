@@ -205,8 +205,8 @@ inline void set_sequences(Problem& problem, const Reader& reader, const Inputs& 
   params.cu_seqlens_k = checked_cu_seqlens(reader, cu_seqlens_k, params.batch, problem.rows_k, params.seqlen_k);
 }
 
-// Checks query, key, value, out, lse, the offsets of packed sequences, the lengths of keys and the block table, and sets
-// the parameters that follow from them.
+// Checks query, key, value, out, lse, the offsets of packed sequences, the lengths of keys and the block table, and
+// sets the parameters that follow from them.
 inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& inputs, PyObject* out_object,
                         const Argument& lse) {
   AttentionParams& params = problem.params;
