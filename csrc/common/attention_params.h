@@ -100,8 +100,8 @@ struct AttentionParams {
   // lie in [0, seqlen_k]. Kernels on a GPU must clip them to this range. Never given in a packed call.
   const int32_t* key_lengths = nullptr;
 
-  // A paged call has key_lengths, too. The numbers of pages up to the last key lie in [0, num_pages) on a CPU. Kernels on
-  // a GPU must clip them to this range.
+  // A paged call has key_lengths, too. The numbers of pages up to the last key lie in [0, num_pages) on a CPU. Kernels
+  // on a GPU must clip them to this range.
   const int32_t* block_table = nullptr;  // (batch, seqlen_k / page_size)
   int64_t block_table_stride = 0;        // from one batch entry to the next
   int64_t page_size = 0;                 // 0 = not paged

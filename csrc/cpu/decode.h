@@ -347,10 +347,11 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
       sum_values<Policy>(s.value_rows, s.scores, keys.count, static_cast<int>(p.value_dim), values_ahead, rescale,
                          partials.acc + row * plan.value_row);
     };
-    // Only the first row prefetches, because all rows of the group read the same keys.
+    // Only the first row prefetches, because all rows of the group read the same keys. The last block of a split
+    // prefetches rows of the next split, which is probably the next item of this thread.
     if (p.page_size > 0) {
-      find_rows_to(key_source, keys, kRowsAhead, key_end - 1, n, s.next_keys);
-      find_rows_to(value_source, keys, kRowsAhead, key_end - 1, n, s.next_values);
+      find_rows_to(key_source, keys, kRowsAhead, seq.seqlen_k - 1, n, s.next_keys);
+      find_rows_to(value_source, keys, kRowsAhead, seq.seqlen_k - 1, n, s.next_values);
       visit(0, PrefetchRows<Storage>{s.next_keys}, PrefetchRows<Storage>{s.next_values});
     } else {
       visit(0, PrefetchBehind{bytes_ahead(p.key)}, PrefetchBehind{bytes_ahead(p.value)});

@@ -33,8 +33,8 @@ FA_NOINLINE void find_rows(const RowSource<typename Policy::Storage>& source, co
 // must be the same column of two neighbouring keys, so the rows of the two keys are interleaved.
 //
 // A thread keeps interleaved rows in a cache, because the next block of queries needs the same rows. The cache is valid
-// while the rows begin at the same address and have the same pages: strides are the same during a call, so these are the
-// same rows. Blocks that begin at an odd key, or that leave out keys, do not use the cache.
+// while the rows begin at the same address and have the same pages: strides are the same during a call, so these are
+// the same rows. Blocks that begin at an odd key, or that leave out keys, do not use the cache.
 template <class Policy>
 struct SummedRows {
   using Lane = typename Policy::Lane;

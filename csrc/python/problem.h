@@ -215,8 +215,8 @@ inline TensorView row_results_view(const Problem& problem, const Argument& argum
   return view;
 }
 
-// Checks query, key, value, out, lse, the offsets of packed sequences, the lengths of keys and the block table, and sets
-// the parameters that follow from them.
+// Checks query, key, value, out, lse, the offsets of packed sequences, the lengths of keys and the block table, and
+// sets the parameters that follow from them.
 inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& inputs, PyObject* out_object,
                         const Argument& lse) {
   AttentionParams& params = problem.params;

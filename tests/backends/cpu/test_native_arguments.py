@@ -35,6 +35,7 @@ def call() -> dict[str, Any]:
         "seed": torch.tensor(3),
     }
     tensors |= {"mask": torch.ones(B, H, L, S, dtype=torch.bool), "key_padding": torch.zeros(B, S, dtype=torch.bool)}
+    tensors |= {"key_lengths": torch.tensor([S, 3], dtype=torch.int32), "block_table": None}
     return tensors | {"cu_seqlens_q": None, "cu_seqlens_k": None}
 
 
@@ -67,7 +68,7 @@ NAMES = [name for name, x in call().items() if x is not None]
 def test_dtype(name: str) -> None:
     tensors = call()
     tensors[name] = tensors[name].to(torch.int16)
-    with pytest.raises(ValueError, match=f"^{name}: expected (float32|bool|int64).*, got another type"):
+    with pytest.raises(ValueError, match=f"^{name}: expected (float32|bool|int32|int64).*, got another type"):
         run(tensors)
 
 
@@ -144,6 +145,41 @@ def test_offsets(name: str, make: Callable[[], torch.Tensor | None]) -> None:
 def test_a_packed_call_has_one_batch_entry() -> None:
     with pytest.raises(ValueError, match=r"^query: expected one batch entry in a packed problem, got 2"):
         run(call() | {name: packed_call()[name] for name in ("cu_seqlens_q", "cu_seqlens_k")})
+
+
+def paged_call() -> dict[str, Any]:
+    tensors = dict.fromkeys(call())
+    shapes = {"query": (B, H, L, D), "key": (6, HKV, 4, D), "value": (6, HKV, 4, DV), "out": (B, H, L, DV)}
+    tensors |= {name: torch.randn(shape) for name, shape in shapes.items()}
+    return tensors | {"key_lengths": torch.tensor([8, 5]).int(), "block_table": torch.tensor([[0, 5], [2, 3]]).int()}
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("key_lengths", lambda: torch.tensor([9, 5]).int()),
+        ("key_lengths", lambda: torch.tensor([-1, 5]).int()),
+        ("key_lengths", lambda: torch.tensor([8, 5, 5]).int()),
+        ("key_lengths", lambda: torch.tensor([8, 5])),
+        ("block_table", lambda: torch.tensor([[0, 6], [2, 3]]).int()),
+        ("block_table", lambda: torch.tensor([[0, 5], [-1, 3]]).int()),
+        ("block_table", lambda: torch.tensor([[0, 5]]).int()),
+        ("block_table", lambda: torch.tensor([[0, 5], [2, 3]])),
+        ("block_table", lambda: torch.tensor([[0, 5], [2, 3]]).int().T.contiguous().T),
+        ("key", lambda: torch.randn(6, HKV, 0, D)),
+        ("value", lambda: torch.randn(5, HKV, 4, DV)),
+    ],
+)
+def test_pages(name: str, make: Callable[[], torch.Tensor]) -> None:
+    def run_forward(tensors: dict[str, Any]) -> None:
+        inputs = Inputs(*(tensors[field] for field in Inputs._fields))
+        _C.forward(inputs, tensors["out"], None, _C.Config(scale=0.3), 1)
+
+    run_forward(paged_call())
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
+        run_forward(paged_call() | {name: make()})
+    with pytest.raises(ValueError, match=r"^block_table: expected None, as key_lengths is None"):
+        run_forward(paged_call() | {"key_lengths": None})
 
 
 @pytest.mark.parametrize("position", range(8))
