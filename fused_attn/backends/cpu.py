@@ -129,6 +129,7 @@ def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
       dtype.
     """
     query, key, value, bias, key_bias, relative_bias, sinks, *others = inputs
+    seed, mask, key_padding, key_lengths, cu_seqlens_q, cu_seqlens_k, block_table = others
     if query.is_neg() or key.is_neg() or value.is_neg():
         query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
     if bias is not None:
@@ -141,7 +142,12 @@ def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
         relative_bias = relative_bias.resolve_neg().to(problem.accumulate_dtype).contiguous()
     if sinks is not None:
         sinks = sinks.resolve_neg().to(problem.accumulate_dtype).contiguous()
-    return inputs_of((query, key, value, bias, key_bias, relative_bias, sinks, *others))
+    return inputs_of(
+        (
+            query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, key_lengths,
+            cu_seqlens_q, cu_seqlens_k, block_table,
+        )
+    )  # fmt: skip
 
 
 def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: Wanted) -> list[Tensor | None]:
