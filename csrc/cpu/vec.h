@@ -112,15 +112,13 @@ FA_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
   return a < b ? a : b;
 }
 
-// Returns the lanes of `yes` where the condition is -1, and the lanes of `no` where the condition is 0. A comparison of
-// vectors returns such a condition.
+// `yes` in lanes where the condition is -1, and `no` where it is 0.
 template <class T>
 FA_INLINE Vec<T> select(IntVec<T> condition, Vec<T> yes, Vec<T> no) {
   return condition ? yes : no;
 }
 
-// Returns the lanes of `yes` where the condition is -1, and zero where the condition is 0. One instruction does this,
-// because all bits of -1 are set.
+// `yes` in lanes where the condition is -1, and zero where it is 0.
 template <class T>
 FA_INLINE Vec<T> select_or_zero(IntVec<T> condition, Vec<T> yes) {
   return reinterpret_cast<Vec<T>>(reinterpret_cast<IntVec<T>>(yes) & condition);
