@@ -21,7 +21,7 @@ COLOURS = {
     "torch-flash": "#17becf", "torch-efficient": "#2ca02c", "torch-cudnn": "#9467bd", "torch-math": "#7f7f7f",
     "torch-causal-only": "#87ceeb", "torch-varlen": "#8c564b", "flex": "#ff7f0e", "flash_attn2": "#bcbd22",
     "flash_attn3": "#556b2f", "flash_attn4": "#000080", "flash_attn3-packed": "#8fbc8f",
-    "flash_attn4-packed": "#4169e1", "torch-cache": "#17becf",
+    "flash_attn4-packed": "#4169e1", "torch-cache": "#e377c2", "transformers-static": "#a0522d",
 }  # fmt: skip
 #: The head dim of the plot of speed-ups.
 HEAD_DIM = 64

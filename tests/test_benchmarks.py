@@ -24,6 +24,7 @@ from benchmarks import (  # noqa: E402
     attention,
     cases,
     extras,
+    generation,
     machine,
     memory,
     modules,
@@ -1030,7 +1031,7 @@ def test_of_a_gpu_the_newest_commit_counts(tmp_path: Path) -> None:
 
 
 def test_every_implementation_has_a_colour() -> None:
-    assert set(plots.COLOURS) == set(rivals.RIVALS)
+    assert set(plots.COLOURS) == {*rivals.RIVALS, generation.LOOP, generation.TRANSFORMERS}
 
 
 def test_rows_become_plots(tmp_path: Path) -> None:

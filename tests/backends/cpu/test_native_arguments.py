@@ -173,7 +173,7 @@ def paged_call() -> dict[str, Any]:
 def test_pages(name: str, make: Callable[[], torch.Tensor]) -> None:
     def run_forward(tensors: dict[str, Any]) -> None:
         inputs = Inputs(*(tensors[field] for field in Inputs._fields))
-        _C.forward(inputs, tensors["out"], None, _C.Config(scale=0.3), 1)
+        _C.forward(inputs, (tensors["out"], None, None), _C.Config(scale=0.3), 1)
 
     run_forward(paged_call())
     with pytest.raises(ValueError, match=f"^{name}: expected "):
