@@ -11,16 +11,16 @@ namespace fused_attn::gpu {
 struct Call {
   AttentionParams params;
   int64_t batch_entries = 0;  // batch entries of the tensors: 1 when packed
-  int64_t rows_q = 0;         // rows of the tensors: the total when packed
-  int64_t rows_k = 0;
-  int architecture = 80;      // whose kernels run: 80, or 90 for sm_90a
+  int64_t rows_q = 0;         // rows of a head of the query: seqlen_q, or the rows of all sequences when packed
+  int64_t rows_k = 0;         // the same for the key
+  int architecture = 80;      // the kernels of this architecture run: 80, or 90 for sm_90a
   int device = 0;             // number of the CUDA device
   void* workspace = nullptr;  // aligned to 256 bytes; its contents do not matter
   int64_t workspace_bytes = 0;
   void* stream = nullptr;  // a cudaStream_t
 };
 
-// What the size of the workspace depends on. It is known before any tensor is allocated.
+// What the size of the workspace depends on. The caller knows all of this before it allocates a tensor.
 struct WorkspaceNeeds {
   int architecture = 80;
   bool is_backward = false;
@@ -34,6 +34,8 @@ struct WorkspaceNeeds {
   int64_t head_dim = 0;  // the larger one of head_dim and value_dim
   bool is_packed = false;
   bool has_key_padding = false;
+  // Whether a general kernel has to run, because of a softcap, a bias, a mask, dropout, or a scale that is not positive.
+  bool is_general = false;
   int64_t seqlen_q = 0;
   int64_t relative_bias_heads = 0;  // 0 = no relative bias
   bool wants_dbias = false;

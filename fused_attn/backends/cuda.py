@@ -286,6 +286,16 @@ def _workspace_bytes(
     dbias_shape: the shape of the gradient of bias; None if it is not wanted
     """
     batch_entries, num_heads, rows_q, _ = query_shape
+    is_scale_positive = torch.tensor(problem.scale, dtype=torch.float32).item() > 0.0
+    # Whether the general variant of the kernels runs. The plain variant knows fewer features.
+    is_general = (
+        problem.softcap != 0.0
+        or problem.has_bias
+        or problem.has_relative_bias
+        or problem.has_mask
+        or not is_scale_positive
+        or problem.dropout_p > 0.0
+    )
     return _kernels.workspace_bytes(
         architecture=_architecture(problem),
         is_backward=wanted is not None,
@@ -300,6 +310,7 @@ def _workspace_bytes(
         head_dim=max(problem.head_dim, problem.value_dim),
         is_packed=problem.is_packed,
         has_key_padding=problem.has_key_padding,
+        is_general=is_general,
         relative_bias_heads=relative_bias_heads,
         mask_entries=mask_entries,
         dbias_shape=dbias_shape,
