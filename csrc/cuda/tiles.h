@@ -92,11 +92,6 @@ struct FusedBackwardTileSm90<64, false> {
   // for its rows.
   static constexpr int kBlockM = 128, kQStages = 2, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 2;
 };
-template <>
-struct FusedBackwardTileSm90<64, true> {
-  // With 128 queries, registers would spill: those for the scores of 64 more queries are needed for biases and masks.
-  static constexpr int kBlockM = 64, kQStages = 4, kDoutStages = 4, kLseAhead = 4, kDeltaAhead = 4;
-};
 
 // The kernel for dq: two consumer warpgroups have 64 queries each, and visit kBlockN keys at a time.
 template <int kHeadDim, bool kIsGeneral>

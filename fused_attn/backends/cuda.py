@@ -154,27 +154,30 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
 
 
 def _without_key_lengths(problem: AttentionProblem, inputs: Inputs) -> tuple[AttentionProblem, Inputs]:
-    """The same call for kernels that do not read key_lengths: with key padding, or with a mask of a byte for each query
+    """The same call for kernels that do not read key_lengths: with key padding, and with a mask of a byte for each query
     and key if the band ends at the last key of each batch entry.
+
+    The mask alone would not do: keys behind the length may hold NaN, which only padding keeps out of the products.
     """
     lengths = inputs.key_lengths
     assert lengths is not None, "the problem has key_lengths"
     key = torch.arange(problem.seqlen_k, device=lengths.device)
+    padding = key >= lengths[:, None]
+    padding = padding if inputs.key_padding is None else padding | inputs.key_padding
+    inputs = inputs._replace(key_padding=padding, key_lengths=None)
     if not problem.band.is_from_end:
-        padding = key >= lengths[:, None]
-        padding = padding if inputs.key_padding is None else padding | inputs.key_padding
-        return _with_key_padding(problem), inputs._replace(key_padding=padding, key_lengths=None)
+        return _with_key_padding(problem), inputs
     left, right, offset, _ = problem.band
     length = lengths.clamp(0, problem.seqlen_k)[:, None, None, None]
     query = torch.arange(problem.seqlen_q, device=lengths.device)[:, None]
     distance = key - (query + offset + length - problem.seqlen_q)
-    mask = key < length
+    mask = torch.ones((), dtype=torch.bool, device=lengths.device)
     if left != UNBOUNDED:
         mask = mask & (distance >= -left)
     if right != UNBOUNDED:
         mask = mask & (distance <= right)
     mask = mask if inputs.mask is None else mask & inputs.mask
-    return _with_mask(problem), inputs._replace(mask=mask.expand(-1, -1, problem.seqlen_q, -1), key_lengths=None)
+    return _with_mask(problem), inputs._replace(mask=mask.expand(-1, -1, problem.seqlen_q, -1))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -185,8 +188,8 @@ def _with_key_padding(problem: AttentionProblem) -> AttentionProblem:
 
 @functools.lru_cache(maxsize=4096)
 def _with_mask(problem: AttentionProblem) -> AttentionProblem:
-    """The problem with a mask in place of key_lengths and band."""
-    return dataclasses.replace(problem, has_key_lengths=False, has_mask=True, band=UNBOUNDED_BAND)
+    """The problem with key padding and a mask in place of key_lengths and band."""
+    return dataclasses.replace(_with_key_padding(problem), has_mask=True, band=UNBOUNDED_BAND)
 
 
 def _is_bias_without_effect(problem: AttentionProblem, inputs: Inputs) -> bool:
@@ -424,6 +427,7 @@ def _workspace(problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None,
         inputs.query.shape,
         wanted,
         splits,
+        inputs.key_bias is not None,
         0 if relative_bias is None else relative_bias.shape[0],
         0 if mask is None else _distinct_entries(mask),
         None if inputs.bias is None or wanted is None or not wanted.bias else inputs.bias.shape,
@@ -445,6 +449,7 @@ def _workspace_bytes(
     query_shape: torch.Size,
     wanted: Wanted | None,
     splits: int,
+    has_key_bias: bool,
     relative_bias_heads: int,
     mask_entries: int,
     dbias_shape: torch.Size | None,
@@ -454,11 +459,23 @@ def _workspace_bytes(
     query_shape: (B, H, L, D), with B = 1 for packed problems
     wanted: the wanted gradients of a backward call; None for forward
     splits: see `num_splits`
+    has_key_bias: whether the call has a key bias. `AttentionProblem.has_key_bias` says only that it may have one
     relative_bias_heads: the heads of relative_bias; 0 without one
     mask_entries: see `_distinct_entries`; 0 without a mask
     dbias_shape: the shape of the gradient of bias; None if it is not wanted
     """
     batch_entries, num_heads, rows_q, _ = query_shape
+    is_scale_positive = torch.tensor(problem.scale, dtype=torch.float32).item() > 0.0
+    # Whether the general variant of the kernels runs. The plain variant knows fewer features.
+    is_general = (
+        problem.softcap != 0.0
+        or problem.has_bias
+        or has_key_bias
+        or problem.has_relative_bias
+        or problem.has_mask
+        or not is_scale_positive
+        or problem.dropout_p > 0.0
+    )
     return _kernels.workspace_bytes(
         architecture=_architecture(problem),
         is_backward=wanted is not None,
@@ -473,6 +490,7 @@ def _workspace_bytes(
         head_dim=max(problem.head_dim, problem.value_dim),
         is_packed=problem.is_packed,
         has_key_padding=problem.has_key_padding,
+        is_general=is_general,
         relative_bias_heads=relative_bias_heads,
         mask_entries=mask_entries,
         dbias_shape=dbias_shape,

@@ -38,9 +38,9 @@ INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "LDSM", "STSM", "UTMALDG", "UTMASTG",
 MOST_INSTRUCTIONS = 345
 #: The same for the fused backward, for each head dim. 584, 405 and 427 were counted when these limits were set.
 MOST_INSTRUCTIONS_BACKWARD = {64: 600, 96: 420, 128: 440}
-#: The same for the general fused backward, in a step that uses no feature, of 64 queries. 392, 419 and 437 were counted
+#: The same for the general fused backward, in a step that uses no feature, of 64 queries. 419 and 437 were counted
 #: when these limits were set. A relative bias adds 100 instructions, a mask 152, a softcap 377.
-MOST_INSTRUCTIONS_GENERAL_BACKWARD = {64: 405, 96: 432, 128: 450}
+MOST_INSTRUCTIONS_GENERAL_BACKWARD = {96: 432, 128: 450}
 
 #: The most instructions of a step of the decode kernel: those that start the copies of a later step, and the others. A
 #: step visits 16 keys with all 16 rows of a tile. 224, 218, 261, 294 and 158, 200, 221, 278 were counted when these
@@ -262,7 +262,7 @@ def test_forward_steps_are_lean(built):
 def test_fused_backward_steps_are_lean(built):
     """A step has five products, and computes no descriptor between them."""
     fused = [kernel for kernel in built if " fused_backward_kernel" in kernel.name]
-    assert len(fused) == 4 * len(MOST_INSTRUCTIONS_BACKWARD)
+    assert len(fused) == 2 * len(MOST_INSTRUCTIONS_BACKWARD) + 2 * len(MOST_INSTRUCTIONS_GENERAL_BACKWARD)
     for kernel in fused:
         head_dim, is_general = re.search(r", (\d+), (\d)>", kernel.name).groups()
         limits = MOST_INSTRUCTIONS_GENERAL_BACKWARD if is_general == "1" else MOST_INSTRUCTIONS_BACKWARD

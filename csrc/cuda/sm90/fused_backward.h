@@ -80,6 +80,7 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim, kIsGeneral> {
 
   using KeyTile = Tile<kHeadDim, kBlockN>;
   using QTile = Tile<kHeadDim, kBlockM>;
+  static_assert(kSplitsRows || KeyTile::kPanels == kConsumers);  // half of the columns are a panel of the keys
   static constexpr uint32_t kStatisticsBytes = kBlockM * 4;
   // A panel has 64 queries as columns, and a row for each key.
   static constexpr uint32_t kDscoresPanelBytes = kBlockN * kPanelRowBytes;

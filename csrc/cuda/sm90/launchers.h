@@ -52,7 +52,7 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
 }
 
 // Launches backward in two kernels: one for dq, one for dk and dv. It is for calls that the fused backward does not
-// support: larger head dims, and calls that do not want all gradients.
+// support: larger head dims, general calls with head dim 64, and calls that do not want all gradients.
 // maps_of(block_m, block_n) makes the tensor maps for these tile sizes.
 template <class T, int kHeadDim, bool kIsGeneral, class MapsOf>
 void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
@@ -104,15 +104,12 @@ void launch_backward(const Params& p, bool is_bf16, Stream stream) {
                         map_of(p.v, is_bf16, p.rows_k, kv_heads, p.batch, block_n),
                         map_of(p.dout, is_bf16, p.rows_q, p.num_heads, p.batch, block_m)};
   };
-  if constexpr (has_fused_backward(kHeadDim)) {
-    if (p.dq_sums != nullptr) {
-      return for_variant(is_bf16, is_general_backward(p), [&](auto type, auto general) {
-        launch_fused<decltype(type), kHeadDim, general()>(p, stream, maps_of);
-      });
-    }
-  }
   for_variant(is_bf16, is_general_backward(p), [&](auto type, auto general) {
-    launch_two_kernels<decltype(type), kHeadDim, general()>(p, stream, maps_of);
+    using T = decltype(type);
+    if constexpr (has_fused_backward(kHeadDim, general())) {
+      if (p.dq_sums != nullptr) return launch_fused<T, kHeadDim, general()>(p, stream, maps_of);
+    }
+    launch_two_kernels<T, kHeadDim, general()>(p, stream, maps_of);
   });
 }
 
