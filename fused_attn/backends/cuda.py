@@ -154,8 +154,8 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
 
 
 def _without_key_lengths(problem: AttentionProblem, inputs: Inputs) -> tuple[AttentionProblem, Inputs]:
-    """The same call for kernels that do not read key_lengths: with key padding, and with a mask of a byte for each query
-    and key if the band ends at the last key of each batch entry.
+    """The same call for kernels that do not read key_lengths: with key padding, and with a mask of a byte for each
+    query and key if the band ends at the last key of each batch entry.
 
     The mask alone would not do: keys behind the length may hold NaN, which only padding keeps out of the products.
     """

@@ -668,13 +668,13 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
 // calls this. It reads the map of the mask for 32 tiles of queries at a time.
 template <int kBlockM>
 GPU_DEVICE void list_mask_steps(const Params& p, int32_t program) {
-  KeyBlock& b = p.key_blocks[program];
-  const int32_t lane = this_lane().index, begin = load_global(&b.begin), end = load_global(&b.end);
-  const int32_t number = load_global(&b.number), head = load_global(&b.head);
-  const int32_t full_begin = load_global(&b.full_begin), full_end = load_global(&b.full_end);
-  if (load_global(&b.steps) == 0) return;
+  KeyBlock* const b = p.key_blocks + program;
+  const int32_t lane = this_lane().index, begin = load_global(&b->begin), end = load_global(&b->end);
+  const int32_t number = load_global(&b->number), head = load_global(&b->head);
+  const int32_t full_begin = load_global(&b->full_begin), full_end = load_global(&b->full_end);
+  if (load_global(&b->steps) == 0) return;
   HeadSlice head_slice{};
-  head_slice.batch = load_global(&b.batch);
+  head_slice.batch = load_global(&b->batch);
   StepInfo* const steps = mask_steps_of<kBlockM>(p, program);
   int32_t count = 0;
   for (head_slice.head = head; head_slice.head < head + p.group_size; ++head_slice.head) {
@@ -691,8 +691,8 @@ GPU_DEVICE void list_mask_steps(const Params& p, int32_t program) {
       count += count_bits(visited);
     }
   }
-  sync_warp();  // all lanes have read b.steps
-  if (lane == 0) store_global(&b.steps, count);
+  sync_warp();  // all lanes have read b->steps
+  if (lane == 0) store_global(&b->steps, count);
 }
 
 // Writes the turns of all blocks of keys at tile `tile` of queries: for each block that visits the tile, how many later
