@@ -69,7 +69,7 @@ class _Sharing(NamedTuple):
         return count
 
     def part(self, what: int, size: int) -> tuple[int, int]:
-        """(the first, the last + 1) of the batch entries or heads of this rank. DTensor cuts tensors in the same way."""
+        """(the first, the last + 1) of the batch entries or heads of this rank, as DTensor cuts tensors."""
         begin, end = 0, size
         for number, shared in enumerate(self.shared):
             if shared == what:
@@ -93,7 +93,7 @@ class _Sharing(NamedTuple):
                 found.append(Partial() if is_gradient and shared is not None else Replicate())
         return found
 
-    def local(self, name: str, x: Tensor | None, dims: dict[int, int]) -> Tensor | None:
+    def local(self, name: str, x: Any, dims: dict[int, int]) -> Any:
         """The part of x that this rank needs. Its gradient is a DTensor if x is one.
 
         A tensor that is no DTensor is the same on all ranks. Its gradient is the sum over all ranks.
@@ -139,7 +139,7 @@ def attention(
     batch, num_heads = query.shape[:2]
     if num_heads % (ranks := sharing.ranks(_HEADS)):
         raise checks.fail("query", f"a number of heads that {ranks} ranks can share equally", f"{num_heads} heads")
-    masked: dict[str, Tensor | None] = {
+    masked: dict[str, Any] = {
         "key_padding_mask": sharing.local("key_padding_mask", given.key_padding_mask, {_BATCH: 0})
     }
     if given.attn_mask is not None and causal_bias(given.attn_mask) is None:
@@ -162,8 +162,8 @@ def attention(
         own, sharing.local("sinks", sinks, {_HEADS: 0}), return_max,
     )  # fmt: skip
     out, lse, row_max = (None if x is None else sharing.whole(x, batch, num_heads) for x in found)
-    asked = [x for x, is_asked in ((out, True), (lse, return_lse), (row_max, return_max)) if is_asked]
-    return asked[0] if len(asked) == 1 else tuple(asked)  # type: ignore[return-value]
+    asked: list[Any] = [x for x, is_asked in ((out, True), (lse, return_lse), (row_max, return_max)) if is_asked]
+    return asked[0] if len(asked) == 1 else tuple(asked)
 
 
 def _check_whole(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: PartialOptions) -> None:
@@ -190,12 +190,9 @@ def _dims_of_mask(mask: Tensor) -> dict[int, int]:
 def _local_keys(sharing: _Sharing, name: str, x: Tensor, num_heads: int) -> Tensor:
     """The heads of keys or values (B, Hkv, S, columns) that the query heads of this rank read."""
     if x.shape[1] % sharing.ranks(_HEADS) == 0:
-        found = sharing.local(name, x, {_BATCH: 0, _HEADS: 1})
-        assert found is not None
-        return found
+        return sharing.local(name, x, {_BATCH: 0, _HEADS: 1})
     # Fewer heads than ranks, as in multi-query attention. Each rank takes its heads of the whole tensor.
     whole = sharing.local(name, x, {_BATCH: 0})
-    assert whole is not None
     begin, end = sharing.part(_HEADS, num_heads)
     group = num_heads // x.shape[1]
     first, last = begin // group, (end - 1) // group

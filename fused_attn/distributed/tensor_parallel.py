@@ -141,23 +141,21 @@ class _Replicated:
         self.mesh = mesh
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        names = ("query", "key", "value", "key_padding_mask", "need_weights")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        for name, expected, got in (
-            ("need_weights", False, given.get("need_weights", True)),
-            ("cache", None, given.get("cache")),
-        ):
-            if got is not expected and got:
-                raise checks.fail(name, f"{expected} in a module whose heads are shared by ranks", type(got).__name__)
+        named = dict(zip(("query", "key", "value", "key_padding_mask", "need_weights"), args, strict=False)) | kwargs
+        if named.get("need_weights", True):
+            raise checks.fail("need_weights", "False in a module whose heads are shared by ranks", "True")
+        if named.get("cache") is not None:
+            raise checks.fail("cache", "None in a module whose heads are shared by ranks", "a cache")
         seen: dict[int, Tensor] = {}
-        for name in ("query", "key", "value"):
-            x = given[name]
+
+        def replicated(x: Tensor) -> Tensor:
             if id(x) not in seen:
                 seen[id(x)] = _as_dtensor(x, self.mesh).redistribute(placements=[Replicate()])
-            given[name] = seen[id(x)]
-        return (*(given[name] for name in names if name in given), *args[len(names) :]), {
-            name: x for name, x in given.items() if name not in names
-        }
+            return seen[id(x)]
+
+        inputs = ("query", "key", "value")
+        changed = {name: replicated(x) if name in inputs else x for name, x in kwargs.items()}
+        return (*map(replicated, args[:3]), *args[3:]), changed
 
 
 class _ShardedStream(ParallelStyle):

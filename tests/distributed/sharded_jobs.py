@@ -25,7 +25,11 @@ def attention(
     }
     for name, x in given.items():
         x.requires_grad_(tensors[name].requires_grad)
-    function = torch.compile(fused_attention, backend="aot_eager", fullgraph=True) if is_compiled else fused_attention
+    function = (
+        torch.compile(fused_attention, backend="aot_eager", fullgraph=True, dynamic=False)
+        if is_compiled
+        else fused_attention
+    )
     out, lse = function(**given, return_lse=True, **options)
     assert isinstance(out, DTensor) and isinstance(lse, DTensor)
     replicated = [Replicate()] * mesh.ndim

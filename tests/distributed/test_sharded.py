@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import sharded_jobs
 import torch
@@ -41,7 +43,7 @@ def team(tmp_path_factory):
 
 
 def problem(case: str, generator: torch.Generator):
-    _, placements, heads, kv_heads, batch, options = CASES[case]
+    _, _, heads, kv_heads, batch, options = CASES[case]
     length = 9
 
     def random(*shape: int) -> torch.Tensor:
@@ -72,8 +74,8 @@ def expected_of(tensors, weights, options) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("case", CASES)
 def test_results_are_those_of_one_process(team, case: str, is_compiled: bool, generator: torch.Generator) -> None:
-    if is_compiled and case not in ("batch and heads", "one key head"):
-        pytest.skip("two cases are enough, because a trace takes seconds")
+    if is_compiled and case != "batch and heads":
+        pytest.skip("one case is enough, because a trace takes seconds")
     mesh_shape, placements, heads, _, batch, _ = CASES[case]
     tensors, weights, options = problem(case, generator)
     expected = expected_of(tensors, weights, options)
@@ -106,4 +108,4 @@ def test_all_ranks_drop_the_same_without_a_seed(team) -> None:
 def test_what_cannot_be_shared_is_refused(team, placements, heads: int, message: str) -> None:
     for is_right, result in team.outcomes(sharded_jobs.error_of, placements, heads):
         assert not is_right
-        assert __import__("re").search(f"ValueError: {message}", result[0]), result[0]
+        assert re.search(f"ValueError: {message}", result[0]), result[0]

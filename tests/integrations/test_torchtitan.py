@@ -63,5 +63,5 @@ def test_checkpoint_and_compile_without_graph_breaks(generator: torch.Generator)
 
 def test_other_masks_are_refused() -> None:
     x = torch.randn(4, 2, 16)
-    with pytest.raises(ValueError, match="attention_masks: expected an object with cu_seq_q, .*, got dict"):
+    with pytest.raises(ValueError, match=r"attention_masks: expected an object with cu_seq_q, .*, got dict"):
         VarlenAttention()(x, x, x, attention_masks={})
