@@ -51,7 +51,7 @@ class _Sharing(NamedTuple):
             for number, placement in enumerate(x.placements):
                 if isinstance(placement, (Replicate, Partial)):
                     continue
-                dim = placement.dim if type(placement) is Shard else None
+                dim = placement.dim if type(placement) is Shard else -1
                 if dim not in (_BATCH, _HEADS):
                     raise checks.fail(
                         name, "shards of the batch (dimension 0) or of the heads (dimension 1)",

@@ -70,13 +70,13 @@ def _plan_of_layer(prefix: str, layer: nn.Module, sequence_parallel: bool) -> di
     """The plan of an encoder layer or a decoder layer."""
     dim = _sequence_dim(layer)
     stream = Shard(dim) if sequence_parallel else Replicate()
-    options = {"use_local_output": not sequence_parallel}
+    is_local = not sequence_parallel
     plan: dict[str, ParallelStyle] = {}
     for name in ("self_attn", "multihead_attn"):
         if hasattr(layer, name):
-            plan[prefix + name] = AttentionParallel(stream, use_local_output=not sequence_parallel)
-    plan[prefix + "linear1"] = ColwiseParallel(input_layouts=stream, **options)
-    plan[prefix + "linear2"] = RowwiseParallel(output_layouts=stream, **options)
+            plan[prefix + name] = AttentionParallel(stream, use_local_output=is_local)
+    plan[prefix + "linear1"] = ColwiseParallel(input_layouts=stream, use_local_output=is_local)
+    plan[prefix + "linear2"] = RowwiseParallel(output_layouts=stream, use_local_output=is_local)
     if sequence_parallel:
         for name, part in layer.named_children():
             if isinstance(part, nn.LayerNorm):

@@ -22,7 +22,9 @@ from torch.nn import attention as torch_attention
 from fused_attn import planning
 from fused_attn.attention import checks, dropout
 from fused_attn.attention.inputs import Inputs, Saved, Wanted
+from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends import events
+from fused_attn.backends.base import Backend
 from fused_attn.derivatives import gradients
 
 #: The name in torch's registry.
@@ -71,8 +73,8 @@ def _forward(
     if return_debug_mask:
         raise checks.fail("return_debug_mask", "False, since the kernel never forms the mask", "True")
     seed = dropout.draw_seed(query.device) if dropout_p else torch.zeros((), dtype=torch.int64, device=query.device)
-    plan, inputs = _planned(query, key, value, dropout_p, is_causal, scale, seed)
-    out, lse, _ = events.named(plan.backend).forward(plan.problem, inputs, True, False)
+    problem, backend, inputs = _planned(query, key, value, dropout_p, is_causal, scale, seed)
+    out, lse, _ = events.named(backend).forward(problem, inputs, True, False)
     state = torch.stack((seed, torch.zeros_like(seed))).view(torch.uint64)
     unused = torch.zeros((), dtype=torch.uint64, device=query.device)
     return out, lse, None, None, query.shape[2], key.shape[2], state, unused, query.new_empty(0)
@@ -85,18 +87,18 @@ def _backward(
 ):  # fmt: skip
     """The operator ``aten::_scaled_dot_product_flash_attention_backward``. Returns the gradients of the first three."""
     seed = philox_seed.view(torch.int64)[0]
-    plan, inputs = _planned(query, key, value, dropout_p, is_causal, scale, seed)
+    problem, backend, inputs = _planned(query, key, value, dropout_p, is_causal, scale, seed)
     saved, wanted = Saved(out=out, lse=logsumexp, dout=grad_out), Wanted(query=True, key=True, value=True)
-    grads = gradients.compute(plan.backend, plan.problem, inputs, saved, wanted)
+    grads = gradients.compute(backend, problem, inputs, saved, wanted)
     return grads.query, grads.key, grads.value
 
 
-def _planned(query, key, value, dropout_p, is_causal, scale, seed) -> tuple[planning.Plan, Inputs]:
-    """The plan of a call of SDPA, and the tensors of the call."""
+def _planned(query, key, value, dropout_p, is_causal, scale, seed) -> tuple[AttentionProblem, Backend, Inputs]:
+    """The problem of a call of SDPA, the backend, and the tensors of the call."""
     tensors, has_groups = (query, key, value, None, None, None, None), key.shape[1] != query.shape[1]
     plan = planning.plan(False, None, tensors, (dropout_p, is_causal, scale, has_groups, None, 0.0), None)
     assert plan.layout is None and plan.backend is not None, "SDPA passes tensors (B, heads, rows, D)"
-    return plan, Inputs(query, key, value, seed=seed if dropout_p else None)
+    return plan.problem, plan.backend, Inputs(query, key, value, seed=seed if dropout_p else None)
 
 
 torch_attention.register_flash_attention_impl(NAME, register_fn=Registration)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import model_jobs
 import pytest
 import sharded_jobs
 import torch
@@ -94,6 +95,13 @@ def test_results_are_those_of_one_process(team, case: str, is_compiled: bool, ge
 def test_all_ranks_drop_the_same_without_a_seed(team) -> None:
     outs = team.run(sharded_jobs.seedless_dropout)
     assert all(torch.equal(x, outs[0]) for x in outs)
+
+
+def test_fsdp_with_tensor_parallelism(team) -> None:
+    """Two groups of ranks share the batch and the parameters, and the two ranks of a group share the heads."""
+    alone = model_jobs.train("alone")
+    for losses in team.run(model_jobs.train, "fsdp and tp"):
+        assert losses == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize(
