@@ -27,10 +27,10 @@ from torch import Tensor
 
 from fused_attn import modes, planning, running
 from fused_attn.attention import checks, formula, masks
-from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted
+from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.problem import NO_ORIGIN, AttentionProblem, DropoutOrigin
 from fused_attn.backends import dispatch, events
-from fused_attn.backends.base import Backend
+from fused_attn.derivatives import ops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +90,20 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, options: PartialOptions, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`attention_partial` with an out of the query's dtype. Sinks are right only if all keys are here."""
-    problem, backend, inputs, _ = _planned(query, key, value, options, sinks)
-    out, lse, _ = running.run(problem, backend, modes.is_direct(), inputs, return_lse=True, return_max=False)
+    out, lse, _ = results(query, key, value, options, sinks, return_max=False)
     assert lse is not None, "it was asked for"
     return out, lse
+
+
+def results(
+    query: Tensor, key: Tensor, value: Tensor, options: PartialOptions, sinks: Tensor | None, return_max: bool
+) -> Results:
+    """All results of a part, out of the query's dtype. See `attend`."""
+    problem, inputs, _ = _planned(query, key, value, options, sinks)
+    if torch.compiler.is_compiling():
+        return ops.call(problem, options.backend, inputs, return_max)
+    backend = dispatch.choose(problem, options.backend)
+    return running.run(problem, backend, modes.is_direct(), inputs, return_lse=True, return_max=return_max)
 
 
 def attention_partial_backward(
@@ -133,7 +143,8 @@ def attention_partial_backward(
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
     chosen = PartialOptions.of("attention_partial_backward", options)
-    problem, backend, inputs, columns = _planned(query, key, value, chosen)
+    problem, inputs, columns = _planned(query, key, value, chosen)
+    backend = dispatch.choose(problem, chosen.backend)
     for name, x, shape in (
         ("dout", dout, (*query.shape[:3], problem.value_dim)),
         ("out", out, (*query.shape[:3], problem.value_dim)),
@@ -205,8 +216,8 @@ def join_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
 
 def _planned(
     query: Tensor, key: Tensor, value: Tensor, options: PartialOptions, sinks: Tensor | None = None
-) -> tuple[AttentionProblem, Backend, Inputs, slice]:
-    """(the problem, the backend, the tensors of the call, the columns of the relative bias that belong to the part)."""
+) -> tuple[AttentionProblem, Inputs, slice]:
+    """(the problem, the tensors of the call, the columns of the relative bias that belong to the part)."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or x.dim() != 4:
             raise checks.fail(name, "a tensor (B, heads, rows, columns)", getattr(x, "shape", type(x).__name__))
@@ -225,9 +236,10 @@ def _planned(
         options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.window_size, options.softcap,
         None,
     )  # fmt: skip
-    plan = planning.plan(False, None, tensors, numbers, options.backend)
+    is_compiling = torch.compiler.is_compiling()
+    plan = planning.plan(is_compiling, None, tensors, numbers, options.backend)
     origin = DropoutOrigin(options.batch_offset, options.head_offset, options.query_offset, options.key_offset)
-    problem = _moved(plan.problem, origin)
+    problem = (_move if is_compiling else _moved)(plan.problem, origin)
     bias, key_bias, mask, key_padding = masks.score_masks(problem, options.attn_mask, options.key_padding_mask, None)
     relative_bias = None if relative_bias is None else masks.with_head_dim(relative_bias)
     inputs = Inputs(
@@ -242,7 +254,7 @@ def _planned(
         mask=mask,
         key_padding=key_padding,
     )
-    return problem, dispatch.choose(problem, options.backend), inputs, columns
+    return problem, inputs, columns
 
 
 def _columns(seqlen_q: int, seqlen_k: int, options: PartialOptions) -> slice:
@@ -266,10 +278,12 @@ def _columns(seqlen_q: int, seqlen_k: int, options: PartialOptions) -> slice:
     return slice(first, last)
 
 
-@functools.lru_cache(maxsize=4096)
-def _moved(problem: AttentionProblem, origin: DropoutOrigin) -> AttentionProblem:
+def _move(problem: AttentionProblem, origin: DropoutOrigin) -> AttentionProblem:
     """The problem of a part whose first query and key stand at the positions of origin."""
     band = problem.band
     if not band.is_unbounded:
         band = band._replace(offset=band.offset + origin.query - origin.key)
     return replace(problem, band=band, dropout_origin=origin if problem.dropout_p else NO_ORIGIN)
+
+
+_moved = functools.lru_cache(maxsize=4096)(_move)

@@ -21,7 +21,7 @@ LAYERS = (
     ("fused_attn.attention",),
     ("fused_attn.backends",),
     ("fused_attn.derivatives",),
-    ("fused_attn.planning", "fused_attn.running", "fused_attn.api", "fused_attn.partial"),
+    ("fused_attn.planning", "fused_attn.running", "fused_attn.api", "fused_attn.partial", "fused_attn.sharded"),
     ("fused_attn.distributed",),
     ("fused_attn.nn",),
     ("fused_attn.integrations",),

@@ -6,10 +6,19 @@ exchange.py   messages between ranks, and how many bytes they have
 ring.py       the queries stay, the keys and values travel
 ulysses.py    each rank gets all rows of some of the heads
 attention.py  `context_parallel_attention`
+tensor_parallel.py  attention and Transformer layers whose heads several processes share
 """
 
 from fused_attn.distributed.attention import context_parallel_attention
 from fused_attn.distributed.exchange import count_traffic
 from fused_attn.distributed.sequence import shard_sequence, unshard_sequence
+from fused_attn.distributed.tensor_parallel import AttentionParallel, tensor_parallel_plan
 
-__all__ = ["context_parallel_attention", "count_traffic", "shard_sequence", "unshard_sequence"]
+__all__ = [
+    "AttentionParallel",
+    "context_parallel_attention",
+    "count_traffic",
+    "shard_sequence",
+    "tensor_parallel_plan",
+    "unshard_sequence",
+]

@@ -15,9 +15,9 @@ from fused_attn.distributed import context_parallel_attention, count_traffic, sh
 SEQUENCE_DIM = {"query": 2, "key": 2, "value": 2, "key_padding_mask": 1}
 
 
-def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+def mesh_of(shape: tuple[int, ...], names: tuple[str, ...] | None = None) -> DeviceMesh:
     """A mesh of all processes."""
-    return DeviceMesh("cpu", torch.arange(dist.get_world_size()).view(shape))
+    return DeviceMesh("cpu", torch.arange(dist.get_world_size()).view(shape), mesh_dim_names=names)
 
 
 def attention(

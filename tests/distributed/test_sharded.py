@@ -1,0 +1,119 @@
+"""DTensors in `fused_attention`: on 4 processes, the results are those of one process, whatever is sharded."""
+
+from __future__ import annotations
+
+import re
+
+import model_jobs
+import pytest
+import sharded_jobs
+import torch
+from processes import Team
+from torch.distributed.tensor import Replicate, Shard
+
+from fused_attn import fused_attention
+
+ALL, BATCH, HEADS = Replicate(), Shard(0), Shard(1)
+BY_HEAD = Shard(0)
+
+# name: (shape of the mesh, placements by argument, query heads, key heads, batch, options)
+CASES = {
+    "batch": ((4,), {"query": [BATCH], "key": [BATCH], "value": [BATCH]}, 4, 4, 4, {"is_causal": True}),
+    "uneven batch": ((4,), {"query": [BATCH], "key": [BATCH], "value": [BATCH]}, 4, 4, 5, {"dropout_p": 0.3}),
+    "batch and heads": (
+        (2, 2), {"query": [BATCH, HEADS], "key": [BATCH, HEADS], "value": [BATCH, HEADS], "sinks": [ALL, BY_HEAD]},
+        8, 4, 4, {"dropout_p": 0.3, "window_size": (5, 2)},
+    ),
+    "heads, with a replicated bias": (
+        (4,), {"query": [HEADS], "key": [HEADS], "value": [HEADS], "sinks": [ALL], "relative_bias": [BY_HEAD]},
+        8, 4, 2, {"dropout_p": 0.3, "is_causal": True},
+    ),
+    "one key head": ((4,), {"query": [HEADS], "key": [ALL], "value": [ALL]}, 8, 1, 2, {"dropout_p": 0.3}),
+    "key heads that the ranks cut": ((4,), {"query": [HEADS], "key": [ALL], "value": [ALL]}, 12, 6, 2, {}),
+    "replicated": (
+        (2, 2), {"query": [ALL, ALL], "key": [BATCH, ALL], "value": [ALL, ALL], "relative_bias": [ALL, ALL]},
+        4, 2, 2, {"softcap": 3.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory):
+    with Team(4, tmp_path_factory.mktemp("team") / "store") as team:
+        yield team
+
+
+def problem(case: str, generator: torch.Generator):
+    _, _, heads, kv_heads, batch, options = CASES[case]
+    length = 9
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    tensors = {
+        "query": random(batch, heads, length, 16),
+        "key": random(batch, kv_heads, length, 16),
+        "value": random(batch, kv_heads, length, 16),
+        "relative_bias": random(heads, 2 * length - 1),
+        "sinks": random(heads),
+        "attn_mask": random(heads, 1, length),
+        "key_padding_mask": torch.rand(batch, length, generator=generator) < 0.3,
+    }
+    weights = tensors["query"].detach().cos(), tensors["query"].detach()[..., 0].cos()
+    options = {**options, "dropout_seed": 3, "enable_gqa": heads != kv_heads}
+    return tensors, weights, options
+
+
+def expected_of(tensors, weights, options) -> dict[str, torch.Tensor]:
+    out, lse = fused_attention(**tensors, return_lse=True, **options)
+    loss = (out * weights[0]).sum() + (lse.masked_fill(lse == float("-inf"), 0.0) * weights[1]).sum()
+    loss.backward()
+    grads = {f"d{name}": x.grad for name, x in tensors.items() if x.requires_grad}
+    return {"out": out.detach(), "lse": lse.detach(), **grads}
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("case", CASES)
+def test_results_are_those_of_one_process(team, case: str, is_compiled: bool, generator: torch.Generator) -> None:
+    if is_compiled and case != "batch and heads":
+        pytest.skip("one case is enough, because a trace takes seconds")
+    mesh_shape, placements, heads, _, batch, _ = CASES[case]
+    tensors, weights, options = problem(case, generator)
+    expected = expected_of(tensors, weights, options)
+    plain = {name: x.detach().requires_grad_(x.requires_grad) for name, x in tensors.items()}
+    weights = tuple(x.clone() for x in weights)
+    for rank, found in enumerate(
+        team.run(sharded_jobs.attention, mesh_shape, placements, plain, weights, options, is_compiled)
+    ):
+        for name, x in expected.items():
+            torch.testing.assert_close(found[name], x, rtol=1e-12, atol=1e-12, msg=lambda m: f"{rank} {name}: {m}")  # noqa: B023
+        # Each rank has computed its own part alone.
+        shards = torch.tensor(mesh_shape)[[x != ALL for x in placements["query"]]].prod() if case != "replicated" else 2
+        assert found["local"].prod() <= -(-batch * heads * 9 * 16 // shards) + heads * 9 * 16
+
+
+def test_all_ranks_drop_the_same_without_a_seed(team) -> None:
+    outs = team.run(sharded_jobs.seedless_dropout)
+    assert all(torch.equal(x, outs[0]) for x in outs)
+
+
+def test_fsdp_with_tensor_parallelism(team) -> None:
+    """Two groups of ranks share the batch and the parameters, and the two ranks of a group share the heads."""
+    alone = model_jobs.train("alone")
+    for losses in team.run(model_jobs.train, "fsdp and tp"):
+        assert losses == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "placements, heads, message",
+    [
+        ([Shard(2)], 4, "query: expected shards of the batch .* context_parallel_attention"),
+        ([Shard(3)], 4, "query: expected shards of the batch .* the head dim"),
+        ([Shard(1)], 6, "query: expected a number of heads that 4 ranks can share equally, got 6 heads"),
+    ],
+    ids=["sequence", "head dim", "heads"],
+)
+def test_what_cannot_be_shared_is_refused(team, placements, heads: int, message: str) -> None:
+    for is_right, result in team.outcomes(sharded_jobs.error_of, placements, heads):
+        assert not is_right
+        assert re.search(f"ValueError: {message}", result[0]), result[0]
