@@ -138,7 +138,7 @@ class RingAttention(torch.autograd.Function):
         query, key, value, padding, relative_bias, sinks, out, lse = ctx.saved_tensors
         ring: Ring = ctx.ring
         if dout is None and dlse is None:
-            return (None,) * 7
+            return None, None, None, None, None, None, None
         dout = torch.zeros_like(out) if dout is None else dout
         tensors = (key, value) if padding is None else (key, value, padding)
 

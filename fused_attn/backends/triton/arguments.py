@@ -169,7 +169,7 @@ _new = tuple.__new__
 
 NO_ROWS = Rows(None)
 NO_SCORES = Scores(None)
-NO_MASKS = Masks(NO_SCORES, NO_SCORES, None, None, None, 0, *(None,) * 6, 0, 0)
+NO_MASKS = Masks(NO_SCORES, NO_SCORES, None, None, None, 0, None, None, None, None, None, None, 0, 0)
 NO_MASKS_KIND = NO_MASKS.kind
 
 #: The smallest and the largest scale for which `Settings.is_scale_folded` may be 1.
