@@ -54,6 +54,7 @@ class PartialOptions:
     window_size: tuple[int, int] | None = None
     softcap: float = 0.0
     relative_bias: Tensor | None = None  # of the whole attention
+    num_splits: int | None = None
     backend: str | None = None
 
     @classmethod
@@ -234,7 +235,7 @@ def _planned(
     tensors = (query, key, value, options.attn_mask, relative_bias, sinks, options.key_padding_mask, None)
     numbers = (
         options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.window_size, options.softcap,
-        None,
+        options.num_splits,
     )  # fmt: skip
     is_compiling = torch.compiler.is_compiling()
     plan = planning.plan(is_compiling, None, tensors, numbers, options.backend)

@@ -105,6 +105,8 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
     splits = 0 if needs_max else num_splits(problem)  # the decode kernels know no maxima
     if problem.has_key_lengths and splits == 0:
         problem, inputs = _without_key_lengths(problem, inputs)
+    if splits and inputs.key_bias is not None:
+        inputs = _with_key_bias_in_bias(inputs)
     inputs = _readable_inputs(problem, inputs)
     query = inputs.query
     out = empty_like_layout(query, problem.value_dim)
@@ -151,6 +153,16 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     workspace = _workspace(problem, read, wanted)
     _kernels.backward(read, saved, grads, _config(problem), _architecture(problem), workspace)
     return _in_dtypes_of(inputs, grads) if wanted.is_any_shared else grads
+
+
+def _with_key_bias_in_bias(inputs: Inputs) -> Inputs:
+    """The same call for the decode kernels, which read one dense bias: at head dim 256, they have no register left for
+    a second one. There are few queries, so the sum of both biases is small.
+    """
+    assert inputs.key_bias is not None, "the caller has one"
+    key_bias = inputs.key_bias[:, None, None]
+    bias = key_bias if inputs.bias is None else inputs.bias.float() + key_bias
+    return inputs._replace(bias=bias, key_bias=None)
 
 
 def _without_key_lengths(problem: AttentionProblem, inputs: Inputs) -> tuple[AttentionProblem, Inputs]:

@@ -166,7 +166,7 @@ GPU_DEVICE void load_queries(uint32_t (&q)[kSteps][4], const Params& p, const De
   }
 }
 
-// Adds relative bias, key bias and bias to the scores of a step.
+// Adds relative bias and bias to the scores of a step.
 template <class T>
 GPU_DEVICE void add_biases(float (&scores)[2][4], const Params& p, const DecodeRowPair& rows, int32_t first_key) {
   const LogitParams& x = p.logits;
@@ -178,7 +178,6 @@ GPU_DEVICE void add_biases(float (&scores)[2][4], const Params& p, const DecodeR
       if (x.relative_bias != nullptr)
         score += load_global(x.relative_bias + own.head * x.relative_bias_stride_head +
                              (key - rows.queries[r] + p.seqlen_q - 1));
-      if (x.key_bias != nullptr) score += load_global(x.key_bias + own.batch * x.key_bias_stride_batch + key);
       if (x.bias.data != nullptr) {
         const int64_t offset = own.batch * x.bias.stride_batch + own.head * x.bias.stride_head +
                                rows.queries[r] * x.bias.stride_query + key * x.bias.stride_key;
