@@ -21,10 +21,18 @@ pytestmark = pytest.mark.quick
 ONLY_86, DEFAULT = "86-real", "80,90a-real"
 
 
+class WithoutModules(type(native.PACKAGE)):
+    """The folder of the package, in which no compiled module is found."""
+
+    def glob(self, pattern: str) -> Iterator[WithoutModules]:
+        return iter(())
+
+
 @pytest.fixture(autouse=True)
 def installation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An installation with Triton and without CUDA kernels, which has not warned yet."""
     monkeypatch.setattr(cuda, "_kernels", None)
+    monkeypatch.setattr(native, "PACKAGE", WithoutModules(native.PACKAGE))
     monkeypatch.setattr(cuda, "missing", cuda.why_not_installed(ModuleNotFoundError()))
     monkeypatch.setattr(triton, "installation_problem", lambda: None)
     caches = (dispatch.choose, dispatch._warn_of_triton, dispatch._warn_of_reference, cuda._unusable_reason)

@@ -162,8 +162,10 @@ def steady_step(sass: list[str]) -> list[str]:
         return following
 
     shortest: list[int] = []
-    wait = r"WARPGROUP.DEPBAR.LE gsb0, 0x1\b|^DEPBAR.LE SB0, 0x[1-9]"
-    for start in (i for i, text in enumerate(texts) if re.search(wait, text)):
+    # Kernels with wgmma have waits of the second kind in other loops.
+    waits = (r"WARPGROUP.DEPBAR.LE gsb0, 0x1\b", r"^DEPBAR.LE SB0, 0x[1-9]")
+    found = ([i for i, text in enumerate(texts) if re.search(wait, text)] for wait in waits)
+    for start in next(filter(None, found), []):
         before, queue = {}, collections.deque([start])
         while queue and start not in before:
             i = queue.popleft()

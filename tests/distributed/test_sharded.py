@@ -107,7 +107,7 @@ def test_fsdp_with_tensor_parallelism(team) -> None:
 @pytest.mark.parametrize(
     "placements, heads, message",
     [
-        ([Shard(2)], 4, "query: expected shards of the batch .* context_parallel_attention"),
+        ([Shard(2)], 4, "query: expected shards of the batch .*context_parallel_attention"),
         ([Shard(3)], 4, "query: expected shards of the batch .* the head dim"),
         ([Shard(1)], 6, "query: expected a number of heads that 4 ranks can share equally, got 6 heads"),
     ],
