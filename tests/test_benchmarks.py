@@ -788,6 +788,7 @@ def test_quick_cpu_modules_and_report_rows(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_quick_generation_and_its_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     out = tmp_path / "rows.jsonl"
     quick = ["--quick", "--device", "cpu", "--rounds", "1", "--seconds", "0.01", "--out", str(out)]
     assert __main__.main(["generation", *quick]) == 0
