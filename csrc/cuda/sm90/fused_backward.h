@@ -35,6 +35,7 @@
 // all threads take alike. All of it is done between the products for scores and dprobs and those that use them.
 #pragma once
 #include <cmath>
+#include <cstddef>
 #include <type_traits>
 
 #include "../dropout.h"
@@ -668,31 +669,33 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
 // calls this. It reads the map of the mask for 32 tiles of queries at a time.
 template <int kBlockM>
 GPU_DEVICE void list_mask_steps(const Params& p, int32_t program) {
-  KeyBlock* const b = p.key_blocks + program;
-  const int32_t lane = this_lane().index, begin = load_global(&b->begin), end = load_global(&b->end);
-  const int32_t number = load_global(&b->number), head = load_global(&b->head);
-  const int32_t full_begin = load_global(&b->full_begin), full_end = load_global(&b->full_end);
-  if (load_global(&b->steps) == 0) return;
+  const int32_t lane = this_lane().index;
+  Vec4* const listed = reinterpret_cast<Vec4*>(p.key_blocks + program);
+  Vec4 words[kKeyBlockBytes / 16];
+  GPU_UNROLL for (uint32_t w = 0; w < kKeyBlockBytes / 16; ++w) words[w] = load_global(listed + w);
+  KeyBlock b;
+  __builtin_memcpy(&b, words, kKeyBlockBytes);
+  if (b.steps == 0) return;
   HeadSlice head_slice{};
-  head_slice.batch = load_global(&b->batch);
+  head_slice.batch = b.batch;
   StepInfo* const steps = mask_steps_of<kBlockM>(p, program);
   int32_t count = 0;
-  for (head_slice.head = head; head_slice.head < head + p.group_size; ++head_slice.head) {
-    for (int32_t first = begin; first < end; first += 32) {
+  for (head_slice.head = b.head; head_slice.head < b.head + p.group_size; ++head_slice.head) {
+    for (int32_t first = b.begin; first < b.end; first += 32) {
       const int32_t tile = first + lane;
       MaskContents contents{0};
-      if (tile < end)
-        contents = mask_contents<kBlockM, kKeyBlock>(p.mask, head_slice, tile * kBlockM, number * kKeyBlock);
+      if (tile < b.end)
+        contents = mask_contents<kBlockM, kKeyBlock>(p.mask, head_slice, tile * kBlockM, b.number * kKeyBlock);
       const uint32_t visited = warp_ballot(contents.has_visible());
-      const bool has_mask = contents.has_hidden() || tile < full_begin || tile >= full_end;
+      const bool has_mask = contents.has_hidden() || tile < b.full_begin || tile >= b.full_end;
       if (contents.has_visible())
         store_global(steps + count + count_bits(visited & low_bits(lane)),
                      StepInfo{tile | (has_mask ? kHasMask : 0), head_slice.head});
       count += count_bits(visited);
     }
   }
-  sync_warp();  // all lanes have read b->steps
-  if (lane == 0) store_global(&b->steps, count);
+  sync_warp();  // all lanes have read the KeyBlock
+  if (lane == 0) store_global(reinterpret_cast<int32_t*>(listed) + offsetof(KeyBlock, steps) / sizeof(int32_t), count);
 }
 
 // Writes the turns of all blocks of keys at tile `tile` of queries: for each block that visits the tile, how many later
