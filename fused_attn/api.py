@@ -131,11 +131,14 @@ def fused_attention(
             # This import takes time, and only a program that has DTensors needs the module.
             from fused_attn import sharded
 
+            if key_lengths is not None:
+                raise checks.fail("key_lengths", "None with DTensors, which key_padding_mask can mask", "a tensor")
+
             return sharded.attention(
                 query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
                 enable_gqa=enable_gqa, key_padding_mask=key_padding_mask, window_size=window_size, softcap=softcap,
-                relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, return_lse=return_lse,
-                return_max=return_max, backend=backend,
+                relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, num_splits=num_splits,
+                return_lse=return_lse, return_max=return_max, backend=backend,
             )  # fmt: skip
         if jagged.is_nested(query, key, value):
             masks_given = {

@@ -133,12 +133,12 @@ def attention_partial_backward(
         lse: (B, H, L), the merged lse.
         dlse: (B, H, L), the gradient of the merged lse; None = zero.
         into: gradients of the types that this function returns. The contributions are added to these tensors, in place.
-            A tensor that is None there is computed but returned alone.
+            Where there is None, the contribution is returned and not added.
         options: see `PartialOptions`.
 
     Returns:
-        `Gradients` query, key, value and, with a relative bias or a floating-point attn_mask, relative_bias (the
-        gradient of the whole one) and bias. All are float32 (float64 for float64 inputs).
+        `Gradients` query, key, value and, with a relative bias or a floating-point attn_mask or key_padding_mask,
+        relative_bias (the gradient of the whole one), bias and key_bias. All are float32 (float64 for float64 inputs).
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
@@ -155,7 +155,14 @@ def attention_partial_backward(
         if x is not None and tuple(x.shape) != tuple(shape):
             raise checks.fail(name, f"shape {tuple(shape)}", f"shape {tuple(x.shape)}")
     saved = Saved(out=out.to(query.dtype), lse=lse.to(problem.accumulate_dtype), dout=dout.to(query.dtype), dlse=dlse)
-    wanted = Wanted(query=True, key=True, value=True, bias=problem.has_bias, relative_bias=problem.has_relative_bias)
+    wanted = Wanted(
+        query=True,
+        key=True,
+        value=True,
+        bias=problem.has_bias,
+        key_bias=inputs.key_bias is not None,
+        relative_bias=problem.has_relative_bias,
+    )
     with torch.no_grad():
         # The reference backend computes out and lse again, which would be those of this part alone.
         backward = formula.backward_from_saved if backend.is_composite else events.named(backend).backward

@@ -194,3 +194,15 @@ def test_merge_errors() -> None:
     x = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ValueError, match="lse: expected shape \\(1, 2, 3\\), got shape \\(1, 2\\)"):
         attention_partial_backward(x, x, x, x, x, torch.zeros(1, 2))
+
+
+def test_backward_of_a_floating_point_padding_mask(backend: str, generator: torch.Generator) -> None:
+    query, key, value, options = problem("causal", generator)
+    padding = torch.randn(2, 53, dtype=torch.float64, generator=generator, requires_grad=True)
+    out, lse = attention_partial(query, key, value, key_padding_mask=padding, backend=backend, **options)
+    dout = torch.randn(out.shape, dtype=torch.float64, generator=generator)
+    (expected,) = torch.autograd.grad(out, padding, dout)
+    found = attention_partial_backward(
+        dout, query, key, value, out.detach(), lse.detach(), key_padding_mask=padding, backend=backend, **options
+    )
+    close(found.key_bias, expected)

@@ -85,7 +85,8 @@ struct AttentionParams {
   TensorView sinks;  // (1, H, 1, 1), accumulate type: a logit that is added to the denominator of the softmax only
 
   // Dropout sets the probability of entry (b, h, i, j) to zero if the Philox word of the entry (philox.h) is below
-  // dropout_threshold. Philox numbers the entries from dropout_origin on. Otherwise dropout multiplies the probability by dropout_scale.
+  // dropout_threshold. Otherwise dropout multiplies the probability by dropout_scale. Philox numbers the entries from
+  // dropout_origin on.
   bool has_dropout = false;
   uint32_t dropout_threshold = 0;
   double dropout_scale = 1.0;

@@ -1,5 +1,5 @@
-// The product of few rows with a weight, as in a decoding step: the time is that of reading the weight once. A product in
-// blocks, which is best for many rows, first copies the weight into another order.
+// The product of few rows with a weight, as in a decoding step: the time is that of reading the weight once. A product
+// in blocks, which is best for many rows, first copies the weight into another order.
 #pragma once
 #include "decode.h"
 #include "parallel.h"
@@ -8,8 +8,7 @@ namespace fused_attn::cpu {
 namespace {
 
 // y = x . weight^T + bias, for x (rows, in), weight (out, in), bias (out,) or null, y (rows, out), all contiguous. A
-// vector holds neighbouring input features, so rows of weight are read without a copy. For many rows, a product in
-// blocks with transposed weights would be faster.
+// vector holds neighbouring input features, so rows of weight are read without a copy.
 template <class Policy>
 void project(const typename Policy::Storage* x, int64_t rows, int64_t in, const typename Policy::Storage* weight,
              const typename Policy::Storage* bias, int64_t out, int num_threads, typename Policy::Storage* y) {

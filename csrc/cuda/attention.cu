@@ -75,10 +75,11 @@ constexpr double kLog2EExact = 1.44269504088896340736;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether backward runs the fused kernel of sm_90a (sm90/fused_backward.h). It is faster than two kernels, but computes
-// all gradients.
+// all gradients. Its lists of the steps that a mask leaves count the blocks of the longest sequence, so packed calls
+// with a mask take two kernels.
 bool is_fused_backward(const WorkspaceNeeds& needs) {
   return needs.is_backward && needs.wants_all_gradients && needs.architecture == 90 &&
-         has_fused_backward(needs.head_dim, needs.is_general);
+         has_fused_backward(needs.head_dim, needs.is_general) && !(needs.is_packed && needs.mask_entries != 0);
 }
 
 BiasGradientSizes bias_gradient_sizes(const WorkspaceNeeds& needs) {
@@ -375,6 +376,17 @@ const KernelSet& kernels_for(int architecture, int64_t head_dim) {
 
 // Checks the sizes of a call, and launches its kernels in order: preparation, forward or backward, gradients of biases
 // and sinks. All run on the caller's stream.
+// Throws if the kernels that are about to run would ignore an argument. The Python backend makes no such call.
+void check_decode(const AttentionParams& a, bool is_decode) {
+  if (is_decode && (a.has_dropout || a.key_bias.data != nullptr || a.row_max.data != nullptr))
+    throw std::invalid_argument("num_splits: expected 0 with dropout, key_bias or row_max, got " +
+                                std::to_string(a.num_splits));
+  if (!is_decode && (a.key_lengths != nullptr || a.block_table != nullptr || a.band_from_end))
+    throw std::invalid_argument(
+        "num_splits: expected a number of splits, and no gradients, with key_lengths, "
+        "block_table or band_from_end, got 0");
+}
+
 void run(const Call& of_caller, bool is_backward) {
   const Call& call = on_device(of_caller);
   const AttentionParams& a = call.params;
@@ -414,6 +426,7 @@ void run(const Call& of_caller, bool is_backward) {
   if (const int64_t bytes = workspace_bytes(needs); call.workspace_bytes < bytes)
     throw std::invalid_argument("workspace: expected at least " + std::to_string(bytes) + " bytes, got " +
                                 std::to_string(call.workspace_bytes));
+  check_decode(a, needs.num_splits > 0);
   Workspace workspace(call.workspace);
   const Pieces pieces = take_pieces(needs, workspace);
   Params params = params_of(call, pieces, is_backward);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <limits>
 #include <string>
 
 #include "../cpu/dispatch.h"
@@ -145,18 +146,15 @@ PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
   if (kv_heads < 1 || heads % kv_heads != 0 || features + 2 * kv_heads * head_dim != width)
     weight.fail("(H + 2 Hkv) D rows for H = " + std::to_string(heads), std::to_string(width));
 
-  const auto checked_data = [&](const Argument& argument, std::initializer_list<int64_t> shape) -> void* {
-    return checked_contiguous(argument, x.type, shape);
-  };
   cpu::SelfAttentionParams module;
   AttentionParams& params = module.attention;
   module.features = features;
-  module.x = checked_data(x, {batch, length, features});
-  module.in_weight = checked_data(weight, {width, features});
-  module.in_bias = checked_data(kReader.optional(args[2], "in_bias"), {width});
-  module.out_weight = checked_data(kReader.required(args[3], "out_weight"), {features, features});
-  module.out_bias = checked_data(kReader.optional(args[4], "out_bias"), {features});
-  module.out = checked_data(kReader.required(args[5], "out"), {batch, length, features});
+  module.x = checked_contiguous(x, x.type, {batch, length, features});
+  module.in_weight = checked_contiguous(weight, x.type, {width, features});
+  module.in_bias = checked_contiguous(kReader.optional(args[2], "in_bias"), x.type, {width});
+  module.out_weight = checked_contiguous(kReader.required(args[3], "out_weight"), x.type, {features, features});
+  module.out_bias = checked_contiguous(kReader.optional(args[4], "out_bias"), x.type, {features});
+  module.out = checked_contiguous(kReader.required(args[5], "out"), x.type, {batch, length, features});
   params.dtype = kernel_dtype(x.type);
   params.batch = batch;
   params.num_heads = heads;
@@ -190,13 +188,12 @@ PyObject* linear(PyObject* const* args, Py_ssize_t count) {
   p.rows = x.size(0);
   p.in = x.size(1);
   p.out = weight.size(0);
-  const auto checked_data = [&](const Argument& argument, std::initializer_list<int64_t> shape) -> void* {
-    return checked_contiguous(argument, x.type, shape);
-  };
-  p.x = checked_data(x, {p.rows, p.in});
-  p.weight = checked_data(weight, {p.out, p.in});
-  p.bias = checked_data(kReader.optional(args[2], "bias"), {p.out});
-  p.y = checked_data(kReader.required(args[3], "out"), {p.rows, p.out});
+  constexpr int64_t kMostFeatures = std::numeric_limits<int32_t>::max();
+  if (p.in > kMostFeatures) x.fail("at most " + std::to_string(kMostFeatures) + " columns", std::to_string(p.in));
+  p.x = checked_contiguous(x, x.type, {p.rows, p.in});
+  p.weight = checked_contiguous(weight, x.type, {p.out, p.in});
+  p.bias = checked_contiguous(kReader.optional(args[2], "bias"), x.type, {p.out});
+  p.y = checked_contiguous(kReader.required(args[3], "out"), x.type, {p.rows, p.out});
   p.num_threads = thread_count(args[4]);
   const double work = static_cast<double>(p.rows) * static_cast<double>(p.in) * static_cast<double>(p.out);
   run_kernel(work, [&] { cpu::kernels().linear(p); });

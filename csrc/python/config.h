@@ -101,9 +101,8 @@ inline void define_config(py::module_& module) {
       py::arg("dropout_origin") = std::array<int64_t, 4>{}, py::arg("max_seqlen_q") = 0, py::arg("max_seqlen_k") = 0,
       py::arg("band_from_end") = false, py::arg("num_splits") = 0,
       "The arguments of a call that are not tensors: made once for each problem, passed with every call. A window of\n"
-      "None or -1 has no bound. dropout_origin is (batch, head, query, key). max_seqlen_q and max_seqlen_k are used "
-      "by\n"
-      "packed calls only. num_splits of 0 lets the kernel choose.");
+      "None or -1 has no bound. dropout_origin is (batch, head, query, key). max_seqlen_q and max_seqlen_k are\n"
+      "used by packed calls only. num_splits of 0 lets the kernel choose.");
 }
 
 }  // namespace fused_attn

@@ -177,9 +177,9 @@ def _without_key_lengths(problem: AttentionProblem, inputs: Inputs) -> tuple[Att
     padding = key >= lengths[:, None]
     padding = padding if inputs.key_padding is None else padding | inputs.key_padding
     inputs = inputs._replace(key_padding=padding, key_lengths=None)
-    if not problem.band.is_from_end:
+    left, right, offset, is_from_end = problem.band
+    if not is_from_end or left == right == UNBOUNDED:
         return _with_key_padding(problem), inputs
-    left, right, offset, _ = problem.band
     length = lengths.clamp(0, problem.seqlen_k)[:, None, None, None]
     query = torch.arange(problem.seqlen_q, device=lengths.device)[:, None]
     distance = key - (query + offset + length - problem.seqlen_q)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from fused_attn import planning
 from fused_attn.attention import checks, dropout, masks
 from fused_attn.distributed import ulysses
 from fused_attn.distributed.blocks import Positions
@@ -81,6 +82,9 @@ def context_parallel_attention(
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or x.dim() != 4:
             raise checks.fail(name, "a tensor (B, heads, rows, columns)", getattr(x, "shape", type(x).__name__))
+    padding = chosen.key_padding_mask
+    if padding is not None and padding.requires_grad:
+        raise checks.fail("key_padding_mask", "a mask that requires no gradient", "one that does")
     group = group_of(mesh)
     world = dist.get_world_size(group)
     if seqlens is None:
@@ -100,6 +104,7 @@ def context_parallel_attention(
         sharded_q, sharded_k = (Sharding.of(length, world) for length in seqlens)
         _check_rows("query", query, sharded_q, dist.get_rank(group))
         _check_rows("key", key, sharded_k, dist.get_rank(group))
+    _check_whole(query, key, value, sinks, chosen, (sharded_q.length, sharded_k.length))
     band = masks.band_of(chosen.is_causal, checks.check_window(chosen.window_size))
     positions = Positions(
         sharded_q, sharded_k, band, are_needed=chosen.relative_bias is not None or chosen.dropout_p > 0.0
@@ -173,6 +178,37 @@ def _around(
     shared = {name: x for name, x in vars(options).items() if name not in ("key_padding_mask", "relative_bias")}
     shared = {name: x for name, x in shared.items() if name not in ("query_offset", "key_offset")}
     return RingAttention.apply(Ring(group, positions, shared), query, key, value, padding, bias, sinks)
+
+
+def _check_whole(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: PartialOptions, seqlens: tuple[int, int]
+) -> None:
+    """Raises the errors that `fused_attention` raises for the whole tensors. Nothing has been sent yet.
+
+    seqlens: (L, S) of the whole sequences
+    """
+
+    def whole(x: Tensor | None, *shape: int) -> Any:
+        return None if x is None else torch.empty(shape or x.shape, dtype=x.dtype, device="meta")
+
+    (batch, heads, _, head_dim), (_, kv_heads, _, value_dim) = query.shape, value.shape
+    rows_q, rows_k = seqlens
+    planning.plan(
+        True,  # plans without the choice of a backend, which the meta device would not have
+        None,
+        (
+            whole(query, batch, heads, rows_q, head_dim),
+            whole(key, batch, key.shape[1], rows_k, key.shape[3]),
+            whole(value, value.shape[0], kv_heads, rows_k, value_dim),
+            None,
+            whole(options.relative_bias),
+            whole(sinks),
+            whole(options.key_padding_mask, batch, rows_k),
+            None,
+        ),
+        tuple(getattr(options, name) for name in planning.Options._fields),
+        options.backend,
+    )
 
 
 def _plain(options: PartialOptions) -> list:

@@ -99,6 +99,12 @@ def ordered_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return total
 
 
+def refuse_second_derivatives() -> None:
+    """Raises in a backward whose gradients have to be differentiable. Otherwise a part of these would be lost."""
+    if torch.is_grad_enabled():  # in backward, only with create_graph
+        raise RuntimeError("context_parallel_attention: expected no create_graph, as it has no second derivatives")
+
+
 class SumGradient(torch.autograd.Function):
     """The identity, for a tensor that all ranks hold. Its gradient is summed over the ranks."""
 
@@ -109,4 +115,5 @@ class SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx: Tensor):
+        refuse_second_derivatives()
         return ordered_sum(dx, ctx.group), None

@@ -17,7 +17,7 @@ from fused_attn import partial
 from fused_attn.attention.inputs import Gradients
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.distributed.blocks import Block, Positions, blocks, needed_keys
-from fused_attn.distributed.exchange import Exchange
+from fused_attn.distributed.exchange import Exchange, refuse_second_derivatives
 
 
 class Ring(NamedTuple):
@@ -135,6 +135,7 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None):
+        refuse_second_derivatives()
         query, key, value, padding, relative_bias, sinks, out, lse = ctx.saved_tensors
         ring: Ring = ctx.ring
         if dout is None and dlse is None:

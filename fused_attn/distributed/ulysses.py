@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_attn.distributed.exchange import all_to_all
+from fused_attn.distributed.exchange import all_to_all, refuse_second_derivatives
 from fused_attn.distributed.sequence import Segment, Sharding
 
 
@@ -52,6 +52,7 @@ class SwapShards(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx: Tensor):
+        refuse_second_derivatives()
         return (_to_rows if ctx.to_heads else _to_heads)(dx, ctx.rows, ctx.group), None, None, None
 
 

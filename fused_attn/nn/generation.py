@@ -131,7 +131,9 @@ class Search:
         if self.first > 1:
             earlier = self.tokens[:, : self.first - 1]
             self.model.decode_hidden(earlier, self.memory, self.padding, cache=self.cache)
-            self.cache.crop(self.position)  # rows of shorter prefixes hold padding behind their tokens
+        # Rows of shorter prefixes hold padding behind their tokens. After this crop, the host counts no rows any more,
+        # so a capture that fails halfway leaves no wrong count.
+        self.cache.crop(self.position)
 
     def reserve(self, length: int) -> bool:
         """Makes room for `length` tokens in the cache. True = the buffers are new: the step must be captured again."""
@@ -204,7 +206,7 @@ class BeamSearch(Search):
     ended_probs:  (B, K, T), the log-probabilities of their tokens
     ended_scores: (B, K), their scores; -inf = there is no such hypothesis yet
     count:        () float, the number of new tokens
-    is_finished:  (B, 1) bool: no open hypothesis can become better than the ended ones
+    is_finished:  (B, 1) bool: no open hypothesis scores better than the ended ones
     """
 
     def __init__(self, model: Model, src: Tensor, prefix: Tensor | None, settings: Settings):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 #: A step is captured after so many ordinary calls, which compile kernels and fill caches.
 WARM_UP_STEPS = 2
@@ -80,9 +81,11 @@ def why_not(device: torch.device, model: nn.Module | None) -> str:
         return f"the model is on {device}, which has no CUDA graphs"
     if model is None:
         return "a layer of the decoder takes no cache"
+    if nn_module._has_any_global_hook():
+        return "there are global hooks, which a replay would not call"
     for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{type(module).__name__} has hooks, which a replay would not call"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return f"{type(module).__name__} has hooks or a forward of its own, which a replay would not call"
         for parameter in module.parameters(recurse=False):
             if type(parameter) is not nn.Parameter or parameter.device != device:
                 return f"{type(module).__name__} has parameters that are sharded, quantised or on another device"

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from fused_attn.backends import cuda
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "cmake"))
 import checked_nvcc  # noqa: E402
@@ -194,7 +196,11 @@ def copies_after_wait(sass: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def built() -> list[Kernel]:
-    return kernels()
+    """All kernels. On a machine with a GPU, a build has by default only the kernels for that GPU."""
+    found = kernels()
+    if torch.cuda.is_available() and (architectures := cuda._kernels.build_info()["architectures"]) != "80,90a-real":
+        pytest.skip(f"needs a build for all architectures, not for {architectures}")
+    return found
 
 
 @pytest.mark.slow
@@ -208,10 +214,7 @@ def test_no_kernel_uses_local_memory(built):
 @pytest.mark.slow
 def test_kernels_use_the_instructions_that_they_are_for(built):
     main = [kernel for kernel in built if re.search(r"(forward|gradient|decode)_kernel", kernel.name)]
-    architectures = {kernel.architecture for kernel in main}
-    # On a machine with a GPU, a build has by default only the kernels for that GPU.
-    alone = [{"sm_80"}, {"sm_90", "sm_90a"}] if torch.cuda.is_available() else []
-    assert architectures in [set(PURPOSE), *alone]
+    assert {kernel.architecture for kernel in main} == PURPOSE.keys()
     for kernel in main:
         missing = {name for name in PURPOSE[kernel.architecture] if not kernel.instructions.get(name)}
         assert not missing, f"{kernel.architecture} {kernel.name} has no {missing}"

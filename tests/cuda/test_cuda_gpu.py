@@ -292,6 +292,23 @@ def test_a_graph_replays_with_other_lengths() -> None:
         torch.testing.assert_close(captured, run("reference"), rtol=2e-3, atol=2e-3)
 
 
+def test_lengths_and_numbers_of_pages_are_clipped() -> None:
+    """The host does not read them, so a wrong one must not lead out of the cache."""
+    query, key, value, _ = (x.cuda() for x in make_cache([1000, 1000], 1024))
+    key, value = key.nan_to_num(), value.nan_to_num()
+    order = torch.arange(2 * 1024 // 16, device="cuda")
+    pages = [in_pages(x, 16, order) for x in (key, value)]
+    table, wrong = order.int().view(2, -1).clone(), order.int().view(2, -1).clone()
+    for at, number in enumerate((-1, 10**6, 2**31 - 1)):
+        wrong[0, at], table[0, at] = number, min(max(number, 0), len(order) - 1)
+
+    def run(table: torch.Tensor, *lengths: int) -> torch.Tensor:
+        counts = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        return fused_attn.fused_attention_paged(query, *pages, table, counts, is_causal=True, backend="cuda")
+
+    assert torch.equal(run(wrong, 2**31 - 1, -5), run(table, 1024, 0))
+
+
 @EVERY_MIX
 def test_streams(case: Case) -> None:
     """Calls that overlap do not disturb one another."""

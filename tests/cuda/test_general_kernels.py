@@ -10,7 +10,7 @@ from kernels import Kernels
 from torch import Tensor
 
 import fused_attn
-from fused_attn.attention.inputs import Inputs, Shapes
+from fused_attn.attention.inputs import Inputs, Saved, Shapes, Wanted
 from fused_attn.attention.problem import AttentionProblem, Scalars
 from fused_attn.backends import cuda
 
@@ -81,3 +81,29 @@ def test_packed_sequences_without_keys_beside_rows_of_keys() -> None:
     out, lse, _ = cuda.forward(problem, inputs, needs_lse=True, needs_max=False)
     assert not out.any()
     assert (lse == -INF).all()
+
+
+def test_packed_sequences_of_unequal_lengths_with_a_mask() -> None:
+    """The short sequence has fewer blocks of keys than the long one. Nobody waits for the blocks that are missing."""
+    lengths, longest = (300, 70), 300
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(1, 2, sum(lengths), 96, generator=generator).half() for _ in range(4)]
+    mask = torch.rand(2, 1, longest, longest, generator=generator) < 0.9
+    offsets = torch.tensor([0, 300, 370], dtype=torch.int32)
+    inputs = Inputs(*rows[:3], mask=mask, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+    shapes = Shapes(*(None if x is None else x.shape for x in inputs))
+    scalars = Scalars(max_seqlen_q=longest, max_seqlen_k=longest, scale=0.1)
+    problem = AttentionProblem.of(shapes, torch.float16, rows[0].device, scalars)
+    out, lse, _ = cuda.forward(problem, inputs, needs_lse=True, needs_max=False)
+    wanted = Wanted(query=True, key=True, value=True)
+    grads = cuda.backward(problem, inputs, Saved(out, lse, dout=rows[3]), wanted)
+    for begin, length, visible in zip((0, 300), lengths, mask, strict=True):
+        part = slice(begin, begin + length)
+        leaves = [x[:, :, part].float().requires_grad_() for x in rows[:3]]
+        expected = fused_attn.fused_attention(
+            *leaves, visible[None, :, :length, :length], scale=0.1, backend="reference"
+        )
+        torch.testing.assert_close(out[:, :, part].float(), expected, rtol=1e-2, atol=1e-2)
+        of_part = torch.autograd.grad(expected, leaves, rows[3][:, :, part].float())
+        for found, grad in zip(grads[:3], of_part, strict=True):
+            torch.testing.assert_close(found[:, :, part].float(), grad, rtol=2e-2, atol=2e-2)

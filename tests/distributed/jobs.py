@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from fused_attn import fused_attention
 from fused_attn.distributed import context_parallel_attention, count_traffic, shard_sequence
 
 SEQUENCE_DIM = {"query": 2, "key": 2, "value": 2, "key_padding_mask": 1}
@@ -62,3 +64,36 @@ def one_rank_dies() -> None:
     if dist.get_rank() == 1:
         os._exit(1)
     warm_up()
+
+
+#: Calls that must raise although each rank alone could compute something: name -> a part of the message.
+WRONG_CALLS = {
+    "sinks of other heads": "sinks: expected shape",
+    "relative bias of other heads": "relative_bias: expected shape",
+    "groups without enable_gqa": "enable_gqa",
+    "gradient of a padding mask": "key_padding_mask: expected a mask that requires no gradient",
+    "lengths of DTensors": "key_lengths: expected None with DTensors",
+    "second derivative": "it has no second derivatives",
+}
+
+
+def wrong_call(name: str) -> None:
+    mesh, query, key = mesh_of((dist.get_world_size(),)), torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
+    if name == "sinks of other heads":
+        context_parallel_attention(query, query, query, mesh=mesh, method="ring", sinks=torch.zeros(1))
+    elif name == "relative bias of other heads":
+        bias = torch.zeros(8, 31)
+        context_parallel_attention(query, query, query, mesh=mesh, method="ulysses", relative_bias=bias)
+    elif name == "groups without enable_gqa":
+        context_parallel_attention(query, key, key, mesh=mesh, method="ulysses")
+    elif name == "gradient of a padding mask":
+        padding = torch.zeros(1, 8, requires_grad=True)
+        context_parallel_attention(query, query, query, mesh=mesh, method="ring", key_padding_mask=padding)
+    elif name == "lengths of DTensors":
+        x = distribute_tensor(query, mesh, [Shard(1)])
+        fused_attention(x, x, x, key_lengths=torch.tensor([3], dtype=torch.int32))
+    elif name == "second derivative":
+        query.requires_grad_()
+        out = context_parallel_attention(query, query, query, mesh=mesh, method="ring")
+        (dquery,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+        dquery.sum().backward()

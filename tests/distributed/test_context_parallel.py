@@ -159,6 +159,16 @@ def test_different_options_raise_on_all_ranks(mesh) -> None:
         assert "options and shapes: expected the same on all ranks" in result[0]
 
 
+@pytest.mark.parametrize("name", jobs.WRONG_CALLS)
+def test_wrong_calls_raise_on_all_ranks(mesh, name: str) -> None:
+    shape, team = mesh
+    if shape != (2,):
+        pytest.skip("as with two ranks")
+    for is_right, result in team.outcomes(jobs.wrong_call, name):
+        assert not is_right
+        assert jobs.WRONG_CALLS[name] in result[0]
+
+
 def test_other_ranks_raise_when_one_dies(tmp_path) -> None:
     """Nobody hangs: the ranks that wait for the dead one raise within the time limit of the process group."""
     with Team(3, tmp_path / "store", timeout=10.0) as team:
