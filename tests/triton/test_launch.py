@@ -46,7 +46,8 @@ VIEWS = {
     *("aten::permute", "aten::slice", "aten::view", "aten::_unsafe_view", "aten::expand", "aten::detach"),
     *("aten::select", "aten::unsqueeze"),
 }
-#: Only in packed calls: rows that belong to no sequence become 0, and -inf in the LSE.
+#: In packed calls: rows that belong to no sequence become 0, and -inf in the LSE. With key_lengths: dk and dv of the keys
+#: behind the length, whose blocks no program visits.
 FILLS = {"aten::zero_", "aten::fill_"}
 COPIES = {"aten::clone"}  # of tensors whose column stride is not 1
 SUMS = {"aten::sum", "aten::_to_copy", "aten::zeros", "aten::zeros_like", "aten::zero_"}
@@ -136,6 +137,8 @@ def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkey
         dout, dlse = torch.empty_like(out), torch.empty_like(lse)
         with Recorder() as recorder:
             gradients = launcher.backward(problem, inputs, Saved(out, lse, dout, dlse), wanted)
+        if inputs.key_lengths is not None:
+            fills = FILLS
         is_row_bias = inputs.bias is not None and inputs.bias.shape[3] == 1 < problem.seqlen_k
         assert recorder.names <= ALLOCATIONS | VIEWS | COPIES | fills | SUMS | (ROW_SUMS if is_row_bias else set())
         of_biases = launches.pop("attention_bwd_dbias_kernel", 0)  # once for each of the two dense biases
