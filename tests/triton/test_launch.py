@@ -132,6 +132,8 @@ def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkey
             {"attention_fwd_kernel": 1} | ({"merge_splits_kernel": 1} if splits else {}) if lse.numel() else {}
         )
 
+        if problem.is_paged:
+            return  # calls of paged caches have no backward
         launches.clear()
         wanted = Wanted.of(*(x is not None for x in inputs))
         dout, dlse = torch.empty_like(out), torch.empty_like(lse)
