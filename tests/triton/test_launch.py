@@ -46,7 +46,7 @@ VIEWS = {
     *("aten::permute", "aten::slice", "aten::view", "aten::_unsafe_view", "aten::expand", "aten::detach"),
     *("aten::select", "aten::unsqueeze"),
 }
-#: In packed calls: rows that belong to no sequence become 0, and -inf in the LSE. With key_lengths: dk and dv of the keys
+#: In packed calls: rows that belong to no sequence become 0, and -inf in the LSE. With key_lengths: dk and dv of keys
 #: behind the length, whose blocks no program visits.
 FILLS = {"aten::zero_", "aten::fill_"}
 COPIES = {"aten::clone"}  # of tensors whose column stride is not 1
