@@ -176,14 +176,10 @@ def fused_attention(
         out, lse, row_max = ops.call(problem, backend, inputs, return_max)
     else:
         out, lse, row_max = running.run(problem, chosen, is_direct, inputs, return_lse, return_max)
+    of_rows = _asked_for(lse, row_max, return_lse, return_max) if return_lse or return_max else ()
     if layout is not None:
-        out = layout.unflatten(out)
-        lse = None if lse is None else layout.unflatten_lse(lse)
-        row_max = None if row_max is None else layout.unflatten_lse(row_max)
-    # What is asked for is no None.
-    if return_max:
-        return (out, lse, row_max) if return_lse else (out, row_max)  # type: ignore[return-value]
-    return (out, lse) if return_lse else out  # type: ignore[return-value]
+        out, of_rows = layout.unflatten(out), [layout.unflatten_lse(x) for x in of_rows]
+    return (out, *of_rows) if of_rows else out
 
 
 def fused_attention_varlen(
@@ -264,12 +260,8 @@ def fused_attention_varlen(
         chosen = dispatch.choose(problem, backend)
         out, lse, row_max = running.run(problem, chosen, False, inputs, return_lse, return_max)
     out = out.squeeze(0).transpose(0, 1)
-    lse = None if lse is None else lse.squeeze(0)
-    row_max = None if row_max is None else row_max.squeeze(0)
-    # What is asked for is no None.
-    if return_max:
-        return (out, lse, row_max) if return_lse else (out, row_max)  # type: ignore[return-value]
-    return (out, lse) if return_lse else out  # type: ignore[return-value]
+    of_rows = [x.squeeze(0) for x in _asked_for(lse, row_max, return_lse, return_max)]
+    return (out, *of_rows) if of_rows else out
 
 
 def fused_attention_paged(
@@ -345,6 +337,12 @@ def fused_attention_paged(
     else:
         out, lse, _ = running.run(problem, chosen, is_direct and metadata is not None, inputs, return_lse, False)
     return (out, lse) if return_lse else out  # type: ignore[return-value]  # as in fused_attention
+
+
+def _asked_for(lse: Tensor | None, row_max: Tensor | None, return_lse: bool, return_max: bool) -> list[Tensor]:
+    """The results for each row that the caller asks for. None of these is None."""
+    pairs = ((lse, return_lse), (row_max, return_max))
+    return [x for x, is_asked_for in pairs if is_asked_for]  # type: ignore[misc]
 
 
 def _nested_attention(
