@@ -49,14 +49,14 @@ class QueryTile(NamedTuple):
 class Softmax(NamedTuple):
     """The online softmax of Milakov and Gimelshein (arXiv 1805.02867) over the keys that have been visited.
 
-    acc: (M, BLOCK_DV)
     row_max: (M,) after `to_exponent`
     row_sum: (M,)
+    acc: (M, BLOCK_DV)
     """
 
-    acc: tl.tensor
     row_max: tl.tensor
     row_sum: tl.tensor
+    acc: tl.tensor
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "num_splits", "split_rows"))
@@ -115,7 +115,7 @@ def attention_fwd_kernel(
         blocks = split_blocks(blocks, tl.program_id(1), num_splits, settings.BLOCK_N)
     row_max = tl.full([settings.BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([settings.BLOCK_M], tl.float32)
-    softmax = Softmax(tl.zeros([settings.BLOCK_M, settings.BLOCK_DV], tl.float32), row_max, row_sum)
+    softmax = Softmax(row_max, row_sum, tl.zeros([settings.BLOCK_M, settings.BLOCK_DV], tl.float32))
     for first_key in tl.range(blocks.full_start, blocks.full_end, settings.BLOCK_N):
         softmax = _attend(softmax, queries, first_key, k, v, head_slice, masks, settings, IS_FULL=True)
     for index in tl.range(0, num_partial_blocks(blocks, settings.BLOCK_N)):
@@ -124,7 +124,7 @@ def attention_fwd_kernel(
 
     # Divide by row_sum and store. An empty row has row_max = -inf, row_sum = 0 and acc = 0. With row_sum = 1 instead,
     # its output becomes 0 and its LSE -inf.
-    acc, row_max, row_sum = softmax
+    row_max, row_sum, acc = softmax
     row_max *= exponent_unit(settings)
     keys_max = row_max
     if masks.sinks is not None and not IS_SPLIT:
@@ -161,7 +161,7 @@ def _attend(softmax, queries, first_key, k, v, head_slice, masks, settings, IS_F
     queries: the `QueryTile` of the softmax
     IS_FULL: the block is full, so that no entry needs a test for padding, band or the sequence's end
     """
-    acc, row_max, row_sum = softmax
+    row_max, row_sum, acc = softmax
     query = queries.index
     key = first_key + tl.arange(0, settings.BLOCK_N)
     is_valid = None if IS_FULL else is_valid_key(key, head_slice, masks)
@@ -191,4 +191,4 @@ def _attend(softmax, queries, first_key, k, v, head_slice, masks, settings, IS_F
     else:
         v_tile = load_key_rows(v, head_slice, key, is_valid, settings.VALUE_DIM, settings.BLOCK_DV)
     acc = plus_product(acc * rescale[:, None], probs.to(v_tile.dtype), v_tile, settings)
-    return Softmax(acc, new_max, row_sum)
+    return Softmax(new_max, row_sum, acc)
