@@ -6,6 +6,7 @@ Each call is planned (`planning.py`: arguments are checked, a backend is chosen)
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fused_attn import modes, planning, running
 from fused_attn.attention import checks, dropout, jagged, masks, signature
 from fused_attn.attention.causal_bias import causal_bias
-from fused_attn.attention.inputs import Inputs, inputs_of
+from fused_attn.attention.inputs import inputs_of
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends import dispatch
 from fused_attn.derivatives import ops
@@ -102,7 +103,8 @@ def fused_attention(
     is_compiling = not is_direct and torch.compiler.is_compiling()
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
-    window_size = tuple(window_size) if isinstance(window_size, list) else window_size
+    if window_size is not None and isinstance(window_size, list):
+        window_size = tuple(window_size)
     metadata = None
     if is_direct:
         metadata = signature.read(query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths)
@@ -176,14 +178,10 @@ def fused_attention(
         out, lse, row_max = ops.call(problem, backend, inputs, return_max)
     else:
         out, lse, row_max = running.run(problem, chosen, is_direct, inputs, return_lse, return_max)
+    of_rows: Sequence[Tensor] = _asked_for(lse, row_max, return_lse, return_max) if return_lse or return_max else ()
     if layout is not None:
-        out = layout.unflatten(out)
-        lse = None if lse is None else layout.unflatten_lse(lse)
-        row_max = None if row_max is None else layout.unflatten_lse(row_max)
-    # What is asked for is no None.
-    if return_max:
-        return (out, lse, row_max) if return_lse else (out, row_max)  # type: ignore[return-value]
-    return (out, lse) if return_lse else out  # type: ignore[return-value]
+        out, of_rows = layout.unflatten(out), [layout.unflatten_lse(x) for x in of_rows]
+    return (out, *of_rows) if of_rows else out
 
 
 def fused_attention_varlen(
@@ -234,42 +232,44 @@ def fused_attention_varlen(
         TypeError, ValueError: an argument does not fit. The contents of cu_seqlens are checked on the CPU only, because
             the host would have to wait for a GPU.
     """
-    is_compiling = torch.compiler.is_compiling()
-    tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks, dropout_seed)
-    if not is_compiling and has_torch_function_variadic(*tensors) and not modes.is_pre_dispatch():
+    is_direct = modes.is_direct()
+    is_compiling = not is_direct and torch.compiler.is_compiling()
+    if is_compiling or modes.is_any_autocast_enabled():
+        query, key, value = _autocast(query, key, value)
+    tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks)
+    metadata = signature.read(*tensors) if is_direct else None
+    is_direct = metadata is not None
+    if not is_direct and not is_compiling and _overrides_functions(*tensors, dropout_seed):
         return handle_torch_function(
-            fused_attention_varlen, tensors,
+            fused_attention_varlen, (*tensors, dropout_seed),
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             dropout_p, is_causal, scale, enable_gqa,
             window_size=window_size, softcap=softcap, relative_bias=relative_bias, sinks=sinks,
             dropout_seed=dropout_seed, return_lse=return_lse, return_max=return_max, backend=backend,
         )  # fmt: skip
-    if is_compiling or modes.is_any_autocast_enabled():
-        query, key, value = _autocast(query, key, value)
-    given = (query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks)
     window_size = tuple(window_size) if isinstance(window_size, list) else window_size
     options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap)
-    problem = planning.plan_of_packed(is_compiling, given, max_seqlen_q, max_seqlen_k, options)
-    if modes.can_read(cu_seqlens_q) and modes.can_read(cu_seqlens_k):
+    max_seqlens = (max_seqlen_q, max_seqlen_k)
+    problem, _, chosen = planning.plan_of_packed(is_compiling, metadata, tensors, max_seqlens, options, backend)
+    if is_direct or (modes.can_read(cu_seqlens_q) and modes.can_read(cu_seqlens_k)):
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, query.shape[0], max_seqlen_q)
         checks.check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, key.shape[0], max_seqlen_k)
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, total, D)
-    inputs = Inputs(
-        query, key, value, None, None, masks.with_head_dim(relative_bias), sinks, _seed(problem, dropout_seed),
-        cu_seqlens_q=cu_seqlens_q.contiguous(), cu_seqlens_k=cu_seqlens_k.contiguous(),
+    relative_bias, seed = masks.with_head_dim(relative_bias), _seed(problem, dropout_seed)
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    inputs = inputs_of(
+        (
+            query, key, value, None, None, relative_bias, sinks, seed, None, None, None, cu_seqlens_q, cu_seqlens_k,
+            None,
+        )
     )  # fmt: skip
-    if is_compiling:
+    if chosen is None:
         out, lse, row_max = ops.call(problem, backend, inputs, return_max)
     else:
-        chosen = dispatch.choose(problem, backend)
-        out, lse, row_max = running.run(problem, chosen, False, inputs, return_lse, return_max)
+        out, lse, row_max = running.run(problem, chosen, is_direct, inputs, return_lse, return_max)
     out = out.squeeze(0).transpose(0, 1)
-    lse = None if lse is None else lse.squeeze(0)
-    row_max = None if row_max is None else row_max.squeeze(0)
-    # What is asked for is no None.
-    if return_max:
-        return (out, lse, row_max) if return_lse else (out, row_max)  # type: ignore[return-value]
-    return (out, lse) if return_lse else out  # type: ignore[return-value]
+    of_rows = [x.squeeze(0) for x in _asked_for(lse, row_max, return_lse, return_max)]
+    return (out, *of_rows) if of_rows else out
 
 
 def fused_attention_paged(
@@ -315,17 +315,17 @@ def fused_attention_paged(
     """
     is_direct = modes.is_direct()
     is_compiling = not is_direct and torch.compiler.is_compiling()
+    if is_compiling or modes.is_any_autocast_enabled():
+        query, key_pages, value_pages = _autocast(query, key_pages, value_pages)
     tensors = (query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask)
-    if not is_direct and not is_compiling and has_torch_function_variadic(*tensors) and not modes.is_pre_dispatch():
+    metadata = signature.read(*tensors) if is_direct else None
+    is_direct = metadata is not None
+    if not is_direct and not is_compiling and _overrides_functions(*tensors):
         return handle_torch_function(
             fused_attention_paged, tensors, query, key_pages, value_pages, block_table, key_lengths,
             is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask, window_size=window_size,
             softcap=softcap, sinks=sinks, num_splits=num_splits, return_lse=return_lse, backend=backend,
         )  # fmt: skip
-    if is_compiling or modes.is_any_autocast_enabled():
-        query, key_pages, value_pages = _autocast(query, key_pages, value_pages)
-        tensors = (query, key_pages, value_pages, *tensors[3:])
-    metadata = signature.read(*tensors) if is_direct else None
     window_size = tuple(window_size) if isinstance(window_size, list) else window_size
     options = (0.0, is_causal, scale, True, window_size, softcap, num_splits)
     problem, _, chosen = planning.plan_of_paged(is_compiling, metadata, tensors, options, backend)
@@ -343,8 +343,17 @@ def fused_attention_paged(
     if chosen is None:
         out, lse, _ = ops.call(problem, backend, inputs, False)
     else:
-        out, lse, _ = running.run(problem, chosen, is_direct and metadata is not None, inputs, return_lse, False)
+        out, lse, _ = running.run(problem, chosen, is_direct, inputs, return_lse, False)
     return (out, lse) if return_lse else out  # type: ignore[return-value]  # as in fused_attention
+
+
+def _asked_for(
+    lse: Tensor | None, row_max: Tensor | None, return_lse: bool, return_max: bool
+) -> tuple[()] | tuple[Tensor] | tuple[Tensor, Tensor]:
+    """The results for each row that the caller asks for. None of these is None."""
+    if return_max:
+        return (lse, row_max) if return_lse else (row_max,)  # type: ignore[return-value]
+    return (lse,) if return_lse else ()  # type: ignore[return-value]
 
 
 def _nested_attention(
@@ -421,7 +430,12 @@ def _with_torch_function(query: Tensor, key: Tensor, value: Tensor, attn_mask: T
         # causal bias, too.
         attn_mask = None
     seen = (query, key, value, attn_mask, *others)
-    return seen if has_torch_function_variadic(*seen) and not modes.is_pre_dispatch() else None
+    return seen if _overrides_functions(*seen) else None
+
+
+def _overrides_functions(*arguments) -> bool:
+    """Whether one of the arguments, or a mode, overrides torch functions, and no tracer wants the operators instead."""
+    return has_torch_function_variadic(*arguments) and not modes.is_pre_dispatch()
 
 
 def _seed(problem: AttentionProblem, dropout_seed: int | Tensor | None) -> Tensor | None:

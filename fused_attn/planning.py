@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from fused_attn.attention import checks, masks, signature
 from fused_attn.attention.causal_bias import CausalBiasMeta, causal_bias
 from fused_attn.attention.checks import Meta
-from fused_attn.attention.inputs import Shapes
+from fused_attn.attention.inputs import Fields, Shapes
 from fused_attn.attention.layout import Layout
 from fused_attn.attention.problem import AttentionProblem, Band, Scalars
 from fused_attn.backends import dispatch
@@ -215,39 +216,25 @@ PackedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Ten
 
 
 def plan_of_packed(
-    is_compiling: bool, tensors: PackedTensors, max_seqlen_q: int, max_seqlen_k: int, options: tuple[Any, ...]
-) -> AttentionProblem:
-    """The problem of a call of `fused_attention_varlen`, from the cache if possible.
+    is_compiling: bool,
+    metadata: bytes | None,
+    tensors: PackedTensors,
+    max_seqlens: tuple[int, int],
+    options: tuple[Any, ...],
+    backend: str | None,
+) -> Plan:
+    """The plan of a call of `fused_attention_varlen`, from the cache if possible. The arguments are those of `plan`.
 
-    Args:
-        is_compiling: `torch.compile` traces the call, so sizes may be symbolic.
-        tensors: the tensors in the order of `PackedArguments`.
-        max_seqlen_q: the longest sequence of queries.
-        max_seqlen_k: the longest sequence of keys.
-        options: the other arguments in the order of `Options`.
+    tensors: in the order of `PackedArguments`
+    max_seqlens: the longest sequence of queries, and that of keys
     """
-    names = PackedArguments._fields  # the first five are required
-    given = *map(checks.meta, names[:5], tensors[:5]), *map(checks.optional_meta, names[5:], tensors[5:])
-    arguments = (given, max_seqlen_q, max_seqlen_k, *options)
-    if is_compiling:
-        return _packed_problem(*arguments)
-    try:
-        return _cached_packed_problem(*arguments)
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-        return _packed_problem(*arguments)  # Sizes are symbolic, or an argument is wrong: then this call raises.
+    known = _known(PackedArguments, metadata, tensors)
+    return _found(cached_packed_plan, _packed_plan, is_compiling, backend, known, *max_seqlens, *options)
 
 
-def _packed_problem(
-    given: tuple[Meta | None, ...], max_seqlen_q: int, max_seqlen_k: int, *options: Any
-) -> AttentionProblem:
-    """Checks all arguments and makes the problem.
-
-    given: the metadata of the tensors, in the order of `PackedArguments`
-    options: in the order of `Options`
-    """
-    query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks = PackedArguments._make(given)
+def _packed_plan(backend: str | None, metadata: Metadata, max_seqlen_q: int, max_seqlen_k: int, *options: Any) -> Plan:
+    """Checks all arguments and makes the plan, without a chosen backend. options: the fields of `Options`."""
+    query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks = _arguments(PackedArguments, metadata)
     options = Options(*options)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if len(x.shape) != 3:
@@ -281,11 +268,18 @@ def _packed_problem(
     )
     scalars = _scalars(shapes, options, _band(shapes, options))
     scalars = scalars._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
-    return AttentionProblem.of(shapes, query.dtype, query.device, scalars)
+    return Plan(AttentionProblem.of(shapes, query.dtype, query.device, scalars), None, None)
 
 
-# The cache is large because batches differ in their lengths. A problem takes a few hundred bytes.
-_cached_packed_problem = functools.lru_cache(maxsize=4096, typed=True)(_packed_problem)
+# The cache is large because batches differ in their lengths. A plan takes a few hundred bytes.
+@functools.lru_cache(maxsize=4096, typed=True)
+def cached_packed_plan(backend: str | None, *arguments) -> Plan:
+    """The plan of a packed call whose metadata and options can be hashed, with a chosen backend.
+
+    arguments: the metadata; max_seqlen_q; max_seqlen_k; the fields of `Options` one by one
+    """
+    found = _packed_plan(backend, *arguments)
+    return found._replace(backend=dispatch.choose(found.problem, backend))
 
 
 # ---- Keys and values in pages
@@ -318,32 +312,15 @@ def plan_of_paged(
 
     tensors: in the order of `PagedArguments`
     """
-    names = PagedArguments._fields  # the first five are required
-    known: Metadata
-    if metadata is None:
-        known = *map(checks.meta, names[:5], tensors[:5]), *map(checks.optional_meta, names[5:], tensors[5:])
-    else:
-        known = metadata
-    if is_compiling:
-        return _paged_plan(backend, known, *options)
-    try:
-        return cached_paged_plan(backend, known, *options)
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-        found = _paged_plan(backend, known, *options)  # Sizes are symbolic, or an argument is wrong: then it raises.
-        return found._replace(backend=dispatch.choose.__wrapped__(found.problem, backend))
+    known = _known(PagedArguments, metadata, tensors)
+    return _found(cached_paged_plan, _paged_plan, is_compiling, backend, known, *options)
 
 
 def _paged_plan(backend: str | None, metadata: Metadata, *options: Any) -> Plan:
     """Checks all arguments and makes the plan, without a chosen backend. options: the fields of `Options`."""
     if backend is not None and backend not in dispatch.BACKEND_NAMES:
         raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
-    known = signature.metas(metadata) if isinstance(metadata, bytes) else metadata
-    for name, given in zip(PagedArguments._fields[:5], known, strict=False):
-        if given is None:
-            raise TypeError(f"{name}: expected a torch.Tensor, got NoneType None")
-    arguments = PagedArguments._make(None if x is None else Meta(*x) for x in known)
+    arguments = _arguments(PagedArguments, metadata)
     query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask = arguments
     checked = Options(*options)
     for name, x, dims in (
@@ -398,6 +375,42 @@ def cached_paged_plan(backend: str | None, *arguments) -> Plan:
     """
     found = _paged_plan(backend, *arguments)
     return found._replace(backend=dispatch.choose(found.problem, backend))
+
+
+# ---- What packed and paged calls share: the first five tensors are required
+
+
+def _known(kind: type[Fields], metadata: bytes | None, tensors: tuple[Tensor | None, ...]) -> Metadata:
+    """The metadata of a call, read one tensor after another if there is no `signature`. kind: the names of tensors."""
+    if metadata is not None:
+        return metadata
+    required: Any = tensors[:5]  # `checks.meta` raises an error for None
+    names = kind._fields
+    return *map(checks.meta, names[:5], required), *map(checks.optional_meta, names[5:], tensors[5:])
+
+
+def _arguments(kind: type[Fields], metadata: Metadata) -> Fields:
+    """The metadata as a named tuple, `kind`."""
+    known = signature.metas(metadata) if isinstance(metadata, bytes) else metadata
+    for name, given in zip(kind._fields[:5], known, strict=False):
+        if given is None:
+            raise TypeError(f"{name}: expected a torch.Tensor, got NoneType None")
+    return kind._make(None if x is None else Meta(*x) for x in known)
+
+
+def _found(
+    cached: Callable[..., Plan], make: Callable[..., Plan], is_compiling: bool, backend: str | None, *arguments
+) -> Plan:
+    """The plan from the cache of `cached`, or a new one by `make`. Under compilation, no backend is chosen."""
+    if is_compiling:
+        return make(backend, *arguments)
+    try:
+        return cached(backend, *arguments)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        found = make(backend, *arguments)  # Sizes are symbolic, or an argument is wrong: then this raises.
+        return found._replace(backend=dispatch.choose.__wrapped__(found.problem, backend))
 
 
 # ---- What all calls share

@@ -106,8 +106,8 @@ struct DecodeScratch {
 // values are in the third-level cache, the kernel takes 5-10 % longer.
 constexpr int64_t kRowsAhead = 128;
 
-// Prefetches what is `bytes_ahead` behind an address. A prefetch never faults, so the result may be an invalid address.
-// The addition is done on integers, because a pointer must not leave its allocation.
+// Prefetches the memory at p + bytes_ahead. This address may be invalid, because a prefetch never faults. The addition
+// is done on integers, because C++ does not allow a pointer to leave its allocation.
 FA_INLINE void prefetch(const void* address, int64_t bytes_ahead) {
   __builtin_prefetch(
       reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(bytes_ahead)), 0, 2);

@@ -14,7 +14,7 @@
 namespace fused_attn::gpu {
 namespace {
 
-// An L2 group has as many heads as have this many bytes of keys and values (forward). With four times as many, all
+// The keys and values of all heads of an L2 group have about this many bytes (forward). With four times as many, all
 // would fit into the L2 cache, but programs that share keys then start further apart. Measured on an H100, (32, 16,
 // 512, 128): 8 MiB 491 TFLOP/s, 32 MiB 380. From 2048 keys on, both are equal.
 constexpr int64_t kL2Bytes = 8 << 20;
@@ -74,9 +74,9 @@ constexpr double kLog2EExact = 1.44269504088896340736;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether backward runs the fused kernel of sm_90a (sm90/fused_backward.h). It is faster than two kernels, but computes
-// all gradients. Its lists of the steps that a mask leaves count the blocks of the longest sequence, so packed calls
-// with a mask take two kernels.
+// Whether backward runs the fused kernel of sm_90a (sm90/fused_backward.h). It is faster than two kernels, but always
+// computes the gradients of query, key and value. A packed call with a dense mask takes two kernels, because the
+// workspace has room for the lists of steps (Pieces::mask_steps) of one sequence only.
 bool is_fused_backward(const WorkspaceNeeds& needs) {
   return needs.is_backward && needs.wants_all_gradients && needs.architecture == 90 &&
          has_fused_backward(needs.head_dim, needs.is_general) && !(needs.is_packed && needs.mask_entries != 0);

@@ -86,8 +86,9 @@ GPU_DEVICE int64_t partial_row(const Params& p, int32_t split, const HeadSlice& 
   return ((int64_t{split} * p.batch + head_slice.batch) * p.num_heads + head_slice.head) * p.seqlen_q + query;
 }
 
-// Completes a row of out and of lse, of which this thread has eight columns: `sum` and `total` are sums relative to the
-// reference.
+// Divides eight columns of a row of out by the denominator of the softmax, and stores them; the thread of column 0 also
+// stores the lse of the row. `sum` is the sum of prob * value for each column, and `total` is the sum of the probs. Both
+// are relative to the reference.
 template <class T>
 GPU_DEVICE void finish_columns(const Params& p, const HeadSlice& head_slice, int32_t query, int column, float reference,
                                float total, const float (&sum)[8]) {

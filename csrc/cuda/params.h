@@ -131,8 +131,8 @@ struct RelativeBiasParams {
   float* padded;    // output, from the first margin on: see LogitParams::relative_bias
 };
 
-// What is added to the position of an entry of the scores before Philox numbers the entry: see DropoutOrigin in
-// common/attention_params.h.
+// DropoutOrigin of common/attention_params.h in the types of a GPU: it is added to the position of an entry of the
+// scores, and the sum is the counter with which Philox computes the dropout bit of the entry.
 struct DropoutOrigin {
   int32_t batch;
   int32_t head;

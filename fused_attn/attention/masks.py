@@ -166,11 +166,16 @@ def with_head_dim(relative_bias: Tensor | None) -> Tensor | None:
 def _to_rank_4(mask: Tensor, layout: Layout | None) -> Tensor:
     """The mask (..., L, S) as (B|1, H|1, L|1, S|1). Batch dimensions are expanded only if one of them is not 1."""
     if layout is None:
-        return mask if mask.dim() == 4 else mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-    mask = mask.reshape((1,) * (len(layout.batch_shape) + 3 - mask.dim()) + mask.shape)
+        return mask if mask.dim() == 4 else _to_rank(4, mask)
+    mask = _to_rank(len(layout.batch_shape) + 3, mask)
     if all(size == 1 for size in mask.shape[:-3]):
         return mask.reshape(1, *mask.shape[-3:])
     return mask.expand(*layout.batch_shape, *mask.shape[-3:]).reshape(layout.batch, *mask.shape[-3:])
+
+
+def _to_rank(rank: int, x: Tensor) -> Tensor:
+    """x with further dimensions of size 1 in front. ``x.reshape((1,) * n + x.shape)`` takes twice as long."""
+    return x.view(*(1,) * (rank - x.dim()), *x.shape)
 
 
 def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -79,7 +79,7 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
 def build_reason(problem: AttentionProblem) -> str | None:
     """Why this installation has no kernels for the GPU of the problem, and what to do about it; None if it has.
 
-    Another installation would have the kernels, so `dispatch` warns if a slower backend runs for this reason alone.
+    Another installation would have the kernels, so `dispatch` warns if another backend runs for this reason alone.
     """
     if _kernels is None:
         return missing

@@ -87,7 +87,7 @@ class Explanation:
 
 @functools.lru_cache(maxsize=4096)
 def choose(problem: AttentionProblem, backend: str | None) -> Backend:
-    """The named backend, or the first that can run the problem; warns where a faster one would be expected.
+    """The named backend, or the first that can run the problem; warns if the one that should come first is missing.
 
     The cache keeps the answer for each problem, so that a warning costs later calls nothing.
 
@@ -116,7 +116,8 @@ def _comes_before(first: Backend, second: Backend, problem: AttentionProblem) ->
 def _warn_of_triton(reason: str) -> None:
     """Warns once for each reason why the installation lacks CUDA kernels."""
     warnings.warn(
-        f"fused_attention runs on the Triton kernels in place of the faster CUDA kernels, because {reason}",
+        "fused_attention runs on the Triton kernels. The CUDA kernels, which come first for this call, cannot run: "
+        + reason,
         stacklevel=2,
     )
 

@@ -248,7 +248,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             TypeError: query, key or value is no tensor, or `cache` is not the cache of an attention module.
             ValueError: the cache does not fit the call, or a static cache was filled with another `key`.
         """
-        # Calls that take another way: those that fx traces, nested tensors, and small calls without gradients.
+        # Three kinds of calls leave early. fx records the whole call as one node, because it cannot trace the branches
+        # below. Nested tensors have no common length. For small inputs, the Python code below takes longer than a
+        # kernel, so one native function computes the whole module.
         if has_torch_function_variadic(query, key, value):
             options = {} if cache is None else {"cache": cache}
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
@@ -271,7 +273,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                     return short, None
         self._check_cache(cache, key_padding_mask, need_weights)
 
-        # Project the inputs to q (N, H, L, D), k and v (N, Hkv, S, D), or take k and v from the cache.
+        # q is (N, H, L, D), k and v are (N, Hkv, S, D). Rows that a cache has are not projected again.
         store: Any = cache  # typed as Any, because only a static cache has `get`, and only its `update` takes `memory`
         stored = store.get(key) if cache is not None and cache.is_static else None
         memory, is_batched = key, query.dim() == 3
@@ -305,7 +307,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 f"key: expected the batch size of query, {batch}, got {k.shape[0]}; {batch_layout(self.batch_first)}"
             )
 
-        # Make one mask of attn_mask, is_causal and the position of the first query.
+        # `fused_attention` knows no positions, so where the diagonal lies is decided here.
         if cached is not None:
             mask = _cached_mask(attn_mask, is_causal, cached, seqlen_q)
         elif is_causal and attn_mask is None:
@@ -317,7 +319,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             mask = _believed_mask(attn_mask, is_causal, key_padding_mask is None and not need_weights)
         mask = self._checked_mask(mask, key_padding_mask, seqlen_q, k)
 
-        # Attend. The weights are computed from the log-sum-exp, with the same arguments and the same bits of dropout.
+        # The kernel forms no weights. They are computed afterwards, and must be those that the kernel has used. So both
+        # functions get the same arguments, and the seed of dropout is drawn here.
         k, v = self._append_rows(k, self.bias_k), self._append_rows(v, self.bias_v)
         arguments: dict[str, Any] = {
             "key_padding_mask": self._padded(key_padding_mask),
@@ -340,8 +343,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         weights = None
         if need_weights:
             out, lse = out
-            attn_mask = mask.attn_mask if mask.diagonal is None else None
-            weights = attention_weights(q, k, lse, attn_mask=attn_mask, diagonal=mask.diagonal, **arguments)
+            diagonal = mask.diagonal
+            attn_mask = mask.attn_mask if diagonal is None else _above(diagonal, seqlen_q, k).logical_not()
+            weights = attention_weights(q, k, lse, attn_mask=attn_mask, **arguments)
             weights = (weights.mean(dim=1) if average_attn_weights else weights).to(out.dtype)
 
         # Merge the heads, (N, L, E) or (L, N, E). No copy is made, because the memory order of out follows that of q.

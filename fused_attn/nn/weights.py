@@ -17,7 +17,6 @@ def attention_weights(
     *,
     attn_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
-    diagonal: int | None = None,
     relative_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
@@ -37,9 +36,8 @@ def attention_weights(
         key: (B, Hkv, S, D).
         lse: (B, H, L), from ``fused_attention(..., return_lse=True)``.
         scale: the `scale` of that call.
-        attn_mask: the `attn_mask` of that call, broadcastable to (B, H, L, S).
+        attn_mask: the `attn_mask` of that call, broadcastable to (B, H, L, S). A causal mask is given as a tensor, too.
         key_padding_mask: the `key_padding_mask` of that call, (B, S).
-        diagonal: None, or query i sees the keys j <= i + diagonal.
         relative_bias: the `relative_bias` of that call, (H, L + S - 1) or (L + S - 1,).
         dropout_p: the `dropout_p` of that call.
         dropout_seed: the `dropout_seed` of that call, a 0-d int64 tensor, if dropout_p is positive.
@@ -72,8 +70,6 @@ def attention_weights(
         scores = scores + attn_mask
     elif attn_mask is not None:
         scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
-    if diagonal is not None:
-        scores = scores.masked_fill(distance > diagonal, float("-inf"))
     if is_padding is not None:
         scores = scores.masked_fill(is_padding[:, None, None, :], float("-inf"))
 

@@ -110,6 +110,6 @@ def of_architecture(architecture: int) -> Iterator[None]:
 
 def _forget_plans() -> None:
     """Clears the caches of plans, which hold the architecture and the kernels that were chosen before."""
-    plans = (planning.cached_plan, planning._cached_packed_problem, ops._problem_of_shapes, dispatch.choose)
+    plans = (planning.cached_plan, planning.cached_packed_plan, ops._problem_of_shapes, dispatch.choose)
     for function in (*plans, cuda._config, cuda._workspace_bytes):
         function.cache_clear()

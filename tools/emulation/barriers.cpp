@@ -20,9 +20,10 @@ void Barriers::reset(int agents) {
   }
 }
 
-// The last lane of a warp to arrive does the work for the whole warp: it adds 32 threads to the barrier, and what they
-// know to the clock of the barrier. The last warp to arrive at the barrier wakes the warps that wait, whose clocks then
-// join that of the barrier.
+// The last lane of a warp to arrive does the work for the whole warp: it adds 32 to the count of the barrier, and joins
+// the vector clocks of the 32 threads into the clock of the barrier. The last warp to arrive at the barrier wakes the
+// warps that wait. The clock of the barrier is then joined into the clocks of their threads, because all accesses
+// before the barrier come before all accesses after it.
 void Barriers::arrive(int id, int threads, bool is_sync, const char* name) {
   Block& b = block();
   if (threads <= 0 || threads % kWarpSize || threads > int(b.threads.size()))

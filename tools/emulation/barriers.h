@@ -26,7 +26,7 @@ class Barriers {
     int arrived = 0;                 // threads that have arrived
     int expected = 0;                // threads that meet at the barrier
     std::vector<int> waiting_warps;  // warps that have arrived and wait
-    VectorClock clock;               // what the threads that arrived know
+    VectorClock clock;               // the clocks of the threads that have arrived, joined
   };
   Barrier barriers_[kNumBarriers];
   int agents_ = 0;

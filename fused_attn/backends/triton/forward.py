@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -31,6 +33,30 @@ from fused_attn.backends.triton.tiles import (
     split_blocks,
     store_tile,
 )
+
+
+class QueryTile(NamedTuple):
+    """The rows that a program computes.
+
+    index: (M,) positions in the sequence
+    q: (M, BLOCK_D)
+    """
+
+    index: tl.tensor
+    q: tl.tensor
+
+
+class Softmax(NamedTuple):
+    """The online softmax of Milakov and Gimelshein (arXiv 1805.02867) over the keys that have been visited.
+
+    row_max: (M,) after `to_exponent`
+    row_sum: (M,)
+    acc: (M, BLOCK_DV)
+    """
+
+    row_max: tl.tensor
+    row_sum: tl.tensor
+    acc: tl.tensor
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "num_splits", "split_rows"))
@@ -80,7 +106,7 @@ def attention_fwd_kernel(
         return
 
     is_row = row < num_rows
-    q_tile = load_query_rows(q, head_slice, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
+    queries = QueryTile(query, load_query_rows(q, head_slice, query, is_row, settings.HEAD_DIM, settings.BLOCK_D))
 
     # Visit the full blocks, which need no tests, then the partial ones.
     last_row = tl.minimum(first_row + settings.BLOCK_M, num_rows) - 1
@@ -89,19 +115,16 @@ def attention_fwd_kernel(
         blocks = split_blocks(blocks, tl.program_id(1), num_splits, settings.BLOCK_N)
     row_max = tl.full([settings.BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([settings.BLOCK_M], tl.float32)
-    acc = tl.zeros([settings.BLOCK_M, settings.BLOCK_DV], tl.float32)
+    softmax = Softmax(row_max, row_sum, tl.zeros([settings.BLOCK_M, settings.BLOCK_DV], tl.float32))
     for first_key in tl.range(blocks.full_start, blocks.full_end, settings.BLOCK_N):
-        acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q_tile, query, first_key, k, v, head_slice, masks, settings, IS_FULL=True
-        )
+        softmax = _attend(softmax, queries, first_key, k, v, head_slice, masks, settings, IS_FULL=True)
     for index in tl.range(0, num_partial_blocks(blocks, settings.BLOCK_N)):
         first_key = partial_block(blocks, index, settings.BLOCK_N)
-        acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q_tile, query, first_key, k, v, head_slice, masks, settings, IS_FULL=False
-        )
+        softmax = _attend(softmax, queries, first_key, k, v, head_slice, masks, settings, IS_FULL=False)
 
     # Divide by row_sum and store. An empty row has row_max = -inf, row_sum = 0 and acc = 0. With row_sum = 1 instead,
     # its output becomes 0 and its LSE -inf.
+    row_max, row_sum, acc = softmax
     row_max *= exponent_unit(settings)
     keys_max = row_max
     if masks.sinks is not None and not IS_SPLIT:
@@ -131,26 +154,15 @@ def attention_fwd_kernel(
 
 
 @triton.jit
-def _attend(
-    acc,  # (M, BLOCK_DV)
-    row_max,  # (M,) after `to_exponent`
-    row_sum,  # (M,)
-    q_tile,
-    query,
-    first_key,
-    k,
-    v,
-    head_slice,
-    masks,
-    settings,
-    IS_FULL: tl.constexpr,
-):
-    """Adds the block of keys that begins at first_key to the softmax, and returns (acc, row_max, row_sum).
+def _attend(softmax, queries, first_key, k, v, head_slice, masks, settings, IS_FULL: tl.constexpr):
+    """The `Softmax` after the block of keys that begins at first_key.
 
-    This is the online softmax of Milakov and Gimelshein (arXiv 1805.02867): if a row's maximum rises, acc and row_sum
-    are rescaled to the new maximum.
+    If the maximum of a row rises, acc and row_sum are rescaled to the new maximum.
+    queries: the `QueryTile` of the softmax
     IS_FULL: the block is full, so that no entry needs a test for padding, band or the sequence's end
     """
+    row_max, row_sum, acc = softmax
+    query = queries.index
     key = first_key + tl.arange(0, settings.BLOCK_N)
     is_valid = None if IS_FULL else is_valid_key(key, head_slice, masks)
     if masks.block_table is not None:
@@ -158,7 +170,7 @@ def _attend(
         k_tile = load_paged_rows(k, page, row, head_slice, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
     else:
         k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
-    qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=settings.PRECISION)
+    qk = tl.dot(queries.q, tl.trans(k_tile), input_precision=settings.PRECISION)
     scores, _ = biased_scores(qk, query[:, None], key[None, :], head_slice, masks, settings, IS_FULL)
     is_valid_column = None if IS_FULL else is_valid[None, :]  # type: ignore[index]
     scores = hide(
@@ -179,4 +191,4 @@ def _attend(
     else:
         v_tile = load_key_rows(v, head_slice, key, is_valid, settings.VALUE_DIM, settings.BLOCK_DV)
     acc = plus_product(acc * rescale[:, None], probs.to(v_tile.dtype), v_tile, settings)
-    return acc, new_max, row_sum
+    return Softmax(new_max, row_sum, acc)

@@ -75,7 +75,7 @@ def scheduled_tile(num_blocks, num_heads, heads_per_l2_group, LAST_FIRST: tl.con
 @triton.jit
 def sequence_rows(cu_seqlens, batch, seqlen):
     """(first row, number of rows) of a sequence: from cu_seqlens in a packed call, else (0, seqlen)."""
-    first = batch * 0
+    first = batch * 0  # 0 as a tensor, because the fields of `HeadSlice` are tensors
     length = first + seqlen
     if cu_seqlens is not None:
         first = tl.load(cu_seqlens + batch)

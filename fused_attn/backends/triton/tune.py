@@ -93,7 +93,7 @@ class Workload(NamedTuple):
             has_bias="bias" in self.features,
             has_relative_bias="relative_bias" in self.features,
         )
-        return on_cpu.on(device)
+        return on_cpu.on(device)  # The device can also be the name of an architecture, such as "sm_90".
 
 
 class Outcome(NamedTuple):
