@@ -244,12 +244,27 @@ def test_files_with_gpu_tests_are_found(tmp_path: Path, monkeypatch: pytest.Monk
     assert files == {"test_cuda_gpu.py", "test_fragments.py", "test_use_on_gpu.py"}
 
 
-def test_a_run_goes_on_from_the_rows_of_another_folder(tmp_path: Path) -> None:
-    code, _ = suite(tmp_path, "--minutes", "2", "--only", "bench:decode")
+def test_a_run_goes_on_from_the_rows_of_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one implementation at one length, to be quick."""
+    options = (
+        "--only",
+        "decode",
+        "--rivals",
+        stages.OURS,
+        "--dtype",
+        "bfloat16",
+        "--head-dim",
+        "128",
+        "--lengths",
+        "64",
+    )
+    small = stages.bench(*options)
+    monkeypatch.setattr(gpu_suite, "STAGES", (Stage("bench:decode", small, 1.0),))
+    code, _ = suite(tmp_path, "--minutes", "2")
     assert code == 0
     first = tmp_path / "first"
     (tmp_path / "out").rename(first)
-    code, text = suite(tmp_path, "--minutes", "2", "--only", "bench:decode", "--resume-from", str(first))
+    code, text = suite(tmp_path, "--minutes", "2", "--resume-from", str(first))
     assert code == 0 and "decode bf16 D128 fwd | 64: " in text
     assert rows.read(tmp_path / "out" / "rows.jsonl") == rows.read(first / "rows.jsonl")  # Nothing was measured again.
 
