@@ -142,25 +142,21 @@ def num_processes() -> int:
 
 
 def run(chosen: list[Job], processes: int) -> Iterator[list[Result]]:
-    """The results of the jobs, in order.
+    """The results of the jobs: first those for the CPU, then those for GPUs, both in order.
 
-    processes: how many processes share the jobs for GPUs. A fault of a kernel then ends its own process.
+    processes: how many processes share the jobs for GPUs. A fault of a kernel then ends its own process. They begin at
+        once, and compile while this process runs the jobs for the CPU.
     """
     on_cpu = [job for job in chosen if job.device == "cpu"]
     on_gpu = [job for job in chosen if job.device != "cpu"]
-    yield from map(results_of, on_cpu)
-    if processes == 1:
-        yield from map(results_of, on_gpu)
-    elif on_gpu:
-        yield from _results_in_processes(on_gpu, processes)
-
-
-def _results_in_processes(chosen: list[Job], processes: int) -> Iterator[list[Result]]:
-    """`results_of` each job, in order. CUDA does not work in forked processes, so they are spawned."""
-    spawn = multiprocessing.get_context("spawn")
+    if processes == 1 or not on_gpu:
+        yield from map(results_of, [*on_cpu, *on_gpu])
+        return
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not work in forked processes
     with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,)) as pool:
-        futures: list[Future[list[Result]]] = [pool.submit(results_of, job) for job in chosen]
-        for job, future in zip(chosen, futures, strict=True):
+        futures: list[Future[list[Result]]] = [pool.submit(results_of, job) for job in on_gpu]
+        yield from map(results_of, on_cpu)
+        for job, future in zip(on_gpu, futures, strict=True):
             try:
                 yield future.result()
             except BrokenProcessPool as error:

@@ -249,10 +249,11 @@ def configure(machine: Machine, folder: Path, *settings: str) -> tuple[int, str]
 
 @pytest.mark.slow
 def test_cmake_says_what_it_does_without(machine: Machine, tmp_path: Path) -> None:
-    status, text = configure(machine, tmp_path / "a")
+    """All in one build folder, so that CMake examines the C++ compiler only once."""
+    status, text = configure(machine, tmp_path / "build")
     assert status == 0 and "no CUDA kernels: no nvcc in" in text and "FUSED_ATTN_CUDA=wheels builds them" in text
-    status, text = configure(machine._replace(cuda=(13, 0), capability="9.0"), tmp_path / "b")
+    status, text = configure(machine._replace(cuda=(13, 0), capability="9.0"), tmp_path / "build")
     assert status == 0 and "WITHOUT its CUDA kernels" in text and "no compiler wheels of CUDA 13.0" in text
     broken = machine._replace(toolkits=(write_nvcc(tmp_path, "13.0.88"),))
-    status, text = configure(broken, tmp_path / "c", "FUSED_ATTN_CUDA=ON")
+    status, text = configure(broken, tmp_path / "build", "FUSED_ATTN_CUDA=ON")
     assert status != 0 and "it cannot compile a small program" in text and "/bin/nvcc" in text

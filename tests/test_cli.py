@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -258,13 +259,32 @@ def test_a_line_that_cannot_be_measured_says_why(small, monkeypatch, capsys):
 @needs_kernels
 @pytest.mark.slow
 def test_several_processes_share_jobs(monkeypatch):
-    """As the jobs of a GPU, whose Triton kernels take long to compile. The results come in the order of the jobs."""
+    """As the jobs of a GPU, whose Triton kernels take long to compile. The results come in the order of the jobs.
+
+    The device cpu:0, which is the CPU, counts as a GPU here, because its name is not cpu.
+    """
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    jobs = [selfcheck.Job("cpu", dtype, case) for dtype in selfcheck.DTYPES[:2] for case in ("plain", "causal")]
-    together = list(selfcheck._results_in_processes(jobs, 2))
+    jobs = [selfcheck.Job("cpu:0", dtype, case) for dtype in selfcheck.DTYPES[:2] for case in ("plain", "causal")]
+    together = list(selfcheck.run(jobs, 2))
     assert [str(result) for results in together for result in results] == [
         str(result) for job in jobs for result in selfcheck.results_of(job)
     ]
+
+
+@pytest.mark.quick
+def test_kernels_for_gpus_are_compiled_while_the_cpu_s_are_checked(monkeypatch):
+    events = []
+
+    class Pool(contextlib.nullcontext):
+        def submit(self, function, job):
+            events.append(("started", job.device))
+            return types.SimpleNamespace(result=lambda: events.append(("finished", job.device)) or [job.device])
+
+    monkeypatch.setattr(selfcheck, "ProcessPoolExecutor", lambda *arguments: Pool(Pool()))
+    monkeypatch.setattr(selfcheck, "results_of", lambda job: events.append(("ran", job.device)) or [job.device])
+    jobs = [selfcheck.Job(device, torch.float16, "plain") for device in ("cpu", "cuda")]
+    assert list(selfcheck.run(jobs, 2)) == [["cpu"], ["cuda"]]
+    assert events == [("started", "cuda"), ("ran", "cpu"), ("finished", "cuda")]
 
 
 def end_the_process(job: selfcheck.Job) -> None:

@@ -23,6 +23,12 @@ def suite(tmp_path: Path, *arguments: str) -> tuple[int, str]:
     return code, (tmp_path / "out" / "summary.txt").read_text()
 
 
+def settings(out: Path, **changes: object) -> argparse.Namespace:
+    """What the command line gives to a `Suite`."""
+    options = {"device": "cpu", "quick": False, "commit": "abc", "minutes": None, "fail_on_spills": False}
+    return argparse.Namespace(out=out, **(options | changes))
+
+
 @pytest.mark.timing
 def test_dry_run_of_a_stage_writes_rows_and_a_summary(tmp_path: Path) -> None:
     code, text = suite(tmp_path, "--minutes", "2", "--only", "bench:decode")
@@ -146,7 +152,7 @@ def test_what_is_red_gets_no_speed(
 ) -> None:
     commands = []
     monkeypatch.setattr(Suite, "run", lambda self, *command, **options: commands.append(command) or 0)
-    arguments = argparse.Namespace(out=tmp_path, device="cuda", quick=False, commit="abc", minutes=None)
+    arguments = settings(tmp_path, device="cuda")
     report_of_tests(tmp_path / file, "cuda.a::ok", case)
     with (tmp_path / "log.txt").open("w") as log:
         found = Suite(arguments, log)
@@ -160,7 +166,7 @@ def test_what_is_red_gets_no_speed(
 
 def stage_of(tmp_path: Path, script: str, limit: float) -> tuple[int | None, Suite]:
     """Runs a script in a stage that is interrupted after `limit` seconds and killed three seconds later."""
-    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
+    arguments = settings(tmp_path)
     with (tmp_path / "log.txt").open("w") as log:
         found = Suite(arguments, log)
         found.deadline = time.monotonic() + limit
@@ -184,7 +190,7 @@ def test_a_stage_is_interrupted_before_it_is_killed(tmp_path: Path) -> None:
 
 
 def test_commands_of_a_stage_run_at_the_same_time(tmp_path: Path) -> None:
-    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=1.0)
+    arguments = settings(tmp_path, minutes=1.0)
     # Each command waits for the file of the other one.
     script = (
         "import pathlib, sys, time\nown, other = map(pathlib.Path, sys.argv[1:])\nown.touch()\n"
@@ -206,16 +212,27 @@ def test_a_report_that_is_cut_off_or_old_is_no_evidence(tmp_path: Path, monkeypa
     monkeypatch.setattr(
         Suite, "run", lambda self, *command, **options: None
     )  # pytest was killed before it wrote a report.
-    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
+    arguments = settings(tmp_path)
     with (tmp_path / "log.txt").open("w") as log:
         assert stages.gpu_tests(Suite(arguments, log)) == "stopped at its time limit"
     assert not report.exists()
 
 
+@pytest.mark.parametrize(("option", "value"), [([], "OFF"), (["--fail-on-spills"], "ON")])
+def test_spills_can_fail_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: list[str], value: str
+) -> None:
+    commands = []
+    monkeypatch.setattr(Suite, "run", lambda self, *command, **options: commands.append(command) or 0)
+    gpu_suite.main(["--out", str(tmp_path), "--only", "build", *option])
+    assert f"-DFUSED_ATTN_FAIL_ON_SPILLS={value}" in commands[0]
+    assert "-DFUSED_ATTN_CUDA_ARCHITECTURES=all" in commands[0]
+
+
 def test_files_with_gpu_tests_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = []
     monkeypatch.setattr(Suite, "run", lambda self, *command, **options: commands.append(command) or 5)
-    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
+    arguments = settings(tmp_path)
     with (tmp_path / "log.txt").open("w") as log:
         assert stages.gpu_tests(Suite(arguments, log)) == "skipped: no such tests"
     files = {Path(word).name for word in commands[0] if word.endswith(".py")}
@@ -227,12 +244,27 @@ def test_files_with_gpu_tests_are_found(tmp_path: Path, monkeypatch: pytest.Monk
     assert files == {"test_cuda_gpu.py", "test_fragments.py", "test_use_on_gpu.py"}
 
 
-def test_a_run_goes_on_from_the_rows_of_another_folder(tmp_path: Path) -> None:
-    code, _ = suite(tmp_path, "--minutes", "2", "--only", "bench:decode")
+def test_a_run_goes_on_from_the_rows_of_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one implementation at one length, to be quick."""
+    options = (
+        "--only",
+        "decode",
+        "--rivals",
+        stages.OURS,
+        "--dtype",
+        "bfloat16",
+        "--head-dim",
+        "128",
+        "--lengths",
+        "64",
+    )
+    small = stages.bench(*options)
+    monkeypatch.setattr(gpu_suite, "STAGES", (Stage("bench:decode", small, 1.0),))
+    code, _ = suite(tmp_path, "--minutes", "2")
     assert code == 0
     first = tmp_path / "first"
     (tmp_path / "out").rename(first)
-    code, text = suite(tmp_path, "--minutes", "2", "--only", "bench:decode", "--resume-from", str(first))
+    code, text = suite(tmp_path, "--minutes", "2", "--resume-from", str(first))
     assert code == 0 and "decode bf16 D128 fwd | 64: " in text
     assert rows.read(tmp_path / "out" / "rows.jsonl") == rows.read(first / "rows.jsonl")  # Nothing was measured again.
 
@@ -240,7 +272,7 @@ def test_a_run_goes_on_from_the_rows_of_another_folder(tmp_path: Path) -> None:
 def test_the_case_of_compute_sanitizer_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = []
     monkeypatch.setattr(Suite, "run", lambda self, *command, **options: commands.append(command) or 0)
-    arguments = argparse.Namespace(out=tmp_path, device="cpu", quick=False, commit="abc", minutes=None)
+    arguments = settings(tmp_path)
     with (tmp_path / "log.txt").open("w") as log:
         assert stages.sanitizer(Suite(arguments, log)) == "ok"
     parser = argparse.ArgumentParser()

@@ -106,13 +106,14 @@ def test_an_editable_install_is_found_from_the_clone_s_parent(sources: Path, tmp
     other = tmp_path / "other" / "fused_attn"
     shutil.copytree(sources / "fused_attn", other)
 
-    where = f"import site; site.addsitedir({str(site)!r}); import fused_attn; print(fused_attn.__file__)"
+    find = "import importlib.util as u; print(u.find_spec('fused_attn').origin)"  # and import nothing, to be quick
+    find = f"import site; site.addsitedir({str(site)!r}); {find}"
     for folder in (sources.parent, sources, tmp_path):
-        imported = python("-c", where, cwd=folder, site=site)
-        assert imported.stdout.strip() == str(sources / "fused_attn" / "__init__.py"), imported
-    # Python searches the folder in which it is started first, so there it imports the sources of this folder.
-    imported = python("-c", where, cwd=other.parent, site=site)
-    assert imported.stdout.strip() == str(other / "__init__.py"), imported
+        found = python("-c", find, cwd=folder, site=site)
+        assert found.stdout.strip() == str(sources / "fused_attn" / "__init__.py"), found
+    # Python searches the folder in which it is started first, so there it finds the sources of this folder.
+    found = python("-c", find, cwd=other.parent, site=site)
+    assert found.stdout.strip() == str(other / "__init__.py"), found
 
 
 @pytest.mark.slow

@@ -30,9 +30,10 @@ class WithoutModules(type(native.PACKAGE)):
 
 @pytest.fixture(autouse=True)
 def installation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An installation with Triton and without CUDA kernels, which has not warned yet."""
+    """The only installation, with Triton and without CUDA kernels, which has not warned yet."""
     monkeypatch.setattr(cuda, "_kernels", None)
     monkeypatch.setattr(native, "PACKAGE", WithoutModules(native.PACKAGE))
+    monkeypatch.setattr(native, "_installed_copy", lambda module: None)
     monkeypatch.setattr(cuda, "missing", cuda.why_not_installed(ModuleNotFoundError()))
     monkeypatch.setattr(triton, "installation_problem", lambda: None)
     caches = (dispatch.choose, dispatch._warn_of_triton, dispatch._warn_of_reference, cuda._unusable_reason)

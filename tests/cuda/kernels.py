@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emulator import CSRC, Builder, Library, Statistics
 
-from fused_attn import planning
+from fused_attn import architectures, planning
 from fused_attn.backends import cuda, dispatch
 from fused_attn.derivatives import ops
 
@@ -93,6 +93,12 @@ class Kernels:
     def statistics(self) -> Statistics:
         """Those of all launches since `running` began."""
         return self._library.statistics
+
+
+def is_built_for(architecture: int) -> bool:
+    """Whether the module of backend="cuda" has the kernels for sm_80 (80) or sm_90a (90)."""
+    built = architectures.parsed(cuda._kernels.build_info()["architectures"])
+    return any(entry.name.rstrip("a") == str(architecture) for entry in built)
 
 
 @contextlib.contextmanager

@@ -346,19 +346,22 @@ def test_build_fails_on_what_ptxas_says(line, why):
     assert "kernel_two" in fault
 
 
-@pytest.mark.parametrize("on_fault", ["fail", "warn"])
-def test_launcher_removes_what_it_refuses(on_fault, tmp_path):
+@pytest.mark.parametrize(
+    ("version", "fail_on_spills", "fails"),
+    [("13.0.88", "OFF", True), ("13.5.3", "OFF", False), ("13.5.3", "ON", True), ("12.13.0", "OFF", False)],
+)
+def test_launcher_removes_what_it_refuses(version, fail_on_spills, fails, tmp_path):
     """A shell script stands for the compiler. It writes its output file, and prints what ptxas prints about spills."""
     compiler = tmp_path / "nvcc"
     compiler.write_text('#!/bin/sh\ntouch "$3"\necho "    8 bytes spill stores, 8 bytes spill loads"\n')
     compiler.chmod(0o755)
     made = tmp_path / "kernel.o"
     launcher = ROOT / "cmake" / "checked_nvcc.py"
-    command = [sys.executable, launcher, on_fault, compiler, "-c", "-o", made]
+    command = [sys.executable, launcher, version, fail_on_spills, compiler, "-c", "-o", made]
     run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == (1 if on_fault == "fail" else 0)
+    assert run.returncode == (1 if fails else 0)
     assert "registers were spilled" in run.stdout
-    assert made.exists() == (on_fault == "warn")
+    assert made.exists() == (not fails)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from kernels import is_built_for
 
 import fused_attn
 from fused_attn.backends import cuda
@@ -18,6 +19,16 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the kernels had been built for all GPUs; nothing else of the module is called."""
     build = {"version": "1", "compiler": "nvcc 13.0", "architectures": "80,90a-real"}
     monkeypatch.setattr(cuda, "_kernels", types.SimpleNamespace(build_info=lambda: build))
+
+
+@pytest.mark.parametrize(
+    ("built", "found"),
+    [("80,90a-real", [80, 90]), ("90a-real", [90]), ("80", [80]), ("80-real,80-virtual", [80]), ("", [])],
+)
+def test_which_kernels_a_module_has(monkeypatch: pytest.MonkeyPatch, built: str, found: list[int]) -> None:
+    """The tests on a GPU skip the kernels that the module lacks."""
+    monkeypatch.setattr(cuda, "_kernels", types.SimpleNamespace(build_info=lambda: {"architectures": built}))
+    assert [architecture for architecture in (80, 90) if is_built_for(architecture)] == found
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import oracle
 import pytest
 import torch
 from cases import CASES, Case
-from kernels import of_architecture
+from kernels import is_built_for, of_architecture
 from test_cuda_kernels import ARCHITECTURES, MIXED_FEATURES, NAMES, SUPPORTED, WITHOUT_MISSING_COLUMNS
 from test_decode import CASES as DECODE_CASES
 from test_decode import in_pages, make_cache
@@ -102,6 +102,8 @@ def architecture(request: pytest.FixtureRequest) -> Iterator[int]:
         pytest.skip(f"{cuda.missing}")
     if request.param == 90 and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("kernels for sm_90a need a GPU of compute capability 9")
+    if not is_built_for(request.param):  # by default, a build has those for the GPUs of its machine alone
+        pytest.skip(f"the module has no kernels for {request.param}: {cuda._kernels.build_info()['architectures']}")
     with of_architecture(request.param):
         yield request.param
 

@@ -92,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help=f"run these: {', '.join(names)}")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a dry run (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer sizes in the benchmarks")
+    parser.add_argument("--fail-on-spills", action="store_true",
+                        help="fail if a CUDA kernel spills registers, whatever the version of nvcc")  # fmt: skip
     parser.add_argument("--resume-from", type=_earlier_run, metavar="DIR",
                         help="the folder of an earlier run; what has rows there is not measured again")  # fmt: skip
     parser.add_argument("--commit", help="the commit that rows name, where the source tree has no git history")

@@ -43,8 +43,10 @@ def build(suite: Suite) -> str:
     folder = str(ROOT / "build" / f"suite-{sys.implementation.cache_tag}")
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     all_kernels = "-DFUSED_ATTN_CUDA_ARCHITECTURES=all"  # the tests run those for Ampere on Hopper, too
+    on_spills = f"-DFUSED_ATTN_FAIL_ON_SPILLS={'ON' if suite.fails_on_spills else 'OFF'}"
+    settings = [f"-DPython_EXECUTABLE={sys.executable}", all_kernels, on_spills]
     for command in (
-        [*cmake, "-S", str(ROOT), "-B", folder, *generator, f"-DPython_EXECUTABLE={sys.executable}", all_kernels],
+        [*cmake, "-S", str(ROOT), "-B", folder, *generator, *settings],
         [*cmake, "--build", folder, "--parallel"],
         [*cmake, "--install", folder, "--prefix", str(ROOT / "fused_attn")],
     ):

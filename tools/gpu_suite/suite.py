@@ -56,12 +56,14 @@ class Suite:
 
     deadline: when the current stage should end by itself
     kill_at: when the current stage is killed
+    fails_on_spills: whether the build fails if a CUDA kernel spills registers, whatever the version of nvcc
     is_cut_short: whether the last benchmark has printed that its time was up
     """
 
     def __init__(self, arguments: argparse.Namespace, log: TextIO) -> None:
         self.out, self.device, self.commit = arguments.out, arguments.device, arguments.commit
         self.minutes_asked = arguments.minutes
+        self.fails_on_spills = arguments.fail_on_spills
         self.is_dry = self.device == "cpu"
         self.is_quick = arguments.quick or self.is_dry
         self.deadline = self.kill_at = float("inf")
