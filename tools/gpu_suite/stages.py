@@ -190,6 +190,7 @@ STAGES = (
     Stage("tests", gpu_tests, 0.5, TESTS_NEED),
     Stage("sanitizer", sanitizer, 0.3),
     *(Stage(f"bench:{mask}", bench("--only", mask, *FIRST, "--no-compile"), 0.2) for mask in MASKS),
+    Stage("overhead", bench("--tables", "overhead"), 0.2),
     Stage("modules", modules("--no-compile"), 0.3),
     Stage("generation", modules(command="generation"), 0.3),
     Stage("memory", memory, 0.3),
