@@ -27,9 +27,10 @@ NVLink within a node and by InfiniBand between nodes. Both directions work at th
 - ulysses: query, key, value, out and lse in forward, dout, dquery, dkey and dvalue in backward. Everything is exposed.
   The bytes to GPUs of the same node and those to other nodes travel at the same time.
 
-**Memory.** Saved: query, key, value, out (s) and lse (4 bytes), for all layers. Buffers, of one layer at a time: the
-float32 sums of the ring, keys and gradients that travel, and the part or the pieces that are being added or copied.
-Memory that a kernel takes for itself, weights and other activations are not counted.
+**Memory.** Saved: query, key, value, out (s) and lse (4 bytes), for all layers. Buffers, in the backward of one layer:
+the float32 sums of the ring; keys of two steps and gradients of two steps that travel; the gradients of a block and
+their float32 copies; the pieces that are exchanged. Gradients that `context_parallel_attention` gets, the memory that a
+kernel takes for itself, weights and other activations are not counted.
 
 **Left out**: the time in which the host launches kernels; multiprocessors that NCCL takes from the kernels; jitter;
 other traffic on the links.
@@ -224,6 +225,7 @@ class _Model:
         #: The elements of a row of queries, and of a row of keys and values together, in all heads of one rank.
         self.query_row = workload.batch * self.heads * workload.head_dim
         self.key_row = 2 * workload.batch * kv_heads * workload.head_dim
+        self.found: dict[tuple[int, int], list[Block]] = {}
         #: For each rank that is looked at, the rows of keys that it (sends, gets) in each step.
         self.travelling = {
             rank: [(0, 0)] + [ring_rows(self.positions, rank, step) for step in range(1, method.ring)]
@@ -251,6 +253,13 @@ class _Model:
         if count <= SMALL_RING:
             return range(count)
         return sorted({0, 1, count // 4, count // 2 - 1, count // 2, 3 * count // 4, count - 2, count - 1})
+
+    def blocks(self, rank: int, number: int) -> list[Block]:
+        """The blocks that a rank of the ring computes in the step of this number."""
+        source = (rank - number) % self.method.ring
+        if (rank, source) not in self.found:
+            self.found[rank, source] = blocks(self.positions, rank, source)
+        return self.found[rank, source]
 
     # ---- Bytes
 
@@ -287,16 +296,35 @@ class _Model:
         return tensors + SUM * self.workload.batch * self.heads * rows_q
 
     def buffer_bytes(self, rank: int) -> int:
-        """What a rank needs beside the saved tensors, while it computes a layer."""
+        """What a rank needs beside the saved tensors while it computes a layer. The most is needed in backward."""
         size = self.workload.size
-        e = self.positions.query.rows(rank) * self.query_row
-        f = self.positions.key.rows(rank) * self.key_row
+        rows_k = self.positions.key.rows(rank)
+        e, f = self.positions.query.rows(rank) * self.query_row, rows_k * self.key_row
+        # Of the exchange of dout: its pieces, as they are sent, and what comes.
+        members = range(rank * self.method.ulysses, (rank + 1) * self.method.ulysses)
+        swap = size * (2 * max(map(self.shards.query.rows, members)) * self.query_row * self.method.ulysses + e)
         if self.method.ring == 1:
-            return 3 * size * e
-        travelling = max(map(max, self.travelling[rank])) * self.key_row
-        forward = SUM * 3 * e + 2 * size * travelling
-        backward = SUM * (e + f) + 2 * size * travelling + 4 * SUM * travelling + (size + SUM) * (e + f)
-        return max(forward, backward)
+            return max(swap, size * (2 * e + f))  # dout, dquery, dkey and dvalue
+        most = 0
+        travelling = [(0, 0), (0, 0), *self.travelling[rank], (0, 0)]
+        for number in range(self.method.ring):
+            *earlier, (sent, received), (next_sent, next_received) = travelling[number : number + 4]
+            copies = sum(x for x in (sent, next_sent) if x < rows_k)  # a part of a tensor is copied to be sent
+            keys = size * (received + next_received + copies)
+            gradients = SUM * (received + sum(map(sum, earlier)))
+            results = max(
+                (
+                    (x.query_rows.stop - x.query_rows.start) * self.query_row
+                    + (x.key_rows.stop - x.key_rows.start) * self.key_row
+                    for x in self.blocks(rank, number)
+                ),
+                default=0,
+            )
+            results *= size + SUM * (size != SUM)
+            most = max(most, (keys + gradients) * self.key_row + max(results, SUM * sent * self.key_row))
+        if self.method.ulysses == 1:
+            return SUM * (e + f) + most
+        return max(swap, SUM * (e + f) + size * e + most)
 
     # ---- Time
 
@@ -319,9 +347,8 @@ class _Model:
     def step(self, rank: int, number: int) -> Step:
         """What a rank of the ring does in the step of this number."""
         world, size = self.method.ring, self.workload.size
-        source, target = (rank - number) % world, (rank + number) % world
         kernels, copied = [0.0, 0.0], [0, 0]
-        for block in blocks(self.positions, rank, source):
+        for block in self.blocks(rank, number):
             rows, keys = (x.stop - x.start for x in (block.query_rows, block.key_rows))
             visible = visible_scores(block, self.workload.band)
             operations = 4 * self.workload.batch * self.heads * self.workload.head_dim * visible
@@ -334,7 +361,7 @@ class _Model:
         if world == 1:  # the kernel is called directly
             return Step(Seconds(kernels[0]), Seconds(kernels[1]), 0.0, 0.0)
         travelling = self.key_row * max(self.travelling[rank][number])
-        is_within = self.are_together(rank, source) and self.are_together(rank, target)
+        is_within = all(self.are_together(rank, (rank + way * number) % world) for way in (-1, 1))
         forward, backward = (
             Seconds(seconds, count / self.machine.memory_bandwidth)
             for seconds, count in zip(kernels, (copied[0], copied[1] + 16 * travelling), strict=True)

@@ -45,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def used(workload: Workload, mesh_shape: tuple[int, ...], method: str) -> dict[str, Any]:
-    """The bytes that one layer sends in forward and in backward, saves, and has beside the saved tensors."""
+    """The bytes that one layer sends in forward and in backward, that it saves, and that backward needs besides."""
     mesh, rank = jobs.mesh_of(mesh_shape), dist.get_rank()
     sharding = workload.positions(dist.get_world_size()).query
     query, key, value = (
@@ -68,12 +68,12 @@ def used(workload: Workload, mesh_shape: tuple[int, ...], method: str) -> dict[s
                 query, key, value, mesh=mesh, method=method, seqlens=(workload.tokens,) * 2, enable_gqa=True,
                 is_causal=workload.band.right == 0, window_size=(workload.band.left, -1),
             )  # fmt: skip
-        forward, forward_peak, held = traffic.sent_bytes, live.peak, live.now
+        forward, held = traffic.sent_bytes, live.now
         dout = torch.randn_like(out)
-        live.peak = live.now
+        live.peak = held
         with live:
             out.backward(dout)
     return {
         "forward": forward, "backward": traffic.sent_bytes - forward, "saved": sum(saved.values()),
-        "forward peak": forward_peak, "held": held, "backward peak": live.peak,
+        "buffers": live.peak - held,
     }  # fmt: skip
