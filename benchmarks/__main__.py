@@ -1,17 +1,17 @@
-"""``python -m benchmarks attention | modules | generation | memory | report``."""
+"""``python -m benchmarks attention | modules | generation | memory | distributed | report``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import attention, generation, memory, modules, report
+from benchmarks import attention, distributed, generation, memory, modules, report
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed, memory and error.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (attention, modules, generation, memory, report):
+    for module in (attention, modules, generation, memory, distributed, report):
         name = module.__name__.rpartition(".")[2]
         summary = module.__doc__.splitlines()[0].partition(": ``")[0]
         command = commands.add_parser(name, help=summary, description=module.__doc__)

@@ -22,17 +22,45 @@ def ring_elements(positions: Positions, key: Sequence[int], value: Sequence[int]
     return sent
 
 
-def ulysses_elements(positions: Positions, query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> list[int]:
-    """How many elements of queries, keys, values and outputs each rank sends in forward, when heads are divided."""
-    world, (batch, num_heads, _, head_dim), value_dim = positions.key.world, query, value[3]
-    kv_heads = key[1] if key[1] % world == 0 else key[1] * repeats(num_heads, key[1], world)
+def ring_rows(positions: Positions, rank: int, step: int) -> tuple[int, int]:
+    """How many rows of keys a rank (sends, gets) for a step of the ring. Their gradients travel the other way."""
+    world = positions.key.world
+    sent = needed_keys(positions, (rank + step) % world, rank)
+    received = needed_keys(positions, rank, (rank - step) % world)
+    return sent.stop - sent.start, received.stop - received.start
+
+
+def ulysses_elements(
+    positions: Positions, query: Sequence[int], key: Sequence[int], value: Sequence[int], size: int | None = None,
+    is_backward: bool = False,
+) -> list[int]:  # fmt: skip
+    """How many elements of queries, keys, values and outputs each rank sends, when heads are divided.
+
+    size: how many neighbouring ranks divide the heads among them; default: all
+    is_backward: count the gradients, which travel the other way
+    """
+    size = positions.key.world if size is None else size
+    (batch, num_heads, _, head_dim), value_dim = query, value[3]
+    kv_heads = divided_kv_heads(num_heads, key[1], size)
+    grouped_q, grouped_k = positions.query.of_groups(size), positions.key.of_groups(size)
     sent = []
-    for rank in range(world):
+    for rank in range(positions.key.world):
         rows_q, rows_k = positions.query.rows(rank), positions.key.rows(rank)
-        inwards = (rows_q * num_heads * head_dim + rows_k * kv_heads * (head_dim + value_dim)) * (world - 1) // world
-        outwards = (positions.query.length - rows_q) * num_heads // world * value_dim
-        sent.append(batch * (inwards + outwards))
+        other_q, other_k = grouped_q.rows(rank // size) - rows_q, grouped_k.rows(rank // size) - rows_k
+        queries_out, keys_out = (x * (size - 1) // size for x in (rows_q * num_heads, rows_k * kv_heads))
+        queries_back, keys_back = other_q * num_heads // size, other_k * kv_heads // size
+        columns = head_dim + value_dim
+        if is_backward:
+            elements = queries_out * value_dim + queries_back * head_dim + keys_back * columns
+        else:
+            elements = queries_out * head_dim + keys_out * columns + queries_back * value_dim
+        sent.append(batch * elements)
     return sent
+
+
+def divided_kv_heads(num_heads: int, num_kv_heads: int, size: int) -> int:
+    """The number of key heads that `size` ranks divide: repeated ones if there are too few."""
+    return num_kv_heads if num_kv_heads % size == 0 else num_kv_heads * repeats(num_heads, num_kv_heads, size)
 
 
 def cheapest_method(positions: Positions, query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> str:
