@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -149,7 +148,8 @@ def attention(
         masked["relative_bias"] = sharing.local("relative_bias", given.relative_bias, {_HEADS: 0} if has_heads else {})
     seed = given.dropout_seed
     if given.dropout_p and seed is None:
-        seed = _shared_seed(query, sharing.mesh)
+        mesh = sharing.mesh
+        seed = dropout.draw_seed(query.device, [mesh.get_group(number) for number in range(mesh.ndim)])
     own = replace(
         given, **masked, dropout_seed=seed.to_local() if isinstance(seed, DTensor) else seed,
         batch_offset=sharing.part(_BATCH, batch)[0], head_offset=sharing.part(_HEADS, num_heads)[0],
@@ -199,12 +199,3 @@ def _local_keys(sharing: _Sharing, name: str, x: Tensor, num_heads: int) -> Tens
     if first == last:
         return whole.narrow(1, first, 1)
     return whole.repeat_interleave(group, dim=1)[:, begin:end]
-
-
-def _shared_seed(query: Tensor, mesh: DeviceMesh) -> Tensor:
-    """A seed that the first rank of the mesh draws for all."""
-    seed = dropout.draw_seed(query.device)
-    for number in range(mesh.ndim):
-        group = mesh.get_group(number)
-        dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
-    return seed

@@ -17,8 +17,8 @@ def ring_elements(positions: Positions, key: Sequence[int], value: Sequence[int]
     row = key[0] * (key[1] * key[3] + value[1] * value[3])
     sent = []
     for owner in range(world):
-        needed = (needed_keys(positions, rank, owner) for rank in range(world) if rank != owner)
-        sent.append(row * sum(x.stop - x.start for x in needed))
+        needed = (rows for rank in range(world) if rank != owner for rows in needed_keys(positions, rank, owner))
+        sent.append(row * sum(rows.stop - rows.start for rows in needed))
     return sent
 
 
