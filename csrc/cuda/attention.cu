@@ -79,7 +79,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // workspace has room for the lists of steps (Pieces::mask_steps) of one sequence only.
 bool is_fused_backward(const WorkspaceNeeds& needs) {
   return needs.is_backward && needs.wants_all_gradients && needs.architecture == 90 &&
-         has_fused_backward(needs.head_dim, needs.is_general) && !(needs.is_packed && needs.mask_entries != 0);
+         has_fused_backward(needs.head_dim) && !(needs.is_packed && needs.mask_entries != 0);
 }
 
 BiasGradientSizes bias_gradient_sizes(const WorkspaceNeeds& needs) {
@@ -410,7 +410,6 @@ void run(const Call& of_caller, bool is_backward) {
   needs.head_dim = kernels.head_dim;
   needs.is_packed = a.cu_seqlens_q != nullptr;
   needs.has_key_padding = a.key_padding.data != nullptr;
-  needs.is_general = !logits_of(a, nullptr).is_plain || a.mask.data != nullptr || a.has_dropout;
   needs.seqlen_q = a.seqlen_q;
   needs.relative_bias_heads = relative_bias_heads(a);
   needs.mask_entries = mask_entries(a);

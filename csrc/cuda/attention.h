@@ -36,8 +36,6 @@ struct WorkspaceNeeds {
   int64_t head_dim = 0;  // the larger one of head_dim and value_dim
   bool is_packed = false;
   bool has_key_padding = false;
-  // Whether a general kernel has to run, because of a softcap, a bias, a mask, dropout, or a scale that is not positive.
-  bool is_general = false;
   int64_t seqlen_q = 0;
   int64_t relative_bias_heads = 0;  // 0 = no relative bias
   bool wants_dbias = false;

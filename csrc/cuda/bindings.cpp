@@ -148,7 +148,7 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
       "workspace_bytes",
       [](int architecture, bool is_backward, bool wants_all_gradients, int64_t batch, int64_t batch_entries,
          int64_t num_heads, int64_t num_kv_heads, int64_t rows_q, int64_t seqlen_q, int64_t seqlen_k, int64_t head_dim,
-         bool is_packed, bool has_key_padding, bool is_general, int64_t relative_bias_heads, int64_t mask_entries,
+         bool is_packed, bool has_key_padding, int64_t relative_bias_heads, int64_t mask_entries,
          std::optional<std::array<int64_t, 4>> dbias_shape, bool wants_dkey_bias, bool wants_drelative_bias,
          int64_t num_splits, int64_t value_dim) {
         gpu::WorkspaceNeeds needs;
@@ -165,7 +165,6 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
         needs.head_dim = head_dim;
         needs.is_packed = is_packed;
         needs.has_key_padding = has_key_padding;
-        needs.is_general = is_general;
         needs.relative_bias_heads = relative_bias_heads;
         needs.mask_entries = mask_entries;
         needs.wants_dbias = dbias_shape.has_value();
@@ -178,7 +177,7 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
       },
       py::kw_only(), py::arg("architecture"), py::arg("is_backward"), py::arg("wants_all_gradients"), py::arg("batch"),
       py::arg("batch_entries"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("rows_q"), py::arg("seqlen_q"),
-      py::arg("seqlen_k"), py::arg("head_dim"), py::arg("is_packed"), py::arg("has_key_padding"), py::arg("is_general"),
+      py::arg("seqlen_k"), py::arg("head_dim"), py::arg("is_packed"), py::arg("has_key_padding"),
       py::arg("relative_bias_heads"), py::arg("mask_entries"), py::arg("dbias_shape"), py::arg("wants_dkey_bias"),
       py::arg("wants_drelative_bias"), py::arg("num_splits"), py::arg("value_dim"),
       "Size of the workspace in bytes. batch_entries and rows_q are those of the query tensor, batch counts "

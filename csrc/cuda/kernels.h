@@ -47,13 +47,9 @@ void for_variant(bool is_bf16, bool flag, F f) {
   }
 }
 
-// Whether backward for sm_90a has a fused kernel for this head dim, plain or general. With a larger head dim, the
-// accumulators of dk and dv do not fit into registers. With head dim 64, the plain kernel visits 128 queries at a time,
-// for which a general kernel has too few registers. With 64 queries, its warpgroups would have to divide one panel of
-// keys between them for dq.
-constexpr bool has_fused_backward(int64_t head_dim, bool is_general) {
-  return head_dim <= 128 && (head_dim > 64 || !is_general);
-}
+// Whether backward for sm_90a has a fused kernel for this head dim. With a larger head dim, the accumulators of dk and
+// dv do not fit into registers.
+constexpr bool has_fused_backward(int64_t head_dim) { return head_dim <= 128; }
 
 // The launchers of each architecture. head_dim_*.cu instantiates them.
 namespace sm80 {

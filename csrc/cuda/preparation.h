@@ -74,6 +74,11 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
   if (padding.padding != nullptr) prepare_padding(p, padding, block_index_x());
 }
 
+// Rows with a larger lse_log2 count as empty in backward. A float of this size is rounded by 1/2 or more, and so are the
+// exponents of all probs of the row. If all keys of a row have a bias of -1e9, the exponents, which are about 0, would
+// be rounded by up to 64: the probs would be 2^64, or infinite.
+constexpr float kLargestLseLog2 = 16777216.0f;
+
 // Computes the row statistics of kPreparationRows queries of one head, and writes them to the workspace. kThreadsPerRow
 // threads share a query. For the fused backward, the function also sets the counters dq_turns to 0. There is one
 // counter for each kTileRows queries.
@@ -104,10 +109,9 @@ GPU_DEVICE void prepare_rows(const Params& p) {
     lse = load_global(head_slice.query_value(p.lse, row));
   }
   // With lse_log2 = +inf, every prob exp2(score - inf) of an empty row is 0, and the large kernels need no test. delta
-  // must be finite, so that 0 * delta is 0. A row whose keys all have the smallest float as their bias counts as empty,
-  // too: its lse is finite, but lse * log2(e) is not, and a prob of +inf would become NaN in sums over rows.
+  // must be finite, so that 0 * delta is 0. A row with a logit of +inf or NaN is not empty: its gradients are NaN.
   const float lse_log2 = lse * kLog2E;
-  const bool is_empty = lse_log2 == -kInfinity;
+  const bool is_empty = lse_log2 < -kLargestLseLog2 || (lse_log2 > kLargestLseLog2 && lse != kInfinity);
   store_global(head_slice.row_statistic(p.delta, row), is_empty ? 0.0f : sum);
   store_global(head_slice.row_statistic(p.lse_log2, row), is_empty ? kInfinity : lse_log2);
   if (p.dq_turns != nullptr && row % kTileRows == 0)

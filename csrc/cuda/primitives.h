@@ -224,14 +224,17 @@ GPU_DEVICE int32_t keep_computed(int32_t x);
 template <class V>
 GPU_DEVICE const V* keep_computed(const V* p);
 
-// Descriptor of a 16-bit matrix in shared memory, swizzled by 128 bytes, at the corner `address` of the operand.
-//   contiguous along k:      rows of 128 bytes; groups of 8 rows lie stride_bytes apart; leading_bytes is not used
-//   contiguous along m, n:   columns of 64 elements; the next 8 of k lie stride_bytes further on,
-//                            and the next 64 of m or n lie leading_bytes further on
+// Descriptor of a 16-bit matrix in shared memory, at the corner `address` of the operand. Rows have kRowBytes bytes (128
+// or 64), and are swizzled by as many.
+//   contiguous along k:      groups of 8 rows lie stride_bytes apart; leading_bytes is not used
+//   contiguous along m, n:   the next 8 of k lie stride_bytes further on, and what follows the elements of a row along m
+//                            or n lies leading_bytes further on
+template <int kRowBytes = 128>
 GPU_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes) {
-  constexpr uint64_t kSwizzle128 = 1;
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading_bytes >> 4) << 16 | uint64_t(stride_bytes >> 4) << 32 |
-         kSwizzle128 << 62;
+         kSwizzle << 62;
 }
 
 // What to add to a descriptor to get the descriptor of an operand that lies `bytes` further on. Adding a constant takes

@@ -89,7 +89,7 @@ struct FusedBackwardTileSm90 {
 template <>
 struct FusedBackwardTileSm90<64, false> {
   // With 128 queries, the two warpgroups can divide the rows of a tile of dq between them, and each reads the keys once
-  // for its rows.
+  // for its rows. A general kernel has too few registers for 128 queries.
   static constexpr int kBlockM = 128, kQStages = 2, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 2;
 };
 

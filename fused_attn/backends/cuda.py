@@ -439,7 +439,6 @@ def _workspace(problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None,
         inputs.query.shape,
         wanted,
         splits,
-        inputs.key_bias is not None,
         0 if relative_bias is None else relative_bias.shape[0],
         0 if mask is None else _distinct_entries(mask),
         None if inputs.bias is None or wanted is None or not wanted.bias else inputs.bias.shape,
@@ -461,7 +460,6 @@ def _workspace_bytes(
     query_shape: torch.Size,
     wanted: Wanted | None,
     splits: int,
-    has_key_bias: bool,
     relative_bias_heads: int,
     mask_entries: int,
     dbias_shape: torch.Size | None,
@@ -471,23 +469,11 @@ def _workspace_bytes(
     query_shape: (B, H, L, D), with B = 1 for packed problems
     wanted: the wanted gradients of a backward call; None for forward
     splits: see `num_splits`
-    has_key_bias: whether the call has a key bias. `AttentionProblem.has_key_bias` says only that it may have one
     relative_bias_heads: the heads of relative_bias; 0 without one
     mask_entries: see `_distinct_entries`; 0 without a mask
     dbias_shape: the shape of the gradient of bias; None if it is not wanted
     """
     batch_entries, num_heads, rows_q, _ = query_shape
-    is_scale_positive = torch.tensor(problem.scale, dtype=torch.float32).item() > 0.0
-    # Whether the general variant of the kernels runs. The plain variant knows fewer features.
-    is_general = (
-        problem.softcap != 0.0
-        or problem.has_bias
-        or has_key_bias
-        or problem.has_relative_bias
-        or problem.has_mask
-        or not is_scale_positive
-        or problem.dropout_p > 0.0
-    )
     return _kernels.workspace_bytes(
         architecture=_architecture(problem),
         is_backward=wanted is not None,
@@ -502,7 +488,6 @@ def _workspace_bytes(
         head_dim=max(problem.head_dim, problem.value_dim),
         is_packed=problem.is_packed,
         has_key_padding=problem.has_key_padding,
-        is_general=is_general,
         relative_bias_heads=relative_bias_heads,
         mask_entries=mask_entries,
         dbias_shape=dbias_shape,

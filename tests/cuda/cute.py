@@ -66,23 +66,25 @@ def wgmma_c(n: int) -> Layout:  # 64 x n
 
 
 # ---- Operands in shared memory: (mn, k) -> number of the 16-bit element, before swizzling. mn counts rows of the left
-# factor or columns of the right one, and the product sums over k.
+# factor or columns of the right one, and the product sums over k. Rows have 128 or 64 bytes, B = 3 or 2 in the names of
+# swizzles.
 
 CHUNK = 8  # elements in 16 bytes, T in CuTe's comments
 
 
-def k_major_128(stride_bytes: int, mn: int) -> Layout:
-    """Swizzle<3,4,3> o ((8,m),(T,2)):((8T,SBO),(1,T))"""
-    return Layout(((8, mn // 8), (CHUNK, 2)), ((8 * CHUNK, stride_bytes // 2), (1, CHUNK)))
+def k_major(stride_bytes: int, mn: int, row_bytes: int) -> Layout:
+    """Swizzle<3,4,3> o ((8,m),(T,2)):((8T,SBO),(1,T)), Swizzle<2,4,3> o ((8,m),(T,2)):((4T,SBO),(1,T))"""
+    return Layout(((8, mn // 8), (CHUNK, 2)), ((row_bytes // 2, stride_bytes // 2), (1, CHUNK)))
 
 
-def mn_major_128(leading_bytes: int, stride_bytes: int, mn: int) -> Layout:
-    """Swizzle<3,4,3> o ((T,8,m),(8,k)):((1,T,LBO),(8T,SBO))"""
-    repeats = -(-mn // (8 * CHUNK))
-    return Layout(((CHUNK, 8, repeats), (8, 2)), ((1, CHUNK, leading_bytes // 2), (8 * CHUNK, stride_bytes // 2)))
+def mn_major(leading_bytes: int, stride_bytes: int, mn: int, row_bytes: int) -> Layout:
+    """Swizzle<3,4,3> o ((T,8,m),(8,k)):((1,T,LBO),(8T,SBO)), Swizzle<2,4,3> o ((T,4,m),(8,k)):((1,T,LBO),(4T,SBO))"""
+    width = row_bytes // 2
+    shape = (CHUNK, width // CHUNK, -(-mn // width)), (8, 2)
+    return Layout(shape, ((1, CHUNK, leading_bytes // 2), (width, stride_bytes // 2)))
 
 
-def swizzle_3_4_3(byte: int) -> int:
-    """Swizzle<3,4,3> of a byte address: bits 4 to 6 are XORed with bits 7 to 9."""
-    bits = (byte >> 7) & 0b111
+def swizzle(byte: int, row_bytes: int) -> int:
+    """Swizzle<B,4,3> of a byte address: the B bits from bit 4 on are XORed with those from bit 7 on."""
+    bits = (byte >> 7) & {128: 0b111, 64: 0b011}[row_bytes]
     return byte ^ (bits << 4)

@@ -274,6 +274,7 @@ const char* wgmma(int is_bf16, int n, int trans_a, int trans_b, const char* imag
   if (n == N && is_bf16)                                                                                    \
     return run_wgmma<bf16_t, N>(trans_a, trans_b, image, bytes, a, a_descriptors, b_descriptors, steps, d); \
   if (n == N) return run_wgmma<f16_t, N>(trans_a, trans_b, image, bytes, a, a_descriptors, b_descriptors, steps, d);
+  WIDTH(32)
   WIDTH(64)
   WIDTH(80)
   WIDTH(96)

@@ -59,11 +59,17 @@ def without_missing_columns(case: Case, index: int) -> Case:
     return dataclasses.replace(case, head_dim=head_dim, value_dim=None)
 
 
+def with_few_heads(case: Case) -> Case:
+    """The case with one head if it has many scores: the second head would add seconds of emulation, and nothing new."""
+    is_long = case.seqlen_q * case.seqlen_k > 2**19 and case.kv_heads is None
+    return dataclasses.replace(case, heads=1) if is_long else case
+
+
 def is_small(case: Case) -> bool:
     return "past-2-31" not in case.id  # 4 GiB for each tensor, with a record of accesses for every four bytes
 
 
-SUPPORTED = [with_kernels(case) for case in CASES if is_small(case) and case.value_dim != 0]
+SUPPORTED = [with_few_heads(with_kernels(case)) for case in CASES if is_small(case) and case.value_dim != 0]
 WITHOUT_MISSING_COLUMNS = [without_missing_columns(case, index) for index, case in enumerate(SUPPORTED)]
 UNSUPPORTED = [
     case for case in CASES if not (has_kernels(case.head_dim) and has_kernels(case.value_dim or case.head_dim))
@@ -123,13 +129,13 @@ def test_packed_rows_that_no_sequence_owns(dtype: torch.dtype, options: dict) ->
 
 
 @pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
-@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("seed", range(1, 3))
 def test_every_head_dim_in_random_orders(head_dim: int, seed: int, architecture: int, kernels: Kernels) -> None:
     """Several blocks of keys, so that rings go round, with every feature that moves their ends."""
     case = Case(
         f"random-order-{head_dim}",
-        heads=4,
-        kv_heads=2,
+        heads=2,
+        kv_heads=1,
         seqlen_q=150,
         seqlen_k=330,
         head_dim=head_dim,

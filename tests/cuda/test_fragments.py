@@ -129,40 +129,43 @@ def test_store_matrix(fragments, is_transposed):
 # ---- wgmma
 
 STEPS = 8  # products of 16 along k, together a head dim of 128
-BOX_BYTES = 128  # bytes of a row of a box, with the 128-byte swizzle
 
 
-def operand(matrix: torch.Tensor, is_mn_major: bool, start: int) -> tuple[dict[int, torch.Tensor], list[int], int]:
-    """A matrix (mn, 128) as TMA would write it to shared memory from the address `start` on, in boxes of 128-byte rows.
+def operand(
+    matrix: torch.Tensor, is_mn_major: bool, start: int, row_bytes: int = 128
+) -> tuple[dict[int, torch.Tensor], list[int], int]:
+    """A matrix (mn, 128) as TMA would write it to shared memory from the address `start` on, in boxes with rows of
+    `row_bytes` bytes, 128 or 64, swizzled by as many.
 
     Returns {address: element}, the descriptors of the steps along k, and the address after the last byte.
     """
     mn, k = matrix.shape
     places, descriptors = {}, []
-    if is_mn_major:  # boxes of 64 along mn and all of k
-        leading, stride, step_bytes = BOX_BYTES * k, 1024, 16 * BOX_BYTES
-        starts = [start + step * step_bytes for step in range(STEPS)]
-        layout = cute.mn_major_128(leading, stride, mn)
-        end = start + leading * -(-mn // 64)
-    else:  # boxes of all of mn and 64 along k
-        leading, stride = 0, 1024
-        starts = [start + step // 4 * BOX_BYTES * mn + step % 4 * 32 for step in range(STEPS)]
-        layout = cute.k_major_128(stride, mn)
-        end = start + 2 * BOX_BYTES * mn
+    width, stride = row_bytes // 2, 8 * row_bytes
+    if is_mn_major:  # boxes of `width` along mn and all of k
+        leading = row_bytes * k
+        starts = [start + step * 16 * row_bytes for step in range(STEPS)]
+        layout = cute.mn_major(leading, stride, mn, row_bytes)
+        end = start + leading * -(-mn // width)
+    else:  # boxes of all of mn and `width` along k
+        leading = 0
+        starts = [start + 16 * step // width * row_bytes * mn + 16 * step % width * 2 for step in range(STEPS)]
+        layout = cute.k_major(stride, mn, row_bytes)
+        end = start + 2 * k * mn
     for step, at in enumerate(starts):
         for i in range(mn):
             for j in range(16):
-                places[cute.swizzle_3_4_3(at + 2 * layout(i, j))] = matrix[i, 16 * step + j]
-        descriptors.append(1 << 62 | (stride >> 4) << 32 | (leading >> 4) << 16 | at >> 4)
+                places[cute.swizzle(at + 2 * layout(i, j), row_bytes)] = matrix[i, 16 * step + j]
+        descriptors.append({128: 1, 64: 2}[row_bytes] << 62 | (stride >> 4) << 32 | (leading >> 4) << 16 | at >> 4)
     return places, descriptors, end
 
 
-def run_wgmma(fragments, is_bf16, n, trans_a, trans_b, is_a_in_registers=False):
+def run_wgmma(fragments, is_bf16, n, trans_a, trans_b, is_a_in_registers=False, row_bytes=(128, 128)):
     """Multiplies a (64, 128) by the transpose of b (n, 128) with wgmma, and compares the result with torch."""
     dtype = DTYPES[is_bf16]
     a, b = small_integers(64, 128), small_integers(n, 128)
-    places, a_descriptors, end = ({}, [0] * STEPS, 0) if is_a_in_registers else operand(a, trans_a, 0)
-    b_places, b_descriptors, end = operand(b, trans_b, end)
+    places, a_descriptors, end = ({}, [0] * STEPS, 0) if is_a_in_registers else operand(a, trans_a, 0, row_bytes[0])
+    b_places, b_descriptors, end = operand(b, trans_b, end, row_bytes[1])
     image = torch.full((end // 2,), float("nan"), dtype=dtype)
     for byte, value in (places | b_places).items():
         image[byte // 2] = value
@@ -180,8 +183,8 @@ def run_wgmma(fragments, is_bf16, n, trans_a, trans_b, is_a_in_registers=False):
         fragments.buffer(image),
         2 * image.numel(),
         fragments.buffer(registers),
-        fragments.buffer(torch.tensor(a_descriptors)),
-        fragments.buffer(torch.tensor(b_descriptors)),
+        fragments.buffer(torch.tensor(a_descriptors, dtype=torch.uint64)),
+        fragments.buffer(torch.tensor(b_descriptors, dtype=torch.uint64)),
         STEPS,
         fragments.buffer(d, is_writable=True),
     )
@@ -200,6 +203,13 @@ def test_wgmma_widths(fragments, n, trans_b):
 def test_wgmma_transposition(fragments, timing, trans_a, trans_b):
     fragments.start(timing=timing)
     run_wgmma(fragments, False, 128, trans_a, trans_b)
+
+
+@pytest.mark.parametrize("n, trans_a, trans_b", [(32, False, True), (64, False, False), (64, True, True)])
+@pytest.mark.parametrize("row_bytes", [(64, 128), (128, 64), (64, 64)], ids=str)
+def test_wgmma_of_panels_of_32_columns(fragments, row_bytes, n, trans_a, trans_b):
+    """The fused backward multiplies keys in such panels: as the left factor of scores, and as the right one of dq."""
+    run_wgmma(fragments, True, n, trans_a, trans_b, row_bytes=row_bytes)
 
 
 @pytest.mark.parametrize("trans_b", [False, True])

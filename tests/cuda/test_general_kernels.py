@@ -60,6 +60,45 @@ def test_rows_hidden_by_the_smallest_number(dtype: torch.dtype) -> None:
     assert not grads[2][:, :, 60:].any()
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("options", [{"dropout_p": 0.1, "dropout_seed": 3}, {"softcap": 5.0}], ids=str)
+def test_every_feature_runs_in_the_fused_backward(options: dict, head_dim: int, kernels: Kernels) -> None:
+    """On Hopper, for head dims up to 128: only the fused kernel adds tiles of dquery by bulk copies."""
+    leaves = [torch.zeros(1, 1, 8, head_dim).half().requires_grad_() for _ in range(3)]
+    out = fused_attn.fused_attention(*leaves, backend="cuda", **options)
+    torch.autograd.grad(out, leaves, out)
+    assert (kernels.statistics.tma_stores > 0) == (cuda._architecture(None) == 90)
+
+
+@pytest.mark.parametrize("huge", [-1e8, -1e9, -1e30, 1e9])
+def test_rows_with_a_huge_bias_for_every_key(huge: float) -> None:
+    """They have no gradient. A float of this size would make probs of 2^64, and NaN in the gradients of all keys."""
+    inputs = make_inputs()
+    bias = torch.zeros(1, 1, 40, 72)
+    bias[:, :, 5] = huge
+    bias[:, :, 9, 20:] = -abs(huge)
+    dout = torch.randn(1, 2, 40, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    results = []
+    for backend in ("cuda", "reference"):
+        leaves = [*inputs, bias.clone().requires_grad_()]
+        out = fused_attn.fused_attention(*leaves, backend=backend)
+        if backend == "reference":
+            dout[:, :, 5] = 0.0
+        results.append((out, *torch.autograd.grad(out, leaves, dout)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    assert not results[0][1][:, :, 5].any()
+
+
+def test_huge_scores_have_finite_gradients() -> None:
+    query, key, value = make_inputs()
+    query.data[:, :, 7:] *= 1e9
+    out = fused_attn.fused_attention(query, key, value, backend="cuda")
+    grads = torch.autograd.grad(out.float().square().sum(), (query, key, value))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not grads[0][:, :, 7:].any() and grads[0][:, :, :7].any()
+
+
 def test_sinks_beside_no_key_at_all() -> None:
     query, key, value = make_inputs(keys=0)
     sinks = torch.tensor([0.5, 2.0], requires_grad=True)

@@ -68,7 +68,11 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim, kIsGeneral> {
   static constexpr int kBlockN = kKeyBlock, kTiles = kBlockM / 8;
   static constexpr int kConsumers = kBlockN / 64, kConsumerWarps = kConsumers * kWarpsPerWarpgroup;
   static_assert(kFusedBackwardThreads == kWarpgroup * (1 + kConsumers));
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  // 24 registers are too few for the loading warps of the general kernel with head dim 64. Its consumers need fewer than
+  // those of larger head dims.
+  static constexpr bool kHasSpareRegisters = kIsGeneral && kHeadDim == 64;
+  static constexpr int kProducerRegisters = kHasSpareRegisters ? 40 : 24;
+  static constexpr int kConsumerRegisters = kHasSpareRegisters ? 232 : 240;
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
 
   // Each of the two consumer warpgroups computes its own part of a tile of dq: 64 of 128 rows (kSplitsRows), or half of
@@ -79,9 +83,11 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim, kIsGeneral> {
   static constexpr int kDqFloats = kBlockM * kDqColumns, kOwnDqFloats = kDqFloats / kConsumers;
   static constexpr int kTilesPerRowBlock = kRowBlock / kBlockM;  // tiles of dq in a row block
 
-  using KeyTile = Tile<kHeadDim, kBlockN>;
+  // If each warpgroup computes half of the columns, this half is a panel of the keys.
+  static constexpr int kKeyPanelColumns = kSplitsRows ? kPanelColumns : kOwnColumns;
+  using KeyTile = Tile<kHeadDim, kBlockN, kKeyPanelColumns>;
   using QTile = Tile<kHeadDim, kBlockM>;
-  static_assert(kSplitsRows || KeyTile::kPanels == kConsumers);  // half of the columns are a panel of the keys
+  static_assert(kSplitsRows || KeyTile::kPanels == kConsumers);
   static constexpr uint32_t kStatisticsBytes = kBlockM * 4;
   // A panel has 64 queries as columns, and a row for each key.
   static constexpr uint32_t kDscoresPanelBytes = kBlockN * kPanelRowBytes;
@@ -422,7 +428,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       mbarrier_wait(rings.q.full(i % Plan::kQStages), i / Plan::kQStages & 1);
       forget_registers(flat(scores));
       wgmma_fence();
-      start_multiply_transposed<T, kHeadDim, kBlockN>(scores, shared + Plan::kK, 64 * group, q_tile(i));
+      start_multiply_transposed<T, kHeadDim, kBlockN, Plan::kKeyPanelColumns>(scores, shared + Plan::kK, 64 * group,
+                                                                              q_tile(i));
       wgmma_commit();
     };
     // Waits for dout of step i, and starts dprobs^T = v @ dout^T on the tensor cores.
@@ -430,7 +437,8 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       mbarrier_wait(rings.dout.full(i % Plan::kDoutStages), i / Plan::kDoutStages & 1);
       forget_registers(flat(dprobs));
       wgmma_fence();
-      start_multiply_transposed<T, kHeadDim, kBlockN>(dprobs, shared + Plan::kV, 64 * group, dout_tile(i));
+      start_multiply_transposed<T, kHeadDim, kBlockN, Plan::kKeyPanelColumns>(dprobs, shared + Plan::kV, 64 * group,
+                                                                              dout_tile(i));
       wgmma_commit();
     };
     // Each thread computes with two of the 8 queries of tile t in step i. lse_at and delta_at load the lse and the

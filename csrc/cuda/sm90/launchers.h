@@ -13,8 +13,9 @@
 namespace fused_attn::gpu::sm90 {
 
 // Makes the tensor map of x (batch, heads, rows, columns). One TMA load with this map moves a panel: box_rows rows of
-// kPanelColumns columns.
-inline Map map_of(const Rows& x, bool is_bf16, int64_t rows, int64_t heads, int64_t batch, int box_rows) {
+// box_columns columns.
+inline Map map_of(const Rows& x, bool is_bf16, int64_t rows, int64_t heads, int64_t batch, int box_rows,
+                  int box_columns = kPanelColumns) {
   Map map;
   map.head_step = x.stride_head != 0 && heads > 1;
   map.batch_step = x.stride_batch != 0 && batch > 1;
@@ -26,8 +27,8 @@ inline Map map_of(const Rows& x, bool is_bf16, int64_t rows, int64_t heads, int6
                            {0, rows > 1 ? x.stride_row * kElementBytes : kAnyStride,
                             map.head_step ? x.stride_head * kElementBytes : kAnyStride,
                             map.batch_step ? x.stride_batch * kElementBytes : kAnyStride},
-                           {kPanelColumns, box_rows, 1, 1},
-                           static_cast<int>(kPanelRowBytes)};
+                           {box_columns, box_rows, 1, 1},
+                           2 * box_columns};
   if (const std::string error = encode_tensor_map(spec, &map.tensor); !error.empty())
     throw std::runtime_error("a tensor cannot be loaded by TMA: " + error);
   return map;
@@ -52,8 +53,8 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
 }
 
 // Launches backward in two kernels: one for dq, one for dk and dv. It is for calls that the fused backward does not
-// support: larger head dims, general calls with head dim 64, and calls that do not want all gradients.
-// maps_of(block_m, block_n) makes the tensor maps for these tile sizes.
+// support: larger head dims, and calls that do not want all gradients. maps_of(block_m, block_n) makes the tensor maps
+// for these tile sizes.
 template <class T, int kHeadDim, bool kIsGeneral, class MapsOf>
 void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
   using QueryPlan = QueryGradientPlan<kHeadDim, kIsGeneral>;
@@ -88,8 +89,8 @@ void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
                {static_cast<int>((warps + kWarps - 1) / kWarps), 1, 1, kPreparationThreads, 0}, stream, p,
                num_programs);
   }
-  run_kernel(fused_backward_kernel<T, kHeadDim, kIsGeneral>, shape, stream, p, maps_of(Plan::kBlockM, Plan::kBlockN),
-             num_programs);
+  run_kernel(fused_backward_kernel<T, kHeadDim, kIsGeneral>, shape, stream, p,
+             maps_of(Plan::kBlockM, Plan::kBlockN, Plan::kKeyPanelColumns), num_programs);
   run_kernel(round_dq_kernel<T, kHeadDim, kIsGeneral>,
              shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, kRoundingThreads, 0), stream, p);
 }
@@ -98,15 +99,15 @@ void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
 template <int kHeadDim>
 void launch_backward(const Params& p, bool is_bf16, Stream stream) {
   const int kv_heads = p.num_heads / p.group_size;
-  const auto maps_of = [&](int block_m, int block_n) {
+  const auto maps_of = [&](int block_m, int block_n, int key_columns = kPanelColumns) {
     return BackwardMaps{map_of(p.q, is_bf16, p.rows_q, p.num_heads, p.batch, block_m),
-                        map_of(p.k, is_bf16, p.rows_k, kv_heads, p.batch, block_n),
-                        map_of(p.v, is_bf16, p.rows_k, kv_heads, p.batch, block_n),
+                        map_of(p.k, is_bf16, p.rows_k, kv_heads, p.batch, block_n, key_columns),
+                        map_of(p.v, is_bf16, p.rows_k, kv_heads, p.batch, block_n, key_columns),
                         map_of(p.dout, is_bf16, p.rows_q, p.num_heads, p.batch, block_m)};
   };
   for_variant(is_bf16, is_general_backward(p), [&](auto type, auto general) {
     using T = decltype(type);
-    if constexpr (has_fused_backward(kHeadDim, general())) {
+    if constexpr (has_fused_backward(kHeadDim)) {
       if (p.dq_sums != nullptr) return launch_fused<T, kHeadDim, general()>(p, stream, maps_of);
     }
     launch_two_kernels<T, kHeadDim, general()>(p, stream, maps_of);

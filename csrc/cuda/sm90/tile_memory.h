@@ -2,6 +2,9 @@
 // columns, one after another. In a panel, each row has 128 bytes, in the 128-byte swizzle: the hardware permutes the
 // 16-byte chunks of a row, so that wgmma has no bank conflicts. If the head dim is no multiple of 64, the last columns
 // of the last panel are unused: TMA fills them with zeros.
+//
+// A tile may also have panels of 32 columns, in the 64-byte swizzle. They are for a product that takes 32 of the columns
+// as its right factor: a descriptor begins with a whole panel.
 #pragma once
 #include "../fragments.h"
 
@@ -19,44 +22,48 @@ struct Map {
   int32_t batch_step;
 };
 
-// The layout of a tile of kRows rows, and what can be done with it. `tile` is always its address in shared memory.
-template <int kHeadDim, int kRows>
+// The layout of a tile of kRows rows in panels of kColumns columns, and what can be done with it. `tile` is always its
+// address in shared memory.
+template <int kHeadDim, int kRows, int kColumns = kPanelColumns>
 struct Tile {
-  static constexpr int kPanels = (kHeadDim + kPanelColumns - 1) / kPanelColumns;
-  static constexpr uint32_t kPanelBytes = kRows * kPanelRowBytes;
+  static constexpr int kPanels = (kHeadDim + kColumns - 1) / kColumns;
+  static constexpr uint32_t kRowBytes = 2 * kColumns;
+  static constexpr uint32_t kPanelBytes = kRows * kRowBytes;
   static constexpr uint32_t kBytes = kPanels * kPanelBytes;
+  static constexpr uint32_t kGroupBytes = 8 * kRowBytes;  // eight rows, after which the pattern of the swizzle repeats
 
   // Descriptor for wgmma of columns 16 * k ... 16 * k + 15, for a product that sums over the columns. Rows begin at
   // first_row, a multiple of 8.
   static GPU_DEVICE uint64_t columns(uint32_t tile, int first_row, int k) {
-    constexpr int kStepsPerPanel = kPanelColumns / 16;
-    return matrix_descriptor(tile + first_row * kPanelRowBytes, 16, kSwizzleBytes) +
+    constexpr int kStepsPerPanel = kColumns / 16;
+    return matrix_descriptor<kRowBytes>(tile + first_row * kRowBytes, 16, kGroupBytes) +
            matrix_descriptor_step(k / kStepsPerPanel * kPanelBytes + k % kStepsPerPanel * 32);
   }
 
   // Descriptor for wgmma of rows 16 * k ... 16 * k + 15 with all their columns, for a product that sums over the rows.
   static GPU_DEVICE uint64_t rows(uint32_t tile, int k) {
-    return matrix_descriptor(tile, kPanelBytes, kSwizzleBytes) + matrix_descriptor_step(16 * k * kPanelRowBytes);
+    return matrix_descriptor<kRowBytes>(tile, kPanelBytes, kGroupBytes) + matrix_descriptor_step(16 * k * kRowBytes);
   }
 
   // Starts to load kRows rows from `row` on, one panel at a time. One thread calls this. The barrier has to expect
   // kBytes bytes.
   static GPU_DEVICE void load(uint32_t tile, const Map& map, uint32_t barrier, int row, int head, int batch) {
     GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
-      tma_load_4d(tile + panel * kPanelBytes, &map.tensor, barrier, panel * kPanelColumns, row, head * map.head_step,
+      tma_load_4d(tile + panel * kPanelBytes, &map.tensor, barrier, panel * kColumns, row, head * map.head_step,
                   batch * map.batch_step);
     }
   }
 
-  // Overwrites the rows that are not valid with zeros. All lanes of a warp call this, and eight lanes write one row.
-  // The order of chunks within a row does not matter, because all of them become zeros.
+  // Overwrites the rows that are not valid with zeros. All lanes of a warp call this, and each lane writes one chunk of
+  // a row. The order of chunks within a row does not matter, because all of them become zeros.
   template <class Valid>
   static GPU_DEVICE void clear_invalid_rows(uint32_t tile, const Valid& valid, Lane lane) {
     static_assert(Valid::kWords * 32 == kRows);
+    constexpr int kChunks = kRowBytes / 16;
     GPU_UNROLL for (int word = 0; word < valid.kWords; ++word) {
-      for (int row = lane.index / 8; row < 32; row += 4) {
+      for (int row = lane.index / kChunks; row < 32; row += 32 / kChunks) {
         if (valid.word(word) >> row & 1) continue;
-        const uint32_t address = tile + (32 * word + row) * kPanelRowBytes + lane.index % 8 * 16;
+        const uint32_t address = tile + (32 * word + row) * kRowBytes + lane.index % kChunks * 16;
         GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
           store_shared(address + panel * kPanelBytes, Vec4{0, 0, 0, 0});
         }
@@ -72,11 +79,12 @@ GPU_DEVICE float (&flat(float (&x)[kTiles][4]))[4 * kTiles] {
 }
 
 // Starts scores = left @ right^T over the head dim on the tensor cores: 64 rows of the tile `left` from first_row on,
-// and all rows of the tile `right`. All threads of a warpgroup call this, between wgmma_fence and wgmma_commit.
-template <class T, int kHeadDim, int kLeftRows, int kTiles>
+// and all rows of the tile `right`. The left tile has panels of kLeftColumns columns. All threads of a warpgroup call
+// this, between wgmma_fence and wgmma_commit.
+template <class T, int kHeadDim, int kLeftRows, int kLeftColumns = kPanelColumns, int kTiles>
 GPU_DEVICE void start_multiply_transposed(float (&scores)[kTiles][4], uint32_t left, int first_row, uint32_t right) {
   GPU_UNROLL for (int k = 0; k < kHeadDim / 16; ++k) {
-    wgmma_ss<T, 8 * kTiles, 0, 0>(flat(scores), Tile<kHeadDim, kLeftRows>::columns(left, first_row, k),
+    wgmma_ss<T, 8 * kTiles, 0, 0>(flat(scores), Tile<kHeadDim, kLeftRows, kLeftColumns>::columns(left, first_row, k),
                                   Tile<kHeadDim, 8 * kTiles>::columns(right, 0, k), k > 0);
   }
 }
