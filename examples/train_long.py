@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 examples/train_long.py
 
 Each process holds a part of the sequence. The losses are those of one process, which `python examples/train_long.py`
-shows. A run that was stopped goes on with `--resume`, also on another number of processes.
+shows. A run that was stopped or killed goes on from its newest checkpoint with `--resume`, also on another number of
+processes.
 
 The text is Python's own language reference, byte by byte. Every step sees a sequence of --length bytes.
 """
@@ -52,41 +53,45 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Predicts each byte from those before it."""
+    """Predicts each byte from those before it.
 
-    def __init__(self) -> None:
+    length: the rows of a whole sequence
+    """
+
+    def __init__(self, length: int) -> None:
         super().__init__()
+        slopes = 2.0 ** (-8.0 * torch.arange(1, HEADS + 1) / HEADS)  # those of the ALiBi paper
+        self.length = length
+        self.register_buffer("bias", alibi_bias(slopes, length, length), persistent=False)
         self.embedding = nn.Embedding(BYTES, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, BYTES)
 
-    def forward(self, tokens: Tensor, mesh: DeviceMesh, length: int, step: int) -> Tensor:
+    def forward(self, tokens: Tensor, mesh: DeviceMesh, step: int) -> Tensor:
         """Logits (N, rows of this rank, BYTES) of the bytes (N, rows of this rank)."""
-        slopes = 2.0 ** (-8.0 * torch.arange(1, HEADS + 1, device=tokens.device) / HEADS)  # those of the ALiBi paper
-        bias = alibi_bias(slopes, length, length)
         x = self.embedding(tokens)
         for number, block in enumerate(self.blocks):
-            x = block(x, bias, mesh, length, dropout_seed=step * LAYERS + number)
+            x = block(x, self.bias, mesh, self.length, dropout_seed=step * LAYERS + number)
         return self.head(self.norm(x))
 
 
-def sequence(length: int, step: int) -> Tensor:
-    """The length + 1 bytes of a step, (1, length + 1). Every rank computes the same ones."""
-    text = "\n".join(topics[name] for name in sorted(topics)).encode()
-    start = step * length % max(len(text) - length - 1, 1)
-    return torch.tensor(list(text[start : start + length + 1]))[None]
+def load_text() -> Tensor:
+    """All bytes of the text, (bytes,) uint8."""
+    return torch.frombuffer(bytearray("\n".join(topics[name] for name in sorted(topics)).encode()), dtype=torch.uint8)
 
 
-def loss_of(model: LanguageModel, mesh: DeviceMesh, length: int, step: int, device: torch.device) -> Tensor:
+def loss_of(model: LanguageModel, mesh: DeviceMesh, text: Tensor, step: int) -> Tensor:
     """The part of this rank of the mean loss of a step. The sum over all ranks is the mean."""
-    tokens = sequence(length, step).to(device)
+    start = step * model.length
+    positions = torch.arange(start, start + model.length + 1, device=text.device) % len(text)
+    tokens = text[positions].long()[None]
     inputs, targets = (shard_sequence(x, mesh, 1) for x in (tokens[:, :-1], tokens[:, 1:]))
-    logits = model(inputs, mesh, tokens.shape[1] - 1, step)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / (tokens.shape[1] - 1)
+    logits = model(inputs, mesh, step)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / model.length
 
 
 def train(args: argparse.Namespace) -> list[float]:
-    """The loss of every step of this run."""
+    """The loss of every step, also of those before a checkpoint."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -94,19 +99,19 @@ def train(args: argparse.Namespace) -> list[float]:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     is_first = dist.get_rank() == 0
     torch.manual_seed(0)  # the same weights on every rank
-    model = LanguageModel().to(device)
+    model, text = LanguageModel(args.length).to(device), load_text().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate)
-    checkpoint, losses, first = args.output / "long.pt", [], 0
+    checkpoint, losses = args.output / "long.pt", []
     if args.resume:
         saved = torch.load(checkpoint, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
+        losses = saved["losses"]
     bar = progress_bar() if is_first else contextlib.nullcontext()
     with bar:
-        task = bar.add_task("", total=args.steps, completed=first, text="") if is_first else None
-        for step in range(first, args.steps):
-            loss = loss_of(model, mesh, args.length, step, device)
+        task = bar.add_task("", total=args.steps, completed=len(losses), text="") if is_first else None
+        for step in range(len(losses), args.steps):
+            loss = loss_of(model, mesh, text, step)
             optimizer.zero_grad()
             loss.backward()
             loss = loss.detach()
@@ -116,15 +121,15 @@ def train(args: argparse.Namespace) -> list[float]:
             losses.append(loss.item())
             if is_first:
                 bar.update(task, completed=step + 1, text=f"step {step + 1}  loss {losses[-1]:.4f}")
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
                     # The file is complete at every moment, also if the process ends while it writes.
                     torch.save(state, checkpoint.with_suffix(".new"))
                     checkpoint.with_suffix(".new").replace(checkpoint)
     return losses
 
 
-def main(argv: list[str] | None = None) -> list[float]:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=8192, help="bytes of a sequence (%(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="steps of the whole training (%(default)s)")
@@ -135,7 +140,11 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/long"), help="folder for the checkpoint (%(default)s)"
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> list[float]:
+    args = arguments(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     is_alone = "RANK" not in os.environ  # started without torchrun
     if is_alone:
@@ -145,7 +154,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     try:
         losses = train(args)
         if dist.get_rank() == 0:
-            print(f"loss {losses[-1]:.4f} after {args.steps} steps" if losses else "nothing left to train")
+            print(f"loss {losses[-1]:.4f} after {len(losses)} steps")
             print(f"checkpoint: {args.output / 'long.pt'}")
         return losses
     finally:

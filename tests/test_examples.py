@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -312,25 +310,3 @@ def test_lightning_g2p(g2p, tmp_path, capsys):
     assert list(tmp_path.glob("0/version_0/events.out.*")) and list(tmp_path.glob("0/version_0/checkpoints/last.ckpt"))
     (checkpoint,) = tmp_path.glob("0/version_0/checkpoints/epoch*.ckpt")
     assert f"checkpoint: {checkpoint}" in capsys.readouterr().out
-
-
-# ---- One sequence on several processes
-
-
-def train_long(processes: int, output: Path, *arguments: str) -> str:
-    """The last lines of examples/train_long.py, run by torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    script = [str(EXAMPLES / "train_long.py"), "--length", "200", "--output", str(output), *arguments]
-    done = subprocess.run([*command, *script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_long_sequence_on_another_number_of_processes(tmp_path: Path) -> None:
-    """Three steps on two processes and three on one, from a checkpoint, end with the loss of six steps on one."""
-    pytest.importorskip("rich", reason="pip install -e .[examples]")
-    whole = train_long(1, tmp_path / "whole", "--steps", "6")
-    train_long(2, tmp_path / "parts", "--steps", "3")
-    resumed = train_long(1, tmp_path / "parts", "--steps", "6", "--resume")
-    losses = [float(re.search(r"loss ([0-9.]+) after 6 steps", text).group(1)) for text in (whole, resumed)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)

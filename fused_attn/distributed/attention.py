@@ -288,7 +288,7 @@ def _documents(
         checks.meta(name, x)
     on_device = cu_seqlens_q.to(query.device), cu_seqlens_k.to(query.device)
     tensors = (query, key, value, *on_device, options.relative_bias, sinks)
-    planning.plan_of_packed(False, tensors, max_seqlen_q, max_seqlen_k, numbers)
+    planning.plan_of_packed(False, None, tensors, (max_seqlen_q, max_seqlen_k), numbers, None)
     found = []
     for (name, x), longest in zip(offsets.items(), (max_seqlen_q, max_seqlen_k), strict=True):
         read = x.cpu()

@@ -225,7 +225,7 @@ class _Model:
         #: The elements of a row of queries, and of a row of keys and values together, in all heads of one rank.
         self.query_row = workload.batch * self.heads * workload.head_dim
         self.key_row = 2 * workload.batch * kv_heads * workload.head_dim
-        self.found: dict[tuple[int, int], list[Block]] = {}
+        self.found: dict[tuple[int, int], tuple[Block, ...]] = {}
         #: For each rank that is looked at, the rows of keys that it (sends, gets) in each step.
         self.travelling = {
             rank: [(0, 0)] + [ring_rows(self.positions, rank, step) for step in range(1, method.ring)]
@@ -254,7 +254,7 @@ class _Model:
             return range(count)
         return sorted({0, 1, count // 4, count // 2 - 1, count // 2, 3 * count // 4, count - 2, count - 1})
 
-    def blocks(self, rank: int, number: int) -> list[Block]:
+    def blocks(self, rank: int, number: int) -> tuple[Block, ...]:
         """The blocks that a rank of the ring computes in the step of this number."""
         source = (rank - number) % self.method.ring
         if (rank, source) not in self.found:

@@ -22,12 +22,12 @@ def ring_elements(positions: Positions, key: Sequence[int], value: Sequence[int]
     return sent
 
 
-def ring_rows(positions: Positions, rank: int, step: int) -> tuple[int, int]:
+def ring_rows(positions: Positions, rank: int, step: int) -> tuple[int, ...]:
     """How many rows of keys a rank (sends, gets) for a step of the ring. Their gradients travel the other way."""
     world = positions.key.world
     sent = needed_keys(positions, (rank + step) % world, rank)
     received = needed_keys(positions, rank, (rank - step) % world)
-    return sent.stop - sent.start, received.stop - received.start
+    return tuple(sum(rows.stop - rows.start for rows in needed) for needed in (sent, received))
 
 
 def ulysses_elements(

@@ -181,16 +181,7 @@ def attention(
     Raises:
         ValueError: the call asks for something that the kernel does not compute.
     """
-    if kwargs.get("output_attentions"):
-        raise ValueError('output_attentions: expected False, since no weights are formed; use the attention "eager"')
-    for name in _REFUSED:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: expected None, since the fused kernel cannot honour it, got one")
-    if kwargs.get("cache") is not None:
-        raise ValueError(
-            "cache: expected None, got a paged cache; transformers allows only its own attention in continuous "
-            'batching, such as "sdpa"'
-        )
+    check_options(kwargs)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options: dict[str, Any] = {
         "dropout_p": dropout,
@@ -221,6 +212,20 @@ def attention(
             masks["attn_mask"] = _with_position_bias(position_bias, masks.get("attn_mask"))
     out = fused_attention(query, key, value, **masks, **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises ValueError for keyword arguments of an attention function that the kernel cannot honour."""
+    if options.get("output_attentions"):
+        raise ValueError('output_attentions: expected False, since no weights are formed; use the attention "eager"')
+    for name in _REFUSED:
+        if options.get(name) is not None:
+            raise ValueError(f"{name}: expected None, since the fused kernel cannot honour it, got one")
+    if options.get("cache") is not None:
+        raise ValueError(
+            "cache: expected None, got a paged cache; transformers allows only its own attention in continuous "
+            'batching, such as "sdpa"'
+        )
 
 
 def attention_mask_of(
@@ -330,6 +335,12 @@ def _band(padding: Tensor | None, sides: int, reach: int, device: torch.device |
     return padding[:, None, None, None].expand(-1, sides, -1, reach + 2, -1)
 
 
+def band_of(mask: Tensor) -> dict[str, Any]:
+    """The arguments of `fused_attention` for a band of `attention_mask_of`, without its padding."""
+    is_causal, reach = mask.shape[1] == 1, mask.shape[3] - 2
+    return {"is_causal": True} if reach < 0 else {"window_size": (reach, 0 if is_causal else reach)}
+
+
 def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, seqlen_k: int, is_causal: bool) -> dict[str, Any]:
     """The arguments of `fused_attention` for a mask, whether `attention_mask_of` or other code has made it."""
     if mask is None:
@@ -348,11 +359,9 @@ def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, seqlen_k: int,
             f"attention_mask: expected a mask of transformers' mask functions or of shape (B, H, L, S), got "
             f"{mask.dtype} of shape {tuple(mask.shape)} from {type(module).__name__}"
         )
-    is_causal, reach = mask.shape[1] == 1, mask.shape[3] - 2
-    band: dict[str, Any] = {"is_causal": True} if reach < 0 else {"window_size": (reach, 0 if is_causal else reach)}
     if mask.shape[4] == 1:
-        return band
-    return band | {"key_padding_mask": ~mask[:, 0, 0, 0].expand(query.shape[0], -1)}
+        return band_of(mask)
+    return band_of(mask) | {"key_padding_mask": ~mask[:, 0, 0, 0].expand(query.shape[0], -1)}
 
 
 def _packed_masks(

@@ -34,6 +34,7 @@ def train(kind: str, options: tuple[str, ...] = ()) -> list[float]:
         model.encoder.layers = nn.ModuleList(map(checkpoint_wrapper, model.encoder.layers))
         model.decoder.layers = nn.ModuleList(map(checkpoint_wrapper, model.decoder.layers))
     model, rank, ranks = shared(kind, model, is_mixed="mixed" in options)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled="mixed" in options and "fsdp" not in kind)
     if "compile" in options:
         for layer in layers:
             layer.compile(backend="aot_eager", dynamic=False)
@@ -44,10 +45,11 @@ def train(kind: str, options: tuple[str, ...] = ()) -> list[float]:
     rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
     losses = []
     for _ in range(STEPS):
-        out = model(
-            src[rows], tgt[rows], tgt_mask=nn.Transformer.generate_square_subsequent_mask(LENGTH),
-            src_key_padding_mask=is_padding[rows], memory_key_padding_mask=is_padding[rows],
-        )  # fmt: skip
+        with autocast:
+            out = model(
+                src[rows], tgt[rows], tgt_mask=nn.Transformer.generate_square_subsequent_mask(LENGTH),
+                src_key_padding_mask=is_padding[rows], memory_key_padding_mask=is_padding[rows],
+            )  # fmt: skip
         loss = (out.float() - goal[rows]).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -69,17 +71,23 @@ def shared(kind: str, model: nn.Module, is_mixed: bool) -> tuple[nn.Module, int,
         return DistributedDataParallel(model), rank, world
     if kind == "tp":
         return parallelize_module(model, mesh_of((world,)), tensor_parallel_plan(model)), 0, 1
-    mesh = mesh_of((world,)) if kind == "fsdp" else mesh_of((2, world // 2), ("data", "heads"))
-    if kind == "fsdp and tp":
-        model = parallelize_module(model, mesh["heads"], tensor_parallel_plan(model))
-        mesh = mesh["data"]
+    if kind == "fsdp":
+        mesh = mesh_of((world,))
+    elif kind == "hsdp":  # two copies of the model, each of which two ranks share
+        mesh = mesh_of((2, world // 2), ("copies", "shards"))
+    else:
+        both = mesh_of((2, world // 2), ("data", "heads"))
+        model, mesh = parallelize_module(model, both["heads"], tensor_parallel_plan(model)), both["data"]
+    if kind == "ddp and tp":
+        return DistributedDataParallel(model, device_mesh=mesh), mesh.get_local_rank(), mesh.size()
     # Layers hand bfloat16 to each other. The output of the model is float32.
     policies = [MixedPrecisionPolicy()] * 2
     if is_mixed:
         policies = [MixedPrecisionPolicy(torch.bfloat16, output_dtype=x) for x in (None, torch.float32)]
     for layer in [*model.encoder.layers, *model.decoder.layers]:
         fully_shard(layer, mesh=mesh, mp_policy=policies[0])
-    return fully_shard(model, mesh=mesh, mp_policy=policies[1]), mesh.get_local_rank(), mesh.size()
+    rank = rank if kind == "hsdp" else mesh.get_local_rank()
+    return fully_shard(model, mesh=mesh, mp_policy=policies[1]), rank, mesh.size()
 
 
 def checkpoints(folder: str) -> list[Tensor]:

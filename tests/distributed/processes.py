@@ -1,6 +1,7 @@
 """Processes that run the same function, connected by gloo.
 
-Starting a process and importing torch takes seconds, so the processes of a `Team` stay and take one job after another.
+An import of torch takes seconds. So one server imports torch, once for all tests, and each process is a fork of the
+server. The processes of a `Team` stay and take one job after another.
 """
 
 from __future__ import annotations
@@ -16,6 +17,16 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 60.0
+
+#: What the server imports for all processes.
+PRELOADED = (
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "fused_attn.distributed",
+)
+multiprocessing.set_forkserver_preload(list(PRELOADED))
 
 
 def _serve(rank: int, world: int, store: str, pipe, timeout: float) -> None:
@@ -45,7 +56,7 @@ class Team:
     """
 
     def __init__(self, world: int, store: Path, timeout: float = TIMEOUT):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         pipes = [context.Pipe() for _ in range(world)]
         self.pipes = [own for own, _ in pipes]
         self.processes = [

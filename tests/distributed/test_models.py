@@ -20,27 +20,28 @@ def team(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def team_of_4(tmp_path_factory):
+    with Team(4, tmp_path_factory.mktemp("team") / "store") as team:
+        yield team
+
+
+@pytest.fixture(scope="module")
 def alone() -> list[float]:
     """The losses of one process."""
     return model_jobs.train("alone")
 
 
-@pytest.mark.parametrize(
-    "kind, options",
-    [
-        ("ddp", ()),
-        ("fsdp", ()),
-        ("fsdp", ("checkpoint",)),
-        ("fsdp", ("compile",)),
-        ("fsdp", ("mixed", "checkpoint", "compile")),
-        ("tp", ()),
-        ("tp", ("checkpoint",)),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "+".join(x) or "plain",
-)
-def test_losses_are_those_of_one_process(team, alone, kind: str, options: tuple[str, ...]) -> None:
+#: How ranks share the model and the batch, with the number of ranks.
+KINDS = {"ddp": 2, "fsdp": 2, "tp": 2, "hsdp": 4, "fsdp and tp": 4, "ddp and tp": 4}
+OPTIONS = [(kind, options) for kind in KINDS for options in ((), ("mixed", "checkpoint"))]
+OPTIONS += [("fsdp", ("compile",)), ("fsdp", ("mixed", "checkpoint", "compile")), ("tp", ("compile",))]
+
+
+@pytest.mark.parametrize("kind, options", OPTIONS, ids=lambda x: x if isinstance(x, str) else "+".join(x) or "plain")
+def test_losses_are_those_of_one_process(team, team_of_4, alone, kind: str, options: tuple[str, ...]) -> None:
     tolerance = 2e-2 if "mixed" in options else 1e-5  # bfloat16 has 8 bits
-    for losses in team.run(model_jobs.train, kind, options):
+    ranks = team if KINDS[kind] == 2 else team_of_4
+    for losses in ranks.run(model_jobs.train, kind, options):
         assert losses == pytest.approx(alone, rel=tolerance)
     assert alone[-1] < 0.95 * alone[0]
 

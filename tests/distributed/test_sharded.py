@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 
-import model_jobs
 import pytest
 import sharded_jobs
 import torch
+import torch._dynamo.testing
+import torch.distributed as dist
 from processes import Team
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fused_attn import fused_attention
 
@@ -92,16 +95,42 @@ def test_results_are_those_of_one_process(team, case: str, is_compiled: bool, ge
         assert found["local"].prod() <= -(-batch * heads * 9 * 16 // shards) + heads * 9 * 16
 
 
+@pytest.fixture
+def mesh_of_one_process():
+    """A mesh of 4 ranks of which only the first exists. Nothing is sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield DeviceMesh("cpu", torch.arange(4))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kv_heads", [8, 1])
+def test_compiled_calls_take_other_lengths(mesh_of_one_process, kv_heads: int, generator: torch.Generator) -> None:
+    """One graph for all lengths, whose results are those of eager calls."""
+    placements = HEADS if kv_heads > 1 else ALL
+    lse_weight = torch.tensor(0.5, dtype=torch.float64)
+    results = []
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fused_attention, backend=counter, fullgraph=True, dynamic=True)
+    for length in (9, 12, 17):
+        given = [(8, HEADS), (kv_heads, placements), (kv_heads, placements)]
+        tensors = [torch.randn(2, n, length, 16, dtype=torch.float64, generator=generator) for n, _ in given]
+        for function in (fused_attention, compiled):
+            inputs = [
+                distribute_tensor(x, mesh_of_one_process, [placement], src_data_rank=None).requires_grad_()
+                for x, (_, placement) in zip(tensors, given, strict=True)
+            ]
+            out, lse = function(*inputs, is_causal=True, enable_gqa=kv_heads < 8, return_lse=True)
+            (out.to_local().cos().sum() + lse_weight * lse.to_local().sum()).backward()
+            results.append([x.to_local() for x in (out, lse, *(x.grad for x in inputs))])
+    for eager, found in zip(results[::2], results[1::2], strict=True):
+        for a, b in zip(found, eager, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 1
+
+
 def test_all_ranks_drop_the_same_without_a_seed(team) -> None:
     outs = team.run(sharded_jobs.seedless_dropout)
     assert all(torch.equal(x, outs[0]) for x in outs)
-
-
-def test_fsdp_with_tensor_parallelism(team) -> None:
-    """Two groups of ranks share the batch and the parameters, and the two ranks of a group share the heads."""
-    alone = model_jobs.train("alone")
-    for losses in team.run(model_jobs.train, "fsdp and tp"):
-        assert losses == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize(
