@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
-from fused_attn.attention.problem import AttentionProblem
+from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 
 
 class Backend(Protocol):
@@ -26,6 +27,33 @@ class Backend(Protocol):
         """The results of the call. Without needs_lse, lse may be None, and without needs_max, row_max may be."""
 
     def backward(self, problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients: ...
+
+
+def gpu_reasons(problem: AttentionProblem, min_capability: tuple[int, int]) -> list[str]:
+    """Why kernels for NVIDIA GPUs of this compute capability or a higher one cannot run on the GPU of the problem."""
+    if torch.version.hip is not None and problem.device.type == "cuda":
+        return ["the kernels have been written for NVIDIA GPUs only"]
+    if problem.capability is None or problem.capability >= min_capability:
+        return []
+    have, need = (".".join(map(str, capability)) for capability in (problem.capability, min_capability))
+    return [f"the GPU has compute capability {have}, expected {need} or higher"]
+
+
+def native_numbers(problem: AttentionProblem) -> dict[str, Any]:
+    """The arguments of Config, which both native modules have, except num_splits."""
+    band = problem.band
+    return {
+        "scale": problem.scale,
+        "softcap": problem.softcap,
+        "window_left": None if band.left == UNBOUNDED else band.left,
+        "window_right": None if band.right == UNBOUNDED else band.right,
+        "diagonal_offset": band.offset,
+        "band_from_end": band.is_from_end,
+        "dropout_p": problem.dropout_p,
+        "dropout_origin": problem.dropout_origin,
+        "max_seqlen_q": problem.seqlen_q,
+        "max_seqlen_k": problem.seqlen_k,
+    }
 
 
 def clear_rows(*tensors: Tensor | None, value: float = 0.0) -> None:

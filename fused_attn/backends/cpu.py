@@ -10,8 +10,8 @@ from torch import Tensor, get_num_threads  # not torch.get_num_threads: see `mod
 
 from fused_attn.attention.inputs import SHARED_ITEMS, Gradients, Inputs, Results, Saved, Wanted, inputs_of
 from fused_attn.attention.memory_order import empty_like_layout
-from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
-from fused_attn.backends.base import clear_rows
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends.base import clear_rows, native_numbers
 from fused_attn.native import _C, why_no_C
 
 missing = why_no_C
@@ -105,20 +105,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
 @functools.lru_cache(maxsize=4096)
 def _config(problem: AttentionProblem) -> Any:
     """The numbers of a problem in the form that the kernels read. Made once for each problem."""
-    band = problem.band
-    return _C.Config(
-        scale=problem.scale,
-        softcap=problem.softcap,
-        window_left=None if band.left == UNBOUNDED else band.left,
-        window_right=None if band.right == UNBOUNDED else band.right,
-        diagonal_offset=band.offset,
-        band_from_end=band.is_from_end,
-        dropout_p=problem.dropout_p,
-        dropout_origin=problem.dropout_origin,
-        max_seqlen_q=problem.seqlen_q,
-        max_seqlen_k=problem.seqlen_k,
-        num_splits=problem.num_splits,
-    )
+    return _C.Config(**native_numbers(problem), num_splits=problem.num_splits)
 
 
 def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:

@@ -15,7 +15,7 @@ from fused_attn.attention.checks import MAX_SPLITS
 from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import UNBOUNDED, UNBOUNDED_BAND, AttentionProblem
-from fused_attn.backends.base import clear_rows
+from fused_attn.backends.base import clear_rows, gpu_reasons, native_numbers
 
 
 def why_not_installed(error: ImportError) -> str:
@@ -55,11 +55,7 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(reason)
     elif problem.device.type != device_type():
         reasons.append(f"the tensors are on {problem.device}, expected {device_type()}")
-    if torch.version.hip is not None and problem.device.type == "cuda":
-        reasons.append("the kernels have been written for NVIDIA GPUs only")
-    elif problem.capability is not None and problem.capability < MIN_CAPABILITY:
-        have, need = (".".join(map(str, capability)) for capability in (problem.capability, MIN_CAPABILITY))
-        reasons.append(f"the GPU has compute capability {have}, expected {need} or higher")
+    reasons += gpu_reasons(problem, MIN_CAPABILITY)
     if problem.dtype not in DTYPES:
         reasons.append(f"dtype {problem.dtype} is none of {', '.join(map(str, DTYPES))}")
     for dim in dict.fromkeys((problem.head_dim, problem.value_dim)):
@@ -411,20 +407,7 @@ def _config(problem: AttentionProblem, splits: int = 0) -> Any:
 
     splits: see `num_splits`
     """
-    band = problem.band
-    return _kernels.Config(
-        scale=problem.scale,
-        softcap=problem.softcap,
-        window_left=None if band.left == UNBOUNDED else band.left,
-        window_right=None if band.right == UNBOUNDED else band.right,
-        diagonal_offset=band.offset,
-        band_from_end=band.is_from_end,
-        dropout_p=problem.dropout_p,
-        dropout_origin=problem.dropout_origin,
-        max_seqlen_q=problem.seqlen_q,
-        max_seqlen_k=problem.seqlen_k,
-        num_splits=splits,
-    )
+    return _kernels.Config(**native_numbers(problem), num_splits=splits)
 
 
 def _workspace(problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None, splits: int = 0) -> Tensor | None:

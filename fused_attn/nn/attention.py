@@ -273,7 +273,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                     return short, None
         self._check_cache(cache, key_padding_mask, need_weights)
 
-        # q is (N, H, L, D), k and v are (N, Hkv, S, D). Rows that a cache has are not projected again.
+        # Project the inputs to q (N, H, L, D), k and v (N, Hkv, S, D), or take k and v from the cache.
         store: Any = cache  # typed as Any, because only a static cache has `get`, and only its `update` takes `memory`
         stored = store.get(key) if cache is not None and cache.is_static else None
         memory, is_batched = key, query.dim() == 3

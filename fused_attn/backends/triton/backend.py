@@ -14,6 +14,7 @@ import torch
 from fused_attn.attention import dropout
 from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends.base import gpu_reasons
 from fused_attn.backends.triton.interpreter import is_interpreting
 
 name = "triton"
@@ -32,11 +33,7 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     if (problem.device.type == "cuda" or is_on_cpu) and (reason := installation_problem()) is not None:
         reasons.append(reason)
     if problem.device.type == "cuda":
-        if torch.version.hip is not None:
-            reasons.append("the kernels have been written for NVIDIA GPUs only")
-        elif problem.capability is not None and problem.capability < MIN_CAPABILITY:
-            have, need = (".".join(map(str, capability)) for capability in (problem.capability, MIN_CAPABILITY))
-            reasons.append(f"the GPU has compute capability {have}, expected {need} or higher")
+        reasons += gpu_reasons(problem, MIN_CAPABILITY)
     elif not is_on_cpu:
         reasons.append(f"the tensors are on {problem.device}, expected cuda")
     elif problem.dtype == torch.bfloat16:
