@@ -5,14 +5,37 @@
 #include "self_attention.h"
 
 namespace fused_attn::cpu {
+
+extern const Kernels kernels_avx512;
+
 namespace {
 
-// With AVX512_BF16, one instruction multiplies and adds pairs of bfloat16, so a lane holds two elements.
 #if defined(__AVX512BF16__)
+
+// With AVX512_BF16, one instruction multiplies and adds pairs of bfloat16, so a lane holds two elements. The instruction
+// set adds nothing for other dtypes, which run the kernels of AVX-512: to compile them again would take half a minute.
 using BFloat16Policy = ElementPolicy<BFloat16, float, 2>;
+
+void forward(const AttentionParams& p) {
+  p.dtype == DType::kBFloat16 ? forward_with_policy<BFloat16Policy>(p) : kernels_avx512.forward(p);
+}
+
+void backward(const AttentionParams& p) {
+  p.dtype == DType::kBFloat16 ? backward_with_policy<BFloat16Policy>(p) : kernels_avx512.backward(p);
+}
+
+void self_attention(const SelfAttentionParams& m) {
+  m.attention.dtype == DType::kBFloat16 ? self_attention_with_policy<BFloat16Policy>(m)
+                                        : kernels_avx512.self_attention(m);
+}
+
+void linear(const LinearParams& p) {
+  p.dtype == DType::kBFloat16 ? linear_with_policy<BFloat16Policy>(p) : kernels_avx512.linear(p);
+}
+
 #else
+
 using BFloat16Policy = ElementPolicy<BFloat16, float, 1>;
-#endif
 
 // The kernels of the table. Each chooses the instance of a template for the dtype of the call.
 void forward(const AttentionParams& p) {
@@ -50,6 +73,8 @@ void linear(const LinearParams& p) {
     case DType::kBFloat16: return linear_with_policy<BFloat16Policy>(p);
   }
 }
+
+#endif
 
 #define FUSED_ATTN_JOIN_(a, b) a##b
 #define FUSED_ATTN_JOIN(a, b) FUSED_ATTN_JOIN_(a, b)
