@@ -162,6 +162,11 @@ template <class V>
 GPU_DEVICE void store_global(V* p, V v) {
   *p = v;
 }
+// Of several assignments of a Vec4, nvcc 13.0 splits the first one into four stores of 4 bytes.
+template <>
+GPU_DEVICE void store_global(Vec4* p, Vec4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 
 GPU_DEVICE void atomic_add(float* p, float v) { atomicAdd(p, v); }
 GPU_DEVICE int atomic_fetch_add(int* p, int v) { return atomicAdd(p, v); }

@@ -44,6 +44,17 @@ MOST_INSTRUCTIONS_BACKWARD = {64: 600, 96: 420, 128: 440}
 #: when these limits were set. A relative bias adds 100 instructions, a mask 152, a softcap 377.
 MOST_INSTRUCTIONS_GENERAL_BACKWARD = {64: 410, 96: 432, 128: 450}
 
+#: The instructions of a step of the other plain kernels, for each head dim, as counted when this table was made.
+COUNTED_INSTRUCTIONS = {
+    "sm80 forward": {64: 509, 96: 342, 128: 398, 256: 651},
+    "sm80 query_gradient": {64: 416, 96: 475, 128: 580, 256: 495},
+    "sm80 key_gradient": {64: 453, 96: 310, 128: 372, 256: 370},
+    "sm90 query_gradient": {64: 282, 96: 330, 128: 387, 256: 484},
+    "sm90 key_gradient": {64: 343, 96: 373, 128: 411, 256: 565},
+}
+#: A step may have more instructions than counted, by this factor.
+MORE_INSTRUCTIONS = 1.03
+
 #: The most instructions of a step of the decode kernel: those that start the copies of a later step, and the others. A
 #: step visits 16 keys with all 16 rows of a tile. 224, 218, 261, 294 and 158, 200, 221, 278 were counted when these
 #: limits were set. Memory is the bound as long as both take fewer cycles than the copies: an H200 reads the 8 KiB of a
@@ -63,6 +74,7 @@ class Kernel(NamedTuple):
     overlapped: int  # see overlapped_exponentials
     step: list[str]  # see steady_step
     copies: list[str]  # see copies_after_wait
+    narrow_stores: int  # stores of 4 bytes to global memory
 
 
 def cuobjdump() -> str:
@@ -126,6 +138,7 @@ def kernels() -> list[Kernel]:
                 overlapped_exponentials(texts.get((architecture, symbol), [])),
                 steady_step(texts.get((architecture, symbol), [])),
                 copies_after_wait(texts.get((architecture, symbol), [])),
+                sum(bool(re.search(r"\bSTG\.E ", line)) for line in texts.get((architecture, symbol), [])),
             )
     return sorted(found.values(), key=lambda kernel: kernel[:2])
 
@@ -147,7 +160,7 @@ def overlapped_exponentials(sass: list[str]) -> int:
 def steady_step(sass: list[str]) -> list[str]:
     """The instructions of one round of the main loop, when no entry has to be masked.
 
-    The loop contains the wait for all products but one, or in decode the wait for copies. The result is the shortest
+    The loop contains the wait for all products but one, or on sm_80 the wait for copies. The result is the shortest
     cycle of instructions through this wait. Code that runs in some rounds only, such as masks and the end of the loop,
     makes a longer cycle.
     """
@@ -164,8 +177,8 @@ def steady_step(sass: list[str]) -> list[str]:
         return following
 
     shortest: list[int] = []
-    # Kernels with wgmma have waits of the second kind in other loops.
-    waits = (r"WARPGROUP.DEPBAR.LE gsb0, 0x1\b", r"^DEPBAR.LE SB0, 0x[1-9]")
+    # Kernels with wgmma, and decode, have waits of the later kinds in other loops.
+    waits = (r"WARPGROUP.DEPBAR.LE gsb0, 0x1\b", r"^DEPBAR.LE SB0, 0x[1-9]", r"^DEPBAR.LE SB0, 0x0\b")
     found = ([i for i, text in enumerate(texts) if re.search(wait, text)] for wait in waits)
     for start in next(filter(None, found), []):
         before, queue = {}, collections.deque([start])
@@ -218,6 +231,19 @@ def test_kernels_use_the_instructions_that_they_are_for(built):
     for kernel in main:
         missing = {name for name in PURPOSE[kernel.architecture] if not kernel.instructions.get(name)}
         assert not missing, f"{kernel.architecture} {kernel.name} has no {missing}"
+
+
+@pytest.mark.slow
+def test_rows_are_stored_16_bytes_at_a_time(built):
+    """nvcc would split some of these stores into four (store_global in primitives_ptx.h).
+
+    Forward stores the log-sum-exp and the largest logit of up to four rows in each thread, 4 bytes at a time.
+    """
+    for kernel in built:
+        if re.search(r" (query_gradient|key_gradient|fused_backward)_kernel<", kernel.name):
+            assert kernel.narrow_stores == 0, kernel.name
+        elif " forward_kernel<" in kernel.name:
+            assert kernel.narrow_stores <= 8, f"{kernel.name}: {kernel.narrow_stores} stores of 4 bytes"
 
 
 @pytest.mark.slow
@@ -280,6 +306,22 @@ def test_fused_backward_steps_are_lean(built):
             assert "R2UR" not in product[product.index("HGMMA") : product.rindex("HGMMA")], kernel.name
         # Four arrivals: queries and dout are released, dscores are complete, and the part of dq is complete.
         assert sum("SYNCS.ARRIVE" in text for text in kernel.step) == 4
+
+
+@pytest.mark.slow
+def test_steps_of_the_other_plain_kernels_are_lean(built):
+    found = set()
+    for kernel in built:
+        match = re.fullmatch(r"(\w+ (?:forward|query_gradient|key_gradient))_kernel<(\w+), (\d+), 0>", kernel.name)
+        if match is None or match[1] not in COUNTED_INSTRUCTIONS:
+            continue
+        found.add(match.groups())
+        most = MORE_INSTRUCTIONS * COUNTED_INSTRUCTIONS[match[1]][int(match[3])]
+        assert 0 < len(kernel.step) <= most, f"{kernel.name}: {len(kernel.step)} instructions, expected at most {most}"
+        # The kernel for dq reads which keys are valid. All others read nothing but tiles.
+        reads = [text for text in kernel.step if re.search(r"\bLDG\b", text)]
+        assert len(reads) <= (2 if "query" in kernel.name else 0), f"{kernel.name} reads global memory: {reads}"
+    assert len(found) == 2 * sum(map(len, COUNTED_INSTRUCTIONS.values()))
 
 
 @pytest.mark.slow
