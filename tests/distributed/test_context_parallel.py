@@ -15,6 +15,7 @@ from fused_attn.attention.masks import band_of
 from fused_attn.distributed.blocks import Documents, Positions, blocks
 from fused_attn.distributed.planning import ring_elements, ulysses_elements
 from fused_attn.distributed.sequence import Sharding
+from fused_attn.partial import PartialOptions
 
 MESHES = {"2": (2,), "3": (3,), "4": (4,), "2x2": (2, 2)}
 DIM = 16
@@ -194,6 +195,18 @@ def test_blocks_hold_every_visible_score_once(world: int, window: tuple[int, int
         if -left <= j - i <= right
     ]
     assert sorted(x for x in found if -left <= x[2] - x[1] <= right) == visible
+
+
+def test_offsets_of_inference_serve_training() -> None:
+    sharding = Sharding.of(11, 1)
+    positions = Positions(sharding, sharding, band_of(True, (-1, -1)), True, Documents((0, 4, 11), (0, 4, 11)))
+    found = []
+    for is_inference in (True, False):
+        with torch.inference_mode(is_inference):
+            found.append(positions.whole().options(PartialOptions(), torch.device("cpu")).packed)
+    assert found[0] is found[1]
+    assert found[0].max_seqlen_q == 7
+    assert not found[0].cu_seqlens_q.is_inference()
 
 
 def test_documents_within_a_shard_send_nothing() -> None:
