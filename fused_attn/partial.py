@@ -199,7 +199,7 @@ def backward(
     found = kernel(problem, inputs, saved, wanted)
     found = Gradients(*(None if x is None else x.to(problem.accumulate_dtype) for x in found))
     if added:
-        found = _without_added_keys(found, inputs, added)
+        found = _without_added_keys(found, added)
     sums = Gradients() if into is None else into
     relative_bias = options.relative_bias
     if found.relative_bias is not None and relative_bias is not None:
@@ -275,7 +275,7 @@ def _planned(
             raise checks.fail("dropout_seed", "a seed, which all parts share", "None")
         seed = checks.check_dropout_seed(options.dropout_seed, query.device)
     is_compiling = torch.compiler.is_compiling()
-    added = options.key_offset % GROUP if options.dropout_p else 0
+    added = options.key_offset % GROUP if options.dropout_p and key.shape[2] else 0
     packed = options.packed
     if packed is not None:
         _check_packed(query, key, value, options, packed)
@@ -354,7 +354,7 @@ def _with_added_keys(
     return key, value, replace(options, key_padding_mask=padding, attn_mask=mask, key_offset=first)
 
 
-def _without_added_keys(grads: Gradients, inputs: Inputs, count: int) -> Gradients:
+def _without_added_keys(grads: Gradients, count: int) -> Gradients:
     """The gradients of a part without those of `_with_added_keys`."""
     key, value, bias, key_bias = grads.key, grads.value, grads.bias, grads.key_bias
     return grads._replace(

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from fused_attn import planning
 from fused_attn.attention import checks, dropout
 from fused_attn.attention.causal_bias import causal_bias
-from fused_attn.partial import PartialOptions, results
+from fused_attn.partial import PartialOptions, check_rank_4, results
 
 _BATCH, _HEADS = 0, 1
 _REFUSED = {
@@ -39,8 +39,7 @@ class _Sharing(NamedTuple):
         for name, x in tensors.items():
             if not isinstance(x, DTensor):
                 raise checks.fail(name, "a DTensor, as query, key or value is one", type(x).__name__)
-            if x.dim() != 4:
-                raise checks.fail(name, "a DTensor (B, heads, rows, columns)", f"shape {tuple(x.shape)}")
+        check_rank_4(**tensors)
         given: dict[str, Any] = tensors
         mesh = given["query"].device_mesh
         shared: list[int | None] = [None] * mesh.ndim

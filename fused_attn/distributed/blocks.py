@@ -58,7 +58,8 @@ class Block(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _packed_rows(documents: Documents, device: torch.device) -> PackedRows:
     """The documents as tensors. The layers and steps of a model ask for the same ones."""
-    cu_seqlens_q, cu_seqlens_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in documents)
+    with torch.inference_mode(False):  # A step that trains may find the tensors that another step has asked for.
+        cu_seqlens_q, cu_seqlens_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in documents)
     longest_q, longest_k = (max((end - begin for begin, end in itertools.pairwise(x)), default=0) for x in documents)
     return PackedRows(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k)
 

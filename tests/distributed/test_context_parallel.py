@@ -12,9 +12,10 @@ from processes import Team
 
 from fused_attn import fused_attention, fused_attention_varlen
 from fused_attn.attention.masks import band_of
-from fused_attn.distributed.blocks import Documents, Positions
+from fused_attn.distributed.blocks import Documents, Positions, blocks
 from fused_attn.distributed.planning import ring_elements, ulysses_elements
 from fused_attn.distributed.sequence import Sharding
+from fused_attn.partial import PartialOptions
 
 MESHES = {"2": (2,), "3": (3,), "4": (4,), "2x2": (2, 2)}
 DIM = 16
@@ -169,6 +170,43 @@ def test_packed_results_are_those_of_one_process(mesh, case: str, generator: tor
                     for begin, end, at in segments:
                         found[begin:end] = shard[at : at + end - begin]
             torch.testing.assert_close(found, x, rtol=1e-12, atol=1e-12, msg=lambda m: f"{method} {name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (6, 2)], ids=str)
+def test_blocks_hold_every_visible_score_once(world: int, window: tuple[int, int]) -> None:
+    """The blocks of all pairs of ranks, for documents that have other queries than keys. Positions count in them."""
+    lengths = (0, 9, 2, 30, 0, 1, 14), (3, 0, 17, 25, 2, 8, 6)
+    documents = Documents(*(tuple(itertools.accumulate(x, initial=0)) for x in lengths))
+    sharded = [Sharding.of(offsets[-1], world) for offsets in documents]
+    positions = Positions(*sharded, band_of(False, window), True, documents)
+    found = []  # (document, position of the query, position of the key)
+    for rank, owner in itertools.product(range(world), repeat=2):
+        for block in blocks(positions, rank, owner):
+            inside = block.documents or Documents(*((0, x.stop - x.start) for x in (block.query_rows, block.key_rows)))
+            for number, (queries, keys) in enumerate(zip(*map(itertools.pairwise, inside), strict=True)):
+                for i, j in itertools.product(range(queries[1] - queries[0]), range(keys[1] - keys[0])):
+                    found.append((block.first_document + number, block.query_offset + i, block.key_offset + j))
+    left, right = (side if side >= 0 else 99 for side in window)
+    visible = [
+        (number, i, j)
+        for number, (queries, keys) in enumerate(zip(*lengths, strict=True))
+        for i, j in itertools.product(range(queries), range(keys))
+        if -left <= j - i <= right
+    ]
+    assert sorted(x for x in found if -left <= x[2] - x[1] <= right) == visible
+
+
+def test_offsets_of_inference_serve_training() -> None:
+    sharding = Sharding.of(11, 1)
+    positions = Positions(sharding, sharding, band_of(True, (-1, -1)), True, Documents((0, 4, 11), (0, 4, 11)))
+    found = []
+    for is_inference in (True, False):
+        with torch.inference_mode(is_inference):
+            found.append(positions.whole().options(PartialOptions(), torch.device("cpu")).packed)
+    assert found[0] is found[1]
+    assert found[0].max_seqlen_q == 7
+    assert not found[0].cu_seqlens_q.is_inference()
 
 
 def test_documents_within_a_shard_send_nothing() -> None:
