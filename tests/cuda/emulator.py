@@ -7,6 +7,7 @@ hash of all files and flags that they are made from.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +47,9 @@ FLAGS = (
 
 #: Host code of the product that every library needs.
 SHARED_SOURCES = ("cuda/tensor_map_rules.cpp",)
+
+#: Sources in which no time is spent. Their compilation takes longer than all their calls.
+UNOPTIMIZED = ("bindings.cpp",)
 
 
 class EmulationError(AssertionError):
@@ -92,9 +96,10 @@ class Builder:
 
     def _link(self, sources: Sequence[Path], csrc: Path, flags: Sequence[str]) -> Path:
         """Compiles all sources in parallel, and links them. Returns the path of the library."""
-        emulation = [*sorted(EMULATION.glob("*.cpp")), *(csrc / name for name in SHARED_SOURCES)]
-        compiled = [(source, csrc, (*FLAGS, *flags)) for source in sources]
-        compiled += [(source, csrc, FLAGS) for source in emulation]  # the same for all libraries
+        emulation = self._joined([f"emulation/{path.name}" for path in EMULATION.glob("*.cpp")], SHARED_SOURCES)
+        compiled = [(emulation, csrc, FLAGS)]  # the same for all libraries
+        for source in sources:
+            compiled.append((source, csrc, (*FLAGS, *flags, *(["-O0"] if source.name in UNOPTIMIZED else []))))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda arguments: self._object(*arguments), compiled))
         key = _digest(*(path.name for path in objects))
@@ -102,6 +107,15 @@ class Builder:
         if not linked.exists():
             self._produce(linked, ["g++", "-shared", *flags, *map(str, objects)])
         return linked
+
+    def _joined(self, *sources: Sequence[str]) -> Path:
+        """A source that includes all of these: compiled together, they read the headers of C++ once."""
+        text = "".join(f'#include "{name}"\n' for names in sources for name in sorted(names))
+        path = self.cache / f"joined-{_digest(text)}.cpp"
+        if not path.exists():
+            with self._replaced(path) as temporary:
+                Path(temporary).write_text(text)
+        return path
 
     def _object(self, source: Path, csrc: Path, flags: Sequence[str]) -> Path:
         """Compiles one source, unless the cache has an object of the same contents and flags. Returns its path."""
@@ -116,15 +130,20 @@ class Builder:
         return compiled
 
     def _produce(self, target: Path, command: list[str]) -> None:
-        """Runs a command that writes ``target``.
+        """Runs a command that writes ``target``."""
+        with self._replaced(target) as temporary:
+            _run([*command, "-o", temporary])
 
-        The command writes under a temporary name, because another process may write the same file at the same time, or
-        may be killed half-way.
+    @contextlib.contextmanager
+    def _replaced(self, target: Path) -> Iterator[str]:
+        """A temporary name, under which the caller writes what becomes ``target``.
+
+        Another process may write the same file at the same time, or may be killed half-way.
         """
         handle, temporary = tempfile.mkstemp(dir=self.cache, prefix=target.stem, suffix=target.suffix)
         os.close(handle)
         try:
-            _run([*command, "-o", temporary])
+            yield temporary
             os.replace(temporary, target)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

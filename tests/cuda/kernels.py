@@ -45,7 +45,7 @@ STUBS = {"sm80": STUB, "sm90": STUB, "bias_gradient": STUB_BIAS_GRADIENT, "decod
 class Kernels:
     """A build of all kernels of ``csrc``: the product's, or a copy with changes.
 
-    If ``only`` is a head dim, the launchers of other head dims do nothing: their sources in the copy are overwritten.
+    If ``only`` is a head dim, the launchers of other head dims do nothing: a source that is added to the copy has them.
 
     ``others`` are further sources. Each build needs another ``name``: pybind11 loads a module once for each name.
     """
@@ -61,12 +61,16 @@ class Kernels:
     ) -> None:
         folder = csrc / "cuda"
         sources = [folder / "attention.cu", folder / "bindings.cpp", *others]
+        stubs = ""
         for source in sorted(folder.glob("*/head_dim_*.cu")):
             head_dim = int(source.stem.removeprefix("head_dim_"))
-            if only not in (None, head_dim):
-                stub = STUBS[source.parent.name]
-                source.write_text(stub.format(family=source.parent.name, head_dim=head_dim))
-            sources.append(source)
+            if only in (None, head_dim):
+                sources.append(source)
+            else:
+                stubs += STUBS[source.parent.name].format(family=source.parent.name, head_dim=head_dim)
+        if stubs:
+            sources.append(csrc / "stubs.cpp")
+            sources[-1].write_text(stubs)
         flags = (f"-DFUSED_ATTN_CUDA_MODULE={name}", *FLAGS, *flags)
         self._module = builder.module(name, sources, csrc, flags)
         self.path = Path(self._module.__file__)

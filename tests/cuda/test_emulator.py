@@ -9,35 +9,46 @@ from pathlib import Path
 
 import emulator
 import pytest
-import torch
 from emulator import CSRC, EMULATION, Builder, Library
 
-KERNELS = [Path(__file__).parent / "fragments.cu"]
+#: Exports a constant of a header that the emulation does not include. So a change of the header compiles this alone.
+SOURCE = """
+#include "cuda/params.h"
+extern "C" const char* row_block(int* out) {
+  *out = fused_attn::gpu::kRowBlock;
+  return "";
+}
+"""
 
 
-def descriptor(library: Library) -> int:
-    """What the primitive matrix_descriptor returns for a stride of 1024 bytes, without the bits of the swizzle."""
-    library.start()
-    out = torch.zeros(1, dtype=torch.int64)
-    library.call("descriptor", 0, 0, 1024, library.buffer(out, is_writable=True))
-    return out.item() & (1 << 62) - 1
+@pytest.fixture
+def sources(tmp_path: Path) -> list[Path]:
+    path = tmp_path / "row_block.cpp"
+    path.write_text(SOURCE)
+    return [path]
 
 
-def test_changed_sources_are_built_and_the_product_is_not(builder: Builder, tmp_path: Path):
+def row_block(library: Library) -> int:
+    out = ctypes.c_int()
+    library.call("row_block", ctypes.byref(out))
+    return out.value
+
+
+def test_changed_sources_are_built_and_the_product_is_not(builder: Builder, sources: list[Path], tmp_path: Path):
     copy = tmp_path / "csrc"
     shutil.copytree(CSRC, copy)
-    header = copy / "cuda" / "primitives.h"
+    header = copy / "cuda" / "params.h"
     source = header.read_text()
-    assert source.count("uint64_t(stride_bytes >> 4)") == 1
-    header.write_text(source.replace("uint64_t(stride_bytes >> 4)", "uint64_t(stride_bytes >> 5)"))
-    assert descriptor(builder.library(KERNELS, csrc=copy)) == (1024 >> 5) << 32
-    assert descriptor(builder.library(KERNELS)) == (1024 >> 4) << 32
+    assert source.count("kRowBlock = 128") == 1
+    header.write_text(source.replace("kRowBlock = 128", "kRowBlock = 256"))
+    assert row_block(builder.library(sources, csrc=copy)) == 256
+    assert row_block(builder.library(sources)) == 128
 
 
-def test_a_build_is_kept(builder: Builder):
-    builder.library(KERNELS)
+def test_a_build_is_kept(builder: Builder, sources: list[Path]):
+    builder.library(sources)
     before = {path: path.stat().st_mtime_ns for path in builder.cache.iterdir()}
-    builder.library(KERNELS)
+    builder.library(sources)
     assert {path: path.stat().st_mtime_ns for path in builder.cache.iterdir()} == before
 
 
