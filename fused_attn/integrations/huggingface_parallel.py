@@ -49,7 +49,7 @@ _ROWS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_
 #: Arguments of models that speak of other tokens than those of the batch.
 _REFUSED = ("cache", "past_key_values", "logits_to_keep", "encoder_hidden_states")
 
-_IGNORED = -100  # the label of tokens that have no loss, as in transformers
+_NO_LABEL = -100  # the label of tokens that have no loss, as in transformers
 
 _names = (f"{huggingface.NAME}.ranks{number}" for number in itertools.count())
 
@@ -167,10 +167,10 @@ class _Ranks:
         given.setdefault("position_ids", torch.arange(self.length, device=device).unsqueeze(0))
         labels = given.pop("labels", None)
         if labels is not None and "shift_labels" not in given:
-            given["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
+            given["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=_NO_LABEL)
         if "shift_labels" in given:
             # A model divides the sum of its losses by this number. The mean over the ranks is the loss of the batch.
-            given.setdefault("num_items_in_batch", (given["shift_labels"] != _IGNORED).sum() / self.world)
+            given.setdefault("num_items_in_batch", (given["shift_labels"] != _NO_LABEL).sum() / self.world)
         given = {name: shard_sequence(x, self.mesh, 1) if name in _ROWS else x for name, x in given.items()}
         if "shift_labels" in given:
             given["labels"] = given["shift_labels"]  # models compute a loss if there are labels

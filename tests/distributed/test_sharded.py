@@ -108,7 +108,7 @@ def test_compiled_calls_take_other_lengths(mesh_of_one_process, kv_heads: int, g
     """One graph for all lengths, whose results are those of eager calls."""
     placements = HEADS if kv_heads > 1 else ALL
     lse_weight = torch.tensor(0.5, dtype=torch.float64)
-    results = []
+    results, compilations = [], []
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fused_attention, backend=counter, fullgraph=True, dynamic=True)
     for length in (9, 12, 17):
@@ -122,10 +122,11 @@ def test_compiled_calls_take_other_lengths(mesh_of_one_process, kv_heads: int, g
             out, lse = function(*inputs, is_causal=True, enable_gqa=kv_heads < 8, return_lse=True)
             (out.to_local().cos().sum() + lse_weight * lse.to_local().sum()).backward()
             results.append([x.to_local() for x in (out, lse, *(x.grad for x in inputs))])
+        compilations.append(counter.frame_count)
     for eager, found in zip(results[::2], results[1::2], strict=True):
         for a, b in zip(found, eager, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert counter.frame_count == 1
+    assert compilations[0] == compilations[-1] > 0
 
 
 def test_all_ranks_drop_the_same_without_a_seed(team) -> None:
