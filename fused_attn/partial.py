@@ -41,8 +41,8 @@ class PartialOptions:
     key_offset: int = 0  # the position of the first key in the whole sequence of keys
     batch_offset: int = 0  # the number of the first batch entry, which dropout counts
     head_offset: int = 0  # the number of the first query head, which dropout counts
-    #: The number of queries of the whole attention, which relative_bias needs: its column ``j - i + seqlen_q - 1`` is
-    #: added to score (i, j). Default: as many queries as keys.
+    #: The queries of the whole attention. Column ``j - i + seqlen_q - 1`` of relative_bias is added to score (i, j).
+    #: Default: as many queries as keys.
     seqlen_q: int | None = None
     attn_mask: Tensor | None = None  # broadcastable to (B, H, L, S) of this part
     dropout_p: float = 0.0
