@@ -12,6 +12,7 @@ and need the tests' own oracle.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -176,8 +177,9 @@ def results_of(job: Job) -> list[Result]:
     runnable = [name for name, why_not in reasons.items() if not why_not and name != reference.name]
     if not runnable:
         return []
-    exact = _evaluate(case, [x.double() for x in inputs], reference.name, dtype)
-    eager = _evaluate(case, inputs, reference.name, dtype)
+    with _one_thread():
+        exact = _evaluate(case, [x.double() for x in inputs], reference.name, dtype)
+        eager = _evaluate(case, inputs, reference.name, dtype)
     results = []
     for label, backend in _variants(runnable):
         try:
@@ -186,8 +188,24 @@ def results_of(job: Job) -> list[Result]:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             results.append(Result(label, dtype, case.name, None, reason))
         else:
-            results.append(_judge(label, dtype, case.name, ours, eager, exact))
+            with _one_thread():
+                results.append(_judge(label, dtype, case.name, ours, eager, exact))
     return results
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within this context, torch computes on one thread.
+
+    The tensors of the cases are small. On a busy machine, torch's threads would wait for one another most of the time.
+    And between torch's operations, the threads of torch would take processors from those of the CPU kernels.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _variants(runnable: list[str]) -> Iterator[tuple[str, str]]:

@@ -300,6 +300,27 @@ def test_a_process_that_dies_is_a_wrong_result(monkeypatch):
         assert not result.is_right and "a process has ended abruptly" in str(result)
 
 
+@needs_kernels
+@pytest.mark.quick
+def test_check_runs_the_kernels_on_all_threads_and_the_reference_on_one(monkeypatch):
+    threads, evaluate = [], selfcheck._evaluate
+
+    def record(case, inputs, backend, dtype):
+        threads.append((backend, torch.get_num_threads()))
+        return evaluate(case, inputs, backend, dtype)
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(selfcheck, "_evaluate", record)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        selfcheck.results_of(selfcheck.Job("cpu", torch.float32, "plain"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [("reference", 1)] * 2 + [("cpu", 2)] * len(cpu._C.cpu_isas())
+
+
 @pytest.mark.quick
 def test_check_computes_the_truth_for_the_mask_that_kernels_get(monkeypatch):
     """The float64 evaluation reads the mask as rounded to float16, not the mask before it was rounded."""
