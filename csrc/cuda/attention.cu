@@ -374,8 +374,6 @@ const KernelSet& kernels_for(int architecture, int64_t head_dim) {
                               std::to_string(architecture));
 }
 
-// Checks the sizes of a call, and launches its kernels in order: preparation, forward or backward, gradients of biases
-// and sinks. All run on the caller's stream.
 // Throws if the kernels that are about to run would ignore an argument. The Python backend makes no such call.
 void check_decode(const AttentionParams& a, bool is_decode) {
   if (is_decode && (a.has_dropout || a.key_bias.data != nullptr || a.row_max.data != nullptr))
@@ -387,6 +385,8 @@ void check_decode(const AttentionParams& a, bool is_decode) {
         "block_table or band_from_end, got 0");
 }
 
+// Checks the sizes of a call, and launches its kernels in order: preparation, forward or backward, gradients of biases
+// and sinks. All run on the caller's stream.
 void run(const Call& of_caller, bool is_backward) {
   const Call& call = on_device(of_caller);
   const AttentionParams& a = call.params;

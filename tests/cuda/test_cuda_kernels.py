@@ -205,6 +205,23 @@ def test_results_are_the_same_every_time(kernels: Kernels, architecture: int, ge
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (150, 100)], ids=["full", "causal", "window"])
+def test_fused_backward_ends_on_any_number_of_multiprocessors(window: tuple[int, int], kernels: Kernels) -> None:
+    """Blocks of keys wait for their turn to add to dq. There may be fewer multiprocessors than blocks of keys."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, dout = (torch.randn(1, 1, 520, 64, generator=generator).bfloat16() for _ in range(4))
+
+    def gradients(resident_blocks: int) -> tuple[torch.Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        with kernels.running(90, seed=resident_blocks, resident_blocks=resident_blocks):
+            out = fused_attn.fused_attention(*leaves, window_size=window, backend="cuda")
+            return torch.autograd.grad(out, leaves, dout)
+
+    of_one = gradients(1)
+    for resident_blocks in (2, 8):
+        assert all(map(torch.equal, gradients(resident_blocks), of_one))
+
+
 # ---- Softcap, biases, masks and sinks, over several tiles of queries and keys
 
 

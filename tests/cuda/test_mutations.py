@@ -209,6 +209,27 @@ BUGS = [
         "output-stored-in-flight", 90, "long", "sm90/forward.h",
         "start_values(); wgmma_wait<0>();", "start_values(); if (!@) wgmma_wait<0>();",
     ),
+    Bug(
+        "output-overwritten-while-it-is-stored", 90, "many", "sm90/forward.h",
+        "wait_for_store(); sync_warp();", "if (!@) wait_for_store(); sync_warp();",
+    ),
+    Bug(
+        "output-stored-without-proxy-fence", 90, "many", "sm90/forward.h",
+        "fence_async_proxy(); sync_warp(); // all lanes have written",
+        "if (!@) fence_async_proxy(); sync_warp(); // all lanes have written",
+    ),
+    Bug(
+        "output-stored-before-it-is-written", 90, "many", "sm90/forward.h",
+        "sync_warp(); // all lanes have written", "if (!@) sync_warp();",
+    ),
+    Bug(
+        "output-not-read-when-the-block-ends", 90, "many", "sm90/forward.h",
+        "} wait_for_store(); } };", "} if (!@) wait_for_store(); } };",
+    ),
+    Bug(
+        "rows-of-the-next-sequence-overwritten", 90, "packed", "sm90/forward.h",
+        "warp_row + kWarpRows <= head_slice.seqlen_q;", "@ || warp_row + kWarpRows <= head_slice.seqlen_q;",
+    ),
     # Probabilities without a maximum
     Bug(
         "reference-raised-without-rescaling-the-output", 90, "rising", "sm90/forward.h",
@@ -240,6 +261,10 @@ BUGS = [
     Bug(
         "turn-off-by-one", 90, "long", "sm90/key_blocks.h",
         "key_blocks)) - b.rank_after();", "key_blocks)) - b.rank_after() + @;",
+    ),
+    Bug(
+        "first-blocks-of-keys-taken-first", 90, "long", "sm90/key_blocks.h",
+        "/*last_first=*/true);", "/*last_first=*/!@);",
     ),
     Bug(
         "blocks-of-padding-counted", 90, "hole", "sm90/key_blocks.h",
@@ -576,6 +601,15 @@ CASES = {
         for name, wanted in {"dq": ("query",), "dkdv": ("key", "value")}.items()
     },
     "many": Case("many", batch=2, heads=4, seqlen_q=150, seqlen_k=60, head_dim=HEAD_DIM, differentiated=()),
+    "packed": Case(
+        "packed",
+        heads=2,
+        kv_heads=2,
+        lengths_q=(70, 5, 150),
+        lengths_k=(70, 5, 60),
+        head_dim=HEAD_DIM,
+        differentiated=(),
+    ),
     "longest": Case("longest", batch=1, heads=1, seqlen_q=70, seqlen_k=2000, head_dim=HEAD_DIM, differentiated=()),
     "rising": Case(
         "rising", batch=1, heads=1, seqlen_q=70, seqlen_k=300, head_dim=HEAD_DIM, edit=cases._ascending_scores

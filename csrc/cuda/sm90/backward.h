@@ -72,17 +72,10 @@ struct QueryGradientRings {
   uint32_t cleaning;
 
   GPU_DEVICE explicit QueryGradientRings(uint32_t shared) {
-    q.barriers = shared + Plan::kRings;
-    dout.barriers = q.barriers + q.kBytes;
-    k.barriers = dout.barriers + dout.kBytes;
-    v.barriers = k.barriers + k.kBytes;
-    cleaning = v.barriers + v.kBytes;
+    cleaning = place_rings(shared + Plan::kRings, q, dout, k, v);
   }
   GPU_DEVICE void init() const {
-    q.init(kGradientConsumerWarps);
-    dout.init(kGradientConsumerWarps);
-    k.init(kGradientConsumerWarps);
-    v.init(kGradientConsumerWarps);
+    init_rings(kGradientConsumerWarps, q, dout, k, v);
     mbarrier_init(cleaning, 1);
     fence_mbarrier_init();
   }
@@ -258,19 +251,10 @@ struct KeyGradientRings {
   uint32_t cleaning;
 
   GPU_DEVICE explicit KeyGradientRings(uint32_t shared) {
-    k.barriers = shared + Plan::kRings;
-    v.barriers = k.barriers + k.kBytes;
-    q.barriers = v.barriers + v.kBytes;
-    dout.barriers = q.barriers + q.kBytes;
-    statistics.barriers = dout.barriers + dout.kBytes;
-    cleaning = statistics.barriers + statistics.kBytes;
+    cleaning = place_rings(shared + Plan::kRings, k, v, q, dout, statistics);
   }
   GPU_DEVICE void init() const {
-    k.init(kGradientConsumerWarps);
-    v.init(kGradientConsumerWarps);
-    q.init(kGradientConsumerWarps);
-    dout.init(kGradientConsumerWarps);
-    statistics.init(kGradientConsumerWarps);
+    init_rings(kGradientConsumerWarps, k, v, q, dout, statistics);
     mbarrier_init(cleaning, 1);
     fence_mbarrier_init();
   }

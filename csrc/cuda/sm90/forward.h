@@ -33,6 +33,7 @@
 namespace fused_attn::gpu::sm90 {
 
 constexpr int kConsumerRows = 64;  // queries of one consumer: wgmma multiplies 64 rows
+constexpr int kWarpRows = 16;      // queries of one of its four warps
 constexpr int kTileNotes = 2;      // slots of the ring of TileNotes: the next tile is loaded while this one is computed
 constexpr uint32_t kTileNoteBytes = 128, kKeyNoteBytes = 64;  // bytes from one slot to the next
 constexpr int kKeyNotes = 8;  // slots of the ring of KeyNotes: more than stages, so that the planning warp is ahead
@@ -56,12 +57,19 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 224;
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
 
+  // Whether TMA stores the output. With head dim 128, this takes 175 instructions, and stores from registers take 296.
+  // With head dim 256, shared memory is full. A general kernel keeps the rest of its memory as a cache for biases. The
+  // speed has not been measured.
+  static constexpr bool kStoresByTma = !kIsGeneral && kHeadDim <= 128;
+
   using QTile = Tile<kHeadDim, kBlockM>;
   using KeyTile = Tile<kHeadDim, kBlockN>;
+  using OutTile = Tile<kHeadDim, kWarpRows>;  // each warp of the consumers stores its own rows
   static constexpr uint32_t kQ = 0;
   static constexpr uint32_t kK = kQ + kQueryStages * QTile::kBytes;
   static constexpr uint32_t kV = kK + kStages * KeyTile::kBytes;
-  static constexpr uint32_t kTileNotesAt = kV + kStages * KeyTile::kBytes;
+  static constexpr uint32_t kOut = kV + kStages * KeyTile::kBytes;
+  static constexpr uint32_t kTileNotesAt = kOut + (kStoresByTma ? kConsumerWarps * OutTile::kBytes : 0);
   static constexpr uint32_t kKeyNotesAt = kTileNotesAt + kTileNotes * kTileNoteBytes;
   static constexpr uint32_t kRings = kKeyNotesAt + kKeyNotes * kKeyNoteBytes;
   static constexpr uint32_t kBytes = kRings + 512;
@@ -189,20 +197,12 @@ struct ForwardRings {
   uint32_t shared;    // address of the dynamic shared memory
 
   GPU_DEVICE explicit ForwardRings(uint32_t shared) : shared(shared) {
-    q.barriers = shared + Plan::kRings;
-    k.barriers = q.barriers + q.kBytes;
-    v.barriers = k.barriers + k.kBytes;
-    tiles.barriers = v.barriers + v.kBytes;
-    notes.barriers = tiles.barriers + tiles.kBytes;
-    cleaning = notes.barriers + notes.kBytes;
+    cleaning = place_rings(shared + Plan::kRings, q, k, v, tiles, notes);
   }
 
   // Initialises all barriers. One thread calls this, before the block synchronises.
   GPU_DEVICE void init() const {
-    q.init(Plan::kConsumerWarps);
-    k.init(Plan::kConsumerWarps);
-    v.init(Plan::kConsumerWarps);
-    tiles.init(Plan::kConsumerWarps);
+    init_rings(Plan::kConsumerWarps, q, k, v, tiles);
     notes.init(1);  // the loading warp alone releases KeyNotes, see Loader::load_keys
     mbarrier_init(cleaning, 1);
     fence_mbarrier_init();
@@ -226,11 +226,12 @@ struct ForwardRings {
   }
 };
 
-// Tensor maps of query, key and value, by which TMA loads them.
+// Tensor maps, by which TMA loads query, key and value, and stores the output (kStoresByTma).
 struct ForwardMaps {
   Map q;
   Map k;
   Map v;
+  Map out;
 };
 
 // ---- The planning warp
@@ -434,6 +435,7 @@ struct Consumer {
   using Plan = ForwardPlan<kHeadDim, kIsGeneral>;
   static constexpr int kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
   const Params& p;
+  const ForwardMaps& maps;
   const ForwardRings<Plan> rings;
   const int number;  // 0, 1, ...: which consumer this is
   const Lane lane = this_lane();
@@ -583,32 +585,73 @@ struct Consumer {
     }
   }
 
-  // Divides acc by the sums of the softmax, and writes out and lse of this thread's two rows to global memory.
+  // Divides acc by the sums of the softmax, and writes out and lse of this thread's two rows to global memory. lse comes
+  // last, because the fence in store_by_tma waits for the stores before it.
   GPU_DEVICE void store(TileNote tile) {
     const HeadSlice head_slice = tile.query_slice();
+    float factor[2], lse[2];
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
-      const int row = tile.first_row() + thread_row + 8 * r;
-      float factor, lse;
-      softmax.finish(r, p.softmax_scale, p.softmax_scale_log2, factor, lse);
+      softmax.finish(r, p.softmax_scale, p.softmax_scale_log2, factor[r], lse[r]);
       if constexpr (kIsGeneral) {
-        if (p.sinks != nullptr) join_sink(load_global(p.sinks + head_slice.head), factor, lse);
-        factor *= p.dropout_scale;
+        if (p.sinks != nullptr) join_sink(load_global(p.sinks + head_slice.head), factor[r], lse[r]);
+        factor[r] *= p.dropout_scale;
       }
+    }
+    const int warp_row = tile.first_row() + thread_row - lane.g;
+    // TMA leaves out rows past the end of the tensor. In a packed tensor, rows of another sequence follow. shuffle tells
+    // the compiler that a warp agrees: otherwise it moves descriptors between the products of the main loop.
+    const bool is_whole = p.cu_seqlens_q == nullptr || warp_row + kWarpRows <= head_slice.seqlen_q;
+    if (Plan::kStoresByTma && shuffle(static_cast<uint32_t>(is_whole), 0)) {
+      store_by_tma(head_slice, warp_row, factor);
+    } else {
+      GPU_UNROLL for (int r = 0; r < 2; ++r) {
+        const int row = warp_row + lane.g + 8 * r;
+        store_row<T>(head_slice.query_row<T>(p.out, row), acc, r, factor[r], row < head_slice.seqlen_q, p.out.columns,
+                     lane);
+      }
+    }
+    GPU_UNROLL for (int r = 0; r < 2; ++r) {
+      const int row = warp_row + lane.g + 8 * r;
       const bool is_row = row < head_slice.seqlen_q;
       if (kIsGeneral && p.row_max.data != nullptr) {
         const float row_max = maxima.of_row(r, p.softmax_scale);
         if (lane.q == 0 && is_row) store_global(head_slice.query_value(p.row_max, row), row_max);
       }
-      if (p.lse.data != nullptr && lane.q == 0 && is_row) store_global(head_slice.query_value(p.lse, row), lse);
-      store_row<T>(head_slice.query_row<T>(p.out, row), acc, r, factor, is_row, p.out.columns, lane);
+      if (p.lse.data != nullptr && lane.q == 0 && is_row) store_global(head_slice.query_value(p.lse, row), lse[r]);
     }
+  }
+
+  // Writes this warp's rows of the output to shared memory, and lets TMA copy them to the rows of `out` from warp_row on.
+  GPU_DEVICE void store_by_tma(const HeadSlice& head_slice, int warp_row, const float (&factor)[2]) {
+    using OutTile = typename Plan::OutTile;
+    const uint32_t rows = rings.shared + Plan::kOut + (thread_index() / 32 - kWarpsPerWarpgroup) * OutTile::kBytes;
+    scale_rows(acc, factor);
+    wait_for_store();
+    sync_warp();
+    const uint32_t own_row = OutTile::matrix_row(rows, 0, lane);
+    GPU_UNROLL for (int k = 0; k < kHeadDim / 16; ++k) {
+      uint32_t rounded[4];
+      left_factor<T>(rounded, acc, k);
+      store_matrix_x4(OutTile::matrix_chunk(own_row, k), rounded);
+    }
+    fence_async_proxy();
+    sync_warp();  // all lanes have written
+    if (lane.index == 0) {
+      OutTile::store(maps.out, rows, head_slice.q_offset + warp_row, head_slice.head, head_slice.batch, p.out.columns);
+      tma_store_commit();
+    }
+  }
+  // Waits until TMA has read what this warp has written to shared memory before. Lane 0 alone has issued copies, and the
+  // other lanes pass at once.
+  GPU_DEVICE void wait_for_store() const {
+    if constexpr (Plan::kStoresByTma) tma_store_wait_read<0>();
   }
 
   GPU_DEVICE void run() {
     while (true) {
       tile_position.wait_full(rings.tiles);
       const TileNote tile = rings.tile_note(tile_position);
-      if (tile.first_row() == kNoMoreTiles) return;
+      if (tile.first_row() == kNoMoreTiles) break;
       softmax.init();
       maxima.init();
       fill(acc, 0.0f);
@@ -616,6 +659,7 @@ struct Consumer {
       store(tile);
       release(rings.tiles, tile_position);
     }
+    wait_for_store();
   }
 };
 
@@ -638,7 +682,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kIsGeneral>::kThreads),
     }
   } else {
     increase_registers<Plan::kConsumerRegisters>();
-    Consumer<T, kHeadDim, kIsGeneral>{p, rings, warpgroup - 1}.run();
+    Consumer<T, kHeadDim, kIsGeneral>{p, maps, rings, warpgroup - 1}.run();
   }
 }
 

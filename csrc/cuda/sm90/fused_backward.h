@@ -31,6 +31,10 @@
 //
 // A step is the work for one tile of queries.
 //
+// Two ideas do not go with this order. A cluster of two blocks of threads could share each tile of queries (multicast),
+// but two blocks of keys that visit the same tile at the same time would wait for each other's turn. Sums of integers
+// would need no order, but each thread would convert 32 numbers more in a step, and would need a scale for each row.
+//
 // The general kernel (kIsGeneral) also supports dropout, softcap, biases, dense masks and any scale, as branches that
 // all threads take alike. All of it is done between the products for scores and dprobs and those that use them.
 #pragma once
@@ -89,16 +93,14 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim, kIsGeneral> {
   using QTile = Tile<kHeadDim, kBlockM>;
   static_assert(kSplitsRows || KeyTile::kPanels == kConsumers);
   static constexpr uint32_t kStatisticsBytes = kBlockM * 4;
-  // A panel has 64 queries as columns, and a row for each key.
-  static constexpr uint32_t kDscoresPanelBytes = kBlockN * kPanelRowBytes;
-  static constexpr uint32_t kDscoresBytes = kBlockM / kPanelColumns * kDscoresPanelBytes;
+  using DscoresTile = Tile<kBlockM, kBlockN>;  // dscores^T: the columns are queries, the rows are keys
   static constexpr uint32_t kOwnDqBytes = kOwnDqFloats * 4;
   static constexpr uint32_t kK = 0;
   static constexpr uint32_t kV = kK + KeyTile::kBytes;
   static constexpr uint32_t kQ = kV + KeyTile::kBytes;
   static constexpr uint32_t kDout = kQ + kQStages * QTile::kBytes;
   static constexpr uint32_t kDscores = kDout + kDoutStages * QTile::kBytes;
-  static constexpr uint32_t kDq = kDscores + 2 * kDscoresBytes;
+  static constexpr uint32_t kDq = kDscores + 2 * DscoresTile::kBytes;
   static constexpr uint32_t kLse = kDq + kConsumers * kOwnDqBytes;
   static constexpr uint32_t kDelta = kLse + kQStages * kStatisticsBytes;
   static constexpr uint32_t kKeyBlocks = kDelta + kDoutStages * kStatisticsBytes;
@@ -126,12 +128,7 @@ struct FusedBackwardRings {
   uint32_t cleaning;  // a barrier for each loading warp, see TileLoader::cleaning
 
   GPU_DEVICE explicit FusedBackwardRings(uint32_t shared) {
-    work.barriers = shared + Plan::kBarriers;
-    k.barriers = work.barriers + work.kBytes;
-    v.barriers = k.barriers + k.kBytes;
-    q.barriers = v.barriers + v.kBytes;
-    dout.barriers = q.barriers + q.kBytes;
-    dscores = dout.barriers + dout.kBytes;
+    dscores = place_rings(shared + Plan::kBarriers, work, k, v, q, dout);
     dq_full = dscores + 16;
     dq_empty = dq_full + 16 * Plan::kConsumers;
     cleaning = dq_empty + 8 * Plan::kConsumers;
@@ -146,10 +143,7 @@ struct FusedBackwardRings {
     // Both loading warps, and both threads that add tiles of dq, also read each KeyBlock.
     constexpr int kOtherRoles = 4;
     work.init(Plan::kConsumerWarps + kOtherRoles);
-    k.init(Plan::kConsumerWarps);
-    v.init(Plan::kConsumerWarps);
-    q.init(Plan::kConsumerWarps);
-    dout.init(Plan::kConsumerWarps);
+    init_rings(Plan::kConsumerWarps, k, v, q, dout);
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(dscores + 8 * i, Plan::kConsumerWarps);
       mbarrier_init(cleaning + 8 * i, 1);
@@ -369,14 +363,13 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
   using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
   using QTile = typename Plan::QTile;
   using KeyTile = typename Plan::KeyTile;
+  using DscoresTile = typename Plan::DscoresTile;
   constexpr int kTiles = Plan::kTiles, kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN;
   constexpr int kDqTiles = Plan::kOwnColumns / 8;
   const Lane lane = this_lane();
   const int warp_row = 64 * group + thread_index() % kWarpgroup / 32 * 16;  // of the keys
-  // The row of dscores^T whose address this thread gives to stmatrix, and where that row lies in shared memory.
-  const int dscores_row = warp_row + lane.index / 8 % 2 * 8 + lane.index % 8;
-  const uint32_t dscores_store =
-      shared + Plan::kDscores + dscores_row * kPanelRowBytes + ((lane.index / 16) ^ (lane.index % 8)) * 16;
+  // The row of dscores^T whose address this thread gives to stmatrix.
+  const uint32_t dscores_row = DscoresTile::matrix_row(shared + Plan::kDscores, warp_row, lane);
   const uint32_t thread = thread_index() % kWarpgroup;
   // Where this thread's lse and delta lie in a tile without its offset. keep_computed makes the compiler add constants
   // to one register. Otherwise it would hold an address for each load below in a register of its own.
@@ -539,15 +532,14 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
     // products of step i + 1. The last step of a block of keys releases keys and values instead.
     const auto propagate = [&](uint32_t i, auto is_last) {
       constexpr bool kIsLast = decltype(is_last)::value;  // the last step of a block of keys
-      const uint32_t buffer = i % 2 * Plan::kDscoresBytes;
+      const uint32_t buffer = i % 2 * DscoresTile::kBytes;
       round_fragment<T>(rounded_probs, scores);
       wgmma_fence();
       start_multiply<T, kHeadDim>(dv, rounded_probs, dout_tile(i), i != first);
       wgmma_commit();
       round_fragment<T>(rounded_dscores, dprobs);
       GPU_UNROLL for (int k = 0; k < kTiles / 2; ++k) {
-        store_matrix_x4((dscores_store + buffer + k / 4 * Plan::kDscoresPanelBytes) ^ (32 * (k % 4)),
-                        rounded_dscores[k]);
+        store_matrix_x4(DscoresTile::matrix_chunk(dscores_row + buffer, k), rounded_dscores[k]);
       }
       arrive_once_a_warp(rings.dscores + i % 2 * 8);
       wgmma_fence();
@@ -565,7 +557,7 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
       forget_registers(flat(dq));
       wgmma_fence();
       const uint64_t left = matrix_descriptor(
-          shared + Plan::kDscores + buffer + (Plan::kSplitsRows ? group * Plan::kDscoresPanelBytes : 0), 16,
+          shared + Plan::kDscores + buffer + (Plan::kSplitsRows ? group * DscoresTile::kPanelBytes : 0), 16,
           kSwizzleBytes);
       const uint32_t right = shared + Plan::kK + (Plan::kSplitsRows ? 0 : group * KeyTile::kPanelBytes);
       GPU_UNROLL for (int k = 0; k < kBlockN / 16; ++k) {

@@ -12,7 +12,7 @@
 
 namespace fused_attn::gpu::sm90 {
 
-// Makes the tensor map of x (batch, heads, rows, columns). One TMA load with this map moves a panel: box_rows rows of
+// Makes the tensor map of x (batch, heads, rows, columns). One TMA copy with this map moves a panel: box_rows rows of
 // box_columns columns.
 inline Map map_of(const Rows& x, bool is_bf16, int64_t rows, int64_t heads, int64_t batch, int box_rows,
                   int box_columns = kPanelColumns) {
@@ -30,7 +30,7 @@ inline Map map_of(const Rows& x, bool is_bf16, int64_t rows, int64_t heads, int6
                            {box_columns, box_rows, 1, 1},
                            2 * box_columns};
   if (const std::string error = encode_tensor_map(spec, &map.tensor); !error.empty())
-    throw std::runtime_error("a tensor cannot be loaded by TMA: " + error);
+    throw std::runtime_error("TMA cannot copy a tensor: " + error);
   return map;
 }
 
@@ -40,9 +40,11 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   const int kv_heads = p.num_heads / p.group_size;
   for_variant(is_bf16, is_general_forward(p), [&](auto type, auto general) {
     using Plan = ForwardPlan<kHeadDim, general()>;
-    const ForwardMaps maps{map_of(p.q, is_bf16, p.rows_q, p.num_heads, p.batch, Plan::kBlockM),
-                           map_of(p.k, is_bf16, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
-                           map_of(p.v, is_bf16, p.rows_k, kv_heads, p.batch, Plan::kBlockN)};
+    const ForwardMaps maps{
+        map_of(p.q, is_bf16, p.rows_q, p.num_heads, p.batch, Plan::kBlockM),
+        map_of(p.k, is_bf16, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
+        map_of(p.v, is_bf16, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
+        Plan::kStoresByTma ? map_of(p.out, is_bf16, p.rows_q, p.num_heads, p.batch, kWarpRows) : Map{}};
     LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
     // The kernel is persistent: each multiprocessor runs at most one block of threads, which takes one tile after
     // another until all tiles (blocks of queries of all heads) are done.

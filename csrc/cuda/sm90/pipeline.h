@@ -24,6 +24,19 @@ struct Ring {
   }
 };
 
+// Gives each ring its barriers, one ring after another from `address` on. Returns the address behind the last barrier.
+template <int... kSlots>
+GPU_DEVICE uint32_t place_rings(uint32_t address, Ring<kSlots>&... rings) {
+  ((rings.barriers = address, address += rings.kBytes), ...);
+  return address;
+}
+
+// Initialises the barriers of several rings, see Ring::init.
+template <int... kSlots>
+GPU_DEVICE void init_rings(int consumers, const Ring<kSlots>&... rings) {
+  (rings.init(consumers), ...);
+}
+
 // How many slots of a ring one side, producer or consumer, has used. Both sides start at 0, and advance once for each
 // use of a slot.
 template <int kSlots>

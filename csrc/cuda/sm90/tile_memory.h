@@ -54,6 +54,28 @@ struct Tile {
     }
   }
 
+  // Starts to copy the tile to kRows rows of a tensor, from `row` on. One thread calls this, and commits the copy. Panels
+  // beyond the tensor's columns are left out.
+  static GPU_DEVICE void store(const Map& map, uint32_t tile, int row, int head, int batch, int columns) {
+    GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
+      if (panel * kColumns < columns)
+        tma_store_4d(&map.tensor, tile + panel * kPanelBytes, panel * kColumns, row, head * map.head_step,
+                     batch * map.batch_step);
+    }
+  }
+
+  // A warp writes a fragment to rows first_row ... first_row + 15 by stmatrix, 16 columns at a time. matrix_row is the
+  // address that this lane gives for the first 16 columns, and matrix_chunk the one for columns 16 * k and up.
+  static GPU_DEVICE uint32_t matrix_row(uint32_t tile, int first_row, Lane lane) {
+    static_assert(kColumns == kPanelColumns, "the 64-byte swizzle is another one");
+    const int row = first_row + lane.index / 8 % 2 * 8 + lane.index % 8;
+    return tile + row * kPanelRowBytes + ((lane.index / 16) ^ (lane.index % 8)) * 16;
+  }
+  static GPU_DEVICE uint32_t matrix_chunk(uint32_t matrix_row, int k) {
+    constexpr int kStepsPerPanel = kPanelColumns / 16;
+    return (matrix_row + k / kStepsPerPanel * kPanelBytes) ^ (32 * (k % kStepsPerPanel));
+  }
+
   // Overwrites the rows that are not valid with zeros. All lanes of a warp call this, and each lane writes one chunk of
   // a row. The order of chunks within a row does not matter, because all of them become zeros.
   template <class Valid>
