@@ -23,6 +23,7 @@ from benchmarks import (  # noqa: E402
     accuracy,
     attention,
     cases,
+    distributed,
     extras,
     generation,
     machine,
@@ -41,6 +42,8 @@ from benchmarks.cases import Case  # noqa: E402
 from benchmarks.conventions import OURS  # noqa: E402
 from benchmarks.inputs import Inputs  # noqa: E402
 from fused_attn import measurement  # noqa: E402
+from fused_attn.attention.masks import band_of  # noqa: E402
+from fused_attn.distributed.cost import Workload  # noqa: E402
 from tools.gpu_suite import summary as lines  # noqa: E402
 
 
@@ -1099,3 +1102,25 @@ def test_rows_say_where_they_were_measured() -> None:
     assert {"device", "cores", "threads", "isa", "torch", "fused_attn", "python", "commit", "date"} == set(about)
     assert json.loads(json.dumps(about)) == about
     assert machine.matmul_tflops(torch.device("cpu"), "float32", is_quick=True) > 0
+
+
+def test_the_prediction_of_processes_follows_from_what_they_measure() -> None:
+    """Every kernel runs at 1 GFLOP/s, a message at 1 GB/s, and a sum at 8 GB/s."""
+    workload = Workload(64, 1, 8, 4, 16, 1, "float32", band_of(True, (-1, -1)))
+    queries, keys = 8 * 32 * 16, 2 * 4 * 32 * 16  # elements of a rank
+    times = {"small message": [0.5], "sum": [queries / 1e9], "message": [0.5 + 4 * keys / 1e9]}
+    for kernel in distributed.kernels(workload, 2):
+        scores = kernel.length * (kernel.length + 1) // 2 if kernel.is_causal else kernel.length**2
+        factor = 2.5 if kernel.direction == "backward" else 1.0
+        times[distributed._name(kernel)] = [factor * 4 * kernel.heads * 16 * scores / 1e9]
+    times |= {f"{method} {way}": [1.0] for method in ("ring 2", "ulysses 2") for way in ("forward", "backward")}
+    found = {(row["table"], row["direction"]): row for row in distributed.rows_of(workload, 2, times)}
+    assert len(found) == 4
+    operations = 4 * 8 * 16 * 64 * 65 // 2 / 2 / 1e9
+    for (_, direction), row in found.items():
+        expected = operations * (2.5 if direction == "backward" else 1.0)
+        assert row["predicted_parts_ms"]["kernels"] == pytest.approx(1e3 * expected)
+        assert row["p20_ms"] == 1e3
+    ring = found["ring 2", "forward"]["predicted_parts_ms"]
+    assert ring["exposed"] == pytest.approx(1e3 * (0.5 + 4 * keys / 1e9), abs=1e-6)
+    assert ring["copies"] > 0.0

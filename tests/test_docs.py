@@ -71,8 +71,8 @@ def test_the_index_names_every_page() -> None:
     assert sorted([*named, "README.md"]) == [page.name for page in PAGES]
 
 
-def _plot_masks():
-    spec = importlib.util.spec_from_file_location("plot_masks", DOCS / "plot_masks.py")
+def _script(name: str):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -80,7 +80,7 @@ def _plot_masks():
 
 @pytest.mark.quick
 def test_every_mask_has_its_picture() -> None:
-    pictures = _plot_masks().pictures()
+    pictures = _script("plot_masks").pictures()
     shown = re.findall(r"masks/([^)]+)\.png", (DOCS / "masks.md").read_text())
     assert sorted(shown) == sorted(pictures) == sorted(path.stem for path in (DOCS / "masks").glob("*.png"))
     assert torch.equal(pictures["is_causal"], torch.ones(12, 12).tril())
@@ -89,6 +89,23 @@ def test_every_mask_has_its_picture() -> None:
 
 def test_pictures_can_be_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pip install -e .[examples]")
-    _plot_masks().main(["--output", str(tmp_path)])
+    _script("plot_masks").main(["--output", str(tmp_path)])
     for path in (DOCS / "masks").glob("*.png"):
         assert (tmp_path / path.name).stat().st_size > 500
+
+
+def test_the_plan_on_the_page_is_that_of_the_command() -> None:
+    """One line of each table, as all of them would take seconds. `python docs/plot_plan.py` writes the tables."""
+    script = _script("plot_plan")
+    page = (DOCS / "distributed.md").read_text()
+    assert f"\n{script.curve_line(script.plan(script.GPUS[0]))}\n" in page
+    assert not script.MEASURED.exists() or script.check() in page
+
+
+def test_the_plan_can_be_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pip install -e .[examples]")
+    script = _script("plot_plan")
+    methods = [{"ring": 8, "ulysses": 1, "seconds": 2.0}, {"ring": 1, "ulysses": 8, "seconds": 1.0}]
+    script.draw([{"gpus": 8, "methods": methods}], tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 500
+    assert (DOCS / "plan.png").exists()

@@ -5,6 +5,10 @@ blocks.py     which blocks of the scores a rank computes, and which keys it need
 exchange.py   messages between ranks, and how many bytes they have
 ring.py       the queries stay, the keys and values travel
 ulysses.py    each rank gets all rows of some of the heads
+planning.py   how many bytes each method sends
+cost.py       what a training step costs on many GPUs: time, bytes and memory
+rates.py      how fast kernels are, from measured rows
+__main__.py   ``python -m fused_attn.distributed plan``, with numbers such as 450GB/s in quantities.py
 attention.py  `context_parallel_attention` and `context_parallel_attention_varlen`
 tensor_parallel.py  attention and Transformer layers whose heads several processes share
 """

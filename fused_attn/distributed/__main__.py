@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from fused_attn import measurement
 from fused_attn.attention import checks, masks
-from fused_attn.distributed import units
+from fused_attn.distributed import quantities
 from fused_attn.distributed.cost import SIZES, Cost, Machine, Method, Seconds, Workload, cost, methods
+from fused_attn.distributed.quantities import in_bandwidth, in_bytes, in_seconds
 from fused_attn.distributed.rates import Rates, read_rows
 
 #: Bytes per second of the memory of a GPU, by a part of its name: NVIDIA's data sheets of the H100 SXM and the H200.
@@ -96,15 +97,17 @@ def _fits(request: Request, cost: Cost) -> bool:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``plan`` to its parser."""
     add = parser.add_argument
-    add("--gpus", type=units.count, required=True, metavar="N", help="how many GPUs share each sequence")
-    add("--tokens", type=units.count, required=True, metavar="N", help="length of a sequence: 128K, 4M (K = 1024)")
-    add("--batch", type=units.count, default=1, metavar="N", help="sequences in a step (default: %(default)s)")
+    add("--gpus", type=quantities.count, required=True, metavar="N", help="how many GPUs share each sequence")
+    add("--tokens", type=quantities.count, required=True, metavar="N", help="length of a sequence: 128K, 4M (K = 1024)")
+    add("--batch", type=quantities.count, default=1, metavar="N", help="sequences in a step (default: %(default)s)")
     model = parser.add_argument_group("model; the defaults are those of Llama 3 8B")
-    model.add_argument("--heads", type=units.count, default=32, metavar="N", help="query heads (%(default)s)")
-    model.add_argument("--kv-heads", type=units.count, default=8, metavar="N", help="key heads (%(default)s)")
-    model.add_argument("--head-dim", type=units.count, default=128, metavar="N", help="(%(default)s)")
-    model.add_argument("--layers", type=units.count, default=32, metavar="N", help="(%(default)s)")
-    model.add_argument("--hidden", type=units.count, metavar="N", help="width: also plan the time of linear layers")
+    model.add_argument("--heads", type=quantities.count, default=32, metavar="N", help="query heads (%(default)s)")
+    model.add_argument("--kv-heads", type=quantities.count, default=8, metavar="N", help="key heads (%(default)s)")
+    model.add_argument("--head-dim", type=quantities.count, default=128, metavar="N", help="(%(default)s)")
+    model.add_argument("--layers", type=quantities.count, default=32, metavar="N", help="(%(default)s)")
+    model.add_argument(
+        "--hidden", type=quantities.count, metavar="N", help="width: also plan the time of linear layers"
+    )
     model.add_argument("--dtype", choices=SIZES, default="bfloat16", help="(%(default)s)")
     model.add_argument("--no-causal", action="store_true", help="every query sees every key; default: causal")
     model.add_argument(
@@ -126,24 +129,26 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     kernels.add_argument("--matmul-tflops", type=float, metavar="N", help="of a matrix product, in place of rows")
     links = parser.add_argument_group("machine; the defaults are the peaks of NVIDIA's data sheets, see docs")
-    links.add_argument("--gpus-per-node", type=units.count, default=8, metavar="N", help="(%(default)s)")
+    links.add_argument("--gpus-per-node", type=quantities.count, default=8, metavar="N", help="(%(default)s)")
     links.add_argument(
-        "--nvlink", type=units.bandwidth, default="450GB/s", metavar="BANDWIDTH",
+        "--nvlink", type=quantities.bandwidth, default="450GB/s", metavar="BANDWIDTH",
         help="of a GPU to those of its node, in one direction (%(default)s)",
     )  # fmt: skip
     links.add_argument(
-        "--infiniband", type=units.bandwidth, default="400Gb/s", metavar="BANDWIDTH",
+        "--infiniband", type=quantities.bandwidth, default="400Gb/s", metavar="BANDWIDTH",
         help="of a GPU to those of other nodes, in one direction (%(default)s)",
     )  # fmt: skip
     links.add_argument(
-        "--latency", type=units.duration, nargs=2, default=LATENCIES, metavar=("NVLINK", "INFINIBAND"),
-        help=f"of a message, such as 12us 18us (default: {' '.join(map(units.in_seconds, LATENCIES))})",
+        "--latency", type=quantities.duration, nargs=2, default=LATENCIES, metavar=("NVLINK", "INFINIBAND"),
+        help=f"of a message, such as 12us 18us (default: {' '.join(map(in_seconds, LATENCIES))})",
     )  # fmt: skip
     links.add_argument(
-        "--memory-bandwidth", type=units.bandwidth, metavar="BANDWIDTH",
+        "--memory-bandwidth", type=quantities.bandwidth, metavar="BANDWIDTH",
         help="of the GPU's memory; default: that of --device, if the command knows it",
     )  # fmt: skip
-    links.add_argument("--memory", type=units.size, metavar="SIZE", help="methods that take more lose; default: any")
+    links.add_argument(
+        "--memory", type=quantities.size, metavar="SIZE", help="methods that take more lose; default: any"
+    )
     add("--json", action="store_true", help="print everything as JSON")
 
 
@@ -275,9 +280,9 @@ def as_text(request: Request, costs: list[Cost]) -> str:
         f"{workload.layers} layers, {workload.heads} heads, {workload.kv_heads} key heads, head dim "
         f"{workload.head_dim}, {workload.dtype}",
         f"kernels: {request.rates.source}",
-        f"links of a GPU, each direction: NVLink {units.in_bandwidth(machine.nvlink)} + "
-        f"{units.in_seconds(machine.nvlink_latency)}, InfiniBand {units.in_bandwidth(machine.infiniband)} + "
-        f"{units.in_seconds(machine.infiniband_latency)}; memory {units.in_bandwidth(machine.memory_bandwidth)}",
+        f"links of a GPU, each direction: NVLink {in_bandwidth(machine.nvlink)} + "
+        f"{in_seconds(machine.nvlink_latency)}, InfiniBand {in_bandwidth(machine.infiniband)} + "
+        f"{in_seconds(machine.infiniband_latency)}; memory {in_bandwidth(machine.memory_bandwidth)}",
         "",
         "Attention of a step (forward and backward, all layers) on the slowest GPU:",
     ]
@@ -287,7 +292,10 @@ def as_text(request: Request, costs: list[Cost]) -> str:
     linear = request.linear_seconds
     if linear is not None:
         share = costs[0].seconds.total / (costs[0].seconds.total + linear)
-        lines += ["", f"Linear layers take {units.in_seconds(linear)} more, so attention is {share:.0%} of a step."]
+        lines += [
+            "",
+            f"Linear layers take {in_seconds(linear)} more, so attention is {share:.0%} of a step.",
+        ]
     return "\n".join([*lines, "", reason(request, costs)])
 
 
@@ -298,8 +306,8 @@ def _cells(request: Request, cost: Cost) -> tuple[str, ...]:
     """The cells of a method in the table."""
     return (
         str(cost.method) + ("" if _fits(request, cost) else " (too large)"),
-        *map(units.in_seconds, (cost.seconds.total, *cost.seconds)),
-        *map(units.in_bytes, (cost.sent_forward + cost.sent_backward, cost.saved, cost.buffers)),
+        *map(in_seconds, (cost.seconds.total, *cost.seconds)),
+        *map(in_bytes, (cost.sent_forward + cost.sent_backward, cost.saved, cost.buffers)),
     )
 
 
@@ -324,9 +332,9 @@ def _uneven(request: Request) -> str | None:
 def reason(request: Request, costs: list[Cost]) -> str:
     """A sentence about the best method, and what the next one takes more of."""
     best = costs[0]
-    took = f"{best.method}: {units.in_seconds(best.seconds.total)}, {units.in_bytes(best.memory)} a GPU"
+    took = f"{best.method}: {in_seconds(best.seconds.total)}, {in_bytes(best.memory)} a GPU"
     if not _fits(request, best):
-        return f"No method fits into --memory {units.in_bytes(request.limit or 0)}. The fastest is {took}."
+        return f"No method fits into --memory {in_bytes(request.limit or 0)}. The fastest is {took}."
     others = [x for x in costs[1:] if _fits(request, x)]
     excluded = len(costs) - 1 - len(others)
     tail = f" {excluded} do not fit into --memory." if excluded else ""
@@ -340,8 +348,8 @@ def reason(request: Request, costs: list[Cost]) -> str:
     }
     main_part = max(parts, key=lambda name: parts[name])
     return (
-        f"The best is {took}. Next is {second.method}, which takes {units.in_seconds(more)} more "
-        f"({more / best.seconds.total:.1%}), mainly in {main_part}: {units.in_seconds(parts[main_part])} more.{tail}"
+        f"The best is {took}. Next is {second.method}, which takes {in_seconds(more)} more "
+        f"({more / best.seconds.total:.1%}), mainly in {main_part}: {in_seconds(parts[main_part])} more.{tail}"
     )
 
 

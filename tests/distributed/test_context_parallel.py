@@ -6,6 +6,7 @@ import itertools
 import time
 
 import jobs
+import plan_jobs
 import pytest
 import torch
 from processes import Team
@@ -13,7 +14,9 @@ from processes import Team
 from fused_attn import fused_attention, fused_attention_varlen
 from fused_attn.attention.masks import band_of
 from fused_attn.distributed.blocks import Documents, Positions, blocks
+from fused_attn.distributed.cost import Machine, Method, Workload, cost
 from fused_attn.distributed.planning import ring_elements, ulysses_elements
+from fused_attn.distributed.rates import Rates
 from fused_attn.distributed.sequence import Sharding
 from fused_attn.partial import PartialOptions
 
@@ -244,6 +247,31 @@ def test_bytes_are_those_of_the_plan(mesh, generator: torch.Generator) -> None:
         lse = [8 * 2 * 12 // shape[0] * (seqlen_q - positions.query.rows(rank)) for rank in range(*shape)]
         planned = [8 * n for n in ulysses_elements(positions, *shapes)]
         assert [result["bytes"] for result in ulysses] == [a + b for a, b in zip(planned, lse, strict=True)]
+
+
+WORKLOADS = {
+    "causal": Workload(128, 2, 12, 6, 16, 1, "float32", band_of(True, (-1, -1))),
+    "window": Workload(128, 2, 12, 6, 16, 1, "bfloat16", band_of(True, (20, -1))),
+    "as many key heads": Workload(128, 2, 12, 12, 16, 1, "bfloat16", band_of(True, (-1, -1))),
+    "a length that is no multiple": Workload(109, 2, 12, 6, 16, 1, "float32", band_of(True, (-1, -1))),
+}
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_bytes_and_memory_are_those_of_the_planned_step(mesh, name: str) -> None:
+    """What `python -m fused_attn.distributed plan` says of a layer, about forward and backward."""
+    shape, team = mesh
+    world = torch.Size(shape).numel()
+    machine, rates = Machine(8, 1.0, 1.0, 0.0, 0.0, 1.0), Rates.constant(1.0, 1.0)
+    for method in methods(shape):
+        planned_as = Method(*shape) if len(shape) == 2 else Method(world, 1) if method == "ring" else Method(1, world)
+        planned = cost(WORKLOADS[name], machine, rates, planned_as)
+        # gloo may keep a tensor for a moment after its message, so the least of three peaks counts.
+        found, *again = (team.run(plan_jobs.used, WORKLOADS[name], shape, method) for _ in range(3))
+        assert planned.sent_forward == max(x["forward"] for x in found), method
+        assert planned.sent_backward == max(x["backward"] for x in found), method
+        assert planned.saved == max(x["saved"] for x in found), method
+        assert planned.buffers == min(max(x["buffers"] for x in run) for run in (found, *again)), method
 
 
 def test_window_sends_no_keys_that_nobody_sees() -> None:

@@ -9,22 +9,22 @@ from collections.abc import Callable, Mapping
 _DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _COUNTS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _BANDWIDTHS = {
-    f"{prefix}{unit}/s": factor * size
+    f"{prefix}{symbol}/s": factor * size
     for prefix, factor in _DECIMAL.items()
-    for unit, size in (("B", 1.0), ("b", 0.125))  # bytes and bits
+    for symbol, size in (("B", 1.0), ("b", 0.125))  # bytes and bits
 }
 _SIZES = {f"{prefix}B": factor for prefix, factor in _DECIMAL.items()}
 _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
-def _parser(kind: str, units: Mapping[str, float], example: str) -> Callable[[str], float]:
-    """The function that reads a number with one of these units, for the argument ``type`` of argparse."""
+def _parser(kind: str, symbols: Mapping[str, float], example: str) -> Callable[[str], float]:
+    """The function that reads a number with one of these symbols, for the argument ``type`` of argparse."""
 
     def parse(text: str) -> float:
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(\D*)", text.strip())
-        if found is None or found[2] not in units or float(found[1]) < 0:
+        if found is None or found[2] not in symbols:
             raise argparse.ArgumentTypeError(f"expected {kind} such as {example}, got {text!r}")
-        return float(found[1]) * units[found[2]]
+        return float(found[1]) * symbols[found[2]]
 
     return parse
 
@@ -57,13 +57,15 @@ def in_bandwidth(number: float) -> str:
 
 
 def in_seconds(number: float) -> str:
-    """ "1.2 s", "35 ms"."""
-    for unit in ("s", "ms"):
-        if number >= _TIMES[unit]:
-            return f"{number / _TIMES[unit]:.3g} {unit}"
+    """ "1234 s", "1.2 s", "35 ms"."""
+    if number >= 1e3:
+        return f"{number:.0f} s"
+    for symbol in ("s", "ms"):
+        if number >= _TIMES[symbol]:
+            return f"{number / _TIMES[symbol]:.3g} {symbol}"
     return f"{number / _TIMES['us']:.3g} us"
 
 
-def _printed(number: float, unit: str) -> str:
+def _printed(number: float, symbol: str) -> str:
     prefix = next((x for x in reversed(_DECIMAL) if number >= _DECIMAL[x]), "")
-    return f"{number / _DECIMAL[prefix]:.3g} {prefix}{unit}"
+    return f"{number / _DECIMAL[prefix]:.3g} {prefix}{symbol}"
