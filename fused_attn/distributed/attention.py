@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from fused_attn.partial import PartialOptions
 
 _META = torch.device("meta")
 METHODS = ("auto", "ring", "ulysses")
+#: It counts the blocks of all pairs of ranks. The layers of a model ask for the same ones.
+_cheapest_method = functools.lru_cache(maxsize=256)(cheapest_method)
 #: The options of `PartialOptions` that a shared sequence sets itself, or cannot have.
 _REFUSED = ("attn_mask", "query_offset", "key_offset", "batch_offset", "head_offset", "seqlen_q", "packed")
 
@@ -189,7 +192,7 @@ def _shared(
         parts = _Parts(mesh.get_group(0), mesh.get_group(1))
     else:
         if method == "auto":
-            method = cheapest_method(positions, query.shape, key.shape, value.shape)
+            method = _cheapest_method(positions, query.shape, key.shape, value.shape)
         parts = _Parts(group, None) if method == "ring" else _Parts(None, group)
     if options.relative_bias is not None:
         options = replace(options, relative_bias=SumGradient.apply(options.relative_bias, group))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-
-import torch
 
 from fused_attn.distributed.blocks import Positions, needed_keys
 from fused_attn.distributed.ulysses import repeats
@@ -38,8 +35,7 @@ def ulysses_elements(positions: Positions, query: Sequence[int], key: Sequence[i
     return sent
 
 
-@functools.lru_cache(maxsize=256)  # the blocks of all pairs of ranks are counted, and layers ask for the same ones
-def cheapest_method(positions: Positions, query: torch.Size, key: torch.Size, value: torch.Size) -> str:
+def cheapest_method(positions: Positions, query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> str:
     """ "ring" or "ulysses": the one whose busiest rank sends fewer elements."""
     if query[1] % positions.key.world != 0:
         return "ring"
