@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from fused_attn.partial import PartialOptions
 
 _META = torch.device("meta")
 METHODS = ("auto", "ring", "ulysses")
+#: It counts the blocks of all pairs of ranks. The layers of a model ask for the same ones.
+_cheapest_method = functools.lru_cache(maxsize=256)(cheapest_method)
 #: The options of `PartialOptions` that a shared sequence sets itself, or cannot have.
 _REFUSED = ("attn_mask", "query_offset", "key_offset", "batch_offset", "head_offset", "seqlen_q", "packed")
 
@@ -81,9 +84,10 @@ def context_parallel_attention(
     if padding is not None and padding.requires_grad:
         raise checks.fail("key_padding_mask", "a mask that requires no gradient", "one that does")
     group = group_of(mesh)
-    sharded_q, sharded_k = _shardings(
-        group, query, key, seqlens, None if seqlens is not None else _described(query, key, value, method, chosen)
-    )
+    if seqlens is None and dist.get_world_size(group) == 1:
+        seqlens = query.shape[2], key.shape[2]
+    described = _described(query, key, value, method, chosen) if seqlens is None else None
+    sharded_q, sharded_k = _shardings(group, query, key, seqlens, described)
     _check_whole(query, key, value, sinks, chosen, (sharded_q.length, sharded_k.length))
     positions = Positions(
         sharded_q, sharded_k, _band(chosen), are_needed=chosen.relative_bias is not None or chosen.dropout_p > 0.0
@@ -149,9 +153,11 @@ def context_parallel_attention_varlen(
     documents = _documents(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, chosen)
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, rows, columns)
     group = group_of(mesh)
-    described = (*_described(query, key, value, method, chosen), documents, max_seqlen_q, max_seqlen_k)
+    described = None
+    if compare_ranks and dist.get_world_size(group) > 1:
+        described = (*_described(query, key, value, method, chosen), documents, max_seqlen_q, max_seqlen_k)
     seqlens = documents.query[-1], documents.key[-1]
-    sharded_q, sharded_k = _shardings(group, query, key, seqlens, described if compare_ranks else None)
+    sharded_q, sharded_k = _shardings(group, query, key, seqlens, described)
     positions = Positions(sharded_q, sharded_k, _band(chosen), are_needed=True, documents=documents)
     chosen = replace(chosen, seqlen_q=max_seqlen_q)
     out, lse = _shared(mesh, group, method, positions, query, key, value, sinks, chosen)
@@ -186,7 +192,7 @@ def _shared(
         parts = _Parts(mesh.get_group(0), mesh.get_group(1))
     else:
         if method == "auto":
-            method = cheapest_method(positions, query.shape, key.shape, value.shape)
+            method = _cheapest_method(positions, query.shape, key.shape, value.shape)
         parts = _Parts(group, None) if method == "ring" else _Parts(None, group)
     if options.relative_bias is not None:
         options = replace(options, relative_bias=SumGradient.apply(options.relative_bias, group))

@@ -84,7 +84,7 @@ class Positions(NamedTuple):
         return Block(slice(0, self.query.length), slice(0, self.key.length), 0, 0, documents=self.documents)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def blocks(positions: Positions, query_rank: int, key_rank: int) -> tuple[Block, ...]:
     """The blocks of the queries of one rank and the keys of another, without those that are hidden."""
     pairs = list(itertools.product(positions.query.segments(query_rank), positions.key.segments(key_rank)))

@@ -197,9 +197,8 @@ def shardings_of(
     """
     world = dist.get_world_size(group)
     own = torch.tensor([*lengths.values(), fingerprint], dtype=torch.int64, device=device)
-    gathered = [own] if world == 1 else [torch.empty_like(own) for _ in range(world)]
-    if world > 1:
-        dist.all_gather(gathered, own, group=group)
+    gathered = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(gathered, own, group=group)
     *rows_of_ranks, fingerprints = torch.stack(gathered).t().tolist()  # (tensors, ranks)
     if len(set(fingerprints)) > 1:
         differing = [rank for rank, x in enumerate(fingerprints) if x != fingerprints[0]]
