@@ -32,6 +32,11 @@ def test_case(case: Case, dtype: torch.dtype, backend: str) -> None:
     cases.check(case, dtype, backend)
 
 
+@pytest.mark.parametrize("case", cases.LOGITS_BEYOND_MILLIONS, ids=lambda case: case.id)
+def test_huge_logits(case: Case, backend: str) -> None:
+    cases.check(case, torch.float32, backend)
+
+
 def test_hand_computed(backend: str) -> None:
     """Two queries, two keys, scale 1: softmax of (0, ln 3) is (1/4, 3/4), of (0, 0) is (1/2, 1/2)."""
     log3 = torch.tensor(3.0, dtype=torch.float64).log().item()

@@ -134,6 +134,11 @@ def test_case(case: Case, dtype: torch.dtype) -> None:
     cases.check(case, dtype, "triton", DEVICE)
 
 
+@pytest.mark.parametrize("case", cases.LOGITS_BEYOND_MILLIONS, ids=lambda case: case.id)
+def test_huge_logits(case: Case) -> None:
+    cases.check(case, torch.float32, "triton", DEVICE)
+
+
 @pytest.mark.quick
 def test_layouts_survive_the_way_to_the_device() -> None:
     """Tests `Inputs.on`: the tensors on the device have the strides, offset and contents that the case specifies."""

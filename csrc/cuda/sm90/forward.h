@@ -197,7 +197,7 @@ struct ForwardRings {
   uint32_t shared;    // address of the dynamic shared memory
 
   GPU_DEVICE explicit ForwardRings(uint32_t shared) : shared(shared) {
-    cleaning = place_rings(shared + Plan::kRings, q, k, v, tiles, notes);
+    cleaning = lay_out_rings(shared + Plan::kRings, q, k, v, tiles, notes);
   }
 
   // Initialises all barriers. One thread calls this, before the block synchronises.

@@ -128,7 +128,7 @@ struct FusedBackwardRings {
   uint32_t cleaning;  // a barrier for each loading warp, see TileLoader::cleaning
 
   GPU_DEVICE explicit FusedBackwardRings(uint32_t shared) {
-    dscores = place_rings(shared + Plan::kBarriers, work, k, v, q, dout);
+    dscores = lay_out_rings(shared + Plan::kBarriers, work, k, v, q, dout);
     dq_full = dscores + 16;
     dq_empty = dq_full + 16 * Plan::kConsumers;
     cleaning = dq_empty + 8 * Plan::kConsumers;

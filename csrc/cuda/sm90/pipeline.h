@@ -26,7 +26,7 @@ struct Ring {
 
 // Gives each ring its barriers, one ring after another from `address` on. Returns the address behind the last barrier.
 template <int... kSlots>
-GPU_DEVICE uint32_t place_rings(uint32_t address, Ring<kSlots>&... rings) {
+GPU_DEVICE uint32_t lay_out_rings(uint32_t address, Ring<kSlots>&... rings) {
   ((rings.barriers = address, address += rings.kBytes), ...);
   return address;
 }
