@@ -125,6 +125,7 @@ def test_check_finds_a_wrong_kernel(monkeypatch, capsys):
         out[0, 0, 0, 0] += 0.01
         return out, lse
 
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(cpu, "forward", wrong)
     monkeypatch.setattr(selfcheck, "CASES", selfcheck.CASES[:1])
     assert main(["check", "--no-speed"]) == 1
