@@ -2,7 +2,7 @@
 
 Ours and torch's have the same parameters, and get the same inputs with padding. First they are compared, in eval mode,
 with torch's module in float64: the outputs of valid tokens, and the gradients of inputs and of all parameters. Then
-they are timed in turns: training steps with dropout, and the generation of tokens in eval mode.
+they are timed in turns, in training steps with dropout. `benchmarks.generation` measures the generation of tokens.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from benchmarks.session import Session
 
 #: The names of the layers, in torch.nn and in fused_attn.
 LAYERS = {"encoder-layer": "TransformerEncoderLayer", "decoder-layer": "TransformerDecoderLayer"}
-#: "seq2seq" trains a whole encoder-decoder model, and "generation" generates tokens with that model.
-KINDS = ("seq2seq", "encoder-layer", "attention", "decoder-layer", "generation")
-MODELS = ("seq2seq", "generation")
+#: "seq2seq" trains a whole encoder-decoder model.
+KINDS = ("seq2seq", "encoder-layer", "attention", "decoder-layer")
 DROPOUT = 0.1
 VOCABULARY = 8192
 #: The end of the name of an implementation under `torch.compile`.
@@ -39,22 +38,21 @@ CHECKED_BATCH = 2
 
 
 class Size(NamedTuple):
-    """tokens: batch size times length; layers: of the encoder, and of the decoder; new_tokens: to generate"""
+    """tokens: batch size times length; layers: of the encoder, and of the decoder"""
 
     tokens: int
     length: int
     d_model: int
     heads: int
     layers: int
-    new_tokens: int
 
     @property
     def batch(self) -> int:
         return max(1, self.tokens // self.length)
 
 
-SIZES = {"cuda": Size(32768, 1024, 1024, 16, 6, 128), "cpu": Size(1024, 256, 256, 4, 2, 64)}
-QUICK_SIZES = {"cuda": Size(8192, 1024, 512, 8, 2, 32), "cpu": Size(128, 64, 64, 2, 1, 8)}
+SIZES = {"cuda": Size(32768, 1024, 1024, 16, 6), "cpu": Size(1024, 256, 256, 4, 2)}
+QUICK_SIZES = {"cuda": Size(8192, 1024, 512, 8, 2), "cpu": Size(128, 64, 64, 2, 1)}
 
 
 class Model(nn.Module):
@@ -72,33 +70,6 @@ class Model(nn.Module):
             src_key_padding_mask=padding, tgt_key_padding_mask=padding, memory_key_padding_mask=padding,
         )  # fmt: skip
         return self.generator(hidden)
-
-    def generate(self, source: Tensor, padding: Tensor, causal: Tensor, count: int, target: Tensor | None) -> Tensor:
-        """The logits (B, count, V) of `count` new tokens.
-
-        Our decoder takes a KV cache. That of torch.nn has none, so it computes all earlier tokens again for each token.
-
-        Args:
-            target: (B, L) the tokens to append; None appends the likeliest token each time.
-        """
-        encoder, decoder = self.transformer.encoder, self.transformer.decoder
-        memory, masks = (
-            encoder(self.embedding(source), src_key_padding_mask=padding),
-            {"memory_key_padding_mask": padding},
-        )
-        has_cache = isinstance(self.transformer, fused_attn.Transformer)
-        cache = fused_attn.KVCache(len(decoder.layers)) if has_cache else None
-        tokens, logits = source[:, :1], []
-        for step in range(count):
-            if has_cache:
-                hidden = decoder(self.embedding(tokens[:, -1:]), memory, cache=cache, **masks)
-            else:
-                mask = causal[: step + 1, : step + 1]
-                hidden = decoder(self.embedding(tokens), memory, tgt_mask=mask, tgt_is_causal=True, **masks)
-            logits.append(self.generator(hidden[:, -1]))
-            new = logits[-1].argmax(dim=-1) if target is None else target[:, step]
-            tokens = torch.cat([tokens, new[:, None]], dim=1)
-        return torch.stack(logits, dim=1)
 
 
 def _module(kind: str, size: Size, package: Any) -> nn.Module:
@@ -126,7 +97,7 @@ class Workload:
         self.causal = torch.ones(size.length, size.length, dtype=torch.bool, device=device).triu(1)
         lengths = uniform_lengths(size.batch, size.length)
         # Padding does not count: nobody asked for work on padding.
-        self.num_tokens = size.batch * size.new_tokens if kind == "generation" else sum(lengths)
+        self.num_tokens = sum(lengths)
         generator = torch.Generator(device).manual_seed(0)
         shape = (size.batch, size.length)
         position = torch.arange(size.length, device=device)
@@ -147,21 +118,11 @@ class Workload:
             return module(x, inputs["memory"], tgt_mask=causal, tgt_is_causal=True, **masks)
         return module(inputs["source"], inputs["target"], padding, causal)
 
-    @torch.no_grad()
-    def generate(self, module: Model, inputs: dict[str, Tensor], target: Tensor | None = None) -> Tensor:
-        return module.generate(inputs["source"], inputs["padding"], self.causal, self.size.new_tokens, target)
-
     def results(self, module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
-        """What is compared with float64, in eval mode: the outputs of valid tokens and all gradients.
-
-        Of generation these are the logits along a random target. The likeliest tokens of two implementations may differ
-        where rounding decides.
-        """
+        """What is compared with float64, in eval mode: the outputs of valid tokens and all gradients."""
         inputs = {name: x[:CHECKED_BATCH].detach() for name, x in self.inputs.items()}
         inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
         module.eval()
-        if self.kind == "generation":
-            return [self.generate(module, inputs, inputs["target"])]
         valid, leaves = ~inputs["padding"], list(module.parameters())
         if self.kind != "seq2seq":
             leaves.append(inputs["x"].requires_grad_())
@@ -174,14 +135,11 @@ class Workload:
         return [out.detach(), *grads]
 
     def step(self, module: nn.Module, forward: Callable | None = None) -> timing.Call:
-        """The call that is timed: a step of the optimizer for "seq2seq", all new tokens for "generation", and forward
-        and backward otherwise.
+        """The call that is timed: a step of the optimizer for "seq2seq", and forward and backward otherwise.
 
         forward: in place of `self.forward`, such as its compiled version
         """
         inputs, forward = self.inputs, forward or self.forward
-        if self.kind == "generation":
-            return lambda: self.generate(module, inputs)
         valid = ~inputs["padding"]
         if self.kind != "seq2seq":
             dout = inputs["dout"] * valid[:, :, None]
@@ -248,7 +206,7 @@ def run_kind(
         rows[name]["failed"] = reason(error)
 
     # While a GPU generates, it waits for the host to launch the kernels of each token. That time counts.
-    timer = timing.timer_for(device, waits=kind == "generation")
+    timer = timing.timer_for(device)
     times = timing.measure_those_that_can(calls, timer, rounds, seconds, drop)
     for name, fields in timing.fields_of(times).items():
         rows[name] |= fields | {"tokens_per_s": workload.num_tokens / (fields["median_ms"] * 1e-3)}
@@ -259,8 +217,7 @@ def run_kind(
 
 def _row(kind: str, size: Size, dtype: str, name: str) -> Row:
     about = {"benchmark": "modules", "module": kind, "batch": size.batch, "length": size.length}
-    about |= {"d_model": size.d_model, "heads": size.heads, "layers": size.layers if kind in MODELS else 1}
-    about |= {"new_tokens": size.new_tokens} if kind == "generation" else {}
+    about |= {"d_model": size.d_model, "heads": size.heads, "layers": size.layers if kind == "seq2seq" else 1}
     return about | {"dtype": dtype, "implementation": name}
 
 
@@ -310,13 +267,10 @@ def main(arguments: argparse.Namespace) -> int:
     size = (QUICK_SIZES if run.is_quick else SIZES)[run.device.type]
     limits = arguments.rounds or (3 if run.is_quick else 20), arguments.seconds or (0.5 if run.is_quick else 5.0)
     done = {(row["module"], row["dtype"], row["implementation"]) for row in select(run.earlier, benchmark="modules")}
-    todo = []
-    for kind in arguments.only:
-        # A loop whose tensors grow with each token would be compiled again for each token.
-        compiles = not (arguments.no_compile or run.is_quick or kind == "generation")
-        last = OURS + COMPILED if compiles else OURS
-        todo += [(kind, dtype, compiles) for dtype in run.dtypes if (kind, dtype, last) not in done]
-    for kind, dtype, compiles in run.steps(todo, lambda step: " ".join(step[:2])):
+    compiles = not (arguments.no_compile or run.is_quick)
+    last = OURS + COMPILED if compiles else OURS
+    todo = [(kind, dtype) for kind in arguments.only for dtype in run.dtypes if (kind, dtype, last) not in done]
+    for kind, dtype in run.steps(todo, " ".join):
         try:
             rows = run_kind(kind, size, run.device, dtype, compiles, *limits)
         except Exception as error:  # Modules raise exceptions of any class.

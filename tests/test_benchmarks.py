@@ -783,9 +783,8 @@ def test_quick_cpu_modules_and_report_rows(tmp_path: Path, capsys: pytest.Captur
     assert __main__.main(["modules", *quick]) == 0
     found = rows.select(rows.read(out), benchmark="modules")
     assert {row["module"] for row in found} == set(modules.KINDS)
-    assert {row.get("new_tokens") for row in rows.select(found, module="generation")} == {8}
     assert all(row["is_right"] and row["tokens_per_s"] > 0 for row in found)
-    assert len(lines.module_lines(found)) == 5
+    assert len(lines.module_lines(found)) == 4
     assert __main__.main(["modules", *quick, "--resume"]) == 0
     assert len(rows.select(rows.read(out), benchmark="modules")) == len(found)
 

@@ -1,9 +1,10 @@
 """Modules on the fused kernel: `torch.nn.MultiheadAttention`, `torch.nn.Transformer*`, and models built of these."""
 
 from fused_attn.nn.attention import FusedMultiheadAttention
-from fused_attn.nn.cache import CrossAttentionCache, KVCache, LayerCache, SlidingKVCache, StaticKVCache
+from fused_attn.nn.cache import CrossAttentionCache, KVCache, LayerCache, PagedBatch, SlidingKVCache, StaticKVCache
 from fused_attn.nn.convert import convert_attention
 from fused_attn.nn.paged_cache import OutOfPages, PagedKVCache
+from fused_attn.nn.paged_self_attention import PagedSelfAttentionCache
 from fused_attn.nn.positions import RotaryEmbedding, T5RelativeBias
 from fused_attn.nn.self_attention_cache import (
     SelfAttentionCache,
@@ -25,7 +26,9 @@ __all__ = [
     "KVCache",
     "LayerCache",
     "OutOfPages",
+    "PagedBatch",
     "PagedKVCache",
+    "PagedSelfAttentionCache",
     "RotaryEmbedding",
     "SelfAttentionCache",
     "Seq2SeqTransformer",

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import has_torch_function_variadic
 
-from fused_attn.api import fused_attention, fused_attention_varlen
+from fused_attn.api import fused_attention, fused_attention_paged, fused_attention_varlen
 from fused_attn.attention import checks, jagged
 from fused_attn.attention.causal_bias import causal_bias_offset
 from fused_attn.attention.dropout import draw_seed
 from fused_attn.backends.dispatch import BACKEND_NAMES
 from fused_attn.nn import few_rows, small_inference
+from fused_attn.nn.paged_self_attention import PagedRows, PagedSelfAttentionCache, paged_hint
 from fused_attn.nn.positions import RotaryEmbedding
 from fused_attn.nn.self_attention_cache import (
     CachedRows,
@@ -37,22 +38,22 @@ class AttentionCache(Protocol):
 
     `fused_attn.nn.self_attention_cache` has the implementations.
 
-    A cache with ``is_static = True`` is filled once, with a memory that does not grow, see `CrossAttentionCache`. Such
-    a cache has two other methods:
+    A cache with ``is_filled_once = True`` has the rows of a memory that does not grow, see `CrossAttentionCache`. It
+    has two other methods:
 
     - ``get(memory)`` returns (keys, values), or None before the cache is filled. For another memory than that of the
       cache, ``get`` raises ValueError.
     - ``update(key, value, memory)`` fills the cache.
     """
 
-    #: Whether the cache is filled once.
-    is_static: bool
+    #: Whether the first call fills the cache, and the later calls only read it.
+    is_filled_once: bool
 
     @property
     def position(self) -> int | Tensor:
         """The position of the next row: an int, or (B,) int64 on the device."""
 
-    def append(self, key: Tensor, value: Tensor) -> CachedRows:
+    def append(self, key: Tensor, value: Tensor) -> CachedRows | PagedRows:
         """Appends key (B, Hkv, L, D) and value (B, Hkv, L, D), and returns what attention of these rows reads."""
 
 
@@ -226,9 +227,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 A `SelfAttentionCache` makes the call causal: query i has the position ``cache.position + i`` and sees
                 all rows up to its own. key_padding_mask then covers all rows so far. With a `StaticSelfAttentionCache`,
                 key_padding_mask covers the whole buffer. With a `SlidingSelfAttentionCache`, a query sees a window, and
-                key_padding_mask must be None.
-                A static cache, such as `CrossAttentionCache`, keeps the projections of the first `key` and `value`.
-                Later calls must bring the same `key`.
+                key_padding_mask must be None. So must it with a `PagedSelfAttentionCache`, which is for inference
+                only.
+                A `CrossAttentionCache` keeps the projections of the first `key` and `value`. Later calls must bring the
+                same `key`.
 
         Two kinds of nested tensors (N, length, E) are accepted:
 
@@ -246,7 +248,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             AssertionError: a shape or the dtype of a mask does not fit, as in the parent class.
             RuntimeError: a size, dtype or device does not fit, as in the parent class.
             TypeError: query, key or value is no tensor, or `cache` is not the cache of an attention module.
-            ValueError: the cache does not fit the call, or a static cache was filled with another `key`.
+            ValueError: the cache does not fit the call, or a `CrossAttentionCache` was filled with another `key`.
         """
         # Three kinds of calls leave early. fx records the whole call as one node, because it cannot trace the branches
         # below. Nested tensors have no common length. For small inputs, the Python code below takes longer than a
@@ -271,11 +273,11 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 short = small_inference.self_attention(self, query, key_padding_mask, is_causal)
                 if short is not None:
                     return short, None
-        self._check_cache(cache, key_padding_mask, need_weights)
+        self._check_cache(cache, key_padding_mask, need_weights, attn_mask, is_causal)
 
         # Project the inputs to q (N, H, L, D), k and v (N, Hkv, S, D), or take k and v from the cache.
-        store: Any = cache  # typed as Any, because only a static cache has `get`, and only its `update` takes `memory`
-        stored = store.get(key) if cache is not None and cache.is_static else None
+        store: Any = cache  # typed as Any, because only a cache that is filled once has `get`
+        stored = store.get(key) if cache is not None and cache.is_filled_once else None
         memory, is_batched = key, query.dim() == 3
         if not is_batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -283,8 +285,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         seq_dim = 1 if self.batch_first or not is_batched else 0
         seqlen_q, batch = query.shape[seq_dim], query.shape[1 - seq_dim]
 
-        is_growing = cache is not None and not cache.is_static
-        position = store.position if is_growing else 0
+        is_growing = cache is not None and not cache.is_filled_once
+        needs_position = is_growing and (self.rotary is not None or self.relative_bias is not None)
+        position = store.position if needs_position else 0
         cached: CachedRows | None = None
         if stored is not None:
             q = self._split_heads(self._project_query(query), seq_dim)
@@ -297,19 +300,22 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 raise
             q, k = self._split_heads(q, seq_dim, position), self._split_heads(k, seq_dim, position)
             v = self._split_heads(v, seq_dim)
-            if is_growing:
-                cached = store.append(k, v)
-                k, v = cached.keys, cached.values
-            elif cache is not None:
-                k, v = store.update(k, v, memory)
         if k.shape[0] != batch:
             raise RuntimeError(
                 f"key: expected the batch size of query, {batch}, got {k.shape[0]}; {batch_layout(self.batch_first)}"
             )
+        if isinstance(cache, PagedSelfAttentionCache):
+            out = self._paged_attention(q, cache.append(k, v))
+            return self._merge_heads(out, seq_dim, is_batched), None
+        if is_growing:
+            cached = store.append(k, v)
+            k, v = cached.keys, cached.values
+        elif cache is not None and stored is None:
+            k, v = store.update(k, v, memory)
 
         # `fused_attention` knows no positions, so where the diagonal lies is decided here.
         if cached is not None:
-            mask = _cached_mask(attn_mask, is_causal, cached, seqlen_q)
+            mask = _cached_mask(cached, seqlen_q)
         elif is_causal and attn_mask is None:
             if need_weights:
                 raise RuntimeError("attn_mask: expected the causal mask of which is_causal=True is a hint, got None")
@@ -348,12 +354,22 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             weights = attention_weights(q, k, lse, attn_mask=attn_mask, **arguments)
             weights = (weights.mean(dim=1) if average_attn_weights else weights).to(out.dtype)
 
-        # Merge the heads, (N, L, E) or (L, N, E). No copy is made, because the memory order of out follows that of q.
+        if weights is not None and not is_batched:
+            weights = weights.squeeze(0)
+        return self._merge_heads(out, seq_dim, is_batched), weights
+
+    def _paged_attention(self, q: Tensor, rows: PagedRows) -> Tensor:
+        """The attention (N, H, L, D) of the last rows of sequences, q (N, H, L, D), over pages."""
+        scale = 1.0 / math.sqrt(self.head_dim)
+        out: Any = fused_attention_paged(q, *rows, is_causal=True, scale=scale, backend=self.backend)
+        return out
+
+    def _merge_heads(self, out: Tensor, seq_dim: int, is_batched: bool) -> Tensor:
+        """The output of the module: (N, L, E) or (L, N, E), or (L, E), of the heads (N, H, L, D)."""
+        # No copy is made, because the memory order of out follows that of q.
         out = out.transpose(1, 2) if seq_dim == 1 else out.permute(2, 0, 1, 3)
         out = few_rows.call(self.out_proj, out.flatten(-2))
-        if not is_batched:
-            out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return out, weights
+        return out if is_batched else out.squeeze(0)
 
     def _nested_forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
         """The output for jagged tensors: query (N, length, E), key (N, length, kdim), value (N, length, vdim).
@@ -454,25 +470,48 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                     f"attn_mask: expected shape (L, S) or (N * num_heads, L, S), got {tuple(attn_mask.shape)}"
                 )
 
-    def _check_cache(self, cache: AttentionCache | None, key_padding_mask: Tensor | None, need_weights: bool) -> None:
+    def _check_cache(
+        self,
+        cache: AttentionCache | None,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> None:
         """Raises an error if `cache` is not the cache of an attention module, or does not go with this call."""
         if cache is None:
             return
-        if not hasattr(cache, "is_static"):
+        if not hasattr(cache, "is_filled_once"):
             raise TypeError(
-                f"cache: expected a layer's cache such as cache.layers[i].self_attention, got {type(cache).__name__}"
+                "cache: expected a layer's cache such as cache.layers[i].self_attention, got "
+                f"{type(cache).__name__}{paged_hint(cache)}"
             )
         if self._num_appended:
             raise ValueError("cache: expected None in a module with add_bias_kv or add_zero_attn, got a cache")
-        if cache.is_static and (self.rotary is not None or self.relative_bias is not None):
-            raise ValueError("cache: expected none that is static in a module with rotary or relative_bias, got one")
-        if isinstance(cache, StaticSelfAttentionCache) and need_weights:
+        if cache.is_filled_once and (self.rotary is not None or self.relative_bias is not None):
+            raise ValueError(
+                "cache: expected one for self-attention in a module with rotary or relative_bias, got a "
+                + type(cache).__name__
+            )
+        is_mask_given = attn_mask is not None and not is_causal and causal_bias_offset(attn_mask) is None
+        if is_mask_given and not cache.is_filled_once:
+            raise ValueError("attn_mask: expected None, or is_causal=True, with a self-attention cache, got a tensor")
+        if isinstance(cache, (StaticSelfAttentionCache, PagedSelfAttentionCache)) and need_weights:
             raise ValueError(f"need_weights: expected False with a {type(cache).__name__}, got True")
         if isinstance(cache, SlidingSelfAttentionCache):
             if self.relative_bias is not None:
                 raise ValueError("cache: expected no sliding window in a module with relative_bias, got one")
             if key_padding_mask is not None:
                 raise ValueError("key_padding_mask: expected None with a sliding window, whose rows move, got a mask")
+        if isinstance(cache, PagedSelfAttentionCache):
+            if self.relative_bias is not None:
+                raise ValueError(
+                    "cache: expected no pages in a module with relative_bias, got some; use a StaticKVCache"
+                )
+            if key_padding_mask is not None:
+                raise ValueError("key_padding_mask: expected None with pages, which hold no padding, got a mask")
+            if self.training and self.dropout > 0.0:
+                raise ValueError("cache: expected no pages in training with dropout, got some; call eval() first")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool) -> tuple[Tensor, ...]:
         """The projections of query (..., E), key (..., kdim) and value (..., vdim).
@@ -524,7 +563,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 )
 
     def _project_query(self, query: Tensor) -> Tensor:
-        """The projection (..., E) of query (..., E) alone, for calls whose static cache holds the keys and values."""
+        """The projection (..., E) of query (..., E) alone, for calls whose cache holds the keys and values."""
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[: self.embed_dim]
         return few_rows.linear(
             query, weight, None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim]
@@ -688,13 +727,11 @@ def _believed_mask(attn_mask: Tensor | None, is_causal: bool, is_believed: bool)
     return _Mask(attn_mask, diagonal)
 
 
-def _cached_mask(attn_mask: Tensor | None, is_causal: bool, cached: CachedRows, seqlen_q: int) -> _Mask:
+def _cached_mask(cached: CachedRows, seqlen_q: int) -> _Mask:
     """The mask of a call with a self-attention cache, whose queries are L new rows.
 
     The new rows see all earlier rows, and they are causal among themselves.
     """
-    if attn_mask is not None and not is_causal and causal_bias_offset(attn_mask) is None:
-        raise ValueError("attn_mask: expected None, or is_causal=True, with a self-attention cache, got a tensor")
     if not cached.diagonal:
         return _Mask(None, cached.diagonal)
     return _Mask(lower_right(seqlen_q, cached.keys.shape[2]), cached.diagonal)

@@ -7,20 +7,23 @@ A decoder gets one `KVCache`. The parts of the cache go to the parts of the deco
 - ``cache.layers[i].cross_attention`` goes to the cross-attention of that layer. Its keys are those of the encoder
   memory, and are computed once.
 
-There are three kinds of `KVCache`. docs/caches.md says what each costs.
+There are four kinds of `KVCache`. docs/caches.md says what each costs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from fused_attn.nn.cache_checks import check_count, check_pair
+from fused_attn.nn.paged_cache import PagedKVCache
+from fused_attn.nn.paged_self_attention import PagedSelfAttentionCache
 from fused_attn.nn.self_attention_cache import (
     SelfAttentionCache,
     SlidingSelfAttentionCache,
     StaticSelfAttentionCache,
-    check_count,
-    check_pair,
 )
 
 
@@ -38,7 +41,7 @@ class CrossAttentionCache:
     10
     """
 
-    is_static = True  # the cache is filled once
+    is_filled_once = True
 
     def __init__(self):
         self._pair: tuple[Tensor, Tensor] | None = None
@@ -143,7 +146,7 @@ class LayerCache:
         self,
         max_length: int | None = None,
         *,
-        self_attention: SelfAttentionCache | StaticSelfAttentionCache | None = None,
+        self_attention: SelfAttentionCache | StaticSelfAttentionCache | PagedSelfAttentionCache | None = None,
     ):
         self.self_attention = SelfAttentionCache(max_length) if self_attention is None else self_attention
         self.cross_attention = CrossAttentionCache()
@@ -230,7 +233,8 @@ class KVCache:
 
         Args:
             indices: (new B,) int64 or int32, on the device of the cache. The new batch may be smaller or larger, except
-                in a `StaticKVCache` or a `SlidingKVCache`, which are written in place.
+                in a `StaticKVCache` or a `SlidingKVCache`, which are written in place. With a `PagedBatch`, the host
+                reads the indices.
             include_cross_attention: False saves a copy. Pass False if every entry keeps its memory, as when hypotheses
                 change places among the beams of one source.
 
@@ -348,6 +352,42 @@ class SlidingKVCache(KVCache):
     def __init__(self, num_layers: int, window: int):
         check_count("num_layers", num_layers)
         self.layers = [LayerCache(self_attention=SlidingSelfAttentionCache(window)) for _ in range(num_layers)]
+
+
+class PagedBatch(KVCache):
+    """A `KVCache` of sequences that lie in pages: the batch that a decoder computes now.
+
+    Each layer of the decoder has a `PagedKVCache`. These outlive the batch: a later batch may have other sequences.
+    Sequences may have different lengths. Decoding is for inference only.
+
+    >>> import torch
+    >>> from fused_attn import PagedKVCache, TransformerDecoder, TransformerDecoderLayer
+    >>> from fused_attn.nn import PagedBatch
+    >>> decoder = TransformerDecoder(TransformerDecoderLayer(64, 4, batch_first=True), num_layers=2).eval()
+    >>> pages = [PagedKVCache(num_pages=8, page_size=16, num_kv_heads=4, head_dim=16) for _ in decoder.layers]
+    >>> for sequence in range(2):
+    ...     assert all(layer.add() == sequence for layer in pages)
+    >>> memory, newest_token = torch.randn(2, 10, 64), torch.randn(2, 1, 64)
+    >>> cache = PagedBatch(pages, [0, 1])
+    >>> with torch.no_grad():
+    ...     for _ in range(3):
+    ...         newest_token = decoder(newest_token, memory, cache=cache)  # (B, 1, E), sees all earlier tokens
+    >>> cache.position
+    tensor([3, 3])
+
+    Args:
+        pages: a `PagedKVCache` for each decoder layer.
+        sequences: B different sequences, which have the same numbers in all layers.
+
+    Raises:
+        TypeError: an entry of pages is no `PagedKVCache`.
+        ValueError: there are no pages, or a sequence is unknown or named twice.
+    """
+
+    def __init__(self, pages: Sequence[PagedKVCache], sequences: Sequence[int]):
+        if not pages:
+            raise ValueError("pages: expected a PagedKVCache for each layer, got none")
+        self.layers = [LayerCache(self_attention=PagedSelfAttentionCache(layer, sequences)) for layer in pages]
 
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:

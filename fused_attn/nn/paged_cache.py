@@ -131,10 +131,7 @@ class PagedKVCache:
         rows = self._check_rows("key", key, self.key_pages, len(sequences))
         if self._check_rows("value", value, self.value_pages, len(sequences)) != rows:
             raise ValueError(f"value: expected as many rows as key, {rows}, got shape {tuple(value.shape)}")
-        if len(set(sequences)) != len(sequences):
-            raise ValueError(f"sequences: expected each sequence once, got {list(sequences)}")
-        for sequence in sequences:
-            self._check_known(sequence)
+        self.check_different(sequences)
         if rows == 0 or not sequences:
             return
         self._reserve(sequences, rows)
@@ -199,7 +196,14 @@ class PagedKVCache:
         """New sequences for the next step of a beam search: number n continues ``sequences[indices[n]]``.
 
         The old sequences are removed.
+
+        Raises:
+            ValueError: a sequence is unknown or named twice, or an index is outside of [0, B). No sequence has changed.
         """
+        self.check_different(sequences)
+        for index in indices:
+            if not 0 <= index < len(sequences):
+                raise ValueError(f"indices: expected numbers of [0, {len(sequences)}), got {index}")
         chosen = [self.fork(sequences[index]) for index in indices]
         for sequence in sequences:
             self.free(sequence)
@@ -210,6 +214,13 @@ class PagedKVCache:
         self.key_pages = self.key_pages.to(device=device, dtype=dtype)
         self.value_pages = self.value_pages.to(device=device, dtype=dtype)
         return self
+
+    def check_different(self, sequences: Sequence[int]) -> None:
+        """Raises ValueError if a sequence is unknown or named twice."""
+        if len(set(sequences)) != len(sequences):
+            raise ValueError(f"sequences: expected each sequence once, got {list(sequences)}")
+        for sequence in sequences:
+            self._check_known(sequence)
 
     def _reserve(self, sequences: Sequence[int], rows: int) -> None:
         """Makes every page that the next `rows` rows of the sequences go to their own, or raises `OutOfPages`."""

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_attn.nn.cache_checks import check_continues, check_count, check_pair, checked_length
+
 #: Rows of the first buffer of a growing cache without max_length. The buffer doubles whenever it is full.
 MIN_CAPACITY = 16
 
@@ -60,7 +62,7 @@ class SelfAttentionCache:
         ValueError: max_length is below 1.
     """
 
-    is_static = False  # the cache grows
+    is_filled_once = False
 
     def __init__(self, max_length: int | None = None):
         if max_length is not None:
@@ -97,8 +99,8 @@ class SelfAttentionCache:
         """
         check_pair(key, value)
         if self._keys is not None and self._values is not None:
-            _check_continues("key", self._keys, key)
-            _check_continues("value", self._values, value)
+            check_continues("key", self._keys, key)
+            check_continues("value", self._values, value)
         length = self.length + key.shape[2]
         if self._max_length is not None and length > self._max_length:
             raise ValueError(f"key: expected at most max_length={self._max_length} rows in the cache, got {length}")
@@ -117,7 +119,7 @@ class SelfAttentionCache:
 
     def crop(self, length: int | Tensor) -> None:
         """Forget all rows from row `length` on; see `KVCache.crop`. The length must be an int."""
-        self.length = min(self.length, _checked_length(length))
+        self.length = min(self.length, checked_length(length))
 
     def reorder(self, indices: Tensor) -> None:
         """Batch entry n becomes what entry ``indices[n]`` was; see `KVCache.reorder`."""
@@ -177,7 +179,7 @@ class StaticSelfAttentionCache:
         ValueError: max_length is below 1.
     """
 
-    is_static = False  # rows are appended
+    is_filled_once = False
 
     def __init__(self, max_length: int):
         check_count("max_length", max_length)
@@ -227,7 +229,7 @@ class StaticSelfAttentionCache:
             if self._rows is not None:
                 self._rows.lengths.clamp_(max=length)
             return
-        length = _checked_length(length)
+        length = checked_length(length)
         if self._at_most is not None:
             self._at_most = min(self._at_most, length)
         if self._rows is not None:
@@ -264,8 +266,8 @@ class StaticSelfAttentionCache:
         """Raises ValueError if the new rows cannot be written."""
         check_pair(key, value)
         if self._rows is not None:
-            _check_continues("key", self._rows.keys, key)
-            _check_continues("value", self._rows.values, value)
+            check_continues("key", self._rows.keys, key)
+            check_continues("value", self._rows.values, value)
         for name, x in (("key", key), ("value", value)):
             if x.requires_grad and torch.is_grad_enabled():
                 raise ValueError(f"{name}: expected no gradient in a static cache, got one; use torch.no_grad()")
@@ -425,41 +427,3 @@ def lower_right(seqlen_q: int, seqlen_k: int) -> Tensor:
     from torch.nn.attention.bias import causal_lower_right
 
     return causal_lower_right(seqlen_q, seqlen_k)
-
-
-def check_count(name: str, count: int) -> None:
-    """Raises TypeError or ValueError unless count is an int of at least 1."""
-    if not isinstance(count, int):
-        raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
-    if count < 1:
-        raise ValueError(f"{name}: expected at least 1, got {count}")
-
-
-def _checked_length(length: int | Tensor) -> int:
-    """The length to which a cache is cropped. Raises TypeError or ValueError unless it is an int of at least 0."""
-    if not isinstance(length, int):
-        raise TypeError(f"length: expected an int, got {type(length).__name__}")
-    if length < 0:
-        raise ValueError(f"length: expected at least 0, got {length}")
-    return length
-
-
-def check_pair(key: Tensor, value: Tensor) -> None:
-    """Raises ValueError unless key is (B, Hkv, L, D) and value is (B, Hkv, L, Dv)."""
-    if key.dim() != 4:
-        raise ValueError(f"key: expected shape (B, Hkv, L, D), got {tuple(key.shape)}")
-    if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value: expected shape {(*key.shape[:3], 'Dv')}, got {tuple(value.shape)}")
-
-
-def _check_continues(name: str, buffer: Tensor, rows: Tensor) -> None:
-    """Raises ValueError unless the new rows have the sizes, dtype and device of the rows in the cache."""
-    batch, heads, _, columns = buffer.shape
-    if (batch, heads, columns) != (rows.shape[0], rows.shape[1], rows.shape[3]):
-        raise ValueError(
-            f"{name}: expected shape {(batch, heads, 'L', columns)}, as in the cache, got {tuple(rows.shape)}"
-        )
-    if (buffer.dtype, buffer.device) != (rows.dtype, rows.device):
-        raise ValueError(
-            f"{name}: expected {buffer.dtype} on {buffer.device}, as in the cache, got {rows.dtype} on {rows.device}"
-        )

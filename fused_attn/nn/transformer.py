@@ -41,6 +41,7 @@ from fused_attn.nn.attention import (
     check_sizes,
     keep_fast_path_off,
 )
+from fused_attn.nn.paged_self_attention import paged_hint
 from fused_attn.nn.replacement import replace_attention
 from fused_attn.nn.tracing import call_node
 
@@ -299,7 +300,10 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             if node is not None:
                 return node
         if cache is not None and not hasattr(cache, "self_attention"):
-            raise TypeError(f"cache: expected a layer's cache such as cache.layers[i], got {type(cache).__name__}")
+            raise TypeError(
+                "cache: expected a layer's cache such as cache.layers[i], got "
+                f"{type(cache).__name__}{paged_hint(cache)}"
+            )
         # A subclass may override _mha_block with torch's signature, which has no cache. So the cache is passed only if
         # the method accepts it.
         own: dict[str, Any] = {} if cache is None else {"cache": cache.self_attention}
@@ -450,7 +454,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         if cache is None:
             caches: list[Any] = [{}] * len(self.layers)
         elif not hasattr(cache, "layers"):
-            raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}")
+            raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}{paged_hint(cache)}")
         elif len(cache.layers) != len(self.layers):
             raise ValueError(f"cache: expected one for {len(self.layers)} layers, got one for {len(cache.layers)}")
         elif not self.takes_cache:

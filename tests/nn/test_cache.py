@@ -114,7 +114,7 @@ def test_reorder_of_an_empty_cache():
 
 def test_cross_attention_is_filled_once():
     cache = CrossAttentionCache()
-    assert cache.is_static and cache.get() is None and cache.length == 0
+    assert cache.is_filled_once and cache.get() is None and cache.length == 0
     key, value = cache.update(rows(5), rows(5, columns=7))
     assert cache.get() == (key, value) and cache.length == 5
     with pytest.raises(RuntimeError, match="filled already"):
@@ -141,7 +141,7 @@ def test_another_memory_raises():
 
 def test_len_counts_layers():
     assert len(KVCache(4)) == 4 == len(KVCache(4).layers)
-    assert not KVCache(4).layers[0].self_attention.is_static
+    assert not KVCache(4).layers[0].self_attention.is_filled_once
 
 
 @pytest.mark.parametrize(

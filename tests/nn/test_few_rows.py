@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fused_attn.backends import cpu
 from fused_attn.nn import few_rows
+from tests.nn.native_calls import count_calls
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the native extension is not built")
 
@@ -17,17 +18,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, tor
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that gets an entry with each native product."""
-    found: list[str] = []
-    product = few_rows._C.linear
-
-    class Counted:
-        @staticmethod
-        def linear(*arguments):
-            found.append("linear")
-            return product(*arguments)
-
-    monkeypatch.setattr(few_rows, "_C", Counted)
-    return found
+    return count_calls(monkeypatch, few_rows, "linear")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

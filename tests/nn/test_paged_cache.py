@@ -164,3 +164,14 @@ def test_errors(call, message: str) -> None:
     cache.append([cache.add()], *rows(1, 2))
     with pytest.raises(ValueError, match=message):
         call(cache)
+
+
+def test_a_refused_reorder_changes_nothing() -> None:
+    cache = make(4, 2)
+    beams = [cache.add(), cache.add()]
+    cache.append(beams, *rows(2, 3))
+    for sequences, indices in ((beams, [0, 2]), (beams, [-1, 0]), ([beams[0], 9], [0, 0]), ([beams[0]] * 2, [0, 1])):
+        with pytest.raises(ValueError, match=r"indices: expected numbers of \[0, 2\)|sequences?: expected"):
+            cache.reorder(sequences, indices)
+        assert len(cache) == 2 and cache.num_free_pages == 0
+        assert [cache.length(beam) for beam in beams] == [3, 3]

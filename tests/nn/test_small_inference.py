@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 from fused_attn import FusedMultiheadAttention
 from fused_attn.backends import cpu
 from fused_attn.nn import small_inference
+from tests.nn.native_calls import count_calls
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the native extension is not built")
 
@@ -19,17 +20,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, tor
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that gets an entry with each native call."""
-    found = []
-    short_way = small_inference._C.self_attention
-
-    class Counted:
-        @staticmethod
-        def self_attention(*arguments):
-            found.append("self_attention")
-            return short_way(*arguments)
-
-    monkeypatch.setattr(small_inference, "_C", Counted)
-    return found
+    return count_calls(monkeypatch, small_inference, "self_attention")
 
 
 def attend(module: nn.Module, x: Tensor, has_gradients: bool = False, **masks) -> Tensor:

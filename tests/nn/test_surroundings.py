@@ -16,8 +16,9 @@ from parity import TIGHT, added, causal, padding, randn
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.attention.bias import causal_upper_left
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fused_attn import nn as fused
@@ -226,6 +227,31 @@ def test_fsdp2_from_meta(name: str, shards_layers: bool, dtype: torch.dtype | No
             torch.testing.assert_close(
                 mine.grad.full_tensor(), theirs.grad, **tolerance, msg=lambda m, k=key: f"{k} {m}"
             )
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("is_root_sharded", [False, True], ids=["layers", "whole"])
+def test_fsdp2_generates(is_root_sharded: bool, num_beams: int, mesh: Any) -> None:
+    model = filled(seq2seq)
+    tokens = model.generate(SRC, 5, num_beams=num_beams)
+    for layer in (*model.encoder.layers, *model.decoder.layers):
+        fully_shard(layer, mesh=mesh)
+    if is_root_sharded:
+        fully_shard(model, mesh=mesh)
+        register_fsdp_forward_method(model, "generate")
+    assert torch.equal(model.generate(SRC, 5, num_beams=num_beams), tokens)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_ddp_generates() -> None:
+    """Also a layer in DDP generates. It does not say that it takes a cache, so each step computes all tokens again."""
+    model = filled(seq2seq)
+    tokens = model.generate(SRC, 5)
+    wrapped = DistributedDataParallel(model)
+    assert torch.equal(wrapped.module.generate(SRC, 5), tokens)
+    model.decoder.layers[1] = DistributedDataParallel(model.decoder.layers[1])
+    with pytest.warns(UserWarning, match="generate: each step"):
+        assert torch.equal(model.generate(SRC, 5), tokens)
 
 
 @pytest.mark.parametrize("mask", [causal(T), causal_upper_left(T, T), None], ids=["mask", "causal bias", "flag"])

@@ -1,0 +1,43 @@
+"""Checks of the arguments of caches: numbers, and new rows of keys and values."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_count(name: str, count: int) -> None:
+    """Raises TypeError or ValueError unless count is an int of at least 1."""
+    if not isinstance(count, int):
+        raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
+    if count < 1:
+        raise ValueError(f"{name}: expected at least 1, got {count}")
+
+
+def checked_length(length: int | Tensor) -> int:
+    """The length to which a cache is cropped. Raises TypeError or ValueError unless it is an int of at least 0."""
+    if not isinstance(length, int):
+        raise TypeError(f"length: expected an int, got {type(length).__name__}")
+    if length < 0:
+        raise ValueError(f"length: expected at least 0, got {length}")
+    return length
+
+
+def check_pair(key: Tensor, value: Tensor) -> None:
+    """Raises ValueError unless key is (B, Hkv, L, D) and value is (B, Hkv, L, Dv)."""
+    if key.dim() != 4:
+        raise ValueError(f"key: expected shape (B, Hkv, L, D), got {tuple(key.shape)}")
+    if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value: expected shape {(*key.shape[:3], 'Dv')}, got {tuple(value.shape)}")
+
+
+def check_continues(name: str, buffer: Tensor, rows: Tensor) -> None:
+    """Raises ValueError unless the new rows have the sizes, dtype and device of the rows in the cache."""
+    batch, heads, _, columns = buffer.shape
+    if (batch, heads, columns) != (rows.shape[0], rows.shape[1], rows.shape[3]):
+        raise ValueError(
+            f"{name}: expected shape {(batch, heads, 'L', columns)}, as in the cache, got {tuple(rows.shape)}"
+        )
+    if (buffer.dtype, buffer.device) != (rows.dtype, rows.device):
+        raise ValueError(
+            f"{name}: expected {buffer.dtype} on {buffer.device}, as in the cache, got {rows.dtype} on {rows.device}"
+        )
