@@ -178,11 +178,11 @@ BUGS = [
     # sm_90a, products
     Bug(
         "wrong-stride-of-keys", 90, "long", "sm90/tile_memory.h",
-        "16, kSwizzleBytes) +", "16, @ ? 2 * kSwizzleBytes : kSwizzleBytes) +",
+        "16, kGroupBytes) +", "16, @ ? 2 * kGroupBytes : kGroupBytes) +",
     ),
     Bug(
         "wrong-stride-of-values", 90, "long", "sm90/tile_memory.h",
-        "kPanelBytes, kSwizzleBytes) +", "@ ? kSwizzleBytes : kPanelBytes, kSwizzleBytes) +",
+        "kPanelBytes, kGroupBytes) +", "@ ? kGroupBytes : kPanelBytes, kGroupBytes) +",
     ),
     Bug(
         "no-fence-before-scores", 90, "long", "sm90/forward.h",
