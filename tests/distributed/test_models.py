@@ -34,7 +34,7 @@ def alone() -> list[float]:
 #: How ranks share the model and the batch, with the number of ranks.
 KINDS = {"ddp": 2, "fsdp": 2, "tp": 2, "hsdp": 4, "fsdp and tp": 4, "ddp and tp": 4}
 OPTIONS = [(kind, options) for kind in KINDS for options in ((), ("mixed", "checkpoint"))]
-OPTIONS += [("fsdp", ("compile",)), ("fsdp", ("mixed", "checkpoint", "compile")), ("tp", ("compile",))]
+OPTIONS += [("fsdp", ("compile",)), ("fsdp", ("mixed", "checkpoint", "compile"))]
 
 
 @pytest.mark.parametrize("kind, options", OPTIONS, ids=lambda x: x if isinstance(x, str) else "+".join(x) or "plain")
