@@ -305,8 +305,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 f"key: expected the batch size of query, {batch}, got {k.shape[0]}; {batch_layout(self.batch_first)}"
             )
         if isinstance(cache, PagedSelfAttentionCache):
-            out = self._paged_attention(q, cache.append(k, v))
-            return self._merge_heads(out, seq_dim, is_batched), None
+            of_pages = self._paged_attention(q, cache.append(k, v))
+            return self._merge_heads(of_pages, seq_dim, is_batched), None
         if is_growing:
             cached = store.append(k, v)
             k, v = cached.keys, cached.values

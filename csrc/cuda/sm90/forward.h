@@ -585,40 +585,49 @@ struct Consumer {
     }
   }
 
-  // Divides acc by the sums of the softmax, and writes out and lse of this thread's two rows to global memory. lse comes
-  // last, because the fence in store_by_tma waits for the stores before it.
+  // Divides acc by the sums of the softmax, and writes out and lse of this thread's two rows to global memory.
   GPU_DEVICE void store(TileNote tile) {
     const HeadSlice head_slice = tile.query_slice();
-    float factor[2], lse[2];
-    GPU_UNROLL for (int r = 0; r < 2; ++r) {
-      softmax.finish(r, p.softmax_scale, p.softmax_scale_log2, factor[r], lse[r]);
-      if constexpr (kIsGeneral) {
-        if (p.sinks != nullptr) join_sink(load_global(p.sinks + head_slice.head), factor[r], lse[r]);
-        factor[r] *= p.dropout_scale;
-      }
-    }
     const int warp_row = tile.first_row() + thread_row - lane.g;
-    // TMA leaves out rows past the end of the tensor. In a packed tensor, rows of another sequence follow. shuffle tells
-    // the compiler that a warp agrees: otherwise it moves descriptors between the products of the main loop.
-    const bool is_whole = p.cu_seqlens_q == nullptr || warp_row + kWarpRows <= head_slice.seqlen_q;
-    if (Plan::kStoresByTma && shuffle(static_cast<uint32_t>(is_whole), 0)) {
-      store_by_tma(head_slice, warp_row, factor);
-    } else {
-      GPU_UNROLL for (int r = 0; r < 2; ++r) {
-        const int row = warp_row + lane.g + 8 * r;
-        store_row<T>(head_slice.query_row<T>(p.out, row), acc, r, factor[r], row < head_slice.seqlen_q, p.out.columns,
-                     lane);
+    if constexpr (Plan::kStoresByTma) {
+      // TMA leaves out rows past the end of the tensor. In a packed tensor, rows of another sequence follow. shuffle tells
+      // the compiler that a warp agrees: otherwise it moves descriptors between the products of the main loop.
+      const bool is_whole = p.cu_seqlens_q == nullptr || warp_row + kWarpRows <= head_slice.seqlen_q;
+      if (shuffle(static_cast<uint32_t>(is_whole), 0)) {
+        float factor[2], lse[2];
+        GPU_UNROLL for (int r = 0; r < 2; ++r) finish_row(head_slice, r, factor[r], lse[r]);
+        store_by_tma(head_slice, warp_row, factor);
+        // lse comes last, because the fence in store_by_tma waits for the stores before it.
+        GPU_UNROLL for (int r = 0; r < 2; ++r) store_statistics(head_slice, r, warp_row + lane.g + 8 * r, lse[r]);
+        return;
       }
     }
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = warp_row + lane.g + 8 * r;
-      const bool is_row = row < head_slice.seqlen_q;
-      if (kIsGeneral && p.row_max.data != nullptr) {
-        const float row_max = maxima.of_row(r, p.softmax_scale);
-        if (lane.q == 0 && is_row) store_global(head_slice.query_value(p.row_max, row), row_max);
-      }
-      if (p.lse.data != nullptr && lane.q == 0 && is_row) store_global(head_slice.query_value(p.lse, row), lse[r]);
+      float factor, lse;
+      finish_row(head_slice, r, factor, lse);
+      store_statistics(head_slice, r, row, lse);
+      store_row<T>(head_slice.query_row<T>(p.out, row), acc, r, factor, row < head_slice.seqlen_q, p.out.columns, lane);
     }
+  }
+
+  // What acc of this thread's row r is multiplied by, and the row's lse.
+  GPU_DEVICE void finish_row(const HeadSlice& head_slice, int r, float& factor, float& lse) {
+    softmax.finish(r, p.softmax_scale, p.softmax_scale_log2, factor, lse);
+    if constexpr (kIsGeneral) {
+      if (p.sinks != nullptr) join_sink(load_global(p.sinks + head_slice.head), factor, lse);
+      factor *= p.dropout_scale;
+    }
+  }
+
+  // Writes lse and the largest logit of this thread's row r, if they are wanted. row: its number in its sequence
+  GPU_DEVICE void store_statistics(const HeadSlice& head_slice, int r, int row, float lse) {
+    const bool is_row = row < head_slice.seqlen_q;
+    if (kIsGeneral && p.row_max.data != nullptr) {
+      const float row_max = maxima.of_row(r, p.softmax_scale);
+      if (lane.q == 0 && is_row) store_global(head_slice.query_value(p.row_max, row), row_max);
+    }
+    if (p.lse.data != nullptr && lane.q == 0 && is_row) store_global(head_slice.query_value(p.lse, row), lse);
   }
 
   // Writes this warp's rows of the output to shared memory, and lets TMA copy them to the rows of `out` from warp_row on.
@@ -641,6 +650,7 @@ struct Consumer {
       tma_store_commit();
     }
   }
+
   // Waits until TMA has read what this warp has written to shared memory before. Lane 0 alone has issued copies, and the
   // other lanes pass at once.
   GPU_DEVICE void wait_for_store() const {
