@@ -21,16 +21,32 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_attn import modes, planning, running
 from fused_attn.attention import checks, formula, masks
+from fused_attn.attention.dropout import GROUP
 from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.problem import NO_ORIGIN, AttentionProblem, DropoutOrigin
 from fused_attn.backends import dispatch, events
 from fused_attn.derivatives import ops
+
+
+class PackedRows(NamedTuple):
+    """Which rows belong to which packed sequence, as in `fused_attention_varlen`.
+
+    cu_seqlens_q, cu_seqlens_k: (sequences + 1,) int32
+    max_seqlen_q, max_seqlen_k: at least the longest of these sequences
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +55,10 @@ class PartialOptions:
 
     query_offset: int = 0  # the position of the first query in the whole sequence of queries
     key_offset: int = 0  # the position of the first key in the whole sequence of keys
-    batch_offset: int = 0  # the number of the first batch entry, which dropout counts
+    batch_offset: int = 0  # the number of the first batch entry, or of the first packed sequence, which dropout counts
     head_offset: int = 0  # the number of the first query head, which dropout counts
-    #: The queries of the whole attention. Column ``j - i + seqlen_q - 1`` of relative_bias is added to score (i, j).
-    #: Default: as many queries as keys.
+    #: The queries of the whole attention, or the max_seqlen_q of whole packed sequences. Column
+    #: ``j - i + seqlen_q - 1`` of relative_bias is added to score (i, j). Default: as many queries as keys.
     seqlen_q: int | None = None
     attn_mask: Tensor | None = None  # broadcastable to (B, H, L, S) of this part
     dropout_p: float = 0.0
@@ -56,6 +72,9 @@ class PartialOptions:
     relative_bias: Tensor | None = None  # of the whole attention
     num_splits: int | None = None
     backend: str | None = None
+    #: Sequences that stand one after another in the rows of one batch entry. Each of them begins with its own first
+    #: query and key, so query_offset and key_offset are 0. Masks and num_splits are refused.
+    packed: PackedRows | None = None
 
     @classmethod
     def of(cls, function: str, given: dict) -> PartialOptions:
@@ -100,7 +119,7 @@ def results(
     query: Tensor, key: Tensor, value: Tensor, options: PartialOptions, sinks: Tensor | None, return_max: bool
 ) -> Results:
     """All results of a part, out of the query's dtype. See `attend`."""
-    problem, inputs, _ = _planned(query, key, value, options, sinks)
+    problem, inputs, _, _ = _planned(query, key, value, options, sinks)
     if torch.compiler.is_compiling():
         return ops.call(problem, options.backend, inputs, return_max)
     backend = dispatch.choose(problem, options.backend)
@@ -117,6 +136,7 @@ def attention_partial_backward(
     *,
     dlse: Tensor | None = None,
     into: Gradients | None = None,
+    wanted: Wanted | None = None,
     **options,
 ) -> Gradients:
     """The gradients that one part of the keys contributes, without autograd.
@@ -134,50 +154,62 @@ def attention_partial_backward(
         dlse: (B, H, L), the gradient of the merged lse; None = zero.
         into: gradients of the types that this function returns. The contributions are added to these tensors, in place.
             Where there is None, the contribution is returned and not added.
+        wanted: which gradients are computed; default: all that there are.
         options: see `PartialOptions`.
 
     Returns:
         `Gradients` query, key, value and, with a relative bias or a floating-point attn_mask or key_padding_mask,
         relative_bias (the gradient of the whole one), bias and key_bias. All are float32 (float64 for float64 inputs).
+        Those that are not wanted are None.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
+    saved = Saved(out=out, lse=lse, dout=dout, dlse=dlse)
     chosen = PartialOptions.of("attention_partial_backward", options)
-    problem, inputs, columns = _planned(query, key, value, chosen)
-    backend = dispatch.choose(problem, chosen.backend)
-    for name, x, shape in (
-        ("dout", dout, (*query.shape[:3], problem.value_dim)),
-        ("out", out, (*query.shape[:3], problem.value_dim)),
-        ("lse", lse, query.shape[:3]),
-        ("dlse", dlse, query.shape[:3]),
-    ):
-        if x is not None and tuple(x.shape) != tuple(shape):
-            raise checks.fail(name, f"shape {tuple(shape)}", f"shape {tuple(x.shape)}")
-    saved = Saved(out=out.to(query.dtype), lse=lse.to(problem.accumulate_dtype), dout=dout.to(query.dtype), dlse=dlse)
-    wanted = Wanted(
-        query=True,
-        key=True,
-        value=True,
-        bias=problem.has_bias,
-        key_bias=inputs.key_bias is not None,
-        relative_bias=problem.has_relative_bias,
+    return backward(query, key, value, saved, chosen, wanted or Wanted(*[True] * 7), into)
+
+
+@torch.no_grad()
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    saved: Saved,
+    options: PartialOptions,
+    wanted: Wanted,
+    into: Gradients | None = None,
+) -> Gradients:
+    """`attention_partial_backward` with the merged results and their gradients in `saved`."""
+    problem, inputs, columns, added = _planned(query, key, value, options)
+    backend = dispatch.choose(problem, options.backend)
+    rows = tuple(query.shape[:3])
+    of_outputs = (*rows, problem.value_dim)
+    for name, x, shape in zip(Saved._fields, saved, (of_outputs, rows, of_outputs, rows), strict=True):
+        if x is not None and tuple(x.shape) != shape:
+            raise checks.fail(name, f"shape {shape}", f"shape {tuple(x.shape)}")
+    assert saved.out is not None and saved.lse is not None and saved.dout is not None, "a caller gives these"
+    saved = saved._replace(
+        out=saved.out.to(query.dtype), lse=saved.lse.to(problem.accumulate_dtype), dout=saved.dout.to(query.dtype)
     )
-    with torch.no_grad():
-        # The reference backend computes out and lse again, which would be those of this part alone.
-        backward = formula.backward_from_saved if backend.is_composite else events.named(backend).backward
-        found = backward(problem, inputs, saved, wanted)
-        found = Gradients(*(None if x is None else x.to(problem.accumulate_dtype) for x in found))
-        if chosen.relative_bias is not None:
-            assert found.relative_bias is not None, "it was wanted"
-            whole = found.relative_bias.new_zeros(chosen.relative_bias.shape)
-            whole[..., columns] = found.relative_bias.reshape(whole[..., columns].shape)
-            found = found._replace(relative_bias=whole)
-        if into is None:
-            return found
-        return Gradients(
-            *(x if sum_ is None or x is None else sum_.add_(x) for x, sum_ in zip(found, into, strict=True))
-        )
+    existing = (True, True, True, problem.has_bias, inputs.key_bias is not None, problem.has_relative_bias, False)
+    wanted = Wanted(*(a and b for a, b in zip(wanted, existing, strict=True)))
+    # The reference backend computes out and lse again, which would be those of this part alone.
+    kernel = formula.backward_from_saved if backend.is_composite else events.named(backend).backward
+    found = kernel(problem, inputs, saved, wanted)
+    found = Gradients(*(None if x is None else x.to(problem.accumulate_dtype) for x in found))
+    if added:
+        found = _without_added_keys(found, added)
+    sums = Gradients() if into is None else into
+    relative_bias = options.relative_bias
+    if found.relative_bias is not None and relative_bias is not None:
+        whole = sums.relative_bias
+        if whole is None:
+            whole = found.relative_bias.new_zeros(relative_bias.shape)
+        part = whole[..., columns]
+        part += found.relative_bias.reshape(part.shape)
+        found, sums = found._replace(relative_bias=whole), sums._replace(relative_bias=None)
+    return Gradients(*(x if sum_ is None or x is None else sum_.add_(x) for x, sum_ in zip(found, sums, strict=True)))
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -222,13 +254,18 @@ def join_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
     return out * weight.unsqueeze(-1), joined.masked_fill(is_empty, float("-inf"))
 
 
-def _planned(
-    query: Tensor, key: Tensor, value: Tensor, options: PartialOptions, sinks: Tensor | None = None
-) -> tuple[AttentionProblem, Inputs, slice]:
-    """(the problem, the tensors of the call, the columns of the relative bias that belong to the part)."""
+def check_rank_4(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Checks that query, key and value are tensors of four dimensions."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or x.dim() != 4:
             raise checks.fail(name, "a tensor (B, heads, rows, columns)", getattr(x, "shape", type(x).__name__))
+
+
+def _planned(
+    query: Tensor, key: Tensor, value: Tensor, options: PartialOptions, sinks: Tensor | None = None
+) -> tuple[AttentionProblem, Inputs, slice, int]:
+    """(the problem, its tensors, the columns of the relative bias that belong to the part, keys added in front)."""
+    check_rank_4(query, key, value)
     for name in ("query_offset", "key_offset", "batch_offset", "head_offset"):
         if not isinstance(offset := getattr(options, name), int) or offset < 0:
             raise checks.fail(name, "an int of at least 0", repr(offset))
@@ -237,39 +274,104 @@ def _planned(
         if options.dropout_seed is None:
             raise checks.fail("dropout_seed", "a seed, which all parts share", "None")
         seed = checks.check_dropout_seed(options.dropout_seed, query.device)
-    columns = _columns(query.shape[2], key.shape[2], options)
-    relative_bias = None if options.relative_bias is None else options.relative_bias[..., columns]
-    tensors = (query, key, value, options.attn_mask, relative_bias, sinks, options.key_padding_mask, None)
-    numbers = (
-        options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.window_size, options.softcap,
-        options.num_splits,
-    )  # fmt: skip
     is_compiling = torch.compiler.is_compiling()
-    plan = planning.plan(is_compiling, None, tensors, numbers, options.backend)
+    added = options.key_offset % GROUP if options.dropout_p and key.shape[2] else 0
+    packed = options.packed
+    if packed is not None:
+        _check_packed(query, key, value, options, packed)
+    elif added:
+        key, value, options = _with_added_keys(key, value, options, added)
+    lengths = (query.shape[2], key.shape[2]) if packed is None else (packed.max_seqlen_q, packed.max_seqlen_k)
+    columns = (
+        slice(0) if options.relative_bias is None else _columns(*lengths, options.relative_bias.shape[-1], options)
+    )
+    relative_bias = None if options.relative_bias is None else options.relative_bias[..., columns]
+    numbers: tuple[Any, ...] = (
+        options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.window_size, options.softcap,
+    )  # fmt: skip
+    if packed is None:
+        tensors = (query, key, value, options.attn_mask, relative_bias, sinks, options.key_padding_mask, None)
+        numbers = (*numbers, options.num_splits)
+        problem = planning.plan(is_compiling, None, tensors, numbers, options.backend).problem
+    else:
+        rows = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # (total, heads, columns)
+        problem = planning.plan_of_packed(
+            is_compiling, (*rows, *packed[:2], relative_bias, sinks), *lengths, options=numbers
+        )
     origin = DropoutOrigin(options.batch_offset, options.head_offset, options.query_offset, options.key_offset)
-    problem = (_move if is_compiling else _moved)(plan.problem, origin)
+    problem = (_move if is_compiling else _moved)(problem, origin)
     bias, key_bias, mask, key_padding = masks.score_masks(problem, options.attn_mask, options.key_padding_mask, None)
-    relative_bias = None if relative_bias is None else masks.with_head_dim(relative_bias)
     inputs = Inputs(
         query,
         key,
         value,
         bias=bias,
         key_bias=key_bias,
-        relative_bias=relative_bias,
+        relative_bias=masks.with_head_dim(relative_bias),
         sinks=sinks,
         seed=seed,
         mask=mask,
         key_padding=key_padding,
+        cu_seqlens_q=None if packed is None else packed.cu_seqlens_q.contiguous(),
+        cu_seqlens_k=None if packed is None else packed.cu_seqlens_k.contiguous(),
     )
-    return problem, inputs, columns
+    return problem, inputs, columns, added
 
 
-def _columns(seqlen_q: int, seqlen_k: int, options: PartialOptions) -> slice:
-    """The columns of the whole relative bias that the scores of a part use. They form the relative bias of the part."""
-    if options.relative_bias is None:
-        return slice(0)
-    count = options.relative_bias.shape[-1]
+def _check_packed(query: Tensor, key: Tensor, value: Tensor, options: PartialOptions, packed: PackedRows) -> None:
+    """Checks what the plan of packed tensors does not check."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.shape[0] != 1:
+            raise checks.fail(name, "one batch entry with packed rows", f"{x.shape[0]}")
+    for name in ("query_offset", "key_offset", "attn_mask", "key_padding_mask", "num_splits"):
+        if getattr(options, name) is not getattr(PartialOptions, name):
+            raise checks.fail(name, f"{getattr(PartialOptions, name)} with packed rows", "another value")
+    for name, offsets, x, longest in (
+        ("cu_seqlens_q", packed.cu_seqlens_q, query, packed.max_seqlen_q),
+        ("cu_seqlens_k", packed.cu_seqlens_k, key, packed.max_seqlen_k),
+    ):
+        checks.check_cu_seqlens(name, checks.meta(name, offsets), checks.meta("query", query))
+        checks.check_max_seqlen(f"max_seqlen_{name[-1]}", longest)
+        if modes.can_read(offsets):
+            checks.check_cu_seqlens_values(name, offsets, x.shape[2], longest)
+
+
+def _with_added_keys(
+    key: Tensor, value: Tensor, options: PartialOptions, count: int
+) -> tuple[Tensor, Tensor, PartialOptions]:
+    """The part with `count` hidden keys in front.
+
+    A kernel draws the dropout of `GROUP` neighbouring keys at once, and the kernels of GPUs draw it for the first of
+    their keys on. So the first key of a part becomes the first one of its group.
+    """
+    key, value = (F.pad(x, (0, 0, count, 0)) for x in (key, value))
+    padding, mask = options.key_padding_mask, options.attn_mask
+    if padding is None:
+        padding = torch.zeros(key.shape[0], key.shape[2] - count, dtype=torch.bool, device=key.device)
+    padding = F.pad(padding, (count, 0), value=True if padding.dtype == torch.bool else float("-inf"))
+    if mask is not None and mask.dim() and mask.shape[-1] > 1:
+        mask = F.pad(mask, (count, 0))
+    first = options.key_offset - count
+    return key, value, replace(options, key_padding_mask=padding, attn_mask=mask, key_offset=first)
+
+
+def _without_added_keys(grads: Gradients, count: int) -> Gradients:
+    """The gradients of a part without those of `_with_added_keys`."""
+    key, value, bias, key_bias = grads.key, grads.value, grads.bias, grads.key_bias
+    return grads._replace(
+        key=None if key is None else key[:, :, count:],
+        value=None if value is None else value[:, :, count:],
+        bias=bias if bias is None or bias.shape[-1] == 1 else bias[..., count:],
+        key_bias=None if key_bias is None else key_bias[:, count:],
+    )
+
+
+def _columns(seqlen_q: int, seqlen_k: int, count: int, options: PartialOptions) -> slice:
+    """The columns of the whole relative bias that the scores of a part use. They form the relative bias of the part.
+
+    seqlen_q, seqlen_k: the numbers of queries and keys of the part
+    count: the number of columns of the whole relative bias
+    """
     whole_q = options.seqlen_q
     if whole_q is None:
         if count % 2 == 0:

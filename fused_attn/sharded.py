@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from fused_attn import planning
 from fused_attn.attention import checks, dropout
 from fused_attn.attention.causal_bias import causal_bias
-from fused_attn.partial import PartialOptions, results
+from fused_attn.partial import PartialOptions, check_rank_4, results
 
 _BATCH, _HEADS = 0, 1
 _REFUSED = {
@@ -40,8 +39,7 @@ class _Sharing(NamedTuple):
         for name, x in tensors.items():
             if not isinstance(x, DTensor):
                 raise checks.fail(name, "a DTensor, as query, key or value is one", type(x).__name__)
-            if x.dim() != 4:
-                raise checks.fail(name, "a DTensor (B, heads, rows, columns)", f"shape {tuple(x.shape)}")
+        check_rank_4(**tensors)
         given: dict[str, Any] = tensors
         mesh = given["query"].device_mesh
         shared: list[int | None] = [None] * mesh.ndim
@@ -149,7 +147,8 @@ def attention(
         masked["relative_bias"] = sharing.local("relative_bias", given.relative_bias, {_HEADS: 0} if has_heads else {})
     seed = given.dropout_seed
     if given.dropout_p and seed is None:
-        seed = _shared_seed(query, sharing.mesh)
+        mesh = sharing.mesh
+        seed = dropout.draw_seed(query.device, [mesh.get_group(number) for number in range(mesh.ndim)])
     own = replace(
         given, **masked, dropout_seed=seed.to_local() if isinstance(seed, DTensor) else seed,
         batch_offset=sharing.part(_BATCH, batch)[0], head_offset=sharing.part(_HEADS, num_heads)[0],
@@ -199,12 +198,3 @@ def _local_keys(sharing: _Sharing, name: str, x: Tensor, num_heads: int) -> Tens
     if first == last:
         return whole.narrow(1, first, 1)
     return whole.repeat_interleave(group, dim=1)[:, begin:end]
-
-
-def _shared_seed(query: Tensor, mesh: DeviceMesh) -> Tensor:
-    """A seed that the first rank of the mesh draws for all."""
-    seed = dropout.draw_seed(query.device)
-    for number in range(mesh.ndim):
-        group = mesh.get_group(number)
-        dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
-    return seed

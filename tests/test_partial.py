@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
-from fused_attn import fused_attention
-from fused_attn.attention.inputs import Gradients
-from fused_attn.partial import attention_partial, attention_partial_backward, join_sinks, merge
+from fused_attn import fused_attention, fused_attention_varlen
+from fused_attn.attention.inputs import Gradients, Wanted
+from fused_attn.partial import PackedRows, attention_partial, attention_partial_backward, join_sinks, merge
 
-CUTS = ((0, 12), (12, 40), (40, 53))
+CUTS = ((0, 12), (12, 39), (39, 53))  # 39: within a group of four keys, which dropout draws at once
 
 CASES = {
     "plain": {},
@@ -168,6 +168,82 @@ def test_rows_without_keys(generator: torch.Generator) -> None:
     out, lse = join_sinks(out.detach(), lse.detach(), torch.tensor([3.0]))
     assert lse[0, 0, 0] == float("-inf")
     assert out[0, 0].tolist() == [[0.0] * 4, [2.5] * 4]
+
+
+def test_keys_within_a_group_of_dropout(backend: str, generator: torch.Generator) -> None:
+    """Hidden keys are put in front of such a part. Masks and their gradients are those of the true keys."""
+    query, key, value, options = problem("dropout", generator)
+    bias = torch.randn(1, 4, 53, 53, dtype=torch.float64, generator=generator, requires_grad=True)
+    row_bias = torch.randn(53, 1, dtype=torch.float64, generator=generator, requires_grad=True)
+    padding = torch.randn(2, 53, dtype=torch.float64, generator=generator, requires_grad=True)
+    for mask in (bias, row_bias):
+        masks = {"attn_mask": mask, "key_padding_mask": padding}
+        whole, whole_lse = fused_attention(query, key, value, return_lse=True, backend=backend, **options, **masks)
+        dout = torch.randn(whole.shape, dtype=torch.float64, generator=generator)
+        expected = torch.autograd.grad(whole, (key, value, mask, padding), dout)
+        sums = [torch.zeros_like(x) for x in (key, value, mask, padding)]
+        for keys in CUTS:
+            columns, is_dense = slice(*keys), mask is bias
+            own = mask[..., columns] if is_dense else mask
+            attention_partial_backward(
+                dout, query, key[:, :, columns], value[:, :, columns], whole.detach(), whole_lse.detach(),
+                into=Gradients(
+                    key=sums[0][:, :, columns], value=sums[1][:, :, columns], key_bias=sums[3][:, columns],
+                    bias=sums[2][..., columns] if is_dense else sums[2][None, None],
+                ),
+                attn_mask=own, key_padding_mask=padding[:, columns], key_offset=keys[0], backend=backend, **options,
+            )  # fmt: skip
+        for a, b in zip(sums, expected, strict=True):
+            close(a, b)
+
+
+def test_packed_rows_of_a_part(backend: str, generator: torch.Generator) -> None:
+    """The last documents of a packed batch, in a call of their own."""
+    offsets = torch.tensor([0, 9, 9, 30, 44], dtype=torch.int32)
+    query, key, value = torch.randn(3, 44, 2, 16, dtype=torch.float64, generator=generator, requires_grad=True)
+    bias = torch.randn(2, 41, dtype=torch.float64, generator=generator, requires_grad=True)
+    options = {"is_causal": True, "dropout_p": 0.3, "dropout_seed": 7, "backend": backend, "relative_bias": bias}
+    out, lse = fused_attention_varlen(query, key, value, offsets, offsets, 21, 21, return_lse=True, **options)
+    dout = torch.randn(out.shape, dtype=torch.float64, generator=generator)
+    dout[:9] = 0.0  # the other documents
+    expected = torch.autograd.grad(out, (query, key, value, bias), dout)
+    packed = PackedRows(offsets[2:] - 9, offsets[2:] - 9, 21, 21)
+    part = [x[9:].transpose(0, 1)[None] for x in (query, key, value)]
+    more = {**options, "packed": packed, "batch_offset": 2, "seqlen_q": 21}
+    part_out, part_lse = attention_partial(*part, **more)
+    close(part_out[0].transpose(0, 1), out[9:])
+    close(part_lse[0], lse[:, 9:])
+    found = attention_partial_backward(dout[9:].transpose(0, 1)[None], *part, part_out, part_lse, **more)
+    for dx, x in zip((found.query, found.key, found.value), expected, strict=False):
+        close(dx[0].transpose(0, 1), x[9:])
+    close(found.relative_bias, expected[3])
+
+
+def test_wanted_gradients(backend: str, generator: torch.Generator) -> None:
+    query, key, value, options = problem("relative bias", generator)
+    out, lse = attention_partial(query, key, value, backend=backend, **options)
+    call = (torch.ones_like(out), query, key, value, out.detach(), lse.detach())
+    everything = attention_partial_backward(*call, backend=backend, **options)
+    some = attention_partial_backward(*call, backend=backend, wanted=Wanted(key=True, sinks=True), **options)
+    assert [x is None for x in some] == [name != "key" for name in Gradients._fields]
+    close(some.key, everything.key)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"query_offset": 4}, "query_offset: expected 0 with packed rows"),
+        ({"key_padding_mask": torch.zeros(1, 3)}, "key_padding_mask: expected None with packed rows"),
+        ({"offsets": [0, 2]}, "cu_seqlens_q: expected offsets that rise from 0 to the number of rows, 3"),
+        ({"batch": 2}, "query: expected one batch entry with packed rows, got 2"),
+    ],
+)
+def test_errors_of_packed_rows(options: dict, message: str) -> None:
+    x = torch.zeros(options.pop("batch", 1), 2, 3, 8)
+    offsets = torch.tensor(options.pop("offsets", [0, 3]), dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        attention_partial(x, x, x, packed=PackedRows(offsets, offsets, 3, 3), **options)
 
 
 @pytest.mark.quick

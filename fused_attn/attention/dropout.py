@@ -12,7 +12,10 @@ An entry survives if its word is at least ``threshold(dropout_p)``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fused_attn.attention.masks import Positions
@@ -38,9 +41,15 @@ def scale(dropout_p: float) -> float:
     return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """A seed from torch's default generator, a 0-d int64 tensor on the device. The host does not wait."""
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+def draw_seed(device: torch.device, groups: Sequence[dist.ProcessGroup] = ()) -> Tensor:
+    """A seed from torch's default generator, a 0-d int64 tensor on the device. The host does not wait.
+
+    groups: process groups that need the same seed. The first rank of each broadcasts its seed, group after group.
+    """
+    seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    for group in groups:
+        dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
+    return seed
 
 
 def keep_mask(

@@ -95,12 +95,19 @@ def _backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: W
             diagonals = _sum_diagonals(problem, dbiased, x, *inputs.relative_bias.shape)
             grads["relative_bias"] = diagonals.to(inputs.relative_bias.dtype)
         if wanted.sinks and inputs.sinks is not None and x.sinks is not None:
-            # exp(sink - lse) is the weight of the sink. In an empty row, lse is -inf, and the weight must be 0. So the
-            # exponent is set to -inf there. If the result of exp were set to 0 instead, second derivatives would be
-            # infinity times 0, which is NaN.
-            sink_weight = torch.exp((x.sinks[:, None] - lse).masked_fill(lse == float("-inf"), float("-inf")))
-            grads["sinks"] = -(sink_weight * delta.squeeze(-1)).sum((0, 2)).to(inputs.sinks.dtype)
+            grads["sinks"] = dsinks(x.sinks, lse, delta.squeeze(-1)).to(inputs.sinks.dtype)
         return Gradients(**grads)
+
+
+def dsinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of sinks (H,), from lse and delta (B, H, L). All have the accumulate dtype.
+
+    exp(sink - lse) is the weight of the sink. In an empty row, lse is -inf, and the weight must be 0. So the exponent
+    is set to -inf there. If the result of exp were set to 0 instead, second derivatives would be infinity times 0,
+    which is NaN.
+    """
+    weight = torch.exp((sinks[:, None] - lse).masked_fill(lse == float("-inf"), float("-inf")))
+    return -(weight * delta).sum((0, 2))
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

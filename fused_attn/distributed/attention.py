@@ -11,17 +11,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fused_attn import planning
+from fused_attn import partial, planning
 from fused_attn.attention import checks, dropout, masks
+from fused_attn.attention.problem import Band
 from fused_attn.distributed import ulysses
-from fused_attn.distributed.blocks import Positions
+from fused_attn.distributed.blocks import Documents, Positions
 from fused_attn.distributed.exchange import SumGradient
 from fused_attn.distributed.planning import cheapest_method
 from fused_attn.distributed.ring import Ring, RingAttention
 from fused_attn.distributed.sequence import Sharding, group_of, shardings_of
-from fused_attn.partial import PartialOptions, attend
+from fused_attn.partial import PartialOptions
 
+_META = torch.device("meta")
 METHODS = ("auto", "ring", "ulysses")
+#: The options of `PartialOptions` that a shared sequence sets itself, or cannot have.
+_REFUSED = ("attn_mask", "query_offset", "key_offset", "batch_offset", "head_offset", "seqlen_q", "packed")
 
 
 def context_parallel_attention(
@@ -71,56 +75,126 @@ def context_parallel_attention(
             ranks raise on all of them.
         RuntimeError: a rank has ended, or does not answer within the time limit of the process group.
     """
-    if method not in METHODS:
-        raise checks.fail("method", f"one of {METHODS}", repr(method))
-    for name in ("attn_mask", "query_offset", "key_offset", "batch_offset", "head_offset", "seqlen_q"):
-        if options.get(name) is not None:
-            raise checks.fail(
-                name, "no such option for a shared sequence; see the documentation for those there are", "one"
-            )
-    chosen = PartialOptions.of("context_parallel_attention", options)
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor) or x.dim() != 4:
-            raise checks.fail(name, "a tensor (B, heads, rows, columns)", getattr(x, "shape", type(x).__name__))
+    chosen = _options("context_parallel_attention", method, options)
+    partial.check_rank_4(query, key, value)
     padding = chosen.key_padding_mask
     if padding is not None and padding.requires_grad:
         raise checks.fail("key_padding_mask", "a mask that requires no gradient", "one that does")
     group = group_of(mesh)
-    world = dist.get_world_size(group)
-    if seqlens is None:
-        described = (
-            query.shape[:2],
-            key.shape[:2],
-            query.shape[3],
-            value.shape[3],
-            query.dtype,
-            method,
-            *_plain(chosen),
-        )
-        sharded_q, sharded_k = shardings_of(
-            {"query": query.shape[2], "key": key.shape[2]}, group, query.device, _fingerprint(described)
-        )
-    else:
-        sharded_q, sharded_k = (Sharding.of(length, world) for length in seqlens)
-        _check_rows("query", query, sharded_q, dist.get_rank(group))
-        _check_rows("key", key, sharded_k, dist.get_rank(group))
+    if seqlens is None and dist.get_world_size(group) == 1:
+        seqlens = query.shape[2], key.shape[2]
+    described = _described(query, key, value, method, chosen) if seqlens is None else None
+    sharded_q, sharded_k = _shardings(group, query, key, seqlens, described)
     _check_whole(query, key, value, sinks, chosen, (sharded_q.length, sharded_k.length))
-    band = masks.band_of(chosen.is_causal, checks.check_window(chosen.window_size))
     positions = Positions(
-        sharded_q, sharded_k, band, are_needed=chosen.relative_bias is not None or chosen.dropout_p > 0.0
+        sharded_q, sharded_k, _band(chosen), are_needed=chosen.relative_bias is not None or chosen.dropout_p > 0.0
     )
-    if chosen.dropout_p and chosen.dropout_seed is None:
-        chosen = replace(chosen, dropout_seed=_shared_seed(query.device, group))
+    chosen = replace(chosen, seqlen_q=sharded_q.length)
+    out, lse = _shared(mesh, group, method, positions, query, key, value, sinks, chosen)
+    return (out, lse) if return_lse else out
+
+
+def context_parallel_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    mesh: DeviceMesh | dist.ProcessGroup,
+    method: str = "auto",
+    compare_ranks: bool = True,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`fused_attention_varlen` of packed sequences whose rows are shared by the ranks of a mesh. Differentiable.
+
+    The result is that of one process with all rows, as for `context_parallel_attention`. A sequence may lie on several
+    ranks. With ``method="ring"``, a rank gets only the keys of sequences of which it has queries.
+
+    Args:
+        query: (rows of this rank, H, D), the shard that `shard_sequence` makes of all packed rows.
+        key: (rows of this rank, Hkv, D), likewise.
+        value: (rows of this rank, Hkv, Dv), likewise.
+        cu_seqlens_q: (num_sequences + 1,) int32, the offsets in all packed rows, the same on all ranks. The host reads
+            them, so offsets on the CPU save that the host waits for the GPU.
+        cu_seqlens_k: (num_sequences + 1,) int32, likewise for keys and values.
+        max_seqlen_q: at least the longest query sequence.
+        max_seqlen_k: at least the longest key sequence.
+        mesh: as in `context_parallel_attention`; likewise method.
+        compare_ranks: the ranks compare their offsets, options and shapes first, by a small collective that the host
+            waits for. False saves the collective. Ranks that differ then wait for each other in vain, or get wrong
+            results.
+        sinks: (H,), see `fused_attention`.
+        return_lse: also return lse (H, rows of this rank).
+        options: dropout_p, dropout_seed, is_causal, scale, enable_gqa, window_size, softcap, backend and the whole
+            relative_bias of `fused_attention_varlen`. Without dropout_seed, the first rank draws a seed for all.
+
+    Every rank gets the whole gradients of relative_bias and sinks, as in `context_parallel_attention`.
+
+    Returns:
+        out (rows of this rank, H, Dv), and with return_lse also lse.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit. With compare_ranks, shards, offsets or options that differ
+            between the ranks raise on all of them.
+        RuntimeError: a rank has ended, or does not answer within the time limit of the process group.
+    """
+    chosen = _options("context_parallel_attention_varlen", method, options)
+    for name in ("key_padding_mask", "num_splits"):
+        if getattr(chosen, name) is not None:
+            raise checks.fail(name, "no such option for packed sequences", "one")
+    documents = _documents(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, chosen)
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, rows, columns)
+    group = group_of(mesh)
+    described = None
+    if compare_ranks and dist.get_world_size(group) > 1:
+        described = (*_described(query, key, value, method, chosen), documents, max_seqlen_q, max_seqlen_k)
+    seqlens = documents.query[-1], documents.key[-1]
+    sharded_q, sharded_k = _shardings(group, query, key, seqlens, described)
+    positions = Positions(sharded_q, sharded_k, _band(chosen), are_needed=True, documents=documents)
+    chosen = replace(chosen, seqlen_q=max_seqlen_q)
+    out, lse = _shared(mesh, group, method, positions, query, key, value, sinks, chosen)
+    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
+    return (out, lse) if return_lse else out
+
+
+def _options(function: str, method: str, options: dict[str, Any]) -> PartialOptions:
+    """The checked options of a call. function: its name, for the error."""
+    if method not in METHODS:
+        raise checks.fail("method", f"one of {METHODS}", repr(method))
+    for name in _REFUSED:
+        if options.get(name) is not None:
+            raise checks.fail(
+                name, "no such option for a shared sequence; see the documentation for those there are", "one"
+            )
+    return PartialOptions.of(function, options)
+
+
+def _band(options: PartialOptions) -> Band:
+    return masks.band_of(options.is_causal, checks.check_window(options.window_size))
+
+
+def _shared(
+    mesh: DeviceMesh | dist.ProcessGroup, group: dist.ProcessGroup, method: str, positions: Positions,
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: PartialOptions,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, lse) of checked arguments. group: that of all ranks of the mesh."""
+    if options.dropout_p and options.dropout_seed is None:
+        options = replace(options, dropout_seed=dropout.draw_seed(query.device, [group]))
     if isinstance(mesh, DeviceMesh) and mesh.ndim == 2:
         parts = _Parts(mesh.get_group(0), mesh.get_group(1))
     else:
         if method == "auto":
             method = cheapest_method(positions, query.shape, key.shape, value.shape)
         parts = _Parts(group, None) if method == "ring" else _Parts(None, group)
-    relative_bias = None if chosen.relative_bias is None else SumGradient.apply(chosen.relative_bias, group)
+    if options.relative_bias is not None:
+        options = replace(options, relative_bias=SumGradient.apply(options.relative_bias, group))
     sinks = None if sinks is None else SumGradient.apply(sinks, group)
-    out, lse = _attend(parts, positions, query, key, value, sinks, replace(chosen, relative_bias=relative_bias))
-    return (out, lse) if return_lse else out
+    return _attend(parts, positions, query, key, value, sinks, options)
 
 
 class _Parts(NamedTuple):
@@ -171,13 +245,11 @@ def _around(
     sinks: Tensor | None, options: PartialOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse), with keys that travel around the group. A group of one calls the kernel directly."""
-    options = replace(options, seqlen_q=positions.query.length)
     if group is None or positions.key.world == 1:
-        return attend(query, key, value, options, sinks)
+        return partial.attend(query, key, value, positions.whole().options(options, query.device), sinks)
     padding, bias = options.key_padding_mask, options.relative_bias
-    shared = {name: x for name, x in vars(options).items() if name not in ("key_padding_mask", "relative_bias")}
-    shared = {name: x for name, x in shared.items() if name not in ("query_offset", "key_offset")}
-    return RingAttention.apply(Ring(group, positions, shared), query, key, value, padding, bias, sinks)
+    ring = Ring(group, positions, replace(options, key_padding_mask=None, relative_bias=None))
+    return RingAttention.apply(ring, query, key, value, padding, bias, sinks)
 
 
 def _check_whole(
@@ -188,36 +260,58 @@ def _check_whole(
     seqlens: (L, S) of the whole sequences
     """
 
-    def whole(x: Tensor | None, *shape: int) -> Any:
-        return None if x is None else torch.empty(shape or x.shape, dtype=x.dtype, device="meta")
-
     (batch, heads, _, head_dim), (_, kv_heads, _, value_dim) = query.shape, value.shape
     rows_q, rows_k = seqlens
-    planning.plan(
-        True,  # plans without the choice of a backend, which the meta device would not have
-        None,
-        (
-            whole(query, batch, heads, rows_q, head_dim),
-            whole(key, batch, key.shape[1], rows_k, key.shape[3]),
-            whole(value, value.shape[0], kv_heads, rows_k, value_dim),
-            None,
-            whole(options.relative_bias),
-            whole(sinks),
-            whole(options.key_padding_mask, batch, rows_k),
-            None,
-        ),
-        tuple(getattr(options, name) for name in planning.Options._fields),
-        options.backend,
+    bias, padding = options.relative_bias, options.key_padding_mask
+    shapes: tuple = (
+        (query, (batch, heads, rows_q, head_dim)),
+        (key, (batch, key.shape[1], rows_k, key.shape[3])),
+        (value, (value.shape[0], kv_heads, rows_k, value_dim)),
+        (None, ()),
+        (bias, getattr(bias, "shape", ())),
+        (sinks, getattr(sinks, "shape", ())),
+        (padding, (batch, rows_k)),
+        (None, ()),
     )
+    # The plan is made for the meta device, for which no kernel is chosen.
+    metadata = tuple(None if x is None else (torch.Size(shape), x.dtype, _META) for x, shape in shapes)
+    numbers = tuple(getattr(options, name) for name in planning.Options._fields)
+    tensors = (query, key, value, None, bias, sinks, padding, None)
+    planning.plan(False, metadata, tensors, numbers, None)
 
 
-def _plain(options: PartialOptions) -> list:
-    """The options that must be the same on all ranks, as values that can be printed."""
-    return [
+def _documents(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, sinks: Tensor | None, options: PartialOptions,
+) -> Documents:  # fmt: skip
+    """The offsets of packed sequences. Raises the errors that `fused_attention_varlen` raises for all rows."""
+    numbers = tuple(getattr(options, name) for name in planning.Options._fields if name != "num_splits")
+    offsets = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    for name, x in offsets.items():
+        checks.meta(name, x)
+    on_device = cu_seqlens_q.to(query.device), cu_seqlens_k.to(query.device)
+    tensors = (query, key, value, *on_device, options.relative_bias, sinks)
+    planning.plan_of_packed(False, tensors, max_seqlen_q, max_seqlen_k, numbers)
+    found = []
+    for (name, x), longest in zip(offsets.items(), (max_seqlen_q, max_seqlen_k), strict=True):
+        read = x.cpu()
+        checks.check_cu_seqlens_values(name, read, int(read[-1]), longest)
+        found.append(tuple(read.tolist()))
+    return Documents(*found)
+
+
+def _described(query: Tensor, key: Tensor, value: Tensor, method: str, options: PartialOptions) -> tuple:
+    """What must be the same on all ranks, as values that can be printed."""
+    flags = [x.requires_grad and torch.is_grad_enabled() for x in (query, key, value)]
+    of_options = [
         (name, tuple(x.shape) if isinstance(x, Tensor) else x)
         for name, x in sorted(vars(options).items())
-        if name not in ("key_padding_mask", "dropout_seed", "backend")
-    ] + [options.key_padding_mask is None, options.dropout_seed is None]
+        if name not in ("key_padding_mask", "backend")
+    ]
+    return (
+        query.shape[:2], key.shape[:2], query.shape[3], value.shape[3], query.dtype, method, flags,
+        *of_options, options.key_padding_mask is None,
+    )  # fmt: skip
 
 
 def _fingerprint(described: tuple) -> int:
@@ -225,13 +319,25 @@ def _fingerprint(described: tuple) -> int:
     return int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:8], "big") >> 1
 
 
-def _check_rows(name: str, x: Tensor, sharding: Sharding, rank: int) -> None:
-    if x.shape[2] != sharding.rows(rank):
-        raise checks.fail(name, f"the {sharding.rows(rank)} rows of rank {rank} of {sharding.length}", f"{x.shape[2]}")
+def _shardings(
+    group: dist.ProcessGroup, query: Tensor, key: Tensor, seqlens: tuple[int, int] | None, described: tuple | None
+) -> list[Sharding]:
+    """The shardings of queries and keys (B, heads, rows of this rank, columns).
 
-
-def _shared_seed(device: torch.device, group: dist.ProcessGroup) -> Tensor:
-    """A seed that the first rank draws for all."""
-    seed = dropout.draw_seed(device)
-    dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
-    return seed
+    seqlens: (L, S) of the whole sequences; None = the sums over the ranks
+    described: what the ranks compare; None = they compare nothing, and seqlens are given
+    """
+    if described is not None:
+        lengths = {"query": query.shape[2], "key": key.shape[2]}
+        found = shardings_of(lengths, group, query.device, _fingerprint(described))
+        for name, sharding, length in zip(lengths, found, seqlens or (), strict=False):
+            if sharding.length != length:
+                raise checks.fail(name, f"{length} rows on all ranks together", sharding.length)
+        return found
+    assert seqlens is not None, "the ranks compare nothing"
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    found = [Sharding.of(length, world) for length in seqlens]
+    for name, x, sharding in zip(("query", "key"), (query, key), found, strict=True):
+        if x.shape[2] != (rows := sharding.rows(rank)):
+            raise checks.fail(name, f"the {rows} rows of rank {rank} of {sharding.length}", x.shape[2])
+    return found

@@ -2,25 +2,66 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
+from dataclasses import replace
 from typing import NamedTuple
+
+import torch
 
 from fused_attn.attention.dropout import GROUP
 from fused_attn.attention.problem import UNBOUNDED, Band
 from fused_attn.distributed.sequence import Segment, Sharding
+from fused_attn.partial import PackedRows, PartialOptions
+
+Offsets = tuple[int, ...]
+
+
+class Documents(NamedTuple):
+    """Documents that stand one after another in the whole sequences, and do not see each other.
+
+    query, key: cu_seqlens of queries and of keys. Document n holds the rows offsets[n] : offsets[n + 1]
+    """
+
+    query: Offsets
+    key: Offsets
 
 
 class Block(NamedTuple):
     """Scores that one call of a kernel computes: some queries of a rank, and some keys of a rank.
 
     query_rows, key_rows: the rows in the shards of the two ranks
-    query_offset, key_offset: the positions of the first query and the first key in the whole sequences
+    query_offset, key_offset: the positions of the first query and the first key in the whole sequences, or in their
+        document
+    first_document: the number of the document, or of the first one in these rows
+    documents: the offsets of several documents in these rows; None if all rows are of one document or sequence
     """
 
     query_rows: slice
     key_rows: slice
     query_offset: int
     key_offset: int
+    first_document: int = 0
+    documents: Documents | None = None
+
+    def options(self, shared: PartialOptions, device: torch.device) -> PartialOptions:
+        """The options of the block, from those that all blocks of a call share."""
+        own = replace(
+            shared, query_offset=self.query_offset, key_offset=self.key_offset, batch_offset=self.first_document
+        )
+        if self.documents is None:
+            return own
+        return replace(own, packed=_packed_rows(self.documents, device))
+
+
+@functools.lru_cache(maxsize=256)
+def _packed_rows(documents: Documents, device: torch.device) -> PackedRows:
+    """The documents as tensors. The layers and steps of a model ask for the same ones."""
+    with torch.inference_mode(False):  # A step that trains may find the tensors that another step has asked for.
+        cu_seqlens_q, cu_seqlens_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in documents)
+    longest_q, longest_k = (max((end - begin for begin, end in itertools.pairwise(x)), default=0) for x in documents)
+    return PackedRows(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k)
 
 
 class Positions(NamedTuple):
@@ -29,42 +70,98 @@ class Positions(NamedTuple):
     query, key: how the two sequences are sharded
     band: the visible diagonals
     are_needed: the scores depend on positions not by the band alone, but also by a relative bias or dropout
+    documents: positions count from the begin of each document; None if the whole sequences are one
     """
 
     query: Sharding
     key: Sharding
     band: Band
     are_needed: bool
+    documents: Documents | None = None
+
+    def whole(self) -> Block:
+        """The block of all scores."""
+        return Block(slice(0, self.query.length), slice(0, self.key.length), 0, 0, documents=self.documents)
 
 
-def blocks(positions: Positions, query_rank: int, key_rank: int) -> list[Block]:
-    """The blocks of the queries of one rank and the keys of another, without those that the band hides."""
-    found = []
-    are_whole = True
-    queries, keys = positions.query.segments(query_rank), positions.key.segments(key_rank)
-    for query in queries:
-        for key in keys:
-            visible = _visible_keys(query, key, positions.band)
-            if visible is None:
-                continue
-            are_whole = are_whole and _is_whole(query, visible, positions.band)
-            found.append((query, visible))
-    if are_whole and not positions.are_needed and len(found) > 1:
-        merged = _as_one(found)
+@functools.lru_cache(maxsize=256)
+def blocks(positions: Positions, query_rank: int, key_rank: int) -> tuple[Block, ...]:
+    """The blocks of the queries of one rank and the keys of another, without those that are hidden."""
+    pairs = list(itertools.product(positions.query.segments(query_rank), positions.key.segments(key_rank)))
+    if positions.documents is not None:
+        found = (_blocks_of_documents(*pair, positions.documents, positions.band) for pair in pairs)
+        return tuple(itertools.chain.from_iterable(found))
+    visible = [(query, keys) for query, key in pairs if (keys := _visible_keys(query, key, positions.band))]
+    if not positions.are_needed and len(visible) > 1 and all(_is_whole(*pair, positions.band) for pair in visible):
+        merged = _as_one(visible)
         if merged is not None:
-            return [merged]
-    return [
-        Block(slice(q.at, q.at + q.end - q.begin), slice(k.at, k.at + k.end - k.begin), q.begin, k.begin)
-        for q, k in found
+            return (merged,)
+    return tuple(Block(_rows(query), _rows(keys), query.begin, keys.begin) for query, keys in visible)
+
+
+def needed_keys(positions: Positions, query_rank: int, key_rank: int) -> list[slice]:
+    """The rows in the shard of key_rank that query_rank needs, in ascending order and without overlap."""
+    found: list[slice] = []
+    for rows in sorted((x.key_rows for x in blocks(positions, query_rank, key_rank)), key=lambda x: x.start):
+        if found and rows.start <= found[-1].stop:
+            found[-1] = slice(found[-1].start, max(found[-1].stop, rows.stop))
+        else:
+            found.append(rows)
+    return found
+
+
+def _rows(segment: Segment) -> slice:
+    """The rows of a segment in its shard."""
+    return slice(segment.at, segment.at + segment.end - segment.begin)
+
+
+def _blocks_of_documents(query: Segment, key: Segment, documents: Documents, band: Band) -> list[Block]:
+    """The blocks of two segments: one for each document that begins before a segment, and one for all others.
+
+    Only the first document of a segment can begin before it. The queries of the others stand at the positions that the
+    kernels for packed sequences assume.
+    """
+    numbers = [
+        [bisect.bisect_right(offsets, row) - 1 for row in (segment.begin, segment.end - 1)]
+        for segment, offsets in ((query, documents.query), (key, documents.key))
     ]
+    both = range(max(first for first, _ in numbers), min(last for _, last in numbers) + 1)  # have rows in both segments
+    found: list[Block | None] = []
+    if both and (documents.query[both[0]] < query.begin or documents.key[both[0]] < key.begin):
+        found.append(_block_of_document(query, key, documents, both[0], band))
+        both = both[1:]
+    if len(both) == 1:
+        found.append(_block_of_document(query, key, documents, both[0], band))
+    elif both:
+        found.append(_block_of_packed(query, key, documents, both))
+    return [block for block in found if block is not None]
 
 
-def needed_keys(positions: Positions, query_rank: int, key_rank: int) -> slice:
-    """The rows in the shard of key_rank that query_rank needs; empty if the band hides all of them."""
-    rows = [block.key_rows for block in blocks(positions, query_rank, key_rank)]
-    if not rows:
-        return slice(0, 0)
-    return slice(min(x.start for x in rows), max(x.stop for x in rows))
+def _block_of_document(query: Segment, key: Segment, documents: Documents, number: int, band: Band) -> Block | None:
+    """The block of a single document; None if it is hidden."""
+    own_query, own_key = (_part(x, y, number) for x, y in ((query, documents.query), (key, documents.key)))
+    keys = _visible_keys(own_query, own_key, band) if own_query.begin < own_query.end else None
+    if keys is None:
+        return None
+    return Block(_rows(own_query), _rows(keys), own_query.begin, keys.begin, number)
+
+
+def _part(segment: Segment, offsets: Offsets, number: int) -> Segment:
+    """The rows of a document in a segment, as positions in the document."""
+    begin, end = max(segment.begin, offsets[number]), min(segment.end, offsets[number + 1])
+    return Segment(begin - offsets[number], end - offsets[number], segment.at + begin - segment.begin)
+
+
+def _block_of_packed(query: Segment, key: Segment, documents: Documents, numbers: range) -> Block | None:
+    """The block of documents that begin in both segments; None if they have no queries or no keys."""
+    rows, cut = [], []
+    for segment, offsets in ((query, documents.query), (key, documents.key)):
+        begin, end = offsets[numbers[0]], min(segment.end, offsets[numbers[-1] + 1])
+        rows.append(_rows(Segment(begin, end, segment.at + begin - segment.begin)))
+        cut.append(tuple(min(x, end) - begin for x in offsets[numbers[0] : numbers[-1] + 2]))
+    if any(x.start == x.stop for x in rows):
+        return None
+    return Block(rows[0], rows[1], 0, 0, numbers[0], Documents(cut[0], cut[1]))
 
 
 def _visible_keys(query: Segment, key: Segment, band: Band) -> Segment | None:
@@ -74,7 +171,7 @@ def _visible_keys(query: Segment, key: Segment, band: Band) -> Segment | None:
         first = query.begin + band.offset - band.left
         if first >= end:
             return None
-        begin = max(begin, begin + (first - begin) // GROUP * GROUP)  # see Sharding.segments
+        begin = max(begin, first // GROUP * GROUP)  # see Sharding.of
     if band.right != UNBOUNDED:
         end = min(end, query.end + band.offset + band.right)
     return Segment(begin, end, key.at + begin - key.begin) if begin < end else None

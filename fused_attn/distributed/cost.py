@@ -11,9 +11,9 @@ else that of causal calls.
 **Copies.** Sums over blocks and the rearrangement of shards read and write ``bytes / memory bandwidth`` seconds. With e
 elements of the queries of a block and f elements of its keys and values, `ring.py` reads and writes
 
-    forward, each block        28 e bytes to add a part (float32), and (s + 4) e to make the part float32
+    forward, each block        (32 + s) e bytes to merge a part with the float32 sum
     forward, once              8 e + s e for the sum and its rounding
-    backward, each block       12 (e + f), and (s + 4) (e + f), likewise
+    backward, each block       12 (e + f) to add the gradients, and (s + 4) (e + f) if they are not float32
     backward, each step        16 f for the zeros before, and for the addition of, gradients that travel
     backward, once             (8 + s) (e + f)
 
@@ -225,7 +225,7 @@ class _Model:
         #: The elements of a row of queries, and of a row of keys and values together, in all heads of one rank.
         self.query_row = workload.batch * self.heads * workload.head_dim
         self.key_row = 2 * workload.batch * kv_heads * workload.head_dim
-        self.found: dict[tuple[int, int], list[Block]] = {}
+        self.found: dict[tuple[int, int], tuple[Block, ...]] = {}
         #: For each rank that is looked at, the rows of keys that it (sends, gets) in each step.
         self.travelling = {
             rank: [(0, 0)] + [ring_rows(self.positions, rank, step) for step in range(1, method.ring)]
@@ -254,7 +254,7 @@ class _Model:
             return range(count)
         return sorted({0, 1, count // 4, count // 2 - 1, count // 2, 3 * count // 4, count - 2, count - 1})
 
-    def blocks(self, rank: int, number: int) -> list[Block]:
+    def blocks(self, rank: int, number: int) -> tuple[Block, ...]:
         """The blocks that a rank of the ring computes in the step of this number."""
         source = (rank - number) % self.method.ring
         if (rank, source) not in self.found:
@@ -355,9 +355,9 @@ class _Model:
             length, is_masked = math.sqrt(rows * keys), visible < rows * keys
             kernels[0] += operations / self.rates.rate(FORWARD, is_masked, length)
             kernels[1] += BACKWARD_OPERATIONS * operations / self.rates.rate(BACKWARD, is_masked, length)
-            e, f, conversion = rows * self.query_row, keys * self.key_row, (size + SUM) * (size != SUM)
-            copied[0] += (28 + conversion) * e
-            copied[1] += (12 + conversion) * (e + f)
+            e, f = rows * self.query_row, keys * self.key_row
+            copied[0] += (32 + size) * e
+            copied[1] += (12 + (size + SUM) * (size != SUM)) * (e + f)
         if world == 1:  # the kernel is called directly
             return Step(Seconds(kernels[0]), Seconds(kernels[1]), 0.0, 0.0)
         travelling = self.key_row * max(self.travelling[rank][number])

@@ -17,17 +17,17 @@ def ring_elements(positions: Positions, key: Sequence[int], value: Sequence[int]
     row = key[0] * (key[1] * key[3] + value[1] * value[3])
     sent = []
     for owner in range(world):
-        needed = (needed_keys(positions, rank, owner) for rank in range(world) if rank != owner)
-        sent.append(row * sum(x.stop - x.start for x in needed))
+        needed = (rows for rank in range(world) if rank != owner for rows in needed_keys(positions, rank, owner))
+        sent.append(row * sum(rows.stop - rows.start for rows in needed))
     return sent
 
 
 def ring_rows(positions: Positions, rank: int, step: int) -> tuple[int, int]:
     """How many rows of keys a rank (sends, gets) for a step of the ring. Their gradients travel the other way."""
     world = positions.key.world
-    sent = needed_keys(positions, (rank + step) % world, rank)
-    received = needed_keys(positions, rank, (rank - step) % world)
-    return sent.stop - sent.start, received.stop - received.start
+    pairs = ((rank + step) % world, rank), (rank, (rank - step) % world)
+    sent, received = (sum(x.stop - x.start for x in needed_keys(positions, *pair)) for pair in pairs)
+    return sent, received
 
 
 def ulysses_elements(

@@ -7,28 +7,32 @@ that a rank has computed for the keys of another one travel back. All sums have 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fused_attn import partial
-from fused_attn.attention.inputs import Gradients
+from fused_attn.attention import formula
+from fused_attn.attention.inputs import Gradients, Saved, Wanted
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.distributed.blocks import Block, Positions, blocks, needed_keys
 from fused_attn.distributed.exchange import Exchange, refuse_second_derivatives
+from fused_attn.partial import PartialOptions
 
 
 class Ring(NamedTuple):
     """What the steps of a call share.
 
-    options: those of `partial.attention_partial` that hold for all blocks
+    options: those that hold for all blocks, without relative_bias and key_padding_mask
     """
 
     group: dist.ProcessGroup
     positions: Positions
-    options: dict[str, Any]
+    options: PartialOptions
 
     @property
     def rank(self) -> int:
@@ -46,36 +50,56 @@ class Ring(NamedTuple):
 class Keys(NamedTuple):
     """Keys of one rank that another rank computes with.
 
-    rows: which rows of the shard
-    tensors: key, value, and key padding if there is any
+    rows: which rows of the shard, in ascending order
+    tensors: key, value, and key padding if there is any, with these rows one after another
     """
 
-    rows: slice
+    rows: list[slice]
     tensors: tuple[Tensor, ...]
 
-    @classmethod
-    def of(cls, tensors: tuple[Tensor, ...], rows: slice) -> Keys:
-        key, value, *padding = tensors
-        return cls(rows, (key[:, :, rows], value[:, :, rows], *(x[:, rows] for x in padding)))
-
     def rows_of(self, block: Block) -> slice:
-        """The rows of a block in `tensors`."""
-        return slice(block.key_rows.start - self.rows.start, block.key_rows.stop - self.rows.start)
+        """The rows of a block in `tensors`. The block lies in one of the slices `rows`."""
+        wanted, start = block.key_rows, 0
+        for rows in self.rows:
+            if rows.start <= wanted.start and wanted.stop <= rows.stop:
+                break
+            start += rows.stop - rows.start
+        return slice(start + wanted.start - rows.start, start + wanted.stop - rows.start)
 
-    def block(self, block: Block) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(key, value, further options) of a block."""
-        key, value, *padding = Keys.of(self.tensors, self.rows_of(block)).tensors
-        return key, value, {"key_padding_mask": padding[0]} if padding else {}
+    def block(self, block: Block) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(key, value, key padding) of a block."""
+        rows = self.rows_of(block)
+        key, value, *padding = self.tensors
+        return key[:, :, rows], value[:, :, rows], padding[0][:, rows] if padding else None
+
+
+def _dim_of_rows(x: Tensor) -> int:
+    """2 for keys and values (B, Hkv, S, columns), 1 for padding (B, S)."""
+    return 2 if x.dim() == 4 else 1
+
+
+def _take(x: Tensor, rows: list[slice]) -> Tensor:
+    """The given rows one after another: contiguous, or a view if there is one slice."""
+    dim = _dim_of_rows(x)
+    parts = [x.narrow(dim, part.start, part.stop - part.start) for part in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
+
+
+def _empty(x: Tensor, rows: list[slice]) -> Tensor:
+    """Uninitialised memory for as many rows as there are in the slices."""
+    shape = list(x.shape)
+    shape[_dim_of_rows(x)] = sum(part.stop - part.start for part in rows)
+    return x.new_empty(shape)
 
 
 class KeysOnTheWay:
     """The keys of step after step: `next` waits for those of the current step, and sends for those of the next one."""
 
     def __init__(self, ring: Ring, tensors: tuple[Tensor, ...]):
-        self.ring, self.tensors, self.step = ring, tensors, 0
-        self.current = Keys.of(tensors, slice(0, tensors[0].shape[2]))
+        self.ring, self.tensors = ring, tensors
+        self.current = Keys([slice(0, tensors[0].shape[2])], tensors)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, Keys]]:
         """Pairs (rank that owns the keys, `Keys`)."""
         for step in range(self.ring.positions.key.world):
             arriving = self._start(step + 1)
@@ -84,20 +108,16 @@ class KeysOnTheWay:
                 rows, exchange = arriving
                 self.current = Keys(rows, tuple(exchange.wait()))
 
-    def _start(self, step: int) -> tuple[slice, Exchange] | None:
+    def _start(self, step: int) -> tuple[list[slice], Exchange] | None:
         """The exchange of the keys of a step; None after the last step."""
         ring = self.ring
         if step == ring.positions.key.world:
             return None
         target, source = ring.target(step), ring.source(step)
-        sent = Keys.of(self.tensors, needed_keys(ring.positions, target, ring.rank)).tensors
+        leaving = needed_keys(ring.positions, target, ring.rank)
         rows = needed_keys(ring.positions, ring.rank, source)
-        dim_of_rows = (2, 2, 1)
-        received = [
-            x.new_empty(*x.shape[:dim], rows.stop - rows.start, *x.shape[dim + 1 :])
-            for x, dim in zip(self.tensors, dim_of_rows, strict=False)
-        ]
-        return rows, Exchange(ring.group, target, [x.contiguous() for x in sent], source, received)
+        sent = [_take(x, leaving).contiguous() for x in self.tensors]
+        return rows, Exchange(ring.group, target, sent, source, [_empty(x, rows) for x in self.tensors])
 
 
 class RingAttention(torch.autograd.Function):
@@ -112,23 +132,23 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, ring: Ring, query, key, value, padding, relative_bias, sinks):
-        tensors = (key, value) if padding is None else (key, value, padding)
-        options = ring.options if relative_bias is None else ring.options | {"relative_bias": relative_bias}
         sums = torch.float64 if query.dtype == torch.float64 else torch.float32
         out = torch.zeros(*query.shape[:3], value.shape[3], dtype=sums, device=query.device)
         lse = torch.full(query.shape[:3], float("-inf"), dtype=sums, device=query.device)
-        for owner, keys in KeysOnTheWay(ring, tensors):
+        shared = replace(ring.options, relative_bias=relative_bias)
+        for owner, keys in KeysOnTheWay(ring, (key, value) if padding is None else (key, value, padding)):
             for block in blocks(ring.positions, ring.rank, owner):
-                key_part, value_part, more = keys.block(block)
-                part = partial.attention_partial(
-                    query[:, :, block.query_rows], key_part, value_part,
-                    query_offset=block.query_offset, key_offset=block.key_offset, **options, **more,
-                )  # fmt: skip
-                _add(out[:, :, block.query_rows], lse[:, :, block.query_rows], *part)
+                rows = block.query_rows
+                key_part, value_part, padding_part = keys.block(block)
+                options = replace(block.options(shared, query.device), key_padding_mask=padding_part)
+                part = partial.attend(query[:, :, rows], key_part, value_part, options)
+                sum_ = out[:, :, rows], lse[:, :, rows]
+                for x, joined in zip(sum_, partial.merge(*zip(sum_, part, strict=True)), strict=True):
+                    x.copy_(joined)
         if sinks is not None:
             out, lse = partial.join_sinks(out, lse, sinks)
         result = empty_like_layout(query, value.shape[3]).copy_(out)
-        ctx.ring, ctx.options = ring, options
+        ctx.ring = ring
         ctx.save_for_backward(query, key, value, padding, relative_bias, sinks, result, lse)
         ctx.set_materialize_grads(False)
         return result, lse
@@ -136,62 +156,80 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None):
         refuse_second_derivatives()
+        _, needs_query, needs_key, needs_value, _, needs_bias, needs_sinks = ctx.needs_input_grad
+        wanted = Wanted(query=needs_query, key=needs_key, value=needs_value, relative_bias=needs_bias)
         query, key, value, padding, relative_bias, sinks, out, lse = ctx.saved_tensors
-        ring: Ring = ctx.ring
         if dout is None and dlse is None:
-            return None, None, None, None, None, None, None
+            return (None,) * 7
         dout = torch.zeros_like(out) if dout is None else dout
-        tensors = (key, value) if padding is None else (key, value, padding)
-
-        def zeros(x: Tensor) -> Tensor:
-            return torch.zeros(x.shape, dtype=lse.dtype, device=x.device)
-
-        dquery, dkey, dvalue = map(zeros, (query, key, value))
-        dbias = None if relative_bias is None else zeros(relative_bias)
-        returning: list[tuple[slice, Exchange]] = []
-        for step, (owner, keys) in enumerate(KeysOnTheWay(ring, tensors)):
-            dkeys = (dkey, dvalue) if step == 0 else tuple(map(zeros, keys.tensors[:2]))
-            for block in blocks(ring.positions, ring.rank, owner):
-                key_part, value_part, more = keys.block(block)
-                rows, key_rows = block.query_rows, keys.rows_of(block)
-                into = Gradients(
-                    dquery[:, :, rows], dkeys[0][:, :, key_rows], dkeys[1][:, :, key_rows], relative_bias=dbias
-                )
-                partial.attention_partial_backward(
-                    dout[:, :, rows], query[:, :, rows], key_part, value_part, out[:, :, rows], lse[:, :, rows],
-                    dlse=None if dlse is None else dlse[:, :, rows], into=into,
-                    query_offset=block.query_offset, key_offset=block.key_offset, **ctx.options, **more,
-                )  # fmt: skip
-            if step > 0:
-                target = ring.target(step)
-                rows = needed_keys(ring.positions, target, ring.rank)
-                received = [x[:, :, rows].new_empty(x[:, :, rows].shape) for x in (dkey, dvalue)]
-                returning.append((rows, Exchange(ring.group, owner, dkeys, target, received)))
-            # The gradients that come back are added one step later, so that they travel during the computation.
-            is_last = step == ring.positions.key.world - 1
-            while len(returning) > (0 if is_last else 1):
-                rows, exchange = returning.pop(0)
-                for x, part in zip((dkey, dvalue), exchange.wait(), strict=True):
-                    x[:, :, rows] += part
+        saved = Saved(out, lse, dout, dlse)
+        sums = Gradients()
+        if any(wanted):
+            sums = _backward_around(ctx.ring, (query, key, value, padding, relative_bias), saved, wanted)
         dsinks = None
-        if sinks is not None:
+        if needs_sinks:
             delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-            delta = delta if dlse is None else delta - dlse
-            weight = torch.exp((sinks.to(lse.dtype)[:, None] - lse).masked_fill(lse == float("-inf"), float("-inf")))
-            dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
-        return (
-            None,
-            *(dx.to(x.dtype) for dx, x in ((dquery, query), (dkey, key), (dvalue, value))),
-            None,
-            None if dbias is None else dbias.to(relative_bias.dtype),
-            dsinks,
+            dsinks = formula.dsinks(sinks.to(lse.dtype), lse, delta if dlse is None else delta - dlse)
+        given = (query, key, value, relative_bias, sinks)
+        found = (sums.query, sums.key, sums.value, sums.relative_bias, dsinks)
+        dquery, dkey, dvalue, dbias, dsinks = (
+            None if dx is None else dx.to(x.dtype) for dx, x in zip(found, given, strict=True)
         )
+        return None, dquery, dkey, dvalue, None, dbias, dsinks
 
 
-def _add(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """Adds a part to the sums (out, lse) of its queries, in place. The result is that of `partial.merge`."""
-    joined = torch.logaddexp(lse, part_lse)
-    finite = joined.masked_fill(joined == float("-inf"), 0.0)
-    out *= torch.exp(lse - finite).unsqueeze(-1)
-    out += part_out * torch.exp(part_lse - finite).unsqueeze(-1)
-    lse.copy_(joined)
+def _backward_around(ring: Ring, tensors: tuple[Tensor, ...], saved: Saved, wanted: Wanted) -> Gradients:
+    """The wanted gradients, in the dtype of lse: those of this rank's rows, and its part of that of the relative bias.
+
+    tensors: query, key, value, padding, relative_bias, as in `RingAttention`
+    """
+    query, key, value, padding, relative_bias = tensors
+    assert saved.lse is not None, "forward has saved it"
+    sums = saved.lse.dtype
+
+    def zeros(x: Tensor, is_wanted: bool) -> Tensor | None:
+        return torch.zeros(x.shape, dtype=sums, device=x.device) if is_wanted else None
+
+    def of(x: Tensor | None, rows: slice) -> Tensor | None:
+        return None if x is None else x[:, :, rows]
+
+    dquery, dkey, dvalue = zeros(query, wanted.query), zeros(key, wanted.key), zeros(value, wanted.value)
+    dbias = zeros(relative_bias, wanted.relative_bias)
+    shared = replace(ring.options, relative_bias=relative_bias)
+    returning: list[tuple[list[slice], Exchange]] = []
+    for step, (owner, keys) in enumerate(
+        KeysOnTheWay(ring, (key, value) if padding is None else (key, value, padding))
+    ):
+        if step == 0:
+            dkey_part, dvalue_part = dkey, dvalue
+        else:
+            dkey_part, dvalue_part = zeros(keys.tensors[0], wanted.key), zeros(keys.tensors[1], wanted.value)
+        for block in blocks(ring.positions, ring.rank, owner):
+            rows, key_rows = block.query_rows, keys.rows_of(block)
+            key_part, value_part, padding_part = keys.block(block)
+            options = replace(block.options(shared, query.device), key_padding_mask=padding_part)
+            into = Gradients(of(dquery, rows), of(dkey_part, key_rows), of(dvalue_part, key_rows), relative_bias=dbias)
+            of_rows = Saved(*(of(x, rows) for x in saved))
+            partial.backward(query[:, :, rows], key_part, value_part, of_rows, options, wanted, into)
+        if step > 0:
+            target = ring.target(step)
+            leaving = [x for x in (dkey_part, dvalue_part) if x is not None]
+            pieces = needed_keys(ring.positions, target, ring.rank)
+            received = [_empty(x, pieces) for x in (dkey, dvalue) if x is not None]
+            returning.append((pieces, Exchange(ring.group, owner, leaving, target, received)))
+        # The gradients that come back are added one step later, so that they travel during the computation.
+        is_last = step == ring.positions.key.world - 1
+        while len(returning) > (0 if is_last else 1):
+            pieces, exchange = returning.pop(0)
+            for x, part in zip((x for x in (dkey, dvalue) if x is not None), exchange.wait(), strict=True):
+                _add_rows(x, pieces, part)
+    return Gradients(dquery, dkey, dvalue, relative_bias=dbias)
+
+
+def _add_rows(x: Tensor, rows: list[slice], part: Tensor) -> None:
+    """Adds what `_take` would take from x, in place. Both are (B, Hkv, rows, columns)."""
+    start = 0
+    for piece in rows:
+        length = piece.stop - piece.start
+        x[:, :, piece] += part[:, :, start : start + length]
+        start += length

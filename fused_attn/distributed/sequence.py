@@ -6,7 +6,9 @@ late queries see more keys than early ones. A rank with an early and a late chun
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fused_attn.attention import checks
 from fused_attn.attention.dropout import GROUP
+from fused_attn.attention.masks import Positions
 
 
 class Segment(NamedTuple):
@@ -58,6 +61,7 @@ class Sharding(NamedTuple):
                 found.append(Segment(begin, end, sum(x.end - x.begin for x in found)))
         return found
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019  # the shardings of a program are few, and small
     def rows(self, rank: int) -> int:
         """The number of rows that the rank holds."""
         return sum(segment.end - segment.begin for segment in self.segments(rank))
@@ -123,6 +127,61 @@ def unshard_sequence(x: Tensor, mesh: DeviceMesh | dist.ProcessGroup, dim: int) 
         for begin, end, at in sharding.segments(rank)
     ]
     return torch.cat([part for _, part in sorted(placed, key=lambda pair: pair[0])], dim) if placed else x.clone()
+
+
+def shard_batch(
+    batch: Mapping[str, Any], mesh: DeviceMesh | dist.ProcessGroup, dim: int | Mapping[str, int] = 1
+) -> dict[str, Any]:
+    """The rows of this rank of each tensor of a batch. What is no tensor is passed on.
+
+    Args:
+        batch: whole tensors by name, the same on all ranks.
+        mesh: the ranks that share the sequence.
+        dim: the dimension of the sequence of all tensors, such as 1 for tokens (B, L) and 0 for packed tokens (total,);
+            or by name, then tensors without an entry are whole on every rank.
+
+    Packed rows are sharded like others: a document may lie on several ranks. cu_seqlens are no rows. Pass the whole
+    ones to `context_parallel_attention_varlen`.
+    """
+    return _each(shard_sequence, batch, mesh, dim)
+
+
+def unshard_batch(
+    batch: Mapping[str, Any], mesh: DeviceMesh | dist.ProcessGroup, dim: int | Mapping[str, int] = 1
+) -> dict[str, Any]:
+    """The whole batch of which `shard_batch` gave each rank its rows. No gradient flows through this function."""
+    return _each(unshard_sequence, batch, mesh, dim)
+
+
+def _each(
+    function: Callable[..., Tensor], batch: Mapping[str, Any], mesh: DeviceMesh | dist.ProcessGroup,
+    dim: int | Mapping[str, int],
+) -> dict[str, Any]:  # fmt: skip
+    dims = dim if isinstance(dim, Mapping) else {name: dim for name, x in batch.items() if isinstance(x, Tensor)}
+    if unknown := [name for name in dims if not isinstance(batch.get(name), Tensor)]:
+        raise checks.fail("dim", f"names of tensors among {', '.join(batch)}", ", ".join(unknown))
+    return {name: function(x, mesh, dims[name]) if name in dims else x for name, x in batch.items()}
+
+
+def shard_positions(
+    mesh: DeviceMesh | dist.ProcessGroup, *, seqlen: int | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """The positions of the rows of this rank, (rows,) int64, such as rotary embeddings need them.
+
+    Args:
+        mesh: the ranks that share the sequence.
+        seqlen: the length of the whole sequence, whose positions count from 0.
+        cu_seqlens: in the place of seqlen, the offsets of packed documents, the same on all ranks. Positions count from
+            the first row of each document. They are on the device of cu_seqlens.
+
+    Raises:
+        ValueError: both or none of seqlen and cu_seqlens are given.
+    """
+    if seqlen is not None and cu_seqlens is None:
+        return shard_sequence(torch.arange(seqlen), mesh, 0)
+    if seqlen is None and cu_seqlens is not None:
+        return shard_sequence(Positions.of_packed(cu_seqlens, int(cu_seqlens[-1])).position, mesh, 0)
+    raise checks.fail("seqlen", "either seqlen or cu_seqlens", "none" if seqlen is None else "both")
 
 
 def shardings_of(

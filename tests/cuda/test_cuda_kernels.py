@@ -340,19 +340,19 @@ def test_dropout_bits(features: dict, generator: torch.Generator) -> None:
 
 
 @pytest.mark.usefixtures("running")
-@pytest.mark.parametrize("features", [{}, {"softcap": 5.0}], ids=str)
-def test_dropout_bits_of_a_part(features: dict, generator: torch.Generator) -> None:
+@pytest.mark.parametrize(("features", "first_key"), [({}, 36), ({"softcap": 5.0}, 38)], ids=str)
+def test_dropout_bits_of_a_part(features: dict, first_key: int, generator: torch.Generator) -> None:
     """As `test_dropout_bits`, for a part of a larger attention that begins at other positions."""
     batch, heads, rows, columns, seed = 1, 2, 140, 200, 2**40 + 12345
-    origin = {"batch_offset": 3, "head_offset": 1, "query_offset": 65, "key_offset": 36}
+    origin = {"batch_offset": 3, "head_offset": 1, "query_offset": 65, "key_offset": first_key}
     query, key = (torch.randn(batch, heads, n, 64, generator=generator).half() for n in (rows, columns))
     value, dout = (torch.eye(n, 256).half().expand(batch, heads, n, 256) for n in (columns, rows))
     options = {"dropout_p": 0.4, "dropout_seed": seed, "backend": "cuda", **origin, **features}
     value.requires_grad_()
     out, _ = attention_partial(query, key, value, **options)
     (dvalue,) = torch.autograd.grad(out, value, dout.float())
-    whole = torch.from_numpy(oracle.dropout_keep(seed, 0.4, 3, batch, 1 + heads, 65 + rows, 36 + columns))
-    expected = whole[:, 1:, 65:, 36:]
+    whole = torch.from_numpy(oracle.dropout_keep(seed, 0.4, 3, batch, 1 + heads, 65 + rows, first_key + columns))
+    expected = whole[:, 1:, 65:, first_key:]
     assert torch.equal(out[..., :columns] != 0, expected)
     assert torch.equal(dvalue[..., :rows].mT != 0, expected)
 

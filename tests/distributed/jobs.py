@@ -12,7 +12,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fused_attn import fused_attention
-from fused_attn.distributed import context_parallel_attention, count_traffic, shard_sequence
+from fused_attn.distributed import (
+    context_parallel_attention,
+    context_parallel_attention_varlen,
+    count_traffic,
+    shard_batch,
+    shard_positions,
+    shard_sequence,
+    unshard_batch,
+)
 
 SEQUENCE_DIM = {"query": 2, "key": 2, "value": 2, "key_padding_mask": 1}
 
@@ -47,6 +55,46 @@ def attention(
     return {"out": out.detach(), "lse": lse.detach(), **grads, "bytes": forward_bytes}
 
 
+def packed_attention(
+    mesh_shape: tuple[int, ...], method: str, tensors: dict[str, Tensor], weights: tuple[Tensor, Tensor],
+    offsets: tuple[Tensor, Tensor, int, int], options: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """As `attention`, for packed rows. All shards are returned with their rows in dimension 0."""
+    mesh = mesh_of(mesh_shape)
+    rows = ("query", "key", "value")
+    shards = {name: shard_sequence(x.detach(), mesh, 0) if name in rows else x.clone() for name, x in tensors.items()}
+    for x in shards.values():
+        x.requires_grad_()
+    out, lse = context_parallel_attention_varlen(
+        shards["query"], shards["key"], shards["value"], *offsets, mesh=mesh, method=method, return_lse=True,
+        **{name: x for name, x in shards.items() if name not in rows}, **options,
+    )  # fmt: skip
+    w, w_lse = shard_sequence(weights[0], mesh, 0), shard_sequence(weights[1], mesh, 1)
+    ((out * w).sum() + (lse.masked_fill(lse == float("-inf"), 0.0) * w_lse).sum()).backward()
+    return {"out": out.detach(), "lse": lse.detach().t(), **{f"d{name}": x.grad for name, x in shards.items()}}
+
+
+def wanted_gradients(method: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """The gradients of a call in which only the named tensors require one, and the bytes of forward and backward."""
+    mesh = mesh_of((dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(1, 2, 32, 16, generator=generator) for name in ("query", "key", "value")}
+    shards = {name: shard_sequence(x, mesh, 2).requires_grad_(name in names) for name, x in tensors.items()}
+    with count_traffic() as traffic:
+        out = context_parallel_attention(**shards, mesh=mesh, method=method, is_causal=True)
+        forward_bytes = traffic.sent_bytes
+        out.sum().backward()
+    grads = {name: x.grad for name, x in shards.items()}
+    return {**grads, "forward": forward_bytes, "backward": traffic.sent_bytes - forward_bytes}
+
+
+def batch_there_and_back(batch: dict[str, Any], dims: dict[str, int], cu_seqlens: Tensor) -> tuple[dict, dict, Tensor]:
+    """(the shard of a batch, the whole batch again, the positions of the rows of this rank)."""
+    mesh = mesh_of((dist.get_world_size(),))
+    shard = shard_batch(batch, mesh, dims)
+    return shard, unshard_batch(shard, mesh, dims), shard_positions(mesh, cu_seqlens=cu_seqlens)
+
+
 def options_differ() -> None:
     """A call whose ranks have different options."""
     x = torch.randn(1, 2, 8, 16)
@@ -74,6 +122,9 @@ WRONG_CALLS = {
     "gradient of a padding mask": "key_padding_mask: expected a mask that requires no gradient",
     "lengths of DTensors": "key_lengths: expected None with DTensors",
     "second derivative": "it has no second derivatives",
+    "offsets of fewer rows": "query: expected 15 rows on all ranks together, got 16",
+    "other offsets": "options and shapes: expected the same on all ranks",
+    "padding of packed rows": "key_padding_mask: expected no such option for packed sequences",
 }
 
 
@@ -97,3 +148,9 @@ def wrong_call(name: str) -> None:
         out = context_parallel_attention(query, query, query, mesh=mesh, method="ring")
         (dquery,) = torch.autograd.grad(out.sum(), query, create_graph=True)
         dquery.sum().backward()
+    elif name in ("offsets of fewer rows", "other offsets", "padding of packed rows"):
+        middle = 3 + dist.get_rank() if name == "other offsets" else 3
+        offsets = torch.tensor([0, middle, 15 if name == "offsets of fewer rows" else 16], dtype=torch.int32)
+        padding = {"key_padding_mask": torch.zeros(1, 8, dtype=torch.bool)} if name == "padding of packed rows" else {}
+        rows = query[0].transpose(0, 1)
+        context_parallel_attention_varlen(rows, rows, rows, offsets, offsets, 16, 16, mesh=mesh, **padding)

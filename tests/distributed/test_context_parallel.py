@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import jobs
@@ -10,13 +11,14 @@ import pytest
 import torch
 from processes import Team
 
-from fused_attn import fused_attention
+from fused_attn import fused_attention, fused_attention_varlen
 from fused_attn.attention.masks import band_of
-from fused_attn.distributed.blocks import Positions
+from fused_attn.distributed.blocks import Documents, Positions, blocks
 from fused_attn.distributed.cost import Machine, Method, Workload, cost
 from fused_attn.distributed.planning import ring_elements, ulysses_elements
 from fused_attn.distributed.rates import Rates
 from fused_attn.distributed.sequence import Sharding
+from fused_attn.partial import PartialOptions
 
 MESHES = {"2": (2,), "3": (3,), "4": (4,), "2x2": (2, 2)}
 DIM = 16
@@ -119,6 +121,107 @@ def test_results_are_those_of_one_process(mesh, case: str, generator: torch.Gene
             torch.testing.assert_close(found, x, rtol=1e-12, atol=1e-12, msg=lambda m: f"{method} {name}: {m}")  # noqa: B023
 
 
+# name: (lengths of the query documents, of the key documents, query heads, key heads, options, further tensors)
+PACKED_CASES = {
+    "causal": ((0, 21, 3, 0, 30, 7, 11), None, 12, 12, {"is_causal": True}, ()),
+    "window, sinks and grouped heads": (
+        (5, 50, 9, 1), None, 12, 4, {"is_causal": True, "enable_gqa": True, "window_size": (9, 3)}, ("sinks",),
+    ),
+    "both directions and dropout": (
+        (13, 40, 2, 5, 3), None, 12, 12, {"dropout_p": 0.3, "dropout_seed": 5, "softcap": 2.0}, ("relative_bias",),
+    ),
+    "other keys with everything": (
+        (10, 0, 31, 8), (17, 9, 0, 25), 12, 6,
+        {"enable_gqa": True, "dropout_p": 0.3, "dropout_seed": 5, "is_causal": True}, ("sinks", "relative_bias"),
+    ),
+    "shorter than the ranks": ((1, 2), None, 12, 12, {"window_size": (1, 0)}, ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PACKED_CASES)
+def test_packed_results_are_those_of_one_process(mesh, case: str, generator: torch.Generator) -> None:
+    """Documents of all lengths begin and end anywhere in the shards."""
+    shape, team = mesh
+    lengths_q, lengths_k, heads, kv_heads, options, further = PACKED_CASES[case]
+    lengths_k = lengths_k or lengths_q
+    (total_q, total_k), longest = (sum(lengths_q), sum(lengths_k)), (max(lengths_q) + 2, max(lengths_k))
+    offsets = (
+        *(torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32) for x in (lengths_q, lengths_k)),
+        *longest,
+    )
+    shapes = {"query": (total_q, heads, DIM), "key": (total_k, kv_heads, DIM), "value": (total_k, kv_heads, DIM)}
+    shapes |= {"sinks": (heads,)} if "sinks" in further else {}
+    shapes |= {"relative_bias": (heads, sum(longest) - 1)} if "relative_bias" in further else {}
+    tensors = {name: torch.randn(x, dtype=torch.float64, generator=generator) for name, x in shapes.items()}
+    weights = torch.randn(shapes["query"], dtype=torch.float64), torch.randn(heads, total_q, dtype=torch.float64)
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    query, key, value, *more = leaves.values()
+    out, lse = fused_attention_varlen(
+        query, key, value, *offsets, return_lse=True, **dict(zip([*leaves][3:], more, strict=True)), **options
+    )
+    ((out * weights[0]).sum() + (lse.masked_fill(lse == float("-inf"), 0.0) * weights[1]).sum()).backward()
+    expected = {"out": out.detach(), "lse": lse.detach().t(), **{f"d{name}": x.grad for name, x in leaves.items()}}
+    for method in methods(shape):
+        results = team.run(jobs.packed_attention, shape, method, tensors, weights, offsets, options)
+        for name, x in expected.items():
+            shards = [result[name] for result in results]
+            found = shards[0]
+            if name not in ("dsinks", "drelative_bias"):
+                sharding = Sharding.of(x.shape[0], len(shards))
+                found = torch.full_like(x, float("nan"))
+                for shard, segments in zip(shards, map(sharding.segments, range(len(shards))), strict=True):
+                    for begin, end, at in segments:
+                        found[begin:end] = shard[at : at + end - begin]
+            torch.testing.assert_close(found, x, rtol=1e-12, atol=1e-12, msg=lambda m: f"{method} {name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (6, 2)], ids=str)
+def test_blocks_hold_every_visible_score_once(world: int, window: tuple[int, int]) -> None:
+    """The blocks of all pairs of ranks, for documents that have other queries than keys. Positions count in them."""
+    lengths = (0, 9, 2, 30, 0, 1, 14), (3, 0, 17, 25, 2, 8, 6)
+    documents = Documents(*(tuple(itertools.accumulate(x, initial=0)) for x in lengths))
+    sharded = [Sharding.of(offsets[-1], world) for offsets in documents]
+    positions = Positions(*sharded, band_of(False, window), True, documents)
+    found = []  # (document, position of the query, position of the key)
+    for rank, owner in itertools.product(range(world), repeat=2):
+        for block in blocks(positions, rank, owner):
+            inside = block.documents or Documents(*((0, x.stop - x.start) for x in (block.query_rows, block.key_rows)))
+            for number, (queries, keys) in enumerate(zip(*map(itertools.pairwise, inside), strict=True)):
+                for i, j in itertools.product(range(queries[1] - queries[0]), range(keys[1] - keys[0])):
+                    found.append((block.first_document + number, block.query_offset + i, block.key_offset + j))
+    left, right = (side if side >= 0 else 99 for side in window)
+    visible = [
+        (number, i, j)
+        for number, (queries, keys) in enumerate(zip(*lengths, strict=True))
+        for i, j in itertools.product(range(queries), range(keys))
+        if -left <= j - i <= right
+    ]
+    assert sorted(x for x in found if -left <= x[2] - x[1] <= right) == visible
+
+
+def test_offsets_of_inference_serve_training() -> None:
+    sharding = Sharding.of(11, 1)
+    positions = Positions(sharding, sharding, band_of(True, (-1, -1)), True, Documents((0, 4, 11), (0, 4, 11)))
+    found = []
+    for is_inference in (True, False):
+        with torch.inference_mode(is_inference):
+            found.append(positions.whole().options(PartialOptions(), torch.device("cpu")).packed)
+    assert found[0] is found[1]
+    assert found[0].max_seqlen_q == 7
+    assert not found[0].cu_seqlens_q.is_inference()
+
+
+def test_documents_within_a_shard_send_nothing() -> None:
+    """Four documents, each as long as a chunk: nobody needs keys of another rank. One row more, and few are sent."""
+    sharding, band = Sharding.of(64, 2), band_of(False, (-1, -1))
+    for offsets, sent in (((0, 16, 32, 48, 64), 0), ((0, 17, 64), None)):
+        positions = Positions(sharding, sharding, band, True, Documents(offsets, offsets))
+        elements = ring_elements(positions, (1, 1, 0, 1), (1, 1, 0, 0))
+        # Rank 0 holds the rows 0:16 and 48:64. Of the second document, rank 1 holds 17:48. Both need all of these.
+        assert elements == ([0, 0] if sent == 0 else [32, 32])
+
+
 def test_repeats_have_equal_bits(mesh, generator: torch.Generator) -> None:
     shape, team = mesh
     tensors, weights, options = problem("dropout with everything", generator, torch.float32)
@@ -176,6 +279,43 @@ def test_window_sends_no_keys_that_nobody_sees() -> None:
     sharding = Sharding.of(1024, 4)
     positions = Positions(sharding, sharding, band_of(True, (8, 0)), are_needed=False)
     assert max(ring_elements(positions, (1, 1, 0, 1), (1, 1, 0, 0))) <= 2 * 8
+
+
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_gradients_that_nobody_wants_are_not_sent(mesh, method: str) -> None:
+    shape, team = mesh
+    if shape != (2,):
+        pytest.skip("as with two ranks")
+    everything = team.run(jobs.wanted_gradients, method, ("query", "key", "value"))
+    # In backward, the keys travel again. The gradients of keys, and of values, have half of their size each.
+    for names, size in ((("query",), 1.0), (("value",), 1.5), (("query", "key", "value"), 2.0)):
+        results = team.run(jobs.wanted_gradients, method, names)
+        for all_of, some in zip(everything, results, strict=True):
+            for name in ("query", "key", "value"):
+                assert (some[name] is None) == (name not in names)
+                assert some[name] is None or torch.equal(some[name], all_of[name])
+        if method == "ring":
+            assert sum(x["backward"] for x in results) == size * sum(x["forward"] for x in results) > 0
+
+
+def test_batches_there_and_back(mesh) -> None:
+    shape, team = mesh
+    if len(shape) == 2:
+        pytest.skip("as with one dimension")
+    batch = {
+        "tokens": torch.arange(37),
+        "labels": torch.arange(74).view(2, 37),
+        "name": "a text",
+        "whole": torch.ones(3),
+    }
+    cu_seqlens = torch.tensor([0, 5, 5, 30, 37], dtype=torch.int32)
+    results = team.run(jobs.batch_there_and_back, batch, {"tokens": 0, "labels": 1}, cu_seqlens)
+    position = torch.cat([torch.arange(x) for x in (5, 25, 7)])
+    for shard, whole, positions in results:
+        assert torch.equal(shard["labels"], batch["labels"][:, shard["tokens"]])
+        assert torch.equal(positions, position[shard["tokens"]])
+        assert all(torch.equal(whole[name], batch[name]) for name in ("tokens", "labels", "whole"))
+        assert shard["name"] == whole["name"] == "a text"
 
 
 def test_different_options_raise_on_all_ranks(mesh) -> None:

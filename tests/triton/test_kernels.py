@@ -200,19 +200,20 @@ def test_dropout_bits_of_the_backward_kernels() -> None:
     assert torch.equal(of_key.mT > 0, expected)
 
 
-def test_dropout_bits_of_a_part() -> None:
+@pytest.mark.parametrize("first_key", [36, 38])
+def test_dropout_bits_of_a_part(first_key: int) -> None:
     """With one-hot values, the outputs are the weights. The part begins at other positions than the whole attention."""
     p, seed, rows, columns = 0.4, 5, 70, 67
     query, key = (torch.zeros(1, 2, length, 8, device=DEVICE) for length in (rows, columns))
     value = torch.eye(columns, device=DEVICE).expand(1, 2, -1, -1).contiguous().requires_grad_()
     out, _ = attention_partial(
-        query, key, value, batch_offset=3, head_offset=1, query_offset=65, key_offset=36,
+        query, key, value, batch_offset=3, head_offset=1, query_offset=65, key_offset=first_key,
         dropout_p=p, dropout_seed=seed, backend="triton",
     )  # fmt: skip
     dout = torch.eye(rows, columns, device=DEVICE).expand(1, 2, -1, -1)
     (dvalue,) = torch.autograd.grad(out, value, dout)
-    whole = torch.from_numpy(oracle.dropout_keep(seed, p, 3, 1, 3, 65 + rows, 36 + columns))
-    expected = whole[:, 1:, 65:, 36:]
+    whole = torch.from_numpy(oracle.dropout_keep(seed, p, 3, 1, 3, 65 + rows, first_key + columns))
+    expected = whole[:, 1:, 65:, first_key:]
     assert torch.equal(out.cpu() != 0, expected)
     assert torch.equal(dvalue.mT.cpu() != 0, expected[..., :columns, :])
 
