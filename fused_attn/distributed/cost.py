@@ -11,9 +11,9 @@ else that of causal calls.
 **Copies.** Sums over blocks and the rearrangement of shards read and write ``bytes / memory bandwidth`` seconds. With e
 elements of the queries of a block and f elements of its keys and values, `ring.py` reads and writes
 
-    forward, each block        28 e bytes to add a part (float32), and (s + 4) e to make the part float32
+    forward, each block        (32 + s) e bytes to merge a part with the float32 sum
     forward, once              8 e + s e for the sum and its rounding
-    backward, each block       12 (e + f), and (s + 4) (e + f), likewise
+    backward, each block       12 (e + f) to add the gradients, and (s + 4) (e + f) if they are not float32
     backward, each step        16 f for the zeros before, and for the addition of, gradients that travel
     backward, once             (8 + s) (e + f)
 
@@ -355,9 +355,9 @@ class _Model:
             length, is_masked = math.sqrt(rows * keys), visible < rows * keys
             kernels[0] += operations / self.rates.rate(FORWARD, is_masked, length)
             kernels[1] += BACKWARD_OPERATIONS * operations / self.rates.rate(BACKWARD, is_masked, length)
-            e, f, conversion = rows * self.query_row, keys * self.key_row, (size + SUM) * (size != SUM)
-            copied[0] += (28 + conversion) * e
-            copied[1] += (12 + conversion) * (e + f)
+            e, f = rows * self.query_row, keys * self.key_row
+            copied[0] += (32 + size) * e
+            copied[1] += (12 + (size + SUM) * (size != SUM)) * (e + f)
         if world == 1:  # the kernel is called directly
             return Step(Seconds(kernels[0]), Seconds(kernels[1]), 0.0, 0.0)
         travelling = self.key_row * max(self.travelling[rank][number])

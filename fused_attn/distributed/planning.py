@@ -22,12 +22,12 @@ def ring_elements(positions: Positions, key: Sequence[int], value: Sequence[int]
     return sent
 
 
-def ring_rows(positions: Positions, rank: int, step: int) -> tuple[int, ...]:
+def ring_rows(positions: Positions, rank: int, step: int) -> tuple[int, int]:
     """How many rows of keys a rank (sends, gets) for a step of the ring. Their gradients travel the other way."""
     world = positions.key.world
-    sent = needed_keys(positions, (rank + step) % world, rank)
-    received = needed_keys(positions, rank, (rank - step) % world)
-    return tuple(sum(rows.stop - rows.start for rows in needed) for needed in (sent, received))
+    pairs = ((rank + step) % world, rank), (rank, (rank - step) % world)
+    sent, received = (sum(x.stop - x.start for x in needed_keys(positions, *pair)) for pair in pairs)
+    return sent, received
 
 
 def ulysses_elements(
