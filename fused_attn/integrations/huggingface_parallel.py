@@ -191,7 +191,8 @@ class _Ranks:
 
     def mask(self, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         """A mask function for transformers: the band of the whole sequences with the padding (B, rows of this rank)."""
-        assert attention_mask is not None, "the hook of the model gives one"
+        if attention_mask is None:
+            raise checks.fail("attention_mask", "a call of the whole model, whose hook gives one", None)
         rows = attention_mask.shape[1]
         # The numbers of a band follow from the whole length. Padding ends with the rows of this rank.
         found = huggingface.attention_mask_of(
