@@ -48,9 +48,9 @@ MOST_INSTRUCTIONS_GENERAL_BACKWARD = {64: 410, 96: 432, 128: 450}
 COUNTED_INSTRUCTIONS = {
     "sm80 forward": {64: 509, 96: 342, 128: 398, 256: 651},
     "sm80 query_gradient": {64: 416, 96: 475, 128: 580, 256: 495},
-    "sm80 key_gradient": {64: 453, 96: 310, 128: 372, 256: 370},
-    "sm90 query_gradient": {64: 282, 96: 330, 128: 387, 256: 484},
-    "sm90 key_gradient": {64: 343, 96: 373, 128: 411, 256: 565},
+    "sm80 key_gradient": {64: 490, 96: 334, 128: 398, 256: 364},
+    "sm90 query_gradient": {64: 282, 96: 330, 128: 383, 256: 487},
+    "sm90 key_gradient": {64: 341, 96: 371, 128: 408, 256: 562},
 }
 #: A step may have more instructions than counted, by this factor.
 MORE_INSTRUCTIONS = 1.03
