@@ -386,6 +386,29 @@ def test_flash_attn_3_is_found_in_either_package(monkeypatch: pytest.MonkeyPatch
     assert found["median_ms"] > 0 and (found["package"], found["version"]) == ("flash_attn_3", "3.0.0")
 
 
+@pytest.mark.parametrize("mask", ["causal", "varlen"])
+def test_flash_attn_4_is_asked_by_its_own_conventions(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its module is flash_attn.cute. The order of its parameters of packed calls is another one than before, and its
+    functions return the log-sum-exp, too.
+    """
+    monkeypatch.setattr(rivals.importlib.metadata, "version", lambda package: "4.0.0")
+    flash_attn_module("flash_attn.cute", monkeypatch)
+    package = sys.modules["flash_attn.cute"]
+    dense, varlen = package.flash_attn_func, package.flash_attn_varlen_func
+
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None):
+        return dense(q, k, v, causal), None
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q=None, max_seqlen_q=None, max_seqlen_k=None, causal=False
+    ):
+        return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
+
+    package.flash_attn_func, package.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    found = run(small(mask, "forward+backward"), [OURS, "flash_attn4"])["flash_attn4"]
+    assert found["is_right"] and (found["package"], found["version"]) == ("flash-attn-4", "4.0.0")
+
+
 @pytest.mark.parametrize("mask", ["padded-random", "causal+padded-random"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_packed_beforehand_is_right_where_padding_is_ignored(
