@@ -28,6 +28,24 @@ FA_INLINE Vec<float> widen(HalfVec h, BFloat16*) {
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(h, WordVec) << 16);
 }
 
+// Converts a vector of pairs of bfloat16 elements: `even` gets elements 0, 2, 4 and so on, `odd` the others. So one load
+// serves two vectors of floats, and no element changes its lane.
+FA_INLINE void widen_pairs(const BFloat16* p, Vec<float>& even, Vec<float>& odd) {
+  WordVec pairs;
+  memcpy(&pairs, p, sizeof(pairs));
+  even = reinterpret_cast<Vec<float>>(pairs << 16);
+  odd = reinterpret_cast<Vec<float>>(pairs & 0xffff0000u);
+}
+
+// The inverse of the order of widen_pairs: `first` becomes elements 0 to kLanes - 1, and `second` those that follow.
+template <int... kLane>
+FA_INLINE void interleave(Vec<float>& first, Vec<float>& second, std::integer_sequence<int, kLane...>) {
+  constexpr int n = kLanes<float>;
+  const Vec<float> even = first, odd = second;
+  first = __builtin_shufflevector(even, odd, (kLane % 2 * n + kLane / 2)...);
+  second = __builtin_shufflevector(even, odd, (kLane % 2 * n + n / 2 + kLane / 2)...);
+}
+
 // Converts float16 to float, exactly, denormals, infinity and NaN included.
 FA_INLINE Vec<float> widen(HalfVec h, Float16*) {
   // The intrinsic has a mask, which selects all lanes, because GCC 12 warns about an undefined operand in the intrinsic

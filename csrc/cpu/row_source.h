@@ -16,22 +16,24 @@ struct RowSource {
   bool operator==(const RowSource& other) const { return base == other.base && pages == other.pages; }
 
   // Sets rows[k] to the address of key index[k] + shift, for `count` keys in ascending order. Where that is behind
-  // `last`, rows[k] is the address of key index[k].
+  // `last`, rows[k] is the address of key `last`.
   void find(const int32_t* index, int count, int64_t shift, int64_t last, const Storage** rows) const {
     if (pages == nullptr) {
       for (int k = 0; k < count; ++k) rows[k] = base + index[k] * stride_row;
       return;
     }
-    int64_t first = 0;  // the first key of the page that begins at `page`
-    const Storage* page = nullptr;
-    for (int k = 0; k < count; ++k) {
-      const int64_t key = index[k] + shift <= last ? index[k] + shift : index[k];
-      if (page == nullptr || key < first || key >= first + page_size) {  // divisions take long
-        const int64_t column = key / page_size;
-        first = column * page_size;
-        page = base + pages[column] * stride_page;
+    // A page at a time, because a division takes long.
+    for (int k = 0; k < count;) {
+      const int64_t key = index[k] + shift < last ? index[k] + shift : last;
+      const int64_t column = key / page_size, first = column * page_size;
+      const Storage* page = base + pages[column] * stride_page;
+      if (key == last) {
+        for (; k < count; ++k) rows[k] = page + (last - first) * stride_row;
+        return;
       }
-      rows[k] = page + (key - first) * stride_row;
+      for (; k < count && index[k] + shift < first + page_size && index[k] + shift < last; ++k) {
+        rows[k] = page + (index[k] + shift - first) * stride_row;
+      }
     }
   }
 
