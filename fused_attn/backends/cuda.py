@@ -67,8 +67,8 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(
             f"dropout numbers the keys from {problem.dropout_origin.key} on, expected a multiple of {dropout.GROUP}"
         )
-    if _needs_decode(problem) and num_splits(problem) == 0:
-        reasons.append("with dropout, the kernels know no pages, and no band that ends at each entry's last key")
+    if problem.is_paged and problem.dropout_p > 0.0:
+        reasons.append("with dropout, the kernels know no pages")
     return reasons
 
 

@@ -150,6 +150,22 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(length: int, kernels: Ke
         assert torch.equal(y, z)
 
 
+def test_dropout_with_a_band_from_the_end(kernels: Kernels) -> None:
+    """The decode kernels know no dropout. In the others, padding and a mask take the place of lengths and band."""
+    query, key, value, lengths = make_cache([64, 17, 1], 64)
+    bias = torch.nn.attention.bias.causal_lower_right(2, 64)
+    results = {}
+    for backend in ("cuda", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        with kernels.running(80):
+            out = fused_attn.fused_attention(
+                *leaves, bias, key_lengths=lengths, enable_gqa=True, dropout_p=0.3, dropout_seed=5, backend=backend
+            )
+            results[backend] = (out, *torch.autograd.grad(out, leaves, torch.ones_like(out)))
+    for actual, expected in zip(results["cuda"], results["reference"], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=5e-3, atol=5e-3)
+
+
 def test_repeats_give_the_same_bits(kernels: Kernels) -> None:
     query, key, value, lengths = make_cache([512, 200], 512)
 
