@@ -102,9 +102,9 @@ struct DecodeScratch {
 
 // The distance of the software prefetch, in rows. On a Zen 4 processor, the kernel read main memory at 28 GB/s with a
 // distance of 128 rows and at 19 GB/s without a prefetch, where 32 GB/s are possible. Distances of 32 and 64 rows were
-// too short. multiply_keys read several keys in turns then. Now that it reads one after the other, a loaded Zen 3
-// processor takes 1.04 times as long without the prefetch, and 1.1 (float32) to 1.4 times (bfloat16) with pages of 16
-// rows. The cost: if keys and values are in the third-level cache, the kernel takes 5-10 % longer.
+// too short. multiply_keys read several keys in turns then. Now that it reads one after the other, the prefetch matters
+// most with small pages, at whose ends the hardware prefetcher stops. The cost: if keys and values are in the
+// third-level cache, the kernel takes 5-10 % longer.
 constexpr int64_t kRowsAhead = 128;
 
 // Prefetches the memory at p + bytes_ahead. This address may be invalid, because a prefetch never faults. The addition
@@ -160,8 +160,7 @@ void read_query(const typename Policy::Storage* query, int head_dim, typename Po
 
 // scores[k] = scale * (query . key k), for the `count` keys of a block, rounded up to whole vectors. kLanes keys are
 // processed at a time, each with an accumulator of its own. They are read one after the other, because the hardware
-// prefetcher follows one stream of addresses better than kLanes streams: from main memory, a call that reads a line of
-// each key in turns takes 1.1 times as long.
+// prefetcher follows one stream of addresses better than kLanes streams.
 template <class Policy, class Prefetch>
 FA_NOINLINE void multiply_keys(const typename Policy::Lane* query, const typename Policy::Storage* const* key_rows,
                                int count, int head_dim, typename Policy::Lane scale, const Prefetch& ahead,

@@ -20,9 +20,7 @@ void project(const typename Policy::Storage* x, int64_t rows, int64_t in, const 
   const Buffer memory(rows * row_lanes * static_cast<int64_t>(sizeof(Lane)));
   Lane* lanes = reinterpret_cast<Lane*>(memory.data());
   for (int64_t r = 0; r < rows; ++r) {
-    for (int d = 0; d < Policy::lanes_for(features); d += n) {
-      store<Lane>(lanes + r * row_lanes + d, load_lanes<Policy>(x + r * in, d, features));
-    }
+    read_query<Policy>(x + r * in, features, lanes + r * row_lanes);
   }
   const int64_t blocks = (out + n - 1) / n;
   const double flops = 2.0 * static_cast<double>(rows) * static_cast<double>(in) * static_cast<double>(out);
