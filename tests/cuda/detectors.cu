@@ -10,10 +10,11 @@ namespace {
 
 // The global memory that every kernel gets.
 struct Memory {
-  float* floats;              // 4096 of them
-  const float* read_only;     // 1024
-  int* counters;              // 16, zero
-  alignas(64) TensorMap map;  // of `floats` as 64 x 64, in boxes of 8 rows of 32 (128 bytes), swizzled
+  float* floats;                     // 4096 of them
+  const float* read_only;            // 1024
+  int* counters;                     // 16, zero
+  alignas(64) TensorMap map;         // of `floats` as 64 x 64, in boxes of 8 rows of 32 (128 bytes), swizzled
+  alignas(64) TensorMap narrow_map;  // the same in boxes of 8 rows of 16 (64 bytes)
 };
 
 struct Kernel {
@@ -460,6 +461,12 @@ KERNEL(tma_misaligned, 1, 32, 4096) {
   if (thread == 0) load_box(memory, shared + 128, mbarrier);
 }
 
+KERNEL(tma_misaligned_for_rows_of_64_bytes, 1, 32, 4096) {
+  const uint32_t mbarrier = shared;
+  init_mbarrier(thread, mbarrier);
+  if (thread == 0) tma_load_4d(shared + 256, &memory.narrow_map, mbarrier, 0, 0, 0, 0);
+}
+
 KERNEL(tma_store_before_the_tensor, 1, 32, 2048) {
   if (thread == 0) tma_store_4d(&memory.map, shared, 0, -5, 0, 0);
 }
@@ -898,6 +905,13 @@ KERNEL(wgmma_descriptor_within_the_swizzle, 1, 128, 2 * kTileBytes) {
   issue(d, shared + 128);
 }
 
+KERNEL(wgmma_descriptor_within_the_swizzle_of_64_bytes, 1, 128, 2 * kTileBytes) {
+  float d[32];
+  store_and_sync(thread, shared);
+  wgmma_fence();
+  wgmma_ss<bf16_t, 64, 0, 0>(d, matrix_descriptor<64>(shared + 256, 0, 512), tile_descriptor(shared), false);
+}
+
 // ---- Registers
 
 KERNEL(registers_within_budget, 1, 384, 0) {
@@ -942,10 +956,14 @@ extern "C" const char* detect(const char* name, float* floats, const float* read
   for (int i = 0; i < num_kernels; i++) {
     const Kernel& kernel = kernels[i];
     if (strcmp(kernel.name, name) != 0) continue;
-    Memory memory = {floats, read_only, counters, {}};
-    result = encode_tensor_map({floats, Element::kF32, 4, {64, 64, 1, 1}, {4, 256, 16384, 16384}, {32, 8, 1, 1}, 128},
-                               &memory.map);
-    if (!result.empty()) return result.c_str();
+    Memory memory = {floats, read_only, counters, {}, {}};
+    for (int row_bytes : {128, 64}) {
+      TensorMap& map = row_bytes == 128 ? memory.map : memory.narrow_map;
+      const TensorMapSpec spec = {
+          floats, Element::kF32, 4, {64, 64, 1, 1}, {4, 256, 16384, 16384}, {row_bytes / 4, 8, 1, 1}, row_bytes};
+      result = encode_tensor_map(spec, &map);
+      if (!result.empty()) return result.c_str();
+    }
     result = launch(kernel.kernel, {kernel.blocks, 1, 1, kernel.threads, kernel.shared_bytes}, nullptr, memory);
     return result.c_str();
   }

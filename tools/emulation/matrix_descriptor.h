@@ -27,12 +27,13 @@ struct MatrixDescriptor {
   // Fails if the hardware, or this emulation, does not accept the descriptor.
   void check(const char* what) const {
     if (base_offset) fail("%s: a descriptor with a base offset is not emulated", what);
-    if (swizzle_bytes == 128 && start & 0x380)
-      fail("%s: a descriptor starts at shared address %u, within the 1024 bytes after which its swizzle repeats", what,
-           start);
-    if (swizzle_bytes && stride % (8 * swizzle_bytes))
+    const int repeat = 8 * swizzle_bytes;  // eight rows
+    if (swizzle_bytes && start % repeat >= uint32_t(swizzle_bytes))
+      fail("%s: a descriptor starts at shared address %u, within the %d bytes after which its swizzle repeats", what,
+           start, repeat);
+    if (swizzle_bytes && stride % repeat)
       fail("%s: a descriptor's stride of %u bytes is no multiple of the %d that its swizzle takes", what, stride,
-           8 * swizzle_bytes);
+           repeat);
   }
 
   // The shared address of element (mn, k) of an operand. `k` is the dimension that the product sums over. `mn` counts

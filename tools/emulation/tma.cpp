@@ -14,7 +14,6 @@ namespace {
 
 constexpr uint32_t kChunk = 16;  // bytes that swizzling keeps together
 constexpr uint32_t kTmaAlignment = 128;
-constexpr uint32_t kSwizzle128Repeat = 1024;
 
 // One row of a box. Bytes begin ... end - 1 of the row lie within the tensor, and `global` is the address of the first
 // of them. For the other bytes, a load writes zeros, and a store writes nothing.
@@ -56,9 +55,9 @@ void check_map(const TensorMap& map, int num_coordinates, const char* what) {
 void check_shared_address(const TensorMap& map, uint32_t address, const char* what) {
   const int row_bytes = map.box[0] * map.element_bytes;
   if (address % kTmaAlignment) fail("%s: shared address %u is not a multiple of %u", what, address, kTmaAlignment);
-  if (map.swizzle_bytes == 128 && address % kSwizzle128Repeat)
-    fail("%s: shared address %u is not a multiple of %u, after which the 128-byte swizzle repeats", what, address,
-         kSwizzle128Repeat);
+  if (const int repeat = 8 * map.swizzle_bytes; repeat && address % repeat)
+    fail("%s: shared address %u is not a multiple of %d, after which the %d-byte swizzle repeats", what, address,
+         repeat, map.swizzle_bytes);
   if (map.swizzle_bytes && row_bytes != map.swizzle_bytes)
     fail("%s: rows of %d bytes under a swizzle of %d are not emulated", what, row_bytes, map.swizzle_bytes);
 }
