@@ -293,5 +293,5 @@ class PagedKVCache:
 
 
 def _is_int(x: object) -> bool:
-    """Whether x is an int of Python or of another library. A check against int alone answers fast, so int comes first."""
+    """Whether x is an int of Python or of another library. The check of int alone is fast, so int comes first."""
     return isinstance(x, (int, Integral))
