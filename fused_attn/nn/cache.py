@@ -376,18 +376,34 @@ class PagedBatch(KVCache):
     tensor([3, 3])
 
     Args:
-        pages: a `PagedKVCache` for each decoder layer.
-        sequences: B different sequences, which have the same numbers in all layers.
+        pages: a `PagedKVCache` for each decoder layer, all with equally many pages of one size. So the first layer is
+            the one that runs out of pages, and `OutOfPages` leaves all layers as they were.
+        sequences: B different sequences, which have the same numbers and lengths in all layers.
 
     Raises:
-        TypeError: an entry of pages is no `PagedKVCache`.
-        ValueError: there are no pages, or a sequence is unknown or named twice.
+        TypeError: pages is no list, an entry of pages is no `PagedKVCache`, or sequences is no list of ints.
+        ValueError: there are no pages, a sequence is unknown or named twice, or the layers differ.
     """
 
     def __init__(self, pages: Sequence[PagedKVCache], sequences: Sequence[int]):
+        if not isinstance(pages, Sequence):
+            raise TypeError(f"pages: expected a list with a PagedKVCache for each layer, got {type(pages).__name__}")
         if not pages:
             raise ValueError("pages: expected a PagedKVCache for each layer, got none")
         self.layers = [LayerCache(self_attention=PagedSelfAttentionCache(layer, sequences)) for layer in pages]
+        first = pages[0]
+        for i, layer in enumerate(pages):
+            if layer.key_pages.shape[:2] != first.key_pages.shape[:2]:
+                raise ValueError(
+                    "pages: expected the (num_pages, page_size) of layer 0 in all layers, "
+                    f"{tuple(first.key_pages.shape[:2])}, got {tuple(layer.key_pages.shape[:2])} in layer {i}"
+                )
+            for sequence in sequences:
+                if layer.length(sequence) != first.length(sequence):
+                    raise ValueError(
+                        f"sequences: expected the length of sequence {sequence} in layer 0 in all layers, "
+                        f"{first.length(sequence)}, got {layer.length(sequence)} in layer {i}"
+                    )
 
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:

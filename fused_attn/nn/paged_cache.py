@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -198,10 +199,13 @@ class PagedKVCache:
         The old sequences are removed.
 
         Raises:
+            TypeError: an index is no int.
             ValueError: a sequence is unknown or named twice, or an index is outside of [0, B). No sequence has changed.
         """
         self.check_different(sequences)
         for index in indices:
+            if not _is_int(index):
+                raise TypeError(f"indices: expected ints, got {type(index).__name__} {index!r}")
             if not 0 <= index < len(sequences):
                 raise ValueError(f"indices: expected numbers of [0, {len(sequences)}), got {index}")
         chosen = [self.fork(sequences[index]) for index in indices]
@@ -216,7 +220,9 @@ class PagedKVCache:
         return self
 
     def check_different(self, sequences: Sequence[int]) -> None:
-        """Raises ValueError if a sequence is unknown or named twice."""
+        """Raises TypeError unless sequences is a list of ints, ValueError if a sequence is unknown or named twice."""
+        if not isinstance(sequences, Sequence) or not all(map(_is_int, sequences)):
+            raise TypeError(f"sequences: expected a list of ints, got {sequences!r}")
         if len(set(sequences)) != len(sequences):
             raise ValueError(f"sequences: expected each sequence once, got {list(sequences)}")
         for sequence in sequences:
@@ -284,3 +290,8 @@ class PagedKVCache:
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a tensor without gradient: append under torch.no_grad()")
         return x.shape[2]
+
+
+def _is_int(x: object) -> bool:
+    """Whether x is an int of Python or of another library. The check of int alone is fast, so int comes first."""
+    return isinstance(x, (int, Integral))

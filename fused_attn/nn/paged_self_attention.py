@@ -44,7 +44,7 @@ class PagedSelfAttentionCache:
         sequences: the sequences of the batch. `reorder` gives them new numbers.
 
     Raises:
-        TypeError: pages is no `PagedKVCache`.
+        TypeError: pages is no `PagedKVCache`, or sequences is no list of ints.
         ValueError: a sequence is unknown or named twice.
     """
 

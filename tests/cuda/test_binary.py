@@ -390,7 +390,14 @@ def test_build_fails_on_what_ptxas_says(line, why):
 
 @pytest.mark.parametrize(
     ("version", "fail_on_spills", "fails"),
-    [("13.0.88", "OFF", True), ("13.5.3", "OFF", False), ("13.5.3", "ON", True), ("12.13.0", "OFF", False)],
+    [
+        ("13.0.88", "OFF", True),
+        ("13.5.3", "OFF", False),
+        ("13.5.3", "ON", True),
+        ("13.5.3", "1", True),
+        ("13.5.3", "true", True),
+        ("12.13.0", "OFF", False),
+    ],
 )
 def test_launcher_removes_what_it_refuses(version, fail_on_spills, fails, tmp_path):
     """A shell script stands for the compiler. It writes its output file, and prints what ptxas prints about spills."""

@@ -175,3 +175,15 @@ def test_a_refused_reorder_changes_nothing() -> None:
             cache.reorder(sequences, indices)
         assert len(cache) == 2 and cache.num_free_pages == 0
         assert [cache.length(beam) for beam in beams] == [3, 3]
+
+
+def test_messages_for_wrong_numbers() -> None:
+    cache = make(4, 2)
+    beams = [cache.add(), cache.add()]
+    for indices, found in (([0.0, 1.0], r"float 0\.0"), ([[0], [1]], r"list \[0\]")):
+        with pytest.raises(TypeError, match=f"indices: expected ints, got {found}"):
+            cache.reorder(beams, indices)
+    for sequences in (0, None, [[0]], torch.tensor([0, 1])):
+        with pytest.raises(TypeError, match="sequences: expected a list of ints, got"):
+            cache.reorder(sequences, [0])
+    assert len(cache) == 2

@@ -188,3 +188,21 @@ def test_messages_for_wrong_objects() -> None:
     with pytest.raises(TypeError, match="length: expected an int"):
         cache.crop(torch.tensor([0]))
     assert LayerCache(self_attention=cache).self_attention is cache
+
+
+@torch.no_grad()
+def test_layers_that_differ_are_refused() -> None:
+    """A layer that ran out of pages after the others would make a repeated step append its tokens twice to these."""
+    decoder = decoder_of()
+    pages, cache = batch_of(decoder, 1)
+    attention = decoder.layers[0].self_attn
+    with pytest.raises(TypeError, match="pages: expected a list with a PagedKVCache for each layer, got PagedKVCache"):
+        PagedBatch(pages[0], [0])
+    smaller = pages_of(attention, num_pages=1)
+    smaller.add()
+    with pytest.raises(ValueError, match=r"in all layers, \(12, 3\), got \(1, 3\) in layer 1"):
+        PagedBatch([pages[0], smaller], [0])
+    decoder(torch.randn(1, 2, 32), torch.randn(1, 3, 32), cache=cache)
+    pages[1].crop(0, 1)
+    with pytest.raises(ValueError, match="the length of sequence 0 in layer 0 in all layers, 2, got 1 in layer 1"):
+        PagedBatch(pages, [0])
