@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,8 +187,8 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 
 def _positive(option: str, value: float) -> float:
-    if value <= 0:
-        raise checks.fail(option, "a number above 0", value)
+    if not 0 < value < math.inf:  # float() also reads "nan" and "inf"
+        raise checks.fail(option, "a finite number above 0", value)
     return value
 
 

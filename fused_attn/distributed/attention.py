@@ -81,12 +81,14 @@ def context_parallel_attention(
     chosen = _options("context_parallel_attention", method, options)
     partial.check_rank_4(query, key, value)
     padding = chosen.key_padding_mask
+    for name, x in (("key_padding_mask", padding), ("relative_bias", chosen.relative_bias), ("sinks", sinks)):
+        checks.optional_meta(name, x)
     if padding is not None and padding.requires_grad:
         raise checks.fail("key_padding_mask", "a mask that requires no gradient", "one that does")
     group = group_of(mesh)
     if seqlens is None and dist.get_world_size(group) == 1:
         seqlens = query.shape[2], key.shape[2]
-    described = _described(query, key, value, method, chosen) if seqlens is None else None
+    described = _described(query, key, value, sinks, method, chosen) if seqlens is None else None
     sharded_q, sharded_k = _shardings(group, query, key, seqlens, described)
     _check_whole(query, key, value, sinks, chosen, (sharded_q.length, sharded_k.length))
     positions = Positions(
@@ -155,7 +157,7 @@ def context_parallel_attention_varlen(
     group = group_of(mesh)
     described = None
     if compare_ranks and dist.get_world_size(group) > 1:
-        described = (*_described(query, key, value, method, chosen), documents, max_seqlen_q, max_seqlen_k)
+        described = (*_described(query, key, value, sinks, method, chosen), documents, max_seqlen_q, max_seqlen_k)
     seqlens = documents.query[-1], documents.key[-1]
     sharded_q, sharded_k = _shardings(group, query, key, seqlens, described)
     positions = Positions(sharded_q, sharded_k, _band(chosen), are_needed=True, documents=documents)
@@ -303,9 +305,13 @@ def _documents(
     return Documents(*found)
 
 
-def _described(query: Tensor, key: Tensor, value: Tensor, method: str, options: PartialOptions) -> tuple:
+def _described(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, method: str, options: PartialOptions
+) -> tuple:
     """What must be the same on all ranks, as values that can be printed."""
-    flags = [x.requires_grad and torch.is_grad_enabled() for x in (query, key, value)]
+    # All ranks add up the gradients of the last two, so ranks without such a gradient would let the others wait.
+    of_all_ranks = (sinks, options.relative_bias)
+    flags = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (query, key, value, *of_all_ranks)]
     of_options = [
         (name, tuple(x.shape) if isinstance(x, Tensor) else x)
         for name, x in sorted(vars(options).items())
@@ -314,6 +320,7 @@ def _described(query: Tensor, key: Tensor, value: Tensor, method: str, options: 
     return (
         query.shape[:2], key.shape[:2], query.shape[3], value.shape[3], query.dtype, method, flags,
         *of_options, options.key_padding_mask is None,
+        *(None if x is None else (tuple(x.shape), x.dtype) for x in of_all_ranks),
     )  # fmt: skip
 
 

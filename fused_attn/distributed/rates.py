@@ -108,8 +108,10 @@ def read_rows(paths: Sequence[Path] = ()) -> list[Row]:
     for path in paths:
         try:
             rows += [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: no text, or no JSON
             raise checks.fail("--rows", "a file of JSON lines", f"{path}: {error}") from error
+        if strange := [row for row in rows if not isinstance(row, dict)]:
+            raise checks.fail("--rows", "lines that are JSON objects", f"{path}: {strange[0]!r}")
     return rows
 
 

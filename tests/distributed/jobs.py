@@ -124,6 +124,10 @@ WRONG_CALLS = {
     "second derivative": "it has no second derivatives",
     "offsets of fewer rows": "query: expected 15 rows on all ranks together, got 16",
     "other offsets": "options and shapes: expected the same on all ranks",
+    "sinks of one rank": "options and shapes: expected the same on all ranks",
+    "gradient of one rank's bias": "options and shapes: expected the same on all ranks",
+    "sinks as a list": "sinks: expected a",
+    "padding as a list": "key_padding_mask: expected a",
     "padding of packed rows": "key_padding_mask: expected no such option for packed sequences",
 }
 
@@ -135,6 +139,16 @@ def wrong_call(name: str) -> None:
     elif name == "relative bias of other heads":
         bias = torch.zeros(8, 31)
         context_parallel_attention(query, query, query, mesh=mesh, method="ulysses", relative_bias=bias)
+    elif name == "sinks of one rank":
+        sinks = torch.zeros(4) if dist.get_rank() == 0 else None
+        context_parallel_attention(query, query, query, mesh=mesh, method="ring", sinks=sinks)
+    elif name == "sinks as a list":
+        context_parallel_attention(query, query, query, mesh=mesh, sinks=[0.0] * 4)
+    elif name == "padding as a list":
+        context_parallel_attention(query, query, query, mesh=mesh, key_padding_mask=[[False] * 8])
+    elif name == "gradient of one rank's bias":
+        bias = torch.zeros(16 * dist.get_world_size() - 1, requires_grad=dist.get_rank() == 0)
+        context_parallel_attention(query, query, query, mesh=mesh, method="ring", relative_bias=bias)
     elif name == "groups without enable_gqa":
         context_parallel_attention(query, key, key, mesh=mesh, method="ulysses")
     elif name == "gradient of a padding mask":

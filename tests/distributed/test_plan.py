@@ -129,9 +129,14 @@ def test_an_installation_without_rows_says_what_to_give(monkeypatch, tmp_path) -
     monkeypatch.setattr("fused_attn.distributed.rates.ROWS", tmp_path)
     with pytest.raises(ValueError, match=r"--rows: expected files of .* or --tflops, got none"):
         read_rows()
-    (tmp_path / "bad.jsonl").write_text("no JSON")
-    with pytest.raises(ValueError, match=r"--rows: expected a file of JSON lines, got .*bad\.jsonl"):
-        read_rows([tmp_path / "bad.jsonl"])
+    for content, message in (
+        (b"no JSON", r"a file of JSON lines, got .*bad\.jsonl"),
+        (b"\xff\xfe", r"a file of JSON lines, got .*bad\.jsonl"),  # no UTF-8
+        (b"{}\n[1]", r"lines that are JSON objects, got .*bad\.jsonl: \[1\]"),
+    ):
+        (tmp_path / "bad.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=f"--rows: expected {message}"):
+            read_rows([tmp_path / "bad.jsonl"])
 
 
 PLAN = ["plan", "--gpus", "16", "--tokens", "64K"]
@@ -187,7 +192,9 @@ def test_methods_that_need_too_much_memory_lose(capsys) -> None:
         (["--window", "-2", "0"], "window_size: expected"),
         (["--device", "A100"], "--memory-bandwidth: expected one for a device other than H100, H200, got none"),
         (["--hidden", "64"], "--hidden: expected --matmul-tflops with --tflops, got no rate of a matrix product"),
-        (["--infiniband", "0GB/s"], "--infiniband: expected a number above 0, got 0.0"),
+        (["--infiniband", "0GB/s"], "--infiniband: expected a finite number above 0, got 0.0"),
+        (["--tflops", "nan", "400"], "--tflops: expected a finite number above 0, got nan"),
+        (["--matmul-tflops", "inf"], "--matmul-tflops: expected a finite number above 0, got inf"),
     ],
 )
 def test_wrong_arguments_are_named(capsys, arguments: list[str], message: str) -> None:
