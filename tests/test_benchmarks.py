@@ -765,11 +765,12 @@ def test_memory_of_a_call_in_a_process_of_its_own() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_a_mask_that_a_rival_must_be_given_counts() -> None:
-    case = Case(1, 1, 2048, 8, "causal+padded", "float32", "forward")
+    case = Case(1, 1, 4096, 8, "causal+padded", "float32", "forward")
     theirs, ours = (memory.peak_of(case, name, torch.device("cpu"), threads=1) for name in ("torch", OURS))
-    assert theirs.held > 0.9 * 2048 * 2048 > ours.held  # The mask may reuse memory that was freed before.
+    # The mask may reuse memory that was freed before: here about half a MiB of its 16.
+    assert theirs.held > 0.9 * 4096 * 4096 > ours.held
     row = {"extra_mib": theirs.extra / memory.MIB, "held_mib": theirs.held / memory.MIB}
-    assert summary.mib_of(row) > 4.0
+    assert summary.mib_of(row) > 15.0
     assert summary.mib_of({"extra_mib": 1.0}) == 1.0  # Old rows have no "held_mib".
 
 
@@ -936,7 +937,7 @@ def test_committed_rows_say_where_they_come_from() -> None:
     for row in found:
         assert {"device", "torch", "fused_attn", "commit", "date", "benchmark", "implementation"} <= row.keys()
         assert not row["commit"].endswith("-dirty")
-    commands = {"attention", "memory", "modules", *cases.FIXED, *extras.TABLES}
+    commands = {"attention", "distributed", "memory", "modules", *cases.FIXED, *extras.TABLES}
     assert {row["benchmark"] for row in found} <= commands
 
 
