@@ -251,6 +251,7 @@ def fused_attention_varlen(
     options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap)
     max_seqlens = (max_seqlen_q, max_seqlen_k)
     problem, _, chosen = planning.plan_of_packed(is_compiling, metadata, tensors, max_seqlens, options, backend)
+    # All tensors of a direct call are plain tensors on the CPU: nobody else has a signature.
     if is_direct or (modes.can_read(cu_seqlens_q) and modes.can_read(cu_seqlens_k)):
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, query.shape[0], max_seqlen_q)
         checks.check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, key.shape[0], max_seqlen_k)

@@ -160,7 +160,7 @@ class RingAttention(torch.autograd.Function):
         wanted = Wanted(query=needs_query, key=needs_key, value=needs_value, relative_bias=needs_bias)
         query, key, value, padding, relative_bias, sinks, out, lse = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 7
+            return None, None, None, None, None, None, None
         dout = torch.zeros_like(out) if dout is None else dout
         saved = Saved(out, lse, dout, dlse)
         sums = Gradients()
