@@ -1,4 +1,4 @@
-"""What train_digits.py and train_g2p.py share: arguments, the schedule of the learning rate, and the progress bar."""
+"""What the training examples share: arguments, the schedule of the learning rate, and the progress bar."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import time
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import fused_attn
 from fused_attn.backends.dispatch import BACKEND_NAMES
+
+try:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+except ImportError as error:
+    raise ImportError(f"the examples need more packages ({error}): pip install -e '.[examples]'") from error
 
 
 def argument_parser(description: str, minutes: float, quick: dict[str, float], output: str) -> argparse.ArgumentParser:
