@@ -14,6 +14,9 @@ OURS = "fused_attn"
 #: backend that a user gets.
 OUR_BACKENDS = {f"{OURS}[{backend}]": backend for backend in ("triton", "cuda")}
 
+#: The name in rows of our call that leaves padded queries out, as `skip_padded_queries` does in modules.
+SKIPPING = f"{OURS}-skipping"
+
 #: Exit code of a command after a kernel has made the GPU unusable. A new process can go on with ``--resume``.
 DEVICE_LOST = 70
 

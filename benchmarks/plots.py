@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 #: The colour of each implementation, the same in every plot. Ours is red.
 COLOURS = {
     "fused_attn": "#c1272d", "fused_attn[triton]": "#ff6f69", "fused_attn[cuda]": "#7a0c12", "torch": "#1f77b4",
-    "torch-flash": "#17becf", "torch-efficient": "#2ca02c", "torch-cudnn": "#9467bd", "torch-math": "#7f7f7f",
+    "fused_attn-skipping": "#e9967a", "torch-flash": "#17becf", "torch-efficient": "#2ca02c",
+    "torch-cudnn": "#9467bd", "torch-math": "#7f7f7f",
     "torch-causal-only": "#87ceeb", "torch-varlen": "#8c564b", "flex": "#ff7f0e", "flash_attn2": "#bcbd22",
     "flash_attn3": "#556b2f", "flash_attn4": "#000080", "flash_attn3-packed": "#8fbc8f",
     "flash_attn4-packed": "#4169e1", "torch-cache": "#e377c2", "transformers-static": "#a0522d",

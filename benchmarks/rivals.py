@@ -28,12 +28,13 @@ from torch.nn.functional import scaled_dot_product_attention
 import fused_attn
 from benchmarks import timing
 from benchmarks.cases import Case
-from benchmarks.conventions import OUR_BACKENDS, OURS
+from benchmarks.conventions import OUR_BACKENDS, OURS, SKIPPING
 from benchmarks.inputs import Inputs
 
 #: The field "problem" of a row whose implementation computes less than the case.
 IGNORES_PADDING = "causal alone: right only in rows that are no padding"
 LEAVES_PADDING_OUT = "packed beforehand: rows of padding are not computed, and packing takes no part of the time"
+LEAVES_QUERIES_OUT = "a mask leaves padded queries out"
 #: Seconds. A call that takes longer is run once, and not four times, to choose between two ways of calling.
 LONG_CALL = 0.2
 
@@ -157,6 +158,20 @@ def _ours(inputs: Inputs, backend: str | None = None) -> Prepared:
     return Prepared(partial(function, *tensors, **options, backend=backend), inputs.leaves, given)
 
 
+def _ours_without_padded_queries(inputs: Inputs) -> Prepared:
+    """Our call with a mask that leaves padded queries out: what a caller gets who does not read their outputs."""
+    _check_padding_is_unread(inputs.case)
+    options = our_options(inputs) | {"attn_mask": ~inputs.padding[:, None, :, None]}
+    call = partial(fused_attn.fused_attention, *inputs.qkv, **options)
+    return Prepared(call, inputs.leaves, ", ".join(options), LEAVES_QUERIES_OUT)
+
+
+def _check_padding_is_unread(case: Case) -> None:
+    """Raises Cannot if the gradients of the case include those of outputs in rows of padding."""
+    if case.direction != "forward" and not case.is_causal:
+        raise Cannot("the case takes a loss in rows of padding")
+
+
 def our_backend(inputs: Inputs) -> str | None:
     """The backend that runs when the user names none; None if the case is packed, because `explain` takes no packed
     tensors."""
@@ -167,9 +182,9 @@ def our_backend(inputs: Inputs) -> str | None:
 
 def backends_of(name: str, inputs: Inputs) -> set[str]:
     """The GPU backends (values of OUR_BACKENDS) that may run when this implementation is called."""
-    if name != OURS:
+    if name not in (OURS, SKIPPING):
         return {OUR_BACKENDS[name]} if name in OUR_BACKENDS else set()
-    chosen = our_backend(inputs)
+    chosen = our_backend(inputs) if name == OURS else None
     return set(OUR_BACKENDS.values()) if chosen is None else {chosen}
 
 
@@ -444,8 +459,7 @@ def _flash_packed(inputs: Inputs, generation: int) -> Prepared:
     """FlashAttention on a batch that the caller has packed once for the whole model: no tensor has padding."""
     package = _flash_package(inputs, generation)
     case = inputs.case
-    if case.direction != "forward" and not case.is_causal:
-        raise Cannot("the case takes a loss in rows of padding, which are not there when packed")
+    _check_padding_is_unread(case)
     valid = (~inputs.padding).flatten().nonzero().squeeze(1)
 
     def packed(x: Tensor) -> Tensor:
@@ -510,6 +524,7 @@ def _backend_of_torch(backend: str | None) -> Rival:
 RIVALS: dict[str, Rival] = {
     OURS: Rival(_ours, ("fused_attn",)),
     **{name: Rival(partial(_ours, backend=backend), ("fused_attn",)) for name, backend in OUR_BACKENDS.items()},
+    SKIPPING: Rival(_ours_without_padded_queries, ("fused_attn",), is_for=lambda case: case.is_padded),
     "torch": _backend_of_torch(None),
     "torch-flash": _backend_of_torch("FLASH_ATTENTION"),
     "torch-efficient": _backend_of_torch("EFFICIENT_ATTENTION"),

@@ -39,7 +39,7 @@ from benchmarks import (  # noqa: E402
 from benchmarks import inputs as inputs_module  # noqa: E402
 from benchmarks.accuracy import Reference  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
-from benchmarks.conventions import OURS  # noqa: E402
+from benchmarks.conventions import OURS, SKIPPING  # noqa: E402
 from benchmarks.inputs import Inputs  # noqa: E402
 from fused_attn import measurement  # noqa: E402
 from fused_attn.attention.masks import band_of  # noqa: E402
@@ -429,9 +429,25 @@ def test_packed_beforehand_is_right_where_padding_is_ignored(
     assert not Reference(inputs).is_right(Reference(inputs).error(rivals.results_of(prepared, inputs)))
 
 
+@pytest.mark.parametrize("mask", ["padded-random", "causal+padded-random"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_our_call_without_padded_queries(mask: str, direction: str) -> None:
+    case = small(mask, direction)
+    found = run(case, [OURS, SKIPPING])[SKIPPING]
+    if direction == "backward" and not case.is_causal:
+        assert "a loss in rows of padding" in found["cannot"]
+        return
+    assert found["is_right"] and found["median_ms"] > 0 and "padded queries" in found["problem"]
+    inputs = Inputs(case, rows_first=True)
+    out = rivals.results_of(rivals.RIVALS[SKIPPING].prepare(inputs), inputs)["out"]
+    assert torch.equal(out.abs().sum(dim=(1, 3)) == 0.0, inputs.padding)
+    assert not summary.fastest_others([found | {"over_ours": 0.5}])  # Our own call is no rival.
+
+
 def test_packing_is_asked_where_there_is_padding() -> None:
     for mask in cases.MASKS:
-        assert rivals.RIVALS["flash_attn3-packed"].is_for(small(mask)) == ("padded" in mask)
+        for name in ("flash_attn3-packed", SKIPPING):
+            assert rivals.RIVALS[name].is_for(small(mask)) == ("padded" in mask)
 
 
 @pytest.mark.parametrize(("mask", "splits"), [("decode", 0), ("causal", 1)])

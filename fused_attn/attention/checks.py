@@ -131,9 +131,8 @@ def check_max_seqlen(name: str, max_seqlen: int) -> None:
 
 def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, softcap: float) -> None:
     """Checks the types and ranges of the flags and numbers of a call."""
-    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected a bool, got {_describe(flag)}")
+    check_flag("is_causal", is_causal)
+    check_flag("enable_gqa", enable_gqa)
     check_probability("dropout_p", dropout_p)
     _check_number("softcap", softcap)
     if not 0.0 <= softcap < math.inf:
@@ -142,6 +141,12 @@ def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable
         _check_number("scale", scale)
         if not -math.inf < scale < math.inf:
             raise fail("scale", "a finite number", scale)
+
+
+def check_flag(name: str, flag: bool) -> None:
+    """Checks that a flag is a bool."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name}: expected a bool, got {_describe(flag)}")
 
 
 def check_probability(name: str, p: float) -> None:

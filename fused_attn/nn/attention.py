@@ -104,6 +104,11 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             `RotaryEmbedding`. True means the base 10000.0.
         relative_bias: a callable from ``(seqlen_q, seqlen_k)`` to a bias (H, L + S - 1), one entry for each distance
             between query and key; see `fused_attention`. `T5RelativeBias` is such a callable.
+        skip_padded_queries: leave out the queries, too, that a bool key_padding_mask of self-attention marks. Their
+            output is the bias of ``out_proj``, and no gradient flows through their attention. The output of other rows
+            stays the same. The option saves time in long batches of unequal lengths, whose padded rows nobody reads.
+            Calls with a cache, with wanted weights, with padding of numbers or with an attn_mask that is not causal
+            compute the padded rows.
         backend: see `fused_attention`.
 
     Raises:
@@ -129,6 +134,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         num_kv_heads: int | None = None,
         rotary: bool | float | None = None,
         relative_bias: Callable[[int, int], Tensor] | None = None,
+        skip_padded_queries: bool = False,
         backend: str | None = None,
     ):
         check_sizes(1, embed_dim=embed_dim, num_heads=num_heads)
@@ -155,6 +161,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         self.num_kv_heads = num_kv_heads or num_heads
         self.rotary = _rotary(rotary, self.head_dim)
         self.relative_bias = relative_bias
+        checks.check_flag("skip_padded_queries", skip_padded_queries)
+        self.skip_padded_queries = skip_padded_queries
         check_backend(backend)
         self.backend = backend
         if self.num_kv_heads != num_heads:
@@ -162,7 +170,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             self._reset_parameters()
 
     @classmethod
-    def from_torch(cls, module: nn.MultiheadAttention, backend: str | None = None) -> FusedMultiheadAttention:
+    def from_torch(
+        cls, module: nn.MultiheadAttention, backend: str | None = None, *, skip_padded_queries: bool = False
+    ) -> FusedMultiheadAttention:
         """A fused module that shares parameters, hooks and training mode with a `torch.nn.MultiheadAttention`.
 
         >>> import torch
@@ -175,14 +185,17 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         Args:
             module: the module to share with.
             backend: see `fused_attention`.
+            skip_padded_queries: see the constructor.
 
         Raises:
-            TypeError: the module is no `torch.nn.MultiheadAttention`, or it is a `FusedMultiheadAttention` already.
+            TypeError: the module is no `torch.nn.MultiheadAttention`, or it is a `FusedMultiheadAttention` already; or
+                skip_padded_queries is no bool.
             ValueError: there is no backend of this name, or the module's dropout is no probability.
         """
         if not isinstance(module, nn.MultiheadAttention) or isinstance(module, FusedMultiheadAttention):
             raise TypeError(f"module: expected a torch.nn.MultiheadAttention, got {type(module).__name__}")
         check_backend(backend)
+        checks.check_flag("skip_padded_queries", skip_padded_queries)
         checks.check_probability("dropout", module.dropout)
         fused = cls.__new__(cls)
         # Both modules have the same dicts of parameters and hooks, so optimizers and handles of hooks stay valid.
@@ -191,6 +204,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         fused.__dict__.pop("_compiled_call_impl", None)
         fused.num_kv_heads = module.num_heads
         fused.rotary = fused.relative_bias = None
+        fused.skip_padded_queries = skip_padded_queries
         fused.backend = backend
         return fused
 
@@ -269,7 +283,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         is_self, shares_kv = query is key and key is value, key is value
         if is_self and cache is None and not (need_weights or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             is_believed = is_causal and type(attn_mask) is Tensor and key_padding_mask is None
-            if is_believed or attn_mask is None:
+            is_skipping = self.skip_padded_queries and key_padding_mask is not None
+            if (is_believed or attn_mask is None) and not is_skipping:
                 short = small_inference.self_attention(self, query, key_padding_mask, is_causal)
                 if short is not None:
                     return short, None
@@ -342,8 +357,11 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 mask = _Mask(self._dense_bias(arguments["key_lengths"], seqlen_q, k.shape[2]), None)
         if need_weights and arguments["dropout_p"]:
             arguments["dropout_seed"] = draw_seed(q.device)
+        seen = mask.attn_mask
+        if self.skip_padded_queries and is_self and cache is None and not need_weights and seen is None:
+            seen = _valid_queries(key_padding_mask)
         out: Any = fused_attention(
-            q, k, v, mask.attn_mask, is_causal=mask.attn_mask is None and mask.diagonal is not None,
+            q, k, v, seen, is_causal=mask.attn_mask is None and mask.diagonal is not None,
             enable_gqa=self.num_kv_heads != self.num_heads, return_lse=need_weights, backend=self.backend, **arguments,
         )  # fmt: skip
         weights = None
@@ -725,6 +743,14 @@ def _believed_mask(attn_mask: Tensor | None, is_causal: bool, is_believed: bool)
         # The diagonal hides the appended rows, too. The parent class does the same.
         return _Mask(None, 0)
     return _Mask(attn_mask, diagonal)
+
+
+def _valid_queries(padding: Tensor | None) -> Tensor | None:
+    """The mask (N, 1, L, 1) of `fused_attention` that hides every key from the queries of padding (N, L).
+
+    None if there is no padding, or if the padding is floating point, which is a bias.
+    """
+    return None if padding is None or padding.dtype != torch.bool else padding.logical_not()[:, None, :, None]
 
 
 def _cached_mask(cached: CachedRows, seqlen_q: int) -> _Mask:

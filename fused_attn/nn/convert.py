@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from fused_attn.attention import checks
 from fused_attn.nn.attention import check_backend
 from fused_attn.nn.replacement import replace_attention
 from fused_attn.nn.transformer import convert_layers
 
 
-def convert_attention(model: nn.Module, backend: str | None = None) -> nn.Module:
+def convert_attention(model: nn.Module, backend: str | None = None, *, skip_padded_queries: bool = False) -> nn.Module:
     """Replace every `torch.nn.MultiheadAttention` in a model by a `FusedMultiheadAttention`, in place.
 
     >>> import torch
@@ -42,17 +43,19 @@ def convert_attention(model: nn.Module, backend: str | None = None) -> nn.Module
     Args:
         model: any module.
         backend: the backend of the new modules, see `fused_attention`.
+        skip_padded_queries: whether the new modules leave out padded queries, see `FusedMultiheadAttention`.
 
     Returns:
         The model. If the model itself is an `nn.MultiheadAttention`, the new module.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is no module, or skip_padded_queries is no bool.
         ValueError: there is no backend of this name.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     check_backend(backend)
-    fused = replace_attention(model, backend)
+    checks.check_flag("skip_padded_queries", skip_padded_queries)
+    fused = replace_attention(model, backend, skip_padded_queries)
     convert_layers(model)
     return fused.get(model, model)

@@ -9,7 +9,9 @@ from torch import nn
 from fused_attn.nn.attention import FusedMultiheadAttention
 
 
-def replace_attention(model: nn.Module, backend: str | None) -> dict[nn.Module, FusedMultiheadAttention]:
+def replace_attention(
+    model: nn.Module, backend: str | None, skip_padded_queries: bool = False
+) -> dict[nn.Module, FusedMultiheadAttention]:
     """Replaces each `nn.MultiheadAttention` in a model, in place. Returns a dict from torch's module to the new one.
 
     The function warns of the modules that it leaves alone. The layers around the attention keep their classes.
@@ -22,7 +24,7 @@ def replace_attention(model: nn.Module, backend: str | None) -> dict[nn.Module, 
         if type(module) is not nn.MultiheadAttention or "forward" in vars(module):
             left_alone.append(f"{name or 'the model'} ({type(module).__name__})")
         else:
-            fused[module] = FusedMultiheadAttention.from_torch(module, backend)
+            fused[module] = FusedMultiheadAttention.from_torch(module, backend, skip_padded_queries=skip_padded_queries)
     if left_alone:
         warnings.warn(
             "convert_attention: left alone, because they are of a subclass, parametrised or with a forward of their "

@@ -57,10 +57,12 @@ class Seq2SeqTransformer(nn.Module):
         share_embeddings: source and target have the same token embedding. The vocabularies must have the same size.
         tie_generator: the generator uses the weight of the target embedding.
         num_kv_heads: heads of keys and values in every attention (GQA). Fewer than ``nhead`` make the KV cache smaller.
+        skip_padded_queries: self-attention leaves out padded tokens as queries, too; see `FusedMultiheadAttention`.
+            Only the logits of padded targets change, which no loss should read.
         backend: see `fused_attention`.
 
     Raises:
-        TypeError: a size is no int.
+        TypeError: a size is no int, or a flag is no bool.
         ValueError: an argument has a value that does not fit.
     """
 
@@ -85,6 +87,7 @@ class Seq2SeqTransformer(nn.Module):
         tie_generator: bool = False,
         *,
         num_kv_heads: int | None = None,
+        skip_padded_queries: bool = False,
         backend: str | None = None,
         device=None,
         dtype=None,
@@ -127,6 +130,7 @@ class Seq2SeqTransformer(nn.Module):
                 batch_first=True,
                 num_kv_heads=num_kv_heads,
                 rotary=rotary,
+                skip_padded_queries=skip_padded_queries,
                 backend=backend,
                 **factory,
             )
