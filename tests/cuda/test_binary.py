@@ -44,14 +44,25 @@ MOST_INSTRUCTIONS_BACKWARD = {64: 600, 96: 420, 128: 440}
 #: when these limits were set. A relative bias adds 100 instructions, a mask 152, a softcap 377.
 MOST_INSTRUCTIONS_GENERAL_BACKWARD = {64: 410, 96: 432, 128: 450}
 
-#: The instructions of a step of the other plain kernels, for each head dim, as counted when this table was made.
+#: The instructions of a step of the other kernels, for each head dim, as counted when this table was made. A step of a
+#: general kernel uses no feature. If one warpgroup sums dk and another one dv, the step is that of dv.
 COUNTED_INSTRUCTIONS = {
     "sm80 forward": {64: 509, 96: 342, 128: 398, 256: 651},
     "sm80 query_gradient": {64: 416, 96: 475, 128: 580, 256: 495},
     "sm80 key_gradient": {64: 490, 96: 334, 128: 398, 256: 364},
-    "sm90 query_gradient": {64: 282, 96: 330, 128: 383, 256: 487},
-    "sm90 key_gradient": {64: 341, 96: 371, 128: 408, 256: 562},
+    "sm90 query_gradient": {64: 271, 96: 301, 128: 327, 256: 349},
+    "sm90 key_gradient": {64: 316, 96: 330, 128: 348, 256: 390},
+    "sm80 forward general": {64: 560, 96: 393, 128: 448, 256: 701},
+    "sm80 query_gradient general": {64: 434, 96: 503, 128: 603, 256: 526},
+    "sm80 key_gradient general": {64: 524, 96: 365, 128: 429, 256: 378},
+    "sm90 forward general": {64: 381, 96: 374, 128: 382, 256: 323},
+    "sm90 query_gradient general": {64: 327, 96: 339, 128: 351, 256: 305},
+    "sm90 key_gradient general": {64: 316, 96: 327, 128: 211, 256: 184},
+    "sm80 bias_gradient": {64: 359, 96: 411, 128: 465, 256: 413},
 }
+#: How often a step may read global memory. The kernel for dq reads which keys are valid. The kernel for the gradient of
+#: a bias reads the row statistics of two rows. All others read nothing but tiles.
+MOST_READS = {"query_gradient": 2, "bias_gradient": 4}
 #: A step may have more instructions than counted, by this factor.
 MORE_INSTRUCTIONS = 1.03
 
@@ -75,6 +86,7 @@ class Kernel(NamedTuple):
     step: list[str]  # see steady_step
     copies: list[str]  # see copies_after_wait
     narrow_stores: int  # stores of 4 bytes to global memory
+    moved_in_products: list[int]  # for each product with wgmma: see moved_in_products
 
 
 def cuobjdump() -> str:
@@ -139,6 +151,7 @@ def kernels() -> list[Kernel]:
                 steady_step(texts.get((architecture, symbol), [])),
                 copies_after_wait(texts.get((architecture, symbol), [])),
                 sum(bool(re.search(r"\bSTG\.E ", line)) for line in texts.get((architecture, symbol), [])),
+                moved_in_products(texts.get((architecture, symbol), [])),
             )
     return sorted(found.values(), key=lambda kernel: kernel[:2])
 
@@ -155,6 +168,15 @@ def overlapped_exponentials(sass: list[str]) -> int:
         elif here is not None and "MUFU.EX2" in line:
             here += 1
     return most
+
+
+def moved_in_products(sass: list[str]) -> list[int]:
+    """For each product with wgmma, how many registers are moved to uniform registers between its instructions.
+
+    A product is a commit group. Its last HGMMA is marked with gsb0.
+    """
+    products = re.findall(r"HGMMA.*?gsb0", "\n".join(sass), re.DOTALL)
+    return [product.count("R2UR") for product in products]
 
 
 def steady_step(sass: list[str]) -> list[str]:
@@ -177,8 +199,14 @@ def steady_step(sass: list[str]) -> list[str]:
         return following
 
     shortest: list[int] = []
-    # Kernels with wgmma, and decode, have waits of the later kinds in other loops.
-    waits = (r"WARPGROUP.DEPBAR.LE gsb0, 0x1\b", r"^DEPBAR.LE SB0, 0x[1-9]", r"^DEPBAR.LE SB0, 0x0\b")
+    # Kernels with wgmma, and decode, have waits of the later kinds in other loops. The last kind is for general kernels of
+    # the backward in two kernels, which always wait for all products.
+    waits = (
+        r"WARPGROUP.DEPBAR.LE gsb0, 0x1\b",
+        r"^DEPBAR.LE SB0, 0x[1-9]",
+        r"^DEPBAR.LE SB0, 0x0\b",
+        r"WARPGROUP.DEPBAR.LE gsb0, 0x0\b",
+    )
     found = ([i for i, text in enumerate(texts) if re.search(wait, text)] for wait in waits)
     for start in next(filter(None, found), []):
         before, queue = {}, collections.deque([start])
@@ -309,19 +337,31 @@ def test_fused_backward_steps_are_lean(built):
 
 
 @pytest.mark.slow
-def test_steps_of_the_other_plain_kernels_are_lean(built):
+def test_steps_of_the_other_kernels_are_lean(built):
     found = set()
     for kernel in built:
-        match = re.fullmatch(r"(\w+ (?:forward|query_gradient|key_gradient))_kernel<(\w+), (\d+), 0>", kernel.name)
-        if match is None or match[1] not in COUNTED_INSTRUCTIONS:
+        match = re.fullmatch(r"((?:sm80|sm90) (\w+))_kernel<(\w+), (\d+)(?:, (\d))?>", kernel.name)
+        name = match and match[1] + (" general" if match[5] == "1" else "")
+        if name not in COUNTED_INSTRUCTIONS:
             continue
-        found.add(match.groups())
-        most = MORE_INSTRUCTIONS * COUNTED_INSTRUCTIONS[match[1]][int(match[3])]
+        found.add((name, match[3], match[4]))
+        most = MORE_INSTRUCTIONS * COUNTED_INSTRUCTIONS[name][int(match[4])]
         assert 0 < len(kernel.step) <= most, f"{kernel.name}: {len(kernel.step)} instructions, expected at most {most}"
-        # The kernel for dq reads which keys are valid. All others read nothing but tiles.
         reads = [text for text in kernel.step if re.search(r"\bLDG\b", text)]
-        assert len(reads) <= (2 if "query" in kernel.name else 0), f"{kernel.name} reads global memory: {reads}"
+        assert len(reads) <= MOST_READS.get(match[2], 0), f"{kernel.name} reads global memory: {reads}"
     assert len(found) == 2 * sum(map(len, COUNTED_INSTRUCTIONS.values()))
+
+
+@pytest.mark.slow
+def test_backward_in_two_kernels_computes_no_descriptor_between_products(built):
+    """A descriptor takes two moves. The general kernel for dq may move the number of the block of keys meanwhile."""
+    found = [kernel for kernel in built if re.match(r"sm90 (query|key)_gradient_kernel<", kernel.name)]
+    assert len(found) == 2 * 2 * 2 * 4  # kernels, dtypes, plain or general, head dims
+    for kernel in found:
+        products = kernel.moved_in_products
+        assert len(products) >= 3, kernel.name
+        most = 1 if re.search(r"query_gradient.*, 1>", kernel.name) else 0
+        assert max(products) <= most, f"{kernel.name}: {products} moves to uniform registers within products"
 
 
 @pytest.mark.slow

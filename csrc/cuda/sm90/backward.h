@@ -99,8 +99,10 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   if (first_row >= head_slice.seqlen_q) return;
   const BlockRange range =
       key_range<kBlockN>(p, head_slice, first_row, min(first_row + kBlockM, head_slice.seqlen_q) - 1);
+  // shuffle tells the compiler that a warp agrees about the block, and so about the end of the loops. Otherwise it would
+  // compute descriptors in ordinary registers, and move them between the products.
   const auto last_to_visit = [&](int block) {
-    return last_block_to_visit<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, range.begin, block);
+    return shuffle(last_block_to_visit<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, range.begin, block), 0);
   };
   int block = last_to_visit(range.end - 1);
 
@@ -110,7 +112,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   sync_threads();
   RingPosition<Plan::kStages> position;  // in the rings for k and v
 
-  if (thread_index() < kWarpgroup) {
+  const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // for the same reason
+  if (warpgroup == 0) {
     // Load.
     decrease_registers<Plan::kProducerRegisters>();
     if (thread_index() >= 32 || block < range.begin) return;
@@ -133,7 +136,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
 
   // Loop.
   increase_registers<Plan::kConsumerRegisters>();
-  const int consumer = thread_index() / kWarpgroup - 1;
+  const int consumer = warpgroup - 1;
   const Lane lane = this_lane();
   const int query = first_row + 64 * consumer + thread_index() % kWarpgroup / 32 * 16 + lane.g;
   const RowStatistics statistics[2] = {row_statistics(p, head_slice, query), row_statistics(p, head_slice, query + 8)};
@@ -535,7 +538,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   const KeyGradientRings<kHeadDim, kIsGeneral> rings(shared);
   if (thread_index() == 0) rings.init();
   sync_threads();
-  const int warpgroup = thread_index() / kWarpgroup;
+  const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // tells the compiler that a warp agrees about it
   if (warpgroup == 0) {
     decrease_registers<kGradientProducerRegisters>();
     if (work.steps_left > 0) {
