@@ -199,8 +199,8 @@ def steady_step(sass: list[str]) -> list[str]:
         return following
 
     shortest: list[int] = []
-    # Kernels with wgmma, and decode, have waits of the later kinds in other loops. The last kind is for general kernels of
-    # the backward in two kernels, which always wait for all products.
+    # Kernels with wgmma, and decode, have waits of the later kinds in other loops. The last kind is for the backward of
+    # sm_90a in two general kernels, which always wait for all products.
     waits = (
         r"WARPGROUP.DEPBAR.LE gsb0, 0x1\b",
         r"^DEPBAR.LE SB0, 0x[1-9]",
