@@ -50,19 +50,19 @@ COUNTED_INSTRUCTIONS = {
     "sm80 forward": {64: 509, 96: 342, 128: 398, 256: 651},
     "sm80 query_gradient": {64: 416, 96: 475, 128: 580, 256: 495},
     "sm80 key_gradient": {64: 490, 96: 334, 128: 398, 256: 364},
-    "sm90 query_gradient": {64: 271, 96: 301, 128: 327, 256: 349},
+    "sm90 query_gradient": {64: 251, 96: 262, 128: 275, 256: 319},
     "sm90 key_gradient": {64: 316, 96: 330, 128: 348, 256: 390},
     "sm80 forward general": {64: 560, 96: 393, 128: 448, 256: 701},
     "sm80 query_gradient general": {64: 434, 96: 503, 128: 603, 256: 526},
     "sm80 key_gradient general": {64: 524, 96: 365, 128: 429, 256: 378},
     "sm90 forward general": {64: 381, 96: 374, 128: 382, 256: 323},
-    "sm90 query_gradient general": {64: 327, 96: 339, 128: 351, 256: 305},
-    "sm90 key_gradient general": {64: 316, 96: 327, 128: 211, 256: 184},
+    "sm90 query_gradient general": {64: 284, 96: 296, 128: 313, 256: 304},
+    "sm90 key_gradient general": {64: 316, 96: 327, 128: 211, 256: 187},
     "sm80 bias_gradient": {64: 359, 96: 411, 128: 465, 256: 413},
 }
-#: How often a step may read global memory. The kernel for dq reads which keys are valid. The kernel for the gradient of
-#: a bias reads the row statistics of two rows. All others read nothing but tiles.
-MOST_READS = {"query_gradient": 2, "bias_gradient": 4}
+#: How often a step may read global memory. On sm_80, the kernel for dq reads which keys are valid. The kernel for the
+#: gradient of a bias reads the row statistics of two rows. All others read nothing but tiles.
+MOST_READS = {"sm80 query_gradient": 2, "sm80 bias_gradient": 4}
 #: A step may have more instructions than counted, by this factor.
 MORE_INSTRUCTIONS = 1.03
 
@@ -340,28 +340,25 @@ def test_fused_backward_steps_are_lean(built):
 def test_steps_of_the_other_kernels_are_lean(built):
     found = set()
     for kernel in built:
-        match = re.fullmatch(r"((?:sm80|sm90) (\w+))_kernel<(\w+), (\d+)(?:, (\d))?>", kernel.name)
-        name = match and match[1] + (" general" if match[5] == "1" else "")
+        match = re.fullmatch(r"(sm[89]0 \w+)_kernel<(\w+), (\d+)(?:, (\d))?>", kernel.name)
+        name = match and match[1] + (" general" if match[4] == "1" else "")
         if name not in COUNTED_INSTRUCTIONS:
             continue
-        found.add((name, match[3], match[4]))
-        most = MORE_INSTRUCTIONS * COUNTED_INSTRUCTIONS[name][int(match[4])]
+        found.add((name, match[2], match[3]))
+        most = MORE_INSTRUCTIONS * COUNTED_INSTRUCTIONS[name][int(match[3])]
         assert 0 < len(kernel.step) <= most, f"{kernel.name}: {len(kernel.step)} instructions, expected at most {most}"
         reads = [text for text in kernel.step if re.search(r"\bLDG\b", text)]
-        assert len(reads) <= MOST_READS.get(match[2], 0), f"{kernel.name} reads global memory: {reads}"
+        assert len(reads) <= MOST_READS.get(match[1], 0), f"{kernel.name} reads global memory: {reads}"
     assert len(found) == 2 * sum(map(len, COUNTED_INSTRUCTIONS.values()))
 
 
 @pytest.mark.slow
 def test_backward_in_two_kernels_computes_no_descriptor_between_products(built):
-    """A descriptor takes two moves. The general kernel for dq may move the number of the block of keys meanwhile."""
     found = [kernel for kernel in built if re.match(r"sm90 (query|key)_gradient_kernel<", kernel.name)]
     assert len(found) == 2 * 2 * 2 * 4  # kernels, dtypes, plain or general, head dims
     for kernel in found:
         products = kernel.moved_in_products
-        assert len(products) >= 3, kernel.name
-        most = 1 if re.search(r"query_gradient.*, 1>", kernel.name) else 0
-        assert max(products) <= most, f"{kernel.name}: {products} moves to uniform registers within products"
+        assert len(products) >= 3 and not any(products), f"{kernel.name}: {products} registers moved within products"
 
 
 @pytest.mark.slow

@@ -150,6 +150,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   for (; block >= range.begin; block = last_to_visit(block - 1)) {
     const uint32_t k_tile = shared + Plan::kK + position.slot() * KeyTile::kBytes;
     const uint32_t v_tile = shared + Plan::kV + position.slot() * KeyTile::kBytes;
+    // Which keys are valid is read again where a block is not full: so a full block reads it while no product waits, and
+    // keeps one bit of it.
+    const bool is_full = range.is_within_band(block) && valid_keys<kBlockN>(p, head_slice, block).all();
     position.wait_full(rings.k);
     wgmma_fence();
     start_multiply_transposed<T, kHeadDim, kBlockM>(scores, shared + Plan::kQ, 64 * consumer, k_tile);
@@ -158,12 +161,10 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     wgmma_fence();
     start_multiply_transposed<T, kHeadDim, kBlockM>(dprobs, shared + Plan::kDout, 64 * consumer, v_tile);
     wgmma_commit();
-    const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, head_slice, block);
-    const bool is_full = range.is_within_band(block) && valid.all();
     if constexpr (!kIsGeneral) {
       wgmma_wait<1>();
       keep_registers(flat(scores));
-      if (!is_full) hide(scores, visible_keys(p, valid, block, query), lane);
+      if (!is_full) hide(scores, visible_keys(p, valid_keys<kBlockN>(p, head_slice, block), block, query), lane);
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
         GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] =
             prob_of(scores[t][j], p.scale_log2, statistics[j / 2].lse_log2);
@@ -193,7 +194,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
       to_logits<T>(p, head_slice, scores, QueryRows{query, first_key + 2 * lane.q}, LogitGradients<kTiles>{dprobs});
       const bool has_masked = has_masked_keys<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, block);
       if (!is_full || has_masked) {
-        VisibleColumns<kBlockN> visible = visible_keys(p, valid, block, query);
+        VisibleColumns<kBlockN> visible = visible_keys(p, valid_keys<kBlockN>(p, head_slice, block), block, query);
         if (has_masked) hide_masked_keys(p, head_slice, visible, query, first_key);
         hide(scores, visible, lane);
       }
