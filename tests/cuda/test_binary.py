@@ -353,12 +353,17 @@ def test_steps_of_the_other_kernels_are_lean(built):
 
 
 @pytest.mark.slow
-def test_backward_in_two_kernels_computes_no_descriptor_between_products(built):
-    found = [kernel for kernel in built if re.match(r"sm90 (query|key)_gradient_kernel<", kernel.name)]
-    assert len(found) == 2 * 2 * 2 * 4  # kernels, dtypes, plain or general, head dims
-    for kernel in found:
-        products = kernel.moved_in_products
-        assert len(products) >= 3 and not any(products), f"{kernel.name}: {products} registers moved within products"
+def test_no_descriptor_is_computed_between_products(built):
+    """In all code of a kernel. Forward at head dim 256 needs more uniform registers than there are (assert_lean). The
+    general fused backward moves one descriptor in the first product of a block of keys, outside of its loop.
+    """
+    hopper = [kernel for kernel in built if kernel.moved_in_products]
+    assert len(hopper) == 2 * 2 * (4 + 3 + 2 * 4)  # dtypes, variants, (forward, fused backward, two other backwards)
+    for kernel in hopper:
+        if re.search(r"sm90 forward_kernel<\w+, 256,", kernel.name):
+            continue
+        most = 2 if re.search(r"fused_backward_kernel<.*, 1>", kernel.name) else 0
+        assert max(kernel.moved_in_products) <= most, f"{kernel.name}: {kernel.moved_in_products} registers moved"
 
 
 @pytest.mark.slow
