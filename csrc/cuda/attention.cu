@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "mask_bits.h"
 #include "preparation.h"
+#include "tiles.h"
 
 namespace fused_attn::gpu {
 namespace {
@@ -167,11 +168,14 @@ DropoutOrigin dropout_origin_of(const AttentionParams& a) {
           static_cast<int32_t>(x.key / 4)};
 }
 
-// Whether some tiles of queries take longer than others. If all take equally long, blocks of threads need no counter to
-// share them evenly (Params::tile_counter).
-bool has_unequal_tiles(const AttentionParams& a) {
-  return a.window_left != kUnbounded || a.window_right != kUnbounded || a.cu_seqlens_q != nullptr ||
-         a.key_padding.data != nullptr || a.mask.data != nullptr;
+// Whether the blocks of threads of forward need a counter to share the tiles of queries evenly (Params::tile_counter).
+// They need none if all tiles take equally long, or if each block has one tile at most. The counter has to be reset, and
+// without other work for the preparation kernel this takes a launch.
+bool shares_tiles(const AttentionParams& a) {
+  const bool has_equal_tiles = a.window_left == kUnbounded && a.window_right == kUnbounded &&
+                               a.cu_seqlens_q == nullptr && a.key_padding.data == nullptr && a.mask.data == nullptr;
+  return !has_equal_tiles &&
+         ceil_div(a.seqlen_q, kLeastForwardRowsSm90) * a.num_heads * a.batch > num_multiprocessors();
 }
 
 // How many different masks (batch entry, head) the dense mask has; 0 without a mask.
@@ -280,37 +284,52 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.mask_steps = pieces.mask_steps;
   p.mask_turns = pieces.mask_turns;
   p.num_key_blocks = static_cast<int32_t>(ceil_div(a.seqlen_k, kKeyBlock));
-  p.tile_counter = is_backward || has_unequal_tiles(a) ? pieces.tile_counter : nullptr;
+  if (pieces.tile_counter != nullptr && (is_backward || shares_tiles(a))) p.tile_counter = pieces.tile_counter;
   return p;
 }
 
-// The arguments of the kernel that packs the key padding.
-PaddingParams padding_of(const Call& call, const Pieces& pieces) {
-  const TensorView& padding = call.params.key_padding;
-  return {static_cast<const uint8_t*>(padding.data), padding.stride_batch, padding.stride_col, pieces.valid_keys,
-          pieces.key_ranks};
+// The jobs of the preparation kernel in this call: all without blocks of threads if there is nothing to prepare.
+PreparationParams preparation_of(const AttentionParams& a, const Params& p, const Pieces& pieces, bool is_backward) {
+  PreparationParams jobs{};
+  int64_t total = 0;
+  const auto blocks_for = [&total](int64_t work, int64_t work_of_block) {
+    const int64_t blocks = ceil_div(work, work_of_block);
+    total += blocks;
+    if (total >= int64_t{1} << 31) throw std::length_error("the problem needs more blocks than a grid may have");
+    return static_cast<int32_t>(blocks);
+  };
+  if (a.key_padding.data != nullptr) {
+    jobs.padding = {static_cast<const uint8_t*>(a.key_padding.data), a.key_padding.stride_batch,
+                    a.key_padding.stride_col, pieces.valid_keys, pieces.key_ranks};
+    jobs.padding_blocks = blocks_for(a.batch, 1);
+  }
+  if (a.relative_bias.data != nullptr) {
+    jobs.relative_bias = {static_cast<const float*>(a.relative_bias.data), a.relative_bias.stride_head,
+                          relative_bias_heads(a), a.seqlen_q + a.seqlen_k - 1, pieces.relative_bias};
+    jobs.relative_bias_blocks = blocks_for(
+        jobs.relative_bias.heads * (jobs.relative_bias.columns + 2 * kRelativeBiasMargin), kPreparationThreads);
+  }
+  if (a.mask.data != nullptr) {
+    jobs.mask = scores_of(a.mask);
+    jobs.mask_blocks = blocks_for(warps_of_mask(p.mask, mask_entries(a)), kPreparationWarps);
+  }
+  // Row statistics lie in whole row blocks, up to the end of the last one.
+  if (is_backward)
+    jobs.row_blocks = blocks_for(ceil_div(a.seqlen_q, kRowBlock) * kRowBlock * a.num_heads * a.batch, kPreparationRows);
+  return jobs;
 }
 
-// Launches the kernel that packs the key padding to bits and resets the tile counter. Without padding, one block of
-// threads resets the counter.
-void prepare_padding(const Params& params, const PaddingParams& padding, Stream stream) {
-  const int blocks = padding.padding != nullptr ? params.batch : 1;
-  run_kernel(prepare_padding_kernel, {blocks, 1, 1, kPreparationThreads, 0}, stream, params, padding);
-}
-
-// Launches the kernel that packs the dense mask to bits.
-void prepare_mask(const Params& params, const AttentionParams& a, Stream stream) {
-  run_kernel(prepare_mask_kernel, shape_of_mask_preparation(params, mask_entries(a)), stream, params,
-             scores_of(a.mask));
-}
-
-// Launches the kernel that copies the relative bias with margins into the workspace.
-void prepare_relative_bias(const AttentionParams& a, float* padded, Stream stream) {
-  const RelativeBiasParams bias{static_cast<const float*>(a.relative_bias.data), a.relative_bias.stride_head,
-                                relative_bias_heads(a), a.seqlen_q + a.seqlen_k - 1, padded};
-  const int64_t entries = bias.heads * (bias.columns + 2 * kRelativeBiasMargin);
-  run_kernel(prepare_relative_bias_kernel,
-             {static_cast<int>(ceil_div(entries, kPreparationThreads)), 1, 1, kPreparationThreads, 0}, stream, bias);
+// Launches the preparation kernel, if the large kernels of this call need anything that it makes.
+void prepare(const AttentionParams& a, const Params& p, const Pieces& pieces, bool is_backward, int head_dim,
+             Stream stream) {
+  const PreparationParams jobs = preparation_of(a, p, pieces, is_backward);
+  const int blocks = jobs.padding_blocks + jobs.relative_bias_blocks + jobs.mask_blocks + jobs.row_blocks;
+  if (blocks == 0 && p.tile_counter == nullptr) return;
+  const LaunchShape shape{std::max(blocks, 1), 1, 1, kPreparationThreads, 0};
+  const bool has_large_tiles = fused_backward_rows(head_dim, is_general_backward(p)) == 128;
+  for_variant(a.dtype == DType::kBFloat16, has_large_tiles, [&](auto type, auto is_large) {
+    run_kernel(preparation_kernel < decltype(type), is_large() ? 128 : 64 >, shape, stream, p, jobs);
+  });
 }
 
 // The arguments of the decode kernels besides Params. Changes `p` where these kernels read what the caller has given, and
@@ -434,13 +453,8 @@ void run(const Call& of_caller, bool is_backward) {
     kernels.decode(params, decode, a.dtype == DType::kBFloat16, call.stream);
     return merge_splits(params, decode, a.dtype == DType::kBFloat16, call.stream);
   }
-  const PaddingParams padding = padding_of(call, pieces);
   const bool is_bf16 = call.params.dtype == DType::kBFloat16;
-  // In backward, the kernel that prepares the row statistics resets the tile counter.
-  if (padding.padding != nullptr || (!is_backward && params.tile_counter != nullptr))
-    prepare_padding(params, padding, call.stream);
-  if (a.mask.data != nullptr) prepare_mask(params, a, call.stream);
-  if (a.relative_bias.data != nullptr) prepare_relative_bias(a, pieces.relative_bias, call.stream);
+  prepare(a, params, pieces, is_backward, kernels.head_dim, call.stream);
   (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
   // These kernels come after those of backward, because they read the row statistics.
   const BiasGradientSizes sizes = bias_gradient_sizes(needs);
@@ -468,7 +482,7 @@ int64_t workspace_bytes(WorkspaceNeeds needs) {
 std::string unusable_reason(int device) {
   try {
     const DeviceGuard guard(device);
-    return why_not_loadable(prepare_padding_kernel);
+    return why_not_loadable(preparation_kernel<f16_t, kRowBlock>);
   } catch (const OutOfMemory&) {
     throw;
   } catch (const std::runtime_error& error) {

@@ -120,19 +120,16 @@ GPU_DEVICE bool has_visible_queries(const Params& p, const HeadSlice& head_slice
 
 // ---- Preparation
 
-constexpr int kMaskThreads = 128;
-
 // Granules that one warp packs: 32 queries x 128 keys, whose four bytes of the map are one store.
 constexpr int kGranulesPerWarp = 4;
 
 // Packs a mask of bytes into keys_of_query, queries_of_key (backward only) and the map. Lane i of a warp reads key i of
 // a granule, for one query after another. warp_ballot then gives the word of each query, and each lane collects the
 // word of its own key. Entries beyond the last query or key count as neither visible nor hidden.
-GPU_KERNEL void GPU_LAUNCH_BOUNDS(kMaskThreads, 1)
-    prepare_mask_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT ScoreTensor bytes) {
+// Warp `number` of all warps that share the work calls this, for kGranulesPerWarp granules.
+GPU_DEVICE void pack_mask(const Params& p, const ScoreTensor& bytes, int64_t number) {
   const MaskParams& mask = p.mask;
-  // Which granules this warp packs: kGranulesPerWarp of them, from word first_word of row query_word of the map on.
-  const int64_t number = int64_t{block_index_x()} * (kMaskThreads / 32) + thread_index() / 32;
+  // The granules of this warp begin at word first_word of row query_word of the map.
   const int32_t words_of_warp = mask.key_words / kGranulesPerWarp;
   const int32_t first_word = static_cast<int32_t>(number % words_of_warp) * kGranulesPerWarp;
   const int32_t query_word = static_cast<int32_t>(number / words_of_warp % mask.query_words);
@@ -168,12 +165,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kMaskThreads, 1)
   if (lane == 0) store_global(reinterpret_cast<uint32_t*>(map), contents);
 }
 
-// The shape of a launch with one warp for each kGranulesPerWarp granules.
-inline LaunchShape shape_of_mask_preparation(const Params& p, int64_t entries) {
-  constexpr int kGranules = kMaskThreads / 32 * kGranulesPerWarp;
-  const int64_t programs = (entries * p.mask.query_words * p.mask.key_words + kGranules - 1) / kGranules;
-  if (programs >= int64_t{1} << 31) throw std::length_error("the mask needs more blocks than a grid may have");
-  return {static_cast<int>(programs), 1, 1, kMaskThreads, 0};
+// The number of warps that pack `entries` masks.
+inline int64_t warps_of_mask(const MaskParams& mask, int64_t entries) {
+  return entries * mask.query_words * mask.key_words / kGranulesPerWarp;
 }
 
 }  // namespace fused_attn::gpu

@@ -113,7 +113,7 @@ struct alignas(8) StepInfo {
 constexpr int32_t kHasMask = 1 << 30;
 constexpr int32_t kTileNumber = kHasMask - 1;
 
-// The arguments of the kernel that packs key padding to bits.
+// What the preparation kernel reads to pack key padding to bits.
 struct PaddingParams {
   const uint8_t* padding;  // (B, S), nonzero = padding; null = none
   int64_t stride_batch;
@@ -122,13 +122,25 @@ struct PaddingParams {
   int32_t* key_ranks;    // (B, num_key_blocks + 1), output: see Params; null = not wanted
 };
 
-// The arguments of the kernel that copies a relative bias with margins.
+// What the preparation kernel reads to copy a relative bias with margins.
 struct RelativeBiasParams {
-  const float* bias;  // (heads, columns)
+  const float* bias;  // (heads, columns); null = none
   int64_t stride_head;
   int64_t heads;    // H, or 1 for all
   int64_t columns;  // L + S - 1
   float* padded;    // output, from the first margin on: see LogitParams::relative_bias
+};
+
+// What the preparation kernel does in a call (preparation.h). Each job has blocks of threads of its own, in this order.
+// A job that is not needed has none.
+struct PreparationParams {
+  PaddingParams padding;
+  RelativeBiasParams relative_bias;
+  ScoreTensor mask;  // bytes (B, H, L, S), nonzero = visible; null data = none
+  int32_t padding_blocks;
+  int32_t relative_bias_blocks;
+  int32_t mask_blocks;
+  int32_t row_blocks;  // backward: each computes the row statistics of kPreparationRows queries
 };
 
 // DropoutOrigin of common/attention_params.h in the types of a GPU: it is added to the position of an entry of the

@@ -1,77 +1,83 @@
-// The small kernels that run before the large ones. They pack key padding to bits, copy the relative bias, reset the
-// tile counter, and compute the row statistics for backward.
+// The preparation kernel, which runs before the large kernels, at most once in a call. Each of its jobs has blocks of
+// threads of its own (PreparationParams), so that all of them take one launch:
+//
+//   key padding      is packed to bits
+//   relative bias    is copied into the workspace, with margins
+//   dense mask       is packed to bits, and a map of the mask is made (mask_bits.h)
+//   row statistics   of backward are computed; counters of dq are set to 0
+//
+// For the fused backward, the kernel also lists the blocks of keys. Which keys are valid decides what the list says. So
+// the block of threads that packs the padding of a batch entry then lists the blocks of keys of this batch entry. Without
+// padding, all blocks of threads share the list.
+//
+// The large kernels are not launched with programmatic dependent launch. CUDA would let a large kernel start while this
+// kernel ends, if this kernel asks for it and the large one waits before it reads the results. What that saves, about the
+// time of a launch, has not been measured.
 #pragma once
 #include "fragments.h"
 #include "kernels.h"
+#include "mask_bits.h"
+#include "sm90/key_blocks.h"
 #include "tile_scheduler.h"
 
 namespace fused_attn::gpu {
 
 constexpr int kPreparationThreads = 128;
+constexpr int kPreparationWarps = kPreparationThreads / 32;
 constexpr int kThreadsPerRow = 8;  // threads that compute the statistics of one query
 constexpr int kPreparationRows = kPreparationThreads / kThreadsPerRow;
 static_assert(kRowBlock % kPreparationRows == 0);
 
 // Packs the key padding of one batch entry to bits, and counts its blocks of keys that have a valid key (key ranks).
-// All threads of one block call this.
-GPU_DEVICE void prepare_padding(const Params& p, const PaddingParams& padding, int32_t batch) {
+// All threads of one block call this. They may read the results when they have synchronised.
+GPU_DEVICE void pack_padding(const Params& p, const PaddingParams& padding, int32_t batch) {
   uint32_t* const valid_keys = padding.valid_keys + int64_t{batch} * p.valid_words;
-  for (int word = thread_index(); word < p.valid_words; word += kPreparationThreads) {
-    uint32_t valid = 0;
-    for (int i = 0; i < 32 && 32 * word + i < p.seqlen_k; ++i) {
-      const int64_t key = int64_t{32} * word + i;
-      const bool is_valid = load_global(padding.padding + batch * padding.stride_batch + key * padding.stride_key) == 0;
-      valid |= static_cast<uint32_t>(is_valid) << i;
+  const uint8_t* const bytes = padding.padding + batch * padding.stride_batch;
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  constexpr int kWords = 8;  // words that a warp packs at a time; all their loads are issued before the first is used
+  for (int first = kWords * warp; first < p.valid_words; first += kWords * kPreparationWarps) {
+    bool is_valid[kWords];
+    GPU_UNROLL for (int w = 0; w < kWords; ++w) {
+      const int64_t key = 32 * (int64_t{first} + w) + lane;
+      is_valid[w] = key < p.seqlen_k && load_global(bytes + key * padding.stride_key) == 0;
     }
-    store_global(valid_keys + word, valid);
+    uint32_t own = 0;
+    GPU_UNROLL for (int w = 0; w < kWords; ++w) {
+      const uint32_t word = warp_ballot(is_valid[w]);
+      if (lane == w) own = word;
+    }
+    if (lane < kWords) store_global(valid_keys + first + lane, own);
   }
   if (padding.key_ranks == nullptr) return;
   sync_threads();
-  if (thread_index() >= 32) return;
+  if (warp > 0) return;
 
   // The first warp computes the key ranks: entry n counts those of the first n blocks of keys that have a valid key. A
   // pass of the loop computes 32 entries as a prefix sum over the lanes.
-  constexpr int kWords = kKeyBlock / 32;
+  constexpr int kWordsOfBlock = kKeyBlock / 32;
   int32_t* const ranks = padding.key_ranks + int64_t{batch} * (p.num_key_blocks + 1);
   int32_t before = 0;
   for (int first = 0; first < p.num_key_blocks; first += 32) {
-    const int block = first + thread_index();
+    const int block = first + lane;
     uint32_t any = 0;
-    for (int w = 0; w < kWords && block < p.num_key_blocks; ++w) any |= load_global(valid_keys + kWords * block + w);
-    int32_t count = any != 0;
-    GPU_UNROLL for (int distance = 1; distance < 32; distance *= 2) {
-      const int32_t lower = shuffle(count, max(thread_index() - distance, 0));
-      if (thread_index() >= distance) count += lower;
-    }
-    if (block < p.num_key_blocks) store_global(ranks + block + 1, before + count);
-    before += shuffle(count, 31);
+    for (int w = 0; w < kWordsOfBlock && block < p.num_key_blocks; ++w)
+      any |= load_global(valid_keys + kWordsOfBlock * block + w);
+    const uint32_t has_valid_key = warp_ballot(any != 0);
+    if (block < p.num_key_blocks)
+      store_global(ranks + block + 1, before + count_bits(has_valid_key & low_bits(lane + 1)));
+    before += count_bits(has_valid_key);
   }
-  if (thread_index() == 0) store_global(ranks, 0);
-}
-
-// Sets the counter from which the programs of the next kernel take their tiles to 0. One thread of the grid writes.
-GPU_DEVICE void reset_tile_counter(const Params& p) {
-  if (p.tile_counter != nullptr && block_index_x() == 0 && thread_index() == 0) store_global(p.tile_counter, 0);
+  if (lane == 0) store_global(ranks, 0);
 }
 
 // Copies a relative bias into the workspace, with a margin of zeros on both sides of each row: see LogitParams. Each
-// thread writes one number.
-GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
-    prepare_relative_bias_kernel(const GPU_GRID_CONSTANT RelativeBiasParams p) {
-  const int64_t i = int64_t{block_index_x()} * kPreparationThreads + thread_index();
+// thread writes one number. `i` is the thread's number among all that do so.
+GPU_DEVICE void copy_relative_bias(const RelativeBiasParams& p, int64_t i) {
   const int64_t stride = p.columns + 2 * kRelativeBiasMargin, head = i / stride,
                 column = i % stride - kRelativeBiasMargin;
   if (head >= p.heads) return;
   const bool is_inside = column >= 0 && column < p.columns;
   store_global(p.padded + i, is_inside ? load_global(p.bias + head * p.stride_head + column) : 0.0f);
-}
-
-// Packs the key padding, with one block of threads for each batch entry, and resets the tile counter. If there is no
-// padding, the kernel only resets the counter.
-GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
-    prepare_padding_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT PaddingParams padding) {
-  reset_tile_counter(p);
-  if (padding.padding != nullptr) prepare_padding(p, padding, block_index_x());
 }
 
 // Rows with a larger lse_log2 count as empty in backward. A float of this size is rounded by 1/2 or more, and so are the
@@ -81,12 +87,12 @@ constexpr float kLargestLseLog2 = 16777216.0f;
 
 // Computes the row statistics of kPreparationRows queries of one head, and writes them to the workspace. kThreadsPerRow
 // threads share a query. For the fused backward, the function also sets the counters dq_turns to 0. There is one
-// counter for each kTileRows queries.
-template <class T, int kHeadDim, int kTileRows>
-GPU_DEVICE void prepare_rows(const Params& p) {
+// counter for each kTileRows queries. `block` is the number of the caller's block among those that have this job.
+template <class T, int kTileRows>
+GPU_DEVICE void prepare_rows(const Params& p, int32_t block) {
   const int blocks_of_head = (p.seqlen_q + kRowBlock - 1) / kRowBlock * (kRowBlock / kPreparationRows);
   const WorkTile work =
-      scheduled_tile(block_index_x(), blocks_of_head, p.num_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
+      scheduled_tile(block, blocks_of_head, p.num_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int row = work.block * kPreparationRows + thread_index() / kThreadsPerRow;
   const bool is_row = row < head_slice.seqlen_q;
@@ -118,17 +124,30 @@ GPU_DEVICE void prepare_rows(const Params& p) {
     store_global(p.dq_turns + head_slice.first_row_block(p) * (kRowBlock / kTileRows) + row / kTileRows, 0);
 }
 
-// Prepares the row statistics for backward in two kernels.
-template <class T, int kHeadDim>
-GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1) prepare_rows_kernel(const GPU_GRID_CONSTANT Params p) {
-  prepare_rows<T, kHeadDim, kRowBlock>(p);
-}
-
-// The shape of a launch with one block of threads for each kPreparationRows queries, up to the end of the last row
-// block.
-inline LaunchShape shape_of_row_preparation(const Params& p) {
-  return shape_of((p.seqlen_q + kRowBlock - 1) / kRowBlock * kRowBlock, kPreparationRows, p.num_heads, p.batch,
-                  kPreparationThreads, 0);
+// The preparation kernel. kTileRows: the queries of a tile of dq in the fused backward
+template <class T, int kTileRows>
+GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
+    preparation_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT PreparationParams jobs) {
+  int32_t block = block_index_x();
+  const int32_t thread = thread_index();
+  if (block == 0 && thread == 0 && p.tile_counter != nullptr) store_global(p.tile_counter, 0);
+  if (block < jobs.padding_blocks) {
+    pack_padding(p, jobs.padding, block);
+    if (p.key_blocks == nullptr) return;
+    sync_threads();
+    return sm90::list_key_blocks<kTileRows>(p, block, block + 1, thread, kPreparationThreads);
+  }
+  block -= jobs.padding_blocks;
+  if (block < jobs.relative_bias_blocks)
+    return copy_relative_bias(jobs.relative_bias, int64_t{block} * kPreparationThreads + thread);
+  block -= jobs.relative_bias_blocks;
+  if (block < jobs.mask_blocks) return pack_mask(p, jobs.mask, int64_t{block} * kPreparationWarps + thread / 32);
+  block -= jobs.mask_blocks;
+  if (block >= jobs.row_blocks) return;
+  prepare_rows<T, kTileRows>(p, block);
+  if (p.key_blocks != nullptr && jobs.padding_blocks == 0)
+    sm90::list_key_blocks<kTileRows>(p, 0, p.batch, int64_t{block} * kPreparationThreads + thread,
+                                     int64_t{jobs.row_blocks} * kPreparationThreads);
 }
 
 }  // namespace fused_attn::gpu

@@ -32,4 +32,15 @@ GPU_DEVICE WorkTile scheduled_tile(int32_t program, int32_t num_blocks, int32_t 
   return {block, head % num_heads, head / num_heads};
 }
 
+// The number of the program that works on this tile: the inverse of scheduled_tile.
+GPU_DEVICE int32_t program_of(const WorkTile& work, int32_t num_blocks, int32_t num_heads, int32_t batch,
+                              int32_t heads_per_l2_group, bool last_first) {
+  const int32_t total_heads = num_heads * batch, head = work.batch * num_heads + work.head;
+  heads_per_l2_group = min(heads_per_l2_group, total_heads);
+  const int32_t first_head = head / heads_per_l2_group * heads_per_l2_group;
+  const int32_t heads_here = min(heads_per_l2_group, total_heads - first_head);
+  const int32_t block = last_first ? num_blocks - 1 - work.block : work.block;
+  return first_head * num_blocks + block * heads_here + head - first_head;
+}
+
 }  // namespace fused_attn::gpu

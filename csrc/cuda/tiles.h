@@ -78,19 +78,27 @@ struct ForwardTileSm90<256, kIsGeneral> {
   static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kQueryStages = 1;
 };
 
+// A tile of forward on sm_90a has at least this many queries.
+constexpr int kLeastForwardRowsSm90 = 128;
+
+// The queries that the fused backward visits at a time. With 128 queries, the two warpgroups can divide the rows of a
+// tile of dq between them, and each reads the keys once for its rows. For larger head dims, and for what a general
+// kernel does, there are too few registers for 128 queries.
+constexpr int fused_backward_rows(int head_dim, bool is_general) { return head_dim == 64 && !is_general ? 128 : 64; }
+
 // The fused backward visits kBlockM queries at a time. Shared memory holds kQStages tiles of queries and kDoutStages
 // tiles of dout. Of the lse (delta) of a tile, 8 * kLseAhead (8 * kDeltaAhead) numbers are loaded before the kernel
 // waits for the product that needs them. More do not fit into registers. An alternative was measured on an H100: two
 // buffers for tiles of dq instead of one, at the cost of two stages of queries, is within 1 %.
 template <int kHeadDim, bool kIsGeneral>
 struct FusedBackwardTileSm90 {
-  static constexpr int kBlockM = 64, kQStages = 4, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 4;
+  static constexpr int kBlockM = fused_backward_rows(kHeadDim, kIsGeneral);
+  static constexpr int kQStages = 4, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 4;
 };
 template <>
 struct FusedBackwardTileSm90<64, false> {
-  // With 128 queries, the two warpgroups can divide the rows of a tile of dq between them, and each reads the keys once
-  // for its rows. A general kernel has too few registers for 128 queries.
-  static constexpr int kBlockM = 128, kQStages = 2, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 2;
+  static constexpr int kBlockM = fused_backward_rows(64, false);
+  static constexpr int kQStages = 2, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 2;
 };
 
 // The kernel for dq: two consumer warpgroups have 64 queries each, and visit kBlockN keys at a time.

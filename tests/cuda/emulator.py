@@ -200,6 +200,7 @@ class Statistics(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_uint64)
         for name in (
+            "launches",
             "blocks",
             "switches",
             "warp_operations",

@@ -222,6 +222,22 @@ def test_fused_backward_ends_on_any_number_of_multiprocessors(window: tuple[int,
         assert all(map(torch.equal, gradients(resident_blocks), of_one))
 
 
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
+def test_workspace_grows_with_the_length(head_dim: int) -> None:
+    """Without a dense mask: it holds sums of dq of every query, and no number of a pair of a query and a key."""
+    heads, most_bytes = 4, {}
+    for length in (4096, 8192):
+        most_bytes[length] = cuda._kernels.workspace_bytes(
+            architecture=cuda._architecture(None), is_backward=True, wants_all_gradients=True, batch=1, batch_entries=1,
+            num_heads=heads, num_kv_heads=heads, rows_q=length, seqlen_q=length, seqlen_k=length, head_dim=head_dim,
+            is_packed=False, has_key_padding=True, relative_bias_heads=heads, mask_entries=0, dbias_shape=None,
+            wants_dkey_bias=False, wants_drelative_bias=False, num_splits=0, value_dim=head_dim,
+        )  # fmt: skip
+        assert most_bytes[length] < heads * length * (4 * 2 * 64 + 4 * head_dim)
+    assert most_bytes[8192] < 2.01 * most_bytes[4096]
+
+
 # ---- Softcap, biases, masks and sinks, over several tiles of queries and keys
 
 

@@ -71,6 +71,31 @@ BUGS = [
         "sync_threads(); // every warp is done with q",
         "if (!@) sync_threads();",
     ),
+    # Preparation
+    Bug(
+        "keys-listed-before-their-padding-is-packed", 90, "hole", "preparation.h",
+        "sync_threads(); return sm90::list_key_blocks", "if (!@) sync_threads(); return sm90::list_key_blocks",
+    ),
+    Bug(
+        "ranks-counted-before-the-padding-is-packed", 90, "hole", "preparation.h",
+        "sync_threads(); if (warp > 0) return;", "if (!@) sync_threads(); if (warp > 0) return;",
+    ),
+    Bug(
+        "words-of-padding-swapped", 80, "padded", "preparation.h",
+        "if (lane == w) own = word;", "if (lane == (w ^ @)) own = word;",
+    ),
+    Bug(
+        "rank-of-a-block-too-early", 90, "hole", "preparation.h",
+        "low_bits(lane + 1)));", "low_bits(lane + 1 - @)));",
+    ),
+    Bug(
+        "key-blocks-of-two-heads-in-one-place", 90, "long", "tile_scheduler.h",
+        "block * heads_here + head - first_head;", "block * heads_here + (@ ? 0 : head - first_head);",
+    ),
+    Bug(
+        "tile-counter-not-reset", 90, "long", "preparation.h",
+        "p.tile_counter != nullptr) store_global", "p.tile_counter != nullptr && !@) store_global",
+    ),
     # sm_90a, loading
     Bug(
         "no-sync-after-init", 90, "long", "sm90/forward.h",

@@ -181,6 +181,7 @@ Statistics& session_statistics() { return statistics_of_session; }
 std::string launch(const LaunchShape& shape, const Options& options, Statistics* statistics,
                    const std::function<void()>& kernel) {
   if (!running.empty()) return "launch: from within a kernel";
+  statistics->launches++;
   std::string error;
   try {
     check_shape(shape);

@@ -24,6 +24,7 @@ struct Options {
 };
 
 struct Statistics {
+  uint64_t launches = 0;
   uint64_t blocks = 0;
   uint64_t switches = 0;         // from one thread to another
   uint64_t warp_operations = 0;  // shuffles, ldmatrix, mma.sync, ...

@@ -1,7 +1,6 @@
 // Launches the kernels for sm_80. Only their instantiations (head_dim_*.cu) include this file.
 #pragma once
 #include "../kernels.h"
-#include "../preparation.h"
 #include "backward.h"
 #include "forward.h"
 
@@ -24,14 +23,13 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   });
 }
 
-// Launches the kernel that prepares row statistics, and then the kernels for the gradients that are wanted.
+// Launches the kernels for the gradients that are wanted.
 template <int kHeadDim>
 void launch_backward(const Params& p, bool is_bf16, Stream stream) {
   using QueryPlan = QueryGradientPlan<kHeadDim>;
   using KeyPlan = KeyGradientPlan<kHeadDim>;
   for_variant(is_bf16, is_general_backward(p) || lacks_columns<kHeadDim>(p), [&](auto type, auto general) {
     using T = decltype(type);
-    run_kernel(prepare_rows_kernel<T, kHeadDim>, shape_of_row_preparation(p), stream, p);
     if (p.dq.data != nullptr)
       run_kernel(query_gradient_kernel<T, kHeadDim, general()>,
                  shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch, QueryPlan::kThreads, QueryPlan::kBytes),

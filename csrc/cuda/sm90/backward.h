@@ -99,8 +99,10 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   if (first_row >= head_slice.seqlen_q) return;
   const BlockRange range =
       key_range<kBlockN>(p, head_slice, first_row, min(first_row + kBlockM, head_slice.seqlen_q) - 1);
+  // shuffle tells the compiler that a warp agrees about the block, and so about the end of the loops. Otherwise it would
+  // compute descriptors in ordinary registers, and move them between the products.
   const auto last_to_visit = [&](int block) {
-    return last_block_to_visit<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, range.begin, block);
+    return shuffle(last_block_to_visit<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, range.begin, block), 0);
   };
   int block = last_to_visit(range.end - 1);
 
@@ -110,7 +112,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   sync_threads();
   RingPosition<Plan::kStages> position;  // in the rings for k and v
 
-  if (thread_index() < kWarpgroup) {
+  const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // for the same reason
+  if (warpgroup == 0) {
     // Load.
     decrease_registers<Plan::kProducerRegisters>();
     if (thread_index() >= 32 || block < range.begin) return;
@@ -133,7 +136,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
 
   // Loop.
   increase_registers<Plan::kConsumerRegisters>();
-  const int consumer = thread_index() / kWarpgroup - 1;
+  const int consumer = warpgroup - 1;
   const Lane lane = this_lane();
   const int query = first_row + 64 * consumer + thread_index() % kWarpgroup / 32 * 16 + lane.g;
   const RowStatistics statistics[2] = {row_statistics(p, head_slice, query), row_statistics(p, head_slice, query + 8)};
@@ -147,6 +150,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   for (; block >= range.begin; block = last_to_visit(block - 1)) {
     const uint32_t k_tile = shared + Plan::kK + position.slot() * KeyTile::kBytes;
     const uint32_t v_tile = shared + Plan::kV + position.slot() * KeyTile::kBytes;
+    // Which keys are valid is read again where a block is not full: so a full block reads it while no product waits, and
+    // keeps one bit of it.
+    const bool is_full = range.is_within_band(block) && valid_keys<kBlockN>(p, head_slice, block).all();
     position.wait_full(rings.k);
     wgmma_fence();
     start_multiply_transposed<T, kHeadDim, kBlockM>(scores, shared + Plan::kQ, 64 * consumer, k_tile);
@@ -155,12 +161,10 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     wgmma_fence();
     start_multiply_transposed<T, kHeadDim, kBlockM>(dprobs, shared + Plan::kDout, 64 * consumer, v_tile);
     wgmma_commit();
-    const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, head_slice, block);
-    const bool is_full = range.is_within_band(block) && valid.all();
     if constexpr (!kIsGeneral) {
       wgmma_wait<1>();
       keep_registers(flat(scores));
-      if (!is_full) hide(scores, visible_keys(p, valid, block, query), lane);
+      if (!is_full) hide(scores, visible_keys(p, valid_keys<kBlockN>(p, head_slice, block), block, query), lane);
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
         GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] =
             prob_of(scores[t][j], p.scale_log2, statistics[j / 2].lse_log2);
@@ -190,7 +194,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
       to_logits<T>(p, head_slice, scores, QueryRows{query, first_key + 2 * lane.q}, LogitGradients<kTiles>{dprobs});
       const bool has_masked = has_masked_keys<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, block);
       if (!is_full || has_masked) {
-        VisibleColumns<kBlockN> visible = visible_keys(p, valid, block, query);
+        VisibleColumns<kBlockN> visible = visible_keys(p, valid_keys<kBlockN>(p, head_slice, block), block, query);
         if (has_masked) hide_masked_keys(p, head_slice, visible, query, first_key);
         hide(scores, visible, lane);
       }
@@ -535,7 +539,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   const KeyGradientRings<kHeadDim, kIsGeneral> rings(shared);
   if (thread_index() == 0) rings.init();
   sync_threads();
-  const int warpgroup = thread_index() / kWarpgroup;
+  const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // tells the compiler that a warp agrees about it
   if (warpgroup == 0) {
     decrease_registers<kGradientProducerRegisters>();
     if (work.steps_left > 0) {

@@ -647,24 +647,6 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kFusedBackwardThreads, 1)
 
 // ---- Before and after
 
-// Runs before the fused backward. Writes the row statistics, sets the counters dq_turns to 0, and writes the list of
-// all blocks of keys, which take_key_block reads.
-template <class T, int kHeadDim, bool kIsGeneral>
-GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
-    prepare_fused_backward_kernel(const GPU_GRID_CONSTANT Params p, int num_programs) {
-  using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
-  reset_tile_counter(p);
-  prepare_rows<T, kHeadDim, Plan::kBlockM>(p);
-  const int64_t threads = int64_t{grid_size_x()} * kPreparationThreads;
-  for (int64_t i = int64_t{block_index_x()} * kPreparationThreads + thread_index(); i < num_programs; i += threads) {
-    const KeyBlock b = key_block<Plan::kBlockM>(p, static_cast<int32_t>(i));
-    Vec4 words[kKeyBlockBytes / 16];
-    __builtin_memcpy(words, &b, kKeyBlockBytes);
-    Vec4* const listed = reinterpret_cast<Vec4*>(p.key_blocks + i);
-    GPU_UNROLL for (uint32_t w = 0; w < kKeyBlockBytes / 16; ++w) store_global(listed + w, words[w]);
-  }
-}
-
 // Lists the steps of block `program` of the list of blocks of keys, and writes their number into its KeyBlock. One warp
 // calls this. It reads the map of the mask for 32 tiles of queries at a time.
 template <int kBlockM>

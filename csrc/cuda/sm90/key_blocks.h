@@ -1,6 +1,6 @@
 // The order of work in the fused backward: which blocks of keys are taken when, which tiles of queries see a block of
-// keys, and when a block of keys may add to a tile of dq. prepare_fused_backward_kernel writes the list of all blocks
-// of keys. The warps of the fused backward read one entry of this list after another from shared memory.
+// keys, and when a block of keys may add to a tile of dq. The preparation kernel writes the list of all blocks of
+// keys (list_key_blocks). The warps of the fused backward read one entry of this list after another from shared memory.
 //
 // Blocks of keys are taken from the last one of a head to the first. Each visits its tiles of queries in ascending
 // order. Measured on an H100 against the opposite order of both, with a causal mask:
@@ -59,13 +59,10 @@ GPU_DEVICE int32_t key_rank(const Params& p, int32_t batch, int32_t n) {
   return p.key_ranks == nullptr ? n : load_global(p.key_ranks + int64_t{batch} * (p.num_key_blocks + 1) + n);
 }
 
-// Computes the KeyBlock that is taken as number `program` of all. The last blocks of each head come first. One thread
-// of the preparation kernel calls this.
+// Computes the KeyBlock of a block of keys (WorkTile::block) of a key head. Of each head, the last blocks are taken
+// first.
 template <int kBlockM>
-GPU_DEVICE KeyBlock key_block(const Params& p, int32_t program) {
-  const WorkTile work =
-      scheduled_tile(program, p.num_key_blocks, p.num_heads / p.group_size, p.batch, p.heads_per_l2_group,
-                     /*last_first=*/true);
+GPU_DEVICE KeyBlock key_block(const Params& p, const WorkTile& work) {
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head * p.group_size, work.head);
   const int32_t first_key = work.block * kKeyBlock;
   const ValidRows<kKeyBlock> valid = valid_keys<kKeyBlock>(p, head_slice, work.block);
@@ -86,9 +83,28 @@ GPU_DEVICE KeyBlock key_block(const Params& p, int32_t program) {
   b.full_end = valid.all() ? range.full_end : range.full_begin;
   b.rank_after = key_rank(p, work.batch, work.block + 1);
   b.steps = valid.none() ? 0 : max(b.end - b.begin, 0) * p.group_size;
-  b.program = program;
+  b.program = program_of(work, p.num_key_blocks, p.num_heads / p.group_size, p.batch, p.heads_per_l2_group,
+                         /*last_first=*/true);
   GPU_UNROLL for (int w = 0; w < valid.kWords; ++w) b.valid[w] = valid.words[w];
   return b;
+}
+
+// Writes the entries of the list of blocks of keys for batch entries first_batch ... end_batch - 1. The caller is number
+// `thread` of the `threads` threads that share them.
+template <int kBlockM>
+GPU_DEVICE void list_key_blocks(const Params& p, int32_t first_batch, int32_t end_batch, int64_t thread,
+                                int64_t threads) {
+  const int32_t kv_heads = p.num_heads / p.group_size;
+  const int64_t of_entry = int64_t{kv_heads} * p.num_key_blocks;
+  for (int64_t i = first_batch * of_entry + thread; i < end_batch * of_entry; i += threads) {
+    const int32_t head = static_cast<int32_t>(i / p.num_key_blocks);  // counted over all batch entries
+    const WorkTile work{static_cast<int32_t>(i % p.num_key_blocks), head % kv_heads, head / kv_heads};
+    const KeyBlock b = key_block<kBlockM>(p, work);
+    Vec4 words[kKeyBlockBytes / 16];
+    __builtin_memcpy(words, &b, kKeyBlockBytes);
+    Vec4* const listed = reinterpret_cast<Vec4*>(p.key_blocks + b.program);
+    GPU_UNROLL for (uint32_t w = 0; w < kKeyBlockBytes / 16; ++w) store_global(listed + w, words[w]);
+  }
 }
 
 // A KeyBlock in a slot of shared memory. Each function reads one field where it is needed, because keeping the fields

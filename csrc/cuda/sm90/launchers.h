@@ -40,6 +40,7 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   const int kv_heads = p.num_heads / p.group_size;
   for_variant(is_bf16, is_general_forward(p), [&](auto type, auto general) {
     using Plan = ForwardPlan<kHeadDim, general()>;
+    static_assert(Plan::kBlockM >= kLeastForwardRowsSm90);
     const ForwardMaps maps{
         map_of(p.q, is_bf16, p.rows_q, p.num_heads, p.batch, Plan::kBlockM),
         map_of(p.k, is_bf16, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
@@ -61,7 +62,6 @@ template <class T, int kHeadDim, bool kIsGeneral, class MapsOf>
 void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
   using QueryPlan = QueryGradientPlan<kHeadDim, kIsGeneral>;
   using KeyPlan = KeyGradientPlan<kHeadDim, kIsGeneral>;
-  run_kernel(prepare_rows_kernel<T, kHeadDim>, shape_of_row_preparation(p), stream, p);
   if (p.dq.data != nullptr)
     run_kernel(query_gradient_kernel<T, kHeadDim, kIsGeneral>,
                shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch, kGradientThreads, QueryPlan::kBytes),
@@ -73,8 +73,8 @@ void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
         stream, p, maps_of(KeyPlan::kBlockM, KeyPlan::kBlockN));
 }
 
-// Launches the fused backward, between the kernel that prepares its list of blocks of keys and the kernel that rounds
-// dq.
+// Launches the fused backward, and then the kernel that rounds dq. With a dense mask, another kernel lists the steps
+// before.
 template <class T, int kHeadDim, bool kIsGeneral, class MapsOf>
 void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
   using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
@@ -82,8 +82,6 @@ void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
       shape_of(p.seqlen_k, Plan::kBlockN, p.num_heads / p.group_size, p.batch, kFusedBackwardThreads, Plan::kBytes);
   const int num_programs = shape.grid_x;  // blocks of keys of all heads
   shape.grid_x = std::min(num_programs, num_multiprocessors());
-  run_kernel(prepare_fused_backward_kernel<T, kHeadDim, kIsGeneral>, shape_of_row_preparation(p), stream, p,
-             num_programs);
   if (p.mask_steps != nullptr) {
     const int64_t warps = num_programs + int64_t{p.batch} * p.num_heads * tiles_of_head<Plan::kBlockM>(p);
     constexpr int kWarps = kPreparationThreads / 32;

@@ -1,0 +1,84 @@
+"""How many kernels a call launches: at most one before the large kernels of forward or backward (preparation.h).
+
+docs/backends.md has the same table, which a test compares with this one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernels import Kernels
+
+import fused_attn
+
+HEADS, LENGTH = 3, 40  # in forward, a tile for each head: one more than there are multiprocessors in the emulation
+
+PADDING = {"key_padding_mask": torch.arange(LENGTH)[None] >= LENGTH - 7}
+MASK = {"attn_mask": torch.arange(LENGTH)[None] % 3 < torch.arange(LENGTH)[:, None]}
+RELATIVE_BIAS = {"relative_bias": torch.linspace(0, 1, 2 * LENGTH - 1)}
+
+#: kind of call -> arguments, and the launches of forward and of backward on sm_80 and on sm_90a
+LAUNCHES: dict[str, tuple[dict[str, Any], tuple[int, int], tuple[int, int]]] = {
+    "no mask": ({}, (1, 3), (1, 3)),
+    "causal or window": ({"is_causal": True}, (1, 3), (2, 3)),
+    "key padding": (PADDING, (2, 3), (2, 3)),
+    "bool mask": (MASK, (2, 3), (2, 4)),
+    "relative bias": (RELATIVE_BIAS, (2, 3), (2, 3)),
+    "all of these": ({"is_causal": True} | PADDING | MASK | RELATIVE_BIAS, (2, 3), (2, 4)),
+}
+
+
+def tensors(*shape: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).half().requires_grad_() for _ in range(3)]
+
+
+def launches(kernels: Kernels, architecture: int, inputs: list[torch.Tensor], call: Any) -> tuple[int, int]:
+    """How many kernels forward and backward of a call have launched."""
+    with kernels.running(architecture):
+        out = call(*inputs)
+        forward = kernels.statistics.launches
+        out.backward(torch.ones_like(out))
+        return forward, kernels.statistics.launches - forward
+
+
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_one_preparation_for_all_of_a_call(kind: str, kernels: Kernels) -> None:
+    options, *expected = LAUNCHES[kind]
+    for architecture, count in zip((80, 90), expected, strict=True):
+        inputs = tensors(1, HEADS, LENGTH, 64)
+        call = lambda *x: fused_attn.fused_attention(*x, **options, backend="cuda")  # noqa: E731
+        assert launches(kernels, architecture, inputs, call) == count, architecture
+
+
+@pytest.mark.parametrize("architecture, count", [(80, (1, 3)), (90, (2, 3))])
+def test_packed(architecture: int, count: tuple[int, int], kernels: Kernels) -> None:
+    starts = torch.tensor([0, 33, 60, 97], dtype=torch.int32)
+    call = lambda *x: fused_attn.fused_attention_varlen(*x, starts, starts, 37, 37, backend="cuda")  # noqa: E731
+    assert launches(kernels, architecture, tensors(97, 1, 64), call) == count
+
+
+def test_no_counter_for_one_tile_of_each_multiprocessor(kernels: Kernels) -> None:
+    """On sm_90a, forward shares unequal tiles by a counter, which a launch has to reset, only if there are more of them
+    than multiprocessors.
+    """
+    call = lambda *x: fused_attn.fused_attention(*x, is_causal=True, backend="cuda")  # noqa: E731
+    assert launches(kernels, 90, tensors(1, HEADS - 1, LENGTH, 64), call) == (1, 3)
+
+
+@pytest.mark.parametrize("wanted, count", [((0,), 2), ((1, 2), 2), ((0, 1, 2), 3)], ids=["dq", "dkdv", "all"])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_backward_launches_what_is_wanted(
+    wanted: tuple[int, ...], count: int, architecture: int, kernels: Kernels
+) -> None:
+    inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(tensors(1, 1, LENGTH, 256))]
+    call = lambda *x: fused_attn.fused_attention(*x, **PADDING, backend="cuda")  # noqa: E731
+    assert launches(kernels, architecture, inputs, call)[1] == count
+
+
+def test_the_documentation_has_this_table(pytestconfig: pytest.Config) -> None:
+    text = (pytestconfig.rootpath / "docs" / "backends.md").read_text()
+    for kind, (_, sm80, sm90) in LAUNCHES.items():
+        assert f"| {' | '.join(map(str, (kind, *sm80, *sm90)))} |" in text, kind
