@@ -35,7 +35,11 @@ def compiler_wheels(config_settings: Settings, state: Literal["wheel", "editable
         Path("build"),
     )
     if choice.wheels:
-        print(f"fused_attn: {'; '.join(choice.notes)}. Asks for the compiler wheels: {', '.join(choice.wheels)}")
+        print(
+            f"fused_attn: {'; '.join(choice.notes)}. Asks for the compiler wheels: {', '.join(choice.wheels)}. If pip "
+            "cannot fetch them, install a CUDA toolkit, or leave the CUDA kernels out with "
+            "-C cmake.define.FUSED_ATTN_CUDA=OFF"
+        )
     return list(choice.wheels)
 
 

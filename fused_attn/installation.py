@@ -88,7 +88,8 @@ def _native() -> dict[str, str]:
         "compiler": build["compiler"],
         "OpenMP": "yes" if build["openmp"] else "no: the kernels run on one thread",
         "CPU kernels": ", ".join(build["cpu_isas"]),
-        "in use here": cpu._C.cpu_isa(),
+        "run here": ", ".join(cpu._C.cpu_isas()),
+        "in use here": cpu._C.cpu_isa() + (f": {reason}" if (reason := cpu.build_reason()) else ""),
     }
 
 

@@ -257,3 +257,27 @@ def test_cmake_says_what_it_does_without(machine: Machine, tmp_path: Path) -> No
     broken = machine._replace(toolkits=(write_nvcc(tmp_path, "13.0.88"),))
     status, text = configure(broken, tmp_path / "build", "FUSED_ATTN_CUDA=ON")
     assert status != 0 and "it cannot compile a small program" in text and "/bin/nvcc" in text
+    for setting, expected in instruction_sets():
+        status, text = configure(machine, tmp_path / "build", "FUSED_ATTN_CUDA=OFF", f"FUSED_ATTN_CPU_ISAS={setting}")
+        assert (status == 0) == (not expected.startswith("expected")) and expected in text
+
+
+def instruction_sets() -> list[tuple[str, str]]:
+    """Values of the setting FUSED_ATTN_CPU_ISAS, each with what CMake says to it on this machine."""
+    texts = [
+        ("baseline", "CPU kernels for baseline --"),
+        ("sse9", "expected auto, runnable, all or a list of baseline"),
+    ]
+    try:
+        from fused_attn import _C
+    except ImportError:
+        return texts
+    best = _C.best_cpu_isa()
+    with_bfloat16 = ["avx512", "avx512_bf16"]
+    needed = {"baseline": [], "avx512_bf16": with_bfloat16}.get(best, [best])
+    texts.append(("auto", f"CPU kernels for {' '.join(['baseline', *needed])} --"))
+    if best.startswith("avx"):
+        texts.append(("all", "CPU kernels for baseline avx2 avx512 "))
+        texts.append(("runnable", f"CPU kernels for baseline avx2 {'avx512 ' if 'avx512' in best else '--'}"))
+        texts.append(("avx512_bf16,avx2", f"CPU kernels for {' '.join(['baseline', 'avx2', *with_bfloat16])} --"))
+    return texts

@@ -10,6 +10,9 @@ namespace fused_attn::cpu {
 std::vector<std::string> compiled_isas();  // the instruction sets of this build, from the slowest to the fastest
 std::vector<std::string> runnable_isas();  // those of compiled_isas() that this machine can run, in the same order
 
+// The fastest instruction set that this machine can run and the compiler knows. A build may lack it.
+std::string best_isa();
+
 // The kernels in use: those of the fastest runnable instruction set, unless select_isa chose another one.
 const Kernels& kernels();
 

@@ -279,6 +279,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("signature_dtypes") = signature_dtypes;
 
   module.def("cpu_isas", &cpu::runnable_isas, "The instruction sets that this machine can run, best last.");
+  module.def("best_cpu_isa", &cpu::best_isa, "The best instruction set of this machine, which the build may lack.");
   module.def("cpu_isa", [] { return cpu::kernels().isa; }, "The instruction set in use.");
   module.def("select_cpu_isa", &select_cpu_isa, py::arg("isa"),
              "From now on, the kernels of another of cpu_isas() are used; for tests.");

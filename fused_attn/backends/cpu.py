@@ -12,7 +12,7 @@ from fused_attn.attention.inputs import SHARED_ITEMS, Gradients, Inputs, Results
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import clear_rows, native_numbers
-from fused_attn.native import _C, why_no_C
+from fused_attn.native import _C, install_command, why_no_C
 
 missing = why_no_C
 
@@ -36,6 +36,14 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
         reasons.append(f"head dim {max(problem.head_dim, problem.value_dim)} is above {MAX_HEAD_DIM}")
     return reasons
+
+
+def build_reason() -> str | None:
+    """Why another installation would be faster on this machine, and what to do about it; None if none would."""
+    if _C is None or (best := _C.best_cpu_isa()) in _C.cpu_isas():
+        return None
+    built = ", ".join(_C.build_info()["cpu_isas"])
+    return f"the CPU kernels have been built for {built}, expected {best}; here, {install_command()} builds them for it"
 
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:

@@ -104,6 +104,8 @@ def choose(problem: AttentionProblem, backend: str | None) -> Backend:
         reason = cuda.build_reason(problem)
         if cuda.unsupported_reasons(problem) == [reason]:
             _warn_of_triton(reason)
+    elif chosen is cpu and (reason := cpu.build_reason()) is not None:
+        _warn_of_instruction_set(reason)
     return chosen
 
 
@@ -120,6 +122,12 @@ def _warn_of_triton(reason: str) -> None:
         + reason,
         stacklevel=2,
     )
+
+
+@functools.cache
+def _warn_of_instruction_set(reason: str) -> None:
+    """Warns once for each reason why the CPU kernels are slower than this machine allows."""
+    warnings.warn(f"fused_attention is slower than this machine allows: {reason}", stacklevel=2)
 
 
 @functools.cache

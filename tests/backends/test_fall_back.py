@@ -12,7 +12,7 @@ import torch
 import fused_attn
 from fused_attn import native
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends import cuda, dispatch
+from fused_attn.backends import cpu, cuda, dispatch
 from fused_attn.backends.triton import backend as triton
 
 pytestmark = pytest.mark.quick
@@ -36,7 +36,13 @@ def installation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(native, "_installed_copy", lambda module: None)
     monkeypatch.setattr(cuda, "missing", cuda.why_not_installed(ModuleNotFoundError()))
     monkeypatch.setattr(triton, "installation_problem", lambda: None)
-    caches = (dispatch.choose, dispatch._warn_of_triton, dispatch._warn_of_reference, cuda._unusable_reason)
+    caches = (
+        dispatch.choose,
+        dispatch._warn_of_triton,
+        dispatch._warn_of_reference,
+        dispatch._warn_of_instruction_set,
+        cuda._unusable_reason,
+    )
     for cache in caches:
         cache.cache_clear()
     yield
@@ -174,3 +180,36 @@ def test_a_lack_of_memory_is_no_lasting_reason(monkeypatch: pytest.MonkeyPatch) 
         dispatch.choose(asked, None)
     cuda._kernels.unusable_reason = works
     assert chosen(asked) == (["cuda"], [])
+
+
+def with_instruction_sets(monkeypatch: pytest.MonkeyPatch, *compiled: str, best: str) -> None:
+    """As if the CPU kernels had been compiled for some instruction sets, on a machine that runs them up to `best`."""
+    order = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    runnable = [isa for isa in compiled if order.index(isa) <= order.index(best)]
+    module = types.SimpleNamespace(
+        build_info=lambda: {"version": "1", "compiler": "g++", "openmp": True, "cpu_isas": list(compiled)},
+        cpu_isas=lambda: runnable,
+        cpu_isa=lambda: runnable[-1],
+        best_cpu_isa=lambda: best,
+    )
+    monkeypatch.setattr(cpu, "_C", module)
+
+
+def test_a_build_without_the_best_instruction_set_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = [problem(length, device=torch.device("cpu"), dtype=torch.float32) for length in (16, 32)]
+    with_instruction_sets(monkeypatch, "baseline", "avx2", best="avx512")
+    names, (warning,) = chosen(*on_cpu, on_cpu[0])
+    assert set(names) == {"cpu"}
+    assert "have been built for baseline, avx2, expected avx512" in warning and native.install_command() in warning
+    told = fused_attn.info().native
+    assert told["CPU kernels"] == told["run here"] == "baseline, avx2"
+    assert told["in use here"].startswith("avx2: ") and native.install_command() in told["in use here"]
+    dispatch.choose.cache_clear()
+    assert chosen(*on_cpu)[1] == [], "once"
+
+
+@pytest.mark.parametrize("best", ["baseline", "avx2", "avx512"])
+def test_a_build_with_the_best_instruction_set_is_quiet(monkeypatch: pytest.MonkeyPatch, best: str) -> None:
+    with_instruction_sets(monkeypatch, "baseline", "avx2", "avx512", best=best)
+    assert chosen(problem(device=torch.device("cpu"), dtype=torch.float32)) == (["cpu"], [])
+    assert fused_attn.info().native["in use here"] == best

@@ -1,0 +1,58 @@
+// Which instruction sets the processor and the operating system of this machine can run. dispatch.cpp asks at run time.
+// cmake/print_isas.cpp asks when the library is built, so both agree.
+#pragma once
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fused_attn::cpu {
+
+// Every machine for which the library is built can run the baseline kernels.
+inline bool runs_everywhere() { return true; }
+
+#if defined(__x86_64__)
+// Whether the AVX2 kernels can run. __builtin_cpu_supports also returns false if the operating system does not save the
+// vector registers at a context switch.
+inline bool runs_avx2() {
+  // F16C is asked for directly, because some versions of Clang do not know "f16c" in __builtin_cpu_supports.
+  constexpr unsigned kF16c = 1u << 29;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & kF16c) != 0;
+  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+// Whether the AVX-512 kernels can run.
+inline bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+#if defined(FUSED_ATTN_COMPILES_AVX512_BF16)
+// A compiler that is too old for the avx512_bf16 kernels does not know the name "avx512bf16" either.
+inline bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+#endif
+
+// An instruction set, with the test whether this machine can run it.
+struct InstructionSet {
+  const char* name;
+  bool (*runs_here)();
+};
+
+// The instruction sets that the compiler knows, from the slowest to the fastest. CMake defines FUSED_ATTN_COMPILES_<ISA>
+// for each of them.
+constexpr InstructionSet kInstructionSets[] = {
+    {"baseline", runs_everywhere},
+#if defined(FUSED_ATTN_COMPILES_AVX2)
+    {"avx2", runs_avx2},
+#endif
+#if defined(FUSED_ATTN_COMPILES_AVX512)
+    {"avx512", runs_avx512},
+#endif
+#if defined(FUSED_ATTN_COMPILES_AVX512_BF16)
+    {"avx512_bf16", runs_avx512_bf16},
+#endif
+};
+
+}  // namespace fused_attn::cpu
