@@ -211,12 +211,21 @@ GPU_DEVICE void add_bias_rows(const ScoreTensor& bias, const HeadSlice& head_sli
   }
 }
 
+// Stands for a tile of the bias in shared memory, in a call of to_logits that has none. Then, to_logits reads the bias
+// from global memory.
+struct NoBiasTile {
+  GPU_DEVICE bool is_used() const { return false; }
+  template <int kTiles>
+  GPU_DEVICE void add(float (&)[kTiles][4], float) const {}
+};
+
 // Turns the scores of a thread's fragment into logits, in place. Backward passes the gradients by the logits, before
 // their factor prob: to_logits multiplies them by the derivative of the softcap. Forward passes NoGradients. If there is
-// nothing but the scale (is_plain), scores stay as they are, and the softmax multiplies by p.softmax_scale_log2.
-template <class T, int kTiles, class Position, class Gradients>
+// nothing but the scale (is_plain), scores stay as they are, and the softmax multiplies by p.softmax_scale_log2. If
+// bias_tile is used, it has the bias of this fragment, and `add` multiplies the scores by a factor and adds the bias.
+template <class T, int kTiles, class Position, class Gradients, class BiasTile = NoBiasTile>
 GPU_DEVICE void to_logits(const Params& p, HeadSlice head_slice, float (&scores)[kTiles][4], Position at,
-                          const Gradients& gradients) {
+                          const Gradients& gradients, const BiasTile& bias_tile = {}) {
   const LogitParams& x = p.logits;
   if (x.is_plain) return;
   // Without keep_computed, the compiler would compute parts of the addresses below before the kernel's loop over
@@ -239,6 +248,7 @@ GPU_DEVICE void to_logits(const Params& p, HeadSlice head_slice, float (&scores)
     if (factor != 1.0f) scale_rows(scores, {factor, factor});
     return;
   }
+  if (bias_tile.is_used()) return bias_tile.add(scores, factor);
   if constexpr (Position::kRowsAreQueries) {
     if (x.has_bias_rows) return add_bias_rows<T>(x.bias, head_slice, scores, factor, at);
     if (x.has_bias_pairs) return add_bias_pairs(x.bias, head_slice, scores, factor, at);

@@ -63,8 +63,9 @@ GPU_DEVICE Float2 unpack(uint32_t pair) {
   if constexpr (kIsBf16<T>) {
     return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
   } else {
-    const __half2_raw halves = {uint16_t(pair), uint16_t(pair >> 16)};
-    const float2 floats = __half22float2(__half2(halves));
+    __half2 halves;  // from two numbers of 16 bits, nvcc would put the word together again, by two instructions
+    __builtin_memcpy(&halves, &pair, sizeof(halves));
+    const float2 floats = __half22float2(halves);
     return {floats.x, floats.y};
   }
 }

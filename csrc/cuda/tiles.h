@@ -61,21 +61,24 @@ struct BiasGradientTileSm80<256> {
 };
 
 // Forward on sm_90a: kConsumers warpgroups have 64 queries each, and visit kBlockN keys at a time. Shared memory holds
-// kStages tiles of keys, as many tiles of values, and kQueryStages tiles of queries.
+// kStages tiles of keys, as many tiles of values, and kQueryStages tiles of queries. For a dense bias, there are
+// kBiasStages tiles of 64 queries for each consumer.
 template <int kHeadDim, bool kIsGeneral>
 struct ForwardTileSm90 {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kQueryStages = 2;  // 192 KiB
+  static constexpr int kBiasStages = 1;                                               // 32 KiB
 };
 template <bool kIsGeneral>
 struct ForwardTileSm90<64, kIsGeneral> {
   // acc takes 32 registers. This leaves room for a third consumer. In a general kernel there is no room, because its
   // consumers compute dropout and load biases.
   static constexpr int kConsumers = kIsGeneral ? 2 : 3, kBlockN = 128, kStages = 3, kQueryStages = 2;
+  static constexpr int kBiasStages = 2;
 };
 template <bool kIsGeneral>
 struct ForwardTileSm90<256, kIsGeneral> {
-  // acc takes 128 registers, and the tiles take 192 KiB.
-  static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kQueryStages = 1;
+  // acc takes 128 registers, and the tiles take 192 KiB. Those of a bias take 32 KiB.
+  static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kQueryStages = 1, kBiasStages = 1;
 };
 
 // A tile of forward on sm_90a has at least this many queries.
@@ -89,11 +92,13 @@ constexpr int fused_backward_rows(int head_dim, bool is_general) { return head_d
 // The fused backward visits kBlockM queries at a time. Shared memory holds kQStages tiles of queries and kDoutStages
 // tiles of dout. Of the lse (delta) of a tile, 8 * kLseAhead (8 * kDeltaAhead) numbers are loaded before the kernel
 // waits for the product that needs them. More do not fit into registers. An alternative was measured on an H100: two
-// buffers for tiles of dq instead of one, at the cost of two stages of queries, is within 1 %.
+// buffers for tiles of dq instead of one, at the cost of two stages of queries, is within 1 %. In a general kernel, a
+// tile of the bias comes with each tile of dout. With head dims above 64, these tiles take the memory of two stages of
+// queries.
 template <int kHeadDim, bool kIsGeneral>
 struct FusedBackwardTileSm90 {
-  static constexpr int kBlockM = fused_backward_rows(kHeadDim, kIsGeneral);
-  static constexpr int kQStages = 4, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 4;
+  static constexpr int kBlockM = fused_backward_rows(kHeadDim, kIsGeneral), kDoutStages = 2;
+  static constexpr int kQStages = kIsGeneral && kHeadDim > 64 ? 2 : 4, kLseAhead = 4, kDeltaAhead = 4;
 };
 template <>
 struct FusedBackwardTileSm90<64, false> {

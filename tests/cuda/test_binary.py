@@ -44,6 +44,14 @@ MOST_INSTRUCTIONS_BACKWARD = {64: 600, 96: 420, 128: 440}
 #: when these limits were set. A relative bias adds 100 instructions, a mask 152, a softcap 377.
 MOST_INSTRUCTIONS_GENERAL_BACKWARD = {64: 410, 96: 432, 128: 450}
 
+#: The most instructions of a step of the general kernels for sm_90a that reads tiles of a dense bias. 583, 562, 569 and
+#: 434 (forward), 527, 546 and 565 (fused backward) were counted when these limits were set. Steps that read the bias
+#: from global memory took 737, 730, 741 and 540, 699, 720 and 738.
+MOST_INSTRUCTIONS_BIAS = {
+    "forward": {64: 595, 96: 580, 128: 585, 256: 450},
+    "fused_backward": {64: 545, 96: 562, 128: 580},
+}
+
 #: The instructions of a step of the other kernels, for each head dim, as counted when this table was made. A step of a
 #: general kernel uses no feature. If one warpgroup sums dk and another one dv, the step is that of dv.
 COUNTED_INSTRUCTIONS = {
@@ -84,6 +92,7 @@ class Kernel(NamedTuple):
     instructions: dict[str, int]  # how often each instruction occurs
     overlapped: int  # see overlapped_exponentials
     step: list[str]  # see steady_step
+    bias_step: list[str]  # the same for a step that reads a tile of a dense bias (sm_90a)
     copies: list[str]  # see copies_after_wait
     narrow_stores: int  # stores of 4 bytes to global memory
     moved_in_products: list[int]  # for each product with wgmma: see moved_in_products
@@ -140,6 +149,7 @@ def kernels() -> list[Kernel]:
             architecture = match[1]
         elif match := re.match(r"\s*Function (\S+):", line):
             symbol = match[1]
+            text = texts.get((architecture, symbol), [])
         elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
             numbers = map(int, match.groups())
             found[architecture, symbol] = Kernel(
@@ -147,11 +157,12 @@ def kernels() -> list[Kernel]:
                 readable(symbol),
                 *numbers,
                 counts.get((architecture, symbol), {}),
-                overlapped_exponentials(texts.get((architecture, symbol), [])),
-                steady_step(texts.get((architecture, symbol), [])),
-                copies_after_wait(texts.get((architecture, symbol), [])),
-                sum(bool(re.search(r"\bSTG\.E ", line)) for line in texts.get((architecture, symbol), [])),
-                moved_in_products(texts.get((architecture, symbol), [])),
+                overlapped_exponentials(text),
+                steady_step(text),
+                steady_step(text, r"\bLDSM\b") if architecture == "sm_90a" else [],
+                copies_after_wait(text),
+                sum(bool(re.search(r"\bSTG\.E ", line)) for line in text),
+                moved_in_products(text),
             )
     return sorted(found.values(), key=lambda kernel: kernel[:2])
 
@@ -179,12 +190,12 @@ def moved_in_products(sass: list[str]) -> list[int]:
     return [product.count("R2UR") for product in products]
 
 
-def steady_step(sass: list[str]) -> list[str]:
+def steady_step(sass: list[str], through: str = "") -> list[str]:
     """The instructions of one round of the main loop, when no entry has to be masked.
 
     The loop contains the wait for all products but one, or on sm_80 the wait for copies. The result is the shortest
     cycle of instructions through this wait. Code that runs in some rounds only, such as masks and the end of the loop,
-    makes a longer cycle.
+    makes a longer cycle. With ``through``, it is the shortest cycle that also has an instruction with this pattern.
     """
     lines = [re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line) for line in sass]
     texts = [line[2] for line in lines]
@@ -198,6 +209,30 @@ def steady_step(sass: list[str]) -> list[str]:
             return target + (following if match[1] or "DIV" in texts[i] else [])
         return following
 
+    def tree(start: int, edges: list[list[int]]) -> dict[int, int]:
+        """For each instruction that can be reached from ``start``: the one before it on a shortest way."""
+        before, queue = {}, collections.deque([start])
+        while queue:
+            i = queue.popleft()
+            for following in edges[i]:
+                if following not in before:
+                    before[following] = i
+                    queue.append(following)
+        return before
+
+    def way_to(end: int, before: dict[int, int], start: int) -> list[int]:
+        """The numbers of the instructions from ``start`` to the one before ``end``."""
+        way = [before[end]]
+        while way[-1] != start:
+            way.append(before[way[-1]])
+        return way[::-1]
+
+    following = [next_ones(i) for i in range(len(texts))]
+    preceding: list[list[int]] = [[] for _ in texts]
+    for i, ends in enumerate(following):
+        for end in ends:
+            preceding[end].append(i)
+    middles = {i for i, text in enumerate(texts) if through and re.search(through, text)}
     shortest: list[int] = []
     # Kernels with wgmma, and decode, have waits of the later kinds in other loops. The last kind is for the backward of
     # sm_90a in two general kernels, which always wait for all products.
@@ -209,19 +244,12 @@ def steady_step(sass: list[str]) -> list[str]:
     )
     found = ([i for i, text in enumerate(texts) if re.search(wait, text)] for wait in waits)
     for start in next(filter(None, found), []):
-        before, queue = {}, collections.deque([start])
-        while queue and start not in before:
-            i = queue.popleft()
-            for following in next_ones(i):
-                if following not in before:
-                    before[following] = i
-                    queue.append(following)
-        if start in before:
-            way = [before[start]]
-            while way[-1] != start:
-                way.append(before[way[-1]])
-            if not shortest or len(way) < len(shortest):
-                shortest = way[::-1]
+        before, after = tree(start, following), tree(start, preceding) if through else {}
+        ways = [way_to(start, before, start)] if not through and start in before else []
+        for middle in middles & before.keys() & after.keys():
+            back = way_to(middle, after, start)[::-1]
+            ways.append([*way_to(middle, before, start), middle, *back[:-1]])
+        shortest = min(filter(None, [shortest, *ways]), key=len, default=[])
     return [texts[i] for i in shortest]
 
 
@@ -334,6 +362,21 @@ def test_fused_backward_steps_are_lean(built):
             assert "R2UR" not in product[product.index("HGMMA") : product.rindex("HGMMA")], kernel.name
         # Four arrivals: queries and dout are released, dscores are complete, and the part of dq is complete.
         assert sum("SYNCS.ARRIVE" in text for text in kernel.step) == 4
+
+
+@pytest.mark.slow
+def test_steps_with_tiles_of_a_bias_are_lean(built):
+    """They read the bias from shared memory alone: a load from global memory would keep the warp waiting."""
+    found = set()
+    for kernel in built:
+        match = re.fullmatch(r"sm90 (forward|fused_backward)_kernel<(b?f16), (\d+), 1>", kernel.name)
+        if match is None:
+            continue
+        found.add(match.groups())
+        step, most = kernel.bias_step, MOST_INSTRUCTIONS_BIAS[match[1]][int(match[3])]
+        assert 0 < len(step) <= most, f"{kernel.name}: {len(step)} instructions, expected at most {most}"
+        assert not [text for text in step if re.search(r"\b(LDG|LDL|STL)\b", text)], kernel.name
+    assert len(found) == 2 * sum(map(len, MOST_INSTRUCTIONS_BIAS.values()))
 
 
 @pytest.mark.slow

@@ -379,9 +379,11 @@ BUGS = [
     ),
     Bug(
         "softcap-without-derivative-in-one-kernel", 90, "capped", "sm90/fused_backward.h",
-        "to_logits<T>(p, b.score_slice(info.head), scores, at, LogitGradients<kTiles>{dprobs});",
+        "to_logits<T>(p, b.score_slice(info.head), scores, at, LogitGradients<kTiles>{dprobs},"
+        " StepBias<T, Plan>{bias, tile, first_key, own_lane});",
         "if (@) { to_logits<T>(p, b.score_slice(info.head), scores, at, NoGradients{}); } else {"
-        "to_logits<T>(p, b.score_slice(info.head), scores, at, LogitGradients<kTiles>{dprobs}); }",
+        "to_logits<T>(p, b.score_slice(info.head), scores, at, LogitGradients<kTiles>{dprobs},"
+        " StepBias<T, Plan>{bias, tile, first_key, own_lane}); }",
     ),
     Bug(
         "dprobs-read-in-flight", 90, "relative", "sm90/fused_backward.h",
@@ -390,8 +392,7 @@ BUGS = [
     ),
     Bug(
         "keys-of-a-general-block-off-by-eight", 90, "relative", "sm90/fused_backward.h",
-        "own_row = 64 * group + own / 32 * 16 + own % 32 / 4; const KeyRows at",
-        "own_row = 64 * group + own / 32 * 16 + own % 32 / 4 + 8 * @; const KeyRows at",
+        "first_key + own_lane.g};", "first_key + own_lane.g + 8 * @};",
     ),
     # Softcap, biases, masks and sinks
     Bug(
@@ -434,6 +435,52 @@ BUGS = [
     Bug(
         "rows-of-a-bias-not-exchanged", 80, "biased-rows", "logits.h",
         "exchange_in_row(words, lane);", "if (!@) exchange_in_row(words, lane);",
+    ),
+    # Tiles of a bias
+    Bug(
+        "bias-released-before-it-is-read", 90, "biased-tiles", "sm90/forward.h",
+        "position.wait_full(ring); Plan::BiasTile::template add<T>(scores, factor, tile, bias, first_query, lane);"
+        " position.release(ring);",
+        "position.wait_full(ring); if (@) position.release(ring);"
+        "Plan::BiasTile::template add<T>(scores, factor, tile, bias, first_query, lane);"
+        "if (!@) position.release(ring);",
+    ),
+    Bug(
+        "bias-not-waited-for", 90, "biased-tiles", "sm90/forward.h",
+        "position.wait_full(ring);", "if (!@) position.wait_full(ring);",
+    ),
+    Bug(
+        "bias-loaded-too-early", 90, "biased-tiles", "sm90/forward.h",
+        "position.wait_empty(rings.bias_ring(consumer));", "if (!@) position.wait_empty(rings.bias_ring(consumer));",
+    ),
+    Bug(
+        "bias-of-the-other-consumer", 90, "biased-tiles", "sm90/forward.h",
+        "boxes.query_row + consumer * kConsumerRows", "boxes.query_row + (@ ? 1 - consumer : consumer) * kConsumerRows",
+    ),
+    Bug(
+        "bias-of-an-unseen-block-not-released", 90, "biased-window", "sm90/forward.h",
+        "bias_position().release(bias_ring());", "if (!@) bias_position().release(bias_ring());",
+    ),
+    Bug(
+        "shared-row-of-a-bias-moved", 90, "biased-row", "sm90/bias_tiles.h",
+        "query * bias.row_step", "query * (@ ? 1 : bias.row_step)",
+    ),
+    Bug(
+        "shared-row-of-a-bias-read-as-many", 90, "biased-row", "sm90/bias_tiles.h",
+        "own_row + k * bias.row_step", "own_row + k * (@ ? 1 : bias.row_step)",
+    ),
+    Bug(
+        "bias-of-another-step", 90, "biased-tiles", "sm90/fused_backward.h",
+        "i % Plan::kDoutStages * Plan::BiasTile::kBytes", "(i + @) % Plan::kDoutStages * Plan::BiasTile::kBytes",
+    ),
+    Bug(
+        "bias-not-expected", 90, "biased-tiles", "sm90/fused_backward.h",
+        "(has_bias() ? Plan::BiasTile::loaded_bytes(bias) : 0)",
+        "(!@ && has_bias() ? Plan::BiasTile::loaded_bytes(bias) : 0)",
+    ),
+    Bug(
+        "bias-of-keys-swapped", 90, "biased-tiles", "sm90/bias_tiles.h",
+        "lane.index / 8 % 2, row", "(lane.index / 8 + @) % 2, row",
     ),
     Bug(
         "pairs-of-a-bias-swapped", 90, "biased-float", "logits.h",
@@ -612,6 +659,7 @@ def far_masked(case: Case, dtype: torch.dtype, generator: torch.Generator) -> to
     return mask
 
 
+ONE_HEAD = {"batch": 1, "heads": 1, "head_dim": HEAD_DIM}
 MASKED = {"batch": 1, "kv_heads": 1, "seqlen_q": 200, "seqlen_k": 400, "head_dim": HEAD_DIM}
 
 CASES = {
@@ -659,6 +707,16 @@ CASES = {
     "biased": Case("biased", seqlen_q=200, seqlen_k=150, head_dim=HEAD_DIM, attn_mask=cases.float_mask("1H1S")),
     "biased-rows": Case(
         "biased-rows", batch=1, seqlen_q=70, seqlen_k=152, head_dim=HEAD_DIM, attn_mask=cases.float_mask("HLS")
+    ),
+    "biased-tiles": Case("biased-tiles", **ONE_HEAD, seqlen_q=150, seqlen_k=400, attn_mask=cases.float_mask("LS")),
+    "biased-row": Case("biased-row", **ONE_HEAD, seqlen_q=70, seqlen_k=152, attn_mask=cases.float_mask("111S")),
+    "biased-window": Case(
+        "biased-window",
+        **ONE_HEAD,
+        seqlen_q=150,
+        seqlen_k=304,
+        attn_mask=cases.float_mask("LS"),
+        options={"window_size": (40, 20)},
     ),
     "key-biased": Case(
         "key-biased",

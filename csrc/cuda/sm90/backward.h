@@ -13,6 +13,7 @@
 #include "../row_statistics.h"
 #include "../tile_scheduler.h"
 #include "../tiles.h"
+#include "bias_tiles.h"
 #include "loader.h"
 
 namespace fused_attn::gpu::sm90 {
@@ -23,12 +24,13 @@ constexpr int kGradientConsumerWarps = kGradientConsumers * kWarpsPerWarpgroup;
 constexpr int kGradientProducerRegisters = 40, kGradientConsumerRegisters = 232;
 static_assert(fits_registers(kGradientProducerRegisters, kGradientConsumers, kGradientConsumerRegisters));
 
-// Tensor maps, by which TMA loads tiles of query, key, value and dout.
+// Tensor maps, by which TMA loads tiles of query, key, value, dout and, for the fused backward, a dense bias.
 struct BackwardMaps {
   Map q;
   Map k;
   Map v;
   Map dout;
+  BiasMap bias;
 };
 
 // Rounds all columns of a fragment to T, as left factors of the next product. Each thread rounds its own entries.

@@ -5,6 +5,7 @@
 //   planning warp   decides which tile of queries comes next, which blocks of keys the tile visits, and which of these
 //                   blocks need no mask
 //   loading warp    loads the queries of each tile, and its keys and values block by block, through rings of slots
+//   bias warps      two warps, which load tiles of a dense bias for one consumer each (general kernels)
 //   consumers       two or three warpgroups, which multiply. Each of them has 64 queries of the tile
 //
 // The planning warp writes its decisions to shared memory, as records that are called notes: a TileNote for each tile
@@ -28,6 +29,7 @@
 #include "../softmax.h"
 #include "../tile_scheduler.h"
 #include "../tiles.h"
+#include "bias_tiles.h"
 #include "loader.h"
 
 namespace fused_attn::gpu::sm90 {
@@ -46,6 +48,7 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
   static constexpr bool kIsGeneral = kIsGeneralOption;
   static constexpr int kConsumers = Sizes::kConsumers, kBlockN = Sizes::kBlockN;
   static constexpr int kStages = Sizes::kStages, kQueryStages = Sizes::kQueryStages;
+  static constexpr int kBiasStages = Sizes::kBiasStages;
   static constexpr int kBlockM = kConsumerRows * kConsumers;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kTiles = kBlockN / 8;  // tiles of 8 columns in a fragment of scores
@@ -72,8 +75,15 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
   static constexpr uint32_t kTileNotesAt = kOut + (kStoresByTma ? kConsumerWarps * OutTile::kBytes : 0);
   static constexpr uint32_t kKeyNotesAt = kTileNotesAt + kTileNotes * kTileNoteBytes;
   static constexpr uint32_t kRings = kKeyNotesAt + kKeyNotes * kKeyNoteBytes;
-  static constexpr uint32_t kBytes = kRings + 512;
+  static constexpr uint32_t kBytesWithoutBias = kRings + 512;
+  // Tiles of a bias come last, so that a call without them leaves their memory to the L1 cache.
+  using BiasTile = sm90::BiasTile<kBlockN, kConsumerRows>;
+  static constexpr uint32_t kBias = (kBytesWithoutBias + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
+  static constexpr uint32_t kBytes =
+      kIsGeneral ? kBias + kConsumers * kBiasStages * BiasTile::kBytes : kBytesWithoutBias;
   static_assert(kBytes <= 227 * 1024);
+  static_assert(!kIsGeneral || kConsumers == 2);  // there are two warps that load a bias
+  static_assert(kKeyNotes % kBiasStages == 0);    // see Consumer::bias_position
 };
 
 // ---- Notes in shared memory
@@ -191,19 +201,21 @@ struct ForwardRings {
   Ring<Plan::kQueryStages> q;  // tiles of queries
   Ring<Plan::kStages> k;       // tiles of keys; v: tiles of values
   Ring<Plan::kStages> v;
-  Ring<kTileNotes> tiles;  // TileNotes
-  Ring<kKeyNotes> notes;   // KeyNotes
+  Ring<kTileNotes> tiles;            // TileNotes
+  Ring<kKeyNotes> notes;             // KeyNotes
+  Ring<2 * Plan::kBiasStages> bias;  // tiles of the bias, in a general kernel: see bias_ring
   uint32_t cleaning;  // a barrier: a tile of values has arrived, and its rows that are not valid can be overwritten
   uint32_t shared;    // address of the dynamic shared memory
 
   GPU_DEVICE explicit ForwardRings(uint32_t shared) : shared(shared) {
-    cleaning = lay_out_rings(shared + Plan::kRings, q, k, v, tiles, notes);
+    cleaning = lay_out_rings(shared + Plan::kRings, q, k, v, tiles, notes, bias);
   }
 
   // Initialises all barriers. One thread calls this, before the block synchronises.
   GPU_DEVICE void init() const {
     init_rings(Plan::kConsumerWarps, q, k, v, tiles);
     notes.init(1);  // the loading warp alone releases KeyNotes, see Loader::load_keys
+    if constexpr (Plan::kIsGeneral) bias.init(kWarpsPerWarpgroup);
     mbarrier_init(cleaning, 1);
     fence_mbarrier_init();
   }
@@ -224,14 +236,21 @@ struct ForwardRings {
   GPU_DEVICE uint32_t value_tile(RingPosition<Plan::kStages> position) const {
     return shared + Plan::kV + position.slot() * Plan::KeyTile::kBytes;
   }
+
+  // Each consumer of a general kernel has a ring of its own for tiles of the bias.
+  GPU_DEVICE Ring<Plan::kBiasStages> bias_ring(int consumer) const { return {bias.full(consumer * Plan::kBiasStages)}; }
+  GPU_DEVICE uint32_t bias_tile(int consumer, RingPosition<Plan::kBiasStages> position) const {
+    return shared + Plan::kBias + (consumer * Plan::kBiasStages + position.slot()) * Plan::BiasTile::kBytes;
+  }
 };
 
-// Tensor maps, by which TMA loads query, key and value, and stores the output (kStoresByTma).
+// Tensor maps, by which TMA loads query, key, value and a dense bias, and stores the output (kStoresByTma).
 struct ForwardMaps {
   Map q;
   Map k;
   Map v;
   Map out;
+  BiasMap bias;
 };
 
 // ---- The planning warp
@@ -425,6 +444,27 @@ struct Loader {
   }
 };
 
+// The role of a warp that loads the bias for one consumer. One lane runs this: each KeyNote gives it a tile to load. It
+// reads a KeyNote before the loading warp releases the note, because the consumer waits for the tile before it releases
+// the keys of the next block.
+template <class Plan>
+GPU_DEVICE void load_bias(const BiasMap& bias, const ForwardRings<Plan>& rings, int consumer) {
+  using BiasTile = typename Plan::BiasTile;
+  RingPosition<kKeyNotes> note_position = {};
+  RingPosition<Plan::kBiasStages> position = {};
+  for (; bias.is_used; note_position.advance(), position.advance()) {
+    note_position.wait_full(rings.notes);
+    const KeyNote<Plan::kBlockN> note = rings.key_note(note_position);
+    const Boxes boxes = note.boxes();
+    if (boxes.what == 0) return;
+    position.wait_empty(rings.bias_ring(consumer));
+    const uint32_t barrier = rings.bias_ring(consumer).full(position.slot());
+    mbarrier_arrive_expect(barrier, BiasTile::loaded_bytes(bias));
+    BiasTile::load(rings.bias_tile(consumer, position), bias, barrier, boxes.query_row + consumer * kConsumerRows,
+                   boxes.key_row, boxes.head, boxes.batch);
+  }
+}
+
 // ---- The consumers
 
 // The role of a consumer. All 128 threads of the warpgroup run these functions, and each thread has two rows of the
@@ -479,12 +519,43 @@ struct Consumer {
       dropout_keep = dropout_keep_of_query_rows<kTiles>(Dropout(p, tile.query_slice()), tile.first_row() + thread_row,
                                                         note.block() * kBlockN, lane);
   }
+  // The ring of tiles of the bias, and the position in it of the current block of keys. There is a tile for each
+  // KeyNote, so that the position needs no register of its own.
+  GPU_DEVICE Ring<Plan::kBiasStages> bias_ring() const { return rings.bias_ring(number); }
+  GPU_DEVICE RingPosition<Plan::kBiasStages> bias_position() const { return {note_position.uses - 1}; }
+
+  // The tile of the bias for the current scores, as to_logits takes it.
+  struct CurrentBias {
+    const BiasMap& bias;
+    Ring<Plan::kBiasStages> ring;
+    RingPosition<Plan::kBiasStages> position;
+    uint32_t tile;
+    int first_query;  // of this warp, in the tile
+    Lane lane;
+
+    GPU_DEVICE bool is_used() const { return bias.is_used; }
+    GPU_DEVICE void add(float (&scores)[kTiles][4], float factor) const {
+      position.wait_full(ring);
+      Plan::BiasTile::template add<T>(scores, factor, tile, bias, first_query, lane);
+      position.release(ring);
+    }
+  };
+  GPU_DEVICE CurrentBias current_bias() const {
+    return {maps.bias,
+            bias_ring(),
+            bias_position(),
+            rings.bias_tile(number, bias_position()),
+            (thread_row - lane.g) % kConsumerRows,
+            lane};
+  }
+
   // Turns scores into logits (general kernels), sets the entries to -inf that a query does not see, and takes the
   // scores into account for row_max.
   GPU_DEVICE void finish_scores(TileNote tile, KeyNote<kBlockN> note, View view) {
     const int query = tile.first_row() + thread_row;
     if constexpr (kIsGeneral)
-      to_logits<T>(p, tile.head_slice(), scores, QueryRows{query, note.block() * kBlockN + 2 * lane.q}, NoGradients{});
+      to_logits<T>(p, tile.head_slice(), scores, QueryRows{query, note.block() * kBlockN + 2 * lane.q}, NoGradients{},
+                   current_bias());
     if (!view.has(View::kIsWhole)) {
       VisibleColumns<kBlockN> visible = visible_keys(p, note.valid(), note.block(), query);
       if constexpr (kIsGeneral) {
@@ -523,8 +594,12 @@ struct Consumer {
     note_position.advance();
     return note.view(number);
   }
-  // Releases the keys and values of a block that only other consumers of this block of threads see.
+  // Releases the bias, the keys and the values of a block that only other consumers of this block of threads see.
   GPU_DEVICE void pass_block() {
+    if (kIsGeneral && maps.bias.is_used) {
+      bias_position().wait_full(bias_ring());
+      bias_position().release(bias_ring());
+    }
     release(rings.k, k_position);
     v_position.wait_full(rings.v);
     release(rings.v, v_position);
@@ -674,7 +749,7 @@ struct Consumer {
 };
 
 // The forward kernel, launched by launch_forward (launchers.h). Of the first warpgroup, warp 0 is the loading warp and
-// warp 1 the planning warp; the other two warps have nothing to do. Each further warpgroup is a consumer.
+// warp 1 the planning warp. Warps 2 and 3 load a bias (load_bias). Each further warpgroup is a consumer.
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kIsGeneral>::kThreads), 1)
     forward_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT ForwardMaps maps, int num_tiles) {
@@ -689,6 +764,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kIsGeneral>::kThreads),
       Loader<Plan>{maps, rings, {rings.cleaning, thread_index() == 0}}.run();
     } else if (thread_index() < 64) {
       Planner<Plan>{p, rings}.run(num_tiles);
+    } else if (kIsGeneral && thread_index() % 32 == 0) {
+      load_bias(maps.bias, rings, thread_index() / 32 - 2);
     }
   } else {
     increase_registers<Plan::kConsumerRegisters>();

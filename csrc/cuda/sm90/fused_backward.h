@@ -72,11 +72,8 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim, kIsGeneral> {
   static constexpr int kBlockN = kKeyBlock, kTiles = kBlockM / 8;
   static constexpr int kConsumers = kBlockN / 64, kConsumerWarps = kConsumers * kWarpsPerWarpgroup;
   static_assert(kFusedBackwardThreads == kWarpgroup * (1 + kConsumers));
-  // 24 registers are too few for the loading warps of the general kernel with head dim 64. Its consumers need fewer than
-  // those of larger head dims.
-  static constexpr bool kHasSpareRegisters = kIsGeneral && kHeadDim == 64;
-  static constexpr int kProducerRegisters = kHasSpareRegisters ? 40 : 24;
-  static constexpr int kConsumerRegisters = kHasSpareRegisters ? 232 : 240;
+  // 24 registers are too few for the loading warps of the general kernel.
+  static constexpr int kProducerRegisters = kIsGeneral ? 40 : 24, kConsumerRegisters = kIsGeneral ? 232 : 240;
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
 
   // Each of the two consumer warpgroups computes its own part of a tile of dq: 64 of 128 rows (kSplitsRows), or half of
@@ -106,7 +103,11 @@ struct FusedBackwardPlan : FusedBackwardTileSm90<kHeadDim, kIsGeneral> {
   static constexpr uint32_t kKeyBlocks = kDelta + kDoutStages * kStatisticsBytes;
   static constexpr uint32_t kStepInfos = kKeyBlocks + kKeyBlockSlots * kKeyBlockSlotBytes;
   static constexpr uint32_t kBarriers = kStepInfos + kQStages * 8;
-  static constexpr uint32_t kBytes = kBarriers + 320;
+  static constexpr uint32_t kBytesWithoutBias = kBarriers + 320;
+  // Tiles of a bias come last, so that a call without them leaves their memory to the L1 cache.
+  using BiasTile = sm90::BiasTile<kBlockN, kBlockM>;
+  static constexpr uint32_t kBias = (kBytesWithoutBias + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
+  static constexpr uint32_t kBytes = kIsGeneral ? kBias + kDoutStages * BiasTile::kBytes : kBytesWithoutBias;
   static_assert(kBytes <= 227 * 1024);
 };
 
@@ -121,7 +122,7 @@ struct FusedBackwardRings {
   Ring<1> k;
   Ring<1> v;
   Ring<Plan::kQStages> q;        // tiles of queries, each with its lse and its StepInfo
-  Ring<Plan::kDoutStages> dout;  // tiles of dout, each with its delta
+  Ring<Plan::kDoutStages> dout;  // tiles of dout, each with its delta and, in a general kernel, its tile of the bias
   uint32_t dscores;   // two barriers, of the buffer for even and for odd steps: all warps have written dscores
   uint32_t dq_full;   // two barriers for each warpgroup: its part of dq of an even, or odd, step is written
   uint32_t dq_empty;  // a barrier for each warpgroup: the buffer of its part of dq may be written again
@@ -201,29 +202,34 @@ GPU_DEVICE void take_key_block(const Params& p, uint32_t shared, const Ring<kKey
   }
 }
 
-// What arrives with a tile of queries, on the same barrier: lse and a StepInfo with queries (kIsFirst), delta with
-// dout. TileLoader calls these functions.
+// What arrives with a tile of queries, on the same barrier: lse and a StepInfo with queries (kIsFirst), delta and a
+// tile of the bias with dout. TileLoader calls these functions.
 template <int kHeadDim, bool kIsFirst, bool kIsGeneral>
 struct StepLoad {
   using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
-  static constexpr uint32_t bytes = Plan::kStatisticsBytes;
   const Params& p;
+  const BiasMap& bias;
   const uint32_t shared;
   const SharedKeyBlock b;
   const Step<Plan::kBlockM, kIsGeneral>& step;
   const int slot;  // of the ring for queries, or for dout
+  const uint32_t bytes = Plan::kStatisticsBytes + (has_bias() ? Plan::BiasTile::loaded_bytes(bias) : 0);
 
+  GPU_DEVICE bool has_bias() const { return kIsGeneral && !kIsFirst && bias.is_used; }
   // Writes the StepInfo to shared memory with an ordinary store.
   GPU_DEVICE void store() const {
     if constexpr (kIsFirst) store_shared(shared + Plan::kStepInfos + slot * uint32_t{sizeof(StepInfo)}, step.info(b));
   }
-  // Starts to copy a float for each row: lse or delta.
+  // Starts to copy a float for each row, lse or delta, and the tile of the bias.
   GPU_DEVICE void start(uint32_t barrier) const {
     const RowValues& sums = kIsFirst ? p.lse_log2 : p.delta;
     bulk_load(shared + (kIsFirst ? Plan::kLse : Plan::kDelta) + slot * Plan::kStatisticsBytes,
               sums.data + b.batch() * sums.stride_batch + step.head() * sums.stride_head + b.padded_q_offset() +
                   step.tile() * Plan::kBlockM,
-              bytes, barrier);
+              Plan::kStatisticsBytes, barrier);
+    if (has_bias())
+      Plan::BiasTile::load(shared + Plan::kBias + slot * Plan::BiasTile::kBytes, bias, barrier,
+                           step.tile() * Plan::kBlockM, b.number() * kKeyBlock, step.head(), b.batch());
   }
 };
 
@@ -265,7 +271,7 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
                                         b.batch(), b.valid());
     GPU_NO_UNROLL for (Step<Plan::kBlockM, kIsGeneral> step(p, b); step.is_left(p, b); step.advance(p, b)) {
       const int32_t row = step.tile() * Plan::kBlockM;
-      const StepLoad<kHeadDim, kIsFirst, kIsGeneral> also{p, shared, b, step, position.slot()};
+      const StepLoad<kHeadDim, kIsFirst, kIsGeneral> also{p, maps.bias, shared, b, step, position.slot()};
       const uint32_t tile = shared + (kIsFirst ? Plan::kQ : Plan::kDout) + position.slot() * QTile::kBytes;
       const Map& map = kIsFirst ? maps.q : maps.dout;
       const auto load = [&](const auto& ring) {
@@ -354,12 +360,26 @@ GPU_DEVICE void store_zeros(T* row, int columns, Lane lane) {
   }
 }
 
+// The tile of the bias of a step, as to_logits takes it. The warp has the 16 keys from first_key of the block on.
+template <class T, class Plan>
+struct StepBias {
+  const BiasMap& bias;
+  uint32_t tile;
+  int first_key;
+  Lane lane;
+
+  GPU_DEVICE bool is_used() const { return bias.is_used; }
+  GPU_DEVICE void add(float (&scores)[Plan::kTiles][4], float factor) const {
+    Plan::BiasTile::template add_transposed<T>(scores, factor, tile, bias, first_key, lane);
+  }
+};
+
 // The role of a consumer warpgroup: sums dk and dv of 64 keys over all steps of a block of keys, and computes this
 // warpgroup's part of a tile of dq in each step. All 128 threads call this, and return when no block of keys is left.
 // `group` is 0 or 1.
 template <class T, int kHeadDim, bool kIsGeneral>
-GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackwardRings<kHeadDim, kIsGeneral>& rings,
-                              int group) {
+GPU_DEVICE void sum_gradients(const Params& p, const BiasMap& bias, uint32_t shared,
+                              const FusedBackwardRings<kHeadDim, kIsGeneral>& rings, int group) {
   using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
   using QTile = typename Plan::QTile;
   using KeyTile = typename Plan::KeyTile;
@@ -495,9 +515,13 @@ GPU_DEVICE void sum_gradients(const Params& p, uint32_t shared, const FusedBackw
           const Float2 delta = delta_at(i, t);
           GPU_UNROLL for (int j = 0; j < 4; ++j) dprobs[t][j] -= j % 2 == 0 ? delta.x : delta.y;
         }
-        const int own = keep_computed(thread), own_row = 64 * group + own / 32 * 16 + own % 32 / 4;
-        const KeyRows at{(info.tile & kTileNumber) * kBlockM + own % 4 * 2, b.number() * kKeyBlock + own_row};
-        to_logits<T>(p, b.score_slice(info.head), scores, at, LogitGradients<kTiles>{dprobs});
+        const int own = keep_computed(thread), first_key = 64 * group + own / 32 * 16;
+        const Lane own_lane{own % 32, own % 32 / 4, own % 4};
+        const KeyRows at{(info.tile & kTileNumber) * kBlockM + 2 * own_lane.q,
+                         b.number() * kKeyBlock + first_key + own_lane.g};
+        const uint32_t tile = shared + Plan::kBias + i % Plan::kDoutStages * Plan::BiasTile::kBytes;
+        to_logits<T>(p, b.score_slice(info.head), scores, at, LogitGradients<kTiles>{dprobs},
+                     StepBias<T, Plan>{bias, tile, first_key, own_lane});
         if (info.tile & kHasMask) hide_scores();
         GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
           const Float2 lse_pair = lse_at(i, t);
@@ -641,7 +665,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kFusedBackwardThreads, 1)
     }
   } else {
     increase_registers<Plan::kConsumerRegisters>();
-    sum_gradients<T, kHeadDim, kIsGeneral>(p, shared, rings, warpgroup - 1);
+    sum_gradients<T, kHeadDim, kIsGeneral>(p, maps.bias, shared, rings, warpgroup - 1);
   }
 }
 

@@ -12,6 +12,8 @@
 
 namespace fused_attn::gpu::sm90 {
 
+constexpr int64_t kAnyStride = 16;  // bytes: for a dimension of a tensor map that has one entry
+
 // Makes the tensor map of x (batch, heads, rows, columns). One TMA copy with this map moves a panel: box_rows rows of
 // box_columns columns.
 inline Map map_of(const Rows& x, bool is_bf16, int64_t rows, int64_t heads, int64_t batch, int box_rows,
@@ -19,7 +21,7 @@ inline Map map_of(const Rows& x, bool is_bf16, int64_t rows, int64_t heads, int6
   Map map;
   map.head_step = x.stride_head != 0 && heads > 1;
   map.batch_step = x.stride_batch != 0 && batch > 1;
-  constexpr int64_t kElementBytes = 2, kAnyStride = 16;  // kAnyStride: for a dimension with one entry
+  constexpr int64_t kElementBytes = 2;
   const TensorMapSpec spec{x.data,
                            is_bf16 ? Element::kBf16 : Element::kF16,
                            4,
@@ -34,6 +36,35 @@ inline Map map_of(const Rows& x, bool is_bf16, int64_t rows, int64_t heads, int6
   return map;
 }
 
+// Makes the tensor map of a dense bias, of which one copy moves kPanelColumns keys for box_queries queries. The map is
+// not used if there is no bias, or if TMA does not accept its strides, or if the type is float: such a tile would take
+// twice the memory. Then, the kernels read the bias from global memory.
+inline BiasMap bias_map_of(const Params& p, bool is_bf16, int box_queries) {
+  const ScoreTensor& bias = p.logits.bias;
+  BiasMap map{};
+  // In a packed call, rows of the bias count from the beginning of each sequence, and those that TMA copies from the
+  // beginning of the tensor.
+  if (bias.data == nullptr || p.logits.is_bias_float || bias.stride_key != 1 || p.cu_seqlens_q != nullptr) return map;
+  const auto step_of = [](int64_t stride, int32_t entries) { return int32_t{stride != 0 && entries > 1}; };
+  map.row_step = step_of(bias.stride_query, p.seqlen_q);
+  map.map.head_step = step_of(bias.stride_head, p.num_heads);
+  map.map.batch_step = step_of(bias.stride_batch, p.batch);
+  const auto entries = [](int32_t step, int32_t count) { return int64_t{step != 0 ? count : 1}; };
+  const auto stride_bytes = [](int32_t step, int64_t stride) { return step != 0 ? 2 * stride : kAnyStride; };
+  const TensorMapSpec spec{
+      const_cast<void*>(bias.data),
+      is_bf16 ? Element::kBf16 : Element::kF16,
+      4,
+      {p.seqlen_k, entries(map.row_step, p.seqlen_q), entries(map.map.head_step, p.num_heads),
+       entries(map.map.batch_step, p.batch)},
+      {0, stride_bytes(map.row_step, bias.stride_query), stride_bytes(map.map.head_step, bias.stride_head),
+       stride_bytes(map.map.batch_step, bias.stride_batch)},
+      {kPanelColumns, map.row_step != 0 ? box_queries : 1, 1, 1},
+      kPanelRowBytes};
+  map.is_used = encode_tensor_map(spec, &map.map.tensor).empty();
+  return map;
+}
+
 // Launches the forward kernel, with the variant for the element type and for what the call needs.
 template <int kHeadDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream) {
@@ -45,8 +76,10 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
         map_of(p.q, is_bf16, p.rows_q, p.num_heads, p.batch, Plan::kBlockM),
         map_of(p.k, is_bf16, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
         map_of(p.v, is_bf16, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
-        Plan::kStoresByTma ? map_of(p.out, is_bf16, p.rows_q, p.num_heads, p.batch, kWarpRows) : Map{}};
-    LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
+        Plan::kStoresByTma ? map_of(p.out, is_bf16, p.rows_q, p.num_heads, p.batch, kWarpRows) : Map{},
+        bias_map_of(p, is_bf16, kConsumerRows)};
+    LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads,
+                                 maps.bias.is_used ? Plan::kBytes : Plan::kBytesWithoutBias);
     // The kernel is persistent: each multiprocessor runs at most one block of threads, which takes one tile after
     // another until all tiles (blocks of queries of all heads) are done.
     const int num_tiles = shape.grid_x;
@@ -89,8 +122,10 @@ void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
                {static_cast<int>((warps + kWarps - 1) / kWarps), 1, 1, kPreparationThreads, 0}, stream, p,
                num_programs);
   }
-  run_kernel(fused_backward_kernel<T, kHeadDim, kIsGeneral>, shape, stream, p,
-             maps_of(Plan::kBlockM, Plan::kBlockN, Plan::kKeyPanelColumns), num_programs);
+  BackwardMaps maps = maps_of(Plan::kBlockM, Plan::kBlockN, Plan::kKeyPanelColumns);
+  maps.bias = bias_map_of(p, kIsBf16<T>, Plan::kBlockM);
+  shape.shared_bytes = maps.bias.is_used ? Plan::kBytes : Plan::kBytesWithoutBias;
+  run_kernel(fused_backward_kernel<T, kHeadDim, kIsGeneral>, shape, stream, p, maps, num_programs);
   run_kernel(round_dq_kernel<T, kHeadDim, kIsGeneral>,
              shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, kRoundingThreads, 0), stream, p);
 }
@@ -103,7 +138,8 @@ void launch_backward(const Params& p, bool is_bf16, Stream stream) {
     return BackwardMaps{map_of(p.q, is_bf16, p.rows_q, p.num_heads, p.batch, block_m),
                         map_of(p.k, is_bf16, p.rows_k, kv_heads, p.batch, block_n, key_columns),
                         map_of(p.v, is_bf16, p.rows_k, kv_heads, p.batch, block_n, key_columns),
-                        map_of(p.dout, is_bf16, p.rows_q, p.num_heads, p.batch, block_m)};
+                        map_of(p.dout, is_bf16, p.rows_q, p.num_heads, p.batch, block_m),
+                        {}};
   };
   for_variant(is_bf16, is_general_backward(p), [&](auto type, auto general) {
     using T = decltype(type);

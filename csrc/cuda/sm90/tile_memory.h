@@ -45,12 +45,13 @@ struct Tile {
     return matrix_descriptor<kRowBytes>(tile, kPanelBytes, kGroupBytes) + matrix_descriptor_step(16 * k * kRowBytes);
   }
 
-  // Starts to load kRows rows from `row` on, one panel at a time. One thread calls this. The barrier has to expect
-  // kBytes bytes.
-  static GPU_DEVICE void load(uint32_t tile, const Map& map, uint32_t barrier, int row, int head, int batch) {
+  // Starts to load kRows rows from `row` on, and their columns from `column` on, one panel at a time. One thread calls
+  // this. The barrier has to expect kBytes bytes.
+  static GPU_DEVICE void load(uint32_t tile, const Map& map, uint32_t barrier, int row, int head, int batch,
+                              int column = 0) {
     GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
-      tma_load_4d(tile + panel * kPanelBytes, &map.tensor, barrier, panel * kColumns, row, head * map.head_step,
-                  batch * map.batch_step);
+      tma_load_4d(tile + panel * kPanelBytes, &map.tensor, barrier, column + panel * kColumns, row,
+                  head * map.head_step, batch * map.batch_step);
     }
   }
 
