@@ -6,15 +6,18 @@ Three tables:
   cache that a user of torch.nn can write, and a model of Hugging Face transformers of the same sizes with SDPA and a
   static cache. The first three have the same parameters, and must generate the same tokens.
 - "step": the time of one step against the number of tokens in the cache, for the loop and for ours.
-- "cache": `fused_attention` of one query over the first S rows of a static cache, against torch's SDPA over the same
-  rows, in bytes per second.
+- "cache": attention of one query over S rows of a cache: ours over a static cache and over pages of 64 and of 16 rows,
+  torch's SDPA, and on a GPU cuDNN and FlashAttention-3. Rates are compared with the rate of the machine: of a large
+  copy on a GPU; on a CPU, of a sum over the same bytes in the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import session, timing
+from benchmarks import machine, rivals, session, timing
+from benchmarks.accuracy import Reference
+from benchmarks.cases import Case
 from benchmarks.conventions import OURS
-from benchmarks.inputs import DTYPES
+from benchmarks.inputs import DTYPES, Inputs
 from benchmarks.rivals import reason
 from benchmarks.rows import Row, select
 from benchmarks.session import Session
-from fused_attn import Seq2SeqTransformer, fused_attention
+from fused_attn import Seq2SeqTransformer, fused_attention, fused_attention_paged
 from fused_attn.nn import generation
 from fused_attn.nn.seq2seq import sinusoidal_positions
 
@@ -36,12 +41,46 @@ VOCABULARY = 8192
 TABLES = ("generation", "step", "cache")
 #: torch.nn without a cache, a loop with a cache, and transformers.
 TORCH, LOOP, TRANSFORMERS = "torch", "torch-cache", "transformers-static"
-#: Heads of keys, and head dim, of the table "cache".
-CACHE_HEADS, CACHE_HEAD_DIM = 8, 64
+#: The rows of a page in the table "cache". Each page size is an implementation of its own.
+PAGED = {f"{OURS}-pages-{rows}": rows for rows in (64, 16)}
+#: The rivals of the table "cache", by device. On a CPU, torch has one kernel.
+CACHE_RIVALS = {"cuda": ("torch", "torch-cudnn", "flash_attn3"), "cpu": ("torch",)}
+#: The query heads that share a key head in the table "cache".
+GROUPS = (1, 4)
+CACHE_SECONDS = 4.0
+#: The call that reads all keys and values, and nothing else.
+SUM = "sum"
+
+
+class CacheSize(NamedTuple):
+    """The query heads, the head dim and the lengths of the table "cache", whose batch size is 1."""
+
+    heads: int
+    head_dim: int
+    lengths: tuple[int, ...]
+
+
+#: A CPU gets 8 of the 32 heads of a GPU. The longest caches are larger than the cache of any CPU and GPU.
+CACHES = {
+    "cuda": CacheSize(32, 128, (128, 512, 2048, 4096, 8192, 65536)),
+    "cpu": CacheSize(8, 128, (128, 512, 2048, 8192, 65536)),
+}
+QUICK_CACHES = {"cuda": CacheSize(4, 64, (64, 128)), "cpu": CacheSize(4, 32, (64, 128))}
+
+
+@dataclass(frozen=True)
+class CacheCase(Case):
+    """A case of the table "cache". group: the number of query heads that share a key head"""
+
+    group: int = 1
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads // self.group
 
 
 class Size(NamedTuple):
-    """new_tokens: of the table "generation"; lengths: tokens in the cache, of the other tables"""
+    """new_tokens: of the table "generation"; lengths: tokens in the cache, of the table "step" """
 
     batch: int
     source: int
@@ -256,26 +295,64 @@ def step_rows(size: Size, device: torch.device, dtype: str, count: int, rounds: 
 
 
 @torch.no_grad()
-def cache_rows(size: Size, device: torch.device, dtype: str, length: int, rounds: int, seconds: float) -> list[Row]:
-    """The table "cache": one query over the first `length` rows of buffers of twice as many."""
-    shape = (size.batch, CACHE_HEADS, 2 * length, CACHE_HEAD_DIM)
-    keys, values = (torch.randn(shape, device=device).to(DTYPES[dtype]) for _ in range(2))
-    query = torch.randn(*shape[:2], 1, shape[3], device=device).to(DTYPES[dtype])
-    lengths = torch.full(shape[:1], length, dtype=torch.int32, device=device)
-    filled = keys[:, :, :length], values[:, :, :length]
-    calls: dict[str, timing.Call] = {
-        OURS: lambda: fused_attention(query, keys, values, key_lengths=lengths),
-        "torch": lambda: scaled_dot_product_attention(query, *filled),
-    }
-    about = {"benchmark": "generation", "table": "cache", "shape": [*shape[:2], length, shape[3]], "dtype": dtype}
-    rows = {name: about | {"implementation": name} for name in calls}
-    error = (calls[OURS]().double() - scaled_dot_product_attention(query.double(), *(x.double() for x in filled))).abs()
-    rows[OURS]["error"] = error.max().item()
+def cache_rows(
+    case: CacheCase, device: torch.device, copy_rate: float | None, rounds: int, seconds: float
+) -> list[Row]:
+    """The table "cache" for one case.
+
+    copy_rate: bytes per second of a large copy, in GB/s; None = the calls take turns with a sum over the same bytes
+    """
+    inputs = Inputs(case, device)
+    reference = Reference(inputs)
+    query, keys, values = inputs.qkv
+    lengths = torch.full((case.batch,), case.length, dtype=torch.int32, device=device)
+    options: dict[str, Any] = {"enable_gqa": case.group > 1}
+    calls: dict[str, timing.Call] = {OURS: lambda: fused_attention(query, keys, values, key_lengths=lengths, **options)}
+    for name, page_size in PAGED.items():
+        pages = _pages_of(inputs, page_size)
+        calls[name] = lambda pages=pages: fused_attention_paged(query, *pages, lengths)
+    about = {"benchmark": "generation", "table": "cache", "shape": list(case.shape), "kv_heads": case.kv_heads}
+    about |= {"dtype": case.dtype}
+    rows: dict[str, Row] = {}
+    for name in (*calls, *CACHE_RIVALS[device.type]):
+        rows[name] = about | {"implementation": name}
+        try:
+            if name not in calls:
+                calls[name] = rivals.call_of(rivals.fastest(name, inputs), inputs)
+            error = reference.error({"out": calls[name]()})
+        except Exception as problem:  # Packages raise exceptions of any class.
+            calls.pop(name, None)
+            rows[name]["cannot"] = reason(problem)
+            continue
+        rows[name] |= {"error": error, "allowed": reference.allowed_error(), "is_right": reference.is_right(error)}
+        if not rows[name]["is_right"]:
+            del calls[name]
+    if copy_rate is None:
+        # A sum over bfloat16 converts. So the same bytes are summed as float32.
+        words = [x.view(torch.float32) for x in (keys, values)]
+        rows[SUM] = {}
+        calls[SUM] = lambda: [x.sum() for x in words]
     _measure(rows, calls, timing.timer_for(device), rounds, seconds)
+    moved = case.fewest_bytes(keys.element_size()) / 1e6
+    rate = {"copy_gb_per_s": copy_rate} if copy_rate else {"read_gb_per_s": moved / rows.pop(SUM)["median_ms"]}
     for row in rows.values():
         if "median_ms" in row:
-            row["gb_per_s"] = 2 * filled[0].numel() * keys.element_size() / (row["median_ms"] * 1e6)
+            row |= rate | {"gb_per_s": moved / row["median_ms"]}
+            row["machine_fraction"] = row["gb_per_s"] / next(iter(rate.values()))
     return list(rows.values())
+
+
+def _pages_of(inputs: Inputs, page_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(key pages, value pages, block table) with the keys and values of the case. The order of the pages is random."""
+    case = inputs.case
+    table = torch.randperm(case.batch * case.length // page_size, device=inputs.device).view(case.batch, -1)
+    pages = []
+    for x in inputs.qkv[1:]:
+        rows = x.unflatten(2, (-1, page_size)).transpose(1, 2).flatten(0, 1)  # (pages, Hkv, rows of a page, D)
+        found = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        found[table.flatten()] = rows
+        pages.append(found.transpose(1, 2))
+    return pages[0], pages[1], table.int()
 
 
 def _measure(rows: dict[str, Row], calls: dict[str, timing.Call], timer, rounds: int, seconds: float) -> None:
@@ -286,18 +363,19 @@ def _measure(rows: dict[str, Row], calls: dict[str, timing.Call], timer, rounds:
         rows[name] |= fields
 
 
-RUNS = {"generation": generation_rows, "step": step_rows, "cache": cache_rows}
+RUNS = {"generation": generation_rows, "step": step_rows}
 
 
 def describe(rows: list[Row]) -> str:
     cells = []
     for row in rows:
         if "median_ms" not in row:
-            cells.append(f"{row['implementation']} {row.get('failed') or row.get('cannot')}")
+            why = row.get("failed") or row.get("cannot") or f"WRONG: {row['error']:.1e}"
+            cells.append(f"{row['implementation']} {why}")
             continue
         cell = f"{row['implementation']} {row['median_ms']:.3f} ms"
         cell += f" {row['tokens_per_s']:.0f} tokens/s" if "tokens_per_s" in row else ""
-        cell += f" {row['gb_per_s']:.1f} GB/s" if "gb_per_s" in row else ""
+        cell += f" {row['gb_per_s']:.1f} GB/s, {row['machine_fraction']:.2f}" if "gb_per_s" in row else ""
         cell += f" ({row['over_ours']:.2f} x ours)" if "over_ours" in row else ""
         cells.append(cell)
     return " | ".join(cells)
@@ -313,23 +391,34 @@ def main(arguments: argparse.Namespace) -> int:
     run = Session(arguments)
     size = (QUICK_SIZES if run.is_quick else SIZES)[run.device.type]
     limits = arguments.rounds or (3 if run.is_quick else 20), arguments.seconds or (0.5 if run.is_quick else 10.0)
-    done = [(row["table"], row["dtype"], _length(row)) for row in select(run.earlier, benchmark="generation")]
+    caches = (QUICK_CACHES if run.is_quick else CACHES)[run.device.type]
+    copy_rate = functools.cache(lambda: machine.copy_gb_per_s(run.device, run.is_quick))
+    done = [_step_of(row) for row in select(run.earlier, benchmark="generation")]
     todo = [
-        (table, dtype, length)
+        (table, dtype, length, group)
         for dtype in run.dtypes
         for table in arguments.only
-        for length in (size.new_tokens if table == "generation" else size.lengths)
-        if (table, dtype, length) not in done
+        for length in {"generation": size.new_tokens, "step": size.lengths, "cache": caches.lengths}[table]
+        for group in (GROUPS if table == "cache" else (1,))
+        if (table, dtype, length, group) not in done
     ]
-    for table, dtype, length in run.steps(todo, lambda step: f"{step[0]} {step[1]} {step[2]}"):
-        rows = RUNS[table](size, run.device, dtype, length, *limits)
-        run.record(rows, f"{table} {length} {dtype} | {describe(rows)}")
+    for table, dtype, length, group in run.steps(todo, lambda step: f"{step[0]} {step[1]} {step[2]}"):
+        if table == "cache":
+            case = CacheCase(1, caches.heads, length, caches.head_dim, "decode", dtype, "forward", group)
+            rate = copy_rate() if run.device.type == "cuda" else None
+            rows = cache_rows(case, run.device, rate, limits[0], min(limits[1], CACHE_SECONDS))
+        else:
+            rows = RUNS[table](size, run.device, dtype, length, *limits)
+        label = f"{table} {length} {dtype}" + (f", {group} heads share keys" if group > 1 else "")
+        run.record(rows, f"{label} | {describe(rows)}")
     ours = select(run.rows, implementation=OURS)
     is_exact = run.dtypes == ["float32"]
-    return 0 if all("failed" not in row and (not is_exact or row.get("same_tokens", 1.0) == 1.0) for row in ours) else 1
+    wrong = [row for row in ours if "failed" in row or not row.get("is_right", True)]
+    return 1 if wrong or (is_exact and any(row.get("same_tokens", 1.0) != 1.0 for row in ours)) else 0
 
 
-def _length(row: Row) -> int:
-    return {"generation": row.get("new_tokens"), "step": row.get("length"), "cache": row.get("shape", [0] * 3)[2]}[
-        row["table"]
-    ]
+def _step_of(row: Row) -> tuple[str, str, int, int]:
+    """(table, dtype, length, query heads that share a key head) of a row."""
+    if row["table"] != "cache":
+        return row["table"], row["dtype"], row["new_tokens" if row["table"] == "generation" else "length"], 1
+    return row["table"], row["dtype"], row["shape"][2], row["shape"][1] // row["kv_heads"]

@@ -23,6 +23,7 @@ COLOURS = {
     "torch-causal-only": "#87ceeb", "torch-varlen": "#8c564b", "flex": "#ff7f0e", "flash_attn2": "#bcbd22",
     "flash_attn3": "#556b2f", "flash_attn4": "#000080", "flash_attn3-packed": "#8fbc8f",
     "flash_attn4-packed": "#4169e1", "torch-cache": "#e377c2", "transformers-static": "#a0522d",
+    "fused_attn-pages-64": "#f4a582", "fused_attn-pages-16": "#b2182b",
 }  # fmt: skip
 #: The head dim of the plot of speed-ups.
 HEAD_DIM = 64
@@ -132,15 +133,17 @@ def _memory(rows: list[Row], device: str) -> Figure:
 
 
 def _latency(rows: list[Row], device: str) -> Figure:
-    """Milliseconds against the number of tokens in the cache: a panel for each table and dtype."""
-    panels = summary.groups(rows, ("table", "dtype"))
+    """Milliseconds against the number of tokens in the cache: a panel for each table, dtype, and head group."""
+    rows = [row | {"group": row["shape"][1] // row["kv_heads"] if row["table"] == "cache" else 1} for row in rows]
+    panels = summary.groups(rows, ("table", "dtype", "group"))
     figure, axes = _grid(len(panels), 2)
     for axis, chosen in zip(axes, panels, strict=False):
         for own in summary.groups(chosen, ("implementation",)):
             points, name = sorted(own, key=_cached), own[0]["implementation"]
             times = [row["median_ms"] for row in points]
             axis.plot(list(map(_cached, points)), times, marker="o", ms=4, label=name, color=COLOURS[name])
-        axis.set_title(f"{LATENCY[chosen[0]['table']]}, {chosen[0]['dtype']}", fontsize=10)
+        shares = f", {chosen[0]['group']} heads share keys" if chosen[0]["group"] > 1 else ""
+        axis.set_title(f"{LATENCY[chosen[0]['table']]}, {chosen[0]['dtype']}{shares}", fontsize=10)
         axis.set_yscale("log")
         lengths = sorted(set(map(_cached, chosen)))
         axis.set_xscale("log", base=2)

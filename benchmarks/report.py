@@ -276,6 +276,29 @@ def _decode(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _caches(rows: list[Row]) -> list[str]:
+    """For each dtype and head group of the table "cache": rates and ratios, from the shortest to the longest cache."""
+    rows = [row | {"heads": row["shape"][1]} for row in select(rows, benchmark="generation", table="cache")]
+    lines = []
+    for group in summary.groups(rows, ("heads", "kv_heads", "dtype")):
+        ours = sorted(select(group, implementation=OURS), key=lambda row: row["shape"][2])
+        names = dict.fromkeys(row["implementation"] for row in group if "over_ours" in row)
+        lengths = ", ".join(str(row["shape"][2]) for row in ours)
+        rates = ", ".join(f"{row['gb_per_s']:.1f}" for row in ours)
+        fractions = ", ".join(f"{row['machine_fraction']:.2f}" for row in ours)
+        of_what = "a sum over them reads" if "read_gb_per_s" in ours[0] else "a large copy moves"
+        parts = [f"ours {rates} GB/s, which is {fractions} of what {of_what}; time / ours: "]
+        for name in names:
+            own = {row["shape"][2]: row for row in select(group, implementation=name)}
+            ratios = (own.get(row["shape"][2], {}).get("over_ours") for row in ours)
+            parts.append(f"{name} " + ", ".join("-" if x is None else f"{x:.2f}" for x in ratios))
+        lines.append(
+            f"- one query of {ours[0]['shape'][1]} heads over a cache with {ours[0]['kv_heads']} heads of keys, "
+            f"{ours[0]['dtype']}, with {lengths} keys: {parts[0]}{'; '.join(parts[1:])}"
+        )
+    return lines
+
+
 def _generation(rows: list[Row]) -> list[str]:
     lines = []
     for ours in select(rows, benchmark="generation", table="generation", implementation=OURS):
@@ -329,7 +352,7 @@ def _overhead(rows: list[Row]) -> list[str]:
 
 
 #: What makes the lines below the table of masks.
-LINES = (_short, _decode, _generation, _features, _small_modules, _isa, _step, _overhead)
+LINES = (_short, _decode, _caches, _generation, _features, _small_modules, _isa, _step, _overhead)
 
 
 # ---- Memory

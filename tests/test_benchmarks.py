@@ -836,23 +836,31 @@ def test_quick_generation_and_its_plot(tmp_path: Path) -> None:
     assert __main__.main(["generation", *quick]) == 0
     found = rows.read(out)
     ours = rows.select(found, implementation=OURS)
-    assert [row["table"] for row in ours] == ["generation", "step", "step", "cache", "cache"]
+    assert [row["table"] for row in ours] == ["generation", "step", "step", *["cache"] * 4]
     assert all(row["median_ms"] > 0 for row in ours)
     first = rows.select(found, table="generation")
     assert {row["implementation"] for row in first} == {OURS, "torch", "torch-cache", "transformers-static"}
     assert [row["same_tokens"] for row in first if "same_tokens" in row] == [1.0] * 3
-    assert all(row["error"] < 1e-5 and row["gb_per_s"] > 0 for row in rows.select(ours, table="cache"))
+    caches = rows.select(found, table="cache")
+    assert {row["implementation"] for row in caches} == {OURS, *generation.PAGED, "torch"}
+    for row in caches:
+        kv_bytes, milliseconds = 2 * 4 * row["kv_heads"] * row["shape"][2] * 32, row["median_ms"]
+        ends = 2 * 4 * row["shape"][1] * 32  # the query and the output
+        assert row["is_right"] and row["gb_per_s"] == pytest.approx((kv_bytes + ends) / milliseconds / 1e6)
+        assert row["machine_fraction"] == pytest.approx(row["gb_per_s"] / row["read_gb_per_s"])
+    assert {row["kv_heads"] for row in caches} == {1, 4}
     assert __main__.main(["generation", *quick, "--resume"]) == 0
     assert len(rows.read(out)) == len(found)
-    assert len(lines.generation_lines(found)) == 5
+    assert len(lines.generation_lines(found)) == 7
     mask = attention._row_of(Case(1, 4, 8192, 64, "none", "float32", "forward"), "torch") | {"benchmark": "masks"}
     page = report.cpu_tables([found[0] | mask | {"over_ours": 2.0}, *found])
     assert "- greedy generation of 8 tokens for 2 sources of 16 tokens, 1 + 1 layers of 64 features, float32: " in page
+    assert "- one query of 4 heads over a cache with 1 heads of keys, float32, with 64, 128 keys: ours " in page
     name, plot = next(iter(plots.plots_of(found).items()))
     assert name.startswith("decoding-")
     figure = plot.draw(plot.rows, "a device")
     lines_drawn = [line for axis in figure.axes for line in axis.get_lines()]
-    assert len(lines_drawn) == 4 and all(list(line.get_xdata()) == [8, 16] for line in lines_drawn)
+    assert [list(line.get_xdata()) for line in lines_drawn] == [[8, 16]] * 2 + [[64, 128]] * 8
 
 
 def test_a_table_with_rows_is_not_measured_again(tmp_path: Path) -> None:
@@ -1087,7 +1095,7 @@ def test_of_a_gpu_the_newest_commit_counts(tmp_path: Path) -> None:
 
 
 def test_every_implementation_has_a_colour() -> None:
-    assert set(plots.COLOURS) == {*rivals.RIVALS, generation.LOOP, generation.TRANSFORMERS}
+    assert set(plots.COLOURS) == {*rivals.RIVALS, generation.LOOP, generation.TRANSFORMERS, *generation.PAGED}
 
 
 def test_rows_become_plots(tmp_path: Path) -> None:

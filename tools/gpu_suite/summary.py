@@ -128,13 +128,18 @@ def module_lines(rows: Iterable[Row]) -> list[str]:
 def generation_lines(rows: Iterable[Row]) -> list[str]:
     """One line for each table of generation, dtype and size: the time of each implementation."""
     lines = []
-    found = [row | {"size": str(row.get("new_tokens") or row.get("shape") or row["length"])}
+    found = [row | {"size": str(row.get("new_tokens") or row.get("shape") or row["length"]) + _grouped(row)}
              for row in select(rows, benchmark="generation")]  # fmt: skip
     for group in groups(found, ("table", "dtype", "size")):
         cells = [f"{row['implementation']} {row['median_ms']:.3f}" for row in group if "median_ms" in row]
         label = f"{group[0]['table']} {group[0]['size']} {_short(group[0]['dtype'])}"
         lines.append(f"{label} ms | {' | '.join(cells) or 'no time'}")
     return lines
+
+
+def _grouped(row: Row) -> str:
+    """The text " Hkv8" if there are fewer heads of keys than of queries."""
+    return f" Hkv{row['kv_heads']}" if row["table"] == "cache" and row["kv_heads"] != row["shape"][1] else ""
 
 
 def problem_lines(rows: Iterable[Row]) -> list[str]:
