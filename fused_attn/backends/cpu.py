@@ -6,9 +6,9 @@ import functools
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, get_num_threads  # not torch.get_num_threads: see `modes`
+from torch import Tensor, empty_like, get_num_threads  # not torch.empty_like: see `modes`
 
-from fused_attn.attention.inputs import SHARED_ITEMS, Gradients, Inputs, Results, Saved, Wanted, inputs_of
+from fused_attn.attention.inputs import SHARED_ITEMS, Gradients, Inputs, Results, Saved, Wanted, gradients_of, inputs_of
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import clear_rows, native_numbers
@@ -44,7 +44,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
         inputs = _readable(problem, inputs)
         query = inputs.query
     is_same = problem.value_dim == problem.head_dim
-    out = torch.empty_like(query) if is_same else empty_like_layout(query, problem.value_dim)
+    out = empty_like(query) if is_same else empty_like_layout(query, problem.value_dim)
     lse = row_max = None
     if needs_lse:
         batch, heads, rows, _ = query.shape
@@ -75,14 +75,14 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     assert dout is not None, "backends get one"
     if dout.is_neg() or (dlse is not None and dlse.is_neg()):
         saved = saved._replace(dout=dout.resolve_neg(), dlse=None if dlse is None else dlse.resolve_neg())
-    dquery = torch.empty_like(read.query) if wanted.query else None
-    dkey = torch.empty_like(read.key) if wanted.key else None
-    dvalue = torch.empty_like(read.value) if wanted.value else None
+    dquery = empty_like(read.query) if wanted.query else None
+    dkey = empty_like(read.key) if wanted.key else None
+    dvalue = empty_like(read.value) if wanted.value else None
     if problem.is_packed:
         clear_rows(dquery, dkey, dvalue)
     if problem.has_key_lengths:
         clear_rows(dkey, dvalue)  # no kernel visits the keys behind the length of their batch entry
-    grads = Gradients(dquery, dkey, dvalue)
+    grads = gradients_of(dquery, dkey, dvalue, None, None, None, None)
     wants_shared = problem.has_shared and wanted.is_any_shared
     if wants_shared:
         shared = _empty_shared_gradients(problem, inputs, wanted)
@@ -130,10 +130,8 @@ def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     if sinks is not None:
         sinks = sinks.resolve_neg().to(problem.accumulate_dtype).contiguous()
     return inputs_of(
-        (
-            query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, key_lengths,
-            cu_seqlens_q, cu_seqlens_k, block_table,
-        )
+        query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, key_lengths,
+        cu_seqlens_q, cu_seqlens_k, block_table,
     )  # fmt: skip
 
 
