@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -125,6 +125,8 @@ class AttentionProblem:
     is_paged: bool = field(init=False, default=False)
     #: The call may have one of the tensors `inputs.SHARED`.
     has_shared: bool = field(init=False, default=False)
+    #: What backends keep for their later calls, by the name of the backend.
+    prepared: dict[str, Any] = field(init=False, default_factory=dict)
     #: The dtype of the scores, the lse and the gradients of biases: float64 for float64 inputs, else float32.
     accumulate_dtype: torch.dtype = field(init=False, default=torch.float32)
 
