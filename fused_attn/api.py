@@ -147,7 +147,7 @@ def fused_attention(
     if plan is None:
         tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths)
         options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap, num_splits)
-        plan = planning.plans.keep(call, planning.plan(is_compiling, tensors, options, backend))
+        plan = planning.plans.store(call, planning.plan(is_compiling, tensors, options, backend))
     problem, layout, chosen = plan
     new_inputs = Inputs if is_compiling else inputs_of
     if layout is not None:
@@ -243,7 +243,7 @@ def fused_attention_varlen(
     plan = planning.packed_plans.get(call)
     if plan is None:
         plan = planning.plan_of_packed(is_compiling, tensors, max_seqlens, options, backend)
-        planning.packed_plans.keep(call, plan)
+        planning.packed_plans.store(call, plan)
     problem, _, chosen = plan
     # All tensors of a direct call are plain tensors on the CPU: nobody else has a signature.
     if is_direct or (modes.can_read(cu_seqlens_q) and modes.can_read(cu_seqlens_k)):
@@ -324,7 +324,7 @@ def fused_attention_paged(
     plan = planning.paged_plans.get(call)
     if plan is None:
         plan = planning.plan_of_paged(is_compiling, tensors, options, backend)
-        planning.paged_plans.keep(call, plan)
+        planning.paged_plans.store(call, plan)
     problem, _, chosen = plan
     if torch.is_grad_enabled():
         for name, x in (("query", query), ("key_pages", key_pages), ("value_pages", value_pages), ("sinks", sinks)):

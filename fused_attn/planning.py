@@ -75,7 +75,7 @@ CACHED_PLANS = 4096
 class Plans(dict[bytes | None, Plan]):
     """The plans of one public function by the `signature` of the call."""
 
-    def keep(self, signature: bytes | None, found: Plan) -> Plan:
+    def store(self, signature: bytes | None, found: Plan) -> Plan:
         """Returns the plan, and keeps it if the call has a signature. A full cache is emptied first."""
         if signature is not None:
             if len(self) >= CACHED_PLANS:

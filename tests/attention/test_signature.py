@@ -94,8 +94,8 @@ def test_plans_are_kept_up_to_a_number(monkeypatch):
     plans = planning.Plans()
     made = [object() for _ in range(5)]
     for i, plan in enumerate(made):
-        assert plans.keep(bytes([i]), plan) is plan
+        assert plans.store(bytes([i]), plan) is plan
         assert plans.get(bytes([i])) is plan
         assert len(plans) <= 3
-    assert plans.keep(None, made[0]) is made[0]
+    assert plans.store(None, made[0]) is made[0]
     assert plans.get(None) is None
