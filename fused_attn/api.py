@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fused_attn import modes, planning, running
 from fused_attn.attention import checks, dropout, jagged, masks, signature
 from fused_attn.attention.causal_bias import causal_bias
-from fused_attn.attention.inputs import inputs_of
+from fused_attn.attention.inputs import Inputs, inputs_of
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends import dispatch
 from fused_attn.derivatives import ops
@@ -103,23 +103,15 @@ def fused_attention(
     is_compiling = not is_direct and torch.compiler.is_compiling()
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
-    if window_size is not None and isinstance(window_size, list):
-        window_size = tuple(window_size)
-    metadata = None
+    call = plan = None
     if is_direct:
-        metadata = signature.read(query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths)
-        is_direct = metadata is not None
-    if is_direct:
-        # Most calls come here. They ask for a cached plan directly, because `planning.plan` would pass every argument
-        # on once more, which takes as long as checking a tensor.
-        try:  # not `contextlib.suppress`, which takes as long as finding the plan
-            plan = planning.cached_plan(
-                backend, metadata, None, dropout_p, is_causal, scale, enable_gqa, window_size, softcap, num_splits
-            )
-        except TypeError:
-            plan = None  # An argument cannot be hashed. `planning.plan` raises an error that names the argument.
-    else:
-        plan = None
+        call = signature.read(
+            query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths,
+            dropout_p, is_causal, scale, enable_gqa, window_size, softcap, num_splits, backend,
+        )  # fmt: skip
+        plan = planning.plans.get(call)
+    if call is None:
+        is_direct = False
         arguments = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, dropout_seed)
         if not is_compiling and (seen := _with_torch_function(*arguments)):
             return handle_torch_function(
@@ -155,12 +147,13 @@ def fused_attention(
     if plan is None:
         tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths)
         options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap, num_splits)
-        plan = planning.plan(is_compiling, metadata, tensors, options, backend)
+        plan = planning.plans.store(call, planning.plan(is_compiling, tensors, options, backend))
     problem, layout, chosen = plan
+    new_inputs = Inputs if is_compiling else inputs_of
     if layout is not None:
         query, key, value = layout.flatten(query, key, value)
     if problem.is_plain:
-        inputs = inputs_of((query, key, value, None, None, None, None, None, None, None, None, None, None, None))
+        inputs = new_inputs(query, key, value, None, None, None, None, None, None, None, None, None, None, None)
     else:
         bias, key_bias, mask, key_padding = masks.score_masks(problem, attn_mask, key_padding_mask, layout)
         if relative_bias is not None:
@@ -168,11 +161,9 @@ def fused_attention(
         seed = _seed(problem, dropout_seed) if problem.dropout_p else None
         if key_lengths is not None and layout is not None:
             key_lengths = key_lengths.reshape(problem.batch)
-        inputs = inputs_of(
-            (
-                query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, key_lengths,
-                None, None, None,
-            )
+        inputs = new_inputs(
+            query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, key_lengths,
+            None, None, None,
         )  # fmt: skip
     if chosen is None:
         out, lse, row_max = ops.call(problem, backend, inputs, return_max)
@@ -237,8 +228,10 @@ def fused_attention_varlen(
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks)
-    metadata = signature.read(*tensors) if is_direct else None
-    is_direct = metadata is not None
+    max_seqlens = (max_seqlen_q, max_seqlen_k)
+    options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap)
+    call = signature.read(*tensors, *max_seqlens, *options, backend) if is_direct else None
+    is_direct = call is not None
     if not is_direct and not is_compiling and _overrides_functions(*tensors, dropout_seed):
         return handle_torch_function(
             fused_attention_varlen, (*tensors, dropout_seed),
@@ -247,10 +240,11 @@ def fused_attention_varlen(
             window_size=window_size, softcap=softcap, relative_bias=relative_bias, sinks=sinks,
             dropout_seed=dropout_seed, return_lse=return_lse, return_max=return_max, backend=backend,
         )  # fmt: skip
-    window_size = tuple(window_size) if isinstance(window_size, list) else window_size
-    options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap)
-    max_seqlens = (max_seqlen_q, max_seqlen_k)
-    problem, _, chosen = planning.plan_of_packed(is_compiling, metadata, tensors, max_seqlens, options, backend)
+    plan = planning.packed_plans.get(call)
+    if plan is None:
+        plan = planning.plan_of_packed(is_compiling, tensors, max_seqlens, options, backend)
+        planning.packed_plans.store(call, plan)
+    problem, _, chosen = plan
     # All tensors of a direct call are plain tensors on the CPU: nobody else has a signature.
     if is_direct or (modes.can_read(cu_seqlens_q) and modes.can_read(cu_seqlens_k)):
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, query.shape[0], max_seqlen_q)
@@ -258,11 +252,10 @@ def fused_attention_varlen(
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, total, D)
     relative_bias, seed = masks.with_head_dim(relative_bias), _seed(problem, dropout_seed)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    inputs = inputs_of(
-        (
-            query, key, value, None, None, relative_bias, sinks, seed, None, None, None, cu_seqlens_q, cu_seqlens_k,
-            None,
-        )
+    new_inputs = Inputs if is_compiling else inputs_of
+    inputs = new_inputs(
+        query, key, value, None, None, relative_bias, sinks, seed, None, None, None,
+        cu_seqlens_q, cu_seqlens_k, None,
     )  # fmt: skip
     if chosen is None:
         out, lse, row_max = ops.call(problem, backend, inputs, return_max)
@@ -319,17 +312,20 @@ def fused_attention_paged(
     if is_compiling or modes.is_any_autocast_enabled():
         query, key_pages, value_pages = _autocast(query, key_pages, value_pages)
     tensors = (query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask)
-    metadata = signature.read(*tensors) if is_direct else None
-    is_direct = metadata is not None
+    options = (0.0, is_causal, scale, True, window_size, softcap, num_splits)
+    call = signature.read(*tensors, *options, backend) if is_direct else None
+    is_direct = call is not None
     if not is_direct and not is_compiling and _overrides_functions(*tensors):
         return handle_torch_function(
             fused_attention_paged, tensors, query, key_pages, value_pages, block_table, key_lengths,
             is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask, window_size=window_size,
             softcap=softcap, sinks=sinks, num_splits=num_splits, return_lse=return_lse, backend=backend,
         )  # fmt: skip
-    window_size = tuple(window_size) if isinstance(window_size, list) else window_size
-    options = (0.0, is_causal, scale, True, window_size, softcap, num_splits)
-    problem, _, chosen = planning.plan_of_paged(is_compiling, metadata, tensors, options, backend)
+    plan = planning.paged_plans.get(call)
+    if plan is None:
+        plan = planning.plan_of_paged(is_compiling, tensors, options, backend)
+        planning.paged_plans.store(call, plan)
+    problem, _, chosen = plan
     if torch.is_grad_enabled():
         for name, x in (("query", query), ("key_pages", key_pages), ("value_pages", value_pages), ("sinks", sinks)):
             if x is not None and x.requires_grad:
@@ -338,8 +334,9 @@ def fused_attention_paged(
                     "(call it under torch.no_grad())", "one that requires a gradient",
                 )  # fmt: skip
     key, value, key_padding = key_pages.transpose(1, 2), value_pages.transpose(1, 2), key_padding_mask
-    inputs = inputs_of(
-        (query, key, value, None, None, None, sinks, None, None, key_padding, key_lengths, None, None, block_table)
+    new_inputs = Inputs if is_compiling else inputs_of
+    inputs = new_inputs(
+        query, key, value, None, None, None, sinks, None, None, key_padding, key_lengths, None, None, block_table
     )
     if chosen is None:
         out, lse, _ = ops.call(problem, backend, inputs, False)
@@ -420,7 +417,7 @@ def explain(
     others = tuple(given[name] for name in planning.Arguments._fields[3:])
     options = tuple(given[name] for name in planning.Options._fields)
     # With is_compiling=True, `plan` chooses no backend. So there is no error if the named backend cannot run.
-    problem = planning.plan(True, None, (query, key, value, *others), options, None).problem
+    problem = planning.plan(True, (query, key, value, *others), options, None).problem
     return dispatch.explain(problem if device is None else problem.on(device), backend)
 
 

@@ -292,11 +292,11 @@ def _planned(
     if packed is None:
         tensors = (query, key, value, options.attn_mask, relative_bias, sinks, options.key_padding_mask, None)
         numbers = (*numbers, options.num_splits)
-        problem = planning.plan(is_compiling, None, tensors, numbers, options.backend).problem
+        problem = planning.plan(is_compiling, tensors, numbers, options.backend).problem
     else:
         rows = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # (total, heads, columns)
         of_packed = (*rows, *packed[:2], relative_bias, sinks)
-        problem = planning.plan_of_packed(is_compiling, None, of_packed, lengths, numbers, options.backend).problem
+        problem = planning.plan_of_packed(is_compiling, of_packed, lengths, numbers, options.backend).problem
     origin = DropoutOrigin(options.batch_offset, options.head_offset, options.query_offset, options.key_offset)
     problem = (_move if is_compiling else _moved)(problem, origin)
     bias, key_bias, mask, key_padding = masks.score_masks(problem, options.attn_mask, options.key_padding_mask, None)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn.attention import checks, masks, signature
+from fused_attn.attention import checks, masks
 from fused_attn.attention.causal_bias import CausalBiasMeta, causal_bias
 from fused_attn.attention.checks import Meta
 from fused_attn.attention.inputs import Fields, Shapes
@@ -52,8 +52,8 @@ class Arguments(NamedTuple):
 #: The tensors themselves, in the order of `Arguments`.
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-#: The metadata of those tensors as a value that can be hashed: a `signature`, or a tuple like `Meta` for each tensor.
-Metadata = bytes | tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]
+#: The metadata of those tensors as a value that can be hashed: a tuple like `Meta` for each tensor.
+Metadata = tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]
 
 
 class Options(NamedTuple):
@@ -68,26 +68,38 @@ class Options(NamedTuple):
     num_splits: int | None = None
 
 
-def plan(
-    is_compiling: bool,
-    metadata: Metadata | None,
-    tensors: Tensors,
-    options: tuple[Any, ...],
-    backend: str | None,
-) -> Plan:
+# The caches are large because batches differ in their lengths. A plan takes a few hundred bytes.
+CACHED_PLANS = 4096
+
+
+class Plans(dict[bytes | None, Plan]):
+    """The plans of one public function by the `signature` of the call."""
+
+    def store(self, signature: bytes | None, found: Plan) -> Plan:
+        """Returns the plan, and keeps it if the call has a signature. A full cache is emptied first."""
+        if signature is not None:
+            if len(self) >= CACHED_PLANS:
+                self.clear()
+            self[signature] = found
+        return found
+
+
+plans, packed_plans, paged_plans = Plans(), Plans(), Plans()
+
+
+def plan(is_compiling: bool, tensors: Tensors, options: tuple[Any, ...], backend: str | None) -> Plan:
     """The plan of a call of `fused_attention`, from the cache if possible.
 
     Args:
         is_compiling: `torch.compile` traces the call, so sizes may be symbolic.
-        metadata: the `signature` of the tensors; None if the signature could not be read.
         tensors: the tensors in the order of `Arguments`.
         options: the other arguments in the order of `Options`.
         backend: the name of the backend that the caller has asked for; None = choose one.
     """
-    bias = None
+    bias = metadata = None
+    options = _with_tuples(options)
     try:
-        if metadata is None:
-            bias, metadata = _metadata(*tensors)
+        bias, metadata = _metadata(*tensors)
         # Under compilation, sizes are symbolic and cannot be hashed. A cache is not needed, because a trace plans once.
         return (_plan if is_compiling else cached_plan)(backend, metadata, bias, *options)
     except (AttributeError, RuntimeError, TypeError) as error:
@@ -124,8 +136,7 @@ def _plan(backend: str | None, metadata: Metadata, bias: CausalBiasMeta | None, 
 
     If the shapes are wrong but would be right as (B, L, H, D), the error message says so.
     """
-    known = signature.metas(metadata) if isinstance(metadata, bytes) else metadata
-    arguments, options = Arguments._make(None if x is None else Meta(*x) for x in known), Options(*options)
+    arguments, options = Arguments._make(None if x is None else Meta(*x) for x in metadata), Options(*options)
     try:
         return _checked_plan(backend, arguments, bias, options)
     except ValueError as error:
@@ -143,7 +154,7 @@ def _plan(backend: str | None, metadata: Metadata, bias: CausalBiasMeta | None, 
 
 
 # The cache is typed. Otherwise is_causal=1, which is an error, would find the plan of is_causal=True.
-@functools.lru_cache(maxsize=4096, typed=True)
+@functools.lru_cache(CACHED_PLANS, typed=True)
 def cached_plan(backend: str | None, *arguments) -> Plan:
     """The plan of a call whose metadata and options can be hashed, with a chosen backend.
 
@@ -217,7 +228,6 @@ PackedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Ten
 
 def plan_of_packed(
     is_compiling: bool,
-    metadata: bytes | None,
     tensors: PackedTensors,
     max_seqlens: tuple[int, int],
     options: tuple[Any, ...],
@@ -228,13 +238,15 @@ def plan_of_packed(
     tensors: in the order of `PackedArguments`
     max_seqlens: the longest sequence of queries, and that of keys
     """
-    known = _known(PackedArguments, metadata, tensors)
-    return _found(cached_packed_plan, _packed_plan, is_compiling, backend, known, *max_seqlens, *options)
+    metadata = _metadata_of_five(PackedArguments, tensors)
+    return _found(cached_packed_plan, _packed_plan, is_compiling, backend, metadata, *max_seqlens, *options)
 
 
-def _packed_plan(backend: str | None, metadata: Metadata, max_seqlen_q: int, max_seqlen_k: int, *options: Any) -> Plan:
+def _packed_plan(
+    backend: str | None, metadata: PackedArguments, max_seqlen_q: int, max_seqlen_k: int, *options: Any
+) -> Plan:
     """Checks all arguments and makes the plan, without a chosen backend. options: the fields of `Options`."""
-    query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks = _arguments(PackedArguments, metadata)
+    query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks = metadata
     options = Options(*options)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if len(x.shape) != 3:
@@ -271,8 +283,7 @@ def _packed_plan(backend: str | None, metadata: Metadata, max_seqlen_q: int, max
     return Plan(AttentionProblem.of(shapes, query.dtype, query.device, scalars), None, None)
 
 
-# The cache is large because batches differ in their lengths. A plan takes a few hundred bytes.
-@functools.lru_cache(maxsize=4096, typed=True)
+@functools.lru_cache(CACHED_PLANS, typed=True)
 def cached_packed_plan(backend: str | None, *arguments) -> Plan:
     """The plan of a packed call whose metadata and options can be hashed, with a chosen backend.
 
@@ -303,7 +314,6 @@ PagedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tens
 
 def plan_of_paged(
     is_compiling: bool,
-    metadata: bytes | None,
     tensors: PagedTensors,
     options: tuple[Any, ...],
     backend: str | None,
@@ -312,16 +322,15 @@ def plan_of_paged(
 
     tensors: in the order of `PagedArguments`
     """
-    known = _known(PagedArguments, metadata, tensors)
-    return _found(cached_paged_plan, _paged_plan, is_compiling, backend, known, *options)
+    metadata = _metadata_of_five(PagedArguments, tensors)
+    return _found(cached_paged_plan, _paged_plan, is_compiling, backend, metadata, *options)
 
 
-def _paged_plan(backend: str | None, metadata: Metadata, *options: Any) -> Plan:
+def _paged_plan(backend: str | None, metadata: PagedArguments, *options: Any) -> Plan:
     """Checks all arguments and makes the plan, without a chosen backend. options: the fields of `Options`."""
     if backend is not None and backend not in dispatch.BACKEND_NAMES:
         raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
-    arguments = _arguments(PagedArguments, metadata)
-    query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask = arguments
+    query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask = metadata
     checked = Options(*options)
     for name, x, dims in (
         ("query", query, "(B, H, L, D)"),
@@ -367,7 +376,7 @@ def _paged_plan(backend: str | None, metadata: Metadata, *options: Any) -> Plan:
     return Plan(AttentionProblem.of(shapes, query.dtype, query.device, scalars), None, None)
 
 
-@functools.lru_cache(maxsize=4096, typed=True)
+@functools.lru_cache(CACHED_PLANS, typed=True)
 def cached_paged_plan(backend: str | None, *arguments) -> Plan:
     """The plan of a paged call whose metadata and options can be hashed, with a chosen backend.
 
@@ -380,28 +389,18 @@ def cached_paged_plan(backend: str | None, *arguments) -> Plan:
 # ---- What packed and paged calls share: the first five tensors are required
 
 
-def _known(kind: type[Fields], metadata: bytes | None, tensors: tuple[Tensor | None, ...]) -> Metadata:
-    """The metadata of a call, read one tensor after another if there is no `signature`. kind: the names of tensors."""
-    if metadata is not None:
-        return metadata
+def _metadata_of_five(kind: type[Fields], tensors: tuple[Tensor | None, ...]) -> Fields:
+    """The metadata of a call as a named tuple, `kind`."""
     required: Any = tensors[:5]  # `checks.meta` raises an error for None
     names = kind._fields
-    return *map(checks.meta, names[:5], required), *map(checks.optional_meta, names[5:], tensors[5:])
-
-
-def _arguments(kind: type[Fields], metadata: Metadata) -> Fields:
-    """The metadata as a named tuple, `kind`."""
-    known = signature.metas(metadata) if isinstance(metadata, bytes) else metadata
-    for name, given in zip(kind._fields[:5], known, strict=False):
-        if given is None:
-            raise TypeError(f"{name}: expected a torch.Tensor, got NoneType None")
-    return kind._make(None if x is None else Meta(*x) for x in known)
+    return kind._make((*map(checks.meta, names[:5], required), *map(checks.optional_meta, names[5:], tensors[5:])))
 
 
 def _found(
     cached: Callable[..., Plan], make: Callable[..., Plan], is_compiling: bool, backend: str | None, *arguments
 ) -> Plan:
     """The plan from the cache of `cached`, or a new one by `make`. Under compilation, no backend is chosen."""
+    arguments = _with_tuples(arguments)
     if is_compiling:
         return make(backend, *arguments)
     try:
@@ -414,6 +413,11 @@ def _found(
 
 
 # ---- What all calls share
+
+
+def _with_tuples(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, with tuples in place of lists. A window may be a list, which cannot be hashed."""
+    return tuple(tuple(x) if isinstance(x, list) else x for x in arguments)
 
 
 def _check_options(options: Options) -> None:

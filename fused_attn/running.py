@@ -10,7 +10,7 @@ from torch.autograd import profiler
 
 from fused_attn import modes
 from fused_attn.attention import formula
-from fused_attn.attention.inputs import Inputs, Results
+from fused_attn.attention.inputs import Gradients, Inputs, Results
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends import events
 from fused_attn.backends.base import Backend
@@ -45,7 +45,7 @@ def run(
             or (problem.has_shared and inputs.is_shared_grad_required())
         ):
             call = (backend, problem, return_lse, return_max, inputs)
-            tensors = (query, key, value) if problem.is_plain else inputs
+            tensors = inputs[: len(Gradients._fields)] if problem.has_shared else (query, key, value)
             result = apply_fused_attention(call, *tensors)
             return result if return_lse or return_max else (result, None, None)
     return backend.forward(problem, inputs, return_lse, return_max)

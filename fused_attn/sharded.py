@@ -173,7 +173,6 @@ def _check_whole(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
     tensors = (query, key, value, options.attn_mask, options.relative_bias, sinks, options.key_padding_mask, None)
     planning.plan(
         torch.compiler.is_compiling(),
-        None,
         tensors,
         tuple(getattr(options, name) for name in planning.Options._fields),
         options.backend,

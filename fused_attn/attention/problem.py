@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -121,8 +121,12 @@ class AttentionProblem:
     capability: tuple[int, int] | None = None
     #: The call has no tensors but query, key and value.
     is_plain: bool = field(init=False, default=False)
+    #: Keys and values lie in pages, to which a block table leads.
+    is_paged: bool = field(init=False, default=False)
     #: The call may have one of the tensors `inputs.SHARED`.
     has_shared: bool = field(init=False, default=False)
+    #: What backends keep for their later calls, by the name of the backend.
+    prepared: dict[str, Any] = field(init=False, default_factory=dict)
     #: The dtype of the scores, the lse and the gradients of biases: float64 for float64 inputs, else float32.
     accumulate_dtype: torch.dtype = field(init=False, default=torch.float32)
 
@@ -171,16 +175,12 @@ class AttentionProblem:
         numbers = (self.seqlen_q, self.seqlen_k, self.scale, self.softcap, self.dropout_p)
         return Scalars(*numbers, *self.band, self.num_splits, *self.dropout_origin)
 
-    @property
-    def is_paged(self) -> bool:
-        """Whether keys and values lie in pages, to which a block table leads."""
-        return self.page_size != 0
-
     def __post_init__(self):
         has_shared = self.has_bias or self.has_key_bias or self.has_relative_bias or self.has_sinks
         has_others = (
             self.is_packed or self.has_mask or self.has_key_padding or self.has_key_lengths or self.dropout_p > 0.0
         )
+        object.__setattr__(self, "is_paged", self.page_size != 0)
         object.__setattr__(self, "has_shared", has_shared)
         object.__setattr__(self, "is_plain", not (has_shared or has_others))
         object.__setattr__(self, "accumulate_dtype", torch.float64 if self.dtype == torch.float64 else torch.float32)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, get_num_threads  # not torch.get_num_threads: see `modes`
+from torch import Tensor, empty, empty_like, get_num_threads  # not torch.empty: see `modes`
 
-from fused_attn.attention.inputs import SHARED_ITEMS, Gradients, Inputs, Results, Saved, Wanted, inputs_of
+from fused_attn.attention.inputs import SHARED_ITEMS, Gradients, Inputs, Results, Saved, Wanted, gradients_of, inputs_of
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import clear_rows, native_numbers
@@ -52,19 +51,21 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
         inputs = _readable(problem, inputs)
         query = inputs.query
     is_same = problem.value_dim == problem.head_dim
-    out = torch.empty_like(query) if is_same else empty_like_layout(query, problem.value_dim)
+    out = empty_like(query) if is_same else empty_like_layout(query, problem.value_dim)
     lse = row_max = None
-    if needs_lse:
+    if needs_lse or needs_max:
+        # Sizes one by one, because torch.empty takes twice as long with a torch.Size.
         batch, heads, rows, _ = query.shape
-        lse = torch.empty(batch, heads, rows, dtype=problem.accumulate_dtype, device=problem.device)
-    if needs_max:
-        row_max = torch.empty(query.shape[:3], dtype=problem.accumulate_dtype, device=problem.device)
+        if needs_lse:
+            lse = empty(batch, heads, rows, dtype=problem.accumulate_dtype, device=problem.device)
+        if needs_max:
+            row_max = empty(batch, heads, rows, dtype=problem.accumulate_dtype, device=problem.device)
     if problem.is_packed:
         clear_rows(out)
         clear_rows(lse, row_max, value=float("-inf"))
     results = out, lse, row_max
     try:
-        _C.forward(inputs, results, _config(problem), get_num_threads())
+        _C.forward(inputs, results, problem.prepared.get(name) or _config(problem), get_num_threads())
     except ValueError:
         # The kernel refuses a last stride that is not 1. Checking three tensors beforehand would take as long as a
         # kernel of a few rows.
@@ -83,20 +84,20 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     assert dout is not None, "backends get one"
     if dout.is_neg() or (dlse is not None and dlse.is_neg()):
         saved = saved._replace(dout=dout.resolve_neg(), dlse=None if dlse is None else dlse.resolve_neg())
-    dquery = torch.empty_like(read.query) if wanted.query else None
-    dkey = torch.empty_like(read.key) if wanted.key else None
-    dvalue = torch.empty_like(read.value) if wanted.value else None
+    dquery = empty_like(read.query) if wanted.query else None
+    dkey = empty_like(read.key) if wanted.key else None
+    dvalue = empty_like(read.value) if wanted.value else None
     if problem.is_packed:
         clear_rows(dquery, dkey, dvalue)
     if problem.has_key_lengths:
         clear_rows(dkey, dvalue)  # no kernel visits the keys behind the length of their batch entry
-    grads = Gradients(dquery, dkey, dvalue)
+    grads = gradients_of(dquery, dkey, dvalue, None, None, None, None)
     wants_shared = problem.has_shared and wanted.is_any_shared
     if wants_shared:
         shared = _empty_shared_gradients(problem, inputs, wanted)
         grads = Gradients(dquery, dkey, dvalue, *shared)
     try:
-        _C.backward(read, saved, grads, _config(problem), get_num_threads())
+        _C.backward(read, saved, grads, problem.prepared.get(name) or _config(problem), get_num_threads())
     except ValueError:
         copied = _with_unit_strides(inputs, "query", "key", "value", "key_lengths")
         saved_copied = _with_unit_strides(saved, "dout")
@@ -110,10 +111,10 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     return grads
 
 
-@functools.lru_cache(maxsize=4096)
 def _config(problem: AttentionProblem) -> Any:
-    """The numbers of a problem in the form that the kernels read. Made once for each problem."""
-    return _C.Config(**native_numbers(problem), num_splits=problem.num_splits)
+    """The numbers of a problem in the form that the kernels read. Made once for each problem, which keeps them."""
+    problem.prepared[name] = config = _C.Config(**native_numbers(problem), num_splits=problem.num_splits)
+    return config
 
 
 def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
@@ -138,10 +139,8 @@ def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     if sinks is not None:
         sinks = sinks.resolve_neg().to(problem.accumulate_dtype).contiguous()
     return inputs_of(
-        (
-            query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, key_lengths,
-            cu_seqlens_q, cu_seqlens_k, block_table,
-        )
+        query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, key_lengths,
+        cu_seqlens_q, cu_seqlens_k, block_table,
     )  # fmt: skip
 
 
@@ -149,9 +148,9 @@ def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: W
     """Uninitialised gradients of `inputs.SHARED` in the accumulate dtype; None for each that is not wanted."""
     # A bias that is expanded to no score at all would show the kernel nothing to write to.
     has_scores = problem.batch and problem.num_heads and problem.seqlen_q and problem.seqlen_k
-    allocate = torch.empty if has_scores else torch.zeros
+    allocate = empty if has_scores else torch.zeros
     return [
-        allocate(x.shape, dtype=problem.accumulate_dtype, device=problem.device)
+        allocate(*x.shape, dtype=problem.accumulate_dtype, device=problem.device)
         if is_wanted and x is not None
         else None
         for x, is_wanted in zip(tuple(inputs)[SHARED_ITEMS], tuple(wanted)[SHARED_ITEMS], strict=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, is_grad_enabled  # not torch.is_grad_enabled: see `modes`
 
 from fused_attn import modes
-from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted, gradients_of_arguments
+from fused_attn.attention.inputs import Gradients, Inputs, Wanted, inputs_of, saved_of
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import Backend
 from fused_attn.derivatives import gradients, ops
@@ -26,28 +26,18 @@ from fused_attn.derivatives import gradients, ops
 class FusedAttention(torch.autograd.Function):
     """``apply((backend, problem, return_lse, return_max, inputs), *tensors)`` -> out, or (out, lse, row_max).
 
-    tensors: the tensors of inputs as arguments of their own, because torch looks for gradients only there. For a plain
-        problem, these are query, key and value alone: each further argument takes time, 0.5 us for a None, and a small
-        plain call takes a few microseconds in all.
+    tensors: those of the inputs that may have gradients, as arguments of their own, because torch looks for gradients
+        only there. They are query, key and value, and with ``problem.has_shared`` all of `Gradients`: each argument
+        takes time, 0.5 us for a None, and a small call takes a few microseconds in all.
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        call: tuple[Backend, AttentionProblem, bool, bool, Inputs],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *others: Tensor | None,
-    ):
+    def forward(ctx, call: tuple[Backend, AttentionProblem, bool, bool, Inputs], *tensors: Tensor | None):
         """Returns out (B, H, L, Dv), or all `Results` with return_lse or return_max. Saves what `backward` needs."""
         backend, problem, return_lse, return_max, inputs = call
         ctx.call = backend, problem  # without the inputs, which save_for_backward keeps and guards against changes
         out, lse, row_max = backend.forward(problem, inputs, True, return_max)
-        if others:
-            ctx.save_for_backward(out, lse, query, key, value, *others)
-        else:  # Unpacking an empty tuple would take 0.5 us, and a small plain call takes a few microseconds in all.
-            ctx.save_for_backward(out, lse, query, key, value)
+        ctx.save_for_backward(out, lse, *(tensors if problem.is_plain else inputs))
         if not (return_lse or return_max):
             return out
         ctx.set_materialize_grads(False)  # torch then passes None, not zeros, for an output without a gradient
@@ -58,17 +48,23 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None = None, _: None = None):
         """The gradients of the arguments of `forward`; None for `call`, which is no tensor."""
-        out, lse, query, key, value, *others = ctx.saved_tensors
-        inputs = Inputs(query, key, value, *others)
+        out, lse, *others = ctx.saved_tensors
         backend, problem = ctx.call
+        inputs = inputs_of(*others, *_NO_OTHERS) if problem.is_plain else inputs_of(*others)
         compute: Callable[..., Gradients] = gradients.compute
         # Grad mode is on in backward only with create_graph. The gradients must then be differentiable themselves.
         if is_grad_enabled():
             backend = None
         elif modes.is_backward_observed(dout, dlse):
             compute = ops.call_backward
-        grads = compute(backend, problem, inputs, Saved(out, lse, dout, dlse), _wanted(ctx.needs_input_grad))
-        return (None,) + gradients_of_arguments(grads)  # noqa: RUF005  # unpacking would take twice as long
+        saved = saved_of(out, lse, dout, dlse)
+        grads = compute(backend, problem, inputs, saved, _wanted(ctx.needs_input_grad))
+        # torch allows further gradients that are None, behind those of the arguments.
+        return (None,) + grads  # noqa: RUF005  # unpacking would take twice as long
+
+
+#: The inputs of a plain problem besides query, key and value.
+_NO_OTHERS = tuple(Inputs._field_defaults.values())
 
 
 @functools.cache

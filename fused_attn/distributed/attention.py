@@ -23,7 +23,6 @@ from fused_attn.distributed.ring import Ring, RingAttention
 from fused_attn.distributed.sequence import Sharding, group_of, shardings_of
 from fused_attn.partial import PartialOptions
 
-_META = torch.device("meta")
 METHODS = ("auto", "ring", "ulysses")
 #: It counts the blocks of all pairs of ranks. The layers of a model ask for the same ones.
 _cheapest_method = functools.lru_cache(maxsize=256)(cheapest_method)
@@ -279,10 +278,9 @@ def _check_whole(
         (None, ()),
     )
     # The plan is made for the meta device, for which no kernel is chosen.
-    metadata = tuple(None if x is None else (torch.Size(shape), x.dtype, _META) for x, shape in shapes)
+    tensors: Any = tuple(None if x is None else torch.empty(shape, dtype=x.dtype, device="meta") for x, shape in shapes)
     numbers = tuple(getattr(options, name) for name in planning.Options._fields)
-    tensors = (query, key, value, None, bias, sinks, padding, None)
-    planning.plan(False, metadata, tensors, numbers, None)
+    planning.plan(False, tensors, numbers, None)
 
 
 def _documents(
@@ -296,7 +294,7 @@ def _documents(
         checks.meta(name, x)
     on_device = cu_seqlens_q.to(query.device), cu_seqlens_k.to(query.device)
     tensors = (query, key, value, *on_device, options.relative_bias, sinks)
-    planning.plan_of_packed(False, None, tensors, (max_seqlen_q, max_seqlen_k), numbers, None)
+    planning.plan_of_packed(False, tensors, (max_seqlen_q, max_seqlen_k), numbers, None)
     found = []
     for (name, x), longest in zip(offsets.items(), (max_seqlen_q, max_seqlen_k), strict=True):
         read = x.cpu()

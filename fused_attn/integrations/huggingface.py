@@ -181,16 +181,9 @@ def attention(
     Raises:
         ValueError: the call asks for something that the kernel does not compute.
     """
-    check_options(kwargs)
+    numbers = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+    options = options_of(query, key, kwargs | numbers, backend)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    options: dict[str, Any] = {
-        "dropout_p": dropout,
-        "scale": scaling,
-        "enable_gqa": key.shape[1] != query.shape[1],
-        "softcap": softcap or 0.0,
-        "sinks": s_aux,
-        "backend": backend,
-    }
     if cu_seq_lens_q is not None:
         if position_bias is not None:
             raise ValueError("position_bias: expected None with cu_seq_lens_q, got one")
@@ -214,8 +207,12 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def check_options(options: dict[str, Any]) -> None:
-    """Raises ValueError for keyword arguments of an attention function that the kernel cannot honour."""
+def options_of(query: Tensor, key: Tensor, options: dict[str, Any], backend: str | None) -> dict[str, Any]:
+    """The arguments of `fused_attention` for the keyword arguments of an attention function of transformers.
+
+    Raises:
+        ValueError: the kernel cannot honour one of them.
+    """
     if options.get("output_attentions"):
         raise ValueError('output_attentions: expected False, since no weights are formed; use the attention "eager"')
     for name in _REFUSED:
@@ -226,6 +223,14 @@ def check_options(options: dict[str, Any]) -> None:
             "cache: expected None, got a paged cache; transformers allows only its own attention in continuous "
             'batching, such as "sdpa"'
         )
+    return {
+        "dropout_p": options.get("dropout", 0.0),
+        "scale": options.get("scaling"),
+        "enable_gqa": key.shape[1] != query.shape[1],
+        "softcap": options.get("softcap") or 0.0,
+        "sinks": options.get("s_aux"),
+        "backend": backend,
+    }
 
 
 def attention_mask_of(
@@ -237,15 +242,17 @@ def attention_mask_of(
     mask_function=causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    config=None,
-    **kwargs,
+    **options,
 ) -> Tensor | None:
     """A mask function of transformers' ``AttentionMaskInterface`` that keeps common masks at O(S) memory.
 
     The contents of a mask are not read, so no decoding step waits for a device because of a mask. The arguments are
     those of transformers' own mask functions.
+
+    Args:
+        options: the other arguments. ``config`` is the configuration of the model. If ``allow_is_causal_skip`` is
+            False, a causal mask is made dense. If ``allow_is_bidirectional_skip`` is False, a mask that hides nothing
+            is made dense, too. The rest is passed on to ``sdpa_mask``.
 
     Returns:
         One of five:
@@ -264,6 +271,9 @@ def attention_mask_of(
         ValueError: the model has attention of its own, which would misread the mask, or `attention_mask` has another
             shape.
     """
+    config, device = options.pop("config", None), options.get("device")
+    allow_is_causal_skip = options.get("allow_is_causal_skip", True)
+    allow_is_bidirectional_skip = options.get("allow_is_bidirectional_skip", False)
     _check_reads_masks(type(config), _kind(config))
     if attention_mask is not None and attention_mask.ndim == 5:
         return attention_mask  # generate() made the mask before it called the model
@@ -286,11 +296,11 @@ def attention_mask_of(
     if q_length > 1 and kv_offset == 0 and _is_zero(q_offset) and not needs_dense:
         if allow_is_bidirectional_skip and is_window:
             if max(q_length, kv_length) > size + 1:
-                return _band(padding, 2, size, kwargs.get("device"))
+                return _band(padding, 2, size, device)
             return None if padding is None else padding[:, None, None]
         if allow_is_causal_skip and (is_window or mask_function is causal_mask_function):
             reach = size - 1 if is_window and q_length > size else -1
-            return _band(padding, 1, reach, kwargs.get("device"))
+            return _band(padding, 1, reach, device)
     if (
         padding is None and local_size is None and kv_offset == 0 and not needs_dense
         and mask_function is causal_mask_function and isinstance(q_offset, Tensor)
@@ -299,10 +309,10 @@ def attention_mask_of(
         return (q_offset + q_length).to(torch.int32).view(-1, 1, 1, 1, 1)
     if q_length == 1 and allow_is_causal_skip and padding is None and (local_size is None or kv_length < local_size):
         return None
+    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-        mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
-        allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs,
+        mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, **options,
     )  # fmt: skip
 
 

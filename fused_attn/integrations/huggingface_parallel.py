@@ -203,23 +203,19 @@ class _Ranks:
         return found[..., :rows]
 
     def attention(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-        dropout: float = 0.0, scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+    ) -> tuple[Tensor, None]:
         """An attention function for transformers; see `huggingface.attention`. The rows are those of this rank."""
-        huggingface.check_options(kwargs)
+        options = huggingface.options_of(query, key, kwargs, self.backend)
         if attention_mask is None or attention_mask.ndim != 5:
             raise checks.fail("attention_mask", "the one of the model whose ranks share the sequence", "another one")
-        if s_aux is not None:
-            # All ranks get the sum of the gradients of s_aux, but of the other parameters their own summand.
-            s_aux = s_aux.view_as(s_aux)
-            if s_aux.requires_grad:
-                s_aux.register_hook(functools.partial(torch.mul, other=1.0 / self.world))
+        if options["sinks"] is not None and options["sinks"].requires_grad:
+            # All ranks get the sum of the gradients of the sinks, but of the other parameters their own summand.
+            options["sinks"] = options["sinks"].view_as(options["sinks"])
+            options["sinks"].register_hook(functools.partial(torch.mul, other=1.0 / self.world))
         out: Any = context_parallel_attention(
-            query, key, value, mesh=self.mesh, method=self.method, seqlens=(self.length, self.length), sinks=s_aux,
-            dropout_p=dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1], softcap=softcap or 0.0,
-            key_padding_mask=~attention_mask[:, 0, 0, 0], backend=self.backend, **huggingface.band_of(attention_mask),
+            query, key, value, mesh=self.mesh, method=self.method, seqlens=(self.length, self.length),
+            key_padding_mask=~attention_mask[:, 0, 0, 0], **options, **huggingface.band_of(attention_mask),
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
 

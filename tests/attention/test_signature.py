@@ -1,13 +1,15 @@
-"""`signature.read` returns the shapes and dtypes that Python sees, and None where only Python can tell them."""
+"""`signature.read` tells calls apart whose plans differ, and returns None where only Python can tell."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 from torch.nn.attention.bias import causal_upper_left
 
-from fused_attn import fused_attention
-from fused_attn.attention import checks, signature
+from fused_attn import fused_attention, planning
+from fused_attn.attention import signature
 
 pytestmark = [
     pytest.mark.quick,
@@ -17,33 +19,52 @@ pytestmark = [
 QUERY = torch.zeros(1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool])
-@pytest.mark.parametrize("shape", [(), (0,), (3, 4), (2, 1, 3, 4), (1,) * 8], ids=str)
-def test_tells_shape_and_dtype(dtype, shape):
-    tensors = [QUERY, torch.zeros(shape, dtype=dtype), QUERY.mT, None, torch.nn.Parameter(QUERY[0]), None]
-    expected = [checks.optional_meta("x", x) for x in tensors]
-    assert signature.metas(signature.read(*tensors)) == expected
+def test_tells_all_arguments_apart():
+    """No two of these differ in their shapes, dtypes, types or values alone and have one signature."""
+    dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.int32)
+    shapes = ((), (0,), (1,), (3, 4), (4, 3), (2, 1, 3, 4), (1,) * 8)
+    values = (None, False, True, 0, 1, -1, 2**63 - 1, 0.0, -0.0, 1.0, 0.5, float("inf"), "", "cpu", "cuda", "cpé")
+    pairs = ((), (None,), ((),), (0, 1), (1, 0), (-1, 0), (0.0, 1), (0, True), ((0,), 1), (0, (1,)), ("c", "pu"))
+    tensors = [torch.zeros(shape, dtype=dtype) for shape in shapes for dtype in dtypes]
+    one = [(x,) for x in (*tensors, *values, *pairs)]
+    rows = [*one, (), *itertools.product(values, values), (1, 2, 3), ((1, 2), 3), (1, (2, 3)), (QUERY, 1), (1, QUERY)]
+    found = {signature.read(*row): row for row in rows}
+    assert None not in found
+    assert len(found) == len(rows)
+
+
+def test_the_contents_and_the_strides_of_a_tensor_do_not_count():
+    known = signature.read(QUERY, None, 0.5)
+    for same in (torch.ones(1, 2, 3, 4), torch.zeros(4, 3, 2, 1).permute(3, 2, 1, 0), torch.nn.Parameter(QUERY)):
+        assert signature.read(same, None, 0.5) == known
 
 
 @pytest.mark.parametrize(
-    "tensor",
+    "argument",
     [
-        None,
-        1.0,
+        [1, 2],
+        2**63,
+        "x" * 200,
+        (0,) * 200,
+        ((1, [2]),),
+        "\ud800" * 200,
+        1j,
+        type("Int", (int,), {})(1),
+        torch.float32,
         QUERY.to("meta"),
         QUERY.to_sparse(),
         torch.nested.nested_tensor([torch.zeros(2, 4), torch.zeros(3, 4)]),
         QUERY.to(torch.complex64),
         QUERY.long(),
         QUERY.as_subclass(type("Subclass", (torch.Tensor,), {})),
-        torch.zeros((1,) * 9),
+        torch.zeros((1,) * 127),
         causal_upper_left(3, 3),
     ],
     ids=lambda x: type(x).__name__,
 )
-def test_leaves_other_tensors_to_python(tensor):
-    assert signature.read(QUERY, QUERY, tensor) is None
-    assert tensor is None or signature.read(QUERY, QUERY, QUERY, tensor) is None
+def test_leaves_other_arguments_to_python(argument):
+    assert signature.read(argument) is None
+    assert signature.read(QUERY, QUERY, argument) is None
 
 
 def test_a_call_is_the_same_without_it(monkeypatch):
@@ -56,6 +77,25 @@ def test_a_call_is_the_same_without_it(monkeypatch):
         return out, lse, *torch.autograd.grad(out.sum() + lse.sum(), (query, key, value, bias))
 
     with_signature = results()
-    monkeypatch.setattr(signature, "read", lambda *tensors: None)
+    monkeypatch.setattr(signature, "read", lambda *arguments: None)
     for x, y in zip(results(), with_signature, strict=True):
         assert torch.equal(x, y)
+
+
+def test_a_wrong_type_does_not_find_the_plan_of_an_equal_value():
+    fused_attention(QUERY, QUERY, QUERY, is_causal=True)
+    with pytest.raises(TypeError, match="is_causal"):
+        fused_attention(QUERY, QUERY, QUERY, is_causal=1)
+    assert fused_attention(QUERY, QUERY, QUERY, window_size=[1, 0]).shape == QUERY.shape  # a list has no signature
+
+
+def test_plans_are_kept_up_to_a_number(monkeypatch):
+    monkeypatch.setattr(planning, "CACHED_PLANS", 3)
+    plans = planning.Plans()
+    made = [object() for _ in range(5)]
+    for i, plan in enumerate(made):
+        assert plans.store(bytes([i]), plan) is plan
+        assert plans.get(bytes([i])) is plan
+        assert len(plans) <= 3
+    assert plans.store(None, made[0]) is made[0]
+    assert plans.get(None) is None

@@ -123,3 +123,5 @@ def _forget_plans() -> None:
     plans = (planning.cached_plan, planning.cached_packed_plan, ops._problem_of_shapes, dispatch.choose)
     for function in (*plans, cuda._config, cuda._workspace_bytes):
         function.cache_clear()
+    for kept in (planning.plans, planning.packed_plans, planning.paged_plans):
+        kept.clear()

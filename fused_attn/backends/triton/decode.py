@@ -5,14 +5,45 @@ Without splits, few queries (such as one in decoding) against many keys make too
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fused_attn.backends.triton.arguments import Rows
 from fused_attn.backends.triton.scores import LOG2_E, add_sink
 from fused_attn.backends.triton.tiles import store_tile
 
 #: A program for fewer keys than this costs more than it gains.
 MIN_KEYS_PER_SPLIT = 512
+
+#: The rows that a program of `merge_splits_kernel` merges.
+MERGED_ROWS = tl.constexpr(16)
+
+
+class Splits(NamedTuple):
+    """What the splits of `attention_fwd_kernel` have written.
+
+    out: (num_splits, B, H, L, Dv) float32
+    sums: (2, num_splits, B, H, L) float32, first row_max, then row_sum
+    """
+
+    out: Tensor
+    sums: Tensor
+
+
+class Merged(NamedTuple):
+    """What `merge_splits_kernel` writes.
+
+    out: (B, H, L, Dv)
+    lse: (B, H, L) float32 or None
+    row_max: (B, H, L) float32 or None, the largest logit of each row
+    """
+
+    out: Rows
+    lse: Tensor | None
+    row_max: Tensor | None
 
 
 def num_splits(num_programs: int, seqlen_k: int, multiprocessors: int) -> int:
@@ -27,11 +58,8 @@ def num_splits(num_programs: int, seqlen_k: int, multiprocessors: int) -> int:
 
 @triton.jit(do_not_specialize=("num_splits", "rows_per_head", "num_rows"))
 def merge_splits_kernel(
-    partial_out,  # (num_splits, B, H, L, Dv) float32
-    partial_sums,  # (2, num_splits, B, H, L) float32: first row_max, then row_sum
-    out,  # Rows (B, H, L, Dv), written
-    lse,  # (B, H, L) float32 or None, written
-    max_out,  # (B, H, L) float32 or None, the largest logit of each row, written
+    splits,
+    merged,
     sinks,  # (H,) or None
     num_heads,
     num_splits,
@@ -39,28 +67,27 @@ def merge_splits_kernel(
     num_rows,  # B * H * L
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
 ):
-    """Merges the splits of BLOCK_M rows per program. The rows of all heads and batch entries are numbered in a line.
+    """Merges the splits of MERGED_ROWS rows per program. Rows are numbered through all heads and batch entries.
 
     The output of a row is the mean of its splits' outputs, weighted by exp(split_max) * split_sum.
     """
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) * MERGED_ROWS + tl.arange(0, MERGED_ROWS)
     is_row = row < num_rows
     column = tl.arange(0, BLOCK_DV)
     head_and_batch = row // rows_per_head
     head = head_and_batch % num_heads
 
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_max = tl.full([MERGED_ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([MERGED_ROWS], tl.float32)
+    acc = tl.zeros([MERGED_ROWS, BLOCK_DV], tl.float32)
     first_sum = tl.cast(num_splits, tl.int64) * num_rows
     for split in range(num_splits):
         split_row = tl.cast(split, tl.int64) * num_rows + row
-        split_max = tl.load(partial_sums + split_row, mask=is_row, other=float("-inf"))
-        split_sum = tl.load(partial_sums + first_sum + split_row, mask=is_row, other=0.0)
+        split_max = tl.load(splits.sums + split_row, mask=is_row, other=float("-inf"))
+        split_sum = tl.load(splits.sums + first_sum + split_row, mask=is_row, other=0.0)
         tile = tl.load(
-            partial_out + split_row[:, None] * VALUE_DIM + column[None, :],
+            splits.out + split_row[:, None] * VALUE_DIM + column[None, :],
             mask=is_row[:, None] & (column[None, :] < VALUE_DIM),
             other=0.0,
         )
@@ -76,6 +103,7 @@ def merge_splits_kernel(
         acc, row_max, row_sum = add_sink(acc, row_max, row_sum, tl.load(sinks + head).to(tl.float32))
     row_sum = tl.where(row_max == float("-inf"), 1.0, row_sum)
 
+    out, lse, max_out = merged
     out_base = out.ptr + (head_and_batch // num_heads).to(tl.int64) * out.stride_b + head.to(tl.int64) * out.stride_h
     out_row = (row % rows_per_head).to(tl.int64) * out.stride_row
     store_tile((out_base + out_row)[:, None] + column[None, :], acc / row_sum[:, None], is_row, VALUE_DIM, BLOCK_DV)

@@ -34,7 +34,7 @@ from fused_attn.backends.triton.arguments import (
 from fused_attn.backends.triton.backward import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
 from fused_attn.backends.triton.bias_gradients import attention_bwd_dbias_kernel, attention_bwd_drelative_bias_kernel
 from fused_attn.backends.triton.configs import Config
-from fused_attn.backends.triton.decode import merge_splits_kernel
+from fused_attn.backends.triton.decode import MERGED_ROWS, Merged, Splits, merge_splits_kernel
 from fused_attn.backends.triton.forward import attention_fwd_kernel
 from fused_attn.backends.triton.interpreter import is_interpreting
 
@@ -131,13 +131,9 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
             num_rows,
         )
         if plan.num_splits > 1:
-            block_m = 16
-            merge_splits_kernel[(triton.cdiv(num_rows, block_m), 1, 1)](
-                kernel_out,
-                kernel_lse,
-                Rows.of(out),
-                lse,
-                row_max,
+            merge_splits_kernel[(triton.cdiv(num_rows, MERGED_ROWS.value), 1, 1)](
+                Splits(kernel_out, kernel_lse),
+                Merged(Rows.of(out), lse, row_max),
                 masks.sinks,
                 heads,
                 plan.num_splits,
@@ -145,7 +141,6 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
                 num_rows,
                 VALUE_DIM=problem.value_dim,
                 BLOCK_DV=configs.padded_head_dim(problem.value_dim),
-                BLOCK_M=block_m,
             )
     return results
 
