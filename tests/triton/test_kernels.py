@@ -6,11 +6,9 @@ On a machine with a GPU, all tests of this file are marked `gpu`, so that `pytes
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Callable, Iterator
 
 import cases
-import numpy as np
 import oracle
 import pytest
 import torch
@@ -50,64 +48,22 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def quick_interpreter() -> Iterator[None]:
-    """Makes Triton's interpreter more than twice as fast, by leaving out two things:
-
-    - It patches `triton.language` whenever one kernel function calls another. Here it is patched once.
-    - It checks integers for overflow even if it does not report the result, which it does in debug mode alone.
-    """
+    """Without a GPU, the interpreter is used as `interpreter.quick` makes it."""
     if IS_GPU:
         yield
         return
-    import triton.language as tl
-    from triton.runtime import interpreter
+    import interpreter
 
-    patch = interpreter._patch_lang
-    scope = patch(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
-    options = interpreter.interpreter_builder.options
-    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
-    yield
-    interpreter.interpreter_builder.options = options
-    interpreter._patch_lang = patch
-    scope.restore()
+    with interpreter.quick():
+        yield
 
 
 @pytest.fixture
 def gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the interpreter round float32 as compiled kernels do, where numpy would round differently:
+    if not IS_GPU:
+        import interpreter
 
-    - A dot product adds its terms one after the other, by multiply-adds that round once.
-    - a * b - c rounds once, because the compiler makes a multiply-add of it.
-    """
-    if IS_GPU:
-        return
-    from triton.runtime.interpreter import TensorHandle, interpreter_builder
-
-    builder = type(interpreter_builder)
-    create_dot, create_fmul, create_fsub = builder.create_dot, builder.create_fmul, builder.create_fsub
-
-    def dot(self, a, b, acc, *options):
-        if a.data.dtype != np.float32:
-            return create_dot(self, a, b, acc, *options)
-        total = acc.data
-        for column, row in zip(a.data.astype(np.float64).T, b.data.astype(np.float64), strict=True):
-            total = (column[:, None] * row + total).astype(np.float32)
-        return TensorHandle(total, acc.dtype.scalar)
-
-    def fmul(self, a, b):
-        product = create_fmul(self, a, b)
-        product.exact = a.data.astype(np.float64) * b.data.astype(np.float64)
-        return product
-
-    def fsub(self, a, b):
-        difference = create_fsub(self, a, b)
-        if hasattr(a, "exact"):
-            difference.data = (a.exact - b.data).astype(difference.data.dtype)
-        return difference
-
-    monkeypatch.setattr(builder, "create_dot", dot)
-    monkeypatch.setattr(builder, "create_fmul", fmul)
-    monkeypatch.setattr(builder, "create_fsub", fsub)
+        interpreter.round_as_on_gpus(monkeypatch)
 
 
 def case_of(case_id: str) -> Case:
