@@ -25,6 +25,7 @@ _counters: list[Traffic] = []
 def count_traffic() -> Iterator[Traffic]:
     """Counts the bytes that this rank sends inside of the ``with`` block, those of backward calls included.
 
+    >>> from fused_attn.distributed import count_traffic
     >>> with count_traffic() as traffic:
     ...     pass
     >>> traffic.sent_bytes
