@@ -9,14 +9,15 @@ import pkgutil
 
 import pytest
 
+import fused_attn.distributed
 import fused_attn.integrations
 import fused_attn.nn
 
 
 def _modules() -> list[str]:
-    packages = (fused_attn.nn, fused_attn.integrations)
+    packages = (fused_attn.nn, fused_attn.integrations, fused_attn.distributed)
     modules = [module.name for each in packages for module in pkgutil.iter_modules(each.__path__, each.__name__ + ".")]
-    return ["fused_attn.api", *modules]
+    return ["fused_attn.api", "fused_attn.partial", *modules]
 
 
 @pytest.mark.parametrize("name", _modules())

@@ -24,7 +24,7 @@ from fused_attn.distributed.sequence import Sharding, group_of, shardings_of
 from fused_attn.partial import PartialOptions
 
 METHODS = ("auto", "ring", "ulysses")
-#: It counts the blocks of all pairs of ranks. The layers of a model ask for the same ones.
+#: `cheapest_method` takes time, because it counts the blocks of all pairs of ranks. All layers of a model ask the same.
 _cheapest_method = functools.lru_cache(maxsize=256)(cheapest_method)
 #: The options of `PartialOptions` that a shared sequence sets itself, or cannot have.
 _REFUSED = ("attn_mask", "query_offset", "key_offset", "batch_offset", "head_offset", "seqlen_q", "packed")
@@ -51,15 +51,15 @@ def context_parallel_attention(
         query: (B, H, L of this rank, D), the shard that `shard_sequence` makes.
         key: (B, Hkv, S of this rank, D), likewise.
         value: (B, Hkv, S of this rank, Dv), likewise.
-        mesh: the ranks that share the sequence, with one dimension; or with two, for a ring (first dimension) of groups
-            that divide the heads among them (second dimension, "ulysses").
+        mesh: the ranks that share the sequence. In a mesh of two dimensions, the first one is a ring of groups, and the
+            second one is the ranks of a group, which divide the heads among them ("ulysses").
         method: how the ranks of a mesh of one dimension work together.
 
             - ``"ring"``: keys and values travel between the ranks. A rank gets only keys that its queries see.
             - ``"ulysses"``: each rank gets all rows of some heads. The number of ranks must divide H.
-            - ``"auto"``: the one of the two that sends fewer bytes.
-        seqlens: (L, S) of the whole sequences. Without them, the ranks compare the lengths of their shards and their
-            options first, by a small collective that the host waits for.
+            - ``"auto"``: the method of these two that sends fewer bytes.
+        seqlens: (L, S) of the whole sequences. If seqlens is None, the ranks first compare the lengths of their shards
+            and their options. The comparison is a small collective, for which the host waits.
         sinks: (H,), see `fused_attention`.
         return_lse: also return lse (B, H, L of this rank).
         options: dropout_p, dropout_seed, is_causal, scale, enable_gqa, window_size, softcap and backend of
@@ -124,14 +124,14 @@ def context_parallel_attention_varlen(
         key: (rows of this rank, Hkv, D), likewise.
         value: (rows of this rank, Hkv, Dv), likewise.
         cu_seqlens_q: (num_sequences + 1,) int32, the offsets in all packed rows, the same on all ranks. The host reads
-            them, so offsets on the CPU save that the host waits for the GPU.
+            the offsets. If they are on the CPU, the host need not wait for a GPU.
         cu_seqlens_k: (num_sequences + 1,) int32, likewise for keys and values.
         max_seqlen_q: at least the longest query sequence.
         max_seqlen_k: at least the longest key sequence.
         mesh: as in `context_parallel_attention`; likewise method.
-        compare_ranks: the ranks compare their offsets, options and shapes first, by a small collective that the host
-            waits for. False saves the collective. Ranks that differ then wait for each other in vain, or get wrong
-            results.
+        compare_ranks: whether the ranks first compare their offsets, options and shapes. The comparison is a small
+            collective, for which the host waits. Without the comparison, ranks that differ wait for each other in
+            vain, or get wrong results.
         sinks: (H,), see `fused_attention`.
         return_lse: also return lse (H, rows of this rank).
         options: dropout_p, dropout_seed, is_causal, scale, enable_gqa, window_size, softcap, backend and the whole
@@ -186,7 +186,7 @@ def _shared(
     mesh: DeviceMesh | dist.ProcessGroup, group: dist.ProcessGroup, method: str, positions: Positions,
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: PartialOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, lse) of checked arguments. group: that of all ranks of the mesh."""
+    """Computes (out, lse) from checked arguments. group: the group of all ranks of the mesh."""
     if options.dropout_p and options.dropout_seed is None:
         options = replace(options, dropout_seed=dropout.draw_seed(query.device, [group]))
     if isinstance(mesh, DeviceMesh) and mesh.ndim == 2:
@@ -212,7 +212,7 @@ def _attend(
     parts: _Parts, positions: Positions, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None,
     options: PartialOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, lse) of the rows of this rank: shards of heads around, attention, and back."""
+    """(out, lse) of the rows of this rank. Ranks that divide the heads exchange their shards before and afterwards."""
     if parts.ulysses is None:
         return _around(parts.ring, positions, query, key, value, sinks, options)
     world, rank = dist.get_world_size(parts.ulysses), dist.get_rank(parts.ulysses)
@@ -248,7 +248,7 @@ def _around(
     group: dist.ProcessGroup | None, positions: Positions, query: Tensor, key: Tensor, value: Tensor,
     sinks: Tensor | None, options: PartialOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, lse), with keys that travel around the group. A group of one calls the kernel directly."""
+    """(out, lse) by a ring: the keys travel around the group. A group of one rank calls the kernel directly."""
     if group is None or positions.key.world == 1:
         return partial.attend(query, key, value, positions.whole().options(options, query.device), sinks)
     padding, bias = options.key_padding_mask, options.relative_bias
@@ -307,7 +307,7 @@ def _described(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, method: str, options: PartialOptions
 ) -> tuple:
     """What must be the same on all ranks, as values that can be printed."""
-    # All ranks add up the gradients of the last two, so ranks without such a gradient would let the others wait.
+    # All ranks add up the gradients of these two tensors. A rank without such a gradient would let the others wait.
     of_all_ranks = (sinks, options.relative_bias)
     flags = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (query, key, value, *of_all_ranks)]
     of_options = [

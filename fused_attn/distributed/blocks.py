@@ -19,7 +19,7 @@ Offsets = tuple[int, ...]
 
 
 class Documents(NamedTuple):
-    """Documents that stand one after another in the whole sequences, and do not see each other.
+    """Documents that stand one after another in the whole sequences. No document sees another one.
 
     query, key: cu_seqlens of queries and of keys. Document n holds the rows offsets[n] : offsets[n + 1]
     """
@@ -57,8 +57,8 @@ class Block(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _packed_rows(documents: Documents, device: torch.device) -> PackedRows:
-    """The documents as tensors. The layers and steps of a model ask for the same ones."""
-    with torch.inference_mode(False):  # A step that trains may find the tensors that another step has asked for.
+    """The documents as tensors. Several layers and steps of a model ask for the same documents."""
+    with torch.inference_mode(False):  # A training step may get the tensors that were made for a step of inference.
         cu_seqlens_q, cu_seqlens_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in documents)
     longest_q, longest_k = (max((end - begin for begin, end in itertools.pairwise(x)), default=0) for x in documents)
     return PackedRows(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k)
@@ -69,8 +69,8 @@ class Positions(NamedTuple):
 
     query, key: how the two sequences are sharded
     band: the visible diagonals
-    are_needed: the scores depend on positions not by the band alone, but also by a relative bias or dropout
-    documents: positions count from the begin of each document; None if the whole sequences are one
+    are_needed: besides the band, a relative bias or dropout depends on the positions of queries and keys
+    documents: positions count from the first row of each document; None if a whole sequence is one document
     """
 
     query: Sharding
@@ -86,7 +86,7 @@ class Positions(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def blocks(positions: Positions, query_rank: int, key_rank: int) -> tuple[Block, ...]:
-    """The blocks of the queries of one rank and the keys of another, without those that are hidden."""
+    """The blocks of the queries of one rank and the keys of another. Blocks that the band hides are left out."""
     pairs = list(itertools.product(positions.query.segments(query_rank), positions.key.segments(key_rank)))
     if positions.documents is not None:
         found = (_blocks_of_documents(*pair, positions.documents, positions.band) for pair in pairs)
@@ -116,10 +116,10 @@ def _rows(segment: Segment) -> slice:
 
 
 def _blocks_of_documents(query: Segment, key: Segment, documents: Documents, band: Band) -> list[Block]:
-    """The blocks of two segments: one for each document that begins before a segment, and one for all others.
+    """The blocks of two segments: one for a document that begins before a segment, and one for all other documents.
 
-    Only the first document of a segment can begin before it. The queries of the others stand at the positions that the
-    kernels for packed sequences assume.
+    Only the first document of a segment can begin before the segment. The queries of the other documents stand at the
+    positions that the kernels for packed sequences assume.
     """
     numbers = [
         [bisect.bisect_right(offsets, row) - 1 for row in (segment.begin, segment.end - 1)]

@@ -35,7 +35,7 @@ kernel takes for itself, weights and other activations are not counted.
 **Left out**: the time in which the host launches kernels; multiprocessors that NCCL takes from the kernels; jitter;
 other traffic on the links.
 
-Of long rings, some ranks stand for all: the first and the last ones, and some between them.
+In a long ring, only some ranks are computed, which stand for all: the first and the last ones, and some between them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from fused_attn.distributed.sequence import Sharding
 SUM = 4
 #: The operations of backward in those of forward.
 BACKWARD_OPERATIONS = 2.5
-#: Rings with at most this many ranks are looked at as a whole.
+#: In rings with at most this many ranks, all ranks are computed.
 SMALL_RING = 16
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -203,7 +203,8 @@ def visible_scores(block: Block, band: Band) -> int:
 def _up_to(diagonal: int, rows: int, keys: int) -> int:
     """The number of entries (i, j) of a block with j - i <= diagonal."""
 
-    def entries(row: int) -> int:  # of all rows before a row, when row k has min(k, keys) entries, and none if k < 0
+    def entries(row: int) -> int:
+        """The entries of the rows up to `row`. Row k has k entries, but at most `keys` and at least 0."""
         corner = min(max(row, 0), keys)
         return corner * (corner + 1) // 2 + max(row - keys, 0) * keys
 
@@ -300,7 +301,7 @@ class _Model:
         size = self.workload.size
         rows_k = self.positions.key.rows(rank)
         e, f = self.positions.query.rows(rank) * self.query_row, rows_k * self.key_row
-        # Of the exchange of dout: its pieces, as they are sent, and what comes.
+        # The exchange of dout takes memory for the pieces that are sent and for those that arrive.
         members = range(rank * self.method.ulysses, (rank + 1) * self.method.ulysses)
         swap = size * (2 * max(map(self.shards.query.rows, members)) * self.query_row * self.method.ulysses + e)
         if self.method.ring == 1:
@@ -391,7 +392,7 @@ class _Model:
         group, node = self.method.ulysses, self.machine.gpus_per_node
         if group == 1:
             return Seconds()
-        # The share of the bytes of a rank that stays in its node, where this share is the smallest.
+        # The share of its bytes that a rank sends within its node. The rank with the smallest share decides.
         numbers = ((rank, range(rank - rank % group, rank - rank % group + group)) for rank in range(len(sent)))
         part = min(sum(x // node == rank // node for x in others) - 1 for rank, others in numbers) / (group - 1)
         tensors = 4 if is_backward else 5

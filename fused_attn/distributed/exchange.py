@@ -25,6 +25,7 @@ _counters: list[Traffic] = []
 def count_traffic() -> Iterator[Traffic]:
     """Counts the bytes that this rank sends inside of the ``with`` block, those of backward calls included.
 
+    >>> from fused_attn.distributed import count_traffic
     >>> with count_traffic() as traffic:
     ...     pass
     >>> traffic.sent_bytes
@@ -44,7 +45,7 @@ def _count(tensors: Sequence[Tensor]) -> None:
 
 
 class Exchange:
-    """Tensors on their way to one rank, and tensors on their way from another. `wait` returns the received ones.
+    """Tensors on their way to one rank, and tensors on their way from another. `wait` returns the received tensors.
 
     Args:
         group: the process group.
@@ -100,9 +101,9 @@ def ordered_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def refuse_second_derivatives() -> None:
-    """Raises in a backward whose gradients have to be differentiable. Otherwise a part of these would be lost."""
+    """Raises in a backward whose gradients must be differentiable themselves. Such gradients would lack a part."""
     if torch.is_grad_enabled():  # in backward, only with create_graph
-        raise RuntimeError("context_parallel_attention: expected no create_graph, as it has no second derivatives")
+        raise RuntimeError("context_parallel_attention: expected no create_graph, as there are no second derivatives")
 
 
 class SumGradient(torch.autograd.Function):

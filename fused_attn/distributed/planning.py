@@ -11,7 +11,7 @@ from fused_attn.distributed.ulysses import repeats
 def ring_elements(positions: Positions, key: Sequence[int], value: Sequence[int]) -> list[int]:
     """How many elements of keys and values each rank of a ring sends in forward.
 
-    key, value: the shapes (B, Hkv, rows, columns) of shards, whose rows do not matter
+    key, value: the shapes (B, Hkv, rows, columns) of shards. The number of rows is not read
     """
     world = positions.key.world
     row = key[0] * (key[1] * key[3] + value[1] * value[3])

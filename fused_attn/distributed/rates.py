@@ -81,8 +81,11 @@ class Rates(NamedTuple):
         return cls(points, products[-1] if products else None, source)
 
     def rate(self, direction: str, is_masked: bool, length: float) -> float:
-        """The rate at a length. Between two measured lengths, it changes linearly with the logarithm of the length.
-        Beyond them, it is that of the nearest one."""
+        """The rate at a length.
+
+        Between two measured lengths, the rate changes linearly with the logarithm of the length. Beyond the measured
+        lengths, the rate is that of the nearest one.
+        """
         points = self.points[direction, is_masked]
         at = bisect.bisect_left(points, (length, 0.0))
         if at == 0 or at == len(points):

@@ -1,8 +1,9 @@
 """Attention whose queries stay on their ranks, while keys and values travel.
 
-There are as many steps as ranks. In step t, rank r computes with the keys of rank r - t, while those of rank r - t - 1
-are on their way. A rank gets only the keys that its queries see. In backward, the keys travel again, and the gradients
-that a rank has computed for the keys of another one travel back. All sums have a fixed order.
+There are as many steps as ranks. In step t, rank r computes with the keys of rank r - t, while the keys of rank
+r - t - 1 are on their way. A rank gets only the keys that its queries see. In backward, the keys travel again. A rank
+then computes gradients for the keys of other ranks, and sends each gradient back to the rank that owns the keys. All
+sums have a fixed order.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fused_attn.partial import PartialOptions
 class Ring(NamedTuple):
     """What the steps of a call share.
 
-    options: those that hold for all blocks, without relative_bias and key_padding_mask
+    options: the options that all blocks share, without relative_bias and key_padding_mask
     """
 
     group: dist.ProcessGroup
@@ -93,7 +94,7 @@ def _empty(x: Tensor, rows: list[slice]) -> Tensor:
 
 
 class KeysOnTheWay:
-    """The keys of step after step: `next` waits for those of the current step, and sends for those of the next one."""
+    """Iterates over the keys of all steps. The keys of the next step travel while the caller uses the current ones."""
 
     def __init__(self, ring: Ring, tensors: tuple[Tensor, ...]):
         self.ring, self.tensors = ring, tensors
@@ -126,8 +127,8 @@ class RingAttention(torch.autograd.Function):
     query:         (B, H, L of this rank, D)
     key, value:    (B, Hkv, S of this rank, D or Dv)
     padding:       (B, S of this rank), a key padding mask without gradient, or None
-    relative_bias: (H or 1, columns) or (columns), the whole one, or None. Its gradient is the part of this rank
-    sinks:         (H,) or None. Its gradient is the part of this rank
+    relative_bias: (H or 1, columns) or (columns), the whole one, or None. Its gradient is the summand of this rank
+    sinks:         (H,) or None. Their gradient is the summand of this rank
     """
 
     @staticmethod
@@ -179,7 +180,7 @@ class RingAttention(torch.autograd.Function):
 
 
 def _backward_around(ring: Ring, tensors: tuple[Tensor, ...], saved: Saved, wanted: Wanted) -> Gradients:
-    """The wanted gradients, in the dtype of lse: those of this rank's rows, and its part of that of the relative bias.
+    """The wanted gradients, in the dtype of lse: of the rows of this rank, and its summand for the relative bias.
 
     tensors: query, key, value, padding, relative_bias, as in `RingAttention`
     """

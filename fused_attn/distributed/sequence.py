@@ -45,7 +45,7 @@ class Sharding(NamedTuple):
         return cls(length, world, -(-length // (2 * world * GROUP)) * GROUP)
 
     def of_groups(self, size: int) -> Sharding:
-        """The sharding among groups of `size` neighbouring ranks, each of which holds what its ranks hold."""
+        """The sharding among groups of `size` neighbouring ranks. A group holds all rows of its ranks."""
         return Sharding(self.length, self.world // size, self.chunk * size)
 
     def segments(self, rank: int) -> list[Segment]:
@@ -132,16 +132,17 @@ def unshard_sequence(x: Tensor, mesh: DeviceMesh | dist.ProcessGroup, dim: int) 
 def shard_batch(
     batch: Mapping[str, Any], mesh: DeviceMesh | dist.ProcessGroup, dim: int | Mapping[str, int] = 1
 ) -> dict[str, Any]:
-    """The rows of this rank of each tensor of a batch. What is no tensor is passed on.
+    """The rows of this rank of each tensor of a batch. Entries that are no tensors are returned as they are.
 
     Args:
         batch: whole tensors by name, the same on all ranks.
         mesh: the ranks that share the sequence.
-        dim: the dimension of the sequence of all tensors, such as 1 for tokens (B, L) and 0 for packed tokens (total,);
-            or by name, then tensors without an entry are whole on every rank.
+        dim: the dimension of the sequence, such as 1 for tokens (B, L) and 0 for packed tokens (total,). An int counts
+            for all tensors. A mapping has the dimension of each tensor by name. A tensor that the mapping does not name
+            stays whole on every rank.
 
-    Packed rows are sharded like others: a document may lie on several ranks. cu_seqlens are no rows. Pass the whole
-    ones to `context_parallel_attention_varlen`.
+    Packed rows are sharded like other rows, so a document may lie on several ranks. cu_seqlens are no rows: pass the
+    offsets of all documents to `context_parallel_attention_varlen`.
     """
     return _each(shard_sequence, batch, mesh, dim)
 
@@ -166,13 +167,13 @@ def _each(
 def shard_positions(
     mesh: DeviceMesh | dist.ProcessGroup, *, seqlen: int | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """The positions of the rows of this rank, (rows,) int64, such as rotary embeddings need them.
+    """The positions of the rows of this rank, (rows,) int64, as rotary embeddings need them.
 
     Args:
         mesh: the ranks that share the sequence.
         seqlen: the length of the whole sequence, whose positions count from 0.
-        cu_seqlens: in the place of seqlen, the offsets of packed documents, the same on all ranks. Positions count from
-            the first row of each document. They are on the device of cu_seqlens.
+        cu_seqlens: instead of seqlen, the offsets of packed documents, the same on all ranks. Positions count from the
+            first row of each document. The result is on the device of cu_seqlens.
 
     Raises:
         ValueError: both or none of seqlen and cu_seqlens are given.

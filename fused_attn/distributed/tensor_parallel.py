@@ -125,7 +125,7 @@ class AttentionParallel(ParallelStyle):
         RowwiseParallel(output_layouts=self.output_layout, use_local_output=False)._apply(
             attention.out_proj, device_mesh
         )
-        if attention.rotary is not None:  # which multiplies by plain tensors, the same for all heads
+        if attention.rotary is not None:  # It multiplies by plain tensors, which are the same for all heads.
             attention.rotary.register_forward_pre_hook(lambda _, inputs: (inputs[0].to_local(), *inputs[1:]))
             attention.rotary.register_forward_hook(lambda _, __, x: DTensor.from_local(x, device_mesh, [Shard(2)]))
         attention.register_forward_pre_hook(_Replicated(device_mesh), with_kwargs=True)
@@ -135,7 +135,7 @@ class AttentionParallel(ParallelStyle):
 
 
 class _Replicated:
-    """The forward pre-hook that replicates query, key and value. One tensor in two places stays one tensor."""
+    """The forward pre-hook that replicates query, key and value. A tensor that is passed twice stays one tensor."""
 
     def __init__(self, mesh: DeviceMesh):
         self.mesh = mesh
@@ -216,7 +216,7 @@ def _pack(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: dict) -
 
 
 def _unpack(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """The hook of `load_state_dict`: ``in_proj_weight`` becomes the three projections, shared as the parameters are."""
+    """The hook of `load_state_dict`: ``in_proj_weight`` becomes three projections, sharded like the parameters."""
     packed = state_dict.pop(prefix + "in_proj_weight", None)
     if packed is None:
         return  # `load_state_dict` reports the keys that are missing

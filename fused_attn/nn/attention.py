@@ -229,7 +229,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             value: (S, N, vdim), or (N, S, vdim) with batch_first, or (S, vdim).
             key_padding_mask: (N, S), or (S,) without a batch. Bool: True = ignore the key, and blocks of such keys are
                 skipped. Floating point: added to the scores.
-            need_weights: also return the weights, which take O(L * S) memory. The output does not depend on this.
+            need_weights: also return the weights, which take O(L * S) memory. The output is the same with them.
             attn_mask: (L, S) or (N * H, L, S). Bool: True = may NOT attend. Floating point: added to the scores. A
                 causal bias of ``torch.nn.attention.bias`` takes no memory.
             average_attn_weights: return the mean of the weights over the heads.
@@ -241,8 +241,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 A `SelfAttentionCache` makes the call causal: query i has the position ``cache.position + i`` and sees
                 all rows up to its own. key_padding_mask then covers all rows so far. With a `StaticSelfAttentionCache`,
                 key_padding_mask covers the whole buffer. With a `SlidingSelfAttentionCache`, a query sees a window, and
-                key_padding_mask must be None. So must it with a `PagedSelfAttentionCache`, which is for inference
-                only.
+                key_padding_mask must be None. With a `PagedSelfAttentionCache`, key_padding_mask must be None, too.
+                Such a cache is for inference only.
                 A `CrossAttentionCache` keeps the projections of the first `key` and `value`. Later calls must bring the
                 same `key`.
 
@@ -340,7 +340,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             mask = _believed_mask(attn_mask, is_causal, key_padding_mask is None and not need_weights)
         mask = self._checked_mask(mask, key_padding_mask, seqlen_q, k)
 
-        # The kernel forms no weights. They are computed afterwards, and must be those that the kernel has used. So both
+        # The kernel forms no weights. `attention_weights` computes the weights that the kernel has used. So both
         # functions get the same arguments, and the seed of dropout is drawn here.
         k, v = self._append_rows(k, self.bias_k), self._append_rows(v, self.bias_v)
         arguments: dict[str, Any] = {

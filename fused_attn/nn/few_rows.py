@@ -18,7 +18,7 @@ from fused_attn import modes
 from fused_attn.backends.cpu import DTYPES
 from fused_attn.native import _C
 
-#: The most rows for which the native product is used. It reads the weight once for all of them.
+#: The most rows for which the native product is used. The product reads the weight once for all rows.
 MOST_ROWS = 16
 
 
@@ -40,10 +40,13 @@ def call(module: Any, x: Tensor) -> Tensor:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether nobody can tell that the module is not called.
+    """Whether `linear` can stand in for a call of the module, so that nobody sees a difference.
 
-    These are not plain: subclasses such as parametrisations and FSDP2 make, modules with hooks or with a forward of
-    their own, such as offloading installs. Global hooks count, too.
+    These modules are not plain:
+
+    - subclasses, such as parametrisations and FSDP2 make,
+    - modules with hooks, where global hooks count, too,
+    - modules with a forward of their own, such as offloading installs.
     """
     return (
         type(module) in (nn.Linear, NonDynamicallyQuantizableLinear)

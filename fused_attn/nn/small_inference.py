@@ -64,7 +64,7 @@ def is_plain(module: nn.MultiheadAttention) -> bool:
       ``out_proj``.
     - An ``out_proj`` with hooks or with a forward of its own, such as offloading installs. Global hooks count, too.
     - Parameters that are no plain `nn.Parameter`: merged, pruned, quantised or sharded ones.
-    - Parameters whose data are elsewhere than they seem: on another device, on "meta" until the call, sparse.
+    - Parameters that are sparse, on another device, or on "meta" until the call.
     - Calls under a mode that sees operators or functions, or that changes dtypes (autocast).
     """
     out_proj: Any = module._modules["out_proj"]  # the dicts, since attributes of modules take three times as long

@@ -121,7 +121,7 @@ WRONG_CALLS = {
     "groups without enable_gqa": "enable_gqa",
     "gradient of a padding mask": "key_padding_mask: expected a mask that requires no gradient",
     "lengths of DTensors": "key_lengths: expected None with DTensors",
-    "second derivative": "it has no second derivatives",
+    "second derivative": "there are no second derivatives",
     "offsets of fewer rows": "query: expected 15 rows on all ranks together, got 16",
     "other offsets": "options and shapes: expected the same on all ranks",
     "sinks of one rank": "options and shapes: expected the same on all ranks",
