@@ -191,6 +191,36 @@ def test_g2p_scores_the_closest_listed_pronunciation(g2p, monkeypatch):
     assert g2p.evaluate(torch.nn.Identity(), ["a", "cab"], listed) == (1 / 4, 1 / 2)
 
 
+def varied(model: torch.nn.Module) -> torch.nn.Module:
+    """The model in float64, with matrices that are so far from their small first values that tokens vary."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+@pytest.mark.parametrize("name", ["train_g2p", "lightning_g2p"])
+def test_g2p_says_the_same_without_a_cache(g2p, name, num_beams, monkeypatch):
+    if name == "lightning_g2p":
+        pytest.importorskip("lightning", reason="pip install -e .[examples,lightning]")
+        torch.manual_seed(0)
+        model = importlib.import_module(name).Pronouncer(g2p.MODEL).model
+        sys.modules.pop(name)
+    else:
+        torch.manual_seed(0)
+        model = g2p.Run(g2p.argparse.Namespace(seed=0, backend=None, device="cpu")).model
+    varied(model)
+    words = ["fuse", "a", "attention", "don't"]
+    said = g2p.pronounce(model, words, num_beams)
+    assert max(map(len, said)) > 8 and len({phone for phones in said for phone in phones}) > 2
+    monkeypatch.setattr(type(model), "takes_cache", property(lambda self: False))
+    with pytest.warns(UserWarning, match="each step computes all tokens anew"):
+        assert g2p.pronounce(model, words, num_beams) == said
+
+
 # ---- Hugging Face and Lightning
 
 
@@ -228,6 +258,22 @@ def test_pretraining(pretraining, model, capsys, monkeypatch):
     assert len(calls) >= 4 * (3 if model == "t5" else 1)
     assert len(losses) == 4 and all(loss > 0.0 for loss in losses)
     assert "largest relative difference from eager attention" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["gpt", "t5"])
+def test_pretraining_models_generate_the_same_without_a_cache(pretraining, name):
+    import argparse
+
+    from fused_attn.integrations import huggingface
+
+    model, make_batches = pretraining("pretrain").MODELS[name](argparse.Namespace(steps=1, seed=0))
+    huggingface.enable(varied(model))
+    tokens = next(iter(make_batches()))["input_ids"][:2, :12]
+    settings = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    static = {"cache_implementation": "static", "disable_compile": True}
+    found = [model.generate(tokens, **settings, **options) for options in ({}, {"use_cache": False}, static)]
+    assert found[0].unique().numel() > 2
+    assert all(torch.equal(other, found[0]) for other in found[1:])
 
 
 def test_pretraining_stops_at_nan(pretraining, monkeypatch):

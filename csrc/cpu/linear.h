@@ -30,11 +30,15 @@ void project(const typename Policy::Storage* x, int64_t rows, int64_t in, const 
     const Storage* weights[n];
     for (int i = 0; i < n; ++i) weights[i] = weight + (first + (i < count ? i : count - 1)) * in;
     const Vec<Lane> offset = bias != nullptr ? load_as<Lane>(bias + first, count) : Vec<Lane>{};
-    alignas(kVectorBytes) Lane sums[n];
-    for (int64_t r = 0; r < rows; ++r) {
-      multiply_keys<Policy>(lanes + r * row_lanes, weights, count, features, Lane(1), PrefetchNothing{}, sums);
-      store_as<Lane>(y + r * out + first, load<Lane>(sums) + offset, count);
-    }
+    Lane sums[kMostQueries<Lane> * kScoreRow<Lane>];
+    visit_in_passes<Lane>(rows, [&](int64_t r, auto queries) {
+      constexpr int kQueries = decltype(queries)::value;
+      multiply_keys<Policy, kQueries>(lanes + r * row_lanes, row_lanes, weights, count, features, nullptr, Lane(1),
+                                      sums);
+      for (int q = 0; q < kQueries; ++q) {
+        store_as<Lane>(y + (r + q) * out + first, load<Lane>(sums + q * kScoreRow<Lane>) + offset, count);
+      }
+    });
   });
 }
 

@@ -380,6 +380,9 @@ class PagedBatch(KVCache):
             the one that runs out of pages, and `OutOfPages` leaves all layers as they were.
         sequences: B different sequences, which have the same numbers and lengths in all layers.
 
+    Attributes:
+        sequences: the sequences of the batch. `reorder` gives them new numbers.
+
     Raises:
         TypeError: pages is no list, an entry of pages is no `PagedKVCache`, or sequences is no list of ints.
         ValueError: there are no pages, a sequence is unknown or named twice, or the layers differ.
@@ -404,6 +407,11 @@ class PagedBatch(KVCache):
                         f"sequences: expected the length of sequence {sequence} in layer 0 in all layers, "
                         f"{first.length(sequence)}, got {layer.length(sequence)} in layer {i}"
                     )
+
+    @property
+    def sequences(self) -> list[int]:
+        """The sequences of the batch. `reorder` gives them new numbers."""
+        return self.layers[0].self_attention.sequences
 
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:

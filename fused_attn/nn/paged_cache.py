@@ -157,7 +157,7 @@ class PagedKVCache:
         for sequence in sequences:
             self._check_known(sequence)
         lists = [self._pages[sequence] for sequence in sequences]
-        columns = max(map(len, lists), default=0)
+        columns = max([0, *map(len, lists)])  # Dynamo does not trace max(..., default=0)
         numbers = [number for pages in lists for number in (*pages, *[0] * (columns - len(pages)))]
         table = self._on_device(numbers, torch.int32).view(len(lists), columns)
         return table, self._on_device([self._lengths[sequence] for sequence in sequences], torch.int32)

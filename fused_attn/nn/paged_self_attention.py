@@ -59,7 +59,7 @@ class PagedSelfAttentionCache:
 
     def __len__(self) -> int:
         """Number of rows of the longest sequence."""
-        return max(self._lengths(), default=0)
+        return max([0, *self._lengths()])  # Dynamo does not trace max(..., default=0)
 
     @property
     def length(self) -> int:

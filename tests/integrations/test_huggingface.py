@@ -152,7 +152,7 @@ def test_by_name_alone(case: Case) -> None:
 
 
 # GPT-1 has no cache, and transformers offers no assisted decoding without one.
-ASSISTED = [case for case in GENERATING if case.kind == "decoder" and case.id != "gpt-1"]
+ASSISTED = [case for case in GENERATING if case.kind in ("decoder", "both") and case.id != "gpt-1"]
 
 
 @pytest.mark.parametrize("case", ASSISTED, ids=lambda case: case.id)
@@ -183,6 +183,34 @@ def test_a_static_cache_tells_its_lengths(calls: list[dict]) -> None:
             assert (call.get("attn_mask") is None) == (count == 1)
         start += count
     torch.testing.assert_close(torch.cat(logits, dim=1), full)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["mistral", "gemma-2", "gpt-oss"])
+@torch.no_grad()
+def test_sliding_caches_reach_the_kernel(name: str, kind: str, calls: list[dict], backend: str) -> None:
+    """transformers' caches of sliding layers forget rows, or overwrite them. The kernel reads only rows that are left,
+    and the logits are those without a cache, before and after the caches wrap around."""
+    case = BY_ID[name]
+    model = fused(case, torch.float64, backend)
+    generator = torch.Generator().manual_seed(0)
+    tokens, window = torch.randint(3, models.VOCAB, (BATCH, 17), generator=generator), case.settings["sliding_window"]
+    full = model(tokens, use_cache=False).logits
+    if kind == "static":
+        cache = transformers.StaticCache(config=model.config, max_cache_len=tokens.shape[1])
+    else:
+        cache = transformers.DynamicCache(config=model.config)
+    logits, start = [], 0
+    for count in (2, 1, 1, 1, 1, 3, 1, 6, 1):
+        calls.clear()
+        logits.append(model(tokens[:, start : start + count], past_key_values=cache, use_cache=True).logits)
+        start += count
+        kinds = [type(layer).__name__ for layer in cache.layers]
+        assert len(calls) == len(kinds) and any("Sliding" in kind for kind in kinds)
+        for call, layer in zip(calls, kinds, strict=True):
+            if "Sliding" in layer:
+                assert call["key"].shape[2] <= window + count - 1
+    torch.testing.assert_close(torch.cat(logits, dim=1), full, rtol=0.0, atol=1e-9)
 
 
 @pytest.mark.skipif(VERSION < (5, 23), reason="earlier versions check the name of the attention elsewhere")

@@ -13,6 +13,8 @@ import fused_attn as fused
 from fused_attn import FusedMultiheadAttention
 from fused_attn.nn import (
     KVCache,
+    PagedKVCache,
+    PagedSelfAttentionCache,
     SelfAttentionCache,
     SlidingKVCache,
     SlidingSelfAttentionCache,
@@ -20,6 +22,7 @@ from fused_attn.nn import (
     StaticSelfAttentionCache,
     T5RelativeBias,
 )
+from fused_attn.nn.paged_self_attention import PagedRows
 
 BATCH, HEADS, COLUMNS, WINDOW, CAPACITY = 3, 2, 4, 5, 64
 
@@ -28,11 +31,19 @@ KINDS = {
     "preallocated": lambda: SelfAttentionCache(CAPACITY),
     "static": lambda: StaticSelfAttentionCache(CAPACITY),
     "sliding": lambda: SlidingSelfAttentionCache(WINDOW),
+    "paged": lambda: paged_cache(),
 }
+
+
+def paged_cache() -> PagedSelfAttentionCache:
+    pages = PagedKVCache(BATCH * CAPACITY // 3, 3, HEADS, COLUMNS, dtype=torch.float64)
+    return PagedSelfAttentionCache(pages, [pages.add() for _ in range(BATCH)])
 
 
 def attended(rows, query: Tensor) -> Tensor:
     """What attention over the rows of a cache gives, by the module's own way of passing the masks on."""
+    if isinstance(rows, PagedRows):
+        return fused.fused_attention_paged(query, *rows, is_causal=True)
     options = dict(rows.options)
     if rows.diagonal:
         options["attn_mask"] = causal_lower_right(query.shape[2], rows.keys.shape[2])

@@ -91,8 +91,11 @@ def test_decoder_with_crop_and_reorder() -> None:
     assert paged.length == 3
     step(2)
     order = torch.tensor([1, 1, 0])
+    before = paged.sequences
     paged.reorder(order)
     growing.reorder(order)
+    assert len(set(paged.sequences)) == 3 and not set(paged.sequences) & set(before)
+    assert [pages[1].length(sequence) for sequence in paged.sequences] == [5, 5, 5]
     memory = memory[order]
     step(1)
     step(2)
