@@ -92,10 +92,12 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
     plan = _plan(problem, _is_biased(inputs), _allows_tf32(problem.dtype))
     masks, masks_kind = _masks(problem, inputs)
     kernel_out, kernel_lse, num_rows = out, lse, batch * heads * rows
+    splits = None
     if plan.num_splits > 1:
         shape = (plan.num_splits * batch, heads, rows)
         kernel_out = torch.empty((*shape, problem.value_dim), dtype=torch.float32, device=query.device)
         kernel_lse = torch.empty((2, *shape), dtype=torch.float32, device=query.device)
+        splits = Splits(kernel_out, kernel_lse)
     is_packed = problem.is_packed
     q, k, v = Rows.of(query, is_packed), Rows.of(key, is_packed), Rows.of(value, is_packed)
     o = Rows.of(kernel_out, is_packed)
@@ -130,9 +132,9 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
             plan.num_splits,
             num_rows,
         )
-        if plan.num_splits > 1:
+        if splits is not None:
             merge_splits_kernel[(triton.cdiv(num_rows, MERGED_ROWS.value), 1, 1)](
-                Splits(kernel_out, kernel_lse),
+                splits,
                 Merged(Rows.of(out), lse, row_max),
                 masks.sinks,
                 heads,
@@ -150,6 +152,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
 
     The kernel for dq runs in any case, because it computes delta and the factor, which the other kernels read.
     """
+    assert saved.dout is not None and saved.lse is not None, "backends get both"
     dout, query, key, value = _readable(saved.dout, inputs.query, inputs.key, inputs.value)
     out, dlse = saved.out, saved.dlse
     dquery = empty_like_layout(query, problem.head_dim) if wanted.query else None
@@ -222,16 +225,19 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         tensors = (q, k, v, dout_rows, lse, delta, factor)
         dbias = dkey_bias = drelative_bias = None
         if wanted.bias:
+            assert inputs.bias is not None and factor is not None, "what is wanted is given"
             if inputs.bias.shape[3] == 1 < problem.seqlen_k:
                 dbias = _row_bias_gradient(inputs, lse, dlse, delta, factor)
             else:
                 dbias = _dense_bias_gradient(problem, plan.dbias, inputs.bias, tensors, masks, sizes)
         if wanted.key_bias:
+            assert inputs.key_bias is not None, "what is wanted is given"
             as_bias = inputs.key_bias[:, None, None, :]
             dkey_bias = _dense_bias_gradient(problem, plan.dbias, as_bias, tensors, masks, sizes)[:, 0, 0, :]
         if wanted.relative_bias:
             drelative_bias = _relative_bias_gradient(problem, plan.dtable, inputs, tensors, masks, sizes)
     if dsinks is not None:
+        assert inputs.sinks is not None, "what is wanted is given"
         dsinks = dsinks.sum((0, 2)).to(inputs.sinks.dtype)
     return Gradients(dquery, dkey, dvalue, dbias, dkey_bias, drelative_bias, dsinks)
 
@@ -277,6 +283,7 @@ def _row_bias_gradient(inputs: Inputs, lse: Tensor, dlse: Tensor | None, delta: 
     if inputs.sinks is not None:
         drow = drow + delta * factor * torch.exp(inputs.sinks.float()[:, None] - lse)
     drow = drow.masked_fill(lse == float("-inf"), 0.0)
+    assert inputs.bias is not None, "its gradient is wanted"
     return drow.unsqueeze(3).sum_to_size(inputs.bias.shape).to(inputs.bias.dtype)
 
 
@@ -363,7 +370,7 @@ def _allows_tf32(dtype: torch.dtype) -> bool:
 
 def _launch(problem: AttentionProblem, config: Config, grid: tuple[int, int, int], **constants: bool) -> Launch:
     """The `Launch` of a kernel whose last arguments are `constants`."""
-    options = {
+    options: dict[str, object] = {
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         # Allows multiply-adds, such as score * unit - maximum in the argument of exp2.

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -166,7 +166,7 @@ def main(arguments: argparse.Namespace) -> int:
     }
     selected = workloads(**{name: values for name, values in chosen.items() if values is not None})
     has_gpu = torch.cuda.is_available()
-    device = arguments.device or ("cuda" if has_gpu or not arguments.dry_run else "sm_90")
+    device: Any = arguments.device or ("cuda" if has_gpu or not arguments.dry_run else "sm_90")
     if not arguments.dry_run:
         if not has_gpu:
             print("torch sees no GPU on this machine; --dry-run lists what would be measured on one", file=sys.stderr)
@@ -295,7 +295,7 @@ def measure(
         advance()
 
     running = [config for config in to_try if config not in dropped]
-    times = {config: [] for config in running}
+    times: dict[Config, list[float]] = {config: [] for config in running}
     for index in range(ROUNDS):
         if is_time_up():
             return None
@@ -419,14 +419,16 @@ class GpuRunner:
         if workload != self._workload:
             self._inputs, self._calls = None, {}  # frees the memory of the last workload before the next one needs it
             self._workload, self._inputs = workload, _Inputs(workload, self._device)
+        given = self._inputs
+        assert given is not None, "made for the workload"
         # The first call with each variant plans and compiles. A floating-point padding mask is a bias for the kernel,
         # which needs more registers and shared memory than a bool mask. A configuration has to run with both.
-        call = self._inputs.call(config)
-        found = []
-        for inputs in self._inputs.variants:
+        call = given.call(config)
+        found: list[Tensor] = []
+        for inputs in given.variants:
             found += call(inputs)
         torch.cuda.synchronize(self._device)
-        self._calls[config] = lambda: call(self._inputs.variants[0])
+        self._calls[config] = lambda: call(given.variants[0])
         return [x.float() for x in found]
 
     def times(self, workload: Workload, order: Sequence[Config]) -> list[float]:
