@@ -108,3 +108,13 @@ def test_layouts_that_tma_accepts(layout: str, kernels: Kernels) -> None:
     assert loads[0] - loads[1] == (8 if is_accepted else 0)
     with kernels.running(90):
         cases.check(case, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("shape", ["LS", "1S"])
+def test_no_bank_conflicts(shape: str, kernels: Kernels) -> None:
+    """The swizzle spreads the rows of a tile over all banks. Lanes that read the same row do not collide either."""
+    case = dataclasses.replace(BIASED, heads=1, seqlen_q=70, head_dim=64, attn_mask=cases.float_mask(shape))
+    tensors = case.make(torch.bfloat16).tensors
+    with kernels.running(90, count_bank_conflicts=True):
+        fused_attn.fused_attention(**tensors, backend="cuda")
+        assert kernels.statistics.shared_wavefronts == kernels.statistics.ideal_wavefronts
