@@ -81,6 +81,10 @@ MORE_INSTRUCTIONS = 1.03
 MOST_INSTRUCTIONS_DECODE = {64: (240, 170), 96: (235, 215), 128: (280, 240), 256: (315, 300)}
 
 
+#: A line of machine code: the address, the text, and in the text the name of the instruction.
+INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+((?:@!?\w+\s+)?([A-Z0-9_]+).*?)\s*;")
+
+
 class Kernel(NamedTuple):
     """What cuobjdump says about one kernel."""
 
@@ -131,17 +135,18 @@ def kernels() -> list[Kernel]:
     def dump(option: str) -> str:
         return subprocess.run([cuobjdump(), option, module.origin], capture_output=True, text=True, check=True).stdout
 
-    counts, texts, function = {}, {}, None
+    counts, codes = {}, {}
     architecture = ""
     for line in dump("-sass").splitlines():
-        if match := re.match(r"\s*arch = (\w+)", line):
+        if match := INSTRUCTION.match(line):
+            address, text, name = match.groups()
+            function[name] += 1
+            code.append((int(address, 16), text))
+        elif match := re.match(r"\s*arch = (\w+)", line):
             architecture = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
             function = counts.setdefault((architecture, match[1]), collections.Counter())
-            text = texts.setdefault((architecture, match[1]), [])
-        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9_]+)", line):
-            function[match[1]] += 1
-            text.append(line)
+            code = codes.setdefault((architecture, match[1]), [])
 
     found = {}
     for line in dump("--dump-resource-usage").splitlines():
@@ -149,57 +154,57 @@ def kernels() -> list[Kernel]:
             architecture = match[1]
         elif match := re.match(r"\s*Function (\S+):", line):
             symbol = match[1]
-            text = texts.get((architecture, symbol), [])
         elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
             numbers = map(int, match.groups())
+            code = codes.get((architecture, symbol), [])
+            texts = [text for _, text in code]
             found[architecture, symbol] = Kernel(
                 architecture,
                 readable(symbol),
                 *numbers,
                 counts.get((architecture, symbol), {}),
-                overlapped_exponentials(text),
-                steady_step(text),
-                steady_step(text, r"\bLDSM\b") if architecture == "sm_90a" else [],
-                copies_after_wait(text),
-                sum(bool(re.search(r"\bSTG\.E ", line)) for line in text),
-                moved_in_products(text),
+                overlapped_exponentials(texts),
+                steady_step(code),
+                steady_step(code, r"\bLDSM\b") if architecture == "sm_90a" else [],
+                copies_after_wait(texts),
+                sum("STG.E " in text for text in texts),
+                moved_in_products(texts),
             )
     return sorted(found.values(), key=lambda kernel: kernel[:2])
 
 
-def overlapped_exponentials(sass: list[str]) -> int:
+def overlapped_exponentials(texts: list[str]) -> int:
     """How many exponentials are computed while a product still runs: those between the wait for all products but one
     and the wait for the last one.
     """
     most, here = 0, None
-    for line in sass:
-        if "WARPGROUP.DEPBAR" in line:
+    for text in texts:
+        if "WARPGROUP.DEPBAR" in text:
             most = max(most, here or 0)
-            here = 0 if re.search(r"gsb0, 0x1\b", line) else None
-        elif here is not None and "MUFU.EX2" in line:
+            here = 0 if re.search(r"gsb0, 0x1\b", text) else None
+        elif here is not None and "MUFU.EX2" in text:
             here += 1
     return most
 
 
-def moved_in_products(sass: list[str]) -> list[int]:
+def moved_in_products(texts: list[str]) -> list[int]:
     """For each product with wgmma, how many registers are moved to uniform registers between its instructions.
 
     A product is a commit group. Its last HGMMA is marked with gsb0.
     """
-    products = re.findall(r"HGMMA.*?gsb0", "\n".join(sass), re.DOTALL)
+    products = re.findall(r"HGMMA.*?gsb0", "\n".join(texts), re.DOTALL)
     return [product.count("R2UR") for product in products]
 
 
-def steady_step(sass: list[str], through: str = "") -> list[str]:
+def steady_step(code: list[tuple[int, str]], through: str = "") -> list[str]:
     """The instructions of one round of the main loop, when no entry has to be masked.
 
     The loop contains the wait for all products but one, or on sm_80 the wait for copies. The result is the shortest
     cycle of instructions through this wait. Code that runs in some rounds only, such as masks and the end of the loop,
     makes a longer cycle. With ``through``, it is the shortest cycle that also has an instruction with this pattern.
     """
-    lines = [re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line) for line in sass]
-    texts = [line[2] for line in lines]
-    index = {int(line[1], 16): i for i, line in enumerate(lines)}
+    texts = [text for _, text in code]
+    index = {address: i for i, (address, _) in enumerate(code)}
 
     def next_ones(i: int) -> list[int]:
         """The numbers of the instructions that may follow instruction i."""
@@ -242,7 +247,7 @@ def steady_step(sass: list[str], through: str = "") -> list[str]:
         r"^DEPBAR.LE SB0, 0x0\b",
         r"WARPGROUP.DEPBAR.LE gsb0, 0x0\b",
     )
-    found = ([i for i, text in enumerate(texts) if re.search(wait, text)] for wait in waits)
+    found = ([i for i, text in enumerate(texts) if "DEPBAR" in text and re.search(wait, text)] for wait in waits)
     for start in next(filter(None, found), []):
         before, after = tree(start, following), tree(start, preceding) if through else {}
         ways = [way_to(start, before, start)] if not through and start in before else []
@@ -253,13 +258,10 @@ def steady_step(sass: list[str], through: str = "") -> list[str]:
     return [texts[i] for i in shortest]
 
 
-def copies_after_wait(sass: list[str]) -> list[str]:
+def copies_after_wait(texts: list[str]) -> list[str]:
     """The instructions between the wait for all copies but some and the next instruction that reads a tile."""
-    lines = [re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line)[1] for line in sass]
-    waits = [i for i, text in enumerate(lines) if re.search(r"^DEPBAR.LE SB0, 0x[1-9]", text)]
-    if not waits:
-        return []
-    rest = lines[waits[0] :]
+    waits = (i for i, text in enumerate(texts) if re.search(r"^DEPBAR.LE SB0, 0x[1-9]", text))
+    rest = texts[next(waits, len(texts)) :]
     return rest[: next((i for i, text in enumerate(rest) if "LDSM" in text), len(rest))]
 
 

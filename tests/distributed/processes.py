@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 60.0
+#: Seconds. On a busy machine, a process may reach a collective much later than another one.
+TIMEOUT = 300.0
 
 #: What the server imports for all processes.
 PRELOADED = (

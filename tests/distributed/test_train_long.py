@@ -17,6 +17,8 @@ from processes import Team
 pytest.importorskip("rich", reason="pip install -e .[examples]")
 
 SIZES = ("--length", "200")
+#: Seconds that a process has to do what a free machine does in 10 s.
+PATIENCE = 400.0
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +54,17 @@ def test_nothing_is_lost_when_a_rank_is_killed(team, alone, tmp_path: Path) -> N
     with log.open("w") as file:
         run = subprocess.Popen([*command, *script, "--steps", "1000000"], stdout=file, stderr=file)
         try:
-            deadline = time.monotonic() + 400  # for a busy machine; a free one takes 10 s
+            deadline = time.monotonic() + PATIENCE
             while not checkpoint.exists():
                 assert run.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.05)
             ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
             assert len(ranks) == 2
             os.kill(int(ranks[1]), signal.SIGKILL)
-            assert run.wait(60) != 0, "torchrun ended without an error"
+            assert run.wait(PATIENCE) != 0, "torchrun ended without an error"
         finally:
             run.terminate()  # torchrun ends its ranks
-            run.wait(60)
+            run.wait(PATIENCE)
     done = len(torch.load(checkpoint)["losses"])
     resumed = (*SIZES, "--output", str(tmp_path), "--steps", str(done + 2), "--resume")
     whole = alone(torch.float32, done + 2)
