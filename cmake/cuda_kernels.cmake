@@ -1,4 +1,4 @@
-# The object files of the CUDA kernels, as the list `kernels`, and their architectures, as the text `kernel_architectures`.
+# Sets `kernels`, the object files of the CUDA kernels, and `kernel_architectures`, a text that names what they are for.
 
 # The kernels for 80 contain PTX, too, from which drivers make code for later GPUs.
 set(host_architectures "")
@@ -52,12 +52,15 @@ else()
   set_property(SOURCE cuda/attention.cu APPEND PROPERTY COMPILE_DEFINITIONS FUSED_ATTN_WITHOUT_SM80)
 endif()
 
-# Of these small files, the headers take half of the time. So the files of a folder are compiled as one.
-file(GLOB decode_kernels CONFIGURE_DEPENDS cuda/decode/*.cu)
-file(GLOB bias_gradient_kernels CONFIGURE_DEPENDS cuda/bias_gradient/*.cu)
-file(GLOB other_kernels CONFIGURE_DEPENDS cuda/*.cu)
-add_kernels(cuda_host "${host_architectures}" ${bias_gradient_kernels} ${decode_kernels} ${other_kernels})
+# In these small files, the headers take half of the time. So the files of a folder are compiled as one.
+file(GLOB host_kernels CONFIGURE_DEPENDS cuda/*.cu)
+foreach(folder IN ITEMS bias_gradient decode)
+  file(GLOB sources CONFIGURE_DEPENDS cuda/${folder}/*.cu)
+  list(TRANSFORM sources REPLACE "(.+)" "#include \"\\1\"\n")
+  list(JOIN sources "" text)
+  set(joined "${CMAKE_CURRENT_BINARY_DIR}/${folder}.cu")
+  file(CONFIGURE OUTPUT "${joined}" CONTENT "${text}" @ONLY)
+  list(PREPEND host_kernels "${joined}")
+endforeach()
+add_kernels(cuda_host "${host_architectures}" ${host_kernels})
 list(APPEND kernels $<TARGET_OBJECTS:cuda_host>)
-set_source_files_properties(${decode_kernels} PROPERTIES UNITY_GROUP decode)
-set_source_files_properties(${bias_gradient_kernels} PROPERTIES UNITY_GROUP bias_gradient)
-set_target_properties(cuda_host PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP) # CMake 3.31 and newer: CUDA, too
