@@ -1,6 +1,10 @@
 // Tiles of a dense bias in shared memory, which TMA loads. A thread then reads the bias of its fragment by ldmatrix,
 // eight numbers at a time. Loads from global memory (logits.h) take twice as many instructions, and each warp would wait
 // for their data.
+//
+// Some kernels read a bias from global memory all the same. The kernels for the gradient of a bias are written for
+// sm_80, which has no TMA. The two kernels of backward.h run for larger head dims, and where a gradient is not wanted.
+// The one for dq visits 32 keys at a time with head dim 256, and a tile of 32 keys would need another swizzle.
 #pragma once
 #include "tile_memory.h"
 
