@@ -207,10 +207,11 @@ FA_NOINLINE void multiply_keys(const typename Policy::Lane* query, int64_t query
           acc[q * kKeys + i] = multiply_add<Policy>(x, load<Lane>(query + q * query_row + d), acc[q * kKeys + i]);
       }
     }
-    Lane sums[n];
-    store<Lane>(sums, sum_rows<Lane>(acc) * scale);
+    const Vec<Lane> sums = sum_rows<Lane>(acc) * scale;
     FA_UNROLL
-    for (int q = 0; q < kQueries; ++q) memcpy(scores + q * kScoreRow<Lane> + k, sums + q * kKeys, kKeys * sizeof(Lane));
+    for (int q = 0; q < kQueries; ++q) {
+      memcpy(scores + q * kScoreRow<Lane> + k, reinterpret_cast<const Lane*>(&sums) + q * kKeys, kKeys * sizeof(Lane));
+    }
   }
 }
 

@@ -393,7 +393,8 @@ class PagedBatch(KVCache):
             raise TypeError(f"pages: expected a list with a PagedKVCache for each layer, got {type(pages).__name__}")
         if not pages:
             raise ValueError("pages: expected a PagedKVCache for each layer, got none")
-        self.layers = [LayerCache(self_attention=PagedSelfAttentionCache(layer, sequences)) for layer in pages]
+        self._parts = [PagedSelfAttentionCache(layer, sequences) for layer in pages]
+        self.layers = [LayerCache(self_attention=part) for part in self._parts]
         first = pages[0]
         for i, layer in enumerate(pages):
             if layer.key_pages.shape[:2] != first.key_pages.shape[:2]:
@@ -411,7 +412,7 @@ class PagedBatch(KVCache):
     @property
     def sequences(self) -> list[int]:
         """The sequences of the batch. `reorder` gives them new numbers."""
-        return self.layers[0].self_attention.sequences
+        return self._parts[0].sequences
 
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:
