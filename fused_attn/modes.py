@@ -65,7 +65,11 @@ def is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def is_watched() -> bool:
     """True under tracers and `TorchDispatchMode`. This is the part of `is_observed` that does not depend on tensors."""
-    return _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None or is_pre_dispatch()
+    return (
+        _len_torch_dispatch_stack() > 0
+        or _get_tracing_state() is not None
+        or (_len_torch_function_stack() > 0 and is_pre_dispatch())  # the first test saves most calls
+    )
 
 
 def is_pre_dispatch() -> bool:

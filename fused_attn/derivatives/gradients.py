@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from fused_attn.attention import formula
 from fused_attn.attention.inputs import Gradients, Inputs, Saved, Wanted, gradients_of_arguments
@@ -30,8 +31,11 @@ def compute(
             return Gradients()
         assert saved.out is not None, "the step of autograd has saved its output"
         saved = saved._replace(dout=torch.zeros_like(saved.out))
-    backward = formula.backward if backend is None else events.named(backend).backward
-    return backward(problem, inputs, saved, wanted)
+    if backend is None:
+        return formula.backward(problem, inputs, saved, wanted)
+    if profiler._is_profiler_enabled:
+        backend = events.named(backend)
+    return backend.backward(problem, inputs, saved, wanted)
 
 
 # ---- Second derivatives: `of_formula` computes the gradients as a differentiable function of the tensors that
