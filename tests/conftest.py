@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Must be set before torch starts OpenMP. Otherwise waiting threads spin, and small operations are slow on a busy
 # machine.
@@ -55,6 +56,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         # The last parameter varies fastest, so tests of one case on different backends run one after another, and
         # `cases.expected` computes the result of the oracle once.
         metafunc.parametrize("backend", runnable_backends())
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """For `-m timing`, leaves out the files without such a test: their imports take longer than the tests."""
+    if config.option.markexpr == "timing" and collection_path.suffix == ".py":
+        return "mark.timing" not in collection_path.read_text() or None
+    return None
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def settings(out: Path, **changes: object) -> argparse.Namespace:
 
 @pytest.mark.timing
 def test_dry_run_of_a_stage_writes_rows_and_a_summary(tmp_path: Path) -> None:
-    code, text = suite(tmp_path, "--minutes", "2", "--only", "bench:decode")
+    code, text = suite(tmp_path, "--minutes", "10", "--only", "bench:decode")
     assert code == 0
     assert "bench:decode                 ok" in text
     assert "decode bf16 D128 fwd | 64: " in text

@@ -136,7 +136,7 @@ def kernels() -> list[Kernel]:
         return subprocess.run([cuobjdump(), option, module.origin], capture_output=True, text=True, check=True).stdout
 
     counts, codes = {}, {}
-    architecture = ""
+    architecture, function, code = "", collections.Counter(), []
     for line in dump("-sass").splitlines():
         if match := INSTRUCTION.match(line):
             address, text, name = match.groups()

@@ -35,7 +35,9 @@ def quick() -> Iterator[None]:
             scope.restore()
 
 
-def _patch_attr(owner: object, name: str, member: Callable, builder: object, scope: interpreter._LangPatchScope) -> None:
+def _patch_attr(
+    owner: object, name: str, member: Callable, builder: object, scope: interpreter._LangPatchScope
+) -> None:
     """Does what the interpreter's function of this name does, but copies no dict at every call."""
 
     def call(*args: object, **kwargs: object) -> object:
