@@ -85,8 +85,8 @@ BUGS = [
         "if (lane == w) own = word;", "if (lane == (w ^ @)) own = word;",
     ),
     Bug(
-        "rank-of-a-block-too-early", 90, "hole", "preparation.h",
-        "low_bits(lane + 1)));", "low_bits(lane + 1 - @)));",
+        "blocks-of-padding-counted-in-ranks", 90, "hole", "preparation.h",
+        "warp_ballot(any != 0);", "warp_ballot(@ || any != 0);",
     ),
     Bug(
         "key-blocks-of-two-heads-in-one-place", 90, "long", "tile_scheduler.h",
@@ -663,7 +663,7 @@ ONE_HEAD = {"batch": 1, "heads": 1, "head_dim": HEAD_DIM}
 MASKED = {"batch": 1, "kv_heads": 1, "seqlen_q": 200, "seqlen_k": 400, "head_dim": HEAD_DIM}
 
 CASES = {
-    "hole": Case("hole", batch=1, heads=1, seqlen_q=70, seqlen_k=400, head_dim=HEAD_DIM, key_padding_mask=hidden_block),
+    "hole": Case("hole", batch=1, heads=2, seqlen_q=70, seqlen_k=400, head_dim=HEAD_DIM, key_padding_mask=hidden_block),
     "short": Case("short", batch=1, heads=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM),
     "long": Case("long", batch=1, heads=2, seqlen_q=200, seqlen_k=520, head_dim=HEAD_DIM, attn_mask=cases.lower_right),
     # On Hopper, one kernel computes dq, and another one dk and dv.
