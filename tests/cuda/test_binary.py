@@ -62,7 +62,7 @@ COUNTED_INSTRUCTIONS = {
     "sm90 key_gradient": {64: 316, 96: 330, 128: 348, 256: 390},
     "sm80 forward general": {64: 560, 96: 393, 128: 448, 256: 701},
     "sm80 query_gradient general": {64: 434, 96: 503, 128: 603, 256: 526},
-    "sm80 key_gradient general": {64: 524, 96: 365, 128: 483, 256: 378},
+    "sm80 key_gradient general": {64: 588, 96: 413, 128: 483, 256: 423},
     "sm90 forward general": {64: 381, 96: 374, 128: 382, 256: 323},
     "sm90 query_gradient general": {64: 284, 96: 296, 128: 313, 256: 304},
     "sm90 key_gradient general": {64: 316, 96: 327, 128: 211, 256: 187},
