@@ -3,7 +3,7 @@
 #   auto       the baseline, which every machine can run, and the best instruction set of this machine
 #   runnable   those that this machine can run
 #   all        those that the compiler knows (known_isas)
-#   a list     these and the baseline
+#   a list     these and the baseline; names are separated by commas
 #
 # The kernels of one instruction set take half a minute to compile, and a machine uses those of its best one alone. The
 # avx512_bf16 kernels are for bfloat16 only, so they need the avx512 kernels beside them.

@@ -147,7 +147,9 @@ def fused_attention(
     if plan is None:
         tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths)
         options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap, num_splits)
-        plan = planning.plans.store(call, planning.plan(is_compiling, tensors, options, backend))
+        plan = planning.plan(is_compiling, tensors, options, backend)
+        if call is not None:
+            planning.plans.store(call, plan)
     problem, layout, chosen = plan
     new_inputs = Inputs if is_compiling else inputs_of
     if layout is not None:
@@ -240,10 +242,11 @@ def fused_attention_varlen(
             window_size=window_size, softcap=softcap, relative_bias=relative_bias, sinks=sinks,
             dropout_seed=dropout_seed, return_lse=return_lse, return_max=return_max, backend=backend,
         )  # fmt: skip
-    plan = planning.packed_plans.get(call)
+    plan = None if call is None else planning.packed_plans.get(call)
     if plan is None:
         plan = planning.plan_of_packed(is_compiling, tensors, max_seqlens, options, backend)
-        planning.packed_plans.store(call, plan)
+        if call is not None:
+            planning.packed_plans.store(call, plan)
     problem, _, chosen = plan
     # All tensors of a direct call are plain tensors on the CPU: nobody else has a signature.
     if is_direct or (modes.can_read(cu_seqlens_q) and modes.can_read(cu_seqlens_k)):
@@ -321,10 +324,11 @@ def fused_attention_paged(
             is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask, window_size=window_size,
             softcap=softcap, sinks=sinks, num_splits=num_splits, return_lse=return_lse, backend=backend,
         )  # fmt: skip
-    plan = planning.paged_plans.get(call)
+    plan = None if call is None else planning.paged_plans.get(call)
     if plan is None:
         plan = planning.plan_of_paged(is_compiling, tensors, options, backend)
-        planning.paged_plans.store(call, plan)
+        if call is not None:
+            planning.paged_plans.store(call, plan)
     problem, _, chosen = plan
     if torch.is_grad_enabled():
         for name, x in (("query", query), ("key_pages", key_pages), ("value_pages", value_pages), ("sinks", sinks)):

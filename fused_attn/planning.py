@@ -73,15 +73,16 @@ CACHED_PLANS = 4096
 
 
 class Plans(dict[bytes | None, Plan]):
-    """The plans of one public function by the `signature` of the call."""
+    """The plans of one public function by the `signature` of the call. None, a call without a signature, has no plan.
 
-    def store(self, signature: bytes | None, found: Plan) -> Plan:
-        """Returns the plan, and keeps it if the call has a signature. A full cache is emptied first."""
-        if signature is not None:
-            if len(self) >= CACHED_PLANS:
-                self.clear()
-            self[signature] = found
-        return found
+    Code that `torch.compile` traces must not read this dict: the traced code would be compiled again when it changes.
+    """
+
+    def store(self, signature: bytes, found: Plan) -> None:
+        """Keeps a plan. A full cache is emptied first."""
+        if len(self) >= CACHED_PLANS:
+            self.clear()
+        self[signature] = found
 
 
 plans, packed_plans, paged_plans = Plans(), Plans(), Plans()
@@ -97,7 +98,7 @@ def plan(is_compiling: bool, tensors: Tensors, options: tuple[Any, ...], backend
         backend: the name of the backend that the caller has asked for; None = choose one.
     """
     bias = metadata = None
-    options = _with_tuples(options)
+    options = _with_checked_window(options)
     try:
         bias, metadata = _metadata(*tensors)
         # Under compilation, sizes are symbolic and cannot be hashed. A cache is not needed, because a trace plans once.
@@ -238,7 +239,7 @@ def plan_of_packed(
     tensors: in the order of `PackedArguments`
     max_seqlens: the longest sequence of queries, and that of keys
     """
-    metadata = _metadata_of_five(PackedArguments, tensors)
+    metadata, options = _metadata_of_five(PackedArguments, tensors), _with_checked_window(options)
     return _found(cached_packed_plan, _packed_plan, is_compiling, backend, metadata, *max_seqlens, *options)
 
 
@@ -322,7 +323,7 @@ def plan_of_paged(
 
     tensors: in the order of `PagedArguments`
     """
-    metadata = _metadata_of_five(PagedArguments, tensors)
+    metadata, options = _metadata_of_five(PagedArguments, tensors), _with_checked_window(options)
     return _found(cached_paged_plan, _paged_plan, is_compiling, backend, metadata, *options)
 
 
@@ -400,7 +401,6 @@ def _found(
     cached: Callable[..., Plan], make: Callable[..., Plan], is_compiling: bool, backend: str | None, *arguments
 ) -> Plan:
     """The plan from the cache of `cached`, or a new one by `make`. Under compilation, no backend is chosen."""
-    arguments = _with_tuples(arguments)
     if is_compiling:
         return make(backend, *arguments)
     try:
@@ -415,9 +415,16 @@ def _found(
 # ---- What all calls share
 
 
-def _with_tuples(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments, with tuples in place of lists. A window may be a list, which cannot be hashed."""
-    return tuple(tuple(x) if isinstance(x, list) else x for x in arguments)
+def _with_checked_window(options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments in the order of `Options`, with the window as a checked tuple.
+
+    A window may be a list, which cannot be hashed. And the caches do not tell (1.0, 0), which is an error, from (1, 0).
+    """
+    index = Options._fields.index("window_size")
+    window = options[index]
+    if window is None:
+        return options
+    return (*options[:index], checks.check_window(window), *options[index + 1 :])
 
 
 def _check_options(options: Options) -> None:

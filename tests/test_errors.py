@@ -140,6 +140,8 @@ TABLE = {
     "dropout-type": (call(dropout_p="0.1"), TypeError, r"dropout_p: expected a number, got str '0\.1'"),
     "causal-type": (call(is_causal=1), TypeError, r"is_causal: expected a bool, got int 1"),
     "scale-type": (call(scale="auto"), TypeError, r"scale: expected a number, got str 'auto'"),
+    "scale-huge": (call(scale=10**400), ValueError, r"scale: expected a finite number, got 1000"),
+    "softcap-huge": (call(softcap=10**400), ValueError, r"softcap: expected a finite number >= 0"),
     "scale-tensor": (call(scale=torch.tensor(1.0)), TypeError, r"scale: expected a number, got torch.Tensor"),
     "softcap-negative": (
         call(softcap=-1.0),

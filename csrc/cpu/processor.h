@@ -15,11 +15,13 @@ inline bool runs_everywhere() { return true; }
 // Whether the AVX2 kernels can run. __builtin_cpu_supports also returns false if the operating system does not save the
 // vector registers at a context switch.
 inline bool runs_avx2() {
-  // F16C is asked for directly, because some versions of Clang do not know "f16c" in __builtin_cpu_supports.
-  constexpr unsigned kF16c = 1u << 29;
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & kF16c) != 0;
-  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  // F16C is asked for directly, because some versions of Clang do not know "f16c" in __builtin_cpu_supports. The processor
+  // is asked once, because in a virtual machine its answer takes microseconds.
+  static const bool has_f16c = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & 1u << 29) != 0;
+  }();
+  return has_f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
 // Whether the AVX-512 kernels can run.

@@ -62,9 +62,8 @@ const char kSignatureDoc[] =
     "signature(*arguments)\n\n"
     "The arguments of a call as hashable bytes, which are int64 words. Of a tensor, shape and dtype count, and its\n"
     "contents do not. Two calls with equal bytes have the same plan. Returns None if some argument is neither a plain\n"
-    "CPU tensor nor a None, bool, int, float, str, or tuple of these: a subclass of Tensor, for instance, may report "
-    "a\n"
-    "shape that is not the shape of its memory.";
+    "CPU tensor nor a None, bool, int, float, str, or tuple or list of these. A subclass of Tensor, for instance, may\n"
+    "report a shape that is not the shape of its memory.";
 
 constexpr ElementType kSignatureTypes[] = {ElementType::kFloat32,  ElementType::kFloat64, ElementType::kFloat16,
                                            ElementType::kBFloat16, ElementType::kBool,    ElementType::kInt32};
@@ -78,13 +77,13 @@ class Signature {
     if (object == Py_None) return append_words({-1});
     if (Py_TYPE(object) == torch_.type || Py_TYPE(object) == torch_.parameter_type) return append_tensor(object);
     if (PyBool_Check(object)) return append_words({-2, object == Py_True});
-    if (PyFloat_CheckExact(object)) {
+    if (PyFloat_Check(object)) {
       int64_t bits;
       const double value = PyFloat_AS_DOUBLE(object);
       std::memcpy(&bits, &value, sizeof(bits));
       return append_words({-3, bits});
     }
-    if (PyLong_CheckExact(object)) {
+    if (PyLong_Check(object)) {
       int overflow;
       const int64_t value = PyLong_AsLongLongAndOverflow(object, &overflow);
       return overflow == 0 && append_words({-4, value});
@@ -95,9 +94,10 @@ class Signature {
       for (Py_ssize_t i = 0; fits && i < length; ++i) fits = append_words({PyUnicode_READ_CHAR(object, i)});
       return fits;
     }
-    if (!PyTuple_CheckExact(object)) return false;
-    bool fits = append_words({-6, PyTuple_GET_SIZE(object)});
-    for (Py_ssize_t i = 0; fits && i < PyTuple_GET_SIZE(object); ++i) fits = append(PyTuple_GET_ITEM(object, i));
+    if (!PyTuple_CheckExact(object) && !PyList_CheckExact(object)) return false;
+    PyObject* const* items = PySequence_Fast_ITEMS(object);
+    bool fits = append_words({-6, PySequence_Fast_GET_SIZE(object)});
+    for (Py_ssize_t i = 0; fits && i < PySequence_Fast_GET_SIZE(object); ++i) fits = append(items[i]);
     return fits;
   }
 

@@ -6,7 +6,7 @@ Each check raises TypeError or ValueError. The message names the argument, what 
 from __future__ import annotations
 
 import itertools
-import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,6 +27,8 @@ class Meta(NamedTuple):
 
 #: The largest `num_splits`, kMaxSplits of csrc/common/attention_params.h.
 MAX_SPLITS = 256
+#: The largest finite number that a kernel can be given. An int may be larger.
+LARGEST_FLOAT = sys.float_info.max
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -135,11 +137,11 @@ def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable
     check_flag("enable_gqa", enable_gqa)
     check_probability("dropout_p", dropout_p)
     _check_number("softcap", softcap)
-    if not 0.0 <= softcap < math.inf:
+    if not 0.0 <= softcap <= LARGEST_FLOAT:
         raise fail("softcap", "a finite number >= 0 (0 = off)", softcap)
     if scale is not None:
         _check_number("scale", scale)
-        if not -math.inf < scale < math.inf:
+        if not -LARGEST_FLOAT <= scale <= LARGEST_FLOAT:
             raise fail("scale", "a finite number", scale)
 
 

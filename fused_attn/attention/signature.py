@@ -15,7 +15,7 @@ def _read(*arguments: Any) -> bytes | None:
     """The shapes and dtypes of tensors, and the types and values of other arguments.
 
     Returns None in two cases: there is no native module, or an argument is neither a plain tensor on the CPU nor a
-    None, bool, int, float, str, or tuple of these.
+    None, bool, int, float, str, or tuple or list of these.
     """
     return None
 

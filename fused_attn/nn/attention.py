@@ -104,11 +104,11 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             `RotaryEmbedding`. True means the base 10000.0.
         relative_bias: a callable from ``(seqlen_q, seqlen_k)`` to a bias (H, L + S - 1), one entry for each distance
             between query and key; see `fused_attention`. `T5RelativeBias` is such a callable.
-        skip_padded_queries: leave out the queries, too, that a bool key_padding_mask of self-attention marks. Their
-            output is the bias of ``out_proj``, and no gradient flows through their attention. The output of other rows
-            stays the same. The option saves time in long batches of unequal lengths, whose padded rows nobody reads.
-            Calls with a cache, with wanted weights, with padding of numbers or with an attn_mask that is not causal
-            compute the padded rows.
+        skip_padded_queries: leave out the queries, too, that key_padding_mask ignores as keys, where one tensor is
+            query and key. Their output is then the bias of ``out_proj``, and no gradient flows through their attention.
+            All other rows stay the same. The option saves time in long batches of unequal lengths, whose padded rows
+            nobody reads. Three kinds of calls compute the padded rows nevertheless: with weights (``need_weights``,
+            which is True by default), with a cache, or with a floating-point attn_mask that is not causal.
         backend: see `fused_attention`.
 
     Raises:
@@ -116,6 +116,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         ValueError: an argument has a value that does not fit. If num_heads does not divide embed_dim, the error is also
             an AssertionError, as in the parent class.
     """
+
+    skip_padded_queries = False  # for modules that were pickled before there was this option
 
     def __init__(
         self,
@@ -281,6 +283,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             return self._nested_forward(query, key, value, is_causal), None
         self._check_inputs(query, key, value, key_padding_mask, attn_mask)
         is_self, shares_kv = query is key and key is value, key is value
+        skips_padding = self.skip_padded_queries and query is key and cache is None and not need_weights
         if is_self and cache is None and not (need_weights or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             is_believed = is_causal and type(attn_mask) is Tensor and key_padding_mask is None
             is_skipping = self.skip_padded_queries and key_padding_mask is not None
@@ -357,11 +360,11 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 mask = _Mask(self._dense_bias(arguments["key_lengths"], seqlen_q, k.shape[2]), None)
         if need_weights and arguments["dropout_p"]:
             arguments["dropout_seed"] = draw_seed(q.device)
-        seen = mask.attn_mask
-        if self.skip_padded_queries and is_self and cache is None and not need_weights and seen is None:
-            seen = _valid_queries(key_padding_mask)
+        seen, is_causal = mask.attn_mask, mask.attn_mask is None and mask.diagonal is not None
+        if skips_padding and key_padding_mask is not None:
+            seen, is_causal = _without_padded_queries(mask, key_padding_mask)
         out: Any = fused_attention(
-            q, k, v, seen, is_causal=mask.attn_mask is None and mask.diagonal is not None,
+            q, k, v, seen, is_causal=is_causal,
             enable_gqa=self.num_kv_heads != self.num_heads, return_lse=need_weights, backend=self.backend, **arguments,
         )  # fmt: skip
         weights = None
@@ -745,12 +748,18 @@ def _believed_mask(attn_mask: Tensor | None, is_causal: bool, is_believed: bool)
     return _Mask(attn_mask, diagonal)
 
 
-def _valid_queries(padding: Tensor | None) -> Tensor | None:
-    """The mask (N, 1, L, 1) of `fused_attention` that hides every key from the queries of padding (N, L).
+def _without_padded_queries(mask: _Mask, padding: Tensor) -> tuple[Tensor | None, bool]:
+    """The attn_mask and is_causal of `fused_attention` that also hide every key from the queries of padding (N, L).
 
-    None if there is no padding, or if the padding is floating point, which is a bias.
+    mask: what `_checked_mask` returns. A floating-point mask, and a diagonal but the causal one, stay as they are.
     """
-    return None if padding is None or padding.dtype != torch.bool else padding.logical_not()[:, None, :, None]
+    valid = padding.logical_not() if padding.dtype == torch.bool else padding != float("-inf")
+    valid = valid[:, None, :, None]
+    if mask.diagonal == 0 or mask == (None, None):
+        return valid, mask.diagonal == 0
+    if mask.attn_mask is not None and mask.diagonal is None and mask.attn_mask.dtype == torch.bool:
+        return mask.attn_mask & valid, False
+    return mask.attn_mask, mask.attn_mask is None
 
 
 def _cached_mask(cached: CachedRows, seqlen_q: int) -> _Mask:

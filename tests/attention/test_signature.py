@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention.bias import causal_upper_left
 
-from fused_attn import fused_attention, planning
+from fused_attn import fused_attention, fused_attention_varlen, planning
 from fused_attn.attention import signature
 
 pytestmark = [
@@ -40,16 +41,30 @@ def test_the_contents_and_the_strides_of_a_tensor_do_not_count():
 
 
 @pytest.mark.parametrize(
+    ("argument", "same"),
+    [
+        (np.float64(0.5), 0.5),  # such as 1 / np.sqrt(head_dim)
+        (type("Int", (int,), {})(1), 1),
+        ([1, 0], (1, 0)),
+        ([1, [2]], (1, (2,))),
+    ],
+    ids=("numpy", "subclass", "list", "nested list"),
+)
+def test_equal_values_of_other_types_have_the_same_plan(argument, same):
+    assert signature.read(QUERY, argument) == signature.read(QUERY, same)
+    assert signature.read(argument) is not None
+
+
+@pytest.mark.parametrize(
     "argument",
     [
-        [1, 2],
         2**63,
         "x" * 200,
         (0,) * 200,
-        ((1, [2]),),
         "\ud800" * 200,
         1j,
-        type("Int", (int,), {})(1),
+        np.bool_(True),
+        np.int64(1),
         torch.float32,
         QUERY.to("meta"),
         QUERY.to_sparse(),
@@ -86,7 +101,18 @@ def test_a_wrong_type_does_not_find_the_plan_of_an_equal_value():
     fused_attention(QUERY, QUERY, QUERY, is_causal=True)
     with pytest.raises(TypeError, match="is_causal"):
         fused_attention(QUERY, QUERY, QUERY, is_causal=1)
-    assert fused_attention(QUERY, QUERY, QUERY, window_size=[1, 0]).shape == QUERY.shape  # a list has no signature
+
+
+@pytest.mark.parametrize("window", ((1.0, 0), (True, 0), [1, 0.0]), ids=str)
+def test_a_wrong_window_does_not_find_the_plan_of_an_equal_one(window):
+    rows, offsets = QUERY[0].transpose(0, 1), torch.tensor([0, 3], dtype=torch.int32)
+    for call in (
+        lambda size: fused_attention(QUERY, QUERY, QUERY, window_size=size),
+        lambda size: fused_attention_varlen(rows, rows, rows, offsets, offsets, 3, 3, window_size=size),
+    ):
+        assert torch.equal(call((1, 0)), call([1, 0]))
+        with pytest.raises(ValueError, match="window_size"):
+            call(window)
 
 
 def test_plans_are_kept_up_to_a_number(monkeypatch):
@@ -94,8 +120,6 @@ def test_plans_are_kept_up_to_a_number(monkeypatch):
     plans = planning.Plans()
     made = [object() for _ in range(5)]
     for i, plan in enumerate(made):
-        assert plans.store(bytes([i]), plan) is plan
+        plans.store(bytes([i]), plan)
         assert plans.get(bytes([i])) is plan
         assert len(plans) <= 3
-    assert plans.store(None, made[0]) is made[0]
-    assert plans.get(None) is None

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from fused_attn import FusedMultiheadAttention, Seq2SeqTransformer, convert_attention
 
@@ -42,13 +43,11 @@ def test_only_padded_rows_change(side, is_causal, options):
         results.append((out.detach(), tokens.grad, *(parameter.grad for parameter in module.parameters())))
     (expected, *expected_grads), (out, *grads) = results
     torch.testing.assert_close(out[~padding], expected[~padding])
-    if is_causal and options.get("add_bias_kv"):
-        torch.testing.assert_close(out, expected)  # The mask is dense, so the option is ignored.
-    else:
-        bias = modules(**options)[1].out_proj.bias
-        torch.testing.assert_close(out[padding], bias.expand_as(out[padding]))
-        sees_no_key = is_causal and side == "left"  # All earlier keys of a padded row are padding, too.
-        assert torch.allclose(expected[padding], out[padding]) == sees_no_key
+    bias = modules(**options)[1].out_proj.bias
+    torch.testing.assert_close(out[padding], bias.expand_as(out[padding]))
+    # All earlier keys of a padded row may be padding, too. The row that add_bias_kv appends is no padding.
+    sees_no_key = is_causal and side == "left" and not options.get("add_bias_kv")
+    assert torch.allclose(expected[padding], out[padding]) == sees_no_key
     torch.testing.assert_close(grads, expected_grads)
 
 
@@ -65,10 +64,9 @@ def test_without_gradients():
     (
         {"attn_mask": torch.zeros(40, 40, dtype=torch.float64)},
         {"need_weights": True},
-        {"key_padding_mask": torch.zeros(3, 40, dtype=torch.float64).masked_fill(PADDING["right"], float("-inf"))},
         {"key_padding_mask": None},
     ),
-    ids=("dense mask", "weights", "padding of numbers", "no padding"),
+    ids=("mask of numbers", "weights", "no padding"),
 )
 def test_calls_that_compute_all_rows(arguments):
     tokens = x()
@@ -78,6 +76,53 @@ def test_calls_that_compute_all_rows(arguments):
 
 def test_cross_attention_computes_all_rows():
     torch.testing.assert_close(*(module(x(), x(), x(), PADDING["right"], False) for module in modules()))
+
+
+@pytest.mark.parametrize("form", ("own values", "padding of numbers"))
+def test_forms_of_self_attention(form):
+    """DETR adds positions to queries and keys, but not to values. torch's layers turn bool padding into 0 and -inf."""
+    rows, padding = x(), PADDING["right"]
+    values = rows + 1.0 if form == "own values" else rows
+    numbers = torch.zeros(3, 40, dtype=torch.float64).masked_fill(padding, float("-inf"))
+    given = numbers if form == "padding of numbers" else padding
+    plain, skipping = (module(rows, rows, values, given, False)[0] for module in modules())
+    torch.testing.assert_close(skipping[~padding], plain[~padding])
+    torch.testing.assert_close(skipping[padding], modules()[1].out_proj.bias.expand_as(skipping[padding]))
+
+
+def test_layers_of_other_classes():
+    class Layer(nn.TransformerEncoderLayer):
+        pass
+
+    layer = Layer(16, 4, 32, dropout=0.0, batch_first=True, dtype=torch.float64)
+    expected = convert_attention(copy.deepcopy(layer))(x(), src_key_padding_mask=PADDING["left"])
+    out = convert_attention(layer, skip_padded_queries=True)(x(), src_key_padding_mask=PADDING["left"])
+    torch.testing.assert_close(out[~PADDING["left"]], expected[~PADDING["left"]])
+    assert not torch.allclose(out, expected)
+
+
+def test_a_module_that_was_pickled_before_there_was_the_option():
+    module, _ = modules()
+    del module.__dict__["skip_padded_queries"]
+    assert not copy.deepcopy(module).skip_padded_queries
+
+
+@pytest.mark.parametrize("is_causal", (False, True))
+def test_bool_masks(is_causal):
+    """Layers of torch pass the causal mask as a tensor, and is_causal as a hint."""
+    tokens, padding = x(), PADDING["right"]
+    mask = torch.ones(40, 40, dtype=torch.bool).triu(1)  # True = may not attend
+    plain, skipping = (m(tokens, tokens, tokens, padding, False, mask, is_causal=is_causal)[0] for m in modules())
+    torch.testing.assert_close(skipping[~padding], plain[~padding])
+    torch.testing.assert_close(skipping[padding], modules()[1].out_proj.bias.expand_as(skipping[padding]))
+
+
+@pytest.mark.parametrize("bias", (causal_upper_left, causal_lower_right))
+def test_causal_biases(bias):
+    tokens, padding = x(), PADDING["right"]
+    plain, skipping = (m(tokens, tokens, tokens, padding, False, bias(40, 40))[0] for m in modules())
+    torch.testing.assert_close(skipping[~padding], plain[~padding])
+    torch.testing.assert_close(skipping[padding], modules()[1].out_proj.bias.expand_as(skipping[padding]))
 
 
 def test_without_a_batch():
