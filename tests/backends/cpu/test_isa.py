@@ -161,6 +161,18 @@ def test_decoding(case: cases.Case, isa: str) -> None:
         cases.check_inference(case, dtype, "cpu")
 
 
+@pytest.mark.parametrize("value_dim", (8, 16, 40, 64, 72, 96))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+def test_a_query_gets_the_same_bits_beside_any_others(dtype: torch.dtype, value_dim: int, isa: str) -> None:
+    """Up to four heads of a group are computed together."""
+    query, key = torch.randn(1, 7, 1, 40).to(dtype), torch.randn(1, 1, 600, 40).to(dtype)
+    value = torch.randn(1, 1, 600, value_dim).to(dtype)
+    together = fused_attn.fused_attention(query, key, value, enable_gqa=True, num_splits=2)
+    for head in range(7):
+        alone = fused_attn.fused_attention(query[:, head : head + 1], key, value, num_splits=2)
+        assert torch.equal(alone[0, 0], together[0, head])
+
+
 def test_decoding_does_not_depend_on_the_threads() -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, 2, 64, generator=generator)
