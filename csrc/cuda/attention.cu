@@ -288,7 +288,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   return p;
 }
 
-// The jobs of the preparation kernel in this call: all without blocks of threads if there is nothing to prepare.
+// The jobs of the preparation kernel in this call. No job has blocks of threads if there is nothing to prepare.
 PreparationParams preparation_of(const AttentionParams& a, const Params& p, const Pieces& pieces, bool is_backward) {
   PreparationParams jobs{};
   int64_t total = 0;

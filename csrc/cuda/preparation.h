@@ -8,7 +8,7 @@
 //
 // For the fused backward, the kernel also lists the blocks of keys. Which keys are valid decides what the list says. So
 // the block of threads that packs the padding of a batch entry then lists the blocks of keys of this batch entry. Without
-// padding, all blocks of threads share the list.
+// padding, the blocks of threads for the row statistics share the list.
 //
 // The large kernels are not launched with programmatic dependent launch. CUDA would let a large kernel start while this
 // kernel ends, if this kernel asks for it and the large one waits before it reads the results. What that saves, about the
