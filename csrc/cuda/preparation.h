@@ -1,5 +1,5 @@
-// The preparation kernel, which runs before the large kernels, at most once in a call. Each of its jobs has blocks of
-// threads of its own (PreparationParams), so that all of them take one launch:
+// The preparation kernel, which runs before the large kernels, at most once in nearly all calls. Each of its jobs has
+// blocks of threads of its own (PreparationParams), so that all of them take one launch:
 //
 //   key padding      is packed to bits
 //   relative bias    is copied into the workspace, with margins
@@ -8,7 +8,8 @@
 //
 // For the fused backward, the kernel also lists the blocks of keys. Which keys are valid decides what the list says. So
 // the block of threads that packs the padding of a batch entry then lists the blocks of keys of this batch entry. Without
-// padding, the blocks of threads for the row statistics share the list.
+// padding, the blocks of threads for the row statistics share the list. If a batch entry has very many blocks of keys
+// (kMostListedWithPadding), one launch packs the padding, and a second one does the other jobs as without padding.
 //
 // The large kernels are not launched with programmatic dependent launch. CUDA would let a large kernel start while this
 // kernel ends, if this kernel asks for it and the large one waits before it reads the results. What that saves, about the
