@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "bias_gradient/plan.h"
 #include "decode.h"
@@ -288,7 +289,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   return p;
 }
 
-// The jobs of the preparation kernel in this call: all without blocks of threads if there is nothing to prepare.
+// The jobs of the preparation kernel in this call. No job has blocks of threads if there is nothing to prepare.
 PreparationParams preparation_of(const AttentionParams& a, const Params& p, const Pieces& pieces, bool is_backward) {
   PreparationParams jobs{};
   int64_t total = 0;
@@ -319,17 +320,34 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
   return jobs;
 }
 
+// The most blocks of keys of a batch entry that are listed by the block of threads that has packed its padding. It lists
+// 128 at a time, and each pass waits for loads. For more, a second launch is estimated to be faster. Neither has been
+// measured.
+constexpr int64_t kMostListedWithPadding = 2048;
+
 // Launches the preparation kernel, if the large kernels of this call need anything that it makes.
 void prepare(const AttentionParams& a, const Params& p, const Pieces& pieces, bool is_backward, int head_dim,
              Stream stream) {
-  const PreparationParams jobs = preparation_of(a, p, pieces, is_backward);
-  const int blocks = jobs.padding_blocks + jobs.relative_bias_blocks + jobs.mask_blocks + jobs.row_blocks;
-  if (blocks == 0 && p.tile_counter == nullptr) return;
-  const LaunchShape shape{std::max(blocks, 1), 1, 1, kPreparationThreads, 0};
-  const bool has_large_tiles = fused_backward_rows(head_dim, is_general_backward(p)) == 128;
-  for_variant(a.dtype == DType::kBFloat16, has_large_tiles, [&](auto type, auto is_large) {
-    run_kernel(preparation_kernel < decltype(type), is_large() ? 128 : 64 >, shape, stream, p, jobs);
-  });
+  PreparationParams jobs = preparation_of(a, p, pieces, is_backward);
+  const auto run = [&](const Params& params, const PreparationParams& what) {
+    const int blocks = what.padding_blocks + what.relative_bias_blocks + what.mask_blocks + what.row_blocks;
+    if (blocks == 0 && p.tile_counter == nullptr) return;
+    const LaunchShape shape{std::max(blocks, 1), 1, 1, kPreparationThreads, 0};
+    const bool has_large_tiles = fused_backward_rows(head_dim, is_general_backward(p)) == 128;
+    for_variant(a.dtype == DType::kBFloat16, has_large_tiles, [&](auto type, auto is_large) {
+      run_kernel(preparation_kernel < decltype(type), is_large() ? 128 : 64 >, shape, stream, params, what);
+    });
+  };
+  const int64_t key_blocks = int64_t{p.num_heads / p.group_size} * p.num_key_blocks;  // of a batch entry
+  if (jobs.padding_blocks > 0 && p.key_blocks != nullptr && key_blocks > kMostListedWithPadding) {
+    Params without_list = p;
+    without_list.key_blocks = nullptr;
+    PreparationParams packing{};
+    std::swap(packing.padding, jobs.padding);
+    std::swap(packing.padding_blocks, jobs.padding_blocks);
+    run(without_list, packing);
+  }
+  run(p, jobs);
 }
 
 // The arguments of the decode kernels besides Params. Changes `p` where these kernels read what the caller has given, and

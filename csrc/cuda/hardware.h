@@ -14,6 +14,9 @@ struct LaunchShape {
   int grid_x, grid_y, grid_z;  // blocks
   int threads;                 // in each block
   int shared_bytes;            // dynamic shared memory of each block
+  // The most that any launch of the same kernel takes. All launches of a kernel have to agree about it: it is set for
+  // the kernel, and another thread of the host may launch the kernel with another shared_bytes at the same time.
+  int most_shared_bytes = shared_bytes;
 };
 
 }  // namespace fused_attn::gpu

@@ -87,9 +87,9 @@ std::string launch(void (*kernel)(Parameters...), const LaunchShape& shape, void
                    const Arguments&... arguments) {
   // CUDA gives a block more shared memory than this only if the kernel's attribute allows it.
   constexpr int kSharedBytesWithoutAsking = 48 * 1024;
-  if (shape.shared_bytes > kSharedBytesWithoutAsking) {
+  if (shape.most_shared_bytes > kSharedBytesWithoutAsking) {
     const std::string error =
-        take_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes));
+        take_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.most_shared_bytes));
     if (!error.empty()) return error;
   }
   kernel<<<dim3(shape.grid_x, shape.grid_y, shape.grid_z), shape.threads, shape.shared_bytes,

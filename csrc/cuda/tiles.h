@@ -77,7 +77,8 @@ struct ForwardTileSm90<64, kIsGeneral> {
 };
 template <bool kIsGeneral>
 struct ForwardTileSm90<256, kIsGeneral> {
-  // acc takes 128 registers, and the tiles take 192 KiB. Those of a bias take 32 KiB.
+  // acc takes 128 registers, and the tiles take 192 KiB. Those of a bias take 16 KiB. With two stages of them, ptxas
+  // spilled 8 bytes, so there is one.
   static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kQueryStages = 1, kBiasStages = 1;
 };
 
@@ -94,7 +95,7 @@ constexpr int fused_backward_rows(int head_dim, bool is_general) { return head_d
 // waits for the product that needs them. More do not fit into registers. An alternative was measured on an H100: two
 // buffers for tiles of dq instead of one, at the cost of two stages of queries, is within 1 %. In a general kernel, a
 // tile of the bias comes with each tile of dout. With head dims above 64, these tiles take the memory of two stages of
-// queries.
+// queries. So two stages are left, also in calls without a bias. How fast two are has not been measured.
 template <int kHeadDim, bool kIsGeneral>
 struct FusedBackwardTileSm90 {
   static constexpr int kBlockM = fused_backward_rows(kHeadDim, kIsGeneral), kDoutStages = 2;

@@ -110,6 +110,15 @@ def test_layouts_that_tma_accepts(layout: str, kernels: Kernels) -> None:
         cases.check(case, torch.bfloat16, "cuda")
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_tiles_take_memory_of_the_same_kernel(head_dim: int, kernels: Kernels) -> None:
+    """A kernel takes more shared memory if it loads tiles of a bias. All its launches have to set the same limit: the
+    emulation reports one that sets another limit than the launch before.
+    """
+    for bias in (cases.float_mask("LS"), cases.float_mask("LS", torch.float32)):
+        check(kernels, torch.bfloat16, head_dim=head_dim, heads=1, seqlen_q=70, seqlen_k=152, attn_mask=bias)
+
+
 @pytest.mark.parametrize("shape", ["LS", "1S"])
 def test_no_bank_conflicts(shape: str, kernels: Kernels) -> None:
     """The swizzle spreads the rows of a tile over all banks. Lanes that read the same row do not collide either."""

@@ -81,6 +81,10 @@ MORE_INSTRUCTIONS = 1.03
 MOST_INSTRUCTIONS_DECODE = {64: (240, 170), 96: (235, 215), 128: (280, 240), 256: (315, 300)}
 
 
+#: The most registers of a thread of the preparation kernel. With 40, a multiprocessor has room for 12 blocks of 128
+#: threads, which hide the time of their loads.
+MOST_REGISTERS_PREPARATION = 40
+
 #: A line of machine code: the address, the text, and in the text the name of the instruction.
 INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+((?:@!?\w+\s+)?([A-Z0-9_]+).*?)\s*;")
 
@@ -409,6 +413,14 @@ def test_no_descriptor_is_computed_between_products(built):
             continue
         most = 2 if re.search(r"fused_backward_kernel<.*, 1>", kernel.name) else 0
         assert max(kernel.moved_in_products) <= most, f"{kernel.name}: {kernel.moved_in_products} registers moved"
+
+
+@pytest.mark.slow
+def test_many_threads_of_the_preparation_fit(built):
+    preparation = [kernel for kernel in built if "preparation_kernel" in kernel.name]
+    assert len(preparation) == 2 * 2 * 2  # architectures, dtypes, tiles of dq
+    for kernel in preparation:
+        assert kernel.registers <= MOST_REGISTERS_PREPARATION, f"{kernel.architecture} {kernel.name}"
 
 
 @pytest.mark.slow

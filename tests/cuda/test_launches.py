@@ -1,4 +1,5 @@
-"""How many kernels a call launches: at most one before the large kernels of forward or backward (preparation.h).
+"""How many kernels a call launches: at most one before the large kernels of forward or backward (preparation.h), or two
+if a list of blocks of keys is very long.
 
 docs/backends.md has the same table, which a test compares with this one.
 """
@@ -7,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import cases
 import pytest
 import torch
+from cases import Case
 from kernels import Kernels
 
 import fused_attn
@@ -76,6 +79,21 @@ def test_backward_launches_what_is_wanted(
     inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(tensors(1, 1, LENGTH, 256))]
     call = lambda *x: fused_attn.fused_attention(*x, **PADDING, backend="cuda")  # noqa: E731
     assert launches(kernels, architecture, inputs, call)[1] == count
+
+
+@pytest.mark.slow
+def test_long_lists_of_padded_blocks_of_keys_take_a_launch_more(kernels: Kernels) -> None:
+    """Only some keys are valid, in two blocks, so that the kernels have little to do."""
+    heads, length = 33, 62 * 128 + 5  # 2079 blocks of keys
+
+    def padding(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+        keys = torch.arange(length)
+        return ((keys < 200) | (keys > 260)).expand(1, -1)
+
+    case = Case("long-list", heads=heads, batch=1, seqlen_q=2, seqlen_k=length, head_dim=64, key_padding_mask=padding)
+    with kernels.running(90):
+        cases.check(case, torch.bfloat16, "cuda")
+        assert kernels.statistics.launches == 2 + 4
 
 
 def test_the_documentation_has_this_table(pytestconfig: pytest.Config) -> None:

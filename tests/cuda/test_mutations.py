@@ -96,6 +96,11 @@ BUGS = [
         "tile-counter-not-reset", 90, "long", "preparation.h",
         "p.tile_counter != nullptr) store_global", "p.tile_counter != nullptr && !@) store_global",
     ),
+    Bug(
+        "limit-of-memory-without-tiles-of-a-bias", 90, "biased-tiles", "sm90/launchers.h",
+        "shape.shared_bytes = Plan::kBytesWithoutBias; // The kernel is persistent:",
+        "shape.shared_bytes = Plan::kBytesWithoutBias; if (@) shape.most_shared_bytes = Plan::kBytesWithoutBias; //",
+    ),
     # sm_90a, loading
     Bug(
         "no-sync-after-init", 90, "long", "sm90/forward.h",

@@ -37,6 +37,9 @@ std::string why_not_loadable(void (*)(Parameters...)) {
 // returns, so the stream does not matter.
 template <class... Parameters, class... Arguments>
 std::string launch(void (*kernel)(Parameters...), const LaunchShape& shape, void*, const Arguments&... arguments) {
+  const std::string error =
+      emulation::check_shared_limit(reinterpret_cast<const void*>(kernel), shape.shared_bytes, shape.most_shared_bytes);
+  if (!error.empty()) return error;
   return emulation::launch({{shape.grid_x, shape.grid_y, shape.grid_z}, shape.threads, uint32_t(shape.shared_bytes)},
                            emulation::session_options(), &emulation::session_statistics(),
                            [&] { kernel(arguments...); });

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <csignal>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -177,6 +178,17 @@ Block& block() { return *current_block; }
 const std::vector<Block*>& running_blocks() { return running; }
 Options& session_options() { return options_of_session; }
 Statistics& session_statistics() { return statistics_of_session; }
+
+std::string check_shared_limit(const void* kernel, int shared_bytes, int most_shared_bytes) {
+  static std::map<const void*, int> limits;  // of all kernels that have been launched
+  if (shared_bytes > most_shared_bytes)
+    return "launch: " + std::to_string(shared_bytes) + " bytes of shared memory, with a limit of " +
+           std::to_string(most_shared_bytes);
+  const int first = limits.emplace(kernel, most_shared_bytes).first->second;
+  if (first == most_shared_bytes) return "";
+  return "launch: a limit of " + std::to_string(most_shared_bytes) +
+         " bytes of shared memory, where an earlier launch of the same kernel had set " + std::to_string(first);
+}
 
 std::string launch(const LaunchShape& shape, const Options& options, Statistics* statistics,
                    const std::function<void()>& kernel) {

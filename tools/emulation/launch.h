@@ -15,6 +15,10 @@ struct LaunchShape {
   uint32_t shared_bytes;
 };
 
+// Returns what is wrong with the limit of shared memory that a launch of `kernel` sets, or an empty text. The limit has
+// to be the same for all launches of a kernel, because two threads of the host may set it and launch at the same time.
+std::string check_shared_limit(const void* kernel, int shared_bytes, int most_shared_bytes);
+
 // Runs a kernel, and returns the first fault, or an empty text. `kernel` is called once in each thread. Adds to
 // `statistics`.
 std::string launch(const LaunchShape& shape, const Options& options, Statistics* statistics,

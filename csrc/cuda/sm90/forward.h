@@ -61,7 +61,7 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
 
   // Whether TMA stores the output. With head dim 128, this takes 175 instructions, and stores from registers take 296.
-  // With head dim 256, shared memory is full. A general kernel keeps the rest of its memory as a cache for biases. The
+  // With head dim 256, shared memory is full. In a general kernel, tiles of 16-bit biases use the rest of the memory. The
   // speed has not been measured.
   static constexpr bool kStoresByTma = !kIsGeneral && kHeadDim <= 128;
 
@@ -445,8 +445,9 @@ struct Loader {
 };
 
 // The role of a warp that loads the bias for one consumer. One lane runs this: each KeyNote gives it a tile to load. It
-// reads a KeyNote before the loading warp releases the note, because the consumer waits for the tile before it releases
-// the keys of the next block.
+// reads a KeyNote before the loading warp releases the note, for two reasons. The consumer waits for the tile before it
+// releases the keys of the next block. The loading warp releases the note of block n only after all consumers have
+// released the keys of block n + 1.
 template <class Plan>
 GPU_DEVICE void load_bias(const BiasMap& bias, const ForwardRings<Plan>& rings, int consumer) {
   using BiasTile = typename Plan::BiasTile;

@@ -78,8 +78,8 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
         map_of(p.v, is_bf16, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
         Plan::kStoresByTma ? map_of(p.out, is_bf16, p.rows_q, p.num_heads, p.batch, kWarpRows) : Map{},
         bias_map_of(p, is_bf16, kConsumerRows)};
-    LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads,
-                                 maps.bias.is_used ? Plan::kBytes : Plan::kBytesWithoutBias);
+    LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
+    if (!maps.bias.is_used) shape.shared_bytes = Plan::kBytesWithoutBias;
     // The kernel is persistent: each multiprocessor runs at most one block of threads, which takes one tile after
     // another until all tiles (blocks of queries of all heads) are done.
     const int num_tiles = shape.grid_x;
@@ -124,7 +124,7 @@ void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
   }
   BackwardMaps maps = maps_of(Plan::kBlockM, Plan::kBlockN, Plan::kKeyPanelColumns);
   maps.bias = bias_map_of(p, kIsBf16<T>, Plan::kBlockM);
-  shape.shared_bytes = maps.bias.is_used ? Plan::kBytes : Plan::kBytesWithoutBias;
+  if (!maps.bias.is_used) shape.shared_bytes = Plan::kBytesWithoutBias;
   run_kernel(fused_backward_kernel<T, kHeadDim, kIsGeneral>, shape, stream, p, maps, num_programs);
   run_kernel(round_dq_kernel<T, kHeadDim, kIsGeneral>,
              shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, kRoundingThreads, 0), stream, p);

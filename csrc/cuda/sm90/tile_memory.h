@@ -46,7 +46,8 @@ struct Tile {
   }
 
   // Starts to load kRows rows from `row` on, and their columns from `column` on, one panel at a time. One thread calls
-  // this. The barrier has to expect kBytes bytes.
+  // this. The barrier has to expect as many bytes as the boxes of the map have. These are kBytes bytes if a box has kRows
+  // rows.
   static GPU_DEVICE void load(uint32_t tile, const Map& map, uint32_t barrier, int row, int head, int batch,
                               int column = 0) {
     GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
