@@ -51,7 +51,7 @@ def test_the_suite_keeps_its_time_limit_and_goes_on_after_a_failure(
     )
     monkeypatch.setattr(gpu_suite, "STAGES", made)
     monkeypatch.setattr(gpu_suite, "LEAST_SECONDS", 0.5)
-    code, text = suite(tmp_path, "--minutes", str(2 / 60))
+    code, text = suite(tmp_path, "--minutes", "0.1")
     assert code == 1
     outcomes = text.splitlines()[text.splitlines().index("-- stages") + 1 :]
     verdicts = [line.split(maxsplit=1)[1].rsplit(maxsplit=2)[0].strip() for line in outcomes[:5]]
@@ -85,9 +85,9 @@ def test_a_time_limit_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.setattr(gpu_suite, "STAGES", made)
     monkeypatch.setattr(gpu_suite, "LEAST_SECONDS", 0.5)
-    code, text = suite(tmp_path, "--minutes", str(3 / 60))
+    code, text = suite(tmp_path, "--minutes", "0.1")
     assert code == 0
-    assert "0.05 minutes were asked for, too few for all of: cut, long, never" in text
+    assert "0.1 minutes were asked for, too few for all of: cut, long, never" in text
     assert "\ncut                          ok, but stopped at its time limit" in text
 
 
