@@ -23,7 +23,7 @@ COLOURS = {
     "torch-causal-only": "#87ceeb", "torch-varlen": "#8c564b", "flex": "#ff7f0e", "flash_attn2": "#bcbd22",
     "flash_attn3": "#556b2f", "flash_attn4": "#000080", "flash_attn3-packed": "#8fbc8f",
     "flash_attn4-packed": "#4169e1", "torch-cache": "#e377c2", "transformers-static": "#a0522d",
-    "fused_attn-pages-64": "#f4a582", "fused_attn-pages-16": "#b2182b",
+    "fused_attn-pages-64": "#f4a582", "fused_attn-pages-16": "#9a6324",
 }  # fmt: skip
 #: The head dim of the plot of speed-ups.
 HEAD_DIM = 64
@@ -34,7 +34,7 @@ LEAST_MIB = 0.1
 
 
 #: The panels of the plot of decoding: tables of `benchmarks.generation`, with their titles.
-LATENCY = {"step": "a step of a whole model", "cache": "attention of one query"}
+LATENCY = {"step": "a step of a whole model", "cache": "one query"}
 
 
 class Plot(NamedTuple):
@@ -142,7 +142,7 @@ def _latency(rows: list[Row], device: str) -> Figure:
             points, name = sorted(own, key=_cached), own[0]["implementation"]
             times = [row["median_ms"] for row in points]
             axis.plot(list(map(_cached, points)), times, marker="o", ms=4, label=name, color=COLOURS[name])
-        shares = f", {chosen[0]['group']} heads share keys" if chosen[0]["group"] > 1 else ""
+        shares = f", {chosen[0]['group']} heads a group" if chosen[0]["group"] > 1 else ""
         axis.set_title(f"{LATENCY[chosen[0]['table']]}, {chosen[0]['dtype']}{shares}", fontsize=10)
         axis.set_yscale("log")
         lengths = sorted(set(map(_cached, chosen)))
