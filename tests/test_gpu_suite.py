@@ -182,11 +182,11 @@ def test_a_stage_is_interrupted_before_it_is_killed(tmp_path: Path) -> None:
     )
     start = time.monotonic()
     code, _ = stage_of(tmp_path, script, 2.0)
-    assert code is None
+    assert code is None and time.monotonic() - start < 5.0
     assert (tmp_path / "log.txt").read_text().splitlines()[-2:] == ["began", "last words"]
     deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
     code, _ = stage_of(tmp_path, deaf, 0.5)
-    assert code is None and time.monotonic() - start < 50.0, "a script slept for its 60 s"
+    assert code is None and time.monotonic() - start < 12.0
 
 
 def test_commands_of_a_stage_run_at_the_same_time(tmp_path: Path) -> None:

@@ -23,13 +23,6 @@ BATCH, HEADS, LENGTH, HEAD_DIM = 2, 4, 16, 64
 CALLS = 40  # calls of a round
 
 
-def reference(x: torch.Tensor) -> None:
-    """Shows how fast the machine is: makes tensors and reads what they are, as a launch does."""
-    for _ in range(6):
-        made = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _ = {"shape": made.shape, "strides": made.stride(), "pointer": made.data_ptr()}
-
-
 def fastest(calls: dict[str, Callable[[], object]], sweeps: int = 12, rounds: int = 25) -> dict[str, float]:
     """The microseconds of each call in its fastest round.
 
@@ -83,7 +76,6 @@ def main() -> None:
         f"forward {name}": lambda call=call: launcher.forward(*call, True, False) for name, call in calls.items()
     }
     timed["backward plain"] = lambda: launcher.backward(*calls["plain"], saved, wanted)
-    timed["reference"] = lambda: reference(query)
     print(json.dumps(fastest(timed)))
 
 
