@@ -5,9 +5,8 @@
 
 int main() {
   const char* separator = "";
-  for (const auto& isa : fused_attn::cpu::kInstructionSets) {
-    if (!isa.runs_here()) continue;
-    std::printf("%s%s", separator, isa.name);
+  for (const auto& name : fused_attn::cpu::instruction_sets_of_machine()) {
+    std::printf("%s%s", separator, name.c_str());
     separator = ";";
   }
 }

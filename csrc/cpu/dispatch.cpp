@@ -14,8 +14,7 @@ extern const Kernels kernels_avx512_bf16;
 
 namespace {
 
-// The kernels of this build, from the slowest to the fastest instruction set. CMake defines FUSED_ATTN_HAVE_<ISA> for
-// each instruction set that it compiles.
+// The kernels of this build. CMake defines FUSED_ATTN_HAVE_<ISA> for each instruction set that it compiles.
 const Kernels* const kCompiled[] = {
     &kernels_baseline,
 #if defined(FUSED_ATTN_HAVE_AVX2)
@@ -29,25 +28,25 @@ const Kernels* const kCompiled[] = {
 #endif
 };
 
-// Whether this machine can run an instruction set.
-bool runs_here(const std::string& isa) {
-  for (const InstructionSet& known : kInstructionSets)
-    if (isa == known.name) return known.runs_here();
-  return false;
+// The instruction sets that this machine can run, from the slowest to the fastest one. A build may lack some.
+const std::vector<std::string>& machine_isas() {
+  static const std::vector<std::string> names = instruction_sets_of_machine();
+  return names;
 }
 
-// The kernels of the fastest instruction set that this machine can run.
-const Kernels* best_runnable() {
-  const Kernels* best = nullptr;
-  for (const Kernels* kernels : kCompiled)
-    if (runs_here(kernels->isa)) best = kernels;
-  return best;
+// The kernels that this machine can run, from the slowest to the fastest instruction set.
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> found;
+  for (const std::string& isa : machine_isas())
+    for (const Kernels* kernels : kCompiled)
+      if (isa == kernels->isa) found.push_back(kernels);
+  return found;
 }
 
 // The kernels in use, as a variable. It is atomic, because one thread may select others while another thread calls
 // them.
 std::atomic<const Kernels*>& selected() {
-  static std::atomic<const Kernels*> kernels{best_runnable()};
+  static std::atomic<const Kernels*> kernels{runnable().back()};
   return kernels;
 }
 
@@ -61,23 +60,17 @@ std::vector<std::string> compiled_isas() {
 
 std::vector<std::string> runnable_isas() {
   std::vector<std::string> names;
-  for (const Kernels* kernels : kCompiled)
-    if (runs_here(kernels->isa)) names.emplace_back(kernels->isa);
+  for (const Kernels* kernels : runnable()) names.emplace_back(kernels->isa);
   return names;
 }
 
-std::string best_isa() {
-  std::string best;
-  for (const InstructionSet& known : kInstructionSets)
-    if (known.runs_here()) best = known.name;
-  return best;
-}
+std::string best_isa() { return machine_isas().back(); }
 
 const Kernels& kernels() { return *selected().load(std::memory_order_relaxed); }
 
 bool select_isa(const std::string& isa) {
-  for (const Kernels* kernels : kCompiled) {
-    if (isa == kernels->isa && runs_here(isa)) {
+  for (const Kernels* kernels : runnable()) {
+    if (isa == kernels->isa) {
       selected().store(kernels, std::memory_order_relaxed);
       return true;
     }

@@ -7,8 +7,8 @@
 
 namespace fused_attn::cpu {
 
-std::vector<std::string> compiled_isas();  // the instruction sets of this build, from the slowest to the fastest
-std::vector<std::string> runnable_isas();  // those of compiled_isas() that this machine can run, in the same order
+std::vector<std::string> compiled_isas();  // the instruction sets of this build
+std::vector<std::string> runnable_isas();  // those of them that this machine can run, from the slowest to the fastest
 
 // The fastest instruction set that this machine can run and the compiler knows. A build may lack it.
 std::string best_isa();

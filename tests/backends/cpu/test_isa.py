@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import cases
@@ -214,6 +215,28 @@ def test_the_best_is_in_use_unless_asked_otherwise() -> None:
     assert _C.cpu_isa() == _C.cpu_isas()[-1]
     with pytest.raises(ValueError, match=r"isa: expected one of .*baseline.*, got no-such-set"):
         _C.select_cpu_isa("no-such-set")
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_other_instruction_set_is_faster(dtype: torch.dtype) -> None:
+    """The newest set need not be the fastest: on Intel's processors, avx512_bf16 takes 1.5 times as long as avx512."""
+    leaves = [torch.randn(1, 4, 512, 64, dtype=dtype, requires_grad=True) for _ in range(3)]
+    in_use = _C.cpu_isa()
+    seconds: dict[str, list[float]] = {isa: [] for isa in _C.cpu_isas()}
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for isa in list(seconds) * 20:
+            _C.select_cpu_isa(isa)
+            start = time.perf_counter()
+            fused_attn.fused_attention(*leaves).sum().backward()
+            seconds[isa].append(time.perf_counter() - start)
+    finally:
+        _C.select_cpu_isa(in_use)
+        torch.set_num_threads(threads)
+    best = {isa: min(measured) for isa, measured in seconds.items()}
+    assert best[in_use] <= 1.1 * min(best.values()), best
 
 
 #: The flags of csrc/CMakeLists.txt.
