@@ -1,10 +1,7 @@
 """Numerical self-check of every backend that can run here: ``python -m fused_attn check``.
 
-The rule is that of `tolerance`. The truth is the reference formula in float64, and eager attention is the formula in
-the dtype under test. The noise is smaller than in the tests, because these inputs cancel little:
-
-- two units in the last place of float32, in which results are summed,
-- eight for the gradients of masks and sinks, which are sums over rows and batches in another order than eager's.
+The rule is that of `tolerance`, as in the tests. The truth is the reference formula in float64, and eager attention is
+the formula in the dtype under test.
 
 The cases are not those of the tests: those are many, include lengths and values for which a check would take minutes,
 and need the tests' own oracle.
@@ -14,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -29,8 +27,6 @@ from fused_attn import tolerance
 from fused_attn.api import explain, fused_attention, fused_attention_varlen
 from fused_attn.backends import cpu, dispatch, reference
 
-#: out of a call without gradients; out, lse, dquery, dkey, dvalue. Gradients of learned masks follow.
-NUM_COMMON_RESULTS = 6
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -180,6 +176,7 @@ def results_of(job: Job) -> list[Result]:
     with _one_thread():
         exact = _evaluate(case, [x.double() for x in inputs], reference.name, dtype)
         eager = _evaluate(case, inputs, reference.name, dtype)
+        noise = _noise(case, inputs, exact)
     results = []
     for label, backend in _variants(runnable):
         try:
@@ -189,7 +186,7 @@ def results_of(job: Job) -> list[Result]:
             results.append(Result(label, dtype, case.name, None, reason))
         else:
             with _one_thread():
-                results.append(_judge(label, dtype, case.name, ours, eager, exact))
+                results.append(_judge(label, dtype, case.name, ours, eager, exact, noise))
     return results
 
 
@@ -236,39 +233,80 @@ def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> list[Tensor
     return [_random(*shape, device=device, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
 
 
-def _evaluate(case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype) -> list[Tensor]:
-    """All results of a backend, converted to float64.
+def _evaluate(case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All results of a backend by name, converted to float64.
 
-    They are out of a call without gradients and without lse, for which some backends have other kernels; then, if the
-    case has gradients, out, lse, dquery, dkey, dvalue, and the gradients of floating-point masks and sinks.
+    ``out`` is from a call without gradients and without lse, for which some backends have other kernels. If the case
+    has gradients, there are also ``out with gradients``, ``lse``, ``dquery``, ``dkey``, ``dvalue``, and the gradients
+    of floating-point masks and sinks.
 
     dtype: the dtype under test. Masks are rounded to it, also if the inputs are float64 because the truth is computed.
     """
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    leaves = {name: x.detach().requires_grad_() for name, x in zip(("query", "key", "value"), inputs, strict=True)}
     kwargs = case.kwargs(inputs[0].device)
     for name, x in kwargs.items():
         if isinstance(x, Tensor) and x.is_floating_point():
-            kwargs[name] = x.to(dtype).to(inputs[0].dtype).requires_grad_()
-            leaves.append(kwargs[name])
+            kwargs[name] = leaves[name] = x.to(dtype).to(inputs[0].dtype).requires_grad_()
     function: Callable[..., Any] = _packed_attention if case.is_packed else fused_attention
-    attention = functools.partial(function, *leaves[:3], **kwargs, backend=backend)
+    attention = functools.partial(function, *list(leaves.values())[:3], **kwargs, backend=backend)
     with torch.no_grad():
-        results = [attention()]
+        results = {"out": attention()}
     if case.has_gradients:
-        results += _with_gradients(case, attention, leaves)
-    return [x.detach().double() for x in results]
+        results |= _with_gradients(case, attention, leaves)
+    return {name: x.detach().double() for name, x in results.items()}
 
 
-def _with_gradients(case: Case, attention: Callable[..., Any], leaves: list[Tensor]) -> list[Tensor]:
-    """[out, lse, the gradients of the leaves] of a call. Empty rows get the lse 0 in place of -inf."""
+def _with_gradients(case: Case, attention: Callable[..., Any], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """out, lse and the gradients of the leaves, from one call. Empty rows get the lse 0 in place of -inf."""
     out, lse = attention(return_lse=True)
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
-    dout = _random(*out.shape, device=out.device, seed=3).to(out.dtype)
-    outputs, douts = [out], [dout]
+    outputs, douts = [out], [_dout(out)]
     if case.has_dlse:
         outputs.append(lse)
-        douts.append(_random(*lse.shape, device=lse.device, seed=4).to(lse.dtype))
-    return [out, lse, *torch.autograd.grad(outputs, leaves, douts)]
+        douts.append(_dlse(lse))
+    grads = torch.autograd.grad(outputs, list(leaves.values()), douts)
+    named = {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {"out with gradients": out, "lse": lse, **named}
+
+
+def _dout(out: Tensor) -> Tensor:
+    """The gradient of the loss by the output."""
+    return _random(*out.shape, device=out.device, seed=3).to(out.dtype)
+
+
+def _dlse(lse: Tensor) -> Tensor:
+    """The gradient of the loss by the lse, in cases that have one."""
+    return _random(*lse.shape, device=lse.device, seed=4).to(lse.dtype)
+
+
+def _noise(case: Case, inputs: list[Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """The noise of each result of `_evaluate`. `tolerance.noise` says what noise is.
+
+    Scores and gradients of probs are taken between all rows of a head, over the whole batch, because in packed calls,
+    the rows of batch entries meet. Masks are ignored.
+    """
+    query, key, value = (x.double() for x in inputs)
+    kwargs = case.kwargs(query.device)
+    scale = kwargs.get("scale", 1.0 / math.sqrt(case.head_dim))
+    dout = _dout(exact["out"])
+    noise = tolerance.noise(
+        inputs[0].dtype,
+        exact,
+        {"query": query, "key": key, "value": value},
+        dout,
+        _dlse(exact["lse"]) if case.has_dlse else None,
+        scale=scale,
+        dropout_p=kwargs.get("dropout_p", 0.0),
+        largest_score=abs(scale) * _largest_product(query, key),
+        largest_weight_grad=_largest_product(dout.view(*query.shape[:3], -1), value),
+    )
+    return noise | {"out with gradients": noise["out"]}
+
+
+def _largest_product(rows: Tensor, columns: Tensor) -> float:
+    """The largest magnitude of <row, column>, for all rows and columns of a head: (B, H, L, D) and (B, Hkv, S, D)."""
+    columns = columns.repeat_interleave(rows.shape[1] // columns.shape[1], 1)
+    return tolerance.largest(torch.einsum("bhld,chsd->hblcs", rows, columns))
 
 
 def _packed_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
@@ -283,16 +321,20 @@ def _packed_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) 
 
 
 def _judge(
-    label: str, dtype: torch.dtype, case: str, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor]
+    label: str,
+    dtype: torch.dtype,
+    case: str,
+    ours: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    noise: dict[str, float],
 ) -> Result:
     """The result of a case: the worst measure of all tensors, which is the one with the largest error / allowed."""
     measures: list[tolerance.Measure] = []
-    for index, (x, plain, truth) in enumerate(zip(ours, eager, exact, strict=True)):
-        largest = tolerance.largest(truth)
-        ulps = 2.0 if index < NUM_COMMON_RESULTS else 8.0
-        noise = 0.0 if dtype == torch.float64 else ulps * torch.finfo(torch.float32).eps * largest
-        floor = tolerance.floor(dtype, dtype, largest, noise)
-        measures += tolerance.measures((x - truth).abs(), (plain - truth).abs(), floor)
+    for name, truth in exact.items():
+        stored = torch.float32 if name == "lse" and dtype != torch.float64 else dtype
+        floor = tolerance.floor(dtype, stored, tolerance.largest(truth), noise[name])
+        measures += tolerance.measures((ours[name] - truth).abs(), (eager[name] - truth).abs(), floor)
     worst = max(measures, key=lambda m: m.error / m.allowed if m.error == m.error else float("inf"))
     return Result(label, dtype, case, worst)
 
