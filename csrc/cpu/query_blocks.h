@@ -41,18 +41,21 @@ struct ForwardScratch {
   }
 };
 
-// Computes the probs of one tile: keys [k, k + kTileKeys) of the block, and kColumns vectors of queries from vector v
-// on. Stores the probs after dropout in s.probs, and adds the probs before dropout to the sums of the softmax. kPlain:
-// every key of the tile is visible, scores are plain products, and there is neither dropout nor row_max. So the
-// compiler leaves out all code for these features.
-template <class Policy, int kColumns, bool kPlain>
+// Computes the probs of kTiles tiles: their keys, from key k of the block on, and kColumns vectors of queries from vector
+// v on. Stores the probs after dropout in s.probs, and adds the probs before dropout to the sums of the softmax. kPlain:
+// every key of the tiles is visible, scores are plain products, and there is neither dropout nor row_max. So the
+// compiler leaves out all code for these features. With more than one tile, results have the same bits as tile by tile.
+template <class Policy, int kColumns, bool kPlain, int kTiles = 1>
 FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
                               const ForwardScratch<Policy>& s, RunningSoftmax<Policy>& softmax) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
-  Vec<Lane> acc[kTileKeys][kColumns];
+  constexpr int kKeys = kTiles * kTileKeys;
+  Vec<Lane> acc[kKeys][kColumns];
   compute_scores<Policy, kColumns, kPlain>(in, k, v, partial, nullptr, acc);
-  if (!kPlain && softmax.tracks_max) softmax.track_max(acc, v);
+  if constexpr (!kPlain) {
+    if (softmax.tracks_max) softmax.track_max(acc, v);
+  }
 
   // `excess` says by how much the scores of the tile exceed the ceilings of their rows. A score that is NaN does not
   // change the maximum, and a difference that is NaN (inf - inf) does not change the excess. So a NaN in one row does
@@ -63,27 +66,32 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
     const Vec<Lane> ceiling = softmax.ceiling(v + c);
     Vec<Lane> maximum = ceiling;
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) maximum = max<Lane>(acc[r][c], maximum);
+    for (int r = 0; r < kKeys; ++r) maximum = max<Lane>(acc[r][c], maximum);
     excess = max<Lane>(maximum - ceiling, excess);
   }
   if (__builtin_expect(any_positive<Lane>(excess), 0)) {
+    if constexpr (kTiles > 1) {
+      for (int t = 0; t < kTiles; ++t)
+        forward_tile<Policy, kColumns, kPlain>(in, k + t * kTileKeys, v, partial, dropout, s, softmax);
+      return;
+    }
     // Some score is so large that the reference of its row must rise, which is rare. Only here are the scores stored in
     // an array. If they stayed in registers during the call of raise(), the compiler would spill the accumulators of
     // every tile, also of tiles that do not call raise().
-    alignas(kVectorBytes) Lane scores[kTileKeys * kColumns * n];
+    alignas(kVectorBytes) Lane scores[kKeys * kColumns * n];
     Vec<Lane> maxima[kColumns];
     FA_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       maxima[c] = softmax.reference[v + c];
       FA_UNROLL
-      for (int r = 0; r < kTileKeys; ++r) {
+      for (int r = 0; r < kKeys; ++r) {
         maxima[c] = max<Lane>(acc[r][c], maxima[c]);
         store<Lane>(scores + (r * kColumns + c) * n, acc[r][c]);
       }
     }
     softmax.raise(maxima, v, kColumns, s.probs, k / Policy::kPerLane);
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
+    for (int r = 0; r < kKeys; ++r) {
       FA_UNROLL
       for (int c = 0; c < kColumns; ++c) acc[r][c] = load<Lane>(scores + (r * kColumns + c) * n);
     }
@@ -99,25 +107,29 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
     };
     Vec<Lane> sum = {};
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
+    for (int r = 0; r < kKeys; ++r) {
       acc[r][c] = prob_of<Policy>((acc[r][c] - softmax.reference[v + c]) * softmax.to_log2);
       sum += acc[r][c];
+      if ((r + 1) % kTileKeys != 0) continue;
+      softmax.sum.block[v + c] += sum;  // tile by tile, so that the order of additions is always the same
+      sum = Vec<Lane>{};
     }
-    softmax.sum.block[v + c] += sum;
     if constexpr (Policy::kPerLane == 1) {
       FA_UNROLL
-      for (int r = 0; r < kTileKeys; ++r) store<Lane>(s.probs + offset + r * kBlockQ, after_dropout(r));
+      for (int r = 0; r < kKeys; ++r) store<Lane>(s.probs + offset + r * kBlockQ, after_dropout(r));
     } else {
 #if defined(__AVX512BF16__)
       Vec<Lane> rounded_sum = {};
       FA_UNROLL
-      for (int r = 0; r < kTileKeys; r += 2) {
+      for (int r = 0; r < kKeys; r += 2) {
         Vec<Lane> pairs = round_to_pairs(acc[r][c], acc[r + 1][c]);
         rounded_sum = add_pairs(rounded_sum, pairs);
         if (!kPlain && dropout) pairs = round_to_pairs(after_dropout(r), after_dropout(r + 1));
         store<Lane>(s.probs + (k + r) / 2 * kBlockQ + (v + c) * n, pairs);
+        if ((r + 2) % kTileKeys != 0) continue;
+        softmax.rounded_sum.block[v + c] += rounded_sum;
+        rounded_sum = Vec<Lane>{};
       }
-      softmax.rounded_sum.block[v + c] += rounded_sum;
 #endif
     }
   }
@@ -204,7 +216,17 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
 
     const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
     softmax.begin_block();
+    const bool is_plain = in.raw && !p.has_dropout && !softmax.tracks_max;
     for (int t = 0; t < tiles; ++t) {
+      // One vector of queries takes two tiles at once, because one has too few sums: each multiply-add would wait for an
+      // earlier one. The first tile often raises the references, which two tiles at once do slowly.
+      if (vectors == 1 && t > 0 && is_plain && !keys.partial && (t + 2) * kTileKeys <= keys.count) {
+        forward_tile<Policy, 1, /*kPlain=*/true, 2>(in, t * kTileKeys, 0, /*partial=*/false, /*dropout=*/false, s,
+                                                    softmax);
+        s.key.ranges[t] = s.key.ranges[t + 1] = {0, 1};
+        ++t;
+        continue;
+      }
       bool partial;
       const VectorRange range = tile_range<Lane>(keys, t * kTileKeys, stream.valid_queries(), vectors, partial);
       s.key.ranges[t] = range;
@@ -213,7 +235,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
         if (part.begin >= part.end) continue;
         with_columns(part.end - part.begin, [&](auto columns) {
           constexpr int kColumns = decltype(columns)::value;
-          if (partial || !in.raw || p.has_dropout || softmax.tracks_max) {
+          if (partial || !is_plain) {
             forward_tile<Policy, kColumns, /*kPlain=*/false>(in, t * kTileKeys, part.begin, partial, p.has_dropout, s,
                                                              softmax);
           } else {

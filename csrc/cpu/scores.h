@@ -45,34 +45,33 @@ FA_NOINLINE void apply_softcap(Lane* scores, int count, Lane cap, Lane* derivati
   }
 }
 
-// acc = the scores of one tile: keys [k, k + kTileKeys) of the block, and kColumns vectors of queries from vector v on.
+// acc = the scores of one tile: kKeys keys from key k of the block on, and kColumns vectors of queries from vector v on.
 // The scores of hidden keys are -inf if `partial` is set. With kPlain, the function only computes products.
-// `derivative`, if not null, receives the derivative of the softcap, as [kTileKeys][kColumns] vectors.
-template <class Policy, int kColumns, bool kPlain>
+// `derivative`, if not null, receives the derivative of the softcap, as [kKeys][kColumns] vectors.
+template <class Policy, int kColumns, bool kPlain, int kKeys>
 FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool partial,
-                              typename Policy::Lane* derivative,
-                              Vec<typename Policy::Lane> (&acc)[kTileKeys][kColumns]) {
+                              typename Policy::Lane* derivative, Vec<typename Policy::Lane> (&acc)[kKeys][kColumns]) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
-  dot_tile<Policy, kTileKeys, kColumns>(in.key_rows + k, in.query + v * n, kBlockQ, in.depth, acc);
+  dot_tile<Policy, kKeys, kColumns>(in.key_rows + k, in.query + v * n, kBlockQ, in.depth, acc);
   if constexpr (kPlain) return;
   if (!in.raw) {
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
+    for (int r = 0; r < kKeys; ++r) {
       FA_UNROLL
       for (int c = 0; c < kColumns; ++c) acc[r][c] *= in.scale;
     }
   }
   if (in.softcap > 0) {
-    alignas(kVectorBytes) Lane scores[kTileKeys * kColumns * n];
+    alignas(kVectorBytes) Lane scores[kKeys * kColumns * n];
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
+    for (int r = 0; r < kKeys; ++r) {
       FA_UNROLL
       for (int c = 0; c < kColumns; ++c) store<Lane>(scores + (r * kColumns + c) * n, acc[r][c]);
     }
-    apply_softcap<Lane>(scores, kTileKeys * kColumns * n, in.softcap, derivative);
+    apply_softcap<Lane>(scores, kKeys * kColumns * n, in.softcap, derivative);
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
+    for (int r = 0; r < kKeys; ++r) {
       FA_UNROLL
       for (int c = 0; c < kColumns; ++c) acc[r][c] = load<Lane>(scores + (r * kColumns + c) * n);
     }
@@ -80,14 +79,14 @@ FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool 
   if (in.bias != nullptr) {
     const Lane* bias = in.bias + k * kBlockQ + v * n;
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
+    for (int r = 0; r < kKeys; ++r) {
       FA_UNROLL
       for (int c = 0; c < kColumns; ++c) acc[r][c] += load<Lane>(bias + r * kBlockQ + c * n);
     }
   }
   if (in.key_bias != nullptr) {
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
+    for (int r = 0; r < kKeys; ++r) {
       const Vec<Lane> bias = broadcast<Lane>(in.key_bias[in.keys->index[k + r]]);
       FA_UNROLL
       for (int c = 0; c < kColumns; ++c) acc[r][c] += bias;
@@ -95,7 +94,7 @@ FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool 
   }
   if (in.relative_bias != nullptr) {
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
+    for (int r = 0; r < kKeys; ++r) {
       const Lane* bias = in.relative_bias - in.keys->index[k + r] + v * n;
       FA_UNROLL
       for (int c = 0; c < kColumns; ++c) acc[r][c] += load<Lane>(bias + c * n);
@@ -104,7 +103,7 @@ FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool 
   if (partial) {
     const Vec<Lane> hidden = broadcast<Lane>(-FloatTraits<Lane>::kInfinity);
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
+    for (int r = 0; r < kKeys; ++r) {
       const uint64_t word = in.keys->word[k + r];
       FA_UNROLL
       for (int c = 0; c < kColumns; ++c) {

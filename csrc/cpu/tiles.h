@@ -114,19 +114,24 @@ FA_INLINE void outer_tile(const char* const* rows, int first, const typename Pol
   }
 }
 
-// Calls outer_tile for all `dim` rows of the target, in tiles of kTileKeys, then 4, then 1 rows.
+// Calls outer_tile for all `dim` rows of the target, in tiles of kTileKeys rows, then 4, then 1. With one or two vectors
+// of queries, tiles of twice or four times as many rows come first: a smaller tile has too few sums, so that each
+// multiply-add would wait for an earlier one.
 template <class Policy, int kColumns>
 FA_NOINLINE void outer_columns(const char* const* rows, int dim, const typename Policy::Lane* coefficients,
                                const Vec<typename Policy::Lane>* rescale, int count, typename Policy::Lane* target) {
   int d = 0;
-  for (; d + kTileKeys <= dim; d += kTileKeys) {
-    outer_tile<Policy, kTileKeys, kColumns>(rows, d, coefficients, rescale, count, target + d * kBlockQ);
-  }
-  if (kTileKeys > 4 && d + 4 <= dim) {
-    outer_tile<Policy, 4, kColumns>(rows, d, coefficients, rescale, count, target + d * kBlockQ);
-    d += 4;
-  }
-  for (; d < dim; ++d) outer_tile<Policy, 1, kColumns>(rows, d, coefficients, rescale, count, target + d * kBlockQ);
+  const auto tiles = [&](auto tile_rows) {
+    constexpr int kRows = decltype(tile_rows)::value;
+    for (; d + kRows <= dim; d += kRows) {
+      outer_tile<Policy, kRows, kColumns>(rows, d, coefficients, rescale, count, target + d * kBlockQ);
+    }
+  };
+  constexpr int kWide = kTileVectors / kColumns;  // how many times as many rows as kTileKeys
+  if constexpr (kWide > 1) tiles(Constant<kTileKeys * kWide>{});
+  tiles(Constant<kTileKeys>{});
+  if constexpr (kTileKeys > 4) tiles(Constant<4>{});
+  tiles(Constant<1>{});
 }
 
 // Sets the first `vectors` vectors of each row of columns[dim, padded to a vector][kBlockQ] to zero.
