@@ -174,6 +174,21 @@ def test_a_query_gets_the_same_bits_beside_any_others(dtype: torch.dtype, value_
         assert torch.equal(alone[0, 0], together[0, head])
 
 
+@pytest.mark.parametrize("outlier", (None, 0, 5, 9, 300))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+def test_a_query_gets_the_same_bits_in_blocks_of_any_size(dtype: torch.dtype, outlier: int | None, isa: str) -> None:
+    """Blocks of few queries have tiles of other sizes. The score of the outlier raises the reference of the softmax."""
+    query, key = torch.randn(1, 2, 64, 40).to(dtype), torch.randn(1, 2, 331, 40).to(dtype)
+    value = torch.randn(1, 2, 331, 72).to(dtype)
+    if outlier is not None:
+        key[:, :, outlier] = 9.0 * query[:, :, 1]
+    whole = fused_attn.fused_attention(query, key, value, return_lse=True)
+    for count in (2, 4, 8, 16, 17, 33):
+        part = fused_attn.fused_attention(query[:, :, :count], key, value, return_lse=True)
+        for few, many in zip(part, whole, strict=True):
+            assert torch.equal(few, many[:, :, :count])
+
+
 def test_decoding_does_not_depend_on_the_threads() -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, 2, 64, generator=generator)
