@@ -114,7 +114,8 @@ FA_INLINE Vec<T> exp2(Vec<T> t) {
 // exp2. The bound of -1000 is there because -inf would become NaN.
 FA_INLINE Vec<float> exp2_to_round(Vec<float> t) {
   constexpr float kCoefficients[] = {0.0550090596f, 0.242210969f, 0.693282902f, 1.0f};
-  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-1000), reinterpret_cast<__m512>(t));
+  // The intrinsic has a mask, which selects all lanes, because GCC 12 warns about the one without.
+  const __m512 bounded = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-1000), reinterpret_cast<__m512>(t));
   const Vec<float> integer = round_to_integer(reinterpret_cast<Vec<float>>(bounded));
   const Vec<float> mantissa = horner<float>(reinterpret_cast<Vec<float>>(bounded) - integer, kCoefficients);
   return reinterpret_cast<Vec<float>>(
