@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,10 +13,18 @@ import torch
 import fused_attn
 from fused_attn.backends.dispatch import BACKEND_NAMES
 
-try:
+
+@contextlib.contextmanager
+def packages_of(extras: str) -> Iterator[None]:
+    """Names the command that installs these extras, such as "examples,lightning", if an import in the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"the example needs more packages ({error}): pip install -e '.[{extras}]'") from error
+
+
+with packages_of("examples"):
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-except ImportError as error:
-    raise ImportError(f"the examples need more packages ({error}): pip install -e '.[examples]'") from error
 
 
 def argument_parser(description: str, minutes: float, quick: dict[str, float], output: str) -> argparse.ArgumentParser:

@@ -14,18 +14,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import lightning
 import torch
 import train_g2p
-from example_utils import quick_option
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from example_utils import packages_of, quick_option
 from torch import Tensor
 from torch.utils.data import DataLoader
 from train_g2p import Examples
 
 from fused_attn.backends.dispatch import BACKEND_NAMES
 from fused_attn.nn.seq2seq import Seq2SeqTransformer
+
+with packages_of("examples,lightning"):
+    import lightning
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.loggers import TensorBoardLogger
 
 
 class Pronunciations(lightning.LightningDataModule):

@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterable
 from pydoc_data.topics import topics
 
 import torch
-import transformers
-from example_utils import quick_option
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from example_utils import packages_of, quick_option
 from torch import Tensor, nn
 
 from fused_attn.backends.dispatch import BACKEND_NAMES
-from fused_attn.integrations import huggingface
+
+with packages_of("examples"):
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    from fused_attn.integrations import huggingface
 
 PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
 #: The tokens of a passage, at most.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from example_utils import Stopwatch, argument_parser, learning_rate, progress_bar, set_up
+from example_utils import Stopwatch, argument_parser, learning_rate, packages_of, progress_bar, set_up
 from torch import Tensor, nn
 
 from fused_attn.nn.transformer import TransformerEncoder, TransformerEncoderLayer
@@ -55,8 +55,9 @@ class Digits(NamedTuple):
 
 def load(device: str) -> tuple[Digits, Digits]:
     """The images for training and those for the test. The split does not depend on the seed."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with packages_of("examples"):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32).view(-1, SIZE, SIZE)
@@ -102,7 +103,8 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 def plot(losses: list[float], digits: Digits, predictions: Tensor, path: Path) -> None:
     """Draws the loss, the confusion matrix and 16 predictions, the wrong ones first."""
-    import matplotlib
+    with packages_of("examples"):
+        import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

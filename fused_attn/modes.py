@@ -25,6 +25,7 @@ __all__ = [
     "is_any_autocast_enabled",
     "is_backward_observed",
     "is_direct",
+    "is_dynamo_compiling",
     "is_observed",
     "is_pre_dispatch",
     "is_watched",

@@ -13,6 +13,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+#: Values of settings with which a build chooses by itself what it contains. All other values but OFF are lists.
+_OPEN_VALUES = ("auto", "runnable", "all", "ON", "wheels")
 WITH_COMPILER = "with that on the PATH, install fused_attn again"
 
 
@@ -36,12 +38,31 @@ def why_missing(module: str, needs: str, error: ImportError, remedy: str = WITH_
     return f"installed without fused_attn.{module}, whose sources need {needs}; {remedy}"
 
 
-def install_command() -> str:
-    """A text for users: the command that builds the compiled modules and installs the package again."""
+def build_settings() -> dict[str, str]:
+    """The settings of the existing build that are not the default, by name; none if there is no compiled module."""
+    return {} if _C is None else dict(setting.split("=") for setting in _C.build_info()["settings"].split())
+
+
+def install_command(**needed: str) -> str:
+    """A text for users: the command that builds the compiled modules and installs the package again.
+
+    The command repeats the settings of the existing build, because pip forgets them.
+
+    needed: what the new build must have, by the name of the setting. A setting that is a list gets this entry. A
+        setting OFF is left out.
+    """
+    settings = build_settings()
+    for name, entry in needed.items():
+        value = settings.get(name, "auto")
+        if value == "OFF":
+            del settings[name]
+        elif value not in _OPEN_VALUES and entry not in value.split(","):
+            settings[name] = f"{value},{entry}".lstrip(",")
+    options = "".join(f" -C cmake.define.{name}={shlex.quote(value)}" for name, value in settings.items())
     root = PACKAGE.parent
     if (root / "pyproject.toml").exists():
-        return f"`pip install -e {shlex.quote(str(root))}`"
-    return "`pip install -e .` in a clone of the repository"
+        return f"`pip install -e {shlex.quote(str(root))}{options}`"
+    return f"`pip install -e .{options}` in a clone of the repository"
 
 
 def warn_of_sources() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -260,6 +261,23 @@ def test_cmake_says_what_it_does_without(machine: Machine, tmp_path: Path) -> No
     for setting, expected in instruction_sets():
         status, text = configure(machine, tmp_path / "build", "FUSED_ATTN_CUDA=OFF", f"FUSED_ATTN_CPU_ISAS={setting}")
         assert (status == 0) == (not expected.startswith("expected")) and expected in text
+
+
+@pytest.mark.slow
+def test_the_build_records_its_settings(machine: Machine, tmp_path: Path) -> None:
+    def recorded(*settings: str) -> str:
+        status, text = configure(machine, tmp_path / "build", *settings)
+        assert status == 0, text
+        commands = json.loads((tmp_path / "build" / "compile_commands.json").read_text())
+        (command,) = (each["command"] for each in commands if each["file"].endswith("csrc/python/bindings.cpp"))
+        (definition,) = (word for word in shlex.split(command) if word.startswith("-DFUSED_ATTN_SETTINGS="))
+        return definition.partition("=")[2]
+
+    assert recorded() == '""'
+    given = ("FUSED_ATTN_CPU_ISAS=avx2;baseline", "FUSED_ATTN_CUDA=OFF", "FUSED_ATTN_CUDA_ARCHITECTURES=80,90")
+    if "avx2" not in dict(instruction_sets()).get("all", ""):
+        given = ("FUSED_ATTN_CPU_ISAS=baseline;baseline", *given[1:])
+    assert recorded(*given) == f'"{" ".join(given).replace(";", ",")}"'
 
 
 def instruction_sets() -> list[tuple[str, str]]:

@@ -458,13 +458,14 @@ def test_info_says_how_the_cuda_kernels_run(monkeypatch, capsys):
     monkeypatch.setattr(triton_backend, "installation_problem", lambda: "triton is not installed")
     assert main(["info"]) == 0
     text = capsys.readouterr().out
+    command = native.install_command(FUSED_ATTN_CUDA_ARCHITECTURES="80")
     for expected in (
         "compiler           nvcc 13.0.88",
         "architectures      sm_90a (machine code), sm_100 (machine code and PTX)",
         "on cuda:0          yes, machine code of sm_90a",
         "on cuda:1          yes, PTX of sm_100, which the driver compiles at first use",
         "on cuda:2          no: the CUDA kernels have been built for sm_90a (machine code), sm_100 (machine code and "
-        f"PTX), expected sm_86; on the machine with the GPU, {native.install_command()} builds them for it",
+        f"PTX), expected sm_86; on the machine with the GPU, {command} builds them for it",
     ):
         assert expected in text
     (reason,) = fused_attn.info().backends["cuda:2 bfloat16"]["cuda"]

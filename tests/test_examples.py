@@ -12,6 +12,7 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLE_MODULES = [path.stem for path in EXAMPLES.glob("*.py")]
 
 
 def example(monkeypatch: pytest.MonkeyPatch, name: str, *packages: str):
@@ -48,6 +49,31 @@ def small_dictionary(load) -> dict:
 
 
 _dictionary = None
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "extras"),
+    [
+        ("train_digits", "rich", "examples"),
+        ("train_g2p", "rich", "examples"),
+        ("train_long", "rich", "examples"),
+        ("pretrain", "transformers", "examples"),
+        ("finetune_bert", "transformers", "examples"),
+        ("lightning_g2p", "lightning", "examples,lightning"),
+    ],
+)
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch, name, missing, extras) -> None:
+    if missing != "rich":
+        pytest.importorskip("rich", reason="pip install -e .[examples]")
+    for module in EXAMPLE_MODULES:
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pytest.raises(ImportError) as raised:
+        importlib.import_module(name)
+    for module in EXAMPLE_MODULES:
+        sys.modules.pop(module, None)
+    assert missing in str(raised.value) and f"pip install -e '.[{extras}]'" in str(raised.value)
 
 
 @pytest.mark.quick

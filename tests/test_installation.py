@@ -79,6 +79,16 @@ def test_why_a_compiled_module_is_missing(sources: Path, monkeypatch: pytest.Mon
     assert "built for another Python" in why(not_found) and "_C.cpython-23-x86_64-linux-gnu.so" in why(not_found)
 
 
+@needs_kernels
+@pytest.mark.quick
+def test_the_module_knows_the_settings_of_its_build() -> None:
+    known = {"FUSED_ATTN_CPU_ISAS", "FUSED_ATTN_CUDA", "FUSED_ATTN_CUDA_ARCHITECTURES"}
+    settings = native.build_settings()
+    assert settings.keys() <= known and "auto" not in settings.values()
+    for name, value in settings.items():
+        assert f" -C cmake.define.{name}={value}" in native.install_command()
+
+
 def build_editable(sources: Path, site: Path, settings: dict[str, str], **environment: str) -> str:
     """Does what `pip install -e` does, but without an isolated environment, and returns the output of the build."""
     pytest.importorskip("scikit_build_core")

@@ -299,7 +299,8 @@ py::dict build_info() {
   const bool openmp = false;
 #endif
   return py::dict("version"_a = FUSED_ATTN_VERSION, "compiler"_a = FUSED_ATTN_COMPILER, "openmp"_a = openmp,
-                  "cpu_isas"_a = cpu::compiled_isas(), "sanitize"_a = bool{FUSED_ATTN_SANITIZE});
+                  "cpu_isas"_a = cpu::compiled_isas(), "sanitize"_a = bool{FUSED_ATTN_SANITIZE},
+                  "settings"_a = FUSED_ATTN_SETTINGS);
 }
 
 const char kModuleDoc[] = R"(The native kernels of fused_attn.

@@ -42,7 +42,8 @@ def build_reason() -> str | None:
     if _C is None or (best := _C.best_cpu_isa()) in _C.cpu_isas():
         return None
     built = ", ".join(_C.build_info()["cpu_isas"])
-    return f"the CPU kernels have been built for {built}, expected {best}; here, {install_command()} builds them for it"
+    command = install_command(FUSED_ATTN_CPU_ISAS=best)
+    return f"the CPU kernels have been built for {built}, expected {best}; here, {command} builds them for it"
 
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:

@@ -20,7 +20,8 @@ from fused_attn.backends.base import clear_rows, gpu_reasons, native_numbers
 
 def why_not_installed(error: ImportError) -> str:
     """A text for users: why ``fused_attn._cuda`` could not be imported, and what to do about it."""
-    remedy = f"on a machine with an NVIDIA driver, {native.install_command()} gets nvcc and builds them"
+    command = native.install_command(FUSED_ATTN_CUDA="ON")
+    remedy = f"on a machine with an NVIDIA driver, {command} gets nvcc and builds them"
     return native.why_missing("_cuda", "nvcc", error, remedy)
 
 
@@ -84,9 +85,11 @@ def build_reason(problem: AttentionProblem) -> str | None:
         return None
     built = architectures.parsed(_kernels.build_info()["architectures"])
     if architectures.way_on(built, capability) is None:
+        # The GPUs of capability 9.x have kernels of their own. All others run those of the setting 80.
+        command = native.install_command(FUSED_ATTN_CUDA_ARCHITECTURES="90" if capability[0] == 9 else "80")
         return (
             f"the CUDA kernels have been built for {', '.join(map(str, built))}, expected sm_{capability[0]}"
-            f"{capability[1]}; on the machine with the GPU, {native.install_command()} builds them for it"
+            f"{capability[1]}; on the machine with the GPU, {command} builds them for it"
         )
     return _device_reason(problem)
 

@@ -77,7 +77,7 @@ def test_without_cuda_kernels_one_warning_names_the_command() -> None:
     names, (warning,) = chosen(first, first, problem(4096), problem(capability=(8, 6)), problem(dtype=torch.float16))
     assert set(names) == {"triton"}
     assert "runs on the Triton kernels. The CUDA kernels, which come first for this call, cannot run: " in warning
-    assert native.install_command() in warning and "pip install -e " in warning
+    assert native.install_command(FUSED_ATTN_CUDA="ON") in warning and "pip install -e " in warning
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,8 @@ def test_without_any_gpu_kernel_the_warning_names_both_commands(monkeypatch: pyt
     monkeypatch.setattr(triton, "installation_problem", lambda: "triton is not installed (pip install triton)")
     names, (warning,) = chosen(problem(), problem(4096))
     assert names == ["reference", "reference"]
-    assert "which is slow" in warning and "pip install triton" in warning and native.install_command() in warning
+    assert "which is slow" in warning and "pip install triton" in warning
+    assert native.install_command(FUSED_ATTN_CUDA="ON") in warning
 
 
 def test_a_binary_for_other_gpus_falls_back_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +122,7 @@ def test_a_binary_for_other_gpus_falls_back_with_its_reason(monkeypatch: pytest.
     names, (warning,) = chosen(problem(capability=(8, 6)), problem(capability=(8, 9)), problem(capability=(9, 0)))
     assert names == ["cuda", "cuda", "triton"]
     assert "have been built for sm_86 (machine code), expected sm_90" in warning
-    assert native.install_command() in warning
+    assert native.install_command(FUSED_ATTN_CUDA_ARCHITECTURES="90") in warning
 
 
 def test_ptx_runs_on_later_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,12 +201,67 @@ def test_a_build_without_the_best_instruction_set_says_so(monkeypatch: pytest.Mo
     with_instruction_sets(monkeypatch, "baseline", "avx2", best="avx512")
     names, (warning,) = chosen(*on_cpu, on_cpu[0])
     assert set(names) == {"cpu"}
-    assert "have been built for baseline, avx2, expected avx512" in warning and native.install_command() in warning
+    command = native.install_command(FUSED_ATTN_CPU_ISAS="avx512")
+    assert "have been built for baseline, avx2, expected avx512" in warning and command in warning
     told = fused_attn.info().native
     assert told["CPU kernels"] == told["run here"] == "baseline, avx2"
-    assert told["in use here"].startswith("avx2: ") and native.install_command() in told["in use here"]
+    assert told["in use here"].startswith("avx2: ") and command in told["in use here"]
     dispatch.choose.cache_clear()
     assert chosen(*on_cpu)[1] == [], "once"
+
+
+def with_settings(monkeypatch: pytest.MonkeyPatch, settings: str) -> None:
+    """As if the CPU kernels had been built with these settings, in the form of ``_C.build_info()``."""
+    build = types.SimpleNamespace(build_info=lambda: {"settings": settings})
+    monkeypatch.setattr(native, "_C", build)
+    monkeypatch.setattr(cuda, "missing", cuda.why_not_installed(ModuleNotFoundError()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ("", ""),
+        ("FUSED_ATTN_CPU_ISAS=avx2 FUSED_ATTN_CUDA=OFF", " -C cmake.define.FUSED_ATTN_CPU_ISAS=avx2"),
+        (
+            "FUSED_ATTN_CUDA=wheels FUSED_ATTN_CUDA_ARCHITECTURES=80,90",
+            " -C cmake.define.FUSED_ATTN_CUDA=wheels -C cmake.define.FUSED_ATTN_CUDA_ARCHITECTURES=80,90",
+        ),
+    ],
+)
+def test_the_command_for_missing_cuda_kernels_keeps_the_other_settings(monkeypatch, settings, options) -> None:
+    with_settings(monkeypatch, settings)
+    _, (warning,) = chosen(problem())
+    assert f"`pip install -e {native.PACKAGE.parent}{options}`" in warning or f"`pip install -e .{options}`" in warning
+    assert f"{options}`" in fused_attn.info().cuda["kernels"]
+
+
+@pytest.mark.parametrize(("settings", "expected"), [("80", "80,90"), ("auto", None), ("all", "all"), ("90", "90")])
+def test_the_command_adds_an_architecture(monkeypatch: pytest.MonkeyPatch, settings: str, expected: str) -> None:
+    built(monkeypatch, ONLY_86)
+    name = "FUSED_ATTN_CUDA_ARCHITECTURES"
+    with_settings(monkeypatch, "" if settings == "auto" else f"FUSED_ATTN_CPU_ISAS=all {name}={settings}")
+    _, (warning,) = chosen(problem(capability=(9, 0)))
+    options = "" if expected is None else f" -C cmake.define.FUSED_ATTN_CPU_ISAS=all -C cmake.define.{name}={expected}"
+    assert f"{options}`" in warning and (expected or name not in warning)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [("", ""), ("avx2", "avx2,avx512"), ("runnable", "runnable"), ("avx2,avx512", "avx2,avx512")],
+)
+def test_the_command_adds_an_instruction_set(monkeypatch: pytest.MonkeyPatch, settings: str, expected: str) -> None:
+    name = "FUSED_ATTN_CPU_ISAS"
+    with_settings(monkeypatch, f"{name}={settings} FUSED_ATTN_CUDA=OFF" if settings else "FUSED_ATTN_CUDA=OFF")
+    with_instruction_sets(monkeypatch, "baseline", "avx2", best="avx512")
+    _, (warning,) = chosen(problem(device=torch.device("cpu"), dtype=torch.float32))
+    options = f" -C cmake.define.{name}={expected}" if expected else ""
+    assert options in warning and " -C cmake.define.FUSED_ATTN_CUDA=OFF`" in warning
+    assert expected or name not in warning
+
+
+def test_without_a_build_the_command_has_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_C", None)
+    assert native.build_settings() == {} and "-C" not in native.install_command(FUSED_ATTN_CPU_ISAS="avx2")
 
 
 @pytest.mark.parametrize("best", ["baseline", "avx2", "avx512"])

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from fused_attn.backends import cpu
-from fused_attn.nn import few_rows
+from fused_attn.nn import (
+    FusedMultiheadAttention,
+    Transformer,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+    few_rows,
+)
 from tests.nn.native_calls import count_calls
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the native extension is not built")
@@ -89,6 +98,42 @@ def test_tensors_of_another_kind_are_left_to_torch(native):
             few_rows.linear(x.double(), weight, bias)
         few_rows.linear(x, weight, bias)
     assert len(native) == 1
+
+
+OPTIONS = {"dim_feedforward": 12, "batch_first": True}
+COMPILED = {
+    "packed weights": (FusedMultiheadAttention(8, 2, batch_first=True), lambda each, x: each(x, x, x)[0]),
+    "separate weights": (
+        FusedMultiheadAttention(8, 2, kdim=8, vdim=6, batch_first=True),
+        lambda each, x: each(x, x, x[..., :6], need_weights=False)[0],
+    ),
+    "memory": (
+        FusedMultiheadAttention(8, 2, batch_first=True),
+        lambda each, x: (lambda memory: each(x, memory, memory, need_weights=False)[0])(2 * x),
+    ),
+    "encoder layer": (TransformerEncoderLayer(8, 2, **OPTIONS), lambda each, x: each(x)),
+    "decoder layer": (TransformerDecoderLayer(8, 2, **OPTIONS), lambda each, x: each(x, x)),
+    "transformer": (Transformer(8, 2, 1, 1, **OPTIONS), lambda each, x: each(x, x)),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@torch.no_grad()
+def test_torch_compile_makes_one_graph_for_any_number_of_rows(name, native):
+    module, function = COMPILED[name]
+    module.eval()
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(functools.partial(function, module), fullgraph=True, backend=graphs, dynamic=True)
+    for rows in (few_rows.MOST_ROWS, 2, few_rows.MOST_ROWS + 1):
+        x = torch.randn(1, rows, 8)
+        out = compiled(x)
+        assert not native
+        torch.testing.assert_close(out, function(module, x))
+        native.clear()
+    assert graphs.frame_count == 1
+    compiled(torch.randn(1, 1, 8))  # torch compiles a size of 1 anew, also in one graph
+    assert graphs.frame_count == 2 and not native
 
 
 def test_errors_of_the_native_call():

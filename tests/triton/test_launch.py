@@ -151,6 +151,20 @@ def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkey
             assert gradient is None or (gradient.shape, gradient.dtype) == (x.shape, x.dtype)
 
 
+@EVERY_CASE
+@pytest.mark.usefixtures("launches")
+def test_scale_is_folded_only_where_nothing_is_added_to_scores(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, inputs = arguments_of_backend(case.make(torch.float16), monkeypatch)
+    found = []
+    plan = launcher._plan
+    monkeypatch.setattr(launcher, "_plan", lambda *arguments: found.append(plan(*arguments)) or found[-1])
+    launcher.forward(problem.on("sm_90"), inputs, True, True)
+    is_changed = problem.softcap != 0.0 or problem.has_relative_bias or not (inputs.bias is inputs.key_bias is None)
+    for launches in found:
+        for launch in (launches.forward, launches.dq, launches.dkdv, launches.dbias, launches.dtable):
+            assert launch.settings.is_scale_folded is None or not is_changed
+
+
 @pytest.mark.slow
 @pytest.mark.timing
 def test_cost_of_a_call() -> None:

@@ -218,6 +218,11 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, problem: AttentionProblem, config: Config) -> Settings:
+        """The settings of a kernel.
+
+        problem: `has_bias` must say whether the call has a bias of any kind with an entry for each key, a key bias
+            included. `has_key_bias` is not read, because it can be True for a call without a key bias.
+        """
         band = problem.band
         # A bound beyond the largest distance hides no key, so it becomes None. This also keeps sums of positions
         # and bounds within 32 bits.

@@ -326,7 +326,8 @@ def _empty_gradients(inputs: Inputs, wanted: Wanted, grads: Gradients) -> Gradie
 def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
     """The launches for a problem.
 
-    has_bias: whether the call has a bias of attn_mask or of the keys. The tiles for both are the same.
+    has_bias: whether the call has a bias of attn_mask or of the keys. The tiles for both are the same, and with either,
+        the scale must not be folded.
     """
     problem = replace(problem, has_bias=has_bias, allows_tf32=allows_tf32)
     seqlen_q, seqlen_k, heads, kv_heads = problem.seqlen_q, problem.seqlen_k, problem.num_heads, problem.num_kv_heads
