@@ -23,38 +23,58 @@
 namespace fused_attn::cpu {
 namespace {
 
+// A block of keys, and the addresses of their rows for the first kv head of a work item. There are kBlockK addresses,
+// whatever the number of keys: keys are processed in whole vectors, and sum_values prefetches as many rows of the next
+// block as it reads of the current one.
+template <class Storage>
+struct DecodeBlock {
+  KeyBlock* keys;
+  const Storage** key_rows;    // [key of the block], followed by copies of the last one
+  const Storage** value_rows;  // the same for values
+
+  // Takes the memory of all arrays out of the arena.
+  void layout(Arena& arena) {
+    keys = arena.take<KeyBlock>(1);
+    key_rows = arena.take<const Storage*>(kBlockK);
+    value_rows = arena.take<const Storage*>(kBlockK);
+  }
+
+  // Takes the next keys of the stream. Returns false if no key is left.
+  bool next(KeyStream& stream, const RowSource<Storage>& key_source, const RowSource<Storage>& value_source) const {
+    if (!stream.next(*keys)) return false;
+    find_rows(key_source, key_rows);
+    find_rows(value_source, value_rows);
+    return true;
+  }
+
+ private:
+  // Sets the kBlockK addresses.
+  void find_rows(const RowSource<Storage>& source, const Storage** rows) const {
+    source.find(*keys, rows);
+    for (int k = keys->count; k < kBlockK; ++k) rows[k] = rows[keys->count - 1];
+  }
+};
+
 // The memory in which one thread processes its work items.
 template <class Policy>
 struct DecodeScratch {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
-  static constexpr int64_t kRows = kScoreRow<Lane>;
 
-  KeyBlock* keys;              // the current block of keys
-  const Storage** key_rows;    // [key of the block]: the address of its row
-  const Storage** value_rows;  // [key of the block]: the address of its row
-  Lane* query;                 // [row][lanes of head_dim, padded]
-  Lane* scores;                // [query of a pass][key of the block]: logits, which their exponentials overwrite
-  Vec<Lane>* row_sum;          // [row]: the sum of exponentials; its lanes are added up at the end
+  DecodeBlock<Storage> blocks[2];  // the current block of keys, and the next one
+  Lane* query;                     // [row][lanes of head_dim, padded]
+  Lane* scores;                    // [query of a pass][key of the block]: logits, which their exponentials overwrite
+  Vec<Lane>* row_sum;              // [row]: the sum of exponentials; its lanes are added up at the end
 
   // Takes the memory of all arrays out of the arena.
   void layout(Arena& arena, const AttentionParams& p, const DecodePlan& plan) {
     const int64_t rows = plan.item_groups * plan.heads * p.seqlen_q;
-    keys = arena.take<KeyBlock>(1);
-    key_rows = arena.take<const Storage*>(kRows);
-    value_rows = arena.take<const Storage*>(kRows);
+    for (DecodeBlock<Storage>& block : blocks) block.layout(arena);
     query = arena.take<Lane>(rows * round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>));
-    scores = arena.take<Lane>(kMostQueries<Lane> * kRows);
+    scores = arena.take<Lane>(kMostQueries<Lane> * kScoreRow<Lane>);
     row_sum = arena.take<Vec<Lane>>(rows);
   }
 };
-
-// The addresses of the keys of a block, with copies of the last one up to a multiple of n.
-template <class Storage>
-FA_INLINE void find_rows_to(const RowSource<Storage>& source, const KeyBlock& keys, int n, const Storage** rows) {
-  source.find(keys, rows);
-  for (int k = keys.count; k < round_up(keys.count, n); ++k) rows[k] = rows[keys.count - 1];
-}
 
 // Processes one work item: attention of all queries of its groups over the keys of its split. Writes the result to
 // `partials`.
@@ -91,32 +111,43 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
   const int64_t key_stop = key_begin + plan.keys_per_split(seq);
   const int64_t key_end = key_stop < seq.seqlen_k ? key_stop : seq.seqlen_k;
   KeyStream stream(p, seq, valid_keys, b, first_head, 0, static_cast<int>(nq), key_begin, key_end);
-  while (stream.next(*s.keys)) {
-    find_rows_to(key_source, *s.keys, n, s.key_rows);
-    find_rows_to(value_source, *s.keys, n, s.value_rows);
+  const DecodeBlock<Storage>* block = &s.blocks[0];
+  const DecodeBlock<Storage>* next_block = &s.blocks[1];
+  bool has_block = block->next(stream, key_source, value_source);
+  while (has_block) {
+    has_block = next_block->next(stream, key_source, value_source);
+    const KeyBlock& keys = *block->keys;
     for (int64_t group = 0; group < item.groups; ++group) {
-      const HeadRows<Storage> key_rows = {s.key_rows, group * p.key.stride_head};
-      const HeadRows<Storage> value_rows = {s.value_rows, group * p.value.stride_head};
+      const HeadRows<Storage> key_rows = {block->key_rows, group * p.key.stride_head};
+      const HeadRows<Storage> value_rows = {block->value_rows, group * p.value.stride_head};
+      HeadRows<Storage> next_rows = {};  // the keys that are read after these values
+      if (group + 1 < item.groups) {
+        next_rows = {block->key_rows, (group + 1) * p.key.stride_head};
+      } else if (has_block) {
+        next_rows = {next_block->key_rows, 0};
+      }
       // Computes kQueries rows, from row `first` of the group on.
       visit_in_passes<Lane>(group_rows, [&](int64_t first, auto queries) {
         constexpr int kQueries = decltype(queries)::value;
         const int64_t r = group * group_rows + first;
         // The first pass brings the values into the cache.
-        multiply_keys<Policy, kQueries>(s.query + r * query_row, query_row, key_rows, s.keys->count, head_dim,
+        multiply_keys<Policy, kQueries>(s.query + r * query_row, query_row, key_rows, keys.count, head_dim,
                                         first == 0 ? value_rows : HeadRows<Storage>{}, static_cast<Lane>(p.scale),
                                         s.scores);
         Lane rescale[kQueries];
         Lane* acc[kQueries];
         for (int q = 0; q < kQueries; ++q) {
           Lane* scores = s.scores + q * kScoreRow<Lane>;
-          make_logits<Policy>(p, b, first_head + (r + q) / nq, (r + q) % nq, *s.keys, scores);
+          make_logits<Policy>(p, b, first_head + (r + q) / nq, (r + q) % nq, keys, scores);
           const int64_t row = partial_row(r + q);
-          rescale[q] = decode_softmax<Policy>(s.keys->count, scores, partials.row_max[row], s.row_sum[r + q]);
+          rescale[q] = decode_softmax<Policy>(keys.count, scores, partials.row_max[row], s.row_sum[r + q]);
           acc[q] = partials.acc + row * plan.value_row;
         }
-        sum_values<Policy, kQueries>(value_rows, s.scores, s.keys->count, static_cast<int>(p.value_dim), rescale, acc);
+        sum_values<Policy, kQueries>(value_rows, first == 0 ? next_rows : HeadRows<Storage>{}, s.scores, keys.count,
+                                     static_cast<int>(p.value_dim), rescale, acc);
       });
     }
+    std::swap(block, next_block);
   }
   for (int64_t r = 0; r < rows; ++r) partials.row_sum[partial_row(r)] = sum_lanes<Lane>(s.row_sum[r]);
 }
