@@ -49,6 +49,9 @@ struct DecodePlan {
 // pages, and rows of all heads that follow one another in memory, are read as a whole. Hence items are as large as the
 // number of threads allows. The results do not depend on this number.
 inline int64_t groups_of_item(const AttentionParams& p, const DecodePlan& plan) {
+  // Only the keys of one head that all follow one another are read faster head by head. In turns, one query over 64k
+  // keys of 32 heads took 1.1 of the time (bfloat16, Xeon with AVX-512), and as long with 8 heads.
+  if (p.page_size == 0 && p.key.stride_row < p.key.stride_head) return 1;
   // So many items that threads finish at about the same time, although sequences have different lengths.
   constexpr int64_t kItemsPerThread = 4;
   const int64_t splits = p.batch * plan.splits;
