@@ -130,9 +130,10 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
       visit_in_passes<Lane>(group_rows, [&](int64_t first, auto queries) {
         constexpr int kQueries = decltype(queries)::value;
         const int64_t r = group * group_rows + first;
-        // The first pass brings the values into the cache.
+        // The first pass brings the values and the next keys into the cache.
+        const bool prefetches = first == 0 && plan.exceeds_cache;
         multiply_keys<Policy, kQueries>(s.query + r * query_row, query_row, key_rows, keys.count, head_dim,
-                                        first == 0 ? value_rows : HeadRows<Storage>{}, static_cast<Lane>(p.scale),
+                                        prefetches ? value_rows : HeadRows<Storage>{}, static_cast<Lane>(p.scale),
                                         s.scores);
         Lane rescale[kQueries];
         Lane* acc[kQueries];
@@ -143,7 +144,7 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
           rescale[q] = decode_softmax<Policy>(keys.count, scores, partials.row_max[row], s.row_sum[r + q]);
           acc[q] = partials.acc + row * plan.value_row;
         }
-        sum_values<Policy, kQueries>(value_rows, first == 0 ? next_rows : HeadRows<Storage>{}, s.scores, keys.count,
+        sum_values<Policy, kQueries>(value_rows, prefetches ? next_rows : HeadRows<Storage>{}, s.scores, keys.count,
                                      static_cast<int>(p.value_dim), rescale, acc);
       });
     }
@@ -208,7 +209,7 @@ template <class Policy>
 void forward_split_keys(const AttentionParams& p) {
   using Lane = typename Policy::Lane;
   if (p.batch * p.num_heads * p.seqlen_q == 0) return;
-  const DecodePlan plan = plan_decode<Lane>(p);
+  const DecodePlan plan = plan_decode<Policy>(p);
   const int64_t items = plan.items(p);
   const int64_t rows = p.batch * p.num_heads * p.seqlen_q;
   const double flops =

@@ -91,14 +91,16 @@ FA_NOINLINE void multiply_keys(const typename Policy::Lane* query, int64_t query
   const int lanes = Policy::lanes_for(head_dim);
   const int whole = head_dim / Policy::kPerLane / kLine * kLine;
   const int end = static_cast<int>(round_up(count, n));
+  const bool prefetches = value_rows.rows != nullptr;
   for (int k = 0; k < end; k += kKeys) {
     Vec<Lane> acc[n] = {};  // [query][key]
     FA_UNROLL
     for (int i = 0; i < kKeys; ++i) {
       const Storage* row = key_rows[k + i];
+      const Storage* value_row = prefetches ? value_rows[k + i] : nullptr;
       Vec<Lane> other[kQueries] = {};  // second sums, for the odd elements
       for (int d = 0; d < whole; d += kLine) {
-        if (value_rows.rows != nullptr) prefetch_bytes(value_rows[k + i], d * Policy::kPerLane * sizeof(Storage));
+        if (prefetches) prefetch_bytes(value_row, d * Policy::kPerLane * sizeof(Storage));
         if constexpr (kWidensPairs<Policy>) {
           FA_UNROLL
           for (int c = d; c < d + kLine; c += 2 * n) {
@@ -223,9 +225,9 @@ FA_INLINE void sum_values_tile(HeadRows<typename Policy::Storage> value_rows,
   constexpr int n = kLanes<Lane>;
   constexpr bool kPairs = kSame<Storage, BFloat16> && kWhole && kColumns % 2 == 0;
   Vec<Lane> sum[kKeys][kQueries][kColumns] = {};
-  const auto add_key = [&](int j, Vec<Lane>(&target)[kQueries][kColumns]) {
+  const auto add_key = [&](int j, Vec<Lane>(&target)[kQueries][kColumns], auto prefetches) {
     const Storage* row = value_rows[j] + first;
-    if (next_rows.rows != nullptr) {
+    if constexpr (decltype(prefetches)::value) {
       FA_UNROLL
       for (size_t line = 0; line < kColumns * n * sizeof(Storage); line += kCacheLine) {
         prefetch_bytes(next_rows[j], first * sizeof(Storage) + line);
@@ -247,12 +249,16 @@ FA_INLINE void sum_values_tile(HeadRows<typename Policy::Storage> value_rows,
       for (int c = 0; c < kColumns; ++c) target[q][c] = values[c] * prob + target[q][c];
     }
   };
-  int j = 0;
-  for (; j + kKeys <= count; j += kKeys) {
-    FA_UNROLL
-    for (int r = 0; r < kKeys; ++r) add_key(j + r, sum[r]);
-  }
-  for (; j < count; ++j) add_key(j, sum[0]);
+  // A test for each key would take longer than two loops: up to 1.1 of the time of a call whose keys are in the cache.
+  const auto add_keys = [&](auto prefetches) {
+    int j = 0;
+    for (; j + kKeys <= count; j += kKeys) {
+      FA_UNROLL
+      for (int r = 0; r < kKeys; ++r) add_key(j + r, sum[r], prefetches);
+    }
+    for (; j < count; ++j) add_key(j, sum[0], prefetches);
+  };
+  next_rows.rows != nullptr ? add_keys(Constant<true>{}) : add_keys(Constant<false>{});
   FA_UNROLL
   for (int q = 0; q < kQueries; ++q) {
     FA_UNROLL

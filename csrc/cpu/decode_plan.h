@@ -19,6 +19,7 @@ struct DecodePlan {
   int64_t groups;       // the number of groups of a batch entry
   int64_t item_groups;  // the number of groups of a work item; the last item of a batch entry may have fewer
   int64_t splits;       // the number of splits into which the keys of a head are divided
+  bool exceeds_cache;   // the keys and values of the call are more than a cache holds, so rows are prefetched
   int64_t value_row;    // lanes of a row of DecodePartials::acc: value_dim, padded to whole vectors
 
   // The number of items of a batch entry that have the same split.
@@ -49,9 +50,9 @@ struct DecodePlan {
 // pages, and rows of all heads that follow one another in memory, are read as a whole. Hence items are as large as the
 // number of threads allows. The results do not depend on this number.
 inline int64_t groups_of_item(const AttentionParams& p, const DecodePlan& plan) {
-  // Only the keys of one head that all follow one another are read faster head by head. In turns, one query over 64k
-  // keys of 32 heads took 1.1 of the time (bfloat16, Xeon with AVX-512), and as long with 8 heads.
-  if (p.page_size == 0 && p.key.stride_row < p.key.stride_head) return 1;
+  // If all keys of a head follow one another, memory is read faster head by head. In turns, one query over 64k keys of
+  // 32 heads took 1.1 of the time (bfloat16, Xeon with AVX-512), and as long with 8 heads.
+  if (plan.exceeds_cache && p.page_size == 0 && p.key.stride_row < p.key.stride_head) return 1;
   // So many items that threads finish at about the same time, although sequences have different lengths.
   constexpr int64_t kItemsPerThread = 4;
   const int64_t splits = p.batch * plan.splits;
@@ -60,7 +61,7 @@ inline int64_t groups_of_item(const AttentionParams& p, const DecodePlan& plan) 
 }
 
 // Chooses the number of groups and splits for one call.
-template <class Lane>
+template <class Policy>
 DecodePlan plan_decode(const AttentionParams& p) {
   // Many items keep many threads busy. But each item takes time to start, which is small only beside this many keys.
   constexpr int64_t kLeastKeys = 512;
@@ -74,8 +75,13 @@ DecodePlan plan_decode(const AttentionParams& p) {
   plan.splits = wanted < possible ? wanted : possible;
   if (p.num_splits > 0) plan.splits = p.num_splits;
   if (plan.splits < 1) plan.splits = 1;
+  // Half of a typical second-level cache. If all rows are in that cache, prefetches only take time: the call then took
+  // up to 1.1 of the time.
+  constexpr int64_t kCachedBytes = int64_t{1} << 20;
+  const int64_t row_bytes = (p.head_dim + p.value_dim) * static_cast<int64_t>(sizeof(typename Policy::Storage));
+  plan.exceeds_cache = p.batch * p.num_kv_heads * p.seqlen_k * row_bytes > kCachedBytes;
   plan.item_groups = own_masks ? 1 : groups_of_item(p, plan);
-  plan.value_row = round_up(p.value_dim, kLanes<Lane>);
+  plan.value_row = round_up(p.value_dim, kLanes<typename Policy::Lane>);
   return plan;
 }
 
