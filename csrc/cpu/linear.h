@@ -1,7 +1,7 @@
 // The product of few rows with a weight, as in a decoding step: the time is that of reading the weight once. A product
 // in blocks, which is best for many rows, first copies the weight into another order.
 #pragma once
-#include "decode.h"
+#include "decode_block.h"
 #include "parallel.h"
 
 namespace fused_attn::cpu {
@@ -33,7 +33,7 @@ void project(const typename Policy::Storage* x, int64_t rows, int64_t in, const 
     Lane sums[kMostQueries<Lane> * kScoreRow<Lane>];
     visit_in_passes<Lane>(rows, [&](int64_t r, auto queries) {
       constexpr int kQueries = decltype(queries)::value;
-      multiply_keys<Policy, kQueries>(lanes + r * row_lanes, row_lanes, weights, count, features, nullptr, Lane(1),
+      multiply_keys<Policy, kQueries>(lanes + r * row_lanes, row_lanes, {weights, 0}, count, features, {}, Lane(1),
                                       sums);
       for (int q = 0; q < kQueries; ++q) {
         store_as<Lane>(y + (r + q) * out + first, load<Lane>(sums + q * kScoreRow<Lane>) + offset, count);

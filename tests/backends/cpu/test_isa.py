@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import cases
 import pytest
 import torch
 from cases import CASES
+from torch.nn.attention.bias import causal_lower_right
 
 import fused_attn
 
@@ -203,6 +205,71 @@ def test_decoding_does_not_depend_on_the_threads() -> None:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def _pages(rows: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pages, block table) with the rows (B, Hkv, S, D). The pages are shuffled. Behind row S, they have NaN."""
+    batch, _, seqlen, _ = rows.shape
+    columns = -(-seqlen // page_size)
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, columns * page_size - seqlen), value=float("nan"))
+    by_page = padded.unflatten(2, (columns, page_size)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    table = torch.randperm(batch * columns, generator=torch.Generator().manual_seed(1))
+    pages = torch.empty_like(by_page, memory_format=torch.contiguous_format).index_copy_(0, table, by_page)
+    return pages, table.view(batch, columns).int()
+
+
+def _with_order(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers. In memory, dimensions 1 and 2 have the other order."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softcap": 3.0, "window_size": (700, 0)}, {"sinks": torch.linspace(-1, 4, 6)}],
+    ids=["plain", "softcap-window", "sinks"],
+)
+@pytest.mark.parametrize("has_padding", [False, True], ids=["", "padded"])
+def test_the_layout_of_a_cache_changes_no_bit(
+    has_padding: bool, options: dict[str, Any], dtype: torch.dtype, threads: int, isa: str
+) -> None:
+    """Nor does the number of threads, which decides how many heads an item computes in turns."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 2, 40, generator=generator).to(dtype)
+    key, value = (torch.randn(2, 3, 1100, dim, generator=generator).to(dtype) for dim in (40, 72))
+    lengths = torch.tensor([1100, 837], dtype=torch.int32)
+    padding = torch.rand(2, 1100, generator=generator) < 0.3 if has_padding else None
+    sinks = options.get("sinks")
+    options = options | {"num_splits": 2, "backend": "cpu"}
+
+    def contiguous(key: torch.Tensor, value: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
+        return fused_attn.fused_attention(
+            query[:, heads], key, value, causal_lower_right(2, 1100), key_lengths=lengths, key_padding_mask=padding,
+            enable_gqa=True, **options | {"sinks": None if sinks is None else sinks[heads]},
+        )  # fmt: skip
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # Each head alone is an item of its own.
+        alone = [contiguous(key[:, h : h + 1], value[:, h : h + 1], slice(2 * h, 2 * h + 2)) for h in range(3)]
+        expected = torch.cat(alone, 1)
+        torch.set_num_threads(threads)
+        assert torch.equal(contiguous(key, value), expected)
+        assert torch.equal(contiguous(_with_order(key), _with_order(value)), expected)
+        for page_size in (16, 64, 7):
+            (key_pages, table), (value_pages, _) = _pages(key, page_size), _pages(value, page_size)
+            longer = table.shape[1] * page_size - 1100
+            given = None if padding is None else torch.nn.functional.pad(padding, (0, longer))
+            for change in (lambda x: x, _with_order):
+                found = fused_attn.fused_attention_paged(
+                    query, change(key_pages), change(value_pages), table, lengths, is_causal=True,
+                    key_padding_mask=given, **options,
+                )  # fmt: skip
+                assert torch.equal(found, expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_few_queries_have_exact_gradients_where_keys_have_an_offset() -> None:

@@ -1,0 +1,106 @@
+// How the kernel for few queries divides its work among threads, and what it stores of each part.
+#pragma once
+#include "scores.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+// A work item: one split of the keys of a batch entry, for some neighbouring groups of query heads.
+struct DecodeItem {
+  int64_t b;            // the batch entry
+  int64_t split;        // which split of its keys
+  int64_t first_group;  // the first group of the item, counted within the batch entry
+  int64_t groups;       // the number of groups of the item
+};
+
+// How the heads and keys of a call are divided into work items.
+struct DecodePlan {
+  int64_t heads;        // query heads of a group: those of one kv head, or 1 if each head has its own mask
+  int64_t groups;       // the number of groups of a batch entry
+  int64_t item_groups;  // the number of groups of a work item; the last item of a batch entry may have fewer
+  int64_t splits;       // the number of splits into which the keys of a head are divided
+  bool exceeds_cache;   // the keys and values of the call are more than a cache holds, so rows are prefetched
+  int64_t value_row;    // lanes of a row of DecodePartials::acc: value_dim, padded to whole vectors
+
+  // The number of items of a batch entry that have the same split.
+  int64_t items_of_split() const { return (groups + item_groups - 1) / item_groups; }
+
+  // The number of items of the whole call.
+  int64_t items(const AttentionParams& p) const { return p.batch * items_of_split() * splits; }
+
+  // Item number `index`. Neighbouring items have the same heads, and neighbouring splits.
+  DecodeItem item(int64_t index) const {
+    const int64_t part = index / splits;
+    const int64_t first_group = part % items_of_split() * item_groups;
+    const int64_t left = groups - first_group;
+    return {part / items_of_split(), index % splits, first_group, left < item_groups ? left : item_groups};
+  }
+
+  // The index of a row in DecodePartials, whose arrays are [split][batch][head][query].
+  int64_t row(const AttentionParams& p, int64_t split, int64_t b, int64_t h, int64_t i) const {
+    return ((split * p.batch + b) * p.num_heads + h) * p.seqlen_q + i;
+  }
+
+  // The number of keys of a split of a sequence, in whole blocks. The last splits may have fewer keys, or none. The
+  // number depends on no other sequence of the batch, so that with num_splits the results of a sequence do not either.
+  int64_t keys_per_split(const Sequence& seq) const { return round_up((seq.seqlen_k + splits - 1) / splits, kBlockK); }
+};
+
+// The number of groups of a work item. An item reads a block of keys for all of its groups before the next block. So
+// pages, and rows of all heads that follow one another in memory, are read as a whole. Hence items are as large as the
+// number of threads allows. The results do not depend on this number.
+inline int64_t groups_of_item(const AttentionParams& p, const DecodePlan& plan) {
+  // If all keys of a head follow one another, memory is read faster head by head. In turns, one query over 64k keys of
+  // 32 heads took 1.1 of the time (bfloat16, Xeon with AVX-512), and as long with 8 heads.
+  if (plan.exceeds_cache && p.page_size == 0 && p.key.stride_row < p.key.stride_head) return 1;
+  // So many items that threads finish at about the same time, although sequences have different lengths.
+  constexpr int64_t kItemsPerThread = 4;
+  const int64_t splits = p.batch * plan.splits;
+  const int64_t parts = p.num_threads > 1 ? (kItemsPerThread * p.num_threads + splits - 1) / splits : 1;
+  return parts < plan.groups ? (plan.groups + parts - 1) / parts : 1;
+}
+
+// Chooses the number of groups and splits for one call.
+template <class Policy>
+DecodePlan plan_decode(const AttentionParams& p) {
+  // Many items keep many threads busy. But each item takes time to start, which is small only beside this many keys.
+  constexpr int64_t kLeastKeys = 512;
+  DecodePlan plan;
+  const bool own_masks = p.mask.data != nullptr && p.mask.stride_head != 0;
+  plan.heads = own_masks ? 1 : p.num_heads / p.num_kv_heads;
+  plan.groups = p.num_heads / plan.heads;
+  constexpr int64_t kItems = 64;
+  const int64_t wanted = (kItems + p.batch * plan.groups - 1) / (p.batch * plan.groups);
+  const int64_t possible = p.seqlen_k / kLeastKeys;
+  plan.splits = wanted < possible ? wanted : possible;
+  if (p.num_splits > 0) plan.splits = p.num_splits;
+  if (plan.splits < 1) plan.splits = 1;
+  // Half of a typical second-level cache. If all rows are in that cache, prefetches only take time: the call then took
+  // up to 1.1 of the time.
+  constexpr int64_t kCachedBytes = int64_t{1} << 20;
+  const int64_t row_bytes = (p.head_dim + p.value_dim) * static_cast<int64_t>(sizeof(typename Policy::Storage));
+  plan.exceeds_cache = p.batch * p.num_kv_heads * p.seqlen_k * row_bytes > kCachedBytes;
+  plan.item_groups = own_masks ? 1 : groups_of_item(p, plan);
+  plan.value_row = round_up(p.value_dim, kLanes<typename Policy::Lane>);
+  return plan;
+}
+
+// The softmax of each row over the keys of one split, before the division by the sum of exponentials. The second pass
+// (merge_splits) merges the splits of a row.
+template <class Lane>
+struct DecodePartials {
+  Lane* acc;      // [row][value_row]: the sum of exp(logit - row_max) * value
+  Lane* row_max;  // the largest logit of the row in the split
+  Lane* row_sum;  // the sum of exp(logit - row_max); 0 if the row sees no key of the split
+
+  // Takes the memory of the three arrays out of the arena.
+  void layout(Arena& arena, const AttentionParams& p, const DecodePlan& plan) {
+    const int64_t rows = plan.row(p, plan.splits, 0, 0, 0);
+    acc = arena.take<Lane>(rows * plan.value_row);
+    row_max = arena.take<Lane>(rows);
+    row_sum = arena.take<Lane>(rows);
+  }
+};
+
+}  // namespace
+}  // namespace fused_attn::cpu
