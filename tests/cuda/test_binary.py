@@ -440,6 +440,19 @@ def test_decode_copies_a_later_step_before_it_computes(built):
 
 
 @pytest.mark.slow
+def test_host_code_calls_no_device_function():
+    """In the host's copy of a device function, nvcc puts a call of exit, which ends the process without a word. Within
+    some templates, nvcc reports no error for a call of such a function.
+    """
+    module = importlib.util.find_spec("fused_attn._cuda")
+    if module is None or shutil.which("nm") is None:
+        pytest.skip("needs fused_attn._cuda, and nm of the GNU binutils")
+    command = ["nm", "--dynamic", "--undefined-only", module.origin]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "malloc" in symbols and not re.search(r"\bU exit\b", symbols)
+
+
+@pytest.mark.slow
 def test_registers_can_be_shared_out(built):
     """A thread starts with 168 registers in a block of three warpgroups, and with 128 in a block of four.
 

@@ -116,7 +116,8 @@ void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
   const int num_programs = shape.grid_x;  // blocks of keys of all heads
   shape.grid_x = std::min(num_programs, num_multiprocessors());
   if (p.mask_steps != nullptr) {
-    const int64_t warps = num_programs + int64_t{p.batch} * p.num_heads * tiles_of_head<Plan::kBlockM>(p);
+    const int64_t tiles = int64_t{p.row_blocks} * (kRowBlock / Plan::kBlockM);  // of a head, as tiles_of_head
+    const int64_t warps = num_programs + p.batch * p.num_heads * tiles;
     constexpr int kWarps = kPreparationThreads / 32;
     run_kernel(list_mask_steps_kernel<Plan::kBlockM>,
                {static_cast<int>((warps + kWarps - 1) / kWarps), 1, 1, kPreparationThreads, 0}, stream, p,
