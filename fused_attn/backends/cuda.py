@@ -460,7 +460,8 @@ def _workspace_bytes(
     return _kernels.workspace_bytes(
         architecture=_architecture(problem),
         is_backward=wanted is not None,
-        wants_all_gradients=wanted is not None and wanted.query and (wanted.key or wanted.value),
+        wants_dquery=wanted is not None and wanted.query,
+        wants_dkey_or_dvalue=wanted is not None and (wanted.key or wanted.value),
         batch=problem.batch,
         batch_entries=batch_entries,
         num_heads=num_heads,
