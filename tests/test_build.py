@@ -266,9 +266,7 @@ def test_cmake_says_what_it_does_without(machine: Machine, tmp_path: Path) -> No
 
 
 def has_quick_baseline(folder: Path) -> bool:
-    """Whether the baseline CPU kernels are compiled with -O1: only where the machine has better ones, and not for wheels
-    or tests.
-    """
+    """Whether the baseline CPU kernels are compiled with -O1: where the machine has better ones, and not for tests."""
     commands = json.loads((folder / "compile_commands.json").read_text())
     (command,) = (x["command"] for x in commands if x["file"].endswith("kernels_baseline.cpp"))
     return "-O1" in command.split()

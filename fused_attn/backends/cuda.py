@@ -265,7 +265,8 @@ def _unusable_reason(index: int) -> str | None:
 
     A driver refuses kernels if it is older than the nvcc that has built them.
     """
-    reason = _kernels.unusable_reason(index)
+    with torch.cuda.device(index):  # torch restores the current device, also where the process has no context
+        reason = _kernels.unusable_reason(index)
     if not reason:
         return None
     return (
