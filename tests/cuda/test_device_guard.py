@@ -61,8 +61,8 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** fun
 }
 """
 
-#: The arguments are the fields of a Machine, and the device of the guard. The output says what the guard has thrown, and
-#: how it leaves the machine.
+#: The arguments are the fields of a Machine, and the device of the guard. It prints what the guard has
+#: thrown, and how it leaves the machine.
 PROGRAM = """
 #include <cstdio>
 #include <string>
