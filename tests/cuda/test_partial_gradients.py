@@ -57,7 +57,7 @@ def attention(
 class Call:
     """A call with grouped heads; with a dense mask that leaves out whole blocks, or else with a causal mask."""
 
-    def __init__(self, head_dim: int, dtype: torch.dtype, has_mask: bool, is_packed: bool) -> None:
+    def __init__(self, head_dim: int, dtype: torch.dtype, has_mask: bool, is_packed: bool, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(head_dim)
         lengths_q, lengths_k = LENGTHS[is_packed]
         batch, total_q, total_k = (1 if is_packed else len(lengths_q)), sum(lengths_q), sum(lengths_k)
@@ -85,12 +85,13 @@ class Call:
                 for name, lengths in (("cu_seqlens_q", lengths_q), ("cu_seqlens_k", lengths_k))
             }
         self.is_packed = is_packed
-        self.inputs = Inputs(*(self.tensors[name] for name in NAMES), mask=self.tensors["mask"], **offsets)
+        inputs = Inputs(*(self.tensors[name] for name in NAMES), mask=self.tensors["mask"], **offsets)
+        self.inputs = Inputs(*(None if x is None else x.to(device) for x in inputs))
         shapes = Shapes(*(None if x is None else x.shape for x in self.inputs))
         scalars = Scalars(
             max(lengths_q), max(lengths_k), scale=oracle.query_scale(self.dout), **{} if has_mask else {"band_right": 0}
         )
-        self.problem = AttentionProblem.of(shapes, dtype, self.dout.device, scalars)
+        self.problem = AttentionProblem.of(shapes, dtype, self.inputs.query.device, scalars)
 
     @functools.cached_property
     def expected(self) -> oracle.Expected:
@@ -104,9 +105,8 @@ class Call:
         return out, lse
 
     def gradients(self, out: Tensor, lse: Tensor, wanted: tuple[str, ...]) -> dict[str, Tensor]:
-        grads = cuda.backward(
-            self.problem, self.inputs, Saved(out, lse, dout=self.dout), Wanted(**dict.fromkeys(wanted, True))
-        )
+        saved = Saved(out, lse, dout=self.dout.to(out.device))
+        grads = cuda.backward(self.problem, self.inputs, saved, Wanted(**dict.fromkeys(wanted, True)))
         return {name: grad for name, grad in zip(NAMES, grads, strict=False) if grad is not None}
 
 
