@@ -116,12 +116,14 @@ void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
   shape.grid_x = std::min(num_programs, num_multiprocessors());
   const LaunchShape rounding =
       shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, kRoundingThreads, 0);  // a block for each tile of dq
-  if (p.mask_steps != nullptr) {
-    const int64_t warps = int64_t{num_programs} + (p.mask_turns != nullptr ? rounding.grid_x : 0);
-    constexpr int kWarps = kPreparationThreads / 32;
-    run_kernel(list_mask_steps_kernel<Plan::kBlockM>,
-               {static_cast<int>((warps + kWarps - 1) / kWarps), 1, 1, kPreparationThreads, 0}, stream, p,
-               num_programs);
+  if constexpr (kIsGeneral) {
+    if (p.mask_steps != nullptr) {
+      const int64_t warps = int64_t{num_programs} + (p.mask_turns != nullptr ? rounding.grid_x : 0);
+      constexpr int kWarps = kPreparationThreads / 32;
+      run_kernel(list_mask_steps_kernel<Plan::kBlockM>,
+                 {static_cast<int>((warps + kWarps - 1) / kWarps), 1, 1, kPreparationThreads, 0}, stream, p,
+                 num_programs);
+    }
   }
   BackwardMaps maps = maps_of(Plan::kBlockM, Plan::kBlockN, Plan::kKeyPanelColumns);
   maps.bias = bias_map_of(p, kIsBf16<T>, Plan::kBlockM);
