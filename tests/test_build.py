@@ -261,6 +261,16 @@ def test_cmake_says_what_it_does_without(machine: Machine, tmp_path: Path) -> No
     for setting, expected in instruction_sets():
         status, text = configure(machine, tmp_path / "build", "FUSED_ATTN_CUDA=OFF", f"FUSED_ATTN_CPU_ISAS={setting}")
         assert (status == 0) == (not expected.startswith("expected")) and expected in text
+        if status == 0:
+            is_spare = setting == "auto" and not expected.endswith("for baseline --")
+            assert has_quick_baseline(tmp_path / "build") == is_spare, setting
+
+
+def has_quick_baseline(folder: Path) -> bool:
+    """Whether the baseline CPU kernels are compiled with -O1: where the machine has better ones, and not for tests."""
+    commands = json.loads((folder / "compile_commands.json").read_text())
+    (command,) = (x["command"] for x in commands if x["file"].endswith("kernels_baseline.cpp"))
+    return "-O1" in command.split()
 
 
 @pytest.mark.slow
@@ -291,6 +301,7 @@ def instruction_sets() -> list[tuple[str, str]]:
     with_bfloat16 = ["avx512", "avx512_bf16"]
     needed = {"baseline": [], "avx512_bf16": with_bfloat16}.get(best, [best])
     texts.append(("auto", f"CPU kernels for {' '.join(['baseline', *needed])} --"))
+    texts.append(("baseline", "CPU kernels for baseline --"))
     if best.startswith("avx"):
         texts.append(("all", "CPU kernels for baseline avx2 avx512 "))
         texts.append(("runnable", f"CPU kernels for baseline avx2 {'avx512 ' if 'avx512' in best else '--'}"))

@@ -76,12 +76,11 @@ constexpr double kLog2EExact = 1.44269504088896340736;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether backward runs the fused kernel of sm_90a (sm90/fused_backward.h). It is faster than two kernels, but always
-// computes the gradients of query, key and value. A packed call with a dense mask takes two kernels, because the
-// workspace has room for the lists of steps (Pieces::mask_steps) of one sequence only.
+// Whether backward runs the fused kernel of sm_90a (sm90/fused_backward.h). A call may want none of the gradients that
+// this kernel computes, for example only the gradient of a bias.
 bool is_fused_backward(const WorkspaceNeeds& needs) {
-  return needs.is_backward && needs.wants_all_gradients && needs.architecture == 90 &&
-         has_fused_backward(needs.head_dim) && !(needs.is_packed && needs.mask_entries != 0);
+  return needs.is_backward && (needs.wants_dquery || needs.wants_dkey_or_dvalue) && needs.architecture == 90 &&
+         has_fused_backward(needs.head_dim);
 }
 
 BiasGradientSizes bias_gradient_sizes(const WorkspaceNeeds& needs) {
@@ -114,15 +113,18 @@ Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
     pieces.delta = workspace.take<float>(all_blocks * kRowBlock);
     if (is_fused) {
       constexpr int64_t kPanel = 64, kSmallestTile = 64;
-      pieces.dq_sums = workspace.take<float>(all_blocks * kRowBlock * ceil_div(needs.head_dim, kPanel) * kPanel);
-      const int64_t tiles = all_blocks * (kRowBlock / kSmallestTile);
-      pieces.dq_turns = workspace.take<int32_t>(tiles);
+      if (needs.wants_dquery) {
+        pieces.dq_sums = workspace.take<float>(all_blocks * kRowBlock * ceil_div(needs.head_dim, kPanel) * kPanel);
+        pieces.dq_turns = workspace.take<int32_t>(all_blocks * (kRowBlock / kSmallestTile));
+      }
       const int64_t key_blocks = ceil_div(needs.seqlen_k, kKeyBlock);
       pieces.key_blocks = workspace.take<KeyBlock>(needs.batch * needs.num_kv_heads * key_blocks);
       if (needs.has_key_padding) pieces.key_ranks = workspace.take<int32_t>(needs.batch * (key_blocks + 1));
       if (needs.mask_entries != 0) {
+        // Each sequence gets as much room as the longest one.
+        const int64_t tiles = needs.batch * needs.num_heads * ceil_div(needs.seqlen_q, kSmallestTile);
         pieces.mask_steps = workspace.take<StepInfo>(tiles * key_blocks);
-        pieces.mask_turns = workspace.take<int32_t>(tiles * key_blocks);
+        if (needs.wants_dquery) pieces.mask_turns = workspace.take<int32_t>(tiles * key_blocks);
       }
     }
   }
@@ -437,7 +439,8 @@ void run(const Call& of_caller, bool is_backward) {
   WorkspaceNeeds needs;
   needs.architecture = call.architecture;
   needs.is_backward = is_backward;
-  needs.wants_all_gradients = a.dquery.data != nullptr && (a.dkey.data != nullptr || a.dvalue.data != nullptr);
+  needs.wants_dquery = a.dquery.data != nullptr;
+  needs.wants_dkey_or_dvalue = a.dkey.data != nullptr || a.dvalue.data != nullptr;
   needs.batch = a.batch;
   needs.batch_entries = call.batch_entries;
   needs.num_heads = a.num_heads;

@@ -26,8 +26,9 @@ struct Call {
 struct WorkspaceNeeds {
   int architecture = 80;
   bool is_backward = false;
-  bool wants_all_gradients = false;  // dquery is wanted, and dkey or dvalue, too
-  int64_t batch = 0;                 // as in AttentionParams and Call
+  bool wants_dquery = false;
+  bool wants_dkey_or_dvalue = false;
+  int64_t batch = 0;  // as in AttentionParams and Call
   int64_t batch_entries = 0;
   int64_t num_heads = 0;
   int64_t num_kv_heads = 0;

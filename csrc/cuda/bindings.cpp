@@ -146,15 +146,16 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
   if (PyModule_AddFunctions(module.ptr(), gpu::kMethods) != 0) throw py::error_already_set();
   module.def(
       "workspace_bytes",
-      [](int architecture, bool is_backward, bool wants_all_gradients, int64_t batch, int64_t batch_entries,
-         int64_t num_heads, int64_t num_kv_heads, int64_t rows_q, int64_t seqlen_q, int64_t seqlen_k, int64_t head_dim,
-         bool is_packed, bool has_key_padding, int64_t relative_bias_heads, int64_t mask_entries,
-         std::optional<std::array<int64_t, 4>> dbias_shape, bool wants_dkey_bias, bool wants_drelative_bias,
-         int64_t num_splits, int64_t value_dim) {
+      [](int architecture, bool is_backward, bool wants_dquery, bool wants_dkey_or_dvalue, int64_t batch,
+         int64_t batch_entries, int64_t num_heads, int64_t num_kv_heads, int64_t rows_q, int64_t seqlen_q,
+         int64_t seqlen_k, int64_t head_dim, bool is_packed, bool has_key_padding, int64_t relative_bias_heads,
+         int64_t mask_entries, std::optional<std::array<int64_t, 4>> dbias_shape, bool wants_dkey_bias,
+         bool wants_drelative_bias, int64_t num_splits, int64_t value_dim) {
         gpu::WorkspaceNeeds needs;
         needs.architecture = architecture;
         needs.is_backward = is_backward;
-        needs.wants_all_gradients = wants_all_gradients;
+        needs.wants_dquery = wants_dquery;
+        needs.wants_dkey_or_dvalue = wants_dkey_or_dvalue;
         needs.batch = batch;
         needs.batch_entries = batch_entries;
         needs.num_heads = num_heads;
@@ -175,11 +176,12 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
         needs.value_dim = value_dim;
         return gpu::workspace_bytes(needs);
       },
-      py::kw_only(), py::arg("architecture"), py::arg("is_backward"), py::arg("wants_all_gradients"), py::arg("batch"),
-      py::arg("batch_entries"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("rows_q"), py::arg("seqlen_q"),
-      py::arg("seqlen_k"), py::arg("head_dim"), py::arg("is_packed"), py::arg("has_key_padding"),
-      py::arg("relative_bias_heads"), py::arg("mask_entries"), py::arg("dbias_shape"), py::arg("wants_dkey_bias"),
-      py::arg("wants_drelative_bias"), py::arg("num_splits"), py::arg("value_dim"),
+      py::kw_only(), py::arg("architecture"), py::arg("is_backward"), py::arg("wants_dquery"),
+      py::arg("wants_dkey_or_dvalue"), py::arg("batch"), py::arg("batch_entries"), py::arg("num_heads"),
+      py::arg("num_kv_heads"), py::arg("rows_q"), py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("head_dim"),
+      py::arg("is_packed"), py::arg("has_key_padding"), py::arg("relative_bias_heads"), py::arg("mask_entries"),
+      py::arg("dbias_shape"), py::arg("wants_dkey_bias"), py::arg("wants_drelative_bias"), py::arg("num_splits"),
+      py::arg("value_dim"),
       "Size of the workspace in bytes. batch_entries and rows_q are those of the query tensor, batch counts "
       "sequences.");
   module.def(

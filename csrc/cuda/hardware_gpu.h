@@ -1,12 +1,9 @@
 // The definitions that hardware.h lists, for a GPU. nvcc compiles this.
 #pragma once
-#include <cuda.h>  // types only: nothing links against libcuda
-#include <cuda_runtime.h>
-
 #include <stdexcept>
 #include <string>
 
-#include "errors.h"
+#include "runtime_gpu.h"
 
 #define GPU_DEVICE __device__ __forceinline__
 #define GPU_KERNEL static __global__
@@ -26,42 +23,6 @@ template <class Call>
 const Call& on_device(const Call& call) {
   return call;
 }
-
-// An error as a text, or an empty text if there is none. Clears the error, so that the next launch does not report it
-// again. Throws OutOfMemory for a lack of memory.
-inline std::string take_error(cudaError_t error) {
-  if (error == cudaSuccess) return "";
-  cudaGetLastError();
-  const std::string text = cudaGetErrorString(error);
-  switch (error) {
-    case cudaErrorMemoryAllocation: throw OutOfMemory("CUDA " + text);
-    case cudaErrorInitializationError:
-      return text +
-             "; a process that was forked from one that had used CUDA cannot use CUDA: start it with the "
-             "method spawn of torch.multiprocessing";
-    default: return text;
-  }
-}
-
-// Makes a device current while this object exists, and creates the device's context if this thread has none. Making
-// tensor maps needs a context.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) : device_(device) {
-    cudaError_t error = cudaGetDevice(&before_);
-    if (error == cudaSuccess) error = cudaSetDevice(device);
-    if (error != cudaSuccess) throw std::runtime_error(take_error(error));
-  }
-  ~DeviceGuard() {
-    if (before_ != device_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int device_ = 0;
-  int before_ = 0;
-};
 
 // How many multiprocessors the current device has.
 inline int num_multiprocessors() {

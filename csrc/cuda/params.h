@@ -207,7 +207,8 @@ struct Params {
   RowValues lse_log2;  // (B, H, row_blocks * kRowBlock): lse * log2(e), or +inf for an empty row and past the last one
   RowValues delta;     // (B, H, row_blocks * kRowBlock): rowsum(dout * out) - dlse, or 0 past the last row
 
-  // Fused backward only. dq is a sum of parts, to which the blocks of keys add in a fixed order.
+  // Fused backward only. dq is a sum of parts, to which the blocks of keys add in a fixed order. Both pointers are null
+  // if dq is not wanted.
   float* dq_sums;  // (B, H, row_blocks, kRowBlock * padded head dim); each tile lies in the order of its accumulators
   int32_t* dq_turns;  // (B, H, tiles): how many blocks of keys have added to a tile of dq so far
   // (B, key blocks + 1): entry n says how many of the blocks 0 ... n - 1 have a valid key. Null = all blocks have one.
@@ -216,8 +217,10 @@ struct Params {
   KeyBlock* key_blocks;    // (blocks of keys of all heads), in the order in which they are taken
   // Null without a dense mask. With one, the band and the padding do not say which steps have a visible entry. So these
   // steps are listed, and so are the turns of their blocks of keys (list_mask_steps_kernel).
+  // Here, `tiles` counts those of the longest sequence.
   StepInfo* mask_steps;  // (blocks of keys of all heads, group_size * tiles): the first KeyBlock::steps are valid
-  int32_t* mask_turns;   // (B, H, tiles, num_key_blocks): how many blocks of keys add to the tile before this one
+  // (B, H, tiles, num_key_blocks): how many blocks of keys add to the tile before this one. Null if dq is not wanted.
+  int32_t* mask_turns;
 
   // For persistent kernels, whose blocks of threads stay on a multiprocessor and take one piece of work after another.
   // The counter starts at 0. Forward counts the tiles of queries taken beyond the first one of each block of threads.

@@ -1,28 +1,8 @@
-// Makes tensor maps on a GPU. cuTensorMapEncodeTiled belongs to the driver library libcuda. It is looked up at run
-// time, so that this code loads on machines without a driver.
-#include <atomic>
-
+// Makes tensor maps on a GPU, by a function of the driver library.
 #include "tensor_map.h"
 
 namespace fused_attn::gpu {
 namespace {
-
-using EncodeTiled = decltype(cuTensorMapEncodeTiled);
-
-// The driver's function, or null if the driver is too old.
-EncodeTiled* find_encode_tiled() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-  constexpr unsigned kVersion = 12000;  // the version of CUDA that introduced the function
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kVersion, cudaEnableDefault, &result);
-#else
-  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-  if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) return nullptr;
-  return reinterpret_cast<EncodeTiled*>(function);
-}
 
 CUtensorMapDataType data_type(Element element) {
   switch (element) {
@@ -44,10 +24,8 @@ CUtensorMapSwizzle swizzle(int bytes) {
 }  // namespace
 
 std::string encode_tensor_map(const TensorMapSpec& spec, TensorMap* map) {
-  // Kept once it has been found. A failure is not kept, because its cause may pass: the GPU may lack memory, for example.
-  static std::atomic<EncodeTiled*> found{nullptr};
-  EncodeTiled* encode_tiled = found.load(std::memory_order_relaxed);
-  if (encode_tiled == nullptr) found = encode_tiled = find_encode_tiled();
+  static DriverFunction<decltype(cuTensorMapEncodeTiled)> found("cuTensorMapEncodeTiled", 12000);
+  const auto encode_tiled = found.get();
   if (encode_tiled == nullptr) return "the driver has no cuTensorMapEncodeTiled; expected one for CUDA 12.0 or later";
   if (std::string error = tensor_map_error(spec); !error.empty()) return error;
   cuuint64_t sizes[TensorMapSpec::kMaxRank], strides[TensorMapSpec::kMaxRank];

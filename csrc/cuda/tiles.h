@@ -107,29 +107,24 @@ struct FusedBackwardTileSm90<64, false> {
   static constexpr int kQStages = 2, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 2;
 };
 
-// The kernel for dq: two consumer warpgroups have 64 queries each, and visit kBlockN keys at a time.
-template <int kHeadDim, bool kIsGeneral>
+// Backward in two kernels, with head dim 256. In the kernel for dq, two consumer warpgroups have 64 queries each, and
+// visit kBlockN keys at a time.
+template <bool kIsGeneral>
 struct QueryGradientTileSm90 {
-  static constexpr int kBlockN = 64, kStages = 2;
-};
-template <>
-struct QueryGradientTileSm90<256, false> {
   static constexpr int kBlockN = 64, kStages = 1;  // 192 KiB with q, dout, k and v
 };
 template <>
-struct QueryGradientTileSm90<256, true> {
+struct QueryGradientTileSm90<true> {
   // dq takes 128 registers. This leaves too few for the scores of 64 keys and for what is added to them.
   static constexpr int kBlockN = 32, kStages = 2;
 };
 
-// The kernel for dk and dv visits kBlockM queries at a time. Its two consumer warpgroups have 64 keys each, and sum
-// both gradients. If both do not fit (kSplitsGradients), they have the same 64 keys, and each sums one gradient.
-template <int kHeadDim, bool kIsGeneral>
+// The kernel for dk and dv visits kBlockM queries at a time. Both gradients would take 256 registers. So its two consumer
+// warpgroups have the same 64 keys, and each sums one gradient, which takes 128 registers. This leaves too few for what
+// a general kernel does with the scores of 64 queries.
+template <bool kIsGeneral>
 struct KeyGradientTileSm90 {
-  // Both gradients would take 256 registers with head dim 256. With head dim 128 they take 128, which leaves too few
-  // for what a general kernel does with scores. The same holds for one gradient with head dim 256.
-  static constexpr bool kSplitsGradients = kHeadDim > 128 || (kIsGeneral && kHeadDim > 96);
-  static constexpr int kBlockM = kIsGeneral && kHeadDim > 128 ? 32 : 64, kStages = 2;
+  static constexpr int kBlockM = kIsGeneral ? 32 : 64, kStages = 2;
 };
 
 }  // namespace fused_attn::gpu

@@ -268,7 +268,8 @@ def _unusable_reason(index: int) -> str | None:
 
     A driver refuses kernels if it is older than the nvcc that has built them.
     """
-    reason = _kernels.unusable_reason(index)
+    with torch.cuda.device(index):  # torch restores the current device, also where the process has no context
+        reason = _kernels.unusable_reason(index)
     if not reason:
         return None
     return (
@@ -463,7 +464,8 @@ def _workspace_bytes(
     return _kernels.workspace_bytes(
         architecture=_architecture(problem),
         is_backward=wanted is not None,
-        wants_all_gradients=wanted is not None and wanted.query and (wanted.key or wanted.value),
+        wants_dquery=wanted is not None and wanted.query,
+        wants_dkey_or_dvalue=wanted is not None and (wanted.key or wanted.value),
         batch=problem.batch,
         batch_entries=batch_entries,
         num_heads=num_heads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 import warnings
 from collections.abc import Iterator
@@ -155,6 +156,7 @@ def as_if_here(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
 
 
 def test_a_driver_that_refuses_the_kernels_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from emulator import CSRC, Builder, Library, Statistics
@@ -45,7 +45,8 @@ STUBS = {"sm80": STUB, "sm90": STUB, "bias_gradient": STUB_BIAS_GRADIENT, "decod
 class Kernels:
     """A build of all kernels of ``csrc``: the product's, or a copy with changes.
 
-    If ``only`` is a head dim, the launchers of other head dims do nothing: a source that is added to the copy has them.
+    ``needs(folder, head_dim)`` says which launchers a test needs. The other ones do nothing: a source that is added to
+    the copy has them. None = all are needed.
 
     ``others`` are further sources. Each build needs another ``name``: pybind11 loads a module once for each name.
     """
@@ -54,7 +55,7 @@ class Kernels:
         self,
         builder: Builder,
         csrc: Path = CSRC,
-        only: int | None = None,
+        needs: Callable[[str, int], bool] | None = None,
         others: Sequence[Path] = (),
         flags: Sequence[str] = (),
         name: str = "_cuda_emulated",
@@ -64,7 +65,7 @@ class Kernels:
         stubs = ""
         for source in sorted(folder.glob("*/head_dim_*.cu")):
             head_dim = int(source.stem.removeprefix("head_dim_"))
-            if only in (None, head_dim):
+            if needs is None or needs(source.parent.name, head_dim):
                 sources.append(source)
             else:
                 stubs += STUBS[source.parent.name].format(family=source.parent.name, head_dim=head_dim)

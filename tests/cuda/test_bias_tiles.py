@@ -74,7 +74,7 @@ def test_rings_of_tiles_go_round(head_dim: int, kernels: Kernels) -> None:
         (64, {"seqlen_q": 1, "seqlen_k": 136}),
         (128, {"seqlen_q": 65, "seqlen_k": 8, "differentiated": ("query", "attn_mask")}),
     ],
-    ids=["causal-gqa-softcap", "window", "dropout", "padding-sinks", "other-biases", "one-query", "two-kernels"],
+    ids=["causal-gqa-softcap", "window", "dropout", "padding-sinks", "other-biases", "one-query", "some-gradients"],
 )
 def test_other_features_beside_a_bias(head_dim: int, changes: dict, kernels: Kernels) -> None:
     check(kernels, torch.float16 if head_dim == 128 else torch.bfloat16, head_dim=head_dim, **changes)

@@ -58,14 +58,14 @@ COUNTED_INSTRUCTIONS = {
     "sm80 forward": {64: 509, 96: 342, 128: 398, 256: 651},
     "sm80 query_gradient": {64: 416, 96: 475, 128: 580, 256: 495},
     "sm80 key_gradient": {64: 490, 96: 334, 128: 398, 256: 364},
-    "sm90 query_gradient": {64: 251, 96: 262, 128: 275, 256: 319},
-    "sm90 key_gradient": {64: 316, 96: 330, 128: 348, 256: 390},
+    "sm90 query_gradient": {256: 319},
+    "sm90 key_gradient": {256: 390},
     "sm80 forward general": {64: 560, 96: 393, 128: 448, 256: 701},
     "sm80 query_gradient general": {64: 434, 96: 503, 128: 603, 256: 526},
     "sm80 key_gradient general": {64: 588, 96: 413, 128: 483, 256: 423},
     "sm90 forward general": {64: 372, 96: 370, 128: 376, 256: 312},
-    "sm90 query_gradient general": {64: 284, 96: 296, 128: 313, 256: 304},
-    "sm90 key_gradient general": {64: 316, 96: 327, 128: 211, 256: 187},
+    "sm90 query_gradient general": {256: 304},
+    "sm90 key_gradient general": {256: 187},
     "sm80 bias_gradient": {64: 359, 96: 411, 128: 465, 256: 413},
 }
 #: How often a step may read global memory. On sm_80, the kernel for dq reads which keys are valid. The kernel for the
@@ -407,7 +407,7 @@ def test_no_descriptor_is_computed_between_products(built):
     general fused backward moves one descriptor in the first product of a block of keys, outside of its loop.
     """
     hopper = [kernel for kernel in built if kernel.moved_in_products]
-    assert len(hopper) == 2 * 2 * (4 + 3 + 2 * 4)  # dtypes, variants, (forward, fused backward, two other backwards)
+    assert len(hopper) == 2 * 2 * (4 + 3 + 2)  # dtypes, variants, (forward, fused backward, two other backwards)
     for kernel in hopper:
         if re.search(r"sm90 forward_kernel<\w+, 256,", kernel.name):
             continue
@@ -437,6 +437,19 @@ def test_decode_copies_a_later_step_before_it_computes(built):
         assert len(kernel.copies) <= most_copies, f"{kernel.name}: {len(kernel.copies)} instructions start copies"
         assert 0 < len(kernel.step) <= most, f"{kernel.name}: {len(kernel.step)} instructions, expected at most {most}"
         assert sum("HMMA" in text for text in kernel.step) == head_dim // 4, kernel.name
+
+
+@pytest.mark.slow
+def test_host_code_calls_no_device_function():
+    """In the host's copy of a device function, nvcc puts a call of exit, which ends the process without a word. Within
+    some templates, nvcc reports no error for a call of such a function.
+    """
+    module = importlib.util.find_spec("fused_attn._cuda")
+    if module is None or shutil.which("nm") is None:
+        pytest.skip("needs fused_attn._cuda, and nm of the GNU binutils")
+    command = ["nm", "--dynamic", "--undefined-only", module.origin]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "malloc" in symbols and not re.search(r"\bU exit\b", symbols)
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ from kernels import is_built_for, of_architecture
 from test_cuda_kernels import ARCHITECTURES, MIXED_FEATURES, NAMES, SUPPORTED, WITHOUT_MISSING_COLUMNS
 from test_decode import CASES as DECODE_CASES
 from test_decode import in_pages, make_cache
+from test_partial_gradients import NAMES as DIFFERENTIATED
+from test_partial_gradients import WANTED, Call
 
 import fused_attn
 from fused_attn.backends import cuda
@@ -217,6 +219,22 @@ def test_repeats(head_dim: int, is_causal: bool, dtype: torch.dtype) -> None:
     for _ in range(100):
         for x, y in zip(run(), first, strict=True):
             assert torch.equal(x, y)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
+@pytest.mark.parametrize("has_mask", [False, True], ids=["causal", "masked"])
+@pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
+def test_some_gradients_are_those_of_all(
+    is_packed: bool, has_mask: bool, head_dim: int, dtype: torch.dtype, poisoned: None
+) -> None:
+    call = Call(head_dim, dtype, has_mask, is_packed, device="cuda")
+    out, lse = call.forward()
+    complete = call.gradients(out, lse, DIFFERENTIATED)
+    oracle.assert_close(oracle.Result(out, lse, complete).cpu(), call.expected)
+    for wanted in WANTED:
+        for name, grad in call.gradients(out, lse, wanted).items():
+            assert torch.equal(grad, complete[name]), f"{name} of {wanted}"
 
 
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.id)

@@ -177,7 +177,7 @@ def test_nan_stays_in_its_sequence(generator: torch.Generator) -> None:
 
 @pytest.mark.usefixtures("running")
 @pytest.mark.parametrize("wanted", [(0, 1, 2), (1, 2)], ids=["all", "dk-dv"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_dropout_hides_no_nan(head_dim: int, wanted: tuple[int, ...], generator: torch.Generator) -> None:
     """A query that is NaN reaches the gradients of the keys that dropout leaves it."""
     tensors = [torch.randn(1, 1, 40, head_dim, generator=generator).half() for _ in range(3)]
@@ -229,10 +229,11 @@ def test_workspace_grows_with_the_length(head_dim: int) -> None:
     heads, most_bytes = 4, {}
     for length in (4096, 8192):
         most_bytes[length] = cuda._kernels.workspace_bytes(
-            architecture=cuda._architecture(None), is_backward=True, wants_all_gradients=True, batch=1, batch_entries=1,
-            num_heads=heads, num_kv_heads=heads, rows_q=length, seqlen_q=length, seqlen_k=length, head_dim=head_dim,
-            is_packed=False, has_key_padding=True, relative_bias_heads=heads, mask_entries=0, dbias_shape=None,
-            wants_dkey_bias=False, wants_drelative_bias=False, num_splits=0, value_dim=head_dim,
+            architecture=cuda._architecture(None), is_backward=True, wants_dquery=True, wants_dkey_or_dvalue=True,
+            batch=1, batch_entries=1, num_heads=heads, num_kv_heads=heads, rows_q=length, seqlen_q=length,
+            seqlen_k=length, head_dim=head_dim, is_packed=False, has_key_padding=True, relative_bias_heads=heads,
+            mask_entries=0, dbias_shape=None, wants_dkey_bias=False, wants_drelative_bias=False, num_splits=0,
+            value_dim=head_dim,
         )  # fmt: skip
         assert most_bytes[length] < heads * length * (4 * 2 * 64 + 4 * head_dim)
     assert most_bytes[8192] < 2.01 * most_bytes[4096]

@@ -19,6 +19,8 @@ from emulator import CSRC, Builder
 from kernels import Kernels
 
 HEAD_DIM = 128
+#: On Hopper, backward takes two kernels with this head dim: one for dq, one for dk and dv.
+LARGE_HEAD_DIM = 256
 #: The first finds nearly all.
 SEEDS = range(6)
 
@@ -141,7 +143,7 @@ BUGS = [
         "fence_async_proxy();", "if (!@) fence_async_proxy();",
     ),
     Bug(
-        "slot-used-twice", 90, "long-dq", "sm90/backward.h",
+        "slot-used-twice", 90, "large-dq", "sm90/backward.h",
         "head_slice.kv_head, head_slice.batch, valid); position.advance();",
         "head_slice.kv_head, head_slice.batch, valid); if (!@) position.advance();",
     ),
@@ -198,11 +200,11 @@ BUGS = [
         "if (!@ && view.has(View::kIsLast)) return release(rings.q, q_position);",
     ),
     Bug(
-        "row-statistics-not-waited-for", 90, "long-dkdv", "sm90/backward.h",
+        "row-statistics-not-waited-for", 90, "large-dkdv", "sm90/backward.h",
         "position.wait_full(rings.statistics); GPU_UNROLL", "if (!@) position.wait_full(rings.statistics); GPU_UNROLL",
     ),
     Bug(
-        "row-statistics-not-waited-for-general", 90, "relative-dkdv", "sm90/backward.h",
+        "row-statistics-not-waited-for-general", 90, "large-relative", "sm90/backward.h",
         "position.wait_full(rings.statistics); if", "if (!@) position.wait_full(rings.statistics); if",
     ),
     # sm_90a, products
@@ -279,7 +281,7 @@ BUGS = [
         "if (!@ && warp_any(!(sum[0] <= kLargestSum && sum[1] <= kLargestSum))) return false;",
     ),
     Bug(
-        "keys-released-in-flight", 90, "long-dq", "sm90/backward.h",
+        "keys-released-in-flight", 90, "large-dq", "sm90/backward.h",
         "start_multiply<T, kHeadDim>(dq, dscores, k_tile); wgmma_commit();",
         "start_multiply<T, kHeadDim>(dq, dscores, k_tile); wgmma_commit(); if (@) position.release(rings.k);",
     ),
@@ -671,10 +673,15 @@ CASES = {
     "hole": Case("hole", batch=1, heads=2, seqlen_q=70, seqlen_k=400, head_dim=HEAD_DIM, key_padding_mask=hidden_block),
     "short": Case("short", batch=1, heads=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM),
     "long": Case("long", batch=1, heads=2, seqlen_q=200, seqlen_k=520, head_dim=HEAD_DIM, attn_mask=cases.lower_right),
-    # On Hopper, one kernel computes dq, and another one dk and dv.
     **{
-        f"long-{name}": Case(
-            f"long-{name}", batch=1, heads=2, seqlen_q=200, seqlen_k=520, head_dim=HEAD_DIM, differentiated=wanted
+        f"large-{name}": Case(
+            f"large-{name}",
+            batch=1,
+            heads=1,
+            seqlen_q=200,
+            seqlen_k=270,
+            head_dim=LARGE_HEAD_DIM,
+            differentiated=wanted,
         )
         for name, wanted in {"dq": ("query",), "dkdv": ("key", "value")}.items()
     },
@@ -697,12 +704,13 @@ CASES = {
     ),
     "capped": Case("capped", batch=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM, options={"softcap": 2.0}),
     "relative": Case("relative", seqlen_q=200, seqlen_k=150, head_dim=HEAD_DIM, relative_bias=cases.per_head_bias),
-    # Without the gradient of queries, sm_90a runs two kernels.
-    "relative-dkdv": Case(
-        "relative-dkdv",
+    "large-relative": Case(
+        "large-relative",
+        batch=1,
+        heads=1,
         seqlen_q=200,
-        seqlen_k=150,
-        head_dim=HEAD_DIM,
+        seqlen_k=70,
+        head_dim=LARGE_HEAD_DIM,
         relative_bias=cases.per_head_bias,
         differentiated=("key", "value"),
     ),
@@ -815,13 +823,18 @@ def plant(folder: Path) -> Path:
     return copy
 
 
+def has_bugs(folder: str, head_dim: int) -> bool:
+    """Whether a case runs the kernels of this folder for this head dim."""
+    return head_dim == HEAD_DIM or (folder == "sm90" and head_dim == LARGE_HEAD_DIM)
+
+
 class Planted:
     def __init__(self, builder: Builder, folder: Path) -> None:
         declaration, definition = folder / "planted_bug.h", folder / "planted_bug.cpp"
         declaration.write_text('extern "C" __attribute__((visibility("default"))) int planted_bug;\n')
         definition.write_text("int planted_bug = 0;\n")
         flags = ["-include", str(declaration), "-Wno-misleading-indentation"]
-        self.kernels = Kernels(builder, plant(folder), HEAD_DIM, [definition], flags, "_cuda_planted")
+        self.kernels = Kernels(builder, plant(folder), has_bugs, [definition], flags, "_cuda_planted")
         self._number = ctypes.c_int.in_dll(ctypes.CDLL(str(self.kernels.path)), "planted_bug")
 
     def error(self, number: int, case: str, architecture: int, seed: int) -> str:

@@ -19,7 +19,7 @@ using TensorMap = emulation::TensorMap;
 
 constexpr bool kRunsOnCpu = true;
 
-// Stands for the class of hardware_gpu.h. There is one device, so nothing has to be made current.
+// Stands for the class of runtime_gpu.h. There is one device, so nothing has to be made current.
 struct DeviceGuard {
   explicit DeviceGuard(int) {}
 };

@@ -3,7 +3,7 @@
 // loads with TMA and two consumer warpgroups multiply with wgmma. Probs and dscores stay in registers, as left factors
 // of the products for the gradients.
 //
-// Calls that the fused backward supports run fused_backward.h instead (is_fused_backward in attention.cu).
+// These kernels run with head dim 256. With smaller head dims, fused_backward.h runs instead.
 #pragma once
 #include <cmath>
 
@@ -43,8 +43,8 @@ GPU_DEVICE void round_fragment(uint32_t (&rounded)[kTiles / 2][4], const float (
 
 // Sizes of the kernel for dq: threads, registers, and where each tile and barrier lies in shared memory (byte offsets).
 template <int kHeadDim, bool kIsGeneral>
-struct QueryGradientPlan : QueryGradientTileSm90<kHeadDim, kIsGeneral> {
-  using Sizes = QueryGradientTileSm90<kHeadDim, kIsGeneral>;
+struct QueryGradientPlan : QueryGradientTileSm90<kIsGeneral> {
+  using Sizes = QueryGradientTileSm90<kIsGeneral>;
   static constexpr int kBlockM = 64 * kGradientConsumers, kBlockN = Sizes::kBlockN, kStages = Sizes::kStages;
   static constexpr int kTiles = kBlockN / 8;
   // The loading warp of a general kernel needs more registers, because it reads the map of the mask to find the next
@@ -226,9 +226,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
 
 // Sizes of the kernel for dk and dv, and where each tile and barrier lies in shared memory (byte offsets).
 template <int kHeadDim, bool kIsGeneral>
-struct KeyGradientPlan : KeyGradientTileSm90<kHeadDim, kIsGeneral> {
-  using Sizes = KeyGradientTileSm90<kHeadDim, kIsGeneral>;
-  static constexpr int kBlockN = Sizes::kSplitsGradients ? 64 : 128;
+struct KeyGradientPlan : KeyGradientTileSm90<kIsGeneral> {
+  using Sizes = KeyGradientTileSm90<kIsGeneral>;
+  static constexpr int kBlockN = 64;
   static constexpr int kBlockM = Sizes::kBlockM, kStages = Sizes::kStages;
   static constexpr int kTiles = kBlockM / 8;
   using KeyTile = Tile<kHeadDim, kBlockN>;
@@ -382,27 +382,25 @@ GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared,
   }
 }
 
-// Sums dk and dv of 64 keys over all steps, and stores them. All threads of a consumer warpgroup call this. kMakesDk
-// and kMakesDv say which gradients this warpgroup sums. Its keys begin at row first_row of the block.
-template <class T, int kHeadDim, bool kIsGeneral, bool kMakesDk, bool kMakesDv>
-GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
-                                  KeyWork<kHeadDim, kIsGeneral>& work, int first_row) {
+// Sums dk (kMakesDk), or else dv, of the block of keys over all steps, and stores the gradient. All threads of a consumer
+// warpgroup call this.
+template <class T, int kHeadDim, bool kIsGeneral, bool kMakesDk>
+GPU_DEVICE void sum_key_gradient(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
+                                 KeyWork<kHeadDim, kIsGeneral>& work) {
   using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   using QTile = typename Plan::QTile;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
   const Lane lane = this_lane();
-  const int warp_row = first_row + thread_index() % kWarpgroup / 32 * 16;
+  const int warp_row = thread_index() % kWarpgroup / 32 * 16;
   const int key = work.first_key + warp_row + lane.g;
   bool is_valid[2];
   const bool are_all_valid = work.valid.all();
   GPU_UNROLL for (int r = 0; r < 2; ++r) is_valid[r] = work.valid.has(warp_row + lane.g + 8 * r);
   RingPosition<Plan::kStages> position;  // in the rings for q, dout and the statistics
 
-  float dk[kMakesDk ? kHeadDim / 8 : 1][4], dv[kMakesDv ? kHeadDim / 8 : 1][4];
-  float probs[kTiles][4], dprobs[kTiles][4];
-  uint32_t rounded_probs[kTiles / 2][4], rounded_dscores[kTiles / 2][4];
-  fill(dk, 0.0f);
-  fill(dv, 0.0f);
+  float gradient[kHeadDim / 8][4], probs[kTiles][4], dprobs[kTiles][4];
+  uint32_t rounded[kTiles / 2][4];  // the left factor of the product for the gradient: dscores for dk, probs for dv
+  fill(gradient, 0.0f);
   if (work.steps_left > 0) {
     mbarrier_wait(rings.k.full(0), 0);
     mbarrier_wait(rings.v.full(0), 0);
@@ -419,12 +417,12 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
     }
     position.wait_full(rings.q);
     wgmma_fence();
-    start_multiply_transposed<T, kHeadDim, kBlockN>(probs, shared + Plan::kK, first_row, q_tile);
+    start_multiply_transposed<T, kHeadDim, kBlockN>(probs, shared + Plan::kK, 0, q_tile);
     wgmma_commit();
     position.wait_full(rings.dout);
     if constexpr (kMakesDk) {
       wgmma_fence();
-      start_multiply_transposed<T, kHeadDim, kBlockN>(dprobs, shared + Plan::kV, first_row, dout_tile);
+      start_multiply_transposed<T, kHeadDim, kBlockN>(dprobs, shared + Plan::kV, 0, dout_tile);
       wgmma_commit();
     }
 
@@ -435,7 +433,6 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
     };
     const bool is_full = work.range.is_within_band(work.block) && are_all_valid;
     if constexpr (!kIsGeneral) {
-      // Compute probs, the left factor for dv.
       wgmma_wait<kMakesDk ? 1 : 0>();
       keep_registers(flat(probs));
       if (!is_full) hide(probs, visible_queries<kBlockM>(p, is_valid, work.block, key), lane);
@@ -445,9 +442,6 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
         GPU_UNROLL for (int j = 0; j < 4; ++j) probs[t][j] =
             prob_of(probs[t][j], p.scale_log2, j % 2 == 0 ? statistics.x : statistics.z);
       }
-      if constexpr (kMakesDv) round_fragment<T>(rounded_probs, probs);
-
-      // Compute dscores, the left factor for dk.
       if constexpr (kMakesDk) {
         // The second wait for the same tile returns at once. It is here for its branch, which keeps ptxas from moving
         // wgmma_wait before the exponentials.
@@ -459,8 +453,8 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
           GPU_UNROLL for (int j = 0; j < 4; ++j) probs[t][j] *=
               dprobs[t][j] - (j % 2 == 0 ? statistics.y : statistics.w);
         }
-        round_fragment<T>(rounded_dscores, probs);
       }
+      round_fragment<T>(rounded, probs);
     } else {
       wgmma_wait<0>();  // waits for dprobs, too, because to_logits multiplies them by the derivative of the softcap
       keep_registers(flat(probs));
@@ -493,20 +487,19 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
           if constexpr (kMakesDk) dprobs[t][j] *= probs[t][j];
         }
       }
-      if constexpr (kMakesDk) round_fragment<T>(rounded_dscores, dprobs);
-      if constexpr (kMakesDv) {
+      if constexpr (kMakesDk) {
+        round_fragment<T>(rounded, dprobs);
+      } else {
         if (p.dropout_seed != nullptr) drop(probs, dropout_keep, 1.0f);
-        round_fragment<T>(rounded_probs, probs);
+        round_fragment<T>(rounded, probs);
       }
     }
     position.release(rings.statistics);
     wgmma_fence();
-    if constexpr (kMakesDv) start_multiply<T, kHeadDim>(dv, rounded_probs, dout_tile);
-    if constexpr (kMakesDk) start_multiply<T, kHeadDim>(dk, rounded_dscores, q_tile);
+    start_multiply<T, kHeadDim>(gradient, rounded, kMakesDk ? q_tile : dout_tile);
     wgmma_commit();
     wgmma_wait<0>();
-    if constexpr (kMakesDv) keep_registers(flat(dv));
-    if constexpr (kMakesDk) keep_registers(flat(dk));
+    keep_registers(flat(gradient));
     position.release(rings.q);
     position.release(rings.dout);
     position.advance();
@@ -514,27 +507,21 @@ GPU_DEVICE void sum_key_gradients(const Params& p, uint32_t shared, const KeyGra
 
   // Epilogue. The head slice is computed again here, because keeping it would take registers during the loop.
   const HeadSlice head_slice = KeyWork<kHeadDim, kIsGeneral>(p).head_slice;
+  const Rows& stored = kMakesDk ? p.dk : p.dv;
+  if (stored.data == nullptr) return;
+  const float factor = kMakesDk ? p.scale : kIsGeneral ? p.dropout_scale : 1.0f;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = key + 8 * r;
-    const bool is_row = row < head_slice.seqlen_k;
-    if constexpr (kMakesDk) {
-      if (p.dk.data != nullptr)
-        store_row<T>(head_slice.key_row<T>(p.dk, row), dk, r, p.scale, is_row, p.dk.columns, lane);
-    }
-    if constexpr (kMakesDv) {
-      const float factor = kIsGeneral ? p.dropout_scale : 1.0f;
-      if (p.dv.data != nullptr)
-        store_row<T>(head_slice.key_row<T>(p.dv, row), dv, r, factor, is_row, p.dv.columns, lane);
-    }
+    store_row<T>(head_slice.key_row<T>(stored, row), gradient, r, factor, row < head_slice.seqlen_k, stored.columns,
+                 lane);
   }
 }
 
-// Computes dk and dv of one block of keys. Warp 0 loads tiles, warp 1 loads row statistics, and the two consumer
-// warpgroups multiply. With kSplitsGradients, one consumer sums dk and the other one dv of the same 64 keys.
+// Computes dk and dv of one block of keys. Warp 0 loads tiles, warp 1 loads row statistics, one consumer warpgroup sums
+// dk, and the other one dv.
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     key_gradient_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT BackwardMaps maps) {
-  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
   KeyWork<kHeadDim, kIsGeneral> work(p);
   if (work.is_empty()) return;
   const uint32_t shared = shared_address(shared_memory());
@@ -550,13 +537,10 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     }
   } else {
     increase_registers<kGradientConsumerRegisters>();
-    if constexpr (!Plan::kSplitsGradients) {
-      sum_key_gradients<T, kHeadDim, kIsGeneral, /*kMakesDk=*/true, /*kMakesDv=*/true>(p, shared, rings, work,
-                                                                                       64 * (warpgroup - 1));
-    } else if (warpgroup == 1) {
-      sum_key_gradients<T, kHeadDim, kIsGeneral, /*kMakesDk=*/true, /*kMakesDv=*/false>(p, shared, rings, work, 0);
+    if (warpgroup == 1) {
+      sum_key_gradient<T, kHeadDim, kIsGeneral, /*kMakesDk=*/true>(p, shared, rings, work);
     } else {
-      sum_key_gradients<T, kHeadDim, kIsGeneral, /*kMakesDk=*/false, /*kMakesDv=*/true>(p, shared, rings, work, 0);
+      sum_key_gradient<T, kHeadDim, kIsGeneral, /*kMakesDk=*/false>(p, shared, rings, work);
     }
   }
 }

@@ -3,8 +3,8 @@
 // for their data.
 //
 // Some kernels read a bias from global memory all the same. The kernels for the gradient of a bias are written for
-// sm_80, which has no TMA. The two kernels of backward.h run for larger head dims, and where a gradient is not wanted.
-// The one for dq visits 32 keys at a time with head dim 256, and a tile of 32 keys would need another swizzle.
+// sm_80, which has no TMA. Of the two kernels of backward.h, the one for dq visits 32 keys at a time, and a tile of 32
+// keys would need another swizzle.
 #pragma once
 #include "tile_memory.h"
 

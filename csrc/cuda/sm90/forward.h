@@ -84,6 +84,9 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
   static_assert(kBytes <= 227 * 1024);
   static_assert(!kIsGeneral || kConsumers == 2);  // there are two warps that load a bias
   static_assert(kKeyNotes % kBiasStages == 0);    // see Consumer::bias_position
+  // The loading warp needs the note of block n to load the keys of this block, and releases the note of block n -
+  // kStages - 1 only then (Loader::load_keys). With fewer slots, the planning warp would wait for this slot for ever.
+  static_assert(kKeyNotes >= kStages + 2);
 };
 
 // ---- Notes in shared memory

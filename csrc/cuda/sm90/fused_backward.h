@@ -9,6 +9,9 @@
 // shared memory, once. A tile of dq is a sum over all blocks of keys: bulk copies add each part to float sums in global
 // memory (dq_sums). In the end, a small kernel rounds these sums to dq.
 //
+// A call may want some of the gradients only. The others are computed all the same, but not stored: a branch around a
+// product would cost the steps of all calls time.
+//
 // Parts are added to a tile of dq in a fixed order, so the result does not depend on timing. The last block of keys
 // that sees the tile adds first, then the block of keys before it, and so on. Each tile has a counter (dq_turns), and a
 // block of keys waits until the counter shows the block's own number in this order. Blocks of keys are taken in the
@@ -292,8 +295,8 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
   }
 }
 
-// ---- The threads that add to dq. One works for even steps, the other for odd steps: to wait for a turn, and for an
-// addition to be complete, takes longer than a step.
+// ---- The threads that add to dq, or drop its parts. One works for even steps, the other for odd steps: to wait for a
+// turn, and for an addition to be complete, takes longer than a step.
 
 // Adds the tiles of dq of every second step (step % 2 == parity) to the sums in global memory. One thread calls this.
 // For each step, it waits for the turn of this block of keys at the tile, and for both warpgroups to have written their
@@ -337,6 +340,27 @@ GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRing
       tma_store_wait<0>();
       fence_async_proxy_global();
       add_release(p.dq_turns + tile, 1);
+    }
+    reader.release_by_thread();
+  }
+}
+
+// Takes the place of add_dq if dq is not wanted: marks the memory of each part of dq as empty again. A branch in add_dq
+// would need a register more than there are.
+template <int kHeadDim, bool kIsGeneral>
+GPU_DEVICE void drop_dq(uint32_t shared, const FusedBackwardRings<kHeadDim, kIsGeneral>& rings, uint32_t parity) {
+  using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
+  KeyBlockReader<kHeadDim, kIsGeneral> reader{shared, rings.work, {}};
+  uint32_t step = 0;  // over all blocks of keys
+  while (true) {
+    const SharedKeyBlock b = reader.wait();
+    if (b.number() == kNoMoreKeys) return;
+    GPU_NO_UNROLL for (int left = b.steps(); left > 0; --left, ++step) {
+      if (step % 2 != parity) continue;
+      GPU_UNROLL for (int group = 0; group < Plan::kConsumers; ++group) {
+        mbarrier_wait(rings.dq_full_of(group, step), step / 2 & 1);
+        mbarrier_arrive(rings.dq_empty + 8 * group);
+      }
     }
     reader.release_by_thread();
   }
@@ -661,7 +685,11 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kFusedBackwardThreads, 1)
     } else if (warp == 1) {
       load_tiles<kHeadDim, kIsGeneral, false>(p, maps, shared, rings, num_programs);
     } else if (thread_index() % 32 == 0) {
-      add_dq<kHeadDim, kIsGeneral>(p, shared, rings, warp % 2);
+      if (p.dq_sums != nullptr) {
+        add_dq<kHeadDim, kIsGeneral>(p, shared, rings, warp % 2);
+      } else {
+        drop_dq<kHeadDim, kIsGeneral>(shared, rings, warp % 2);
+      }
     }
   } else {
     increase_registers<Plan::kConsumerRegisters>();
@@ -712,7 +740,8 @@ GPU_DEVICE void list_mask_turns(const Params& p, int32_t batch, int32_t head, in
   const int32_t lane = this_lane().index;
   int32_t* const turns = mask_turns_of<kBlockM>(p, batch, head, tile);
   int32_t later = 0;
-  for (int32_t last = p.num_key_blocks - 1; last >= 0; last -= 32) {
+  const int32_t key_blocks = (head_slice.seqlen_k + kKeyBlock - 1) / kKeyBlock;
+  for (int32_t last = key_blocks - 1; last >= 0; last -= 32) {
     const int32_t n = last - lane;
     const bool is_visited =
         n >= 0 && tile >= first_tile<kBlockM>(p, n) && tile <= last_tile<kBlockM>(p, n) &&
@@ -725,14 +754,15 @@ GPU_DEVICE void list_mask_turns(const Params& p, int32_t batch, int32_t head, in
 }
 
 // Runs before the fused backward if there is a dense mask: fills Params::mask_steps and Params::mask_turns. The first
-// warps list the steps of a block of keys each, and the other ones the turns at a tile of queries.
+// warps list the steps of a block of keys each, and the other ones the turns at a tile of queries. Without dq, there are
+// no turns.
 template <int kBlockM>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     list_mask_steps_kernel(const GPU_GRID_CONSTANT Params p, int num_programs) {
   const int64_t warp = int64_t{block_index_x()} * (kPreparationThreads / 32) + thread_index() / 32;
   if (warp < num_programs) return list_mask_steps<kBlockM>(p, static_cast<int32_t>(warp));
   const int64_t number = warp - num_programs, tiles = tiles_of_head<kBlockM>(p), head = number / tiles;
-  if (head >= int64_t{p.batch} * p.num_heads) return;
+  if (p.mask_turns == nullptr || head >= int64_t{p.batch} * p.num_heads) return;
   list_mask_turns<kBlockM>(p, static_cast<int32_t>(head / p.num_heads), static_cast<int32_t>(head % p.num_heads),
                            static_cast<int32_t>(number % tiles));
 }

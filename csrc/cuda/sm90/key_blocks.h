@@ -194,10 +194,10 @@ class Step<kBlockM, false> {
   int32_t tile_;
 };
 
-// How many tiles of queries a head has in the arrays of the workspace.
+// How many tiles of queries a head of the longest sequence has.
 template <int kBlockM>
 GPU_DEVICE int32_t tiles_of_head(const Params& p) {
-  return p.row_blocks * (kRowBlock / kBlockM);
+  return (p.seqlen_q + kBlockM - 1) / kBlockM;
 }
 
 // The list of steps of the block of keys that is taken as number `program`.

@@ -88,9 +88,8 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   });
 }
 
-// Launches backward in two kernels: one for dq, one for dk and dv. It is for calls that the fused backward does not
-// support: larger head dims, and calls that do not want all gradients. maps_of(block_m, block_n) makes the tensor maps
-// for these tile sizes.
+// Launches backward in two kernels, as far as their gradients are wanted: one for dq, one for dk and dv. It is for head
+// dims that the fused backward does not support. maps_of(block_m, block_n) makes the tensor maps for these tile sizes.
 template <class T, int kHeadDim, bool kIsGeneral, class MapsOf>
 void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
   using QueryPlan = QueryGradientPlan<kHeadDim, kIsGeneral>;
@@ -106,8 +105,8 @@ void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
         stream, p, maps_of(KeyPlan::kBlockM, KeyPlan::kBlockN));
 }
 
-// Launches the fused backward, and then the kernel that rounds dq. With a dense mask, another kernel lists the steps
-// before.
+// Launches the fused backward, and then the kernel that rounds dq, if dq is wanted. With a dense mask, another kernel
+// lists the steps before.
 template <class T, int kHeadDim, bool kIsGeneral, class MapsOf>
 void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
   using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
@@ -115,24 +114,28 @@ void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
       shape_of(p.seqlen_k, Plan::kBlockN, p.num_heads / p.group_size, p.batch, kFusedBackwardThreads, Plan::kBytes);
   const int num_programs = shape.grid_x;  // blocks of keys of all heads
   shape.grid_x = std::min(num_programs, num_multiprocessors());
-  if (p.mask_steps != nullptr) {
-    const int64_t warps = num_programs + int64_t{p.batch} * p.num_heads * tiles_of_head<Plan::kBlockM>(p);
-    constexpr int kWarps = kPreparationThreads / 32;
-    run_kernel(list_mask_steps_kernel<Plan::kBlockM>,
-               {static_cast<int>((warps + kWarps - 1) / kWarps), 1, 1, kPreparationThreads, 0}, stream, p,
-               num_programs);
+  const LaunchShape rounding =
+      shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, kRoundingThreads, 0);  // a block for each tile of dq
+  if constexpr (kIsGeneral) {
+    if (p.mask_steps != nullptr) {
+      const int64_t warps = int64_t{num_programs} + (p.mask_turns != nullptr ? rounding.grid_x : 0);
+      constexpr int kWarps = kPreparationThreads / 32;
+      run_kernel(list_mask_steps_kernel<Plan::kBlockM>,
+                 {static_cast<int>((warps + kWarps - 1) / kWarps), 1, 1, kPreparationThreads, 0}, stream, p,
+                 num_programs);
+    }
   }
   BackwardMaps maps = maps_of(Plan::kBlockM, Plan::kBlockN, Plan::kKeyPanelColumns);
   maps.bias = bias_map_of(p, kIsBf16<T>, Plan::kBlockM);
   if (!maps.bias.is_used) shape.shared_bytes = Plan::kBytesWithoutBias;
   run_kernel(fused_backward_kernel<T, kHeadDim, kIsGeneral>, shape, stream, p, maps, num_programs);
-  run_kernel(round_dq_kernel<T, kHeadDim, kIsGeneral>,
-             shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, kRoundingThreads, 0), stream, p);
+  if (p.dq.data != nullptr) run_kernel(round_dq_kernel<T, kHeadDim, kIsGeneral>, rounding, stream, p);
 }
 
-// Launches the kernels of backward. attention.cu has allocated dq_sums exactly if it chose the fused backward.
+// Launches the kernels of backward, if one of their gradients is wanted.
 template <int kHeadDim>
 void launch_backward(const Params& p, bool is_bf16, Stream stream) {
+  if (p.dq.data == nullptr && p.dk.data == nullptr && p.dv.data == nullptr) return;
   const int kv_heads = p.num_heads / p.group_size;
   const auto maps_of = [&](int block_m, int block_n, int key_columns = kPanelColumns) {
     return BackwardMaps{map_of(p.q, is_bf16, p.rows_q, p.num_heads, p.batch, block_m),
@@ -144,9 +147,10 @@ void launch_backward(const Params& p, bool is_bf16, Stream stream) {
   for_variant(is_bf16, is_general_backward(p), [&](auto type, auto general) {
     using T = decltype(type);
     if constexpr (has_fused_backward(kHeadDim)) {
-      if (p.dq_sums != nullptr) return launch_fused<T, kHeadDim, general()>(p, stream, maps_of);
+      launch_fused<T, kHeadDim, general()>(p, stream, maps_of);
+    } else {
+      launch_two_kernels<T, kHeadDim, general()>(p, stream, maps_of);
     }
-    launch_two_kernels<T, kHeadDim, general()>(p, stream, maps_of);
   });
 }
 
