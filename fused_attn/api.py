@@ -101,10 +101,6 @@ def fused_attention(
     """
     is_direct = modes.is_direct()
     is_compiling = not is_direct and torch.compiler.is_compiling()
-    if return_lse is not False or return_max is not False:
-        checks.check_returned(return_lse, return_max)
-    if dropout_seed is not None:
-        checks.check_dropout_seed(dropout_seed)
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     call = plan = None
@@ -231,10 +227,6 @@ def fused_attention_varlen(
     """
     is_direct = modes.is_direct()
     is_compiling = not is_direct and torch.compiler.is_compiling()
-    if return_lse is not False or return_max is not False:
-        checks.check_returned(return_lse, return_max)
-    if dropout_seed is not None:
-        checks.check_dropout_seed(dropout_seed)
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks)
@@ -320,8 +312,6 @@ def fused_attention_paged(
     """
     is_direct = modes.is_direct()
     is_compiling = not is_direct and torch.compiler.is_compiling()
-    if return_lse is not False:
-        checks.check_returned(return_lse)
     if is_compiling or modes.is_any_autocast_enabled():
         query, key_pages, value_pages = _autocast(query, key_pages, value_pages)
     tensors = (query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask)
@@ -427,9 +417,6 @@ def explain(
     given = call.arguments
     if jagged.is_nested(*call.args[:3]):
         raise checks.fail("query, key and value", "dense tensors for explain", "nested ones")
-    checks.check_returned(given["return_lse"], given["return_max"])
-    if given["dropout_seed"] is not None:
-        checks.check_dropout_seed(given["dropout_seed"])
     query, key, value = _autocast(*call.args[:3])
     others = tuple(given[name] for name in planning.Arguments._fields[3:])
     options = tuple(given[name] for name in planning.Options._fields)
@@ -459,13 +446,13 @@ def _seed(problem: AttentionProblem, dropout_seed: int | Tensor | None) -> Tenso
         return None
     if dropout_seed is None:
         return dropout.draw_seed(problem.device)
-    return dropout.seed_tensor(dropout_seed, problem.device)
+    return checks.check_dropout_seed(dropout_seed, problem.device)
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Casts the inputs as autocast casts those of SDPA: all floating-point tensors except float64 get its dtype."""
-    if not isinstance(query, Tensor) or query.is_meta or not torch.is_autocast_enabled(query.device.type):
-        return query, key, value  # there is no autocast on "meta"
+    if not (isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type)):
+        return query, key, value
     dtype = torch.get_autocast_dtype(query.device.type)
     return _to_autocast(query, dtype), _to_autocast(key, dtype), _to_autocast(value, dtype)
 

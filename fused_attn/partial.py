@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_attn import modes, planning, running
-from fused_attn.attention import checks, dropout, formula, masks
+from fused_attn.attention import checks, formula, masks
 from fused_attn.attention.dropout import GROUP
 from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.problem import NO_ORIGIN, AttentionProblem, DropoutOrigin
@@ -270,12 +270,10 @@ def _planned(
         if not isinstance(offset := getattr(options, name), int) or offset < 0:
             raise checks.fail(name, "an int of at least 0", repr(offset))
     seed = None
-    if options.dropout_seed is not None:
-        checks.check_dropout_seed(options.dropout_seed)
     if options.dropout_p:
         if options.dropout_seed is None:
             raise checks.fail("dropout_seed", "a seed, which all parts share", "None")
-        seed = dropout.seed_tensor(options.dropout_seed, query.device)
+        seed = checks.check_dropout_seed(options.dropout_seed, query.device)
     is_compiling = torch.compiler.is_compiling()
     added = options.key_offset % GROUP if options.dropout_p and key.shape[2] else 0
     packed = options.packed
@@ -332,7 +330,7 @@ def _check_packed(query: Tensor, key: Tensor, value: Tensor, options: PartialOpt
         ("cu_seqlens_k", packed.cu_seqlens_k, key, packed.max_seqlen_k),
     ):
         checks.check_cu_seqlens(name, checks.meta(name, offsets), checks.meta("query", query))
-        checks.check_seqlen(f"max_seqlen_{name[-1]}", longest)
+        checks.check_max_seqlen(f"max_seqlen_{name[-1]}", longest)
         if modes.can_read(offsets):
             checks.check_cu_seqlens_values(name, offsets, x.shape[2], longest)
 

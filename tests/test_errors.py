@@ -23,15 +23,6 @@ def call(query=Q, key=KV, value=KV, *args, **options):
 
 
 TABLE = {
-    "return-lse-str": (call(return_lse="no"), TypeError, r"return_lse: expected a bool, got str 'no'"),
-    "return-max-int": (call(return_max=0), TypeError, r"return_max: expected a bool, got int 0"),
-    "seed-without-dropout": (
-        call(dropout_seed="abc"),
-        TypeError,
-        r"dropout_seed: expected an int or .*, got str 'abc'",
-    ),
-    "seed-bool": (call(dropout_seed=True), TypeError, r"dropout_seed: expected an int or .*, got bool True"),
-    "attn-mask-list": (call(attn_mask=[[True]]), TypeError, r"attn_mask: expected a torch\.Tensor, got list"),
     "query-no-tensor": (call(query=[1.0]), TypeError, r"query: expected a torch\.Tensor, got list"),
     "key-none": (call(key=None), TypeError, r"key: expected a torch\.Tensor, got NoneType None"),
     "value-float": (call(value=1.5), TypeError, r"value: expected a torch\.Tensor, got float 1\.5"),
@@ -381,7 +372,6 @@ PAGED = {
     ),
     "sinks": (paged(sinks=torch.zeros(3)), ValueError, r"sinks: expected shape \(H,\) = \(4,\)"),
     "is-causal": (paged(is_causal=1), TypeError, r"is_causal: expected a bool, got int 1"),
-    "return-lse": (paged(return_lse=1), TypeError, r"return_lse: expected a bool, got int 1"),
     "splits-type": (paged(num_splits=2.0), TypeError, r"num_splits: expected None or an int, got float 2\.0"),
     "splits": (paged(num_splits=257), ValueError, r"num_splits: expected a number from 1 to 256, got 257"),
     "backend": (paged(backend="gpu"), ValueError, r"backend: expected None or one of"),
@@ -460,9 +450,6 @@ VARLEN = {
         r"max_seqlen_k: expected at least the longest sequence, 5, got 3",
     ),
     "max-type": (varlen(max_seqlen_q=torch.tensor(5)), TypeError, r"max_seqlen_q: expected an int, got torch.Tensor"),
-    "return-lse": (varlen(return_lse="no"), TypeError, r"return_lse: expected a bool, got str 'no'"),
-    "return-max": (varlen(return_max=None), TypeError, r"return_max: expected a bool, got NoneType None"),
-    "seed": (varlen(dropout_seed=1.5), TypeError, r"dropout_seed: expected an int or .*, got float 1\.5"),
     "max-negative": (varlen(max_seqlen_k=-1), ValueError, r"max_seqlen_k: expected a number of rows in .*, got -1"),
     "max-huge": (varlen(max_seqlen_q=2**70), ValueError, r"max_seqlen_q: expected a number of rows in .*, got 1180"),
     "value-rows": (
@@ -484,24 +471,6 @@ def test_fused_attention_varlen(name: str) -> None:
     function, exception, message = VARLEN[name]
     with pytest.raises(exception, match=message):
         function()
-
-
-def test_a_plan_from_the_cache_does_not_hide_wrong_flags() -> None:
-    fused_attn.fused_attention(Q, KV, KV)
-    for name, wrong in (("return_lse", 1), ("return_max", "yes"), ("dropout_seed", 0.5)):
-        with pytest.raises(TypeError, match=f"{name}: expected"):
-            fused_attn.fused_attention(Q, KV, KV, **{name: wrong})
-
-
-@pytest.mark.parametrize(("name", "wrong"), [("return_lse", "no"), ("dropout_seed", "abc"), ("attn_mask", [1.0])])
-def test_explain_checks_what_a_call_checks(name: str, wrong: object) -> None:
-    with pytest.raises(TypeError, match=f"{name}: expected"):
-        fused_attn.explain(Q, KV, KV, **{name: wrong})
-
-
-def test_explain_takes_tensors_without_contents() -> None:
-    query = torch.empty(2, 4, 5, 8, device="meta")
-    assert "on meta" in str(fused_attn.explain(query, query, query))
 
 
 def test_sinks_of_packed_sequences_are_checked() -> None:

@@ -40,7 +40,7 @@ def meta(name: str, tensor: Tensor) -> Meta:
         TypeError: the argument is no tensor, or is nested or sparse.
     """
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {describe(tensor)}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {_describe(tensor)}")
     if tensor.is_nested or tensor.layout != torch.strided:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name}: expected a dense tensor, got {kind}")
@@ -123,12 +123,12 @@ def check_heads(query: int, key: int, value: int, enable_gqa: bool) -> int:
     return num_heads
 
 
-def check_seqlen(name: str, seqlen: int) -> None:
-    """Checks that a length is an int in [0, 2**62)."""
-    if isinstance(seqlen, bool) or not isinstance(seqlen, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {describe(seqlen)}")
-    if seqlen < 0 or (isinstance(seqlen, int) and seqlen >= 2**62):  # positions have 64 bits
-        raise fail(name, "a number of rows in [0, 2**62)", seqlen)
+def check_max_seqlen(name: str, max_seqlen: int) -> None:
+    """Checks that the longest length of a packed call is an int in [0, 2**62)."""
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {_describe(max_seqlen)}")
+    if max_seqlen < 0 or (isinstance(max_seqlen, int) and max_seqlen >= 2**62):  # positions have 64 bits
+        raise fail(name, "a number of rows in [0, 2**62)", max_seqlen)
 
 
 def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, softcap: float) -> None:
@@ -136,11 +136,11 @@ def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable
     check_flag("is_causal", is_causal)
     check_flag("enable_gqa", enable_gqa)
     check_probability("dropout_p", dropout_p)
-    check_number("softcap", softcap)
+    _check_number("softcap", softcap)
     if not 0.0 <= softcap <= LARGEST_FLOAT:
         raise fail("softcap", "a finite number >= 0 (0 = off)", softcap)
     if scale is not None:
-        check_number("scale", scale)
+        _check_number("scale", scale)
         if not -LARGEST_FLOAT <= scale <= LARGEST_FLOAT:
             raise fail("scale", "a finite number", scale)
 
@@ -148,12 +148,12 @@ def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable
 def check_flag(name: str, flag: bool) -> None:
     """Checks that a flag is a bool."""
     if not isinstance(flag, bool):
-        raise TypeError(f"{name}: expected a bool, got {describe(flag)}")
+        raise TypeError(f"{name}: expected a bool, got {_describe(flag)}")
 
 
 def check_probability(name: str, p: float) -> None:
     """Checks that p is a number in [0, 1]."""
-    check_number(name, p)
+    _check_number(name, p)
     if not 0.0 <= p <= 1.0:
         raise fail(name, "a probability in [0, 1]", p)
 
@@ -237,7 +237,7 @@ def check_num_splits(num_splits: int | None) -> int:
     if num_splits is None:
         return 0
     if isinstance(num_splits, bool) or not isinstance(num_splits, int):
-        raise TypeError(f"num_splits: expected None or an int, got {describe(num_splits)}")
+        raise TypeError(f"num_splits: expected None or an int, got {_describe(num_splits)}")
     if not 1 <= num_splits <= MAX_SPLITS:
         raise fail("num_splits", f"a number from 1 to {MAX_SPLITS}", num_splits)
     return num_splits
@@ -261,22 +261,19 @@ def check_sinks(sinks: Meta, query: Meta, num_heads: int) -> None:
         raise fail("sinks", f"shape (H,) = {(num_heads,)}", _shape(sinks))
 
 
-def check_returned(return_lse: bool, return_max: bool = False) -> None:
-    """Checks the flags that say what a call returns besides the output."""
-    check_flag("return_lse", return_lse)
-    check_flag("return_max", return_max)
-
-
-def check_dropout_seed(seed: int | Tensor) -> None:
-    """Checks the seed of dropout, also in a call that drops nothing."""
+def check_dropout_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    """Checks the seed of dropout; returns it as a 0-d int64 tensor on the device."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
             raise fail("dropout_seed", "an int or a 0-d int64 tensor", f"{seed.dtype} of shape {tuple(seed.shape)}")
-        return
+        return seed.to(device)
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"dropout_seed: expected an int or a 0-d int64 tensor, got {describe(seed)}")
+        raise TypeError(f"dropout_seed: expected an int or a 0-d int64 tensor, got {_describe(seed)}")
     if not 0 <= seed < 2**63:
         raise fail("dropout_seed", "0 <= seed < 2**63", seed)
+    # torch.tensor would copy from host memory. The host would wait for the GPU, and a CUDA graph cannot capture such a
+    # copy.
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Meta, query: Meta) -> None:
@@ -300,10 +297,10 @@ def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, total: int, max_seqle
         raise fail(f"max_seqlen_{name[-1]}", f"at least the longest sequence, {max(lengths)}", max_seqlen)
 
 
-def check_number(name: str, x: object) -> None:
+def _check_number(name: str, x: object) -> None:
     """Checks that x is an int or a float. Bools and tensors are neither."""
     if isinstance(x, (bool, Tensor)) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name}: expected a number, got {describe(x)}")
+        raise TypeError(f"{name}: expected a number, got {_describe(x)}")
 
 
 def _check_int32(name: str, x: Meta) -> None:
@@ -340,7 +337,7 @@ def _shape(x: Meta) -> str:
     return f"shape {tuple(x.shape)}"
 
 
-def describe(x: object) -> str:
+def _describe(x: object) -> str:
     """The type of x and, if short, its value, for an error message."""
     if isinstance(x, (int, float, str, bool, type(None))):
         return f"{type(x).__name__} {x!r}"

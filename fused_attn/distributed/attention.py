@@ -77,7 +77,6 @@ def context_parallel_attention(
             ranks raise on all of them.
         RuntimeError: a rank has ended, or does not answer within the time limit of the process group.
     """
-    checks.check_flag("return_lse", return_lse)
     chosen = _options("context_parallel_attention", method, options)
     partial.check_rank_4(query, key, value)
     padding = chosen.key_padding_mask
@@ -148,8 +147,6 @@ def context_parallel_attention_varlen(
             between the ranks raise on all of them.
         RuntimeError: a rank has ended, or does not answer within the time limit of the process group.
     """
-    checks.check_flag("return_lse", return_lse)
-    checks.check_flag("compare_ranks", compare_ranks)
     chosen = _options("context_parallel_attention_varlen", method, options)
     for name in ("key_padding_mask", "num_splits"):
         if getattr(chosen, name) is not None:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fused_attn.attention import checks
-
 
 def check_count(name: str, count: int) -> None:
     """Raises TypeError or ValueError unless count is an int of at least 1."""
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"{name}: expected an int, got {checks.describe(count)}")
+    if not isinstance(count, int):
+        raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
     if count < 1:
         raise ValueError(f"{name}: expected at least 1, got {count}")
 
 
 def checked_length(length: int | Tensor) -> int:
     """The length to which a cache is cropped. Raises TypeError or ValueError unless it is an int of at least 0."""
-    if isinstance(length, bool) or not isinstance(length, int):
-        raise TypeError(f"length: expected an int, got {checks.describe(length)}")
+    if not isinstance(length, int):
+        raise TypeError(f"length: expected an int, got {type(length).__name__}")
     if length < 0:
         raise ValueError(f"length: expected at least 0, got {length}")
     return length

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_variadic
 
 from fused_attn import modes
-from fused_attn.attention import checks
 from fused_attn.nn import generation
-from fused_attn.nn.attention import FusedMultiheadAttention, check_sizes
+from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.cache import KVCache
 from fused_attn.nn.generation import Generation, Settings
 from fused_attn.nn.tracing import call_node
@@ -94,15 +93,15 @@ class Seq2SeqTransformer(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        for name, flag in (
-            ("norm_first", norm_first),
-            ("share_embeddings", share_embeddings),
-            ("tie_generator", tie_generator),
-        ):
-            checks.check_flag(name, flag)
         _check_vocabularies(src_vocab_size, tgt_vocab_size, pad_id, sos_id, eos_id, share_embeddings)
-        check_sizes(1, max_len=max_len, num_encoder_layers=num_encoder_layers, num_decoder_layers=num_decoder_layers)
-        check_layer(d_model, nhead, dim_feedforward, dropout, activation)
+        for name, count in (
+            ("max_len", max_len),
+            ("num_encoder_layers", num_encoder_layers),
+            ("num_decoder_layers", num_decoder_layers),
+        ):
+            if count < 1:
+                raise ValueError(f"{name}: expected at least 1, got {count}")
+        check_layer(d_model, nhead, dim_feedforward, dropout)
         if positional not in POSITIONAL:
             raise ValueError(f"positional: expected one of {POSITIONAL}, got {positional!r}")
         self.d_model, self.max_len = d_model, max_len
@@ -232,8 +231,6 @@ class Seq2SeqTransformer(nn.Module):
             node = call_node(self, src, tgt)
             if node is not None:
                 return node
-        for name, tokens in (("src", src), ("tgt", tgt)):
-            checks.meta(name, tokens)
         if src.shape[:1] != tgt.shape[:1]:
             raise ValueError(f"tgt: expected the batch size of src, {src.shape[0]}, got shape {tuple(tgt.shape)}")
         return self.decode(tgt, *self.encode(src))
@@ -368,17 +365,14 @@ class Seq2SeqTransformer(nn.Module):
                 With ``return_scores``, a `Generation`.
 
         Raises:
-            TypeError: an argument has another type, or the tokens have another dtype.
+            TypeError: the tokens have another dtype, or a number is no int.
             ValueError: an argument is out of range, or two arguments exclude each other.
         """
         settings = Settings(
             max_new_tokens, num_beams, do_sample, temperature, top_k, top_p, repetition_penalty, length_penalty,
             num_return_sequences, stop_ids, generator,
         )  # fmt: skip
-        generation.check(
-            self, src, prefix, settings, return_scores=return_scores, on_tokens=on_tokens, progress=progress,
-            cuda_graph=cuda_graph,
-        )  # fmt: skip
+        generation.check(self, src, prefix, settings, streams=on_tokens is not None)
         with generation.evaluating(self):
             if not src.shape[0]:
                 memory, _ = self.encode(src)
@@ -407,8 +401,6 @@ class Seq2SeqTransformer(nn.Module):
 
         start: an int, or (B,) on the device. The host does not read such a tensor, so it cannot check max_len
         """
-        if not isinstance(tokens, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {checks.describe(tokens)}")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}: expected int64 or int32 tokens, got {tokens.dtype}")
         if tokens.dim() != 2:
@@ -478,12 +470,10 @@ def sinusoidal_positions(length: int, d_model: int, *, device=None, dtype=None) 
 def _check_vocabularies(
     src_vocab_size: int, tgt_vocab_size: int, pad_id: int, sos_id: int, eos_id: int, share_embeddings: bool
 ) -> None:
-    """Raises ValueError if a special token is in no vocabulary, or if the sizes or tokens contradict each other.
-
-    Raises TypeError if one of them is no int.
-    """
-    check_sizes(1, src_vocab_size=src_vocab_size, tgt_vocab_size=tgt_vocab_size)
-    check_sizes(0, pad_id=pad_id, sos_id=sos_id, eos_id=eos_id)
+    """Raises ValueError if a special token is in no vocabulary, or if the sizes or tokens contradict each other."""
+    for name, size in (("src_vocab_size", src_vocab_size), ("tgt_vocab_size", tgt_vocab_size)):
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
     for name, token, size in (
         ("pad_id", pad_id, min(src_vocab_size, tgt_vocab_size)),
         ("sos_id", sos_id, tgt_vocab_size),

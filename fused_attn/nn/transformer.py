@@ -86,7 +86,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         *,
         backend: str | None = None,
     ):
-        check_layer(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps)
+        check_layer(d_model, nhead, dim_feedforward, dropout, layer_norm_eps)
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
             device, dtype,
@@ -167,7 +167,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         *,
         backend: str | None = None,
     ):
-        _check_stack("encoder_layer", encoder_layer, num_layers)
+        check_sizes(0, num_layers=num_layers)
         # With True, the parent class would warn about layers that its fast path cannot take.
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
         self.enable_nested_tensor = enable_nested_tensor
@@ -197,7 +197,9 @@ class TransformerEncoder(nn.TransformerEncoder):
             node = call_node(self, src, mask, src_key_padding_mask, is_causal)
             if node is not None:
                 return node
-        seqlen = _seqlen("src", src, self.layers)
+        if src.is_nested:
+            raise AssertionError("src: expected a padded tensor with a src_key_padding_mask, got a nested tensor")
+        seqlen = _seqlen(src, self.layers)
         if not all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
             # Layers of other classes get the masks in the form that the parent class passes.
             mask = _dense_mask(mask, is_causal, seqlen, src.device)
@@ -248,7 +250,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         *,
         backend: str | None = None,
     ):
-        check_layer(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps)
+        check_layer(d_model, nhead, dim_feedforward, dropout, layer_norm_eps)
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
             device, dtype,
@@ -404,7 +406,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         *,
         backend: str | None = None,
     ):
-        _check_stack("decoder_layer", decoder_layer, num_layers)
+        check_sizes(0, num_layers=num_layers)
         super().__init__(decoder_layer, num_layers, norm)
         _fuse(self.layers, backend)
 
@@ -442,7 +444,7 @@ class TransformerDecoder(nn.TransformerDecoder):
             node = call_node(self, tgt, memory, *masks, tgt_is_causal, memory_is_causal, **options)
             if node is not None:
                 return node
-        seqlen = _seqlen("tgt", tgt, self.layers)
+        seqlen = _seqlen(tgt, self.layers)
         if cache is None and not all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
             tgt_mask = _dense_mask(tgt_mask, tgt_is_causal, seqlen, tgt.device)
             return super().forward(
@@ -623,31 +625,14 @@ class Transformer(nn.Transformer):
         )  # fmt: skip
 
 
-def check_layer(
-    d_model: int,
-    nhead: int,
-    dim_feedforward: int,
-    dropout: float,
-    activation: str | Callable[[Tensor], Tensor],
-    layer_norm_eps: float = 1e-5,
-) -> None:
+def check_layer(d_model: int, nhead: int, dim_feedforward: int, dropout: float, layer_norm_eps: float = 1e-5) -> None:
     """Raises TypeError or ValueError if no layer can have these arguments."""
     check_sizes(1, d_model=d_model, nhead=nhead)
     check_sizes(0, dim_feedforward=dim_feedforward)
     check_divides("nhead", nhead, "d_model", d_model)
     checks.check_probability("dropout", dropout)
-    if not (isinstance(activation, str) or callable(activation)):
-        raise TypeError(f"activation: expected a name or a function, got {checks.describe(activation)}")
-    checks.check_number("layer_norm_eps", layer_norm_eps)
     if not layer_norm_eps >= 0.0:
         raise checks.fail("layer_norm_eps", "a number >= 0", layer_norm_eps)
-
-
-def _check_stack(name: str, layer: nn.Module, num_layers: int) -> None:
-    """Raises TypeError or ValueError if no stack can have these arguments. name: the argument `layer`."""
-    if not isinstance(layer, nn.Module):
-        raise TypeError(f"{name}: expected a layer, got {checks.describe(layer)}")
-    check_sizes(0, num_layers=num_layers)
 
 
 def _fuse(layers: nn.ModuleList, backend: str | None) -> None:
@@ -694,15 +679,8 @@ def _has_fused_attention(layer: nn.Module) -> bool:
     return any(isinstance(module, FusedMultiheadAttention) for module in layer.modules())
 
 
-def _seqlen(name: str, x: Tensor, layers: nn.ModuleList) -> int:
-    """The length L of x, which is (N, L, E), (L, N, E) or (L, E). The batch_first of the first layer decides.
-
-    name: the argument, for error messages
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {checks.describe(x)}")
-    if x.is_nested:
-        raise AssertionError(f"{name}: expected a padded tensor with a key padding mask, got a nested tensor")
+def _seqlen(x: Tensor, layers: nn.ModuleList) -> int:
+    """The length L of x, which is (N, L, E), (L, N, E) or (L, E). The batch_first of the first layer decides."""
     first: Any = layers[0]
     return x.shape[1 if x.dim() == 3 and first.self_attn.batch_first else 0]
 
@@ -746,11 +724,8 @@ def _dense_mask(mask: Tensor | None, is_causal: bool | None, seqlen: int, device
 def _can_look_at(mask: Tensor) -> bool:
     """Whether the contents of the mask may be compared.
 
-    A traced graph and a captured one cannot read values. A mask that requires grad must be used itself. If the mask is
-    no tensor, the layers raise an error.
+    A traced graph and a captured one cannot read values. A mask that requires grad must be used itself.
     """
-    if not isinstance(mask, Tensor):
-        return False
     if torch.compiler.is_compiling() or mask.requires_grad:
         return False
     return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())

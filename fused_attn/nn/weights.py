@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
@@ -62,7 +60,7 @@ def attention_weights(
     rows, columns = (torch.arange(n, device=device) for n in (seqlen_q, seqlen_k))
     distance = columns - rows[:, None]  # (L, S)
     # Autocast would run this product in low precision. The kernel's own scores have full precision.
-    with contextlib.nullcontext() if query.is_meta else torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         scores = (query.to(lse.dtype) * scale) @ key.to(lse.dtype).transpose(-2, -1)
     if relative_bias is not None:
         scores = scores + relative_bias[..., distance + (seqlen_q - 1)]

@@ -462,7 +462,6 @@ def test_errors_of_the_constructor(arguments, message):
         ({"do_sample": True, "temperature": 0.0}, "temperature: expected a number > 0, got 0.0"),
         ({"do_sample": True, "top_k": 0}, "top_k: expected None or at least 1, got 0"),
         ({"num_beams": 2, "length_penalty": math.nan}, "length_penalty: expected a finite number, got nan"),
-        ({"length_penalty": 0.5}, "length_penalty: expected 1.0 with num_beams=1, got 0.5"),
         ({"do_sample": True, "top_p": 1.5}, r"top_p: expected None or a number in \(0, 1\], got 1.5"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
@@ -472,71 +471,23 @@ def test_errors_of_generate(arguments, message):
         make_model().generate(SRC, **{"max_new_tokens": 4, **arguments})
 
 
-@pytest.mark.parametrize("name", ["max_new_tokens", "num_beams", "num_return_sequences", "top_k"])
-@pytest.mark.parametrize("count", [2.5, True])
-def test_counts_that_are_no_ints_raise(name, count):
-    with pytest.raises(TypeError, match=f"{name}: expected an int, got {type(count).__name__} {count}"):
-        make_model().generate(SRC, **{"max_new_tokens": 4, "do_sample": True, name: count})
-
-
-@pytest.mark.parametrize(
-    ("name", "wrong", "expected"),
-    [
-        ("do_sample", "no", "a bool, got str 'no'"),
-        ("return_scores", 1, "a bool, got int 1"),
-        ("progress", 3, "a bool, got int 3"),
-        ("cuda_graph", "never", "a bool, got str 'never'"),
-        ("temperature", "hot", "a number, got str 'hot'"),
-        ("top_p", "x", "a number, got str 'x'"),
-        ("length_penalty", "x", "a number, got str 'x'"),
-        ("repetition_penalty", None, "a number, got NoneType None"),
-        ("generator", 3, "None or a torch.Generator, got int 3"),
-        ("on_tokens", 3, "None or a function, got int 3"),
-        ("prefix", [[3]], "a torch.Tensor, got list"),
-        ("stop_ids", 2.5, "an int or a sequence of ints, got float 2.5"),
-        ("stop_ids", [True], "an int or a sequence of ints, got bool True"),
-        ("src", [[3]], "a torch.Tensor, got list"),
-    ],
-    ids=str,
-)
-def test_types_of_generate(name, wrong, expected):
-    with pytest.raises(TypeError, match=f"^{name}: expected {expected}"):
-        make_model().generate(**{"src": SRC, "max_new_tokens": 4, name: wrong})
-
-
-@pytest.mark.parametrize(
-    ("name", "wrong", "expected"),
-    [
-        ("norm_first", "yes", "a bool, got str 'yes'"),
-        ("share_embeddings", 1, "a bool, got int 1"),
-        ("tie_generator", None, "a bool, got NoneType None"),
-        ("max_len", 2.5, "an int, got float 2.5"),
-        ("src_vocab_size", "a", "an int, got str 'a'"),
-        ("num_encoder_layers", "a", "an int, got str 'a'"),
-        ("num_decoder_layers", True, "an int, got bool True"),
-        ("pad_id", 0.0, "an int, got float 0.0"),
-        ("num_kv_heads", True, "an int, got bool True"),
-        ("activation", 3, "a name or a function, got int 3"),
-    ],
-    ids=str,
-)
-def test_types_of_the_constructor(name, wrong, expected):
-    with pytest.raises(TypeError, match=f"^{name}: expected {expected}"):
-        make_model(**{name: wrong})
+@pytest.mark.parametrize("name", ["max_new_tokens", "num_beams", "top_k"])
+def test_counts_that_are_no_ints_raise(name):
+    with pytest.raises(TypeError, match=f"{name}: expected an int, got float"):
+        make_model().generate(SRC, **{"max_new_tokens": 4, "do_sample": True, name: 2.5})
 
 
 @pytest.mark.parametrize(
     ("src", "tgt", "error", "message"),
     [
         (SRC.double(), TGT, TypeError, "src: expected int64 or int32 tokens, got torch.float64"),
-        ([[1]], TGT, TypeError, r"src: expected a torch.Tensor, got list"),
         (SRC, TGT[0], ValueError, r"tgt: expected"),
         (SRC, TGT[:2], ValueError, r"tgt: expected the batch size of src, 6, got shape \(2, 8\)"),
         (SRC + 1, TGT, ValueError, r"src: expected tokens in \[0, 11\), got 1 to 11"),
         (SRC, TGT - 1, ValueError, r"tgt: expected tokens in \[0, 9\), got -1 to 7"),
         (padded_to(SRC, 33), TGT, ValueError, "src: expected at most max_len=32 tokens, got 33"),
     ],
-    ids=["dtype", "list", "rank", "batch", "too-high", "too-low", "too-long"],
+    ids=["dtype", "rank", "batch", "too-high", "too-low", "too-long"],
 )
 def test_errors_of_forward(src, tgt, error, message):
     with pytest.raises(error, match=message):

@@ -367,25 +367,6 @@ def test_an_encoder_names_a_nested_input() -> None:
         fused.TransformerEncoder(fused.TransformerEncoderLayer(**SIZES, batch_first=True), 1)(src)
 
 
-def test_stacks_name_arguments_of_wrong_types() -> None:
-    x = torch.randn(S, N, E)
-    layers = fused.TransformerEncoderLayer(**SIZES), fused.TransformerDecoderLayer(**SIZES)
-    encoder, decoder = fused.TransformerEncoder(layers[0], 1), fused.TransformerDecoder(layers[1], 1)
-    for name, call in (
-        ("src", lambda: encoder([1.0])),
-        ("tgt", lambda: decoder([1.0], x)),
-        ("attn_mask", lambda: encoder(x, [[True]])),
-        ("attn_mask", lambda: decoder(x, x, [[True]])),
-        ("encoder_layer", lambda: fused.TransformerEncoder(3, 1)),
-        ("decoder_layer", lambda: fused.TransformerDecoder(None, 1)),
-        ("num_layers", lambda: fused.TransformerEncoder(layers[0], True)),
-        ("activation", lambda: fused.TransformerEncoderLayer(**SIZES, activation=3)),
-        ("layer_norm_eps", lambda: fused.TransformerDecoderLayer(**SIZES, layer_norm_eps="small")),
-    ):
-        with pytest.raises(TypeError, match=f"^{name}: expected .*, got "):
-            call()
-
-
 def test_a_cache_for_another_number_of_layers_raises() -> None:
     decoder = fused.TransformerDecoder(fused.TransformerDecoderLayer(**SIZES), 2)
     with pytest.raises(ValueError, match="cache: expected one for 2 layers, got one for 3"):
