@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -203,11 +205,68 @@ TABLE = {
 }
 
 
+TABLE |= {
+    f"{name}-{value!r}": (call(**{name: value}), TypeError, rf"{name}: expected a bool, got {re.escape(described)}")
+    for name in ("is_causal", "enable_gqa", "return_lse", "return_max")
+    for value, described in (("no", "str 'no'"), (1, "int 1"), (0, "int 0"), (None, "NoneType None"), ([], "list"))
+}
+TABLE |= {
+    f"seed-without-dropout-{value!r}": (
+        call(dropout_seed=value),
+        TypeError,
+        rf"dropout_seed: expected an int or a 0-d int64 tensor, got {re.escape(described)}",
+    )
+    for value, described in (("abc", "str 'abc'"), (1.5, "float 1.5"), (True, "bool True"), ([1], "list"))
+}
+TABLE |= {
+    "seed-without-dropout-range": (call(dropout_seed=-1), ValueError, r"dropout_seed: expected 0 <= seed < 2\*\*63"),
+    "seed-without-dropout-mask": (
+        call(dropout_seed="abc", is_causal=True, key_padding_mask=torch.zeros(2, 7, dtype=torch.bool)),
+        TypeError,
+        r"dropout_seed: expected an int",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_fused_attention(name: str) -> None:
     function, exception, message = TABLE[name]
     with pytest.raises(exception, match=message):
         function()
+
+
+@pytest.mark.parametrize("name", ["return_lse", "return_max", "dropout_seed"])
+def test_a_wrong_value_is_told_after_a_right_call_of_the_same_shapes(name: str) -> None:
+    """The plan of the right call is cached. The wrong call must not find the plan."""
+    value = "no"
+    calls = [call, varlen] if name != "return_lse" else [call, varlen, paged]
+    for function in calls:
+        function()()
+        with pytest.raises(TypeError, match=f"{name}: expected .*, got str 'no'"):
+            function(**{name: value})()
+    with pytest.raises(TypeError, match=f"{name}: expected .*, got str 'no'"):
+        fused_attn.explain(Q, KV, KV, **{name: value})
+
+
+def test_bools_and_ints_of_numpy_are_taken() -> None:
+    yes, no = np.bool_(True), np.bool_(False)
+    out, lse = call(return_lse=yes, return_max=no, is_causal=yes, enable_gqa=no)()
+    expected, expected_lse = call(return_lse=True, is_causal=True)()
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    seeded = call(dropout_p=0.5, dropout_seed=np.int64(7))()
+    assert torch.equal(seeded, call(dropout_p=0.5, dropout_seed=7)())
+    call(dropout_p=np.float32(0.5), scale=np.float64(0.1), num_splits=np.int64(2))()
+
+
+def test_explain_answers_for_meta_tensors() -> None:
+    query, padding = Q.to(META), torch.zeros(2, 5, dtype=torch.bool, device=META)
+    explanation = fused_attn.explain(query, query, query, is_causal=True, key_padding_mask=padding)
+    assert explanation.chosen == "reference"
+    assert explanation.problem.device == META
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fused_attn.explain(query, query, query).problem.dtype == torch.float32
+        assert fused_attn.fused_attention(query, query, query).dtype == torch.float32
 
 
 #: (B, L, H, D) = (2, 8, 4, 16) and (B, S, H, D) = (2, 10, 4, 16)
