@@ -107,7 +107,7 @@ def fused_attention(
     if is_direct:
         call = signature.read(
             query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths,
-            dropout_p, is_causal, scale, enable_gqa, window_size, softcap, num_splits, backend,
+            dropout_p, is_causal, scale, enable_gqa, window_size, softcap, num_splits, backend, return_lse, return_max,
         )  # fmt: skip
         plan = planning.plans.get(call)
     if call is None:
@@ -125,6 +125,7 @@ def fused_attention(
             # This import takes time, and only a program that has DTensors needs the module.
             from fused_attn import sharded
 
+            checks.check_flags(return_lse=return_lse, return_max=return_max)
             if key_lengths is not None:
                 raise checks.fail("key_lengths", "None with DTensors, which key_padding_mask can mask", "a tensor")
 
@@ -145,6 +146,7 @@ def fused_attention(
                 softcap=softcap, relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, backend=backend,
             )  # fmt: skip
     if plan is None:
+        checks.check_flags(return_lse=return_lse, return_max=return_max)
         tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths)
         options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap, num_splits)
         plan = planning.plan(is_compiling, tensors, options, backend)
@@ -155,12 +157,14 @@ def fused_attention(
     if layout is not None:
         query, key, value = layout.flatten(query, key, value)
     if problem.is_plain:
+        if dropout_seed is not None:
+            checks.check_dropout_seed(dropout_seed)
         inputs = new_inputs(query, key, value, None, None, None, None, None, None, None, None, None, None, None)
     else:
         bias, key_bias, mask, key_padding = masks.score_masks(problem, attn_mask, key_padding_mask, layout)
         if relative_bias is not None:
             relative_bias = masks.with_head_dim(relative_bias)
-        seed = _seed(problem, dropout_seed) if problem.dropout_p else None
+        seed = _seed(problem, dropout_seed) if problem.dropout_p or dropout_seed is not None else None
         if key_lengths is not None and layout is not None:
             key_lengths = key_lengths.reshape(problem.batch)
         inputs = new_inputs(
@@ -232,7 +236,7 @@ def fused_attention_varlen(
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks)
     max_seqlens = (max_seqlen_q, max_seqlen_k)
     options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap)
-    call = signature.read(*tensors, *max_seqlens, *options, backend) if is_direct else None
+    call = signature.read(*tensors, *max_seqlens, *options, backend, return_lse, return_max) if is_direct else None
     is_direct = call is not None
     if not is_direct and not is_compiling and _overrides_functions(*tensors, dropout_seed):
         return handle_torch_function(
@@ -244,6 +248,7 @@ def fused_attention_varlen(
         )  # fmt: skip
     plan = None if call is None else planning.packed_plans.get(call)
     if plan is None:
+        checks.check_flags(return_lse=return_lse, return_max=return_max)
         plan = planning.plan_of_packed(is_compiling, tensors, max_seqlens, options, backend)
         if call is not None:
             planning.packed_plans.store(call, plan)
@@ -316,7 +321,7 @@ def fused_attention_paged(
         query, key_pages, value_pages = _autocast(query, key_pages, value_pages)
     tensors = (query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask)
     options = (0.0, is_causal, scale, True, window_size, softcap, num_splits)
-    call = signature.read(*tensors, *options, backend) if is_direct else None
+    call = signature.read(*tensors, *options, backend, return_lse) if is_direct else None
     is_direct = call is not None
     if not is_direct and not is_compiling and _overrides_functions(*tensors):
         return handle_torch_function(
@@ -326,6 +331,7 @@ def fused_attention_paged(
         )  # fmt: skip
     plan = None if call is None else planning.paged_plans.get(call)
     if plan is None:
+        checks.check_flag("return_lse", return_lse)
         plan = planning.plan_of_paged(is_compiling, tensors, options, backend)
         if call is not None:
             planning.paged_plans.store(call, plan)
@@ -417,6 +423,9 @@ def explain(
     given = call.arguments
     if jagged.is_nested(*call.args[:3]):
         raise checks.fail("query, key and value", "dense tensors for explain", "nested ones")
+    checks.check_flags(return_lse=given["return_lse"], return_max=given["return_max"])
+    if given["dropout_seed"] is not None:
+        checks.check_dropout_seed(given["dropout_seed"])
     query, key, value = _autocast(*call.args[:3])
     others = tuple(given[name] for name in planning.Arguments._fields[3:])
     options = tuple(given[name] for name in planning.Options._fields)
@@ -442,16 +451,15 @@ def _overrides_functions(*arguments) -> bool:
 
 def _seed(problem: AttentionProblem, dropout_seed: int | Tensor | None) -> Tensor | None:
     """The seed of dropout, a 0-d int64 tensor, drawn if the caller gives none. None without dropout."""
-    if not problem.dropout_p:
-        return None
     if dropout_seed is None:
-        return dropout.draw_seed(problem.device)
-    return checks.check_dropout_seed(dropout_seed, problem.device)
+        return dropout.draw_seed(problem.device) if problem.dropout_p else None
+    checks.check_dropout_seed(dropout_seed)
+    return dropout.seed_tensor(dropout_seed, problem.device) if problem.dropout_p else None
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Casts the inputs as autocast casts those of SDPA: all floating-point tensors except float64 get its dtype."""
-    if not (isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type)):
+    if not isinstance(query, Tensor) or not modes.is_autocast_enabled(query.device):
         return query, key, value
     dtype = torch.get_autocast_dtype(query.device.type)
     return _to_autocast(query, dtype), _to_autocast(key, dtype), _to_autocast(value, dtype)

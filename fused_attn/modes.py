@@ -23,6 +23,7 @@ __all__ = [
     "in_forward_mode",
     "in_functorch",
     "is_any_autocast_enabled",
+    "is_autocast_enabled",
     "is_backward_observed",
     "is_direct",
     "is_dynamo_compiling",
@@ -53,6 +54,11 @@ def is_direct() -> bool:
         and _len_torch_function_stack() == 0
         and _get_tracing_state() is None
     )
+
+
+def is_autocast_enabled(device: torch.device) -> bool:
+    """True if autocast casts tensors on this device. It never casts on "meta", about which torch cannot be asked."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:

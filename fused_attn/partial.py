@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fused_attn import modes, planning, running
 from fused_attn.attention import checks, formula, masks
-from fused_attn.attention.dropout import GROUP
+from fused_attn.attention.dropout import GROUP, seed_tensor
 from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.problem import NO_ORIGIN, AttentionProblem, DropoutOrigin
 from fused_attn.backends import dispatch, events
@@ -267,13 +267,22 @@ def _planned(
     """(the problem, its tensors, the columns of the relative bias that belong to the part, keys added in front)."""
     check_rank_4(query, key, value)
     for name in ("query_offset", "key_offset", "batch_offset", "head_offset"):
-        if not isinstance(offset := getattr(options, name), int) or offset < 0:
+        if not isinstance(offset := getattr(options, name), int) or isinstance(offset, bool) or offset < 0:
             raise checks.fail(name, "an int of at least 0", repr(offset))
+    if options.seqlen_q is not None:
+        checks.check_seqlen("seqlen_q", options.seqlen_q)
+    if options.packed is not None and not isinstance(options.packed, PackedRows):
+        raise checks.wrong_type("packed", "PackedRows", options.packed)
+    checks.optional_meta("relative_bias", options.relative_bias)  # before its columns are read
+    for name in ("attn_mask", "key_padding_mask"):
+        checks.check_tensors(**{name: getattr(options, name)})  # before keys are added
     seed = None
+    if options.dropout_seed is not None:
+        checks.check_dropout_seed(options.dropout_seed)
     if options.dropout_p:
         if options.dropout_seed is None:
             raise checks.fail("dropout_seed", "a seed, which all parts share", "None")
-        seed = checks.check_dropout_seed(options.dropout_seed, query.device)
+        seed = seed_tensor(options.dropout_seed, query.device)
     is_compiling = torch.compiler.is_compiling()
     added = options.key_offset % GROUP if options.dropout_p and key.shape[2] else 0
     packed = options.packed
@@ -330,7 +339,7 @@ def _check_packed(query: Tensor, key: Tensor, value: Tensor, options: PartialOpt
         ("cu_seqlens_k", packed.cu_seqlens_k, key, packed.max_seqlen_k),
     ):
         checks.check_cu_seqlens(name, checks.meta(name, offsets), checks.meta("query", query))
-        checks.check_max_seqlen(f"max_seqlen_{name[-1]}", longest)
+        checks.check_seqlen(f"max_seqlen_{name[-1]}", longest)
         if modes.can_read(offsets):
             checks.check_cu_seqlens_values(name, offsets, x.shape[2], longest)
 

@@ -256,8 +256,8 @@ def _packed_plan(
     _check_options(options)
     checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
     checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query)
-    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
-    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
+    checks.check_seqlen("max_seqlen_q", max_seqlen_q)
+    checks.check_seqlen("max_seqlen_k", max_seqlen_k)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise checks.fail(
             "cu_seqlens_k", f"the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}", tuple(cu_seqlens_k.shape)

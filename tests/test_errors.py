@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 import fused_attn
 from fused_attn.attention import masks
 from fused_attn.backends import dispatch
+from fused_attn.distributed import (
+    AttentionParallel,
+    context_parallel_attention,
+    context_parallel_attention_varlen,
+    shard_batch,
+    shard_positions,
+    shard_sequence,
+    tensor_parallel_plan,
+    unshard_sequence,
+)
+from fused_attn.integrations.torchtitan import VarlenAttention
+from fused_attn.partial import attention_partial
 
 pytestmark = pytest.mark.quick
 
@@ -203,11 +217,68 @@ TABLE = {
 }
 
 
+TABLE |= {
+    f"{name}-{value!r}": (call(**{name: value}), TypeError, rf"{name}: expected a bool, got {re.escape(described)}")
+    for name in ("is_causal", "enable_gqa", "return_lse", "return_max")
+    for value, described in (("no", "str 'no'"), (1, "int 1"), (0, "int 0"), (None, "NoneType None"), ([], "list"))
+}
+TABLE |= {
+    f"seed-without-dropout-{value!r}": (
+        call(dropout_seed=value),
+        TypeError,
+        rf"dropout_seed: expected an int or a 0-d int64 tensor, got {re.escape(described)}",
+    )
+    for value, described in (("abc", "str 'abc'"), (1.5, "float 1.5"), (True, "bool True"), ([1], "list"))
+}
+TABLE |= {
+    "seed-without-dropout-range": (call(dropout_seed=-1), ValueError, r"dropout_seed: expected 0 <= seed < 2\*\*63"),
+    "seed-without-dropout-mask": (
+        call(dropout_seed="abc", is_causal=True, key_padding_mask=torch.zeros(2, 7, dtype=torch.bool)),
+        TypeError,
+        r"dropout_seed: expected an int",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_fused_attention(name: str) -> None:
     function, exception, message = TABLE[name]
     with pytest.raises(exception, match=message):
         function()
+
+
+@pytest.mark.parametrize("name", ["return_lse", "return_max", "dropout_seed"])
+def test_a_wrong_value_is_told_after_a_right_call_of_the_same_shapes(name: str) -> None:
+    """The plan of the right call is cached. The wrong call must not find the plan."""
+    value = "no"
+    calls = [call, varlen] if name != "return_lse" else [call, varlen, paged]
+    for function in calls:
+        function()()
+        with pytest.raises(TypeError, match=f"{name}: expected .*, got str 'no'"):
+            function(**{name: value})()
+    with pytest.raises(TypeError, match=f"{name}: expected .*, got str 'no'"):
+        fused_attn.explain(Q, KV, KV, **{name: value})
+
+
+def test_bools_and_ints_of_numpy_are_taken() -> None:
+    yes, no = np.bool_(True), np.bool_(False)
+    out, lse = call(return_lse=yes, return_max=no, is_causal=yes, enable_gqa=no)()
+    expected, expected_lse = call(return_lse=True, is_causal=True)()
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    seeded = call(dropout_p=0.5, dropout_seed=np.int64(7))()
+    assert torch.equal(seeded, call(dropout_p=0.5, dropout_seed=7)())
+    call(dropout_p=np.float32(0.5), scale=np.float64(0.1), num_splits=np.int64(2))()
+
+
+def test_explain_answers_for_meta_tensors() -> None:
+    query, padding = Q.to(META), torch.zeros(2, 5, dtype=torch.bool, device=META)
+    explanation = fused_attn.explain(query, query, query, is_causal=True, key_padding_mask=padding)
+    assert explanation.chosen == "reference"
+    assert explanation.problem.device == META
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fused_attn.explain(query, query, query).problem.dtype == torch.float32
+        assert fused_attn.fused_attention(query, query, query).dtype == torch.float32
 
 
 #: (B, L, H, D) = (2, 8, 4, 16) and (B, S, H, D) = (2, 10, 4, 16)
@@ -501,3 +572,86 @@ def test_explain_names_every_backend_and_its_reasons() -> None:
     assert "head dim 300 is above 256" in str(explanation)
     with pytest.raises(ValueError, match="dropout_p"):
         fused_attn.explain(wide, wide, wide, dropout_p=2.0)
+
+
+def shared(**options):
+    return lambda: context_parallel_attention(Q, KV, KV, mesh=None, **options)
+
+
+def shared_packed(**options):
+    offsets = int32(0, 9)
+    return lambda: context_parallel_attention_varlen(Q, KV, KV, offsets, offsets, 9, 9, mesh=None, **options)
+
+
+def partial(**options):
+    return lambda: attention_partial(Q, KV, KV, **options)
+
+
+#: These errors come before the mesh is read, so they need no process group.
+SHARED = {
+    "lse": (shared(return_lse="no"), TypeError, "return_lse: expected a bool, got str 'no'"),
+    "seed": (shared(dropout_seed="abc"), TypeError, "dropout_seed: expected .*, got str 'abc'"),
+    "method": (shared(method=3), ValueError, "method: expected one of .*, got 3"),
+    "lengths": (shared(seqlens=5), ValueError, r"seqlens: expected \(L, S\), the lengths of .*, got 5"),
+    "lengths-float": (shared(seqlens=(5.0, 7)), TypeError, r"seqlens: expected an int, got float 5\.0"),
+    "lengths-negative": (shared(seqlens=(5, -7)), ValueError, "seqlens: expected a number of rows in .*, got -7"),
+    "mesh": (shared(seqlens=(5, 7)), TypeError, "mesh: expected a DeviceMesh or a ProcessGroup, got NoneType"),
+    "packed-lse": (shared_packed(return_lse=1), TypeError, "return_lse: expected a bool, got int 1"),
+    "compare": (shared_packed(compare_ranks="no"), TypeError, "compare_ranks: expected a bool, got str 'no'"),
+    "shard": (lambda: shard_sequence([1], None, 0), TypeError, "x: expected a tensor, got list"),
+    "shard-dim": (lambda: shard_sequence(Q, None, "a"), TypeError, "dim: expected an int, got str 'a'"),
+    "shard-rank": (
+        lambda: shard_sequence(Q, None, 4),
+        ValueError,
+        r"dim: expected a dimension of x, whose shape is \(2, 4, 5, 8\), got 4",
+    ),
+    "shard-mesh": (lambda: shard_sequence(Q, 3, 2), TypeError, "mesh: expected a DeviceMesh .*, got int"),
+    "unshard": (lambda: unshard_sequence(None, None, 0), TypeError, "x: expected a tensor, got NoneType None"),
+    "unshard-dim": (lambda: unshard_sequence(Q, None, True), TypeError, "dim: expected an int, got bool True"),
+    "batch": (lambda: shard_batch([Q], None), TypeError, "batch: expected a mapping .*, got list"),
+    "positions": (lambda: shard_positions(None, seqlen="a"), TypeError, "seqlen: expected an int, got str 'a'"),
+    "positions-offsets": (
+        lambda: shard_positions(None, cu_seqlens=[0, 9]),
+        TypeError,
+        "cu_seqlens: expected a tensor, got list",
+    ),
+    "plan-module": (lambda: tensor_parallel_plan(3), TypeError, r"module: expected a torch\.nn\.Module, got int 3"),
+    "plan-flag": (
+        lambda: tensor_parallel_plan(torch.nn.Linear(1, 1), sequence_parallel="no"),
+        TypeError,
+        "sequence_parallel: expected a bool, got str 'no'",
+    ),
+    "style-layout": (
+        lambda: AttentionParallel(3),
+        TypeError,
+        "output_layout: expected None, Shard or Replicate, got int 3",
+    ),
+    "style-flag": (
+        lambda: AttentionParallel(use_local_output="no"),
+        TypeError,
+        "use_local_output: expected a bool, got str 'no'",
+    ),
+    "titan": (
+        lambda: VarlenAttention(3),
+        TypeError,
+        r"config: expected None or a VarlenAttention\.Config, got int 3",
+    ),
+    "part-seed": (partial(dropout_seed="abc"), TypeError, "dropout_seed: expected .*, got str 'abc'"),
+    "part-mask": (partial(attn_mask=[1]), TypeError, "attn_mask: expected a tensor, got list"),
+    "part-padding": (
+        partial(key_padding_mask=[1], dropout_p=0.5, dropout_seed=1, key_offset=1),
+        TypeError,
+        "key_padding_mask: expected a tensor, got list",
+    ),
+    "part-bias": (partial(relative_bias=[1]), TypeError, r"relative_bias: expected a torch\.Tensor, got list"),
+    "part-length": (partial(seqlen_q="a"), TypeError, "seqlen_q: expected an int, got str 'a'"),
+    "part-offset": (partial(query_offset=True), ValueError, "query_offset: expected an int of at least 0, got True"),
+    "part-packed": (partial(packed=3), TypeError, "packed: expected PackedRows, got int 3"),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_parts_and_shared_sequences(name: str) -> None:
+    function, exception, message = SHARED[name]
+    with pytest.raises(exception, match=f"^{message}"):
+        function()

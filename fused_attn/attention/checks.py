@@ -6,6 +6,7 @@ Each check raises TypeError or ValueError. The message names the argument, what 
 from __future__ import annotations
 
 import itertools
+import numbers
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -55,6 +56,11 @@ def optional_meta(name: str, tensor: Tensor | None) -> Meta | None:
 def fail(name: str, expected: str, got: object) -> ValueError:
     """The error, to be raised by the caller, that argument `name` should have been `expected` but was `got`."""
     return ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def wrong_type(name: str, expected: str, got: object) -> TypeError:
+    """The error, to be raised by the caller, that argument `name` should have been `expected` but `got` is not."""
+    return TypeError(f"{name}: expected {expected}, got {_describe(got)}")
 
 
 def check_query_key_value(
@@ -123,12 +129,11 @@ def check_heads(query: int, key: int, value: int, enable_gqa: bool) -> int:
     return num_heads
 
 
-def check_max_seqlen(name: str, max_seqlen: int) -> None:
-    """Checks that the longest length of a packed call is an int in [0, 2**62)."""
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {_describe(max_seqlen)}")
-    if max_seqlen < 0 or (isinstance(max_seqlen, int) and max_seqlen >= 2**62):  # positions have 64 bits
-        raise fail(name, "a number of rows in [0, 2**62)", max_seqlen)
+def check_seqlen(name: str, seqlen: int) -> None:
+    """Checks that a length, such as the longest one of a packed call, is an int in [0, 2**62)."""
+    check_integer(name, seqlen)
+    if seqlen < 0 or (not isinstance(seqlen, torch.SymInt) and seqlen >= 2**62):  # positions have 64 bits
+        raise fail(name, "a number of rows in [0, 2**62)", seqlen)
 
 
 def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, softcap: float) -> None:
@@ -136,24 +141,55 @@ def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable
     check_flag("is_causal", is_causal)
     check_flag("enable_gqa", enable_gqa)
     check_probability("dropout_p", dropout_p)
-    _check_number("softcap", softcap)
+    check_number("softcap", softcap)
     if not 0.0 <= softcap <= LARGEST_FLOAT:
         raise fail("softcap", "a finite number >= 0 (0 = off)", softcap)
     if scale is not None:
-        _check_number("scale", scale)
+        check_number("scale", scale)
         if not -LARGEST_FLOAT <= scale <= LARGEST_FLOAT:
             raise fail("scale", "a finite number", scale)
 
 
 def check_flag(name: str, flag: bool) -> None:
-    """Checks that a flag is a bool."""
-    if not isinstance(flag, bool):
-        raise TypeError(f"{name}: expected a bool, got {_describe(flag)}")
+    """Checks that a flag is a bool, of Python or of NumPy."""
+    if not isinstance(flag, bool) and not _is_numpy_bool(flag):
+        raise wrong_type(name, "a bool", flag)
+
+
+def check_flags(**flags: bool) -> None:
+    """`check_flag` of each flag, by the name of the argument."""
+    for name, flag in flags.items():
+        check_flag(name, flag)
+
+
+def check_integer(name: str, x: int, expected: str = "an int") -> None:
+    """Checks that x is an int of Python, of NumPy or of a tracer. A bool is none."""
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt, numbers.Integral)):
+        raise wrong_type(name, expected, x)
+
+
+def check_number(name: str, x: float) -> None:
+    """Checks that x is a real number. Bools and tensors are none."""
+    if isinstance(x, (bool, Tensor)) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)):
+        raise wrong_type(name, "a number", x)
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """Checks that x is a tensor, of any kind."""
+    if not isinstance(x, Tensor):
+        raise wrong_type(name, "a tensor", x)
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """`check_tensor` of each argument that is not None, by its name."""
+    for name, x in tensors.items():
+        if x is not None:
+            check_tensor(name, x)
 
 
 def check_probability(name: str, p: float) -> None:
     """Checks that p is a number in [0, 1]."""
-    _check_number(name, p)
+    check_number(name, p)
     if not 0.0 <= p <= 1.0:
         raise fail(name, "a probability in [0, 1]", p)
 
@@ -236,8 +272,7 @@ def check_num_splits(num_splits: int | None) -> int:
     """Checks num_splits; returns 0 for None."""
     if num_splits is None:
         return 0
-    if isinstance(num_splits, bool) or not isinstance(num_splits, int):
-        raise TypeError(f"num_splits: expected None or an int, got {_describe(num_splits)}")
+    check_integer("num_splits", num_splits, "None or an int")
     if not 1 <= num_splits <= MAX_SPLITS:
         raise fail("num_splits", f"a number from 1 to {MAX_SPLITS}", num_splits)
     return num_splits
@@ -261,19 +296,16 @@ def check_sinks(sinks: Meta, query: Meta, num_heads: int) -> None:
         raise fail("sinks", f"shape (H,) = {(num_heads,)}", _shape(sinks))
 
 
-def check_dropout_seed(seed: int | Tensor, device: torch.device) -> Tensor:
-    """Checks the seed of dropout; returns it as a 0-d int64 tensor on the device."""
+def check_dropout_seed(seed: int | Tensor) -> None:
+    """Checks the seed of dropout. A call without dropout checks it, too."""
+    expected = "an int or a 0-d int64 tensor"
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
-            raise fail("dropout_seed", "an int or a 0-d int64 tensor", f"{seed.dtype} of shape {tuple(seed.shape)}")
-        return seed.to(device)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"dropout_seed: expected an int or a 0-d int64 tensor, got {_describe(seed)}")
+            raise fail("dropout_seed", expected, f"{seed.dtype} of shape {tuple(seed.shape)}")
+        return
+    check_integer("dropout_seed", seed, expected)
     if not 0 <= seed < 2**63:
         raise fail("dropout_seed", "0 <= seed < 2**63", seed)
-    # torch.tensor would copy from host memory. The host would wait for the GPU, and a CUDA graph cannot capture such a
-    # copy.
-    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Meta, query: Meta) -> None:
@@ -297,10 +329,9 @@ def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, total: int, max_seqle
         raise fail(f"max_seqlen_{name[-1]}", f"at least the longest sequence, {max(lengths)}", max_seqlen)
 
 
-def _check_number(name: str, x: object) -> None:
-    """Checks that x is an int or a float. Bools and tensors are neither."""
-    if isinstance(x, (bool, Tensor)) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name}: expected a number, got {_describe(x)}")
+def _is_numpy_bool(x: object) -> bool:
+    """Whether x is a bool of NumPy. This module does not import NumPy, which torch can do without."""
+    return type(x).__module__ == "numpy" and type(x).__name__ in ("bool", "bool_")
 
 
 def _check_int32(name: str, x: Meta) -> None:

@@ -52,6 +52,15 @@ def draw_seed(device: torch.device, groups: Sequence[dist.ProcessGroup] = ()) ->
     return seed
 
 
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """A seed that `checks.check_dropout_seed` has let pass, as a 0-d int64 tensor on the device."""
+    if isinstance(seed, Tensor):
+        return seed.to(device)
+    # torch.tensor would copy from host memory. The host would wait for the GPU, and a CUDA graph cannot capture such a
+    # copy.
+    return torch.full((), int(seed), dtype=torch.int64, device=device)
+
+
 def keep_mask(
     seed: Tensor,
     dropout_p: float,

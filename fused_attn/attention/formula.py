@@ -21,7 +21,7 @@ from fused_attn.attention.problem import AttentionProblem
 def forward(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """All `Results`. row_max has no gradient."""
     # Autocast has been applied to the inputs already. The formula itself computes in the accumulate dtype.
-    with _without_autocast(inputs.query.device):
+    with without_autocast(inputs.query.device):
         x = _to_compute(problem, inputs)
         probs, lse, row_max, _ = _softmax(problem, x)
         if problem.dropout_p:
@@ -50,7 +50,7 @@ def backward_from_saved(problem: AttentionProblem, inputs: Inputs, saved: Saved,
 
 
 def _backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted, uses_saved: bool) -> Gradients:
-    with _without_autocast(inputs.query.device):
+    with without_autocast(inputs.query.device):
         x = _to_compute(problem, inputs)
         assert saved.dout is not None, "backward needs the gradient of out"
         if uses_saved:
@@ -110,7 +110,7 @@ def dsinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return -(weight * delta).sum((0, 2))
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """A context that switches autocast off, if the device has autocast."""
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from fused_attn.attention import checks
+
 
 def t5_relative_bias(
     table: Tensor, seqlen_q: int, seqlen_k: int, bidirectional: bool = True, max_distance: int = 128
@@ -32,15 +34,17 @@ def t5_relative_bias(
         (H, L + S - 1) of the table's dtype; (H, 0) for L = S = 0.
 
     Raises:
-        TypeError: table is no tensor.
-        ValueError: table has another shape or too few buckets, or max_distance is too small for its buckets.
+        TypeError: table is no tensor, a number is no int, or bidirectional is no bool.
+        ValueError: table has another shape or too few buckets, a length is negative, or max_distance is too small for
+            the buckets.
     """
     if has_torch_function_variadic(table, seqlen_q, seqlen_k):
         return handle_torch_function(
             t5_relative_bias, (table, seqlen_q, seqlen_k), table, seqlen_q, seqlen_k, bidirectional, max_distance
         )
-    if not isinstance(table, Tensor):
-        raise TypeError(f"table: expected a tensor, got {type(table).__name__}")
+    checks.check_tensor("table", table)
+    checks.check_seqlen("seqlen_q", seqlen_q)
+    checks.check_seqlen("seqlen_k", seqlen_k)
     if table.dim() != 2:
         raise ValueError(f"table: expected shape (num_buckets, H), got {tuple(table.shape)}")
     check_buckets("table", table.shape[0], bidirectional, max_distance)
@@ -63,10 +67,12 @@ def t5_relative_bias(
 
 
 def check_buckets(name: str, num_buckets: int, bidirectional: bool, max_distance: int) -> None:
-    """Raises ValueError unless T5's formula has a bucket for every distance.
+    """Raises TypeError or ValueError unless T5's formula has a bucket for every distance.
 
     name: the argument that determines num_buckets, for the error message
     """
+    checks.check_flag("bidirectional", bidirectional)
+    checks.check_number("max_distance", max_distance)
     least = 4 if bidirectional else 2
     if num_buckets < least:
         raise ValueError(f"{name}: expected at least {least} buckets with {bidirectional=}, got {num_buckets}")
@@ -90,13 +96,14 @@ def alibi_bias(slopes: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
         (H, L + S - 1) of the slopes' dtype; (H, 0) for L = S = 0.
 
     Raises:
-        TypeError: slopes is no tensor.
-        ValueError: slopes has another shape.
+        TypeError: slopes is no tensor, or a length is no int.
+        ValueError: slopes has another shape, or a length is negative.
     """
     if has_torch_function_variadic(slopes, seqlen_q, seqlen_k):
         return handle_torch_function(alibi_bias, (slopes, seqlen_q, seqlen_k), slopes, seqlen_q, seqlen_k)
-    if not isinstance(slopes, Tensor):
-        raise TypeError(f"slopes: expected a tensor, got {type(slopes).__name__}")
+    checks.check_tensor("slopes", slopes)
+    checks.check_seqlen("seqlen_q", seqlen_q)
+    checks.check_seqlen("seqlen_k", seqlen_k)
     if slopes.dim() != 1:
         raise ValueError(f"slopes: expected shape (H,), got {tuple(slopes.shape)}")
     return -slopes[:, None] * _distances(seqlen_q, seqlen_k, slopes.device).abs()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -78,6 +79,9 @@ def context_parallel_attention(
         RuntimeError: a rank has ended, or does not answer within the time limit of the process group.
     """
     chosen = _options("context_parallel_attention", method, options)
+    checks.check_flag("return_lse", return_lse)
+    if seqlens is not None:
+        _check_seqlens(seqlens)
     partial.check_rank_4(query, key, value)
     padding = chosen.key_padding_mask
     for name, x in (("key_padding_mask", padding), ("relative_bias", chosen.relative_bias), ("sinks", sinks)):
@@ -148,6 +152,7 @@ def context_parallel_attention_varlen(
         RuntimeError: a rank has ended, or does not answer within the time limit of the process group.
     """
     chosen = _options("context_parallel_attention_varlen", method, options)
+    checks.check_flags(compare_ranks=compare_ranks, return_lse=return_lse)
     for name in ("key_padding_mask", "num_splits"):
         if getattr(chosen, name) is not None:
             raise checks.fail(name, "no such option for packed sequences", "one")
@@ -175,7 +180,18 @@ def _options(function: str, method: str, options: dict[str, Any]) -> PartialOpti
             raise checks.fail(
                 name, "no such option for a shared sequence; see the documentation for those there are", "one"
             )
-    return PartialOptions.of(function, options)
+    chosen = PartialOptions.of(function, options)
+    if chosen.dropout_seed is not None:
+        checks.check_dropout_seed(chosen.dropout_seed)
+    return chosen
+
+
+def _check_seqlens(seqlens: tuple[int, int]) -> None:
+    """Raises TypeError or ValueError unless seqlens is (L, S)."""
+    if not isinstance(seqlens, Sequence) or len(seqlens) != 2:
+        raise checks.fail("seqlens", "(L, S), the lengths of the whole sequences", repr(seqlens))
+    for length in seqlens:
+        checks.check_seqlen("seqlens", length)
 
 
 def _band(options: PartialOptions) -> Band:

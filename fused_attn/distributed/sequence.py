@@ -94,7 +94,11 @@ def shard_sequence(x: Tensor, mesh: DeviceMesh | dist.ProcessGroup, dim: int) ->
 
     Returns:
         A copy of the rows of this rank. Gradients flow to the rows of x that the rank holds.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
+    _check_dim(x, dim)
     group = group_of(mesh)
     sharding = Sharding.of(x.shape[dim], dist.get_world_size(group))
     parts = [x.narrow(dim, begin, end - begin) for begin, end, _ in sharding.segments(dist.get_rank(group))]
@@ -111,9 +115,12 @@ def unshard_sequence(x: Tensor, mesh: DeviceMesh | dist.ProcessGroup, dim: int) 
         dim: the dimension of the sequence.
 
     Raises:
-        ValueError: the shards have other lengths than `shard_sequence` gives them.
+        TypeError: x is no tensor, dim is no int, or mesh is no mesh.
+        ValueError: the shards have other lengths than `shard_sequence` gives them, or x has no such dimension.
     """
+    _check_dim(x, dim)
     group = group_of(mesh)
+    dim %= x.dim()
     (sharding,) = shardings_of({"x": x.shape[dim]}, group, x.device)
     longest = max(map(sharding.rows, range(sharding.world)))
     # Collectives want tensors of one shape, so each shard is filled up to the longest one.
@@ -127,6 +134,14 @@ def unshard_sequence(x: Tensor, mesh: DeviceMesh | dist.ProcessGroup, dim: int) 
         for begin, end, at in sharding.segments(rank)
     ]
     return torch.cat([part for _, part in sorted(placed, key=lambda pair: pair[0])], dim) if placed else x.clone()
+
+
+def _check_dim(x: Tensor, dim: int) -> None:
+    """Raises TypeError or ValueError unless x is a tensor that has the dimension."""
+    checks.check_tensor("x", x)
+    checks.check_integer("dim", dim)
+    if not -x.dim() <= dim < x.dim():
+        raise checks.fail("dim", f"a dimension of x, whose shape is {tuple(x.shape)}", dim)
 
 
 def shard_batch(
@@ -158,6 +173,8 @@ def _each(
     function: Callable[..., Tensor], batch: Mapping[str, Any], mesh: DeviceMesh | dist.ProcessGroup,
     dim: int | Mapping[str, int],
 ) -> dict[str, Any]:  # fmt: skip
+    if not isinstance(batch, Mapping):
+        raise checks.wrong_type("batch", "a mapping from names to tensors", batch)
     dims = dim if isinstance(dim, Mapping) else {name: dim for name, x in batch.items() if isinstance(x, Tensor)}
     if unknown := [name for name in dims if not isinstance(batch.get(name), Tensor)]:
         raise checks.fail("dim", f"names of tensors among {', '.join(batch)}", ", ".join(unknown))
@@ -176,11 +193,14 @@ def shard_positions(
             first row of each document. The result is on the device of cu_seqlens.
 
     Raises:
+        TypeError: seqlen is no int, or cu_seqlens is no tensor.
         ValueError: both or none of seqlen and cu_seqlens are given.
     """
     if seqlen is not None and cu_seqlens is None:
+        checks.check_seqlen("seqlen", seqlen)
         return shard_sequence(torch.arange(seqlen), mesh, 0)
     if seqlen is None and cu_seqlens is not None:
+        checks.check_tensor("cu_seqlens", cu_seqlens)
         return shard_sequence(Positions.of_packed(cu_seqlens, int(cu_seqlens[-1])).position, mesh, 0)
     raise checks.fail("seqlen", "either seqlen or cu_seqlens", "none" if seqlen is None else "both")
 

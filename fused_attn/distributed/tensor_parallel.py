@@ -43,9 +43,13 @@ def tensor_parallel_plan(module: nn.Module, *, sequence_parallel: bool = True) -
         A style for each module that the plan changes, by name. ``""`` is the module itself.
 
     Raises:
+        TypeError: module is no module, or sequence_parallel is no bool.
         ValueError: the module contains no fused attention. When the plan is applied: an option of the attention cannot
             be shared, or the ranks do not divide its heads.
     """
+    if not isinstance(module, nn.Module):
+        raise checks.wrong_type("module", "a torch.nn.Module", module)
+    checks.check_flag("sequence_parallel", sequence_parallel)
     plan: dict[str, ParallelStyle] = {}
     inside: list[str] = []  # names of layers and stacks whose residual stream is sharded already
     for name, part in module.named_modules():
@@ -100,6 +104,9 @@ class AttentionParallel(ParallelStyle):
 
     def __init__(self, output_layout: Shard | Replicate | None = None, *, use_local_output: bool = True):
         super().__init__()
+        if output_layout is not None and not isinstance(output_layout, (Shard, Replicate)):
+            raise checks.wrong_type("output_layout", "None, Shard or Replicate", output_layout)
+        checks.check_flag("use_local_output", use_local_output)
         self.output_layout = output_layout or Replicate()
         self.use_local_output = use_local_output
 

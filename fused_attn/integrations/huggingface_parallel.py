@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fused_attn.attention import checks
 from fused_attn.distributed import context_parallel_attention, shard_sequence
+from fused_attn.distributed.attention import METHODS
 from fused_attn.distributed.sequence import group_of
 from fused_attn.integrations import huggingface
 
@@ -96,6 +97,8 @@ def context_parallel(
     for kind in _rope_types(config):
         if "dynamic" in kind or kind == "longrope":
             raise checks.fail("model", "a rotary embedding that does not depend on the longest position", repr(kind))
+    if method not in METHODS:
+        raise checks.fail("method", f"one of {METHODS}", repr(method))
     ranks = _Ranks(mesh, method, backend)
     name = next(_names)
     AttentionInterface.register(name, ranks.attention)
@@ -124,9 +127,12 @@ def attach(trainer: Any, *, method: str = "auto", backend: str | None = None) ->
         method, backend: see `context_parallel`.
 
     Raises:
+        TypeError: trainer is neither.
         ValueError: there is no context parallelism in the ParallelismConfig.
     """
     accelerator = getattr(trainer, "accelerator", trainer)
+    if not hasattr(accelerator, "parallelism_config"):
+        raise checks.wrong_type("trainer", "a Trainer of transformers or an Accelerator", trainer)
     config = accelerator.parallelism_config
     if config is None or not config.cp_enabled:
         raise checks.fail("trainer", "one with ParallelismConfig(cp_size=2) or more ranks", repr(config))

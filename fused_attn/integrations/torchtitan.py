@@ -56,6 +56,8 @@ class VarlenAttention(nn.Module):
 
     def __init__(self, config: Config | None = None):
         super().__init__()
+        if config is not None and not isinstance(config, VarlenAttention.Config):
+            raise checks.wrong_type("config", "None or a VarlenAttention.Config", config)
         self.config = config or VarlenAttention.Config()
 
     def forward(
@@ -91,6 +93,8 @@ class VarlenAttention(nn.Module):
                 f"an object with {', '.join(fields)}, as VarlenMetadata",
                 type(attention_masks).__name__,
             )
+        if out_transform is not None and not callable(out_transform):
+            raise checks.wrong_type("out_transform", "None or a callable", out_transform)
         masks = attention_masks
         out, lse = fused_attention_varlen(
             q, k, v, masks.cu_seq_q, masks.cu_seq_k, masks.max_q, masks.max_k, scale=scale, enable_gqa=enable_gqa,

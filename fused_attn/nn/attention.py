@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import has_torch_function_variadic
 
+from fused_attn import modes
 from fused_attn.api import fused_attention, fused_attention_paged, fused_attention_varlen
 from fused_attn.attention import checks, jagged
 from fused_attn.attention.causal_bias import causal_bias_offset
@@ -143,11 +144,15 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         check_sizes(0, kdim=kdim, vdim=vdim)
         check_divides("num_heads", num_heads, "embed_dim", embed_dim)
         checks.check_probability("dropout", dropout)
+        checks.check_flags(
+            bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn, batch_first=batch_first,
+            skip_padded_queries=skip_padded_queries,
+        )  # fmt: skip
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        if num_kv_heads is not None and not isinstance(num_kv_heads, int):
-            raise TypeError(f"num_kv_heads: expected None or an int, got {type(num_kv_heads).__name__}")
+        if num_kv_heads is not None:
+            checks.check_integer("num_kv_heads", num_kv_heads, "None or an int")
         if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {num_kv_heads}")
         if relative_bias is not None and not callable(relative_bias):
@@ -163,7 +168,6 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         self.num_kv_heads = num_kv_heads or num_heads
         self.rotary = _rotary(rotary, self.head_dim)
         self.relative_bias = relative_bias
-        checks.check_flag("skip_padded_queries", skip_padded_queries)
         self.skip_padded_queries = skip_padded_queries
         check_backend(backend)
         self.backend = backend
@@ -263,7 +267,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         Raises:
             AssertionError: a shape or the dtype of a mask does not fit, as in the parent class.
             RuntimeError: a size, dtype or device does not fit, as in the parent class.
-            TypeError: query, key or value is no tensor, or `cache` is not the cache of an attention module.
+            TypeError: query, key, value or a mask is no tensor, a flag is no bool, or `cache` is not the cache of an
+                attention module.
             ValueError: the cache does not fit the call, or a `CrossAttentionCache` was filled with another `key`.
         """
         # Three kinds of calls leave early. fx records the whole call as one node, because it cannot trace the branches
@@ -275,6 +280,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             node = call_node(self, query, key, value, *masks, **options)
             if node is not None:
                 return node
+        if not type(need_weights) is type(average_attn_weights) is type(is_causal) is bool:
+            checks.check_flags(
+                need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal
+            )
         if jagged.is_nested(query, key, value):
             is_strided = query is key and key is value and query.layout == torch.strided
             self._check_nested(key_padding_mask, need_weights, attn_mask, cache, is_strided)
@@ -460,11 +469,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         """Raises AssertionError, as the parent class does, if a shape does not fit.
 
-        Raises TypeError if query, key or value is no tensor.
+        Raises TypeError if query, key, value or a mask is no tensor.
         """
         for name, x in (("query", query), ("key", key), ("value", value)):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+            checks.check_tensor(name, x)
         rank = query.dim()
         if rank not in (2, 3):
             raise AssertionError(f"query: expected 2 (unbatched) or 3 dimensions, got shape {tuple(query.shape)}")
@@ -578,7 +586,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 raise RuntimeError(f"{name}: expected {features} features, got shape {tuple(x.shape)}")
             if x.device != weight.device:
                 raise RuntimeError(f"{name}: expected the device of the module, {weight.device}, got {x.device}")
-            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            if x.dtype != weight.dtype and not modes.is_autocast_enabled(x.device):
                 raise RuntimeError(
                     f"{name}: expected the dtype of the module, {weight.dtype}, or torch.autocast, got {x.dtype}"
                 )
@@ -843,9 +851,10 @@ class NotADivisorError(ValueError, AssertionError):
 def check_sizes(least: int, **sizes: int | None) -> None:
     """Raises TypeError if a size is no integer, and ValueError if a size is below `least`. None is allowed."""
     for name, size in sizes.items():
-        if size is not None and not isinstance(size, numbers.Integral):
-            raise TypeError(f"{name}: expected an int, got {type(size).__name__} {size!r}")
-        if size is not None and size < least:
+        if size is None:
+            continue
+        checks.check_integer(name, size)
+        if size < least:
             raise checks.fail(name, f"at least {least}", size)
 
 
@@ -862,7 +871,11 @@ def check_backend(backend: str | None) -> None:
 
 
 def _check_mask_dtype(name: str, mask: Tensor) -> None:
-    """Raises AssertionError, as the parent class does, if a mask is neither bool nor floating point."""
+    """Raises TypeError if a mask is no tensor.
+
+    Raises AssertionError, as the parent class does, if the mask is neither bool nor floating point.
+    """
+    checks.check_tensor(name, mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise AssertionError(f"{name}: expected bool or floating point, got {mask.dtype}")
 
@@ -871,8 +884,14 @@ def _rotary(rotary: bool | float | None, head_dim: int) -> RotaryEmbedding | Non
     """The module for the argument `rotary` of `FusedMultiheadAttention`; None if the argument turns it off."""
     if rotary is None or rotary is False:
         return None
+    if rotary is not True:
+        expected = "None, a bool or the base of the angles, a positive number"
+        if not isinstance(rotary, numbers.Real):
+            raise checks.wrong_type("rotary", expected, rotary)
+        if not 0.0 < rotary < math.inf:
+            raise checks.fail("rotary", expected, rotary)
+    if head_dim % 2:
+        raise checks.fail("rotary", f"None with head_dim={head_dim}, whose columns form no pairs", rotary)
     if rotary is True:
         return RotaryEmbedding(head_dim)
-    if not isinstance(rotary, (int, float)):
-        raise TypeError(f"rotary: expected None, True or the base of the angles, got {type(rotary).__name__}")
     return RotaryEmbedding(head_dim, float(rotary))

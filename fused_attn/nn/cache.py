@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_attn.nn.cache_checks import check_count, check_pair
+from fused_attn.attention import checks
+from fused_attn.nn.cache_checks import check_count, check_indices, check_pair
 from fused_attn.nn.paged_cache import PagedKVCache
 from fused_attn.nn.paged_self_attention import PagedSelfAttentionCache
 from fused_attn.nn.self_attention_cache import (
@@ -91,6 +92,7 @@ class CrossAttentionCache:
 
     def reorder(self, indices: Tensor) -> None:
         """Batch entry n becomes what entry ``indices[n]`` was; see `KVCache.reorder`."""
+        check_indices(indices)
         if self._pair is not None:
             key, value = self._pair
             self._pair = key.index_select(0, indices), value.index_select(0, indices)
@@ -148,6 +150,8 @@ class LayerCache:
         *,
         self_attention: SelfAttentionCache | StaticSelfAttentionCache | PagedSelfAttentionCache | None = None,
     ):
+        if self_attention is not None and not hasattr(self_attention, "append"):
+            raise checks.wrong_type("self_attention", "None or the cache of a self-attention", self_attention)
         self.self_attention = SelfAttentionCache(max_length) if self_attention is None else self_attention
         self.cross_attention = CrossAttentionCache()
 
@@ -239,15 +243,11 @@ class KVCache:
                 change places among the beams of one source.
 
         Raises:
-            TypeError: indices is no tensor.
+            TypeError: indices is no tensor, or include_cross_attention is no bool.
             ValueError: indices has another shape or dtype.
         """
-        if not isinstance(indices, Tensor):
-            raise TypeError(f"indices: expected a tensor of shape (B,), got {type(indices).__name__}")
-        if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"indices: expected integers of shape (B,), got {indices.dtype} of shape {tuple(indices.shape)}"
-            )
+        check_indices(indices)
+        checks.check_flag("include_cross_attention", include_cross_attention)
         for layer in self.layers:
             layer.self_attention.reorder(indices)
             if include_cross_attention:

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
+import torch
 from torch import Tensor
+
+from fused_attn.attention import checks
 
 
 def check_count(name: str, count: int) -> None:
     """Raises TypeError or ValueError unless count is an int of at least 1."""
-    if not isinstance(count, int):
-        raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
+    checks.check_integer(name, count)
     if count < 1:
         raise ValueError(f"{name}: expected at least 1, got {count}")
 
 
 def checked_length(length: int | Tensor) -> int:
     """The length to which a cache is cropped. Raises TypeError or ValueError unless it is an int of at least 0."""
-    if not isinstance(length, int):
+    if isinstance(length, bool) or not isinstance(length, (int, Integral)):
         raise TypeError(f"length: expected an int, got {type(length).__name__}")
     if length < 0:
         raise ValueError(f"length: expected at least 0, got {length}")
     return length
 
 
+def check_indices(indices: Tensor) -> None:
+    """Raises TypeError or ValueError unless indices are integers (B,), by which a cache is reordered."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices: expected a tensor of shape (B,), got {type(indices).__name__}")
+    if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"indices: expected integers of shape (B,), got {indices.dtype} of shape {tuple(indices.shape)}"
+        )
+
+
 def check_pair(key: Tensor, value: Tensor) -> None:
-    """Raises ValueError unless key is (B, Hkv, L, D) and value is (B, Hkv, L, Dv)."""
+    """Raises TypeError or ValueError unless key is (B, Hkv, L, D) and value is (B, Hkv, L, Dv)."""
+    checks.check_tensor("key", key)
+    checks.check_tensor("value", value)
     if key.dim() != 4:
         raise ValueError(f"key: expected shape (B, Hkv, L, D), got {tuple(key.shape)}")
     if value.dim() != 4 or value.shape[:3] != key.shape[:3]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fused_attn.attention import checks
 from fused_attn.measurement import progress as progress_bar
 from fused_attn.nn import few_rows
 from fused_attn.nn.cache import StaticKVCache
@@ -63,7 +64,7 @@ class Settings(NamedTuple):
     repetition_penalty: float = 1.0
     length_penalty: float = 1.0
     num_return_sequences: int = 1
-    stop_ids: int | Sequence[int] = ()
+    stop_ids: tuple[int, ...] = ()
     generator: torch.Generator | None = None
 
 
@@ -115,8 +116,7 @@ class Search:
         self.has_ended = torch.zeros(rows, dtype=torch.bool, device=device)
         vocab = model.tgt_embedding.num_embeddings
         self.is_stop = torch.zeros(vocab, dtype=torch.bool, device=device)
-        stop_ids = (settings.stop_ids,) if isinstance(settings.stop_ids, int) else tuple(settings.stop_ids)
-        self.is_stop[torch.tensor([model.eos_id, *stop_ids], device=device)] = True
+        self.is_stop[torch.tensor([model.eos_id, *settings.stop_ids], device=device)] = True
         self.is_excluded = torch.zeros(vocab, dtype=torch.bool, device=device)
         self.is_excluded[torch.tensor([model.pad_id, model.sos_id], device=device)] = True
         self.seen: Tensor | None = None
@@ -284,8 +284,7 @@ class BeamSearch(Search):
     @property
     def _num_stops(self) -> int:
         """The number of tokens that end a hypothesis."""
-        stops = self.settings.stop_ids
-        return 1 + (1 if isinstance(stops, int) else len(stops))
+        return 1 + len(self.settings.stop_ids)
 
     def _of_beams(self, x: Tensor, beam: Tensor) -> Tensor:
         """From x (B * K, n) the rows of the beams (B, C); returns (B, C, n)."""
@@ -371,16 +370,29 @@ def _trimmed(tokens: Tensor, log_probs: Tensor, pad_id: int, scores: Tensor) -> 
     return tokens[:, 1:end], scores, log_probs[:, 1:end]
 
 
-def check(model: Model, src: Tensor, prefix: Tensor | None, settings: Settings, streams: bool) -> None:
-    """Raises TypeError or ValueError for arguments of `Seq2SeqTransformer.generate` that do not fit.
+def checked_stop_ids(stop_ids: int | Sequence[int]) -> tuple[int, ...]:
+    """The stop tokens as a tuple. Raises TypeError unless they are ints."""
+    expected = "an int or a sequence of ints"
+    if isinstance(stop_ids, (str, bytes)) or not isinstance(stop_ids, Iterable):
+        checks.check_integer("stop_ids", stop_ids, expected)  # type: ignore[arg-type]
+        return (stop_ids,)  # type: ignore[return-value]
+    tokens = tuple(stop_ids)
+    for token in tokens:
+        checks.check_integer("stop_ids", token, expected)
+    return tokens
 
-    streams: whether there is a callback for tokens
-    """
-    optional = ("top_k",)
-    for name in ("max_new_tokens", "num_beams", "num_return_sequences", "top_k"):
-        count = getattr(settings, name)
-        if not isinstance(count, int) and not (name in optional and count is None):
-            raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
+
+def check(
+    model: Model,
+    src: Tensor,
+    prefix: Tensor | None,
+    settings: Settings,
+    on_tokens: Callable[[Tensor], None] | None,
+    progress: bool,
+    cuda_graph: bool | None,
+) -> None:
+    """Raises TypeError or ValueError for arguments of `Seq2SeqTransformer.generate` that do not fit."""
+    _check_types(src, prefix, settings, on_tokens, progress, cuda_graph)
     if not 1 <= settings.max_new_tokens <= model.max_len:
         raise ValueError(f"max_new_tokens: expected 1 to max_len={model.max_len}, got {settings.max_new_tokens}")
     for name in ("num_beams", "num_return_sequences"):
@@ -388,6 +400,8 @@ def check(model: Model, src: Tensor, prefix: Tensor | None, settings: Settings, 
             raise ValueError(f"{name}: expected at least 1, got {count}")
     if settings.do_sample and settings.num_beams > 1:
         raise ValueError(f"num_beams: expected 1 with do_sample=True, got {settings.num_beams}")
+    if settings.num_beams == 1 and settings.length_penalty != 1.0:
+        raise ValueError(f"length_penalty: expected 1.0 without beams (num_beams=1), got {settings.length_penalty}")
     if not settings.do_sample:
         for name, default in (("temperature", 1.0), ("top_k", None), ("top_p", None)):
             if (value := getattr(settings, name)) != default:
@@ -408,15 +422,41 @@ def check(model: Model, src: Tensor, prefix: Tensor | None, settings: Settings, 
     if not math.isfinite(settings.length_penalty):
         raise ValueError(f"length_penalty: expected a finite number, got {settings.length_penalty}")
     vocab = model.tgt_embedding.num_embeddings
-    for token in (settings.stop_ids,) if isinstance(settings.stop_ids, int) else settings.stop_ids:
-        if not isinstance(token, int):
-            raise TypeError(f"stop_ids: expected an int or a sequence of ints, got {type(token).__name__}")
+    for token in settings.stop_ids:
         if not 0 <= token < vocab or token in (model.pad_id, model.sos_id):
             raise ValueError(f"stop_ids: expected tokens in [0, {vocab}) without pad_id and sos_id, got {token}")
-    if streams and settings.num_beams > 1:
+    if on_tokens is not None and settings.num_beams > 1:
         raise ValueError("on_tokens: expected None with num_beams > 1, whose hypotheses change later, got a callback")
     if prefix is not None:
         _check_prefix(model, src, prefix, settings)
+
+
+def _check_types(
+    src: Tensor,
+    prefix: Tensor | None,
+    settings: Settings,
+    on_tokens: Callable[[Tensor], None] | None,
+    progress: bool,
+    cuda_graph: bool | None,
+) -> None:
+    """Raises TypeError if an argument of `Seq2SeqTransformer.generate` has the wrong type."""
+    checks.check_tensor("src", src)
+    checks.check_tensors(prefix=prefix)
+    for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
+        checks.check_integer(name, getattr(settings, name))
+    for name in ("temperature", "repetition_penalty", "length_penalty"):
+        checks.check_number(name, getattr(settings, name))
+    if settings.top_k is not None:
+        checks.check_integer("top_k", settings.top_k)
+    if settings.top_p is not None:
+        checks.check_number("top_p", settings.top_p)
+    checks.check_flags(do_sample=settings.do_sample, progress=progress)
+    if cuda_graph is not None:
+        checks.check_flag("cuda_graph", cuda_graph)
+    if settings.generator is not None and not isinstance(settings.generator, torch.Generator):
+        raise checks.wrong_type("generator", "None or a torch.Generator", settings.generator)
+    if on_tokens is not None and not callable(on_tokens):
+        raise checks.wrong_type("on_tokens", "None or a callable", on_tokens)
 
 
 def _check_prefix(model: Model, src: Tensor, prefix: Tensor, settings: Settings) -> None:

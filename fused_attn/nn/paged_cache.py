@@ -8,6 +8,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from fused_attn.attention import checks
+
 
 class OutOfPages(RuntimeError):
     """A `PagedKVCache` has too few free pages for an append. The cache is as it was before the call.
@@ -80,7 +82,7 @@ class PagedKVCache:
             "value_dim": value_dim,
         }  # fmt: skip
         for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            if not _is_int(size) or size < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
         self.key_pages, self.value_pages = (
             torch.zeros(num_pages, num_kv_heads, page_size, dim, dtype=dtype, device=device).transpose(1, 2)
@@ -129,10 +131,10 @@ class PagedKVCache:
             OutOfPages: there are too few free pages. No sequence has changed.
             ValueError: a sequence is unknown or named twice, key or value does not fit, or a gradient is asked for.
         """
+        self.check_different(sequences)
         rows = self._check_rows("key", key, self.key_pages, len(sequences))
         if self._check_rows("value", value, self.value_pages, len(sequences)) != rows:
             raise ValueError(f"value: expected as many rows as key, {rows}, got shape {tuple(value.shape)}")
-        self.check_different(sequences)
         if rows == 0 or not sequences:
             return
         self._reserve(sequences, rows)
@@ -154,6 +156,7 @@ class PagedKVCache:
 
         A sequence may occur several times.
         """
+        _check_sequences(sequences)
         for sequence in sequences:
             self._check_known(sequence)
         lists = [self._pages[sequence] for sequence in sequences]
@@ -186,6 +189,8 @@ class PagedKVCache:
             ValueError: length is below 0 or above the length of the sequence.
         """
         self._check_known(sequence)
+        if not _is_int(length):
+            raise checks.wrong_type("length", "an int", length)
         if not 0 <= length <= self._lengths[sequence]:
             raise ValueError(f"length: expected 0 to {self._lengths[sequence]}, got {length}")
         pages = self._pages[sequence]
@@ -203,6 +208,8 @@ class PagedKVCache:
             ValueError: a sequence is unknown or named twice, or an index is outside of [0, B). No sequence has changed.
         """
         self.check_different(sequences)
+        if not isinstance(indices, Sequence):
+            raise checks.wrong_type("indices", "a list of ints", indices)
         for index in indices:
             if not _is_int(index):
                 raise TypeError(f"indices: expected ints, got {type(index).__name__} {index!r}")
@@ -221,8 +228,7 @@ class PagedKVCache:
 
     def check_different(self, sequences: Sequence[int]) -> None:
         """Raises TypeError unless sequences is a list of ints, ValueError if a sequence is unknown or named twice."""
-        if not isinstance(sequences, Sequence) or not all(map(_is_int, sequences)):
-            raise TypeError(f"sequences: expected a list of ints, got {sequences!r}")
+        _check_sequences(sequences)
         if len(set(sequences)) != len(sequences):
             raise ValueError(f"sequences: expected each sequence once, got {list(sequences)}")
         for sequence in sequences:
@@ -276,12 +282,15 @@ class PagedKVCache:
         return x.to(device, non_blocking=True)
 
     def _check_known(self, sequence: int) -> None:
+        if not _is_int(sequence):
+            raise checks.wrong_type("sequence", "an int", sequence)
         if sequence not in self._lengths:
             raise ValueError(f"sequence: expected one of the {len(self)} sequences of the cache, got {sequence!r}")
 
     @staticmethod
     def _check_rows(name: str, x: Tensor, pages: Tensor, batch: int) -> int:
         """Checks new keys or values; returns how many rows each sequence gets."""
+        checks.check_tensor(name, x)
         _, _, heads, dim = pages.shape
         if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, dim):
             raise ValueError(f"{name}: expected shape ({batch}, {heads}, L, {dim}), got {tuple(x.shape)}")
@@ -294,4 +303,10 @@ class PagedKVCache:
 
 def _is_int(x: object) -> bool:
     """Whether x is an int of Python or of another library. The check of int alone is fast, so int comes first."""
-    return isinstance(x, (int, Integral))
+    return isinstance(x, (int, Integral)) and not isinstance(x, bool)
+
+
+def _check_sequences(sequences: Sequence[int]) -> None:
+    """Raises TypeError unless sequences is a list, or another sequence, of ints."""
+    if not isinstance(sequences, Sequence) or not all(map(_is_int, sequences)):
+        raise TypeError(f"sequences: expected a list of ints, got {sequences!r}")

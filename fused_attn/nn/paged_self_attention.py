@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn.nn.cache_checks import checked_length
+from fused_attn.nn.cache_checks import check_indices, checked_length
 from fused_attn.nn.paged_cache import PagedKVCache
 
 
@@ -88,6 +88,7 @@ class PagedSelfAttentionCache:
 
     def reorder(self, indices: Tensor) -> None:
         """Batch entry n becomes what entry ``indices[n]`` was; see `KVCache.reorder`. No row is copied."""
+        check_indices(indices)
         self.sequences = self._pages.reorder(self.sequences, indices.tolist())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fused_attn.attention import checks
 from fused_attn.attention.relative_bias import check_buckets, t5_relative_bias
 
 
@@ -25,12 +26,15 @@ class RotaryEmbedding(nn.Module):
         base: a larger base means slower rotation.
 
     Raises:
-        ValueError: head_dim is odd, or base is not positive.
+        TypeError: head_dim is no int, or base is no number.
+        ValueError: head_dim is odd or negative, or base is not positive.
     """
 
     def __init__(self, head_dim: int, base: float = 10000.0):
         super().__init__()
-        if head_dim % 2:
+        checks.check_integer("head_dim", head_dim)
+        checks.check_number("base", base)
+        if head_dim < 0 or head_dim % 2:
             raise ValueError(f"head_dim: expected an even number of columns to rotate in pairs, got {head_dim}")
         if not base > 0:
             raise ValueError(f"base: expected a positive number, got {base}")
@@ -49,6 +53,7 @@ class RotaryEmbedding(nn.Module):
         Returns:
             A tensor of the shape and dtype of x.
         """
+        checks.check_tensor("x", x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         seq_dim %= x.dim()
         exponent = torch.arange(0, self.head_dim, 2, device=x.device, dtype=dtype) / self.head_dim
@@ -94,6 +99,7 @@ class T5RelativeBias(nn.Module):
         max_distance: all distances from this one on share a bucket.
 
     Raises:
+        TypeError: a number is no int, or bidirectional is no bool.
         ValueError: num_heads is below 1, there are too few buckets, or max_distance is too small for the buckets.
     """
 
@@ -107,6 +113,8 @@ class T5RelativeBias(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        checks.check_integer("num_buckets", num_buckets)
+        checks.check_integer("num_heads", num_heads)
         check_buckets("num_buckets", num_buckets, bidirectional, max_distance)
         if num_heads < 1:
             raise ValueError(f"num_heads: expected at least 1, got {num_heads}")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn.nn.cache_checks import check_continues, check_count, check_pair, checked_length
+from fused_attn.nn.cache_checks import check_continues, check_count, check_indices, check_pair, checked_length
 
 #: Rows of the first buffer of a growing cache without max_length. The buffer doubles whenever it is full.
 MIN_CAPACITY = 16
@@ -113,9 +113,10 @@ class SelfAttentionCache:
 
     def append(self, key: Tensor, value: Tensor) -> CachedRows:
         """What attention of the new tokens reads. The arguments and errors are those of `update`."""
-        position, seqlen_q = self.length, key.shape[2]
+        position = self.length
+        keys, values = self.update(key, value)
         # One query is the newest token, which sees every key.
-        return CachedRows(*self.update(key, value), None if seqlen_q == 1 else position, {})
+        return CachedRows(keys, values, None if key.shape[2] == 1 else position, {})
 
     def crop(self, length: int | Tensor) -> None:
         """Forget all rows from row `length` on; see `KVCache.crop`. The length must be an int."""
@@ -123,6 +124,7 @@ class SelfAttentionCache:
 
     def reorder(self, indices: Tensor) -> None:
         """Batch entry n becomes what entry ``indices[n]`` was; see `KVCache.reorder`."""
+        check_indices(indices)
         if self._keys is not None and self._values is not None:
             self._keys = self._selected(self._keys, indices)
             self._values = self._selected(self._values, indices)
@@ -237,6 +239,7 @@ class StaticSelfAttentionCache:
 
     def reorder(self, indices: Tensor) -> None:
         """Batch entry n becomes what entry ``indices[n]`` was; see `KVCache.reorder`."""
+        check_indices(indices)
         if self._rows is None:
             return
         batch = self._rows.lengths.shape[0]

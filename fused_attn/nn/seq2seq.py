@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_variadic
 
 from fused_attn import modes
+from fused_attn.attention import checks
 from fused_attn.nn import generation
-from fused_attn.nn.attention import FusedMultiheadAttention
+from fused_attn.nn.attention import FusedMultiheadAttention, check_sizes
 from fused_attn.nn.cache import KVCache
 from fused_attn.nn.generation import Generation, Settings
+from fused_attn.nn.paged_self_attention import paged_hint
 from fused_attn.nn.tracing import call_node
 from fused_attn.nn.transformer import (
     TransformerDecoder,
@@ -94,14 +96,9 @@ class Seq2SeqTransformer(nn.Module):
     ):
         super().__init__()
         _check_vocabularies(src_vocab_size, tgt_vocab_size, pad_id, sos_id, eos_id, share_embeddings)
-        for name, count in (
-            ("max_len", max_len),
-            ("num_encoder_layers", num_encoder_layers),
-            ("num_decoder_layers", num_decoder_layers),
-        ):
-            if count < 1:
-                raise ValueError(f"{name}: expected at least 1, got {count}")
-        check_layer(d_model, nhead, dim_feedforward, dropout)
+        check_sizes(1, max_len=max_len, num_encoder_layers=num_encoder_layers, num_decoder_layers=num_decoder_layers)
+        check_layer(d_model, nhead, dim_feedforward, dropout, activation)
+        checks.check_flags(norm_first=norm_first, tie_generator=tie_generator)
         if positional not in POSITIONAL:
             raise ValueError(f"positional: expected one of {POSITIONAL}, got {positional!r}")
         self.d_model, self.max_len = d_model, max_len
@@ -231,6 +228,8 @@ class Seq2SeqTransformer(nn.Module):
             node = call_node(self, src, tgt)
             if node is not None:
                 return node
+        checks.check_tensor("src", src)
+        checks.check_tensor("tgt", tgt)
         if src.shape[:1] != tgt.shape[:1]:
             raise ValueError(f"tgt: expected the batch size of src, {src.shape[0]}, got shape {tuple(tgt.shape)}")
         return self.decode(tgt, *self.encode(src))
@@ -249,6 +248,7 @@ class Seq2SeqTransformer(nn.Module):
             TypeError: the tokens have another dtype.
             ValueError: the tokens have a wrong shape, or some are out of range.
         """
+        checks.check_tensor("src", src)
         x = self._embed("src", src, self.src_embedding)
         padding = src == self.pad_id
         return self.encoder(x, src_key_padding_mask=padding), padding
@@ -289,6 +289,11 @@ class Seq2SeqTransformer(nn.Module):
 
         The arguments and errors are those of `decode`.
         """
+        checks.check_tensor("tgt", tgt)
+        checks.check_tensor("memory", memory)
+        checks.check_tensors(memory_key_padding_mask=memory_key_padding_mask)
+        if cache is not None and not hasattr(cache, "layers"):
+            raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}{paged_hint(cache)}")
         start = 0 if cache is None else cache.position
         x = self._embed("tgt", tgt, self.tgt_embedding, start)
         arguments: dict[str, Any] = {"memory_key_padding_mask": memory_key_padding_mask}
@@ -341,7 +346,7 @@ class Seq2SeqTransformer(nn.Module):
             temperature: divides the logits before sampling.
             top_k: sample among the k likeliest tokens.
             top_p: sample among the fewest likeliest tokens whose probabilities add up to at least top_p.
-            length_penalty: for beam search. A hypothesis of n new tokens scores
+            length_penalty: for beam search, else 1.0. A hypothesis of n new tokens scores
                 ``log-probability / n ** length_penalty``.
             generator: source of the random numbers. The default is torch's generator.
             repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that the target
@@ -365,14 +370,16 @@ class Seq2SeqTransformer(nn.Module):
                 With ``return_scores``, a `Generation`.
 
         Raises:
-            TypeError: the tokens have another dtype, or a number is no int.
+            TypeError: the tokens have another dtype, or another argument has the wrong type.
             ValueError: an argument is out of range, or two arguments exclude each other.
         """
+        stop_ids = generation.checked_stop_ids(stop_ids)
         settings = Settings(
             max_new_tokens, num_beams, do_sample, temperature, top_k, top_p, repetition_penalty, length_penalty,
             num_return_sequences, stop_ids, generator,
         )  # fmt: skip
-        generation.check(self, src, prefix, settings, streams=on_tokens is not None)
+        generation.check(self, src, prefix, settings, on_tokens, progress, cuda_graph)
+        checks.check_flag("return_scores", return_scores)
         with generation.evaluating(self):
             if not src.shape[0]:
                 memory, _ = self.encode(src)
@@ -470,15 +477,18 @@ def sinusoidal_positions(length: int, d_model: int, *, device=None, dtype=None) 
 def _check_vocabularies(
     src_vocab_size: int, tgt_vocab_size: int, pad_id: int, sos_id: int, eos_id: int, share_embeddings: bool
 ) -> None:
-    """Raises ValueError if a special token is in no vocabulary, or if the sizes or tokens contradict each other."""
-    for name, size in (("src_vocab_size", src_vocab_size), ("tgt_vocab_size", tgt_vocab_size)):
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
+    """Raises TypeError if a size or token is no int, or share_embeddings no bool.
+
+    Raises ValueError if a special token is in no vocabulary, or if the sizes or tokens contradict each other.
+    """
+    check_sizes(1, src_vocab_size=src_vocab_size, tgt_vocab_size=tgt_vocab_size)
+    checks.check_flag("share_embeddings", share_embeddings)
     for name, token, size in (
         ("pad_id", pad_id, min(src_vocab_size, tgt_vocab_size)),
         ("sos_id", sos_id, tgt_vocab_size),
         ("eos_id", eos_id, tgt_vocab_size),
     ):
+        checks.check_integer(name, token)
         if not 0 <= token < size:
             raise ValueError(f"{name}: expected a token in [0, {size}), got {token}")
     if len({pad_id, sos_id, eos_id}) < 3:

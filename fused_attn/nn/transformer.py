@@ -66,7 +66,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         backend: see `fused_attention`.
 
     Raises:
-        TypeError: a size is no int.
+        TypeError: a size is no int, a flag is no bool, or activation is neither a name nor a callable.
         ValueError: an argument has a value that does not fit.
     """
 
@@ -86,7 +86,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         *,
         backend: str | None = None,
     ):
-        check_layer(d_model, nhead, dim_feedforward, dropout, layer_norm_eps)
+        check_layer(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps)
+        checks.check_flags(batch_first=batch_first, norm_first=norm_first, bias=bias)
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
             device, dtype,
@@ -116,6 +117,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             node = call_node(self, src, src_mask, src_key_padding_mask, is_causal)
             if node is not None:
                 return node
+        checks.check_tensor("src", src)
+        checks.check_tensors(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
         x = src
         if self.norm_first:
             x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
@@ -153,7 +156,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         backend: see `fused_attention`. None leaves the backend of encoder_layer as it is.
 
     Raises:
-        TypeError: num_layers is no int.
+        TypeError: num_layers is no int, or a layer or norm is no module.
         ValueError: num_layers is negative, or there is no backend of this name.
     """
 
@@ -167,7 +170,8 @@ class TransformerEncoder(nn.TransformerEncoder):
         *,
         backend: str | None = None,
     ):
-        check_sizes(0, num_layers=num_layers)
+        _check_stack("encoder_layer", encoder_layer, num_layers, norm)
+        checks.check_flags(enable_nested_tensor=enable_nested_tensor, mask_check=mask_check)
         # With True, the parent class would warn about layers that its fast path cannot take.
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
         self.enable_nested_tensor = enable_nested_tensor
@@ -197,6 +201,9 @@ class TransformerEncoder(nn.TransformerEncoder):
             node = call_node(self, src, mask, src_key_padding_mask, is_causal)
             if node is not None:
                 return node
+        checks.check_tensor("src", src)
+        checks.check_tensors(mask=mask, src_key_padding_mask=src_key_padding_mask)
+        _check_hint("is_causal", is_causal)
         if src.is_nested:
             raise AssertionError("src: expected a padded tensor with a src_key_padding_mask, got a nested tensor")
         seqlen = _seqlen(src, self.layers)
@@ -230,7 +237,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         backend: see `fused_attention`.
 
     Raises:
-        TypeError: a size is no int.
+        TypeError: a size is no int, a flag is no bool, or activation is neither a name nor a callable.
         ValueError: an argument has a value that does not fit.
     """
 
@@ -250,7 +257,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         *,
         backend: str | None = None,
     ):
-        check_layer(d_model, nhead, dim_feedforward, dropout, layer_norm_eps)
+        check_layer(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps)
+        checks.check_flags(batch_first=batch_first, norm_first=norm_first, bias=bias)
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
             device, dtype,
@@ -299,6 +307,10 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             node = call_node(self, tgt, memory, *masks, tgt_is_causal, memory_is_causal, **options)
             if node is not None:
                 return node
+        checks.check_tensor("tgt", tgt)
+        checks.check_tensor("memory", memory)
+        _check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
+        checks.check_flag("tgt_is_causal", tgt_is_causal)
         if cache is not None and not hasattr(cache, "self_attention"):
             raise TypeError(
                 "cache: expected a layer's cache such as cache.layers[i], got "
@@ -394,7 +406,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         backend: see `fused_attention`. None leaves the backend of decoder_layer as it is.
 
     Raises:
-        TypeError: num_layers is no int.
+        TypeError: num_layers is no int, or a layer or norm is no module.
         ValueError: num_layers is negative, or there is no backend of this name.
     """
 
@@ -406,7 +418,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         *,
         backend: str | None = None,
     ):
-        check_sizes(0, num_layers=num_layers)
+        _check_stack("decoder_layer", decoder_layer, num_layers, norm)
         super().__init__(decoder_layer, num_layers, norm)
         _fuse(self.layers, backend)
 
@@ -444,6 +456,10 @@ class TransformerDecoder(nn.TransformerDecoder):
             node = call_node(self, tgt, memory, *masks, tgt_is_causal, memory_is_causal, **options)
             if node is not None:
                 return node
+        checks.check_tensor("tgt", tgt)
+        checks.check_tensor("memory", memory)
+        _check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
+        _check_hint("tgt_is_causal", tgt_is_causal)
         seqlen = _seqlen(tgt, self.layers)
         if cache is None and not all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
             tgt_mask = _dense_mask(tgt_mask, tgt_is_causal, seqlen, tgt.device)
@@ -529,7 +545,7 @@ class Transformer(nn.Transformer):
         backend: see `fused_attention`.
 
     Raises:
-        TypeError: a size is no int.
+        TypeError: a size is no int, a flag is no bool, or activation is neither a name nor a callable.
         ValueError: an argument has a value that does not fit.
     """
 
@@ -554,6 +570,9 @@ class Transformer(nn.Transformer):
         backend: str | None = None,
     ):
         check_sizes(0, num_encoder_layers=num_encoder_layers, num_decoder_layers=num_decoder_layers)
+        checks.check_flags(batch_first=batch_first, norm_first=norm_first, bias=bias)
+        for name, module in (("custom_encoder", custom_encoder), ("custom_decoder", custom_decoder)):
+            _check_module(name, module)
 
         def stack(stack_class: type, layer_class: type, num_layers: int) -> nn.Module:
             """An encoder or a decoder with num_layers new layers and a final norm."""
@@ -606,6 +625,12 @@ class Transformer(nn.Transformer):
             node = call_node(self, src, tgt, *masks, *hints)
             if node is not None:
                 return node
+        checks.check_tensor("tgt", tgt)
+        _check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
+        checks.check_tensor("src", src)
+        checks.check_tensors(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
+        _check_hint("src_is_causal", src_is_causal)
+        _check_hint("tgt_is_causal", tgt_is_causal)
         batch_dim = 0 if self.batch_first else 1
         if src.dim() == tgt.dim() == 3 and src.shape[batch_dim] != tgt.shape[batch_dim]:
             raise RuntimeError(
@@ -625,14 +650,62 @@ class Transformer(nn.Transformer):
         )  # fmt: skip
 
 
-def check_layer(d_model: int, nhead: int, dim_feedforward: int, dropout: float, layer_norm_eps: float = 1e-5) -> None:
+def check_layer(
+    d_model: int,
+    nhead: int,
+    dim_feedforward: int,
+    dropout: float,
+    activation: str | Callable[[Tensor], Tensor],
+    layer_norm_eps: float = 1e-5,
+) -> None:
     """Raises TypeError or ValueError if no layer can have these arguments."""
     check_sizes(1, d_model=d_model, nhead=nhead)
     check_sizes(0, dim_feedforward=dim_feedforward)
     check_divides("nhead", nhead, "d_model", d_model)
     checks.check_probability("dropout", dropout)
+    if not isinstance(activation, str) and not callable(activation):
+        raise checks.wrong_type("activation", "a name or a callable", activation)
+    checks.check_number("layer_norm_eps", layer_norm_eps)
     if not layer_norm_eps >= 0.0:
         raise checks.fail("layer_norm_eps", "a number >= 0", layer_norm_eps)
+
+
+def _check_stack(name: str, layer: nn.Module, num_layers: int, norm: nn.Module | None) -> None:
+    """Raises TypeError or ValueError if no stack can have these arguments. name: the argument `layer`"""
+    if not isinstance(layer, nn.Module):
+        raise checks.wrong_type(name, "a torch.nn.Module", layer)
+    check_sizes(0, num_layers=num_layers)
+    _check_module("norm", norm)
+
+
+def _check_module(name: str, module: nn.Module | None) -> None:
+    """Raises TypeError unless module is a module or None."""
+    if module is not None and not isinstance(module, nn.Module):
+        raise checks.wrong_type(name, "None or a torch.nn.Module", module)
+
+
+def _check_hint(name: str, is_causal: bool | None) -> None:
+    """Raises TypeError unless the hint is None or a bool."""
+    if is_causal is not None:
+        checks.check_flag(name, is_causal)
+
+
+def _check_decoder_masks(
+    tgt_mask: Tensor | None,
+    memory_mask: Tensor | None,
+    tgt_key_padding_mask: Tensor | None,
+    memory_key_padding_mask: Tensor | None,
+    memory_is_causal: bool,
+) -> None:
+    """Raises TypeError if a mask of a decoder is no tensor, or its hint no bool.
+
+    Attention would raise such an error, too, but it would speak of its own arguments.
+    """
+    checks.check_tensors(
+        tgt_mask=tgt_mask, memory_mask=memory_mask, tgt_key_padding_mask=tgt_key_padding_mask,
+        memory_key_padding_mask=memory_key_padding_mask,
+    )  # fmt: skip
+    checks.check_flag("memory_is_causal", memory_is_causal)
 
 
 def _fuse(layers: nn.ModuleList, backend: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_attn.attention import dropout
+from fused_attn.attention import dropout, formula
 from fused_attn.attention.masks import Positions
 
 
@@ -59,8 +59,7 @@ def attention_weights(
 
     rows, columns = (torch.arange(n, device=device) for n in (seqlen_q, seqlen_k))
     distance = columns - rows[:, None]  # (L, S)
-    # Autocast would run this product in low precision. The kernel's own scores have full precision.
-    with torch.autocast(device.type, enabled=False):
+    with formula.without_autocast(device):  # as the kernel, whose scores have full precision
         scores = (query.to(lse.dtype) * scale) @ key.to(lse.dtype).transpose(-2, -1)
     if relative_bias is not None:
         scores = scores + relative_bias[..., distance + (seqlen_q - 1)]
