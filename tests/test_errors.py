@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.bias import causal_lower_right
 
 import fused_attn
 from fused_attn.attention import masks
@@ -351,7 +352,7 @@ def test_a_padding_mask_without_contents_is_not_read() -> None:
 
 
 def test_lower_right_bias_and_is_causal_contradict() -> None:
-    mask = torch.nn.attention.bias.causal_lower_right(5, 7)
+    mask = causal_lower_right(5, 7)
     with pytest.raises(
         ValueError, match="is_causal: expected False with a lower-right causal bias as attn_mask, got True"
     ):

@@ -15,6 +15,7 @@ import torch
 from cases import Case
 from kernels import Kernels
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 import fused_attn
 from fused_attn.attention.problem import AttentionProblem, Band
@@ -121,7 +122,7 @@ def test_pages_give_the_bits_of_a_contiguous_cache(page_size: int, kernels: Kern
     query, key, value, lengths = make_cache(LENGTHS, 512)
     order = torch.randperm(len(LENGTHS) * 512 // page_size, generator=torch.Generator().manual_seed(0))
     table = order.to(torch.int32).view(len(LENGTHS), -1)
-    bias = torch.nn.attention.bias.causal_lower_right(2, 512)
+    bias = causal_lower_right(2, 512)
     options = {"num_splits": 3, "return_lse": True, "backend": "cuda"}
     with kernels.running(80):
         expected = fused_attn.fused_attention(query, key, value, bias, key_lengths=lengths, enable_gqa=True, **options)
@@ -153,7 +154,7 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(length: int, kernels: Ke
 def test_dropout_with_a_band_from_the_end(kernels: Kernels) -> None:
     """The decode kernels know no dropout. In the others, padding and a mask take the place of lengths and band."""
     query, key, value, lengths = make_cache([64, 17, 1], 64)
-    bias = torch.nn.attention.bias.causal_lower_right(2, 64)
+    bias = causal_lower_right(2, 64)
     results = {}
     for backend in ("cuda", "reference"):
         leaves = [x.clone().requires_grad_() for x in (query, key, value)]
