@@ -454,6 +454,7 @@ def test_info_says_how_the_cuda_kernels_run(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties(torch.device("cuda", index)))
     monkeypatch.setattr(triton_backend, "installation_problem", lambda: "triton is not installed")
     assert main(["info"]) == 0

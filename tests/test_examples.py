@@ -67,6 +67,8 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypa
         pytest.importorskip("rich", reason="pip install -e .[examples]")
     for module in EXAMPLE_MODULES:
         monkeypatch.delitem(sys.modules, module, raising=False)
+    for module in [module for module in sys.modules if module.startswith(f"{missing}.")]:
+        monkeypatch.delitem(sys.modules, module)  # Python would find a module of the package that it knows already.
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.syspath_prepend(EXAMPLES)
     with pytest.raises(ImportError) as raised:
