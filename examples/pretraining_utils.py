@@ -72,17 +72,21 @@ def passages() -> list[tuple[str, str]]:
 
 
 def train_tokenizer(texts: list[str], *more_special_tokens: str) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer with 2,000 word pieces, learned from these texts."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    special = [PAD, "[UNK]", CLS, SEP, MASK, *more_special_tokens]
-    tokenizer.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=2000, special_tokens=special, show_progress=False)
-    )
+    """A tokenizer with 2,000 tokens, learned from these texts: byte-pair encoding (Sennrich et al., 2016) of bytes, as
+    in GPT-2. The same texts give the same tokens. WordPiece would not: its trainer breaks ties in the order of a hash
+    table, which is another one in each call."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [PAD, CLS, SEP, MASK, *more_special_tokens]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=special, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, unk_token="[UNK]", cls_token=CLS, sep_token=SEP, mask_token=MASK,
+        tokenizer_object=tokenizer, pad_token=PAD, cls_token=CLS, sep_token=SEP, mask_token=MASK,
         bos_token=CLS, eos_token=SEP, extra_special_tokens=list(more_special_tokens),
     )  # fmt: skip
 

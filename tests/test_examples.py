@@ -323,6 +323,14 @@ def test_pretraining_stops_when_the_fused_kernel_is_not_switched_on(pretraining,
         module.main(["--model", "bert", "--steps", "2", "--device", "cpu"])
 
 
+@pytest.mark.parametrize("model", ["bert", "t5"])
+def test_pretraining_with_a_seed_is_reproducible(pretraining, model):
+    """The tokenizer, too: WordPiece's trainer gave other tokens in each call."""
+    pretrain = pretraining("pretrain")
+    arguments = ["--model", model, "--steps", "2", "--device", "cpu", "--seed", "3"]
+    assert pretrain.main(arguments) == pretrain.main(arguments)
+
+
 def test_pretraining_stops_when_eager_attention_disagrees(pretraining, monkeypatch):
     module = pretraining("pretrain")
     from fused_attn.integrations import huggingface
