@@ -377,10 +377,12 @@ DecodeParams decode_params_of(const AttentionParams& a, const Pieces& pieces, Pa
 
 using Launcher = void (*)(const Params&, bool, Stream);
 
-// The launchers for one architecture and one head dim.
+// The launchers for one architecture, and for heads of up to head_dim columns in queries and keys, and of up to value_dim
+// columns in values.
 struct KernelSet {
   int architecture;
   int head_dim;
+  int value_dim;
   Launcher forward;
   Launcher backward;
   BiasGradientLauncher bias_gradient;
@@ -390,27 +392,32 @@ struct KernelSet {
 // CMake can leave an architecture out.
 constexpr KernelSet kKernelSets[] = {
 #ifndef FUSED_ATTN_WITHOUT_SM80
-    {80, 64, sm80::launch_forward<64>, sm80::launch_backward<64>, launch_bias_gradient<64>, launch_decode<64>},
-    {80, 96, sm80::launch_forward<96>, sm80::launch_backward<96>, launch_bias_gradient<96>, launch_decode<96>},
-    {80, 128, sm80::launch_forward<128>, sm80::launch_backward<128>, launch_bias_gradient<128>, launch_decode<128>},
-    {80, 256, sm80::launch_forward<256>, sm80::launch_backward<256>, launch_bias_gradient<256>, launch_decode<256>},
+    {80, 64, 64, sm80::launch_forward<64>, sm80::launch_backward<64>, launch_bias_gradient<64>, launch_decode<64>},
+    {80, 96, 96, sm80::launch_forward<96>, sm80::launch_backward<96>, launch_bias_gradient<96>, launch_decode<96>},
+    {80, 128, 128, sm80::launch_forward<128>, sm80::launch_backward<128>, launch_bias_gradient<128>,
+     launch_decode<128>},
+    {80, 256, 256, sm80::launch_forward<256>, sm80::launch_backward<256>, launch_bias_gradient<256>,
+     launch_decode<256>},
 #endif
 #ifndef FUSED_ATTN_WITHOUT_SM90
-    {90, 64, sm90::launch_forward<64>, sm90::launch_backward<64>, launch_bias_gradient<64>, launch_decode<64>},
-    {90, 96, sm90::launch_forward<96>, sm90::launch_backward<96>, launch_bias_gradient<96>, launch_decode<96>},
-    {90, 128, sm90::launch_forward<128>, sm90::launch_backward<128>, launch_bias_gradient<128>, launch_decode<128>},
-    {90, 256, sm90::launch_forward<256>, sm90::launch_backward<256>, launch_bias_gradient<256>, launch_decode<256>},
+    {90, 64, 64, sm90::launch_forward<64>, sm90::launch_backward<64>, launch_bias_gradient<64>, launch_decode<64>},
+    {90, 96, 96, sm90::launch_forward<96>, sm90::launch_backward<96>, launch_bias_gradient<96>, launch_decode<96>},
+    {90, 128, 128, sm90::launch_forward<128>, sm90::launch_backward<128>, launch_bias_gradient<128>,
+     launch_decode<128>},
+    {90, 192, 128, sm90::launch_forward<192, 128>, sm90::launch_backward<192, 128>, launch_bias_gradient<256>,
+     launch_decode<256>},
+    {90, 256, 256, sm90::launch_forward<256>, sm90::launch_backward<256>, launch_bias_gradient<256>,
+     launch_decode<256>},
 #endif
 };
 
-// The kernels with the smallest head dim that queries and values both fit into. Columns beyond the tensors' own are
-// zeros.
-const KernelSet& kernels_for(int architecture, int64_t head_dim) {
+// The first kernels that queries and values fit into, and so the smallest ones. Columns beyond the tensors' own are zeros.
+const KernelSet& kernels_for(int architecture, int64_t head_dim, int64_t value_dim) {
   for (const KernelSet& set : kKernelSets) {
-    if (set.architecture == architecture && set.head_dim >= head_dim) return set;
+    if (set.architecture == architecture && set.head_dim >= head_dim && set.value_dim >= value_dim) return set;
   }
-  throw std::invalid_argument("no kernel for head dim " + std::to_string(head_dim) + " on sm_" +
-                              std::to_string(architecture));
+  throw std::invalid_argument("no kernel for head dims " + std::to_string(head_dim) + " and " +
+                              std::to_string(value_dim) + " on sm_" + std::to_string(architecture));
 }
 
 // Throws if the kernels that are about to run would ignore an argument. The Python backend makes no such call.
@@ -429,7 +436,7 @@ void check_decode(const AttentionParams& a, bool is_decode) {
 void run(const Call& of_caller, bool is_backward) {
   const Call& call = on_device(of_caller);
   const AttentionParams& a = call.params;
-  const KernelSet& kernels = kernels_for(call.architecture, std::max(a.head_dim, a.value_dim));
+  const KernelSet& kernels = kernels_for(call.architecture, a.head_dim, a.value_dim);
   const DeviceGuard guard(call.device);
   if (std::max({a.seqlen_q, a.seqlen_k, call.rows_q, call.rows_k}) > kMaxRows)
     throw std::invalid_argument("more than " + std::to_string(kMaxRows) + " rows");
@@ -495,7 +502,7 @@ void run(const Call& of_caller, bool is_backward) {
 
 int64_t workspace_bytes(WorkspaceNeeds needs) {
   Workspace workspace(nullptr);
-  needs.head_dim = kernels_for(needs.architecture, needs.head_dim).head_dim;
+  needs.head_dim = kernels_for(needs.architecture, needs.head_dim, needs.value_dim).head_dim;
   take_pieces(needs, workspace);
   return workspace.bytes();
 }

@@ -34,7 +34,8 @@ struct WorkspaceNeeds {
   int64_t num_kv_heads = 0;
   int64_t rows_q = 0;
   int64_t seqlen_k = 0;
-  int64_t head_dim = 0;  // the larger one of head_dim and value_dim
+  int64_t head_dim = 0;
+  int64_t value_dim = 0;
   bool is_packed = false;
   bool has_key_padding = false;
   int64_t seqlen_q = 0;
@@ -44,7 +45,6 @@ struct WorkspaceNeeds {
   bool wants_dkey_bias = false;
   bool wants_drelative_bias = false;
   int64_t num_splits = 0;    // how the decode kernels cut the keys; 0 = other kernels run
-  int64_t value_dim = 0;     // for the decode kernels
   int64_t mask_entries = 0;  // different pairs (batch entry, head) in the dense mask; 0 = no mask
 };
 

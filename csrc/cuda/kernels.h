@@ -60,9 +60,9 @@ void launch_backward(const Params& p, bool is_bf16, Stream stream);
 }  // namespace sm80
 
 namespace sm90 {
-template <int kHeadDim>
+template <int kHeadDim, int kValueDim = kHeadDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream);
-template <int kHeadDim>
+template <int kHeadDim, int kValueDim = kHeadDim>
 void launch_backward(const Params& p, bool is_bf16, Stream stream);
 }  // namespace sm90
 

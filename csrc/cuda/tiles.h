@@ -76,6 +76,13 @@ struct ForwardTileSm90<64, kIsGeneral> {
   static constexpr int kBiasStages = 2;
 };
 template <bool kIsGeneral>
+struct ForwardTileSm90<192, kIsGeneral> {
+  // For values with head dim 128: the tiles take 208 KiB. In a general kernel, those of 128 keys leave no room for a
+  // bias. With 64 keys, all take 144 KiB.
+  static constexpr int kConsumers = 2, kBlockN = kIsGeneral ? 64 : 128, kStages = 2, kQueryStages = 1;
+  static constexpr int kBiasStages = 1;
+};
+template <bool kIsGeneral>
 struct ForwardTileSm90<256, kIsGeneral> {
   // acc takes 128 registers, and the tiles take 192 KiB. Those of a bias take 16 KiB. With two stages of them, ptxas
   // spilled 8 bytes, so there is one.
@@ -107,14 +114,18 @@ struct FusedBackwardTileSm90<64, false> {
   static constexpr int kQStages = 2, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 2;
 };
 
-// Backward in two kernels, with head dim 256. In the kernel for dq, two consumer warpgroups have 64 queries each, and
-// visit kBlockN keys at a time.
-template <bool kIsGeneral>
+// Backward in two kernels, with head dims above 128. In the kernel for dq, two consumer warpgroups have 64 queries each,
+// and visit kBlockN keys at a time.
+template <int kHeadDim, bool kIsGeneral>
 struct QueryGradientTileSm90 {
   static constexpr int kBlockN = 64, kStages = 1;  // 192 KiB with q, dout, k and v
 };
+template <bool kIsGeneral>
+struct QueryGradientTileSm90<192, kIsGeneral> {
+  static constexpr int kBlockN = 64, kStages = 2;  // 160 KiB with values of head dim 128
+};
 template <>
-struct QueryGradientTileSm90<true> {
+struct QueryGradientTileSm90<256, true> {
   // dq takes 128 registers. This leaves too few for the scores of 64 keys and for what is added to them.
   static constexpr int kBlockN = 32, kStages = 2;
 };
@@ -122,9 +133,13 @@ struct QueryGradientTileSm90<true> {
 // The kernel for dk and dv visits kBlockM queries at a time. Both gradients would take 256 registers. So its two consumer
 // warpgroups have the same 64 keys, and each sums one gradient, which takes 128 registers. This leaves too few for what
 // a general kernel does with the scores of 64 queries.
-template <bool kIsGeneral>
+template <int kHeadDim, bool kIsGeneral>
 struct KeyGradientTileSm90 {
   static constexpr int kBlockM = kIsGeneral ? 32 : 64, kStages = 2;
+};
+template <bool kIsGeneral>
+struct KeyGradientTileSm90<192, kIsGeneral> {
+  static constexpr int kBlockM = 64, kStages = 2;
 };
 
 }  // namespace fused_attn::gpu

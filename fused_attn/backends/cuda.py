@@ -473,7 +473,7 @@ def _workspace_bytes(
         rows_q=rows_q,
         seqlen_q=problem.seqlen_q,
         seqlen_k=problem.seqlen_k,
-        head_dim=max(problem.head_dim, problem.value_dim),
+        head_dim=problem.head_dim,
         is_packed=problem.is_packed,
         has_key_padding=problem.has_key_padding,
         relative_bias_heads=relative_bias_heads,

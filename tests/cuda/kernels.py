@@ -19,22 +19,22 @@ FLAGS = ("-Wno-psabi",)  # otherwise g++ warns about how it passes vector types
 STUB = """
 #include "cuda/kernels.h"
 namespace fused_attn::gpu::{family} {{
-template <> void launch_forward<{head_dim}>(const Params&, bool, Stream) {{}}
-template <> void launch_backward<{head_dim}>(const Params&, bool, Stream) {{}}
+template <> void launch_forward<{head_dims}>(const Params&, bool, Stream) {{}}
+template <> void launch_backward<{head_dims}>(const Params&, bool, Stream) {{}}
 }}
 """
 
 STUB_BIAS_GRADIENT = """
 #include "cuda/bias_gradient.h"
 namespace fused_attn::gpu {{
-template <> void launch_bias_gradient<{head_dim}>(const Params&, const BiasGradientParams&, bool, Stream) {{}}
+template <> void launch_bias_gradient<{head_dims}>(const Params&, const BiasGradientParams&, bool, Stream) {{}}
 }}
 """
 
 STUB_DECODE = """
 #include "cuda/decode.h"
 namespace fused_attn::gpu {{
-template <> void launch_decode<{head_dim}>(const Params&, const DecodeParams&, bool, Stream) {{}}
+template <> void launch_decode<{head_dims}>(const Params&, const DecodeParams&, bool, Stream) {{}}
 }}
 """
 
@@ -64,11 +64,11 @@ class Kernels:
         sources = [folder / "attention.cu", folder / "bindings.cpp", *others]
         stubs = ""
         for source in sorted(folder.glob("*/head_dim_*.cu")):
-            head_dim = int(source.stem.removeprefix("head_dim_"))
-            if needs is None or needs(source.parent.name, head_dim):
+            head_dims = source.stem.removeprefix("head_dim_").split("_")  # of queries, and of values if unlike
+            if needs is None or needs(source.parent.name, int(head_dims[0])):
                 sources.append(source)
             else:
-                stubs += STUBS[source.parent.name].format(family=source.parent.name, head_dim=head_dim)
+                stubs += STUBS[source.parent.name].format(family=source.parent.name, head_dims=", ".join(head_dims))
         if stubs:
             sources.append(csrc / "stubs.cpp")
             sources[-1].write_text(stubs)

@@ -3,7 +3,7 @@
 // loads with TMA and two consumer warpgroups multiply with wgmma. Probs and dscores stay in registers, as left factors
 // of the products for the gradients.
 //
-// These kernels run with head dim 256. With smaller head dims, fused_backward.h runs instead.
+// These kernels run with head dims above 128. With smaller head dims, fused_backward.h runs instead.
 #pragma once
 #include <cmath>
 
@@ -42,9 +42,9 @@ GPU_DEVICE void round_fragment(uint32_t (&rounded)[kTiles / 2][4], const float (
 // ---- dq
 
 // Sizes of the kernel for dq: threads, registers, and where each tile and barrier lies in shared memory (byte offsets).
-template <int kHeadDim, bool kIsGeneral>
-struct QueryGradientPlan : QueryGradientTileSm90<kIsGeneral> {
-  using Sizes = QueryGradientTileSm90<kIsGeneral>;
+template <int kHeadDim, int kValueDim, bool kIsGeneral>
+struct QueryGradientPlan : QueryGradientTileSm90<kHeadDim, kIsGeneral> {
+  using Sizes = QueryGradientTileSm90<kHeadDim, kIsGeneral>;
   static constexpr int kBlockM = 64 * kGradientConsumers, kBlockN = Sizes::kBlockN, kStages = Sizes::kStages;
   static constexpr int kTiles = kBlockN / 8;
   // The loading warp of a general kernel needs more registers, because it reads the map of the mask to find the next
@@ -53,20 +53,22 @@ struct QueryGradientPlan : QueryGradientTileSm90<kIsGeneral> {
   static constexpr int kConsumerRegisters = kIsGeneral ? 224 : kGradientConsumerRegisters;
   static_assert(fits_registers(kProducerRegisters, kGradientConsumers, kConsumerRegisters));
   using QTile = Tile<kHeadDim, kBlockM>;
+  using DoutTile = Tile<kValueDim, kBlockM>;
   using KeyTile = Tile<kHeadDim, kBlockN>;
+  using ValueTile = Tile<kValueDim, kBlockN>;
   static constexpr uint32_t kQ = 0;
   static constexpr uint32_t kDout = kQ + QTile::kBytes;
-  static constexpr uint32_t kK = kDout + QTile::kBytes;
+  static constexpr uint32_t kK = kDout + DoutTile::kBytes;
   static constexpr uint32_t kV = kK + kStages * KeyTile::kBytes;
-  static constexpr uint32_t kRings = kV + kStages * KeyTile::kBytes;
+  static constexpr uint32_t kRings = kV + kStages * ValueTile::kBytes;
   static constexpr uint32_t kBytes = kRings + 256;
   static_assert(kBytes <= 227 * 1024);
 };
 
 // The rings of the kernel for dq. Queries and dout of the block are loaded once; keys and values block by block.
-template <int kHeadDim, bool kIsGeneral>
+template <int kHeadDim, int kValueDim, bool kIsGeneral>
 struct QueryGradientRings {
-  using Plan = QueryGradientPlan<kHeadDim, kIsGeneral>;
+  using Plan = QueryGradientPlan<kHeadDim, kValueDim, kIsGeneral>;
   Ring<1> q;
   Ring<1> dout;
   Ring<Plan::kStages> k;
@@ -85,11 +87,12 @@ struct QueryGradientRings {
 
 // Computes dq of kBlockM queries of one head. The block of threads visits the blocks of keys that these queries see,
 // from the last one to the first. Every warp finds the next block of keys by itself, with last_to_visit.
-template <class T, int kHeadDim, bool kIsGeneral>
+template <class T, int kHeadDim, int kValueDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     query_gradient_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT BackwardMaps maps) {
-  using Plan = QueryGradientPlan<kHeadDim, kIsGeneral>;
+  using Plan = QueryGradientPlan<kHeadDim, kValueDim, kIsGeneral>;
   using KeyTile = typename Plan::KeyTile;
+  using ValueTile = typename Plan::ValueTile;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
 
   // Find the rows.
@@ -109,7 +112,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   int block = last_to_visit(range.end - 1);
 
   const uint32_t shared = shared_address(shared_memory());
-  const QueryGradientRings<kHeadDim, kIsGeneral> rings(shared);
+  const QueryGradientRings<kHeadDim, kValueDim, kIsGeneral> rings(shared);
   if (thread_index() == 0) rings.init();
   sync_threads();
   RingPosition<Plan::kStages> position;  // in the rings for k and v
@@ -122,15 +125,15 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     TileLoader loader{rings.cleaning, thread_index() == 0};
     const int row = head_slice.q_offset + first_row;
     loader.load<typename Plan::QTile>(rings.q, {}, shared + Plan::kQ, maps.q, row, head_slice.head, head_slice.batch);
-    loader.load<typename Plan::QTile>(rings.dout, {}, shared + Plan::kDout, maps.dout, row, head_slice.head,
-                                      head_slice.batch);
+    loader.load<typename Plan::DoutTile>(rings.dout, {}, shared + Plan::kDout, maps.dout, row, head_slice.head,
+                                         head_slice.batch);
     for (; block >= range.begin; block = last_to_visit(block - 1)) {
       const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, head_slice, block);
       const int key = head_slice.k_offset + block * kBlockN;
       loader.load_valid<KeyTile>(rings.k, position, shared + Plan::kK + position.slot() * KeyTile::kBytes, maps.k, key,
                                  head_slice.kv_head, head_slice.batch, valid);
-      loader.load_valid<KeyTile>(rings.v, position, shared + Plan::kV + position.slot() * KeyTile::kBytes, maps.v, key,
-                                 head_slice.kv_head, head_slice.batch, valid);
+      loader.load_valid<ValueTile>(rings.v, position, shared + Plan::kV + position.slot() * ValueTile::kBytes, maps.v,
+                                   key, head_slice.kv_head, head_slice.batch, valid);
       position.advance();
     }
     return;
@@ -151,7 +154,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   }
   for (; block >= range.begin; block = last_to_visit(block - 1)) {
     const uint32_t k_tile = shared + Plan::kK + position.slot() * KeyTile::kBytes;
-    const uint32_t v_tile = shared + Plan::kV + position.slot() * KeyTile::kBytes;
+    const uint32_t v_tile = shared + Plan::kV + position.slot() * ValueTile::kBytes;
     // Which keys are valid is read again where a block is not full: so a full block reads it while no product waits, and
     // keeps one bit of it.
     const bool is_full = range.is_within_band(block) && valid_keys<kBlockN>(p, head_slice, block).all();
@@ -161,7 +164,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     wgmma_commit();
     position.wait_full(rings.v);
     wgmma_fence();
-    start_multiply_transposed<T, kHeadDim, kBlockM>(dprobs, shared + Plan::kDout, 64 * consumer, v_tile);
+    start_multiply_transposed<T, kValueDim, kBlockM>(dprobs, shared + Plan::kDout, 64 * consumer, v_tile);
     wgmma_commit();
     if constexpr (!kIsGeneral) {
       wgmma_wait<1>();
@@ -225,20 +228,22 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
 // ---- dk and dv
 
 // Sizes of the kernel for dk and dv, and where each tile and barrier lies in shared memory (byte offsets).
-template <int kHeadDim, bool kIsGeneral>
-struct KeyGradientPlan : KeyGradientTileSm90<kIsGeneral> {
-  using Sizes = KeyGradientTileSm90<kIsGeneral>;
+template <int kHeadDim, int kValueDim, bool kIsGeneral>
+struct KeyGradientPlan : KeyGradientTileSm90<kHeadDim, kIsGeneral> {
+  using Sizes = KeyGradientTileSm90<kHeadDim, kIsGeneral>;
   static constexpr int kBlockN = 64;
   static constexpr int kBlockM = Sizes::kBlockM, kStages = Sizes::kStages;
   static constexpr int kTiles = kBlockM / 8;
   using KeyTile = Tile<kHeadDim, kBlockN>;
+  using ValueTile = Tile<kValueDim, kBlockN>;
   using QTile = Tile<kHeadDim, kBlockM>;
+  using DoutTile = Tile<kValueDim, kBlockM>;
   static constexpr uint32_t kStatisticsBytes = kBlockM * sizeof(RowStatistics);
   static constexpr uint32_t kK = 0;
   static constexpr uint32_t kV = kK + KeyTile::kBytes;
-  static constexpr uint32_t kQ = kV + KeyTile::kBytes;
+  static constexpr uint32_t kQ = kV + ValueTile::kBytes;
   static constexpr uint32_t kDout = kQ + kStages * QTile::kBytes;
-  static constexpr uint32_t kStatistics = kDout + kStages * QTile::kBytes;
+  static constexpr uint32_t kStatistics = kDout + kStages * DoutTile::kBytes;
   static constexpr uint32_t kRings = kStatistics + kStages * kStatisticsBytes;
   static constexpr uint32_t kBytes = kRings + 256;
   static_assert(kBytes <= 227 * 1024);
@@ -246,9 +251,9 @@ struct KeyGradientPlan : KeyGradientTileSm90<kIsGeneral> {
 
 // The rings of the kernel for dk and dv. Keys and values of the block are loaded once; queries, dout and the row
 // statistics tile by tile.
-template <int kHeadDim, bool kIsGeneral>
+template <int kHeadDim, int kValueDim, bool kIsGeneral>
 struct KeyGradientRings {
-  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
+  using Plan = KeyGradientPlan<kHeadDim, kValueDim, kIsGeneral>;
   Ring<1> k;
   Ring<1> v;
   Ring<Plan::kStages> q;
@@ -269,9 +274,9 @@ struct KeyGradientRings {
 // The steps of the kernel for dk and dv. A block of threads has one block of keys, and each step visits one block of
 // queries that sees these keys, of one head of the group. Every thread has a KeyWork of its own and advances it, so
 // that the warps need not tell one another which step comes next.
-template <int kHeadDim, bool kIsGeneral>
+template <int kHeadDim, int kValueDim, bool kIsGeneral>
 struct KeyWork {
-  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
+  using Plan = KeyGradientPlan<kHeadDim, kValueDim, kIsGeneral>;
   HeadSlice head_slice;  // head_slice.head is the query head of the current step
   int32_t first_key;
   ValidRows<Plan::kBlockN> valid;  // which keys of the block are valid
@@ -321,12 +326,13 @@ struct KeyWork {
 
 // The role of the loading warp: loads keys and values once, and queries and dout for each step. All lanes of the warp
 // call this.
-template <int kHeadDim, bool kIsGeneral>
+template <int kHeadDim, int kValueDim, bool kIsGeneral>
 GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_t shared,
-                              const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
-                              KeyWork<kHeadDim, kIsGeneral>& work) {
-  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
+                              const KeyGradientRings<kHeadDim, kValueDim, kIsGeneral>& rings,
+                              KeyWork<kHeadDim, kValueDim, kIsGeneral>& work) {
+  using Plan = KeyGradientPlan<kHeadDim, kValueDim, kIsGeneral>;
   using QTile = typename Plan::QTile;
+  using DoutTile = typename Plan::DoutTile;
   TileLoader loader{rings.cleaning, thread_index() == 0};
   RingPosition<Plan::kStages> position;  // in the rings for q and dout
   const HeadSlice& head_slice = work.head_slice;
@@ -340,8 +346,8 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
     loader.load<typename Plan::KeyTile>(rings.k, {}, shared + Plan::kK, maps.k, key, head_slice.kv_head,
                                         head_slice.batch);
   }
-  loader.load_valid<typename Plan::KeyTile>(rings.v, {}, shared + Plan::kV, maps.v, key, head_slice.kv_head,
-                                            head_slice.batch, work.valid);
+  loader.load_valid<typename Plan::ValueTile>(rings.v, {}, shared + Plan::kV, maps.v, key, head_slice.kv_head,
+                                              head_slice.batch, work.valid);
   for (; work.steps_left > 0; work.advance()) {
     const int first_row = work.block * Plan::kBlockM;
     // The rows that belong to the sequence. In a packed tensor, rows of another sequence follow. Otherwise TMA loads
@@ -352,8 +358,8 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
     }
     loader.load_valid<QTile>(rings.q, position, shared + Plan::kQ + position.slot() * QTile::kBytes, maps.q,
                              head_slice.q_offset + first_row, head_slice.head, head_slice.batch, rows);
-    loader.load_valid<QTile>(rings.dout, position, shared + Plan::kDout + position.slot() * QTile::kBytes, maps.dout,
-                             head_slice.q_offset + first_row, head_slice.head, head_slice.batch, rows);
+    loader.load_valid<DoutTile>(rings.dout, position, shared + Plan::kDout + position.slot() * DoutTile::kBytes,
+                                maps.dout, head_slice.q_offset + first_row, head_slice.head, head_slice.batch, rows);
     position.advance();
   }
 }
@@ -361,11 +367,11 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
 // Copies lse_log2 and delta of the queries of each step to shared memory, when the consumers have released the slot. A
 // second warp of the first warpgroup calls this, because the first warp, which issues TMA, would need more registers
 // than it has.
-template <int kHeadDim, bool kIsGeneral>
+template <int kHeadDim, int kValueDim, bool kIsGeneral>
 GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared,
-                                    const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
-                                    KeyWork<kHeadDim, kIsGeneral>& work) {
-  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
+                                    const KeyGradientRings<kHeadDim, kValueDim, kIsGeneral>& rings,
+                                    KeyWork<kHeadDim, kValueDim, kIsGeneral>& work) {
+  using Plan = KeyGradientPlan<kHeadDim, kValueDim, kIsGeneral>;
   const int lane = this_lane().index;
   RingPosition<Plan::kStages> position;
   for (; work.steps_left > 0; work.advance()) {
@@ -384,11 +390,14 @@ GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared,
 
 // Sums dk (kMakesDk), or else dv, of the block of keys over all steps, and stores the gradient. All threads of a consumer
 // warpgroup call this.
-template <class T, int kHeadDim, bool kIsGeneral, bool kMakesDk>
-GPU_DEVICE void sum_key_gradient(const Params& p, uint32_t shared, const KeyGradientRings<kHeadDim, kIsGeneral>& rings,
-                                 KeyWork<kHeadDim, kIsGeneral>& work) {
-  using Plan = KeyGradientPlan<kHeadDim, kIsGeneral>;
+template <class T, int kHeadDim, int kValueDim, bool kIsGeneral, bool kMakesDk>
+GPU_DEVICE void sum_key_gradient(const Params& p, uint32_t shared,
+                                 const KeyGradientRings<kHeadDim, kValueDim, kIsGeneral>& rings,
+                                 KeyWork<kHeadDim, kValueDim, kIsGeneral>& work) {
+  using Plan = KeyGradientPlan<kHeadDim, kValueDim, kIsGeneral>;
   using QTile = typename Plan::QTile;
+  using DoutTile = typename Plan::DoutTile;
+  constexpr int kDim = kMakesDk ? kHeadDim : kValueDim;  // columns of the gradient
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
   const Lane lane = this_lane();
   const int warp_row = thread_index() % kWarpgroup / 32 * 16;
@@ -398,7 +407,7 @@ GPU_DEVICE void sum_key_gradient(const Params& p, uint32_t shared, const KeyGrad
   GPU_UNROLL for (int r = 0; r < 2; ++r) is_valid[r] = work.valid.has(warp_row + lane.g + 8 * r);
   RingPosition<Plan::kStages> position;  // in the rings for q, dout and the statistics
 
-  float gradient[kHeadDim / 8][4], probs[kTiles][4], dprobs[kTiles][4];
+  float gradient[kDim / 8][4], probs[kTiles][4], dprobs[kTiles][4];
   uint32_t rounded[kTiles / 2][4];  // the left factor of the product for the gradient: dscores for dk, probs for dv
   fill(gradient, 0.0f);
   if (work.steps_left > 0) {
@@ -407,7 +416,7 @@ GPU_DEVICE void sum_key_gradient(const Params& p, uint32_t shared, const KeyGrad
   }
   for (; work.steps_left > 0; work.advance()) {
     const uint32_t q_tile = shared + Plan::kQ + position.slot() * QTile::kBytes;
-    const uint32_t dout_tile = shared + Plan::kDout + position.slot() * QTile::kBytes;
+    const uint32_t dout_tile = shared + Plan::kDout + position.slot() * DoutTile::kBytes;
     const uint32_t statistics_tile = shared + Plan::kStatistics + position.slot() * Plan::kStatisticsBytes;
     DropoutKeep<kTiles> dropout_keep{};
     if constexpr (kIsGeneral) {  // Philox runs before the products, while few registers are in use
@@ -422,7 +431,7 @@ GPU_DEVICE void sum_key_gradient(const Params& p, uint32_t shared, const KeyGrad
     position.wait_full(rings.dout);
     if constexpr (kMakesDk) {
       wgmma_fence();
-      start_multiply_transposed<T, kHeadDim, kBlockN>(dprobs, shared + Plan::kV, 0, dout_tile);
+      start_multiply_transposed<T, kValueDim, kBlockN>(dprobs, shared + Plan::kV, 0, dout_tile);
       wgmma_commit();
     }
 
@@ -496,7 +505,7 @@ GPU_DEVICE void sum_key_gradient(const Params& p, uint32_t shared, const KeyGrad
     }
     position.release(rings.statistics);
     wgmma_fence();
-    start_multiply<T, kHeadDim>(gradient, rounded, kMakesDk ? q_tile : dout_tile);
+    start_multiply<T, kDim>(gradient, rounded, kMakesDk ? q_tile : dout_tile);
     wgmma_commit();
     wgmma_wait<0>();
     keep_registers(flat(gradient));
@@ -506,7 +515,7 @@ GPU_DEVICE void sum_key_gradient(const Params& p, uint32_t shared, const KeyGrad
   }
 
   // Epilogue. The head slice is computed again here, because keeping it would take registers during the loop.
-  const HeadSlice head_slice = KeyWork<kHeadDim, kIsGeneral>(p).head_slice;
+  const HeadSlice head_slice = KeyWork<kHeadDim, kValueDim, kIsGeneral>(p).head_slice;
   const Rows& stored = kMakesDk ? p.dk : p.dv;
   if (stored.data == nullptr) return;
   const float factor = kMakesDk ? p.scale : kIsGeneral ? p.dropout_scale : 1.0f;
@@ -519,13 +528,13 @@ GPU_DEVICE void sum_key_gradient(const Params& p, uint32_t shared, const KeyGrad
 
 // Computes dk and dv of one block of keys. Warp 0 loads tiles, warp 1 loads row statistics, one consumer warpgroup sums
 // dk, and the other one dv.
-template <class T, int kHeadDim, bool kIsGeneral>
+template <class T, int kHeadDim, int kValueDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     key_gradient_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT BackwardMaps maps) {
-  KeyWork<kHeadDim, kIsGeneral> work(p);
+  KeyWork<kHeadDim, kValueDim, kIsGeneral> work(p);
   if (work.is_empty()) return;
   const uint32_t shared = shared_address(shared_memory());
-  const KeyGradientRings<kHeadDim, kIsGeneral> rings(shared);
+  const KeyGradientRings<kHeadDim, kValueDim, kIsGeneral> rings(shared);
   if (thread_index() == 0) rings.init();
   sync_threads();
   const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // tells the compiler that a warp agrees about it
@@ -538,9 +547,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   } else {
     increase_registers<kGradientConsumerRegisters>();
     if (warpgroup == 1) {
-      sum_key_gradient<T, kHeadDim, kIsGeneral, /*kMakesDk=*/true>(p, shared, rings, work);
+      sum_key_gradient<T, kHeadDim, kValueDim, kIsGeneral, /*kMakesDk=*/true>(p, shared, rings, work);
     } else {
-      sum_key_gradient<T, kHeadDim, kIsGeneral, /*kMakesDk=*/false>(p, shared, rings, work);
+      sum_key_gradient<T, kHeadDim, kValueDim, kIsGeneral, /*kMakesDk=*/false>(p, shared, rings, work);
     }
   }
 }

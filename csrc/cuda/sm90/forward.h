@@ -42,7 +42,7 @@ constexpr int kKeyNotes = 8;  // slots of the ring of KeyNotes: more than stages
 
 // Sizes of the forward kernel: threads, registers, and where each tile, note and barrier lies in shared memory (byte
 // offsets from its start).
-template <int kHeadDim, bool kIsGeneralOption>
+template <int kHeadDim, int kValueDim, bool kIsGeneralOption>
 struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
   using Sizes = ForwardTileSm90<kHeadDim, kIsGeneralOption>;
   static constexpr bool kIsGeneral = kIsGeneralOption;
@@ -61,17 +61,18 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
 
   // Whether TMA stores the output. With head dim 128, this takes 175 instructions, and stores from registers take 296.
-  // With head dim 256, shared memory is full. In a general kernel, tiles of 16-bit biases use the rest of the memory. The
+  // With larger head dims, shared memory is full. In a general kernel, tiles of 16-bit biases use the rest of the memory. The
   // speed has not been measured.
   static constexpr bool kStoresByTma = !kIsGeneral && kHeadDim <= 128;
 
   using QTile = Tile<kHeadDim, kBlockM>;
   using KeyTile = Tile<kHeadDim, kBlockN>;
-  using OutTile = Tile<kHeadDim, kWarpRows>;  // each warp of the consumers stores its own rows
+  using ValueTile = Tile<kValueDim, kBlockN>;
+  using OutTile = Tile<kValueDim, kWarpRows>;  // each warp of the consumers stores its own rows
   static constexpr uint32_t kQ = 0;
   static constexpr uint32_t kK = kQ + kQueryStages * QTile::kBytes;
   static constexpr uint32_t kV = kK + kStages * KeyTile::kBytes;
-  static constexpr uint32_t kOut = kV + kStages * KeyTile::kBytes;
+  static constexpr uint32_t kOut = kV + kStages * ValueTile::kBytes;
   static constexpr uint32_t kTileNotesAt = kOut + (kStoresByTma ? kConsumerWarps * OutTile::kBytes : 0);
   static constexpr uint32_t kKeyNotesAt = kTileNotesAt + kTileNotes * kTileNoteBytes;
   static constexpr uint32_t kRings = kKeyNotesAt + kKeyNotes * kKeyNoteBytes;
@@ -237,7 +238,7 @@ struct ForwardRings {
     return shared + Plan::kK + position.slot() * Plan::KeyTile::kBytes;
   }
   GPU_DEVICE uint32_t value_tile(RingPosition<Plan::kStages> position) const {
-    return shared + Plan::kV + position.slot() * Plan::KeyTile::kBytes;
+    return shared + Plan::kV + position.slot() * Plan::ValueTile::kBytes;
   }
 
   // Each consumer of a general kernel has a ring of its own for tiles of the bias.
@@ -407,11 +408,11 @@ struct Loader {
     const Boxes boxes = note.boxes();
     const uint32_t tile = rings.value_tile(v_position);
     if (boxes.all_valid) {
-      loader.template load<typename Plan::KeyTile>(rings.v, v_position, tile, maps.v, boxes.key_row, boxes.kv_head,
-                                                   boxes.batch);
+      loader.template load<typename Plan::ValueTile>(rings.v, v_position, tile, maps.v, boxes.key_row, boxes.kv_head,
+                                                     boxes.batch);
     } else {
-      loader.template load_valid<typename Plan::KeyTile>(rings.v, v_position, tile, maps.v, boxes.key_row,
-                                                         boxes.kv_head, boxes.batch, note.valid());
+      loader.template load_valid<typename Plan::ValueTile>(rings.v, v_position, tile, maps.v, boxes.key_row,
+                                                           boxes.kv_head, boxes.batch, note.valid());
     }
     v_position.advance();
   }
@@ -474,9 +475,9 @@ GPU_DEVICE void load_bias(const BiasMap& bias, const ForwardRings<Plan>& rings, 
 // The role of a consumer. All 128 threads of the warpgroup run these functions, and each thread has two rows of the
 // fragments: queries thread_row and thread_row + 8 of the tile. The positions say how far this consumer has got in each
 // ring.
-template <class T, int kHeadDim, bool kIsGeneral>
+template <class T, int kHeadDim, int kValueDim, bool kIsGeneral>
 struct Consumer {
-  using Plan = ForwardPlan<kHeadDim, kIsGeneral>;
+  using Plan = ForwardPlan<kHeadDim, kValueDim, kIsGeneral>;
   static constexpr int kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
   const Params& p;
   const ForwardMaps& maps;
@@ -492,7 +493,7 @@ struct Consumer {
 
   LazySoftmax softmax;
   RowMaxima maxima;  // of a general kernel, if the caller wants row_max
-  float acc[kHeadDim / 8][4], scores[kTiles][4], rescale[2];
+  float acc[kValueDim / 8][4], scores[kTiles][4], rescale[2];
   uint32_t probs[kBlockN / 16][4];
   DropoutKeep<kTiles> dropout_keep;  // of a general kernel with dropout
 
@@ -513,7 +514,7 @@ struct Consumer {
   // Starts acc += probs @ values on the tensor cores.
   GPU_DEVICE void start_values() {
     wgmma_fence();
-    start_multiply<T, kHeadDim>(acc, probs, rings.value_tile(v_position));
+    start_multiply<T, kValueDim>(acc, probs, rings.value_tile(v_position));
     wgmma_commit();
   }
   GPU_DEVICE bool has_dropout() const { return kIsGeneral && p.dropout_seed != nullptr; }
@@ -717,7 +718,7 @@ struct Consumer {
     wait_for_store();
     sync_warp();
     const uint32_t own_row = OutTile::matrix_row(rows, 0, lane);
-    GPU_UNROLL for (int k = 0; k < kHeadDim / 16; ++k) {
+    GPU_UNROLL for (int k = 0; k < kValueDim / 16; ++k) {
       uint32_t rounded[4];
       left_factor<T>(rounded, acc, k);
       store_matrix_x4(OutTile::matrix_chunk(own_row, k), rounded);
@@ -754,10 +755,10 @@ struct Consumer {
 
 // The forward kernel, launched by launch_forward (launchers.h). Of the first warpgroup, warp 0 is the loading warp and
 // warp 1 the planning warp. Warps 2 and 3 load a bias (load_bias). Each further warpgroup is a consumer.
-template <class T, int kHeadDim, bool kIsGeneral>
-GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kIsGeneral>::kThreads), 1)
+template <class T, int kHeadDim, int kValueDim, bool kIsGeneral>
+GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kValueDim, kIsGeneral>::kThreads), 1)
     forward_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT ForwardMaps maps, int num_tiles) {
-  using Plan = ForwardPlan<kHeadDim, kIsGeneral>;
+  using Plan = ForwardPlan<kHeadDim, kValueDim, kIsGeneral>;
   const ForwardRings<Plan> rings(keep_computed(shared_address(shared_memory())));
   if (thread_index() == 0) rings.init();
   sync_threads();
@@ -773,7 +774,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kIsGeneral>::kThreads),
     }
   } else {
     increase_registers<Plan::kConsumerRegisters>();
-    Consumer<T, kHeadDim, kIsGeneral>{p, maps, rings, warpgroup - 1}.run();
+    Consumer<T, kHeadDim, kValueDim, kIsGeneral>{p, maps, rings, warpgroup - 1}.run();
   }
 }
 

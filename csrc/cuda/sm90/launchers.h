@@ -66,11 +66,11 @@ inline BiasMap bias_map_of(const Params& p, bool is_bf16, int box_queries) {
 }
 
 // Launches the forward kernel, with the variant for the element type and for what the call needs.
-template <int kHeadDim>
+template <int kHeadDim, int kValueDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   const int kv_heads = p.num_heads / p.group_size;
   for_variant(is_bf16, is_general_forward(p), [&](auto type, auto general) {
-    using Plan = ForwardPlan<kHeadDim, general()>;
+    using Plan = ForwardPlan<kHeadDim, kValueDim, general()>;
     static_assert(Plan::kBlockM >= kLeastForwardRowsSm90);
     const ForwardMaps maps{
         map_of(p.q, is_bf16, p.rows_q, p.num_heads, p.batch, Plan::kBlockM),
@@ -84,23 +84,23 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
     // another until all tiles (blocks of queries of all heads) are done.
     const int num_tiles = shape.grid_x;
     shape.grid_x = std::min(num_tiles, num_multiprocessors());
-    run_kernel(forward_kernel<decltype(type), kHeadDim, general()>, shape, stream, p, maps, num_tiles);
+    run_kernel(forward_kernel<decltype(type), kHeadDim, kValueDim, general()>, shape, stream, p, maps, num_tiles);
   });
 }
 
 // Launches backward in two kernels, as far as their gradients are wanted: one for dq, one for dk and dv. It is for head
 // dims that the fused backward does not support. maps_of(block_m, block_n) makes the tensor maps for these tile sizes.
-template <class T, int kHeadDim, bool kIsGeneral, class MapsOf>
+template <class T, int kHeadDim, int kValueDim, bool kIsGeneral, class MapsOf>
 void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
-  using QueryPlan = QueryGradientPlan<kHeadDim, kIsGeneral>;
-  using KeyPlan = KeyGradientPlan<kHeadDim, kIsGeneral>;
+  using QueryPlan = QueryGradientPlan<kHeadDim, kValueDim, kIsGeneral>;
+  using KeyPlan = KeyGradientPlan<kHeadDim, kValueDim, kIsGeneral>;
   if (p.dq.data != nullptr)
-    run_kernel(query_gradient_kernel<T, kHeadDim, kIsGeneral>,
+    run_kernel(query_gradient_kernel<T, kHeadDim, kValueDim, kIsGeneral>,
                shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch, kGradientThreads, QueryPlan::kBytes),
                stream, p, maps_of(QueryPlan::kBlockM, QueryPlan::kBlockN));
   if (p.dk.data != nullptr || p.dv.data != nullptr)
     run_kernel(
-        key_gradient_kernel<T, kHeadDim, kIsGeneral>,
+        key_gradient_kernel<T, kHeadDim, kValueDim, kIsGeneral>,
         shape_of(p.seqlen_k, KeyPlan::kBlockN, p.num_heads / p.group_size, p.batch, kGradientThreads, KeyPlan::kBytes),
         stream, p, maps_of(KeyPlan::kBlockM, KeyPlan::kBlockN));
 }
@@ -133,7 +133,7 @@ void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
 }
 
 // Launches the kernels of backward, if one of their gradients is wanted.
-template <int kHeadDim>
+template <int kHeadDim, int kValueDim>
 void launch_backward(const Params& p, bool is_bf16, Stream stream) {
   if (p.dq.data == nullptr && p.dk.data == nullptr && p.dv.data == nullptr) return;
   const int kv_heads = p.num_heads / p.group_size;
@@ -147,9 +147,10 @@ void launch_backward(const Params& p, bool is_bf16, Stream stream) {
   for_variant(is_bf16, is_general_backward(p), [&](auto type, auto general) {
     using T = decltype(type);
     if constexpr (has_fused_backward(kHeadDim)) {
+      static_assert(kValueDim == kHeadDim);
       launch_fused<T, kHeadDim, general()>(p, stream, maps_of);
     } else {
-      launch_two_kernels<T, kHeadDim, general()>(p, stream, maps_of);
+      launch_two_kernels<T, kHeadDim, kValueDim, general()>(p, stream, maps_of);
     }
   });
 }
