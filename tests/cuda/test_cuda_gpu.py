@@ -23,7 +23,7 @@ import pytest
 import torch
 from cases import CASES, Case
 from kernels import is_built_for, of_architecture
-from test_cuda_kernels import ARCHITECTURES, MIXED_FEATURES, NAMES, SUPPORTED, WITHOUT_MISSING_COLUMNS
+from test_cuda_kernels import ARCHITECTURES, HEAD_DIMS, MIXED_FEATURES, NAMES, SUPPORTED, WITHOUT_MISSING_COLUMNS
 from test_decode import CASES as DECODE_CASES
 from test_decode import in_pages, make_cache
 from test_partial_gradients import NAMES as DIFFERENTIATED
@@ -45,12 +45,13 @@ EVERYTHING = [
         seqlen_q=333,
         seqlen_k=590,
         head_dim=head_dim,
+        value_dim=value_dim,
         attn_mask=cases.lower_right,
         key_padding_mask=cases.padding(590, 413),
         options={"window_size": (400, -1), "dropout_p": 0.2, "dropout_seed": 17},
         has_dlse=True,
     )
-    for head_dim in cuda.HEAD_DIMS
+    for head_dim, value_dim in HEAD_DIMS
 ]
 EVERYTHING += [
     Case(
@@ -67,7 +68,7 @@ EVERYTHING += [
         **MIXED_FEATURES[features],
     )
     for features in MIXED_FEATURES
-    for head_dim, value_dim in (*((head_dim, None) for head_dim in cuda.HEAD_DIMS), (40, 72), (192, 128))
+    for head_dim, value_dim in (*HEAD_DIMS, (40, 72))
 ]
 
 

@@ -28,6 +28,8 @@ from fused_attn.backends import cuda
 from fused_attn.partial import attention_partial
 
 ARCHITECTURES = (80, 90)
+#: Head dims of queries and values. On Hopper, the last ones have kernels of their own, too.
+HEAD_DIMS = [*((dim, dim) for dim in cuda.HEAD_DIMS), (192, 128)]
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -128,9 +130,11 @@ def test_packed_rows_that_no_sequence_owns(dtype: torch.dtype, options: dict) ->
     cases.check_strays(dtype, "cuda", **options)
 
 
-@pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
+@pytest.mark.parametrize(("head_dim", "value_dim"), HEAD_DIMS)
 @pytest.mark.parametrize("seed", range(1, 3))
-def test_every_head_dim_in_random_orders(head_dim: int, seed: int, architecture: int, kernels: Kernels) -> None:
+def test_every_head_dim_in_random_orders(
+    head_dim: int, value_dim: int, seed: int, architecture: int, kernels: Kernels
+) -> None:
     """Several blocks of keys, so that rings go round, with every feature that moves their ends."""
     case = Case(
         f"random-order-{head_dim}",
@@ -139,6 +143,7 @@ def test_every_head_dim_in_random_orders(head_dim: int, seed: int, architecture:
         seqlen_q=150,
         seqlen_k=330,
         head_dim=head_dim,
+        value_dim=value_dim,
         attn_mask=cases.lower_right,
         key_padding_mask=cases.padding(330, 270),
         options={"window_size": (260, -1), "dropout_p": 0.2, "dropout_seed": 17},
@@ -222,6 +227,27 @@ def test_fused_backward_ends_on_any_number_of_multiprocessors(window: tuple[int,
         assert all(map(torch.equal, gradients(resident_blocks), of_one))
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "products"),
+    [(192, 128, (40, 256)), (136, 8, (40, 256)), (192, 136, (80, 368)), (200, 128, (80, 368)), (128, 136, (80, 368))],
+)
+def test_smaller_values_take_fewer_products(
+    head_dim: int, value_dim: int, products: tuple[int, int], kernels: Kernels
+) -> None:
+    """The instructions wgmma of forward and of backward on sm_90a, for 128 queries and 128 keys.
+
+    In the kernels for head dims 192 and 128, each of two consumers sums scores over 192 columns, 16 at a time, and
+    values over 128 keys, 16 at a time: 2 * (12 + 8). In those for head dim 256, there are two blocks of 64 keys:
+    2 * 2 * (16 + 4).
+    """
+    make = lambda dim: torch.ones(1, 1, 128, dim).half().requires_grad_()  # noqa: E731
+    with kernels.running(90):
+        out = fused_attn.fused_attention(make(head_dim), make(head_dim), make(value_dim), backend="cuda")
+        forward = kernels.statistics.wgmma
+        out.backward(torch.ones_like(out))
+        assert (forward, kernels.statistics.wgmma - forward) == products
+
+
 @pytest.mark.usefixtures("running")
 @pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
 def test_workspace_grows_with_the_length(head_dim: int) -> None:
@@ -277,13 +303,13 @@ MIXED_FEATURES = {
 }
 
 
-@pytest.mark.parametrize("head_dim", [*cuda.HEAD_DIMS, 72])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [*HEAD_DIMS, (72, 40), (136, 72)])
 @pytest.mark.parametrize("features", MIXED_FEATURES)
-def test_mixed_features(features: str, head_dim: int, architecture: int, kernels: Kernels) -> None:
+def test_mixed_features(features: str, head_dim: int, value_dim: int, architecture: int, kernels: Kernels) -> None:
     case = large(
         f"mixed-{features}-{head_dim}",
         head_dim=head_dim,
-        value_dim=40 if head_dim == 72 else None,
+        value_dim=value_dim,
         key_padding_mask=cases.padding(200, 70),
         sinks=cases.sink(),
         **MIXED_FEATURES[features],
