@@ -57,9 +57,9 @@ MOST_INSTRUCTIONS_BIAS = {
     "fused_backward": {64: 545, 96: 562, 128: 580},
 }
 
-#: The instructions of a step of the other kernels, for each head dim, as counted when this table was made. With
-#: head dim 192, values have 128 columns. A step of a general kernel uses no feature. If one warpgroup sums dk and another
-#: one dv, the step is that of dv.
+#: The instructions of a step of the other kernels, for each head dim, as counted when this table was made. (Values have
+#: 128 columns with head dim 192.) A step of a general kernel uses no feature. If one warpgroup sums dk and another one
+#: dv, the step is that of dv.
 COUNTED_INSTRUCTIONS = {
     "sm80 forward": {64: 509, 96: 342, 128: 398, 256: 651},
     "sm80 query_gradient": {64: 416, 96: 475, 128: 580, 256: 495},
