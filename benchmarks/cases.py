@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 DIRECTIONS = ("forward", "backward", "forward+backward")
-#: Matrix products of a fused kernel: two in forward, five in backward, which computes the scores again.
-PRODUCTS = {"forward": 2, "backward": 5, "forward+backward": 7}
+#: Matrix products of a fused kernel: those over the head dim of queries and keys (scores, dquery, dkey), and those over
+#: the head dim of values (output, dvalue, the gradient of the probs). Backward computes the scores again.
+PRODUCTS = {"forward": (1, 1), "backward": (3, 2), "forward+backward": (4, 3)}
 
 #: The masks, with their titles in tables and plots. The most useful mask is the first: a run that is cut short has then
 #: measured what training does most.
@@ -26,6 +27,7 @@ MASKS = {
     "bias": "bias with gradient",  # dense, (1, H, L, S)
     "window": "causal, window 1024",  # a query sees the last WINDOW keys
     "gqa": "causal, GQA",  # four query heads share a KV head
+    "mla": "causal, head dims 192 and 128",  # values have fewer columns, as in DeepSeek's multi-head latent attention
     "varlen": "causal, packed",  # the lengths of the sequences are drawn uniformly from [1, L]
     "decode": "decode",  # one query for each sequence
     "blocks": "half of the blocks",  # a dense bool mask (1, 1, L, S), random in blocks of BLOCK x BLOCK entries
@@ -37,8 +39,10 @@ MASKS = {
 FEATURES = ("blocks", "softcap", "sinks", "dropout")
 #: Masks with random lengths. A batch has at least LEAST_SEQUENCES, because the lengths of fewer would decide the time.
 RANDOM_MASKS, LEAST_SEQUENCES = ("padded-random", "causal+padded-random", "varlen"), 4
-CAUSAL_MASKS = ("causal", "causal+padded", "causal+padded-random", "window", "gqa", "varlen")
+CAUSAL_MASKS = ("causal", "causal+padded", "causal+padded-random", "window", "gqa", "mla", "varlen")
 WINDOW, BLOCK, DROPOUT = 1024, 128, 0.1
+#: The head dim of queries and keys with mask "mla". Values have two thirds of it.
+MLA_HEAD_DIM = 192
 #: Twice the standard deviation of the scores. With a far larger softcap, a kernel without one would be judged right.
 SOFTCAP = 2.0
 
@@ -73,6 +77,10 @@ class Case:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return self.batch, self.heads, self.length, self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return value_dim_of(self.mask, self.head_dim)
 
     @property
     def kv_heads(self) -> int:
@@ -148,19 +156,28 @@ class Case:
     @property
     def effective_flops(self) -> int:
         """The floating-point operations on visible scores. No implementation needs more."""
-        return 2 * PRODUCTS[self.direction] * self.head_dim * self.visible_scores
+        return self._flops_of_score * self.visible_scores
 
     def fewest_bytes(self, itemsize: int) -> int:
         """The bytes that a forward must move: queries, valid keys and values are read once, the output is written."""
         rows, keys = sum(self.query_lengths), sum(self.lengths)
-        return 2 * itemsize * self.head_dim * (self.heads * rows + self.kv_heads * keys)
+        return itemsize * (self.head_dim + self.value_dim) * (self.heads * rows + self.kv_heads * keys)
 
     @property
     def flops(self) -> float:
         """The floating-point operations by the usual formula: all scores, or half of them if causal."""
         keys = self.lengths if self.is_packed else (self.length,) * self.batch
         scores = sum(rows * count for rows, count in zip(self.query_lengths, keys, strict=True))
-        return 2 * PRODUCTS[self.direction] * self.head_dim * self.heads * scores * (0.5 if self.is_causal else 1.0)
+        return self._flops_of_score * self.heads * scores * (0.5 if self.is_causal else 1.0)
+
+    @property
+    def _flops_of_score(self) -> int:
+        of_queries, of_values = PRODUCTS[self.direction]
+        return 2 * (of_queries * self.head_dim + of_values * self.value_dim)
+
+
+def value_dim_of(mask: str, head_dim: int) -> int:
+    return head_dim * 2 // 3 if mask == "mla" else head_dim
 
 
 def uniform_lengths(batch: int, length: int) -> tuple[int, ...]:
@@ -184,7 +201,7 @@ class Scale(NamedTuple):
     """The sizes of the cases of a table.
 
     tokens: batch size times length
-    width: heads times head_dim
+    width: heads times head_dim; with mask "mla", heads times the head dim of values
     gqa_heads: the number of query heads with mask "gqa", for every head_dim
     """
 
@@ -213,8 +230,8 @@ def table(
     directions = tuple(directions)
     for mask in masks:
         for dtype in scale.dtypes:
-            for head_dim in scale.head_dims:
-                heads = scale.gqa_heads if mask == "gqa" else scale.width // head_dim
+            for head_dim in scale.head_dims if mask != "mla" else (MLA_HEAD_DIM,):
+                heads = scale.gqa_heads if mask == "gqa" else scale.width // value_dim_of(mask, head_dim)
                 for length in scale.lengths:
                     # A window over all keys hides nothing. A dense bias beyond 4096 keys needs gigabytes.
                     if (mask == "window" and length <= WINDOW) or (mask == "bias" and length > 4096):

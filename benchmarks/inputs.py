@@ -15,8 +15,8 @@ DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float3
 class Inputs:
     """The random tensors of a case.
 
-    query, key, value, dout: (B, H, L, D), or (total, H, D) if the case is packed. In causal cases with padding, dout is
-        0 in the rows of padding, because training takes no loss there.
+    query, key, value, dout: (B, H, L, D), or (total, H, D) if the case is packed. D is `Case.value_dim` for value and
+        dout. In causal cases with padding, dout is 0 in the rows of padding, because training takes no loss there.
     bias: (1, H, L, S), or (H, L + S - 1) if the bias is relative, or None
     sinks: (H,), or None. A sink weighs about as much as all keys together, so that an error in it shows.
     dropout_seed: 0-d int64 if the case has dropout, or None
@@ -31,15 +31,17 @@ class Inputs:
         self._dtype = DTYPES[case.dtype]
         rows, keys = case.seqlen_q, case.length
 
-        def heads_of(heads: int, length: int) -> Tensor:
+        def heads_of(heads: int, length: int, head_dim: int) -> Tensor:
             if case.is_packed:
-                return self._randn(sum(case.lengths), heads, case.head_dim)
+                return self._randn(sum(case.lengths), heads, head_dim)
             if rows_first:
-                return self._randn(case.batch, length, heads, case.head_dim).transpose(1, 2)
-            return self._randn(case.batch, heads, length, case.head_dim)
+                return self._randn(case.batch, length, heads, head_dim).transpose(1, 2)
+            return self._randn(case.batch, heads, length, head_dim)
 
-        self.query, self.dout = heads_of(case.heads, rows), heads_of(case.heads, rows)
-        self.key, self.value = heads_of(case.kv_heads, keys), heads_of(case.kv_heads, keys)
+        self.query = heads_of(case.heads, rows, case.head_dim)
+        self.dout = heads_of(case.heads, rows, case.value_dim)
+        self.key = heads_of(case.kv_heads, keys, case.head_dim)
+        self.value = heads_of(case.kv_heads, keys, case.value_dim)
         self.bias = None
         if case.mask == "bias":
             self.bias = self._randn(1, case.heads, rows, keys)

@@ -71,7 +71,7 @@ def test_visible_scores_are_those_of_the_mask(mask: str, monkeypatch: pytest.Mon
         visible = torch.stack([(torch.arange(40) < n) & (torch.arange(40)[:, None] < n) for n in case.lengths])
         visible = visible & torch.ones(40, 40).tril().bool()
     assert case.visible_scores == case.heads * visible.sum().item()
-    assert case.effective_flops == 4 * case.head_dim * case.visible_scores
+    assert case.effective_flops == 2 * (case.head_dim + case.value_dim) * case.visible_scores
 
 
 def test_flops_follow_the_usual_formula() -> None:
@@ -87,12 +87,13 @@ def test_table_covers_every_mask_at_equal_tokens() -> None:
     table = list(cases.table(cases.GPU))
     assert len(set(table)) == len(table)
     assert {case.mask for case in table} == set(cases.MASKS)
-    assert {case.head_dim for case in table} == {64, 128, 256}
+    assert {case.head_dim for case in table if case.mask != "mla"} == {64, 128, 256}
+    assert {(case.heads, case.head_dim, case.value_dim) for case in table if case.mask == "mla"} == {(16, 192, 128)}
     assert {case.length for case in table} == {512, 1024, 2048, 4096, 8192, 16384}
     drawn = [case for case in table if case.mask in cases.RANDOM_MASKS]
     assert all(case.batch * case.length == 16384 for case in table if case not in drawn)
     assert all(case.batch == max(4, 16384 // case.length) for case in drawn)  # Few lengths could be extreme.
-    assert all(case.heads * case.head_dim == 2048 for case in table if case.mask != "gqa")
+    assert all(case.heads * case.head_dim == 2048 for case in table if case.mask not in ("gqa", "mla"))
     assert {(case.heads, case.kv_heads) for case in table if case.mask == "gqa"} == {(32, 8)}
 
 
@@ -109,6 +110,13 @@ def test_features_are_measured_where_they_are_judged() -> None:
     ):  # fmt: skip
         steps = attention.steps_of([attention.LENGTH], parser.parse_args(["--device", device, *only]), [])
         assert {step.case.mask for step in steps} == masks
+
+
+def test_flops_of_values_with_another_head_dim() -> None:
+    """Three products over the 192 columns of queries and keys, and two over the 128 columns of values."""
+    backward = Case(2, 16, 1024, 192, "mla", "bfloat16", "backward")
+    assert backward.flops == 2 * (3 * 192 + 2 * 128) * 2 * 16 * 1024 * 1024 / 2
+    assert backward.fewest_bytes(2) == 2 * 2 * 1024 * 16 * (192 + 192 + 128 + 128)
 
 
 def test_half_of_the_blocks_are_visible_at_random() -> None:
@@ -322,7 +330,9 @@ def flash_attn_module(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, package)
 
 
-@pytest.mark.parametrize("mask", ["none", "causal", "padded", "gqa", "varlen", "decode", "causal+padded", "bias"])
+@pytest.mark.parametrize(
+    "mask", ["none", "causal", "padded", "gqa", "mla", "varlen", "decode", "causal+padded", "bias"]
+)
 def test_flash_attn_is_asked_by_its_own_conventions(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flash_attn_module("flash_attn", monkeypatch)
     inputs = Inputs(small(mask, "forward" if mask == "decode" else "forward+backward"), rows_first=True)
