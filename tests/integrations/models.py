@@ -108,6 +108,12 @@ CASES = [
     Case("gpt-oss", "GptOssForCausalLM", "GptOssConfig", DECODER | {"sliding_window": 4, "num_local_experts": 2,
          "num_experts_per_tok": 1, "layer_types": ["sliding_attention", "full_attention"],
          "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "experts_implementation": "eager"}, "decoder"),
+    # Queries and keys have 8 + 4 columns in each head, values have 8, and keys are expanded from a latent vector. The
+    # layers have no experts.
+    Case("deepseek-v3", "DeepseekV3ForCausalLM", "DeepseekV3Config", ENCODER | {"num_key_value_heads": 4,
+         "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16,
+         "first_k_dense_replace": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "decoder"),
     Case("vit", "ViTForImageClassification", "ViTConfig", {"hidden_size": 32, "num_hidden_layers": 2,
          "num_attention_heads": 4, "intermediate_size": 40, "image_size": 16, "patch_size": 4}, "image"),
     Case("whisper", "WhisperForConditionalGeneration", "WhisperConfig", BOTH | {"num_mel_bins": 8,
