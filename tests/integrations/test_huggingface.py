@@ -163,6 +163,8 @@ def test_assisted_decoding_gives_the_same_tokens(case: Case, backend: str) -> No
     plain, model = eager(case, dtype), fused(case, dtype, backend)
     expected = plain.generate(**inputs, max_new_tokens=9, do_sample=False)
     for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": fused(case, dtype, backend)}):
+        if case.id == "bart" and "prompt_lookup_num_tokens" in options and VERSION < (5, 18):
+            continue  # 5.17 stops after one token, with eager attention, too
         assert torch.equal(model.generate(**inputs, **options, max_new_tokens=9, do_sample=False), expected), options
 
 
