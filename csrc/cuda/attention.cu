@@ -396,6 +396,8 @@ constexpr KernelSet kKernelSets[] = {
     {80, 96, 96, sm80::launch_forward<96>, sm80::launch_backward<96>, launch_bias_gradient<96>, launch_decode<96>},
     {80, 128, 128, sm80::launch_forward<128>, sm80::launch_backward<128>, launch_bias_gradient<128>,
      launch_decode<128>},
+    {80, 192, 128, sm80::launch_forward<192, 128>, sm80::launch_backward<192, 128>, launch_bias_gradient<256>,
+     launch_decode<256>},
     {80, 256, 256, sm80::launch_forward<256>, sm80::launch_backward<256>, launch_bias_gradient<256>,
      launch_decode<256>},
 #endif

@@ -53,9 +53,9 @@ constexpr bool has_fused_backward(int64_t head_dim) { return head_dim <= 128; }
 
 // The launchers of each architecture. head_dim_*.cu instantiates them.
 namespace sm80 {
-template <int kHeadDim>
+template <int kHeadDim, int kValueDim = kHeadDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream);
-template <int kHeadDim>
+template <int kHeadDim, int kValueDim = kHeadDim>
 void launch_backward(const Params& p, bool is_bf16, Stream stream);
 }  // namespace sm80
 

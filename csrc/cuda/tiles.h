@@ -37,8 +37,15 @@ struct KeyGradientTileSm80 {
   static constexpr bool kSplitsGradients = false;
 };
 template <>
+struct KeyGradientTileSm80<192> {
+  // With values of head dim 128, both gradients would take 160 registers of each thread, and ptxas spilled some. So four
+  // warps sum dk, and four other warps sum dv.
+  static constexpr int kWarps = 8, kBlockM = 64, kBlockN = 64;
+  static constexpr bool kSplitsGradients = true;
+};
+template <>
 struct KeyGradientTileSm80<256> {
-  // Both gradients would take 256 registers of each thread. So four warps sum dk, and four other warps sum dv.
+  // Both gradients would take 256 registers. So they are split in the same way.
   static constexpr int kWarps = 8, kBlockM = 32, kBlockN = 64;
   static constexpr bool kSplitsGradients = true;
 };

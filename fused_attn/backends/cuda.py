@@ -41,7 +41,7 @@ Tensors = TypeVar("Tensors", Inputs, Saved)
 
 DTYPES = (torch.float16, torch.bfloat16)
 #: Head dims that have kernels of their own. Another head dim runs in the next larger kernel, which reads zeros in place
-#: of the missing columns. On Hopper, queries of 192 and values of 128 columns have kernels, too.
+#: of the missing columns. Queries of 192 columns with values of 128 have kernels, too.
 HEAD_DIMS = (64, 96, 128, 256)
 HEAD_DIM_STEP = 8
 MIN_CAPABILITY = (8, 0)

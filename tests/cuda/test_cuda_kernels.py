@@ -28,7 +28,7 @@ from fused_attn.backends import cuda
 from fused_attn.partial import attention_partial
 
 ARCHITECTURES = (80, 90)
-#: Head dims of queries and values. On Hopper, the last ones have kernels of their own, too.
+#: Head dims of queries and values that have kernels of their own.
 HEAD_DIMS = [*((dim, dim) for dim in cuda.HEAD_DIMS), (192, 128)]
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -227,25 +227,30 @@ def test_fused_backward_ends_on_any_number_of_multiprocessors(window: tuple[int,
         assert all(map(torch.equal, gradients(resident_blocks), of_one))
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "value_dim", "products"),
-    [(192, 128, (40, 256)), (136, 8, (40, 256)), (192, 136, (80, 368)), (200, 128, (80, 368)), (128, 136, (80, 368))],
-)
-def test_smaller_values_take_fewer_products(
-    head_dim: int, value_dim: int, products: tuple[int, int], kernels: Kernels
-) -> None:
-    """The instructions wgmma of forward and of backward on sm_90a, for 128 queries and 128 keys.
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(192, 128), (136, 8), (192, 136), (200, 128), (128, 136)])
+def test_smaller_values_take_fewer_products(head_dim: int, value_dim: int, architecture: int, kernels: Kernels) -> None:
+    """The matrix instructions of forward and of backward, for 128 queries and 128 keys.
 
-    In the kernels for head dims 192 and 128, each of two consumers sums scores over 192 columns, 16 at a time, and
-    values over 128 keys, 16 at a time: 2 * (12 + 8). In those for head dim 256, there are two blocks of 64 keys:
-    2 * 2 * (16 + 4).
+    On sm_90a, in the kernels for head dims 192 and 128, each of two consumers sums scores over 192 columns, 16 at a
+    time, and values over 128 keys, 16 at a time: 2 * (12 + 8) instructions wgmma in forward. In the kernels for head
+    dim 256, there are two blocks of 64 keys: 2 * 2 * (16 + 4). On sm_80, an instruction mma has 16 rows, 8 columns and
+    16 products to sum: 8 * 16 * 12 + 8 * 16 * 8 in forward.
     """
+    is_small = head_dim <= 192 and value_dim <= 128
+    products = {
+        80: (2560, 10752) if is_small else (4096, 16384),
+        90: (40, 256) if is_small else (80, 368),
+    }[architecture]
     make = lambda dim: torch.ones(1, 1, 128, dim).half().requires_grad_()  # noqa: E731
-    with kernels.running(90):
+
+    def count() -> int:
+        return kernels.statistics.mma if architecture == 80 else kernels.statistics.wgmma
+
+    with kernels.running(architecture):
         out = fused_attn.fused_attention(make(head_dim), make(head_dim), make(value_dim), backend="cuda")
-        forward = kernels.statistics.wgmma
+        forward = count()
         out.backward(torch.ones_like(out))
-        assert (forward, kernels.statistics.wgmma - forward) == products
+        assert (forward, count() - forward) == products
 
 
 @pytest.mark.usefixtures("running")

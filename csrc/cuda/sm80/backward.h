@@ -19,7 +19,7 @@
 namespace fused_attn::gpu::sm80 {
 
 // Sizes of the kernel for dq, and where its tiles lie in shared memory (byte offsets).
-template <int kHeadDim>
+template <int kHeadDim, int kValueDim>
 struct QueryGradientPlan : QueryGradientTileSm80<kHeadDim> {
   using Tile = QueryGradientTileSm80<kHeadDim>;
   static constexpr int kThreads = 32 * Tile::kWarps;
@@ -27,16 +27,16 @@ struct QueryGradientPlan : QueryGradientTileSm80<kHeadDim> {
   static_assert(Tile::kBlockM == 16 * Tile::kWarps);
   static constexpr uint32_t kQ = 0;
   static constexpr uint32_t kDout = kQ + Tile::kBlockM * kHeadDim * 2;
-  static constexpr uint32_t kK = kDout + Tile::kBlockM * kHeadDim * 2;
+  static constexpr uint32_t kK = kDout + Tile::kBlockM * kValueDim * 2;
   static constexpr uint32_t kV = kK + Tile::kBlockN * kHeadDim * 2;
-  static constexpr uint32_t kBytes = kV + Tile::kBlockN * kHeadDim * 2;
+  static constexpr uint32_t kBytes = kV + Tile::kBlockN * kValueDim * 2;
 };
 
 // Computes dq of one block of queries. Each warp has 16 of the queries, and all threads load tiles.
-template <class T, int kHeadDim, bool kIsGeneral>
-GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
+template <class T, int kHeadDim, int kValueDim, bool kIsGeneral>
+GPU_KERNEL void GPU_LAUNCH_BOUNDS((QueryGradientPlan<kHeadDim, kValueDim>::kThreads), 1)
     query_gradient_kernel(const GPU_GRID_CONSTANT Params p) {
-  using Plan = QueryGradientPlan<kHeadDim>;
+  using Plan = QueryGradientPlan<kHeadDim, kValueDim>;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads, kTiles = Plan::kTiles;
 
   // Find the rows.
@@ -54,15 +54,16 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
   // Load.
   const uint32_t shared = shared_address(shared_memory());
   const Corners<kHeadDim> corners(shared, warp_row, lane);
-  const auto load_queries = [&](uint32_t tile, const Rows& x) {
-    copy_rows<kHeadDim, kBlockM, kThreads, kIsGeneral>(
+  const Corners<kValueDim> value_corners(shared, warp_row, lane);
+  const auto load_queries = [&](auto columns, uint32_t tile, const Rows& x) {
+    copy_rows<decltype(columns)::value, kBlockM, kThreads, kIsGeneral>(
         tile, x, head_slice.query_row<const T>(x, first_row),
         [&](int first, int offset) { return first_row + first + offset < head_slice.seqlen_q; });
   };
-  const auto load_keys = [&](uint32_t tile, const Rows& x, int block, const ValidRows<kBlockN>& valid) {
-    copy_rows<kHeadDim, kBlockN, kThreads, kIsGeneral>(tile, x,
-                                                       head_slice.key_row<const T>(x, int64_t{block} * kBlockN),
-                                                       [&](int first, int offset) { return valid.has(first, offset); });
+  const auto load_keys = [&](auto columns, uint32_t tile, const Rows& x, int block, const ValidRows<kBlockN>& valid) {
+    copy_rows<decltype(columns)::value, kBlockN, kThreads, kIsGeneral>(
+        tile, x, head_slice.key_row<const T>(x, int64_t{block} * kBlockN),
+        [&](int first, int offset) { return valid.has(first, offset); });
     copy_async_commit();
   };
   const auto last_to_visit = [&](int block) {
@@ -70,9 +71,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
   };
   int block = last_to_visit(range.end - 1);
   if (block >= range.begin) {
-    load_queries(shared + Plan::kQ, p.q);
-    load_queries(shared + Plan::kDout, p.dout);
-    load_keys(shared + Plan::kV, p.v, block, valid_keys<kBlockN>(p, head_slice, block));
+    load_queries(Columns<kHeadDim>{}, shared + Plan::kQ, p.q);
+    load_queries(Columns<kValueDim>{}, shared + Plan::kDout, p.dout);
+    load_keys(Columns<kValueDim>{}, shared + Plan::kV, p.v, block, valid_keys<kBlockN>(p, head_slice, block));
   }
   const RowStatistics statistics[2] = {row_statistics(p, head_slice, query), row_statistics(p, head_slice, query + 8)};
 
@@ -83,16 +84,17 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
     const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, head_slice, block);
     copy_async_wait<0>();
     sync_threads();  // the values have come, and every warp is done with the keys before
-    load_keys(shared + Plan::kK, p.k, block, valid);
+    load_keys(Columns<kHeadDim>{}, shared + Plan::kK, p.k, block, valid);
     float dprobs[1][kTiles][4];
     fill(dprobs[0], 0.0f);
-    multiply_transposed<T, kHeadDim>(dprobs, corners, Plan::kDout, Plan::kV);
+    multiply_transposed<T, kValueDim>(dprobs, value_corners, Plan::kDout, Plan::kV);
 
     copy_async_wait<0>();
     sync_threads();  // the keys have come, and every warp is done with the values
     const int this_block = block;
     block = last_to_visit(block - 1);
-    if (block >= range.begin) load_keys(shared + Plan::kV, p.v, block, valid_keys<kBlockN>(p, head_slice, block));
+    if (block >= range.begin)
+      load_keys(Columns<kValueDim>{}, shared + Plan::kV, p.v, block, valid_keys<kBlockN>(p, head_slice, block));
     float scores[1][kTiles][4];
     fill(scores[0], 0.0f);
     multiply_transposed<T, kHeadDim>(scores, corners, Plan::kQ, Plan::kK);
@@ -130,7 +132,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(QueryGradientPlan<kHeadDim>::kThreads, 1)
 }
 
 // Sizes of the kernel for dk and dv, and where its tiles and the row statistics lie in shared memory (byte offsets).
-template <int kHeadDim>
+template <int kHeadDim, int kValueDim>
 struct KeyGradientPlan : KeyGradientTileSm80<kHeadDim> {
   using Tile = KeyGradientTileSm80<kHeadDim>;
   static constexpr int kThreads = 32 * Tile::kWarps;
@@ -139,18 +141,18 @@ struct KeyGradientPlan : KeyGradientTileSm80<kHeadDim> {
   static_assert(Tile::kWarps == kWarpsPerGradient * (Tile::kSplitsGradients ? 2 : 1));
   static constexpr uint32_t kK = 0;
   static constexpr uint32_t kV = kK + Tile::kBlockN * kHeadDim * 2;
-  static constexpr uint32_t kQ = kV + Tile::kBlockN * kHeadDim * 2;
+  static constexpr uint32_t kQ = kV + Tile::kBlockN * kValueDim * 2;
   static constexpr uint32_t kDout = kQ + Tile::kBlockM * kHeadDim * 2;
-  static constexpr uint32_t kRowStatistics = kDout + Tile::kBlockM * kHeadDim * 2;
+  static constexpr uint32_t kRowStatistics = kDout + Tile::kBlockM * kValueDim * 2;
   static constexpr uint32_t kBytes = kRowStatistics + Tile::kBlockM * sizeof(RowStatistics);
 };
 
 // Computes dk and dv of one block of keys. This is the whole kernel, and every thread of the block calls it. kMakesDk
 // and kMakesDv say which gradients this warp sums. Other warps of the block may sum the other gradient of the same
 // keys.
-template <class T, int kHeadDim, bool kIsGeneral, bool kMakesDk, bool kMakesDv>
+template <class T, int kHeadDim, int kValueDim, bool kIsGeneral, bool kMakesDk, bool kMakesDv>
 GPU_DEVICE void sum_key_gradients(const Params& p) {
-  using Plan = KeyGradientPlan<kHeadDim>;
+  using Plan = KeyGradientPlan<kHeadDim, kValueDim>;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads, kTiles = Plan::kTiles;
 
   // Find the rows.
@@ -171,12 +173,14 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
   // Load.
   const uint32_t shared = shared_address(shared_memory());
   const Corners<kHeadDim> corners(shared, warp_row, lane);
-  const auto load_keys = [&](uint32_t tile, const Rows& x) {
-    copy_rows<kHeadDim, kBlockN, kThreads, kIsGeneral>(tile, x, head_slice.key_row<const T>(x, first_key),
-                                                       [&](int first, int offset) { return valid.has(first, offset); });
+  const Corners<kValueDim> value_corners(shared, warp_row, lane);
+  const auto load_keys = [&](auto columns, uint32_t tile, const Rows& x) {
+    copy_rows<decltype(columns)::value, kBlockN, kThreads, kIsGeneral>(
+        tile, x, head_slice.key_row<const T>(x, first_key),
+        [&](int first, int offset) { return valid.has(first, offset); });
   };
-  const auto load_queries = [&](uint32_t tile, const Rows& x, int first_row) {
-    copy_rows<kHeadDim, kBlockM, kThreads, kIsGeneral>(
+  const auto load_queries = [&](auto columns, uint32_t tile, const Rows& x, int first_row) {
+    copy_rows<decltype(columns)::value, kBlockM, kThreads, kIsGeneral>(
         tile, x, head_slice.query_row<const T>(x, first_row),
         [&](int first, int offset) { return first_row + first + offset < head_slice.seqlen_q; });
     copy_async_commit();
@@ -199,20 +203,20 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
   };
   skip_masked_blocks();
   if (steps_left > 0) {
-    load_keys(shared + Plan::kK, p.k);
-    load_keys(shared + Plan::kV, p.v);
-    load_queries(shared + Plan::kQ, p.q, block * kBlockM);
+    load_keys(Columns<kHeadDim>{}, shared + Plan::kK, p.k);
+    load_keys(Columns<kValueDim>{}, shared + Plan::kV, p.v);
+    load_queries(Columns<kHeadDim>{}, shared + Plan::kQ, p.q, block * kBlockM);
   }
 
   // Loop.
-  float dk[1][kMakesDk ? kHeadDim / 8 : 1][4], dv[1][kMakesDv ? kHeadDim / 8 : 1][4];
+  float dk[1][kMakesDk ? kHeadDim / 8 : 1][4], dv[1][kMakesDv ? kValueDim / 8 : 1][4];
   fill(dk[0], 0.0f);
   fill(dv[0], 0.0f);
   while (steps_left > 0) {
     const int first_row = block * kBlockM;
     copy_async_wait<0>();
     sync_threads();  // q has come, and every warp is done with dout and the statistics before
-    load_queries(shared + Plan::kDout, p.dout, first_row);
+    load_queries(Columns<kValueDim>{}, shared + Plan::kDout, p.dout, first_row);
     if (thread_index() < kBlockM) {
       const RowStatistics statistics = row_statistics(p, head_slice, first_row + thread_index());
       store_shared(shared + Plan::kRowStatistics + thread_index() * sizeof(RowStatistics),
@@ -235,7 +239,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
     // Computes dprobs^T = v @ dout^T in the registers of dscores, because dscores will take the place of dprobs.
     const auto multiply_dout_by_values = [&] {
       fill(dscores[0], 0.0f);
-      multiply_transposed<T, kHeadDim>(dscores, corners, Plan::kV, Plan::kDout);
+      multiply_transposed<T, kValueDim>(dscores, value_corners, Plan::kV, Plan::kDout);
     };
     const bool is_full = range.is_within_band(block) && are_all_valid;
     if constexpr (!kIsGeneral) {
@@ -245,7 +249,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
         GPU_UNROLL for (int j = 0; j < 4; ++j) probs[0][t][j] =
             prob_of(probs[0][t][j], p.scale_log2, lse_of(statistics, j));
       }
-      if constexpr (kMakesDv) multiply<T, kHeadDim>(dv, probs, corners, Plan::kDout);
+      if constexpr (kMakesDv) multiply<T, kValueDim>(dv, probs, value_corners, Plan::kDout);
       if constexpr (kMakesDk) {
         multiply_dout_by_values();
         GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
@@ -285,7 +289,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
       }
       if constexpr (kMakesDv) {
         if (p.dropout_seed != nullptr) drop(probs[0], dropout_keep, 1.0f);
-        multiply<T, kHeadDim>(dv, probs, corners, Plan::kDout);
+        multiply<T, kValueDim>(dv, probs, value_corners, Plan::kDout);
       }
     }
     if constexpr (kMakesDk) multiply<T, kHeadDim>(dk, dscores, corners, Plan::kQ);
@@ -293,7 +297,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
     skip_masked_blocks();
     if (steps_left > 0) {
       sync_threads();  // every warp is done with q
-      load_queries(shared + Plan::kQ, p.q, block * kBlockM);
+      load_queries(Columns<kHeadDim>{}, shared + Plan::kQ, p.q, block * kBlockM);
     }
   }
 
@@ -314,16 +318,16 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
 }
 
 // Computes dk and dv of one block of keys. With kSplitsGradients, half of the warps sum dk and the other half sum dv.
-template <class T, int kHeadDim, bool kIsGeneral>
-GPU_KERNEL void GPU_LAUNCH_BOUNDS(KeyGradientPlan<kHeadDim>::kThreads, 1)
+template <class T, int kHeadDim, int kValueDim, bool kIsGeneral>
+GPU_KERNEL void GPU_LAUNCH_BOUNDS((KeyGradientPlan<kHeadDim, kValueDim>::kThreads), 1)
     key_gradient_kernel(const GPU_GRID_CONSTANT Params p) {
-  using Plan = KeyGradientPlan<kHeadDim>;
+  using Plan = KeyGradientPlan<kHeadDim, kValueDim>;
   if constexpr (!Plan::kSplitsGradients) {
-    sum_key_gradients<T, kHeadDim, kIsGeneral, /*kMakesDk=*/true, /*kMakesDv=*/true>(p);
+    sum_key_gradients<T, kHeadDim, kValueDim, kIsGeneral, /*kMakesDk=*/true, /*kMakesDv=*/true>(p);
   } else if (thread_index() / 32 < Plan::kWarpsPerGradient) {
-    sum_key_gradients<T, kHeadDim, kIsGeneral, /*kMakesDk=*/true, /*kMakesDv=*/false>(p);
+    sum_key_gradients<T, kHeadDim, kValueDim, kIsGeneral, /*kMakesDk=*/true, /*kMakesDv=*/false>(p);
   } else {
-    sum_key_gradients<T, kHeadDim, kIsGeneral, /*kMakesDk=*/false, /*kMakesDv=*/true>(p);
+    sum_key_gradients<T, kHeadDim, kValueDim, kIsGeneral, /*kMakesDk=*/false, /*kMakesDv=*/true>(p);
   }
 }
 

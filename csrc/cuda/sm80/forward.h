@@ -17,7 +17,7 @@
 namespace fused_attn::gpu::sm80 {
 
 // Sizes of the forward kernel, and where its tiles lie in shared memory (byte offsets).
-template <int kHeadDim>
+template <int kHeadDim, int kValueDim>
 struct ForwardPlan : ForwardTileSm80<kHeadDim> {
   using Tile = ForwardTileSm80<kHeadDim>;
   static constexpr int kThreads = 32 * Tile::kWarps;
@@ -26,14 +26,15 @@ struct ForwardPlan : ForwardTileSm80<kHeadDim> {
   static constexpr uint32_t kQ = 0;
   static constexpr uint32_t kK = kQ + Tile::kBlockM * kHeadDim * 2;
   static constexpr uint32_t kV = kK + Tile::kBlockN * kHeadDim * 2;
-  static constexpr uint32_t kBytes = kV + Tile::kBlockN * kHeadDim * 2;
+  static constexpr uint32_t kBytes = kV + Tile::kBlockN * kValueDim * 2;
 };
 
 // Computes out and lse of one block of queries. Each warp has 16 * kRowTiles of the queries, and all threads load
 // tiles.
-template <class T, int kHeadDim, bool kIsGeneral>
-GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_kernel(const GPU_GRID_CONSTANT Params p) {
-  using Plan = ForwardPlan<kHeadDim>;
+template <class T, int kHeadDim, int kValueDim, bool kIsGeneral>
+GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kValueDim>::kThreads), 1)
+    forward_kernel(const GPU_GRID_CONSTANT Params p) {
+  using Plan = ForwardPlan<kHeadDim, kValueDim>;
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads;
   constexpr int kRowTiles = Plan::kRowTiles, kTiles = Plan::kTiles;
 
@@ -51,11 +52,12 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
   // Load.
   const uint32_t shared = shared_address(shared_memory());
   const Corners<kHeadDim> corners(shared, warp_row, lane);
-  // Starts to copy a block of keys or of values to shared memory. Rows that are not valid become zeros.
-  const auto load_keys = [&](uint32_t tile, const Rows& x, int block, const ValidRows<kBlockN>& valid) {
-    copy_rows<kHeadDim, kBlockN, kThreads, kIsGeneral>(tile, x,
-                                                       head_slice.key_row<const T>(x, int64_t{block} * kBlockN),
-                                                       [&](int first, int offset) { return valid.has(first, offset); });
+  const Corners<kValueDim> value_corners(shared, warp_row, lane);
+  // Starts to copy a block of keys, or of values, to shared memory. Rows that are not valid become zeros.
+  const auto load_keys = [&](auto columns, uint32_t tile, const Rows& x, int block, const ValidRows<kBlockN>& valid) {
+    copy_rows<decltype(columns)::value, kBlockN, kThreads, kIsGeneral>(
+        tile, x, head_slice.key_row<const T>(x, int64_t{block} * kBlockN),
+        [&](int first, int offset) { return valid.has(first, offset); });
     copy_async_commit();
   };
   // The last block of keys up to `block` that these queries visit, or a number below range.begin.
@@ -69,13 +71,13 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
     copy_rows<kHeadDim, kBlockM, kThreads, kIsGeneral>(
         shared + Plan::kQ, p.q, head_slice.query_row<const T>(p.q, first_row),
         [&](int first, int offset) { return first_row + first + offset < head_slice.seqlen_q; });
-    load_keys(shared + Plan::kK, p.k, block, next_valid);
+    load_keys(Columns<kHeadDim>{}, shared + Plan::kK, p.k, block, next_valid);
   }
 
   // Loop.
   LazySoftmax softmax[kRowTiles];
   RowMaxima maxima[kRowTiles];  // of a general kernel, if the caller wants row_max
-  float acc[kRowTiles][kHeadDim / 8][4];
+  float acc[kRowTiles][kValueDim / 8][4];
   GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
     softmax[m].init();
     maxima[m].init();
@@ -85,7 +87,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
     const ValidRows<kBlockN> valid = next_valid;
     copy_async_wait<0>();
     sync_threads();  // the keys have come, and every warp is done with the values before
-    load_keys(shared + Plan::kV, p.v, block, valid);
+    load_keys(Columns<kValueDim>{}, shared + Plan::kV, p.v, block, valid);
 
     float scores[kRowTiles][kTiles][4];
     GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) fill(scores[m], 0.0f);
@@ -124,9 +126,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(ForwardPlan<kHeadDim>::kThreads, 1) forward_ke
     block = last_to_visit(block - 1);
     if (block >= range.begin) {
       next_valid = valid_keys<kBlockN>(p, head_slice, block);
-      load_keys(shared + Plan::kK, p.k, block, next_valid);
+      load_keys(Columns<kHeadDim>{}, shared + Plan::kK, p.k, block, next_valid);
     }
-    multiply<T, kHeadDim>(acc, probs, corners, Plan::kV);
+    multiply<T, kValueDim>(acc, probs, value_corners, Plan::kV);
   }
 
   // Epilogue.

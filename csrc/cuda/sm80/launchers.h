@@ -6,36 +6,36 @@
 
 namespace fused_attn::gpu::sm80 {
 
-// Whether the tensors have fewer columns than kHeadDim. A call with such tensors needs a general kernel, because plain
-// kernels load exactly kHeadDim columns.
-template <int kHeadDim>
+// Whether the tensors have fewer columns than the kernels. A call with such tensors needs a general kernel, because plain
+// kernels load exactly kHeadDim columns of queries and keys, and kValueDim columns of values.
+template <int kHeadDim, int kValueDim>
 bool lacks_columns(const Params& p) {
-  return p.q.columns != kHeadDim || p.v.columns != kHeadDim;
+  return p.q.columns != kHeadDim || p.v.columns != kValueDim;
 }
 
 // Launches the forward kernel, with the variant for the element type and for what the call needs.
-template <int kHeadDim>
+template <int kHeadDim, int kValueDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream) {
-  using Plan = ForwardPlan<kHeadDim>;
+  using Plan = ForwardPlan<kHeadDim, kValueDim>;
   const LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
-  for_variant(is_bf16, is_general_forward(p) || lacks_columns<kHeadDim>(p), [&](auto type, auto general) {
-    run_kernel(forward_kernel<decltype(type), kHeadDim, general()>, shape, stream, p);
+  for_variant(is_bf16, is_general_forward(p) || lacks_columns<kHeadDim, kValueDim>(p), [&](auto type, auto general) {
+    run_kernel(forward_kernel<decltype(type), kHeadDim, kValueDim, general()>, shape, stream, p);
   });
 }
 
 // Launches the kernels for the gradients that are wanted.
-template <int kHeadDim>
+template <int kHeadDim, int kValueDim>
 void launch_backward(const Params& p, bool is_bf16, Stream stream) {
-  using QueryPlan = QueryGradientPlan<kHeadDim>;
-  using KeyPlan = KeyGradientPlan<kHeadDim>;
-  for_variant(is_bf16, is_general_backward(p) || lacks_columns<kHeadDim>(p), [&](auto type, auto general) {
+  using QueryPlan = QueryGradientPlan<kHeadDim, kValueDim>;
+  using KeyPlan = KeyGradientPlan<kHeadDim, kValueDim>;
+  for_variant(is_bf16, is_general_backward(p) || lacks_columns<kHeadDim, kValueDim>(p), [&](auto type, auto general) {
     using T = decltype(type);
     if (p.dq.data != nullptr)
-      run_kernel(query_gradient_kernel<T, kHeadDim, general()>,
+      run_kernel(query_gradient_kernel<T, kHeadDim, kValueDim, general()>,
                  shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch, QueryPlan::kThreads, QueryPlan::kBytes),
                  stream, p);
     if (p.dk.data != nullptr || p.dv.data != nullptr)
-      run_kernel(key_gradient_kernel<T, kHeadDim, general()>,
+      run_kernel(key_gradient_kernel<T, kHeadDim, kValueDim, general()>,
                  shape_of(p.seqlen_k, KeyPlan::kBlockN, p.num_heads / p.group_size, p.batch, KeyPlan::kThreads,
                           KeyPlan::kBytes),
                  stream, p);

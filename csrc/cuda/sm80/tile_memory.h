@@ -1,6 +1,8 @@
 // Tiles of 16-bit rows in shared memory: their layout, how cp.async fills them, and how mma.sync reads fragments of
 // them.
 #pragma once
+#include <type_traits>
+
 #include "../fragments.h"
 
 namespace fused_attn::gpu::sm80 {
@@ -29,6 +31,10 @@ struct TileLayout {
     return (address ^ pairs % kPairs * 32) + pairs / kPairs * (kPairs * 32);
   }
 };
+
+// A number of columns, for lambdas that copy tiles with either head dim.
+template <int kColumns>
+using Columns = std::integral_constant<int, kColumns>;
 
 // Starts to copy kRows rows of x from `source` on into a tile. All threads of the block call this, and each copies its
 // chunks of some rows. Row first + offset is read if is_valid(first, offset) is true. Otherwise its chunks become

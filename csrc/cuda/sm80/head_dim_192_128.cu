@@ -1,0 +1,6 @@
+#include "launchers.h"
+
+namespace fused_attn::gpu::sm80 {
+template void launch_forward<192, 128>(const Params&, bool, Stream);
+template void launch_backward<192, 128>(const Params&, bool, Stream);
+}  // namespace fused_attn::gpu::sm80
