@@ -40,6 +40,7 @@ SHARED_BYTES_WITHOUT_ASKING = 48 * 1024
 REGISTERS_OF_MULTIPROCESSOR = 65536
 REGISTERS_AT_ONCE = 8  # the registers of a thread are allotted in multiples of this
 
+HEAD_AND_VALUE_DIMS = [*((dim, dim) for dim in cuda.HEAD_DIMS), (192, 128)]
 FEATURES: dict[str, dict] = {
     "plain": {"has_dlse": True},
     "causal": {"options": {"is_causal": True}},
@@ -177,10 +178,11 @@ def test_a_gpu_accepts_every_launch(host_code: HostCode, built: dict[tuple[str, 
     """Every kernel is launched, for both types and every head dim."""
     launched = set()
     for architecture in filter(is_built_for, ARCHITECTURES):
-        for head_dim in cuda.HEAD_DIMS:
+        for head_dim, value_dim in HEAD_AND_VALUE_DIMS:
             for name, features in FEATURES.items():
-                sizes = {"heads": 4, "kv_heads": 2, "seqlen_q": 333, "seqlen_k": 590, "head_dim": head_dim}
-                case = Case(f"{name}-{head_dim}", **sizes | features)
+                sizes = {"heads": 4, "kv_heads": 2, "seqlen_q": 333, "seqlen_k": 590}
+                dims = {"head_dim": head_dim, "value_dim": value_dim}
+                case = Case(f"{name}-{head_dim}-{value_dim}", **sizes | dims | features)
                 for dtype in NAMES:
                     with host_code.running(architecture):
                         cases.run(case.make(dtype), "cuda")
