@@ -110,6 +110,8 @@ class Kernel(NamedTuple):
     copies: list[str]  # see copies_after_wait
     narrow_stores: int  # stores of 4 bytes to global memory
     moved_in_products: list[int]  # for each product with wgmma: see moved_in_products
+    touched_in_flight: list[str]  # see touched_in_flight
+    registers_of_roles: list[tuple[int, int]]  # see registers_of_roles
 
 
 def cuobjdump() -> str:
@@ -179,6 +181,8 @@ def kernels() -> list[Kernel]:
                 copies_after_wait(texts),
                 sum("STG.E " in text for text in texts),
                 moved_in_products(texts),
+                touched_in_flight(code) if counts.get((architecture, symbol), {}).get("HGMMA") else [],
+                registers_of_roles(code),
             )
     return sorted(found.values(), key=lambda kernel: kernel[:2])
 
@@ -206,6 +210,76 @@ def moved_in_products(texts: list[str]) -> list[int]:
     return [product.count("R2UR") for product in products]
 
 
+def following_ones(code: list[tuple[int, str]]) -> list[list[int]]:
+    """For each instruction, the numbers of the instructions that may follow it."""
+    index = {address: i for i, (address, _) in enumerate(code)}
+
+    def of(i: int) -> list[int]:
+        text = code[i][1]
+        following = [i + 1] if i + 1 < len(code) else []
+        if match := re.match(r"(@!?U?P\w+ )?(?:EXIT|RET|BRA)\b.*?(0x[0-9a-f]+)?$", text):
+            target = [index[int(match[2], 16)]] if match[2] else []
+            return target + (following if match[1] or "DIV" in text else [])
+        return following
+
+    return [of(i) for i in range(len(code))]
+
+
+def touched_in_flight(code: list[tuple[int, str]]) -> list[str]:
+    """The instructions that name an accumulator of a product with wgmma that is not complete yet, on some way through
+    the code. Other instructions of the same product may name it.
+
+    Accumulators begin at multiples of 8, so the first register that an instruction names tells what it touches.
+    """
+    following, found = following_ones(code), set()
+    named = [{int(number) for number in re.findall(r"\bR(\d+)", text)} for _, text in code]
+    # The number of an instruction; the accumulators of each product that is complete when a wait says so, the oldest
+    # first; those of the product that is being started.
+    start = (0, (), frozenset())
+    seen, queue = {start}, [start]
+    while queue:
+        i, products, started = queue.pop()
+        text = code[i][1]
+        if match := re.search(r"\bHGMMA\.64x(\d+)x16\S* R(\d+), (?:R(\d+))?", text):
+            first = int(match[2])
+            own = range(first, first + int(match[1]) // 2)
+            assert first % 8 == 0, text
+            others = [x for product in products for x in product if x != own]
+            if any(register in x for x in others for register in (first, int(match[3] or 0))):
+                found.add(text)
+            started |= {own}
+            if "gsb0" in text:
+                products, started = (*products, started), frozenset()
+        elif match := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", text):
+            products = products[max(len(products) - int(match[1], 16), 0) :]
+        elif any(register in x for product in (*products, started) for x in product for register in named[i]):
+            found.add(text)
+        assert len(products) < 8, "products are started in a loop, and none is waited for"
+        for after in following[i]:
+            state = (after, products, started)
+            if state not in seen:
+                seen.add(state)
+                queue.append(state)
+    return sorted(found)
+
+
+def registers_of_roles(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """For each setmaxnreg: how many registers a thread has from there on, and how many it uses."""
+    following, found = following_ones(code), []
+    for i, (_, text) in enumerate(code):
+        if (match := re.search(r"USETMAXREG\.\S+ .*?(0x[0-9a-f]+)$", text)) is None:
+            continue
+        seen, queue = set(), [i]
+        while queue:
+            for after in following[queue.pop()]:
+                if after not in seen:
+                    seen.add(after)
+                    queue.append(after)
+        used = max((int(n) for j in seen for n in re.findall(r"\bR(\d+)", code[j][1])), default=-1) + 1
+        found.append((int(match[1], 16), used))
+    return found
+
+
 def steady_step(code: list[tuple[int, str]], through: str = "") -> list[str]:
     """The instructions of one round of the main loop, when no entry has to be masked.
 
@@ -214,15 +288,6 @@ def steady_step(code: list[tuple[int, str]], through: str = "") -> list[str]:
     makes a longer cycle. With ``through``, it is the shortest cycle that also has an instruction with this pattern.
     """
     texts = [text for _, text in code]
-    index = {address: i for i, (address, _) in enumerate(code)}
-
-    def next_ones(i: int) -> list[int]:
-        """The numbers of the instructions that may follow instruction i."""
-        following = [i + 1] if i + 1 < len(texts) else []
-        if match := re.match(r"(@!?U?P\w+ )?(?:EXIT|RET|BRA)\b.*?(0x[0-9a-f]+)?$", texts[i]):
-            target = [index[int(match[2], 16)]] if match[2] else []
-            return target + (following if match[1] or "DIV" in texts[i] else [])
-        return following
 
     def tree(start: int, edges: list[list[int]]) -> dict[int, int]:
         """For each instruction that can be reached from ``start``: the one before it on a shortest way."""
@@ -242,7 +307,7 @@ def steady_step(code: list[tuple[int, str]], through: str = "") -> list[str]:
             way.append(before[way[-1]])
         return way[::-1]
 
-    following = [next_ones(i) for i in range(len(texts))]
+    following = following_ones(code)
     preceding: list[list[int]] = [[] for _ in texts]
     for i, ends in enumerate(following):
         for end in ends:
@@ -470,6 +535,55 @@ def test_registers_can_be_shared_out(built):
     for kernel in built:
         if kernel.instructions.get("USETMAXREG"):
             assert kernel.registers in (128, 168), kernel
+            assert len(kernel.registers_of_roles) == 2, kernel.name
+            for registers, used in kernel.registers_of_roles:
+                assert 0 < used <= registers, f"{kernel.name}: {used} of {registers} registers"
+
+
+@pytest.mark.slow
+def test_no_accumulator_is_touched_in_flight(built):
+    hopper = [kernel for kernel in built if kernel.instructions.get("HGMMA")]
+    assert hopper
+    assert not {kernel.name: kernel.touched_in_flight for kernel in hopper if kernel.touched_in_flight}
+
+
+PRODUCT = [
+    "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0x20",
+    "HGMMA.64x16x16.F32 R8, gdesc[UR4], R8",
+    "HGMMA.64x16x16.F32 R8, R24, gdesc[UR8].tnspB, R8, gsb0",
+    "FADD R0, R1, R2",
+    "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+    "FADD R0, R15, R16",
+    "@P0 BRA 0x10",
+    "EXIT",
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "found"),
+    [
+        (3, PRODUCT[3], False),
+        (3, "FADD R0, R15, R2", True),
+        (3, "FADD R0, R16, R2", False),
+        (3, "LDS.64 R14, [R1]", True),
+        (3, "HGMMA.64x16x16.F32 R8, gdesc[UR4], R8, gsb0", False),
+        (3, "HGMMA.64x16x16.F32 R16, R8, gdesc[UR4].tnspB, R16, gsb0", True),
+        (4, "WARPGROUP.DEPBAR.LE gsb0, 0x1", True),
+        (4, "@P0 BRA 0x60", True),
+    ],
+)
+def test_accumulators_in_flight_are_found(line, text, found):
+    texts = [*PRODUCT[:line], text, *PRODUCT[line + 1 :]]
+    code = [(16 * i, text) for i, text in enumerate(texts)]
+    if "0x60" in text:  # a way around the wait
+        code[line + 1] = (16 * (line + 1), "WARPGROUP.DEPBAR.LE gsb0, 0x0")
+        code[line + 2] = (16 * (line + 2), PRODUCT[5])
+    assert bool(touched_in_flight(code)) == found
+
+
+def test_registers_of_roles_are_counted():
+    code = [(16 * i, text) for i, text in enumerate(PRODUCT)]
+    assert registers_of_roles(code) == [(32, 25)]
 
 
 def table(built: list[Kernel]) -> str:
