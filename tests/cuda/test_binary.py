@@ -61,14 +61,14 @@ MOST_INSTRUCTIONS_BIAS = {
 #: 128 columns with head dim 192.) A step of a general kernel uses no feature. If one warpgroup sums dk and another one
 #: dv, the step is that of dv.
 COUNTED_INSTRUCTIONS = {
-    "sm80 forward": {64: 509, 96: 342, 128: 398, 256: 651},
-    "sm80 query_gradient": {64: 416, 96: 475, 128: 580, 256: 495},
-    "sm80 key_gradient": {64: 490, 96: 334, 128: 398, 256: 364},
+    "sm80 forward": {64: 509, 96: 342, 128: 398, 192: 447, 256: 651},
+    "sm80 query_gradient": {64: 416, 96: 475, 128: 580, 192: 691, 256: 495},
+    "sm80 key_gradient": {64: 490, 96: 334, 128: 398, 192: 468, 256: 364},
     "sm90 query_gradient": {192: 291, 256: 319},
     "sm90 key_gradient": {192: 341, 256: 390},
-    "sm80 forward general": {64: 560, 96: 393, 128: 448, 256: 701},
-    "sm80 query_gradient general": {64: 434, 96: 503, 128: 603, 256: 526},
-    "sm80 key_gradient general": {64: 588, 96: 413, 128: 483, 256: 423},
+    "sm80 forward general": {64: 560, 96: 393, 128: 448, 192: 496, 256: 701},
+    "sm80 query_gradient general": {64: 434, 96: 503, 128: 603, 192: 725, 256: 526},
+    "sm80 key_gradient general": {64: 588, 96: 413, 128: 483, 192: 528, 256: 423},
     "sm90 forward general": {64: 372, 96: 370, 128: 376, 192: 274, 256: 312},
     "sm90 query_gradient general": {192: 349, 256: 304},
     "sm90 key_gradient general": {192: 221, 256: 187},
