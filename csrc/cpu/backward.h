@@ -70,13 +70,14 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
                                int value_depth, typename Policy::Lane dropout_scale) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
-  const int64_t offset = k * kBlockQ + v * n;
+  const int64_t stride = in.stride;
+  const int64_t offset = k * stride + v * n;
   alignas(kVectorBytes) Lane derivative[kPlain ? 1 : kTileKeys * kColumns * n];
   alignas(kVectorBytes) Lane probs[kTileKeys * kColumns * n];
   const auto after_dropout = [&](int r, int c, Vec<Lane> x) {
     if (kPlain || !dropout) return x;
     return select_or_zero<Lane>(
-        *reinterpret_cast<const IntVec<Lane>*>(s.key.dropout_keep + offset + r * kBlockQ + c * n), x);
+        *reinterpret_cast<const IntVec<Lane>*>(s.key.dropout_keep + offset + r * stride + c * n), x);
   };
 
   Vec<Lane> acc[kTileKeys][kColumns];
@@ -92,11 +93,11 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
       // The lse of a row may be NaN, but the probability of a hidden key must still be zero.
       if (!kPlain) x = select<Lane>(acc[r][c] == -FloatTraits<Lane>::kInfinity, Vec<Lane>{}, x);
       store<Lane>(probs + (r * kColumns + c) * n, x);
-      store_as<Lane>(s.probs + offset + r * kBlockQ + c * n, after_dropout(r, c, x));
+      store_as<Lane>(s.probs + offset + r * stride + c * n, after_dropout(r, c, x));
     }
   }
 
-  dot_tile<Policy, kTileKeys, kColumns>(s.value_rows + k, s.dout + v * n, kBlockQ, value_depth, acc);
+  dot_tile<Policy, kTileKeys, kColumns>(s.value_rows + k, s.dout + v * n, stride, value_depth, acc);
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
     const Vec<Lane> delta = load<Lane>(rows.delta + (v + c) * n);
@@ -109,19 +110,19 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
       x = prob * (x - delta + dlse);
       if constexpr (!kPlain) {
         x = select<Lane>(prob == 0, Vec<Lane>{}, x);  // a hidden value may be NaN, and 0 * NaN is NaN
-        if (s.dbias != nullptr) store<Lane>(s.dbias + offset + r * kBlockQ + c * n, x);
+        if (s.dbias != nullptr) store<Lane>(s.dbias + offset + r * stride + c * n, x);
         if (in.softcap > 0) x *= load<Lane>(derivative + (r * kColumns + c) * n);
       }
       acc[r][c] = x;
-      if constexpr (Policy::kPerLane == 1) store<Lane>(s.dscore_pairs + offset + r * kBlockQ + c * n, x);
+      if constexpr (Policy::kPerLane == 1) store<Lane>(s.dscore_pairs + offset + r * stride + c * n, x);
     }
 #if defined(__AVX512BF16__)
     if constexpr (Policy::kPerLane == 2) {
       FA_UNROLL
       for (int r = 0; r < kTileKeys; r += 2) {
-        store_as<Lane>(s.dscores + offset + r * kBlockQ + c * n, acc[r][c]);
-        store_as<Lane>(s.dscores + offset + (r + 1) * kBlockQ + c * n, acc[r + 1][c]);
-        store<Lane>(s.dscore_pairs + (k + r) / 2 * kBlockQ + (v + c) * n, round_to_pairs(acc[r][c], acc[r + 1][c]));
+        store_as<Lane>(s.dscores + offset + r * stride + c * n, acc[r][c]);
+        store_as<Lane>(s.dscores + offset + (r + 1) * stride + c * n, acc[r + 1][c]);
+        store<Lane>(s.dscore_pairs + (k + r) / 2 * stride + (v + c) * n, round_to_pairs(acc[r][c], acc[r + 1][c]));
       }
     }
 #endif
@@ -161,10 +162,11 @@ FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, 
   const int q_end = range.end * n < nq ? range.end * n : nq;
   const int depth = Policy::lanes_for(q_end - q_begin);
   const int64_t row = round_up(dim, n);
+  const int64_t stride = round_up(nq, n);
   const char* coefficient_rows[kTileKeys];
   Lane* targets[kTileKeys];
   for (int r = 0; r < kTileKeys; ++r) {
-    coefficient_rows[r] = reinterpret_cast<const char*>(coefficients + (k + r) * kBlockQ + q_begin);
+    coefficient_rows[r] = reinterpret_cast<const char*>(coefficients + (k + r) * stride + q_begin);
     targets[r] = target + (k + r < keys.count ? keys.index[k + r] - slab_begin : absorbing_row) * row;
   }
   const Lane* source = rows.data + q_begin / Policy::kPerLane * rows.stride;
@@ -182,7 +184,8 @@ template <class Policy>
 FA_NOINLINE void write_transposed(const typename Policy::Lane* columns, int nq, int dim, typename Policy::Lane factor,
                                   bool add, typename Policy::Storage* rows, int64_t stride_row) {
   using Lane = typename Policy::Lane;
-  const auto column = [&](int d, int q) { return load<Lane>(columns + d * kBlockQ + q) * factor; };
+  const int64_t stride = round_up(nq, kLanes<Lane>);
+  const auto column = [&](int d, int q) { return load<Lane>(columns + d * stride + q) * factor; };
   unpack_columns<Policy>(column, nq, dim, add, rows, stride_row);
 }
 
@@ -276,11 +279,11 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
 
   if (has_keys) {
     // Bring the queries and dout into both forms that products read: transposed (s.query, s.dout), and as rows.
-    pack_columns<Policy, kBlockQ>(query, p.query.stride_row, nq, head_dim, s.query);
-    if (!is_single_pass) pack_columns<Policy, kBlockQ>(dout, p.dout.stride_row, nq, value_dim, s.dout);
+    pack_columns<Policy>(query, p.query.stride_row, nq, head_dim, s.query);
+    if (!is_single_pass) pack_columns<Policy>(dout, p.dout.stride_row, nq, value_dim, s.dout);
     const Rows<const Lane> query_rows = find_query_rows<Policy>(query, p.query.stride_row, nq, head_dim, s.query_rows);
     const Rows<const Lane> dout_rows = find_query_rows<Policy>(dout, p.dout.stride_row, nq, value_dim, s.dout_rows);
-    ScoreInputs<Policy> in = score_inputs<Policy>(p, item.relative, h, q_begin);
+    ScoreInputs<Policy> in = score_inputs<Policy>(p, item.relative, h, q_begin, nq);
     in.query = s.query;
     Vec<Lane> ones[kBlockVectors<Lane>];
     for (int v = 0; v < vectors; ++v) ones[v] = broadcast<Lane>(1);

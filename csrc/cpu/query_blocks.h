@@ -24,20 +24,21 @@ struct ForwardScratch {
 
   KeyScratch<Policy> key;    // what depends on the current block of keys
   SummedRows<Policy> value;  // the value rows of the current block of keys
-  Lane* query;               // query^T [lanes of head_dim][kBlockQ]
-  Lane* probs;               // probs^T [key, or pair of keys, of the block][kBlockQ], after dropout
-  Lane* acc;                 // acc^T [value_dim, padded to a vector][kBlockQ]
+  Lane* query;               // query^T [lanes of head_dim][stride], as ScoreInputs
+  Lane* probs;               // probs^T [key, or pair of keys, of the block][stride], after dropout
+  Lane* acc;                 // acc^T [value_dim, padded to a vector][stride]
 
   // Takes the memory of all arrays out of the arena. `visits` is the number of query blocks that a thread processes
   // with one kv head before it goes to the next kv head.
   void layout(Arena& arena, const AttentionParams& p, int64_t visits) {
     const int head_dim = static_cast<int>(p.head_dim);
     const int64_t value_row = round_up(p.value_dim, kLanes<Lane>);
+    const int64_t stride = largest_stride<Lane>(p);
     key.layout(arena, p);
     value.layout(arena, p, static_cast<int>(p.value_dim), visits);
-    query = arena.take<Lane>(round_up(Policy::lanes_for(head_dim), kLanes<Lane>) * kBlockQ);
-    probs = arena.take<Lane>(KeyScratch<Policy>::kRows * kBlockQ / Policy::kPerLane);
-    acc = arena.take<Lane>(value_row * kBlockQ);
+    query = arena.take<Lane>(round_up(Policy::lanes_for(head_dim), kLanes<Lane>) * stride);
+    probs = arena.take<Lane>(KeyScratch<Policy>::kRows * stride / Policy::kPerLane);
+    acc = arena.take<Lane>(value_row * stride);
   }
 };
 
@@ -99,10 +100,10 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
 
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
-    const int64_t offset = k * kBlockQ + (v + c) * n;
+    const int64_t offset = k * in.stride + (v + c) * n;
     const auto after_dropout = [&](int r) {
       if (kPlain || !dropout) return acc[r][c];
-      return select_or_zero<Lane>(*reinterpret_cast<const IntVec<Lane>*>(s.key.dropout_keep + offset + r * kBlockQ),
+      return select_or_zero<Lane>(*reinterpret_cast<const IntVec<Lane>*>(s.key.dropout_keep + offset + r * in.stride),
                                   acc[r][c]);
     };
     Vec<Lane> sum = {};
@@ -116,7 +117,7 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
     }
     if constexpr (Policy::kPerLane == 1) {
       FA_UNROLL
-      for (int r = 0; r < kKeys; ++r) store<Lane>(s.probs + offset + r * kBlockQ, after_dropout(r));
+      for (int r = 0; r < kKeys; ++r) store<Lane>(s.probs + offset + r * in.stride, after_dropout(r));
     } else {
 #if defined(__AVX512BF16__)
       Vec<Lane> rounded_sum = {};
@@ -125,7 +126,7 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
         Vec<Lane> pairs = round_to_pairs(acc[r][c], acc[r + 1][c]);
         rounded_sum = add_pairs(rounded_sum, pairs);
         if (!kPlain && dropout) pairs = round_to_pairs(after_dropout(r), after_dropout(r + 1));
-        store<Lane>(s.probs + (k + r) / 2 * kBlockQ + (v + c) * n, pairs);
+        store<Lane>(s.probs + (k + r) / 2 * in.stride + (v + c) * n, pairs);
         if ((r + 2) % kTileKeys != 0) continue;
         softmax.rounded_sum.block[v + c] += rounded_sum;
         rounded_sum = Vec<Lane>{};
@@ -145,6 +146,7 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
   using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
   const int64_t row = seq.q_offset + q_begin;
+  const int64_t stride = round_up(nq, n);
   Lane* lse = p.lse.data != nullptr ? row_of<Lane>(p.lse, b, h, row) : nullptr;
   Lane* row_max = p.row_max.data != nullptr ? row_of<Lane>(p.row_max, b, h, row) : nullptr;
   const Lane dropout_scale = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
@@ -177,7 +179,7 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
   }
   // The sum of a row that sees no key is 0. Its output is 0 and its lse is -inf, even if there is a sink.
   const auto column = [&](int d, int q) {
-    const Vec<Lane> x = load<Lane>(acc + d * kBlockQ + q) * factors[q / n];
+    const Vec<Lane> x = load<Lane>(acc + d * stride + q) * factors[q / n];
     return select<Lane>(softmax.sum.row[q / n] == 0, Vec<Lane>{}, x);
   };
   unpack_columns<Policy>(column, nq, static_cast<int>(p.value_dim), /*add=*/false, row_of<Storage>(p.out, b, h, row),
@@ -200,9 +202,9 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
   const RowSource<Storage> values = row_source<Storage>(p, p.value, seq, b, kv_head);
 
-  pack_columns<Policy, kBlockQ>(row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin), p.query.stride_row, nq,
+  pack_columns<Policy>(row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin), p.query.stride_row, nq,
                                 static_cast<int>(p.head_dim), s.query);
-  ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, h, q_begin);
+  ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, h, q_begin, nq);
   in.query = s.query;
   RunningSoftmax<Policy> softmax(static_cast<Lane>((in.raw ? p.scale : 1.0) * kLog2E), vectors,
                                  p.row_max.data != nullptr);
