@@ -173,6 +173,22 @@ FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, in
   }
 }
 
+// Half of a typical second-level cache.
+constexpr int64_t kCachedBytes = int64_t{1} << 20;
+
+// The size of all keys and values of the call.
+template <class Storage>
+FA_INLINE int64_t key_value_bytes(const AttentionParams& p) {
+  const int64_t row = (p.head_dim + p.value_dim) * static_cast<int64_t>(sizeof(Storage));
+  return p.batch * p.num_kv_heads * p.seqlen_k * row;
+}
+
+// Prefetches the cache line at address + offset. The sum is one of numbers, because a row of values may be shorter than a
+// row of keys, and C++ does not allow a pointer to leave its allocation.
+FA_INLINE void prefetch_bytes(const void* address, size_t offset) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + offset), 0, 2);
+}
+
 // The largest stride of a block of queries of the call.
 template <class Lane>
 FA_INLINE int64_t largest_stride(const AttentionParams& p) {
