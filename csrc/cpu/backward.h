@@ -61,26 +61,27 @@ FA_NOINLINE Rows<const typename Policy::Lane> find_query_rows(const typename Pol
   }
 }
 
-// Computes probs and dscores of one tile: keys [k, k + kTileKeys) of the block, and kColumns vectors of queries from
-// vector v on. Writes them to the scratch `s`, for the products that follow. kPlain: every key of the tile is visible,
+// Computes probs and dscores of kTiles tiles: their keys, from key k of the block on, and kColumns vectors of queries from
+// vector v on. Writes them to the scratch `s`, for the products that follow. kPlain: every key of the tiles is visible,
 // scores are plain products, and there is no dropout. So the compiler leaves out all code for these features.
-template <class Policy, int kColumns, bool kPlain>
+template <class Policy, int kColumns, bool kPlain, int kTiles = 1>
 FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
                                const BackwardScratch<Policy>& s, const RowStatistics<typename Policy::Lane>& rows,
                                int value_depth, typename Policy::Lane dropout_scale) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
+  constexpr int kKeys = kTiles * kTileKeys;
   const int64_t stride = in.stride;
   const int64_t offset = k * stride + v * n;
-  alignas(kVectorBytes) Lane derivative[kPlain ? 1 : kTileKeys * kColumns * n];
-  alignas(kVectorBytes) Lane probs[kTileKeys * kColumns * n];
+  alignas(kVectorBytes) Lane derivative[kPlain ? 1 : kKeys * kColumns * n];
+  alignas(kVectorBytes) Lane probs[kKeys * kColumns * n];
   const auto after_dropout = [&](int r, int c, Vec<Lane> x) {
     if (kPlain || !dropout) return x;
     return select_or_zero<Lane>(
         *reinterpret_cast<const IntVec<Lane>*>(s.key.dropout_keep + offset + r * stride + c * n), x);
   };
 
-  Vec<Lane> acc[kTileKeys][kColumns];
+  Vec<Lane> acc[kKeys][kColumns];
   compute_scores<Policy, kColumns, kPlain>(in, k, v, partial, derivative, acc);
   const Lane to_logits = in.to_logits();
   FA_UNROLL
@@ -88,7 +89,7 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
     const Vec<Lane> lse = load<Lane>(rows.lse + (v + c) * n);
     const Vec<Lane> correction = load<Lane>(rows.correction + (v + c) * n);
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
+    for (int r = 0; r < kKeys; ++r) {
       Vec<Lane> x = prob_of<Policy>(lse_exponent<Policy>(acc[r][c], to_logits, lse) + correction);
       // The lse of a row may be NaN, but the probability of a hidden key must still be zero.
       if (!kPlain) x = select<Lane>(acc[r][c] == -FloatTraits<Lane>::kInfinity, Vec<Lane>{}, x);
@@ -97,13 +98,13 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
     }
   }
 
-  dot_tile<Policy, kTileKeys, kColumns>(s.value_rows + k, s.dout + v * n, stride, value_depth, acc);
+  dot_tile<Policy, kKeys, kColumns>(s.value_rows + k, s.dout + v * n, stride, value_depth, acc);
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
     const Vec<Lane> delta = load<Lane>(rows.delta + (v + c) * n);
     const Vec<Lane> dlse = load<Lane>(rows.dlse + (v + c) * n);
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
+    for (int r = 0; r < kKeys; ++r) {
       const Vec<Lane> prob = load<Lane>(probs + (r * kColumns + c) * n);
       Vec<Lane> x = acc[r][c];
       if (!kPlain && dropout) x = after_dropout(r, c, x * dropout_scale);
@@ -119,7 +120,7 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
 #if defined(__AVX512BF16__)
     if constexpr (Policy::kPerLane == 2) {
       FA_UNROLL
-      for (int r = 0; r < kTileKeys; r += 2) {
+      for (int r = 0; r < kKeys; r += 2) {
         store_as<Lane>(s.dscores + offset + r * stride + c * n, acc[r][c]);
         store_as<Lane>(s.dscores + offset + (r + 1) * stride + c * n, acc[r + 1][c]);
         store<Lane>(s.dscore_pairs + (k + r) / 2 * stride + (v + c) * n, round_to_pairs(acc[r][c], acc[r + 1][c]));
@@ -296,19 +297,31 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
       }
       // For each tile of keys: compute probs and dscores, then add the tile's part of dvalue and dkey.
       const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
+      const bool is_plain = in.raw && !p.has_dropout;
+      const int value_depth = Policy::lanes_for(value_dim);
       for (int t = 0; t < tiles; ++t) {
         const int k = t * kTileKeys;
         bool partial;
         const VectorRange range = tile_range<Lane>(keys, k, stream.valid_queries(), vectors, partial);
-        const bool plain = !partial && in.raw && !p.has_dropout;
         s.key.ranges[t] = range;
-        for (int panel = 0; panel < panels; ++panel) {
+        // As in forward, a block that fills at most half of a tile takes two tiles at once: every second tile is computed
+        // together with the one before it.
+        const bool takes_two = 2 * vectors <= kTileVectors && is_plain && !keys.partial;
+        const bool is_pair = takes_two && (t | 1) * kTileKeys + kTileKeys <= keys.count;
+        for (int panel = 0; panel < panels && !(is_pair && t % 2 == 1); ++panel) {
           const VectorRange part = clip_to_panel(range, panel);
           if (part.begin >= part.end) continue;
           with_columns(part.end - part.begin, [&](auto columns) {
             constexpr int kColumns = decltype(columns)::value;
-            const int value_depth = Policy::lanes_for(value_dim);
-            if (plain) {
+            if constexpr (2 * kColumns <= kTileVectors) {
+              if (is_pair) {
+                backward_tile<Policy, kColumns, /*kPlain=*/true, 2>(in, k, part.begin, /*partial=*/false,
+                                                                    /*dropout=*/false, s, rows, value_depth,
+                                                                    dropout_scale);
+                return;
+              }
+            }
+            if (is_plain && !partial) {
               backward_tile<Policy, kColumns, /*kPlain=*/true>(in, k, part.begin, /*partial=*/false, /*dropout=*/false,
                                                                s, rows, value_depth, dropout_scale);
             } else {
