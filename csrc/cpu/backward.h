@@ -130,51 +130,81 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
   }
 }
 
-// targets[r][d] += sum over queries q of coefficients[r][q] * rows[q][d], for the kTileKeys keys of a tile and kColumns
-// vectors of columns from column d on. The targets are rows of dkey or dvalue.
+// Where the rows of dkey or dvalue of a slab go. If only one block of queries attends to the keys, its products are the
+// gradient, and `rows` is the output. Otherwise the products are added up in `sums`.
+template <class Policy>
+struct KeyGradient {
+  using Lane = typename Policy::Lane;
+
+  int dim;                         // the number of columns
+  Lane factor;                     // the factor of every product
+  Lane* sums;                      // [key of the slab, and one spare row that nobody reads][dim, padded]
+  typename Policy::Storage* rows;  // [key of the slab]; null = add to `sums`
+  int64_t stride_row;              // of `rows`
+};
+
+// Adds to dkey or dvalue of the kTileKeys keys of a tile: sum over queries q of coefficients[r][q] * rows[q][d], for
+// kColumns vectors of columns from column d on. targets[r] is the row of key r, of the output or of the sums. Rows of the
+// output are stored, and those that do not exist are null.
 template <class Policy, int kColumns>
 FA_NOINLINE void query_product(const char* const* coefficients, const typename Policy::Lane* rows, int64_t stride,
-                               int depth, typename Policy::Lane* const* targets, int d) {
+                               int depth, const KeyGradient<Policy>& gradient, void* const* targets, int d) {
   using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
   Vec<Lane> acc[kTileKeys][kColumns];
   dot_tile<Policy, kTileKeys, kColumns>(coefficients, rows + d, stride, depth, acc);
+  if (gradient.rows == nullptr) {
+    FA_UNROLL
+    for (int r = 0; r < kTileKeys; ++r) {
+      Lane* target = static_cast<Lane*>(targets[r]) + d;
+      FA_UNROLL
+      for (int c = 0; c < kColumns; ++c) store<Lane>(target + c * n, load<Lane>(target + c * n) + acc[r][c]);
+    }
+    return;
+  }
   FA_UNROLL
   for (int r = 0; r < kTileKeys; ++r) {
+    if (targets[r] == nullptr) continue;
+    Storage* target = static_cast<Storage*>(targets[r]) + d;
     FA_UNROLL
     for (int c = 0; c < kColumns; ++c) {
-      Lane* target = targets[r] + d + c * n;
-      store<Lane>(target, load<Lane>(target) + acc[r][c]);
+      store_as<Lane>(target + c * n, acc[r][c] * gradient.factor, gradient.dim - d - c * n);
     }
   }
 }
 
 // Adds what one tile of keys contributes to dkey or dvalue, all columns of it. The tile begins at key k of the block,
 // and the vectors of queries in `range` contribute. A tile may have more rows than the block has keys left: what these
-// rows would add goes into `absorbing_row`, a spare row of the target that nobody reads.
+// rows would add goes into the spare row of the sums, behind the slab_keys rows of the slab.
 template <class Policy>
-FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, int64_t absorbing_row,
-                               VectorRange range, int nq,
-                               const typename BackwardScratch<Policy>::Coefficient* coefficients,
-                               Rows<const typename Policy::Lane> rows, int dim, typename Policy::Lane* target) {
+FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, int64_t slab_keys, VectorRange range,
+                               int nq, const typename BackwardScratch<Policy>::Coefficient* coefficients,
+                               Rows<const typename Policy::Lane> rows, const KeyGradient<Policy>& gradient) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   const int q_begin = range.begin * n;
   const int q_end = range.end * n < nq ? range.end * n : nq;
   const int depth = Policy::lanes_for(q_end - q_begin);
-  const int64_t row = round_up(dim, n);
   const int64_t stride = round_up(nq, n);
+  const int row = static_cast<int>(round_up(gradient.dim, n));
   const char* coefficient_rows[kTileKeys];
-  Lane* targets[kTileKeys];
+  void* targets[kTileKeys];
   for (int r = 0; r < kTileKeys; ++r) {
     coefficient_rows[r] = reinterpret_cast<const char*>(coefficients + (k + r) * stride + q_begin);
-    targets[r] = target + (k + r < keys.count ? keys.index[k + r] - slab_begin : absorbing_row) * row;
+    const bool exists = k + r < keys.count;
+    const int64_t key = exists ? keys.index[k + r] - slab_begin : slab_keys;
+    if (gradient.rows == nullptr) {
+      targets[r] = gradient.sums + key * row;
+    } else {
+      targets[r] = exists ? gradient.rows + key * gradient.stride_row : nullptr;
+    }
   }
   const Lane* source = rows.data + q_begin / Policy::kPerLane * rows.stride;
   for (int d = 0; d < row; d += kTileVectors * n) {
-    const int columns = static_cast<int>((row - d) / n);
+    const int columns = (row - d) / n;
     with_columns(columns < kTileVectors ? columns : kTileVectors, [&](auto count) {
-      query_product<Policy, decltype(count)::value>(coefficient_rows, source, rows.stride, depth, targets, d);
+      query_product<Policy, decltype(count)::value>(coefficient_rows, source, rows.stride, depth, gradient, targets, d);
     });
   }
 }
@@ -199,6 +229,21 @@ FA_NOINLINE void write_rows(const Lane* source, int64_t count, int dim, Lane fac
   for (int64_t j = 0; j < count; ++j) {
     for (int d = 0; d < dim; d += n) {
       store_as<Lane>(rows + j * stride_row + d, load<Lane>(source + j * row + d) * factor, dim - d);
+    }
+  }
+}
+
+// Sets `count` rows of a gradient to zero, before blocks of queries add to its sums. Rows of the output need that only
+// if some keys may be hidden from all queries, because every other row is stored.
+template <class Policy>
+FA_NOINLINE void clear_gradient(const KeyGradient<Policy>& gradient, int64_t count, bool visits_all_keys) {
+  using Lane = typename Policy::Lane;
+  if (gradient.rows == nullptr) {
+    memset(gradient.sums, 0, count * round_up(gradient.dim, kLanes<Lane>) * sizeof(Lane));
+  } else if (!visits_all_keys) {
+    for (int64_t j = 0; j < count; ++j) {
+      memset(static_cast<void*>(gradient.rows + j * gradient.stride_row), 0,
+             gradient.dim * sizeof(typename Policy::Storage));
     }
   }
 }
@@ -243,11 +288,12 @@ Rows<typename Policy::Lane> dquery_lanes(const BackwardItem<Policy>& item, const
 }
 
 // Processes one query block of one head with the keys [slab_begin, slab_end). Adds the block's part of dkey and dvalue
-// to the scratch. Writes the part of dquery if this is the first slab of the item. A later slab adds its part to
+// to `dkey` and `dvalue`. Writes the part of dquery if this is the first slab of the item. A later slab adds its part to
 // dquery.
 template <class Policy>
 void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
-                    int64_t slab_begin, int64_t slab_end) {
+                    int64_t slab_begin, int64_t slab_end, const KeyGradient<Policy>& dkey,
+                    const KeyGradient<Policy>& dvalue) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   const AttentionParams& p = item.p;
@@ -332,12 +378,10 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
         }
         if (s.dbias != nullptr) clear_outside(s.dbias, k, range, vectors);
         if (p.dvalue.data != nullptr) {
-          accumulate_keys<Policy>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.probs, dout_rows, value_dim,
-                                  s.dvalue);
+          accumulate_keys<Policy>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.probs, dout_rows, dvalue);
         }
         if (p.dkey.data != nullptr) {
-          accumulate_keys<Policy>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.dscores, query_rows, head_dim,
-                                  s.dkey);
+          accumulate_keys<Policy>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.dscores, query_rows, dkey);
         }
       }
       // For the whole block of keys: add its part of dquery and of the gradients of the biases.
@@ -385,27 +429,32 @@ void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
   const int64_t chunk_stop = item.key_begin() + item.plan.chunk_keys;
   const int64_t chunk_end = chunk_stop < seq.seqlen_k ? chunk_stop : seq.seqlen_k;
 
+  const bool has_one_block = heads == 1 && seq.seqlen_q > 0 && seq.seqlen_q <= kBlockQ;
   // The loop visits the first slab even if the slab has no key, because dquery must be written in any case.
   int64_t slab_begin = item.key_begin();
   do {
     const int64_t slab_stop = slab_begin + item.plan.slab_keys;
     const int64_t slab_end = slab_stop < chunk_end ? slab_stop : chunk_end;
     const int64_t count = slab_end > slab_begin ? slab_end - slab_begin : 0;
-    memset(s.dkey, 0, count * round_up(head_dim, kLanes<Lane>) * sizeof(Lane));
-    memset(s.dvalue, 0, count * round_up(value_dim, kLanes<Lane>) * sizeof(Lane));
+    const int64_t row = seq.k_offset + slab_begin;
+    KeyGradient<Policy> dkey = {head_dim, static_cast<Lane>(p.scale), s.dkey, nullptr, p.dkey.stride_row};
+    KeyGradient<Policy> dvalue = {value_dim, p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1), s.dvalue,
+                                  nullptr, p.dvalue.stride_row};
+    if (has_one_block && p.dkey.data != nullptr) dkey.rows = row_of<Storage>(p.dkey, b, kv_head, row);
+    if (has_one_block && p.dvalue.data != nullptr) dvalue.rows = row_of<Storage>(p.dvalue, b, kv_head, row);
+    for (const KeyGradient<Policy>* gradient : {&dkey, &dvalue})
+      clear_gradient(*gradient, count, item.plan.visits_all_keys);
     for (int64_t h = first_head; h < first_head + heads; ++h) {
       for (int64_t q_begin = 0; q_begin < seq.seqlen_q; q_begin += kBlockQ) {
-        backward_block<Policy>(item, seq, b, h, q_begin, slab_begin, slab_end);
+        backward_block<Policy>(item, seq, b, h, q_begin, slab_begin, slab_end, dkey, dvalue);
       }
     }
-    const int64_t row = seq.k_offset + slab_begin;
-    if (p.dkey.data != nullptr) {
-      write_rows<Storage, Lane>(s.dkey, count, head_dim, static_cast<Lane>(p.scale),
-                                row_of<Storage>(p.dkey, b, kv_head, row), p.dkey.stride_row);
+    if (!has_one_block && p.dkey.data != nullptr) {
+      write_rows<Storage, Lane>(s.dkey, count, head_dim, dkey.factor, row_of<Storage>(p.dkey, b, kv_head, row),
+                                p.dkey.stride_row);
     }
-    if (p.dvalue.data != nullptr) {
-      const Lane factor = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
-      write_rows<Storage, Lane>(s.dvalue, count, value_dim, factor, row_of<Storage>(p.dvalue, b, kv_head, row),
+    if (!has_one_block && p.dvalue.data != nullptr) {
+      write_rows<Storage, Lane>(s.dvalue, count, value_dim, dvalue.factor, row_of<Storage>(p.dvalue, b, kv_head, row),
                                 p.dvalue.stride_row);
     }
     slab_begin = slab_stop;

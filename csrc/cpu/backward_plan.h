@@ -11,15 +11,25 @@ namespace {
 // one chunk of keys. Pairs that add to the same entries of the gradient of the bias form one group, because one thread
 // must add them up in order. Where there are fewer groups than threads, the keys are divided into chunks as well.
 struct BackwardPlan {
-  bool join_batches;    // a group consists of all batch entries, because they share the gradient of the bias
-  bool join_heads;      // a group consists of all kv heads, because they share the gradient of the bias
-  int64_t groups;       // the number of groups
-  int64_t chunks;       // the number of chunks, at least 1
-  int64_t chunk_keys;   // the number of keys of a chunk; the last chunk may have fewer
-  int64_t slab_keys;    // the number of keys of a slab; a chunk is processed slab by slab
-  bool sums_dquery;     // dquery is summed over the slabs in the scratch, because the output has fewer bits than lanes
-  bool is_single_pass;  // the second pass visits each row once, so it computes the row statistics itself
+  bool join_batches;     // a group consists of all batch entries, because they share the gradient of the bias
+  bool join_heads;       // a group consists of all kv heads, because they share the gradient of the bias
+  int64_t groups;        // the number of groups
+  int64_t chunks;        // the number of chunks, at least 1
+  int64_t chunk_keys;    // the number of keys of a chunk; the last chunk may have fewer
+  int64_t slab_keys;     // the number of keys of a slab; a chunk is processed slab by slab
+  bool sums_dquery;      // dquery is summed over the slabs in the scratch, because the output has fewer bits than lanes
+  bool visits_all_keys;  // every query sees every key
+  bool is_single_pass;   // the second pass visits each row once, so it computes the row statistics itself
 };
+
+// Whether every query sees every key.
+FA_INLINE bool sees_all_keys(const AttentionParams& p) {
+  const bool has_masks = p.mask.data != nullptr || p.key_padding.data != nullptr;
+  const bool has_lengths = p.cu_seqlens_q != nullptr || p.key_lengths != nullptr;
+  if (has_masks || has_lengths) return false;
+  const Band band = {p.window_left, p.window_right, sequence_of(p, 0).diagonal_offset};
+  return band.all_visible(0, p.seqlen_q - 1, 0, p.seqlen_k - 1);
+}
 
 // Chooses the numbers of groups, chunks and slabs for one call.
 template <class Policy>
@@ -61,6 +71,7 @@ BackwardPlan plan_backward(const AttentionParams& p) {
     plan.slab_keys = plan.chunk_keys;
     plan.sums_dquery = false;
   }
+  plan.visits_all_keys = sees_all_keys(p);
   plan.is_single_pass = plan.chunks <= 1 && plan.slab_keys == plan.chunk_keys && p.dsinks.data == nullptr;
   return plan;
 }
