@@ -61,25 +61,27 @@ FA_NOINLINE Rows<const typename Policy::Lane> find_query_rows(const typename Pol
   }
 }
 
-// Computes probs and dscores of one tile: keys [k, k + kTileKeys) of the block, and kColumns vectors of queries from
-// vector v on. Writes them to the scratch `s`, for the products that follow. kPlain: every key of the tile is visible,
+// Computes probs and dscores of kTiles tiles: their keys, from key k of the block on, and kColumns vectors of queries from
+// vector v on. Writes them to the scratch `s`, for the products that follow. kPlain: every key of the tiles is visible,
 // scores are plain products, and there is no dropout. So the compiler leaves out all code for these features.
-template <class Policy, int kColumns, bool kPlain>
+template <class Policy, int kColumns, bool kPlain, int kTiles = 1>
 FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
                                const BackwardScratch<Policy>& s, const RowStatistics<typename Policy::Lane>& rows,
                                int value_depth, typename Policy::Lane dropout_scale) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
-  const int64_t offset = k * kBlockQ + v * n;
-  alignas(kVectorBytes) Lane derivative[kPlain ? 1 : kTileKeys * kColumns * n];
-  alignas(kVectorBytes) Lane probs[kTileKeys * kColumns * n];
+  constexpr int kKeys = kTiles * kTileKeys;
+  const int64_t stride = in.stride;
+  const int64_t offset = k * stride + v * n;
+  alignas(kVectorBytes) Lane derivative[kPlain ? 1 : kKeys * kColumns * n];
+  alignas(kVectorBytes) Lane probs[kKeys * kColumns * n];
   const auto after_dropout = [&](int r, int c, Vec<Lane> x) {
     if (kPlain || !dropout) return x;
     return select_or_zero<Lane>(
-        *reinterpret_cast<const IntVec<Lane>*>(s.key.dropout_keep + offset + r * kBlockQ + c * n), x);
+        *reinterpret_cast<const IntVec<Lane>*>(s.key.dropout_keep + offset + r * stride + c * n), x);
   };
 
-  Vec<Lane> acc[kTileKeys][kColumns];
+  Vec<Lane> acc[kKeys][kColumns];
   compute_scores<Policy, kColumns, kPlain>(in, k, v, partial, derivative, acc);
   const Lane to_logits = in.to_logits();
   FA_UNROLL
@@ -87,91 +89,122 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
     const Vec<Lane> lse = load<Lane>(rows.lse + (v + c) * n);
     const Vec<Lane> correction = load<Lane>(rows.correction + (v + c) * n);
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
+    for (int r = 0; r < kKeys; ++r) {
       Vec<Lane> x = prob_of<Policy>(lse_exponent<Policy>(acc[r][c], to_logits, lse) + correction);
       // The lse of a row may be NaN, but the probability of a hidden key must still be zero.
       if (!kPlain) x = select<Lane>(acc[r][c] == -FloatTraits<Lane>::kInfinity, Vec<Lane>{}, x);
       store<Lane>(probs + (r * kColumns + c) * n, x);
-      store_as<Lane>(s.probs + offset + r * kBlockQ + c * n, after_dropout(r, c, x));
+      store_as<Lane>(s.probs + offset + r * stride + c * n, after_dropout(r, c, x));
     }
   }
 
-  dot_tile<Policy, kTileKeys, kColumns>(s.value_rows + k, s.dout + v * n, kBlockQ, value_depth, acc);
+  dot_tile<Policy, kKeys, kColumns>(s.value_rows + k, s.dout + v * n, stride, value_depth, acc);
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
     const Vec<Lane> delta = load<Lane>(rows.delta + (v + c) * n);
     const Vec<Lane> dlse = load<Lane>(rows.dlse + (v + c) * n);
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) {
+    for (int r = 0; r < kKeys; ++r) {
       const Vec<Lane> prob = load<Lane>(probs + (r * kColumns + c) * n);
       Vec<Lane> x = acc[r][c];
       if (!kPlain && dropout) x = after_dropout(r, c, x * dropout_scale);
       x = prob * (x - delta + dlse);
       if constexpr (!kPlain) {
         x = select<Lane>(prob == 0, Vec<Lane>{}, x);  // a hidden value may be NaN, and 0 * NaN is NaN
-        if (s.dbias != nullptr) store<Lane>(s.dbias + offset + r * kBlockQ + c * n, x);
+        if (s.dbias != nullptr) store<Lane>(s.dbias + offset + r * stride + c * n, x);
         if (in.softcap > 0) x *= load<Lane>(derivative + (r * kColumns + c) * n);
       }
       acc[r][c] = x;
-      if constexpr (Policy::kPerLane == 1) store<Lane>(s.dscore_pairs + offset + r * kBlockQ + c * n, x);
+      if constexpr (Policy::kPerLane == 1) store<Lane>(s.dscore_pairs + offset + r * stride + c * n, x);
     }
 #if defined(__AVX512BF16__)
     if constexpr (Policy::kPerLane == 2) {
       FA_UNROLL
-      for (int r = 0; r < kTileKeys; r += 2) {
-        store_as<Lane>(s.dscores + offset + r * kBlockQ + c * n, acc[r][c]);
-        store_as<Lane>(s.dscores + offset + (r + 1) * kBlockQ + c * n, acc[r + 1][c]);
-        store<Lane>(s.dscore_pairs + (k + r) / 2 * kBlockQ + (v + c) * n, round_to_pairs(acc[r][c], acc[r + 1][c]));
+      for (int r = 0; r < kKeys; r += 2) {
+        store_as<Lane>(s.dscores + offset + r * stride + c * n, acc[r][c]);
+        store_as<Lane>(s.dscores + offset + (r + 1) * stride + c * n, acc[r + 1][c]);
+        store<Lane>(s.dscore_pairs + (k + r) / 2 * stride + (v + c) * n, round_to_pairs(acc[r][c], acc[r + 1][c]));
       }
     }
 #endif
   }
 }
 
-// targets[r][d] += sum over queries q of coefficients[r][q] * rows[q][d], for the kTileKeys keys of a tile and kColumns
-// vectors of columns from column d on. The targets are rows of dkey or dvalue.
+// Where the rows of dkey or dvalue of a slab go. If only one block of queries attends to the keys, its products are the
+// gradient, and `rows` is the output. Otherwise the products are added up in `sums`.
+template <class Policy>
+struct KeyGradient {
+  using Lane = typename Policy::Lane;
+
+  int dim;                         // the number of columns
+  Lane factor;                     // the factor of every product
+  Lane* sums;                      // [key of the slab, and one spare row that nobody reads][dim, padded]
+  typename Policy::Storage* rows;  // [key of the slab]; null = add to `sums`
+  int64_t stride_row;              // of `rows`
+};
+
+// Adds to dkey or dvalue of the kTileKeys keys of a tile: sum over queries q of coefficients[r][q] * rows[q][d], for
+// kColumns vectors of columns from column d on. targets[r] is the row of key r, of the output or of the sums. Rows of the
+// output are stored, and those that do not exist are null.
 template <class Policy, int kColumns>
 FA_NOINLINE void query_product(const char* const* coefficients, const typename Policy::Lane* rows, int64_t stride,
-                               int depth, typename Policy::Lane* const* targets, int d) {
+                               int depth, const KeyGradient<Policy>& gradient, void* const* targets, int d) {
   using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
   Vec<Lane> acc[kTileKeys][kColumns];
   dot_tile<Policy, kTileKeys, kColumns>(coefficients, rows + d, stride, depth, acc);
+  if (gradient.rows == nullptr) {
+    FA_UNROLL
+    for (int r = 0; r < kTileKeys; ++r) {
+      Lane* target = static_cast<Lane*>(targets[r]) + d;
+      FA_UNROLL
+      for (int c = 0; c < kColumns; ++c) store<Lane>(target + c * n, load<Lane>(target + c * n) + acc[r][c]);
+    }
+    return;
+  }
   FA_UNROLL
   for (int r = 0; r < kTileKeys; ++r) {
+    if (targets[r] == nullptr) continue;
+    Storage* target = static_cast<Storage*>(targets[r]) + d;
     FA_UNROLL
     for (int c = 0; c < kColumns; ++c) {
-      Lane* target = targets[r] + d + c * n;
-      store<Lane>(target, load<Lane>(target) + acc[r][c]);
+      store_as<Lane>(target + c * n, acc[r][c] * gradient.factor, gradient.dim - d - c * n);
     }
   }
 }
 
 // Adds what one tile of keys contributes to dkey or dvalue, all columns of it. The tile begins at key k of the block,
 // and the vectors of queries in `range` contribute. A tile may have more rows than the block has keys left: what these
-// rows would add goes into `absorbing_row`, a spare row of the target that nobody reads.
+// rows would add goes into the spare row of the sums, behind the slab_keys rows of the slab.
 template <class Policy>
-FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, int64_t absorbing_row,
-                               VectorRange range, int nq,
-                               const typename BackwardScratch<Policy>::Coefficient* coefficients,
-                               Rows<const typename Policy::Lane> rows, int dim, typename Policy::Lane* target) {
+FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, int64_t slab_keys, VectorRange range,
+                               int nq, const typename BackwardScratch<Policy>::Coefficient* coefficients,
+                               Rows<const typename Policy::Lane> rows, const KeyGradient<Policy>& gradient) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   const int q_begin = range.begin * n;
   const int q_end = range.end * n < nq ? range.end * n : nq;
   const int depth = Policy::lanes_for(q_end - q_begin);
-  const int64_t row = round_up(dim, n);
+  const int64_t stride = round_up(nq, n);
+  const int row = static_cast<int>(round_up(gradient.dim, n));
   const char* coefficient_rows[kTileKeys];
-  Lane* targets[kTileKeys];
+  void* targets[kTileKeys];
   for (int r = 0; r < kTileKeys; ++r) {
-    coefficient_rows[r] = reinterpret_cast<const char*>(coefficients + (k + r) * kBlockQ + q_begin);
-    targets[r] = target + (k + r < keys.count ? keys.index[k + r] - slab_begin : absorbing_row) * row;
+    coefficient_rows[r] = reinterpret_cast<const char*>(coefficients + (k + r) * stride + q_begin);
+    const bool exists = k + r < keys.count;
+    const int64_t key = exists ? keys.index[k + r] - slab_begin : slab_keys;
+    if (gradient.rows == nullptr) {
+      targets[r] = gradient.sums + key * row;
+    } else {
+      targets[r] = exists ? gradient.rows + key * gradient.stride_row : nullptr;
+    }
   }
   const Lane* source = rows.data + q_begin / Policy::kPerLane * rows.stride;
   for (int d = 0; d < row; d += kTileVectors * n) {
-    const int columns = static_cast<int>((row - d) / n);
+    const int columns = (row - d) / n;
     with_columns(columns < kTileVectors ? columns : kTileVectors, [&](auto count) {
-      query_product<Policy, decltype(count)::value>(coefficient_rows, source, rows.stride, depth, targets, d);
+      query_product<Policy, decltype(count)::value>(coefficient_rows, source, rows.stride, depth, gradient, targets, d);
     });
   }
 }
@@ -182,7 +215,8 @@ template <class Policy>
 FA_NOINLINE void write_transposed(const typename Policy::Lane* columns, int nq, int dim, typename Policy::Lane factor,
                                   bool add, typename Policy::Storage* rows, int64_t stride_row) {
   using Lane = typename Policy::Lane;
-  const auto column = [&](int d, int q) { return load<Lane>(columns + d * kBlockQ + q) * factor; };
+  const int64_t stride = round_up(nq, kLanes<Lane>);
+  const auto column = [&](int d, int q) { return load<Lane>(columns + d * stride + q) * factor; };
   unpack_columns<Policy>(column, nq, dim, add, rows, stride_row);
 }
 
@@ -195,6 +229,21 @@ FA_NOINLINE void write_rows(const Lane* source, int64_t count, int dim, Lane fac
   for (int64_t j = 0; j < count; ++j) {
     for (int d = 0; d < dim; d += n) {
       store_as<Lane>(rows + j * stride_row + d, load<Lane>(source + j * row + d) * factor, dim - d);
+    }
+  }
+}
+
+// Sets `count` rows of a gradient to zero, before blocks of queries add to its sums. Rows of the output need that only
+// if some keys may be hidden from all queries, because every other row is stored.
+template <class Policy>
+FA_NOINLINE void clear_gradient(const KeyGradient<Policy>& gradient, int64_t count, bool visits_all_keys) {
+  using Lane = typename Policy::Lane;
+  if (gradient.rows == nullptr) {
+    memset(gradient.sums, 0, count * round_up(gradient.dim, kLanes<Lane>) * sizeof(Lane));
+  } else if (!visits_all_keys) {
+    for (int64_t j = 0; j < count; ++j) {
+      memset(static_cast<void*>(gradient.rows + j * gradient.stride_row), 0,
+             gradient.dim * sizeof(typename Policy::Storage));
     }
   }
 }
@@ -239,11 +288,12 @@ Rows<typename Policy::Lane> dquery_lanes(const BackwardItem<Policy>& item, const
 }
 
 // Processes one query block of one head with the keys [slab_begin, slab_end). Adds the block's part of dkey and dvalue
-// to the scratch. Writes the part of dquery if this is the first slab of the item. A later slab adds its part to
+// to `dkey` and `dvalue`. Writes the part of dquery if this is the first slab of the item. A later slab adds its part to
 // dquery.
 template <class Policy>
 void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
-                    int64_t slab_begin, int64_t slab_end) {
+                    int64_t slab_begin, int64_t slab_end, const KeyGradient<Policy>& dkey,
+                    const KeyGradient<Policy>& dvalue) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   const AttentionParams& p = item.p;
@@ -276,11 +326,11 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
 
   if (has_keys) {
     // Bring the queries and dout into both forms that products read: transposed (s.query, s.dout), and as rows.
-    pack_columns<Policy, kBlockQ>(query, p.query.stride_row, nq, head_dim, s.query);
-    if (!is_single_pass) pack_columns<Policy, kBlockQ>(dout, p.dout.stride_row, nq, value_dim, s.dout);
+    pack_columns<Policy>(query, p.query.stride_row, nq, head_dim, s.query);
+    if (!is_single_pass) pack_columns<Policy>(dout, p.dout.stride_row, nq, value_dim, s.dout);
     const Rows<const Lane> query_rows = find_query_rows<Policy>(query, p.query.stride_row, nq, head_dim, s.query_rows);
     const Rows<const Lane> dout_rows = find_query_rows<Policy>(dout, p.dout.stride_row, nq, value_dim, s.dout_rows);
-    ScoreInputs<Policy> in = score_inputs<Policy>(p, item.relative, h, q_begin);
+    ScoreInputs<Policy> in = score_inputs<Policy>(p, item.relative, h, q_begin, nq);
     in.query = s.query;
     Vec<Lane> ones[kBlockVectors<Lane>];
     for (int v = 0; v < vectors; ++v) ones[v] = broadcast<Lane>(1);
@@ -293,19 +343,31 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
       }
       // For each tile of keys: compute probs and dscores, then add the tile's part of dvalue and dkey.
       const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
+      const bool is_plain = in.raw && !p.has_dropout;
+      const int value_depth = Policy::lanes_for(value_dim);
       for (int t = 0; t < tiles; ++t) {
         const int k = t * kTileKeys;
         bool partial;
         const VectorRange range = tile_range<Lane>(keys, k, stream.valid_queries(), vectors, partial);
-        const bool plain = !partial && in.raw && !p.has_dropout;
         s.key.ranges[t] = range;
-        for (int panel = 0; panel < panels; ++panel) {
+        // As in forward, a block that fills at most half of a tile takes two tiles at once: every second tile is computed
+        // together with the one before it.
+        const bool takes_two = 2 * vectors <= kTileVectors && is_plain && !keys.partial;
+        const bool is_pair = takes_two && (t | 1) * kTileKeys + kTileKeys <= keys.count;
+        for (int panel = 0; panel < panels && !(is_pair && t % 2 == 1); ++panel) {
           const VectorRange part = clip_to_panel(range, panel);
           if (part.begin >= part.end) continue;
           with_columns(part.end - part.begin, [&](auto columns) {
             constexpr int kColumns = decltype(columns)::value;
-            const int value_depth = Policy::lanes_for(value_dim);
-            if (plain) {
+            if constexpr (2 * kColumns <= kTileVectors) {
+              if (is_pair) {
+                backward_tile<Policy, kColumns, /*kPlain=*/true, 2>(in, k, part.begin, /*partial=*/false,
+                                                                    /*dropout=*/false, s, rows, value_depth,
+                                                                    dropout_scale);
+                return;
+              }
+            }
+            if (is_plain && !partial) {
               backward_tile<Policy, kColumns, /*kPlain=*/true>(in, k, part.begin, /*partial=*/false, /*dropout=*/false,
                                                                s, rows, value_depth, dropout_scale);
             } else {
@@ -316,12 +378,10 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
         }
         if (s.dbias != nullptr) clear_outside(s.dbias, k, range, vectors);
         if (p.dvalue.data != nullptr) {
-          accumulate_keys<Policy>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.probs, dout_rows, value_dim,
-                                  s.dvalue);
+          accumulate_keys<Policy>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.probs, dout_rows, dvalue);
         }
         if (p.dkey.data != nullptr) {
-          accumulate_keys<Policy>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.dscores, query_rows, head_dim,
-                                  s.dkey);
+          accumulate_keys<Policy>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.dscores, query_rows, dkey);
         }
       }
       // For the whole block of keys: add its part of dquery and of the gradients of the biases.
@@ -369,27 +429,32 @@ void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
   const int64_t chunk_stop = item.key_begin() + item.plan.chunk_keys;
   const int64_t chunk_end = chunk_stop < seq.seqlen_k ? chunk_stop : seq.seqlen_k;
 
+  const bool has_one_block = heads == 1 && seq.seqlen_q > 0 && seq.seqlen_q <= kBlockQ;
   // The loop visits the first slab even if the slab has no key, because dquery must be written in any case.
   int64_t slab_begin = item.key_begin();
   do {
     const int64_t slab_stop = slab_begin + item.plan.slab_keys;
     const int64_t slab_end = slab_stop < chunk_end ? slab_stop : chunk_end;
     const int64_t count = slab_end > slab_begin ? slab_end - slab_begin : 0;
-    memset(s.dkey, 0, count * round_up(head_dim, kLanes<Lane>) * sizeof(Lane));
-    memset(s.dvalue, 0, count * round_up(value_dim, kLanes<Lane>) * sizeof(Lane));
+    const int64_t row = seq.k_offset + slab_begin;
+    KeyGradient<Policy> dkey = {head_dim, static_cast<Lane>(p.scale), s.dkey, nullptr, p.dkey.stride_row};
+    KeyGradient<Policy> dvalue = {value_dim, p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1), s.dvalue,
+                                  nullptr, p.dvalue.stride_row};
+    if (has_one_block && p.dkey.data != nullptr) dkey.rows = row_of<Storage>(p.dkey, b, kv_head, row);
+    if (has_one_block && p.dvalue.data != nullptr) dvalue.rows = row_of<Storage>(p.dvalue, b, kv_head, row);
+    for (const KeyGradient<Policy>* gradient : {&dkey, &dvalue})
+      clear_gradient(*gradient, count, item.plan.visits_all_keys);
     for (int64_t h = first_head; h < first_head + heads; ++h) {
       for (int64_t q_begin = 0; q_begin < seq.seqlen_q; q_begin += kBlockQ) {
-        backward_block<Policy>(item, seq, b, h, q_begin, slab_begin, slab_end);
+        backward_block<Policy>(item, seq, b, h, q_begin, slab_begin, slab_end, dkey, dvalue);
       }
     }
-    const int64_t row = seq.k_offset + slab_begin;
-    if (p.dkey.data != nullptr) {
-      write_rows<Storage, Lane>(s.dkey, count, head_dim, static_cast<Lane>(p.scale),
-                                row_of<Storage>(p.dkey, b, kv_head, row), p.dkey.stride_row);
+    if (!has_one_block && p.dkey.data != nullptr) {
+      write_rows<Storage, Lane>(s.dkey, count, head_dim, dkey.factor, row_of<Storage>(p.dkey, b, kv_head, row),
+                                p.dkey.stride_row);
     }
-    if (p.dvalue.data != nullptr) {
-      const Lane factor = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
-      write_rows<Storage, Lane>(s.dvalue, count, value_dim, factor, row_of<Storage>(p.dvalue, b, kv_head, row),
+    if (!has_one_block && p.dvalue.data != nullptr) {
+      write_rows<Storage, Lane>(s.dvalue, count, value_dim, dvalue.factor, row_of<Storage>(p.dvalue, b, kv_head, row),
                                 p.dvalue.stride_row);
     }
     slab_begin = slab_stop;

@@ -11,15 +11,25 @@ namespace {
 // one chunk of keys. Pairs that add to the same entries of the gradient of the bias form one group, because one thread
 // must add them up in order. Where there are fewer groups than threads, the keys are divided into chunks as well.
 struct BackwardPlan {
-  bool join_batches;    // a group consists of all batch entries, because they share the gradient of the bias
-  bool join_heads;      // a group consists of all kv heads, because they share the gradient of the bias
-  int64_t groups;       // the number of groups
-  int64_t chunks;       // the number of chunks, at least 1
-  int64_t chunk_keys;   // the number of keys of a chunk; the last chunk may have fewer
-  int64_t slab_keys;    // the number of keys of a slab; a chunk is processed slab by slab
-  bool sums_dquery;     // dquery is summed over the slabs in the scratch, because the output has fewer bits than lanes
-  bool is_single_pass;  // the second pass visits each row once, so it computes the row statistics itself
+  bool join_batches;     // a group consists of all batch entries, because they share the gradient of the bias
+  bool join_heads;       // a group consists of all kv heads, because they share the gradient of the bias
+  int64_t groups;        // the number of groups
+  int64_t chunks;        // the number of chunks, at least 1
+  int64_t chunk_keys;    // the number of keys of a chunk; the last chunk may have fewer
+  int64_t slab_keys;     // the number of keys of a slab; a chunk is processed slab by slab
+  bool sums_dquery;      // dquery is summed over the slabs in the scratch, because the output has fewer bits than lanes
+  bool visits_all_keys;  // every query sees every key
+  bool is_single_pass;   // the second pass visits each row once, so it computes the row statistics itself
 };
+
+// Whether every query sees every key.
+FA_INLINE bool sees_all_keys(const AttentionParams& p) {
+  const bool has_masks = p.mask.data != nullptr || p.key_padding.data != nullptr;
+  const bool has_lengths = p.cu_seqlens_q != nullptr || p.key_lengths != nullptr;
+  if (has_masks || has_lengths) return false;
+  const Band band = {p.window_left, p.window_right, sequence_of(p, 0).diagonal_offset};
+  return band.all_visible(0, p.seqlen_q - 1, 0, p.seqlen_k - 1);
+}
 
 // Chooses the numbers of groups, chunks and slabs for one call.
 template <class Policy>
@@ -61,6 +71,7 @@ BackwardPlan plan_backward(const AttentionParams& p) {
     plan.slab_keys = plan.chunk_keys;
     plan.sums_dquery = false;
   }
+  plan.visits_all_keys = sees_all_keys(p);
   plan.is_single_pass = plan.chunks <= 1 && plan.slab_keys == plan.chunk_keys && p.dsinks.data == nullptr;
   return plan;
 }
@@ -129,19 +140,19 @@ struct BackwardScratch {
   const char** value_rows;        // the value rows of the block's keys
   Lane* value_lanes;              // the values as lanes, if they have to be converted
   SummedRows<Policy> summed_key;  // the keys in the form that the sum over keys reads, which gives dquery
-  Lane* query;                    // query^T [lanes of head_dim][kBlockQ]
-  Lane* dout;                     // dout^T [lanes of value_dim][kBlockQ]
+  Lane* query;                    // query^T [lanes of head_dim][stride]
+  Lane* dout;                     // dout^T [lanes of value_dim][stride]
   Lane* query_rows;               // [query or pair of queries][head_dim, padded]; not used where memory holds lanes
   Lane* dout_rows;                // [query or pair of queries][value_dim, padded]
-  Coefficient* probs;             // probs^T [key of the block][kBlockQ], after dropout
-  Coefficient* dscores;           // dscores^T [key of the block][kBlockQ], of the scores before softcap
-  Lane* dscore_pairs;  // dscores^T [pair of keys][kBlockQ]; the same memory as dscores if a lane holds one element
-  Lane* dbias;         // dscores^T [key of the block][kBlockQ], of the scores after softcap
-  Lane* dquery;        // dquery^T [head_dim, padded][kBlockQ]
+  Coefficient* probs;             // probs^T [key of the block][stride], after dropout
+  Coefficient* dscores;           // dscores^T [key of the block][stride], of the scores before softcap
+  Lane* dscore_pairs;  // dscores^T [pair of keys][stride]; the same memory as dscores if a lane holds one element
+  Lane* dbias;         // dscores^T [key of the block][stride], of the scores after softcap
+  Lane* dquery;        // dquery^T [head_dim, padded][stride]
   Lane* dquery_rows;   // [query of the heads of a kv head][head_dim, padded]; the sum over slabs, if plan.sums_dquery
   Lane* dkey;          // [key of the slab, and one spare row that nobody reads][head_dim, padded]
   Lane* dvalue;        // [key of the slab, and one spare row that nobody reads][value_dim, padded]
-  Lane* out;           // out^T [lanes of value_dim][kBlockQ]
+  Lane* out;           // out^T [lanes of value_dim][stride]
   RowStatistics<Lane> statistics;  // the statistics of one block of queries, in a single pass
 
   // Takes the memory of all arrays out of the arena.
@@ -151,8 +162,9 @@ struct BackwardScratch {
     const int value_dim = static_cast<int>(p.value_dim);
     const int64_t head_row = round_up(head_dim, n);
     const int64_t value_row = round_up(value_dim, n);
+    const int64_t stride = largest_stride<Lane>(p);
     const int64_t rows = KeyScratch<Policy>::kRows;
-    const int64_t tile = round_up(rows, n) * kBlockQ;
+    const int64_t tile = round_up(rows, n) * stride;
     const bool pairs = Policy::kPerLane == 2;
     key.layout(arena, p);
     value_rows = arena.take<const char*>(rows);
@@ -160,10 +172,10 @@ struct BackwardScratch {
     if (pairs) {
       summed_key.layout(arena, p, head_dim, p.num_heads / p.num_kv_heads * ((p.seqlen_q + kBlockQ - 1) / kBlockQ));
     }
-    query = arena.take<Lane>(round_up(Policy::lanes_for(head_dim), n) * kBlockQ);
-    dout = arena.take<Lane>(round_up(Policy::lanes_for(value_dim), n) * kBlockQ);
-    query_rows = arena.take<Lane>(kBlockQ * head_row);
-    dout_rows = arena.take<Lane>(kBlockQ * value_row);
+    query = arena.take<Lane>(round_up(Policy::lanes_for(head_dim), n) * stride);
+    dout = arena.take<Lane>(round_up(Policy::lanes_for(value_dim), n) * stride);
+    query_rows = arena.take<Lane>(stride * head_row);
+    dout_rows = arena.take<Lane>(stride * value_row);
     probs = arena.take<Coefficient>(tile);
     dscores = arena.take<Coefficient>(tile);
     dscore_pairs = pairs ? arena.take<Lane>(tile / 2) : reinterpret_cast<Lane*>(dscores);
@@ -171,12 +183,12 @@ struct BackwardScratch {
     if (p.dbias.data != nullptr || p.dkey_bias.data != nullptr || p.drelative_bias.data != nullptr) {
       dbias = pairs || p.softcap > 0 ? arena.take<Lane>(tile) : reinterpret_cast<Lane*>(dscores);
     }
-    dquery = arena.take<Lane>(head_row * kBlockQ);
+    dquery = arena.take<Lane>(head_row * stride);
     dquery_rows = arena.take<Lane>(plan.sums_dquery ? p.num_heads / p.num_kv_heads * p.seqlen_q * head_row : 0);
     dkey = arena.take<Lane>((plan.slab_keys + 1) * head_row);
     dvalue = arena.take<Lane>((plan.slab_keys + 1) * value_row);
-    out = arena.take<Lane>(round_up(Policy::lanes_for(value_dim), n) * kBlockQ);
-    statistics.layout(arena, kBlockQ);
+    out = arena.take<Lane>(round_up(Policy::lanes_for(value_dim), n) * stride);
+    statistics.layout(arena, stride);
   }
 };
 

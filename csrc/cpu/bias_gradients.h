@@ -17,12 +17,13 @@ template <class Lane>
 FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
                                   const KeyBlock& keys, const Lane* tile) {
   constexpr int n = kLanes<Lane>;
+  const int64_t stride = round_up(nq, n);
   Lane* base = row_of<Lane>(view, b, h, q_begin);
   if (view.stride_col == 0) {
     Vec<Lane> total = {};
     for (int q = 0; q < nq; q += n) {
       Vec<Lane> sum = {};
-      for (int k = 0; k < keys.count; ++k) sum += load<Lane>(tile + k * kBlockQ + q);
+      for (int k = 0; k < keys.count; ++k) sum += load<Lane>(tile + k * stride + q);
       total += sum;  // clear_beyond has set the lanes of queries from nq on to zero
       for (int i = 0; view.stride_row != 0 && i < n && q + i < nq; ++i) base[(q + i) * view.stride_row] += sum[i];
     }
@@ -30,7 +31,7 @@ FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, 
   } else if (view.stride_row == 0) {
     for (int k = 0; k < keys.count; ++k) {
       Vec<Lane> sum = {};
-      for (int q = 0; q < nq; q += n) sum += load<Lane>(tile + k * kBlockQ + q);
+      for (int q = 0; q < nq; q += n) sum += load<Lane>(tile + k * stride + q);
       base[keys.index[k] * view.stride_col] += sum_lanes<Lane>(sum);
     }
   } else if (view.stride_col == 1 && keys.contiguous) {
@@ -39,7 +40,7 @@ FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, 
       for (int k = 0; k < keys.count; k += n) {
         Vec<Lane> block[n];
         FA_UNROLL
-        for (int i = 0; i < n; ++i) block[i] = load<Lane>(tile + (k + i) * kBlockQ + q);
+        for (int i = 0; i < n; ++i) block[i] = load<Lane>(tile + (k + i) * stride + q);
         transpose<Lane>(block);
         const int count = keys.count - k;
         if (q + n <= nq && count >= n) {
@@ -60,7 +61,7 @@ FA_NOINLINE void accumulate_dbias(const TensorView& view, int64_t b, int64_t h, 
   } else {
     for (int k = 0; k < keys.count; ++k) {
       Lane* column = base + keys.index[k] * view.stride_col;
-      for (int q = 0; q < nq; ++q) column[q * view.stride_row] += tile[k * kBlockQ + q];
+      for (int q = 0; q < nq; ++q) column[q * view.stride_row] += tile[k * stride + q];
     }
   }
 }
@@ -74,7 +75,7 @@ FA_NOINLINE void accumulate_drelative(const KeyBlock& keys, int vectors, const L
   for (int k = 0; k < keys.count; ++k) {
     for (int v = 0; v < vectors; ++v) {
       Lane* target = relative - keys.index[k] + v * n;
-      store<Lane>(target, load<Lane>(target) + load<Lane>(tile + k * kBlockQ + v * n));
+      store<Lane>(target, load<Lane>(target) + load<Lane>(tile + (k * vectors + v) * n));
     }
   }
 }
@@ -86,7 +87,7 @@ FA_INLINE void clear_outside(Lane* tile, int k, VectorRange range, int vectors) 
   constexpr int n = kLanes<Lane>;
   for (int v = 0; v < vectors; ++v) {
     if (v >= range.begin && v < range.end) continue;
-    for (int r = 0; r < kTileKeys; ++r) store<Lane>(tile + (k + r) * kBlockQ + v * n, Vec<Lane>{});
+    for (int r = 0; r < kTileKeys; ++r) store<Lane>(tile + ((k + r) * vectors + v) * n, Vec<Lane>{});
   }
 }
 
@@ -97,7 +98,7 @@ FA_INLINE void clear_beyond(Lane* tile, int keys, int nq) {
   const int end = static_cast<int>(round_up(nq, kLanes<Lane>));
   if (nq == end) return;
   for (int k = 0; k < keys; ++k) {
-    for (int q = nq; q < end; ++q) tile[k * kBlockQ + q] = 0;
+    for (int q = nq; q < end; ++q) tile[k * end + q] = 0;
   }
 }
 

@@ -61,16 +61,10 @@ struct HeadRows {
   const Storage* operator[](int64_t k) const { return rows[k] + offset; }
 };
 
-// Prefetches the cache line at address + offset. The sum is one of numbers, because a row of values may be shorter than a
-// row of keys, and C++ does not allow a pointer to leave its allocation.
-FA_INLINE void prefetch_bytes(const void* address, size_t offset) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + offset), 0, 2);
-}
-
-// scores[q][k] = scale * (query q . key k), for the `count` keys of a block, rounded up to whole vectors. There are
-// kLanes sums at a time, each in a vector of its own. Keys are read one after the other, because the hardware prefetcher
-// follows one stream of addresses better than several. To read two keys at a time for four queries took 1.06 of the time
-// in float32, and 0.96 in bfloat16.
+// scores[q][k] = scale * (query q . key k), for the `count` keys of a block. There are kLanes sums at a time, each in a
+// vector of its own, so there are also scores of a few keys behind the last one. Keys are read one after the other,
+// because the hardware prefetcher follows one stream of addresses better than several. To read two keys at a time for
+// four queries took 1.06 of the time in float32, and 0.96 in bfloat16.
 //
 // A query gets the same bits, whatever queries stand beside it. The same is true of sum_values.
 //
@@ -90,7 +84,7 @@ FA_NOINLINE void multiply_keys(const typename Policy::Lane* query, int64_t query
   constexpr int kLine = kLineLanes<Policy>;
   const int lanes = Policy::lanes_for(head_dim);
   const int whole = head_dim / Policy::kPerLane / kLine * kLine;
-  const int end = static_cast<int>(round_up(count, n));
+  const int end = static_cast<int>(round_up(count, kKeys));
   const bool prefetches = value_rows.rows != nullptr;
   for (int k = 0; k < end; k += kKeys) {
     Vec<Lane> acc[n] = {};  // [query][key]
@@ -156,7 +150,8 @@ FA_NOINLINE void add_bias(const Storage* row, int64_t stride_col, const KeyBlock
 }
 
 // Turns the scaled scores of query i of head h into logits, for a block of keys: softcap, biases and masks. The logit of
-// a key that the query does not see is -inf, and so are the entries behind the last key, up to a whole vector.
+// a key that the query does not see is -inf, and so are the entries behind the last key, up to a whole vector. Before the
+// call, these entries may hold any numbers.
 template <class Policy>
 void make_logits(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const KeyBlock& keys,
                  typename Policy::Lane* scores) {
@@ -196,9 +191,7 @@ FA_INLINE typename Policy::Lane decode_softmax(int count, typename Policy::Lane*
   constexpr int n = kLanes<Lane>;
   Vec<Lane> maximum = broadcast<Lane>(row_max);
   for (int k = 0; k < count; k += n) maximum = max<Lane>(load<Lane>(scores + k), maximum);
-  Lane new_max = row_max;
-  FA_UNROLL
-  for (int i = 0; i < n; ++i) new_max = maximum[i] > new_max ? maximum[i] : new_max;
+  const Lane new_max = max_lanes<Lane>(maximum);
   const Vec<Lane> rescale = exp2<Lane>((broadcast<Lane>(row_max) - new_max) * Lane(kLog2E));
   Vec<Lane> sum = row_sum * rescale;
   for (int k = 0; k < count; k += n) {

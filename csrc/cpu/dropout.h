@@ -36,8 +36,9 @@ FA_NOINLINE void philox_rows(uint64_t seed, uint32_t batch, uint32_t head, uint3
 // dropout_keep[key][query] = -1 (all bits set) if dropout keeps the entry, otherwise 0, for the keys of a block. Keys
 // come in ascending order, so one call of philox_rows serves up to four keys.
 template <class Int>
-FA_NOINLINE void make_dropout_keep(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin,
+FA_NOINLINE void make_dropout_keep(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin, int nq,
                                    const KeyBlock& keys, Int* dropout_keep) {
+  const int64_t stride = round_up(nq, kLanes<Int>);
   uint32_t words[4][kBlockQ];
   const DropoutOrigin& origin = p.dropout_origin;
   int64_t group = -1;
@@ -49,7 +50,8 @@ FA_NOINLINE void make_dropout_keep(const AttentionParams& p, int64_t b, int64_t 
                   static_cast<uint32_t>(q_begin + origin.query), static_cast<uint32_t>(group), words);
     }
     const uint32_t* word = words[key & 3];
-    for (int q = 0; q < kBlockQ; ++q) dropout_keep[k * kBlockQ + q] = -static_cast<Int>(word[q] >= p.dropout_threshold);
+    for (int64_t q = 0; q < stride; ++q)
+      dropout_keep[k * stride + q] = -static_cast<Int>(word[q] >= p.dropout_threshold);
   }
 }
 

@@ -1,19 +1,21 @@
 // Transposition between tensors, where the elements of a query are neighbours, and the scratch, where neighbouring
 // queries are neighbours, so that a vector holds one element of several queries.
 #pragma once
+#include "memory.h"
 #include "policy.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Transposes `count` <= kBlock rows of `dim` elements, converted to lanes, into columns[lane of a row][kBlock]. In
-// `columns`, the entries of rows from `count` up to the next whole vector are zero.
-template <class Policy, int kBlock>
+// Transposes `count` rows of `dim` elements, converted to lanes, into columns[lane of a row][stride]. The stride is
+// `count` rounded up to whole vectors, and the entries of rows from `count` on are zero.
+template <class Policy>
 FA_NOINLINE void pack_columns(const typename Policy::Storage* rows, int64_t stride_row, int count, int dim,
                               typename Policy::Lane* columns) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   const int depth = Policy::lanes_for(dim);
+  const int64_t stride = round_up(count, n);
   for (int q = 0; q < count; q += n) {
     for (int d = 0; d < depth; d += n) {
       Vec<Lane> block[n];
@@ -27,10 +29,10 @@ FA_NOINLINE void pack_columns(const typename Policy::Storage* rows, int64_t stri
         }
       }
       transpose<Lane>(block);
-      Lane* target = columns + static_cast<int64_t>(d) * kBlock + q;
+      Lane* target = columns + d * stride + q;
       FA_UNROLL
       for (int i = 0; i < n; ++i) {
-        if (d + i < depth) store<Lane>(target + i * kBlock, block[i]);
+        if (d + i < depth) store<Lane>(target + i * stride, block[i]);
       }
     }
   }

@@ -27,16 +27,17 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
 
   // delta is summed in the order in which backward_tile sums value . dout^T. If a query sees only one key and there is
   // no dropout, both are the same number, and their difference must be exactly zero.
-  pack_columns<Policy, kBlockQ>(row_of<const Storage>(p.out, b, h, row), p.out.stride_row, nq, value_dim, s.out);
+  pack_columns<Policy>(row_of<const Storage>(p.out, b, h, row), p.out.stride_row, nq, value_dim, s.out);
+  const int64_t stride = round_up(nq, n);
   for (int q = 0; q < nq; q += n) {
     Vec<Lane> delta = {};
     for (int d = 0; d < Policy::lanes_for(value_dim); ++d) {
-      delta = multiply_add<Policy>(load<Lane>(s.out + d * kBlockQ + q), load<Lane>(s.dout + d * kBlockQ + q), delta);
+      delta = multiply_add<Policy>(load<Lane>(s.out + d * stride + q), load<Lane>(s.dout + d * stride + q), delta);
     }
     store<Lane>(rows.delta + q, delta);
   }
   bool inexact = false;
-  for (int q = 0; q < round_up(nq, n); ++q) {
+  for (int q = 0; q < stride; ++q) {
     const Lane lse = q < nq ? lse_rows[q * p.lse.stride_row] : -infinity;
     const bool empty = lse == -infinity;
     rows.lse[q] = empty ? infinity : lse;
@@ -90,9 +91,9 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
   const int vectors = (nq + n - 1) / n;
   Vec<Lane> row_sum[kBlockVectors<Lane>] = {};
 
-  pack_columns<Policy, kBlockQ>(row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin), p.query.stride_row, nq,
-                                static_cast<int>(p.head_dim), s.query);
-  ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, h, q_begin);
+  pack_columns<Policy>(row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin), p.query.stride_row, nq,
+                       static_cast<int>(p.head_dim), s.query);
+  ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, h, q_begin, nq);
   in.query = s.query;
   KeyBlock& keys = *s.key.keys;
   KeyStream stream(p, seq, valid_keys, b, h, q_begin, nq, 0, seq.seqlen_k);
@@ -123,8 +124,8 @@ template <class Policy>
 void measure_rows(const AttentionParams& p, const Sequence& seq, const RelativeBias<typename Policy::Lane>& relative,
                   const ValidKeys* valid_keys, int64_t b, int64_t h, int64_t q_begin, int nq,
                   const BackwardScratch<Policy>& s, const RowStatistics<typename Policy::Lane>& rows) {
-  pack_columns<Policy, kBlockQ>(row_of<const typename Policy::Storage>(p.dout, b, h, seq.q_offset + q_begin),
-                                p.dout.stride_row, nq, static_cast<int>(p.value_dim), s.dout);
+  pack_columns<Policy>(row_of<const typename Policy::Storage>(p.dout, b, h, seq.q_offset + q_begin), p.dout.stride_row,
+                       nq, static_cast<int>(p.value_dim), s.dout);
   const bool inexact = load_row_statistics<Policy>(p, seq, b, h, q_begin, nq, s, rows);
   if (inexact) correct_lse<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, s, rows);
 }

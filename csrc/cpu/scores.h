@@ -14,13 +14,14 @@ template <class Policy>
 struct ScoreInputs {
   using Lane = typename Policy::Lane;
 
-  const Lane* query = nullptr;  // query^T [depth][kBlockQ]
+  const Lane* query = nullptr;  // query^T [depth][stride]
+  int64_t stride = 0;           // the queries of the block, rounded up to whole vectors
   int depth = 0;                // the number of lanes of a row of key
   const KeyBlock* keys = nullptr;
   const char* const* key_rows = nullptr;  // [key of the block]: its row, as lanes
   Lane scale = 1;
   Lane softcap = 0;                     // 0 = off
-  const Lane* bias = nullptr;           // [key of the block][kBlockQ]
+  const Lane* bias = nullptr;           // [key of the block][stride]
   const Lane* key_bias = nullptr;       // [key of the batch entry]
   const Lane* relative_bias = nullptr;  // of query q of the block and key j: relative_bias[q - j]
 
@@ -53,7 +54,7 @@ FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool 
                               typename Policy::Lane* derivative, Vec<typename Policy::Lane> (&acc)[kKeys][kColumns]) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
-  dot_tile<Policy, kKeys, kColumns>(in.key_rows + k, in.query + v * n, kBlockQ, in.depth, acc);
+  dot_tile<Policy, kKeys, kColumns>(in.key_rows + k, in.query + v * n, in.stride, in.depth, acc);
   if constexpr (kPlain) return;
   if (!in.raw) {
     FA_UNROLL
@@ -77,11 +78,11 @@ FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool 
     }
   }
   if (in.bias != nullptr) {
-    const Lane* bias = in.bias + k * kBlockQ + v * n;
+    const Lane* bias = in.bias + k * in.stride + v * n;
     FA_UNROLL
     for (int r = 0; r < kKeys; ++r) {
       FA_UNROLL
-      for (int c = 0; c < kColumns; ++c) acc[r][c] += load<Lane>(bias + r * kBlockQ + c * n);
+      for (int c = 0; c < kColumns; ++c) acc[r][c] += load<Lane>(bias + r * in.stride + c * n);
     }
   }
   if (in.key_bias != nullptr) {
@@ -123,7 +124,7 @@ FA_INLINE Vec<typename Policy::Lane> prob_of(Vec<typename Policy::Lane> exponent
   return exp2<typename Policy::Lane, Policy::kCoarseExp>(exponent);
 }
 
-// Copies the dense bias of a block of keys and queries, transposed, to tile[key of the block][kBlockQ]. The entries of
+// Copies the dense bias of a block of keys and queries, transposed, to tile[key of the block][stride]. The entries of
 // queries that do not exist are zero. There are three branches:
 //
 //   stride_row is 0                    all queries share one bias, so the function broadcasts a number to each row
@@ -133,12 +134,13 @@ template <class Lane, class Storage>
 FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
                                 const KeyBlock& keys, Lane* tile) {
   constexpr int n = kLanes<Lane>;
+  const int64_t stride = round_up(nq, n);
   const Storage* base = row_of<const Storage>(view, b, h, q_begin);
   if (view.stride_row == 0) {
     for (int k = 0; k < keys.count; ++k) {
       const Lane x = load_scalar<Lane>(base + keys.index[k] * view.stride_col);
       const Vec<Lane> row = broadcast<Lane>(x);
-      for (int q = 0; q < kBlockQ; q += n) store<Lane>(tile + k * kBlockQ + q, row);
+      for (int q = 0; q < stride; q += n) store<Lane>(tile + k * stride + q, row);
     }
   } else if (view.stride_col == 1 && keys.contiguous) {
     base += keys.index[0];
@@ -158,17 +160,39 @@ FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, in
         }
         transpose<Lane>(block);
         FA_UNROLL
-        for (int i = 0; i < n; ++i) store<Lane>(tile + (k + i) * kBlockQ + q, block[i]);
+        for (int i = 0; i < n; ++i) store<Lane>(tile + (k + i) * stride + q, block[i]);
       }
     }
   } else {
     for (int k = 0; k < keys.count; ++k) {
-      Lane* row = tile + k * kBlockQ;
+      Lane* row = tile + k * stride;
       const Storage* column = base + keys.index[k] * view.stride_col;
       for (int q = 0; q < nq; ++q) row[q] = load_scalar<Lane>(column + q * view.stride_row);
-      for (int q = nq; q < kBlockQ; ++q) row[q] = 0;
+      for (int64_t q = nq; q < stride; ++q) row[q] = 0;
     }
   }
+}
+
+// Half of a typical second-level cache.
+constexpr int64_t kCachedBytes = int64_t{1} << 20;
+
+// The size of all keys and values of the call.
+template <class Storage>
+FA_INLINE int64_t key_value_bytes(const AttentionParams& p) {
+  const int64_t row = (p.head_dim + p.value_dim) * static_cast<int64_t>(sizeof(Storage));
+  return p.batch * p.num_kv_heads * p.seqlen_k * row;
+}
+
+// Prefetches the cache line at address + offset. The sum is one of numbers, because a row of values may be shorter than a
+// row of keys, and C++ does not allow a pointer to leave its allocation.
+FA_INLINE void prefetch_bytes(const void* address, size_t offset) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + offset), 0, 2);
+}
+
+// The largest stride of a block of queries of the call.
+template <class Lane>
+FA_INLINE int64_t largest_stride(const AttentionParams& p) {
+  return p.seqlen_q < kBlockQ ? round_up(p.seqlen_q, kLanes<Lane>) : kBlockQ;
 }
 
 // The memory for what depends on the current block of keys, in forward and in backward.
@@ -179,8 +203,8 @@ struct KeyScratch {
   KeyBlock* keys;               // the current block
   const char** key_rows;        // [key of the block]: its row, as lanes
   Lane* key_lanes;              // memory for rows that have to be converted to lanes
-  Lane* bias;                   // [key of the block][kBlockQ]
-  LaneInt<Lane>* dropout_keep;  // [key of the block][kBlockQ]: -1 = keep, 0 = drop
+  Lane* bias;                   // [key of the block][stride]
+  LaneInt<Lane>* dropout_keep;  // [key of the block][stride]: -1 = keep, 0 = drop
   VectorRange* ranges;          // [tile]: the vectors of queries that see a key of the tile
 
   static constexpr int64_t kRows = kBlockK + kTileKeys;
@@ -192,7 +216,7 @@ struct KeyScratch {
     const bool converts = Policy::kConverts || p.head_dim % Policy::kPerLane != 0;
     key_lanes = arena.take<Lane>(
         converts ? kRows * round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>) : 0);
-    const int64_t tile = round_up(kRows, kLanes<Lane>) * kBlockQ;
+    const int64_t tile = round_up(kRows, kLanes<Lane>) * largest_stride<Lane>(p);
     bias = arena.take<Lane>(p.bias.data != nullptr ? tile : 0);
     dropout_keep = arena.take<LaneInt<Lane>>(p.has_dropout ? tile : 0);
     ranges = arena.take<VectorRange>(kBlockK / kTileKeys);
@@ -206,9 +230,10 @@ struct KeyScratch {
 // The ScoreInputs of one block of queries, but for the query and for what prepare_keys sets.
 template <class Policy>
 ScoreInputs<Policy> score_inputs(const AttentionParams& p, const RelativeBias<typename Policy::Lane>& relative,
-                                 int64_t h, int64_t q_begin) {
+                                 int64_t h, int64_t q_begin, int nq) {
   using Lane = typename Policy::Lane;
   ScoreInputs<Policy> in;
+  in.stride = round_up(nq, kLanes<Lane>);
   in.depth = Policy::lanes_for(static_cast<int>(p.head_dim));
   in.scale = static_cast<Lane>(p.scale);
   in.softcap = static_cast<Lane>(p.softcap);
@@ -243,7 +268,7 @@ FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64
     in.bias = scratch.bias;
   }
   if (p.key_bias.data != nullptr) in.key_bias = row_of<const Lane>(p.key_bias, b, 0, 0);
-  if (p.has_dropout) make_dropout_keep(p, b, h, q_begin, keys, scratch.dropout_keep);
+  if (p.has_dropout) make_dropout_keep(p, b, h, q_begin, nq, keys, scratch.dropout_keep);
 }
 
 }  // namespace

@@ -90,7 +90,7 @@ struct RunningSoftmax {
       sum.block[v + c] *= factor;
       rounded_sum.block[v + c] *= factor;
       for (int k = 0; k < count; ++k) {
-        Lane* target = probs + k * kBlockQ + (v + c) * kLanes<Lane>;
+        Lane* target = probs + (k * vectors + v + c) * kLanes<Lane>;
         if constexpr (Policy::kPerLane == 1) {
           store<Lane>(target, load<Lane>(target) * factor);
         } else {

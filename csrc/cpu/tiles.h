@@ -81,7 +81,8 @@ FA_INLINE void dot_tile(const char* const* rows, const typename Policy::Lane* co
 // rows[j][first + r] * coefficients[j][c]. Here c counts vectors of queries, and j counts keys or pairs of keys.
 template <class Policy, int kRows, int kColumns>
 FA_INLINE void outer_tile(const char* const* rows, int first, const typename Policy::Lane* coefficients,
-                          const Vec<typename Policy::Lane>* rescale, int count, typename Policy::Lane* target) {
+                          const Vec<typename Policy::Lane>* rescale, int count, int64_t stride,
+                          typename Policy::Lane* target) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   Vec<Lane> acc[kRows][kColumns];
@@ -95,7 +96,7 @@ FA_INLINE void outer_tile(const char* const* rows, int first, const typename Pol
     const char* row = rows[j] + first * static_cast<int64_t>(sizeof(Lane));
     Vec<Lane> coefficient[kColumns];
     FA_UNROLL
-    for (int c = 0; c < kColumns; ++c) coefficient[c] = load<Lane>(coefficients + j * kBlockQ + c * n);
+    for (int c = 0; c < kColumns; ++c) coefficient[c] = load<Lane>(coefficients + j * stride + c * n);
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const Vec<Lane> x = broadcast_lane<Policy>(row, r);
@@ -108,7 +109,7 @@ FA_INLINE void outer_tile(const char* const* rows, int first, const typename Pol
     FA_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       // The target is added after the loop. A sum of sums of blocks has smaller rounding errors than one long sum.
-      Lane* sum = target + r * kBlockQ + c * n;
+      Lane* sum = target + r * stride + c * n;
       store<Lane>(sum, load<Lane>(sum) * rescale[c] + acc[r][c]);
     }
   }
@@ -119,12 +120,13 @@ FA_INLINE void outer_tile(const char* const* rows, int first, const typename Pol
 // multiply-add would wait for an earlier one.
 template <class Policy, int kColumns>
 FA_NOINLINE void outer_columns(const char* const* rows, int dim, const typename Policy::Lane* coefficients,
-                               const Vec<typename Policy::Lane>* rescale, int count, typename Policy::Lane* target) {
+                               const Vec<typename Policy::Lane>* rescale, int count, int64_t stride,
+                               typename Policy::Lane* target) {
   int d = 0;
   const auto tiles = [&](auto tile_rows) {
     constexpr int kRows = decltype(tile_rows)::value;
     for (; d + kRows <= dim; d += kRows) {
-      outer_tile<Policy, kRows, kColumns>(rows, d, coefficients, rescale, count, target + d * kBlockQ);
+      outer_tile<Policy, kRows, kColumns>(rows, d, coefficients, rescale, count, stride, target + d * stride);
     }
   };
   constexpr int kWide = kTileVectors / kColumns;  // how many times as many rows as kTileKeys
@@ -134,14 +136,12 @@ FA_NOINLINE void outer_columns(const char* const* rows, int dim, const typename 
   tiles(Constant<1>{});
 }
 
-// Sets the first `vectors` vectors of each row of columns[dim, padded to a vector][kBlockQ] to zero.
+// Sets columns[dim, padded to a vector][vectors] to zero.
 template <class Lane>
 FA_INLINE void clear_columns(Lane* columns, int dim, int vectors) {
   constexpr int n = kLanes<Lane>;
   const int padded = (dim + n - 1) / n * n;
-  for (int d = 0; d < padded; ++d) {
-    for (int v = 0; v < vectors; ++v) store<Lane>(columns + d * kBlockQ + v * n, Vec<Lane>{});
-  }
+  for (int i = 0; i < padded * vectors; ++i) store<Lane>(columns + i * n, Vec<Lane>{});
 }
 
 // The vectors [begin, end) of a block of queries. Used for those in which some query sees a key of a tile.
@@ -172,6 +172,7 @@ FA_INLINE void outer_block(const char* const* rows, int dim, const typename Poli
                            int key_count, int vectors, typename Policy::Lane* target) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
+  const int64_t stride = vectors * n;
   Vec<Lane> ones[kTileVectors];
   FA_UNROLL
   for (int c = 0; c < kTileVectors; ++c) ones[c] = broadcast<Lane>(1);
@@ -191,7 +192,7 @@ FA_INLINE void outer_block(const char* const* rows, int dim, const typename Poli
         for (int v = run.begin; v < run.end; ++v) {
           if ((rescaled >> v & 1) != 0) continue;
           for (int d = 0; d < dim; ++d) {
-            Lane* sum = target + d * kBlockQ + v * n;
+            Lane* sum = target + d * stride + v * n;
             store<Lane>(sum, load<Lane>(sum) * rescale[v]);
           }
         }
@@ -203,8 +204,8 @@ FA_INLINE void outer_block(const char* const* rows, int dim, const typename Poli
       const int64_t row = first / Policy::kPerLane;
       const int count = Policy::lanes_for(last - first);
       with_columns(run.end - run.begin, [&](auto columns) {
-        outer_columns<Policy, decltype(columns)::value>(rows + row, dim, coefficients + row * kBlockQ + run.begin * n,
-                                                        scales, count, target + run.begin * n);
+        outer_columns<Policy, decltype(columns)::value>(rows + row, dim, coefficients + row * stride + run.begin * n,
+                                                        scales, count, stride, target + run.begin * n);
       });
     }
   }

@@ -133,6 +133,22 @@ FA_INLINE T sum_lanes(Vec<T> v) {
   return total;
 }
 
+// Lane i of the result is lane i + kStep of v, counted in a circle.
+template <class T, int kStep, int... kLane>
+FA_INLINE Vec<T> rotate(Vec<T> v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, ((kLane + kStep) % kLanes<T>)...);
+}
+
+// The largest lane. No lane may be NaN.
+template <class T, int kStep = kLanes<T> / 2>
+FA_INLINE T max_lanes(Vec<T> v) {
+  if constexpr (kStep == 0) {
+    return v[0];
+  } else {
+    return max_lanes<T, kStep / 2>(max<T>(v, rotate<T, kStep>(v, std::make_integer_sequence<int, kLanes<T>>{})));
+  }
+}
+
 // The condition for select whose lane i is -1 if bit (first + i) of the word is set, otherwise 0.
 template <class T>
 FA_INLINE IntVec<T> lanes_of_bits(uint64_t word, int first) {

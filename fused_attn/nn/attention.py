@@ -556,7 +556,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if self.in_proj_weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif is_self:
-            return few_rows.linear(query, self.in_proj_weight, bias).split(sizes, dim=-1)
+            return few_rows.linear(query, self.in_proj_weight, bias).split_with_sizes(sizes, dim=-1)
         elif shares_kv:
             sizes = (self.embed_dim, 2 * kv_dim)
             weights = self.in_proj_weight.split(sizes)
