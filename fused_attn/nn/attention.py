@@ -361,12 +361,12 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             "scale": 1.0 / math.sqrt(self.head_dim),
         }
         if cached is None or not cached.options:
-            arguments["relative_bias"] = self._relative_bias(position, seqlen_q, k.shape[2])
+            arguments["relative_bias"] = self._relative_bias(q, position, k.shape[2])
         else:
             arguments |= cached.options
             mask = _Mask(arguments.pop("attn_mask", None), None)
             if self.relative_bias is not None:
-                mask = _Mask(self._dense_bias(arguments["key_lengths"], seqlen_q, k.shape[2]), None)
+                mask = _Mask(self._dense_bias(q, arguments["key_lengths"], k.shape[2]), None)
         if need_weights and arguments["dropout_p"]:
             arguments["dropout_seed"] = draw_seed(q.device)
         seen, is_causal = mask.attn_mask, mask.attn_mask is None and mask.diagonal is not None
@@ -423,7 +423,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
             enable_gqa=self.num_kv_heads != self.num_heads,
-            relative_bias=self._relative_bias(0, q.max_seqlen, k.max_seqlen),
+            relative_bias=None if self.relative_bias is None else self.relative_bias(q.max_seqlen, k.max_seqlen),
             backend=self.backend,
         )  # fmt: skip
         return q.like(self.out_proj(out.flatten(-2)))
@@ -610,8 +610,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             x = self.rotary(x, seq_dim, position)
         return x.transpose(1, 2) if seq_dim == 1 else x.permute(1, 2, 0, 3)
 
-    def _relative_bias(self, position: int | Tensor, seqlen_q: int, seqlen_k: int) -> Tensor | None:
-        """The relative bias of a call, (H, L + S - 1) or (L + S - 1,); None if the module has none.
+    def _relative_bias(self, q: Tensor, position: int | Tensor, seqlen_k: int) -> Tensor | None:
+        """The relative bias of queries q (N, H, L, D), (H, L + S - 1) or (L + S - 1,); None if the module has none.
 
         position: the position of the first query
         """
@@ -621,21 +621,36 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         # The callable returns the bias of queries that begin at position 0. The queries of this call are the last L of
         # these. The bias begins with the most negative distances between key and query, which belong to the last
         # queries. So the first L + S - 1 columns are the bias of this call.
-        bias = self.relative_bias(position + seqlen_q, seqlen_k)
-        return bias[..., : seqlen_q + seqlen_k - 1] if position else bias
+        seqlen_q = q.shape[2]
+        bias = self._checked_bias(q, position + seqlen_q, seqlen_k)
+        return bias[..., : max(seqlen_q + seqlen_k - 1, 0)] if position else bias
 
-    def _dense_bias(self, key_lengths: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
-        """(N, H, L, S): the relative bias of the last L rows of each batch entry, and -inf for later keys.
+    def _dense_bias(self, q: Tensor, key_lengths: Tensor, seqlen_k: int) -> Tensor:
+        """(N, H, L, S): the relative bias of q (N, H, L, D), the last rows of the batch entries; -inf for later keys.
 
         Batch entries may have different lengths, so the distances of a query to the same column differ.
         """
-        bias: Any = self.relative_bias
+        seqlen_q = q.shape[2]
         key = torch.arange(seqlen_k, device=key_lengths.device)
         query = (key_lengths - seqlen_q)[:, None] + key[:seqlen_q]  # (N, L)
         distance = key - query[:, :, None]  # (N, L, S)
-        by_distance = bias(seqlen_k, seqlen_k).expand(self.num_heads, -1)
+        by_distance = self._checked_bias(q, seqlen_k, seqlen_k).expand(self.num_heads, -1)
         dense = by_distance[:, distance + (seqlen_k - 1)].transpose(0, 1)
         return dense.masked_fill(distance[:, None] > 0, -math.inf)
+
+    def _checked_bias(self, q: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
+        """What the callable `relative_bias` returns for the lengths.
+
+        `fused_attention` checks the bias, too, but only after the columns of a call have been cut out.
+
+        Raises:
+            TypeError, ValueError: the bias is no tensor, or its dtype, device or shape does not fit.
+        """
+        by_distance: Any = self.relative_bias
+        bias = by_distance(seqlen_q, seqlen_k)
+        metas = checks.meta("relative_bias", bias), checks.meta("query", q)
+        checks.check_relative_bias(*metas, self.num_heads, max(seqlen_q + seqlen_k - 1, 0))
+        return bias
 
     def _append_rows(self, x: Tensor, row: Tensor | None) -> Tensor:
         """x (N, Hkv, S, D), the keys or the values, with the rows of add_bias_kv and add_zero_attn at its end.

@@ -144,7 +144,7 @@ class SelfAttentionCache:
         return rows if buffer is None else torch.cat((buffer[:, :, : self.length], rows), dim=2)
 
     def _appended(self, buffer: Tensor | None, rows: Tensor) -> Tensor:
-        """The buffer with the new rows (B, Hkv, L, D) written after the last row. A new buffer if that is impossible."""
+        """The buffer with the new rows (B, Hkv, L, D) written after the last row. If they cannot be, a new buffer."""
         end = self.length + rows.shape[2]
         if buffer is None or end > buffer.shape[2] or not self._is_writable:
             capacity = self._max_length or max(end, 2 * self.length, MIN_CAPACITY)

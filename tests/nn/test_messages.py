@@ -476,6 +476,35 @@ def test_arguments_of_caches_are_named(name) -> None:
         function()
 
 
+@pytest.mark.parametrize("rows", [0, 2], ids=["first", "later"])
+@pytest.mark.parametrize("cache", [fused_attn.nn.SelfAttentionCache, lambda: fused_attn.nn.StaticSelfAttentionCache(8)])
+@pytest.mark.parametrize(
+    ("wrong", "exception", "message"),
+    [
+        (lambda bias: bias[:1], ValueError, r"expected shape .*, got shape \(1, "),
+        (lambda bias: torch.nn.functional.pad(bias, (0, 2)), ValueError, r"expected shape .*, got shape \(2, "),
+        (lambda bias: bias.long(), TypeError, "expected a floating-point"),
+        (lambda bias: 0, TypeError, "expected a torch.Tensor, got int 0"),
+    ],
+    ids=["heads", "columns", "dtype", "number"],
+)
+def test_a_relative_bias_that_does_not_fit_is_told(rows, cache, wrong, exception, message) -> None:
+    """With rows in the cache, the bias is cut to the columns of the call, which would hide a wrong number of them."""
+    bias = [lambda bias: bias]
+
+    def relative_bias(seqlen_q: int, seqlen_k: int) -> torch.Tensor:
+        return bias[0](torch.zeros(2, seqlen_q + seqlen_k - 1))
+
+    module = FusedMultiheadAttention(4, 2, batch_first=True, relative_bias=relative_bias)
+    kept, x = cache(), torch.zeros(1, 2, 4)
+    with torch.no_grad():
+        if rows:
+            module(x, x, x, need_weights=False, cache=kept)
+        bias[0] = wrong
+        with pytest.raises(exception, match=f"^relative_bias: {message}"):
+            module(x, x, x, need_weights=False, cache=kept)
+
+
 def test_rows_of_pages_are_tensors() -> None:
     cache = fused_attn.PagedKVCache(4, 4, 2, 4)
     sequence = cache.add()
