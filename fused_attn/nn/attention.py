@@ -433,8 +433,11 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
         The method calls `forward` with a padded copy of x, because all options of the module work with padded tensors.
         """
-        lengths = [row.shape[0] for row in x.unbind()]
-        padded = x.to_padded_tensor(0.0)
+        rows = x.unbind()
+        lengths = [row.shape[0] for row in rows]
+        padded = nn.utils.rnn.pad_sequence(
+            rows, batch_first=True
+        )  # to_padded_tensor refuses sequences of length 0 alone
         positions = torch.arange(padded.shape[1], device=x.device)
         is_padding = positions >= torch.tensor(lengths, device=x.device)[:, None]
         out, _ = self.forward(padded, padded, padded, is_padding, need_weights=False, is_causal=is_causal)
