@@ -433,11 +433,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
         The method calls `forward` with a padded copy of x, because all options of the module work with padded tensors.
         """
-        rows = x.unbind()
+        rows = list(x.unbind())
         lengths = [row.shape[0] for row in rows]
-        padded = nn.utils.rnn.pad_sequence(
-            rows, batch_first=True
-        )  # to_padded_tensor refuses sequences of length 0 alone
+        # to_padded_tensor would refuse a batch in which all sequences have length 0.
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         positions = torch.arange(padded.shape[1], device=x.device)
         is_padding = positions >= torch.tensor(lengths, device=x.device)[:, None]
         out, _ = self.forward(padded, padded, padded, is_padding, need_weights=False, is_causal=is_causal)
