@@ -588,10 +588,15 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 raise RuntimeError(f"{name}: expected {features} features, got shape {tuple(x.shape)}")
             if x.device != weight.device:
                 raise RuntimeError(f"{name}: expected the device of the module, {weight.device}, got {x.device}")
-            if x.dtype != weight.dtype and not modes.is_autocast_enabled(x.device):
-                raise RuntimeError(
-                    f"{name}: expected the dtype of the module, {weight.dtype}, or torch.autocast, got {x.dtype}"
-                )
+            if x.dtype == weight.dtype:
+                continue
+            hint = "or torch.autocast"
+            if modes.is_autocast_enabled(x.device):
+                kept = [y for y in (x.dtype, weight.dtype) if y == torch.float64 or not y.is_floating_point]
+                if not kept:
+                    continue
+                hint = f"since autocast casts no {kept[0]}"
+            raise RuntimeError(f"{name}: expected the dtype of the module, {weight.dtype}, {hint}, got {x.dtype}")
 
     def _project_query(self, query: Tensor) -> Tensor:
         """The projection (..., E) of query (..., E) alone, for calls whose cache holds the keys and values."""

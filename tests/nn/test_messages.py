@@ -132,6 +132,21 @@ def test_self_attention_in_another_dtype_than_the_module() -> None:
 
 
 @pytest.mark.parametrize(
+    ("of_module", "of_input", "kept"),
+    [("float64", "float32", "float64"), ("float32", "float64", "float64"), ("float32", "int32", "int32")],
+)
+def test_inputs_that_autocast_does_not_cast(of_module, of_input, kept) -> None:
+    module = FusedMultiheadAttention(16, 2, batch_first=True, dtype=getattr(torch, of_module))
+    x = X.to(getattr(torch, of_input))
+    message = (
+        rf"the dtype of the module, torch\.{of_module}, since autocast casts no torch\.{kept}, got torch\.{of_input}"
+    )
+    for name, inputs in (("query", (x, x, x)), ("value", (X.to(module.out_proj.weight.dtype),) * 2 + (x,))):
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match=f"^{name}: .*{message}"):
+            module(*inputs, need_weights=False)
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: FusedMultiheadAttention(16, 2)(X, Y, Y), "key: expected the batch size of query, 5, got 7"),
