@@ -26,6 +26,7 @@ from fused_attn.nn.paged_self_attention import PagedRows, PagedSelfAttentionCach
 from fused_attn.nn.positions import RotaryEmbedding
 from fused_attn.nn.self_attention_cache import (
     CachedRows,
+    SelfAttentionCache,
     SlidingSelfAttentionCache,
     StaticSelfAttentionCache,
     lower_right,
@@ -335,6 +336,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             of_pages = self._paged_attention(q, cache.append(k, v))
             return self._merge_heads(of_pages, seq_dim, is_batched), None
         if is_growing:
+            if key_padding_mask is not None:
+                self._check_padding_of_cache(store, key_padding_mask, batch, seqlen_q)
             cached = store.append(k, v)
             k, v = cached.keys, cached.values
         elif cache is not None and stored is None:
@@ -488,14 +491,14 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if key.shape[compared] != value.shape[compared]:
             raise AssertionError(f"value: expected the sizes of key, {tuple(key.shape)}, got {tuple(value.shape)}")
         if key_padding_mask is not None:
-            _check_mask_dtype("key_padding_mask", key_padding_mask)
+            check_mask_dtype("key_padding_mask", key_padding_mask)
             if key_padding_mask.dim() != rank - 1:
                 raise AssertionError(
                     f"key_padding_mask: expected {rank - 1} dimensions for a query with {rank}, "
                     f"got shape {tuple(key_padding_mask.shape)}"
                 )
         if attn_mask is not None and causal_bias_offset(attn_mask) is None:
-            _check_mask_dtype("attn_mask", attn_mask)
+            check_mask_dtype("attn_mask", attn_mask)
             if attn_mask.dim() not in (2, 3):
                 raise AssertionError(
                     f"attn_mask: expected shape (L, S) or (N * num_heads, L, S), got {tuple(attn_mask.shape)}"
@@ -543,6 +546,27 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 raise ValueError("key_padding_mask: expected None with pages, which hold no padding, got a mask")
             if self.training and self.dropout > 0.0:
                 raise ValueError("cache: expected no pages in training with dropout, got some; call eval() first")
+
+    def _check_padding_of_cache(self, cache: AttentionCache, mask: Tensor, batch: int, seqlen_q: int) -> None:
+        """Raises the error of a mask of a wrong shape before the rows are in the cache: the caller may repeat the step.
+
+        Of a cache of another class, only the attention knows how many rows it returns.
+        """
+        if isinstance(cache, StaticSelfAttentionCache):
+            expected = (batch, cache.max_length)
+        elif isinstance(cache, SelfAttentionCache):
+            expected = (batch, cache.length + seqlen_q)
+        else:
+            return
+        self._check_padding(mask, expected)
+
+    def _check_padding(self, mask: Tensor, expected: tuple[int, int]) -> None:
+        """Raises AssertionError unless key_padding_mask has the expected shape."""
+        if mask.shape != expected:
+            raise AssertionError(
+                f"key_padding_mask: expected shape (N, S) = {expected}, got {tuple(mask.shape)}; "
+                + batch_layout(self.batch_first)
+            )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool) -> tuple[Tensor, ...]:
         """The projections of query (..., E), key (..., kdim) and value (..., vdim).
@@ -700,11 +724,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             RuntimeError: attn_mask has the wrong shape.
         """
         batch, seqlen_k = key.shape[0], key.shape[2]
-        if key_padding_mask is not None and key_padding_mask.shape != (batch, seqlen_k):
-            raise AssertionError(
-                f"key_padding_mask: expected shape (N, S) = {(batch, seqlen_k)}, got {tuple(key_padding_mask.shape)}; "
-                + batch_layout(self.batch_first)
-            )
+        if key_padding_mask is not None:
+            self._check_padding(key_padding_mask, (batch, seqlen_k))
         attn_mask, diagonal = mask
         if attn_mask is None:
             return mask
@@ -892,7 +913,7 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend: expected None or one of {BACKEND_NAMES}, got {backend!r}")
 
 
-def _check_mask_dtype(name: str, mask: Tensor) -> None:
+def check_mask_dtype(name: str, mask: Tensor) -> None:
     """Raises TypeError if a mask is no tensor.
 
     Raises AssertionError, as the parent class does, if the mask is neither bool nor floating point.
