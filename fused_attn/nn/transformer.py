@@ -481,10 +481,9 @@ class TransformerDecoder(nn.TransformerDecoder):
             raise ValueError("cache: expected None, since a layer or its self-attention takes no cache, got one")
         else:
             caches = [{"cache": layer_cache} for layer_cache in cache.layers]
-            # Before the first layer adds its rows. A layer of another class may pass another tensor to its attention.
             first: Any = self.layers[0]
-            own = cache.layers[0].cross_attention if type(first) is TransformerDecoderLayer else None
-            check_memory(first, tgt, memory, memory_mask, memory_key_padding_mask, memory_is_causal, own)
+            if type(first) is not TransformerDecoderLayer:  # which may pass another tensor to its attention
+                check_memory(first, tgt, memory, memory_mask, memory_key_padding_mask, memory_is_causal, None)
         tgt_mask, tgt_is_causal = _causal_mask(tgt_mask, tgt_is_causal, tgt_key_padding_mask, seqlen)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             tgt = layer(
@@ -707,31 +706,29 @@ def check_memory(
     mask, key_padding_mask, is_causal: those of the memory
     cache: that of the cross-attention of the layer. None means that it is not looked at
     """
-    if memory.dim() != tgt.dim():
-        raise AssertionError(f"memory: expected {tgt.dim()} dimensions, as tgt has, got {tuple(memory.shape)}")
-    if memory.dim() == 3:
+    sizes, tgt_sizes = memory.shape, tgt.shape
+    if len(sizes) != len(tgt_sizes):
+        raise AssertionError(f"memory: expected {len(tgt_sizes)} dimensions, as tgt has, got {tuple(sizes)}")
+    batch, length, rows = 1, sizes[0], tgt_sizes[0]
+    if len(sizes) == 3:
         batch_dim = 0 if layer.self_attn.batch_first else 1
-        batch, length = memory.shape[batch_dim], memory.shape[1 - batch_dim]
-        if batch != tgt.shape[batch_dim]:
+        batch, length, rows = sizes[batch_dim], sizes[1 - batch_dim], tgt_sizes[1 - batch_dim]
+        if batch != tgt_sizes[batch_dim]:
             raise RuntimeError(
-                f"memory: expected the batch size of tgt, {tgt.shape[batch_dim]}, got {batch}; "
+                f"memory: expected the batch size of tgt, {tgt_sizes[batch_dim]}, got {batch}; "
                 + batch_layout(batch_dim == 0)
             )
-        expected: tuple[int, ...] = (batch, length)
-        rows = tgt.shape[1 - batch_dim]
-    else:
-        batch, length = 1, memory.shape[0]
-        expected, rows = memory.shape[:1], tgt.shape[0]
     if key_padding_mask is not None:
         check_mask_dtype("memory_key_padding_mask", key_padding_mask)
+        expected = (batch, length) if len(sizes) == 3 else (length,)
         if key_padding_mask.shape != expected:
             raise AssertionError(
-                f"memory_key_padding_mask: expected shape {tuple(expected)}, got {tuple(key_padding_mask.shape)}"
+                f"memory_key_padding_mask: expected shape {expected}, got {tuple(key_padding_mask.shape)}"
             )
-    attention = getattr(layer, "multihead_attn", None)
+    attention = layer._modules.get("multihead_attn")  # looking up an attribute of a module takes three times as long
     if isinstance(attention, FusedMultiheadAttention):
-        if memory.shape[-1] != attention.kdim:
-            raise RuntimeError(f"memory: expected {attention.kdim} features, got shape {tuple(memory.shape)}")
+        if sizes[-1] != attention.kdim:
+            raise RuntimeError(f"memory: expected {attention.kdim} features, got shape {tuple(sizes)}")
         if mask is not None and causal_bias(mask) is None:
             check_mask_dtype("memory_mask", mask)
             is_read = key_padding_mask is not None or not is_causal
