@@ -616,10 +616,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 continue
             hint = "or torch.autocast"
             if modes.is_autocast_enabled(x.device):
-                kept = [y for y in (x.dtype, weight.dtype) if y == torch.float64 or not y.is_floating_point]
-                if not kept:
+                uncast = [y for y in (x.dtype, weight.dtype) if y == torch.float64 or not y.is_floating_point]
+                if not uncast:
                     continue
-                hint = f"since autocast casts no {kept[0]}"
+                hint = f"since autocast casts no {uncast[0]}"
             raise RuntimeError(f"{name}: expected the dtype of the module, {weight.dtype}, {hint}, got {x.dtype}")
 
     def _project_query(self, query: Tensor) -> Tensor:
