@@ -171,7 +171,7 @@ def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMet
     if backend is not None and backend not in dispatch.BACKEND_NAMES:
         raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
     checks.check_query_key_value(query, key, value, min_dim=2)
-    _check_options(options)
+    _check_options(options, query.dtype)
     if value.shape[-2] != key.shape[-2]:
         raise checks.fail("value", f"the length of key, {key.shape[-2]}", f"shape {tuple(value.shape)}")
 
@@ -253,7 +253,7 @@ def _packed_plan(
         if len(x.shape) != 3:
             raise checks.fail(name, "shape (total, heads, head dim)", f"shape {tuple(x.shape)}")
     checks.check_query_key_value(query, key, value, min_dim=3)
-    _check_options(options)
+    _check_options(options, query.dtype)
     checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
     checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query)
     checks.check_seqlen("max_seqlen_q", max_seqlen_q)
@@ -341,7 +341,7 @@ def _paged_plan(backend: str | None, metadata: PagedArguments, *options: Any) ->
         if len(x.shape) != 4:
             raise checks.fail(name, f"shape {dims}", f"shape {tuple(x.shape)}")
     checks.check_query_key_value(query, key_pages, value_pages, 4, names=("query", "key_pages", "value_pages"))
-    _check_options(checked)
+    _check_options(checked, query.dtype)
     batch, num_heads, seqlen_q, head_dim = query.shape
     num_pages, page_size, num_kv_heads, value_dim = value_pages.shape
     if value_pages.shape[:3] != key_pages.shape[:3]:
@@ -427,9 +427,11 @@ def _with_checked_window(options: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*options[:index], checks.check_window(window), *options[index + 1 :])
 
 
-def _check_options(options: Options) -> None:
-    """Checks the arguments that are no tensors."""
-    checks.check_scalars(options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.softcap)
+def _check_options(options: Options, dtype: torch.dtype) -> None:
+    """Checks the arguments that are no tensors. dtype: that of the query."""
+    checks.check_scalars(
+        options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.softcap, dtype
+    )
     checks.check_window(options.window_size)
     checks.check_num_splits(options.num_splits)
 

@@ -1352,6 +1352,16 @@ KEY_LENGTHS = [
         has_dlse=True,
     ),
     Case(
+        "key-lengths-float-padding",
+        batch=3,
+        seqlen_q=40,
+        seqlen_k=67,
+        key_lengths=(50, 9, 67),
+        key_padding_mask=float_padding,
+        edit=_nan_behind_lengths,
+        has_dlse=True,
+    ),
+    Case(
         "key-lengths-dropout",
         seqlen_q=70,
         seqlen_k=67,

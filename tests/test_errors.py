@@ -163,6 +163,17 @@ TABLE = {
         ValueError,
         r"softcap: expected a finite number >= 0 \(0 = off\), got -1\.0",
     ),
+    "softcap-beyond-float32": (
+        call(softcap=1e39),
+        ValueError,
+        r"softcap: expected 0 \(off\), or 1\.18e-38 to 3\.40e\+38",
+    ),
+    "softcap-below-float32": (
+        call(softcap=1e-46),
+        ValueError,
+        r"softcap: expected 0 .* for torch.float32 tensors, got",
+    ),
+    "scale-beyond-float32": (call(scale=-1e39), ValueError, r"scale: expected a number from -3\.40e\+38 to 3\.40e\+38"),
     "softcap-infinite": (call(softcap=float("inf")), ValueError, r"softcap: expected a finite number >= 0"),
     "window-length": (
         call(window_size=(1, 2, 3)),
@@ -269,7 +280,9 @@ def test_bools_and_ints_of_numpy_are_taken() -> None:
     assert torch.equal(lse, expected_lse)
     seeded = call(dropout_p=0.5, dropout_seed=np.int64(7))()
     assert torch.equal(seeded, call(dropout_p=0.5, dropout_seed=7)())
-    call(dropout_p=np.float32(0.5), scale=np.float64(0.1), num_splits=np.int64(2))()
+    call(
+        dropout_p=np.float32(0.5), scale=np.float64(0.1), num_splits=np.int64(2), window_size=(np.int64(1), np.int32(0))
+    )()
 
 
 def test_explain_answers_for_meta_tensors() -> None:

@@ -34,6 +34,8 @@ def attention_cases(draw: st.DrawFn) -> Case:
     if draw(st.integers(0, 3)) == 0:
         options["return_max"] = True
     if draw(st.integers(0, 3)) == 0:
+        options["num_splits"] = draw(st.sampled_from([1, 2, 7, 256]))
+    if draw(st.integers(0, 3)) == 0:
         options |= {
             "dropout_p": draw(st.sampled_from([0.1, 0.5, 0.9, 1.0])),
             "dropout_seed": draw(st.integers(0, 2**63 - 1)),
@@ -51,15 +53,26 @@ def attention_cases(draw: st.DrawFn) -> Case:
                 cases.minus_inf_rows_mask,
                 cases.float_mask_with(lambda dtype: float("-inf"), mask_shape),
                 cases.t5_strided_mask,
+                cases.float_mask(mask_shape, torch.float32),
+                cases.upper_left,
+                "lower_right",
             ]
         )
     )
+    if attn_mask == "lower_right":
+        attn_mask, options["is_causal"] = cases.lower_right, False
     padding = draw(st.sampled_from([None, None, cases.scattered_padding, cases.float_padding, "trailing"]))
     if padding == "trailing":
         padding = cases.padding(*(draw(st.integers(0, seqlen_k)) for _ in range(batch)))
+    key_lengths = None
+    if draw(st.integers(0, 2)) == 0:
+        key_lengths = tuple(draw(st.integers(0, seqlen_k)) for _ in range(batch))
     edits = [None, None, cases._scale_query(30.0)] + ([cases._nan_in_padding] if padding is not None else [])
-    sink = draw(st.sampled_from([None, None, cases.sink(), cases.sink(20.0)]))
-    relative_bias = draw(st.sampled_from([None, None, cases.per_head_bias, cases.shared_bias]))
+    edits += [cases._nan_behind_lengths] * 2 if key_lengths is not None else []
+    sink = draw(st.sampled_from([None, None, cases.sink(), cases.sink(20.0), cases.sink(0.0, torch.float32)]))
+    relative_bias = draw(st.sampled_from([None, None, cases.per_head_bias, cases.shared_bias, cases.float32_bias]))
+    # Backends have other kernels if only some gradients are wanted. Alone, the gradient of value has no share in lse.
+    wanted = draw(st.sampled_from([None, None, None, ("query",), ("key",), ("query", "value"), ("key", "value")]))
     return Case(
         id=f"fuzz-{draw(st.integers(0, 999))}",
         batch=batch,
@@ -77,7 +90,9 @@ def attention_cases(draw: st.DrawFn) -> Case:
         relative_bias=relative_bias,
         sinks=sink,
         options=options,
+        key_lengths=key_lengths,
         edit=draw(st.sampled_from(edits)),
+        differentiated=wanted,
         has_dlse=draw(st.booleans()),
     )
 
@@ -111,6 +126,40 @@ def packed_cases(draw: st.DrawFn) -> Case:
     )
 
 
+@st.composite
+def paged_cases(draw: st.DrawFn) -> Case:
+    heads, kv_heads = draw(st.sampled_from([(1, None), (2, None), (4, 2), (3, 1)]))
+    batch, page_size = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 7, 16, 17, 64, 65, 130]))
+    seqlen_k = draw(st.one_of(st.integers(0, 20), st.integers(0, 300)))
+    options = {"is_causal": draw(st.booleans()), "softcap": draw(st.sampled_from([0.0, 2.0]))}
+    if draw(st.booleans()):
+        options["window_size"] = (draw(st.integers(-1, 70)), draw(st.integers(-1, 20)))
+    if draw(st.integers(0, 3)) == 0:
+        options["num_splits"] = draw(st.sampled_from([1, 2, 7, 256]))
+    columns = -(-seqlen_k // page_size) * page_size
+
+    def padding(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+        return torch.rand((batch, columns), generator=generator) < 0.4
+
+    return Case(
+        id=f"fuzz-paged-{draw(st.integers(0, 999))}",
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        seqlen_q=draw(st.one_of(st.integers(0, 9), st.sampled_from([33, 64, 65]))),
+        seqlen_k=seqlen_k,
+        head_dim=draw(HEAD_DIM),
+        value_dim=draw(st.one_of(st.none(), HEAD_DIM)),
+        kv_layout=draw(st.sampled_from(["contiguous", "blhd", "sliced"])),
+        page_size=page_size,
+        shares_pages=draw(st.booleans()),
+        key_lengths=tuple(draw(st.integers(0, seqlen_k)) for _ in range(batch)),
+        key_padding_mask=draw(st.sampled_from([None, padding])),
+        sinks=draw(st.sampled_from([None, cases.sink()])),
+        options=options,
+    )
+
+
 # Hypothesis warns of fixtures that all examples share. `poisoned` does not depend on the example, so it may be shared.
 fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -126,6 +175,13 @@ def test_fused_attention(case: Case, dtype: torch.dtype, poisoned: None) -> None
 @fuzz
 @given(case=packed_cases(), dtype=DTYPE)
 def test_fused_attention_varlen(case: Case, dtype: torch.dtype, poisoned: None) -> None:
+    for backend in BACKENDS:
+        cases.check(case, dtype, backend)
+
+
+@fuzz
+@given(case=paged_cases(), dtype=DTYPE)
+def test_fused_attention_paged(case: Case, dtype: torch.dtype, poisoned: None) -> None:
     for backend in BACKENDS:
         cases.check(case, dtype, backend)
 

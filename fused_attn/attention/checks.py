@@ -136,18 +136,29 @@ def check_seqlen(name: str, seqlen: int) -> None:
         raise fail(name, "a number of rows in [0, 2**62)", seqlen)
 
 
-def check_scalars(dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, softcap: float) -> None:
-    """Checks the types and ranges of the flags and numbers of a call."""
+def check_scalars(
+    dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, softcap: float, dtype: torch.dtype
+) -> None:
+    """Checks the types and ranges of the flags and numbers of a call. dtype: that of the query.
+
+    Kernels compute in float32, or in float64 for float64 tensors. There, a softcap that is too small would become 0,
+    which means off, and a number that is too large would become inf.
+    """
+    limits = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
     check_flag("is_causal", is_causal)
     check_flag("enable_gqa", enable_gqa)
     check_probability("dropout_p", dropout_p)
     check_number("softcap", softcap)
     if not 0.0 <= softcap <= LARGEST_FLOAT:
         raise fail("softcap", "a finite number >= 0 (0 = off)", softcap)
+    if softcap != 0.0 and not limits.tiny <= softcap <= limits.max:
+        raise fail("softcap", f"0 (off), or {limits.tiny:.2e} to {limits.max:.2e} for {dtype} tensors", softcap)
     if scale is not None:
         check_number("scale", scale)
         if not -LARGEST_FLOAT <= scale <= LARGEST_FLOAT:
             raise fail("scale", "a finite number", scale)
+        if not -limits.max <= scale <= limits.max:
+            raise fail("scale", f"a number from {-limits.max:.2e} to {limits.max:.2e} for {dtype} tensors", scale)
 
 
 def check_flag(name: str, flag: bool) -> None:
@@ -199,11 +210,11 @@ def check_window(window_size: Sequence[int] | None) -> tuple[int, int]:
     if window_size is None:
         return UNBOUNDED, UNBOUNDED
     is_pair = isinstance(window_size, Sequence) and len(window_size) == 2
-    if not is_pair or not all(isinstance(x, int) and not isinstance(x, bool) and x >= UNBOUNDED for x in window_size):
+    if not is_pair or not all(_is_int(x) and x >= UNBOUNDED for x in window_size):
         raise fail("window_size", "(left, right), two ints >= -1 (-1 = unbounded)", window_size)
     # A side of 2**62 or more is wider than any sequence, so it counts as unbounded. As a number, it could overflow the
     # 64-bit integers in which positions are compared.
-    left, right = (x if x < 2**62 else UNBOUNDED for x in window_size)
+    left, right = (int(x) if x < 2**62 else UNBOUNDED for x in window_size)
     return left, right
 
 
@@ -327,6 +338,11 @@ def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, total: int, max_seqle
         raise fail(name, f"offsets that rise from 0 to the number of rows, {total}", offsets)
     if max(lengths, default=0) > max_seqlen:
         raise fail(f"max_seqlen_{name[-1]}", f"at least the longest sequence, {max(lengths)}", max_seqlen)
+
+
+def _is_int(x: object) -> bool:
+    """Whether x is an int of Python or of NumPy. A bool is none."""
+    return isinstance(x, (int, numbers.Integral)) and not isinstance(x, bool)
 
 
 def _is_numpy_bool(x: object) -> bool:

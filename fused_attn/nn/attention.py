@@ -26,6 +26,7 @@ from fused_attn.nn.paged_self_attention import PagedRows, PagedSelfAttentionCach
 from fused_attn.nn.positions import RotaryEmbedding
 from fused_attn.nn.self_attention_cache import (
     CachedRows,
+    SelfAttentionCache,
     SlidingSelfAttentionCache,
     StaticSelfAttentionCache,
     lower_right,
@@ -335,6 +336,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             of_pages = self._paged_attention(q, cache.append(k, v))
             return self._merge_heads(of_pages, seq_dim, is_batched), None
         if is_growing:
+            if key_padding_mask is not None:
+                self._check_padding_of_cache(store, key_padding_mask, batch, seqlen_q)
             cached = store.append(k, v)
             k, v = cached.keys, cached.values
         elif cache is not None and stored is None:
@@ -361,12 +364,12 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             "scale": 1.0 / math.sqrt(self.head_dim),
         }
         if cached is None or not cached.options:
-            arguments["relative_bias"] = self._relative_bias(position, seqlen_q, k.shape[2])
+            arguments["relative_bias"] = self._relative_bias(q, position, k.shape[2])
         else:
             arguments |= cached.options
             mask = _Mask(arguments.pop("attn_mask", None), None)
             if self.relative_bias is not None:
-                mask = _Mask(self._dense_bias(arguments["key_lengths"], seqlen_q, k.shape[2]), None)
+                mask = _Mask(self._dense_bias(q, arguments["key_lengths"], k.shape[2]), None)
         if need_weights and arguments["dropout_p"]:
             arguments["dropout_seed"] = draw_seed(q.device)
         seen, is_causal = mask.attn_mask, mask.attn_mask is None and mask.diagonal is not None
@@ -423,7 +426,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
             enable_gqa=self.num_kv_heads != self.num_heads,
-            relative_bias=self._relative_bias(0, q.max_seqlen, k.max_seqlen),
+            relative_bias=None if self.relative_bias is None else self.relative_bias(q.max_seqlen, k.max_seqlen),
             backend=self.backend,
         )  # fmt: skip
         return q.like(self.out_proj(out.flatten(-2)))
@@ -433,8 +436,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
         The method calls `forward` with a padded copy of x, because all options of the module work with padded tensors.
         """
-        lengths = [row.shape[0] for row in x.unbind()]
-        padded = x.to_padded_tensor(0.0)
+        rows = list(x.unbind())
+        lengths = [row.shape[0] for row in rows]
+        # to_padded_tensor would refuse a batch in which all sequences have length 0.
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         positions = torch.arange(padded.shape[1], device=x.device)
         is_padding = positions >= torch.tensor(lengths, device=x.device)[:, None]
         out, _ = self.forward(padded, padded, padded, is_padding, need_weights=False, is_causal=is_causal)
@@ -486,14 +491,14 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if key.shape[compared] != value.shape[compared]:
             raise AssertionError(f"value: expected the sizes of key, {tuple(key.shape)}, got {tuple(value.shape)}")
         if key_padding_mask is not None:
-            _check_mask_dtype("key_padding_mask", key_padding_mask)
+            check_mask_dtype("key_padding_mask", key_padding_mask)
             if key_padding_mask.dim() != rank - 1:
                 raise AssertionError(
                     f"key_padding_mask: expected {rank - 1} dimensions for a query with {rank}, "
                     f"got shape {tuple(key_padding_mask.shape)}"
                 )
         if attn_mask is not None and causal_bias_offset(attn_mask) is None:
-            _check_mask_dtype("attn_mask", attn_mask)
+            check_mask_dtype("attn_mask", attn_mask)
             if attn_mask.dim() not in (2, 3):
                 raise AssertionError(
                     f"attn_mask: expected shape (L, S) or (N * num_heads, L, S), got {tuple(attn_mask.shape)}"
@@ -542,6 +547,27 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             if self.training and self.dropout > 0.0:
                 raise ValueError("cache: expected no pages in training with dropout, got some; call eval() first")
 
+    def _check_padding_of_cache(self, cache: AttentionCache, mask: Tensor, batch: int, seqlen_q: int) -> None:
+        """Raises the error of a mask of a wrong shape before the rows are in the cache: the caller may repeat the step.
+
+        Of a cache of another class, only the attention knows how many rows it returns.
+        """
+        if isinstance(cache, StaticSelfAttentionCache):
+            expected = (batch, cache.max_length)
+        elif isinstance(cache, SelfAttentionCache):
+            expected = (batch, cache.length + seqlen_q)
+        else:
+            return
+        self._check_padding(mask, expected)
+
+    def _check_padding(self, mask: Tensor, expected: tuple[int, int]) -> None:
+        """Raises AssertionError unless key_padding_mask has the expected shape."""
+        if mask.shape != expected:
+            raise AssertionError(
+                f"key_padding_mask: expected shape (N, S) = {expected}, got {tuple(mask.shape)}; "
+                + batch_layout(self.batch_first)
+            )
+
     def _project(self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool) -> tuple[Tensor, ...]:
         """The projections of query (..., E), key (..., kdim) and value (..., vdim).
 
@@ -586,10 +612,15 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 raise RuntimeError(f"{name}: expected {features} features, got shape {tuple(x.shape)}")
             if x.device != weight.device:
                 raise RuntimeError(f"{name}: expected the device of the module, {weight.device}, got {x.device}")
-            if x.dtype != weight.dtype and not modes.is_autocast_enabled(x.device):
-                raise RuntimeError(
-                    f"{name}: expected the dtype of the module, {weight.dtype}, or torch.autocast, got {x.dtype}"
-                )
+            if x.dtype == weight.dtype:
+                continue
+            hint = "or torch.autocast"
+            if modes.is_autocast_enabled(x.device):
+                uncast = [y for y in (x.dtype, weight.dtype) if y == torch.float64 or not y.is_floating_point]
+                if not uncast:
+                    continue
+                hint = f"since autocast casts no {uncast[0]}"
+            raise RuntimeError(f"{name}: expected the dtype of the module, {weight.dtype}, {hint}, got {x.dtype}")
 
     def _project_query(self, query: Tensor) -> Tensor:
         """The projection (..., E) of query (..., E) alone, for calls whose cache holds the keys and values."""
@@ -610,8 +641,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             x = self.rotary(x, seq_dim, position)
         return x.transpose(1, 2) if seq_dim == 1 else x.permute(1, 2, 0, 3)
 
-    def _relative_bias(self, position: int | Tensor, seqlen_q: int, seqlen_k: int) -> Tensor | None:
-        """The relative bias of a call, (H, L + S - 1) or (L + S - 1,); None if the module has none.
+    def _relative_bias(self, q: Tensor, position: int | Tensor, seqlen_k: int) -> Tensor | None:
+        """The relative bias of queries q (N, H, L, D), (H, L + S - 1) or (L + S - 1,); None if the module has none.
 
         position: the position of the first query
         """
@@ -621,21 +652,36 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         # The callable returns the bias of queries that begin at position 0. The queries of this call are the last L of
         # these. The bias begins with the most negative distances between key and query, which belong to the last
         # queries. So the first L + S - 1 columns are the bias of this call.
-        bias = self.relative_bias(position + seqlen_q, seqlen_k)
-        return bias[..., : seqlen_q + seqlen_k - 1] if position else bias
+        seqlen_q = q.shape[2]
+        bias = self._checked_bias(q, position + seqlen_q, seqlen_k)
+        return bias[..., : max(seqlen_q + seqlen_k - 1, 0)] if position else bias
 
-    def _dense_bias(self, key_lengths: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
-        """(N, H, L, S): the relative bias of the last L rows of each batch entry, and -inf for later keys.
+    def _dense_bias(self, q: Tensor, key_lengths: Tensor, seqlen_k: int) -> Tensor:
+        """(N, H, L, S): the relative bias of q (N, H, L, D), the last rows of the batch entries; -inf for later keys.
 
         Batch entries may have different lengths, so the distances of a query to the same column differ.
         """
-        bias: Any = self.relative_bias
+        seqlen_q = q.shape[2]
         key = torch.arange(seqlen_k, device=key_lengths.device)
         query = (key_lengths - seqlen_q)[:, None] + key[:seqlen_q]  # (N, L)
         distance = key - query[:, :, None]  # (N, L, S)
-        by_distance = bias(seqlen_k, seqlen_k).expand(self.num_heads, -1)
+        by_distance = self._checked_bias(q, seqlen_k, seqlen_k).expand(self.num_heads, -1)
         dense = by_distance[:, distance + (seqlen_k - 1)].transpose(0, 1)
         return dense.masked_fill(distance[:, None] > 0, -math.inf)
+
+    def _checked_bias(self, q: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
+        """What the callable `relative_bias` returns for the lengths.
+
+        `fused_attention` checks the bias, too, but only after the columns of a call have been cut out.
+
+        Raises:
+            TypeError, ValueError: the bias is no tensor, or its dtype, device or shape does not fit.
+        """
+        by_distance: Any = self.relative_bias
+        bias = by_distance(seqlen_q, seqlen_k)
+        metas = checks.meta("relative_bias", bias), checks.meta("query", q)
+        checks.check_relative_bias(*metas, self.num_heads, max(seqlen_q + seqlen_k - 1, 0))
+        return bias
 
     def _append_rows(self, x: Tensor, row: Tensor | None) -> Tensor:
         """x (N, Hkv, S, D), the keys or the values, with the rows of add_bias_kv and add_zero_attn at its end.
@@ -678,11 +724,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             RuntimeError: attn_mask has the wrong shape.
         """
         batch, seqlen_k = key.shape[0], key.shape[2]
-        if key_padding_mask is not None and key_padding_mask.shape != (batch, seqlen_k):
-            raise AssertionError(
-                f"key_padding_mask: expected shape (N, S) = {(batch, seqlen_k)}, got {tuple(key_padding_mask.shape)}; "
-                + batch_layout(self.batch_first)
-            )
+        if key_padding_mask is not None:
+            self._check_padding(key_padding_mask, (batch, seqlen_k))
         attn_mask, diagonal = mask
         if attn_mask is None:
             return mask
@@ -870,7 +913,7 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend: expected None or one of {BACKEND_NAMES}, got {backend!r}")
 
 
-def _check_mask_dtype(name: str, mask: Tensor) -> None:
+def check_mask_dtype(name: str, mask: Tensor) -> None:
     """Raises TypeError if a mask is no tensor.
 
     Raises AssertionError, as the parent class does, if the mask is neither bool nor floating point.

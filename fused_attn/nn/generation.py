@@ -279,7 +279,11 @@ class BeamSearch(Search):
             )
         )
         tokens, probs = (_select(x, order).view(-1, shape[2]) for x in (tokens, probs))
-        return Generation(*_trimmed(tokens, probs, self.model.pad_id, scores.gather(1, order).flatten()))
+        scores = scores.gather(1, order).flatten()
+        # If there are fewer targets than beams, some beams hold what has the probability 0, such as pad_id.
+        is_missing = (scores == MINUS_INF)[:, None]
+        tokens, probs = tokens.masked_fill(is_missing, self.model.pad_id), probs.masked_fill(is_missing, 0.0)
+        return Generation(*_trimmed(tokens, probs, self.model.pad_id, scores))
 
     @property
     def _num_stops(self) -> int:

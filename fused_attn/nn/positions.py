@@ -65,7 +65,7 @@ class RotaryEmbedding(nn.Module):
             position = torch.arange(offset, offset + x.shape[seq_dim], device=x.device, dtype=dtype)
             sizes = tuple(x.shape[d] if d == seq_dim else 1 for d in range(x.dim() - 1))
         angle = position[..., None] * self.base**-exponent
-        angle = angle.view(*sizes, -1)
+        angle = angle.view(*sizes, self.head_dim // 2)
         cos, sin = angle.cos(), angle.sin()
         first, second = x.to(dtype).chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -71,6 +71,9 @@ class SelfAttentionCache:
         self._max_length = max_length
         self._keys: Tensor | None = None  # (B, Hkv, capacity, D)
         self._values: Tensor | None = None  # (B, Hkv, capacity, Dv)
+        #: Whether rows may be written into the buffers. No after a step with gradients: the buffers can then be tensors
+        #: of the caller or of autograd.
+        self._is_writable = False
 
     def __len__(self) -> int:
         """Number of rows in the cache."""
@@ -108,6 +111,7 @@ class SelfAttentionCache:
             self._keys, self._values = self._concatenated(self._keys, key), self._concatenated(self._values, value)
         else:
             self._keys, self._values = self._appended(self._keys, key), self._appended(self._values, value)
+        self._is_writable = not torch.is_grad_enabled()
         self.length = length
         return self._keys[:, :, :length], self._values[:, :, :length]
 
@@ -128,6 +132,7 @@ class SelfAttentionCache:
         if self._keys is not None and self._values is not None:
             self._keys = self._selected(self._keys, indices)
             self._values = self._selected(self._values, indices)
+            self._is_writable = True
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         """Move or convert the rows; see `KVCache.to`."""
@@ -139,9 +144,9 @@ class SelfAttentionCache:
         return rows if buffer is None else torch.cat((buffer[:, :, : self.length], rows), dim=2)
 
     def _appended(self, buffer: Tensor | None, rows: Tensor) -> Tensor:
-        """The buffer with the new rows (B, Hkv, L, D) written after the last row. If it is full, a larger buffer."""
+        """The buffer with the new rows (B, Hkv, L, D) written after the last row. If they cannot be, a new buffer."""
         end = self.length + rows.shape[2]
-        if buffer is None or end > buffer.shape[2]:
+        if buffer is None or end > buffer.shape[2] or not self._is_writable:
             capacity = self._max_length or max(end, 2 * self.length, MIN_CAPACITY)
             larger = rows.new_empty(*rows.shape[:2], capacity, rows.shape[3])
             if buffer is not None:

@@ -354,7 +354,7 @@ class Seq2SeqTransformer(nn.Module):
             prefix: (B, P) int64 or int32, tokens that each target begins with, after ``sos_id``. Shorter prefixes are
                 padded with ``pad_id`` on the right. P + max_new_tokens is at most ``max_len``.
             num_return_sequences: R, the number of targets for each source: samples, or the best hypotheses of a beam
-                search.
+                search. If fewer targets are possible, the remaining ones are all ``pad_id``, and their score is -inf.
             stop_ids: tokens that end a target, besides ``eos_id``.
             return_scores: return a `Generation`, which also has the log-probabilities.
             on_tokens: called after each step with the new tokens (B * R,), on the device of the model. Targets that
@@ -384,7 +384,8 @@ class Seq2SeqTransformer(nn.Module):
             if not src.shape[0]:
                 memory, _ = self.encode(src)
                 tokens = torch.empty(0, 0, dtype=torch.int64, device=memory.device)
-                scores = torch.empty(0, device=memory.device)
+                dtype = torch.promote_types(memory.dtype, torch.float32)
+                scores = torch.empty(0, dtype=dtype, device=memory.device)
                 return Generation(tokens, scores, scores[:, None][:, :0]) if return_scores else tokens
             if not self.takes_cache:
                 warnings.warn(

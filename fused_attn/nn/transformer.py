@@ -38,6 +38,7 @@ from fused_attn.nn.attention import (
     batch_layout,
     check_backend,
     check_divides,
+    check_mask_dtype,
     check_sizes,
     keep_fast_path_off,
 )
@@ -46,7 +47,7 @@ from fused_attn.nn.replacement import replace_attention
 from fused_attn.nn.tracing import call_node
 
 if TYPE_CHECKING:
-    from fused_attn.nn.cache import KVCache, LayerCache
+    from fused_attn.nn.cache import CrossAttentionCache, KVCache, LayerCache
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -316,6 +317,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 "cache: expected a layer's cache such as cache.layers[i], got "
                 f"{type(cache).__name__}{paged_hint(cache)}"
             )
+        if cache is not None and type(self) is TransformerDecoderLayer:
+            cross_cache = cache.cross_attention
+            check_memory(self, tgt, memory, memory_mask, memory_key_padding_mask, memory_is_causal, cross_cache)
         # A subclass may override _mha_block with torch's signature, which has no cache. So the cache is passed only if
         # the method accepts it.
         own: dict[str, Any] = {} if cache is None else {"cache": cache.self_attention}
@@ -477,7 +481,9 @@ class TransformerDecoder(nn.TransformerDecoder):
             raise ValueError("cache: expected None, since a layer or its self-attention takes no cache, got one")
         else:
             caches = [{"cache": layer_cache} for layer_cache in cache.layers]
-            self._check_memory(tgt, memory, memory_key_padding_mask, cache)
+            first: Any = self.layers[0]
+            if type(first) is not TransformerDecoderLayer:  # which may pass another tensor to its attention
+                check_memory(first, tgt, memory, memory_mask, memory_key_padding_mask, memory_is_causal, None)
         tgt_mask, tgt_is_causal = _causal_mask(tgt_mask, tgt_is_causal, tgt_key_padding_mask, seqlen)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             tgt = layer(
@@ -500,31 +506,6 @@ class TransformerDecoder(nn.TransformerDecoder):
     def takes_cache(self) -> bool:
         """Whether a cache may be passed. Every layer must take its part of the cache."""
         return all(getattr(layer, "takes_cache", False) for layer in self.layers)
-
-    def _check_memory(self, tgt: Tensor, memory: Tensor, key_padding_mask: Tensor | None, cache: KVCache) -> None:
-        """Raises the errors that cross-attention would raise, before self-attention adds its rows to the cache.
-
-        An error after that would leave a cache that is of no use.
-        """
-        if memory.dim() != tgt.dim():
-            raise AssertionError(f"memory: expected {tgt.dim()} dimensions, as tgt has, got {tuple(memory.shape)}")
-        if memory.dim() == 3:
-            batch_dim = 0 if self.layers[0].self_attn.batch_first else 1
-            batch, length = memory.shape[batch_dim], memory.shape[1 - batch_dim]
-            if batch != tgt.shape[batch_dim]:
-                raise RuntimeError(
-                    f"memory: expected the batch size of tgt, {tgt.shape[batch_dim]}, got {batch}; "
-                    + batch_layout(batch_dim == 0)
-                )
-            expected: tuple[int, ...] = (batch, length)
-        else:
-            expected = memory.shape[:1]
-        if key_padding_mask is not None and key_padding_mask.shape != expected:
-            raise AssertionError(
-                f"memory_key_padding_mask: expected shape {tuple(expected)}, got {tuple(key_padding_mask.shape)}"
-            )
-        if type(self.layers[0]) is TransformerDecoderLayer:  # another class may pass another tensor to its attention
-            cache.layers[0].cross_attention.get(memory)
 
 
 class Transformer(nn.Transformer):
@@ -706,6 +687,56 @@ def _check_decoder_masks(
         memory_key_padding_mask=memory_key_padding_mask,
     )  # fmt: skip
     checks.check_flag("memory_is_causal", memory_is_causal)
+
+
+def check_memory(
+    layer: Any,
+    tgt: Tensor,
+    memory: Tensor,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    cache: CrossAttentionCache | None,
+) -> None:
+    """Raises the errors that cross-attention would raise, before self-attention adds its rows to the cache.
+
+    After a later error, the caller could not repeat the step: the rows would be in the cache of the first layer twice.
+
+    layer: a decoder layer
+    mask, key_padding_mask, is_causal: those of the memory
+    cache: that of the cross-attention of the layer. None means that it is not looked at
+    """
+    sizes, tgt_sizes = memory.shape, tgt.shape
+    if len(sizes) != len(tgt_sizes):
+        raise AssertionError(f"memory: expected {len(tgt_sizes)} dimensions, as tgt has, got {tuple(sizes)}")
+    batch, length, rows = 1, sizes[0], tgt_sizes[0]
+    if len(sizes) == 3:
+        batch_dim = 0 if layer.self_attn.batch_first else 1
+        batch, length, rows = sizes[batch_dim], sizes[1 - batch_dim], tgt_sizes[1 - batch_dim]
+        if batch != tgt_sizes[batch_dim]:
+            raise RuntimeError(
+                f"memory: expected the batch size of tgt, {tgt_sizes[batch_dim]}, got {batch}; "
+                + batch_layout(batch_dim == 0)
+            )
+    if key_padding_mask is not None:
+        check_mask_dtype("memory_key_padding_mask", key_padding_mask)
+        expected = (batch, length) if len(sizes) == 3 else (length,)
+        if key_padding_mask.shape != expected:
+            raise AssertionError(
+                f"memory_key_padding_mask: expected shape {expected}, got {tuple(key_padding_mask.shape)}"
+            )
+    attention = layer._modules.get("multihead_attn")  # looking up an attribute of a module takes three times as long
+    if isinstance(attention, FusedMultiheadAttention):
+        if sizes[-1] != attention.kdim:
+            raise RuntimeError(f"memory: expected {attention.kdim} features, got shape {tuple(sizes)}")
+        if mask is not None and causal_bias(mask) is None:
+            check_mask_dtype("memory_mask", mask)
+            is_read = key_padding_mask is not None or not is_causal
+            shapes = (rows, length), (batch * attention.num_heads, rows, length)
+            if is_read and mask.shape not in shapes:
+                raise RuntimeError(f"memory_mask: expected shape {shapes[0]} or {shapes[1]}, got {tuple(mask.shape)}")
+    if cache is not None:
+        cache.get(memory)
 
 
 def _fuse(layers: nn.ModuleList, backend: str | None) -> None:

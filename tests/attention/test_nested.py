@@ -227,6 +227,16 @@ def test_errors_of_the_module(generator: torch.Generator) -> None:
         module(x, x, nested(generator, OTHER_LENGTHS, EMBED_DIM), need_weights=False)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("lengths", [(3, 0, 5), (0, 0)], ids=["some", "none"])
+def test_strided_sequences_of_no_rows(lengths: tuple[int, ...], generator: torch.Generator) -> None:
+    module = FusedMultiheadAttention(EMBED_DIM, HEADS, batch_first=True, dtype=torch.float64)
+    rows = [torch.randn(n, EMBED_DIM, dtype=torch.float64, generator=generator) for n in lengths]
+    x = torch.nested.as_nested_tensor(rows)
+    for row, out in zip(rows, module(x, x, x, need_weights=False)[0].unbind(), strict=True):
+        torch.testing.assert_close(out, module(row, row, row)[0], rtol=0, atol=1e-12)
+
+
 def test_convert_attention_takes_them_too(generator: torch.Generator) -> None:
     from fused_attn import convert_attention
 

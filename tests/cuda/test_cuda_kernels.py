@@ -20,7 +20,7 @@ from cases import CASES, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import Kernels
-from test_fuzz import attention_cases, fuzz, packed_cases
+from test_fuzz import attention_cases, fuzz, packed_cases, paged_cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
@@ -485,8 +485,8 @@ def test_hidden_blocks_are_not_computed(architecture: int, kernels: Kernels, gen
 @st.composite
 def random_cases(draw: st.DrawFn) -> Case:
     """Those of `test_fuzz`, with head dims that have kernels and up to three times as many queries and keys."""
-    case = draw(st.one_of(attention_cases(), packed_cases()))
-    if case.lengths_q is None:
+    case = draw(st.one_of(attention_cases(), packed_cases(), paged_cases()))
+    if case.lengths_q is None and case.page_size is None:
         longer_q, longer_k = draw(st.integers(1, 3)), draw(st.integers(1, 3))
         case = dataclasses.replace(case, seqlen_q=longer_q * case.seqlen_q, seqlen_k=longer_k * case.seqlen_k)
     return with_kernels(case)

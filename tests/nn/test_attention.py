@@ -486,6 +486,14 @@ def test_rotary_embedding_turns_pairs_of_columns() -> None:
     torch.testing.assert_close(RotaryEmbedding(4)(x.transpose(0, 2), seq_dim=0).transpose(0, 2), RotaryEmbedding(4)(x))
 
 
+def test_rotary_embedding_of_no_rows() -> None:
+    for shape in ((2, 3, 0, 4), (0, 3, 5, 4)):
+        assert RotaryEmbedding(4)(randn(*shape)).shape == shape
+    positions = torch.tensor([7, 2])
+    assert RotaryEmbedding(4)(randn(2, 0, 3, 4), seq_dim=1, offset=positions).shape == (2, 0, 3, 4)
+    assert RotaryEmbedding(4)(randn(0, 2, 3, 4), seq_dim=0, offset=positions).shape == (0, 2, 3, 4)
+
+
 @pytest.mark.parametrize("options", [{"rotary": True}, {"rotary": 50.0, "num_kv_heads": 1}], ids=["plain", "gqa"])
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
 def test_rotary_attention_equals_the_formula(options: dict[str, Any], batch_first: bool) -> None:

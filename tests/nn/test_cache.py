@@ -71,6 +71,33 @@ def test_steps_with_and_without_gradients_mix():
     assert torch.equal(keys, torch.cat(steps, dim=2))
 
 
+@pytest.mark.parametrize("is_expanded", [False, True], ids=["same-tensor", "expanded"])
+def test_rows_after_a_crop_are_not_written_into_tensors_of_the_caller(is_expanded):
+    """A step with gradients may keep the tensors that it was given. Here, keys and values are even one tensor."""
+    cache, given = SelfAttentionCache(), rows(5)
+    if is_expanded:
+        given = given[:1].expand(2, -1, -1, -1)
+    before, new = given.clone(), rows(3)
+    cache.update(given, given)
+    cache.crop(2)
+    with torch.no_grad():
+        keys, values = cache.update(new, -new)
+    assert torch.equal(keys, torch.cat((before[:, :, :2], new), dim=2))
+    assert torch.equal(values, torch.cat((before[:, :, :2], -new), dim=2))
+    assert torch.equal(given, before)
+
+
+def test_rows_after_a_crop_are_not_written_into_what_autograd_has_saved():
+    cache, query = SelfAttentionCache(), torch.ones((), requires_grad=True)
+    steps = [rows(2), rows(3)]
+    losses = [(query * cache.update(step, step)[0]).sum() for step in steps]
+    cache.crop(1)
+    with torch.no_grad():
+        cache.update(rows(2), rows(2))
+    sum(losses).backward()
+    torch.testing.assert_close(query.grad, 2 * steps[0].sum() + steps[1].sum())
+
+
 def test_gradients_of_queries_over_frozen_keys():
     cache, query = SelfAttentionCache(), torch.ones((), requires_grad=True)
     steps = [rows(n) for n in (2, 1, 3)]

@@ -305,3 +305,37 @@ def test_errors():
         with pytest.raises(ValueError, match="key_padding_mask: expected None with a sliding window"):
             padding = torch.zeros(2, 1, dtype=torch.bool)
             make_module({})(y, y, y, padding, need_weights=False, cache=SlidingSelfAttentionCache(4))
+
+
+@pytest.mark.parametrize("caller", ["decoder", "layer"])
+@pytest.mark.parametrize("make", [lambda: KVCache(2), lambda: StaticKVCache(2, 8)], ids=["growing", "static"])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"memory_mask": torch.zeros(3, 4)}, r"memory_mask: expected shape \(1, 4\) or \(4, 1, 4\), got \(3, 4\)"),
+        ({"memory_mask": torch.zeros(1, 4).long()}, "memory_mask: expected bool or floating point, got torch.int64"),
+        ({"memory_key_padding_mask": torch.zeros(4, 2)}, r"memory_key_padding_mask: expected shape \(2, 4\), got"),
+        ({"memory_key_padding_mask": torch.zeros(2, 4).int()}, "memory_key_padding_mask: expected bool or floating"),
+        ({"tgt_key_padding_mask": torch.zeros(2, 1)}, r"key_padding_mask: expected shape \(N, S\) = \(2, [28]\), got"),
+        ({"memory": torch.zeros(2, 4, 9)}, r"memory: expected 8 features, got shape \(2, 4, 9\)"),
+        ({"memory": torch.zeros(3, 4, 8)}, r"memory: expected the batch size of tgt, 2, got 3"),
+        ({"memory": torch.zeros(2, 5, 8)}, r"memory: expected batch size 2 and length 4, as in the cache"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+@torch.no_grad()
+def test_a_step_can_be_repeated_after_an_error(caller, make, wrong, message):
+    """A wrong argument of a step adds no row to the cache of any layer."""
+    torch.manual_seed(0)
+    decoder = fused.TransformerDecoder(fused.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    tgt, memory, cache = torch.randn(2, 2, 8), torch.randn(2, 4, 8), make()
+    if caller == "layer":
+        step, full, kept = decoder.layers[0], decoder.layers[0](tgt, memory, tgt_is_causal=True), cache.layers[0]
+    else:
+        step, full, kept = decoder, decoder(tgt, memory, tgt_is_causal=True), cache
+    first, second = tgt.split(1, dim=1)
+    step(first, memory, cache=kept)
+    with pytest.raises((AssertionError, RuntimeError, ValueError), match=f"^{message}"):
+        step(second, **{"memory": memory} | wrong, cache=kept)
+    torch.testing.assert_close(step(second, memory, cache=kept), full[:, 1:])
+    assert all(layer.self_attention.length == 2 for layer in (cache.layers if caller == "decoder" else [kept]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -69,6 +70,21 @@ PREFIXES = [[5, 3], [4], [], [8, 8], [6], [3, 4]]
 def padded(prefixes: list[list[int]]) -> Tensor:
     width = max(map(len, prefixes))
     return torch.tensor([prefix + [PAD] * (width - len(prefix)) for prefix in prefixes])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_more_beams_than_targets(count):
+    """Three tokens may be generated, so three targets are possible with one new token, and seven with two."""
+    model, beams = make_model(seed=3, tgt_vocab_size=5), 9
+    targets = [target for n in range(1, count + 1) for target in itertools.product((EOS, 3, 4), repeat=n)]
+    targets = [x for x in targets if EOS not in x[:-1] and (len(x) == count or x[-1] == EOS)]
+    found = model.generate(SRC[:2], count, num_beams=beams, num_return_sequences=beams, return_scores=True)
+    assert found.log_probs.isfinite().all()
+    for rows, scores in zip(found.tokens.split(beams), found.scores.split(beams), strict=True):
+        rows = [tuple(without_padding(row)) for row in rows]
+        assert sorted(rows[: len(targets)]) == sorted(targets)
+        assert not any(rows[len(targets) :])
+        assert scores[: len(targets)].isfinite().all() and (scores[len(targets) :] == -math.inf).all()
 
 
 @pytest.mark.parametrize("has_prefix", [False, True], ids=["no-prefix", "prefix"])

@@ -132,6 +132,21 @@ def test_self_attention_in_another_dtype_than_the_module() -> None:
 
 
 @pytest.mark.parametrize(
+    ("of_module", "of_input", "kept"),
+    [("float64", "float32", "float64"), ("float32", "float64", "float64"), ("float32", "int32", "int32")],
+)
+def test_inputs_that_autocast_does_not_cast(of_module, of_input, kept) -> None:
+    module = FusedMultiheadAttention(16, 2, batch_first=True, dtype=getattr(torch, of_module))
+    x = X.to(getattr(torch, of_input))
+    message = (
+        rf"the dtype of the module, torch\.{of_module}, since autocast casts no torch\.{kept}, got torch\.{of_input}"
+    )
+    for name, inputs in (("query", (x, x, x)), ("value", (X.to(module.out_proj.weight.dtype),) * 2 + (x,))):
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match=f"^{name}: .*{message}"):
+            module(*inputs, need_weights=False)
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: FusedMultiheadAttention(16, 2)(X, Y, Y), "key: expected the batch size of query, 5, got 7"),
@@ -474,6 +489,35 @@ def test_arguments_of_caches_are_named(name) -> None:
     function, exception, message = CACHES[name]
     with pytest.raises(exception, match=f"^{message}"):
         function()
+
+
+@pytest.mark.parametrize("rows", [0, 2], ids=["first", "later"])
+@pytest.mark.parametrize("cache", [fused_attn.nn.SelfAttentionCache, lambda: fused_attn.nn.StaticSelfAttentionCache(8)])
+@pytest.mark.parametrize(
+    ("wrong", "exception", "message"),
+    [
+        (lambda bias: bias[:1], ValueError, r"expected shape .*, got shape \(1, "),
+        (lambda bias: torch.nn.functional.pad(bias, (0, 2)), ValueError, r"expected shape .*, got shape \(2, "),
+        (lambda bias: bias.long(), TypeError, "expected a floating-point"),
+        (lambda bias: 0, TypeError, "expected a torch.Tensor, got int 0"),
+    ],
+    ids=["heads", "columns", "dtype", "number"],
+)
+def test_a_relative_bias_that_does_not_fit_is_told(rows, cache, wrong, exception, message) -> None:
+    """With rows in the cache, the bias is cut to the columns of the call, which would hide a wrong number of them."""
+    bias = [lambda bias: bias]
+
+    def relative_bias(seqlen_q: int, seqlen_k: int) -> torch.Tensor:
+        return bias[0](torch.zeros(2, seqlen_q + seqlen_k - 1))
+
+    module = FusedMultiheadAttention(4, 2, batch_first=True, relative_bias=relative_bias)
+    kept, x = cache(), torch.zeros(1, 2, 4)
+    with torch.no_grad():
+        if rows:
+            module(x, x, x, need_weights=False, cache=kept)
+        bias[0] = wrong
+        with pytest.raises(exception, match=f"^relative_bias: {message}"):
+            module(x, x, x, need_weights=False, cache=kept)
 
 
 def test_rows_of_pages_are_tensors() -> None:

@@ -351,6 +351,8 @@ def test_an_empty_source_and_an_empty_batch():
     assert torch.equal(model.generate(src, 6)[[0, 1]], model.generate(SRC, 6)[[0, 1]])
     for num_beams in (1, 2):
         assert model.generate(SRC[:0], 6, num_beams=num_beams).shape == (0, 0)
+        nothing, one = (model.generate(x, 6, num_beams=num_beams, return_scores=True) for x in (SRC[:0], SRC[:1]))
+        assert [x.dtype for x in nothing] == [x.dtype for x in one]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=str)

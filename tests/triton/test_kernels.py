@@ -17,7 +17,7 @@ from conftest import DEVICE, runnable_backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dropout import kept
-from test_fuzz import attention_cases, fuzz, packed_cases
+from test_fuzz import attention_cases, fuzz, packed_cases, paged_cases
 from torch import Tensor
 
 import fused_attn
@@ -111,7 +111,7 @@ def test_layouts_survive_the_way_to_the_device() -> None:
             torch.testing.assert_close(there.cpu(), here, rtol=0, atol=0, equal_nan=True)
 
 
-@settings(fuzz, max_examples=100 if IS_GPU else 12)
+@settings(fuzz, max_examples=100 if IS_GPU else 16)
 @given(case=attention_cases(), dtype=st.sampled_from(DTYPES))
 def test_fuzz(case: Case, dtype: torch.dtype) -> None:
     cases.check(case, dtype, "triton", DEVICE)
@@ -120,6 +120,12 @@ def test_fuzz(case: Case, dtype: torch.dtype) -> None:
 @settings(fuzz, max_examples=60 if IS_GPU else 6)
 @given(case=packed_cases(), dtype=st.sampled_from(DTYPES))
 def test_fuzz_packed(case: Case, dtype: torch.dtype) -> None:
+    cases.check(case, dtype, "triton", DEVICE)
+
+
+@settings(fuzz, max_examples=60 if IS_GPU else 6)
+@given(case=paged_cases(), dtype=st.sampled_from(DTYPES))
+def test_fuzz_paged(case: Case, dtype: torch.dtype) -> None:
     cases.check(case, dtype, "triton", DEVICE)
 
 

@@ -33,7 +33,7 @@ def biased_scores(qk, query, key, head_slice, masks, settings, IS_FULL: tl.const
     if masks.bias.ptr is not None:
         scores += _load_scores(masks.bias, query, key, head_slice, IS_FULL).to(tl.float32)
     if masks.key_bias is not None:
-        of_batch = masks.key_bias + head_slice.batch.to(tl.int64) * head_slice.seqlen_k
+        of_batch = masks.key_bias + head_slice.batch.to(tl.int64) * head_slice.key_padding_stride
         scores += tl.load(of_batch + key, mask=key < head_slice.seqlen_k, other=0.0).to(tl.float32)
     if masks.relative_bias is not None:
         table = masks.relative_bias + head_slice.head.to(tl.int64) * masks.relative_bias_stride_h

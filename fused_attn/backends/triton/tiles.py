@@ -14,7 +14,7 @@ class HeadSlice(NamedTuple):
     head: a scalar, or (M, 1) if the rows of a tile belong to different heads
     q_offset, k_offset: the first row of the sequence in packed tensors, else 0
     seqlen_q, seqlen_k: the lengths of this sequence
-    key_padding_stride: elements from one batch entry of the padding mask to the next
+    key_padding_stride: elements from one batch entry of the padding mask, or of the key bias, to the next
     lse_offset: the index of the first query in tensors of the shape of the LSE
     band_offset: the band's diagonal is key - query = band_offset
     table_offset: the column of relative_bias for key - query is key - query + table_offset
