@@ -146,6 +146,7 @@ struct KeyGradientTileSm90 {
 };
 template <bool kIsGeneral>
 struct KeyGradientTileSm90<192, kIsGeneral> {
+  // dk takes 96 registers, and dv 64 with values of head dim 128. So a general kernel has room for 64 queries, too.
   static constexpr int kBlockM = 64, kStages = 2;
 };
 
