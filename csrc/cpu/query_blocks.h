@@ -226,9 +226,11 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   // Where rows are converted, they are read in order, so the hardware prefetches them. On a Xeon with AVX-512, float32
   // calls with 16 queries and 4096 keys of 8 heads took 0.72 of the time (head dim 128), with 64 queries 0.84. If all
   // rows are in the cache, prefetches only take time: 64 queries and keys took 1.03 of the time, 16 queries and 128 keys
-  // 1.07.
+  // 1.07. The same is true if several blocks of queries read the rows of a head, and these fit into the cache: 512
+  // queries and keys of two batch entries, of which one is half padded, took 1.05 of the time.
   constexpr bool kReadsMemory = !Policy::kConverts && Policy::kPerLane == 1;
-  const bool prefetches = kReadsMemory && key_value_bytes<Storage>(p) > kCachedBytes;
+  const int64_t heads_in_cache = p.seqlen_q > kBlockQ ? p.batch * p.num_kv_heads : 1;
+  const bool prefetches = kReadsMemory && key_value_bytes<Storage>(p) > heads_in_cache * kCachedBytes;
   const int64_t row_bytes = p.head_dim * static_cast<int64_t>(sizeof(Storage));
   const int64_t value_row_bytes = p.value_dim * static_cast<int64_t>(sizeof(Storage));
   KeyBlock& keys = *s.key.keys;
