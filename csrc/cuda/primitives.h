@@ -222,7 +222,7 @@ GPU_DEVICE void forget_registers(float (&r)[N]);
 GPU_DEVICE uint32_t keep_computed(uint32_t x);
 GPU_DEVICE int32_t keep_computed(int32_t x);
 template <class V>
-GPU_DEVICE const V* keep_computed(const V* p);
+GPU_DEVICE const V* keep_computed(const V* p);  // p points to global memory
 
 // Descriptor of a 16-bit matrix in shared memory, at the corner `address` of the operand. Rows have kRowBytes bytes (128
 // or 64), and are swizzled by as many.

@@ -373,6 +373,7 @@ GPU_DEVICE int32_t keep_computed(int32_t x) { return static_cast<int32_t>(keep_c
 template <class V>
 GPU_DEVICE const V* keep_computed(const V* p) {
   asm volatile("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));  // otherwise the compiler would not know, and load from any kind of memory (LD)
   return p;
 }
 

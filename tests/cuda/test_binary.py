@@ -358,6 +358,15 @@ def test_no_kernel_uses_local_memory(built):
 
 
 @pytest.mark.slow
+def test_loads_and_stores_name_their_memory(built):
+    """LD, ST and ATOM find out at run time whether an address lies in global or in shared memory. Each such access is
+    slower, and waits for both kinds of memory.
+    """
+    for kernel in built:
+        assert not {"LD", "ST", "ATOM"} & kernel.instructions.keys(), f"{kernel.architecture} {kernel.name}"
+
+
+@pytest.mark.slow
 def test_kernels_use_the_instructions_that_they_are_for(built):
     main = [kernel for kernel in built if re.search(r"(forward|gradient|decode)_kernel", kernel.name)]
     assert {kernel.architecture for kernel in main} == PURPOSE.keys()
