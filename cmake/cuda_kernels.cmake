@@ -52,23 +52,21 @@ else()
   set_property(SOURCE cuda/attention.cu APPEND PROPERTY COMPILE_DEFINITIONS FUSED_ATTN_WITHOUT_SM80)
 endif()
 
-# In these small files, the headers take half of the time. So the files of a folder are compiled as one.
+# In these small files, the headers take half of the time. So the files of the folder are compiled as one.
 file(GLOB host_kernels CONFIGURE_DEPENDS cuda/*.cu)
-foreach(folder IN ITEMS bias_gradient decode)
-  file(GLOB sources CONFIGURE_DEPENDS cuda/${folder}/*.cu)
-  list(TRANSFORM sources REPLACE "(.+)" "#include \"\\1\"\n")
-  list(JOIN sources "" text)
-  set(joined "${CMAKE_CURRENT_BINARY_DIR}/${folder}.cu")
-  # A file that is the same is not written again, because ninja would compile it again. file(CONFIGURE) would do so, too,
-  # but it would also replace what stands between two @ in a path.
-  set(written "")
-  if(EXISTS "${joined}")
-    file(READ "${joined}" written)
-  endif()
-  if(NOT "${written}" STREQUAL "${text}")
-    file(WRITE "${joined}" "${text}")
-  endif()
-  list(PREPEND host_kernels "${joined}")
-endforeach()
+file(GLOB sources CONFIGURE_DEPENDS cuda/decode/*.cu)
+list(TRANSFORM sources REPLACE "(.+)" "#include \"\\1\"\n")
+list(JOIN sources "" text)
+set(joined "${CMAKE_CURRENT_BINARY_DIR}/decode.cu")
+# A file that is the same is not written again, because ninja would compile it again. file(CONFIGURE) would do so, too,
+# but it would also replace what stands between two @ in a path.
+set(written "")
+if(EXISTS "${joined}")
+  file(READ "${joined}" written)
+endif()
+if(NOT "${written}" STREQUAL "${text}")
+  file(WRITE "${joined}" "${text}")
+endif()
+list(PREPEND host_kernels "${joined}")
 add_kernels(cuda_host "${host_architectures}" ${host_kernels})
 list(APPEND kernels $<TARGET_OBJECTS:cuda_host>)

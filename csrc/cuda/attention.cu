@@ -83,15 +83,16 @@ bool is_fused_backward(const WorkspaceNeeds& needs) {
          has_fused_backward(needs.head_dim);
 }
 
-BiasGradientSizes bias_gradient_sizes(const WorkspaceNeeds& needs) {
-  return {needs.batch, needs.num_heads, needs.seqlen_q, needs.seqlen_k, needs.head_dim};
+BiasGradientSizes bias_gradient_sizes(const WorkspaceNeeds& needs, BiasGradientTile tile) {
+  return {needs.batch, needs.num_heads, needs.seqlen_q, needs.seqlen_k, tile};
 }
 
 // The shape of the gradient of a key bias: that of a dense bias that heads and queries share.
 std::array<int64_t, 4> dkey_bias_shape(const WorkspaceNeeds& needs) { return {needs.batch, 1, 1, needs.seqlen_k}; }
 
-// Divides a workspace into the pieces that a call needs. With a workspace that only counts, this gives the size.
-Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
+// Divides a workspace into the pieces that a call needs. With a workspace that only counts, this gives the size. `tile` is
+// that of the kernel for the gradient of a bias.
+Pieces take_pieces(const WorkspaceNeeds& needs, BiasGradientTile tile, Workspace& workspace) {
   Pieces pieces;
   if (needs.num_splits > 0) {
     const int64_t rows = needs.num_splits > 1 ? needs.num_splits * needs.batch * needs.num_heads * needs.seqlen_q : 0;
@@ -137,13 +138,11 @@ Pieces take_pieces(const WorkspaceNeeds& needs, Workspace& workspace) {
     if (needs.is_backward)
       mask.queries_of_key = workspace.take<uint32_t>(needs.mask_entries * needs.seqlen_k * mask.query_words);
   }
-  if (needs.wants_dbias)
-    pieces.dbias_sums = workspace.take<float>(sum_floats(plan_dense(bias_gradient_sizes(needs), needs.dbias_shape)));
+  const BiasGradientSizes sizes = bias_gradient_sizes(needs, tile);
+  if (needs.wants_dbias) pieces.dbias_sums = workspace.take<float>(sum_floats(plan_dense(sizes, needs.dbias_shape)));
   if (needs.wants_dkey_bias)
-    pieces.dkey_bias_sums =
-        workspace.take<float>(sum_floats(plan_dense(bias_gradient_sizes(needs), dkey_bias_shape(needs))));
-  if (needs.wants_drelative_bias)
-    pieces.drelative_bias_sums = workspace.take<float>(sum_floats(plan_relative(bias_gradient_sizes(needs))));
+    pieces.dkey_bias_sums = workspace.take<float>(sum_floats(plan_dense(sizes, dkey_bias_shape(needs))));
+  if (needs.wants_drelative_bias) pieces.drelative_bias_sums = workspace.take<float>(sum_floats(plan_relative(sizes)));
   if (needs.relative_bias_heads != 0)
     pieces.relative_bias = workspace.take<float>(needs.relative_bias_heads *
                                                  (needs.seqlen_q + needs.seqlen_k - 1 + 2 * kRelativeBiasMargin));
@@ -386,30 +385,47 @@ struct KernelSet {
   Launcher forward;
   Launcher backward;
   BiasGradientLauncher bias_gradient;
+  BiasGradientTile bias_gradient_tile;
   void (*decode)(const Params&, const DecodeParams&, bool, Stream);
 };
+
+// The decode kernel for a head dim: there is none for 192.
+template <int kHeadDim>
+constexpr int kDecodeHeadDim = kHeadDim == 192 ? 256 : kHeadDim;
+
+// The kernels that an architecture has for these head dims.
+template <int kHeadDim, int kValueDim = kHeadDim>
+constexpr KernelSet sm80_kernels() {
+  using BiasTile = BiasGradientTileSm80<kHeadDim>;
+  return {80,
+          kHeadDim,
+          kValueDim,
+          sm80::launch_forward<kHeadDim, kValueDim>,
+          sm80::launch_backward<kHeadDim, kValueDim>,
+          sm80::launch_bias_gradient<kHeadDim, kValueDim>,
+          {BiasTile::kBlockM, BiasTile::kBlockN},
+          launch_decode<kDecodeHeadDim<kHeadDim>>};
+}
+template <int kHeadDim, int kValueDim = kHeadDim>
+constexpr KernelSet sm90_kernels() {
+  using BiasTile = BiasGradientTileSm90<kHeadDim>;
+  return {90,
+          kHeadDim,
+          kValueDim,
+          sm90::launch_forward<kHeadDim, kValueDim>,
+          sm90::launch_backward<kHeadDim, kValueDim>,
+          sm90::launch_bias_gradient<kHeadDim, kValueDim>,
+          {BiasTile::kBlockM, BiasTile::kBlockN},
+          launch_decode<kDecodeHeadDim<kHeadDim>>};
+}
 
 // CMake can leave an architecture out.
 constexpr KernelSet kKernelSets[] = {
 #ifndef FUSED_ATTN_WITHOUT_SM80
-    {80, 64, 64, sm80::launch_forward<64>, sm80::launch_backward<64>, launch_bias_gradient<64>, launch_decode<64>},
-    {80, 96, 96, sm80::launch_forward<96>, sm80::launch_backward<96>, launch_bias_gradient<96>, launch_decode<96>},
-    {80, 128, 128, sm80::launch_forward<128>, sm80::launch_backward<128>, launch_bias_gradient<128>,
-     launch_decode<128>},
-    {80, 192, 128, sm80::launch_forward<192, 128>, sm80::launch_backward<192, 128>, launch_bias_gradient<256>,
-     launch_decode<256>},
-    {80, 256, 256, sm80::launch_forward<256>, sm80::launch_backward<256>, launch_bias_gradient<256>,
-     launch_decode<256>},
+    sm80_kernels<64>(), sm80_kernels<96>(), sm80_kernels<128>(), sm80_kernels<192, 128>(), sm80_kernels<256>(),
 #endif
 #ifndef FUSED_ATTN_WITHOUT_SM90
-    {90, 64, 64, sm90::launch_forward<64>, sm90::launch_backward<64>, launch_bias_gradient<64>, launch_decode<64>},
-    {90, 96, 96, sm90::launch_forward<96>, sm90::launch_backward<96>, launch_bias_gradient<96>, launch_decode<96>},
-    {90, 128, 128, sm90::launch_forward<128>, sm90::launch_backward<128>, launch_bias_gradient<128>,
-     launch_decode<128>},
-    {90, 192, 128, sm90::launch_forward<192, 128>, sm90::launch_backward<192, 128>, launch_bias_gradient<256>,
-     launch_decode<256>},
-    {90, 256, 256, sm90::launch_forward<256>, sm90::launch_backward<256>, launch_bias_gradient<256>,
-     launch_decode<256>},
+    sm90_kernels<64>(), sm90_kernels<96>(), sm90_kernels<128>(), sm90_kernels<192, 128>(), sm90_kernels<256>(),
 #endif
 };
 
@@ -476,7 +492,7 @@ void run(const Call& of_caller, bool is_backward) {
                                 std::to_string(call.workspace_bytes));
   check_decode(a, needs.num_splits > 0);
   Workspace workspace(call.workspace);
-  const Pieces pieces = take_pieces(needs, workspace);
+  const Pieces pieces = take_pieces(needs, kernels.bias_gradient_tile, workspace);
   Params params = params_of(call, pieces, is_backward);
   if (needs.num_splits > 0) {
     const DecodeParams decode = decode_params_of(a, pieces, params);
@@ -487,7 +503,7 @@ void run(const Call& of_caller, bool is_backward) {
   prepare(a, params, pieces, is_backward, kernels.head_dim, call.stream);
   (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
   // These kernels come after those of backward, because they read the row statistics.
-  const BiasGradientSizes sizes = bias_gradient_sizes(needs);
+  const BiasGradientSizes sizes = bias_gradient_sizes(needs, kernels.bias_gradient_tile);
   if (needs.wants_dbias)
     sum_dense(params, plan_dense(sizes, needs.dbias_shape), a.dbias, needs.dbias_shape, pieces.dbias_sums,
               kernels.bias_gradient, is_bf16, call.stream);
@@ -495,8 +511,8 @@ void run(const Call& of_caller, bool is_backward) {
     sum_dense(params, plan_dense(sizes, dkey_bias_shape(needs)), a.dkey_bias, dkey_bias_shape(needs),
               pieces.dkey_bias_sums, kernels.bias_gradient, is_bf16, call.stream);
   if (needs.wants_drelative_bias)
-    sum_relative(params, plan_relative(sizes), bias_gradient_tile(sizes.head_dim), a.drelative_bias,
-                 pieces.drelative_bias_sums, kernels.bias_gradient, is_bf16, call.stream);
+    sum_relative(params, plan_relative(sizes), sizes.tile, a.drelative_bias, pieces.drelative_bias_sums,
+                 kernels.bias_gradient, is_bf16, call.stream);
   if (a.dsinks.data != nullptr) sum_sinks(params, call.stream);
 }
 
@@ -504,8 +520,9 @@ void run(const Call& of_caller, bool is_backward) {
 
 int64_t workspace_bytes(WorkspaceNeeds needs) {
   Workspace workspace(nullptr);
-  needs.head_dim = kernels_for(needs.architecture, needs.head_dim, needs.value_dim).head_dim;
-  take_pieces(needs, workspace);
+  const KernelSet& kernels = kernels_for(needs.architecture, needs.head_dim, needs.value_dim);
+  needs.head_dim = kernels.head_dim;
+  take_pieces(needs, kernels.bias_gradient_tile, workspace);
   return workspace.bytes();
 }
 

@@ -1,5 +1,6 @@
 // The gradients of biases and sinks: the arguments of their kernels, and the small kernels that complete the sums.
-// sm80/bias_gradient.h has the large kernel. bias_gradient/plan.h fills the arguments in and launches the kernels.
+// sm80/bias_gradient.h and sm90/bias_gradient.h have the large kernel. bias_gradient/plan.h fills the arguments in and
+// launches the kernels.
 #pragma once
 #include "fragments.h"
 #include "kernels.h"
@@ -30,20 +31,22 @@ struct BiasGradientParams {
   int64_t stride_batch, stride_head, stride_query, stride_key;
 };
 
-// Launches bias_gradient_kernel for all owners and splits.
-template <int kHeadDim>
-void launch_bias_gradient(const Params& p, const BiasGradientParams& g, bool is_bf16, Stream stream);
-
-// The sizes of a tile of scores in bias_gradient_kernel. These sizes stand here, apart from the kernel, because the
-// plans on the host need them. launch_bias_gradient asserts that the kernel has the same sizes.
-struct BiasGradientTile {
-  int32_t queries;
-  int32_t keys;
-};
-constexpr BiasGradientTile bias_gradient_tile(int64_t head_dim) {
-  if (head_dim == 96) return {64, 64};
-  return head_dim <= 128 ? BiasGradientTile{128, 64} : BiasGradientTile{64, 32};
+// The shape of a launch of bias_gradient_kernel: a block of threads for each owner and split.
+inline LaunchShape shape_of_owners(const BiasGradientParams& g, int threads, int shared_bytes) {
+  const int64_t programs = int64_t{g.owners} * g.splits;
+  if (programs >= int64_t{1} << 31) throw std::length_error("the bias needs more blocks than a grid may have");
+  return {static_cast<int>(programs), 1, 1, threads, shared_bytes};
 }
+
+// Launches bias_gradient_kernel for all owners and splits. head_dim_*.cu instantiates the launchers.
+namespace sm80 {
+template <int kHeadDim, int kValueDim = kHeadDim>
+void launch_bias_gradient(const Params& p, const BiasGradientParams& g, bool is_bf16, Stream stream);
+}  // namespace sm80
+namespace sm90 {
+template <int kHeadDim, int kValueDim = kHeadDim>
+void launch_bias_gradient(const Params& p, const BiasGradientParams& g, bool is_bf16, Stream stream);
+}  // namespace sm90
 
 // ---- Sums over splits, tiles and rows
 

@@ -17,16 +17,10 @@ FLAGS = ("-Wno-psabi",)  # otherwise g++ warns about how it passes vector types
 
 #: Launchers that do nothing, in place of those of a head dim that a test does not need: this saves compile time.
 STUB = """
-#include "cuda/kernels.h"
+#include "cuda/bias_gradient.h"
 namespace fused_attn::gpu::{family} {{
 template <> void launch_forward<{head_dims}>(const Params&, bool, Stream) {{}}
 template <> void launch_backward<{head_dims}>(const Params&, bool, Stream) {{}}
-}}
-"""
-
-STUB_BIAS_GRADIENT = """
-#include "cuda/bias_gradient.h"
-namespace fused_attn::gpu {{
 template <> void launch_bias_gradient<{head_dims}>(const Params&, const BiasGradientParams&, bool, Stream) {{}}
 }}
 """
@@ -39,7 +33,7 @@ template <> void launch_decode<{head_dims}>(const Params&, const DecodeParams&, 
 """
 
 #: The stub for a folder of kernels.
-STUBS = {"sm80": STUB, "sm90": STUB, "bias_gradient": STUB_BIAS_GRADIENT, "decode": STUB_DECODE}
+STUBS = {"sm80": STUB, "sm90": STUB, "decode": STUB_DECODE}
 
 
 class Kernels:

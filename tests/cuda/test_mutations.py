@@ -499,7 +499,7 @@ BUGS = [
         "has_aligned_groups(a, 2, 8)", "has_aligned_groups(a, 2, (@ ? 4 : 8))",
     ),
     Bug(
-        "tiles-of-a-split-lost", 90, "biased", "sm80/bias_gradient.h",
+        "tiles-of-a-split-lost", 90, "biased", "bias_gradient/score_tiles.h",
         "end = static_cast<int32_t>(count * (split + 1) / g.splits);",
         "end = static_cast<int32_t>(count * (split + 1) / g.splits) - @;",
     ),
@@ -521,7 +521,41 @@ BUGS = [
     ),
     Bug(
         "sums-read-before-every-warp-has-stored", 80, "biased", "sm80/bias_gradient.h",
-        "sync_threads(); float* const split_sums", "if (!@) sync_threads(); float* const split_sums",
+        "sums_tile.store(sums, warp_row, lane); sync_threads();",
+        "sums_tile.store(sums, warp_row, lane); if (!@) sync_threads();",
+    ),
+    Bug(
+        "scores-released-before-they-are-computed", 90, "biased-many", "sm90/bias_gradient.h",
+        "wgmma_wait<1>(); keep_registers(flat(scores)); scores_position.release(ring);",
+        "if (@) scores_position.release(ring); wgmma_wait<1>(); keep_registers(flat(scores));"
+        " if (!@) scores_position.release(ring);",
+    ),
+    Bug(
+        "dprobs-released-before-they-are-computed", 90, "biased-many", "sm90/bias_gradient.h",
+        "wgmma_wait<0>(); keep_registers(flat(dprobs)); position.release(ring);",
+        "if (@) position.release(ring); wgmma_wait<0>(); keep_registers(flat(dprobs)); if (!@) position.release(ring);",
+    ),
+    Bug(
+        "note-of-a-tile-overwritten", 90, "biased-many", "sm90/bias_gradient.h",
+        "position.slot() * Plan::kNoteBytes};", "(@ ? 0 : position.slot()) * Plan::kNoteBytes};",
+    ),
+    Bug(
+        "values-of-a-tile-not-expected", 90, "biased", "sm90/bias_gradient.h",
+        "mbarrier_arrive_expect(barrier, DoutTile::kBytes + ValueTile::kBytes);",
+        "mbarrier_arrive_expect(barrier, DoutTile::kBytes + (@ ? 0 : ValueTile::kBytes));",
+    ),
+    Bug(
+        "hidden-nan-in-the-gradient-of-a-bias", 90, "biased-many", "sm90/bias_gradient.h",
+        "if (!note.has(Note::kIsWhole)) clear_where_zero(dprobs, scores);",
+        "if (!@ && !note.has(Note::kIsWhole)) clear_where_zero(dprobs, scores);",
+    ),
+    Bug(
+        "sums-written-over-tiles-in-use", 90, "biased", "sm90/bias_gradient.h",
+        "barrier_sync<1>(kConsumerThreads); const SumsTile", "if (!@) barrier_sync<1>(kConsumerThreads); const SumsTile",
+    ),
+    Bug(
+        "sums-of-the-other-consumer-not-waited-for", 90, "relative", "sm90/bias_gradient.h",
+        "barrier_sync<1>(kConsumerThreads); store_gradient", "if (!@) barrier_sync<1>(kConsumerThreads); store_gradient",
     ),
     Bug(
         "mask-map-without-hidden", 90, "masked", "mask_bits.h",
@@ -718,6 +752,17 @@ CASES = {
         "relative-shared", seqlen_q=70, seqlen_k=150, head_dim=HEAD_DIM, relative_bias=cases.shared_bias
     ),
     "biased": Case("biased", seqlen_q=200, seqlen_k=150, head_dim=HEAD_DIM, attn_mask=cases.float_mask("1H1S")),
+    "biased-many": Case(
+        "biased-many",
+        batch=4,
+        heads=3,
+        seqlen_q=200,
+        seqlen_k=70,
+        head_dim=HEAD_DIM,
+        attn_mask=cases.float_mask("111S"),
+        key_padding_mask=cases.scattered_padding,
+        edit=cases._nan_in_padding,
+    ),
     "biased-rows": Case(
         "biased-rows", batch=1, seqlen_q=70, seqlen_k=152, head_dim=HEAD_DIM, attn_mask=cases.float_mask("HLS")
     ),
@@ -808,10 +853,19 @@ CASES = {
 }
 
 
+#: In the copy with the bugs, the gradient of a bias is divided among so many programs. With the product's number, each
+#: program of a small case would visit one tile of scores.
+BIAS_GRADIENT_PROGRAMS = 8
+
+
 def plant(folder: Path) -> Path:
     """A copy of csrc with every bug, one after another: a later one may look for what an earlier one has planted."""
     copy = folder / "csrc"
     shutil.copytree(CSRC, copy)
+    plan = copy / "cuda" / "bias_gradient" / "plan.h"
+    source, count = re.subn(r"(kBiasGradientPrograms = )\d+;", rf"\g<1>{BIAS_GRADIENT_PROGRAMS};", plan.read_text())
+    assert count == 1
+    plan.write_text(source)
     for number, bug in enumerate(BUGS, start=1):
         path = copy / "cuda" / bug.file
         source = path.read_text()

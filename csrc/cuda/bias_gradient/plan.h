@@ -14,13 +14,19 @@ namespace fused_attn::gpu {
 // every device, because it decides the order of additions, and so the last bits of the result.
 constexpr int64_t kBiasGradientPrograms = 256;
 
+// The sizes of a tile of scores in bias_gradient_kernel.
+struct BiasGradientTile {
+  int32_t queries;
+  int32_t keys;
+};
+
 // What the plans depend on.
 struct BiasGradientSizes {
   int64_t batch;
   int64_t num_heads;
   int64_t seqlen_q;
   int64_t seqlen_k;
-  int64_t head_dim;  // head dim of the kernels: 64, 96, 128 or 256
+  BiasGradientTile tile;
 };
 
 // Returns into how many parts the tiles of each owner are split. `tiles` is the number of tiles of one owner.
@@ -31,10 +37,9 @@ inline int32_t splits_of(int64_t owners, int64_t tiles) {
 
 // Begins a plan: returns parameters that have the numbers of blocks of queries and of keys, and zeros otherwise.
 inline BiasGradientParams blocks_of(const BiasGradientSizes& sizes) {
-  const BiasGradientTile tile = bias_gradient_tile(sizes.head_dim);
   BiasGradientParams g{};
-  g.query_blocks = static_cast<int32_t>((sizes.seqlen_q + tile.queries - 1) / tile.queries);
-  g.key_blocks = static_cast<int32_t>((sizes.seqlen_k + tile.keys - 1) / tile.keys);
+  g.query_blocks = static_cast<int32_t>((sizes.seqlen_q + sizes.tile.queries - 1) / sizes.tile.queries);
+  g.key_blocks = static_cast<int32_t>((sizes.seqlen_k + sizes.tile.keys - 1) / sizes.tile.keys);
   return g;
 }
 
@@ -63,7 +68,7 @@ inline BiasGradientParams plan_dense(const BiasGradientSizes& sizes, const std::
 
 // The plan for a relative bias. An owner is a diagonal of tiles of one head.
 inline BiasGradientParams plan_relative(const BiasGradientSizes& sizes) {
-  const BiasGradientTile tile = bias_gradient_tile(sizes.head_dim);
+  const BiasGradientTile& tile = sizes.tile;
   BiasGradientParams g = blocks_of(sizes);
   g.is_relative = true;
   // A diagonal of tiles has the tiles with the same (first key - first query). In blocks of keys, this difference goes

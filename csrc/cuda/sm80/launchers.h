@@ -2,6 +2,7 @@
 #pragma once
 #include "../kernels.h"
 #include "backward.h"
+#include "bias_gradient.h"
 #include "forward.h"
 
 namespace fused_attn::gpu::sm80 {
@@ -40,6 +41,18 @@ void launch_backward(const Params& p, bool is_bf16, Stream stream) {
                           KeyPlan::kBytes),
                  stream, p);
   });
+}
+
+// Launches the kernel for the gradient of a bias.
+template <int kHeadDim, int kValueDim>
+void launch_bias_gradient(const Params& p, const BiasGradientParams& g, bool is_bf16, Stream stream) {
+  using Plan = BiasGradientPlan<kHeadDim, kValueDim>;
+  const LaunchShape shape = shape_of_owners(g, Plan::kThreads, Plan::kBytes);
+  if (is_bf16) {
+    run_kernel(bias_gradient_kernel<bf16_t, kHeadDim, kValueDim>, shape, stream, p, g);
+  } else {
+    run_kernel(bias_gradient_kernel<f16_t, kHeadDim, kValueDim>, shape, stream, p, g);
+  }
 }
 
 }  // namespace fused_attn::gpu::sm80

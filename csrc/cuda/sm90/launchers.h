@@ -7,6 +7,7 @@
 #include "../preparation.h"
 #include "../tensor_map.h"
 #include "backward.h"
+#include "bias_gradient.h"
 #include "forward.h"
 #include "fused_backward.h"
 
@@ -88,27 +89,39 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   });
 }
 
+// Makes the tensor maps of backward, for tiles of block_m queries and block_n keys. Keys and values have panels of
+// key_columns columns.
+inline BackwardMaps backward_maps_of(const Params& p, bool is_bf16, int block_m, int block_n,
+                                     int key_columns = kPanelColumns) {
+  const int kv_heads = p.num_heads / p.group_size;
+  return {map_of(p.q, is_bf16, p.rows_q, p.num_heads, p.batch, block_m),
+          map_of(p.k, is_bf16, p.rows_k, kv_heads, p.batch, block_n, key_columns),
+          map_of(p.v, is_bf16, p.rows_k, kv_heads, p.batch, block_n, key_columns),
+          map_of(p.dout, is_bf16, p.rows_q, p.num_heads, p.batch, block_m),
+          {}};
+}
+
 // Launches backward in two kernels, as far as their gradients are wanted: one for dq, one for dk and dv. It is for head
-// dims that the fused backward does not support. maps_of(block_m, block_n) makes the tensor maps for these tile sizes.
-template <class T, int kHeadDim, int kValueDim, bool kIsGeneral, class MapsOf>
-void launch_two_kernels(const Params& p, Stream stream, const MapsOf& maps_of) {
+// dims that the fused backward does not support.
+template <class T, int kHeadDim, int kValueDim, bool kIsGeneral>
+void launch_two_kernels(const Params& p, Stream stream) {
   using QueryPlan = QueryGradientPlan<kHeadDim, kValueDim, kIsGeneral>;
   using KeyPlan = KeyGradientPlan<kHeadDim, kValueDim, kIsGeneral>;
   if (p.dq.data != nullptr)
     run_kernel(query_gradient_kernel<T, kHeadDim, kValueDim, kIsGeneral>,
                shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch, kGradientThreads, QueryPlan::kBytes),
-               stream, p, maps_of(QueryPlan::kBlockM, QueryPlan::kBlockN));
+               stream, p, backward_maps_of(p, kIsBf16<T>, QueryPlan::kBlockM, QueryPlan::kBlockN));
   if (p.dk.data != nullptr || p.dv.data != nullptr)
     run_kernel(
         key_gradient_kernel<T, kHeadDim, kValueDim, kIsGeneral>,
         shape_of(p.seqlen_k, KeyPlan::kBlockN, p.num_heads / p.group_size, p.batch, kGradientThreads, KeyPlan::kBytes),
-        stream, p, maps_of(KeyPlan::kBlockM, KeyPlan::kBlockN));
+        stream, p, backward_maps_of(p, kIsBf16<T>, KeyPlan::kBlockM, KeyPlan::kBlockN));
 }
 
 // Launches the fused backward, and then the kernel that rounds dq, if dq is wanted. With a dense mask, another kernel
 // lists the steps before.
-template <class T, int kHeadDim, bool kIsGeneral, class MapsOf>
-void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
+template <class T, int kHeadDim, bool kIsGeneral>
+void launch_fused(const Params& p, Stream stream) {
   using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
   LaunchShape shape =
       shape_of(p.seqlen_k, Plan::kBlockN, p.num_heads / p.group_size, p.batch, kFusedBackwardThreads, Plan::kBytes);
@@ -125,7 +138,7 @@ void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
                  num_programs);
     }
   }
-  BackwardMaps maps = maps_of(Plan::kBlockM, Plan::kBlockN, Plan::kKeyPanelColumns);
+  BackwardMaps maps = backward_maps_of(p, kIsBf16<T>, Plan::kBlockM, Plan::kBlockN, Plan::kKeyPanelColumns);
   maps.bias = bias_map_of(p, kIsBf16<T>, Plan::kBlockM);
   if (!maps.bias.is_used) shape.shared_bytes = Plan::kBytesWithoutBias;
   run_kernel(fused_backward_kernel<T, kHeadDim, kIsGeneral>, shape, stream, p, maps, num_programs);
@@ -136,23 +149,28 @@ void launch_fused(const Params& p, Stream stream, const MapsOf& maps_of) {
 template <int kHeadDim, int kValueDim>
 void launch_backward(const Params& p, bool is_bf16, Stream stream) {
   if (p.dq.data == nullptr && p.dk.data == nullptr && p.dv.data == nullptr) return;
-  const int kv_heads = p.num_heads / p.group_size;
-  const auto maps_of = [&](int block_m, int block_n, int key_columns = kPanelColumns) {
-    return BackwardMaps{map_of(p.q, is_bf16, p.rows_q, p.num_heads, p.batch, block_m),
-                        map_of(p.k, is_bf16, p.rows_k, kv_heads, p.batch, block_n, key_columns),
-                        map_of(p.v, is_bf16, p.rows_k, kv_heads, p.batch, block_n, key_columns),
-                        map_of(p.dout, is_bf16, p.rows_q, p.num_heads, p.batch, block_m),
-                        {}};
-  };
   for_variant(is_bf16, is_general_backward(p), [&](auto type, auto general) {
     using T = decltype(type);
     if constexpr (has_fused_backward(kHeadDim)) {
       static_assert(kValueDim == kHeadDim);
-      launch_fused<T, kHeadDim, general()>(p, stream, maps_of);
+      launch_fused<T, kHeadDim, general()>(p, stream);
     } else {
-      launch_two_kernels<T, kHeadDim, kValueDim, general()>(p, stream, maps_of);
+      launch_two_kernels<T, kHeadDim, kValueDim, general()>(p, stream);
     }
   });
+}
+
+// Launches the kernel for the gradient of a bias.
+template <int kHeadDim, int kValueDim>
+void launch_bias_gradient(const Params& p, const BiasGradientParams& g, bool is_bf16, Stream stream) {
+  using Plan = BiasGradientPlan<kHeadDim, kValueDim>;
+  const BackwardMaps maps = backward_maps_of(p, is_bf16, Plan::kBlockM, Plan::kBlockN);
+  const LaunchShape shape = shape_of_owners(g, kGradientThreads, Plan::kBytes);
+  if (is_bf16) {
+    run_kernel(bias_gradient_kernel<bf16_t, kHeadDim, kValueDim>, shape, stream, p, g, maps);
+  } else {
+    run_kernel(bias_gradient_kernel<f16_t, kHeadDim, kValueDim>, shape, stream, p, g, maps);
+  }
 }
 
 }  // namespace fused_attn::gpu::sm90

@@ -1,5 +1,0 @@
-#include "launcher.h"
-
-namespace fused_attn::gpu {
-template void launch_bias_gradient<128>(const Params&, const BiasGradientParams&, bool, Stream);
-}  // namespace fused_attn::gpu
