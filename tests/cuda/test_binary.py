@@ -76,8 +76,8 @@ COUNTED_INSTRUCTIONS = {
     "sm90 bias_gradient": {64: 501, 96: 519, 128: 531, 192: 518, 256: 393},
 }
 #: How often a step may read global memory. On sm_80, the kernel for dq reads which keys are valid. The kernels for the
-#: gradient of a bias read the row statistics of two rows; on sm_90a, there are also four reads of cu_seqlens, which only
-#: packed calls execute. All others read nothing but tiles.
+#: gradient of a bias read the row statistics of two rows. On sm_90a, that kernel also has four reads of cu_seqlens,
+#: which packed calls alone execute. All others read nothing but tiles.
 MOST_READS = {"sm80 query_gradient": 2, "sm80 bias_gradient": 4, "sm90 bias_gradient": 8}
 #: A step may have more instructions than counted, by this factor.
 MORE_INSTRUCTIONS = 1.03

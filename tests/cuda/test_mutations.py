@@ -551,11 +551,13 @@ BUGS = [
     ),
     Bug(
         "sums-written-over-tiles-in-use", 90, "biased", "sm90/bias_gradient.h",
-        "barrier_sync<1>(kConsumerThreads); const SumsTile", "if (!@) barrier_sync<1>(kConsumerThreads); const SumsTile",
+        "barrier_sync<1>(kConsumerThreads); const SumsTile",
+        "if (!@) barrier_sync<1>(kConsumerThreads); const SumsTile",
     ),
     Bug(
         "sums-of-the-other-consumer-not-waited-for", 90, "relative", "sm90/bias_gradient.h",
-        "barrier_sync<1>(kConsumerThreads); store_gradient", "if (!@) barrier_sync<1>(kConsumerThreads); store_gradient",
+        "barrier_sync<1>(kConsumerThreads); store_gradient",
+        "if (!@) barrier_sync<1>(kConsumerThreads); store_gradient",
     ),
     Bug(
         "mask-map-without-hidden", 90, "masked", "mask_bits.h",
