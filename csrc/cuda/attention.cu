@@ -504,9 +504,11 @@ void run(const Call& of_caller, bool is_backward) {
   (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
   // These kernels come after those of backward, because they read the row statistics.
   const BiasGradientSizes sizes = bias_gradient_sizes(needs, kernels.bias_gradient_tile);
-  if (needs.wants_dbias)
-    sum_dense(params, plan_dense(sizes, needs.dbias_shape), a.dbias, needs.dbias_shape, pieces.dbias_sums,
-              kernels.bias_gradient, is_bf16, call.stream);
+  if (needs.wants_dbias) {
+    BiasGradientParams plan = plan_dense(sizes, needs.dbias_shape);
+    plan.is_dense_bias = true;
+    sum_dense(params, plan, a.dbias, needs.dbias_shape, pieces.dbias_sums, kernels.bias_gradient, is_bf16, call.stream);
+  }
   if (needs.wants_dkey_bias)
     sum_dense(params, plan_dense(sizes, dkey_bias_shape(needs)), a.dkey_bias, dkey_bias_shape(needs),
               pieces.dkey_bias_sums, kernels.bias_gradient, is_bf16, call.stream);

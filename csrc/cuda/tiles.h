@@ -50,8 +50,8 @@ struct KeyGradientTileSm80<256> {
   static constexpr bool kSplitsGradients = true;
 };
 
-// The kernel for the gradient of a bias: a block has a tile of kBlockM queries and kBlockN keys, and sums it over many
-// tiles of scores. A larger tile reads less of the inputs for each product.
+// The kernel for the gradient of a bias: a block of threads sums one tile of gradients, of kBlockM queries and kBlockN
+// keys, over many tiles of scores of this size. A larger tile reads less of the inputs for each product.
 template <int kHeadDim>
 struct BiasGradientTileSm80 {
   static constexpr int kWarps = 8, kBlockM = 128, kBlockN = 64;
@@ -154,10 +154,11 @@ struct KeyGradientTileSm90<192, kIsGeneral> {
   static constexpr int kBlockM = 64, kStages = 2;
 };
 
-// The kernel for the gradient of a bias: a block has a tile of kBlockM queries and kBlockN keys, and sums it over many
-// tiles of scores. Shared memory holds kSlots slots, of which a tile of scores takes two. With 128 x 128 scores, the
-// four tiles of inputs of head dim 128 are 128 KiB for 8.4 million operations: an H100, whose L2 cache gives about 42
-// bytes in a nanosecond to each multiprocessor, is estimated to reach 360 TFLOP/s.
+// The kernel for the gradient of a bias: a block of threads sums one tile of gradients, of kBlockM queries and kBlockN
+// keys, over many tiles of scores of this size. Shared memory holds kSlots slots, of which a tile of scores takes two. An
+// estimate for an H100, with head dim 128 and many tiles for each block, without the reads of the bias: a tile of scores
+// needs 128 KiB for 8.4 million operations. The L2 cache gives about 42 bytes in a nanosecond to each multiprocessor,
+// which makes 360 TFLOP/s.
 template <int kHeadDim>
 struct BiasGradientTileSm90 {
   static constexpr int kBlockM = 128, kBlockN = 128, kSlots = kHeadDim == 64 ? 4 : 3;  // 128 or 192 KiB

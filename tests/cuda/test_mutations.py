@@ -21,6 +21,8 @@ from kernels import Kernels
 HEAD_DIM = 128
 #: On Hopper, backward takes two kernels with this head dim: one for dq, one for dk and dv.
 LARGE_HEAD_DIM = 256
+#: On Hopper, the gradient of a bias has a ring of four slots with this head dim, of three with 128 and of two with 256.
+SMALL_HEAD_DIM = 64
 #: The first finds nearly all.
 SEEDS = range(6)
 
@@ -525,29 +527,43 @@ BUGS = [
         "sums_tile.store(sums, warp_row, lane); if (!@) sync_threads();",
     ),
     Bug(
-        "scores-released-before-they-are-computed", 90, "biased-many", "sm90/bias_gradient.h",
-        "wgmma_wait<1>(); keep_registers(flat(scores)); scores_position.release(ring);",
-        "if (@) scores_position.release(ring); wgmma_wait<1>(); keep_registers(flat(scores));"
-        " if (!@) scores_position.release(ring);",
+        "scores-released-before-they-are-computed", 90, "biased-many-128", "sm90/bias_gradient.h",
+        "wgmma_wait<1>(); keep_registers(flat(scores)); scores_position.release(rings.slots);",
+        "if (@) scores_position.release(rings.slots); wgmma_wait<1>(); keep_registers(flat(scores));"
+        " if (!@) scores_position.release(rings.slots);",
     ),
     Bug(
-        "dprobs-released-before-they-are-computed", 90, "biased-many", "sm90/bias_gradient.h",
-        "wgmma_wait<0>(); keep_registers(flat(dprobs)); position.release(ring);",
-        "if (@) position.release(ring); wgmma_wait<0>(); keep_registers(flat(dprobs)); if (!@) position.release(ring);",
+        "dprobs-released-before-they-are-computed", 90, "biased-many-128", "sm90/bias_gradient.h",
+        "wgmma_wait<0>(); keep_registers(flat(dprobs)); position.release(rings.slots);",
+        "if (@) position.release(rings.slots); wgmma_wait<0>(); keep_registers(flat(dprobs));"
+        " if (!@) position.release(rings.slots);",
     ),
     Bug(
-        "note-of-a-tile-overwritten", 90, "biased-many", "sm90/bias_gradient.h",
-        "position.slot() * Plan::kNoteBytes};", "(@ ? 0 : position.slot()) * Plan::kNoteBytes};",
+        "note-of-a-tile-overwritten", 90, "biased-many-64", "sm90/bias_gradient.h",
+        "position.slot() * Plan::kNoteBytes};", "(@ ? position.uses % 2 : position.slot()) * Plan::kNoteBytes};",
     ),
     Bug(
-        "values-of-a-tile-not-expected", 90, "biased", "sm90/bias_gradient.h",
-        "mbarrier_arrive_expect(barrier, DoutTile::kBytes + ValueTile::kBytes);",
-        "mbarrier_arrive_expect(barrier, DoutTile::kBytes + (@ ? 0 : ValueTile::kBytes));",
+        "bias-of-a-program-not-waited-for", 90, "biased-many-tiles", "sm90/bias_gradient.h",
+        "mbarrier_wait(loaded, 0);", "if (!@) mbarrier_wait(loaded, 0);",
     ),
     Bug(
-        "hidden-nan-in-the-gradient-of-a-bias", 90, "biased-many", "sm90/bias_gradient.h",
-        "if (!note.has(Note::kIsWhole)) clear_where_zero(dprobs, scores);",
-        "if (!@ && !note.has(Note::kIsWhole)) clear_where_zero(dprobs, scores);",
+        "bias-tile-of-the-other-consumer", 90, "biased-many-tiles", "sm90/bias_gradient.h",
+        "rings.bias_tile(group)", "rings.bias_tile(@ ? 0 : group)",
+    ),
+    Bug(
+        "slot-of-scores-not-waited-for", 90, "biased-many-256", "sm90/bias_gradient.h",
+        "position.wait_empty(rings.slots); const uint32_t bits",
+        "if (!@) position.wait_empty(rings.slots); const uint32_t bits",
+    ),
+    Bug(
+        "keys-of-a-tile-not-expected", 90, "biased", "sm90/bias_gradient.h",
+        "mbarrier_arrive_expect(barrier, Left::kBytes + Right::kBytes);",
+        "mbarrier_arrive_expect(barrier, Left::kBytes + (@ ? 0 : Right::kBytes));",
+    ),
+    Bug(
+        "hidden-nan-in-the-gradient-of-a-bias", 90, "biased-many-128", "sm90/bias_gradient.h",
+        "if (!note.has(Note::kIsFull)) clear_where_zero(dprobs, scores);",
+        "if (!@ && !note.has(Note::kIsFull)) clear_where_zero(dprobs, scores);",
     ),
     Bug(
         "sums-written-over-tiles-in-use", 90, "biased", "sm90/bias_gradient.h",
@@ -754,16 +770,29 @@ CASES = {
         "relative-shared", seqlen_q=70, seqlen_k=150, head_dim=HEAD_DIM, relative_bias=cases.shared_bias
     ),
     "biased": Case("biased", seqlen_q=200, seqlen_k=150, head_dim=HEAD_DIM, attn_mask=cases.float_mask("1H1S")),
-    "biased-many": Case(
-        "biased-many",
-        batch=4,
-        heads=3,
-        seqlen_q=200,
-        seqlen_k=70,
+    **{
+        f"biased-many-{head_dim}": Case(
+            f"biased-many-{head_dim}",
+            batch=8,
+            heads=3,
+            seqlen_q=140,
+            seqlen_k=70,
+            head_dim=head_dim,
+            attn_mask=cases.float_mask("111S"),
+            key_padding_mask=cases.scattered_padding,
+            edit=cases._nan_in_padding,
+            differentiated=("attn_mask",),
+        )
+        for head_dim in (SMALL_HEAD_DIM, HEAD_DIM, LARGE_HEAD_DIM)
+    },
+    "biased-many-tiles": Case(
+        "biased-many-tiles",
+        batch=9,
+        heads=1,
+        seqlen_q=140,
+        seqlen_k=136,
         head_dim=HEAD_DIM,
-        attn_mask=cases.float_mask("111S"),
-        key_padding_mask=cases.scattered_padding,
-        edit=cases._nan_in_padding,
+        attn_mask=cases.float_mask("LS"),
     ),
     "biased-rows": Case(
         "biased-rows", batch=1, seqlen_q=70, seqlen_k=152, head_dim=HEAD_DIM, attn_mask=cases.float_mask("HLS")
@@ -881,7 +910,7 @@ def plant(folder: Path) -> Path:
 
 def has_bugs(folder: str, head_dim: int) -> bool:
     """Whether a case runs the kernels of this folder for this head dim."""
-    return head_dim == HEAD_DIM or (folder == "sm90" and head_dim == LARGE_HEAD_DIM)
+    return head_dim == HEAD_DIM or (folder == "sm90" and head_dim in (SMALL_HEAD_DIM, LARGE_HEAD_DIM))
 
 
 class Planted:

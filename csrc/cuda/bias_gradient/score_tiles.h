@@ -39,6 +39,7 @@ struct ScoreTiles {
     end = static_cast<int32_t>(count * (split + 1) / g.splits);
   }
 
+  // Where a tile lies.
   struct ScoreTile {
     int32_t batch;
     int32_t head;
@@ -80,7 +81,7 @@ struct ScoreTiles {
     int32_t key_block;
     ValidRows<kBlockN> valid;
     bool has_masked;  // the dense mask hides some entry
-    bool is_full;     // every entry is visible
+    bool is_full;     // every entry exists and is visible
   };
   // The first tile from `number` on that may have a visible entry, by band, padding and the map of the mask.
   GPU_DEVICE VisitedTile find(int32_t number) const {
@@ -101,7 +102,8 @@ struct ScoreTiles {
         mask = mask_contents<kBlockM, kBlockN>(p.mask, found.head_slice, found.first_query, tile.key_block * kBlockN);
       if (!mask.has_visible()) continue;
       found.has_masked = mask.has_hidden();
-      found.is_full = range.is_within_band(tile.key_block) && found.valid.all() && !found.has_masked;
+      found.is_full = range.is_within_band(tile.key_block) && found.valid.all() && !found.has_masked &&
+                      end_query == found.first_query + kBlockM;
       break;
     }
     found.number = number;
@@ -118,6 +120,22 @@ struct ScoreTiles {
     return min(right / kRatio, g.query_blocks - 1) + 1 - first_query_block();
   }
 };
+
+// Returns which keys of a tile that is not full the thread's queries `query` and query + 8 see. A query past the end of
+// its sequence sees none.
+template <int kBlockN>
+GPU_DEVICE VisibleColumns<kBlockN> visible_keys_of_tile(const Params& p, const HeadSlice& head_slice,
+                                                        const ValidRows<kBlockN>& valid, int32_t key_block,
+                                                        bool has_masked, int32_t query) {
+  VisibleColumns<kBlockN> visible = visible_keys(p, valid, key_block, query);
+  if (has_masked) hide_masked_keys(p, head_slice, visible, query, key_block * kBlockN);
+  GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    GPU_UNROLL for (int w = 0; w < kBlockN / 32; ++w) {
+      if (query + 8 * r >= head_slice.seqlen_q) visible.words[r][w] = 0;
+    }
+  }
+  return visible;
+}
 
 // What a program has summed, as a tile of floats in shared memory at `tile`. A row has one float more than columns, so
 // that the entries of a diagonal, and those of a column, lie in different banks.
@@ -159,11 +177,11 @@ GPU_DEVICE void store_gradient(const ScoreTiles<kBlockM, kBlockN>& tiles, const 
   }
   // Dense. If the bias broadcasts along queries (or keys), each thread adds up a column (or row) of the tile.
   const auto tile = tiles.at(0);
-  const int rows = g.sums_queries ? 1 : kBlockM, columns = g.sums_keys ? 1 : kBlockN;
+  const int entries = (g.sums_queries ? 1 : kBlockM) * (g.sums_keys ? 1 : kBlockN);
   const int64_t first_query = g.sums_queries ? 0 : tile.query_block * kBlockM;
   const int64_t first_key = g.sums_keys ? 0 : tile.key_block * kBlockN;
-  for (int i = thread; i < rows * columns; i += kThreads) {
-    const int row = i / columns, column = i % columns;
+  for (int i = thread; i < entries; i += kThreads) {
+    const int row = g.sums_keys ? i : i / kBlockN, column = g.sums_keys ? 0 : i % kBlockN;
     float sum = 0.0f;
     for (int r = row; r < (g.sums_queries ? kBlockM : row + 1); ++r) {
       for (int c = column; c < (g.sums_keys ? kBlockN : column + 1); ++c) sum += load_shared<float>(sums.address(r, c));

@@ -1,4 +1,4 @@
-// The gradient of a bias, with instructions of Ampere. score_tiles.h says what a program sums.
+// The gradient of a bias, with instructions of Ampere. ../bias_gradient/score_tiles.h says what a program sums.
 #pragma once
 #include "../bias_gradient/score_tiles.h"
 #include "../dropout.h"
@@ -85,11 +85,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS((BiasGradientPlan<kHeadDim, kValueDim>::kThrea
       drop(dprobs[0], dropout_keep_of_query_rows<kTiles>(Dropout(p, now.head_slice), query, first_key, lane),
            p.dropout_scale);
     to_logits<T>(p, now.head_slice, scores[0], QueryRows{query, first_key + 2 * lane.q}, NoGradients{});
-    if (!now.is_full) {
-      VisibleColumns<kBlockN> visible = visible_keys(p, now.valid, now.key_block, query);
-      if (now.has_masked) hide_masked_keys(p, now.head_slice, visible, query, first_key);
-      hide(scores[0], visible, lane);
-    }
+    if (!now.is_full)
+      hide(scores[0], visible_keys_of_tile(p, now.head_slice, now.valid, now.key_block, now.has_masked, query), lane);
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) {
         const float prob = prob_of(scores[0][t][j], p.softmax_scale_log2, statistics[j / 2].lse_log2);

@@ -18,7 +18,7 @@
 
 namespace fused_attn::gpu::sm90 {
 
-constexpr int kGradientConsumers = 2;  // warpgroups that multiply, in both kernels
+constexpr int kGradientConsumers = 2;  // warpgroups that multiply, in both kernels and in bias_gradient.h
 constexpr int kGradientThreads = kWarpgroup * (1 + kGradientConsumers);
 constexpr int kGradientConsumerWarps = kGradientConsumers * kWarpsPerWarpgroup;
 constexpr int kGradientProducerRegisters = 40, kGradientConsumerRegisters = 232;

@@ -1,8 +1,9 @@
 // The gradient of a bias, for Hopper, with TMA and wgmma. ../bias_gradient/score_tiles.h says what a program sums.
 //
-// The speed is bound by the L2 cache: each tile of scores needs four tiles of inputs, and the next tile of scores shares
-// none of them. So tiles are as large as the registers allow, and the loading thread runs ahead of the consumers, through
-// a ring of slots. A tile of scores takes two slots in turn: queries and keys for the scores, dout and values for dprobs.
+// Each tile of scores needs four tiles of inputs, and usually shares none of them with the tile before. So the L2 cache
+// is expected to be the limit. Tiles are as large as the registers allow, and the loading thread runs ahead of the
+// consumers, through a ring of slots. A tile of scores takes two slots one after the other: queries and keys for the
+// scores, dout and values for dprobs.
 #pragma once
 #include "../bias_gradient/score_tiles.h"
 #include "../dropout.h"
@@ -27,15 +28,19 @@ struct BiasGradientPlan : BiasGradientTileSm90<kHeadDim> {
   using ValueTile = Tile<kValueDim, kBlockN>;
   static_assert(kValueDim <= kHeadDim);
   static constexpr uint32_t kSlotBytes = QTile::kBytes + KeyTile::kBytes;
-  // The loading thread writes the note of tile i + kNotes when a slot is empty again that was filled 2 * kNotes slots
-  // before the one it is about to fill, or later. This slot must be one of a tile after tile i, so that both consumers
-  // have finished tile i.
+  // Tile i takes the slots number 2 * i and 2 * i + 1, counted without end. Its note is overwritten by that of tile i +
+  // kNotes, as soon as the consumers have released slot number 2 * (i + kNotes) - kSlots. A consumer reads the note until
+  // it releases slot 2 * i + 1, so this must be a later one.
   static constexpr int kNotes = 3;
   static_assert(2 * kNotes - kSlots >= 2);
   static constexpr uint32_t kNoteBytes = 64;  // from one note to the next
   static constexpr uint32_t kNotesAt = kSlots * kSlotBytes;
-  static constexpr uint32_t kRing = kNotesAt + kNotes * kNoteBytes;
-  static constexpr uint32_t kBytes = kRing + 128;
+  static constexpr uint32_t kRings = kNotesAt + kNotes * kNoteBytes;
+  static constexpr uint32_t kBytesWithoutBias = kRings + 128;
+  // A tile of the bias for each consumer comes last, so that a call without it leaves the memory to the L1 cache.
+  using BiasTile = sm90::BiasTile<kBlockN, 64>;
+  static constexpr uint32_t kBias = (kBytesWithoutBias + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
+  static constexpr uint32_t kBytes = kBias + kGradientConsumers * BiasTile::kBytes;
   static_assert(kBytes <= 227 * 1024);
   static_assert(SumsTile<kBlockM, kBlockN>::kBytes <= kNotesAt);
 };
@@ -46,25 +51,34 @@ template <int kBlockN>
 struct ScoreTileNote {
   static constexpr uint32_t kIsTile = 1;     // otherwise no tile is left
   static constexpr uint32_t kHasMasked = 2;  // the dense mask hides some entry
-  static constexpr uint32_t kIsWhole = 4;    // no entry needs a test
+  static constexpr uint32_t kIsFull = 4;     // no entry needs a test
   uint32_t address;
 
-  GPU_DEVICE void store(uint32_t bits, int32_t first_query, int32_t key_block, int32_t batch, int32_t head,
+  GPU_DEVICE void store(uint32_t bits, int32_t first_query, int32_t key_block, const HeadSlice& head_slice,
                         const ValidRows<kBlockN>& valid) const {
     store_shared(address, bits);
     store_shared(address + 4, first_query);
     store_shared(address + 8, key_block);
-    store_shared(address + 12, batch);
-    store_shared(address + 16, head);
+    store_shared(address + 12, head_slice.batch);
+    store_shared(address + 16, head_slice.head);
+    store_shared(address + 20, head_slice.seqlen_q);
+    store_shared(address + 24, head_slice.seqlen_k);
+    store_shared(address + 28, head_slice.padded_q_offset);
     GPU_UNROLL for (int w = 0; w < valid.kWords; ++w) store_shared(address + 32 + 4 * w, valid.words[w]);
   }
   GPU_DEVICE void store_end() const { store_shared(address, 0u); }
   GPU_DEVICE bool has(uint32_t bit) const { return (load_shared<uint32_t>(address) & bit) != 0; }
   GPU_DEVICE int32_t first_query() const { return load_shared<int32_t>(address + 4); }
   GPU_DEVICE int32_t key_block() const { return load_shared<int32_t>(address + 8); }
-  GPU_DEVICE HeadSlice head_slice(const Params& p) const {
-    const int32_t head = load_shared<int32_t>(address + 16);
-    return head_slice_of(p, load_shared<int32_t>(address + 12), head, head / p.group_size);
+  // The head slice, without what tells where rows of keys and queries lie in tensors.
+  GPU_DEVICE HeadSlice head_slice() const {
+    HeadSlice head_slice{};
+    head_slice.batch = load_shared<int32_t>(address + 12);
+    head_slice.head = load_shared<int32_t>(address + 16);
+    head_slice.seqlen_q = load_shared<int32_t>(address + 20);
+    head_slice.seqlen_k = load_shared<int32_t>(address + 24);
+    head_slice.padded_q_offset = load_shared<int32_t>(address + 28);
+    return head_slice;
   }
   GPU_DEVICE ValidRows<kBlockN> valid() const {  // which keys of the block are valid
     ValidRows<kBlockN> valid;
@@ -73,52 +87,74 @@ struct ScoreTileNote {
   }
 };
 
+// The ring of slots, and the barrier that says that the tiles of the bias have come. All roles of the kernel use it.
 template <class Plan>
-GPU_DEVICE ScoreTileNote<Plan::kBlockN> note_at(uint32_t shared, RingPosition<Plan::kNotes> position) {
-  return {shared + Plan::kNotesAt + position.slot() * Plan::kNoteBytes};
-}
+struct BiasGradientRings {
+  uint32_t shared;
+  Ring<Plan::kSlots> slots;
+  uint32_t bias_loaded;
+
+  GPU_DEVICE explicit BiasGradientRings(uint32_t shared) : shared(shared) {
+    bias_loaded = lay_out_rings(shared + Plan::kRings, slots);
+  }
+  GPU_DEVICE void init() const {
+    slots.init(kGradientConsumerWarps);
+    mbarrier_init(bias_loaded, 1);
+    fence_mbarrier_init();
+  }
+  GPU_DEVICE uint32_t slot(RingPosition<Plan::kSlots> position) const {
+    return shared + position.slot() * Plan::kSlotBytes;
+  }
+  GPU_DEVICE ScoreTileNote<Plan::kBlockN> note(RingPosition<Plan::kNotes> position) const {
+    return {shared + Plan::kNotesAt + position.slot() * Plan::kNoteBytes};
+  }
+  GPU_DEVICE uint32_t bias_tile(int consumer) const { return shared + Plan::kBias + consumer * Plan::BiasTile::kBytes; }
+};
 
 // The role of the loading thread: finds the tiles of scores, and loads what each of them needs.
 template <class Plan>
 GPU_DEVICE void load_score_tiles(const ScoreTiles<Plan::kBlockM, Plan::kBlockN>& tiles, const BackwardMaps& maps,
-                                 uint32_t shared, const Ring<Plan::kSlots>& ring) {
+                                 const BiasGradientRings<Plan>& rings) {
   using QTile = typename Plan::QTile;
   using KeyTile = typename Plan::KeyTile;
   using DoutTile = typename Plan::DoutTile;
   using ValueTile = typename Plan::ValueTile;
   using Note = ScoreTileNote<Plan::kBlockN>;
-  const Params& p = tiles.p;
   RingPosition<Plan::kSlots> position;
   RingPosition<Plan::kNotes> note_position;
-  for (auto tile = tiles.find(tiles.begin); tile.number < tiles.end; tile = tiles.find(tile.number + 1)) {
-    const HeadSlice& head_slice = tile.head_slice;
-    const int row = head_slice.q_offset + tile.first_query;
-    const int key = head_slice.k_offset + tile.key_block * Plan::kBlockN;
-    // In a packed tensor, rows of another sequence follow the rows of this one. Otherwise TMA gives zeros.
-    const bool has_all_rows = p.cu_seqlens_q == nullptr || tile.first_query + Plan::kBlockM <= head_slice.seqlen_q;
-    position.wait_empty(ring);
-    const uint32_t bits =
-        Note::kIsTile + (tile.has_masked ? Note::kHasMasked : 0) + (tile.is_full && has_all_rows ? Note::kIsWhole : 0);
-    note_at<Plan>(shared, note_position)
-        .store(bits, tile.first_query, tile.key_block, head_slice.batch, head_slice.head, tile.valid);
-    note_position.advance();
-    uint32_t barrier = ring.full(position.slot()), slot = shared + position.slot() * Plan::kSlotBytes;
-    mbarrier_arrive_expect(barrier, QTile::kBytes + KeyTile::kBytes);
-    QTile::load(slot, maps.q, barrier, row, head_slice.head, head_slice.batch);
-    KeyTile::load(slot + QTile::kBytes, maps.k, barrier, key, head_slice.kv_head, head_slice.batch);
+  // Starts to load two tiles into the next slot, which is empty: rows of queries, and keys.
+  const auto load_pair = [&](auto left, const Map& left_map, auto right, const Map& right_map,
+                             const HeadSlice& head_slice, int first_query, int first_key) {
+    using Left = decltype(left);
+    using Right = decltype(right);
+    const uint32_t barrier = rings.slots.full(position.slot()), slot = rings.slot(position);
+    mbarrier_arrive_expect(barrier, Left::kBytes + Right::kBytes);
+    Left::load(slot, left_map, barrier, head_slice.q_offset + first_query, head_slice.head, head_slice.batch);
+    Right::load(slot + Left::kBytes, right_map, barrier, head_slice.k_offset + first_key, head_slice.kv_head,
+                head_slice.batch);
     position.advance();
-
-    position.wait_empty(ring);
-    barrier = ring.full(position.slot());
-    slot = shared + position.slot() * Plan::kSlotBytes;
-    mbarrier_arrive_expect(barrier, DoutTile::kBytes + ValueTile::kBytes);
-    DoutTile::load(slot, maps.dout, barrier, row, head_slice.head, head_slice.batch);
-    ValueTile::load(slot + DoutTile::kBytes, maps.v, barrier, key, head_slice.kv_head, head_slice.batch);
-    position.advance();
+  };
+  auto tile = tiles.find(tiles.begin);
+  if (maps.bias.is_used && tile.number < tiles.end) {
+    mbarrier_arrive_expect(rings.bias_loaded, kGradientConsumers * Plan::BiasTile::loaded_bytes(maps.bias));
+    for (int consumer = 0; consumer < kGradientConsumers; ++consumer) {
+      Plan::BiasTile::load(rings.bias_tile(consumer), maps.bias, rings.bias_loaded, tile.first_query + 64 * consumer,
+                           tile.key_block * Plan::kBlockN, tile.head_slice.head, tile.head_slice.batch);
+    }
   }
-  position.wait_empty(ring);
-  note_at<Plan>(shared, note_position).store_end();
-  mbarrier_arrive(ring.full(position.slot()));
+  for (; tile.number < tiles.end; tile = tiles.find(tile.number + 1)) {
+    const int first_key = tile.key_block * Plan::kBlockN;
+    position.wait_empty(rings.slots);
+    const uint32_t bits = Note::kIsTile + (tile.has_masked ? Note::kHasMasked : 0) + (tile.is_full ? Note::kIsFull : 0);
+    rings.note(note_position).store(bits, tile.first_query, tile.key_block, tile.head_slice, tile.valid);
+    note_position.advance();
+    load_pair(QTile{}, maps.q, KeyTile{}, maps.k, tile.head_slice, tile.first_query, first_key);
+    position.wait_empty(rings.slots);
+    load_pair(DoutTile{}, maps.dout, ValueTile{}, maps.v, tile.head_slice, tile.first_query, first_key);
+  }
+  position.wait_empty(rings.slots);
+  rings.note(note_position).store_end();
+  mbarrier_arrive(rings.slots.full(position.slot()));
 }
 
 // Sets x to 0 where the prob is 0.
@@ -129,33 +165,49 @@ GPU_DEVICE void clear_where_zero(float (&x)[kTiles][4], const float (&probs)[kTi
   }
 }
 
+// The tile of the bias of this consumer, as to_logits takes it. The warp has the queries from first_query of the tile on.
+template <class T, class Plan>
+struct ProgramBias {
+  const BiasMap& bias;
+  uint32_t loaded;  // a barrier
+  uint32_t tile;
+  int first_query;
+  Lane lane;
+
+  GPU_DEVICE bool is_used() const { return bias.is_used; }
+  GPU_DEVICE void add(float (&scores)[Plan::kTiles][4], float factor) const {
+    mbarrier_wait(loaded, 0);
+    Plan::BiasTile::template add<T>(scores, factor, tile, bias, first_query, lane);
+  }
+};
+
 // The role of a consumer warpgroup: adds the gradients of the logits of all tiles to `sums`. The warpgroup has 64 of the
 // queries of each tile. All 128 threads call this.
 template <class T, int kHeadDim, int kValueDim, class Plan>
-GPU_DEVICE void sum_score_tiles(const Params& p, uint32_t shared, const Ring<Plan::kSlots>& ring, int group,
+GPU_DEVICE void sum_score_tiles(const Params& p, const BiasMap& bias, const BiasGradientRings<Plan>& rings, int group,
                                 float (&sums)[Plan::kTiles][4]) {
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
   using Note = ScoreTileNote<kBlockN>;
   const Lane lane = this_lane();
-  const int thread_row = 64 * group + thread_index() % kWarpgroup / 32 * 16 + lane.g;
+  const int warp_row = thread_index() % kWarpgroup / 32 * 16, thread_row = 64 * group + warp_row + lane.g;
   RingPosition<Plan::kSlots> position;
   RingPosition<Plan::kNotes> note_position;
   while (true) {
-    position.wait_full(ring);
-    const Note note = note_at<Plan>(shared, note_position);
+    position.wait_full(rings.slots);
+    const Note note = rings.note(note_position);
     note_position.advance();
     if (!note.has(Note::kIsTile)) return;
-    const HeadSlice head_slice = note.head_slice(p);
+    const HeadSlice head_slice = note.head_slice();
     const int query = note.first_query() + thread_row, first_key = note.key_block() * kBlockN;
     float scores[kTiles][4], dprobs[kTiles][4];
-    uint32_t slot = shared + position.slot() * Plan::kSlotBytes;
+    uint32_t slot = rings.slot(position);
     wgmma_fence();
     start_multiply_transposed<T, kHeadDim, kBlockM>(scores, slot, 64 * group, slot + Plan::QTile::kBytes);
     wgmma_commit();
     const RingPosition<Plan::kSlots> scores_position = position;
     position.advance();
-    position.wait_full(ring);
-    slot = shared + position.slot() * Plan::kSlotBytes;
+    position.wait_full(rings.slots);
+    slot = rings.slot(position);
     wgmma_fence();
     start_multiply_transposed<T, kValueDim, kBlockM>(dprobs, slot, 64 * group, slot + Plan::DoutTile::kBytes);
     wgmma_commit();
@@ -167,30 +219,28 @@ GPU_DEVICE void sum_score_tiles(const Params& p, uint32_t shared, const Ring<Pla
 
     wgmma_wait<1>();
     keep_registers(flat(scores));
-    scores_position.release(ring);
-    to_logits<T>(p, head_slice, scores, QueryRows{query, first_key + 2 * lane.q}, NoGradients{});
-    if (!note.has(Note::kIsWhole)) {
-      VisibleColumns<kBlockN> visible = visible_keys(p, note.valid(), note.key_block(), query);
-      if (note.has(Note::kHasMasked)) hide_masked_keys(p, head_slice, visible, query, first_key);
-      GPU_UNROLL for (int r = 0; r < 2; ++r) {
-        GPU_UNROLL for (int w = 0; w < kBlockN / 32; ++w) {
-          if (query + 8 * r >= head_slice.seqlen_q) visible.words[r][w] = 0;
-        }
-      }
-      hide(scores, visible, lane);
-    }
+    scores_position.release(rings.slots);
+    to_logits<T>(p, head_slice, scores, QueryRows{query, first_key + 2 * lane.q}, NoGradients{},
+                 ProgramBias<T, Plan>{bias, rings.bias_loaded, rings.bias_tile(group), warp_row, lane});
+    if (!note.has(Note::kIsFull))
+      hide(scores,
+           visible_keys_of_tile(p, head_slice, note.valid(), note.key_block(), note.has(Note::kHasMasked), query),
+           lane);
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] =
           prob_of(scores[t][j], p.softmax_scale_log2, statistics[j / 2].lse_log2);
     }
 
+    // The second wait for the same slot returns at once. It is here for its branch, which keeps ptxas from moving
+    // wgmma_wait before the exponentials.
+    position.wait_full(rings.slots);
     wgmma_wait<0>();
     keep_registers(flat(dprobs));
-    position.release(ring);
+    position.release(rings.slots);
     position.advance();
     if (p.dropout_seed != nullptr) drop(dprobs, dropout_keep, p.dropout_scale);
     // Values that are not valid, and rows of another sequence, may hold NaN, and NaN times a prob of 0 is NaN.
-    if (!note.has(Note::kIsWhole)) clear_where_zero(dprobs, scores);
+    if (!note.has(Note::kIsFull)) clear_where_zero(dprobs, scores);
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) sums[t][j] += scores[t][j] * (dprobs[t][j] - statistics[j / 2].delta);
     }
@@ -206,16 +256,13 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   using Plan = BiasGradientPlan<kHeadDim, kValueDim>;
   const ScoreTiles<Plan::kBlockM, Plan::kBlockN> tiles(p, g, block_index_x());
   const uint32_t shared = shared_address(shared_memory());
-  const Ring<Plan::kSlots> ring{shared + Plan::kRing};
-  if (thread_index() == 0) {
-    ring.init(kGradientConsumerWarps);
-    fence_mbarrier_init();
-  }
+  const BiasGradientRings<Plan> rings(shared);
+  if (thread_index() == 0) rings.init();
   sync_threads();
   const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // tells the compiler that a warp agrees about it
   if (warpgroup == 0) {
     decrease_registers<kGradientProducerRegisters>();
-    if (thread_index() == 0) load_score_tiles<Plan>(tiles, maps, shared, ring);
+    if (thread_index() == 0) load_score_tiles<Plan>(tiles, maps, rings);
     return;
   }
   increase_registers<kGradientConsumerRegisters>();
@@ -223,7 +270,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   const int group = warpgroup - 1;
   float sums[Plan::kTiles][4];
   fill(sums, 0.0f);
-  sum_score_tiles<T, kHeadDim, kValueDim, Plan>(p, shared, ring, group, sums);
+  sum_score_tiles<T, kHeadDim, kValueDim, Plan>(p, maps.bias, rings, group, sums);
 
   // Epilogue. The slots are not needed any more when both consumers have come to the end, so the sums are written over
   // them.

@@ -2,9 +2,9 @@
 // eight numbers at a time. Loads from global memory (logits.h) take twice as many instructions, and each warp would wait
 // for their data.
 //
-// Some kernels read a bias from global memory all the same. The kernels for the gradient of a bias are written for
-// sm_80, which has no TMA. Of the two kernels of backward.h, the one for dq visits 32 keys at a time, and a tile of 32
-// keys would need another swizzle.
+// Some kernels read a bias from global memory all the same. In the kernel for the gradient of a bias, tiles of inputs take
+// the memory. Of the two kernels of backward.h, the one for dq visits 32 keys at a time, and a tile of 32 keys would need
+// another swizzle.
 #pragma once
 #include "tile_memory.h"
 

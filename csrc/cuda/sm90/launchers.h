@@ -164,8 +164,10 @@ void launch_backward(const Params& p, bool is_bf16, Stream stream) {
 template <int kHeadDim, int kValueDim>
 void launch_bias_gradient(const Params& p, const BiasGradientParams& g, bool is_bf16, Stream stream) {
   using Plan = BiasGradientPlan<kHeadDim, kValueDim>;
-  const BackwardMaps maps = backward_maps_of(p, is_bf16, Plan::kBlockM, Plan::kBlockN);
-  const LaunchShape shape = shape_of_owners(g, kGradientThreads, Plan::kBytes);
+  BackwardMaps maps = backward_maps_of(p, is_bf16, Plan::kBlockM, Plan::kBlockN);
+  if (g.is_dense_bias) maps.bias = bias_map_of(p, is_bf16, kConsumerRows);
+  LaunchShape shape = shape_of_owners(g, kGradientThreads, Plan::kBytes);
+  if (!maps.bias.is_used) shape.shared_bytes = Plan::kBytesWithoutBias;
   if (is_bf16) {
     run_kernel(bias_gradient_kernel<bf16_t, kHeadDim, kValueDim>, shape, stream, p, g, maps);
   } else {
