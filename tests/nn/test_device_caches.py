@@ -290,7 +290,7 @@ def test_errors():
             cache.crop(-1)
         with pytest.raises(TypeError, match="length: expected an int, got float"):
             cache.crop(1.0)
-    with pytest.raises(TypeError, match="length: expected an int, got Tensor"):
+    with pytest.raises(TypeError, match="length: expected an int, got Tensor; StaticKVCache takes a tensor of lengths"):
         KVCache(1).crop(torch.tensor([1]))
     with pytest.raises(ValueError, match="max_length: expected at least 1, got 0"):
         StaticKVCache(1, 0)
