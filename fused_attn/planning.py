@@ -145,13 +145,17 @@ def _plan(backend: str | None, metadata: Metadata, bias: CausalBiasMeta | None, 
         if swapped is None:
             raise
         query, key, value = swapped
-        try:
-            _checked_plan(backend, arguments._replace(query=query, key=key, value=value), bias, options)
-        except (TypeError, ValueError):
-            raise error from None
-        raise ValueError(
-            f"{error}; these shapes would fit as (B, L, H, D), which x.transpose(-3, -2) makes (B, H, L, D)"
-        ) from None
+        for enable_gqa in (options.enable_gqa, True):
+            try:
+                others = options._replace(enable_gqa=enable_gqa)
+                _checked_plan(backend, arguments._replace(query=query, key=key, value=value), bias, others)
+            except (TypeError, ValueError):
+                continue
+            also = "" if options.enable_gqa or not enable_gqa else ", with enable_gqa=True"
+            raise ValueError(
+                f"{error}; these shapes would fit as (B, L, H, D), which x.transpose(-3, -2) makes (B, H, L, D){also}"
+            ) from None
+        raise
 
 
 # The cache is typed. Otherwise is_causal=1, which is an error, would find the plan of is_causal=True.

@@ -113,6 +113,16 @@ TABLE = {
         ValueError,
         r"attn_mask: expected a shape broadcastable to \(\.\.\., H, L, S\) = \(2, 4, 5, 7\), got shape \(5, 6\)",
     ),
+    "mask-without-heads": (
+        call(attn_mask=torch.zeros(2, 5, 7)),
+        ValueError,
+        r"got shape \(2, 5, 7\); mask.unsqueeze\(-3\) gives it a dimension for heads$",
+    ),
+    "mask-of-keys": (
+        call(attn_mask=torch.zeros(2, 7)),
+        ValueError,
+        r"got shape \(2, 7\); a mask of keys is a key_padding_mask, where True = ignore$",
+    ),
     "mask-rank": (call(attn_mask=torch.zeros(1, 2, 4, 5, 7)), ValueError, r"attn_mask: expected a shape broadcastable"),
     "mask-float8": (
         call(attn_mask=torch.zeros(5, 7).to(torch.float8_e5m2)),
@@ -305,6 +315,10 @@ TRANSPOSED = {
         call(BLHD, BSHD[:, :, :2], BSHD[:, :, :2], enable_gqa=True),
         r"key: expected a number of heads that divides the 8 of query",
     ),
+    "gqa-forgotten": (
+        call(BLHD, BSHD[:, :, :2], BSHD[:, :, :2]),
+        r"query: expected 10 heads, got 8 heads; .* makes \(B, H, L, D\), with enable_gqa=True",
+    ),
     "mask": (call(BLHD, BLHD, BLHD, torch.zeros(8, 8)), r"attn_mask: expected a shape broadcastable"),
     "padding": (
         call(BLHD, BLHD, BLHD, key_padding_mask=torch.zeros(2, 8).bool()),
@@ -318,8 +332,9 @@ TRANSPOSED = {
 @pytest.mark.parametrize("name", TRANSPOSED)
 def test_heads_and_rows_that_changed_places_are_told(name: str) -> None:
     function, message = TRANSPOSED[name]
-    with pytest.raises(ValueError, match=rf"{message}.*; these shapes would fit as \(B, L, H, D\), which x.transpose"):
+    with pytest.raises(ValueError, match=message) as raised:
         function()
+    assert "; these shapes would fit as (B, L, H, D), which x.transpose(-3, -2) makes (B, H, L, D)" in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,12 @@ def check_attn_mask(mask: Meta, query: Meta, scores: tuple[int, ...]) -> None:
         m in (1, n) for m, n in zip(reversed(mask.shape), reversed(scores), strict=False)
     )
     if not fits:
-        raise fail("attn_mask", f"a shape broadcastable to (..., H, L, S) = {scores}", _shape(mask))
+        hint, without_heads = "", (*scores[:-3], *scores[-2:])
+        if tuple(mask.shape) == without_heads:
+            hint = "; mask.unsqueeze(-3) gives it a dimension for heads"
+        elif tuple(mask.shape) == (*scores[:-3], scores[-1]):
+            hint = "; a mask of keys is a key_padding_mask, where True = ignore"
+        raise fail("attn_mask", f"a shape broadcastable to (..., H, L, S) = {scores}", _shape(mask) + hint)
 
 
 def check_padding(mask: Meta, query: Meta, batch_shape: tuple[int, ...], seqlen_k: int) -> None:

@@ -111,5 +111,6 @@ def alibi_bias(slopes: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
 
 def _distances(seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
     """(L + S - 1,) integers: the distance j - i that each column of a bias belongs to, from -(L - 1) to S - 1."""
-    first = 1 - seqlen_q
-    return torch.arange(first, max(first, seqlen_k), device=device)  # empty if L = S = 0
+    # This form of the length is that of the check of relative_bias. torch.export proves that both are the same.
+    columns = max(seqlen_q + seqlen_k - 1, 0)
+    return torch.arange(columns, device=device) + (1 - seqlen_q)

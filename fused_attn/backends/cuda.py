@@ -52,10 +52,10 @@ MAX_ROWS = 2**29
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     """Why the CUDA kernels cannot run the problem; empty if they can."""
     reasons = []
-    if (reason := build_reason(problem)) is not None:
-        reasons.append(reason)
-    elif problem.device.type != device_type():
+    if problem.device.type != device_type():
         reasons.append(f"the tensors are on {problem.device}, expected {device_type()}")
+    elif (reason := build_reason(problem)) is not None:
+        reasons.append(reason)
     reasons += gpu_reasons(problem, MIN_CAPABILITY)
     if problem.dtype not in DTYPES:
         reasons.append(f"dtype {problem.dtype} is none of {', '.join(map(str, DTYPES))}")

@@ -88,6 +88,9 @@ def context_parallel_attention(
         checks.optional_meta(name, x)
     if padding is not None and padding.requires_grad:
         raise checks.fail("key_padding_mask", "a mask that requires no gradient", "one that does")
+    if padding is not None and padding.shape != (query.shape[0], key.shape[2]):
+        expected = f"shape (B, S of this rank) = {(query.shape[0], key.shape[2])}, as shard_sequence(mask, mesh, 1) has"
+        raise checks.fail("key_padding_mask", expected, f"shape {tuple(padding.shape)}")
     group = group_of(mesh)
     if seqlens is None and dist.get_world_size(group) == 1:
         seqlens = query.shape[2], key.shape[2]

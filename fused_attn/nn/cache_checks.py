@@ -20,7 +20,8 @@ def check_count(name: str, count: int) -> None:
 def checked_length(length: int | Tensor) -> int:
     """The length to which a cache is cropped. Raises TypeError or ValueError unless it is an int of at least 0."""
     if isinstance(length, bool) or not isinstance(length, (int, Integral)):
-        raise TypeError(f"length: expected an int, got {type(length).__name__}")
+        hint = "; StaticKVCache takes a tensor of lengths" if isinstance(length, Tensor) else ""
+        raise TypeError(f"length: expected an int, got {type(length).__name__}{hint}")
     if length < 0:
         raise ValueError(f"length: expected at least 0, got {length}")
     return length

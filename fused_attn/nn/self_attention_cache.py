@@ -106,7 +106,7 @@ class SelfAttentionCache:
             check_continues("value", self._values, value)
         length = self.length + key.shape[2]
         if self._max_length is not None and length > self._max_length:
-            raise ValueError(f"key: expected at most max_length={self._max_length} rows in the cache, got {length}")
+            raise ValueError(f"cache: expected at most max_length={self._max_length} rows, got {length}")
         if torch.is_grad_enabled():
             self._keys, self._values = self._concatenated(self._keys, key), self._concatenated(self._values, value)
         else:
@@ -276,14 +276,15 @@ class StaticSelfAttentionCache:
         if self._rows is not None:
             check_continues("key", self._rows.keys, key)
             check_continues("value", self._rows.values, value)
-        for name, x in (("key", key), ("value", value)):
-            if x.requires_grad and torch.is_grad_enabled():
-                raise ValueError(f"{name}: expected no gradient in a static cache, got one; use torch.no_grad()")
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            raise ValueError(
+                "cache: expected keys and values without gradient in a static cache, got one; use torch.no_grad()"
+            )
         if self._at_most is None or torch.compiler.is_compiling():
             return  # On a CPU, a write behind the buffer raises IndexError. On a GPU, its kernel stops with an error.
         most = self._at_most + key.shape[2]
         if most > self.max_length:
-            raise ValueError(f"key: expected at most max_length={self.max_length} rows in the cache, got {most}")
+            raise ValueError(f"cache: expected at most max_length={self.max_length} rows, got {most}")
         self._at_most = most
 
     def _write(self, rows: _StaticRows, key: Tensor, value: Tensor) -> CachedRows:

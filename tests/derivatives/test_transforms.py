@@ -141,6 +141,27 @@ def test_export_save_load(backend: str, generator: torch.Generator) -> None:
         torch.testing.assert_close(loaded(*args), module(*args))
 
 
+class _RelativeModule(torch.nn.Module):
+    def forward(self, query: Tensor, table: Tensor, slopes: Tensor) -> Tensor:
+        length = query.shape[2]
+        bias = fused_attn.t5_relative_bias(table, length, length) + fused_attn.alibi_bias(slopes, length, length)
+        return fused_attn.fused_attention(query, query, query, relative_bias=bias)
+
+
+def test_export_of_a_relative_bias(generator: torch.Generator) -> None:
+    """The number of columns follows from a symbolic length."""
+
+    def arguments(length: int) -> tuple[Tensor, ...]:
+        return tuple(tensors(generator, (2, 2, length, 8), (32, 2), (2,), requires_grad=False))
+
+    shapes = ({2: torch.export.Dim("length", min=2, max=4096)}, None, None)
+    module = _RelativeModule()
+    exported = torch.export.export(module, arguments(13), dynamic_shapes=shapes).module()
+    for length in (13, 29):
+        args = arguments(length)
+        torch.testing.assert_close(exported(*args), module(*args))
+
+
 # ---- The registered operators
 
 

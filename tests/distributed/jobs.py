@@ -128,6 +128,7 @@ WRONG_CALLS = {
     "gradient of one rank's bias": "options and shapes: expected the same on all ranks",
     "sinks as a list": "sinks: expected a",
     "padding as a list": "key_padding_mask: expected a",
+    "padding of the whole sequence": "key_padding_mask: expected shape (B, S of this rank) = (1, 8)",
     "padding of packed rows": "key_padding_mask: expected no such option for packed sequences",
 }
 
@@ -146,6 +147,9 @@ def wrong_call(name: str) -> None:
         context_parallel_attention(query, query, query, mesh=mesh, sinks=[0.0] * 4)
     elif name == "padding as a list":
         context_parallel_attention(query, query, query, mesh=mesh, key_padding_mask=[[False] * 8])
+    elif name == "padding of the whole sequence":
+        padding = torch.zeros(1, 8 * dist.get_world_size(), dtype=torch.bool)
+        context_parallel_attention(query, query, query, mesh=mesh, key_padding_mask=padding)
     elif name == "gradient of one rank's bias":
         bias = torch.zeros(16 * dist.get_world_size() - 1, requires_grad=dist.get_rank() == 0)
         context_parallel_attention(query, query, query, mesh=mesh, method="ring", relative_bias=bias)

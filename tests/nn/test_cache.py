@@ -183,7 +183,7 @@ def test_len_counts_layers():
         ),
         (rows(1), rows(1, columns=5), r"value: expected shape \(2, 3, 'L', 4\), as in the cache"),
         (rows(1).double(), rows(1), r"key: expected torch.float32 on cpu, as in the cache, got torch.float64"),
-        (rows(8), rows(8), r"key: expected at most max_length=8 rows in the cache, got 9"),
+        (rows(8), rows(8), r"cache: expected at most max_length=8 rows, got 9"),
     ],
     ids=["rank", "lengths", "batch", "columns", "dtype", "max-length"],
 )

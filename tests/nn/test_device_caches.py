@@ -240,7 +240,7 @@ def test_reserve_keeps_the_rows():
     cache, x = StaticKVCache(1, 3), torch.randn(2, 2, 3, 4)
     part = cache.layers[0].self_attention
     part.append(x, x)
-    with pytest.raises(ValueError, match="key: expected at most max_length=3 rows in the cache, got 4"):
+    with pytest.raises(ValueError, match="cache: expected at most max_length=3 rows, got 4"):
         part.append(x[:, :, :1], x[:, :, :1])
     cache.reserve(8)
     rows = part.append(x, x)
@@ -279,7 +279,7 @@ def test_errors():
     static, ring = StaticSelfAttentionCache(8), SlidingSelfAttentionCache(4)
     static.append(x, x)
     ring.append(x, x)
-    with pytest.raises(ValueError, match=r"key: expected no gradient in a static cache, got one; use torch\.no_grad"):
+    with pytest.raises(ValueError, match=r"cache: expected keys and values without gradient .*; use torch\.no_grad"):
         static.append(x.clone().requires_grad_(), x)
     with pytest.raises(ValueError, match="indices: expected the batch size of a static cache, 2, got 3"):
         static.reorder(torch.tensor([0, 1, 1]))
@@ -290,7 +290,7 @@ def test_errors():
             cache.crop(-1)
         with pytest.raises(TypeError, match="length: expected an int, got float"):
             cache.crop(1.0)
-    with pytest.raises(TypeError, match="length: expected an int, got Tensor"):
+    with pytest.raises(TypeError, match="length: expected an int, got Tensor; StaticKVCache takes a tensor of lengths"):
         KVCache(1).crop(torch.tensor([1]))
     with pytest.raises(ValueError, match="max_length: expected at least 1, got 0"):
         StaticKVCache(1, 0)

@@ -1,6 +1,6 @@
 // Forward for Hopper: out = softmax(logits) @ value, with TMA and wgmma. The kernel is persistent: a block of threads
 // stays on its multiprocessor and computes one tile of queries after another. A tile has kBlockM queries of one head.
-// The warps of the block have three roles:
+// The warps of the block have four roles:
 //
 //   planning warp   decides which tile of queries comes next, which blocks of keys the tile visits, and which of these
 //                   blocks need no mask
@@ -54,8 +54,8 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
   static constexpr int kTiles = kBlockN / 8;  // tiles of 8 columns in a fragment of scores
   static constexpr int kConsumerWarps = kConsumers * kWarpsPerWarpgroup;
 
-  // Registers of each thread. With setmaxnreg, the first warpgroup (planning and loading warps) gives up registers, and
-  // the consumers get them.
+  // Registers of each thread. With setmaxnreg, the first warpgroup (all warps that do not multiply) gives up registers,
+  // and the consumers get them.
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 224;
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
