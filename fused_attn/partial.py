@@ -182,7 +182,6 @@ def backward(
 ) -> Gradients:
     """`attention_partial_backward` with the merged results and their gradients in `saved`."""
     problem, inputs, columns, added = _planned(query, key, value, options)
-    problem = _with_merged_lse(problem)
     backend = dispatch.choose(problem, options.backend)
     rows = tuple(query.shape[:3])
     of_outputs = (*rows, problem.value_dim)
@@ -406,9 +405,3 @@ def _move(problem: AttentionProblem, origin: DropoutOrigin) -> AttentionProblem:
 
 
 _moved = functools.lru_cache(maxsize=4096)(_move)
-
-
-@functools.lru_cache(maxsize=4096)
-def _with_merged_lse(problem: AttentionProblem) -> AttentionProblem:
-    """The problem of a backward call whose lse is the merged one."""
-    return replace(problem, has_merged_lse=True)

@@ -61,9 +61,6 @@ struct AttentionParams {
   TensorView lse;    // (B, H, L, 1), accumulate type; natural log; -inf for an empty row; stride_row is 1
   // As lse, for forward only: the largest logit of each row; -inf for an empty row. Null = not wanted.
   TensorView row_max;
-  // Backward gets the out and the lse of a softmax over more keys than the call has, so the probs of a row need not add
-  // up to 1.
-  bool has_merged_lse = false;
 
   // The kernel computes logit = scale * q.k. If softcap > 0, logit = softcap * tanh(logit / softcap) follows. The
   // kernel applies biases and masks after the softcap.

@@ -79,8 +79,7 @@ FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool part
 // Computes the corrections of lse for a block of queries. The rounding error of lse grows with its size: an lse of 1e3
 // has an error that changes probs by 6e-5, and an lse of -1e9, as a large negative bias makes it, changes probs several
 // times over. So this function sums exp(score - lse) over all keys of each row. Without rounding, the sum would be 1.
-// The correction, which is added to the exponent of probs, divides probs by this sum. A merged lse covers keys that this
-// call does not have, so its rows cannot be corrected: their sum would be below 1 without rounding, too.
+// The correction, which is added to the exponent of probs, divides probs by this sum.
 template <class Policy>
 FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
                              const RelativeBias<typename Policy::Lane>& relative, const ValidKeys* valid_keys,
@@ -128,7 +127,7 @@ void measure_rows(const AttentionParams& p, const Sequence& seq, const RelativeB
   pack_columns<Policy>(row_of<const typename Policy::Storage>(p.dout, b, h, seq.q_offset + q_begin), p.dout.stride_row,
                        nq, static_cast<int>(p.value_dim), s.dout);
   const bool inexact = load_row_statistics<Policy>(p, seq, b, h, q_begin, nq, s, rows);
-  if (inexact && !p.has_merged_lse) correct_lse<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, s, rows);
+  if (inexact) correct_lse<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, s, rows);
 }
 
 }  // namespace

@@ -90,8 +90,6 @@ class AttentionProblem:
     allows_tf32:    the factors of float32 products may be rounded to TF32. Torch's setting for it can change between
                     calls, so a backend that obeys this setting fills in the field itself.
     dropout_origin: where the scores of this call lie in the scores of a larger attention
-    has_merged_lse: backward gets the out and the lse of a softmax over more keys than the call has, so the probs of a
-                    row need not add up to 1
     capability:     the compute capability of a CUDA device, read from the device if not given; None without a GPU
     """
 
@@ -120,7 +118,6 @@ class AttentionProblem:
     has_sinks: bool = False
     allows_tf32: bool = False
     dropout_origin: DropoutOrigin = NO_ORIGIN
-    has_merged_lse: bool = False
     capability: tuple[int, int] | None = None
     #: The call has no tensors but query, key and value.
     is_plain: bool = field(init=False, default=False)

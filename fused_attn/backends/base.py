@@ -53,7 +53,6 @@ def native_numbers(problem: AttentionProblem) -> dict[str, Any]:
         "dropout_origin": problem.dropout_origin,
         "max_seqlen_q": problem.seqlen_q,
         "max_seqlen_k": problem.seqlen_k,
-        "has_merged_lse": problem.has_merged_lse,
     }
 
 

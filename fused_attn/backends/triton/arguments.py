@@ -193,7 +193,6 @@ class Settings(NamedTuple):
     dropout_origin: None = zeros
     IS_FLOAT32: inputs are float32, and their products must not be rounded to TF32
     PAGE_SIZE: the rows of a page of keys; 0 = keys are not paged
-    HAS_MERGED_LSE: as in `AttentionProblem`
     """
 
     num_heads: int
@@ -216,7 +215,6 @@ class Settings(NamedTuple):
     PRECISION: tl.constexpr
     IS_FLOAT32: tl.constexpr
     PAGE_SIZE: tl.constexpr
-    HAS_MERGED_LSE: tl.constexpr
 
     @classmethod
     def of(cls, problem: AttentionProblem, config: Config) -> Settings:
@@ -255,7 +253,6 @@ class Settings(NamedTuple):
                     "tf32" if problem.allows_tf32 else "ieee",
                     is_float32,
                     problem.page_size,
-                    problem.has_merged_lse,
                 ),
             ),
         )

@@ -150,9 +150,8 @@ def attention_bwd_dq_kernel(
     row_factor = None
     if factor is not None:
         row_factor = tl.zeros([settings.BLOCK_M], tl.float32) + 1.0
-        if not settings.HAS_MERGED_LSE:  # noqa: SIM102  the compiler leaves a branch out if its condition is constant
-            if tl.max(tl.abs(row_lse), 0) > (EXACT_LSE_FLOAT32 if settings.IS_FLOAT32 else EXACT_LSE):
-                row_factor = _exact_factor(q_tile, row_lse, query, blocks, k, head_slice, masks, settings)
+        if tl.max(tl.abs(row_lse), 0) > (EXACT_LSE_FLOAT32 if settings.IS_FLOAT32 else EXACT_LSE):
+            row_factor = _exact_factor(q_tile, row_lse, query, blocks, k, head_slice, masks, settings)
         tl.store(factor + row_offset, row_factor, mask=is_row)
     if dsinks is not None:
         if row_factor is not None:
@@ -176,8 +175,7 @@ def _exact_factor(q_tile, row_lse, query, blocks, k, head_slice, masks, settings
     """(M,): 1 / sum over the keys (and the sink) of exp(logit - LSE). The sum would be 1 if the LSE were exact.
 
     A large LSE has a large rounding error. For example, if all keys of a row have a bias of -1e9, the LSE rounds to
-    -1e9 for one key as well as for a hundred, whose probs would each become 1 instead of 0.01. A merged LSE has no
-    factor, because it covers keys that this call does not have.
+    -1e9 for one key as well as for a hundred, whose probs would each become 1 instead of 0.01.
     """
     total = tl.zeros([settings.BLOCK_M], tl.float32)
     for first_key in range(blocks.start, blocks.end, settings.BLOCK_N):
