@@ -72,13 +72,12 @@ COUNTED_INSTRUCTIONS = {
     "sm90 forward general": {64: 372, 96: 370, 128: 376, 192: 274, 256: 312},
     "sm90 query_gradient general": {192: 349, 256: 304},
     "sm90 key_gradient general": {192: 221, 256: 187},
-    "sm80 bias_gradient": {64: 347, 96: 397, 128: 450, 192: 511, 256: 402},
-    "sm90 bias_gradient": {64: 501, 96: 519, 128: 531, 192: 518, 256: 393},
+    "sm80 bias_gradient": {64: 346, 96: 396, 128: 449, 192: 510, 256: 401},
+    "sm90 bias_gradient": {64: 486, 96: 504, 128: 516, 192: 497, 256: 377},
 }
 #: How often a step may read global memory. On sm_80, the kernel for dq reads which keys are valid. The kernels for the
-#: gradient of a bias read the row statistics of two rows. On sm_90a, that kernel also has four reads of cu_seqlens,
-#: which packed calls alone execute. All others read nothing but tiles.
-MOST_READS = {"sm80 query_gradient": 2, "sm80 bias_gradient": 4, "sm90 bias_gradient": 8}
+#: gradient of a bias read the row statistics of two rows. All others read nothing but tiles.
+MOST_READS = {"sm80 query_gradient": 2, "sm80 bias_gradient": 4, "sm90 bias_gradient": 4}
 #: A step may have more instructions than counted, by this factor.
 MORE_INSTRUCTIONS = 1.03
 
@@ -402,7 +401,7 @@ def test_softmax_runs_while_the_tensor_cores_do(built):
         # In these kernels, one consumer computes exponentials while the products of another one run.
         if "forward" in kernel.name or "fused_backward" in kernel.name:
             continue
-        if kernel.name.endswith(", 0>"):
+        if kernel.name.endswith(", 0>") or "bias_gradient" in kernel.name:
             assert kernel.overlapped >= 28, f"{kernel.name}: {kernel.overlapped} exponentials overlap with products"
 
 
@@ -489,8 +488,7 @@ def test_no_descriptor_is_computed_between_products(built):
     """In all code of a kernel, but for forward with large head dims, which needs more uniform registers than there are.
 
     The general fused backward moves one descriptor in the first product of a block of keys, outside of its loop. The
-    kernel for the gradient of a bias waits for its tiles more than for its products. Between these, it moves offsets of
-    packed sequences.
+    kernel for the gradient of a bias waits for its tiles more than for its products.
     """
     hopper = [kernel for kernel in built if kernel.moved_in_products]
     # dtypes x (variants x (forward, fused backward, two other backwards), gradient of a bias)

@@ -2,9 +2,9 @@
 // eight numbers at a time. Loads from global memory (logits.h) take twice as many instructions, and each warp would wait
 // for their data.
 //
-// Some kernels read a bias from global memory all the same. In the kernel for the gradient of a bias, tiles of inputs take
-// the memory. Of the two kernels of backward.h, the one for dq visits 32 keys at a time, and a tile of 32 keys would need
-// another swizzle.
+// Some kernels read a bias from global memory all the same. Of the two kernels of backward.h, the one for dq visits 32 keys
+// at a time, and a tile of 32 keys would need another swizzle. The kernel for the gradient of one bias has no memory for
+// the tiles of another one.
 #pragma once
 #include "tile_memory.h"
 
