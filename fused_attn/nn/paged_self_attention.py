@@ -95,6 +95,15 @@ class PagedSelfAttentionCache:
         """Move or convert all pages, also those of other sequences; see `KVCache.to`."""
         self._pages.to(device, dtype)
 
+    def state(self) -> list[int]:
+        """What `restore` needs."""
+        return self._lengths()
+
+    def restore(self, state: list[int]) -> None:
+        """Forget all rows that were appended since `state` was called. Their pages become free."""
+        for sequence, length in zip(self.sequences, state, strict=True):
+            self._pages.crop(sequence, length)
+
     def _lengths(self) -> list[int]:
         return [self._pages.length(sequence) for sequence in self.sequences]
 
