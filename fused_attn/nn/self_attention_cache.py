@@ -108,10 +108,11 @@ class SelfAttentionCache:
         if self._max_length is not None and length > self._max_length:
             raise ValueError(f"key: expected at most max_length={self._max_length} rows in the cache, got {length}")
         if torch.is_grad_enabled():
+            self._is_writable = False
             self._keys, self._values = self._concatenated(self._keys, key), self._concatenated(self._values, value)
         else:
             self._keys, self._values = self._appended(self._keys, key), self._appended(self._values, value)
-        self._is_writable = not torch.is_grad_enabled()
+            self._is_writable = True
         self.length = length
         return self._keys[:, :, :length], self._values[:, :, :length]
 
@@ -140,13 +141,15 @@ class SelfAttentionCache:
             with torch.inference_mode(False):
                 self._keys, self._values = self._keys.to(device, dtype), self._values.to(device, dtype)
 
-    def state(self) -> tuple[Any, ...]:
-        """What `restore` needs. No row is copied: `update` changes no row in the cache."""
-        return self.length, self._keys, self._values, self._is_writable
+    def state(self) -> tuple[int, bool]:
+        """What `restore` needs. No buffer is among it, so a step that makes larger buffers frees the old ones."""
+        return self.length, self._keys is None
 
-    def restore(self, state: tuple[Any, ...]) -> None:
+    def restore(self, state: tuple[int, bool]) -> None:
         """Forget all rows that were appended since `state` was called."""
-        self.length, self._keys, self._values, self._is_writable = state
+        self.length, was_empty = state
+        if was_empty:  # the first rows may have another batch size or dtype next time
+            self._keys = self._values = None
 
     def _concatenated(self, buffer: Tensor | None, rows: Tensor) -> Tensor:
         """A new buffer with exactly the rows in the cache and the new rows (B, Hkv, L, D)."""

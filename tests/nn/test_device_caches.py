@@ -400,3 +400,15 @@ def test_a_cache_of_inference_mode_goes_on_under_no_grad(kind):
     with torch.no_grad():
         expected = decoder(tgt, memory, tgt_is_causal=True)[:, 2:]
         torch.testing.assert_close(decoder(tgt[:, 2:], memory, cache=cache), expected)
+
+
+@pytest.mark.parametrize("kind", ["growing", "static", "sliding"])
+@torch.no_grad()
+def test_the_first_step_can_be_repeated_with_another_batch(kind):
+    torch.manual_seed(0)
+    decoder = fused.TransformerDecoder(fused.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    cache, tgt, memory = decoder_caches(kind, 2), torch.randn(3, 1, 8), torch.randn(3, 4, 8)
+    with decoder.layers[1].linear2.register_forward_pre_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+        decoder(tgt, memory, cache=cache)
+    expected = decoder(tgt[:2], memory[:2], tgt_is_causal=True)
+    torch.testing.assert_close(decoder(tgt[:2], memory[:2], cache=cache), expected)
