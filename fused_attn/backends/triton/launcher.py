@@ -228,10 +228,12 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         dbias = dkey_bias = drelative_bias = None
         if wanted.bias:
             assert inputs.bias is not None and factor is not None, "what is wanted is given"
-            if inputs.bias.shape[3] == 1 < problem.seqlen_k:
+            if inputs.bias.shape[3] == 1 < problem.seqlen_k and not problem.is_part:
                 dbias = _row_bias_gradient(inputs, lse, dlse, delta, factor)
             else:
-                dbias = _dense_bias_gradient(problem, plan.dbias, inputs.bias, tensors, masks, sizes)
+                dense = inputs.bias.expand(-1, -1, -1, problem.seqlen_k)
+                dbias = _dense_bias_gradient(problem, plan.dbias, dense, tensors, masks, sizes)
+                dbias = dbias.sum_to_size(inputs.bias.shape)
         if wanted.key_bias:
             assert inputs.key_bias is not None, "what is wanted is given"
             as_bias = inputs.key_bias[:, None, None, :]
