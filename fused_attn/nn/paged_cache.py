@@ -152,12 +152,12 @@ class PagedKVCache:
             with torch.no_grad():
                 for pages, x in ((self.key_pages, key), (self.value_pages, value)):
                     pages[page, row] = x.transpose(1, 2).flatten(0, 1)
+            # One call, so that Ctrl-C finds all sequences longer, or none.
+            self._lengths.update({sequence: self._lengths[sequence] + rows for sequence in sequences})
         except BaseException:
             for sequence in sequences:
                 self.crop(sequence, self._lengths[sequence])  # gives the pages without rows back
             raise
-        for sequence in sequences:
-            self._lengths[sequence] += rows
 
     def table(self, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(block_table (B, pages of the longest) int32, key_lengths (B,) int32), as `fused_attention_paged` takes them.
