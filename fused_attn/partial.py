@@ -182,6 +182,7 @@ def backward(
 ) -> Gradients:
     """`attention_partial_backward` with the merged results and their gradients in `saved`."""
     problem, inputs, columns, added = _planned(query, key, value, options)
+    problem = _as_part(problem)
     backend = dispatch.choose(problem, options.backend)
     rows = tuple(query.shape[:3])
     of_outputs = (*rows, problem.value_dim)
@@ -388,6 +389,8 @@ def _columns(seqlen_q: int, seqlen_k: int, count: int, options: PartialOptions) 
     # Column 0 of the part belongs to its last query and its first key.
     first = options.key_offset - (options.query_offset + seqlen_q - 1) + whole_q - 1
     last = first + max(seqlen_q + seqlen_k - 1, 0)
+    if first == last:
+        return slice(0)  # no queries or no keys, which may stand behind the last column
     if first < 0 or last > count:
         raise checks.fail(
             "relative_bias", f"the L + S - 1 columns of the whole attention, of which this part uses {first} to {last}",
@@ -405,3 +408,9 @@ def _move(problem: AttentionProblem, origin: DropoutOrigin) -> AttentionProblem:
 
 
 _moved = functools.lru_cache(maxsize=4096)(_move)
+
+
+@functools.lru_cache(maxsize=4096)
+def _as_part(problem: AttentionProblem) -> AttentionProblem:
+    """The problem of a backward that gets the out and lse of whole rows. The same object for the same problem."""
+    return replace(problem, is_part=True)

@@ -20,6 +20,7 @@ CASES = {
     "relative bias": {"is_causal": True, "relative_bias": (4, 105)},
     "shared relative bias": {"relative_bias": (105,)},
     "padding": {"key_padding_mask": (2, 53)},
+    "large logits": {"is_causal": True, "scale": 4.0},  # kernels correct the rounding of a large lse of whole rows
     "dropout": {"dropout_p": 0.4, "dropout_seed": 11, "is_causal": True},
 }
 
@@ -153,6 +154,15 @@ def test_half_precision_returns_float32(generator: torch.Generator) -> None:
     assert out.dtype == lse.dtype == torch.float32
     grads = attention_partial_backward(out, query, query, query, out, lse)
     assert {x.dtype for x in grads if x is not None} == {torch.float32}
+
+
+def test_a_part_without_scores_uses_no_column(backend: str) -> None:
+    """The columns of a part that is empty on one side may begin behind the last one."""
+    x, bias = torch.randn(1, 2, 4, 8), torch.randn(3)
+    out, lse = attention_partial(
+        x[:, :, :0], x[:, :, :0], x[:, :, :0], relative_bias=bias, seqlen_q=4, backend=backend
+    )  # fmt: skip
+    assert out.shape == (1, 2, 0, 8) and lse.shape == (1, 2, 0)
 
 
 def test_rows_without_keys(generator: torch.Generator) -> None:

@@ -112,6 +112,10 @@ struct AttentionParams {
   // an entry must not depend on other entries: they are shares of its own keys.
   int64_t num_splits = 0;
 
+  // For backward only: the rows have more keys than those of this call, and lse and out are those of the whole rows.
+  // So the probs of a row need not add up to 1.
+  bool is_part = false;
+
   // For backward only. The gradients are outputs, and the kernel writes every entry of them. The caller passes a null
   // tensor for a gradient that it does not want.
   TensorView dout;            // (B, H, L, Dv)

@@ -53,6 +53,7 @@ def native_numbers(problem: AttentionProblem) -> dict[str, Any]:
         "dropout_origin": problem.dropout_origin,
         "max_seqlen_q": problem.seqlen_q,
         "max_seqlen_k": problem.seqlen_k,
+        "is_part": problem.is_part,
     }
 
 

@@ -204,8 +204,13 @@ def _with_mask(problem: AttentionProblem) -> AttentionProblem:
 
 
 def _is_bias_without_effect(problem: AttentionProblem, inputs: Inputs) -> bool:
-    """Whether the bias moves all logits of a row alike. The softmax does not change then, and lse moves by the bias."""
-    return inputs.bias is not None and inputs.bias.shape[3] == 1 and not (problem.has_sinks or problem.is_packed)
+    """Whether the bias moves all logits of a row alike. The softmax does not change then, and lse moves by the bias.
+
+    The other keys of a part have other logits.
+    """
+    if inputs.bias is None or inputs.bias.shape[3] != 1:
+        return False
+    return not (problem.has_sinks or problem.is_packed or problem.is_part)
 
 
 def _gradient_by_lse_alone(inputs: Inputs, saved: Saved) -> Tensor:

@@ -24,9 +24,9 @@ from fused_attn.backends.dispatch import BACKEND_NAMES
 from fused_attn.nn import few_rows, small_inference
 from fused_attn.nn.paged_self_attention import PagedRows, PagedSelfAttentionCache, paged_hint
 from fused_attn.nn.positions import RotaryEmbedding
+from fused_attn.nn.restoring import restoring
 from fused_attn.nn.self_attention_cache import (
     CachedRows,
-    SelfAttentionCache,
     SlidingSelfAttentionCache,
     StaticSelfAttentionCache,
     lower_right,
@@ -46,6 +46,9 @@ class AttentionCache(Protocol):
     - ``get(memory)`` returns (keys, values), or None before the cache is filled. For another memory than that of the
       cache, ``get`` raises ValueError.
     - ``update(key, value, memory)`` fills the cache.
+
+    A cache may also have ``state()`` and ``restore(state)``. After an error in a call, ``restore`` then makes the cache
+    what the cache was when ``state`` was called. Without these methods, the rows of a failed call may stay.
     """
 
     #: Whether the first call fills the cache, and the later calls only read it.
@@ -292,8 +295,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 return self._strided_forward(query, is_causal), None
             return self._nested_forward(query, key, value, is_causal), None
         self._check_inputs(query, key, value, key_padding_mask, attn_mask)
-        is_self, shares_kv = query is key and key is value, key is value
-        skips_padding = self.skip_padded_queries and query is key and cache is None and not need_weights
+        is_self = query is key and key is value
         if is_self and cache is None and not (need_weights or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             is_believed = is_causal and type(attn_mask) is Tensor and key_padding_mask is None
             is_skipping = self.skip_padded_queries and key_padding_mask is not None
@@ -301,7 +303,28 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 short = small_inference.self_attention(self, query, key_padding_mask, is_causal)
                 if short is not None:
                     return short, None
+        masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        if cache is None:
+            return self._dense_forward(query, key, value, *masks)
         self._check_cache(cache, key_padding_mask, need_weights, attn_mask, is_causal)
+        with restoring((cache,)):
+            return self._dense_forward(query, key, value, *masks, cache)
+
+    def _dense_forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+        cache: AttentionCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The results of `forward` for dense tensors, with arguments that have been checked."""
+        is_self, shares_kv = query is key and key is value, key is value
+        skips_padding = self.skip_padded_queries and query is key and cache is None and not need_weights
 
         # Project the inputs to q (N, H, L, D), k and v (N, Hkv, S, D), or take k and v from the cache.
         store: Any = cache  # typed as Any, because only a cache that is filled once has `get`
@@ -336,8 +359,6 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             of_pages = self._paged_attention(q, cache.append(k, v))
             return self._merge_heads(of_pages, seq_dim, is_batched), None
         if is_growing:
-            if key_padding_mask is not None:
-                self._check_padding_of_cache(store, key_padding_mask, batch, seqlen_q)
             cached = store.append(k, v)
             k, v = cached.keys, cached.values
         elif cache is not None and stored is None:
@@ -547,27 +568,6 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             if self.training and self.dropout > 0.0:
                 raise ValueError("cache: expected no pages in training with dropout, got some; call eval() first")
 
-    def _check_padding_of_cache(self, cache: AttentionCache, mask: Tensor, batch: int, seqlen_q: int) -> None:
-        """Raises the error of a mask of a wrong shape before the rows are in the cache: the caller may repeat the step.
-
-        Of a cache of another class, only the attention knows how many rows it returns.
-        """
-        if isinstance(cache, StaticSelfAttentionCache):
-            expected = (batch, cache.max_length)
-        elif isinstance(cache, SelfAttentionCache):
-            expected = (batch, cache.length + seqlen_q)
-        else:
-            return
-        self._check_padding(mask, expected)
-
-    def _check_padding(self, mask: Tensor, expected: tuple[int, int]) -> None:
-        """Raises AssertionError unless key_padding_mask has the expected shape."""
-        if mask.shape != expected:
-            raise AssertionError(
-                f"key_padding_mask: expected shape (N, S) = {expected}, got {tuple(mask.shape)}; "
-                + batch_layout(self.batch_first)
-            )
-
     def _project(self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool) -> tuple[Tensor, ...]:
         """The projections of query (..., E), key (..., kdim) and value (..., vdim).
 
@@ -724,8 +724,11 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             RuntimeError: attn_mask has the wrong shape.
         """
         batch, seqlen_k = key.shape[0], key.shape[2]
-        if key_padding_mask is not None:
-            self._check_padding(key_padding_mask, (batch, seqlen_k))
+        if key_padding_mask is not None and key_padding_mask.shape != (batch, seqlen_k):
+            raise AssertionError(
+                f"key_padding_mask: expected shape (N, S) = {(batch, seqlen_k)}, got {tuple(key_padding_mask.shape)}; "
+                + batch_layout(self.batch_first)
+            )
         attn_mask, diagonal = mask
         if attn_mask is None:
             return mask

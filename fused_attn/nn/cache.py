@@ -13,6 +13,7 @@ There are four kinds of `KVCache`. docs/caches.md says what each costs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,6 +105,14 @@ class CrossAttentionCache:
             key, value = self._pair
             self._pair = key.to(device, dtype), value.to(device, dtype)
             self._memory = None  # the next step brings the memory of the new device
+
+    def state(self) -> tuple[Any, ...]:
+        """What `restore` needs."""
+        return self._pair, self._memory
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Be what the cache was when `state` was called."""
+        self._pair, self._memory = state
 
     def _check_memory(self, memory: Tensor, batch: int) -> None:
         """Raises ValueError if memory is not the memory that filled the cache.

@@ -84,10 +84,11 @@ class PagedKVCache:
         for name, size in sizes.items():
             if not _is_int(size) or size < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
-        self.key_pages, self.value_pages = (
-            torch.zeros(num_pages, num_kv_heads, page_size, dim, dtype=dtype, device=device).transpose(1, 2)
-            for dim in (head_dim, value_dim)
-        )
+        with torch.inference_mode(False):  # a tensor of inference mode could not be written outside of it
+            self.key_pages, self.value_pages = (
+                torch.zeros(num_pages, num_kv_heads, page_size, dim, dtype=dtype, device=device).transpose(1, 2)
+                for dim in (head_dim, value_dim)
+            )
         self._free = list(range(num_pages - 1, -1, -1))  # the last one is taken first
         self._users = [0] * num_pages  # how many sequences have each page
         self._pages: dict[int, list[int]] = {}
@@ -137,19 +138,26 @@ class PagedKVCache:
             raise ValueError(f"value: expected as many rows as key, {rows}, got shape {tuple(value.shape)}")
         if rows == 0 or not sequences:
             return
-        self._reserve(sequences, rows)
-        slots = []
-        for sequence in sequences:
-            start, numbers = self._lengths[sequence], self._pages[sequence]
-            slots += [
-                numbers[j // self.page_size] * self.page_size + j % self.page_size for j in range(start, start + rows)
-            ]
-            self._lengths[sequence] = start + rows
-        slot = self._on_device(slots, torch.int64)
-        page, row = slot // self.page_size, slot % self.page_size
-        with torch.no_grad():
-            for pages, x in ((self.key_pages, key), (self.value_pages, value)):
-                pages[page, row] = x.transpose(1, 2).flatten(0, 1)
+        try:
+            self._reserve(sequences, rows)
+            slots = []
+            for sequence in sequences:
+                start, numbers = self._lengths[sequence], self._pages[sequence]
+                slots += [
+                    numbers[j // self.page_size] * self.page_size + j % self.page_size
+                    for j in range(start, start + rows)
+                ]
+            slot = self._on_device(slots, torch.int64)
+            page, row = slot // self.page_size, slot % self.page_size
+            with torch.no_grad():
+                for pages, x in ((self.key_pages, key), (self.value_pages, value)):
+                    pages[page, row] = x.transpose(1, 2).flatten(0, 1)
+            # One call, so that Ctrl-C finds all sequences longer, or none.
+            self._lengths.update({sequence: self._lengths[sequence] + rows for sequence in sequences})
+        except BaseException:
+            for sequence in sequences:
+                self.crop(sequence, self._lengths[sequence])  # gives the pages without rows back
+            raise
 
     def table(self, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(block_table (B, pages of the longest) int32, key_lengths (B,) int32), as `fused_attention_paged` takes them.
@@ -222,8 +230,9 @@ class PagedKVCache:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PagedKVCache:
         """Moves the pages to a device, or converts them to a dtype. Returns the cache itself."""
-        self.key_pages = self.key_pages.to(device=device, dtype=dtype)
-        self.value_pages = self.value_pages.to(device=device, dtype=dtype)
+        with torch.inference_mode(False):
+            self.key_pages = self.key_pages.to(device=device, dtype=dtype)
+            self.value_pages = self.value_pages.to(device=device, dtype=dtype)
         return self
 
     def check_different(self, sequences: Sequence[int]) -> None:
@@ -251,13 +260,13 @@ class PagedKVCache:
             )
         if shared:
             old = [self._pages[sequence][-1] for sequence in shared]
-            new = [self._take() for _ in shared]
-            for sequence, page, copy in zip(shared, old, new, strict=True):
-                self._pages[sequence][-1] = copy
-                self._release(page)
+            new = self._free[: -len(shared) - 1 : -1]  # those that _take will return
             source, target = self._on_device(old, torch.int64), self._on_device(new, torch.int64)
             for x in (self.key_pages, self.value_pages):
                 x[target] = x[source]
+            for sequence, page in zip(shared, old, strict=True):
+                self._pages[sequence][-1] = self._take()
+                self._release(page)
         for sequence in sequences:
             pages = self._pages[sequence]
             while len(pages) * self.page_size < self._lengths[sequence] + rows:

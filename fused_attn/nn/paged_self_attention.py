@@ -95,6 +95,16 @@ class PagedSelfAttentionCache:
         """Move or convert all pages, also those of other sequences; see `KVCache.to`."""
         self._pages.to(device, dtype)
 
+    def state(self) -> int:
+        """What `restore` needs: the length of one sequence, since all sequences of the batch get equally many rows."""
+        return self._pages.length(self.sequences[0]) if self.sequences else 0
+
+    def restore(self, state: int) -> None:
+        """Forget all rows that were appended since `state` was called. Their pages become free."""
+        more = self.state() - state
+        for sequence, length in zip(self.sequences, self._lengths(), strict=True):
+            self._pages.crop(sequence, length - more)
+
     def _lengths(self) -> list[int]:
         return [self._pages.length(sequence) for sequence in self.sequences]
 

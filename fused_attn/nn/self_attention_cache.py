@@ -108,10 +108,11 @@ class SelfAttentionCache:
         if self._max_length is not None and length > self._max_length:
             raise ValueError(f"cache: expected at most max_length={self._max_length} rows, got {length}")
         if torch.is_grad_enabled():
+            self._is_writable = False
             self._keys, self._values = self._concatenated(self._keys, key), self._concatenated(self._values, value)
         else:
             self._keys, self._values = self._appended(self._keys, key), self._appended(self._values, value)
-        self._is_writable = not torch.is_grad_enabled()
+            self._is_writable = True
         self.length = length
         return self._keys[:, :, :length], self._values[:, :, :length]
 
@@ -137,7 +138,18 @@ class SelfAttentionCache:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         """Move or convert the rows; see `KVCache.to`."""
         if self._keys is not None and self._values is not None:
-            self._keys, self._values = self._keys.to(device, dtype), self._values.to(device, dtype)
+            with torch.inference_mode(False):
+                self._keys, self._values = self._keys.to(device, dtype), self._values.to(device, dtype)
+
+    def state(self) -> tuple[int, bool]:
+        """What `restore` needs. No buffer is among it, so a step that makes larger buffers frees the old ones."""
+        return self.length, self._keys is None
+
+    def restore(self, state: tuple[int, bool]) -> None:
+        """Forget all rows that were appended since `state` was called."""
+        self.length, was_empty = state
+        if was_empty:  # the first rows may have another batch size or dtype next time
+            self._keys = self._values = None
 
     def _concatenated(self, buffer: Tensor | None, rows: Tensor) -> Tensor:
         """A new buffer with exactly the rows in the cache and the new rows (B, Hkv, L, D)."""
@@ -148,7 +160,7 @@ class SelfAttentionCache:
         end = self.length + rows.shape[2]
         if buffer is None or end > buffer.shape[2] or not self._is_writable:
             capacity = self._max_length or max(end, 2 * self.length, MIN_CAPACITY)
-            larger = rows.new_empty(*rows.shape[:2], capacity, rows.shape[3])
+            larger = _empty(rows, rows.shape[0], capacity)
             if buffer is not None:
                 larger[:, :, : self.length] = buffer[:, :, : self.length]
             buffer = larger
@@ -158,7 +170,7 @@ class SelfAttentionCache:
     def _selected(self, buffer: Tensor, indices: Tensor) -> Tensor:
         """A new buffer whose batch entry n is the entry ``indices[n]`` of the given one."""
         # This makes a new buffer, because views of the old one may still be in use. Only filled rows are copied.
-        selected = buffer.new_empty(indices.shape[0], *buffer.shape[1:])
+        selected = _empty(buffer, indices.shape[0], buffer.shape[2])
         selected[:, :, : self.length] = buffer[:, :, : self.length].index_select(0, indices)
         return selected
 
@@ -194,6 +206,9 @@ class StaticSelfAttentionCache:
         self._rows: _StaticRows | None = None
         #: The most rows that the host knows of. None after `crop` with a tensor, which the host does not read.
         self._at_most: int | None = 0
+        #: How many rows were appended after the newest call of `state`. Compiled code only writes this number. If such
+        #: code read the number, there would be a compilation for each value.
+        self._newest = 0
 
     def __len__(self) -> int:
         """Number of rows of the longest batch entry. The host waits for the device."""
@@ -265,6 +280,19 @@ class StaticSelfAttentionCache:
             self._rows = self._rows.with_capacity(max_length)
         self.max_length = max(self.max_length, max_length)
 
+    def state(self) -> tuple[Any, ...]:
+        """What `restore` needs. The device does nothing."""
+        self._newest = 0
+        return self._rows, self._at_most
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Forget the rows of the one `append` since `state` was called, if there was one."""
+        self._rows, self._at_most = state
+        # A captured step does not run, so the device has not counted its rows.
+        if self._newest and self._rows is not None and not _is_capturing(self._rows.lengths):
+            self._rows.lengths.sub_(self._newest)
+        self._newest = 0  # `restore` of the caller may follow
+
     @property
     def _capacity(self) -> int:
         """Rows of a buffer."""
@@ -291,12 +319,17 @@ class StaticSelfAttentionCache:
         """Writes the new rows, and returns what attention reads."""
         seqlen_q = key.shape[2]
         rows.write(rows.columns(seqlen_q), key, value)
-        rows.lengths.add_(seqlen_q)
+        self._add_lengths(rows, seqlen_q)
         rows.key_lengths.copy_(rows.lengths)
         options: dict[str, Any] = {"key_lengths": rows.key_lengths}
         if seqlen_q > 1:
             options["attn_mask"] = lower_right(seqlen_q, self._capacity)
         return CachedRows(rows.keys, rows.values, None, options)
+
+    def _add_lengths(self, rows: _StaticRows, seqlen_q: int) -> None:
+        """Counts the new rows."""
+        rows.lengths.add_(seqlen_q)
+        self._newest = seqlen_q
 
 
 class SlidingSelfAttentionCache(StaticSelfAttentionCache):
@@ -331,6 +364,9 @@ class SlidingSelfAttentionCache(StaticSelfAttentionCache):
         super().__init__(max_length=window)
         self.window = window
         self._at_most = None  # a ring takes any number of rows
+        #: Rows that the newest call has overwritten although a repeated call sees them, as `_StaticRows.write` takes
+        #: them. None if there are none.
+        self._overwritten: tuple[Tensor, Tensor, Tensor] | None = None
 
     def crop(self, length: int | Tensor) -> None:
         """Forget all rows from row `length` on. Only 0 is possible, because old rows have been overwritten."""
@@ -344,14 +380,27 @@ class SlidingSelfAttentionCache(StaticSelfAttentionCache):
     def reserve(self, max_length: int) -> None:
         """Nothing: a ring takes any number of rows."""
 
+    def state(self) -> tuple[Any, ...]:
+        """What `restore` needs. The device does nothing."""
+        return super().state(), self._overwritten
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Forget the rows of the one `append` since `state` was called, if there was one."""
+        own, overwritten = state
+        super().restore(own)
+        if self._overwritten is not overwritten and self._overwritten is not None and self._rows is not None:
+            self._rows.write(*self._overwritten)
+        self._overwritten = overwritten
+
     def _write(self, rows: _StaticRows, key: Tensor, value: Tensor) -> CachedRows:
         seqlen_q, window = key.shape[2], self.window
+        self._overwritten = None
         if seqlen_q != 1:
             read = self._earlier_and_new(rows, key, value)
         columns = rows.columns(seqlen_q) % window
         newest = slice(max(0, seqlen_q - window), None)  # no column occurs twice
         rows.write(columns[:, newest], key[:, :, newest], value[:, :, newest])
-        rows.lengths.add_(seqlen_q)
+        self._add_lengths(rows, seqlen_q)
         if seqlen_q != 1:
             return read
         rows.key_lengths.copy_(rows.lengths.clamp(max=window))
@@ -361,7 +410,9 @@ class SlidingSelfAttentionCache(StaticSelfAttentionCache):
         """The window - 1 rows before the new ones, in order, then the new ones (B, Hkv, L, D)."""
         seqlen_q, earlier = key.shape[2], self.window - 1
         positions = rows.lengths[:, None] - torch.arange(earlier, 0, -1, device=key.device)  # (B, window - 1)
-        old = [rows.read(positions % self.window, x) for x in (rows.keys, rows.values)]
+        columns = positions % self.window
+        old = [rows.read(columns, x) for x in (rows.keys, rows.values)]
+        self._overwritten = columns, old[0], old[1]
         keys, values = (torch.cat(pair, dim=2) for pair in zip(old, (key, value), strict=True))
         is_missing = torch.nn.functional.pad(positions < 0, (0, seqlen_q))
         options = {
@@ -391,11 +442,9 @@ class _StaticRows(NamedTuple):
     @classmethod
     def of(cls, key: Tensor, value: Tensor, capacity: int) -> _StaticRows:
         """Empty buffers for rows like key (B, Hkv, L, D) and value (B, Hkv, L, Dv)."""
-        with torch.inference_mode(False):  # a tensor of inference mode could not be written outside of it
-            batch, device = key.shape[0], key.device
-            keys, values = (
-                torch.empty(*x.shape[:2], capacity, x.shape[3], dtype=x.dtype, device=device) for x in (key, value)
-            )
+        batch, device = key.shape[0], key.device
+        keys, values = (_empty(x, batch, capacity) for x in (key, value))
+        with torch.inference_mode(False):
             lengths = torch.zeros(batch, dtype=torch.int64, device=device)
             return cls(keys, values, lengths, lengths.int(), torch.arange(batch, device=device)[:, None])
 
@@ -419,8 +468,9 @@ class _StaticRows(NamedTuple):
 
     def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> _StaticRows:
         """The same rows on a device and in a dtype. None leaves either as it is."""
-        counts = (x.to(device) for x in self[2:])
-        return _StaticRows(self.keys.to(device, dtype), self.values.to(device, dtype), *counts)
+        with torch.inference_mode(False):
+            counts = (x.to(device) for x in self[2:])
+            return _StaticRows(self.keys.to(device, dtype), self.values.to(device, dtype), *counts)
 
     def with_capacity(self, capacity: int) -> _StaticRows:
         """The same rows in larger buffers."""
@@ -428,6 +478,17 @@ class _StaticRows(NamedTuple):
         for new, old in zip(larger.contents(), self.contents(), strict=True):
             (new[:, :, : old.shape[2]] if new.dim() == 4 else new).copy_(old)
         return larger
+
+
+def _empty(rows: Tensor, batch: int, capacity: int) -> Tensor:
+    """A buffer (batch, Hkv, capacity, D) for rows like those given, (B, Hkv, L, D)."""
+    with torch.inference_mode(False):  # a tensor of inference mode could not be written outside of it
+        return torch.empty(batch, rows.shape[1], capacity, rows.shape[3], dtype=rows.dtype, device=rows.device)
+
+
+def _is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on the device of x."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def lower_right(seqlen_q: int, seqlen_k: int) -> Tensor:

@@ -18,6 +18,7 @@ from fused_attn.nn.attention import FusedMultiheadAttention, check_sizes
 from fused_attn.nn.cache import KVCache
 from fused_attn.nn.generation import Generation, Settings
 from fused_attn.nn.paged_self_attention import paged_hint
+from fused_attn.nn.restoring import restoring_layers
 from fused_attn.nn.tracing import call_node
 from fused_attn.nn.transformer import (
     TransformerDecoder,
@@ -275,7 +276,8 @@ class Seq2SeqTransformer(nn.Module):
             TypeError: the tokens have another dtype, or the cache is no `KVCache`.
             ValueError: the tokens have a wrong shape, some are out of range, or the cache does not fit.
         """
-        return self.generator(self.decode_hidden(tgt, memory, memory_key_padding_mask, cache=cache))
+        with restoring_layers(getattr(cache, "layers", ())):
+            return self.generator(self.decode_hidden(tgt, memory, memory_key_padding_mask, cache=cache))
 
     def decode_hidden(
         self,

@@ -20,6 +20,7 @@ Wrappers of a layer pass these attributes on.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ from fused_attn.nn.attention import (
 )
 from fused_attn.nn.paged_self_attention import paged_hint
 from fused_attn.nn.replacement import replace_attention
+from fused_attn.nn.restoring import restoring_layers
 from fused_attn.nn.tracing import call_node
 
 if TYPE_CHECKING:
@@ -329,13 +331,14 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         own_masks = tgt_mask, tgt_key_padding_mask, tgt_is_causal
         cross_masks = memory_mask, memory_key_padding_mask, memory_is_causal
         x = tgt
-        if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), *own_masks, **own)
-            x = x + self._mha_block(self.norm2(x), memory, *cross_masks, **cross)
-            return x + self._ff_block(self.norm3(x))
-        x = self.norm1(x + self._sa_block(x, *own_masks, **own))
-        x = self.norm2(x + self._mha_block(x, memory, *cross_masks, **cross))
-        return self.norm3(x + self._ff_block(x))
+        with contextlib.nullcontext() if cache is None else restoring_layers([cache]):
+            if self.norm_first:
+                x = x + self._sa_block(self.norm1(x), *own_masks, **own)
+                x = x + self._mha_block(self.norm2(x), memory, *cross_masks, **cross)
+                return x + self._ff_block(self.norm3(x))
+            x = self.norm1(x + self._sa_block(x, *own_masks, **own))
+            x = self.norm2(x + self._mha_block(x, memory, *cross_masks, **cross))
+            return self.norm3(x + self._ff_block(x))
 
     @property
     def takes_is_causal(self) -> bool:
@@ -485,19 +488,20 @@ class TransformerDecoder(nn.TransformerDecoder):
             if type(first) is not TransformerDecoderLayer:  # which may pass another tensor to its attention
                 check_memory(first, tgt, memory, memory_mask, memory_key_padding_mask, memory_is_causal, None)
         tgt_mask, tgt_is_causal = _causal_mask(tgt_mask, tgt_is_causal, tgt_key_padding_mask, seqlen)
-        for layer, layer_cache in zip(self.layers, caches, strict=True):
-            tgt = layer(
-                tgt,
-                memory,
-                tgt_mask=tgt_mask,
-                memory_mask=memory_mask,
-                tgt_key_padding_mask=tgt_key_padding_mask,
-                memory_key_padding_mask=memory_key_padding_mask,
-                tgt_is_causal=tgt_is_causal,
-                memory_is_causal=memory_is_causal,
-                **layer_cache,
-            )
-        return tgt if self.norm is None else self.norm(tgt)
+        with contextlib.nullcontext() if cache is None else restoring_layers(cache.layers):
+            for layer, layer_cache in zip(self.layers, caches, strict=True):
+                tgt = layer(
+                    tgt,
+                    memory,
+                    tgt_mask=tgt_mask,
+                    memory_mask=memory_mask,
+                    tgt_key_padding_mask=tgt_key_padding_mask,
+                    memory_key_padding_mask=memory_key_padding_mask,
+                    tgt_is_causal=tgt_is_causal,
+                    memory_is_causal=memory_is_causal,
+                    **layer_cache,
+                )
+            return tgt if self.norm is None else self.norm(tgt)
 
     #: Whether tgt_is_causal=True without a mask is the causal mask. This holds for layers of any class.
     takes_is_causal = True

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
 from fused_attn.backends import cuda
-from fused_attn.partial import attention_partial
+from fused_attn.partial import attention_partial, attention_partial_backward
 
 ARCHITECTURES = (80, 90)
 #: Head dims of queries and values that have kernels of their own.
@@ -426,6 +426,26 @@ def test_dropout_bits_of_a_part(features: dict, first_key: int, generator: torch
     expected = whole[:, 1:, 65:, first_key:]
     assert torch.equal(out[..., :columns] != 0, expected)
     assert torch.equal(dvalue[..., :rows].mT != 0, expected)
+
+
+@pytest.mark.usefixtures("running")
+def test_backward_of_a_part_with_one_bias_for_each_row(generator: torch.Generator) -> None:
+    """In whole rows, such a bias has no effect on the softmax. In a part, the bias moves logits of some keys alone."""
+    query, key, value, out, dout = (torch.randn(1, 2, 40, 64, generator=generator).half() for _ in range(5))
+    lse, bias = torch.full((1, 2, 40), 6.0), torch.randn(1, 2, 40, 1, generator=generator).half()
+    expected, found = (
+        attention_partial_backward(
+            *(x.to(dtype) for x in (dout, query, key, value, out)), lse.to(accumulate), attn_mask=bias.to(dtype),
+            backend=backend,
+        )
+        for dtype, accumulate, backend in (
+            (torch.float64, torch.float64, "reference"), (torch.float16, torch.float32, "cuda")
+        )
+    )  # fmt: skip
+    for x, y in zip(found, expected, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x.double(), y, rtol=0.0, atol=0.01 * y.abs().max().item())
 
 
 class LargestTensor(TorchDispatchMode):

@@ -13,6 +13,7 @@ import fused_attn as fused
 from fused_attn import FusedMultiheadAttention
 from fused_attn.nn import (
     KVCache,
+    PagedBatch,
     PagedKVCache,
     PagedSelfAttentionCache,
     SelfAttentionCache,
@@ -339,3 +340,75 @@ def test_a_step_can_be_repeated_after_an_error(caller, make, wrong, message):
         step(second, **{"memory": memory} | wrong, cache=kept)
     torch.testing.assert_close(step(second, memory, cache=kept), full[:, 1:])
     assert all(layer.self_attention.length == 2 for layer in (cache.layers if caller == "decoder" else [kept]))
+
+
+def decoder_caches(kind: str, layers: int) -> KVCache:
+    """A cache of the kind for a decoder of 2 heads with 4 columns and a batch of 2."""
+    if kind != "paged":
+        makers = {
+            "growing": KVCache,
+            "static": lambda n: StaticKVCache(n, 16),
+            "sliding": lambda n: SlidingKVCache(n, 3),
+        }
+        return makers[kind](layers)
+    pages = [PagedKVCache(16, 2, 2, 4) for _ in range(layers)]
+    for layer in pages:
+        assert [layer.add(), layer.add()] == [0, 1]
+    return PagedBatch(pages, [0, 1])
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("kind", ["growing", "static", "sliding", "paged"])
+@torch.no_grad()
+def test_a_step_can_be_repeated_after_an_error_anywhere(kind, count):
+    """An error of another cause than the arguments, in whatever module, leaves no row in the cache of any layer."""
+    torch.manual_seed(0)
+    decoder = fused.TransformerDecoder(fused.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    tgt, memory = torch.randn(2, 6 + count, 8), torch.randn(2, 4, 8)
+    hidden = torch.ones(6 + count, 6 + count, dtype=torch.bool).triu(1)
+    if kind == "sliding":
+        hidden |= torch.ones_like(hidden).tril(-3)
+    expected = decoder(tgt, memory, tgt_mask=hidden)[:, 6:]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for module in decoder.layers[1].modules():
+        cache = decoder_caches(kind, 2)
+        decoder(tgt[:, :6], memory, cache=cache)
+        hook = module.register_forward_hook(interrupt)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                decoder(torch.randn(2, count, 8), memory, cache=cache)
+        finally:
+            hook.remove()
+        assert cache.length == 6
+        torch.testing.assert_close(decoder(tgt[:, 6:], memory, cache=cache), expected)
+
+
+@pytest.mark.parametrize("kind", ["growing", "static", "sliding", "paged"])
+def test_a_cache_of_inference_mode_goes_on_under_no_grad(kind):
+    torch.manual_seed(0)
+    decoder = fused.TransformerDecoder(fused.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    tgt, memory = torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+    with torch.inference_mode():
+        cache = decoder_caches(kind, 2)
+        decoder(tgt[:, :1], memory, cache=cache)
+        cache.reorder(torch.tensor([0, 1]))
+        cache.to(dtype=torch.float64).to(dtype=torch.float32)
+        decoder(tgt[:, 1:2], memory, cache=cache)
+    with torch.no_grad():
+        expected = decoder(tgt, memory, tgt_is_causal=True)[:, 2:]
+        torch.testing.assert_close(decoder(tgt[:, 2:], memory, cache=cache), expected)
+
+
+@pytest.mark.parametrize("kind", ["growing", "static", "sliding"])
+@torch.no_grad()
+def test_the_first_step_can_be_repeated_with_another_batch(kind):
+    torch.manual_seed(0)
+    decoder = fused.TransformerDecoder(fused.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    cache, tgt, memory = decoder_caches(kind, 2), torch.randn(3, 1, 8), torch.randn(3, 4, 8)
+    with decoder.layers[1].linear2.register_forward_pre_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+        decoder(tgt, memory, cache=cache)
+    expected = decoder(tgt[:2], memory[:2], tgt_is_causal=True)
+    torch.testing.assert_close(decoder(tgt[:2], memory[:2], cache=cache), expected)

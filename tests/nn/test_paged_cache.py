@@ -187,3 +187,30 @@ def test_messages_for_wrong_numbers() -> None:
         with pytest.raises(TypeError, match="sequences: expected a list of ints, got"):
             cache.reorder(sequences, [0])
     assert len(cache) == 2
+
+
+@pytest.mark.parametrize("call", range(3))
+def test_an_interrupted_append_changes_no_sequence(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """The numbers of the pages go to the device three times: twice to copy a shared page, then to write the rows."""
+    cache = make(8, 2)
+    first = cache.add()
+    cache.append([first], *rows(1, 3))
+    second = cache.fork(first)
+    before, on_device, calls = contents(cache, first), PagedKVCache._on_device, iter(range(9))
+
+    def interrupt(*arguments):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return on_device(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PagedKVCache, "_on_device", interrupt)
+        cache.append([second], *rows(1, 4))
+    assert cache.num_free_pages == 6 - (call == 2)  # the copy of the shared page stays
+    new = rows(1, 1)
+    cache.append([second], *new)
+    for x, y, z in zip(contents(cache, second), before, new, strict=True):
+        torch.testing.assert_close(x, torch.cat((y, z[0]), dim=1))
+    cache.append([first], *rows(1, 1))
+    for x, y in zip(contents(cache, second), before, strict=True):
+        torch.testing.assert_close(x[:, :3], y)

@@ -25,7 +25,7 @@ import fused_attn
 pytest.importorskip("triton.language")
 
 from fused_attn.backends.triton import decode, launcher
-from fused_attn.partial import attention_partial
+from fused_attn.partial import attention_partial, attention_partial_backward
 
 IS_GPU = DEVICE == "cuda"
 # The interpreter does not multiply bfloat16 correctly.
@@ -183,6 +183,29 @@ def test_dropout_bits_of_a_part(first_key: int) -> None:
     expected = whole[:, 1:, 65:, first_key:]
     assert torch.equal(out.cpu() != 0, expected)
     assert torch.equal(dvalue.mT.cpu() != 0, expected[..., :columns, :])
+
+
+@pytest.mark.parametrize("columns", [None, 1, 40])
+def test_backward_of_a_part_whose_rows_have_a_large_lse(columns: int | None) -> None:
+    """The probs of a part do not add up to 1, so no kernel may take their sum for a rounding error of the LSE.
+
+    columns: those of a bias. With one column, the gradient of the whole rows would follow from the LSE alone.
+    """
+    torch.manual_seed(0)
+    query, key, value, out, dout = (torch.randn(1, 2, 40, 16, dtype=torch.float64, device=DEVICE) for _ in range(5))
+    lse = torch.full((1, 2, 40), 20.0, dtype=torch.float64, device=DEVICE)
+    bias = None if columns is None else torch.randn(1, 2, 40, columns, dtype=torch.float64, device=DEVICE)
+    expected, found = (
+        attention_partial_backward(
+            *(x.to(dtype) for x in (dout, query, key, value, out, lse)), scale=1.0, backend=backend,
+            attn_mask=None if bias is None else bias.to(dtype),
+        )
+        for dtype, backend in ((torch.float64, "reference"), (torch.float32, "triton"))
+    )  # fmt: skip
+    for x, y in zip(found, expected, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4 * y.abs().max().item())
 
 
 LONG = [

@@ -170,7 +170,9 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     lse = saved.lse.contiguous()  # the LSE is an expanded view under some vmaps
     delta = torch.empty_like(lse)
     needs_factor = _is_biased(inputs) or inputs.relative_bias is not None or plan.dq.settings.IS_FLOAT32.value
-    factor = torch.empty_like(lse) if needs_factor else None
+    # The sum over the keys of a part says nothing about the rounding of the LSE, which is that of all keys.
+    factor = (torch.ones_like if problem.is_part else torch.empty_like)(lse) if needs_factor else None
+    factor_of_dq = None if problem.is_part else factor
     dsinks = None
     if wanted.sinks:
         dsinks = lse.new_empty((problem.batch, problem.num_heads, _num_blocks(plan.dq, problem)))
@@ -186,7 +188,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         _run(
             attention_bwd_dq_kernel,
             plan.dq,
-            (shared, kind_of(o), kind_of(dq), kind_of_pointer(dlse), kind_of_pointer(dsinks)),
+            (shared, kind_of(o), kind_of(dq), *map(kind_of_pointer, (dlse, factor_of_dq, dsinks))),
             q,
             k,
             v,
@@ -196,7 +198,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
             lse,
             dlse,
             delta,
-            factor,
+            factor_of_dq,
             dsinks,
             masks,
             plan.dq.settings,
@@ -226,10 +228,12 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         dbias = dkey_bias = drelative_bias = None
         if wanted.bias:
             assert inputs.bias is not None and factor is not None, "what is wanted is given"
-            if inputs.bias.shape[3] == 1 < problem.seqlen_k:
+            if inputs.bias.shape[3] == 1 < problem.seqlen_k and not problem.is_part:
                 dbias = _row_bias_gradient(inputs, lse, dlse, delta, factor)
             else:
-                dbias = _dense_bias_gradient(problem, plan.dbias, inputs.bias, tensors, masks, sizes)
+                dense = inputs.bias.expand(-1, -1, -1, problem.seqlen_k)
+                dbias = _dense_bias_gradient(problem, plan.dbias, dense, tensors, masks, sizes)
+                dbias = dbias.sum_to_size(inputs.bias.shape)
         if wanted.key_bias:
             assert inputs.key_bias is not None, "what is wanted is given"
             as_bias = inputs.key_bias[:, None, None, :]
