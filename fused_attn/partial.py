@@ -182,6 +182,7 @@ def backward(
 ) -> Gradients:
     """`attention_partial_backward` with the merged results and their gradients in `saved`."""
     problem, inputs, columns, added = _planned(query, key, value, options)
+    problem = _as_part(problem)
     backend = dispatch.choose(problem, options.backend)
     rows = tuple(query.shape[:3])
     of_outputs = (*rows, problem.value_dim)
@@ -405,3 +406,9 @@ def _move(problem: AttentionProblem, origin: DropoutOrigin) -> AttentionProblem:
 
 
 _moved = functools.lru_cache(maxsize=4096)(_move)
+
+
+@functools.lru_cache(maxsize=4096)
+def _as_part(problem: AttentionProblem) -> AttentionProblem:
+    """The problem of a backward call that gets the merged out and lse."""
+    return replace(problem, is_part=True)

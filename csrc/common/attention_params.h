@@ -114,6 +114,7 @@ struct AttentionParams {
 
   // For backward only. The gradients are outputs, and the kernel writes every entry of them. The caller passes a null
   // tensor for a gradient that it does not want.
+  bool is_part = false;       // out and lse belong to a softmax over more keys than the call has
   TensorView dout;            // (B, H, L, Dv)
   TensorView dlse;            // (B, H, L, 1), accumulate type, any stride_row; null stands for zeros
   TensorView dquery;          // as query

@@ -8,7 +8,7 @@ namespace {
 
 // Computes the statistics `rows` of a block of queries, with corrections of zero. Expects the transposed dout of the
 // block in s.dout. Returns whether some lse is so large that its rounding would make probs inexact, so that correct_lse
-// has to follow.
+// has to follow. Where lse belongs to more keys than the call has, nothing can be corrected.
 template <class Policy>
 FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h,
                                      int64_t q_begin, int nq, const BackwardScratch<Policy>& s,
@@ -46,7 +46,7 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
     if (empty) rows.delta[q] = 0;
     inexact |= !empty && (lse > exact_lse || lse < -exact_lse);
   }
-  return inexact;
+  return inexact && !p.is_part;
 }
 
 // The exponent x for which 2^x = exp(score * to_logits - lse). sum_tile and backward_tile both call this function, so

@@ -34,6 +34,7 @@ struct Config {
   int64_t max_seqlen_k;
   bool band_from_end;
   int64_t num_splits;
+  bool is_part;
 };
 
 // The side of a window as kernels take it: None, -1 and very large numbers mean that the side has no bound.
@@ -48,7 +49,7 @@ inline int64_t window_or_unbounded(std::optional<int64_t> window, const char* na
 inline Config make_config(double scale, double softcap, std::optional<int64_t> window_left,
                           std::optional<int64_t> window_right, int64_t diagonal_offset, double dropout_p,
                           std::array<int64_t, 4> dropout_origin, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                          bool band_from_end, int64_t num_splits) {
+                          bool band_from_end, int64_t num_splits, bool is_part) {
   if (!(dropout_p >= 0.0 && dropout_p <= 1.0))
     throw py::value_error("dropout_p: expected a probability, got " + std::to_string(dropout_p));
   if (std::abs(diagonal_offset) > kUnbounded)
@@ -74,6 +75,7 @@ inline Config make_config(double scale, double softcap, std::optional<int64_t> w
   config.max_seqlen_k = max_seqlen_k;
   config.band_from_end = band_from_end;
   config.num_splits = num_splits;
+  config.is_part = is_part;
   return config;
 }
 
@@ -84,10 +86,10 @@ inline void define_config(py::module_& module) {
       "Config",
       [](double scale, double softcap, std::optional<int64_t> window_left, std::optional<int64_t> window_right,
          int64_t diagonal_offset, double dropout_p, std::array<int64_t, 4> dropout_origin, int64_t max_seqlen_q,
-         int64_t max_seqlen_k, bool band_from_end, int64_t num_splits) {
+         int64_t max_seqlen_k, bool band_from_end, int64_t num_splits, bool is_part) {
         auto config = std::make_unique<Config>(make_config(scale, softcap, window_left, window_right, diagonal_offset,
                                                            dropout_p, dropout_origin, max_seqlen_q, max_seqlen_k,
-                                                           band_from_end, num_splits));
+                                                           band_from_end, num_splits, is_part));
         const auto free = [](PyObject* capsule) {
           delete static_cast<Config*>(PyCapsule_GetPointer(capsule, kConfigName));
         };
@@ -99,10 +101,12 @@ inline void define_config(py::module_& module) {
       py::arg("scale"), py::arg("softcap") = 0.0, py::arg("window_left") = py::none(),
       py::arg("window_right") = py::none(), py::arg("diagonal_offset") = 0, py::arg("dropout_p") = 0.0,
       py::arg("dropout_origin") = std::array<int64_t, 4>{}, py::arg("max_seqlen_q") = 0, py::arg("max_seqlen_k") = 0,
-      py::arg("band_from_end") = false, py::arg("num_splits") = 0,
+      py::arg("band_from_end") = false, py::arg("num_splits") = 0, py::arg("is_part") = false,
       "The arguments of a call that are not tensors: made once for each problem, passed with every call. A window of\n"
       "None or -1 has no bound. dropout_origin is (batch, head, query, key). max_seqlen_q and max_seqlen_k are\n"
-      "used by packed calls only. num_splits of 0 lets the kernel choose.");
+      "used by packed calls only. num_splits of 0 lets the kernel choose. With is_part, backward gets the out and lse "
+      "of\n"
+      "a softmax over more keys than the call has.");
 }
 
 }  // namespace fused_attn

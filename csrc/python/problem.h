@@ -38,6 +38,7 @@ inline void set_config(AttentionParams& params, PyObject* object) {
   params.diagonal_offset = config.diagonal_offset;
   params.band_from_end = config.band_from_end;
   params.num_splits = config.num_splits;
+  params.is_part = config.is_part;
   params.has_dropout = config.has_dropout;
   params.dropout_threshold = config.dropout_threshold;
   params.dropout_scale = config.dropout_scale;

@@ -90,6 +90,8 @@ class AttentionProblem:
     allows_tf32:    the factors of float32 products may be rounded to TF32. Torch's setting for it can change between
                     calls, so a backend that obeys this setting fills in the field itself.
     dropout_origin: where the scores of this call lie in the scores of a larger attention
+    is_part:        backward gets the out and lse of a softmax over more keys than the problem has; see
+                    `fused_attn.partial`. So the probs of a row need not add up to 1, and do not show how lse was rounded.
     capability:     the compute capability of a CUDA device, read from the device if not given; None without a GPU
     """
 
@@ -118,6 +120,7 @@ class AttentionProblem:
     has_sinks: bool = False
     allows_tf32: bool = False
     dropout_origin: DropoutOrigin = NO_ORIGIN
+    is_part: bool = False
     capability: tuple[int, int] | None = None
     #: The call has no tensors but query, key and value.
     is_plain: bool = field(init=False, default=False)

@@ -40,7 +40,7 @@ def gpu_reasons(problem: AttentionProblem, min_capability: tuple[int, int]) -> l
 
 
 def native_numbers(problem: AttentionProblem) -> dict[str, Any]:
-    """The arguments of Config, which both native modules have, except num_splits."""
+    """The arguments of Config, which both native modules have, except num_splits and is_part."""
     band = problem.band
     return {
         "scale": problem.scale,

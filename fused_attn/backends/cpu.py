@@ -114,7 +114,8 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
 
 def _config(problem: AttentionProblem) -> Any:
     """The numbers of a problem in the form that the kernels read. Made once for each problem, which keeps them."""
-    problem.prepared[name] = config = _C.Config(**native_numbers(problem), num_splits=problem.num_splits)
+    numbers = native_numbers(problem)
+    problem.prepared[name] = config = _C.Config(**numbers, num_splits=problem.num_splits, is_part=problem.is_part)
     return config
 
 

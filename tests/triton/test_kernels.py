@@ -25,7 +25,7 @@ import fused_attn
 pytest.importorskip("triton.language")
 
 from fused_attn.backends.triton import decode, launcher
-from fused_attn.partial import attention_partial
+from fused_attn.partial import attention_partial, attention_partial_backward
 
 IS_GPU = DEVICE == "cuda"
 # The interpreter does not multiply bfloat16 correctly.
@@ -183,6 +183,23 @@ def test_dropout_bits_of_a_part(first_key: int) -> None:
     expected = whole[:, 1:, 65:, first_key:]
     assert torch.equal(out.cpu() != 0, expected)
     assert torch.equal(dvalue.mT.cpu() != 0, expected[..., :columns, :])
+
+
+def test_backward_of_a_part_keeps_a_large_lse() -> None:
+    """The probs of one part do not add up to 1, which says nothing about the rounding of the lse of all parts."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, dout = (torch.randn(1, 2, 40, 16, generator=generator).to(DEVICE) for _ in range(4))
+    dlse = torch.randn(1, 2, 40, generator=generator).to(DEVICE)
+    bias = torch.randn(1, 1, 40, 1, generator=generator).to(DEVICE)
+    whole, lse = fused_attn.fused_attention(query, key, value, bias, scale=3.0, return_lse=True, backend="reference")
+    assert lse.max() > 16  # EXACT_LSE_FLOAT32
+    part = key[:, :, :15], value[:, :, :15], whole, lse
+    found, expected = (
+        attention_partial_backward(dout, query, *part, dlse=dlse, scale=3.0, attn_mask=bias, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    for name in ("query", "key", "value", "bias"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-3)
 
 
 LONG = [

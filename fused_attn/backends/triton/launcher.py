@@ -169,8 +169,9 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     masks, masks_kind = _masks(problem, inputs)
     lse = saved.lse.contiguous()  # the LSE is an expanded view under some vmaps
     delta = torch.empty_like(lse)
-    needs_factor = _is_biased(inputs) or inputs.relative_bias is not None or plan.dq.settings.IS_FLOAT32.value
-    factor = torch.empty_like(lse) if needs_factor else None
+    # The lse of more keys than the problem has shows no rounding error, so nothing is corrected.
+    has_large_lse = _is_biased(inputs) or inputs.relative_bias is not None or plan.dq.settings.IS_FLOAT32.value
+    factor = torch.empty_like(lse) if has_large_lse and not problem.is_part else None
     dsinks = None
     if wanted.sinks:
         dsinks = lse.new_empty((problem.batch, problem.num_heads, _num_blocks(plan.dq, problem)))
@@ -225,11 +226,13 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         tensors = (q, k, v, dout_rows, lse, delta, factor)
         dbias = dkey_bias = drelative_bias = None
         if wanted.bias:
-            assert inputs.bias is not None and factor is not None, "what is wanted is given"
-            if inputs.bias.shape[3] == 1 < problem.seqlen_k:
+            assert inputs.bias is not None, "what is wanted is given"
+            if inputs.bias.shape[3] == 1 < problem.seqlen_k and factor is not None:
                 dbias = _row_bias_gradient(inputs, lse, dlse, delta, factor)
             else:
-                dbias = _dense_bias_gradient(problem, plan.dbias, inputs.bias, tensors, masks, sizes)
+                dense = inputs.bias.expand(-1, -1, -1, problem.seqlen_k)
+                dbias = _dense_bias_gradient(problem, plan.dbias, dense, tensors, masks, sizes)
+                dbias = dbias.sum_to_size(inputs.bias.shape)
         if wanted.key_bias:
             assert inputs.key_bias is not None, "what is wanted is given"
             as_bias = inputs.key_bias[:, None, None, :]
