@@ -26,38 +26,6 @@
 namespace fused_attn::cpu {
 namespace {
 
-// A block of keys, and the addresses of their rows for the first kv head of a work item. There are kBlockK addresses,
-// whatever the number of keys: keys are processed in whole vectors, and sum_values prefetches as many rows of the next
-// block as it reads of the current one.
-template <class Storage>
-struct DecodeBlock {
-  KeyBlock* keys;
-  const Storage** key_rows;    // [key of the block], followed by copies of the last one
-  const Storage** value_rows;  // the same for values
-
-  // Takes the memory of all arrays out of the arena.
-  void layout(Arena& arena) {
-    keys = arena.take<KeyBlock>(1);
-    key_rows = arena.take<const Storage*>(kBlockK);
-    value_rows = arena.take<const Storage*>(kBlockK);
-  }
-
-  // Takes the next keys of the stream. Returns false if no key is left.
-  bool next(KeyStream& stream, const RowSource<Storage>& key_source, const RowSource<Storage>& value_source) const {
-    if (!stream.next(*keys)) return false;
-    find_rows(key_source, key_rows);
-    find_rows(value_source, value_rows);
-    return true;
-  }
-
- private:
-  // Sets the kBlockK addresses.
-  void find_rows(const RowSource<Storage>& source, const Storage** rows) const {
-    source.find(*keys, rows);
-    for (int k = keys->count; k < kBlockK; ++k) rows[k] = rows[keys->count - 1];
-  }
-};
-
 // The memory in which one thread processes its work items.
 template <class Policy>
 struct DecodeScratch {

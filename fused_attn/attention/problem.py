@@ -91,7 +91,7 @@ class AttentionProblem:
                     calls, so a backend that obeys this setting fills in the field itself.
     dropout_origin: where the scores of this call lie in the scores of a larger attention
     is_part:        backward gets the out and lse of a softmax over more keys than the problem has; see
-                    `fused_attn.partial`. So the probs of a row need not add up to 1, and do not show how lse was rounded.
+                    `fused_attn.partial`. So the probs of a row need not add up to 1.
     capability:     the compute capability of a CUDA device, read from the device if not given; None without a GPU
     """
 
