@@ -61,7 +61,8 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   plan.join_heads = ((has_dbias && p.dbias.stride_head == 0) || p.dkey_bias.data != nullptr) && p.num_heads > 1;
   plan.groups = (plan.join_batches ? 1 : p.batch) * (plan.join_heads ? 1 : p.num_kv_heads);
   // The plan aims at two items for each thread, because the chunks of a causal problem take unequal time. A chunk has
-  // at least 128 keys.
+  // at least 128 keys. So the order in which dquery is summed depends on the number of threads. With as many chunks as 16
+  // threads need, one thread took 1.04 to 1.13 of the time for 8 heads with 256 to 1024 queries and keys.
   const int64_t wanted = plan.groups > 0 ? (2 * p.num_threads + plan.groups - 1) / plan.groups : 1;
   const int64_t possible = (p.seqlen_k + 127) / 128;
   // Every chunk has a partial dquery of its own. Without a bound on their size, a large problem would need several
