@@ -195,12 +195,17 @@ template <class Policy>
 void write_key_gradient(const KeyBlock& keys, const typename Policy::Lane* coefficients,
                         const typename Policy::Lane* rows, int64_t count, const KeyGradientRows<Policy>& gradient) {
   constexpr int n = kLanes<typename Policy::Lane>;
-  for (int d = 0; gradient.rows != nullptr && d < gradient.dim; d += kTileVectors * n) {
-    const int columns = (gradient.dim - d + n - 1) / n;
-    with_columns(columns < kTileVectors ? columns : kTileVectors, [&](auto width) {
-      write_key_columns<Policy, decltype(width)::value>(keys, d, coefficients, rows, count, gradient);
-    });
-  }
+  int d = 0;
+  const auto tiles = [&](auto columns) {
+    constexpr int kColumns = decltype(columns)::value;
+    for (; d + (kColumns - 1) * n < gradient.dim; d += kColumns * n) {
+      write_key_columns<Policy, kColumns>(keys, d, coefficients, rows, count, gradient);
+    }
+  };
+  if (gradient.rows == nullptr) return;
+  if constexpr (kTileVectors == 4) tiles(Constant<4>{});
+  tiles(Constant<2>{});
+  tiles(Constant<1>{});
 }
 
 // Reads the rows of the head group of one kv head into the scratch.
@@ -309,16 +314,19 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
   if (rows == 0) return;
   read_rows<Policy>(p, seq, b, kv_head, s);
 
-  // Calls visit(where the block begins in the arrays of scores) for each block of keys. Returns the number of blocks.
+  // Calls visit(where the block begins in the arrays of scores) for each block of keys. Returns the number of blocks. If
+  // the caller knows that there is a single block, s.block still holds it.
   const KeyBlock& keys = *s.block.keys;
   const HeadRows<Storage> key_rows = {s.block.key_rows, 0};
   const HeadRows<Storage> value_rows = {s.block.value_rows, 0};
-  const auto visit_blocks = [&](const auto& visit) {
+  const auto visit_blocks = [&](bool is_single, const auto& visit) {
     int64_t blocks = 0;
     KeyStream stream(p, seq, valid_keys, b, kv_head * heads, 0, static_cast<int>(seq.seqlen_q), 0, seq.seqlen_k);
     const RowSource<Storage> key_source = row_source<Storage>(p, p.key, seq, b, kv_head);
     const RowSource<Storage> value_source = row_source<Storage>(p, p.value, seq, b, kv_head);
-    for (; s.block.next(stream, key_source, value_source); ++blocks) visit(blocks * rows * kScoreRow<Lane>);
+    for (; is_single ? blocks == 0 : s.block.next(stream, key_source, value_source); ++blocks) {
+      visit(blocks * rows * kScoreRow<Lane>);
+    }
     return blocks;
   };
 
@@ -340,7 +348,7 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
       make_probs<Policy>(keys.count, s.dscores + entry, s.probs + entry, row);
     }
   };
-  const int64_t blocks = visit_blocks(first_pass);
+  const int64_t blocks = visit_blocks(/*is_single=*/false, first_pass);
   for (int64_t r = 0; r < rows; ++r) finish_row<Lane>(p, s.rows[r]);
   if (p.dsinks.data != nullptr) store_statistics<Lane>(p, b, s.rows, rows, statistics);
 
@@ -363,11 +371,7 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
                                    acc);
     });
   };
-  if (blocks == 1) {
-    second_pass(0);  // the block is still there
-  } else {
-    visit_blocks(second_pass);
-  }
+  visit_blocks(/*is_single=*/blocks == 1, second_pass);
 
   for (int64_t r = 0; p.dquery.data != nullptr && r < rows; ++r) {
     Storage* target = row_of<Storage>(p.dquery, b, s.rows[r].head, seq.q_offset + s.rows[r].query);

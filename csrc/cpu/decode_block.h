@@ -68,7 +68,8 @@ struct DecodeBlock {
   }
 
   // Takes the next keys of the stream. Returns false if no key is left.
-  bool next(KeyStream& stream, const RowSource<Storage>& key_source, const RowSource<Storage>& value_source) const {
+  FA_NOINLINE bool next(KeyStream& stream, const RowSource<Storage>& key_source,
+                        const RowSource<Storage>& value_source) const {
     if (!stream.next(*keys)) return false;
     find_rows(key_source, key_rows);
     find_rows(value_source, value_rows);
