@@ -561,6 +561,7 @@ void compute_dsinks(const AttentionParams& p, const RowStatistics<Lane>& statist
 template <class Policy>
 void backward_with_policy(const AttentionParams& p) {
   using Lane = typename Policy::Lane;
+  if (p.num_kv_heads == 0) return;  // without heads, there is no head group whose size could be computed
   const BackwardPlan plan = plan_backward<Policy>(p);
   const double flops = 4.0 * static_cast<double>(p.batch * p.num_heads) * static_cast<double>(p.seqlen_q) *
                        static_cast<double>(p.seqlen_k) * static_cast<double>(p.head_dim + p.value_dim);

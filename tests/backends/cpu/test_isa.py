@@ -147,6 +147,19 @@ def test_backward_of_few_queries(case: cases.Case, isa: str) -> None:
         cases.check(case, dtype, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(0, 2, 2), (2, 0, 0), (2, 0, 2), (2, 2, 2)], ids=str)  # batch, heads, kv heads
+@pytest.mark.parametrize("seqlen_q", [0, 3, 70])
+def test_backward_of_nothing(seqlen_q: int, sizes: tuple[int, int, int], dtype: torch.dtype, isa: str) -> None:
+    batch, heads, kv_heads = sizes
+    query = torch.randn(batch, heads, seqlen_q, 8, dtype=dtype, requires_grad=True)
+    key, value = (torch.randn(batch, kv_heads, 5, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+    out = fused_attn.fused_attention(query, key, value, enable_gqa=heads != kv_heads, backend="cpu")
+    gradients = torch.autograd.grad(out.sum(), (query, key, value))
+    if query.numel() == 0:
+        assert all((x == 0).all() for x in gradients)
+
+
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in cases.LOGITS_BEYOND_MILLIONS])
 def test_huge_logits(case: cases.Case, isa: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
