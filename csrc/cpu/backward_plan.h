@@ -47,7 +47,12 @@ bool has_few_queries(const AttentionParams& p) {
   // instructions for each query and each vector of the row.
   constexpr int64_t n = kLanes<typename Policy::Lane>;
   const int64_t vectors = 2 * (round_up(p.head_dim, n) / n) + round_up(p.value_dim, n) / n;
-  const int64_t lanes = (2 * p.head_dim + p.value_dim) / Policy::kPerLane;
+  int64_t lanes = (2 * p.head_dim + p.value_dim) / Policy::kPerLane;
+  // decode_backward.h reads the keys of a head a second time. If they are no longer in the cache, 8 queries and 4096 keys
+  // (float32, head dim 64) take 1.1 of the time. backward.h converts 16-bit rows, which takes longer.
+  const int64_t head_bytes =
+      p.seqlen_k * (p.head_dim + p.value_dim) * static_cast<int64_t>(sizeof(typename Policy::Lane));
+  if (kSame<typename Policy::Storage, typename Policy::Lane> && head_bytes > kCachedBytes) lanes -= p.head_dim / 2;
   return 2 * p.seqlen_q * vectors * p.seqlen_k <= lanes * (p.seqlen_k + 8);
 }
 
