@@ -1,4 +1,4 @@
-// The backward kernel, in two passes.
+// The backward kernel, in two passes. Calls with few queries go to decode_backward.h instead (BackwardPlan::is_decode).
 //
 // The first pass computes the statistics of every row: delta = rowsum(dout * out), and a correction of the rounded lse.
 // If the second pass visits each row only once (BackwardPlan::is_single_pass), there is no first pass, and the second
@@ -22,6 +22,7 @@
 #include <memory>
 
 #include "bias_gradients.h"
+#include "decode_backward.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "row_statistics.h"
@@ -248,6 +249,10 @@ FA_NOINLINE void clear_gradient(const KeyGradient<Policy>& gradient, int64_t cou
   }
 }
 
+// The policy of decode_backward.h, in which a lane holds one element.
+template <class Policy>
+using DecodePolicy = ElementPolicy<typename Policy::Storage, typename Policy::Lane, 1>;
+
 // What the thread that processes a work item of backward needs: the call, its plan, the memory, and which chunk of
 // keys.
 template <class Policy>
@@ -259,6 +264,7 @@ struct BackwardItem {
   const RowStatistics<typename Policy::Lane>& statistics;
   const BackwardPartials<typename Policy::Lane>& partials;
   const BackwardScratch<Policy>& scratch;
+  const DecodeBackwardScratch<DecodePolicy<Policy>>& decode_scratch;  // the other one if not plan.is_decode
   int64_t chunk;
 
   // The first key of the chunk.
@@ -501,7 +507,14 @@ void backward_item(const BackwardItem<Policy>& item, int64_t group) {
       memset(item.partials.drelative_bias + head_index(p, item.chunk, b, h) * item.partials.row_relative, 0,
              item.partials.row_relative * sizeof(Lane));
     }
-    for (int64_t kv_head = kv_begin; kv_head < kv_end; ++kv_head) backward_kv_head<Policy>(item, b, kv_head);
+    for (int64_t kv_head = kv_begin; kv_head < kv_end; ++kv_head) {
+      if (plan.is_decode) {
+        decode_backward<DecodePolicy<Policy>>(p, plan.visits_all_keys, item.valid_keys, b, kv_head, item.statistics,
+                                              item.partials, item.decode_scratch);
+      } else {
+        backward_kv_head<Policy>(item, b, kv_head);
+      }
+    }
   }
 }
 
@@ -548,6 +561,7 @@ void compute_dsinks(const AttentionParams& p, const RowStatistics<Lane>& statist
 template <class Policy>
 void backward_with_policy(const AttentionParams& p) {
   using Lane = typename Policy::Lane;
+  if (p.num_kv_heads == 0) return;  // without heads, there is no head group whose size could be computed
   const BackwardPlan plan = plan_backward<Policy>(p);
   const double flops = 4.0 * static_cast<double>(p.batch * p.num_heads) * static_cast<double>(p.seqlen_q) *
                        static_cast<double>(p.seqlen_k) * static_cast<double>(p.head_dim + p.value_dim);
@@ -564,8 +578,12 @@ void backward_with_policy(const AttentionParams& p) {
   RowStatistics<Lane> statistics;
   const Buffer statistics_memory([&](Arena& arena) { statistics.layout(arena, rows); });
   const std::unique_ptr<BackwardScratch<Policy>[]> scratch(new BackwardScratch<Policy>[threads]);
+  const std::unique_ptr<DecodeBackwardScratch<DecodePolicy<Policy>>[]> decode_scratch(
+      new DecodeBackwardScratch<DecodePolicy<Policy>>[threads]);
   const Buffer memory([&](Arena& arena) {
-    for (int thread = 0; thread < threads; ++thread) scratch[thread].layout(arena, p, plan);
+    for (int thread = 0; thread < threads; ++thread) {
+      plan.is_decode ? decode_scratch[thread].layout(arena, p) : scratch[thread].layout(arena, p, plan);
+    }
   });
 
   const ValidKeys* valid_keys = make_valid_keys(p, valid_keys_memory.data());
@@ -574,7 +592,7 @@ void backward_with_policy(const AttentionParams& p) {
   // The first pass: the statistics of all rows.
   const int64_t heads = p.batch * p.num_heads;
   const int64_t blocks = (p.seqlen_q + kBlockQ - 1) / kBlockQ;
-  parallel_for(threads, plan.is_single_pass ? 0 : heads * blocks, [&](int64_t index, int thread) {
+  parallel_for(threads, plan.is_single_pass || plan.is_decode ? 0 : heads * blocks, [&](int64_t index, int thread) {
     const int64_t b = index / blocks / p.num_heads;
     const int64_t h = index / blocks % p.num_heads;
     const int64_t q_begin = index % blocks * kBlockQ;
@@ -589,8 +607,9 @@ void backward_with_policy(const AttentionParams& p) {
   const Items order = plan.chunks > 1 ? Items::kInOrder : Items::kShared;
   const auto backward_of = [&](int64_t index, int thread) {
     const int64_t chunk = index / plan.groups;
-    backward_item<Policy>({p, plan, relative, valid_keys, statistics, partials, scratch[thread], chunk},
-                          index % plan.groups);
+    backward_item<Policy>(
+        {p, plan, relative, valid_keys, statistics, partials, scratch[thread], decode_scratch[thread], chunk},
+        index % plan.groups);
   };
   parallel_for(threads, items, backward_of, order);
 

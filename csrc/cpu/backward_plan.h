@@ -20,6 +20,7 @@ struct BackwardPlan {
   bool sums_dquery;      // dquery is summed over the slabs in the scratch, because the output has fewer bits than lanes
   bool visits_all_keys;  // every query sees every key
   bool is_single_pass;   // the second pass visits each row once, so it computes the row statistics itself
+  bool is_decode;        // decode_backward.h computes the gradients
 };
 
 // Whether every query sees every key.
@@ -29,6 +30,30 @@ FA_INLINE bool sees_all_keys(const AttentionParams& p) {
   if (has_masks || has_lengths) return false;
   const Band band = {p.window_left, p.window_right, sequence_of(p, 0).diagonal_offset};
   return band.all_visible(0, p.seqlen_q - 1, 0, p.seqlen_k - 1);
+}
+
+// Whether decode_backward.h computes this call, if no head has to be shared among threads. With AVX-512, calls of 64
+// heads take 0.5 (4 x 4) and 0.64 (8 x 8) of the time of backward.h (float32, head dim 64), with 8 queries and 1024 keys
+// 0.93 (float32) and 0.82 (bfloat16).
+template <class Policy>
+bool has_few_queries(const AttentionParams& p) {
+  // A softmax over more keys, dropout, and masks that differ among the heads of a group are left to backward.h.
+  const bool own_masks = p.mask.data != nullptr && p.mask.stride_head != 0 && p.num_heads != p.num_kv_heads;
+  if (p.is_part || p.has_dropout || own_masks) return false;
+  // The probs and dscores of a head group must not take more memory than its keys and values.
+  if (2 * p.num_heads * p.seqlen_q > p.num_kv_heads * (p.head_dim + p.value_dim)) return false;
+  // Compares the instructions for one key. backward.h needs a multiply-add for each lane of the row in three products,
+  // and as much for the transposition of queries and gradients as for 8 keys. decode_backward.h needs about two
+  // instructions for each query and each vector of the row.
+  constexpr int64_t n = kLanes<typename Policy::Lane>;
+  const int64_t vectors = 2 * (round_up(p.head_dim, n) / n) + round_up(p.value_dim, n) / n;
+  int64_t lanes = (2 * p.head_dim + p.value_dim) / Policy::kPerLane;
+  // decode_backward.h reads the keys of a head a second time. If they are no longer in the cache, 8 queries and 4096 keys
+  // (float32, head dim 64) take 1.1 of the time. backward.h converts 16-bit rows, which takes longer.
+  const int64_t head_bytes =
+      p.seqlen_k * (p.head_dim + p.value_dim) * static_cast<int64_t>(sizeof(typename Policy::Lane));
+  if (kSame<typename Policy::Storage, typename Policy::Lane> && head_bytes > kCachedBytes) lanes -= p.head_dim / 2;
+  return 2 * p.seqlen_q * vectors * p.seqlen_k <= lanes * (p.seqlen_k + 8);
 }
 
 // Chooses the numbers of groups, chunks and slabs for one call.
@@ -41,7 +66,8 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   plan.join_heads = ((has_dbias && p.dbias.stride_head == 0) || p.dkey_bias.data != nullptr) && p.num_heads > 1;
   plan.groups = (plan.join_batches ? 1 : p.batch) * (plan.join_heads ? 1 : p.num_kv_heads);
   // The plan aims at two items for each thread, because the chunks of a causal problem take unequal time. A chunk has
-  // at least 128 keys.
+  // at least 128 keys. So the order in which dquery is summed depends on the number of threads. With as many chunks as 16
+  // threads need, one thread took 1.04 to 1.13 of the time for 8 heads with 256 to 1024 queries and keys.
   const int64_t wanted = plan.groups > 0 ? (2 * p.num_threads + plan.groups - 1) / plan.groups : 1;
   const int64_t possible = (p.seqlen_k + 127) / 128;
   // Every chunk has a partial dquery of its own. Without a bound on their size, a large problem would need several
@@ -73,6 +99,12 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   }
   plan.visits_all_keys = sees_all_keys(p);
   plan.is_single_pass = plan.chunks <= 1 && plan.slab_keys == plan.chunk_keys && p.dsinks.data == nullptr;
+  plan.is_decode = has_few_queries<Policy>(p) && (plan.chunks <= 1 || plan.groups >= p.num_threads);
+  if (plan.is_decode) {
+    plan.chunks = 1;
+    plan.chunk_keys = p.seqlen_k;
+    plan.is_single_pass = p.dsinks.data == nullptr;
+  }
   return plan;
 }
 

@@ -14,7 +14,7 @@
 // took, compared with head by head and without the prefetches of sum_values, 0.65 of the time in a cache token by token,
 // and 0.78 in pages of 64 or 16 rows.
 //
-// A second pass merges the results of the splits. The number of splits depends on the shapes alone, and so does the
+// If there are several splits, a second pass merges their results. The number of splits depends on the shapes alone, and so does the
 // order of the keys of a query. So results do not depend on the number of threads.
 #pragma once
 #include <memory>
@@ -26,38 +26,6 @@
 namespace fused_attn::cpu {
 namespace {
 
-// A block of keys, and the addresses of their rows for the first kv head of a work item. There are kBlockK addresses,
-// whatever the number of keys: keys are processed in whole vectors, and sum_values prefetches as many rows of the next
-// block as it reads of the current one.
-template <class Storage>
-struct DecodeBlock {
-  KeyBlock* keys;
-  const Storage** key_rows;    // [key of the block], followed by copies of the last one
-  const Storage** value_rows;  // the same for values
-
-  // Takes the memory of all arrays out of the arena.
-  void layout(Arena& arena) {
-    keys = arena.take<KeyBlock>(1);
-    key_rows = arena.take<const Storage*>(kBlockK);
-    value_rows = arena.take<const Storage*>(kBlockK);
-  }
-
-  // Takes the next keys of the stream. Returns false if no key is left.
-  bool next(KeyStream& stream, const RowSource<Storage>& key_source, const RowSource<Storage>& value_source) const {
-    if (!stream.next(*keys)) return false;
-    find_rows(key_source, key_rows);
-    find_rows(value_source, value_rows);
-    return true;
-  }
-
- private:
-  // Sets the kBlockK addresses.
-  void find_rows(const RowSource<Storage>& source, const Storage** rows) const {
-    source.find(*keys, rows);
-    for (int k = keys->count; k < kBlockK; ++k) rows[k] = rows[keys->count - 1];
-  }
-};
-
 // The memory in which one thread processes its work items.
 template <class Policy>
 struct DecodeScratch {
@@ -68,6 +36,7 @@ struct DecodeScratch {
   Lane* query;                     // [row][lanes of head_dim, padded]
   Lane* scores;                    // [query of a pass][key of the block]: logits, which their exponentials overwrite
   Vec<Lane>* row_sum;              // [row]: the sum of exponentials; its lanes are added up at the end
+  DecodePartials<Lane> partials;   // of the rows, if there is one split
 
   // Takes the memory of all arrays out of the arena.
   void layout(Arena& arena, const AttentionParams& p, const DecodePlan& plan) {
@@ -76,14 +45,66 @@ struct DecodeScratch {
     query = arena.take<Lane>(rows * round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>));
     scores = arena.take<Lane>(kMostQueries<Lane> * kScoreRow<Lane>);
     row_sum = arena.take<Vec<Lane>>(rows);
+    partials.layout(arena, plan, plan.splits == 1 ? rows : 0);
   }
 };
 
+// Computes the output of query i of head h from the partial results of all splits, and writes it, and lse if wanted.
+template <class Policy>
+void merge_splits(const AttentionParams& p, const DecodePlan& plan,
+                  const DecodePartials<typename Policy::Lane>& partials, const Sequence& seq, int64_t b, int64_t h,
+                  int64_t i) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
+  constexpr int n = kLanes<Lane>;
+  const auto row_of_split = [&](int64_t split) { return plan.row(p, seq, split, b, h, i) - partials.first_row; };
+  // The splits subtracted different maxima before their exponentials. Multiply each by a factor that refers it to the
+  // largest of these maxima.
+  Lane keys_max = FloatTraits<Lane>::kLowest;
+  for (int64_t split = 0; split < plan.splits; ++split) {
+    const Lane other = partials.row_max[row_of_split(split)];
+    keys_max = other > keys_max ? other : keys_max;
+  }
+  Lane factors[kMaxSplits];
+  Lane total = 0;
+  for (int64_t split = 0; split < plan.splits; ++split) {
+    const int64_t row = row_of_split(split);
+    factors[split] = natural_exp(partials.row_max[row] - keys_max);
+    total += partials.row_sum[row] * factors[split];
+  }
+  // A row that sees no key has the output 0, even if there is a sink. A total of NaN is not 0, so its row becomes NaN.
+  const bool empty = total == 0;
+  if (p.row_max.data != nullptr) {
+    *row_of<Lane>(p.row_max, b, h, seq.q_offset + i) = empty ? -FloatTraits<Lane>::kInfinity : keys_max;
+  }
+  Lane keys_share = 1, reference = keys_max;
+  if (p.sinks.data != nullptr) {
+    // The sink is added to the denominator only. The maximum, the sink included, is subtracted before each exponential.
+    const Lane sink = *row_of<const Lane>(p.sinks, 0, h, 0);
+    reference = sink > keys_max ? sink : keys_max;
+    keys_share = natural_exp(keys_max - reference);
+    total = total * keys_share + natural_exp(sink - reference);
+  }
+  for (int64_t split = 0; split < plan.splits; ++split) factors[split] *= keys_share / total;
+  if (p.lse.data != nullptr) {
+    *row_of<Lane>(p.lse, b, h, seq.q_offset + i) =
+        empty ? -FloatTraits<Lane>::kInfinity : reference + natural_log(total);
+  }
+  Storage* out = row_of<Storage>(p.out, b, h, seq.q_offset + i);
+  for (int64_t d = 0; d < p.value_dim; d += n) {
+    Vec<Lane> sum = {};
+    for (int64_t split = 0; split < plan.splits && !empty; ++split) {
+      sum += load<Lane>(partials.acc + row_of_split(split) * plan.value_row + d) * factors[split];
+    }
+    store_as<Lane>(out + d, sum, static_cast<int>(p.value_dim - d));
+  }
+}
+
 // Processes one work item: attention of all queries of its groups over the keys of its split. Writes the result to
-// `partials`.
+// `partials`, or, if there is one split, the output.
 template <class Policy>
 void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKeys* valid_keys, const DecodeItem& item,
-                 const DecodeScratch<Policy>& s, const DecodePartials<typename Policy::Lane>& partials) {
+                 const DecodeScratch<Policy>& s, DecodePartials<typename Policy::Lane> partials) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
@@ -97,14 +118,19 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
   const int64_t query_row = round_up(Policy::lanes_for(head_dim), n);
   const int64_t group_rows = plan.heads * nq;
   const int64_t rows = item.groups * group_rows;
-  // Row r of the item is query r % nq of head first_head + r / nq. Returns the index of the row in the partials.
-  const auto partial_row = [&](int64_t r) { return plan.row(p, item.split, b, first_head + r / nq, r % nq); };
+  // Row r of the item is query r % nq of head first_head + r / nq.
+  int64_t first_row = plan.row(p, seq, item.split, b, first_head, 0);
+  if (plan.splits == 1) {
+    partials = s.partials;
+    partials.first_row = first_row;
+  }
+  first_row -= partials.first_row;
   // Convert the queries to lanes, and start the softmax of each row.
   for (int64_t r = 0; r < rows; ++r) {
     const Storage* source = row_of<const Storage>(p.query, b, first_head + r / nq, seq.q_offset + r % nq);
     read_query<Policy>(source, head_dim, s.query + r * query_row);
-    memset(partials.acc + partial_row(r) * plan.value_row, 0, plan.value_row * sizeof(Lane));
-    partials.row_max[partial_row(r)] = FloatTraits<Lane>::kLowest;
+    memset(partials.acc + (first_row + r) * plan.value_row, 0, plan.value_row * sizeof(Lane));
+    partials.row_max[first_row + r] = FloatTraits<Lane>::kLowest;
     s.row_sum[r] = Vec<Lane>{};
   }
 
@@ -143,7 +169,7 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
         for (int q = 0; q < kQueries; ++q) {
           Lane* scores = s.scores + q * kScoreRow<Lane>;
           make_logits<Policy>(p, b, first_head + (r + q) / nq, (r + q) % nq, keys, scores);
-          const int64_t row = partial_row(r + q);
+          const int64_t row = first_row + r + q;
           rescale[q] = decode_softmax<Policy>(keys.count, scores, partials.row_max[row], s.row_sum[r + q]);
           acc[q] = partials.acc + row * plan.value_row;
         }
@@ -153,57 +179,10 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
     }
     std::swap(block, next_block);
   }
-  for (int64_t r = 0; r < rows; ++r) partials.row_sum[partial_row(r)] = sum_lanes<Lane>(s.row_sum[r]);
-}
-
-// Computes the output of query i of head h from the partial results of all splits, and writes it, and lse if wanted.
-template <class Policy>
-void merge_splits(const AttentionParams& p, const DecodePlan& plan,
-                  const DecodePartials<typename Policy::Lane>& partials, int64_t b, int64_t h, int64_t i) {
-  using Lane = typename Policy::Lane;
-  using Storage = typename Policy::Storage;
-  constexpr int n = kLanes<Lane>;
-  const Sequence seq = sequence_of(p, b);
-  if (i >= seq.seqlen_q) return;
-  // The splits subtracted different maxima before their exponentials. Multiply each by a factor that refers it to the
-  // largest of these maxima.
-  Lane keys_max = FloatTraits<Lane>::kLowest;
-  for (int64_t split = 0; split < plan.splits; ++split) {
-    const Lane other = partials.row_max[plan.row(p, split, b, h, i)];
-    keys_max = other > keys_max ? other : keys_max;
-  }
-  Lane factors[kMaxSplits];
-  Lane total = 0;
-  for (int64_t split = 0; split < plan.splits; ++split) {
-    const int64_t row = plan.row(p, split, b, h, i);
-    factors[split] = natural_exp(partials.row_max[row] - keys_max);
-    total += partials.row_sum[row] * factors[split];
-  }
-  // A row that sees no key has the output 0, even if there is a sink. A total of NaN is not 0, so its row becomes NaN.
-  const bool empty = total == 0;
-  if (p.row_max.data != nullptr) {
-    *row_of<Lane>(p.row_max, b, h, seq.q_offset + i) = empty ? -FloatTraits<Lane>::kInfinity : keys_max;
-  }
-  Lane keys_share = 1, reference = keys_max;
-  if (p.sinks.data != nullptr) {
-    // The sink is added to the denominator only. The maximum, the sink included, is subtracted before each exponential.
-    const Lane sink = *row_of<const Lane>(p.sinks, 0, h, 0);
-    reference = sink > keys_max ? sink : keys_max;
-    keys_share = natural_exp(keys_max - reference);
-    total = total * keys_share + natural_exp(sink - reference);
-  }
-  for (int64_t split = 0; split < plan.splits; ++split) factors[split] *= keys_share / total;
-  if (p.lse.data != nullptr) {
-    *row_of<Lane>(p.lse, b, h, seq.q_offset + i) =
-        empty ? -FloatTraits<Lane>::kInfinity : reference + natural_log(total);
-  }
-  Storage* out = row_of<Storage>(p.out, b, h, seq.q_offset + i);
-  for (int64_t d = 0; d < p.value_dim; d += n) {
-    Vec<Lane> sum = {};
-    for (int64_t split = 0; split < plan.splits && !empty; ++split) {
-      sum += load<Lane>(partials.acc + plan.row(p, split, b, h, i) * plan.value_row + d) * factors[split];
-    }
-    store_as<Lane>(out + d, sum, static_cast<int>(p.value_dim - d));
+  for (int64_t r = 0; r < rows; ++r) partials.row_sum[first_row + r] = sum_lanes<Lane>(s.row_sum[r]);
+  if (plan.splits > 1) return;
+  for (int64_t h = first_head; h < first_head + item.groups * plan.heads; ++h) {
+    for (int64_t i = 0; i < nq; ++i) merge_splits<Policy>(p, plan, partials, seq, b, h, i);
   }
 }
 
@@ -221,7 +200,8 @@ void forward_split_keys(const AttentionParams& p) {
 
   const Buffer valid_keys_memory(valid_keys_bytes(p));
   DecodePartials<Lane> partials;
-  const Buffer partials_memory([&](Arena& arena) { partials.layout(arena, p, plan); });
+  const Buffer partials_memory(
+      [&](Arena& arena) { partials.layout(arena, plan, plan.splits > 1 ? plan.splits * rows : 0); });
   const std::unique_ptr<DecodeScratch<Policy>[]> scratch(new DecodeScratch<Policy>[threads]);
   const Buffer memory([&](Arena& arena) {
     for (int thread = 0; thread < threads; ++thread) scratch[thread].layout(arena, p, plan);
@@ -231,11 +211,12 @@ void forward_split_keys(const AttentionParams& p) {
   parallel_for(threads, items, [&](int64_t item, int thread) {
     decode_item<Policy>(p, plan, valid_keys, plan.item(item), scratch[thread], partials);
   });
+  if (plan.splits == 1) return;
   const double merge_flops = 2.0 * static_cast<double>(rows * plan.splits * p.value_dim);
   parallel_for(choose_threads(p.num_threads, rows, merge_flops), p.batch * p.num_heads, [&](int64_t head, int) {
-    for (int64_t i = 0; i < p.seqlen_q; ++i) {
-      merge_splits<Policy>(p, plan, partials, head / p.num_heads, head % p.num_heads, i);
-    }
+    const int64_t b = head / p.num_heads;
+    const Sequence seq = sequence_of(p, b);
+    for (int64_t i = 0; i < seq.seqlen_q; ++i) merge_splits<Policy>(p, plan, partials, seq, b, head % p.num_heads, i);
   });
 }
 

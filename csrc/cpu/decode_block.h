@@ -51,6 +51,39 @@ void read_query(const typename Policy::Storage* query, int head_dim, typename Po
   for (; d < Policy::lanes_for(head_dim); d += n) store<Lane>(lanes + d, load_lanes<Policy>(query, d, head_dim));
 }
 
+// A block of keys, and the addresses of their rows for the first kv head of a work item. There are kBlockK addresses,
+// whatever the number of keys: keys are processed in whole vectors, and sum_values prefetches as many rows of the next
+// block as it reads of the current one.
+template <class Storage>
+struct DecodeBlock {
+  KeyBlock* keys;
+  const Storage** key_rows;    // [key of the block], followed by copies of the last one
+  const Storage** value_rows;  // the same for values
+
+  // Takes the memory of all arrays out of the arena.
+  void layout(Arena& arena) {
+    keys = arena.take<KeyBlock>(1);
+    key_rows = arena.take<const Storage*>(kBlockK);
+    value_rows = arena.take<const Storage*>(kBlockK);
+  }
+
+  // Takes the next keys of the stream. Returns false if no key is left.
+  FA_NOINLINE bool next(KeyStream& stream, const RowSource<Storage>& key_source,
+                        const RowSource<Storage>& value_source) const {
+    if (!stream.next(*keys)) return false;
+    find_rows(key_source, key_rows);
+    find_rows(value_source, value_rows);
+    return true;
+  }
+
+ private:
+  // Sets the kBlockK addresses.
+  void find_rows(const RowSource<Storage>& source, const Storage** rows) const {
+    source.find(*keys, rows);
+    for (int k = keys->count; k < kBlockK; ++k) rows[k] = rows[keys->count - 1];
+  }
+};
+
 // The rows of key or value of one head, for the keys of a block. Several heads share one array of addresses.
 template <class Storage>
 struct HeadRows {
@@ -117,8 +150,10 @@ FA_NOINLINE void multiply_keys(const typename Policy::Lane* query, int64_t query
           }
         }
       }
-      FA_UNROLL
-      for (int q = 0; q < kQueries; ++q) acc[q * kKeys + i] += other[q];
+      if constexpr (kWidensPairs<Policy>) {
+        FA_UNROLL
+        for (int q = 0; q < kQueries; ++q) acc[q * kKeys + i] += other[q];
+      }
     }
     for (int d = whole; d < lanes; d += n) {
       FA_UNROLL
@@ -151,15 +186,15 @@ FA_NOINLINE void add_bias(const Storage* row, int64_t stride_col, const KeyBlock
 
 // Turns the scaled scores of query i of head h into logits, for a block of keys: softcap, biases and masks. The logit of
 // a key that the query does not see is -inf, and so are the entries behind the last key, up to a whole vector. Before the
-// call, these entries may hold any numbers.
+// call, these entries may hold any numbers. `derivative`, if not null, receives the derivative of the softcap.
 template <class Policy>
 void make_logits(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const KeyBlock& keys,
-                 typename Policy::Lane* scores) {
+                 typename Policy::Lane* scores, typename Policy::Lane* derivative = nullptr) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   const Lane hidden = -FloatTraits<Lane>::kInfinity;
   const int end = static_cast<int>(round_up(keys.count, kLanes<Lane>));
-  if (p.softcap > 0) apply_softcap<Lane>(scores, end, static_cast<Lane>(p.softcap), nullptr);
+  if (p.softcap > 0) apply_softcap<Lane>(scores, end, static_cast<Lane>(p.softcap), derivative);
   if (p.bias.data != nullptr) {
     if (p.bias_dtype == p.dtype) {
       add_bias<Lane>(row_of<const Storage>(p.bias, b, h, i), p.bias.stride_col, keys, scores);
@@ -178,7 +213,11 @@ void make_logits(const AttentionParams& p, int64_t b, int64_t h, int64_t i, cons
       if ((keys.word[k] >> i & 1) == 0) scores[k] = hidden;
     }
   }
-  for (int k = keys.count; k < end; ++k) scores[k] = hidden;
+  if (keys.count == end) return;
+  // One store of a whole vector, because a load of the vector would wait long for several smaller ones.
+  Lane* last = scores + end - kLanes<Lane>;
+  const IntVec<Lane> exists = lanes_of_bits<Lane>(bit_range(0, keys.count - 1 - (last - scores)), 0);
+  store<Lane>(last, select<Lane>(exists, load<Lane>(last), broadcast<Lane>(hidden)));
 }
 
 // One step of the online softmax of a row: raises row_max to the largest of the logits in `scores`, replaces the logits

@@ -36,9 +36,10 @@ struct DecodePlan {
     return {part / items_of_split(), index % splits, first_group, left < item_groups ? left : item_groups};
   }
 
-  // The index of a row in DecodePartials, whose arrays are [split][batch][head][query].
-  int64_t row(const AttentionParams& p, int64_t split, int64_t b, int64_t h, int64_t i) const {
-    return ((split * p.batch + b) * p.num_heads + h) * p.seqlen_q + i;
+  // The number of query i of head h among the rows of all splits and batch entries. The rows of the heads of a sequence
+  // follow one another.
+  int64_t row(const AttentionParams& p, const Sequence& seq, int64_t split, int64_t b, int64_t h, int64_t i) const {
+    return (split * p.batch + b) * p.num_heads * p.seqlen_q + h * seq.seqlen_q + i;
   }
 
   // The number of keys of a split of a sequence, in whole blocks. The last splits may have fewer keys, or none. The
@@ -84,17 +85,19 @@ DecodePlan plan_decode(const AttentionParams& p) {
   return plan;
 }
 
-// The softmax of each row over the keys of one split, before the division by the sum of exponentials. The second pass
-// (merge_splits) merges the splits of a row.
+// The softmax of each row over the keys of one split, before the division by the sum of exponentials. merge_splits merges
+// the splits of a row. With several splits, the arrays hold all rows, because a second pass merges them. With one split,
+// each thread has arrays for the rows of one item, which stay in the cache: 64 heads of 4 x 4 scores of head dim 64 take
+// 0.82 of the time.
 template <class Lane>
 struct DecodePartials {
-  Lane* acc;      // [row][value_row]: the sum of exp(logit - row_max) * value
-  Lane* row_max;  // the largest logit of the row in the split
-  Lane* row_sum;  // the sum of exp(logit - row_max); 0 if the row sees no key of the split
+  Lane* acc;              // [row][value_row]: the sum of exp(logit - row_max) * value
+  Lane* row_max;          // the largest logit of the row in the split
+  Lane* row_sum;          // the sum of exp(logit - row_max); 0 if the row sees no key of the split
+  int64_t first_row = 0;  // the row (DecodePlan::row) with which the arrays begin
 
-  // Takes the memory of the three arrays out of the arena.
-  void layout(Arena& arena, const AttentionParams& p, const DecodePlan& plan) {
-    const int64_t rows = plan.row(p, plan.splits, 0, 0, 0);
+  // Takes the memory of the three arrays, for `rows` rows, out of the arena.
+  void layout(Arena& arena, const DecodePlan& plan, int64_t rows) {
     acc = arena.take<Lane>(rows * plan.value_row);
     row_max = arena.take<Lane>(rows);
     row_sum = arena.take<Lane>(rows);

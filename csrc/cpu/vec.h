@@ -124,19 +124,20 @@ FA_INLINE Vec<T> select_or_zero(IntVec<T> condition, Vec<T> yes) {
   return reinterpret_cast<Vec<T>>(reinterpret_cast<IntVec<T>>(yes) & condition);
 }
 
-// The sum of all lanes.
-template <class T>
-FA_INLINE T sum_lanes(Vec<T> v) {
-  T total = 0;
-  FA_UNROLL
-  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
-  return total;
-}
-
 // Lane i of the result is lane i + kStep of v, counted in a circle.
 template <class T, int kStep, int... kLane>
 FA_INLINE Vec<T> rotate(Vec<T> v, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(v, v, ((kLane + kStep) % kLanes<T>)...);
+}
+
+// The sum of all lanes.
+template <class T, int kStep = kLanes<T> / 2>
+FA_INLINE T sum_lanes(Vec<T> v) {
+  if constexpr (kStep == 0) {
+    return v[0];
+  } else {
+    return sum_lanes<T, kStep / 2>(v + rotate<T, kStep>(v, std::make_integer_sequence<int, kLanes<T>>{}));
+  }
 }
 
 // The largest lane. No lane may be NaN.

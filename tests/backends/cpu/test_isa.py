@@ -61,6 +61,34 @@ FEW_QUERIES = [
     ),
 ]  # fmt: skip
 
+# Few queries that decode_backward.h computes: all of them with AVX-512, and those with up to two queries with any
+# instruction set. There are up to nine blocks of keys, and windows whose keys do not fill a vector.
+FEW_QUERIES_BACKWARD = [
+    cases.Case(f"few-queries-backward-{seqlen_q}-{name}", **{"seqlen_q": seqlen_q, "seqlen_k": 300} | features)
+    for seqlen_q in (1, 2, 4)
+    for name, features in (
+        ("plain", {"seqlen_k": 1100, "head_dim": 64}),
+        ("window", {"batch": 5, "seqlen_k": seqlen_q, "head_dim": 32, "has_dlse": True}),
+        ("everything", {"heads": 4, "kv_heads": 2, "head_dim": 36, "value_dim": 68, "has_dlse": True} | EVERYTHING),
+        ("mask-per-head", {"attn_mask": cases.bool_mask("BHLS", 0.4)}),
+        ("mask-per-head-of-a-group", {"heads": 4, "kv_heads": 2, "attn_mask": cases.bool_mask("BHLS", 0.4)}),
+        ("lower-right", {"attn_mask": cases.lower_right, "options": {"window_size": (7, 0)}}),
+        ("bias-of-keys", {"attn_mask": cases.float_mask("111S")}),
+        ("bias-of-queries", {"attn_mask": cases.float_mask("BHL1"), "sinks": cases.sink()}),
+        ("bias-of-heads", {"attn_mask": cases.float_mask("1HLS"), "relative_bias": cases.shared_bias}),
+        ("key-bias", {"key_padding_mask": cases.float_padding, "options": {"softcap": 5.0}}),
+        ("empty-rows", {"seqlen_k": 6, "attn_mask": cases.empty_rows_mask, "has_dlse": True}),
+        ("empty-rows-and-sinks", {"attn_mask": cases.empty_rows_mask, "sinks": cases.sink(20.0)}),
+        ("nan-in-padding", {"key_padding_mask": cases.padding(171, 0), "edit": cases._nan_in_padding}),
+        ("large-lse", {"has_dlse": True, "options": {"scale": 20.0}}),
+        ("gqa-one-row", {"heads": 7, "kv_heads": 1, "query_layout": "blhd", "kv_layout": "blhd"}),
+        ("no-gradient-of-keys", {"differentiated": ("query", "value")}),
+    )
+] + [
+    cases.Case("few-queries-backward-varlen", heads=4, kv_heads=2, lengths_q=(2, 0, 1, 2), lengths_k=(300, 7, 0, 2),
+               relative_bias=cases.per_head_bias, sinks=cases.sink()),
+]  # fmt: skip
+
 # Cases in which backward processes the keys in several slabs, because dK and dV of all keys do not fit into the cache.
 SEVERAL_SLABS = [
     cases.Case("slabs", batch=1, seqlen_q=70, seqlen_k=600, head_dim=256),
@@ -111,6 +139,25 @@ def test_case(case: cases.Case, isa: str) -> None:
 def test_backward_of_several_slabs(case: cases.Case, isa: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):  # a type that memory holds as lanes, and one that it does not
         cases.check(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in FEW_QUERIES_BACKWARD])
+def test_backward_of_few_queries(case: cases.Case, isa: str) -> None:
+    for dtype in case.dtypes:
+        cases.check(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(0, 2, 2), (2, 0, 0), (2, 0, 2), (2, 2, 2)], ids=str)  # batch, heads, kv heads
+@pytest.mark.parametrize("seqlen_q", [0, 3, 70])
+def test_backward_of_nothing(seqlen_q: int, sizes: tuple[int, int, int], dtype: torch.dtype, isa: str) -> None:
+    batch, heads, kv_heads = sizes
+    query = torch.randn(batch, heads, seqlen_q, 8, dtype=dtype, requires_grad=True)
+    key, value = (torch.randn(batch, kv_heads, 5, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+    out = fused_attn.fused_attention(query, key, value, enable_gqa=heads != kv_heads, backend="cpu")
+    gradients = torch.autograd.grad(out.sum(), (query, key, value))
+    if query.numel() == 0:
+        assert all((x == 0).all() for x in gradients)
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in cases.LOGITS_BEYOND_MILLIONS])

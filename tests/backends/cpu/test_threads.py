@@ -60,6 +60,27 @@ def test_any_number_of_threads_is_right(name: str, backend: str) -> None:
         assert_same_bits(first, cases.run(CASE[name].make(torch.float32), backend))
 
 
+SAME_GRADIENTS = [
+    cases.Case("four-pairs", seqlen_q=150, seqlen_k=300, has_dlse=True, options={"window_size": (90, 20)}),
+    cases.Case("four-pairs-few-queries", seqlen_q=2, seqlen_k=300, sinks=cases.sink()),
+    cases.Case("four-pairs-padded", seqlen_q=70, seqlen_k=300, key_padding_mask=cases.scattered_padding),
+    cases.Case("four-pairs-relative-bias", seqlen_q=70, seqlen_k=300, relative_bias=cases.shared_bias),
+    cases.Case("few-keys", batch=1, seqlen_q=300, seqlen_k=128, attn_mask=cases.float_mask("11LS")),
+    cases.Case("few-keys-and-queries", batch=1, seqlen_q=2, seqlen_k=128, attn_mask=cases.float_mask("11LS")),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", SAME_GRADIENTS, ids=lambda case: case.id)
+def test_gradients_do_not_depend_on_the_threads(case: cases.Case, dtype: torch.dtype) -> None:
+    """The calls have at most 128 keys, or at least twice as many pairs of a batch entry and a key head as threads."""
+    pytest.importorskip("fused_attn._C", reason="the native extension is not built", exc_type=ImportError)
+    torch.set_num_threads(1)
+    alone = cases.run(case.make(dtype), "cpu")
+    torch.set_num_threads(2)
+    assert_same_bits(alone, cases.run(case.make(dtype), "cpu"))
+
+
 COUNT_THREADS = """
     import os
     import torch

@@ -1,0 +1,385 @@
+// Backward for few queries, as of a small window or of a few latents. The other kernel (backward.h) puts one query into
+// each lane, so with few queries most lanes would be empty, and the transposition of queries and gradients would take
+// longer than the products. Here the lanes of a vector are columns of a row, as in decode.h, and nothing is transposed.
+//
+// A thread processes all queries of a head group, whose keys are the same, in two passes over the blocks of keys:
+//
+//   probs[key]   = exp(logit - lse)         logit from scale * sum over d of key[key][d] * query[d]
+//   dprobs[key]  = sum over d of value[key][d] * dout[d]
+//
+//   dscores[key] = probs * (dprobs - delta + dlse)
+//   dvalue[key]  = sum over queries of probs[key] * dout
+//   dkey[key]    = sum over queries of dscores[key] * query * scale
+//   dquery       = sum over keys of dscores[key] * key * scale
+//
+// Between the passes, the sums over all keys give delta = sum of probs * dprobs, and divide the probs of a query by their
+// sum. The logits have other rounding errors than those of forward, so their probs have another sum. If backward used
+// forward's sum, the dscores of a query would not add up to 0, and the difference, multiplied by the mean of the keys,
+// would be an error of dquery.
+#pragma once
+#include "bias_gradients.h"
+#include "decode_block.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+// A query of the head group.
+template <class Lane>
+struct DecodeRow {
+  int64_t head;
+  int64_t query;
+  Lane lse;         // +inf if the query sees no key, so that its probs are zero
+  Lane dlse;        // the gradient by lse
+  Lane factor;      // 1 / sum of exp(logit - lse)
+  Lane delta;       // sum of probs * dprobs
+  Vec<Lane> sum;    // sum of exp(logit - lse), over the keys so far
+  Vec<Lane> dprob;  // sum of exp(logit - lse) * dprobs, over the keys so far
+};
+
+// The memory in which one thread processes its work items. Rows of queries are padded to whole vectors.
+template <class Policy>
+struct DecodeBackwardScratch {
+  using Lane = typename Policy::Lane;
+
+  DecodeBlock<typename Policy::Storage> block;
+  DecodeRow<Lane>* rows;  // [row]
+  Lane* query;            // [row][head_dim], in the order of read_query
+  Lane* dout;             // [row][value_dim], likewise
+  Lane* query_rows;       // [row][head_dim], in the order of memory
+  Lane* dout_rows;        // [row][value_dim], likewise
+  Lane* probs;            // [block of keys][row][key of the block]
+  Lane* dscores;          // as probs; dprobs before the second pass
+  Lane* derivative;       // as probs: the derivative of the softcap
+  Lane* dquery;           // [row][head_dim]
+
+  // Takes the memory of all arrays out of the arena.
+  void layout(Arena& arena, const AttentionParams& p) {
+    const int64_t count = p.num_heads / p.num_kv_heads * p.seqlen_q;
+    const int64_t head_lanes = count * round_up(p.head_dim, kLanes<Lane>);
+    const int64_t value_lanes = count * round_up(p.value_dim, kLanes<Lane>);
+    const int64_t scores = round_up(p.seqlen_k, kBlockK) / kBlockK * count * kScoreRow<Lane>;
+    block.layout(arena);
+    rows = arena.take<DecodeRow<Lane>>(count);
+    query = arena.take<Lane>(head_lanes);
+    dout = arena.take<Lane>(value_lanes);
+    query_rows = kWidensPairs<Policy> ? arena.take<Lane>(head_lanes) : query;
+    dout_rows = kWidensPairs<Policy> ? arena.take<Lane>(value_lanes) : dout;
+    probs = arena.take<Lane>(scores);
+    dscores = arena.take<Lane>(scores);
+    derivative = arena.take<Lane>(p.softcap > 0 ? scores : 0);
+    dquery = arena.take<Lane>(head_lanes);
+  }
+};
+
+// Copies a row of `dim` elements as lanes, in the order of read_query, and in the order of memory.
+template <class Policy>
+FA_INLINE void read_row(const typename Policy::Storage* row, int dim, typename Policy::Lane* lanes,
+                        typename Policy::Lane* in_order) {
+  using Lane = typename Policy::Lane;
+  read_query<Policy>(row, dim, lanes);
+  if constexpr (kWidensPairs<Policy>) {
+    for (int d = 0; d < dim; d += kLanes<Lane>) store<Lane>(in_order + d, load_lanes<Policy>(row, d, dim));
+  }
+}
+
+// Replaces the logits of a block of keys by exp(logit - lse), and adds them to the sums of the row.
+template <class Policy>
+FA_NOINLINE void make_probs(int count, const typename Policy::Lane* dprobs, typename Policy::Lane* probs,
+                            DecodeRow<typename Policy::Lane>& row) {
+  using Lane = typename Policy::Lane;
+  Vec<Lane> sum = row.sum, dprob = row.dprob;
+  for (int k = 0; k < count; k += kLanes<Lane>) {
+    const Vec<Lane> x = exp2<Lane, Policy::kCoarseExp>((load<Lane>(probs + k) - row.lse) * Lane(kLog2E));
+    sum += x;
+    dprob += select<Lane>(x == 0, Vec<Lane>{}, x * load<Lane>(dprobs + k));  // a hidden value may be NaN
+    store<Lane>(probs + k, x);
+  }
+  row.sum = sum;
+  row.dprob = dprob;
+}
+
+// Divides the probs of a row by their sum, and replaces dprobs by dscores, for a block of keys.
+template <class Lane>
+FA_NOINLINE void make_dscores(int count, const DecodeRow<Lane>& row, Lane* probs, Lane* dscores) {
+  for (int k = 0; k < count; k += kLanes<Lane>) {
+    const Vec<Lane> prob = load<Lane>(probs + k) * row.factor;
+    const Vec<Lane> x = prob * (load<Lane>(dscores + k) - row.delta + row.dlse);
+    store<Lane>(probs + k, prob);
+    store<Lane>(dscores + k, select<Lane>(prob == 0, Vec<Lane>{}, x));
+  }
+}
+
+// Adds dscores of one row and a block of keys to a row of the gradient of a bias.
+template <class Lane>
+FA_NOINLINE void add_bias_gradient(const KeyBlock& keys, const Lane* dscores, int64_t stride_col, Lane* gradient) {
+  constexpr int n = kLanes<Lane>;
+  int k = 0;
+  if (stride_col == 0) {
+    Vec<Lane> sum = {};
+    for (; k < keys.count; k += n) sum += load<Lane>(dscores + k);  // zero behind the last key
+    *gradient += sum_lanes<Lane>(sum);
+  } else if (stride_col == 1 && keys.contiguous) {
+    Lane* first = gradient + keys.index[0];
+    for (; k + n <= keys.count; k += n) store<Lane>(first + k, load<Lane>(first + k) + load<Lane>(dscores + k));
+  }
+  for (; k < keys.count; ++k) gradient[keys.index[k] * stride_col] += dscores[k];
+}
+
+// Where dkey or dvalue of one head goes.
+template <class Policy>
+struct KeyGradientRows {
+  typename Policy::Storage* rows;  // the row of key 0; null = the gradient is not wanted
+  int64_t stride_row;
+  int dim;                       // the number of columns
+  typename Policy::Lane factor;  // the factor of every sum
+
+  // Sets the rows of keys [0, count) to zero.
+  void clear(int64_t count) const {
+    for (int64_t j = 0; rows != nullptr && j < count; ++j) {
+      memset(static_cast<void*>(rows + j * stride_row), 0, dim * sizeof(typename Policy::Storage));
+    }
+  }
+};
+
+// Stores kColumns vectors of a gradient, from column d on, of up to kKeys keys of a block, from key k on: factor * sum
+// over the `count` rows of coefficients[row][key] * rows[row].
+template <class Policy, int kKeys, int kColumns>
+FA_INLINE void key_gradient_tile(const KeyBlock& keys, int k, int d, const typename Policy::Lane* coefficients,
+                                 const typename Policy::Lane* rows, int64_t count,
+                                 const KeyGradientRows<Policy>& gradient) {
+  using Lane = typename Policy::Lane;
+  constexpr int n = kLanes<Lane>;
+  const int64_t row = round_up(gradient.dim, n);
+  Vec<Lane> acc[kKeys][kColumns] = {};
+  for (int64_t q = 0; q < count; ++q) {
+    Vec<Lane> x[kColumns];
+    FA_UNROLL
+    for (int c = 0; c < kColumns; ++c) x[c] = load<Lane>(rows + q * row + d + c * n);
+    FA_UNROLL
+    for (int i = 0; i < kKeys; ++i) {
+      const Vec<Lane> coefficient = broadcast<Lane>(coefficients[q * kScoreRow<Lane> + k + i]);
+      FA_UNROLL
+      for (int c = 0; c < kColumns; ++c) acc[i][c] = coefficient * x[c] + acc[i][c];
+    }
+  }
+  FA_UNROLL
+  for (int i = 0; i < kKeys; ++i) {
+    if (k + i >= keys.count) return;
+    typename Policy::Storage* target = gradient.rows + keys.index[k + i] * gradient.stride_row + d;
+    FA_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      store_as<Lane>(target + c * n, acc[i][c] * gradient.factor, gradient.dim - d - c * n);
+    }
+  }
+}
+
+// Calls key_gradient_tile for all keys of a block. Narrow tiles have twice as many keys: with four, 8 queries and 128 keys
+// of head dim 32 took 1.2 of the time.
+template <class Policy, int kColumns>
+FA_NOINLINE void write_key_columns(const KeyBlock& keys, int d, const typename Policy::Lane* coefficients,
+                                   const typename Policy::Lane* rows, int64_t count,
+                                   const KeyGradientRows<Policy>& gradient) {
+  int k = 0;
+  if constexpr (2 * kColumns <= kTileVectors) {
+    for (; k + 4 < keys.count; k += 8) {
+      key_gradient_tile<Policy, 8, kColumns>(keys, k, d, coefficients, rows, count, gradient);
+    }
+  }
+  for (; k < keys.count; k += 4) {
+    key_gradient_tile<Policy, 4, kColumns>(keys, k, d, coefficients, rows, count, gradient);
+  }
+}
+
+// Stores the gradient of a block of keys.
+template <class Policy>
+void write_key_gradient(const KeyBlock& keys, const typename Policy::Lane* coefficients,
+                        const typename Policy::Lane* rows, int64_t count, const KeyGradientRows<Policy>& gradient) {
+  constexpr int n = kLanes<typename Policy::Lane>;
+  int d = 0;
+  const auto tiles = [&](auto columns) {
+    constexpr int kColumns = decltype(columns)::value;
+    for (; d + (kColumns - 1) * n < gradient.dim; d += kColumns * n) {
+      write_key_columns<Policy, kColumns>(keys, d, coefficients, rows, count, gradient);
+    }
+  };
+  if (gradient.rows == nullptr) return;
+  if constexpr (kTileVectors == 4) tiles(Constant<4>{});
+  tiles(Constant<2>{});
+  tiles(Constant<1>{});
+}
+
+// Reads the rows of the head group of one kv head into the scratch.
+template <class Policy>
+void read_rows(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t kv_head,
+               const DecodeBackwardScratch<Policy>& s) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int value_dim = static_cast<int>(p.value_dim);
+  const int64_t head_row = round_up(head_dim, kLanes<Lane>);
+  const int64_t value_row = round_up(value_dim, kLanes<Lane>);
+  const int64_t heads = p.num_heads / p.num_kv_heads;
+  for (int64_t r = 0, h = kv_head * heads; h < (kv_head + 1) * heads; ++h) {
+    for (int64_t i = 0; i < seq.seqlen_q; ++i, ++r) {
+      const int64_t row = seq.q_offset + i;
+      const Lane lse = *row_of<const Lane>(p.lse, b, h, row);
+      const bool is_empty = lse == -FloatTraits<Lane>::kInfinity;
+      const Lane dlse = p.dlse.data == nullptr || is_empty ? 0 : *row_of<const Lane>(p.dlse, b, h, row);
+      s.rows[r] = {h, i, is_empty ? FloatTraits<Lane>::kInfinity : lse, dlse, 0, 0, Vec<Lane>{}, Vec<Lane>{}};
+      read_row<Policy>(row_of<const Storage>(p.query, b, h, row), head_dim, s.query + r * head_row,
+                       s.query_rows + r * head_row);
+      read_row<Policy>(row_of<const Storage>(p.dout, b, h, row), value_dim, s.dout + r * value_row,
+                       s.dout_rows + r * value_row);
+      memset(s.dquery + r * head_row, 0, head_row * sizeof(Lane));
+    }
+  }
+}
+
+// Computes the factor and delta of a row from the sums over all keys.
+template <class Lane>
+void finish_row(const AttentionParams& p, DecodeRow<Lane>& row) {
+  Lane sum = sum_lanes<Lane>(row.sum);
+  if (p.sinks.data != nullptr) sum += natural_exp(*row_of<const Lane>(p.sinks, 0, row.head, 0) - row.lse);
+  row.factor = sum == 0 ? 0 : 1 / sum;
+  row.delta = sum_lanes<Lane>(row.dprob) * row.factor;
+}
+
+// Stores the statistics of the rows of a head group, from which compute_dsinks computes dsinks.
+template <class Lane>
+void store_statistics(const AttentionParams& p, int64_t b, const DecodeRow<Lane>* rows, int64_t count,
+                      const RowStatistics<Lane>& statistics) {
+  for (int64_t r = 0; r < count; ++r) {
+    const RowStatistics<Lane> own = statistics.at(p, b, rows[r].head, rows[r].query);
+    *own.lse = rows[r].lse;
+    *own.delta = rows[r].delta;
+    *own.dlse = rows[r].dlse;
+    const bool is_last = r + 1 == count || rows[r + 1].head != rows[r].head;
+    if (!is_last) continue;
+    for (int64_t i = 1; (rows[r].query + i) % kLanes<Lane> != 0; ++i) {
+      own.lse[i] = FloatTraits<Lane>::kInfinity;  // of queries that do not exist
+      own.delta[i] = own.dlse[i] = 0;
+    }
+  }
+}
+
+// Computes probs and dscores of a row and a block of keys, which begins at `entry` of the arrays of scores, and adds
+// dscores to the gradients of the biases.
+template <class Policy>
+void finish_scores(const AttentionParams& p, int64_t b, const DecodeRow<typename Policy::Lane>& row, int64_t entry,
+                   const BackwardPartials<typename Policy::Lane>& partials, const DecodeBackwardScratch<Policy>& s) {
+  using Lane = typename Policy::Lane;
+  const KeyBlock& keys = *s.block.keys;
+  Lane* dscores = s.dscores + entry;
+  make_dscores<Lane>(keys.count, row, s.probs + entry, dscores);
+  for (const TensorView* view : {&p.dbias, &p.dkey_bias}) {
+    if (view->data == nullptr) continue;
+    add_bias_gradient<Lane>(keys, dscores, view->stride_col, row_of<Lane>(*view, b, row.head, row.query));
+  }
+  if (p.drelative_bias.data != nullptr) {
+    Lane* drelative = partials.drelative_bias + head_index(p, 0, b, row.head) * partials.row_relative;
+    add_bias_gradient<Lane>(keys, dscores, -1, drelative + row.query + p.seqlen_k - 1);
+  }
+  for (int k = 0; p.softcap > 0 && k < keys.count; k += kLanes<Lane>) {
+    store<Lane>(dscores + k, load<Lane>(dscores + k) * load<Lane>(s.derivative + entry + k));
+  }
+}
+
+// Computes all gradients that the head group of one kv head contributes. If dsinks is wanted, `statistics` receives the
+// statistics of the rows.
+template <class Policy>
+void decode_backward(const AttentionParams& p, bool visits_all_keys, const ValidKeys* valid_keys, int64_t b,
+                     int64_t kv_head, const RowStatistics<typename Policy::Lane>& statistics,
+                     const BackwardPartials<typename Policy::Lane>& partials, const DecodeBackwardScratch<Policy>& s) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
+  constexpr int n = kLanes<Lane>;
+  const Sequence seq = sequence_of(p, b);
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int value_dim = static_cast<int>(p.value_dim);
+  const int64_t head_row = round_up(head_dim, n);
+  const int64_t value_row = round_up(value_dim, n);
+  const int64_t heads = p.num_heads / p.num_kv_heads;
+  const int64_t rows = heads * seq.seqlen_q;
+  const Lane scale = static_cast<Lane>(p.scale);
+  const auto key_gradient = [&](const TensorView& view, int dim, Lane factor) -> KeyGradientRows<Policy> {
+    if (view.data == nullptr) return {nullptr, 0, dim, factor};
+    return {row_of<Storage>(view, b, kv_head, seq.k_offset), view.stride_row, dim, factor};
+  };
+  const KeyGradientRows<Policy> dkey = key_gradient(p.dkey, head_dim, scale);
+  const KeyGradientRows<Policy> dvalue = key_gradient(p.dvalue, value_dim, Lane(1));
+  if (!visits_all_keys || rows == 0) {
+    dkey.clear(seq.seqlen_k);
+    dvalue.clear(seq.seqlen_k);
+  }
+  if (rows == 0) return;
+  read_rows<Policy>(p, seq, b, kv_head, s);
+
+  // Calls visit(where the block begins in the arrays of scores) for each block of keys. Returns the number of blocks. If
+  // the caller knows that there is a single block, s.block still holds it.
+  const KeyBlock& keys = *s.block.keys;
+  const HeadRows<Storage> key_rows = {s.block.key_rows, 0};
+  const HeadRows<Storage> value_rows = {s.block.value_rows, 0};
+  const auto visit_blocks = [&](bool is_single, const auto& visit) {
+    int64_t blocks = 0;
+    KeyStream stream(p, seq, valid_keys, b, kv_head * heads, 0, static_cast<int>(seq.seqlen_q), 0, seq.seqlen_k);
+    const RowSource<Storage> key_source = row_source<Storage>(p, p.key, seq, b, kv_head);
+    const RowSource<Storage> value_source = row_source<Storage>(p, p.value, seq, b, kv_head);
+    for (; is_single ? blocks == 0 : s.block.next(stream, key_source, value_source); ++blocks) {
+      visit(blocks * rows * kScoreRow<Lane>);
+    }
+    return blocks;
+  };
+
+  const bool prefetches = key_value_bytes<Storage>(p) > kCachedBytes;
+  const auto first_pass = [&](int64_t first) {
+    visit_in_passes<Lane>(rows, [&](int64_t r, auto queries) {
+      constexpr int kQueries = decltype(queries)::value;
+      const int64_t entry = first + r * kScoreRow<Lane>;
+      multiply_keys<Policy, kQueries>(s.query + r * head_row, head_row, key_rows, keys.count, head_dim,
+                                      prefetches && r == 0 ? value_rows : HeadRows<Storage>{}, scale, s.probs + entry);
+      multiply_keys<Policy, kQueries>(s.dout + r * value_row, value_row, value_rows, keys.count, value_dim, {}, Lane(1),
+                                      s.dscores + entry);
+    });
+    for (int64_t r = 0; r < rows; ++r) {
+      DecodeRow<Lane>& row = s.rows[r];
+      const int64_t entry = first + r * kScoreRow<Lane>;
+      Lane* derivative = p.softcap > 0 ? s.derivative + entry : nullptr;
+      make_logits<Policy>(p, b, row.head, row.query, keys, s.probs + entry, derivative);
+      make_probs<Policy>(keys.count, s.dscores + entry, s.probs + entry, row);
+    }
+  };
+  const int64_t blocks = visit_blocks(/*is_single=*/false, first_pass);
+  for (int64_t r = 0; r < rows; ++r) finish_row<Lane>(p, s.rows[r]);
+  if (p.dsinks.data != nullptr) store_statistics<Lane>(p, b, s.rows, rows, statistics);
+
+  const auto second_pass = [&](int64_t first) {
+    for (int64_t r = 0; r < rows; ++r) {
+      finish_scores<Policy>(p, b, s.rows[r], first + r * kScoreRow<Lane>, partials, s);
+    }
+    write_key_gradient<Policy>(keys, s.probs + first, s.dout_rows, rows, dvalue);
+    write_key_gradient<Policy>(keys, s.dscores + first, s.query_rows, rows, dkey);
+    if (p.dquery.data == nullptr) return;
+    visit_in_passes<Lane>(rows, [&](int64_t r, auto queries) {
+      constexpr int kQueries = decltype(queries)::value;
+      Lane ones[kQueries];
+      Lane* acc[kQueries];
+      for (int q = 0; q < kQueries; ++q) {
+        ones[q] = 1;
+        acc[q] = s.dquery + (r + q) * head_row;
+      }
+      sum_values<Policy, kQueries>(key_rows, {}, s.dscores + first + r * kScoreRow<Lane>, keys.count, head_dim, ones,
+                                   acc);
+    });
+  };
+  visit_blocks(/*is_single=*/blocks == 1, second_pass);
+
+  for (int64_t r = 0; p.dquery.data != nullptr && r < rows; ++r) {
+    Storage* target = row_of<Storage>(p.dquery, b, s.rows[r].head, seq.q_offset + s.rows[r].query);
+    for (int d = 0; d < head_dim; d += n) {
+      store_as<Lane>(target + d, load<Lane>(s.dquery + r * head_row + d) * scale, head_dim - d);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fused_attn::cpu
