@@ -266,12 +266,15 @@ def test_bytes_and_memory_are_those_of_the_planned_step(mesh, name: str) -> None
     for method in methods(shape):
         planned_as = Method(*shape) if len(shape) == 2 else Method(world, 1) if method == "ring" else Method(1, world)
         planned = cost(WORKLOADS[name], machine, rates, planned_as)
-        # gloo may keep a tensor for a moment after its message, so the least of three peaks counts.
-        found, *again = (team.run(plan_jobs.used, WORKLOADS[name], shape, method) for _ in range(3))
-        assert planned.sent_forward == max(x["forward"] for x in found), method
-        assert planned.sent_backward == max(x["backward"] for x in found), method
-        assert planned.saved == max(x["saved"] for x in found), method
-        assert planned.buffers == min(max(x["buffers"] for x in run) for run in (found, *again)), method
+        # gloo may keep a tensor for a moment after its message, so the least of several peaks counts.
+        buffers = []
+        while len(buffers) < 12 and planned.buffers not in buffers:
+            found = team.run(plan_jobs.used, WORKLOADS[name], shape, method)
+            assert planned.sent_forward == max(x["forward"] for x in found), method
+            assert planned.sent_backward == max(x["backward"] for x in found), method
+            assert planned.saved == max(x["saved"] for x in found), method
+            buffers.append(max(x["buffers"] for x in found))
+        assert planned.buffers == min(buffers), method
 
 
 def test_window_sends_no_keys_that_nobody_sees() -> None:
