@@ -303,12 +303,12 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 short = small_inference.self_attention(self, query, key_padding_mask, is_causal)
                 if short is not None:
                     return short, None
-        masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        arguments = (key_padding_mask, attn_mask, is_causal, average_attn_weights if need_weights else None)
         if cache is None:
-            return self._dense_forward(query, key, value, *masks)
+            return self._dense_forward(query, key, value, *arguments)
         self._check_cache(cache, key_padding_mask, need_weights, attn_mask, is_causal)
         with restoring((cache,)):
-            return self._dense_forward(query, key, value, *masks, cache)
+            return self._dense_forward(query, key, value, *arguments, cache)
 
     def _dense_forward(
         self,
@@ -316,13 +316,16 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         key: Tensor,
         value: Tensor,
         key_padding_mask: Tensor | None,
-        need_weights: bool,
         attn_mask: Tensor | None,
-        average_attn_weights: bool,
         is_causal: bool,
+        average_weights: bool | None,
         cache: AttentionCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The results of `forward` for dense tensors, with arguments that have been checked."""
+        """The results of `forward` for dense tensors, with arguments that have been checked.
+
+        average_weights is None if no weights are wanted.
+        """
+        need_weights = average_weights is not None
         is_self, shares_kv = query is key and key is value, key is value
         skips_padding = self.skip_padded_queries and query is key and cache is None and not need_weights
 
@@ -406,7 +409,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             diagonal = mask.diagonal
             attn_mask = mask.attn_mask if diagonal is None else _above(diagonal, seqlen_q, k).logical_not()
             weights = attention_weights(q, k, lse, attn_mask=attn_mask, **arguments)
-            weights = (weights.mean(dim=1) if average_attn_weights else weights).to(out.dtype)
+            weights = (weights.mean(dim=1) if average_weights else weights).to(out.dtype)
 
         if weights is not None and not is_batched:
             weights = weights.squeeze(0)
