@@ -62,9 +62,9 @@ FA_NOINLINE Rows<const typename Policy::Lane> find_query_rows(const typename Pol
   }
 }
 
-// Computes probs and dscores of kTiles tiles: their keys, from key k of the block on, and kColumns vectors of queries from
-// vector v on. Writes them to the scratch `s`, for the products that follow. kPlain: every key of the tiles is visible,
-// scores are plain products, and there is no dropout. So the compiler leaves out all code for these features.
+// Computes probs and dscores of kTiles tiles: their keys, from key k of the block on, and kColumns vectors of queries
+// from vector v on. Writes them to the scratch `s`, for the products that follow. kPlain: every key of the tiles is
+// visible, scores are plain products, and there is no dropout. So the compiler leaves out all code for these features.
 template <class Policy, int kColumns, bool kPlain, int kTiles = 1>
 FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
                                const BackwardScratch<Policy>& s, const RowStatistics<typename Policy::Lane>& rows,
@@ -145,8 +145,8 @@ struct KeyGradient {
 };
 
 // Adds to dkey or dvalue of the kTileKeys keys of a tile: sum over queries q of coefficients[r][q] * rows[q][d], for
-// kColumns vectors of columns from column d on. targets[r] is the row of key r, of the output or of the sums. Rows of the
-// output are stored, and those that do not exist are null.
+// kColumns vectors of columns from column d on. targets[r] is the row of key r, of the output or of the sums. Rows of
+// the output are stored, and those that do not exist are null.
 template <class Policy, int kColumns>
 FA_NOINLINE void query_product(const char* const* coefficients, const typename Policy::Lane* rows, int64_t stride,
                                int depth, const KeyGradient<Policy>& gradient, void* const* targets, int d) {
@@ -294,8 +294,8 @@ Rows<typename Policy::Lane> dquery_lanes(const BackwardItem<Policy>& item, const
 }
 
 // Processes one query block of one head with the keys [slab_begin, slab_end). Adds the block's part of dkey and dvalue
-// to `dkey` and `dvalue`. Writes the part of dquery if this is the first slab of the item. A later slab adds its part to
-// dquery.
+// to `dkey` and `dvalue`. Writes the part of dquery if this is the first slab of the item. A later slab adds its part
+// to dquery.
 template <class Policy>
 void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
                     int64_t slab_begin, int64_t slab_end, const KeyGradient<Policy>& dkey,
@@ -356,8 +356,8 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
         bool partial;
         const VectorRange range = tile_range<Lane>(keys, k, stream.valid_queries(), vectors, partial);
         s.key.ranges[t] = range;
-        // As in forward, a block that fills at most half of a tile takes two tiles at once: every second tile is computed
-        // together with the one before it.
+        // As in forward, a block that fills at most half of a tile takes two tiles at once: every second tile is
+        // computed together with the one before it.
         const bool takes_two = 2 * vectors <= kTileVectors && is_plain && !keys.partial;
         const bool is_pair = takes_two && (t | 1) * kTileKeys + kTileKeys <= keys.count;
         for (int panel = 0; panel < panels && !(is_pair && t % 2 == 1); ++panel) {

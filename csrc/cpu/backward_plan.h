@@ -33,8 +33,8 @@ FA_INLINE bool sees_all_keys(const AttentionParams& p) {
 }
 
 // Whether decode_backward.h computes this call, if no head has to be shared among threads. With AVX-512, calls of 64
-// heads take 0.5 (4 x 4) and 0.64 (8 x 8) of the time of backward.h (float32, head dim 64), with 8 queries and 1024 keys
-// 0.93 (float32) and 0.82 (bfloat16).
+// heads take 0.5 (4 x 4) and 0.64 (8 x 8) of the time of backward.h (float32, head dim 64), with 8 queries and 1024
+// keys 0.93 (float32) and 0.82 (bfloat16).
 template <class Policy>
 bool has_few_queries(const AttentionParams& p) {
   // A softmax over more keys, dropout, and masks that differ among the heads of a group are left to backward.h.
@@ -48,8 +48,8 @@ bool has_few_queries(const AttentionParams& p) {
   constexpr int64_t n = kLanes<typename Policy::Lane>;
   const int64_t vectors = 2 * (round_up(p.head_dim, n) / n) + round_up(p.value_dim, n) / n;
   int64_t lanes = (2 * p.head_dim + p.value_dim) / Policy::kPerLane;
-  // decode_backward.h reads the keys of a head a second time. If they are no longer in the cache, 8 queries and 4096 keys
-  // (float32, head dim 64) take 1.1 of the time. backward.h converts 16-bit rows, which takes longer.
+  // decode_backward.h reads the keys of a head a second time. If they are no longer in the cache, 8 queries and 4096
+  // keys (float32, head dim 64) take 1.1 of the time. backward.h converts 16-bit rows, which takes longer.
   const int64_t head_bytes =
       p.seqlen_k * (p.head_dim + p.value_dim) * static_cast<int64_t>(sizeof(typename Policy::Lane));
   if (kSame<typename Policy::Storage, typename Policy::Lane> && head_bytes > kCachedBytes) lanes -= p.head_dim / 2;
@@ -66,8 +66,8 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   plan.join_heads = ((has_dbias && p.dbias.stride_head == 0) || p.dkey_bias.data != nullptr) && p.num_heads > 1;
   plan.groups = (plan.join_batches ? 1 : p.batch) * (plan.join_heads ? 1 : p.num_kv_heads);
   // The plan aims at two items for each thread, because the chunks of a causal problem take unequal time. A chunk has
-  // at least 128 keys. So the order in which dquery is summed depends on the number of threads. With as many chunks as 16
-  // threads need, one thread took 1.04 to 1.13 of the time for 8 heads with 256 to 1024 queries and keys.
+  // at least 128 keys. So the order in which dquery is summed depends on the number of threads. With as many chunks as
+  // 16 threads need, one thread took 1.04 to 1.13 of the time for 8 heads with 256 to 1024 queries and keys.
   const int64_t wanted = plan.groups > 0 ? (2 * p.num_threads + plan.groups - 1) / plan.groups : 1;
   const int64_t possible = (p.seqlen_k + 127) / 128;
   // Every chunk has a partial dquery of its own. Without a bound on their size, a large problem would need several

@@ -7,15 +7,15 @@
 //
 // Up to four queries of a head group are processed together, because they read the same keys.
 //
-// A work item is one split of the keys of one or several kv heads, together with all queries that attend to these heads.
-// groups_of_item (decode_plan.h) chooses how many. The item visits the heads in turns: each computes a block of keys
-// before the next block begins. So a page of the keys is read whole, and so are the rows of all heads of a token where
-// these follow one another in memory. One query over 64k keys of 8 heads (bfloat16, one thread of a Xeon with AVX-512)
-// took, compared with head by head and without the prefetches of sum_values, 0.65 of the time in a cache token by token,
-// and 0.78 in pages of 64 or 16 rows.
+// A work item is one split of the keys of one or several kv heads, together with all queries that attend to these
+// heads. groups_of_item (decode_plan.h) chooses how many. The item visits the heads in turns: each computes a block of
+// keys before the next block begins. So a page of the keys is read whole, and so are the rows of all heads of a token
+// where these follow one another in memory. One query over 64k keys of 8 heads (bfloat16, one thread of a Xeon with
+// AVX-512) took, compared with head by head and without the prefetches of sum_values, 0.65 of the time in a cache token
+// by token, and 0.78 in pages of 64 or 16 rows.
 //
-// If there are several splits, a second pass merges their results. The number of splits depends on the shapes alone, and so does the
-// order of the keys of a query. So results do not depend on the number of threads.
+// If there are several splits, a second pass merges their results. The number of splits depends on the shapes alone,
+// and so does the order of the keys of a query. So results do not depend on the number of threads.
 #pragma once
 #include <memory>
 

@@ -12,10 +12,10 @@
 //   dkey[key]    = sum over queries of dscores[key] * query * scale
 //   dquery       = sum over keys of dscores[key] * key * scale
 //
-// Between the passes, the sums over all keys give delta = sum of probs * dprobs, and divide the probs of a query by their
-// sum. The logits have other rounding errors than those of forward, so their probs have another sum. If backward used
-// forward's sum, the dscores of a query would not add up to 0, and the difference, multiplied by the mean of the keys,
-// would be an error of dquery.
+// Between the passes, the sums over all keys give delta = sum of probs * dprobs, and divide the probs of a query by
+// their sum. The logits have other rounding errors than those of forward, so their probs have another sum. If backward
+// used forward's sum, the dscores of a query would not add up to 0, and the difference, multiplied by the mean of the
+// keys, would be an error of dquery.
 #pragma once
 #include "bias_gradients.h"
 #include "decode_block.h"
@@ -173,8 +173,8 @@ FA_INLINE void key_gradient_tile(const KeyBlock& keys, int k, int d, const typen
   }
 }
 
-// Calls key_gradient_tile for all keys of a block. Narrow tiles have twice as many keys: with four, 8 queries and 128 keys
-// of head dim 32 took 1.2 of the time.
+// Calls key_gradient_tile for all keys of a block. Narrow tiles have twice as many keys: with four, 8 queries and 128
+// keys of head dim 32 took 1.2 of the time.
 template <class Policy, int kColumns>
 FA_NOINLINE void write_key_columns(const KeyBlock& keys, int d, const typename Policy::Lane* coefficients,
                                    const typename Policy::Lane* rows, int64_t count,
@@ -314,8 +314,8 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
   if (rows == 0) return;
   read_rows<Policy>(p, seq, b, kv_head, s);
 
-  // Calls visit(where the block begins in the arrays of scores) for each block of keys. Returns the number of blocks. If
-  // the caller knows that there is a single block, s.block still holds it.
+  // Calls visit(where the block begins in the arrays of scores) for each block of keys. Returns the number of blocks.
+  // If the caller knows that there is a single block, s.block still holds it.
   const KeyBlock& keys = *s.block.keys;
   const HeadRows<Storage> key_rows = {s.block.key_rows, 0};
   const HeadRows<Storage> value_rows = {s.block.value_rows, 0};

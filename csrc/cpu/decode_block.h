@@ -101,10 +101,10 @@ struct HeadRows {
 //
 // A query gets the same bits, whatever queries stand beside it. The same is true of sum_values.
 //
-// Beside each key, its value is prefetched, if value_rows has addresses. So memory is read in order, although sum_values
-// reads the values by columns, and although it begins late. On a Zen 3 processor, one query over 64k keys took 0.76
-// (bfloat16), 0.98 (float32) and 0.84 (bfloat16 in pages of 16) of the time. To prefetch keys here, too, from 8 to 128
-// rows behind, made calls up to 20 % slower. sum_values prefetches them.
+// Beside each key, its value is prefetched, if value_rows has addresses. So memory is read in order, although
+// sum_values reads the values by columns, and although it begins late. On a Zen 3 processor, one query over 64k keys
+// took 0.76 (bfloat16), 0.98 (float32) and 0.84 (bfloat16 in pages of 16) of the time. To prefetch keys here, too, from
+// 8 to 128 rows behind, made calls up to 20 % slower. sum_values prefetches them.
 template <class Policy, int kQueries>
 FA_NOINLINE void multiply_keys(const typename Policy::Lane* query, int64_t query_row,
                                HeadRows<typename Policy::Storage> key_rows, int count, int head_dim,
@@ -184,9 +184,10 @@ FA_NOINLINE void add_bias(const Storage* row, int64_t stride_col, const KeyBlock
   for (; k < keys.count; ++k) scores[k] += load_scalar<Lane>(row + keys.index[k] * stride_col);
 }
 
-// Turns the scaled scores of query i of head h into logits, for a block of keys: softcap, biases and masks. The logit of
-// a key that the query does not see is -inf, and so are the entries behind the last key, up to a whole vector. Before the
-// call, these entries may hold any numbers. `derivative`, if not null, receives the derivative of the softcap.
+// Turns the scaled scores of query i of head h into logits, for a block of keys: softcap, biases and masks. The logit
+// of a key that the query does not see is -inf, and so are the entries behind the last key, up to a whole vector.
+// Before the call, these entries may hold any numbers. `derivative`, if not null, receives the derivative of the
+// softcap.
 template <class Policy>
 void make_logits(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const KeyBlock& keys,
                  typename Policy::Lane* scores, typename Policy::Lane* derivative = nullptr) {
@@ -243,10 +244,10 @@ FA_INLINE typename Policy::Lane decode_softmax(int count, typename Policy::Lane*
   return rescale[0];
 }
 
-// acc[q][c] = acc[q][c] * rescale[q] + sum over keys of probs[q][key] * value_rows[key][first + c], for kColumns vectors
-// of columns. `dim` of these columns exist; kWhole means that all of them do. Each column has kKeys sums, which take the
-// keys in turns: a multiply-add that waits for the one before it would be slow. The function prefetches the same columns
-// of next_rows.
+// acc[q][c] = acc[q][c] * rescale[q] + sum over keys of probs[q][key] * value_rows[key][first + c], for kColumns
+// vectors of columns. `dim` of these columns exist; kWhole means that all of them do. Each column has kKeys sums, which
+// take the keys in turns: a multiply-add that waits for the one before it would be slow. The function prefetches the
+// same columns of next_rows.
 template <class Policy, int kQueries, int kColumns, int kKeys, bool kWhole>
 FA_INLINE void sum_values_tile(HeadRows<typename Policy::Storage> value_rows,
                                HeadRows<typename Policy::Storage> next_rows, int64_t first,
@@ -311,8 +312,8 @@ FA_INLINE void sum_values_tile(HeadRows<typename Policy::Storage> value_rows,
 
 // Adds the values of a block of keys, multiplied by the probs of each query, to acc of the query. Tiles are as wide as
 // the registers allow, because memory is read fastest in order. Each narrower tile would read a part of every row. The
-// sums of a tile take half of the registers. How many sums a column has does not depend on kQueries, so neither does the
-// order of additions.
+// sums of a tile take half of the registers. How many sums a column has does not depend on kQueries, so neither does
+// the order of additions.
 //
 // The values are in the cache by now, so memory would rest. Hence the function prefetches next_rows, the keys that
 // multiply_keys reads next, if next_rows has addresses. On a Xeon with AVX-512, one query over 64k keys of 8 heads took

@@ -76,8 +76,8 @@ DecodePlan plan_decode(const AttentionParams& p) {
   plan.splits = wanted < possible ? wanted : possible;
   if (p.num_splits > 0) plan.splits = p.num_splits;
   if (plan.splits < 1) plan.splits = 1;
-  // The third-level cache delivers the rows of one query in time without prefetches: at 2 to 8 MiB, calls took 0.9 to 1.0
-  // of the time. With four queries of a kv head, calls of 4 and 8 MiB took 1.05 and 1.1 of the time.
+  // The third-level cache delivers the rows of one query in time without prefetches: at 2 to 8 MiB, calls took 0.9 to
+  // 1.0 of the time. With four queries of a kv head, calls of 4 and 8 MiB took 1.05 and 1.1 of the time.
   const int64_t cached_bytes = plan.heads * p.seqlen_q == 1 ? 8 * kCachedBytes : kCachedBytes;
   plan.exceeds_cache = key_value_bytes<typename Policy::Storage>(p) > cached_bytes;
   plan.item_groups = own_masks ? 1 : groups_of_item(p, plan);
@@ -85,10 +85,10 @@ DecodePlan plan_decode(const AttentionParams& p) {
   return plan;
 }
 
-// The softmax of each row over the keys of one split, before the division by the sum of exponentials. merge_splits merges
-// the splits of a row. With several splits, the arrays hold all rows, because a second pass merges them. With one split,
-// each thread has arrays for the rows of one item, which stay in the cache: 64 heads of 4 x 4 scores of head dim 64 take
-// 0.82 of the time.
+// The softmax of each row over the keys of one split, before the division by the sum of exponentials. merge_splits
+// merges the splits of a row. With several splits, the arrays hold all rows, because a second pass merges them. With
+// one split, each thread has arrays for the rows of one item, which stay in the cache: 64 heads of 4 x 4 scores of head
+// dim 64 take 0.82 of the time.
 template <class Lane>
 struct DecodePartials {
   Lane* acc;              // [row][value_row]: the sum of exp(logit - row_max) * value

@@ -28,8 +28,8 @@ FA_INLINE Vec<float> widen(HalfVec h, BFloat16*) {
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(h, WordVec) << 16);
 }
 
-// Converts a vector of pairs of bfloat16 elements: `even` gets elements 0, 2, 4 and so on, `odd` the others. So one load
-// serves two vectors of floats, and no element changes its lane.
+// Converts a vector of pairs of bfloat16 elements: `even` gets elements 0, 2, 4 and so on, `odd` the others. So one
+// load serves two vectors of floats, and no element changes its lane.
 FA_INLINE void widen_pairs(const BFloat16* p, Vec<float>& even, Vec<float>& odd) {
   WordVec pairs;
   memcpy(&pairs, p, sizeof(pairs));

@@ -12,8 +12,9 @@ namespace {
 
 #if defined(__AVX512BF16__)
 
-// With AVX512_BF16, one instruction multiplies and adds pairs of bfloat16, so a lane holds two elements. The instruction
-// set adds nothing for other dtypes, which run the kernels of AVX-512: to compile them again would take half a minute.
+// With AVX512_BF16, one instruction multiplies and adds pairs of bfloat16, so a lane holds two elements. The
+// instruction set adds nothing for other dtypes, which run the kernels of AVX-512: to compile them again would take
+// half a minute.
 using BFloat16Policy = ElementPolicy<BFloat16, float, 2>;
 
 void forward(const AttentionParams& p) {

@@ -19,8 +19,8 @@ inline bool runs_everywhere() { return true; }
 // Whether the AVX2 kernels can run. __builtin_cpu_supports also returns false if the operating system does not save the
 // vector registers at a context switch.
 inline bool runs_avx2() {
-  // F16C is asked for directly, because some versions of Clang do not know "f16c" in __builtin_cpu_supports. The processor
-  // is asked once, because in a virtual machine its answer takes microseconds.
+  // F16C is asked for directly, because some versions of Clang do not know "f16c" in __builtin_cpu_supports. The
+  // processor is asked once, because in a virtual machine its answer takes microseconds.
   static const bool has_f16c = [] {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & 1u << 29) != 0;
@@ -41,9 +41,9 @@ inline bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports(
 #endif
 
 // Whether the avx512_bf16 kernels are slower than the avx512 kernels, which convert bfloat16 to float. On Intel's
-// processors, the instruction that multiplies pairs of bfloat16 starts every second cycle, and two multiply-adds of float
-// start in each cycle. On an Emerald Rapids Xeon, bfloat16 calls with 128 to 1024 rows took 1.2 to 1.7 times as long with
-// avx512_bf16 as with avx512.
+// processors, the instruction that multiplies pairs of bfloat16 starts every second cycle, and two multiply-adds of
+// float start in each cycle. On an Emerald Rapids Xeon, bfloat16 calls with 128 to 1024 rows took 1.2 to 1.7 times as
+// long with avx512_bf16 as with avx512.
 inline bool has_slow_avx512_bf16() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("intel") != 0;
@@ -58,8 +58,8 @@ struct InstructionSet {
   bool (*runs_here)();
 };
 
-// The instruction sets that the compiler knows, each after those that it includes. CMake defines FUSED_ATTN_COMPILES_<ISA>
-// for each of them.
+// The instruction sets that the compiler knows, each after those that it includes. CMake defines
+// FUSED_ATTN_COMPILES_<ISA> for each of them.
 constexpr InstructionSet kInstructionSets[] = {
     {"baseline", runs_everywhere},
 #if defined(FUSED_ATTN_COMPILES_AVX2)

@@ -55,10 +55,11 @@ FA_INLINE void prefetch_tile(const ForwardScratch<Policy>& s, int k, int count, 
   }
 }
 
-// Computes the probs of kTiles tiles: their keys, from key k of the block on, and kColumns vectors of queries from vector
-// v on. Stores the probs after dropout in s.probs, and adds the probs before dropout to the sums of the softmax. kPlain:
-// every key of the tiles is visible, scores are plain products, and there is neither dropout nor row_max. So the
-// compiler leaves out all code for these features. With more than one tile, results have the same bits as tile by tile.
+// Computes the probs of kTiles tiles: their keys, from key k of the block on, and kColumns vectors of queries from
+// vector v on. Stores the probs after dropout in s.probs, and adds the probs before dropout to the sums of the softmax.
+// kPlain: every key of the tiles is visible, scores are plain products, and there is neither dropout nor row_max. So
+// the compiler leaves out all code for these features. With more than one tile, results have the same bits as tile by
+// tile.
 template <class Policy, int kColumns, bool kPlain, int kTiles = 1>
 FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
                               const ForwardScratch<Policy>& s, RunningSoftmax<Policy>& softmax) {
@@ -225,8 +226,8 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
 
   // Where rows are converted, they are read in order, so the hardware prefetches them. On a Xeon with AVX-512, float32
   // calls with 16 queries and 4096 keys of 8 heads took 0.72 of the time (head dim 128), with 64 queries 0.84. If all
-  // rows are in the cache, prefetches only take time: 64 queries and keys took 1.03 of the time, 16 queries and 128 keys
-  // 1.07. The same is true if several blocks of queries read the rows of a head, and these fit into the cache: 512
+  // rows are in the cache, prefetches only take time: 64 queries and keys took 1.03 of the time, 16 queries and 128
+  // keys 1.07. The same is true if several blocks of queries read the rows of a head, and these fit into the cache: 512
   // queries and keys of two batch entries, of which one is half padded, took 1.05 of the time.
   constexpr bool kReadsMemory = !Policy::kConverts && Policy::kPerLane == 1;
   const int64_t heads_in_cache = p.seqlen_q > kBlockQ ? p.batch * p.num_kv_heads : 1;

@@ -46,8 +46,8 @@ FA_NOINLINE void apply_softcap(Lane* scores, int count, Lane cap, Lane* derivati
   }
 }
 
-// acc = the scores of one tile: kKeys keys from key k of the block on, and kColumns vectors of queries from vector v on.
-// The scores of hidden keys are -inf if `partial` is set. With kPlain, the function only computes products.
+// acc = the scores of one tile: kKeys keys from key k of the block on, and kColumns vectors of queries from vector v
+// on. The scores of hidden keys are -inf if `partial` is set. With kPlain, the function only computes products.
 // `derivative`, if not null, receives the derivative of the softcap, as [kKeys][kColumns] vectors.
 template <class Policy, int kColumns, bool kPlain, int kKeys>
 FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool partial,
@@ -183,8 +183,8 @@ FA_INLINE int64_t key_value_bytes(const AttentionParams& p) {
   return p.batch * p.num_kv_heads * p.seqlen_k * row;
 }
 
-// Prefetches the cache line at address + offset. The sum is one of numbers, because a row of values may be shorter than a
-// row of keys, and C++ does not allow a pointer to leave its allocation.
+// Prefetches the cache line at address + offset. The sum is one of numbers, because a row of values may be shorter than
+// a row of keys, and C++ does not allow a pointer to leave its allocation.
 FA_INLINE void prefetch_bytes(const void* address, size_t offset) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + offset), 0, 2);
 }

@@ -115,9 +115,9 @@ FA_INLINE void outer_tile(const char* const* rows, int first, const typename Pol
   }
 }
 
-// Calls outer_tile for all `dim` rows of the target, in tiles of kTileKeys rows, then 4, then 1. With one or two vectors
-// of queries, tiles of twice or four times as many rows come first: a smaller tile has too few sums, so that each
-// multiply-add would wait for an earlier one.
+// Calls outer_tile for all `dim` rows of the target, in tiles of kTileKeys rows, then 4, then 1. With one or two
+// vectors of queries, tiles of twice or four times as many rows come first: a smaller tile has too few sums, so that
+// each multiply-add would wait for an earlier one.
 template <class Policy, int kColumns>
 FA_NOINLINE void outer_columns(const char* const* rows, int dim, const typename Policy::Lane* coefficients,
                                const Vec<typename Policy::Lane>* rescale, int count, int64_t stride,

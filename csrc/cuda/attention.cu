@@ -90,8 +90,8 @@ BiasGradientSizes bias_gradient_sizes(const WorkspaceNeeds& needs, BiasGradientT
 // The shape of the gradient of a key bias: that of a dense bias that heads and queries share.
 std::array<int64_t, 4> dkey_bias_shape(const WorkspaceNeeds& needs) { return {needs.batch, 1, 1, needs.seqlen_k}; }
 
-// Divides a workspace into the pieces that a call needs. With a workspace that only counts, this gives the size. `tile` is
-// that of the kernel for the gradient of a bias.
+// Divides a workspace into the pieces that a call needs. With a workspace that only counts, this gives the size. `tile`
+// is that of the kernel for the gradient of a bias.
 Pieces take_pieces(const WorkspaceNeeds& needs, BiasGradientTile tile, Workspace& workspace) {
   Pieces pieces;
   if (needs.num_splits > 0) {
@@ -171,8 +171,8 @@ DropoutOrigin dropout_origin_of(const AttentionParams& a) {
 }
 
 // Whether the blocks of threads of forward need a counter to share the tiles of queries evenly (Params::tile_counter).
-// They need none if all tiles take equally long, or if each block has one tile at most. The counter has to be reset, and
-// without other work for the preparation kernel this takes a launch.
+// They need none if all tiles take equally long, or if each block has one tile at most. The counter has to be reset,
+// and without other work for the preparation kernel this takes a launch.
 bool shares_tiles(const AttentionParams& a) {
   const bool has_equal_tiles = a.window_left == kUnbounded && a.window_right == kUnbounded &&
                                a.cu_seqlens_q == nullptr && a.key_padding.data == nullptr && a.mask.data == nullptr;
@@ -321,9 +321,9 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
   return jobs;
 }
 
-// The most blocks of keys of a batch entry that are listed by the block of threads that has packed its padding. It lists
-// 128 at a time, and each pass waits for loads. For more, a second launch is estimated to be faster. Neither has been
-// measured.
+// The most blocks of keys of a batch entry that are listed by the block of threads that has packed its padding. It
+// lists 128 at a time, and each pass waits for loads. For more, a second launch is estimated to be faster. Neither has
+// been measured.
 constexpr int64_t kMostListedWithPadding = 2048;
 
 // Launches the preparation kernel, if the large kernels of this call need anything that it makes.
@@ -351,8 +351,8 @@ void prepare(const AttentionParams& a, const Params& p, const Pieces& pieces, bo
   run(p, jobs);
 }
 
-// The arguments of the decode kernels besides Params. Changes `p` where these kernels read what the caller has given, and
-// not what preparation kernels have made of it.
+// The arguments of the decode kernels besides Params. Changes `p` where these kernels read what the caller has given,
+// and not what preparation kernels have made of it.
 DecodeParams decode_params_of(const AttentionParams& a, const Pieces& pieces, Params& p) {
   p.logits.relative_bias = static_cast<const float*>(a.relative_bias.data);
   p.logits.relative_bias_stride_head = a.relative_bias.stride_head;
@@ -376,8 +376,8 @@ DecodeParams decode_params_of(const AttentionParams& a, const Pieces& pieces, Pa
 
 using Launcher = void (*)(const Params&, bool, Stream);
 
-// The launchers for one architecture, and for heads of up to head_dim columns in queries and keys, and of up to value_dim
-// columns in values.
+// The launchers for one architecture, and for heads of up to head_dim columns in queries and keys, and of up to
+// value_dim columns in values.
 struct KernelSet {
   int architecture;
   int head_dim;
@@ -429,7 +429,8 @@ constexpr KernelSet kKernelSets[] = {
 #endif
 };
 
-// The first kernels that queries and values fit into, and so the smallest ones. Columns beyond the tensors' own are zeros.
+// The first kernels that queries and values fit into, and so the smallest ones. Columns beyond the tensors' own are
+// zeros.
 const KernelSet& kernels_for(int architecture, int64_t head_dim, int64_t value_dim) {
   for (const KernelSet& set : kKernelSets) {
     if (set.architecture == architecture && set.head_dim >= head_dim && set.value_dim >= value_dim) return set;

@@ -15,8 +15,8 @@ namespace fused_attn::gpu {
 // owner + owners * split visits part `split` of the tiles of `owner`.
 struct BiasGradientParams {
   bool is_relative;  // the bias is a relative one; otherwise it is a dense one
-  // The bias is p.logits.bias. It broadcasts along the dimensions that are summed, so all tiles of a program have the same
-  // tile of the bias.
+  // The bias is p.logits.bias. It broadcasts along the dimensions that are summed, so all tiles of a program have the
+  // same tile of the bias.
   bool is_dense_bias;
   // Dense: the bias broadcasts along these dimensions, so its gradient is a sum over them.
   bool sums_batch, sums_heads, sums_queries, sums_keys;

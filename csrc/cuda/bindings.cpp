@@ -77,7 +77,8 @@ Call read_call(const Reader& reader, const Problem& problem, PyObject* architect
   return call;
 }
 
-// Calls a function without Python's global lock. A lack of memory on the GPU becomes the error that torch raises for it.
+// Calls a function without Python's global lock. A lack of memory on the GPU becomes the error that torch raises for
+// it.
 template <class Function>
 auto call_unlocked(Function function) {
   try {

@@ -87,8 +87,8 @@ GPU_DEVICE int64_t partial_row(const Params& p, int32_t split, const HeadSlice& 
 }
 
 // Divides eight columns of a row of out by the denominator of the softmax, and stores them; the thread of column 0 also
-// stores the lse of the row. `sum` is the sum of prob * value for each column, and `total` is the sum of the probs. Both
-// are relative to the reference.
+// stores the lse of the row. `sum` is the sum of prob * value for each column, and `total` is the sum of the probs.
+// Both are relative to the reference.
 template <class T>
 GPU_DEVICE void finish_columns(const Params& p, const HeadSlice& head_slice, int32_t query, int column, float reference,
                                float total, const float (&sum)[8]) {

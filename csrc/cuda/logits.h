@@ -220,8 +220,8 @@ struct NoBiasTile {
 };
 
 // Turns the scores of a thread's fragment into logits, in place. Backward passes the gradients by the logits, before
-// their factor prob: to_logits multiplies them by the derivative of the softcap. Forward passes NoGradients. If there is
-// nothing but the scale (is_plain), scores stay as they are, and the softmax multiplies by p.softmax_scale_log2. If
+// their factor prob: to_logits multiplies them by the derivative of the softcap. Forward passes NoGradients. If there
+// is nothing but the scale (is_plain), scores stay as they are, and the softmax multiplies by p.softmax_scale_log2. If
 // bias_tile is used, it has the bias of this fragment, and `add` multiplies the scores by a factor and adds the bias.
 template <class T, int kTiles, class Position, class Gradients, class BiasTile = NoBiasTile>
 GPU_DEVICE void to_logits(const Params& p, HeadSlice head_slice, float (&scores)[kTiles][4], Position at,

@@ -7,13 +7,14 @@
 //   row statistics   of backward are computed; counters of dq are set to 0
 //
 // For the fused backward, the kernel also lists the blocks of keys. Which keys are valid decides what the list says. So
-// the block of threads that packs the padding of a batch entry then lists the blocks of keys of this batch entry. Without
-// padding, the blocks of threads for the row statistics share the list. If a batch entry has very many blocks of keys
-// (kMostListedWithPadding), one launch packs the padding, and a second one does the other jobs as without padding.
+// the block of threads that packs the padding of a batch entry then lists the blocks of keys of this batch entry.
+// Without padding, the blocks of threads for the row statistics share the list. If a batch entry has very many blocks
+// of keys (kMostListedWithPadding), one launch packs the padding, and a second one does the other jobs as without
+// padding.
 //
 // The large kernels are not launched with programmatic dependent launch. CUDA would let a large kernel start while this
-// kernel ends, if this kernel asks for it and the large one waits before it reads the results. What that saves, about the
-// time of a launch, has not been measured.
+// kernel ends, if this kernel asks for it and the large one waits before it reads the results. What that saves, about
+// the time of a launch, has not been measured.
 #pragma once
 #include "fragments.h"
 #include "kernels.h"
@@ -81,9 +82,9 @@ GPU_DEVICE void copy_relative_bias(const RelativeBiasParams& p, int64_t i) {
   store_global(p.padded + i, is_inside ? load_global(p.bias + head * p.stride_head + column) : 0.0f);
 }
 
-// Rows with a larger lse_log2 count as empty in backward. A float of this size is rounded by 1/2 or more, and so are the
-// exponents of all probs of the row. If all keys of a row have a bias of -1e9, the exponents, which are about 0, would
-// be rounded by up to 64: the probs would be 2^64, or infinite.
+// Rows with a larger lse_log2 count as empty in backward. A float of this size is rounded by 1/2 or more, and so are
+// the exponents of all probs of the row. If all keys of a row have a bias of -1e9, the exponents, which are about 0,
+// would be rounded by up to 64: the probs would be 2^64, or infinite.
 constexpr float kLargestLseLog2 = 16777216.0f;
 
 // Computes the row statistics of kPreparationRows queries of one head, and writes them to the workspace. kThreadsPerRow

@@ -35,8 +35,8 @@ class DriverFunction {
  public:
   constexpr DriverFunction(const char* name, unsigned version) : name_(name), version_(version) {}
 
-  // The function, or null if it is not found. It is kept once it has been found. A failure is not kept, because its cause
-  // may pass: the GPU may lack memory, for example.
+  // The function, or null if it is not found. It is kept once it has been found. A failure is not kept, because its
+  // cause may pass: the GPU may lack memory, for example.
   Function* get() {
     Function* function = found_.load(std::memory_order_relaxed);
     if (function == nullptr) found_ = function = find();

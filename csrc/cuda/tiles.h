@@ -1,5 +1,5 @@
-// The tile sizes of every kernel, in a table apart from the kernels. Comments say why a size was chosen. The sizes of the
-// plain forward kernels on sm_90a have been measured, except for head dim 192.
+// The tile sizes of every kernel, in a table apart from the kernels. Comments say why a size was chosen. The sizes of
+// the plain forward kernels on sm_90a have been measured, except for head dim 192.
 #pragma once
 
 namespace fused_attn::gpu {
@@ -38,8 +38,8 @@ struct KeyGradientTileSm80 {
 };
 template <>
 struct KeyGradientTileSm80<192> {
-  // With values of head dim 128, both gradients would take 160 registers of each thread, and ptxas spilled some. So four
-  // warps sum dk, and four other warps sum dv.
+  // With values of head dim 128, both gradients would take 160 registers of each thread, and ptxas spilled some. So
+  // four warps sum dk, and four other warps sum dv.
   static constexpr int kWarps = 8, kBlockM = 64, kBlockN = 64;
   static constexpr bool kSplitsGradients = true;
 };
@@ -125,8 +125,8 @@ struct FusedBackwardTileSm90<64, false> {
   static constexpr int kQStages = 2, kDoutStages = 2, kLseAhead = 4, kDeltaAhead = 2;
 };
 
-// Backward in two kernels, with head dims above 128. In the kernel for dq, two consumer warpgroups have 64 queries each,
-// and visit kBlockN keys at a time.
+// Backward in two kernels, with head dims above 128. In the kernel for dq, two consumer warpgroups have 64 queries
+// each, and visit kBlockN keys at a time.
 template <int kHeadDim, bool kIsGeneral>
 struct QueryGradientTileSm90 {
   static constexpr int kBlockN = 64, kStages = 1;  // 192 KiB with q, dout, k and v
@@ -141,9 +141,9 @@ struct QueryGradientTileSm90<256, true> {
   static constexpr int kBlockN = 32, kStages = 2;
 };
 
-// The kernel for dk and dv visits kBlockM queries at a time. Both gradients would take 256 registers. So its two consumer
-// warpgroups have the same 64 keys, and each sums one gradient, which takes 128 registers. This leaves too few for what
-// a general kernel does with the scores of 64 queries.
+// The kernel for dk and dv visits kBlockM queries at a time. Both gradients would take 256 registers. So its two
+// consumer warpgroups have the same 64 keys, and each sums one gradient, which takes 128 registers. This leaves too few
+// for what a general kernel does with the scores of 64 queries.
 template <int kHeadDim, bool kIsGeneral>
 struct KeyGradientTileSm90 {
   static constexpr int kBlockM = kIsGeneral ? 32 : 64, kStages = 2;
@@ -155,10 +155,10 @@ struct KeyGradientTileSm90<192, kIsGeneral> {
 };
 
 // The kernel for the gradient of a bias: a block of threads sums one tile of gradients, of kBlockM queries and kBlockN
-// keys, over many tiles of scores of this size. Shared memory holds kSlots slots, of which a tile of scores takes two. An
-// estimate for an H100, with head dim 128 and many tiles for each block, without the reads of the bias: a tile of scores
-// needs 128 KiB for 8.4 million operations. The L2 cache gives about 42 bytes in a nanosecond to each multiprocessor,
-// which makes 360 TFLOP/s.
+// keys, over many tiles of scores of this size. Shared memory holds kSlots slots, of which a tile of scores takes two.
+// An estimate for an H100, with head dim 128 and many tiles for each block, without the reads of the bias: a tile of
+// scores needs 128 KiB for 8.4 million operations. The L2 cache gives about 42 bytes in a nanosecond to each
+// multiprocessor, which makes 360 TFLOP/s.
 template <int kHeadDim>
 struct BiasGradientTileSm90 {
   static constexpr int kBlockM = 128, kBlockN = 128, kSlots = kHeadDim == 64 ? 4 : 3;  // 128 or 192 KiB

@@ -1,5 +1,5 @@
-// Stands in for the CUDA runtime and the driver: it records launches, and runs no kernel. test_host_code.py links it with
-// the object files of the build. So the host code that nvcc has compiled runs without a GPU.
+// Stands in for the CUDA runtime and the driver: it records launches, and runs no kernel. test_host_code.py links it
+// with the object files of the build. So the host code that nvcc has compiled runs without a GPU.
 //
 // The types are those of CUDA's headers, as far as the host code sees them. So no toolkit is needed.
 #include <cstdint>
@@ -147,8 +147,8 @@ int cudaGetDriverEntryPoint(const char* name, void** function, unsigned long lon
 }
 }
 
-// In the host's copy of a device function, nvcc puts a call of exit. The linker finds this function for it. An exception
-// would not pass through such a copy, which must not throw. Python prints the stack of an abort.
+// In the host's copy of a device function, nvcc puts a call of exit. The linker finds this function for it. An
+// exception would not pass through such a copy, which must not throw. Python prints the stack of an abort.
 void exit_of_device_function(int) __asm__("exit");
 __attribute__((visibility("hidden"))) void exit_of_device_function(int) {
   fputs("host code called a device function\n", stderr);

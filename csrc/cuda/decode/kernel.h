@@ -10,10 +10,10 @@
 
 namespace fused_attn::gpu {
 
-// Sizes of the decode kernel, and where things lie in shared memory (byte offsets). The rings take 96 KiB, so two blocks
-// of threads fit into the 227 KiB of sm_90, with 128 to 160 KiB on their way. Memory needs about 40 KiB on their way for
-// each multiprocessor: 3.35 TB/s times 700 ns by 132 multiprocessors are 17 KiB on an idle memory system, and latency
-// doubles on a busy one. One block fits into the 99 KiB of sm_86.
+// Sizes of the decode kernel, and where things lie in shared memory (byte offsets). The rings take 96 KiB, so two
+// blocks of threads fit into the 227 KiB of sm_90, with 128 to 160 KiB on their way. Memory needs about 40 KiB on their
+// way for each multiprocessor: 3.35 TB/s times 700 ns by 132 multiprocessors are 17 KiB on an idle memory system, and
+// latency doubles on a busy one. One block fits into the 99 KiB of sm_86.
 template <int kHeadDim>
 struct DecodePlan {
   static constexpr uint32_t kTileBytes = kDecodeKeys * kHeadDim * 2;
@@ -143,7 +143,8 @@ struct DecodeRowPair {
 
   GPU_DEVICE HeadSlice head_slice(int r) const {
     HeadSlice own = first_head;
-    // Without keep_computed, the compiler would compute addresses before the loop over keys, and keep them in registers.
+    // Without keep_computed, the compiler would compute addresses before the loop over keys, and keep them in
+    // registers.
     own.head = keep_computed(own.head + heads[r]);
     return own;
   }

@@ -1,5 +1,5 @@
-// Launches the decode kernel. Only its instantiations (head_dim_*.cu) include this file. The kernel uses instructions of
-// sm_80 only, also on later GPUs.
+// Launches the decode kernel. Only its instantiations (head_dim_*.cu) include this file. The kernel uses instructions
+// of sm_80 only, also on later GPUs.
 #pragma once
 #include "kernel.h"
 

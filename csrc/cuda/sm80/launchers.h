@@ -7,8 +7,8 @@
 
 namespace fused_attn::gpu::sm80 {
 
-// Whether the tensors have fewer columns than the kernels. A call with such tensors needs a general kernel, because plain
-// kernels load exactly kHeadDim columns of queries and keys, and kValueDim columns of values.
+// Whether the tensors have fewer columns than the kernels. A call with such tensors needs a general kernel, because
+// plain kernels load exactly kHeadDim columns of queries and keys, and kValueDim columns of values.
 template <int kHeadDim, int kValueDim>
 bool lacks_columns(const Params& p) {
   return p.q.columns != kHeadDim || p.v.columns != kValueDim;

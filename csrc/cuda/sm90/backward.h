@@ -104,8 +104,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   if (first_row >= head_slice.seqlen_q) return;
   const BlockRange range =
       key_range<kBlockN>(p, head_slice, first_row, min(first_row + kBlockM, head_slice.seqlen_q) - 1);
-  // shuffle tells the compiler that a warp agrees about the block, and so about the end of the loops. Otherwise it would
-  // compute descriptors in ordinary registers, and move them between the products.
+  // shuffle tells the compiler that a warp agrees about the block, and so about the end of the loops. Otherwise it
+  // would compute descriptors in ordinary registers, and move them between the products.
   const auto last_to_visit = [&](int block) {
     return shuffle(last_block_to_visit<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, range.begin, block), 0);
   };
@@ -155,8 +155,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   for (; block >= range.begin; block = last_to_visit(block - 1)) {
     const uint32_t k_tile = shared + Plan::kK + position.slot() * KeyTile::kBytes;
     const uint32_t v_tile = shared + Plan::kV + position.slot() * ValueTile::kBytes;
-    // Which keys are valid is read again where a block is not full: so a full block reads it while no product waits, and
-    // keeps one bit of it.
+    // Which keys are valid is read again where a block is not full: so a full block reads it while no product waits,
+    // and keeps one bit of it.
     const bool is_full = range.is_within_band(block) && valid_keys<kBlockN>(p, head_slice, block).all();
     position.wait_full(rings.k);
     wgmma_fence();
@@ -388,8 +388,8 @@ GPU_DEVICE void load_row_statistics(const Params& p, uint32_t shared,
   }
 }
 
-// Sums dk (kMakesDk), or else dv, of the block of keys over all steps, and stores the gradient. All threads of a consumer
-// warpgroup call this.
+// Sums dk (kMakesDk), or else dv, of the block of keys over all steps, and stores the gradient. All threads of a
+// consumer warpgroup call this.
 template <class T, int kHeadDim, int kValueDim, bool kIsGeneral, bool kMakesDk>
 GPU_DEVICE void sum_key_gradient(const Params& p, uint32_t shared,
                                  const KeyGradientRings<kHeadDim, kValueDim, kIsGeneral>& rings,

@@ -29,8 +29,8 @@ struct BiasGradientPlan : BiasGradientTileSm90<kHeadDim> {
   static_assert(kValueDim <= kHeadDim);
   static constexpr uint32_t kSlotBytes = QTile::kBytes + KeyTile::kBytes;
   // Tile i takes the slots number 2 * i and 2 * i + 1, counted without end. Its note is overwritten by that of tile i +
-  // kNotes, as soon as the consumers have released slot number 2 * (i + kNotes) - kSlots. A consumer reads the note until
-  // it releases slot 2 * i + 1, so this must be a later one.
+  // kNotes, as soon as the consumers have released slot number 2 * (i + kNotes) - kSlots. A consumer reads the note
+  // until it releases slot 2 * i + 1, so this must be a later one.
   static constexpr int kNotes = 3;
   static_assert(2 * kNotes - kSlots >= 2);
   static constexpr uint32_t kNoteBytes = 64;  // from one note to the next
@@ -45,8 +45,8 @@ struct BiasGradientPlan : BiasGradientTileSm90<kHeadDim> {
   static_assert(SumsTile<kBlockM, kBlockN>::kBytes <= kNotesAt);
 };
 
-// A note in shared memory says which tile of scores comes next. The loading thread writes it before it loads queries and
-// keys. The consumers read a field again whenever they need it, because they have no registers left to keep it.
+// A note in shared memory says which tile of scores comes next. The loading thread writes it before it loads queries
+// and keys. The consumers read a field again whenever they need it, because they have no registers left to keep it.
 template <int kBlockN>
 struct ScoreTileNote {
   static constexpr uint32_t kIsTile = 1;     // otherwise no tile is left
@@ -165,7 +165,8 @@ GPU_DEVICE void clear_where_zero(float (&x)[kTiles][4], const float (&probs)[kTi
   }
 }
 
-// The tile of the bias of this consumer, as to_logits takes it. The warp has the queries from first_query of the tile on.
+// The tile of the bias of this consumer, as to_logits takes it. The warp has the queries from first_query of the tile
+// on.
 template <class T, class Plan>
 struct ProgramBias {
   const BiasMap& bias;
@@ -181,8 +182,8 @@ struct ProgramBias {
   }
 };
 
-// The role of a consumer warpgroup: adds the gradients of the logits of all tiles to `sums`. The warpgroup has 64 of the
-// queries of each tile. All 128 threads call this.
+// The role of a consumer warpgroup: adds the gradients of the logits of all tiles to `sums`. The warpgroup has 64 of
+// the queries of each tile. All 128 threads call this.
 template <class T, int kHeadDim, int kValueDim, class Plan>
 GPU_DEVICE void sum_score_tiles(const Params& p, const BiasMap& bias, const BiasGradientRings<Plan>& rings, int group,
                                 float (&sums)[Plan::kTiles][4]) {

@@ -1,10 +1,10 @@
 // Tiles of a dense bias in shared memory, which TMA loads. A thread then reads the bias of its fragment by ldmatrix,
-// eight numbers at a time. Loads from global memory (logits.h) take twice as many instructions, and each warp would wait
-// for their data.
+// eight numbers at a time. Loads from global memory (logits.h) take twice as many instructions, and each warp would
+// wait for their data.
 //
-// Some kernels read a bias from global memory all the same. Of the two kernels of backward.h, the one for dq visits 32 keys
-// at a time, and a tile of 32 keys would need another swizzle. The kernel for the gradient of one bias has no memory for
-// the tiles of another one.
+// Some kernels read a bias from global memory all the same. Of the two kernels of backward.h, the one for dq visits 32
+// keys at a time, and a tile of 32 keys would need another swizzle. The kernel for the gradient of one bias has no
+// memory for the tiles of another one.
 #pragma once
 #include "tile_memory.h"
 
@@ -50,8 +50,8 @@ struct BiasTile {
     }
   }
 
-  // The same for transposed scores: the rows of the fragment are the keys from first_key of the tile on, and the columns
-  // are the queries of the tile.
+  // The same for transposed scores: the rows of the fragment are the keys from first_key of the tile on, and the
+  // columns are the queries of the tile.
   template <class T, int kTiles>
   static GPU_DEVICE void add_transposed(float (&scores)[kTiles][4], float factor, uint32_t tile, const BiasMap& bias,
                                         int first_key, Lane lane) {

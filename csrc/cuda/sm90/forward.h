@@ -61,8 +61,8 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
 
   // Whether TMA stores the output. With head dim 128, this takes 175 instructions, and stores from registers take 296.
-  // With larger head dims, shared memory is full. In a general kernel, tiles of 16-bit biases use the rest of the memory. The
-  // speed has not been measured.
+  // With larger head dims, shared memory is full. In a general kernel, tiles of 16-bit biases use the rest of the
+  // memory. The speed has not been measured.
   static constexpr bool kStoresByTma = !kIsGeneral && kHeadDim <= 128;
 
   using QTile = Tile<kHeadDim, kBlockM>;
@@ -670,8 +670,8 @@ struct Consumer {
     const HeadSlice head_slice = tile.query_slice();
     const int warp_row = tile.first_row() + thread_row - lane.g;
     if constexpr (Plan::kStoresByTma) {
-      // TMA leaves out rows past the end of the tensor. In a packed tensor, rows of another sequence follow. shuffle tells
-      // the compiler that a warp agrees: otherwise it moves descriptors between the products of the main loop.
+      // TMA leaves out rows past the end of the tensor. In a packed tensor, rows of another sequence follow. shuffle
+      // tells the compiler that a warp agrees: otherwise it moves descriptors between the products of the main loop.
       const bool is_whole = p.cu_seqlens_q == nullptr || warp_row + kWarpRows <= head_slice.seqlen_q;
       if (shuffle(static_cast<uint32_t>(is_whole), 0)) {
         float factor[2], lse[2];
@@ -710,7 +710,8 @@ struct Consumer {
     if (p.lse.data != nullptr && lane.q == 0 && is_row) store_global(head_slice.query_value(p.lse, row), lse);
   }
 
-  // Writes this warp's rows of the output to shared memory, and lets TMA copy them to the rows of `out` from warp_row on.
+  // Writes this warp's rows of the output to shared memory, and lets TMA copy them to the rows of `out` from warp_row
+  // on.
   GPU_DEVICE void store_by_tma(const HeadSlice& head_slice, int warp_row, const float (&factor)[2]) {
     using OutTile = typename Plan::OutTile;
     const uint32_t rows = rings.shared + Plan::kOut + (thread_index() / 32 - kWarpsPerWarpgroup) * OutTile::kBytes;
@@ -731,8 +732,8 @@ struct Consumer {
     }
   }
 
-  // Waits until TMA has read what this warp has written to shared memory before. Lane 0 alone has issued copies, and the
-  // other lanes pass at once.
+  // Waits until TMA has read what this warp has written to shared memory before. Lane 0 alone has issued copies, and
+  // the other lanes pass at once.
   GPU_DEVICE void wait_for_store() const {
     if constexpr (Plan::kStoresByTma) tma_store_wait_read<0>();
   }

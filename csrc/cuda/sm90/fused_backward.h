@@ -23,7 +23,8 @@
 //     that was taken first never waits, whatever else runs on the GPU. So there is no deadlock.
 //
 // Blocks of keys that do not see the tile add nothing, and have no number. Which ones see it follows from the band and
-// the padding. A dense mask has to be read for it, so a small kernel lists all steps and turns (list_mask_steps_kernel).
+// the padding. A dense mask has to be read for it, so a small kernel lists all steps and turns
+// (list_mask_steps_kernel).
 //
 // The warps of a block of threads have these roles:
 //
@@ -503,8 +504,8 @@ GPU_DEVICE void sum_gradients(const Params& p, const BiasMap& bias, uint32_t sha
       }
     };
 
-    // Sets the scores of the current step to -inf where a query does not see a key. Loops over tiles without a mask leave
-    // no registers for masks. So everything about the mask is computed here, one word of 32 queries at a time.
+    // Sets the scores of the current step to -inf where a query does not see a key. Loops over tiles without a mask
+    // leave no registers for masks. So everything about the mask is computed here, one word of 32 queries at a time.
     const auto hide_scores = [&] {
       const int own = keep_computed(thread), own_row = 64 * group + own / 32 * 16 + own % 32 / 4;
       const int tile = info.tile & kTileNumber;
@@ -754,8 +755,8 @@ GPU_DEVICE void list_mask_turns(const Params& p, int32_t batch, int32_t head, in
 }
 
 // Runs before the fused backward if there is a dense mask: fills Params::mask_steps and Params::mask_turns. The first
-// warps list the steps of a block of keys each, and the other ones the turns at a tile of queries. Without dq, there are
-// no turns.
+// warps list the steps of a block of keys each, and the other ones the turns at a tile of queries. Without dq, there
+// are no turns.
 template <int kBlockM>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     list_mask_steps_kernel(const GPU_GRID_CONSTANT Params p, int num_programs) {

@@ -89,8 +89,8 @@ GPU_DEVICE KeyBlock key_block(const Params& p, const WorkTile& work) {
   return b;
 }
 
-// Writes the entries of the list of blocks of keys for batch entries first_batch ... end_batch - 1. The caller is number
-// `thread` of the `threads` threads that share them.
+// Writes the entries of the list of blocks of keys for batch entries first_batch ... end_batch - 1. The caller is
+// number `thread` of the `threads` threads that share them.
 template <int kBlockM>
 GPU_DEVICE void list_key_blocks(const Params& p, int32_t first_batch, int32_t end_batch, int64_t thread,
                                 int64_t threads) {

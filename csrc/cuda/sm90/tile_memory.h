@@ -3,8 +3,8 @@
 // 16-byte chunks of a row, so that wgmma has no bank conflicts. If the head dim is no multiple of 64, the last columns
 // of the last panel are unused: TMA fills them with zeros.
 //
-// A tile may also have panels of 32 columns, in the 64-byte swizzle. They are for a product that takes 32 of the columns
-// as its right factor: a descriptor begins with a whole panel.
+// A tile may also have panels of 32 columns, in the 64-byte swizzle. They are for a product that takes 32 of the
+// columns as its right factor: a descriptor begins with a whole panel.
 #pragma once
 #include "../fragments.h"
 
@@ -46,8 +46,8 @@ struct Tile {
   }
 
   // Starts to load kRows rows from `row` on, and their columns from `column` on, one panel at a time. One thread calls
-  // this. The barrier has to expect as many bytes as the boxes of the map have. These are kBytes bytes if a box has kRows
-  // rows.
+  // this. The barrier has to expect as many bytes as the boxes of the map have. These are kBytes bytes if a box has
+  // kRows rows.
   static GPU_DEVICE void load(uint32_t tile, const Map& map, uint32_t barrier, int row, int head, int batch,
                               int column = 0) {
     GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
@@ -56,8 +56,8 @@ struct Tile {
     }
   }
 
-  // Starts to copy the tile to kRows rows of a tensor, from `row` on. One thread calls this, and commits the copy. Panels
-  // beyond the tensor's columns are left out.
+  // Starts to copy the tile to kRows rows of a tensor, from `row` on. One thread calls this, and commits the copy.
+  // Panels beyond the tensor's columns are left out.
   static GPU_DEVICE void store(const Map& map, uint32_t tile, int row, int head, int batch, int columns) {
     GPU_UNROLL for (int panel = 0; panel < kPanels; ++panel) {
       if (panel * kColumns < columns)
