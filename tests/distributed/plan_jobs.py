@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from typing import Any
 
@@ -47,6 +48,13 @@ class LiveBytes(TorchDispatchMode):
         self.known.discard(key)
         self.now -= size
 
+    def wait_until_only(self, kept: set[int]) -> None:
+        """Waits until no other storage than these lives: a thread of gloo may hold a tensor after its message."""
+        end = time.monotonic() + 60.0
+        while not self.known <= kept:
+            assert time.monotonic() < end, f"{len(self.known - kept)} tensors live that nothing keeps"
+            time.sleep(0.0001)
+
 
 def used(workload: Workload, mesh_shape: tuple[int, ...], method: str) -> dict[str, Any]:
     """The bytes that one layer sends in forward and in backward, that it saves, and that backward needs besides."""
@@ -72,6 +80,7 @@ def used(workload: Workload, mesh_shape: tuple[int, ...], method: str) -> dict[s
                 query, key, value, mesh=mesh, method=method, seqlens=(workload.tokens,) * 2, enable_gqa=True,
                 is_causal=workload.band.right == 0, window_size=(workload.band.left, -1),
             )  # fmt: skip
+        live.wait_until_only({*saved, out.untyped_storage()._cdata})
         forward, held = traffic.sent_bytes, live.now
         dout = torch.randn_like(out)
         live.peak = held

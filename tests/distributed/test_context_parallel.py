@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 
 import jobs
@@ -266,15 +267,16 @@ def test_bytes_and_memory_are_those_of_the_planned_step(mesh, name: str) -> None
     for method in methods(shape):
         planned_as = Method(*shape) if len(shape) == 2 else Method(world, 1) if method == "ring" else Method(1, world)
         planned = cost(WORKLOADS[name], machine, rates, planned_as)
-        # gloo may keep a tensor for a moment after its message, so the least of several peaks counts.
-        buffers = []
-        while len(buffers) < 12 and planned.buffers not in buffers:
-            found = team.run(plan_jobs.used, WORKLOADS[name], shape, method)
+        # In backward, too, gloo may keep a tensor for a moment after its message, but never less than the step needs.
+        # So the least of several peaks counts, of each rank for itself.
+        least, runs = [math.inf] * world, 0
+        while runs < 50 and planned.buffers != max(least):
+            found, runs = team.run(plan_jobs.used, WORKLOADS[name], shape, method), runs + 1
             assert planned.sent_forward == max(x["forward"] for x in found), method
             assert planned.sent_backward == max(x["backward"] for x in found), method
             assert planned.saved == max(x["saved"] for x in found), method
-            buffers.append(max(x["buffers"] for x in found))
-        assert planned.buffers == min(buffers), method
+            least = [min(so_far, x["buffers"]) for so_far, x in zip(least, found, strict=True)]
+        assert planned.buffers == max(least), method
 
 
 def test_window_sends_no_keys_that_nobody_sees() -> None:
