@@ -8,11 +8,14 @@
 // Up to four queries of a head group are processed together, because they read the same keys.
 //
 // A work item is one split of the keys of one or several kv heads, together with all queries that attend to these
-// heads. groups_of_item (decode_plan.h) chooses how many. The item visits the heads in turns: each computes a block of
-// keys before the next block begins. So a page of the keys is read whole, and so are the rows of all heads of a token
-// where these follow one another in memory. One query over 64k keys of 8 heads (bfloat16, one thread of a Xeon with
-// AVX-512) took, compared with head by head and without the prefetches of sum_values, 0.65 of the time in a cache token
-// by token, and 0.78 in pages of 64 or 16 rows.
+// heads. groups_of_item (decode_plan.h) chooses how many. Each head computes a block of keys before the next block
+// begins. So a page of the keys is read whole, and so are the rows of all heads of a token where these follow one
+// another in memory. One query over 64k keys of 8 heads (bfloat16, one thread of a Xeon with AVX-512) took, compared
+// with head by head and without the prefetches of sum_values, 0.65 of the time in a cache token by token, and 0.78 in
+// pages of 64 or 16 rows.
+//
+// Within a block, the heads of an item take turns: some heads at a time, see groups_of_turn. The heads of a turn read
+// the keys of the block part by part, and then the values.
 //
 // If there are several splits, a second pass merges their results. The number of splits depends on the shapes alone,
 // and so does the order of the keys of a query. So results do not depend on the number of threads.
@@ -34,7 +37,8 @@ struct DecodeScratch {
 
   DecodeBlock<Storage> blocks[2];  // the current block of keys, and the next one
   Lane* query;                     // [row][lanes of head_dim, padded]
-  Lane* scores;                    // [query of a pass][key of the block]: logits, which their exponentials overwrite
+  Lane* scores;                    // [row of a turn][key of the block]: logits, which their exponentials overwrite
+  Lane* rescale;                   // [row of a turn]: by what the sums of earlier blocks are multiplied
   Vec<Lane>* row_sum;              // [row]: the sum of exponentials; its lanes are added up at the end
   DecodePartials<Lane> partials;   // of the rows, if there is one split
 
@@ -43,7 +47,9 @@ struct DecodeScratch {
     const int64_t rows = plan.item_groups * plan.heads * p.seqlen_q;
     for (DecodeBlock<Storage>& block : blocks) block.layout(arena);
     query = arena.take<Lane>(rows * round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>));
-    scores = arena.take<Lane>(kMostQueries<Lane> * kScoreRow<Lane>);
+    const int64_t turn_rows = plan.turn_groups * plan.heads * p.seqlen_q;
+    scores = arena.take<Lane>(turn_rows * kScoreRow<Lane>);
+    rescale = arena.take<Lane>(turn_rows);
     row_sum = arena.take<Vec<Lane>>(rows);
     partials.layout(arena, plan, plan.splits == 1 ? rows : 0);
   }
@@ -146,35 +152,51 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
   while (has_block) {
     has_block = next_block->next(stream, key_source, value_source);
     const KeyBlock& keys = *block->keys;
-    for (int64_t group = 0; group < item.groups; ++group) {
-      const HeadRows<Storage> key_rows = {block->key_rows, group * p.key.stride_head};
-      const HeadRows<Storage> value_rows = {block->value_rows, group * p.value.stride_head};
-      HeadRows<Storage> next_rows = {};  // the keys that are read after these values
-      if (group + 1 < item.groups) {
-        next_rows = {block->key_rows, (group + 1) * p.key.stride_head};
-      } else if (has_block) {
-        next_rows = {next_block->key_rows, 0};
-      }
-      // Computes kQueries rows, from row `first` of the group on.
-      visit_in_passes<Lane>(group_rows, [&](int64_t first, auto queries) {
-        constexpr int kQueries = decltype(queries)::value;
-        const int64_t r = group * group_rows + first;
-        // The first pass brings the values and the next keys into the cache.
-        const bool prefetches = first == 0 && plan.exceeds_cache;
-        multiply_keys<Policy, kQueries>(s.query + r * query_row, query_row, key_rows, keys.count, head_dim,
-                                        prefetches ? value_rows : HeadRows<Storage>{}, static_cast<Lane>(p.scale),
-                                        s.scores);
-        Lane rescale[kQueries];
-        Lane* acc[kQueries];
-        for (int q = 0; q < kQueries; ++q) {
-          Lane* scores = s.scores + q * kScoreRow<Lane>;
-          make_logits<Policy>(p, b, first_head + (r + q) / nq, (r + q) % nq, keys, scores);
-          const int64_t row = first_row + r + q;
-          rescale[q] = decode_softmax<Policy>(keys.count, scores, partials.row_max[row], s.row_sum[r + q]);
-          acc[q] = partials.acc + row * plan.value_row;
+    for (int64_t turn = 0; turn < item.groups; turn += plan.turn_groups) {
+      const int64_t turn_end = turn + plan.turn_groups < item.groups ? turn + plan.turn_groups : item.groups;
+      const int64_t turn_rows = (turn_end - turn) * group_rows;
+      const int64_t turn_row = turn * group_rows;  // the first row of the turn, counted within the item
+      // Calls visit(k, count, group, row, queries) for the `queries` rows of the turn from `row` on, which belong to one
+      // group, and for the `count` keys of the block from key k on.
+      const auto visit_parts = [&](const auto& visit) {
+        for (int k = 0; k < keys.count; k += plan.part_keys) {
+          const int count = k + plan.part_keys < keys.count ? plan.part_keys : keys.count - k;
+          for (int64_t group = turn; group < turn_end; ++group) {
+            visit_in_passes<Lane>(group_rows, [&](int64_t first, auto queries) {
+              visit(k, count, group, (group - turn) * group_rows + first, queries);
+            });
+          }
         }
-        sum_values<Policy, kQueries>(value_rows, prefetches ? next_rows : HeadRows<Storage>{}, s.scores, keys.count,
-                                     static_cast<int>(p.value_dim), rescale, acc);
+      };
+      // The first pass of a group brings what is read next into the cache: beside the keys their values, and beside the
+      // values the keys of the next turn.
+      const auto prefetches = [&](int64_t row) { return plan.exceeds_cache && row % group_rows == 0; };
+      visit_parts([&](int k, int count, int64_t group, int64_t row, auto queries) {
+        const HeadRows<Storage> key_rows = {block->key_rows + k, group * p.key.stride_head};
+        const HeadRows<Storage> value_rows = {block->value_rows + k, group * p.value.stride_head};
+        multiply_keys<Policy, decltype(queries)::value>(
+            s.query + (turn_row + row) * query_row, query_row, key_rows, count, head_dim,
+            prefetches(row) ? value_rows : HeadRows<Storage>{}, static_cast<Lane>(p.scale),
+            s.scores + row * kScoreRow<Lane> + k);
+      });
+      for (int64_t row = 0; row < turn_rows; ++row) {
+        const int64_t r = turn_row + row;
+        Lane* scores = s.scores + row * kScoreRow<Lane>;
+        make_logits<Policy>(p, b, first_head + r / nq, r % nq, keys, scores);
+        s.rescale[row] = decode_softmax<Policy>(keys.count, scores, partials.row_max[first_row + r], s.row_sum[r]);
+      }
+      visit_parts([&](int k, int count, int64_t group, int64_t row, auto queries) {
+        const HeadRows<Storage> value_rows = {block->value_rows + k, group * p.value.stride_head};
+        HeadRows<Storage> next_rows = {};
+        if (const int64_t next = group + plan.turn_groups; prefetches(row) && next < item.groups) {
+          next_rows = {block->key_rows + k, next * p.key.stride_head};
+        } else if (prefetches(row) && has_block) {
+          next_rows = {next_block->key_rows + k, (group - turn) * p.key.stride_head};
+        }
+        sum_values<Policy, decltype(queries)::value>(value_rows, next_rows, s.scores + row * kScoreRow<Lane> + k, count,
+                                                     static_cast<int>(p.value_dim), k == 0 ? s.rescale + row : nullptr,
+                                                     partials.acc + (first_row + turn_row + row) * plan.value_row,
+                                                     plan.value_row);
       });
     }
     std::swap(block, next_block);

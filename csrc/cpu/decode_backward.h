@@ -361,14 +361,8 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
     if (p.dquery.data == nullptr) return;
     visit_in_passes<Lane>(rows, [&](int64_t r, auto queries) {
       constexpr int kQueries = decltype(queries)::value;
-      Lane ones[kQueries];
-      Lane* acc[kQueries];
-      for (int q = 0; q < kQueries; ++q) {
-        ones[q] = 1;
-        acc[q] = s.dquery + (r + q) * head_row;
-      }
-      sum_values<Policy, kQueries>(key_rows, {}, s.dscores + first + r * kScoreRow<Lane>, keys.count, head_dim, ones,
-                                   acc);
+      sum_values<Policy, kQueries>(key_rows, {}, s.dscores + first + r * kScoreRow<Lane>, keys.count, head_dim,
+                                   /*rescale=*/nullptr, s.dquery + r * head_row, head_row);
     });
   };
   visit_blocks(/*is_single=*/blocks == 1, second_pass);

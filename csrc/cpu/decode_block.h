@@ -22,6 +22,9 @@ void visit_in_passes(int64_t rows, const Visit& visit) {
   for (; r < rows; ++r) visit(r, Constant<1>{});
 }
 
+// The keys of a part of a block: so many are read of one head before the next head of a turn (groups_of_turn).
+constexpr int kPartKeys = 32;
+
 // The number of keys of a block, and spare ones, because keys are processed in whole vectors.
 template <class Lane>
 constexpr int64_t kScoreRow = kBlockK + kLanes<Lane>;
@@ -245,19 +248,19 @@ FA_INLINE typename Policy::Lane decode_softmax(int count, typename Policy::Lane*
 }
 
 // acc[q][c] = acc[q][c] * rescale[q] + sum over keys of probs[q][key] * value_rows[key][first + c], for kColumns
-// vectors of columns. `dim` of these columns exist; kWhole means that all of them do. Each column has kKeys sums, which
-// take the keys in turns: a multiply-add that waits for the one before it would be slow. The function prefetches the
-// same columns of next_rows.
+// vectors of columns. A null rescale means 1. Rows of acc are acc_row lanes apart. `dim` of these columns exist; kWhole
+// means that all of them do. Each column has kKeys sums, which take the keys in turns: a multiply-add that waits for the
+// one before it would be slow. After kPartKeys keys the sums are added to acc, so that acc is the same if the parts of a
+// block come in calls of their own. The function prefetches the same columns of next_rows.
 template <class Policy, int kQueries, int kColumns, int kKeys, bool kWhole>
 FA_INLINE void sum_values_tile(HeadRows<typename Policy::Storage> value_rows,
                                HeadRows<typename Policy::Storage> next_rows, int64_t first,
                                const typename Policy::Lane* probs, int count, int dim,
-                               const typename Policy::Lane* rescale, typename Policy::Lane* const* acc) {
+                               const typename Policy::Lane* rescale, typename Policy::Lane* acc, int64_t acc_row) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
   constexpr bool kPairs = kSame<Storage, BFloat16> && kWhole && kColumns % 2 == 0;
-  Vec<Lane> sum[kKeys][kQueries][kColumns] = {};
   const auto add_key = [&](int j, Vec<Lane>(&target)[kQueries][kColumns], auto prefetches) {
     const Storage* row = value_rows[j] + first;
     if constexpr (decltype(prefetches)::value) {
@@ -284,30 +287,35 @@ FA_INLINE void sum_values_tile(HeadRows<typename Policy::Storage> value_rows,
   };
   // A test for each key would take longer than two loops: up to 1.1 of the time of a call whose keys are in the cache.
   const auto add_keys = [&](auto prefetches) {
-    int j = 0;
-    for (; j + kKeys <= count; j += kKeys) {
+    for (int begin = 0; begin < count; begin += kPartKeys) {
+      const int end = begin + kPartKeys < count ? begin + kPartKeys : count;
+      Vec<Lane> sum[kKeys][kQueries][kColumns] = {};
+      int j = begin;
+      for (; j + kKeys <= end; j += kKeys) {
+        FA_UNROLL
+        for (int r = 0; r < kKeys; ++r) add_key(j + r, sum[r], prefetches);
+      }
+      for (; j < end; ++j) add_key(j, sum[0], prefetches);
       FA_UNROLL
-      for (int r = 0; r < kKeys; ++r) add_key(j + r, sum[r], prefetches);
+      for (int q = 0; q < kQueries; ++q) {
+        const Lane factor = begin == 0 && rescale != nullptr ? rescale[q] : Lane(1);
+        FA_UNROLL
+        for (int r = 1; r < kKeys; ++r) {
+          FA_UNROLL
+          for (int c = 0; c < kColumns; ++c) sum[0][q][c] += sum[r][q][c];
+        }
+        FA_UNROLL
+        for (int c = 0; c < kColumns; ++c) {
+          if constexpr (kPairs) {
+            if (c % 2 == 0) interleave(sum[0][q][c], sum[0][q][c + 1], std::make_integer_sequence<int, n>{});
+          }
+          Lane* target = acc + q * acc_row + first + c * n;
+          store<Lane>(target, load<Lane>(target) * factor + sum[0][q][c]);
+        }
+      }
     }
-    for (; j < count; ++j) add_key(j, sum[0], prefetches);
   };
   next_rows.rows != nullptr ? add_keys(Constant<true>{}) : add_keys(Constant<false>{});
-  FA_UNROLL
-  for (int q = 0; q < kQueries; ++q) {
-    FA_UNROLL
-    for (int r = 1; r < kKeys; ++r) {
-      FA_UNROLL
-      for (int c = 0; c < kColumns; ++c) sum[0][q][c] += sum[r][q][c];
-    }
-    FA_UNROLL
-    for (int c = 0; c < kColumns; ++c) {
-      if constexpr (kPairs) {
-        if (c % 2 == 0) interleave(sum[0][q][c], sum[0][q][c + 1], std::make_integer_sequence<int, n>{});
-      }
-      Lane* target = acc[q] + first + c * n;
-      store<Lane>(target, load<Lane>(target) * rescale[q] + sum[0][q][c]);
-    }
-  }
 }
 
 // Adds the values of a block of keys, multiplied by the probs of each query, to acc of the query. Tiles are as wide as
@@ -321,7 +329,7 @@ FA_INLINE void sum_values_tile(HeadRows<typename Policy::Storage> value_rows,
 template <class Policy, int kQueries>
 FA_NOINLINE void sum_values(HeadRows<typename Policy::Storage> value_rows, HeadRows<typename Policy::Storage> next_rows,
                             const typename Policy::Lane* probs, int count, int value_dim,
-                            const typename Policy::Lane* rescale, typename Policy::Lane* const* acc) {
+                            const typename Policy::Lane* rescale, typename Policy::Lane* acc, int64_t acc_row) {
   constexpr int n = kLanes<typename Policy::Lane>;
   constexpr int kSums = kVectorRegisters / 2;
   constexpr int kRestKeys = kSums / 4;
@@ -330,7 +338,7 @@ FA_NOINLINE void sum_values(HeadRows<typename Policy::Storage> value_rows, HeadR
     constexpr int kColumns = decltype(columns)::value;
     for (; d + kColumns * n <= end; d += kColumns * n) {
       sum_values_tile<Policy, kQueries, kColumns, decltype(keys)::value, /*kWhole=*/true>(
-          value_rows, next_rows, d, probs, count, kColumns * n, rescale, acc);
+          value_rows, next_rows, d, probs, count, kColumns * n, rescale, acc, acc_row);
     }
   };
   tiles(Constant<8 / kQueries>{}, Constant<kSums / 8>{}, value_dim / (8 * n) * (8 * n));
@@ -339,7 +347,7 @@ FA_NOINLINE void sum_values(HeadRows<typename Policy::Storage> value_rows, HeadR
   tiles(Constant<1>{}, Constant<kRestKeys>{}, value_dim);
   if (d < value_dim) {
     sum_values_tile<Policy, kQueries, 1, kRestKeys, /*kWhole=*/false>(value_rows, next_rows, d, probs, count,
-                                                                      value_dim - d, rescale, acc);
+                                                                      value_dim - d, rescale, acc, acc_row);
   }
 }
 
