@@ -25,6 +25,12 @@ struct TensorView {
   int64_t stride_col = 1;
 };
 
+// Whether each group of `group` columns of x, which has `columns` columns, is one aligned piece of `bytes` bytes.
+inline bool has_aligned_groups(const TensorView& x, int64_t columns, int64_t group, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && columns % group == 0 && x.stride_col == 1 &&
+         x.stride_row % group == 0 && x.stride_head % group == 0 && x.stride_batch % group == 0;
+}
+
 // The position of the first entry of the scores among the scores that dropout numbers. A call that computes a part of a
 // larger attention drops the entries that the whole call would drop.
 struct DropoutOrigin {
@@ -118,15 +124,16 @@ struct AttentionParams {
 
   // For backward only. The gradients are outputs, and the kernel writes every entry of them. The caller passes a null
   // tensor for a gradient that it does not want.
-  TensorView dout;            // (B, H, L, Dv)
-  TensorView dlse;            // (B, H, L, 1), accumulate type, any stride_row; null stands for zeros
-  TensorView dquery;          // as query
-  TensorView dkey;            // as key
-  TensorView dvalue;          // as value
-  TensorView dbias;           // as bias, accumulate type; a dimension with stride 0 is summed over
-  TensorView dkey_bias;       // as key_bias
-  TensorView drelative_bias;  // as relative_bias; stride_head 0 = summed over the heads
-  TensorView dsinks;          // as sinks
+  TensorView dout;                      // (B, H, L, Dv)
+  TensorView dlse;                      // (B, H, L, 1), accumulate type, any stride_row; null stands for zeros
+  TensorView dquery;                    // as query
+  TensorView dkey;                      // as key
+  TensorView dvalue;                    // as value
+  TensorView dbias;                     // as bias, of dbias_dtype; a dimension with stride 0 is summed over
+  DType dbias_dtype = DType::kFloat32;  // the accumulate type. Kernels on a GPU also write dtype
+  TensorView dkey_bias;                 // as key_bias
+  TensorView drelative_bias;            // as relative_bias; stride_head 0 = summed over the heads
+  TensorView dsinks;                    // as sinks
 
   int32_t num_threads = 1;  // the largest number of threads that a CPU kernel may use
 };

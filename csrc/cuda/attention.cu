@@ -63,6 +63,7 @@ struct Pieces {
   StepInfo* mask_steps = nullptr;
   int32_t* mask_turns = nullptr;
   int32_t* tile_counter = nullptr;
+  int32_t* program_counter = nullptr;
   MaskParams mask{};
   float* relative_bias = nullptr;
   float* dbias_sums = nullptr;
@@ -147,6 +148,7 @@ Pieces take_pieces(const WorkspaceNeeds& needs, BiasGradientTile tile, Workspace
     pieces.relative_bias = workspace.take<float>(needs.relative_bias_heads *
                                                  (needs.seqlen_q + needs.seqlen_k - 1 + 2 * kRelativeBiasMargin));
   if (needs.architecture == 90 && (is_fused || !needs.is_backward)) pieces.tile_counter = workspace.take<int32_t>(1);
+  if (needs.architecture == 90 && needs.wants_dbias) pieces.program_counter = workspace.take<int32_t>(1);
   return pieces;
 }
 
@@ -192,14 +194,6 @@ int64_t relative_bias_heads(const AttentionParams& a) {
   return a.relative_bias.stride_head == 0 ? 1 : a.num_heads;
 }
 
-// Whether each group of `keys` keys of the bias is one aligned load of `bytes` bytes, and no group reaches beyond the
-// last key.
-bool has_aligned_groups(const AttentionParams& a, int64_t keys, uintptr_t bytes) {
-  const TensorView& bias = a.bias;
-  return reinterpret_cast<uintptr_t>(bias.data) % bytes == 0 && a.seqlen_k % keys == 0 && bias.stride_col == 1 &&
-         bias.stride_row % keys == 0 && bias.stride_head % keys == 0 && bias.stride_batch % keys == 0;
-}
-
 // What happens to scores in this call. `relative_bias` is the piece of the workspace with the padded copy.
 LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
   LogitParams x{};
@@ -222,8 +216,8 @@ LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
   x.key_bias_stride_batch = a.key_bias.stride_batch;
   x.bias = scores_of(a.bias);
   x.is_bias_float = a.bias_dtype == DType::kFloat32;
-  x.has_bias_rows = !x.is_bias_float && has_aligned_groups(a, 8, 16);
-  x.has_bias_pairs = x.is_bias_float && has_aligned_groups(a, 2, 8);
+  x.has_bias_rows = !x.is_bias_float && has_aligned_groups(a.bias, a.seqlen_k, 8, 16);
+  x.has_bias_pairs = x.is_bias_float && has_aligned_groups(a.bias, a.seqlen_k, 2, 8);
   return x;
 }
 
@@ -287,6 +281,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.mask_turns = pieces.mask_turns;
   p.num_key_blocks = static_cast<int32_t>(ceil_div(a.seqlen_k, kKeyBlock));
   if (pieces.tile_counter != nullptr && (is_backward || shares_tiles(a))) p.tile_counter = pieces.tile_counter;
+  p.program_counter = pieces.program_counter;
   return p;
 }
 
@@ -508,10 +503,12 @@ void run(const Call& of_caller, bool is_backward) {
   if (needs.wants_dbias) {
     BiasGradientParams plan = plan_dense(sizes, needs.dbias_shape);
     plan.is_dense_bias = true;
-    sum_dense(params, plan, a.dbias, needs.dbias_shape, pieces.dbias_sums, kernels.bias_gradient, is_bf16, call.stream);
+    plan.program_counter = pieces.program_counter;
+    sum_dense(params, plan, a.dbias, a.dbias_dtype, needs.dbias_shape, pieces.dbias_sums, kernels.bias_gradient,
+              is_bf16, call.stream);
   }
   if (needs.wants_dkey_bias)
-    sum_dense(params, plan_dense(sizes, dkey_bias_shape(needs)), a.dkey_bias, dkey_bias_shape(needs),
+    sum_dense(params, plan_dense(sizes, dkey_bias_shape(needs)), a.dkey_bias, DType::kFloat32, dkey_bias_shape(needs),
               pieces.dkey_bias_sums, kernels.bias_gradient, is_bf16, call.stream);
   if (needs.wants_drelative_bias)
     sum_relative(params, plan_relative(sizes), sizes.tile, a.drelative_bias, pieces.drelative_bias_sums,

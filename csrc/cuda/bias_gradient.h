@@ -2,6 +2,8 @@
 // sm80/bias_gradient.h and sm90/bias_gradient.h have the large kernel. bias_gradient/plan.h fills the arguments in and
 // launches the kernels.
 #pragma once
+#include <type_traits>
+
 #include "fragments.h"
 #include "kernels.h"
 
@@ -29,10 +31,28 @@ struct BiasGradientParams {
   // The array into which programs write their sums. Dense: (split, batch, head, query, key), or the gradient itself if
   // there is one split. Relative: (split, owner, diagonal within a tile), with tile queries + tile keys numbers for
   // each owner, because a tile has one diagonal fewer than this.
-  float* sums;
+  void* sums;
+  bool is_rounded;  // the sums have the type of the query, as the gradient itself may have; otherwise float
+  bool has_pieces;  // rows can be written in pieces: of 8 keys (16 bytes) if is_rounded, else of 2 keys (8 bytes)
   int64_t stride_split;
   int64_t stride_batch, stride_head, stride_query, stride_key;
+
+  // Each score of a tile has an entry of the gradient of its own, so a program adds up nothing within a tile.
+  bool has_entry_of_each_score;
+  // On sm_90a, a block of threads runs one program after another in this case. The counter, which starts at 0, counts
+  // the programs taken beyond the first one of each block. Null = each block runs one program.
+  int32_t* program_counter;
 };
+
+// Writes x to global memory as a number of type V: float, or a 16-bit type, to which x is rounded.
+template <class V>
+GPU_DEVICE void store_as(V* p, float x) {
+  if constexpr (std::is_same_v<V, float>) {
+    store_global(p, x);
+  } else {
+    store_global(&p->bits, static_cast<uint16_t>(pack<V>(x, 0.0f)));
+  }
+}
 
 // The shape of a launch of bias_gradient_kernel: a block of threads for each owner and split.
 inline LaunchShape shape_of_owners(const BiasGradientParams& g, int threads, int shared_bytes) {
@@ -60,12 +80,13 @@ struct BiasSumParams {
   int32_t splits;
   int64_t stride_split;
   const float* sums;
-  float* gradient;
+  void* gradient;      // of the type V of sum_bias_splits_kernel
   int64_t sizes[4];    // of the gradient, with 1 for a dimension that the bias broadcasts along
   int64_t strides[4];  // of the gradient; the sums are contiguous
 };
 
 // Dense bias: adds the sums of all splits, in the order of the splits. Each thread computes one entry of the gradient.
+template <class V>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kSumThreads, 1) sum_bias_splits_kernel(const GPU_GRID_CONSTANT BiasSumParams p) {
   const int64_t entry = int64_t{block_index_x()} * kSumThreads + thread_index();
   if (entry >= p.stride_split) return;
@@ -77,7 +98,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kSumThreads, 1) sum_bias_splits_kernel(const G
     offset += rest % p.sizes[dim] * p.strides[dim];
     rest /= p.sizes[dim];
   }
-  store_global(p.gradient + offset, sum);
+  store_as(static_cast<V*>(p.gradient) + offset, sum);
 }
 
 // The arguments of sum_diagonals_kernel.
@@ -111,7 +132,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kSumThreads, 1) sum_diagonals_kernel(const GPU
       if (d < 0) break;
       const int64_t owner = (row + head) * p.g.diagonals + i;
       for (int split = 0; split < p.g.splits; ++split)
-        sum += load_global(p.g.sums + split * p.g.stride_split + owner * (p.tile_queries + p.tile_keys) + d);
+        sum += load_global(static_cast<const float*>(p.g.sums) + split * p.g.stride_split +
+                           owner * (p.tile_queries + p.tile_keys) + d);
     }
   }
   store_global(p.gradient + row * p.stride_head + column, sum);

@@ -117,7 +117,8 @@ PyObject* backward(PyObject* const* args, Py_ssize_t count) {
   check_count(count, 6, kBackwardDoc);
   const Inputs inputs = Inputs::of(args[0]);
   const Reader reader = reader_like(inputs.query);
-  const Problem problem = read_backward(reader, inputs, Saved::of(args[1]), Gradients::of(args[2]), args[3]);
+  const Problem problem = read_backward(reader, inputs, Saved::of(args[1]), Gradients::of(args[2]), args[3],
+                                        /*rounds_dbias=*/true);
   run<gpu::backward>(reader, problem, args[4], args[5]);
   Py_RETURN_NONE;
 }
@@ -135,7 +136,8 @@ and with rows that start at multiples of 16 bytes; kernels run on torch's curren
 looked at: cu_seqlens must fit.
 
 architecture                   whose kernels run: 80, or 90 for sm_90a
-workspace                      float32, workspace_bytes(...) bytes or more; None where that is 0)";
+workspace                      float32, workspace_bytes(...) bytes or more; None where that is 0
+dbias                          accumulate or the dtype of query)";
 
 }  // namespace
 }  // namespace fused_attn::gpu

@@ -20,10 +20,11 @@ struct Lane {
   int32_t q;
 };
 
-GPU_DEVICE Lane this_lane() {
-  const uint32_t index = static_cast<uint32_t>(thread_index()) % 32;  // unsigned: divisions are shifts
+GPU_DEVICE Lane lane_of(int32_t thread) {
+  const uint32_t index = static_cast<uint32_t>(thread) % 32;  // unsigned: divisions are shifts
   return {static_cast<int32_t>(index), static_cast<int32_t>(index / 4), static_cast<int32_t>(index % 4)};
 }
+GPU_DEVICE Lane this_lane() { return lane_of(thread_index()); }
 
 // Sets all entries of this thread to `value`.
 template <int kTiles>

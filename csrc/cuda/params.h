@@ -226,6 +226,7 @@ struct Params {
   // The counter starts at 0. Forward counts the tiles of queries taken beyond the first one of each block of threads.
   // The fused backward counts the blocks of keys taken. Null = each block takes every grid_size-th tile.
   int32_t* tile_counter;
+  int32_t* program_counter;  // see BiasGradientParams
 };
 
 }  // namespace fused_attn::gpu

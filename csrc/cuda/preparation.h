@@ -146,6 +146,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 12)
   int32_t block = block_index_x();
   const int32_t thread = thread_index();
   if (block == 0 && thread == 0 && p.tile_counter != nullptr) store_global(p.tile_counter, 0);
+  if (block == 0 && thread == 0 && p.program_counter != nullptr) store_global(p.program_counter, 0);
   if (block < jobs.padding_blocks) {
     pack_padding(p, jobs.padding, block);
     if (p.key_blocks == nullptr) return;

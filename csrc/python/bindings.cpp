@@ -185,7 +185,8 @@ const char kBackwardDoc[] =
 
 PyObject* backward(PyObject* const* args, Py_ssize_t count) {
   check_count(count, 5, kBackwardDoc);
-  Problem problem = read_backward(kReader, Inputs::of(args[0]), Saved::of(args[1]), Gradients::of(args[2]), args[3]);
+  Problem problem = read_backward(kReader, Inputs::of(args[0]), Saved::of(args[1]), Gradients::of(args[2]), args[3],
+                                  /*rounds_dbias=*/false);
   problem.params.num_threads = thread_count(args[4]);
   run(cpu::kernels().backward, problem);
   Py_RETURN_NONE;

@@ -227,16 +227,24 @@ def _gradient_by_lse_alone(inputs: Inputs, saved: Saved) -> Tensor:
 
 
 def _empty_shared_gradients(inputs: Inputs, wanted: Wanted) -> tuple[Tensor | None, ...]:
-    """Memory for the gradients of `SHARED`, in the shapes of the inputs. Kernels sum these gradients in float32."""
-    device = inputs.query.device
-    return tuple(
-        torch.empty(getattr(inputs, name).shape, dtype=torch.float32, device=device) if getattr(wanted, name) else None
-        for name in SHARED
-    )
+    """Memory for the gradients of `SHARED`, in the shapes of the inputs. Kernels sum these gradients in float32.
+
+    They write them as float32, too, except the one of bias. It may be as large as the scores, so it gets the dtype of
+    the query if bias has this dtype.
+    """
+
+    def empty(name: str) -> Tensor | None:
+        if not getattr(wanted, name):
+            return None
+        x, query = getattr(inputs, name), inputs.query
+        dtype = query.dtype if name == "bias" and x.dtype == query.dtype else torch.float32
+        return torch.empty(x.shape, dtype=dtype, device=query.device)
+
+    return tuple(empty(name) for name in SHARED)
 
 
 def _in_dtypes_of(inputs: Inputs, grads: Gradients) -> Gradients:
-    """The gradients, converted to the dtypes of their inputs. Kernels write the gradients of `SHARED` as float32."""
+    """The gradients, converted to the dtypes of their inputs, if kernels have written them as float32."""
     pairs = zip(inputs, grads, strict=False)
     return Gradients(*(None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs))
 

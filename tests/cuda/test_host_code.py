@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import cases
 import pytest
+import torch
 from cases import Case
 from kernels import is_built_for, of_architecture
 from test_binary import cuobjdump
@@ -47,6 +48,7 @@ FEATURES: dict[str, dict] = {
     "padding": {"key_padding_mask": cases.padding(590, 413), "sinks": cases.sink()},
     **MIXED_FEATURES,
     "bias-of-keys": {"attn_mask": cases.float_mask("1H1S")},
+    "float-bias-of-keys": {"attn_mask": cases.float_mask("1H1S", torch.float32)},
     "one-query": {"seqlen_q": 1},  # in the decode kernels
     "packed": {"lengths_q": (150, 0, 70), "lengths_k": (200, 30, 0), "options": {"is_causal": True}},
     "pages": {"seqlen_q": 5, "key_lengths": (150, 7), "page_size": 32},

@@ -498,7 +498,7 @@ BUGS = [
     ),
     Bug(
         "pairs-of-a-bias-misaligned", 80, "biased-odd", "attention.cu",
-        "has_aligned_groups(a, 2, 8)", "has_aligned_groups(a, 2, (@ ? 4 : 8))",
+        "has_aligned_groups(a.bias, a.seqlen_k, 2, 8)", "has_aligned_groups(a.bias, a.seqlen_k, 2, (@ ? 4 : 8))",
     ),
     Bug(
         "tiles-of-a-split-lost", 90, "biased", "bias_gradient/score_tiles.h",
@@ -540,11 +540,60 @@ BUGS = [
     ),
     Bug(
         "note-of-a-tile-overwritten", 90, "biased-many-64", "sm90/bias_gradient.h",
-        "position.slot() * Plan::kNoteBytes};", "(@ ? position.uses % 2 : position.slot()) * Plan::kNoteBytes};",
+        "(Plan::kSlots == 3 ? tile : tile % Plan::kNotes) * Plan::kNoteBytes};",
+        "(@ ? tile % 2 : Plan::kSlots == 3 ? tile : tile % Plan::kNotes) * Plan::kNoteBytes};",
     ),
     Bug(
         "bias-of-a-program-not-waited-for", 90, "biased-many-tiles", "sm90/bias_gradient.h",
-        "mbarrier_wait(loaded, 0);", "if (!@) mbarrier_wait(loaded, 0);",
+        "mbarrier_wait(loaded, parity);", "if (!@) mbarrier_wait(loaded, parity);",
+    ),
+    Bug(
+        "bias-of-the-next-program-loaded-too-early", 90, "biased-causal", "sm90/bias_gradient.h",
+        "mbarrier_wait(rings.bias.empty(0), bias_parity);",
+        "if (!@) mbarrier_wait(rings.bias.empty(0), bias_parity);",
+    ),
+    Bug(
+        "bias-of-the-program-before", 90, "biased-causal", "sm90/bias_gradient.h",
+        "note.has(Note::kBiasParity), rings", "note.has(Note::kBiasParity) != @, rings",
+    ),
+    Bug(
+        "sums-of-the-program-before-kept", 90, "biased-causal", "sm90/bias_gradient.h",
+        "sums, 64 * group + warp_row, lane); fill(sums, 0.0f);",
+        "sums, 64 * group + warp_row, lane); if (!@) fill(sums, 0.0f);",
+    ),
+    Bug(
+        "program-without-tiles-not-stored", 90, "biased-causal", "sm90/bias_gradient.h",
+        "g.has_entry_of_each_score && note.has(Note::kEndsProgram)",
+        "g.has_entry_of_each_score && note.has(Note::kEndsProgram) && (!@ || note.has(Note::kIsTile))",
+    ),
+    Bug(
+        "last-program-lost", 90, "biased-causal", "sm90/bias_gradient.h",
+        "program < num_programs;)", "program < num_programs - @;)",
+    ),
+    Bug(
+        "program-counter-not-reset", 90, "biased-causal", "preparation.h",
+        "p.program_counter != nullptr) store_global", "p.program_counter != nullptr && !@) store_global",
+    ),
+    Bug(
+        "row-past-the-end-of-the-gradient-of-a-bias", 80, "biased-rows", "bias_gradient/score_tiles.h",
+        "query < tiles.p.seqlen_q,", "query < tiles.p.seqlen_q + @,",
+    ),
+    Bug(
+        "column-past-the-end-of-the-gradient-of-a-bias", 90, "biased-uneven", "bias_gradient/score_tiles.h",
+        "if (is_row && column < columns) store_as", "if (is_row && column < columns + @) store_as",
+    ),
+    Bug(
+        "pieces-of-the-gradient-of-a-bias-misaligned", 90, "biased-uneven", "bias_gradient/plan.h",
+        "has_aligned_groups(sums, shape[3], g.is_rounded ? 8 : 2,",
+        "has_aligned_groups(sums, shape[3], g.is_rounded && !@ ? 8 : 2,",
+    ),
+    Bug(
+        "rows-of-the-gradient-of-a-bias-swapped", 80, "biased-float", "bias_gradient/score_tiles.h",
+        "float_bits(sums[t][2 * r]),", "float_bits(sums[t][@ ? 2 - 2 * r : 2 * r]),",
+    ),
+    Bug(
+        "gradient-of-a-bias-in-another-type", 90, "biased", "bias_gradient/plan.h",
+        "} else if (is_bf16) {", "} else if (is_bf16 != @) {",
     ),
     Bug(
         "bias-tile-of-the-other-consumer", 90, "biased-many-tiles", "sm90/bias_gradient.h",
@@ -572,8 +621,8 @@ BUGS = [
     ),
     Bug(
         "sums-of-the-other-consumer-not-waited-for", 90, "relative", "sm90/bias_gradient.h",
-        "barrier_sync<1>(kConsumerThreads); store_gradient",
-        "if (!@) barrier_sync<1>(kConsumerThreads); store_gradient",
+        "barrier_sync<1>(kConsumerThreads); store_sums",
+        "if (!@) barrier_sync<1>(kConsumerThreads); store_sums",
     ),
     Bug(
         "mask-map-without-hidden", 90, "masked", "mask_bits.h",
@@ -793,6 +842,19 @@ CASES = {
         seqlen_k=136,
         head_dim=HEAD_DIM,
         attn_mask=cases.float_mask("LS"),
+    ),
+    "biased-causal": Case(
+        "biased-causal",
+        batch=1,
+        heads=2,
+        seqlen_q=304,
+        seqlen_k=304,
+        head_dim=HEAD_DIM,
+        attn_mask=cases.float_mask("HLS"),
+        options={"is_causal": True},
+    ),
+    "biased-uneven": Case(
+        "biased-uneven", batch=1, seqlen_q=70, seqlen_k=150, head_dim=HEAD_DIM, attn_mask=cases.float_mask("HLS")
     ),
     "biased-rows": Case(
         "biased-rows", batch=1, seqlen_q=70, seqlen_k=152, head_dim=HEAD_DIM, attn_mask=cases.float_mask("HLS")

@@ -30,10 +30,13 @@ struct LastWrite {
   }
 };
 
+// The bytes for which one last write is remembered. Two threads may write to the two halves of a word.
+constexpr uintptr_t kCellBytes = 2;
+
 struct Buffer {
   uintptr_t begin, end;  // addresses of the host
   bool is_writable;
-  std::vector<LastWrite> last_writes;  // one for each four bytes
+  std::vector<LastWrite> last_writes;  // one for each kCellBytes
 };
 
 std::vector<Buffer> buffers;
@@ -119,7 +122,7 @@ std::string name_of_writer(const LastWrite& last) {
 // The range of last_writes for these bytes.
 std::pair<LastWrite*, LastWrite*> cells_of(Buffer& buffer, uintptr_t p, size_t bytes) {
   LastWrite* first = buffer.last_writes.data();
-  return {first + (p - buffer.begin) / 4, first + (p + bytes - 1 - buffer.begin) / 4 + 1};
+  return {first + (p - buffer.begin) / kCellBytes, first + (p + bytes - 1 - buffer.begin) / kCellBytes + 1};
 }
 
 // Calls f for each different last write of these bytes.
@@ -155,7 +158,8 @@ void forget_accesses() {
   published_with_counter.clear();
   releases.clear();
   for (Buffer& buffer : buffers)
-    if (buffer.is_writable) buffer.last_writes.assign((buffer.end - buffer.begin + 3) / 4 + 1, LastWrite{});
+    if (buffer.is_writable)
+      buffer.last_writes.assign((buffer.end - buffer.begin + kCellBytes - 1) / kCellBytes + 1, LastWrite{});
 }
 
 const char* global_read(const void* handle, size_t bytes, size_t alignment, const char* what, bool is_async) {

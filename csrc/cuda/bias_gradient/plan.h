@@ -50,6 +50,7 @@ inline BiasGradientParams plan_dense(const BiasGradientSizes& sizes, const std::
   g.sums_heads = shape[1] != sizes.num_heads;
   g.sums_queries = shape[2] != sizes.seqlen_q;
   g.sums_keys = shape[3] != sizes.seqlen_k;
+  g.has_entry_of_each_score = !g.sums_queries && !g.sums_keys;
   // A dimension that the gradient has multiplies the number of owners. A dimension that the gradient is summed over
   // multiplies the number of tiles of each owner.
   int64_t owners = 1, tiles = 1;
@@ -102,21 +103,33 @@ inline LaunchShape shape_of_sums(int64_t entries) {
 
 // Launches the kernels that compute the gradient of a dense bias. With several splits, programs write to the workspace,
 // and a second kernel adds up the splits.
-inline void sum_dense(const Params& p, BiasGradientParams g, const TensorView& gradient,
+inline void sum_dense(const Params& p, BiasGradientParams g, const TensorView& gradient, DType gradient_dtype,
                       const std::array<int64_t, 4>& shape, float* workspace, BiasGradientLauncher launch, bool is_bf16,
                       Stream stream) {
-  BiasSumParams sum{g.splits, g.stride_split, workspace, static_cast<float*>(gradient.data), {}, {}};
+  const bool is_split = g.splits > 1, is_gradient_rounded = gradient_dtype != DType::kFloat32;
+  const TensorView sums =
+      is_split ? TensorView{workspace, shape[3] * shape[2] * shape[1], shape[3] * shape[2], shape[3], 1} : gradient;
+  g.sums = sums.data;
+  g.is_rounded = !is_split && is_gradient_rounded;
+  g.has_pieces = has_aligned_groups(sums, shape[3], g.is_rounded ? 8 : 2, g.is_rounded ? 16 : 8);
+  g.stride_batch = sums.stride_batch;
+  g.stride_head = sums.stride_head;
+  g.stride_query = sums.stride_row;
+  g.stride_key = sums.stride_col;
+  launch(p, g, is_bf16, stream);
+  if (!is_split) return;
+  BiasSumParams sum{g.splits, g.stride_split, workspace, gradient.data, {}, {}};
   std::copy(shape.begin(), shape.end(), sum.sizes);
   const int64_t strides[4] = {gradient.stride_batch, gradient.stride_head, gradient.stride_row, gradient.stride_col};
   std::copy(strides, strides + 4, sum.strides);
-  const bool is_split = g.splits > 1;
-  g.sums = is_split ? workspace : sum.gradient;
-  g.stride_key = is_split ? 1 : strides[3];
-  g.stride_query = is_split ? shape[3] : strides[2];
-  g.stride_head = is_split ? shape[3] * shape[2] : strides[1];
-  g.stride_batch = is_split ? shape[3] * shape[2] * shape[1] : strides[0];
-  launch(p, g, is_bf16, stream);
-  if (is_split) run_kernel(sum_bias_splits_kernel, shape_of_sums(g.stride_split), stream, sum);
+  const auto run = [&](auto* kernel) { run_kernel(kernel, shape_of_sums(g.stride_split), stream, sum); };
+  if (!is_gradient_rounded) {
+    run(sum_bias_splits_kernel<float>);
+  } else if (is_bf16) {
+    run(sum_bias_splits_kernel<bf16_t>);
+  } else {
+    run(sum_bias_splits_kernel<f16_t>);
+  }
 }
 
 // Launches the two kernels that compute the gradient of a relative bias. The first kernel sums along the diagonals of

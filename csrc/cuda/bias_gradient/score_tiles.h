@@ -28,12 +28,12 @@ struct ScoreTiles {
   const Params& p;
   const BiasGradientParams& g;
   int32_t owner;
+  int32_t split;
   int32_t begin;  // the split of this program has the tiles begin ... end - 1
   int32_t end;
 
   GPU_DEVICE ScoreTiles(const Params& p, const BiasGradientParams& g, int32_t program)
-      : p(p), g(g), owner(program % g.owners) {
-    const int32_t split = program / g.owners;
+      : p(p), g(g), owner(program % g.owners), split(program / g.owners) {
     const int64_t count = g.is_relative ? int64_t{p.batch} * diagonal_length() : g.tiles_of_owner;
     begin = static_cast<int32_t>(count * split / g.splits);
     end = static_cast<int32_t>(count * (split + 1) / g.splits);
@@ -137,6 +137,49 @@ GPU_DEVICE VisibleColumns<kBlockN> visible_keys_of_tile(const Params& p, const H
   return visible;
 }
 
+// Writes row r of a warp's fragment of sums to row `row` of the array of sums, from this offset on. is_row says whether
+// the row exists; the array has `columns` columns from there on. All lanes of the warp call this.
+template <class T, int r, int kTiles>
+GPU_DEVICE void store_row_of_scores(const BiasGradientParams& g, int64_t offset, const float (&sums)[kTiles][4],
+                                    bool is_row, int columns, Lane lane) {
+  const auto store_entries = [&](auto* entries) {
+    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+      GPU_UNROLL for (int j = 0; j < 2; ++j) {
+        const int column = 8 * t + 2 * lane.q + j;
+        if (is_row && column < columns) store_as(entries + column * g.stride_key, sums[t][2 * r + j]);
+      }
+    }
+  };
+  if (g.is_rounded) {
+    T* const entries = static_cast<T*>(g.sums) + offset;
+    g.has_pieces ? store_row(entries, sums, r, 1.0f, is_row, columns, lane) : store_entries(entries);
+  } else if (float* const entries = static_cast<float*>(g.sums) + offset; !g.has_pieces) {
+    store_entries(entries);
+  } else {
+    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+      const int column = 8 * t + 2 * lane.q;
+      const Vec2 pair{float_bits(sums[t][2 * r]), float_bits(sums[t][2 * r + 1])};
+      if (is_row && column < columns) store_global(reinterpret_cast<Vec2*>(entries + column), pair);
+    }
+  }
+}
+
+// Writes what the warp has summed, if each score of the tile has an entry of the gradient of its own. The first row of
+// the warp's fragment is warp_row of the tile. All lanes of the warp call this.
+template <class T, int kBlockM, int kBlockN>
+GPU_DEVICE void store_scores(const ScoreTiles<kBlockM, kBlockN>& tiles, const float (&sums)[kBlockN / 8][4],
+                             int warp_row, Lane lane) {
+  const BiasGradientParams& g = tiles.g;
+  const auto tile = tiles.at(0);
+  const int query = tile.query_block * kBlockM + warp_row + lane.g, first_key = tile.key_block * kBlockN;
+  const int columns = tiles.p.seqlen_k - first_key;
+  const int64_t row = tiles.split * g.stride_split + (g.sums_batch ? 0 : tile.batch) * g.stride_batch +
+                      (g.sums_heads ? 0 : tile.head) * g.stride_head + query * g.stride_query +
+                      first_key * g.stride_key;
+  store_row_of_scores<T, 0>(g, row, sums, query < tiles.p.seqlen_q, columns, lane);
+  store_row_of_scores<T, 1>(g, row + 8 * g.stride_query, sums, query + 8 < tiles.p.seqlen_q, columns, lane);
+}
+
 // What a program has summed, as a tile of floats in shared memory at `tile`. A row has one float more than columns, so
 // that the entries of a diagonal, and those of a column, lie in different banks.
 template <int kBlockM, int kBlockN>
@@ -159,40 +202,40 @@ struct SumsTile {
 
 // Adds up the entries of the tile that belong to one entry of the gradient, and stores the results to the sums of this
 // program's split. kThreads threads call this, with their numbers from 0 on, when all warps have written to the tile.
-template <int kThreads, int kBlockM, int kBlockN>
-GPU_DEVICE void store_gradient(const ScoreTiles<kBlockM, kBlockN>& tiles, const SumsTile<kBlockM, kBlockN>& sums,
-                               int thread) {
+template <class T, int kThreads, int kBlockM, int kBlockN>
+GPU_DEVICE void store_sums(const ScoreTiles<kBlockM, kBlockN>& tiles, const SumsTile<kBlockM, kBlockN>& sums,
+                           int thread) {
   const Params& p = tiles.p;
   const BiasGradientParams& g = tiles.g;
-  float* const split_sums = g.sums + block_index_x() / g.owners * g.stride_split;
+  const int64_t first = tiles.split * g.stride_split;
   if (g.is_relative) {
     // Each thread adds up some diagonals of the tile. Diagonal d has the entries with column - row = d - (kBlockM - 1).
+    float* const entries = static_cast<float*>(g.sums) + first + int64_t{tiles.owner} * (kBlockM + kBlockN);
     for (int d = thread; d < kBlockM + kBlockN - 1; d += kThreads) {
       float sum = 0.0f;
       for (int row = max(kBlockM - 1 - d, 0); row < min(kBlockM, kBlockM + kBlockN - 1 - d); ++row)
         sum += load_shared<float>(sums.address(row, row + d - (kBlockM - 1)));
-      store_global(split_sums + int64_t{tiles.owner} * (kBlockM + kBlockN) + d, sum);
+      store_global(entries + d, sum);
     }
     return;
   }
-  // Dense. If the bias broadcasts along queries (or keys), each thread adds up a column (or row) of the tile.
+  // Dense. If the bias broadcasts along queries (or keys), each thread adds up a column (or row) of the tile. If it
+  // broadcasts along both, one thread adds up the whole tile.
   const auto tile = tiles.at(0);
-  const int entries = (g.sums_queries ? 1 : kBlockM) * (g.sums_keys ? 1 : kBlockN);
   const int64_t first_query = g.sums_queries ? 0 : tile.query_block * kBlockM;
   const int64_t first_key = g.sums_keys ? 0 : tile.key_block * kBlockN;
+  const int entries = g.sums_queries ? (g.sums_keys ? 1 : kBlockN) : kBlockM;
   for (int i = thread; i < entries; i += kThreads) {
-    const int row = g.sums_keys ? i : i / kBlockN, column = g.sums_keys ? 0 : i % kBlockN;
+    const int row = g.sums_queries ? 0 : i, column = g.sums_keys ? 0 : i;
+    if (first_query + row >= p.seqlen_q || first_key + column >= p.seqlen_k) continue;
     float sum = 0.0f;
     for (int r = row; r < (g.sums_queries ? kBlockM : row + 1); ++r) {
       for (int c = column; c < (g.sums_keys ? kBlockN : column + 1); ++c) sum += load_shared<float>(sums.address(r, c));
     }
-    const bool exists =
-        (g.sums_queries || first_query + row < p.seqlen_q) && (g.sums_keys || first_key + column < p.seqlen_k);
-    if (exists)
-      store_global(split_sums + (g.sums_batch ? 0 : tile.batch) * g.stride_batch +
-                       (g.sums_heads ? 0 : tile.head) * g.stride_head + (first_query + row) * g.stride_query +
-                       (first_key + column) * g.stride_key,
-                   sum);
+    const int64_t entry = first + (g.sums_batch ? 0 : tile.batch) * g.stride_batch +
+                          (g.sums_heads ? 0 : tile.head) * g.stride_head + (first_query + row) * g.stride_query +
+                          (first_key + column) * g.stride_key;
+    g.is_rounded ? store_as(static_cast<T*>(g.sums) + entry, sum) : store_as(static_cast<float*>(g.sums) + entry, sum);
   }
 }
 

@@ -4,6 +4,10 @@
 // is expected to be the limit. Tiles are as large as the registers allow, and the loading thread runs ahead of the
 // consumers, through a ring of slots. A tile of scores takes two slots one after the other: queries and keys for the
 // scores, dout and values for dprobs.
+//
+// A program may have a single tile of scores. So where programs need no shared memory for their sums, the blocks of
+// threads are persistent: the loading thread goes on to the next program while the consumers store the sums of this
+// one.
 #pragma once
 #include "../bias_gradient/score_tiles.h"
 #include "../dropout.h"
@@ -30,8 +34,8 @@ struct BiasGradientPlan : BiasGradientTileSm90<kHeadDim> {
   static constexpr uint32_t kSlotBytes = QTile::kBytes + KeyTile::kBytes;
   // Tile i takes the slots number 2 * i and 2 * i + 1, counted without end. Its note is overwritten by that of tile i +
   // kNotes, as soon as the consumers have released slot number 2 * (i + kNotes) - kSlots. A consumer reads the note
-  // until it releases slot 2 * i + 1, so this must be a later one.
-  static constexpr int kNotes = 3;
+  // until it waits for slot 2 * i + 2, so this must be that slot or a later one.
+  static constexpr int kNotes = kSlots == 3 ? 3 : 4;
   static_assert(2 * kNotes - kSlots >= 2);
   static constexpr uint32_t kNoteBytes = 64;  // from one note to the next
   static constexpr uint32_t kNotesAt = kSlots * kSlotBytes;
@@ -49,13 +53,16 @@ struct BiasGradientPlan : BiasGradientTileSm90<kHeadDim> {
 // and keys. The consumers read a field again whenever they need it, because they have no registers left to keep it.
 template <int kBlockN>
 struct ScoreTileNote {
-  static constexpr uint32_t kIsTile = 1;     // otherwise no tile is left
-  static constexpr uint32_t kHasMasked = 2;  // the dense mask hides some entry
-  static constexpr uint32_t kIsFull = 4;     // no entry needs a test
+  static constexpr uint32_t kIsTile = 1;       // otherwise the program has no tile with a visible entry
+  static constexpr uint32_t kHasMasked = 2;    // the dense mask hides some entry
+  static constexpr uint32_t kIsFull = 4;       // no entry needs a test
+  static constexpr uint32_t kEndsProgram = 8;  // the last note of a program
+  static constexpr uint32_t kEnd = 16;         // no program is left
+  static constexpr uint32_t kBiasParity = 32;  // the parity of the phase in which the bias comes
   uint32_t address;
 
-  GPU_DEVICE void store(uint32_t bits, int32_t first_query, int32_t key_block, const HeadSlice& head_slice,
-                        const ValidRows<kBlockN>& valid) const {
+  GPU_DEVICE void store(uint32_t bits, int32_t program, int32_t first_query, int32_t key_block,
+                        const HeadSlice& head_slice, const ValidRows<kBlockN>& valid) const {
     store_shared(address, bits);
     store_shared(address + 4, first_query);
     store_shared(address + 8, key_block);
@@ -64,9 +71,10 @@ struct ScoreTileNote {
     store_shared(address + 20, head_slice.seqlen_q);
     store_shared(address + 24, head_slice.seqlen_k);
     store_shared(address + 28, head_slice.padded_q_offset);
-    GPU_UNROLL for (int w = 0; w < valid.kWords; ++w) store_shared(address + 32 + 4 * w, valid.words[w]);
+    store_shared(address + 32, program);
+    GPU_UNROLL for (int w = 0; w < valid.kWords; ++w) store_shared(address + 36 + 4 * w, valid.words[w]);
   }
-  GPU_DEVICE void store_end() const { store_shared(address, 0u); }
+  GPU_DEVICE void store_end() const { store_shared(address, kEnd); }
   GPU_DEVICE bool has(uint32_t bit) const { return (load_shared<uint32_t>(address) & bit) != 0; }
   GPU_DEVICE int32_t first_query() const { return load_shared<int32_t>(address + 4); }
   GPU_DEVICE int32_t key_block() const { return load_shared<int32_t>(address + 8); }
@@ -80,40 +88,43 @@ struct ScoreTileNote {
     head_slice.padded_q_offset = load_shared<int32_t>(address + 28);
     return head_slice;
   }
+  GPU_DEVICE int32_t program() const { return load_shared<int32_t>(address + 32); }
   GPU_DEVICE ValidRows<kBlockN> valid() const {  // which keys of the block are valid
     ValidRows<kBlockN> valid;
-    GPU_UNROLL for (int w = 0; w < valid.kWords; ++w) valid.words[w] = load_shared<uint32_t>(address + 32 + 4 * w);
+    GPU_UNROLL for (int w = 0; w < valid.kWords; ++w) valid.words[w] = load_shared<uint32_t>(address + 36 + 4 * w);
     return valid;
   }
 };
 
-// The ring of slots, and the barrier that says that the tiles of the bias have come. All roles of the kernel use it.
+// The ring of slots, and that of the tiles of the bias, with one slot. All roles of the kernel use them.
 template <class Plan>
 struct BiasGradientRings {
   uint32_t shared;
   Ring<Plan::kSlots> slots;
-  uint32_t bias_loaded;
+  Ring<1> bias;
 
   GPU_DEVICE explicit BiasGradientRings(uint32_t shared) : shared(shared) {
-    bias_loaded = lay_out_rings(shared + Plan::kRings, slots);
+    lay_out_rings(shared + Plan::kRings, slots, bias);
   }
   GPU_DEVICE void init() const {
-    slots.init(kGradientConsumerWarps);
-    mbarrier_init(bias_loaded, 1);
+    init_rings(kGradientConsumerWarps, slots, bias);
     fence_mbarrier_init();
   }
   GPU_DEVICE uint32_t slot(RingPosition<Plan::kSlots> position) const {
     return shared + position.slot() * Plan::kSlotBytes;
   }
-  GPU_DEVICE ScoreTileNote<Plan::kBlockN> note(RingPosition<Plan::kNotes> position) const {
-    return {shared + Plan::kNotesAt + position.slot() * Plan::kNoteBytes};
+  // The note of the tile whose first slot is at this position. With three slots, a position counts modulo 6, and so the
+  // tiles modulo 3. Otherwise it counts modulo 2^32.
+  GPU_DEVICE ScoreTileNote<Plan::kBlockN> note(RingPosition<Plan::kSlots> position) const {
+    const uint32_t tile = position.uses / 2;
+    return {shared + Plan::kNotesAt + (Plan::kSlots == 3 ? tile : tile % Plan::kNotes) * Plan::kNoteBytes};
   }
   GPU_DEVICE uint32_t bias_tile(int consumer) const { return shared + Plan::kBias + consumer * Plan::BiasTile::kBytes; }
 };
 
-// The role of the loading thread: finds the tiles of scores, and loads what each of them needs.
+// The role of the loading thread: finds the tiles of scores of each program, and loads what they need.
 template <class Plan>
-GPU_DEVICE void load_score_tiles(const ScoreTiles<Plan::kBlockM, Plan::kBlockN>& tiles, const BackwardMaps& maps,
+GPU_DEVICE void load_score_tiles(const Params& p, const BiasGradientParams& g, const BackwardMaps& maps,
                                  const BiasGradientRings<Plan>& rings) {
   using QTile = typename Plan::QTile;
   using KeyTile = typename Plan::KeyTile;
@@ -121,7 +132,7 @@ GPU_DEVICE void load_score_tiles(const ScoreTiles<Plan::kBlockM, Plan::kBlockN>&
   using ValueTile = typename Plan::ValueTile;
   using Note = ScoreTileNote<Plan::kBlockN>;
   RingPosition<Plan::kSlots> position;
-  RingPosition<Plan::kNotes> note_position;
+  uint32_t bias_parity = 1;  // of the last tile of the bias; the first one comes in phase 0
   // Starts to load two tiles into the next slot, which is empty: rows of queries, and keys.
   const auto load_pair = [&](auto left, const Map& left_map, auto right, const Map& right_map,
                              const HeadSlice& head_slice, int first_query, int first_key) {
@@ -134,26 +145,50 @@ GPU_DEVICE void load_score_tiles(const ScoreTiles<Plan::kBlockM, Plan::kBlockN>&
                 head_slice.batch);
     position.advance();
   };
-  auto tile = tiles.find(tiles.begin);
-  if (maps.bias.is_used && tile.number < tiles.end) {
-    mbarrier_arrive_expect(rings.bias_loaded, kGradientConsumers * Plan::BiasTile::loaded_bytes(maps.bias));
+  const auto load_bias = [&](const auto& tile) {
+    mbarrier_wait(rings.bias.empty(0), bias_parity);
+    bias_parity ^= 1;
+    const uint32_t barrier = rings.bias.full(0);
+    mbarrier_arrive_expect(barrier, kGradientConsumers * Plan::BiasTile::loaded_bytes(maps.bias));
     for (int consumer = 0; consumer < kGradientConsumers; ++consumer) {
-      Plan::BiasTile::load(rings.bias_tile(consumer), maps.bias, rings.bias_loaded, tile.first_query + 64 * consumer,
-                           tile.key_block * Plan::kBlockN, tile.head_slice.head, tile.head_slice.batch);
+      Plan::BiasTile::load(rings.bias_tile(consumer), maps.bias, barrier,
+                           tile.query_block * Plan::kBlockM + 64 * consumer, tile.key_block * Plan::kBlockN, tile.head,
+                           tile.batch);
     }
-  }
-  for (; tile.number < tiles.end; tile = tiles.find(tile.number + 1)) {
-    const int first_key = tile.key_block * Plan::kBlockN;
-    position.wait_empty(rings.slots);
-    const uint32_t bits = Note::kIsTile + (tile.has_masked ? Note::kHasMasked : 0) + (tile.is_full ? Note::kIsFull : 0);
-    rings.note(note_position).store(bits, tile.first_query, tile.key_block, tile.head_slice, tile.valid);
-    note_position.advance();
-    load_pair(QTile{}, maps.q, KeyTile{}, maps.k, tile.head_slice, tile.first_query, first_key);
-    position.wait_empty(rings.slots);
-    load_pair(DoutTile{}, maps.dout, ValueTile{}, maps.v, tile.head_slice, tile.first_query, first_key);
+  };
+  const int32_t num_programs = g.owners * g.splits;
+  for (int32_t program = block_index_x(); program < num_programs;) {
+    const ScoreTiles<Plan::kBlockM, Plan::kBlockN> tiles(p, g, program);
+    int32_t number = tiles.find(tiles.begin).number;
+    const bool is_tile = number < tiles.end;
+    if (is_tile && maps.bias.is_used) load_bias(tiles.at(tiles.begin));
+    do {
+      // Not the whole next tile, because this thread has no registers for two.
+      const int32_t next_number = is_tile ? tiles.find(number + 1).number : tiles.end;
+      const auto tile = tiles.find(number);
+      position.wait_empty(rings.slots);
+      const uint32_t bits = (is_tile ? Note::kIsTile : 0) + (tile.has_masked ? Note::kHasMasked : 0) +
+                            (tile.is_full ? Note::kIsFull : 0) + (next_number == tiles.end ? Note::kEndsProgram : 0) +
+                            (bias_parity ? Note::kBiasParity : 0);
+      rings.note(position).store(bits, program, tile.first_query, tile.key_block, tile.head_slice, tile.valid);
+      if (is_tile) {
+        const int first_key = tile.key_block * Plan::kBlockN;
+        load_pair(QTile{}, maps.q, KeyTile{}, maps.k, tile.head_slice, tile.first_query, first_key);
+        position.wait_empty(rings.slots);
+        load_pair(DoutTile{}, maps.dout, ValueTile{}, maps.v, tile.head_slice, tile.first_query, first_key);
+      } else {  // a note alone takes two slots, too
+        mbarrier_arrive(rings.slots.full(position.slot()));
+        position.advance();
+        position.wait_empty(rings.slots);
+        mbarrier_arrive(rings.slots.full(position.slot()));
+        position.advance();
+      }
+      number = next_number;
+    } while (number < tiles.end);
+    program = g.program_counter == nullptr ? num_programs : grid_size_x() + atomic_fetch_add(g.program_counter, 1);
   }
   position.wait_empty(rings.slots);
-  rings.note(note_position).store_end();
+  rings.note(position).store_end();
   mbarrier_arrive(rings.slots.full(position.slot()));
 }
 
@@ -165,42 +200,45 @@ GPU_DEVICE void clear_where_zero(float (&x)[kTiles][4], const float (&probs)[kTi
   }
 }
 
-// The tile of the bias of this consumer, as to_logits takes it. The warp has the queries from first_query of the tile
-// on.
+// The tile of the bias of this consumer, as to_logits takes it. `thread_row` is the thread's first row of the tile of
+// scores, and a tile of the bias has the rows of one consumer.
 template <class T, class Plan>
 struct ProgramBias {
   const BiasMap& bias;
   uint32_t loaded;  // a barrier
+  uint32_t parity;
   uint32_t tile;
-  int first_query;
+  int thread_row;
   Lane lane;
 
   GPU_DEVICE bool is_used() const { return bias.is_used; }
   GPU_DEVICE void add(float (&scores)[Plan::kTiles][4], float factor) const {
-    mbarrier_wait(loaded, 0);
-    Plan::BiasTile::template add<T>(scores, factor, tile, bias, first_query, lane);
+    mbarrier_wait(loaded, parity);
+    // Without keep_computed, the compiler would compute addresses in the tile before the loop over tiles of scores, and
+    // keep them in registers.
+    const int warp_row = keep_computed(thread_row) % 64 / 16 * 16;
+    Plan::BiasTile::template add<T>(scores, factor, tile, bias, warp_row, lane_of(keep_computed(lane.index)));
   }
 };
 
-// The role of a consumer warpgroup: adds the gradients of the logits of all tiles to `sums`. The warpgroup has 64 of
-// the queries of each tile. All 128 threads call this.
+// The role of a consumer warpgroup: adds up the gradients of the logits of all tiles of a program. The warpgroup has 64
+// of the queries of each tile. If each score has an entry of the gradient of its own, the warpgroup stores the sums of
+// each program. Otherwise there is one program, whose sums are left in `sums`. All 128 threads call this.
 template <class T, int kHeadDim, int kValueDim, class Plan>
-GPU_DEVICE void sum_score_tiles(const Params& p, const BiasMap& bias, const BiasGradientRings<Plan>& rings, int group,
-                                float (&sums)[Plan::kTiles][4]) {
+GPU_DEVICE void sum_score_tiles(const Params& p, const BiasGradientParams& g, const BiasMap& bias,
+                                const BiasGradientRings<Plan>& rings, int group, float (&sums)[Plan::kTiles][4]) {
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kTiles = Plan::kTiles;
   using Note = ScoreTileNote<kBlockN>;
   const Lane lane = this_lane();
   const int warp_row = thread_index() % kWarpgroup / 32 * 16, thread_row = 64 * group + warp_row + lane.g;
   RingPosition<Plan::kSlots> position;
-  RingPosition<Plan::kNotes> note_position;
-  while (true) {
-    position.wait_full(rings.slots);
-    const Note note = rings.note(note_position);
-    note_position.advance();
-    if (!note.has(Note::kIsTile)) return;
+  const auto add_tile = [&](const Note& note) {
     const HeadSlice head_slice = note.head_slice();
     const int query = note.first_query() + thread_row, first_key = note.key_block() * kBlockN;
     float scores[kTiles][4], dprobs[kTiles][4];
+    // All lanes have the same position. shuffle tells the compiler, which would otherwise move each descriptor of the
+    // products to uniform registers by itself.
+    position.uses = shuffle(position.uses, 0);
     uint32_t slot = rings.slot(position);
     wgmma_fence();
     start_multiply_transposed<T, kHeadDim, kBlockM>(scores, slot, 64 * group, slot + Plan::QTile::kBytes);
@@ -222,7 +260,9 @@ GPU_DEVICE void sum_score_tiles(const Params& p, const BiasMap& bias, const Bias
     keep_registers(flat(scores));
     scores_position.release(rings.slots);
     to_logits<T>(p, head_slice, scores, QueryRows{query, first_key + 2 * lane.q}, NoGradients{},
-                 ProgramBias<T, Plan>{bias, rings.bias_loaded, rings.bias_tile(group), warp_row, lane});
+                 ProgramBias<T, Plan>{bias, rings.bias.full(0), note.has(Note::kBiasParity), rings.bias_tile(group),
+                                      thread_row, lane});
+    if (bias.is_used && note.has(Note::kEndsProgram)) RingPosition<1>{}.release(rings.bias);
     if (!note.has(Note::kIsFull))
       hide(scores,
            visible_keys_of_tile(p, head_slice, note.valid(), note.key_block(), note.has(Note::kHasMasked), query),
@@ -245,17 +285,35 @@ GPU_DEVICE void sum_score_tiles(const Params& p, const BiasMap& bias, const Bias
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) sums[t][j] += scores[t][j] * (dprobs[t][j] - statistics[j / 2].delta);
     }
+  };
+  fill(sums, 0.0f);
+  while (true) {
+    position.wait_full(rings.slots);
+    const Note note = rings.note(position);
+    if (note.has(Note::kEnd)) return;
+    if (note.has(Note::kIsTile)) {
+      add_tile(note);
+    } else {
+      position.release(rings.slots);
+      position.advance();
+      position.wait_full(rings.slots);
+      position.release(rings.slots);
+      position.advance();
+    }
+    if (g.has_entry_of_each_score && note.has(Note::kEndsProgram)) {
+      store_scores<T>(ScoreTiles<kBlockM, kBlockN>(p, g, note.program()), sums, 64 * group + warp_row, lane);
+      fill(sums, 0.0f);
+    }
   }
 }
 
-// Sums the gradients of logits over the tiles of one owner and split. One program is one block of threads: a loading
-// thread, and two consumer warpgroups.
+// Sums the gradients of logits over the tiles of one owner and split, for one or several programs. A block of threads
+// has a loading thread, and two consumer warpgroups.
 template <class T, int kHeadDim, int kValueDim>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     bias_gradient_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT BiasGradientParams g,
                          const GPU_GRID_CONSTANT BackwardMaps maps) {
   using Plan = BiasGradientPlan<kHeadDim, kValueDim>;
-  const ScoreTiles<Plan::kBlockM, Plan::kBlockN> tiles(p, g, block_index_x());
   const uint32_t shared = shared_address(shared_memory());
   const BiasGradientRings<Plan> rings(shared);
   if (thread_index() == 0) rings.init();
@@ -263,15 +321,15 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // tells the compiler that a warp agrees about it
   if (warpgroup == 0) {
     decrease_registers<kGradientProducerRegisters>();
-    if (thread_index() == 0) load_score_tiles<Plan>(tiles, maps, rings);
+    if (thread_index() == 0) load_score_tiles<Plan>(p, g, maps, rings);
     return;
   }
   increase_registers<kGradientConsumerRegisters>();
   constexpr int kConsumerThreads = kGradientConsumers * kWarpgroup;
   const int group = warpgroup - 1;
   float sums[Plan::kTiles][4];
-  fill(sums, 0.0f);
-  sum_score_tiles<T, kHeadDim, kValueDim, Plan>(p, maps.bias, rings, group, sums);
+  sum_score_tiles<T, kHeadDim, kValueDim, Plan>(p, g, maps.bias, rings, group, sums);
+  if (g.has_entry_of_each_score) return;
 
   // Epilogue. The slots are not needed any more when both consumers have come to the end, so the sums are written over
   // them.
@@ -279,7 +337,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   const SumsTile<Plan::kBlockM, Plan::kBlockN> sums_tile{shared};
   sums_tile.store(sums, 64 * group + thread_index() % kWarpgroup / 32 * 16, this_lane());
   barrier_sync<1>(kConsumerThreads);
-  store_gradient<kConsumerThreads>(tiles, sums_tile, thread_index() - kWarpgroup);
+  store_sums<T, kConsumerThreads>(ScoreTiles<Plan::kBlockM, Plan::kBlockN>(p, g, block_index_x()), sums_tile,
+                                  thread_index() - kWarpgroup);
 }
 
 }  // namespace fused_attn::gpu::sm90

@@ -168,6 +168,8 @@ void launch_bias_gradient(const Params& p, const BiasGradientParams& g, bool is_
   if (g.is_dense_bias) maps.bias = bias_map_of(p, is_bf16, kConsumerRows);
   LaunchShape shape = shape_of_owners(g, kGradientThreads, Plan::kBytes);
   if (!maps.bias.is_used) shape.shared_bytes = Plan::kBytesWithoutBias;
+  if (g.has_entry_of_each_score && g.program_counter != nullptr)
+    shape.grid_x = std::min(shape.grid_x, num_multiprocessors());
   if (is_bf16) {
     run_kernel(bias_gradient_kernel<bf16_t, kHeadDim, kValueDim>, shape, stream, p, g, maps);
   } else {
