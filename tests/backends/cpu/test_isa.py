@@ -135,6 +135,50 @@ def test_case(case: cases.Case, isa: str) -> None:
         cases.check(case, dtype, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("seqlen_q", [1, 3])
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_few_queries_have_the_same_bits_in_every_layout_of_the_keys(
+    isa: str, seqlen_q: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    """Of the layouts, some are read head by head, and some by several heads in turns, part by part.
+
+    The numbers of threads change how many heads take turns.
+    """
+    batch, kv_heads, group, seqlen_k, page_size = 2, 6, 4, 333, 16
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    query = random(batch, kv_heads * group, seqlen_q, head_dim)
+    key, value = (random(batch, kv_heads, seqlen_k, head_dim) for _ in range(2))
+    lengths = torch.tensor([seqlen_k, 150], dtype=torch.int32)
+    options = {"enable_gqa": True, "key_lengths": lengths, "backend": "cpu"}
+    causal = causal_lower_right(seqlen_q, seqlen_k)
+    columns = -(-seqlen_k // page_size)
+    table = torch.randperm(batch * columns, generator=generator).view(batch, columns)
+    pages = []
+    for x in (key, value):
+        rows = torch.nn.functional.pad(x, (0, 0, 0, columns * page_size - seqlen_k)).transpose(1, 2)
+        memory = torch.empty(batch * columns, page_size, kv_heads, head_dim, dtype=dtype)
+        memory[table.flatten()] = rows.reshape(batch * columns, page_size, kv_heads, head_dim)
+        pages.append(memory)
+    by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value)]
+    expected = fused_attn.fused_attention(query, key, value, causal, **options)
+    reference = fused_attn.fused_attention(query, key, value, causal, **options | {"backend": "reference"})
+    torch.testing.assert_close(expected, reference)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(fused_attn.fused_attention(query, *by_token, causal, **options), expected)
+            found = fused_attn.fused_attention_paged(query, *pages, table.int(), lengths, is_causal=True, backend="cpu")
+            assert torch.equal(found, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in SEVERAL_SLABS])
 def test_backward_of_several_slabs(case: cases.Case, isa: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):  # a type that memory holds as lanes, and one that it does not
