@@ -50,7 +50,7 @@ GPU_DEVICE void store_as(V* p, float x) {
   if constexpr (std::is_same_v<V, float>) {
     store_global(p, x);
   } else {
-    store_global(&p->bits, static_cast<uint16_t>(pack<V>(x, 0.0f)));
+    store_global(reinterpret_cast<uint16_t*>(p), static_cast<uint16_t>(pack<V>(x, 0.0f)));
   }
 }
 
