@@ -9,7 +9,8 @@
 
 namespace fused_attn::gpu {
 
-// How the gradient of a bias, a sum of the gradients of logits, is divided among programs (blocks of threads).
+// How the gradient of a bias, a sum of the gradients of logits, is divided among programs. A program is the work of one
+// block of threads, but see program_counter.
 //
 // An owner is a part of the gradient that one program sums in registers: a tile of the gradient of a dense bias, or a
 // diagonal of tiles of one head for a relative bias. The tiles of scores that add to this part belong to the owner. If

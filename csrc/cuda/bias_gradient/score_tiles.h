@@ -2,8 +2,8 @@
 // bias is added to many scores. So its gradient is the sum of the gradients of these logits: over batch entries, heads,
 // queries or keys of a dense bias, and along a diagonal of a relative bias.
 //
-// A program (a block of threads) visits tiles of scores one after another. Its tiles are chosen so that an entry at the
-// same place in each tile adds to the same entry of the gradient:
+// A program visits tiles of scores one after another. Its tiles are chosen so that an entry at the same place in each
+// tile adds to the same entry of the gradient:
 //
 //   dense bias      the tiles at one place, of all batch entries and heads that share the bias. If all queries share
 //                   one row of the bias, the tiles of a whole column of tiles. If all keys share one column of the
