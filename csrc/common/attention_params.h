@@ -25,7 +25,8 @@ struct TensorView {
   int64_t stride_col = 1;
 };
 
-// Whether each group of `group` columns of x, which has `columns` columns, is one aligned piece of `bytes` bytes.
+// Whether each group of `group` columns of x is one aligned piece of `bytes` bytes. x has `columns` columns, and no group
+// may reach beyond the last one.
 inline bool has_aligned_groups(const TensorView& x, int64_t columns, int64_t group, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && columns % group == 0 && x.stride_col == 1 &&
          x.stride_row % group == 0 && x.stride_head % group == 0 && x.stride_batch % group == 0;
@@ -130,7 +131,7 @@ struct AttentionParams {
   TensorView dkey;                      // as key
   TensorView dvalue;                    // as value
   TensorView dbias;                     // as bias, of dbias_dtype; a dimension with stride 0 is summed over
-  DType dbias_dtype = DType::kFloat32;  // the accumulate type. Kernels on a GPU also write dtype
+  DType dbias_dtype = DType::kFloat32;  // the accumulate type; on a GPU, dtype is allowed, too
   TensorView dkey_bias;                 // as key_bias
   TensorView drelative_bias;            // as relative_bias; stride_head 0 = summed over the heads
   TensorView dsinks;                    // as sinks

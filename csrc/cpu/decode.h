@@ -169,7 +169,8 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
         }
       };
       // The first pass of a group brings what is read next into the cache: beside the keys their values, and beside the
-      // values the keys of the next turn.
+      // values the keys of the next turn. Where the next turn has no such group, the group of the first turn is brought,
+      // of the next block. So after the last turn all groups of the first one have been brought.
       const auto prefetches = [&](int64_t row) { return plan.exceeds_cache && row % group_rows == 0; };
       visit_parts([&](int k, int count, int64_t group, int64_t row, auto queries) {
         const HeadRows<Storage> key_rows = {block->key_rows + k, group * p.key.stride_head};

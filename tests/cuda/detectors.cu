@@ -184,6 +184,13 @@ KERNEL(thread_reads_what_another_wrote, 1, 64, 0) {
   store_global(memory.floats + thread, 1.f);
   load_global(memory.floats + (thread + 32) % 64);
 }
+// Two threads write the two halves of a word, or the same half.
+KERNEL(threads_write_halves_of_a_word, 1, 64, 0) {
+  store_global(reinterpret_cast<uint16_t*>(memory.floats) + thread, uint16_t{1});
+}
+KERNEL(threads_write_the_same_half, 1, 64, 0) {
+  store_global(reinterpret_cast<uint16_t*>(memory.floats) + thread % 32, uint16_t{1});
+}
 KERNEL(threads_exchange_in_global, 1, 64, 0) {
   store_global(memory.floats + thread, 1.f);
   sync_threads();

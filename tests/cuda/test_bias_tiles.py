@@ -14,6 +14,7 @@ from kernels import Kernels
 from torch import Tensor
 
 import fused_attn
+from fused_attn.backends import cuda
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -117,6 +118,50 @@ def test_tiles_take_memory_of_the_same_kernel(head_dim: int, kernels: Kernels) -
     """
     for bias in (cases.float_mask("LS"), cases.float_mask("LS", torch.float32)):
         check(kernels, torch.bfloat16, head_dim=head_dim, heads=1, seqlen_q=70, seqlen_k=152, attn_mask=bias)
+
+
+@pytest.mark.parametrize(
+    ("query", "bias", "written"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_kernels_write_the_gradient_in_the_dtype_of_the_bias(
+    architecture: int, query: torch.dtype, bias: torch.dtype, written: torch.dtype, kernels: Kernels,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It may be as large as the scores, so a copy in float32 would take twice as much memory, and time to convert."""
+    sizes = {"seqlen_q": 70, "seqlen_k": 152, "head_dim": 64}
+    case = dataclasses.replace(BIASED, **sizes, attn_mask=cases.float_mask("HLS", bias), differentiated=("attn_mask",))
+    found = []
+    with kernels.running(architecture):
+        backward = cuda._kernels.backward
+
+        def recorded(inputs, saved, grads, *others):
+            found.append(grads.bias.dtype)
+            return backward(inputs, saved, grads, *others)
+
+        monkeypatch.setattr(cuda._kernels, "backward", recorded)
+        cases.run(case.make(query), "cuda")
+    assert found == [written]
+
+
+def test_blocks_of_threads_run_several_programs(kernels: Kernels) -> None:
+    """If each batch entry has a bias, each tile of scores is a program: 36 of them here, for two multiprocessors."""
+    case = dataclasses.replace(
+        BIASED, batch=2, seqlen_q=300, seqlen_k=304, head_dim=64, attn_mask=cases.float_mask("BHLS")
+    )
+    blocks = {}
+    for differentiated in (("query",), ("query", "attn_mask")):
+        with kernels.running(90):
+            cases.run(dataclasses.replace(case, differentiated=differentiated).make(torch.float16), "cuda")
+            blocks[len(differentiated)] = kernels.statistics.blocks
+    assert blocks[2] - blocks[1] == 2
 
 
 @pytest.mark.parametrize("shape", ["LS", "1S"])

@@ -68,7 +68,7 @@ def with_few_heads(case: Case) -> Case:
 
 
 def is_small(case: Case) -> bool:
-    return "past-2-31" not in case.id  # 4 GiB for each tensor, with a record of accesses for every four bytes
+    return "past-2-31" not in case.id  # 4 GiB for each tensor, with a record of accesses for every two bytes
 
 
 SUPPORTED = [with_few_heads(with_kernels(case)) for case in CASES if is_small(case) and case.value_dim != 0]

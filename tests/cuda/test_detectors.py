@@ -22,6 +22,7 @@ CORRECT = [
     "ordered_by_arrival",
     "ping_pong",
     "all_shared_memory",
+    "threads_write_halves_of_a_word",
     "threads_exchange_in_global",
     "block_passes_on",
     "blocks_in_order",
@@ -79,6 +80,7 @@ BUGS = {
     "blocks_add_to_the_same": r"block 1, .*RACE: atomic_add to global memory that block number 0 .* also adds to: no ",
     "block_reads_what_another_wrote": r"block 1, .*RACE: load_global reads global memory that block number 0 .* wrote",
     "threads_write_the_same": r"RACE: store_global .* thread \d+ \(warp \d\) of the same block writes too: nothing",
+    "threads_write_the_same_half": r"RACE: store_global .* thread \d+ .* of the same block writes too: nothing",
     "thread_reads_what_another_wrote": r"RACE: load_global reads .* thread \d+ .* of the same block wrote: nothing",
     "counted_before_all_have_written": r"block 1, .*load_global .*block's add_release does not come after the write"
     rf"|block 1, .*load_global .*{NO_TURN}",

@@ -549,8 +549,8 @@ BUGS = [
     ),
     Bug(
         "bias-of-the-next-program-loaded-too-early", 90, "biased-causal", "sm90/bias_gradient.h",
-        "mbarrier_wait(rings.bias.empty(0), bias_parity);",
-        "if (!@) mbarrier_wait(rings.bias.empty(0), bias_parity);",
+        "mbarrier_wait(rings.bias.empty(0), (bias_state & 1) ^ 1);",
+        "if (!@) mbarrier_wait(rings.bias.empty(0), (bias_state & 1) ^ 1);",
     ),
     Bug(
         "bias-of-the-program-before", 90, "biased-causal", "sm90/bias_gradient.h",

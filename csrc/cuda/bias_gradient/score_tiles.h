@@ -140,8 +140,8 @@ GPU_DEVICE VisibleColumns<kBlockN> visible_keys_of_tile(const Params& p, const H
 // Writes row r of a warp's fragment of sums to row `row` of the array of sums, from this offset on. is_row says whether
 // the row exists; the array has `columns` columns from there on. All lanes of the warp call this.
 template <class T, int r, int kTiles>
-GPU_DEVICE void store_row_of_scores(const BiasGradientParams& g, int64_t offset, const float (&sums)[kTiles][4],
-                                    bool is_row, int columns, Lane lane) {
+GPU_DEVICE void store_row_of_sums(const BiasGradientParams& g, int64_t offset, const float (&sums)[kTiles][4],
+                                  bool is_row, int columns, Lane lane) {
   const auto store_entries = [&](auto* entries) {
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int j = 0; j < 2; ++j) {
@@ -167,8 +167,8 @@ GPU_DEVICE void store_row_of_scores(const BiasGradientParams& g, int64_t offset,
 // Writes what the warp has summed, if each score of the tile has an entry of the gradient of its own. The first row of
 // the warp's fragment is warp_row of the tile. All lanes of the warp call this.
 template <class T, int kBlockM, int kBlockN>
-GPU_DEVICE void store_scores(const ScoreTiles<kBlockM, kBlockN>& tiles, const float (&sums)[kBlockN / 8][4],
-                             int warp_row, Lane lane) {
+GPU_DEVICE void store_tile_of_sums(const ScoreTiles<kBlockM, kBlockN>& tiles, const float (&sums)[kBlockN / 8][4],
+                                   int warp_row, Lane lane) {
   const BiasGradientParams& g = tiles.g;
   const auto tile = tiles.at(0);
   const int query = tile.query_block * kBlockM + warp_row + lane.g, first_key = tile.key_block * kBlockN;
@@ -176,8 +176,8 @@ GPU_DEVICE void store_scores(const ScoreTiles<kBlockM, kBlockN>& tiles, const fl
   const int64_t row = tiles.split * g.stride_split + (g.sums_batch ? 0 : tile.batch) * g.stride_batch +
                       (g.sums_heads ? 0 : tile.head) * g.stride_head + query * g.stride_query +
                       first_key * g.stride_key;
-  store_row_of_scores<T, 0>(g, row, sums, query < tiles.p.seqlen_q, columns, lane);
-  store_row_of_scores<T, 1>(g, row + 8 * g.stride_query, sums, query + 8 < tiles.p.seqlen_q, columns, lane);
+  store_row_of_sums<T, 0>(g, row, sums, query < tiles.p.seqlen_q, columns, lane);
+  store_row_of_sums<T, 1>(g, row + 8 * g.stride_query, sums, query + 8 < tiles.p.seqlen_q, columns, lane);
 }
 
 // What a program has summed, as a tile of floats in shared memory at `tile`. A row has one float more than columns, so

@@ -96,7 +96,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS((BiasGradientPlan<kHeadDim, kValueDim>::kThrea
   }
 
   // Epilogue. The tiles of inputs are not needed any more, so the sums are written over them.
-  if (g.has_entry_of_each_score) return store_scores<T>(tiles, sums, warp_row, lane);
+  if (g.has_entry_of_each_score) return store_tile_of_sums<T>(tiles, sums, warp_row, lane);
   const SumsTile<kBlockM, kBlockN> sums_tile{shared};
   sums_tile.store(sums, warp_row, lane);
   sync_threads();

@@ -132,7 +132,8 @@ GPU_DEVICE void load_score_tiles(const Params& p, const BiasGradientParams& g, c
   using ValueTile = typename Plan::ValueTile;
   using Note = ScoreTileNote<Plan::kBlockN>;
   RingPosition<Plan::kSlots> position;
-  uint32_t bias_parity = 1;  // of the last tile of the bias; the first one comes in phase 0
+  // Of the last tile of the bias: bit 0 is its parity, and bit 1 says that it has not been loaded yet.
+  uint32_t bias_state = 1;
   // Starts to load two tiles into the next slot, which is empty: rows of queries, and keys.
   const auto load_pair = [&](auto left, const Map& left_map, auto right, const Map& right_map,
                              const HeadSlice& head_slice, int first_query, int first_key) {
@@ -146,34 +147,34 @@ GPU_DEVICE void load_score_tiles(const Params& p, const BiasGradientParams& g, c
     position.advance();
   };
   const auto load_bias = [&](const auto& tile) {
-    mbarrier_wait(rings.bias.empty(0), bias_parity);
-    bias_parity ^= 1;
+    mbarrier_wait(rings.bias.empty(0), (bias_state & 1) ^ 1);
     const uint32_t barrier = rings.bias.full(0);
     mbarrier_arrive_expect(barrier, kGradientConsumers * Plan::BiasTile::loaded_bytes(maps.bias));
     for (int consumer = 0; consumer < kGradientConsumers; ++consumer) {
-      Plan::BiasTile::load(rings.bias_tile(consumer), maps.bias, barrier,
-                           tile.query_block * Plan::kBlockM + 64 * consumer, tile.key_block * Plan::kBlockN, tile.head,
-                           tile.batch);
+      Plan::BiasTile::load(rings.bias_tile(consumer), maps.bias, barrier, tile.first_query + 64 * consumer,
+                           tile.key_block * Plan::kBlockN, tile.head_slice.head, tile.head_slice.batch);
     }
   };
   const int32_t num_programs = g.owners * g.splits;
   for (int32_t program = block_index_x(); program < num_programs;) {
     const ScoreTiles<Plan::kBlockM, Plan::kBlockN> tiles(p, g, program);
     int32_t number = tiles.find(tiles.begin).number;
-    const bool is_tile = number < tiles.end;
-    if (is_tile && maps.bias.is_used) load_bias(tiles.at(tiles.begin));
+    if (number < tiles.end && maps.bias.is_used) bias_state = (bias_state ^ 1) | 2;
     do {
+      const bool is_tile = number < tiles.end;
       // Not the whole next tile, because this thread has no registers for two.
       const int32_t next_number = is_tile ? tiles.find(number + 1).number : tiles.end;
       const auto tile = tiles.find(number);
       position.wait_empty(rings.slots);
       const uint32_t bits = (is_tile ? Note::kIsTile : 0) + (tile.has_masked ? Note::kHasMasked : 0) +
                             (tile.is_full ? Note::kIsFull : 0) + (next_number == tiles.end ? Note::kEndsProgram : 0) +
-                            (bias_parity ? Note::kBiasParity : 0);
+                            (bias_state & 1 ? Note::kBiasParity : 0);
       rings.note(position).store(bits, program, tile.first_query, tile.key_block, tile.head_slice, tile.valid);
       if (is_tile) {
         const int first_key = tile.key_block * Plan::kBlockN;
         load_pair(QTile{}, maps.q, KeyTile{}, maps.k, tile.head_slice, tile.first_query, first_key);
+        if (bias_state & 2) load_bias(tile);  // waits for the logits of the program before, so it must not come first
+        bias_state &= 1;
         position.wait_empty(rings.slots);
         load_pair(DoutTile{}, maps.dout, ValueTile{}, maps.v, tile.head_slice, tile.first_query, first_key);
       } else {  // a note alone takes two slots, too
@@ -301,7 +302,7 @@ GPU_DEVICE void sum_score_tiles(const Params& p, const BiasGradientParams& g, co
       position.advance();
     }
     if (g.has_entry_of_each_score && note.has(Note::kEndsProgram)) {
-      store_scores<T>(ScoreTiles<kBlockM, kBlockN>(p, g, note.program()), sums, 64 * group + warp_row, lane);
+      store_tile_of_sums<T>(ScoreTiles<kBlockM, kBlockN>(p, g, note.program()), sums, 64 * group + warp_row, lane);
       fill(sums, 0.0f);
     }
   }

@@ -145,7 +145,7 @@ def test_few_queries_have_the_same_bits_in_every_layout_of_the_keys(
 
     The numbers of threads change how many heads take turns.
     """
-    batch, kv_heads, group, seqlen_k, page_size = 2, 6, 4, 333, 16
+    batch, kv_heads, group, seqlen_k, page_size = 2, 20, 2, 333, 16
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
