@@ -699,6 +699,21 @@ def test_short_calls_are_repeated_within_a_round() -> None:
     assert count[0] == 1 + timing.WARM_UP_CALLS + 4 * 17  # A round takes 2 ms.
 
 
+def test_a_warm_timer_leaves_out_the_call_before() -> None:
+    now, made = [0.0], []
+
+    def call() -> None:
+        now[0] += 5.0 if not made or made[-1] != "a" else 1.0
+        made.append("a")
+
+    def other() -> None:
+        now[0] += 2.0
+        made.append("other")
+
+    times = timing.measure({"a": call, "other": other}, timing.WarmTimer(lambda: now[0]), rounds=3, seconds=100.0)
+    assert times == {"a": [1.0] * 3, "other": [2.0] * 3}
+
+
 def test_ratios_are_those_of_rounds() -> None:
     times = {"torch": [2.0, 4.0, 9.0], OURS: [1.0, 2.0, 3.0]}
     fields = timing.fields_of(times)
