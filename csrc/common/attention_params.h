@@ -25,8 +25,8 @@ struct TensorView {
   int64_t stride_col = 1;
 };
 
-// Whether each group of `group` columns of x is one aligned piece of `bytes` bytes. x has `columns` columns, and no group
-// may reach beyond the last one.
+// Whether each group of `group` columns of x is one aligned piece of `bytes` bytes. x has `columns` columns, and no
+// group may reach beyond the last one.
 inline bool has_aligned_groups(const TensorView& x, int64_t columns, int64_t group, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && columns % group == 0 && x.stride_col == 1 &&
          x.stride_row % group == 0 && x.stride_head % group == 0 && x.stride_batch % group == 0;

@@ -156,8 +156,8 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
       const int64_t turn_end = turn + plan.turn_groups < item.groups ? turn + plan.turn_groups : item.groups;
       const int64_t turn_rows = (turn_end - turn) * group_rows;
       const int64_t turn_row = turn * group_rows;  // the first row of the turn, counted within the item
-      // Calls visit(k, count, group, row, queries) for the `queries` rows of the turn from `row` on, which belong to one
-      // group, and for the `count` keys of the block from key k on.
+      // Calls visit(k, count, group, row, queries) for the `queries` rows of the turn from `row` on, which belong to
+      // one group, and for the `count` keys of the block from key k on.
       const auto visit_parts = [&](const auto& visit) {
         for (int k = 0; k < keys.count; k += plan.part_keys) {
           const int count = k + plan.part_keys < keys.count ? plan.part_keys : keys.count - k;
@@ -169,8 +169,8 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
         }
       };
       // The first pass of a group brings what is read next into the cache: beside the keys their values, and beside the
-      // values the keys of the next turn. Where the next turn has no such group, the group of the first turn is brought,
-      // of the next block. So after the last turn all groups of the first one have been brought.
+      // values the keys of the next turn. Where the next turn has no such group, the group of the first turn is
+      // brought, of the next block. So after the last turn all groups of the first one have been brought.
       const auto prefetches = [&](int64_t row) { return plan.exceeds_cache && row % group_rows == 0; };
       visit_parts([&](int k, int count, int64_t group, int64_t row, auto queries) {
         const HeadRows<Storage> key_rows = {block->key_rows + k, group * p.key.stride_head};

@@ -249,9 +249,9 @@ FA_INLINE typename Policy::Lane decode_softmax(int count, typename Policy::Lane*
 
 // acc[q][c] = acc[q][c] * rescale[q] + sum over keys of probs[q][key] * value_rows[key][first + c], for kColumns
 // vectors of columns. A null rescale means 1. Rows of acc are acc_row lanes apart. `dim` of these columns exist; kWhole
-// means that all of them do. Each column has kKeys sums, which take the keys in turns: a multiply-add that waits for the
-// one before it would be slow. After kPartKeys keys the sums are added to acc, so that acc is the same if the parts of a
-// block come in calls of their own. The function prefetches the same columns of next_rows.
+// means that all of them do. Each column has kKeys sums, which take the keys in turns: a multiply-add that waits for
+// the one before it would be slow. After kPartKeys keys the sums are added to acc, so that acc is the same if the parts
+// of a block come in calls of their own. The function prefetches the same columns of next_rows.
 template <class Policy, int kQueries, int kColumns, int kKeys, bool kWhole>
 FA_INLINE void sum_values_tile(HeadRows<typename Policy::Storage> value_rows,
                                HeadRows<typename Policy::Storage> next_rows, int64_t first,
