@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fused_attn import modes, planning, running
 from fused_attn.attention import checks, dropout, jagged, masks, signature
 from fused_attn.attention.causal_bias import causal_bias
-from fused_attn.attention.inputs import Inputs, inputs_of
+from fused_attn.attention.inputs import NO_OTHERS, Inputs, inputs_of
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends import dispatch
 from fused_attn.derivatives import ops
@@ -33,6 +33,7 @@ def fused_attention(
     *,
     key_padding_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     window_size: tuple[int, int] | None = None,
     softcap: float = 0.0,
     relative_bias: Tensor | None = None,
@@ -65,6 +66,10 @@ def fused_attention(
             tensor, so a CUDA graph can be replayed with others. With ``causal_lower_right(L, S)`` as `attn_mask`, the
             diagonal ends at the last key of each entry: query i stands at ``key_lengths[b] - L + i``, and a window
             follows that diagonal. Other causal masks, windows and `relative_bias` are not shifted.
+        key_ranges: (..., L, N, 2) int32, broadcastable to (B, H, L) before N. Query i sees key j only if
+            ``key_ranges[..., i, n, 0] <= j < key_ranges[..., i, n, 1]`` for one of its N ranges. Combines with every
+            other mask by AND. A range may be empty, overlap others, or reach outside of the keys. The memory is O(L N):
+            a document mask, a prefix LM or answers that share a question need no (L, S) tensor.
         window_size: (left, right), how many keys before and after its diagonal a query sees; -1 = unbounded.
         softcap: scores become ``softcap * tanh(score / softcap)`` before masks and bias; 0 = off.
         relative_bias: (H, L + S - 1) or (L + S - 1,). Column ``j - i + L - 1`` is added to score (i, j).
@@ -106,28 +111,31 @@ def fused_attention(
     call = plan = None
     if is_direct:
         call = signature.read(
-            query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths,
+            query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, key_ranges,
             dropout_p, is_causal, scale, enable_gqa, window_size, softcap, num_splits, backend, return_lse, return_max,
         )  # fmt: skip
         plan = planning.plans.get(call)
     if call is None:
         is_direct = False
-        arguments = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, dropout_seed)
+        tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, key_ranges)
+        arguments = (*tensors, dropout_seed)
         if not is_compiling and (seen := _with_torch_function(*arguments)):
             return handle_torch_function(
                 fused_attention, seen,
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                key_padding_mask=key_padding_mask, key_lengths=key_lengths, window_size=window_size, softcap=softcap,
-                relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, num_splits=num_splits,
-                return_lse=return_lse, return_max=return_max, backend=backend,
+                key_padding_mask=key_padding_mask, key_lengths=key_lengths, key_ranges=key_ranges,
+                window_size=window_size, softcap=softcap, relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed,
+                num_splits=num_splits, return_lse=return_lse, return_max=return_max, backend=backend,
             )  # fmt: skip
         if any(hasattr(x, "device_mesh") for x in (query, key, value)):
             # This import takes time, and only a program that has DTensors needs the module.
             from fused_attn import sharded
 
             checks.check_flags(return_lse=return_lse, return_max=return_max)
-            if key_lengths is not None:
-                raise checks.fail("key_lengths", "None with DTensors, which key_padding_mask can mask", "a tensor")
+            for name, x in (("key_lengths", key_lengths), ("key_ranges", key_ranges)):
+                if x is not None:
+                    expected = "None with DTensors, which key_padding_mask and attn_mask can mask"
+                    raise checks.fail(name, expected, "a tensor")
 
             return sharded.attention(
                 query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
@@ -138,7 +146,7 @@ def fused_attention(
         if jagged.is_nested(query, key, value):
             masks_given = {
                 "attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "key_lengths": key_lengths,
-                "num_splits": num_splits,
+                "key_ranges": key_ranges, "num_splits": num_splits,
             }  # fmt: skip
             return _nested_attention(
                 query, key, value, masks_given, return_lse=return_lse, return_max=return_max,
@@ -147,7 +155,7 @@ def fused_attention(
             )  # fmt: skip
     if plan is None:
         checks.check_flags(return_lse=return_lse, return_max=return_max)
-        tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths)
+        tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, key_ranges)
         options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap, num_splits)
         plan = planning.plan(is_compiling, tensors, options, backend)
         if call is not None:
@@ -159,17 +167,19 @@ def fused_attention(
     if problem.is_plain:
         if dropout_seed is not None:
             checks.check_dropout_seed(dropout_seed)
-        inputs = new_inputs(query, key, value, None, None, None, None, None, None, None, None, None, None, None)
+        inputs = new_inputs(query, key, value, *NO_OTHERS)
     else:
         bias, key_bias, mask, key_padding = masks.score_masks(problem, attn_mask, key_padding_mask, layout)
         if relative_bias is not None:
             relative_bias = masks.with_head_dim(relative_bias)
         seed = _seed(problem, dropout_seed) if problem.dropout_p or dropout_seed is not None else None
+        if key_ranges is not None:
+            key_ranges = masks.ranges_of_scores(key_ranges, layout)
         if key_lengths is not None and layout is not None:
             key_lengths = key_lengths.reshape(problem.batch)
         inputs = new_inputs(
-            query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, key_lengths,
-            None, None, None,
+            query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_ranges, key_padding,
+            key_lengths, None, None, None,
         )  # fmt: skip
     if chosen is None:
         out, lse, row_max = ops.call(problem, backend, inputs, return_max)
@@ -262,7 +272,7 @@ def fused_attention_varlen(
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     new_inputs = Inputs if is_compiling else inputs_of
     inputs = new_inputs(
-        query, key, value, None, None, relative_bias, sinks, seed, None, None, None,
+        query, key, value, None, None, relative_bias, sinks, seed, None, None, None, None,
         cu_seqlens_q, cu_seqlens_k, None,
     )  # fmt: skip
     if chosen is None:
@@ -346,7 +356,7 @@ def fused_attention_paged(
     key, value, key_padding = key_pages.transpose(1, 2), value_pages.transpose(1, 2), key_padding_mask
     new_inputs = Inputs if is_compiling else inputs_of
     inputs = new_inputs(
-        query, key, value, None, None, None, sinks, None, None, key_padding, key_lengths, None, None, block_table
+        query, key, value, None, None, None, sinks, None, None, None, key_padding, key_lengths, None, None, block_table
     )
     if chosen is None:
         out, lse, _ = ops.call(problem, backend, inputs, False)

@@ -47,10 +47,11 @@ class Arguments(NamedTuple):
     sinks: Meta | None
     key_padding_mask: Meta | None
     key_lengths: Meta | None
+    key_ranges: Meta | None
 
 
-#: The tensors themselves, in the order of `Arguments`.
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+#: The tensors themselves, in the order of `Arguments`: query, key, value and others.
+Tensors = tuple[Tensor | None, ...]
 
 #: The metadata of those tensors as a value that can be hashed: a tuple like `Meta` for each tensor.
 Metadata = tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]
@@ -171,7 +172,7 @@ def cached_plan(backend: str | None, *arguments) -> Plan:
 
 def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMeta | None, options: Options) -> Plan:
     """Checks all arguments and makes the plan, without a chosen backend."""
-    query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths = arguments
+    query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, key_ranges = arguments
     if backend is not None and backend not in dispatch.BACKEND_NAMES:
         raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
     checks.check_query_key_value(query, key, value, min_dim=2)
@@ -189,6 +190,8 @@ def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMet
         checks.check_padding(key_padding_mask, query, layout.batch_shape, seqlen_k)
     if key_lengths is not None:
         checks.check_key_lengths(key_lengths, query, layout.batch_shape)
+    if key_ranges is not None:
+        checks.check_key_ranges(key_ranges, query, (*layout.batch_shape, layout.num_heads, seqlen_q))
     if relative_bias is not None:
         checks.check_relative_bias(relative_bias, query, layout.num_heads, max(seqlen_q + seqlen_k - 1, 0))
     if sinks is not None:
@@ -204,6 +207,7 @@ def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMet
         relative_bias=_shape(relative_bias),
         sinks=_shape(sinks),
         mask=_shape(attn_mask) if is_bool else None,
+        key_ranges=None if key_ranges is None else (1, 1, 1, *key_ranges.shape[-2:]),
         key_padding=_shape(key_padding_mask),
         key_lengths=_shape(key_lengths),
     )

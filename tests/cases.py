@@ -75,6 +75,7 @@ class Case:
     dout_layout: str = "contiguous"
     attn_mask: Builder | None = None
     key_padding_mask: Builder | None = None
+    key_ranges: Builder | None = None
     relative_bias: Builder | None = None
     sinks: Builder | None = None
     options: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -105,7 +106,7 @@ class Case:
             tensors, out_shape, lse_shape = self._padded(dtype, generator)
         if self.kv_heads is not None and self.page_size is None:
             options["enable_gqa"] = True
-        for name in ("attn_mask", "key_padding_mask", "relative_bias", "sinks"):
+        for name in ("attn_mask", "key_padding_mask", "key_ranges", "relative_bias", "sinks"):
             if (build := getattr(self, name)) is not None:
                 made = build(self, dtype, generator)
                 # A CausalBias describes a mask and holds no data, so it is not copied, converted or differentiated.
@@ -417,6 +418,52 @@ def lower_right(case: Case, dtype: torch.dtype, generator: torch.Generator) -> T
         # torch gives NaN for queries that see no key, which exist if L > S. Ours gives 0.
         warnings.simplefilter("ignore")
         return causal_lower_right(case.seqlen_q, case.seqlen_k)
+
+
+def random_ranges(shape: str, count: int) -> Builder:
+    """Ranges of any numbers, of which some are empty, overlap or reach outside of the keys. Some queries see no key."""
+
+    def build(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        size = (*_size(case, shape), count, 2)
+        ranges = torch.randint(-case.seqlen_k // 2, case.seqlen_k * 3 // 2, size, generator=generator).int()
+        ranges[torch.rand(size[:-1], generator=generator) < 0.1] = torch.tensor([2**31 - 1, -(2**31)]).int()
+        return ranges
+
+    return build
+
+
+def documents(*lengths: int) -> Builder:
+    """Each query sees the document that it stands in; ``lengths``: those of the documents, which fill the sequence."""
+
+    def build(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        ends = torch.tensor(lengths).cumsum(0)
+        number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        return torch.stack([ends[number] - torch.tensor(lengths)[number], ends[number]], -1)[:, None].int()
+
+    return build
+
+
+def prefix_lm(*prefixes: int) -> Builder:
+    """Query i sees the keys up to key i, and the whole prefix of its batch entry. The columns are not contiguous."""
+
+    def build(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        end = torch.maximum(torch.arange(1, case.seqlen_q + 1), torch.tensor(prefixes)[:, None])  # (B, L)
+        return torch.stack([torch.zeros_like(end), end]).int().movedim(0, -1)[:, None, :, None]
+
+    return build
+
+
+def shared_question(question: int, *answers: int) -> Builder:
+    """The tokens of each answer see the question, which stands first, and their own answer up to themselves."""
+
+    def build(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        position = torch.arange(case.seqlen_q)
+        starts = torch.tensor((0, question, *answers[:-1])).cumsum(0)
+        own = starts[torch.searchsorted(starts, position, right=True) - 1]
+        first = torch.stack([torch.zeros_like(own), own.clamp(max=question)], -1)
+        return torch.stack([first, torch.stack([own, position + 1], -1)], -2).int()
+
+    return build
 
 
 def padding(*lengths: int) -> Builder:
@@ -1284,6 +1331,36 @@ PACKED = [
     ),
 ]
 
+KEY_RANGES = [
+    Case("ranges", seqlen_q=70, seqlen_k=90, key_ranges=random_ranges("B1L", 2), has_dlse=True, is_quick=True),
+    Case("ranges-documents-causal", batch=1, seqlen_q=300, seqlen_k=300, key_ranges=documents(130, 1, 69, 100),
+         options={"is_causal": True}),
+    Case("ranges-prefix-lm", seqlen_q=150, seqlen_k=150, head_dim=64, key_ranges=prefix_lm(40, 149)),
+    Case("ranges-shared-question", batch=1, seqlen_q=280, seqlen_k=280, key_ranges=shared_question(90, 40, 100, 50),
+         is_quick=True),
+    Case("ranges-heads-gqa", heads=4, kv_heads=2, seqlen_q=67, seqlen_k=130, head_dim=128,
+         key_ranges=random_ranges("BHL", 1)),
+    Case("ranges-of-heads", heads=3, seqlen_q=40, seqlen_k=70, key_ranges=random_ranges("HL", 3)),
+    Case("ranges-of-entries", batch=3, seqlen_q=40, seqlen_k=200, key_ranges=random_ranges("B11", 1)),
+    Case("ranges-bool-mask", seqlen_q=70, seqlen_k=67, key_ranges=random_ranges("B1L", 2),
+         attn_mask=bool_mask("1HLS", 0.8), has_dlse=True),
+    Case("ranges-transposed-mask", seqlen_q=70, seqlen_k=67, key_ranges=random_ranges("1L", 2),
+         attn_mask=transposed_mask),
+    Case("ranges-bias-window", seqlen_q=90, seqlen_k=110, key_ranges=random_ranges("B1L", 2),
+         attn_mask=float_mask("1HLS"), relative_bias=per_head_bias, options={"window_size": (50, 20), "softcap": 5.0}),
+    Case("ranges-dropout-sinks", seqlen_q=70, seqlen_k=90, key_ranges=random_ranges("B1L", 2), sinks=sink(),
+         options={"dropout_p": 0.3, "dropout_seed": 7}),
+    Case("ranges-padding", seqlen_q=70, seqlen_k=90, key_ranges=random_ranges("B1L", 2),
+         key_padding_mask=scattered_padding, edit=_nan_in_padding, options={"return_max": True}),
+    Case("ranges-key-lengths-lower-right", batch=3, seqlen_q=40, seqlen_k=130, key_lengths=(130, 64, 13),
+         key_ranges=random_ranges("B1L", 2), attn_mask=lower_right, edit=_nan_behind_lengths),
+    Case("ranges-decode", heads=4, kv_heads=2, batch=3, seqlen_q=1, seqlen_k=900, head_dim=64,
+         key_ranges=random_ranges("B1L", 2)),
+    Case("ranges-decode-heads", heads=4, kv_heads=2, seqlen_q=3, seqlen_k=700, key_ranges=random_ranges("BHL", 2),
+         options={"num_splits": 3}),
+    Case("ranges-many-keys", batch=1, seqlen_q=20, seqlen_k=1500, key_ranges=random_ranges("L", 4)),
+]  # fmt: skip
+
 KEY_LENGTHS = [
     Case(
         "key-lengths",
@@ -1522,6 +1599,7 @@ CASES: tuple[Case, ...] = (
     *RANKS,
     *DROPOUT,
     *PACKED,
+    *KEY_RANGES,
     *KEY_LENGTHS,
     *PAGED,
     *WANTED,

@@ -35,6 +35,7 @@ def attention(
     *,
     key_padding_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     window_size: tuple[int, int] | None = None,
     softcap: float = 0.0,
     relative_bias: Tensor | None = None,
@@ -61,6 +62,7 @@ def attention(
             scale,
             enable_gqa,
             key_padding_mask=key_padding_mask,
+            key_ranges=key_ranges,
             window_size=window_size,
             softcap=softcap,
             relative_bias=relative_bias,
@@ -97,6 +99,10 @@ def attention(
             visible = visible & (column <= row + offset + right)
     visible = torch.from_numpy(visible)
 
+    if key_ranges is not None:
+        begin, end = key_ranges.long()[..., None].unbind(-2)  # (..., L, N, 1)
+        key_number = torch.from_numpy(column)
+        visible = visible & ((begin <= key_number) & (key_number < end)).any(-2)
     if key_lengths is not None:
         is_key = torch.from_numpy(column) < key_lengths[:, None]  # (B, S)
         visible = visible & is_key[:, None, None, :]

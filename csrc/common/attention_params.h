@@ -83,6 +83,10 @@ struct AttentionParams {
 
   TensorView key_padding;  // (B, 1, 1, S) bytes, nonzero = padding, any column stride; padding keys are not loaded
   TensorView mask;         // (B, H, L, S) bytes, nonzero = attend, any stride
+  // (B, H, L, 2 * num_ranges) int32, the rows contiguous: the ranges begin, end of each query. Besides all other masks,
+  // key j is visible only if begin <= j < end for one of them. The numbers may be any. Never given in a packed call.
+  TensorView key_ranges;
+  int64_t num_ranges = 0;  // 0 = the call has no key_ranges
   TensorView bias;         // (B, H, L, S) of bias_dtype, any stride
   DType bias_dtype = DType::kFloat32;  // dtype, or the accumulate type
   TensorView key_bias;  // (B, 1, 1, S), accumulate type: a bias for each key, the same for all queries and heads

@@ -25,7 +25,7 @@ struct BackwardPlan {
 
 // Whether every query sees every key.
 FA_INLINE bool sees_all_keys(const AttentionParams& p) {
-  const bool has_masks = p.mask.data != nullptr || p.key_padding.data != nullptr;
+  const bool has_masks = has_score_mask(p) || p.key_padding.data != nullptr;
   const bool has_lengths = p.cu_seqlens_q != nullptr || p.key_lengths != nullptr;
   if (has_masks || has_lengths) return false;
   const Band band = {p.window_left, p.window_right, sequence_of(p, 0).diagonal_offset};
@@ -38,7 +38,7 @@ FA_INLINE bool sees_all_keys(const AttentionParams& p) {
 template <class Policy>
 bool has_few_queries(const AttentionParams& p) {
   // A softmax over more keys, dropout, and masks that differ among the heads of a group are left to backward.h.
-  const bool own_masks = p.mask.data != nullptr && p.mask.stride_head != 0 && p.num_heads != p.num_kv_heads;
+  const bool own_masks = has_score_mask_of_heads(p) && p.num_heads != p.num_kv_heads;
   if (p.is_part || p.has_dropout || own_masks) return false;
   // The probs and dscores of a head group must not take more memory than its keys and values.
   if (2 * p.num_heads * p.seqlen_q > p.num_kv_heads * (p.head_dim + p.value_dim)) return false;

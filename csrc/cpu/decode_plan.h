@@ -87,7 +87,7 @@ DecodePlan plan_decode(const AttentionParams& p) {
   // Many items keep many threads busy. But each item takes time to start, which is small only beside this many keys.
   constexpr int64_t kLeastKeys = 512;
   DecodePlan plan;
-  const bool own_masks = p.mask.data != nullptr && p.mask.stride_head != 0;
+  const bool own_masks = has_score_mask_of_heads(p);
   plan.heads = own_masks ? 1 : p.num_heads / p.num_kv_heads;
   plan.groups = p.num_heads / plan.heads;
   constexpr int64_t kItems = 64;

@@ -27,7 +27,7 @@ class KeyStream {
   KeyStream(const AttentionParams& p, const Sequence& seq, const ValidKeys* valid_keys, int64_t b, int64_t h,
             int64_t q_begin, int nq, int64_t key_begin, int64_t key_end)
       : band_{p.window_left, p.window_right, seq.diagonal_offset},
-        mask_(p.mask, b, h, q_begin, nq, seq.seqlen_k),
+        mask_(p, b, h, q_begin, nq, seq.seqlen_k),
         q_begin_(q_begin),
         q_last_(q_begin + nq - 1),
         valid_queries_(bit_range(0, nq - 1)) {
@@ -35,6 +35,7 @@ class KeyStream {
     const int64_t last = band_.last_key(q_last_);
     next_ = first > key_begin ? first : key_begin;
     end_ = last < key_end - 1 ? last + 1 : key_end;
+    mask_.narrow(next_, end_);
     if (p.window_left + p.window_right < 0) end_ = key_begin;  // the band is empty, so no query sees a key
     if (valid_keys != nullptr) {
       valid_keys_ = valid_keys[b];
@@ -77,6 +78,10 @@ class KeyStream {
           j = valid_keys_.index[next_];
         }
         if (j >= end_) break;
+        if (valid_keys_.index == nullptr && mask_.hides_chunk(j)) {
+          next_ = (j | 63) + 1;
+          continue;
+        }
         ++next_;
         uint64_t word = visible_bits(j);
         if (mask_.present() && word != 0) word &= mask_.word(j);

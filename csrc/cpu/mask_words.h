@@ -1,4 +1,4 @@
-// The dense mask as words of bits: one word for each key, one bit for each of 64 queries.
+// The dense mask and the ranges of keys as words of bits: one word for each key, one bit for each of 64 queries.
 #pragma once
 #include "sequence.h"
 
@@ -68,44 +68,83 @@ FA_INLINE void transpose_bits(uint64_t (&rows)[64]) {
   exchange_bits<1>(rows, 0x5555555555555555ull);
 }
 
-// The words of one query block: word(j) has bit q set if the dense mask lets query q of the block see key j. The class
-// converts the bytes of the mask for 64 keys at a time, when they are needed, so it needs no memory of size L x S.
+// Whether a call has a dense mask or ranges of keys.
+FA_INLINE bool has_score_mask(const AttentionParams& p) {
+  return p.mask.data != nullptr || p.key_ranges.data != nullptr;
+}
+
+// Whether the dense mask or the ranges of keys may differ among the heads of a batch entry.
+FA_INLINE bool has_score_mask_of_heads(const AttentionParams& p) {
+  return (p.mask.data != nullptr && p.mask.stride_head != 0) ||
+         (p.key_ranges.data != nullptr && p.key_ranges.stride_head != 0);
+}
+
+// The words of one query block: word(j) has bit q set if the dense mask and the ranges of keys let query q of the block
+// see key j. The class makes the bits of 64 keys at a time, when they are needed, so it needs no memory of size L x S.
 class MaskWords {
  public:
-  MaskWords(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq, int64_t seqlen_k)
-      : bytes_(view.data == nullptr ? nullptr : row_of<const uint8_t>(view, b, h, q_begin)),
-        stride_row_(view.stride_row),
-        stride_col_(view.stride_col),
+  MaskWords(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin, int nq, int64_t seqlen_k)
+      : bytes_(p.mask.data == nullptr ? nullptr : row_of<const uint8_t>(p.mask, b, h, q_begin)),
+        stride_row_(p.mask.stride_row),
+        stride_col_(p.mask.stride_col),
+        ranges_(p.key_ranges.data == nullptr ? nullptr : row_of<const int32_t>(p.key_ranges, b, h, q_begin)),
+        stride_ranges_(p.key_ranges.stride_row),
+        num_ranges_(p.num_ranges),
         nq_(nq),
         seqlen_k_(seqlen_k) {}
 
-  // Whether the call has a dense mask. Without one, word() must not be called.
-  bool present() const { return bytes_ != nullptr; }
+  // Whether the call has a dense mask or ranges. Without both, the other functions must not be called.
+  bool present() const { return bytes_ != nullptr || ranges_ != nullptr; }
 
   uint64_t word(int64_t j) {
     if (j >> 6 != chunk_) load(j >> 6);
     return words_[j & 63];
   }
 
+  // Whether no query of the block sees any of the 64 keys around key j: 64 * (j / 64) and the following ones.
+  bool hides_chunk(int64_t j) {
+    if (j >> 6 != chunk_) load(j >> 6);
+    return is_empty_;
+  }
+
+  // Narrows the keys begin ... end - 1 to those from the first to the last one in the ranges of the block's queries.
+  void narrow(int64_t& begin, int64_t& end) const {
+    if (ranges_ == nullptr) return;
+    int64_t first = end, behind = begin;
+    for (int q = 0; q < (stride_ranges_ == 0 ? 1 : nq_); ++q) {
+      const int32_t* ranges = ranges_ + q * stride_ranges_;
+      for (int64_t n = 0; n < num_ranges_; ++n) {
+        if (ranges[2 * n] >= ranges[2 * n + 1]) continue;
+        first = ranges[2 * n] < first ? ranges[2 * n] : first;
+        behind = ranges[2 * n + 1] > behind ? ranges[2 * n + 1] : behind;
+      }
+    }
+    begin = first > begin ? first : begin;
+    end = behind < end ? behind : end;
+  }
+
  private:
   // Fills words_ for the keys 64 * chunk to 64 * chunk + 63. There are three branches:
   //
-  //   stride_row_ is 0   the mask is the same for all queries, so each word has all bits set or none
-  //   stride_row_ is 1   neighbouring queries are neighbours in memory, so the function reads one key at a time
-  //   otherwise          the function reads one query at a time, and transposes the bits
+  //   all queries have the same mask and ranges   each word has all bits set or none
+  //   stride_row_ is 1, and there are no ranges   neighbouring queries are neighbours in memory, so the function reads
+  //                                               one key at a time
+  //   otherwise                                   the function reads one query at a time, and transposes the bits
   FA_NOINLINE void load(int64_t chunk) {
     chunk_ = chunk;
-    const uint8_t* bytes = bytes_ + chunk * 64 * stride_col_;
     const int keys = seqlen_k_ - chunk * 64 < 64 ? static_cast<int>(seqlen_k_ - chunk * 64) : 64;
-    if (stride_row_ == 0) {
-      const uint64_t row = bits_of_bytes(bytes, stride_col_, keys);
+    uint64_t any = 0;
+    if ((bytes_ == nullptr || stride_row_ == 0) && (ranges_ == nullptr || stride_ranges_ == 0)) {
+      const uint64_t row = keys_of_query(0, chunk, keys);
+      any = row;
       for (int k = 0; k < 64; ++k) words_[k] = -(row >> k & 1);
-    } else if (stride_row_ == 1) {
-      for (int k = 0; k < keys; ++k) words_[k] = bits_of_bytes(bytes + k * stride_col_, 1, nq_);
+    } else if (stride_row_ == 1 && ranges_ == nullptr) {
+      const uint8_t* bytes = bytes_ + chunk * 64 * stride_col_;
+      for (int k = 0; k < keys; ++k) any |= words_[k] = bits_of_bytes(bytes + k * stride_col_, 1, nq_);
     } else {
-      uint64_t all = ~uint64_t{0}, any = 0;
+      uint64_t all = ~uint64_t{0};
       for (int q = 0; q < nq_; ++q) {
-        words_[q] = bits_of_bytes(bytes + q * stride_row_, stride_col_, keys);
+        words_[q] = keys_of_query(q, chunk, keys);
         all &= words_[q];
         any |= words_[q];
       }
@@ -114,13 +153,29 @@ class MaskWords {
       for (int q = nq_; q < 64; ++q) words_[q] = all;
       if (any != 0 && all != ~uint64_t{0}) transpose_bits(words_);
     }
+    is_empty_ = any == 0;
+  }
+
+  // Bit k is set if query q of the block sees key 64 * chunk + k, for k < keys.
+  uint64_t keys_of_query(int q, int64_t chunk, int keys) const {
+    uint64_t visible = ~uint64_t{0};
+    if (bytes_ != nullptr) visible = bits_of_bytes(bytes_ + q * stride_row_ + chunk * 64 * stride_col_, stride_col_, keys);
+    if (ranges_ == nullptr) return visible;
+    uint64_t in_ranges = 0;
+    const int32_t* ranges = ranges_ + q * stride_ranges_;
+    for (int64_t n = 0; n < num_ranges_; ++n)
+      in_ranges |= bit_range(ranges[2 * n] - chunk * 64, int64_t{ranges[2 * n + 1]} - 1 - chunk * 64);
+    return visible & in_ranges;
   }
 
   const uint8_t* bytes_;
   int64_t stride_row_, stride_col_;
+  const int32_t* ranges_;
+  int64_t stride_ranges_, num_ranges_;
   int nq_;
   int64_t seqlen_k_;
   int64_t chunk_ = -1;  // which 64 keys words_ holds
+  bool is_empty_ = false;
   uint64_t words_[64];
 };
 

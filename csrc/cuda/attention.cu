@@ -161,6 +161,13 @@ ScoreTensor scores_of(const TensorView& x) {
   return {x.data, x.stride_batch, x.stride_head, x.stride_row, x.stride_col};
 }
 
+MaskSource mask_source_of(const AttentionParams& a) {
+  const TensorView& x = a.key_ranges;
+  return {scores_of(a.mask),
+          {static_cast<const int32_t*>(x.data), x.stride_batch, x.stride_head, x.stride_row,
+           static_cast<int32_t>(a.num_ranges)}};
+}
+
 RowValues values_of(const TensorView& x) {
   return {static_cast<float*>(x.data), x.stride_batch, x.stride_head, x.stride_row};
 }
@@ -172,20 +179,24 @@ DropoutOrigin dropout_origin_of(const AttentionParams& a) {
           static_cast<int32_t>(x.key / 4)};
 }
 
+// Whether the masks of the caller differ among batch entries, and among heads.
+bool mask_has_batch(const AttentionParams& a) { return a.mask.stride_batch != 0 || a.key_ranges.stride_batch != 0; }
+bool mask_has_heads(const AttentionParams& a) { return a.mask.stride_head != 0 || a.key_ranges.stride_head != 0; }
+
+// How many different masks (batch entry, head) the dense mask and the ranges of keys make; 0 without both.
+int64_t mask_entries(const AttentionParams& a) {
+  if (a.mask.data == nullptr && a.key_ranges.data == nullptr) return 0;
+  return (mask_has_batch(a) ? a.batch : 1) * (mask_has_heads(a) ? a.num_heads : 1);
+}
+
 // Whether the blocks of threads of forward need a counter to share the tiles of queries evenly (Params::tile_counter).
 // They need none if all tiles take equally long, or if each block has one tile at most. The counter has to be reset,
 // and without other work for the preparation kernel this takes a launch.
 bool shares_tiles(const AttentionParams& a) {
   const bool has_equal_tiles = a.window_left == kUnbounded && a.window_right == kUnbounded &&
-                               a.cu_seqlens_q == nullptr && a.key_padding.data == nullptr && a.mask.data == nullptr;
+                               a.cu_seqlens_q == nullptr && a.key_padding.data == nullptr && mask_entries(a) == 0;
   return !has_equal_tiles &&
          ceil_div(a.seqlen_q, kLeastForwardRowsSm90) * a.num_heads * a.batch > num_multiprocessors();
-}
-
-// How many different masks (batch entry, head) the dense mask has; 0 without a mask.
-int64_t mask_entries(const AttentionParams& a) {
-  if (a.mask.data == nullptr) return 0;
-  return (a.mask.stride_batch == 0 ? 1 : a.batch) * (a.mask.stride_head == 0 ? 1 : a.num_heads);
 }
 
 // How many heads the relative bias has: 0 without one, 1 if all heads share it.
@@ -248,9 +259,8 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.softmax_scale = p.logits.is_plain ? p.scale : 1.0f;
   p.softmax_scale_log2 = p.logits.is_plain ? p.scale_log2 : kLog2E;
   p.mask = pieces.mask;
-  p.mask.entries_per_head = a.mask.stride_head == 0 ? 0 : 1;
-  p.mask.entries_per_batch =
-      a.mask.stride_batch == 0 ? 0 : static_cast<int32_t>(a.mask.stride_head == 0 ? 1 : a.num_heads);
+  p.mask.entries_per_head = mask_has_heads(a) ? 1 : 0;
+  p.mask.entries_per_batch = mask_has_batch(a) ? static_cast<int32_t>(mask_has_heads(a) ? a.num_heads : 1) : 0;
   p.sinks = static_cast<const float*>(a.sinks.data);
   p.first_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.diagonal_offset - a.window_left, -kMaxRows, kMaxRows));
   p.last_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.diagonal_offset + a.window_right, -kMaxRows, kMaxRows));
@@ -306,8 +316,8 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
     jobs.relative_bias_blocks = blocks_for(
         jobs.relative_bias.heads * (jobs.relative_bias.columns + 2 * kRelativeBiasMargin), kPreparationThreads);
   }
-  if (a.mask.data != nullptr) {
-    jobs.mask = scores_of(a.mask);
+  if (mask_entries(a) != 0) {
+    jobs.mask = mask_source_of(a);
     jobs.mask_blocks = blocks_for(warps_of_mask(p.mask, mask_entries(a)), kPreparationWarps);
   }
   // Row statistics lie in whole row blocks, up to the end of the last one.
@@ -357,7 +367,7 @@ DecodeParams decode_params_of(const AttentionParams& a, const Pieces& pieces, Pa
   d.padding = static_cast<const uint8_t*>(a.key_padding.data);
   d.padding_stride_batch = a.key_padding.stride_batch;
   d.padding_stride_key = a.key_padding.stride_col;
-  d.mask = scores_of(a.mask);
+  d.mask = mask_source_of(a);
   d.key_lengths = a.key_lengths;
   d.band_from_end = a.band_from_end;
   d.block_table = a.block_table;

@@ -25,7 +25,7 @@ struct DecodeParams {
   const uint8_t* padding;  // (B, S), nonzero = padding; null = none
   int64_t padding_stride_batch;
   int64_t padding_stride_key;
-  ScoreTensor mask;            // bytes (B, H, L, S), nonzero = visible; null data = none
+  MaskSource mask;
   const int32_t* key_lengths;  // (B): how many keys a batch entry has, any numbers: kernels clip them; null = S
   // Whether the band ends at the last key of each sequence: the number of its keys minus that of its queries is added
   // to both diagonals.

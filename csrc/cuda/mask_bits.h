@@ -1,5 +1,5 @@
-// Dense masks as bits. PyTorch stores a byte for each entry, and a small kernel packs these bytes to bits once for each
-// call. The large kernels then read 32 entries of a row with one load. The same small kernel writes a map of the mask:
+// Dense masks and ranges of keys as bits. PyTorch stores a byte for each entry of a mask, and ranges are two numbers for
+// each query. A small kernel makes bits of both, once for each call. The large kernels then read 32 entries of a row with one load. The same small kernel writes a map of the mask:
 // one byte for each granule of 32 x 32 entries, which says whether the granule has visible entries, and whether it has
 // hidden ones. So the large kernels skip blocks without a visible entry, and test no entry in blocks without a hidden
 // one.
@@ -123,11 +123,46 @@ GPU_DEVICE bool has_visible_queries(const Params& p, const HeadSlice& head_slice
 // Granules that one warp packs: 32 queries x 128 keys, whose four bytes of the map are one store.
 constexpr int kGranulesPerWarp = 4;
 
-// Packs a mask of bytes into keys_of_query, queries_of_key (backward only) and the map. Lane i of a warp reads key i of
-// a granule, for one query after another. warp_ballot then gives the word of each query, and each lane collects the
-// word of its own key. Entries beyond the last query or key count as neither visible nor hidden.
-// Warp `number` of all warps that share the work calls this, for kGranulesPerWarp granules.
-GPU_DEVICE void pack_mask(const Params& p, const ScoreTensor& bytes, int64_t number) {
+// Transposes the 32 x 32 matrix of bits whose row n is the word of lane n: bit i of lane n becomes bit n of lane i. All
+// lanes of a warp take part. Each step exchanges two quarters of each square of 2 * size x 2 * size bits.
+GPU_DEVICE uint32_t transpose_bits(uint32_t row, int32_t lane) {
+  uint32_t low = 0x0000ffffu;  // the bits of the left half of each square
+  for (int size = 16; size > 0; size /= 2) {
+    const uint32_t other = shuffle_xor(row, size);
+    row = lane & size ? (row & ~low) | (other >> size & low) : (row & low) | (other << size & ~low);
+    low ^= low << (size / 2);
+  }
+  return row;
+}
+
+// The word of keys_of_query for word `word` of query first_query + lane, zero if this query does not exist: which keys
+// the caller's masks show to the query. All lanes of a warp take part. Lane i reads the byte of key i, for one query
+// after another, and warp_ballot makes the word of each query.
+GPU_DEVICE uint32_t keys_of_lane(const Params& p, const MaskSource& source, int32_t batch, int32_t head,
+                                 int32_t first_query, int32_t num_queries, int32_t word, int32_t lane) {
+  const int32_t first_key = kGranule * word;
+  uint32_t keys = lane < num_queries ? low_bits(clamp_to(p.seqlen_k - first_key, 0, kGranule)) : 0;
+  if (source.bytes.data != nullptr) {
+    const ScoreTensor& bytes = source.bytes;
+    const bool is_key = first_key + lane < p.seqlen_k;
+    const uint8_t* byte = static_cast<const uint8_t*>(bytes.data) + batch * bytes.stride_batch +
+                          head * bytes.stride_head + first_query * bytes.stride_query +
+                          int64_t{first_key + lane} * bytes.stride_key;
+    for (int32_t row = 0; row < num_queries; ++row, byte += bytes.stride_query) {
+      const bool is_visible = is_key && load_global(byte) != 0;
+      const uint32_t shown = warp_ballot(is_visible);
+      if (lane == row) keys &= shown;
+    }
+  }
+  if (source.ranges.data != nullptr && lane < num_queries)
+    keys &= keys_in_ranges(source.ranges, batch, head, first_query + lane, first_key);
+  return keys;
+}
+
+// Packs the caller's masks into keys_of_query, queries_of_key (backward only) and the map. Entries beyond the last query
+// or key count as neither visible nor hidden. Warp `number` of all warps that share the work calls this, for
+// kGranulesPerWarp granules.
+GPU_DEVICE void pack_mask(const Params& p, const MaskSource& source, int64_t number) {
   const MaskParams& mask = p.mask;
   // The granules of this warp begin at word first_word of row query_word of the map.
   const int32_t words_of_warp = mask.key_words / kGranulesPerWarp;
@@ -136,29 +171,22 @@ GPU_DEVICE void pack_mask(const Params& p, const ScoreTensor& bytes, int64_t num
   const int64_t entry = number / words_of_warp / mask.query_words;
   const int32_t heads = mask.entries_per_head == 0 ? 1 : p.num_heads;
   if (entry >= int64_t{mask.entries_per_batch == 0 ? 1 : p.batch} * heads) return;
+  const int32_t batch = static_cast<int32_t>(entry / heads), head = static_cast<int32_t>(entry % heads);
   const int32_t lane = this_lane().index, first_query = kGranule * query_word;
   const int32_t num_queries = clamp_to(p.seqlen_q - first_query, 0, kGranule);
   uint32_t contents = 0;
-  for (int i = 0; i < kGranulesPerWarp; ++i) {
+  GPU_NO_UNROLL for (int i = 0; i < kGranulesPerWarp; ++i) {  // an unrolled loop would spill registers
     const int32_t word = first_word + i, key = kGranule * word + lane;
-    const bool is_key = key < p.seqlen_k;
-    const uint8_t* const source = static_cast<const uint8_t*>(bytes.data) + entry / heads * bytes.stride_batch +
-                                  entry % heads * bytes.stride_head + int64_t{key} * bytes.stride_key;
-    uint32_t keys_of_own_query = 0, queries_of_own_key = 0;
-    for (int32_t row = 0; row < num_queries; ++row) {
-      const bool is_visible = is_key && load_global(source + (int64_t{first_query} + row) * bytes.stride_query) != 0;
-      const uint32_t keys = warp_ballot(is_visible);
-      if (lane == row) keys_of_own_query = keys;
-      queries_of_own_key |= static_cast<uint32_t>(is_visible) << row;
-    }
+    const uint32_t keys = keys_of_lane(p, source, batch, head, first_query, num_queries, word, lane);
+    const uint32_t all_keys = lane < num_queries ? low_bits(clamp_to(p.seqlen_k - kGranule * word, 0, kGranule)) : 0;
     if (lane < num_queries)
-      store_global(mask.keys_of_query + (entry * p.seqlen_q + first_query + lane) * mask.key_words + word,
-                   keys_of_own_query);
-    if (is_key && mask.queries_of_key != nullptr)
-      store_global(mask.queries_of_key + (entry * p.seqlen_k + key) * mask.query_words + query_word,
-                   queries_of_own_key);
-    const bool has_visible = warp_any(queries_of_own_key != 0);
-    const bool has_hidden = warp_any(is_key && queries_of_own_key != low_bits(num_queries));
+      store_global(mask.keys_of_query + (entry * p.seqlen_q + first_query + lane) * mask.key_words + word, keys);
+    if (mask.queries_of_key != nullptr) {
+      const uint32_t queries = transpose_bits(keys, lane);
+      if (key < p.seqlen_k)
+        store_global(mask.queries_of_key + (entry * p.seqlen_k + key) * mask.query_words + query_word, queries);
+    }
+    const bool has_visible = warp_any(keys != 0), has_hidden = warp_any(keys != all_keys);
     contents |= ((has_visible ? MaskContents::kVisible : 0) | (has_hidden ? MaskContents::kHidden : 0)) << (8 * i);
   }
   uint8_t* const map = mask.map + (entry * mask.query_words + query_word) * mask.key_words + first_word;

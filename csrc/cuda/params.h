@@ -46,6 +46,22 @@ struct ScoreTensor {
   int64_t stride_key;
 };
 
+// The ranges of keys of each query, int32 (batch, head, query, 2 * count): begin, end of each range. A query sees only the
+// keys begin ... end - 1 of its ranges. The numbers may be any. The stride of a broadcast dimension is 0.
+struct KeyRanges {
+  const int32_t* data;  // null = no ranges
+  int64_t stride_batch;
+  int64_t stride_head;
+  int64_t stride_query;
+  int32_t count;
+};
+
+// The masks of a call as the caller has given them. An entry is visible if neither hides it.
+struct MaskSource {
+  ScoreTensor bytes;  // nonzero = visible; null data = none
+  KeyRanges ranges;
+};
+
 // What happens to a score between the product with the keys and the softmax. Masks are not part of it. logits.h applies
 // this.
 struct LogitParams {
@@ -67,7 +83,7 @@ struct LogitParams {
   bool has_bias_pairs;
 };
 
-// A dense mask as bits, in words of 32 (mask_bits.h). An entry here is the mask of one batch entry and head. All
+// The masks of MaskSource as bits, in words of 32 (mask_bits.h). An entry here is the mask of one batch entry and head. All
 // pointers are null without a mask.
 struct MaskParams {
   uint32_t* keys_of_query;    // (entries, L, key_words): bit j % 32 of word j / 32 is set if the query sees key j
@@ -136,7 +152,7 @@ struct RelativeBiasParams {
 struct PreparationParams {
   PaddingParams padding;
   RelativeBiasParams relative_bias;
-  ScoreTensor mask;  // bytes (B, H, L, S), nonzero = visible; null data = none
+  MaskSource mask;
   int32_t padding_blocks;
   int32_t relative_bias_blocks;
   int32_t mask_blocks;

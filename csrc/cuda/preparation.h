@@ -3,7 +3,7 @@
 //
 //   key padding      is packed to bits
 //   relative bias    is copied into the workspace, with margins
-//   dense mask       is packed to bits, and a map of the mask is made (mask_bits.h)
+//   masks            the dense mask and the ranges of keys are packed to bits, and a map of these is made (mask_bits.h)
 //   row statistics   of backward are computed; counters of dq are set to 0
 //
 // For the fused backward, the kernel also lists the blocks of keys. Which keys are valid decides what the list says. So

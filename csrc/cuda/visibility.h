@@ -18,6 +18,20 @@ GPU_DEVICE uint32_t column_bits(int32_t first, int32_t end, int32_t word) {
   return low_bits(clamp_to(end - 32 * word, 0, 32)) & ~low_bits(clamp_to(first - 32 * word, 0, 32));
 }
 
+// Which of the 32 keys from first_key on lie in a range of the query: bit n stands for key first_key + n.
+GPU_DEVICE uint32_t keys_in_ranges(const KeyRanges& ranges, int32_t batch, int32_t head, int32_t query,
+                                   int32_t first_key) {
+  const int32_t* const ends = ranges.data + batch * ranges.stride_batch + head * ranges.stride_head +
+                              query * ranges.stride_query;
+  uint32_t bits = 0;
+  GPU_NO_UNROLL for (int32_t n = 0; n < ranges.count; ++n) {
+    // The numbers may be any, and a difference of any numbers could overflow.
+    const int32_t begin = max(load_global(ends + 2 * n), 0), end = max(load_global(ends + 2 * n + 1), 0);
+    bits |= column_bits(begin - first_key, end - first_key, 0);
+  }
+  return bits;
+}
+
 // The first and the last key that a query sees by the band, and the first and the last query that sees a key. The
 // results may lie outside of the sequence.
 GPU_DEVICE int32_t first_key(const Params& p, int32_t query) { return query + p.first_diagonal; }

@@ -20,13 +20,13 @@ PyObject* const* items_of(PyObject* tuple, const char* name) {
 
 // The inputs of a call. Those after `value` may be None.
 struct Inputs {
-  PyObject *query, *key, *value, *bias, *key_bias, *relative_bias, *sinks, *seed, *mask, *key_padding, *key_lengths,
-      *cu_seqlens_q, *cu_seqlens_k, *block_table;
+  PyObject *query, *key, *value, *bias, *key_bias, *relative_bias, *sinks, *seed, *mask, *key_ranges, *key_padding,
+      *key_lengths, *cu_seqlens_q, *cu_seqlens_k, *block_table;
 
   // Borrows the items of the tuple that Python has passed.
   static Inputs of(PyObject* tuple) {
-    PyObject* const* x = items_of<14>(tuple, "inputs");
-    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], x[13]};
+    PyObject* const* x = items_of<15>(tuple, "inputs");
+    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], x[13], x[14]};
   }
 };
 

@@ -270,6 +270,24 @@ inline TensorView sinks_view(const Problem& problem, const Argument& argument) {
   return {argument.data(), 0, head_stride(argument), 0, 1};
 }
 
+// Checks key_ranges, an int32 tensor (B|1, H|1, L|1, N, 2) whose last two dimensions are contiguous, and sets its
+// parameters.
+inline void set_key_ranges(AttentionParams& params, const Argument& ranges) {
+  if (!ranges.given) return;
+  ranges.check_type(ElementType::kInt32);
+  const int64_t expected[] = {params.batch, params.num_heads, params.seqlen_q};
+  bool fits = ranges.tensor.ndim == 5 && ranges.size(3) > 0 && ranges.size(4) == 2;
+  for (int dim = 0; fits && dim < 3; ++dim) fits = ranges.size(dim) == 1 || ranges.size(dim) == expected[dim];
+  if (!fits || params.cu_seqlens_q != nullptr)
+    ranges.fail("a shape (B, H, L, N, 2) that broadcasts to " + shape_text(expected, 3) + " before N, in a call that is not packed",
+                "shape " + shape_text(ranges.tensor.shape, ranges.tensor.ndim));
+  ranges.check_unit_stride(4);
+  if (ranges.size(3) > 1 && ranges.stride(3) != 2) ranges.fail("contiguous ranges of a query", "others");
+  const auto step = [&](int dim) { return ranges.size(dim) == expected[dim] ? ranges.stride(dim) : 0; };
+  params.key_ranges = {ranges.data(), step(0), step(1), step(2), 1};
+  params.num_ranges = ranges.size(3);
+}
+
 // Checks the masks, the biases, the sinks and the seed of dropout, and sets their parameters.
 inline void set_masks(Problem& problem, const Reader& reader, const Inputs& inputs) {
   AttentionParams& params = problem.params;
@@ -281,6 +299,7 @@ inline void set_masks(Problem& problem, const Reader& reader, const Inputs& inpu
     mask.check_type(ElementType::kBool);
     params.mask = mask.scores_view(scores);
   }
+  set_key_ranges(params, reader.optional(inputs.key_ranges, "key_ranges"));
   if (const Argument bias = reader.optional(inputs.bias, "bias"); bias.given) {
     if (bias.type != problem.type) bias.check_type(problem.accumulate_type);
     params.bias = bias.scores_view(scores);

@@ -261,6 +261,25 @@ def check_key_lengths(lengths: Meta, query: Meta, batch_shape: tuple[int, ...]) 
         raise fail("key_lengths", f"shape (B,) = {tuple(batch_shape)}", _shape(lengths))
 
 
+def check_key_ranges(ranges: Meta, query: Meta, rows: tuple[int, ...]) -> None:
+    """Checks dtype, device and shape of key_ranges. rows: (..., H, L), the shape of the scores without the keys."""
+    _check_int32("key_ranges", ranges)
+    check_device("key_ranges", ranges, query)
+    *of_rows, count, ends = ranges.shape if len(ranges.shape) >= 2 else (0, 0)
+    fits = (
+        len(ranges.shape) >= 3
+        and (ends == 2 and count > 0)
+        and len(of_rows) <= len(rows)
+        and all(m in (1, n) for m, n in zip(reversed(of_rows), reversed(rows), strict=False))
+    )
+    if not fits:
+        raise fail(
+            "key_ranges",
+            f"a shape (..., L, N, 2) with N > 0 whose dimensions before N broadcast to (..., H, L) = {rows}",
+            _shape(ranges),
+        )
+
+
 def check_key_lengths_values(key_lengths: Tensor, seqlen_k: int) -> None:
     """Checks that each length is in [0, seqlen_k]. The tensor is on the CPU."""
     lengths = key_lengths.tolist()

@@ -37,6 +37,8 @@ class Inputs(NamedTuple):
     sinks:         (H,) floating point, a logit for each head that joins the softmax denominator only
     seed:          () int64, given where ``dropout_p > 0``
     mask:          (B|1, H|1, L|1, S|1) bool, True = attend
+    key_ranges:    (B|1, H|1, L|1, N, 2) int32, the ranges of keys of a query: of all keys, it sees those that lie in one of
+                   them. A range is begin, end; it holds the keys begin <= j < end. The last two dimensions are contiguous
     key_padding:   (B, S) bool, True = IGNORE; ignored keys may hold NaN
     key_lengths:   (B,) int32; batch entry b has the keys j < key_lengths[b], and all others may hold NaN
     cu_seqlens_q:  (num_sequences + 1,) int32, row offsets of packed queries
@@ -55,6 +57,7 @@ class Inputs(NamedTuple):
     sinks: Tensor | None = None
     seed: Tensor | None = None
     mask: Tensor | None = None
+    key_ranges: Tensor | None = None
     key_padding: Tensor | None = None
     key_lengths: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
@@ -70,6 +73,8 @@ class Inputs(NamedTuple):
 
 
 inputs_of = _constructor(Inputs)
+#: The inputs besides query, key and value of a call that has no others.
+NO_OTHERS = (None,) * len(Inputs._field_defaults)
 
 
 class Shapes(NamedTuple):
@@ -84,6 +89,7 @@ class Shapes(NamedTuple):
     sinks: Shape | None = None
     seed: Shape | None = None
     mask: Shape | None = None
+    key_ranges: Shape | None = None
     key_padding: Shape | None = None
     key_lengths: Shape | None = None
     cu_seqlens_q: Shape | None = None

@@ -40,6 +40,8 @@ def to_dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor | None, 
         conditions.append(~hidden[:, None, None, :])
     if inputs.mask is not None:
         conditions.append(inputs.mask)
+    if inputs.key_ranges is not None:
+        conditions.append(visible_in_ranges(inputs.key_ranges, problem.seqlen_k))
     visible = None
     for condition in conditions:
         visible = condition if visible is None else visible & condition
@@ -60,6 +62,15 @@ def to_dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor | None, 
         toeplitz = inputs.relative_bias.to(compute).index_select(1, column.flatten()).unflatten(1, column.shape)
         bias = toeplitz[None] if bias is None else bias + toeplitz[None]
     return visible, bias
+
+
+def visible_in_ranges(key_ranges: Tensor, seqlen_k: int) -> Tensor:
+    """The ranges of keys (..., N, 2) as a mask (..., seqlen_k), True = attend."""
+    key = torch.arange(seqlen_k, device=key_ranges.device)
+    visible = torch.zeros((), dtype=torch.bool, device=key_ranges.device)
+    for begin, end in (x[..., None].unbind(-2) for x in key_ranges.unbind(-2)):
+        visible = visible | ((key >= begin) & (key < end))
+    return visible
 
 
 def hidden_keys(problem: AttentionProblem, inputs: Inputs) -> Tensor | None:
@@ -156,6 +167,14 @@ def score_masks(
             key_padding_mask = key_padding_mask.reshape(problem.batch, problem.seqlen_k)
         key_padding, key_bias = _normalise_padding(key_padding_mask)
     return bias, key_bias, mask, key_padding
+
+
+def ranges_of_scores(key_ranges: Tensor, layout: Layout | None) -> Tensor:
+    """The ranges of keys (..., L, N, 2) as the field of `Inputs`: five dimensions, of which the last two are contiguous."""
+    ranges = _to_rank_4(key_ranges.flatten(-2), layout)  # (B|1, H|1, L|1, 2 N)
+    if ranges.stride(-1) != 1:
+        ranges = ranges.contiguous()
+    return ranges.unflatten(-1, (-1, 2))
 
 
 def with_head_dim(relative_bias: Tensor | None) -> Tensor | None:

@@ -84,6 +84,7 @@ class AttentionProblem:
     is_packed:      the tensors have one batch entry that holds the rows of all sequences; ``batch`` is the number of
                     sequences, ``seqlen_q`` and ``seqlen_k`` are the largest lengths
     page_size:      the rows of a page of keys; 0 = keys and values are not paged
+    num_ranges:     how many ranges of keys a query has (`Inputs.key_ranges`); 0 = the call has no ranges
     num_splits:     as in `Scalars`
     has_key_bias:   the key padding is floating point. The call may have no key bias nevertheless, if all entries of the
                     padding are 0 or -inf.
@@ -112,6 +113,7 @@ class AttentionProblem:
     has_mask: bool = False
     has_key_padding: bool = False
     has_key_lengths: bool = False
+    num_ranges: int = 0
     page_size: int = 0
     num_splits: int = 0
     has_bias: bool = False
@@ -164,6 +166,7 @@ class AttentionProblem:
             has_mask=shapes.mask is not None,
             has_key_padding=shapes.key_padding is not None,
             has_key_lengths=shapes.key_lengths is not None,
+            num_ranges=0 if shapes.key_ranges is None else shapes.key_ranges[3],
             page_size=0 if shapes.block_table is None else shapes.key[2],
             num_splits=scalars.num_splits,
             has_bias=shapes.bias is not None,
@@ -181,8 +184,8 @@ class AttentionProblem:
     def __post_init__(self):
         has_shared = self.has_bias or self.has_key_bias or self.has_relative_bias or self.has_sinks
         has_others = (
-            self.is_packed or self.has_mask or self.has_key_padding or self.has_key_lengths or self.dropout_p > 0.0
-        )
+            self.is_packed or self.has_mask or self.num_ranges > 0 or self.has_key_padding or self.has_key_lengths
+        ) or self.dropout_p > 0.0
         object.__setattr__(self, "is_paged", self.page_size != 0)
         object.__setattr__(self, "has_shared", has_shared)
         object.__setattr__(self, "is_plain", not (has_shared or has_others))
@@ -233,6 +236,8 @@ class AttentionProblem:
             flags.append(f"softcap={self.softcap}")
         if self.dropout_p:
             flags.append(f"dropout_p={self.dropout_p}")
+        if self.num_ranges:
+            flags.append(f"num_ranges={self.num_ranges}")
         if self.is_paged:
             flags.append(f"page_size={self.page_size}")
         if self.num_splits:

@@ -126,7 +126,7 @@ def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
       dtype.
     """
     query, key, value, bias, key_bias, relative_bias, sinks, *others = inputs
-    seed, mask, key_padding, key_lengths, cu_seqlens_q, cu_seqlens_k, block_table = others
+    seed, mask, key_ranges, key_padding, key_lengths, cu_seqlens_q, cu_seqlens_k, block_table = others
     if query.is_neg() or key.is_neg() or value.is_neg():
         query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
     if bias is not None:
@@ -140,8 +140,8 @@ def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     if sinks is not None:
         sinks = sinks.resolve_neg().to(problem.accumulate_dtype).contiguous()
     return inputs_of(
-        query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, key_lengths,
-        cu_seqlens_q, cu_seqlens_k, block_table,
+        query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_ranges, key_padding,
+        key_lengths, cu_seqlens_q, cu_seqlens_k, block_table,
     )  # fmt: skip
 
 

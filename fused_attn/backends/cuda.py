@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, TypeVar
 
 import torch
@@ -433,25 +434,28 @@ def _workspace(problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None,
     wanted: the wanted gradients of a backward call; None for forward
     splits: see `num_splits`
     """
-    mask, relative_bias = inputs.mask, inputs.relative_bias
+    relative_bias = inputs.relative_bias
     size = _workspace_bytes(
         problem,
         inputs.query.shape,
         wanted,
         splits,
         0 if relative_bias is None else relative_bias.shape[0],
-        0 if mask is None else _distinct_entries(mask),
+        _mask_entries(inputs),
         None if inputs.bias is None or wanted is None or not wanted.bias else inputs.bias.shape,
     )
     return torch.empty(size // 4, dtype=torch.float32, device=inputs.query.device) if size else None
 
 
-def _distinct_entries(mask: Tensor) -> int:
-    """The number of (L, S) masks in mask (B, H, L, S) that differ: a dimension that is expanded counts once."""
-    count = 1
-    for dim in (0, 1):
-        count *= 1 if mask.stride(dim) == 0 else mask.shape[dim]
-    return count
+def _mask_entries(inputs: Inputs) -> int:
+    """How many (L, S) masks the mask (B|1, H|1, ...) and the ranges of keys make; 0 without both.
+
+    A dimension of batch entries or heads that is expanded counts once.
+    """
+    masks = [x for x in (inputs.mask, inputs.key_ranges) if x is not None]
+    if not masks:
+        return 0
+    return math.prod(max(1 if x.stride(dim) == 0 else x.shape[dim] for x in masks) for dim in (0, 1))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -470,7 +474,7 @@ def _workspace_bytes(
     wanted: the wanted gradients of a backward call; None for forward
     splits: see `num_splits`
     relative_bias_heads: the heads of relative_bias; 0 without one
-    mask_entries: see `_distinct_entries`; 0 without a mask
+    mask_entries: see `_mask_entries`
     dbias_shape: the shape of the gradient of bias; None if it is not wanted
     """
     batch_entries, num_heads, rows_q, _ = query_shape

@@ -50,7 +50,7 @@ class FusedAttention(torch.autograd.Function):
         """The gradients of the arguments of `forward`; None for `call`, which is no tensor."""
         out, lse, *others = ctx.saved_tensors
         backend, problem = ctx.call
-        inputs = inputs_of(*others, *_NO_OTHERS) if problem.is_plain else inputs_of(*others)
+        inputs = inputs_of(*others, *NO_OTHERS) if problem.is_plain else inputs_of(*others)
         compute: Callable[..., Gradients] = gradients.compute
         # Grad mode is on in backward only with create_graph. The gradients must then be differentiable themselves.
         if is_grad_enabled():
@@ -62,9 +62,6 @@ class FusedAttention(torch.autograd.Function):
         # torch allows further gradients that are None, behind those of the arguments.
         return (None,) + grads  # noqa: RUF005  # unpacking would take twice as long
 
-
-#: The inputs of a plain problem besides query, key and value.
-_NO_OTHERS = tuple(Inputs._field_defaults.values())
 
 
 @functools.cache

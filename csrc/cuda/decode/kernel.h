@@ -290,7 +290,10 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int32_t position = rows.queries[r] + keys.diagonal_shift;
       uint32_t visible = valid & column_bits(first_key(p, position) - key, last_key(p, position) + 1 - key, 0);
-      if (d.mask.data != nullptr) visible = masked(visible, d.mask, rows.head_slice(r), rows.queries[r], key, lane);
+      if (d.mask.bytes.data != nullptr)
+        visible = masked(visible, d.mask.bytes, rows.head_slice(r), rows.queries[r], key, lane);
+      if (d.mask.ranges.data != nullptr)
+        visible &= keys_in_ranges(d.mask.ranges, rows.head_slice(r).batch, rows.head_slice(r).head, rows.queries[r], key);
       GPU_UNROLL for (int i = 0; i < 4; ++i) {
         if (!(visible >> (2 * lane.q + 8 * (i / 2) + i % 2) & 1)) scores[i / 2][2 * r + i % 2] = -kInfinity;
       }

@@ -68,10 +68,28 @@ class Scores(NamedTuple):
         )
 
 
+class Ranges(NamedTuple):
+    """The ranges of keys (B|1, H|1, L|1, count, 2) int32, contiguous in a query. The stride of a dimension of size 1 is 0."""
+
+    ptr: Tensor | None
+    stride_b: int = 0
+    stride_h: int = 0
+    stride_row: int = 0
+    count: int = 0
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> Ranges:
+        if x is None:
+            return NO_RANGES
+        strides = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+        return _new(cls, (x, *strides, x.shape[3]))
+
+
 class Masks(NamedTuple):
     """The tensors of a call besides query, key and value. A feature that the call does not use is None.
 
     mask: bool, broadcasts to (B, H, L, S). True = visible
+    ranges: the ranges of keys that each query sees
     bias: broadcasts to (B, H, L, S)
     key_bias: (B, S), contiguous
     key_padding: (B, S) bytes, nonzero = padding
@@ -87,6 +105,7 @@ class Masks(NamedTuple):
     """
 
     mask: Scores
+    ranges: Ranges
     bias: Scores
     key_bias: Tensor | None
     key_padding: Tensor | None
@@ -106,6 +125,7 @@ class Masks(NamedTuple):
         """All properties of the masks that Triton compiles a kernel for; see `kind_of`."""
         return (
             kind_of(self.mask),
+            kind_of(self.ranges),
             kind_of(self.bias),
             kind_of_pointer(self.key_bias),
             kind_of_pointer(self.key_padding),
@@ -133,6 +153,7 @@ class Masks(NamedTuple):
             cls,
             (
                 Scores.of(inputs.mask),
+                Ranges.of(inputs.key_ranges),
                 NO_SCORES if inputs.bias is None else Scores.of(inputs.bias.resolve_neg()),
                 None if inputs.key_bias is None else inputs.key_bias.resolve_neg().contiguous(),
                 None if inputs.key_padding is None else inputs.key_padding.contiguous(),
@@ -155,7 +176,7 @@ def kind_of_pointer(x: Tensor | None) -> tuple | None:
     return None if x is None else (x.data_ptr() % 16, x.dtype)
 
 
-def kind_of(x: Rows | Scores) -> tuple | None:
+def kind_of(x: Rows | Scores | Ranges) -> tuple | None:
     """The properties of a tensor that Triton compiles a kernel for: those of its pointer, and its strides.
 
     Two calls whose tensors have equal kinds can use the same compiled kernel.
@@ -169,7 +190,8 @@ _new = tuple.__new__
 
 NO_ROWS = Rows(None)
 NO_SCORES = Scores(None)
-NO_MASKS = Masks(NO_SCORES, NO_SCORES, None, None, None, 0, None, None, None, None, None, None, 0, 0)
+NO_RANGES = Ranges(None)
+NO_MASKS = Masks(NO_SCORES, NO_RANGES, NO_SCORES, None, None, None, 0, None, None, None, None, None, None, 0, 0)
 NO_MASKS_KIND = NO_MASKS.kind
 
 #: The smallest and the largest scale for which `Settings.is_scale_folded` may be 1.

@@ -252,7 +252,7 @@ def features_of(problem: AttentionProblem) -> Features:
     A relative bias has rows of its own, with and without dropout. Otherwise the number of features counts.
     """
     has_dropout = problem.dropout_p > 0.0
-    num_features = problem.has_mask + problem.has_bias + (problem.softcap > 0.0)
+    num_features = (problem.has_mask or problem.num_ranges > 0) + problem.has_bias + (problem.softcap > 0.0)
     if problem.has_relative_bias:
         return ANY if num_features else RELATIVE_BIAS
     if num_features == 1 and has_dropout:

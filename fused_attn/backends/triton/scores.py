@@ -126,10 +126,10 @@ def add_sink(acc, row_max, row_sum, sink):
 
 @triton.jit
 def hide(scores, hidden, query, key, is_valid, head_slice, masks, settings, IS_FULL: tl.constexpr):
-    """`scores` with the number `hidden` in the entries where mask, band or padding hide the key from the query.
+    """`scores` with the number `hidden` in the entries where mask, ranges, band or padding hide the key from the query.
 
     is_valid: which keys exist and are no padding, of the shape of `key`. Not read if IS_FULL
-    IS_FULL: neither the band nor padding nor the sequence's end hides an entry of this block. Only the mask may
+    IS_FULL: neither the band nor padding nor the sequence's end hides an entry of this block. Only mask and ranges may
     """
     if not IS_FULL:
         visible = is_valid
@@ -141,7 +141,23 @@ def hide(scores, hidden, query, key, is_valid, head_slice, masks, settings, IS_F
         scores = tl.where(visible, scores, hidden)
     if masks.mask.ptr is not None:
         scores = tl.where(_load_scores(masks.mask, query, key, head_slice, IS_FULL) != 0, scores, hidden)
+    if masks.ranges.ptr is not None:
+        scores = tl.where(_in_ranges(masks.ranges, query, key, head_slice), scores, hidden)
     return scores
+
+
+@triton.jit
+def _in_ranges(x, query, key, head_slice):
+    """Whether each key lies in one of the ranges x (a `Ranges`) of the query; false for a query that does not exist."""
+    of_head = x.ptr + head_slice.batch.to(tl.int64) * x.stride_b + head_slice.head.to(tl.int64) * x.stride_h
+    ends = of_head + query.to(tl.int64) * x.stride_row
+    is_row = query < head_slice.seqlen_q
+    found = (query < 0) & (key < 0)  # false, in the shape of the scores
+    for n in range(x.count):
+        begin = tl.load(ends + 2 * n, mask=is_row, other=0)
+        end = tl.load(ends + 2 * n + 1, mask=is_row, other=0)
+        found = found | ((key >= begin) & (key < end))
+    return found
 
 
 @triton.jit

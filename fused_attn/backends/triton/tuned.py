@@ -89,7 +89,7 @@ def features_of(problem: AttentionProblem) -> tuple[str, ...]:
         "window": band.left != UNBOUNDED,
         "padding": problem.has_key_padding,
         "varlen": problem.is_packed,
-        "mask": problem.has_mask,
+        "mask": problem.has_mask or problem.num_ranges > 0,
         "bias": problem.has_bias,
         "relative_bias": problem.has_relative_bias,
         "softcap": problem.softcap > 0.0,
