@@ -124,8 +124,9 @@ def fused_attention(
                 fused_attention, seen,
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 key_padding_mask=key_padding_mask, key_lengths=key_lengths, key_ranges=key_ranges,
-                window_size=window_size, softcap=softcap, relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed,
-                num_splits=num_splits, return_lse=return_lse, return_max=return_max, backend=backend,
+                window_size=window_size, softcap=softcap, relative_bias=relative_bias, sinks=sinks,
+                dropout_seed=dropout_seed, num_splits=num_splits,
+                return_lse=return_lse, return_max=return_max, backend=backend,
             )  # fmt: skip
         if any(hasattr(x, "device_mesh") for x in (query, key, value)):
             # This import takes time, and only a program that has DTensors needs the module.

@@ -300,7 +300,10 @@ def _planned(
         options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.window_size, options.softcap,
     )  # fmt: skip
     if packed is None:
-        tensors = (query, key, value, options.attn_mask, relative_bias, sinks, options.key_padding_mask, None, None)
+        tensors = planning.tensors_of(
+            query, key, value, attn_mask=options.attn_mask, relative_bias=relative_bias, sinks=sinks,
+            key_padding_mask=options.key_padding_mask,
+        )  # fmt: skip
         numbers = (*numbers, options.num_splits)
         problem = planning.plan(is_compiling, tensors, numbers, options.backend).problem
     else:
@@ -309,7 +312,7 @@ def _planned(
         problem = planning.plan_of_packed(is_compiling, of_packed, lengths, numbers, options.backend).problem
     origin = DropoutOrigin(options.batch_offset, options.head_offset, options.query_offset, options.key_offset)
     problem = (_move if is_compiling else _moved)(problem, origin)
-    bias, key_bias, mask, key_padding = masks.score_masks(problem, options.attn_mask, options.key_padding_mask, None, None)
+    bias, key_bias, mask, key_padding = masks.score_masks(problem, options.attn_mask, options.key_padding_mask, None)
     inputs = Inputs(
         query,
         key,

@@ -50,8 +50,18 @@ class Arguments(NamedTuple):
     key_ranges: Meta | None
 
 
-#: The tensors themselves, in the order of `Arguments`: query, key, value and others.
-Tensors = tuple[Tensor | None, ...]
+#: The tensors themselves, in the order of `Arguments`.
+Tensors = tuple[
+    Tensor, Tensor, Tensor,
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
+]  # fmt: skip
+
+
+def tensors_of(query: Tensor, key: Tensor, value: Tensor, **others: Tensor | None) -> Tensors:
+    """The tensors of a call in the order of `Arguments`, for callers that give only some of them."""
+    found: Any = (query, key, value, *[others.get(name) for name in Arguments._fields[3:]])
+    return found
+
 
 #: The metadata of those tensors as a value that can be hashed: a tuple like `Meta` for each tensor.
 Metadata = tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]

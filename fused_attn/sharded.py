@@ -170,7 +170,10 @@ def _check_whole(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
     for name, x in (("key", key), ("value", value)):
         if x.shape[0] != query.shape[0]:
             raise checks.fail(name, f"the batch of query, {query.shape[0]}", f"shape {tuple(x.shape)}")
-    tensors = (query, key, value, options.attn_mask, options.relative_bias, sinks, options.key_padding_mask, None, None)
+    tensors = planning.tensors_of(
+        query, key, value, attn_mask=options.attn_mask, relative_bias=options.relative_bias, sinks=sinks,
+        key_padding_mask=options.key_padding_mask,
+    )  # fmt: skip
     planning.plan(
         torch.compiler.is_compiling(),
         tensors,

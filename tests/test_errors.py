@@ -486,6 +486,28 @@ PAGED = {
         r"key_lengths: expected shape \(B,\) = \(2,\)",
     ),
     "call-lengths-list": (call(key_lengths=[3, 3]), TypeError, r"key_lengths: expected a torch\.Tensor, got list"),
+    "ranges-dtype": (
+        call(key_ranges=torch.zeros(5, 1, 2)),
+        TypeError,
+        r"key_ranges: expected dtype torch\.int32, got torch\.float32",
+    ),
+    "ranges-device": (
+        call(key_ranges=torch.zeros(1, 1, 2, dtype=torch.int32, device=META)),
+        ValueError,
+        r"key_ranges: expected the device of query",
+    ),
+    **{
+        f"ranges-shape-{number}": (
+            call(key_ranges=torch.zeros(shape, dtype=torch.int32)),
+            ValueError,
+            r"key_ranges: expected a shape \(\.\.\., L, N, 2\) with N > 0 whose dimensions before N broadcast to "
+            r"\(\.\.\., H, L\) = \(2, \d, \d+\), got shape \(",
+        )
+        for number, shape in enumerate(
+            [(3,), (1, 2), (1, 1, 3), (1, 0, 2), (9, 1, 2), (1, 2, 1, 1, 1, 2), (3, 1, 1, 1, 2)]
+        )
+    },
+    "ranges-list": (call(key_ranges=[[0, 1]]), TypeError, r"key_ranges: expected a torch\.Tensor, got list"),
     "call-splits": (call(num_splits=0), ValueError, r"num_splits: expected a number from 1 to 256, got 0"),
     "call-splits-bool": (call(num_splits=True), TypeError, r"num_splits: expected None or an int, got bool True"),
 }

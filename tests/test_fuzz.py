@@ -64,6 +64,10 @@ def attention_cases(draw: st.DrawFn) -> Case:
     padding = draw(st.sampled_from([None, None, cases.scattered_padding, cases.float_padding, "trailing"]))
     if padding == "trailing":
         padding = cases.padding(*(draw(st.integers(0, seqlen_k)) for _ in range(batch)))
+    key_ranges = None
+    if draw(st.integers(0, 3)) == 0:
+        shape = draw(st.sampled_from(["B1L", "BHL", "HL", "L", "B11", "1"]))
+        key_ranges = cases.random_ranges(shape, draw(st.integers(1, 3)))
     key_lengths = None
     if draw(st.integers(0, 2)) == 0:
         key_lengths = tuple(draw(st.integers(0, seqlen_k)) for _ in range(batch))
@@ -87,6 +91,7 @@ def attention_cases(draw: st.DrawFn) -> Case:
         dout_layout=draw(DOUT_LAYOUT) if seqlen_q else "contiguous",
         attn_mask=attn_mask,
         key_padding_mask=padding,
+        key_ranges=key_ranges,
         relative_bias=relative_bias,
         sinks=sink,
         options=options,

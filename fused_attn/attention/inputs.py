@@ -37,8 +37,8 @@ class Inputs(NamedTuple):
     sinks:         (H,) floating point, a logit for each head that joins the softmax denominator only
     seed:          () int64, given where ``dropout_p > 0``
     mask:          (B|1, H|1, L|1, S|1) bool, True = attend
-    key_ranges:    (B|1, H|1, L|1, N, 2) int32, the ranges of keys of a query: of all keys, it sees those that lie in one of
-                   them. A range is begin, end; it holds the keys begin <= j < end. The last two dimensions are contiguous
+    key_ranges:    (B|1, H|1, L|1, N, 2) int32, begin and end of the N ranges of a query, which sees only keys of its
+                   ranges: begin <= j < end. The last two dimensions are contiguous
     key_padding:   (B, S) bool, True = IGNORE; ignored keys may hold NaN
     key_lengths:   (B,) int32; batch entry b has the keys j < key_lengths[b], and all others may hold NaN
     cu_seqlens_q:  (num_sequences + 1,) int32, row offsets of packed queries

@@ -47,8 +47,8 @@ def key_ranges_of(mask: Tensor) -> Tensor:
     count = max(int(number[..., -1].max()), 1) if number.numel() else 1
     ranges = torch.zeros((*mask.shape[:-1], count, 2), dtype=torch.int32, device=mask.device)
     for side, borders in enumerate((starts, ends)):
-        *row, key = borders.nonzero(as_tuple=True)
+        position = borders.nonzero(as_tuple=True)
         # Within a row, the borders come in ascending order, so their number in the row is the number of the run.
-        run = borders.cumsum(-1)[(*row, key)] - 1
-        ranges[(*row, run, torch.full_like(run, side))] = key.int()
+        run = borders.cumsum(-1)[position] - 1
+        ranges[..., side][(*position[:-1], run)] = position[-1].int()
     return ranges

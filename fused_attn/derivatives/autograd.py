@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, is_grad_enabled  # not torch.is_grad_enabled: see `modes`
 
 from fused_attn import modes
-from fused_attn.attention.inputs import Gradients, Inputs, Wanted, inputs_of, saved_of
+from fused_attn.attention.inputs import NO_OTHERS, Gradients, Inputs, Wanted, inputs_of, saved_of
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import Backend
 from fused_attn.derivatives import gradients, ops
@@ -61,7 +61,6 @@ class FusedAttention(torch.autograd.Function):
         grads = compute(backend, problem, inputs, saved, _wanted(ctx.needs_input_grad))
         # torch allows further gradients that are None, behind those of the arguments.
         return (None,) + grads  # noqa: RUF005  # unpacking would take twice as long
-
 
 
 @functools.cache

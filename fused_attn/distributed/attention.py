@@ -286,18 +286,19 @@ def _check_whole(
     (batch, heads, _, head_dim), (_, kv_heads, _, value_dim) = query.shape, value.shape
     rows_q, rows_k = seqlens
     bias, padding = options.relative_bias, options.key_padding_mask
-    shapes: tuple = (
-        (query, (batch, heads, rows_q, head_dim)),
-        (key, (batch, key.shape[1], rows_k, key.shape[3])),
-        (value, (value.shape[0], kv_heads, rows_k, value_dim)),
-        (None, ()),
-        (bias, getattr(bias, "shape", ())),
-        (sinks, getattr(sinks, "shape", ())),
-        (padding, (batch, rows_k)),
-        (None, ()),
+
+    def whole(x: Tensor | None, *shape: int) -> Tensor | None:
+        """A tensor of this shape on the meta device, for which no kernel is chosen."""
+        return None if x is None else torch.empty(shape, dtype=x.dtype, device="meta")
+
+    tensors = planning.tensors_of(
+        whole(query, batch, heads, rows_q, head_dim),  # type: ignore[arg-type]
+        whole(key, batch, key.shape[1], rows_k, key.shape[3]),  # type: ignore[arg-type]
+        whole(value, value.shape[0], kv_heads, rows_k, value_dim),  # type: ignore[arg-type]
+        relative_bias=whole(bias, *getattr(bias, "shape", ())),
+        sinks=whole(sinks, *getattr(sinks, "shape", ())),
+        key_padding_mask=whole(padding, batch, rows_k),
     )
-    # The plan is made for the meta device, for which no kernel is chosen.
-    tensors: Any = tuple(None if x is None else torch.empty(shape, dtype=x.dtype, device="meta") for x, shape in shapes)
     numbers = tuple(getattr(options, name) for name in planning.Options._fields)
     planning.plan(False, tensors, numbers, None)
 

@@ -95,8 +95,10 @@ def _backward(
 
 def _planned(query, key, value, dropout_p, is_causal, scale, seed) -> tuple[AttentionProblem, Backend, Inputs]:
     """The problem of a call of SDPA, the backend, and the tensors of the call."""
-    tensors, has_groups = (query, key, value, None, None, None, None, None), key.shape[1] != query.shape[1]
-    plan = planning.plan(False, tensors, (dropout_p, is_causal, scale, has_groups, None, 0.0), None)
+    has_groups = key.shape[1] != query.shape[1]
+    plan = planning.plan(
+        False, planning.tensors_of(query, key, value), (dropout_p, is_causal, scale, has_groups, None, 0.0), None
+    )
     assert plan.layout is None and plan.backend is not None, "SDPA passes tensors (B, heads, rows, D)"
     return plan.problem, plan.backend, Inputs(query, key, value, seed=seed if dropout_p else None)
 

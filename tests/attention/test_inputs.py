@@ -26,8 +26,8 @@ def test_a_constructor_makes_what_the_class_makes(kind, constructor):
 
 @pytest.mark.skipif(inputs._C is None, reason="the native kernels are not built")
 def test_a_wrong_number_of_fields_is_an_error():
-    for given in (3, 13, 15):
-        with pytest.raises(TypeError, match=f"Inputs: expected 14 items, got {given}"):
+    for given in (3, 14, 16):
+        with pytest.raises(TypeError, match=f"Inputs: expected 15 items, got {given}"):
             inputs.inputs_of(*[None] * given)
     for kind, count in ((3, 3), (list, 3), (Saved, "4"), (Saved,)[:1] * 2):
         with pytest.raises(TypeError, match="constructor"):

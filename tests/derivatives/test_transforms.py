@@ -171,13 +171,14 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
     seed = torch.tensor(3)
     sinks, bias, key_bias, relative = tensors(generator, (4,), (1, 4, 1, 7), (2, 7), (4, 11))
     mask = torch.rand(2, 1, 5, 7, generator=generator) < 0.7
+    ranges = torch.randint(0, 8, (1, 4, 5, 2, 2), generator=generator).int()
     padding = torch.arange(7).expand(2, 7) < torch.tensor([[7], [4]])
     packed_q, packed_k, packed_v = tensors(generator, (1, 2, 9, 8), (1, 2, 8, 8), (1, 2, 8, 8))
     offsets_q, offsets_k = torch.tensor([0, 4, 9]).int(), torch.tensor([0, 5, 8]).int()
     blhd = tuple(x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (query, key, value))
     detached = (query.detach(), key.detach(), value.detach())
     everything = Inputs(
-        query, key, value, bias, key_bias, relative, sinks, seed, mask, padding, torch.tensor([7, 6]).int()
+        query, key, value, bias, key_bias, relative, sinks, seed, mask, ranges, padding, torch.tensor([7, 6]).int()
     )
     packed = Inputs(packed_q, packed_k, packed_v, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k)
     plain, causal = Scalars(5, 7, 0.3), Scalars(5, 7, 0.3, band_right=0)

@@ -41,6 +41,7 @@ inline Call on_device(Call call) {
   use_view(p.lse, heads, rows_q, 1, 4, !is_backward);
   use_view(p.row_max, heads, rows_q, 1, 4, true);
   use_view(p.key_padding, 1, 1, p.seqlen_k, 1, false);
+  use_view(p.key_ranges, heads, p.seqlen_q, 2 * p.num_ranges, 4, false);
   use_view(p.dout, heads, rows_q, value_dim, 2, false);
   use_view(p.dlse, heads, rows_q, 1, 4, false);
   use_view(p.dquery, heads, rows_q, dim, 2, true);

@@ -69,13 +69,13 @@ class Scores(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """The ranges of keys (B|1, H|1, L|1, count, 2) int32, contiguous in a query. The stride of a dimension of size 1 is 0."""
+    """The ranges of keys (B|1, H|1, L|1, num_ranges, 2). The stride of one of the first dimensions that has size 1 is 0."""
 
     ptr: Tensor | None
     stride_b: int = 0
     stride_h: int = 0
     stride_row: int = 0
-    count: int = 0
+    num_ranges: int = 0
 
     @classmethod
     def of(cls, x: Tensor | None) -> Ranges:

@@ -153,7 +153,7 @@ def _in_ranges(x, query, key, head_slice):
     ends = of_head + query.to(tl.int64) * x.stride_row
     is_row = query < head_slice.seqlen_q
     found = (query < 0) & (key < 0)  # false, in the shape of the scores
-    for n in range(x.count):
+    for n in range(x.num_ranges):
         begin = tl.load(ends + 2 * n, mask=is_row, other=0)
         end = tl.load(ends + 2 * n + 1, mask=is_row, other=0)
         found = found | ((key >= begin) & (key < end))

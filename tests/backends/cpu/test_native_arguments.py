@@ -35,6 +35,7 @@ def call() -> dict[str, Any]:
         "seed": torch.tensor(3),
     }
     tensors |= {"mask": torch.ones(B, H, L, S, dtype=torch.bool), "key_padding": torch.zeros(B, S, dtype=torch.bool)}
+    tensors |= {"key_ranges": torch.ones(B, H, L, 2, 2, dtype=torch.int32)}
     tensors |= {"key_lengths": torch.tensor([S, 3], dtype=torch.int32), "block_table": None}
     return tensors | {"cu_seqlens_q": None, "cu_seqlens_k": None}
 
@@ -80,7 +81,9 @@ def test_number_of_dimensions(name: str) -> None:
         run(tensors)
 
 
-SIZES = [(name, dim) for name, x in call().items() if x is not None for dim in range(x.ndim) if name not in ("query",)]
+# query defines the sizes, and a query may have any number of ranges.
+FREE = [*(("query", dim) for dim in range(4)), ("key_ranges", 3)]
+SIZES = [(name, dim) for name, x in call().items() if x is not None for dim in range(x.ndim) if (name, dim) not in FREE]
 
 
 @pytest.mark.parametrize(("name", "dim"), SIZES)
