@@ -50,5 +50,6 @@ def key_ranges_of(mask: Tensor) -> Tensor:
         position = borders.nonzero(as_tuple=True)
         # Within a row, the borders come in ascending order, so their number in the row is the number of the run.
         run = borders.cumsum(-1)[position] - 1
-        ranges[..., side][(*position[:-1], run)] = position[-1].int()
+        index = (*position[:-1], run)
+        ranges[..., side][index] = position[-1].int()
     return ranges

@@ -69,7 +69,7 @@ class Scores(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """The ranges of keys (B|1, H|1, L|1, num_ranges, 2). The stride of one of the first dimensions that has size 1 is 0."""
+    """The ranges of keys (B|1, H|1, L|1, num_ranges, 2). The stride of a dimension of size 1 is 0."""
 
     ptr: Tensor | None
     stride_b: int = 0
