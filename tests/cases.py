@@ -421,12 +421,14 @@ def lower_right(case: Case, dtype: torch.dtype, generator: torch.Generator) -> T
 
 
 def random_ranges(shape: str, count: int) -> Builder:
-    """Ranges of any numbers, of which some are empty, overlap or reach outside of the keys. Some queries see no key."""
+    """Ranges of any numbers, also the least and the largest: some are empty, overlap or reach outside of the keys."""
 
     def build(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         size = (*_size(case, shape), count, 2)
         ranges = torch.randint(-case.seqlen_k // 2, case.seqlen_k * 3 // 2, size, generator=generator).int()
-        ranges[torch.rand(size[:-1], generator=generator) < 0.1] = torch.tensor([2**31 - 1, -(2**31)]).int()
+        least, largest = -(2**31), 2**31 - 1
+        ranges[torch.rand(size[:-1], generator=generator) < 0.1] = torch.tensor([largest, least]).int()
+        ranges[torch.rand(size[:-1], generator=generator) < 0.05] = torch.tensor([least, largest]).int()
         return ranges
 
     return build

@@ -86,8 +86,8 @@ struct AttentionParams {
   // (B, H, L, 2 * num_ranges) int32, the rows contiguous: the ranges begin, end of each query. Besides all other masks,
   // key j is visible only if begin <= j < end for one of them. The numbers may be any. Never given in a packed call.
   TensorView key_ranges;
-  int64_t num_ranges = 0;  // 0 = the call has no key_ranges
-  TensorView bias;         // (B, H, L, S) of bias_dtype, any stride
+  int64_t num_ranges = 0;              // 0 = the call has no key_ranges
+  TensorView bias;                     // (B, H, L, S) of bias_dtype, any stride
   DType bias_dtype = DType::kFloat32;  // dtype, or the accumulate type
   TensorView key_bias;  // (B, 1, 1, S), accumulate type: a bias for each key, the same for all queries and heads
   // (1, H, 1, L + S - 1), accumulate type. The bias of query i and key j is in column j - i + L - 1. stride_head is 0

@@ -159,7 +159,8 @@ class MaskWords {
   // Bit k is set if query q of the block sees key 64 * chunk + k, for k < keys.
   uint64_t keys_of_query(int q, int64_t chunk, int keys) const {
     uint64_t visible = ~uint64_t{0};
-    if (bytes_ != nullptr) visible = bits_of_bytes(bytes_ + q * stride_row_ + chunk * 64 * stride_col_, stride_col_, keys);
+    if (bytes_ != nullptr)
+      visible = bits_of_bytes(bytes_ + q * stride_row_ + chunk * 64 * stride_col_, stride_col_, keys);
     if (ranges_ == nullptr) return visible;
     uint64_t in_ranges = 0;
     const int32_t* ranges = ranges_ + q * stride_ranges_;

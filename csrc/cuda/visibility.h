@@ -21,8 +21,8 @@ GPU_DEVICE uint32_t column_bits(int32_t first, int32_t end, int32_t word) {
 // Which of the 32 keys from first_key on lie in a range of the query: bit n stands for key first_key + n.
 GPU_DEVICE uint32_t keys_in_ranges(const KeyRanges& ranges, int32_t batch, int32_t head, int32_t query,
                                    int32_t first_key) {
-  const int32_t* const ends = ranges.data + batch * ranges.stride_batch + head * ranges.stride_head +
-                              query * ranges.stride_query;
+  const int32_t* const ends =
+      ranges.data + batch * ranges.stride_batch + head * ranges.stride_head + query * ranges.stride_query;
   uint32_t bits = 0;
   GPU_NO_UNROLL for (int32_t n = 0; n < ranges.count; ++n) {
     // The numbers may be any, and a difference of any numbers could overflow.

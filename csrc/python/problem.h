@@ -279,7 +279,8 @@ inline void set_key_ranges(AttentionParams& params, const Argument& ranges) {
   bool fits = ranges.tensor.ndim == 5 && ranges.size(3) > 0 && ranges.size(4) == 2;
   for (int dim = 0; fits && dim < 3; ++dim) fits = ranges.size(dim) == 1 || ranges.size(dim) == expected[dim];
   if (!fits || params.cu_seqlens_q != nullptr)
-    ranges.fail("a shape (B, H, L, N, 2) that broadcasts to " + shape_text(expected, 3) + " before N, in a call that is not packed",
+    ranges.fail("a shape (B, H, L, N, 2) that broadcasts to " + shape_text(expected, 3) +
+                    " before N, in a call that is not packed",
                 "shape " + shape_text(ranges.tensor.shape, ranges.tensor.ndim));
   ranges.check_unit_stride(4);
   if (ranges.size(3) > 1 && ranges.stride(3) != 2) ranges.fail("contiguous ranges of a query", "others");

@@ -635,8 +635,41 @@ BUGS = [
     ),
     Bug(
         "mask-not-transposed", 90, "masked", "mask_bits.h",
-        "queries_of_own_key |= static_cast<uint32_t>(is_visible) << row;",
-        "queries_of_own_key |= static_cast<uint32_t>(is_visible) << (@ ? 31 - row : row);",
+        "const uint32_t other = shuffle_xor(row, size);",
+        "const uint32_t other = shuffle_xor(row, @ && size == 1 ? 2 : size);",
+    ),
+    Bug(
+        "mask-of-another-batch-entry", 90, "ranges", "mask_bits.h",
+        "const int32_t batch = static_cast<int32_t>(entry / heads),",
+        "const int32_t batch = @ ? 0 : static_cast<int32_t>(entry / heads),",
+    ),
+    Bug(
+        "byte-and-range-do-not-combine", 80, "ranges", "mask_bits.h",
+        "keys &= keys_in_ranges(", "keys &= (@ ? keys : 0) | keys_in_ranges(",
+    ),
+    Bug(
+        "ranges-of-the-next-query", 90, "ranges", "mask_bits.h",
+        "head, first_query + lane, first_key);", "head, first_query + (@ ? lane ^ 1 : lane), first_key);",
+    ),
+    Bug(
+        "ranges-of-another-head", 80, "ranges", "visibility.h",
+        "head * ranges.stride_head", "(@ ? 0 : head) * ranges.stride_head",
+    ),
+    Bug(
+        "last-range-lost", 80, "ranges", "visibility.h",
+        "n < ranges.count;", "n < ranges.count - @;",
+    ),
+    Bug(
+        "range-with-its-end", 90, "ranges", "visibility.h",
+        "end - first_key, 0);", "end + @ - first_key, 0);",
+    ),
+    Bug(
+        "range-that-begins-before-the-first-key", 80, "decode-ranges", "visibility.h",
+        "begin = max(load_global(ends + 2 * n), 0),", "begin = @ ? load_global(ends + 2 * n) : max(load_global(ends + 2 * n), 0),",
+    ),
+    Bug(
+        "ranges-of-the-first-row", 80, "decode-ranges", "decode/kernel.h",
+        "own.head, rows.queries[r], key);", "own.head, rows.queries[@ ? 0 : r], key);",
     ),
     Bug(
         "mask-of-the-next-words", 80, "masked", "mask_bits.h",
@@ -905,6 +938,25 @@ CASES = {
         attn_mask=lambda case, dtype, generator: torch.randn(70, 152, generator=generator)[:, 1:151],
     ),
     "masked": Case("masked", seqlen_q=200, seqlen_k=300, head_dim=HEAD_DIM, attn_mask=half_masked),
+    "ranges": Case(
+        "ranges",
+        heads=2,
+        seqlen_q=200,
+        seqlen_k=300,
+        head_dim=HEAD_DIM,
+        attn_mask=cases.bool_mask("B1LS", 0.9),
+        key_ranges=cases.random_ranges("1HL", 2),
+    ),
+    "decode-ranges": Case(
+        "decode-ranges",
+        heads=8,
+        kv_heads=2,
+        seqlen_q=3,
+        seqlen_k=700,
+        head_dim=HEAD_DIM,
+        differentiated=(),
+        key_ranges=cases.random_ranges("BHL", 2),
+    ),
     "masked-blocks": Case("masked-blocks", **MASKED, attn_mask=far_masked),
     "masked-hole": Case("masked-hole", **MASKED, attn_mask=far_masked, key_padding_mask=hidden_block),
     "sinks": Case("sinks", seqlen_q=300, seqlen_k=67, head_dim=HEAD_DIM, sinks=cases.sink()),

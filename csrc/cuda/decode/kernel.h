@@ -292,8 +292,10 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
       uint32_t visible = valid & column_bits(first_key(p, position) - key, last_key(p, position) + 1 - key, 0);
       if (d.mask.bytes.data != nullptr)
         visible = masked(visible, d.mask.bytes, rows.head_slice(r), rows.queries[r], key, lane);
-      if (d.mask.ranges.data != nullptr)
-        visible &= keys_in_ranges(d.mask.ranges, rows.head_slice(r).batch, rows.head_slice(r).head, rows.queries[r], key);
+      if (d.mask.ranges.data != nullptr) {
+        const HeadSlice own = rows.head_slice(r);
+        visible &= keys_in_ranges(d.mask.ranges, own.batch, own.head, rows.queries[r], key);
+      }
       GPU_UNROLL for (int i = 0; i < 4; ++i) {
         if (!(visible >> (2 * lane.q + 8 * (i / 2) + i % 2) & 1)) scores[i / 2][2 * r + i % 2] = -kInfinity;
       }
