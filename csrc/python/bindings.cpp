@@ -310,8 +310,8 @@ Private: only fused_attn uses this module. Tensors are torch tensors on the CPU.
 A shape, dtype or stride that a kernel cannot use raises ValueError. B, H, L, D and so on are the sizes of
 csrc/common/attention_params.h. "accumulate" is float64 if query is float64, otherwise float32.
 
-inputs       the tuple (query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_padding, key_lengths,
-             cu_seqlens_q, cu_seqlens_k, block_table); all but the first three may be None
+inputs       the tuple (query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_ranges, key_padding,
+             key_lengths, cu_seqlens_q, cu_seqlens_k, block_table); all but the first three may be None
 results      the tuple (out, lse, row_max); lse and row_max may be None
 saved        the tuple (out, lse, dout, dlse)
 gradients    the tuple (dquery, dkey, dvalue, dbias, dkey_bias, drelative_bias, dsinks), each in the shape of its
@@ -327,6 +327,7 @@ relative_bias (H or 1, L+S-1)  accumulate, last stride 1
 sinks (H,)                     accumulate
 seed ()                        int64; needed when dropout_p > 0
 mask (B, H, L, S)              bool, True = attend; any strides; 1 in place of any size broadcasts
+key_ranges (B, H, L, N, 2)     int32, the last two dimensions contiguous; 1 in place of B, H or L broadcasts
 key_padding (B, S)             bool, True = ignore
 key_lengths (B,)               int32, at most S
 block_table (B, P)             int32; needs key_lengths. The call is paged: key (num_pages, Hkv, page_size, D) and value
