@@ -425,7 +425,7 @@ def random_ranges(shape: str, count: int) -> Builder:
 
     def build(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         size = (*_size(case, shape), count, 2)
-        ranges = torch.randint(-case.seqlen_k // 2, case.seqlen_k * 3 // 2, size, generator=generator).int()
+        ranges = torch.randint(-case.seqlen_k // 2 - 1, case.seqlen_k * 3 // 2 + 1, size, generator=generator).int()
         least, largest = -(2**31), 2**31 - 1
         ranges[torch.rand(size[:-1], generator=generator) < 0.1] = torch.tensor([largest, least]).int()
         ranges[torch.rand(size[:-1], generator=generator) < 0.05] = torch.tensor([least, largest]).int()
