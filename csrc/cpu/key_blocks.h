@@ -78,8 +78,12 @@ class KeyStream {
           j = valid_keys_.index[next_];
         }
         if (j >= end_) break;
-        if (valid_keys_.index == nullptr && mask_.hides_chunk(j)) {
-          next_ = (j | 63) + 1;
+        if (mask_.present() && mask_.hides_chunk(j)) {
+          if (valid_keys_.index == nullptr) {
+            next_ = (j | 63) + 1;
+          } else {
+            while (next_ < valid_keys_.count && valid_keys_.index[next_] <= (j | 63)) ++next_;
+          }
           continue;
         }
         ++next_;

@@ -93,7 +93,7 @@ class MaskWords {
         nq_(nq),
         seqlen_k_(seqlen_k) {}
 
-  // Whether the call has a dense mask or ranges. Without both, the other functions must not be called.
+  // Whether the call has a dense mask or ranges. With neither, word() and hides_chunk() must not be called.
   bool present() const { return bytes_ != nullptr || ranges_ != nullptr; }
 
   uint64_t word(int64_t j) {
@@ -107,7 +107,8 @@ class MaskWords {
     return is_empty_;
   }
 
-  // Narrows the keys begin ... end - 1 to those from the first to the last one in the ranges of the block's queries.
+  // Narrows the keys begin ... end - 1 to those from the first to the last one in the ranges of the block's queries. If
+  // none of them lies in a range, end <= begin afterwards.
   void narrow(int64_t& begin, int64_t& end) const {
     if (ranges_ == nullptr) return;
     int64_t first = end, behind = begin;
@@ -156,7 +157,7 @@ class MaskWords {
     is_empty_ = any == 0;
   }
 
-  // Bit k is set if query q of the block sees key 64 * chunk + k, for k < keys.
+  // Bit k is set if query q of the block sees key 64 * chunk + k, for k < keys. Nobody reads the other bits.
   uint64_t keys_of_query(int q, int64_t chunk, int keys) const {
     uint64_t visible = ~uint64_t{0};
     if (bytes_ != nullptr)

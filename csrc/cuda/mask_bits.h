@@ -1,8 +1,8 @@
-// Dense masks and ranges of keys as bits. PyTorch stores a byte for each entry of a mask, and ranges are two numbers for
-// each query. A small kernel makes bits of both, once for each call. The large kernels then read 32 entries of a row with one load. The same small kernel writes a map of the mask:
-// one byte for each granule of 32 x 32 entries, which says whether the granule has visible entries, and whether it has
-// hidden ones. So the large kernels skip blocks without a visible entry, and test no entry in blocks without a hidden
-// one.
+// Dense masks and ranges of keys as bits. PyTorch stores a byte for each entry of a mask, and ranges are two numbers
+// each. A small kernel makes bits of both, once for each call. The large kernels then read 32 entries of a row with one
+// load. The same small kernel writes a map of the mask: one byte for each granule of 32 x 32 entries, which says whether
+// the granule has visible entries, and whether it has hidden ones. So the large kernels skip blocks without a visible
+// entry, and test no entry in blocks without a hidden one.
 #pragma once
 #include "fragments.h"
 #include "kernels.h"
@@ -159,8 +159,8 @@ GPU_DEVICE uint32_t keys_of_lane(const Params& p, const MaskSource& source, int3
   return keys;
 }
 
-// Packs the caller's masks into keys_of_query, queries_of_key (backward only) and the map. Entries beyond the last query
-// or key count as neither visible nor hidden. Warp `number` of all warps that share the work calls this, for
+// Packs the caller's masks into keys_of_query, queries_of_key (backward only) and the map. Entries beyond the last
+// query or key count as neither visible nor hidden. Warp `number` of all warps that share the work calls this, for
 // kGranulesPerWarp granules.
 GPU_DEVICE void pack_mask(const Params& p, const MaskSource& source, int64_t number) {
   const MaskParams& mask = p.mask;

@@ -46,8 +46,8 @@ struct ScoreTensor {
   int64_t stride_key;
 };
 
-// The ranges of keys of each query, int32 (batch, head, query, 2 * count): begin, end of each range. A query sees only the
-// keys begin ... end - 1 of its ranges. The numbers may be any. The stride of a broadcast dimension is 0.
+// The ranges of keys of each query, int32 (batch, head, query, 2 * count): begin, end of each range. A query sees only
+// the keys begin ... end - 1 of its ranges. The numbers may be any. The stride of a broadcast dimension is 0.
 struct KeyRanges {
   const int32_t* data;  // null = no ranges
   int64_t stride_batch;
@@ -83,8 +83,8 @@ struct LogitParams {
   bool has_bias_pairs;
 };
 
-// The masks of MaskSource as bits, in words of 32 (mask_bits.h). An entry here is the mask of one batch entry and head. All
-// pointers are null without a mask.
+// The masks of MaskSource as bits, in words of 32 (mask_bits.h). An entry here is the mask of one batch entry and head.
+// All pointers are null without a mask.
 struct MaskParams {
   uint32_t* keys_of_query;    // (entries, L, key_words): bit j % 32 of word j / 32 is set if the query sees key j
   uint32_t* queries_of_key;   // (entries, S, query_words): the transpose; null in forward

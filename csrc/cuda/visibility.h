@@ -2,7 +2,7 @@
 // queries see a block of keys, and which entries of a block of scores are visible.
 //
 // A block that lies within the band and holds only valid keys is full: no entry needs a test. A block without a visible
-// key is not visited. Dense masks come on top (mask_bits.h).
+// key is not visited. Dense masks and ranges of keys come on top (mask_bits.h). keys_in_ranges is what ranges mean.
 #pragma once
 #include "head_slice.h"
 

@@ -283,7 +283,8 @@ inline void set_key_ranges(AttentionParams& params, const Argument& ranges) {
                     " before N, in a call that is not packed",
                 "shape " + shape_text(ranges.tensor.shape, ranges.tensor.ndim));
   ranges.check_unit_stride(4);
-  if (ranges.size(3) > 1 && ranges.stride(3) != 2) ranges.fail("contiguous ranges of a query", "others");
+  if (ranges.size(3) > 1 && ranges.stride(3) != 2)
+    ranges.fail("stride 2 in dimension 3", "stride " + std::to_string(ranges.stride(3)));
   const auto step = [&](int dim) { return ranges.size(dim) == expected[dim] ? ranges.stride(dim) : 0; };
   params.key_ranges = {ranges.data(), step(0), step(1), step(2), 1};
   params.num_ranges = ranges.size(3);

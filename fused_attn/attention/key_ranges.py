@@ -12,10 +12,11 @@ def key_ranges_of(mask: Tensor) -> Tensor:
     """The `key_ranges` of a bool mask: for each query, the runs of keys that it sees.
 
     Call the function once for a mask that many calls use. It reads the mask, so on a GPU the host waits. A mask whose
-    rows have many runs is better given as `attn_mask`: every kernel reads all ranges of a row.
+    rows have more than some ten runs is better given as `attn_mask`: kernels read all ranges of a row, often.
 
     Args:
-        mask: (..., L, S) bool, True = attend, with any dimensions before L.
+        mask: (..., L, S) bool, True = attend, with any dimensions before L. The last dimension must have all S keys: a
+            mask that broadcasts along the keys has to be expanded first.
 
     Returns:
         (..., L, N, 2) int32, where N is the largest number of runs of a row, at least 1. Rows with fewer runs end with
@@ -39,17 +40,16 @@ def key_ranges_of(mask: Tensor) -> Tensor:
         raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
     if mask.dim() < 2:
         raise fail("mask", "shape (..., L, S)", f"shape {tuple(mask.shape)}")
-    # A run begins where a visible key follows a hidden one, and ends where a hidden key follows a visible one.
-    hidden = mask.new_zeros((*mask.shape[:-1], 1))
-    starts = torch.cat([mask, hidden], -1) & ~torch.cat([hidden, mask], -1)
-    ends = ~torch.cat([mask, hidden], -1) & torch.cat([hidden, mask], -1)
-    number = starts.cumsum(-1)
-    count = max(int(number[..., -1].max()), 1) if number.numel() else 1
+    # A border stands where a visible key and a hidden one are neighbours: a run begins, or a run ends. Behind the last
+    # key and before the first one, all is hidden.
+    borders = mask.new_zeros((*mask.shape[:-1], mask.shape[-1] + 1))
+    borders[..., :-1] = mask
+    borders[..., 1:] ^= mask
+    of_row = borders.sum(-1, dtype=torch.int32).flatten()  # an even number: each run has two borders
+    count = max(int(of_row.max()) // 2, 1) if of_row.numel() else 1
     ranges = torch.zeros((*mask.shape[:-1], count, 2), dtype=torch.int32, device=mask.device)
-    for side, borders in enumerate((starts, ends)):
-        position = borders.nonzero(as_tuple=True)
-        # Within a row, the borders come in ascending order, so their number in the row is the number of the run.
-        run = borders.cumsum(-1)[position] - 1
-        index = (*position[:-1], run)
-        ranges[..., side][index] = position[-1].int()
+    row, key = borders.flatten(0, -2).nonzero(as_tuple=True)  # row by row, in ascending order of keys
+    first_of_row = of_row.cumsum(0) - of_row
+    number = torch.arange(row.shape[0], device=mask.device) - first_of_row[row]  # of the border in its row
+    ranges.view(of_row.shape[0], 2 * count)[row, number] = key.int()
     return ranges

@@ -665,7 +665,8 @@ BUGS = [
     ),
     Bug(
         "range-that-begins-before-the-first-key", 80, "decode-ranges", "visibility.h",
-        "begin = max(load_global(ends + 2 * n), 0),", "begin = @ ? load_global(ends + 2 * n) : max(load_global(ends + 2 * n), 0),",
+        "begin = max(load_global(ends + 2 * n), 0),",
+        "begin = @ ? load_global(ends + 2 * n) : max(load_global(ends + 2 * n), 0),",
     ),
     Bug(
         "ranges-of-the-first-row", 80, "decode-ranges", "decode/kernel.h",

@@ -70,7 +70,7 @@ MASKS = {
     configs.RELATIVE_BIAS: ("relative_bias+dropout", "relative_bias"),
 }
 #: Other inputs that use rows of the combinations above. They are compiled for head dim 64 alone.
-LAYOUTS = ("varlen", "float-padding")
+LAYOUTS = ("varlen", "float-padding", "ranges")
 
 
 class Cell(NamedTuple):
@@ -212,6 +212,7 @@ def representative(cell: Cell) -> tuple[AttentionProblem, Inputs]:
         has_mask="mask" in features,
         has_key_padding="padding" in features,
         has_bias="bias" in features,
+        num_ranges=2 if "ranges" in features else 0,
         has_key_bias="float-padding" in features,
         has_relative_bias="relative_bias" in features,
         has_sinks="sinks" in features,
@@ -230,6 +231,7 @@ def representative(cell: Cell) -> tuple[AttentionProblem, Inputs]:
         sinks=torch.empty(HEADS) if problem.has_sinks else None,
         seed=torch.empty((), dtype=torch.int64) if problem.dropout_p else None,
         mask=torch.empty(BATCH, 1, seqlen_q, LENGTH, dtype=torch.bool) if "mask" in features else None,
+        key_ranges=torch.empty(BATCH, 1, seqlen_q, 2, 2, dtype=torch.int32) if problem.num_ranges else None,
         bias=torch.empty(BATCH, HEADS, seqlen_q, LENGTH, dtype=dtype) if problem.has_bias else None,
         key_bias=torch.empty(BATCH, LENGTH, dtype=dtype) if "float-padding" in features else None,
         relative_bias=torch.empty(HEADS, seqlen_q + LENGTH - 1, dtype=dtype) if problem.has_relative_bias else None,

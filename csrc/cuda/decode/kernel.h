@@ -292,7 +292,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
       uint32_t visible = valid & column_bits(first_key(p, position) - key, last_key(p, position) + 1 - key, 0);
       if (d.mask.bytes.data != nullptr)
         visible = masked(visible, d.mask.bytes, rows.head_slice(r), rows.queries[r], key, lane);
-      if (d.mask.ranges.data != nullptr) {
+      if (d.mask.ranges.data != nullptr && visible != 0) {
         const HeadSlice own = rows.head_slice(r);
         visible &= keys_in_ranges(d.mask.ranges, own.batch, own.head, rows.queries[r], key);
       }

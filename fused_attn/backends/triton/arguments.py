@@ -69,20 +69,19 @@ class Scores(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """The ranges of keys (B|1, H|1, L|1, num_ranges, 2). The stride of a dimension of size 1 is 0."""
+    """The ranges of keys (B|1, H|1, L|1, N, 2) of each query. The stride of a dimension of size 1 is 0."""
 
     ptr: Tensor | None
     stride_b: int = 0
     stride_h: int = 0
     stride_row: int = 0
-    num_ranges: int = 0
 
     @classmethod
     def of(cls, x: Tensor | None) -> Ranges:
         if x is None:
             return NO_RANGES
         strides = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
-        return _new(cls, (x, *strides, x.shape[3]))
+        return _new(cls, (x, *strides))
 
 
 class Masks(NamedTuple):
@@ -215,6 +214,7 @@ class Settings(NamedTuple):
     dropout_origin: None = zeros
     IS_FLOAT32: inputs are float32, and their products must not be rounded to TF32
     PAGE_SIZE: the rows of a page of keys; 0 = keys are not paged
+    NUM_RANGES: the ranges of keys that a query has; 0 = the call has none
     """
 
     num_heads: int
@@ -237,6 +237,7 @@ class Settings(NamedTuple):
     PRECISION: tl.constexpr
     IS_FLOAT32: tl.constexpr
     PAGE_SIZE: tl.constexpr
+    NUM_RANGES: tl.constexpr
 
     @classmethod
     def of(cls, problem: AttentionProblem, config: Config) -> Settings:
@@ -275,6 +276,7 @@ class Settings(NamedTuple):
                     "tf32" if problem.allows_tf32 else "ieee",
                     is_float32,
                     problem.page_size,
+                    problem.num_ranges,
                 ),
             ),
         )

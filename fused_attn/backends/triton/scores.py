@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+#: With more ranges than this for a query, they are tested in a loop, because the code would grow too long.
+MAX_UNROLLED_RANGES = tl.constexpr(8)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -142,22 +144,33 @@ def hide(scores, hidden, query, key, is_valid, head_slice, masks, settings, IS_F
     if masks.mask.ptr is not None:
         scores = tl.where(_load_scores(masks.mask, query, key, head_slice, IS_FULL) != 0, scores, hidden)
     if masks.ranges.ptr is not None:
-        scores = tl.where(_in_ranges(masks.ranges, query, key, head_slice), scores, hidden)
+        scores = tl.where(_in_ranges(masks.ranges, query, key, head_slice, settings), scores, hidden)
     return scores
 
 
 @triton.jit
-def _in_ranges(x, query, key, head_slice):
+def _in_ranges(x, query, key, head_slice, settings):
     """Whether each key lies in one of the ranges x (a `Ranges`) of the query; false for a query that does not exist."""
     of_head = x.ptr + head_slice.batch.to(tl.int64) * x.stride_b + head_slice.head.to(tl.int64) * x.stride_h
     ends = of_head + query.to(tl.int64) * x.stride_row
     is_row = query < head_slice.seqlen_q
     found = (query < 0) & (key < 0)  # false, in the shape of the scores
-    for n in range(x.num_ranges):
-        begin = tl.load(ends + 2 * n, mask=is_row, other=0)
-        end = tl.load(ends + 2 * n + 1, mask=is_row, other=0)
-        found = found | ((key >= begin) & (key < end))
+    # Triton pipelines the loads of innermost loops only. So a loop in here would slow the loop over keys down.
+    if settings.NUM_RANGES <= MAX_UNROLLED_RANGES:
+        for n in tl.static_range(settings.NUM_RANGES):
+            found = found | _in_range(ends + 2 * n, key, is_row)
+    else:
+        for n in range(settings.NUM_RANGES):
+            found = found | _in_range(ends + 2 * n, key, is_row)
     return found
+
+
+@triton.jit
+def _in_range(ends, key, is_row):
+    """Whether each key lies in the range that begins at the number at `ends` and ends before the next number."""
+    begin = tl.load(ends, mask=is_row, other=0)
+    end = tl.load(ends + 1, mask=is_row, other=0)
+    return (key >= begin) & (key < end)
 
 
 @triton.jit
