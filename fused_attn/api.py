@@ -68,9 +68,9 @@ def fused_attention(
             follows that diagonal. Other causal masks, windows and `relative_bias` are not shifted.
         key_ranges: (..., L, N, 2) int32, broadcastable to (B, H, L) before N. Query i sees key j only if
             ``key_ranges[..., i, n, 0] <= j < key_ranges[..., i, n, 1]`` for one of its N ranges. One range for each
-            query is (L, 1, 2): N is never left out. Combines with every other mask by AND. A range may be empty, overlap
-            others, or reach outside of the keys. A document mask, a prefix LM or answers that share a question need no
-            (L, S) tensor then; docs/masks.md has examples, and `key_ranges_of` converts a mask.
+            query is (L, 1, 2): N is never left out. Combines with every other mask by AND. A range may be empty,
+            overlap others, or reach outside of the keys. A document mask, a prefix LM or answers that share a question
+            need no (L, S) tensor then. docs/masks.md has examples, and `key_ranges_of` converts a mask.
         window_size: (left, right), how many keys before and after its diagonal a query sees; -1 = unbounded.
         softcap: scores become ``softcap * tanh(score / softcap)`` before masks and bias; 0 = off.
         relative_bias: (H, L + S - 1) or (L + S - 1,). Column ``j - i + L - 1`` is added to score (i, j).
