@@ -31,12 +31,15 @@ MASKS = {
     "varlen": "causal, packed",  # the lengths of the sequences are drawn uniformly from [1, L]
     "decode": "decode",  # one query for each sequence
     "blocks": "half of the blocks",  # a dense bool mask (1, 1, L, S), random in blocks of BLOCK x BLOCK entries
+    "shared-question": "answers to a shared question",  # key_ranges (L, 2, 2); see Case.segment_starts
     "softcap": "softcap",
     "sinks": "sinks with gradient",  # (H,)
     "dropout": "dropout 0.1",
 }
 #: Masks that are measured to be compared with "none", and therefore in fewer sizes (see `table`).
-FEATURES = ("blocks", "softcap", "sinks", "dropout")
+FEATURES = ("blocks", "shared-question", "softcap", "sinks", "dropout")
+#: Masks for which torch gets a dense bool mask.
+DENSE_MASKS = ("blocks", "shared-question")
 #: Masks with random lengths. A batch has at least LEAST_SEQUENCES, because the lengths of fewer would decide the time.
 RANDOM_MASKS, LEAST_SEQUENCES = ("padded-random", "causal+padded-random", "varlen"), 4
 CAUSAL_MASKS = ("causal", "causal+padded", "causal+padded-random", "window", "gqa", "mla", "varlen")
@@ -126,6 +129,16 @@ class Case:
         drawn = random.Random(self.length).sample(others, max(0, count**2 // 2 - count))
         return [*((block, block) for block in range(count)), *drawn]
 
+    @property
+    def segment_starts(self) -> list[int]:
+        """Where the question (0) and the answers of mask "shared-question" begin.
+
+        A question of a quarter of the tokens stands first. Six answers of an eighth each follow. A token of an answer
+        sees the question, and its own answer up to itself.
+        """
+        question, answer = max(1, self.length // 4), max(1, self.length // 8)
+        return [0, *range(question, self.length, answer)]
+
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
         """The number of valid keys of each sequence."""
@@ -147,6 +160,12 @@ class Case:
         if self.mask == "blocks":
             sizes = [min(BLOCK, self.length - start) for start in range(0, self.length, BLOCK)]
             return self.batch * self.heads * sum(sizes[row] * sizes[column] for row, column in self.visible_blocks)
+        if self.mask == "shared-question":
+            question, *_ = ends = [*self.segment_starts[1:], self.length]
+            own = sum(
+                (end - start) * (end - start + 1) // 2 for start, end in zip(self.segment_starts, ends, strict=True)
+            )
+            return self.batch * self.heads * (own + question * (self.length - question))
         pairs = (
             _visible(rows, keys, self.is_causal, self.window)
             for rows, keys in zip(self.query_lengths, self.lengths, strict=True)

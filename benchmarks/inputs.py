@@ -87,8 +87,20 @@ class Inputs:
             block = torch.zeros(-(-case.length // BLOCK), -(-case.length // BLOCK), dtype=torch.bool)
             block[tuple(zip(*case.visible_blocks, strict=True))] = True
             visible = block.to(self.device)[row // BLOCK, column // BLOCK]
+        if case.mask == "shared-question":
+            begin, end = self.key_ranges().unbind(-1)  # (L, 2)
+            visible = ((column >= begin[..., None]) & (column < end[..., None])).any(1)
         visible = visible[None, None]
         return visible if self.padding is None else visible & ~self.padding[:, None, None, :]
+
+    def key_ranges(self) -> Tensor:
+        """The ranges of mask "shared-question", (L, 2, 2) int32: the question, and the token's own answer up to it."""
+        starts = torch.tensor(self.case.segment_starts, device=self.device)
+        row = torch.arange(self.case.length, device=self.device)
+        own = starts[torch.searchsorted(starts, row, right=True) - 1]
+        question = own.clamp(max=int(starts[1]) if len(starts) > 1 else self.case.length)
+        ranges = [torch.stack([torch.zeros_like(own), question], -1), torch.stack([own, row + 1], -1)]
+        return torch.stack(ranges, 1).int()
 
     def dense_bias(self) -> Tensor:
         """The relative bias as a dense bias (1, H, L, S), which is a leaf of its own for autograd."""

@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import fused_attn
 from benchmarks import timing
-from benchmarks.cases import Case
+from benchmarks.cases import DENSE_MASKS, Case
 from benchmarks.conventions import OUR_BACKENDS, OURS, SKIPPING
 from benchmarks.inputs import Inputs
 
@@ -222,6 +222,8 @@ def our_options(inputs: Inputs) -> dict[str, Any]:
         options["attn_mask" if case.mask == "bias" else "relative_bias"] = inputs.bias
     if case.mask == "blocks":
         options["attn_mask"] = inputs.visible()
+    if case.mask == "shared-question":
+        options["key_ranges"] = inputs.key_ranges()
     if case.dropout_p:
         options |= {"dropout_p": case.dropout_p, "dropout_seed": inputs.dropout_seed}
     others = {"softcap": case.softcap or None, "sinks": inputs.sinks}
@@ -249,7 +251,7 @@ def _torch(inputs: Inputs, backend: str | None = None, has_float_mask: bool = Fa
         options["enable_gqa"] = True
     if case.is_padded and not case.is_causal:
         options["attn_mask"] = (~inputs.padding)[:, None, None, :].contiguous()
-    elif case.is_padded or case.window is not None or case.mask == "blocks":
+    elif case.is_padded or case.window is not None or case.mask in DENSE_MASKS:
         options["attn_mask"] = inputs.visible()
     elif case.is_causal:
         options["is_causal"] = True
@@ -369,7 +371,7 @@ def _flex_mask(inputs: Inputs) -> Callable | None:
         return lambda batch, head, row, column: column < lengths[batch]
     if window is not None:
         return lambda batch, head, row, column: (column <= row) & (column > row - window)
-    if case.mask == "blocks":
+    if case.mask in DENSE_MASKS:
         visible = inputs.visible()[0, 0]
         return lambda batch, head, row, column: visible[row, column]
     return (lambda batch, head, row, column: column <= row) if case.is_causal else None
@@ -406,7 +408,7 @@ def _flash_package(inputs: Inputs, generation: int) -> ModuleType:
         raise Cannot(f"{found.package} has the forward alone")
     if inputs.bias is not None:
         raise Cannot("it has no bias with a gradient")
-    if inputs.case.mask == "blocks":
+    if inputs.case.mask in DENSE_MASKS:
         raise Cannot("it has no dense mask")
     return package
 
