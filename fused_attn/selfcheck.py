@@ -59,6 +59,13 @@ def _padding(device: torch.device) -> Tensor:
     return torch.stack([position >= 57, position % 3 == 0])
 
 
+def _ranges(device: torch.device) -> Tensor:
+    """(93, 2, 2) int32: each query sees the first 20 keys, and some keys behind its own position."""
+    begin = torch.arange(93, device=device)
+    zero = torch.zeros_like(begin)
+    return torch.stack([torch.stack([zero, zero + 20], -1), torch.stack([begin, begin + 35], -1)], 1).int()
+
+
 CASES = (
     Case("plain"),
     Case("causal", lambda device: {"is_causal": True}),
@@ -70,6 +77,7 @@ CASES = (
     ),
     Case("window", lambda device: {"window_size": (17, 5)}),
     Case("bool mask", lambda device: {"attn_mask": _random(2, 1, 93, 130, device=device) > 0}),
+    Case("ranges of keys", lambda device: {"key_ranges": _ranges(device)}),
     Case("bias", lambda device: {"attn_mask": _random(1, 4, 93, 130, device=device)}),
     Case("relative bias", lambda device: {"relative_bias": _random(4, 222, device=device)}),
     Case("float padding", lambda device: {"key_padding_mask": _random(2, 130, device=device)}),
