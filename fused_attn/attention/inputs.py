@@ -74,7 +74,7 @@ class Inputs(NamedTuple):
 
 inputs_of = _constructor(Inputs)
 #: The inputs besides query, key and value of a call that has no others.
-NO_OTHERS = (None,) * len(Inputs._field_defaults)
+NO_OTHERS = tuple(Inputs._field_defaults.values())
 
 
 class Shapes(NamedTuple):
