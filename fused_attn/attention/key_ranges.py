@@ -12,7 +12,8 @@ def key_ranges_of(mask: Tensor) -> Tensor:
     """The `key_ranges` of a bool mask: for each query, the runs of keys that it sees.
 
     Call the function once for a mask that many calls use. It reads the mask, so on a GPU the host waits. A mask whose
-    rows have more than some ten runs is better given as `attn_mask`: kernels read all ranges of a row, often.
+    rows have very many runs, such as a hundred, is better given as `attn_mask`: kernels read all ranges of a row again
+    and again.
 
     Args:
         mask: (..., L, S) bool, True = attend, with any dimensions before L. The last dimension must have all S keys: a

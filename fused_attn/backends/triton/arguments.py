@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """A mask or bias that broadcasts to (B, H, L, S). The stride of a dimension of size 1 is 0."""
+    """A mask or bias that broadcasts to (B, H, L, S), or ranges. The stride of a dimension of size 1 is 0."""
 
     ptr: Tensor | None
     stride_b: int = 0
@@ -68,27 +68,11 @@ class Scores(NamedTuple):
         )
 
 
-class Ranges(NamedTuple):
-    """The ranges of keys (B|1, H|1, L|1, N, 2) of each query. The stride of a dimension of size 1 is 0."""
-
-    ptr: Tensor | None
-    stride_b: int = 0
-    stride_h: int = 0
-    stride_row: int = 0
-
-    @classmethod
-    def of(cls, x: Tensor | None) -> Ranges:
-        if x is None:
-            return NO_RANGES
-        strides = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
-        return _new(cls, (x, *strides))
-
-
 class Masks(NamedTuple):
     """The tensors of a call besides query, key and value. A feature that the call does not use is None.
 
     mask: bool, broadcasts to (B, H, L, S). True = visible
-    ranges: the ranges of keys that each query sees
+    ranges: int32, broadcasts to (B, H, L, 2 N). Begin and end of the N ranges of keys of each query
     bias: broadcasts to (B, H, L, S)
     key_bias: (B, S), contiguous
     key_padding: (B, S) bytes, nonzero = padding
@@ -104,7 +88,7 @@ class Masks(NamedTuple):
     """
 
     mask: Scores
-    ranges: Ranges
+    ranges: Scores
     bias: Scores
     key_bias: Tensor | None
     key_padding: Tensor | None
@@ -152,7 +136,7 @@ class Masks(NamedTuple):
             cls,
             (
                 Scores.of(inputs.mask),
-                Ranges.of(inputs.key_ranges),
+                NO_SCORES if inputs.key_ranges is None else Scores.of(inputs.key_ranges.flatten(3)),
                 NO_SCORES if inputs.bias is None else Scores.of(inputs.bias.resolve_neg()),
                 None if inputs.key_bias is None else inputs.key_bias.resolve_neg().contiguous(),
                 None if inputs.key_padding is None else inputs.key_padding.contiguous(),
@@ -175,7 +159,7 @@ def kind_of_pointer(x: Tensor | None) -> tuple | None:
     return None if x is None else (x.data_ptr() % 16, x.dtype)
 
 
-def kind_of(x: Rows | Scores | Ranges) -> tuple | None:
+def kind_of(x: Rows | Scores) -> tuple | None:
     """The properties of a tensor that Triton compiles a kernel for: those of its pointer, and its strides.
 
     Two calls whose tensors have equal kinds can use the same compiled kernel.
@@ -189,8 +173,7 @@ _new = tuple.__new__
 
 NO_ROWS = Rows(None)
 NO_SCORES = Scores(None)
-NO_RANGES = Ranges(None)
-NO_MASKS = Masks(NO_SCORES, NO_RANGES, NO_SCORES, None, None, None, 0, None, None, None, None, None, None, 0, 0)
+NO_MASKS = Masks(NO_SCORES, NO_SCORES, NO_SCORES, None, None, None, 0, None, None, None, None, None, None, 0, 0)
 NO_MASKS_KIND = NO_MASKS.kind
 
 #: The smallest and the largest scale for which `Settings.is_scale_folded` may be 1.

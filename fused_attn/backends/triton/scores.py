@@ -150,7 +150,7 @@ def hide(scores, hidden, query, key, is_valid, head_slice, masks, settings, IS_F
 
 @triton.jit
 def _in_ranges(x, query, key, head_slice, settings):
-    """Whether each key lies in one of the ranges x (a `Ranges`) of the query; false for a query that does not exist."""
+    """Whether each key lies in one of the ranges x (a `Scores`) of the query; false for a query that does not exist."""
     of_head = x.ptr + head_slice.batch.to(tl.int64) * x.stride_b + head_slice.head.to(tl.int64) * x.stride_h
     ends = of_head + query.to(tl.int64) * x.stride_row
     is_row = query < head_slice.seqlen_q
