@@ -39,6 +39,7 @@ def fused_attention(
     relative_bias: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_seed: int | Tensor | None = None,
+    diagonal_alignment: str = checks.UPPER_LEFT,
     num_splits: int | None = None,
     return_lse: bool = False,
     return_max: bool = False,
@@ -56,16 +57,14 @@ def fused_attention(
             differentiable. A causal bias of ``torch.nn.attention.bias`` is accepted and takes no memory.
         dropout_p: the probability, in [0, 1], of dropping a weight after the softmax. Dropout is applied whenever this
             number is positive, because a function knows no training mode.
-        is_causal: query i sees the keys j <= i (upper-left alignment). Combines with every other mask by AND.
+        is_causal: query i sees the keys j <= i, or as `diagonal_alignment` says. Combines with every other mask by AND.
         scale: factor of the scores; default ``1 / sqrt(D)``.
         enable_gqa: query head h reads key/value head ``h // (H / Hkv)``.
         key_padding_mask: (B, S). Bool: True = IGNORE the key (as in `torch.nn.MultiheadAttention`). Floating point:
             added to the scores, and differentiable; -inf ignores the key. Ignored keys and values may hold NaN.
         key_lengths: (B,) int32 on the device of query. Batch entry b has the keys j < key_lengths[b]. All others are
             ignored and may hold NaN. Combines with every other mask by AND. The host does not read the lengths of a GPU
-            tensor, so a CUDA graph can be replayed with others. With ``causal_lower_right(L, S)`` as `attn_mask`, the
-            diagonal ends at the last key of each entry: query i stands at ``key_lengths[b] - L + i``, and a window
-            follows that diagonal. Other causal masks, windows and `relative_bias` are not shifted.
+            tensor, so a CUDA graph can be replayed with others. `relative_bias` does not follow the lengths.
         key_ranges: (..., L, N, 2) int32, broadcastable to (B, H, L) before N. Query i sees key j only if
             ``key_ranges[..., i, n, 0] <= j < key_ranges[..., i, n, 1]`` for one of its N ranges. One range for each
             query is (L, 1, 2): N is never left out. Combines with every other mask by AND. A range may be empty,
@@ -78,6 +77,11 @@ def fused_attention(
         sinks: (H,), a logit per head that joins the softmax denominator only. Differentiable.
         dropout_seed: int or 0-d int64 tensor that fixes the dropout pattern on every backend; default: drawn from
             torch's default generator.
+        diagonal_alignment: where the diagonal of `is_causal` and `window_size` lies if L != S. ``"upper_left"``: query
+            i stands at key i, as in torch. ``"lower_right"``: query i stands at key ``S - L + i``, so the last query
+            stands at the last key, as in flash_attn. With `key_lengths`, the diagonal ends at the last key of each
+            entry: S is then ``key_lengths[b]``. ``causal_lower_right(L, S)`` as `attn_mask` means the same and
+            ``is_causal=True``. `relative_bias` and dropout count from the first row and the first key.
         num_splits: into how many parts the keys are cut for a kernel that computes few queries with many keys, 1 to
             256. The parts are equal shares of the keys of each batch entry. So no bit of a result depends on the other
             entries of the batch. The default follows from the shapes of the whole batch.
@@ -113,7 +117,8 @@ def fused_attention(
     if is_direct:
         call = signature.read(
             query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, key_ranges,
-            dropout_p, is_causal, scale, enable_gqa, window_size, softcap, num_splits, backend, return_lse, return_max,
+            dropout_p, is_causal, scale, enable_gqa, window_size, softcap, diagonal_alignment, num_splits, backend,
+            return_lse, return_max,
         )  # fmt: skip
         plan = planning.plans.get(call)
     if call is None:
@@ -126,7 +131,7 @@ def fused_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 key_padding_mask=key_padding_mask, key_lengths=key_lengths, key_ranges=key_ranges,
                 window_size=window_size, softcap=softcap, relative_bias=relative_bias, sinks=sinks,
-                dropout_seed=dropout_seed, num_splits=num_splits,
+                dropout_seed=dropout_seed, diagonal_alignment=diagonal_alignment, num_splits=num_splits,
                 return_lse=return_lse, return_max=return_max, backend=backend,
             )  # fmt: skip
         if any(hasattr(x, "device_mesh") for x in (query, key, value)):
@@ -138,7 +143,10 @@ def fused_attention(
                 if x is not None:
                     expected = "None with DTensors, which key_padding_mask and attn_mask can mask"
                     raise checks.fail(name, expected, "a tensor")
-
+            checks.check_diagonal_alignment(diagonal_alignment)
+            if diagonal_alignment != checks.UPPER_LEFT:
+                expected = f"{checks.UPPER_LEFT!r} with DTensors, or causal_lower_right(L, S) as attn_mask"
+                raise checks.fail("diagonal_alignment", expected, repr(diagonal_alignment))
             return sharded.attention(
                 query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
                 enable_gqa=enable_gqa, key_padding_mask=key_padding_mask, window_size=window_size, softcap=softcap,
@@ -153,12 +161,13 @@ def fused_attention(
             return _nested_attention(
                 query, key, value, masks_given, return_lse=return_lse, return_max=return_max,
                 dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, window_size=window_size,
-                softcap=softcap, relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, backend=backend,
+                softcap=softcap, relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed,
+                diagonal_alignment=diagonal_alignment, backend=backend,
             )  # fmt: skip
     if plan is None:
         checks.check_flags(return_lse=return_lse, return_max=return_max)
         tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, key_ranges)
-        options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap, num_splits)
+        options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap, diagonal_alignment, num_splits)
         plan = planning.plan(is_compiling, tensors, options, backend)
         if call is not None:
             planning.plans.store(call, plan)
@@ -211,6 +220,7 @@ def fused_attention_varlen(
     relative_bias: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_seed: int | Tensor | None = None,
+    diagonal_alignment: str = checks.UPPER_LEFT,
     return_lse: bool = False,
     return_max: bool = False,
     backend: str | None = None,
@@ -218,8 +228,8 @@ def fused_attention_varlen(
     """Attention over packed sequences: no padding is stored and no sequence sees another.
 
     The arguments that `fused_attention` has, too, have the same meaning for each sequence. Positions count from the
-    first row of the sequence. This holds for the causal diagonal (upper-left), the window, relative distances and
-    dropout.
+    first row of the sequence. With ``diagonal_alignment="lower_right"``, the causal diagonal and the window end at the
+    last query and the last key of each sequence, as in flash_attn_varlen_func.
 
     Args:
         query: (total_q, H, D), the rows of all sequences one after the other.
@@ -247,7 +257,7 @@ def fused_attention_varlen(
         query, key, value = _autocast(query, key, value)
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks)
     max_seqlens = (max_seqlen_q, max_seqlen_k)
-    options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap)
+    options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap, diagonal_alignment)
     call = signature.read(*tensors, *max_seqlens, *options, backend, return_lse, return_max) if is_direct else None
     is_direct = call is not None
     if not is_direct and not is_compiling and _overrides_functions(*tensors, dropout_seed):
@@ -256,7 +266,8 @@ def fused_attention_varlen(
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             dropout_p, is_causal, scale, enable_gqa,
             window_size=window_size, softcap=softcap, relative_bias=relative_bias, sinks=sinks,
-            dropout_seed=dropout_seed, return_lse=return_lse, return_max=return_max, backend=backend,
+            dropout_seed=dropout_seed, diagonal_alignment=diagonal_alignment,
+            return_lse=return_lse, return_max=return_max, backend=backend,
         )  # fmt: skip
     plan = None if call is None else planning.packed_plans.get(call)
     if plan is None:
@@ -332,7 +343,7 @@ def fused_attention_paged(
     if is_compiling or modes.is_any_autocast_enabled():
         query, key_pages, value_pages = _autocast(query, key_pages, value_pages)
     tensors = (query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask)
-    options = (0.0, is_causal, scale, True, window_size, softcap, num_splits)
+    options = (0.0, is_causal, scale, True, window_size, softcap, checks.LOWER_RIGHT, num_splits)
     call = signature.read(*tensors, *options, backend, return_lse) if is_direct else None
     is_direct = call is not None
     if not is_direct and not is_compiling and _overrides_functions(*tensors):

@@ -298,6 +298,7 @@ def _planned(
     relative_bias = None if options.relative_bias is None else options.relative_bias[..., columns]
     numbers: tuple[Any, ...] = (
         options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.window_size, options.softcap,
+        checks.UPPER_LEFT,
     )  # fmt: skip
     if packed is None:
         tensors = planning.tensors_of(

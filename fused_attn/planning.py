@@ -68,7 +68,10 @@ Metadata = tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]
 
 
 class Options(NamedTuple):
-    """The arguments without contents that the functions share. Those of `fused_attention_varlen` end with softcap."""
+    """The arguments without contents that the functions share.
+
+    Those of `fused_attention_varlen` end with diagonal_alignment.
+    """
 
     dropout_p: float
     is_causal: bool
@@ -76,6 +79,7 @@ class Options(NamedTuple):
     enable_gqa: bool
     window_size: tuple[int, int] | None
     softcap: float
+    diagonal_alignment: str = checks.UPPER_LEFT
     num_splits: int | None = None
 
 
@@ -193,7 +197,9 @@ def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMet
     layout = Layout.of(query.shape, key.shape, value.shape, options.enable_gqa)
     (seqlen_q, head_dim), (seqlen_k, value_dim) = query.shape[-2:], value.shape[-2:]
     if bias is not None:
-        checks.check_causal_bias(bias, options.is_causal, seqlen_q, seqlen_k, key_lengths is not None)
+        checks.check_causal_bias(
+            bias, options.is_causal, options.diagonal_alignment, seqlen_q, seqlen_k, key_lengths is not None
+        )
     if attn_mask is not None:
         checks.check_attn_mask(attn_mask, query, (*layout.batch_shape, layout.num_heads, seqlen_q, seqlen_k))
     if key_padding_mask is not None:
@@ -390,8 +396,7 @@ def _paged_plan(backend: str | None, metadata: PagedArguments, *options: Any) ->
         key_lengths=key_lengths.shape,
         block_table=block_table.shape,
     )
-    band = masks.band_of(checked.is_causal, checks.check_window(checked.window_size), is_from_end=True)
-    scalars = _scalars(shapes, checked, band)._replace(max_seqlen_k=seqlen_k)
+    scalars = _scalars(shapes, checked, _band(shapes, checked))._replace(max_seqlen_k=seqlen_k)
     return Plan(AttentionProblem.of(shapes, query.dtype, query.device, scalars), None, None)
 
 
@@ -451,19 +456,21 @@ def _check_options(options: Options, dtype: torch.dtype) -> None:
         options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.softcap, dtype
     )
     checks.check_window(options.window_size)
+    checks.check_diagonal_alignment(options.diagonal_alignment)
     checks.check_num_splits(options.num_splits)
 
 
 def _band(shapes: Shapes, options: Options, bias: CausalBiasMeta | None = None) -> Band:
-    """The band of a call. A causal bias makes the call causal.
+    """The band of a call. A causal bias makes the call causal, and a lower-right one aligns the diagonal.
 
-    A lower-right bias for keys with lengths aligns the last query with the last key that its batch entry has.
+    If sequences have lengths of their own, a lower-right diagonal ends at the last key that each of them has.
     """
-    window = checks.check_window(options.window_size)
-    if bias is None:
-        return masks.band_of(options.is_causal, window)
-    is_from_end = bias.is_lower_right and shapes.key_lengths is not None
-    return masks.band_of(True, window, 0 if is_from_end else bias.offset, is_from_end)
+    window, is_causal = checks.check_window(options.window_size), options.is_causal or bias is not None
+    if options.diagonal_alignment == checks.UPPER_LEFT and not (bias is not None and bias.is_lower_right):
+        return masks.band_of(is_causal, window)
+    if shapes.key_lengths is not None or shapes.cu_seqlens_q is not None:
+        return masks.band_of(is_causal, window, is_from_end=True)
+    return masks.band_of(is_causal, window, shapes.key[2] - shapes.query[2])
 
 
 def _scalars(shapes: Shapes, options: Options, band: Band) -> Scalars:

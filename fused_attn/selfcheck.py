@@ -93,6 +93,11 @@ CASES = (
     Case("head dim 256", head_dim=256),
     Case("value dim 80", value_dim=80),
     Case("packed", lambda device: {"is_causal": True}, is_packed=True),
+    Case(
+        "packed, lower right",
+        lambda device: {"is_causal": True, "diagonal_alignment": "lower_right"},
+        is_packed=True,
+    ),
     Case("packed + dropout", lambda device: {"dropout_p": 0.2, "dropout_seed": 7}, is_packed=True),
     Case("one query", lambda device: {"key_padding_mask": _padding(device)}, seqlen_q=1),
     Case("one of many keys", seqlen_q=1, seqlen_k=4096, has_gradients=False),

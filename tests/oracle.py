@@ -41,6 +41,7 @@ def attention(
     relative_bias: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_seed: int | None = None,
+    diagonal_alignment: str = "upper_left",
     num_splits: int | None = None,
     first_sequence: int = 0,
     watch: dict[str, float] | None = None,
@@ -68,6 +69,7 @@ def attention(
             relative_bias=relative_bias,
             sinks=sinks,
             dropout_seed=dropout_seed,
+            diagonal_alignment=diagonal_alignment,
             first_sequence=first_sequence,
             watch=watch,
             return_max=return_max,
@@ -75,14 +77,13 @@ def attention(
         return tuple(x[0] for x in results)
 
     seqlen_q, seqlen_k = query.shape[-2], key.shape[-2]
-    offset = 0
+    is_lower_right = diagonal_alignment == "lower_right"
     if isinstance(attn_mask, CausalBias):
-        is_causal = True
-        if attn_mask.variant == CausalVariant.LOWER_RIGHT:
-            offset = seqlen_k - seqlen_q
-            if key_lengths is not None:
-                offset = key_lengths.numpy()[:, None, None, None] - seqlen_q
+        is_causal, is_lower_right = True, is_lower_right or attn_mask.variant == CausalVariant.LOWER_RIGHT
         attn_mask = None
+    offset = 0
+    if is_lower_right:
+        offset = (seqlen_k if key_lengths is None else key_lengths.numpy()[:, None, None, None]) - seqlen_q
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
         key, value = (x.repeat_interleave(group, dim=-3) for x in (key, value))

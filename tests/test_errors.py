@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fused_attn
 from fused_attn.attention import masks
@@ -192,6 +192,17 @@ TABLE = {
     ),
     "window-negative": (call(window_size=(-2, 0)), ValueError, r"window_size: expected \(left, right\)"),
     "window-float": (call(window_size=(1.5, 0)), ValueError, r"window_size: expected \(left, right\)"),
+    "alignment-other": (
+        call(diagonal_alignment="bottom_right"),
+        ValueError,
+        r"diagonal_alignment: expected 'upper_left' or 'lower_right', got 'bottom_right'",
+    ),
+    "alignment-none": (call(diagonal_alignment=None), TypeError, r"diagonal_alignment: expected a string, got None"),
+    "alignment-against-bias": (
+        call(attn_mask=causal_upper_left(5, 7), diagonal_alignment="lower_right"),
+        ValueError,
+        r"diagonal_alignment: expected 'upper_left' with an upper-left causal bias as attn_mask, got 'lower_right'",
+    ),
     "window-int": (call(window_size=4), (TypeError, ValueError), r"window_size: expected \(left, right\).* got .*4"),
     "relative-shape": (
         call(relative_bias=torch.zeros(4, 12)),

@@ -18,6 +18,7 @@ LAYOUT = st.sampled_from(["contiguous", "blhd", "lbhd", "bhdl", "sliced", "every
 KV_LAYOUT = st.one_of(LAYOUT, st.sampled_from(["one_batch_expanded", "one_head_expanded", "one_row_expanded"]))
 DOUT_LAYOUT = st.one_of(KV_LAYOUT, st.just("one_number_expanded"))
 MASK_SHAPE = st.tuples(*(st.sampled_from([letter, "1"]) for letter in "BHLS")).map("".join)
+ALIGNMENT = st.sampled_from(["upper_left", "lower_right"])
 
 
 @st.composite
@@ -61,6 +62,7 @@ def attention_cases(draw: st.DrawFn) -> Case:
     )
     if attn_mask == "lower_right":
         attn_mask, options["is_causal"] = cases.lower_right, False
+    options["diagonal_alignment"] = draw(ALIGNMENT)
     padding = draw(st.sampled_from([None, None, cases.scattered_padding, cases.float_padding, "trailing"]))
     if padding == "trailing":
         padding = cases.padding(*(draw(st.integers(0, seqlen_k)) for _ in range(batch)))
@@ -109,6 +111,7 @@ def packed_cases(draw: st.DrawFn) -> Case:
     lengths_q = draw(lengths)
     lengths_k = draw(st.lists(st.integers(0, 70), min_size=len(lengths_q), max_size=len(lengths_q)))
     options = {"is_causal": draw(st.booleans()), "softcap": draw(st.sampled_from([0.0, 2.0]))}
+    options["diagonal_alignment"] = draw(ALIGNMENT)
     if draw(st.booleans()):
         options["window_size"] = (draw(st.integers(-1, 20)), draw(st.integers(-1, 20)))
     if draw(st.booleans()):

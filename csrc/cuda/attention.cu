@@ -194,7 +194,8 @@ int64_t mask_entries(const AttentionParams& a) {
 // and without other work for the preparation kernel this takes a launch.
 bool shares_tiles(const AttentionParams& a) {
   const bool has_equal_tiles = a.window_left == kUnbounded && a.window_right == kUnbounded &&
-                               a.cu_seqlens_q == nullptr && a.key_padding.data == nullptr && mask_entries(a) == 0;
+                               a.cu_seqlens_q == nullptr && a.key_padding.data == nullptr && a.key_lengths == nullptr &&
+                               mask_entries(a) == 0;
   return !has_equal_tiles &&
          ceil_div(a.seqlen_q, kLeastForwardRowsSm90) * a.num_heads * a.batch > num_multiprocessors();
 }
@@ -264,8 +265,10 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.sinks = static_cast<const float*>(a.sinks.data);
   p.first_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.diagonal_offset - a.window_left, -kMaxRows, kMaxRows));
   p.last_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.diagonal_offset + a.window_right, -kMaxRows, kMaxRows));
+  p.band_from_end = a.band_from_end;
   p.cu_seqlens_q = a.cu_seqlens_q;
   p.cu_seqlens_k = a.cu_seqlens_k;
+  p.key_lengths = a.key_lengths;
   p.valid_keys = pieces.valid_keys;
   p.valid_words = pieces.valid_words;
   p.dropout_seed = a.has_dropout ? a.dropout_seed_data : nullptr;
@@ -368,8 +371,6 @@ DecodeParams decode_params_of(const AttentionParams& a, const Pieces& pieces, Pa
   d.padding_stride_batch = a.key_padding.stride_batch;
   d.padding_stride_key = a.key_padding.stride_col;
   d.mask = mask_source_of(a);
-  d.key_lengths = a.key_lengths;
-  d.band_from_end = a.band_from_end;
   d.block_table = a.block_table;
   d.block_table_stride = a.block_table_stride;
   d.page_size = static_cast<int32_t>(a.page_size);
@@ -449,10 +450,8 @@ void check_decode(const AttentionParams& a, bool is_decode) {
   if (is_decode && (a.has_dropout || a.key_bias.data != nullptr || a.row_max.data != nullptr))
     throw std::invalid_argument("num_splits: expected 0 with dropout, key_bias or row_max, got " +
                                 std::to_string(a.num_splits));
-  if (!is_decode && (a.key_lengths != nullptr || a.block_table != nullptr || a.band_from_end))
-    throw std::invalid_argument(
-        "num_splits: expected a number of splits, and no gradients, with key_lengths, "
-        "block_table or band_from_end, got 0");
+  if (!is_decode && a.block_table != nullptr)
+    throw std::invalid_argument("num_splits: expected a number of splits, and no gradients, with block_table, got 0");
 }
 
 // Checks the sizes of a call, and launches its kernels in order: preparation, forward or backward, gradients of biases

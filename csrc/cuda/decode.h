@@ -26,10 +26,6 @@ struct DecodeParams {
   int64_t padding_stride_batch;
   int64_t padding_stride_key;
   MaskSource mask;
-  const int32_t* key_lengths;  // (B): how many keys a batch entry has, any numbers: kernels clip them; null = S
-  // Whether the band ends at the last key of each sequence: the number of its keys minus that of its queries is added
-  // to both diagonals.
-  bool band_from_end;
   // Null if keys and values are not paged. Otherwise their batch entries are pages: key j of batch entry b is row
   // j % page_size of page block_table[b * block_table_stride + j / page_size]. The table may hold any numbers: kernels
   // clip them to [0, num_pages).
@@ -48,7 +44,6 @@ void launch_decode(const Params& p, const DecodeParams& d, bool is_bf16, Stream 
 
 // The keys begin ... end - 1, divided into splits: split n has keys first + n * keys_per_split and the following ones.
 struct SplitKeys {
-  int32_t diagonal_shift;  // what is added to both diagonals of the band
   int32_t begin;
   int32_t end;
   int32_t first;  // `begin`, rounded down to a multiple of kDecodeKeys
@@ -56,23 +51,16 @@ struct SplitKeys {
   int32_t used_splits;  // how many splits have a key
 };
 
-// The head slice of a head. Unlike head_slice_of, reads key_lengths.
-GPU_DEVICE HeadSlice decode_head_slice(const Params& p, const DecodeParams& d, int32_t batch, int32_t head) {
-  HeadSlice head_slice = head_slice_of(p, batch, head, head / p.group_size);
-  if (d.key_lengths != nullptr) head_slice.seqlen_k = clamp_to(load_global(d.key_lengths + batch), 0, p.seqlen_k);
-  return head_slice;
-}
-
 // Divides the keys that the band shows to the tile of rows from first_row on. The result depends on the lengths of this
 // sequence alone, so the bits of a row do not depend on the other sequences of the batch.
 GPU_DEVICE SplitKeys split_keys(const Params& p, const DecodeParams& d, const HeadSlice& head_slice,
                                 int32_t first_row) {
   const int32_t first_query = first_row / p.group_size;
   const int32_t last_query = min((first_row + kDecodeRows - 1) / p.group_size, head_slice.seqlen_q - 1);
+  const Diagonals band(p, head_slice);
   SplitKeys keys;
-  keys.diagonal_shift = d.band_from_end ? head_slice.seqlen_k - head_slice.seqlen_q : 0;
-  keys.begin = clamp_to(first_key(p, first_query + keys.diagonal_shift), 0, head_slice.seqlen_k);
-  keys.end = clamp_to(last_key(p, last_query + keys.diagonal_shift) + 1, keys.begin, head_slice.seqlen_k);
+  keys.begin = clamp_to(band.first_key(first_query), 0, head_slice.seqlen_k);
+  keys.end = clamp_to(band.last_key(last_query) + 1, keys.begin, head_slice.seqlen_k);
   keys.first = keys.begin / kDecodeKeys * kDecodeKeys;
   const int32_t count = keys.end == keys.begin ? 0 : keys.end - keys.first;
   const int32_t rounds = (count + kDecodeRound - 1) / kDecodeRound;
@@ -118,7 +106,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kMergeThreads, 1)
     merge_splits_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT DecodeParams d) {
   const int32_t query = block_index_x() % p.seqlen_q, head_and_batch = block_index_x() / p.seqlen_q;
   const int32_t head = head_and_batch % p.num_heads;
-  const HeadSlice head_slice = decode_head_slice(p, d, head_and_batch / p.num_heads, head);
+  const HeadSlice head_slice = head_slice_of(p, head_and_batch / p.num_heads, head, head / p.group_size);
   if (query >= head_slice.seqlen_q) return;
   const int32_t row = query * p.group_size + head % p.group_size;
   const int32_t splits = split_keys(p, d, head_slice, row / kDecodeRows * kDecodeRows).used_splits;

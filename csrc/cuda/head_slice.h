@@ -5,6 +5,8 @@
 
 namespace fused_attn::gpu {
 
+GPU_DEVICE int32_t clamp_to(int32_t x, int32_t low, int32_t high) { return x < low ? low : x > high ? high : x; }
+
 // One head of one batch entry, or of one packed sequence: its indices, offsets and lengths.
 struct HeadSlice {
   int32_t batch;  // index of the batch entry, or of the packed sequence
@@ -16,6 +18,9 @@ struct HeadSlice {
   int32_t seqlen_k;
   // First row of the sequence in arrays that have whole row blocks (kRowBlock) for each sequence.
   int32_t padded_q_offset;
+
+  // What is added to both diagonals of the band.
+  GPU_DEVICE int32_t diagonal_shift(const Params& p) const { return p.band_from_end ? seqlen_k - seqlen_q : 0; }
 
   // query_row returns the address of row `row` of this head in a tensor with a row for each query. key_row does the
   // same for the key head, in a tensor with a row for each key.
@@ -43,7 +48,7 @@ struct HeadSlice {
   }
 };
 
-// Fills in the head slice of a batch entry or sequence. Reads cu_seqlens in packed problems.
+// Fills in the head slice of a batch entry or sequence. Reads cu_seqlens in packed problems, and key_lengths.
 GPU_DEVICE HeadSlice head_slice_of(const Params& p, int32_t batch, int32_t head, int32_t kv_head) {
   HeadSlice head_slice{batch, head, kv_head, 0, 0, p.seqlen_q, p.seqlen_k, 0};
   if (p.cu_seqlens_q != nullptr) {
@@ -57,6 +62,7 @@ GPU_DEVICE HeadSlice head_slice_of(const Params& p, int32_t batch, int32_t head,
     // fill.
     head_slice.padded_q_offset = (head_slice.q_offset / kRowBlock + batch) * kRowBlock;
   }
+  if (p.key_lengths != nullptr) head_slice.seqlen_k = clamp_to(load_global(p.key_lengths + batch), 0, p.seqlen_k);
   return head_slice;
 }
 

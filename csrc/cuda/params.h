@@ -200,8 +200,12 @@ struct Params {
   int32_t first_diagonal;  // key j is visible to query i iff first_diagonal <= j - i <= last_diagonal
   int32_t last_diagonal;
 
+  // Whether the band ends at the last key of each sequence: HeadSlice::diagonal_shift is added to both diagonals.
+  bool band_from_end;
+
   const int32_t* cu_seqlens_q;  // (B + 1), or null when not packed
   const int32_t* cu_seqlens_k;
+  const int32_t* key_lengths;  // (B): how many keys a batch entry has, any numbers: kernels clip them; null = S
   // (B, valid_words): bit j % 32 of word j / 32 is set if key j is no padding; null = no key is padding.
   const uint32_t* valid_keys;
   int32_t valid_words;

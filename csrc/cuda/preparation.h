@@ -31,17 +31,18 @@ constexpr int kPreparationRows = kPreparationThreads / kThreadsPerRow;
 static_assert(kRowBlock % kPreparationRows == 0);
 
 // Packs the key padding of one batch entry to bits, and counts its blocks of keys that have a valid key (key ranks).
-// All threads of one block call this. They may read the results when they have synchronised.
+// Keys behind the length of the entry are not valid. All threads of one block call this. They may read the results when they have synchronised.
 GPU_DEVICE void pack_padding(const Params& p, const PaddingParams& padding, int32_t batch) {
   uint32_t* const valid_keys = padding.valid_keys + int64_t{batch} * p.valid_words;
   const uint8_t* const bytes = padding.padding + batch * padding.stride_batch;
+  const int32_t seqlen_k = head_slice_of(p, batch, 0, 0).seqlen_k;
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   constexpr int kWords = 8;  // words that a warp packs at a time; all their loads are issued before the first is used
   for (int first = kWords * warp; first < p.valid_words; first += kWords * kPreparationWarps) {
     bool is_valid[kWords];
     GPU_UNROLL for (int w = 0; w < kWords; ++w) {
       const int64_t key = 32 * (int64_t{first} + w) + lane;
-      is_valid[w] = key < p.seqlen_k && load_global(bytes + key * padding.stride_key) == 0;
+      is_valid[w] = key < seqlen_k && load_global(bytes + key * padding.stride_key) == 0;
     }
     uint32_t own = 0;
     GPU_UNROLL for (int w = 0; w < kWords; ++w) {

@@ -8,8 +8,6 @@
 
 namespace fused_attn::gpu {
 
-GPU_DEVICE int32_t clamp_to(int32_t x, int32_t low, int32_t high) { return x < low ? low : x > high ? high : x; }
-
 // A word whose bits 0 ... n - 1 are set, for 0 <= n <= 32.
 GPU_DEVICE uint32_t low_bits(int32_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
 
@@ -32,12 +30,21 @@ GPU_DEVICE uint32_t keys_in_ranges(const KeyRanges& ranges, int32_t batch, int32
   return bits;
 }
 
-// The first and the last key that a query sees by the band, and the first and the last query that sees a key. The
-// results may lie outside of the sequence.
-GPU_DEVICE int32_t first_key(const Params& p, int32_t query) { return query + p.first_diagonal; }
-GPU_DEVICE int32_t last_key(const Params& p, int32_t query) { return query + p.last_diagonal; }
-GPU_DEVICE int32_t first_query(const Params& p, int32_t key) { return key - p.last_diagonal; }
-GPU_DEVICE int32_t last_query(const Params& p, int32_t key) { return key - p.first_diagonal; }
+// The diagonals of the band in one sequence: key j is visible to query i if first <= j - i <= last.
+struct Diagonals {
+  int32_t first;
+  int32_t last;
+
+  GPU_DEVICE Diagonals(const Params& p, const HeadSlice& head_slice)
+      : first(p.first_diagonal + head_slice.diagonal_shift(p)), last(p.last_diagonal + head_slice.diagonal_shift(p)) {}
+
+  // The first and the last key that a query sees, and the first and the last query that sees a key. The results may lie
+  // outside of the sequence.
+  GPU_DEVICE int32_t first_key(int32_t query) const { return query + first; }
+  GPU_DEVICE int32_t last_key(int32_t query) const { return query + last; }
+  GPU_DEVICE int32_t first_query(int32_t key) const { return key - last; }
+  GPU_DEVICE int32_t last_query(int32_t key) const { return key - first; }
+};
 
 // A range of blocks. Blocks begin ... end - 1 have to be visited. Of these, blocks full_begin ... full_end - 1 lie
 // wholly within the band.
@@ -63,14 +70,16 @@ GPU_DEVICE BlockRange block_range(int32_t first, int32_t last, int32_t full_firs
 // The blocks of keys that one of the queries first_row ... last_row sees.
 template <int kBlock>
 GPU_DEVICE BlockRange key_range(const Params& p, const HeadSlice& head_slice, int32_t first_row, int32_t last_row) {
-  return block_range<kBlock>(first_key(p, first_row), last_key(p, last_row), first_key(p, last_row),
-                             last_key(p, first_row), head_slice.seqlen_k);
+  const Diagonals band(p, head_slice);
+  return block_range<kBlock>(band.first_key(first_row), band.last_key(last_row), band.first_key(last_row),
+                             band.last_key(first_row), head_slice.seqlen_k);
 }
 
 // The blocks of queries that see one of the keys from ... to.
 template <int kBlock>
 GPU_DEVICE BlockRange query_range(const Params& p, const HeadSlice& head_slice, int32_t from, int32_t to) {
-  return block_range<kBlock>(first_query(p, from), last_query(p, to), first_query(p, to), last_query(p, from),
+  const Diagonals band(p, head_slice);
+  return block_range<kBlock>(band.first_query(from), band.last_query(to), band.first_query(to), band.last_query(from),
                              head_slice.seqlen_q);
 }
 
@@ -144,13 +153,13 @@ struct VisibleColumns {
 // Returns which keys of a block the thread's queries first_row and first_row + 8 see, by band and padding. The rows of
 // the fragment are queries.
 template <int kBlock>
-GPU_DEVICE VisibleColumns<kBlock> visible_keys(const Params& p, const ValidRows<kBlock>& valid, int32_t block,
+GPU_DEVICE VisibleColumns<kBlock> visible_keys(const Diagonals& band, const ValidRows<kBlock>& valid, int32_t block,
                                                int32_t first_row) {
   VisibleColumns<kBlock> visible;
   const int32_t block_start = block * kBlock;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int32_t query = first_row + 8 * r;
-    const int32_t first = first_key(p, query) - block_start, end = last_key(p, query) + 1 - block_start;
+    const int32_t first = band.first_key(query) - block_start, end = band.last_key(query) + 1 - block_start;
     GPU_UNROLL for (int w = 0; w < kBlock / 32; ++w) {
       visible.words[r][w] = valid.words[w] & column_bits(first, end, w);
     }
@@ -161,13 +170,13 @@ GPU_DEVICE VisibleColumns<kBlock> visible_keys(const Params& p, const ValidRows<
 // Returns which queries of a block see the thread's keys own_key and own_key + 8, by the band. The rows of the fragment
 // are keys. is_valid says which of the two keys are valid.
 template <int kBlock>
-GPU_DEVICE VisibleColumns<kBlock> visible_queries(const Params& p, const bool (&is_valid)[2], int32_t block,
+GPU_DEVICE VisibleColumns<kBlock> visible_queries(const Diagonals& band, const bool (&is_valid)[2], int32_t block,
                                                   int32_t own_key) {
   VisibleColumns<kBlock> visible;
   const int32_t block_start = block * kBlock;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int32_t key = own_key + 8 * r;
-    const int32_t first = first_query(p, key) - block_start, end = last_query(p, key) + 1 - block_start;
+    const int32_t first = band.first_query(key) - block_start, end = band.last_query(key) + 1 - block_start;
     GPU_UNROLL for (int w = 0; w < kBlock / 32; ++w) {
       visible.words[r][w] = is_valid[r] ? column_bits(first, end, w) : 0;
     }

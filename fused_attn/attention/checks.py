@@ -26,6 +26,8 @@ class Meta(NamedTuple):
     device: torch.device
 
 
+#: Where the diagonal of causal masks and windows lies if there are not as many queries as keys.
+ALIGNMENTS = UPPER_LEFT, LOWER_RIGHT = "upper_left", "lower_right"
 #: The largest `num_splits`, kMaxSplits of csrc/common/attention_params.h.
 MAX_SPLITS = 256
 #: The largest finite number that a kernel can be given. An int may be larger.
@@ -218,14 +220,27 @@ def check_window(window_size: Sequence[int] | None) -> tuple[int, int]:
     return left, right
 
 
+def check_diagonal_alignment(alignment: str) -> None:
+    """Checks that the alignment is one of `ALIGNMENTS`."""
+    if not isinstance(alignment, str):
+        raise wrong_type("diagonal_alignment", "a string", alignment)
+    if alignment not in ALIGNMENTS:
+        raise fail("diagonal_alignment", " or ".join(map(repr, ALIGNMENTS)), repr(alignment))
+
+
 def check_causal_bias(
-    bias: CausalBiasMeta, is_causal: bool, seqlen_q: int, seqlen_k: int, has_key_lengths: bool
+    bias: CausalBiasMeta, is_causal: bool, alignment: str, seqlen_q: int, seqlen_k: int, has_key_lengths: bool
 ) -> None:
-    """Checks that a causal bias has the lengths of the call and does not contradict is_causal."""
+    """Checks that a causal bias has the lengths of the call and contradicts neither is_causal nor the alignment."""
     if (bias.seqlen_q, bias.seqlen_k) != (seqlen_q, seqlen_k):
         raise fail("attn_mask", f"a causal bias for (L, S) = {(seqlen_q, seqlen_k)}", f"one for {tuple(bias[:2])}")
-    if is_causal and bias.is_lower_right and (bias.offset != 0 or has_key_lengths):
+    if seqlen_q == seqlen_k and not has_key_lengths:
+        return  # both alignments are the same diagonal
+    if is_causal and bias.is_lower_right and alignment == UPPER_LEFT:
         raise fail("is_causal", "False with a lower-right causal bias as attn_mask", is_causal)
+    if alignment == LOWER_RIGHT and not bias.is_lower_right:
+        expected = f"{UPPER_LEFT!r} with an upper-left causal bias as attn_mask"
+        raise fail("diagonal_alignment", expected, repr(alignment))
 
 
 def check_attn_mask(mask: Meta, query: Meta, scores: tuple[int, ...]) -> None:

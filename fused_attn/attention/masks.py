@@ -29,7 +29,7 @@ def to_dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor | None, 
     rows, columns = positions(problem, inputs)
     distance = columns.position[None, :] - rows.position[:, None]  # (L, S)
     conditions = []
-    band, offset = problem.band, _diagonal_offset(problem, inputs)
+    band, offset = problem.band, _diagonal_offset(problem, inputs, rows)
     if band.left != UNBOUNDED:
         conditions.append(distance - offset >= -band.left)
     if band.right != UNBOUNDED:
@@ -82,11 +82,17 @@ def hidden_keys(problem: AttentionProblem, inputs: Inputs) -> Tensor | None:
     return hidden
 
 
-def _diagonal_offset(problem: AttentionProblem, inputs: Inputs) -> int | Tensor:
-    """The offset of the band's diagonal: a number, or (B, 1, 1, 1) if the diagonal ends at the last key of an entry."""
+def _diagonal_offset(problem: AttentionProblem, inputs: Inputs, rows: Positions) -> int | Tensor:
+    """The offset of the band's diagonal: a number. If the diagonal ends at the last key of a sequence, the offset is
+    (B, 1, 1, 1), or (L, 1) for the packed queries at `rows`.
+    """
     band = problem.band
     if not band.is_from_end:
         return band.offset
+    if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
+        first = rows.sequence  # a row without a sequence, -1, gets some number, and sees no key anyway
+        seqlen_q, seqlen_k = (x[first + 1] - x[first] for x in (inputs.cu_seqlens_q, inputs.cu_seqlens_k))
+        return (seqlen_k - seqlen_q + band.offset)[:, None]
     if inputs.key_lengths is None:
         return band.offset + problem.seqlen_k - problem.seqlen_q
     lengths = inputs.key_lengths.clamp(0, problem.seqlen_k)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ from fused_attn.attention import dropout
 from fused_attn.attention.checks import MAX_SPLITS
 from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.memory_order import empty_like_layout
-from fused_attn.attention.problem import UNBOUNDED, UNBOUNDED_BAND, AttentionProblem
+from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 from fused_attn.backends.base import clear_rows, gpu_reasons, native_numbers
 
 
@@ -103,8 +102,6 @@ def device_type() -> str:
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
     """The results of the call. lse and row_max are float32, or None if they are not needed."""
     splits = 0 if needs_max else num_splits(problem)  # the decode kernels know no maxima
-    if problem.has_key_lengths and splits == 0:
-        problem, inputs = _without_key_lengths(problem, inputs)
     if splits and inputs.key_bias is not None:
         inputs = _with_key_bias_in_bias(inputs)
     inputs = _readable_inputs(problem, inputs)
@@ -127,8 +124,6 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
     """The wanted gradients, each in the shape and dtype of its input."""
-    if problem.has_key_lengths:
-        problem, inputs = _without_key_lengths(problem, inputs)
     if wanted.bias and _is_bias_without_effect(problem, inputs):
         others = backward(problem, inputs, saved, wanted._replace(bias=False))
         return others._replace(bias=_gradient_by_lse_alone(inputs, saved))
@@ -141,8 +136,11 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         empty_like_layout(value, problem.value_dim) if wanted.value else None,
         *(_empty_shared_gradients(inputs, wanted) if wanted.is_any_shared else ()),
     )
+    # The kernels write no row that belongs to no sequence, and no row behind the length of a batch entry.
     if problem.is_packed:
         clear_rows(*grads[:3])
+    elif problem.has_key_lengths:
+        clear_rows(*grads[1:3])
     if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
         return _in_dtypes_of(inputs, Gradients(*(None if dx is None else dx.zero_() for dx in grads)))
     assert saved.lse is not None, "backward needs the lse of forward"
@@ -163,45 +161,6 @@ def _with_key_bias_in_bias(inputs: Inputs) -> Inputs:
     key_bias = inputs.key_bias[:, None, None]
     bias = key_bias if inputs.bias is None else inputs.bias.float() + key_bias
     return inputs._replace(bias=bias, key_bias=None)
-
-
-def _without_key_lengths(problem: AttentionProblem, inputs: Inputs) -> tuple[AttentionProblem, Inputs]:
-    """The same call for kernels that do not read key_lengths: with key padding, and with a mask of a byte for each
-    query and key if the band ends at the last key of each batch entry.
-
-    The mask alone would not do: keys behind the length may hold NaN, which only padding keeps out of the products.
-    """
-    lengths = inputs.key_lengths
-    assert lengths is not None, "the problem has key_lengths"
-    key = torch.arange(problem.seqlen_k, device=lengths.device)
-    padding = key >= lengths[:, None]
-    padding = padding if inputs.key_padding is None else padding | inputs.key_padding
-    inputs = inputs._replace(key_padding=padding, key_lengths=None)
-    left, right, offset, is_from_end = problem.band
-    if not is_from_end or left == right == UNBOUNDED:
-        return _with_key_padding(problem), inputs
-    length = lengths.clamp(0, problem.seqlen_k)[:, None, None, None]
-    query = torch.arange(problem.seqlen_q, device=lengths.device)[:, None]
-    distance = key - (query + offset + length - problem.seqlen_q)
-    mask = torch.ones((), dtype=torch.bool, device=lengths.device)
-    if left != UNBOUNDED:
-        mask = mask & (distance >= -left)
-    if right != UNBOUNDED:
-        mask = mask & (distance <= right)
-    mask = mask if inputs.mask is None else mask & inputs.mask
-    return _with_mask(problem), inputs._replace(mask=mask.expand(-1, -1, problem.seqlen_q, -1))
-
-
-@functools.lru_cache(maxsize=4096)
-def _with_key_padding(problem: AttentionProblem) -> AttentionProblem:
-    """The problem with key padding in place of key_lengths."""
-    return dataclasses.replace(problem, has_key_lengths=False, has_key_padding=True)
-
-
-@functools.lru_cache(maxsize=4096)
-def _with_mask(problem: AttentionProblem) -> AttentionProblem:
-    """The problem with key padding and a mask in place of key_lengths and band."""
-    return dataclasses.replace(_with_key_padding(problem), has_mask=True, band=UNBOUNDED_BAND)
 
 
 def _is_bias_without_effect(problem: AttentionProblem, inputs: Inputs) -> bool:
@@ -369,14 +328,9 @@ def _decode_tiles(problem: AttentionProblem) -> int:
     return -(-rows // DECODE_ROWS)
 
 
-def _needs_decode(problem: AttentionProblem) -> bool:
-    """Whether the decode kernels alone know something that the problem has."""
-    return problem.is_paged or problem.band.is_from_end
-
-
 def reads_keys_often(problem: AttentionProblem) -> bool:
     """Whether the decode kernels run although there are many queries, for which they are slow."""
-    return _needs_decode(problem) and _decode_tiles(problem) > MAX_DECODE_TILES
+    return problem.is_paged and _decode_tiles(problem) > MAX_DECODE_TILES
 
 
 def num_splits(problem: AttentionProblem) -> int:
@@ -385,7 +339,7 @@ def num_splits(problem: AttentionProblem) -> int:
     The number follows from shapes and the device alone, never from lengths or masks.
     """
     tiles = _decode_tiles(problem)
-    if problem.dropout_p > 0.0 or (tiles > MAX_DECODE_TILES and not _needs_decode(problem)):
+    if problem.dropout_p > 0.0 or (tiles > MAX_DECODE_TILES and not problem.is_paged):  # only decode kernels know pages
         return 0
     if problem.num_splits:
         return problem.num_splits

@@ -768,13 +768,12 @@ BUGS = [
         "row_ %= d_.page_size;", "row_ = (row_ + @) % d_.page_size;",
     ),
     Bug(
-        "key-behind-the-last-one", 80, "decode-paged", "decode.h",
-        "clamp_to(load_global(d.key_lengths + batch), 0,", "clamp_to(load_global(d.key_lengths + batch) + @, 0,",
+        "key-behind-the-last-one", 80, "decode-paged", "head_slice.h",
+        "clamp_to(load_global(p.key_lengths + batch), 0,", "clamp_to(load_global(p.key_lengths + batch) + @, 0,",
     ),
     Bug(
-        "band-not-at-the-end", 80, "decode-paged", "decode.h",
-        "d.band_from_end ? head_slice.seqlen_k - head_slice.seqlen_q",
-        "d.band_from_end ? head_slice.seqlen_k - head_slice.seqlen_q - @",
+        "band-not-at-the-end", 80, "decode-paged", "head_slice.h",
+        "p.band_from_end ? seqlen_k - seqlen_q", "p.band_from_end ? seqlen_k - seqlen_q - @",
     ),
 ]  # fmt: skip
 

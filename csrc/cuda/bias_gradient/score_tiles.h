@@ -127,7 +127,7 @@ template <int kBlockN>
 GPU_DEVICE VisibleColumns<kBlockN> visible_keys_of_tile(const Params& p, const HeadSlice& head_slice,
                                                         const ValidRows<kBlockN>& valid, int32_t key_block,
                                                         bool has_masked, int32_t query) {
-  VisibleColumns<kBlockN> visible = visible_keys(p, valid, key_block, query);
+  VisibleColumns<kBlockN> visible = visible_keys({p, head_slice}, valid, key_block, query);
   if (has_masked) hide_masked_keys(p, head_slice, visible, query, key_block * kBlockN);
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     GPU_UNROLL for (int w = 0; w < kBlockN / 32; ++w) {

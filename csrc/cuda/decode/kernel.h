@@ -217,7 +217,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
   const int32_t split = program % d.num_splits;
   program /= d.num_splits;
   const int32_t kv_heads = p.num_heads / p.group_size, kv_head = program % kv_heads;
-  const HeadSlice head_slice = decode_head_slice(p, d, program / kv_heads, kv_head * p.group_size);
+  const HeadSlice head_slice = head_slice_of(p, program / kv_heads, kv_head * p.group_size, kv_head);
   const int32_t num_rows = head_slice.seqlen_q * p.group_size;
   if (first_row >= num_rows) return;
   const SplitKeys keys = split_keys(p, d, head_slice, first_row);
@@ -287,14 +287,14 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
       add_biases<T>(scores, p, rows, key + 2 * lane.q);
     }
     const uint32_t valid = load_shared<uint32_t>(valid_words + slot * 4);
+    const Diagonals band(p, head_slice);
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
-      const int32_t position = rows.queries[r] + keys.diagonal_shift;
-      uint32_t visible = valid & column_bits(first_key(p, position) - key, last_key(p, position) + 1 - key, 0);
-      if (d.mask.bytes.data != nullptr)
-        visible = masked(visible, d.mask.bytes, rows.head_slice(r), rows.queries[r], key, lane);
+      const int32_t query = rows.queries[r];
+      uint32_t visible = valid & column_bits(band.first_key(query) - key, band.last_key(query) + 1 - key, 0);
+      if (d.mask.bytes.data != nullptr) visible = masked(visible, d.mask.bytes, rows.head_slice(r), query, key, lane);
       if (d.mask.ranges.data != nullptr && visible != 0) {
         const HeadSlice own = rows.head_slice(r);
-        visible &= keys_in_ranges(d.mask.ranges, own.batch, own.head, rows.queries[r], key);
+        visible &= keys_in_ranges(d.mask.ranges, own.batch, own.head, query, key);
       }
       GPU_UNROLL for (int i = 0; i < 4; ++i) {
         if (!(visible >> (2 * lane.q + 8 * (i / 2) + i % 2) & 1)) scores[i / 2][2 * r + i % 2] = -kInfinity;

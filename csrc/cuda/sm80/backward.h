@@ -112,7 +112,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS((QueryGradientPlan<kHeadDim, kValueDim>::kThre
                    LogitGradients<kTiles>{dprobs[0]});
     const bool has_masked = has_masked_keys<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, this_block);
     if (!(range.is_within_band(this_block) && valid.all()) || has_masked) {
-      VisibleColumns<kBlockN> visible = visible_keys(p, valid, this_block, query);
+      VisibleColumns<kBlockN> visible = visible_keys({p, head_slice}, valid, this_block, query);
       if (has_masked) hide_masked_keys(p, head_slice, visible, query, first_key);
       hide(scores[0], visible, lane);
     }
@@ -243,7 +243,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
     };
     const bool is_full = range.is_within_band(block) && are_all_valid;
     if constexpr (!kIsGeneral) {
-      if (!is_full) hide(probs[0], visible_queries<kBlockM>(p, is_valid, block, key), lane);
+      if (!is_full) hide(probs[0], visible_queries<kBlockM>({p, head_slice}, is_valid, block, key), lane);
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
         const Float4 statistics = statistics_of(t);
         GPU_UNROLL for (int j = 0; j < 4; ++j) probs[0][t][j] =
@@ -276,7 +276,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
       }
       const bool has_masked = has_masked_queries<kIsGeneral, kBlockM, kBlockN>(p, head_slice, block, first_key);
       if (!is_full || has_masked) {
-        VisibleColumns<kBlockM> visible = visible_queries<kBlockM>(p, is_valid, block, key);
+        VisibleColumns<kBlockM> visible = visible_queries<kBlockM>({p, head_slice}, is_valid, block, key);
         if (has_masked) hide_masked_queries(p, head_slice, visible, first_row, key);
         hide(probs[0], visible, lane);
       }

@@ -100,7 +100,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kValueDim>::kThreads), 
       if constexpr (kIsGeneral)
         to_logits<T>(p, head_slice, scores[m], QueryRows{query, first_key + 2 * lane.q}, NoGradients{});
       if (!is_full) {
-        VisibleColumns<kBlockN> visible = visible_keys(p, valid, block, query);
+        VisibleColumns<kBlockN> visible = visible_keys({p, head_slice}, valid, block, query);
         if (has_masked) hide_masked_keys(p, head_slice, visible, query, first_key);
         hide(scores[m], visible, lane);
       }

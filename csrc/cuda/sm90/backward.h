@@ -169,7 +169,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     if constexpr (!kIsGeneral) {
       wgmma_wait<1>();
       keep_registers(flat(scores));
-      if (!is_full) hide(scores, visible_keys(p, valid_keys<kBlockN>(p, head_slice, block), block, query), lane);
+      if (!is_full)
+        hide(scores, visible_keys({p, head_slice}, valid_keys<kBlockN>(p, head_slice, block), block, query), lane);
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
         GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] =
             prob_of(scores[t][j], p.scale_log2, statistics[j / 2].lse_log2);
@@ -199,7 +200,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
       to_logits<T>(p, head_slice, scores, QueryRows{query, first_key + 2 * lane.q}, LogitGradients<kTiles>{dprobs});
       const bool has_masked = has_masked_keys<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, block);
       if (!is_full || has_masked) {
-        VisibleColumns<kBlockN> visible = visible_keys(p, valid_keys<kBlockN>(p, head_slice, block), block, query);
+        VisibleColumns<kBlockN> visible =
+            visible_keys({p, head_slice}, valid_keys<kBlockN>(p, head_slice, block), block, query);
         if (has_masked) hide_masked_keys(p, head_slice, visible, query, first_key);
         hide(scores, visible, lane);
       }
@@ -444,7 +446,7 @@ GPU_DEVICE void sum_key_gradient(const Params& p, uint32_t shared,
     if constexpr (!kIsGeneral) {
       wgmma_wait<kMakesDk ? 1 : 0>();
       keep_registers(flat(probs));
-      if (!is_full) hide(probs, visible_queries<kBlockM>(p, is_valid, work.block, key), lane);
+      if (!is_full) hide(probs, visible_queries<kBlockM>({p, work.head_slice}, is_valid, work.block, key), lane);
       position.wait_full(rings.statistics);
       GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
         const Float4 statistics = statistics_of(t);
@@ -485,7 +487,7 @@ GPU_DEVICE void sum_key_gradient(const Params& p, uint32_t shared,
       const bool has_masked =
           has_masked_queries<kIsGeneral, kBlockM, kBlockN>(p, work.head_slice, work.block, work.first_key);
       if (!is_full || has_masked) {
-        VisibleColumns<kBlockM> visible = visible_queries<kBlockM>(p, is_valid, work.block, key);
+        VisibleColumns<kBlockM> visible = visible_queries<kBlockM>({p, work.head_slice}, is_valid, work.block, key);
         if (has_masked) hide_masked_queries(p, work.head_slice, visible, work.block * kBlockM, key);
         hide(probs, visible, lane);
       }

@@ -265,9 +265,10 @@ GPU_DEVICE void sum_score_tiles(const Params& p, const BiasGradientParams& g, co
                                       thread_row, lane});
     if (bias.is_used && note.has(Note::kEndsProgram)) RingPosition<1>{}.release(rings.bias);
     if (!note.has(Note::kIsFull))
-      hide(scores,
-           visible_keys_of_tile(p, head_slice, note.valid(), note.key_block(), note.has(Note::kHasMasked), query),
-           lane);
+      hide(
+          scores,
+          visible_keys_of_tile(p, note.head_slice(), note.valid(), note.key_block(), note.has(Note::kHasMasked), query),
+          lane);
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
       GPU_UNROLL for (int j = 0; j < 4; ++j) scores[t][j] =
           prob_of(scores[t][j], p.softmax_scale_log2, statistics[j / 2].lse_log2);

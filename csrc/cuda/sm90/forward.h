@@ -562,7 +562,7 @@ struct Consumer {
       to_logits<T>(p, tile.head_slice(), scores, QueryRows{query, note.block() * kBlockN + 2 * lane.q}, NoGradients{},
                    current_bias());
     if (!view.has(View::kIsWhole)) {
-      VisibleColumns<kBlockN> visible = visible_keys(p, note.valid(), note.block(), query);
+      VisibleColumns<kBlockN> visible = visible_keys({p, tile.head_slice()}, note.valid(), note.block(), query);
       if constexpr (kIsGeneral) {
         if (p.mask.map != nullptr) hide_masked_keys(p, tile.head_slice(), visible, query, note.block() * kBlockN);
       }

@@ -509,10 +509,11 @@ GPU_DEVICE void sum_gradients(const Params& p, const BiasMap& bias, uint32_t sha
     const auto hide_scores = [&] {
       const int own = keep_computed(thread), own_row = 64 * group + own / 32 * 16 + own % 32 / 4;
       const int tile = info.tile & kTileNumber;
+      const Diagonals band(p, b.score_slice(info.head));
       GPU_UNROLL for (int r = 0; r < 2; ++r) {
         const bool is_valid = b.is_valid(own_row + 8 * r);
         const int key = b.number() * kKeyBlock + own_row + 8 * r;
-        const int first = first_query(p, key) - tile * kBlockM, end = last_query(p, key) + 1 - tile * kBlockM;
+        const int first = band.first_query(key) - tile * kBlockM, end = band.last_query(key) + 1 - tile * kBlockM;
         const uint32_t* masked = nullptr;
         if constexpr (kIsGeneral) {
           if (p.mask.map != nullptr) masked = queries_of_key(p, b.score_slice(info.head), key) + tile * (kBlockM / 32);
@@ -741,11 +742,12 @@ GPU_DEVICE void list_mask_turns(const Params& p, int32_t batch, int32_t head, in
   const int32_t lane = this_lane().index;
   int32_t* const turns = mask_turns_of<kBlockM>(p, batch, head, tile);
   int32_t later = 0;
+  const Diagonals band(p, head_slice);
   const int32_t key_blocks = (head_slice.seqlen_k + kKeyBlock - 1) / kKeyBlock;
   for (int32_t last = key_blocks - 1; last >= 0; last -= 32) {
     const int32_t n = last - lane;
     const bool is_visited =
-        n >= 0 && tile >= first_tile<kBlockM>(p, n) && tile <= last_tile<kBlockM>(p, n) &&
+        n >= 0 && tile >= first_tile<kBlockM>(band, n) && tile <= last_tile<kBlockM>(band, n) &&
         key_rank(p, batch, n + 1) != key_rank(p, batch, n) &&
         mask_contents<kBlockM, kKeyBlock>(p.mask, head_slice, tile * kBlockM, n * kKeyBlock).has_visible();
     const uint32_t visited = warp_ballot(is_visited);

@@ -41,16 +41,16 @@ GPU_DEVICE constexpr int32_t floor_log2(int32_t x) { return x <= 1 ? 0 : 1 + flo
 // All three take whole tiles and whole blocks, also where the sequence ends within one. So both sides count the same
 // pairs.
 template <int kBlockM>
-GPU_DEVICE int32_t first_tile(const Params& p, int32_t n) {
-  return (n * kKeyBlock - p.last_diagonal) >> floor_log2(kBlockM);  // rounds down, below 0, too
+GPU_DEVICE int32_t first_tile(const Diagonals& band, int32_t n) {
+  return band.first_query(n * kKeyBlock) >> floor_log2(kBlockM);  // rounds down, below 0, too
 }
 template <int kBlockM>
-GPU_DEVICE int32_t last_tile(const Params& p, int32_t n) {
-  return (n * kKeyBlock + kKeyBlock - 1 - p.first_diagonal) >> floor_log2(kBlockM);
+GPU_DEVICE int32_t last_tile(const Diagonals& band, int32_t n) {
+  return band.last_query(n * kKeyBlock + kKeyBlock - 1) >> floor_log2(kBlockM);
 }
 template <int kBlockM>
-GPU_DEVICE int32_t last_key_block(const Params& p, int32_t m) {
-  return (m * kBlockM + kBlockM - 1 + p.last_diagonal) >> floor_log2(kKeyBlock);
+GPU_DEVICE int32_t last_key_block(const Diagonals& band, int32_t m) {
+  return band.last_key(m * kBlockM + kBlockM - 1) >> floor_log2(kKeyBlock);
 }
 
 // Returns how many of the first n blocks of keys of a sequence have a valid key. A block without a valid key adds
@@ -67,6 +67,7 @@ GPU_DEVICE KeyBlock key_block(const Params& p, const WorkTile& work) {
   const int32_t first_key = work.block * kKeyBlock;
   const ValidRows<kKeyBlock> valid = valid_keys<kKeyBlock>(p, head_slice, work.block);
   const BlockRange range = query_range<kBlockM>(p, head_slice, first_key, first_key + kKeyBlock - 1);
+  const Diagonals band(p, head_slice);
   KeyBlock b;
   b.number = work.block;
   b.batch = head_slice.batch;
@@ -77,8 +78,8 @@ GPU_DEVICE KeyBlock key_block(const Params& p, const WorkTile& work) {
   b.padded_q_offset = head_slice.padded_q_offset;
   b.k_offset = head_slice.k_offset;
   b.seqlen_k = head_slice.seqlen_k;
-  b.begin = max(first_tile<kBlockM>(p, work.block), 0);
-  b.end = min(last_tile<kBlockM>(p, work.block) + 1, (head_slice.seqlen_q + kBlockM - 1) / kBlockM);
+  b.begin = max(first_tile<kBlockM>(band, work.block), 0);
+  b.end = min(last_tile<kBlockM>(band, work.block) + 1, (head_slice.seqlen_q + kBlockM - 1) / kBlockM);
   b.full_begin = range.full_begin;
   b.full_end = valid.all() ? range.full_end : range.full_begin;
   b.rank_after = key_rank(p, work.batch, work.block + 1);
@@ -163,7 +164,8 @@ struct SharedKeyBlock {
 template <int kBlockM>
 GPU_DEVICE int32_t turn_at(const Params& p, const SharedKeyBlock& b, int32_t m) {
   const int32_t key_blocks = (b.seqlen_k() + kKeyBlock - 1) / kKeyBlock;
-  return key_rank(p, b.batch(), min(last_key_block<kBlockM>(p, m) + 1, key_blocks)) - b.rank_after();
+  const Diagonals band(p, b.score_slice(b.head()));
+  return key_rank(p, b.batch(), min(last_key_block<kBlockM>(band, m) + 1, key_blocks)) - b.rank_after();
 }
 
 // The current step of a role within a block of keys. The steps go over the query heads of the group, and for each head
