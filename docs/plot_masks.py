@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from fused_attn import alibi_bias, fused_attention, fused_attention_varlen, t5_relative_bias
 
@@ -26,12 +25,14 @@ def weights(rows: int = L, columns: int = S, **options) -> Tensor:
     return _scaled(fused_attention(query, key, torch.eye(columns)[None, None], **options)[0, 0])
 
 
-def packed_weights(lengths: list[int], **options) -> Tensor:
-    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
-    total, longest = sum(lengths), max(lengths)
-    zeros = torch.zeros(total, 1, 1)
-    value = torch.eye(total)[:, None]
-    return _scaled(fused_attention_varlen(zeros, zeros, value, offsets, offsets, longest, longest, **options)[:, 0])
+def packed_weights(lengths_q: list[int], lengths_k: list[int], **options) -> Tensor:
+    cu_seqlens_q, cu_seqlens_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k))
+    query, key = torch.zeros(sum(lengths_q), 1, 1), torch.zeros(sum(lengths_k), 1, 1)
+    value = torch.eye(sum(lengths_k))[:, None]
+    out = fused_attention_varlen(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max(lengths_q), max(lengths_k), **options
+    )
+    return _scaled(out[:, 0])
 
 
 def _scaled(weights: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def pictures() -> dict[str, Tensor]:
         "none": weights(),
         "is_causal": weights(is_causal=True),
         "is_causal-rectangle": weights(6, is_causal=True),
-        "causal_lower_right": weights(6, attn_mask=causal_lower_right(6, S)),
+        "lower_right": weights(6, is_causal=True, diagonal_alignment="lower_right"),
         "key_padding_mask": weights(key_padding_mask=padding),
         "is_causal-key_padding_mask": weights(is_causal=True, key_padding_mask=padding),
         "left-padding": weights(is_causal=True, key_padding_mask=padding.flip(1)),
@@ -56,8 +57,9 @@ def pictures() -> dict[str, Tensor]:
         "attn_mask": weights(attn_mask=blocks),
         "relative_bias-t5": weights(relative_bias=t5_relative_bias(buckets, L, S, max_distance=12)),
         "relative_bias-alibi": weights(relative_bias=alibi_bias(torch.tensor([0.3]), L, S), is_causal=True),
-        "varlen": packed_weights([5, 3, 4]),
-        "varlen-is_causal": packed_weights([5, 3, 4], is_causal=True),
+        "varlen": packed_weights([5, 3, 4], [5, 3, 4]),
+        "varlen-is_causal": packed_weights([5, 3, 4], [5, 3, 4], is_causal=True),
+        "varlen-lower_right": packed_weights([3, 1, 2], [5, 3, 4], is_causal=True, diagonal_alignment="lower_right"),
     }
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,13 @@ class PartialOptions:
         if unknown := [name for name in given if name not in known]:
             raise TypeError(f"{function}: expected options among {', '.join(known)}, got {', '.join(unknown)}")
         return cls(**given)
+
+    def of_call(self) -> planning.Options:
+        """The options of a call. The offsets of a part say where its diagonal lies, so the alignment is the default."""
+        return planning.Options(
+            self.dropout_p, self.is_causal, self.scale, self.enable_gqa, self.window_size, self.softcap,
+            num_splits=self.num_splits,
+        )  # fmt: skip
 
 
 def attention_partial(query: Tensor, key: Tensor, value: Tensor, **options) -> tuple[Tensor, Tensor]:
@@ -296,21 +303,16 @@ def _planned(
         slice(0) if options.relative_bias is None else _columns(*lengths, options.relative_bias.shape[-1], options)
     )
     relative_bias = None if options.relative_bias is None else options.relative_bias[..., columns]
-    numbers: tuple[Any, ...] = (
-        options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.window_size, options.softcap,
-        checks.UPPER_LEFT,
-    )  # fmt: skip
     if packed is None:
         tensors = planning.tensors_of(
             query, key, value, attn_mask=options.attn_mask, relative_bias=relative_bias, sinks=sinks,
             key_padding_mask=options.key_padding_mask,
         )  # fmt: skip
-        numbers = (*numbers, options.num_splits)
-        problem = planning.plan(is_compiling, tensors, numbers, options.backend).problem
+        problem = planning.plan(is_compiling, tensors, options.of_call(), options.backend).problem
     else:
         rows = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # (total, heads, columns)
         of_packed = (*rows, *packed[:2], relative_bias, sinks)
-        problem = planning.plan_of_packed(is_compiling, of_packed, lengths, numbers, options.backend).problem
+        problem = planning.plan_of_packed(is_compiling, of_packed, lengths, options.of_call(), options.backend).problem
     origin = DropoutOrigin(options.batch_offset, options.head_offset, options.query_offset, options.key_offset)
     problem = (_move if is_compiling else _moved)(problem, origin)
     bias, key_bias, mask, key_padding = masks.score_masks(problem, options.attn_mask, options.key_padding_mask, None)

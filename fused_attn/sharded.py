@@ -174,12 +174,7 @@ def _check_whole(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
         query, key, value, attn_mask=options.attn_mask, relative_bias=options.relative_bias, sinks=sinks,
         key_padding_mask=options.key_padding_mask,
     )  # fmt: skip
-    planning.plan(
-        torch.compiler.is_compiling(),
-        tensors,
-        tuple(getattr(options, name) for name in planning.Options._fields),
-        options.backend,
-    )
+    planning.plan(torch.compiler.is_compiling(), tensors, options.of_call(), options.backend)
 
 
 def _dims_of_mask(mask: Tensor) -> dict[int, int]:

@@ -1423,7 +1423,7 @@ KEY_LENGTHS = [
         options={"window_size": (30, 0), "num_splits": 3},
         edit=_nan_behind_lengths,
     ),
-    Case(  # a third key block of which padding alone would leave keys, and lengths within, at and behind a block
+    Case(  # lengths within, at and behind the end of a block of keys
         "key-lengths-lower-right-blocks",
         heads=4,
         kv_heads=2,

@@ -31,7 +31,8 @@ constexpr int kPreparationRows = kPreparationThreads / kThreadsPerRow;
 static_assert(kRowBlock % kPreparationRows == 0);
 
 // Packs the key padding of one batch entry to bits, and counts its blocks of keys that have a valid key (key ranks).
-// Keys behind the length of the entry are not valid. All threads of one block call this. They may read the results when they have synchronised.
+// Keys behind the length of the entry are not valid. All threads of one block call this. They may read the results when
+// they have synchronised.
 GPU_DEVICE void pack_padding(const Params& p, const PaddingParams& padding, int32_t batch) {
   uint32_t* const valid_keys = padding.valid_keys + int64_t{batch} * p.valid_words;
   const uint8_t* const bytes = padding.padding + batch * padding.stride_batch;

@@ -299,8 +299,7 @@ def _check_whole(
         sinks=whole(sinks, *getattr(sinks, "shape", ())),
         key_padding_mask=whole(padding, batch, rows_k),
     )
-    numbers = tuple(getattr(options, name) for name in planning.Options._fields)
-    planning.plan(False, tensors, numbers, None)
+    planning.plan(False, tensors, options.of_call(), None)
 
 
 def _documents(
@@ -308,13 +307,12 @@ def _documents(
     max_seqlen_k: int, sinks: Tensor | None, options: PartialOptions,
 ) -> Documents:  # fmt: skip
     """The offsets of packed sequences. Raises the errors that `fused_attention_varlen` raises for all rows."""
-    numbers = tuple(getattr(options, name) for name in planning.Options._fields if name != "num_splits")
     offsets = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     for name, x in offsets.items():
         checks.meta(name, x)
     on_device = cu_seqlens_q.to(query.device), cu_seqlens_k.to(query.device)
     tensors = (query, key, value, *on_device, options.relative_bias, sinks)
-    planning.plan_of_packed(False, tensors, (max_seqlen_q, max_seqlen_k), numbers, None)
+    planning.plan_of_packed(False, tensors, (max_seqlen_q, max_seqlen_k), options.of_call(), None)
     found = []
     for (name, x), longest in zip(offsets.items(), (max_seqlen_q, max_seqlen_k), strict=True):
         read = x.cpu()

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from fused_attn.api import fused_attention, fused_attention_varlen
 from fused_attn.backends.dispatch import BACKEND_NAMES
@@ -165,6 +164,7 @@ def attention(
         softcap: the ``softcap`` of `fused_attention`.
         s_aux: (H,), the ``sinks`` of `fused_attention`.
         cu_seq_lens_q: (num_sequences + 1,) int32, the row offsets of sequences that are packed into one batch entry.
+            Causal masks and windows end at the last query and the last key of each sequence, as in flash_attn.
             A bool mask (B, 1, L, S) is then not read, because transformers derives it from the same sequences. Give no
             mask of your own.
         cu_seq_lens_k: the same for the keys.
@@ -192,12 +192,12 @@ def attention(
         # transformers passes all four arguments of packed sequences (cu_seq_lens, max_length) or none of them.
         out: Any = fused_attention_varlen(
             query, key, value, cu_seq_lens_q, cu_seq_lens_k, int(max_length_q), int(max_length_k),  # type: ignore[arg-type]
-            **masks, **options,
+            diagonal_alignment="lower_right", **masks, **options,
         )  # fmt: skip
         return out.unsqueeze(0).contiguous(), None
 
     # A single query is the newest token, which sees every key.
-    masks = _masks(module, attention_mask, query, key.shape[2], is_causal and query.shape[2] > 1)
+    masks = _masks(module, attention_mask, query, is_causal and query.shape[2] > 1)
     if position_bias is not None and position_bias.numel() > 0:
         if position_bias.ndim == 2:
             options["relative_bias"] = position_bias
@@ -351,7 +351,7 @@ def band_of(mask: Tensor) -> dict[str, Any]:
     return {"is_causal": True} if reach < 0 else {"window_size": (reach, 0 if is_causal else reach)}
 
 
-def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, seqlen_k: int, is_causal: bool) -> dict[str, Any]:
+def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: bool) -> dict[str, Any]:
     """The arguments of `fused_attention` for a mask, whether `attention_mask_of` or other code has made it."""
     if mask is None:
         return {"is_causal": is_causal}
@@ -363,7 +363,7 @@ def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, seqlen_k: int,
         lengths = mask.flatten().expand(query.shape[0])
         if query.shape[2] == 1:
             return {"key_lengths": lengths}
-        return {"key_lengths": lengths, "attn_mask": causal_lower_right(query.shape[2], seqlen_k)}
+        return {"key_lengths": lengths, "is_causal": True, "diagonal_alignment": "lower_right"}
     if mask.ndim != 5 or mask.dtype != torch.bool:
         raise ValueError(
             f"attention_mask: expected a mask of transformers' mask functions or of shape (B, H, L, S), got "
@@ -380,7 +380,7 @@ def _packed_masks(
     """The arguments of `fused_attention_varlen` for a mask."""
     is_dense = mask is not None and mask.ndim == 4 and mask.shape[2] > 1 and mask.dtype == torch.bool
     if not is_dense:
-        masks = _masks(module, mask, query, 0, is_causal)
+        masks = _masks(module, mask, query, is_causal)
         if masks.keys() & {"attn_mask", "key_padding_mask", "key_lengths"}:
             raise ValueError("attention_mask: expected None with cu_seq_lens_q, which says all about packed sequences")
         return masks

@@ -98,7 +98,7 @@ class VarlenAttention(nn.Module):
         masks = attention_masks
         out, lse = fused_attention_varlen(
             q, k, v, masks.cu_seq_q, masks.cu_seq_k, masks.max_q, masks.max_k, scale=scale, enable_gqa=enable_gqa,
-            window_size=self.config.window_size, softcap=self.config.softcap, return_lse=True,
-            backend=self.config.backend,
+            window_size=self.config.window_size, softcap=self.config.softcap, diagonal_alignment="lower_right",
+            return_lse=True, backend=self.config.backend,
         )  # fmt: skip
         return out if out_transform is None else out_transform(out, lse.transpose(0, 1))

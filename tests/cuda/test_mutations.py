@@ -306,7 +306,8 @@ BUGS = [
     ),
     Bug(
         "tiles-counted-beyond-the-last-block", 90, "short", "sm90/key_blocks.h",
-        "min(last_key_block<kBlockM>(p, m) + 1, key_blocks)", "min(last_key_block<kBlockM>(p, m) + 1, key_blocks + @)",
+        "min(last_key_block<kBlockM>(band, m) + 1, key_blocks)",
+        "min(last_key_block<kBlockM>(band, m) + 1, key_blocks + @)",
     ),
     Bug(
         "first-addition-onto-nothing", 90, "long", "sm90/fused_backward.h",
@@ -670,7 +671,7 @@ BUGS = [
     ),
     Bug(
         "ranges-of-the-first-row", 80, "decode-ranges", "decode/kernel.h",
-        "own.head, rows.queries[r], key);", "own.head, rows.queries[@ ? 0 : r], key);",
+        "own.head, query, key);", "own.head, rows.queries[@ ? 0 : r], key);",
     ),
     Bug(
         "mask-of-the-next-words", 80, "masked", "mask_bits.h",
@@ -693,8 +694,9 @@ BUGS = [
     ),
     Bug(
         "max-before-scores-are-hidden", 80, "max-padded", "sm80/forward.h",
-        "VisibleColumns<kBlockN> visible = visible_keys(p, valid, block, query); if (has_masked)",
-        "if (@) maxima[m].add(scores[m]); VisibleColumns<kBlockN> visible = visible_keys(p, valid, block, query);"
+        "VisibleColumns<kBlockN> visible = visible_keys({p, head_slice}, valid, block, query); if (has_masked)",
+        "if (@) maxima[m].add(scores[m]); "
+        "VisibleColumns<kBlockN> visible = visible_keys({p, head_slice}, valid, block, query);"
         " if (has_masked)",
     ),
     Bug(
@@ -775,6 +777,35 @@ BUGS = [
         "band-not-at-the-end", 80, "decode-paged", "head_slice.h",
         "p.band_from_end ? seqlen_k - seqlen_q", "p.band_from_end ? seqlen_k - seqlen_q - @",
     ),
+    # Lengths and their diagonals in the large kernels.
+    Bug(
+        "blocks-behind-the-length-ranked", 90, "lengths", "preparation.h",
+        "is_valid[w] = key < seqlen_k &&", "is_valid[w] = key < (@ ? p.seqlen_k : seqlen_k) &&",
+    ),
+    Bug(
+        "diagonal-of-a-block-off-by-one", 90, "lengths", "sm90/fused_backward.h",
+        "b.is_valid(own_row + 8 * r); const int key = b.number() * kKeyBlock + own_row + 8 * r;",
+        "b.is_valid(own_row + 8 * r); const int key = b.number() * kKeyBlock + own_row + 8 * r - @;",
+    ),
+    Bug(
+        "turns-without-the-shift", 90, "lengths", "sm90/key_blocks.h",
+        "const Diagonals band(p, b.score_slice(b.head()));",
+        "Diagonals band(p, b.score_slice(b.head())); if (@) band.last = p.last_diagonal;",
+    ),
+    Bug(
+        "tiles-without-the-shift", 90, "lengths", "sm90/key_blocks.h",
+        "const Diagonals band(p, head_slice); KeyBlock b;",
+        "Diagonals band(p, head_slice); if (@) band.last = p.last_diagonal; KeyBlock b;",
+    ),
+    Bug(
+        "lengths-of-the-first-entry", 80, "lengths", "head_slice.h",
+        "head_slice.seqlen_k = clamp_to(", "if (!(@ && batch > 0)) head_slice.seqlen_k = clamp_to(",
+    ),
+    Bug(
+        "packed-band-from-the-start", 80, "packed-lower-right", "visibility.h",
+        "last(p.last_diagonal + head_slice.diagonal_shift(p)) {}",
+        "last(p.last_diagonal + (@ ? 0 : head_slice.diagonal_shift(p))) {}",
+    ),
 ]  # fmt: skip
 
 
@@ -782,6 +813,13 @@ def hidden_block(case: Case, dtype: torch.dtype, generator: torch.Generator) -> 
     """Padding (B, S) that leaves no key of the second block of 128."""
     keys = torch.arange(case.seqlen_k)
     return ((keys >= 128) & (keys < 256)).expand(case.batch, -1)
+
+
+def hidden_before_length(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Scattered padding (B, S). Of the second entry, the keys 128 to 139 are padding, and some later ones are not."""
+    padding = cases.scattered_padding(case, dtype, generator)
+    padding[1, 128:140], padding[1, 140:145] = True, False
+    return padding
 
 
 def half_masked(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -984,6 +1022,26 @@ CASES = {
         page_size=48,
         key_lengths=(700, 301),
         options={"is_causal": True, "num_splits": 2},
+    ),
+    "lengths": Case(
+        "lengths",
+        heads=2,
+        kv_heads=1,
+        seqlen_q=140,
+        seqlen_k=420,
+        head_dim=HEAD_DIM,
+        key_lengths=(410, 130),
+        attn_mask=cases.lower_right,
+        key_padding_mask=hidden_before_length,
+        edit=cases._nan_behind_lengths,
+    ),
+    "packed-lower-right": Case(
+        "packed-lower-right",
+        heads=2,
+        lengths_q=(70, 5, 150),
+        lengths_k=(200, 70, 60),
+        head_dim=HEAD_DIM,
+        options={"is_causal": True, "diagonal_alignment": "lower_right"},
     ),
     "padded": Case(
         "padded",

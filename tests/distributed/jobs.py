@@ -121,6 +121,7 @@ WRONG_CALLS = {
     "groups without enable_gqa": "enable_gqa",
     "gradient of a padding mask": "key_padding_mask: expected a mask that requires no gradient",
     "lengths of DTensors": "key_lengths: expected None with DTensors",
+    "alignment of DTensors": "diagonal_alignment: expected 'upper_left' with DTensors, or causal_lower_right",
     "second derivative": "there are no second derivatives",
     "offsets of fewer rows": "query: expected 15 rows on all ranks together, got 16",
     "other offsets": "options and shapes: expected the same on all ranks",
@@ -161,6 +162,9 @@ def wrong_call(name: str) -> None:
     elif name == "lengths of DTensors":
         x = distribute_tensor(query, mesh, [Shard(1)])
         fused_attention(x, x, x, key_lengths=torch.tensor([3], dtype=torch.int32))
+    elif name == "alignment of DTensors":
+        x = distribute_tensor(query, mesh, [Shard(1)])
+        fused_attention(x, x, x, is_causal=True, diagonal_alignment="lower_right")
     elif name == "second derivative":
         query.requires_grad_()
         out = context_parallel_attention(query, query, query, mesh=mesh, method="ring")

@@ -182,7 +182,8 @@ def test_a_static_cache_tells_its_lengths(calls: list[dict]) -> None:
         for call in calls if start else ():
             assert call.get("key_padding_mask") is None
             assert call["key_lengths"].tolist() == [start + count] * len(tokens)
-            assert (call.get("attn_mask") is None) == (count == 1)
+            assert call.get("attn_mask") is None
+            assert call.get("diagonal_alignment", "upper_left") == ("upper_left" if count == 1 else "lower_right")
         start += count
     torch.testing.assert_close(torch.cat(logits, dim=1), full)
 

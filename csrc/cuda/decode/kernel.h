@@ -241,6 +241,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
     if (next_key < end) loader.look_up(next_key);
   };
   GPU_UNROLL for (int slot = 0; slot < kStages - 1; ++slot) load_next(slot);
+  const Diagonals band(p, head_slice);
   const DecodeRowPair rows(p, head_slice, first_row, lane);
   uint32_t q[Plan::kQuerySteps][4];
   load_queries<T>(q, p, rows, lane);
@@ -287,7 +288,6 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
       add_biases<T>(scores, p, rows, key + 2 * lane.q);
     }
     const uint32_t valid = load_shared<uint32_t>(valid_words + slot * 4);
-    const Diagonals band(p, head_slice);
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int32_t query = rows.queries[r];
       uint32_t visible = valid & column_bits(band.first_key(query) - key, band.last_key(query) + 1 - key, 0);
