@@ -1382,6 +1382,14 @@ KEY_RANGES = [
     Case("ranges-many-keys", batch=1, seqlen_q=20, seqlen_k=1500, key_ranges=random_ranges("L", 4)),
 ]  # fmt: skip
 
+DECODE = [
+    Case("decode-20-queries", batch=1, heads=4, kv_heads=2, seqlen_q=20, seqlen_k=300, head_dim=128,
+         attn_mask=lower_right, key_padding_mask=scattered_padding, relative_bias=per_head_bias,
+         options={"softcap": 5.0, "window_size": (200, 0)}, edit=_nan_in_padding, differentiated=()),
+    Case("decode-30-queries", batch=2, heads=2, seqlen_q=30, seqlen_k=200, head_dim=256, attn_mask=bool_mask("B1LS"),
+         sinks=sink(), differentiated=()),
+]  # fmt: skip
+
 KEY_LENGTHS = [
     Case(
         "key-lengths",
@@ -1653,6 +1661,7 @@ CASES: tuple[Case, ...] = (
     *RANKS,
     *DROPOUT,
     *PACKED,
+    *DECODE,
     *KEY_RANGES,
     *KEY_LENGTHS,
     *PAGED,

@@ -6,10 +6,9 @@
 namespace fused_attn::cpu {
 namespace {
 
-// The largest number of queries for which decode.h is used, where the number of instructions does not forbid it. For 8
-// queries and 1024 keys at head dim 128, decode.h takes 0.78 (float32) and 0.55 (bfloat16) of the time of
-// query_blocks.h, with AVX-512.
-constexpr int64_t kDecodeQueries = 8;
+// The largest number of queries for which decode.h is used, where the number of instructions does not forbid it. Nobody
+// has measured decode.h with more.
+constexpr int64_t kDecodeQueries = 32;
 
 // Whether decode.h computes this call. decode.h must be faster, and backward must not follow, as it may if the caller
 // wants lse of keys that are not paged. Backward computes the scores in the same order as query_blocks.h. The scores of
@@ -19,13 +18,17 @@ template <class Policy>
 bool is_decoding(const AttentionParams& p) {
   if (p.seqlen_q > kDecodeQueries || p.has_dropout) return false;
   if (p.lse.data != nullptr && p.page_size == 0) return false;
-  // Compares the instructions for one key. For each query, decode.h needs a load and a multiply-add for each vector of
-  // the row, and the instructions of about 4 vectors for the sum over lanes. query_blocks.h needs a multiply-add and a
-  // quarter of a load for each element of the row.
+  // Compares the instructions for one key. For each query, decode.h needs those of each vector of the row, and the
+  // instructions of about 3 vectors for the sum over lanes and the softmax. query_blocks.h needs a multiply-add for each
+  // element of the row and each vector of queries, and some more for each element, whatever the number of queries. The
+  // factors fit the times of 1 to 28 queries with 512 keys, head dims 32 to 256 and all dtypes, with AVX-512 and AVX2.
+  // Where the two sides are equal, decode.h took 0.88 to 1.04 of the time of query_blocks.h with AVX-512, and less with
+  // AVX2.
   constexpr int64_t n = kLanes<typename Policy::Lane>;
   const int64_t vectors =
       round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), n) / n + round_up(p.value_dim, n) / n;
-  return 4 * p.seqlen_q * (vectors + 4) <= 3 * (p.head_dim + p.value_dim);
+  const int64_t query_vectors = round_up(p.seqlen_q, n) / n;
+  return 5 * p.seqlen_q * (vectors + 3) <= (p.head_dim + p.value_dim) * (3 * query_vectors + 2);
 }
 
 // Computes out and lse of one call.
