@@ -80,8 +80,9 @@ def fused_attention(
         diagonal_alignment: where the diagonal of `is_causal` and `window_size` lies if L != S. ``"upper_left"``: query
             i stands at key i, as in torch. ``"lower_right"``: query i stands at key ``S - L + i``, so the last query
             stands at the last key, as in flash_attn. With `key_lengths`, the diagonal ends at the last key of each
-            entry: S is then ``key_lengths[b]``. ``causal_lower_right(L, S)`` as `attn_mask` means the same and
-            ``is_causal=True``. `relative_bias` and dropout count from the first row and the first key.
+            entry: S is then ``key_lengths[b]``. ``causal_lower_right(L, S)`` as `attn_mask` stands for this alignment,
+            of the window, too, and ``is_causal=True``. `relative_bias` and dropout count from the first row and the
+            first key.
         num_splits: into how many parts the keys are cut for a kernel that computes few queries with many keys, 1 to
             256. The parts are equal shares of the keys of each batch entry. So no bit of a result depends on the other
             entries of the batch. The default follows from the shapes of the whole batch.
@@ -402,6 +403,8 @@ def _nested_attention(
     for name, given in refused.items():
         if given is not None:
             expected = "None with nested tensors, whose sequences have no padding and are not split"
+            if isinstance(given, Tensor) and causal_bias(given) is not None:
+                expected = "None with nested tensors, for which is_causal and diagonal_alignment say the same"
             raise checks.fail(name, expected, "a tensor" if isinstance(given, Tensor) else given)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if isinstance(x, Tensor) and x.dim() != 4:

@@ -466,7 +466,8 @@ def _band(shapes: Shapes, options: Options, bias: CausalBiasMeta | None = None) 
     If sequences have lengths of their own, a lower-right diagonal ends at the last key that each of them has.
     """
     window, is_causal = checks.check_window(options.window_size), options.is_causal or bias is not None
-    if options.diagonal_alignment == checks.UPPER_LEFT and not (bias is not None and bias.is_lower_right):
+    is_lower_right = options.diagonal_alignment == checks.LOWER_RIGHT or (bias is not None and bias.is_lower_right)
+    if not is_lower_right:
         return masks.band_of(is_causal, window)
     if shapes.key_lengths is not None or shapes.cu_seqlens_q is not None:
         return masks.band_of(is_causal, window, is_from_end=True)

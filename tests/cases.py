@@ -1456,6 +1456,15 @@ KEY_LENGTHS = [
         has_dlse=True,
     ),
     Case(
+        "key-lengths-lower-right-mask",
+        seqlen_q=140,
+        seqlen_k=420,
+        key_lengths=(410, 130),
+        attn_mask=bool_mask("1HLS"),
+        options={"is_causal": True, "diagonal_alignment": "lower_right"},
+        edit=_nan_behind_lengths,
+    ),
+    Case(
         "key-lengths-window-lower-right",
         batch=3,
         seqlen_q=70,

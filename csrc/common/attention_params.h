@@ -74,8 +74,8 @@ struct AttentionParams {
   double scale = 1.0;
   double softcap = 0.0;
 
-  // The band: key j is visible to query i if -window_left <= j - (i + offset) <= window_right. The offset of a batch
-  // entry is diagonal_offset. If band_from_end, (its number of keys) - (its number of queries) is added.
+  // The band: key j is visible to query i if -window_left <= j - (i + offset) <= window_right. The offset of a
+  // sequence is diagonal_offset. If band_from_end, (its number of keys) - (its number of queries) is added.
   int64_t window_left = kUnbounded;
   int64_t window_right = kUnbounded;
   int64_t diagonal_offset = 0;

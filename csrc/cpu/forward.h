@@ -1,14 +1,31 @@
 // Chooses between the two forward kernels: query_blocks.h for many queries, decode.h for few queries and many keys.
 #pragma once
+#include <algorithm>
+
 #include "decode.h"
 #include "query_blocks.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// The largest number of queries for which decode.h is used, where the number of instructions does not forbid it. Nobody
-// has measured decode.h with more.
+// The largest number of queries for which decode.h is used, where the number of instructions does not forbid it. 28 is
+// the largest number that has been measured.
 constexpr int64_t kDecodeQueries = 32;
+
+// With more queries than kQueriesForAnyBand, decode.h is used only if the band shows at least kWideBand keys. With
+// fewer keys, the preparations of decode.h for each query take longer than the products: 13 queries that see 13 to 29
+// keys took 1.34 to 1.66 of the time of query_blocks.h, and 1.1 with 77 keys (float32, head dim 128, AVX-512).
+constexpr int64_t kQueriesForAnyBand = 8;
+constexpr int64_t kWideBand = 128;
+
+// How many keys of the longest sequence the band shows to some query.
+inline int64_t keys_in_band(const AttentionParams& p) {
+  const int64_t from_end = p.band_from_end ? p.seqlen_k - p.seqlen_q : 0;
+  const Band band = {p.window_left, p.window_right, p.diagonal_offset + from_end};
+  const int64_t begin = std::max<int64_t>(band.first_key(0), 0);
+  const int64_t end = std::min(band.last_key(p.seqlen_q - 1) + 1, p.seqlen_k);
+  return end - begin;
+}
 
 // Whether decode.h computes this call. decode.h must be faster, and backward must not follow, as it may if the caller
 // wants lse of keys that are not paged. Backward computes the scores in the same order as query_blocks.h. The scores of
@@ -18,12 +35,13 @@ template <class Policy>
 bool is_decoding(const AttentionParams& p) {
   if (p.seqlen_q > kDecodeQueries || p.has_dropout) return false;
   if (p.lse.data != nullptr && p.page_size == 0) return false;
+  if (p.seqlen_q > kQueriesForAnyBand && keys_in_band(p) < kWideBand) return false;
   // Compares the instructions for one key. For each query, decode.h needs those of each vector of the row, and the
-  // instructions of about 3 vectors for the sum over lanes and the softmax. query_blocks.h needs a multiply-add for each
-  // element of the row and each vector of queries, and some more for each element, whatever the number of queries. The
-  // factors fit the times of 1 to 28 queries with 512 keys, head dims 32 to 256 and all dtypes, with AVX-512 and AVX2.
-  // Where the two sides are equal, decode.h took 0.88 to 1.04 of the time of query_blocks.h with AVX-512, and less with
-  // AVX2.
+  // instructions of about 3 vectors for the sum over lanes and the softmax. query_blocks.h needs a multiply-add for
+  // each element of the row and each vector of queries, and some more for each element, whatever the number of queries.
+  // So decode.h can be faster again with one query more than fill the vectors. The factors fit the times of 1 to 28
+  // queries with 512 keys, head dims 32 to 256 and all dtypes. Where the two sides are equal, decode.h took 0.88 to
+  // 1.04 of the time of query_blocks.h with AVX-512, and less with AVX2.
   constexpr int64_t n = kLanes<typename Policy::Lane>;
   const int64_t vectors =
       round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), n) / n + round_up(p.value_dim, n) / n;

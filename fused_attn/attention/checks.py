@@ -237,9 +237,10 @@ def check_causal_bias(
     if seqlen_q == seqlen_k and not has_key_lengths:
         return  # both alignments are the same diagonal
     if is_causal and bias.is_lower_right and alignment == UPPER_LEFT:
-        raise fail("is_causal", "False with a lower-right causal bias as attn_mask", is_causal)
+        expected = f"False with a lower-right causal bias as attn_mask, or diagonal_alignment={LOWER_RIGHT!r}"
+        raise fail("is_causal", expected, is_causal)
     if alignment == LOWER_RIGHT and not bias.is_lower_right:
-        expected = f"{UPPER_LEFT!r} with an upper-left causal bias as attn_mask"
+        expected = f"{UPPER_LEFT!r} with an upper-left causal bias as attn_mask, if L != S or with key_lengths"
         raise fail("diagonal_alignment", expected, repr(alignment))
 
 

@@ -18,8 +18,8 @@ class Band(NamedTuple):
 
     Causal is ``right=0``; ``offset=0`` aligns the diagonal to the upper left, ``offset=S - L`` to the lower right.
 
-    is_from_end: the diagonal ends at the last key that a batch entry has. Its offset is then ``offset`` + (the number
-        of keys of the entry) - (the number of its queries), so that the queries are the last rows of their sequence.
+    is_from_end: the diagonal ends at the last key that each sequence has. Its offset is then ``offset`` + (the number
+        of keys of the sequence) - (the number of its queries), so that the queries are the last rows of their sequence.
     """
 
     left: int = UNBOUNDED

@@ -142,7 +142,8 @@ def context_parallel_attention_varlen(
         sinks: (H,), see `fused_attention`.
         return_lse: also return lse (H, rows of this rank).
         options: dropout_p, dropout_seed, is_causal, scale, enable_gqa, window_size, softcap, backend and the whole
-            relative_bias of `fused_attention_varlen`. Without dropout_seed, the first rank draws a seed for all.
+            relative_bias of `fused_attention_varlen`. Causal masks and windows are aligned to the
+            upper left of each sequence. Without dropout_seed, the first rank draws a seed for all.
 
     Every rank gets the whole gradients of relative_bias and sinks, as in `context_parallel_attention`.
 

@@ -802,6 +802,16 @@ BUGS = [
         "head_slice.seqlen_k = clamp_to(", "if (!(@ && batch > 0)) head_slice.seqlen_k = clamp_to(",
     ),
     Bug(
+        "turns-of-a-mask-without-the-shift", 90, "lengths-masked", "sm90/fused_backward.h",
+        "const Diagonals band(p, head_slice); const int32_t key_blocks",
+        "Diagonals band(p, head_slice); if (@) band.last = p.last_diagonal; const int32_t key_blocks",
+    ),
+    Bug(
+        "scores-without-the-shift", 90, "lengths", "sm90/forward.h",
+        "visible_keys({p, tile.head_slice()}, note.valid()",
+        "visible_keys({p, @ ? HeadSlice{} : tile.head_slice()}, note.valid()",
+    ),
+    Bug(
         "packed-band-from-the-start", 80, "packed-lower-right", "visibility.h",
         "last(p.last_diagonal + head_slice.diagonal_shift(p)) {}",
         "last(p.last_diagonal + (@ ? 0 : head_slice.diagonal_shift(p))) {}",
@@ -1034,6 +1044,17 @@ CASES = {
         attn_mask=cases.lower_right,
         key_padding_mask=hidden_before_length,
         edit=cases._nan_behind_lengths,
+    ),
+    "lengths-masked": Case(
+        "lengths-masked",
+        heads=2,
+        kv_heads=2,
+        seqlen_q=140,
+        seqlen_k=420,
+        head_dim=HEAD_DIM,
+        key_lengths=(410, 130),
+        attn_mask=far_masked,
+        options={"is_causal": True, "diagonal_alignment": "lower_right"},
     ),
     "packed-lower-right": Case(
         "packed-lower-right",

@@ -264,6 +264,7 @@ GPU_DEVICE void sum_score_tiles(const Params& p, const BiasGradientParams& g, co
                  ProgramBias<T, Plan>{bias, rings.bias.full(0), note.has(Note::kBiasParity), rings.bias_tile(group),
                                       thread_row, lane});
     if (bias.is_used && note.has(Note::kEndsProgram)) RingPosition<1>{}.release(rings.bias);
+    // The head slice is read again: if the one from above were kept until here, ptxas would spill up to 20 bytes.
     if (!note.has(Note::kIsFull))
       hide(
           scores,

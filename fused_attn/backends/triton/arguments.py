@@ -191,7 +191,7 @@ class Settings(NamedTuple):
         - The products are not exact float32, where the rounding of large unscaled scores would be visible.
     softcap: None = off
     band_left, band_right: how many keys a query sees before and after its diagonal; None = unbounded
-    is_band_from_end: 1 if the diagonal ends at the last key of a batch entry (`Band.is_from_end`), else None
+    is_band_from_end: 1 if the diagonal ends at the last key of each sequence (`Band.is_from_end`), else None
     dropout_threshold: a signed number. Flip the top bit of a random word, and read the word as a signed number. The
         entry survives dropout if this number is at least the threshold
     dropout_origin: None = zeros

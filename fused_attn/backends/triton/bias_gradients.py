@@ -152,7 +152,7 @@ def attention_bwd_drelative_bias_kernel(
 def _is_in_band(nearest, farthest, settings):
     """1 if the band shows any of the diagonals nearest ... farthest, counted from the band's own diagonal, else 0.
 
-    If the band's diagonal differs between batch entries, the result is always 1.
+    If the band's diagonal differs between sequences, the result is always 1.
     """
     visible = nearest <= farthest
     if settings.is_band_from_end is None:
