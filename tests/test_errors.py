@@ -392,10 +392,16 @@ def test_a_padding_mask_without_contents_is_not_read() -> None:
 
 def test_lower_right_bias_and_is_causal_contradict() -> None:
     mask = causal_lower_right(5, 7)
-    with pytest.raises(
-        ValueError, match="is_causal: expected False with a lower-right causal bias as attn_mask, got True"
-    ):
+    message = (
+        "is_causal: expected False with a lower-right causal bias as attn_mask, "
+        "or diagonal_alignment='lower_right', got True"
+    )
+    with pytest.raises(ValueError, match=message):
         fused_attn.fused_attention(Q, KV, KV, mask, is_causal=True)
+    with_bias = fused_attn.fused_attention(Q, KV, KV, mask)
+    assert torch.equal(
+        fused_attn.fused_attention(Q, KV, KV, mask, is_causal=True, diagonal_alignment="lower_right"), with_bias
+    )
 
 
 def varlen(**changes):
