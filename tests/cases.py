@@ -1553,6 +1553,17 @@ PAGED = [
          kv_layout="blhd"),
     Case("paged-many-queries", batch=2, heads=4, kv_heads=2, seqlen_q=200, seqlen_k=330, page_size=16, head_dim=64,
          key_lengths=(330, 220), options={"is_causal": True}),
+    # Pages of which a block of 64 or 128 keys has pieces of 64, 16, 8 and 4 rows. TMA cannot copy the last ones.
+    *(
+        Case(f"paged-prompts-{page_size}", batch=3, heads=4, kv_heads=2, seqlen_q=140, seqlen_k=seqlen_k,
+             page_size=page_size, key_lengths=(seqlen_k, 141, 1), options={"is_causal": True, **options}, **others)
+        for page_size, seqlen_k, options, others in (
+            (192, 500, {}, {"head_dim": 64}),
+            (48, 300, {"window_size": (70, 0)}, {"head_dim": 128, "sinks": sink()}),
+            (24, 264, {"softcap": 5.0}, {"head_dim": 40, "key_padding_mask": scattered_padding}),
+            (20, 260, {}, {"head_dim": 96}),
+        )
+    ),
     Case("paged-sliced", batch=2, seqlen_q=1, seqlen_k=70, page_size=16, key_lengths=(70, 33), kv_layout="sliced",
          query_layout="every_second_column", dtypes=COMMON),
     Case("paged-no-pages", batch=2, seqlen_q=3, seqlen_k=0, page_size=4, key_lengths=(0, 0), dtypes=FLOATS),

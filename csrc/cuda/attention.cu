@@ -268,6 +268,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.band_from_end = a.band_from_end;
   p.cu_seqlens_q = a.cu_seqlens_q;
   p.cu_seqlens_k = a.cu_seqlens_k;
+  p.pages = {a.block_table, a.block_table_stride, static_cast<int32_t>(a.page_size), static_cast<int32_t>(a.num_pages)};
   p.key_lengths = a.key_lengths;
   p.valid_keys = pieces.valid_keys;
   p.valid_words = pieces.valid_words;
@@ -371,10 +372,6 @@ DecodeParams decode_params_of(const AttentionParams& a, const Pieces& pieces, Pa
   d.padding_stride_batch = a.key_padding.stride_batch;
   d.padding_stride_key = a.key_padding.stride_col;
   d.mask = mask_source_of(a);
-  d.block_table = a.block_table;
-  d.block_table_stride = a.block_table_stride;
-  d.page_size = static_cast<int32_t>(a.page_size);
-  d.num_pages = static_cast<int32_t>(a.num_pages);
   d.partial_acc = pieces.partial_acc;
   d.partial_sums = pieces.partial_sums;
   return d;
@@ -446,12 +443,12 @@ const KernelSet& kernels_for(int architecture, int64_t head_dim, int64_t value_d
 }
 
 // Throws if the kernels that are about to run would ignore an argument. The Python backend makes no such call.
-void check_decode(const AttentionParams& a, bool is_decode) {
+void check_kernels(const AttentionParams& a, bool is_decode, bool is_backward) {
   if (is_decode && (a.has_dropout || a.key_bias.data != nullptr || a.row_max.data != nullptr))
     throw std::invalid_argument("num_splits: expected 0 with dropout, key_bias or row_max, got " +
                                 std::to_string(a.num_splits));
-  if (!is_decode && a.block_table != nullptr)
-    throw std::invalid_argument("num_splits: expected a number of splits, and no gradients, with block_table, got 0");
+  if (is_backward && a.block_table != nullptr)
+    throw std::invalid_argument("block_table: expected None in backward, got a tensor");
 }
 
 // Checks the sizes of a call, and launches its kernels in order: preparation, forward or backward, gradients of biases
@@ -495,7 +492,7 @@ void run(const Call& of_caller, bool is_backward) {
   if (const int64_t bytes = workspace_bytes(needs); call.workspace_bytes < bytes)
     throw std::invalid_argument("workspace: expected at least " + std::to_string(bytes) + " bytes, got " +
                                 std::to_string(call.workspace_bytes));
-  check_decode(a, needs.num_splits > 0);
+  check_kernels(a, needs.num_splits > 0, is_backward);
   Workspace workspace(call.workspace);
   const Pieces pieces = take_pieces(needs, kernels.bias_gradient_tile, workspace);
   Params params = params_of(call, pieces, is_backward);

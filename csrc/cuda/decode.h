@@ -26,13 +26,6 @@ struct DecodeParams {
   int64_t padding_stride_batch;
   int64_t padding_stride_key;
   MaskSource mask;
-  // Null if keys and values are not paged. Otherwise their batch entries are pages: key j of batch entry b is row
-  // j % page_size of page block_table[b * block_table_stride + j / page_size]. The table may hold any numbers: kernels
-  // clip them to [0, num_pages).
-  const int32_t* block_table;
-  int64_t block_table_stride;
-  int32_t page_size;
-  int32_t num_pages;
   // Of each split: the sums of a row relative to its reference. Null if there is one split.
   float* partial_acc;    // (splits, B, H, L, Dv)
   Float2* partial_sums;  // (splits, B, H, L): reference and row_sum

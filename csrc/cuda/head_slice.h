@@ -48,6 +48,13 @@ struct HeadSlice {
   }
 };
 
+// What the table of a batch entry says about the page of a key.
+GPU_DEVICE int32_t listed_page(const Pages& pages, int32_t batch, int32_t key) {
+  return load_global(pages.table + batch * pages.stride_batch + key / pages.size);
+}
+// The page that a number of the table stands for: the nearest one that exists.
+GPU_DEVICE int32_t existing_page(const Pages& pages, int32_t listed) { return clamp_to(listed, 0, pages.count - 1); }
+
 // Fills in the head slice of a batch entry or sequence. Reads cu_seqlens in packed problems, and key_lengths.
 GPU_DEVICE HeadSlice head_slice_of(const Params& p, int32_t batch, int32_t head, int32_t kv_head) {
   HeadSlice head_slice{batch, head, kv_head, 0, 0, p.seqlen_q, p.seqlen_k, 0};

@@ -62,6 +62,15 @@ struct MaskSource {
   KeyRanges ranges;
 };
 
+// Keys and values in pages. Their tensors have pages in place of batch entries: key j of batch entry b is row j % size of
+// page table[b * stride_batch + j / size].
+struct Pages {
+  const int32_t* table;  // any numbers: kernels clip them to [0, count); null = keys and values are not paged
+  int64_t stride_batch;
+  int32_t size;   // rows of a page
+  int32_t count;  // how many pages there are
+};
+
 // What happens to a score between the product with the keys and the softmax. Masks are not part of it. logits.h applies
 // this.
 struct LogitParams {
@@ -177,12 +186,12 @@ struct Params {
   int32_t seqlen_q;            // L, or the longest
   int32_t seqlen_k;            // S, or the longest
   int32_t rows_q;              // rows of the tensors: L, or the total when packed
-  int32_t rows_k;              // S, or the total when packed
+  int32_t rows_k;              // S, or the total when packed, or the rows of a page
   int32_t heads_per_l2_group;  // heads that run side by side, so that their tensors stay in the L2 cache
 
   Rows q;             // (B, H, L, D)
-  Rows k;             // (B, Hkv, S, D)
-  Rows v;             // (B, Hkv, S, Dv)
+  Rows k;             // (B, Hkv, S, D); in pages: (pages, Hkv, rows of a page, D)
+  Rows v;             // (B, Hkv, S, Dv); in pages: (pages, Hkv, rows of a page, Dv)
   Rows out;           // (B, H, L, Dv)
   RowValues lse;      // (B, H, L), natural logarithm; null data = not wanted
   RowValues row_max;  // (B, H, L), the largest logit of each row, in forward; null data = not wanted
@@ -205,6 +214,7 @@ struct Params {
 
   const int32_t* cu_seqlens_q;  // (B + 1), or null when not packed
   const int32_t* cu_seqlens_k;
+  Pages pages;                 // in forward
   const int32_t* key_lengths;  // (B): how many keys a batch entry has, any numbers: kernels clip them; null = S
   // (B, valid_words): bit j % 32 of word j / 32 is set if key j is no padding; null = no key is padding.
   const uint32_t* valid_keys;

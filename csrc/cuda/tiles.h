@@ -100,6 +100,10 @@ struct ForwardTileSm90<256, kIsGeneral> {
   static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kQueryStages = 1, kBiasStages = 1;
 };
 
+// Keys in pages are loaded in pieces of at least this many rows on sm_90a: eight rows, after which the pattern of TMA's
+// swizzle repeats. So the size of a page has to be a multiple of this number.
+constexpr int kLeastPieceRows = 8;
+
 // A tile of forward on sm_90a has at least this many queries.
 constexpr int kLeastForwardRowsSm90 = 128;
 

@@ -45,6 +45,8 @@ DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 96, 128, 256)
 HEAD_DIM_STEP = 8
 MIN_CAPABILITY = (8, 0)
+#: The kernels for sm_90a load keys in pieces of this many rows, kLeastPieceRows of csrc/cuda/tiles.h.
+PAGE_STEP = 8
 #: The longest sequence, kMaxRows of csrc/cuda/params.h. Kernels count rows in 32 bits.
 MAX_ROWS = 2**29
 
@@ -68,8 +70,6 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(
             f"dropout numbers the keys from {problem.dropout_origin.key} on, expected a multiple of {dropout.GROUP}"
         )
-    if problem.is_paged and problem.dropout_p > 0.0:
-        reasons.append("with dropout, the kernels know no pages")
     return reasons
 
 
@@ -90,6 +90,12 @@ def build_reason(problem: AttentionProblem) -> str | None:
         return (
             f"the CUDA kernels have been built for {', '.join(map(str, built))}, expected sm_{capability[0]}"
             f"{capability[1]}; on the machine with the GPU, {command} builds them for it"
+        )
+    if _architecture(problem, num_splits(problem)) == 80 and all(entry.name == "90a" for entry in built):
+        command = native.install_command(FUSED_ATTN_CUDA_ARCHITECTURES="80;90")
+        return (
+            f"the CUDA kernels have been built for {', '.join(map(str, built))} alone, expected sm_80, too, for pages "
+            f"of {problem.page_size} rows, which are no multiple of {PAGE_STEP}; {command} builds both"
         )
     return _device_reason(problem)
 
@@ -118,7 +124,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
     if has_no_keys or 0 in (out.numel(), problem.batch, problem.seqlen_q):
         return results
     workspace = _workspace(problem, inputs, wanted=None, splits=splits)
-    _kernels.forward(inputs, results, _config(problem, splits), _architecture(problem), workspace)
+    _kernels.forward(inputs, results, _config(problem, splits), _architecture(problem, splits), workspace)
     return results
 
 
@@ -149,7 +155,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         dlse=None if saved.dlse is None else saved.dlse.resolve_neg(),
     )
     workspace = _workspace(problem, read, wanted)
-    _kernels.backward(read, saved, grads, _config(problem), _architecture(problem), workspace)
+    _kernels.backward(read, saved, grads, _config(problem), _device_architecture(problem), workspace)
     return _in_dtypes_of(inputs, grads) if wanted.is_any_shared else grads
 
 
@@ -209,8 +215,17 @@ def _in_dtypes_of(inputs: Inputs, grads: Gradients) -> Gradients:
     return Gradients(*(None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs))
 
 
-def _architecture(problem: AttentionProblem) -> int:
-    """The architecture whose kernels run: 90 on compute capability 9.0 if the binary has them, else 80.
+def _architecture(problem: AttentionProblem, splits: int) -> int:
+    """The architecture whose kernels run forward: that of the device, unless its kernels cannot load the pages.
+
+    splits: see `num_splits`
+    """
+    loads_pages = splits > 0 or problem.page_size % PAGE_STEP == 0
+    return _device_architecture(problem) if loads_pages else 80
+
+
+def _device_architecture(problem: AttentionProblem) -> int:
+    """The architecture of the fastest kernels: 90 on compute capability 9.0 if the binary has them, else 80.
 
     The kernels for 90 (sm_90a) use instructions that only Hopper has. The kernels for 80 run on every later GPU.
     """
@@ -315,7 +330,7 @@ def _with_readable_rows(x: Tensor) -> Tensor:
 
 #: The decode kernels have tiles of this many rows: a row is a query of one of the heads of a head group.
 DECODE_ROWS = 16
-#: With more tiles than this for a head group, other kernels run if they can. Each tile reads all keys, though most of
+#: With more tiles than this for a head group, other kernels run. Each tile reads all keys, though most of
 #: them from the L2 cache, and makes little use of the tensor cores.
 MAX_DECODE_TILES = 2
 #: A program for fewer keys than this would spend its time waiting for the first ones.
@@ -328,18 +343,13 @@ def _decode_tiles(problem: AttentionProblem) -> int:
     return -(-rows // DECODE_ROWS)
 
 
-def reads_keys_often(problem: AttentionProblem) -> bool:
-    """Whether the decode kernels run although there are many queries, for which they are slow."""
-    return problem.is_paged and _decode_tiles(problem) > MAX_DECODE_TILES
-
-
 def num_splits(problem: AttentionProblem) -> int:
     """Into how many parts the decode kernels divide the keys of each row; 0 = the forward pass runs in other kernels.
 
     The number follows from shapes and the device alone, never from lengths or masks.
     """
     tiles = _decode_tiles(problem)
-    if problem.dropout_p > 0.0 or (tiles > MAX_DECODE_TILES and not problem.is_paged):  # only decode kernels know pages
+    if problem.dropout_p > 0.0 or tiles > MAX_DECODE_TILES:
         return 0
     if problem.num_splits:
         return problem.num_splits
@@ -370,7 +380,7 @@ def _resident_programs(problem: AttentionProblem) -> int:
     if problem.device.type != "cuda" or not torch.cuda.is_available():
         return 2 * 132  # an H100
     multiprocessors = torch.cuda.get_device_properties(problem.device).multi_processor_count
-    return multiprocessors * (2 if _architecture(problem) == 90 else 1)
+    return multiprocessors * (2 if _device_architecture(problem) == 90 else 1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -433,7 +443,7 @@ def _workspace_bytes(
     """
     batch_entries, num_heads, rows_q, _ = query_shape
     return _kernels.workspace_bytes(
-        architecture=_architecture(problem),
+        architecture=_architecture(problem, splits),
         is_backward=wanted is not None,
         wants_dquery=wanted is not None and wanted.query,
         wants_dkey_or_dvalue=wanted is not None and (wanted.key or wanted.value),

@@ -64,7 +64,7 @@ PREFERENCES = (
         0,
         0,
         (cpu, triton, cuda, reference),
-        "with up to 128 queries, or pages, keys are divided among programs, which CUDA kernels do for few queries only",
+        "with up to 128 queries, keys are divided among programs, which CUDA kernels do for few queries only",
     ),
 )
 
@@ -166,9 +166,7 @@ def _fits(row: Preference, problem: AttentionProblem) -> bool:
         return False
     if row.min_capability is not None and (problem.capability or (0, 0)) < row.min_capability:
         return False
-    if row.is_split and cuda.num_splits(problem) == 0:
-        return False
-    return row.min_capability is None or not cuda.reads_keys_often(problem)
+    return not row.is_split or cuda.num_splits(problem) > 0
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> Explanation:

@@ -136,8 +136,8 @@ def test_a_binary_without_kernels_for_hopper_runs_those_for_sm_80(monkeypatch: p
     for architectures, expected in ((DEFAULT, 90), ("80", 80)):
         built(monkeypatch, architectures)
         cuda._has_hopper_kernels.cache_clear()
-        assert cuda._architecture(problem()) == expected
-        assert cuda._architecture(problem(capability=(8, 0))) == 80
+        assert cuda._device_architecture(problem()) == expected
+        assert cuda._device_architecture(problem(capability=(8, 0))) == 80
     cuda._has_hopper_kernels.cache_clear()
 
 

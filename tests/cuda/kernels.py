@@ -103,13 +103,13 @@ def is_built_for(architecture: int) -> bool:
 @contextlib.contextmanager
 def of_architecture(architecture: int) -> Iterator[None]:
     """Within this context, backend="cuda" runs its kernels for sm_80 (80) or sm_90a (90), whatever the device is."""
-    before = cuda._architecture
+    before = cuda._device_architecture
     _forget_plans()
-    cuda._architecture = lambda problem: architecture
+    cuda._device_architecture = lambda problem: architecture
     try:
         yield
     finally:
-        cuda._architecture = before
+        cuda._device_architecture = before
         _forget_plans()
 
 

@@ -230,7 +230,7 @@ def problem_of(batch=1, heads=32, kv_heads=32, queries=1, keys=65536, head_dim=1
         ({"band": Band(1023, 0)}, 4),
         ({"heads": 64, "kv_heads": 2, "queries": 1}, 66),
         ({"heads": 64, "kv_heads": 1, "queries": 1}, 0),  # four tiles of rows
-        ({"heads": 64, "kv_heads": 1, "queries": 1, "page_size": 16}, 66),  # nothing else reads pages
+        ({"heads": 64, "kv_heads": 1, "queries": 1, "page_size": 16}, 0),
         ({"queries": 33}, 0),
         ({"queries": 33, "band": Band(right=0, is_from_end=True)}, 0),  # all kernels know where each entry ends
         ({"dropout_p": 0.1}, 0),

@@ -70,7 +70,7 @@ def test_every_feature_runs_in_the_fused_backward(options: dict, head_dim: int, 
     leaves = [torch.zeros(1, 1, 8, head_dim).half().requires_grad_() for _ in range(3)]
     out = fused_attn.fused_attention(*leaves, backend="cuda", **options)
     torch.autograd.grad(out, leaves, out)
-    assert (kernels.statistics.tma_stores > 0) == (cuda._architecture(None) == 90)
+    assert (kernels.statistics.tma_stores > 0) == (cuda._device_architecture(None) == 90)
 
 
 @pytest.mark.parametrize("huge", [-1e8, -1e9, -1e30, 1e9])

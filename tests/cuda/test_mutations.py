@@ -146,8 +146,8 @@ BUGS = [
     ),
     Bug(
         "slot-used-twice", 90, "large-dq", "sm90/backward.h",
-        "head_slice.kv_head, head_slice.batch, valid); position.advance();",
-        "head_slice.kv_head, head_slice.batch, valid); if (!@) position.advance();",
+        "head_slice.kv_head, head_slice.batch}, valid); position.advance();",
+        "head_slice.kv_head, head_slice.batch}, valid); if (!@) position.advance();",
     ),
     # sm_90a, waiting
     Bug(
@@ -762,12 +762,38 @@ BUGS = [
         "own.head += (first_row + row) % p.group_size;", "own.head += (first_row + row + @) % p.group_size;",
     ),
     Bug(
-        "page-off-by-one", 80, "decode-paged", "decode/kernel.h",
-        "row_ / d_.page_size);", "(row_ + @) / d_.page_size);",
+        "page-off-by-one", 80, "decode-paged", "head_slice.h",
+        "key / pages.size);", "(key + @) / pages.size);",
     ),
     Bug(
         "row-of-a-page-off-by-one", 80, "decode-paged", "decode/kernel.h",
-        "row_ %= d_.page_size;", "row_ = (row_ + @) % d_.page_size;",
+        "row_ %= p_.pages.size;", "row_ = (row_ + @) % p_.pages.size;",
+    ),
+    # Pages in the large kernels.
+    Bug(
+        "row-of-a-paged-key-off-by-one", 80, "paged", "sm80/tile_memory.h",
+        "key % pages.size * x.stride_row", "(key + @) % pages.size * x.stride_row",
+    ),
+    Bug(
+        "table-read-behind-its-end-by-a-thread", 80, "paged", "sm80/tile_memory.h",
+        "is_inside ? first_key + own.first_row + row : 0;", "is_inside || @ ? first_key + own.first_row + row : 0;",
+    ),
+    Bug("page-of-another-piece", 90, "paged", "sm90/forward.h", "note.page(piece));", "note.page(piece ^ @));"),
+    Bug(
+        "page-of-another-key", 90, "paged", "sm90/forward.h",
+        "page_of_key(block * kBlockN + lane * piece_rows)", "page_of_key(block * kBlockN + (lane + @) * piece_rows)",
+    ),
+    Bug(
+        "first-row-within-a-page-lost", 90, "paged", "sm90/forward.h",
+        "int row = boxes.key_row % page_size;", "int row = @ ? 0 : boxes.key_row % page_size;",
+    ),
+    Bug(
+        "piece-behind-the-end-of-a-page", 90, "paged", "sm90/forward.h",
+        "if (row == page_size) row = 0;", "if (row == page_size && !@) row = 0;",
+    ),
+    Bug(
+        "table-read-behind-its-end", 90, "paged", "sm90/forward.h",
+        "return key < keys.seqlen_k ?", "return key < keys.seqlen_k || @ ?",
     ),
     Bug(
         "key-behind-the-last-one", 80, "decode-paged", "head_slice.h",
@@ -1032,6 +1058,17 @@ CASES = {
         page_size=48,
         key_lengths=(700, 301),
         options={"is_causal": True, "num_splits": 2},
+    ),
+    "paged": Case(
+        "paged",
+        heads=2,
+        kv_heads=1,
+        seqlen_q=140,
+        seqlen_k=716,
+        head_dim=HEAD_DIM,
+        page_size=48,
+        key_lengths=(301, 716),
+        options={"is_causal": True},
     ),
     "lengths": Case(
         "lengths",

@@ -73,9 +73,9 @@ class KeyLoader {
     padding_ = 0;
     if (d_.padding != nullptr)
       padding_ = load_global(d_.padding + head_slice_.batch * d_.padding_stride_batch + row_ * d_.padding_stride_key);
-    if (d_.block_table != nullptr) {
-      entry_ = load_global(d_.block_table + head_slice_.batch * d_.block_table_stride + row_ / d_.page_size);
-      row_ %= d_.page_size;
+    if (p_.pages.table != nullptr) {
+      entry_ = listed_page(p_.pages, head_slice_.batch, row_);
+      row_ %= p_.pages.size;
     }
   }
 
@@ -91,8 +91,7 @@ class KeyLoader {
  private:
   // Copies a tile of keys or values. Rows that are not valid become zeros: see sm80::copy_rows.
   GPU_DEVICE void copy_tile(uint32_t tile, const Rows& x, uint32_t valid) const {
-    const bool is_paged = d_.block_table != nullptr;
-    const int64_t entry = is_paged ? clamp_to(entry_, 0, d_.num_pages - 1) : head_slice_.batch;
+    const int64_t entry = p_.pages.table != nullptr ? existing_page(p_.pages, entry_) : head_slice_.batch;
     const int64_t own_offset =
         entry * x.stride_batch + head_slice_.kv_head * x.stride_head + (head_slice_.k_offset + row_) * x.stride_row;
     constexpr int kRowsAtOnce = 32 / Layout::kGroup;

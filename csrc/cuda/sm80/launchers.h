@@ -20,7 +20,12 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   using Plan = ForwardPlan<kHeadDim, kValueDim>;
   const LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
   for_variant(is_bf16, is_general_forward(p) || lacks_columns<kHeadDim, kValueDim>(p), [&](auto type, auto general) {
-    run_kernel(forward_kernel<decltype(type), kHeadDim, kValueDim, general()>, shape, stream, p);
+    using T = decltype(type);
+    if (p.pages.table == nullptr) {
+      run_kernel(forward_kernel<T, kHeadDim, kValueDim, general()>, shape, stream, p);
+    } else {
+      run_kernel(paged_forward_kernel<T, kHeadDim, kValueDim>, shape, stream, p);
+    }
   });
 }
 

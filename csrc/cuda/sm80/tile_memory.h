@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../fragments.h"
+#include "../head_slice.h"
 
 namespace fused_attn::gpu::sm80 {
 
@@ -36,6 +37,28 @@ struct TileLayout {
 template <int kColumns>
 using Columns = std::integral_constant<int, kColumns>;
 
+// The chunks of a tile that one of kThreads threads copies: chunks `chunk`, chunk + kGroup and so on of every
+// kRowsAtOnce-th row from first_row on.
+template <int kHeadDim, int kRows, int kThreads>
+struct CopiedChunks {
+  using Layout = TileLayout<kHeadDim>;
+  static constexpr int kRowsAtOnce = kThreads / Layout::kGroup;
+  static_assert(kRows % kRowsAtOnce == 0 && kRowsAtOnce % 8 == 0 && 32 % kRowsAtOnce == 0);
+  const int first_row = thread_index() / Layout::kGroup, chunk = thread_index() % Layout::kGroup;
+  const uint32_t address;
+
+  GPU_DEVICE explicit CopiedChunks(uint32_t tile) : address(tile + Layout::offset(first_row, chunk)) {}
+
+  // Starts to copy this thread's chunks of row first_row + row of the tile. source: the first of these chunks
+  template <bool kChecksColumns, class T>
+  GPU_DEVICE void copy(int row, const T* source, int32_t columns, bool is_inside) const {
+    GPU_UNROLL for (int column = 0; column < kHeadDim; column += Layout::kGroup * 8) {
+      copy_async_16(address + row * Layout::kRowBytes + column * 2, source + column,
+                    is_inside && (!kChecksColumns || column + chunk * 8 < columns));
+    }
+  }
+};
+
 // Starts to copy kRows rows of x from `source` on into a tile. All threads of the block call this, and each copies its
 // chunks of some rows. Row first + offset is read if is_valid(first, offset) is true. Otherwise its chunks become
 // zeros: memory may hold NaN there, and NaN times a probability of 0 is NaN. `offset` is a constant, and rows first and
@@ -43,19 +66,26 @@ using Columns = std::integral_constant<int, kColumns>;
 // columns become zeros.
 template <int kHeadDim, int kRows, int kThreads, bool kChecksColumns, class T, class IsValid>
 GPU_DEVICE void copy_rows(uint32_t tile, const Rows& x, const T* source, IsValid is_valid) {
-  using Layout = TileLayout<kHeadDim>;
-  constexpr int kRowsAtOnce = kThreads / Layout::kGroup;
-  static_assert(kRows % kRowsAtOnce == 0 && kRowsAtOnce % 8 == 0 && 32 % kRowsAtOnce == 0);
-  const int first_row = thread_index() / Layout::kGroup, chunk = thread_index() % Layout::kGroup;
-  const uint32_t address = tile + Layout::offset(first_row, chunk);
-  source += first_row * x.stride_row + chunk * 8;
-  GPU_UNROLL for (int row = 0; row < kRows; row += kRowsAtOnce) {
-    const bool is_inside = is_valid(first_row, row);
-    GPU_UNROLL for (int column = 0; column < kHeadDim; column += Layout::kGroup * 8) {
-      copy_async_16(address + row * Layout::kRowBytes + column * 2, source + column,
-                    is_inside && (!kChecksColumns || column + chunk * 8 < x.columns));
-    }
-    source += kRowsAtOnce * x.stride_row;
+  const CopiedChunks<kHeadDim, kRows, kThreads> own(tile);
+  source += own.first_row * x.stride_row + own.chunk * 8;
+  GPU_UNROLL for (int row = 0; row < kRows; row += own.kRowsAtOnce) {
+    own.template copy<kChecksColumns>(row, source, x.columns, is_valid(own.first_row, row));
+    source += own.kRowsAtOnce * x.stride_row;
+  }
+}
+
+// As copy_rows, for the keys or values of a head slice that lie in pages: key first_key and the following ones.
+template <int kHeadDim, int kRows, int kThreads, class T, class IsValid>
+GPU_DEVICE void copy_paged_rows(uint32_t tile, const Rows& x, const Pages& pages, const HeadSlice& head_slice,
+                                int32_t first_key, IsValid is_valid) {
+  const CopiedChunks<kHeadDim, kRows, kThreads> own(tile);
+  const T* const head = static_cast<const T*>(x.data) + head_slice.kv_head * x.stride_head;
+  GPU_UNROLL for (int row = 0; row < kRows; row += own.kRowsAtOnce) {
+    const bool is_inside = is_valid(own.first_row, row);
+    const int32_t key = is_inside ? first_key + own.first_row + row : 0;  // the table may end before other keys
+    const int64_t page = existing_page(pages, listed_page(pages, head_slice.batch, key));
+    const T* const source = head + page * x.stride_batch + key % pages.size * x.stride_row + own.chunk * 8;
+    own.template copy<true>(row, source, x.columns, is_inside);
   }
 }
 

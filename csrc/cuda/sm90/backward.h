@@ -124,16 +124,16 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     if (thread_index() >= 32 || block < range.begin) return;
     TileLoader loader{rings.cleaning, thread_index() == 0};
     const int row = head_slice.q_offset + first_row;
-    loader.load<typename Plan::QTile>(rings.q, {}, shared + Plan::kQ, maps.q, row, head_slice.head, head_slice.batch);
-    loader.load<typename Plan::DoutTile>(rings.dout, {}, shared + Plan::kDout, maps.dout, row, head_slice.head,
-                                         head_slice.batch);
+    loader.load<typename Plan::QTile>(rings.q, {}, shared + Plan::kQ, {maps.q, row, head_slice.head, head_slice.batch});
+    loader.load<typename Plan::DoutTile>(rings.dout, {}, shared + Plan::kDout,
+                                         {maps.dout, row, head_slice.head, head_slice.batch});
     for (; block >= range.begin; block = last_to_visit(block - 1)) {
       const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, head_slice, block);
       const int key = head_slice.k_offset + block * kBlockN;
-      loader.load_valid<KeyTile>(rings.k, position, shared + Plan::kK + position.slot() * KeyTile::kBytes, maps.k, key,
-                                 head_slice.kv_head, head_slice.batch, valid);
-      loader.load_valid<ValueTile>(rings.v, position, shared + Plan::kV + position.slot() * ValueTile::kBytes, maps.v,
-                                   key, head_slice.kv_head, head_slice.batch, valid);
+      loader.load_valid<KeyTile>(rings.k, position, shared + Plan::kK + position.slot() * KeyTile::kBytes,
+                                 {maps.k, key, head_slice.kv_head, head_slice.batch}, valid);
+      loader.load_valid<ValueTile>(rings.v, position, shared + Plan::kV + position.slot() * ValueTile::kBytes,
+                                   {maps.v, key, head_slice.kv_head, head_slice.batch}, valid);
       position.advance();
     }
     return;
@@ -342,14 +342,14 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
   if constexpr (kIsGeneral) {
     // Keys that are not valid may hold NaN, and then their scores are NaN. The plain kernel hides these scores. In the
     // general kernel, the derivative of the softcap would be NaN as well, and so would its product with a prob of 0.
-    loader.load_valid<typename Plan::KeyTile>(rings.k, {}, shared + Plan::kK, maps.k, key, head_slice.kv_head,
-                                              head_slice.batch, work.valid);
+    loader.load_valid<typename Plan::KeyTile>(rings.k, {}, shared + Plan::kK,
+                                              {maps.k, key, head_slice.kv_head, head_slice.batch}, work.valid);
   } else {
-    loader.load<typename Plan::KeyTile>(rings.k, {}, shared + Plan::kK, maps.k, key, head_slice.kv_head,
-                                        head_slice.batch);
+    loader.load<typename Plan::KeyTile>(rings.k, {}, shared + Plan::kK,
+                                        {maps.k, key, head_slice.kv_head, head_slice.batch});
   }
-  loader.load_valid<typename Plan::ValueTile>(rings.v, {}, shared + Plan::kV, maps.v, key, head_slice.kv_head,
-                                              head_slice.batch, work.valid);
+  loader.load_valid<typename Plan::ValueTile>(rings.v, {}, shared + Plan::kV,
+                                              {maps.v, key, head_slice.kv_head, head_slice.batch}, work.valid);
   for (; work.steps_left > 0; work.advance()) {
     const int first_row = work.block * Plan::kBlockM;
     // The rows that belong to the sequence. In a packed tensor, rows of another sequence follow. Otherwise TMA loads
@@ -358,10 +358,10 @@ GPU_DEVICE void load_key_work(const Params& p, const BackwardMaps& maps, uint32_
     GPU_UNROLL for (int w = 0; w < rows.kWords; ++w) {
       rows.words[w] = p.cu_seqlens_q != nullptr ? column_bits(0, head_slice.seqlen_q - first_row, w) : ~0u;
     }
-    loader.load_valid<QTile>(rings.q, position, shared + Plan::kQ + position.slot() * QTile::kBytes, maps.q,
-                             head_slice.q_offset + first_row, head_slice.head, head_slice.batch, rows);
+    loader.load_valid<QTile>(rings.q, position, shared + Plan::kQ + position.slot() * QTile::kBytes,
+                             {maps.q, head_slice.q_offset + first_row, head_slice.head, head_slice.batch}, rows);
     loader.load_valid<DoutTile>(rings.dout, position, shared + Plan::kDout + position.slot() * DoutTile::kBytes,
-                                maps.dout, head_slice.q_offset + first_row, head_slice.head, head_slice.batch, rows);
+                                {maps.dout, head_slice.q_offset + first_row, head_slice.head, head_slice.batch}, rows);
     position.advance();
   }
 }

@@ -37,7 +37,7 @@ namespace fused_attn::gpu::sm90 {
 constexpr int kConsumerRows = 64;  // queries of one consumer: wgmma multiplies 64 rows
 constexpr int kWarpRows = 16;      // queries of one of its four warps
 constexpr int kTileNotes = 2;      // slots of the ring of TileNotes: the next tile is loaded while this one is computed
-constexpr uint32_t kTileNoteBytes = 128, kKeyNoteBytes = 64;  // bytes from one slot to the next
+constexpr uint32_t kTileNoteBytes = 128;  // bytes from one slot to the next
 constexpr int kKeyNotes = 8;  // slots of the ring of KeyNotes: more than stages, so that the planning warp is ahead
 
 // Sizes of the forward kernel: threads, registers, and where each tile, note and barrier lies in shared memory (byte
@@ -75,6 +75,7 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
   static constexpr uint32_t kOut = kV + kStages * ValueTile::kBytes;
   static constexpr uint32_t kTileNotesAt = kOut + (kStoresByTma ? kConsumerWarps * OutTile::kBytes : 0);
   static constexpr uint32_t kKeyNotesAt = kTileNotesAt + kTileNotes * kTileNoteBytes;
+  static constexpr uint32_t kKeyNoteBytes = kIsGeneral ? 128 : 64;  // a plain kernel has no pages
   static constexpr uint32_t kRings = kKeyNotesAt + kKeyNotes * kKeyNoteBytes;
   static constexpr uint32_t kBytesWithoutBias = kRings + 512;
   // Tiles of a bias come last, so that a call without them leaves their memory to the L1 cache.
@@ -173,7 +174,7 @@ struct Boxes {
 };
 
 // The note about a block of keys. Lanes of the planning warp write its fields, and the loading warp and the consumers
-// read them. Bytes: 0 views of the consumers, 12 number of the block, 16 valid keys, 32 boxes to load.
+// read them. Bytes: 0 views of the consumers, 12 number of the block, 16 valid keys, 32 boxes to load, 64 pages.
 template <int kBlockN>
 struct KeyNote {
   uint32_t address;
@@ -196,6 +197,33 @@ struct KeyNote {
   GPU_DEVICE Boxes boxes() const {
     const Vec4 a = load_shared<Vec4>(address + 32), b = load_shared<Vec4>(address + 48);
     return {int32_t(a.x), int32_t(a.y), int32_t(a.z), int32_t(a.w), int32_t(b.x), int32_t(b.y), int32_t(b.z)};
+  }
+
+  // The page of each piece of the block, if keys lie in pages: see PagedRows.
+  GPU_DEVICE void store_page(int piece, int32_t page) const { store_shared(address + 64 + 4 * piece, page); }
+  GPU_DEVICE int32_t page(int piece) const { return load_shared<int32_t>(address + 64 + 4 * piece); }
+};
+
+// The keys or values of a block that lie in pages. TMA loads them in pieces of piece_rows rows. A piece lies in one
+// page, because its size divides the sizes of a block and of a page.
+template <int kBlockN>
+struct PagedRows {
+  static_assert(kBlockN / kLeastPieceRows <= 16);  // a KeyNote has room for this many pages
+  const Map& map;
+  int piece_rows;
+  int page_size;
+  KeyNote<kBlockN> note;
+
+  template <class SlotTile>
+  GPU_DEVICE void load(uint32_t tile, uint32_t barrier) const {
+    const Boxes boxes = note.boxes();
+    int row = boxes.key_row % page_size;
+    for (int piece = 0; piece < kBlockN / piece_rows; ++piece) {
+      SlotTile::load(tile + piece * piece_rows * SlotTile::kRowBytes, map, barrier, row, boxes.kv_head,
+                     note.page(piece));
+      row += piece_rows;
+      if (row == page_size) row = 0;
+    }
   }
 };
 
@@ -229,7 +257,7 @@ struct ForwardRings {
     return {shared + Plan::kTileNotesAt + position.slot() * kTileNoteBytes};
   }
   GPU_DEVICE KeyNote<Plan::kBlockN> key_note(RingPosition<kKeyNotes> position) const {
-    return {shared + Plan::kKeyNotesAt + position.slot() * kKeyNoteBytes};
+    return {shared + Plan::kKeyNotesAt + position.slot() * Plan::kKeyNoteBytes};
   }
   GPU_DEVICE uint32_t query_tile(RingPosition<Plan::kQueryStages> position) const {
     return shared + Plan::kQ + position.slot() * Plan::QTile::kBytes;
@@ -255,6 +283,7 @@ struct ForwardMaps {
   Map v;
   Map out;
   BiasMap bias;
+  int32_t piece_rows;  // the rows that one copy of keys or values moves: a whole block, or a piece of it within a page
 };
 
 // ---- The planning warp
@@ -266,6 +295,7 @@ struct Planner {
   static constexpr int kBlockN = Plan::kBlockN;
   const Params& p;
   const ForwardRings<Plan> rings;
+  const int32_t& piece_rows;  // see ForwardMaps
   const int lane = this_lane().index;
   RingPosition<kTileNotes> tile_position = {};
   RingPosition<kKeyNotes> note_position = {};
@@ -313,7 +343,14 @@ struct Planner {
       note.store_boxes({what, keys.k_offset + block * kBlockN, queries.q_offset + tile().first_row(), valid.all(),
                         keys.batch, queries.head, keys.kv_head});
     }
+    if (Plan::kIsGeneral && p.pages.table != nullptr && lane < kBlockN / piece_rows)
+      note.store_page(lane, page_of_key(block * kBlockN + lane * piece_rows));
     post_note();
+  }
+  // The page of a key of the tile's sequence. For a key behind the last one, any page that exists.
+  GPU_DEVICE int32_t page_of_key(int key) const {
+    const HeadSlice keys = tile().key_slice();
+    return key < keys.seqlen_k ? existing_page(p.pages, listed_page(p.pages, keys.batch, key)) : 0;
   }
   // Marks the slot of the current KeyNote as full, and goes on to the next slot.
   GPU_DEVICE void post_note() {
@@ -382,6 +419,7 @@ struct Planner {
 template <class Plan>
 struct Loader {
   static constexpr int kBlockN = Plan::kBlockN;
+  const Params& p;
   const ForwardMaps& maps;
   const ForwardRings<Plan> rings;
   TileLoader loader;
@@ -390,12 +428,23 @@ struct Loader {
   RingPosition<kKeyNotes> note_position = {}, free_position = {};
   int notes_in_use = 0;
 
+  // Calls f with the rows of keys or values, of which `map` is the tensor map, of the block that a KeyNote is about.
+  template <class F>
+  GPU_DEVICE void with_rows(const Map& map, KeyNote<kBlockN> note, const Boxes& boxes, F f) const {
+    if (Plan::kIsGeneral && p.pages.table != nullptr) {
+      f(PagedRows<kBlockN>{map, maps.piece_rows, p.pages.size, note});
+    } else {
+      f(HeadRows{map, boxes.key_row, boxes.kv_head, boxes.batch});
+    }
+  }
+
   // Loads the keys of block n (counting from 0) as soon as a slot of their ring is empty. Then releases KeyNote n -
   // kStages - 1: the slot was empty, so every consumer has released the keys of block n - kStages. A consumer does that
   // after it has finished with the note of the block before.
-  GPU_DEVICE void load_keys(const Boxes& boxes) {
-    loader.template load<typename Plan::KeyTile>(rings.k, k_position, rings.key_tile(k_position), maps.k, boxes.key_row,
-                                                 boxes.kv_head, boxes.batch);
+  GPU_DEVICE void load_keys(KeyNote<kBlockN> note, const Boxes& boxes) {
+    with_rows(maps.k, note, boxes, [&](const auto& rows) {
+      loader.template load<typename Plan::KeyTile>(rings.k, k_position, rings.key_tile(k_position), rows);
+    });
     k_position.advance();
     if (++notes_in_use <= Plan::kStages + 1) return;
     if (loader.is_leader) mbarrier_arrive(rings.notes.empty(free_position.slot()));
@@ -407,20 +456,20 @@ struct Loader {
   GPU_DEVICE void load_values(KeyNote<kBlockN> note) {
     const Boxes boxes = note.boxes();
     const uint32_t tile = rings.value_tile(v_position);
-    if (boxes.all_valid) {
-      loader.template load<typename Plan::ValueTile>(rings.v, v_position, tile, maps.v, boxes.key_row, boxes.kv_head,
-                                                     boxes.batch);
-    } else {
-      loader.template load_valid<typename Plan::ValueTile>(rings.v, v_position, tile, maps.v, boxes.key_row,
-                                                           boxes.kv_head, boxes.batch, note.valid());
-    }
+    with_rows(maps.v, note, boxes, [&](const auto& rows) {
+      if (boxes.all_valid) {
+        loader.template load<typename Plan::ValueTile>(rings.v, v_position, tile, rows);
+      } else {
+        loader.template load_valid<typename Plan::ValueTile>(rings.v, v_position, tile, rows, note.valid());
+      }
+    });
     v_position.advance();
   }
 
   // Loads the queries of a tile.
   GPU_DEVICE void load_queries(const Boxes& boxes) {
-    loader.template load<typename Plan::QTile>(rings.q, q_position, rings.query_tile(q_position), maps.q,
-                                               boxes.query_row, boxes.head, boxes.batch);
+    loader.template load<typename Plan::QTile>(rings.q, q_position, rings.query_tile(q_position),
+                                               {maps.q, boxes.query_row, boxes.head, boxes.batch});
     q_position.advance();
   }
 
@@ -434,7 +483,7 @@ struct Loader {
       const KeyNote<kBlockN> note = rings.key_note(note_position);
       const Boxes boxes = note.boxes();
       if (boxes.what == 0) return;
-      load_keys(boxes);
+      load_keys(note, boxes);
       if (boxes.what & Boxes::kQueries) {
         load_queries(boxes);
       } else {
@@ -767,9 +816,9 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS((ForwardPlan<kHeadDim, kValueDim, kIsGeneral>:
   if (warpgroup == 0) {
     decrease_registers<Plan::kProducerRegisters>();
     if (thread_index() < 32) {
-      Loader<Plan>{maps, rings, {rings.cleaning, thread_index() == 0}}.run();
+      Loader<Plan>{p, maps, rings, {rings.cleaning, thread_index() == 0}}.run();
     } else if (thread_index() < 64) {
-      Planner<Plan>{p, rings}.run(num_tiles);
+      Planner<Plan>{p, rings, maps.piece_rows}.run(num_tiles);
     } else if (kIsGeneral && thread_index() % 32 == 0) {
       load_bias(maps.bias, rings, thread_index() / 32 - 2);
     }

@@ -270,9 +270,9 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
       reader.release_by_warp();
       continue;
     }
-    loader.template load_valid<KeyTile>(key_ring, key_position, shared + (kIsFirst ? Plan::kK : Plan::kV),
-                                        kIsFirst ? maps.k : maps.v, b.k_offset() + b.number() * kKeyBlock, b.kv_head(),
-                                        b.batch(), b.valid());
+    loader.template load_valid<KeyTile>(
+        key_ring, key_position, shared + (kIsFirst ? Plan::kK : Plan::kV),
+        {kIsFirst ? maps.k : maps.v, b.k_offset() + b.number() * kKeyBlock, b.kv_head(), b.batch()}, b.valid());
     GPU_NO_UNROLL for (Step<Plan::kBlockM, kIsGeneral> step(p, b); step.is_left(p, b); step.advance(p, b)) {
       const int32_t row = step.tile() * Plan::kBlockM;
       const StepLoad<kHeadDim, kIsFirst, kIsGeneral> also{p, maps.bias, shared, b, step, position.slot()};
@@ -282,7 +282,7 @@ GPU_DEVICE void load_tiles(const Params& p, const BackwardMaps& maps, uint32_t s
         // Only in a packed tensor do rows of another sequence follow the rows of this one. TMA gives zeros for rows
         // past the end of the tensor.
         const FirstRows<Plan::kBlockM> own{p.cu_seqlens_q != nullptr ? b.seqlen_q() - row : Plan::kBlockM};
-        loader.template load_valid<QTile>(ring, position, tile, map, b.q_offset() + row, step.head(), b.batch(), own,
+        loader.template load_valid<QTile>(ring, position, tile, {map, b.q_offset() + row, step.head(), b.batch()}, own,
                                           also);
       };
       if constexpr (kIsFirst) {

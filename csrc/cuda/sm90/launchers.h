@@ -1,6 +1,7 @@
 // Host side of the kernels for sm_90a. Only their instantiations (head_dim_*.cu) include this file.
 #pragma once
 #include <algorithm>
+#include <numeric>
 #include <string>
 
 #include "../kernels.h"
@@ -66,6 +67,15 @@ inline BiasMap bias_map_of(const Params& p, bool is_bf16, int box_queries) {
   return map;
 }
 
+// How many rows of keys or values one TMA copy moves in forward: see ForwardMaps::piece_rows.
+inline int piece_rows_of(const Params& p, int block_n) {
+  if (p.pages.table == nullptr) return block_n;
+  if (p.pages.size % kLeastPieceRows != 0)
+    throw std::invalid_argument("key: expected pages of a multiple of " + std::to_string(kLeastPieceRows) +
+                                " rows, got " + std::to_string(p.pages.size));
+  return std::gcd(p.pages.size, block_n);
+}
+
 // Launches the forward kernel, with the variant for the element type and for what the call needs.
 template <int kHeadDim, int kValueDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream) {
@@ -73,12 +83,15 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   for_variant(is_bf16, is_general_forward(p), [&](auto type, auto general) {
     using Plan = ForwardPlan<kHeadDim, kValueDim, general()>;
     static_assert(Plan::kBlockM >= kLeastForwardRowsSm90);
+    const int piece_rows = piece_rows_of(p, Plan::kBlockN);
+    const int key_entries = p.pages.table != nullptr ? p.pages.count : p.batch;
     const ForwardMaps maps{
         map_of(p.q, is_bf16, p.rows_q, p.num_heads, p.batch, Plan::kBlockM),
-        map_of(p.k, is_bf16, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
-        map_of(p.v, is_bf16, p.rows_k, kv_heads, p.batch, Plan::kBlockN),
+        map_of(p.k, is_bf16, p.rows_k, kv_heads, key_entries, piece_rows),
+        map_of(p.v, is_bf16, p.rows_k, kv_heads, key_entries, piece_rows),
         Plan::kStoresByTma ? map_of(p.out, is_bf16, p.rows_q, p.num_heads, p.batch, kWarpRows) : Map{},
-        bias_map_of(p, is_bf16, kConsumerRows)};
+        bias_map_of(p, is_bf16, kConsumerRows),
+        piece_rows};
     LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
     if (!maps.bias.is_used) shape.shared_bytes = Plan::kBytesWithoutBias;
     // The kernel is persistent: each multiprocessor runs at most one block of threads, which takes one tile after

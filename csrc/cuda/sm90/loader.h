@@ -26,6 +26,19 @@ struct NothingElse {
   GPU_DEVICE void start(uint32_t) const {}
 };
 
+// Where TMA finds the rows of a tile: row `row` of a head and the following ones.
+struct HeadRows {
+  const Map& map;
+  int row;
+  int head;
+  int batch;
+
+  template <class SlotTile>
+  GPU_DEVICE void load(uint32_t tile, uint32_t barrier) const {
+    SlotTile::load(tile, map, barrier, row, head, batch);
+  }
+};
+
 // Loads tiles into slots of rings. All lanes of one warp call the functions, but only the leader lane waits for empty
 // slots and issues TMA. If every lane waited, a late lane could miss a phase: mbarrier_wait knows a phase by its parity
 // only, so a lane that came one phase late would wait until the same parity comes again.
@@ -34,17 +47,17 @@ struct TileLoader {
   bool is_leader;                // this thread is the lane that issues TMA
   uint32_t cleaning_parity = 0;  // of the next wait at `cleaning`
 
-  // When the slot is empty, starts to load the rows from `row` on into the tile at `slot_tile`. The full barrier of the
-  // slot then counts the bytes that arrive.
-  template <class SlotTile, int kSlots, class Also = NothingElse>
-  GPU_DEVICE void load(const Ring<kSlots>& ring, RingPosition<kSlots> position, uint32_t slot_tile, const Map& map,
-                       int row, int head, int batch, const Also& also = {}) const {
+  // When the slot is empty, starts to load `rows` into the tile at `slot_tile`. The full barrier of the slot then counts
+  // the bytes that arrive.
+  template <class SlotTile, int kSlots, class Rows = HeadRows, class Also = NothingElse>
+  GPU_DEVICE void load(const Ring<kSlots>& ring, RingPosition<kSlots> position, uint32_t slot_tile, const Rows& rows,
+                       const Also& also = {}) const {
     if (is_leader) {
       position.wait_empty(ring);
       also.store();
       const uint32_t barrier = ring.full(position.slot());
       mbarrier_arrive_expect(barrier, SlotTile::kBytes + also.bytes);
-      SlotTile::load(slot_tile, map, barrier, row, head, batch);
+      rows.template load<SlotTile>(slot_tile, barrier);
       also.start(barrier);
     }
   }
@@ -52,18 +65,18 @@ struct TileLoader {
   // Fills a slot with zeros in the rows that are not valid: memory may hold NaN there, and NaN times a probability of 0
   // is NaN. TMA reports the arrival at the barrier `cleaning`, the warp waits, overwrites the rows, and then marks the
   // slot as full.
-  template <class SlotTile, int kSlots, class Valid, class Also = NothingElse>
+  template <class SlotTile, int kSlots, class Valid, class Rows = HeadRows, class Also = NothingElse>
   GPU_DEVICE void load_valid(const Ring<kSlots>& ring, RingPosition<kSlots> position, uint32_t slot_tile,
-                             const Map& map, int row, int head, int batch, const Valid& valid, const Also& also = {}) {
+                             const Rows& rows, const Valid& valid, const Also& also = {}) {
     if (valid.all()) {
-      load<SlotTile>(ring, position, slot_tile, map, row, head, batch, also);
+      load<SlotTile>(ring, position, slot_tile, rows, also);
       return;
     }
     if (is_leader) {
       position.wait_empty(ring);
       also.store();
       mbarrier_arrive_expect(cleaning, SlotTile::kBytes + also.bytes);
-      SlotTile::load(slot_tile, map, cleaning, row, head, batch);
+      rows.template load<SlotTile>(slot_tile, cleaning);
       also.start(cleaning);
     }
     mbarrier_wait(cleaning, cleaning_parity);
