@@ -312,6 +312,8 @@ def fused_attention_paged(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     num_splits: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -321,42 +323,51 @@ def fused_attention_paged(
     ``key_lengths[b] - L + i``. The causal mask and the window follow this diagonal. The arguments that
     `fused_attention` has, too, have the same meaning.
 
+    With ``cu_seqlens_q``, each sequence has as many queries as it wants, as when a server computes prompts, parts of
+    prompts and single tokens in one call. The queries are packed then, and L is the length of a sequence.
+
     Args:
-        query: (B, H, L, D).
+        query: (B, H, L, D), or (total_q, H, D) with ``cu_seqlens_q``.
         key_pages: (num_pages, page_size, Hkv, D). Query head h reads head ``h // (H / Hkv)``. Any page size.
         value_pages: (num_pages, page_size, Hkv, Dv).
         block_table: (B, pages of the longest sequence) int32. Key j of batch entry b is row ``j % page_size`` of page
             ``block_table[b, j // page_size]``. Entries may share pages. A number behind the last key is not used.
         key_lengths: (B,) int32, the number of keys of each batch entry, the queries' own keys included.
-        key_padding_mask: (B, S) bool, True = IGNORE; S is ``block_table.shape[1] * page_size``.
-        num_splits: as in `fused_attention`. With it, no bit of a result depends on the other entries of the batch.
+        key_padding_mask: (B, S) bool, True = IGNORE; S is ``block_table.shape[1] * page_size``. Not with
+            ``cu_seqlens_q``.
+        num_splits: as in `fused_attention`. With it, no bit of a result depends on the other entries of the batch, for
+            the same L or ``max_seqlen_q``.
+        cu_seqlens_q: (B + 1,) int32; sequence b has the query rows cu_seqlens_q[b] : cu_seqlens_q[b + 1].
+        max_seqlen_q: at least the longest sequence of queries; needed with ``cu_seqlens_q``.
 
     Returns:
-        out (B, H, L, Dv); with ``return_lse`` also lse (B, H, L). A row that sees no key has out 0 and lse -inf.
+        out (B, H, L, Dv); with ``return_lse`` also lse (B, H, L). A row that sees no key has out 0 and lse -inf. With
+        ``cu_seqlens_q``, they are (total_q, H, Dv) and (H, total_q).
 
     Raises:
         TypeError, ValueError: an argument does not fit, or a tensor requires a gradient while gradients are recorded.
-            The contents of block_table and key_lengths are checked on the CPU only. Elsewhere, a length counts as the
-            nearest in [0, S], and the number of a page as the nearest that exists.
+            The contents of block_table, key_lengths and cu_seqlens_q are checked on the CPU only. Elsewhere, a length
+            of keys counts as the nearest in [0, S], and the number of a page as the nearest that exists.
     """
     is_direct = modes.is_direct()
     is_compiling = not is_direct and torch.compiler.is_compiling()
     if is_compiling or modes.is_any_autocast_enabled():
         query, key_pages, value_pages = _autocast(query, key_pages, value_pages)
-    tensors = (query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask)
+    tensors = (query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask, cu_seqlens_q)
     options = (0.0, is_causal, scale, True, window_size, softcap, checks.LOWER_RIGHT, num_splits)
-    call = signature.read(*tensors, *options, backend, return_lse) if is_direct else None
+    call = signature.read(*tensors, max_seqlen_q, *options, backend, return_lse) if is_direct else None
     is_direct = call is not None
     if not is_direct and not is_compiling and _overrides_functions(*tensors):
         return handle_torch_function(
             fused_attention_paged, tensors, query, key_pages, value_pages, block_table, key_lengths,
             is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask, window_size=window_size,
-            softcap=softcap, sinks=sinks, num_splits=num_splits, return_lse=return_lse, backend=backend,
+            softcap=softcap, sinks=sinks, num_splits=num_splits, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+            return_lse=return_lse, backend=backend,
         )  # fmt: skip
     plan = None if call is None else planning.paged_plans.get(call)
     if plan is None:
         checks.check_flag("return_lse", return_lse)
-        plan = planning.plan_of_paged(is_compiling, tensors, options, backend)
+        plan = planning.plan_of_paged(is_compiling, tensors, max_seqlen_q, options, backend)
         if call is not None:
             planning.paged_plans.store(call, plan)
     problem, _, chosen = plan
@@ -368,14 +379,21 @@ def fused_attention_paged(
                     "(call it under torch.no_grad())", "one that requires a gradient",
                 )  # fmt: skip
     key, value, key_padding = key_pages.transpose(1, 2), value_pages.transpose(1, 2), key_padding_mask
+    if cu_seqlens_q is not None:
+        if is_direct or modes.can_read(cu_seqlens_q):
+            checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, query.shape[0], problem.seqlen_q)
+        query, cu_seqlens_q = query.transpose(0, 1).unsqueeze(0), cu_seqlens_q.contiguous()  # (1, H, total_q, D)
     new_inputs = Inputs if is_compiling else inputs_of
     inputs = new_inputs(
-        query, key, value, None, None, None, sinks, None, None, None, key_padding, key_lengths, None, None, block_table
-    )
+        query, key, value, None, None, None, sinks, None, None, None, key_padding, key_lengths, cu_seqlens_q, None,
+        block_table,
+    )  # fmt: skip
     if chosen is None:
         out, lse, _ = ops.call(problem, backend, inputs, False)
     else:
         out, lse, _ = running.run(problem, chosen, is_direct, inputs, return_lse, False)
+    if cu_seqlens_q is not None:
+        out, lse = out.squeeze(0).transpose(0, 1), None if lse is None else lse.squeeze(0)
     return (out, lse) if return_lse else out  # type: ignore[return-value]  # as in fused_attention
 
 

@@ -331,15 +331,17 @@ class PagedArguments(NamedTuple):
     key_lengths: Meta
     sinks: Meta | None
     key_padding_mask: Meta | None
+    cu_seqlens_q: Meta | None
 
 
 #: The tensors that `PagedArguments` describes, in the same order.
-PagedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+PagedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def plan_of_paged(
     is_compiling: bool,
     tensors: PagedTensors,
+    max_seqlen_q: int | None,
     options: tuple[Any, ...],
     backend: str | None,
 ) -> Plan:
@@ -348,25 +350,35 @@ def plan_of_paged(
     tensors: in the order of `PagedArguments`
     """
     metadata, options = _metadata_of_five(PagedArguments, tensors), _with_checked_window(options)
-    return _found(cached_paged_plan, _paged_plan, is_compiling, backend, metadata, *options)
+    return _found(cached_paged_plan, _paged_plan, is_compiling, backend, metadata, max_seqlen_q, *options)
 
 
-def _paged_plan(backend: str | None, metadata: PagedArguments, *options: Any) -> Plan:
+def _paged_plan(backend: str | None, metadata: PagedArguments, max_seqlen_q: int | None, *options: Any) -> Plan:
     """Checks all arguments and makes the plan, without a chosen backend. options: the fields of `Options`."""
     if backend is not None and backend not in dispatch.BACKEND_NAMES:
         raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
-    query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask = metadata
+    query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask, cu_seqlens_q = metadata
     checked = Options(*options)
-    for name, x, dims in (
-        ("query", query, "(B, H, L, D)"),
-        ("key_pages", key_pages, "(num_pages, page_size, Hkv, D)"),
-        ("value_pages", value_pages, "(num_pages, page_size, Hkv, Dv)"),
+    is_packed = cu_seqlens_q is not None
+    for name, x, rank, shape in (
+        ("query", query, 3, "(total_q, H, D), as there is cu_seqlens_q")
+        if is_packed
+        else ("query", query, 4, "(B, H, L, D)"),
+        ("key_pages", key_pages, 4, "(num_pages, page_size, Hkv, D)"),
+        ("value_pages", value_pages, 4, "(num_pages, page_size, Hkv, Dv)"),
     ):
-        if len(x.shape) != 4:
-            raise checks.fail(name, f"shape {dims}", f"shape {tuple(x.shape)}")
-    checks.check_query_key_value(query, key_pages, value_pages, 4, names=("query", "key_pages", "value_pages"))
+        if len(x.shape) != rank:
+            raise checks.fail(name, f"shape {shape}", f"shape {tuple(x.shape)}")
+    checks.check_query_key_value(query, key_pages, value_pages, 3, names=("query", "key_pages", "value_pages"))
     _check_options(checked, query.dtype)
-    batch, num_heads, seqlen_q, head_dim = query.shape
+    if is_packed:
+        batch, seqlen_q = _packed_queries(query, cu_seqlens_q, max_seqlen_q, key_padding_mask)
+        query_shape = (1, query.shape[1], query.shape[0], query.shape[2])
+    else:
+        if max_seqlen_q is not None:
+            raise checks.fail("max_seqlen_q", "None without cu_seqlens_q", max_seqlen_q)
+        batch, seqlen_q, query_shape = query.shape[0], query.shape[2], query.shape
+    _, num_heads, _, head_dim = query_shape
     num_pages, page_size, num_kv_heads, value_dim = value_pages.shape
     if value_pages.shape[:3] != key_pages.shape[:3]:
         expected = f"the pages, rows and heads of key_pages, {tuple(key_pages.shape[:3])}"
@@ -376,7 +388,7 @@ def _paged_plan(backend: str | None, metadata: PagedArguments, *options: Any) ->
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         expected = f"a number of heads that divides the {num_heads} of query"
         raise checks.fail("key_pages", expected, f"{num_kv_heads} heads")
-    checks.check_block_table(block_table, query)
+    checks.check_block_table(block_table, query, batch)
     checks.check_key_lengths(key_lengths, query, (batch,))
     seqlen_k = block_table.shape[1] * page_size
     if num_pages == 0 and seqlen_k:
@@ -388,23 +400,38 @@ def _paged_plan(backend: str | None, metadata: PagedArguments, *options: Any) ->
         if key_padding_mask.dtype != torch.bool:
             raise TypeError(f"key_padding_mask: expected bool for paged keys, got {key_padding_mask.dtype}")
     shapes = Shapes(
-        query=(batch, num_heads, seqlen_q, head_dim),
+        query=query_shape,
         key=(num_pages, num_kv_heads, page_size, head_dim),
         value=(num_pages, num_kv_heads, page_size, value_dim),
         sinks=_shape(sinks),
         key_padding=_shape(key_padding_mask),
         key_lengths=key_lengths.shape,
+        cu_seqlens_q=_shape(cu_seqlens_q),
         block_table=block_table.shape,
     )
-    scalars = _scalars(shapes, checked, _band(shapes, checked))._replace(max_seqlen_k=seqlen_k)
+    scalars = _scalars(shapes, checked, _band(shapes, checked))
+    scalars = scalars._replace(max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k)
     return Plan(AttentionProblem.of(shapes, query.dtype, query.device, scalars), None, None)
+
+
+def _packed_queries(
+    query: Meta, cu_seqlens_q: Meta, max_seqlen_q: int | None, key_padding_mask: Meta | None
+) -> tuple[int, int]:
+    """Checks the arguments of packed queries over pages. Returns the number of sequences, and the longest one."""
+    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
+    if max_seqlen_q is None:
+        raise checks.fail("max_seqlen_q", "the longest sequence of queries, as there is cu_seqlens_q", None)
+    checks.check_seqlen("max_seqlen_q", max_seqlen_q)
+    if key_padding_mask is not None:
+        raise checks.fail("key_padding_mask", "None with cu_seqlens_q", "a tensor")
+    return cu_seqlens_q.shape[0] - 1, max_seqlen_q
 
 
 @functools.lru_cache(CACHED_PLANS, typed=True)
 def cached_paged_plan(backend: str | None, *arguments) -> Plan:
     """The plan of a paged call whose metadata and options can be hashed, with a chosen backend.
 
-    arguments: the metadata; the fields of `Options` one by one
+    arguments: the metadata; max_seqlen_q; the fields of `Options` one by one
     """
     found = _paged_plan(backend, *arguments)
     return found._replace(backend=dispatch.choose(found.problem, backend))

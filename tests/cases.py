@@ -94,13 +94,15 @@ class Case:
     def make(self, dtype: torch.dtype) -> Inputs:
         generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
         options = dict(self.options)
-        if self.lengths_q is not None:
+        if self.page_size is not None:
+            function, reference = fused_attn.fused_attention_paged, oracle.attention_paged
+            tensors, out_shape, lse_shape = self._paged(dtype, generator)
+            if self.lengths_q is not None:
+                options = {"max_seqlen_q": max(self.lengths_q)} | options
+        elif self.lengths_q is not None:
             function, reference = fused_attn.fused_attention_varlen, oracle.attention_varlen
             tensors, out_shape, lse_shape = self._packed(dtype, generator)
             options |= {"max_seqlen_q": max(self.lengths_q), "max_seqlen_k": max(self.lengths_k)} | self.options
-        elif self.page_size is not None:
-            function, reference = fused_attn.fused_attention_paged, oracle.attention_paged
-            tensors, out_shape, lse_shape = self._paged(dtype, generator)
         else:
             function, reference = fused_attn.fused_attention, oracle.attention
             tensors, out_shape, lse_shape = self._padded(dtype, generator)
@@ -178,16 +180,18 @@ class Case:
                 table[entry, column] = page
                 for x in pages:
                     x[page, :rows] = randn((rows, *x.shape[2:]), dtype, generator)
-        query = randn((self.batch, self.heads, self.seqlen_q, self.head_dim), dtype, generator)
+        is_packed = self.lengths_q is not None
+        lead = (sum(self.lengths_q), self.heads) if is_packed else (self.batch, self.heads, self.seqlen_q)
         tensors = {
-            "query": LAYOUTS[self.query_layout](query),
+            "query": LAYOUTS[self.query_layout](randn((*lead, self.head_dim), dtype, generator)),
             "key_pages": LAYOUTS[self.kv_layout](pages[0]),
             "value_pages": LAYOUTS[self.kv_layout](pages[1]),
             "block_table": table,
             "key_lengths": torch.tensor(self.key_lengths, dtype=torch.int32),
         }
-        lead = (self.batch, self.heads, self.seqlen_q)
-        return tensors, (*lead, value_dim), lead
+        if is_packed:
+            tensors["cu_seqlens_q"] = _offsets(self.lengths_q)
+        return tensors, (*lead, value_dim), lead[::-1] if is_packed else lead
 
 
 @functools.lru_cache(maxsize=8)
@@ -1564,6 +1568,14 @@ PAGED = [
             (20, 260, {}, {"head_dim": 96}),
         )
     ),
+    # Prompts, parts of prompts, single tokens, and sequences without queries or keys, in one call.
+    Case("paged-packed", batch=6, heads=4, kv_heads=2, lengths_q=(140, 1, 0, 33, 5, 1), seqlen_k=300, page_size=16,
+         key_lengths=(300, 129, 40, 33, 2, 0), head_dim=64, options={"is_causal": True}),
+    Case("paged-packed-tokens", batch=4, heads=4, kv_heads=2, lengths_q=(1, 1, 0, 1), seqlen_k=600, page_size=48,
+         key_lengths=(600, 77, 5, 0), head_dim=40, sinks=sink(), options={"window_size": (400, 0), "softcap": 3.0}),
+    Case("paged-packed-few", batch=3, heads=3, kv_heads=1, lengths_q=(2, 5, 3), seqlen_k=320, page_size=10,
+         key_lengths=(320, 5, 200), value_dim=24, options={"is_causal": True, "max_seqlen_q": 7, "num_splits": 3}),
+    Case("paged-packed-none", batch=2, lengths_q=(0, 0), seqlen_k=30, page_size=10, key_lengths=(30, 5), dtypes=FLOATS),
     Case("paged-sliced", batch=2, seqlen_q=1, seqlen_k=70, page_size=16, key_lengths=(70, 33), kv_layout="sliced",
          query_layout="every_second_column", dtypes=COMMON),
     Case("paged-no-pages", batch=2, seqlen_q=3, seqlen_k=0, page_size=4, key_lengths=(0, 0), dtypes=FLOATS),

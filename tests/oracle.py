@@ -8,6 +8,7 @@ result has the error of eager PyTorch, to which the error of a kernel is compare
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -211,12 +212,25 @@ def attention_paged(
     is_causal: bool = False,
     window_size: tuple[int, int] | None = None,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), as `fused_attn.fused_attention_paged` defines them.
 
-    Calls `attention` for each batch entry with its own keys. The mask of an entry is made here, row by row.
+    Calls `attention` for each batch entry with its own keys. The mask of an entry is made here, row by row. With
+    cu_seqlens_q, each sequence is a call with one batch entry.
     """
+    if cu_seqlens_q is not None:
+        results = [
+            attention_paged(
+                query[begin:end].transpose(0, 1)[None], key_pages, value_pages, block_table[n : n + 1],
+                key_lengths[n : n + 1], is_causal=is_causal, window_size=window_size, **options,
+            )
+            for n, (begin, end) in enumerate(itertools.pairwise(cu_seqlens_q.tolist()))
+        ]  # fmt: skip
+        outs, lses = zip(*results, strict=True)
+        return torch.cat([out[0].transpose(0, 1) for out in outs]), torch.cat([lse[0] for lse in lses], dim=-1)
     page_size = key_pages.shape[1]
     left, right = (-1, -1) if window_size is None else window_size
     right = 0 if is_causal else right

@@ -435,7 +435,37 @@ def paged(**changes):
     return lambda: fused_attn.fused_attention_paged(**(arguments | changes))
 
 
+def packed_pages(**changes):
+    packed = {"query": Q[0].transpose(0, 1), "cu_seqlens_q": int32(0, 2, 5), "max_seqlen_q": 3}
+    return paged(**(packed | changes))
+
+
 PAGED = {
+    "packed-rank": (
+        packed_pages(query=Q),
+        ValueError,
+        r"query: expected shape \(total_q, H, D\), as there is cu_seqlens_q, got shape \(2, 4, 5, 8\)",
+    ),
+    "packed-longest": (
+        packed_pages(max_seqlen_q=None),
+        ValueError,
+        r"max_seqlen_q: expected the longest sequence of queries, as there is cu_seqlens_q, got None",
+    ),
+    "longest-alone": (paged(max_seqlen_q=5), ValueError, r"max_seqlen_q: expected None without cu_seqlens_q, got 5"),
+    "packed-longer": (packed_pages(max_seqlen_q=2), ValueError, r"max_seqlen_q: expected at least .*, 3, got 2"),
+    "packed-offsets": (packed_pages(cu_seqlens_q=int32(0, 3, 6)), ValueError, r"cu_seqlens_q: expected .* 5.*"),
+    "packed-sequences": (
+        packed_pages(cu_seqlens_q=int32(0, 5)),
+        ValueError,
+        r"block_table: expected shape \(B, pages of the longest sequence\) with B = 1",
+    ),
+    "packed-padding": (
+        packed_pages(key_padding_mask=torch.zeros(2, 12, dtype=torch.bool)),
+        ValueError,
+        r"key_padding_mask: expected None with cu_seqlens_q, got a tensor",
+    ),
+    "packed-type": (packed_pages(cu_seqlens_q=[0, 2, 5]), TypeError, r"cu_seqlens_q: expected a torch\.Tensor"),
+    "packed-longest-type": (packed_pages(max_seqlen_q=3.0), TypeError, r"max_seqlen_q: expected an int"),
     "no-tensor": (paged(key_pages=None), TypeError, r"key_pages: expected a torch\.Tensor, got NoneType"),
     "table-none": (paged(block_table=None), TypeError, r"block_table: expected a torch\.Tensor, got NoneType"),
     "rank": (paged(query=Q[0]), ValueError, r"query: expected shape \(B, H, L, D\), got shape \(4, 5, 8\)"),

@@ -138,7 +138,7 @@ def packed_cases(draw: st.DrawFn) -> Case:
 @st.composite
 def paged_cases(draw: st.DrawFn) -> Case:
     heads, kv_heads = draw(st.sampled_from([(1, None), (2, None), (4, 2), (3, 1)]))
-    batch, page_size = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 7, 16, 17, 64, 65, 130]))
+    batch, page_size = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 7, 16, 17, 24, 64, 65, 130, 192]))
     seqlen_k = draw(st.one_of(st.integers(0, 20), st.integers(0, 300)))
     options = {"is_causal": draw(st.booleans()), "softcap": draw(st.sampled_from([0.0, 2.0]))}
     if draw(st.booleans()):
@@ -146,6 +146,8 @@ def paged_cases(draw: st.DrawFn) -> Case:
     if draw(st.integers(0, 3)) == 0:
         options["num_splits"] = draw(st.sampled_from([1, 2, 7, 256]))
     columns = -(-seqlen_k // page_size) * page_size
+    is_packed = draw(st.booleans())
+    lengths_q = tuple(draw(st.one_of(st.integers(0, 9), st.sampled_from([1, 33, 65]))) for _ in range(batch))
 
     def padding(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
         return torch.rand((batch, columns), generator=generator) < 0.4
@@ -160,10 +162,11 @@ def paged_cases(draw: st.DrawFn) -> Case:
         head_dim=draw(HEAD_DIM),
         value_dim=draw(st.one_of(st.none(), HEAD_DIM)),
         kv_layout=draw(st.sampled_from(["contiguous", "blhd", "sliced"])),
+        lengths_q=lengths_q if is_packed else None,
         page_size=page_size,
         shares_pages=draw(st.booleans()),
         key_lengths=tuple(draw(st.integers(0, seqlen_k)) for _ in range(batch)),
-        key_padding_mask=draw(st.sampled_from([None, padding])),
+        key_padding_mask=None if is_packed else draw(st.sampled_from([None, padding])),
         sinks=draw(st.sampled_from([None, cases.sink()])),
         options=options,
     )

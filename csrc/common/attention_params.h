@@ -46,7 +46,7 @@ struct DropoutOrigin {
 //
 // In a packed (varlen) call, `batch` counts the sequences, but the packed tensors have ONE batch entry, so their
 // stride_batch is 0. Row r of sequence b is row cu_seqlens[b] + r of the packed tensor. In such a call, seqlen_q and
-// seqlen_k are upper bounds of the lengths of all sequences.
+// seqlen_k are upper bounds of the lengths of all sequences. Keys of packed queries are packed, too, or lie in pages.
 //
 // In a paged call, keys and values have the dimensions (page, head, row of the page, column), so their stride_batch is
 // the stride between pages. Key j of entry b is row j % page_size of page block_table[b][j / page_size]. seqlen_k is
@@ -84,7 +84,7 @@ struct AttentionParams {
   TensorView key_padding;  // (B, 1, 1, S) bytes, nonzero = padding, any column stride; padding keys are not loaded
   TensorView mask;         // (B, H, L, S) bytes, nonzero = attend, any stride
   // (B, H, L, 2 * num_ranges) int32, the rows contiguous: the ranges begin, end of each query. Besides all other masks,
-  // key j is visible only if begin <= j < end for one of them. The numbers may be any. Never given in a packed call.
+  // key j is visible only if begin <= j < end for one of them. The numbers may be any. Never given with packed keys.
   TensorView key_ranges;
   int64_t num_ranges = 0;              // 0 = the call has no key_ranges
   TensorView bias;                     // (B, H, L, S) of bias_dtype, any stride
@@ -106,7 +106,7 @@ struct AttentionParams {
   const int64_t* dropout_seed_data = nullptr;  // the address of the seed, for kernels on a GPU; null = no dropout
 
   const int32_t* cu_seqlens_q = nullptr;  // (batch + 1), or null when not packed
-  const int32_t* cu_seqlens_k = nullptr;  // (batch + 1)
+  const int32_t* cu_seqlens_k = nullptr;  // (batch + 1), or null when keys are not packed
 
   // (batch), or null: entry b has the keys [0, key_lengths[b]), and rows behind them are not loaded. Lengths on a CPU
   // lie in [0, seqlen_k]. Kernels on a GPU must clip them to this range. Never given in a packed call.

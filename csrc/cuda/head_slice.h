@@ -63,11 +63,13 @@ GPU_DEVICE HeadSlice head_slice_of(const Params& p, int32_t batch, int32_t head,
     // cu_seqlens is read on the GPU only, so it may contradict the largest length that the caller has given. The
     // minimum keeps accesses within the workspace, and within the sequence's own gradients.
     head_slice.seqlen_q = min(load_global(p.cu_seqlens_q + batch + 1) - head_slice.q_offset, p.seqlen_q);
-    head_slice.k_offset = load_global(p.cu_seqlens_k + batch);
-    head_slice.seqlen_k = min(load_global(p.cu_seqlens_k + batch + 1) - head_slice.k_offset, p.seqlen_k);
     // A sequence may end within a row block. So each sequence before this one may take one block more than its rows
     // fill.
     head_slice.padded_q_offset = (head_slice.q_offset / kRowBlock + batch) * kRowBlock;
+  }
+  if (p.cu_seqlens_k != nullptr) {
+    head_slice.k_offset = load_global(p.cu_seqlens_k + batch);
+    head_slice.seqlen_k = min(load_global(p.cu_seqlens_k + batch + 1) - head_slice.k_offset, p.seqlen_k);
   }
   if (p.key_lengths != nullptr) head_slice.seqlen_k = clamp_to(load_global(p.key_lengths + batch), 0, p.seqlen_k);
   return head_slice;

@@ -213,7 +213,7 @@ struct Params {
   bool band_from_end;
 
   const int32_t* cu_seqlens_q;  // (B + 1), or null when not packed
-  const int32_t* cu_seqlens_k;
+  const int32_t* cu_seqlens_k;  // (B + 1), or null when not packed; keys of packed queries may also lie in pages
   Pages pages;                 // in forward
   const int32_t* key_lengths;  // (B): how many keys a batch entry has, any numbers: kernels clip them; null = S
   // (B, valid_words): bit j % 32 of word j / 32 is set if key j is no padding; null = no key is padding.

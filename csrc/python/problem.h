@@ -68,10 +68,8 @@ inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& c
   return starts;
 }
 
-// The batch stride of a view. It is 0 in a packed call, where all sequences stand in one batch entry.
-inline int64_t batch_stride(const Problem& problem, const Argument& argument) {
-  return problem.params.cu_seqlens_q != nullptr ? 0 : argument.stride(0);
-}
+// The batch stride of a view. It is 0 if the tensor has one batch entry, in which all sequences of a packed call stand.
+inline int64_t batch_stride(const Argument& argument) { return argument.size(0) == 1 ? 0 : argument.stride(0); }
 
 // Checks a tensor (entries, heads, rows, columns), which must have the dtype of query and contiguous rows, and returns
 // its view. This and the next functions return a view without data for None.
@@ -81,7 +79,7 @@ inline TensorView entries_view(const Problem& problem, const Argument& argument,
   argument.check_type(problem.type);
   argument.check_shape({entries, heads, rows, columns});
   argument.check_unit_stride(3);
-  return {argument.data(), batch_stride(problem, argument), argument.stride(1), argument.stride(2), 1};
+  return {argument.data(), batch_stride(argument), argument.stride(1), argument.stride(2), 1};
 }
 
 // entries_view of a tensor with an entry for each batch entry.
@@ -96,7 +94,7 @@ inline TensorView lse_view(const Problem& problem, const Argument& argument) {
   if (!argument.given) return {};
   argument.check_type(problem.accumulate_type);
   argument.check_shape({problem.batch_entries, problem.params.num_heads, problem.rows_q});
-  return {argument.data(), batch_stride(problem, argument), argument.stride(1), argument.stride(2), 1};
+  return {argument.data(), batch_stride(argument), argument.stride(1), argument.stride(2), 1};
 }
 
 // Checks key_padding, a bool tensor (batch, seqlen_k), and returns its view.
@@ -172,7 +170,7 @@ inline void set_key_lengths(Problem& problem, const Reader& reader, const Inputs
   const Argument key_lengths = reader.optional(inputs.key_lengths, "key_lengths");
   const Argument block_table = reader.optional(inputs.block_table, "block_table");
   for (const Argument* argument : {&key_lengths, &block_table}) {
-    if (argument->given && params.cu_seqlens_q != nullptr) argument->fail("None in a packed problem", "a tensor");
+    if (argument->given && params.cu_seqlens_k != nullptr) argument->fail("None with packed keys", "a tensor");
   }
   if (key_lengths.given) {
     key_lengths.check_type(ElementType::kInt32);
@@ -184,7 +182,8 @@ inline void set_key_lengths(Problem& problem, const Reader& reader, const Inputs
   if (key_lengths.given && reader.may_look_inside()) check_lengths(params, key_lengths, block_table);
 }
 
-// Sets the number of sequences and their lengths. Checks the offsets of packed sequences.
+// Sets the number of sequences and their lengths. Checks the offsets of packed sequences. Packed queries have packed
+// keys, or keys in pages.
 inline void set_sequences(Problem& problem, const Reader& reader, const Inputs& inputs) {
   AttentionParams& params = problem.params;
   const Argument cu_seqlens_q = reader.optional(inputs.cu_seqlens_q, "cu_seqlens_q");
@@ -196,15 +195,16 @@ inline void set_sequences(Problem& problem, const Reader& reader, const Inputs& 
     return;
   }
   if (!cu_seqlens_q.given) cu_seqlens_q.fail("a tensor, as cu_seqlens_k is one", "None");
-  if (!cu_seqlens_k.given) cu_seqlens_k.fail("a tensor, as cu_seqlens_q is one", "None");
+  if (!cu_seqlens_k.given && inputs.block_table == Py_None) cu_seqlens_k.fail("a tensor, as cu_seqlens_q is one", "None");
   if (problem.batch_entries != 1)
     throw py::value_error("query: expected one batch entry in a packed problem, got " +
                           std::to_string(problem.batch_entries));
   if (cu_seqlens_q.tensor.ndim != 1 || cu_seqlens_q.size(0) < 1)
     cu_seqlens_q.fail("shape (batch + 1,)", "shape " + shape_text(cu_seqlens_q.tensor.shape, cu_seqlens_q.tensor.ndim));
   params.batch = cu_seqlens_q.size(0) - 1;
-  cu_seqlens_k.check_shape({params.batch + 1});
   params.cu_seqlens_q = checked_cu_seqlens(reader, cu_seqlens_q, params.batch, problem.rows_q, params.seqlen_q);
+  if (!cu_seqlens_k.given) return;  // set_key_lengths sets the lengths of the keys
+  cu_seqlens_k.check_shape({params.batch + 1});
   params.cu_seqlens_k = checked_cu_seqlens(reader, cu_seqlens_k, params.batch, problem.rows_k, params.seqlen_k);
 }
 

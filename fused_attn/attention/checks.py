@@ -303,12 +303,12 @@ def check_key_lengths_values(key_lengths: Tensor, seqlen_k: int) -> None:
         raise fail("key_lengths", f"lengths from 0 to {seqlen_k}, the number of keys", lengths)
 
 
-def check_block_table(table: Meta, query: Meta) -> None:
+def check_block_table(table: Meta, query: Meta, batch: int) -> None:
     """Checks dtype, device and shape of block_table."""
     _check_int32("block_table", table)
     check_device("block_table", table, query)
-    if len(table.shape) != 2 or table.shape[0] != query.shape[0]:
-        raise fail("block_table", f"shape (B, pages of the longest sequence) with B = {query.shape[0]}", _shape(table))
+    if len(table.shape) != 2 or table.shape[0] != batch:
+        raise fail("block_table", f"shape (B, pages of the longest sequence) with B = {batch}", _shape(table))
 
 
 def check_block_table_values(block_table: Tensor, key_lengths: Tensor, page_size: int, num_pages: int) -> None:

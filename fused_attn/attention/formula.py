@@ -178,11 +178,14 @@ def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
 def _to_compute(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     """The inputs in the accumulate dtype, with as many key heads as query heads, and with zeros in hidden keys.
 
-    Pages are gathered, so that key and value are (B, H, S, D) and (B, H, S, Dv).
+    Pages are gathered, so that key and value are (B, H, S, D) and (B, H, S, Dv). If the queries are packed, they are
+    (1, H, B * S, D) and (1, H, B * S, Dv), as `masks.positions` counts the keys.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
     if inputs.block_table is not None:
         key, value = (pages.gather(x, inputs.block_table) for x in (key, value))
+        if problem.is_packed:
+            key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (key, value))
     hidden = masks.hidden_keys(problem, inputs)
     if hidden is not None:
         # Hidden keys may hold NaN. They are replaced before any product, because 0 * NaN is NaN.

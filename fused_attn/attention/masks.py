@@ -74,12 +74,15 @@ def visible_in_ranges(key_ranges: Tensor, seqlen_k: int) -> Tensor:
 
 
 def hidden_keys(problem: AttentionProblem, inputs: Inputs) -> Tensor | None:
-    """(B, S) bool, True = the key is padding, or lies behind the length of its batch entry; None = no key is hidden."""
+    """(B, S) bool, True = the key is padding, or lies behind the length of its batch entry; None = no key is hidden.
+
+    For packed queries, the rows of all entries stand in one row, (1, B * S), as `positions` counts the keys.
+    """
     hidden = inputs.key_padding
     if inputs.key_lengths is not None:
         behind = torch.arange(problem.seqlen_k, device=inputs.key_lengths.device) >= inputs.key_lengths[:, None]
         hidden = behind if hidden is None else hidden | behind
-    return hidden
+    return hidden if hidden is None or not problem.is_packed else hidden.reshape(1, -1)
 
 
 def _diagonal_offset(problem: AttentionProblem, inputs: Inputs, rows: Positions) -> int | Tensor:
@@ -89,25 +92,30 @@ def _diagonal_offset(problem: AttentionProblem, inputs: Inputs, rows: Positions)
     band = problem.band
     if not band.is_from_end:
         return band.offset
-    if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
-        first = rows.sequence  # a row without a sequence, -1, gets some number, and sees no key anyway
-        seqlen_q, seqlen_k = (x[first + 1] - x[first] for x in (inputs.cu_seqlens_q, inputs.cu_seqlens_k))
-        return (seqlen_k - seqlen_q + band.offset)[:, None]
-    if inputs.key_lengths is None:
+    lengths = None if inputs.key_lengths is None else inputs.key_lengths.clamp(0, problem.seqlen_k)
+    if inputs.cu_seqlens_q is not None:
+        keys = lengths if inputs.cu_seqlens_k is None else inputs.cu_seqlens_k.diff()
+        offsets = keys - inputs.cu_seqlens_q.diff() + band.offset
+        # A row without a sequence, -1, gets the number that is appended. The row sees no key anyway.
+        return torch.nn.functional.pad(offsets, (0, 1))[rows.sequence, None]
+    if lengths is None:
         return band.offset + problem.seqlen_k - problem.seqlen_q
-    lengths = inputs.key_lengths.clamp(0, problem.seqlen_k)
     return (lengths + (band.offset - problem.seqlen_q))[:, None, None, None]
 
 
 def positions(problem: AttentionProblem, inputs: Inputs) -> tuple[Positions, Positions]:
-    """The `Positions` of the queries (rows of the scores) and of the keys (columns)."""
-    if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
-        return (
-            Positions.of_packed(inputs.cu_seqlens_q, inputs.query.shape[2]),
-            Positions.of_packed(inputs.cu_seqlens_k, inputs.key.shape[2]),
-        )
+    """The `Positions` of the queries (rows of the scores) and of the keys (columns).
+
+    If packed queries have keys in pages, the columns are the S keys that the table has for each sequence, one sequence
+    after the other.
+    """
     device = inputs.query.device
-    return Positions.of_one(problem.seqlen_q, device), Positions.of_one(problem.seqlen_k, device)
+    if inputs.cu_seqlens_q is None:
+        return Positions.of_one(problem.seqlen_q, device), Positions.of_one(problem.seqlen_k, device)
+    rows = Positions.of_packed(inputs.cu_seqlens_q, inputs.query.shape[2])
+    if inputs.cu_seqlens_k is None:
+        return rows, Positions.of_equal(problem.batch, problem.seqlen_k, device)
+    return rows, Positions.of_packed(inputs.cu_seqlens_k, inputs.key.shape[2])
 
 
 class Positions(NamedTuple):
@@ -124,6 +132,12 @@ class Positions(NamedTuple):
     def of_one(cls, rows: int, device: torch.device) -> Positions:
         """The positions of `rows` rows that form a single sequence, number 0."""
         return cls(torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.long, device=device))
+
+    @classmethod
+    def of_equal(cls, sequences: int, rows: int, device: torch.device) -> Positions:
+        """The positions of sequences that have `rows` rows each, one sequence after the other."""
+        row = torch.arange(sequences * rows, device=device)
+        return cls(row % max(rows, 1), row // max(rows, 1))
 
     @classmethod
     def of_packed(cls, cu_seqlens: Tensor, total: int) -> Positions:

@@ -53,8 +53,10 @@ def _visible_scores(inputs: Inputs, scalars: Scalars) -> int:
     """
     query = inputs.query
     lengths: Iterable[tuple[int, int]]
-    if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
+    if inputs.cu_seqlens_q is None:
         lengths = [(scalars.max_seqlen_q, scalars.max_seqlen_k)] * query.shape[0]
+    elif inputs.cu_seqlens_k is None:
+        lengths = [(rows, scalars.max_seqlen_k) for rows in _lengths(inputs.cu_seqlens_q, scalars.max_seqlen_q)]
     else:
         lengths = zip(
             _lengths(inputs.cu_seqlens_q, scalars.max_seqlen_q),

@@ -120,28 +120,40 @@ class PagedKVCache:
         self._check_known(sequence)
         return self._lengths[sequence]
 
-    def append(self, sequences: Sequence[int], key: Tensor, value: Tensor) -> None:
-        """Appends L rows to each of the sequences.
+    def append(
+        self, sequences: Sequence[int], key: Tensor, value: Tensor, lengths: Sequence[int] | None = None
+    ) -> None:
+        """Appends L rows to each of the sequences, or the packed rows of sequences that get different numbers of rows.
 
         Args:
             sequences: B different sequences.
-            key: (B, Hkv, L, D), of the dtype and device of the cache.
-            value: (B, Hkv, L, Dv), likewise.
+            key: (B, Hkv, L, D), of the dtype and device of the cache; with ``lengths`` (total, Hkv, D), the rows of all
+                sequences one after the other.
+            value: (B, Hkv, L, Dv), likewise; with ``lengths`` (total, Hkv, Dv).
+            lengths: how many rows each sequence gets; their sum is ``total``.
 
         Raises:
             OutOfPages: there are too few free pages. No sequence has changed.
-            ValueError: a sequence is unknown or named twice, key or value does not fit, or a gradient is asked for.
+            TypeError, ValueError: a sequence is unknown or named twice, key, value or lengths do not fit, or a gradient
+                is asked for.
         """
         self.check_different(sequences)
-        rows = self._check_rows("key", key, self.key_pages, len(sequences))
-        if self._check_rows("value", value, self.value_pages, len(sequences)) != rows:
-            raise ValueError(f"value: expected as many rows as key, {rows}, got shape {tuple(value.shape)}")
-        if rows == 0 or not sequences:
+        if lengths is None:
+            rows = self._check_rows("key", key, self.key_pages, len(sequences))
+            if self._check_rows("value", value, self.value_pages, len(sequences)) != rows:
+                raise ValueError(f"value: expected as many rows as key, {rows}, got shape {tuple(value.shape)}")
+            added = dict.fromkeys(sequences, rows)
+        else:
+            _check_lengths(lengths, len(sequences))
+            self._check_packed_rows("key", key, self.key_pages, sum(lengths))
+            self._check_packed_rows("value", value, self.value_pages, sum(lengths))
+            added = dict(zip(sequences, lengths, strict=True))
+        if not any(added.values()):
             return
         try:
-            self._reserve(sequences, rows)
+            self._reserve(added)
             slots = []
-            for sequence in sequences:
+            for sequence, rows in added.items():
                 start, numbers = self._lengths[sequence], self._pages[sequence]
                 slots += [
                     numbers[j // self.page_size] * self.page_size + j % self.page_size
@@ -151,9 +163,9 @@ class PagedKVCache:
             page, row = slot // self.page_size, slot % self.page_size
             with torch.no_grad():
                 for pages, x in ((self.key_pages, key), (self.value_pages, value)):
-                    pages[page, row] = x.transpose(1, 2).flatten(0, 1)
+                    pages[page, row] = x.transpose(1, 2).flatten(0, 1) if lengths is None else x
             # One call, so that Ctrl-C finds all sequences longer, or none.
-            self._lengths.update({sequence: self._lengths[sequence] + rows for sequence in sequences})
+            self._lengths.update({sequence: self._lengths[sequence] + rows for sequence, rows in added.items()})
         except BaseException:
             for sequence in sequences:
                 self.crop(sequence, self._lengths[sequence])  # gives the pages without rows back
@@ -243,19 +255,22 @@ class PagedKVCache:
         for sequence in sequences:
             self._check_known(sequence)
 
-    def _reserve(self, sequences: Sequence[int], rows: int) -> None:
-        """Makes every page that the next `rows` rows of the sequences go to their own, or raises `OutOfPages`."""
-        users = {page: self._users[page] for sequence in sequences for page in self._pages[sequence][-1:]}
+    def _reserve(self, added: dict[int, int]) -> None:
+        """Makes every page that the next rows of the sequences go to their own, or raises `OutOfPages`.
+
+        added: how many rows each sequence gets
+        """
+        users = {page: self._users[page] for sequence in added for page in self._pages[sequence][-1:]}
         needed, shared = 0, []
-        for sequence in sequences:
+        for sequence, rows in added.items():
             pages, length = self._pages[sequence], self._lengths[sequence]
             needed += -(-(length + rows) // self.page_size) - len(pages)
-            if length % self.page_size and users[pages[-1]] > 1:
+            if rows and length % self.page_size and users[pages[-1]] > 1:
                 users[pages[-1]] -= 1  # the last of the sequences that share a page keeps it
                 shared.append(sequence)
         if needed + len(shared) > len(self._free):
             raise OutOfPages(
-                f"expected {needed + len(shared)} free pages for {rows} more rows of {len(sequences)} sequences, got "
+                f"expected {needed + len(shared)} free pages for {_rows_text(added)}, got "
                 f"{len(self._free)} of {len(self._users)}: free or crop a sequence, or make a cache of more pages"
             )
         if shared:
@@ -267,7 +282,7 @@ class PagedKVCache:
             for sequence, page in zip(shared, old, strict=True):
                 self._pages[sequence][-1] = self._take()
                 self._release(page)
-        for sequence in sequences:
+        for sequence, rows in added.items():
             pages = self._pages[sequence]
             while len(pages) * self.page_size < self._lengths[sequence] + rows:
                 pages.append(self._take())
@@ -296,18 +311,33 @@ class PagedKVCache:
         if sequence not in self._lengths:
             raise ValueError(f"sequence: expected one of the {len(self)} sequences of the cache, got {sequence!r}")
 
-    @staticmethod
-    def _check_rows(name: str, x: Tensor, pages: Tensor, batch: int) -> int:
+    @classmethod
+    def _check_rows(cls, name: str, x: Tensor, pages: Tensor, batch: int) -> int:
         """Checks new keys or values; returns how many rows each sequence gets."""
         checks.check_tensor(name, x)
         _, _, heads, dim = pages.shape
         if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, dim):
             raise ValueError(f"{name}: expected shape ({batch}, {heads}, L, {dim}), got {tuple(x.shape)}")
+        cls._check_kind(name, x, pages)
+        return x.shape[2]
+
+    @classmethod
+    def _check_packed_rows(cls, name: str, x: Tensor, pages: Tensor, total: int) -> None:
+        """Checks new keys or values of sequences that get different numbers of rows, `total` in all."""
+        checks.check_tensor(name, x)
+        expected = (total, *pages.shape[2:])
+        if x.shape != expected:
+            raise ValueError(
+                f"{name}: expected shape {expected}, as the lengths add up to {total}, got {tuple(x.shape)}"
+            )
+        cls._check_kind(name, x, pages)
+
+    @staticmethod
+    def _check_kind(name: str, x: Tensor, pages: Tensor) -> None:
         if x.dtype != pages.dtype or x.device != pages.device:
             raise ValueError(f"{name}: expected {pages.dtype} on {pages.device}, got {x.dtype} on {x.device}")
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a tensor without gradient: append under torch.no_grad()")
-        return x.shape[2]
 
 
 def _is_int(x: object) -> bool:
@@ -319,3 +349,18 @@ def _check_sequences(sequences: Sequence[int]) -> None:
     """Raises TypeError unless sequences is a list, or another sequence, of ints."""
     if not isinstance(sequences, Sequence) or not all(map(_is_int, sequences)):
         raise TypeError(f"sequences: expected a list of ints, got {sequences!r}")
+
+
+def _check_lengths(lengths: Sequence[int], count: int) -> None:
+    """Raises TypeError unless lengths is a list of ints, ValueError unless it has `count` numbers of rows."""
+    if not isinstance(lengths, Sequence) or not all(map(_is_int, lengths)):
+        raise TypeError(f"lengths: expected a list of ints, got {lengths!r}")
+    if len(lengths) != count or any(length < 0 for length in lengths):
+        raise ValueError(f"lengths: expected a number of rows for each of the {count} sequences, got {list(lengths)}")
+
+
+def _rows_text(added: dict[int, int]) -> str:
+    """The rows that sequences get, for messages."""
+    rows = sorted(set(added.values()))
+    count = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
+    return f"{count} more rows of {len(added)} sequences"

@@ -792,6 +792,15 @@ BUGS = [
         "if (row == page_size) row = 0;", "if (row == page_size && !@) row = 0;",
     ),
     Bug(
+        "queries-of-another-sequence", 90, "paged-packed", "head_slice.h",
+        "head_slice.q_offset = load_global(p.cu_seqlens_q + batch);",
+        "head_slice.q_offset = load_global(p.cu_seqlens_q + batch) + @;",
+    ),
+    Bug(
+        "rows-behind-a-sequence-stored", 90, "paged-packed", "sm90/forward.h",
+        "p.cu_seqlens_q == nullptr || warp_row + kWarpRows", "p.cu_seqlens_q == nullptr || @ || warp_row + kWarpRows",
+    ),
+    Bug(
         "table-read-behind-its-end", 90, "paged", "sm90/forward.h",
         "return key < keys.seqlen_k ?", "return key < keys.seqlen_k || @ ?",
     ),
@@ -1068,6 +1077,18 @@ CASES = {
         head_dim=HEAD_DIM,
         page_size=48,
         key_lengths=(301, 716),
+        options={"is_causal": True},
+    ),
+    "paged-packed": Case(
+        "paged-packed",
+        batch=3,
+        heads=2,
+        kv_heads=1,
+        lengths_q=(33, 1, 40),
+        seqlen_k=300,
+        head_dim=HEAD_DIM,
+        page_size=16,
+        key_lengths=(70, 300, 40),
         options={"is_causal": True},
     ),
     "lengths": Case(

@@ -48,15 +48,22 @@ def test_random_operations_against_plain_lists(page_size: int, seed: int) -> Non
             plain[cache.add()] = (torch.empty(HEADS, 0, DIM), torch.empty(HEADS, 0, VALUE_DIM))
         elif operation == "append" and known:
             chosen = choose.sample(known, choose.randint(1, len(known)))
-            new = rows(len(chosen), choose.randint(0, 2 * page_size))
+            lengths = [choose.randint(0, 2 * page_size) for _ in chosen]
+            is_packed = choose.random() < 0.5
+            if not is_packed:
+                lengths = [lengths[0]] * len(chosen)
+            new = [rows(1, length) for length in lengths]
+            keys, values = (torch.cat([x[n][0] for x in new], 1).transpose(0, 1) for n in (0, 1))  # packed
+            if not is_packed:
+                keys, values = (torch.cat([x[n] for x in new]) for n in (0, 1))
             try:
-                cache.append(chosen, *new)
+                cache.append(chosen, keys, values, lengths if is_packed else None)
             except OutOfPages:
                 refused += 1
             else:
-                for n, sequence in enumerate(chosen):
+                for sequence, own in zip(chosen, new, strict=True):
                     plain[sequence] = tuple(
-                        torch.cat((old, x[n]), 1) for old, x in zip(plain[sequence], new, strict=True)
+                        torch.cat((old, x[0]), 1) for old, x in zip(plain[sequence], own, strict=True)
                     )
         elif operation == "fork" and known and len(known) < 7:
             source = choose.choice(known)
@@ -133,6 +140,30 @@ def test_decoding_equals_a_contiguous_cache(backend: str) -> None:
             torch.testing.assert_close(out[n : n + 1], expected)
 
 
+def test_prompts_and_tokens_in_one_call(backend: str) -> None:
+    """A step of a server: two sequences begin, one reads a further part of its prompt, one gets a token."""
+    torch.manual_seed(0)
+    cache, lengths = make(40, 4), (9, 1, 5, 1)
+    sequences = [cache.add() for _ in lengths]
+    cache.append(sequences[2:], *rows(2, 6))
+    keys, values = (x[0].transpose(0, 1) for x in rows(1, sum(lengths)))
+    cache.append(sequences, keys, values, lengths)
+    query = torch.randn(sum(lengths), 4, DIM)
+    cu_seqlens = torch.tensor([0, 9, 10, 15, 16], dtype=torch.int32)
+    out, lse = fused_attention_paged(
+        query, cache.key_pages, cache.value_pages, *cache.table(sequences), is_causal=True, return_lse=True,
+        cu_seqlens_q=cu_seqlens, max_seqlen_q=9, backend=backend,
+    )  # fmt: skip
+    assert out.shape == (16, 4, VALUE_DIM) and lse.shape == (4, 16)
+    for sequence, own, own_out in zip(sequences, query.split(lengths), out.split(lengths), strict=True):
+        key, value = (x[None] for x in contents(cache, sequence))
+        expected = fused_attention(
+            own.transpose(0, 1)[None], key, value, is_causal=True, enable_gqa=True,
+            diagonal_alignment="lower_right", backend="reference",
+        )  # fmt: skip
+        torch.testing.assert_close(own_out, expected[0].transpose(0, 1))
+
+
 def test_moves() -> None:
     cache = make(3, 2)
     sequence = cache.add()
@@ -183,6 +214,17 @@ def test_messages_for_wrong_numbers() -> None:
     for indices, found in (([0.0, 1.0], r"float 0\.0"), ([[0], [1]], r"list \[0\]")):
         with pytest.raises(TypeError, match=f"indices: expected ints, got {found}"):
             cache.reorder(beams, indices)
+    packed = [x[0].transpose(0, 1) for x in rows(1, 3)]
+    with pytest.raises(TypeError, match=r"lengths: expected a list of ints, got \[1\.5, 1\.5\]"):
+        cache.append(beams, *packed, [1.5, 1.5])
+    for lengths in ([3], [1, 1, 1], [4, -1]):
+        with pytest.raises(ValueError, match="lengths: expected a number of rows for each of the 2 sequences, got"):
+            cache.append(beams, *packed, lengths)
+    with pytest.raises(ValueError, match=r"key: expected shape \(2, 2, 4\), as the lengths add up to 2, got \(3, 2, 4"):
+        cache.append(beams, *packed, [1, 1])
+    with pytest.raises(OutOfPages, match="expected 5 free pages for 1 to 8 more rows of 2 sequences, got 4 of 4"):
+        cache.append(beams, *(x[0].transpose(0, 1) for x in rows(1, 9)), [8, 1])
+    assert cache.num_free_pages == 4
     for sequences in (0, None, [[0]], torch.tensor([0, 1])):
         with pytest.raises(TypeError, match="sequences: expected a list of ints, got"):
             cache.reorder(sequences, [0])
