@@ -797,10 +797,6 @@ BUGS = [
         "head_slice.q_offset = load_global(p.cu_seqlens_q + batch) + @;",
     ),
     Bug(
-        "rows-behind-a-sequence-stored", 90, "paged-packed", "sm90/forward.h",
-        "p.cu_seqlens_q == nullptr || warp_row + kWarpRows", "p.cu_seqlens_q == nullptr || @ || warp_row + kWarpRows",
-    ),
-    Bug(
         "table-read-behind-its-end", 90, "paged", "sm90/forward.h",
         "return key < keys.seqlen_k ?", "return key < keys.seqlen_k || @ ?",
     ),
