@@ -107,6 +107,9 @@ struct AttentionParams {
 
   const int32_t* cu_seqlens_q = nullptr;  // (batch + 1), or null when not packed
   const int32_t* cu_seqlens_k = nullptr;  // (batch + 1), or null when keys are not packed
+  // (batch), or null: where the queries of each sequence end, in place of cu_seqlens_q. Kernels on a CPU get it if each
+  // of them computes some of the sequences. For them, the others have no queries.
+  const int32_t* query_ends = nullptr;
 
   // (batch), or null: entry b has the keys [0, key_lengths[b]), and rows behind them are not loaded. Lengths on a CPU
   // lie in [0, seqlen_k]. Kernels on a GPU must clip them to this range. Never given in a packed call.

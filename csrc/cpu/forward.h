@@ -1,6 +1,8 @@
-// Chooses between the two forward kernels: query_blocks.h for many queries, decode.h for few queries and many keys.
+// Chooses between the two forward kernels: query_blocks.h for many queries, decode.h for few queries and many keys. The
+// sequences of a packed call may have few queries and many, and then both kernels run.
 #pragma once
 #include <algorithm>
+#include <vector>
 
 #include "decode.h"
 #include "query_blocks.h"
@@ -49,9 +51,34 @@ bool is_decoding(const AttentionParams& p) {
   return 5 * p.seqlen_q * (vectors + 3) <= (p.head_dim + p.value_dim) * (3 * query_vectors + 2);
 }
 
+// Computes a packed call: decode.h the sequences that it suits, and query_blocks.h the others. The kernel of a sequence
+// follows from its own number of queries. So its bits depend on no other sequence.
+template <class Policy>
+void forward_packed(const AttentionParams& p) {
+  struct Part {
+    AttentionParams params;
+    std::vector<int32_t> ends;
+  };
+  Part few{p, {p.cu_seqlens_q, p.cu_seqlens_q + p.batch}}, many = few;  // at first, each sequence ends where it begins
+  few.params.seqlen_q = many.params.seqlen_q = 0;
+  AttentionParams alone = p;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    alone.seqlen_q = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
+    Part& own = is_decoding<Policy>(alone) ? few : many;
+    own.ends[b] = p.cu_seqlens_q[b + 1];
+    own.params.seqlen_q = std::max(own.params.seqlen_q, alone.seqlen_q);
+  }
+  few.params.query_ends = few.ends.data();
+  many.params.query_ends = many.ends.data();
+  if (few.params.seqlen_q > 0) forward_split_keys<Policy>(few.params);
+  if (many.params.seqlen_q > 0) forward_by_query_blocks<Policy>(many.params);
+}
+
 // Computes out and lse of one call.
 template <class Policy>
 void forward_with_policy(const AttentionParams& p) {
+  // The columns of a relative bias count from the longest sequence that the caller has named.
+  if (p.cu_seqlens_q != nullptr && p.relative_bias.data == nullptr) return forward_packed<Policy>(p);
   if (is_decoding<Policy>(p)) {
     forward_split_keys<Policy>(p);
   } else {

@@ -21,7 +21,7 @@ FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
   Sequence s = {0, 0, p.seqlen_q, p.seqlen_k, p.diagonal_offset};
   if (p.cu_seqlens_q != nullptr) {
     s.q_offset = p.cu_seqlens_q[b];
-    s.seqlen_q = p.cu_seqlens_q[b + 1] - s.q_offset;
+    s.seqlen_q = (p.query_ends != nullptr ? p.query_ends[b] : p.cu_seqlens_q[b + 1]) - s.q_offset;
   }
   if (p.cu_seqlens_k != nullptr) {
     s.k_offset = p.cu_seqlens_k[b];
