@@ -65,6 +65,9 @@ struct Pieces {
   int32_t* tile_counter = nullptr;
   int32_t* program_counter = nullptr;
   MaskParams mask{};
+  QueryTile* query_tiles = nullptr;
+  int32_t* num_query_tiles = nullptr;
+  int32_t most_query_tiles = 0;
   float* relative_bias = nullptr;
   float* dbias_sums = nullptr;
   float* dkey_bias_sums = nullptr;
@@ -138,6 +141,15 @@ Pieces take_pieces(const WorkspaceNeeds& needs, BiasGradientTile tile, Workspace
     mask.keys_of_query = workspace.take<uint32_t>(needs.mask_entries * needs.seqlen_q * mask.key_words);
     if (needs.is_backward)
       mask.queries_of_key = workspace.take<uint32_t>(needs.mask_entries * needs.seqlen_k * mask.query_words);
+  }
+  // If all sequences are about as long as the longest one, a list of their tiles would not pay for its launch.
+  constexpr int64_t kLeastTileRows = 64;  // of all forward kernels
+  const int64_t most_query_tiles = needs.rows_q / kLeastTileRows + needs.batch;
+  if (needs.is_packed && !needs.is_backward &&
+      needs.batch * ceil_div(needs.seqlen_q, kLeastTileRows) > most_query_tiles) {
+    pieces.most_query_tiles = static_cast<int32_t>(most_query_tiles);
+    pieces.query_tiles = workspace.take<QueryTile>(most_query_tiles);
+    pieces.num_query_tiles = workspace.take<int32_t>(1);
   }
   const BiasGradientSizes sizes = bias_gradient_sizes(needs, tile);
   if (needs.wants_dbias) pieces.dbias_sums = workspace.take<float>(sum_floats(plan_dense(sizes, needs.dbias_shape)));
@@ -270,6 +282,8 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.cu_seqlens_k = a.cu_seqlens_k;
   p.pages = {a.block_table, a.block_table_stride, static_cast<int32_t>(a.page_size), static_cast<int32_t>(a.num_pages)};
   p.key_lengths = a.key_lengths;
+  p.query_tiles = pieces.query_tiles;
+  p.num_query_tiles = pieces.num_query_tiles;
   p.valid_keys = pieces.valid_keys;
   p.valid_words = pieces.valid_words;
   p.dropout_seed = a.has_dropout ? a.dropout_seed_data : nullptr;
@@ -299,8 +313,77 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   return p;
 }
 
+using Launcher = void (*)(const Params&, bool, Stream);
+
+// The launchers for one architecture, and for heads of up to head_dim columns in queries and keys, and of up to
+// value_dim columns in values.
+struct KernelSet {
+  int architecture;
+  int head_dim;
+  int value_dim;
+  Launcher forward;
+  int forward_rows[2];  // the rows of a tile of queries in the plain forward kernel, and in the general one
+  Launcher backward;
+  BiasGradientLauncher bias_gradient;
+  BiasGradientTile bias_gradient_tile;
+  void (*decode)(const Params&, const DecodeParams&, bool, Stream);
+};
+
+// The decode kernel for a head dim: there is none for 192.
+template <int kHeadDim>
+constexpr int kDecodeHeadDim = kHeadDim == 192 ? 256 : kHeadDim;
+
+// The kernels that an architecture has for these head dims.
+template <int kHeadDim, int kValueDim = kHeadDim>
+constexpr KernelSet sm80_kernels() {
+  using BiasTile = BiasGradientTileSm80<kHeadDim>;
+  return {80,
+          kHeadDim,
+          kValueDim,
+          sm80::launch_forward<kHeadDim, kValueDim>,
+          {ForwardTileSm80<kHeadDim>::kBlockM, ForwardTileSm80<kHeadDim>::kBlockM},
+          sm80::launch_backward<kHeadDim, kValueDim>,
+          sm80::launch_bias_gradient<kHeadDim, kValueDim>,
+          {BiasTile::kBlockM, BiasTile::kBlockN},
+          launch_decode<kDecodeHeadDim<kHeadDim>>};
+}
+template <int kHeadDim, int kValueDim = kHeadDim>
+constexpr KernelSet sm90_kernels() {
+  using BiasTile = BiasGradientTileSm90<kHeadDim>;
+  return {90,
+          kHeadDim,
+          kValueDim,
+          sm90::launch_forward<kHeadDim, kValueDim>,
+          {kForwardRowsSm90<kHeadDim, false>, kForwardRowsSm90<kHeadDim, true>},
+          sm90::launch_backward<kHeadDim, kValueDim>,
+          sm90::launch_bias_gradient<kHeadDim, kValueDim>,
+          {BiasTile::kBlockM, BiasTile::kBlockN},
+          launch_decode<kDecodeHeadDim<kHeadDim>>};
+}
+
+// CMake can leave an architecture out.
+constexpr KernelSet kKernelSets[] = {
+#ifndef FUSED_ATTN_WITHOUT_SM80
+    sm80_kernels<64>(), sm80_kernels<96>(), sm80_kernels<128>(), sm80_kernels<192, 128>(), sm80_kernels<256>(),
+#endif
+#ifndef FUSED_ATTN_WITHOUT_SM90
+    sm90_kernels<64>(), sm90_kernels<96>(), sm90_kernels<128>(), sm90_kernels<192, 128>(), sm90_kernels<256>(),
+#endif
+};
+
+// The first kernels that queries and values fit into, and so the smallest ones. Columns beyond the tensors' own are
+// zeros.
+const KernelSet& kernels_for(int architecture, int64_t head_dim, int64_t value_dim) {
+  for (const KernelSet& set : kKernelSets) {
+    if (set.architecture == architecture && set.head_dim >= head_dim && set.value_dim >= value_dim) return set;
+  }
+  throw std::invalid_argument("no kernel for head dims " + std::to_string(head_dim) + " and " +
+                              std::to_string(value_dim) + " on sm_" + std::to_string(architecture));
+}
+
 // The jobs of the preparation kernel in this call. No job has blocks of threads if there is nothing to prepare.
-PreparationParams preparation_of(const AttentionParams& a, const Params& p, const Pieces& pieces, bool is_backward) {
+PreparationParams preparation_of(const AttentionParams& a, const Params& p, const Pieces& pieces,
+                                 const KernelSet& kernels, bool is_backward) {
   PreparationParams jobs{};
   int64_t total = 0;
   const auto blocks_for = [&total](int64_t work, int64_t work_of_block) {
@@ -324,6 +407,11 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
     jobs.mask = mask_source_of(a);
     jobs.mask_blocks = blocks_for(warps_of_mask(p.mask, mask_entries(a)), kPreparationWarps);
   }
+  if (pieces.query_tiles != nullptr) {
+    jobs.query_tiles = {kernels.forward_rows[is_general_forward(p)], pieces.most_query_tiles, pieces.query_tiles,
+                        pieces.num_query_tiles};
+    jobs.query_tile_blocks = blocks_for(1, 1);
+  }
   // Row statistics lie in whole row blocks, up to the end of the last one.
   if (is_backward)
     jobs.row_blocks = blocks_for(ceil_div(a.seqlen_q, kRowBlock) * kRowBlock * a.num_heads * a.batch, kPreparationRows);
@@ -336,14 +424,15 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
 constexpr int64_t kMostListedWithPadding = 2048;
 
 // Launches the preparation kernel, if the large kernels of this call need anything that it makes.
-void prepare(const AttentionParams& a, const Params& p, const Pieces& pieces, bool is_backward, int head_dim,
-             Stream stream) {
-  PreparationParams jobs = preparation_of(a, p, pieces, is_backward);
+void prepare(const AttentionParams& a, const Params& p, const Pieces& pieces, const KernelSet& kernels,
+             bool is_backward, Stream stream) {
+  PreparationParams jobs = preparation_of(a, p, pieces, kernels, is_backward);
   const auto run = [&](const Params& params, const PreparationParams& what) {
-    const int blocks = what.padding_blocks + what.relative_bias_blocks + what.mask_blocks + what.row_blocks;
+    const int blocks =
+        what.padding_blocks + what.relative_bias_blocks + what.mask_blocks + what.query_tile_blocks + what.row_blocks;
     if (blocks == 0 && p.tile_counter == nullptr) return;
     const LaunchShape shape{std::max(blocks, 1), 1, 1, kPreparationThreads, 0};
-    const bool has_large_tiles = fused_backward_rows(head_dim, is_general_backward(p)) == 128;
+    const bool has_large_tiles = fused_backward_rows(kernels.head_dim, is_general_backward(p)) == 128;
     for_variant(a.dtype == DType::kBFloat16, has_large_tiles, [&](auto type, auto is_large) {
       run_kernel(preparation_kernel < decltype(type), is_large() ? 128 : 64 >, shape, stream, params, what);
     });
@@ -375,71 +464,6 @@ DecodeParams decode_params_of(const AttentionParams& a, const Pieces& pieces, Pa
   d.partial_acc = pieces.partial_acc;
   d.partial_sums = pieces.partial_sums;
   return d;
-}
-
-using Launcher = void (*)(const Params&, bool, Stream);
-
-// The launchers for one architecture, and for heads of up to head_dim columns in queries and keys, and of up to
-// value_dim columns in values.
-struct KernelSet {
-  int architecture;
-  int head_dim;
-  int value_dim;
-  Launcher forward;
-  Launcher backward;
-  BiasGradientLauncher bias_gradient;
-  BiasGradientTile bias_gradient_tile;
-  void (*decode)(const Params&, const DecodeParams&, bool, Stream);
-};
-
-// The decode kernel for a head dim: there is none for 192.
-template <int kHeadDim>
-constexpr int kDecodeHeadDim = kHeadDim == 192 ? 256 : kHeadDim;
-
-// The kernels that an architecture has for these head dims.
-template <int kHeadDim, int kValueDim = kHeadDim>
-constexpr KernelSet sm80_kernels() {
-  using BiasTile = BiasGradientTileSm80<kHeadDim>;
-  return {80,
-          kHeadDim,
-          kValueDim,
-          sm80::launch_forward<kHeadDim, kValueDim>,
-          sm80::launch_backward<kHeadDim, kValueDim>,
-          sm80::launch_bias_gradient<kHeadDim, kValueDim>,
-          {BiasTile::kBlockM, BiasTile::kBlockN},
-          launch_decode<kDecodeHeadDim<kHeadDim>>};
-}
-template <int kHeadDim, int kValueDim = kHeadDim>
-constexpr KernelSet sm90_kernels() {
-  using BiasTile = BiasGradientTileSm90<kHeadDim>;
-  return {90,
-          kHeadDim,
-          kValueDim,
-          sm90::launch_forward<kHeadDim, kValueDim>,
-          sm90::launch_backward<kHeadDim, kValueDim>,
-          sm90::launch_bias_gradient<kHeadDim, kValueDim>,
-          {BiasTile::kBlockM, BiasTile::kBlockN},
-          launch_decode<kDecodeHeadDim<kHeadDim>>};
-}
-
-// CMake can leave an architecture out.
-constexpr KernelSet kKernelSets[] = {
-#ifndef FUSED_ATTN_WITHOUT_SM80
-    sm80_kernels<64>(), sm80_kernels<96>(), sm80_kernels<128>(), sm80_kernels<192, 128>(), sm80_kernels<256>(),
-#endif
-#ifndef FUSED_ATTN_WITHOUT_SM90
-    sm90_kernels<64>(), sm90_kernels<96>(), sm90_kernels<128>(), sm90_kernels<192, 128>(), sm90_kernels<256>(),
-#endif
-};
-
-// The first kernels that queries and values fit into, and so the smallest ones. Columns beyond the tensors' own are
-// zeros.
-const KernelSet& kernels_for(int architecture, int64_t head_dim, int64_t value_dim) {
-  for (const KernelSet& set : kKernelSets) {
-    if (set.architecture == architecture && set.head_dim >= head_dim && set.value_dim >= value_dim) return set;
-  }
-  throw std::invalid_argument("no kernel for head dims " + std::to_string(head_dim) + " and " +
-                              std::to_string(value_dim) + " on sm_" + std::to_string(architecture));
 }
 
 // Throws if the kernels that are about to run would ignore an argument. The Python backend makes no such call.
@@ -502,7 +526,7 @@ void run(const Call& of_caller, bool is_backward) {
     return merge_splits(params, decode, a.dtype == DType::kBFloat16, call.stream);
   }
   const bool is_bf16 = call.params.dtype == DType::kBFloat16;
-  prepare(a, params, pieces, is_backward, kernels.head_dim, call.stream);
+  prepare(a, params, pieces, kernels, is_backward, call.stream);
   (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
   // These kernels come after those of backward, because they read the row statistics.
   const BiasGradientSizes sizes = bias_gradient_sizes(needs, kernels.bias_gradient_tile);

@@ -1,5 +1,6 @@
 // The launchers of all kernels. Each head dim has an instantiation of its own (sm80/*.cu, sm90/*.cu).
 #pragma once
+#include <algorithm>
 #include <stdexcept>
 #include <type_traits>
 
@@ -23,6 +24,16 @@ inline LaunchShape shape_of(int32_t rows, int block, int32_t heads, int32_t batc
   const int64_t programs = (int64_t{rows} + block - 1) / block * heads * batch;
   if (programs >= int64_t{1} << 31) throw std::length_error("the problem needs more blocks than a grid may have");
   return {static_cast<int>(programs), 1, 1, threads, shared_bytes};
+}
+
+// The shape of a launch of forward, as shape_of. A packed call has at most rows_q / block tiles, and one more for each
+// sequence, whose last tile may have fewer rows.
+inline LaunchShape forward_shape_of(const Params& p, int block, int threads, int shared_bytes) {
+  LaunchShape shape = shape_of(p.seqlen_q, block, p.num_heads, p.batch, threads, shared_bytes);
+  if (p.query_tiles != nullptr)
+    shape.grid_x =
+        static_cast<int>(std::min<int64_t>(shape.grid_x, (int64_t{p.rows_q} / block + p.batch) * p.num_heads));
+  return shape;
 }
 
 // Whether backward, or forward, needs a general kernel. Each large kernel is compiled twice. The plain kernel supports

@@ -138,6 +138,20 @@ struct alignas(8) StepInfo {
 constexpr int32_t kHasMask = 1 << 30;
 constexpr int32_t kTileNumber = kHasMask - 1;
 
+// A tile of queries of a packed call: a block of rows of one sequence. All heads have the same tiles.
+struct alignas(8) QueryTile {
+  int32_t sequence;
+  int32_t block;
+};
+
+// What the preparation kernel reads to list the tiles of queries of a packed call.
+struct QueryTileParams {
+  int32_t rows;      // the rows of a tile
+  int32_t most;      // how many tiles the list has room for
+  QueryTile* tiles;  // output: see Params
+  int32_t* count;    // output: see Params
+};
+
 // What the preparation kernel reads to pack key padding to bits.
 struct PaddingParams {
   const uint8_t* padding;  // (B, S), nonzero = padding; null = none
@@ -162,10 +176,12 @@ struct PreparationParams {
   PaddingParams padding;
   RelativeBiasParams relative_bias;
   MaskSource mask;
+  QueryTileParams query_tiles;
   int32_t padding_blocks;
   int32_t relative_bias_blocks;
   int32_t mask_blocks;
-  int32_t row_blocks;  // backward: each computes the row statistics of kPreparationRows queries
+  int32_t query_tile_blocks;  // forward of packed calls: one warp lists the tiles of queries
+  int32_t row_blocks;         // backward: each computes the row statistics of kPreparationRows queries
 };
 
 // DropoutOrigin of common/attention_params.h in the types of a GPU: it is added to the position of an entry of the
@@ -214,11 +230,16 @@ struct Params {
 
   const int32_t* cu_seqlens_q;  // (B + 1), or null when not packed
   const int32_t* cu_seqlens_k;  // (B + 1), or null when not packed; keys of packed queries may also lie in pages
-  Pages pages;                 // in forward
-  const int32_t* key_lengths;  // (B): how many keys a batch entry has, any numbers: kernels clip them; null = S
+  Pages pages;                  // in forward
+  const int32_t* key_lengths;   // (B): how many keys a batch entry has, any numbers: kernels clip them; null = S
   // (B, valid_words): bit j % 32 of word j / 32 is set if key j is no padding; null = no key is padding.
   const uint32_t* valid_keys;
   int32_t valid_words;
+
+  // Forward of packed calls: the tiles of queries, in the order of their rows. Without the list, each sequence has as
+  // many programs as the longest one, and many of them find no queries. Null = no list.
+  const QueryTile* query_tiles;
+  const int32_t* num_query_tiles;  // how many there are, in a single number
 
   const int64_t* dropout_seed;  // null = no dropout
   uint32_t dropout_threshold;   // dropout drops an entry if its word of Philox is below this number

@@ -3,6 +3,7 @@
 //
 //   key padding      is packed to bits
 //   relative bias    is copied into the workspace, with margins
+//   tiles of queries are listed in forward of packed calls
 //   masks            the dense mask and the ranges of keys are packed to bits, and a map of these is made (mask_bits.h)
 //   row statistics   of backward are computed; counters of dq are set to 0
 //
@@ -72,6 +73,31 @@ GPU_DEVICE void pack_padding(const Params& p, const PaddingParams& padding, int3
     before += count_bits(has_valid_key);
   }
   if (lane == 0) store_global(ranks, 0);
+}
+
+// Lists the tiles of queries of a packed call, sequence by sequence. One warp calls this. A pass of the loop lists those
+// of 32 sequences, of which each lane has one.
+GPU_DEVICE void list_query_tiles(const Params& p, const QueryTileParams& list, Lane lane) {
+  // The offsets have not been checked, so a sequence may seem to have any number of rows.
+  const auto rows_of = [&](int32_t sequence) {
+    if (sequence >= p.batch) return 0;
+    return load_global(p.cu_seqlens_q + sequence + 1) - load_global(p.cu_seqlens_q + sequence);
+  };
+  int32_t listed = 0;
+  for (int32_t first = 0; first < p.batch; first += 32) {
+    const int32_t sequence = first + lane.index;
+    const int32_t tiles = (clamp_to(rows_of(sequence), 0, p.seqlen_q) + list.rows - 1) / list.rows;
+    int32_t end = tiles;  // the sum over all lanes up to this one
+    GPU_UNROLL for (int step = 1; step < 32; step *= 2) {
+      const int32_t before = shuffle(end, max(lane.index - step, 0));
+      if (lane.index >= step) end += before;
+    }
+    for (int32_t block = 0, next = listed + end - tiles; block < tiles && next < list.most; ++block, ++next) {
+      store_global(list.tiles + next, QueryTile{sequence, block});
+    }
+    listed = min(listed + shuffle(end, 31), list.most);
+  }
+  if (lane.index == 0) store_global(list.count, listed);
 }
 
 // Copies a relative bias into the workspace, with a margin of zeros on both sides of each row: see LogitParams. Each
@@ -161,6 +187,11 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 12)
   block -= jobs.relative_bias_blocks;
   if (block < jobs.mask_blocks) return pack_mask(p, jobs.mask, int64_t{block} * kPreparationWarps + thread / 32);
   block -= jobs.mask_blocks;
+  if (block < jobs.query_tile_blocks) {
+    if (thread < 32) list_query_tiles(p, jobs.query_tiles, this_lane());
+    return;
+  }
+  block -= jobs.query_tile_blocks;
   if (block >= jobs.row_blocks) return;
   prepare_rows<T, kTileRows>(p, block);
   if (p.key_blocks != nullptr && jobs.padding_blocks == 0)

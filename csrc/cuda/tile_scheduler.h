@@ -1,6 +1,7 @@
 // The tile scheduler: which block of queries or keys, of which head, a program (a block of threads) works on.
 #pragma once
 #include "hardware.h"
+#include "params.h"
 
 namespace fused_attn::gpu {
 
@@ -30,6 +31,24 @@ GPU_DEVICE WorkTile scheduled_tile(int32_t program, int32_t num_blocks, int32_t 
   const int32_t head = first_head + within % heads_here;
   if (last_first) block = num_blocks - 1 - block;
   return {block, head % num_heads, head / num_heads};
+}
+
+// Which tile of queries of the forward pass program number `program` works on; tiles have kBlockM rows. The tiles of a
+// packed call are listed once for all heads, as if the call had one batch entry.
+template <int kBlockM>
+GPU_DEVICE WorkTile query_tile(const Params& p, int32_t program) {
+  if (p.query_tiles == nullptr)
+    return scheduled_tile(program, (p.seqlen_q + kBlockM - 1) / kBlockM, p.num_heads, p.batch, p.heads_per_l2_group,
+                          /*last_first=*/true);
+  const WorkTile listed = scheduled_tile(program, load_global(p.num_query_tiles), p.num_heads, 1, p.heads_per_l2_group,
+                                         /*last_first=*/true);
+  const QueryTile tile = load_global(p.query_tiles + listed.block);
+  return {tile.block, listed.head, tile.sequence};
+}
+
+// How many programs the forward pass has, of the `launched` ones that the host knows of.
+GPU_DEVICE int32_t num_query_programs(const Params& p, int32_t launched) {
+  return p.query_tiles == nullptr ? launched : min(launched, load_global(p.num_query_tiles) * p.num_heads);
 }
 
 // The number of the program that works on this tile: the inverse of scheduled_tile.

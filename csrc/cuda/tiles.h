@@ -104,6 +104,11 @@ struct ForwardTileSm90<256, kIsGeneral> {
 // swizzle repeats. So the size of a page has to be a multiple of this number.
 constexpr int kLeastPieceRows = 8;
 
+// The queries of a consumer, because wgmma multiplies 64 rows, and those of a tile of forward on sm_90a.
+constexpr int kConsumerRows = 64;
+template <int kHeadDim, bool kIsGeneral>
+constexpr int kForwardRowsSm90 = kConsumerRows * ForwardTileSm90<kHeadDim, kIsGeneral>::kConsumers;
+
 // A tile of forward on sm_90a has at least this many queries.
 constexpr int kLeastForwardRowsSm90 = 128;
 

@@ -195,7 +195,8 @@ inline void set_sequences(Problem& problem, const Reader& reader, const Inputs& 
     return;
   }
   if (!cu_seqlens_q.given) cu_seqlens_q.fail("a tensor, as cu_seqlens_k is one", "None");
-  if (!cu_seqlens_k.given && inputs.block_table == Py_None) cu_seqlens_k.fail("a tensor, as cu_seqlens_q is one", "None");
+  if (!cu_seqlens_k.given && inputs.block_table == Py_None)
+    cu_seqlens_k.fail("a tensor, as cu_seqlens_q is one", "None");
   if (problem.batch_entries != 1)
     throw py::value_error("query: expected one batch entry in a packed problem, got " +
                           std::to_string(problem.batch_entries));

@@ -52,6 +52,8 @@ FEATURES: dict[str, dict] = {
     "one-query": {"seqlen_q": 1},  # in the decode kernels
     "packed": {"lengths_q": (150, 0, 70), "lengths_k": (200, 30, 0), "options": {"is_causal": True}},
     "pages": {"seqlen_q": 5, "key_lengths": (150, 7), "page_size": 32},
+    "pages-of-prompts": {"seqlen_q": 150, "key_lengths": (150, 7), "page_size": 32},
+    "packed-pages": {"lengths_q": (150, 1), "key_lengths": (150, 7), "page_size": 32},
 }
 
 

@@ -63,6 +63,14 @@ def test_packed(architecture: int, count: tuple[int, int], kernels: Kernels) -> 
     assert launches(kernels, architecture, tensors(97, 1, 64), call) == count
 
 
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_packed_sequences_that_differ_much(architecture: int, kernels: Kernels) -> None:
+    """Their tiles of queries are listed by a launch. Each tile of the list is a program, and sm_80 launches no others."""
+    starts = torch.tensor([0, 1, 300, 301, 301], dtype=torch.int32)
+    call = lambda *x: fused_attn.fused_attention_varlen(*x, starts, starts, 299, 299, backend="cuda")  # noqa: E731
+    assert launches(kernels, architecture, tensors(301, 1, 64), call)[0] == 2
+
+
 def test_no_counter_for_one_tile_of_each_multiprocessor(kernels: Kernels) -> None:
     """On sm_90a, forward shares unequal tiles by a counter, which a launch has to reset, only if there are more of them
     than multiprocessors.

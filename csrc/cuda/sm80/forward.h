@@ -38,8 +38,8 @@ GPU_DEVICE void compute_rows(const Params& p) {
   constexpr int kRowTiles = Plan::kRowTiles, kTiles = Plan::kTiles;
 
   // Find the rows.
-  const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
-  const WorkTile work = scheduled_tile(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, true);
+  if (block_index_x() >= num_query_programs(p, grid_size_x())) return;
+  const WorkTile work = query_tile<kBlockM>(p, block_index_x());
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int first_row = work.block * kBlockM;
   if (first_row >= head_slice.seqlen_q) return;

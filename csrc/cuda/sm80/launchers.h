@@ -18,7 +18,7 @@ bool lacks_columns(const Params& p) {
 template <int kHeadDim, int kValueDim>
 void launch_forward(const Params& p, bool is_bf16, Stream stream) {
   using Plan = ForwardPlan<kHeadDim, kValueDim>;
-  const LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
+  const LaunchShape shape = forward_shape_of(p, Plan::kBlockM, Plan::kThreads, Plan::kBytes);
   for_variant(is_bf16, is_general_forward(p) || lacks_columns<kHeadDim, kValueDim>(p), [&](auto type, auto general) {
     using T = decltype(type);
     if (p.pages.table == nullptr) {

@@ -34,9 +34,8 @@
 
 namespace fused_attn::gpu::sm90 {
 
-constexpr int kConsumerRows = 64;  // queries of one consumer: wgmma multiplies 64 rows
-constexpr int kWarpRows = 16;      // queries of one of its four warps
-constexpr int kTileNotes = 2;      // slots of the ring of TileNotes: the next tile is loaded while this one is computed
+constexpr int kWarpRows = 16;  // queries of one of its four warps
+constexpr int kTileNotes = 2;  // slots of the ring of TileNotes: the next tile is loaded while this one is computed
 constexpr uint32_t kTileNoteBytes = 128;  // bytes from one slot to the next
 constexpr int kKeyNotes = 8;  // slots of the ring of KeyNotes: more than stages, so that the planning warp is ahead
 
@@ -49,7 +48,7 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
   static constexpr int kConsumers = Sizes::kConsumers, kBlockN = Sizes::kBlockN;
   static constexpr int kStages = Sizes::kStages, kQueryStages = Sizes::kQueryStages;
   static constexpr int kBiasStages = Sizes::kBiasStages;
-  static constexpr int kBlockM = kConsumerRows * kConsumers;
+  static constexpr int kBlockM = kForwardRowsSm90<kHeadDim, kIsGeneral>;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kTiles = kBlockN / 8;  // tiles of 8 columns in a fragment of scores
   static constexpr int kConsumerWarps = kConsumers * kWarpsPerWarpgroup;
@@ -387,11 +386,10 @@ struct Planner {
 
   // Plans the tiles that this block of threads takes, one after another. At the end, a TileNote with kNoMoreTiles makes
   // the consumers return, and a KeyNote with empty Boxes makes the loading warp return.
-  GPU_DEVICE void run(int num_tiles) {
+  GPU_DEVICE void run(int launched) {
     int number = block_index_x();
-    while (number < num_tiles) {
-      const int num_blocks = (p.seqlen_q + Plan::kBlockM - 1) / Plan::kBlockM;
-      const WorkTile work = scheduled_tile(number, num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, true);
+    while (number < num_query_programs(p, launched)) {
+      const WorkTile work = query_tile<Plan::kBlockM>(p, number);
       const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
       const int first_row = work.block * Plan::kBlockM;
       if (first_row < head_slice.seqlen_q) plan_tile(head_slice, first_row);

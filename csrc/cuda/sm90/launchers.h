@@ -92,7 +92,7 @@ void launch_forward(const Params& p, bool is_bf16, Stream stream) {
         Plan::kStoresByTma ? map_of(p.out, is_bf16, p.rows_q, p.num_heads, p.batch, kWarpRows) : Map{},
         bias_map_of(p, is_bf16, kConsumerRows),
         piece_rows};
-    LaunchShape shape = shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, Plan::kThreads, Plan::kBytes);
+    LaunchShape shape = forward_shape_of(p, Plan::kBlockM, Plan::kThreads, Plan::kBytes);
     if (!maps.bias.is_used) shape.shared_bytes = Plan::kBytesWithoutBias;
     // The kernel is persistent: each multiprocessor runs at most one block of threads, which takes one tile after
     // another until all tiles (blocks of queries of all heads) are done.
