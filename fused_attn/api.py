@@ -338,16 +338,19 @@ def fused_attention_paged(
         num_splits: as in `fused_attention`. With it, no bit of a result depends on the other entries of the batch, for
             the same L or ``max_seqlen_q``.
         cu_seqlens_q: (B + 1,) int32; sequence b has the query rows cu_seqlens_q[b] : cu_seqlens_q[b + 1].
-        max_seqlen_q: at least the longest sequence of queries; needed with ``cu_seqlens_q``.
+        max_seqlen_q: at least the longest sequence of queries; needed with ``cu_seqlens_q``. On a GPU, the kernels are
+            chosen by this number, so a much larger one can be slower.
 
     Returns:
         out (B, H, L, Dv); with ``return_lse`` also lse (B, H, L). A row that sees no key has out 0 and lse -inf. With
-        ``cu_seqlens_q``, they are (total_q, H, Dv) and (H, total_q).
+        ``cu_seqlens_q``, they are (total_q, H, Dv) and (H, total_q), and a row that belongs to no sequence has out 0
+        and lse -inf, too.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or a tensor requires a gradient while gradients are recorded.
             The contents of block_table, key_lengths and cu_seqlens_q are checked on the CPU only. Elsewhere, a length
-            of keys counts as the nearest in [0, S], and the number of a page as the nearest that exists.
+            of keys counts as the nearest in [0, S], and the number of a page as the nearest that exists. The offsets
+            must be right there.
     """
     is_direct = modes.is_direct()
     is_compiling = not is_direct and torch.compiler.is_compiling()

@@ -48,16 +48,20 @@ def install_command(**needed: str) -> str:
 
     The command repeats the settings of the existing build, because pip forgets them.
 
-    needed: what the new build must have, by the name of the setting. A setting that is a list gets this entry. A
-        setting OFF is left out.
+    needed: what the new build must have, by the name of the setting: an entry, or several with commas. A setting that
+        is a list gets them. A setting OFF is left out. A setting such as auto chooses one entry by itself, and is
+        replaced if several are needed.
     """
     settings = build_settings()
     for name, entry in needed.items():
         value = settings.get(name, "auto")
         if value == "OFF":
             del settings[name]
-        elif value not in _OPEN_VALUES and entry not in value.split(","):
-            settings[name] = f"{value},{entry}".lstrip(",")
+        elif value in _OPEN_VALUES:
+            if "," in entry:
+                settings[name] = entry
+        else:
+            settings[name] = ",".join(dict.fromkeys((*filter(None, value.split(",")), *entry.split(","))))
     options = "".join(f" -C cmake.define.{name}={shlex.quote(value)}" for name, value in settings.items())
     root = PACKAGE.parent
     if (root / "pyproject.toml").exists():

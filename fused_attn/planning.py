@@ -359,25 +359,26 @@ def _paged_plan(backend: str | None, metadata: PagedArguments, max_seqlen_q: int
         raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
     query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask, cu_seqlens_q = metadata
     checked = Options(*options)
-    is_packed = cu_seqlens_q is not None
-    for name, x, rank, shape in (
-        ("query", query, 3, "(total_q, H, D), as there is cu_seqlens_q")
-        if is_packed
-        else ("query", query, 4, "(B, H, L, D)"),
+    rank, dims = 4, "(B, H, L, D), or three dimensions with cu_seqlens_q"
+    if cu_seqlens_q is not None:
+        rank, dims = 3, "(total_q, H, D), as there is cu_seqlens_q"
+    for name, x, expected_rank, expected in (
+        ("query", query, rank, dims),
         ("key_pages", key_pages, 4, "(num_pages, page_size, Hkv, D)"),
         ("value_pages", value_pages, 4, "(num_pages, page_size, Hkv, Dv)"),
     ):
-        if len(x.shape) != rank:
-            raise checks.fail(name, f"shape {shape}", f"shape {tuple(x.shape)}")
+        if len(x.shape) != expected_rank:
+            raise checks.fail(name, f"shape {expected}", f"shape {tuple(x.shape)}")
     checks.check_query_key_value(query, key_pages, value_pages, 3, names=("query", "key_pages", "value_pages"))
     _check_options(checked, query.dtype)
-    if is_packed:
+    query_shape: tuple[int, ...] = query.shape
+    if cu_seqlens_q is not None:
         batch, seqlen_q = _packed_queries(query, cu_seqlens_q, max_seqlen_q, key_padding_mask)
         query_shape = (1, query.shape[1], query.shape[0], query.shape[2])
     else:
         if max_seqlen_q is not None:
             raise checks.fail("max_seqlen_q", "None without cu_seqlens_q", max_seqlen_q)
-        batch, seqlen_q, query_shape = query.shape[0], query.shape[2], query.shape
+        batch, seqlen_q = query.shape[0], query.shape[2]
     _, num_heads, _, head_dim = query_shape
     num_pages, page_size, num_kv_heads, value_dim = value_pages.shape
     if value_pages.shape[:3] != key_pages.shape[:3]:

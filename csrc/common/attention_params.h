@@ -84,7 +84,7 @@ struct AttentionParams {
   TensorView key_padding;  // (B, 1, 1, S) bytes, nonzero = padding, any column stride; padding keys are not loaded
   TensorView mask;         // (B, H, L, S) bytes, nonzero = attend, any stride
   // (B, H, L, 2 * num_ranges) int32, the rows contiguous: the ranges begin, end of each query. Besides all other masks,
-  // key j is visible only if begin <= j < end for one of them. The numbers may be any. Never given with packed keys.
+  // key j is visible only if begin <= j < end for one of them. The numbers may be any. Never given in a packed call.
   TensorView key_ranges;
   int64_t num_ranges = 0;              // 0 = the call has no key_ranges
   TensorView bias;                     // (B, H, L, S) of bias_dtype, any stride
@@ -112,7 +112,7 @@ struct AttentionParams {
   const int32_t* query_ends = nullptr;
 
   // (batch), or null: entry b has the keys [0, key_lengths[b]), and rows behind them are not loaded. Lengths on a CPU
-  // lie in [0, seqlen_k]. Kernels on a GPU must clip them to this range. Never given in a packed call.
+  // lie in [0, seqlen_k]. Kernels on a GPU must clip them to this range. Never given with packed keys.
   const int32_t* key_lengths = nullptr;
 
   // A paged call has key_lengths, too. The numbers of pages up to the last key lie in [0, num_pages) on a CPU. Kernels

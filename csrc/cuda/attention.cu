@@ -68,6 +68,7 @@ struct Pieces {
   QueryTile* query_tiles = nullptr;
   int32_t* num_query_tiles = nullptr;
   int32_t most_query_tiles = 0;
+  int32_t few_queries = 0;  // 0 = the large kernels compute all sequences
   float* relative_bias = nullptr;
   float* dbias_sums = nullptr;
   float* dkey_bias_sums = nullptr;
@@ -91,6 +92,14 @@ BiasGradientSizes bias_gradient_sizes(const WorkspaceNeeds& needs, BiasGradientT
   return {needs.batch, needs.num_heads, needs.seqlen_q, needs.seqlen_k, tile};
 }
 
+// A packed call with num_splits may have sequences that are too long for the decode kernels. Then these kernels compute
+// only the sequences with at most this many queries, and the large kernels the others. 0 = the decode kernels compute
+// all sequences, or none.
+int64_t few_queries(const WorkspaceNeeds& needs) {
+  const int64_t few = kMaxDecodeTiles * kDecodeRows * needs.num_kv_heads / std::max<int64_t>(needs.num_heads, 1);
+  return needs.is_packed && needs.num_splits > 0 && needs.seqlen_q > few ? few : 0;
+}
+
 // The shape of the gradient of a key bias: that of a dense bias that heads and queries share.
 std::array<int64_t, 4> dkey_bias_shape(const WorkspaceNeeds& needs) { return {needs.batch, 1, 1, needs.seqlen_k}; }
 
@@ -99,10 +108,12 @@ std::array<int64_t, 4> dkey_bias_shape(const WorkspaceNeeds& needs) { return {ne
 Pieces take_pieces(const WorkspaceNeeds& needs, BiasGradientTile tile, Workspace& workspace) {
   Pieces pieces;
   if (needs.num_splits > 0) {
-    const int64_t rows = needs.num_splits > 1 ? needs.num_splits * needs.batch * needs.num_heads * needs.seqlen_q : 0;
+    const int64_t queries = few_queries(needs) > 0 ? few_queries(needs) : needs.seqlen_q;
+    const int64_t rows = needs.num_splits > 1 ? needs.num_splits * needs.batch * needs.num_heads * queries : 0;
     pieces.partial_acc = workspace.take<float>(rows * needs.value_dim);
     pieces.partial_sums = workspace.take<Float2>(rows);
-    return pieces;
+    if (few_queries(needs) == 0) return pieces;
+    pieces.few_queries = static_cast<int32_t>(few_queries(needs));
   }
   if (needs.has_key_padding) {
     pieces.valid_words = static_cast<int32_t>(ceil_div(needs.seqlen_k, kLargestBlock) * (kLargestBlock / 32));
@@ -145,8 +156,8 @@ Pieces take_pieces(const WorkspaceNeeds& needs, BiasGradientTile tile, Workspace
   // If all sequences are about as long as the longest one, a list of their tiles would not pay for its launch.
   constexpr int64_t kLeastTileRows = 64;  // of all forward kernels
   const int64_t most_query_tiles = needs.rows_q / kLeastTileRows + needs.batch;
-  if (needs.is_packed && !needs.is_backward &&
-      needs.batch * ceil_div(needs.seqlen_q, kLeastTileRows) > most_query_tiles) {
+  const bool is_sparse = needs.batch * ceil_div(needs.seqlen_q, kLeastTileRows) > most_query_tiles;
+  if (needs.is_packed && !needs.is_backward && (is_sparse || pieces.few_queries > 0)) {
     pieces.most_query_tiles = static_cast<int32_t>(most_query_tiles);
     pieces.query_tiles = workspace.take<QueryTile>(most_query_tiles);
     pieces.num_query_tiles = workspace.take<int32_t>(1);
@@ -408,8 +419,8 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
     jobs.mask_blocks = blocks_for(warps_of_mask(p.mask, mask_entries(a)), kPreparationWarps);
   }
   if (pieces.query_tiles != nullptr) {
-    jobs.query_tiles = {kernels.forward_rows[is_general_forward(p)], pieces.most_query_tiles, pieces.query_tiles,
-                        pieces.num_query_tiles};
+    jobs.query_tiles = {kernels.forward_rows[is_general_forward(p)], pieces.few_queries, pieces.most_query_tiles,
+                        pieces.query_tiles, pieces.num_query_tiles};
     jobs.query_tile_blocks = blocks_for(1, 1);
   }
   // Row statistics lie in whole row blocks, up to the end of the last one.
@@ -450,13 +461,15 @@ void prepare(const AttentionParams& a, const Params& p, const Pieces& pieces, co
 }
 
 // The arguments of the decode kernels besides Params. Changes `p` where these kernels read what the caller has given,
-// and not what preparation kernels have made of it.
+// and not what preparation kernels have made of it, and to the longest sequence that they compute.
 DecodeParams decode_params_of(const AttentionParams& a, const Pieces& pieces, Params& p) {
   p.logits.relative_bias = static_cast<const float*>(a.relative_bias.data);
   p.logits.relative_bias_stride_head = a.relative_bias.stride_head;
   DecodeParams d{};
   d.num_splits = static_cast<int32_t>(a.num_splits);
-  d.row_tiles = static_cast<int32_t>(ceil_div(a.seqlen_q * p.group_size, kDecodeRows));
+  d.leaves_out_longer = pieces.few_queries > 0;
+  if (d.leaves_out_longer) p.seqlen_q = pieces.few_queries;
+  d.row_tiles = static_cast<int32_t>(ceil_div(int64_t{p.seqlen_q} * p.group_size, kDecodeRows));
   d.padding = static_cast<const uint8_t*>(a.key_padding.data);
   d.padding_stride_batch = a.key_padding.stride_batch;
   d.padding_stride_key = a.key_padding.stride_col;
@@ -519,13 +532,15 @@ void run(const Call& of_caller, bool is_backward) {
   check_kernels(a, needs.num_splits > 0, is_backward);
   Workspace workspace(call.workspace);
   const Pieces pieces = take_pieces(needs, kernels.bias_gradient_tile, workspace);
-  Params params = params_of(call, pieces, is_backward);
+  const Params params = params_of(call, pieces, is_backward);
+  const bool is_bf16 = a.dtype == DType::kBFloat16;
   if (needs.num_splits > 0) {
-    const DecodeParams decode = decode_params_of(a, pieces, params);
-    kernels.decode(params, decode, a.dtype == DType::kBFloat16, call.stream);
-    return merge_splits(params, decode, a.dtype == DType::kBFloat16, call.stream);
+    Params few = params;
+    const DecodeParams decode = decode_params_of(a, pieces, few);
+    kernels.decode(few, decode, is_bf16, call.stream);
+    merge_splits(few, decode, is_bf16, call.stream);
+    if (!decode.leaves_out_longer) return;
   }
-  const bool is_bf16 = call.params.dtype == DType::kBFloat16;
   prepare(a, params, pieces, kernels, is_backward, call.stream);
   (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
   // These kernels come after those of backward, because they read the row statistics.

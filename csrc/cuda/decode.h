@@ -12,8 +12,9 @@
 
 namespace fused_attn::gpu {
 
-constexpr int kDecodeRows = 16;  // rows of a tile: those of one mma_m16n8k16
-constexpr int kDecodeKeys = 16;  // keys that a warp visits in a step: the inner dimension of one mma_m16n8k16
+constexpr int kMaxDecodeTiles = 2;  // MAX_DECODE_TILES of fused_attn/backends/cuda.py
+constexpr int kDecodeRows = 16;     // rows of a tile: those of one mma_m16n8k16
+constexpr int kDecodeKeys = 16;     // keys that a warp visits in a step: the inner dimension of one mma_m16n8k16
 // Keys are divided in rounds of this many keys, so that all warps of a program (at most four) have a step in a round.
 constexpr int kDecodeRound = 4 * kDecodeKeys;
 
@@ -22,6 +23,7 @@ constexpr int kDecodeRound = 4 * kDecodeKeys;
 struct DecodeParams {
   int32_t num_splits;
   int32_t row_tiles;       // tiles of rows of the longest sequence
+  bool leaves_out_longer;  // sequences with more queries than Params::seqlen_q are left to other kernels
   const uint8_t* padding;  // (B, S), nonzero = padding; null = none
   int64_t padding_stride_batch;
   int64_t padding_stride_key;
@@ -34,6 +36,14 @@ struct DecodeParams {
 // Launches decode_kernel for all tiles and splits. decode/head_dim_*.cu instantiates this function.
 template <int kHeadDim>
 void launch_decode(const Params& p, const DecodeParams& d, bool is_bf16, Stream stream);
+
+// head_slice_of for the decode kernels: a sequence that is left out has no queries.
+GPU_DEVICE HeadSlice decode_slice_of(const Params& p, const DecodeParams& d, int32_t batch, int32_t head) {
+  HeadSlice head_slice = head_slice_of(p, batch, head, head / p.group_size);
+  if (d.leaves_out_longer && load_global(p.cu_seqlens_q + batch + 1) - head_slice.q_offset > p.seqlen_q)
+    head_slice.seqlen_q = 0;
+  return head_slice;
+}
 
 // The keys begin ... end - 1, divided into splits: split n has keys first + n * keys_per_split and the following ones.
 struct SplitKeys {
@@ -99,7 +109,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kMergeThreads, 1)
     merge_splits_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT DecodeParams d) {
   const int32_t query = block_index_x() % p.seqlen_q, head_and_batch = block_index_x() / p.seqlen_q;
   const int32_t head = head_and_batch % p.num_heads;
-  const HeadSlice head_slice = head_slice_of(p, head_and_batch / p.num_heads, head, head / p.group_size);
+  const HeadSlice head_slice = decode_slice_of(p, d, head_and_batch / p.num_heads, head);
   if (query >= head_slice.seqlen_q) return;
   const int32_t row = query * p.group_size + head % p.group_size;
   const int32_t splits = split_keys(p, d, head_slice, row / kDecodeRows * kDecodeRows).used_splits;

@@ -62,8 +62,8 @@ struct MaskSource {
   KeyRanges ranges;
 };
 
-// Keys and values in pages. Their tensors have pages in place of batch entries: key j of batch entry b is row j % size of
-// page table[b * stride_batch + j / size].
+// Keys and values in pages. Their tensors have pages in place of batch entries: key j of batch entry b is row j % size
+// of page table[b * stride_batch + j / size].
 struct Pages {
   const int32_t* table;  // any numbers: kernels clip them to [0, count); null = keys and values are not paged
   int64_t stride_batch;
@@ -147,6 +147,7 @@ struct alignas(8) QueryTile {
 // What the preparation kernel reads to list the tiles of queries of a packed call.
 struct QueryTileParams {
   int32_t rows;      // the rows of a tile
+  int32_t few;       // sequences with at most so many queries are left out: the decode kernels compute them
   int32_t most;      // how many tiles the list has room for
   QueryTile* tiles;  // output: see Params
   int32_t* count;    // output: see Params

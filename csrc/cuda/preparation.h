@@ -75,8 +75,8 @@ GPU_DEVICE void pack_padding(const Params& p, const PaddingParams& padding, int3
   if (lane == 0) store_global(ranks, 0);
 }
 
-// Lists the tiles of queries of a packed call, sequence by sequence. One warp calls this. A pass of the loop lists those
-// of 32 sequences, of which each lane has one.
+// Lists the tiles of queries of a packed call, sequence by sequence. One warp calls this. A pass of the loop lists
+// those of 32 sequences, of which each lane has one.
 GPU_DEVICE void list_query_tiles(const Params& p, const QueryTileParams& list, Lane lane) {
   // The offsets have not been checked, so a sequence may seem to have any number of rows.
   const auto rows_of = [&](int32_t sequence) {
@@ -86,7 +86,8 @@ GPU_DEVICE void list_query_tiles(const Params& p, const QueryTileParams& list, L
   int32_t listed = 0;
   for (int32_t first = 0; first < p.batch; first += 32) {
     const int32_t sequence = first + lane.index;
-    const int32_t tiles = (clamp_to(rows_of(sequence), 0, p.seqlen_q) + list.rows - 1) / list.rows;
+    const int32_t rows = clamp_to(rows_of(sequence), 0, p.seqlen_q);
+    const int32_t tiles = rows > list.few ? (rows + list.rows - 1) / list.rows : 0;
     int32_t end = tiles;  // the sum over all lanes up to this one
     GPU_UNROLL for (int step = 1; step < 32; step *= 2) {
       const int32_t before = shuffle(end, max(lane.index - step, 0));

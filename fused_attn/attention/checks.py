@@ -308,7 +308,8 @@ def check_block_table(table: Meta, query: Meta, batch: int) -> None:
     _check_int32("block_table", table)
     check_device("block_table", table, query)
     if len(table.shape) != 2 or table.shape[0] != batch:
-        raise fail("block_table", f"shape (B, pages of the longest sequence) with B = {batch}", _shape(table))
+        expected = f"shape (B, pages of the longest sequence) with B = {batch}, the number of sequences"
+        raise fail("block_table", expected, _shape(table))
 
 
 def check_block_table_values(block_table: Tensor, key_lengths: Tensor, page_size: int, num_pages: int) -> None:

@@ -95,6 +95,7 @@ def _diagonal_offset(problem: AttentionProblem, inputs: Inputs, rows: Positions)
     lengths = None if inputs.key_lengths is None else inputs.key_lengths.clamp(0, problem.seqlen_k)
     if inputs.cu_seqlens_q is not None:
         keys = lengths if inputs.cu_seqlens_k is None else inputs.cu_seqlens_k.diff()
+        assert keys is not None, "keys that are not packed have lengths"
         offsets = keys - inputs.cu_seqlens_q.diff() + band.offset
         # A row without a sequence, -1, gets the number that is appended. The row sees no key anyway.
         return torch.nn.functional.pad(offsets, (0, 1))[rows.sequence, None]

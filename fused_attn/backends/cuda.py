@@ -92,7 +92,7 @@ def build_reason(problem: AttentionProblem) -> str | None:
             f"{capability[1]}; on the machine with the GPU, {command} builds them for it"
         )
     if _architecture(problem, num_splits(problem)) == 80 and all(entry.name == "90a" for entry in built):
-        command = native.install_command(FUSED_ATTN_CUDA_ARCHITECTURES="80;90")
+        command = native.install_command(FUSED_ATTN_CUDA_ARCHITECTURES="80,90")
         return (
             f"the CUDA kernels have been built for {', '.join(map(str, built))} alone, expected sm_80, too, for pages "
             f"of {problem.page_size} rows, which are no multiple of {PAGE_STEP}; {command} builds both"
@@ -220,7 +220,8 @@ def _architecture(problem: AttentionProblem, splits: int) -> int:
 
     splits: see `num_splits`
     """
-    loads_pages = splits > 0 or problem.page_size % PAGE_STEP == 0
+    is_decode = splits > 0 and not runs_both(problem)
+    loads_pages = is_decode or problem.page_size % PAGE_STEP == 0
     return _device_architecture(problem) if loads_pages else 80
 
 
@@ -337,6 +338,16 @@ MAX_DECODE_TILES = 2
 MIN_KEYS_PER_SPLIT = 256
 
 
+def runs_both(problem: AttentionProblem) -> bool:
+    """Whether the decode kernels compute the short sequences of a call, and the kernels for many queries the others.
+
+    So the tokens and the prompts of a server share a call. Packed calls without pages are rather those of training,
+    whose sequences are long.
+    """
+    few = MAX_DECODE_TILES * DECODE_ROWS * problem.num_kv_heads // max(problem.num_heads, 1)
+    return problem.is_packed and problem.is_paged and problem.dropout_p == 0.0 and problem.seqlen_q > few > 0
+
+
 def _decode_tiles(problem: AttentionProblem) -> int:
     """How many tiles of rows the decode kernels have for each head group."""
     rows = problem.num_heads // max(problem.num_kv_heads, 1) * problem.seqlen_q
@@ -344,11 +355,11 @@ def _decode_tiles(problem: AttentionProblem) -> int:
 
 
 def num_splits(problem: AttentionProblem) -> int:
-    """Into how many parts the decode kernels divide the keys of each row; 0 = the forward pass runs in other kernels.
+    """Into how many parts the decode kernels divide the keys of each row; 0 = all rows run in other kernels.
 
     The number follows from shapes and the device alone, never from lengths or masks.
     """
-    tiles = _decode_tiles(problem)
+    tiles = MAX_DECODE_TILES if runs_both(problem) else _decode_tiles(problem)
     if problem.dropout_p > 0.0 or tiles > MAX_DECODE_TILES:
         return 0
     if problem.num_splits:

@@ -44,8 +44,8 @@ class PagedKVCache:
     >>> cache.length(beam), cache.num_free_pages
     (5, 98)
 
-    The numbers of the pages are kept on the host. `append` and `table` copy a few numbers for each sequence to the
-    device and do not wait for it.
+    The numbers of the pages are kept on the host. `append` copies a number for each row to the device, and `table` one
+    for each page. Neither waits for the device.
 
     Args:
         num_pages: how many pages there are.
@@ -152,15 +152,12 @@ class PagedKVCache:
             return
         try:
             self._reserve(added)
-            slots = []
+            page_size, slots = self.page_size, []
             for sequence, rows in added.items():
                 start, numbers = self._lengths[sequence], self._pages[sequence]
-                slots += [
-                    numbers[j // self.page_size] * self.page_size + j % self.page_size
-                    for j in range(start, start + rows)
-                ]
+                slots += [numbers[j // page_size] * page_size + j % page_size for j in range(start, start + rows)]
             slot = self._on_device(slots, torch.int64)
-            page, row = slot // self.page_size, slot % self.page_size
+            page, row = slot // page_size, slot % page_size
             with torch.no_grad():
                 for pages, x in ((self.key_pages, key), (self.value_pages, value)):
                     pages[page, row] = x.transpose(1, 2).flatten(0, 1) if lengths is None else x
@@ -317,7 +314,8 @@ class PagedKVCache:
         checks.check_tensor(name, x)
         _, _, heads, dim = pages.shape
         if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, dim):
-            raise ValueError(f"{name}: expected shape ({batch}, {heads}, L, {dim}), got {tuple(x.shape)}")
+            hint = "; packed rows need lengths" if x.dim() == 3 else ""
+            raise ValueError(f"{name}: expected shape ({batch}, {heads}, L, {dim}), got {tuple(x.shape)}{hint}")
         cls._check_kind(name, x, pages)
         return x.shape[2]
 
@@ -356,7 +354,8 @@ def _check_lengths(lengths: Sequence[int], count: int) -> None:
     if not isinstance(lengths, Sequence) or not all(map(_is_int, lengths)):
         raise TypeError(f"lengths: expected a list of ints, got {lengths!r}")
     if len(lengths) != count or any(length < 0 for length in lengths):
-        raise ValueError(f"lengths: expected a number of rows for each of the {count} sequences, got {list(lengths)}")
+        expected = f"a number of rows of at least 0 for each of the {count} sequences"
+        raise ValueError(f"lengths: expected {expected}, got {list(lengths)}")
 
 
 def _rows_text(added: dict[int, int]) -> str:

@@ -141,6 +141,18 @@ def test_a_binary_without_kernels_for_hopper_runs_those_for_sm_80(monkeypatch: p
     cuda._has_hopper_kernels.cache_clear()
 
 
+def test_pages_that_the_kernels_for_hopper_cannot_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    built(monkeypatch, "90a-real")
+    cuda._has_hopper_kernels.cache_clear()
+    names, (warning,) = chosen(problem(page_size=16), problem(page_size=12))
+    assert names == ["cuda", "triton"]
+    assert "expected sm_80, too, for pages of 12 rows, which are no multiple of 8" in warning
+    assert "FUSED_ATTN_CUDA_ARCHITECTURES=80,90" in warning
+    built(monkeypatch, DEFAULT)
+    assert chosen(problem(page_size=12)) == (["cuda"], [])
+    cuda._has_hopper_kernels.cache_clear()
+
+
 def test_explain_says_what_a_binary_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     built(monkeypatch, ONLY_86)
     query = torch.randn(2, 4, 2048, 64, dtype=torch.bfloat16)

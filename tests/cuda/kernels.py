@@ -115,8 +115,8 @@ def of_architecture(architecture: int) -> Iterator[None]:
 
 def _forget_plans() -> None:
     """Clears the caches of plans, which hold the architecture and the kernels that were chosen before."""
-    plans = (planning.cached_plan, planning.cached_packed_plan, ops._problem_of_shapes, dispatch.choose)
-    for function in (*plans, cuda._config, cuda._workspace_bytes):
+    plans = (planning.cached_plan, planning.cached_packed_plan, planning.cached_paged_plan)
+    for function in (*plans, ops._problem_of_shapes, dispatch.choose, cuda._config, cuda._workspace_bytes):
         function.cache_clear()
     for kept in (planning.plans, planning.packed_plans, planning.paged_plans):
         kept.clear()

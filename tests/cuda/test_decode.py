@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import cases
 import oracle
@@ -131,6 +132,64 @@ def test_pages_give_the_bits_of_a_contiguous_cache(page_size: int, kernels: Kern
     for x, y in zip(actual, expected, strict=True):
         assert torch.equal(x, y)
     assert not actual[0].isnan().any()
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_tokens_and_prompts_share_a_call(architecture: int, kernels: Kernels) -> None:
+    """Sequences with up to 16 queries, 32 rows, run in the decode kernels, and the others in those for many queries.
+
+    The results have the bits of a call with the short ones, and of one with the long ones.
+    """
+    lengths_q, keys = torch.tensor([1, 40, 0, 16, 17, 2, 130]), [300, 40, 77, 512, 20, 2, 400]
+    _, key, value, lengths = make_cache(keys, 512)
+    order = torch.randperm(len(keys) * 16, generator=torch.Generator().manual_seed(0))
+    pages, table = [in_pages(x, 32, order) for x in (key, value)], order.to(torch.int32).view(len(keys), -1)
+    query = torch.randn(int(lengths_q.sum()), 4, 64, generator=torch.Generator().manual_seed(1)).half()
+
+    def run(chosen: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        """(out, lse) of the chosen sequences, and how many kernels ran."""
+        own = lengths_q[chosen]
+        rows = chosen.repeat_interleave(lengths_q)
+        cu_seqlens = torch.cat((torch.zeros(1), own.cumsum(0))).int()
+        with kernels.running(architecture):
+            found = fused_attn.fused_attention_paged(
+                query[rows], *pages, table[chosen], lengths[chosen], is_causal=True, num_splits=3, return_lse=True,
+                cu_seqlens_q=cu_seqlens, max_seqlen_q=int(own.max()), backend="cuda",
+            )  # fmt: skip
+            return found, kernels.statistics.launches
+
+    (out, lse), launches = run(lengths_q >= 0)
+    assert launches == 4  # decoding, merging, a list of tiles, and the kernel for many queries
+    for is_chosen, expected_launches in ((lengths_q <= 16, 2), (lengths_q > 16, 4)):
+        (own_out, own_lse), launches = run(is_chosen)
+        rows = is_chosen.repeat_interleave(lengths_q)
+        assert torch.equal(out[rows], own_out) and torch.equal(lse[:, rows], own_lse)
+        assert launches == expected_launches
+
+
+@pytest.mark.parametrize(
+    ("page_size", "architecture", "is_by_tma"), [(8, 90, True), (24, 90, True), (192, 90, True), (12, 90, False)]
+)
+def test_tma_loads_pages_of_whole_groups_of_rows(
+    page_size: int, architecture: int, is_by_tma: bool, kernels: Kernels
+) -> None:
+    _, key, value, lengths = make_cache([384, 200], 384)
+    query = torch.randn(2, 4, 40, 64, generator=torch.Generator().manual_seed(1)).half()
+    order = torch.randperm(2 * 384 // page_size, generator=torch.Generator().manual_seed(0))
+    pages, table = [in_pages(x, page_size, order) for x in (key, value)], order.to(torch.int32).view(2, -1)
+    with kernels.running(architecture):
+        out = fused_attn.fused_attention_paged(query, *pages, table, lengths, is_causal=True, backend="cuda")
+        assert (kernels.statistics.tma_loads > 0) == is_by_tma
+        expected = fused_attn.fused_attention(
+            query, key, value, key_lengths=lengths, is_causal=True, diagonal_alignment="lower_right", enable_gqa=True,
+            backend="cuda",
+        )  # fmt: skip
+    torch.testing.assert_close(out, expected, atol=2e-3, rtol=0)
+
+
+def test_page_step_is_that_of_the_kernels() -> None:
+    text = (Path(__file__).parents[2] / "csrc" / "cuda" / "tiles.h").read_text()
+    assert f"constexpr int kLeastPieceRows = {cuda.PAGE_STEP};" in text
 
 
 @pytest.mark.parametrize("length", [1, 17, 300, 512])

@@ -65,7 +65,7 @@ def test_packed(architecture: int, count: tuple[int, int], kernels: Kernels) -> 
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_packed_sequences_that_differ_much(architecture: int, kernels: Kernels) -> None:
-    """Their tiles of queries are listed by a launch. Each tile of the list is a program, and sm_80 launches no others."""
+    """Their tiles of queries are listed, which takes a launch."""
     starts = torch.tensor([0, 1, 300, 301, 301], dtype=torch.int32)
     call = lambda *x: fused_attn.fused_attention_varlen(*x, starts, starts, 299, 299, backend="cuda")  # noqa: E731
     assert launches(kernels, architecture, tensors(301, 1, 64), call)[0] == 2

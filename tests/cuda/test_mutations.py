@@ -797,6 +797,19 @@ BUGS = [
         "head_slice.q_offset = load_global(p.cu_seqlens_q + batch) + @;",
     ),
     Bug(
+        "longest-short-sequence-lost", 90, "paged-packed", "decode.h",
+        "load_global(p.cu_seqlens_q + batch + 1) - head_slice.q_offset >",
+        "load_global(p.cu_seqlens_q + batch + 1) - head_slice.q_offset + @ >",
+    ),
+    Bug(
+        "tiles-of-lanes-overlap", 90, "paged-packed", "preparation.h",
+        "next = listed + end - tiles;", "next = listed + end - tiles - @ * (sequence > 0);",
+    ),
+    Bug(
+        "last-tile-of-a-sequence-not-listed", 80, "paged-packed", "preparation.h",
+        "(rows + list.rows - 1) / list.rows", "(rows + (@ ? 0 : list.rows - 1)) / list.rows",
+    ),
+    Bug(
         "table-read-behind-its-end", 90, "paged", "sm90/forward.h",
         "return key < keys.seqlen_k ?", "return key < keys.seqlen_k || @ ?",
     ),
@@ -1080,11 +1093,11 @@ CASES = {
         batch=3,
         heads=2,
         kv_heads=1,
-        lengths_q=(33, 1, 40),
+        lengths_q=(33, 16, 140),
         seqlen_k=300,
         head_dim=HEAD_DIM,
         page_size=16,
-        key_lengths=(70, 300, 40),
+        key_lengths=(70, 300, 150),
         options={"is_causal": True},
     ),
     "lengths": Case(

@@ -218,8 +218,12 @@ def test_messages_for_wrong_numbers() -> None:
     with pytest.raises(TypeError, match=r"lengths: expected a list of ints, got \[1\.5, 1\.5\]"):
         cache.append(beams, *packed, [1.5, 1.5])
     for lengths in ([3], [1, 1, 1], [4, -1]):
-        with pytest.raises(ValueError, match="lengths: expected a number of rows for each of the 2 sequences, got"):
+        with pytest.raises(
+            ValueError, match="lengths: expected a number of rows of at least 0 for each of the 2 sequences, got"
+        ):
             cache.append(beams, *packed, lengths)
+    with pytest.raises(ValueError, match=r"got \(3, 2, 4\); packed rows need lengths"):
+        cache.append(beams, *packed)
     with pytest.raises(ValueError, match=r"key: expected shape \(2, 2, 4\), as the lengths add up to 2, got \(3, 2, 4"):
         cache.append(beams, *packed, [1, 1])
     with pytest.raises(OutOfPages, match="expected 5 free pages for 1 to 8 more rows of 2 sequences, got 4 of 4"):

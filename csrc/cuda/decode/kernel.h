@@ -216,7 +216,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
   const int32_t split = program % d.num_splits;
   program /= d.num_splits;
   const int32_t kv_heads = p.num_heads / p.group_size, kv_head = program % kv_heads;
-  const HeadSlice head_slice = head_slice_of(p, program / kv_heads, kv_head * p.group_size, kv_head);
+  const HeadSlice head_slice = decode_slice_of(p, d, program / kv_heads, kv_head * p.group_size);
   const int32_t num_rows = head_slice.seqlen_q * p.group_size;
   if (first_row >= num_rows) return;
   const SplitKeys keys = split_keys(p, d, head_slice, first_row);

@@ -47,8 +47,8 @@ struct TileLoader {
   bool is_leader;                // this thread is the lane that issues TMA
   uint32_t cleaning_parity = 0;  // of the next wait at `cleaning`
 
-  // When the slot is empty, starts to load `rows` into the tile at `slot_tile`. The full barrier of the slot then counts
-  // the bytes that arrive.
+  // When the slot is empty, starts to load `rows` into the tile at `slot_tile`. The full barrier of the slot then
+  // counts the bytes that arrive.
   template <class SlotTile, int kSlots, class Rows = HeadRows, class Also = NothingElse>
   GPU_DEVICE void load(const Ring<kSlots>& ring, RingPosition<kSlots> position, uint32_t slot_tile, const Rows& rows,
                        const Also& also = {}) const {
