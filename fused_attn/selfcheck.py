@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import tolerance
-from fused_attn.api import explain, fused_attention, fused_attention_varlen
+from fused_attn.api import explain, fused_attention, fused_attention_paged, fused_attention_varlen
 from fused_attn.backends import cpu, dispatch, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -35,7 +35,9 @@ class Case:
     """One call to check.
 
     kwargs: makes the arguments besides query, key and value
-    is_packed: the rows of the batch are packed, as three sequences, one of which has no queries
+    is_packed: the rows of the batch are packed, as three sequences, one of which has no queries; over pages, the
+        queries are packed, as one sequence with few of them and one with many
+    page_size: keys and values lie in pages of this size; 0 = they do not
     has_dlse: the loss depends on the lse, too
     has_gradients: gradients are checked. Those of one query are differences of nearly equal numbers, and calls of one
         query have no gradients where they matter, which is in decoding.
@@ -49,6 +51,7 @@ class Case:
     head_dim: int = 64
     value_dim: int | None = None  # None = head_dim
     is_packed: bool = False
+    page_size: int = 0
     has_dlse: bool = False
     has_gradients: bool = True
 
@@ -101,6 +104,10 @@ CASES = (
     Case("packed + dropout", lambda device: {"dropout_p": 0.2, "dropout_seed": 7}, is_packed=True),
     Case("one query", lambda device: {"key_padding_mask": _padding(device)}, seqlen_q=1),
     Case("one of many keys", seqlen_q=1, seqlen_k=4096, has_gradients=False),
+    Case("pages", lambda device: {"is_causal": True}, num_kv_heads=2, page_size=16, has_gradients=False),
+    Case("pages of 12", lambda device: {"is_causal": True}, page_size=12, has_gradients=False),
+    Case("one query over pages", seqlen_q=1, seqlen_k=1000, page_size=64, has_gradients=False),
+    Case("packed over pages", num_kv_heads=2, is_packed=True, page_size=16, has_gradients=False),
 )
 
 
@@ -181,7 +188,10 @@ def results_of(job: Job) -> list[Result]:
     device, dtype = torch.device(job.device), job.dtype
     case = next(case for case in CASES if case.name == job.case)
     inputs = _inputs(case, device, dtype)
-    problem = replace(explain(*inputs, **case.kwargs(device)).problem, is_packed=case.is_packed)
+    problem = replace(
+        explain(*inputs, **{"enable_gqa": True} | case.kwargs(device)).problem, is_packed=case.is_packed,
+        page_size=case.page_size, has_key_lengths=case.page_size > 0,
+    )  # fmt: skip
     reasons = dispatch.explain(problem, None).reasons
     runnable = [name for name, why_not in reasons.items() if not why_not and name != reference.name]
     if not runnable:
@@ -261,6 +271,8 @@ def _evaluate(case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype
         if isinstance(x, Tensor) and x.is_floating_point():
             kwargs[name] = leaves[name] = x.to(dtype).to(inputs[0].dtype).requires_grad_()
     function: Callable[..., Any] = _packed_attention if case.is_packed else fused_attention
+    if case.page_size:
+        function = functools.partial(_paged_attention, case)
     attention = functools.partial(function, *list(leaves.values())[:3], **kwargs, backend=backend)
     with torch.no_grad():
         results = {"out": attention()}
@@ -331,6 +343,27 @@ def _packed_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) 
         for x in ([0, total_q // 5, total_q // 5, total_q], [0, total_k // 3, total_k // 2, total_k])
     )
     return fused_attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, total_q, total_k, **kwargs)
+
+
+def _paged_attention(case: Case, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    """`fused_attention_paged` of (B, H, L, D) tensors, whose keys and values are put into pages. The last pages are not
+    full.
+    """
+    batch, _, seqlen_k, _ = key.shape
+    columns = -(-seqlen_k // case.page_size)
+    behind = columns * case.page_size - seqlen_k
+    pages = (
+        torch.nn.functional.pad(x, (0, 0, 0, behind), value=float("nan")).unflatten(2, (columns, case.page_size))
+        for x in (key, value)
+    )  # (B, Hkv, columns, page_size, D)
+    key_pages, value_pages = (x.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous() for x in pages)
+    integers: dict[str, Any] = {"dtype": torch.int32, "device": query.device}
+    table, lengths = torch.arange(batch * columns, **integers).view(batch, columns), torch.full((batch,), seqlen_k)
+    if case.is_packed:
+        query = query.transpose(1, 2).flatten(0, 1)  # (B * L, H, D)
+        total = query.shape[0]
+        kwargs |= {"cu_seqlens_q": torch.tensor([0, 3, total], **integers), "max_seqlen_q": total}
+    return fused_attention_paged(query, key_pages, value_pages, table, lengths.to(**integers), **kwargs)
 
 
 def _judge(

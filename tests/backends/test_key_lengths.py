@@ -166,11 +166,20 @@ def test_compiled(is_dynamic: bool, backend: str) -> None:
     def step(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
         return fused_attention(query, key, value, enable_gqa=True, key_lengths=lengths, backend=backend)
 
-    def paged_step(*arguments: Tensor) -> Tensor:
-        return fused_attention_paged(*arguments, is_causal=True, num_splits=3, backend=backend)
+    def paged_step(*arguments: Tensor, **packed) -> Tensor:
+        return fused_attention_paged(*arguments, is_causal=True, num_splits=3, backend=backend, **packed)
 
     compiled = torch.compile(paged_step, backend="aot_eager", fullgraph=True, dynamic=is_dynamic)
     assert torch.equal(compiled(*paged(2, 16)), paged_step(*paged(2, 16)))
+
+    def packed_step(query: Tensor, *others: Tensor) -> Tensor:
+        cu_seqlens = torch.arange(0, query.shape[0] + 1, 2, dtype=torch.int32)
+        return paged_step(query, *others, cu_seqlens_q=cu_seqlens, max_seqlen_q=2)
+
+    query, *others = paged(2, 16)
+    query = query.transpose(1, 2).flatten(0, 1)  # packed
+    compiled = torch.compile(packed_step, backend="aot_eager", fullgraph=True, dynamic=is_dynamic)
+    assert torch.equal(compiled(query, *others), packed_step(query, *others))
     if not is_dynamic:
         compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(*contiguous(2), lengths), step(*contiguous(2), lengths))

@@ -290,6 +290,9 @@ def problem_of(batch=1, heads=32, kv_heads=32, queries=1, keys=65536, head_dim=1
         ({"heads": 64, "kv_heads": 2, "queries": 1}, 66),
         ({"heads": 64, "kv_heads": 1, "queries": 1}, 0),  # four tiles of rows
         ({"heads": 64, "kv_heads": 1, "queries": 1, "page_size": 16}, 0),
+        # 1 to 8 queries of 4 heads run in the decode kernels, also beside longer sequences.
+        ({"kv_heads": 8, "queries": 300, "batch": 4, "page_size": 16, "is_packed": True}, 4),
+        ({"kv_heads": 8, "queries": 300, "batch": 4, "is_packed": True}, 0),  # without pages
         ({"queries": 33}, 0),
         ({"queries": 33, "band": Band(right=0, is_from_end=True)}, 0),  # all kernels know where each entry ends
         ({"dropout_p": 0.1}, 0),
