@@ -345,7 +345,9 @@ def _packed_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) 
     return fused_attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, total_q, total_k, **kwargs)
 
 
-def _paged_attention(case: Case, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+def _paged_attention(
+    case: Case, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+) -> Tensor | tuple[Tensor, ...]:
     """`fused_attention_paged` of (B, H, L, D) tensors, whose keys and values are put into pages. The last pages are not
     full.
     """
