@@ -1,6 +1,6 @@
 """Generation token by token, and attention of one query over a cache: ``python -m benchmarks generation``.
 
-Three tables:
+Four tables:
 
 - "generation": greedy generation with an encoder-decoder model. Ours, torch.nn without a cache, the best loop with a
   cache that a user of torch.nn can write, and a model of Hugging Face transformers of the same sizes with SDPA and a
@@ -9,6 +9,7 @@ Three tables:
 - "cache": attention of one query over S rows of a cache: ours over a static cache and over pages of 64 and of 16 rows,
   torch's SDPA, and on a GPU cuDNN and FlashAttention-3. Rates are compared with the rate of the machine: of a large
   copy on a GPU; on a CPU, of a sum over the same bytes in the same rounds.
+- "serving": a step of a server over pages, with prompts and single tokens in one call (serving.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import machine, rivals, session, timing
+from benchmarks import machine, rivals, serving, session, timing
 from benchmarks.accuracy import Reference
 from benchmarks.cases import Case
 from benchmarks.conventions import OURS
@@ -38,7 +39,7 @@ from fused_attn.nn import generation
 from fused_attn.nn.seq2seq import sinusoidal_positions
 
 VOCABULARY = 8192
-TABLES = ("generation", "step", "cache")
+TABLES = ("generation", "step", "cache", "serving")
 #: torch.nn without a cache, a loop with a cache, and transformers.
 TORCH, LOOP, TRANSFORMERS = "torch", "torch-cache", "transformers-static"
 #: The rows of a page in the table "cache". Each page size is an implementation of its own.
@@ -393,13 +394,15 @@ def main(arguments: argparse.Namespace) -> int:
     size = (QUICK_SIZES if run.is_quick else SIZES)[run.device.type]
     limits = arguments.rounds or (3 if run.is_quick else 20), arguments.seconds or (0.5 if run.is_quick else 10.0)
     caches = (QUICK_CACHES if run.is_quick else CACHES)[run.device.type]
+    mixes = (serving.QUICK_MIXES if run.is_quick else serving.MIXES)[run.device.type]
+    lengths = {"generation": size.new_tokens, "step": size.lengths, "cache": caches.lengths, "serving": mixes}
     copy_rate = functools.cache(lambda: machine.copy_gb_per_s(run.device, run.is_quick))
     done = [_step_of(row) for row in select(run.earlier, benchmark="generation")]
     todo = [
         (table, dtype, length, group)
         for dtype in run.dtypes
         for table in arguments.only
-        for length in {"generation": size.new_tokens, "step": size.lengths, "cache": caches.lengths}[table]
+        for length in lengths[table]
         for group in (GROUPS if table == "cache" else (1,))
         if (table, dtype, length, group) not in done
     ]
@@ -408,6 +411,11 @@ def main(arguments: argparse.Namespace) -> int:
             case = CacheCase(1, caches.heads, length, caches.head_dim, "decode", dtype, "forward", group)
             rate = copy_rate() if run.device.type == "cuda" else None
             rows = cache_rows(case, run.device, rate, limits[0], min(limits[1], CACHE_SECONDS))
+        elif table == "serving":
+            timer = timing.WarmTimer() if run.device.type == "cpu" else timing.timer_for(run.device)
+            bounds = {"timer": timer, "rounds": limits[0], "seconds": min(limits[1], CACHE_SECONDS)}
+            measure = functools.partial(_measure, **bounds)
+            rows = serving.serving_rows(length, mixes[length], run.device, dtype, measure)
         else:
             rows = RUNS[table](size, run.device, dtype, length, *limits)
         label = f"{table} {length} {dtype}" + (f", {group} heads share keys" if group > 1 else "")
@@ -418,8 +426,10 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if wrong or (is_exact and any(row.get("same_tokens", 1.0) != 1.0 for row in ours)) else 0
 
 
-def _step_of(row: Row) -> tuple[str, str, int, int]:
-    """(table, dtype, length, query heads that share a key head) of a row."""
+def _step_of(row: Row) -> tuple[str, str, int | str, int]:
+    """(table, dtype, length or mix, query heads that share a key head) of a row."""
+    if row["table"] == "serving":
+        return row["table"], row["dtype"], row["mix"], 1
     if row["table"] != "cache":
         return row["table"], row["dtype"], row["new_tokens" if row["table"] == "generation" else "length"], 1
     return row["table"], row["dtype"], row["shape"][2], row["shape"][1] // row["kv_heads"]

@@ -299,6 +299,20 @@ def _caches(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _serving(rows: list[Row]) -> list[str]:
+    lines = []
+    for ours in select(rows, benchmark="generation", table="serving", implementation=OURS):
+        same = {name: ours[name] for name in ("benchmark", "table", "mix", "dtype")}
+        others = [row for row in select(rows, **same) if "over_ours" in row]
+        lines.append(
+            f"- a step of a server, {ours['mix']}: {ours['queries']} queries of {ours['sequences']} sequences, "
+            f"{ours['keys']} keys in pages of {ours['page_size']}, {ours['heads']} heads, {ours['kv_heads']} of keys, "
+            f"{ours['dtype']}: ours {ours['median_ms']:.2f} ms; time / ours: "
+            + ", ".join(f"{row['implementation']} {row['over_ours']:.2f}" for row in others)
+        )
+    return lines
+
+
 def _generation(rows: list[Row]) -> list[str]:
     lines = []
     for ours in select(rows, benchmark="generation", table="generation", implementation=OURS):
@@ -352,7 +366,7 @@ def _overhead(rows: list[Row]) -> list[str]:
 
 
 #: What makes the lines below the table of masks.
-LINES = (_short, _decode, _caches, _generation, _features, _small_modules, _isa, _step, _overhead)
+LINES = (_short, _decode, _caches, _serving, _generation, _features, _small_modules, _isa, _step, _overhead)
 
 
 # ---- Memory

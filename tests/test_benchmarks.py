@@ -33,6 +33,7 @@ from benchmarks import (  # noqa: E402
     report,
     rivals,
     rows,
+    serving,
     summary,
     timing,
 )
@@ -861,7 +862,7 @@ def test_quick_generation_and_its_plot(tmp_path: Path) -> None:
     assert __main__.main(["generation", *quick]) == 0
     found = rows.read(out)
     ours = rows.select(found, implementation=OURS)
-    assert [row["table"] for row in ours] == ["generation", "step", "step", *["cache"] * 4]
+    assert [row["table"] for row in ours] == ["generation", "step", "step", *["cache"] * 4, *["serving"] * 4]
     assert all(row["median_ms"] > 0 for row in ours)
     first = rows.select(found, table="generation")
     assert {row["implementation"] for row in first} == {OURS, "torch", "torch-cache", "transformers-static"}
@@ -874,13 +875,21 @@ def test_quick_generation_and_its_plot(tmp_path: Path) -> None:
         assert row["is_right"] and row["gb_per_s"] == pytest.approx((kv_bytes + ends) / milliseconds / 1e6)
         assert row["machine_fraction"] == pytest.approx(row["gb_per_s"] / row["read_gb_per_s"])
     assert {row["kv_heads"] for row in caches} == {1, 4}
+    steps = rows.select(found, table="serving")
+    assert {row["implementation"] for row in steps} == {OURS, serving.EACH, "torch"}
+    assert all(row["is_right"] and row["median_ms"] > 0 for row in steps)
+    assert {(row["mix"], row["sequences"], row["queries"], row["keys"]) for row in steps} == {
+        ("tokens", 3, 3, 120), ("prompts", 4, 26, 26), ("a prompt and tokens", 3, 10, 88),
+        ("a part of a prompt and tokens", 3, 4, 120),
+    }  # fmt: skip
     assert __main__.main(["generation", *quick, "--resume"]) == 0
     assert len(rows.read(out)) == len(found)
-    assert len(lines.generation_lines(found)) == 7
+    assert len(lines.generation_lines(found)) == 11
     mask = attention._row_of(Case(1, 4, 8192, 64, "none", "float32", "forward"), "torch") | {"benchmark": "masks"}
     page = report.cpu_tables([found[0] | mask | {"over_ours": 2.0}, *found])
     assert "- greedy generation of 8 tokens for 2 sources of 16 tokens, 1 + 1 layers of 64 features, float32: " in page
     assert "- one query of 4 heads over a cache with 1 heads of keys, float32, with 64, 128 keys: ours " in page
+    assert "- a step of a server, prompts: 26 queries of 4 sequences, 26 keys in pages of 16, 4 heads, 1 of " in page
     name, plot = next(iter(plots.plots_of(found).items()))
     assert name.startswith("decoding-")
     figure = plot.draw(plot.rows, "a device")

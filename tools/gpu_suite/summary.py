@@ -17,6 +17,8 @@ from tools.gpu_suite.suite import STOPPED
 #: The verdict of a stage that was not begun.
 NOT_RUN = "not run: the time is up"
 #: A summary has this many lines about problems at most. Often only the end of an output is kept, and the whole summary
+#: What tells the size of a row of the benchmark "generation"; the first that a row has counts.
+SIZES = ("new_tokens", "shape", "mix", "length")
 #: has to fit into it.
 MOST_LINES = 24
 SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "both", "bfloat16": "bf16", "float16": "fp16"}
@@ -128,7 +130,7 @@ def module_lines(rows: Iterable[Row]) -> list[str]:
 def generation_lines(rows: Iterable[Row]) -> list[str]:
     """One line for each table of generation, dtype and size: the time of each implementation."""
     lines = []
-    found = [row | {"size": str(row.get("new_tokens") or row.get("shape") or row["length"]) + _grouped(row)}
+    found = [row | {"size": str(next(row[name] for name in SIZES if name in row)) + _grouped(row)}
              for row in select(rows, benchmark="generation")]  # fmt: skip
     for group in groups(found, ("table", "dtype", "size")):
         cells = [f"{row['implementation']} {row['median_ms']:.3f}" for row in group if "median_ms" in row]
