@@ -10,6 +10,7 @@ and keys each sequence has. Ours is one call with packed queries. The rivals:
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import timing
+from benchmarks import accuracy, timing
 from benchmarks.conventions import OURS
 from benchmarks.inputs import DTYPES
 from benchmarks.rivals import reason
@@ -114,10 +115,9 @@ class Step:
         return out[0] if isinstance(out, tuple) else out
 
     def exact(self) -> Tensor:
-        """The output in float32, by torch."""
-        wide = Step.__new__(Step)
-        wide.__dict__ |= self.__dict__
-        wide.query, wide.keys, wide.values = (x.float() for x in (self.query, self.keys, self.values))
+        """The output in float64, by torch."""
+        wide = copy.copy(self)
+        wide.query, wide.keys, wide.values = (x.double() for x in (self.query, self.keys, self.values))
         return wide.torch()
 
 
@@ -130,8 +130,13 @@ def serving_rows(name: str, mix: Mix, device: torch.device, dtype: str, measure:
     """The rows of one mix."""
     step = Step(mix, device, DTYPES[dtype])
     exact = step.exact()
-    # Two roundings to the dtype, of probs and of the output, of numbers as large as the output.
-    allowed = 4 * torch.finfo(DTYPES[dtype]).eps * float(exact.abs().max())
+    sizes = exact.abs().amax(-1)
+
+    def error_of(out: Tensor) -> float:
+        """The largest error of a row, in units of the row's largest entry."""
+        return float(((out.double() - exact).abs().amax(-1) / sizes).max())
+
+    allowed = accuracy.allowed(error_of(step.torch()), DTYPES[dtype])
     about = {
         "benchmark": "generation", "table": "serving", "mix": name, "sequences": len(mix.queries), "heads": mix.heads,
         "kv_heads": mix.heads // GROUP, "head_dim": HEAD_DIM, "page_size": PAGE_SIZE, "queries": sum(mix.queries),
@@ -144,13 +149,14 @@ def serving_rows(name: str, mix: Mix, device: torch.device, dtype: str, measure:
     for implementation, call in list(calls.items()):
         rows[implementation] = about | {"implementation": implementation}
         try:
-            error = float((call().float() - exact).abs().max())
+            error = error_of(call())
         except Exception as problem:  # Packages raise exceptions of any class.
             rows[implementation]["cannot"] = reason(problem)
             del calls[implementation]
             continue
-        rows[implementation] |= {"error": error, "allowed": allowed, "is_right": error <= allowed}
-        if error > allowed:
+        is_right = error <= allowed  # False for NaN
+        rows[implementation] |= {"error": error, "allowed": allowed, "is_right": is_right}
+        if not is_right:
             del calls[implementation]
     measure(rows, calls)
     return list(rows.values())
