@@ -220,14 +220,19 @@ def _lead(rows: list[Row]) -> str:
 
 
 def cpu_tables(rows: list[Row]) -> str:
-    """For each CPU, the table of masks, and a list with a line about each other table."""
+    """For each CPU, the table of masks if it has been measured, and a list with a line about each other table."""
     tables = []
-    for group in summary.groups(select(rows, benchmark="masks"), ("device",)):
-        own = select(rows, device=group[0]["device"])
+    for own in summary.groups([row for row in rows if "driver" not in row], ("device",)):
+        masks = select(own, benchmark="masks")
         found = [line for make in LINES for line in make(own)]
-        head = ["", "Beside that, torch's time divided by ours unless a line says otherwise:", ""] if found else []
-        tables.append("\n".join(_masks_table(group) + head + found))
-    return "\n\n".join(tables)
+        where = "Beside that" if masks else f"On {_machine(own[0])}, {_about(own, 'torch')}"
+        head = ["", f"{where}, torch's time divided by ours unless a line says otherwise:", ""] if found else []
+        tables.append("\n".join((_masks_table(masks) if masks else []) + head + found).strip())
+    return "\n\n".join(filter(None, tables))
+
+
+def _machine(row: Row) -> str:
+    return f"{row['cores']} cores of {row['device']} ({row['isa']}, {row['threads']} threads)"
 
 
 def _masks_table(rows: list[Row]) -> list[str]:
@@ -238,8 +243,8 @@ def _masks_table(rows: list[Row]) -> list[str]:
         for own in summary.groups(rows, ("dtype", "direction"))
     ]
     return [
-        f"Time of `F.scaled_dot_product_attention` divided by ours, on {about['cores']} cores of {about['device']} "
-        f"({about['isa']}, {about['threads']} threads), {_about(rows, 'torch')}. Geometric mean [least, greatest] over "
+        f"Time of `F.scaled_dot_product_attention` divided by ours, on {_machine(about)}, "
+        f"{_about(rows, 'torch')}. Geometric mean [least, greatest] over "
         f"(B, H, L, D) = {', '.join(map(str, shapes))}; above 1, ours is faster. torch is given `is_causal`, a "
         "(B, 1, 1, S) mask for padding, and for both a (B, 1, L, S) one, which are made beforehand.",
         "",

@@ -11,8 +11,8 @@ Row = dict[str, Any]
 
 #: The fields that say what was measured, and where. The other fields are results.
 IDENTITY = (
-    "device", "threads", "benchmark", "table", "module", "batch", "length", "d_model", "heads", "layers", "new_tokens",
-    "shape", "seqlen_q", "kv_heads", "mask", "dtype", "direction", "implementation",
+    "device", "threads", "benchmark", "table", "mix", "module", "batch", "length", "d_model", "heads", "layers",
+    "new_tokens", "shape", "seqlen_q", "kv_heads", "mask", "dtype", "direction", "implementation",
 )  # fmt: skip
 
 
