@@ -1292,6 +1292,16 @@ PACKED = [
     Case("varlen", lengths_q=(5, 70, 1), lengths_k=(9, 67, 3), has_dlse=True, is_quick=True),
     Case("varlen-causal", lengths_q=(70, 5, 130), lengths_k=(70, 5, 130), options={"is_causal": True}, has_dlse=True),
     Case("varlen-causal-unequal", lengths_q=(70, 5, 30), lengths_k=(30, 50, 130), options={"is_causal": True}),
+    Case(
+        "varlen-uneven",
+        heads=4,
+        kv_heads=2,
+        lengths_q=(3, 300, 0, 40, 1),
+        lengths_k=(2, 420, 30, 0, 256),
+        head_dim=64,
+        options={"is_causal": True},
+        has_dlse=True,
+    ),
     Case(  # fewer keys than queries, none, a whole block more, and rows of another sequence behind the last key
         "varlen-lower-right",
         lengths_q=(70, 5, 150, 0, 9, 30),

@@ -319,6 +319,11 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.mask_steps = pieces.mask_steps;
   p.mask_turns = pieces.mask_turns;
   p.num_key_blocks = static_cast<int32_t>(ceil_div(a.seqlen_k, kKeyBlock));
+  const int64_t entries = a.batch * p.num_key_blocks, entries_by_offset = call.rows_k / kKeyBlock + a.batch;
+  p.lists_key_blocks_by_offset =
+      a.cu_seqlens_k != nullptr && a.key_padding.data == nullptr && entries_by_offset < entries;
+  p.num_listed_key_blocks =
+      static_cast<int32_t>((p.lists_key_blocks_by_offset ? entries_by_offset : entries) * a.num_kv_heads);
   if (pieces.tile_counter != nullptr && (is_backward || shares_tiles(a))) p.tile_counter = pieces.tile_counter;
   p.program_counter = pieces.program_counter;
   return p;

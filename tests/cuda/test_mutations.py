@@ -298,7 +298,7 @@ BUGS = [
     ),
     Bug(
         "first-blocks-of-keys-taken-first", 90, "long", "sm90/key_blocks.h",
-        "/*last_first=*/true);", "/*last_first=*/!@);",
+        "p.batch, p.heads_per_l2_group, /*last_first=*/true);", "p.batch, p.heads_per_l2_group, /*last_first=*/!@);",
     ),
     Bug(
         "blocks-of-padding-counted", 90, "hole", "sm90/key_blocks.h",
@@ -838,8 +838,8 @@ BUGS = [
     ),
     Bug(
         "tiles-without-the-shift", 90, "lengths", "sm90/key_blocks.h",
-        "const Diagonals band(p, head_slice); KeyBlock b;",
-        "Diagonals band(p, head_slice); if (@) band.last = p.last_diagonal; KeyBlock b;",
+        "const Diagonals band(p, head_slice); b.number = work.block;",
+        "Diagonals band(p, head_slice); if (@) band.last = p.last_diagonal; b.number = work.block;",
     ),
     Bug(
         "lengths-of-the-first-entry", 80, "lengths", "head_slice.h",
@@ -854,6 +854,18 @@ BUGS = [
         "scores-without-the-shift", 90, "lengths", "sm90/forward.h",
         "visible_keys({p, tile.head_slice()}, note.valid()",
         "visible_keys({p, @ ? HeadSlice{} : tile.head_slice()}, note.valid()",
+    ),
+    Bug(
+        "entry-of-the-next-sequence", 90, "packed-uneven", "sm90/key_blocks.h",
+        "(entries_before(p, middle) <= entry ?", "(entries_before(p, middle) <= entry + @ ?",
+    ),
+    Bug(
+        "last-entry-of-a-sequence-lost", 90, "packed-uneven", "sm90/key_blocks.h",
+        "entry - before >= entries)", "entry - before >= entries - @)",
+    ),
+    Bug(
+        "entries-without-room-for-ends-of-sequences", 90, "packed-uneven", "sm90/key_blocks.h",
+        "/ kKeyBlock + sequence;", "/ kKeyBlock + sequence * !@;",
     ),
     Bug(
         "packed-band-from-the-start", 80, "packed-lower-right", "visibility.h",
@@ -1122,6 +1134,14 @@ CASES = {
         key_lengths=(410, 130),
         attn_mask=far_masked,
         options={"is_causal": True, "diagonal_alignment": "lower_right"},
+    ),
+    "packed-uneven": Case(
+        "packed-uneven",
+        heads=2,
+        kv_heads=1,
+        lengths_q=(3, 200, 40),
+        lengths_k=(2, 400, 128),
+        head_dim=HEAD_DIM,
     ),
     "packed-lower-right": Case(
         "packed-lower-right",

@@ -59,16 +59,42 @@ GPU_DEVICE int32_t key_rank(const Params& p, int32_t batch, int32_t n) {
   return p.key_ranks == nullptr ? n : load_global(p.key_ranks + int64_t{batch} * (p.num_key_blocks + 1) + n);
 }
 
-// Computes the KeyBlock of a block of keys (WorkTile::block) of a key head. Of each head, the last blocks are taken
-// first.
+// How many entries of a key head the list has for the sequences before this one, if each has its own number of entries.
+// A sequence may end within a block. So each sequence before this one may take one block more than its rows fill, and
+// the place of a sequence follows from its offset alone.
+GPU_DEVICE int32_t entries_before(const Params& p, int32_t sequence) {
+  return load_global(p.cu_seqlens_k + sequence) / kKeyBlock + sequence;
+}
+
+// Which block of keys entry `program` of the list stands for, if each sequence has its own number of entries. The
+// number of the block is -1 if the entry belongs to no sequence. The block may lie behind the last one of the sequence.
+GPU_DEVICE WorkTile listed_block(const Params& p, int32_t program) {
+  const int32_t kv_heads = p.num_heads / p.group_size, entry = program / kv_heads;
+  int32_t sequence = 0;
+  for (int32_t end = p.batch; end - sequence > 1;) {
+    const int32_t middle = (sequence + end) / 2;
+    (entries_before(p, middle) <= entry ? sequence : end) = middle;
+  }
+  const int32_t before = entries_before(p, sequence), entries = entries_before(p, sequence + 1) - before;
+  // The offsets have not been checked. With wrong ones, an entry may belong to no sequence.
+  if (entry < before || entry - before >= entries) return {-1, 0, 0};
+  const WorkTile own = scheduled_tile(program - before * kv_heads, entries, kv_heads, 1, p.heads_per_l2_group,
+                                      /*last_first=*/true);
+  return {own.block, own.head, sequence};
+}
+
+// Computes entry `program` of the list: the KeyBlock of a block of keys (WorkTile::block) of a key head. A block that
+// is none, or that lies behind the end of its sequence, has no step.
 template <int kBlockM>
-GPU_DEVICE KeyBlock key_block(const Params& p, const WorkTile& work) {
+GPU_DEVICE KeyBlock key_block(const Params& p, const WorkTile& work, int32_t program) {
+  KeyBlock b{};
+  b.program = program;
+  if (work.block < 0) return b;
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head * p.group_size, work.head);
   const int32_t first_key = work.block * kKeyBlock;
   const ValidRows<kKeyBlock> valid = valid_keys<kKeyBlock>(p, head_slice, work.block);
   const BlockRange range = query_range<kBlockM>(p, head_slice, first_key, first_key + kKeyBlock - 1);
   const Diagonals band(p, head_slice);
-  KeyBlock b;
   b.number = work.block;
   b.batch = head_slice.batch;
   b.head = head_slice.head;
@@ -84,23 +110,29 @@ GPU_DEVICE KeyBlock key_block(const Params& p, const WorkTile& work) {
   b.full_end = valid.all() ? range.full_end : range.full_begin;
   b.rank_after = key_rank(p, work.batch, work.block + 1);
   b.steps = valid.none() ? 0 : max(b.end - b.begin, 0) * p.group_size;
-  b.program = program_of(work, p.num_key_blocks, p.num_heads / p.group_size, p.batch, p.heads_per_l2_group,
-                         /*last_first=*/true);
   GPU_UNROLL for (int w = 0; w < valid.kWords; ++w) b.valid[w] = valid.words[w];
   return b;
 }
 
 // Writes the entries of the list of blocks of keys for batch entries first_batch ... end_batch - 1. The caller is
-// number `thread` of the `threads` threads that share them.
+// number `thread` of the `threads` threads that share them. Of each head, the last blocks are taken first.
 template <int kBlockM>
 GPU_DEVICE void list_key_blocks(const Params& p, int32_t first_batch, int32_t end_batch, int64_t thread,
                                 int64_t threads) {
   const int32_t kv_heads = p.num_heads / p.group_size;
   const int64_t of_entry = int64_t{kv_heads} * p.num_key_blocks;
-  for (int64_t i = first_batch * of_entry + thread; i < end_batch * of_entry; i += threads) {
-    const int32_t head = static_cast<int32_t>(i / p.num_key_blocks);  // counted over all batch entries
-    const WorkTile work{static_cast<int32_t>(i % p.num_key_blocks), head % kv_heads, head / kv_heads};
-    const KeyBlock b = key_block<kBlockM>(p, work);
+  const int64_t end = p.lists_key_blocks_by_offset ? p.num_listed_key_blocks : end_batch * of_entry;
+  for (int64_t i = first_batch * of_entry + thread; i < end; i += threads) {
+    WorkTile work;
+    int32_t program = static_cast<int32_t>(i);
+    if (p.lists_key_blocks_by_offset) {
+      work = listed_block(p, program);
+    } else {
+      const int32_t head = static_cast<int32_t>(i / p.num_key_blocks);  // counted over all batch entries
+      work = {static_cast<int32_t>(i % p.num_key_blocks), head % kv_heads, head / kv_heads};
+      program = program_of(work, p.num_key_blocks, kv_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
+    }
+    const KeyBlock b = key_block<kBlockM>(p, work, program);
     Vec4 words[kKeyBlockBytes / 16];
     __builtin_memcpy(words, &b, kKeyBlockBytes);
     Vec4* const listed = reinterpret_cast<Vec4*>(p.key_blocks + b.program);

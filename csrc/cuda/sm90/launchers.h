@@ -138,7 +138,7 @@ void launch_fused(const Params& p, Stream stream) {
   using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
   LaunchShape shape =
       shape_of(p.seqlen_k, Plan::kBlockN, p.num_heads / p.group_size, p.batch, kFusedBackwardThreads, Plan::kBytes);
-  const int num_programs = shape.grid_x;  // blocks of keys of all heads
+  const int num_programs = p.num_listed_key_blocks;
   shape.grid_x = std::min(num_programs, num_multiprocessors());
   const LaunchShape rounding =
       shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, kRoundingThreads, 0);  // a block for each tile of dq
