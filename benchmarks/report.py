@@ -304,16 +304,20 @@ def _caches(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _others(rows: list[Row], ours: Row, size: str) -> str:
+    """Each other implementation and its time / ours, in the table, dtype and size (field `size`) of our row."""
+    same = {name: ours[name] for name in ("benchmark", "table", "dtype", size)}
+    return ", ".join(f"{row['implementation']} {row['over_ours']:.2f}" for row in select(rows, **same)
+                     if "over_ours" in row)  # fmt: skip
+
+
 def _serving(rows: list[Row]) -> list[str]:
     lines = []
     for ours in select(rows, benchmark="generation", table="serving", implementation=OURS):
-        same = {name: ours[name] for name in ("benchmark", "table", "mix", "dtype")}
-        others = [row for row in select(rows, **same) if "over_ours" in row]
         lines.append(
             f"- a step of a server, {ours['mix']}: {ours['queries']} queries of {ours['sequences']} sequences, "
             f"{ours['keys']} keys in pages of {ours['page_size']}, {ours['heads']} heads, {ours['kv_heads']} of keys, "
-            f"{ours['dtype']}: ours {ours['median_ms']:.2f} ms; time / ours: "
-            + ", ".join(f"{row['implementation']} {row['over_ours']:.2f}" for row in others)
+            f"{ours['dtype']}: ours {ours['median_ms']:.2f} ms; time / ours: {_others(rows, ours, 'mix')}"
         )
     return lines
 
@@ -321,13 +325,10 @@ def _serving(rows: list[Row]) -> list[str]:
 def _generation(rows: list[Row]) -> list[str]:
     lines = []
     for ours in select(rows, benchmark="generation", table="generation", implementation=OURS):
-        same = {name: ours[name] for name in ("benchmark", "table", "new_tokens", "dtype")}
-        others = [row for row in select(rows, **same) if "over_ours" in row]
         lines.append(
             f"- greedy generation of {ours['new_tokens']} tokens for {ours['batch']} sources of {ours['length']} "
             f"tokens, {ours['layers']} + {ours['layers']} layers of {ours['d_model']} features, {ours['dtype']}: ours "
-            f"{ours['tokens_per_s']:.0f} tokens/s; time / ours: "
-            + ", ".join(f"{row['implementation']} {row['over_ours']:.2f}" for row in others)
+            f"{ours['tokens_per_s']:.0f} tokens/s; time / ours: {_others(rows, ours, 'new_tokens')}"
         )
     return lines
 

@@ -187,9 +187,17 @@ def test_tma_loads_pages_of_whole_groups_of_rows(
     torch.testing.assert_close(out, expected, atol=2e-3, rtol=0)
 
 
-def test_page_step_is_that_of_the_kernels() -> None:
-    text = (Path(__file__).parents[2] / "csrc" / "cuda" / "tiles.h").read_text()
-    assert f"constexpr int kLeastPieceRows = {cuda.PAGE_STEP};" in text
+@pytest.mark.parametrize(
+    ("file", "constant", "number"),
+    [
+        ("tiles.h", "kLeastPieceRows", cuda.PAGE_STEP),
+        ("decode.h", "kMaxDecodeTiles", cuda.MAX_DECODE_TILES),
+        ("decode.h", "kDecodeRows", cuda.DECODE_ROWS),
+    ],
+)
+def test_numbers_that_the_backend_shares_with_the_kernels(file: str, constant: str, number: int) -> None:
+    text = (Path(__file__).parents[2] / "csrc" / "cuda" / file).read_text()
+    assert f"constexpr int {constant} = {number};" in text
 
 
 @pytest.mark.parametrize("length", [1, 17, 300, 512])

@@ -49,8 +49,8 @@ struct TileLoader {
 
   // When the slot is empty, starts to load `rows` into the tile at `slot_tile`. The full barrier of the slot then
   // counts the bytes that arrive.
-  template <class SlotTile, int kSlots, class Rows = HeadRows, class Also = NothingElse>
-  GPU_DEVICE void load(const Ring<kSlots>& ring, RingPosition<kSlots> position, uint32_t slot_tile, const Rows& rows,
+  template <class SlotTile, int kSlots, class Source = HeadRows, class Also = NothingElse>
+  GPU_DEVICE void load(const Ring<kSlots>& ring, RingPosition<kSlots> position, uint32_t slot_tile, const Source& rows,
                        const Also& also = {}) const {
     if (is_leader) {
       position.wait_empty(ring);
@@ -65,9 +65,9 @@ struct TileLoader {
   // Fills a slot with zeros in the rows that are not valid: memory may hold NaN there, and NaN times a probability of 0
   // is NaN. TMA reports the arrival at the barrier `cleaning`, the warp waits, overwrites the rows, and then marks the
   // slot as full.
-  template <class SlotTile, int kSlots, class Valid, class Rows = HeadRows, class Also = NothingElse>
+  template <class SlotTile, int kSlots, class Valid, class Source = HeadRows, class Also = NothingElse>
   GPU_DEVICE void load_valid(const Ring<kSlots>& ring, RingPosition<kSlots> position, uint32_t slot_tile,
-                             const Rows& rows, const Valid& valid, const Also& also = {}) {
+                             const Source& rows, const Valid& valid, const Also& also = {}) {
     if (valid.all()) {
       load<SlotTile>(ring, position, slot_tile, rows, also);
       return;
