@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "mask_bits.h"
 #include "preparation.h"
+#include "splits.h"
 #include "tiles.h"
 
 namespace fused_attn::gpu {
@@ -68,13 +69,12 @@ struct Pieces {
   QueryTile* query_tiles = nullptr;
   int32_t* num_query_tiles = nullptr;
   int32_t most_query_tiles = 0;
-  int32_t few_queries = 0;  // 0 = the large kernels compute all sequences
   float* relative_bias = nullptr;
   float* dbias_sums = nullptr;
   float* dkey_bias_sums = nullptr;
   float* drelative_bias_sums = nullptr;
-  float* partial_acc = nullptr;
-  Float2* partial_sums = nullptr;
+  SplitParams decode_splits{};  // see KeySplits
+  SplitParams large_splits{};
 };
 
 constexpr double kLog2EExact = 1.44269504088896340736;
@@ -92,12 +92,25 @@ BiasGradientSizes bias_gradient_sizes(const WorkspaceNeeds& needs, BiasGradientT
   return {needs.batch, needs.num_heads, needs.seqlen_q, needs.seqlen_k, tile};
 }
 
-// A packed call with num_splits may have sequences that are too long for the decode kernels. Then these kernels compute
-// only the sequences with at most this many queries, and the large kernels the others. 0 = the decode kernels compute
-// all sequences, or none.
+// If both kinds of forward kernels run, the decode kernels compute the sequences with at most this many queries, and the
+// large kernels the others. 0 = the large kernels compute all of them.
 int64_t few_queries(const WorkspaceNeeds& needs) {
-  const int64_t few = kMaxDecodeTiles * kDecodeRows * needs.num_kv_heads / std::max<int64_t>(needs.num_heads, 1);
-  return needs.is_packed && needs.num_splits > 0 && needs.seqlen_q > few ? few : 0;
+  if (needs.splits.decode == 0) return 0;
+  return kMaxDecodeTiles * kDecodeRows * needs.num_kv_heads / std::max<int64_t>(needs.num_heads, 1);
+}
+
+// Takes the arrays for the sums of `count` splits of the keys, for sequences with fewest_queries ... most_queries
+// queries. The longest one has needs.seqlen_q.
+SplitParams take_splits(const WorkspaceNeeds& needs, int32_t count, int64_t fewest_queries, int64_t most_queries,
+                        Workspace& workspace) {
+  const int64_t rows = count > 1 ? count * needs.batch * needs.num_heads * std::min(most_queries, needs.seqlen_q) : 0;
+  SplitParams splits{};
+  splits.count = std::max(count, 1);
+  splits.acc = workspace.take<float>(rows * needs.value_dim);
+  splits.sums = workspace.take<SplitSum>(rows);
+  splits.fewest_queries = static_cast<int32_t>(fewest_queries);
+  splits.most_queries = static_cast<int32_t>(most_queries);
+  return splits;
 }
 
 // The shape of the gradient of a key bias: that of a dense bias that heads and queries share.
@@ -107,14 +120,12 @@ std::array<int64_t, 4> dkey_bias_shape(const WorkspaceNeeds& needs) { return {ne
 // is that of the kernel for the gradient of a bias.
 Pieces take_pieces(const WorkspaceNeeds& needs, BiasGradientTile tile, Workspace& workspace) {
   Pieces pieces;
-  if (needs.num_splits > 0) {
-    const int64_t queries = few_queries(needs) > 0 ? few_queries(needs) : needs.seqlen_q;
-    const int64_t rows = needs.num_splits > 1 ? needs.num_splits * needs.batch * needs.num_heads * queries : 0;
-    pieces.partial_acc = workspace.take<float>(rows * needs.value_dim);
-    pieces.partial_sums = workspace.take<Float2>(rows);
-    if (few_queries(needs) == 0) return pieces;
-    pieces.few_queries = static_cast<int32_t>(few_queries(needs));
-  }
+  const bool runs_both = needs.splits.decode > 0 && needs.splits.large > 0;
+  if (needs.splits.decode > 0)
+    pieces.decode_splits =
+        take_splits(needs, needs.splits.decode, 0, runs_both ? few_queries(needs) : kMaxRows, workspace);
+  if (needs.splits.large == 0) return pieces;
+  pieces.large_splits = take_splits(needs, needs.splits.large, few_queries(needs) + 1, kMaxRows, workspace);
   if (needs.has_key_padding) {
     pieces.valid_words = static_cast<int32_t>(ceil_div(needs.seqlen_k, kLargestBlock) * (kLargestBlock / 32));
     pieces.valid_keys = workspace.take<uint32_t>(needs.batch * pieces.valid_words);
@@ -157,7 +168,7 @@ Pieces take_pieces(const WorkspaceNeeds& needs, BiasGradientTile tile, Workspace
   constexpr int64_t kLeastTileRows = 64;  // of all forward kernels
   const int64_t most_query_tiles = needs.rows_q / kLeastTileRows + needs.batch;
   const bool is_sparse = needs.batch * ceil_div(needs.seqlen_q, kLeastTileRows) > most_query_tiles;
-  if (needs.is_packed && !needs.is_backward && (is_sparse || pieces.few_queries > 0)) {
+  if (needs.is_packed && !needs.is_backward && (is_sparse || runs_both)) {
     pieces.most_query_tiles = static_cast<int32_t>(most_query_tiles);
     pieces.query_tiles = workspace.take<QueryTile>(most_query_tiles);
     pieces.num_query_tiles = workspace.take<int32_t>(1);
@@ -212,15 +223,16 @@ int64_t mask_entries(const AttentionParams& a) {
   return (mask_has_batch(a) ? a.batch : 1) * (mask_has_heads(a) ? a.num_heads : 1);
 }
 
-// Whether the blocks of threads of forward need a counter to share the tiles of queries evenly (Params::tile_counter).
+// Whether the blocks of threads of forward need a counter to share the tiles of queries evenly (Params::tile_counter),
+// of which each has large_splits splits.
 // They need none if all tiles take equally long, or if each block has one tile at most. The counter has to be reset,
 // and without other work for the preparation kernel this takes a launch.
-bool shares_tiles(const AttentionParams& a) {
+bool shares_tiles(const AttentionParams& a, int64_t large_splits) {
   const bool has_equal_tiles = a.window_left == kUnbounded && a.window_right == kUnbounded &&
                                a.cu_seqlens_q == nullptr && a.key_padding.data == nullptr && a.key_lengths == nullptr &&
                                mask_entries(a) == 0;
   return !has_equal_tiles &&
-         ceil_div(a.seqlen_q, kLeastForwardRowsSm90) * a.num_heads * a.batch > num_multiprocessors();
+         ceil_div(a.seqlen_q, kLeastForwardRowsSm90) * a.num_heads * a.batch * large_splits > num_multiprocessors();
 }
 
 // How many heads the relative bias has: 0 without one, 1 if all heads share it.
@@ -295,6 +307,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.key_lengths = a.key_lengths;
   p.query_tiles = pieces.query_tiles;
   p.num_query_tiles = pieces.num_query_tiles;
+  p.splits = pieces.large_splits;
   p.valid_keys = pieces.valid_keys;
   p.valid_words = pieces.valid_words;
   p.dropout_seed = a.has_dropout ? a.dropout_seed_data : nullptr;
@@ -324,7 +337,8 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
       a.cu_seqlens_k != nullptr && a.key_padding.data == nullptr && entries_by_offset < entries;
   p.num_listed_key_blocks =
       static_cast<int32_t>((p.lists_key_blocks_by_offset ? entries_by_offset : entries) * a.num_kv_heads);
-  if (pieces.tile_counter != nullptr && (is_backward || shares_tiles(a))) p.tile_counter = pieces.tile_counter;
+  if (pieces.tile_counter != nullptr && (is_backward || shares_tiles(a, p.splits.count)))
+    p.tile_counter = pieces.tile_counter;
   p.program_counter = pieces.program_counter;
   return p;
 }
@@ -424,8 +438,8 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
     jobs.mask_blocks = blocks_for(warps_of_mask(p.mask, mask_entries(a)), kPreparationWarps);
   }
   if (pieces.query_tiles != nullptr) {
-    jobs.query_tiles = {kernels.forward_rows[is_general_forward(p)], pieces.few_queries, pieces.most_query_tiles,
-                        pieces.query_tiles, pieces.num_query_tiles};
+    jobs.query_tiles = {kernels.forward_rows[is_general_forward(p)], p.splits.fewest_queries - 1,
+                        pieces.most_query_tiles, pieces.query_tiles, pieces.num_query_tiles};
     jobs.query_tile_blocks = blocks_for(1, 1);
   }
   // Row statistics lie in whole row blocks, up to the end of the last one.
@@ -471,24 +485,24 @@ DecodeParams decode_params_of(const AttentionParams& a, const Pieces& pieces, Pa
   p.logits.relative_bias = static_cast<const float*>(a.relative_bias.data);
   p.logits.relative_bias_stride_head = a.relative_bias.stride_head;
   DecodeParams d{};
-  d.num_splits = static_cast<int32_t>(a.num_splits);
-  d.leaves_out_longer = pieces.few_queries > 0;
-  if (d.leaves_out_longer) p.seqlen_q = pieces.few_queries;
+  p.splits = pieces.decode_splits;
+  p.seqlen_q = std::min(p.seqlen_q, p.splits.most_queries);
   d.row_tiles = static_cast<int32_t>(ceil_div(int64_t{p.seqlen_q} * p.group_size, kDecodeRows));
   d.padding = static_cast<const uint8_t*>(a.key_padding.data);
   d.padding_stride_batch = a.key_padding.stride_batch;
   d.padding_stride_key = a.key_padding.stride_col;
   d.mask = mask_source_of(a);
-  d.partial_acc = pieces.partial_acc;
-  d.partial_sums = pieces.partial_sums;
   return d;
 }
 
 // Throws if the kernels that are about to run would ignore an argument. The Python backend makes no such call.
-void check_kernels(const AttentionParams& a, bool is_decode, bool is_backward) {
-  if (is_decode && (a.has_dropout || a.key_bias.data != nullptr || a.row_max.data != nullptr))
-    throw std::invalid_argument("num_splits: expected 0 with dropout, key_bias or row_max, got " +
-                                std::to_string(a.num_splits));
+void check_kernels(const AttentionParams& a, const KeySplits& splits, bool is_backward) {
+  if (splits.decode > 0 && (a.has_dropout || a.key_bias.data != nullptr))
+    throw std::invalid_argument("decode_splits: expected 0 with dropout or key_bias, got " +
+                                std::to_string(splits.decode));
+  if ((splits.decode > 0 || splits.large > 1) && a.row_max.data != nullptr)
+    throw std::invalid_argument("decode_splits, large_splits: expected 0 and 1 with row_max, got " +
+                                std::to_string(splits.decode) + " and " + std::to_string(splits.large));
   if (is_backward && a.block_table != nullptr)
     throw std::invalid_argument("block_table: expected None in backward, got a tensor");
 }
@@ -529,25 +543,26 @@ void run(const Call& of_caller, bool is_backward) {
   needs.dbias_shape[3] = a.dbias.stride_col == 0 ? 1 : a.seqlen_k;
   needs.wants_dkey_bias = a.dkey_bias.data != nullptr;
   needs.wants_drelative_bias = a.drelative_bias.data != nullptr;
-  needs.num_splits = is_backward ? 0 : a.num_splits;
+  needs.splits = call.splits;
   needs.value_dim = a.value_dim;
   if (const int64_t bytes = workspace_bytes(needs); call.workspace_bytes < bytes)
     throw std::invalid_argument("workspace: expected at least " + std::to_string(bytes) + " bytes, got " +
                                 std::to_string(call.workspace_bytes));
-  check_kernels(a, needs.num_splits > 0, is_backward);
+  check_kernels(a, needs.splits, is_backward);
   Workspace workspace(call.workspace);
   const Pieces pieces = take_pieces(needs, kernels.bias_gradient_tile, workspace);
   const Params params = params_of(call, pieces, is_backward);
   const bool is_bf16 = a.dtype == DType::kBFloat16;
-  if (needs.num_splits > 0) {
+  if (needs.splits.decode > 0) {
     Params few = params;
     const DecodeParams decode = decode_params_of(a, pieces, few);
     kernels.decode(few, decode, is_bf16, call.stream);
-    merge_splits(few, decode, is_bf16, call.stream);
-    if (!decode.leaves_out_longer) return;
+    merge_splits(few, is_bf16, call.stream);
+    if (needs.splits.large == 0) return;
   }
   prepare(a, params, pieces, kernels, is_backward, call.stream);
   (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
+  if (!is_backward) merge_splits(params, is_bf16, call.stream);
   // These kernels come after those of backward, because they read the row statistics.
   const BiasGradientSizes sizes = bias_gradient_sizes(needs, kernels.bias_gradient_tile);
   if (needs.wants_dbias) {

@@ -9,12 +9,20 @@
 
 namespace fused_attn::gpu {
 
+// Into how many parts each kind of forward kernel divides the keys of a row; 0 = kernels of this kind do not run. With
+// both kinds, the decode kernels compute the sequences of a packed call that have few queries.
+struct KeySplits {
+  int32_t decode = 0;
+  int32_t large = 1;
+};
+
 // One call of forward or backward: what to compute, and where to run.
 struct Call {
   AttentionParams params;
   int64_t batch_entries = 0;  // batch entries of the tensors: 1 when packed
   int64_t rows_q = 0;         // rows of a head of the query: seqlen_q, or the rows of all sequences when packed
   int64_t rows_k = 0;         // the same for the key
+  KeySplits splits;           // in forward
   int architecture = 80;      // the kernels of this architecture run: 80, or 90 for sm_90a
   int device = 0;             // number of the CUDA device
   void* workspace = nullptr;  // aligned to 256 bytes; its contents do not matter
@@ -44,7 +52,7 @@ struct WorkspaceNeeds {
   std::array<int64_t, 4> dbias_shape{};  // 1 in a dimension that the bias broadcasts along
   bool wants_dkey_bias = false;
   bool wants_drelative_bias = false;
-  int64_t num_splits = 0;    // how the decode kernels cut the keys; 0 = other kernels run
+  KeySplits splits;
   int64_t mask_entries = 0;  // different pairs (batch entry, head) in the dense mask; 0 = no mask
 };
 

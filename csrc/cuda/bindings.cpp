@@ -32,15 +32,36 @@ void* current_stream(const Reader& reader) {
   return stream;
 }
 
+// A number that Python has passed.
+int32_t read_number(PyObject* number) {
+  const long value = PyLong_AsLong(number);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return static_cast<int32_t>(value);
+}
+
+// Makes a KeySplits from the two numbers that Python has passed.
+KeySplits read_splits(PyObject* decode, PyObject* large) {
+  const KeySplits splits{read_number(decode), read_number(large)};
+  const auto check = [](int32_t count, const char* name) {
+    if (count < 0 || count > kMaxSplits)
+      throw py::value_error(std::string(name) + ": expected 0 to " + std::to_string(kMaxSplits) + ", got " +
+                            std::to_string(count));
+  };
+  check(splits.decode, "decode_splits");
+  check(splits.large, "large_splits");
+  return splits;
+}
+
 // Makes a Call from what Python has passed. Throws if the kernels do not support a dtype, head dim or alignment.
-Call read_call(const Reader& reader, const Problem& problem, PyObject* architecture, PyObject* workspace) {
+Call read_call(const Reader& reader, const Problem& problem, const KeySplits& splits, PyObject* architecture,
+               PyObject* workspace) {
   Call call;
   call.params = problem.params;
   call.batch_entries = problem.batch_entries;
   call.rows_q = problem.rows_q;
   call.rows_k = problem.rows_k;
-  call.architecture = static_cast<int>(PyLong_AsLong(architecture));
-  if (PyErr_Occurred()) throw py::error_already_set();
+  call.splits = splits;
+  call.architecture = read_number(architecture);
   if (const Argument argument = reader.optional(workspace, "workspace"); argument.given) {
     argument.check_type(ElementType::kFloat32);
     argument.check_unit_stride(0);
@@ -92,20 +113,22 @@ auto call_unlocked(Function function) {
 
 // Runs forward or backward.
 template <void (*function)(const Call&)>
-void run(const Reader& reader, const Problem& problem, PyObject* architecture, PyObject* workspace) {
-  const Call call = read_call(reader, problem, architecture, workspace);
+void run(const Reader& reader, const Problem& problem, const KeySplits& splits, PyObject* architecture,
+         PyObject* workspace) {
+  const Call call = read_call(reader, problem, splits, architecture, workspace);
   call_unlocked([&] { function(call); });
 }
 
 const char kForwardDoc[] =
-    "forward(inputs, results, config, architecture, workspace)\n\n"
+    "forward(inputs, results, config, decode_splits, large_splits, architecture, workspace)\n\n"
     "Writes those of the results that are not None. See the module's docstring for the arguments.";
 
 PyObject* forward(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 5, kForwardDoc);
+  check_count(count, 7, kForwardDoc);
   const Inputs inputs = Inputs::of(args[0]);
   const Reader reader = reader_like(inputs.query);
-  run<gpu::forward>(reader, read_forward(reader, inputs, Results::of(args[1]), args[2]), args[3], args[4]);
+  const Problem problem = read_forward(reader, inputs, Results::of(args[1]), args[2]);
+  run<gpu::forward>(reader, problem, read_splits(args[3], args[4]), args[5], args[6]);
   Py_RETURN_NONE;
 }
 
@@ -119,7 +142,7 @@ PyObject* backward(PyObject* const* args, Py_ssize_t count) {
   const Reader reader = reader_like(inputs.query);
   const Problem problem = read_backward(reader, inputs, Saved::of(args[1]), Gradients::of(args[2]), args[3],
                                         /*rounds_dbias=*/true);
-  run<gpu::backward>(reader, problem, args[4], args[5]);
+  run<gpu::backward>(reader, problem, {}, args[4], args[5]);
   Py_RETURN_NONE;
 }
 
@@ -135,6 +158,7 @@ Private: fused_attn.backends.cuda uses it. Arguments are those of fused_attn._C,
 and with rows that start at multiples of 16 bytes; kernels run on torch's current stream of that device. Contents are not
 looked at: cu_seqlens must fit.
 
+decode_splits, large_splits    into how many parts each kind of forward kernel divides the keys; 0 = it does not run
 architecture                   whose kernels run: 80, or 90 for sm_90a
 workspace                      float32, workspace_bytes(...) bytes or more; None where that is 0
 dbias                          accumulate or the dtype of query)";
@@ -153,7 +177,7 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
          int64_t batch_entries, int64_t num_heads, int64_t num_kv_heads, int64_t rows_q, int64_t seqlen_q,
          int64_t seqlen_k, int64_t head_dim, bool is_packed, bool has_key_padding, int64_t relative_bias_heads,
          int64_t mask_entries, std::optional<std::array<int64_t, 4>> dbias_shape, bool wants_dkey_bias,
-         bool wants_drelative_bias, int64_t num_splits, int64_t value_dim) {
+         bool wants_drelative_bias, int32_t decode_splits, int32_t large_splits, int64_t value_dim) {
         gpu::WorkspaceNeeds needs;
         needs.architecture = architecture;
         needs.is_backward = is_backward;
@@ -175,7 +199,7 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
         needs.dbias_shape = dbias_shape.value_or(needs.dbias_shape);
         needs.wants_dkey_bias = wants_dkey_bias;
         needs.wants_drelative_bias = wants_drelative_bias;
-        needs.num_splits = num_splits;
+        needs.splits = {decode_splits, large_splits};
         needs.value_dim = value_dim;
         return gpu::workspace_bytes(needs);
       },
@@ -183,8 +207,8 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
       py::arg("wants_dkey_or_dvalue"), py::arg("batch"), py::arg("batch_entries"), py::arg("num_heads"),
       py::arg("num_kv_heads"), py::arg("rows_q"), py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("head_dim"),
       py::arg("is_packed"), py::arg("has_key_padding"), py::arg("relative_bias_heads"), py::arg("mask_entries"),
-      py::arg("dbias_shape"), py::arg("wants_dkey_bias"), py::arg("wants_drelative_bias"), py::arg("num_splits"),
-      py::arg("value_dim"),
+      py::arg("dbias_shape"), py::arg("wants_dkey_bias"), py::arg("wants_drelative_bias"), py::arg("decode_splits"),
+      py::arg("large_splits"), py::arg("value_dim"),
       "Size of the workspace in bytes. batch_entries and rows_q are those of the query tensor, batch counts "
       "sequences.");
   module.def(

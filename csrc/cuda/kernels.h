@@ -26,14 +26,13 @@ inline LaunchShape shape_of(int32_t rows, int block, int32_t heads, int32_t batc
   return {static_cast<int>(programs), 1, 1, threads, shared_bytes};
 }
 
-// The shape of a launch of forward, as shape_of. A packed call has at most rows_q / block tiles, and one more for each
-// sequence, whose last tile may have fewer rows.
+// The shape of a launch of forward: a block of threads for each split of each tile of `block` queries. A packed call has
+// at most rows_q / block tiles, and one more for each sequence, whose last tile may have fewer rows.
 inline LaunchShape forward_shape_of(const Params& p, int block, int threads, int shared_bytes) {
-  LaunchShape shape = shape_of(p.seqlen_q, block, p.num_heads, p.batch, threads, shared_bytes);
-  if (p.query_tiles != nullptr)
-    shape.grid_x =
-        static_cast<int>(std::min<int64_t>(shape.grid_x, (int64_t{p.rows_q} / block + p.batch) * p.num_heads));
-  return shape;
+  int64_t tiles = (int64_t{p.seqlen_q} + block - 1) / block * p.batch;
+  if (p.query_tiles != nullptr) tiles = std::min(tiles, int64_t{p.rows_q} / block + p.batch);
+  if (tiles >= int64_t{1} << 31) throw std::length_error("the problem needs more blocks than a grid may have");
+  return shape_of(static_cast<int32_t>(tiles), 1, p.num_heads, p.splits.count, threads, shared_bytes);
 }
 
 // Whether backward, or forward, needs a general kernel. Each large kernel is compiled twice. The plain kernel supports

@@ -71,6 +71,12 @@ struct Pages {
   int32_t count;  // how many pages there are
 };
 
+// What the softmax of a row has found in a split of the keys.
+struct alignas(8) SplitSum {
+  float reference;  // -inf: no key is visible
+  float total;      // the sum of the probs, which are relative to the reference
+};
+
 // What happens to a score between the product with the keys and the softmax. Masks are not part of it. logits.h applies
 // this.
 struct LogitParams {
@@ -151,6 +157,19 @@ struct QueryTileParams {
   int32_t most;      // how many tiles the list has room for
   QueryTile* tiles;  // output: see Params
   int32_t* count;    // output: see Params
+};
+
+// How forward kernels divide the keys of a row, where few rows have many keys. Each split of the keys has a program of
+// its own, which stores sums. merge_splits_kernel makes the results of them (splits.h).
+struct SplitParams {
+  int32_t count;  // how many splits; 1 = keys are not divided
+  // The sums of each split, relative to its reference. Null if keys are not divided.
+  float* acc;      // (count, B, H, L, Dv): sums of prob * value
+  SplitSum* sums;  // (count, B, H, L)
+  // In a packed call, the decode kernels may compute the sequences with few queries, and the large kernels the others.
+  // Sequences with fewer or more queries than these are left to the other kernels.
+  int32_t fewest_queries;
+  int32_t most_queries;
 };
 
 // What the preparation kernel reads to pack key padding to bits.
@@ -241,6 +260,7 @@ struct Params {
   // many programs as the longest one, and many of them find no queries. Null = no list.
   const QueryTile* query_tiles;
   const int32_t* num_query_tiles;  // how many there are, in a single number
+  SplitParams splits;              // in forward
 
   const int64_t* dropout_seed;  // null = no dropout
   uint32_t dropout_threshold;   // dropout drops an entry if its word of Philox is below this number

@@ -33,10 +33,12 @@ GPU_DEVICE WorkTile scheduled_tile(int32_t program, int32_t num_blocks, int32_t 
   return {block, head % num_heads, head / num_heads};
 }
 
-// Which tile of queries of the forward pass program number `program` works on; tiles have kBlockM rows. The tiles of a
-// packed call are listed once for all heads, as if the call had one batch entry.
+// Which tile of queries program number `program` of the forward pass works on; tiles have kBlockM rows. The splits of a
+// tile have programs side by side: this one has split program % count of the keys. The tiles of a packed call are
+// listed once for all heads, as if the call had one batch entry.
 template <int kBlockM>
 GPU_DEVICE WorkTile query_tile(const Params& p, int32_t program) {
+  program /= p.splits.count;
   if (p.query_tiles == nullptr)
     return scheduled_tile(program, (p.seqlen_q + kBlockM - 1) / kBlockM, p.num_heads, p.batch, p.heads_per_l2_group,
                           /*last_first=*/true);
@@ -48,7 +50,8 @@ GPU_DEVICE WorkTile query_tile(const Params& p, int32_t program) {
 
 // How many programs the forward pass has, of the `launched` ones that the host knows of.
 GPU_DEVICE int32_t num_query_programs(const Params& p, int32_t launched) {
-  return p.query_tiles == nullptr ? launched : min(launched, load_global(p.num_query_tiles) * p.num_heads);
+  if (p.query_tiles == nullptr) return launched;
+  return min(launched, load_global(p.num_query_tiles) * p.num_heads * p.splits.count);
 }
 
 // The number of the program that works on this tile: the inverse of scheduled_tile.

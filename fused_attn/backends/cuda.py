@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def build_reason(problem: AttentionProblem) -> str | None:
             f"the CUDA kernels have been built for {', '.join(map(str, built))}, expected sm_{capability[0]}"
             f"{capability[1]}; on the machine with the GPU, {command} builds them for it"
         )
-    if _architecture(problem, num_splits(problem)) == 80 and all(entry.name == "90a" for entry in built):
+    if _architecture(problem, splits_of(problem)) == 80 and all(entry.name == "90a" for entry in built):
         command = native.install_command(FUSED_ATTN_CUDA_ARCHITECTURES="80,90")
         return (
             f"the CUDA kernels have been built for {', '.join(map(str, built))} alone, expected sm_80, too, for pages "
@@ -107,8 +107,8 @@ def device_type() -> str:
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
     """The results of the call. lse and row_max are float32, or None if they are not needed."""
-    splits = 0 if needs_max else num_splits(problem)  # the decode kernels know no maxima
-    if splits and inputs.key_bias is not None:
+    splits = UNDIVIDED if needs_max else splits_of(problem)  # a split knows no maxima
+    if splits.decode and inputs.key_bias is not None:
         inputs = _with_key_bias_in_bias(inputs)
     inputs = _readable_inputs(problem, inputs)
     query = inputs.query
@@ -124,7 +124,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
     if has_no_keys or 0 in (out.numel(), problem.batch, problem.seqlen_q):
         return results
     workspace = _workspace(problem, inputs, wanted=None, splits=splits)
-    _kernels.forward(inputs, results, _config(problem, splits), _architecture(problem, splits), workspace)
+    _kernels.forward(inputs, results, _config(problem), *splits, _architecture(problem, splits), workspace)
     return results
 
 
@@ -215,13 +215,9 @@ def _in_dtypes_of(inputs: Inputs, grads: Gradients) -> Gradients:
     return Gradients(*(None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs))
 
 
-def _architecture(problem: AttentionProblem, splits: int) -> int:
-    """The architecture whose kernels run forward: that of the device, unless its kernels cannot load the pages.
-
-    splits: see `num_splits`
-    """
-    is_decode = splits > 0 and not runs_both(problem)
-    loads_pages = is_decode or problem.page_size % PAGE_STEP == 0
+def _architecture(problem: AttentionProblem, splits: Splits) -> int:
+    """The architecture whose kernels run forward: that of the device, unless its kernels cannot load the pages."""
+    loads_pages = not splits.large or problem.page_size % PAGE_STEP == 0
     return _device_architecture(problem) if loads_pages else 80
 
 
@@ -329,46 +325,81 @@ def _with_readable_rows(x: Tensor) -> Tensor:
     return x if is_aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
+class Splits(NamedTuple):
+    """Into how many parts each kind of forward kernel divides the keys of a row; 0 = no kernel of this kind runs.
+
+    If both kinds run, the decode kernels compute the sequences of a packed call that have few queries.
+    """
+
+    decode: int = 0
+    large: int = 1
+
+
+UNDIVIDED = Splits()
+
 #: The decode kernels have tiles of this many rows: a row is a query of one of the heads of a head group.
 DECODE_ROWS = 16
-#: With more tiles than this for a head group, other kernels run. Each tile reads all keys, though most of
-#: them from the L2 cache, and makes little use of the tensor cores.
+#: With more tiles than this for a head group, the large kernels run. Each tile reads all keys, though most of them from
+#: the L2 cache, and makes little use of the tensor cores.
 MAX_DECODE_TILES = 2
-#: A program for fewer keys than this would spend its time waiting for the first ones.
+#: A program of the decode kernels for fewer keys than this would spend its time waiting for the first ones.
 MIN_KEYS_PER_SPLIT = 256
 
+#: The large kernels divide keys for at most this many queries. With more, the sums of the splits would take long.
+MAX_DIVIDED_QUERIES = 1024
+#: The same for a fixed number of splits, which may be more than the device has use for.
+MAX_QUERIES_OF_FIXED_SPLITS = 128
+#: Tiles of the large kernels have about this many queries.
+LARGE_TILE_ROWS = 128
+#: An estimate, not measured: a tile takes 1.7 us for 128 keys of head dim 128 on an H100. Storing its sums, merging
+#: them and another launch take about 8 us.
+MIN_KEYS_PER_LARGE_SPLIT = 1024
 
-def runs_both(problem: AttentionProblem) -> bool:
-    """Whether the decode kernels compute the short sequences of a call, and the kernels for many queries the others.
 
-    So the tokens and the prompts of a server share a call. Packed calls without pages are rather those of training,
-    whose sequences are long.
+def splits_of(problem: AttentionProblem) -> Splits:
+    """The kernels that run forward, and into how many parts they divide the keys of each row.
+
+    The numbers follow from shapes and the device alone, never from lengths or masks.
     """
-    few = MAX_DECODE_TILES * DECODE_ROWS * problem.num_kv_heads // max(problem.num_heads, 1)
-    return problem.is_packed and problem.is_paged and problem.dropout_p == 0.0 and problem.seqlen_q > few > 0
+    most_rows = MAX_DECODE_TILES * DECODE_ROWS
+    group_size = problem.num_heads // max(problem.num_kv_heads, 1)
+    if problem.dropout_p > 0.0 or group_size > most_rows:
+        return Splits(large=_large_splits(problem))
+    if problem.seqlen_q * group_size <= most_rows:
+        return Splits(_decode_splits(problem, -(-problem.seqlen_q * group_size // DECODE_ROWS)), 0)
+    # The tokens and the prompts of a server share a call. Packed calls without pages are rather those of training,
+    # whose sequences are long.
+    if problem.is_packed and problem.is_paged:
+        return Splits(_decode_splits(problem, MAX_DECODE_TILES), _large_splits(problem))
+    return Splits(large=_large_splits(problem))
 
 
-def _decode_tiles(problem: AttentionProblem) -> int:
-    """How many tiles of rows the decode kernels have for each head group."""
-    rows = problem.num_heads // max(problem.num_kv_heads, 1) * problem.seqlen_q
-    return -(-rows // DECODE_ROWS)
-
-
-def num_splits(problem: AttentionProblem) -> int:
-    """Into how many parts the decode kernels divide the keys of each row; 0 = all rows run in other kernels.
-
-    The number follows from shapes and the device alone, never from lengths or masks.
-    """
-    tiles = MAX_DECODE_TILES if runs_both(problem) else _decode_tiles(problem)
-    if problem.dropout_p > 0.0 or tiles > MAX_DECODE_TILES:
-        return 0
+def _decode_splits(problem: AttentionProblem, tiles: int) -> int:
+    """The splits of the decode kernels, which have `tiles` tiles of rows for each head group."""
     if problem.num_splits:
         return problem.num_splits
-    keys = problem.seqlen_k
-    if problem.band.left != UNBOUNDED and problem.band.right != UNBOUNDED:
-        keys = min(keys, problem.band.left + problem.band.right + problem.seqlen_q)
     programs = max(problem.batch * problem.num_kv_heads * tiles, 1)
-    return max(1, min(_splits_of_programs(programs, _resident_programs(problem)), keys // MIN_KEYS_PER_SPLIT))
+    most = _keys_in_band(problem) // MIN_KEYS_PER_SPLIT
+    return max(1, min(_splits_of_programs(programs, _resident_programs(problem)), most))
+
+
+def _large_splits(problem: AttentionProblem) -> int:
+    """The splits of the large kernels. Without splits, each tile of queries has one program."""
+    if problem.num_splits:
+        # The longest sequence of a packed call must not decide about the bits of the other ones.
+        has_few = problem.seqlen_q <= MAX_QUERIES_OF_FIXED_SPLITS and not problem.is_packed
+        return problem.num_splits if has_few else 1
+    if problem.seqlen_q > MAX_DIVIDED_QUERIES:
+        return 1
+    tiles = max(problem.batch * problem.num_heads * -(-problem.seqlen_q // LARGE_TILE_ROWS), 1)
+    return max(1, min(_multiprocessors(problem) // tiles, _keys_in_band(problem) // MIN_KEYS_PER_LARGE_SPLIT))
+
+
+def _keys_in_band(problem: AttentionProblem) -> int:
+    """How many keys the queries see by the band, at most."""
+    if UNBOUNDED in (problem.band.left, problem.band.right):
+        return problem.seqlen_k
+    return min(problem.seqlen_k, problem.band.left + problem.band.right + problem.seqlen_q)
 
 
 def _splits_of_programs(programs: int, resident: int) -> int:
@@ -388,26 +419,29 @@ def _resident_programs(problem: AttentionProblem) -> int:
     """How many programs of the decode kernels run at a time: their shared memory allows two for a multiprocessor of
     compute capability 9.0, and one on smaller ones.
     """
+    is_here = problem.device.type == "cuda" and torch.cuda.is_available()
+    return _multiprocessors(problem) * (2 if not is_here or _device_architecture(problem) == 90 else 1)
+
+
+def _multiprocessors(problem: AttentionProblem) -> int:
+    """How many multiprocessors the device has; those of an H100 if there is none in this machine."""
     if problem.device.type != "cuda" or not torch.cuda.is_available():
-        return 2 * 132  # an H100
-    multiprocessors = torch.cuda.get_device_properties(problem.device).multi_processor_count
-    return multiprocessors * (2 if _device_architecture(problem) == 90 else 1)
+        return 132
+    return torch.cuda.get_device_properties(problem.device).multi_processor_count
 
 
 @functools.lru_cache(maxsize=4096)
-def _config(problem: AttentionProblem, splits: int = 0) -> Any:
-    """The numbers of a problem as the native module takes them, converted once for each problem.
-
-    splits: see `num_splits`
-    """
-    return _kernels.Config(**native_numbers(problem), num_splits=splits)
+def _config(problem: AttentionProblem) -> Any:
+    """The numbers of a problem as the native module takes them, converted once for each problem."""
+    return _kernels.Config(**native_numbers(problem))
 
 
-def _workspace(problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None, splits: int = 0) -> Tensor | None:
+def _workspace(
+    problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None, splits: Splits = UNDIVIDED
+) -> Tensor | None:
     """Uninitialised memory for intermediate results of a call, float32; None if the call needs none.
 
     wanted: the wanted gradients of a backward call; None for forward
-    splits: see `num_splits`
     """
     relative_bias = inputs.relative_bias
     size = _workspace_bytes(
@@ -438,7 +472,7 @@ def _workspace_bytes(
     problem: AttentionProblem,
     query_shape: torch.Size,
     wanted: Wanted | None,
-    splits: int,
+    splits: Splits,
     relative_bias_heads: int,
     mask_entries: int,
     dbias_shape: torch.Size | None,
@@ -447,7 +481,6 @@ def _workspace_bytes(
 
     query_shape: (B, H, L, D), with B = 1 for packed problems
     wanted: the wanted gradients of a backward call; None for forward
-    splits: see `num_splits`
     relative_bias_heads: the heads of relative_bias; 0 without one
     mask_entries: see `_mask_entries`
     dbias_shape: the shape of the gradient of bias; None if it is not wanted
@@ -473,6 +506,7 @@ def _workspace_bytes(
         dbias_shape=dbias_shape,
         wants_dkey_bias=wanted is not None and wanted.key_bias,
         wants_drelative_bias=wanted is not None and wanted.relative_bias,
-        num_splits=splits,
+        decode_splits=splits.decode,
+        large_splits=splits.large,
         value_dim=problem.value_dim,
     )

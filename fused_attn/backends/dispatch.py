@@ -18,53 +18,29 @@ BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
 
 
 class Preference(NamedTuple):
-    """The order in which backends are asked, for problems that meet all conditions.
+    """The order in which backends are asked, for problems of a kind.
 
-    min_capability: the lowest compute capability of the GPU; None = any device
-    min_seqlen_q: the smallest number of queries
-    min_tiles: the smallest number of tiles, each of 128 queries of one head
-    is_split: the CUDA kernels divide the keys among programs
+    shares_tile: whether the kind is that of `_heads_share_a_tile`; otherwise, all problems are of this kind
     """
 
-    min_capability: tuple[int, int] | None
-    min_seqlen_q: int
-    min_tiles: int
+    shares_tile: bool
     order: tuple[Backend, ...]
     reason: str
-    is_split: bool = False
 
 
 #: The first row that fits decides, for every feature alike: a backend that lacks a feature says so, and the next is
 #: asked.
 PREFERENCES = (
     Preference(
-        cuda.MIN_CAPABILITY,
-        129,
-        0,
+        True,
+        (cpu, triton, cuda, reference),
+        "the Triton kernels read the keys of a head group once for all its heads, which have a tile of queries in "
+        "common. The large CUDA kernels have a tile for each head, and each tile reads all keys",
+    ),
+    Preference(
+        False,
         (cpu, cuda, triton, reference),
         "the CUDA kernels choose registers and the order of instructions by hand, which Triton's compiler does not",
-    ),
-    Preference(
-        cuda.MIN_CAPABILITY,
-        64,
-        132,
-        (cpu, cuda, triton, reference),
-        "a head has one tile of queries, and the heads alone occupy the multiprocessors: an H100 has 132",
-    ),
-    Preference(
-        cuda.MIN_CAPABILITY,
-        0,
-        0,
-        (cpu, cuda, triton, reference),
-        "the CUDA kernels divide the keys of a head, too, and decide by hand how many loads are on their way",
-        is_split=True,
-    ),
-    Preference(
-        None,
-        0,
-        0,
-        (cpu, triton, cuda, reference),
-        "with up to 128 queries, keys are divided among programs, which CUDA kernels do for few queries only",
     ),
 )
 
@@ -159,14 +135,14 @@ def preferred(problem: AttentionProblem) -> tuple[Backend, ...]:
 
 
 def _fits(row: Preference, problem: AttentionProblem) -> bool:
-    if problem.num_splits and row.min_tiles:
-        return False  # A fixed cut promises results that do not depend on the batch, so neither may the backend.
-    tiles = problem.batch * problem.num_heads * -(-problem.seqlen_q // 128)
-    if problem.seqlen_q < row.min_seqlen_q or tiles < row.min_tiles:
-        return False
-    if row.min_capability is not None and (problem.capability or (0, 0)) < row.min_capability:
-        return False
-    return not row.is_split or cuda.num_splits(problem) > 0
+    return not row.shares_tile or _heads_share_a_tile(problem)
+
+
+def _heads_share_a_tile(problem: AttentionProblem) -> bool:
+    """Whether the queries of a head group fit into one tile, and are too many for the decode kernels of CUDA."""
+    rows = problem.num_heads // max(problem.num_kv_heads, 1) * problem.seqlen_q
+    has_groups = problem.num_heads > problem.num_kv_heads
+    return has_groups and not problem.is_packed and rows <= cuda.LARGE_TILE_ROWS and not cuda.splits_of(problem).decode
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> Explanation:

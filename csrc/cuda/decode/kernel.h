@@ -213,14 +213,21 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
   int32_t program = block_index_x();
   const int32_t first_row = program % d.row_tiles * kDecodeRows;
   program /= d.row_tiles;
-  const int32_t split = program % d.num_splits;
-  program /= d.num_splits;
+  const int32_t split = program % p.splits.count;
+  program /= p.splits.count;
   const int32_t kv_heads = p.num_heads / p.group_size, kv_head = program % kv_heads;
-  const HeadSlice head_slice = decode_slice_of(p, d, program / kv_heads, kv_head * p.group_size);
+  const HeadSlice head_slice = split_slice_of(p, program / kv_heads, kv_head * p.group_size);
   const int32_t num_rows = head_slice.seqlen_q * p.group_size;
   if (first_row >= num_rows) return;
-  const SplitKeys keys = split_keys(p, d, head_slice, first_row);
-  if (split >= max(keys.used_splits, d.num_splits == 1)) return;
+  const SplitKeys keys = split_keys(p, head_slice, first_row);
+  if (p.splits.count > 1 && split >= keys.used_splits) {
+    const int32_t row = first_row + thread_index();
+    HeadSlice own = head_slice;
+    own.head += row % p.group_size;
+    if (row < min(num_rows, first_row + kDecodeRows))
+      store_global(p.splits.sums + split_row(p, split, own, row / p.group_size), SplitSum{-kInfinity, 0.0f});
+    return;
+  }
 
   // Load.
   const Lane lane = this_lane();
@@ -347,14 +354,14 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
     HeadSlice own = head_slice;
     own.head += (first_row + row) % p.group_size;
     const int32_t query = (first_row + row) / p.group_size;
-    if (d.num_splits == 1) {
+    if (p.splits.count == 1) {
       finish_columns<T>(p, own, query, column, reference, total, sum);
       continue;
     }
-    const int64_t partial = partial_row(p, split, own, query);
-    if (column == 0) store_global(d.partial_sums + partial, Float2{reference, total});
+    const int64_t own_row = split_row(p, split, own, query);
+    if (column == 0) store_global(p.splits.sums + own_row, SplitSum{reference, total});
     if (column >= p.v.columns) continue;
-    float* const target = d.partial_acc + partial * p.v.columns + column;
+    float* const target = p.splits.acc + own_row * p.v.columns + column;
     store_global(reinterpret_cast<Float4*>(target), Float4{sum[0], sum[1], sum[2], sum[3]});
     store_global(reinterpret_cast<Float4*>(target) + 1, Float4{sum[4], sum[5], sum[6], sum[7]});
   }

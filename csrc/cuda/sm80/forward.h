@@ -10,6 +10,7 @@
 #include "../logits.h"
 #include "../mask_bits.h"
 #include "../softmax.h"
+#include "../splits.h"
 #include "../tile_scheduler.h"
 #include "../tiles.h"
 #include "tile_memory.h"
@@ -43,8 +44,10 @@ GPU_DEVICE void compute_rows(const Params& p) {
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int first_row = work.block * kBlockM;
   if (first_row >= head_slice.seqlen_q) return;
+  const int split = block_index_x() % p.splits.count;
   const BlockRange range =
-      key_range<kBlockN>(p, head_slice, first_row, min(first_row + kBlockM, head_slice.seqlen_q) - 1);
+      blocks_of_split(key_range<kBlockN>(p, head_slice, first_row, min(first_row + kBlockM, head_slice.seqlen_q) - 1),
+                      split, p.splits.count);
   const Lane lane = this_lane();
   const int warp_row = thread_index() / 32 * 16 * kRowTiles;
 
@@ -139,6 +142,10 @@ GPU_DEVICE void compute_rows(const Params& p) {
   GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = first_row + warp_row + 16 * m + lane.g + 8 * r;
+      if (p.splits.count > 1) {
+        store_split_row(p, split, head_slice, row, acc[m], r, softmax[m], lane);
+        continue;
+      }
       float factor, lse;
       softmax[m].finish(r, p.softmax_scale, p.softmax_scale_log2, factor, lse);
       if constexpr (kIsGeneral) {

@@ -27,6 +27,7 @@
 #include "../logits.h"
 #include "../mask_bits.h"
 #include "../softmax.h"
+#include "../splits.h"
 #include "../tile_scheduler.h"
 #include "../tiles.h"
 #include "bias_tiles.h"
@@ -94,21 +95,24 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
 
 constexpr int kNoMoreTiles = -1;
 
-// The note about a tile of queries: its head slice, its first row, and the blocks of keys to visit. Lane 0 of the
+// The note about a tile of queries: its head slice, its first row, and the blocks of keys to visit: those of one split
+// of the keys. Lane 0 of the
 // planning warp writes the note, and the consumers read it. The planning warp also reads its own note again instead of
 // keeping these numbers in registers, of which it has few.
 struct TileNote {
   uint32_t address;
 
   // Writes all fields but the ranges of the consumers.
-  GPU_DEVICE void store(int32_t first_row, const BlockRange& blocks, const HeadSlice& head_slice) const {
+  GPU_DEVICE void store(int32_t first_row, int32_t split, const BlockRange& blocks, const HeadSlice& head_slice) const {
     store_shared(address, Vec4{word(first_row), word(blocks.begin), word(blocks.end), word(head_slice.head)});
     store_shared(address + 16, Vec4{word(head_slice.batch), word(head_slice.kv_head), word(head_slice.k_offset),
                                     word(head_slice.seqlen_k)});
-    store_shared(address + 32, Vec2{word(head_slice.q_offset), word(head_slice.seqlen_q)});
+    store_shared(address + 32, Vec4{word(head_slice.q_offset), word(head_slice.seqlen_q), word(split), 0});
   }
   // The first query of the tile, or kNoMoreTiles.
   GPU_DEVICE int32_t first_row() const { return load_shared<int32_t>(address); }
+  // Which split of the keys the blocks are.
+  GPU_DEVICE int32_t split() const { return load_shared<int32_t>(address + 40); }
   // The blocks of keys to visit are first_block ... end_block - 1.
   GPU_DEVICE int32_t first_block() const { return load_shared<int32_t>(address + 4); }
   GPU_DEVICE int32_t end_block() const { return load_shared<int32_t>(address + 8); }
@@ -363,14 +367,19 @@ struct Planner {
     if (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));
   }
 
-  // Writes the TileNote about the queries from first_row on, and then the KeyNote of each block of keys that these
-  // queries visit. The end of the blocks is written twice: first by the band alone, so that last_to_visit can read the
+  // Writes the TileNote about the queries from first_row on and a split of their keys, and then the KeyNote of each block
+  // of keys that is visited. The end of the blocks is written twice: first by the band alone, so that last_to_visit can read the
   // note, and then without blocks at the end that have no visible key.
-  GPU_DEVICE void plan_tile(const HeadSlice& head_slice, int first_row) {
+  GPU_DEVICE void plan_tile(const HeadSlice& head_slice, int first_row, int split) {
     tile_position.wait_empty(rings.tiles);
-    if (lane == 0) tile().store(first_row, seen_by(head_slice, first_row, Plan::kBlockM), head_slice);
-    if (lane < Plan::kConsumers)
-      tile().store_range(lane, seen_by(head_slice, first_row + lane * kConsumerRows, kConsumerRows));
+    const BlockRange blocks = blocks_of_split(seen_by(head_slice, first_row, Plan::kBlockM), split, p.splits.count);
+    if (lane == 0) tile().store(first_row, split, blocks, head_slice);
+    if (lane < Plan::kConsumers) {
+      BlockRange own = seen_by(head_slice, first_row + lane * kConsumerRows, kConsumerRows);
+      own.begin = max(own.begin, blocks.begin);
+      own.end = min(own.end, blocks.end);
+      tile().store_range(lane, own);
+    }
     sync_warp();
     int block = last_to_visit(tile().end_block() - 1);
     sync_warp();  // all lanes have read it
@@ -392,7 +401,7 @@ struct Planner {
       const WorkTile work = query_tile<Plan::kBlockM>(p, number);
       const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
       const int first_row = work.block * Plan::kBlockM;
-      if (first_row < head_slice.seqlen_q) plan_tile(head_slice, first_row);
+      if (first_row < head_slice.seqlen_q) plan_tile(head_slice, first_row, number % p.splits.count);
       // The first tile of a block of threads has the number of the block. Further tiles: with a counter, a block takes
       // the next tile that no block has taken. Without a counter, all tiles take equally long, and each block takes
       // every grid_size-th tile.
@@ -403,7 +412,7 @@ struct Planner {
       number += grid_size_x();
     }
     tile_position.wait_empty(rings.tiles);
-    if (lane == 0) tile().store(kNoMoreTiles, {}, {});
+    if (lane == 0) tile().store(kNoMoreTiles, 0, {}, {});
     post_tile();
     note_position.wait_empty(rings.notes);
     if (lane == 0) rings.key_note(note_position).store_boxes({});
@@ -712,10 +721,16 @@ struct Consumer {
     }
   }
 
-  // Divides acc by the sums of the softmax, and writes out and lse of this thread's two rows to global memory.
+  // Divides acc by the sums of the softmax, and writes out and lse of this thread's two rows to global memory. If keys
+  // are divided, writes the sums of the split instead.
   GPU_DEVICE void store(TileNote tile) {
     const HeadSlice head_slice = tile.query_slice();
     const int warp_row = tile.first_row() + thread_row - lane.g;
+    if (p.splits.count > 1) {
+      GPU_UNROLL for (int r = 0; r < 2; ++r)
+          store_split_row(p, tile.split(), head_slice, warp_row + lane.g + 8 * r, acc, r, softmax, lane);
+      return;
+    }
     if constexpr (Plan::kStoresByTma) {
       // TMA leaves out rows past the end of the tensor. In a packed tensor, rows of another sequence follow. shuffle
       // tells the compiler that a warp agrees: otherwise it moves descriptors between the products of the main loop.
