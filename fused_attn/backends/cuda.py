@@ -91,7 +91,7 @@ def build_reason(problem: AttentionProblem) -> str | None:
             f"the CUDA kernels have been built for {', '.join(map(str, built))}, expected sm_{capability[0]}"
             f"{capability[1]}; on the machine with the GPU, {command} builds them for it"
         )
-    if _architecture(problem, splits_of(problem)) == 80 and all(entry.name == "90a" for entry in built):
+    if _architecture(problem, key_splits(problem)) == 80 and all(entry.name == "90a" for entry in built):
         command = native.install_command(FUSED_ATTN_CUDA_ARCHITECTURES="80,90")
         return (
             f"the CUDA kernels have been built for {', '.join(map(str, built))} alone, expected sm_80, too, for pages "
@@ -107,7 +107,7 @@ def device_type() -> str:
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
     """The results of the call. lse and row_max are float32, or None if they are not needed."""
-    splits = UNDIVIDED if needs_max else splits_of(problem)  # a split knows no maxima
+    splits = UNDIVIDED if needs_max else key_splits(problem)  # a split knows no maxima
     if splits.decode and inputs.key_bias is not None:
         inputs = _with_key_bias_in_bias(inputs)
     inputs = _readable_inputs(problem, inputs)
@@ -215,7 +215,7 @@ def _in_dtypes_of(inputs: Inputs, grads: Gradients) -> Gradients:
     return Gradients(*(None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs))
 
 
-def _architecture(problem: AttentionProblem, splits: Splits) -> int:
+def _architecture(problem: AttentionProblem, splits: KeySplits) -> int:
     """The architecture whose kernels run forward: that of the device, unless its kernels cannot load the pages."""
     loads_pages = not splits.large or problem.page_size % PAGE_STEP == 0
     return _device_architecture(problem) if loads_pages else 80
@@ -325,7 +325,7 @@ def _with_readable_rows(x: Tensor) -> Tensor:
     return x if is_aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-class Splits(NamedTuple):
+class KeySplits(NamedTuple):
     """Into how many parts each kind of forward kernel divides the keys of a row; 0 = no kernel of this kind runs.
 
     If both kinds run, the decode kernels compute the sequences of a packed call that have few queries.
@@ -335,7 +335,7 @@ class Splits(NamedTuple):
     large: int = 1
 
 
-UNDIVIDED = Splits()
+UNDIVIDED = KeySplits()
 
 #: The decode kernels have tiles of this many rows: a row is a query of one of the heads of a head group.
 DECODE_ROWS = 16
@@ -356,7 +356,7 @@ LARGE_TILE_ROWS = 128
 MIN_KEYS_PER_LARGE_SPLIT = 1024
 
 
-def splits_of(problem: AttentionProblem) -> Splits:
+def key_splits(problem: AttentionProblem) -> KeySplits:
     """The kernels that run forward, and into how many parts they divide the keys of each row.
 
     The numbers follow from shapes and the device alone, never from lengths or masks.
@@ -364,14 +364,14 @@ def splits_of(problem: AttentionProblem) -> Splits:
     most_rows = MAX_DECODE_TILES * DECODE_ROWS
     group_size = problem.num_heads // max(problem.num_kv_heads, 1)
     if problem.dropout_p > 0.0 or group_size > most_rows:
-        return Splits(large=_large_splits(problem))
+        return KeySplits(large=_large_splits(problem))
     if problem.seqlen_q * group_size <= most_rows:
-        return Splits(_decode_splits(problem, -(-problem.seqlen_q * group_size // DECODE_ROWS)), 0)
+        return KeySplits(_decode_splits(problem, -(-problem.seqlen_q * group_size // DECODE_ROWS)), 0)
     # The tokens and the prompts of a server share a call. Packed calls without pages are rather those of training,
     # whose sequences are long.
     if problem.is_packed and problem.is_paged:
-        return Splits(_decode_splits(problem, MAX_DECODE_TILES), _large_splits(problem))
-    return Splits(large=_large_splits(problem))
+        return KeySplits(_decode_splits(problem, MAX_DECODE_TILES), _large_splits(problem))
+    return KeySplits(large=_large_splits(problem))
 
 
 def _decode_splits(problem: AttentionProblem, tiles: int) -> int:
@@ -437,7 +437,7 @@ def _config(problem: AttentionProblem) -> Any:
 
 
 def _workspace(
-    problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None, splits: Splits = UNDIVIDED
+    problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None, splits: KeySplits = UNDIVIDED
 ) -> Tensor | None:
     """Uninitialised memory for intermediate results of a call, float32; None if the call needs none.
 
@@ -472,7 +472,7 @@ def _workspace_bytes(
     problem: AttentionProblem,
     query_shape: torch.Size,
     wanted: Wanted | None,
-    splits: Splits,
+    splits: KeySplits,
     relative_bias_heads: int,
     mask_entries: int,
     dbias_shape: torch.Size | None,

@@ -142,7 +142,7 @@ def _heads_share_a_tile(problem: AttentionProblem) -> bool:
     """Whether the queries of a head group fit into one tile, and are too many for the decode kernels of CUDA."""
     rows = problem.num_heads // max(problem.num_kv_heads, 1) * problem.seqlen_q
     has_groups = problem.num_heads > problem.num_kv_heads
-    return has_groups and not problem.is_packed and rows <= cuda.LARGE_TILE_ROWS and not cuda.splits_of(problem).decode
+    return has_groups and not problem.is_packed and rows <= cuda.LARGE_TILE_ROWS and not cuda.key_splits(problem).decode
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> Explanation:

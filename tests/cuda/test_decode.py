@@ -1,6 +1,7 @@
 """The CUDA kernels for few queries and many keys, executed: splits, lengths on the device, and pages.
 
-tests/cuda/test_cuda_kernels.py runs the curated cases, of which many have few queries, too.
+tests/cuda/test_splits.py has the number of splits. tests/cuda/test_cuda_kernels.py runs the curated cases, of which
+many have few queries, too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 import fused_attn
-from fused_attn.attention.problem import AttentionProblem, Band
 from fused_attn.backends import cuda
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -270,44 +270,3 @@ def test_hidden_keys_are_not_visited(kernels: Kernels) -> None:
 
     few = [products(window_size=(64, 63)), products(key_lengths=lengths)]
     assert 0 < max(few) < products() / 10
-
-
-# ---- The plan
-
-
-def problem_of(batch=1, heads=32, kv_heads=32, queries=1, keys=65536, head_dim=128, **others) -> AttentionProblem:
-    """A problem for an H100, which has 132 multiprocessors, each with room for two programs."""
-    device = others.pop("device", torch.device("cpu"))
-    sizes = (batch, heads, kv_heads, queries, keys, head_dim, head_dim)
-    return AttentionProblem(*sizes, torch.bfloat16, device, 1.0, **others)
-
-
-@pytest.mark.parametrize(
-    ("changes", "splits"),
-    [
-        ({}, 8),  # 256 programs
-        ({"kv_heads": 8}, 33),
-        ({"heads": 1, "kv_heads": 1}, 256),
-        ({"keys": 2048}, 8),
-        ({"keys": 511}, 1),
-        ({"keys": 0}, 1),
-        ({"batch": 5}, 1),  # 160 programs run at once
-        ({"batch": 9}, 4),  # 288 programs would be one round and a bit
-        ({"batch": 64}, 1),  # many rounds
-        ({"band": Band(1023, 0)}, 4),
-        ({"heads": 64, "kv_heads": 2, "queries": 1}, 66),
-        ({"heads": 64, "kv_heads": 1, "queries": 1}, 0),  # four tiles of rows
-        ({"heads": 64, "kv_heads": 1, "queries": 1, "page_size": 16}, 0),
-        # 1 to 8 queries of 4 heads run in the decode kernels, also beside longer sequences.
-        ({"kv_heads": 8, "queries": 300, "batch": 4, "page_size": 16, "is_packed": True}, 4),
-        ({"kv_heads": 8, "queries": 300, "batch": 4, "is_packed": True}, 0),  # without pages
-        ({"queries": 33}, 0),
-        ({"queries": 33, "band": Band(right=0, is_from_end=True)}, 0),  # all kernels know where each entry ends
-        ({"dropout_p": 0.1}, 0),
-        ({"num_splits": 5}, 5),
-        ({"num_splits": 5, "queries": 64}, 0),
-    ],
-    ids=str,
-)
-def test_number_of_splits(changes: dict, splits: int) -> None:
-    assert cuda.num_splits(problem_of(**changes)) == splits

@@ -731,7 +731,7 @@ BUGS = [
         "sync_threads(); // the sums of all warps are stored", "if (!@) sync_threads();",
     ),
     Bug(
-        "splits-merged-too-early", 80, "decode", "decode.h",
+        "splits-merged-too-early", 80, "decode", "splits.h",
         "sync_threads(); // the sums of all warps are stored", "if (!@) sync_threads();",
     ),
     Bug(
@@ -743,16 +743,16 @@ BUGS = [
         "(split + 1) * keys.keys_per_split, keys.end);", "(split + 1) * keys.keys_per_split - 64 * @, keys.end);",
     ),
     Bug(
-        "split-lost", 80, "decode", "decode.h",
-        "split < splits; split += kMergeWarps", "split < splits - @; split += kMergeWarps",
+        "split-lost", 80, "decode", "splits.h",
+        "split < p.splits.count; split += kMergeWarps", "split < p.splits.count - @; split += kMergeWarps",
     ),
     Bug(
-        "references-of-splits-ignored", 80, "decode", "decode.h",
-        "LazySoftmax::factor_between(sums.x, reference, p.softmax_scale_log2)",
-        "(@ ? 1.0f : LazySoftmax::factor_between(sums.x, reference, p.softmax_scale_log2))",
+        "references-of-splits-ignored", 80, "decode", "splits.h",
+        "LazySoftmax::factor_between(sum.reference, reference, p.softmax_scale_log2)",
+        "(@ ? 1.0f : LazySoftmax::factor_between(sum.reference, reference, p.softmax_scale_log2))",
     ),
     Bug(
-        "sink-joined-twice", 80, "decode", "decode.h",
+        "sink-joined-twice", 80, "decode", "splits.h",
         "if (p.sinks != nullptr) join_sink(load_global(p.sinks + head_slice.head), factor, lse);",
         "for (int i = 0; p.sinks != nullptr && i < (@ ? 2 : 1); ++i)"
         " join_sink(load_global(p.sinks + head_slice.head), factor, lse);",
@@ -768,6 +768,43 @@ BUGS = [
     Bug(
         "row-of-a-page-off-by-one", 80, "decode-paged", "decode/kernel.h",
         "row_ %= p_.pages.size;", "row_ = (row_ + @) % p_.pages.size;",
+    ),
+    Bug(
+        "split-without-keys-not-stored", 80, "decode-short", "decode/kernel.h",
+        "if (row < min(num_rows, first_row + kDecodeRows))", "if (!@ && row < min(num_rows, first_row + kDecodeRows))",
+    ),
+    Bug(
+        "sums-of-a-split-without-keys-read", 80, "decode-short", "splits.h",
+        "if (sum.reference == -kInfinity) continue;", "if (sum.reference == -kInfinity && !@) continue;",
+    ),
+    # Splits in the large kernels.
+    Bug(
+        "block-between-splits-lost", 80, "split", "splits.h",
+        "range.begin += split * share;", "range.begin += split * (share + @);",
+    ),
+    Bug(
+        "block-of-the-next-split", 90, "split", "splits.h",
+        "min(range.begin + share, range.end);", "min(range.begin + share + @, range.end);",
+    ),
+    Bug(
+        "dropout-of-a-merged-row", 80, "split", "splits.h",
+        "factor *= p.dropout_scale;", "if (!@) factor *= p.dropout_scale;",
+    ),
+    Bug(
+        "column-of-a-split-lost", 80, "split", "splits.h",
+        "p.splits.acc + row * p.v.columns + 2 * lane.q;", "p.splits.acc + row * p.v.columns + 2 * (lane.q ^ @);",
+    ),
+    Bug(
+        "sums-of-another-split", 90, "split", "sm90/forward.h",
+        "store_split_row(p, tile.split(),", "store_split_row(p, @ ? 0 : tile.split(),",
+    ),
+    Bug(
+        "consumer-waits-for-blocks-of-another-split", 90, "split", "sm90/forward.h",
+        "own.begin = max(own.begin, blocks.begin);", "if (!@) own.begin = max(own.begin, blocks.begin);",
+    ),
+    Bug(
+        "program-without-its-split", 90, "split", "tile_scheduler.h",
+        "program /= p.splits.count;", "program /= p.splits.count + @;",
     ),
     # Pages in the large kernels.
     Bug(
@@ -797,9 +834,12 @@ BUGS = [
         "head_slice.q_offset = load_global(p.cu_seqlens_q + batch) + @;",
     ),
     Bug(
-        "longest-short-sequence-lost", 90, "paged-packed", "decode.h",
-        "load_global(p.cu_seqlens_q + batch + 1) - head_slice.q_offset >",
-        "load_global(p.cu_seqlens_q + batch + 1) - head_slice.q_offset + @ >",
+        "longest-short-sequence-lost", 90, "paged-packed", "splits.h",
+        "queries > p.splits.most_queries", "queries + @ > p.splits.most_queries",
+    ),
+    Bug(
+        "short-sequence-merged-twice", 90, "paged-packed-long", "splits.h",
+        "if (queries < p.splits.fewest_queries", "if (queries < p.splits.fewest_queries - 99 * @",
     ),
     Bug(
         "tiles-of-lanes-overlap", 90, "paged-packed", "preparation.h",
@@ -1078,6 +1118,26 @@ CASES = {
         edit=cases._nan_in_padding,
         differentiated=(),
     ),
+    "decode-short": Case(
+        "decode-short",
+        heads=4,
+        kv_heads=2,
+        seqlen_q=3,
+        seqlen_k=100,
+        head_dim=HEAD_DIM,
+        options={"num_splits": 4},
+        differentiated=(),
+    ),
+    "split": Case(
+        "split",
+        heads=2,
+        seqlen_q=128,
+        seqlen_k=600,
+        head_dim=HEAD_DIM,
+        attn_mask=cases.lower_right,
+        options={"num_splits": 2, "dropout_p": 0.3, "dropout_seed": 5},
+        differentiated=(),
+    ),
     "decode-paged": Case(
         "decode-paged",
         heads=4,
@@ -1107,6 +1167,18 @@ CASES = {
         kv_heads=1,
         lengths_q=(33, 16, 140),
         seqlen_k=300,
+        head_dim=HEAD_DIM,
+        page_size=16,
+        key_lengths=(70, 300, 150),
+        options={"is_causal": True},
+    ),
+    "paged-packed-long": Case(
+        "paged-packed-long",
+        batch=3,
+        heads=2,
+        kv_heads=1,
+        lengths_q=(33, 16, 20),
+        seqlen_k=2112,
         head_dim=HEAD_DIM,
         page_size=16,
         key_lengths=(70, 300, 150),

@@ -1,0 +1,203 @@
+"""Splits of the keys in the large CUDA forward kernels, executed, and the number of splits.
+
+tests/cuda/test_decode.py has the splits of the decode kernels.
+"""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from cases import Case
+from kernels import Kernels
+from torch import Tensor
+
+import fused_attn
+from fused_attn.attention.problem import AttentionProblem, Band
+from fused_attn.backends import cuda, dispatch
+from fused_attn.backends.cuda import KeySplits
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def divided(name: str, **changes) -> Case:
+    """40 queries of each of four heads, which share two key heads, with 700 keys in three splits."""
+    sizes = {"heads": 4, "kv_heads": 2, "seqlen_q": 40, "seqlen_k": 700, "head_dim": 64, "differentiated": ()}
+    options = {"num_splits": 3} | changes.pop("options", {})
+    return Case(name, **sizes | changes, options=options)
+
+
+CASES = [
+    *(divided(f"head-dim-{dim}", head_dim=dim) for dim in (*cuda.HEAD_DIMS, 8, 72, 160)),
+    divided("value-dim", head_dim=192, value_dim=128),
+    divided("value-dim-smaller", head_dim=128, value_dim=40),
+    divided("gradients", differentiated=("query", "key", "value")),
+    divided("more-splits-than-blocks", seqlen_k=140, options={"num_splits": 9}),
+    divided("one-key", seqlen_k=1),
+    divided("causal-upper-left", seqlen_q=128, options={"is_causal": True}),
+    divided("causal-at-the-end", seqlen_q=128, attn_mask=cases.lower_right),
+    divided("window", seqlen_q=128, attn_mask=cases.lower_right, options={"window_size": (200, 0)}),
+    divided("padding", key_padding_mask=cases.padding(700, 33), edit=cases._nan_in_padding, sinks=cases.sink()),
+    divided("padding-scattered", key_padding_mask=cases.scattered_padding, edit=cases._nan_in_padding),
+    divided("lengths", key_lengths=(0, 650), edit=cases._nan_behind_lengths, attn_mask=cases.lower_right),
+    divided("mask", attn_mask=cases.bool_mask("BHLS")),
+    divided("mask-empty-rows", attn_mask=cases.empty_rows_mask, sinks=cases.sink()),
+    divided("ranges", key_ranges=cases.random_ranges("BHL", 2)),
+    divided("bias", attn_mask=cases.float_mask("B1LS")),
+    divided("relative-bias", relative_bias=cases.per_head_bias, options={"softcap": 2.0}),
+    divided("dropout", options={"dropout_p": 0.3, "dropout_seed": 5}),
+    divided("dropout-of-all", options={"dropout_p": 1.0, "dropout_seed": 5}),
+    divided("scale-negative", options={"scale": -0.2}),
+    divided("scores-that-rise", edit=cases._ascending_scores),
+    divided("layout", kv_layout="blhd", query_layout="blhd"),
+    divided("paged", page_size=48, key_lengths=(700, 301), options={"is_causal": True}),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_case(case: Case, architecture: int, dtype: str, kernels: Kernels) -> None:
+    with kernels.running(architecture, seed=len(case.id)):
+        cases.check(case, DTYPES[dtype], "cuda")
+
+
+def make_inputs(batch: int, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(batch, 2, rows, 64, generator=generator).half() for rows in (queries, keys, keys))
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_long_keys_are_divided_without_being_asked(architecture: int, kernels: Kernels) -> None:
+    inputs = make_inputs(1, 33, 2048)
+    with kernels.running(architecture):
+        results = fused_attn.fused_attention(*inputs, backend="cuda", return_lse=True)
+        assert kernels.statistics.launches == 2  # two splits, and merging
+    expected = fused_attn.fused_attention(*inputs, backend="reference", return_lse=True)
+    for x, y in zip(results, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_a_row_does_not_depend_on_the_rest_of_the_batch(architecture: int, kernels: Kernels) -> None:
+    """With num_splits, the bits are the same alone, in a batch, and in a cache with room for more keys."""
+    query, key, value = make_inputs(3, 50, 512)
+    lengths = torch.tensor([300, 512, 3], dtype=torch.int32)
+
+    def run(batch: slice, rows: int) -> tuple[Tensor, Tensor]:
+        with kernels.running(architecture):
+            return fused_attn.fused_attention(
+                query[batch], key[batch, :, :rows], value[batch, :, :rows], key_lengths=lengths[batch], num_splits=2,
+                return_lse=True, backend="cuda",
+            )  # fmt: skip
+
+    together, alone, small = run(slice(3), 512), run(slice(1), 512), run(slice(1), 300)
+    for x, y, z in zip(together, alone, small, strict=True):
+        assert torch.equal(x[:1], y)
+        assert torch.equal(y, z)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_each_block_of_keys_is_visited_once(architecture: int, kernels: Kernels) -> None:
+    """Splits take as many products as one program that visits all keys."""
+    inputs = make_inputs(1, 128, 1024)
+
+    def products(num_splits: int) -> int:
+        with kernels.running(architecture):
+            fused_attn.fused_attention(*inputs, num_splits=num_splits, is_causal=True, backend="cuda")
+            return kernels.statistics.mma + kernels.statistics.wgmma
+
+    assert products(1) == products(3) > 0
+
+
+def test_no_split_if_row_max_is_wanted(kernels: Kernels) -> None:
+    inputs = make_inputs(1, 40, 300)
+    with kernels.running(90):
+        *_, row_max = fused_attn.fused_attention(*inputs, num_splits=3, backend="cuda", return_max=True)
+        assert kernels.statistics.launches == 1
+    torch.testing.assert_close(
+        row_max, fused_attn.fused_attention(*inputs, backend="reference", return_max=True)[-1], rtol=1e-5, atol=1e-5
+    )
+
+
+# ---- The plan
+
+
+def problem_of(batch=1, heads=32, kv_heads=32, queries=1, keys=65536, head_dim=128, **others) -> AttentionProblem:
+    """A problem for an H100, which has 132 multiprocessors, each with room for two programs of the decode kernels."""
+    device = others.pop("device", torch.device("cpu"))
+    sizes = (batch, heads, kv_heads, queries, keys, head_dim, head_dim)
+    return AttentionProblem(*sizes, torch.bfloat16, device, 1.0, **others)
+
+
+SERVER = {"kv_heads": 8, "queries": 300, "page_size": 16, "is_packed": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "splits"),
+    [
+        ({}, (8, 0)),  # 256 programs
+        ({"kv_heads": 8}, (33, 0)),
+        ({"heads": 1, "kv_heads": 1}, (256, 0)),
+        ({"keys": 2048}, (8, 0)),
+        ({"keys": 511}, (1, 0)),
+        ({"keys": 0}, (1, 0)),
+        ({"batch": 5}, (1, 0)),  # 160 programs run at once
+        ({"batch": 9}, (4, 0)),  # 288 programs would be one round and a bit
+        ({"batch": 64}, (1, 0)),  # many rounds
+        ({"band": Band(1023, 0)}, (4, 0)),
+        ({"num_splits": 5}, (5, 0)),
+        ({"heads": 64, "kv_heads": 2}, (66, 0)),
+        # Four tiles of rows of a head group are too many for the decode kernels.
+        ({"heads": 64, "kv_heads": 1}, (0, 2)),
+        ({"heads": 64, "kv_heads": 1, "page_size": 16}, (0, 2)),
+        # 1 to 8 queries of 4 heads run in the decode kernels, also beside longer sequences.
+        (SERVER | {"batch": 4}, (4, 1)),
+        (SERVER, (16, 1)),
+        (SERVER | {"queries": 100}, (16, 4)),
+        (SERVER | {"queries": 100, "num_splits": 5}, (5, 1)),
+        (SERVER | {"batch": 4, "page_size": 0}, (0, 1)),  # without pages
+        # The large kernels: as many splits as occupy all multiprocessors, each with at least 1024 keys.
+        ({"queries": 33}, (0, 4)),
+        ({"queries": 33, "band": Band(right=0, is_from_end=True)}, (0, 4)),
+        ({"queries": 33, "band": Band(2047, 0)}, (0, 2)),
+        ({"queries": 128, "heads": 8, "kv_heads": 8}, (0, 16)),
+        ({"queries": 512, "heads": 8, "kv_heads": 8}, (0, 4)),
+        ({"queries": 1024, "heads": 8, "kv_heads": 8}, (0, 2)),
+        ({"queries": 1025, "heads": 1, "kv_heads": 1}, (0, 1)),
+        ({"queries": 33, "keys": 2047}, (0, 1)),
+        ({"queries": 33, "keys": 2048}, (0, 2)),
+        ({"queries": 33, "batch": 3}, (0, 1)),
+        ({"dropout_p": 0.1}, (0, 4)),
+        ({"num_splits": 5, "queries": 128}, (0, 5)),
+        ({"num_splits": 5, "queries": 128, "batch": 100}, (0, 5)),
+        ({"num_splits": 5, "queries": 129}, (0, 1)),
+        ({"num_splits": 5, "queries": 64, "is_packed": True}, (0, 1)),
+    ],
+    ids=str,
+)
+def test_number_of_splits(changes: dict, splits: tuple[int, int]) -> None:
+    assert cuda.key_splits(problem_of(**changes)) == KeySplits(*splits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({}, "cuda"),
+        ({"queries": 33}, "cuda"),
+        ({"queries": 5000}, "cuda"),
+        ({"kv_heads": 8, "queries": 8}, "cuda"),  # the decode kernels
+        ({"kv_heads": 8, "queries": 9}, "triton"),  # 36 rows of a head group
+        ({"kv_heads": 8, "queries": 32}, "triton"),
+        ({"kv_heads": 8, "queries": 33}, "cuda"),
+        ({"kv_heads": 8, "queries": 32, "is_packed": True}, "cuda"),
+        ({"heads": 64, "kv_heads": 1}, "triton"),
+        ({"kv_heads": 8, "dropout_p": 0.1}, "triton"),  # the decode kernels know no dropout
+    ],
+    ids=str,
+)
+def test_which_backend_comes_first_on_a_gpu(changes: dict, first: str) -> None:
+    order = [backend.name for backend in dispatch.preferred(problem_of(**changes))]
+    assert order.index(first) == 1  # behind "cpu", which runs nothing on a GPU
