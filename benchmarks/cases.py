@@ -30,6 +30,7 @@ MASKS = {
     "mla": "causal, head dims 192 and 128",  # values have fewer columns, as in DeepSeek's multi-head latent attention
     "varlen": "causal, packed",  # the lengths of the sequences are drawn uniformly from [1, L]
     "decode": "decode",  # one query for each sequence
+    "latents": "512 queries",  # of each sequence, as of a Perceiver or of a part of a prompt
     "blocks": "half of the blocks",  # a dense bool mask (1, 1, L, S), random in blocks of BLOCK x BLOCK entries
     "shared-question": "answers to a shared question",  # key_ranges (L, 2, 2); see Case.segment_starts
     "softcap": "softcap",
@@ -38,6 +39,8 @@ MASKS = {
 }
 #: Masks that are measured to be compared with "none", and therefore in fewer sizes (see `table`).
 FEATURES = ("blocks", "shared-question", "softcap", "sinks", "dropout")
+#: Masks whose queries are so many, whatever the length is.
+QUERIES = {"decode": 1, "latents": 512}
 #: Masks for which torch gets a dense bool mask.
 DENSE_MASKS = ("blocks", "shared-question")
 #: Masks with random lengths. A batch has at least LEAST_SEQUENCES, because the lengths of fewer would decide the time.
@@ -55,7 +58,7 @@ class Case:
     """One attention problem.
 
     length: the number of keys, padding included, or of the longest packed sequence; also the number of queries, unless
-        the mask is "decode", which has one query
+        the mask is one of QUERIES
     """
 
     batch: int
@@ -91,7 +94,7 @@ class Case:
 
     @property
     def seqlen_q(self) -> int:
-        return 1 if self.mask == "decode" else self.length
+        return min(QUERIES.get(self.mask, self.length), self.length)
 
     @property
     def is_causal(self) -> bool:
@@ -244,7 +247,8 @@ def table(
 ) -> Iterator[Case]:
     """All cases of a scale, the most useful first. The mask changes most slowly, the direction fastest.
 
-    A mask in FEATURES has cases in the first dtype only, with head dims up to 128 and at most 8 sequences in a batch.
+    A mask in FEATURES, and mask "latents", has cases in the first dtype only, with head dims up to 128 and at most 8
+    sequences in a batch.
     """
     directions = tuple(directions)
     for mask in masks:
@@ -256,7 +260,7 @@ def table(
                     if (mask == "window" and length <= WINDOW) or (mask == "bias" and length > 4096):
                         continue
                     is_left_out = dtype != scale.dtypes[0] or head_dim > 128 or scale.tokens > 8 * length
-                    if mask in FEATURES and is_left_out:
+                    if mask in (*FEATURES, "latents") and is_left_out:
                         continue
                     least = LEAST_SEQUENCES if mask in RANDOM_MASKS else 1
                     batch = max(least, scale.tokens // length)

@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import fused_attn
 from benchmarks import timing
-from benchmarks.cases import DENSE_MASKS, Case
+from benchmarks.cases import DENSE_MASKS, QUERIES, Case
 from benchmarks.conventions import OUR_BACKENDS, OURS, SKIPPING
 from benchmarks.inputs import Inputs
 
@@ -434,7 +434,7 @@ def _flash(inputs: Inputs, generation: int) -> Prepared:
     problem = IGNORES_PADDING if case.is_padded and case.is_causal else None
     function = package.flash_attn_func
     if problem or not (case.is_packed or case.is_padded):
-        if case.mask == "decode" and "num_splits" in inspect.signature(function).parameters:
+        if case.mask in QUERIES and "num_splits" in inspect.signature(function).parameters:
             options["num_splits"] = 0  # FlashAttention chooses the number of splits; its default is one split.
         given = ", ".join(f"{name}={value}" for name, value in options.items())
         features = {"softcap": case.softcap or None, "dropout_p": case.dropout_p or None}

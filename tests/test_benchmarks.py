@@ -82,6 +82,7 @@ def test_flops_follow_the_usual_formula() -> None:
     assert Case(2, 16, 1024, 64, "none", "bfloat16", "backward").flops == 2.5 * full.flops
     assert Case(2, 16, 1024, 64, "none", "bfloat16", "forward+backward").flops == 3.5 * full.flops
     assert Case(2, 16, 1024, 64, "decode", "bfloat16", "forward").flops == full.flops / 1024
+    assert Case(2, 16, 1024, 64, "latents", "bfloat16", "forward").flops == full.flops / 2
 
 
 def test_table_covers_every_mask_at_equal_tokens() -> None:
@@ -461,8 +462,8 @@ def test_packing_is_asked_where_there_is_padding() -> None:
             assert rivals.RIVALS[name].is_for(small(mask)) == ("padded" in mask)
 
 
-@pytest.mark.parametrize(("mask", "splits"), [("decode", 0), ("causal", 1)])
-def test_flash_attn_3_chooses_how_to_split_the_keys_of_a_decode(
+@pytest.mark.parametrize(("mask", "splits"), [("decode", 0), ("latents", 0), ("causal", 1)])
+def test_flash_attn_3_chooses_how_to_split_the_keys_of_few_queries(
     mask: str, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []

@@ -80,14 +80,15 @@ def test_no_bit_depends_on_the_other_entries(dtype: torch.dtype, backend: str) -
     assert torch.equal(rows(many)[:1], rows([1]))
 
 
-def test_the_backend_does_not_depend_on_the_batch_if_the_splits_are_fixed() -> None:
-    def chosen(batch: int, num_splits: int | None) -> str:
-        query = torch.empty(batch, 32, 100, 64, dtype=torch.bfloat16)
-        problem = explain(query, query, query, num_splits=num_splits).problem.on("sm_90")
+@pytest.mark.parametrize("num_splits", [None, 2])
+@pytest.mark.parametrize("kv_heads", [32, 16])
+def test_the_backend_does_not_depend_on_the_batch(kv_heads: int, num_splits: int | None) -> None:
+    def chosen(batch: int) -> tuple[str, ...]:
+        query, key = (torch.empty(batch, heads, 60, 64, dtype=torch.bfloat16) for heads in (32, kv_heads))
+        problem = explain(query, key, key, num_splits=num_splits, enable_gqa=True).problem.on("sm_90")
         return tuple(backend.name for backend in dispatch.preferred(problem))
 
-    assert chosen(1, None) != chosen(64, None)
-    assert chosen(1, 2) == chosen(64, 2)
+    assert chosen(1) == chosen(64)
 
 
 @pytest.mark.parametrize("lengths", [(1501, 0, 0, 0), (0, 0, 0, -1)])

@@ -36,9 +36,8 @@ def test_which_kernels_a_module_has(monkeypatch: pytest.MonkeyPatch, built: str,
     [
         ("sm_90", 2048, "cuda"),
         ("sm_90", 129, "cuda"),
-        ("sm_90", 128, "triton"),  # 8 heads with one tile of queries each, so the keys are divided
-        ("sm_90", 33, "triton"),
-        ("sm_90", 32, "cuda"),  # two tiles of rows for each head, whose keys the CUDA kernels divide
+        ("sm_90", 33, "cuda"),
+        ("sm_90", 32, "cuda"),
         ("sm_90", 1, "cuda"),
         ("sm_80", 2048, "cuda"),
         ("sm_100", 2048, "cuda"),

@@ -264,8 +264,8 @@ def test_workspace_grows_with_the_length(head_dim: int) -> None:
             wants_dkey_or_dvalue=True,
             batch=1, batch_entries=1, num_heads=heads, num_kv_heads=heads, rows_q=length, seqlen_q=length,
             seqlen_k=length, head_dim=head_dim, is_packed=False, has_key_padding=True, relative_bias_heads=heads,
-            mask_entries=0, dbias_shape=None, wants_dkey_bias=False, wants_drelative_bias=False, num_splits=0,
-            value_dim=head_dim,
+            mask_entries=0, dbias_shape=None, wants_dkey_bias=False, wants_drelative_bias=False, decode_splits=0,
+            large_splits=1, value_dim=head_dim,
         )  # fmt: skip
         assert most_bytes[length] < heads * length * (4 * 2 * 64 + 4 * head_dim)
     assert most_bytes[8192] < 2.01 * most_bytes[4096]
