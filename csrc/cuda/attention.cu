@@ -22,7 +22,8 @@ namespace {
 // 512, 128): 8 MiB 491 TFLOP/s, 32 MiB 380. From 2048 keys on, both are equal.
 constexpr int64_t kL2Bytes = 8 << 20;
 // The same for backward: bytes of queries, keys, values and dout. The sums of dq take as many bytes again. Measured on
-// an H100, (8, 16, 2048, 128): 20 MiB 490 TFLOP/s, 128 MiB 313.
+// an H100, (8, 16, 2048, 128): 20 MiB 490 TFLOP/s, 128 MiB 313. The fused backward reads keys and values once, so they
+// count like those of as many keys as queries at most.
 constexpr int64_t kBackwardL2Bytes = 12 << 20;
 
 // Arrays of bits (valid keys, masks) reach to the end of the largest block of queries or keys. So kernels read whole
@@ -57,6 +58,7 @@ struct Pieces {
   int32_t row_blocks = 0;
   float* lse_log2 = nullptr;
   float* delta = nullptr;
+  int32_t dq_sums_log2 = 0;
   float* dq_sums = nullptr;
   int32_t* dq_turns = nullptr;
   int32_t* key_ranks = nullptr;
@@ -86,6 +88,33 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 bool is_fused_backward(const WorkspaceNeeds& needs) {
   return needs.is_backward && (needs.wants_dquery || needs.wants_dkey_or_dvalue) && needs.architecture == 90 &&
          has_fused_backward(needs.head_dim);
+}
+
+// The heads that run side by side (Params::heads_per_l2_group).
+int32_t heads_per_l2_group(const WorkspaceNeeds& needs) {
+  const int64_t group_size = needs.num_heads / needs.num_kv_heads;
+  const int64_t row_bytes = needs.head_dim * 2 * 2, kv_bytes = std::max<int64_t>(needs.seqlen_k, 1) * row_bytes;
+  const int64_t q_bytes = needs.seqlen_q * row_bytes;
+  const int64_t once_read = is_fused_backward(needs) ? std::min(kv_bytes, q_bytes) : kv_bytes;
+  const int64_t heads = needs.is_backward ? kBackwardL2Bytes / std::max<int64_t>(once_read + group_size * q_bytes, 1)
+                                          : kL2Bytes * group_size / kv_bytes;
+  return static_cast<int32_t>(std::clamp<int64_t>(heads, 1, needs.num_heads * needs.batch));
+}
+
+// How many sums a tile of dq has in the fused backward, as a power of 2 (Params::dq_sums_log2): so many that the blocks
+// of keys of a head that run at the same time need not wait for one another. An estimate for an H100 with 512 queries,
+// 16384 keys and head dim 128: a step takes 2 us, and so does a turn. With one sum, 8 of the 128 blocks of keys work,
+// and the others wait.
+int32_t dq_sums_log2(const WorkspaceNeeds& needs) {
+  constexpr int64_t kMultiprocessors = 132;
+  constexpr int32_t kMost = 5;  // one block of threads adds all sums of a tile in the end
+  const int64_t heads = std::min<int64_t>(heads_per_l2_group(needs), needs.batch * needs.num_kv_heads);
+  const int64_t blocks = std::min(ceil_div(kMultiprocessors, heads), ceil_div(needs.seqlen_k, kKeyBlock));
+  const int64_t tiles = ceil_div(needs.seqlen_q, fused_backward_rows(static_cast<int>(needs.head_dim), false)) *
+                        (needs.num_heads / needs.num_kv_heads);
+  int32_t log2 = 0;
+  while (log2 < kMost && tiles << log2 < blocks) ++log2;
+  return log2;
 }
 
 BiasGradientSizes bias_gradient_sizes(const WorkspaceNeeds& needs, BiasGradientTile tile) {
@@ -141,8 +170,10 @@ Pieces take_pieces(const WorkspaceNeeds& needs, BiasGradientTile tile, Workspace
     if (is_fused) {
       constexpr int64_t kPanel = 64, kSmallestTile = 64;
       if (needs.wants_dquery) {
-        pieces.dq_sums = workspace.take<float>(all_blocks * kRowBlock * ceil_div(needs.head_dim, kPanel) * kPanel);
-        pieces.dq_turns = workspace.take<int32_t>(all_blocks * (kRowBlock / kSmallestTile));
+        pieces.dq_sums_log2 = dq_sums_log2(needs);
+        const int64_t rows = all_blocks * kRowBlock << pieces.dq_sums_log2;
+        pieces.dq_sums = workspace.take<float>(rows * ceil_div(needs.head_dim, kPanel) * kPanel);
+        pieces.dq_turns = workspace.take<int32_t>(rows / kSmallestTile);
       }
       const int64_t key_blocks = ceil_div(needs.seqlen_k, kKeyBlock);
       pieces.key_blocks = workspace.take<KeyBlock>(needs.batch * needs.num_kv_heads * key_blocks);
@@ -269,7 +300,7 @@ LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
 }
 
 // Fills in Params: sizes in 32 bits, tensors, and pieces of the workspace.
-Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
+Params params_of(const Call& call, const WorkspaceNeeds& needs, const Pieces& pieces) {
   const AttentionParams& a = call.params;
   Params p{};
   p.batch = static_cast<int32_t>(a.batch);
@@ -279,10 +310,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   p.seqlen_k = static_cast<int32_t>(a.seqlen_k);
   p.rows_q = static_cast<int32_t>(call.rows_q);
   p.rows_k = static_cast<int32_t>(call.rows_k);
-  const int64_t kv_bytes = a.seqlen_k * a.head_dim * 2 * 2, q_bytes = a.seqlen_q * a.head_dim * 2 * 2;
-  const int64_t heads =
-      is_backward ? kBackwardL2Bytes / (kv_bytes + p.group_size * q_bytes) : kL2Bytes * p.group_size / kv_bytes;
-  p.heads_per_l2_group = static_cast<int32_t>(std::clamp<int64_t>(heads, 1, a.num_heads * a.batch));
+  p.heads_per_l2_group = heads_per_l2_group(needs);
   p.q = rows_of(a.query, a.head_dim);
   p.k = rows_of(a.key, a.head_dim);
   p.v = rows_of(a.value, a.value_dim);
@@ -325,6 +353,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
   const int64_t stride_batch = a.cu_seqlens_q != nullptr ? 0 : a.num_heads * stride_head;
   p.lse_log2 = {pieces.lse_log2, stride_batch, stride_head, 1};
   p.delta = {pieces.delta, stride_batch, stride_head, 1};
+  p.dq_sums_log2 = pieces.dq_sums_log2;
   p.dq_sums = pieces.dq_sums;
   p.dq_turns = pieces.dq_turns;
   p.key_ranks = pieces.key_ranks;
@@ -337,7 +366,7 @@ Params params_of(const Call& call, const Pieces& pieces, bool is_backward) {
       a.cu_seqlens_k != nullptr && a.key_padding.data == nullptr && entries_by_offset < entries;
   p.num_listed_key_blocks =
       static_cast<int32_t>((p.lists_key_blocks_by_offset ? entries_by_offset : entries) * a.num_kv_heads);
-  if (pieces.tile_counter != nullptr && (is_backward || shares_tiles(a, p.splits.count)))
+  if (pieces.tile_counter != nullptr && (needs.is_backward || shares_tiles(a, p.splits.count)))
     p.tile_counter = pieces.tile_counter;
   p.program_counter = pieces.program_counter;
   return p;
@@ -551,7 +580,7 @@ void run(const Call& of_caller, bool is_backward) {
   check_kernels(a, needs.splits, is_backward);
   Workspace workspace(call.workspace);
   const Pieces pieces = take_pieces(needs, kernels.bias_gradient_tile, workspace);
-  const Params params = params_of(call, pieces, is_backward);
+  const Params params = params_of(call, needs, pieces);
   const bool is_bf16 = a.dtype == DType::kBFloat16;
   if (needs.splits.decode > 0) {
     Params few = params;

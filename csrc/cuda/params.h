@@ -279,10 +279,11 @@ struct Params {
   RowValues lse_log2;  // (B, H, row_blocks * kRowBlock): lse * log2(e), or +inf for an empty row and past the last one
   RowValues delta;     // (B, H, row_blocks * kRowBlock): rowsum(dout * out) - dlse, or 0 past the last row
 
-  // Fused backward only. dq is a sum of parts, to which the blocks of keys add in a fixed order. Both pointers are null
-  // if dq is not wanted.
-  float* dq_sums;  // (B, H, row_blocks, kRowBlock * padded head dim); each tile lies in the order of its accumulators
-  int32_t* dq_turns;  // (B, H, tiles): how many blocks of keys have added to a tile of dq so far
+  // Fused backward only. A tile of dq has 1 << dq_sums_log2 sums, to which the blocks of keys add in a fixed order
+  // (DqTurn). Both pointers are null if dq is not wanted.
+  int32_t dq_sums_log2;
+  float* dq_sums;     // (B, H, tiles, sums, rows of a tile * padded head dim), each in the order of accumulators
+  int32_t* dq_turns;  // (B, H, tiles, sums): how many blocks of keys have added to a sum so far
   // (B, key blocks + 1): entry n says how many of the blocks 0 ... n - 1 have a valid key. Null = all blocks have one.
   const int32_t* key_ranks;
   int32_t num_key_blocks;  // how many blocks of keys the longest sequence has

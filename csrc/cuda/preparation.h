@@ -162,8 +162,10 @@ GPU_DEVICE void prepare_rows(const Params& p, int32_t block) {
   const bool is_empty = lse_log2 < -kLargestLseLog2 || (lse_log2 > kLargestLseLog2 && lse != kInfinity);
   store_global(head_slice.row_statistic(p.delta, row), is_empty ? 0.0f : sum);
   store_global(head_slice.row_statistic(p.lse_log2, row), is_empty ? kInfinity : lse_log2);
-  if (p.dq_turns != nullptr && row % kTileRows == 0)
-    store_global(p.dq_turns + head_slice.first_row_block(p) * (kRowBlock / kTileRows) + row / kTileRows, 0);
+  if (p.dq_turns == nullptr || row % kTileRows != 0) return;
+  const int64_t tile = head_slice.first_row_block(p) * (kRowBlock / kTileRows) + row / kTileRows;
+  GPU_NO_UNROLL for (int n = 0; n < 1 << p.dq_sums_log2; ++n)
+      store_global(p.dq_turns + (tile << p.dq_sums_log2) + n, 0);
 }
 
 // The preparation kernel. kTileRows: the queries of a tile of dq in the fused backward. The bound keeps 12 blocks of

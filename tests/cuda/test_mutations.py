@@ -290,7 +290,8 @@ BUGS = [
     # sm_90a, fused backward
     Bug(
         "turn-not-waited-for", 90, "long", "sm90/fused_backward.h",
-        "wait_until_equal(p.dq_turns + tile, turn);", "if (!@) wait_until_equal(p.dq_turns + tile, turn);",
+        "wait_until_equal(p.dq_turns + turn.sum, turn.number);",
+        "if (!@) wait_until_equal(p.dq_turns + turn.sum, turn.number);",
     ),
     Bug(
         "turn-off-by-one", 90, "long", "sm90/key_blocks.h",
@@ -311,7 +312,7 @@ BUGS = [
     ),
     Bug(
         "first-addition-onto-nothing", 90, "long", "sm90/fused_backward.h",
-        "if (turn == 0) {", "if (turn == 0 && !@) {",
+        "if (turn.number == 0) {", "if (turn.number == 0 && !@) {",
     ),
     Bug(
         "no-fence-after-the-turn", 90, "long", "sm90/fused_backward.h",
@@ -806,6 +807,20 @@ BUGS = [
         "program-without-its-split", 90, "split", "tile_scheduler.h",
         "program /= p.splits.count;", "program /= p.splits.count + @;",
     ),
+    # Several sums of a tile of dq.
+    Bug(
+        "turn-among-the-blocks-of-all-sums", 90, "latents", "sm90/key_blocks.h",
+        "number(earlier >> p.dq_sums_log2)", "number(@ ? earlier : earlier >> p.dq_sums_log2)",
+    ),
+    Bug(
+        "sum-of-dq-lost", 90, "latents", "sm90/fused_backward.h",
+        "n < num_sums; ++n) {", "n < num_sums - @; ++n) {",
+    ),
+    Bug(
+        "counter-of-a-sum-not-reset", 90, "latents", "preparation.h",
+        "n < 1 << p.dq_sums_log2; ++n) store_global(p.dq_turns",
+        "n < 1 << (@ ? 0 : p.dq_sums_log2); ++n) store_global(p.dq_turns",
+    ),
     # Pages in the large kernels.
     Bug(
         "row-of-a-paged-key-off-by-one", 80, "paged", "sm80/tile_memory.h",
@@ -1138,6 +1153,8 @@ CASES = {
         options={"num_splits": 2, "dropout_p": 0.3, "dropout_seed": 5},
         differentiated=(),
     ),
+    # Nine blocks of keys, two tiles of queries: each tile has eight sums.
+    "latents": Case("latents", heads=1, seqlen_q=100, seqlen_k=1100, head_dim=HEAD_DIM),
     "decode-paged": Case(
         "decode-paged",
         heads=4,

@@ -14,7 +14,8 @@
 //
 // Parts are added to a tile of dq in a fixed order, so the result does not depend on timing. The last block of keys
 // that sees the tile adds first, then the block of keys before it, and so on. Each tile has a counter (dq_turns), and a
-// block of keys waits until the counter shows the block's own number in this order. Blocks of keys are taken in the
+// block of keys waits until the counter shows the block's own number in this order. With few queries and many keys, a
+// tile has several sums, each with a counter (DqTurn). Blocks of keys are taken in the
 // same order, from the last one to the first, and each visits its tiles of queries upwards. This order has two
 // consequences:
 //
@@ -317,15 +318,15 @@ GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRing
     GPU_NO_UNROLL for (int left = b.steps(); is_left(left); --left, ++step, at.advance(p, b)) {
       if (step % 2 != parity) continue;
       const int64_t tile = b.row_block(p, at.head()) * Plan::kTilesPerRowBlock + at.tile();
-      const int32_t turn = at.turn(p, b);
-      wait_until_equal(p.dq_turns + tile, turn);
+      const DqTurn turn(p, tile, at.earlier(p, b));
+      wait_until_equal(p.dq_turns + turn.sum, turn.number);
       fence_async_proxy_global();
       GPU_UNROLL for (int group = 0; group < Plan::kConsumers; ++group) {
         mbarrier_wait(rings.dq_full_of(group, step), step / 2 & 1);
         fence_async_proxy();
         const uint32_t source = shared + Plan::kDq + group * Plan::kOwnDqBytes;
-        float* const sums = p.dq_sums + tile * Plan::kDqFloats + group * Plan::kOwnDqFloats;
-        if (turn == 0) {  // memory holds no sum yet, not even zeros
+        float* const sums = p.dq_sums + turn.sum * Plan::kDqFloats + group * Plan::kOwnDqFloats;
+        if (turn.number == 0) {  // memory holds no sum yet, not even zeros
           bulk_store(sums, source, Plan::kOwnDqBytes);
         } else {
           bulk_reduce_add_f32(sums, source, Plan::kOwnDqBytes);
@@ -340,7 +341,7 @@ GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRing
       mbarrier_arrive(rings.dq_empty + 8);
       tma_store_wait<0>();
       fence_async_proxy_global();
-      add_release(p.dq_turns + tile, 1);
+      add_release(p.dq_turns + turn.sum, 1);
     }
     reader.release_by_thread();
   }
@@ -772,8 +773,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
 
 constexpr int kRoundingThreads = 256;
 
-// Runs after the fused backward: multiplies one tile of the sums of dq by the scale, rounds it, and writes it to dq.
-// Thread i of a block reads the sums that thread i of the two consumer warpgroups computed.
+// Runs after the fused backward: adds the sums of one tile of dq, multiplies the result by the scale, rounds it, and
+// writes it to dq. Thread i of a block reads the sums that thread i of the two consumer warpgroups computed.
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU_GRID_CONSTANT Params p) {
   using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
@@ -783,30 +784,49 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int first_row = work.block * Plan::kBlockM;
   if (first_row >= head_slice.seqlen_q) return;
-  const int64_t tile = head_slice.first_row_block(p) * Plan::kTilesPerRowBlock + work.block;
-  const bool is_any_added = load_global(p.dq_turns + tile) != 0;  // otherwise memory holds no sum, not even zeros
+  const int64_t first_sum = (head_slice.first_row_block(p) * Plan::kTilesPerRowBlock + work.block) << p.dq_sums_log2;
+  int num_sums = 0;  // the first ones, to which a block of keys has added. The others are not even zeros
+  while (num_sums < 1 << p.dq_sums_log2 && load_global(p.dq_turns + first_sum + num_sums) != 0) ++num_sums;
   const int group = thread_index() / kWarpgroup;
   const Lane lane = this_lane();
   const int own_row = first_row + (Plan::kSplitsRows ? 64 * group : 0) + thread_index() % kWarpgroup / 32 * 16 + lane.g;
   const int first_column = Plan::kSplitsRows ? 0 : group * Plan::kOwnColumns;
-  const float* sums = p.dq_sums + tile * Plan::kDqFloats + group * Plan::kOwnDqFloats + thread_index() % kWarpgroup * 4;
-  GPU_UNROLL for (int t = 0; t < Plan::kOwnColumns / 8; t += kChunk) {
-    if (first_column + 8 * t >= p.dq.columns) return;
-    float x[kChunk][4];
-    GPU_UNROLL for (int i = 0; i < kChunk; ++i) {
-      Float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
-      if (is_any_added) sum = load_global(reinterpret_cast<const Float4*>(sums + (t + i) * (kWarpgroup * 4)));
-      x[i][0] = sum.x;
-      x[i][1] = sum.y;
-      x[i][2] = sum.z;
-      x[i][3] = sum.w;
+  const float* sums =
+      p.dq_sums + first_sum * Plan::kDqFloats + group * Plan::kOwnDqFloats + thread_index() % kWarpgroup * 4;
+  const auto load_sum = [&](int n, int t) {
+    return load_global(reinterpret_cast<const Float4*>(sums + int64_t{n} * Plan::kDqFloats + t * (kWarpgroup * 4)));
+  };
+  // Writes all columns. sum_of(t) returns what this thread has of tile t of 8 columns.
+  const auto round_columns = [&](auto sum_of) {
+    GPU_UNROLL for (int t = 0; t < Plan::kOwnColumns / 8; t += kChunk) {
+      if (first_column + 8 * t >= p.dq.columns) return;
+      float x[kChunk][4];
+      GPU_UNROLL for (int i = 0; i < kChunk; ++i) {
+        const Float4 sum = sum_of(t + i);
+        x[i][0] = sum.x;
+        x[i][1] = sum.y;
+        x[i][2] = sum.z;
+        x[i][3] = sum.w;
+      }
+      GPU_UNROLL for (int r = 0; r < 2; ++r) {
+        const int row = own_row + 8 * r;
+        const int column = first_column + 8 * t;
+        store_row<T>(head_slice.query_row<T>(p.dq, row) + column, x, r, p.scale, row < head_slice.seqlen_q,
+                     p.dq.columns - column, lane);
+      }
     }
-    GPU_UNROLL for (int r = 0; r < 2; ++r) {
-      const int row = own_row + 8 * r;
-      const int column = first_column + 8 * t;
-      store_row<T>(head_slice.query_row<T>(p.dq, row) + column, x, r, p.scale, row < head_slice.seqlen_q,
-                   p.dq.columns - column, lane);
-    }
+  };
+  if (num_sums > 1) {
+    round_columns([&](int t) {
+      Float4 total = load_sum(0, t);
+      GPU_NO_UNROLL for (int n = 1; n < num_sums; ++n) {
+        const Float4 sum = load_sum(n, t);
+        total = {total.x + sum.x, total.y + sum.y, total.z + sum.z, total.w + sum.w};
+      }
+      return total;
+    });
+  } else {  // a loop over sums would keep the loads of other tiles from starting at the same time
+    round_columns([&](int t) { return num_sums == 1 ? load_sum(0, t) : Float4{0.0f, 0.0f, 0.0f, 0.0f}; });
   }
 }
 

@@ -190,9 +190,20 @@ struct SharedKeyBlock {
   GPU_DEVICE int32_t read(uint32_t offset) const { return load_shared<int32_t>(address + offset); }
 };
 
-// Returns the number of blocks of keys that add to tile m of dq before block b does. Each tile of dq has a counter of
-// the blocks that have added to it, and b has its turn when the counter shows this number. Blocks with higher numbers
-// add first. So the order of the additions is fixed.
+// When a block of keys adds to a tile of dq: after `earlier` other blocks. If few tiles of queries meet many blocks of
+// keys, these would wait for one another. So a tile has several sums then, and neighbouring blocks add to different
+// ones. Each sum has a counter of the blocks that have added to it, and a block has its turn when the counter shows the
+// block's own number. round_dq_kernel adds the sums.
+struct DqTurn {
+  int64_t sum;     // the index of the sum, over all tiles
+  int32_t number;  // of the block among those that add to this sum
+
+  GPU_DEVICE DqTurn(const Params& p, int64_t tile, int32_t earlier)
+      : sum((tile << p.dq_sums_log2) + (earlier & ((1 << p.dq_sums_log2) - 1))), number(earlier >> p.dq_sums_log2) {}
+};
+
+// Returns the number of blocks of keys that add to tile m of dq before block b does. Blocks with higher numbers add
+// first. So the order of the additions is fixed.
 template <int kBlockM>
 GPU_DEVICE int32_t turn_at(const Params& p, const SharedKeyBlock& b, int32_t m) {
   const int32_t key_blocks = (b.seqlen_k() + kKeyBlock - 1) / kKeyBlock;
@@ -221,7 +232,7 @@ class Step<kBlockM, false> {
     return {tile_ | (b.is_whole(tile_) ? 0 : kHasMask), head_};
   }
   // The number of blocks of keys that add to this tile of dq before block b.
-  GPU_DEVICE int32_t turn(const Params& p, const SharedKeyBlock& b) const { return turn_at<kBlockM>(p, b, tile_); }
+  GPU_DEVICE int32_t earlier(const Params& p, const SharedKeyBlock& b) const { return turn_at<kBlockM>(p, b, tile_); }
 
  private:
   int32_t head_;
@@ -264,7 +275,7 @@ class Step<kBlockM, true> {
   GPU_DEVICE int32_t head() const { return info_.head; }
   GPU_DEVICE int32_t tile() const { return info_.tile & kTileNumber; }
   GPU_DEVICE StepInfo info(const SharedKeyBlock&) const { return info_; }
-  GPU_DEVICE int32_t turn(const Params& p, const SharedKeyBlock& b) const {
+  GPU_DEVICE int32_t earlier(const Params& p, const SharedKeyBlock& b) const {
     if (p.mask_turns == nullptr) return turn_at<kBlockM>(p, b, tile());
     return load_global(mask_turns_of<kBlockM>(p, b.batch(), head(), tile()) + b.number());
   }
