@@ -963,7 +963,10 @@ ONE_HEAD = {"batch": 1, "heads": 1, "head_dim": HEAD_DIM}
 MASKED = {"batch": 1, "kv_heads": 1, "seqlen_q": 200, "seqlen_k": 400, "head_dim": HEAD_DIM}
 
 CASES = {
-    "hole": Case("hole", batch=1, heads=2, seqlen_q=70, seqlen_k=400, head_dim=HEAD_DIM, key_padding_mask=hidden_block),
+    # As many tiles of queries as blocks of keys, so that a tile of dq has one sum.
+    "hole": Case(
+        "hole", batch=1, heads=2, seqlen_q=200, seqlen_k=400, head_dim=HEAD_DIM, key_padding_mask=hidden_block
+    ),
     "short": Case("short", batch=1, heads=1, seqlen_q=70, seqlen_k=67, head_dim=HEAD_DIM),
     "long": Case("long", batch=1, heads=2, seqlen_q=200, seqlen_k=520, head_dim=HEAD_DIM, attn_mask=cases.lower_right),
     **{
