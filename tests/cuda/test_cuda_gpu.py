@@ -28,6 +28,8 @@ from test_decode import CASES as DECODE_CASES
 from test_decode import in_pages, make_cache
 from test_partial_gradients import NAMES as DIFFERENTIATED
 from test_partial_gradients import WANTED, Call
+from test_splits import CASES as SPLIT_CASES
+from test_sums_of_dq import CASES as LATENTS
 
 import fused_attn
 from fused_attn.backends import cuda
@@ -88,6 +90,10 @@ LARGE = [
         "mask": {"attn_mask": random_blocks},
         "softcap-and-sinks": {"sinks": cases.sink(), "options": {"softcap": 20.0, "is_causal": True}},
     }.items()
+] + [
+    # Forward divides the keys, and tiles of dq have several sums.
+    Case(f"large-latents-{dim}", batch=1, heads=8, seqlen_q=500, seqlen_k=16000, head_dim=dim)
+    for dim in (64, 128)
 ]
 MIXED = [
     Case("long-causal", seqlen_q=1024, seqlen_k=1024, head_dim=128, options={"is_causal": True}),
@@ -120,7 +126,11 @@ def assert_same(actual: oracle.Result, expected: oracle.Result) -> None:
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("case", [*SUPPORTED, *EVERYTHING, *LARGE, *DECODE_CASES], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [*SUPPORTED, *EVERYTHING, *LARGE, *DECODE_CASES, *SPLIT_CASES, *LATENTS],
+    ids=lambda case: case.id,
+)
 def test_case(case: Case, dtype: torch.dtype, architecture: int, poisoned: None) -> None:
     if (case.page_size or 0) % cuda.PAGE_STEP and architecture == 90 and not is_built_for(80):
         pytest.skip("the kernels for sm_90a cannot load these pages, and the module has no others")
