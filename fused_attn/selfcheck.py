@@ -94,6 +94,7 @@ CASES = (
     Case("head dim 96", lambda device: {"is_causal": True}, head_dim=96),
     Case("head dim 128", lambda device: {"is_causal": True}, head_dim=128),
     Case("head dim 256", head_dim=256),
+    Case("head dim 512", head_dim=512),
     Case("value dim 80", value_dim=80),
     Case("packed", lambda device: {"is_causal": True}, is_packed=True),
     Case(

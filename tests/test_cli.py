@@ -85,8 +85,8 @@ def test_the_slow_reference_is_told_once(without_kernels):
 @pytest.mark.quick
 def test_a_head_dim_beyond_the_kernels_is_told_once():
     dispatch._warn_of_reference.cache_clear()
-    x = torch.randn(1, 1, 79, 301)
-    with pytest.warns(UserWarning, match=r"slow(?s:.*)- cpu: .*(head dim 301 is above 256|C\+\+ compiler)") as caught:
+    x = torch.randn(1, 1, 79, 601)
+    with pytest.warns(UserWarning, match=r"slow(?s:.*)- cpu: .*(head dim 601 is above 512|C\+\+ compiler)") as caught:
         for y in (x, x[:, :, :78]):
             fused_attn.fused_attention(y, y, y)
     assert len(caught) == 1

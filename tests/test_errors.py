@@ -653,25 +653,25 @@ def test_sinks_of_packed_sequences_are_checked() -> None:
 
 def test_named_backend_never_falls_back() -> None:
     """Only the reference computes this head dim. A call that names no backend runs; one that names "cpu" raises."""
-    wide = torch.zeros(1, 1, 3, 300)
-    assert fused_attn.fused_attention(wide, wide, wide).shape == (1, 1, 3, 300)
+    wide = torch.zeros(1, 1, 3, 600)
+    assert fused_attn.fused_attention(wide, wide, wide).shape == (1, 1, 3, 600)
     assert fused_attn.explain(wide, wide, wide).chosen == "reference"
-    with pytest.raises(ValueError, match=r"(?s)backend='cpu' cannot run .*D=300.*- head dim 300 is above 256"):
+    with pytest.raises(ValueError, match=r"(?s)backend='cpu' cannot run .*D=600.*- head dim 600 is above 512"):
         fused_attn.fused_attention(wide, wide, wide, backend="cpu")
 
 
 def test_named_backend_never_falls_back_when_compiled() -> None:
-    wide = torch.zeros(1, 1, 3, 300)
+    wide = torch.zeros(1, 1, 3, 600)
     compiled = torch.compile(fused_attn.fused_attention, backend="eager")
-    with pytest.raises(Exception, match=r"head dim 300 is above 256"):
+    with pytest.raises(Exception, match=r"head dim 600 is above 512"):
         compiled(wide, wide, wide, backend="cpu")
 
 
 def test_explain_names_every_backend_and_its_reasons() -> None:
-    wide = torch.zeros(1, 1, 3, 300)
+    wide = torch.zeros(1, 1, 3, 600)
     explanation = fused_attn.explain(wide, wide, wide, is_causal=True)
     assert set(explanation.reasons) == set(dispatch.BACKEND_NAMES)
-    assert "head dim 300 is above 256" in str(explanation)
+    assert "head dim 600 is above 512" in str(explanation)
     with pytest.raises(ValueError, match="dropout_p"):
         fused_attn.explain(wide, wide, wide, dropout_p=2.0)
 

@@ -82,7 +82,8 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   plan.chunk_keys = round_up((p.seqlen_k + plan.chunks - 1) / plan.chunks, 64);
   if (plan.chunk_keys > 0) plan.chunks = (p.seqlen_k + plan.chunk_keys - 1) / plan.chunk_keys;
 
-  // dkey and dvalue of a slab fill 512 KiB, half of the second-level cache of most cores.
+  // dkey and dvalue of a slab fill 512 KiB, half of the second-level cache of most cores. With 1 MiB, calls of head dim
+  // 512 took 0.98 of the time on a Xeon whose cores have 2 MiB.
   constexpr int64_t kSlabBytes = int64_t{512} << 10;
   const int64_t head_row = round_up(p.head_dim, kLanes<Lane>);
   const int64_t key_bytes = (head_row + round_up(p.value_dim, kLanes<Lane>)) * static_cast<int64_t>(sizeof(Lane));

@@ -22,8 +22,8 @@ constexpr int kBlockQ = 64;  // queries of a block; with 32, each loaded key ser
 constexpr int kTileKeys = kVectorRegisters == 32 ? 4 : 6;
 constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
 
-// Keys of a block: a multiple of kTileKeys and of the lanes of a vector. 128 keys are 1-2 % faster than 64. With 16
-// registers, 144 keys are not faster than 72.
+// Keys of a block: a multiple of kTileKeys and of the lanes of a vector. 128 keys are 1-2 % faster than 64, also in
+// forward with head dim 512. With 16 registers, 144 keys are not faster than 72.
 constexpr int kBlockK = kTileKeys == 4 ? 128 : 72;
 
 // The number of vectors that hold one number for each query of a block.
@@ -49,31 +49,53 @@ FA_INLINE void with_columns(int n, const F& f) {
   f(Constant<1>{});
 }
 
+// The most products that dot_tile adds up in one sum. A longer sum is a sum of such sums, because the rounding error of
+// a sum grows with its length. In float32 with head dim 512, results of one long sum, and a few of sums of 256, have
+// larger errors than the tests allow. Sums of 128 take 1.00 to 1.01 of the time (head dims 192 to 512).
+constexpr int kLongestSum = 128;
+
 // A product of tiles that sums over the lanes of rows: acc[r][c] = sum over k < depth of rows[r][k] * columns[k][c].
 // Lane k of row r is broadcast, and columns[k][c] is a vector. columns[k + 1] begins `stride` lanes behind columns[k].
 template <class Policy, int kRows, int kColumns>
 FA_INLINE void dot_tile(const char* const* rows, const typename Policy::Lane* columns, int64_t stride, int depth,
                         Vec<typename Policy::Lane> (&acc)[kRows][kColumns]) {
   using Lane = typename Policy::Lane;
+  constexpr int n = kLanes<Lane>;
   const char* row[kRows];
   FA_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    row[r] = rows[r];
-    FA_UNROLL
-    for (int c = 0; c < kColumns; ++c) acc[r][c] = Vec<Lane>{};
-  }
-  FA_UNROLL_TWICE
-  for (int k = 0; k < depth; ++k) {
-    Vec<Lane> column[kColumns];
-    FA_UNROLL
-    for (int c = 0; c < kColumns; ++c) column[c] = load<Lane>(columns + c * kLanes<Lane>);
-    columns += stride;
+  for (int r = 0; r < kRows; ++r) row[r] = rows[r];
+  // The sums so far. They are stored in an array because the registers are full.
+  alignas(kVectorBytes) Lane sums[kRows * kColumns * n];
+  for (int begin = 0, end;; begin = end) {
+    end = depth - begin > kLongestSum ? begin + kLongestSum : depth;
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec<Lane> x = broadcast_lane<Policy>(row[r], k);
       FA_UNROLL
-      for (int c = 0; c < kColumns; ++c) acc[r][c] = multiply_add<Policy>(x, column[c], acc[r][c]);
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = Vec<Lane>{};
     }
+    FA_UNROLL_TWICE
+    for (int k = begin; k < end; ++k) {
+      Vec<Lane> column[kColumns];
+      FA_UNROLL
+      for (int c = 0; c < kColumns; ++c) column[c] = load<Lane>(columns + c * n);
+      columns += stride;
+      FA_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<Lane> x = broadcast_lane<Policy>(row[r], k);
+        FA_UNROLL
+        for (int c = 0; c < kColumns; ++c) acc[r][c] = multiply_add<Policy>(x, column[c], acc[r][c]);
+      }
+    }
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FA_UNROLL
+      for (int c = 0; c < kColumns; ++c) {
+        Lane* sum = sums + (r * kColumns + c) * n;
+        if (begin > 0) acc[r][c] += load<Lane>(sum);
+        if (end < depth) store<Lane>(sum, acc[r][c]);
+      }
+    }
+    if (end == depth) return;
   }
 }
 

@@ -21,7 +21,8 @@ is_composite = False
 Tensors = TypeVar("Tensors", Inputs, Saved)
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
+#: With more columns, a slab of backward (csrc/cpu/backward_plan.h) would hold too few keys of float64.
+MAX_HEAD_DIM = 512
 
 
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:

@@ -158,7 +158,7 @@ def cells(architectures: Iterable[int], wants_all: bool) -> Iterator[Cell]:
             yield Cell(architecture, "fp16", head_dim, EVERYTHING + "+decode")
             if head_dim in configs.TABLE["forward", configs.TF32, configs.PLAIN]:
                 yield Cell(architecture, "tf32", head_dim, "padding+sinks")
-            if architecture == min(ARCHITECTURES):
+            if architecture == min(ARCHITECTURES) and head_dim in configs.TABLE["forward", 4, configs.ANY]:
                 yield Cell(architecture, "fp32", head_dim, EVERYTHING)
             for features, masks in MASKS.items():
                 if head_dim in configs.TABLE["forward", 2, features]:

@@ -21,7 +21,9 @@ name = "triton"
 is_composite = False
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+#: Products of exact float32 keep whole rows of both factors in registers. Longer rows would not fit.
+MAX_HEAD_DIM_FLOAT32 = 256
 MIN_CAPABILITY = (8, 0)
 MIN_TRITON = (3, 6)
 
@@ -40,13 +42,19 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append("Triton's interpreter does not multiply bfloat16 correctly")
     if problem.dtype not in DTYPES:
         reasons.append(f"dtype {problem.dtype} is none of {', '.join(map(str, DTYPES))}")
-    if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
-        reasons.append(f"head dim {max(problem.head_dim, problem.value_dim)} is above {MAX_HEAD_DIM}")
+    limit = max_head_dim(problem.dtype)
+    if max(problem.head_dim, problem.value_dim) > limit:
+        reasons.append(f"head dim {max(problem.head_dim, problem.value_dim)} is above {limit} in {problem.dtype}")
     if problem.dropout_origin.key % dropout.GROUP != 0:
         reasons.append(
             f"dropout numbers the keys from {problem.dropout_origin.key} on, expected a multiple of {dropout.GROUP}"
         )
     return reasons
+
+
+def max_head_dim(dtype: torch.dtype) -> int:
+    """The largest head dim of queries, keys and values that the kernels compute in a dtype."""
+    return MAX_HEAD_DIM_FLOAT32 if dtype == torch.float32 else MAX_HEAD_DIM
 
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:

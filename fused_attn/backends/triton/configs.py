@@ -63,7 +63,7 @@ ARCHITECTURES = (
 
 #: The keys of the table's inner dictionaries: a row is for all head dims up to this number, and above the number before
 #: it. If keys and values differ, the larger head dim counts.
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 128, 256, 512)
 
 
 class Features(enum.Enum):
@@ -88,7 +88,8 @@ TF32 = "tf32"
 C = Config
 
 #: (kernel, bytes per element or TF32, features) -> entry of HEAD_DIMS -> row. If a row is missing, `choose` takes the
-#: row of (kernel, bytes per element, ANY).
+#: row of (kernel, bytes per element, ANY). At head dim 512, wgmma and tcgen05 spill registers in the loops of forward,
+#: because their tiles have at least 64 rows. So the tiles have 32 rows or fewer, which mma multiplies, also on sm_90.
 TABLE = {
     # 4 warps at head dim 64, so that two thread blocks share a multiprocessor. One computes matrix products while the
     # other one computes exponentials.
@@ -96,6 +97,7 @@ TABLE = {
         64: Row(C(128, 64, 4, 3), C(128, 64, 4, 2), C(128, 64, 4, 3), C(128, 64, 8, 2)),
         128: Row(C(128, 64, 8, 3), C(128, 64, 8, 2), C(128, 128, 8, 2), C(128, 64, 8, 2)),
         256: Row(C(64, 32, 8, 2), C(64, 32, 8, 1), C(128, 64, 8, 2), C(128, 32, 8, 2)),
+        512: Row(C(32, 32, 8, 3), C(32, 32, 8, 1), C(32, 64, 8, 2), C(32, 64, 8, 2)),
     },
     ("forward", 2, ONE): {
         64: Row(C(128, 64, 8, 3), C(128, 64, 8, 2), C(128, 64, 8, 3), C(128, 64, 8, 2)),
@@ -114,11 +116,13 @@ TABLE = {
         64: Row(C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
         128: Row(C(128, 32, 8, 2), C(128, 32, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
         256: Row(C(64, 32, 8, 1), C(64, 32, 8, 1), C(64, 16, 4, 2), C(64, 32, 8, 1)),
+        512: Row(C(32, 32, 8, 1), C(32, 32, 8, 1), C(32, 64, 8, 1), C(32, 64, 8, 1)),
     },
     ("dq", 2, PLAIN): {
         64: Row(C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
         128: Row(C(64, 64, 8, 2), C(64, 64, 8, 1), C(128, 64, 8, 2), C(128, 64, 8, 2)),
         256: Row(C(64, 32, 8, 1), C(16, 32, 4, 1), C(128, 32, 8, 1), C(64, 32, 8, 1)),
+        512: Row(C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 64, 8, 2), C(16, 64, 8, 1)),
     },
     ("dq", 2, ONE): {
         64: Row(C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
@@ -136,12 +140,14 @@ TABLE = {
         64: Row(C(64, 32, 4, 1), C(64, 32, 4, 1), C(64, 32, 4, 1), C(64, 32, 4, 1)),
         128: Row(C(64, 32, 8, 1), C(64, 32, 8, 1), C(128, 32, 8, 1), C(64, 32, 4, 1)),
         256: Row(C(16, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 4, 1), C(64, 16, 4, 1)),
+        512: Row(C(32, 32, 8, 1), C(16, 16, 8, 1), C(16, 64, 8, 1), C(16, 64, 8, 1)),
     },
     # The rows of this kernel's matrix products are keys, so block_n is larger than block_m.
     ("dkdv", 2, PLAIN): {
         64: Row(C(64, 128, 8, 2), C(64, 128, 8, 2), C(64, 128, 8, 2), C(64, 128, 8, 2)),
         128: Row(C(64, 64, 8, 2), C(64, 64, 8, 2), C(32, 128, 8, 2), C(64, 128, 8, 2)),
         256: Row(C(32, 32, 8, 1), C(32, 32, 8, 1), C(16, 64, 8, 2), C(32, 64, 8, 1)),
+        512: Row(C(16, 32, 8, 1), C(16, 16, 8, 1), C(32, 16, 8, 1), C(32, 16, 8, 1)),
     },
     ("dkdv", 2, ONE): {
         64: Row(C(32, 128, 8, 2), C(32, 128, 8, 2), C(64, 128, 8, 2), C(64, 128, 8, 2)),
@@ -159,11 +165,13 @@ TABLE = {
         64: Row(C(32, 64, 8, 1), C(32, 64, 8, 1), C(32, 128, 8, 1), C(32, 64, 4, 1)),
         128: Row(C(16, 64, 8, 1), C(16, 64, 8, 1), C(16, 64, 8, 1), C(16, 64, 4, 1)),
         256: Row(C(16, 32, 8, 1), C(16, 32, 8, 1), C(16, 32, 8, 1), C(16, 64, 8, 1)),
+        512: everywhere(C(16, 16, 8, 1)),
     },
     ("bias", 2, ANY): {
         64: Row(C(64, 32, 4, 1), C(64, 32, 4, 1), C(64, 64, 8, 1), C(64, 64, 8, 1)),
         128: Row(C(64, 16, 8, 1), C(64, 16, 4, 1), C(64, 16, 4, 1), C(64, 64, 8, 1)),
         256: Row(C(64, 16, 8, 1), C(64, 16, 4, 1), C(64, 16, 4, 1), C(64, 16, 4, 1)),
+        512: Row(C(32, 16, 8, 1), C(32, 16, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2)),
     },
     ("forward", TF32, PLAIN): {
         64: Row(C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 2)),
@@ -207,6 +215,7 @@ FEW_ROWS = {
     64: Row(C(16, 128, 4, 3), C(16, 64, 4, 3), C(16, 128, 4, 3), C(16, 128, 4, 3)),
     128: Row(C(16, 64, 4, 3), C(16, 64, 4, 2), C(16, 64, 4, 3), C(16, 64, 4, 3)),
     256: Row(C(16, 32, 4, 3), C(16, 32, 4, 2), C(16, 32, 4, 3), C(16, 32, 4, 3)),
+    512: Row(C(16, 32, 8, 3), C(16, 32, 8, 2), C(16, 32, 8, 3), C(16, 32, 8, 3)),
 }
 MAX_FEW_ROWS = 16
 

@@ -229,9 +229,10 @@ def workloads(
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"--dtype: expected some of {', '.join(DTYPES)}, got {dtype}")
+    limit = min(backend.max_head_dim(DTYPES[dtype]) for dtype in dtypes)
     for head_dim in head_dims:
-        if not 1 <= head_dim <= 256:
-            raise ValueError(f"--head-dim: expected a number from 1 to 256, got {head_dim}")
+        if not 1 <= head_dim <= limit:
+            raise ValueError(f"--head-dim: expected a number from 1 to {limit}, got {head_dim}")
     selected = [
         Workload(kernel, DTYPES[dtype], head_dim, names)
         for names, dtype, head_dim, kernel in itertools.product(map(_parse, features), dtypes, head_dims, kernels)

@@ -43,6 +43,7 @@ FEW_QUERIES = [
         ("everything", {"kv_heads": 2, "head_dim": 20, "value_dim": 36}, EVERYTHING),
         ("mask-per-head", {"kv_heads": 2, "head_dim": 64}, {"attn_mask": cases.bool_mask("BHLS", 0.4)}),
         ("lower-right", {"head_dim": 64, "value_dim": 80}, {"attn_mask": cases.lower_right}),
+        ("wide", {"kv_heads": 2, "head_dim": 512, "value_dim": 320}, {}),
         (
             "far-below-its-sink",
             {"head_dim": 72},
@@ -68,6 +69,7 @@ FEW_QUERIES_BACKWARD = [
     for seqlen_q in (1, 2, 4)
     for name, features in (
         ("plain", {"seqlen_k": 1100, "head_dim": 64}),
+        ("wide", {"head_dim": 512, "value_dim": 320}),
         ("window", {"batch": 5, "seqlen_k": seqlen_q, "head_dim": 32, "has_dlse": True}),
         ("everything", {"heads": 4, "kv_heads": 2, "head_dim": 36, "value_dim": 68, "has_dlse": True} | EVERYTHING),
         ("mask-per-head", {"attn_mask": cases.bool_mask("BHLS", 0.4)}),
@@ -100,6 +102,7 @@ SEVERAL_SLABS = [
     cases.Case("slabs-large-lse", batch=1, seqlen_q=30, seqlen_k=600, head_dim=256, has_dlse=True,
                options={"scale": 20.0}),
     cases.Case("slabs-varlen", heads=2, head_dim=256, lengths_q=(50, 0, 20), lengths_k=(600, 300, 0)),
+    cases.Case("slabs-wide", batch=1, seqlen_q=70, seqlen_k=300, head_dim=512),
 ]  # fmt: skip
 
 # Cases in which a thread reuses interleaved keys and values for other queries of the same head (SummedRows).
@@ -361,6 +364,13 @@ def test_the_layout_of_a_cache_changes_no_bit(
                 assert torch.equal(found, expected)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_long_sums_are_exact(number: int, isa: str) -> None:
+    """The id selects the numbers. One sum of 512 products has too large an error here, and in number 3, sums of 256."""
+    case = cases.Case(f"long-sums-{number}", seqlen_q=70, seqlen_k=67, head_dim=512)
+    cases.check(case, torch.float32, "cpu")
 
 
 def test_few_queries_have_exact_gradients_where_keys_have_an_offset() -> None:
