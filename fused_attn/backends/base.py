@@ -10,12 +10,6 @@ from torch import Tensor
 from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 
-#: Kernels on GPUs divide the keys of a row among programs for at most this many queries. With more, the sums of the
-#: splits would take long.
-MAX_DIVIDED_QUERIES = 1024
-#: The same for a fixed number of splits, which may be more than the device has use for.
-MAX_QUERIES_OF_FIXED_SPLITS = 128
-
 
 class Backend(Protocol):
     """What dispatch and derivatives call. Query, key and value of the `Inputs` may have any strides."""
@@ -43,14 +37,6 @@ def gpu_reasons(problem: AttentionProblem, min_capability: tuple[int, int]) -> l
         return []
     have, need = (".".join(map(str, capability)) for capability in (problem.capability, min_capability))
     return [f"the GPU has compute capability {have}, expected {need} or higher"]
-
-
-def may_divide_keys(problem: AttentionProblem) -> bool:
-    """Whether kernels on GPUs that compute any number of queries may divide the keys of a row among programs."""
-    if not problem.num_splits:
-        return problem.seqlen_q <= MAX_DIVIDED_QUERIES
-    # The longest sequence of a packed call must not decide about the bits of the other ones.
-    return problem.seqlen_q <= MAX_QUERIES_OF_FIXED_SPLITS and not problem.is_packed
 
 
 def native_numbers(problem: AttentionProblem) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fused_attn.attention.checks import MAX_SPLITS
 from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
-from fused_attn.backends.base import clear_rows, gpu_reasons, may_divide_keys, native_numbers
+from fused_attn.backends.base import clear_rows, gpu_reasons, native_numbers
 
 
 def why_not_installed(error: ImportError) -> str:
@@ -345,6 +345,10 @@ MAX_DECODE_TILES = 2
 #: A program of the decode kernels for fewer keys than this would spend its time waiting for the first ones.
 MIN_KEYS_PER_SPLIT = 256
 
+#: The large kernels divide keys for at most this many queries. With more, the sums of the splits would take long.
+MAX_DIVIDED_QUERIES = 1024
+#: The same for a fixed number of splits, which may be more than the device has use for.
+MAX_QUERIES_OF_FIXED_SPLITS = 128
 #: Tiles of the large kernels have about this many queries.
 LARGE_TILE_ROWS = 128
 #: An estimate, not measured: a tile takes 1.7 us for 128 keys of head dim 128 on an H100. Storing its sums, merging
@@ -381,10 +385,12 @@ def _decode_splits(problem: AttentionProblem, tiles: int) -> int:
 
 def _large_splits(problem: AttentionProblem) -> int:
     """The splits of the large kernels. Without splits, each tile of queries has one program."""
-    if not may_divide_keys(problem):
-        return 1
     if problem.num_splits:
-        return problem.num_splits
+        # The longest sequence of a packed call must not decide about the bits of the other ones.
+        has_few = problem.seqlen_q <= MAX_QUERIES_OF_FIXED_SPLITS and not problem.is_packed
+        return problem.num_splits if has_few else 1
+    if problem.seqlen_q > MAX_DIVIDED_QUERIES:
+        return 1
     tiles = max(problem.batch * problem.num_heads * -(-problem.seqlen_q // LARGE_TILE_ROWS), 1)
     return max(1, min(_multiprocessors(problem) // tiles, _keys_in_band(problem) // MIN_KEYS_PER_LARGE_SPLIT))
 

@@ -275,18 +275,6 @@ SPLIT = [
         options={"dropout_p": 0.2, "dropout_seed": 3},
     ),
     Case("split-blind", batch=1, heads=1, seqlen_q=2, seqlen_k=1100, attn_mask=_second_half, has_dlse=True),
-    # Several tiles of queries (of 64 or 128 in float32), each with its own share of the keys.
-    Case(
-        "split-many-queries",
-        batch=1,
-        heads=1,
-        seqlen_q=140,
-        seqlen_k=1100,
-        head_dim=16,
-        attn_mask=cases.lower_right,
-        has_dlse=True,
-        differentiated=(),
-    ),
     Case(
         "split-all-blind",
         batch=1,

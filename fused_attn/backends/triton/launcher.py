@@ -20,7 +20,7 @@ from triton.compiler import CompiledKernel
 from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends.base import clear_rows, may_divide_keys
+from fused_attn.backends.base import clear_rows
 from fused_attn.backends.triton import configs, decode, tuned
 from fused_attn.backends.triton.arguments import (
     NO_MASKS,
@@ -340,13 +340,12 @@ def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
     kv_bytes = seqlen_k * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
     fwd, dq, dkdv, bias = (tuned.choose(kernel, problem) for kernel in configs.KERNELS)
 
-    # With few queries, a tile packs all heads of a head group. If there are few tiles, several programs divide the keys
-    # of each tile among themselves.
+    # With few queries, a tile packs all heads of a head group, and several programs divide the keys among themselves.
     packs = group_size > 1 and seqlen_q < fwd.block_m
     rows, num_tile_heads = (seqlen_q * group_size, kv_heads) if packs else (seqlen_q, heads)
     programs = triton.cdiv(rows, fwd.block_m) * num_tile_heads * problem.batch
     num_splits = 1
-    if rows > 0 and not problem.is_packed and may_divide_keys(problem):
+    if not problem.is_packed and 0 < rows <= fwd.block_m:
         num_splits = problem.num_splits or decode.num_splits(programs, seqlen_k, _multiprocessors(problem.device))
 
     square = bias._replace(block_m=bias.block_n)
