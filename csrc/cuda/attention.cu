@@ -10,8 +10,8 @@
 #include "decode.h"
 #include "kernels.h"
 #include "mask_bits.h"
+#include "merge_splits.h"
 #include "preparation.h"
-#include "splits.h"
 #include "tiles.h"
 
 namespace fused_attn::gpu {
@@ -254,8 +254,8 @@ int64_t mask_entries(const AttentionParams& a) {
   return (mask_has_batch(a) ? a.batch : 1) * (mask_has_heads(a) ? a.num_heads : 1);
 }
 
-// Whether the blocks of threads of forward need a counter to share the tiles of queries evenly (Params::tile_counter),
-// of which each has large_splits splits.
+// Whether the blocks of threads of forward need a counter to share the tiles of queries evenly (Params::tile_counter).
+// Each tile has large_splits programs.
 // They need none if all tiles take equally long, or if each block has one tile at most. The counter has to be reset,
 // and without other work for the preparation kernel this takes a launch.
 bool shares_tiles(const AttentionParams& a, int64_t large_splits) {
@@ -467,8 +467,8 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
     jobs.mask_blocks = blocks_for(warps_of_mask(p.mask, mask_entries(a)), kPreparationWarps);
   }
   if (pieces.query_tiles != nullptr) {
-    jobs.query_tiles = {kernels.forward_rows[is_general_forward(p)], p.splits.fewest_queries - 1,
-                        pieces.most_query_tiles, pieces.query_tiles, pieces.num_query_tiles};
+    jobs.query_tiles = {kernels.forward_rows[is_general_forward(p)], p.splits.fewest_queries, pieces.most_query_tiles,
+                        pieces.query_tiles, pieces.num_query_tiles};
     jobs.query_tile_blocks = blocks_for(1, 1);
   }
   // Row statistics lie in whole row blocks, up to the end of the last one.
@@ -526,12 +526,15 @@ DecodeParams decode_params_of(const AttentionParams& a, const Pieces& pieces, Pa
 
 // Throws if the kernels that are about to run would ignore an argument. The Python backend makes no such call.
 void check_kernels(const AttentionParams& a, const KeySplits& splits, bool is_backward) {
-  if (splits.decode > 0 && (a.has_dropout || a.key_bias.data != nullptr))
-    throw std::invalid_argument("decode_splits: expected 0 with dropout or key_bias, got " +
+  const std::string numbers = std::to_string(splits.decode) + " and " + std::to_string(splits.large);
+  if (splits.decode == 0 && splits.large == 0)
+    throw std::invalid_argument("decode_splits, large_splits: expected one above 0, got " + numbers);
+  if (splits.decode > 0 && splits.large > 0 && a.cu_seqlens_q == nullptr)
+    throw std::invalid_argument("decode_splits, large_splits: expected both above 0 for packed calls only, got " +
+                                numbers);
+  if (splits.decode > 0 && (a.has_dropout || a.key_bias.data != nullptr || a.row_max.data != nullptr))
+    throw std::invalid_argument("decode_splits: expected 0 with dropout, key_bias or row_max, got " +
                                 std::to_string(splits.decode));
-  if ((splits.decode > 0 || splits.large > 1) && a.row_max.data != nullptr)
-    throw std::invalid_argument("decode_splits, large_splits: expected 0 and 1 with row_max, got " +
-                                std::to_string(splits.decode) + " and " + std::to_string(splits.large));
   if (is_backward && a.block_table != nullptr)
     throw std::invalid_argument("block_table: expected None in backward, got a tensor");
 }

@@ -1,10 +1,11 @@
 // Attention of few queries to many keys, as in decoding against a cache: how rows and keys are divided among programs
-// (blocks of threads). decode/kernel.h has the kernel, and splits.h the one that merges the splits.
+// (blocks of threads). decode/kernel.h has the kernel, and merge_splits.h the one that merges the splits.
 //
 // Query heads of a head group read the same keys, so their queries are rows of the same tile. Row n of a head group is
 // query n / group_size of query head n % group_size of the group. A program computes one split of the keys for one tile
 // of rows.
 #pragma once
+#include "kernels.h"
 #include "logits.h"
 #include "splits.h"
 

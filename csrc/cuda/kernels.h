@@ -32,7 +32,7 @@ inline LaunchShape forward_shape_of(const Params& p, int block, int threads, int
   int64_t tiles = (int64_t{p.seqlen_q} + block - 1) / block * p.batch;
   if (p.query_tiles != nullptr) tiles = std::min(tiles, int64_t{p.rows_q} / block + p.batch);
   if (tiles >= int64_t{1} << 31) throw std::length_error("the problem needs more blocks than a grid may have");
-  return shape_of(static_cast<int32_t>(tiles), 1, p.num_heads, p.splits.count, threads, shared_bytes);
+  return shape_of(static_cast<int32_t>(tiles), 1, p.num_heads, /*batch=*/p.splits.count, threads, shared_bytes);
 }
 
 // Whether backward, or forward, needs a general kernel. Each large kernel is compiled twice. The plain kernel supports

@@ -72,9 +72,11 @@ struct Pages {
 };
 
 // What the softmax of a row has found in a split of the keys.
-struct alignas(8) SplitSum {
-  float reference;  // -inf: no key is visible
+struct alignas(16) SplitSum {
+  float reference;  // -inf: no key is visible, or all scores are NaN
   float total;      // the sum of the probs, which are relative to the reference
+  float row_max;    // the largest logit, if the caller wants it
+  float unused;     // one load reads 16 bytes
 };
 
 // What happens to a score between the product with the keys and the softmax. Masks are not part of it. logits.h applies
@@ -153,14 +155,14 @@ struct alignas(8) QueryTile {
 // What the preparation kernel reads to list the tiles of queries of a packed call.
 struct QueryTileParams {
   int32_t rows;      // the rows of a tile
-  int32_t few;       // sequences with at most so many queries are left out: the decode kernels compute them
+  int32_t fewest;    // sequences with fewer queries are left out: the decode kernels compute them
   int32_t most;      // how many tiles the list has room for
   QueryTile* tiles;  // output: see Params
   int32_t* count;    // output: see Params
 };
 
 // How forward kernels divide the keys of a row, where few rows have many keys. Each split of the keys has a program of
-// its own, which stores sums. merge_splits_kernel makes the results of them (splits.h).
+// its own, which stores sums. merge_splits_kernel makes the results of them.
 struct SplitParams {
   int32_t count;  // how many splits; 1 = keys are not divided
   // The sums of each split, relative to its reference. Null if keys are not divided.

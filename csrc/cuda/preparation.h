@@ -87,7 +87,7 @@ GPU_DEVICE void list_query_tiles(const Params& p, const QueryTileParams& list, L
   for (int32_t first = 0; first < p.batch; first += 32) {
     const int32_t sequence = first + lane.index;
     const int32_t rows = clamp_to(rows_of(sequence), 0, p.seqlen_q);
-    const int32_t tiles = rows > list.few ? (rows + list.rows - 1) / list.rows : 0;
+    const int32_t tiles = rows >= list.fewest ? (rows + list.rows - 1) / list.rows : 0;
     int32_t end = tiles;  // the sum over all lanes up to this one
     GPU_UNROLL for (int step = 1; step < 32; step *= 2) {
       const int32_t before = shuffle(end, max(lane.index - step, 0));

@@ -33,8 +33,8 @@ GPU_DEVICE WorkTile scheduled_tile(int32_t program, int32_t num_blocks, int32_t 
   return {block, head % num_heads, head / num_heads};
 }
 
-// Which tile of queries program number `program` of the forward pass works on; tiles have kBlockM rows. The splits of a
-// tile have programs side by side: this one has split program % count of the keys. The tiles of a packed call are
+// Which tile of queries program number `program` of the forward pass works on; tiles have kBlockM rows. Program n
+// computes split n % count of the keys of tile n / count. The tiles of a packed call are
 // listed once for all heads, as if the call had one batch entry.
 template <int kBlockM>
 GPU_DEVICE WorkTile query_tile(const Params& p, int32_t program) {

@@ -107,7 +107,8 @@ def device_type() -> str:
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
     """The results of the call. lse and row_max are float32, or None if they are not needed."""
-    splits = UNDIVIDED if needs_max else key_splits(problem)  # a split knows no maxima
+    # The decode kernels know no maxima.
+    splits = KeySplits(large=_large_splits(problem)) if needs_max else key_splits(problem)
     if splits.decode and inputs.key_bias is not None:
         inputs = _with_key_bias_in_bias(inputs)
     inputs = _readable_inputs(problem, inputs)
@@ -345,9 +346,8 @@ MAX_DECODE_TILES = 2
 #: A program of the decode kernels for fewer keys than this would spend its time waiting for the first ones.
 MIN_KEYS_PER_SPLIT = 256
 
-#: The large kernels divide keys for at most this many queries. With more, the sums of the splits would take long.
-MAX_DIVIDED_QUERIES = 1024
-#: The same for a fixed number of splits, which may be more than the device has use for.
+#: With a fixed number of splits, the large kernels divide keys for at most this many queries. The number may be more
+#: than the device has use for, and the sums of the splits take memory and time.
 MAX_QUERIES_OF_FIXED_SPLITS = 128
 #: Tiles of the large kernels have about this many queries.
 LARGE_TILE_ROWS = 128
@@ -389,17 +389,24 @@ def _large_splits(problem: AttentionProblem) -> int:
         # The longest sequence of a packed call must not decide about the bits of the other ones.
         has_few = problem.seqlen_q <= MAX_QUERIES_OF_FIXED_SPLITS and not problem.is_packed
         return problem.num_splits if has_few else 1
-    if problem.seqlen_q > MAX_DIVIDED_QUERIES:
-        return 1
     tiles = max(problem.batch * problem.num_heads * -(-problem.seqlen_q // LARGE_TILE_ROWS), 1)
-    return max(1, min(_multiprocessors(problem) // tiles, _keys_in_band(problem) // MIN_KEYS_PER_LARGE_SPLIT))
+    # On sm_90, a program takes a whole multiprocessor. On sm_80, two with head dims up to 128 share one.
+    resident = _multiprocessors(problem)
+    if not _runs_on_hopper(problem) and problem.head_dim <= 128:
+        resident *= 2
+    return max(1, min(resident // tiles, MAX_SPLITS, _keys_in_band(problem) // MIN_KEYS_PER_LARGE_SPLIT))
 
 
 def _keys_in_band(problem: AttentionProblem) -> int:
     """How many keys the queries see by the band, at most."""
-    if UNBOUNDED in (problem.band.left, problem.band.right):
-        return problem.seqlen_k
-    return min(problem.seqlen_k, problem.band.left + problem.band.right + problem.seqlen_q)
+    band, keys, queries = problem.band, problem.seqlen_k, problem.seqlen_q
+    if UNBOUNDED not in (band.left, band.right):
+        keys = min(keys, band.left + band.right + queries)
+    if band.is_from_end and band.left != UNBOUNDED:  # from the first key of the first query to the last key
+        keys = min(keys, band.left + queries - band.offset)
+    if not band.is_from_end and band.right != UNBOUNDED:  # from the first key to the last key of the last query
+        keys = min(keys, band.right + queries + band.offset)
+    return max(keys, 0)
 
 
 def _splits_of_programs(programs: int, resident: int) -> int:
@@ -419,8 +426,13 @@ def _resident_programs(problem: AttentionProblem) -> int:
     """How many programs of the decode kernels run at a time: their shared memory allows two for a multiprocessor of
     compute capability 9.0, and one on smaller ones.
     """
+    return _multiprocessors(problem) * (2 if _runs_on_hopper(problem) else 1)
+
+
+def _runs_on_hopper(problem: AttentionProblem) -> bool:
+    """Whether the kernels for sm_90a run; True if there is no GPU in this machine."""
     is_here = problem.device.type == "cuda" and torch.cuda.is_available()
-    return _multiprocessors(problem) * (2 if not is_here or _device_architecture(problem) == 90 else 1)
+    return not is_here or _device_architecture(problem) == 90
 
 
 def _multiprocessors(problem: AttentionProblem) -> int:

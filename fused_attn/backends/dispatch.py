@@ -20,10 +20,10 @@ BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
 class Preference(NamedTuple):
     """The order in which backends are asked, for problems of a kind.
 
-    shares_tile: whether the kind is that of `_heads_share_a_tile`; otherwise, all problems are of this kind
+    fills_no_tile: whether the kind is that of `_fills_no_tile`; otherwise, all problems are of this kind
     """
 
-    shares_tile: bool
+    fills_no_tile: bool
     order: tuple[Backend, ...]
     reason: str
 
@@ -34,8 +34,8 @@ PREFERENCES = (
     Preference(
         True,
         (cpu, triton, cuda, reference),
-        "the Triton kernels read the keys of a head group once for all its heads, which have a tile of queries in "
-        "common. The large CUDA kernels have a tile for each head, and each tile reads all keys",
+        "the heads of a head group share a tile in the Triton kernels, and read the keys once. The large CUDA kernels "
+        "have a tile for each head, and at most a quarter of its rows would be queries",
     ),
     Preference(
         False,
@@ -135,14 +135,13 @@ def preferred(problem: AttentionProblem) -> tuple[Backend, ...]:
 
 
 def _fits(row: Preference, problem: AttentionProblem) -> bool:
-    return not row.shares_tile or _heads_share_a_tile(problem)
+    return not row.fills_no_tile or _fills_no_tile(problem)
 
 
-def _heads_share_a_tile(problem: AttentionProblem) -> bool:
-    """Whether the queries of a head group fit into one tile, and are too many for the decode kernels of CUDA."""
-    rows = problem.num_heads // max(problem.num_kv_heads, 1) * problem.seqlen_q
-    has_groups = problem.num_heads > problem.num_kv_heads
-    return has_groups and not problem.is_packed and rows <= cuda.LARGE_TILE_ROWS and not cuda.key_splits(problem).decode
+def _fills_no_tile(problem: AttentionProblem) -> bool:
+    """Whether a head group has few queries of many heads, but too many for the decode kernels of CUDA."""
+    has_few = 4 * problem.seqlen_q <= cuda.LARGE_TILE_ROWS and problem.num_heads >= 4 * problem.num_kv_heads
+    return has_few and not cuda.key_splits(problem).decode
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> Explanation:

@@ -732,7 +732,7 @@ BUGS = [
         "sync_threads(); // the sums of all warps are stored", "if (!@) sync_threads();",
     ),
     Bug(
-        "splits-merged-too-early", 80, "decode", "splits.h",
+        "splits-merged-too-early", 80, "decode", "merge_splits.h",
         "sync_threads(); // the sums of all warps are stored", "if (!@) sync_threads();",
     ),
     Bug(
@@ -744,11 +744,11 @@ BUGS = [
         "(split + 1) * keys.keys_per_split, keys.end);", "(split + 1) * keys.keys_per_split - 64 * @, keys.end);",
     ),
     Bug(
-        "split-lost", 80, "decode", "splits.h",
+        "split-lost", 80, "decode", "merge_splits.h",
         "split < p.splits.count; split += kMergeWarps", "split < p.splits.count - @; split += kMergeWarps",
     ),
     Bug(
-        "references-of-splits-ignored", 80, "decode", "splits.h",
+        "references-of-splits-ignored", 80, "decode", "merge_splits.h",
         "LazySoftmax::factor_between(sum.reference, reference, p.softmax_scale_log2)",
         "(@ ? 1.0f : LazySoftmax::factor_between(sum.reference, reference, p.softmax_scale_log2))",
     ),
@@ -775,8 +775,8 @@ BUGS = [
         "if (row < min(num_rows, first_row + kDecodeRows))", "if (!@ && row < min(num_rows, first_row + kDecodeRows))",
     ),
     Bug(
-        "sums-of-a-split-without-keys-read", 80, "decode-short", "splits.h",
-        "if (sum.reference == -kInfinity) continue;", "if (sum.reference == -kInfinity && !@) continue;",
+        "sums-of-a-split-without-keys-read", 80, "decode-short", "merge_splits.h",
+        "if (!has_keys(sum)) continue;", "if (!has_keys(sum) && !@) continue;",
     ),
     # Splits in the large kernels.
     Bug(

@@ -112,14 +112,50 @@ def test_each_block_of_keys_is_visited_once(architecture: int, kernels: Kernels)
     assert products(1) == products(3) > 0
 
 
-def test_no_split_if_row_max_is_wanted(kernels: Kernels) -> None:
-    inputs = make_inputs(1, 40, 300)
-    with kernels.running(90):
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_row_max_is_merged(architecture: int, kernels: Kernels) -> None:
+    inputs = make_inputs(1, 40, 700)
+    with kernels.running(architecture):
         *_, row_max = fused_attn.fused_attention(*inputs, num_splits=3, backend="cuda", return_max=True)
-        assert kernels.statistics.launches == 1
-    torch.testing.assert_close(
-        row_max, fused_attn.fused_attention(*inputs, backend="reference", return_max=True)[-1], rtol=1e-5, atol=1e-5
-    )
+        assert kernels.statistics.launches == 2
+    *_, expected = fused_attn.fused_attention(*inputs, backend="reference", return_max=True)
+    torch.testing.assert_close(row_max, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [4, 40])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_nan_is_not_taken_for_a_split_without_keys(architecture: int, queries: int, kernels: Kernels) -> None:
+    """A row whose scores in a split are all NaN has the reference -inf there, as a row without keys has."""
+    query, key, value = make_inputs(1, queries, 700)
+    broken_query, broken_key = query.clone(), key.clone()
+    broken_query[0, 0, 3, 5] = float("nan")
+    broken_key[:, :, 512:, 0] = float("nan")  # all keys of the third split
+
+    def run(query: Tensor, key: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
+        with kernels.running(architecture):
+            return fused_attn.fused_attention(query, key, value, num_splits=num_splits, return_lse=True, backend="cuda")
+
+    for changed in ((broken_query, key), (query, broken_key)):
+        for x, expected in zip(run(*changed, num_splits=3), run(*changed, num_splits=1), strict=True):
+            assert torch.equal(x.isfinite(), expected.isfinite())
+    assert run(broken_query, key, 3)[0][0, 0, 3].isnan().all()
+    assert run(query, broken_key, 3)[0].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ((0, 0), "expected one above 0"),
+        ((2, 1), "for packed calls only"),
+        ((-1, 1), "decode_splits: expected 0 to 256"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(
+    splits: tuple[int, int], message: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "key_splits", lambda problem: KeySplits(*splits))
+    with kernels.running(80), pytest.raises((ValueError, RuntimeError), match=message):
+        fused_attn.fused_attention(*make_inputs(1, 4, 300), backend="cuda")
 
 
 # ---- The plan
@@ -147,7 +183,8 @@ SERVER = {"kv_heads": 8, "queries": 300, "page_size": 16, "is_packed": True}
         ({"batch": 5}, (1, 0)),  # 160 programs run at once
         ({"batch": 9}, (4, 0)),  # 288 programs would be one round and a bit
         ({"batch": 64}, (1, 0)),  # many rounds
-        ({"band": Band(1023, 0)}, (4, 0)),
+        ({"band": Band(1023, 0, is_from_end=True)}, (4, 0)),
+        ({"band": Band(1023, 0)}, (1, 0)),  # the query sees the first key
         ({"num_splits": 5}, (5, 0)),
         ({"heads": 64, "kv_heads": 2}, (66, 0)),
         # Four tiles of rows of a head group are too many for the decode kernels.
@@ -162,11 +199,16 @@ SERVER = {"kv_heads": 8, "queries": 300, "page_size": 16, "is_packed": True}
         # The large kernels: as many splits as occupy all multiprocessors, each with at least 1024 keys.
         ({"queries": 33}, (0, 4)),
         ({"queries": 33, "band": Band(right=0, is_from_end=True)}, (0, 4)),
-        ({"queries": 33, "band": Band(2047, 0)}, (0, 2)),
+        ({"queries": 33, "band": Band(2047, 0, is_from_end=True)}, (0, 2)),
         ({"queries": 128, "heads": 8, "kv_heads": 8}, (0, 16)),
         ({"queries": 512, "heads": 8, "kv_heads": 8}, (0, 4)),
         ({"queries": 1024, "heads": 8, "kv_heads": 8}, (0, 2)),
-        ({"queries": 1025, "heads": 1, "kv_heads": 1}, (0, 1)),
+        ({"queries": 2048, "heads": 1, "kv_heads": 1}, (0, 8)),
+        ({"queries": 128, "heads": 1, "kv_heads": 1, "band": Band(right=0)}, (0, 1)),  # queries see 128 keys at most
+        ({"queries": 128, "heads": 1, "kv_heads": 1, "band": Band(left=4000, is_from_end=True)}, (0, 4)),
+        ({"queries": 128, "heads": 1, "kv_heads": 1, "keys": 10**6}, (0, 132)),
+        ({"band": Band(right=4000)}, (8, 0)),
+        ({"band": Band(right=1000)}, (3, 0)),
         ({"queries": 33, "keys": 2047}, (0, 1)),
         ({"queries": 33, "keys": 2048}, (0, 2)),
         ({"queries": 33, "batch": 3}, (0, 1)),
@@ -192,7 +234,9 @@ def test_number_of_splits(changes: dict, splits: tuple[int, int]) -> None:
         ({"kv_heads": 8, "queries": 9}, "triton"),  # 36 rows of a head group
         ({"kv_heads": 8, "queries": 32}, "triton"),
         ({"kv_heads": 8, "queries": 33}, "cuda"),
-        ({"kv_heads": 8, "queries": 32, "is_packed": True}, "cuda"),
+        ({"kv_heads": 8, "queries": 32, "is_packed": True}, "triton"),
+        ({"kv_heads": 8, "queries": 32, "is_packed": True, "page_size": 16}, "cuda"),  # both kinds of kernels
+        ({"kv_heads": 16, "queries": 32}, "cuda"),
         ({"heads": 64, "kv_heads": 1}, "triton"),
         ({"kv_heads": 8, "dropout_p": 0.1}, "triton"),  # the decode kernels know no dropout
     ],

@@ -220,12 +220,13 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
   const int32_t num_rows = head_slice.seqlen_q * p.group_size;
   if (first_row >= num_rows) return;
   const SplitKeys keys = split_keys(p, head_slice, first_row);
-  if (p.splits.count > 1 && split >= keys.used_splits) {
+  if (p.splits.count > 1 && split >= keys.used_splits) {  // the sums of every split are read
     const int32_t row = first_row + thread_index();
     HeadSlice own = head_slice;
     own.head += row % p.group_size;
     if (row < min(num_rows, first_row + kDecodeRows))
-      store_global(p.splits.sums + split_row(p, split, own, row / p.group_size), SplitSum{-kInfinity, 0.0f});
+      store_global(p.splits.sums + split_row(p, split, own, row / p.group_size),
+                   SplitSum{-kInfinity, 0.0f, -kInfinity});
     return;
   }
 
@@ -359,7 +360,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(DecodePlan<kHeadDim>::kThreads, 2)
       continue;
     }
     const int64_t own_row = split_row(p, split, own, query);
-    if (column == 0) store_global(p.splits.sums + own_row, SplitSum{reference, total});
+    if (column == 0) store_global(p.splits.sums + own_row, SplitSum{reference, total, -kInfinity});
     if (column >= p.v.columns) continue;
     float* const target = p.splits.acc + own_row * p.v.columns + column;
     store_global(reinterpret_cast<Float4*>(target), Float4{sum[0], sum[1], sum[2], sum[3]});

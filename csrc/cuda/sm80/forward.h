@@ -142,8 +142,11 @@ GPU_DEVICE void compute_rows(const Params& p) {
   GPU_UNROLL for (int m = 0; m < kRowTiles; ++m) {
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = first_row + warp_row + 16 * m + lane.g + 8 * r;
+      const bool is_row = row < head_slice.seqlen_q;
+      float row_max = -kInfinity;
+      if (kIsGeneral && p.row_max.data != nullptr) row_max = maxima[m].of_row(r, p.softmax_scale);
       if (p.splits.count > 1) {
-        store_split_row(p, split, head_slice, row, acc[m], r, softmax[m], lane);
+        store_split_row(p, split, head_slice, row, acc[m], r, softmax[m], row_max, lane);
         continue;
       }
       float factor, lse;
@@ -152,11 +155,8 @@ GPU_DEVICE void compute_rows(const Params& p) {
         if (p.sinks != nullptr) join_sink(load_global(p.sinks + head_slice.head), factor, lse);
         factor *= p.dropout_scale;
       }
-      const bool is_row = row < head_slice.seqlen_q;
-      if (kIsGeneral && p.row_max.data != nullptr) {
-        const float row_max = maxima[m].of_row(r, p.softmax_scale);
-        if (lane.q == 0 && is_row) store_global(head_slice.query_value(p.row_max, row), row_max);
-      }
+      if (kIsGeneral && p.row_max.data != nullptr && lane.q == 0 && is_row)
+        store_global(head_slice.query_value(p.row_max, row), row_max);
       if (p.lse.data != nullptr && lane.q == 0 && is_row) store_global(head_slice.query_value(p.lse, row), lse);
       store_row<T>(head_slice.query_row<T>(p.out, row), acc[m], r, factor, is_row, p.out.columns, lane);
     }

@@ -95,10 +95,9 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
 
 constexpr int kNoMoreTiles = -1;
 
-// The note about a tile of queries: its head slice, its first row, and the blocks of keys to visit: those of one split
-// of the keys. Lane 0 of the
-// planning warp writes the note, and the consumers read it. The planning warp also reads its own note again instead of
-// keeping these numbers in registers, of which it has few.
+// The note about a tile of queries: its head slice, its first row, a split of its keys, and the blocks of this split that
+// are visited. Lane 0 of the planning warp writes the note, and the consumers read it. The planning warp also reads its
+// own note again instead of keeping these numbers in registers, of which it has few.
 struct TileNote {
   uint32_t address;
 
@@ -368,8 +367,8 @@ struct Planner {
   }
 
   // Writes the TileNote about the queries from first_row on and a split of their keys, and then the KeyNote of each block
-  // of keys that is visited. The end of the blocks is written twice: first by the band alone, so that last_to_visit can read the
-  // note, and then without blocks at the end that have no visible key.
+  // of keys that is visited. The end of the blocks is written twice: first by the band alone, so that last_to_visit can
+  // read the note, and then without blocks at the end that have no visible key.
   GPU_DEVICE void plan_tile(const HeadSlice& head_slice, int first_row, int split) {
     tile_position.wait_empty(rings.tiles);
     const BlockRange blocks = blocks_of_split(seen_by(head_slice, first_row, Plan::kBlockM), split, p.splits.count);
@@ -727,8 +726,9 @@ struct Consumer {
     const HeadSlice head_slice = tile.query_slice();
     const int warp_row = tile.first_row() + thread_row - lane.g;
     if (p.splits.count > 1) {
-      GPU_UNROLL for (int r = 0; r < 2; ++r)
-          store_split_row(p, tile.split(), head_slice, warp_row + lane.g + 8 * r, acc, r, softmax, lane);
+      GPU_UNROLL for (int r = 0; r < 2; ++r) {
+        store_split_row(p, tile.split(), head_slice, warp_row + lane.g + 8 * r, acc, r, softmax, row_max(r), lane);
+      }
       return;
     }
     if constexpr (Plan::kStoresByTma) {
@@ -762,13 +762,17 @@ struct Consumer {
     }
   }
 
+  // The largest logit of this thread's row r, if it is wanted.
+  GPU_DEVICE float row_max(int r) const {
+    return kIsGeneral && p.row_max.data != nullptr ? maxima.of_row(r, p.softmax_scale) : -kInfinity;
+  }
+
   // Writes lse and the largest logit of this thread's row r, if they are wanted. row: its number in its sequence
   GPU_DEVICE void store_statistics(const HeadSlice& head_slice, int r, int row, float lse) {
     const bool is_row = row < head_slice.seqlen_q;
-    if (kIsGeneral && p.row_max.data != nullptr) {
-      const float row_max = maxima.of_row(r, p.softmax_scale);
-      if (lane.q == 0 && is_row) store_global(head_slice.query_value(p.row_max, row), row_max);
-    }
+    const float largest = row_max(r);
+    if (kIsGeneral && p.row_max.data != nullptr && lane.q == 0 && is_row)
+      store_global(head_slice.query_value(p.row_max, row), largest);
     if (p.lse.data != nullptr && lane.q == 0 && is_row) store_global(head_slice.query_value(p.lse, row), lse);
   }
 
