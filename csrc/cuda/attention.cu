@@ -121,8 +121,8 @@ BiasGradientSizes bias_gradient_sizes(const WorkspaceNeeds& needs, BiasGradientT
   return {needs.batch, needs.num_heads, needs.seqlen_q, needs.seqlen_k, tile};
 }
 
-// If both kinds of forward kernels run, the decode kernels compute the sequences with at most this many queries, and the
-// large kernels the others. 0 = the large kernels compute all of them.
+// If both kinds of forward kernels run, the decode kernels compute the sequences with at most this many queries, and
+// the large kernels the others. 0 = the large kernels compute all of them.
 int64_t few_queries(const WorkspaceNeeds& needs) {
   if (needs.splits.decode == 0) return 0;
   return kMaxDecodeTiles * kDecodeRows * needs.num_kv_heads / std::max<int64_t>(needs.num_heads, 1);

@@ -26,8 +26,8 @@ inline LaunchShape shape_of(int32_t rows, int block, int32_t heads, int32_t batc
   return {static_cast<int>(programs), 1, 1, threads, shared_bytes};
 }
 
-// The shape of a launch of forward: a block of threads for each split of each tile of `block` queries. A packed call has
-// at most rows_q / block tiles, and one more for each sequence, whose last tile may have fewer rows.
+// The shape of a launch of forward: a block of threads for each split of each tile of `block` queries. A packed call
+// has at most rows_q / block tiles, and one more for each sequence, whose last tile may have fewer rows.
 inline LaunchShape forward_shape_of(const Params& p, int block, int threads, int shared_bytes) {
   int64_t tiles = (int64_t{p.seqlen_q} + block - 1) / block * p.batch;
   if (p.query_tiles != nullptr) tiles = std::min(tiles, int64_t{p.rows_q} / block + p.batch);

@@ -1,6 +1,6 @@
 // Dense masks and ranges of keys as bits. PyTorch stores a byte for each entry of a mask, and ranges are two numbers
 // each. A small kernel makes bits of both, once for each call. The large kernels then read 32 entries of a row with one
-// load. The same small kernel writes a map of the mask: one byte for each granule of 32 x 32 entries, which says whether
+// load. The same small kernel writes a map of the mask: a byte for each granule of 32 x 32 entries, which says whether
 // the granule has visible entries, and whether it has hidden ones. So the large kernels skip blocks without a visible
 // entry, and test no entry in blocks without a hidden one.
 #pragma once

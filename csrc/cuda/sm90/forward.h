@@ -95,9 +95,9 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
 
 constexpr int kNoMoreTiles = -1;
 
-// The note about a tile of queries: its head slice, its first row, a split of its keys, and the blocks of this split that
-// are visited. Lane 0 of the planning warp writes the note, and the consumers read it. The planning warp also reads its
-// own note again instead of keeping these numbers in registers, of which it has few.
+// The note about a tile of queries: its head slice, its first row, a split of its keys, and the blocks of this split
+// that are visited. Lane 0 of the planning warp writes the note, and the consumers read it. The planning warp also reads
+// its own note again instead of keeping these numbers in registers, of which it has few.
 struct TileNote {
   uint32_t address;
 
@@ -366,9 +366,9 @@ struct Planner {
     if (lane == 0) mbarrier_arrive(rings.tiles.full(tile_position.slot()));
   }
 
-  // Writes the TileNote about the queries from first_row on and a split of their keys, and then the KeyNote of each block
-  // of keys that is visited. The end of the blocks is written twice: first by the band alone, so that last_to_visit can
-  // read the note, and then without blocks at the end that have no visible key.
+  // Writes the TileNote about the queries from first_row on and a split of their keys, and then the KeyNote of each
+  // block of keys that is visited. The end of the blocks is written twice: first by the band alone, so that
+  // last_to_visit can read the note, and then without blocks at the end that have no visible key.
   GPU_DEVICE void plan_tile(const HeadSlice& head_slice, int first_row, int split) {
     tile_position.wait_empty(rings.tiles);
     const BlockRange blocks = blocks_of_split(seen_by(head_slice, first_row, Plan::kBlockM), split, p.splits.count);
