@@ -84,10 +84,10 @@ def fused_attention(
             of the window, too, and ``is_causal=True``. `relative_bias` and dropout count from the first row and the
             first key.
         num_splits: into how many parts the keys are cut for a kernel that computes few queries with many keys, 1 to
-            256. The parts are equal shares of the keys of each batch entry. So no bit of a result depends on the other
-            entries of the batch. The default follows from the shapes of the whole batch. Where a number is given,
-            the keys of more than 128 queries are not cut on a GPU, and packed queries are cut only if they are so few
-            that the kernels for decoding run.
+            256. The parts are equal shares of the keys of each batch entry. So no bit of out and lse depends on the
+            other entries of the batch. The default follows from the shapes of the whole batch. Where a number is
+            given, the keys of more than 128 queries are not cut on a GPU, and packed queries are cut only if they are
+            so few that the kernels for decoding run.
         return_lse: also return the log-sum-exp of the scores.
         return_max: also return the largest score of each row. On an NVIDIA GPU, this can make the forward pass slower.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: the first that can run, the

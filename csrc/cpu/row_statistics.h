@@ -25,14 +25,21 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   const Lane* lse_rows = row_of<const Lane>(p.lse, b, h, row);
   const Lane* dlse_rows = p.dlse.data != nullptr ? row_of<const Lane>(p.dlse, b, h, row) : nullptr;
 
-  // delta is summed in the order in which backward_tile sums value . dout^T. If a query sees only one key and there is
-  // no dropout, both are the same number, and their difference must be exactly zero.
+  // delta is summed in the order in which backward_tile sums value . dout^T, also in sums of kLongestSum (dot_tile). If a
+  // query sees only one key and there is no dropout, both are the same number, and their difference must be exactly
+  // zero.
   pack_columns<Policy>(row_of<const Storage>(p.out, b, h, row), p.out.stride_row, nq, value_dim, s.out);
   const int64_t stride = round_up(nq, n);
   for (int q = 0; q < nq; q += n) {
+    const int depth = Policy::lanes_for(value_dim);
     Vec<Lane> delta = {};
-    for (int d = 0; d < Policy::lanes_for(value_dim); ++d) {
-      delta = multiply_add<Policy>(load<Lane>(s.out + d * stride + q), load<Lane>(s.dout + d * stride + q), delta);
+    for (int begin = 0; begin < depth; begin += kLongestSum) {
+      const int end = depth - begin > kLongestSum ? begin + kLongestSum : depth;
+      Vec<Lane> sum = {};
+      for (int d = begin; d < end; ++d) {
+        sum = multiply_add<Policy>(load<Lane>(s.out + d * stride + q), load<Lane>(s.dout + d * stride + q), sum);
+      }
+      delta += sum;
     }
     store<Lane>(rows.delta + q, delta);
   }

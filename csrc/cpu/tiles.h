@@ -49,9 +49,10 @@ FA_INLINE void with_columns(int n, const F& f) {
   f(Constant<1>{});
 }
 
-// The most products that dot_tile adds up in one sum. A longer sum is a sum of such sums, because the rounding error of
-// a sum grows with its length. In float32 with head dim 512, results of one long sum, and a few of sums of 256, have
-// larger errors than the tests allow. Sums of 128 take 1.00 to 1.01 of the time (head dims 192 to 512).
+// The most lanes that dot_tile adds up in one sum. A longer sum is a sum of such sums, because the rounding error of a
+// sum grows with its length. In float32 with head dim 512, results of one long sum, and a few of sums of 256, have
+// larger errors than the tests allow. Sums of 128 take 1.00 to 1.01 of the time (head dims 192 to 512). delta has the
+// same sums (row_statistics.h).
 constexpr int kLongestSum = 128;
 
 // A product of tiles that sums over the lanes of rows: acc[r][c] = sum over k < depth of rows[r][k] * columns[k][c].

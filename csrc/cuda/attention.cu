@@ -90,10 +90,10 @@ bool is_fused_backward(const WorkspaceNeeds& needs) {
          has_fused_backward(needs.head_dim);
 }
 
-// The heads that run side by side (Params::heads_per_l2_group).
-int32_t heads_per_l2_group(const WorkspaceNeeds& needs) {
+// The heads that run side by side (Params::heads_per_l2_group). head_dim: that of the tensors
+int32_t heads_per_l2_group(const WorkspaceNeeds& needs, int64_t head_dim) {
   const int64_t group_size = needs.num_heads / needs.num_kv_heads;
-  const int64_t row_bytes = needs.head_dim * 2 * 2, kv_bytes = std::max<int64_t>(needs.seqlen_k, 1) * row_bytes;
+  const int64_t row_bytes = head_dim * 2 * 2, kv_bytes = std::max<int64_t>(needs.seqlen_k, 1) * row_bytes;
   const int64_t q_bytes = needs.seqlen_q * row_bytes;
   const int64_t once_read = is_fused_backward(needs) ? std::min(kv_bytes, q_bytes) : kv_bytes;
   const int64_t heads = needs.is_backward ? kBackwardL2Bytes / std::max<int64_t>(once_read + group_size * q_bytes, 1)
@@ -108,12 +108,12 @@ int32_t heads_per_l2_group(const WorkspaceNeeds& needs) {
 int32_t dq_sums_log2(const WorkspaceNeeds& needs) {
   constexpr int64_t kMultiprocessors = 132;
   constexpr int32_t kMost = 5;  // one block of threads adds all sums of a tile in the end
-  const int64_t heads = std::min<int64_t>(heads_per_l2_group(needs), needs.batch * needs.num_kv_heads);
+  const int64_t heads = std::min<int64_t>(heads_per_l2_group(needs, needs.head_dim), needs.batch * needs.num_kv_heads);
   const int64_t blocks = std::min(ceil_div(kMultiprocessors, heads), ceil_div(needs.seqlen_k, kKeyBlock));
   const int64_t tiles = ceil_div(needs.seqlen_q, fused_backward_rows(static_cast<int>(needs.head_dim), false)) *
                         (needs.num_heads / needs.num_kv_heads);
   int32_t log2 = 0;
-  while (log2 < kMost && tiles << log2 < blocks) ++log2;
+  while (log2 < kMost && 2 * (tiles << log2) <= blocks) ++log2;
   return log2;
 }
 
@@ -310,7 +310,7 @@ Params params_of(const Call& call, const WorkspaceNeeds& needs, const Pieces& pi
   p.seqlen_k = static_cast<int32_t>(a.seqlen_k);
   p.rows_q = static_cast<int32_t>(call.rows_q);
   p.rows_k = static_cast<int32_t>(call.rows_k);
-  p.heads_per_l2_group = heads_per_l2_group(needs);
+  p.heads_per_l2_group = heads_per_l2_group(needs, a.head_dim);
   p.q = rows_of(a.query, a.head_dim);
   p.k = rows_of(a.key, a.head_dim);
   p.v = rows_of(a.value, a.value_dim);

@@ -91,7 +91,8 @@ def build_reason(problem: AttentionProblem) -> str | None:
             f"the CUDA kernels have been built for {', '.join(map(str, built))}, expected sm_{capability[0]}"
             f"{capability[1]}; on the machine with the GPU, {command} builds them for it"
         )
-    if _architecture(problem, key_splits(problem)) == 80 and all(entry.name == "90a" for entry in built):
+    has_odd_pages = problem.page_size % PAGE_STEP != 0
+    if has_odd_pages and _architecture(problem, key_splits(problem)) == 80 and all(x.name == "90a" for x in built):
         command = native.install_command(FUSED_ATTN_CUDA_ARCHITECTURES="80,90")
         return (
             f"the CUDA kernels have been built for {', '.join(map(str, built))} alone, expected sm_80, too, for pages "
@@ -356,22 +357,30 @@ LARGE_TILE_ROWS = 128
 MIN_KEYS_PER_LARGE_SPLIT = 1024
 
 
-def key_splits(problem: AttentionProblem) -> KeySplits:
-    """The kernels that run forward, and into how many parts they divide the keys of each row.
-
-    The numbers follow from shapes and the device alone, never from lengths or masks.
-    """
+def decode_tiles(problem: AttentionProblem) -> int:
+    """How many tiles of rows the decode kernels have for each head group; 0 = these kernels do not run."""
     most_rows = MAX_DECODE_TILES * DECODE_ROWS
     group_size = problem.num_heads // max(problem.num_kv_heads, 1)
     if problem.dropout_p > 0.0 or group_size > most_rows:
-        return KeySplits(large=_large_splits(problem))
-    if problem.seqlen_q * group_size <= most_rows:
-        return KeySplits(_decode_splits(problem, -(-problem.seqlen_q * group_size // DECODE_ROWS)), 0)
+        return 0
+    if (rows := problem.seqlen_q * group_size) <= most_rows:
+        return -(-rows // DECODE_ROWS)
     # The tokens and the prompts of a server share a call. Packed calls without pages are rather those of training,
     # whose sequences are long.
-    if problem.is_packed and problem.is_paged:
-        return KeySplits(_decode_splits(problem, MAX_DECODE_TILES), _large_splits(problem))
-    return KeySplits(large=_large_splits(problem))
+    return MAX_DECODE_TILES if problem.is_packed and problem.is_paged else 0
+
+
+def key_splits(problem: AttentionProblem) -> KeySplits:
+    """The kernels that run forward, and into how many parts they divide the keys of each row.
+
+    The numbers follow from shapes, the band and the device alone, never from lengths or masks.
+    """
+    tiles = decode_tiles(problem)
+    if not tiles:
+        return KeySplits(large=_large_splits(problem))
+    rows = problem.seqlen_q * (problem.num_heads // problem.num_kv_heads)
+    is_mixed = rows > MAX_DECODE_TILES * DECODE_ROWS
+    return KeySplits(_decode_splits(problem, tiles), _large_splits(problem) if is_mixed else 0)
 
 
 def _decode_splits(problem: AttentionProblem, tiles: int) -> int:
@@ -400,12 +409,14 @@ def _large_splits(problem: AttentionProblem) -> int:
 def _keys_in_band(problem: AttentionProblem) -> int:
     """How many keys the queries see by the band, at most."""
     band, keys, queries = problem.band, problem.seqlen_k, problem.seqlen_q
+    # From the first key of the first query to the last key, and from the first key to the last one of the last query.
+    behind, before = (queries, keys) if band.is_from_end else (keys, queries)
+    if band.left != UNBOUNDED:
+        keys = min(keys, behind - band.offset + band.left)
+    if band.right != UNBOUNDED:
+        keys = min(keys, before + band.offset + band.right)
     if UNBOUNDED not in (band.left, band.right):
         keys = min(keys, band.left + band.right + queries)
-    if band.is_from_end and band.left != UNBOUNDED:  # from the first key of the first query to the last key
-        keys = min(keys, band.left + queries - band.offset)
-    if not band.is_from_end and band.right != UNBOUNDED:  # from the first key to the last key of the last query
-        keys = min(keys, band.right + queries + band.offset)
     return max(keys, 0)
 
 

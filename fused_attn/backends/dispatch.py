@@ -139,9 +139,12 @@ def _fits(row: Preference, problem: AttentionProblem) -> bool:
 
 
 def _fills_no_tile(problem: AttentionProblem) -> bool:
-    """Whether a head group has few queries of many heads, but too many for the decode kernels of CUDA."""
+    """Whether the queries of a head group fit into one tile, fill at most a quarter of a tile for each head, and are
+    too many for the decode kernels of CUDA.
+    """
+    rows = problem.num_heads // max(problem.num_kv_heads, 1) * problem.seqlen_q
     has_few = 4 * problem.seqlen_q <= cuda.LARGE_TILE_ROWS and problem.num_heads >= 4 * problem.num_kv_heads
-    return has_few and not cuda.key_splits(problem).decode
+    return has_few and rows <= cuda.LARGE_TILE_ROWS and not cuda.decode_tiles(problem)
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> Explanation:

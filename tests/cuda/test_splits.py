@@ -206,6 +206,7 @@ SERVER = {"kv_heads": 8, "queries": 300, "page_size": 16, "is_packed": True}
         ({"queries": 2048, "heads": 1, "kv_heads": 1}, (0, 8)),
         ({"queries": 128, "heads": 1, "kv_heads": 1, "band": Band(right=0)}, (0, 1)),  # queries see 128 keys at most
         ({"queries": 128, "heads": 1, "kv_heads": 1, "band": Band(left=4000, is_from_end=True)}, (0, 4)),
+        ({"queries": 128, "heads": 1, "kv_heads": 1, "band": Band(4000, offset=65536 - 128)}, (0, 4)),
         ({"queries": 128, "heads": 1, "kv_heads": 1, "keys": 10**6}, (0, 132)),
         ({"band": Band(right=4000)}, (8, 0)),
         ({"band": Band(right=1000)}, (3, 0)),
@@ -234,6 +235,7 @@ def test_number_of_splits(changes: dict, splits: tuple[int, int]) -> None:
         ({"kv_heads": 8, "queries": 9}, "triton"),  # 36 rows of a head group
         ({"kv_heads": 8, "queries": 32}, "triton"),
         ({"kv_heads": 8, "queries": 33}, "cuda"),
+        ({"kv_heads": 4, "queries": 32}, "cuda"),  # 256 rows
         ({"kv_heads": 8, "queries": 32, "is_packed": True}, "triton"),
         ({"kv_heads": 8, "queries": 32, "is_packed": True, "page_size": 16}, "cuda"),  # both kinds of kernels
         ({"kv_heads": 16, "queries": 32}, "cuda"),

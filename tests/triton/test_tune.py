@@ -315,8 +315,11 @@ def test_an_old_gpu_is_refused_with_the_reason(no_gpu, capsys):
     [
         (["--kernel", "backward"], "--kernel: expected some of forward, dq, dkdv, bias, got backward"),
         (["--dtype", "float64"], "--dtype: expected some of float32, float16, bfloat16, got float64"),
-        (["--head-dim", "520"], "--head-dim: expected a number from 1 to 512, got 520"),
-        (["--head-dim", "512", "--dtype", "float32"], "--head-dim: expected a number from 1 to 256, got 512"),
+        (["--head-dim", "520"], "--head-dim: expected a number from 1 to 512 for .*, got 520"),
+        (
+            ["--head-dim", "512", "--dtype", "float32"],
+            "--head-dim: expected a number from 1 to 256 for float32, got 512",
+        ),
         (["--features", "causal+rotary"], "--features: expected some of plain, causal, .*, got causal.rotary"),
         (["--features", "causal+window"], "--features: causal and window do not occur together"),
         (["--kernel", "bias", "--features", "causal"], "--kernel, --features: .* bias or relative_bias"),

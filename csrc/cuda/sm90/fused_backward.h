@@ -13,9 +13,9 @@
 // product would cost the steps of all calls time.
 //
 // Parts are added to a tile of dq in a fixed order, so the result does not depend on timing. The last block of keys
-// that sees the tile adds first, then the block of keys before it, and so on. Each tile has a counter (dq_turns), and a
-// block of keys waits until the counter shows the block's own number in this order. With few queries and many keys, a
-// tile has several sums, each with a counter (DqTurn). Blocks of keys are taken in the
+// that sees the tile adds first, then the block of keys before it, and so on. Each sum has a counter (dq_turns), and a
+// block of keys waits until the counter shows the block's own number in this order. A tile has one sum, or with few
+// queries and many keys several ones (DqTurn). Blocks of keys are taken in the
 // same order, from the last one to the first, and each visits its tiles of queries upwards. This order has two
 // consequences:
 //
@@ -778,7 +778,6 @@ constexpr int kRoundingThreads = 256;
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU_GRID_CONSTANT Params p) {
   using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
-  constexpr int kChunk = 4;  // tiles of 8 columns that are stored together
   const int num_tiles = (p.seqlen_q + Plan::kBlockM - 1) / Plan::kBlockM;
   const WorkTile work = scheduled_tile(block_index_x(), num_tiles, p.num_heads, p.batch, p.heads_per_l2_group, true);
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
@@ -796,37 +795,28 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU
   const auto load_sum = [&](int n, int t) {
     return load_global(reinterpret_cast<const Float4*>(sums + int64_t{n} * Plan::kDqFloats + t * (kWarpgroup * 4)));
   };
-  // Writes all columns. sum_of(t) returns what this thread has of tile t of 8 columns.
-  const auto round_columns = [&](auto sum_of) {
-    GPU_UNROLL for (int t = 0; t < Plan::kOwnColumns / 8; t += kChunk) {
-      if (first_column + 8 * t >= p.dq.columns) return;
-      float x[kChunk][4];
-      GPU_UNROLL for (int i = 0; i < kChunk; ++i) {
-        const Float4 sum = sum_of(t + i);
-        x[i][0] = sum.x;
-        x[i][1] = sum.y;
-        x[i][2] = sum.z;
-        x[i][3] = sum.w;
-      }
-      GPU_UNROLL for (int r = 0; r < 2; ++r) {
-        const int row = own_row + 8 * r;
-        const int column = first_column + 8 * t;
-        store_row<T>(head_slice.query_row<T>(p.dq, row) + column, x, r, p.scale, row < head_slice.seqlen_q,
-                     p.dq.columns - column, lane);
-      }
+  constexpr int kTiles = Plan::kOwnColumns / 8;
+  float dq[kTiles][4];
+  GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+    const Float4 sum = num_sums > 0 ? load_sum(0, t) : Float4{0.0f, 0.0f, 0.0f, 0.0f};
+    dq[t][0] = sum.x;
+    dq[t][1] = sum.y;
+    dq[t][2] = sum.z;
+    dq[t][3] = sum.w;
+  }
+  GPU_NO_UNROLL for (int n = 1; n < num_sums; ++n) {
+    GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
+      const Float4 sum = load_sum(n, t);
+      dq[t][0] += sum.x;
+      dq[t][1] += sum.y;
+      dq[t][2] += sum.z;
+      dq[t][3] += sum.w;
     }
-  };
-  if (num_sums > 1) {
-    round_columns([&](int t) {
-      Float4 total = load_sum(0, t);
-      GPU_NO_UNROLL for (int n = 1; n < num_sums; ++n) {
-        const Float4 sum = load_sum(n, t);
-        total = {total.x + sum.x, total.y + sum.y, total.z + sum.z, total.w + sum.w};
-      }
-      return total;
-    });
-  } else {  // a loop over sums would keep the loads of other tiles from starting at the same time
-    round_columns([&](int t) { return num_sums == 1 ? load_sum(0, t) : Float4{0.0f, 0.0f, 0.0f, 0.0f}; });
+  }
+  GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    const int row = own_row + 8 * r;
+    store_row<T>(head_slice.query_row<T>(p.dq, row) + first_column, dq, r, p.scale, row < head_slice.seqlen_q,
+                 p.dq.columns - first_column, lane);
   }
 }
 

@@ -190,7 +190,7 @@ struct SharedKeyBlock {
   GPU_DEVICE int32_t read(uint32_t offset) const { return load_shared<int32_t>(address + offset); }
 };
 
-// When a block of keys adds to a tile of dq: after `earlier` other blocks. If few tiles of queries meet many blocks of
+// To which sum of a tile of dq a block of keys adds, and when. `earlier` blocks come before it at this tile. If few tiles of queries meet many blocks of
 // keys, these would wait for one another. So a tile has several sums then, and neighbouring blocks add to different
 // ones. Each sum has a counter of the blocks that have added to it, and a block has its turn when the counter shows the
 // block's own number. round_dq_kernel adds the sums.

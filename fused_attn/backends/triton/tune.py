@@ -232,7 +232,7 @@ def workloads(
     limit = min(backend.max_head_dim(DTYPES[dtype]) for dtype in dtypes)
     for head_dim in head_dims:
         if not 1 <= head_dim <= limit:
-            raise ValueError(f"--head-dim: expected a number from 1 to {limit}, got {head_dim}")
+            raise ValueError(f"--head-dim: expected a number from 1 to {limit} for {', '.join(dtypes)}, got {head_dim}")
     selected = [
         Workload(kernel, DTYPES[dtype], head_dim, names)
         for names, dtype, head_dim, kernel in itertools.product(map(_parse, features), dtypes, head_dims, kernels)

@@ -373,6 +373,18 @@ def test_long_sums_are_exact(number: int, isa: str) -> None:
     cases.check(case, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("value_dim", [64, 136, 192, 256, 384, 512])
+def test_a_query_that_sees_one_key_has_no_gradient(value_dim: int, dtype: torch.dtype, isa: str) -> None:
+    """Its prob is 1 whatever its score is. dprob - delta is exactly 0, because both are summed in the same order."""
+    generator = torch.Generator().manual_seed(value_dim)
+    sizes = (64, 64, value_dim)
+    leaves = [torch.randn(1, 2, 70, dim, generator=generator, dtype=dtype).requires_grad_() for dim in sizes]
+    out = fused_attn.fused_attention(*leaves, is_causal=True, backend="cpu")
+    dquery, *_ = torch.autograd.grad(out, leaves, torch.randn(out.shape, generator=generator, dtype=dtype))
+    assert (dquery[:, :, 0] == 0).all() and dquery.abs().sum() > 0
+
+
 def test_few_queries_have_exact_gradients_where_keys_have_an_offset() -> None:
     """dquery is exact because forward and backward compute the same scores.
 
