@@ -702,8 +702,8 @@ BUGS = [
     ),
     Bug(
         "max-is-the-reference", 80, "max", "sm80/forward.h",
-        "const float row_max = maxima[m].of_row(r, p.softmax_scale);",
-        "const float row_max = @ ? softmax[m].reference[r] * p.softmax_scale : maxima[m].of_row(r, p.softmax_scale);",
+        "row_max = maxima[m].of_row(r, p.softmax_scale);",
+        "row_max = @ ? softmax[m].reference[r] * p.softmax_scale : maxima[m].of_row(r, p.softmax_scale);",
     ),
     Bug(
         "max-of-one-thread", 90, "max", "softmax.h",
