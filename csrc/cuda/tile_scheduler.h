@@ -34,8 +34,8 @@ GPU_DEVICE WorkTile scheduled_tile(int32_t program, int32_t num_blocks, int32_t 
 }
 
 // Which tile of queries program number `program` of the forward pass works on; tiles have kBlockM rows. Program n
-// computes split n % count of the keys of tile n / count. The tiles of a packed call are
-// listed once for all heads, as if the call had one batch entry.
+// computes split n % count of the keys of tile n / count. The tiles of a packed call are listed once for all heads, as
+// if the call had one batch entry.
 template <int kBlockM>
 GPU_DEVICE WorkTile query_tile(const Params& p, int32_t program) {
   program /= p.splits.count;
