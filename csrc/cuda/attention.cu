@@ -10,6 +10,7 @@
 #include "decode.h"
 #include "kernels.h"
 #include "mask_bits.h"
+#include "merge_gradients.h"
 #include "merge_splits.h"
 #include "preparation.h"
 #include "tiles.h"
@@ -60,6 +61,9 @@ struct Pieces {
   float* delta = nullptr;
   int32_t dq_sums_log2 = 0;
   float* dq_sums = nullptr;
+  float* dq_parts = nullptr;
+  float* dk_parts = nullptr;
+  float* dv_parts = nullptr;
   int32_t* dq_turns = nullptr;
   int32_t* key_ranks = nullptr;
   KeyBlock* key_blocks = nullptr;
@@ -86,8 +90,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Whether backward runs the fused kernel of sm_90a (sm90/fused_backward.h). A call may want none of the gradients that
 // this kernel computes, for example only the gradient of a bias.
 bool is_fused_backward(const WorkspaceNeeds& needs) {
-  return needs.is_backward && (needs.wants_dquery || needs.wants_dkey_or_dvalue) && needs.architecture == 90 &&
-         has_fused_backward(needs.head_dim);
+  return needs.is_backward && (needs.wants_dquery || needs.wants_dkey || needs.wants_dvalue) &&
+         needs.architecture == 90 && has_fused_backward(needs.head_dim);
 }
 
 // The heads that run side by side (Params::heads_per_l2_group). head_dim: that of the tensors
@@ -108,10 +112,12 @@ int32_t heads_per_l2_group(const WorkspaceNeeds& needs, int64_t head_dim) {
 int32_t dq_sums_log2(const WorkspaceNeeds& needs) {
   constexpr int64_t kMultiprocessors = 132;
   constexpr int32_t kMost = 5;  // one block of threads adds all sums of a tile in the end
+  const int64_t splits = needs.gradient_splits.dk;
   const int64_t heads = std::min<int64_t>(heads_per_l2_group(needs, needs.head_dim), needs.batch * needs.num_kv_heads);
-  const int64_t blocks = std::min(ceil_div(kMultiprocessors, heads), ceil_div(needs.seqlen_k, kKeyBlock));
-  const int64_t tiles = ceil_div(needs.seqlen_q, fused_backward_rows(static_cast<int>(needs.head_dim), false)) *
-                        (needs.num_heads / needs.num_kv_heads);
+  const int64_t blocks = std::min(ceil_div(kMultiprocessors, heads * splits), ceil_div(needs.seqlen_k, kKeyBlock));
+  const int64_t tiles_of_head =
+      ceil_div(needs.seqlen_q, fused_backward_rows(static_cast<int>(needs.head_dim), false) * splits);
+  const int64_t tiles = tiles_of_head * (needs.num_heads / needs.num_kv_heads);
   int32_t log2 = 0;
   while (log2 < kMost && 2 * (tiles << log2) <= blocks) ++log2;
   return log2;
@@ -160,7 +166,13 @@ Pieces take_pieces(const WorkspaceNeeds& needs, BiasGradientTile tile, Workspace
     pieces.valid_keys = workspace.take<uint32_t>(needs.batch * pieces.valid_words);
   }
   const bool is_fused = is_fused_backward(needs);
+  const GradientSplits& splits = needs.gradient_splits;
   if (needs.is_backward) {
+    const int64_t query_rows = splits.dq > 1 ? splits.dq * needs.batch_entries * needs.num_heads * needs.rows_q : 0;
+    const int64_t key_rows = splits.dk > 1 ? splits.dk * needs.batch_entries * needs.num_kv_heads * needs.rows_k : 0;
+    if (needs.wants_dquery) pieces.dq_parts = workspace.take<float>(query_rows * needs.head_dim);
+    if (needs.wants_dkey) pieces.dk_parts = workspace.take<float>(key_rows * needs.head_dim);
+    if (needs.wants_dvalue) pieces.dv_parts = workspace.take<float>(key_rows * needs.value_dim);
     // A sequence may end within a row block: see HeadSlice::padded_q_offset.
     pieces.row_blocks = static_cast<int32_t>(needs.is_packed ? needs.rows_q / kRowBlock + needs.batch
                                                              : ceil_div(needs.rows_q, kRowBlock));
@@ -176,12 +188,12 @@ Pieces take_pieces(const WorkspaceNeeds& needs, BiasGradientTile tile, Workspace
         pieces.dq_turns = workspace.take<int32_t>(rows / kSmallestTile);
       }
       const int64_t key_blocks = ceil_div(needs.seqlen_k, kKeyBlock);
-      pieces.key_blocks = workspace.take<KeyBlock>(needs.batch * needs.num_kv_heads * key_blocks);
+      pieces.key_blocks = workspace.take<KeyBlock>(needs.batch * needs.num_kv_heads * key_blocks * splits.dk);
       if (needs.has_key_padding) pieces.key_ranks = workspace.take<int32_t>(needs.batch * (key_blocks + 1));
       if (needs.mask_entries != 0) {
         // Each sequence gets as much room as the longest one.
         const int64_t tiles = needs.batch * needs.num_heads * ceil_div(needs.seqlen_q, kSmallestTile);
-        pieces.mask_steps = workspace.take<StepInfo>(tiles * key_blocks);
+        pieces.mask_steps = workspace.take<StepInfo>(tiles * key_blocks * splits.dk);
         if (needs.wants_dquery) pieces.mask_turns = workspace.take<int32_t>(tiles * key_blocks);
       }
     }
@@ -299,6 +311,15 @@ LogitParams logits_of(const AttentionParams& a, const float* relative_bias) {
   return x;
 }
 
+// The parts of a gradient (batch entries, heads, rows, columns), which lie one after another in `piece`.
+GradientParts parts_of(float* piece, int32_t num_splits, int64_t entries, int64_t heads, int64_t rows,
+                       int64_t columns) {
+  if (num_splits == 1) return {};
+  const int64_t stride_head = rows * columns, stride_batch = heads * stride_head;
+  return {{piece, entries == 1 ? 0 : stride_batch, stride_head, columns, static_cast<int32_t>(columns)},
+          entries * stride_batch};
+}
+
 // Fills in Params: sizes in 32 bits, tensors, and pieces of the workspace.
 Params params_of(const Call& call, const WorkspaceNeeds& needs, const Pieces& pieces) {
   const AttentionParams& a = call.params;
@@ -348,6 +369,11 @@ Params params_of(const Call& call, const WorkspaceNeeds& needs, const Pieces& pi
   p.dk = rows_of(a.dkey, a.head_dim);
   p.dv = rows_of(a.dvalue, a.value_dim);
   p.dsinks = static_cast<float*>(a.dsinks.data);
+  p.dq_splits = needs.gradient_splits.dq;
+  p.dk_splits = needs.gradient_splits.dk;
+  p.dq_parts = parts_of(pieces.dq_parts, p.dq_splits, call.batch_entries, a.num_heads, call.rows_q, a.head_dim);
+  p.dk_parts = parts_of(pieces.dk_parts, p.dk_splits, call.batch_entries, a.num_kv_heads, call.rows_k, a.head_dim);
+  p.dv_parts = parts_of(pieces.dv_parts, p.dk_splits, call.batch_entries, a.num_kv_heads, call.rows_k, a.value_dim);
   p.row_blocks = pieces.row_blocks;
   const int64_t stride_head = int64_t{p.row_blocks} * kRowBlock;
   const int64_t stride_batch = a.cu_seqlens_q != nullptr ? 0 : a.num_heads * stride_head;
@@ -365,7 +391,7 @@ Params params_of(const Call& call, const WorkspaceNeeds& needs, const Pieces& pi
   p.lists_key_blocks_by_offset =
       a.cu_seqlens_k != nullptr && a.key_padding.data == nullptr && entries_by_offset < entries;
   p.num_listed_key_blocks =
-      static_cast<int32_t>((p.lists_key_blocks_by_offset ? entries_by_offset : entries) * a.num_kv_heads);
+      static_cast<int32_t>((p.lists_key_blocks_by_offset ? entries_by_offset : entries) * a.num_kv_heads * p.dk_splits);
   if (pieces.tile_counter != nullptr && (needs.is_backward || shares_tiles(a, p.splits.count)))
     p.tile_counter = pieces.tile_counter;
   p.program_counter = pieces.program_counter;
@@ -496,7 +522,7 @@ void prepare(const AttentionParams& a, const Params& p, const Pieces& pieces, co
       run_kernel(preparation_kernel < decltype(type), is_large() ? 128 : 64 >, shape, stream, params, what);
     });
   };
-  const int64_t key_blocks = int64_t{p.num_heads / p.group_size} * p.num_key_blocks;  // of a batch entry
+  const int64_t key_blocks = int64_t{p.num_heads / p.group_size} * p.num_key_blocks * p.dk_splits;  // of a batch entry
   if (jobs.padding_blocks > 0 && p.key_blocks != nullptr && key_blocks > kMostListedWithPadding) {
     Params without_list = p;
     without_list.key_blocks = nullptr;
@@ -525,7 +551,8 @@ DecodeParams decode_params_of(const AttentionParams& a, const Pieces& pieces, Pa
 }
 
 // Throws if the kernels that are about to run would ignore an argument. The Python backend makes no such call.
-void check_kernels(const AttentionParams& a, const KeySplits& splits, bool is_backward) {
+void check_kernels(const AttentionParams& a, const WorkspaceNeeds& needs) {
+  const KeySplits& splits = needs.splits;
   const std::string numbers = std::to_string(splits.decode) + " and " + std::to_string(splits.large);
   if (splits.decode == 0 && splits.large == 0)
     throw std::invalid_argument("decode_splits, large_splits: expected one above 0, got " + numbers);
@@ -535,8 +562,11 @@ void check_kernels(const AttentionParams& a, const KeySplits& splits, bool is_ba
   if (splits.decode > 0 && (a.has_dropout || a.key_bias.data != nullptr || a.row_max.data != nullptr))
     throw std::invalid_argument("decode_splits: expected 0 with dropout, key_bias or row_max, got " +
                                 std::to_string(splits.decode));
-  if (is_backward && a.block_table != nullptr)
+  if (needs.is_backward && a.block_table != nullptr)
     throw std::invalid_argument("block_table: expected None in backward, got a tensor");
+  if (is_fused_backward(needs) && needs.gradient_splits.dq > 1)
+    throw std::invalid_argument("dq_splits: expected 1 for the fused backward, got " +
+                                std::to_string(needs.gradient_splits.dq));
 }
 
 // Checks the sizes of a call, and launches its kernels in order: preparation, forward or backward, gradients of biases
@@ -555,12 +585,14 @@ void run(const Call& of_caller, bool is_backward) {
   needs.architecture = call.architecture;
   needs.is_backward = is_backward;
   needs.wants_dquery = a.dquery.data != nullptr;
-  needs.wants_dkey_or_dvalue = a.dkey.data != nullptr || a.dvalue.data != nullptr;
+  needs.wants_dkey = a.dkey.data != nullptr;
+  needs.wants_dvalue = a.dvalue.data != nullptr;
   needs.batch = a.batch;
   needs.batch_entries = call.batch_entries;
   needs.num_heads = a.num_heads;
   needs.num_kv_heads = a.num_kv_heads;
   needs.rows_q = call.rows_q;
+  needs.rows_k = call.rows_k;
   needs.seqlen_k = a.seqlen_k;
   needs.head_dim = kernels.head_dim;
   needs.is_packed = a.cu_seqlens_q != nullptr;
@@ -576,11 +608,12 @@ void run(const Call& of_caller, bool is_backward) {
   needs.wants_dkey_bias = a.dkey_bias.data != nullptr;
   needs.wants_drelative_bias = a.drelative_bias.data != nullptr;
   needs.splits = call.splits;
+  needs.gradient_splits = call.gradient_splits;
   needs.value_dim = a.value_dim;
   if (const int64_t bytes = workspace_bytes(needs); call.workspace_bytes < bytes)
     throw std::invalid_argument("workspace: expected at least " + std::to_string(bytes) + " bytes, got " +
                                 std::to_string(call.workspace_bytes));
-  check_kernels(a, needs.splits, is_backward);
+  check_kernels(a, needs);
   Workspace workspace(call.workspace);
   const Pieces pieces = take_pieces(needs, kernels.bias_gradient_tile, workspace);
   const Params params = params_of(call, needs, pieces);
@@ -593,8 +626,13 @@ void run(const Call& of_caller, bool is_backward) {
     if (needs.splits.large == 0) return;
   }
   prepare(a, params, pieces, kernels, is_backward, call.stream);
-  (is_backward ? kernels.backward : kernels.forward)(params, is_bf16, call.stream);
-  if (!is_backward) merge_splits(params, is_bf16, call.stream);
+  if (!is_backward) {
+    kernels.forward(params, is_bf16, call.stream);
+    merge_splits(params, is_bf16, call.stream);
+    return;
+  }
+  kernels.backward(params, is_bf16, call.stream);
+  for (const bool is_of_queries : {true, false}) merge_gradients(params, is_of_queries, is_bf16, call.stream);
   // These kernels come after those of backward, because they read the row statistics.
   const BiasGradientSizes sizes = bias_gradient_sizes(needs, kernels.bias_gradient_tile);
   if (needs.wants_dbias) {

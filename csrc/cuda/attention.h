@@ -16,16 +16,24 @@ struct KeySplits {
   int32_t large = 1;
 };
 
+// How many programs share the work for a block of rows of a gradient: for dq each has a part of the keys, for dk and dv
+// each has a part of the queries. The fused backward of sm_90a has no blocks of dq.
+struct GradientSplits {
+  int32_t dq = 1;
+  int32_t dk = 1;  // and dv
+};
+
 // One call of forward or backward: what to compute, and where to run.
 struct Call {
   AttentionParams params;
-  int64_t batch_entries = 0;  // batch entries of the tensors: 1 when packed
-  int64_t rows_q = 0;         // rows of a head of the query: seqlen_q, or the rows of all sequences when packed
-  int64_t rows_k = 0;         // the same for the key
-  KeySplits splits;           // in forward
-  int architecture = 80;      // the kernels of this architecture run: 80, or 90 for sm_90a
-  int device = 0;             // number of the CUDA device
-  void* workspace = nullptr;  // aligned to 256 bytes; its contents do not matter
+  int64_t batch_entries = 0;       // batch entries of the tensors: 1 when packed
+  int64_t rows_q = 0;              // rows of a head of the query: seqlen_q, or the rows of all sequences when packed
+  int64_t rows_k = 0;              // the same for the key
+  KeySplits splits;                // in forward
+  GradientSplits gradient_splits;  // in backward
+  int architecture = 80;           // the kernels of this architecture run: 80, or 90 for sm_90a
+  int device = 0;                  // number of the CUDA device
+  void* workspace = nullptr;       // aligned to 256 bytes; its contents do not matter
   int64_t workspace_bytes = 0;
   void* stream = nullptr;  // a cudaStream_t
 };
@@ -35,12 +43,14 @@ struct WorkspaceNeeds {
   int architecture = 80;
   bool is_backward = false;
   bool wants_dquery = false;
-  bool wants_dkey_or_dvalue = false;
+  bool wants_dkey = false;
+  bool wants_dvalue = false;
   int64_t batch = 0;  // as in AttentionParams and Call
   int64_t batch_entries = 0;
   int64_t num_heads = 0;
   int64_t num_kv_heads = 0;
   int64_t rows_q = 0;
+  int64_t rows_k = 0;
   int64_t seqlen_k = 0;
   int64_t head_dim = 0;
   int64_t value_dim = 0;
@@ -53,6 +63,7 @@ struct WorkspaceNeeds {
   bool wants_dkey_bias = false;
   bool wants_drelative_bias = false;
   KeySplits splits;
+  GradientSplits gradient_splits;
   int64_t mask_entries = 0;  // different pairs (batch entry, head) in the dense mask; 0 = no mask
 };
 

@@ -39,28 +39,22 @@ int32_t read_number(PyObject* number) {
   return static_cast<int32_t>(value);
 }
 
-// Makes a KeySplits from the two numbers that Python has passed.
-KeySplits read_splits(PyObject* decode, PyObject* large) {
-  const KeySplits splits{read_number(decode), read_number(large)};
-  const auto check = [](int32_t count, const char* name) {
-    if (count < 0 || count > kMaxSplits)
-      throw py::value_error(std::string(name) + ": expected 0 to " + std::to_string(kMaxSplits) + ", got " +
-                            std::to_string(count));
-  };
-  check(splits.decode, "decode_splits");
-  check(splits.large, "large_splits");
-  return splits;
+// A number of splits that Python has passed.
+int32_t checked_splits(int32_t count, int32_t least, const char* name) {
+  if (count < least || count > kMaxSplits)
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(least) + " to " +
+                          std::to_string(kMaxSplits) + ", got " + std::to_string(count));
+  return count;
 }
 
-// Makes a Call from what Python has passed. Throws if the kernels do not support a dtype, head dim or alignment.
-Call read_call(const Reader& reader, const Problem& problem, const KeySplits& splits, PyObject* architecture,
-               PyObject* workspace) {
+// Makes a Call from what Python has passed, without splits. Throws if the kernels do not support a dtype, head dim or
+// alignment.
+Call read_call(const Reader& reader, const Problem& problem, PyObject* architecture, PyObject* workspace) {
   Call call;
   call.params = problem.params;
   call.batch_entries = problem.batch_entries;
   call.rows_q = problem.rows_q;
   call.rows_k = problem.rows_k;
-  call.splits = splits;
   call.architecture = read_number(architecture);
   if (const Argument argument = reader.optional(workspace, "workspace"); argument.given) {
     argument.check_type(ElementType::kFloat32);
@@ -111,14 +105,6 @@ auto call_unlocked(Function function) {
   }
 }
 
-// Runs forward or backward.
-template <void (*function)(const Call&)>
-void run(const Reader& reader, const Problem& problem, const KeySplits& splits, PyObject* architecture,
-         PyObject* workspace) {
-  const Call call = read_call(reader, problem, splits, architecture, workspace);
-  call_unlocked([&] { function(call); });
-}
-
 const char kForwardDoc[] =
     "forward(inputs, results, config, decode_splits, large_splits, architecture, workspace)\n\n"
     "Writes those of the results that are not None. See the module's docstring for the arguments.";
@@ -128,21 +114,27 @@ PyObject* forward(PyObject* const* args, Py_ssize_t count) {
   const Inputs inputs = Inputs::of(args[0]);
   const Reader reader = reader_like(inputs.query);
   const Problem problem = read_forward(reader, inputs, Results::of(args[1]), args[2]);
-  run<gpu::forward>(reader, problem, read_splits(args[3], args[4]), args[5], args[6]);
+  Call call = read_call(reader, problem, args[5], args[6]);
+  call.splits = {checked_splits(read_number(args[3]), 0, "decode_splits"),
+                 checked_splits(read_number(args[4]), 0, "large_splits")};
+  call_unlocked([&] { gpu::forward(call); });
   Py_RETURN_NONE;
 }
 
 const char kBackwardDoc[] =
-    "backward(inputs, saved, gradients, config, architecture, workspace)\n\n"
+    "backward(inputs, saved, gradients, config, dq_splits, dk_splits, architecture, workspace)\n\n"
     "Overwrites those of the gradients that are not None. See the module's docstring for the arguments.";
 
 PyObject* backward(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 6, kBackwardDoc);
+  check_count(count, 8, kBackwardDoc);
   const Inputs inputs = Inputs::of(args[0]);
   const Reader reader = reader_like(inputs.query);
   const Problem problem = read_backward(reader, inputs, Saved::of(args[1]), Gradients::of(args[2]), args[3],
                                         /*rounds_dbias=*/true);
-  run<gpu::backward>(reader, problem, {}, args[4], args[5]);
+  Call call = read_call(reader, problem, args[6], args[7]);
+  call.gradient_splits = {checked_splits(read_number(args[4]), 1, "dq_splits"),
+                          checked_splits(read_number(args[5]), 1, "dk_splits")};
+  call_unlocked([&] { gpu::backward(call); });
   Py_RETURN_NONE;
 }
 
@@ -159,6 +151,7 @@ and with rows that start at multiples of 16 bytes; kernels run on torch's curren
 looked at: cu_seqlens must fit.
 
 decode_splits, large_splits    into how many parts each kind of forward kernel divides the keys; 0 = it does not run
+dq_splits, dk_splits           how many programs share a block of rows of dq, and of dk and dv, in backward
 architecture                   whose kernels run: 80, or 90 for sm_90a
 workspace                      float32, workspace_bytes(...) bytes or more; None where that is 0
 dbias                          accumulate or the dtype of query)";
@@ -173,21 +166,24 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
   if (PyModule_AddFunctions(module.ptr(), gpu::kMethods) != 0) throw py::error_already_set();
   module.def(
       "workspace_bytes",
-      [](int architecture, bool is_backward, bool wants_dquery, bool wants_dkey_or_dvalue, int64_t batch,
-         int64_t batch_entries, int64_t num_heads, int64_t num_kv_heads, int64_t rows_q, int64_t seqlen_q,
-         int64_t seqlen_k, int64_t head_dim, bool is_packed, bool has_key_padding, int64_t relative_bias_heads,
-         int64_t mask_entries, std::optional<std::array<int64_t, 4>> dbias_shape, bool wants_dkey_bias,
-         bool wants_drelative_bias, int32_t decode_splits, int32_t large_splits, int64_t value_dim) {
+      [](int architecture, bool is_backward, bool wants_dquery, bool wants_dkey, bool wants_dvalue, int64_t batch,
+         int64_t batch_entries, int64_t num_heads, int64_t num_kv_heads, int64_t rows_q, int64_t rows_k,
+         int64_t seqlen_q, int64_t seqlen_k, int64_t head_dim, bool is_packed, bool has_key_padding,
+         int64_t relative_bias_heads, int64_t mask_entries, std::optional<std::array<int64_t, 4>> dbias_shape,
+         bool wants_dkey_bias, bool wants_drelative_bias, int32_t decode_splits, int32_t large_splits,
+         int32_t dq_splits, int32_t dk_splits, int64_t value_dim) {
         gpu::WorkspaceNeeds needs;
         needs.architecture = architecture;
         needs.is_backward = is_backward;
         needs.wants_dquery = wants_dquery;
-        needs.wants_dkey_or_dvalue = wants_dkey_or_dvalue;
+        needs.wants_dkey = wants_dkey;
+        needs.wants_dvalue = wants_dvalue;
         needs.batch = batch;
         needs.batch_entries = batch_entries;
         needs.num_heads = num_heads;
         needs.num_kv_heads = num_kv_heads;
         needs.rows_q = rows_q;
+        needs.rows_k = rows_k;
         needs.seqlen_q = seqlen_q;
         needs.seqlen_k = seqlen_k;
         needs.head_dim = head_dim;
@@ -200,15 +196,18 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
         needs.wants_dkey_bias = wants_dkey_bias;
         needs.wants_drelative_bias = wants_drelative_bias;
         needs.splits = {decode_splits, large_splits};
+        needs.gradient_splits = {gpu::checked_splits(dq_splits, 1, "dq_splits"),
+                                 gpu::checked_splits(dk_splits, 1, "dk_splits")};
         needs.value_dim = value_dim;
         return gpu::workspace_bytes(needs);
       },
-      py::kw_only(), py::arg("architecture"), py::arg("is_backward"), py::arg("wants_dquery"),
-      py::arg("wants_dkey_or_dvalue"), py::arg("batch"), py::arg("batch_entries"), py::arg("num_heads"),
-      py::arg("num_kv_heads"), py::arg("rows_q"), py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("head_dim"),
-      py::arg("is_packed"), py::arg("has_key_padding"), py::arg("relative_bias_heads"), py::arg("mask_entries"),
-      py::arg("dbias_shape"), py::arg("wants_dkey_bias"), py::arg("wants_drelative_bias"), py::arg("decode_splits"),
-      py::arg("large_splits"), py::arg("value_dim"),
+      py::kw_only(), py::arg("architecture"), py::arg("is_backward"), py::arg("wants_dquery"), py::arg("wants_dkey"),
+      py::arg("wants_dvalue"), py::arg("batch"), py::arg("batch_entries"), py::arg("num_heads"),
+      py::arg("num_kv_heads"), py::arg("rows_q"), py::arg("rows_k"), py::arg("seqlen_q"), py::arg("seqlen_k"),
+      py::arg("head_dim"), py::arg("is_packed"), py::arg("has_key_padding"), py::arg("relative_bias_heads"),
+      py::arg("mask_entries"), py::arg("dbias_shape"), py::arg("wants_dkey_bias"), py::arg("wants_drelative_bias"),
+      py::arg("decode_splits"), py::arg("large_splits"), py::arg("dq_splits"), py::arg("dk_splits"),
+      py::arg("value_dim"),
       "Size of the workspace in bytes. batch_entries and rows_q are those of the query tensor, batch counts "
       "sequences.");
   module.def(

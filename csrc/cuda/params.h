@@ -174,6 +174,13 @@ struct SplitParams {
   int32_t most_queries;
 };
 
+// The parts of a gradient, if several programs share the work for a block of its rows (gradient_splits.h): those of
+// split n lie n * stride_split floats behind those of split 0.
+struct GradientParts {
+  Rows rows;  // floats, in the shape of the gradient; null data = there are no parts
+  int64_t stride_split;
+};
+
 // What the preparation kernel reads to pack key padding to bits.
 struct PaddingParams {
   const uint8_t* padding;  // (B, S), nonzero = padding; null = none
@@ -276,6 +283,13 @@ struct Params {
   Rows dk;         // (B, Hkv, S, D)
   Rows dv;         // (B, Hkv, S, Dv)
   float* dsinks;   // (H); null = not wanted
+  // How many programs a block of rows has in the kernel for dq, and in the one for dk and dv. Each program visits a part
+  // of the keys, or queries. The fused backward has the second kind only.
+  int32_t dq_splits;
+  int32_t dk_splits;
+  GradientParts dq_parts;
+  GradientParts dk_parts;
+  GradientParts dv_parts;
   // The preparation kernel writes these for every query, in row blocks (HeadSlice::row_statistic).
   int32_t row_blocks;  // row blocks of one head of a batch entry; of all sequences, if packed
   RowValues lse_log2;  // (B, H, row_blocks * kRowBlock): lse * log2(e), or +inf for an empty row and past the last one

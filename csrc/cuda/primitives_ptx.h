@@ -163,10 +163,14 @@ template <class V>
 GPU_DEVICE void store_global(V* p, V v) {
   *p = v;
 }
-// Of several assignments of a Vec4, nvcc 13.0 splits the first one into four stores of 4 bytes.
+// Of several assignments of a Vec4 or Float2, nvcc 13.0 splits the first one into stores of 4 bytes.
 template <>
 GPU_DEVICE void store_global(Vec4* p, Vec4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+template <>
+GPU_DEVICE void store_global(Float2* p, Float2 v) {
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(v.x), "f"(v.y) : "memory");
 }
 
 GPU_DEVICE void atomic_add(float* p, float v) { atomicAdd(p, v); }

@@ -156,8 +156,9 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         lse=saved.lse.contiguous(),  # under vmap, lse can be an expanded view
         dlse=None if saved.dlse is None else saved.dlse.resolve_neg(),
     )
-    workspace = _workspace(problem, read, wanted)
-    _kernels.backward(read, saved, grads, _config(problem), _device_architecture(problem), workspace)
+    splits = gradient_splits(problem)
+    workspace = _workspace(problem, read, wanted, gradient_splits=splits)
+    _kernels.backward(read, saved, grads, _config(problem), *splits, _device_architecture(problem), workspace)
     return _in_dtypes_of(inputs, grads) if wanted.is_any_shared else grads
 
 
@@ -339,6 +340,18 @@ class KeySplits(NamedTuple):
 
 UNDIVIDED = KeySplits()
 
+
+class GradientSplits(NamedTuple):
+    """How many programs share the work for a block of rows of a gradient: for dq each visits a part of the keys, for dk
+    and dv each visits a part of the queries. The fused backward of sm_90a has no blocks of dq.
+    """
+
+    dq: int = 1
+    dk: int = 1
+
+
+UNDIVIDED_GRADIENTS = GradientSplits()
+
 #: The decode kernels have tiles of this many rows: a row is a query of one of the heads of a head group.
 DECODE_ROWS = 16
 #: With more tiles than this for a head group, the large kernels run. Each tile reads all keys, though most of them from
@@ -355,6 +368,19 @@ LARGE_TILE_ROWS = 128
 #: An estimate, not measured: a tile takes 1.7 us for 128 keys of head dim 128 on an H100. Storing its sums, merging
 #: them and another launch take about 8 us.
 MIN_KEYS_PER_LARGE_SPLIT = 1024
+
+
+#: The fused backward of sm_90a has blocks of this many keys. The other backward kernels have blocks of 64 rows, except
+#: the one for dq on sm_90a.
+FUSED_KEY_BLOCK = 128
+#: The large kernels visit about this many rows in a step.
+STEP_ROWS = 64
+#: Estimates in steps, not measured: to start a program and to store its part of a gradient, and to add all parts. A
+#: step of head dim 128 takes about 1.5 us on an H100.
+STEPS_OF_PART = 8
+STEPS_OF_MERGING = 8
+#: With more programs than this for each one that can run at a time, the last round of them matters little.
+ENOUGH_ROUNDS = 4
 
 
 def decode_tiles(problem: AttentionProblem) -> int:
@@ -404,6 +430,44 @@ def _large_splits(problem: AttentionProblem) -> int:
     if not _runs_on_hopper(problem) and problem.head_dim <= 128:
         resident *= 2
     return max(1, min(resident // tiles, MAX_SPLITS, _keys_in_band(problem) // MIN_KEYS_PER_LARGE_SPLIT))
+
+
+def gradient_splits(problem: AttentionProblem) -> GradientSplits:
+    """How many programs share the work for a block of rows of a gradient.
+
+    The numbers follow from shapes, the band and the device alone, never from lengths or masks.
+    """
+    is_hopper, is_fused = _device_architecture(problem) == 90, max(problem.head_dim, problem.value_dim) <= 128
+    kv_heads = max(problem.num_kv_heads, 1)
+    resident = _multiprocessors(problem)
+    query_steps = -(-problem.seqlen_q // STEP_ROWS) * (problem.num_heads // kv_heads)
+    if is_hopper and is_fused:
+        key_blocks = problem.batch * kv_heads * -(-problem.seqlen_k // FUSED_KEY_BLOCK)
+        return GradientSplits(dk=_splits_of_steps(key_blocks, query_steps, resident))
+    query_blocks = problem.batch * problem.num_heads * -(-problem.seqlen_q // (128 if is_hopper else 64))
+    key_blocks = problem.batch * kv_heads * -(-problem.seqlen_k // 64)
+    key_steps = -(-_keys_in_band(problem) // STEP_ROWS)
+    return GradientSplits(
+        dq=_splits_of_steps(query_blocks, key_steps, resident), dk=_splits_of_steps(key_blocks, query_steps, resident)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _splits_of_steps(blocks: int, steps: int, resident: int) -> int:
+    """How many programs should share the `steps` steps of each of `blocks` blocks of rows, by an estimate of the time.
+
+    All programs take equally long, and run in rounds of `resident` programs.
+    """
+    blocks = max(blocks, 1)
+    most = min(ENOUGH_ROUNDS * resident // blocks, steps, MAX_SPLITS)
+
+    def time(splits: int) -> int:
+        rounds = -(-blocks * splits // resident)
+        if splits == 1:
+            return rounds * steps
+        return rounds * (-(-steps // splits) + STEPS_OF_PART) + STEPS_OF_MERGING
+
+    return min(range(1, most + 1), key=time, default=1)
 
 
 def _keys_in_band(problem: AttentionProblem) -> int:
@@ -460,7 +524,11 @@ def _config(problem: AttentionProblem) -> Any:
 
 
 def _workspace(
-    problem: AttentionProblem, inputs: Inputs, wanted: Wanted | None, splits: KeySplits = UNDIVIDED
+    problem: AttentionProblem,
+    inputs: Inputs,
+    wanted: Wanted | None,
+    splits: KeySplits = UNDIVIDED,
+    gradient_splits: GradientSplits = UNDIVIDED_GRADIENTS,
 ) -> Tensor | None:
     """Uninitialised memory for intermediate results of a call, float32; None if the call needs none.
 
@@ -472,6 +540,8 @@ def _workspace(
         inputs.query.shape,
         wanted,
         splits,
+        gradient_splits,
+        inputs.key.shape[2],
         0 if relative_bias is None else relative_bias.shape[0],
         _mask_entries(inputs),
         None if inputs.bias is None or wanted is None or not wanted.bias else inputs.bias.shape,
@@ -496,6 +566,8 @@ def _workspace_bytes(
     query_shape: torch.Size,
     wanted: Wanted | None,
     splits: KeySplits,
+    gradient_splits: GradientSplits,
+    rows_k: int,
     relative_bias_heads: int,
     mask_entries: int,
     dbias_shape: torch.Size | None,
@@ -504,6 +576,7 @@ def _workspace_bytes(
 
     query_shape: (B, H, L, D), with B = 1 for packed problems
     wanted: the wanted gradients of a backward call; None for forward
+    rows_k: the rows of the key tensor
     relative_bias_heads: the heads of relative_bias; 0 without one
     mask_entries: see `_mask_entries`
     dbias_shape: the shape of the gradient of bias; None if it is not wanted
@@ -513,12 +586,14 @@ def _workspace_bytes(
         architecture=_architecture(problem, splits),
         is_backward=wanted is not None,
         wants_dquery=wanted is not None and wanted.query,
-        wants_dkey_or_dvalue=wanted is not None and (wanted.key or wanted.value),
+        wants_dkey=wanted is not None and wanted.key,
+        wants_dvalue=wanted is not None and wanted.value,
         batch=problem.batch,
         batch_entries=batch_entries,
         num_heads=num_heads,
         num_kv_heads=problem.num_kv_heads,
         rows_q=rows_q,
+        rows_k=rows_k,
         seqlen_q=problem.seqlen_q,
         seqlen_k=problem.seqlen_k,
         head_dim=problem.head_dim,
@@ -531,5 +606,7 @@ def _workspace_bytes(
         wants_drelative_bias=wanted is not None and wanted.relative_bias,
         decode_splits=splits.decode,
         large_splits=splits.large,
+        dq_splits=gradient_splits.dq,
+        dk_splits=gradient_splits.dk,
         value_dim=problem.value_dim,
     )

@@ -9,7 +9,9 @@ from pathlib import Path
 from emulator import CSRC, Builder, Library, Statistics
 
 from fused_attn import architectures, planning
+from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends import cuda, dispatch
+from fused_attn.backends.cuda import GradientSplits
 from fused_attn.derivatives import ops
 
 FLAGS = ("-Wno-psabi",)  # otherwise g++ warns about how it passes vector types
@@ -111,6 +113,24 @@ def of_architecture(architecture: int) -> Iterator[None]:
     finally:
         cuda._device_architecture = before
         _forget_plans()
+
+
+@contextlib.contextmanager
+def dividing_gradients(dq: int, dk: int) -> Iterator[None]:
+    """Within this context, so many programs share a block of rows of dq, and of dk and dv. The fused backward of sm_90a
+    has no blocks of dq.
+    """
+
+    def splits(problem: AttentionProblem) -> GradientSplits:
+        is_fused = cuda._device_architecture(problem) == 90 and max(problem.head_dim, problem.value_dim) <= 128
+        return GradientSplits(1 if is_fused else dq, dk)
+
+    before = cuda.gradient_splits
+    cuda.gradient_splits = splits
+    try:
+        yield
+    finally:
+        cuda.gradient_splits = before
 
 
 def _forget_plans() -> None:

@@ -22,10 +22,11 @@ import oracle
 import pytest
 import torch
 from cases import CASES, Case
-from kernels import is_built_for, of_architecture
+from kernels import dividing_gradients, is_built_for, of_architecture
 from test_cuda_kernels import ARCHITECTURES, HEAD_DIMS, MIXED_FEATURES, NAMES, SUPPORTED, WITHOUT_MISSING_COLUMNS
 from test_decode import CASES as DECODE_CASES
 from test_decode import in_pages, make_cache
+from test_gradient_splits import CASES as GRADIENT_SPLIT_CASES
 from test_partial_gradients import NAMES as DIFFERENTIATED
 from test_partial_gradients import WANTED, Call
 from test_splits import CASES as SPLIT_CASES
@@ -82,18 +83,21 @@ def random_blocks(case: Case, dtype: torch.dtype, generator: torch.Generator) ->
 
 
 LARGE = [
-    Case(f"large-{name}", batch=1, seqlen_q=2100, seqlen_k=4104, head_dim=128, **features)
-    for name, features in {
-        "relative-bias": {"relative_bias": cases.per_head_bias},
-        "bias": {"attn_mask": cases.float_mask("1HLS")},
-        "bias-of-keys": {"attn_mask": cases.float_mask("1H1S")},
-        "mask": {"attn_mask": random_blocks},
-        "softcap-and-sinks": {"sinks": cases.sink(), "options": {"softcap": 20.0, "is_causal": True}},
-    }.items()
-] + [
+    *(
+        Case(f"large-{name}", batch=1, seqlen_q=2100, seqlen_k=4104, head_dim=128, **features)
+        for name, features in {
+            "relative-bias": {"relative_bias": cases.per_head_bias},
+            "bias": {"attn_mask": cases.float_mask("1HLS")},
+            "bias-of-keys": {"attn_mask": cases.float_mask("1H1S")},
+            "mask": {"attn_mask": random_blocks},
+            "softcap-and-sinks": {"sinks": cases.sink(), "options": {"softcap": 20.0, "is_causal": True}},
+        }.items()
+    ),
     # Forward divides the keys, and tiles of dq have several sums.
-    Case(f"large-latents-{dim}", batch=1, heads=8, seqlen_q=500, seqlen_k=16000, head_dim=dim)
-    for dim in (64, 128)
+    *(Case(f"large-latents-{dim}", batch=1, heads=8, seqlen_q=500, seqlen_k=16000, head_dim=dim) for dim in (64, 128)),
+    # Several programs share a block of keys in backward.
+    Case("large-few-keys", batch=1, heads=8, seqlen_q=16000, seqlen_k=77, head_dim=64),
+    Case("large-one-key-head", batch=1, heads=16, kv_heads=1, seqlen_q=2048, seqlen_k=2048, head_dim=128),
 ]
 MIXED = [
     Case("long-causal", seqlen_q=1024, seqlen_k=1024, head_dim=128, options={"is_causal": True}),
@@ -135,6 +139,13 @@ def test_case(case: Case, dtype: torch.dtype, architecture: int, poisoned: None)
     if (case.page_size or 0) % cuda.PAGE_STEP and architecture == 90 and not is_built_for(80):
         pytest.skip("the kernels for sm_90a cannot load these pages, and the module has no others")
     cases.check(case, dtype, "cuda", "cuda")
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("case", GRADIENT_SPLIT_CASES, ids=lambda case: case.id)
+def test_case_with_divided_gradients(case: Case, dtype: torch.dtype, architecture: int, poisoned: None) -> None:
+    with dividing_gradients(dq=2, dk=3):
+        cases.check(case, dtype, "cuda", "cuda")
 
 
 @EVERY_DTYPE

@@ -25,7 +25,7 @@ import cases
 import pytest
 import torch
 from cases import Case
-from kernels import is_built_for, of_architecture
+from kernels import dividing_gradients, is_built_for, of_architecture
 from test_binary import cuobjdump
 from test_cuda_kernels import ARCHITECTURES, MIXED_FEATURES, NAMES
 
@@ -49,6 +49,7 @@ FEATURES: dict[str, dict] = {
     **MIXED_FEATURES,
     "bias-of-keys": {"attn_mask": cases.float_mask("1H1S")},
     "float-bias-of-keys": {"attn_mask": cases.float_mask("1H1S", torch.float32)},
+    "divided-gradients": {},
     "one-query": {"seqlen_q": 1},  # in the decode kernels
     "packed": {"lengths_q": (150, 0, 70), "lengths_k": (200, 30, 0), "options": {"is_causal": True}},
     "pages": {"seqlen_q": 5, "key_lengths": (150, 7), "page_size": 32},
@@ -189,8 +190,9 @@ def test_a_gpu_accepts_every_launch(host_code: HostCode, built: dict[tuple[str, 
                 sizes = {"heads": 4, "kv_heads": 2, "seqlen_q": 333, "seqlen_k": 590}
                 dims = {"head_dim": head_dim, "value_dim": value_dim}
                 case = Case(f"{name}-{head_dim}-{value_dim}", **sizes | dims | features)
+                splits = 2 if name == "divided-gradients" else 1
                 for dtype in NAMES:
-                    with host_code.running(architecture):
+                    with host_code.running(architecture), dividing_gradients(splits, splits):
                         cases.run(case.make(dtype), "cuda")
                     found = host_code.launches()
                     assert found, case

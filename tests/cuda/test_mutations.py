@@ -5,6 +5,7 @@ All of them are planted in one build, and a number says which one is active: ``@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import shutil
@@ -16,7 +17,7 @@ import pytest
 import torch
 from cases import Case
 from emulator import CSRC, Builder
-from kernels import Kernels
+from kernels import Kernels, dividing_gradients
 
 HEAD_DIM = 128
 #: On Hopper, backward takes two kernels with this head dim: one for dq, one for dk and dv.
@@ -821,6 +822,54 @@ BUGS = [
         "n < 1 << p.dq_sums_log2; ++n) store_global(p.dq_turns",
         "n < 1 << (@ ? 0 : p.dq_sums_log2); ++n) store_global(p.dq_turns",
     ),
+    # Splits of backward.
+    Bug(
+        "split-of-a-gradient-lost", 90, "few-keys", "merge_gradients.h",
+        "if (split + i < num_splits)", "if (split + i < num_splits - @)",
+    ),
+    Bug(
+        "part-of-another-split", 80, "few-keys", "gradient_splits.h",
+        "parts.rows) + split * parts.stride_split + 2 * lane.q;",
+        "parts.rows) + (@ ? 0 : split) * parts.stride_split + 2 * lane.q;",
+    ),
+    Bug(
+        "program-of-another-block", 80, "few-keys", "gradient_splits.h",
+        "block(program / num_splits)", "block(program / (num_splits + @))",
+    ),
+    Bug(
+        "part-of-a-block-without-queries-not-stored", 90, "few-keys", "gradient_splits.h",
+        "fill_row(row_of(float{}, parts.rows) + split * parts.stride_split);",
+        "if (!@) fill_row(row_of(float{}, parts.rows) + split * parts.stride_split);",
+    ),
+    Bug(
+        "part-of-dv-taken-for-dk", 80, "few-keys", "merge_gradients.h",
+        "is_second ? second : first", "is_second && !@ ? second : first",
+    ),
+    Bug(
+        "split-of-keys-lost", 80, "few-keys", "sm80/backward.h",
+        "- 1), program.split, p.dq_splits);", "- 1), @ ? 0 : program.split, p.dq_splits);",
+    ),
+    Bug(
+        "split-of-queries-lost", 80, "few-keys", "sm80/backward.h",
+        "- 1), program.split, p.dk_splits);", "- 1), @ ? 0 : program.split, p.dk_splits);",
+    ),
+    Bug(
+        "split-of-keys-lost-on-hopper", 90, "few-keys-large", "sm90/backward.h",
+        "- 1), program.split, p.dq_splits);", "- 1), @ ? 0 : program.split, p.dq_splits);",
+    ),
+    Bug(
+        "split-of-queries-lost-on-hopper", 90, "few-keys-large", "sm90/backward.h",
+        "- 1), program.split, p.dk_splits);", "- 1), @ ? 0 : program.split, p.dk_splits);",
+    ),
+    Bug(
+        "tiles-of-a-split-visited-twice", 90, "few-keys", "sm90/key_blocks.h",
+        "SplitOfBlock(program, p.dk_splits).split, p.dk_splits);",
+        "@ ? 0 : SplitOfBlock(program, p.dk_splits).split, p.dk_splits);",
+    ),
+    Bug(
+        "splits-not-listed", 90, "few-keys", "sm90/key_blocks.h",
+        "p.num_key_blocks * p.dk_splits;", "p.num_key_blocks * (@ ? 1 : p.dk_splits);",
+    ),
     # Pages in the large kernels.
     Bug(
         "row-of-a-paged-key-off-by-one", 80, "paged", "sm80/tile_memory.h",
@@ -969,6 +1018,7 @@ PAGED_PACKED = {
     "key_lengths": (70, 300, 150),
     "options": {"is_causal": True},
 }
+FEW_KEYS = {"batch": 2, "heads": 2, "kv_heads": 1, "seqlen_q": 200, "seqlen_k": 300, "key_padding_mask": hidden_block}
 MASKED = {"batch": 1, "kv_heads": 1, "seqlen_q": 200, "seqlen_k": 400, "head_dim": HEAD_DIM}
 
 CASES = {
@@ -1167,6 +1217,9 @@ CASES = {
     ),
     # Nine blocks of keys, two tiles of queries: each tile has eight sums.
     "latents": Case("latents", heads=1, seqlen_q=100, seqlen_k=1100, head_dim=HEAD_DIM),
+    # Two query heads share a key head. No query sees the keys of the second block.
+    "few-keys": Case("few-keys", **FEW_KEYS, head_dim=HEAD_DIM),
+    "few-keys-large": Case("few-keys-large", **FEW_KEYS, head_dim=LARGE_HEAD_DIM),
     "decode-paged": Case(
         "decode-paged",
         heads=4,
@@ -1286,7 +1339,9 @@ class Planted:
         """What is found with bug `number` (0 = none); empty where all goes well."""
         self._number.value = number
         try:
-            with self.kernels.running(architecture, seed):
+            is_divided = case.startswith("few-keys")
+            splits = dividing_gradients(dq=2, dk=4) if is_divided else contextlib.nullcontext()
+            with self.kernels.running(architecture, seed), splits:
                 cases.check(CASES[case], torch.float16, "cuda")
         except (AssertionError, RuntimeError) as error:
             return str(error).strip().partition("\n")[0] or repr(error)

@@ -9,9 +9,11 @@
 // Here probs = exp(scale * q @ k^T - lse), dprobs = dout @ v^T and dscores = probs * (dprobs - delta).
 #pragma once
 #include "../dropout.h"
+#include "../gradient_splits.h"
 #include "../logits.h"
 #include "../mask_bits.h"
 #include "../row_statistics.h"
+#include "../splits.h"
 #include "../tile_scheduler.h"
 #include "../tiles.h"
 #include "tile_memory.h"
@@ -41,13 +43,15 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS((QueryGradientPlan<kHeadDim, kValueDim>::kThre
 
   // Find the rows.
   const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
+  const SplitOfBlock program(block_index_x(), p.dq_splits);
   const WorkTile work =
-      scheduled_tile(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
+      scheduled_tile(program.block, num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int first_row = work.block * kBlockM;
   if (first_row >= head_slice.seqlen_q) return;
   const BlockRange range =
-      key_range<kBlockN>(p, head_slice, first_row, min(first_row + kBlockM, head_slice.seqlen_q) - 1);
+      blocks_of_split(key_range<kBlockN>(p, head_slice, first_row, min(first_row + kBlockM, head_slice.seqlen_q) - 1),
+                      program.split, p.dq_splits);
   const Lane lane = this_lane();
   const int warp_row = thread_index() / 32 * 16, query = first_row + warp_row + lane.g;
 
@@ -127,7 +131,10 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS((QueryGradientPlan<kHeadDim, kValueDim>::kThre
   // Epilogue.
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = query + 8 * r;
-    store_row<T>(head_slice.query_row<T>(p.dq, row), dq[0], r, p.scale, row < head_slice.seqlen_q, p.dq.columns, lane);
+    store_gradient_row<T>(
+        p.dq, p.dq_parts, program.split,
+        [&](auto type, const Rows& x) { return head_slice.query_row<decltype(type)>(x, row); }, dq[0], r, p.scale,
+        row < head_slice.seqlen_q, lane);
   }
 }
 
@@ -157,13 +164,16 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
 
   // Find the rows.
   const int num_blocks = (p.seqlen_k + kBlockN - 1) / kBlockN, kv_heads = p.num_heads / p.group_size;
+  const SplitOfBlock program(block_index_x(), p.dk_splits);
   const WorkTile work =
-      scheduled_tile(block_index_x(), num_blocks, kv_heads, p.batch, p.heads_per_l2_group, /*last_first=*/false);
+      scheduled_tile(program.block, num_blocks, kv_heads, p.batch, p.heads_per_l2_group, /*last_first=*/false);
   HeadSlice head_slice = head_slice_of(p, work.batch, work.head * p.group_size, work.head);
   const int first_key = work.block * kBlockN;
   if (first_key >= head_slice.seqlen_k) return;
   const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, head_slice, work.block);
-  BlockRange range = query_range<kBlockM>(p, head_slice, first_key, min(first_key + kBlockN, head_slice.seqlen_k) - 1);
+  BlockRange range =
+      blocks_of_split(query_range<kBlockM>(p, head_slice, first_key, min(first_key + kBlockN, head_slice.seqlen_k) - 1),
+                      program.split, p.dk_splits);
   if (valid.none()) range.end = range.begin;
   const Lane lane = this_lane();
   const int warp_row = thread_index() / 32 % Plan::kWarpsPerGradient * 16, key = first_key + warp_row + lane.g;
@@ -305,14 +315,15 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = key + 8 * r;
     const bool is_row = row < head_slice.seqlen_k;
+    const auto row_of = [&](auto type, const Rows& x) { return head_slice.key_row<decltype(type)>(x, row); };
     if constexpr (kMakesDk) {
       if (p.dk.data != nullptr)
-        store_row<T>(head_slice.key_row<T>(p.dk, row), dk[0], r, p.scale, is_row, p.dk.columns, lane);
+        store_gradient_row<T>(p.dk, p.dk_parts, program.split, row_of, dk[0], r, p.scale, is_row, lane);
     }
     if constexpr (kMakesDv) {
       const float factor = kIsGeneral ? p.dropout_scale : 1.0f;
       if (p.dv.data != nullptr)
-        store_row<T>(head_slice.key_row<T>(p.dv, row), dv[0], r, factor, is_row, p.dv.columns, lane);
+        store_gradient_row<T>(p.dv, p.dv_parts, program.split, row_of, dv[0], r, factor, is_row, lane);
     }
   }
 }

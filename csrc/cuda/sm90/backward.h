@@ -8,9 +8,11 @@
 #include <cmath>
 
 #include "../dropout.h"
+#include "../gradient_splits.h"
 #include "../logits.h"
 #include "../mask_bits.h"
 #include "../row_statistics.h"
+#include "../splits.h"
 #include "../tile_scheduler.h"
 #include "../tiles.h"
 #include "bias_tiles.h"
@@ -97,17 +99,20 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
 
   // Find the rows.
   const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
+  const SplitOfBlock program(block_index_x(), p.dq_splits);
   const WorkTile work =
-      scheduled_tile(block_index_x(), num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
+      scheduled_tile(program.block, num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int first_row = work.block * kBlockM;
   if (first_row >= head_slice.seqlen_q) return;
   const BlockRange range =
-      key_range<kBlockN>(p, head_slice, first_row, min(first_row + kBlockM, head_slice.seqlen_q) - 1);
+      blocks_of_split(key_range<kBlockN>(p, head_slice, first_row, min(first_row + kBlockM, head_slice.seqlen_q) - 1),
+                      program.split, p.dq_splits);
   // shuffle tells the compiler that a warp agrees about the block, and so about the end of the loops. Otherwise it
   // would compute descriptors in ordinary registers, and move them between the products.
+  const int first_block = shuffle(range.begin, 0);
   const auto last_to_visit = [&](int block) {
-    return shuffle(last_block_to_visit<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, range.begin, block), 0);
+    return shuffle(last_block_to_visit<kIsGeneral, kBlockM, kBlockN>(p, head_slice, first_row, first_block, block), 0);
   };
   int block = last_to_visit(range.end - 1);
 
@@ -127,7 +132,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     loader.load<typename Plan::QTile>(rings.q, {}, shared + Plan::kQ, {maps.q, row, head_slice.head, head_slice.batch});
     loader.load<typename Plan::DoutTile>(rings.dout, {}, shared + Plan::kDout,
                                          {maps.dout, row, head_slice.head, head_slice.batch});
-    for (; block >= range.begin; block = last_to_visit(block - 1)) {
+    for (; block >= first_block; block = last_to_visit(block - 1)) {
       const ValidRows<kBlockN> valid = valid_keys<kBlockN>(p, head_slice, block);
       const int key = head_slice.k_offset + block * kBlockN;
       loader.load_valid<KeyTile>(rings.k, position, shared + Plan::kK + position.slot() * KeyTile::kBytes,
@@ -152,7 +157,7 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
     mbarrier_wait(rings.q.full(0), 0);
     mbarrier_wait(rings.dout.full(0), 0);
   }
-  for (; block >= range.begin; block = last_to_visit(block - 1)) {
+  for (; block >= first_block; block = last_to_visit(block - 1)) {
     const uint32_t k_tile = shared + Plan::kK + position.slot() * KeyTile::kBytes;
     const uint32_t v_tile = shared + Plan::kV + position.slot() * ValueTile::kBytes;
     // Which keys are valid is read again where a block is not full: so a full block reads it while no product waits,
@@ -223,7 +228,10 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kGradientThreads, 1)
   // Epilogue.
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = query + 8 * r;
-    store_row<T>(head_slice.query_row<T>(p.dq, row), dq, r, p.scale, row < head_slice.seqlen_q, p.dq.columns, lane);
+    store_gradient_row<T>(
+        p.dq, p.dq_parts, program.split,
+        [&](auto type, const Rows& x) { return head_slice.query_row<decltype(type)>(x, row); }, dq, r, p.scale,
+        row < head_slice.seqlen_q, lane);
   }
 }
 
@@ -290,13 +298,15 @@ struct KeyWork {
 
   GPU_DEVICE explicit KeyWork(const Params& params) : p(params) {
     const int num_blocks = (p.seqlen_k + Plan::kBlockN - 1) / Plan::kBlockN, kv_heads = p.num_heads / p.group_size;
+    const SplitOfBlock program(block_index_x(), p.dk_splits);
     const WorkTile work =
-        scheduled_tile(block_index_x(), num_blocks, kv_heads, p.batch, p.heads_per_l2_group, /*last_first=*/false);
+        scheduled_tile(program.block, num_blocks, kv_heads, p.batch, p.heads_per_l2_group, /*last_first=*/false);
     head_slice = head_slice_of(p, work.batch, work.head * p.group_size, work.head);
     first_key = work.block * Plan::kBlockN;
     valid = valid_keys<Plan::kBlockN>(p, head_slice, work.block);
-    range =
-        query_range<Plan::kBlockM>(p, head_slice, first_key, min(first_key + Plan::kBlockN, head_slice.seqlen_k) - 1);
+    range = blocks_of_split(
+        query_range<Plan::kBlockM>(p, head_slice, first_key, min(first_key + Plan::kBlockN, head_slice.seqlen_k) - 1),
+        program.split, p.dk_splits);
     steps_left = valid.none() ? 0 : max(range.end - range.begin, 0) * p.group_size;
     block = range.begin;
     skip_masked_blocks();
@@ -519,12 +529,15 @@ GPU_DEVICE void sum_key_gradient(const Params& p, uint32_t shared,
   // Epilogue. The head slice is computed again here, because keeping it would take registers during the loop.
   const HeadSlice head_slice = KeyWork<kHeadDim, kValueDim, kIsGeneral>(p).head_slice;
   const Rows& stored = kMakesDk ? p.dk : p.dv;
+  const int split = SplitOfBlock(block_index_x(), p.dk_splits).split;
   if (stored.data == nullptr) return;
   const float factor = kMakesDk ? p.scale : kIsGeneral ? p.dropout_scale : 1.0f;
   GPU_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = key + 8 * r;
-    store_row<T>(head_slice.key_row<T>(stored, row), gradient, r, factor, row < head_slice.seqlen_k, stored.columns,
-                 lane);
+    store_gradient_row<T>(
+        stored, kMakesDk ? p.dk_parts : p.dv_parts, split,
+        [&](auto type, const Rows& x) { return head_slice.key_row<decltype(type)>(x, row); }, gradient, r, factor,
+        row < head_slice.seqlen_k, lane);
   }
 }
 

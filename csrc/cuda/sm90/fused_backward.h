@@ -15,9 +15,8 @@
 // Parts are added to a tile of dq in a fixed order, so the result does not depend on timing. The last block of keys
 // that sees the tile adds first, then the block of keys before it, and so on. Each sum has a counter (dq_turns), and a
 // block of keys waits until the counter shows the block's own number in this order. A tile has one sum, or with few
-// queries and many keys several ones (DqTurn). Blocks of keys are taken in the
-// same order, from the last one to the first, and each visits its tiles of queries upwards. This order has two
-// consequences:
+// queries and many keys several ones (DqTurn). Blocks of keys are taken in the same order, from the last one to the
+// first, and each visits its tiles of queries upwards. This order has two consequences:
 //
 //   - Neighbouring blocks of keys are at different tiles at the same time, and hardly ever wait for each other.
 //   - A block of keys waits only for blocks of the same head that were taken earlier. Of all unfinished blocks, the one
@@ -34,7 +33,8 @@
 //   warps 2, 3         one thread of each adds tiles of dq to the sums; one takes even steps, the other odd steps
 //   warpgroups 1, 2    multiply; each has 64 of the keys
 //
-// A step is the work for one tile of queries.
+// A step is the work for one tile of queries. If there are few blocks of keys, several blocks of threads take a part of
+// the steps of each (gradient_splits.h). Each part is a KeyBlock of its own.
 //
 // Two ideas do not go with this order. A cluster of two blocks of threads could share each tile of queries (multicast),
 // but two blocks of keys that visit the same tile at the same time would wait for each other's turn. Sums of integers
@@ -377,15 +377,6 @@ GPU_DEVICE void arrive_once_a_warp(uint32_t barrier) {
   if (thread_index() % 32 == 0) mbarrier_arrive(barrier);
 }
 
-// Writes zeros to one row of dk or dv: the gradient of a key that no query sees. The four threads that share a row call
-// this.
-template <class T>
-GPU_DEVICE void store_zeros(T* row, int columns, Lane lane) {
-  for (int chunk = lane.q; 8 * chunk < columns; chunk += 4) {
-    store_global(reinterpret_cast<Vec4*>(row + 8 * chunk), Vec4{0, 0, 0, 0});
-  }
-}
-
 // The tile of the bias of a step, as to_logits takes it. The warp has the 16 keys from first_key of the block on.
 template <class T, class Plan>
 struct StepBias {
@@ -437,12 +428,14 @@ GPU_DEVICE void sum_gradients(const Params& p, const BiasMap& bias, uint32_t sha
     const uint32_t first = step, end = step + shuffle(b.steps(), 0);
     // Calls `store` for this thread's two rows of dk and of dv, as far as these gradients are wanted.
     const auto store_gradients = [&](auto store) {
+      const int split = SplitOfBlock(b.program(), p.dk_splits).split;
       GPU_UNROLL for (int r = 0; r < 2; ++r) {
         const int row = b.number() * kKeyBlock + warp_row + lane.g + 8 * r;
         const bool is_row = row < b.seqlen_k();
-        if (p.dk.data != nullptr) store(b.template key_row<T>(p.dk, row), dk, r, p.scale, is_row, p.dk.columns);
+        const auto row_of = [&](auto type, const Rows& x) { return b.template key_row<decltype(type)>(x, row); };
+        if (p.dk.data != nullptr) store(p.dk, p.dk_parts, split, row_of, dk, r, p.scale, is_row);
         const float factor = kIsGeneral ? p.dropout_scale : 1.0f;
-        if (p.dv.data != nullptr) store(b.template key_row<T>(p.dv, row), dv, r, factor, is_row, p.dv.columns);
+        if (p.dv.data != nullptr) store(p.dv, p.dv_parts, split, row_of, dv, r, factor, is_row);
       }
     };
     // No query sees these keys: their gradients are zeros. The loading warps have marked the slots as full, without a
@@ -452,9 +445,8 @@ GPU_DEVICE void sum_gradients(const Params& p, const BiasMap& bias, uint32_t sha
       key_position.release(rings.k);
       key_position.wait_full(rings.v);
       key_position.release(rings.v);
-      store_gradients([&](T* row, const auto&, int, float, bool is_row, int columns) {
-        if (is_row) store_zeros(row, columns, lane);
-      });
+      store_gradients([&](const Rows& gradient, const GradientParts& parts, int split, auto row_of, const auto&, int,
+                          float, bool is_row) { store_zero_row<T>(gradient, parts, split, row_of, is_row, lane); });
       reader.release_by_warp();
       continue;
     }
@@ -661,8 +653,9 @@ GPU_DEVICE void sum_gradients(const Params& p, const BiasMap& bias, uint32_t sha
     }
     propagate(step, std::true_type{});
     ++step;
-    store_gradients([&](T* row, const auto& gradient, int r, float factor, bool is_row, int columns) {
-      store_row<T>(row, gradient, r, factor, is_row, columns, lane);
+    store_gradients([&](const Rows& gradient, const GradientParts& parts, int split, auto row_of, const auto& x, int r,
+                        float factor, bool is_row) {
+      store_gradient_row<T>(gradient, parts, split, row_of, x, r, factor, is_row, lane);
     });
     reader.release_by_warp();
   }

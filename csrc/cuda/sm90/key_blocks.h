@@ -23,7 +23,9 @@
 //   8, 32,  2048,  64   full     462                                450
 //   8, 32,  2048,  64   causal   363                      307       363
 #pragma once
+#include "../gradient_splits.h"
 #include "../mask_bits.h"
+#include "../splits.h"
 #include "../tile_scheduler.h"
 
 namespace fused_attn::gpu::sm90 {
@@ -66,10 +68,10 @@ GPU_DEVICE int32_t entries_before(const Params& p, int32_t sequence) {
   return load_global(p.cu_seqlens_k + sequence) / kKeyBlock + sequence;
 }
 
-// Which block of keys entry `program` of the list stands for, if each sequence has its own number of entries. The
-// number of the block is -1 if the entry belongs to no sequence. The block may lie behind the last one of the sequence.
-GPU_DEVICE WorkTile listed_block(const Params& p, int32_t program) {
-  const int32_t kv_heads = p.num_heads / p.group_size, entry = program / kv_heads;
+// Which block of keys number `block` of the list stands for, if each sequence has its own number of entries. The number
+// of the block is -1 if the entry belongs to no sequence. The block may lie behind the last one of the sequence.
+GPU_DEVICE WorkTile listed_block(const Params& p, int32_t block) {
+  const int32_t kv_heads = p.num_heads / p.group_size, entry = block / kv_heads;
   int32_t sequence = 0;
   for (int32_t end = p.batch; end - sequence > 1;) {
     const int32_t middle = (sequence + end) / 2;
@@ -78,13 +80,14 @@ GPU_DEVICE WorkTile listed_block(const Params& p, int32_t program) {
   const int32_t before = entries_before(p, sequence), entries = entries_before(p, sequence + 1) - before;
   // The offsets have not been checked. With wrong ones, an entry may belong to no sequence.
   if (entry < before || entry - before >= entries) return {-1, 0, 0};
-  const WorkTile own = scheduled_tile(program - before * kv_heads, entries, kv_heads, 1, p.heads_per_l2_group,
+  const WorkTile own = scheduled_tile(block - before * kv_heads, entries, kv_heads, 1, p.heads_per_l2_group,
                                       /*last_first=*/true);
   return {own.block, own.head, sequence};
 }
 
-// Computes entry `program` of the list: the KeyBlock of a block of keys (WorkTile::block) of a key head. A block that
-// is none, or that lies behind the end of its sequence, has no step.
+// Computes entry `program` of the list: the KeyBlock of a block of keys (WorkTile::block) of a key head. Each split of
+// the block has an entry, and so an equal share of the tiles that meet the block. A block that is none, or that lies
+// behind the end of its sequence, has no step.
 template <int kBlockM>
 GPU_DEVICE KeyBlock key_block(const Params& p, const WorkTile& work, int32_t program) {
   KeyBlock b{};
@@ -104,8 +107,12 @@ GPU_DEVICE KeyBlock key_block(const Params& p, const WorkTile& work, int32_t pro
   b.padded_q_offset = head_slice.padded_q_offset;
   b.k_offset = head_slice.k_offset;
   b.seqlen_k = head_slice.seqlen_k;
-  b.begin = max(first_tile<kBlockM>(band, work.block), 0);
-  b.end = min(last_tile<kBlockM>(band, work.block) + 1, (head_slice.seqlen_q + kBlockM - 1) / kBlockM);
+  BlockRange tiles{};
+  tiles.begin = max(first_tile<kBlockM>(band, work.block), 0);
+  tiles.end = min(last_tile<kBlockM>(band, work.block) + 1, (head_slice.seqlen_q + kBlockM - 1) / kBlockM);
+  tiles = blocks_of_split(tiles, SplitOfBlock(program, p.dk_splits).split, p.dk_splits);
+  b.begin = tiles.begin;
+  b.end = tiles.end;
   b.full_begin = range.full_begin;
   b.full_end = valid.all() ? range.full_end : range.full_begin;
   b.rank_after = key_rank(p, work.batch, work.block + 1);
@@ -115,22 +122,26 @@ GPU_DEVICE KeyBlock key_block(const Params& p, const WorkTile& work, int32_t pro
 }
 
 // Writes the entries of the list of blocks of keys for batch entries first_batch ... end_batch - 1. The caller is
-// number `thread` of the `threads` threads that share them. Of each head, the last blocks are taken first.
+// number `thread` of the `threads` threads that share them. Of each head, the last blocks are taken first. The splits
+// of a block come one after another. So a block of keys still waits only for entries before its own.
 template <int kBlockM>
 GPU_DEVICE void list_key_blocks(const Params& p, int32_t first_batch, int32_t end_batch, int64_t thread,
                                 int64_t threads) {
   const int32_t kv_heads = p.num_heads / p.group_size;
-  const int64_t of_entry = int64_t{kv_heads} * p.num_key_blocks;
+  const int64_t of_entry = int64_t{kv_heads} * p.num_key_blocks * p.dk_splits;
   const int64_t end = p.lists_key_blocks_by_offset ? p.num_listed_key_blocks : end_batch * of_entry;
   for (int64_t i = first_batch * of_entry + thread; i < end; i += threads) {
     WorkTile work;
     int32_t program = static_cast<int32_t>(i);
+    const SplitOfBlock part(program, p.dk_splits);
     if (p.lists_key_blocks_by_offset) {
-      work = listed_block(p, program);
+      work = listed_block(p, part.block);
     } else {
-      const int32_t head = static_cast<int32_t>(i / p.num_key_blocks);  // counted over all batch entries
-      work = {static_cast<int32_t>(i % p.num_key_blocks), head % kv_heads, head / kv_heads};
-      program = program_of(work, p.num_key_blocks, kv_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
+      const int32_t head = part.block / p.num_key_blocks;  // counted over all batch entries
+      work = {part.block % p.num_key_blocks, head % kv_heads, head / kv_heads};
+      const int32_t block =
+          program_of(work, p.num_key_blocks, kv_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
+      program = block * p.dk_splits + part.split;
     }
     const KeyBlock b = key_block<kBlockM>(p, work, program);
     Vec4 words[kKeyBlockBytes / 16];
@@ -190,10 +201,10 @@ struct SharedKeyBlock {
   GPU_DEVICE int32_t read(uint32_t offset) const { return load_shared<int32_t>(address + offset); }
 };
 
-// To which sum of a tile of dq a block of keys adds, and when. `earlier` blocks come before it at this tile. If few tiles of queries meet many blocks of
-// keys, these would wait for one another. So a tile has several sums then, and neighbouring blocks add to different
-// ones. Each sum has a counter of the blocks that have added to it, and a block has its turn when the counter shows the
-// block's own number. round_dq_kernel adds the sums.
+// To which sum of a tile of dq a block of keys adds, and when. `earlier` blocks come before it at this tile. If few
+// tiles of queries meet many blocks of keys, these would wait for one another. So a tile has several sums then, and
+// neighbouring blocks add to different ones. Each sum has a counter of the blocks that have added to it, and a block
+// has its turn when the counter shows the block's own number. round_dq_kernel adds the sums.
 struct DqTurn {
   int64_t sum;     // the index of the sum, over all tiles
   int32_t number;  // of the block among those that add to this sum

@@ -122,13 +122,14 @@ void launch_two_kernels(const Params& p, Stream stream) {
   using KeyPlan = KeyGradientPlan<kHeadDim, kValueDim, kIsGeneral>;
   if (p.dq.data != nullptr)
     run_kernel(query_gradient_kernel<T, kHeadDim, kValueDim, kIsGeneral>,
-               shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch, kGradientThreads, QueryPlan::kBytes),
+               shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch * p.dq_splits, kGradientThreads,
+                        QueryPlan::kBytes),
                stream, p, backward_maps_of(p, kIsBf16<T>, QueryPlan::kBlockM, QueryPlan::kBlockN));
   if (p.dk.data != nullptr || p.dv.data != nullptr)
-    run_kernel(
-        key_gradient_kernel<T, kHeadDim, kValueDim, kIsGeneral>,
-        shape_of(p.seqlen_k, KeyPlan::kBlockN, p.num_heads / p.group_size, p.batch, kGradientThreads, KeyPlan::kBytes),
-        stream, p, backward_maps_of(p, kIsBf16<T>, KeyPlan::kBlockM, KeyPlan::kBlockN));
+    run_kernel(key_gradient_kernel<T, kHeadDim, kValueDim, kIsGeneral>,
+               shape_of(p.seqlen_k, KeyPlan::kBlockN, p.num_heads / p.group_size, p.batch * p.dk_splits,
+                        kGradientThreads, KeyPlan::kBytes),
+               stream, p, backward_maps_of(p, kIsBf16<T>, KeyPlan::kBlockM, KeyPlan::kBlockN));
 }
 
 // Launches the fused backward, and then the kernel that rounds dq, if dq is wanted. With a dense mask, another kernel
