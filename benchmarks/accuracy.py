@@ -178,7 +178,7 @@ def sample(case: Case) -> list[tuple[int, int]]:
 
     A head with a bias or a sink comes with every batch entry, because the gradient is the sum over all of them.
     """
-    scores = case.heads // case.kv_heads * case.seqlen_q * case.length
+    scores = case.heads // case.kv_heads * case.seqlen_q * case.seqlen_k
     count = max(LEAST_PAIRS, min(CHECKED_PAIRS, CHECKED_SCORES // scores))
     if case.mask in ("bias", "relative-bias", "sinks"):
         count = min(case.kv_heads, max(LEAST_HEADS, count // case.batch))
@@ -232,9 +232,9 @@ def _dense(
 def _dropout_factors(inputs: Inputs, batch: int, head: int, dtype: torch.dtype) -> Tensor:
     """(L, S), the factors by which dropout multiplies the probabilities of one head."""
     case = inputs.case
-    row, group = (torch.arange(count, device=inputs.device) for count in (case.seqlen_q, -(-case.length // 4)))
+    row, group = (torch.arange(count, device=inputs.device) for count in (case.seqlen_q, -(-case.seqlen_k // 4)))
     counter = group, row[:, None], torch.full_like(row[:, None], head), torch.full_like(row[:, None], batch)
-    words = torch.stack(dropout.philox(counter, inputs.dropout_seed), dim=-1).flatten(1)[:, : case.length]
+    words = torch.stack(dropout.philox(counter, inputs.dropout_seed), dim=-1).flatten(1)[:, : case.seqlen_k]
     return (words >= dropout.threshold(case.dropout_p)).to(dtype) * dropout.scale(case.dropout_p)
 
 

@@ -31,6 +31,7 @@ MASKS = {
     "varlen": "causal, packed",  # the lengths of the sequences are drawn uniformly from [1, L]
     "decode": "decode",  # one query for each sequence
     "latents": "512 queries",  # of each sequence, as of a Perceiver or of a part of a prompt
+    "text": "77 keys",  # cross-attention of L tokens of an image to a text, as in Stable Diffusion
     "blocks": "half of the blocks",  # a dense bool mask (1, 1, L, S), random in blocks of BLOCK x BLOCK entries
     "shared-question": "answers to a shared question",  # key_ranges (L, 2, 2); see Case.segment_starts
     "softcap": "softcap",
@@ -39,8 +40,9 @@ MASKS = {
 }
 #: Masks that are measured to be compared with "none", and therefore in fewer sizes (see `table`).
 FEATURES = ("blocks", "shared-question", "softcap", "sinks", "dropout")
-#: Masks whose queries are so many, whatever the length is.
+#: Masks whose queries, or keys, are so many, whatever the length is.
 QUERIES = {"decode": 1, "latents": 512}
+KEYS = {"text": 77}
 #: Masks for which torch gets a dense bool mask.
 DENSE_MASKS = ("blocks", "shared-question")
 #: Masks with random lengths. A batch has at least LEAST_SEQUENCES, because the lengths of fewer would decide the time.
@@ -57,8 +59,8 @@ SOFTCAP = 2.0
 class Case:
     """One attention problem.
 
-    length: the number of keys, padding included, or of the longest packed sequence; also the number of queries, unless
-        the mask is one of QUERIES
+    length: the number of queries and of keys, padding included, or of the longest packed sequence, unless the mask is one
+        of QUERIES or KEYS
     """
 
     batch: int
@@ -95,6 +97,10 @@ class Case:
     @property
     def seqlen_q(self) -> int:
         return min(QUERIES.get(self.mask, self.length), self.length)
+
+    @property
+    def seqlen_k(self) -> int:
+        return min(KEYS.get(self.mask, self.length), self.length)
 
     @property
     def is_causal(self) -> bool:
@@ -149,7 +155,7 @@ class Case:
             return (max(1, self.length // 2),) * self.batch
         if self.is_packed or self.is_padded:
             return uniform_lengths(self.batch, self.length)
-        return (self.length,) * self.batch
+        return (self.seqlen_k,) * self.batch
 
     @property
     def query_lengths(self) -> tuple[int, ...]:
@@ -188,7 +194,7 @@ class Case:
     @property
     def flops(self) -> float:
         """The floating-point operations by the usual formula: all scores, or half of them if causal."""
-        keys = self.lengths if self.is_packed else (self.length,) * self.batch
+        keys = self.lengths if self.is_packed else (self.seqlen_k,) * self.batch
         scores = sum(rows * count for rows, count in zip(self.query_lengths, keys, strict=True))
         return self._flops_of_score * self.heads * scores * (0.5 if self.is_causal else 1.0)
 
@@ -247,7 +253,7 @@ def table(
 ) -> Iterator[Case]:
     """All cases of a scale, the most useful first. The mask changes most slowly, the direction fastest.
 
-    A mask in FEATURES, and mask "latents", has cases in the first dtype only, with head dims up to 128 and at most 8
+    A mask in FEATURES, and masks "latents" and "text", have cases in the first dtype only, with head dims up to 128 and at most 8
     sequences in a batch.
     """
     directions = tuple(directions)
@@ -260,7 +266,7 @@ def table(
                     if (mask == "window" and length <= WINDOW) or (mask == "bias" and length > 4096):
                         continue
                     is_left_out = dtype != scale.dtypes[0] or head_dim > 128 or scale.tokens > 8 * length
-                    if mask in (*FEATURES, "latents") and is_left_out:
+                    if mask in (*FEATURES, "latents", "text") and is_left_out:
                         continue
                     least = LEAST_SEQUENCES if mask in RANDOM_MASKS else 1
                     batch = max(least, scale.tokens // length)

@@ -29,7 +29,7 @@ class Inputs:
         self.case, self.device = case, torch.device(device)
         self._generator = torch.Generator(self.device).manual_seed(0)
         self._dtype = DTYPES[case.dtype]
-        rows, keys = case.seqlen_q, case.length
+        rows, keys = case.seqlen_q, case.seqlen_k
 
         def heads_of(heads: int, length: int, head_dim: int) -> Tensor:
             if case.is_packed:
@@ -77,8 +77,8 @@ class Inputs:
         """The whole mask, (B or 1, 1, L, S) bool, True means visible. If the case is packed, the causal mask alone."""
         case = self.case
         row = torch.arange(case.seqlen_q, device=self.device)[:, None]
-        column = torch.arange(case.length, device=self.device)
-        visible = torch.ones(case.seqlen_q, case.length, dtype=torch.bool, device=self.device)
+        column = torch.arange(case.seqlen_k, device=self.device)
+        visible = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool, device=self.device)
         if case.is_causal:
             visible = column <= row
         if case.window is not None:
@@ -104,7 +104,7 @@ class Inputs:
 
     def dense_bias(self) -> Tensor:
         """The relative bias as a dense bias (1, H, L, S), which is a leaf of its own for autograd."""
-        rows, keys = self.case.seqlen_q, self.case.length
+        rows, keys = self.case.seqlen_q, self.case.seqlen_k
         # Row i of the dense bias is the part of the relative one that begins at L - 1 - i, so the order is reversed.
         windows = self.bias.detach().unfold(1, keys, 1)[:, :rows]
         return windows.flip(1)[None].contiguous().requires_grad_(self.bias.requires_grad)

@@ -83,6 +83,9 @@ def test_flops_follow_the_usual_formula() -> None:
     assert Case(2, 16, 1024, 64, "none", "bfloat16", "forward+backward").flops == 3.5 * full.flops
     assert Case(2, 16, 1024, 64, "decode", "bfloat16", "forward").flops == full.flops / 1024
     assert Case(2, 16, 1024, 64, "latents", "bfloat16", "forward").flops == full.flops / 2
+    text = Case(2, 16, 1024, 64, "text", "bfloat16", "forward")
+    assert text.flops == text.effective_flops == full.flops * 77 / 1024
+    assert text.fewest_bytes(2) == 2 * (64 + 64) * 2 * 16 * (1024 + 77)
 
 
 def test_table_covers_every_mask_at_equal_tokens() -> None:

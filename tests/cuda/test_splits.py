@@ -192,27 +192,29 @@ SERVER = {"kv_heads": 8, "queries": 300, "page_size": 16, "is_packed": True}
         ({"heads": 64, "kv_heads": 1, "page_size": 16}, (0, 2)),
         # 1 to 8 queries of 4 heads run in the decode kernels, also beside longer sequences.
         (SERVER | {"batch": 4}, (4, 1)),
-        (SERVER, (16, 1)),
+        (SERVER, (16, 4)),  # 96 tiles of the long sequence: three rounds of programs in place of one of tiles
         (SERVER | {"queries": 100}, (16, 4)),
         (SERVER | {"queries": 100, "num_splits": 5}, (5, 1)),
         (SERVER | {"batch": 4, "page_size": 0}, (0, 1)),  # without pages
-        # The large kernels: as many splits as occupy all multiprocessors, each with at least 1024 keys.
+        # The large kernels: splits occupy all multiprocessors, if they have enough keys.
         ({"queries": 33}, (0, 4)),
         ({"queries": 33, "band": Band(right=0, is_from_end=True)}, (0, 4)),
-        ({"queries": 33, "band": Band(2047, 0, is_from_end=True)}, (0, 2)),
+        ({"queries": 33, "band": Band(2047, 0, is_from_end=True)}, (0, 4)),
         ({"queries": 128, "heads": 8, "kv_heads": 8}, (0, 16)),
         ({"queries": 512, "heads": 8, "kv_heads": 8}, (0, 4)),
         ({"queries": 1024, "heads": 8, "kv_heads": 8}, (0, 2)),
         ({"queries": 2048, "heads": 1, "kv_heads": 1}, (0, 8)),
         ({"queries": 128, "heads": 1, "kv_heads": 1, "band": Band(right=0)}, (0, 1)),  # queries see 128 keys at most
-        ({"queries": 128, "heads": 1, "kv_heads": 1, "band": Band(left=4000, is_from_end=True)}, (0, 4)),
-        ({"queries": 128, "heads": 1, "kv_heads": 1, "band": Band(4000, offset=65536 - 128)}, (0, 4)),
-        ({"queries": 128, "heads": 1, "kv_heads": 1, "keys": 10**6}, (0, 132)),
+        ({"queries": 128, "heads": 1, "kv_heads": 1, "band": Band(left=4000, is_from_end=True)}, (0, 11)),
+        ({"queries": 128, "heads": 1, "kv_heads": 1, "band": Band(4000, offset=65536 - 128)}, (0, 11)),
+        ({"queries": 128, "heads": 1, "kv_heads": 1, "keys": 10**6}, (0, 131)),
         ({"band": Band(right=4000)}, (8, 0)),
         ({"band": Band(right=1000)}, (3, 0)),
-        ({"queries": 33, "keys": 2047}, (0, 1)),
-        ({"queries": 33, "keys": 2048}, (0, 2)),
-        ({"queries": 33, "batch": 3}, (0, 1)),
+        ({"queries": 33, "keys": 1024}, (0, 1)),
+        ({"queries": 33, "keys": 1536}, (0, 4)),
+        ({"queries": 33, "batch": 3}, (0, 4)),  # 96 tiles: three rounds of a quarter of the keys
+        ({"queries": 33, "batch": 3, "keys": 2048}, (0, 1)),
+        ({"queries": 33, "batch": 9}, (0, 1)),
         ({"dropout_p": 0.1}, (0, 4)),
         ({"num_splits": 5, "queries": 128}, (0, 5)),
         ({"num_splits": 5, "queries": 128, "batch": 100}, (0, 5)),
