@@ -59,8 +59,8 @@ SOFTCAP = 2.0
 class Case:
     """One attention problem.
 
-    length: the number of queries and of keys, padding included, or of the longest packed sequence, unless the mask is one
-        of QUERIES or KEYS
+    length: the number of queries and of keys, padding included, or of the longest packed sequence, unless the mask is
+        one of QUERIES or KEYS
     """
 
     batch: int
@@ -253,8 +253,8 @@ def table(
 ) -> Iterator[Case]:
     """All cases of a scale, the most useful first. The mask changes most slowly, the direction fastest.
 
-    A mask in FEATURES, and masks "latents" and "text", have cases in the first dtype only, with head dims up to 128 and at most 8
-    sequences in a batch.
+    A mask in FEATURES, and masks "latents" and "text", have cases in the first dtype only, with head dims up to 128 and
+    at most 8 sequences in a batch.
     """
     directions = tuple(directions)
     for mask in masks:
