@@ -5,6 +5,8 @@
 //
 // The fused backward needs no splits for dq: its blocks of keys add to dq in any case.
 #pragma once
+#include <type_traits>
+
 #include "fragments.h"
 #include "params.h"
 #include "visibility.h"
@@ -41,7 +43,7 @@ GPU_DEVICE void store_zero_row(const Rows& gradient, const GradientParts& parts,
                                bool is_row, Lane lane) {
   if (!is_row) return;
   const auto fill_row = [&](auto* row) {
-    constexpr int kColumns = 16 / sizeof(*row);
+    constexpr int kColumns = 16 / sizeof(std::remove_pointer_t<decltype(row)>);
     for (int column = kColumns * lane.q; column < gradient.columns; column += 4 * kColumns)
       store_global(reinterpret_cast<Vec4*>(row + column), Vec4{0, 0, 0, 0});
   };
