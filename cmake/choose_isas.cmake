@@ -6,7 +6,7 @@
 #   a list     these and the baseline; names are separated by commas
 #
 # The kernels of one instruction set take half a minute to compile, and a machine uses those of its best one alone. The
-# avx512_bf16 kernels are for bfloat16 only, so they need the avx512 kernels beside them.
+# avx512_bf16 and amx kernels are for bfloat16 only, so they need the avx512 kernels beside them.
 
 string(REPLACE "," ";" wanted_isas "${FUSED_ATTN_CPU_ISAS}")
 if(FUSED_ATTN_CPU_ISAS MATCHES "^(auto|runnable)$")
@@ -38,7 +38,7 @@ foreach(isa IN LISTS wanted_isas)
   endif()
 endforeach()
 list(APPEND wanted_isas baseline)
-if(avx512_bf16 IN_LIST wanted_isas)
+if(avx512_bf16 IN_LIST wanted_isas OR amx IN_LIST wanted_isas)
   list(APPEND wanted_isas avx512)
 endif()
 set(cpu_isas "")

@@ -11,6 +11,7 @@ extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
+extern const Kernels kernels_amx;
 
 namespace {
 
@@ -25,6 +26,9 @@ const Kernels* const kCompiled[] = {
 #endif
 #if defined(FUSED_ATTN_HAVE_AVX512_BF16)
     &kernels_avx512_bf16,
+#endif
+#if defined(FUSED_ATTN_HAVE_AMX)
+    &kernels_amx,
 #endif
 };
 

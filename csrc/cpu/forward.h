@@ -53,7 +53,7 @@ bool is_decoding(const AttentionParams& p) {
 
 // Computes a packed call: decode.h the sequences that it suits, and query_blocks.h the others. The kernel of a sequence
 // follows from its own number of queries. So its bits depend on no other sequence.
-template <class Policy>
+template <class Policy, class BlockPolicy>
 void forward_packed(const AttentionParams& p) {
   struct Part {
     AttentionParams params;
@@ -71,18 +71,18 @@ void forward_packed(const AttentionParams& p) {
   few.params.query_ends = few.ends.data();
   many.params.query_ends = many.ends.data();
   if (few.params.seqlen_q > 0) forward_split_keys<Policy>(few.params);
-  if (many.params.seqlen_q > 0) forward_by_query_blocks<Policy>(many.params);
+  if (many.params.seqlen_q > 0) forward_by_query_blocks<BlockPolicy>(many.params);
 }
 
-// Computes out and lse of one call.
-template <class Policy>
+// Computes out and lse of one call. decode.h runs with Policy, and query_blocks.h with BlockPolicy.
+template <class Policy, class BlockPolicy = Policy>
 void forward_with_policy(const AttentionParams& p) {
   // The columns of a relative bias count from the longest sequence that the caller has named.
-  if (p.cu_seqlens_q != nullptr && p.relative_bias.data == nullptr) return forward_packed<Policy>(p);
+  if (p.cu_seqlens_q != nullptr && p.relative_bias.data == nullptr) return forward_packed<Policy, BlockPolicy>(p);
   if (is_decoding<Policy>(p)) {
     forward_split_keys<Policy>(p);
   } else {
-    forward_by_query_blocks<Policy>(p);
+    forward_by_query_blocks<BlockPolicy>(p);
   }
 }
 

@@ -10,7 +10,20 @@ extern const Kernels kernels_avx512;
 
 namespace {
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+
+// AMX multiplies blocks of queries in forward, for bfloat16. All else runs the kernels of AVX-512. So does backward: it
+// computes the scores again in float, and those of AMX differ by rounding errors of float alone.
+void forward(const AttentionParams& p) {
+  p.dtype == DType::kBFloat16 ? forward_with_policy<ElementPolicy<BFloat16, float, 1>, AmxPolicy>(p)
+                              : kernels_avx512.forward(p);
+}
+
+void backward(const AttentionParams& p) { kernels_avx512.backward(p); }
+void self_attention(const SelfAttentionParams& m) { kernels_avx512.self_attention(m); }
+void linear(const LinearParams& p) { kernels_avx512.linear(p); }
+
+#elif defined(__AVX512BF16__)
 
 // With AVX512_BF16, one instruction multiplies and adds pairs of bfloat16, so a lane holds two elements. The
 // instruction set adds nothing for other dtypes, which run the kernels of AVX-512: to compile them again would take

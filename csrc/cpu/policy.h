@@ -16,9 +16,15 @@ struct ElementPolicy {
   static constexpr int kPerLane = kElementsPerLane;
   static constexpr bool kCoarseExp = sizeof(StorageType) == 2;  // 16-bit results need no exact exponential
   static constexpr bool kConverts = !kSame<StorageType, LaneType> && kElementsPerLane == 1;  // memory holds no lanes
+  static constexpr bool kUsesAmx = false;  // whether tiles of AMX multiply, in forward for blocks of queries
 
   // The number of lanes that n elements occupy.
   static constexpr int lanes_for(int n) { return (n + kPerLane - 1) / kPerLane; }
+};
+
+// Pairs of bfloat16 that AMX multiplies.
+struct AmxPolicy : ElementPolicy<BFloat16, float, 2> {
+  static constexpr bool kUsesAmx = true;
 };
 
 // Returns acc + a * b in each lane. If a lane holds a pair, the products of both elements are added.

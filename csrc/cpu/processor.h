@@ -2,12 +2,16 @@
 // cmake/print_isas.cpp asks when the library is built, so both agree.
 #pragma once
 
+#include <algorithm>
 #include <string>
-#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace fused_attn::cpu {
@@ -37,6 +41,24 @@ inline bool runs_avx512() {
 #if defined(FUSED_ATTN_COMPILES_AVX512_BF16)
 // A compiler that is too old for the avx512_bf16 kernels does not know the name "avx512bf16" either.
 inline bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+#if defined(FUSED_ATTN_COMPILES_AMX)
+// Whether the AMX kernels can run. A process has to ask Linux for the tile registers before it uses them. Linux refuses
+// if it does not save them at a context switch. All threads may use them then.
+inline bool runs_amx() {
+#if defined(__linux__)
+  static const bool has_tiles = [] {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    const bool has_bf16 = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & 1u << 22) != 0;
+    return has_bf16 && (edx & 1u << 24) != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return has_tiles && runs_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
 #endif
 #endif
 
@@ -71,6 +93,9 @@ constexpr InstructionSet kInstructionSets[] = {
 #if defined(FUSED_ATTN_COMPILES_AVX512_BF16)
     {"avx512_bf16", runs_avx512_bf16},
 #endif
+#if defined(FUSED_ATTN_COMPILES_AMX)
+    {"amx", runs_amx},
+#endif
 };
 
 // The names of the instruction sets that this machine can run, from the slowest to the fastest one.
@@ -78,7 +103,8 @@ inline std::vector<std::string> instruction_sets_of_machine() {
   std::vector<std::string> names;
   for (const InstructionSet& known : kInstructionSets)
     if (known.runs_here()) names.emplace_back(known.name);
-  if (names.back() == "avx512_bf16" && has_slow_avx512_bf16()) std::swap(names.back(), names[names.size() - 2]);
+  const auto bf16 = std::find(names.begin(), names.end(), "avx512_bf16");
+  if (bf16 != names.end() && has_slow_avx512_bf16()) std::iter_swap(bf16, bf16 - 1);
   return names;
 }
 

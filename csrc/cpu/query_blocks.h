@@ -5,10 +5,12 @@
 //   probs^T[key][query]  = exp(scores^T - reference)                (softmax.h)
 //   acc^T[d][query]      = acc^T * rescale + value^T[d] . probs^T   (outer_block)
 //
-// After the last block of keys, out = transpose(acc^T) / (sum over keys of probs^T).
+// After the last block of keys, out = transpose(acc^T) / (sum over keys of probs^T). With AMX, tiles compute both
+// products (amx_products.h).
 #pragma once
 #include <memory>
 
+#include "amx_products.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "scores.h"
@@ -17,16 +19,29 @@
 namespace fused_attn::cpu {
 namespace {
 
+// The values of the current block of keys, in the form that the product with probs reads.
+template <class Policy, bool kUsesAmx = Policy::kUsesAmx>
+struct Values {
+  using Type = SummedRows<Policy>;
+};
+#if defined(__AMX_BF16__)
+template <class Policy>
+struct Values<Policy, true> {
+  using Type = ValueTiles<Policy>;
+};
+#endif
+
 // The memory in which one thread processes its work items.
 template <class Policy>
 struct ForwardScratch {
   using Lane = typename Policy::Lane;
 
-  KeyScratch<Policy> key;    // what depends on the current block of keys
-  SummedRows<Policy> value;  // the value rows of the current block of keys
-  Lane* query;               // query^T [lanes of head_dim][stride], as ScoreInputs
-  Lane* probs;               // probs^T [key, or pair of keys, of the block][stride], after dropout
-  Lane* acc;                 // acc^T [value_dim, padded to a vector][stride]
+  KeyScratch<Policy> key;               // what depends on the current block of keys
+  typename Values<Policy>::Type value;  // the values of the current block of keys
+  Lane* products;                       // query . key [key of the block][stride], if AMX multiplies
+  Lane* query;                          // query^T [lanes of head_dim][stride], as ScoreInputs
+  Lane* probs;                          // probs^T [key, or pair of keys, of the block][stride], after dropout
+  Lane* acc;                            // acc^T [value_dim, padded to a vector][stride]
 
   // Takes the memory of all arrays out of the arena. `visits` is the number of query blocks that a thread processes
   // with one kv head before it goes to the next kv head.
@@ -36,7 +51,10 @@ struct ForwardScratch {
     const int64_t stride = largest_stride<Lane>(p);
     key.layout(arena, p);
     value.layout(arena, p, static_cast<int>(p.value_dim), visits);
-    query = arena.take<Lane>(round_up(Policy::lanes_for(head_dim), kLanes<Lane>) * stride);
+    products = arena.take<Lane>(Policy::kUsesAmx ? KeyScratch<Policy>::kRows * stride : 0);
+    const int64_t query_lanes = round_up(Policy::lanes_for(head_dim), kLanes<Lane>) * stride;
+    query = arena.take<Lane>(query_lanes);
+    if (Policy::kUsesAmx && query != nullptr) memset(query, 0, query_lanes * sizeof(Lane));  // lanes behind the row
     probs = arena.take<Lane>(KeyScratch<Policy>::kRows * stride / Policy::kPerLane);
     acc = arena.take<Lane>(value_row * stride);
   }
@@ -209,6 +227,9 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   using Storage = typename Policy::Storage;
   const Sequence seq = sequence_of(p, b);
   if (q_begin >= seq.seqlen_q) return;
+#if defined(__AMX_BF16__)
+  [[maybe_unused]] const AmxRegisters registers;
+#endif
   const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
   const int vectors = (nq + kLanes<Lane> - 1) / kLanes<Lane>;
   const int panels = (vectors + kTileVectors - 1) / kTileVectors;
@@ -220,6 +241,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
                        static_cast<int>(p.head_dim), s.query);
   ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, h, q_begin, nq);
   in.query = s.query;
+  in.products = s.products;
   RunningSoftmax<Policy> softmax(static_cast<Lane>((in.raw ? p.scale : 1.0) * kLog2E), vectors,
                                  p.row_max.data != nullptr);
   clear_columns<Lane>(s.acc, value_dim, vectors);
@@ -234,17 +256,27 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   const bool prefetches = kReadsMemory && key_value_bytes<Storage>(p) > heads_in_cache * kCachedBytes;
   const int64_t row_bytes = p.head_dim * static_cast<int64_t>(sizeof(Storage));
   const int64_t value_row_bytes = p.value_dim * static_cast<int64_t>(sizeof(Storage));
+  const auto prefetch = [&](int k, int count) {
+    if constexpr (kReadsMemory) {
+      if (prefetches) prefetch_tile(s, k, count, row_bytes, value_row_bytes);
+    }
+  };
   KeyBlock& keys = *s.key.keys;
   KeyStream stream(p, seq, valid_keys, b, h, q_begin, nq, 0, seq.seqlen_k);
   while (stream.next(keys)) {
     prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
     s.value.find(values, keys, value_dim);
+#if defined(__AMX_BF16__)
+    if constexpr (Policy::kUsesAmx)
+      multiply_keys_by_queries<Policy>(s.key.key_rows, keys.count, static_cast<int>(p.head_dim), s.query, in.stride,
+                                       s.key.key_lanes, s.products);
+#endif
 
     const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
     softmax.begin_block();
     const bool is_plain = in.raw && !p.has_dropout && !softmax.tracks_max;
     for (int t = 0; t < tiles; ++t) {
-      if (prefetches) prefetch_tile(s, t * kTileKeys, tiles * kTileKeys, row_bytes, value_row_bytes);
+      prefetch(t * kTileKeys, tiles * kTileKeys);
       // A block that fills at most half of a tile takes two tiles at once, because one has too few sums: each
       // multiply-add would wait for an earlier one. The first tile often raises the references, which two tiles at once
       // do slowly.
@@ -258,7 +290,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
         });
         s.key.ranges[t] = s.key.ranges[t + 1] = {0, vectors};
         ++t;
-        if (prefetches) prefetch_tile(s, t * kTileKeys, tiles * kTileKeys, row_bytes, value_row_bytes);
+        prefetch(t * kTileKeys, tiles * kTileKeys);
         continue;
       }
       bool partial;
@@ -280,8 +312,15 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
       }
     }
     softmax.end_block();
-    outer_block<Policy>(s.value.rows, value_dim, s.probs, softmax.rescale, s.key.ranges, tiles, keys.count, vectors,
-                        s.acc);
+    if constexpr (Policy::kUsesAmx) {
+#if defined(__AMX_BF16__)
+      multiply_values_by_probs<Policy>(s.value, value_dim, s.probs, softmax.rescale, s.key.ranges, keys.count, vectors,
+                                       s.acc);
+#endif
+    } else {
+      outer_block<Policy>(s.value.rows, value_dim, s.probs, softmax.rescale, s.key.ranges, tiles, keys.count, vectors,
+                          s.acc);
+    }
   }
   write_output<Policy>(p, seq, b, h, q_begin, nq, s.acc, in.to_logits(), softmax);
 }

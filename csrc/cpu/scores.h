@@ -19,6 +19,7 @@ struct ScoreInputs {
   int depth = 0;                // the number of lanes of a row of key
   const KeyBlock* keys = nullptr;
   const char* const* key_rows = nullptr;  // [key of the block]: its row, as lanes
+  const Lane* products = nullptr;         // [key of the block][stride]: query . key, if AMX multiplies
   Lane scale = 1;
   Lane softcap = 0;                     // 0 = off
   const Lane* bias = nullptr;           // [key of the block][stride]
@@ -54,7 +55,15 @@ FA_INLINE void compute_scores(const ScoreInputs<Policy>& in, int k, int v, bool 
                               typename Policy::Lane* derivative, Vec<typename Policy::Lane> (&acc)[kKeys][kColumns]) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
-  dot_tile<Policy, kKeys, kColumns>(in.key_rows + k, in.query + v * n, in.stride, in.depth, acc);
+  if constexpr (Policy::kUsesAmx) {
+    FA_UNROLL
+    for (int r = 0; r < kKeys; ++r) {
+      FA_UNROLL
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = load<Lane>(in.products + (k + r) * in.stride + (v + c) * n);
+    }
+  } else {
+    dot_tile<Policy, kKeys, kColumns>(in.key_rows + k, in.query + v * n, in.stride, in.depth, acc);
+  }
   if constexpr (kPlain) return;
   if (!in.raw) {
     FA_UNROLL
@@ -202,7 +211,7 @@ struct KeyScratch {
 
   KeyBlock* keys;               // the current block
   const char** key_rows;        // [key of the block]: its row, as lanes
-  Lane* key_lanes;              // memory for rows that have to be converted to lanes
+  Lane* key_lanes;              // memory for rows that have to be converted to lanes, or copied for AMX
   Lane* bias;                   // [key of the block][stride]
   LaneInt<Lane>* dropout_keep;  // [key of the block][stride]: -1 = keep, 0 = drop
   VectorRange* ranges;          // [tile]: the vectors of queries that see a key of the tile
@@ -213,7 +222,7 @@ struct KeyScratch {
   void layout(Arena& arena, const AttentionParams& p) {
     keys = arena.take<KeyBlock>(1);
     key_rows = arena.take<const char*>(kRows);
-    const bool converts = Policy::kConverts || p.head_dim % Policy::kPerLane != 0;
+    const bool converts = Policy::kConverts || Policy::kUsesAmx || p.head_dim % Policy::kPerLane != 0;
     key_lanes = arena.take<Lane>(
         converts ? kRows * round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>) : 0);
     const int64_t tile = round_up(kRows, kLanes<Lane>) * largest_stride<Lane>(p);
