@@ -299,11 +299,12 @@ def instruction_sets() -> list[tuple[str, str]]:
         return texts
     best = _C.best_cpu_isa()
     with_bfloat16 = ["avx512", "avx512_bf16"]
-    needed = {"baseline": [], "avx512_bf16": with_bfloat16}.get(best, [best])
+    needed = {"baseline": [], "avx512_bf16": with_bfloat16, "amx": ["avx512", "amx"]}.get(best, [best])
     texts.append(("auto", f"CPU kernels for {' '.join(['baseline', *needed])} --"))
     texts.append(("baseline", "CPU kernels for baseline --"))
-    if best.startswith("avx"):
+    if best != "baseline":
         texts.append(("all", "CPU kernels for baseline avx2 avx512 "))
-        texts.append(("runnable", f"CPU kernels for baseline avx2 {'avx512 ' if 'avx512' in best else '--'}"))
+        texts.append(("runnable", f"CPU kernels for baseline avx2 {'--' if best == 'avx2' else 'avx512 '}"))
+        texts.append(("amx", "CPU kernels for baseline avx512 amx --"))
         texts.append(("avx512_bf16,avx2", f"CPU kernels for {' '.join(['baseline', 'avx2', *with_bfloat16])} --"))
     return texts

@@ -199,7 +199,7 @@ def test_a_lack_of_memory_is_no_lasting_reason(monkeypatch: pytest.MonkeyPatch) 
 
 def with_instruction_sets(monkeypatch: pytest.MonkeyPatch, *compiled: str, best: str) -> None:
     """As if the CPU kernels had been compiled for some instruction sets, on a machine that runs them up to `best`."""
-    order = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    order = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
     runnable = [isa for isa in compiled if order.index(isa) <= order.index(best)]
     module = types.SimpleNamespace(
         build_info=lambda: {"version": "1", "compiler": "g++", "openmp": True, "cpu_isas": list(compiled)},
