@@ -64,11 +64,19 @@ FA_INLINE Vec<typename Policy::Lane> lse_exponent(Vec<typename Policy::Lane> sco
   return (score * to_logits - lse) * typename Policy::Lane(kLog2E);
 }
 
-// row_sum[v + c] += the sum over the keys of a tile of exp(score - lse), for kColumns vectors of queries from vector v
-// on. correct_lse derives its corrections from these sums.
+// The sum of exp(score - lse) of one vector of queries over the keys so far: 2^largest * sum. The largest exponent is
+// kept apart, because an lse of 1e9 may be so far from the scores that the sum would overflow or be zero.
+template <class Lane>
+struct ProbSum {
+  Vec<Lane> largest = broadcast<Lane>(FloatTraits<Lane>::kLowest);
+  Vec<Lane> sum = {};
+};
+
+// Adds the keys of a tile to sums[v + c], for kColumns vectors of queries from vector v on. correct_lse derives its
+// corrections from these sums.
 template <class Policy, int kColumns>
 FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, const typename Policy::Lane* lse,
-                          Vec<typename Policy::Lane>* row_sum) {
+                          ProbSum<typename Policy::Lane>* sums) {
   using Lane = typename Policy::Lane;
   Vec<Lane> acc[kTileKeys][kColumns];
   compute_scores<Policy, kColumns, /*kPlain=*/false>(in, k, v, partial, /*derivative=*/nullptr, acc);
@@ -76,17 +84,25 @@ FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool part
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
     const Vec<Lane> row_lse = load<Lane>(lse + (v + c) * kLanes<Lane>);
+    const Vec<Lane> before = sums[v + c].largest;
+    Vec<Lane> largest = before;
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
-      row_sum[v + c] += prob_of<Policy>(lse_exponent<Policy>(acc[r][c], to_logits, row_lse));
+      acc[r][c] = lse_exponent<Policy>(acc[r][c], to_logits, row_lse);
+      largest = max<Lane>(acc[r][c], largest);
     }
+    Vec<Lane> sum = sums[v + c].sum * exp2<Lane>(before - largest);
+    FA_UNROLL
+    for (int r = 0; r < kTileKeys; ++r) sum += prob_of<Policy>(acc[r][c] - largest);
+    sums[v + c] = {largest, sum};
   }
 }
 
 // Computes the corrections of lse for a block of queries. The rounding error of lse grows with its size: an lse of 1e3
 // has an error that changes probs by 6e-5, and an lse of -1e9, as a large negative bias makes it, changes probs several
 // times over. So this function sums exp(score - lse) over all keys of each row. Without rounding, the sum would be 1.
-// The correction, which is added to the exponent of probs, divides probs by this sum.
+// The correction, which is added to the exponent of probs, divides probs by this sum. It also makes up for scores that
+// forward has multiplied in another order, as AMX does.
 template <class Policy>
 FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
                              const RelativeBias<typename Policy::Lane>& relative, const ValidKeys* valid_keys,
@@ -96,7 +112,7 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
   using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
   const int vectors = (nq + n - 1) / n;
-  Vec<Lane> row_sum[kBlockVectors<Lane>] = {};
+  ProbSum<Lane> sums[kBlockVectors<Lane>];
 
   pack_columns<Policy>(row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin), p.query.stride_row, nq,
                        static_cast<int>(p.head_dim), s.query);
@@ -113,15 +129,19 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
         const VectorRange part = clip_to_panel(range, panel);
         if (part.begin >= part.end) continue;
         with_columns(part.end - part.begin, [&](auto columns) {
-          sum_tile<Policy, decltype(columns)::value>(in, k, part.begin, partial, rows.lse, row_sum);
+          sum_tile<Policy, decltype(columns)::value>(in, k, part.begin, partial, rows.lse, sums);
         });
       }
     }
   }
   for (int q = 0; q < nq; ++q) {
-    Lane sum = row_sum[q / n][q % n];
-    if (p.sinks.data != nullptr) sum += natural_exp(*row_of<const Lane>(p.sinks, 0, h, 0) - rows.lse[q]);
-    if (sum > 0) rows.correction[q] = -natural_log(sum) * Lane(kLog2E);
+    const Lane largest = sums[q / n].largest[q % n];
+    Lane sum = sums[q / n].sum[q % n];
+    if (p.sinks.data != nullptr) {
+      const Lane sink = *row_of<const Lane>(p.sinks, 0, h, 0) - rows.lse[q];
+      sum += natural_exp(sink - largest / Lane(kLog2E));
+    }
+    if (sum > 0) rows.correction[q] = -largest - natural_log(sum) * Lane(kLog2E);
   }
 }
 

@@ -192,9 +192,9 @@ Pieces take_pieces(const WorkspaceNeeds& needs, BiasGradientTile tile, Workspace
       if (needs.has_key_padding) pieces.key_ranks = workspace.take<int32_t>(needs.batch * (key_blocks + 1));
       if (needs.mask_entries != 0) {
         // Each sequence gets as much room as the longest one.
-        const int64_t tiles = needs.batch * needs.num_heads * ceil_div(needs.seqlen_q, kSmallestTile);
-        pieces.mask_steps = workspace.take<StepInfo>(tiles * key_blocks * splits.dk);
-        if (needs.wants_dquery) pieces.mask_turns = workspace.take<int32_t>(tiles * key_blocks);
+        const int64_t heads = needs.batch * needs.num_heads, tiles = ceil_div(needs.seqlen_q, kSmallestTile);
+        pieces.mask_steps = workspace.take<StepInfo>(heads * key_blocks * splits.dk * ceil_div(tiles, splits.dk));
+        if (needs.wants_dquery) pieces.mask_turns = workspace.take<int32_t>(heads * tiles * key_blocks);
       }
     }
   }
@@ -390,8 +390,9 @@ Params params_of(const Call& call, const WorkspaceNeeds& needs, const Pieces& pi
   const int64_t entries = a.batch * p.num_key_blocks, entries_by_offset = call.rows_k / kKeyBlock + a.batch;
   p.lists_key_blocks_by_offset =
       a.cu_seqlens_k != nullptr && a.key_padding.data == nullptr && entries_by_offset < entries;
-  p.num_listed_key_blocks =
-      static_cast<int32_t>((p.lists_key_blocks_by_offset ? entries_by_offset : entries) * a.num_kv_heads * p.dk_splits);
+  const int64_t listed = (p.lists_key_blocks_by_offset ? entries_by_offset : entries) * a.num_kv_heads * p.dk_splits;
+  if (listed >= int64_t{1} << 31) throw std::length_error("the problem needs more blocks than a grid may have");
+  p.num_listed_key_blocks = static_cast<int32_t>(listed);
   if (pieces.tile_counter != nullptr && (needs.is_backward || shares_tiles(a, p.splits.count)))
     p.tile_counter = pieces.tile_counter;
   p.program_counter = pieces.program_counter;

@@ -19,7 +19,8 @@ void run_kernel(Kernel kernel, const LaunchShape& shape, Stream stream, const Ar
   if (!error.empty()) throw std::runtime_error(error);
 }
 
-// The shape of a launch with one block of threads for each `block` rows of each head of each batch entry.
+// The shape of a launch with one block of threads for each `block` rows of each head of each batch entry. If several
+// share this work, `batch` is to be multiplied by their number.
 inline LaunchShape shape_of(int32_t rows, int block, int32_t heads, int32_t batch, int threads, int shared_bytes) {
   const int64_t programs = (int64_t{rows} + block - 1) / block * heads * batch;
   if (programs >= int64_t{1} << 31) throw std::length_error("the problem needs more blocks than a grid may have");

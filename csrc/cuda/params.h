@@ -13,8 +13,8 @@ constexpr int32_t kMaxRows = 1 << 29;
 // So bulk copies of a block start at aligned addresses, and need no test for the end of a sequence.
 constexpr int32_t kRowBlock = 128;
 
-// The keys of a block of the fused backward: one block of threads sums their gradients. Key ranks count blocks of this
-// size.
+// The keys of a block of the fused backward: one block of threads sums their gradients, or several share the tiles of
+// queries that see the block (gradient_splits.h). Key ranks count blocks of this size.
 constexpr int32_t kKeyBlock = 128;
 
 // A tensor (batch, head, row, column) of 16-bit numbers. Columns lie side by side, rows are aligned to 16 bytes, and
@@ -117,7 +117,7 @@ struct MaskParams {
 constexpr int32_t kRelativeBiasMargin = 256;
 
 // An entry of the list that orders the work of the fused backward: a block of keys of one head, and the tiles of
-// queries that see these keys.
+// queries that see these keys, or a split of them.
 struct alignas(16) KeyBlock {
   int32_t number;    // number of the block within its sequence
   int32_t batch;     // index of the sequence
@@ -128,8 +128,8 @@ struct alignas(16) KeyBlock {
   int32_t padded_q_offset;
   int32_t k_offset;
   int32_t seqlen_k;
-  int32_t begin;                   // the first tile of queries that sees the block
-  int32_t end;                     // one past the last tile that does
+  int32_t begin;                   // the first tile of queries of this entry that sees the block
+  int32_t end;                     // one past the last tile of this entry that does
   int32_t full_begin;              // the first tile whose queries all see all keys
   int32_t full_end;                // one past the last such tile
   int32_t rank_after;              // how many of the blocks 0 ... number have a valid key
@@ -304,14 +304,15 @@ struct Params {
   const int32_t* key_ranks;
   int32_t num_key_blocks;  // how many blocks of keys the longest sequence has
   KeyBlock* key_blocks;    // (num_listed_key_blocks): blocks of keys of all heads, in the order in which they are taken
-  // Each sequence has num_key_blocks entries for each key head, or, if the sequences of a packed call differ much in
+  // Each sequence has num_key_blocks * dk_splits entries for each key head, or, if the sequences of a packed call differ much in
   // length, a number of its own (entries_before in sm90/key_blocks.h).
   int32_t num_listed_key_blocks;
   bool lists_key_blocks_by_offset;
   // Null without a dense mask. With one, the band and the padding do not say which steps have a visible entry. So these
   // steps are listed, and so are the turns of their blocks of keys (list_mask_steps_kernel).
   // Here, `tiles` counts those of the longest sequence.
-  StepInfo* mask_steps;  // (blocks of keys of all heads, group_size * tiles): the first KeyBlock::steps are valid
+  // (num_listed_key_blocks, group_size * tiles of a split): the first KeyBlock::steps of each entry are valid
+  StepInfo* mask_steps;
   // (B, H, tiles, num_key_blocks): how many blocks of keys add to the tile before this one. Null if dq is not wanted.
   int32_t* mask_turns;
 

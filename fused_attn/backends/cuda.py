@@ -156,7 +156,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         lse=saved.lse.contiguous(),  # under vmap, lse can be an expanded view
         dlse=None if saved.dlse is None else saved.dlse.resolve_neg(),
     )
-    splits = gradient_splits(problem)
+    splits = gradient_splits(problem, query.shape[2], key.shape[2])
     workspace = _workspace(problem, read, wanted, gradient_splits=splits)
     _kernels.backward(read, saved, grads, _config(problem), *splits, _device_architecture(problem), workspace)
     return _in_dtypes_of(inputs, grads) if wanted.is_any_shared else grads
@@ -367,9 +367,9 @@ MAX_QUERIES_OF_FIXED_SPLITS = 128
 LARGE_TILE_ROWS = 128
 
 
-#: The fused backward of sm_90a has blocks of this many keys. The other backward kernels have blocks of 64 rows, except
-#: the one for dq on sm_90a.
+#: The fused backward has blocks of this many keys, and the other kernels for dk and dv have blocks of KEY_BLOCK keys.
 FUSED_KEY_BLOCK = 128
+KEY_BLOCK = 64
 #: The large kernels visit about this many rows in a step.
 STEP_ROWS = 64
 #: Estimates in steps, not measured: to start a program and to store its sums, and to launch the kernel that merges
@@ -413,7 +413,7 @@ def _decode_splits(problem: AttentionProblem, tiles: int) -> int:
     if problem.num_splits:
         return problem.num_splits
     programs = max(problem.batch * problem.num_kv_heads * tiles, 1)
-    most = _keys_in_band(problem) // MIN_KEYS_PER_SPLIT
+    most = _keys_in_band(problem, problem.seqlen_q) // MIN_KEYS_PER_SPLIT
     return max(1, min(_splits_of_programs(programs, _resident_programs(problem)), most))
 
 
@@ -423,66 +423,95 @@ def _large_splits(problem: AttentionProblem) -> int:
         # The longest sequence of a packed call must not decide about the bits of the other ones.
         has_few = problem.seqlen_q <= MAX_QUERIES_OF_FIXED_SPLITS and not problem.is_packed
         return problem.num_splits if has_few else 1
-    tiles = max(problem.batch * problem.num_heads * -(-problem.seqlen_q // LARGE_TILE_ROWS), 1)
-    # On sm_90, a program takes a whole multiprocessor. On sm_80, two with head dims up to 128 share one.
-    resident = _multiprocessors(problem)
-    if not _runs_on_hopper(problem) and problem.head_dim <= 128:
-        resident *= 2
-    return _splits_of_steps(tiles, -(-_keys_in_band(problem) // STEP_ROWS), resident)
+    tiles = problem.batch * problem.num_heads * -(-problem.seqlen_q // LARGE_TILE_ROWS)
+    steps = -(-_keys_in_band(problem, LARGE_TILE_ROWS) // STEP_ROWS)
+    return _splits_of_steps(tiles, steps, 1, _resident_large_programs(problem, _runs_on_hopper(problem)))
 
 
-def gradient_splits(problem: AttentionProblem) -> GradientSplits:
+def gradient_splits(problem: AttentionProblem, rows_q: int, rows_k: int) -> GradientSplits:
     """How many programs share the work for a block of rows of a gradient.
 
     The numbers follow from shapes, the band and the device alone, never from lengths or masks.
+
+    rows_q, rows_k: the rows of a head of query and key; of all sequences if the problem is packed
     """
-    is_hopper, is_fused = _device_architecture(problem) == 90, max(problem.head_dim, problem.value_dim) <= 128
-    kv_heads = max(problem.num_kv_heads, 1)
-    resident = _multiprocessors(problem)
-    query_steps = -(-problem.seqlen_q // STEP_ROWS) * (problem.num_heads // kv_heads)
-    if is_hopper and is_fused:
-        key_blocks = problem.batch * kv_heads * -(-problem.seqlen_k // FUSED_KEY_BLOCK)
-        return GradientSplits(dk=_splits_of_steps(key_blocks, query_steps, resident))
-    query_blocks = problem.batch * problem.num_heads * -(-problem.seqlen_q // (128 if is_hopper else 64))
-    key_blocks = problem.batch * kv_heads * -(-problem.seqlen_k // 64)
-    key_steps = -(-_keys_in_band(problem) // STEP_ROWS)
+    is_hopper = _device_architecture(problem) == 90
+    kv_heads, group_size = problem.num_kv_heads, problem.num_heads // max(problem.num_kv_heads, 1)
+    resident = _resident_large_programs(problem, is_hopper)
+
+    def splits_of(heads: int, rows: int, longest: int, block: int, visited: int, step_rows: int, repeats: int) -> int:
+        blocks = problem.batch * -(-longest // block)
+        if problem.is_packed:
+            blocks = min(blocks, rows // block + problem.batch)
+        return _splits_of_steps(heads * blocks, -(-visited // step_rows), step_rows // STEP_ROWS * repeats, resident)
+
+    if is_fused_backward(problem):
+        # The kernel for head dim 64 visits 128 queries at a time.
+        visited, step_rows = _queries_in_band(problem, FUSED_KEY_BLOCK), 128 if problem.head_dim <= 64 else STEP_ROWS
+        return GradientSplits(
+            dk=splits_of(kv_heads, rows_k, problem.seqlen_k, FUSED_KEY_BLOCK, visited, step_rows, group_size)
+        )
+    query_block = 128 if is_hopper else 64
+    keys, queries = _keys_in_band(problem, query_block), _queries_in_band(problem, KEY_BLOCK)
     return GradientSplits(
-        dq=_splits_of_steps(query_blocks, key_steps, resident), dk=_splits_of_steps(key_blocks, query_steps, resident)
+        dq=splits_of(problem.num_heads, rows_q, problem.seqlen_q, query_block, keys, STEP_ROWS, 1),
+        dk=splits_of(kv_heads, rows_k, problem.seqlen_k, KEY_BLOCK, queries, STEP_ROWS, group_size),
     )
 
 
+def is_fused_backward(problem: AttentionProblem) -> bool:
+    """Whether one kernel computes dq, dk and dv: on sm_90a, with head dims up to 128."""
+    return _device_architecture(problem) == 90 and max(problem.head_dim, problem.value_dim) <= 128
+
+
 @functools.lru_cache(maxsize=4096)
-def _splits_of_steps(blocks: int, steps: int, resident: int) -> int:
-    """How many programs should share the `steps` steps of each of `blocks` blocks of rows, by an estimate of the time.
+def _splits_of_steps(blocks: int, visits: int, steps_of_visit: int, resident: int) -> int:
+    """How many programs should share the `visits` of each of `blocks` blocks of rows, by an estimate of the time.
 
     All programs take equally long, and run in rounds of `resident` programs. This serves the large forward kernels and
     backward. The decode kernels wait for memory instead: see `_splits_of_programs`.
+
+    steps_of_visit: how many steps a visit takes; they are not divided
     """
     blocks = max(blocks, 1)
-    most = min(ENOUGH_ROUNDS * resident // blocks, steps, MAX_SPLITS)
+    most = min(ENOUGH_ROUNDS * resident // blocks, visits, MAX_SPLITS)
 
     def time(splits: int) -> int:
-        rounds = -(-blocks * splits // resident)
+        rounds, steps = -(-blocks * splits // resident), -(-visits // splits) * steps_of_visit
         if splits == 1:
             return rounds * steps
-        merging = STEPS_OF_MERGING + splits // SPLITS_MERGED_IN_A_STEP
-        return rounds * (-(-steps // splits) + STEPS_OF_PART) + merging
+        return rounds * (steps + STEPS_OF_PART) + STEPS_OF_MERGING + splits // SPLITS_MERGED_IN_A_STEP
 
     return min(range(1, most + 1), key=time, default=1)
 
 
-def _keys_in_band(problem: AttentionProblem) -> int:
-    """How many keys the queries see by the band, at most."""
-    band, keys, queries = problem.band, problem.seqlen_k, problem.seqlen_q
-    # From the first key of the first query to the last key, and from the first key to the last one of the last query.
-    behind, before = (queries, keys) if band.is_from_end else (keys, queries)
-    if band.left != UNBOUNDED:
-        keys = min(keys, behind - band.offset + band.left)
-    if band.right != UNBOUNDED:
-        keys = min(keys, before + band.offset + band.right)
+def _keys_in_band(problem: AttentionProblem, queries: int) -> int:
+    """How many keys a block of so many neighbouring queries sees by the band, at most."""
+    band, offset = problem.band, _offset_of_band(problem)
+    begin = 0 if band.left == UNBOUNDED else max(offset - band.left, 0)
+    end = problem.seqlen_k if band.right == UNBOUNDED else min(problem.seqlen_q + offset + band.right, problem.seqlen_k)
+    return _within_band(problem, end - begin, min(queries, problem.seqlen_q))
+
+
+def _queries_in_band(problem: AttentionProblem, keys: int) -> int:
+    """How many queries see a block of so many neighbouring keys by the band, at most."""
+    band, offset = problem.band, _offset_of_band(problem)
+    begin = 0 if band.right == UNBOUNDED else max(-offset - band.right, 0)
+    end = problem.seqlen_q if band.left == UNBOUNDED else min(problem.seqlen_k - offset + band.left, problem.seqlen_q)
+    return _within_band(problem, end - begin, min(keys, problem.seqlen_k))
+
+
+def _offset_of_band(problem: AttentionProblem) -> int:
+    shift = problem.seqlen_k - problem.seqlen_q if problem.band.is_from_end else 0
+    return problem.band.offset + shift
+
+
+def _within_band(problem: AttentionProblem, rows: int, block: int) -> int:
+    """The most of these rows that a block of rows of the other side meets: both diagonals bound them."""
+    band = problem.band
     if UNBOUNDED not in (band.left, band.right):
-        keys = min(keys, band.left + band.right + queries)
-    return max(keys, 0)
+        rows = min(rows, band.left + band.right + block)
+    return max(rows, 0)
 
 
 def _splits_of_programs(programs: int, resident: int) -> int:
@@ -502,7 +531,14 @@ def _resident_programs(problem: AttentionProblem) -> int:
     """How many programs of the decode kernels run at a time: their shared memory allows two for a multiprocessor of
     compute capability 9.0, and one on smaller ones.
     """
-    return _multiprocessors(problem) * (2 if _runs_on_hopper(problem) else 1)
+    return _multiprocessors(problem.device) * (2 if _runs_on_hopper(problem) else 1)
+
+
+def _resident_large_programs(problem: AttentionProblem, is_hopper: bool) -> int:
+    """How many programs of the other kernels run at a time. Those for sm_90a take a multiprocessor each. Two of those
+    for sm_80 share one, with head dims up to 128.
+    """
+    return _multiprocessors(problem.device) * (2 if not is_hopper and problem.head_dim <= 128 else 1)
 
 
 def _runs_on_hopper(problem: AttentionProblem) -> bool:
@@ -511,11 +547,12 @@ def _runs_on_hopper(problem: AttentionProblem) -> bool:
     return not is_here or _device_architecture(problem) == 90
 
 
-def _multiprocessors(problem: AttentionProblem) -> int:
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the device has; those of an H100 if there is none in this machine."""
-    if problem.device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda" or not torch.cuda.is_available():
         return 132
-    return torch.cuda.get_device_properties(problem.device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.lru_cache(maxsize=4096)

@@ -121,9 +121,8 @@ def dividing_gradients(dq: int, dk: int) -> Iterator[None]:
     has no blocks of dq.
     """
 
-    def splits(problem: AttentionProblem) -> GradientSplits:
-        is_fused = cuda._device_architecture(problem) == 90 and max(problem.head_dim, problem.value_dim) <= 128
-        return GradientSplits(1 if is_fused else dq, dk)
+    def splits(problem: AttentionProblem, rows_q: int, rows_k: int) -> GradientSplits:
+        return GradientSplits(1 if cuda.is_fused_backward(problem) else dq, dk)
 
     before = cuda.gradient_splits
     cuda.gradient_splits = splits

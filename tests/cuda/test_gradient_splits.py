@@ -10,6 +10,7 @@ from kernels import Kernels, dividing_gradients
 from torch import Tensor
 
 import fused_attn
+from fused_attn.attention.inputs import Wanted
 from fused_attn.attention.problem import AttentionProblem, Band
 from fused_attn.backends import cuda
 from fused_attn.backends.cuda import GradientSplits
@@ -120,7 +121,7 @@ def test_few_keys_are_divided_without_being_asked(architecture: int, kernels: Ke
     """Two blocks of keys with 64 steps each: 132 multiprocessors can do better."""
     inputs = leaves(1, 2, 2, 4096, 32)
     with kernels.running(architecture):
-        assert cuda.gradient_splits(problem_of(heads=2, kv_heads=2, queries=4096, keys=32, head_dim=64)).dk > 1
+        assert planned(problem_of(heads=2, kv_heads=2, queries=4096, keys=32, head_dim=64)).dk > 1
         found = gradients(inputs)
         # Forward; preparation, the kernels for dk and dv and for dq (or the one that rounds dq), and adding the parts.
         assert kernels.statistics.launches == 5
@@ -140,12 +141,17 @@ def test_few_keys_are_divided_without_being_asked(architecture: int, kernels: Ke
 def test_numbers_that_do_not_fit_are_refused(
     head_dim: int, splits: tuple[int, int], message: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "gradient_splits", lambda problem: GradientSplits(*splits))
+    monkeypatch.setattr(cuda, "gradient_splits", lambda *_: GradientSplits(*splits))
     with kernels.running(90), pytest.raises((ValueError, RuntimeError), match=message):
         gradients(leaves(1, 1, 1, 64, 64, head_dim))
 
 
 # ---- The plan
+
+
+def planned(problem: AttentionProblem, rows: int | None = None) -> GradientSplits:
+    """rows: those of all sequences if the problem is packed"""
+    return cuda.gradient_splits(problem, rows or problem.seqlen_q, rows or problem.seqlen_k)
 
 
 def problem_of(batch=1, heads=16, kv_heads=16, queries=4096, keys=4096, head_dim=128, **others) -> AttentionProblem:
@@ -165,37 +171,85 @@ def problem_of(batch=1, heads=16, kv_heads=16, queries=4096, keys=4096, head_dim
         # 32 query heads share a key head: 32 blocks of keys, with 2048 steps each.
         (90, {"heads": 32, "kv_heads": 1}, (1, 4)),
         (90, {"heads": 32, "kv_heads": 2}, (1, 2)),
-        (80, {"heads": 32, "kv_heads": 1}, (1, 2)),  # 64 blocks
+        (80, {"heads": 32, "kv_heads": 1}, (1, 4)),  # 64 blocks, and room for 264 programs
+        (90, {"heads": 32, "kv_heads": 1, "queries": 320, "keys": 1024}, (1, 5)),  # five tiles of queries
+        (90, {"heads": 128, "kv_heads": 1, "queries": 64}, (1, 1)),  # one tile
         # Cross-attention to 77 tokens of a text: 16 blocks.
         (90, {"keys": 77}, (1, 8)),
         (90, {"keys": 77, "batch": 2}, (1, 4)),
         (90, {"keys": 77, "batch": 16}, (1, 1)),
+        (90, {"keys": 77, "queries": 512, "heads": 8, "head_dim": 64}, (1, 1)),  # four tiles of 128 queries
         # 128 queries with many keys.
-        (80, {"queries": 128, "keys": 65536, "heads": 8}, (8, 1)),
+        (80, {"queries": 128, "keys": 65536, "heads": 8}, (16, 1)),
         (90, {"queries": 128, "keys": 65536, "heads": 8}, (1, 1)),
         (90, {"queries": 128, "keys": 65536, "heads": 8, "head_dim": 256}, (16, 1)),
         (80, {"queries": 128, "keys": 65536, "heads": 8, "band": Band(255, 0, is_from_end=True)}, (1, 1)),
-        # One long sequence with one head.
+        # One long sequence with one head. With a window, a block meets few blocks of the other side.
         (90, {"heads": 1, "kv_heads": 1}, (1, 4)),
+        (90, {"heads": 1, "kv_heads": 1, "band": Band(128, 0)}, (1, 1)),
+        (80, {"heads": 1, "kv_heads": 1, "band": Band(128, 0)}, (1, 1)),
+        (90, {"heads": 1, "kv_heads": 1, "queries": 65536, "keys": 128, "band": Band(left=0)}, (1, 1)),
+        (90, {"heads": 1, "kv_heads": 1, "queries": 65536, "keys": 128, "band": Band(right=0)}, (1, 54)),
+        # 16 packed sequences, of which one is long: 32 + 15 blocks of keys.
+        (90, {"heads": 32, "kv_heads": 1, "batch": 16, "is_packed": True, "rows": 4096 + 15}, (1, 8)),
         # A few steps are not worth a launch.
         (90, {"queries": 300, "keys": 100}, (1, 1)),
         (90, {"queries": 0, "keys": 0}, (1, 1)),
     ],
+    ids=str,
 )
 def test_number_of_splits(
     architecture: int, changes: dict, splits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "_device_architecture", lambda problem: architecture)
-    assert cuda.gradient_splits(problem_of(**changes)) == splits
+    rows = changes.pop("rows", None)
+    assert planned(problem_of(**changes), rows) == splits
 
 
-def test_parts_take_little_memory(kernels: Kernels) -> None:
-    """There are parts only if there are few blocks of rows."""
-    for architecture in (80, 90):
-        with kernels.running(architecture):
-            for batch, heads, kv_heads in ((1, 1, 1), (1, 8, 8), (1, 64, 1), (4, 32, 4)):
-                for queries, keys in ((64, 10**6), (10**6, 64), (4096, 4096), (500, 20000)):
-                    problem = problem_of(batch, heads, kv_heads, queries, keys)
-                    splits = cuda.gradient_splits(problem)
-                    rows = (splits.dq > 1) * splits.dq * heads * queries + (splits.dk > 1) * splits.dk * kv_heads * keys
-                    assert batch * rows * 2 * problem.head_dim * 4 <= 144 * 2**20
+def bytes_of_backward(
+    problem: AttentionProblem,
+    splits: GradientSplits,
+    names: tuple[str, ...] = ("query", "key", "value"),
+    masks: int = 0,
+) -> int:
+    """The workspace of backward for the gradients of these names."""
+    wanted = Wanted(**{name: name in names for name in Wanted._fields})
+    shape = torch.Size((problem.batch, problem.num_heads, problem.seqlen_q, problem.head_dim))
+    return cuda._workspace_bytes(problem, shape, wanted, cuda.UNDIVIDED, splits, problem.seqlen_k, 0, masks, None)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_parts_take_little_memory(architecture: int, head_dim: int, kernels: Kernels) -> None:
+    """There are parts only if there are few blocks of rows. Lists of what a mask shows have no more entries."""
+    with kernels.running(architecture):
+        for batch, heads, kv_heads in ((1, 1, 1), (1, 8, 8), (1, 64, 1), (4, 32, 4)):
+            for queries, keys in ((64, 10**6), (10**6, 64), (4096, 4096), (500, 20000)):
+                problem = problem_of(batch, heads, kv_heads, queries, keys, head_dim)
+                for masks in (0, 1):
+                    divided = bytes_of_backward(problem, planned(problem), masks=masks)
+                    assert divided - bytes_of_backward(problem, GradientSplits(), masks=masks) <= 150 * 2**20
+
+
+@pytest.mark.parametrize("dk", [1, 2])
+def test_number_of_sums_of_dq(dk: int, kernels: Kernels) -> None:
+    """With two splits, 64 blocks of keys share half of the 64 tiles of queries. So each tile has two sums."""
+    problem, splits = problem_of(heads=1, kv_heads=1, queries=4096, keys=8192), GradientSplits(dk=dk)
+    with kernels.running(90):
+        of_dq = bytes_of_backward(problem, splits) - bytes_of_backward(problem, splits, ("key", "value"))
+    assert of_dq // (4096 * 128 * 4) == dk
+
+
+def test_many_splits_are_listed_in_a_launch_of_their_own(kernels: Kernels) -> None:
+    """With padding, one block of threads lists those of a batch entry: 48 heads x 11 blocks, six splits of each."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 48, rows, 8, generator=generator).half().requires_grad_() for rows in (400, 1300, 1300)]
+    padding = torch.zeros(1, 1300, dtype=torch.bool)
+    padding[:, 1200:] = True
+
+    def launches(dk: int) -> int:
+        with kernels.running(90), dividing_gradients(dq=1, dk=dk):
+            gradients(inputs, key_padding_mask=padding)
+            return kernels.statistics.launches
+
+    assert launches(6) == launches(1) + 2  # the list, and adding the parts

@@ -1,6 +1,6 @@
 // Backward for Ampere and later, in two kernels. Both compute the scores and dprobs, so there are 7 products instead of
-// 5. In return, each gradient is summed by one block of threads, in a fixed order: results are deterministic, there are
-// no atomics, and probs stay in registers.
+// 5. In return, each gradient is summed by one block of threads, or by a fixed number of them (gradient_splits.h), in a
+// fixed order: results are deterministic, there are no atomics, and probs stay in registers.
 //
 //   query_gradient_kernel: a block has kBlockM queries, and visits the keys they see:   dq += dscores @ k
 //   key_gradient_kernel:   a block has kBlockN keys, and visits the queries that see    dv += probs^T @ dout

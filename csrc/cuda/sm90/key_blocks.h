@@ -256,10 +256,11 @@ GPU_DEVICE int32_t tiles_of_head(const Params& p) {
   return (p.seqlen_q + kBlockM - 1) / kBlockM;
 }
 
-// The list of steps of the block of keys that is taken as number `program`.
+// The list of steps of the block of keys, or of the split of one, that is taken as number `program`.
 template <int kBlockM>
 GPU_DEVICE StepInfo* mask_steps_of(const Params& p, int32_t program) {
-  return p.mask_steps + int64_t{program} * p.group_size * tiles_of_head<kBlockM>(p);
+  const int32_t tiles = (tiles_of_head<kBlockM>(p) + p.dk_splits - 1) / p.dk_splits;  // of a split, at most
+  return p.mask_steps + int64_t{program} * p.group_size * tiles;
 }
 
 // The turns of all blocks of keys at a tile of queries.
