@@ -1,26 +1,36 @@
-// The two products of forward with AMX, for a block of keys and a block of queries at a time:
+// The products of forward and backward with AMX, for a block of keys and a block of queries at a time:
 //
-//   scores^T[key][query] = key[key] . query^T           the scores go through memory
-//   acc^T[d][query]     += value^T[d] . probs^T
+//   multiply_rows_by_columns   scores^T[key][query] = key[key] . query^T; likewise value . dout^T
+//   add_sum_over_keys          acc^T[d][query]     += value^T[d] . probs^T; likewise dquery from key and dscores
+//   sum_over_queries           dvalue[key][d]       = probs^T[key] . dout[d]; likewise dkey from dscores and query
 //
-// `query` and `probs` lie in the scratch as pairs of bfloat16, which is what AMX wants of a right factor. Rows of keys
-// are copied, and rows of values are transposed, to tiles.
+// The right factors lie in the scratch as pairs of bfloat16, which is what AMX wants. Left factors are copied, or
+// transposed, to tiles. Results go through memory.
 #pragma once
 #include "amx.h"
 #include "key_rows.h"
 
-#if defined(__AMX_BF16__)
 namespace fused_attn::cpu {
 namespace {
 
-constexpr int kStepKeys = 2 * kAmxLanes;  // keys that one multiplication with values sums over
+// The rows of a block of keys in the form that a sum over keys reads: SummedRows, or SummedTiles with AMX.
+// MatrixRegisters are what a thread has to hold while it multiplies.
+template <class Policy, bool kUsesAmx = Policy::kUsesAmx>
+struct Products {
+  using RowsToSum = SummedRows<Policy>;
+  struct Registers {};
+};
 
-// The values of one head as tiles: 16 columns d of 32 keys. For the keys of a step, the tiles of all d follow one
-// another.
+#if defined(__AMX_BF16__)
+
+constexpr int kStepRows = 2 * kAmxLanes;  // keys, or queries, that one multiplication sums over
+
+// The rows of one head of key or value as tiles: 16 columns d of 32 keys. For the keys of a step, the tiles of all d
+// follow one another.
 //
 // A thread keeps the tiles in a cache, as SummedRows does, because the next block of queries needs the same ones.
 template <class Policy>
-struct ValueTiles {
+struct SummedTiles {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
 
@@ -38,10 +48,10 @@ struct ValueTiles {
 
   // Takes the memory out of the arena. `visits`: as for SummedRows.
   void layout(Arena& arena, const AttentionParams& p, int dim, int64_t visits) {
-    steps = visits > 1 ? (p.seqlen_k + kStepKeys - 1) / kStepKeys : 0;
+    steps = visits > 1 ? (p.seqlen_k + kStepRows - 1) / kStepRows : 0;
     if (steps * step_bytes(dim) > kMaxCachedBytes) steps = 0;
     pairs = arena.take<char>(step_bytes(dim));
-    block = arena.take<char>(kBlockK / kStepKeys * step_bytes(dim));
+    block = arena.take<char>(kBlockK / kStepRows * step_bytes(dim));
     cached = arena.take<char>(steps * step_bytes(dim));
     is_cached = arena.take<uint8_t>(steps);
     cached_source = arena.take<RowSource<Storage>>(1);
@@ -56,14 +66,14 @@ struct ValueTiles {
     const Storage* rows[kBlockK];
     source.find(keys, rows);
     // A step with fewer keys would need other tiles if more of its keys were visible.
-    const bool caches = steps > 0 && keys.contiguous && keys.index[0] % kStepKeys == 0 && keys.count % kStepKeys == 0;
+    const bool caches = steps > 0 && keys.contiguous && keys.index[0] % kStepRows == 0 && keys.count % kStepRows == 0;
     if (caches && !(*cached_source == source)) {
       memset(is_cached, 0, steps);
       *cached_source = source;
     }
-    const int64_t first = keys.index[0] / kStepKeys;
+    const int64_t first = keys.index[0] / kStepRows;
     char* const target = caches ? cached + first * step_bytes(dim) : block;
-    for (int k = 0, step = 0; k < keys.count; k += kStepKeys, ++step) {
+    for (int k = 0, step = 0; k < keys.count; k += kStepRows, ++step) {
       if (caches && is_cached[first + step] != 0) continue;
       transpose_step(rows + k, keys.count - k, dim, target + step * step_bytes(dim));
       if (caches) is_cached[first + step] = 1;
@@ -102,60 +112,97 @@ int64_t tiled_lanes(int64_t head_dim) {
   return round_up(Policy::lanes_for(static_cast<int>(head_dim)), kAmxLanes);
 }
 
-// Computes scores[key of the block][stride], without scale, for the keys of the block, rounded up to whole tiles.
-// `key_rows`: the row of each key, as lanes. `key_tiles`: memory for their copies.
+// products[i][stride] = rows[i] . columns^T, for `count` rows of `dim` elements, rounded up to whole tiles. The columns
+// are those of queries, or of dout, transposed by pack_columns. `row_tiles`: memory for copies of the rows.
 template <class Policy>
-FA_NOINLINE void multiply_keys_by_queries(const char* const* key_rows, int count, int head_dim,
-                                          const typename Policy::Lane* query, int64_t stride,
-                                          typename Policy::Lane* key_tiles, typename Policy::Lane* scores) {
+FA_NOINLINE void multiply_rows_by_columns(const char* const* rows, int count, int dim,
+                                          const typename Policy::Lane* columns, int64_t stride,
+                                          typename Policy::Lane* row_tiles, typename Policy::Lane* products) {
   using Lane = typename Policy::Lane;
-  const int64_t row_lanes = tiled_lanes<Policy>(head_dim), row_bytes = row_lanes * sizeof(Lane);
-  const int rows = static_cast<int>(round_up(count, kAmxRows));
-  for (int k = 0; k < count; ++k) {
-    const auto* const row = reinterpret_cast<const typename Policy::Storage*>(key_rows[k]);
-    for (int d = 0; d < row_lanes; d += kAmxLanes)
-      store<Lane>(key_tiles + k * row_lanes + d, load_lanes<Policy>(row, d, head_dim));
+  const int64_t lanes = tiled_lanes<Policy>(dim), row_bytes = lanes * sizeof(Lane),
+                stride_bytes = stride * sizeof(Lane);
+  const int tiled_count = static_cast<int>(round_up(count, kAmxRows));
+  for (int i = 0; i < count; ++i) {
+    const auto* const row = reinterpret_cast<const typename Policy::Storage*>(rows[i]);
+    for (int d = 0; d < lanes; d += kAmxLanes) store<Lane>(row_tiles + i * lanes + d, load_lanes<Policy>(row, d, dim));
   }
-  memset(key_tiles + count * row_lanes, 0, (rows - count) * row_bytes);
-  const int64_t stride_bytes = stride * sizeof(Lane);
-  multiply_amx({reinterpret_cast<const char*>(key_tiles), row_bytes, kAmxRows * row_bytes, kAmxRowBytes},
-               {reinterpret_cast<const char*>(query), stride_bytes, kAmxRowBytes, kAmxRows * stride_bytes},
-               static_cast<int>(row_lanes) / kAmxLanes, rows / kAmxRows, static_cast<int>(stride) / kAmxLanes,
-               {reinterpret_cast<char*>(scores), stride_bytes, kAmxRows * stride_bytes, 0}, /*accumulates=*/false);
+  memset(row_tiles + count * lanes, 0, (tiled_count - count) * row_bytes);
+  multiply_amx({reinterpret_cast<const char*>(row_tiles), row_bytes, kAmxRows * row_bytes, kAmxRowBytes},
+               {reinterpret_cast<const char*>(columns), stride_bytes, kAmxRowBytes, kAmxRows * stride_bytes},
+               static_cast<int>(lanes) / kAmxLanes, tiled_count / kAmxRows, static_cast<int>(stride) / kAmxLanes,
+               {reinterpret_cast<char*>(products), stride_bytes, kAmxRows * stride_bytes, 0}, /*accumulates=*/false);
 }
 
-// acc[d][stride] = acc * rescale + the product of the values and the probs of the block. Queries outside of the range
-// of a tile of keys have no probs for it.
+// acc[d][stride] = acc * rescale + sum over the keys of the block of rows[key][d] * coefficients[key][query]. The
+// coefficients are pairs of keys [pair][stride]. Queries outside of the range of a tile of keys have none for it.
 template <class Policy>
-FA_NOINLINE void multiply_values_by_probs(const ValueTiles<Policy>& values, int value_dim, typename Policy::Lane* probs,
-                                          const Vec<typename Policy::Lane>* rescale, const VectorRange* ranges,
-                                          int count, int vectors, typename Policy::Lane* acc) {
+FA_NOINLINE void add_sum_over_keys(const SummedTiles<Policy>& rows, int dim, typename Policy::Lane* coefficients,
+                                   const Vec<typename Policy::Lane>* rescale, const VectorRange* ranges, int count,
+                                   int vectors, typename Policy::Lane* acc) {
   using Lane = typename Policy::Lane;
   const int64_t stride = vectors * kAmxLanes, stride_bytes = stride * sizeof(Lane);
-  const int tiles = (count + kTileKeys - 1) / kTileKeys, steps = (count + kStepKeys - 1) / kStepKeys;
+  const int tiles = (count + kTileKeys - 1) / kTileKeys, steps = (count + kStepRows - 1) / kStepRows;
   constexpr int kPairs = kTileKeys / Policy::kPerLane;  // of a tile of keys
   for (int t = 0; t < tiles; ++t) {
     for (int v = 0; v < vectors; ++v) {
       if (v >= ranges[t].begin && v < ranges[t].end) continue;
       for (int pair = 0; pair < kPairs; ++pair)
-        store<Lane>(probs + (t * kPairs + pair) * stride + v * kAmxLanes, Vec<Lane>{});
+        store<Lane>(coefficients + (t * kPairs + pair) * stride + v * kAmxLanes, Vec<Lane>{});
     }
   }
-  memset(probs + tiles * kPairs * stride, 0, (steps * kAmxLanes - tiles * kPairs) * stride_bytes);
+  memset(coefficients + tiles * kPairs * stride, 0, (steps * kAmxLanes - tiles * kPairs) * stride_bytes);
   for (int v = 0; v < vectors; ++v) {
     if (!any_positive<Lane>(Lane(1) - rescale[v])) continue;  // no reference has risen
-    for (int d = 0; d < value_dim; ++d) {
+    for (int d = 0; d < dim; ++d) {
       Lane* const sum = acc + d * stride + v * kAmxLanes;
       store<Lane>(sum, load<Lane>(sum) * rescale[v]);
     }
   }
-  const int64_t step_bytes = values.step_bytes(value_dim);
-  multiply_amx({*values.tiles, kAmxRowBytes, kAmxTileBytes, step_bytes},
-               {reinterpret_cast<const char*>(probs), stride_bytes, kAmxRowBytes, kAmxRows * stride_bytes}, steps,
-               static_cast<int>(step_bytes / kAmxTileBytes), vectors,
+  const int64_t step_bytes = rows.step_bytes(dim);
+  multiply_amx({*rows.tiles, kAmxRowBytes, kAmxTileBytes, step_bytes},
+               {reinterpret_cast<const char*>(coefficients), stride_bytes, kAmxRowBytes, kAmxRows * stride_bytes},
+               steps, static_cast<int>(step_bytes / kAmxTileBytes), vectors,
                {reinterpret_cast<char*>(acc), stride_bytes, kAmxRows * stride_bytes, 0}, /*accumulates=*/true);
 }
 
+// sums[key of the block][row_lanes] = sum over queries q of coefficients[key][q] * rows[q][d], for `count` keys and nq
+// queries. The rows are interleaved pairs of queries [pair][row_lanes]. Coefficients begin `stride` elements apart, a
+// multiple of kStepRows. Queries outside of the range of a tile of keys have none for it.
+template <class Policy>
+FA_NOINLINE void sum_over_queries(BFloat16* coefficients, int64_t stride, const VectorRange* ranges, int count, int nq,
+                                  typename Policy::Lane* rows, int64_t row_lanes, typename Policy::Lane* sums) {
+  using Lane = typename Policy::Lane;
+  constexpr int64_t kVectorOf16Bits = kAmxLanes * sizeof(BFloat16);
+  const int tiled_count = static_cast<int>(round_up(count, kAmxRows)), steps = static_cast<int>(stride) / kStepRows;
+  for (int k = 0; k < tiled_count; ++k) {
+    const VectorRange range = k < count ? ranges[k / kTileKeys] : VectorRange{0, 0};
+    for (int v = 0; v < stride / kAmxLanes; ++v) {
+      if (v < range.begin || v >= range.end)
+        memset(static_cast<void*>(coefficients + k * stride + v * kAmxLanes), 0, kVectorOf16Bits);
+    }
+  }
+  const int pairs = (nq + 1) / 2;
+  memset(rows + pairs * row_lanes, 0, (steps * kAmxLanes - pairs) * row_lanes * sizeof(Lane));
+  const int64_t coefficient_bytes = stride * sizeof(BFloat16), row_bytes = row_lanes * sizeof(Lane);
+  multiply_amx(
+      {reinterpret_cast<const char*>(coefficients), coefficient_bytes, kAmxRows * coefficient_bytes, kAmxRowBytes},
+      {reinterpret_cast<const char*>(rows), row_bytes, kAmxRowBytes, kAmxRows * row_bytes}, steps,
+      tiled_count / kAmxRows, static_cast<int>(row_lanes) / kAmxLanes,
+      {reinterpret_cast<char*>(sums), row_bytes, kAmxRows * row_bytes, 0}, /*accumulates=*/false);
+}
+
+template <class Policy>
+struct Products<Policy, true> {
+  using RowsToSum = SummedTiles<Policy>;
+  using Registers = AmxRegisters;
+};
+
+#endif
+
+template <class Policy>
+using RowsToSum = typename Products<Policy>::RowsToSum;
+template <class Policy>
+using MatrixRegisters = typename Products<Policy>::Registers;
+
 }  // namespace
 }  // namespace fused_attn::cpu
-#endif

@@ -74,6 +74,8 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
   constexpr int kKeys = kTiles * kTileKeys;
   const int64_t stride = in.stride;
   const int64_t offset = k * stride + v * n;
+  const int64_t coefficient_stride = s.coefficient_stride(stride);
+  const auto coefficient = [&](int r, int c) { return (k + r) * coefficient_stride + (v + c) * n; };
   alignas(kVectorBytes) Lane derivative[kPlain ? 1 : kKeys * kColumns * n];
   alignas(kVectorBytes) Lane probs[kKeys * kColumns * n];
   const auto after_dropout = [&](int r, int c, Vec<Lane> x) {
@@ -95,11 +97,19 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
       // The lse of a row may be NaN, but the probability of a hidden key must still be zero.
       if (!kPlain) x = select<Lane>(acc[r][c] == -FloatTraits<Lane>::kInfinity, Vec<Lane>{}, x);
       store<Lane>(probs + (r * kColumns + c) * n, x);
-      store_as<Lane>(s.probs + offset + r * stride + c * n, after_dropout(r, c, x));
+      store_as<Lane>(s.probs + coefficient(r, c), after_dropout(r, c, x));
     }
   }
 
-  dot_tile<Policy, kKeys, kColumns>(s.value_rows + k, s.dout + v * n, stride, value_depth, acc);
+  if constexpr (Policy::kUsesAmx) {
+    FA_UNROLL
+    for (int r = 0; r < kKeys; ++r) {
+      FA_UNROLL
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = load<Lane>(s.dprobs + offset + r * stride + c * n);
+    }
+  } else {
+    dot_tile<Policy, kKeys, kColumns>(s.value_rows + k, s.dout + v * n, stride, value_depth, acc);
+  }
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
     const Vec<Lane> delta = load<Lane>(rows.delta + (v + c) * n);
@@ -122,8 +132,8 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
     if constexpr (Policy::kPerLane == 2) {
       FA_UNROLL
       for (int r = 0; r < kKeys; r += 2) {
-        store_as<Lane>(s.dscores + offset + r * stride + c * n, acc[r][c]);
-        store_as<Lane>(s.dscores + offset + (r + 1) * stride + c * n, acc[r + 1][c]);
+        store_as<Lane>(s.dscores + coefficient(r, c), acc[r][c]);
+        store_as<Lane>(s.dscores + coefficient(r + 1, c), acc[r + 1][c]);
         store<Lane>(s.dscore_pairs + (k + r) / 2 * stride + (v + c) * n, round_to_pairs(acc[r][c], acc[r + 1][c]));
       }
     }
@@ -209,6 +219,29 @@ FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, 
     });
   }
 }
+
+#if defined(__AMX_BF16__)
+// Does with AMX, for all keys of a block, what accumulate_keys does for a tile. `rows` are pairs of queries.
+template <class Policy>
+FA_NOINLINE void add_to_keys(const KeyBlock& keys, int64_t slab_begin, int nq, BFloat16* coefficients, float* rows,
+                             const BackwardScratch<Policy>& s, const KeyGradient<Policy>& gradient) {
+  const int64_t stride = s.coefficient_stride(round_up(nq, kLanes<float>)), row = round_up(gradient.dim, kLanes<float>);
+  sum_over_queries<Policy>(coefficients, stride, s.key.ranges, keys.count, nq, rows, row, s.key_sums);
+  for (int k = 0; k < keys.count; ++k) {
+    const int64_t key = keys.index[k] - slab_begin;
+    const float* const part = s.key_sums + k * row;
+    for (int64_t d = 0; d < row; d += kLanes<float>) {
+      if (gradient.rows == nullptr) {
+        float* const sum = gradient.sums + key * row + d;
+        store<float>(sum, load<float>(sum) + load<float>(part + d));
+      } else {
+        store_as<float>(gradient.rows + key * gradient.stride_row + d, load<float>(part + d) * gradient.factor,
+                        static_cast<int>(gradient.dim - d));
+      }
+    }
+  }
+}
+#endif
 
 // Writes a transposed block back as rows: rows[q][d] = factor * columns[d][q], as elements of Policy::Storage. If
 // `add`, the product is added to the rows instead.
@@ -344,6 +377,12 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
     do {
       prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
       find_rows<Policy>(value_source, keys, value_dim, s.value_lanes, s.value_rows);
+      multiply_keys(p, keys.count, s, in);
+#if defined(__AMX_BF16__)
+      if constexpr (Policy::kUsesAmx)
+        multiply_rows_by_columns<Policy>(s.value_rows, keys.count, value_dim, s.dout, in.stride, s.value_lanes,
+                                         s.dprobs);
+#endif
       if (Policy::kPerLane == 2 && wants_dquery) {
         s.summed_key.find(key_source, keys, head_dim);
       }
@@ -383,6 +422,7 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
           });
         }
         if (s.dbias != nullptr) clear_outside(s.dbias, k, range, vectors);
+        if constexpr (Policy::kUsesAmx) continue;  // AMX adds the parts of the whole block
         if (p.dvalue.data != nullptr) {
           accumulate_keys<Policy>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.probs, dout_rows, dvalue);
         }
@@ -391,7 +431,15 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
         }
       }
       // For the whole block of keys: add its part of dquery and of the gradients of the biases.
-      if (wants_dquery) {
+      if constexpr (Policy::kUsesAmx) {
+#if defined(__AMX_BF16__)
+        if (p.dvalue.data != nullptr) add_to_keys(keys, slab_begin, nq, s.probs, s.dout_rows, s, dvalue);
+        if (p.dkey.data != nullptr) add_to_keys(keys, slab_begin, nq, s.dscores, s.query_rows, s, dkey);
+        if (wants_dquery)
+          add_sum_over_keys<Policy>(s.summed_key, head_dim, s.dscore_pairs, ones, s.key.ranges, keys.count, vectors,
+                                    s.dquery);
+#endif
+      } else if (wants_dquery) {
         outer_block<Policy>(Policy::kPerLane == 2 ? s.summed_key.rows : s.key.key_rows, head_dim, s.dscore_pairs, ones,
                             s.key.ranges, tiles, keys.count, vectors, s.dquery);
       }
@@ -599,6 +647,7 @@ void backward_with_policy(const AttentionParams& p) {
     const Sequence seq = sequence_of(p, b);
     if (q_begin >= seq.seqlen_q) return;
     const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
+    [[maybe_unused]] const MatrixRegisters<Policy> registers;
     measure_rows<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, scratch[thread],
                          statistics.at(p, b, h, q_begin));
   });
@@ -607,6 +656,7 @@ void backward_with_policy(const AttentionParams& p) {
   const Items order = plan.chunks > 1 ? Items::kInOrder : Items::kShared;
   const auto backward_of = [&](int64_t index, int thread) {
     const int64_t chunk = index / plan.groups;
+    [[maybe_unused]] const MatrixRegisters<Policy> registers;
     backward_item<Policy>(
         {p, plan, relative, valid_keys, statistics, partials, scratch[thread], decode_scratch[thread], chunk},
         index % plan.groups);

@@ -2,6 +2,7 @@
 #pragma once
 #include <type_traits>
 
+#include "amx_products.h"
 #include "scores.h"
 
 namespace fused_attn::cpu {
@@ -170,15 +171,18 @@ struct BackwardScratch {
   using Coefficient = std::conditional_t<Policy::kPerLane == 1, Lane, BFloat16>;
 
   KeyScratch<Policy> key;
-  const char** value_rows;        // the value rows of the block's keys
-  Lane* value_lanes;              // the values as lanes, if they have to be converted
-  SummedRows<Policy> summed_key;  // the keys in the form that the sum over keys reads, which gives dquery
-  Lane* query;                    // query^T [lanes of head_dim][stride]
-  Lane* dout;                     // dout^T [lanes of value_dim][stride]
-  Lane* query_rows;               // [query or pair of queries][head_dim, padded]; not used where memory holds lanes
-  Lane* dout_rows;                // [query or pair of queries][value_dim, padded]
-  Coefficient* probs;             // probs^T [key of the block][stride], after dropout
-  Coefficient* dscores;           // dscores^T [key of the block][stride], of the scores before softcap
+  const char** value_rows;       // the value rows of the block's keys
+  Lane* value_lanes;             // the values as lanes, if they have to be converted
+  RowsToSum<Policy> summed_key;  // the keys in the form that the sum over keys reads, which gives dquery
+  Lane* products;                // query . key [key of the block][stride], if AMX multiplies
+  Lane* dprobs;                  // value . dout [key of the block][stride], if AMX multiplies
+  Lane* key_sums;                // the part of dkey or dvalue [key of the block][padded row], if AMX multiplies
+  Lane* query;                   // query^T [lanes of head_dim][stride]
+  Lane* dout;                    // dout^T [lanes of value_dim][stride]
+  Lane* query_rows;              // [query or pair of queries][head_dim, padded]; not used where memory holds lanes
+  Lane* dout_rows;               // [query or pair of queries][value_dim, padded]
+  Coefficient* probs;            // probs^T [key of the block][coefficient_stride], after dropout
+  Coefficient* dscores;          // dscores^T [key of the block][coefficient_stride], of the scores before softcap
   Lane* dscore_pairs;  // dscores^T [pair of keys][stride]; the same memory as dscores if a lane holds one element
   Lane* dbias;         // dscores^T [key of the block][stride], of the scores after softcap
   Lane* dquery;        // dquery^T [head_dim, padded][stride]
@@ -187,6 +191,9 @@ struct BackwardScratch {
   Lane* dvalue;        // [key of the slab, and one spare row that nobody reads][value_dim, padded]
   Lane* out;           // out^T [lanes of value_dim][stride]
   RowStatistics<Lane> statistics;  // the statistics of one block of queries, in a single pass
+
+  // The stride of probs and dscores in a block of queries. AMX reads 32 of them at once.
+  static int64_t coefficient_stride(int64_t stride) { return Policy::kUsesAmx ? round_up(stride, 32) : stride; }
 
   // Takes the memory of all arrays out of the arena.
   void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
@@ -201,16 +208,27 @@ struct BackwardScratch {
     const bool pairs = Policy::kPerLane == 2;
     key.layout(arena, p);
     value_rows = arena.take<const char*>(rows);
-    value_lanes = arena.take<Lane>(Policy::kConverts || value_dim % Policy::kPerLane != 0 ? rows * value_row : 0);
+    const bool converts = Policy::kConverts || Policy::kUsesAmx || value_dim % Policy::kPerLane != 0;
+    value_lanes = arena.take<Lane>(converts ? rows * value_row : 0);
+    products = arena.take<Lane>(Policy::kUsesAmx ? tile : 0);
+    dprobs = arena.take<Lane>(Policy::kUsesAmx ? tile : 0);
+    key_sums =
+        arena.take<Lane>(Policy::kUsesAmx ? round_up(rows, n) * (head_row > value_row ? head_row : value_row) : 0);
     if (pairs) {
       summed_key.layout(arena, p, head_dim, p.num_heads / p.num_kv_heads * ((p.seqlen_q + kBlockQ - 1) / kBlockQ));
     }
-    query = arena.take<Lane>(round_up(Policy::lanes_for(head_dim), n) * stride);
-    dout = arena.take<Lane>(round_up(Policy::lanes_for(value_dim), n) * stride);
+    const int64_t query_lanes = round_up(Policy::lanes_for(head_dim), n) * stride;
+    const int64_t dout_lanes = round_up(Policy::lanes_for(value_dim), n) * stride;
+    query = arena.take<Lane>(query_lanes);
+    dout = arena.take<Lane>(dout_lanes);
+    if (Policy::kUsesAmx && query != nullptr) {  // AMX also reads lanes behind the row
+      memset(query, 0, query_lanes * sizeof(Lane));
+      memset(dout, 0, dout_lanes * sizeof(Lane));
+    }
     query_rows = arena.take<Lane>(stride * head_row);
     dout_rows = arena.take<Lane>(stride * value_row);
-    probs = arena.take<Coefficient>(tile);
-    dscores = arena.take<Coefficient>(tile);
+    probs = arena.take<Coefficient>(round_up(rows, n) * coefficient_stride(stride));
+    dscores = arena.take<Coefficient>(round_up(rows, n) * coefficient_stride(stride));
     dscore_pairs = pairs ? arena.take<Lane>(tile / 2) : reinterpret_cast<Lane*>(dscores);
     dbias = nullptr;
     if (p.dbias.data != nullptr || p.dkey_bias.data != nullptr || p.drelative_bias.data != nullptr) {

@@ -12,14 +12,15 @@ namespace {
 
 #if defined(__AMX_BF16__)
 
-// AMX multiplies blocks of queries in forward, for bfloat16. All else runs the kernels of AVX-512. So does backward: it
-// computes the scores again in float, and those of AMX differ by rounding errors of float alone.
+// AMX multiplies blocks of queries, for bfloat16. All else runs the kernels of AVX-512.
 void forward(const AttentionParams& p) {
   p.dtype == DType::kBFloat16 ? forward_with_policy<ElementPolicy<BFloat16, float, 1>, AmxPolicy>(p)
                               : kernels_avx512.forward(p);
 }
 
-void backward(const AttentionParams& p) { kernels_avx512.backward(p); }
+void backward(const AttentionParams& p) {
+  p.dtype == DType::kBFloat16 ? backward_with_policy<AmxPolicy>(p) : kernels_avx512.backward(p);
+}
 void self_attention(const SelfAttentionParams& m) { kernels_avx512.self_attention(m); }
 void linear(const LinearParams& p) { kernels_avx512.linear(p); }
 

@@ -19,29 +19,17 @@
 namespace fused_attn::cpu {
 namespace {
 
-// The values of the current block of keys, in the form that the product with probs reads.
-template <class Policy, bool kUsesAmx = Policy::kUsesAmx>
-struct Values {
-  using Type = SummedRows<Policy>;
-};
-#if defined(__AMX_BF16__)
-template <class Policy>
-struct Values<Policy, true> {
-  using Type = ValueTiles<Policy>;
-};
-#endif
-
 // The memory in which one thread processes its work items.
 template <class Policy>
 struct ForwardScratch {
   using Lane = typename Policy::Lane;
 
-  KeyScratch<Policy> key;               // what depends on the current block of keys
-  typename Values<Policy>::Type value;  // the values of the current block of keys
-  Lane* products;                       // query . key [key of the block][stride], if AMX multiplies
-  Lane* query;                          // query^T [lanes of head_dim][stride], as ScoreInputs
-  Lane* probs;                          // probs^T [key, or pair of keys, of the block][stride], after dropout
-  Lane* acc;                            // acc^T [value_dim, padded to a vector][stride]
+  KeyScratch<Policy> key;   // what depends on the current block of keys
+  RowsToSum<Policy> value;  // the values of the current block of keys
+  Lane* products;           // query . key [key of the block][stride], if AMX multiplies
+  Lane* query;              // query^T [lanes of head_dim][stride], as ScoreInputs
+  Lane* probs;              // probs^T [key, or pair of keys, of the block][stride], after dropout
+  Lane* acc;                // acc^T [value_dim, padded to a vector][stride]
 
   // Takes the memory of all arrays out of the arena. `visits` is the number of query blocks that a thread processes
   // with one kv head before it goes to the next kv head.
@@ -227,9 +215,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   using Storage = typename Policy::Storage;
   const Sequence seq = sequence_of(p, b);
   if (q_begin >= seq.seqlen_q) return;
-#if defined(__AMX_BF16__)
-  [[maybe_unused]] const AmxRegisters registers;
-#endif
+  [[maybe_unused]] const MatrixRegisters<Policy> registers;
   const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
   const int vectors = (nq + kLanes<Lane> - 1) / kLanes<Lane>;
   const int panels = (vectors + kTileVectors - 1) / kTileVectors;
@@ -268,7 +254,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
     s.value.find(values, keys, value_dim);
 #if defined(__AMX_BF16__)
     if constexpr (Policy::kUsesAmx)
-      multiply_keys_by_queries<Policy>(s.key.key_rows, keys.count, static_cast<int>(p.head_dim), s.query, in.stride,
+      multiply_rows_by_columns<Policy>(s.key.key_rows, keys.count, static_cast<int>(p.head_dim), s.query, in.stride,
                                        s.key.key_lanes, s.products);
 #endif
 
@@ -314,8 +300,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
     softmax.end_block();
     if constexpr (Policy::kUsesAmx) {
 #if defined(__AMX_BF16__)
-      multiply_values_by_probs<Policy>(s.value, value_dim, s.probs, softmax.rescale, s.key.ranges, keys.count, vectors,
-                                       s.acc);
+      add_sum_over_keys<Policy>(s.value, value_dim, s.probs, softmax.rescale, s.key.ranges, keys.count, vectors, s.acc);
 #endif
     } else {
       outer_block<Policy>(s.value.rows, value_dim, s.probs, softmax.rescale, s.key.ranges, tiles, keys.count, vectors,

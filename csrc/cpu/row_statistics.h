@@ -6,6 +6,24 @@
 namespace fused_attn::cpu {
 namespace {
 
+// With AMX, computes s.dprobs[query][stride] = out . dout^T, of which delta is the diagonal, and returns true.
+template <class Policy>
+bool products_of_rows([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] int64_t row,
+                      [[maybe_unused]] int64_t b, [[maybe_unused]] int64_t h, [[maybe_unused]] int nq,
+                      [[maybe_unused]] const BackwardScratch<Policy>& s) {
+#if defined(__AMX_BF16__)
+  if constexpr (Policy::kUsesAmx) {
+    const char* out_rows[kBlockQ];
+    for (int q = 0; q < nq; ++q)
+      out_rows[q] = reinterpret_cast<const char*>(row_of<const typename Policy::Storage>(p.out, b, h, row + q));
+    multiply_rows_by_columns<Policy>(out_rows, nq, static_cast<int>(p.value_dim), s.dout,
+                                     round_up(nq, kLanes<typename Policy::Lane>), s.value_lanes, s.dprobs);
+    return true;
+  }
+#endif
+  return false;
+}
+
 // Computes the statistics `rows` of a block of queries, with corrections of zero. Expects the transposed dout of the
 // block in s.dout. Returns whether some lse is so large that its rounding would make probs inexact, so that correct_lse
 // has to follow.
@@ -30,9 +48,15 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   // zero.
   pack_columns<Policy>(row_of<const Storage>(p.out, b, h, row), p.out.stride_row, nq, value_dim, s.out);
   const int64_t stride = round_up(nq, n);
+  const bool uses_products = products_of_rows<Policy>(p, row, b, h, nq, s);
   for (int q = 0; q < nq; q += n) {
     const int depth = Policy::lanes_for(value_dim);
     Vec<Lane> delta = {};
+    if (uses_products) {
+      for (int i = 0; i < n; ++i) delta[i] = s.dprobs[(q + i) * stride + q + i];
+      store<Lane>(rows.delta + q, delta);
+      continue;
+    }
     for (int begin = 0; begin < depth; begin += kLongestSum) {
       const int end = depth - begin > kLongestSum ? begin + kLongestSum : depth;
       Vec<Lane> sum = {};
@@ -98,6 +122,20 @@ FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool part
   }
 }
 
+// With AMX, computes the products of the keys of a block with the queries, which compute_scores then reads.
+template <class Policy>
+FA_INLINE void multiply_keys([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] int count,
+                             [[maybe_unused]] const BackwardScratch<Policy>& s,
+                             [[maybe_unused]] ScoreInputs<Policy>& in) {
+#if defined(__AMX_BF16__)
+  if constexpr (Policy::kUsesAmx) {
+    multiply_rows_by_columns<Policy>(in.key_rows, count, static_cast<int>(p.head_dim), s.query, in.stride,
+                                     s.key.key_lanes, s.products);
+    in.products = s.products;
+  }
+#endif
+}
+
 // Computes the corrections of lse for a block of queries. The rounding error of lse grows with its size: an lse of 1e3
 // has an error that changes probs by 6e-5, and an lse of -1e9, as a large negative bias makes it, changes probs several
 // times over. So this function sums exp(score - lse) over all keys of each row. Without rounding, the sum would be 1.
@@ -122,6 +160,7 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
   KeyStream stream(p, seq, valid_keys, b, h, q_begin, nq, 0, seq.seqlen_k);
   while (stream.next(keys)) {
     prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
+    multiply_keys(p, keys.count, s, in);
     for (int k = 0; k < keys.count; k += kTileKeys) {
       bool partial;
       const VectorRange range = tile_range<Lane>(keys, k, stream.valid_queries(), vectors, partial);
