@@ -14,6 +14,10 @@ namespace {
 // the largest number that has been measured.
 constexpr int64_t kDecodeQueries = 32;
 
+// The same where AMX multiplies in query_blocks.h. On a Xeon, decode.h took 0.65 to 0.95 of the time of AMX with 4
+// queries and 128 to 4096 keys (head dims 32 to 256), 0.94 to 1.29 with 6, and 1.05 to 1.64 with 8.
+constexpr int64_t kDecodeQueriesBesideAmx = 5;
+
 // With more queries than kQueriesForAnyBand, decode.h is used only if the band shows at least kWideBand keys. With
 // fewer keys, the preparations of decode.h for each query take longer than the products: 13 queries that see 13 to 29
 // keys took 1.34 to 1.66 of the time of query_blocks.h, and 1.1 with 77 keys (float32, head dim 128, AVX-512).
@@ -33,9 +37,9 @@ inline int64_t keys_in_band(const AttentionParams& p) {
 // wants lse of keys that are not paged. Backward computes the scores in the same order as query_blocks.h. The scores of
 // decode.h would differ from those by rounding, and this difference, multiplied by the mean of the keys, would be an
 // error of dquery.
-template <class Policy>
+template <class Policy, class BlockPolicy>
 bool is_decoding(const AttentionParams& p) {
-  if (p.seqlen_q > kDecodeQueries || p.has_dropout) return false;
+  if (p.seqlen_q > (BlockPolicy::kUsesAmx ? kDecodeQueriesBesideAmx : kDecodeQueries) || p.has_dropout) return false;
   if (p.lse.data != nullptr && p.page_size == 0) return false;
   if (p.seqlen_q > kQueriesForAnyBand && keys_in_band(p) < kWideBand) return false;
   // Compares the instructions for one key. For each query, decode.h needs those of each vector of the row, and the
@@ -64,7 +68,7 @@ void forward_packed(const AttentionParams& p) {
   AttentionParams alone = p;
   for (int64_t b = 0; b < p.batch; ++b) {
     alone.seqlen_q = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
-    Part& own = is_decoding<Policy>(alone) ? few : many;
+    Part& own = is_decoding<Policy, BlockPolicy>(alone) ? few : many;
     own.ends[b] = p.cu_seqlens_q[b + 1];
     own.params.seqlen_q = std::max(own.params.seqlen_q, alone.seqlen_q);
   }
@@ -79,7 +83,7 @@ template <class Policy, class BlockPolicy = Policy>
 void forward_with_policy(const AttentionParams& p) {
   // The columns of a relative bias count from the longest sequence that the caller has named.
   if (p.cu_seqlens_q != nullptr && p.relative_bias.data == nullptr) return forward_packed<Policy, BlockPolicy>(p);
-  if (is_decoding<Policy>(p)) {
+  if (is_decoding<Policy, BlockPolicy>(p)) {
     forward_split_keys<Policy>(p);
   } else {
     forward_by_query_blocks<BlockPolicy>(p);

@@ -12,6 +12,7 @@ import cases
 import pytest
 import torch
 from cases import CASES
+from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 import fused_attn
@@ -432,6 +433,27 @@ def test_no_other_instruction_set_is_faster(dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
     best = {isa: min(measured) for isa, measured in seconds.items()}
     assert best[in_use] <= 1.1 * min(best.values()), best
+
+
+@pytest.mark.skipif("amx" not in _C.cpu_isas(), reason="needs a processor with AMX")
+def test_amx_shares_the_tile_registers_with_torch() -> None:
+    """torch multiplies bfloat16 with AMX in the same threads."""
+    left, right = (torch.randn(512, 512).bfloat16() for _ in range(2))
+    leaves = [torch.randn(2, 4, 300, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    in_use = _C.cpu_isa()
+
+    def run() -> list[Tensor]:
+        out = fused_attn.fused_attention(*leaves, backend="cpu")
+        return [left @ right, out, left @ right, *torch.autograd.grad(out, leaves, torch.ones_like(out)), left @ right]
+
+    try:
+        _C.select_cpu_isa("amx")
+        first = run()
+        for _ in range(20):
+            for x, y in zip(run(), first, strict=True):
+                assert torch.equal(x, y)
+    finally:
+        _C.select_cpu_isa(in_use)
 
 
 #: The flags of csrc/CMakeLists.txt.
