@@ -15,6 +15,8 @@
 //   dkey[key][:]         += dscores^T[key] . query                               lanes = head dim
 //   dquery^T[d][query]   += key^T[d] . dscores^T                                 (outer_block)
 //
+// With AMX, tiles compute all five products (amx_products.h).
+//
 // The thread sums dkey and dvalue in its scratch, and sums dquery over the slabs. Two items write to the same rows only
 // in dquery, and there each chunk writes a partial dquery of its own. So results do not depend on the order of the
 // items, and the kernel needs no atomic operations.
@@ -220,7 +222,6 @@ FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, 
   }
 }
 
-#if defined(__AMX_BF16__)
 // Does with AMX, for all keys of a block, what accumulate_keys does for a tile. `rows` are pairs of queries.
 template <class Policy>
 FA_NOINLINE void add_to_keys(const KeyBlock& keys, int64_t slab_begin, int nq, BFloat16* coefficients, float* rows,
@@ -241,7 +242,6 @@ FA_NOINLINE void add_to_keys(const KeyBlock& keys, int64_t slab_begin, int nq, B
     }
   }
 }
-#endif
 
 // Writes a transposed block back as rows: rows[q][d] = factor * columns[d][q], as elements of Policy::Storage. If
 // `add`, the product is added to the rows instead.
@@ -377,12 +377,9 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
     do {
       prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
       find_rows<Policy>(value_source, keys, value_dim, s.value_lanes, s.value_rows);
-      multiply_keys(p, keys.count, s, in);
-#if defined(__AMX_BF16__)
       if constexpr (Policy::kUsesAmx)
         multiply_rows_by_columns<Policy>(s.value_rows, keys.count, value_dim, s.dout, in.stride, s.value_lanes,
                                          s.dprobs);
-#endif
       if (Policy::kPerLane == 2 && wants_dquery) {
         s.summed_key.find(key_source, keys, head_dim);
       }
@@ -432,13 +429,11 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
       }
       // For the whole block of keys: add its part of dquery and of the gradients of the biases.
       if constexpr (Policy::kUsesAmx) {
-#if defined(__AMX_BF16__)
         if (p.dvalue.data != nullptr) add_to_keys(keys, slab_begin, nq, s.probs, s.dout_rows, s, dvalue);
         if (p.dkey.data != nullptr) add_to_keys(keys, slab_begin, nq, s.dscores, s.query_rows, s, dkey);
         if (wants_dquery)
           add_sum_over_keys<Policy>(s.summed_key, head_dim, s.dscore_pairs, ones, s.key.ranges, keys.count, vectors,
                                     s.dquery);
-#endif
       } else if (wants_dquery) {
         outer_block<Policy>(Policy::kPerLane == 2 ? s.summed_key.rows : s.key.key_rows, head_dim, s.dscore_pairs, ones,
                             s.key.ranges, tiles, keys.count, vectors, s.dquery);

@@ -2,7 +2,6 @@
 #pragma once
 #include <type_traits>
 
-#include "amx_products.h"
 #include "scores.h"
 
 namespace fused_attn::cpu {
@@ -48,7 +47,8 @@ bool has_few_queries(const AttentionParams& p) {
   // instructions for each query and each vector of the row.
   constexpr int64_t n = kLanes<typename Policy::Lane>;
   const int64_t vectors = 2 * (round_up(p.head_dim, n) / n) + round_up(p.value_dim, n) / n;
-  int64_t lanes = (2 * p.head_dim + p.value_dim) / Policy::kPerLane;
+  // Beside AMX, backward.h is faster, but less exact for few queries: its delta is that of the rounded output.
+  int64_t lanes = (2 * p.head_dim + p.value_dim) / (Policy::kUsesAmx ? 1 : Policy::kPerLane);
   // decode_backward.h reads the keys of a head a second time. If they are no longer in the cache, 8 queries and 4096
   // keys (float32, head dim 64) take 1.1 of the time. backward.h converts 16-bit rows, which takes longer.
   const int64_t head_bytes =
@@ -174,7 +174,6 @@ struct BackwardScratch {
   const char** value_rows;       // the value rows of the block's keys
   Lane* value_lanes;             // the values as lanes, if they have to be converted
   RowsToSum<Policy> summed_key;  // the keys in the form that the sum over keys reads, which gives dquery
-  Lane* products;                // query . key [key of the block][stride], if AMX multiplies
   Lane* dprobs;                  // value . dout [key of the block][stride], if AMX multiplies
   Lane* key_sums;                // the part of dkey or dvalue [key of the block][padded row], if AMX multiplies
   Lane* query;                   // query^T [lanes of head_dim][stride]
@@ -189,7 +188,7 @@ struct BackwardScratch {
   Lane* dquery_rows;   // [query of the heads of a kv head][head_dim, padded]; the sum over slabs, if plan.sums_dquery
   Lane* dkey;          // [key of the slab, and one spare row that nobody reads][head_dim, padded]
   Lane* dvalue;        // [key of the slab, and one spare row that nobody reads][value_dim, padded]
-  Lane* out;           // out^T [lanes of value_dim][stride]
+  Lane* out;           // out^T [lanes of value_dim][stride]; not with AMX
   RowStatistics<Lane> statistics;  // the statistics of one block of queries, in a single pass
 
   // The stride of probs and dscores in a block of queries. AMX reads 32 of them at once.
@@ -210,21 +209,14 @@ struct BackwardScratch {
     value_rows = arena.take<const char*>(rows);
     const bool converts = Policy::kConverts || Policy::kUsesAmx || value_dim % Policy::kPerLane != 0;
     value_lanes = arena.take<Lane>(converts ? rows * value_row : 0);
-    products = arena.take<Lane>(Policy::kUsesAmx ? tile : 0);
     dprobs = arena.take<Lane>(Policy::kUsesAmx ? tile : 0);
     key_sums =
         arena.take<Lane>(Policy::kUsesAmx ? round_up(rows, n) * (head_row > value_row ? head_row : value_row) : 0);
     if (pairs) {
       summed_key.layout(arena, p, head_dim, p.num_heads / p.num_kv_heads * ((p.seqlen_q + kBlockQ - 1) / kBlockQ));
     }
-    const int64_t query_lanes = round_up(Policy::lanes_for(head_dim), n) * stride;
-    const int64_t dout_lanes = round_up(Policy::lanes_for(value_dim), n) * stride;
-    query = arena.take<Lane>(query_lanes);
-    dout = arena.take<Lane>(dout_lanes);
-    if (Policy::kUsesAmx && query != nullptr) {  // AMX also reads lanes behind the row
-      memset(query, 0, query_lanes * sizeof(Lane));
-      memset(dout, 0, dout_lanes * sizeof(Lane));
-    }
+    query = arena.take<Lane>(round_up(Policy::lanes_for(head_dim), n) * stride);
+    dout = arena.take<Lane>(round_up(Policy::lanes_for(value_dim), n) * stride);
     query_rows = arena.take<Lane>(stride * head_row);
     dout_rows = arena.take<Lane>(stride * value_row);
     probs = arena.take<Coefficient>(round_up(rows, n) * coefficient_stride(stride));
@@ -238,7 +230,7 @@ struct BackwardScratch {
     dquery_rows = arena.take<Lane>(plan.sums_dquery ? p.num_heads / p.num_kv_heads * p.seqlen_q * head_row : 0);
     dkey = arena.take<Lane>((plan.slab_keys + 1) * head_row);
     dvalue = arena.take<Lane>((plan.slab_keys + 1) * value_row);
-    out = arena.take<Lane>(round_up(Policy::lanes_for(value_dim), n) * stride);
+    out = arena.take<Lane>(Policy::kUsesAmx ? 0 : round_up(Policy::lanes_for(value_dim), n) * stride);
     statistics.layout(arena, stride);
   }
 };

@@ -14,9 +14,11 @@ namespace {
 // the largest number that has been measured.
 constexpr int64_t kDecodeQueries = 32;
 
-// The same where AMX multiplies in query_blocks.h. On a Xeon, decode.h took 0.65 to 0.95 of the time of AMX with 4
-// queries and 128 to 4096 keys (head dims 32 to 256), 0.94 to 1.29 with 6, and 1.05 to 1.64 with 8.
+// The same where AMX multiplies in query_blocks.h, and the band shows at least kFewKeys. On a Xeon, decode.h took 0.65 to
+// 0.95 of the time of AMX with 4 queries and 128 to 4096 keys (head dims 32 to 256), 0.94 to 1.29 with 6, and 1.05 to
+// 1.64 with 8. With 8 keys, 6 queries took 0.48 to 0.87.
 constexpr int64_t kDecodeQueriesBesideAmx = 5;
+constexpr int64_t kFewKeys = 64;
 
 // With more queries than kQueriesForAnyBand, decode.h is used only if the band shows at least kWideBand keys. With
 // fewer keys, the preparations of decode.h for each query take longer than the products: 13 queries that see 13 to 29
@@ -39,7 +41,8 @@ inline int64_t keys_in_band(const AttentionParams& p) {
 // error of dquery.
 template <class Policy, class BlockPolicy>
 bool is_decoding(const AttentionParams& p) {
-  if (p.seqlen_q > (BlockPolicy::kUsesAmx ? kDecodeQueriesBesideAmx : kDecodeQueries) || p.has_dropout) return false;
+  if (p.seqlen_q > kDecodeQueries || p.has_dropout) return false;
+  if (BlockPolicy::kUsesAmx && p.seqlen_q > kDecodeQueriesBesideAmx && keys_in_band(p) >= kFewKeys) return false;
   if (p.lse.data != nullptr && p.page_size == 0) return false;
   if (p.seqlen_q > kQueriesForAnyBand && keys_in_band(p) < kWideBand) return false;
   // Compares the instructions for one key. For each query, decode.h needs those of each vector of the row, and the
@@ -56,7 +59,7 @@ bool is_decoding(const AttentionParams& p) {
 }
 
 // Computes a packed call: decode.h the sequences that it suits, and query_blocks.h the others. The kernel of a sequence
-// follows from its own number of queries. So its bits depend on no other sequence.
+// follows from its own numbers of queries and keys. So its bits depend on no other sequence.
 template <class Policy, class BlockPolicy>
 void forward_packed(const AttentionParams& p) {
   struct Part {
@@ -68,6 +71,7 @@ void forward_packed(const AttentionParams& p) {
   AttentionParams alone = p;
   for (int64_t b = 0; b < p.batch; ++b) {
     alone.seqlen_q = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
+    alone.seqlen_k = sequence_of(p, b).seqlen_k;
     Part& own = is_decoding<Policy, BlockPolicy>(alone) ? few : many;
     own.ends[b] = p.cu_seqlens_q[b + 1];
     own.params.seqlen_q = std::max(own.params.seqlen_q, alone.seqlen_q);

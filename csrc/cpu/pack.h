@@ -7,8 +7,9 @@
 namespace fused_attn::cpu {
 namespace {
 
-// Transposes `count` rows of `dim` elements, converted to lanes, into columns[lane of a row][stride]. The stride is
-// `count` rounded up to whole vectors, and the entries of rows from `count` on are zero.
+// Transposes `count` rows of `dim` elements, converted to lanes, into columns[lane of a row, padded to a vector][stride].
+// The stride is `count` rounded up to whole vectors. The entries of rows from `count` on are zero, and so are the lanes
+// behind the last one of a row, which AMX reads.
 template <class Policy>
 FA_NOINLINE void pack_columns(const typename Policy::Storage* rows, int64_t stride_row, int count, int dim,
                               typename Policy::Lane* columns) {
@@ -31,9 +32,7 @@ FA_NOINLINE void pack_columns(const typename Policy::Storage* rows, int64_t stri
       transpose<Lane>(block);
       Lane* target = columns + d * stride + q;
       FA_UNROLL
-      for (int i = 0; i < n; ++i) {
-        if (d + i < depth) store<Lane>(target + i * stride, block[i]);
-      }
+      for (int i = 0; i < n; ++i) store<Lane>(target + i * stride, block[i]);
     }
   }
 }

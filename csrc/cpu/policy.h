@@ -16,7 +16,7 @@ struct ElementPolicy {
   static constexpr int kPerLane = kElementsPerLane;
   static constexpr bool kCoarseExp = sizeof(StorageType) == 2;  // 16-bit results need no exact exponential
   static constexpr bool kConverts = !kSame<StorageType, LaneType> && kElementsPerLane == 1;  // memory holds no lanes
-  static constexpr bool kUsesAmx = false;  // whether tiles of AMX multiply, in forward for blocks of queries
+  static constexpr bool kUsesAmx = false;  // whether tiles of AMX multiply blocks of queries and keys
 
   // The number of lanes that n elements occupy.
   static constexpr int lanes_for(int n) { return (n + kPerLane - 1) / kPerLane; }

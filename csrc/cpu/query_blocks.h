@@ -26,7 +26,6 @@ struct ForwardScratch {
 
   KeyScratch<Policy> key;   // what depends on the current block of keys
   RowsToSum<Policy> value;  // the values of the current block of keys
-  Lane* products;           // query . key [key of the block][stride], if AMX multiplies
   Lane* query;              // query^T [lanes of head_dim][stride], as ScoreInputs
   Lane* probs;              // probs^T [key, or pair of keys, of the block][stride], after dropout
   Lane* acc;                // acc^T [value_dim, padded to a vector][stride]
@@ -39,10 +38,7 @@ struct ForwardScratch {
     const int64_t stride = largest_stride<Lane>(p);
     key.layout(arena, p);
     value.layout(arena, p, static_cast<int>(p.value_dim), visits);
-    products = arena.take<Lane>(Policy::kUsesAmx ? KeyScratch<Policy>::kRows * stride : 0);
-    const int64_t query_lanes = round_up(Policy::lanes_for(head_dim), kLanes<Lane>) * stride;
-    query = arena.take<Lane>(query_lanes);
-    if (Policy::kUsesAmx && query != nullptr) memset(query, 0, query_lanes * sizeof(Lane));  // lanes behind the row
+    query = arena.take<Lane>(round_up(Policy::lanes_for(head_dim), kLanes<Lane>) * stride);
     probs = arena.take<Lane>(KeyScratch<Policy>::kRows * stride / Policy::kPerLane);
     acc = arena.take<Lane>(value_row * stride);
   }
@@ -227,7 +223,6 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
                        static_cast<int>(p.head_dim), s.query);
   ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, h, q_begin, nq);
   in.query = s.query;
-  in.products = s.products;
   RunningSoftmax<Policy> softmax(static_cast<Lane>((in.raw ? p.scale : 1.0) * kLog2E), vectors,
                                  p.row_max.data != nullptr);
   clear_columns<Lane>(s.acc, value_dim, vectors);
@@ -252,11 +247,6 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   while (stream.next(keys)) {
     prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
     s.value.find(values, keys, value_dim);
-#if defined(__AMX_BF16__)
-    if constexpr (Policy::kUsesAmx)
-      multiply_rows_by_columns<Policy>(s.key.key_rows, keys.count, static_cast<int>(p.head_dim), s.query, in.stride,
-                                       s.key.key_lanes, s.products);
-#endif
 
     const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
     softmax.begin_block();
@@ -299,9 +289,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
     }
     softmax.end_block();
     if constexpr (Policy::kUsesAmx) {
-#if defined(__AMX_BF16__)
       add_sum_over_keys<Policy>(s.value, value_dim, s.probs, softmax.rescale, s.key.ranges, keys.count, vectors, s.acc);
-#endif
     } else {
       outer_block<Policy>(s.value.rows, value_dim, s.probs, softmax.rescale, s.key.ranges, tiles, keys.count, vectors,
                           s.acc);

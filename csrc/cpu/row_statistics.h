@@ -6,22 +6,37 @@
 namespace fused_attn::cpu {
 namespace {
 
-// With AMX, computes s.dprobs[query][stride] = out . dout^T, of which delta is the diagonal, and returns true.
+// Computes delta of a block of queries, from out and the transposed dout in s.dout. The sum has the order in which
+// backward_tile sums value . dout^T. If a query sees only one key and there is no dropout, both are the same number, and
+// their difference must be exactly zero.
 template <class Policy>
-bool products_of_rows([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] int64_t row,
-                      [[maybe_unused]] int64_t b, [[maybe_unused]] int64_t h, [[maybe_unused]] int nq,
-                      [[maybe_unused]] const BackwardScratch<Policy>& s) {
-#if defined(__AMX_BF16__)
+void compute_delta(const TensorView& out, int64_t b, int64_t h, int64_t row, int nq, int value_dim,
+                   const BackwardScratch<Policy>& s, typename Policy::Lane* delta) {
+  using Lane = typename Policy::Lane;
+  using Storage = typename Policy::Storage;
+  constexpr int n = kLanes<Lane>;
+  const int64_t stride = round_up(nq, n);
   if constexpr (Policy::kUsesAmx) {
-    const char* out_rows[kBlockQ];
-    for (int q = 0; q < nq; ++q)
-      out_rows[q] = reinterpret_cast<const char*>(row_of<const typename Policy::Storage>(p.out, b, h, row + q));
-    multiply_rows_by_columns<Policy>(out_rows, nq, static_cast<int>(p.value_dim), s.dout,
-                                     round_up(nq, kLanes<typename Policy::Lane>), s.value_lanes, s.dprobs);
-    return true;
+    const char* rows[kBlockQ];
+    for (int q = 0; q < nq; ++q) rows[q] = reinterpret_cast<const char*>(row_of<const Storage>(out, b, h, row + q));
+    multiply_rows_by_columns<Policy>(rows, nq, value_dim, s.dout, stride, s.value_lanes, s.dprobs);
+    for (int64_t q = 0; q < stride; ++q) delta[q] = s.dprobs[q * stride + q];
+    return;
   }
-#endif
-  return false;
+  pack_columns<Policy>(row_of<const Storage>(out, b, h, row), out.stride_row, nq, value_dim, s.out);
+  const int depth = Policy::lanes_for(value_dim);
+  for (int q = 0; q < nq; q += n) {
+    Vec<Lane> total = {};
+    for (int begin = 0; begin < depth; begin += kLongestSum) {  // as dot_tile
+      const int end = depth - begin > kLongestSum ? begin + kLongestSum : depth;
+      Vec<Lane> sum = {};
+      for (int d = begin; d < end; ++d) {
+        sum = multiply_add<Policy>(load<Lane>(s.out + d * stride + q), load<Lane>(s.dout + d * stride + q), sum);
+      }
+      total += sum;
+    }
+    store<Lane>(delta + q, total);
+  }
 }
 
 // Computes the statistics `rows` of a block of queries, with corrections of zero. Expects the transposed dout of the
@@ -39,34 +54,11 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   const Lane exact_lse = kSame<Storage, Lane> ? Lane(16) : Lane(1024);
   const Lane infinity = FloatTraits<Lane>::kInfinity;
   const int64_t row = seq.q_offset + q_begin;
-  const int value_dim = static_cast<int>(p.value_dim);
   const Lane* lse_rows = row_of<const Lane>(p.lse, b, h, row);
   const Lane* dlse_rows = p.dlse.data != nullptr ? row_of<const Lane>(p.dlse, b, h, row) : nullptr;
 
-  // delta is summed in the order in which backward_tile sums value . dout^T, also in sums of kLongestSum (dot_tile). If a
-  // query sees only one key and there is no dropout, both are the same number, and their difference must be exactly
-  // zero.
-  pack_columns<Policy>(row_of<const Storage>(p.out, b, h, row), p.out.stride_row, nq, value_dim, s.out);
+  compute_delta<Policy>(p.out, b, h, row, nq, static_cast<int>(p.value_dim), s, rows.delta);
   const int64_t stride = round_up(nq, n);
-  const bool uses_products = products_of_rows<Policy>(p, row, b, h, nq, s);
-  for (int q = 0; q < nq; q += n) {
-    const int depth = Policy::lanes_for(value_dim);
-    Vec<Lane> delta = {};
-    if (uses_products) {
-      for (int i = 0; i < n; ++i) delta[i] = s.dprobs[(q + i) * stride + q + i];
-      store<Lane>(rows.delta + q, delta);
-      continue;
-    }
-    for (int begin = 0; begin < depth; begin += kLongestSum) {
-      const int end = depth - begin > kLongestSum ? begin + kLongestSum : depth;
-      Vec<Lane> sum = {};
-      for (int d = begin; d < end; ++d) {
-        sum = multiply_add<Policy>(load<Lane>(s.out + d * stride + q), load<Lane>(s.dout + d * stride + q), sum);
-      }
-      delta += sum;
-    }
-    store<Lane>(rows.delta + q, delta);
-  }
   bool inexact = false;
   for (int q = 0; q < stride; ++q) {
     const Lane lse = q < nq ? lse_rows[q * p.lse.stride_row] : -infinity;
@@ -122,20 +114,6 @@ FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool part
   }
 }
 
-// With AMX, computes the products of the keys of a block with the queries, which compute_scores then reads.
-template <class Policy>
-FA_INLINE void multiply_keys([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] int count,
-                             [[maybe_unused]] const BackwardScratch<Policy>& s,
-                             [[maybe_unused]] ScoreInputs<Policy>& in) {
-#if defined(__AMX_BF16__)
-  if constexpr (Policy::kUsesAmx) {
-    multiply_rows_by_columns<Policy>(in.key_rows, count, static_cast<int>(p.head_dim), s.query, in.stride,
-                                     s.key.key_lanes, s.products);
-    in.products = s.products;
-  }
-#endif
-}
-
 // Computes the corrections of lse for a block of queries. The rounding error of lse grows with its size: an lse of 1e3
 // has an error that changes probs by 6e-5, and an lse of -1e9, as a large negative bias makes it, changes probs several
 // times over. So this function sums exp(score - lse) over all keys of each row. Without rounding, the sum would be 1.
@@ -160,7 +138,6 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
   KeyStream stream(p, seq, valid_keys, b, h, q_begin, nq, 0, seq.seqlen_k);
   while (stream.next(keys)) {
     prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
-    multiply_keys(p, keys.count, s, in);
     for (int k = 0; k < keys.count; k += kTileKeys) {
       bool partial;
       const VectorRange range = tile_range<Lane>(keys, k, stream.valid_queries(), vectors, partial);

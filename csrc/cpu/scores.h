@@ -1,6 +1,7 @@
 // The scores of one tile of keys and queries. forward and backward share this code, because backward must compute
 // exactly the scores that forward has computed.
 #pragma once
+#include "amx_products.h"
 #include "dropout.h"
 #include "elementary.h"
 #include "key_rows.h"
@@ -213,6 +214,7 @@ struct KeyScratch {
   const char** key_rows;        // [key of the block]: its row, as lanes
   Lane* key_lanes;              // memory for rows that have to be converted to lanes, or copied for AMX
   Lane* bias;                   // [key of the block][stride]
+  Lane* products;               // [key of the block][stride]: query . key, if AMX multiplies
   LaneInt<Lane>* dropout_keep;  // [key of the block][stride]: -1 = keep, 0 = drop
   VectorRange* ranges;          // [tile]: the vectors of queries that see a key of the tile
 
@@ -226,6 +228,7 @@ struct KeyScratch {
     key_lanes = arena.take<Lane>(
         converts ? kRows * round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>) : 0);
     const int64_t tile = round_up(kRows, kLanes<Lane>) * largest_stride<Lane>(p);
+    products = arena.take<Lane>(Policy::kUsesAmx ? tile : 0);
     bias = arena.take<Lane>(p.bias.data != nullptr ? tile : 0);
     dropout_keep = arena.take<LaneInt<Lane>>(p.has_dropout ? tile : 0);
     ranges = arena.take<VectorRange>(kBlockK / kTileKeys);
@@ -256,7 +259,7 @@ ScoreInputs<Policy> score_inputs(const AttentionParams& p, const RelativeBias<ty
 }
 
 // Prepares the current block of keys for compute_scores: puts its rows, its bias and its dropout bits into the scratch,
-// and sets the pointers in `in`.
+// and sets the pointers in `in`. With AMX, multiplies the keys by in.query.
 template <class Policy>
 FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
                             int nq, const KeyScratch<Policy>& scratch, ScoreInputs<Policy>& in) {
@@ -268,6 +271,11 @@ FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64
                     scratch.key_lanes, scratch.key_rows);
   in.keys = &keys;
   in.key_rows = scratch.key_rows;
+  if constexpr (Policy::kUsesAmx) {
+    multiply_rows_by_columns<Policy>(in.key_rows, keys.count, static_cast<int>(p.head_dim), in.query, in.stride,
+                                     scratch.key_lanes, scratch.products);
+    in.products = scratch.products;
+  }
   if (p.bias.data != nullptr) {
     if (p.bias_dtype == p.dtype) {
       load_bias_tile<Lane, Storage>(p.bias, b, h, q_begin, nq, keys, scratch.bias);

@@ -1,5 +1,5 @@
 // Sizes of blocks and tiles, and the two products of register tiles (dot_tile and outer_tile) that all kernels for
-// blocks of queries are made of.
+// blocks of queries are made of, but for those with AMX (amx_products.h).
 //
 // A vector holds one number of each of several neighbouring queries. So the softmax of a query needs no operation
 // across lanes. An element of a key or value is a scalar that is broadcast from memory to all lanes. So a key is only a

@@ -456,6 +456,33 @@ def test_amx_shares_the_tile_registers_with_torch() -> None:
         _C.select_cpu_isa(in_use)
 
 
+@pytest.mark.parametrize("isa", _C.cpu_isas())
+@pytest.mark.parametrize("head_dim", [40, 64, 72])
+def test_a_row_that_is_not_finite_spoils_no_other_sequence(head_dim: int, isa: str) -> None:
+    """The blocks of a thread share memory, and a shorter block uses another part of it."""
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.tensor([0, 70, 90], dtype=torch.int32)
+    leaves = [torch.randn(1, 2, 90, head_dim, generator=generator).bfloat16() for _ in range(4)]
+    query, key, value, dout = leaves
+    query[0, 0, 3] = float("nan")
+    dout[0, 1, 5] = float("inf")
+    in_use, threads = _C.cpu_isa(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        _C.select_cpu_isa(isa)
+        inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+        lengths = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": 70, "max_seqlen_k": 70}
+        rows = [x.squeeze(0).transpose(0, 1) for x in inputs]
+        out = fused_attn.fused_attention_varlen(*rows, **lengths, backend="cpu")
+        grads = torch.autograd.grad(out, inputs, dout.squeeze(0).transpose(0, 1))
+    finally:
+        _C.select_cpu_isa(in_use)
+        torch.set_num_threads(threads)
+    assert out[70:].isfinite().all()
+    for x in grads:
+        assert x[:, :, 70:].isfinite().all()
+
+
 #: The flags of csrc/CMakeLists.txt.
 FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
