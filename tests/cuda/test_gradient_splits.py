@@ -241,11 +241,11 @@ def test_number_of_sums_of_dq(dk: int, kernels: Kernels) -> None:
 
 
 def test_many_splits_are_listed_in_a_launch_of_their_own(kernels: Kernels) -> None:
-    """With padding, one block of threads lists those of a batch entry: 48 heads x 11 blocks, six splits of each."""
+    """With padding, one block of threads lists those of a batch entry: 96 heads x 4 blocks, six splits of each."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(1, 48, rows, 8, generator=generator).half().requires_grad_() for rows in (400, 1300, 1300)]
-    padding = torch.zeros(1, 1300, dtype=torch.bool)
-    padding[:, 1200:] = True
+    inputs = [torch.randn(1, 96, rows, 8, generator=generator).half().requires_grad_() for rows in (70, 500, 500)]
+    padding = torch.zeros(1, 500, dtype=torch.bool)
+    padding[:, 400:] = True
 
     def launches(dk: int) -> int:
         with kernels.running(90), dividing_gradients(dq=1, dk=dk):

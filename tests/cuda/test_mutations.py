@@ -1050,7 +1050,16 @@ CASES = {
         head_dim=HEAD_DIM,
         differentiated=(),
     ),
-    "longest": Case("longest", batch=1, heads=1, seqlen_q=70, seqlen_k=2000, head_dim=HEAD_DIM, differentiated=()),
+    "longest": Case(
+        "longest",
+        batch=1,
+        heads=1,
+        seqlen_q=70,
+        seqlen_k=2000,
+        head_dim=HEAD_DIM,
+        options={"num_splits": 1},  # one program visits all keys
+        differentiated=(),
+    ),
     "rising": Case(
         "rising", batch=1, heads=1, seqlen_q=70, seqlen_k=300, head_dim=HEAD_DIM, edit=cases._ascending_scores
     ),
