@@ -141,9 +141,9 @@ FA_NOINLINE void multiply_rows_by_columns(const char* const* rows, int count, in
   const int64_t lanes = tiled_lanes<Policy>(dim), row_bytes = lanes * sizeof(Lane),
                 stride_bytes = stride * sizeof(Lane);
   const int64_t distance = count > 1 ? rows[1] - rows[0] : 0;
-  int in_place = dim % (2 * kAmxLanes) == 0 && distance % 4096 != 0 ? count / kAmxRows * kAmxRows : 0;
-  for (int i = 1; i < in_place; ++i) {
-    if (rows[i] - rows[i - 1] != distance) in_place = 0;
+  int direct_rows = dim % (2 * kAmxLanes) == 0 && distance % 4096 != 0 ? count / kAmxRows * kAmxRows : 0;
+  for (int i = 1; i < direct_rows; ++i) {
+    if (rows[i] - rows[i - 1] != distance) direct_rows = 0;
   }
   const auto multiply = [&](const char* left, int64_t left_bytes, int first, int tiles) {
     if (tiles == 0) return;
@@ -153,15 +153,15 @@ FA_NOINLINE void multiply_rows_by_columns(const char* const* rows, int count, in
                  {reinterpret_cast<char*>(products + first * stride), stride_bytes, kAmxRows * stride_bytes, 0},
                  /*accumulates=*/false);
   };
-  multiply(rows[0], distance, 0, in_place / kAmxRows);
-  for (int i = in_place; i < count; ++i) {
+  multiply(rows[0], distance, 0, direct_rows / kAmxRows);
+  for (int i = direct_rows; i < count; ++i) {
     const auto* const row = reinterpret_cast<const typename Policy::Storage*>(rows[i]);
     for (int d = 0; d < lanes; d += kAmxLanes) store<Lane>(row_tiles + i * lanes + d, load_lanes<Policy>(row, d, dim));
   }
   const int tiled_count = static_cast<int>(round_up(count, kAmxRows));
   memset(row_tiles + count * lanes, 0, (tiled_count - count) * row_bytes);
-  multiply(reinterpret_cast<const char*>(row_tiles + in_place * lanes), row_bytes, in_place,
-           (tiled_count - in_place) / kAmxRows);
+  multiply(reinterpret_cast<const char*>(row_tiles + direct_rows * lanes), row_bytes, direct_rows,
+           (tiled_count - direct_rows) / kAmxRows);
 }
 
 // acc[d][stride] = acc * rescale + sum over the keys of the block of rows[key][d] * coefficients[key][query]. The
