@@ -16,8 +16,8 @@ namespace {
 template <class Policy>
 struct SummedTiles;
 
-// What depends on whether AMX multiplies: the rows of a block of keys in the form that a sum over keys reads, and what a
-// thread has to hold while it multiplies.
+// What depends on whether AMX multiplies: the rows of a block of keys in the form that a sum over keys reads, and what
+// a thread has to hold while it multiplies.
 template <class Policy, bool kUsesAmx = Policy::kUsesAmx>
 struct Products {
   using RowsToSum = SummedRows<Policy>;

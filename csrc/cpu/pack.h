@@ -7,9 +7,9 @@
 namespace fused_attn::cpu {
 namespace {
 
-// Transposes `count` rows of `dim` elements, converted to lanes, into columns[lane of a row, padded to a vector][stride].
-// The stride is `count` rounded up to whole vectors. The entries of rows from `count` on are zero, and so are the lanes
-// behind the last one of a row, which AMX reads.
+// Transposes `count` rows of `dim` elements, converted to lanes, into columns[lane of a row, padded to a
+// vector][stride]. The stride is `count` rounded up to whole vectors. The entries of rows from `count` on are zero, and
+// so are the lanes behind the last one of a row, which AMX reads.
 template <class Policy>
 FA_NOINLINE void pack_columns(const typename Policy::Storage* rows, int64_t stride_row, int count, int dim,
                               typename Policy::Lane* columns) {

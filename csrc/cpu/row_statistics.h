@@ -7,8 +7,8 @@ namespace fused_attn::cpu {
 namespace {
 
 // Computes delta of a block of queries, from out and the transposed dout in s.dout. The sum has the order in which
-// backward_tile sums value . dout^T. If a query sees only one key and there is no dropout, both are the same number, and
-// their difference must be exactly zero.
+// backward_tile sums value . dout^T. If a query sees only one key and there is no dropout, both are the same number,
+// and their difference must be exactly zero.
 template <class Policy>
 void compute_delta(const TensorView& out, int64_t b, int64_t h, int64_t row, int nq, int value_dim,
                    const BackwardScratch<Policy>& s, typename Policy::Lane* delta) {

@@ -1,6 +1,6 @@
-// Splits of backward: if a gradient has few blocks of rows, several programs (blocks of threads) share the work for each
-// block. For dq, each program visits a part of the keys (a Perceiver, whose few queries see many keys). For dk and dv,
-// each visits a part of the queries (cross-attention to a short text, or many query heads that share one key head).
+// Splits of backward: if a gradient has few blocks of rows, several programs (blocks of threads) share the work for
+// each block. For dq, each program visits a part of the keys (a Perceiver, whose few queries see many keys). For dk and
+// dv, each visits a part of the queries (cross-attention to a short text, or many query heads that share one key head).
 // Each program stores its part of the gradient in float, and a second kernel adds the parts (merge_gradients.h).
 //
 // The fused backward needs no splits for dq: its blocks of keys add to dq in any case.

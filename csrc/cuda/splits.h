@@ -8,9 +8,9 @@
 
 namespace fused_attn::gpu {
 
-// The blocks of one split: an equal share of the blocks of keys that a tile of queries sees or, in backward, also of the
-// tiles of queries that see a block of keys. The shares depend on this tile or block alone. So in forward, with a fixed
-// number of splits, the bits of a row do not depend on the other sequences of the batch.
+// The blocks of one split: an equal share of the blocks of keys that a tile of queries sees or, in backward, also of
+// the tiles of queries that see a block of keys. The shares depend on this tile or block alone. So in forward, with a
+// fixed number of splits, the bits of a row do not depend on the other sequences of the batch.
 GPU_DEVICE BlockRange blocks_of_split(BlockRange range, int32_t split, int32_t num_splits) {
   const int32_t share = (max(range.end - range.begin, 0) + num_splits - 1) / num_splits;
   range.begin += split * share;
