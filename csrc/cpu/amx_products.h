@@ -4,8 +4,8 @@
 //   add_sum_over_keys          acc^T[d][query]     += value^T[d] . probs^T; likewise dquery from key and dscores
 //   sum_over_queries           dvalue[key][d]       = probs^T[key] . dout[d]; likewise dkey from dscores and query
 //
-// The right factors lie in the scratch as pairs of bfloat16, which is what AMX wants. Left factors are copied, or
-// transposed, to tiles. Results go through memory.
+// The right factors lie in the scratch as pairs of bfloat16, which is what AMX wants. Left factors are read from the
+// tensors, or copied or transposed to tiles. Results go through memory.
 #pragma once
 #include "amx.h"
 #include "key_rows.h"
@@ -49,8 +49,6 @@ struct SummedTiles {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
 
-  static constexpr int64_t kMaxCachedBytes = int64_t{1} << 20;  // half of a typical second-level cache or less
-
   char* pairs;                        // memory for the interleaved rows of one step
   char* block;                        // memory for the tiles of one block of keys
   int64_t steps;                      // how many steps the cache has room for; 0 = no cache
@@ -64,7 +62,7 @@ struct SummedTiles {
   // Takes the memory out of the arena. `visits`: as for SummedRows.
   void layout(Arena& arena, const AttentionParams& p, int dim, int64_t visits) {
     steps = visits > 1 ? (p.seqlen_k + kStepRows - 1) / kStepRows : 0;
-    if (steps * step_bytes(dim) > kMaxCachedBytes) steps = 0;
+    if (steps * step_bytes(dim) > SummedRows<Policy>::kMaxCachedBytes) steps = 0;
     pairs = arena.take<char>(step_bytes(dim));
     block = arena.take<char>(kBlockK / kStepRows * step_bytes(dim));
     cached = arena.take<char>(steps * step_bytes(dim));
