@@ -587,13 +587,14 @@ void reduce_dquery(const AttentionParams& p, const BackwardPlan& plan,
 // of the sink in the row.
 template <class Lane>
 void compute_dsinks(const AttentionParams& p, const RowStatistics<Lane>& statistics, int64_t h) {
-  const Vec<Lane> sink = broadcast<Lane>(*row_of<const Lane>(p.sinks, 0, h, 0));
+  const Vec<Lane> sink = broadcast<Lane>(sink_of<Lane>(p, h));
   Vec<Lane> total = {};
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t length = round_up(sequence_of(p, b).seqlen_q, kLanes<Lane>);
     const RowStatistics<Lane> rows = statistics.at(p, b, h, 0);
     for (int64_t i = 0; i < length; i += kLanes<Lane>) {
-      const Vec<Lane> share = exp2<Lane>((sink - load<Lane>(rows.lse + i)) * Lane(kLog2E));
+      const Vec<Lane> exponent = (sink - load<Lane>(rows.lse + i)) * Lane(kLog2E);
+      const Vec<Lane> share = exp2<Lane>(exponent + load<Lane>(rows.correction + i));
       total += share * (load<Lane>(rows.dlse + i) - load<Lane>(rows.delta + i));
     }
   }

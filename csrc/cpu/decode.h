@@ -83,14 +83,11 @@ void merge_splits(const AttentionParams& p, const DecodePlan& plan,
   if (p.row_max.data != nullptr) {
     *row_of<Lane>(p.row_max, b, h, seq.q_offset + i) = empty ? -FloatTraits<Lane>::kInfinity : keys_max;
   }
-  Lane keys_share = 1, reference = keys_max;
-  if (p.sinks.data != nullptr) {
-    // The sink is added to the denominator only. The maximum, the sink included, is subtracted before each exponential.
-    const Lane sink = *row_of<const Lane>(p.sinks, 0, h, 0);
-    reference = sink > keys_max ? sink : keys_max;
-    keys_share = natural_exp(keys_max - reference);
-    total = total * keys_share + natural_exp(sink - reference);
-  }
+  // The sink is added to the denominator only. The maximum, the sink included, is subtracted before each exponential.
+  const Lane sink = sink_of<Lane>(p, h);
+  const Lane reference = sink > keys_max ? sink : keys_max;
+  const Lane keys_share = natural_exp(keys_max - reference);
+  total = total * keys_share + natural_exp(sink - reference);
   for (int64_t split = 0; split < plan.splits; ++split) factors[split] *= keys_share / total;
   if (p.lse.data != nullptr) {
     *row_of<Lane>(p.lse, b, h, seq.q_offset + i) =

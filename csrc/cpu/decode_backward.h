@@ -4,7 +4,7 @@
 //
 // A thread processes all queries of a head group, whose keys are the same, in two passes over the blocks of keys:
 //
-//   probs[key]   = exp(logit - lse)         logit from scale * sum over d of key[key][d] * query[d]
+//   probs[key]   = exp(logit - largest)     logit from scale * sum over d of key[key][d] * query[d]
 //   dprobs[key]  = sum over d of value[key][d] * dout[d]
 //
 //   dscores[key] = probs * (dprobs - delta + dlse)
@@ -12,10 +12,11 @@
 //   dkey[key]    = sum over queries of dscores[key] * query * scale
 //   dquery       = sum over keys of dscores[key] * key * scale
 //
-// Between the passes, the sums over all keys give delta = sum of probs * dprobs, and divide the probs of a query by
-// their sum. The logits have other rounding errors than those of forward, so their probs have another sum. If backward
-// used forward's sum, the dscores of a query would not add up to 0, and the difference, multiplied by the mean of the
-// keys, would be an error of dquery.
+// `largest` is the largest logit of the keys so far. Between the passes, the sums over all keys give
+// delta = sum of probs * dprobs, and divide the probs of a query by their sum. The logits have other rounding errors
+// than those of forward, so their probs have another sum. If backward used forward's lse, the dscores of a query would
+// not add up to 0, and the difference, multiplied by the mean of the keys, would be an error of dquery. An lse of 1e9
+// would even be so far from the logits that the probs overflow.
 #pragma once
 #include "bias_gradients.h"
 #include "decode_block.h"
@@ -28,12 +29,12 @@ template <class Lane>
 struct DecodeRow {
   int64_t head;
   int64_t query;
-  Lane lse;         // +inf if the query sees no key, so that its probs are zero
   Lane dlse;        // the gradient by lse
-  Lane factor;      // 1 / sum of exp(logit - lse)
+  Lane largest;     // the largest logit of the keys so far and the sink
+  Lane factor;      // 1 / sum of exp(logit - largest)
   Lane delta;       // sum of probs * dprobs
-  Vec<Lane> sum;    // sum of exp(logit - lse), over the keys so far
-  Vec<Lane> dprob;  // sum of exp(logit - lse) * dprobs, over the keys so far
+  Vec<Lane> sum;    // sum of exp(logit - largest), over the keys so far
+  Vec<Lane> dprob;  // sum of exp(logit - largest) * dprobs, over the keys so far
 };
 
 // The memory in which one thread processes its work items. Rows of queries are padded to whole vectors.
@@ -47,6 +48,7 @@ struct DecodeBackwardScratch {
   Lane* dout;             // [row][value_dim], likewise
   Lane* query_rows;       // [row][head_dim], in the order of memory
   Lane* dout_rows;        // [row][value_dim], likewise
+  Lane* block_largest;    // [block of keys][row], the `largest` that the probs of the block refer to
   Lane* probs;            // [block of keys][row][key of the block]
   Lane* dscores;          // as probs; dprobs before the second pass
   Lane* derivative;       // as probs: the derivative of the softcap
@@ -57,13 +59,15 @@ struct DecodeBackwardScratch {
     const int64_t count = p.num_heads / p.num_kv_heads * p.seqlen_q;
     const int64_t head_lanes = count * round_up(p.head_dim, kLanes<Lane>);
     const int64_t value_lanes = count * round_up(p.value_dim, kLanes<Lane>);
-    const int64_t scores = round_up(p.seqlen_k, kBlockK) / kBlockK * count * kScoreRow<Lane>;
+    const int64_t block_rows = round_up(p.seqlen_k, kBlockK) / kBlockK * count;
+    const int64_t scores = block_rows * kScoreRow<Lane>;
     block.layout(arena);
     rows = arena.take<DecodeRow<Lane>>(count);
     query = arena.take<Lane>(head_lanes);
     dout = arena.take<Lane>(value_lanes);
     query_rows = kWidensPairs<Policy> ? arena.take<Lane>(head_lanes) : query;
     dout_rows = kWidensPairs<Policy> ? arena.take<Lane>(value_lanes) : dout;
+    block_largest = arena.take<Lane>(block_rows);
     probs = arena.take<Lane>(scores);
     dscores = arena.take<Lane>(scores);
     derivative = arena.take<Lane>(p.softcap > 0 ? scores : 0);
@@ -82,27 +86,27 @@ FA_INLINE void read_row(const typename Policy::Storage* row, int dim, typename P
   }
 }
 
-// Replaces the logits of a block of keys by exp(logit - lse), and adds them to the sums of the row.
+// Replaces the logits of a block of keys by exp(logit - largest), and adds them to the sums of the row.
 template <class Policy>
 FA_NOINLINE void make_probs(int count, const typename Policy::Lane* dprobs, typename Policy::Lane* probs,
                             DecodeRow<typename Policy::Lane>& row) {
   using Lane = typename Policy::Lane;
-  Vec<Lane> sum = row.sum, dprob = row.dprob;
+  const Lane rescale = decode_softmax<Policy>(count, probs, row.largest, row.sum);
+  Vec<Lane> dprob = row.dprob * rescale;
   for (int k = 0; k < count; k += kLanes<Lane>) {
-    const Vec<Lane> x = exp2<Lane, Policy::kCoarseExp>((load<Lane>(probs + k) - row.lse) * Lane(kLog2E));
-    sum += x;
-    dprob += select<Lane>(x == 0, Vec<Lane>{}, x * load<Lane>(dprobs + k));  // a hidden value may be NaN
-    store<Lane>(probs + k, x);
+    const Vec<Lane> prob = load<Lane>(probs + k);
+    dprob += select<Lane>(prob == 0, Vec<Lane>{}, prob * load<Lane>(dprobs + k));  // a hidden value may be NaN
   }
-  row.sum = sum;
   row.dprob = dprob;
 }
 
-// Divides the probs of a row by their sum, and replaces dprobs by dscores, for a block of keys.
+// Divides the probs of a row by their sum, and replaces dprobs by dscores, for a block of keys whose probs refer to
+// block_largest.
 template <class Lane>
-FA_NOINLINE void make_dscores(int count, const DecodeRow<Lane>& row, Lane* probs, Lane* dscores) {
+FA_NOINLINE void make_dscores(int count, const DecodeRow<Lane>& row, Lane block_largest, Lane* probs, Lane* dscores) {
+  const Lane factor = row.factor * natural_exp(block_largest - row.largest);
   for (int k = 0; k < count; k += kLanes<Lane>) {
-    const Vec<Lane> prob = load<Lane>(probs + k) * row.factor;
+    const Vec<Lane> prob = load<Lane>(probs + k) * factor;
     const Vec<Lane> x = prob * (load<Lane>(dscores + k) - row.delta + row.dlse);
     store<Lane>(probs + k, prob);
     store<Lane>(dscores + k, select<Lane>(prob == 0, Vec<Lane>{}, x));
@@ -225,7 +229,9 @@ void read_rows(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t
       const Lane lse = *row_of<const Lane>(p.lse, b, h, row);
       const bool is_empty = lse == -FloatTraits<Lane>::kInfinity;
       const Lane dlse = p.dlse.data == nullptr || is_empty ? 0 : *row_of<const Lane>(p.dlse, b, h, row);
-      s.rows[r] = {h, i, is_empty ? FloatTraits<Lane>::kInfinity : lse, dlse, 0, 0, Vec<Lane>{}, Vec<Lane>{}};
+      const Lane sink = sink_of<Lane>(p, h), lowest = FloatTraits<Lane>::kLowest;
+      const Lane largest = sink > lowest ? sink : lowest;
+      s.rows[r] = {h, i, dlse, largest, 0, 0, Vec<Lane>{}, Vec<Lane>{}};
       read_row<Policy>(row_of<const Storage>(p.query, b, h, row), head_dim, s.query + r * head_row,
                        s.query_rows + r * head_row);
       read_row<Policy>(row_of<const Storage>(p.dout, b, h, row), value_dim, s.dout + r * value_row,
@@ -239,38 +245,41 @@ void read_rows(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t
 template <class Lane>
 void finish_row(const AttentionParams& p, DecodeRow<Lane>& row) {
   Lane sum = sum_lanes<Lane>(row.sum);
-  if (p.sinks.data != nullptr) sum += natural_exp(*row_of<const Lane>(p.sinks, 0, row.head, 0) - row.lse);
+  sum += natural_exp(sink_of<Lane>(p, row.head) - row.largest);
   row.factor = sum == 0 ? 0 : 1 / sum;
   row.delta = sum_lanes<Lane>(row.dprob) * row.factor;
 }
 
-// Stores the statistics of the rows of a head group, from which compute_dsinks computes dsinks.
+// Stores the statistics of the rows of a head group, from which compute_dsinks computes dsinks: the largest logit as lse,
+// and what the rest of the sum adds as its correction.
 template <class Lane>
 void store_statistics(const AttentionParams& p, int64_t b, const DecodeRow<Lane>* rows, int64_t count,
                       const RowStatistics<Lane>& statistics) {
   for (int64_t r = 0; r < count; ++r) {
     const RowStatistics<Lane> own = statistics.at(p, b, rows[r].head, rows[r].query);
-    *own.lse = rows[r].lse;
+    *own.lse = rows[r].largest;
+    *own.correction = rows[r].factor > 0 ? natural_log(rows[r].factor) * Lane(kLog2E) : 0;
     *own.delta = rows[r].delta;
     *own.dlse = rows[r].dlse;
     const bool is_last = r + 1 == count || rows[r + 1].head != rows[r].head;
     if (!is_last) continue;
     for (int64_t i = 1; (rows[r].query + i) % kLanes<Lane> != 0; ++i) {
       own.lse[i] = FloatTraits<Lane>::kInfinity;  // of queries that do not exist
-      own.delta[i] = own.dlse[i] = 0;
+      own.correction[i] = own.delta[i] = own.dlse[i] = 0;
     }
   }
 }
 
-// Computes probs and dscores of a row and a block of keys, which begins at `entry` of the arrays of scores, and adds
-// dscores to the gradients of the biases.
+// Computes probs and dscores of a row and a block of keys, and adds dscores to the gradients of the biases. `entry` is
+// the number of the pair of block and row.
 template <class Policy>
 void finish_scores(const AttentionParams& p, int64_t b, const DecodeRow<typename Policy::Lane>& row, int64_t entry,
                    const BackwardPartials<typename Policy::Lane>& partials, const DecodeBackwardScratch<Policy>& s) {
   using Lane = typename Policy::Lane;
   const KeyBlock& keys = *s.block.keys;
-  Lane* dscores = s.dscores + entry;
-  make_dscores<Lane>(keys.count, row, s.probs + entry, dscores);
+  const int64_t first = entry * kScoreRow<Lane>;
+  Lane* dscores = s.dscores + first;
+  make_dscores<Lane>(keys.count, row, s.block_largest[entry], s.probs + first, dscores);
   for (const TensorView* view : {&p.dbias, &p.dkey_bias}) {
     if (view->data == nullptr) continue;
     add_bias_gradient<Lane>(keys, dscores, view->stride_col, row_of<Lane>(*view, b, row.head, row.query));
@@ -280,7 +289,7 @@ void finish_scores(const AttentionParams& p, int64_t b, const DecodeRow<typename
     add_bias_gradient<Lane>(keys, dscores, -1, drelative + row.query + p.seqlen_k - 1);
   }
   for (int k = 0; p.softcap > 0 && k < keys.count; k += kLanes<Lane>) {
-    store<Lane>(dscores + k, load<Lane>(dscores + k) * load<Lane>(s.derivative + entry + k));
+    store<Lane>(dscores + k, load<Lane>(dscores + k) * load<Lane>(s.derivative + first + k));
   }
 }
 
@@ -314,7 +323,7 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
   if (rows == 0) return;
   read_rows<Policy>(p, seq, b, kv_head, s);
 
-  // Calls visit(where the block begins in the arrays of scores) for each block of keys. Returns the number of blocks.
+  // Calls visit(the number of the pair of the block and row 0) for each block of keys. Returns the number of blocks.
   // If the caller knows that there is a single block, s.block still holds it.
   const KeyBlock& keys = *s.block.keys;
   const HeadRows<Storage> key_rows = {s.block.key_rows, 0};
@@ -325,7 +334,7 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
     const RowSource<Storage> key_source = row_source<Storage>(p, p.key, seq, b, kv_head);
     const RowSource<Storage> value_source = row_source<Storage>(p, p.value, seq, b, kv_head);
     for (; is_single ? blocks == 0 : s.block.next(stream, key_source, value_source); ++blocks) {
-      visit(blocks * rows * kScoreRow<Lane>);
+      visit(blocks * rows);
     }
     return blocks;
   };
@@ -334,7 +343,7 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
   const auto first_pass = [&](int64_t first) {
     visit_in_passes<Lane>(rows, [&](int64_t r, auto queries) {
       constexpr int kQueries = decltype(queries)::value;
-      const int64_t entry = first + r * kScoreRow<Lane>;
+      const int64_t entry = (first + r) * kScoreRow<Lane>;
       multiply_keys<Policy, kQueries>(s.query + r * head_row, head_row, key_rows, keys.count, head_dim,
                                       prefetches && r == 0 ? value_rows : HeadRows<Storage>{}, scale, s.probs + entry);
       multiply_keys<Policy, kQueries>(s.dout + r * value_row, value_row, value_rows, keys.count, value_dim, {}, Lane(1),
@@ -342,10 +351,11 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
     });
     for (int64_t r = 0; r < rows; ++r) {
       DecodeRow<Lane>& row = s.rows[r];
-      const int64_t entry = first + r * kScoreRow<Lane>;
+      const int64_t entry = (first + r) * kScoreRow<Lane>;
       Lane* derivative = p.softcap > 0 ? s.derivative + entry : nullptr;
       make_logits<Policy>(p, b, row.head, row.query, keys, s.probs + entry, derivative);
       make_probs<Policy>(keys.count, s.dscores + entry, s.probs + entry, row);
+      s.block_largest[first + r] = row.largest;
     }
   };
   const int64_t blocks = visit_blocks(/*is_single=*/false, first_pass);
@@ -354,14 +364,15 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
 
   const auto second_pass = [&](int64_t first) {
     for (int64_t r = 0; r < rows; ++r) {
-      finish_scores<Policy>(p, b, s.rows[r], first + r * kScoreRow<Lane>, partials, s);
+      finish_scores<Policy>(p, b, s.rows[r], first + r, partials, s);
     }
-    write_key_gradient<Policy>(keys, s.probs + first, s.dout_rows, rows, dvalue);
-    write_key_gradient<Policy>(keys, s.dscores + first, s.query_rows, rows, dkey);
+    const Lane* dscores = s.dscores + first * kScoreRow<Lane>;
+    write_key_gradient<Policy>(keys, s.probs + first * kScoreRow<Lane>, s.dout_rows, rows, dvalue);
+    write_key_gradient<Policy>(keys, dscores, s.query_rows, rows, dkey);
     if (p.dquery.data == nullptr) return;
     visit_in_passes<Lane>(rows, [&](int64_t r, auto queries) {
       constexpr int kQueries = decltype(queries)::value;
-      sum_values<Policy, kQueries>(key_rows, {}, s.dscores + first + r * kScoreRow<Lane>, keys.count, head_dim,
+      sum_values<Policy, kQueries>(key_rows, {}, dscores + r * kScoreRow<Lane>, keys.count, head_dim,
                                    /*rescale=*/nullptr, s.dquery + r * head_row, head_row);
     });
   };

@@ -151,12 +151,12 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
     }
   }
   for (int q = 0; q < nq; ++q) {
-    const Lane largest = sums[q / n].largest[q % n];
-    Lane sum = sums[q / n].sum[q % n];
-    if (p.sinks.data != nullptr) {
-      const Lane sink = *row_of<const Lane>(p.sinks, 0, h, 0) - rows.lse[q];
-      sum += natural_exp(sink - largest / Lane(kLog2E));
-    }
+    const Lane keys_largest = sums[q / n].largest[q % n];
+    const Lane sink = (sink_of<Lane>(p, h) - rows.lse[q]) * Lane(kLog2E);
+    const Lane largest = sink > keys_largest ? sink : keys_largest;
+    const Lane ln2 = 1 / Lane(kLog2E);
+    const Lane sum = sums[q / n].sum[q % n] * natural_exp((keys_largest - largest) * ln2) +
+                     natural_exp((sink - largest) * ln2);
     if (sum > 0) rows.correction[q] = -largest - natural_log(sum) * Lane(kLog2E);
   }
 }

@@ -1,7 +1,7 @@
-// The rows of one sequence in a packed tensor, and the address of a row in a TensorView.
+// The rows of one sequence in a packed tensor, the address of a row in a TensorView, and the sink of a head.
 #pragma once
 #include "../common/attention_params.h"
-#include "vec.h"
+#include "elementary.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -36,6 +36,12 @@ FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
 template <class T>
 FA_INLINE T* row_of(const TensorView& view, int64_t b, int64_t h, int64_t row) {
   return static_cast<T*>(view.data) + (b * view.stride_batch + h * view.stride_head + row * view.stride_row);
+}
+
+// The logit that is added to the denominators of head h. Without sinks, it is -inf.
+template <class Lane>
+FA_INLINE Lane sink_of(const AttentionParams& p, int64_t h) {
+  return p.sinks.data != nullptr ? *row_of<const Lane>(p.sinks, 0, h, 0) : -FloatTraits<Lane>::kInfinity;
 }
 
 }  // namespace

@@ -214,6 +214,28 @@ def test_huge_logits(case: cases.Case, isa: str) -> None:
         cases.check(case, dtype, "cpu")
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e6, -1e9, 3e30])
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("seqlen_q", [1, 4, 40])  # kernels for few queries, and for blocks of queries
+def test_gradients_beside_a_huge_bias(seqlen_q: int, has_sinks: bool, offset: float, isa: str) -> None:
+    """The logits are exact in float32, but the log-sum-exp is not, and exp(logit - lse) may overflow."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.zeros(1, 2, seqlen_q, 64)
+    key, value = torch.randn(2, 1, 2, 300, 64, generator=generator)
+    to_next = max(1.0, torch.tensor(offset).nextafter(torch.tensor(torch.inf)).item() - offset)
+    bias = offset + to_next * torch.randint(2, (1, 2, seqlen_q, 300), generator=generator)
+    inputs = [query, key, value, bias, *([torch.tensor([offset, offset + to_next])] if has_sinks else [])]
+    douts = torch.randn(1, 2, seqlen_q, 64, generator=generator), torch.linspace(-1, 1, seqlen_q).expand(1, 2, -1)
+    gradients = []
+    for backend, dtype in ("cpu", torch.float32), ("reference", torch.float64):
+        inputs_of_backend = [x.to(dtype).requires_grad_() for x in inputs]
+        options = {"sinks": inputs_of_backend[4]} if has_sinks else {}
+        results = fused_attn.fused_attention(*inputs_of_backend[:4], return_lse=True, backend=backend, **options)
+        gradients.append(torch.autograd.grad(results, inputs_of_backend, [x.to(dtype) for x in douts]))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("spoils", ["query", "key", "bias"])
 @pytest.mark.parametrize("row", [2, 4, 8, 16, 32])  # for each vector width, one of them shares row 0's lane
