@@ -320,6 +320,16 @@ def _sliced(x: Tensor) -> Tensor:
     return view
 
 
+def _first_of_two_rows(x: Tensor) -> Tensor:
+    """x (B, H, 1, D) in a tensor with two rows and four more columns.
+
+    The strides between heads are those of whole pieces of 16 bytes, but the stride between rows is not.
+    """
+    room = torch.full((*x.shape[:2], 2, x.shape[3] + 4), float("nan"), dtype=x.dtype)
+    room[:, :, :1, : x.shape[3]] = x
+    return room[:, :, :1, : x.shape[3]]
+
+
 def _every_second_column(x: Tensor) -> Tensor:
     room = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype)
     room[..., ::2] = x
@@ -344,6 +354,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "lbhd": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
     "bhdl": lambda x: x.mT.contiguous().mT,
     "sliced": _sliced,
+    "first_of_two_rows": _first_of_two_rows,
     "every_second_column": _every_second_column,
     "huge_head_stride": _huge_head_stride,
     "one_batch_expanded": lambda x: x[:1].contiguous().expand(x.shape),
@@ -1196,6 +1207,17 @@ STRIDES = [
         kv_layout="every_second_column",
         dout_layout="every_second_column",
     ),
+    Case(
+        "strides-one-query",
+        seqlen_q=1,
+        seqlen_k=70,
+        head_dim=64,
+        query_layout="first_of_two_rows",
+        dout_layout="first_of_two_rows",
+        options={"dropout_p": 0.2, "dropout_seed": 5},
+        dtypes=COMMON,
+    ),
+    Case("strides-one-key", seqlen_q=70, seqlen_k=1, head_dim=64, kv_layout="first_of_two_rows", dtypes=COMMON),
     Case("strides-bhdl", query_layout="bhdl", kv_layout="bhdl", dout_layout="bhdl"),
     Case("strides-0-kv-heads", seqlen_q=70, seqlen_k=97, heads=4, kv_layout="one_head_expanded", is_quick=True),
     Case("strides-0-kv-batch", seqlen_q=70, seqlen_k=65, kv_layout="one_batch_expanded"),

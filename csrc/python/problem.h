@@ -73,13 +73,17 @@ inline int64_t batch_stride(const Argument& argument) { return argument.size(0) 
 
 // Checks a tensor (entries, heads, rows, columns), which must have the dtype of query and contiguous rows, and returns
 // its view. This and the next functions return a view without data for None.
+//
+// The row stride of a single row is 0: torch allows it to be any number, and a kernel computes addresses of rows behind
+// the last one, which it does not read, but whose alignment must be right.
 inline TensorView entries_view(const Problem& problem, const Argument& argument, int64_t entries, int64_t heads,
                                int64_t rows, int64_t columns) {
   if (!argument.given) return {};
   argument.check_type(problem.type);
   argument.check_shape({entries, heads, rows, columns});
   argument.check_unit_stride(3);
-  return {argument.data(), batch_stride(argument), argument.stride(1), argument.stride(2), 1};
+  const int64_t stride_row = rows == 1 ? 0 : argument.stride(2);
+  return {argument.data(), batch_stride(argument), argument.stride(1), stride_row, 1};
 }
 
 // entries_view of a tensor with an entry for each batch entry.

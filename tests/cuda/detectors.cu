@@ -142,6 +142,11 @@ KERNEL(too_much_shared_memory, 1, 32, 227 * 1024 + 16) {}
 KERNEL(all_shared_memory, 1, 32, 227 * 1024) {}
 KERNEL(global_out_of_range, 1, 32, 0) { store_global(memory.floats + 4096 - 31 + thread, 1.f); }
 KERNEL(global_misaligned, 1, 32, 0) { load_global(reinterpret_cast<const Vec4*>(memory.floats + 1)); }
+KERNEL(copy_of_nothing_misaligned, 1, 32, 1024) {
+  copy_async_16(shared + 16 * thread, memory.read_only + 2, false);
+  copy_async_commit();
+  copy_async_wait<0>();
+}
 KERNEL(global_read_only, 1, 32, 0) { store_global(const_cast<float*>(memory.read_only), 1.f); }
 KERNEL(raw_access_to_global, 1, 32, 0) { memory.floats[thread] = 1; }
 KERNEL(raw_access_to_shared, 1, 32, 1024) { shared_memory()[thread] = 1; }

@@ -70,6 +70,7 @@ BUGS = {
     "shared_misaligned": r"load_shared: shared address \d+ is not a multiple of 16",
     "too_much_shared_memory": r"launch: 232464 bytes of shared memory, more than the 232448 of a block",
     "global_out_of_range": r"thread 31, .*store_global: 4 bytes .* that reach 4 bytes past the end of .* 16384",
+    "copy_of_nothing_misaligned": r"copy_async_16: global address 0x\w+ is not a multiple of 16",
     "global_misaligned": r"load_global: global address 0x\w+ is not a multiple of 16",
     "global_read_only": r"store_global: to a buffer in global memory that the kernel is only to read",
     "raw_access_to_global": r"thread \d+, .*access to memory past the primitives",

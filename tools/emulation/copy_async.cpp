@@ -25,9 +25,10 @@ void carry_out(const CopyAsync& copy) {
 }  // namespace
 
 // Until the thread has waited for the copy, every access to its destination is a race, and the destination holds NaN if
-// the copy is late.
+// the copy is late. The source must be aligned in any case: PTX makes no exception for a copy that reads nothing.
 void copy_async_16(uint32_t destination, const void* source, bool is_inside) {
   Block& b = block();
+  check_global_alignment(source, kBytes, kName);
   b.statistics.async_copies++;
   write_shared(destination, kBytes, kName);
   CopyAsync copy = {destination, is_inside ? global_read(source, kBytes, kBytes, kName) : nullptr, false};

@@ -50,7 +50,7 @@ std::map<const int*, GlobalClock::Ticks> published_with_counter;
 // The buffer that contains these bytes; fails if there is none. Buffers may overlap, because they may be views of one
 // tensor.
 Buffer& find(uintptr_t handle, size_t bytes, size_t alignment, bool is_write, const char* what) {
-  if (handle % alignment) fail("%s: global address %#zx is not a multiple of %zu", what, size_t(handle), alignment);
+  check_global_alignment(reinterpret_cast<const void*>(handle), alignment, what);
   const uintptr_t p = handle - kHandle;
   const Buffer* nearest = nullptr;
   ptrdiff_t least_distance = 0;
@@ -160,6 +160,11 @@ void forget_accesses() {
   for (Buffer& buffer : buffers)
     if (buffer.is_writable)
       buffer.last_writes.assign((buffer.end - buffer.begin + kCellBytes - 1) / kCellBytes + 1, LastWrite{});
+}
+
+void check_global_alignment(const void* handle, size_t alignment, const char* what) {
+  const size_t address = reinterpret_cast<size_t>(handle);
+  if (address % alignment) fail("%s: global address %#zx is not a multiple of %zu", what, address, alignment);
 }
 
 const char* global_read(const void* handle, size_t bytes, size_t alignment, const char* what, bool is_async) {

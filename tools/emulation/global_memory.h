@@ -31,6 +31,9 @@ const char* global_read(const void* handle, size_t bytes, size_t alignment, cons
 char* global_write(void* handle, size_t bytes, size_t alignment, const char* what, const Epoch& access,
                    Write kind = Write::kPlain);
 
+// Fails if the address is no multiple of `alignment`. The functions above have checked that, too.
+void check_global_alignment(const void* handle, size_t alignment, const char* what);
+
 // Forgets which accesses have been made. launch calls this, because launches on one stream are ordered.
 void forget_accesses();
 
