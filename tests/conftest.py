@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends import dispatch
+from fused_attn.backends import cpu, dispatch
 from fused_attn.backends.triton import backend as triton_backend
 
 #: The device on which the Triton kernels are tested. Without a GPU, they run in Triton's interpreter, which must be
@@ -94,6 +94,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch, "empty_strided"),
         (torch.Tensor, "new_empty"),
         (torch.Tensor, "new_empty_strided"),
+        (cpu, "empty"),
+        (cpu, "empty_like"),
     ):
         monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
 

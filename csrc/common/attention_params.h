@@ -138,7 +138,8 @@ struct AttentionParams {
   TensorView dkey;                      // as key
   TensorView dvalue;                    // as value
   TensorView dbias;                     // as bias, of dbias_dtype; a dimension with stride 0 is summed over
-  DType dbias_dtype = DType::kFloat32;  // the accumulate type; on a GPU, dtype is allowed, too
+  // The accumulate type, or dtype. On a CPU, dtype is allowed only if each score has an entry of its own.
+  DType dbias_dtype = DType::kFloat32;
   TensorView dkey_bias;                 // as key_bias
   TensorView drelative_bias;            // as relative_bias; stride_head 0 = summed over the heads
   TensorView dsinks;                    // as sinks

@@ -345,6 +345,7 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
   const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
   const int64_t row = seq.q_offset + q_begin;
   const bool is_single_pass = item.plan.is_single_pass;
+  const bool stores_pairs = stores_dbias_pairs<Policy>(p);
   const RowStatistics<Lane> rows = is_single_pass ? s.statistics : item.statistics.at(p, b, h, q_begin);
   const Lane dropout_scale = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
   const Storage* query = row_of<const Storage>(p.query, b, h, row);
@@ -389,6 +390,8 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
       const int value_depth = Policy::lanes_for(value_dim);
       for (int t = 0; t < tiles; ++t) {
         const int k = t * kTileKeys;
+        prefetch_scores<Policy>(p, p.bias, p.bias_dtype, b, h, q_begin, nq, slab_end, keys, t, tiles);
+        prefetch_scores<Policy>(p, p.dbias, p.dbias_dtype, b, h, q_begin, nq, slab_end, keys, t, tiles);
         bool partial;
         const VectorRange range = tile_range<Lane>(keys, k, stream.valid_queries(), vectors, partial);
         s.key.ranges[t] = range;
@@ -418,7 +421,8 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
             }
           });
         }
-        if (s.dbias != nullptr) clear_outside(s.dbias, k, range, vectors);
+        if (s.dbias != nullptr) clear_outside(s.dbias, k, kTileKeys, range, vectors);
+        if (stores_pairs) clear_outside(s.dscore_pairs, k / 2, kTileKeys / 2, range, vectors);
         if constexpr (Policy::kUsesAmx) continue;  // AMX adds the parts of the whole block
         if (p.dvalue.data != nullptr) {
           accumulate_keys<Policy>(keys, k, slab_begin, item.plan.slab_keys, range, nq, s.probs, dout_rows, dvalue);
@@ -438,9 +442,12 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
         outer_block<Policy>(Policy::kPerLane == 2 ? s.summed_key.rows : s.key.key_rows, head_dim, s.dscore_pairs, ones,
                             s.key.ranges, tiles, keys.count, vectors, s.dquery);
       }
-      if (s.dbias != nullptr) clear_beyond<Lane>(s.dbias, keys.count, nq);
-      for (const TensorView* view : {&p.dbias, &p.dkey_bias}) {
-        if (view->data != nullptr) accumulate_dbias<Lane>(*view, b, h, q_begin, nq, keys, s.dbias);
+      if (stores_pairs) {
+        store_dbias_pairs<Policy>(p.dbias, b, h, q_begin, nq, keys, s.dscore_pairs);
+      } else if (s.dbias != nullptr) {
+        clear_beyond<Lane>(s.dbias, keys.count, nq);
+        with_bias_gradients<Policy>(
+            p, b, h, [&](const auto& gradient) { accumulate_dbias<Lane>(gradient, b, h, q_begin, nq, keys, s.dbias); });
       }
       if (p.drelative_bias.data != nullptr) {
         Lane* partial = item.partials.drelative_bias + head_index(p, item.chunk, b, h) * item.partials.row_relative;
@@ -536,15 +543,16 @@ void backward_item(const BackwardItem<Policy>& item, int64_t group) {
   // Where batch entries or heads share a gradient, the first one of the group stands for all of them.
   const int64_t key_stop = item.key_begin() + plan.chunk_keys;
   const int64_t key_end = key_stop < p.seqlen_k ? key_stop : p.seqlen_k;
-  for (const TensorView* view : {&p.dbias, &p.dkey_bias}) {
-    const int64_t own_batches = view->stride_batch == 0 ? b_begin + 1 : b_end;
-    const int64_t own_heads = view->stride_head == 0 ? kv_begin * heads + 1 : kv_end * heads;
-    for (int64_t b = b_begin; view->data != nullptr && b < own_batches; ++b) {
+  with_bias_gradients<Policy>(p, b_begin, kv_begin * heads, [&](const auto& gradient) {
+    if (gradient.is_first && plan.visits_all_keys) return;  // dscores are stored in all entries
+    const int64_t own_batches = gradient.view.stride_batch == 0 ? b_begin + 1 : b_end;
+    const int64_t own_heads = gradient.view.stride_head == 0 ? kv_begin * heads + 1 : kv_end * heads;
+    for (int64_t b = b_begin; b < own_batches; ++b) {
       for (int64_t h = kv_begin * heads; h < own_heads; ++h) {
-        clear_dbias<Lane>(*view, b, h, p.seqlen_q, item.key_begin(), key_end);
+        clear_dbias(gradient, b, h, p.seqlen_q, item.key_begin(), key_end);
       }
     }
-  }
+  });
   for (int64_t b = b_begin; b < b_end; ++b) {
     for (int64_t h = kv_begin * heads; p.drelative_bias.data != nullptr && h < kv_end * heads; ++h) {
       memset(item.partials.drelative_bias + head_index(p, item.chunk, b, h) * item.partials.row_relative, 0,

@@ -23,6 +23,17 @@ struct BackwardPlan {
   bool is_decode;        // decode_backward.h computes the gradients
 };
 
+// Whether each score of a head has an entry of its own in the gradient of the dense bias.
+FA_INLINE bool has_entries_of_scores(const TensorView& dbias) { return dbias.stride_row != 0 && dbias.stride_col != 0; }
+
+// Whether the gradient of the dense bias is stored from pairs of dscores, which are rounded to bfloat16 for the product
+// that gives dquery. Then no tile of dscores is needed.
+template <class Policy>
+FA_INLINE bool stores_dbias_pairs(const AttentionParams& p) {
+  if (Policy::kPerLane != 2 || p.dbias.data == nullptr || p.dbias_dtype != p.dtype) return false;
+  return !(p.softcap > 0) && p.dkey_bias.data == nullptr && p.drelative_bias.data == nullptr;
+}
+
 // Whether every query sees every key.
 FA_INLINE bool sees_all_keys(const AttentionParams& p) {
   const bool has_masks = has_score_mask(p) || p.key_padding.data != nullptr;
@@ -183,7 +194,7 @@ struct BackwardScratch {
   Coefficient* probs;            // probs^T [key of the block][coefficient_stride], after dropout
   Coefficient* dscores;          // dscores^T [key of the block][coefficient_stride], of the scores before softcap
   Lane* dscore_pairs;  // dscores^T [pair of keys][stride]; the same memory as dscores if a lane holds one element
-  Lane* dbias;         // dscores^T [key of the block][stride], of the scores after softcap
+  Lane* dbias;         // dscores^T [key of the block][stride], of the scores after softcap; null = nobody reads them
   Lane* dquery;        // dquery^T [head_dim, padded][stride]
   Lane* dquery_rows;   // [query of the heads of a kv head][head_dim, padded]; the sum over slabs, if plan.sums_dquery
   Lane* dkey;          // [key of the slab, and one spare row that nobody reads][head_dim, padded]
@@ -223,7 +234,9 @@ struct BackwardScratch {
     dscores = arena.take<Coefficient>(round_up(rows, n) * coefficient_stride(stride));
     dscore_pairs = pairs ? arena.take<Lane>(tile / 2) : reinterpret_cast<Lane*>(dscores);
     dbias = nullptr;
-    if (p.dbias.data != nullptr || p.dkey_bias.data != nullptr || p.drelative_bias.data != nullptr) {
+    const bool has_gradient =
+        p.dbias.data != nullptr || p.dkey_bias.data != nullptr || p.drelative_bias.data != nullptr;
+    if (has_gradient && !stores_dbias_pairs<Policy>(p)) {
       dbias = pairs || p.softcap > 0 ? arena.take<Lane>(tile) : reinterpret_cast<Lane*>(dscores);
     }
     dquery = arena.take<Lane>(head_row * stride);

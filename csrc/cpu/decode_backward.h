@@ -113,20 +113,21 @@ FA_NOINLINE void make_dscores(int count, const DecodeRow<Lane>& row, Lane block_
   }
 }
 
-// Adds dscores of one row and a block of keys to a row of the gradient of a bias.
-template <class Lane>
-FA_NOINLINE void add_bias_gradient(const KeyBlock& keys, const Lane* dscores, int64_t stride_col, Lane* gradient) {
+// Stores or adds dscores of one row and a block of keys in a row of the gradient of a bias.
+template <class Lane, class Entry>
+FA_NOINLINE void put_bias_gradient(const BiasGradient<Entry>& gradient, const KeyBlock& keys, const Lane* dscores,
+                                   int64_t stride_col, Entry* row) {
   constexpr int n = kLanes<Lane>;
   int k = 0;
   if (stride_col == 0) {
     Vec<Lane> sum = {};
     for (; k < keys.count; k += n) sum += load<Lane>(dscores + k);  // zero behind the last key
-    *gradient += sum_lanes<Lane>(sum);
+    gradient.template put<Lane>(row, sum_lanes<Lane>(sum));
   } else if (stride_col == 1 && keys.contiguous) {
-    Lane* first = gradient + keys.index[0];
-    for (; k + n <= keys.count; k += n) store<Lane>(first + k, load<Lane>(first + k) + load<Lane>(dscores + k));
+    Entry* first = row + keys.index[0];
+    for (; k + n <= keys.count; k += n) gradient.template put<Lane>(first + k, load<Lane>(dscores + k), n);
   }
-  for (; k < keys.count; ++k) gradient[keys.index[k] * stride_col] += dscores[k];
+  for (; k < keys.count; ++k) gradient.template put<Lane>(row + keys.index[k] * stride_col, dscores[k]);
 }
 
 // Where dkey or dvalue of one head goes.
@@ -280,13 +281,13 @@ void finish_scores(const AttentionParams& p, int64_t b, const DecodeRow<typename
   const int64_t first = entry * kScoreRow<Lane>;
   Lane* dscores = s.dscores + first;
   make_dscores<Lane>(keys.count, row, s.block_largest[entry], s.probs + first, dscores);
-  for (const TensorView* view : {&p.dbias, &p.dkey_bias}) {
-    if (view->data == nullptr) continue;
-    add_bias_gradient<Lane>(keys, dscores, view->stride_col, row_of<Lane>(*view, b, row.head, row.query));
-  }
+  with_bias_gradients<Policy>(p, b, row.head, [&](const auto& gradient) {
+    put_bias_gradient<Lane>(gradient, keys, dscores, gradient.view.stride_col, gradient.row(b, row.head, row.query));
+  });
   if (p.drelative_bias.data != nullptr) {
     Lane* drelative = partials.drelative_bias + head_index(p, 0, b, row.head) * partials.row_relative;
-    add_bias_gradient<Lane>(keys, dscores, -1, drelative + row.query + p.seqlen_k - 1);
+    const BiasGradient<Lane> sums = {p.drelative_bias, /*is_first=*/false};
+    put_bias_gradient<Lane>(sums, keys, dscores, -1, drelative + row.query + p.seqlen_k - 1);
   }
   for (int k = 0; p.softcap > 0 && k < keys.count; k += kLanes<Lane>) {
     store<Lane>(dscores + k, load<Lane>(dscores + k) * load<Lane>(s.derivative + first + k));

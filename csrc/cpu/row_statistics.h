@@ -155,8 +155,8 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
     const Lane sink = (sink_of<Lane>(p, h) - rows.lse[q]) * Lane(kLog2E);
     const Lane largest = sink > keys_largest ? sink : keys_largest;
     const Lane ln2 = 1 / Lane(kLog2E);
-    const Lane sum = sums[q / n].sum[q % n] * natural_exp((keys_largest - largest) * ln2) +
-                     natural_exp((sink - largest) * ln2);
+    const Lane sum =
+        sums[q / n].sum[q % n] * natural_exp((keys_largest - largest) * ln2) + natural_exp((sink - largest) * ln2);
     if (sum > 0) rows.correction[q] = -largest - natural_log(sum) * Lane(kLog2E);
   }
 }

@@ -31,6 +31,11 @@ struct ScoreInputs {
   // exponential multiplies its argument by log2(e) in any case, so the factor scale * log2(e) applies the scale at no
   // cost. The scale must be positive, so that the largest score is also the largest logit.
   bool raw = true;
+  // Whether prepare_keys multiplies `products` by the scale and adds the dense bias. Then `scale` is 1, and `bias` null.
+  bool adds_bias = false;
+
+  // Whether scores are the products alone, with the bias that has been added to them.
+  bool has_no_other_terms() const { return raw || (adds_bias && key_bias == nullptr && relative_bias == nullptr); }
 
   // The factor that turns scores into logits.
   Lane to_logits() const { return raw ? scale : Lane(1); }
@@ -134,28 +139,56 @@ FA_INLINE Vec<typename Policy::Lane> prob_of(Vec<typename Policy::Lane> exponent
   return exp2<typename Policy::Lane, Policy::kCoarseExp>(exponent);
 }
 
+// Calls put(i, column i) for all 2 n columns of n rows of bfloat16, where n is the number of lanes. Pairs of elements are
+// transposed, and converted to lanes then: this takes half of the shuffles.
+template <class Put>
+FA_INLINE void transpose_pairs(const BFloat16* rows, int64_t stride_row, const Put& put) {
+  constexpr int n = kLanes<float>;
+  Vec<float> block[n];
+  FA_UNROLL
+  for (int j = 0; j < n; ++j) memcpy(&block[j], rows + j * stride_row, sizeof(block[j]));
+  transpose<float>(block);
+  FA_UNROLL
+  for (int i = 0; i < n; ++i) {
+    const IntVec<float> bits = reinterpret_cast<IntVec<float>>(block[i]);
+    put(2 * i, reinterpret_cast<Vec<float>>(bits << 16));
+    put(2 * i + 1, reinterpret_cast<Vec<float>>(bits & ~0xffff));
+  }
+}
+
 // Copies the dense bias of a block of keys and queries, transposed, to tile[key of the block][stride]. The entries of
-// queries that do not exist are zero. There are three branches:
+// queries that do not exist are zero. With kAdds, the tile holds scores, which become tile * scale + bias. There are
+// three branches:
 //
 //   stride_row is 0                    all queries share one bias, so the function broadcasts a number to each row
 //   stride_col is 1, contiguous keys   the function loads whole vectors of keys, and transposes them
 //   otherwise                          the function loads one number at a time
-template <class Lane, class Storage>
+template <class Lane, class Storage, bool kAdds>
 FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
-                                const KeyBlock& keys, Lane* tile) {
+                                const KeyBlock& keys, Lane scale, Lane* tile) {
   constexpr int n = kLanes<Lane>;
   const int64_t stride = round_up(nq, n);
   const Storage* base = row_of<const Storage>(view, b, h, q_begin);
+  const auto put = [&](int k, int64_t q, Vec<Lane> bias) {
+    Lane* const target = tile + k * stride + q;
+    store<Lane>(target, kAdds ? load<Lane>(target) * scale + bias : bias);
+  };
   if (view.stride_row == 0) {
     for (int k = 0; k < keys.count; ++k) {
       const Lane x = load_scalar<Lane>(base + keys.index[k] * view.stride_col);
-      const Vec<Lane> row = broadcast<Lane>(x);
-      for (int q = 0; q < stride; q += n) store<Lane>(tile + k * stride + q, row);
+      for (int q = 0; q < stride; q += n) put(k, q, broadcast<Lane>(x));
     }
   } else if (view.stride_col == 1 && keys.contiguous) {
     base += keys.index[0];
     for (int q = 0; q < nq; q += n) {
-      for (int k = 0; k < keys.count; k += n) {
+      int k = 0;
+      if constexpr (kSame<Storage, BFloat16>) {
+        for (; q + n <= nq && k + 2 * n <= keys.count; k += 2 * n) {
+          transpose_pairs(base + q * view.stride_row + k, view.stride_row,
+                          [&](int i, Vec<Lane> column) { put(k + i, q, column); });
+        }
+      }
+      for (; k < keys.count; k += n) {
         Vec<Lane> block[n];
         const int count = keys.count - k;
         if (q + n <= nq && count >= n) {
@@ -170,16 +203,42 @@ FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, in
         }
         transpose<Lane>(block);
         FA_UNROLL
-        for (int i = 0; i < n; ++i) store<Lane>(tile + (k + i) * stride + q, block[i]);
+        for (int i = 0; i < n; ++i) put(k + i, q, block[i]);
       }
     }
   } else {
     for (int k = 0; k < keys.count; ++k) {
-      Lane* row = tile + k * stride;
       const Storage* column = base + keys.index[k] * view.stride_col;
-      for (int q = 0; q < nq; ++q) row[q] = load_scalar<Lane>(column + q * view.stride_row);
-      for (int64_t q = nq; q < stride; ++q) row[q] = 0;
+      for (int q = 0; q < nq; q += n) {
+        Vec<Lane> bias = {};
+        for (int i = 0; i < n && q + i < nq; ++i) bias[i] = load_scalar<Lane>(column + (q + i) * view.stride_row);
+        put(k, q, bias);
+      }
     }
+  }
+}
+
+// Prefetches the address + offset. The sum is one of numbers, because it may lie behind the allocation, and C++ does not
+// allow a pointer to do so.
+FA_INLINE void prefetch_bytes(const void* address, size_t offset) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + offset), 0, 2);
+}
+
+// Prefetches what the next block of keys will need of `view`, a dense bias or its gradient, whose elements have the type
+// `dtype`, for nq queries: part number `part` of `parts`. The rows of 64 queries usually lie in as many pages of memory,
+// and the processor's own prefetchers follow fewer. Without this, forward of bfloat16 took 1.24 times as long on a Xeon
+// with AMX (2048 and 8192 queries and keys), and of float32 1.06 times.
+template <class Policy>
+FA_INLINE void prefetch_scores(const AttentionParams& p, const TensorView& view, DType dtype, int64_t b, int64_t h,
+                               int64_t q_begin, int nq, int64_t seqlen_k, const KeyBlock& keys, int part, int parts) {
+  const int64_t next = keys.index[keys.count - 1] + 1;
+  if (view.data == nullptr || view.stride_col != 1 || view.stride_row == 0 || next >= seqlen_k) return;
+  const int64_t element = dtype == p.dtype ? sizeof(typename Policy::Storage) : sizeof(typename Policy::Lane);
+  const int64_t bytes = (seqlen_k - next < kBlockK ? seqlen_k - next : kBlockK) * element;
+  const int64_t end = nq * (part + 1) / parts;
+  for (int64_t q = nq * part / parts; q < end; ++q) {
+    const int64_t offset = b * view.stride_batch + h * view.stride_head + (q_begin + q) * view.stride_row + next;
+    for (int64_t byte = 0; byte < bytes; byte += kCacheLine) prefetch_bytes(view.data, offset * element + byte);
   }
 }
 
@@ -191,12 +250,6 @@ template <class Storage>
 FA_INLINE int64_t key_value_bytes(const AttentionParams& p) {
   const int64_t row = (p.head_dim + p.value_dim) * static_cast<int64_t>(sizeof(Storage));
   return p.batch * p.num_kv_heads * p.seqlen_k * row;
-}
-
-// Prefetches the cache line at address + offset. The sum is one of numbers, because a row of values may be shorter than
-// a row of keys, and C++ does not allow a pointer to leave its allocation.
-FA_INLINE void prefetch_bytes(const void* address, size_t offset) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + offset), 0, 2);
 }
 
 // The largest stride of a block of queries of the call.
@@ -255,6 +308,8 @@ ScoreInputs<Policy> score_inputs(const AttentionParams& p, const RelativeBias<ty
   // A tiny scale is zero or denormal as a lane, and would turn a hidden score into -inf * 0, which is NaN.
   in.raw = p.scale > 1e-30 && !(p.softcap > 0) && p.bias.data == nullptr && p.key_bias.data == nullptr &&
            p.relative_bias.data == nullptr;
+  in.adds_bias = Policy::kUsesAmx && p.bias.data != nullptr && !(p.softcap > 0);
+  if (in.adds_bias) in.scale = 1;
   return in;
 }
 
@@ -277,12 +332,21 @@ FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64
     in.products = scratch.products;
   }
   if (p.bias.data != nullptr) {
-    if (p.bias_dtype == p.dtype) {
-      load_bias_tile<Lane, Storage>(p.bias, b, h, q_begin, nq, keys, scratch.bias);
+    const auto load_bias = [&](auto adds, Lane* tile) {
+      constexpr bool kAdds = decltype(adds)::value != 0;
+      const Lane scale = static_cast<Lane>(p.scale);
+      if (p.bias_dtype == p.dtype) {
+        load_bias_tile<Lane, Storage, kAdds>(p.bias, b, h, q_begin, nq, keys, scale, tile);
+      } else {
+        load_bias_tile<Lane, Lane, kAdds>(p.bias, b, h, q_begin, nq, keys, scale, tile);
+      }
+    };
+    if (in.adds_bias) {
+      if constexpr (Policy::kUsesAmx) load_bias(Constant<1>{}, scratch.products);
     } else {
-      load_bias_tile<Lane, Lane>(p.bias, b, h, q_begin, nq, keys, scratch.bias);
+      load_bias(Constant<0>{}, scratch.bias);
+      in.bias = scratch.bias;
     }
-    in.bias = scratch.bias;
   }
   if (p.key_bias.data != nullptr) in.key_bias = row_of<const Lane>(p.key_bias, b, 0, 0);
   if (p.has_dropout) make_dropout_keep(p, b, h, q_begin, nq, keys, scratch.dropout_keep);

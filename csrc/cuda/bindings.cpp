@@ -129,8 +129,7 @@ PyObject* backward(PyObject* const* args, Py_ssize_t count) {
   check_count(count, 8, kBackwardDoc);
   const Inputs inputs = Inputs::of(args[0]);
   const Reader reader = reader_like(inputs.query);
-  const Problem problem = read_backward(reader, inputs, Saved::of(args[1]), Gradients::of(args[2]), args[3],
-                                        /*rounds_dbias=*/true);
+  const Problem problem = read_backward(reader, inputs, Saved::of(args[1]), Gradients::of(args[2]), args[3]);
   Call call = read_call(reader, problem, args[6], args[7]);
   call.gradient_splits = {checked_splits(read_number(args[4]), 1, "dq_splits"),
                           checked_splits(read_number(args[5]), 1, "dk_splits")};

@@ -183,10 +183,20 @@ const char kBackwardDoc[] =
     "backward(inputs, saved, gradients, config, num_threads)\n\n"
     "Overwrites the gradients that are not None. See the module's docstring for the arguments.";
 
+// Refuses a dbias of the query's dtype whose entries are sums of several numbers: they would be rounded several times.
+void check_rounded_dbias(const Problem& problem) {
+  const TensorView& dbias = problem.params.dbias;
+  const bool has_entry_of_each_score =
+      dbias.stride_batch != 0 && dbias.stride_head != 0 && dbias.stride_row != 0 && dbias.stride_col != 0;
+  const bool is_rounded = problem.type != problem.accumulate_type && problem.params.dbias_dtype == problem.params.dtype;
+  if (dbias.data != nullptr && is_rounded && !has_entry_of_each_score)
+    throw py::value_error("dbias: expected the accumulate dtype, because scores share entries of dbias");
+}
+
 PyObject* backward(PyObject* const* args, Py_ssize_t count) {
   check_count(count, 5, kBackwardDoc);
-  Problem problem = read_backward(kReader, Inputs::of(args[0]), Saved::of(args[1]), Gradients::of(args[2]), args[3],
-                                  /*rounds_dbias=*/false);
+  Problem problem = read_backward(kReader, Inputs::of(args[0]), Saved::of(args[1]), Gradients::of(args[2]), args[3]);
+  check_rounded_dbias(problem);
   problem.params.num_threads = thread_count(args[4]);
   run(cpu::kernels().backward, problem);
   Py_RETURN_NONE;

@@ -343,10 +343,8 @@ inline Problem read_forward(const Reader& reader, const Inputs& inputs, const Re
   return problem;
 }
 
-// Checks the tensors that only backward has, and sets their parameters. `rounds_dbias` says whether the kernels can
-// write dbias in the dtype of the query, too.
-inline void set_gradients(Problem& problem, const Reader& reader, const Saved& saved, const Gradients& gradients,
-                          bool rounds_dbias) {
+// Checks the tensors that only backward has, and sets their parameters.
+inline void set_gradients(Problem& problem, const Reader& reader, const Saved& saved, const Gradients& gradients) {
   AttentionParams& params = problem.params;
   const int64_t heads = params.num_heads, kv_heads = params.num_kv_heads;
   const auto view = [&](const Argument& argument, int64_t num_heads, int64_t rows, int64_t columns) {
@@ -358,7 +356,7 @@ inline void set_gradients(Problem& problem, const Reader& reader, const Saved& s
   params.dvalue = view(reader.optional(gradients.value, "dvalue"), kv_heads, problem.rows_k, params.value_dim);
   params.dlse = lse_view(problem, reader.optional(saved.dlse, "dlse"));
   if (const Argument dbias = reader.optional(gradients.bias, "dbias"); dbias.given) {
-    if (!rounds_dbias || dbias.type != problem.type) dbias.check_type(problem.accumulate_type);
+    if (dbias.type != problem.type) dbias.check_type(problem.accumulate_type);
     params.dbias_dtype = kernel_dtype(dbias.type);
     params.dbias = dbias.scores_view({params.batch, params.num_heads, params.seqlen_q, params.seqlen_k});
   }
@@ -379,9 +377,9 @@ inline void set_gradients(Problem& problem, const Reader& reader, const Saved& s
 
 // The parameters of a backward call. It reads lse, which therefore must not be None.
 inline Problem read_backward(const Reader& reader, const Inputs& inputs, const Saved& saved, const Gradients& gradients,
-                             PyObject* config, bool rounds_dbias) {
+                             PyObject* config) {
   Problem problem = read_shared(reader, inputs, saved.out, reader.required(saved.lse, "lse"), config);
-  set_gradients(problem, reader, saved, gradients, rounds_dbias);
+  set_gradients(problem, reader, saved, gradients);
   return problem;
 }
 

@@ -147,16 +147,24 @@ def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
 
 
 def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: Wanted) -> list[Tensor | None]:
-    """Uninitialised gradients of `inputs.SHARED` in the accumulate dtype; None for each that is not wanted."""
+    """Uninitialised gradients of `inputs.SHARED`; None for each that is not wanted.
+
+    They have the accumulate dtype, but for a bias of the query's dtype with an entry for each score: its gradient is
+    no sum, so the kernel can round it.
+    """
     # A bias that is expanded to no score at all would show the kernel nothing to write to.
     has_scores = problem.batch and problem.num_heads and problem.seqlen_q and problem.seqlen_k
     allocate = empty if has_scores else torch.zeros
-    return [
-        allocate(*x.shape, dtype=problem.accumulate_dtype, device=problem.device)
-        if is_wanted and x is not None
-        else None
-        for x, is_wanted in zip(tuple(inputs)[SHARED_ITEMS], tuple(wanted)[SHARED_ITEMS], strict=True)
-    ]
+    scores_shape = (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
+    gradients = []
+    for x, is_wanted in zip(tuple(inputs)[SHARED_ITEMS], tuple(wanted)[SHARED_ITEMS], strict=True):
+        if is_wanted and x is not None:
+            is_sum = x.dtype != problem.dtype or x.shape != scores_shape
+            dtype = problem.accumulate_dtype if is_sum else problem.dtype
+            gradients.append(allocate(*x.shape, dtype=dtype, device=problem.device))
+        else:
+            gradients.append(None)
+    return gradients
 
 
 def _with_unit_strides(tensors: Tensors, *names: str) -> Tensors:

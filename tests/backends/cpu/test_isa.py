@@ -92,6 +92,33 @@ FEW_QUERIES_BACKWARD = [
                relative_bias=cases.per_head_bias, sinks=cases.sink()),
 ]  # fmt: skip
 
+# A bias with an entry for each score, whose gradient is stored and not summed, in the dtype of the query; and such a
+# bias that batch entries or heads share.
+BIAS_OF_SCORES = [
+    cases.Case(f"bias-{name}", **{"seqlen_q": 150, "seqlen_k": 171, "attn_mask": cases.float_mask("BHLS")} | features)
+    for name, features in (
+        ("plain", {}),
+        ("odd", {"seqlen_q": 65, "seqlen_k": 33, "head_dim": 17}),
+        ("causal", {"options": {"is_causal": True}}),
+        ("window", {"options": {"window_size": (20, 3)}}),
+        ("padded", {"key_padding_mask": cases.padding(171, 64)}),
+        ("scattered-padding", {"key_padding_mask": cases.scattered_padding}),
+        ("key-bias", {"key_padding_mask": cases.float_padding, "relative_bias": cases.per_head_bias}),
+        ("softcap", {"options": {"softcap": 3.0}}),
+        ("dropout", {"options": {"dropout_p": 0.2, "dropout_seed": 5}}),
+        ("strided", {"attn_mask": cases.t5_strided_mask}),
+        ("infinite", {"attn_mask": cases.float_mask_with(lambda dtype: -torch.inf, "BHLS")}),
+        ("of-one-head", {"batch": 1, "attn_mask": cases.float_mask("11LS")}),
+        ("of-one-query", {"seqlen_q": 1, "options": {"dropout_p": 0.2, "dropout_seed": 5}}),
+        ("of-few-queries", {"seqlen_q": 2}),
+        ("of-one-key", {"seqlen_k": 1}),
+        ("without-dquery", {"differentiated": ("key", "value", "attn_mask")}),
+        ("chunks", {"batch": 1, "heads": 1, "seqlen_k": 700}),
+        ("shared-by-batches", {"batch": 3, "attn_mask": cases.float_mask("1HLS")}),
+        ("shared-by-heads", {"heads": 4, "kv_heads": 2, "attn_mask": cases.float_mask("B1LS")}),
+    )
+]  # fmt: skip
+
 # Cases in which backward processes the keys in several slabs, because dK and dV of all keys do not fit into the cache.
 SEVERAL_SLABS = [
     cases.Case("slabs", batch=1, seqlen_q=70, seqlen_k=600, head_dim=256),
@@ -186,6 +213,12 @@ def test_few_queries_have_the_same_bits_in_every_layout_of_the_keys(
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in SEVERAL_SLABS])
 def test_backward_of_several_slabs(case: cases.Case, isa: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):  # a type that memory holds as lanes, and one that it does not
+        cases.check(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in BIAS_OF_SCORES])
+def test_bias_of_scores(case: cases.Case, isa: str) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         cases.check(case, dtype, "cpu")
 
 

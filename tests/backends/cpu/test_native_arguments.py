@@ -204,3 +204,19 @@ def test_the_small_module_checks_its_tensors(position: int) -> None:
     for y in wrong:
         with pytest.raises(ValueError, match=f"^{names[position]}: expected .*, got "):
             _C.self_attention(*(y if i == position else x for i, x in enumerate(arguments())))
+
+
+@pytest.mark.parametrize("shape", [(B, H, L, S), (1, H, L, S), (B, 1, L, S), (B, H, 1, S), (B, H, L, 1)])
+def test_a_sum_in_dbias_is_not_rounded(shape: tuple[int, ...]) -> None:
+    tensors = call()
+    for name in ("query", "key", "value", "out"):
+        tensors[name] = tensors[name].bfloat16()
+        tensors[f"d{name}"] = torch.empty_like(tensors[name])
+    tensors |= {"bias": torch.randn(shape).bfloat16(), "dbias": torch.empty(shape)}
+    run(tensors)
+    tensors["dbias"] = torch.empty(shape, dtype=torch.bfloat16)
+    if shape == (B, H, L, S):
+        run(tensors)
+    else:
+        with pytest.raises(ValueError, match=r"^dbias: expected the accumulate dtype"):
+            run(tensors)
