@@ -1,0 +1,60 @@
+// The part that the emulated ARM processor runs: the CPU kernels, as functions whose argument is an address. Nothing
+// starts the program or calls the operating system: arm.py sets the registers and lets the processor run from the first
+// instruction of a function to `finished`.
+#include <stddef.h>
+
+#include "cpu/kernels.h"
+
+namespace fused_attn::cpu {
+extern const Kernels kernels_baseline;
+}
+
+namespace {
+
+constexpr size_t kHeapBytes = size_t{256} << 20;
+constexpr size_t kAlignment = 64;
+
+alignas(kAlignment) char heap[kHeapBytes];
+size_t heap_used;  // 0 at the start of each call: a kernel keeps no memory
+
+}  // namespace
+
+extern "C" {
+
+// Memory is filled with 0xff, which is NaN as a float, so that a read of uninitialised memory spoils a result.
+void* malloc(size_t bytes) {
+  const size_t begin = (heap_used + kAlignment - 1) / kAlignment * kAlignment;
+  if (bytes > kHeapBytes - begin) return nullptr;
+  heap_used = begin + bytes;
+  for (size_t i = begin; i < heap_used; ++i) heap[i] = static_cast<char>(0xff);
+  return heap + begin;
+}
+
+void free(void*) {}
+
+void forward(const fused_attn::AttentionParams* params) {
+  heap_used = 0;
+  fused_attn::cpu::kernels_baseline.forward(*params);
+}
+
+void backward(const fused_attn::AttentionParams* params) {
+  heap_used = 0;
+  fused_attn::cpu::kernels_baseline.backward(*params);
+}
+
+void self_attention(const fused_attn::cpu::SelfAttentionParams* params) {
+  heap_used = 0;
+  fused_attn::cpu::kernels_baseline.self_attention(*params);
+}
+
+void linear(const fused_attn::cpu::LinearParams* params) {
+  heap_used = 0;
+  fused_attn::cpu::kernels_baseline.linear(*params);
+}
+
+// Where a function returns to.
+void finished() {
+  for (;;) {
+  }
+}
+}
