@@ -11,7 +11,9 @@ import torch
 
 from fused_attn import architectures
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends import cpu, cuda, dispatch
+from fused_attn.backends import cpu, dispatch
+from fused_attn.backends.cuda import backend as cuda
+from fused_attn.backends.cuda import hardware
 from fused_attn.backends.triton import backend as triton
 from fused_attn.driver import driver
 
@@ -96,9 +98,9 @@ def _native() -> dict[str, str]:
 def _cuda() -> dict[str, str]:
     """The field `Info.cuda`: the driver, how the CUDA kernels were built, and for each GPU how they run or why not."""
     found = {"driver": str(driver())}
-    if cuda._kernels is None:
-        return found | {"kernels": f"none: {cuda.missing}"}
-    build = cuda._kernels.build_info()
+    if hardware.module is None:
+        return found | {"kernels": f"none: {hardware.missing}"}
+    build = hardware.module.build_info()
     built = architectures.parsed(build["architectures"])
     found |= {
         "version": build["version"],

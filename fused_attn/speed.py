@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fused_attn import measurement
 from fused_attn.api import explain, fused_attention
-from fused_attn.backends import cpu, cuda
+from fused_attn.backends import cpu
+from fused_attn.backends.cuda import backend as cuda
 from fused_attn.backends.triton import backend as triton
 from fused_attn.measurement import Call
 

@@ -16,7 +16,8 @@ from conftest import DEVICE
 import fused_attn
 from fused_attn import native, selfcheck, speed
 from fused_attn.__main__ import main
-from fused_attn.backends import cpu, cuda, dispatch
+from fused_attn.backends import cpu, dispatch
+from fused_attn.backends.cuda import hardware
 from fused_attn.backends.triton import backend as triton_backend
 
 needs_kernels = pytest.mark.skipif(cpu._C is None, reason="the native kernels are not built")
@@ -350,7 +351,7 @@ def test_explain_describes_the_call():
 
 
 #: The backend of a call in half precision on a GPU.
-HALF = "triton" if cuda._kernels is None else "cuda"
+HALF = "triton" if hardware.module is None else "cuda"
 
 
 @pytest.mark.quick
@@ -441,7 +442,7 @@ def test_info_says_how_the_cuda_kernels_run(monkeypatch, capsys):
     """On a GPU of the binary's architectures, on a later one, and on one that the binary does not fit."""
     build = {"version": "1", "compiler": "nvcc 13.0.88", "architectures": "90a-real,100"}
     module = types.SimpleNamespace(build_info=lambda: build, unusable_reason=lambda index: "")
-    monkeypatch.setattr(cuda, "_kernels", module)
+    monkeypatch.setattr(hardware, "module", module)
     capabilities = [(9, 0), (12, 0), (8, 6)]
 
     def properties(device):

@@ -25,11 +25,11 @@ int cuGetErrorString(int error, const char** text) { *text = error == 100 ? "no 
 #: Imports all that is compiled, runs on the CPU, and says what the package knows of the driver.
 USE = """
 import torch, fused_attn
-from fused_attn.backends import cuda
+from fused_attn.backends.cuda import hardware
 x = torch.randn(1, 2, 8, 16)
 fused_attn.fused_attention(x, x, x)
 print("driver:", fused_attn.info().cuda["driver"])
-print("cuda:", cuda.missing or repr(cuda._kernels.unusable_reason(0)))
+print("cuda:", hardware.missing or repr(hardware.module.unusable_reason(0)))
 """
 
 
@@ -123,10 +123,10 @@ def fork(work):
     assert os.waitpid(pid, 0)[1] == 0
 def use():
     import fused_attn
-    from fused_attn.backends import cuda
+    from fused_attn.backends.cuda import hardware
     x = torch.randn(2, 4, 300, 64, requires_grad=True)
     fused_attn.fused_attention(x, x, x).sum().backward()
-    assert cuda.missing or cuda._kernels.build_info()["architectures"]
+    assert hardware.missing or hardware.module.build_info()["architectures"]
 fork(use)
 use()
 fork(use)

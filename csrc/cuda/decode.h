@@ -11,7 +11,7 @@
 
 namespace fused_attn::gpu {
 
-constexpr int kMaxDecodeTiles = 2;  // MAX_DECODE_TILES of fused_attn/backends/cuda.py
+constexpr int kMaxDecodeTiles = 2;  // MAX_DECODE_TILES of fused_attn/backends/cuda/splits.py
 constexpr int kDecodeRows = 16;     // rows of a tile: those of one mma_m16n8k16
 constexpr int kDecodeKeys = 16;     // keys that a warp visits in a step: the inner dimension of one mma_m16n8k16
 // Keys are divided in rounds of this many keys, so that all warps of a program (at most four) have a step in a round.

@@ -156,7 +156,7 @@ def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: W
     has_scores = problem.batch and problem.num_heads and problem.seqlen_q and problem.seqlen_k
     allocate = empty if has_scores else torch.zeros
     scores_shape = (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
-    gradients = []
+    gradients: list[Tensor | None] = []
     for x, is_wanted in zip(tuple(inputs)[SHARED_ITEMS], tuple(wanted)[SHARED_ITEMS], strict=True):
         if is_wanted and x is not None:
             is_sum = x.dtype != problem.dtype or x.shape != scores_shape

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends import cpu, cuda, reference
+from fused_attn.backends import cpu, reference
 from fused_attn.backends.base import Backend
+from fused_attn.backends.cuda import backend as cuda
+from fused_attn.backends.cuda import splits
 from fused_attn.backends.triton import backend as triton
 
 BACKENDS: tuple[Backend, ...] = (cpu, cuda, triton, reference)
@@ -143,8 +145,8 @@ def _fills_no_tile(problem: AttentionProblem) -> bool:
     too many for the decode kernels of CUDA.
     """
     rows = problem.num_heads // max(problem.num_kv_heads, 1) * problem.seqlen_q
-    has_few = 4 * problem.seqlen_q <= cuda.LARGE_TILE_ROWS and problem.num_heads >= 4 * problem.num_kv_heads
-    return has_few and rows <= cuda.LARGE_TILE_ROWS and not cuda.decode_tiles(problem)
+    has_few = 4 * problem.seqlen_q <= splits.LARGE_TILE_ROWS and problem.num_heads >= 4 * problem.num_kv_heads
+    return has_few and rows <= splits.LARGE_TILE_ROWS and not splits.decode_tiles(problem)
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> Explanation:

@@ -13,7 +13,9 @@ import torch
 import fused_attn
 from fused_attn import native
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends import cpu, cuda, dispatch
+from fused_attn.backends import cpu, dispatch
+from fused_attn.backends.cuda import backend as cuda
+from fused_attn.backends.cuda import hardware
 from fused_attn.backends.triton import backend as triton
 
 pytestmark = pytest.mark.quick
@@ -32,17 +34,17 @@ class WithoutModules(type(native.PACKAGE)):
 @pytest.fixture(autouse=True)
 def installation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The only installation, with Triton and without CUDA kernels, which has not warned yet."""
-    monkeypatch.setattr(cuda, "_kernels", None)
+    monkeypatch.setattr(hardware, "module", None)
     monkeypatch.setattr(native, "PACKAGE", WithoutModules(native.PACKAGE))
     monkeypatch.setattr(native, "_installed_copy", lambda module: None)
-    monkeypatch.setattr(cuda, "missing", cuda.why_not_installed(ModuleNotFoundError()))
+    monkeypatch.setattr(hardware, "missing", hardware.why_not_installed(ModuleNotFoundError()))
     monkeypatch.setattr(triton, "installation_problem", lambda: None)
     caches = (
         dispatch.choose,
         dispatch._warn_of_triton,
         dispatch._warn_of_reference,
         dispatch._warn_of_instruction_set,
-        cuda._unusable_reason,
+        hardware.unusable_reason,
     )
     for cache in caches:
         cache.cache_clear()
@@ -55,7 +57,7 @@ def built(monkeypatch: pytest.MonkeyPatch, architectures: str, refusal: str = ""
     """As if CUDA kernels had been built for these architectures. The driver refuses them with a text, or takes them."""
     build = {"version": "1", "compiler": "nvcc 13.0", "architectures": architectures}
     module = types.SimpleNamespace(build_info=lambda: build, unusable_reason=lambda index: refusal)
-    monkeypatch.setattr(cuda, "_kernels", module)
+    monkeypatch.setattr(hardware, "module", module)
 
 
 def problem(length: int = 2048, capability: tuple[int, int] = (9, 0), **changes) -> AttentionProblem:
@@ -135,22 +137,22 @@ def test_a_binary_without_kernels_for_hopper_runs_those_for_sm_80(monkeypatch: p
     """On Hopper, the kernels for sm_80 run from their PTX if those for sm_90a have not been built."""
     for architectures, expected in ((DEFAULT, 90), ("80", 80)):
         built(monkeypatch, architectures)
-        cuda._has_hopper_kernels.cache_clear()
-        assert cuda._device_architecture(problem()) == expected
-        assert cuda._device_architecture(problem(capability=(8, 0))) == 80
-    cuda._has_hopper_kernels.cache_clear()
+        hardware.has_hopper_kernels.cache_clear()
+        assert hardware.device_architecture(problem()) == expected
+        assert hardware.device_architecture(problem(capability=(8, 0))) == 80
+    hardware.has_hopper_kernels.cache_clear()
 
 
 def test_pages_that_the_kernels_for_hopper_cannot_load(monkeypatch: pytest.MonkeyPatch) -> None:
     built(monkeypatch, "90a-real")
-    cuda._has_hopper_kernels.cache_clear()
+    hardware.has_hopper_kernels.cache_clear()
     names, (warning,) = chosen(problem(page_size=16), problem(page_size=12))
     assert names == ["cuda", "triton"]
     assert "expected sm_80, too, for pages of 12 rows, which are no multiple of 8" in warning
     assert "FUSED_ATTN_CUDA_ARCHITECTURES=80,90" in warning
     built(monkeypatch, DEFAULT)
     assert chosen(problem(page_size=12)) == (["cuda"], [])
-    cuda._has_hopper_kernels.cache_clear()
+    hardware.has_hopper_kernels.cache_clear()
 
 
 def test_explain_says_what_a_binary_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,11 +191,11 @@ def test_a_lack_of_memory_is_no_lasting_reason(monkeypatch: pytest.MonkeyPatch) 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     asked = problem()
-    works = cuda._kernels.unusable_reason
-    cuda._kernels.unusable_reason = fails
+    works = hardware.module.unusable_reason
+    hardware.module.unusable_reason = fails
     with pytest.raises(torch.OutOfMemoryError):
         dispatch.choose(asked, None)
-    cuda._kernels.unusable_reason = works
+    hardware.module.unusable_reason = works
     assert chosen(asked) == (["cuda"], [])
 
 
@@ -228,7 +230,7 @@ def with_settings(monkeypatch: pytest.MonkeyPatch, settings: str) -> None:
     """As if the CPU kernels had been built with these settings, in the form of ``_C.build_info()``."""
     build = types.SimpleNamespace(build_info=lambda: {"settings": settings})
     monkeypatch.setattr(native, "_C", build)
-    monkeypatch.setattr(cuda, "missing", cuda.why_not_installed(ModuleNotFoundError()))
+    monkeypatch.setattr(hardware, "missing", hardware.why_not_installed(ModuleNotFoundError()))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,12 @@ from emulator import CSRC, Builder, Library, Statistics
 
 from fused_attn import architectures, planning
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends import cuda, dispatch
-from fused_attn.backends.cuda import GradientSplits
+from fused_attn.backends import dispatch
+from fused_attn.backends.cuda import backend as cuda
+from fused_attn.backends.cuda import hardware
+from fused_attn.backends.cuda import splits as cuda_splits
+from fused_attn.backends.cuda import workspace as cuda_workspace
+from fused_attn.backends.cuda.splits import GradientSplits
 from fused_attn.derivatives import ops
 
 FLAGS = ("-Wno-psabi",)  # otherwise g++ warns about how it passes vector types
@@ -81,14 +85,14 @@ class Kernels:
 
         ``options`` are those of `Library.start`.
         """
-        before = cuda._kernels
-        cuda._kernels = self._module
+        before = hardware.module
+        hardware.module = self._module
         self._library.start(seed, **options)
         try:
             with of_architecture(architecture):
                 yield
         finally:
-            cuda._kernels = before
+            hardware.module = before
 
     @property
     def statistics(self) -> Statistics:
@@ -98,20 +102,20 @@ class Kernels:
 
 def is_built_for(architecture: int) -> bool:
     """Whether the module of backend="cuda" has the kernels for sm_80 (80) or sm_90a (90)."""
-    built = architectures.parsed(cuda._kernels.build_info()["architectures"])
+    built = architectures.parsed(hardware.module.build_info()["architectures"])
     return any(entry.name.rstrip("a") == str(architecture) for entry in built)
 
 
 @contextlib.contextmanager
 def of_architecture(architecture: int) -> Iterator[None]:
     """Within this context, backend="cuda" runs its kernels for sm_80 (80) or sm_90a (90), whatever the device is."""
-    before = cuda._device_architecture
+    before = hardware.device_architecture
     _forget_plans()
-    cuda._device_architecture = lambda problem: architecture
+    hardware.device_architecture = lambda problem: architecture
     try:
         yield
     finally:
-        cuda._device_architecture = before
+        hardware.device_architecture = before
         _forget_plans()
 
 
@@ -122,20 +126,20 @@ def dividing_gradients(dq: int, dk: int) -> Iterator[None]:
     """
 
     def splits(problem: AttentionProblem, rows_q: int, rows_k: int) -> GradientSplits:
-        return GradientSplits(1 if cuda.is_fused_backward(problem) else dq, dk)
+        return GradientSplits(1 if cuda_splits.is_fused_backward(problem) else dq, dk)
 
-    before = cuda.gradient_splits
-    cuda.gradient_splits = splits
+    before = cuda_splits.gradient_splits
+    cuda_splits.gradient_splits = splits
     try:
         yield
     finally:
-        cuda.gradient_splits = before
+        cuda_splits.gradient_splits = before
 
 
 def _forget_plans() -> None:
     """Clears the caches of plans, which hold the architecture and the kernels that were chosen before."""
     plans = (planning.cached_plan, planning.cached_packed_plan, planning.cached_paged_plan)
-    for function in (*plans, ops._problem_of_shapes, dispatch.choose, cuda._config, cuda._workspace_bytes):
+    for function in (*plans, ops._problem_of_shapes, dispatch.choose, cuda._config, cuda_workspace.workspace_bytes):
         function.cache_clear()
     for kept in (planning.plans, planning.packed_plans, planning.paged_plans):
         kept.clear()

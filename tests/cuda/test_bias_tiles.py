@@ -14,7 +14,7 @@ from kernels import Kernels
 from torch import Tensor
 
 import fused_attn
-from fused_attn.backends import cuda
+from fused_attn.backends.cuda import hardware
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -140,13 +140,13 @@ def test_kernels_write_the_gradient_in_the_dtype_of_the_bias(
     case = dataclasses.replace(BIASED, **sizes, attn_mask=cases.float_mask("HLS", bias), differentiated=("attn_mask",))
     found = []
     with kernels.running(architecture):
-        backward = cuda._kernels.backward
+        backward = hardware.module.backward
 
         def recorded(inputs, saved, grads, *others):
             found.append(grads.bias.dtype)
             return backward(inputs, saved, grads, *others)
 
-        monkeypatch.setattr(cuda._kernels, "backward", recorded)
+        monkeypatch.setattr(hardware.module, "backward", recorded)
         cases.run(case.make(query), "cuda")
     assert found == [written]
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fused_attn.backends import cuda
+from fused_attn.backends.cuda import hardware
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "cmake"))
@@ -345,7 +345,7 @@ def copies_after_wait(texts: list[str]) -> list[str]:
 def built() -> list[Kernel]:
     """All kernels. On a machine with a GPU, a build has by default only the kernels for that GPU."""
     found = kernels()
-    if torch.cuda.is_available() and (architectures := cuda._kernels.build_info()["architectures"]) != "80,90a-real":
+    if torch.cuda.is_available() and (architectures := hardware.module.build_info()["architectures"]) != "80,90a-real":
         pytest.skip(f"needs a build for all architectures, not for {architectures}")
     return found
 

@@ -9,7 +9,7 @@ import torch
 from kernels import is_built_for
 
 import fused_attn
-from fused_attn.backends import cuda
+from fused_attn.backends.cuda import hardware
 
 pytestmark = pytest.mark.quick
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.quick
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the kernels had been built for all GPUs; nothing else of the module is called."""
     build = {"version": "1", "compiler": "nvcc 13.0", "architectures": "80,90a-real"}
-    monkeypatch.setattr(cuda, "_kernels", types.SimpleNamespace(build_info=lambda: build))
+    monkeypatch.setattr(hardware, "module", types.SimpleNamespace(build_info=lambda: build))
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_which_kernels_a_module_has(monkeypatch: pytest.MonkeyPatch, built: str, found: list[int]) -> None:
     """The tests on a GPU skip the kernels that the module lacks."""
-    monkeypatch.setattr(cuda, "_kernels", types.SimpleNamespace(build_info=lambda: {"architectures": built}))
+    monkeypatch.setattr(hardware, "module", types.SimpleNamespace(build_info=lambda: {"architectures": built}))
     assert [architecture for architecture in (80, 90) if is_built_for(architecture)] == found
 
 

@@ -33,7 +33,8 @@ from test_splits import CASES as SPLIT_CASES
 from test_sums_of_dq import CASES as LATENTS
 
 import fused_attn
-from fused_attn.backends import cuda
+from fused_attn.backends.cuda import backend as cuda
+from fused_attn.backends.cuda import hardware
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -111,12 +112,12 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
 @pytest.fixture(params=ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}", autouse=True)
 def architecture(request: pytest.FixtureRequest) -> Iterator[int]:
     """Whose kernels backend="cuda" runs."""
-    if cuda._kernels is None:
-        pytest.skip(f"{cuda.missing}")
+    if hardware.module is None:
+        pytest.skip(f"{hardware.missing}")
     if request.param == 90 and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("kernels for sm_90a need a GPU of compute capability 9")
     if not is_built_for(request.param):  # by default, a build has those for the GPUs of its machine alone
-        pytest.skip(f"the module has no kernels for {request.param}: {cuda._kernels.build_info()['architectures']}")
+        pytest.skip(f"the module has no kernels for {request.param}: {hardware.module.build_info()['architectures']}")
     with of_architecture(request.param):
         yield request.param
 
@@ -136,7 +137,7 @@ def assert_same(actual: oracle.Result, expected: oracle.Result) -> None:
     ids=lambda case: case.id,
 )
 def test_case(case: Case, dtype: torch.dtype, architecture: int, poisoned: None) -> None:
-    if (case.page_size or 0) % cuda.PAGE_STEP and architecture == 90 and not is_built_for(80):
+    if (case.page_size or 0) % hardware.PAGE_STEP and architecture == 90 and not is_built_for(80):
         pytest.skip("the kernels for sm_90a cannot load these pages, and the module has no others")
     cases.check(case, dtype, "cuda", "cuda")
 

@@ -24,7 +24,8 @@ from test_fuzz import attention_cases, fuzz, packed_cases, paged_cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
-from fused_attn.backends import cuda
+from fused_attn.backends.cuda import backend as cuda
+from fused_attn.backends.cuda import hardware
 from fused_attn.partial import attention_partial, attention_partial_backward
 
 ARCHITECTURES = (80, 90)
@@ -266,8 +267,8 @@ def test_workspace_grows_with_the_length(head_dim: int) -> None:
     """Without a dense mask: it holds sums of dq of every query, and no number of a pair of a query and a key."""
     heads, most_bytes = 4, {}
     for length in (4096, 8192):
-        most_bytes[length] = cuda._kernels.workspace_bytes(
-            architecture=cuda._device_architecture(None), is_backward=True, wants_dquery=True,
+        most_bytes[length] = hardware.module.workspace_bytes(
+            architecture=hardware.device_architecture(None), is_backward=True, wants_dquery=True,
             wants_dkey=True, wants_dvalue=True, batch=1, batch_entries=1, num_heads=heads, num_kv_heads=heads,
             rows_q=length, rows_k=length, seqlen_q=length, seqlen_k=length, head_dim=head_dim, value_dim=head_dim,
             is_packed=False, has_key_padding=True, relative_bias_heads=heads, mask_entries=0, dbias_shape=None,

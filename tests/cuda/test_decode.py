@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 import fused_attn
-from fused_attn.backends import cuda
+from fused_attn.backends.cuda import backend as cuda
+from fused_attn.backends.cuda import hardware
+from fused_attn.backends.cuda import splits as cuda_splits
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -190,9 +192,9 @@ def test_tma_loads_pages_of_whole_groups_of_rows(
 @pytest.mark.parametrize(
     ("file", "constant", "number"),
     [
-        ("tiles.h", "kLeastPieceRows", cuda.PAGE_STEP),
-        ("decode.h", "kMaxDecodeTiles", cuda.MAX_DECODE_TILES),
-        ("decode.h", "kDecodeRows", cuda.DECODE_ROWS),
+        ("tiles.h", "kLeastPieceRows", hardware.PAGE_STEP),
+        ("decode.h", "kMaxDecodeTiles", cuda_splits.MAX_DECODE_TILES),
+        ("decode.h", "kDecodeRows", cuda_splits.DECODE_ROWS),
     ],
 )
 def test_numbers_that_the_backend_shares_with_the_kernels(file: str, constant: str, number: int) -> None:

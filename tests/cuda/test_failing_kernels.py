@@ -12,7 +12,7 @@ from emulator import CSRC, Builder
 from kernels import of_architecture
 
 import fused_attn
-from fused_attn.backends import cuda
+from fused_attn.backends.cuda import hardware
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ def call(requires_grad: bool = False) -> torch.Tensor:
 
 def test_a_lack_of_memory_is_torch_s_error(failing: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training loops catch it. It keeps no tensor alive, and the next call works as before."""
-    monkeypatch.setattr(cuda, "_kernels", failing)
+    monkeypatch.setattr(hardware, "module", failing)
     with of_architecture(90):
         for _ in range(2):
             with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
@@ -42,7 +42,7 @@ def test_a_lack_of_memory_is_torch_s_error(failing: types.ModuleType, monkeypatc
 
 
 def test_a_failed_call_keeps_no_tensor(failing: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_kernels", failing)
+    monkeypatch.setattr(hardware, "module", failing)
     x = torch.randn(1, 2, 16, 64, dtype=torch.float16)
     before = sys.getrefcount(x)
     with of_architecture(90):

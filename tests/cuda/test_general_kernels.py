@@ -12,7 +12,8 @@ from torch import Tensor
 import fused_attn
 from fused_attn.attention.inputs import Inputs, Saved, Shapes, Wanted
 from fused_attn.attention.problem import AttentionProblem, Scalars
-from fused_attn.backends import cuda
+from fused_attn.backends.cuda import backend as cuda
+from fused_attn.backends.cuda import hardware
 
 INF = float("inf")
 
@@ -70,7 +71,7 @@ def test_every_feature_runs_in_the_fused_backward(options: dict, head_dim: int, 
     leaves = [torch.zeros(1, 1, 8, head_dim).half().requires_grad_() for _ in range(3)]
     out = fused_attn.fused_attention(*leaves, backend="cuda", **options)
     torch.autograd.grad(out, leaves, out)
-    assert (kernels.statistics.tma_stores > 0) == (cuda._device_architecture(None) == 90)
+    assert (kernels.statistics.tma_stores > 0) == (hardware.device_architecture(None) == 90)
 
 
 @pytest.mark.parametrize("huge", [-1e8, -1e9, -1e30, 1e9])

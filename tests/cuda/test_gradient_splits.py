@@ -12,8 +12,11 @@ from torch import Tensor
 import fused_attn
 from fused_attn.attention.inputs import Wanted
 from fused_attn.attention.problem import AttentionProblem, Band
-from fused_attn.backends import cuda
-from fused_attn.backends.cuda import GradientSplits
+from fused_attn.backends.cuda import backend as cuda
+from fused_attn.backends.cuda import hardware
+from fused_attn.backends.cuda import splits as cuda_splits
+from fused_attn.backends.cuda import workspace as cuda_workspace
+from fused_attn.backends.cuda.splits import GradientSplits
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -141,7 +144,7 @@ def test_few_keys_are_divided_without_being_asked(architecture: int, kernels: Ke
 def test_numbers_that_do_not_fit_are_refused(
     head_dim: int, splits: tuple[int, int], message: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "gradient_splits", lambda *_: GradientSplits(*splits))
+    monkeypatch.setattr(cuda_splits, "gradient_splits", lambda *_: GradientSplits(*splits))
     with kernels.running(90), pytest.raises((ValueError, RuntimeError), match=message):
         gradients(leaves(1, 1, 1, 64, 64, head_dim))
 
@@ -151,7 +154,7 @@ def test_numbers_that_do_not_fit_are_refused(
 
 def planned(problem: AttentionProblem, rows: int | None = None) -> GradientSplits:
     """rows: those of all sequences if the problem is packed"""
-    return cuda.gradient_splits(problem, rows or problem.seqlen_q, rows or problem.seqlen_k)
+    return cuda_splits.gradient_splits(problem, rows or problem.seqlen_q, rows or problem.seqlen_k)
 
 
 def problem_of(batch=1, heads=16, kv_heads=16, queries=4096, keys=4096, head_dim=128, **others) -> AttentionProblem:
@@ -201,7 +204,7 @@ def problem_of(batch=1, heads=16, kv_heads=16, queries=4096, keys=4096, head_dim
 def test_number_of_splits(
     architecture: int, changes: dict, splits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "_device_architecture", lambda problem: architecture)
+    monkeypatch.setattr(hardware, "device_architecture", lambda problem: architecture)
     rows = changes.pop("rows", None)
     assert planned(problem_of(**changes), rows) == splits
 
@@ -215,7 +218,9 @@ def bytes_of_backward(
     """The workspace of backward for the gradients of these names."""
     wanted = Wanted(**{name: name in names for name in Wanted._fields})
     shape = torch.Size((problem.batch, problem.num_heads, problem.seqlen_q, problem.head_dim))
-    return cuda._workspace_bytes(problem, shape, wanted, cuda.UNDIVIDED, splits, problem.seqlen_k, 0, masks, None)
+    return cuda_workspace.workspace_bytes(
+        problem, shape, wanted, cuda_splits.UNDIVIDED, splits, problem.seqlen_k, 0, masks, None
+    )
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

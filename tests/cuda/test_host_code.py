@@ -29,7 +29,8 @@ from kernels import dividing_gradients, is_built_for, of_architecture
 from test_binary import cuobjdump
 from test_cuda_kernels import ARCHITECTURES, MIXED_FEATURES, NAMES
 
-from fused_attn.backends import cuda
+from fused_attn.backends.cuda import backend as cuda
+from fused_attn.backends.cuda import hardware
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,13 +84,13 @@ class HostCode:
     @contextlib.contextmanager
     def running(self, architecture: int) -> Iterator[None]:
         """Within this context, backend="cuda" runs this module, which writes no results."""
-        before = cuda._kernels
-        cuda._kernels = self._module
+        before = hardware.module
+        hardware.module = self._module
         try:
             with of_architecture(architecture):
                 yield
         finally:
-            cuda._kernels = before
+            hardware.module = before
 
     def launches(self) -> list[Launch]:
         """Those since the last call."""

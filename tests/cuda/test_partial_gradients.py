@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fused_attn.attention.inputs import Inputs, Saved, Shapes, Wanted
 from fused_attn.attention.problem import AttentionProblem, Scalars
-from fused_attn.backends import cuda
+from fused_attn.backends.cuda import backend as cuda
+from fused_attn.backends.cuda import workspace as cuda_workspace
 
 HEADS, KV_HEADS = 2, 1
 #: The lengths of sequences, or of batch entries, which are all equal.
@@ -139,7 +140,7 @@ def test_no_memory_for_sums_that_nobody_wants(is_packed: bool, kernels: Kernels)
     call = Call(64, torch.float16, has_mask=True, is_packed=is_packed)
     with kernels.running(90):
         sizes = {
-            wanted: cuda._workspace(call.problem, call.inputs, Wanted(**dict.fromkeys(wanted, True))).numel()
+            wanted: cuda_workspace.workspace(call.problem, call.inputs, Wanted(**dict.fromkeys(wanted, True))).numel()
             for wanted in (NAMES, *WANTED)
         }
     assert sizes[NAMES] == sizes[("query",)] == sizes[("query", "value")]

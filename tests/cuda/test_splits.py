@@ -14,8 +14,10 @@ from torch import Tensor
 
 import fused_attn
 from fused_attn.attention.problem import AttentionProblem, Band
-from fused_attn.backends import cuda, dispatch
-from fused_attn.backends.cuda import KeySplits
+from fused_attn.backends import dispatch
+from fused_attn.backends.cuda import backend as cuda
+from fused_attn.backends.cuda import splits as cuda_splits
+from fused_attn.backends.cuda.splits import KeySplits
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -153,7 +155,7 @@ def test_nan_is_not_taken_for_a_split_without_keys(architecture: int, queries: i
 def test_numbers_that_do_not_fit_are_refused(
     splits: tuple[int, int], message: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "key_splits", lambda problem: KeySplits(*splits))
+    monkeypatch.setattr(cuda_splits, "key_splits", lambda problem: KeySplits(*splits))
     with kernels.running(80), pytest.raises((ValueError, RuntimeError), match=message):
         fused_attn.fused_attention(*make_inputs(1, 4, 300), backend="cuda")
 
@@ -224,7 +226,7 @@ SERVER = {"kv_heads": 8, "queries": 300, "page_size": 16, "is_packed": True}
     ids=str,
 )
 def test_number_of_splits(changes: dict, splits: tuple[int, int]) -> None:
-    assert cuda.key_splits(problem_of(**changes)) == KeySplits(*splits)
+    assert cuda_splits.key_splits(problem_of(**changes)) == KeySplits(*splits)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from kernels import Kernels
 from torch import Tensor
 
 import fused_attn
-from fused_attn.backends import cuda
+from fused_attn.backends.cuda import hardware
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -66,7 +66,7 @@ def bytes_of_dq(kernels: Kernels, batch: int, heads: int, kv_heads: int, queries
     """The memory that backward takes for dq, beside that for dk and dv."""
 
     def workspace(wants_dquery: bool) -> int:
-        return cuda._kernels.workspace_bytes(
+        return hardware.module.workspace_bytes(
             architecture=90, is_backward=True, wants_dquery=wants_dquery, wants_dkey=True, wants_dvalue=True,
             batch=batch, batch_entries=batch, num_heads=heads, num_kv_heads=kv_heads, rows_q=queries, rows_k=keys,
             seqlen_q=queries, seqlen_k=keys, head_dim=dim, value_dim=dim, is_packed=False, has_key_padding=False,

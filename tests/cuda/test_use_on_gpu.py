@@ -13,12 +13,12 @@ import torch
 
 import fused_attn
 from fused_attn.__main__ import main
-from fused_attn.backends import cuda
+from fused_attn.backends.cuda import hardware
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_kernels = pytest.mark.skipif(cuda._kernels is None, reason="fused_attn._cuda has not been built")
+needs_kernels = pytest.mark.skipif(hardware.module is None, reason="fused_attn._cuda has not been built")
 
 
 def leaves(length: int = 2048, device: str = "cuda") -> list[torch.Tensor]:
@@ -45,7 +45,7 @@ def test_check_is_right_and_has_speeds(capsys: pytest.CaptureFixture) -> None:
     assert main(["check", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     backends = {result["backend"] for result in report["results"]}
-    assert "triton" in backends and ("cuda" in backends or cuda._kernels is None)
+    assert "triton" in backends and ("cuda" in backends or hardware.module is None)
     for line in report["speed"]:
         assert line["failure"] == "", line
         assert 0 < line["tflops"] < 1.05 * line["matmul_tflops"]  # no attention is faster than a matrix product

@@ -21,7 +21,8 @@ from fused_attn import modes, running
 from fused_attn.attention import checks
 from fused_attn.attention.inputs import Saved, Wanted
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends import cuda, dispatch
+from fused_attn.backends import dispatch
+from fused_attn.backends.cuda import hardware
 
 pytest.importorskip("triton.language")
 
@@ -205,7 +206,7 @@ def test_tf32_only_where_torch_allows_it() -> None:
 @EVERY_CASE
 def test_explain_every_case_on_gpus_that_are_not_there(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without CUDA kernels, Triton is chosen for every case. tests/cuda/test_cuda_backend.py tests the rest."""
-    monkeypatch.setattr(cuda, "_kernels", None)
+    monkeypatch.setattr(hardware, "module", None)
 
     def explain(inputs: Inputs, architecture: str) -> dispatch.Explanation:
         if inputs.function is fused_attn.fused_attention:

@@ -1,0 +1,103 @@
+"""The memory of a call for intermediate results."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from fused_attn.attention.inputs import Inputs, Wanted
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends.cuda import hardware
+from fused_attn.backends.cuda.splits import UNDIVIDED, UNDIVIDED_GRADIENTS, GradientSplits, KeySplits
+
+
+def workspace(
+    problem: AttentionProblem,
+    inputs: Inputs,
+    wanted: Wanted | None,
+    key_splits: KeySplits = UNDIVIDED,
+    gradient_splits: GradientSplits = UNDIVIDED_GRADIENTS,
+) -> Tensor | None:
+    """Uninitialised memory for intermediate results of a call, float32; None if the call needs none.
+
+    wanted: the wanted gradients of a backward call; None for forward
+    """
+    relative_bias = inputs.relative_bias
+    size = workspace_bytes(
+        problem,
+        inputs.query.shape,
+        wanted,
+        key_splits,
+        gradient_splits,
+        inputs.key.shape[2],
+        0 if relative_bias is None else relative_bias.shape[0],
+        _mask_entries(inputs),
+        None if inputs.bias is None or wanted is None or not wanted.bias else inputs.bias.shape,
+    )
+    return torch.empty(size // 4, dtype=torch.float32, device=inputs.query.device) if size else None
+
+
+def _mask_entries(inputs: Inputs) -> int:
+    """How many (L, S) masks the mask (B|1, H|1, ...) and the ranges of keys make; 0 without both.
+
+    A dimension of batch entries or heads that is expanded counts once.
+    """
+    masks = [x for x in (inputs.mask, inputs.key_ranges) if x is not None]
+    if not masks:
+        return 0
+    return math.prod(max(1 if x.stride(dim) == 0 else x.shape[dim] for x in masks) for dim in (0, 1))
+
+
+@functools.lru_cache(maxsize=4096)
+def workspace_bytes(
+    problem: AttentionProblem,
+    query_shape: torch.Size,
+    wanted: Wanted | None,
+    key_splits: KeySplits,
+    gradient_splits: GradientSplits,
+    rows_k: int,
+    relative_bias_heads: int,
+    mask_entries: int,
+    dbias_shape: torch.Size | None,
+) -> int:
+    """The size of the workspace in bytes, as the native module computes it.
+
+    query_shape: (B, H, L, D), with B = 1 for packed problems
+    wanted: the wanted gradients of a backward call; None for forward
+    rows_k: the rows of the key tensor
+    relative_bias_heads: the heads of relative_bias; 0 without one
+    mask_entries: see `_mask_entries`
+    dbias_shape: the shape of the gradient of bias; None if it is not wanted
+    """
+    batch_entries, num_heads, rows_q, _ = query_shape
+    return hardware.module.workspace_bytes(
+        architecture=hardware.architecture(problem, has_large_kernels=key_splits.large > 0),
+        is_backward=wanted is not None,
+        wants_dquery=wanted is not None and wanted.query,
+        wants_dkey=wanted is not None and wanted.key,
+        wants_dvalue=wanted is not None and wanted.value,
+        batch=problem.batch,
+        batch_entries=batch_entries,
+        num_heads=num_heads,
+        num_kv_heads=problem.num_kv_heads,
+        rows_q=rows_q,
+        rows_k=rows_k,
+        seqlen_q=problem.seqlen_q,
+        seqlen_k=problem.seqlen_k,
+        head_dim=problem.head_dim,
+        is_packed=problem.is_packed,
+        has_key_padding=problem.has_key_padding,
+        relative_bias_heads=relative_bias_heads,
+        mask_entries=mask_entries,
+        dbias_shape=dbias_shape,
+        wants_dkey_bias=wanted is not None and wanted.key_bias,
+        wants_drelative_bias=wanted is not None and wanted.relative_bias,
+        decode_splits=key_splits.decode,
+        large_splits=key_splits.large,
+        dq_splits=gradient_splits.dq,
+        dk_splits=gradient_splits.dk,
+        value_dim=problem.value_dim,
+    )
