@@ -348,7 +348,7 @@ cu_seqlens_q, _k (N + 1,)      int32. With both, the call is packed: N sequences
 dlse (B, H, L)                 accumulate, any strides; None = zero
 
 dbias, dkey_bias, drelative_bias and dsinks are accumulate. A broadcast dimension of dbias or drelative_bias is summed
-over.)";
+over. If no dimension of dbias is broadcast, dbias may have the dtype of query.)";
 
 }  // namespace
 }  // namespace fused_attn
