@@ -1132,6 +1132,7 @@ NUMERICS = [
     ),
     Case("sinks", seqlen_q=70, seqlen_k=67, sinks=sink(), has_dlse=True, is_quick=True),
     Case("sinks-huge", sinks=sink(200.0), has_dlse=True),
+    Case("sinks-huge-beside-empty-rows", sinks=sink(1500.0), attn_mask=empty_rows_mask, has_dlse=True),
     Case("sinks-very-negative", sinks=sink(-200.0), has_dlse=True),
     Case("sinks-float32", sinks=sink(0.0, torch.float32), dtypes=(torch.bfloat16,)),
     Case("sinks-only-requires-grad", sinks=sink(), differentiated=("sinks",)),

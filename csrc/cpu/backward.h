@@ -527,7 +527,7 @@ void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
 }
 
 // Processes one work item: all (batch, kv head) pairs of a group, in order, with one chunk of keys. First sets the
-// gradients of the biases to zero, because each pair adds to these gradients.
+// gradients of the biases to zero, unless dscores are stored in all of their entries.
 template <class Policy>
 void backward_item(const BackwardItem<Policy>& item, int64_t group) {
   using Lane = typename Policy::Lane;

@@ -75,7 +75,8 @@ inline int64_t groups_of_item(const AttentionParams& p, const DecodePlan& plan) 
 template <class Storage>
 int64_t groups_of_turn(const AttentionParams& p, const DecodePlan& plan) {
   constexpr int64_t kTurnBytes = 2048;
-  if (plan.heads * p.seqlen_q == 1 || p.key.stride_head >= p.key.stride_row) return 1;
+  const int64_t stride_token = p.page_size == 1 ? p.key.stride_batch : p.key.stride_row;
+  if (plan.heads * p.seqlen_q == 1 || p.key.stride_head >= stride_token) return 1;
   const int64_t groups = kTurnBytes / (p.head_dim * static_cast<int64_t>(sizeof(Storage)));
   const int64_t most = groups < plan.item_groups ? groups : plan.item_groups;
   return most > 1 ? most : 1;

@@ -60,9 +60,8 @@ FA_INLINE void prefetch_tile(const ForwardScratch<Policy>& s, int k, int count, 
 // Computes the probs of kTiles tiles: their keys, from key k of the block on, and kColumns vectors of queries from
 // vector v on. Stores the probs after dropout in s.probs, and adds the probs before dropout to the sums of the softmax.
 // kPlain: every key of the tiles is visible, scores have no other terms than products, and there is neither dropout nor
-// row_max. So
-// the compiler leaves out all code for these features. With more than one tile, results have the same bits as tile by
-// tile.
+// row_max. So the compiler leaves out all code for these features. With more than one tile, results have the same bits
+// as tile by tile.
 template <class Policy, int kColumns, bool kPlain, int kTiles = 1>
 FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
                               const ForwardScratch<Policy>& s, RunningSoftmax<Policy>& softmax) {
@@ -252,9 +251,12 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
     const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
     softmax.begin_block();
     const bool is_plain = in.has_no_other_terms() && !p.has_dropout && !softmax.tracks_max;
-    for (int t = 0; t < tiles; ++t) {
+    const auto prefetch_for = [&](int t) {
       prefetch(t * kTileKeys, tiles * kTileKeys);
       prefetch_scores<Policy>(p, p.bias, p.bias_dtype, b, h, q_begin, nq, seq.seqlen_k, keys, t, tiles);
+    };
+    for (int t = 0; t < tiles; ++t) {
+      prefetch_for(t);
       // A block that fills at most half of a tile takes two tiles at once, because one has too few sums: each
       // multiply-add would wait for an earlier one. The first tile often raises the references, which two tiles at once
       // do slowly.
@@ -267,8 +269,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
           }
         });
         s.key.ranges[t] = s.key.ranges[t + 1] = {0, vectors};
-        ++t;
-        prefetch(t * kTileKeys, tiles * kTileKeys);
+        prefetch_for(++t);
         continue;
       }
       bool partial;

@@ -1,6 +1,8 @@
 // The scores of one tile of keys and queries. forward and backward share this code, because backward must compute
 // exactly the scores that forward has computed.
 #pragma once
+#include <type_traits>
+
 #include "amx_products.h"
 #include "dropout.h"
 #include "elementary.h"
@@ -157,12 +159,12 @@ FA_INLINE void transpose_pairs(const BFloat16* rows, int64_t stride_row, const P
 }
 
 // Copies the dense bias of a block of keys and queries, transposed, to tile[key of the block][stride]. The entries of
-// queries that do not exist are zero. With kAdds, the tile holds scores, which become tile * scale + bias. There are
+// queries that do not exist are zero. With kAdds, the tile holds products, which become tile * scale + bias. There are
 // three branches:
 //
 //   stride_row is 0                    all queries share one bias, so the function broadcasts a number to each row
 //   stride_col is 1, contiguous keys   the function loads whole vectors of keys, and transposes them
-//   otherwise                          the function loads one number at a time
+//   otherwise                          the function loads one number at a time; not with kAdds
 template <class Lane, class Storage, bool kAdds>
 FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
                                 const KeyBlock& keys, Lane scale, Lane* tile) {
@@ -206,15 +208,29 @@ FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, in
         for (int i = 0; i < n; ++i) put(k + i, q, block[i]);
       }
     }
-  } else {
+  } else if constexpr (!kAdds) {
     for (int k = 0; k < keys.count; ++k) {
+      Lane* row = tile + k * stride;
       const Storage* column = base + keys.index[k] * view.stride_col;
-      for (int q = 0; q < nq; q += n) {
-        Vec<Lane> bias = {};
-        for (int i = 0; i < n && q + i < nq; ++i) bias[i] = load_scalar<Lane>(column + (q + i) * view.stride_row);
-        put(k, q, bias);
-      }
+      for (int q = 0; q < nq; ++q) row[q] = load_scalar<Lane>(column + q * view.stride_row);
+      for (int64_t q = nq; q < stride; ++q) row[q] = 0;
     }
+  }
+}
+
+// Multiplies the products of a block of keys and queries by the scale, and adds the dense bias. A bias that cannot be
+// loaded as vectors goes through `tile`: to add one number at a time takes longer.
+template <class Lane, class Storage>
+void add_bias_to_products(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq, const KeyBlock& keys,
+                          Lane scale, Lane* tile, Lane* products) {
+  if (view.stride_row == 0 || (view.stride_col == 1 && keys.contiguous)) {
+    load_bias_tile<Lane, Storage, true>(view, b, h, q_begin, nq, keys, scale, products);
+    return;
+  }
+  load_bias_tile<Lane, Storage, false>(view, b, h, q_begin, nq, keys, scale, tile);
+  const int64_t count = keys.count * round_up(nq, kLanes<Lane>);
+  for (int64_t i = 0; i < count; i += kLanes<Lane>) {
+    store<Lane>(products + i, load<Lane>(products + i) * scale + load<Lane>(tile + i));
   }
 }
 
@@ -267,7 +283,7 @@ struct KeyScratch {
   const char** key_rows;        // [key of the block]: its row, as lanes
   Lane* key_lanes;              // memory for rows that have to be converted to lanes, or copied for AMX
   Lane* bias;                   // [key of the block][stride]
-  Lane* products;               // [key of the block][stride]: query . key, if AMX multiplies
+  Lane* products;               // [key of the block][stride]: query . key, if AMX multiplies; see adds_bias
   LaneInt<Lane>* dropout_keep;  // [key of the block][stride]: -1 = keep, 0 = drop
   VectorRange* ranges;          // [tile]: the vectors of queries that see a key of the tile
 
@@ -332,20 +348,22 @@ FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64
     in.products = scratch.products;
   }
   if (p.bias.data != nullptr) {
-    const auto load_bias = [&](auto adds, Lane* tile) {
-      constexpr bool kAdds = decltype(adds)::value != 0;
+    const auto load_bias = [&](auto* element) {
+      using Element = std::remove_pointer_t<decltype(element)>;
       const Lane scale = static_cast<Lane>(p.scale);
-      if (p.bias_dtype == p.dtype) {
-        load_bias_tile<Lane, Storage, kAdds>(p.bias, b, h, q_begin, nq, keys, scale, tile);
-      } else {
-        load_bias_tile<Lane, Lane, kAdds>(p.bias, b, h, q_begin, nq, keys, scale, tile);
+      if constexpr (Policy::kUsesAmx) {
+        if (in.adds_bias) {
+          add_bias_to_products<Lane, Element>(p.bias, b, h, q_begin, nq, keys, scale, scratch.bias, scratch.products);
+          return;
+        }
       }
-    };
-    if (in.adds_bias) {
-      if constexpr (Policy::kUsesAmx) load_bias(Constant<1>{}, scratch.products);
-    } else {
-      load_bias(Constant<0>{}, scratch.bias);
+      load_bias_tile<Lane, Element, false>(p.bias, b, h, q_begin, nq, keys, scale, scratch.bias);
       in.bias = scratch.bias;
+    };
+    if (p.bias_dtype == p.dtype) {
+      load_bias(static_cast<Storage*>(nullptr));  // the pointer selects the type of the elements
+    } else {
+      load_bias(static_cast<Lane*>(nullptr));
     }
   }
   if (p.key_bias.data != nullptr) in.key_bias = row_of<const Lane>(p.key_bias, b, 0, 0);

@@ -169,7 +169,8 @@ def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
     probs = torch.exp(scores - reference)
     row_sum = probs.sum(-1, keepdim=True)
     if sink is not None:
-        row_sum = row_sum + torch.exp(sink - reference)
+        # The exponent of an empty row is masked, and not the sum alone: the gradient of an infinite exp is NaN.
+        row_sum = row_sum + torch.exp((sink - reference).masked_fill(is_empty, float("-inf")))
     row_sum = row_sum.masked_fill(is_empty, 1.0)
     lse = (reference + row_sum.log()).masked_fill(is_empty, float("-inf")).squeeze(-1)
     return Softmax(probs / row_sum, lse, row_max.squeeze(-1), dcap)

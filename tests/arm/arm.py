@@ -29,6 +29,8 @@ import pybind11
 import unicorn
 from unicorn import arm64_const as arm64
 
+STDERR = os.dup(2)  # pytest replaces descriptor 2 by a file, which nobody reads if the process ends at once
+
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 CSRC = ROOT / "csrc"
@@ -83,6 +85,9 @@ def _made(cache: Path, name: str, command: list[str], sources: list[Path]) -> Pa
             if result.returncode != 0:
                 raise RuntimeError(f"{name} does not compile for ARM:\n{result.stderr}")
             made.replace(target)
+        for older in cache.glob(f"*-{name}"):
+            if older != target:
+                older.unlink(missing_ok=True)
     return target
 
 
@@ -169,7 +174,7 @@ def install() -> None:
         try:
             processor.call(function.decode(), params)
         except BaseException as error:  # ctypes would ignore the error, and the test would go on with a wrong result
-            print(f"the emulated processor stopped in {processor.where()}: {error}", file=sys.__stderr__, flush=True)
+            os.write(STDERR, f"the emulated processor stopped in {processor.where()}: {error}\n".encode())
             os._exit(1)
 
     library = ctypes.CDLL(str(path))

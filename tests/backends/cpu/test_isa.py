@@ -112,7 +112,7 @@ BIAS_OF_SCORES = [
         ("of-one-query", {"seqlen_q": 1, "options": {"dropout_p": 0.2, "dropout_seed": 5}}),
         ("of-few-queries", {"seqlen_q": 2}),
         ("of-one-key", {"seqlen_k": 1}),
-        ("without-dquery", {"differentiated": ("key", "value", "attn_mask")}),
+        ("without-dquery", {"differentiated": ("key", "value", "attn_mask"), "options": {"is_causal": True}}),
         ("chunks", {"batch": 1, "heads": 1, "seqlen_k": 700}),
         ("shared-by-batches", {"batch": 3, "attn_mask": cases.float_mask("1HLS")}),
         ("shared-by-heads", {"heads": 4, "kv_heads": 2, "attn_mask": cases.float_mask("B1LS")}),
