@@ -1015,7 +1015,8 @@ def test_plots_leave_out_what_is_made_of_few_draws() -> None:
 def test_the_summary_has_one_line_for_each_device_dtype_and_direction() -> None:
     cpu = [
         attention._row_of(Case(1, 4, length, 64, "padded", "float32", "forward"), name)
-        | {"benchmark": "masks", "device": "Test CPU"} | fields
+        | {"benchmark": "masks", "device": device, "date": date} | fields
+        for device, date in (("Test CPU", "2026-11-25"), ("older CPU", "2026-11-24"))  # the older one has no line
         for length in (512, 1024)
         for name, fields in ((OURS, {"median_ms": 1.0}), ("torch", {"median_ms": 2.0, "over_ours": length / 256}))
     ]  # fmt: skip
