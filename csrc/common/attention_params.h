@@ -132,17 +132,17 @@ struct AttentionParams {
 
   // For backward only. The gradients are outputs, and the kernel writes every entry of them. The caller passes a null
   // tensor for a gradient that it does not want.
-  TensorView dout;                      // (B, H, L, Dv)
-  TensorView dlse;                      // (B, H, L, 1), accumulate type, any stride_row; null stands for zeros
-  TensorView dquery;                    // as query
-  TensorView dkey;                      // as key
-  TensorView dvalue;                    // as value
-  TensorView dbias;                     // as bias, of dbias_dtype; a dimension with stride 0 is summed over
+  TensorView dout;    // (B, H, L, Dv)
+  TensorView dlse;    // (B, H, L, 1), accumulate type, any stride_row; null stands for zeros
+  TensorView dquery;  // as query
+  TensorView dkey;    // as key
+  TensorView dvalue;  // as value
+  TensorView dbias;   // as bias, of dbias_dtype; a dimension with stride 0 is summed over
   // The accumulate type, or dtype. On a CPU, dtype is allowed only if each score has an entry of its own.
   DType dbias_dtype = DType::kFloat32;
-  TensorView dkey_bias;                 // as key_bias
-  TensorView drelative_bias;            // as relative_bias; stride_head 0 = summed over the heads
-  TensorView dsinks;                    // as sinks
+  TensorView dkey_bias;       // as key_bias
+  TensorView drelative_bias;  // as relative_bias; stride_head 0 = summed over the heads
+  TensorView dsinks;          // as sinks
 
   int32_t num_threads = 1;  // the largest number of threads that a CPU kernel may use
 };

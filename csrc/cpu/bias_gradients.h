@@ -154,8 +154,7 @@ FA_NOINLINE void accumulate_drelative(const KeyBlock& keys, int vectors, const L
 }
 
 // Sets the vectors of queries outside of `range` to zero, in `count` rows of a tile, of keys or pairs of keys, from
-// `row` on. dscores are computed only for the vectors inside of `range`, but what stores or adds
-// them reads whole rows.
+// `row` on. dscores are computed only for the vectors inside of `range`, but what stores or adds them reads whole rows.
 template <class Lane>
 FA_INLINE void clear_outside(Lane* tile, int row, int count, VectorRange range, int vectors) {
   constexpr int n = kLanes<Lane>;

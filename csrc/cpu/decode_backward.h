@@ -251,8 +251,8 @@ void finish_row(const AttentionParams& p, DecodeRow<Lane>& row) {
   row.delta = sum_lanes<Lane>(row.dprob) * row.factor;
 }
 
-// Stores the statistics of the rows of a head group, from which compute_dsinks computes dsinks: the largest logit as lse,
-// and what the rest of the sum adds as its correction.
+// Stores the statistics of the rows of a head group, from which compute_dsinks computes dsinks: the largest logit as
+// lse, and what the rest of the sum adds as its correction.
 template <class Lane>
 void store_statistics(const AttentionParams& p, int64_t b, const DecodeRow<Lane>* rows, int64_t count,
                       const RowStatistics<Lane>& statistics) {

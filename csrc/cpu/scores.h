@@ -33,7 +33,8 @@ struct ScoreInputs {
   // exponential multiplies its argument by log2(e) in any case, so the factor scale * log2(e) applies the scale at no
   // cost. The scale must be positive, so that the largest score is also the largest logit.
   bool raw = true;
-  // Whether prepare_keys multiplies `products` by the scale and adds the dense bias. Then `scale` is 1, and `bias` null.
+  // Whether prepare_keys multiplies `products` by the scale and adds the dense bias. Then `scale` is 1, and `bias` is
+  // null.
   bool adds_bias = false;
 
   // Whether scores are the products alone, with the bias that has been added to them.
@@ -141,8 +142,8 @@ FA_INLINE Vec<typename Policy::Lane> prob_of(Vec<typename Policy::Lane> exponent
   return exp2<typename Policy::Lane, Policy::kCoarseExp>(exponent);
 }
 
-// Calls put(i, column i) for all 2 n columns of n rows of bfloat16, where n is the number of lanes. Pairs of elements are
-// transposed, and converted to lanes then: this takes half of the shuffles.
+// Calls put(i, column i) for all 2 n columns of n rows of bfloat16, where n is the number of lanes. Pairs of elements
+// are transposed, and converted to lanes then: this takes half of the shuffles.
 template <class Put>
 FA_INLINE void transpose_pairs(const BFloat16* rows, int64_t stride_row, const Put& put) {
   constexpr int n = kLanes<float>;
@@ -234,16 +235,16 @@ void add_bias_to_products(const TensorView& view, int64_t b, int64_t h, int64_t 
   }
 }
 
-// Prefetches the address + offset. The sum is one of numbers, because it may lie behind the allocation, and C++ does not
-// allow a pointer to do so.
+// Prefetches the address + offset. The sum is one of numbers, because it may lie behind the allocation, and C++ does
+// not allow a pointer to do so.
 FA_INLINE void prefetch_bytes(const void* address, size_t offset) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + offset), 0, 2);
 }
 
-// Prefetches what the next block of keys will need of `view`, a dense bias or its gradient, whose elements have the type
-// `dtype`, for nq queries: part number `part` of `parts`. The rows of 64 queries usually lie in as many pages of memory,
-// and the processor's own prefetchers follow fewer. Without this, forward of bfloat16 took 1.24 times as long on a Xeon
-// with AMX (2048 and 8192 queries and keys), and of float32 1.06 times.
+// Prefetches what the next block of keys will need of `view`, a dense bias or its gradient, whose elements have the
+// type `dtype`, for nq queries: part number `part` of `parts`. The rows of 64 queries usually lie in as many pages of
+// memory, and the processor's own prefetchers follow fewer. Without this, forward of bfloat16 took 1.24 times as long
+// on a Xeon with AMX (2048 and 8192 queries and keys), and of float32 1.06 times.
 template <class Policy>
 FA_INLINE void prefetch_scores(const AttentionParams& p, const TensorView& view, DType dtype, int64_t b, int64_t h,
                                int64_t q_begin, int nq, int64_t seqlen_k, const KeyBlock& keys, int part, int parts) {
