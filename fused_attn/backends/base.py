@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fused_attn.attention import dropout
 from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 
@@ -37,6 +38,21 @@ def gpu_reasons(problem: AttentionProblem, min_capability: tuple[int, int]) -> l
         return []
     have, need = (".".join(map(str, capability)) for capability in (problem.capability, min_capability))
     return [f"the GPU has compute capability {have}, expected {need} or higher"]
+
+
+def dtype_reasons(problem: AttentionProblem, dtypes: tuple[torch.dtype, ...]) -> list[str]:
+    """Why kernels for these dtypes cannot run the problem."""
+    if problem.dtype in dtypes:
+        return []
+    return [f"dtype {problem.dtype} is none of {', '.join(map(str, dtypes))}"]
+
+
+def dropout_reasons(problem: AttentionProblem) -> list[str]:
+    """Why kernels that draw random numbers for a whole group of keys cannot run the problem."""
+    first = problem.dropout_origin.key
+    if first % dropout.GROUP == 0:
+        return []
+    return [f"dropout numbers the keys from {first} on, expected a multiple of {dropout.GROUP}"]
 
 
 def native_numbers(problem: AttentionProblem) -> dict[str, Any]:

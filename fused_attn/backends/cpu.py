@@ -10,7 +10,7 @@ from torch import Tensor, empty, empty_like, get_num_threads  # not torch.empty:
 from fused_attn.attention.inputs import SHARED_ITEMS, Gradients, Inputs, Results, Saved, Wanted, gradients_of, inputs_of
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends.base import clear_rows, native_numbers
+from fused_attn.backends.base import clear_rows, dtype_reasons, native_numbers
 from fused_attn.native import _C, install_command, why_no_C
 
 missing = why_no_C
@@ -31,8 +31,7 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(missing)
     if problem.device.type != "cpu":
         reasons.append(f"the tensors are on {problem.device}, expected cpu")
-    if problem.dtype not in DTYPES:
-        reasons.append(f"dtype {problem.dtype} is none of {', '.join(map(str, DTYPES))}")
+    reasons += dtype_reasons(problem, DTYPES)
     if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
         reasons.append(f"head dim {max(problem.head_dim, problem.value_dim)} is above {MAX_HEAD_DIM}")
     return reasons
@@ -50,7 +49,7 @@ def build_reason() -> str | None:
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
     query = inputs.query
     if problem.has_shared or query.is_neg() or inputs.key.is_neg() or inputs.value.is_neg():
-        inputs = _readable(problem, inputs)
+        inputs = _readable_inputs(problem, inputs)
         query = inputs.query
     is_same = problem.value_dim == problem.head_dim
     out = empty_like(query) if is_same else empty_like_layout(query, problem.value_dim)
@@ -81,7 +80,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
     read = inputs
     if problem.has_shared or inputs.query.is_neg() or inputs.key.is_neg() or inputs.value.is_neg():
-        read = _readable(problem, inputs)
+        read = _readable_inputs(problem, inputs)
     _, _, dout, dlse = saved
     assert dout is not None, "backends get one"
     if dout.is_neg() or (dlse is not None and dlse.is_neg()):
@@ -119,7 +118,7 @@ def _config(problem: AttentionProblem) -> Any:
     return config
 
 
-def _readable(problem: AttentionProblem, inputs: Inputs) -> Inputs:
+def _readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     """The inputs in the form that the kernels read.
 
     - No tensor is negated lazily, as ``x.conj().imag`` is: its sign is a flag that the kernels do not see.

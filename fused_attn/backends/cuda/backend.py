@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from fused_attn import architectures, native
-from fused_attn.attention import dropout
 from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends.base import clear_rows, gpu_reasons, native_numbers
+from fused_attn.backends.base import clear_rows, dropout_reasons, dtype_reasons, gpu_reasons, native_numbers
 from fused_attn.backends.cuda import hardware, splits
 from fused_attn.backends.cuda.readable import readable, readable_inputs
 from fused_attn.backends.cuda.workspace import workspace
@@ -39,18 +38,13 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     elif (reason := build_reason(problem)) is not None:
         reasons.append(reason)
     reasons += gpu_reasons(problem, MIN_CAPABILITY)
-    if problem.dtype not in DTYPES:
-        reasons.append(f"dtype {problem.dtype} is none of {', '.join(map(str, DTYPES))}")
+    reasons += dtype_reasons(problem, DTYPES)
     for dim in dict.fromkeys((problem.head_dim, problem.value_dim)):
         if not 0 < dim <= HEAD_DIMS[-1] or dim % HEAD_DIM_STEP != 0:
             reasons.append(f"head dim {dim} is no multiple of {HEAD_DIM_STEP} up to {HEAD_DIMS[-1]}")
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_ROWS:
         reasons.append(f"more than {MAX_ROWS} rows")
-    if problem.dropout_origin.key % dropout.GROUP != 0:
-        reasons.append(
-            f"dropout numbers the keys from {problem.dropout_origin.key} on, expected a multiple of {dropout.GROUP}"
-        )
-    return reasons
+    return reasons + dropout_reasons(problem)
 
 
 def build_reason(problem: AttentionProblem) -> str | None:

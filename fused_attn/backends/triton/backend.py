@@ -11,10 +11,9 @@ import re
 
 import torch
 
-from fused_attn.attention import dropout
 from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends.base import gpu_reasons
+from fused_attn.backends.base import dropout_reasons, dtype_reasons, gpu_reasons
 from fused_attn.backends.triton.interpreter import is_interpreting
 
 name = "triton"
@@ -40,16 +39,11 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(f"the tensors are on {problem.device}, expected cuda")
     elif problem.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter does not multiply bfloat16 correctly")
-    if problem.dtype not in DTYPES:
-        reasons.append(f"dtype {problem.dtype} is none of {', '.join(map(str, DTYPES))}")
+    reasons += dtype_reasons(problem, DTYPES)
     limit = max_head_dim(problem.dtype)
     if max(problem.head_dim, problem.value_dim) > limit:
         reasons.append(f"head dim {max(problem.head_dim, problem.value_dim)} is above {limit} in {problem.dtype}")
-    if problem.dropout_origin.key % dropout.GROUP != 0:
-        reasons.append(
-            f"dropout numbers the keys from {problem.dropout_origin.key} on, expected a multiple of {dropout.GROUP}"
-        )
-    return reasons
+    return reasons + dropout_reasons(problem)
 
 
 def max_head_dim(dtype: torch.dtype) -> int:
