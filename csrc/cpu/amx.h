@@ -43,18 +43,22 @@ class AmxRegisters {
   static_assert(sizeof(Configuration) == 64);
 };
 
-// A factor, or the sum, of a product: a matrix of tiles in memory.
+// A factor, or the sum, of a product: a matrix of tiles in memory. A factor may be a sum of several matrices, its parts.
 template <class Byte>
 struct AmxMatrix {
   Byte* data;
   int64_t row_bytes;  // from one row of a tile to the next one
   int64_t next_tile;  // from one tile to the next one, in bytes; not along the dimension that the product sums over
   int64_t next_step;  // from one tile to the next one along that dimension, in bytes; not for the sum
+  int64_t next_part;  // from a tile to the same one of the next part, in bytes; not for the sum
 };
 
 // Computes kRows x kColumns tiles of the sum, over `steps` pairs of tiles. They are added to the sum in memory if
 // `accumulates`. With 2 x 2 tiles, each one that is loaded serves two multiplications.
-template <int kRows, int kColumns>
+//
+// If the factors have kParts parts, part i of `left` is multiplied by the parts of `right` before number kParts - i. A
+// part is about 2^-8 of the one before it, so these are the largest products.
+template <int kParts, int kRows, int kColumns>
 FA_NOINLINE void multiply_tiles(const AmxMatrix<const char>& left, const AmxMatrix<const char>& right, int steps,
                                 const AmxMatrix<char>& sum, bool accumulates) {
   // The intrinsics that load tiles do not tell the compiler that they read memory.
@@ -71,21 +75,27 @@ FA_NOINLINE void multiply_tiles(const AmxMatrix<const char>& left, const AmxMatr
     if constexpr (kRows == 2) _tile_zero(2);
     if constexpr (kRows == 2 && kColumns == 2) _tile_zero(3);
   }
-  const char* a = left.data;
-  const char* b = right.data;
-  for (int step = 0; step < steps; ++step, a += left.next_step, b += right.next_step) {
-    _tile_loadd(6, b, right.row_bytes);
-    _tile_loadd(4, a, left.row_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kRows == 2) {
-      _tile_loadd(5, a + left.next_tile, left.row_bytes);
-      _tile_dpbf16ps(2, 5, 6);
+  for (int step = 0; step < steps; ++step) {
+    const char* a = left.data + step * left.next_step;
+    FA_UNROLL
+    for (int part = 0; part < kParts; ++part, a += left.next_part) {
+      const char* b = right.data + step * right.next_step;
+      FA_UNROLL
+      for (int other = 0; other < kParts - part; ++other, b += right.next_part) {
+        _tile_loadd(6, b, right.row_bytes);
+        if (other == 0) _tile_loadd(4, a, left.row_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (kRows == 2) {
+          if (other == 0) _tile_loadd(5, a + left.next_tile, left.row_bytes);
+          _tile_dpbf16ps(2, 5, 6);
+        }
+        if constexpr (kColumns == 2) {
+          _tile_loadd(7, b + right.next_tile, right.row_bytes);
+          _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (kRows == 2 && kColumns == 2) _tile_dpbf16ps(3, 5, 7);
+      }
     }
-    if constexpr (kColumns == 2) {
-      _tile_loadd(7, b + right.next_tile, right.row_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (kRows == 2 && kColumns == 2) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, sum.data, sum.row_bytes);
   if constexpr (kColumns == 2) _tile_stored(1, sum.data + kAmxRowBytes, sum.row_bytes);
@@ -94,21 +104,22 @@ FA_NOINLINE void multiply_tiles(const AmxMatrix<const char>& left, const AmxMatr
 }
 
 // Computes rows x columns tiles of the sum. The tiles of a row of the sum lie side by side.
-inline void multiply_amx(const AmxMatrix<const char>& left, const AmxMatrix<const char>& right, int steps, int rows,
+template <int kParts>
+void multiply_amx(const AmxMatrix<const char>& left, const AmxMatrix<const char>& right, int steps, int rows,
                          int columns, const AmxMatrix<char>& sum, bool accumulates) {
-  for (int r = 0; r < rows; r += 2) {
-    AmxMatrix<const char> a = left;
-    a.data += r * left.next_tile;
-    for (int c = 0; c < columns; c += 2) {
-      AmxMatrix<const char> b = right;
-      b.data += c * right.next_tile;
+  for (int c = 0; c < columns; c += 2) {
+    AmxMatrix<const char> b = right;
+    b.data += c * right.next_tile;
+    for (int r = 0; r < rows; r += 2) {
+      AmxMatrix<const char> a = left;
+      a.data += r * left.next_tile;
       AmxMatrix<char> target = sum;
       target.data += r * sum.next_tile + c * kAmxRowBytes;
       const auto multiply = [&](auto function) { function(a, b, steps, target, accumulates); };
       if (rows - r > 1) {
-        columns - c > 1 ? multiply(multiply_tiles<2, 2>) : multiply(multiply_tiles<2, 1>);
+        columns - c > 1 ? multiply(multiply_tiles<kParts, 2, 2>) : multiply(multiply_tiles<kParts, 2, 1>);
       } else {
-        columns - c > 1 ? multiply(multiply_tiles<1, 2>) : multiply(multiply_tiles<1, 1>);
+        columns - c > 1 ? multiply(multiply_tiles<kParts, 1, 2>) : multiply(multiply_tiles<kParts, 1, 1>);
       }
     }
   }

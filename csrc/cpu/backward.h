@@ -33,7 +33,7 @@ namespace fused_attn::cpu {
 namespace {
 
 // Returns the rows of a query block (of query or dout) in the form that a sum over queries reads. A row consists of
-// `dim` lanes. If a lane holds a pair of elements, the pair is the same column of two neighbouring queries. The
+// `dim` lanes. If the factors of products are pairs, a pair is the same column of two neighbouring queries. The
 // function copies the rows into `scratch` unless memory already holds them in this form.
 template <class Policy>
 FA_NOINLINE Rows<const typename Policy::Lane> find_query_rows(const typename Policy::Storage* base, int64_t stride_row,
@@ -41,13 +41,14 @@ FA_NOINLINE Rows<const typename Policy::Lane> find_query_rows(const typename Pol
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   const int64_t row = round_up(dim, n);
-  if constexpr (Policy::kPerLane == 2) {
+  if constexpr (Policy::kParts > 0) {
 #if defined(__AVX512BF16__)
-    const auto source = [&](int q) { return reinterpret_cast<const uint16_t*>(base + q * stride_row); };
+    const int64_t next_part = BackwardScratch<Policy>::query_row_part(round_up(nq, n), row);
     for (int q = 0; q < nq; q += 2) {
       float* pairs = scratch + q / 2 * row;
-      interleave_rows(source(q), q + 1 < nq ? source(q + 1) : nullptr, dim, pairs);
-      for (int64_t d = dim; d < row; ++d) pairs[d] = 0;
+      const auto* low = base + q * stride_row;
+      interleave<Policy>(low, q + 1 < nq ? low + stride_row : nullptr, dim, next_part, pairs);
+      for (int64_t d = dim; Policy::kParts == 1 && d < row; ++d) pairs[d] = 0;
     }
 #endif
     return {scratch, row};
@@ -67,8 +68,9 @@ FA_NOINLINE Rows<const typename Policy::Lane> find_query_rows(const typename Pol
 // Computes probs and dscores of kTiles tiles: their keys, from key k of the block on, and kColumns vectors of queries
 // from vector v on. Writes them to the scratch `s`, for the products that follow. kPlain: every key of the tiles is
 // visible, scores are plain products, and there is no dropout. So the compiler leaves out all code for these features.
+// Returns false if floats are multiplied in parts, and a dscore is NaN.
 template <class Policy, int kColumns, bool kPlain, int kTiles = 1>
-FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
+FA_NOINLINE bool backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
                                const BackwardScratch<Policy>& s, const RowStatistics<typename Policy::Lane>& rows,
                                int value_depth, typename Policy::Lane dropout_scale) {
   using Lane = typename Policy::Lane;
@@ -99,7 +101,11 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
       // The lse of a row may be NaN, but the probability of a hidden key must still be zero.
       if (!kPlain) x = select<Lane>(acc[r][c] == -FloatTraits<Lane>::kInfinity, Vec<Lane>{}, x);
       store<Lane>(probs + (r * kColumns + c) * n, x);
-      store_as<Lane>(s.probs + coefficient(r, c), after_dropout(r, c, x));
+      x = after_dropout(r, c, x);
+      if constexpr (Policy::kParts <= 1) store_as<Lane>(s.probs + coefficient(r, c), x);
+#if defined(__AMX_BF16__)
+      if constexpr (Policy::kParts > 1) store_parts(x, s.coefficient_part(stride), s.probs + coefficient(r, c));
+#endif
     }
   }
 
@@ -112,6 +118,7 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
   } else {
     dot_tile<Policy, kKeys, kColumns>(s.value_rows + k, s.dout + v * n, stride, value_depth, acc);
   }
+  [[maybe_unused]] unsigned nan = 0;
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
     const Vec<Lane> delta = load<Lane>(rows.delta + (v + c) * n);
@@ -128,10 +135,24 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
         if (in.softcap > 0) x *= load<Lane>(derivative + (r * kColumns + c) * n);
       }
       acc[r][c] = x;
-      if constexpr (Policy::kPerLane == 1) store<Lane>(s.dscore_pairs + offset + r * stride + c * n, x);
+      if constexpr (Policy::kParts == 0) store<Lane>(s.dscore_pairs + offset + r * stride + c * n, x);
     }
+#if defined(__AMX_BF16__)
+    if constexpr (Policy::kParts > 1) {
+      FA_UNROLL
+      for (int r = 0; r < kKeys; ++r) {
+        nan |= nan_lanes(acc[r][c]);
+        store_parts(acc[r][c], s.coefficient_part(stride), s.dscores + coefficient(r, c));
+      }
+      FA_UNROLL
+      for (int r = 0; r < kKeys; r += 2) {
+        store_pairs_of_parts(acc[r][c], acc[r + 1][c], part_lanes<Policy>(stride),
+                             s.dscore_pairs + (k + r) / 2 * stride + (v + c) * n);
+      }
+    }
+#endif
 #if defined(__AVX512BF16__)
-    if constexpr (Policy::kPerLane == 2) {
+    if constexpr (Policy::kParts == 1) {
       FA_UNROLL
       for (int r = 0; r < kKeys; r += 2) {
         store_as<Lane>(s.dscores + coefficient(r, c), acc[r][c]);
@@ -141,6 +162,7 @@ FA_NOINLINE void backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
     }
 #endif
   }
+  return nan == 0;
 }
 
 // Where the rows of dkey or dvalue of a slab go. If only one block of queries attends to the keys, its products are the
@@ -226,8 +248,9 @@ FA_INLINE void accumulate_keys(const KeyBlock& keys, int k, int64_t slab_begin, 
 template <class Policy>
 FA_NOINLINE void add_to_keys(const KeyBlock& keys, int64_t slab_begin, int nq, BFloat16* coefficients, float* rows,
                              const BackwardScratch<Policy>& s, const KeyGradient<Policy>& gradient) {
-  const int64_t stride = s.coefficient_stride(round_up(nq, kLanes<float>)), row = round_up(gradient.dim, kLanes<float>);
-  sum_over_queries<Policy>(coefficients, stride, s.key.ranges, keys.count, nq, rows, row, s.key_sums);
+  const int64_t stride = round_up(nq, kLanes<float>), row = round_up(gradient.dim, kLanes<float>);
+  sum_over_queries<Policy>(coefficients, s.coefficient_stride(stride), s.coefficient_part(stride), s.key.ranges,
+                           keys.count, nq, rows, row, s.query_row_part(stride, row), s.key_sums);
   for (int k = 0; k < keys.count; ++k) {
     const int64_t key = keys.index[k] - slab_begin;
     const float* const part = s.key_sums + k * row;
@@ -282,10 +305,6 @@ FA_NOINLINE void clear_gradient(const KeyGradient<Policy>& gradient, int64_t cou
   }
 }
 
-// The policy of decode_backward.h, in which a lane holds one element.
-template <class Policy>
-using DecodePolicy = ElementPolicy<typename Policy::Storage, typename Policy::Lane, 1>;
-
 // What the thread that processes a work item of backward needs: the call, its plan, the memory, and which chunk of
 // keys.
 template <class Policy>
@@ -297,7 +316,7 @@ struct BackwardItem {
   const RowStatistics<typename Policy::Lane>& statistics;
   const BackwardPartials<typename Policy::Lane>& partials;
   const BackwardScratch<Policy>& scratch;
-  const DecodeBackwardScratch<DecodePolicy<Policy>>& decode_scratch;  // the other one if not plan.is_decode
+  const DecodeBackwardScratch<LanePolicy<Policy>>& decode_scratch;  // the other one if not plan.is_decode
   int64_t chunk;
 
   // The first key of the chunk.
@@ -328,9 +347,9 @@ Rows<typename Policy::Lane> dquery_lanes(const BackwardItem<Policy>& item, const
 
 // Processes one query block of one head with the keys [slab_begin, slab_end). Adds the block's part of dkey and dvalue
 // to `dkey` and `dvalue`. Writes the part of dquery if this is the first slab of the item. A later slab adds its part
-// to dquery.
+// to dquery. Returns false if floats are multiplied in parts, and a dscore is NaN.
 template <class Policy>
-void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
+bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
                     int64_t slab_begin, int64_t slab_end, const KeyGradient<Policy>& dkey,
                     const KeyGradient<Policy>& dvalue) {
   using Lane = typename Policy::Lane;
@@ -359,8 +378,9 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
   KeyStream stream(p, seq, item.valid_keys, b, h, q_begin, nq, slab_begin, slab_end);
   const bool is_first = slab_begin == item.key_begin();
   const bool has_keys = stream.next(keys);
-  if (!has_keys && !is_first) return;
+  if (!has_keys && !is_first) return true;
 
+  bool is_exact = true;
   const bool wants_dquery = p.dquery.data != nullptr;
   if (wants_dquery) clear_columns<Lane>(s.dquery, head_dim, vectors);
 
@@ -381,7 +401,7 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
       if constexpr (Policy::kUsesAmx)
         multiply_rows_by_columns<Policy>(s.value_rows, keys.count, value_dim, s.dout, in.stride, s.value_lanes,
                                          s.dprobs);
-      if (Policy::kPerLane == 2 && wants_dquery) {
+      if (Policy::kParts > 0 && wants_dquery) {
         s.summed_key.find(key_source, keys, head_dim);
       }
       // For each tile of keys: compute probs and dscores, then add the tile's part of dvalue and dkey.
@@ -406,18 +426,19 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
             constexpr int kColumns = decltype(columns)::value;
             if constexpr (2 * kColumns <= kTileVectors) {
               if (is_pair) {
-                backward_tile<Policy, kColumns, /*kPlain=*/true, 2>(in, k, part.begin, /*partial=*/false,
-                                                                    /*dropout=*/false, s, rows, value_depth,
-                                                                    dropout_scale);
+                is_exact &= backward_tile<Policy, kColumns, /*kPlain=*/true, 2>(in, k, part.begin, /*partial=*/false,
+                                                                                /*dropout=*/false, s, rows,
+                                                                                value_depth, dropout_scale);
                 return;
               }
             }
             if (is_plain && !partial) {
-              backward_tile<Policy, kColumns, /*kPlain=*/true>(in, k, part.begin, /*partial=*/false, /*dropout=*/false,
-                                                               s, rows, value_depth, dropout_scale);
+              is_exact &= backward_tile<Policy, kColumns, /*kPlain=*/true>(in, k, part.begin, /*partial=*/false,
+                                                                           /*dropout=*/false, s, rows, value_depth,
+                                                                           dropout_scale);
             } else {
-              backward_tile<Policy, kColumns, /*kPlain=*/false>(in, k, part.begin, partial, p.has_dropout, s, rows,
-                                                                value_depth, dropout_scale);
+              is_exact &= backward_tile<Policy, kColumns, /*kPlain=*/false>(in, k, part.begin, partial, p.has_dropout,
+                                                                            s, rows, value_depth, dropout_scale);
             }
           });
         }
@@ -439,7 +460,7 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
           add_sum_over_keys<Policy>(s.summed_key, head_dim, s.dscore_pairs, ones, s.key.ranges, keys.count, vectors,
                                     s.dquery);
       } else if (wants_dquery) {
-        outer_block<Policy>(Policy::kPerLane == 2 ? s.summed_key.rows : s.key.key_rows, head_dim, s.dscore_pairs, ones,
+        outer_block<Policy>(Policy::kParts > 0 ? s.summed_key.rows : s.key.key_rows, head_dim, s.dscore_pairs, ones,
                             s.key.ranges, tiles, keys.count, vectors, s.dquery);
       }
       if (stores_pairs) {
@@ -457,7 +478,7 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
   }
 
   // Write dquery, or add dquery to the sum of the slabs before this one.
-  if (!wants_dquery) return;
+  if (!wants_dquery) return is_exact;
   const Lane scale = static_cast<Lane>(p.scale);
   const Rows<Lane> sums = dquery_lanes(item, seq, b, h);
   if (sums.data != nullptr) {
@@ -467,12 +488,13 @@ void backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
     write_transposed<Policy>(s.dquery, nq, head_dim, scale, /*add=*/false, row_of<Storage>(p.dquery, b, h, row),
                              p.dquery.stride_row);
   }
+  return is_exact;
 }
 
 // Processes all query heads of one kv head with the item's chunk of keys, slab by slab, and writes dkey and dvalue of
-// the chunk.
+// the chunk. Returns false if floats are multiplied in parts, and a dscore is NaN.
 template <class Policy>
-void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_head) {
+bool backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_head) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   const AttentionParams& p = item.p;
@@ -485,6 +507,7 @@ void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
   const int64_t chunk_stop = item.key_begin() + item.plan.chunk_keys;
   const int64_t chunk_end = chunk_stop < seq.seqlen_k ? chunk_stop : seq.seqlen_k;
 
+  bool is_exact = true;
   const bool has_one_block = heads == 1 && seq.seqlen_q > 0 && seq.seqlen_q <= kBlockQ;
   // The loop visits the first slab even if the slab has no key, because dquery must be written in any case.
   int64_t slab_begin = item.key_begin();
@@ -502,7 +525,7 @@ void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
       clear_gradient(*gradient, count, item.plan.visits_all_keys);
     for (int64_t h = first_head; h < first_head + heads; ++h) {
       for (int64_t q_begin = 0; q_begin < seq.seqlen_q; q_begin += kBlockQ) {
-        backward_block<Policy>(item, seq, b, h, q_begin, slab_begin, slab_end, dkey, dvalue);
+        is_exact &= backward_block<Policy>(item, seq, b, h, q_begin, slab_begin, slab_end, dkey, dvalue);
       }
     }
     if (!has_one_block && p.dkey.data != nullptr) {
@@ -518,18 +541,21 @@ void backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
 
   // Round the sums of dquery in the scratch to the output.
   if constexpr (!kSame<Storage, Lane>) {
-    if (!item.plan.sums_dquery) return;
+    if (!item.plan.sums_dquery) return is_exact;
     for (int64_t h = first_head; h < first_head + heads; ++h) {
       write_rows<Storage, Lane>(dquery_lanes(item, seq, b, h).data, seq.seqlen_q, head_dim, Lane(1),
                                 row_of<Storage>(p.dquery, b, h, seq.q_offset), p.dquery.stride_row);
     }
   }
+  return is_exact;
 }
 
 // Processes one work item: all (batch, kv head) pairs of a group, in order, with one chunk of keys. First sets the
-// gradients of the biases to zero, unless dscores are stored in all of their entries.
+// gradients of the biases to zero, unless dscores are stored in all of their entries. Returns false if floats are
+// multiplied in parts, and a dscore is NaN. Then the item has to be processed with vectors: an infinite float has no
+// parts.
 template <class Policy>
-void backward_item(const BackwardItem<Policy>& item, int64_t group) {
+bool backward_item(const BackwardItem<Policy>& item, int64_t group) {
   using Lane = typename Policy::Lane;
   const AttentionParams& p = item.p;
   const BackwardPlan& plan = item.plan;
@@ -553,6 +579,7 @@ void backward_item(const BackwardItem<Policy>& item, int64_t group) {
       }
     }
   });
+  bool is_exact = true;
   for (int64_t b = b_begin; b < b_end; ++b) {
     for (int64_t h = kv_begin * heads; p.drelative_bias.data != nullptr && h < kv_end * heads; ++h) {
       memset(item.partials.drelative_bias + head_index(p, item.chunk, b, h) * item.partials.row_relative, 0,
@@ -560,13 +587,14 @@ void backward_item(const BackwardItem<Policy>& item, int64_t group) {
     }
     for (int64_t kv_head = kv_begin; kv_head < kv_end; ++kv_head) {
       if (plan.is_decode) {
-        decode_backward<DecodePolicy<Policy>>(p, plan.visits_all_keys, item.valid_keys, b, kv_head, item.statistics,
+        decode_backward<LanePolicy<Policy>>(p, plan.visits_all_keys, item.valid_keys, b, kv_head, item.statistics,
                                               item.partials, item.decode_scratch);
       } else {
-        backward_kv_head<Policy>(item, b, kv_head);
+        is_exact &= backward_kv_head<Policy>(item, b, kv_head);
       }
     }
   }
+  return is_exact;
 }
 
 // Computes dquery of one head: the sum of the partial dquery of all chunks. The order of the sum is fixed, so that a
@@ -630,11 +658,16 @@ void backward_with_policy(const AttentionParams& p) {
   RowStatistics<Lane> statistics;
   const Buffer statistics_memory([&](Arena& arena) { statistics.layout(arena, rows); });
   const std::unique_ptr<BackwardScratch<Policy>[]> scratch(new BackwardScratch<Policy>[threads]);
-  const std::unique_ptr<DecodeBackwardScratch<DecodePolicy<Policy>>[]> decode_scratch(
-      new DecodeBackwardScratch<DecodePolicy<Policy>>[threads]);
+  const std::unique_ptr<DecodeBackwardScratch<LanePolicy<Policy>>[]> decode_scratch(
+      new DecodeBackwardScratch<LanePolicy<Policy>>[threads]);
+  // For items that must not be multiplied in parts.
+  constexpr bool kHasParts = Policy::kParts > 1;
+  const std::unique_ptr<BackwardScratch<LanePolicy<Policy>>[]> lane_scratch(
+      new BackwardScratch<LanePolicy<Policy>>[kHasParts ? threads : 0]);
   const Buffer memory([&](Arena& arena) {
     for (int thread = 0; thread < threads; ++thread) {
       plan.is_decode ? decode_scratch[thread].layout(arena, p) : scratch[thread].layout(arena, p, plan);
+      if (kHasParts && !plan.is_decode) lane_scratch[thread].layout(arena, p, plan);
     }
   });
 
@@ -660,10 +693,16 @@ void backward_with_policy(const AttentionParams& p) {
   const Items order = plan.chunks > 1 ? Items::kInOrder : Items::kShared;
   const auto backward_of = [&](int64_t index, int thread) {
     const int64_t chunk = index / plan.groups;
+    const int64_t group = index % plan.groups;
     [[maybe_unused]] const MatrixRegisters<Policy> registers;
-    backward_item<Policy>(
-        {p, plan, relative, valid_keys, statistics, partials, scratch[thread], decode_scratch[thread], chunk},
-        index % plan.groups);
+    const bool is_exact = backward_item<Policy>(
+        {p, plan, relative, valid_keys, statistics, partials, scratch[thread], decode_scratch[thread], chunk}, group);
+    if constexpr (kHasParts) {
+      if (is_exact) return;
+      backward_item<LanePolicy<Policy>>(
+          {p, plan, relative, valid_keys, statistics, partials, lane_scratch[thread], decode_scratch[thread], chunk},
+          group);
+    }
   };
   parallel_for(threads, items, backward_of, order);
 

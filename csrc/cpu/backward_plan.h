@@ -179,7 +179,7 @@ struct BackwardScratch {
   using Lane = typename Policy::Lane;
   // The type of the factors that a sum over queries broadcasts: lanes, or bfloat16, of which two neighbours form a
   // lane.
-  using Coefficient = std::conditional_t<Policy::kPerLane == 1, Lane, BFloat16>;
+  using Coefficient = std::conditional_t<Policy::kParts == 0, Lane, BFloat16>;
 
   KeyScratch<Policy> key;
   const char** value_rows;       // the value rows of the block's keys
@@ -189,11 +189,11 @@ struct BackwardScratch {
   Lane* key_sums;                // the part of dkey or dvalue [key of the block][padded row], if AMX multiplies
   Lane* query;                   // query^T [lanes of head_dim][stride]
   Lane* dout;                    // dout^T [lanes of value_dim][stride]
-  Lane* query_rows;              // [query or pair of queries][head_dim, padded]; not used where memory holds lanes
-  Lane* dout_rows;               // [query or pair of queries][value_dim, padded]
-  Coefficient* probs;            // probs^T [key of the block][coefficient_stride], after dropout
-  Coefficient* dscores;          // dscores^T [key of the block][coefficient_stride], of the scores before softcap
-  Lane* dscore_pairs;  // dscores^T [pair of keys][stride]; the same memory as dscores if a lane holds one element
+  Lane* query_rows;              // [part][query or pair][head_dim, padded]; not used where memory holds lanes
+  Lane* dout_rows;               // [part][query or pair of queries][value_dim, padded]
+  Coefficient* probs;            // probs^T [part][key of the block][coefficient_stride], after dropout
+  Coefficient* dscores;          // dscores^T [part][key of the block][coefficient_stride], of the scores before softcap
+  Lane* dscore_pairs;  // dscores^T [part][pair of keys][stride]; the same memory as dscores if factors are lanes
   Lane* dbias;         // dscores^T [key of the block][stride], of the scores after softcap; null = nobody reads them
   Lane* dquery;        // dquery^T [head_dim, padded][stride]
   Lane* dquery_rows;   // [query of the heads of a kv head][head_dim, padded]; the sum over slabs, if plan.sums_dquery
@@ -205,6 +205,16 @@ struct BackwardScratch {
   // The stride of probs and dscores in a block of queries. AMX reads 32 of them at once.
   static int64_t coefficient_stride(int64_t stride) { return Policy::kUsesAmx ? round_up(stride, 32) : stride; }
 
+  // The elements of one part of probs or dscores.
+  static int64_t coefficient_part(int64_t stride) {
+    return round_up(kBlockRows, kLanes<Lane>) * coefficient_stride(stride);
+  }
+
+  // The lanes of one part of the rows of a block of queries, which are `row` lanes long.
+  static int64_t query_row_part(int64_t stride, int64_t row) {
+    return coefficient_stride(stride) / Policy::kFactorsPerLane * row;
+  }
+
   // Takes the memory of all arrays out of the arena.
   void layout(Arena& arena, const AttentionParams& p, const BackwardPlan& plan) {
     constexpr int n = kLanes<Lane>;
@@ -213,26 +223,25 @@ struct BackwardScratch {
     const int64_t head_row = round_up(head_dim, n);
     const int64_t value_row = round_up(value_dim, n);
     const int64_t stride = largest_stride<Lane>(p);
-    const int64_t rows = KeyScratch<Policy>::kRows;
-    const int64_t tile = round_up(rows, n) * stride;
-    const bool pairs = Policy::kPerLane == 2;
+    const int64_t rows = round_up(kBlockRows, n);
+    const int64_t tile = rows * stride;
+    const int64_t parts = Policy::kParts > 1 ? Policy::kParts : 1;
+    const bool pairs = Policy::kParts > 0;
     key.layout(arena, p);
-    value_rows = arena.take<const char*>(rows);
-    const bool converts = Policy::kConverts || Policy::kUsesAmx || value_dim % Policy::kPerLane != 0;
-    value_lanes = arena.take<Lane>(converts ? rows * value_row : 0);
+    value_rows = arena.take<const char*>(kBlockRows);
+    value_lanes = arena.take<Lane>(Products<Policy>::copy_lanes(value_dim));
     dprobs = arena.take<Lane>(Policy::kUsesAmx ? tile : 0);
-    key_sums =
-        arena.take<Lane>(Policy::kUsesAmx ? round_up(rows, n) * (head_row > value_row ? head_row : value_row) : 0);
+    key_sums = arena.take<Lane>(Policy::kUsesAmx ? rows * (head_row > value_row ? head_row : value_row) : 0);
     if (pairs) {
       summed_key.layout(arena, p, head_dim, p.num_heads / p.num_kv_heads * ((p.seqlen_q + kBlockQ - 1) / kBlockQ));
     }
-    query = arena.take<Lane>(round_up(Policy::lanes_for(head_dim), n) * stride);
-    dout = arena.take<Lane>(round_up(Policy::lanes_for(value_dim), n) * stride);
-    query_rows = arena.take<Lane>(stride * head_row);
-    dout_rows = arena.take<Lane>(stride * value_row);
-    probs = arena.take<Coefficient>(round_up(rows, n) * coefficient_stride(stride));
-    dscores = arena.take<Coefficient>(round_up(rows, n) * coefficient_stride(stride));
-    dscore_pairs = pairs ? arena.take<Lane>(tile / 2) : reinterpret_cast<Lane*>(dscores);
+    query = arena.take<Lane>(column_lanes<Policy>(head_dim) * stride);
+    dout = arena.take<Lane>(column_lanes<Policy>(value_dim) * stride);
+    query_rows = arena.take<Lane>(parts * query_row_part(stride, head_row));
+    dout_rows = arena.take<Lane>(parts * query_row_part(stride, value_row));
+    probs = arena.take<Coefficient>(parts * coefficient_part(stride));
+    dscores = arena.take<Coefficient>(parts * coefficient_part(stride));
+    dscore_pairs = pairs ? arena.take<Lane>(parts * tile / 2) : reinterpret_cast<Lane*>(dscores);
     dbias = nullptr;
     const bool has_gradient =
         p.dbias.data != nullptr || p.dkey_bias.data != nullptr || p.drelative_bias.data != nullptr;
@@ -243,7 +252,7 @@ struct BackwardScratch {
     dquery_rows = arena.take<Lane>(plan.sums_dquery ? p.num_heads / p.num_kv_heads * p.seqlen_q * head_row : 0);
     dkey = arena.take<Lane>((plan.slab_keys + 1) * head_row);
     dvalue = arena.take<Lane>((plan.slab_keys + 1) * value_row);
-    out = arena.take<Lane>(Policy::kUsesAmx ? 0 : round_up(Policy::lanes_for(value_dim), n) * stride);
+    out = arena.take<Lane>(Policy::kUsesAmx ? 0 : column_lanes<Policy>(value_dim) * stride);
     statistics.layout(arena, stride);
   }
 };

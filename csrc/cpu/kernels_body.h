@@ -12,14 +12,21 @@ namespace {
 
 #if defined(__AMX_BF16__)
 
-// AMX multiplies blocks of queries, for bfloat16. All else runs the kernels of AVX-512.
+// AMX multiplies blocks of queries, for bfloat16 and float32. All else runs the kernels of AVX-512.
 void forward(const AttentionParams& p) {
-  p.dtype == DType::kBFloat16 ? forward_with_policy<ElementPolicy<BFloat16, float, 1>, AmxPolicy>(p)
-                              : kernels_avx512.forward(p);
+  switch (p.dtype) {
+    case DType::kFloat32: return forward_with_policy<LanePolicy<AmxFloatPolicy>, AmxFloatPolicy>(p);
+    case DType::kBFloat16: return forward_with_policy<LanePolicy<AmxPolicy>, AmxPolicy>(p);
+    default: return kernels_avx512.forward(p);
+  }
 }
 
 void backward(const AttentionParams& p) {
-  p.dtype == DType::kBFloat16 ? backward_with_policy<AmxPolicy>(p) : kernels_avx512.backward(p);
+  switch (p.dtype) {
+    case DType::kFloat32: return backward_with_policy<AmxFloatPolicy>(p);
+    case DType::kBFloat16: return backward_with_policy<AmxPolicy>(p);
+    default: return kernels_avx512.backward(p);
+  }
 }
 void self_attention(const SelfAttentionParams& m) { kernels_avx512.self_attention(m); }
 void linear(const LinearParams& p) { kernels_avx512.linear(p); }

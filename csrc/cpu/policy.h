@@ -17,6 +17,9 @@ struct ElementPolicy {
   static constexpr bool kCoarseExp = sizeof(StorageType) == 2;  // 16-bit results need no exact exponential
   static constexpr bool kConverts = !kSame<StorageType, LaneType> && kElementsPerLane == 1;  // memory holds no lanes
   static constexpr bool kUsesAmx = false;  // whether tiles of AMX multiply blocks of queries and keys
+  // The factors of products are pairs of so many bfloat16 parts each. 0: they are lanes.
+  static constexpr int kParts = kElementsPerLane == 2 ? 1 : 0;
+  static constexpr int kFactorsPerLane = kParts > 0 ? 2 : 1;
 
   // The number of lanes that n elements occupy.
   static constexpr int lanes_for(int n) { return (n + kPerLane - 1) / kPerLane; }
@@ -26,6 +29,18 @@ struct ElementPolicy {
 struct AmxPolicy : ElementPolicy<BFloat16, float, 2> {
   static constexpr bool kUsesAmx = true;
 };
+
+// Floats that AMX multiplies, as sums of bfloat16 parts (parts.h). A part of a matrix lies behind the one before it.
+constexpr int kFloatParts = 3;
+struct AmxFloatPolicy : ElementPolicy<float, float, 1> {
+  static constexpr bool kUsesAmx = true;
+  static constexpr int kParts = kFloatParts;
+  static constexpr int kFactorsPerLane = 2;
+};
+
+// The policy for the same elements and lanes in which a lane holds one element, and vectors multiply.
+template <class Policy>
+using LanePolicy = ElementPolicy<typename Policy::Storage, typename Policy::Lane, 1>;
 
 // Returns acc + a * b in each lane. If a lane holds a pair, the products of both elements are added.
 template <class Policy>

@@ -27,7 +27,7 @@ struct ForwardScratch {
   KeyScratch<Policy> key;   // what depends on the current block of keys
   RowsToSum<Policy> value;  // the values of the current block of keys
   Lane* query;              // query^T [lanes of head_dim][stride], as ScoreInputs
-  Lane* probs;              // probs^T [key, or pair of keys, of the block][stride], after dropout
+  Lane* probs;              // probs^T [part][key, or pair of keys, of the block][stride], after dropout
   Lane* acc;                // acc^T [value_dim, padded to a vector][stride]
 
   // Takes the memory of all arrays out of the arena. `visits` is the number of query blocks that a thread processes
@@ -38,8 +38,8 @@ struct ForwardScratch {
     const int64_t stride = largest_stride<Lane>(p);
     key.layout(arena, p);
     value.layout(arena, p, static_cast<int>(p.value_dim), visits);
-    query = arena.take<Lane>(round_up(Policy::lanes_for(head_dim), kLanes<Lane>) * stride);
-    probs = arena.take<Lane>(KeyScratch<Policy>::kRows * stride / Policy::kPerLane);
+    query = arena.take<Lane>(column_lanes<Policy>(head_dim) * stride);
+    probs = arena.take<Lane>((Policy::kParts > 1 ? Policy::kParts : 1) * part_lanes<Policy>(stride));
     acc = arena.take<Lane>(value_row * stride);
   }
 };
@@ -106,7 +106,7 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
         store<Lane>(scores + (r * kColumns + c) * n, acc[r][c]);
       }
     }
-    softmax.raise(maxima, v, kColumns, s.probs, k / Policy::kPerLane);
+    softmax.raise(maxima, v, kColumns, s.probs, k / Policy::kFactorsPerLane);
     FA_UNROLL
     for (int r = 0; r < kKeys; ++r) {
       FA_UNROLL
@@ -131,9 +131,17 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
       softmax.sum.block[v + c] += sum;  // tile by tile, so that the order of additions is always the same
       sum = Vec<Lane>{};
     }
-    if constexpr (Policy::kPerLane == 1) {
+    if constexpr (Policy::kParts == 0) {
       FA_UNROLL
       for (int r = 0; r < kKeys; ++r) store<Lane>(s.probs + offset + r * in.stride, after_dropout(r));
+    } else if constexpr (Policy::kParts > 1) {
+#if defined(__AMX_BF16__)
+      FA_UNROLL
+      for (int r = 0; r < kKeys; r += 2) {
+        store_pairs_of_parts(after_dropout(r), after_dropout(r + 1), part_lanes<Policy>(in.stride),
+                             s.probs + (k + r) / 2 * in.stride + (v + c) * n);
+      }
+#endif
     } else {
 #if defined(__AVX512BF16__)
       Vec<Lane> rounded_sum = {};
@@ -202,15 +210,17 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
                          p.out.stride_row);
 }
 
-// Processes one work item: attention of the queries [q_begin, q_begin + kBlockQ) of head (b, h) over all keys.
+// Processes one work item: attention of the queries [q_begin, q_begin + kBlockQ) of head (b, h) over all keys. Returns
+// false, and writes nothing, if floats are multiplied in parts and a result is NaN. Then the item has to be processed
+// with vectors: an infinite float has no parts.
 template <class Policy>
-void forward_block(const AttentionParams& p, const RelativeBias<typename Policy::Lane>& relative,
+bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy::Lane>& relative,
                    const ValidKeys* valid_keys, int64_t b, int64_t h, int64_t q_begin,
                    const ForwardScratch<Policy>& s) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   const Sequence seq = sequence_of(p, b);
-  if (q_begin >= seq.seqlen_q) return;
+  if (q_begin >= seq.seqlen_q) return true;
   [[maybe_unused]] const MatrixRegisters<Policy> registers;
   const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
   const int vectors = (nq + kLanes<Lane> - 1) / kLanes<Lane>;
@@ -232,7 +242,7 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   // rows are in the cache, prefetches only take time: 64 queries and keys took 1.03 of the time, 16 queries and 128
   // keys 1.07. The same is true if several blocks of queries read the rows of a head, and these fit into the cache: 512
   // queries and keys of two batch entries, of which one is half padded, took 1.05 of the time.
-  constexpr bool kReadsMemory = !Policy::kConverts && Policy::kPerLane == 1;
+  constexpr bool kReadsMemory = !Policy::kConverts && Policy::kParts == 0;
   const int64_t heads_in_cache = p.seqlen_q > kBlockQ ? p.batch * p.num_kv_heads : 1;
   const bool prefetches = kReadsMemory && key_value_bytes<Storage>(p) > heads_in_cache * kCachedBytes;
   const int64_t row_bytes = p.head_dim * static_cast<int64_t>(sizeof(Storage));
@@ -298,7 +308,16 @@ void forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
                           s.acc);
     }
   }
+#if defined(__AMX_BF16__)
+  if constexpr (Policy::kParts > 1) {
+    unsigned nan = 0;
+    for (int v = 0; v < vectors; ++v) nan |= nan_lanes(softmax.sum.row[v]);
+    for (int64_t i = 0; i < value_dim * in.stride; i += kLanes<Lane>) nan |= nan_lanes(load<Lane>(s.acc + i));
+    if (nan != 0) return false;
+  }
+#endif
   write_output<Policy>(p, seq, b, h, q_begin, nq, s.acc, in.to_logits(), softmax);
+  return true;
 }
 
 // Forward for many queries: allocates the scratch and processes all work items on threads.
@@ -319,8 +338,15 @@ void forward_by_query_blocks(const AttentionParams& p) {
   const int64_t share = items / threads;
   const int64_t visits = group_blocks < share ? group_blocks : share;
   const std::unique_ptr<ForwardScratch<Policy>[]> scratch(new ForwardScratch<Policy>[threads]);
+  // For items that must not be multiplied in parts.
+  constexpr bool kHasParts = Policy::kParts > 1;
+  const std::unique_ptr<ForwardScratch<LanePolicy<Policy>>[]> lane_scratch(
+      new ForwardScratch<LanePolicy<Policy>>[kHasParts ? threads : 0]);
   const Buffer memory([&](Arena& arena) {
-    for (int thread = 0; thread < threads; ++thread) scratch[thread].layout(arena, p, visits);
+    for (int thread = 0; thread < threads; ++thread) {
+      scratch[thread].layout(arena, p, visits);
+      if (kHasParts) lane_scratch[thread].layout(arena, p, visits);
+    }
   });
   const ValidKeys* valid_keys = make_valid_keys(p, valid_keys_memory.data());
   const RelativeBias<Lane> relative = make_relative_bias<Lane>(p, relative_memory.data());
@@ -331,8 +357,12 @@ void forward_by_query_blocks(const AttentionParams& p) {
   parallel_for(threads, items, [&](int64_t item, int thread) {
     const int64_t head = item / blocks;
     const int64_t block = blocks - 1 - item % blocks;
-    forward_block<Policy>(p, relative, valid_keys, head / p.num_heads, head % p.num_heads, block * kBlockQ,
-                          scratch[thread]);
+    const int64_t b = head / p.num_heads, h = head % p.num_heads;
+    const bool is_exact = forward_block<Policy>(p, relative, valid_keys, b, h, block * kBlockQ, scratch[thread]);
+    if constexpr (kHasParts) {
+      if (!is_exact)
+        forward_block<LanePolicy<Policy>>(p, relative, valid_keys, b, h, block * kBlockQ, lane_scratch[thread]);
+    }
   });
 }
 

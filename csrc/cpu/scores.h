@@ -288,16 +288,12 @@ struct KeyScratch {
   LaneInt<Lane>* dropout_keep;  // [key of the block][stride]: -1 = keep, 0 = drop
   VectorRange* ranges;          // [tile]: the vectors of queries that see a key of the tile
 
-  static constexpr int64_t kRows = kBlockK + kTileKeys;
-
   // Takes the memory of all arrays out of the arena.
   void layout(Arena& arena, const AttentionParams& p) {
     keys = arena.take<KeyBlock>(1);
-    key_rows = arena.take<const char*>(kRows);
-    const bool converts = Policy::kConverts || Policy::kUsesAmx || p.head_dim % Policy::kPerLane != 0;
-    key_lanes = arena.take<Lane>(
-        converts ? kRows * round_up(Policy::lanes_for(static_cast<int>(p.head_dim)), kLanes<Lane>) : 0);
-    const int64_t tile = round_up(kRows, kLanes<Lane>) * largest_stride<Lane>(p);
+    key_rows = arena.take<const char*>(kBlockRows);
+    key_lanes = arena.take<Lane>(Products<Policy>::copy_lanes(p.head_dim));
+    const int64_t tile = round_up(kBlockRows, kLanes<Lane>) * largest_stride<Lane>(p);
     products = arena.take<Lane>(Policy::kUsesAmx ? tile : 0);
     bias = arena.take<Lane>(p.bias.data != nullptr ? tile : 0);
     dropout_keep = arena.take<LaneInt<Lane>>(p.has_dropout ? tile : 0);

@@ -91,8 +91,12 @@ struct RunningSoftmax {
       rounded_sum.block[v + c] *= factor;
       for (int k = 0; k < count; ++k) {
         Lane* target = probs + (k * vectors + v + c) * kLanes<Lane>;
-        if constexpr (Policy::kPerLane == 1) {
+        if constexpr (Policy::kParts == 0) {
           store<Lane>(target, load<Lane>(target) * factor);
+        } else if constexpr (Policy::kParts > 1) {
+#if defined(__AMX_BF16__)
+          scale_pairs_of_parts(factor, part_lanes<Policy>(vectors * kLanes<Lane>), target);
+#endif
         } else {
 #if defined(__AVX512BF16__)
           store<Lane>(target, scale_pairs(load<Lane>(target), factor));

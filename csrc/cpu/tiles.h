@@ -30,6 +30,15 @@ constexpr int kBlockK = kTileKeys == 4 ? 128 : 72;
 template <class T>
 constexpr int kBlockVectors = kBlockQ / kLanes<T>;
 static_assert(kBlockVectors<double> % kTileVectors == 0 && kBlockVectors<float> % kTileVectors == 0);
+
+// The rows of a matrix with one for each key of a block. The last tile may reach beyond the block.
+constexpr int kBlockRows = kBlockK + kTileKeys;
+
+// The lanes of one part of such a matrix of factors, whose rows are `stride` factors long.
+template <class Policy>
+constexpr int64_t part_lanes(int64_t stride) {
+  return kBlockRows * stride / Policy::kFactorsPerLane;
+}
 static_assert(kBlockK % kTileKeys == 0 && kBlockK % kLanes<float> % 8 == 0 && kTileKeys % 2 == 0);
 
 // An integer as a type, so that a function argument can be a compile-time constant.
