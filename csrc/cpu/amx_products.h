@@ -9,6 +9,7 @@
 #pragma once
 #include "amx.h"
 #include "key_rows.h"
+#include "pack.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -162,14 +163,15 @@ FA_NOINLINE void multiply_rows_by_columns(const char* const* rows, int count, in
                                           typename Policy::Lane* row_tiles, typename Policy::Lane* products) {
   using Lane = typename Policy::Lane;
   const int64_t lanes = tiled_lanes(dim), row_bytes = lanes * sizeof(Lane), stride_bytes = stride * sizeof(Lane);
+  const int64_t column_bytes = factor_stride<Policy>(stride) * sizeof(Lane);
   const int steps = static_cast<int>(lanes) / kAmxLanes;
   const int tiled_count = static_cast<int>(round_up(count, kAmxRows));
   const auto multiply = [&](const AmxMatrix<const char>& left, int first, int tiles) {
     if (tiles == 0) return;
     multiply_amx<Policy::kParts>(
         left,
-        {reinterpret_cast<const char*>(columns), stride_bytes, kAmxRowBytes, kAmxRows * stride_bytes,
-         lanes * stride_bytes},
+        {reinterpret_cast<const char*>(columns), column_bytes, kAmxRowBytes, kAmxRows * column_bytes,
+         lanes * column_bytes},
         steps, tiles, static_cast<int>(stride) / kAmxLanes,
         {reinterpret_cast<char*>(products + first * stride), stride_bytes, kAmxRows * stride_bytes, 0, 0},
         /*accumulates=*/false);
@@ -205,6 +207,7 @@ FA_NOINLINE void add_sum_over_keys(const SummedTiles<Policy>& rows, int dim, typ
                                    int vectors, typename Policy::Lane* acc) {
   using Lane = typename Policy::Lane;
   const int64_t stride = vectors * kAmxLanes, stride_bytes = stride * sizeof(Lane);
+  const int64_t pair_stride = factor_stride<Policy>(stride), pair_bytes = pair_stride * sizeof(Lane);
   const int64_t next_part = part_lanes<Policy>(stride);
   const int tiles = (count + kTileKeys - 1) / kTileKeys, steps = (count + kStepRows - 1) / kStepRows;
   constexpr int kPairs = kTileKeys / 2;  // of a tile of keys
@@ -213,16 +216,16 @@ FA_NOINLINE void add_sum_over_keys(const SummedTiles<Policy>& rows, int dim, typ
       for (int v = 0; v < vectors; ++v) {
         if (v >= ranges[t].begin && v < ranges[t].end) continue;
         for (int pair = 0; pair < kPairs; ++pair)
-          store<Lane>(part + (t * kPairs + pair) * stride + v * kAmxLanes, Vec<Lane>{});
+          store<Lane>(part + (t * kPairs + pair) * pair_stride + v * kAmxLanes, Vec<Lane>{});
       }
     }
-    memset(part + tiles * kPairs * stride, 0, (steps * kAmxLanes - tiles * kPairs) * stride_bytes);
+    memset(part + tiles * kPairs * pair_stride, 0, (steps * kAmxLanes - tiles * kPairs) * pair_bytes);
   }
   const int64_t step_bytes = rows.step_bytes(dim), part_bytes = rows.part_bytes(dim);
   const auto multiply = [&](Lane* target, bool accumulates) {
     multiply_amx<Policy::kParts>({*rows.tiles, kAmxRowBytes, kAmxTileBytes, step_bytes, part_bytes},
-                                 {reinterpret_cast<const char*>(coefficients), stride_bytes, kAmxRowBytes,
-                                  kAmxRows * stride_bytes, next_part * static_cast<int64_t>(sizeof(Lane))},
+                                 {reinterpret_cast<const char*>(coefficients), pair_bytes, kAmxRowBytes,
+                                  kAmxRows * pair_bytes, next_part * static_cast<int64_t>(sizeof(Lane))},
                                  steps, static_cast<int>(part_bytes / kAmxTileBytes), vectors,
                                  {reinterpret_cast<char*>(target), stride_bytes, kAmxRows * stride_bytes, 0, 0},
                                  accumulates);
@@ -259,6 +262,7 @@ FA_NOINLINE void sum_over_queries(BFloat16* coefficients, int64_t stride, int64_
   using Lane = typename Policy::Lane;
   constexpr int64_t kVectorOf16Bits = kAmxLanes * sizeof(BFloat16);
   const int tiled_count = static_cast<int>(round_up(count, kAmxRows)), steps = static_cast<int>(stride) / kStepRows;
+  const int64_t row_stride = factor_stride<Policy>(row_lanes), row_stride_bytes = row_stride * sizeof(Lane);
   const int pairs = (nq + 1) / 2;
   for (int part = 0; part < Policy::kParts; ++part) {
     BFloat16* const own = coefficients + part * coefficient_part;
@@ -269,13 +273,13 @@ FA_NOINLINE void sum_over_queries(BFloat16* coefficients, int64_t stride, int64_
           memset(static_cast<void*>(own + k * stride + v * kAmxLanes), 0, kVectorOf16Bits);
       }
     }
-    memset(rows + part * row_part + pairs * row_lanes, 0, (steps * kAmxLanes - pairs) * row_lanes * sizeof(Lane));
+    memset(rows + part * row_part + pairs * row_stride, 0, (steps * kAmxLanes - pairs) * row_stride * sizeof(Lane));
   }
   const int64_t coefficient_bytes = stride * sizeof(BFloat16), row_bytes = row_lanes * sizeof(Lane);
   multiply_amx<Policy::kParts>({reinterpret_cast<const char*>(coefficients), coefficient_bytes,
                                 kAmxRows * coefficient_bytes, kAmxRowBytes,
                                 coefficient_part * static_cast<int64_t>(sizeof(BFloat16))},
-                               {reinterpret_cast<const char*>(rows), row_bytes, kAmxRowBytes, kAmxRows * row_bytes,
+                               {reinterpret_cast<const char*>(rows), row_stride_bytes, kAmxRowBytes, kAmxRows * row_stride_bytes,
                                 row_part * static_cast<int64_t>(sizeof(Lane))},
                                steps, tiled_count / kAmxRows, static_cast<int>(row_lanes) / kAmxLanes,
                                {reinterpret_cast<char*>(sums), row_bytes, kAmxRows * row_bytes, 0, 0},

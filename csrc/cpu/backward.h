@@ -45,7 +45,7 @@ FA_NOINLINE Rows<const typename Policy::Lane> find_query_rows(const typename Pol
 #if defined(__AVX512BF16__)
     const int64_t next_part = BackwardScratch<Policy>::query_row_part(round_up(nq, n), row);
     for (int q = 0; q < nq; q += 2) {
-      float* pairs = scratch + q / 2 * row;
+      float* pairs = scratch + q / 2 * factor_stride<Policy>(row);
       const auto* low = base + q * stride_row;
       interleave<Policy>(low, q + 1 < nq ? low + stride_row : nullptr, dim, next_part, pairs);
       for (int64_t d = dim; Policy::kParts == 1 && d < row; ++d) pairs[d] = 0;
@@ -147,7 +147,7 @@ FA_NOINLINE bool backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
       FA_UNROLL
       for (int r = 0; r < kKeys; r += 2) {
         store_pairs_of_parts(acc[r][c], acc[r + 1][c], part_lanes<Policy>(stride),
-                             s.dscore_pairs + (k + r) / 2 * stride + (v + c) * n);
+                             s.dscore_pairs + (k + r) / 2 * factor_stride<Policy>(stride) + (v + c) * n);
       }
     }
 #endif

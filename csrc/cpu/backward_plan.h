@@ -212,7 +212,7 @@ struct BackwardScratch {
 
   // The lanes of one part of the rows of a block of queries, which are `row` lanes long.
   static int64_t query_row_part(int64_t stride, int64_t row) {
-    return coefficient_stride(stride) / Policy::kFactorsPerLane * row;
+    return coefficient_stride(stride) / Policy::kFactorsPerLane * factor_stride<Policy>(row);
   }
 
   // Takes the memory of all arrays out of the arena.
@@ -235,13 +235,13 @@ struct BackwardScratch {
     if (pairs) {
       summed_key.layout(arena, p, head_dim, p.num_heads / p.num_kv_heads * ((p.seqlen_q + kBlockQ - 1) / kBlockQ));
     }
-    query = arena.take<Lane>(column_lanes<Policy>(head_dim) * stride);
-    dout = arena.take<Lane>(column_lanes<Policy>(value_dim) * stride);
+    query = arena.take<Lane>(column_lanes<Policy>(head_dim, stride));
+    dout = arena.take<Lane>(column_lanes<Policy>(value_dim, stride));
     query_rows = arena.take<Lane>(parts * query_row_part(stride, head_row));
     dout_rows = arena.take<Lane>(parts * query_row_part(stride, value_row));
     probs = arena.take<Coefficient>(parts * coefficient_part(stride));
     dscores = arena.take<Coefficient>(parts * coefficient_part(stride));
-    dscore_pairs = pairs ? arena.take<Lane>(parts * tile / 2) : reinterpret_cast<Lane*>(dscores);
+    dscore_pairs = pairs ? arena.take<Lane>(parts * part_lanes<Policy>(stride)) : reinterpret_cast<Lane*>(dscores);
     dbias = nullptr;
     const bool has_gradient =
         p.dbias.data != nullptr || p.dkey_bias.data != nullptr || p.drelative_bias.data != nullptr;
@@ -252,7 +252,7 @@ struct BackwardScratch {
     dquery_rows = arena.take<Lane>(plan.sums_dquery ? p.num_heads / p.num_kv_heads * p.seqlen_q * head_row : 0);
     dkey = arena.take<Lane>((plan.slab_keys + 1) * head_row);
     dvalue = arena.take<Lane>((plan.slab_keys + 1) * value_row);
-    out = arena.take<Lane>(Policy::kUsesAmx ? 0 : column_lanes<Policy>(value_dim) * stride);
+    out = arena.take<Lane>(Policy::kUsesAmx ? 0 : column_lanes<Policy>(value_dim, stride));
     statistics.layout(arena, stride);
   }
 };

@@ -1,18 +1,18 @@
 // Transposition between tensors, where the elements of a query are neighbours, and the scratch, where neighbouring
 // queries are neighbours, so that a vector holds one element of several queries.
 #pragma once
-#include "memory.h"
 #include "parts.h"
+#include "tiles.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// The lanes of a transposed row of `dim` elements, as pack_columns writes them, with all parts.
+// The lanes of rows of `dim` elements that pack_columns has transposed, with all parts.
 template <class Policy>
-int64_t column_lanes(int dim) {
+int64_t column_lanes(int dim, int64_t stride) {
   constexpr int n = kLanes<typename Policy::Lane>;
-  if (Policy::kParts > 1) return Policy::kParts * round_up(dim, 2 * n) / 2;
-  return round_up(Policy::lanes_for(dim), n);
+  if (Policy::kParts > 1) return Policy::kParts * round_up(dim, 2 * n) / 2 * factor_stride<Policy>(stride);
+  return round_up(Policy::lanes_for(dim), n) * stride;
 }
 
 #if defined(__AMX_BF16__)
@@ -21,7 +21,7 @@ int64_t column_lanes(int dim) {
 template <class Policy>
 FA_NOINLINE void pack_columns_of_parts(const float* rows, int64_t stride_row, int count, int dim, float* columns) {
   constexpr int n = kLanes<float>;
-  const int64_t stride = round_up(count, n), next_part = round_up(dim, 2 * n) / 2 * stride;
+  const int64_t stride = factor_stride<Policy>(round_up(count, n)), next_part = round_up(dim, 2 * n) / 2 * stride;
   for (int q = 0; q < count; q += n) {
     for (int d = 0; d < dim; d += 2 * n) {
       Vec<float> block[Policy::kParts][n];

@@ -35,14 +35,6 @@ FA_INLINE Vec<float> pair_upper_halves(Vec<float> low, Vec<float> high) {
       _mm512_mask_blend_epi16(0xaaaaaaaa, shifted, reinterpret_cast<__m512i>(high)));
 }
 
-// The upper halves of two vectors, one vector after the other.
-FA_INLINE Vec<float> join_upper_halves(Vec<float> first, Vec<float> second) {
-  const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
-                                       23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-  return reinterpret_cast<Vec<float>>(
-      _mm512_permutex2var_epi16(reinterpret_cast<__m512i>(first), odd, reinterpret_cast<__m512i>(second)));
-}
-
 // The lanes of x that are NaN, as bits.
 FA_INLINE unsigned nan_lanes(Vec<float> x) {
   return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(x), _CMP_UNORD_Q);
@@ -79,15 +71,18 @@ FA_INLINE void scale_pairs_of_parts(Vec<float> factor, int64_t next_part, float*
   store_pairs_of_parts(low * factor, high * factor, next_part, pairs);
 }
 
-// Loads elements [first, first + 32) of a row of `dim` floats, as pairs of neighbours of each part. Elements from `dim`
-// on are zero, and are not read.
+// Loads elements [first, first + 32) of a row of `dim` floats, as pairs of each part. Elements i and i + 16 form a pair:
+// rows that are multiplied have the same order, so any order will do, and this one takes the fewest instructions.
+// Elements from `dim` on are zero, and are not read.
 FA_INLINE void load_parts(const float* row, int first, int dim, Vec<float> (&pairs)[kFloatParts]) {
   constexpr int n = kLanes<float>;
   const int left = dim - first;
-  const Parts a(load_as<float>(row + first, left));
-  const Parts b(left > n ? load_as<float>(row + first + n, left - n) : Vec<float>{});
+  const bool is_whole = left >= 2 * n;
+  const Parts a(is_whole ? load<float>(row + first) : load_as<float>(row + first, left));
+  const Parts b(is_whole ? load<float>(row + first + n)
+                         : (left > n ? load_as<float>(row + first + n, left - n) : Vec<float>{}));
   FA_UNROLL
-  for (int i = 0; i < kFloatParts; ++i) pairs[i] = join_upper_halves(a.remainder[i], b.remainder[i]);
+  for (int i = 0; i < kFloatParts; ++i) pairs[i] = pair_upper_halves(a.remainder[i], b.remainder[i]);
 }
 
 // Interleaves two rows of `dim` floats to pairs of each part: pairs[i * next_part + d] is part i of (low[d], high[d]).

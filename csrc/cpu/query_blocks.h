@@ -38,7 +38,7 @@ struct ForwardScratch {
     const int64_t stride = largest_stride<Lane>(p);
     key.layout(arena, p);
     value.layout(arena, p, static_cast<int>(p.value_dim), visits);
-    query = arena.take<Lane>(column_lanes<Policy>(head_dim) * stride);
+    query = arena.take<Lane>(column_lanes<Policy>(head_dim, stride));
     probs = arena.take<Lane>((Policy::kParts > 1 ? Policy::kParts : 1) * part_lanes<Policy>(stride));
     acc = arena.take<Lane>(value_row * stride);
   }
@@ -139,7 +139,7 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
       FA_UNROLL
       for (int r = 0; r < kKeys; r += 2) {
         store_pairs_of_parts(after_dropout(r), after_dropout(r + 1), part_lanes<Policy>(in.stride),
-                             s.probs + (k + r) / 2 * in.stride + (v + c) * n);
+                             s.probs + (k + r) / 2 * factor_stride<Policy>(in.stride) + (v + c) * n);
       }
 #endif
     } else {

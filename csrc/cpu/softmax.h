@@ -1,6 +1,7 @@
 // The online softmax of a block of queries: its state after some of the keys.
 #pragma once
 #include "elementary.h"
+#include "parts.h"
 #include "tiles.h"
 
 namespace fused_attn::cpu {
@@ -90,7 +91,7 @@ struct RunningSoftmax {
       sum.block[v + c] *= factor;
       rounded_sum.block[v + c] *= factor;
       for (int k = 0; k < count; ++k) {
-        Lane* target = probs + (k * vectors + v + c) * kLanes<Lane>;
+        Lane* target = probs + k * factor_stride<Policy>(vectors * kLanes<Lane>) + (v + c) * kLanes<Lane>;
         if constexpr (Policy::kParts == 0) {
           store<Lane>(target, load<Lane>(target) * factor);
         } else if constexpr (Policy::kParts > 1) {

@@ -8,8 +8,8 @@
 // Names: a tile begins at key k of the block of keys, and at vector v of the block of queries. r counts the keys of the
 // tile, and c its vectors of queries. n is the number of lanes of a vector.
 #pragma once
-#include "pack.h"
-#include "vec.h"
+#include "memory.h"
+#include "policy.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -34,10 +34,18 @@ static_assert(kBlockVectors<double> % kTileVectors == 0 && kBlockVectors<float> 
 // The rows of a matrix with one for each key of a block. The last tile may reach beyond the block.
 constexpr int kBlockRows = kBlockK + kTileKeys;
 
-// The lanes of one part of such a matrix of factors, whose rows are `stride` factors long.
+// The lanes from one row of a matrix of factors to the next one, if a row has `lanes` of them, in whole vectors. With
+// parts, the distance is an odd number of cache lines. So the rows of a tile of AMX are spread over all sets of the
+// first-level cache.
+template <class Policy>
+constexpr int64_t factor_stride(int64_t lanes) {
+  return Policy::kParts > 1 ? lanes | kLanes<float> : lanes;
+}
+
+// The lanes of one part of a matrix of factors with a row, or half of one, for each key of a block.
 template <class Policy>
 constexpr int64_t part_lanes(int64_t stride) {
-  return kBlockRows * stride / Policy::kFactorsPerLane;
+  return kBlockRows * factor_stride<Policy>(stride) / Policy::kFactorsPerLane;
 }
 static_assert(kBlockK % kTileKeys == 0 && kBlockK % kLanes<float> % 8 == 0 && kTileKeys % 2 == 0);
 
