@@ -9,6 +9,17 @@
 #pragma once
 #include "memory.h"
 
+namespace fused_attn::cpu {
+namespace {
+
+// What vectors do while tiles are multiplied: nothing.
+struct DoNothing {
+  void operator()() const {}
+};
+
+}  // namespace
+}  // namespace fused_attn::cpu
+
 #if defined(__AMX_BF16__)
 #include <immintrin.h>
 
@@ -58,9 +69,13 @@ struct AmxMatrix {
 //
 // If the factors have kParts parts, part i of `left` is multiplied by the parts of `right` before number kParts - i. A
 // part is about 2^-8 of the one before it, so these are the largest products.
-template <int kParts, int kRows, int kColumns>
+//
+// meanwhile() is called after every few multiplications. Vectors and tiles work at the same time only if their
+// instructions alternate that often: there are few registers to rename tiles to, and an instruction that waits for one
+// holds up all that follow.
+template <int kParts, int kRows, int kColumns, class Meanwhile>
 FA_NOINLINE void multiply_tiles(const AmxMatrix<const char>& left, const AmxMatrix<const char>& right, int steps,
-                                const AmxMatrix<char>& sum, bool accumulates) {
+                                const AmxMatrix<char>& sum, bool accumulates, const Meanwhile& meanwhile) {
   // The intrinsics that load tiles do not tell the compiler that they read memory.
   asm volatile("" ::: "memory");
   char* const low = sum.data + sum.next_tile;  // the second row of tiles
@@ -94,6 +109,7 @@ FA_NOINLINE void multiply_tiles(const AmxMatrix<const char>& left, const AmxMatr
           _tile_dpbf16ps(1, 4, 7);
         }
         if constexpr (kRows == 2 && kColumns == 2) _tile_dpbf16ps(3, 5, 7);
+        meanwhile();
       }
     }
   }
@@ -104,9 +120,9 @@ FA_NOINLINE void multiply_tiles(const AmxMatrix<const char>& left, const AmxMatr
 }
 
 // Computes rows x columns tiles of the sum. The tiles of a row of the sum lie side by side.
-template <int kParts>
+template <int kParts, class Meanwhile = DoNothing>
 void multiply_amx(const AmxMatrix<const char>& left, const AmxMatrix<const char>& right, int steps, int rows,
-                         int columns, const AmxMatrix<char>& sum, bool accumulates) {
+                  int columns, const AmxMatrix<char>& sum, bool accumulates, const Meanwhile& meanwhile = {}) {
   for (int c = 0; c < columns; c += 2) {
     AmxMatrix<const char> b = right;
     b.data += c * right.next_tile;
@@ -115,11 +131,11 @@ void multiply_amx(const AmxMatrix<const char>& left, const AmxMatrix<const char>
       a.data += r * left.next_tile;
       AmxMatrix<char> target = sum;
       target.data += r * sum.next_tile + c * kAmxRowBytes;
-      const auto multiply = [&](auto function) { function(a, b, steps, target, accumulates); };
+      const auto multiply = [&](auto function) { function(a, b, steps, target, accumulates, meanwhile); };
       if (rows - r > 1) {
-        columns - c > 1 ? multiply(multiply_tiles<kParts, 2, 2>) : multiply(multiply_tiles<kParts, 2, 1>);
+        columns - c > 1 ? multiply(multiply_tiles<kParts, 2, 2, Meanwhile>) : multiply(multiply_tiles<kParts, 2, 1, Meanwhile>);
       } else {
-        columns - c > 1 ? multiply(multiply_tiles<kParts, 1, 2>) : multiply(multiply_tiles<kParts, 1, 1>);
+        columns - c > 1 ? multiply(multiply_tiles<kParts, 1, 2, Meanwhile>) : multiply(multiply_tiles<kParts, 1, 1, Meanwhile>);
       }
     }
   }

@@ -116,7 +116,7 @@ FA_NOINLINE bool backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
       for (int c = 0; c < kColumns; ++c) acc[r][c] = load<Lane>(s.dprobs + offset + r * stride + c * n);
     }
   } else {
-    dot_tile<Policy, kKeys, kColumns>(s.value_rows + k, s.dout + v * n, stride, value_depth, acc);
+    dot_tile<Policy, kKeys, kColumns>(s.value.rows + k, s.dout + v * n, stride, value_depth, acc);
   }
   [[maybe_unused]] unsigned nan = 0;
   FA_UNROLL
@@ -397,10 +397,9 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
 
     do {
       prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
-      find_rows<Policy>(value_source, keys, value_dim, s.value_lanes, s.value_rows);
+      s.value.find(value_source, keys, value_dim);
       if constexpr (Policy::kUsesAmx)
-        multiply_rows_by_columns<Policy>(s.value_rows, keys.count, value_dim, s.dout, in.stride, s.value_lanes,
-                                         s.dprobs);
+        multiply_keys_by_columns<Policy>(s.value, keys.count, value_dim, s.dout, in.stride, s.dprobs);
       if (Policy::kParts > 0 && wants_dquery) {
         s.summed_key.find(key_source, keys, head_dim);
       }
@@ -456,11 +455,13 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
       if constexpr (Policy::kUsesAmx) {
         if (p.dvalue.data != nullptr) add_to_keys(keys, slab_begin, nq, s.probs, s.dout_rows, s, dvalue);
         if (p.dkey.data != nullptr) add_to_keys(keys, slab_begin, nq, s.dscores, s.query_rows, s, dkey);
-        if (wants_dquery)
-          add_sum_over_keys<Policy>(s.summed_key, head_dim, s.dscore_pairs, ones, s.key.ranges, keys.count, vectors,
-                                    s.dquery);
+        if (wants_dquery) {
+          clear_unseen_pairs<Policy>(s.dscore_pairs, s.key.ranges, keys.count, vectors);
+          add_sum_over_keys<Policy>(s.summed_key, head_dim, s.dscore_pairs, ones, keys.count, vectors, s.dquery,
+                                    DoNothing{});
+        }
       } else if (wants_dquery) {
-        outer_block<Policy>(Policy::kParts > 0 ? s.summed_key.rows : s.key.key_rows, head_dim, s.dscore_pairs, ones,
+        outer_block<Policy>(Policy::kParts > 0 ? s.summed_key.rows : s.key.rows.rows, head_dim, s.dscore_pairs, ones,
                             s.key.ranges, tiles, keys.count, vectors, s.dquery);
       }
       if (stores_pairs) {

@@ -182,8 +182,7 @@ struct BackwardScratch {
   using Coefficient = std::conditional_t<Policy::kParts == 0, Lane, BFloat16>;
 
   KeyScratch<Policy> key;
-  const char** value_rows;       // the value rows of the block's keys
-  Lane* value_lanes;             // the values as lanes, if they have to be converted
+  RowsToMultiply<Policy> value;  // the values of the block's keys
   RowsToSum<Policy> summed_key;  // the keys in the form that the sum over keys reads, which gives dquery
   Lane* dprobs;                  // value . dout [key of the block][stride], if AMX multiplies
   Lane* key_sums;                // the part of dkey or dvalue [key of the block][padded row], if AMX multiplies
@@ -227,14 +226,12 @@ struct BackwardScratch {
     const int64_t tile = rows * stride;
     const int64_t parts = Policy::kParts > 1 ? Policy::kParts : 1;
     const bool pairs = Policy::kParts > 0;
-    key.layout(arena, p);
-    value_rows = arena.take<const char*>(kBlockRows);
-    value_lanes = arena.take<Lane>(Products<Policy>::copy_lanes(value_dim));
+    const int64_t visits = p.num_heads / p.num_kv_heads * ((p.seqlen_q + kBlockQ - 1) / kBlockQ);
+    key.layout(arena, p, visits);
+    value.layout(arena, p, value_dim, visits);
     dprobs = arena.take<Lane>(Policy::kUsesAmx ? tile : 0);
     key_sums = arena.take<Lane>(Policy::kUsesAmx ? rows * (head_row > value_row ? head_row : value_row) : 0);
-    if (pairs) {
-      summed_key.layout(arena, p, head_dim, p.num_heads / p.num_kv_heads * ((p.seqlen_q + kBlockQ - 1) / kBlockQ));
-    }
+    if (pairs) summed_key.layout(arena, p, head_dim, visits);
     query = arena.take<Lane>(column_lanes<Policy>(head_dim, stride));
     dout = arena.take<Lane>(column_lanes<Policy>(value_dim, stride));
     query_rows = arena.take<Lane>(parts * query_row_part(stride, head_row));

@@ -29,6 +29,27 @@ FA_NOINLINE void find_rows(const RowSource<typename Policy::Storage>& source, co
   for (int k = keys.count; k < keys.count + kTileKeys; ++k) rows[k] = rows[keys.count - 1];
 }
 
+// The rows of a block of keys for products that sum over the columns of a row.
+template <class Policy>
+struct FoundRows {
+  using Lane = typename Policy::Lane;
+
+  const char** rows;  // the result of find(), as of find_rows
+  Lane* copies;       // memory for rows that have to be converted to lanes, or copied for AMX
+
+  // Takes the memory out of the arena. Rows that have been found are not kept, so the last number does not matter.
+  void layout(Arena& arena, const AttentionParams&, int dim, int64_t) {
+    const bool copied = Policy::kConverts || Policy::kUsesAmx || dim % Policy::kPerLane != 0;
+    rows = arena.take<const char*>(kBlockRows);
+    copies = arena.take<Lane>(copied ? kBlockRows * round_up(Policy::lanes_for(dim), kLanes<Lane>) : 0);
+  }
+
+  // Finds the rows of the keys of the block.
+  void find(const RowSource<typename Policy::Storage>& source, const KeyBlock& keys, int dim) const {
+    find_rows<Policy>(source, keys, dim, copies, rows);
+  }
+};
+
 // The rows of key or value of one head for products that sum over keys. If a lane holds a pair of elements, the pair
 // must be the same column of two neighbouring keys, so the rows of the two keys are interleaved.
 //

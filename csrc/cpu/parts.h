@@ -30,9 +30,9 @@ struct Parts {
 
 // The upper halves of two vectors, as pairs: lane i of the result has that of low[i] below that of high[i].
 FA_INLINE Vec<float> pair_upper_halves(Vec<float> low, Vec<float> high) {
-  const __m512i shifted = _mm512_srli_epi32(reinterpret_cast<__m512i>(low), 16);
+  const WordVec shifted = reinterpret_cast<WordVec>(low) >> 16;
   return reinterpret_cast<Vec<float>>(
-      _mm512_mask_blend_epi16(0xaaaaaaaa, shifted, reinterpret_cast<__m512i>(high)));
+      _mm512_mask_blend_epi16(0xaaaaaaaa, reinterpret_cast<__m512i>(shifted), reinterpret_cast<__m512i>(high)));
 }
 
 // The lanes of x that are NaN, as bits.
@@ -54,8 +54,8 @@ FA_INLINE void store_parts(Vec<float> x, int64_t next_part, BFloat16* target) {
   const Parts parts(x);
   FA_UNROLL
   for (int i = 0; i < kFloatParts; ++i) {
-    const __m512i shifted = _mm512_srli_epi32(reinterpret_cast<__m512i>(parts.remainder[i]), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i * next_part), _mm512_cvtepi32_epi16(shifted));
+    const HalfVec part = __builtin_convertvector(reinterpret_cast<WordVec>(parts.remainder[i]) >> 16, HalfVec);
+    memcpy(static_cast<void*>(target + i * next_part), &part, sizeof(part));
   }
 }
 

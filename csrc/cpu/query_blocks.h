@@ -27,7 +27,7 @@ struct ForwardScratch {
   KeyScratch<Policy> key;   // what depends on the current block of keys
   RowsToSum<Policy> value;  // the values of the current block of keys
   Lane* query;              // query^T [lanes of head_dim][stride], as ScoreInputs
-  Lane* probs;              // probs^T [part][key, or pair of keys, of the block][stride], after dropout
+  Lane* probs[2];           // probs^T [part][key, or pair of keys, of the block][stride], after dropout; see kDelays
   Lane* acc;                // acc^T [value_dim, padded to a vector][stride]
 
   // Takes the memory of all arrays out of the arena. `visits` is the number of query blocks that a thread processes
@@ -36,10 +36,11 @@ struct ForwardScratch {
     const int head_dim = static_cast<int>(p.head_dim);
     const int64_t value_row = round_up(p.value_dim, kLanes<Lane>);
     const int64_t stride = largest_stride<Lane>(p);
-    key.layout(arena, p);
+    key.layout(arena, p, visits);
     value.layout(arena, p, static_cast<int>(p.value_dim), visits);
     query = arena.take<Lane>(column_lanes<Policy>(head_dim, stride));
-    probs = arena.take<Lane>((Policy::kParts > 1 ? Policy::kParts : 1) * part_lanes<Policy>(stride));
+    const int64_t parts = Policy::kParts > 1 ? Policy::kParts : 1;
+    for (Lane*& block : probs) block = arena.take<Lane>(parts * part_lanes<Policy>(stride));
     acc = arena.take<Lane>(value_row * stride);
   }
 };
@@ -53,18 +54,19 @@ FA_INLINE void prefetch_tile(const ForwardScratch<Policy>& s, int k, int count, 
   for (int r = 0; r < kTileKeys; ++r) {
     for (int64_t byte = 0; byte < value_bytes; byte += kCacheLine) prefetch_bytes(s.value.rows[k + r], byte);
     if (k + kAhead >= count) continue;
-    for (int64_t byte = 0; byte < key_bytes; byte += kCacheLine) prefetch_bytes(s.key.key_rows[k + kAhead + r], byte);
+    for (int64_t byte = 0; byte < key_bytes; byte += kCacheLine) prefetch_bytes(s.key.rows.rows[k + kAhead + r], byte);
   }
 }
 
 // Computes the probs of kTiles tiles: their keys, from key k of the block on, and kColumns vectors of queries from
-// vector v on. Stores the probs after dropout in s.probs, and adds the probs before dropout to the sums of the softmax.
+// vector v on. Stores the probs after dropout in `probs`, and adds the probs before dropout to the sums of the softmax.
 // kPlain: every key of the tiles is visible, scores have no other terms than products, and there is neither dropout nor
 // row_max. So the compiler leaves out all code for these features. With more than one tile, results have the same bits
 // as tile by tile.
 template <class Policy, int kColumns, bool kPlain, int kTiles = 1>
 FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
-                              const ForwardScratch<Policy>& s, RunningSoftmax<Policy>& softmax) {
+                              const ForwardScratch<Policy>& s, typename Policy::Lane* probs,
+                              RunningSoftmax<Policy>& softmax) {
   using Lane = typename Policy::Lane;
   constexpr int n = kLanes<Lane>;
   constexpr int kKeys = kTiles * kTileKeys;
@@ -89,7 +91,7 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
   if (__builtin_expect(any_positive<Lane>(excess), 0)) {
     if constexpr (kTiles > 1) {
       for (int t = 0; t < kTiles; ++t)
-        forward_tile<Policy, kColumns, kPlain>(in, k + t * kTileKeys, v, partial, dropout, s, softmax);
+        forward_tile<Policy, kColumns, kPlain>(in, k + t * kTileKeys, v, partial, dropout, s, probs, softmax);
       return;
     }
     // Some score is so large that the reference of its row must rise, which is rare. Only here are the scores stored in
@@ -106,7 +108,7 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
         store<Lane>(scores + (r * kColumns + c) * n, acc[r][c]);
       }
     }
-    softmax.raise(maxima, v, kColumns, s.probs, k / Policy::kFactorsPerLane);
+    softmax.raise(maxima, v, kColumns, probs, k / Policy::kFactorsPerLane);
     FA_UNROLL
     for (int r = 0; r < kKeys; ++r) {
       FA_UNROLL
@@ -133,13 +135,13 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
     }
     if constexpr (Policy::kParts == 0) {
       FA_UNROLL
-      for (int r = 0; r < kKeys; ++r) store<Lane>(s.probs + offset + r * in.stride, after_dropout(r));
+      for (int r = 0; r < kKeys; ++r) store<Lane>(probs + offset + r * in.stride, after_dropout(r));
     } else if constexpr (Policy::kParts > 1) {
 #if defined(__AMX_BF16__)
       FA_UNROLL
       for (int r = 0; r < kKeys; r += 2) {
         store_pairs_of_parts(after_dropout(r), after_dropout(r + 1), part_lanes<Policy>(in.stride),
-                             s.probs + (k + r) / 2 * factor_stride<Policy>(in.stride) + (v + c) * n);
+                             probs + (k + r) / 2 * factor_stride<Policy>(in.stride) + (v + c) * n);
       }
 #endif
     } else {
@@ -150,7 +152,7 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
         Vec<Lane> pairs = round_to_pairs(acc[r][c], acc[r + 1][c]);
         rounded_sum = add_pairs(rounded_sum, pairs);
         if (!kPlain && dropout) pairs = round_to_pairs(after_dropout(r), after_dropout(r + 1));
-        store<Lane>(s.probs + (k + r) / 2 * in.stride + (v + c) * n, pairs);
+        store<Lane>(probs + (k + r) / 2 * in.stride + (v + c) * n, pairs);
         if ((r + 2) % kTileKeys != 0) continue;
         softmax.rounded_sum.block[v + c] += rounded_sum;
         rounded_sum = Vec<Lane>{};
@@ -252,11 +254,20 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
       if (prefetches) prefetch_tile(s, k, count, row_bytes, value_row_bytes);
     }
   };
+  // Whether AMX multiplies the values of a block of keys while vectors compute the softmax of the next block.
+  constexpr bool kDelays = Policy::kParts > 1;
+  Vec<Lane> delayed_rescale[kBlockVectors<Lane>];
+  const Vec<Lane>* const rescale = kDelays ? delayed_rescale : softmax.rescale;
+  int delayed = 0;  // the keys of the block before, if their values have not been multiplied yet
+  Lane* probs = s.probs[0];
+  const auto add_values = [&](const Lane* coefficients, int count, const auto& meanwhile) {
+    add_sum_over_keys<Policy>(s.value, value_dim, coefficients, rescale, count, vectors, s.acc, meanwhile);
+  };
   KeyBlock& keys = *s.key.keys;
   KeyStream stream(p, seq, valid_keys, b, h, q_begin, nq, 0, seq.seqlen_k);
   while (stream.next(keys)) {
     prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
-    s.value.find(values, keys, value_dim);
+    if (!kDelays) s.value.find(values, keys, value_dim);
 
     const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
     softmax.begin_block();
@@ -265,7 +276,9 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
       prefetch(t * kTileKeys, tiles * kTileKeys);
       prefetch_scores<Policy>(p, p.bias, p.bias_dtype, b, h, q_begin, nq, seq.seqlen_k, keys, t, tiles);
     };
-    for (int t = 0; t < tiles; ++t) {
+    int t = 0;  // the next tile
+    const auto compute_tile = [&] {
+      if (t >= tiles) return;
       prefetch_for(t);
       // A block that fills at most half of a tile takes two tiles at once, because one has too few sums: each
       // multiply-add would wait for an earlier one. The first tile often raises the references, which two tiles at once
@@ -275,12 +288,13 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
           constexpr int kColumns = decltype(columns)::value;
           if constexpr (2 * kColumns <= kTileVectors) {
             forward_tile<Policy, kColumns, /*kPlain=*/true, 2>(in, t * kTileKeys, 0, /*partial=*/false,
-                                                               /*dropout=*/false, s, softmax);
+                                                               /*dropout=*/false, s, probs, softmax);
           }
         });
         s.key.ranges[t] = s.key.ranges[t + 1] = {0, vectors};
-        prefetch_for(++t);
-        continue;
+        prefetch_for(t + 1);
+        t += 2;
+        return;
       }
       bool partial;
       const VectorRange range = tile_range<Lane>(keys, t * kTileKeys, stream.valid_queries(), vectors, partial);
@@ -292,21 +306,36 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
           constexpr int kColumns = decltype(columns)::value;
           if (partial || !is_plain) {
             forward_tile<Policy, kColumns, /*kPlain=*/false>(in, t * kTileKeys, part.begin, partial, p.has_dropout, s,
-                                                             softmax);
+                                                             probs, softmax);
           } else {
             forward_tile<Policy, kColumns, /*kPlain=*/true>(in, t * kTileKeys, part.begin, /*partial=*/false,
-                                                            /*dropout=*/false, s, softmax);
+                                                            /*dropout=*/false, s, probs, softmax);
           }
         });
       }
+      ++t;
+    };
+    Lane* const other_probs = probs == s.probs[0] ? s.probs[1] : s.probs[0];
+    if constexpr (kDelays) {
+      if (delayed > 0) add_values(other_probs, delayed, compute_tile);
     }
+    while (t < tiles) compute_tile();
     softmax.end_block();
-    if constexpr (Policy::kUsesAmx) {
-      add_sum_over_keys<Policy>(s.value, value_dim, s.probs, softmax.rescale, s.key.ranges, keys.count, vectors, s.acc);
+    if constexpr (Policy::kUsesAmx) clear_unseen_pairs<Policy>(probs, s.key.ranges, keys.count, vectors);
+    if constexpr (kDelays) {
+      s.value.find(values, keys, value_dim);
+      for (int v = 0; v < vectors; ++v) delayed_rescale[v] = softmax.rescale[v];
+      delayed = keys.count;
+      probs = other_probs;
+    } else if constexpr (Policy::kUsesAmx) {
+      add_values(probs, keys.count, DoNothing{});
     } else {
-      outer_block<Policy>(s.value.rows, value_dim, s.probs, softmax.rescale, s.key.ranges, tiles, keys.count, vectors,
+      outer_block<Policy>(s.value.rows, value_dim, probs, softmax.rescale, s.key.ranges, tiles, keys.count, vectors,
                           s.acc);
     }
+  }
+  if constexpr (kDelays) {
+    if (delayed > 0) add_values(probs == s.probs[0] ? s.probs[1] : s.probs[0], delayed, DoNothing{});
   }
 #if defined(__AMX_BF16__)
   if constexpr (Policy::kParts > 1) {

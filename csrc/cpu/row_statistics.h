@@ -19,7 +19,7 @@ void compute_delta(const TensorView& out, int64_t b, int64_t h, int64_t row, int
   if constexpr (Policy::kUsesAmx) {
     const char* rows[kBlockQ];
     for (int q = 0; q < nq; ++q) rows[q] = reinterpret_cast<const char*>(row_of<const Storage>(out, b, h, row + q));
-    multiply_rows_by_columns<Policy>(rows, nq, value_dim, s.dout, stride, s.value_lanes, s.dprobs);
+    multiply_rows_by_columns<Policy>(rows, nq, value_dim, s.dout, stride, s.value.copies, s.dprobs);
     for (int64_t q = 0; q < stride; ++q) delta[q] = s.dprobs[q * stride + q];
     return;
   }

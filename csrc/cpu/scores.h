@@ -281,18 +281,16 @@ struct KeyScratch {
   using Lane = typename Policy::Lane;
 
   KeyBlock* keys;               // the current block
-  const char** key_rows;        // [key of the block]: its row, as lanes
-  Lane* key_lanes;              // memory for rows that have to be converted to lanes, or copied for AMX
+  RowsToMultiply<Policy> rows;  // the rows of its keys
   Lane* bias;                   // [key of the block][stride]
   Lane* products;               // [key of the block][stride]: query . key, if AMX multiplies; see adds_bias
   LaneInt<Lane>* dropout_keep;  // [key of the block][stride]: -1 = keep, 0 = drop
   VectorRange* ranges;          // [tile]: the vectors of queries that see a key of the tile
 
-  // Takes the memory of all arrays out of the arena.
-  void layout(Arena& arena, const AttentionParams& p) {
+  // Takes the memory of all arrays out of the arena. `visits`: as for SummedRows.
+  void layout(Arena& arena, const AttentionParams& p, int64_t visits) {
     keys = arena.take<KeyBlock>(1);
-    key_rows = arena.take<const char*>(kBlockRows);
-    key_lanes = arena.take<Lane>(Products<Policy>::copy_lanes(p.head_dim));
+    rows.layout(arena, p, static_cast<int>(p.head_dim), visits);
     const int64_t tile = round_up(kBlockRows, kLanes<Lane>) * largest_stride<Lane>(p);
     products = arena.take<Lane>(Policy::kUsesAmx ? tile : 0);
     bias = arena.take<Lane>(p.bias.data != nullptr ? tile : 0);
@@ -335,14 +333,14 @@ FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64
   using Storage = typename Policy::Storage;
   const KeyBlock& keys = *scratch.keys;
   const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
-  find_rows<Policy>(row_source<Storage>(p, p.key, seq, b, kv_head), keys, static_cast<int>(p.head_dim),
-                    scratch.key_lanes, scratch.key_rows);
+  const int head_dim = static_cast<int>(p.head_dim);
+  scratch.rows.find(row_source<Storage>(p, p.key, seq, b, kv_head), keys, head_dim);
   in.keys = &keys;
-  in.key_rows = scratch.key_rows;
   if constexpr (Policy::kUsesAmx) {
-    multiply_rows_by_columns<Policy>(in.key_rows, keys.count, static_cast<int>(p.head_dim), in.query, in.stride,
-                                     scratch.key_lanes, scratch.products);
+    multiply_keys_by_columns<Policy>(scratch.rows, keys.count, head_dim, in.query, in.stride, scratch.products);
     in.products = scratch.products;
+  } else {
+    in.key_rows = scratch.rows.rows;
   }
   if (p.bias.data != nullptr) {
     const auto load_bias = [&](auto* element) {
