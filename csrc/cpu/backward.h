@@ -316,11 +316,17 @@ struct BackwardItem {
   const RowStatistics<typename Policy::Lane>& statistics;
   const BackwardPartials<typename Policy::Lane>& partials;
   const BackwardScratch<Policy>& scratch;
+  const BackwardScratch<LanePolicy<Policy>>& lane_scratch;  // for what vectors multiply, if the policy has parts
   const DecodeBackwardScratch<LanePolicy<Policy>>& decode_scratch;  // the other one if not plan.is_decode
   int64_t chunk;
 
   // The first key of the chunk.
   int64_t key_begin() const { return chunk * plan.chunk_keys; }
+
+  // The same item for vectors.
+  BackwardItem<LanePolicy<Policy>> for_lanes() const {
+    return {p, plan, relative, valid_keys, statistics, partials, lane_scratch, lane_scratch, decode_scratch, chunk};
+  }
 };
 
 // Returns where a work item sums dquery of one head over its slabs:
@@ -591,6 +597,12 @@ bool backward_item(const BackwardItem<Policy>& item, int64_t group) {
         decode_backward<LanePolicy<Policy>>(p, plan.visits_all_keys, item.valid_keys, b, kv_head, item.statistics,
                                               item.partials, item.decode_scratch);
       } else {
+        if constexpr (Policy::kParts > 1) {
+          if (!multiplies_parts<Policy>(p, sequence_of(p, b))) {
+            backward_kv_head<LanePolicy<Policy>>(item.for_lanes(), b, kv_head);
+            continue;
+          }
+        }
         is_exact &= backward_kv_head<Policy>(item, b, kv_head);
       }
     }
@@ -661,10 +673,10 @@ void backward_with_policy(const AttentionParams& p) {
   const std::unique_ptr<BackwardScratch<Policy>[]> scratch(new BackwardScratch<Policy>[threads]);
   const std::unique_ptr<DecodeBackwardScratch<LanePolicy<Policy>>[]> decode_scratch(
       new DecodeBackwardScratch<LanePolicy<Policy>>[threads]);
-  // For items that must not be multiplied in parts.
+  // For what vectors multiply.
   constexpr bool kHasParts = Policy::kParts > 1;
   const std::unique_ptr<BackwardScratch<LanePolicy<Policy>>[]> lane_scratch(
-      new BackwardScratch<LanePolicy<Policy>>[kHasParts ? threads : 0]);
+      new BackwardScratch<LanePolicy<Policy>>[kHasParts ? threads : 1]);
   const Buffer memory([&](Arena& arena) {
     for (int thread = 0; thread < threads; ++thread) {
       plan.is_decode ? decode_scratch[thread].layout(arena, p) : scratch[thread].layout(arena, p, plan);
@@ -685,9 +697,16 @@ void backward_with_policy(const AttentionParams& p) {
     const Sequence seq = sequence_of(p, b);
     if (q_begin >= seq.seqlen_q) return;
     const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
+    const RowStatistics<Lane> block_rows = statistics.at(p, b, h, q_begin);
+    if constexpr (kHasParts) {
+      if (!multiplies_parts<Policy>(p, seq)) {
+        measure_rows<LanePolicy<Policy>>(p, seq, relative, valid_keys, b, h, q_begin, nq, lane_scratch[thread],
+                                         block_rows);
+        return;
+      }
+    }
     [[maybe_unused]] const MatrixRegisters<Policy> registers;
-    measure_rows<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, scratch[thread],
-                         statistics.at(p, b, h, q_begin));
+    measure_rows<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, scratch[thread], block_rows);
   });
   // The second pass: the gradients. Under a causal mask, more queries see the first keys than the last ones. So the
   // first chunks take longest, and the threads start with the first chunks.
@@ -696,13 +715,19 @@ void backward_with_policy(const AttentionParams& p) {
     const int64_t chunk = index / plan.groups;
     const int64_t group = index % plan.groups;
     [[maybe_unused]] const MatrixRegisters<Policy> registers;
-    const bool is_exact = backward_item<Policy>(
-        {p, plan, relative, valid_keys, statistics, partials, scratch[thread], decode_scratch[thread], chunk}, group);
+    const BackwardItem<Policy> item = {p,
+                                       plan,
+                                       relative,
+                                       valid_keys,
+                                       statistics,
+                                       partials,
+                                       scratch[thread],
+                                       lane_scratch[kHasParts ? thread : 0],
+                                       decode_scratch[thread],
+                                       chunk};
+    const bool is_exact = backward_item<Policy>(item, group);
     if constexpr (kHasParts) {
-      if (is_exact) return;
-      backward_item<LanePolicy<Policy>>(
-          {p, plan, relative, valid_keys, statistics, partials, lane_scratch[thread], decode_scratch[thread], chunk},
-          group);
+      if (!is_exact) backward_item<LanePolicy<Policy>>(item.for_lanes(), group);
     }
   };
   parallel_for(threads, items, backward_of, order);

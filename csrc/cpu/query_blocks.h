@@ -213,8 +213,8 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
 }
 
 // Processes one work item: attention of the queries [q_begin, q_begin + kBlockQ) of head (b, h) over all keys. Returns
-// false, and writes nothing, if floats are multiplied in parts and a result is NaN. Then the item has to be processed
-// with vectors: an infinite float has no parts.
+// false, and writes nothing, if the policy has parts and vectors have to multiply: where parts do not pay, or if a
+// result is NaN, because an infinite float has no parts.
 template <class Policy>
 bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy::Lane>& relative,
                    const ValidKeys* valid_keys, int64_t b, int64_t h, int64_t q_begin,
@@ -223,6 +223,7 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   using Storage = typename Policy::Storage;
   const Sequence seq = sequence_of(p, b);
   if (q_begin >= seq.seqlen_q) return true;
+  if (Policy::kParts > 1 && !multiplies_parts<Policy>(p, seq)) return false;
   [[maybe_unused]] const MatrixRegisters<Policy> registers;
   const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
   const int vectors = (nq + kLanes<Lane> - 1) / kLanes<Lane>;
@@ -367,7 +368,7 @@ void forward_by_query_blocks(const AttentionParams& p) {
   const int64_t share = items / threads;
   const int64_t visits = group_blocks < share ? group_blocks : share;
   const std::unique_ptr<ForwardScratch<Policy>[]> scratch(new ForwardScratch<Policy>[threads]);
-  // For items that must not be multiplied in parts.
+  // For the items that vectors multiply.
   constexpr bool kHasParts = Policy::kParts > 1;
   const std::unique_ptr<ForwardScratch<LanePolicy<Policy>>[]> lane_scratch(
       new ForwardScratch<LanePolicy<Policy>>[kHasParts ? threads : 0]);
@@ -387,9 +388,9 @@ void forward_by_query_blocks(const AttentionParams& p) {
     const int64_t head = item / blocks;
     const int64_t block = blocks - 1 - item % blocks;
     const int64_t b = head / p.num_heads, h = head % p.num_heads;
-    const bool is_exact = forward_block<Policy>(p, relative, valid_keys, b, h, block * kBlockQ, scratch[thread]);
+    const bool is_done = forward_block<Policy>(p, relative, valid_keys, b, h, block * kBlockQ, scratch[thread]);
     if constexpr (kHasParts) {
-      if (!is_exact)
+      if (!is_done)
         forward_block<LanePolicy<Policy>>(p, relative, valid_keys, b, h, block * kBlockQ, lane_scratch[thread]);
     }
   });
