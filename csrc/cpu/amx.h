@@ -133,9 +133,11 @@ void multiply_amx(const AmxMatrix<const char>& left, const AmxMatrix<const char>
       target.data += r * sum.next_tile + c * kAmxRowBytes;
       const auto multiply = [&](auto function) { function(a, b, steps, target, accumulates, meanwhile); };
       if (rows - r > 1) {
-        columns - c > 1 ? multiply(multiply_tiles<kParts, 2, 2, Meanwhile>) : multiply(multiply_tiles<kParts, 2, 1, Meanwhile>);
+        columns - c > 1 ? multiply(multiply_tiles<kParts, 2, 2, Meanwhile>)
+                        : multiply(multiply_tiles<kParts, 2, 1, Meanwhile>);
       } else {
-        columns - c > 1 ? multiply(multiply_tiles<kParts, 1, 2, Meanwhile>) : multiply(multiply_tiles<kParts, 1, 1, Meanwhile>);
+        columns - c > 1 ? multiply(multiply_tiles<kParts, 1, 2, Meanwhile>)
+                        : multiply(multiply_tiles<kParts, 1, 1, Meanwhile>);
       }
     }
   }

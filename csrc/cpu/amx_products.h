@@ -77,7 +77,8 @@ struct CachedTiles {
 
   // To make the parts of floats takes longer than to read them from the third-level cache: with head dim 128 and 2048
   // keys, which take 1.5 MiB, forward takes 0.85 of the time with a cache.
-  static constexpr int64_t kMaxCachedBytes = Policy::kParts > 1 ? int64_t{4} << 20 : SummedRows<Policy>::kMaxCachedBytes;
+  static constexpr int64_t kMaxCachedBytes =
+      Policy::kParts > 1 ? int64_t{2} << 20 : SummedRows<Policy>::kMaxCachedBytes;
 
   char* block;                        // memory for the tiles of one block of keys
   int64_t steps;                      // how many steps the cache has room for; 0 = no cache
@@ -126,9 +127,9 @@ struct SummedTiles {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
 
-  char* pairs;          // memory for the interleaved rows of one step
-  Lane* sums;           // memory for the sum over a block of keys, if factors have several parts
-  const char** tiles;   // the result of find(); a pointer, because find() is const
+  char* pairs;         // memory for the interleaved rows of one step
+  Lane* sums;          // memory for the sum over a block of keys, if factors have several parts
+  const char** tiles;  // the result of find(); a pointer, because find() is const
   CachedTiles<Policy> cache;
 
   static int64_t part_bytes(int dim) { return round_up(dim, kAmxRows) / kAmxRows * kAmxTileBytes; }
@@ -287,7 +288,8 @@ template <class Policy>
 FA_NOINLINE void clear_unseen_pairs(typename Policy::Lane* coefficients, const VectorRange* ranges, int count,
                                     int vectors) {
   using Lane = typename Policy::Lane;
-  const int64_t stride = factor_stride<Policy>(vectors * kAmxLanes), next_part = part_lanes<Policy>(vectors * kAmxLanes);
+  const int64_t stride = factor_stride<Policy>(vectors * kAmxLanes),
+                next_part = part_lanes<Policy>(vectors * kAmxLanes);
   const int tiles = (count + kTileKeys - 1) / kTileKeys, steps = (count + kStepRows - 1) / kStepRows;
   constexpr int kPairs = kTileKeys / 2;  // of a tile of keys
   for (int t = 0; t < tiles; ++t) {
@@ -308,8 +310,7 @@ FA_NOINLINE void clear_unseen_pairs(typename Policy::Lane* coefficients, const V
 // acc[d][stride] = acc * rescale + sum over the keys of the block of rows[key][d] * coefficients[key][query]. The
 // coefficients are pairs of keys [part][pair][stride]. clear_unseen_pairs has set those to zero that do not exist.
 template <class Policy, class Meanwhile>
-FA_NOINLINE void add_sum_over_keys(const SummedTiles<Policy>& rows, int dim,
-                                   const typename Policy::Lane* coefficients,
+FA_NOINLINE void add_sum_over_keys(const SummedTiles<Policy>& rows, int dim, const typename Policy::Lane* coefficients,
                                    const Vec<typename Policy::Lane>* rescale, int count, int vectors,
                                    typename Policy::Lane* acc, const Meanwhile& meanwhile) {
   using Lane = typename Policy::Lane;
@@ -318,12 +319,12 @@ FA_NOINLINE void add_sum_over_keys(const SummedTiles<Policy>& rows, int dim,
   const int steps = (count + kStepRows - 1) / kStepRows;
   const int64_t step_bytes = rows.step_bytes(dim), part_bytes = rows.part_bytes(dim);
   const auto multiply = [&](Lane* target, bool accumulates) {
-    multiply_amx<Policy::kParts>({*rows.tiles, kAmxRowBytes, kAmxTileBytes, step_bytes, part_bytes},
-                                 {reinterpret_cast<const char*>(coefficients), pair_bytes, kAmxRowBytes,
-                                  kAmxRows * pair_bytes, part_lanes<Policy>(stride) * static_cast<int64_t>(sizeof(Lane))},
-                                 steps, static_cast<int>(part_bytes / kAmxTileBytes), vectors,
-                                 {reinterpret_cast<char*>(target), stride_bytes, kAmxRows * stride_bytes, 0, 0},
-                                 accumulates, meanwhile);
+    multiply_amx<Policy::kParts>(
+        {*rows.tiles, kAmxRowBytes, kAmxTileBytes, step_bytes, part_bytes},
+        {reinterpret_cast<const char*>(coefficients), pair_bytes, kAmxRowBytes, kAmxRows * pair_bytes,
+         part_lanes<Policy>(stride) * static_cast<int64_t>(sizeof(Lane))},
+        steps, static_cast<int>(part_bytes / kAmxTileBytes), vectors,
+        {reinterpret_cast<char*>(target), stride_bytes, kAmxRows * stride_bytes, 0, 0}, accumulates, meanwhile);
   };
   if constexpr (Policy::kParts > 1) {
     // As in outer_tile, a sum of sums of blocks has smaller rounding errors than one long sum.
@@ -376,14 +377,14 @@ FA_NOINLINE void sum_over_queries(BFloat16* coefficients, int64_t stride, int64_
     memset(rows + part * row_part + pairs * row_stride, 0, (steps * kAmxLanes - pairs) * row_stride * sizeof(Lane));
   }
   const int64_t coefficient_bytes = stride * sizeof(BFloat16), row_bytes = row_lanes * sizeof(Lane);
-  multiply_amx<Policy::kParts>({reinterpret_cast<const char*>(coefficients), coefficient_bytes,
-                                kAmxRows * coefficient_bytes, kAmxRowBytes,
-                                coefficient_part * static_cast<int64_t>(sizeof(BFloat16))},
-                               {reinterpret_cast<const char*>(rows), row_stride_bytes, kAmxRowBytes, kAmxRows * row_stride_bytes,
-                                row_part * static_cast<int64_t>(sizeof(Lane))},
-                               steps, tiled_count / kAmxRows, static_cast<int>(row_lanes) / kAmxLanes,
-                               {reinterpret_cast<char*>(sums), row_bytes, kAmxRows * row_bytes, 0, 0},
-                               /*accumulates=*/false);
+  multiply_amx<Policy::kParts>(
+      {reinterpret_cast<const char*>(coefficients), coefficient_bytes, kAmxRows * coefficient_bytes, kAmxRowBytes,
+       coefficient_part * static_cast<int64_t>(sizeof(BFloat16))},
+      {reinterpret_cast<const char*>(rows), row_stride_bytes, kAmxRowBytes, kAmxRows * row_stride_bytes,
+       row_part * static_cast<int64_t>(sizeof(Lane))},
+      steps, tiled_count / kAmxRows, static_cast<int>(row_lanes) / kAmxLanes,
+      {reinterpret_cast<char*>(sums), row_bytes, kAmxRows * row_bytes, 0, 0},
+      /*accumulates=*/false);
 }
 
 template <class Policy>

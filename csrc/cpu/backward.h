@@ -68,7 +68,7 @@ FA_NOINLINE Rows<const typename Policy::Lane> find_query_rows(const typename Pol
 // Computes probs and dscores of kTiles tiles: their keys, from key k of the block on, and kColumns vectors of queries
 // from vector v on. Writes them to the scratch `s`, for the products that follow. kPlain: every key of the tiles is
 // visible, scores are plain products, and there is no dropout. So the compiler leaves out all code for these features.
-// Returns false if floats are multiplied in parts, and a dscore is NaN.
+// Returns false if floats are multiplied in parts, and a dscore is NaN or infinite.
 template <class Policy, int kColumns, bool kPlain, int kTiles = 1>
 FA_NOINLINE bool backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool partial, bool dropout,
                                const BackwardScratch<Policy>& s, const RowStatistics<typename Policy::Lane>& rows,
@@ -118,7 +118,7 @@ FA_NOINLINE bool backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
   } else {
     dot_tile<Policy, kKeys, kColumns>(s.value.rows + k, s.dout + v * n, stride, value_depth, acc);
   }
-  [[maybe_unused]] unsigned nan = 0;
+  [[maybe_unused]] unsigned infinite = 0;
   FA_UNROLL
   for (int c = 0; c < kColumns; ++c) {
     const Vec<Lane> delta = load<Lane>(rows.delta + (v + c) * n);
@@ -141,7 +141,7 @@ FA_NOINLINE bool backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
     if constexpr (Policy::kParts > 1) {
       FA_UNROLL
       for (int r = 0; r < kKeys; ++r) {
-        nan |= nan_lanes(acc[r][c]);
+        infinite |= infinite_lanes(acc[r][c]);
         store_parts(acc[r][c], s.coefficient_part(stride), s.dscores + coefficient(r, c));
       }
       FA_UNROLL
@@ -162,7 +162,7 @@ FA_NOINLINE bool backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
     }
 #endif
   }
-  return nan == 0;
+  return infinite == 0;
 }
 
 // Where the rows of dkey or dvalue of a slab go. If only one block of queries attends to the keys, its products are the
@@ -353,7 +353,7 @@ Rows<typename Policy::Lane> dquery_lanes(const BackwardItem<Policy>& item, const
 
 // Processes one query block of one head with the keys [slab_begin, slab_end). Adds the block's part of dkey and dvalue
 // to `dkey` and `dvalue`. Writes the part of dquery if this is the first slab of the item. A later slab adds its part
-// to dquery. Returns false if floats are multiplied in parts, and a dscore is NaN.
+// to dquery. Returns false if floats are multiplied in parts, and a dscore is NaN or infinite.
 template <class Policy>
 bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
                     int64_t slab_begin, int64_t slab_end, const KeyGradient<Policy>& dkey,
@@ -378,15 +378,16 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
   const RowSource<Storage> key_source = row_source<Storage>(p, p.key, seq, b, kv_head);
   const RowSource<Storage> value_source = row_source<Storage>(p, p.value, seq, b, kv_head);
 
-  if (is_single_pass) measure_rows<Policy>(p, seq, item.relative, item.valid_keys, b, h, q_begin, nq, s, rows);
+  bool is_exact = true;
+  if (is_single_pass)
+    is_exact = measure_rows<Policy>(p, seq, item.relative, item.valid_keys, b, h, q_begin, nq, s, rows);
   // Stop here if no query of the block sees a key of the slab. In the first slab, dquery must still be written.
   KeyBlock& keys = *s.key.keys;
   KeyStream stream(p, seq, item.valid_keys, b, h, q_begin, nq, slab_begin, slab_end);
   const bool is_first = slab_begin == item.key_begin();
   const bool has_keys = stream.next(keys);
-  if (!has_keys && !is_first) return true;
+  if (!has_keys && !is_first) return is_exact;
 
-  bool is_exact = true;
   const bool wants_dquery = p.dquery.data != nullptr;
   if (wants_dquery) clear_columns<Lane>(s.dquery, head_dim, vectors);
 
@@ -432,8 +433,8 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
             if constexpr (2 * kColumns <= kTileVectors) {
               if (is_pair) {
                 is_exact &= backward_tile<Policy, kColumns, /*kPlain=*/true, 2>(in, k, part.begin, /*partial=*/false,
-                                                                                /*dropout=*/false, s, rows,
-                                                                                value_depth, dropout_scale);
+                                                                                /*dropout=*/false, s, rows, value_depth,
+                                                                                dropout_scale);
                 return;
               }
             }
@@ -499,7 +500,7 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
 }
 
 // Processes all query heads of one kv head with the item's chunk of keys, slab by slab, and writes dkey and dvalue of
-// the chunk. Returns false if floats are multiplied in parts, and a dscore is NaN.
+// the chunk. Returns false if floats are multiplied in parts, and a dscore is NaN or infinite.
 template <class Policy>
 bool backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_head) {
   using Lane = typename Policy::Lane;
@@ -559,7 +560,7 @@ bool backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
 
 // Processes one work item: all (batch, kv head) pairs of a group, in order, with one chunk of keys. First sets the
 // gradients of the biases to zero, unless dscores are stored in all of their entries. Returns false if floats are
-// multiplied in parts, and a dscore is NaN. Then the item has to be processed with vectors: an infinite float has no
+// multiplied in parts, and a dscore is NaN or infinite. Then vectors have to process the item: an infinite float has no
 // parts.
 template <class Policy>
 bool backward_item(const BackwardItem<Policy>& item, int64_t group) {
@@ -595,7 +596,7 @@ bool backward_item(const BackwardItem<Policy>& item, int64_t group) {
     for (int64_t kv_head = kv_begin; kv_head < kv_end; ++kv_head) {
       if (plan.is_decode) {
         decode_backward<LanePolicy<Policy>>(p, plan.visits_all_keys, item.valid_keys, b, kv_head, item.statistics,
-                                              item.partials, item.decode_scratch);
+                                            item.partials, item.decode_scratch);
       } else {
         if constexpr (Policy::kParts > 1) {
           if (!multiplies_parts<Policy>(p, sequence_of(p, b))) {
@@ -698,15 +699,17 @@ void backward_with_policy(const AttentionParams& p) {
     if (q_begin >= seq.seqlen_q) return;
     const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
     const RowStatistics<Lane> block_rows = statistics.at(p, b, h, q_begin);
-    if constexpr (kHasParts) {
-      if (!multiplies_parts<Policy>(p, seq)) {
-        measure_rows<LanePolicy<Policy>>(p, seq, relative, valid_keys, b, h, q_begin, nq, lane_scratch[thread],
-                                         block_rows);
-        return;
-      }
-    }
     [[maybe_unused]] const MatrixRegisters<Policy> registers;
-    measure_rows<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, scratch[thread], block_rows);
+    const auto measure = [&](auto policy, const auto& own_scratch) {
+      using Own = decltype(policy);
+      return measure_rows<Own>(p, seq, relative, valid_keys, b, h, q_begin, nq, own_scratch, block_rows);
+    };
+    if constexpr (kHasParts) {
+      if (!multiplies_parts<Policy>(p, seq) || !measure(Policy{}, scratch[thread]))
+        measure(LanePolicy<Policy>{}, lane_scratch[thread]);
+    } else {
+      measure(Policy{}, scratch[thread]);
+    }
   });
   // The second pass: the gradients. Under a causal mask, more queries see the first keys than the last ones. So the
   // first chunks take longest, and the threads start with the first chunks.

@@ -42,7 +42,9 @@ inline int64_t keys_in_band(const AttentionParams& p) {
 template <class Policy, class BlockPolicy>
 bool is_decoding(const AttentionParams& p) {
   if (p.seqlen_q > kDecodeQueries || p.has_dropout) return false;
-  if (BlockPolicy::kUsesAmx && BlockPolicy::kParts == 1 && p.seqlen_q > kDecodeQueriesBesideAmx && keys_in_band(p) >= kFewKeys) return false;
+  if (BlockPolicy::kUsesAmx && BlockPolicy::kParts == 1 && p.seqlen_q > kDecodeQueriesBesideAmx &&
+      keys_in_band(p) >= kFewKeys)
+    return false;
   if (p.lse.data != nullptr && p.page_size == 0) return false;
   if (p.seqlen_q > kQueriesForAnyBand && keys_in_band(p) < kWideBand) return false;
   // Compares the instructions for one key. For each query, decode.h needs those of each vector of the row, and the

@@ -35,9 +35,10 @@ FA_INLINE Vec<float> pair_upper_halves(Vec<float> low, Vec<float> high) {
       _mm512_mask_blend_epi16(0xaaaaaaaa, reinterpret_cast<__m512i>(shifted), reinterpret_cast<__m512i>(high)));
 }
 
-// The lanes of x that are NaN, as bits.
-FA_INLINE unsigned nan_lanes(Vec<float> x) {
-  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(x), _CMP_UNORD_Q);
+// The lanes of x that are NaN or infinite, as bits.
+FA_INLINE unsigned infinite_lanes(Vec<float> x) {
+  constexpr int kClasses = 0x01 | 0x08 | 0x10 | 0x80;  // quiet NaN, +inf, -inf, signaling NaN
+  return _mm512_fpclass_ps_mask(reinterpret_cast<__m512>(x), kClasses);
 }
 
 // Stores the parts of a pair of neighbours in the dimension that a product sums over. Those of part i go to

@@ -214,7 +214,7 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
 
 // Processes one work item: attention of the queries [q_begin, q_begin + kBlockQ) of head (b, h) over all keys. Returns
 // false, and writes nothing, if the policy has parts and vectors have to multiply: where parts do not pay, or if a
-// result is NaN, because an infinite float has no parts.
+// result is NaN or infinite, because an infinite float has no parts.
 template <class Policy>
 bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy::Lane>& relative,
                    const ValidKeys* valid_keys, int64_t b, int64_t h, int64_t q_begin,
@@ -340,10 +340,10 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   }
 #if defined(__AMX_BF16__)
   if constexpr (Policy::kParts > 1) {
-    unsigned nan = 0;
-    for (int v = 0; v < vectors; ++v) nan |= nan_lanes(softmax.sum.row[v]);
-    for (int64_t i = 0; i < value_dim * in.stride; i += kLanes<Lane>) nan |= nan_lanes(load<Lane>(s.acc + i));
-    if (nan != 0) return false;
+    unsigned infinite = 0;
+    for (int v = 0; v < vectors; ++v) infinite |= infinite_lanes(softmax.sum.row[v]);
+    for (int64_t i = 0; i < value_dim * in.stride; i += kLanes<Lane>) infinite |= infinite_lanes(load<Lane>(s.acc + i));
+    if (infinite != 0) return false;
   }
 #endif
   write_output<Policy>(p, seq, b, h, q_begin, nq, s.acc, in.to_logits(), softmax);

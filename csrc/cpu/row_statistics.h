@@ -118,9 +118,9 @@ FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool part
 // has an error that changes probs by 6e-5, and an lse of -1e9, as a large negative bias makes it, changes probs several
 // times over. So this function sums exp(score - lse) over all keys of each row. Without rounding, the sum would be 1.
 // The correction, which is added to the exponent of probs, divides probs by this sum. It also makes up for scores that
-// forward has multiplied in another order, as AMX does.
+// forward has multiplied in another order, as AMX does. Returns false if a sum is NaN.
 template <class Policy>
-FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
+FA_NOINLINE bool correct_lse(const AttentionParams& p, const Sequence& seq,
                              const RelativeBias<typename Policy::Lane>& relative, const ValidKeys* valid_keys,
                              int64_t b, int64_t h, int64_t q_begin, int nq, const BackwardScratch<Policy>& s,
                              const RowStatistics<typename Policy::Lane>& rows) {
@@ -150,6 +150,7 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
       }
     }
   }
+  bool is_number = true;
   for (int q = 0; q < nq; ++q) {
     const Lane keys_largest = sums[q / n].largest[q % n];
     const Lane sink = (sink_of<Lane>(p, h) - rows.lse[q]) * Lane(kLog2E);
@@ -158,20 +159,25 @@ FA_NOINLINE void correct_lse(const AttentionParams& p, const Sequence& seq,
     const Lane sum =
         sums[q / n].sum[q % n] * natural_exp((keys_largest - largest) * ln2) + natural_exp((sink - largest) * ln2);
     if (sum > 0) rows.correction[q] = -largest - natural_log(sum) * Lane(kLog2E);
+    is_number &= sum == sum;
   }
+  return is_number;
 }
 
 // Computes the statistics `rows` of the queries [q_begin, q_begin + nq) of head (b, h). Leaves the transposed dout of
-// these queries in s.dout.
+// these queries in s.dout. Returns false if floats are multiplied in parts, and a result is NaN.
 template <class Policy>
-void measure_rows(const AttentionParams& p, const Sequence& seq, const RelativeBias<typename Policy::Lane>& relative,
+bool measure_rows(const AttentionParams& p, const Sequence& seq, const RelativeBias<typename Policy::Lane>& relative,
                   const ValidKeys* valid_keys, int64_t b, int64_t h, int64_t q_begin, int nq,
                   const BackwardScratch<Policy>& s, const RowStatistics<typename Policy::Lane>& rows) {
   pack_columns<Policy>(row_of<const typename Policy::Storage>(p.dout, b, h, seq.q_offset + q_begin), p.dout.stride_row,
                        nq, static_cast<int>(p.value_dim), s.dout);
   const bool inexact = load_row_statistics<Policy>(p, seq, b, h, q_begin, nq, s, rows);
   // The sum over the keys of a part says nothing about the rounding of lse, which is that of all keys.
-  if (inexact && !p.is_part) correct_lse<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, s, rows);
+  bool is_number = true;
+  if (inexact && !p.is_part) is_number = correct_lse<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, s, rows);
+  for (int q = 0; q < nq; ++q) is_number &= rows.delta[q] == rows.delta[q];
+  return Policy::kParts <= 1 || is_number;
 }
 
 }  // namespace

@@ -133,12 +133,16 @@ SEVERAL_SLABS = [
     cases.Case("slabs-wide", batch=1, seqlen_q=70, seqlen_k=300, head_dim=512),
 ]  # fmt: skip
 
-# Cases in which a thread reuses interleaved keys and values for other queries of the same head (SummedRows).
+# Cases in which a thread reuses copies of keys and values for other queries of the same head: interleaved rows of
+# bfloat16 (SummedRows), and tiles of parts of float32 (CachedTiles).
 MANY_QUERIES = [
-    cases.Case(f"many-queries-{name}", **{"seqlen_q": 330, "seqlen_k": 300, "head_dim": 24} | features)
+    cases.Case(f"many-queries-{name}", **{"seqlen_q": 330, "seqlen_k": 300, "head_dim": 40} | features)
     for name, features in (
         ("causal", {"options": {"is_causal": True}}),
-        ("odd-length", {"seqlen_k": 129, "head_dim": 17, "value_dim": 33}),
+        ("odd-length", {"seqlen_k": 129, "head_dim": 17, "value_dim": 49}),
+        ("few-left", {"seqlen_q": 66, "seqlen_k": 270}),
+        ("dropout", {"options": {"dropout_p": 0.2, "dropout_seed": 5}}),
+        ("everything", {"heads": 4, "has_dlse": True} | EVERYTHING),
         ("window", {"seqlen_k": 330, "options": {"window_size": (37, 20)}}),
         ("padded", {"key_padding_mask": cases.padding(171, 64), "options": {"is_causal": True}}),
         ("scattered-padding", {"key_padding_mask": cases.scattered_padding}),
@@ -297,13 +301,73 @@ def test_a_row_that_is_not_finite_spoils_no_other(row: int, spoils: str, dtype: 
     torch.testing.assert_close(out[0, 0, 1:].double(), expected[0, 0, 1:], rtol=0, atol=0.02)
 
 
+@pytest.mark.skipif("amx" not in _C.cpu_isas(), reason="needs a processor with AMX")
+@pytest.mark.parametrize("number", [float("inf"), -float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("spoils", ["query", "key", "value", "dout"])
+@pytest.mark.parametrize("heads", [1, 8], ids=["chunks", "single-pass"])
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"scale": 4.0}], ids=["causal", "large-lse"])
+def test_amx_takes_numbers_that_are_not_finite_as_avx512_does(
+    options: dict[str, Any], heads: int, spoils: str, number: float
+) -> None:
+    """AMX multiplies floats as sums of bfloat16 numbers, and an infinite float is no such sum."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(1, heads, 150, 40, generator=generator) for name in ("query", "key", "value", "dout")}
+    inputs[spoils][0, 0, 70, 3] = number
+    dout = inputs.pop("dout")
+
+    def results(isa: str) -> list[Tensor]:
+        _C.select_cpu_isa(isa)
+        given = [x.clone().requires_grad_() for x in inputs.values()]
+        out = fused_attn.fused_attention(*given, backend="cpu", **options)
+        return [out, *torch.autograd.grad(out, given, dout)]
+
+    before = _C.cpu_isa()
+    try:
+        for found, expected in zip(results("amx"), results("avx512"), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+    finally:
+        _C.select_cpu_isa(before)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_gradients_of_any_size(factor: float, isa: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, dout = (torch.randn(1, 2, 150, 40, generator=generator) for _ in range(4))
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    found = torch.autograd.grad(fused_attn.fused_attention(*inputs, backend="cpu"), inputs, dout * factor)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out = fused_attn.fused_attention(*exact, backend="reference")
+    for mine, expected in zip(found, torch.autograd.grad(out, exact, dout.double()), strict=True):
+        torch.testing.assert_close(mine.double() / factor, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_packed_sequence_has_the_bits_it_has_alone(dtype: torch.dtype, isa: str) -> None:
+    """The kernels of a sequence follow from its own length."""
+    lengths = [100, 3, 64, 65, 200, 32]
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    query, key, value = (torch.randn(1, 2, sum(lengths), 40).to(dtype) for _ in range(3))
+
+    def attend(begin: int, end: int, cu_seqlens: Tensor, longest: int) -> Tensor:
+        rows = [x[0, :, begin:end].transpose(0, 1) for x in (query, key, value)]
+        return fused_attn.fused_attention_varlen(
+            *rows, cu_seqlens, cu_seqlens, longest, longest, is_causal=True, backend="cpu"
+        )
+
+    together = attend(0, sum(lengths), offsets, max(lengths))
+    for begin, length in zip(offsets.tolist(), lengths, strict=False):
+        alone = attend(begin, begin + length, torch.tensor([0, length]).int(), length)
+        assert torch.equal(alone, together[begin : begin + length])
+
+
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in MANY_QUERIES])
-def test_kept_rows(case: cases.Case, threads: int) -> None:
+def test_kept_rows(case: cases.Case, dtype: torch.dtype, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        cases.check(case, torch.bfloat16, "cpu")
+        cases.check(case, dtype, "cpu")
     finally:
         torch.set_num_threads(before)
 
