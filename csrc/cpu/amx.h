@@ -54,7 +54,8 @@ class AmxRegisters {
   static_assert(sizeof(Configuration) == 64);
 };
 
-// A factor, or the sum, of a product: a matrix of tiles in memory. A factor may be a sum of several matrices, its parts.
+// A factor, or the sum, of a product: a matrix of tiles in memory. A factor may be a sum of several matrices, its
+// parts.
 template <class Byte>
 struct AmxMatrix {
   Byte* data;

@@ -5,7 +5,7 @@
 //   sum_over_queries           dvalue[key][d]       = probs^T[key] . dout[d]; likewise dkey from dscores and query
 //
 // The right factors lie in the scratch as pairs of bfloat16, which is what AMX wants. Left factors are read from the
-// tensors, or copied or transposed to tiles. Results go through memory.
+// tensors, or copied or transposed to tiles. Floats are always copied, as parts (parts.h). Results go through memory.
 #pragma once
 #include <type_traits>
 
@@ -33,8 +33,8 @@ struct Products {
 // Whether AMX multiplies the floats of a sequence, if the policy has parts. Parts of keys and values take long to make,
 // so more than one block of queries has to use them. On a Xeon, forward of 32 queries and keys took 1.33 of the time of
 // AVX-512, of 64 0.99, of 96 0.94, and with backward 1.13, 1.05 and 0.96 (head dim 64); 512 queries and keys with head
-// dim 8 1.63, 16 1.12, and 32 0.78. The choice depends on the sequence alone, and backward makes the same one, because it
-// has to compute the scores of forward.
+// dim 8 1.63, 16 1.12, and 32 0.78. The choice depends on the sequence alone, and backward makes the same one, because
+// it has to compute the scores of forward.
 template <class Policy>
 bool multiplies_parts(const AttentionParams& p, const Sequence& seq) {
   constexpr int64_t kShortRows = 56;  // of a key and a value together

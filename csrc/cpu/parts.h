@@ -3,7 +3,7 @@
 // A float has 24 bits of precision, and a bfloat16 number has 8. So the upper half of a float, the upper half of what
 // remains, and the rest are three parts whose sum is the float, exactly. A product of two floats is the sum of nine
 // products of parts, of which AMX computes the six largest ones (multiply_tiles). The other three are about 2^-24 of
-// the whole, as much as the rounding of one product of floats.
+// the whole, as much as the rounding of one product of floats. The field calls this method BF16x3.
 //
 // AMX takes numbers below 2^-126 for zero. So a float below 2^-110 loses its last part, and precision.
 #pragma once
@@ -72,8 +72,8 @@ FA_INLINE void scale_pairs_of_parts(Vec<float> factor, int64_t next_part, float*
   store_pairs_of_parts(low * factor, high * factor, next_part, pairs);
 }
 
-// Loads elements [first, first + 32) of a row of `dim` floats, as pairs of each part. Elements i and i + 16 form a pair:
-// rows that are multiplied have the same order, so any order will do, and this one takes the fewest instructions.
+// Loads elements [first, first + 32) of a row of `dim` floats, as pairs of each part. Elements i and i + 16 form a
+// pair: rows that are multiplied have the same order, so any order will do, and this one takes the fewest instructions.
 // Elements from `dim` on are zero, and are not read.
 FA_INLINE void load_parts(const float* row, int first, int dim, Vec<float> (&pairs)[kFloatParts]) {
   constexpr int n = kLanes<float>;

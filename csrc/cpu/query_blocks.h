@@ -6,7 +6,8 @@
 //   acc^T[d][query]      = acc^T * rescale + value^T[d] . probs^T   (outer_block)
 //
 // After the last block of keys, out = transpose(acc^T) / (sum over keys of probs^T). With AMX, tiles compute both
-// products (amx_products.h).
+// products (amx_products.h). Those of floats take longer than the softmax, so vectors compute the softmax of a block
+// while tiles multiply the values of the block before it.
 #pragma once
 #include <memory>
 
