@@ -353,7 +353,7 @@ Rows<typename Policy::Lane> dquery_lanes(const BackwardItem<Policy>& item, const
 
 // Processes one query block of one head with the keys [slab_begin, slab_end). Adds the block's part of dkey and dvalue
 // to `dkey` and `dvalue`. Writes the part of dquery if this is the first slab of the item. A later slab adds its part
-// to dquery. Returns false if floats are multiplied in parts, and a dscore is NaN or infinite.
+// to dquery. Returns false if floats are multiplied in parts, and a query, dout or a dscore has none (parts.h).
 template <class Policy>
 bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
                     int64_t slab_begin, int64_t slab_end, const KeyGradient<Policy>& dkey,
@@ -391,6 +391,13 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
   const bool wants_dquery = p.dquery.data != nullptr;
   if (wants_dquery) clear_columns<Lane>(s.dquery, head_dim, vectors);
 
+#if defined(__AMX_BF16__)
+  if constexpr (Policy::kParts > 1) {
+    is_exact &=
+        have_parts(query, p.query.stride_row, nq, head_dim) && have_parts(dout, p.dout.stride_row, nq, value_dim);
+    if (!is_exact) return false;
+  }
+#endif
   if (has_keys) {
     // Bring the queries and dout into both forms that products read: transposed (s.query, s.dout), and as rows.
     pack_columns<Policy>(query, p.query.stride_row, nq, head_dim, s.query);

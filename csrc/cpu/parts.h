@@ -5,7 +5,7 @@
 // products of parts, of which AMX computes the six largest ones (multiply_tiles). The other three are about 2^-24 of
 // the whole, as much as the rounding of one product of floats. The field calls this method BF16x3.
 //
-// AMX takes numbers below 2^-126 for zero. So a float below 2^-110 loses its last part, and precision.
+// AMX takes numbers below 2^-126 for zero, products included. So the last parts of tiny floats are lost.
 #pragma once
 #include "policy.h"
 
@@ -39,6 +39,23 @@ FA_INLINE Vec<float> pair_upper_halves(Vec<float> low, Vec<float> high) {
 FA_INLINE unsigned infinite_lanes(Vec<float> x) {
   constexpr int kClasses = 0x01 | 0x08 | 0x10 | 0x80;  // quiet NaN, +inf, -inf, signaling NaN
   return _mm512_fpclass_ps_mask(reinterpret_cast<__m512>(x), kClasses);
+}
+
+// Whether parts can stand for `count` rows of `dim` floats: all are finite, and the largest one is not so tiny that its
+// products with numbers of usual size lose parts.
+FA_NOINLINE bool have_parts(const float* rows, int64_t stride_row, int count, int dim) {
+  constexpr float kSmallest = 0x1p-80F;
+  Vec<float> largest = {};
+  unsigned infinite = 0;
+  for (int i = 0; i < count; ++i) {
+    for (int d = 0; d < dim; d += kLanes<float>) {
+      const Vec<float> x = load_as<float>(rows + i * stride_row + d, dim - d);
+      infinite |= infinite_lanes(x);
+      largest = max<float>(x, max<float>(-x, largest));
+    }
+  }
+  const float size = max_lanes<float>(largest);
+  return infinite == 0 && (size == 0 || size >= kSmallest);
 }
 
 // Stores the parts of a pair of neighbours in the dimension that a product sums over. Those of part i go to

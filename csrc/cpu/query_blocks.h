@@ -225,6 +225,7 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   const Sequence seq = sequence_of(p, b);
   if (q_begin >= seq.seqlen_q) return true;
   if (Policy::kParts > 1 && !multiplies_parts<Policy>(p, seq)) return false;
+  const Storage* const query = row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin);
   [[maybe_unused]] const MatrixRegisters<Policy> registers;
   const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
   const int vectors = (nq + kLanes<Lane> - 1) / kLanes<Lane>;
@@ -233,8 +234,12 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
   const RowSource<Storage> values = row_source<Storage>(p, p.value, seq, b, kv_head);
 
-  pack_columns<Policy>(row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin), p.query.stride_row, nq,
-                       static_cast<int>(p.head_dim), s.query);
+#if defined(__AMX_BF16__)
+  if constexpr (Policy::kParts > 1) {
+    if (!have_parts(query, p.query.stride_row, nq, static_cast<int>(p.head_dim))) return false;
+  }
+#endif
+  pack_columns<Policy>(query, p.query.stride_row, nq, static_cast<int>(p.head_dim), s.query);
   ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, h, q_begin, nq);
   in.query = s.query;
   RunningSoftmax<Policy> softmax(static_cast<Lane>((in.raw ? p.scale : 1.0) * kLog2E), vectors,

@@ -165,13 +165,20 @@ FA_NOINLINE bool correct_lse(const AttentionParams& p, const Sequence& seq,
 }
 
 // Computes the statistics `rows` of the queries [q_begin, q_begin + nq) of head (b, h). Leaves the transposed dout of
-// these queries in s.dout. Returns false if floats are multiplied in parts, and a result is NaN.
+// these queries in s.dout. Returns false if floats are multiplied in parts, and dout has none (parts.h), or a result is
+// NaN.
 template <class Policy>
 bool measure_rows(const AttentionParams& p, const Sequence& seq, const RelativeBias<typename Policy::Lane>& relative,
                   const ValidKeys* valid_keys, int64_t b, int64_t h, int64_t q_begin, int nq,
                   const BackwardScratch<Policy>& s, const RowStatistics<typename Policy::Lane>& rows) {
-  pack_columns<Policy>(row_of<const typename Policy::Storage>(p.dout, b, h, seq.q_offset + q_begin), p.dout.stride_row,
-                       nq, static_cast<int>(p.value_dim), s.dout);
+  const auto* const dout = row_of<const typename Policy::Storage>(p.dout, b, h, seq.q_offset + q_begin);
+  const int value_dim = static_cast<int>(p.value_dim);
+#if defined(__AMX_BF16__)
+  if constexpr (Policy::kParts > 1) {
+    if (!have_parts(dout, p.dout.stride_row, nq, value_dim)) return false;
+  }
+#endif
+  pack_columns<Policy>(dout, p.dout.stride_row, nq, value_dim, s.dout);
   const bool inexact = load_row_statistics<Policy>(p, seq, b, h, q_begin, nq, s, rows);
   // The sum over the keys of a part says nothing about the rounding of lse, which is that of all keys.
   bool is_number = true;

@@ -329,7 +329,47 @@ def test_amx_takes_numbers_that_are_not_finite_as_avx512_does(
         _C.select_cpu_isa(before)
 
 
-@pytest.mark.parametrize("factor", [1e-30, 1e30])
+@pytest.mark.skipif("amx" not in _C.cpu_isas(), reason="needs a processor with AMX")
+@pytest.mark.parametrize("spoils", ["query", "dout"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_with_amx_a_row_spoils_no_key_that_it_does_not_see(threads: int, spoils: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(1, 1, 300, 40, generator=generator) for name in ("query", "key", "value", "dout")}
+    inputs[spoils][0, 0, 160] = float("nan")
+    dout = inputs.pop("dout")
+
+    def rows_with_nan(isa: str) -> list[int]:
+        _C.select_cpu_isa(isa)
+        given = [x.clone().requires_grad_() for x in inputs.values()]
+        out = fused_attn.fused_attention(*given, window_size=(20, 0), backend="cpu")
+        return [int(x.isnan().any(-1).sum()) for x in torch.autograd.grad(out, given, dout)]
+
+    isa, before = _C.cpu_isa(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert rows_with_nan("amx") == rows_with_nan("avx512")
+    finally:
+        _C.select_cpu_isa(isa)
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif("amx" not in _C.cpu_isas(), reason="needs a processor with AMX")
+def test_amx_multiplies_floats() -> None:
+    """Finite inputs of usual size do not fall back to vectors, whose sums round in another order."""
+    query, key, value = torch.randn(3, 1, 2, 150, 40, generator=torch.Generator().manual_seed(0))
+    before, results = _C.cpu_isa(), []
+    try:
+        for isa in ("amx", "avx512"):
+            _C.select_cpu_isa(isa)
+            given = [x.clone().requires_grad_() for x in (query, key, value)]
+            out = fused_attn.fused_attention(*given, backend="cpu")
+            results.append([out, *torch.autograd.grad(out.sum(), given)])
+    finally:
+        _C.select_cpu_isa(before)
+    assert not any(torch.equal(mine, other) for mine, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("factor", [1e-34, 1e-30, 1e-20, 1e30])
 def test_gradients_of_any_size(factor: float, isa: str) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value, dout = (torch.randn(1, 2, 150, 40, generator=generator) for _ in range(4))
