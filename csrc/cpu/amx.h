@@ -124,12 +124,12 @@ FA_NOINLINE void multiply_tiles(const AmxMatrix<const char>& left, const AmxMatr
 template <int kParts, class Meanwhile = DoNothing>
 void multiply_amx(const AmxMatrix<const char>& left, const AmxMatrix<const char>& right, int steps, int rows,
                   int columns, const AmxMatrix<char>& sum, bool accumulates, const Meanwhile& meanwhile = {}) {
-  for (int c = 0; c < columns; c += 2) {
-    AmxMatrix<const char> b = right;
-    b.data += c * right.next_tile;
-    for (int r = 0; r < rows; r += 2) {
-      AmxMatrix<const char> a = left;
-      a.data += r * left.next_tile;
+  for (int r = 0; r < rows; r += 2) {
+    AmxMatrix<const char> a = left;
+    a.data += r * left.next_tile;
+    for (int c = 0; c < columns; c += 2) {
+      AmxMatrix<const char> b = right;
+      b.data += c * right.next_tile;
       AmxMatrix<char> target = sum;
       target.data += r * sum.next_tile + c * kAmxRowBytes;
       const auto multiply = [&](auto function) { function(a, b, steps, target, accumulates, meanwhile); };

@@ -681,7 +681,7 @@ void backward_with_policy(const AttentionParams& p) {
   const std::unique_ptr<BackwardScratch<Policy>[]> scratch(new BackwardScratch<Policy>[threads]);
   const std::unique_ptr<DecodeBackwardScratch<LanePolicy<Policy>>[]> decode_scratch(
       new DecodeBackwardScratch<LanePolicy<Policy>>[threads]);
-  // For what vectors multiply.
+  // For what vectors multiply. Without parts nobody uses it, but an item refers to one.
   constexpr bool kHasParts = Policy::kParts > 1;
   const std::unique_ptr<BackwardScratch<LanePolicy<Policy>>[]> lane_scratch(
       new BackwardScratch<LanePolicy<Policy>>[kHasParts ? threads : 1]);

@@ -37,8 +37,8 @@ struct FoundRows {
   const char** rows;  // the result of find(), as of find_rows
   Lane* copies;       // memory for rows that have to be converted to lanes, or copied for AMX
 
-  // Takes the memory out of the arena. Rows that have been found are not kept, so the last number does not matter.
-  void layout(Arena& arena, const AttentionParams&, int dim, int64_t) {
+  // Takes the memory out of the arena. The rows of a block are not kept for the next visit.
+  void layout(Arena& arena, const AttentionParams& /*p*/, int dim, int64_t /*visits*/) {
     const bool copied = Policy::kConverts || Policy::kUsesAmx || dim % Policy::kPerLane != 0;
     rows = arena.take<const char*>(kBlockRows);
     copies = arena.take<Lane>(copied ? kBlockRows * round_up(Policy::lanes_for(dim), kLanes<Lane>) : 0);
@@ -76,8 +76,8 @@ struct SummedRows {
     const int64_t row = round_up(dim, kLanes<Lane>);
     pairs = Policy::kPerLane == 2 && visits > 1 ? (p.seqlen_k + 1) / 2 : 0;
     if (pairs * row * static_cast<int64_t>(sizeof(Lane)) > kMaxCachedBytes) pairs = 0;
-    rows = arena.take<const char*>(kBlockK + kTileKeys);
-    block = arena.take<Lane>(Policy::kConverts || Policy::kPerLane == 2 ? (kBlockK + kTileKeys) * row : 0);
+    rows = arena.take<const char*>(kBlockRows);
+    block = arena.take<Lane>(Policy::kConverts || Policy::kPerLane == 2 ? kBlockRows * row : 0);
     cached = arena.take<Lane>(pairs * row);
     is_cached = arena.take<uint8_t>(pairs);
     cached_source = arena.take<RowSource<Storage>>(1);

@@ -40,8 +40,9 @@ struct ForwardScratch {
     key.layout(arena, p, visits);
     value.layout(arena, p, static_cast<int>(p.value_dim), visits);
     query = arena.take<Lane>(column_lanes<Policy>(head_dim, stride));
-    const int64_t parts = Policy::kParts > 1 ? Policy::kParts : 1;
-    for (Lane*& block : probs) block = arena.take<Lane>(parts * part_lanes<Policy>(stride));
+    constexpr int64_t kParts = Policy::kParts > 1 ? Policy::kParts : 1;
+    probs[0] = arena.take<Lane>(kParts * part_lanes<Policy>(stride));
+    probs[1] = arena.take<Lane>(kParts > 1 ? kParts * part_lanes<Policy>(stride) : 0);
     acc = arena.take<Lane>(value_row * stride);
   }
 };
