@@ -25,6 +25,7 @@
 
 #include "bias_gradients.h"
 #include "decode_backward.h"
+#include "denormals.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "row_statistics.h"
@@ -695,6 +696,8 @@ void backward_with_policy(const AttentionParams& p) {
   const ValidKeys* valid_keys = make_valid_keys(p, valid_keys_memory.data());
   const RelativeBias<Lane> relative = make_relative_bias<Lane>(p, relative_memory.data());
 
+  const bool can_flush = can_flush_gradients<Lane, typename Policy::Storage>(p);
+
   // The first pass: the statistics of all rows.
   const int64_t heads = p.batch * p.num_heads;
   const int64_t blocks = (p.seqlen_q + kBlockQ - 1) / kBlockQ;
@@ -706,6 +709,7 @@ void backward_with_policy(const AttentionParams& p) {
     if (q_begin >= seq.seqlen_q) return;
     const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
     const RowStatistics<Lane> block_rows = statistics.at(p, b, h, q_begin);
+    const FlushDenormalResults flush(can_flush);
     [[maybe_unused]] const MatrixRegisters<Policy> registers;
     const auto measure = [&](auto policy, const auto& own_scratch) {
       using Own = decltype(policy);
@@ -724,6 +728,7 @@ void backward_with_policy(const AttentionParams& p) {
   const auto backward_of = [&](int64_t index, int thread) {
     const int64_t chunk = index / plan.groups;
     const int64_t group = index % plan.groups;
+    const FlushDenormalResults flush(can_flush);
     [[maybe_unused]] const MatrixRegisters<Policy> registers;
     const BackwardItem<Policy> item = {p,
                                        plan,
@@ -744,6 +749,7 @@ void backward_with_policy(const AttentionParams& p) {
 
   if (plan.chunks > 1 && p.dquery.data != nullptr) {
     parallel_for(threads, heads, [&](int64_t index, int) {
+      const FlushDenormalResults flush(can_flush);
       reduce_dquery<Policy>(p, plan, partials, index / p.num_heads, index % p.num_heads);
     });
   }

@@ -24,6 +24,7 @@
 
 #include "decode_block.h"
 #include "decode_plan.h"
+#include "denormals.h"
 #include "parallel.h"
 
 namespace fused_attn::cpu {
@@ -229,11 +230,13 @@ void forward_split_keys(const AttentionParams& p) {
   const ValidKeys* valid_keys = make_valid_keys(p, valid_keys_memory.data());
 
   parallel_for(threads, items, [&](int64_t item, int thread) {
+    const FlushDenormalResults flush;
     decode_item<Policy>(p, plan, valid_keys, plan.item(item), scratch[thread], partials);
   });
   if (plan.splits == 1) return;
   const double merge_flops = 2.0 * static_cast<double>(rows * plan.splits * p.value_dim);
   parallel_for(choose_threads(p.num_threads, rows, merge_flops), p.batch * p.num_heads, [&](int64_t head, int) {
+    const FlushDenormalResults flush;
     const int64_t b = head / p.num_heads;
     const Sequence seq = sequence_of(p, b);
     for (int64_t i = 0; i < seq.seqlen_q; ++i) merge_splits<Policy>(p, plan, partials, seq, b, head % p.num_heads, i);

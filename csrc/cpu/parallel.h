@@ -7,9 +7,6 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
 
 namespace fused_attn::cpu {
 namespace {
@@ -43,31 +40,7 @@ struct alignas(kCacheLine) ItemRange {
 //   kInOrder   all threads take items from one queue, which balances better if the first items take longest
 enum class Items { kShared, kInOrder };
 
-// While an object of this class exists, its thread writes zero where a result would be denormal.
-//
-// x86 processors need more than a hundred cycles for an instruction with a denormal result. A sharply peaked softmax
-// makes many: probs near the smallest normal number, times values. At logits with a standard deviation of 32, forward
-// took 29 times as long with them. Denormal numbers that the caller passes keep their value, because only results are
-// flushed. ARM processors compute denormal results at full speed.
-class FlushDenormalResults {
- public:
-#if defined(__x86_64__)
-  FlushDenormalResults() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
-  ~FlushDenormalResults() { _mm_setcsr(before_); }
-#else
-  FlushDenormalResults() {}
-#endif
-  FlushDenormalResults(const FlushDenormalResults&) = delete;
-  FlushDenormalResults& operator=(const FlushDenormalResults&) = delete;
-
- private:
-#if defined(__x86_64__)
-  unsigned before_;  // the control register of the thread, which torch uses as well
-#endif
-};
-
-// Calls body(item, thread) for every item, on at most `threads` threads. The body must not throw. Denormal results
-// become zero.
+// Calls body(item, thread) for every item, on at most `threads` threads. The body must not throw.
 //
 // With Items::kShared, the share of a thread is the same in every call. So the memory that a thread reads and writes is
 // often still in the cache of its core: from the previous call, or from an operator of torch that divides its work in
@@ -83,7 +56,6 @@ void parallel_for(int threads, int64_t items, const Body& body, Items order = It
     for (int s = 0; s < shares; ++s) new (&ranges[s]) ItemRange{{items * s / shares}, items * (s + 1) / shares};
 #pragma omp parallel num_threads(threads)
     {
-      const FlushDenormalResults flush;
       const int thread = omp_get_thread_num();
       for (int i = 0; i < shares; ++i) {
         ItemRange& range = ranges[(thread + i) % shares];
@@ -99,7 +71,6 @@ void parallel_for(int threads, int64_t items, const Body& body, Items order = It
   }
 #endif
   (void)threads;
-  const FlushDenormalResults flush;
   for (int64_t item = 0; item < items; ++item) body(item, 0);
 }
 
