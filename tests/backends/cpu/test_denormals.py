@@ -99,7 +99,7 @@ def test_torchs_own_setting_stays(isa: str) -> None:
 
 @pytest.mark.parametrize("queries", [1, 100])
 def test_large_values_under_rising_scores(queries: int, isa: str) -> None:
-    """The sums of a row refer to one of its first scores. Later scores may be far larger, and sums must not overflow."""
+    """The sums of a row refer to one of its first scores. Later ones may be far larger, and no sum overflows."""
     _, _, value = random_inputs(queries, keys=300)
     value = value * 1e20
     query = torch.ones(1, 8, queries, 8)
