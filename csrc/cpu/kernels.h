@@ -4,13 +4,24 @@
 
 namespace fused_attn::cpu {
 
-// The arguments of a whole self-attention module: out = attention(x . in_weight^T + in_bias) . out_weight^T + out_bias.
-// All tensors are contiguous.
-struct SelfAttentionParams {
-  AttentionParams attention;         // only key_padding is a tensor; seqlen_k = seqlen_q = L, value_dim = head_dim = D
+// Where the keys and values of an attention module come from:
+//
+//   kOwn       they are projections of x
+//   kAppended  they are those of a cache. The projection of x is appended to them first.
+//   kGiven     they are those of a cache. x is projected to queries only.
+enum class ModuleKeys { kOwn, kAppended, kGiven };
+
+// The arguments of a whole attention module: out = attention(x . in_weight^T + in_bias) . out_weight^T + out_bias. All
+// tensors but those of a cache are contiguous. value_dim = head_dim = D.
+struct AttentionModuleParams {
+  // With kOwn, only key_padding is a tensor, and seqlen_k = seqlen_q = L. Otherwise key and value are those of the
+  // cache, and L is 1. With kAppended, key_lengths counts the new row already.
+  AttentionParams attention;
+  ModuleKeys keys = ModuleKeys::kOwn;
   int64_t features = 0;              // E
   const void* x = nullptr;           // (B, L, E)
-  const void* in_weight = nullptr;   // ((H + 2 Hkv) D, E): the rows of all query heads, then those of key and of value
+  // ((H + 2 Hkv) D, E): the rows of all query heads, then those of key and of value, which kGiven does not need
+  const void* in_weight = nullptr;
   const void* in_bias = nullptr;     // ((H + 2 Hkv) D,); null = none
   const void* out_weight = nullptr;  // (E, H D)
   const void* out_bias = nullptr;    // (E,); null = none
@@ -34,7 +45,7 @@ struct Kernels {
   const char* isa;  // the name of the instruction set
   void (*forward)(const AttentionParams&);
   void (*backward)(const AttentionParams&);
-  void (*self_attention)(const SelfAttentionParams&);
+  void (*attention_module)(const AttentionModuleParams&);
   void (*linear)(const LinearParams&);
 };
 

@@ -1,8 +1,8 @@
 // Defines the kernel table of one instruction set: all CPU kernels, compiled with the flags of the file that includes
 // this header. That file defines FUSED_ATTN_ISA, which becomes the suffix of the table's name.
+#include "attention_module.h"
 #include "backward.h"
 #include "forward.h"
-#include "self_attention.h"
 
 namespace fused_attn::cpu {
 
@@ -28,7 +28,7 @@ void backward(const AttentionParams& p) {
     default: return kernels_avx512.backward(p);
   }
 }
-void self_attention(const SelfAttentionParams& m) { kernels_avx512.self_attention(m); }
+void attention_module(const AttentionModuleParams& m) { kernels_avx512.attention_module(m); }
 void linear(const LinearParams& p) { kernels_avx512.linear(p); }
 
 #elif defined(__AVX512BF16__)
@@ -46,9 +46,9 @@ void backward(const AttentionParams& p) {
   p.dtype == DType::kBFloat16 ? backward_with_policy<BFloat16Policy>(p) : kernels_avx512.backward(p);
 }
 
-void self_attention(const SelfAttentionParams& m) {
-  m.attention.dtype == DType::kBFloat16 ? self_attention_with_policy<BFloat16Policy>(m)
-                                        : kernels_avx512.self_attention(m);
+void attention_module(const AttentionModuleParams& m) {
+  m.attention.dtype == DType::kBFloat16 ? attention_module_with_policy<BFloat16Policy>(m)
+                                        : kernels_avx512.attention_module(m);
 }
 
 void linear(const LinearParams& p) {
@@ -78,12 +78,12 @@ void backward(const AttentionParams& p) {
   }
 }
 
-void self_attention(const SelfAttentionParams& m) {
+void attention_module(const AttentionModuleParams& m) {
   switch (m.attention.dtype) {
-    case DType::kFloat32: return self_attention_with_policy<ElementPolicy<float, float, 1>>(m);
-    case DType::kFloat64: return self_attention_with_policy<ElementPolicy<double, double, 1>>(m);
-    case DType::kFloat16: return self_attention_with_policy<ElementPolicy<Float16, float, 1>>(m);
-    case DType::kBFloat16: return self_attention_with_policy<BFloat16Policy>(m);
+    case DType::kFloat32: return attention_module_with_policy<ElementPolicy<float, float, 1>>(m);
+    case DType::kFloat64: return attention_module_with_policy<ElementPolicy<double, double, 1>>(m);
+    case DType::kFloat16: return attention_module_with_policy<ElementPolicy<Float16, float, 1>>(m);
+    case DType::kBFloat16: return attention_module_with_policy<BFloat16Policy>(m);
   }
 }
 
@@ -107,6 +107,6 @@ void linear(const LinearParams& p) {
 
 extern const Kernels FUSED_ATTN_JOIN(kernels_, FUSED_ATTN_ISA);
 const Kernels FUSED_ATTN_JOIN(kernels_, FUSED_ATTN_ISA) = {FUSED_ATTN_TEXT(FUSED_ATTN_ISA), forward, backward,
-                                                           self_attention, linear};
+                                                           attention_module, linear};
 
 }  // namespace fused_attn::cpu

@@ -202,16 +202,8 @@ PyObject* backward(PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-const char kSelfAttentionDoc[] =
-    "self_attention(x, in_weight, in_bias, out_weight, out_bias, out, num_heads, key_padding, is_causal, "
-    "num_threads)\n\n"
-    "Computes a whole self-attention module for few rows: projects x to query, key and value, attends, projects the\n"
-    "result, and writes out. x, out (B, L, E), in_weight ((H + 2 Hkv) D, E), in_bias ((H + 2 Hkv) D,) or None,\n"
-    "out_weight (E, H D), out_bias (E,) or None, key_padding (B, L) bool or None. All tensors but key_padding must\n"
-    "have one dtype and be contiguous.";
-
-PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 10, kSelfAttentionDoc);
+// Reads the first seven arguments of `self_attention` and of `attention_step`: x (B, L, E) to num_heads.
+cpu::AttentionModuleParams read_module(PyObject* const* args) {
   const Argument x = kReader.required(args[0], "x");
   const Argument weight = kReader.required(args[1], "in_weight");
   if (x.tensor.ndim != 3) x.fail("3 dimensions", std::to_string(x.tensor.ndim));
@@ -228,7 +220,7 @@ PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
   if (kv_heads < 1 || heads % kv_heads != 0 || features + 2 * kv_heads * head_dim != width)
     weight.fail("(H + 2 Hkv) D rows for H = " + std::to_string(heads), std::to_string(width));
 
-  cpu::SelfAttentionParams module;
+  cpu::AttentionModuleParams module;
   AttentionParams& params = module.attention;
   module.features = features;
   module.x = checked_contiguous(x, x.type, {batch, length, features});
@@ -244,12 +236,78 @@ PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
   params.seqlen_q = params.seqlen_k = length;
   params.head_dim = params.value_dim = head_dim;
   params.scale = 1.0 / std::sqrt(static_cast<double>(head_dim));
-  params.key_padding = key_padding_view(kReader.optional(args[7], "key_padding"), batch, length);
+  return module;
+}
+
+const char kSelfAttentionDoc[] =
+    "self_attention(x, in_weight, in_bias, out_weight, out_bias, out, num_heads, key_padding, is_causal, "
+    "num_threads)\n\n"
+    "Computes a whole self-attention module for few rows: projects x to query, key and value, attends, projects the\n"
+    "result, and writes out. x, out (B, L, E), in_weight ((H + 2 Hkv) D, E), in_bias ((H + 2 Hkv) D,) or None,\n"
+    "out_weight (E, H D), out_bias (E,) or None, key_padding (B, L) bool or None. All tensors but key_padding must\n"
+    "have one dtype and be contiguous.";
+
+PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
+  check_count(count, 10, kSelfAttentionDoc);
+  cpu::AttentionModuleParams module = read_module(args);
+  AttentionParams& params = module.attention;
+  params.key_padding = key_padding_view(kReader.optional(args[7], "key_padding"), params.batch, params.seqlen_k);
   const int is_causal = PyObject_IsTrue(args[8]);
   if (is_causal < 0) throw py::error_already_set();
   if (is_causal != 0) params.window_right = 0;
   params.num_threads = thread_count(args[9]);
-  cpu::kernels().self_attention(module);
+  cpu::kernels().attention_module(module);
+  Py_RETURN_NONE;
+}
+
+const char kAttentionStepDoc[] =
+    "attention_step(x, in_weight, in_bias, out_weight, out_bias, out, num_heads, keys, values, lengths, key_lengths, "
+    "key_padding, num_threads)\n\n"
+    "Computes an attention module for one new row of each batch entry, over the keys and values of a cache. The\n"
+    "arguments up to num_heads are those of self_attention, with L = 1. keys, values (B, Hkv, S, D) with any strides\n"
+    "but that of the last dimension, key_padding (B, S) bool or None.\n"
+    "With lengths (B,) int64 and key_lengths (B,) int32, the cache grows: the projected key and value become row\n"
+    "lengths[b] of entry b, then lengths and key_lengths count that row. With None, x is projected to queries only.\n"
+    "IndexError: a cache has no row left. Nothing has been written then.";
+
+PyObject* attention_step(PyObject* const* args, Py_ssize_t count) {
+  check_count(count, 13, kAttentionStepDoc);
+  cpu::AttentionModuleParams module = read_module(args);
+  AttentionParams& params = module.attention;
+  const int64_t batch = params.batch;
+  const Argument x = kReader.required(args[0], "x");
+  x.check_shape({batch, 1, module.features});
+  const Argument keys = kReader.required(args[7], "keys"), values = kReader.required(args[8], "values");
+  if (keys.tensor.ndim != 4) keys.fail("4 dimensions", std::to_string(keys.tensor.ndim));
+  params.seqlen_k = keys.size(2);
+  for (const Argument* rows : {&keys, &values}) {
+    rows->check_type(x.type);
+    rows->check_shape({batch, params.num_kv_heads, params.seqlen_k, params.head_dim});
+    rows->check_unit_stride(3);
+    TensorView& view = rows == &keys ? params.key : params.value;
+    view = {rows->data(), rows->stride(0), rows->stride(1), rows->stride(2), 1};
+  }
+  params.key_padding = key_padding_view(kReader.optional(args[11], "key_padding"), batch, params.seqlen_k);
+  params.num_threads = thread_count(args[12]);
+
+  auto* const lengths = static_cast<int64_t*>(
+      checked_contiguous(kReader.optional(args[9], "lengths"), ElementType::kInt64, {batch}));
+  module.keys = lengths == nullptr ? cpu::ModuleKeys::kGiven : cpu::ModuleKeys::kAppended;
+  if (lengths != nullptr) {
+    auto* const key_lengths = static_cast<int32_t*>(
+        checked_contiguous(kReader.required(args[10], "key_lengths"), ElementType::kInt32, {batch}));
+    for (int64_t b = 0; b < batch; ++b) {
+      if (lengths[b] < 0 || lengths[b] >= params.seqlen_k)
+        throw py::index_error("lengths: expected 0 to " + std::to_string(params.seqlen_k - 1) +
+                              ", so that the cache has a row left, got " + std::to_string(lengths[b]));
+    }
+    for (int64_t b = 0; b < batch; ++b) key_lengths[b] = static_cast<int32_t>(lengths[b] + 1);
+    params.key_lengths = key_lengths;
+  }
+  const double work = static_cast<double>(batch) * static_cast<double>(module.features) *
+                      static_cast<double>(4 * module.features + 2 * params.seqlen_k);
+  run_kernel(work, [&] { cpu::kernels().attention_module(module); });
+  for (int64_t b = 0; lengths != nullptr && b < batch; ++b) ++lengths[b];
   Py_RETURN_NONE;
 }
 
@@ -288,6 +346,7 @@ PyMethodDef kMethods[] = {
     {"forward", as_c_function(entry_point<forward>), METH_FASTCALL, kForwardDoc},
     {"backward", as_c_function(entry_point<backward>), METH_FASTCALL, kBackwardDoc},
     {"self_attention", as_c_function(entry_point<self_attention>), METH_FASTCALL, kSelfAttentionDoc},
+    {"attention_step", as_c_function(entry_point<attention_step>), METH_FASTCALL, kAttentionStepDoc},
     {"linear", as_c_function(entry_point<linear>), METH_FASTCALL, kLinearDoc},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -244,6 +244,26 @@ class StaticSelfAttentionCache:
             self._rows = _StaticRows.of(key, value, self._capacity)
         return self._write(self._rows, key, value)
 
+    def rows_to_fill(self, batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> _StaticRows | None:
+        """The buffers, for a native call that appends a row to each batch entry by itself. `count_filled` must follow.
+
+        None if only `append` can do this: in the first call, or if it would raise an error.
+        """
+        rows = self._rows
+        if rows is None:
+            return None
+        if self._at_most is not None and self._at_most >= self.max_length:
+            return None
+        shape = batch, heads, rows.keys.shape[2], head_dim
+        fits = rows.keys.shape == rows.values.shape == shape and rows.keys.dtype == rows.values.dtype == dtype
+        return rows if fits and rows.keys.is_cpu else None
+
+    def count_filled(self) -> None:
+        """Counts the rows that a native call has appended to the buffers of `rows_to_fill`."""
+        if self._at_most is not None:
+            self._at_most += 1
+        self._newest = 1
+
     def crop(self, length: int | Tensor) -> None:
         """Forget all rows from row `length` on; see `KVCache.crop`."""
         if isinstance(length, Tensor):

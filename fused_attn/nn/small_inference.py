@@ -1,7 +1,7 @@
-"""Small self-attention without gradients, in one native call.
+"""Small attention without gradients, in one native call.
 
 A small module spends most of its time on calling one operator after another. Here, the projections and the attention
-are one call of the CPU kernels.
+are one call of the CPU kernels. `self_attention` is for short sequences, `attention_step` for a step of decoding.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from fused_attn.backends import events
 from fused_attn.backends.cpu import DTYPES, MAX_HEAD_DIM
 from fused_attn.native import _C
 from fused_attn.nn import few_rows
+from fused_attn.nn.cache import CrossAttentionCache
+from fused_attn.nn.self_attention_cache import StaticSelfAttentionCache
 
 #: The largest number of multiply-adds in the projections for which `self_attention` makes the native call. Up to this
 #: size, the native call takes at most 0.85 of the time that `FusedMultiheadAttention.forward` takes without the native
@@ -37,8 +39,10 @@ def self_attention(
         _C is None
         or not is_plain(module)
         or not _takes_options(module)
+        or not module.batch_first
         or not _takes_input(module, x)
-        or not _is_plain_padding(key_padding_mask, x)
+        or x.numel() * (module._parameters["in_proj_weight"].shape[0] + module.embed_dim) > MOST_PRODUCTS
+        or not _is_plain_padding(key_padding_mask, x.shape[:2])
     ):
         return None
     out_proj: Any = module._modules["out_proj"]
@@ -52,6 +56,90 @@ def self_attention(
         out, module.num_heads, key_padding_mask, is_causal, torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def attention_step(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    is_self: bool,
+    cache: Any,
+) -> Tensor | None:
+    """The output of the module for one new row of each batch entry, or None if the native call cannot compute it.
+
+    query: (N, 1, E), or (1, N, E) without batch_first
+    key: the memory, in cross-attention
+    key_padding_mask: None, or (N, S) bool, True = ignore; S rows are in the cache, or fit into it
+    is_self: whether query, key and value are one tensor
+    cache: a cache that is filled, by `append` or by `update`. The native call writes to a static cache.
+
+    The caller has ruled out wanted weights and all other masks.
+    """
+    batch_dim = 0 if module.batch_first else 1
+    is_static = type(cache) is StaticSelfAttentionCache
+    if (
+        _C is None
+        or torch.is_grad_enabled()
+        or not (is_self if is_static else type(cache) is CrossAttentionCache and not is_causal)
+        or query.dim() != 3
+        or query.shape[1 - batch_dim] != 1
+        or not is_plain(module)
+        or not _takes_options(module)
+        or not _takes_input(module, query)
+        or query.shape[batch_dim] > few_rows.MOST_ROWS
+    ):
+        return None
+    batch = query.shape[batch_dim]
+    sizes = batch, module.num_kv_heads, module.head_dim
+    lengths = key_lengths = None
+    rows: Any = None
+    if is_static:
+        rows = cache.rows_to_fill(*sizes, query.dtype)
+        if rows is None:
+            return None
+        keys, values, lengths, key_lengths = rows.contents()
+    else:
+        pair = cache.get(key)
+        if pair is None:
+            return None
+        keys, values = pair
+        if not (_is_plain_rows(keys, sizes, query.dtype) and _is_plain_rows(values, sizes, query.dtype)):
+            return None
+    if not _is_plain_padding(key_padding_mask, (batch, keys.shape[2])):
+        return None
+    out_proj: Any = module._modules["out_proj"]
+    parameters, out_parameters = module._parameters, out_proj._parameters
+    out = torch.empty_like(query)
+    run = _C.attention_step
+    if profiler._is_profiler_enabled:
+        run = events.recorded("attention_step[cpu]", run)
+    of_entries = (query, out) if module.batch_first else (query.transpose(0, 1), out.transpose(0, 1))
+    run(
+        of_entries[0], parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"],
+        out_parameters["bias"], of_entries[1], module.num_heads, keys, values, lengths, key_lengths, key_padding_mask,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if is_static:
+        cache.count_filled()
+    return out
+
+
+def _is_plain_rows(x: Tensor, sizes: tuple[int, int, int], dtype: torch.dtype) -> bool:
+    """Whether the native call can read the keys or the values (B, Hkv, S, D) of a cache.
+
+    sizes: B, Hkv and D
+    """
+    return (
+        type(x) is Tensor
+        and x.dim() == 4
+        and (x.shape[0], x.shape[1], x.shape[3]) == sizes
+        and x.dtype == dtype
+        and x.is_cpu
+        and x.stride(3) == 1
+        and not x.is_neg()
+    )
 
 
 def is_plain(module: nn.MultiheadAttention) -> bool:
@@ -90,8 +178,7 @@ def _is_plain_parameter(module: nn.Module, name: str) -> bool:
 def _takes_options(module: nn.MultiheadAttention) -> bool:
     """Whether the native call computes what the options of the module ask for."""
     return (
-        module.batch_first
-        and not (module.training and module.dropout)
+        not (module.training and module.dropout)
         and module.rotary is None
         and module.relative_bias is None
         and module.bias_k is None
@@ -102,7 +189,7 @@ def _takes_options(module: nn.MultiheadAttention) -> bool:
 
 
 def _takes_input(module: nn.MultiheadAttention, x: Tensor) -> bool:
-    """Whether the native call can read x (N, L, E), and x is small enough that the native call is faster."""
+    """Whether the native call can read x (N, L, E)."""
     out_proj: Any = module._modules["out_proj"]
     weight, out_weight = module._parameters["in_proj_weight"], out_proj._parameters["weight"]
     return (
@@ -114,12 +201,11 @@ def _takes_input(module: nn.MultiheadAttention, x: Tensor) -> bool:
         and x.dtype in DTYPES
         and x.is_contiguous()
         and x.shape[-1] == module.embed_dim
-        and 0 < x.numel() * (weight.shape[0] + module.embed_dim) <= MOST_PRODUCTS
+        and x.numel() > 0
+        and not x.is_neg()
     )
 
 
-def _is_plain_padding(mask: Tensor | None, x: Tensor) -> bool:
-    """Whether the native call can read the mask (N, L), or there is none."""
-    return mask is None or (
-        type(mask) is Tensor and mask.dtype == torch.bool and mask.is_cpu and mask.shape == x.shape[:2]
-    )
+def _is_plain_padding(mask: Tensor | None, shape: tuple[int, ...]) -> bool:
+    """Whether the native call can read the mask (N, S), or there is none."""
+    return mask is None or (type(mask) is Tensor and mask.dtype == torch.bool and mask.is_cpu and mask.shape == shape)
