@@ -25,10 +25,11 @@ void append_rows(const AttentionModuleParams& m, const Storage* projected, int64
   }
 }
 
-// Runs the module: projects x to the queries, and to the keys and values unless a cache has them, attends, and projects
-// the result to m.out.
+// Runs the module: projects x to the queries, and to the keys and values unless a cache has them, attends, projects the
+// result to m.out, and adds the residual.
 template <class Policy>
 void attention_module_with_policy(const AttentionModuleParams& m) {
+  using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   AttentionParams p = m.attention;
   const int64_t rows = p.batch * p.seqlen_q;
@@ -37,13 +38,21 @@ void attention_module_with_policy(const AttentionModuleParams& m) {
   const int64_t width = m.keys == ModuleKeys::kGiven ? query_width : query_width + 2 * key_width;
   const auto data = [](const void* pointer) { return static_cast<const Storage*>(pointer); };
 
+  const Storage* const x = data(m.x);
+  const Storage* input = x;
+  Storage* const out = static_cast<Storage*>(m.out);
+  if (m.residual == Residual::kNormFirst) {
+    normalise_rows<Lane>(x, rows, m.features, m.norm, out);
+    input = out;
+  }
+
   Storage *projected, *attended;
   const Buffer memory([&](Arena& arena) {
     projected = arena.take<Storage>(rows * width);
     attended = arena.take<Storage>(rows * query_width);
   });
 
-  project<Policy>(data(m.x), rows, m.features, data(m.in_weight), data(m.in_bias), width, p.num_threads, projected);
+  project<Policy>(input, rows, m.features, data(m.in_weight), data(m.in_bias), width, p.num_threads, projected);
   const auto heads_from = [&](int64_t column) {
     return TensorView{projected + column, p.seqlen_q * width, p.head_dim, width, 1};
   };
@@ -55,8 +64,9 @@ void attention_module_with_policy(const AttentionModuleParams& m) {
   if (m.keys == ModuleKeys::kAppended) append_rows(m, projected, width);
   p.out = {attended, p.seqlen_q * query_width, p.head_dim, query_width, 1};
   forward_with_policy<Policy>(p);
-  project<Policy>(attended, rows, query_width, data(m.out_weight), data(m.out_bias), m.features, p.num_threads,
-                  static_cast<Storage*>(m.out));
+  project<Policy>(attended, rows, query_width, data(m.out_weight), data(m.out_bias), m.features, p.num_threads, out);
+  if (m.residual != Residual::kNone) add_rows<Lane>(x, out, rows * m.features, out);
+  if (m.residual == Residual::kNormLast) normalise_rows<Lane>(out, rows, m.features, m.norm, out);
 }
 
 }  // namespace

@@ -4,6 +4,20 @@
 
 namespace fused_attn::cpu {
 
+// A layer norm over the features. Both tensors have the dtype of the call.
+struct LayerNormParams {
+  const void* weight = nullptr;  // (E,)
+  const void* bias = nullptr;    // (E,); null = none
+  double eps = 0;                // is added to the variance
+};
+
+// What stands around an attention module in a layer of a Transformer:
+//
+//   kNone       nothing: out = module(x)
+//   kNormFirst  out = x + module(norm(x))
+//   kNormLast   out = norm(x + module(x))
+enum class Residual { kNone, kNormFirst, kNormLast };
+
 // Where the keys and values of an attention module come from:
 //
 //   kOwn       they are projections of x
@@ -18,6 +32,8 @@ struct AttentionModuleParams {
   // cache, and L is 1. With kAppended, key_lengths counts the new row already.
   AttentionParams attention;
   ModuleKeys keys = ModuleKeys::kOwn;
+  Residual residual = Residual::kNone;
+  LayerNormParams norm;
   int64_t features = 0;              // E
   const void* x = nullptr;           // (B, L, E)
   // ((H + 2 Hkv) D, E): the rows of all query heads, then those of key and of value, which kGiven does not need
@@ -28,7 +44,8 @@ struct AttentionModuleParams {
   void* out = nullptr;               // (B, L, E)
 };
 
-// The arguments of a linear layer for few rows: y = x . weight^T + bias. All tensors are contiguous.
+// The arguments of a linear layer for few rows: y = x . weight^T + bias. All tensors are contiguous. With a residual,
+// y = residual + x . weight^T + bias. If norm has a weight, y is the layer norm of that sum.
 struct LinearParams {
   DType dtype = DType::kFloat32;
   int64_t rows = 0;
@@ -37,6 +54,8 @@ struct LinearParams {
   const void* x = nullptr;       // (rows, in)
   const void* weight = nullptr;  // (out, in)
   const void* bias = nullptr;    // (out,); null = none
+  const void* residual = nullptr;  // (rows, out); null = none
+  LayerNormParams norm;
   void* y = nullptr;             // (rows, out)
   int32_t num_threads = 1;
 };

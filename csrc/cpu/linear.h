@@ -2,6 +2,7 @@
 // in blocks, which is best for many rows, first copies the weight into another order.
 #pragma once
 #include "decode_block.h"
+#include "layer_norm.h"
 #include "parallel.h"
 
 namespace fused_attn::cpu {
@@ -45,10 +46,13 @@ void project(const typename Policy::Storage* x, int64_t rows, int64_t in, const 
 // Runs the product of LinearParams.
 template <class Policy>
 void linear_with_policy(const LinearParams& p) {
+  using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   const auto data = [](const void* pointer) { return static_cast<const Storage*>(pointer); };
-  project<Policy>(data(p.x), p.rows, p.in, data(p.weight), data(p.bias), p.out, p.num_threads,
-                  static_cast<Storage*>(p.y));
+  Storage* const y = static_cast<Storage*>(p.y);
+  project<Policy>(data(p.x), p.rows, p.in, data(p.weight), data(p.bias), p.out, p.num_threads, y);
+  if (p.residual != nullptr) add_rows<Lane>(data(p.residual), y, p.rows * p.out, y);
+  if (p.norm.weight != nullptr) normalise_rows<Lane>(y, p.rows, p.out, p.norm, y);
 }
 
 }  // namespace

@@ -202,6 +202,16 @@ PyObject* backward(PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+// Reads the arguments norm_weight (E,), norm_bias (E,) or None, and norm_eps. Without a weight, there is no norm.
+cpu::LayerNormParams read_norm(PyObject* const* args, ElementType type, int64_t features) {
+  cpu::LayerNormParams norm;
+  norm.weight = checked_contiguous(kReader.optional(args[0], "norm_weight"), type, {features});
+  norm.bias = checked_contiguous(kReader.optional(args[1], "norm_bias"), type, {features});
+  norm.eps = PyFloat_AsDouble(args[2]);
+  if (norm.eps == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return norm;
+}
+
 // Reads the first seven arguments of `self_attention` and of `attention_step`: x (B, L, E) to num_heads.
 cpu::AttentionModuleParams read_module(PyObject* const* args) {
   const Argument x = kReader.required(args[0], "x");
@@ -262,16 +272,18 @@ PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
 
 const char kAttentionStepDoc[] =
     "attention_step(x, in_weight, in_bias, out_weight, out_bias, out, num_heads, keys, values, lengths, key_lengths, "
-    "key_padding, num_threads)\n\n"
+    "key_padding, norm_weight, norm_bias, norm_eps, norm_first, num_threads)\n\n"
     "Computes an attention module for one new row of each batch entry, over the keys and values of a cache. The\n"
     "arguments up to num_heads are those of self_attention, with L = 1. keys, values (B, Hkv, S, D) with any strides\n"
     "but that of the last dimension, key_padding (B, S) bool or None.\n"
     "With lengths (B,) int64 and key_lengths (B,) int32, the cache grows: the projected key and value become row\n"
     "lengths[b] of entry b, then lengths and key_lengths count that row. With None, x is projected to queries only.\n"
+    "With norm_weight (E,) and norm_bias (E,) or None, a layer norm and a residual stand around the module:\n"
+    "x + module(norm(x)) if norm_first, else norm(x + module(x)).\n"
     "IndexError: a cache has no row left. Nothing has been written then.";
 
 PyObject* attention_step(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 13, kAttentionStepDoc);
+  check_count(count, 17, kAttentionStepDoc);
   cpu::AttentionModuleParams module = read_module(args);
   AttentionParams& params = module.attention;
   const int64_t batch = params.batch;
@@ -288,7 +300,12 @@ PyObject* attention_step(PyObject* const* args, Py_ssize_t count) {
     view = {rows->data(), rows->stride(0), rows->stride(1), rows->stride(2), 1};
   }
   params.key_padding = key_padding_view(kReader.optional(args[11], "key_padding"), batch, params.seqlen_k);
-  params.num_threads = thread_count(args[12]);
+  module.norm = read_norm(args + 12, x.type, module.features);
+  const int norm_first = PyObject_IsTrue(args[15]);
+  if (norm_first < 0) throw py::error_already_set();
+  if (module.norm.weight != nullptr)
+    module.residual = norm_first != 0 ? cpu::Residual::kNormFirst : cpu::Residual::kNormLast;
+  params.num_threads = thread_count(args[16]);
 
   auto* const lengths = static_cast<int64_t*>(
       checked_contiguous(kReader.optional(args[9], "lengths"), ElementType::kInt64, {batch}));
@@ -312,12 +329,13 @@ PyObject* attention_step(PyObject* const* args, Py_ssize_t count) {
 }
 
 const char kLinearDoc[] =
-    "linear(x, weight, bias, out, num_threads)\n\n"
+    "linear(x, weight, bias, residual, norm_weight, norm_bias, norm_eps, out, num_threads)\n\n"
     "Writes x . weight^T + bias to out, for few rows: x (rows, in), weight (out, in), bias (out,) or None, out\n"
-    "(rows, out). All tensors must have one dtype and be contiguous.";
+    "(rows, out). residual (rows, out) or None is added. With norm_weight (out,) and norm_bias (out,) or None, out is\n"
+    "the layer norm of that sum. All tensors must have one dtype and be contiguous.";
 
 PyObject* linear(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 5, kLinearDoc);
+  check_count(count, 9, kLinearDoc);
   const Argument x = kReader.required(args[0], "x");
   const Argument weight = kReader.required(args[1], "weight");
   if (x.tensor.ndim != 2) x.fail("2 dimensions", std::to_string(x.tensor.ndim));
@@ -333,8 +351,10 @@ PyObject* linear(PyObject* const* args, Py_ssize_t count) {
   p.x = checked_contiguous(x, x.type, {p.rows, p.in});
   p.weight = checked_contiguous(weight, x.type, {p.out, p.in});
   p.bias = checked_contiguous(kReader.optional(args[2], "bias"), x.type, {p.out});
-  p.y = checked_contiguous(kReader.required(args[3], "out"), x.type, {p.rows, p.out});
-  p.num_threads = thread_count(args[4]);
+  p.residual = checked_contiguous(kReader.optional(args[3], "residual"), x.type, {p.rows, p.out});
+  p.norm = read_norm(args + 4, x.type, p.out);
+  p.y = checked_contiguous(kReader.required(args[7], "out"), x.type, {p.rows, p.out});
+  p.num_threads = thread_count(args[8]);
   const double work = static_cast<double>(p.rows) * static_cast<double>(p.in) * static_cast<double>(p.out);
   run_kernel(work, [&] { cpu::kernels().linear(p); });
   Py_RETURN_NONE;

@@ -26,10 +26,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., in) . weight (out, in)^T + bias (out,), as `torch.nn.functional.linear`."""
     if torch.is_grad_enabled() or not _takes(x, weight, bias):
         return F.linear(x, weight, bias)
-    features = weight.shape[0]
-    out = torch.empty((*x.shape[:-1], features), dtype=x.dtype)
-    _C.linear(x.view(-1, x.shape[-1]), weight, bias, out.view(-1, features), torch.get_num_threads())
-    return out
+    return _native_linear(x, weight, bias, None, None)
+
+
+def linear_and_residual(module: nn.Module, x: Tensor, residual: Tensor, norm: nn.LayerNorm | None) -> Tensor | None:
+    """``norm(residual + module(x))``, or the sum alone without a norm. None if the native call cannot compute it.
+
+    The caller has ruled out gradients, a module that is not plain, and a norm that the native call cannot compute.
+    """
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if weight is None or not _takes(x, weight, bias):
+        return None
+    if not (type(residual) is Tensor and residual.dtype == x.dtype and residual.is_contiguous()) or residual.is_neg():
+        return None
+    if residual.shape != (*x.shape[:-1], weight.shape[0]):
+        return None
+    return _native_linear(x, weight, bias, residual, norm)
 
 
 def call(module: Any, x: Tensor) -> Tensor:
@@ -50,14 +62,51 @@ def is_plain(module: nn.Module) -> bool:
     """
     return (
         type(module) in (nn.Linear, NonDynamicallyQuantizableLinear)
-        and "forward" not in module.__dict__
+        and is_called_plainly(module)
+        and type(module._parameters.get("weight")) is nn.Parameter
+        and type(module._parameters.get("bias", False)) in (nn.Parameter, type(None))
+    )
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether a call of the module does nothing but run the forward of its class."""
+    return (
+        "forward" not in module.__dict__
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
         and module._compiled_call_impl is None
         and not nn_module._has_any_global_hook()
-        and type(module._parameters.get("weight")) is nn.Parameter
-        and type(module._parameters.get("bias", False)) in (nn.Parameter, type(None))
     )
+
+
+def is_plain_vector(x: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the native call can read a bias, or a parameter of a norm."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.dtype == dtype
+        and x.is_cpu
+        and x.is_contiguous()
+        and not x.is_neg()
+    )  # fmt: skip
+
+
+def _native_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, norm: nn.LayerNorm | None
+) -> Tensor:
+    """norm(residual + x . weight^T + bias); None = without."""
+    features = weight.shape[0]
+    out = torch.empty((*x.shape[:-1], features), dtype=x.dtype)
+    norm_weight, norm_bias, eps = norm_arguments(norm)
+    _C.linear(
+        x.view(-1, x.shape[-1]), weight, bias, None if residual is None else residual.view(-1, features),
+        norm_weight, norm_bias, eps, out.view(-1, features), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def norm_arguments(norm: nn.LayerNorm | None) -> tuple[Tensor | None, Tensor | None, float]:
+    """What native calls get of a layer norm: its weight, bias and eps."""
+    return (None, None, 0.0) if norm is None else (norm._parameters["weight"], norm._parameters["bias"], norm.eps)
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -79,19 +128,8 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.is_contiguous()
         and weight.layout is torch.strided
         and weight.is_contiguous()
-        and (bias is None or _is_plain_bias(bias, x.dtype))
+        and (bias is None or is_plain_vector(bias, x.dtype))
         and not (x.is_neg() or weight.is_neg())
         and not modes.is_any_autocast_enabled()
         and modes.is_direct()
-    )
-
-
-def _is_plain_bias(bias: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the native product can read the bias."""
-    return (
-        type(bias) in (Tensor, nn.Parameter)
-        and bias.dtype == dtype
-        and bias.is_cpu
-        and bias.is_contiguous()
-        and not bias.is_neg()
     )

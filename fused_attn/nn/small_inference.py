@@ -66,6 +66,9 @@ def attention_step(
     is_causal: bool,
     is_self: bool,
     cache: Any,
+    *,
+    norm: nn.LayerNorm | None = None,
+    norm_first: bool = False,
 ) -> Tensor | None:
     """The output of the module for one new row of each batch entry, or None if the native call cannot compute it.
 
@@ -74,6 +77,8 @@ def attention_step(
     key_padding_mask: None, or (N, S) bool, True = ignore; S rows are in the cache, or fit into it
     is_self: whether query, key and value are one tensor
     cache: a cache that is filled, by `append` or by `update`. The native call writes to a static cache.
+    norm: with it, the output is that of the module with what surrounds it in a layer: ``query + module(norm(query))``
+        if norm_first, else ``norm(query + module(query))``. The native call can compute the norm.
 
     The caller has ruled out wanted weights and all other masks.
     """
@@ -119,7 +124,7 @@ def attention_step(
     run(
         of_entries[0], parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"],
         out_parameters["bias"], of_entries[1], module.num_heads, keys, values, lengths, key_lengths, key_padding_mask,
-        torch.get_num_threads(),
+        *few_rows.norm_arguments(norm), norm_first, torch.get_num_threads(),
     )  # fmt: skip
     if is_static:
         cache.count_filled()

@@ -31,7 +31,7 @@ from torch.overrides import has_torch_function_variadic
 
 from fused_attn.attention import checks
 from fused_attn.attention.causal_bias import causal_bias
-from fused_attn.nn import few_rows
+from fused_attn.nn import decoder_step, few_rows
 from fused_attn.nn.attention import (
     AttentionCache,
     FusedMultiheadAttention,
@@ -330,15 +330,23 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             cross["cache"] = cache.cross_attention
         own_masks = tgt_mask, tgt_key_padding_mask, tgt_is_causal
         cross_masks = memory_mask, memory_key_padding_mask, memory_is_causal
-        x = tgt
         with contextlib.nullcontext() if cache is None else restoring_layers([cache]):
-            if self.norm_first:
-                x = x + self._sa_block(self.norm1(x), *own_masks, **own)
-                x = x + self._mha_block(self.norm2(x), memory, *cross_masks, **cross)
-                return x + self._ff_block(self.norm3(x))
-            x = self.norm1(x + self._sa_block(x, *own_masks, **own))
-            x = self.norm2(x + self._mha_block(x, memory, *cross_masks, **cross))
-            return self.norm3(x + self._ff_block(x))
+            is_step = cache is not None and type(self) is TransformerDecoderLayer and not torch.compiler.is_compiling()
+            x = tgt
+            short = decoder_step.attention(self, 1, x, None, own_masks, own["cache"]) if is_step else None
+            if short is None:
+                short = self._residual(x, self.norm1, lambda y: self._sa_block(y, *own_masks, **own))
+            x = short
+            short = decoder_step.attention(self, 2, x, memory, cross_masks, cross["cache"]) if is_step else None
+            if short is None:
+                short = self._residual(x, self.norm2, lambda y: self._mha_block(y, memory, *cross_masks, **cross))
+            x = short
+            short = decoder_step.feed_forward(self, x) if is_step else None
+            return self._residual(x, self.norm3, self._ff_block) if short is None else short
+
+    def _residual(self, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
+        """The output of a block with its residual connection and its layer norm."""
+        return x + block(norm(x)) if self.norm_first else norm(x + block(x))
 
     @property
     def takes_is_causal(self) -> bool:

@@ -1,0 +1,48 @@
+// Residual connections and layer norms of few rows, which follow or precede the products of a module.
+#pragma once
+#include "elements.h"
+#include "kernels.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+// Writes x + y to out, n elements.
+template <class Lane, class Storage>
+void add_rows(const Storage* x, const Storage* y, int64_t n, Storage* out) {
+  for (int64_t i = 0; i < n; i += kLanes<Lane>) {
+    const int count = n - i < kLanes<Lane> ? static_cast<int>(n - i) : kLanes<Lane>;
+    store_as<Lane>(out + i, load_as<Lane>(x + i, count) + load_as<Lane>(y + i, count), count);
+  }
+}
+
+// Normalises each of the rows x (rows, features) to mean 0 and variance 1, and writes norm.weight * row + norm.bias to
+// out, which may be x (Ba et al., 2016).
+template <class Lane, class Storage>
+void normalise_rows(const Storage* x, int64_t rows, int64_t features, const LayerNormParams& norm, Storage* out) {
+  constexpr int n = kLanes<Lane>;
+  const auto* const weight = static_cast<const Storage*>(norm.weight);
+  const auto* const bias = static_cast<const Storage*>(norm.bias);
+  const auto count_at = [&](int64_t i) { return features - i < n ? static_cast<int>(features - i) : n; };
+  for (int64_t r = 0; r < rows; ++r, x += features, out += features) {
+    Vec<Lane> sum = {};
+    for (int64_t i = 0; i < features; i += n) sum += load_as<Lane>(x + i, count_at(i));
+    const Lane mean = sum_lanes<Lane>(sum) / static_cast<Lane>(features);
+    Vec<Lane> squares = {};
+    for (int64_t i = 0; i < features; i += n) {
+      Vec<Lane> centred = load_as<Lane>(x + i, count_at(i)) - mean;
+      for (int lane = count_at(i); lane < n; ++lane) centred[lane] = 0;  // no feature, so no part of the variance
+      squares += centred * centred;
+    }
+    const Lane variance = sum_lanes<Lane>(squares) / static_cast<Lane>(features);
+    const Lane factor = static_cast<Lane>(1 / __builtin_sqrt(static_cast<double>(variance) + norm.eps));
+    for (int64_t i = 0; i < features; i += n) {
+      const int count = count_at(i);
+      Vec<Lane> y = (load_as<Lane>(x + i, count) - mean) * factor * load_as<Lane>(weight + i, count);
+      if (bias != nullptr) y += load_as<Lane>(bias + i, count);
+      store_as<Lane>(out + i, y, count);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fused_attn::cpu
