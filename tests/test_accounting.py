@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attn import FusedMultiheadAttention, fused_attention, fused_attention_varlen
+from fused_attn.nn import StaticSelfAttentionCache
 
 BATCH, HEADS, SEQLEN_Q, SEQLEN_K, HEAD_DIM = 2, 4, 7, 9, 8
 #: The reference backend consists of torch's operators, so torch counts its matrix products.
@@ -200,8 +201,14 @@ def test_events_of_other_paths(kernel: str, leaves: list[Tensor]) -> None:
 
 
 @pytest.mark.skipif("cpu" not in KERNELS, reason="the native kernels are not built")
-def test_event_of_a_small_module(generator: torch.Generator) -> None:
+def test_events_of_a_small_module(generator: torch.Generator) -> None:
     module, x = FusedMultiheadAttention(16, 2, batch_first=True), torch.randn(2, 5, 16, generator=generator)
     with torch.no_grad():
         found = events(lambda: module(x, x, x, need_weights=False))
     assert found == ["fused_attn::self_attention[cpu]"]
+    cache = StaticSelfAttentionCache(4)
+    row = x[:, :1]
+    with torch.no_grad():
+        module(row, row, row, need_weights=False, cache=cache)  # the first call makes the buffers
+        found = events(lambda: module(row, row, row, need_weights=False, cache=cache))
+    assert found == ["fused_attn::attention_step[cpu]"]

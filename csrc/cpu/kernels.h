@@ -34,8 +34,8 @@ struct AttentionModuleParams {
   ModuleKeys keys = ModuleKeys::kOwn;
   Residual residual = Residual::kNone;
   LayerNormParams norm;
-  int64_t features = 0;              // E
-  const void* x = nullptr;           // (B, L, E)
+  int64_t features = 0;     // E
+  const void* x = nullptr;  // (B, L, E)
   // ((H + 2 Hkv) D, E): the rows of all query heads, then those of key and of value, which kGiven does not need
   const void* in_weight = nullptr;
   const void* in_bias = nullptr;     // ((H + 2 Hkv) D,); null = none
@@ -51,12 +51,12 @@ struct LinearParams {
   int64_t rows = 0;
   int64_t in = 0;
   int64_t out = 0;
-  const void* x = nullptr;       // (rows, in)
-  const void* weight = nullptr;  // (out, in)
-  const void* bias = nullptr;    // (out,); null = none
+  const void* x = nullptr;         // (rows, in)
+  const void* weight = nullptr;    // (out, in)
+  const void* bias = nullptr;      // (out,); null = none
   const void* residual = nullptr;  // (rows, out); null = none
   LayerNormParams norm;
-  void* y = nullptr;             // (rows, out)
+  void* y = nullptr;  // (rows, out)
   int32_t num_threads = 1;
 };
 

@@ -307,8 +307,8 @@ PyObject* attention_step(PyObject* const* args, Py_ssize_t count) {
     module.residual = norm_first != 0 ? cpu::Residual::kNormFirst : cpu::Residual::kNormLast;
   params.num_threads = thread_count(args[16]);
 
-  auto* const lengths = static_cast<int64_t*>(
-      checked_contiguous(kReader.optional(args[9], "lengths"), ElementType::kInt64, {batch}));
+  auto* const lengths =
+      static_cast<int64_t*>(checked_contiguous(kReader.optional(args[9], "lengths"), ElementType::kInt64, {batch}));
   module.keys = lengths == nullptr ? cpu::ModuleKeys::kGiven : cpu::ModuleKeys::kAppended;
   if (lengths != nullptr) {
     auto* const key_lengths = static_cast<int32_t*>(

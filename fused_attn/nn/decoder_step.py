@@ -3,9 +3,9 @@
 With one new row for each target, calling the operators one by one takes longer than the arithmetic. Here, an attention
 with all that surrounds it is one native call, and a feed-forward block is two.
 
-Each function returns None if the native calls cannot take the place of the layer's own modules, so that nobody would see
-a difference. The layer then calls its modules. The functions take layers in which nothing but the modules decides what
-is computed: the caller has ruled out subclasses, which may override a block.
+Each function returns None if the native calls cannot take the place of the layer's own modules, so that nobody would
+see a difference. The layer then calls its modules. The caller has ruled out subclasses of the layer, which may override
+a block.
 """
 
 from __future__ import annotations

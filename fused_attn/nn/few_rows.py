@@ -81,13 +81,9 @@ def is_called_plainly(module: nn.Module) -> bool:
 
 def is_plain_vector(x: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether the native call can read a bias, or a parameter of a norm."""
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and x.dtype == dtype
-        and x.is_cpu
-        and x.is_contiguous()
-        and not x.is_neg()
-    )  # fmt: skip
+    if x is None or type(x) not in (Tensor, nn.Parameter):
+        return False
+    return x.dtype == dtype and x.is_cpu and x.is_contiguous() and not x.is_neg()
 
 
 def _native_linear(

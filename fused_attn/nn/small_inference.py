@@ -41,7 +41,7 @@ def self_attention(
         or not _takes_options(module)
         or not module.batch_first
         or not _takes_input(module, x)
-        or x.numel() * (module._parameters["in_proj_weight"].shape[0] + module.embed_dim) > MOST_PRODUCTS
+        or x.numel() * 2 * (module.embed_dim + module.num_kv_heads * module.head_dim) > MOST_PRODUCTS
         or not _is_plain_padding(key_padding_mask, x.shape[:2])
     ):
         return None
@@ -97,7 +97,7 @@ def attention_step(
     ):
         return None
     batch = query.shape[batch_dim]
-    sizes = batch, module.num_kv_heads, module.head_dim
+    sizes: Any = batch, module.num_kv_heads, module.head_dim
     lengths = key_lengths = None
     rows: Any = None
     if is_static:

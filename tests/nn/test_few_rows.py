@@ -147,4 +147,15 @@ def test_errors_of_the_native_call():
         ((x, weight.t().contiguous().t(), bias, out), "weight: expected a contiguous tensor"),
     ):
         with pytest.raises(ValueError, match=message):
-            cpu._C.linear(*arguments, 1)
+            cpu._C.linear(*arguments[:3], None, None, None, 0.0, arguments[3], 1)
+    for position, name, wrong in (
+        (3, "residual", torch.randn(2, 4)),
+        (4, "norm_weight", torch.randn(4)),
+        (5, "norm_bias", torch.randn(3).double()),
+        (7, "out", torch.empty(3, 2)),
+    ):
+        whole = [x, weight, bias, torch.randn(2, 3), torch.ones(3), None, 1e-5, out, 1]
+        cpu._C.linear(*whole)
+        whole[position] = wrong
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            cpu._C.linear(*whole)
