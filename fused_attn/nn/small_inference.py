@@ -92,7 +92,7 @@ def attention_step(
         or query.shape[1 - batch_dim] != 1
         or not is_plain(module)
         or not _takes_options(module)
-        or not _takes_input(module, query)
+        or not _takes_input(module, query := query.contiguous())
         or query.shape[batch_dim] > few_rows.MOST_ROWS
     ):
         return None
