@@ -22,8 +22,10 @@
 #pragma once
 #include <memory>
 
+#include "amx_products.h"
 #include "decode_block.h"
 #include "decode_plan.h"
+#include "decode_tiles.h"
 #include "denormals.h"
 #include "parallel.h"
 
@@ -42,6 +44,7 @@ struct DecodeScratch {
   Lane* rescale;                   // [row of a turn]: by what the sums of earlier blocks are multiplied
   Vec<Lane>* row_sum;              // [row]: the sum of exponentials; its lanes are added up at the end
   DecodePartials<Lane> partials;   // of the rows, if there is one split
+  DecodeTiles<Policy> tiles;       // for groups of kLeastTileRows or more, on AMX
 
   // Takes the memory of all arrays out of the arena.
   void layout(Arena& arena, const AttentionParams& p, const DecodePlan& plan) {
@@ -53,6 +56,7 @@ struct DecodeScratch {
     rescale = arena.take<Lane>(turn_rows);
     row_sum = arena.take<Vec<Lane>>(rows);
     partials.layout(arena, plan, plan.splits == 1 ? rows : 0);
+    tiles.layout(arena, p, plan.item_groups, plan.turn_groups, plan.heads * p.seqlen_q);
   }
 };
 
@@ -121,6 +125,7 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
   const int head_dim = static_cast<int>(p.head_dim);
   const int64_t query_row = round_up(Policy::lanes_for(head_dim), n);
   const int64_t group_rows = plan.heads * nq;
+  const bool uses_tiles = Policy::kUsesAmx && group_rows >= kLeastTileRows;
   const int64_t rows = item.groups * group_rows;
   // Row r of the item is query r % nq of head first_head + r / nq.
   int64_t first_row = plan.row(p, seq, item.split, b, first_head, 0);
@@ -132,7 +137,10 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
   // Convert the queries to lanes, and start the softmax of each row.
   for (int64_t r = 0; r < rows; ++r) {
     const Storage* source = row_of<const Storage>(p.query, b, first_head + r / nq, seq.q_offset + r % nq);
-    read_query<Policy>(source, head_dim, s.query + r * query_row);
+    if constexpr (Policy::kUsesAmx) {
+      if (uses_tiles) s.tiles.read_query(source, head_dim, r / group_rows, r % group_rows);
+    }
+    if (!uses_tiles) read_query<Policy>(source, head_dim, s.query + r * query_row);
     memset(partials.acc + (first_row + r) * plan.value_row, 0, plan.value_row * sizeof(Lane));
     partials.row_max[first_row + r] = FloatTraits<Lane>::kLowest;
     s.row_sum[r] = Vec<Lane>{};
@@ -154,17 +162,46 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
       const int64_t turn_end = turn + plan.turn_groups < item.groups ? turn + plan.turn_groups : item.groups;
       const int64_t turn_rows = (turn_end - turn) * group_rows;
       const int64_t turn_row = turn * group_rows;  // the first row of the turn, counted within the item
-      // Calls visit(k, count, group, row, queries) for the `queries` rows of the turn from `row` on, which belong to
-      // one group, and for the `count` keys of the block from key k on.
-      const auto visit_parts = [&](const auto& visit) {
+      // Calls visit(k, count, group) for the `count` keys of the block from key k on, and each group of the turn.
+      const auto visit_groups = [&](const auto& visit) {
         for (int k = 0; k < keys.count; k += plan.part_keys) {
           const int count = k + plan.part_keys < keys.count ? plan.part_keys : keys.count - k;
-          for (int64_t group = turn; group < turn_end; ++group) {
-            visit_in_passes<Lane>(group_rows, [&](int64_t first, auto queries) {
-              visit(k, count, group, (group - turn) * group_rows + first, queries);
-            });
-          }
+          for (int64_t group = turn; group < turn_end; ++group) visit(k, count, group);
         }
+      };
+      if constexpr (Policy::kUsesAmx) {
+        if (uses_tiles) {
+          visit_groups([&](int k, int count, int64_t group) {
+            s.tiles.multiply(group, group_rows, {block->key_rows + k, group * p.key.stride_head}, count, head_dim,
+                             static_cast<Lane>(p.scale), s.scores + (group - turn) * group_rows * kScoreRow<Lane> + k);
+          });
+          for (int64_t row = 0; row < turn_rows; ++row) {
+            const int64_t r = turn_row + row;
+            Lane* scores = s.scores + row * kScoreRow<Lane>;
+            make_logits<Policy>(p, b, first_head + r / nq, r % nq, keys, scores);
+            s.rescale[row] = decode_softmax<Policy>(keys.count, scores, partials.row_max[first_row + r], s.row_sum[r]);
+            s.tiles.split_probs(keys.count, scores, row);
+          }
+          visit_groups([&](int k, int count, int64_t group) {
+            s.tiles.sum_values({block->value_rows + k, group * p.value.stride_head}, group - turn, group_rows, k, count,
+                               static_cast<int>(p.value_dim));
+          });
+          for (int64_t group = turn; group < turn_end; ++group) {
+            const int64_t row = (group - turn) * group_rows;
+            s.tiles.add_sums(group - turn, group_rows, s.rescale + row,
+                             partials.acc + (first_row + turn_row + row) * plan.value_row);
+          }
+          continue;
+        }
+      }
+      // Calls visit(k, count, group, row, queries) for the `queries` rows of the turn from `row` on, which belong to
+      // one group.
+      const auto visit_parts = [&](const auto& visit) {
+        visit_groups([&](int k, int count, int64_t group) {
+          visit_in_passes<Lane>(group_rows, [&](int64_t first, auto queries) {
+            visit(k, count, group, (group - turn) * group_rows + first, queries);
+          });
+        });
       };
       // The first pass of a group brings what is read next into the cache: beside the keys their values, and beside the
       // values the keys of the next turn. Where the next turn has no such group, the group of the first turn is
@@ -231,6 +268,7 @@ void forward_split_keys(const AttentionParams& p) {
 
   parallel_for(threads, items, [&](int64_t item, int thread) {
     const FlushDenormalResults flush;
+    [[maybe_unused]] const MatrixRegisters<Policy> registers;
     decode_item<Policy>(p, plan, valid_keys, plan.item(item), scratch[thread], partials);
   });
   if (plan.splits == 1) return;

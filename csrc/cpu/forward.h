@@ -14,10 +14,10 @@ namespace {
 // the largest number that has been measured.
 constexpr int64_t kDecodeQueries = 32;
 
-// The same where AMX multiplies in query_blocks.h, and the band shows at least kFewKeys. On a Xeon, decode.h took 0.65
-// to 0.95 of the time of AMX with 4 queries and 128 to 4096 keys (head dims 32 to 256), 0.94 to 1.29 with 6, and 1.05
-// to 1.64 with 8. With 8 keys, 6 queries took 0.48 to 0.87.
-constexpr int64_t kDecodeQueriesBesideAmx = 5;
+// The same where AMX multiplies in query_blocks.h, and the band shows at least kFewKeys. On a Xeon, decode.h with tiles
+// took 0.55 to 0.65 of the time of query_blocks.h with 6 queries and 4096 keys, 0.85 with 8, and as long with 12; with
+// groups of 4 heads 0.55 to 0.7 with 8, and 0.9 to 1.3 with 16. With 8 keys, 6 queries took 0.48 to 0.87.
+constexpr int64_t kDecodeQueriesBesideAmx = 8;
 constexpr int64_t kFewKeys = 64;
 
 // With more queries than kQueriesForAnyBand, decode.h is used only if the band shows at least kWideBand keys. With

@@ -16,7 +16,7 @@ namespace {
 void forward(const AttentionParams& p) {
   switch (p.dtype) {
     case DType::kFloat32: return forward_with_policy<LanePolicy<AmxFloatPolicy>, AmxFloatPolicy>(p);
-    case DType::kBFloat16: return forward_with_policy<LanePolicy<AmxPolicy>, AmxPolicy>(p);
+    case DType::kBFloat16: return forward_with_policy<AmxDecodePolicy, AmxPolicy>(p);
     default: return kernels_avx512.forward(p);
   }
 }

@@ -27,17 +27,23 @@ void normalise_rows(const Storage* x, int64_t rows, int64_t features, const Laye
     Vec<Lane> sum = {};
     for (int64_t i = 0; i < features; i += n) sum += load_as<Lane>(x + i, count_at(i));
     const Lane mean = sum_lanes<Lane>(sum) / static_cast<Lane>(features);
-    Vec<Lane> squares = {};
-    for (int64_t i = 0; i < features; i += n) {
-      Vec<Lane> centred = load_as<Lane>(x + i, count_at(i)) - mean;
+    const auto centred_at = [&](int64_t i, Lane rest) {
+      Vec<Lane> centred = load_as<Lane>(x + i, count_at(i)) - mean - rest;
       for (int lane = count_at(i); lane < n; ++lane) centred[lane] = 0;  // no feature, so no part of the variance
-      squares += centred * centred;
-    }
+      return centred;
+    };
+    // The mean is rounded. Where it is far larger than the spread of the row, its rounding would be a part of the
+    // result. So the mean of what is left is subtracted, too.
+    Vec<Lane> left = {};
+    for (int64_t i = 0; i < features; i += n) left += centred_at(i, 0);
+    const Lane rest = sum_lanes<Lane>(left) / static_cast<Lane>(features);
+    Vec<Lane> squares = {};
+    for (int64_t i = 0; i < features; i += n) squares += centred_at(i, rest) * centred_at(i, rest);
     const Lane variance = sum_lanes<Lane>(squares) / static_cast<Lane>(features);
     const Lane factor = static_cast<Lane>(1 / __builtin_sqrt(static_cast<double>(variance) + norm.eps));
     for (int64_t i = 0; i < features; i += n) {
       const int count = count_at(i);
-      Vec<Lane> y = (load_as<Lane>(x + i, count) - mean) * factor * load_as<Lane>(weight + i, count);
+      Vec<Lane> y = centred_at(i, rest) * factor * load_as<Lane>(weight + i, count);
       if (bias != nullptr) y += load_as<Lane>(bias + i, count);
       store_as<Lane>(out + i, y, count);
     }

@@ -15,10 +15,10 @@ template <class Policy>
 struct RunningSoftmax {
   using Lane = typename Policy::Lane;
 
-  // A score may exceed the reference so far that its prob is 2^32. Nothing overflows, also after summation, unless
-  // values are 2^70 or more. With logits whose standard deviation is 2 to 8, a slack of 2^8 raised references so often
-  // that calls with AMX took 1.1 to 1.25 times as long.
-  static constexpr int kSlackLog2 = 32;
+  // A score may exceed the reference so far that its prob is 2^16. Nothing overflows, also after summation, unless the
+  // largest value, times the number of keys with about the largest score, reaches 2^112. With logits whose standard
+  // deviation is 2 to 8, a slack of 2^8 raised references so often that calls with AMX took up to 1.1 times as long.
+  static constexpr int kSlackLog2 = 16;
 
   // Sums of probs for each query.
   struct Sum {

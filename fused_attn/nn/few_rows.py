@@ -11,10 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import profiler
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fused_attn import modes
+from fused_attn.backends import events
 from fused_attn.backends.cpu import DTYPES
 from fused_attn.native import _C
 
@@ -35,7 +37,8 @@ def linear_and_residual(module: nn.Module, x: Tensor, residual: Tensor, norm: nn
     The caller has ruled out gradients, a module that is not plain, and a norm that the native call cannot compute.
     """
     weight, bias = module._parameters["weight"], module._parameters["bias"]
-    if weight is None or not _takes(x, weight, bias):
+    assert weight is not None
+    if not _takes(x, weight, bias):
         return None
     if not (type(residual) is Tensor and residual.dtype == x.dtype and residual.is_contiguous()) or residual.is_neg():
         return None
@@ -93,7 +96,8 @@ def _native_linear(
     features = weight.shape[0]
     out = torch.empty((*x.shape[:-1], features), dtype=x.dtype)
     norm_weight, norm_bias, eps = norm_arguments(norm)
-    _C.linear(
+    run = events.recorded("linear[cpu]", _C.linear) if profiler._is_profiler_enabled else _C.linear
+    run(
         x.view(-1, x.shape[-1]), weight, bias, None if residual is None else residual.view(-1, features),
         norm_weight, norm_bias, eps, out.view(-1, features), torch.get_num_threads(),
     )  # fmt: skip

@@ -260,6 +260,8 @@ class StaticSelfAttentionCache:
 
     def count_filled(self) -> None:
         """Counts the rows that a native call has appended to the buffers of `rows_to_fill`."""
+        assert self._rows is not None
+        torch.autograd.graph.increment_version(self._rows.contents())  # for graphs that have saved them
         if self._at_most is not None:
             self._at_most += 1
         self._newest = 1

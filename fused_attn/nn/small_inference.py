@@ -84,17 +84,15 @@ def attention_step(
     """
     batch_dim = 0 if module.batch_first else 1
     is_static = type(cache) is StaticSelfAttentionCache
-    if (
-        _C is None
-        or torch.is_grad_enabled()
-        or not (is_self if is_static else type(cache) is CrossAttentionCache and not is_causal)
-        or query.dim() != 3
-        or query.shape[1 - batch_dim] != 1
-        or not is_plain(module)
-        or not _takes_options(module)
-        or not _takes_input(module, query := query.contiguous())
-        or query.shape[batch_dim] > few_rows.MOST_ROWS
-    ):
+    is_cross = type(cache) is CrossAttentionCache and not is_causal
+    if _C is None or torch.is_grad_enabled() or not (is_self if is_static else is_cross):
+        return None
+    if query.dim() != 3 or query.shape[1 - batch_dim] != 1 or query.shape[batch_dim] > few_rows.MOST_ROWS:
+        return None
+    if not is_plain(module) or not _takes_options(module):
+        return None
+    query = query.contiguous()
+    if not _takes_input(module, query):
         return None
     batch = query.shape[batch_dim]
     sizes: Any = batch, module.num_kv_heads, module.head_dim

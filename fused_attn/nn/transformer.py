@@ -332,17 +332,15 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         cross_masks = memory_mask, memory_key_padding_mask, memory_is_causal
         with contextlib.nullcontext() if cache is None else restoring_layers([cache]):
             is_step = cache is not None and type(self) is TransformerDecoderLayer and not torch.compiler.is_compiling()
-            x = tgt
-            short = decoder_step.attention(self, 1, x, None, own_masks, own["cache"]) if is_step else None
-            if short is None:
-                short = self._residual(x, self.norm1, lambda y: self._sa_block(y, *own_masks, **own))
-            x = short
-            short = decoder_step.attention(self, 2, x, memory, cross_masks, cross["cache"]) if is_step else None
-            if short is None:
-                short = self._residual(x, self.norm2, lambda y: self._mha_block(y, memory, *cross_masks, **cross))
-            x = short
-            short = decoder_step.feed_forward(self, x) if is_step else None
-            return self._residual(x, self.norm3, self._ff_block) if short is None else short
+            is_step = is_step and decoder_step.is_plain(self)
+            x = decoder_step.self_attention(self, tgt, own_masks, own["cache"]) if is_step else None
+            if x is None:
+                x = self._residual(tgt, self.norm1, lambda y: self._sa_block(y, *own_masks, **own))
+            y = decoder_step.cross_attention(self, x, memory, cross_masks, cross["cache"]) if is_step else None
+            if y is None:
+                y = self._residual(x, self.norm2, lambda z: self._mha_block(z, memory, *cross_masks, **cross))
+            out = decoder_step.feed_forward(self, y) if is_step else None
+            return self._residual(y, self.norm3, self._ff_block) if out is None else out
 
     def _residual(self, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
         """The output of a block with its residual connection and its layer norm."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_attn import FusedMultiheadAttention, KVCache, TransformerDecoderLayer
+from fused_attn import FusedMultiheadAttention, KVCache, TransformerDecoderLayer, fused_attention
 from fused_attn.backends import cpu
 from fused_attn.nn import (
     CrossAttentionCache,
@@ -108,6 +108,35 @@ def test_the_norm_of_any_number_of_features(features: int) -> None:
         torch.testing.assert_close(found, residual + module(x))
 
 
+@pytest.mark.parametrize("features", [5, 512, 1000])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_the_norm_of_rows_with_a_large_mean(spread: float, features: int) -> None:
+    """The rounding of the mean must not become a part of the result."""
+    row = 1000.7 + spread * torch.randn(1, features)
+    norm, module = nn.LayerNorm(features), nn.Linear(3, features)
+    with torch.no_grad():
+        module.weight.zero_()
+        module.bias.zero_()
+        found = few_rows.linear_and_residual(module, torch.randn(1, 3), row, norm)
+        exact = nn.functional.layer_norm(row.double(), (features,), eps=norm.eps)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+
+
+def test_a_graph_that_has_saved_the_cache_sees_the_step(calls: list[str]) -> None:
+    torch.manual_seed(0)
+    module, x = FusedMultiheadAttention(8, 2, batch_first=True), torch.randn(1, 1, 8)
+    cache = StaticSelfAttentionCache(4)
+    with torch.no_grad():
+        rows = cache.append(*torch.randn(2, 1, 2, 1, 4))
+    query = torch.randn(1, 2, 1, 4, requires_grad=True)
+    out = fused_attention(query, rows.keys, rows.values, **rows.options)
+    with torch.no_grad():
+        module(x, x, x, need_weights=False, cache=cache)
+    assert calls
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_a_step_of_a_module(calls: list[str]) -> None:
     """`FusedMultiheadAttention` alone, with grouped heads, and padding over the whole buffer."""
     torch.manual_seed(0)
@@ -175,6 +204,33 @@ class _Norm(nn.LayerNorm):
         return super().forward(x) * 2
 
 
+class _Attention(nn.MultiheadAttention):
+    """A class that looks like `FusedMultiheadAttention`, and computes something else."""
+
+    num_kv_heads, rotary, relative_bias, backend, takes_is_causal = HEADS, None, None, None, True
+
+    def forward(self, query: Tensor, key: Tensor, *args, **options) -> tuple[Tensor, None]:
+        return query + key.sum(dim=1 if self.batch_first else 0, keepdim=True), None
+
+
+def _own_attention(layer: nn.Module) -> nn.Module:
+    layer.multihead_attn = _Attention(E, HEADS, batch_first=True)
+    return layer
+
+
+def _own_blocks(layer: nn.Module) -> nn.Module:
+    self_attention, feed_forward = layer._sa_block, layer._ff_block
+    layer._sa_block = lambda *args, **options: 2 * self_attention(*args, **options)
+    layer._ff_block = lambda x: 2 * feed_forward(x)
+    return layer
+
+
+def _function_as_dropout(layer: nn.Module) -> nn.Module:
+    del layer.dropout1, layer.dropout3
+    layer.dropout1 = layer.dropout3 = lambda x: 2 * x
+    return layer
+
+
 class _Layer(TransformerDecoderLayer):
     def _sa_block(self, *args, **options) -> Tensor:
         return 2 * super()._sa_block(*args, **options)
@@ -214,7 +270,7 @@ HOOKED = ["self_attn", "norm1", "dropout1", "multihead_attn", "norm2", "linear1"
 CHANGES = [
     *map(_hook, HOOKED),
     *map(_forward_of_its_own, ["self_attn", "norm1", "dropout2", "linear2", "dropout", "norm3"]),
-    _subclass, _other_norms, _parametrised, _other_dropout,
+    _subclass, _other_norms, _parametrised, _other_dropout, _own_attention, _own_blocks, _function_as_dropout,
 ]  # fmt: skip
 
 

@@ -421,13 +421,43 @@ def test_decoding(case: cases.Case, isa: str) -> None:
 @pytest.mark.parametrize("value_dim", (8, 16, 40, 64, 72, 96))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
 def test_a_query_gets_the_same_bits_beside_any_others(dtype: torch.dtype, value_dim: int, isa: str) -> None:
-    """Up to four heads of a group are computed together."""
+    """Up to four heads of a group are computed together. With AMX in bfloat16, groups of 5 heads and more are."""
     query, key = torch.randn(1, 7, 1, 40).to(dtype), torch.randn(1, 1, 600, 40).to(dtype)
     value = torch.randn(1, 1, 600, value_dim).to(dtype)
-    together = fused_attn.fused_attention(query, key, value, enable_gqa=True, num_splits=2)
-    for head in range(7):
-        alone = fused_attn.fused_attention(query[:, head : head + 1], key, value, num_splits=2)
-        assert torch.equal(alone[0, 0], together[0, head])
+
+    def attend(query: torch.Tensor) -> torch.Tensor:
+        return fused_attn.fused_attention(query, key, value, enable_gqa=True, num_splits=2)[0]
+
+    has_tiles = isa == "amx" and dtype == torch.bfloat16
+    together = attend(query[:, :4] if has_tiles else query)
+    for head in range(together.shape[0]):
+        assert torch.equal(attend(query[:, head : head + 1])[0], together[head])
+    if has_tiles:
+        together = attend(query)
+        for others, position in ((4, 0), (9, 3), (21, 17), (40, 40)):
+            beside = torch.randn(1, others, 1, 40).to(dtype)
+            for head in range(7):
+                mixed = torch.cat((beside[:, :position], query[:, head : head + 1], beside[:, position:]), dim=1)
+                assert torch.equal(attend(mixed)[position], together[head])
+
+
+@pytest.mark.skipif("amx" not in _C.cpu_isas(), reason="needs a processor with AMX")
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+@pytest.mark.parametrize("seqlen_q", [1, 3, 8])
+def test_decoding_with_tiles_is_as_exact_as_with_vectors(seqlen_q: int, head_dim: int) -> None:
+    query, key, value = (torch.randn(2, n, s, head_dim).bfloat16() for n, s in ((16, seqlen_q), (2, 700), (2, 700)))
+    value[:, :, ::7, 5] *= 50  # where probs are rounded, columns with large values show it
+    options = {"is_causal": True, "diagonal_alignment": "lower_right", "enable_gqa": True, "backend": "cpu"}
+    exact = fused_attn.fused_attention(*(x.double() for x in (query, key, value)), **options | {"backend": "reference"})
+    before, errors = _C.cpu_isa(), {}
+    try:
+        for isa in ("amx", "avx512"):
+            _C.select_cpu_isa(isa)
+            out = fused_attn.fused_attention(query, key, value, **options)
+            errors[isa] = (out.double() - exact).pow(2).mean().sqrt().item()
+    finally:
+        _C.select_cpu_isa(before)
+    assert errors["amx"] < 1.02 * errors["avx512"]
 
 
 @pytest.mark.parametrize("outlier", (None, 0, 5, 9, 300))
