@@ -1,6 +1,6 @@
 // The products of decode.h with AMX, for groups with several rows, as where heads share keys or a draft is verified.
-// Vectors need a multiply-add of each row for each vector of a key, so the time grows with the rows. A tile has 16 rows,
-// and keys are read from the tensor as they are:
+// Vectors need a multiply-add of each row for each vector of a key, so the time grows with the rows. A tile has 16
+// rows, and keys are read from the tensor as they are:
 //
 //   scores[key][row] = keys . queries^T        then transposed, because the softmax takes a row of scores
 //   sums[row][d]     = probs . values          probs are split into two bfloat16, neighbouring values are interleaved
@@ -96,8 +96,8 @@ struct DecodeTiles<Policy, true> {
   }
 
   // Writes the probs of row number `row` of a turn as the sum of two bfloat16 numbers, which is exact to 2^-17. In one
-  // number, their rounding would be as large as that of the output. Expects probs of 0 behind the last key, up to a whole
-  // vector.
+  // number, their rounding would be as large as that of the output. Expects probs of 0 behind the last key, up to a
+  // whole vector.
   void split_probs(int count, const float* exact, int64_t row) const {
     constexpr int n = kLanes<float>;
     Storage* high = probs[0] + row * kBlockK;
