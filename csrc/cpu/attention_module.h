@@ -57,7 +57,7 @@ void attention_module_with_policy(const AttentionModuleParams& m) {
     return TensorView{projected + column, p.seqlen_q * width, p.head_dim, width, 1};
   };
   p.query = heads_from(0);
-  if (m.keys == ModuleKeys::kOwn) {
+  if (m.keys == ModuleKeys::kProjected) {
     p.key = heads_from(query_width);
     p.value = heads_from(query_width + key_width);
   }

@@ -20,18 +20,18 @@ enum class Residual { kNone, kNormFirst, kNormLast };
 
 // Where the keys and values of an attention module come from:
 //
-//   kOwn       they are projections of x
+//   kProjected       they are projections of x
 //   kAppended  they are those of a cache. The projection of x is appended to them first.
 //   kGiven     they are those of a cache. x is projected to queries only.
-enum class ModuleKeys { kOwn, kAppended, kGiven };
+enum class ModuleKeys { kProjected, kAppended, kGiven };
 
 // The arguments of a whole attention module: out = attention(x . in_weight^T + in_bias) . out_weight^T + out_bias. All
 // tensors but those of a cache are contiguous. value_dim = head_dim = D.
 struct AttentionModuleParams {
-  // With kOwn, only key_padding is a tensor, and seqlen_k = seqlen_q = L. Otherwise key and value are those of the
+  // With kProjected, only key_padding is a tensor, and seqlen_k = seqlen_q = L. Otherwise key and value are those of the
   // cache, and L is 1. With kAppended, key_lengths counts the new row already.
   AttentionParams attention;
-  ModuleKeys keys = ModuleKeys::kOwn;
+  ModuleKeys keys = ModuleKeys::kProjected;
   Residual residual = Residual::kNone;
   LayerNormParams norm;
   int64_t features = 0;     // E
