@@ -20,9 +20,9 @@ enum class Residual { kNone, kNormFirst, kNormLast };
 
 // Where the keys and values of an attention module come from:
 //
-//   kProjected       they are projections of x
-//   kAppended  they are those of a cache. The projection of x is appended to them first.
-//   kGiven     they are those of a cache. x is projected to queries only.
+//   kProjected  they are projections of x
+//   kAppended   they are those of a cache. The projection of x is appended to them first.
+//   kGiven      they are those of a cache. x is projected to queries only.
 enum class ModuleKeys { kProjected, kAppended, kGiven };
 
 // The arguments of a whole attention module: out = attention(x . in_weight^T + in_bias) . out_weight^T + out_bias. All
