@@ -28,8 +28,8 @@ enum class ModuleKeys { kProjected, kAppended, kGiven };
 // The arguments of a whole attention module: out = attention(x . in_weight^T + in_bias) . out_weight^T + out_bias. All
 // tensors but those of a cache are contiguous. value_dim = head_dim = D.
 struct AttentionModuleParams {
-  // With kProjected, only key_padding is a tensor, and seqlen_k = seqlen_q = L. Otherwise key and value are those of the
-  // cache, and L is 1. With kAppended, key_lengths counts the new row already.
+  // With kProjected, only key_padding is a tensor, and seqlen_k = seqlen_q = L. Otherwise key and value are those of
+  // the cache, and L is 1. With kAppended, key_lengths counts the new row already.
   AttentionParams attention;
   ModuleKeys keys = ModuleKeys::kProjected;
   Residual residual = Residual::kNone;
