@@ -292,13 +292,14 @@ PyObject* attention_step(PyObject* const* args, Py_ssize_t count) {
   const Argument keys = kReader.required(args[7], "keys"), values = kReader.required(args[8], "values");
   if (keys.tensor.ndim != 4) keys.fail("4 dimensions", std::to_string(keys.tensor.ndim));
   params.seqlen_k = keys.size(2);
-  for (const Argument* rows : {&keys, &values}) {
-    rows->check_type(x.type);
-    rows->check_shape({batch, params.num_kv_heads, params.seqlen_k, params.head_dim});
-    rows->check_unit_stride(3);
-    TensorView& view = rows == &keys ? params.key : params.value;
-    view = {rows->data(), rows->stride(0), rows->stride(1), rows->stride(2), 1};
-  }
+  const auto rows_of = [&](const Argument& rows) {
+    rows.check_type(x.type);
+    rows.check_shape({batch, params.num_kv_heads, params.seqlen_k, params.head_dim});
+    rows.check_unit_stride(3);
+    return TensorView{rows.data(), rows.stride(0), rows.stride(1), rows.stride(2), 1};
+  };
+  params.key = rows_of(keys);
+  params.value = rows_of(values);
   params.key_padding = key_padding_view(kReader.optional(args[11], "key_padding"), batch, params.seqlen_k);
   module.norm = read_norm(args + 12, x.type, module.features);
   const int norm_first = PyObject_IsTrue(args[15]);
@@ -324,7 +325,9 @@ PyObject* attention_step(PyObject* const* args, Py_ssize_t count) {
   const double work = static_cast<double>(batch) * static_cast<double>(module.features) *
                       static_cast<double>(4 * module.features + 2 * params.seqlen_k);
   run_kernel(work, [&] { cpu::kernels().attention_module(module); });
-  for (int64_t b = 0; lengths != nullptr && b < batch; ++b) ++lengths[b];
+  if (lengths != nullptr) {  // not before the kernel, which may fail to allocate memory
+    for (int64_t b = 0; b < batch; ++b) ++lengths[b];
+  }
   Py_RETURN_NONE;
 }
 
