@@ -42,9 +42,9 @@ void backward(const fused_attn::AttentionParams* params) {
   fused_attn::cpu::kernels_baseline.backward(*params);
 }
 
-void self_attention(const fused_attn::cpu::SelfAttentionParams* params) {
+void attention_module(const fused_attn::cpu::AttentionModuleParams* params) {
   heap_used = 0;
-  fused_attn::cpu::kernels_baseline.self_attention(*params);
+  fused_attn::cpu::kernels_baseline.attention_module(*params);
 }
 
 void linear(const fused_attn::cpu::LinearParams* params) {

@@ -11,13 +11,13 @@ Emulate emulate;
 
 void forward(const AttentionParams& params) { emulate("forward", &params); }
 void backward(const AttentionParams& params) { emulate("backward", &params); }
-void self_attention(const SelfAttentionParams& params) { emulate("self_attention", &params); }
+void attention_module(const AttentionModuleParams& params) { emulate("attention_module", &params); }
 void linear(const LinearParams& params) { emulate("linear", &params); }
 
 }  // namespace
 
 extern const Kernels kernels_baseline;
-const Kernels kernels_baseline = {"baseline", forward, backward, self_attention, linear};
+const Kernels kernels_baseline = {"baseline", forward, backward, attention_module, linear};
 
 }  // namespace fused_attn::cpu
 
