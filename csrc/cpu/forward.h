@@ -15,8 +15,9 @@ namespace {
 constexpr int64_t kDecodeQueries = 32;
 
 // The same where AMX multiplies in query_blocks.h, and the band shows at least kFewKeys. On a Xeon, decode.h with tiles
-// took 0.55 to 0.65 of the time of query_blocks.h with 6 queries and 4096 keys, 0.85 with 8, and as long with 12; with
-// groups of 4 heads 0.55 to 0.7 with 8, and 0.9 to 1.3 with 16. With 8 keys, 6 queries took 0.48 to 0.87.
+// took 0.66 to 1.04 of the time of query_blocks.h with 6 queries (64 to 4096 keys, head dims 64 and 128), 0.92 to 1.04
+// with 8, and as long with 12. With groups of 4 heads, it took 0.6 to 0.86 with 8, and 0.9 to 1.3 with 16. With 8 keys,
+// 6 queries took 0.48 to 0.87.
 constexpr int64_t kDecodeQueriesBesideAmx = 8;
 constexpr int64_t kFewKeys = 64;
 
