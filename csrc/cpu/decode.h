@@ -5,7 +5,8 @@
 //   scores[key] = sum over d of key[key][d] * query[d]     a vector of sums at a time, each in a vector of its own
 //   out[d]      = sum over keys of exp(scores[key] - row_max) * value[key][d]
 //
-// Up to four queries of a head group are processed together, because they read the same keys.
+// Up to four queries of a head group are processed together, because they read the same keys. With AMX, tiles process
+// all queries of larger groups together (decode_tiles.h).
 //
 // A work item is one split of the keys of one or several kv heads, together with all queries that attend to these
 // heads. groups_of_item (decode_plan.h) chooses how many. Each head computes a block of keys before the next block

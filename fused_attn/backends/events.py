@@ -24,6 +24,11 @@ def recorded(event: str, function: Callable) -> Callable:
     return run
 
 
+def recorded_if_profiling(event: str, function: Callable) -> Callable:
+    """`recorded` while a profiler runs, else the function itself."""
+    return recorded(event, function) if profiler._is_profiler_enabled else function
+
+
 class _NamedBackend:
     """A backend that records its steps for torch's profiler, and otherwise does what the given backend does.
 

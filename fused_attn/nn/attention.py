@@ -275,9 +275,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 attention module.
             ValueError: the cache does not fit the call, or a `CrossAttentionCache` was filled with another `key`.
         """
-        # Three kinds of calls leave early. fx records the whole call as one node, because it cannot trace the branches
-        # below. Nested tensors have no common length. For small inputs, the Python code below takes longer than a
-        # kernel, so one native function computes the whole module.
+        # Some calls leave early. fx records the whole call as one node, because it cannot trace the branches below.
+        # Nested tensors have no common length. For small inputs, and for a step of decoding, the Python code below
+        # takes longer than a kernel, so one native function computes the whole module.
         if has_torch_function_variadic(query, key, value):
             options = {} if cache is None else {"cache": cache}
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import profiler
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -96,7 +95,7 @@ def _native_linear(
     features = weight.shape[0]
     out = torch.empty((*x.shape[:-1], features), dtype=x.dtype)
     norm_weight, norm_bias, eps = norm_arguments(norm)
-    run = events.recorded("linear[cpu]", _C.linear) if profiler._is_profiler_enabled else _C.linear
+    run = events.recorded_if_profiling("linear[cpu]", _C.linear)
     run(
         x.view(-1, x.shape[-1]), weight, bias, None if residual is None else residual.view(-1, features),
         norm_weight, norm_bias, eps, out.view(-1, features), torch.get_num_threads(),

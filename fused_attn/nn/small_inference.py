@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import profiler
 
 from fused_attn import modes
 from fused_attn.backends import events
@@ -48,9 +47,7 @@ def self_attention(
     out_proj: Any = module._modules["out_proj"]
     parameters, out_parameters = module._parameters, out_proj._parameters
     out = torch.empty_like(x)
-    run = _C.self_attention
-    if profiler._is_profiler_enabled:
-        run = events.recorded("self_attention[cpu]", run)
+    run = events.recorded_if_profiling("self_attention[cpu]", _C.self_attention)
     run(
         x, parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"], out_parameters["bias"],
         out, module.num_heads, key_padding_mask, is_causal, torch.get_num_threads(),
@@ -115,9 +112,7 @@ def attention_step(
     out_proj: Any = module._modules["out_proj"]
     parameters, out_parameters = module._parameters, out_proj._parameters
     out = torch.empty_like(query)
-    run = _C.attention_step
-    if profiler._is_profiler_enabled:
-        run = events.recorded("attention_step[cpu]", run)
+    run = events.recorded_if_profiling("attention_step[cpu]", _C.attention_step)
     of_entries = (query, out) if module.batch_first else (query.transpose(0, 1), out.transpose(0, 1))
     run(
         of_entries[0], parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"],

@@ -35,11 +35,11 @@ def random_inputs(queries: int, keys: int = 512) -> tuple[Tensor, Tensor, Tensor
 
 
 @on_x86
-@pytest.mark.parametrize("queries", [1, 512])
-def test_a_peaked_softmax_is_as_fast_as_a_flat_one(queries: int, isa: str) -> None:
-    """With denormal results, the peaked one took 10 to 30 times as long."""
-    inputs = [x.requires_grad_() for x in random_inputs(queries)]
-    dout = torch.ones(1, 8, queries, 64)
+@pytest.mark.timing
+def test_a_peaked_softmax_is_as_fast_as_a_flat_one(isa: str) -> None:
+    """With denormal results, the peaked one took 10 times as long with AVX-512, and 9 times with AMX."""
+    inputs = [x.requires_grad_() for x in random_inputs(512)]
+    dout = torch.ones(1, 8, 512, 64)
 
     def seconds(scale: float) -> float:
         start = time.perf_counter()
