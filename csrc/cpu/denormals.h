@@ -13,8 +13,8 @@ namespace {
 
 // While an object of this class exists, denormal results of its thread become zero, if `flushes`.
 //
-// An instruction with a denormal result takes more than a hundred cycles. A sharply peaked softmax has many: probs near
-// the smallest normal number, times values. For logits with a standard deviation of 32, forward took 29 times as long
+// An instruction with a denormal result takes many times as long. A sharply peaked softmax has many: probs near the
+// smallest normal number, times values. For logits with a standard deviation of 32, forward took 29 times as long
 // with them (AVX-512, 512 queries and keys). Denormal numbers of the caller keep their value, because only results are
 // flushed. Conversions of float16 ignore the setting, and products of bfloat16 pairs (AVX512_BF16, AMX) always take
 // denormal numbers for zero. ARM processors compute denormal results at full speed, so nothing happens there.
