@@ -60,12 +60,26 @@ struct LinearParams {
   int32_t num_threads = 1;
 };
 
+// The arguments of dropout: out = x * scale where the random word of an element is at least the threshold, and x * 0
+// elsewhere. Both tensors are contiguous. They may be the same one.
+struct DropoutParams {
+  DType dtype = DType::kFloat32;
+  int64_t elements = 0;
+  const void* x = nullptr;
+  void* out = nullptr;
+  uint64_t seed = 0;
+  uint32_t threshold = 0;
+  double scale = 1;
+  int32_t num_threads = 1;
+};
+
 struct Kernels {
   const char* isa;  // the name of the instruction set
   void (*forward)(const AttentionParams&);
   void (*backward)(const AttentionParams&);
   void (*attention_module)(const AttentionModuleParams&);
   void (*linear)(const LinearParams&);
+  void (*dropout)(const DropoutParams&);
 };
 
 }  // namespace fused_attn::cpu

@@ -2,6 +2,7 @@
 // this header. That file defines FUSED_ATTN_ISA, which becomes the suffix of the table's name.
 #include "attention_module.h"
 #include "backward.h"
+#include "element_dropout.h"
 #include "forward.h"
 
 namespace fused_attn::cpu {
@@ -30,6 +31,7 @@ void backward(const AttentionParams& p) {
 }
 void attention_module(const AttentionModuleParams& m) { kernels_avx512.attention_module(m); }
 void linear(const LinearParams& p) { kernels_avx512.linear(p); }
+void dropout(const DropoutParams& p) { kernels_avx512.dropout(p); }
 
 #elif defined(__AVX512BF16__)
 
@@ -54,6 +56,9 @@ void attention_module(const AttentionModuleParams& m) {
 void linear(const LinearParams& p) {
   p.dtype == DType::kBFloat16 ? linear_with_policy<BFloat16Policy>(p) : kernels_avx512.linear(p);
 }
+
+// AVX512_BF16 would turn denormal numbers into zero.
+void dropout(const DropoutParams& p) { kernels_avx512.dropout(p); }
 
 #else
 
@@ -96,6 +101,15 @@ void linear(const LinearParams& p) {
   }
 }
 
+void dropout(const DropoutParams& p) {
+  switch (p.dtype) {
+    case DType::kFloat32: return drop_elements<float, float>(p);
+    case DType::kFloat64: return drop_elements<double, double>(p);
+    case DType::kFloat16: return drop_elements<Float16, float>(p);
+    case DType::kBFloat16: return drop_elements<BFloat16, float>(p);
+  }
+}
+
 #endif
 
 #define FUSED_ATTN_JOIN_(a, b) a##b
@@ -106,7 +120,7 @@ void linear(const LinearParams& p) {
 }  // namespace
 
 extern const Kernels FUSED_ATTN_JOIN(kernels_, FUSED_ATTN_ISA);
-const Kernels FUSED_ATTN_JOIN(kernels_, FUSED_ATTN_ISA) = {FUSED_ATTN_TEXT(FUSED_ATTN_ISA), forward, backward,
-                                                           attention_module, linear};
+const Kernels FUSED_ATTN_JOIN(kernels_, FUSED_ATTN_ISA) = {
+    FUSED_ATTN_TEXT(FUSED_ATTN_ISA), forward, backward, attention_module, linear, dropout};
 
 }  // namespace fused_attn::cpu

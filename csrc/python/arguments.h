@@ -102,6 +102,16 @@ struct Argument {
            "shape " + shape_text(tensor.shape, tensor.ndim));
   }
 
+  // The dtype and the shape must be those of `other`.
+  void check_like(const Argument& other) const {
+    check_type(other.type);
+    bool equal = tensor.ndim == other.tensor.ndim;
+    for (int32_t i = 0; equal && i < tensor.ndim; ++i) equal = size(i) == other.size(i);
+    if (!equal)
+      fail("shape " + shape_text(other.tensor.shape, other.tensor.ndim),
+           "shape " + shape_text(tensor.shape, tensor.ndim));
+  }
+
   // The elements along `dim` must be neighbours in memory. With one element, the stride does not matter.
   void check_unit_stride(int dim) const {
     if (stride(dim) != 1 && size(dim) > 1)

@@ -363,6 +363,38 @@ PyObject* linear(PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+const char kDropoutDoc[] =
+    "dropout(x, out, seed, dropout_p, num_threads)\n\n"
+    "Writes x to out, each element multiplied by 0 with probability dropout_p, and otherwise by 1 / (1 - dropout_p).\n"
+    "x, out: contiguous, of any shape, of one shape and dtype. seed: 0-d int64. fused_attn.nn.element_dropout says "
+    "which\n"
+    "elements survive.";
+
+PyObject* dropout(PyObject* const* args, Py_ssize_t count) {
+  check_count(count, 5, kDropoutDoc);
+  const Argument x = kReader.required(args[0], "x"), out = kReader.required(args[1], "out");
+  if (x.type > ElementType::kBFloat16) x.fail("float32, float64, float16 or bfloat16", name_of(x.type));
+  const double dropout_p = PyFloat_AsDouble(args[3]);
+  if (dropout_p == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  check_dropout_p(dropout_p);
+  cpu::DropoutParams p;
+  p.dtype = kernel_dtype(x.type);
+  p.elements = 1;
+  for (int i = 0; i < x.tensor.ndim; ++i) p.elements *= x.size(i);
+  out.check_like(x);
+  x.check_contiguous();
+  out.check_contiguous();
+  p.x = x.data();
+  p.out = out.data();
+  p.seed = static_cast<uint64_t>(
+      *static_cast<const int64_t*>(checked_contiguous(kReader.required(args[2], "seed"), ElementType::kInt64, {})));
+  p.threshold = dropout_threshold(dropout_p);
+  p.scale = dropout_scale(dropout_p);
+  p.num_threads = thread_count(args[4]);
+  run_kernel(static_cast<double>(p.elements), [&] { cpu::kernels().dropout(p); });
+  Py_RETURN_NONE;
+}
+
 PyMethodDef kMethods[] = {
     {"signature", as_c_function(entry_point<signature>), METH_FASTCALL, kSignatureDoc},
     {"constructor", as_c_function(entry_point<constructor>), METH_FASTCALL, kConstructorDoc},
@@ -371,6 +403,7 @@ PyMethodDef kMethods[] = {
     {"self_attention", as_c_function(entry_point<self_attention>), METH_FASTCALL, kSelfAttentionDoc},
     {"attention_step", as_c_function(entry_point<attention_step>), METH_FASTCALL, kAttentionStepDoc},
     {"linear", as_c_function(entry_point<linear>), METH_FASTCALL, kLinearDoc},
+    {"dropout", as_c_function(entry_point<dropout>), METH_FASTCALL, kDropoutDoc},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -45,19 +45,32 @@ inline int64_t window_or_unbounded(std::optional<int64_t> window, const char* na
   return *window;
 }
 
+inline void check_dropout_p(double dropout_p) {
+  if (!(dropout_p >= 0.0 && dropout_p <= 1.0))
+    throw py::value_error("dropout_p: expected a probability, got " + std::to_string(dropout_p));
+}
+
+// Entries whose Philox word is below this number are dropped.
+inline uint32_t dropout_threshold(double dropout_p) {
+  constexpr double kWords = 4294967296.0;  // a Philox word has 2^32 values
+  return static_cast<uint32_t>(std::fmin(std::nearbyint(dropout_p * kWords), kWords - 1.0));
+}
+
+// The factor of entries that survive. With dropout_p = 1, the threshold is 2^32 - 1, so one of 2^32 words still keeps
+// its entry. The scale 0 sets this entry to zero as well.
+inline double dropout_scale(double dropout_p) { return dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0; }
+
 // Checks the arguments of Config and converts them.
 inline Config make_config(double scale, double softcap, std::optional<int64_t> window_left,
                           std::optional<int64_t> window_right, int64_t diagonal_offset, double dropout_p,
                           std::array<int64_t, 4> dropout_origin, int64_t max_seqlen_q, int64_t max_seqlen_k,
                           bool band_from_end, int64_t num_splits, bool is_part) {
-  if (!(dropout_p >= 0.0 && dropout_p <= 1.0))
-    throw py::value_error("dropout_p: expected a probability, got " + std::to_string(dropout_p));
+  check_dropout_p(dropout_p);
   if (std::abs(diagonal_offset) > kUnbounded)
     throw py::value_error("diagonal_offset: " + std::to_string(diagonal_offset) + " is out of range");
   if (num_splits < 0 || num_splits > kMaxSplits)
     throw py::value_error("num_splits: expected 0 to " + std::to_string(kMaxSplits) + ", got " +
                           std::to_string(num_splits));
-  constexpr double kWords = 4294967296.0;  // a Philox word has 2^32 values
   Config config{};
   config.scale = scale;
   config.softcap = softcap;
@@ -65,10 +78,8 @@ inline Config make_config(double scale, double softcap, std::optional<int64_t> w
   config.window_right = window_or_unbounded(window_right, "window_right");
   config.diagonal_offset = diagonal_offset;
   config.has_dropout = dropout_p > 0.0;
-  config.dropout_threshold = static_cast<uint32_t>(std::fmin(std::nearbyint(dropout_p * kWords), kWords - 1.0));
-  // With dropout_p = 1, the threshold is 2^32 - 1, so one of 2^32 words still keeps its entry. The scale 0 sets this
-  // entry to zero as well.
-  config.dropout_scale = dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0;
+  config.dropout_threshold = dropout_threshold(dropout_p);
+  config.dropout_scale = dropout_scale(dropout_p);
   const auto [batch, head, query, key] = dropout_origin;
   config.dropout_origin = {batch, head, query, key};
   config.max_seqlen_q = max_seqlen_q;

@@ -122,6 +122,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.is_cpu
         and x.dtype == weight.dtype
         and x.dtype in DTYPES
+        and not x.is_nested
         and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
         and x.shape[-1] == weight.shape[-1]
         and x.is_contiguous()

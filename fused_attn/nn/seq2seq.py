@@ -13,7 +13,7 @@ from torch.overrides import has_torch_function_variadic
 
 from fused_attn import modes
 from fused_attn.attention import checks
-from fused_attn.nn import generation
+from fused_attn.nn import element_dropout, generation
 from fused_attn.nn.attention import FusedMultiheadAttention, check_sizes
 from fused_attn.nn.cache import KVCache
 from fused_attn.nn.generation import Generation, Settings
@@ -435,7 +435,7 @@ class Seq2SeqTransformer(nn.Module):
             x = x + positions[rows]
         elif self.positional == "sinusoidal":
             x = x + self._sinusoidal(x)[rows]
-        return self.embedding_dropout(x)
+        return element_dropout.call(self.embedding_dropout, x)
 
     def _sinusoidal(self, x: Tensor) -> Tensor:
         """The sinusoidal table (max_len, E), in the dtype and on the device of x.

@@ -31,7 +31,7 @@ from torch.overrides import has_torch_function_variadic
 
 from fused_attn.attention import checks
 from fused_attn.attention.causal_bias import causal_bias
-from fused_attn.nn import decoder_step, few_rows
+from fused_attn.nn import decoder_step, element_dropout, few_rows
 from fused_attn.nn.attention import (
     AttentionCache,
     FusedMultiheadAttention,
@@ -128,6 +128,18 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return x + self._ff_block(self.norm2(x))
         x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
         return self.norm2(x + self._ff_block(x))
+
+    def _sa_block(
+        self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False
+    ) -> Tensor:
+        """The self-attention of x, after dropout, in the shape of x."""
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        out = self.self_attn(x, x, x, need_weights=False, is_causal=is_causal, **masks)[0]
+        return element_dropout.call(self.dropout1, out)
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        """The feed-forward block of x, after dropout, in the shape of x."""
+        return _feed_forward(self, x, self.dropout2)
 
     @property
     def takes_is_causal(self) -> bool:
@@ -371,7 +383,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         options: dict[str, Any] = {"is_causal": is_causal}
         if cache is not None:
             options["cache"] = cache
-        return self.dropout1(self.self_attn(x, x, x, need_weights=False, **masks, **options)[0])
+        return element_dropout.call(self.dropout1, self.self_attn(x, x, x, need_weights=False, **masks, **options)[0])
 
     def _mha_block(
         self,
@@ -388,12 +400,12 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         options: dict[str, Any] = {"is_causal": is_causal}
         if cache is not None and getattr(self.multihead_attn, "takes_cache", False):
             options["cache"] = cache
-        return self.dropout2(self.multihead_attn(x, mem, mem, need_weights=False, **masks, **options)[0])
+        out = self.multihead_attn(x, mem, mem, need_weights=False, **masks, **options)[0]
+        return element_dropout.call(self.dropout2, out)
 
     def _ff_block(self, x: Tensor) -> Tensor:
         """The feed-forward block of x, after dropout, in the shape of x."""
-        hidden = self.dropout(self.activation(few_rows.call(self.linear1, x)))
-        return self.dropout3(few_rows.call(self.linear2, hidden))
+        return _feed_forward(self, x, self.dropout3)
 
 
 class TransformerDecoder(nn.TransformerDecoder):
@@ -639,6 +651,12 @@ class Transformer(nn.Transformer):
             src, tgt, src_mask, tgt_mask, memory_mask, src_key_padding_mask, tgt_key_padding_mask,
             memory_key_padding_mask, src_is_causal, tgt_is_causal, memory_is_causal,
         )  # fmt: skip
+
+
+def _feed_forward(layer: Any, x: Tensor, last_dropout: nn.Module) -> Tensor:
+    """The feed-forward block of a layer, after dropout, in the shape of x."""
+    hidden = element_dropout.call(layer.dropout, layer.activation(few_rows.call(layer.linear1, x)))
+    return element_dropout.call(last_dropout, few_rows.call(layer.linear2, hidden))
 
 
 def check_layer(

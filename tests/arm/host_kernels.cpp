@@ -13,11 +13,12 @@ void forward(const AttentionParams& params) { emulate("forward", &params); }
 void backward(const AttentionParams& params) { emulate("backward", &params); }
 void attention_module(const AttentionModuleParams& params) { emulate("attention_module", &params); }
 void linear(const LinearParams& params) { emulate("linear", &params); }
+void dropout(const DropoutParams& params) { emulate("dropout", &params); }
 
 }  // namespace
 
 extern const Kernels kernels_baseline;
-const Kernels kernels_baseline = {"baseline", forward, backward, attention_module, linear};
+const Kernels kernels_baseline = {"baseline", forward, backward, attention_module, linear, dropout};
 
 }  // namespace fused_attn::cpu
 

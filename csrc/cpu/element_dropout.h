@@ -1,0 +1,52 @@
+// Dropout of the elements of any tensor, as layers apply it to the output of a block.
+#pragma once
+#include "elements.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "random_words.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+// The elements of a chunk. Element e of chunk c belongs to word e / 64 of the counter (c, e % 64, 0, 0), because
+// philox_rows makes words in this order.
+constexpr int64_t kDropoutChunk = 4 * kBlockQ;
+constexpr int64_t kChunksOfItem = 32;
+
+// All bits of a lane are set if its word is at least the threshold, and otherwise none.
+template <class Lane>
+FA_INLINE IntVec<Lane> survivors(const uint32_t* words, uint32_t threshold) {
+  typedef uint32_t Words __attribute__((vector_size(kLanes<Lane> * sizeof(uint32_t))));
+  Words w;
+  memcpy(&w, words, sizeof(w));
+  return __builtin_convertvector(w >= threshold, IntVec<Lane>);
+}
+
+// Multiplies each element by `scale` if it survives, and otherwise by 0. So infinity and NaN are not hidden.
+template <class Storage, class Lane>
+void drop_elements(const DropoutParams& p) {
+  const auto* const x = static_cast<const Storage*>(p.x);
+  auto* const out = static_cast<Storage*>(p.out);
+  const Vec<Lane> scale = broadcast<Lane>(static_cast<Lane>(p.scale));
+  const int64_t chunks = (p.elements + kDropoutChunk - 1) / kDropoutChunk;
+  const int64_t items = (chunks + kChunksOfItem - 1) / kChunksOfItem;
+  constexpr double kFlopsOfElement = 20;  // the instructions of Philox count as flops
+  const double flops = kFlopsOfElement * static_cast<double>(p.elements);
+  parallel_for(choose_threads(p.num_threads, items, flops), items, [&](int64_t item, int) {
+    const int64_t end = chunks < (item + 1) * kChunksOfItem ? chunks : (item + 1) * kChunksOfItem;
+    for (int64_t chunk = item * kChunksOfItem; chunk < end; ++chunk) {
+      uint32_t words[4][kBlockQ];
+      philox_rows(p.seed, 0, 0, 0, static_cast<uint32_t>(chunk), kBlockQ, words);
+      const int64_t first = chunk * kDropoutChunk;
+      const int64_t count = p.elements - first < kDropoutChunk ? p.elements - first : kDropoutChunk;
+      for (int64_t e = 0; e < count; e += kLanes<Lane>) {
+        const int rest = count - e < kLanes<Lane> ? static_cast<int>(count - e) : kLanes<Lane>;
+        const Vec<Lane> factor = select_or_zero<Lane>(survivors<Lane>(&words[0][0] + e, p.threshold), scale);
+        store_as<Lane>(out + first + e, load_as<Lane>(x + first + e, rest) * factor, rest);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fused_attn::cpu
