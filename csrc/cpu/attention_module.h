@@ -27,7 +27,7 @@ void append_rows(const AttentionModuleParams& m, const Storage* projected, int64
 
 // Runs the module: projects x to the queries, and to the keys and values unless a cache has them, attends, projects the
 // result to m.out, and adds the residual.
-template <class Policy>
+template <class Policy, class BlockPolicy = Policy>
 void attention_module_with_policy(const AttentionModuleParams& m) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
@@ -42,7 +42,7 @@ void attention_module_with_policy(const AttentionModuleParams& m) {
   const Storage* input = x;
   Storage* const out = static_cast<Storage*>(m.out);
   if (m.residual == Residual::kNormFirst) {
-    normalise_rows<Lane>(x, rows, m.features, m.norm, out);
+    finish_rows<Lane, Storage>(x, nullptr, m.norm, rows, m.features, p.num_threads, out);
     input = out;
   }
 
@@ -63,10 +63,10 @@ void attention_module_with_policy(const AttentionModuleParams& m) {
   }
   if (m.keys == ModuleKeys::kAppended) append_rows(m, projected, width);
   p.out = {attended, p.seqlen_q * query_width, p.head_dim, query_width, 1};
-  forward_with_policy<Policy>(p);
+  forward_with_policy<Policy, BlockPolicy>(p);
   project<Policy>(attended, rows, query_width, data(m.out_weight), data(m.out_bias), m.features, p.num_threads, out);
-  if (m.residual != Residual::kNone) add_rows<Lane>(x, out, rows * m.features, out);
-  if (m.residual == Residual::kNormLast) normalise_rows<Lane>(out, rows, m.features, m.norm, out);
+  const LayerNormParams last = m.residual == Residual::kNormLast ? m.norm : LayerNormParams{};
+  finish_rows<Lane>(out, m.residual == Residual::kNone ? nullptr : x, last, rows, m.features, p.num_threads, out);
 }
 
 }  // namespace

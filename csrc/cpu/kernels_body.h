@@ -29,8 +29,16 @@ void backward(const AttentionParams& p) {
     default: return kernels_avx512.backward(p);
   }
 }
-void attention_module(const AttentionModuleParams& m) { kernels_avx512.attention_module(m); }
-void linear(const LinearParams& p) { kernels_avx512.linear(p); }
+
+void attention_module(const AttentionModuleParams& m) {
+  m.attention.dtype == DType::kBFloat16 ? attention_module_with_policy<AmxDecodePolicy, AmxPolicy>(m)
+                                        : kernels_avx512.attention_module(m);
+}
+
+void linear(const LinearParams& p) {
+  p.dtype == DType::kBFloat16 ? linear_with_policy<AmxDecodePolicy>(p) : kernels_avx512.linear(p);
+}
+
 void dropout(const DropoutParams& p) { kernels_avx512.dropout(p); }
 
 #elif defined(__AVX512BF16__)

@@ -2,52 +2,70 @@
 #pragma once
 #include "elements.h"
 #include "kernels.h"
+#include "parallel.h"
 
 namespace fused_attn::cpu {
 namespace {
 
 // Writes x + y to out, n elements.
 template <class Lane, class Storage>
-void add_rows(const Storage* x, const Storage* y, int64_t n, Storage* out) {
+void add_row(const Storage* x, const Storage* y, int64_t n, Storage* out) {
   for (int64_t i = 0; i < n; i += kLanes<Lane>) {
     const int count = n - i < kLanes<Lane> ? static_cast<int>(n - i) : kLanes<Lane>;
     store_as<Lane>(out + i, load_as<Lane>(x + i, count) + load_as<Lane>(y + i, count), count);
   }
 }
 
-// Normalises each of the rows x (rows, features) to mean 0 and variance 1, and writes norm.weight * row + norm.bias to
-// out, which may be x (Ba et al., 2016).
+// Normalises the row x to mean 0 and variance 1, and writes norm.weight * row + norm.bias to out, which may be x (Ba et
+// al., 2016).
 template <class Lane, class Storage>
-void normalise_rows(const Storage* x, int64_t rows, int64_t features, const LayerNormParams& norm, Storage* out) {
+void normalise_row(const Storage* x, int64_t features, const LayerNormParams& norm, Storage* out) {
   constexpr int n = kLanes<Lane>;
   const auto* const weight = static_cast<const Storage*>(norm.weight);
   const auto* const bias = static_cast<const Storage*>(norm.bias);
   const auto count_at = [&](int64_t i) { return features - i < n ? static_cast<int>(features - i) : n; };
-  for (int64_t r = 0; r < rows; ++r, x += features, out += features) {
-    Vec<Lane> sum = {};
-    for (int64_t i = 0; i < features; i += n) sum += load_as<Lane>(x + i, count_at(i));
-    const Lane mean = sum_lanes<Lane>(sum) / static_cast<Lane>(features);
-    const auto centred_at = [&](int64_t i, Lane rest) {
-      Vec<Lane> centred = load_as<Lane>(x + i, count_at(i)) - mean - rest;
-      for (int lane = count_at(i); lane < n; ++lane) centred[lane] = 0;  // no feature, so no part of the variance
-      return centred;
-    };
-    // The mean is rounded. Where it is far larger than the spread of the row, its rounding would be a part of the
-    // result. So the mean of what is left is subtracted, too.
-    Vec<Lane> left = {};
-    for (int64_t i = 0; i < features; i += n) left += centred_at(i, 0);
-    const Lane rest = sum_lanes<Lane>(left) / static_cast<Lane>(features);
-    Vec<Lane> squares = {};
-    for (int64_t i = 0; i < features; i += n) squares += centred_at(i, rest) * centred_at(i, rest);
-    const Lane variance = sum_lanes<Lane>(squares) / static_cast<Lane>(features);
-    const Lane factor = static_cast<Lane>(1 / __builtin_sqrt(static_cast<double>(variance) + norm.eps));
-    for (int64_t i = 0; i < features; i += n) {
-      const int count = count_at(i);
-      Vec<Lane> y = centred_at(i, rest) * factor * load_as<Lane>(weight + i, count);
-      if (bias != nullptr) y += load_as<Lane>(bias + i, count);
-      store_as<Lane>(out + i, y, count);
-    }
+  Vec<Lane> sum = {};
+  for (int64_t i = 0; i < features; i += n) sum += load_as<Lane>(x + i, count_at(i));
+  const Lane mean = sum_lanes<Lane>(sum) / static_cast<Lane>(features);
+  const auto centred_at = [&](int64_t i, Lane rest) {
+    Vec<Lane> centred = load_as<Lane>(x + i, count_at(i)) - mean - rest;
+    for (int lane = count_at(i); lane < n; ++lane) centred[lane] = 0;  // no feature, so no part of the variance
+    return centred;
+  };
+  // The mean is rounded. Where it is far larger than the spread of the row, its rounding would be a part of the result.
+  // So the mean of what is left is subtracted, too.
+  Vec<Lane> left = {};
+  for (int64_t i = 0; i < features; i += n) left += centred_at(i, 0);
+  const Lane rest = sum_lanes<Lane>(left) / static_cast<Lane>(features);
+  Vec<Lane> squares = {};
+  for (int64_t i = 0; i < features; i += n) squares += centred_at(i, rest) * centred_at(i, rest);
+  const Lane variance = sum_lanes<Lane>(squares) / static_cast<Lane>(features);
+  const Lane factor = static_cast<Lane>(1 / __builtin_sqrt(static_cast<double>(variance) + norm.eps));
+  for (int64_t i = 0; i < features; i += n) {
+    const int count = count_at(i);
+    Vec<Lane> y = centred_at(i, rest) * factor * load_as<Lane>(weight + i, count);
+    if (bias != nullptr) y += load_as<Lane>(bias + i, count);
+    store_as<Lane>(out + i, y, count);
   }
+}
+
+// out = norm(x + residual) for each row, without the residual if it is null, and without the norm if it has no weight.
+// All are (rows, features). out may be x.
+template <class Lane, class Storage>
+void finish_rows(const Storage* x, const Storage* residual, const LayerNormParams& norm, int64_t rows, int64_t features,
+                 int num_threads, Storage* out) {
+  if (residual == nullptr && norm.weight == nullptr) return;
+  constexpr double kFlopsOfElement = 10;
+  const double flops = kFlopsOfElement * static_cast<double>(rows) * static_cast<double>(features);
+  parallel_for(choose_threads(num_threads, rows, flops), rows, [&](int64_t r, int) {
+    const Storage* row = x + r * features;
+    Storage* const target = out + r * features;
+    if (residual != nullptr) {
+      add_row<Lane>(row, residual + r * features, features, target);
+      row = target;
+    }
+    if (norm.weight != nullptr) normalise_row<Lane>(row, features, norm, target);
+  });
 }
 
 }  // namespace

@@ -95,21 +95,18 @@ struct Argument {
 
   // The number of dimensions and all sizes must be `expected`.
   void check_shape(std::initializer_list<int64_t> expected) const {
-    bool equal = tensor.ndim == static_cast<int32_t>(expected.size());
-    for (int32_t i = 0; equal && i < tensor.ndim; ++i) equal = size(i) == expected.begin()[i];
-    if (!equal)
-      fail("shape " + shape_text(expected.begin(), static_cast<int64_t>(expected.size())),
-           "shape " + shape_text(tensor.shape, tensor.ndim));
+    check_shape(expected.begin(), static_cast<int32_t>(expected.size()));
+  }
+  void check_shape(const int64_t* expected, int32_t ndim) const {
+    bool equal = tensor.ndim == ndim;
+    for (int32_t i = 0; equal && i < ndim; ++i) equal = size(i) == expected[i];
+    if (!equal) fail("shape " + shape_text(expected, ndim), "shape " + shape_text(tensor.shape, tensor.ndim));
   }
 
   // The dtype and the shape must be those of `other`.
   void check_like(const Argument& other) const {
     check_type(other.type);
-    bool equal = tensor.ndim == other.tensor.ndim;
-    for (int32_t i = 0; equal && i < tensor.ndim; ++i) equal = size(i) == other.size(i);
-    if (!equal)
-      fail("shape " + shape_text(other.tensor.shape, other.tensor.ndim),
-           "shape " + shape_text(tensor.shape, tensor.ndim));
+    check_shape(other.tensor.shape, other.tensor.ndim);
   }
 
   // The elements along `dim` must be neighbours in memory. With one element, the stride does not matter.

@@ -8,6 +8,7 @@
 #include <iterator>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "../cpu/dispatch.h"
 #include "entry_points.h"
@@ -333,30 +334,43 @@ PyObject* attention_step(PyObject* const* args, Py_ssize_t count) {
 
 const char kLinearDoc[] =
     "linear(x, weight, bias, residual, norm_weight, norm_bias, norm_eps, out, num_threads)\n\n"
-    "Writes x . weight^T + bias to out, for few rows: x (rows, in), weight (out, in), bias (out,) or None, out\n"
-    "(rows, out). residual (rows, out) or None is added. With norm_weight (out,) and norm_bias (out,) or None, out is\n"
+    "Writes x . weight^T + bias to out, for few rows: x (..., in), weight (out, in), bias (out,) or None, out\n"
+    "(..., out). residual (..., out) or None is added. With norm_weight (out,) and norm_bias (out,) or None, out is\n"
     "the layer norm of that sum. All tensors must have one dtype and be contiguous.";
 
 PyObject* linear(PyObject* const* args, Py_ssize_t count) {
   check_count(count, 9, kLinearDoc);
   const Argument x = kReader.required(args[0], "x");
   const Argument weight = kReader.required(args[1], "weight");
-  if (x.tensor.ndim != 2) x.fail("2 dimensions", std::to_string(x.tensor.ndim));
+  const int last = x.tensor.ndim - 1;
+  if (last < 0) x.fail("at least 1 dimension", "0");
   if (x.type > ElementType::kBFloat16) x.fail("float32, float64, float16 or bfloat16", name_of(x.type));
   if (weight.tensor.ndim != 2) weight.fail("2 dimensions", std::to_string(weight.tensor.ndim));
   cpu::LinearParams p;
   p.dtype = kernel_dtype(x.type);
-  p.rows = x.size(0);
-  p.in = x.size(1);
+  p.rows = 1;
+  for (int dim = 0; dim < last; ++dim) p.rows *= x.size(dim);
+  p.in = x.size(last);
   p.out = weight.size(0);
   constexpr int64_t kMostFeatures = std::numeric_limits<int32_t>::max();
   if (p.in > kMostFeatures) x.fail("at most " + std::to_string(kMostFeatures) + " columns", std::to_string(p.in));
-  p.x = checked_contiguous(x, x.type, {p.rows, p.in});
+  x.check_contiguous();
+  p.x = x.data();
   p.weight = checked_contiguous(weight, x.type, {p.out, p.in});
   p.bias = checked_contiguous(kReader.optional(args[2], "bias"), x.type, {p.out});
-  p.residual = checked_contiguous(kReader.optional(args[3], "residual"), x.type, {p.rows, p.out});
   p.norm = read_norm(args + 4, x.type, p.out);
-  p.y = checked_contiguous(kReader.required(args[7], "out"), x.type, {p.rows, p.out});
+  const Argument out = kReader.required(args[7], "out");
+  std::vector<int64_t> shape(x.tensor.shape, x.tensor.shape + last);
+  shape.push_back(p.out);
+  out.check_type(x.type);
+  out.check_shape(shape.data(), last + 1);
+  out.check_contiguous();
+  p.y = out.data();
+  if (const Argument residual = kReader.optional(args[3], "residual"); residual.given) {
+    residual.check_like(out);
+    residual.check_contiguous();
+    p.residual = residual.data();
+  }
   p.num_threads = thread_count(args[8]);
   const double work = static_cast<double>(p.rows) * static_cast<double>(p.in) * static_cast<double>(p.out);
   run_kernel(work, [&] { cpu::kernels().linear(p); });

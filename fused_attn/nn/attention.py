@@ -308,9 +308,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             return self._dense_forward(query, key, value, *arguments)
         self._check_cache(cache, key_padding_mask, need_weights, attn_mask, is_causal)
         if attn_mask is None and not need_weights:
-            short = small_inference.attention_step(self, query, key, key_padding_mask, is_causal, is_self, cache)
-            if short is not None:
-                return short, None
+            step = small_inference.attention_step(self, query, key, key_padding_mask, is_causal, is_self, cache)
+            if step is not None:
+                return step.run(), None
         with restoring((cache,)):
             return self._dense_forward(query, key, value, *arguments, cache)
 

@@ -3,15 +3,20 @@
 With one new row for each target, calling the operators one by one takes longer than the arithmetic. Here, an attention
 with all that surrounds it is one native call, and a feed-forward block is two.
 
+Each function returns what computes a part of the layer, and computes nothing itself. A layer runs the parts at once.
+`record` keeps those of a whole decoder. A generation runs them for every token, without asking again what may run.
+
 Each function returns None if a native call cannot take the place of the layer's own modules, for instance because one
 of them has hooks or is of another class. The layer then calls its modules. `is_plain` must be true of the layer.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_attn.nn import few_rows, small_inference
@@ -19,6 +24,21 @@ from fused_attn.nn.attention import FusedMultiheadAttention
 
 #: attn_mask, key_padding_mask and is_causal
 Masks = tuple[Tensor | None, Tensor | None, bool]
+
+#: Activations that torch can apply to each element by itself. The native linear layers surround them.
+ELEMENTWISE = (F.relu, F.gelu, F.silu, F.elu, F.selu, F.mish, F.leaky_relu, torch.relu, torch.tanh, torch.sigmoid)
+
+
+class Steps(NamedTuple):
+    """Calls that write `out`, anew each time they run. They read the tensors for which they were made."""
+
+    calls: tuple[Callable[[], Any], ...]
+    out: Tensor
+
+    def run(self) -> Tensor:
+        for call in self.calls:
+            call()
+        return self.out
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -29,8 +49,8 @@ def is_plain(layer: nn.Module) -> bool:
     return not layer.__dict__.keys() & {"_sa_block", "_mha_block", "_ff_block"}
 
 
-def self_attention(layer: nn.TransformerDecoderLayer, x: Tensor, masks: Masks, cache: Any) -> Tensor | None:
-    """The output of the self-attention, around which stand the residual connection and the layer norm.
+def self_attention(layer: nn.TransformerDecoderLayer, x: Tensor, masks: Masks, cache: Any) -> Steps | None:
+    """Computes the self-attention, around which stand the residual connection and the layer norm.
 
     x: (N, 1, E), or (1, N, E) without batch_first
     """
@@ -41,33 +61,85 @@ def self_attention(layer: nn.TransformerDecoderLayer, x: Tensor, masks: Masks, c
 
 def cross_attention(
     layer: nn.TransformerDecoderLayer, x: Tensor, memory: Tensor, masks: Masks, cache: Any
-) -> Tensor | None:
-    """The output of the cross-attention, around which stand the residual connection and the layer norm."""
+) -> Steps | None:
+    """Computes the cross-attention, around which stand the residual connection and the layer norm."""
     modules: Any = layer._modules
     parts = modules.get("multihead_attn"), modules.get("norm2"), modules.get("dropout2")
     return _attention(layer, *parts, x, memory, masks, cache)
 
 
-def feed_forward(layer: nn.TransformerDecoderLayer, x: Tensor) -> Tensor | None:
-    """The output of the feed-forward block, around which stand the residual connection and the layer norm."""
+def feed_forward(layer: nn.TransformerDecoderLayer, x: Tensor) -> Steps | None:
+    """Computes the feed-forward block, around which stand the residual connection and the layer norm."""
     modules: Any = layer._modules
     norm, first, last = (modules.get(name) for name in ("norm3", "linear1", "linear2"))
+    activation = layer.__dict__.get("activation")  # a function; a module is in `_modules`
     if (
         torch.is_grad_enabled()
         or first is None
         or last is None
+        or not few_rows.is_plain(first)
         or not few_rows.is_plain(last)
+        or activation not in ELEMENTWISE
         or not _does_nothing(modules.get("dropout"))
         or not _does_nothing(modules.get("dropout3"))
         or not _is_plain_norm(norm, x)
     ):
         return None
-    hidden = layer.activation(few_rows.call(first, norm(x) if layer.norm_first else x))
-    added = few_rows.linear_and_residual(last, hidden, x, None if layer.norm_first else norm)
-    if added is not None:
-        return added
-    added = x + last(hidden)  # `hidden` is computed, so the blocks of the layer cannot be called any more
-    return added if layer.norm_first else norm(added)
+    source = torch.empty_like(x) if layer.norm_first else x
+    expand = few_rows.native_call(first, source)
+    if expand is None:
+        return None
+    hidden = expand.out
+
+    def activate() -> None:
+        if activation is F.relu:
+            torch.relu_(hidden)
+        else:
+            hidden.copy_(activation(hidden))
+
+    contract = few_rows.native_call(last, hidden, x, None if layer.norm_first else norm)
+    if contract is None:
+        return None
+    normalise = (lambda: source.copy_(norm(x)),) if layer.norm_first else ()
+    return Steps((*normalise, expand.run, activate, contract.run), contract.out)
+
+
+def record(
+    layers: Iterable[Any], norm: nn.Module | None, tgt: Tensor, memory: Tensor, padding: Tensor | None, cache: Any
+) -> Callable[[Tensor], Tensor] | None:
+    """A function that computes the output of a decoder for one new row of each target; None if there is none.
+
+    The function may be called as long as nobody changes a module, and as long as the buffers of the cache stay.
+
+    layers, norm: those of the decoder. The caller has checked the classes of the layers
+    tgt: (N, 1, E), or (1, N, E) without batch_first: a row as the function will get
+    memory, padding: those of every step
+    cache: the cache of the decoder. It has at least one row already
+    """
+    x = row = torch.empty_like(tgt)
+    calls: list[Callable[[], Any]] = []
+    for layer, layer_cache in zip(layers, cache.layers, strict=True):
+        if not (is_plain(layer) and few_rows.is_called_plainly(layer)):
+            return None
+        own, cross = layer_cache.self_attention, layer_cache.cross_attention
+        for part, arguments in (
+            (self_attention, ((None, None, False), own)),
+            (cross_attention, (memory, (None, padding, False), cross)),
+            (feed_forward, ()),
+        ):
+            steps = part(layer, x, *arguments)
+            if steps is None:
+                return None
+            calls += steps.calls
+            x = steps.out
+
+    def run(tgt: Tensor) -> Tensor:
+        row.copy_(tgt)
+        for call in calls:
+            call()
+        return x if norm is None else norm(x)
+
+    return run
 
 
 def _attention(
@@ -79,8 +151,8 @@ def _attention(
     key: Tensor,
     masks: Masks,
     cache: Any,
-) -> Tensor | None:
-    """``norm(x + module(x, key))``, or ``x + module(norm(x), key)`` if norm_first."""
+) -> Steps | None:
+    """Computes ``norm(x + module(x, key))``, or ``x + module(norm(x), key)`` if norm_first."""
     attn_mask, key_padding_mask, is_causal = masks
     if (
         attn_mask is not None
@@ -91,9 +163,10 @@ def _attention(
         or not _is_plain_norm(norm, x)
     ):
         return None
-    return small_inference.attention_step(
+    call = small_inference.attention_step(
         module, x, key, key_padding_mask, is_causal, key is x, cache, norm=norm, norm_first=layer.norm_first
     )
+    return None if call is None else Steps((call.run,), call.out)
 
 
 def _does_nothing(dropout: nn.Module | None) -> bool:

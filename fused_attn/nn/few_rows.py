@@ -1,7 +1,7 @@
 """Linear layers for few rows without gradients, as in a decoding step on a CPU.
 
 Such a product takes as long as reading the weight. torch's product is made for many rows, and was the largest part of a
-decoding step.
+decoding step. In bfloat16, torch also copies the weight into another order in every call.
 """
 
 from __future__ import annotations
@@ -15,23 +15,34 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fused_attn import modes
-from fused_attn.backends import events
 from fused_attn.backends.cpu import DTYPES
 from fused_attn.native import _C
+from fused_attn.nn.native_call import NativeCall
 
 #: The most rows for which the native product is used. The product reads the weight once for all rows.
 MOST_ROWS = 16
 
+#: The same where tiles of AMX multiply, as `most_rows` says. Up to 16 rows, the native product takes half the time of
+#: torch's, and with 256 rows about the same time.
+MOST_ROWS_OF_TILES = 256
+
+#: `linear` leaves smaller weights of float32 and float64 to torch. What a call costs whatever its size is 5 us more
+#: here. The native product saves less than that.
+FEWEST_WEIGHTS = 1 << 17
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., in) . weight (out, in)^T + bias (out,), as `torch.nn.functional.linear`."""
-    if torch.is_grad_enabled() or not _takes(x, weight, bias):
+    is_small = weight.numel() < FEWEST_WEIGHTS and weight.dtype in (torch.float32, torch.float64)
+    if torch.is_grad_enabled() or is_small or not _takes(x, weight, bias):
         return F.linear(x, weight, bias)
-    return _native_linear(x, weight, bias, None, None)
+    return _native_linear(x, weight, bias, None, None).run()
 
 
-def linear_and_residual(module: nn.Module, x: Tensor, residual: Tensor, norm: nn.LayerNorm | None) -> Tensor | None:
-    """``norm(residual + module(x))``, or the sum alone without a norm. None if the native call cannot compute it.
+def native_call(
+    module: nn.Module, x: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None
+) -> NativeCall | None:
+    """Computes ``norm(residual + module(x))``, without what is None. None if no native call can compute it.
 
     The caller has ruled out gradients, a module that is not plain, and a norm that the native call cannot compute.
     """
@@ -39,9 +50,13 @@ def linear_and_residual(module: nn.Module, x: Tensor, residual: Tensor, norm: nn
     assert weight is not None
     if not _takes(x, weight, bias):
         return None
-    if not (type(residual) is Tensor and residual.dtype == x.dtype and residual.is_contiguous()) or residual.is_neg():
-        return None
-    if residual.shape != (*x.shape[:-1], weight.shape[0]):
+    if residual is not None and not (
+        type(residual) is Tensor
+        and residual.dtype == x.dtype
+        and residual.is_contiguous()
+        and not residual.is_neg()
+        and residual.shape == (*x.shape[:-1], weight.shape[0])
+    ):
         return None
     return _native_linear(x, weight, bias, residual, norm)
 
@@ -51,6 +66,13 @@ def call(module: Any, x: Tensor) -> Tensor:
     if torch.is_grad_enabled() or not is_plain(module):
         return module(x)
     return linear(x, module._parameters["weight"], module._parameters["bias"])
+
+
+def most_rows(dtype: torch.dtype, features: int, out_features: int) -> int:
+    """The most rows for which the native product is used. With more, torch's is faster."""
+    # LinearTiles::fits in csrc/cpu/linear_tiles.h has the same condition.
+    has_tiles = dtype == torch.bfloat16 and features % 32 == 0 and out_features >= 32 and _C.cpu_isa() == "amx"
+    return MOST_ROWS_OF_TILES if has_tiles else MOST_ROWS
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -90,17 +112,11 @@ def is_plain_vector(x: Tensor | None, dtype: torch.dtype) -> bool:
 
 def _native_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, norm: nn.LayerNorm | None
-) -> Tensor:
+) -> NativeCall:
     """norm(residual + x . weight^T + bias); None = without."""
-    features = weight.shape[0]
-    out = torch.empty((*x.shape[:-1], features), dtype=x.dtype)
-    norm_weight, norm_bias, eps = norm_arguments(norm)
-    run = events.recorded_if_profiling("linear[cpu]", _C.linear)
-    run(
-        x.view(-1, x.shape[-1]), weight, bias, None if residual is None else residual.view(-1, features),
-        norm_weight, norm_bias, eps, out.view(-1, features), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
+    arguments = x, weight, bias, residual, *norm_arguments(norm), out
+    return NativeCall("linear[cpu]", _C.linear, arguments, out)
 
 
 def norm_arguments(norm: nn.LayerNorm | None) -> tuple[Tensor | None, Tensor | None, float]:
@@ -123,8 +139,9 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.dtype == weight.dtype
         and x.dtype in DTYPES
         and not x.is_nested
-        and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+        and x.dim() > 0
         and x.shape[-1] == weight.shape[-1]
+        and 0 < x.numel() <= most_rows(x.dtype, *weight.shape[::-1]) * x.shape[-1]
         and x.is_contiguous()
         and weight.layout is torch.strided
         and weight.is_contiguous()

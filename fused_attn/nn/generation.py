@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fused_attn import modes
 from fused_attn.attention import checks
 from fused_attn.measurement import progress as progress_bar
 from fused_attn.nn import few_rows
@@ -50,6 +51,11 @@ class Model(Protocol):
         self, tgt: Tensor, memory: Tensor, memory_key_padding_mask: Tensor | None, *, cache: StaticKVCache | None = None
     ) -> Tensor:
         """The output (B, T, E) of the decoder for target tokens (B, T)."""
+
+    def recorded_step(
+        self, tgt: Tensor, memory: Tensor, memory_key_padding_mask: Tensor | None, cache: StaticKVCache
+    ) -> Callable[[Tensor], Tensor] | None:
+        """A function that takes the place of `decode_hidden` for one token of each row, if there is one."""
 
 
 class Settings(NamedTuple):
@@ -123,6 +129,9 @@ class Search:
         if settings.repetition_penalty != 1.0:
             self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device).scatter_(1, starts, True)
         self.cache: StaticKVCache | None = None
+        #: Computes the output of the decoder (rows, 1, E) for the newest tokens (rows, 1), with the cache. None = the
+        #: next step has to find out how.
+        self.decode: Callable[[Tensor], Tensor] | None = None
 
     def start_cache(self, num_layers: int) -> None:
         """Makes a cache and fills it with the prefix. Without a cache, each step computes all tokens again."""
@@ -140,6 +149,7 @@ class Search:
         if self.cache is None or length <= (capacity := self.cache.max_length):
             return False
         self.cache.reserve(min(2 * capacity, self.tokens.shape[1]))
+        self.decode = None
         return True
 
     def step(self) -> None:
@@ -174,14 +184,27 @@ class Search:
             hidden = self.model.decode_hidden(self.tokens[:, : int(self.position.max()) + 1], self.memory, self.padding)
             hidden = hidden[torch.arange(hidden.shape[0], device=self.device), self.position]
         else:
-            newest = self.tokens.gather(1, self.position[:, None])
-            hidden = self.model.decode_hidden(newest, self.memory, self.padding, cache=self.cache)[:, 0]
+            hidden = self._decode_newest(self.tokens.gather(1, self.position[:, None]), self.cache)[:, 0]
         logits = few_rows.call(self.model.generator, hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(self.is_excluded, MINUS_INF)
         if self.seen is not None:
             penalty = self.settings.repetition_penalty
             logits = torch.where(self.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
         return logits.log_softmax(dim=-1)
+
+    def _decode_newest(self, newest: Tensor, cache: StaticKVCache) -> Tensor:
+        """The output (rows, 1, E) of the decoder for the newest token (rows, 1) of each row."""
+        # A mode that watches operators does not see the calls of a recorded step.
+        if self.decode is not None and modes.is_direct():
+            return self.decode(newest)
+
+        def decode(newest: Tensor) -> Tensor:
+            return self.model.decode_hidden(newest, self.memory, self.padding, cache=cache)
+
+        hidden = decode(newest)
+        if self.decode is None:  # that step has filled the caches, so the next ones can be recorded
+            self.decode = self.model.recorded_step(newest, self.memory, self.padding, cache) or decode
+        return hidden
 
     def _sampled_from(self, log_probs: Tensor) -> Tensor:
         """(rows, V): the probabilities to draw the next token from."""

@@ -307,6 +307,24 @@ class Seq2SeqTransformer(nn.Module):
                 arguments["tgt_mask"] = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         return self.decoder(x, memory, **arguments)
 
+    def recorded_step(
+        self, tgt: Tensor, memory: Tensor, memory_key_padding_mask: Tensor | None, cache: KVCache
+    ) -> Callable[[Tensor], Tensor] | None:
+        """A function that computes `decode_hidden` for one new token (B, 1) of each target, with less work in Python.
+
+        See `TransformerDecoder.recorded_step`, also for when this is None.
+        """
+        overrides = type(self).decode_hidden is not Seq2SeqTransformer.decode_hidden or "decode_hidden" in self.__dict__
+        record = getattr(self.decoder, "recorded_step", None)
+        if overrides or record is None or not tgt.is_cpu:
+            return None
+        decode = record(
+            self._embed("tgt", tgt, self.tgt_embedding, cache.position), memory, memory_key_padding_mask, cache
+        )
+        if decode is None:
+            return None
+        return lambda tgt: decode(self._embed("tgt", tgt, self.tgt_embedding, cache.position))
+
     @torch.no_grad()
     def generate(
         self,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn import modes
-from fused_attn.backends import events
 from fused_attn.backends.cpu import DTYPES, MAX_HEAD_DIM
 from fused_attn.native import _C
 from fused_attn.nn import few_rows
 from fused_attn.nn.cache import CrossAttentionCache
+from fused_attn.nn.native_call import NativeCall
 from fused_attn.nn.self_attention_cache import StaticSelfAttentionCache
 
 #: The largest number of multiply-adds in the projections for which `self_attention` makes the native call. Up to this
@@ -47,12 +47,11 @@ def self_attention(
     out_proj: Any = module._modules["out_proj"]
     parameters, out_parameters = module._parameters, out_proj._parameters
     out = torch.empty_like(x)
-    run = events.recorded_if_profiling("self_attention[cpu]", _C.self_attention)
-    run(
+    arguments = (
         x, parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"], out_parameters["bias"],
-        out, module.num_heads, key_padding_mask, is_causal, torch.get_num_threads(),
+        out, module.num_heads, key_padding_mask, is_causal,
     )  # fmt: skip
-    return out
+    return NativeCall("self_attention[cpu]", _C.self_attention, arguments, out).run()
 
 
 def attention_step(
@@ -66,14 +65,14 @@ def attention_step(
     *,
     norm: nn.LayerNorm | None = None,
     norm_first: bool = False,
-) -> Tensor | None:
-    """The output of the module for one new row of each batch entry, or None if the native call cannot compute it.
+) -> NativeCall | None:
+    """Computes the output of the module for one new row of each batch entry. None if no native call can compute it.
 
     query: (N, 1, E), or (1, N, E) without batch_first
     key: the memory, in cross-attention
     key_padding_mask: None, or (N, S) bool, True = ignore; S rows are in the cache, or fit into it
     is_self: whether query, key and value are one tensor
-    cache: a cache that is filled, by `append` or by `update`. The native call writes to a static cache.
+    cache: a cache that is filled, by `append` or by `update`. The native call appends to a static cache.
     norm: with it, the output is that of the module with what surrounds it in a layer: ``query + module(norm(query))``
         if norm_first, else ``norm(query + module(query))``. The native call can compute the norm.
 
@@ -84,7 +83,9 @@ def attention_step(
     is_cross = type(cache) is CrossAttentionCache and not is_causal
     if _C is None or torch.is_grad_enabled() or not (is_self if is_static else is_cross):
         return None
-    if query.dim() != 3 or query.shape[1 - batch_dim] != 1 or query.shape[batch_dim] > few_rows.MOST_ROWS:
+    if query.dim() != 3 or query.shape[1 - batch_dim] != 1:
+        return None
+    if query.shape[batch_dim] > few_rows.most_rows(query.dtype, module.embed_dim, module.embed_dim):
         return None
     if not is_plain(module) or not _takes_options(module):
         return None
@@ -112,16 +113,15 @@ def attention_step(
     out_proj: Any = module._modules["out_proj"]
     parameters, out_parameters = module._parameters, out_proj._parameters
     out = torch.empty_like(query)
-    run = events.recorded_if_profiling("attention_step[cpu]", _C.attention_step)
     of_entries = (query, out) if module.batch_first else (query.transpose(0, 1), out.transpose(0, 1))
-    run(
+    arguments = (
         of_entries[0], parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"],
         out_parameters["bias"], of_entries[1], module.num_heads, keys, values, lengths, key_lengths, key_padding_mask,
-        *few_rows.norm_arguments(norm), norm_first, torch.get_num_threads(),
+        *few_rows.norm_arguments(norm), norm_first,
     )  # fmt: skip
-    if is_static:
-        cache.count_filled()
-    return out
+    return NativeCall(
+        "attention_step[cpu]", _C.attention_step, arguments, out, cache.count_filled if is_static else None
+    )
 
 
 def _is_plain_rows(x: Tensor, sizes: tuple[int, int, int], dtype: torch.dtype) -> bool:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_variadic
 
+from fused_attn import modes
 from fused_attn.attention import checks
 from fused_attn.attention.causal_bias import causal_bias
 from fused_attn.nn import decoder_step, element_dropout, few_rows
@@ -345,14 +346,18 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         with contextlib.nullcontext() if cache is None else restoring_layers([cache]):
             is_step = cache is not None and type(self) is TransformerDecoderLayer and not torch.compiler.is_compiling()
             is_step = is_step and decoder_step.is_plain(self)
-            x = decoder_step.self_attention(self, tgt, own_masks, own["cache"]) if is_step else None
-            if x is None:
+            step = decoder_step.self_attention(self, tgt, own_masks, own["cache"]) if is_step else None
+            if step is not None:
+                x = step.run()
+            else:
                 x = self._residual(tgt, self.norm1, lambda y: self._sa_block(y, *own_masks, **own))
-            y = decoder_step.cross_attention(self, x, memory, cross_masks, cross["cache"]) if is_step else None
-            if y is None:
+            step = decoder_step.cross_attention(self, x, memory, cross_masks, cross["cache"]) if is_step else None
+            if step is not None:
+                y = step.run()
+            else:
                 y = self._residual(x, self.norm2, lambda z: self._mha_block(z, memory, *cross_masks, **cross))
-            out = decoder_step.feed_forward(self, y) if is_step else None
-            return self._residual(y, self.norm3, self._ff_block) if out is None else out
+            step = decoder_step.feed_forward(self, y) if is_step else None
+            return self._residual(y, self.norm3, self._ff_block) if step is None else step.run()
 
     def _residual(self, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
         """The output of a block with its residual connection and its layer norm."""
@@ -521,6 +526,26 @@ class TransformerDecoder(nn.TransformerDecoder):
                 )
             return tgt if self.norm is None else self.norm(tgt)
 
+    def recorded_step(
+        self, tgt: Tensor, memory: Tensor, memory_key_padding_mask: Tensor | None, cache: KVCache
+    ) -> Callable[[Tensor], Tensor] | None:
+        """A function that computes ``self(tgt, memory, ...)`` for one new row of each target, with less work in Python.
+
+        The function may be called as long as nobody changes a module of the decoder, and as long as the buffers of the
+        cache stay. The tensor that it returns may be overwritten by its next call.
+
+        The arguments are those of `forward`. At least one step with this memory and this cache has been done.
+
+        Returns:
+            None if only `forward` can compute the step: on a GPU, with gradients, with hooks, and with modules of other
+            classes.
+        """
+        if type(self) is not TransformerDecoder or not few_rows.is_called_plainly(self):
+            return None
+        if any(type(layer) is not TransformerDecoderLayer for layer in self.layers):
+            return None
+        return decoder_step.record(self.layers, self.norm, tgt, memory, memory_key_padding_mask, cache)
+
     #: Whether tgt_is_causal=True without a mask is the causal mask. This holds for layers of any class.
     takes_is_causal = True
 
@@ -655,7 +680,11 @@ class Transformer(nn.Transformer):
 
 def _feed_forward(layer: Any, x: Tensor, last_dropout: nn.Module) -> Tensor:
     """The feed-forward block of a layer, after dropout, in the shape of x."""
-    hidden = element_dropout.call(layer.dropout, layer.activation(few_rows.call(layer.linear1, x)))
+    hidden = few_rows.call(layer.linear1, x)
+    # Nobody else sees the output of a plain linear layer, so it may be overwritten, which also saves its memory.
+    is_own = modes.is_direct() and type(hidden) is Tensor and few_rows.is_plain(layer.linear1)
+    hidden = torch.relu_(hidden) if is_own and layer.activation is F.relu else layer.activation(hidden)
+    hidden = element_dropout.call(layer.dropout, hidden)
     return element_dropout.call(last_dropout, few_rows.call(layer.linear2, hidden))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[str]:
-    """A list that gets an entry whenever `module` calls the function ``_C.<name>``, and no other one of ``_C``."""
+    """A list that gets an entry whenever `module` calls the function ``_C.<name>``, and no other kernel of ``_C``."""
     found: list[str] = []
     function = getattr(module._C, name)
 
@@ -16,5 +16,5 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) 
         found.append(name)
         return function(*arguments)
 
-    monkeypatch.setattr(module, "_C", SimpleNamespace(**{name: counted}))
+    monkeypatch.setattr(module, "_C", SimpleNamespace(**{name: counted}, cpu_isa=module._C.cpu_isa))
     return found

@@ -26,7 +26,8 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, tor
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A list that gets an entry with each native product."""
+    """A list that gets an entry with each native product. Small weights are multiplied natively, too."""
+    monkeypatch.setattr(few_rows, "FEWEST_WEIGHTS", 0)
     return count_calls(monkeypatch, few_rows, "linear")
 
 
@@ -140,7 +141,8 @@ def test_errors_of_the_native_call():
     x, weight, bias = torch.randn(2, 4), torch.randn(3, 4), torch.randn(3)
     out = torch.empty(2, 3)
     for arguments, message in (
-        ((x[0], weight, bias, out), "x: expected 2 dimensions, got 1"),
+        ((x[0, 0], weight, bias, out), "x: expected at least 1 dimension, got 0"),
+        ((x[0], weight, bias, out), r"out: expected shape \(3,\), got shape \(2, 3\)"),
         ((x, weight, bias, out.double()), "out: expected float32, got float64"),
         ((x, weight, bias[:2], out), r"bias: expected shape \(3,\), got shape \(2,\)"),
         ((x, weight[:, :3], bias, out), r"weight: expected shape \(3, 4\), got shape \(3, 3\)"),

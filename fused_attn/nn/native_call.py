@@ -1,0 +1,35 @@
+"""A native call with its arguments: made ready once, and run once or many times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_attn.backends import events
+
+
+class NativeCall(NamedTuple):
+    """A call of a CPU kernel. Each run reads the same tensors, and writes `out` anew.
+
+    event: the name of the call in a profile
+    function: the function of ``_C``
+    arguments: all arguments but the last one, which is the number of threads
+    out: what the call writes
+    after: called after the kernel, if given
+    """
+
+    event: str
+    function: Callable[..., None]
+    arguments: tuple[Any, ...]
+    out: Tensor
+    after: Callable[[], None] | None = None
+
+    def run(self) -> Tensor:
+        function = events.recorded_if_profiling(self.event, self.function)
+        function(*self.arguments, torch.get_num_threads())
+        if self.after is not None:
+            self.after()
+        return self.out
