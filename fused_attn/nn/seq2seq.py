@@ -315,12 +315,10 @@ class Seq2SeqTransformer(nn.Module):
         See `TransformerDecoder.recorded_step`, also for when this is None.
         """
         overrides = type(self).decode_hidden is not Seq2SeqTransformer.decode_hidden or "decode_hidden" in self.__dict__
-        record = getattr(self.decoder, "recorded_step", None)
-        if overrides or record is None or not tgt.is_cpu:
+        if overrides or type(self.decoder) is not TransformerDecoder or not tgt.is_cpu:
             return None
-        decode = record(
-            self._embed("tgt", tgt, self.tgt_embedding, cache.position), memory, memory_key_padding_mask, cache
-        )
+        row = memory.new_empty(tgt.shape[0], 1, memory.shape[2])
+        decode = self.decoder.recorded_step(row, memory, memory_key_padding_mask, cache)
         if decode is None:
             return None
         return lambda tgt: decode(self._embed("tgt", tgt, self.tgt_embedding, cache.position))

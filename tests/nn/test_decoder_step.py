@@ -300,6 +300,17 @@ def test_other_caches_take_the_general_way(make_cache: Callable, calls: list[str
     assert len(calls) == len(rows) - 1  # the cross-attention alone
 
 
+@pytest.mark.skipif("amx" not in (cpu._C.cpu_isas() if cpu._C else ()), reason="needs a processor with AMX")
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch", [3, 17, 100])
+def test_more_entries_where_tiles_multiply(batch: int, norm_first: bool, calls: list[str]) -> None:
+    torch.manual_seed(0)
+    layer = TransformerDecoderLayer(64, 4, 96, norm_first=norm_first, batch_first=True, dtype=torch.bfloat16).eval()
+    rows = [torch.randn(batch, 1, 64, dtype=torch.bfloat16) for _ in range(4)]
+    check(layer, rows, torch.randn(batch, 7, 64, dtype=torch.bfloat16))
+    assert len(calls) == 2 * (len(rows) - 1)
+
+
 def test_calls_that_the_native_call_does_not_take(calls: list[str]) -> None:
     layer = random_layer()
     rows, memory = random_inputs(layer)

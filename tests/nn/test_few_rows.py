@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import statistics
+import time
 
 import pytest
 import torch
@@ -161,3 +163,94 @@ def test_errors_of_the_native_call():
         whole[position] = wrong
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             cpu._C.linear(*whole)
+
+
+# ---- Tiles of AMX
+
+
+@pytest.fixture(params=["amx", "avx512_bf16"])
+def isa(request: pytest.FixtureRequest):
+    """Runs a test on two instruction sets, of which only AMX has tiles."""
+    if request.param not in cpu._C.cpu_isas():
+        pytest.skip(f"needs a processor with {request.param}")
+    before = cpu._C.cpu_isa()
+    cpu._C.select_cpu_isa(request.param)
+    yield request.param
+    cpu._C.select_cpu_isa(before)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 15, 16, 17, 32, 33, 100, few_rows.MOST_ROWS_OF_TILES])
+@pytest.mark.parametrize(("features", "out_features"), [(32, 32), (64, 33), (96, 47), (256, 1000), (33, 64), (64, 31)])
+@pytest.mark.parametrize("has_bias", [False, True])
+@torch.no_grad()
+def test_bfloat16_rows(rows, features, out_features, has_bias, isa, native):
+    torch.manual_seed(0)
+    module = nn.Linear(features, out_features, bias=has_bias, dtype=torch.bfloat16)
+    x = torch.randn(rows, features, dtype=torch.bfloat16)
+    out = few_rows.call(module, x)
+    exact = nn.functional.linear(x.double(), module.weight.double(), module.bias.double() if has_bias else None)
+    size = x.double().abs() @ module.weight.double().abs().t() + 1
+    rounding = 2.0**-8 * exact.abs() + 2.0**-20 * size  # that of the output, and those of the sums in float32
+    assert ((out.double() - exact).abs() <= rounding).all()
+    has_tiles = isa == "amx" and features % 32 == 0 and out_features >= 32
+    assert len(native) == (rows <= (few_rows.MOST_ROWS_OF_TILES if has_tiles else few_rows.MOST_ROWS))
+
+
+@torch.no_grad()
+def test_more_rows_than_tiles_are_worth_are_left_to_torch(isa, native):
+    module = nn.Linear(64, 64, dtype=torch.bfloat16)
+    few_rows.call(module, torch.randn(few_rows.MOST_ROWS_OF_TILES + 1, 64, dtype=torch.bfloat16))
+    assert not native
+
+
+@pytest.mark.skipif("amx" not in (cpu._C.cpu_isas() if cpu._C else ()), reason="needs a processor with AMX")
+@torch.no_grad()
+def test_a_row_of_tiles_does_not_depend_on_the_others(native):
+    module, x = nn.Linear(64, 50, dtype=torch.bfloat16), torch.randn(70, 64, dtype=torch.bfloat16)
+    whole = few_rows.call(module, x)
+    for first, count in ((0, 3), (5, 16), (20, 33), (60, 10)):
+        assert torch.equal(few_rows.call(module, x[first : first + count]), whole[first : first + count])
+    assert len(native) == 5
+
+
+@torch.no_grad()
+def test_no_memory_behind_the_tensors_is_used(isa, native):
+    """The tensors are views of larger ones, which hold NaN around them."""
+
+    def inside(*shape: int) -> Tensor:
+        whole = torch.full((shape[0] + 2, *shape[1:]), float("nan"), dtype=torch.bfloat16)
+        return whole[1:-1].normal_()
+
+    x, weight, bias, out = inside(19, 64), inside(47, 64), inside(47), inside(19, 47)
+    expected = nn.functional.linear(x.float(), weight.float(), bias.float())
+    cpu._C.linear(x, weight, bias, None, None, None, 0.0, out, 2)
+    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
+    assert out._base[0].isnan().all() and out._base[-1].isnan().all()
+
+
+# ---- Small weights
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@torch.no_grad()
+def test_small_weights_of_float32_are_left_to_torch(dtype, monkeypatch):
+    calls = count_calls(monkeypatch, few_rows, "linear")
+    x = torch.randn(4, 256, dtype=dtype)
+    few_rows.call(nn.Linear(256, 8, dtype=dtype), x)
+    assert len(calls) == (dtype in (torch.float16, torch.bfloat16))
+    few_rows.call(nn.Linear(256, few_rows.FEWEST_WEIGHTS // 256, dtype=dtype), x)
+    assert calls
+
+
+@pytest.mark.timing
+@pytest.mark.skipif("amx" not in (cpu._C.cpu_isas() if cpu._C else ()), reason="needs a processor with AMX")
+@torch.no_grad()
+def test_tiles_are_much_faster_than_torch():
+    module, x = nn.Linear(256, 1024, dtype=torch.bfloat16), torch.randn(16, 256, dtype=torch.bfloat16)
+    times: dict[str, list[float]] = {"torch": [], "native": []}
+    for _ in range(200):
+        for name, function in (("torch", module), ("native", functools.partial(few_rows.call, module))):
+            start = time.perf_counter()
+            function(x)
+            times[name].append(time.perf_counter() - start)
+    assert statistics.median(times["native"]) * 1.3 < statistics.median(times["torch"])

@@ -1,0 +1,346 @@
+"""A generation on a CPU records its step as a list of native calls, which must give what the model's modules give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_attn.backends import cpu
+from fused_attn.nn import (
+    Seq2SeqTransformer,
+    StaticKVCache,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    decoder_step,
+    generation,
+)
+
+pytestmark = pytest.mark.skipif(cpu._C is None, reason="the native extension is not built")
+
+SRC = torch.tensor([[4, 5, 6, 7, 8], [9, 4, 0, 0, 0], [5, 5, 9, 8, 0]])
+
+
+class Model(Seq2SeqTransformer):
+    """A model that counts the steps of its modules."""
+
+    steps = 0
+
+    def decode_hidden(self, tgt: Tensor, *args, **options) -> Tensor:
+        self.steps += 1
+        return super().decode_hidden(tgt, *args, **options)
+
+
+def make_model(kind: type = Seq2SeqTransformer, seed: int = 0, **options) -> Seq2SeqTransformer:
+    torch.manual_seed(seed)
+    sizes = {"d_model": 32, "nhead": 4, "num_encoder_layers": 1, "num_decoder_layers": 2, "dim_feedforward": 48}
+    model = kind(12, 30, **(sizes | options)).eval()
+    with torch.no_grad():
+        model.generator.bias[model.eos_id] -= 2.0  # longer targets
+    return model
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that gets "record" whenever a step is recorded, and "run" whenever a recorded one runs."""
+    events: list[str] = []
+    record = decoder_step.record
+
+    def counted_record(*args) -> Callable[[Tensor], Tensor] | None:
+        run = record(*args)
+        if run is None:
+            return None
+        events.append("record")
+
+        def counted_run(tgt: Tensor) -> Tensor:
+            events.append("run")
+            return run(tgt)
+
+        return counted_run
+
+    monkeypatch.setattr(decoder_step, "record", counted_record)
+    return events
+
+
+def generate_without_recording(model: Seq2SeqTransformer, *args, **options) -> generation.Generation:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder_step, "record", lambda *args: None)
+        return model.generate(*args, return_scores=True, **options)
+
+
+MODELS = {
+    "plain": {},
+    "norm first": {"norm_first": True},
+    "gelu": {"activation": "gelu"},
+    "silu": {"activation": F.silu},
+    "learned positions": {"positional": "learned"},
+    "shared keys": {"num_kv_heads": 2},
+    "one layer": {"num_decoder_layers": 1},
+}
+SEARCHES = {
+    "greedy": {},
+    "beam": {"num_beams": 3},
+    "sample": {"do_sample": True, "top_k": 5},
+    "prefix": {"prefix": torch.tensor([[3, 4], [5, 0], [0, 0]])},
+    "penalty": {"repetition_penalty": 1.3, "num_return_sequences": 1},
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("name", MODELS)
+def test_it_gives_what_the_modules_give(name: str, search: str, runs: list[str]) -> None:
+    model = make_model(**MODELS[name]).double()
+    torch.manual_seed(1)
+    expected = generate_without_recording(model, SRC, 12, **SEARCHES[search])
+    assert not runs
+    torch.manual_seed(1)
+    found = model.generate(SRC, 12, return_scores=True, **SEARCHES[search])
+    assert runs.count("record") == 1 and runs.count("run") >= 3
+    assert torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.scores, expected.scores)
+    torch.testing.assert_close(found.log_probs, expected.log_probs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype, runs: list[str]) -> None:
+    model = make_model().to(dtype)
+    expected = generate_without_recording(model, SRC, 8)
+    found = model.generate(SRC, 8, return_scores=True)
+    assert "run" in runs
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found.log_probs[:, 0], expected.log_probs[:, 0], rtol=tolerance, atol=tolerance)
+
+
+def test_it_is_recorded_again_when_the_cache_grows(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "FIRST_CAPACITY", 4)
+    model = make_model()
+    with torch.no_grad():
+        model.generator.bias[model.eos_id] = -math.inf
+    expected = generate_without_recording(model, SRC, 20)
+    found = model.generate(SRC, 20, return_scores=True)
+    assert runs.count("record") == 3  # with room for 5, 10 and 20 tokens
+    assert torch.equal(found.tokens, expected.tokens)
+
+
+def test_a_step_after_the_first_one_calls_no_module_of_the_decoder(runs: list[str]) -> None:
+    model = make_model(Model)
+    model.generate(SRC, 10)
+    assert not runs and model.steps >= 9, "a model with a decode_hidden of its own must be asked in every step"
+    plain = make_model()
+    calls: list[Tensor] = []
+    forward = TransformerDecoder.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            TransformerDecoder, "forward", lambda *args, **options: calls.append(1) or forward(*args, **options)
+        )
+        plain.generate(SRC, 10)
+    assert len(calls) == 1
+
+
+class OtherLayer(TransformerDecoderLayer):
+    pass
+
+
+class OtherAttention(nn.Module):
+    takes_cache = True
+
+
+def with_hook(model: Seq2SeqTransformer, module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, arguments, out: None)
+
+
+def with_other_layer(model: Seq2SeqTransformer) -> None:
+    model.decoder.layers[1].__class__ = OtherLayer
+
+
+def with_own_block(model: Seq2SeqTransformer) -> None:
+    layer = model.decoder.layers[0]
+    layer._ff_block = lambda x: 2 * type(layer)._ff_block(layer, x)
+
+
+def with_own_decode(model: Seq2SeqTransformer) -> None:
+    decode = model.decode_hidden
+    model.decode_hidden = lambda *args, **options: 2 * decode(*args, **options)
+
+
+def with_adapter(model: Seq2SeqTransformer) -> None:
+    class Adapter(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x.sum(-1, keepdim=True)
+
+    model.decoder.layers[1].linear1.__class__ = Adapter
+
+
+CHANGES = {
+    "hook on the decoder": lambda model: with_hook(model, model.decoder),
+    "hook on a layer": lambda model: with_hook(model, model.decoder.layers[1]),
+    "hook on an attention": lambda model: with_hook(model, model.decoder.layers[0].multihead_attn),
+    "hook on a projection": lambda model: with_hook(model, model.decoder.layers[0].self_attn.out_proj),
+    "hook on a norm": lambda model: with_hook(model, model.decoder.layers[0].norm3),
+    "hook on a dropout": lambda model: with_hook(model, model.decoder.layers[0].dropout3),
+    "hook on a linear layer": lambda model: with_hook(model, model.decoder.layers[1].linear2),
+    "another class of a layer": with_other_layer,
+    "a block of its own": with_own_block,
+    "a decode_hidden of its own": with_own_decode,
+    "an adapter": with_adapter,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_modules_are_called_in_every_step(change: str, runs: list[str]) -> None:
+    model = make_model().double()
+    CHANGES[change](model)
+    expected = generate_without_recording(model, SRC, 8)
+    found = model.generate(SRC, 8, return_scores=True)
+    assert not runs
+    assert torch.equal(found.tokens, expected.tokens)
+
+
+def test_a_hook_runs_in_every_step(runs: list[str]) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.generator.bias[model.eos_id] = -math.inf
+    shapes: list[torch.Size] = []
+    model.decoder.layers[1].norm2.register_forward_hook(lambda module, arguments, out: shapes.append(out.shape))
+    model.generate(SRC, 9)
+    assert len(shapes) == 9 and not runs
+
+
+def test_hooks_on_embedding_and_generator_run_in_every_step(runs: list[str]) -> None:
+    """The recorded step is that of the decoder alone."""
+    model = make_model()
+    with torch.no_grad():
+        model.generator.bias[model.eos_id] = -math.inf
+    seen: list[str] = []
+    for module, name in ((model.tgt_embedding, "embedding"), (model.generator, "generator")):
+        module.register_forward_hook(lambda module, arguments, out, name=name: seen.append(name))
+    model.generate(SRC, 9)
+    assert seen.count("embedding") == 9 and seen.count("generator") == 9 and runs.count("run") == 8
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_operators_of_every_step(runs: list[str]) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.generator.bias[model.eos_id] = -math.inf
+    with Operators() as mode:
+        model.generate(SRC, 6)
+    assert not runs
+    assert sum("fused_attn" in name for name in mode.names) >= 6 * 2 * 2  # steps, layers, attentions
+
+
+def test_a_step_in_a_mode_after_recorded_ones(runs: list[str]) -> None:
+    """A mode that begins in a callback sees the steps that follow."""
+    model = make_model().double()
+    expected = generate_without_recording(model, SRC, 8)
+    modes: list[Operators] = []
+
+    def on_tokens(tokens: Tensor) -> None:
+        if len(modes) == 0 and runs.count("run") == 3:
+            modes.append(Operators())
+            modes[0].__enter__()
+
+    try:
+        found = model.generate(SRC, 8, return_scores=True, on_tokens=on_tokens)
+    finally:
+        modes[0].__exit__(None, None, None)
+    assert runs.count("run") == 3 and any("fused_attn" in name for name in modes[0].names)
+    assert torch.equal(found.tokens, expected.tokens)
+
+
+def test_a_profile_shows_the_calls_of_every_step(runs: list[str]) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.generator.bias[model.eos_id] = -math.inf
+    with torch.profiler.profile() as profile:
+        model.generate(SRC, 6)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["fused_attn::attention_step[cpu]"] == 5 * 2 * 2
+
+
+def test_the_number_of_threads_may_change_between_steps(runs: list[str]) -> None:
+    model = make_model().double()
+    before = torch.get_num_threads()
+    expected = generate_without_recording(model, SRC, 8)
+    counts: Iterator[int] = iter([1, 2] * 10)
+    try:
+        found = model.generate(SRC, 8, return_scores=True, on_tokens=lambda tokens: torch.set_num_threads(next(counts)))
+    finally:
+        torch.set_num_threads(before)
+    assert "run" in runs and torch.equal(found.tokens, expected.tokens)
+
+
+def test_weights_that_are_changed_in_place_count_at_once(runs: list[str]) -> None:
+    model = make_model().double()
+
+    def change(tokens: Tensor) -> None:
+        model.decoder.layers[0].linear1.weight.mul_(1.5)
+
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    expected = generate_without_recording(model, SRC, 8, on_tokens=change)
+    model.load_state_dict(state)
+    found = model.generate(SRC, 8, return_scores=True, on_tokens=change)
+    assert "run" in runs and torch.equal(found.tokens, expected.tokens)
+
+
+# ---- TransformerDecoder.recorded_step itself
+
+
+@torch.no_grad()
+def test_a_decoder_step_by_hand() -> None:
+    torch.manual_seed(0)
+    layer = TransformerDecoderLayer(32, 4, 48, batch_first=False, dtype=torch.float64)
+    decoder = TransformerDecoder(layer, 2, nn.LayerNorm(32, dtype=torch.float64)).eval()
+    rows, memory = torch.randn(6, 1, 3, 32, dtype=torch.float64), torch.randn(5, 3, 32, dtype=torch.float64)
+    padding = torch.arange(5) >= torch.tensor([[5], [2], [4]])
+    outs, caches = [], [StaticKVCache(2, 8) for _ in range(2)]
+    options = {"memory_key_padding_mask": padding}
+    for cache in caches:
+        decoder(rows[0], memory, cache=cache, **options)
+    step = decoder.recorded_step(rows[0], memory, padding, caches[0])
+    assert step is not None
+    for row in rows[1:]:
+        outs.append(step(row).clone())
+        torch.testing.assert_close(outs[-1], decoder(row, memory, cache=caches[1], **options))
+    assert caches[0].position.tolist() == [6, 6, 6]
+
+
+def test_no_step_is_recorded_with_gradients() -> None:
+    decoder = TransformerDecoder(TransformerDecoderLayer(32, 4, 48, batch_first=True), 1).eval()
+    row, memory, cache = torch.randn(2, 1, 32), torch.randn(2, 5, 32), StaticKVCache(1, 8)
+    with torch.no_grad():
+        decoder(row, memory, cache=cache)
+        assert decoder.recorded_step(row, memory, None, cache) is not None
+    assert decoder.recorded_step(row, memory, None, cache) is None
+
+
+@torch.no_grad()
+def test_no_step_is_recorded_before_the_first_one() -> None:
+    decoder = TransformerDecoder(TransformerDecoderLayer(32, 4, 48, batch_first=True), 1).eval()
+    assert decoder.recorded_step(torch.randn(2, 1, 32), torch.randn(2, 5, 32), None, StaticKVCache(1, 8)) is None
+
+
+@torch.no_grad()
+def test_a_full_cache_is_refused_by_the_recorded_step() -> None:
+    decoder = TransformerDecoder(TransformerDecoderLayer(32, 4, 48, batch_first=True), 1).eval()
+    row, memory, cache = torch.randn(2, 1, 32), torch.randn(2, 5, 32), StaticKVCache(1, 3)
+    decoder(row, memory, cache=cache)
+    step = decoder.recorded_step(row, memory, None, cache)
+    step(row)
+    step(row)
+    with pytest.raises(IndexError, match="lengths: expected 0 to 2"):
+        step(row)
